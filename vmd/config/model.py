@@ -1,0 +1,162 @@
+"""What a vm.conf says, as frozen records; also the form in which a VM travels between processes.
+
+Sizes are bytes, times are seconds, MAC addresses are 6 bytes.  Limits are those of *cat. 9.4* where the
+host does not need others.  Rules that span objects are in `check.py`.
+"""
+
+from enum import IntEnum, IntFlag
+
+from vmd.record import Record
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+DEFAULT_MEMORY_BYTES = 512 * MIB
+MIN_MEMORY_BYTES = 1 * MIB
+MAX_MEMORY_BYTES = 1024 * GIB
+MAX_VCPUS = 16
+MAX_DISKS = 4
+MAX_NICS = 4
+MAX_CHAIN = 4  # images in one backing chain
+NAME_MAX = 63  # VM and switch names
+IFNAME_MAX = 15
+GROUP_MAX = 15
+PATH_MAX = 1023  # *cat. 2.5*: "disk path too long"
+CMDLINE_MAX = 2047  # Linux, x86 COMMAND_LINE_SIZE less its NUL
+
+ROOT = 0
+
+
+class BootDevice(IntEnum):
+    """Where the firmware looks first (*cat. 2.6*)."""
+
+    AUTO = 0
+    DISK = 1
+    CDROM = 2
+    NET = 3
+
+
+class VirtioMode(IntEnum):
+    """Which virtio register interface the guest is offered; ours."""
+
+    TRANSITIONAL = 0
+    LEGACY = 1
+    MODERN = 2
+
+
+class VmFlag(IntFlag):
+    """Aspects of a VM: which were given explicitly, and which an instance may set (*cat. 2.6*)."""
+
+    CPU = 0x01
+    KERNEL = 0x02
+    MEMORY = 0x04
+    NETWORK = 0x08
+    DISK = 0x10
+    CDROM = 0x20
+    INSTANCE = 0x40
+
+
+class Owner(Record):
+    """A user and, with `user:group` or `:group`, a group."""
+
+    uid: int = ROOT
+    gid: int | None = None
+
+
+class DiskConfig(Record):
+    """`disk PATH [format F]`; an empty format is told from the first bytes of the file."""
+
+    path: str
+    format: str = ""
+
+
+class NicConfig(Record):
+    """`[local] interface ...`; a zero-length lladdr gets a random address when the VM is registered."""
+
+    tap: str = ""  # "" or "tap" is the next free one
+    switch: str = ""
+    group: str = ""
+    lladdr: bytes = b""
+    locked: bool = False
+    local: bool = False
+    rdomain: int | None = None
+    up: bool = True
+
+
+class AllowInstance(Record):
+    """`allow instance { ... }`: who may derive VMs from this one, and what they may set."""
+
+    flags: VmFlag = VmFlag(0)
+    owner: Owner | None = None
+
+
+class VmConfig(Record):
+    """One virtual machine as the operator described it."""
+
+    name: str
+    parent: str = ""  # template, for `vm PARENT instance NAME`
+    enabled: bool = True
+    given: VmFlag = VmFlag(0)
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+    vcpus: int = 1
+    kernel: str = ""  # "" boots the firmware
+    initrd: str = ""
+    cmdline: str = ""
+    boot_device: BootDevice = BootDevice.AUTO
+    disks: tuple[DiskConfig, ...] = ()
+    nics: tuple[NicConfig, ...] = ()
+    cdrom: str = ""
+    owner: Owner = Owner()
+    allow: AllowInstance | None = None
+    virtio: VirtioMode = VirtioMode.TRANSITIONAL
+    sev: bool = False
+    sev_es: bool = False
+    origin: str = ""  # "file:line", for messages
+
+
+class SwitchConfig(Record):
+    """`switch NAME { ... }`."""
+
+    name: str
+    interface: str
+    enabled: bool = True
+    group: str = ""
+    locked: bool = False
+    rdomain: int | None = None
+    up: bool = True
+    origin: str = ""
+
+
+class Prefix(Record):
+    """An address range: packed address and prefix length."""
+
+    address: bytes
+    length: int
+
+
+class AgentxConfig(Record):
+    """`agentx [context S] [path S]`."""
+
+    context: str = ""
+    path: str = "/var/agentx/master"
+
+
+class Globals(Record):
+    """Statements outside any block (*cat. 2.3*)."""
+
+    local_prefix: Prefix = Prefix(address=bytes([100, 64, 0, 0]), length=10)
+    local_inet6: bool = False
+    local_inet6_prefix: Prefix | None = None  # None: a random ULA, chosen once per daemon
+    local_nat: bool = True
+    socket_owner: Owner = Owner(uid=0, gid=0)
+    agentx: AgentxConfig | None = None
+    start_parallel: int | None = None  # None: number of online CPUs
+    start_delay_s: int = 30
+
+
+class Config(Record):
+    """A whole configuration file with what it includes."""
+
+    settings: Globals = Globals()
+    switches: tuple[SwitchConfig, ...] = ()
+    vms: tuple[VmConfig, ...] = ()

@@ -1,0 +1,85 @@
+"""The exception family: whose fault a failure is decides which class is raised.
+
+VmdError            anything that is answered with a sentence instead of a traceback
+  ConfigError       the operator, in a configuration file; carries file and line
+  OperatorError     the operator or a client, in a request; carries an errno or one of *cat. 1.10*
+  ImageError        a kernel, firmware or disk image that cannot be used
+  GuestError        the guest; ends a request, a device or at most its own VM
+  PeerError         a process on the other side of a channel broke the protocol
+  HostError         the kernel refused something; carries errno and what was tried
+
+`__str__` is a lower-case sentence without a full stop that names the thing and the value.
+"""
+
+import os
+
+
+class VmdError(Exception):
+    """Base of everything that has a sentence for its user."""
+
+
+class ConfigError(VmdError):
+    """A statement of a configuration file is wrong: `path:line: what`."""
+
+    def __init__(self, path: str, line: int, what: str) -> None:
+        super().__init__(path, line, what)
+        self.path = path
+        self.line = line
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.what}"
+
+
+class OperatorError(VmdError):
+    """A request cannot be done; `code` is an errno or a VMD_* code of `vmd.ipc.messages`."""
+
+    def __init__(self, code: int, what: str) -> None:
+        super().__init__(code, what)
+        self.code = code
+        self.what = what
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class ImageError(VmdError):
+    """An image file cannot be used: `path: what`."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(path, what)
+        self.path = path
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
+
+
+class GuestError(VmdError):
+    """The guest did what no driver may do; the device, never the host, pays for it."""
+
+
+class PeerError(VmdError):
+    """A peer process broke the protocol; `raw` keeps the first bytes of what it sent."""
+
+    def __init__(self, peer: str, what: str, raw: bytes = b"") -> None:
+        super().__init__(peer, what, raw)
+        self.peer = peer
+        self.what = what
+        self.raw = raw[:64]
+
+    def __str__(self) -> str:
+        shown = f" ({self.raw.hex()})" if self.raw else ""
+        return f"{self.peer}: {self.what}{shown}"
+
+
+class HostError(VmdError):
+    """A system call failed: what was tried, and the kernel's reason."""
+
+    def __init__(self, tried: str, error: OSError | int) -> None:
+        self.tried = tried
+        self.errno = error if isinstance(error, int) else (error.errno or 0)
+        super().__init__(tried, self.errno)
+
+    def __str__(self) -> str:
+        return f"{self.tried}: {os.strerror(self.errno)}"
