@@ -1,0 +1,208 @@
+"""One peer: a SOCK_SEQPACKET socket on a loop, sending without ever blocking."""
+
+import array
+import os
+import socket
+import types
+
+from vmd.errors import PeerError
+from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
+from vmd.ipc.loop import READ, WRITE
+from vmd.ipc.messages import BY_CLASS, Proc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from vmd.ipc.loop import Loop
+    from vmd.record import Record
+
+NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
+BATCH = 32  # messages taken from one peer before the others get their turn
+FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+
+
+def socketpair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a channel."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+class Channel:
+    """Messages to and from one peer process.
+
+    `on_message(channel, envelope)` gets every well-formed message that may travel this way; descriptors it
+    does not take are closed when it returns.  `on_lost(channel, error)` is called once, when the peer is
+    gone (None) or has broken the protocol (PeerError); the channel is closed by then.
+    `queue_limit` bounds what waits for a peer that does not read: beyond it a peer is cut off.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        me: Proc,
+        peer: Proc,
+        label: str,
+        loop: "Loop",
+        on_message: "Callable[[Channel, Envelope], None]",
+        on_lost: "Callable[[Channel, PeerError | None], None]",
+        queue_limit: int | None = None,
+    ) -> None:
+        self.me = me
+        self.peer = peer
+        self.label = label
+        self.queue_limit = queue_limit
+        self.closed = False
+        self._sock = sock
+        self._loop = loop
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._queue: list[tuple[bytes, list[int]]] = []
+        self._closing = False
+        sock.setblocking(False)
+        loop.add(sock.fileno(), self._on_ready)
+
+    def send(
+        self, message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
+    ) -> None:
+        """Queue a message; its descriptors are ours from now on and closed when they have left.
+
+        Raises ValueError if the message does not fit a packet (its descriptors are closed then).
+        """
+        order = [fd for each in fds.values() for fd in each]
+        try:
+            if (self.me, self.peer) not in BY_CLASS[type(message)].routes:
+                route = f"{self.me.name} to {self.peer.name}"
+                raise AssertionError(f"{type(message).__name__} may not go from {route}")
+            packet, order = encode(message, peerid=peerid, pid=os.getpid(), fds=fds)
+        except ValueError:
+            _close_all(order)
+            raise
+        if self.closed or self._closing:
+            _close_all(order)
+            return
+        self._queue.append((packet, order))
+        if len(self._queue) == 1:
+            self._flush()
+        if self.queue_limit is not None and len(self._queue) > self.queue_limit:
+            self._lose(PeerError(self.label, f"does not read: {len(self._queue)} messages wait for it"))
+
+    def finish(self) -> None:
+        """Close as soon as everything queued has left; nothing more is received."""
+        self._closing = True
+        if not self._queue:
+            self.close()
+        else:
+            self._loop.modify(self._sock.fileno(), WRITE)
+
+    def flush_blocking(self, timeout_s: float) -> None:
+        """Send what is queued before a process ends; gives up at the first packet that takes too long."""
+        if self.closed:
+            return
+        self._sock.settimeout(timeout_s)
+        try:
+            while self._queue:
+                packet, fds = self._queue[0]
+                self._sendmsg(packet, fds)
+                self._queue.pop(0)
+                _close_all(fds)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Drop the peer without a call of `on_lost`."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove(self._sock.fileno())
+        self._sock.close()
+        for _packet, fds in self._queue:
+            _close_all(fds)
+        self._queue.clear()
+
+    def _lose(self, error: PeerError | None) -> None:
+        if not self.closed:
+            self.close()
+            self._on_lost(self, error)
+
+    def _sendmsg(self, packet: bytes, fds: list[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
+
+    def _flush(self) -> None:
+        while self._queue:
+            packet, fds = self._queue[0]
+            try:
+                self._sendmsg(packet, fds)
+            except (BlockingIOError, InterruptedError):
+                self._loop.modify(self._sock.fileno(), WRITE if self._closing else READ | WRITE)
+                return
+            except OSError:
+                # The loop will report the hang-up; until then there is nobody to send to.
+                for _packet, waiting in self._queue:
+                    _close_all(waiting)
+                self._queue.clear()
+                return
+            self._queue.pop(0)
+            _close_all(fds)
+        if self._closing:
+            self.close()
+        else:
+            self._loop.modify(self._sock.fileno(), READ)
+
+    def _on_ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if self.closed or not events & ~WRITE:
+            return
+        if self._closing:  # waiting to send our last words to a peer that is gone
+            self.close()
+            return
+        for envelope in self._received():
+            try:
+                self._on_message(self, envelope)
+            except PeerError as error:
+                self._lose(error)
+            finally:
+                _close_all(envelope.untaken())
+
+    def _received(self) -> "Iterator[Envelope]":
+        for _ in range(BATCH):
+            if self.closed or self._closing:
+                return
+            try:
+                packet, rights, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                self._lose(None)
+                return
+            fds = _rights_to_fds(rights)
+            if not packet:
+                _close_all(fds)
+                self._lose(None)
+                return
+            try:
+                if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                    raise PeerError(self.label, "packet or descriptors too long", packet)
+                envelope = decode(packet, fds, self.label)
+                if (self.peer, self.me) not in BY_CLASS[type(envelope.message)].routes:
+                    raise PeerError(self.label, f"may not send {type(envelope.message).__name__}", packet)
+            except PeerError as error:
+                _close_all(fds)
+                self._lose(error)
+                return
+            yield envelope
+
+
+def _rights_to_fds(rights: "list[tuple[int, int, bytes]]") -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+def _close_all(fds: "Sequence[int]") -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,197 @@
+"""imsg framing: a 16-byte header and a msgpack body, one message per packet, descriptors beside it.
+
+    type u32   len u16   flags u16   peerid u32   pid u32      little-endian, as imsg(3)'s (*cat. 1.7*)
+
+`flags` is the number of descriptors.  The sockets are SOCK_SEQPACKET, so a message and its descriptors
+arrive together or not at all and a peer cannot trickle half a header.  The body is a list: the counts of
+the descriptors by name, then the fields.  Decoding believes nothing: every field is checked against the
+declared type before a record is built.
+"""
+
+import struct
+import types
+from enum import Enum
+
+import msgpack
+
+from vmd.errors import PeerError
+from vmd.ipc.messages import BY_CLASS, BY_CODE, MessageInfo
+from vmd.record import Record, RecordType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+HEADER = struct.Struct("<IHHII")
+MAX_MESSAGE = 16384
+MAX_FDS = 64
+PLAIN = (int, str, bytes, bool, float)
+
+
+class Envelope:
+    """A received message with its sender's header and the descriptors nobody has taken yet."""
+
+    __slots__ = ("fds", "message", "peerid", "pid")
+
+    def __init__(self, message: Record, peerid: int, pid: int, fds: "dict[str, list[int]]") -> None:
+        self.message = message
+        self.peerid = peerid
+        self.pid = pid
+        self.fds = fds
+
+    def take_fd(self, name: str) -> int | None:
+        """Return the descriptor of this name, which is the caller's from now on; None if it did not come."""
+        found = self.fds.get(name)
+        return found.pop(0) if found else None
+
+    def take_fds(self, name: str) -> list[int]:
+        """Return all descriptors of this name, which are the caller's from now on."""
+        return self.fds.pop(name, [])
+
+    def untaken(self) -> list[int]:
+        """Return the descriptors that are left, for closing."""
+        return [fd for fds in self.fds.values() for fd in fds]
+
+
+def encode(
+    message: Record,
+    *,
+    peerid: int = 0,
+    pid: int = 0,
+    fds: "Mapping[str, Sequence[int]]" = types.MappingProxyType({}),
+) -> "tuple[bytes, list[int]]":
+    """Return the packet of a message and its descriptors in the order in which they must ride along.
+
+    Raises ValueError if the message is too long for one packet; the caller names what made it so.
+    """
+    info = BY_CLASS[type(message)]
+    counts = [len(fds.get(name.rstrip("?*"), ())) for name in info.fds]
+    for name, count in zip(info.fds, counts, strict=True):
+        if not _count_fits(name, count):
+            raise AssertionError(f"{type(message).__name__} with {count} descriptors {name!r}")
+    unknown = set(fds) - {name.rstrip("?*") for name in info.fds}
+    if unknown:
+        raise AssertionError(f"{type(message).__name__} carries no descriptors {unknown}")
+    order = [fd for name in info.fds for fd in fds.get(name.rstrip("?*"), ())]
+    body: bytes = msgpack.packb([counts, *_plain(message)], unicode_errors="surrogateescape")
+    length = HEADER.size + len(body)
+    if length > MAX_MESSAGE:
+        raise ValueError(f"{type(message).__name__} of {length} bytes exceeds {MAX_MESSAGE}")
+    return HEADER.pack(info.code, length, len(order), peerid, pid) + body, order
+
+
+def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
+    """Turn a packet and the descriptors that came with it into a checked message.
+
+    Raises PeerError, with the descriptors still the caller's to close.
+    """
+    if len(packet) < HEADER.size:
+        raise PeerError(peer, f"packet of {len(packet)} bytes has no header", packet)
+    code, length, flags, peerid, pid = HEADER.unpack_from(packet)
+    if length != len(packet):
+        raise PeerError(peer, f"header says {length} bytes, packet has {len(packet)}", packet)
+    info = BY_CODE.get(code)
+    if info is None:
+        raise PeerError(peer, f"unknown message type {code:#x}", packet)
+    name = info.cls.__name__
+    if flags != len(fds):
+        raise PeerError(peer, f"{name} announces {flags} descriptors, {len(fds)} came", packet)
+    try:
+        # Depth and counts are bounded by the packet; only maps and extension types need refusing.
+        body = msgpack.unpackb(packet[HEADER.size :], unicode_errors="surrogateescape", use_list=True)
+    except (ValueError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors
+        raise PeerError(peer, f"{name}: body is not msgpack: {error}", packet) from error
+    if not isinstance(body, list) or not body or not isinstance(body[0], list):
+        raise PeerError(peer, f"{name}: body is not a list of fields", packet)
+    try:
+        named = _name_fds(info, body[0], fds)
+        message = _record(info.cls, body[1:], name)
+    except (ValueError, TypeError) as error:
+        raise PeerError(peer, str(error), packet) from error
+    return Envelope(message, peerid, pid, named)
+
+
+def _count_fits(name: str, count: int) -> bool:
+    return count <= MAX_FDS if name.endswith("*") else count <= 1 if name.endswith("?") else count == 1
+
+
+def _name_fds(info: MessageInfo, counts: "list[Any]", fds: "list[int]") -> "dict[str, list[int]]":
+    if len(counts) != len(info.fds) or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"{info.cls.__name__}: bad descriptor counts {counts!r}")
+    named: dict[str, list[int]] = {}
+    start = 0
+    for name, count in zip(info.fds, counts, strict=True):
+        if not _count_fits(name, count):
+            raise ValueError(f"{info.cls.__name__} with {count} descriptors {name!r}")
+        named[name.rstrip("?*")] = fds[start : start + count]
+        start += count
+    if start != len(fds):
+        raise ValueError(f"{info.cls.__name__}: counts name {start} descriptors, {len(fds)} came")
+    return named
+
+
+def _plain(value: "Any") -> "Any":
+    if isinstance(value, Record):
+        return [_plain(getattr(value, field)) for field in type(value).fields]
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value
+
+
+def _record(cls: RecordType, values: "list[Any]", where: str) -> Record:
+    if not isinstance(values, list) or len(values) != len(cls.fields):
+        raise ValueError(f"{where}: wrong number of fields")
+    checked = {
+        field: _checked(declared, value, f"{where}.{field}")
+        for (field, declared), value in zip(cls.fields.items(), values, strict=True)
+    }
+    built: Record = cls(**checked)
+    return built
+
+
+def _checked(declared: "Any", value: "Any", where: str) -> "Any":
+    """Return `value` as the declared type; ValueError if it is not one."""
+    decoder = _decoders.get(declared)
+    if decoder is None:
+        decoder = _decoders[declared] = _decoder(declared)
+    return decoder(value, where)
+
+
+_decoders: "dict[Any, Callable[[Any, str], Any]]" = {}
+
+
+def _decoder(declared: "Any") -> "Callable[[Any, str], Any]":
+    if isinstance(declared, types.UnionType):
+        (inner,) = (arg for arg in declared.__args__ if arg is not types.NoneType)
+        return lambda value, where: None if value is None else _checked(inner, value, where)
+    if isinstance(declared, types.GenericAlias) and declared.__origin__ is tuple:
+        item = declared.__args__[0]
+
+        def decode_tuple(value: "Any", where: str) -> "Any":
+            if not isinstance(value, list):
+                raise ValueError(f"{where}: {type(value).__name__} is not a list")
+            return tuple(_checked(item, each, where) for each in value)
+
+        return decode_tuple
+    if isinstance(declared, RecordType):
+        return lambda value, where: _record(declared, value, where)
+    if isinstance(declared, type) and issubclass(declared, Enum):
+
+        def decode_enum(value: "Any", where: str) -> "Any":
+            if type(value) is not int:
+                raise ValueError(f"{where}: {type(value).__name__} is not a number")
+            return declared(value)
+
+        return decode_enum
+    if declared in PLAIN:
+
+        def decode_plain(value: "Any", where: str) -> "Any":
+            if type(value) is not declared:
+                raise ValueError(f"{where}: {type(value).__name__} is not {declared.__name__}")
+            return value
+
+        return decode_plain
+    raise AssertionError(f"no field may have type {declared!r}")

@@ -1,0 +1,393 @@
+"""Every message between any two processes, and who may send which (*cat. 1.8*).
+
+A message is a frozen record.  Its code number is explicit and never reused; its fields travel in order of
+declaration; the descriptors that ride along are named in the decorator:  `"tty"` must be there, `"kernel?"`
+may be, `"disks*"` is any number.  A process accepts exactly what stands in its HANDLERS table.
+
+Requests of vmctl go client -> control -> parent as the same message.  `caller` is whatever the client
+wrote until control replaces it by the credentials of the socket; the header's `peerid` is control's number
+for the client, and answers come back under it.
+"""
+
+from enum import IntEnum
+
+from vmd.config.model import BootDevice, VmConfig
+from vmd.record import Record, RecordType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    M = TypeVar("M", bound=RecordType)
+
+
+class Proc(IntEnum):
+    """The kinds of process; the first argument of a process on its command line is its lower-case name."""
+
+    PARENT = 0
+    CONTROL = 1
+    VMM = 3
+    PRIV = 4
+    VM = 5
+    CLIENT = 6  # vmctl
+
+
+# Codes of Failed beyond errno (*cat. 1.10*)
+VMD_BIOS_MISSING = 1001
+VMD_DISK_MISSING = 1002
+VMD_VM_STOP_INVALID = 1004
+VMD_CDROM_MISSING = 1005
+VMD_CDROM_INVALID = 1006
+VMD_PARENT_INVALID = 1007
+
+NO_CLIENT = 0xFFFFFFFF  # peerid of what the parent started by itself
+
+
+class MessageInfo:
+    """What the decorator recorded of one message class."""
+
+    def __init__(
+        self, code: int, cls: RecordType, routes: tuple[tuple[Proc, Proc], ...], fds: tuple[str, ...]
+    ) -> None:
+        self.code = code
+        self.cls = cls
+        self.routes = routes
+        self.fds = fds
+
+
+BY_CODE: dict[int, MessageInfo] = {}
+BY_CLASS: dict[RecordType, MessageInfo] = {}
+
+
+def message(code: int, *routes: tuple[Proc, Proc], fds: tuple[str, ...] = ()) -> "Callable[[M], M]":
+    """Register a record as a message that may travel on `routes`, each (sender, receiver)."""
+
+    def register(cls: "M") -> "M":
+        if code in BY_CODE:
+            raise AssertionError(f"message code {code:#x} is taken by {BY_CODE[code].cls.__name__}")
+        BY_CODE[code] = BY_CLASS[cls] = MessageInfo(code, cls, routes, fds)
+        return cls
+
+    return register
+
+
+ASK = ((Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.PARENT))
+ANSWER = ((Proc.PARENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT))
+TO_VM = ((Proc.PARENT, Proc.VMM), (Proc.VMM, Proc.VM))
+FROM_VM = ((Proc.VM, Proc.VMM), (Proc.VMM, Proc.PARENT))
+
+
+# --- what vmctl asks -------------------------------------------------------------------------------------
+
+
+class Caller(Record):
+    """Who asks, by the kernel's word (SO_PEERCRED)."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+class Request(Record):
+    """Base of everything a client may ask."""
+
+    caller: Caller | None = None
+
+
+class VmRequest(Request):
+    """A request about one VM, by id or, with id 0, by name."""
+
+    vmid: int = 0
+    name: str = ""
+
+
+@message(0x10, *ASK, fds=("kernel?", "initrd?"))
+class StartRequest(VmRequest):
+    """Start a VM: a known one (`config` None), or the one described.  Answered by VmStarted or Failed.
+
+    fds: `kernel` and `initrd` were opened by the client, so that a user may boot what only he can read.
+    For a known VM they are a one-shot boot, as is `boot_device`.
+    """
+
+    config: VmConfig | None = None
+    template: str = ""
+    boot_device: BootDevice = BootDevice.AUTO
+    cmdline: str | None = None
+
+
+@message(0x11, *ASK)
+class StopRequest(VmRequest):
+    """Ask the guest to shut down or, with `force`, kill the VM; with `wait` answer when it is gone.
+
+    Answered by StopAccepted or VmTerminated (wait), or Failed.
+    """
+
+    force: bool = False
+    wait: bool = False
+
+
+@message(0x12, *ASK)
+class WaitRequest(VmRequest):
+    """Answer with VmTerminated when the VM is gone."""
+
+
+@message(0x13, *ASK)
+class ListRequest(Request):
+    """Answered by one VmInfo per VM and End."""
+
+
+@message(0x14, *ASK)
+class LoadRequest(Request):
+    """Read a further configuration file; `path` is absolute."""
+
+    path: str
+
+
+@message(0x15, *ASK)
+class ReloadRequest(Request):
+    """Read the main configuration file anew (*cat. 2.8*)."""
+
+
+@message(0x16, *ASK)
+class ResetRequest(Request):
+    """Forget VMs (after terminating them), switches, or both (*cat. 2.8*)."""
+
+    vms: bool
+    switches: bool
+
+
+@message(0x17, *ASK)
+class LogRequest(Request):
+    """Set the verbosity of every process, 0 or 2."""
+
+    verbosity: int
+
+
+@message(0x18, *ASK)
+class ConsoleRequest(VmRequest):
+    """Attach to a console.
+
+    Answered by ConsoleOutput (the backlog, in pieces) and ConsoleAttached, or Failed.
+    """
+
+
+@message(0x19, *ASK)
+class ConsoleBreak(VmRequest):
+    """Send a BREAK down the line; from the holder of the console only.  Not answered unless it fails."""
+
+
+# --- what vmctl is answered ------------------------------------------------------------------------------
+
+
+@message(0x30, *ANSWER)
+class Ok(Record):
+    """Done.  `notes` are sentences worth showing, such as what waits for a restart."""
+
+    notes: tuple[str, ...] = ()
+
+
+@message(0x31, *ANSWER)
+class Failed(Record):
+    """Not done: an errno or VMD_* code, and the sentence that says why."""
+
+    code: int
+    text: str
+
+
+@message(0x32, *ANSWER)
+class VmStarted(Record):
+    """The VM runs; its console is `tty`."""
+
+    vmid: int
+    name: str
+    pid: int
+    tty: str
+
+
+@message(0x33, *ANSWER)
+class StopAccepted(Record):
+    """The guest was asked to shut down, or the VM is being killed."""
+
+    vmid: int
+    name: str
+
+
+@message(0x34, *ANSWER)
+class VmTerminated(Record):
+    """The VM is gone; `text` says how it ended."""
+
+    vmid: int
+    name: str
+    text: str = ""
+
+
+@message(0x35, *ANSWER)
+class VmInfo(Record):
+    """One row of `vmctl status` (*cat. 3.3*)."""
+
+    vmid: int
+    name: str
+    pid: int  # 0: not running
+    vcpus: int
+    memory_bytes: int
+    resident_bytes: int
+    tty: str
+    uid: int
+    gid: int | None
+    owner: str  # "user" or "user:group", numeric where there is no name
+    state: str
+    text: str = ""  # why it is not running, if that is known
+
+
+@message(0x36, *ANSWER)
+class End(Record):
+    """The end of a list."""
+
+
+@message(0x37, *ANSWER, *FROM_VM)
+class ConsoleOutput(Record):
+    """A piece of what a console showed last."""
+
+    data: bytes
+
+
+@message(0x38, *ANSWER)
+class ConsoleAttached(Record):
+    """The console is the client's until it disconnects; it opens `tty` with its own rights."""
+
+    vmid: int
+    name: str
+    tty: str
+
+
+# --- between the daemon's own processes ------------------------------------------------------------------
+
+EVERYWHERE = tuple((Proc.PARENT, child) for child in (Proc.CONTROL, Proc.VMM, Proc.PRIV))
+
+
+@message(0x50, *EVERYWHERE, (Proc.VMM, Proc.VM))
+class SetVerbosity(Record):
+    """Log more or less from now on."""
+
+    verbosity: int
+
+
+@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM))
+class Quit(Record):
+    """End cleanly.  A process that loses its parent ends as well, without being told."""
+
+
+@message(0x52, (Proc.CONTROL, Proc.PARENT))
+class ClientGone(Record):
+    """The client of this peerid has disconnected."""
+
+
+@message(0x53, (Proc.CONTROL, Proc.PARENT), (Proc.VMM, Proc.PARENT), (Proc.PRIV, Proc.PARENT))
+class Ready(Record):
+    """This process is confined and handles messages; `warnings` name missing kernel features."""
+
+    warnings: tuple[str, ...] = ()
+
+
+@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave"))
+class StartVm(Record):
+    """Start the VM.  Answered by VmRunning or VmFailed; VmExited follows in either case.
+
+    fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console.
+    """
+
+    vmid: int
+    config: VmConfig
+    boot_name: str  # of the kernel or firmware, for messages
+    verbosity: int
+
+
+@message(0x61, *FROM_VM)
+class VmRunning(Record):
+    """The guest executes."""
+
+    vmid: int
+    pid: int
+
+
+@message(0x62, *FROM_VM)
+class VmFailed(Record):
+    """The VM could not be built."""
+
+    vmid: int
+    code: int
+    text: str
+
+
+class StopMode(IntEnum):
+    """How a VM is ended."""
+
+    GRACEFUL = 0  # power button, with the timeouts of *cat. 4.4*
+    KILL = 1
+
+
+@message(0x63, *TO_VM)
+class StopVm(Record):
+    """End the VM; VmExited follows."""
+
+    vmid: int
+    mode: StopMode
+
+
+class Outcome(IntEnum):
+    """How the life of a VM process ended; also its exit status."""
+
+    POWER_OFF = 0  # by the guest, or on request
+    REBOOT = 11  # the guest reset itself: start it again (upstream's EAGAIN)
+    FAILED = 1  # the VM could not go on; VmEnding has said why
+    KILLED = 2  # by a signal, or without a word
+
+
+@message(0x64, (Proc.VM, Proc.VMM))
+class VmEnding(Record):
+    """Last words of a VM process: why it ends."""
+
+    text: str
+
+
+@message(0x65, (Proc.VMM, Proc.PARENT))
+class VmExited(Record):
+    """The VM process is gone and reaped."""
+
+    vmid: int
+    pid: int
+    outcome: Outcome
+    text: str
+
+
+@message(0x66, *TO_VM)
+class ConsoleSnapshot(Record):
+    """Send what the console showed last, and drop what waits in the pty.
+
+    Answered by ConsoleOutput, in pieces, and ConsoleSnapshotEnd.
+    """
+
+    vmid: int
+
+
+@message(0x67, *FROM_VM)
+class ConsoleSnapshotEnd(Record):
+    """The snapshot is complete."""
+
+
+@message(0x68, *TO_VM)
+class SendBreak(Record):
+    """Let the guest's UART see a BREAK."""
+
+    vmid: int
+
+
+@message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))
+class KvmFd(Record):
+    """/dev/kvm, opened by the parent: no other process can."""
+
+
+@message(0x6A, (Proc.PARENT, Proc.CONTROL), fds=("listener",))
+class Listen(Record):
+    """The control socket, bound and listening."""
