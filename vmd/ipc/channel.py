@@ -109,6 +109,14 @@ class Channel:
         except OSError:
             return
 
+    def drain(self) -> None:
+        """Handle what a peer that has exited still left us, up to its end of the line."""
+        while not self._is_closed():
+            self._on_ready(READ)
+
+    def _is_closed(self) -> bool:
+        return self.closed
+
     def close(self) -> None:
         """Drop the peer without a call of `on_lost`."""
         if self.closed:

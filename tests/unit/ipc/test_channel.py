@@ -1,0 +1,205 @@
+"""Channels: delivery with descriptors, bounded queues, peers that misbehave (hostile-input 56, 57)."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from vmd.errors import PeerError
+from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Envelope, encode
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages import ConsoleBreak, Failed, Listen, ListRequest, LoadRequest, Ok, Proc, Quit
+from vmd.record import Record
+
+DEADLINE_S = 20.0
+
+
+class Recorder:
+    """Collects what a channel reports, and stops the loop when there is enough."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.messages: list[Record] = []
+        self.fds: list[int] = []
+        self.lost: list[PeerError | None] = []
+        self.enough = 1
+
+    def on_message(self, _channel: Channel, envelope: Envelope) -> None:
+        """Note a message."""
+        self.messages.append(envelope.message)
+        if "listener" in envelope.fds:
+            fd = envelope.take_fd("listener")
+            assert fd is not None
+            self.fds.append(fd)
+        if len(self.messages) >= self.enough:
+            self.loop.stop()
+
+    def on_lost(self, _channel: Channel, error: PeerError | None) -> None:
+        """Note the end."""
+        self.lost.append(error)
+        self.loop.stop()
+
+    def run(self) -> None:
+        """Run until there is enough; a watchdog ends a test that hangs."""
+        timer = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing happened"))
+        self.loop.run()
+        timer.cancel()
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """Give a loop."""
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def control_channel(loop: Loop, recorder: Recorder, sock: socket.socket, limit: int | None = None) -> Channel:
+    """Return control's side of a connection to a client."""
+    return Channel(
+        sock,
+        me=Proc.CONTROL,
+        peer=Proc.CLIENT,
+        label="client 1",
+        loop=loop,
+        on_message=recorder.on_message,
+        on_lost=recorder.on_lost,
+        queue_limit=limit,
+    )
+
+
+def test_messages_arrive_in_order(loop: Loop) -> None:
+    """Several messages of one burst arrive one by one."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    control_channel(loop, recorder, ours)
+    recorder.enough = 3
+    for path in "abc":
+        theirs.send(encode(LoadRequest(path=path))[0])
+
+    recorder.run()
+
+    assert recorder.messages == [LoadRequest(path=path) for path in "abc"]
+    theirs.close()
+
+
+def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop) -> None:
+    """A descriptor that was sent is another open file number on the other side and closed on ours."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    receiver = Channel(
+        ours, me=Proc.CONTROL, peer=Proc.PARENT, label="parent", loop=loop,
+        on_message=recorder.on_message, on_lost=recorder.on_lost,
+    )  # fmt: skip
+    sender = Channel(
+        theirs, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop,
+        on_message=recorder.on_message, on_lost=recorder.on_lost,
+    )  # fmt: skip
+    reader, writer = os.pipe()
+    sender.send(Listen(), fds={"listener": [writer]})
+
+    recorder.run()
+
+    os.write(recorder.fds[0], b"!")
+    os.close(recorder.fds[0])
+    assert os.read(reader, 2) == b"!"
+    assert os.read(reader, 2) == b""  # the sender's copy is closed, too
+    os.close(reader)
+    receiver.close()
+    sender.close()
+
+
+def test_descriptors_nobody_asked_for_are_closed(loop: Loop) -> None:
+    """Case 56: extra descriptors end the connection and leak nothing."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    control_channel(loop, recorder, ours)
+    reader, writer = os.pipe()
+    socket.send_fds(theirs, [encode(ListRequest())[0]], [writer, writer])
+    os.close(writer)
+
+    recorder.run()
+
+    assert isinstance(recorder.lost[0], PeerError)
+    assert os.read(reader, 1) == b""  # every copy of the other end is closed
+    os.close(reader)
+    theirs.close()
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"garbage that is no header at all",
+        HEADER.pack(0x13, 17, 0, 0, 0) + b"\xc1",
+        encode(Quit())[0],  # a message, but not one that a client may send
+        encode(Ok())[0],
+        b"x" * (MAX_MESSAGE + 1),
+    ],
+)
+def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, packet: bytes) -> None:
+    """Case 56: malformed, oversized and foreign messages."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    control_channel(loop, recorder, ours)
+    theirs.send(packet)
+
+    recorder.run()
+
+    assert recorder.messages == []
+    assert isinstance(recorder.lost[0], PeerError)
+    assert theirs.recv(1) == b""
+    theirs.close()
+
+
+def test_a_client_that_does_not_read_is_cut_off(loop: Loop) -> None:
+    """Case 56: what waits for a client is bounded."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    channel = control_channel(loop, recorder, ours, limit=10)
+    for _ in range(2000):
+        channel.send(Failed(code=1, text="x" * 8000))
+
+    assert channel.closed
+    assert "does not read" in str(recorder.lost[0])
+    theirs.close()
+
+
+def test_hang_up_is_reported_once(loop: Loop) -> None:
+    """A peer that goes away is lost without an error."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    control_channel(loop, recorder, ours)
+    theirs.send(encode(ConsoleBreak())[0])
+    theirs.close()
+    recorder.enough = 99
+
+    recorder.run()
+
+    assert len(recorder.messages) == 1
+    assert recorder.lost == [None]
+
+
+def test_finish_delivers_what_is_queued(loop: Loop) -> None:
+    """Last words reach a client that reads slowly."""
+    ours, theirs = socketpair()
+    recorder = Recorder(loop)
+    channel = control_channel(loop, recorder, ours)
+    for number in range(200):
+        channel.send(Failed(code=number, text="x" * 4000))
+    channel.finish()
+    received = 0
+
+    def read(_events: int) -> None:
+        nonlocal received
+        received += bool(theirs.recv(MAX_MESSAGE))
+        if received == 200:
+            loop.stop()
+
+    loop.add(theirs.fileno(), read)
+    recorder.run()
+
+    assert received == 200
+    assert channel.closed
+    theirs.close()

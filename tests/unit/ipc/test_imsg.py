@@ -1,0 +1,158 @@
+"""Framing and checked decoding of messages (hostile-input 56, 57)."""
+
+import contextlib
+import random
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.config.model import AllowInstance, BootDevice, DiskConfig, NicConfig, Owner, VmConfig, VmFlag
+from vmd.errors import PeerError
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import BY_CODE, Caller, Failed, Ok, Proc, StartRequest, StartVm, StopVm
+from vmd.record import Record
+
+CONFIG = VmConfig(
+    name="db1",
+    vcpus=2,
+    kernel="/boot/\udcff.elf",  # a byte that is not UTF-8 survives
+    boot_device=BootDevice.CDROM,
+    given=VmFlag.KERNEL | VmFlag.DISK,
+    disks=(DiskConfig(path="/a"), DiskConfig(path="/b", format="qcow2")),
+    nics=(NicConfig(lladdr=b"\xfe\xe1\xbb\xd1\x00\x01", rdomain=3),),
+    owner=Owner(uid=1000, gid=None),
+    allow=AllowInstance(flags=VmFlag.DISK, owner=Owner(uid=5, gid=6)),
+)
+START = StartRequest(caller=Caller(uid=1, gid=2, pid=3), name="db1", config=CONFIG)
+
+
+def packet_of(message: Record) -> bytes:
+    """Return the packet of a message without descriptors."""
+    return encode(message)[0]
+
+
+def test_round_trip_with_nested_records_and_fds() -> None:
+    """A message comes back equal, with its header and its descriptors by name."""
+    packet, order = encode(START, peerid=9, pid=77, fds={"initrd": [41], "kernel": [40]})
+
+    envelope = decode(packet, order, "peer")
+
+    assert envelope.message == START
+    assert (envelope.peerid, envelope.pid) == (9, 77)
+    assert order == [40, 41]
+    assert envelope.take_fd("kernel") == 40
+    assert envelope.take_fd("kernel") is None
+    assert envelope.untaken() == [41]
+
+
+def test_every_message_has_a_route_and_a_docstring() -> None:
+    """The table is complete: who sends each message to whom, and what it means."""
+    assert len(BY_CODE) > 30
+    for info in BY_CODE.values():
+        assert info.routes, info.cls
+        assert info.cls.__doc__, info.cls
+        assert all(isinstance(proc, Proc) for route in info.routes for proc in route)
+
+
+@pytest.mark.parametrize(
+    ("packet", "fds", "complaint"),
+    [
+        (b"", [], "no header"),
+        (b"x" * 15, [], "no header"),
+        (HEADER.pack(0x31, 99, 0, 0, 0), [], "header says 99 bytes"),
+        (HEADER.pack(0xDEAD, 16, 0, 0, 0), [], "unknown message type 0xdead"),
+        (HEADER.pack(0x36, 16, 1, 0, 0), [], "announces 1 descriptors, 0 came"),
+        (packet_of(Ok()), [5], "announces 0 descriptors, 1 came"),
+    ],
+)
+def test_broken_headers_are_refused(packet: bytes, fds: list[int], complaint: str) -> None:
+    """Case 56: short packets, wrong lengths, unknown types and descriptor mismatches."""
+    with pytest.raises(PeerError, match=complaint):
+        decode(packet, fds, "client")
+
+
+def body(code: int, fields: object, nfds: int = 0) -> bytes:
+    """Return a packet with an arbitrary body."""
+    raw: bytes = msgpack.packb(fields)
+    return HEADER.pack(code, HEADER.size + len(raw), nfds, 0, 0) + raw
+
+
+@pytest.mark.parametrize(
+    ("packet", "fds", "complaint"),
+    [
+        (body(0x31, 5), [], "not a list"),
+        (body(0x31, []), [], "not a list"),
+        (body(0x31, [[], 1]), [], "wrong number of fields"),
+        (body(0x31, [[], "1", "text"]), [], "Failed.code: str is not int"),
+        (body(0x31, [[], True, "text"]), [], "Failed.code: bool is not int"),
+        (body(0x31, [[], 1, None]), [], "NoneType is not str"),
+        (body(0x31, [[1], 1, "text"]), [], "bad descriptor counts"),
+        (body(0x63, [[], 1, 9]), [], "9 is not a valid StopMode"),
+        (body(0x60, [[-1, 0, 0, 0]]), [], "bad descriptor counts"),
+        (body(0x60, [[0, 2, 0, 0]], 2), [3, 4], "with 0 descriptors 'boot'"),
+        (body(0x10, [[0, 0], None, 0, "a", None, "", {}, None]), [], "dict is not a number"),
+    ],
+)
+def test_broken_bodies_are_refused(packet: bytes, fds: list[int], complaint: str) -> None:
+    """Case 56: every field is checked against its declared type."""
+    with pytest.raises(PeerError, match=complaint):
+        decode(packet, fds, "client")
+
+
+def test_every_prefix_of_a_valid_packet_is_refused() -> None:
+    """A truncated message is never taken for a message, even when its header agrees with its length."""
+    packet = packet_of(START)
+    for length in range(HEADER.size, len(packet)):
+        cut = HEADER.pack(0x10, length, 0, 0, 0) + packet[HEADER.size : length]
+        with pytest.raises(PeerError):
+            decode(cut, [], "client")
+
+
+def test_bit_flips_raise_nothing_else() -> None:
+    """Any single-bit error is decoded to a checked message or refused."""
+    packet = packet_of(START)
+    for bit in range(len(packet) * 8):
+        broken = bytearray(packet)
+        broken[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(PeerError):
+            assert isinstance(decode(bytes(broken), [], "client").message, Record)
+
+
+@given(st.binary(max_size=200), st.sampled_from(sorted(BY_CODE)))
+def test_random_bodies_raise_nothing_else(data: bytes, code: int) -> None:
+    """Only PeerError may come out of a body of random bytes."""
+    packet = HEADER.pack(code, HEADER.size + len(data), 0, 0, 0) + data
+    with contextlib.suppress(PeerError):
+        assert isinstance(decode(packet, [], "client").message, Record)
+
+
+def test_deep_nesting_is_refused() -> None:
+    """A body that nests thousands of lists ends in PeerError, not in a crash of the decoder."""
+    data = b"\x91" * 16000
+    packet = HEADER.pack(0x31, HEADER.size + len(data), 0, 0, 0) + data
+    with pytest.raises(PeerError):
+        decode(packet, [], "client")
+
+
+def test_a_message_that_does_not_fit_is_refused_on_sending() -> None:
+    """A body beyond one packet is a ValueError at the sender."""
+    with pytest.raises(ValueError, match=f"exceeds {MAX_MESSAGE}"):
+        encode(Failed(code=1, text="x" * MAX_MESSAGE))
+
+
+def test_descriptor_names_are_checked_on_sending() -> None:
+    """Sending without a required descriptor, or with one that the message does not carry, is our bug."""
+    with pytest.raises(AssertionError):
+        encode(StartVm(vmid=1, config=CONFIG, boot_name="k", verbosity=0))
+    with pytest.raises(AssertionError):
+        encode(StopVm(vmid=1, mode=0), fds={"tty": [1]})  # type: ignore[arg-type]
+
+
+def test_random_packets_with_fixed_seed() -> None:
+    """Whole random packets, headers included."""
+    source = random.Random(20)
+    for _ in range(3000):
+        with pytest.raises(PeerError):
+            decode(source.randbytes(source.randrange(64)), [], "client")

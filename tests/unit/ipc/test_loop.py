@@ -1,0 +1,84 @@
+"""The event loop: order of timers, removal during a round, calls from threads, signals."""
+
+import os
+import signal
+import threading
+
+from vmd.ipc.loop import Loop
+
+
+def test_timers_run_in_order_and_can_be_cancelled() -> None:
+    """Timers due earlier run earlier, whatever the order in which they were made."""
+    loop = Loop()
+    seen: list[str] = []
+    loop.call_later(0.02, lambda: seen.append("second"))
+    loop.call_later(0.01, lambda: seen.append("first"))
+    loop.call_later(0.015, lambda: seen.append("never")).cancel()
+    loop.call_later(0.03, loop.stop)
+
+    loop.run()
+
+    assert seen == ["first", "second"]
+    loop.close()
+
+
+def test_a_callback_removed_in_the_same_round_is_not_called() -> None:
+    """Two ready descriptors; whichever comes first removes the other."""
+    loop = Loop()
+    pipes = [os.pipe(), os.pipe()]
+    calls: list[int] = []
+
+    def ready(mine: int, other: int) -> None:
+        calls.append(mine)
+        loop.remove(other)
+        loop.stop()
+
+    loop.add(pipes[0][0], lambda _events: ready(pipes[0][0], pipes[1][0]))
+    loop.add(pipes[1][0], lambda _events: ready(pipes[1][0], pipes[0][0]))
+    for _, writer in pipes:
+        os.write(writer, b"x")
+
+    loop.run()
+
+    assert len(calls) == 1
+    loop.close()
+    for pipe in pipes:
+        for fd in pipe:
+            os.close(fd)
+
+
+def test_calls_from_threads_run_in_the_loop() -> None:
+    """A call asked for by another thread is made in the loop's own."""
+    loop = Loop()
+    where: list[int] = []
+
+    def call() -> None:
+        where.append(threading.get_ident())
+        loop.stop()
+
+    thread = threading.Thread(target=loop.call_from_thread, args=(call,))
+    thread.start()
+    loop.run()
+    thread.join()
+
+    assert where == [threading.get_ident()]
+    loop.close()
+
+
+def test_signals_are_handled_in_the_loop() -> None:
+    """A signal ends up as a call of the loop, once."""
+    loop = Loop()
+    old = signal.getsignal(signal.SIGUSR2)
+    seen: list[int] = []
+
+    def on_signal() -> None:
+        seen.append(1)
+        loop.stop()
+
+    loop.on_signal(signal.SIGUSR2, on_signal)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    loop.run()
+
+    assert seen == [1]
+    loop.close()
+    signal.signal(signal.SIGUSR2, old)

@@ -1,0 +1,181 @@
+"""control: the clients of the control socket, and nothing they could break.
+
+Runs as  _vmd; sees no files, no network; no exec, no fork
+Peers    parent (requests out, answers back); any number of vmctl
+Holds    the listening control socket and one socket per client
+"""
+
+import errno
+import os
+import socket
+
+from vmd.control.clients import ALLOWED_TO_ALL, MAX_QUEUE, MAX_UNANSWERED, Client, Clients, peer_credentials
+from vmd.errors import PeerError
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    ClientGone,
+    ConsoleAttached,
+    ConsoleBreak,
+    ConsoleOutput,
+    ConsoleRequest,
+    End,
+    Failed,
+    Listen,
+    ListRequest,
+    LoadRequest,
+    LogRequest,
+    Ok,
+    Proc,
+    Quit,
+    Ready,
+    ReloadRequest,
+    Request,
+    ResetRequest,
+    SetVerbosity,
+    StartRequest,
+    StopAccepted,
+    StopRequest,
+    VmInfo,
+    VmStarted,
+    VmTerminated,
+    WaitRequest,
+)
+from vmd.ipc.process import Handlers, Process
+from vmd.log import RateLimit, log
+from vmd.privsep.confine import CONTROL, confine
+from vmd.record import Record, RecordType
+
+ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
+
+# fmt: off
+REQUESTS: tuple[RecordType, ...] = (
+    StartRequest, StopRequest, WaitRequest, ListRequest, LoadRequest, ReloadRequest, ResetRequest, LogRequest,
+    ConsoleRequest, ConsoleBreak,
+)
+PARTIAL = (VmInfo, ConsoleOutput)  # answers after which more follow
+ANSWERS: tuple[RecordType, ...] = (
+    Ok, Failed, VmStarted, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
+)
+# fmt: on
+
+
+class Control(Process):
+    """Relays between clients and the parent."""
+
+    def __init__(self) -> None:
+        super().__init__(Proc.CONTROL)
+        self.clients = Clients()
+        self.listener: socket.socket | None = None
+        self.complaints = RateLimit()
+        self.parent = self.attach_parent(Proc.PARENT)
+
+    def on_listen(self, _message: Listen, envelope: Envelope, _channel: Channel) -> None:
+        """Start serving."""
+        fd = envelope.take_fd("listener")
+        assert fd is not None
+        self.listener = socket.socket(fileno=fd)
+        self.listener.setblocking(False)
+        self.loop.add(fd, self.on_connection)
+
+    def on_connection(self, _events: int) -> None:
+        """Take a new client."""
+        assert self.listener is not None
+        try:
+            sock, _ = self.listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                raise
+            listener = self.listener
+            self.loop.remove(listener.fileno())
+            self.loop.call_later(ACCEPT_PAUSE_S, lambda: self.loop.add(listener.fileno(), self.on_connection))
+            self.complaints.warn(f"no new clients for {ACCEPT_PAUSE_S:.0f} s: {os.strerror(error.errno)}")
+            return
+        caller = peer_credentials(sock)
+        refusal = self.clients.refusal(caller)
+        client = self.clients.add(caller)
+        client.channel = self.attach(
+            sock,
+            Proc.CLIENT,
+            f"client {client.number} (uid {caller.uid})",
+            on_lost=lambda channel, error: self.on_client_lost(client, error),
+            queue_limit=MAX_QUEUE,
+        )
+        if refusal is not None:
+            self.complaints.warn(f"refused a client: {refusal[1]}")
+            self.turn_away(client, Failed(code=refusal[0], text=refusal[1]))
+
+    def turn_away(self, client: Client, answer: Failed) -> None:
+        """Answer a client and close."""
+        assert client.channel is not None
+        client.channel.send(answer)
+        client.channel.finish()
+        self.forget(client)
+
+    def on_client_lost(self, client: Client, error: PeerError | None) -> None:
+        """A client is gone, or sent what no client sends."""
+        if error is not None:
+            self.complaints.warn(str(error))
+        self.forget(client)
+
+    def forget(self, client: Client) -> None:
+        """Tell the parent that nobody waits under this number any more."""
+        self.clients.remove(client)
+        self.parent.send(ClientGone(), peerid=client.number)
+
+    def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
+        """Pass a request on, under the name of whoever really asks."""
+        client = self.client_of(channel)
+        if client is None:
+            return
+        uid = client.caller.uid
+        if uid != 0 and type(message) not in ALLOWED_TO_ALL:
+            self.complaints.warn(f"denied request {type(message).__name__} from uid {uid}")
+            self.turn_away(client, Failed(code=errno.EPERM, text=os.strerror(errno.EPERM)))
+            return
+        client.unanswered += not isinstance(message, ConsoleBreak)
+        if client.unanswered > MAX_UNANSWERED:
+            raise PeerError(channel.label, f"more than {MAX_UNANSWERED} requests without waiting for answers")
+        fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        self.parent.send(message.replace(caller=client.caller), peerid=client.number, fds=fds)
+
+    def on_answer(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
+        """Pass an answer back."""
+        client = self.clients.get(envelope.peerid)
+        if client is None or client.channel is None:
+            return  # it has left meanwhile
+        if not isinstance(message, PARTIAL):
+            client.unanswered -= 1
+        client.channel.send(message)
+
+    def client_of(self, channel: Channel) -> Client | None:
+        """Return the client on a channel."""
+        number = int(channel.label.split()[1])
+        return self.clients.get(number)
+
+    def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
+        """Log more or less."""
+        log.verbosity = message.verbosity
+
+    def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
+        """End."""
+        self.loop.stop()
+
+    HANDLERS: Handlers = {
+        (Proc.PARENT, Listen): on_listen,
+        (Proc.PARENT, SetVerbosity): on_set_verbosity,
+        (Proc.PARENT, Quit): on_quit,
+        **dict.fromkeys(((Proc.PARENT, answer) for answer in ANSWERS), on_answer),
+        **dict.fromkeys(((Proc.CLIENT, request) for request in REQUESTS), on_request),
+    }
+
+
+def main() -> int:
+    """Run process control."""
+    process = Control()
+    process.ignore_terminal_signals()
+    process.parent.send(Ready(warnings=tuple(confine(CONTROL))))
+    process.loop.run()
+    return process.exit_status

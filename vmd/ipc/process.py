@@ -1,0 +1,84 @@
+"""What all internal processes share: a channel to their parent at fd 3, a loop, and dispatch by table."""
+
+import signal
+import socket
+
+from vmd.errors import PeerError
+from vmd.ipc.channel import Channel
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages import Proc
+from vmd.log import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from vmd.ipc.imsg import Envelope
+    from vmd.record import RecordType
+
+    # (who sends, message class) -> method(self, message, envelope, channel)
+    Handlers = Mapping[tuple[Proc, RecordType], Callable[[Any, Any, Envelope, Channel], None]]
+
+CHANNEL_FD = 3
+
+
+class Process:
+    """A process that serves messages until its parent is gone or tells it to stop.
+
+    HANDLERS is the whole of what peers can make it do; anything else ends the connection.
+    """
+
+    HANDLERS: "Handlers" = {}
+
+    def __init__(self, me: Proc) -> None:
+        self.me = me
+        self.loop = Loop()
+        self.exit_status = 0
+
+    def attach_parent(self, peer: Proc) -> Channel:
+        """Take the channel that our parent left at fd 3."""
+        sock = socket.socket(fileno=CHANNEL_FD)
+        sock.set_inheritable(False)
+        return self.attach(sock, peer, peer.name.lower(), on_lost=self.on_parent_lost)
+
+    def attach(
+        self,
+        sock: socket.socket,
+        peer: Proc,
+        label: str,
+        *,
+        on_lost: "Callable[[Channel, PeerError | None], None]",
+        queue_limit: int | None = None,
+    ) -> Channel:
+        """Serve a peer."""
+        return Channel(
+            sock,
+            me=self.me,
+            peer=peer,
+            label=label,
+            loop=self.loop,
+            on_message=self.dispatch,
+            on_lost=on_lost,
+            queue_limit=queue_limit,
+        )
+
+    def dispatch(self, channel: Channel, envelope: "Envelope") -> None:
+        """Call the handler of a message; PeerError if this process takes no such message from that peer."""
+        message = envelope.message
+        handler = type(self).HANDLERS.get((channel.peer, type(message)))
+        if handler is None:
+            raise PeerError(channel.label, f"unexpected {type(message).__name__}")
+        handler(self, message, envelope, channel)
+
+    def on_parent_lost(self, _channel: Channel, error: PeerError | None) -> None:
+        """Our parent is gone, or not to be trusted any more: there is nobody to work for."""
+        if error is not None:
+            log.crit(str(error))
+            self.exit_status = 1
+        self.loop.stop()
+
+    def ignore_terminal_signals(self) -> None:
+        """Leave it to the parent to act on ^C and on signals to the whole group; it will tell us."""
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_IGN)

@@ -1,0 +1,70 @@
+"""Who may do what (*cat. 4.8*); decided in the parent only, on ids that the kernel vouches for."""
+
+import errno
+import grp
+import os
+import pwd
+import stat
+
+from vmd.errors import OperatorError
+from vmd.ipc.messages import Caller
+
+
+def in_group(uid: int, gid: int) -> bool:
+    """Return whether a user is in a group, by primary gid or by the group's member list."""
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    if user.pw_gid == gid:
+        return True
+    try:
+        return user.pw_name in grp.getgrgid(gid).gr_mem
+    except KeyError:
+        return False
+
+
+def may_control(caller: Caller, owner_uid: int, owner_gid: int | None) -> bool:
+    """Return whether the caller is root, the owner, or in the owning group."""
+    if caller.uid in (0, owner_uid):
+        return True
+    return owner_gid is not None and in_group(caller.uid, owner_gid)
+
+
+def require_root(caller: Caller, what: str) -> None:
+    """Raise OperatorError(EPERM) unless root asks."""
+    if caller.uid != 0:
+        raise OperatorError(errno.EPERM, f"only root may {what}")
+
+
+def require_readable(fd: int, path: str, caller: Caller) -> None:
+    """Raise OperatorError unless the caller may read the open file, by its own mode bits.
+
+    The check is made on the descriptor that will be used, so that no path can be swapped in between.
+    """
+    status = os.fstat(fd)
+    if caller.uid == 0:
+        return
+    mode = status.st_mode
+    if status.st_uid == caller.uid:
+        allowed = mode & stat.S_IRUSR
+    elif caller.gid == status.st_gid or in_group(caller.uid, status.st_gid):
+        allowed = mode & stat.S_IRGRP
+    else:
+        allowed = mode & stat.S_IROTH
+    if not allowed:
+        raise OperatorError(errno.EACCES, f"{path}: uid {caller.uid} may not read it")
+
+
+def owner_text(uid: int, gid: int | None) -> str:
+    """Return `user` or `user:group`, numeric where there is no name."""
+    try:
+        text = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        text = str(uid)
+    if gid is None:
+        return text
+    try:
+        return f"{text}:{grp.getgrgid(gid).gr_name}"
+    except KeyError:
+        return f"{text}:{gid}"

@@ -1,0 +1,578 @@
+"""parent ("vmd"): the root process; knows every VM, decides who may do what, opens files.
+
+Runs as  root; the only process that sees the host's file system
+Peers    control (requests of vmctl), vmm (VM processes), priv (network); all started here
+Holds    the configuration, the VM table, consoles; a VM's boot files only until vmm has them
+Parses   vm.conf, and checked messages; never a byte a guest or an image wrote
+"""
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+
+from vmd.config.check import ConfigErrors
+from vmd.config.model import (
+    MAX_MEMORY_BYTES,
+    MAX_VCPUS,
+    MIN_MEMORY_BYTES,
+    BootDevice,
+    Config,
+    VirtioMode,
+    VmConfig,
+    valid_vm_name,
+)
+from vmd.errors import HostError, OperatorError, PeerError, VmdError
+from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.loop import Timer
+from vmd.ipc.messages import (
+    NO_CLIENT,
+    Caller,
+    ClientGone,
+    ConsoleAttached,
+    ConsoleBreak,
+    ConsoleOutput,
+    ConsoleRequest,
+    ConsoleSnapshot,
+    ConsoleSnapshotEnd,
+    End,
+    Failed,
+    KvmFd,
+    Listen,
+    ListRequest,
+    LoadRequest,
+    LogRequest,
+    Ok,
+    Outcome,
+    Proc,
+    Quit,
+    Ready,
+    ReloadRequest,
+    Request,
+    ResetRequest,
+    SendBreak,
+    SetVerbosity,
+    StartRequest,
+    StartVm,
+    StopAccepted,
+    StopMode,
+    StopRequest,
+    StopVm,
+    VmExited,
+    VmFailed,
+    VmInfo,
+    VmRunning,
+    VmStarted,
+    VmTerminated,
+    WaitRequest,
+)
+from vmd.ipc.process import Handlers, Process
+from vmd.log import log
+from vmd.parent import service
+from vmd.parent.access import may_control, owner_text, require_readable, require_root
+from vmd.parent.children import Children
+from vmd.parent.options import Options
+from vmd.parent.resources import Pty, open_boot_files
+from vmd.parent.usage import resident_bytes
+from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.record import Record, RecordType
+
+STOP_GRACE_S = 30.0  # what running guests get when the daemon ends, as OpenBSD's rc gives `vmctl stop -a`
+FAILED_TEXT_MAX = 8000  # a configuration can be wrong in more places than a message has room for
+
+
+# fmt: off
+REQUESTS: tuple[RecordType, ...] = (
+    StartRequest, StopRequest, WaitRequest, ListRequest, LoadRequest, ReloadRequest, ResetRequest, LogRequest,
+    ConsoleRequest, ConsoleBreak,
+)
+# fmt: on
+
+
+class Parent(Process):
+    """The daemon's state and its reactions to messages."""
+
+    def __init__(self, options: Options, config: Config, load_config: Callable[[str | None], Config]) -> None:
+        super().__init__(Proc.PARENT)
+        self.options = options
+        self.config = config
+        self.load_config = load_config
+        self.verbosity = options.verbosity
+        self.vms = VmTable()
+        self.ready: set[Proc] = set()
+        self.peers: dict[Proc, Channel] = {}
+        self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
+        self.batch_timer: Timer | None = None
+        self.ending = False
+        self.on_ready: Callable[[], None] = lambda: None
+        self.register_config(config)
+
+    # --- start-up and end --------------------------------------------------------------------------------
+
+    def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
+        """Start control, vmm and priv and hand them what only root could open."""
+        for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM):
+            ours, theirs = socketpair()
+            children.start(proc, theirs)
+            theirs.close()
+            self.peers[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
+        self.peers[Proc.VMM].send(KvmFd(), fds={"kvm": [kvm_fd]})
+        self.peers[Proc.CONTROL].send(Listen(), fds={"listener": [listener.detach()]})
+        self.loop.on_signal(signal.SIGTERM, self.on_terminate)
+        self.loop.on_signal(signal.SIGINT, self.on_terminate)
+        self.loop.on_signal(signal.SIGHUP, self.on_hangup)
+        for signum in (signal.SIGPIPE, signal.SIGUSR1):
+            self.loop.on_signal(signum, lambda: None)
+
+    def on_process_ready(self, message: Ready, _envelope: Envelope, channel: Channel) -> None:
+        """A child is confined; with the last one the daemon is up and VMs start."""
+        for warning in message.warnings:
+            log.warn(f"{channel.label}: {warning}")
+        self.ready.add(channel.peer)
+        if len(self.ready) == len(self.peers):
+            log.info("startup")
+            self.on_ready()
+            self.start_batch()
+
+    def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
+        """A child process has died or cannot be trusted: the daemon cannot go on without it (*cat. 9.2*)."""
+        del self.peers[channel.peer]
+        if not self.ending:
+            log.crit(str(error) if error else f"lost child: {channel.label}")
+            self.exit_status = 1
+        if channel.peer is Proc.VMM:
+            self.loop.stop()  # with it went every VM
+        else:
+            self.on_terminate()
+
+    def on_terminate(self) -> None:
+        """End the daemon: guests are asked to shut down; a second signal, or 30 s, kills them."""
+        alive = [vm for vm in self.vms if vm.alive]
+        if not alive:
+            self.loop.stop()
+            return
+        mode = StopMode.KILL if self.ending else StopMode.GRACEFUL
+        if not self.ending:
+            log.info(f"stopping {len(alive)} VMs, {STOP_GRACE_S:.0f} s at most")
+            service.notify("STOPPING=1")
+            self.loop.call_later(STOP_GRACE_S, self.on_terminate)
+        self.ending = True
+        for vm in alive:
+            vm.state = State.STOPPING
+            self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=mode))
+
+    def finish(self) -> None:
+        """Tell the children to end; whoever does not listen dies with us."""
+        self.ending = True
+        for channel in self.peers.values():
+            channel.send(Quit())
+            channel.flush_blocking(1.0)
+        for vm in list(self.vms):
+            vm.drop_pty()
+
+    # --- configuration -----------------------------------------------------------------------------------
+
+    def register_config(self, config: Config) -> None:
+        """Add the VMs of a configuration; names already known are left alone (*cat. 2.5*)."""
+        for vm_config in config.vms:
+            if self.vms.find(0, vm_config.name) is not None:
+                log.debug(f"{vm_config.origin}: vm {vm_config.name} skipped (already exists)")
+                continue
+            vm = self.vms.add(vm_config, from_config=True)
+            if vm_config.enabled:
+                vm.state = State.WAITING
+
+    def start_batch(self) -> None:
+        """Start as many waiting VMs as one round allows, and come back for the rest (*cat. 2.9*)."""
+        if self.batch_timer is not None:
+            self.batch_timer.cancel()
+        settings = self.config.settings
+        room = settings.start_parallel or os.cpu_count() or 1
+        for vm in self.vms:
+            if vm.state is not State.WAITING or self.ending:
+                continue
+            if room == 0:
+                self.batch_timer = self.loop.call_later(settings.start_delay_s, self.start_batch)
+                return
+            room -= 1
+            try:
+                self.start_vm(vm, uid=vm.config.owner.uid)
+            except VmdError as error:
+                vm.state = State.STOPPED
+                vm.text = str(error)
+                log.error(f"vm {vm.name}: {error}")
+
+    def reload(self) -> None:
+        """Read the main file anew; a file that does not parse changes nothing.  Raises ConfigErrors."""
+        config = self.load_config(None)
+        for vm in list(self.vms):
+            if not vm.alive:
+                self.vms.remove(vm)
+        self.apply(config)
+
+    def apply(self, config: Config) -> None:
+        """Make a freshly read main configuration the one in force."""
+        self.config = config
+        self.register_config(config)
+        service.own_socket(self.options.socket_path, config.settings.socket_owner)
+        self.start_batch()
+
+    def on_hangup(self) -> None:
+        """SIGHUP reloads."""
+        try:
+            self.reload()
+        except VmdError as error:
+            log.error(f"configuration not reloaded: {error}")
+
+    # --- starting and ending VMs -------------------------------------------------------------------------
+
+    def start_vm(
+        self,
+        vm: Vm,
+        *,
+        uid: int,
+        given_boot: int | None = None,
+        given_initrd: int | None = None,
+    ) -> None:
+        """Open what the VM needs and have vmm start it.  Owns the given descriptors.
+
+        Raises OperatorError or HostError; the VM is then as it was.
+        """
+        files = open_boot_files(vm.config, given_boot, given_initrd)
+        try:
+            refuse_unsupported(vm.config)
+            fresh_pty = vm.pty is None
+            if vm.pty is None:
+                vm.pty = Pty()
+            try:
+                vm.pty.give_to(uid, vm.config.owner.gid)
+                assert files.boot is not None
+                fds = {
+                    "boot": [os.dup(files.boot)],
+                    "initrd": [os.dup(files.initrd)] if files.initrd is not None else [],
+                    "tty": [os.dup(vm.pty.master)],
+                    "tty_slave": [os.dup(vm.pty.slave)],
+                }
+                vm.begin_start()
+                message = StartVm(
+                    vmid=vm.vmid, config=vm.config, boot_name=files.boot_name, verbosity=self.verbosity
+                )
+                try:
+                    self.peers[Proc.VMM].send(message, fds=fds)
+                except ValueError as error:
+                    vm.ended(str(error))
+                    raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
+            except VmdError:
+                if fresh_pty:
+                    vm.drop_pty()
+                raise
+        finally:
+            files.close()
+        vm.uid = uid
+
+    def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
+        """The guest executes."""
+        vm = self.vms.get(message.vmid)
+        vm.begin_run(message.pid)
+        assert vm.pty is not None
+        log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
+        self.answer_start(vm, VmStarted(vmid=vm.vmid, name=vm.name, pid=message.pid, tty=vm.pty.path))
+
+    def on_vm_failed(self, message: VmFailed, _envelope: Envelope, _channel: Channel) -> None:
+        """The VM could not be built; VmExited follows and cleans up."""
+        vm = self.vms.get(message.vmid)
+        vm.text = message.text
+        log.error(f"vm {vm.name}: {message.text}")
+        self.answer_start(vm, Failed(code=message.code, text=f"vm {vm.name}: {message.text}"))
+
+    def on_vm_exited(self, message: VmExited, _envelope: Envelope, _channel: Channel) -> None:
+        """The VM process is gone: start it again after a guest reset, else forget what it held."""
+        vm = self.vms.get(message.vmid)
+        text = message.text or vm.text
+        one_shot = vm.one_shot_boot or vm.forced_boot is not BootDevice.AUTO
+        if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not one_shot:
+            uid = vm.uid
+            vm.state, vm.pid = State.STOPPED, 0
+            if not vm.restarts.may_restart():
+                text = "restarted too quickly"
+                log.error(f"vm {vm.vmid} {text}")
+            else:
+                log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
+                try:
+                    self.start_vm(vm, uid=uid)
+                except VmdError as error:
+                    text = f"cannot reboot: {error}"
+                    log.error(f"vm {vm.name}: {text}")
+                else:
+                    return
+        self.answer_start(vm, Failed(code=errno.EIO, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
+        log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
+        for client in vm.waiting_clients:
+            self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
+        for client in self.snapshots.pop(vm.vmid, []):
+            self.answer(client, Failed(code=errno.ESRCH, text=f"vm {vm.name} has ended"))
+        vm.waiting_clients.clear()
+        vm.ended(text)
+        vm.drop_pty()
+        if not vm.from_config:
+            self.vms.remove(vm)
+        if self.ending and not any(other.alive for other in self.vms):
+            self.loop.stop()
+
+    # --- requests of vmctl -------------------------------------------------------------------------------
+
+    def answer(self, client: int, message: Record) -> None:
+        """Answer a client through control, if it is still of this world."""
+        control = self.peers.get(Proc.CONTROL)
+        if client != NO_CLIENT and control is not None:
+            control.send(message, peerid=client)
+
+    def answer_start(self, vm: Vm, message: Record) -> None:
+        """Answer whoever waits for the start of this VM, once."""
+        if vm.start_client is not None:
+            self.answer(vm.start_client, message)
+            vm.start_client = None
+
+    def on_request(self, message: Request, envelope: Envelope, _channel: Channel) -> None:
+        """Serve a request of a client; every failure is answered with its sentence."""
+        if message.caller is None:
+            raise PeerError("control", f"{type(message).__name__} without a caller")
+        try:
+            SERVES[type(message)](self, message, message.caller, envelope)
+        except OperatorError as error:
+            self.answer(envelope.peerid, Failed(code=error.code, text=str(error)))
+        except HostError as error:
+            self.answer(envelope.peerid, Failed(code=error.errno, text=str(error)))
+        except ConfigErrors as error:
+            self.answer(envelope.peerid, Failed(code=errno.EINVAL, text=str(error)[:FAILED_TEXT_MAX]))
+
+    def serve_start(self, message: StartRequest, caller: Caller, envelope: Envelope) -> None:
+        """Start a VM that is known, or register the one described and start that."""
+        if self.ending:
+            raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+        boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
+        vm: Vm | None = None
+        ad_hoc = False
+        try:
+            if message.template:
+                raise OperatorError(errno.ENOTSUP, f"vm {message.name}: instances cannot be started yet")
+            if message.config is not None:
+                require_root(caller, "start a VM that vm.conf does not describe")
+                vm, ad_hoc = self.vms.add(checked_request(message.config, boot), from_config=False), True
+            else:
+                vm = self.vms.get(message.vmid, message.name)
+                if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
+                    raise OperatorError(errno.EPERM, f"uid {caller.uid} may not start vm {vm.name}")
+                if vm.alive:
+                    raise OperatorError(errno.EALREADY, f"vm {vm.name} is already running")
+                if boot is not None:
+                    require_readable(boot, "boot image", caller)
+            vm.restarts.started_by_user()
+        except OperatorError:
+            for fd in (boot, initrd):
+                if fd is not None:
+                    os.close(fd)
+            raise
+        try:
+            self.start_vm(vm, uid=caller.uid, given_boot=boot, given_initrd=initrd)
+        except VmdError:
+            if ad_hoc:
+                self.vms.remove(vm)
+            raise
+        vm.one_shot_boot = boot is not None
+        vm.forced_boot = message.boot_device
+        vm.start_client = envelope.peerid
+
+    def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
+        """Ask the guest to shut down, or kill the VM."""
+        vm = self.vms.get(message.vmid, message.name)
+        self.require_control(caller, vm, "stop")
+        if vm.state is State.WAITING:
+            vm.state = State.STOPPED  # it will not be started by the batch any more
+            self.answer(envelope.peerid, VmTerminated(vmid=vm.vmid, name=vm.name, text="was waiting for its start"))
+            return
+        vm.begin_stop(force=message.force)
+        mode = StopMode.KILL if message.force else StopMode.GRACEFUL
+        self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=mode))
+        if message.wait:
+            vm.waiting_clients.add(envelope.peerid)
+        else:
+            self.answer(envelope.peerid, StopAccepted(vmid=vm.vmid, name=vm.name))
+
+    def serve_wait(self, message: WaitRequest, caller: Caller, envelope: Envelope) -> None:
+        """Answer when the VM is gone."""
+        vm = self.vms.get(message.vmid, message.name)
+        self.require_control(caller, vm, "wait for")
+        if not vm.alive:
+            raise OperatorError(errno.EINVAL, f"vm {vm.name} is not running")
+        vm.waiting_clients.add(envelope.peerid)
+
+    def serve_list(self, _message: ListRequest, _caller: Caller, envelope: Envelope) -> None:
+        """Describe every VM; whoever may open the socket sees them all (*cat. 3.3*)."""
+        for vm in self.vms:
+            self.answer(envelope.peerid, describe(vm))
+        self.answer(envelope.peerid, End())
+
+    def serve_load(self, message: LoadRequest, caller: Caller, envelope: Envelope) -> None:
+        """Read a further file; VMs it names again are left as they are."""
+        require_root(caller, "load a configuration")
+        config = self.load_config(message.path)
+        self.register_config(config)
+        self.start_batch()
+        self.answer(envelope.peerid, Ok())
+
+    def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: Envelope) -> None:
+        """Read the main file anew."""
+        require_root(caller, "reload the configuration")
+        self.reload()
+        self.answer(envelope.peerid, Ok())
+
+    def serve_reset(self, message: ResetRequest, caller: Caller, envelope: Envelope) -> None:
+        """Terminate and forget VMs, forget switches."""
+        require_root(caller, "reset the configuration")
+        if message.vms:
+            for vm in list(self.vms):
+                vm.from_config = False  # forgotten as soon as it has ended
+                if vm.alive:
+                    vm.begin_stop(force=True)
+                    self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=StopMode.KILL))
+                else:
+                    self.vms.remove(vm)
+            self.vms.forget_ids()
+        if message.switches:
+            self.config = self.config.replace(switches=())
+        self.answer(envelope.peerid, Ok())
+
+    def serve_log(self, message: LogRequest, caller: Caller, envelope: Envelope) -> None:
+        """Change the verbosity of every process, now and for those to come."""
+        require_root(caller, "change the log level")
+        self.verbosity = log.verbosity = max(0, min(2, message.verbosity))
+        for channel in self.peers.values():
+            channel.send(SetVerbosity(verbosity=self.verbosity))
+        self.answer(envelope.peerid, Ok())
+
+    def serve_console(self, message: ConsoleRequest, caller: Caller, envelope: Envelope) -> None:
+        """Hand the console to a client, if nobody else has it."""
+        vm = self.vms.get(message.vmid, message.name)
+        if not vm.alive or vm.pty is None:
+            raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
+        self.require_control(caller, vm, "attach to")
+        if vm.console_client is not None:
+            raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
+        vm.console_client = envelope.peerid
+        vm.console_user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
+        self.snapshots.setdefault(vm.vmid, []).append(envelope.peerid)
+        self.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
+
+    def serve_break(self, message: ConsoleBreak, _caller: Caller, envelope: Envelope) -> None:
+        """Send a BREAK, if the client holds the console."""
+        vm = self.vms.get(message.vmid, message.name)
+        if vm.console_client != envelope.peerid:
+            raise OperatorError(errno.EPERM, f"the console of vm {vm.name} is not attached here")
+        self.peers[Proc.VMM].send(SendBreak(vmid=vm.vmid))
+
+    def on_console_output(self, message: ConsoleOutput, envelope: Envelope, _channel: Channel) -> None:
+        """Relay a piece of the backlog."""
+        clients = self.snapshots.get(envelope.peerid)
+        if clients:
+            self.answer(clients[0], message)
+
+    def on_console_snapshot_end(self, _message: ConsoleSnapshotEnd, envelope: Envelope, _channel: Channel) -> None:
+        """The backlog is complete: the client may open the pty."""
+        clients = self.snapshots.get(envelope.peerid)
+        vm = self.vms.find(envelope.peerid, "")
+        if clients and vm is not None and vm.pty is not None:
+            self.answer(clients.pop(0), ConsoleAttached(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
+
+    def on_client_gone(self, _message: ClientGone, envelope: Envelope, _channel: Channel) -> None:
+        """A client has disconnected: nothing waits for it any more, and its console is free."""
+        for vm in self.vms:
+            vm.waiting_clients.discard(envelope.peerid)
+            if vm.start_client == envelope.peerid:
+                vm.start_client = None
+            if vm.console_client == envelope.peerid:
+                vm.console_client = None
+
+    def require_control(self, caller: Caller, vm: Vm, what: str) -> None:
+        """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
+        if not may_control(caller, vm.uid, vm.config.owner.gid):
+            raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {vm.name}")
+
+    HANDLERS: Handlers = {
+        **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
+        (Proc.VMM, VmRunning): on_vm_running,
+        (Proc.VMM, VmFailed): on_vm_failed,
+        (Proc.VMM, VmExited): on_vm_exited,
+        (Proc.VMM, ConsoleOutput): on_console_output,
+        (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
+        (Proc.CONTROL, ClientGone): on_client_gone,
+        **dict.fromkeys(((Proc.CONTROL, request) for request in REQUESTS), on_request),
+    }
+
+
+SERVES: Mapping[RecordType, Callable[..., None]] = {
+    StartRequest: Parent.serve_start,
+    StopRequest: Parent.serve_stop,
+    WaitRequest: Parent.serve_wait,
+    ListRequest: Parent.serve_list,
+    LoadRequest: Parent.serve_load,
+    ReloadRequest: Parent.serve_reload,
+    ResetRequest: Parent.serve_reset,
+    LogRequest: Parent.serve_log,
+    ConsoleRequest: Parent.serve_console,
+    ConsoleBreak: Parent.serve_break,
+}
+
+
+def describe(vm: Vm) -> VmInfo:
+    """Return the status row of a VM (*cat. 3.3*): running ones show who started them."""
+    gid = vm.config.owner.gid
+    return VmInfo(
+        vmid=vm.vmid,
+        name=vm.name,
+        pid=vm.pid,
+        vcpus=vm.config.vcpus,
+        memory_bytes=vm.config.memory_bytes,
+        resident_bytes=resident_bytes(vm.pid) if vm.pid else 0,
+        tty=vm.pty.path if vm.pty else "",
+        uid=vm.uid,
+        gid=gid,
+        owner=owner_text(vm.uid, gid),
+        state=vm.state.value,
+        text=vm.text,
+    )
+
+
+def checked_request(config: VmConfig, boot: int | None) -> VmConfig:
+    """Return a client's description of a VM after checking what vm.conf's grammar would have.
+
+    Raises OperatorError naming the first thing that is wrong.
+    """
+    if not valid_vm_name(config.name):
+        raise OperatorError(errno.EINVAL, f"invalid VM name: {config.name}")
+    if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: memory size out of range: {config.memory_bytes} bytes")
+    if not 1 <= config.vcpus <= MAX_VCPUS:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: vcpus must be 1 to {MAX_VCPUS}, not {config.vcpus}")
+    if boot is None and not config.disks and not config.cdrom:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: no kernel, disk or cdrom to boot from")
+    # Descriptors name the boot files of a client; paths it sends along are for messages only.
+    return config.replace(parent="", origin="")
+
+
+def refuse_unsupported(config: VmConfig) -> None:
+    """Raise OperatorError(ENOTSUP) if a VM needs what this version cannot do; nothing is ignored silently."""
+    needs = (
+        (config.disks, "disks"),
+        (config.nics, "network interfaces"),
+        (config.cdrom, "a cdrom"),
+        (config.parent, f"being an instance of {config.parent}"),
+        (config.sev or config.sev_es, "encrypted memory (sev)"),
+        (config.boot_device is not BootDevice.AUTO, "a boot device"),
+        (config.virtio is not VirtioMode.TRANSITIONAL, "a virtio mode"),
+    )
+    for wanted, what in needs:
+        if wanted:
+            raise OperatorError(errno.ENOTSUP, f"vm {config.name}: {what}: not supported by this version of vmd")

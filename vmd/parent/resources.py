@@ -1,0 +1,133 @@
+"""Opens files and terminals on behalf of VMs; root's half of a start (*cat. 4.3*).
+
+Nothing here reads what a file says: kinds and headers are told apart by processes without privileges.
+"""
+
+import contextlib
+import errno
+import grp
+import os
+import stat
+import tty
+
+from vmd.config.model import VmConfig
+from vmd.errors import HostError, OperatorError
+from vmd.ipc.messages import VMD_BIOS_MISSING
+
+# Where distributions put SeaBIOS: Debian's package seabios, Fedora's seabios-bin, Arch's seabios, QEMU's own.
+FIRMWARE_PATHS = (
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/seabios/bios.bin",
+    "/usr/share/qemu/bios-256k.bin",
+    "/usr/local/share/qemu/bios-256k.bin",
+)
+
+
+class Pty:
+    """The console of a VM: both sides of a pty in raw mode, kept over guest reboots.
+
+    The slave stays open here, else a console nobody looks at would hang up and turn output into input.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self.master, self.slave = os.openpty()
+        except OSError as error:
+            raise HostError("open a pty for the console", error) from error
+        tty.setraw(self.slave)
+        self.path = os.ttyname(self.slave)
+
+    def give_to(self, uid: int, gid: int | None) -> None:
+        """Set owner and mode: the group of the VM, else group tty, else nobody besides the owner (*cat. 4.3*)."""
+        if gid is not None:
+            group, mode = gid, 0o660
+        else:
+            try:
+                group, mode = grp.getgrnam("tty").gr_gid, 0o620
+            except KeyError:
+                group, mode = -1, 0o600
+        try:
+            os.fchown(self.slave, uid, group)
+            os.fchmod(self.slave, mode)
+        except OSError as error:
+            raise HostError(f"change the owner of {self.path}", error) from error
+
+    def close(self) -> None:
+        """Let the pty go."""
+        os.close(self.master)
+        os.close(self.slave)
+
+
+class BootFiles:
+    """Descriptors a VM boots from, until they are handed over; closes what was not."""
+
+    def __init__(self) -> None:
+        self.boot: int | None = None
+        self.boot_name = ""
+        self.initrd: int | None = None
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        for fd in (self.boot, self.initrd):
+            if fd is not None:
+                os.close(fd)
+        self.boot = self.initrd = None
+
+
+def open_regular(path: str, what: str) -> int:
+    """Open a regular file for reading.
+
+    Raises OperatorError naming `what` and the path.  O_NONBLOCK: a FIFO must not hold up the daemon.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{what} {path}: {os.strerror(error.errno or 0)}") from None
+    try:
+        require_regular(fd, f"{what} {path}")
+    except OperatorError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def require_regular(fd: int, name: str) -> None:
+    """Raise OperatorError unless the descriptor is a regular file, open for reading."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OperatorError(errno.EINVAL, f"{name}: not a regular file")
+
+
+def open_firmware() -> tuple[int, str]:
+    """Open the BIOS image of the distribution; OperatorError(VMD_BIOS_MISSING) if there is none."""
+    for path in FIRMWARE_PATHS:
+        with contextlib.suppress(OperatorError):
+            return open_regular(path, "firmware"), path
+    raise OperatorError(
+        VMD_BIOS_MISSING,
+        f"no BIOS image at {' or '.join(FIRMWARE_PATHS)}; install package seabios or boot a kernel",
+    )
+
+
+def open_boot_files(config: VmConfig, given_boot: int | None, given_initrd: int | None) -> BootFiles:
+    """Open kernel (or firmware) and initrd; descriptors that a client opened win over configured paths.
+
+    Owns both given descriptors from the first line on.
+    """
+    files = BootFiles()
+    files.boot, files.initrd = given_boot, given_initrd
+    try:
+        if given_boot is not None:
+            files.boot_name = config.kernel or "boot image"
+            require_regular(given_boot, files.boot_name)
+        elif config.kernel:
+            files.boot, files.boot_name = open_regular(config.kernel, "kernel"), config.kernel
+        else:
+            files.boot, files.boot_name = open_firmware()
+        if given_initrd is not None:
+            require_regular(given_initrd, config.initrd or "initrd")
+        elif config.initrd and given_boot is None:
+            files.initrd = open_regular(config.initrd, "initrd")
+    except BaseException:
+        files.close()
+        raise
+    return files

@@ -1,0 +1,143 @@
+"""The daemon as a service of its host: control socket, /dev/kvm, daemonising, systemd's notifications."""
+
+import contextlib
+import errno
+import os
+import pwd
+import socket
+import stat
+from collections.abc import Callable
+
+from vmd.config.model import Owner
+from vmd.errors import HostError, OperatorError
+from vmd.log import JOURNAL, STDERR, SYSLOG, log
+
+USER = "_vmd"
+SOCKET_MODE = 0o660
+SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
+SYSLOG_SOCKET = "/dev/log"
+
+
+def lookup_user() -> tuple[int, int]:
+    """Return uid and gid of the user our unprivileged processes run as."""
+    try:
+        user = pwd.getpwnam(USER)
+    except KeyError:
+        raise OperatorError(
+            errno.ENOENT, f"unknown user {USER}: create it with: useradd --system --shell /usr/sbin/nologin {USER}"
+        ) from None
+    return user.pw_uid, user.pw_gid
+
+
+def open_kvm() -> int:
+    """Open /dev/kvm; OperatorError says what to do when that fails."""
+    try:
+        return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        advice = {
+            errno.ENOENT: "load the module kvm_intel or kvm_amd, and enable virtualisation in the firmware",
+            errno.ENODEV: "the processor or its firmware settings offer no virtualisation",
+        }.get(error.errno or 0, "check the permissions of the device")
+        raise OperatorError(error.errno or 0, f"/dev/kvm: {os.strerror(error.errno or 0)}: {advice}") from None
+
+
+def listen(path: str, owner: Owner) -> socket.socket:
+    """Bind the control socket; a stale one is replaced, a living daemon's is not.
+
+    Raises OperatorError or HostError naming the path.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            pass
+        except ConnectionRefusedError:
+            _unlink_socket(path)
+        except OSError as error:
+            raise HostError(f"control socket {path}", error) from error
+        else:
+            raise OperatorError(errno.EADDRINUSE, f"another vmd is already serving {path}; stop it or use -s")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    old_mask = os.umask(0o777 & ~SOCKET_MODE)
+    try:
+        listener.bind(path)
+        own_socket(path, owner)
+        listener.listen(SOCKET_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise HostError(f"control socket {path}", error) from error
+    finally:
+        os.umask(old_mask)
+    return listener
+
+
+def own_socket(path: str, owner: Owner) -> None:
+    """Give the control socket to its configured owner."""
+    try:
+        os.chown(path, owner.uid, owner.gid if owner.gid is not None else 0)
+        os.chmod(path, SOCKET_MODE)
+    except OSError as error:
+        log.error(f"control socket {path}: {os.strerror(error.errno or 0)}")
+
+
+def remove_socket(path: str) -> None:
+    """Take the control socket away at the end."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _unlink_socket(path: str) -> None:
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise OperatorError(errno.EEXIST, f"control socket {path}: exists and is not a socket")
+    os.unlink(path)
+
+
+def choose_log(debug: bool) -> str:
+    """Return the form of our log lines, with fd 2 made what that form needs."""
+    if debug:
+        return STDERR
+    if os.environ.get("JOURNAL_STREAM"):
+        return JOURNAL
+    sink = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sink.connect(SYSLOG_SOCKET)
+    except OSError:
+        sink.close()
+        return STDERR  # a host without syslog: what is written there is better than nothing
+    sink.setblocking(False)
+    os.dup2(sink.detach(), 2)
+    return SYSLOG
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it is listening (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender, contextlib.suppress(OSError):
+        sender.sendto(state.encode(), address)
+
+
+def daemonize() -> Callable[[], None]:
+    """Go to the background.  Our starter waits until the returned function is called, or fails with us."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    if os.fork():
+        os.close(writer)
+        if os.read(reader, 1):
+            os._exit(0)
+        os.write(2, b"vmd: not started; the reason is in the system log\n")
+        os._exit(1)
+    os.close(reader)
+    os.setsid()
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+    def ready() -> None:
+        os.write(writer, b"1")
+        os.close(writer)
+
+    return ready

@@ -1,0 +1,138 @@
+"""Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
+
+import errno
+from collections.abc import Iterator
+from enum import Enum
+
+from vmd.config.model import BootDevice, VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.messages import VMD_VM_STOP_INVALID
+from vmd.parent.limits import RestartLimit
+from vmd.parent.resources import Pty
+
+
+class State(Enum):
+    """Where a VM is in its life; the value is what `vmctl status` shows."""
+
+    STOPPED = "stopped"
+    WAITING = "waiting"  # for its turn in a staggered start
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+
+
+ALIVE = (State.STARTING, State.RUNNING, State.STOPPING)  # states with a VM process
+
+
+class Vm:
+    """One VM; owned by the table."""
+
+    def __init__(self, vmid: int, config: VmConfig, *, from_config: bool) -> None:
+        self.vmid = vmid
+        self.config = config
+        self.from_config = from_config  # survives a stop; the others are forgotten
+        self.state = State.STOPPED
+        self.uid = config.owner.uid  # running: who started it
+        self.pid = 0
+        self.pty: Pty | None = None
+        self.restarts = RestartLimit()
+        self.text = ""  # why it stopped
+        self.start_client: int | None = None  # waits for VmStarted
+        self.waiting_clients: set[int] = set()  # wait for VmTerminated
+        self.console_client: int | None = None
+        self.console_user = ""
+        self.forced_boot = BootDevice.AUTO  # one-shot; such a VM stops where others reboot (*cat. 4.4*)
+        self.one_shot_boot = False  # booted from descriptors that only that start had
+
+    @property
+    def name(self) -> str:
+        """The name, unique in the table."""
+        return self.config.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a VM process."""
+        return self.state in ALIVE
+
+    def begin_start(self) -> None:
+        """STOPPED or WAITING -> STARTING."""
+        if self.alive:
+            raise OperatorError(errno.EALREADY, f"vm {self.name} is already running")
+        self.state = State.STARTING
+        self.text = ""
+
+    def begin_run(self, pid: int) -> None:
+        """STARTING -> RUNNING; a VM that was told to stop meanwhile stays STOPPING."""
+        self.pid = pid
+        if self.state is State.STARTING:
+            self.state = State.RUNNING
+
+    def begin_stop(self, *, force: bool) -> None:
+        """STARTING or RUNNING -> STOPPING; force may overtake a graceful stop."""
+        if not self.alive:
+            raise OperatorError(VMD_VM_STOP_INVALID, f"vm {self.name} is not running")
+        if self.state is State.STOPPING and not force:
+            raise OperatorError(errno.EALREADY, f"vm {self.name} is already stopping")
+        self.state = State.STOPPING
+
+    def ended(self, text: str) -> None:
+        """Any state with a process -> STOPPED."""
+        self.state = State.STOPPED
+        self.pid = 0
+        self.text = text
+        self.uid = self.config.owner.uid
+        self.forced_boot = BootDevice.AUTO
+        self.one_shot_boot = False
+
+    def drop_pty(self) -> None:
+        """Give up the console at the end of the VM."""
+        if self.pty is not None:
+            self.pty.close()
+            self.pty = None
+        self.console_client = None
+
+
+class VmTable:
+    """VMs by name and id.  An id belongs to a (name, owner) pair for the daemon's lifetime."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Vm] = {}
+        self._ids: dict[tuple[str, int], int] = {}
+
+    def __iter__(self) -> Iterator[Vm]:
+        """All VMs, by id."""
+        return iter(sorted(self._by_name.values(), key=lambda vm: vm.vmid))
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def add(self, config: VmConfig, *, from_config: bool) -> Vm:
+        """Register a VM; OperatorError(EEXIST) if the name is taken."""
+        if config.name in self._by_name:
+            raise OperatorError(errno.EEXIST, f"vm {config.name} already exists")
+        vmid = self._ids.setdefault((config.name, config.owner.uid), len(self._ids) + 1)
+        vm = self._by_name[config.name] = Vm(vmid, config, from_config=from_config)
+        return vm
+
+    def remove(self, vm: Vm) -> None:
+        """Forget a VM; its id stays reserved for its name."""
+        vm.drop_pty()
+        self._by_name.pop(vm.name, None)
+
+    def find(self, vmid: int, name: str) -> Vm | None:
+        """Return the VM with this id or, with id 0, this name."""
+        if vmid:
+            return next((vm for vm in self._by_name.values() if vm.vmid == vmid), None)
+        return self._by_name.get(name)
+
+    def get(self, vmid: int, name: str = "") -> Vm:
+        """Return the VM, or raise OperatorError(ENOENT) naming what was asked for."""
+        vm = self.find(vmid, name)
+        if vm is None:
+            raise OperatorError(errno.ENOENT, f"vm {vmid or name} not found")
+        return vm
+
+    def forget_ids(self) -> None:
+        """Start numbering from 1 again, for `reset vms`; only an empty table may."""
+        if not self._by_name:
+            self._ids.clear()

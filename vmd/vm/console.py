@@ -1,0 +1,116 @@
+"""The console of a VM: UART on one side, pty on the other, and a memory of what was shown last.
+
+The guest never waits for a viewer.  Output goes to the backlog and to the pty; while nobody reads the pty,
+the newest 64 KiB are kept for it and older ones dropped.  Input is taken from the pty only as fast as the
+guest reads its UART, so that a flood from a viewer stays in the viewer's pty.
+"""
+
+import os
+import select
+import termios
+import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.loop import Loop
+
+BACKLOG_BYTES = 64 * 1024
+TRIM_AT_BYTES = 2 * BACKLOG_BYTES  # trimming in large steps makes it cost nothing per byte
+INPUT_BYTES = 256  # read from the pty at once
+
+
+class Console:
+    """Moves bytes between a UART and a pty.
+
+    `send` runs on vCPU threads; everything else on the event thread.  `receive(data)` of the UART returns
+    how many bytes it accepted and calls `resume_input` (from any thread) once it has room again.
+    """
+
+    def __init__(self, master: int, slave: int, loop: "Loop") -> None:
+        os.set_blocking(master, False)
+        self._master = master
+        self._slave = slave
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._backlog = bytearray()
+        self._pending = bytearray()  # waits for room in the pty
+        self._input = b""  # waits for room in the UART
+        self._receive: Callable[[bytes], int] = len
+        self._reading = True
+        loop.add(master, self._on_pty)
+
+    def connect(self, receive: "Callable[[bytes], int]") -> None:
+        """Say where input goes."""
+        self._receive = receive
+
+    def send(self, data: bytes) -> None:
+        """Show output of the guest."""
+        with self._lock:
+            backlog = self._backlog
+            backlog += data
+            if len(backlog) > TRIM_AT_BYTES:
+                del backlog[:-BACKLOG_BYTES]
+            if self._pending:
+                self._pend(data)
+                return
+            try:
+                written = os.write(self._master, data)
+            except (BlockingIOError, OSError):
+                written = 0
+            if written < len(data):
+                self._pend(data[written:])
+                self._loop.call_from_thread(self._watch)
+
+    def resume_input(self) -> None:
+        """The UART has room: deliver what waits and read on.  From any thread."""
+        self._loop.call_from_thread(self._deliver)
+
+    def snapshot(self) -> bytes:
+        """Return the last 64 KiB shown; what waits in the pty is in them and is dropped there."""
+        with self._lock:
+            termios.tcflush(self._slave, termios.TCIFLUSH)
+            self._pending.clear()
+            return bytes(self._backlog[-BACKLOG_BYTES:])
+
+    def _pend(self, data: bytes) -> None:
+        self._pending += data
+        if len(self._pending) > TRIM_AT_BYTES:
+            del self._pending[:-BACKLOG_BYTES]
+
+    def _on_pty(self, events: int) -> None:
+        if events & select.EPOLLOUT:
+            with self._lock:
+                self._flush()
+        if events & select.EPOLLIN and not self._input:
+            try:
+                self._input = os.read(self._master, INPUT_BYTES)
+            except (BlockingIOError, OSError):
+                return
+            self._deliver()
+
+    def _deliver(self) -> None:
+        if self._input:
+            accepted = self._receive(self._input)
+            self._input = self._input[accepted:]
+        self._watch()
+
+    def _flush(self) -> None:
+        while self._pending:
+            try:
+                written = os.write(self._master, self._pending[:4096])
+            except (BlockingIOError, OSError):
+                break
+            del self._pending[:written]
+        self._watch_locked()
+
+    def _watch(self) -> None:
+        with self._lock:
+            self._watch_locked()
+
+    def _watch_locked(self) -> None:
+        events = 0 if self._input else select.EPOLLIN
+        if self._pending:
+            events |= select.EPOLLOUT
+        self._loop.modify(self._master, events)

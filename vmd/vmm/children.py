@@ -1,0 +1,64 @@
+"""The VM processes of vmm: one per VM, and one in reserve."""
+
+import os
+import signal
+
+from vmd.ipc.channel import Channel
+from vmd.ipc.messages import Outcome
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.loop import Loop
+
+
+class VmChild:
+    """A VM process; `vmid` is 0 while it waits in reserve."""
+
+    def __init__(self, pid: int, pidfd: int, channel: Channel) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.channel = channel
+        self.vmid = 0
+        self.gone = False
+        self.last_words = ""
+
+    def kill(self) -> None:
+        """End the process without asking it; harmless when it is gone."""
+        if not self.gone:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+class Reaper:
+    """Collects exit statuses through pidfds, so that no signal is raced."""
+
+    def __init__(self, loop: "Loop") -> None:
+        self.loop = loop
+
+    def watch(self, child: VmChild, on_exit: "Callable[[VmChild, Outcome, str], None]") -> None:
+        """Call `on_exit(child, outcome, how)` once, when the process is gone and reaped."""
+
+        def reap(_events: int) -> None:
+            result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
+            if result is None:
+                return
+            self.loop.remove(child.pidfd)
+            os.close(child.pidfd)
+            child.gone = True
+            on_exit(child, *judge(result.si_code, result.si_status))
+
+        self.loop.add(child.pidfd, reap)
+
+
+def judge(code: int, status: int) -> tuple[Outcome, str]:
+    """Return what the end of a VM process means, from waitid's si_code and si_status."""
+    if code != os.CLD_EXITED:
+        try:
+            name = signal.Signals(status).name
+        except ValueError:
+            name = f"signal {status}"
+        return Outcome.KILLED, f"vm process was killed by {name}"
+    if status in (Outcome.POWER_OFF, Outcome.REBOOT):
+        return Outcome(status), ""
+    return Outcome.FAILED, f"vm process exited with status {status}"

@@ -1,0 +1,204 @@
+"""vmm: one vm process per virtual machine, and the relay between them and parent.
+
+Runs as  _vmd; sees only the interpreter and our own code, read-only; no network
+Peers    parent (VM configs and fds in, exits out); one vm/<name> per running VM
+Holds    /dev/kvm; a VM's fds only while it passes them on
+
+A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve.
+"""
+
+import socket
+
+from vmd.errors import HostError, PeerError
+from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    ConsoleOutput,
+    ConsoleSnapshot,
+    ConsoleSnapshotEnd,
+    KvmFd,
+    Outcome,
+    Proc,
+    Quit,
+    Ready,
+    SendBreak,
+    SetVerbosity,
+    StartVm,
+    StopMode,
+    StopVm,
+    VmEnding,
+    VmExited,
+    VmFailed,
+    VmRunning,
+)
+from vmd.ipc.process import Handlers, Process
+from vmd.log import log
+from vmd.privsep.confine import VMM, confine
+from vmd.privsep.spawn import spawn
+from vmd.record import Record
+from vmd.vmm.children import Reaper, VmChild
+
+KVM_FD = 4  # where a VM process finds /dev/kvm
+VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
+EXIT_GRACE_S = 10.0  # from the end of a VM's channel to its being killed
+RESERVE_DELAY_S = 0.2  # the VM that has just started needs the processor more than the next one does
+
+
+class Vmm(Process):
+    """Starts, relays to and reaps VM processes."""
+
+    def __init__(self) -> None:
+        super().__init__(Proc.VMM)
+        self.kvm_fd = -1
+        self.reserve: VmChild | None = None
+        self.running: dict[int, VmChild] = {}  # by vmid
+        self.reaper = Reaper(self.loop)
+        self.parent = self.attach_parent(Proc.PARENT)
+
+    def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
+        """Keep /dev/kvm; from now on VM processes can be had."""
+        fd = envelope.take_fd("kvm")
+        assert fd is not None
+        self.kvm_fd = fd
+        self.fill_reserve()
+
+    def fill_reserve(self) -> None:
+        """Have one VM process ready for the next start."""
+        if self.reserve is None:
+            try:
+                self.reserve = self.spawn_vm()
+            except HostError as error:
+                log.warn(str(error))  # the next start tries again, and reports
+
+    def spawn_vm(self) -> VmChild:
+        """Start a VM process that waits for its StartVm.  Raises HostError."""
+        ours, theirs = socketpair()
+        try:
+            started = spawn("vm", ["vm"], channel=theirs, fds={KVM_FD: self.kvm_fd})
+        except OSError as error:
+            ours.close()
+            raise HostError("start a vm process", error) from error
+        finally:
+            theirs.close()
+        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours))
+        self.reaper.watch(child, self.on_vm_gone)
+        return child
+
+    def attach_vm(self, sock: socket.socket) -> Channel:
+        """Serve a VM process."""
+        return self.attach(sock, Proc.VM, "vm", on_lost=self.on_vm_lost, queue_limit=VM_QUEUE_LIMIT)
+
+    def on_start_vm(self, message: StartVm, envelope: Envelope, _channel: Channel) -> None:
+        """Pass a VM to the process in reserve, or to a new one."""
+        try:
+            child, self.reserve = self.reserve or self.spawn_vm(), None
+        except HostError as error:
+            self.parent.send(VmFailed(vmid=message.vmid, code=error.errno, text=str(error)))
+            self.parent.send(VmExited(vmid=message.vmid, pid=0, outcome=Outcome.FAILED, text=str(error)))
+            return
+        child.vmid = message.vmid
+        child.channel.label = f"vm/{message.config.name}"
+        self.running[message.vmid] = child
+        child.channel.send(message, fds={name: envelope.take_fds(name) for name in tuple(envelope.fds)})
+        self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
+
+    def on_stop_vm(self, message: StopVm, _envelope: Envelope, _channel: Channel) -> None:
+        """Ask a VM to end, or end it."""
+        child = self.running.get(message.vmid)
+        if child is None:
+            return  # it has just ended by itself; VmExited is on its way
+        if message.mode is StopMode.KILL:
+            child.last_words = "stopped by force"
+            child.kill()
+        else:
+            child.channel.send(message)
+
+    def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
+        """Relay to the VM that the message names."""
+        assert isinstance(message, ConsoleSnapshot | SendBreak)
+        child = self.running.get(message.vmid)
+        if child is not None:
+            child.channel.send(message, peerid=envelope.peerid)
+
+    def on_from_vm(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
+        """Relay to the parent, under the VM's own number whatever it claims."""
+        child = self.child_of(channel)
+        if isinstance(message, VmRunning):
+            message = VmRunning(vmid=child.vmid, pid=child.pid)
+        elif isinstance(message, VmFailed):
+            message = message.replace(vmid=child.vmid)
+        self.parent.send(message, peerid=child.vmid)
+
+    def on_vm_ending(self, message: VmEnding, _envelope: Envelope, channel: Channel) -> None:
+        """Keep a VM's last words until it is gone."""
+        self.child_of(channel).last_words = message.text
+
+    def child_of(self, channel: Channel) -> VmChild:
+        """Return the running VM on a channel; PeerError if it is none, such as one in reserve."""
+        for child in self.running.values():
+            if child.channel is channel:
+                return child
+        raise PeerError(channel.label, "speaks before it was given a VM")
+
+    def on_vm_lost(self, channel: Channel, error: PeerError | None) -> None:
+        """A VM process closed its channel or broke the protocol: it ends, if it has not yet."""
+        for child in self.children():
+            if child.channel is channel:
+                if error is not None:
+                    log.error(str(error))
+                    child.last_words = f"broke the protocol: {error.what}"
+                    child.kill()
+                else:  # most likely exiting, with a status that matters
+                    self.loop.call_later(EXIT_GRACE_S, child.kill)
+                return
+
+    def on_vm_gone(self, child: VmChild, outcome: Outcome, text: str) -> None:
+        """A VM process is reaped: tell the parent how it went."""
+        child.channel.drain()  # its last words may have come after its death was noticed
+        if child is self.reserve:
+            self.reserve = None
+            log.warn(f"reserve: {text or 'exited'}")
+            return
+        if self.running.pop(child.vmid, None) is not None:
+            words = child.last_words or text
+            self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=words))
+
+    def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
+        """Log more or less, here and in every VM; later ones learn it from StartVm."""
+        log.verbosity = message.verbosity
+        for child in self.running.values():
+            child.channel.send(message)
+
+    def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
+        """End; VM processes that still live end with us."""
+        self.loop.stop()
+
+    HANDLERS: Handlers = {
+        (Proc.PARENT, KvmFd): on_kvm_fd,
+        (Proc.PARENT, StartVm): on_start_vm,
+        (Proc.PARENT, StopVm): on_stop_vm,
+        (Proc.PARENT, ConsoleSnapshot): on_to_vm,
+        (Proc.PARENT, SendBreak): on_to_vm,
+        (Proc.PARENT, SetVerbosity): on_set_verbosity,
+        (Proc.PARENT, Quit): on_quit,
+        (Proc.VM, VmRunning): on_from_vm,
+        (Proc.VM, VmFailed): on_from_vm,
+        (Proc.VM, VmEnding): on_vm_ending,
+        (Proc.VM, ConsoleOutput): on_from_vm,
+        (Proc.VM, ConsoleSnapshotEnd): on_from_vm,
+    }
+
+    def children(self) -> "list[VmChild]":
+        """Return every VM process, the one in reserve included."""
+        return [*self.running.values(), *((self.reserve,) if self.reserve else ())]
+
+
+def main() -> int:
+    """Run process vmm."""
+    process = Vmm()
+    process.ignore_terminal_signals()
+    process.parent.send(Ready(warnings=tuple(confine(VMM))))
+    process.loop.run()
+    for child in process.children():
+        child.kill()
+    return process.exit_status
