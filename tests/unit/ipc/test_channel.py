@@ -25,6 +25,7 @@ class Recorder:
         self.fds: list[int] = []
         self.lost: list[PeerError | None] = []
         self.enough = 1
+        self.channels: list[Channel] = []
 
     def on_message(self, _channel: Channel, envelope: Envelope) -> None:
         """Note a message."""
@@ -56,9 +57,18 @@ def loop() -> Iterator[Loop]:
     loop.close()
 
 
+@pytest.fixture
+def recorder(loop: Loop) -> Iterator[Recorder]:
+    """Give a recorder; its channels are closed at the end."""
+    recorder = Recorder(loop)
+    yield recorder
+    for channel in recorder.channels:
+        channel.close()
+
+
 def control_channel(loop: Loop, recorder: Recorder, sock: socket.socket, limit: int | None = None) -> Channel:
     """Return control's side of a connection to a client."""
-    return Channel(
+    channel = Channel(
         sock,
         me=Proc.CONTROL,
         peer=Proc.CLIENT,
@@ -68,12 +78,13 @@ def control_channel(loop: Loop, recorder: Recorder, sock: socket.socket, limit: 
         on_lost=recorder.on_lost,
         queue_limit=limit,
     )
+    recorder.channels.append(channel)
+    return channel
 
 
-def test_messages_arrive_in_order(loop: Loop) -> None:
+def test_messages_arrive_in_order(loop: Loop, recorder: Recorder) -> None:
     """Several messages of one burst arrive one by one."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     control_channel(loop, recorder, ours)
     recorder.enough = 3
     for path in "abc":
@@ -85,10 +96,9 @@ def test_messages_arrive_in_order(loop: Loop) -> None:
     theirs.close()
 
 
-def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop) -> None:
+def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop, recorder: Recorder) -> None:
     """A descriptor that was sent is another open file number on the other side and closed on ours."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     receiver = Channel(
         ours, me=Proc.CONTROL, peer=Proc.PARENT, label="parent", loop=loop,
         on_message=recorder.on_message, on_lost=recorder.on_lost,
@@ -111,10 +121,9 @@ def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop) -> Non
     sender.close()
 
 
-def test_descriptors_nobody_asked_for_are_closed(loop: Loop) -> None:
+def test_descriptors_nobody_asked_for_are_closed(loop: Loop, recorder: Recorder) -> None:
     """Case 56: extra descriptors end the connection and leak nothing."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     control_channel(loop, recorder, ours)
     reader, writer = os.pipe()
     socket.send_fds(theirs, [encode(ListRequest())[0]], [writer, writer])
@@ -138,10 +147,9 @@ def test_descriptors_nobody_asked_for_are_closed(loop: Loop) -> None:
         b"x" * (MAX_MESSAGE + 1),
     ],
 )
-def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, packet: bytes) -> None:
+def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, recorder: Recorder, packet: bytes) -> None:
     """Case 56: malformed, oversized and foreign messages."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     control_channel(loop, recorder, ours)
     theirs.send(packet)
 
@@ -153,10 +161,9 @@ def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, packet: bytes)
     theirs.close()
 
 
-def test_a_client_that_does_not_read_is_cut_off(loop: Loop) -> None:
+def test_a_client_that_does_not_read_is_cut_off(loop: Loop, recorder: Recorder) -> None:
     """Case 56: what waits for a client is bounded."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     channel = control_channel(loop, recorder, ours, limit=10)
     for _ in range(2000):
         channel.send(Failed(code=1, text="x" * 8000))
@@ -166,10 +173,9 @@ def test_a_client_that_does_not_read_is_cut_off(loop: Loop) -> None:
     theirs.close()
 
 
-def test_hang_up_is_reported_once(loop: Loop) -> None:
+def test_hang_up_is_reported_once(loop: Loop, recorder: Recorder) -> None:
     """A peer that goes away is lost without an error."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     control_channel(loop, recorder, ours)
     theirs.send(encode(ConsoleBreak())[0])
     theirs.close()
@@ -181,10 +187,9 @@ def test_hang_up_is_reported_once(loop: Loop) -> None:
     assert recorder.lost == [None]
 
 
-def test_finish_delivers_what_is_queued(loop: Loop) -> None:
+def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
     """Last words reach a client that reads slowly."""
     ours, theirs = socketpair()
-    recorder = Recorder(loop)
     channel = control_channel(loop, recorder, ours)
     for number in range(200):
         channel.send(Failed(code=number, text="x" * 4000))
