@@ -1,0 +1,193 @@
+"""Telling kinds apart, and unpacking within bounds."""
+
+import gzip
+import os
+import struct
+import zlib
+
+import pytest
+
+from tests.unit.vm.boot.samples import MIB, FakeMemory, bzimage, load, memfd, openbsd, pvh, seabios
+from vmd.errors import HostError, ImageError
+from vmd.vm.boot import loader
+from vmd.vm.boot.image import Image, Kind, unpack
+
+
+def open_image(data: bytes) -> Image:
+    """Return an image of these bytes; its descriptor lives until the test's process ends."""
+    return Image(memfd(data), "/bsd")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (gzip.compress(b"x"), Kind.GZIP),
+        (pvh(), Kind.ELF),
+        (openbsd(is64=False), Kind.ELF),
+        (bzimage(), Kind.LINUX),
+        (seabios(), Kind.FIRMWARE),
+        (seabios(64 * 1024), Kind.FIRMWARE),
+    ],
+)
+def test_kind_is_told_from_the_bytes(data: bytes, kind: Kind) -> None:
+    """The name of a file plays no part."""
+    assert open_image(data).kind() is kind
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x",
+        b"#!/bin/sh\n" * 1000,
+        seabios()[:-1],
+        seabios() + b"x",
+        bytes(256 * 1024),
+        b"\xff" * (256 * 1024),
+        seabios() * 65,
+    ],
+    ids=["one byte", "script", "short", "long", "zeros", "erased flash", "more than 16 MiB"],
+)
+def test_other_files_are_refused_with_the_kinds_that_are_taken(data: bytes) -> None:
+    """hostile 54: what is no boot image gets a sentence that says what would be one."""
+    with pytest.raises(ImageError, match=r"^/bsd: is neither a kernel .* nor a firmware image .*64 KiB"):
+        open_image(data).kind()
+
+
+def test_directory_pipe_and_device_are_refused() -> None:
+    """hostile 54: only regular files, whatever the parent let through."""
+    reader, writer = os.pipe()
+    directory = os.open("/", os.O_RDONLY)
+    device = os.open("/dev/zero", os.O_RDONLY)
+    try:
+        for fd in (reader, directory, device):
+            with pytest.raises(ImageError, match="/bsd: is not a regular file"):
+                Image(fd, "/bsd")
+    finally:
+        for fd in (reader, writer, directory, device):
+            os.close(fd)
+
+
+def test_empty_file_is_refused() -> None:
+    """hostile 54: a file without a byte."""
+    with pytest.raises(ImageError, match="/bsd: is empty"):
+        open_image(b"")
+
+
+def test_closed_descriptor_is_the_hosts_fault() -> None:
+    """An error of the system call carries its errno, and what was tried."""
+    fd = memfd(b"x")
+    os.close(fd)
+
+    with pytest.raises(HostError, match="examine /bsd: Bad file descriptor"):
+        Image(fd, "/bsd")
+
+
+def test_read_error_is_the_hosts_fault() -> None:
+    """A descriptor that cannot be read is no fault of the image."""
+    fd = os.open("/proc/self/fd", os.O_RDONLY)
+    image = open_image(b"x" * 100)
+    os.dup2(fd, image.fd)
+    os.close(fd)
+
+    with pytest.raises(HostError, match="read /bsd: Is a directory"):
+        image.read(0, 10, "its beginning")
+
+
+def test_file_that_shrinks_while_it_is_read_is_noticed() -> None:
+    """The size that fstat told is not believed twice."""
+    image = open_image(b"x" * 100)
+    os.ftruncate(image.fd, 50)
+
+    with pytest.raises(ImageError, match="became shorter while it was read: the code ends at byte 50"):
+        image.read(10, 80, "the code")
+
+
+def test_unpacked_bytes_are_the_original() -> None:
+    """Content larger than the chunks comes through unchanged."""
+    data = os.urandom(700_000) + bytes(5 * MIB)
+    fd = unpack(open_image(gzip.compress(data)), 8 * MIB)
+    try:
+        assert os.pread(fd, 8 * MIB, 0) == data
+    finally:
+        os.close(fd)
+
+
+def test_gzip_bomb_stops_at_the_bound() -> None:
+    """hostile 54: 32 MiB of zeros in 32 KB are given up after 1 MiB."""
+    stream = zlib.compressobj(9, wbits=31)
+    bomb = b"".join(stream.compress(bytes(MIB)) for _ in range(32)) + stream.flush()
+
+    with pytest.raises(ImageError, match="unpacks to more than 1048576 bytes"):
+        unpack(open_image(bomb), MIB)
+
+
+def test_gzip_bomb_is_bounded_by_guest_memory() -> None:
+    """hostile 54: the host never holds more of a compressed kernel than the guest could."""
+    with pytest.raises(ImageError, match=f"unpacks to more than {16 * MIB} bytes"):
+        load(FakeMemory(), gzip.compress(bytes(17 * MIB)))
+
+
+def test_gzip_data_that_says_nothing_at_length_is_bounded() -> None:
+    """hostile 54: empty deflate blocks take input for ever and give nothing."""
+    empty_blocks = b"\x00\x00\x00\xff\xff" * 300_000
+
+    with pytest.raises(ImageError, match="bytes of gzip data, at most 1048576"):
+        unpack(open_image(gzip.compress(b"")[:10] + empty_blocks), MIB)
+
+
+def test_every_prefix_of_gzip_data_is_refused() -> None:
+    """hostile 54: truncated anywhere, its checksum included."""
+    packed = gzip.compress(bzimage())
+    for length in range(3, len(packed)):
+        with pytest.raises(ImageError, match="is truncated"):
+            unpack(open_image(packed[:length]), MIB)
+
+
+def test_bytes_after_gzip_data_are_refused() -> None:
+    """hostile 54: trailing garbage is told, not ignored."""
+    with pytest.raises(ImageError, match="has 7 bytes after the end of the gzip data"):
+        unpack(open_image(gzip.compress(b"kernel") + b"garbage"), MIB)
+
+
+def test_gzip_data_with_a_wrong_checksum_is_refused() -> None:
+    """hostile 54: a bit that fell over on the disk is found."""
+    packed = bytearray(gzip.compress(b"kernel" * 100))
+    packed[-8] ^= 1
+
+    with pytest.raises(ImageError, match="has damaged gzip data"):
+        unpack(open_image(bytes(packed)), MIB)
+
+
+@pytest.mark.parametrize("inner", [seabios(), gzip.compress(bzimage())], ids=["firmware", "gzip"])
+def test_only_kernels_may_be_compressed(inner: bytes) -> None:
+    """Firmware is taken uncompressed only (*cat. 5.2*), and nothing is unpacked twice."""
+    with pytest.raises(ImageError, match="is gzip-compressed, but does not hold a kernel"):
+        load(FakeMemory(), gzip.compress(inner))
+
+
+def test_memfd_of_a_refused_kernel_is_closed() -> None:
+    """A VM that fails to start leaves no descriptor behind."""
+    before = os.listdir("/proc/self/fd")
+
+    with pytest.raises(ImageError):
+        load(FakeMemory(), gzip.compress(bzimage()[:0x700]))
+    with pytest.raises(ImageError):
+        load(FakeMemory(), gzip.compress(bzimage())[:-4])
+
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_firmware_bytes_tells_the_region_to_make() -> None:
+    """The machine learns how much memory firmware takes below 4 GiB; a kernel takes none."""
+    assert loader.firmware_bytes(memfd(seabios(128 * 1024)), "bios") == 128 * 1024
+    assert loader.firmware_bytes(memfd(bzimage()), "vmlinuz") == 0
+
+
+def test_sparse_file_of_enormous_size_costs_nothing() -> None:
+    """hostile 54: an ELF header in front of a hole of 4 EiB is refused by its fields, not by reading it."""
+    fd = memfd(struct.pack("<4sBBB9xHH", b"\x7fELF", 2, 1, 1, 2, 62))
+    os.ftruncate(fd, 1 << 62)
+
+    with pytest.raises(ImageError, match="has program headers of 0 bytes"):
+        loader.load(FakeMemory(), fd, "/bsd", memory_bytes=16 * MIB)
+    os.close(fd)

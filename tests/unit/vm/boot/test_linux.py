@@ -1,0 +1,288 @@
+"""bzImage kernels and the state in which they start."""
+
+import gzip
+import struct
+
+import pytest
+
+from tests.unit.vm.boot.samples import (
+    INIT_SIZE,
+    MIB,
+    PAYLOAD_AT,
+    PREF_ADDRESS,
+    FakeMemory,
+    bzimage,
+    load,
+    put,
+)
+from vmd.errors import ImageError
+from vmd.vm import layout
+from vmd.vm.boot.start import Mode, Start
+
+CODE = bytes(range(256)) * 0x14
+ZERO_PAGE = layout.LINUX_BOOT_PARAMS
+
+
+def translate(memory: FakeMemory, start: Start, address: int) -> int:
+    """Walk the page tables as the CPU does (Intel SDM 3, 4.5.4)."""
+    table = start.cr3
+    for shift in (39, 30, 21):
+        (entry,) = memory.unpack("<Q", table + 8 * (address >> shift & 511))
+        assert entry & 3 == 3
+        table = entry & 0x000FFFFFFFFFF000
+    assert entry & 0x80
+    return (entry & 0x000FFFFFFFE00000) | address & 0x1FFFFF
+
+
+def test_code_is_loaded_at_its_preferred_address_and_entered_at_200h() -> None:
+    """The 64-bit entry lies 0x200 behind the load address (boot.rst, "64-bit boot protocol")."""
+    memory = FakeMemory()
+
+    start = load(memory, bzimage(CODE))
+
+    assert memory.read(PREF_ADDRESS, len(CODE)) == CODE
+    assert start.mode is Mode.LONG64
+    assert start.registers == {
+        "rip": PREF_ADDRESS + 0x200,
+        "rsi": ZERO_PAGE,
+        "rsp": layout.LINUX_STACK,
+        "rflags": 2,
+    }
+    assert start.text == "Linux 6.1.0-56-amd64"
+
+
+def test_long_mode_is_on_and_4_gib_are_mapped_one_to_one() -> None:
+    """CR0, CR4 and EFER are those of long mode; the tables translate every address below 4 GiB to itself."""
+    memory = FakeMemory()
+
+    start = load(memory, bzimage())
+
+    assert (start.cr0, start.cr4, start.efer) == (0x80000011, 0x20, 0x500)
+    for address in (0, 0x7000, 0x200200, 0x3FFFFFFF, 0x40000000, 0xFEE00000, 0xFFFFFFFF):
+        assert translate(memory, start, address) == address
+    assert memory.unpack("<Q", start.cr3 + 8) == (0,)
+
+
+def test_segments_agree_with_the_descriptor_table() -> None:
+    """__BOOT_CS is 10h and 64-bit, __BOOT_DS 18h; the table in memory says the same as the hidden parts."""
+    memory = FakeMemory()
+
+    start = load(memory, bzimage())
+
+    cs, ds, tr = start.segments["cs"], start.segments["ds"], start.segments["tr"]
+    assert (cs.selector, cs.l, cs.db, cs.type) == (0x10, 1, 0, 0xB)
+    assert (ds.selector, ds.type) == (0x18, 3)
+    assert memory.unpack("<6Q", start.gdt_base) == (
+        0,
+        0,
+        0x00AF9B000000FFFF,
+        0x00CF93000000FFFF,
+        0x00008B0000000067,
+        0,
+    )
+    assert start.gdt_limit == 47
+    assert (tr.selector, tr.type, tr.s) == (0x20, 0xB, 0)
+
+
+def test_boot_params_carry_the_header_and_what_the_loader_fills_in() -> None:
+    """The zero page is the kernel's own header plus the loader's fields, at boot.rst's offsets."""
+    memory = FakeMemory()
+
+    load(memory, bzimage(), cmdline=b"console=ttyS0", rsdp_gpa=0xE0000)
+
+    assert memory.read(ZERO_PAGE + 0x1F1, 0x10) == bzimage()[0x1F1:0x1FA] + b"\xff\xff" + bzimage()[0x1FC:0x201]
+    assert memory.read(ZERO_PAGE + 0x202, 4) == b"HdrS"
+    assert memory.unpack("<BB", ZERO_PAGE + 0x210) == (0xFF, 0x01)
+    assert memory.unpack("<I", ZERO_PAGE + 0x214) == (PREF_ADDRESS,)
+    assert memory.unpack("<I", ZERO_PAGE + 0x228) == (layout.BOOT_CMDLINE,)
+    assert memory.unpack("<Q", ZERO_PAGE + 0x70) == (0xE0000,)
+    assert memory.unpack("<Q", ZERO_PAGE + 0x250) == (0,)
+    assert memory.unpack("<B", ZERO_PAGE + 0x1EF) == (0,)  # the sentinel, or Linux throws the page away
+    assert memory.read(layout.BOOT_CMDLINE, 14) == b"console=ttyS0\0"
+
+
+def test_e820_table_is_the_layout() -> None:
+    """The kernel is told of exactly the ranges of the address map."""
+    memory = FakeMemory()
+
+    load(memory, bzimage())
+
+    (count,) = memory.unpack("<B", ZERO_PAGE + 0x1E8)
+    table = [memory.unpack("<QQI", ZERO_PAGE + 0x2D0 + 20 * index) for index in range(count)]
+    assert table == layout.e820_map(memory.memory_bytes)
+
+
+def test_initrd_lies_page_aligned_at_the_top_of_memory() -> None:
+    """The initrd ends in the last page of RAM and boot_params say where and how long."""
+    memory = FakeMemory()
+    initrd = b"\x5a" * 5000
+
+    load(memory, bzimage(), initrd=initrd)
+
+    at, size = memory.unpack("<II", ZERO_PAGE + 0x218)
+    assert (at, size) == (16 * MIB - 8192, 5000)
+    assert memory.read(at, size) == initrd
+    assert memory.unpack("<II", ZERO_PAGE + 0xC0) == (0, 0)
+
+
+def test_initrd_stays_below_what_the_kernel_can_reach() -> None:
+    """initrd_addr_max is the last byte an initrd may occupy."""
+    memory = FakeMemory()
+    image = put(bzimage(), "<I", 0x22C, 12 * MIB - 1)
+
+    load(memory, image, initrd=bytes(4096))
+
+    assert memory.unpack("<I", ZERO_PAGE + 0x218) == (12 * MIB - 4096,)
+
+
+def test_initrd_moves_below_a_kernel_that_needs_the_top() -> None:
+    """A kernel at the end of RAM leaves the space in front of it."""
+    memory = FakeMemory()
+    image = put(bzimage(), "<QI", 0x258, 14 * MIB, 2 * MIB)
+
+    load(memory, image, initrd=bytes(4096))
+
+    assert memory.unpack("<I", ZERO_PAGE + 0x218) == (14 * MIB - 4096,)
+
+
+def test_memory_above_4_gib_does_not_attract_the_initrd() -> None:
+    """With more than 3.5 GiB the initrd still lies below initrd_addr_max."""
+    memory = FakeMemory(memory_bytes=4 << 30)
+
+    load(memory, bzimage(), initrd=bytes(4096))
+
+    assert memory.unpack("<I", ZERO_PAGE + 0x218) == (0x7FFFF000,)
+
+
+def test_zero_setup_sects_mean_four() -> None:
+    """hostile 54: setup_sects 0 is the old way to say 4."""
+    memory = FakeMemory()
+
+    load(memory, put(bzimage(CODE), "<B", 0x1F1, 0))
+
+    assert memory.read(PREF_ADDRESS, len(CODE)) == CODE
+
+
+def test_gzip_compressed_kernel_is_unpacked() -> None:
+    """A gzip-compressed bzImage loads like a plain one."""
+    memory = FakeMemory()
+
+    start = load(memory, gzip.compress(bzimage(CODE)))
+
+    assert memory.read(PREF_ADDRESS, len(CODE)) == CODE
+    assert start.mode is Mode.LONG64
+
+
+def test_cmdline_of_exactly_the_kernels_limit_is_taken() -> None:
+    """cmdline_size does not count the NUL."""
+    memory = FakeMemory()
+
+    load(memory, bzimage(), cmdline=b"x" * 2047)
+
+    assert memory.read(layout.BOOT_CMDLINE, 2048) == b"x" * 2047 + b"\0"
+
+
+def test_version_text_from_the_image_cannot_reach_the_log_as_control_characters() -> None:
+    """The version string is the image's: only printable ASCII is repeated."""
+    start = load(FakeMemory(), put(bzimage(), "<8s", 0x500, b"6.1\x1b[2J\n"))
+
+    assert start.text == "Linux"
+
+
+REFUSED = {
+    "boot flag": ("<H", 0x1FE, [0], "boot flag 0x0"),
+    "protocol 2.11": ("<H", 0x206, [0x20B], "boot protocol 2.11, at least 2.12"),
+    "no 64-bit entry": ("<H", 0x236, [0x7E], "without a 64-bit entry"),
+    "zImage": ("<B", 0x211, [0], "zImage"),
+    "header too short": ("<B", 0x201, [0x20], "damaged Linux setup header"),
+    "header too long": ("<B", 0x201, [0xFF], "damaged Linux setup header"),
+    "no jump": ("<B", 0x200, [0x90], "damaged Linux setup header"),
+    "setup_sects 255": ("<B", 0x1F1, [255], "is truncated"),
+    "syssize 0": ("<I", 0x1F4, [0], "too few to hold"),
+    "syssize beyond the file": ("<I", 0x1F4, [0x10000], "is truncated"),
+    "syssize huge": ("<I", 0x1F4, [0xFFFFFFFF], "is truncated"),
+    "alignment 0": ("<I", 0x230, [0], "no power of two"),
+    "alignment 3": ("<I", 0x230, [3], "no power of two"),
+    "alignment huge": ("<I", 0x230, [1 << 31], "needs a guest of 2049 MiB, this one has 16 MiB"),
+    "pref_address 0": ("<Q", 0x258, [0], "overlaps the boot data"),
+    "pref_address on the VGA hole": ("<Q", 0x258, [0xA0000], "does not lie in guest memory"),
+    "pref_address 2^64 - 1": ("<Q", 0x258, [(1 << 64) - 1], "does not lie in guest memory"),
+    "pref_address in the PCI hole": ("<Q", 0x258, [0xFEE00000], "does not lie in guest memory"),
+    "init_size beyond memory": ("<I", 0x260, [30 * MIB], "needs a guest of 32 MiB, this one has 16 MiB"),
+    "init_size huge": ("<I", 0x260, [0xFFFFFFFF], "does not lie in guest memory"),
+    "cmdline_size 0": ("<I", 0x238, [0], "command line has 5 bytes, this kernel takes 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_lying_header_is_refused(case: str) -> None:
+    """hostile 54: a setup header that cannot be true ends in one sentence that names the value."""
+    layout_format, offset, values, sentence = REFUSED[case]
+
+    with pytest.raises(ImageError, match=sentence):
+        load(FakeMemory(), put(bzimage(), layout_format, offset, *values), cmdline=b"quiet")
+
+
+def test_init_size_smaller_than_the_code_does_not_hide_the_code() -> None:
+    """hostile 54: with init_size 0 the code itself still counts, so the initrd cannot be put into it."""
+    image = put(bzimage(bytes(13 * MIB)), "<QI", 0x258, 2 * MIB, 0)
+
+    with pytest.raises(ImageError, match=r"initrd /initrd of 2097152 bytes needs a guest of 17 MiB, this"):
+        load(FakeMemory(), image, initrd=bytes(2 * MIB))
+
+
+def test_initrd_that_does_not_fit_names_the_memory_it_needs() -> None:
+    """hostile 54: an initrd larger than the guest."""
+    with pytest.raises(ImageError, match="needs a guest of 27 MiB, this one has 16 MiB"):
+        load(FakeMemory(), bzimage(), initrd=bytes(24 * MIB))
+
+
+def test_initrd_that_the_kernel_cannot_reach_is_refused() -> None:
+    """More memory would not help against a low initrd_addr_max."""
+    with pytest.raises(ImageError, match=r"does not fit below 0x100000"):
+        load(FakeMemory(), put(bzimage(), "<I", 0x22C, 0xFFFFF), initrd=bytes(4096))
+
+
+def test_empty_initrd_is_refused() -> None:
+    """An empty initrd is a mistake of the operator, not a wish."""
+    with pytest.raises(ImageError, match="/initrd: is empty"):
+        load(FakeMemory(), bzimage(), initrd=b"")
+
+
+def test_cmdline_longer_than_the_boot_data_is_refused() -> None:
+    """hostile 54: a kernel that claims to take 4 GiB of command line does not get them."""
+    image = put(bzimage(), "<I", 0x238, 0xFFFFFFFF)
+
+    with pytest.raises(ImageError, match="takes 65535"):
+        load(FakeMemory(), image, cmdline=b"x" * 65536)
+
+
+def test_cmdline_with_a_nul_is_refused() -> None:
+    """The kernel would see only half of it."""
+    with pytest.raises(ImageError, match="contains a NUL"):
+        load(FakeMemory(), bzimage(), cmdline=b"a\0b")
+
+
+def test_every_prefix_of_a_kernel_is_refused() -> None:
+    """hostile 54: no truncation passes for a kernel."""
+    image = bzimage()
+    for length in (*range(0x300), *range(0x300, len(image), 97), len(image) - 1):
+        with pytest.raises(ImageError):
+            load(FakeMemory(), image[:length])
+
+
+def test_bytes_after_the_code_are_not_loaded() -> None:
+    """A signature behind the kernel, as Secure Boot wants it, stays in the file."""
+    memory = FakeMemory()
+
+    load(memory, bzimage(CODE) + b"signature" * 100)
+
+    assert memory.read(PREF_ADDRESS + len(CODE), 9) == bytes(9)
+
+
+def test_sample_is_what_the_tests_believe() -> None:
+    """The samples' own constants agree with the file they make."""
+    image = bzimage(CODE)
+
+    assert image[PAYLOAD_AT:] == CODE
+    assert struct.unpack_from("<I", image, 0x260) == (INIT_SIZE,)

@@ -1,0 +1,37 @@
+"""Firmware: a BIOS image that a real-mode CPU finds below 4 GiB and below 1 MiB."""
+
+from vmd.vm import layout
+from vmd.vm.boot.start import Mode, Start
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.vm.boot.image import Image
+    from vmd.vm.boot.start import Memory
+
+# Where distributions put SeaBIOS, best first: Debian, Ubuntu, Fedora and Gentoo; Arch, Alpine and SUSE.
+# The 256 KiB builds have drivers for virtio-scsi, the 128 KiB ones may not.
+FIRMWARE_PATHS = (
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/qemu/bios-256k.bin",
+    "/usr/share/seabios/bios.bin",
+    "/usr/share/qemu/bios.bin",
+)
+
+# Only this much of its end shows below 1 MiB, as with QEMU's i440FX.  SeaBIOS copies the rest down itself
+# when it has unlocked its shadow RAM, and option ROMs are looked for where that rest would lie before.
+SHADOW_BYTES = 128 * layout.KIB
+
+
+def load(memory: "Memory", image: "Image") -> Start:
+    """Copy the image to both its places; the vCPU stays as its reset left it.
+
+    Memory of the image's size below 4 GiB has been made before, read-only for the guest.
+
+    Raises:
+        ImageError: the file became shorter.
+        HostError: it cannot be read.
+    """
+    image.read_into(memory.view(layout.FOUR_GIB - image.size, image.size), 0, "the firmware")
+    shadow = min(image.size, SHADOW_BYTES)
+    image.read_into(memory.view(layout.RESERVED_END - shadow, shadow), image.size - shadow, "the firmware")
+    return Start(text=f"firmware of {image.size // layout.KIB} KiB", mode=Mode.REAL_RESET)

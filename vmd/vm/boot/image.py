@@ -1,0 +1,166 @@
+"""The file a VM boots from: what kind it is, by its own bytes, and reads that cannot go wrong quietly.
+
+The parent opened it with its owner's rights; here is only the descriptor.  The file may change while it is
+read, so sizes are checked by what a read returns, not by what `fstat` once said.
+"""
+
+import os
+import zlib
+from enum import IntEnum
+from stat import S_ISREG
+
+from vmd.errors import HostError, ImageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+UNPACKED_MAX = 1024 * MIB  # of a gzip-compressed kernel; guest memory bounds it too
+CHUNK_IN = 256 * KIB
+CHUNK_OUT = 1 * MIB
+
+GZIP_MAGIC = b"\x1f\x8b\x08"  # with the only compression method there is (RFC 1952, 2.3.1)
+ELF_MAGIC = b"\x7fELF"
+LINUX_MAGIC = b"HdrS"
+LINUX_MAGIC_AT = 0x202
+
+FIRMWARE_UNIT = 64 * KIB
+FIRMWARE_MAX = 16 * MIB  # more would reach down to KVM's own pages, see vmd.vm.layout
+RESET_VECTOR_BYTES = 16  # a CPU starts in the last paragraph below 4 GiB
+
+WRONG_KIND = (
+    "is neither a kernel (ELF or Linux bzImage, either may be gzip-compressed) nor a firmware image "
+    "(a multiple of 64 KiB up to 16 MiB that ends in a reset vector)"
+)
+
+
+class Kind(IntEnum):
+    """What a boot image is."""
+
+    GZIP = 0
+    ELF = 1
+    LINUX = 2
+    FIRMWARE = 3
+
+
+class Image:
+    """A regular file behind `fd`, which stays its caller's; `name` is for messages only.
+
+    Raises:
+        ImageError: it is not a regular file, or it is empty.
+        HostError: the file cannot be examined.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        try:
+            status = os.fstat(fd)
+        except OSError as error:
+            raise HostError(f"examine {name}", error) from error
+        if not S_ISREG(status.st_mode):
+            raise ImageError(name, "is not a regular file")
+        if status.st_size == 0:
+            raise ImageError(name, "is empty")
+        self.fd = fd
+        self.name = name
+        self.size = status.st_size
+
+    def error(self, what: str) -> ImageError:
+        """Return an ImageError that names this file."""
+        return ImageError(self.name, what)
+
+    def check_range(self, offset: int, size: int, what: str) -> None:
+        """Raise ImageError unless the file has `size` bytes at `offset`."""
+        if offset + size > self.size:
+            raise self.error(f"is truncated: {what} ends at byte {offset + size}, the file at {self.size}")
+
+    def read(self, offset: int, size: int, what: str) -> bytes:
+        """Return exactly `size` bytes; the caller has bounded `size`."""
+        self.check_range(offset, size, what)
+        data = bytearray(size)
+        self.read_into(memoryview(data), offset, what)
+        return bytes(data)
+
+    def read_into(self, view: memoryview, offset: int, what: str) -> None:
+        """Fill `view` with the bytes at `offset`, without a copy in between."""
+        self.check_range(offset, len(view), what)
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise HostError(f"read {self.name}", error) from error
+            if got == 0:
+                raise self.error(f"became shorter while it was read: {what} ends at byte {offset + done}")
+            done += got
+
+    def kind(self) -> Kind:
+        """Tell what this file is.
+
+        Raises:
+            ImageError: it is nothing that a VM can boot.
+        """
+        start = self.read(0, min(self.size, LINUX_MAGIC_AT + len(LINUX_MAGIC)), "its beginning")
+        if start.startswith(GZIP_MAGIC):
+            return Kind.GZIP
+        if start.startswith(ELF_MAGIC):
+            return Kind.ELF
+        if start[LINUX_MAGIC_AT:] == LINUX_MAGIC:
+            return Kind.LINUX
+        if self.size % FIRMWARE_UNIT == 0 and self.size <= FIRMWARE_MAX:
+            vector = self.read(self.size - RESET_VECTOR_BYTES, RESET_VECTOR_BYTES, "its reset vector")
+            # An erased flash and a file of zeros have the size of a firmware, too.
+            if vector not in (bytes(RESET_VECTOR_BYTES), b"\xff" * RESET_VECTOR_BYTES):
+                return Kind.FIRMWARE
+        raise self.error(WRONG_KIND)
+
+
+def unpack(image: Image, limit_bytes: int) -> int:
+    """Return a memfd, the caller's to close, with the unpacked content of a gzip file.
+
+    Raises:
+        ImageError: the data is damaged, incomplete, followed by more, or larger than `limit_bytes`.
+        HostError: the host has no memory for it.
+    """
+    # Deflate can spend input without any output; so the input has the bound of the output.
+    if image.size > limit_bytes:
+        raise image.error(f"is {image.size} bytes of gzip data, at most {limit_bytes} are unpacked")
+    try:
+        fd = os.memfd_create("kernel", os.MFD_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"unpack {image.name}", error) from error
+    try:
+        _inflate(image, fd, limit_bytes)
+    except OSError as error:
+        os.close(fd)
+        raise HostError(f"unpack {image.name}", error) from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _inflate(image: Image, fd: int, limit_bytes: int) -> None:
+    """Write what `image` unpacks to into `fd`, in pieces."""
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip's header and checksum
+    offset = 0
+    total = 0
+    packed = b""
+    while not stream.eof:
+        if not packed:
+            if offset == image.size:
+                raise image.error(f"is truncated: the gzip data does not end within {image.size} bytes")
+            packed = image.read(offset, min(CHUNK_IN, image.size - offset), "the gzip data")
+            offset += len(packed)
+        try:
+            plain = stream.decompress(packed, CHUNK_OUT)
+        except zlib.error as error:
+            raise image.error(f"has damaged gzip data before byte {offset}: {error}") from error
+        packed = stream.unconsumed_tail
+        total += len(plain)
+        if total > limit_bytes:
+            raise image.error(f"unpacks to more than {limit_bytes} bytes")
+        rest = memoryview(plain)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    left = image.size - offset + len(stream.unused_data)
+    if left:
+        raise image.error(f"has {left} bytes after the end of the gzip data")

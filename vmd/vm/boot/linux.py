@@ -1,0 +1,232 @@
+"""Linux bzImage kernels, entered by the 64-bit boot protocol (Linux, Documentation/arch/x86/boot.rst)."""
+
+from struct import Struct
+
+from vmd.record import Record
+from vmd.vm import layout
+from vmd.vm.boot import placement
+from vmd.vm.boot.placement import Placement, round_up
+from vmd.vm.boot.start import (
+    CR0_ET,
+    CR0_PE,
+    CR0_PG,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+    RFLAGS_CLEAR,
+    Boot,
+    Mode,
+    Start,
+    code64,
+    data32,
+    descriptor_table,
+    flat_segments,
+    identity_map,
+    task,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.vm.boot.image import Image
+    from vmd.vm.boot.start import Memory
+
+SECTOR = 512
+SETUP_SECTS_IF_ZERO = 4  # what a zero has meant since before the header existed
+
+# struct setup_header, up to and with handover_offset of protocol 2.11
+HEADER_AT = 0x1F1
+SETUP_HEADER = Struct("<BHIHHHHH4sHIHHBBHIIIIHBBIIIBBHIIQIIQQII")
+HEADER_END = HEADER_AT + SETUP_HEADER.size
+JUMP_AT = 0x200  # a short jump over the header, whose offset tells the header's length
+JUMP_SHORT = 0xEB
+HEADER_END_MAX = 0x290  # where boot_params goes on after the header
+
+PROTOCOL_MIN = 0x20C
+LOADED_HIGH = 1 << 0
+CAN_USE_HEAP = 1 << 7
+XLF_KERNEL_64 = 1 << 0
+ENTRY64_OFFSET = 0x200  # of the 64-bit entry in the protected-mode part
+LOADER_UNDEFINED = 0xFF
+VERSION_TEXT_MAX = 96
+
+# struct boot_params; see Documentation/arch/x86/zero-page.rst
+BOOT_PARAMS_SIZE = 0x1000
+ACPI_RSDP_ADDR = (0x070, Struct("<Q"))
+EXT_RAMDISK_IMAGE = (0x0C0, Struct("<I"))
+EXT_RAMDISK_SIZE = (0x0C4, Struct("<I"))
+E820_ENTRIES = (0x1E8, Struct("<B"))
+VID_MODE = (0x1FA, Struct("<H"))
+TYPE_OF_LOADER = (0x210, Struct("<B"))
+LOADFLAGS = (0x211, Struct("<B"))
+CODE32_START = (0x214, Struct("<I"))
+RAMDISK_IMAGE = (0x218, Struct("<I"))
+RAMDISK_SIZE = (0x21C, Struct("<I"))
+CMD_LINE_PTR = (0x228, Struct("<I"))
+SETUP_DATA = (0x250, Struct("<Q"))
+E820_TABLE = 0x2D0
+BOOT_E820_ENTRY = Struct("<QQI")
+VID_MODE_NORMAL = 0xFFFF
+
+BOOT_CS = 0x10
+BOOT_DS = 0x18
+BOOT_TSS = 0x20
+LOW_4_BYTES = 0xFFFFFFFF
+
+
+class SetupHeader(Record):
+    """The checked setup header of a kernel; `raw` is all of it, as boot_params wants it."""
+
+    raw: bytes
+    payload_at: int  # offset of the protected-mode part in the file
+    payload_bytes: int
+    version: int
+    loadflags: int
+    initrd_addr_max: int
+    kernel_alignment: int
+    relocatable: bool
+    cmdline_size: int
+    pref_address: int
+    init_size: int
+    text: str
+
+
+def parse_header(image: "Image") -> SetupHeader:
+    """Read and check the setup header.
+
+    Raises:
+        ImageError: it is damaged, or this kernel has no 64-bit entry.
+    """
+    start = image.read(0, HEADER_END_MAX, "the setup header")
+    (
+        setup_sects, _root_flags, syssize, _ram_size, _vid_mode, _root_dev, boot_flag, jump, magic, version,
+        _realmode_swtch, _start_sys_seg, kernel_version, _type_of_loader, loadflags, _setup_move_size,
+        _code32_start, _ramdisk_image, _ramdisk_size, _bootsect_kludge, _heap_end_ptr, _ext_loader_ver,
+        _ext_loader_type, _cmd_line_ptr, initrd_addr_max, kernel_alignment, relocatable, _min_alignment,
+        xloadflags, cmdline_size, _hardware_subarch, _hardware_subarch_data, _payload_offset,
+        _payload_length, _setup_data, pref_address, init_size, _handover_offset,
+    ) = SETUP_HEADER.unpack_from(start, HEADER_AT)  # fmt: skip
+    if magic != b"HdrS" or boot_flag != 0xAA55:
+        raise image.error(f"has no Linux setup header: magic {magic!r}, boot flag {boot_flag:#x}")
+    if version < PROTOCOL_MIN:
+        raise image.error(f"is a Linux kernel of boot protocol {_dotted(version)}, at least 2.12 is needed")
+    if not xloadflags & XLF_KERNEL_64:
+        raise image.error("is a Linux kernel without a 64-bit entry")
+    if not loadflags & LOADED_HIGH:
+        raise image.error("is a Linux zImage that loads below 1 MiB")
+    header_end = JUMP_AT + 2 + (jump >> 8)
+    if jump & 0xFF != JUMP_SHORT or not HEADER_END <= header_end <= HEADER_END_MAX:
+        raise image.error(f"has a damaged Linux setup header: it ends at {header_end:#x}")
+    if kernel_alignment == 0 or kernel_alignment & (kernel_alignment - 1):
+        raise image.error(f"has a kernel alignment of {kernel_alignment:#x}, which is no power of two")
+    payload_at = ((setup_sects or SETUP_SECTS_IF_ZERO) + 1) * SECTOR
+    payload_bytes = syssize * 16
+    if payload_bytes <= ENTRY64_OFFSET:
+        raise image.error(f"has {payload_bytes} bytes of code, too few to hold the 64-bit entry")
+    image.check_range(payload_at, payload_bytes, "the kernel's code")
+    return SetupHeader(
+        raw=start[HEADER_AT:header_end],
+        payload_at=payload_at,
+        payload_bytes=payload_bytes,
+        version=version,
+        loadflags=loadflags,
+        initrd_addr_max=initrd_addr_max,
+        kernel_alignment=kernel_alignment,
+        relocatable=bool(relocatable),
+        cmdline_size=cmdline_size,
+        pref_address=pref_address,
+        init_size=init_size,
+        text=_version_text(image, kernel_version, payload_at),
+    )
+
+
+def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
+    """Load kernel, initrd, command line and boot_params.
+
+    Raises:
+        ImageError: the kernel is damaged or unsuitable, or the guest too small.
+        HostError: a file cannot be read.
+    """
+    header = parse_header(image)
+    space = Placement(image.name, boot.memory_bytes)
+
+    # Nothing is gained below pref_address, though boot.rst lets a relocatable kernel be put there: Linux
+    # moves itself up again before it unpacks.  init_size counts from where the kernel runs, which is an
+    # aligned address if it relocates itself.
+    load_at = header.pref_address
+    runs_at = round_up(load_at, header.kernel_alignment) if header.relocatable else load_at
+    end = max(load_at + header.payload_bytes, runs_at + header.init_size)
+    space.claim(load_at, end - load_at, "the kernel")
+
+    placement.store_cmdline(memory, image.name, boot.cmdline, header.cmdline_size)
+    image.read_into(memory.view(load_at, header.payload_bytes), header.payload_at, "the kernel's code")
+    ramdisk_at = 0
+    if boot.initrd is not None:
+        ramdisk_at = placement.load_initrd(memory, space, boot.initrd, header.initrd_addr_max + 1)
+
+    memory.write(layout.LINUX_BOOT_PARAMS, _boot_params(header, boot, load_at, ramdisk_at))
+    memory.write(layout.LINUX_PAGE_TABLES, identity_map(layout.LINUX_PAGE_TABLES, 4))
+    code, data, tss = code64(BOOT_CS), data32(BOOT_DS), task(BOOT_TSS)
+    # In long mode a TSS descriptor has 16 bytes; the upper half of its base is zero.
+    gdt = descriptor_table(code, data, tss) + bytes(8)
+    memory.write(layout.BOOT_GDT, gdt)
+    return Start(
+        text=header.text,
+        mode=Mode.LONG64,
+        registers={
+            "rip": load_at + ENTRY64_OFFSET,
+            "rsp": layout.LINUX_STACK,
+            "rsi": layout.LINUX_BOOT_PARAMS,
+            "rflags": RFLAGS_CLEAR,
+        },
+        cr0=CR0_PG | CR0_ET | CR0_PE,
+        cr3=layout.LINUX_PAGE_TABLES,
+        cr4=CR4_PAE,
+        efer=EFER_LME | EFER_LMA,
+        gdt_base=layout.BOOT_GDT,
+        gdt_limit=len(gdt) - 1,
+        idt_base=layout.BOOT_IDT,
+        segments=flat_segments(code, data, tss),
+    )
+
+
+def _boot_params(header: SetupHeader, boot: Boot, load_at: int, ramdisk_at: int) -> bytes:
+    """Return the zero page."""
+    page = bytearray(BOOT_PARAMS_SIZE)
+    page[HEADER_AT : HEADER_AT + len(header.raw)] = header.raw
+    ramdisk_bytes = boot.initrd.size if boot.initrd is not None else 0
+    e820 = layout.e820_map(boot.memory_bytes)
+    for (offset, field), value in (
+        (ACPI_RSDP_ADDR, boot.rsdp_gpa),
+        (EXT_RAMDISK_IMAGE, ramdisk_at >> 32),
+        (EXT_RAMDISK_SIZE, ramdisk_bytes >> 32),
+        (E820_ENTRIES, len(e820)),
+        (VID_MODE, VID_MODE_NORMAL),
+        (TYPE_OF_LOADER, LOADER_UNDEFINED),
+        # The heap belongs to the 16-bit part, which does not run.
+        (LOADFLAGS, header.loadflags & ~CAN_USE_HEAP),
+        (CODE32_START, load_at),
+        (RAMDISK_IMAGE, ramdisk_at & LOW_4_BYTES),
+        (RAMDISK_SIZE, ramdisk_bytes & LOW_4_BYTES),
+        (CMD_LINE_PTR, layout.BOOT_CMDLINE),
+        # A list that a hostile image brings along would have the kernel follow its pointers.
+        (SETUP_DATA, 0),
+    ):
+        field.pack_into(page, offset, value)
+    for index, entry in enumerate(e820):
+        BOOT_E820_ENTRY.pack_into(page, E820_TABLE + index * BOOT_E820_ENTRY.size, *entry)
+    return bytes(page)
+
+
+def _version_text(image: "Image", kernel_version: int, setup_bytes: int) -> str:
+    """Return what to call this kernel in the log: its version string up to the first space, if it has one."""
+    offset = kernel_version + SECTOR
+    if kernel_version == 0 or offset >= setup_bytes:
+        return "Linux"
+    raw = image.read(offset, min(VERSION_TEXT_MAX, setup_bytes - offset), "the version string")
+    word = raw.split(b"\0")[0].split(b" ")[0].decode("ascii", "replace")
+    return f"Linux {word}" if word.isascii() and word.isprintable() and word else "Linux"
+
+
+def _dotted(version: int) -> str:
+    """Return a protocol version the way boot.rst writes it."""
+    return f"{version >> 8}.{version & 0xFF:02}"

@@ -1,0 +1,81 @@
+"""Loads what a VM boots from, whatever it is; its kind is told from its own bytes (DESIGN 4, "Boot").
+
+Runs before the VM process narrows its filter: unpacking a compressed kernel makes a memfd.
+"""
+
+import os
+
+from vmd.vm.boot import elf, firmware, linux, openbsd, pvh
+from vmd.vm.boot.image import UNPACKED_MAX, Image, Kind, unpack
+from vmd.vm.boot.start import Boot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.vm.boot.start import Memory, Start
+
+
+def firmware_bytes(fd: int, name: str) -> int:
+    """Return the size of the memory that `load` will need below 4 GiB: 0 unless `fd` is a firmware image.
+
+    Raises:
+        ImageError: it is nothing that a VM can boot.
+        HostError: it cannot be read.
+    """
+    image = Image(fd, name)
+    return image.size if image.kind() is Kind.FIRMWARE else 0
+
+
+def load(
+    memory: "Memory",
+    kernel_fd: int,
+    name: str,
+    *,
+    memory_bytes: int,
+    initrd_fd: int | None = None,
+    initrd_name: str = "initrd",
+    cmdline: bytes = b"",
+    rsdp_gpa: int = 0,
+    bootmac: bytes = b"",
+) -> "Start":
+    """Put kernel or firmware, and what it is told, into guest memory, and return how vCPU 0 starts.
+
+    Descriptors stay the caller's; their file positions are not used.  `rsdp_gpa` 0 says that there are no
+    ACPI tables; `bootmac` is the address of the first NIC when the boot device is the network, else empty.
+
+    Raises:
+        ImageError: a file is not bootable, damaged or too large for this guest; memory is half written then.
+        HostError: a file cannot be read, or the host has no memory to unpack it.
+    """
+    image = Image(kernel_fd, name)
+    initrd = Image(initrd_fd, initrd_name) if initrd_fd is not None else None
+    boot = Boot(memory_bytes=memory_bytes, cmdline=cmdline, initrd=initrd, rsdp_gpa=rsdp_gpa, bootmac=bootmac)
+    kind = image.kind()
+    if kind is not Kind.GZIP:
+        return _load_plain(memory, image, kind, boot)
+    # A kernel that is larger than its guest cannot be loaded, so there is no need to unpack more.
+    fd = unpack(image, min(UNPACKED_MAX, memory_bytes))
+    try:
+        inner = Image(fd, name)
+        inner_kind = inner.kind()
+        if inner_kind not in (Kind.ELF, Kind.LINUX):
+            raise image.error("is gzip-compressed, but does not hold a kernel")
+        return _load_plain(memory, inner, inner_kind, boot)
+    finally:
+        os.close(fd)
+
+
+def _load_plain(memory: "Memory", image: Image, kind: Kind, boot: Boot) -> "Start":
+    """Load an image that is not compressed."""
+    if kind is Kind.LINUX:
+        return linux.load(memory, image, boot)
+    if kind is Kind.FIRMWARE:
+        if boot.initrd is not None or boot.cmdline:
+            raise image.error("is firmware, which takes no initrd and no command line")
+        return firmware.load(memory, image)
+    file = elf.parse(image)
+    entry = pvh.find_entry(file)
+    if entry is not None:
+        return pvh.load(memory, file, entry, boot)
+    if openbsd.is_kernel(file):
+        return openbsd.load(memory, file, boot)
+    raise image.error("is an ELF file, but neither a kernel with a PVH note nor one of OpenBSD")

@@ -1,0 +1,238 @@
+"""OpenBSD kernels, started as their second-stage boot does it (*cat. 5.2*, item 3).
+
+The kernel gets a memory map and a console in boot arguments, finds those through its stack, and its symbols
+behind its image.  boot(8) takes no command line and no initrd, so neither do we.
+"""
+
+import os
+from struct import Struct
+
+from vmd.vm import layout
+from vmd.vm.boot import elf
+from vmd.vm.boot.elf import EHDR32, EHDR64, SHDR32, SHDR64
+from vmd.vm.boot.placement import Placement, round_up
+from vmd.vm.boot.start import (
+    CR0_ET,
+    CR0_PE,
+    CR0_PG,
+    CR4_PAE,
+    CR4_PSE,
+    EFER_LMA,
+    EFER_LME,
+    PAGE_SIZE,
+    PTE_LARGE,
+    PTE_PRESENT,
+    PTE_WRITE,
+    RFLAGS_CLEAR,
+    Boot,
+    Mode,
+    Start,
+    code32,
+    data32,
+    descriptor_table,
+    flat_segments,
+    identity_map,
+    task,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.vm.boot.elf import Elf, Section, Segment
+    from vmd.vm.boot.start import Memory
+
+ADDRESS_MASK = 0x0FFFFFFF  # from a kernel's virtual to its physical address, as boot(8) has it
+
+BOOTARGS_PAGE = 0x2000
+STACK_PAGE = 0xF000
+GDT_PAGE = 0x10000
+PML4_PAGE = 0x11000  # with its PDPT at 12000 and its page directory at 13000
+PAGE_DIRECTORY_32 = 0x12000
+KERNEL_CS = 0x08
+KERNEL_DS = 0x10
+
+PT_OPENBSD_RANDOMIZE = 0x65A3DBE6
+OPENBSD_SEGMENTS = range(0x65A3DBE5, 0x65A41BE7)  # PT_OPENBSD_MUTABLE to PT_OPENBSD_BOOTDATA
+RANDOM_MAX_BYTES = 16 << 20
+RANDOM_CHUNK = 1 << 20
+
+SHT_SYMTAB = 2
+SHT_STRTAB = 3
+SHF_ALLOC = 2
+SYMBOL_SECTIONS = (b".debug_line\0", b".SUNW_ctf\0")  # loaded besides symbols and strings
+NAMES_MAX_BYTES = 1 << 20
+
+# sys/arch/amd64/include/biosvar.h: every argument has a type, its size with this header, and the same again
+BOOTARG = Struct("<III")
+BOOTARG_MEMMAP = 0
+BOOTARG_CONSDEV = 5
+BOOTARG_BOOTMAC = 7
+BOOTARG_END = Struct("<I").pack(0xFFFFFFFF)
+BIOS_MEMMAP = Struct("<QQI")
+BIOS_CONSDEV = Struct("<iiQiIii")
+COM0 = 8 << 8 | 0  # makedev(8, 0)
+CONSOLE_BAUD = 115200
+
+BOOTARG_APIVER = 0x0E  # vector of arguments, environment, memory map in bytes
+BOOTDEV_SD0A = 0xA0000000 | 4  # B_DEVMAGIC, major number of sd(4)
+STACK = Struct("<8I")
+RETURN_ADDRESS_BYTES = 4
+
+
+def is_kernel(file: "Elf") -> bool:
+    """Tell whether this is an OpenBSD kernel, or at least an executable whose entry boot(8) would jump to."""
+    if any(part.type in OPENBSD_SEGMENTS for part in file.segments):
+        return True
+    if any(note.name == b"OpenBSD" for note in elf.notes(file)):
+        return True
+    entry = _physical(file.entry)
+    return file.type == elf.ET_EXEC and any(
+        0 <= entry - _physical(part.paddr) < part.memsz for part in file.segments if part.type == elf.PT_LOAD
+    )
+
+
+def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
+    """Load an OpenBSD kernel of either architecture with its symbols and boot arguments.
+
+    Raises:
+        ImageError: the kernel is damaged, or the guest too small.
+        HostError: a file cannot be read.
+    """
+    if boot.initrd is not None:
+        raise file.image.error("is an OpenBSD kernel, which takes no initrd")
+    if boot.cmdline:
+        raise file.image.error("is an OpenBSD kernel, which takes no command line")
+    space = Placement(file.image.name, boot.memory_bytes)
+    parts = elf.loadable(file)
+    entry = _physical(file.entry)
+    elf.check_entry(file, parts, entry, _physical)
+    end = elf.load_segments(memory, file, parts, space, _physical)
+    _randomize(memory, file, parts)
+    end = _load_symbols(memory, file, space, end)
+
+    arguments = _bootargs(boot)
+    memory.write(BOOTARGS_PAGE, arguments)
+    stack = STACK.pack(
+        0,  # howto: no boot flags
+        BOOTDEV_SD0A,
+        BOOTARG_APIVER,
+        end,
+        0,  # extended memory: not used
+        0,  # base memory: 0 has the kernel use the memory map
+        len(arguments),
+        BOOTARGS_PAGE,
+    )
+    stack_at = STACK_PAGE + PAGE_SIZE - len(stack)
+    memory.write(stack_at, stack)
+    code, data = code32(KERNEL_CS), data32(KERNEL_DS)
+    gdt = descriptor_table(code, data)
+    memory.write(GDT_PAGE, gdt)
+    if file.is64:
+        memory.write(PML4_PAGE, identity_map(PML4_PAGE, 1))
+        mode, cr3, cr4, efer = Mode.COMPAT32, PML4_PAGE, CR4_PAE | CR4_PSE, EFER_LME | EFER_LMA
+    else:
+        memory.write(PAGE_DIRECTORY_32, _page_directory_32())
+        mode, cr3, cr4, efer = Mode.PAGED32, PAGE_DIRECTORY_32, CR4_PSE, 0
+    return Start(
+        text=f"OpenBSD/{'amd64' if file.is64 else 'i386'} kernel",
+        mode=mode,
+        # The kernel's first code is a function in 32 bits: its arguments stand above a return address.
+        registers={"rip": entry, "rsp": stack_at - RETURN_ADDRESS_BYTES, "rflags": RFLAGS_CLEAR},
+        cr0=CR0_PG | CR0_ET | CR0_PE,
+        cr3=cr3,
+        cr4=cr4,
+        efer=efer,
+        gdt_base=GDT_PAGE,
+        gdt_limit=len(gdt) - 1,
+        segments=flat_segments(code, data, task(0)),
+    )
+
+
+def _physical(address: int) -> int:
+    """Return where boot(8) would put what is linked to `address`."""
+    return address & ADDRESS_MASK
+
+
+def _randomize(memory: "Memory", file: "Elf", parts: "list[Segment]") -> None:
+    """Fill the segments that ask for random bytes; they lie inside loaded ones."""
+    budget = RANDOM_MAX_BYTES
+    for part in file.segments:
+        if part.type != PT_OPENBSD_RANDOMIZE or part.filesz == 0:
+            continue
+        start = _physical(part.paddr)
+        end = start + part.filesz
+        if not any(_physical(p.paddr) <= start and end <= _physical(p.paddr) + p.memsz for p in parts):
+            raise file.image.error(f"has random data at {start:#x}-{end:#x}, outside of all its segments")
+        budget -= part.filesz
+        if budget < 0:
+            raise file.image.error(f"asks for more than {RANDOM_MAX_BYTES} random bytes")
+        for gpa in range(start, end, RANDOM_CHUNK):
+            memory.write(gpa, os.urandom(min(RANDOM_CHUNK, end - gpa)))
+
+
+def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> int:
+    """Put ELF header, section headers and symbols behind the image for ddb(4); return where they end.
+
+    The copied headers are made to speak of the copy: section offsets count from the copied ELF header.
+    """
+    ehdr, shdr, unit = (EHDR64, SHDR64, 8) if file.is64 else (EHDR32, SHDR32, 4)
+    headers = elf.sections(file)
+    wanted = _symbol_sections(file, headers)
+    header_at = round_up(end, unit)
+    offset = ehdr.size + round_up(len(headers) * shdr.size, unit)
+    places: list[tuple[int, Section]] = []
+    table = bytearray()
+    for index, section in enumerate(headers):
+        copy = section
+        if index in wanted:
+            file.image.check_range(section.offset, section.size, f"section {index}")
+            places.append((offset, section))
+            copy = section.replace(offset=offset, flags=section.flags | SHF_ALLOC)
+            offset += round_up(section.size, unit)
+        table += shdr.pack(*copy.as_dict().values())
+    space.claim(header_at, offset, "the symbol table")
+
+    fields = list(ehdr.unpack(file.header))
+    fields[5], fields[6], fields[9], fields[10] = 0, ehdr.size, 0, 0  # phoff, shoff, phentsize, phnum
+    memory.write(header_at, ehdr.pack(*fields) + bytes(table))
+    for place, section in places:
+        if section.size:
+            file.image.read_into(memory.view(header_at + place, section.size), section.offset, "the symbol table")
+    return header_at + offset
+
+
+def _symbol_sections(file: "Elf", headers: "list[Section]") -> set[int]:
+    """Return the indices of the sections to load: none without a symbol table."""
+    if not any(section.type == SHT_SYMTAB for section in headers):
+        return set()
+    if file.shstrndx >= len(headers):
+        raise file.image.error(f"names its sections in section {file.shstrndx} of {len(headers)}")
+    strings = headers[file.shstrndx]
+    if strings.size > NAMES_MAX_BYTES:
+        raise file.image.error(f"has {strings.size} bytes of section names")
+    names = file.image.read(strings.offset, strings.size, "the section names")
+    return {
+        index
+        for index, section in enumerate(headers)
+        if section.type in (SHT_SYMTAB, SHT_STRTAB)
+        or (section.type != elf.SHT_NOBITS and names.startswith(SYMBOL_SECTIONS, section.name))
+    }
+
+
+def _bootargs(boot: Boot) -> bytes:
+    """Return the boot arguments, each with its header."""
+    memmap = [BIOS_MEMMAP.pack(*entry) for entry in layout.e820_map(boot.memory_bytes)]
+    arguments = [
+        (BOOTARG_MEMMAP, b"".join(memmap) + BIOS_MEMMAP.pack(0, 0, 0)),
+        (BOOTARG_CONSDEV, BIOS_CONSDEV.pack(COM0, CONSOLE_BAUD, layout.PORT_COM1, 0, 0, 0, 0)),
+    ]
+    if boot.bootmac:
+        # Padded to whole words, since the kernel steps from one argument to the next.
+        arguments.append((BOOTARG_BOOTMAC, boot.bootmac.ljust(8, b"\0")))
+    packed = [BOOTARG.pack(kind, BOOTARG.size + len(data), BOOTARG.size + len(data)) + data for kind, data in arguments]
+    return b"".join(packed) + BOOTARG_END
+
+
+def _page_directory_32() -> bytes:
+    """Return a page directory that maps all 4 GiB one to one with 4 MiB pages."""
+    flags = PTE_PRESENT | PTE_WRITE | PTE_LARGE
+    return Struct("<1024I").pack(*[index << 22 | flags for index in range(1024)])

@@ -1,0 +1,106 @@
+"""Where a direct boot may put things: guest RAM less what is taken, checked before the first byte is stored."""
+
+from vmd.errors import ImageError
+from vmd.vm import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.vm.boot.image import Image
+    from vmd.vm.boot.start import Memory
+
+PAGE_SIZE = 0x1000
+MIB = 1 << 20
+
+# Real mode's vectors, the structures of vmd.vm.layout and the command line: one range for all protocols.
+BOOT_DATA_END = 0x30000
+CMDLINE_MAX = BOOT_DATA_END - layout.BOOT_CMDLINE - 1  # less its NUL
+
+ZEROS = bytes(1 * MIB)
+
+
+def round_up(value: int, unit: int) -> int:
+    """Return the next multiple of `unit`, a power of two."""
+    return (value + unit - 1) & -unit
+
+
+class Placement:
+    """The free RAM of one guest; `name` is the image that the messages blame."""
+
+    def __init__(self, name: str, memory_bytes: int) -> None:
+        self.name = name
+        self.memory_bytes = memory_bytes
+        self.ram = [
+            (start, start + size) for start, size, kind in layout.e820_map(memory_bytes) if kind == layout.E820_RAM
+        ]
+        self.taken: list[tuple[int, int, str]] = [(0, BOOT_DATA_END, "the boot data")]
+
+    def claim(self, start: int, size: int, what: str) -> None:
+        """Take a range for `what`; nothing of it may be in use or outside RAM.
+
+        Raises:
+            ImageError: it may not lie there, or the guest has too little memory.
+        """
+        end = start + size
+        place = f"{what} at {start:#x}-{end:#x}"
+        if not any(first <= start and end <= last for first, last in self.ram):
+            if start >= layout.HIGH_RAM_START and layout.low_ram_bytes(self.memory_bytes) < end:
+                self._check_memory(end, place)
+            raise ImageError(self.name, f"{place} does not lie in guest memory")
+        for first, last, owner in self.taken:
+            if start < last and first < end:
+                raise ImageError(self.name, f"{place} overlaps {owner} at {first:#x}-{last:#x}")
+        self.taken.append((start, end, what))
+
+    def claim_highest(self, size: int, below: int, what: str) -> int:
+        """Take the highest free page-aligned range that ends at or before `below`, and return its start.
+
+        Raises:
+            ImageError: there is none in RAM below 4 GiB.
+        """
+        limit = below
+        below = min(limit, layout.low_ram_bytes(self.memory_bytes))
+        start = (below - size) & -PAGE_SIZE
+        # Each round steps below one more taken range, so there are no more rounds than ranges.
+        for first, last, _ in sorted(self.taken, reverse=True):
+            if start < last and first < start + size:
+                start = (first - size) & -PAGE_SIZE
+        if start < layout.HIGH_RAM_START:
+            needed = max(last for _, last, _ in self.taken if last <= layout.LOW_RAM_MAX)
+            needed = round_up(max(needed, layout.HIGH_RAM_START), PAGE_SIZE) + round_up(size, PAGE_SIZE)
+            place = f"{what} of {size} bytes"
+            if needed <= limit:
+                self._check_memory(needed, place)
+            raise ImageError(self.name, f"{place} does not fit below {below:#x}")
+        self.claim(start, size, what)
+        return start
+
+    def _check_memory(self, needed_bytes: int, what: str) -> None:
+        """Raise ImageError if more memory would help."""
+        if self.memory_bytes < needed_bytes <= layout.LOW_RAM_MAX:
+            have, need = self.memory_bytes // MIB, round_up(needed_bytes, MIB) // MIB
+            raise ImageError(self.name, f"{what} needs a guest of {need} MiB, this one has {have} MiB")
+
+
+def clear(memory: "Memory", gpa: int, size: int) -> None:
+    """Zero a range, in pieces that keep the loader's own memory small."""
+    view = memory.view(gpa, size)
+    for offset in range(0, size, len(ZEROS)):
+        piece = view[offset : offset + len(ZEROS)]
+        piece[:] = ZEROS[: len(piece)]
+
+
+def store_cmdline(memory: "Memory", name: str, cmdline: bytes, limit: int) -> None:
+    """Store the command line with its NUL at its place in `vmd.vm.layout`; `limit` is without the NUL."""
+    limit = min(limit, CMDLINE_MAX)
+    if b"\0" in cmdline:
+        raise ImageError(name, "the command line contains a NUL")
+    if len(cmdline) > limit:
+        raise ImageError(name, f"the command line has {len(cmdline)} bytes, this kernel takes {limit}")
+    memory.write(layout.BOOT_CMDLINE, cmdline + b"\0")
+
+
+def load_initrd(memory: "Memory", placement: Placement, initrd: "Image", below: int) -> int:
+    """Read the initrd into the highest free range that ends at or before `below`, and return its address."""
+    gpa = placement.claim_highest(initrd.size, below, f"initrd {initrd.name}")
+    initrd.read_into(memory.view(gpa, initrd.size), 0, "the initrd")
+    return gpa

@@ -1,0 +1,115 @@
+"""ELF kernels with a PVH note: Linux vmlinux, FreeBSD, unikernels (Xen, docs/misc/pvh.pandoc)."""
+
+from struct import Struct
+
+from vmd.vm import layout
+from vmd.vm.boot import elf, placement
+from vmd.vm.boot.placement import Placement
+from vmd.vm.boot.start import (
+    CR0_ET,
+    CR0_PE,
+    RFLAGS_CLEAR,
+    Boot,
+    Mode,
+    Start,
+    code32,
+    data32,
+    descriptor_table,
+    flat_segments,
+    task,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.vm.boot.elf import Elf
+    from vmd.vm.boot.start import Memory
+
+XEN_ELFNOTE_PHYS32_ENTRY = 18
+ENTRY_BYTES = (4, 8)  # both are in use, whatever the class of the file
+
+# Xen, public/arch-x86/hvm/start_info.h, version 1
+HVM_START_INFO = Struct("<IIIIQQQQII")
+HVM_MODLIST_ENTRY = Struct("<QQQQ")
+HVM_MEMMAP_TABLE_ENTRY = Struct("<QQII")
+XEN_HVM_START_MAGIC_VALUE = 0x336EC578
+START_INFO_VERSION = 1
+
+PVH_CS = 0x08
+PVH_DS = 0x10
+PVH_TSS = 0x18
+
+
+def find_entry(file: "Elf") -> int | None:
+    """Return the address that a PVH note gives, or None without one.
+
+    Raises:
+        ImageError: notes are damaged, or the address cannot be one in 32 bits.
+    """
+    for note in elf.notes(file):
+        if note.name == b"Xen" and note.type == XEN_ELFNOTE_PHYS32_ENTRY:
+            entry = int.from_bytes(note.desc, "little")
+            if len(note.desc) not in ENTRY_BYTES or entry >= layout.FOUR_GIB:
+                raise file.image.error(f"has a damaged PVH note: {note.desc[:16].hex()} is no 32-bit address")
+            return entry
+    return None
+
+
+def load(memory: "Memory", file: "Elf", entry: int, boot: Boot) -> Start:
+    """Load an ELF kernel that starts at `entry` by the PVH protocol.
+
+    Raises:
+        ImageError: the kernel is damaged, or the guest too small.
+        HostError: a file cannot be read.
+    """
+    space = Placement(file.image.name, boot.memory_bytes)
+    parts = elf.loadable(file)
+    elf.check_entry(file, parts, entry, _physical)
+    elf.load_segments(memory, file, parts, space, _physical)
+    placement.store_cmdline(memory, file.image.name, boot.cmdline, placement.CMDLINE_MAX)
+    initrd: tuple[int, int] | None = None
+    if boot.initrd is not None:
+        # Linux copies the address into a field of 32 bits; RAM below the PCI window always has one.
+        gpa = placement.load_initrd(memory, space, boot.initrd, layout.FOUR_GIB)
+        initrd = (gpa, boot.initrd.size)
+    memory.write(layout.PVH_START_INFO, _start_info(boot, initrd))
+    code, data, tss = code32(PVH_CS), data32(PVH_DS), task(PVH_TSS)
+    gdt = descriptor_table(code, data, tss)
+    memory.write(layout.BOOT_GDT, gdt)
+    return Start(
+        text=f"{'64' if file.is64 else '32'}-bit ELF kernel with PVH entry {entry:#x}",
+        mode=Mode.PROTECTED32,
+        registers={"rip": entry, "rbx": layout.PVH_START_INFO, "rflags": RFLAGS_CLEAR},
+        cr0=CR0_ET | CR0_PE,
+        gdt_base=layout.BOOT_GDT,
+        gdt_limit=len(gdt) - 1,
+        idt_base=layout.BOOT_IDT,
+        segments=flat_segments(code, data, tss),
+    )
+
+
+def _physical(paddr: int) -> int:
+    """PVH kernels say physical addresses."""
+    return paddr
+
+
+def _start_info(boot: Boot, initrd: tuple[int, int] | None) -> bytes:
+    """Return hvm_start_info, and behind it the module list and the memory map that it points to."""
+    modlist_at = layout.PVH_START_INFO + HVM_START_INFO.size
+    modules = b"" if initrd is None else HVM_MODLIST_ENTRY.pack(*initrd, 0, 0)
+    memmap_at = modlist_at + len(modules)
+    memmap = [
+        HVM_MEMMAP_TABLE_ENTRY.pack(start, size, kind, 0) for start, size, kind in layout.e820_map(boot.memory_bytes)
+    ]
+    info = HVM_START_INFO.pack(
+        XEN_HVM_START_MAGIC_VALUE,
+        START_INFO_VERSION,
+        0,  # no flags: this is neither dom0 nor a stub domain
+        len(modules) // HVM_MODLIST_ENTRY.size,
+        modlist_at if modules else 0,
+        layout.BOOT_CMDLINE,
+        boot.rsdp_gpa,
+        memmap_at,
+        len(memmap),
+        0,
+    )
+    return info + modules + b"".join(memmap)
