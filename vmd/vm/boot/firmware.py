@@ -20,6 +20,7 @@ FIRMWARE_PATHS = (
 # Only this much of its end shows below 1 MiB, as with QEMU's i440FX.  SeaBIOS copies the rest down itself
 # when it has unlocked its shadow RAM, and option ROMs are looked for where that rest would lie before.
 SHADOW_BYTES = 128 * layout.KIB
+CHUNK = 1 * layout.MIB
 
 
 def load(memory: "Memory", image: "Image") -> Start:
@@ -31,7 +32,9 @@ def load(memory: "Memory", image: "Image") -> Start:
         ImageError: the file became shorter.
         HostError: it cannot be read.
     """
-    image.read_into(memory.view(layout.FOUR_GIB - image.size, image.size), 0, "the firmware")
+    for offset in range(0, image.size, CHUNK):
+        piece = image.read(offset, min(CHUNK, image.size - offset), "the firmware")
+        memory.load(layout.FOUR_GIB - image.size + offset, piece)
     shadow = min(image.size, SHADOW_BYTES)
-    image.read_into(memory.view(layout.RESERVED_END - shadow, shadow), image.size - shadow, "the firmware")
+    memory.write(layout.RESERVED_END - shadow, image.read(image.size - shadow, shadow, "the firmware"))
     return Start(text=f"firmware of {image.size // layout.KIB} KiB", mode=Mode.REAL_RESET)

@@ -83,10 +83,8 @@ class Placement:
 
 def clear(memory: "Memory", gpa: int, size: int) -> None:
     """Zero a range, in pieces that keep the loader's own memory small."""
-    view = memory.view(gpa, size)
     for offset in range(0, size, len(ZEROS)):
-        piece = view[offset : offset + len(ZEROS)]
-        piece[:] = ZEROS[: len(piece)]
+        memory.write(gpa + offset, ZEROS[: size - offset])
 
 
 def store_cmdline(memory: "Memory", name: str, cmdline: bytes, limit: int) -> None:

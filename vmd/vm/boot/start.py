@@ -20,8 +20,11 @@ if TYPE_CHECKING:
         def write(self, gpa: int, data: bytes) -> None:
             """Store `data` at `gpa`."""
 
+        def load(self, gpa: int, data: bytes) -> None:
+            """Store `data` at `gpa`, even where the guest may only read."""
+
         def view(self, gpa: int, size: int) -> memoryview:
-            """Return a writable view of `size` bytes at `gpa`."""
+            """Return a writable view of `size` bytes at `gpa`; nothing may be empty or span two regions."""
 
 
 # Intel SDM volume 3, 2.5 and 2.2.1

@@ -27,20 +27,30 @@ class FakeMemory:
             self.regions.append((layout.FOUR_GIB, mmap.mmap(-1, memory_bytes - low)))
         if firmware_bytes:
             self.regions.append((layout.FOUR_GIB - firmware_bytes, mmap.mmap(-1, firmware_bytes)))
+        self.firmware = range(layout.FOUR_GIB - firmware_bytes, layout.FOUR_GIB)
         self.memory_bytes = memory_bytes
         self.stored: list[tuple[int, int]] = []
 
-    def view(self, gpa: int, size: int) -> memoryview:
-        """Return a writable view, or fail as the real class does."""
+    def _place(self, gpa: int, size: int) -> memoryview:
+        """Return the bytes of one region, or fail as the real class does: even for none behind its end."""
         for start, region in self.regions:
-            if start <= gpa and gpa + size <= start + len(region):
+            if start <= gpa < start + len(region) and gpa + size <= start + len(region):
                 self.stored.append((gpa, gpa + size))
                 return memoryview(region)[gpa - start : gpa - start + size]
         raise GuestError(f"{size} bytes at {gpa:#x} are outside guest memory")
 
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return a view, of firmware one that cannot be written."""
+        view = self._place(gpa, size)
+        return view.toreadonly() if gpa in self.firmware else view
+
     def write(self, gpa: int, data: bytes) -> None:
-        """Store bytes."""
+        """Store bytes on behalf of the guest."""
         self.view(gpa, len(data))[:] = data
+
+    def load(self, gpa: int, data: bytes) -> None:
+        """Store bytes on our own behalf."""
+        self._place(gpa, len(data))[:] = data
 
     def read(self, gpa: int, size: int) -> bytes:
         """Return bytes."""
@@ -227,5 +237,5 @@ def openbsd(*, is64: bool = True, stripped: bool = False, extra: Sequence[Part] 
 
 def seabios(size: int = 256 * 1024) -> bytes:
     """Return what has the looks of a SeaBIOS image: each 64 KiB differs, and the end jumps."""
-    blocks = b"".join(bytes([index + 1]) * 65536 for index in range(size // 65536))
+    blocks = b"".join(bytes([index % 251 + 1]) * 65536 for index in range(size // 65536))
     return blocks[:-16] + b"\xea\x5b\xe0\x00\xf0" + b"06/23/99\x00\xfc\x00"

@@ -135,6 +135,15 @@ def test_bss_larger_than_the_piece_it_is_cleared_in() -> None:
     assert memory.read(4 * MIB, 3 * MIB + 6) == b"x" + bytes(3 * MIB + 4) + b"\xaa"
 
 
+def test_segment_may_end_with_the_last_byte_of_memory() -> None:
+    """Without a bss there is nothing to clear behind it."""
+    memory = FakeMemory()
+
+    load(memory, pvh(extra=[Part(1, 16 * MIB - 4, b"last")]))
+
+    assert memory.read(16 * MIB - 4, 4) == b"last"
+
+
 NOTES = {
     "name length huge": (struct.pack("<III", 0xFFFFFFFF, 4, 18) + b"Xen\0abcd", "damaged note: name of 4294967295"),
     "content length huge": (struct.pack("<III", 4, 0xFFFFFFF0, 18) + b"Xen\0", "content of 4294967280 bytes in 16"),

@@ -10,7 +10,7 @@ from vmd.vm.boot.start import Mode
 KIB = 1024
 
 
-@pytest.mark.parametrize("size", [64 * KIB, 128 * KIB, 256 * KIB])
+@pytest.mark.parametrize("size", [64 * KIB, 128 * KIB, 256 * KIB, 16 * KIB * KIB])
 def test_image_ends_at_4_gib_and_its_last_128_kib_at_1_mib(size: int) -> None:
     """The reset vector is found at both places."""
     memory = FakeMemory(firmware_bytes=size)
