@@ -1,0 +1,261 @@
+"""Guest memory: the bounds check, the sealed file, sparse runs; no guest needed."""
+
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmd.errors import GuestError
+from vmd.guestmem import PAGE, GuestMemory, Region, RegionSpec
+
+MIB = 1 << 20
+LAYOUT = [
+    RegionSpec(gpa=0, size=MIB, name="low"),
+    RegionSpec(gpa=MIB, size=MIB, name="next"),  # adjacent to the first
+    RegionSpec(gpa=1 << 32, size=MIB, name="high"),
+    RegionSpec(gpa=(1 << 32) - 0x40000, size=0x40000, name="firmware", read_only=True),
+]
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    """Memory of four regions; two adjacent, one read-only that is also adjacent to the third."""
+    with GuestMemory.create(LAYOUT) as created:
+        yield created
+
+
+def test_offsets_follow_the_order_of_the_layout(memory: GuestMemory) -> None:
+    """The file holds the regions back to back, firmware last although it is not the highest."""
+    assert [region.offset for region in memory.regions] == [0, MIB, 2 * MIB, 3 * MIB]
+    assert os.fstat(memory.fd).st_size == 3 * MIB + 0x40000
+
+
+def test_write_is_read_back_through_every_accessor(memory: GuestMemory) -> None:
+    """read, view, slices and the file itself show what write stored."""
+    memory.write(0x1234, b"guest")
+
+    assert memory.read(0x1234, 5) == b"guest"
+    assert bytes(memory.view(0x1234, 5)) == b"guest"
+    assert [bytes(part) for part in memory.slices(0x1234, 5)] == [b"guest"]
+    assert os.pread(memory.fd, 5, memory.offset(0x1234, 5)) == b"guest"
+
+
+def test_an_access_may_span_adjacent_regions_but_a_view_may_not(memory: GuestMemory) -> None:
+    """A range over a seam is two slices, and refused as one view."""
+    memory.write(MIB - 2, b"abcd")
+
+    assert memory.read(MIB - 2, 4) == b"abcd"
+    assert [bytes(part) for part in memory.slices(MIB - 2, 4)] == [b"ab", b"cd"]
+    with pytest.raises(GuestError, match="0xffffe"):
+        memory.view(MIB - 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size"),
+    [
+        (2 * MIB, 1),  # right behind memory
+        (2 * MIB - 1, 2),  # runs out of it
+        (2 * MIB - 1, 1 << 64),
+        (0, -1),
+        (-1, 1),
+        (1 << 63, 8),
+        ((1 << 64) - 1, 8),
+        (2 * MIB, 0),  # even nothing needs an address
+    ],
+)
+def test_an_address_without_memory_is_refused_by_every_accessor(
+    memory: GuestMemory, gpa: int, size: int
+) -> None:
+    """The refusal is a GuestError that names the address."""
+    for access in (memory.read, memory.view, memory.slices, memory.offset, memory.hva):
+        with pytest.raises(GuestError, match=r"guest address -?0x[0-9a-f]+: no memory"):
+            access(gpa, size)
+
+
+def test_a_write_that_does_not_fit_changes_nothing(memory: GuestMemory) -> None:
+    """The part before the end of memory stays as it was."""
+    with pytest.raises(GuestError, match="0x200000"):
+        memory.write(2 * MIB - 2, b"abcd")
+
+    assert memory.read(2 * MIB - 2, 2) == b"\0\0"
+
+
+def test_read_only_memory_takes_load_but_no_write(memory: GuestMemory) -> None:
+    """Firmware is filled by us, and neither by a guest's DMA nor through a view."""
+    firmware = (1 << 32) - 0x40000
+    memory.load(firmware, b"bios")
+
+    assert memory.read(firmware, 4) == b"bios"
+    assert memory.view(firmware, 4).readonly
+    assert not memory.view(0, 4).readonly
+    with pytest.raises(GuestError, match="read-only"):
+        memory.write(firmware, b"evil")
+    with pytest.raises(GuestError, match="read-only"):
+        memory.view(firmware, 4, write=True)
+    with pytest.raises(GuestError, match="read-only"):
+        memory.offset(firmware, 4, write=True)
+    assert memory.read(firmware, 4) == b"bios"
+
+
+def test_a_write_that_runs_into_memory_from_read_only_memory_is_refused_whole(memory: GuestMemory) -> None:
+    """Firmware ends where RAM above 4 GiB starts; neither side changes."""
+    with pytest.raises(GuestError, match="read-only"):
+        memory.write((1 << 32) - 2, b"abcd")
+
+    assert memory.read((1 << 32) - 2, 4) == b"\0\0\0\0"
+
+
+@given(gpa=st.integers(-8, 2 * MIB + 8) | st.integers(0, 1 << 64), size=st.integers(-8, 3 * MIB))
+@settings(max_examples=300, deadline=None)
+def test_slices_agree_with_a_byte_by_byte_model(gpa: int, size: int) -> None:
+    """What slices grants is what every single byte's membership in a region grants."""
+    with GuestMemory.create(LAYOUT) as memory:
+        inside = any(r.gpa <= gpa < r.end for r in LAYOUT) and size >= 0
+        end = gpa
+        while inside and end < gpa + size:
+            region = next((r for r in LAYOUT if r.gpa <= end < r.end), None)
+            if region is None:
+                break
+            end = region.end
+        allowed = inside and end >= gpa + size
+        try:
+            windows = memory.slices(gpa, size)
+        except GuestError:
+            assert not allowed
+        else:
+            assert allowed
+            assert sum(map(len, windows)) == size
+            for window in windows:
+                window.release()
+
+
+def test_the_file_can_be_neither_shrunk_nor_grown_nor_unsealed(memory: GuestMemory) -> None:
+    """A process that is given the descriptor cannot end the others by SIGBUS."""
+    for size in (0, 64 * MIB):
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_attached_memory_is_the_same_memory(memory: GuestMemory) -> None:
+    """What one process stores the other reads, both ways."""
+    with GuestMemory.attach(os.dup(memory.fd), memory.regions) as other:
+        memory.write(0x5000, b"there")
+        other.write(1 << 32, b"back")
+
+        assert other.read(0x5000, 5) == b"there"
+        assert memory.read(1 << 32, 4) == b"back"
+
+
+def test_a_region_that_is_not_handed_over_is_not_there(memory: GuestMemory) -> None:
+    """A device that gets RAM only can neither read the firmware nor reach it in its mapping."""
+    with GuestMemory.attach(os.dup(memory.fd), memory.regions[:3]) as other:
+        with pytest.raises(GuestError, match="0xfffc0000"):
+            other.read((1 << 32) - 0x40000, 1)
+        assert len(other.memory) == 3 * MIB
+
+
+def test_attach_refuses_a_file_that_could_shrink() -> None:
+    """An unsealed memfd, or one that is too short, would be a SIGBUS later."""
+    fd = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, MIB)
+    region = Region(gpa=0, size=MIB, name="low", offset=0)
+
+    with pytest.raises(ValueError, match="not sealed"):
+        GuestMemory.attach(fd, [region])
+    with pytest.raises(ValueError, match="region low: outside a file of 1048576 bytes"):
+        GuestMemory.attach(fd, [region.replace(offset=PAGE)])
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        ([], "without a region"),
+        ([LAYOUT[0], RegionSpec(gpa=MIB - PAGE, size=PAGE, name="odd")], "low and odd overlap at 0xff000"),
+    ],
+)
+def test_an_impossible_layout_is_refused(layout: list[RegionSpec], what: str) -> None:
+    """The refusal names the regions."""
+    with pytest.raises(ValueError, match=what):
+        GuestMemory.create(layout)
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(0, 0), (0, -PAGE), (1, PAGE), (0, 1), (-PAGE, PAGE)])
+def test_a_region_that_is_not_whole_pages_is_refused(gpa: int, size: int) -> None:
+    """KVM would refuse it later and say less."""
+    with pytest.raises(ValueError, match="memory region odd"):
+        RegionSpec(gpa=gpa, size=size, name="odd")
+
+
+def test_sixty_four_gigabytes_cost_only_what_is_touched() -> None:
+    """The last page of a huge guest works, and takes one page."""
+    size = 64 << 30
+    with GuestMemory.create([RegionSpec(gpa=0, size=size, name="ram")]) as memory:
+        memory.advise_hugepages()
+        before = memory.resident_bytes()
+        memory.write(size - 4, b"last")
+
+        assert memory.read(size - 4, 4) == b"last"
+        assert before == 0
+        assert PAGE <= memory.resident_bytes() <= 2 * MIB
+
+
+def test_touched_runs_find_what_was_written_and_nothing_else(memory: GuestMemory) -> None:
+    """Runs are split at region ends and carry guest address, file offset and length."""
+    low, nxt, high, firmware = memory.regions
+    memory.write(0x3000, bytes(2 * PAGE))
+    memory.write(0x9000, b"x")
+    memory.write(MIB - PAGE, bytes(2 * PAGE))
+    memory.load(firmware.gpa, b"x")
+
+    assert list(memory.touched_runs(low)) == [
+        (0x3000, 0x3000, 2 * PAGE),
+        (0x9000, 0x9000, PAGE),
+        (MIB - PAGE, MIB - PAGE, PAGE),
+    ]
+    assert list(memory.touched_runs(nxt)) == [(MIB, MIB, PAGE)]
+    assert list(memory.touched_runs(high)) == []
+    assert list(memory.touched_runs(firmware)) == [(firmware.gpa, 3 * MIB, PAGE)]
+
+
+def test_a_touched_run_can_be_sent_from_the_file(memory: GuestMemory) -> None:
+    """The offset of a run is the one sendfile wants."""
+    memory.write((1 << 32) + 0x2000, b"payload".ljust(PAGE, b"."))
+    reader, writer = os.pipe()
+
+    for _, offset, length in memory.touched_runs(memory.regions[2]):
+        os.sendfile(writer, memory.fd, offset, length)
+
+    assert os.read(reader, PAGE + 1) == b"payload".ljust(PAGE, b".")
+    os.close(reader)
+    os.close(writer)
+
+
+def test_kvm_slots_describe_every_region(memory: GuestMemory) -> None:
+    """Slots are numbered in order, read-only is flagged, and the addresses are those of the bytes."""
+    slots = list(memory.kvm_slots())
+
+    assert [(slot, gpa, size, flags) for slot, gpa, size, _, flags in slots] == [
+        (index, spec.gpa, spec.size, 2 if spec.read_only else 0) for index, spec in enumerate(LAYOUT)
+    ]
+    assert [hva for _, _, _, hva, _ in slots] == [memory.hva(spec.gpa) for spec in LAYOUT]
+    assert all(hva % mmap.PAGESIZE == 0 for _, _, _, hva, _ in slots)
+
+
+def test_close_releases_the_descriptor_once() -> None:
+    """A second close is harmless; a held view keeps the memory open."""
+    memory = GuestMemory.create(LAYOUT)
+    held = memory.view(0, 4)
+    with pytest.raises(BufferError):
+        memory.close()
+    held.release()
+    memory.close()
+    memory.close()
+
+    assert memory.fd == -1

@@ -1,0 +1,281 @@
+"""Guest memory: one sealed memfd, and the only place that turns a guest-physical address into bytes.
+
+Every address that comes from a guest is checked here, in `GuestMemory._locate`, and nowhere else.  A hot loop
+that has to inline the check does so with `ranges` and `memory`.
+
+The file holds the regions one after another, in the order of their specification, so a region that starts at
+address 0 and comes first has equal addresses and offsets.  Memory that was never touched costs nothing, but a
+mere *read* through the mapping makes its page real: whoever copies or hashes memory asks `touched_runs` first.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+
+from vmd.errors import GuestError, HostError
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+PAGE = 4096
+KVM_MEM_READONLY = 1 << 1  # device processes use this module and must not import kvmapi
+
+_MAP_NORESERVE = 0x4000  # mmap has no name for it before Python 3.13
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class RegionSpec(Record):
+    """A range of guest-physical addresses that is to have memory behind it."""
+
+    gpa: int
+    size: int
+    name: str
+    read_only: bool = False  # to the guest and to devices; `load` still fills it
+
+    @property
+    def end(self) -> int:
+        """The first address behind the region."""
+        return self.gpa + self.size
+
+    def check(self) -> None:
+        """Refuse what KVM would refuse too, with the region's name."""
+        if self.size <= 0 or self.size % PAGE or self.gpa < 0 or self.gpa % PAGE:
+            raise ValueError(f"memory region {self.name}: {self.size:#x} bytes at {self.gpa:#x}")
+
+
+class Region(RegionSpec):
+    """A region with its place in the memfd."""
+
+    offset: int
+
+
+class GuestMemory:
+    """The memory of one VM, mapped into this process.
+
+    `ranges` holds (start, end, offset, writable) of every region; `memory` is the whole mapping.
+    """
+
+    def __init__(self, fd: int, regions: "Sequence[Region]") -> None:
+        self.fd = fd
+        self.regions = tuple(regions)
+        self.ranges = tuple((r.gpa, r.end, r.offset, not r.read_only) for r in self.regions)
+        # Nothing behind the last region is mapped: a device that is not given the firmware does not have it.
+        self.mapped_bytes = max(region.offset + region.size for region in self.regions)
+        try:
+            self._mapping = mmap.mmap(fd, self.mapped_bytes, flags=mmap.MAP_SHARED | _MAP_NORESERVE)
+            self._mapping.madvise(mmap.MADV_DONTDUMP)  # a core file shows no guest's secrets
+        except OSError as error:
+            raise HostError(f"map {self.mapped_bytes} bytes of guest memory", error) from error
+        self.memory = memoryview(self._mapping)
+
+    @classmethod
+    def create(cls, layout: "Sequence[RegionSpec]", name: str = "guest-memory") -> "GuestMemory":
+        """Make new memory, all zero; the descriptor is ours until `close`.
+
+        Raises:
+            ValueError: the layout is empty or overlaps itself.
+            HostError: the kernel gives no memory.
+        """
+        regions = []
+        offset = 0
+        for spec in layout:
+            regions.append(Region(**spec.as_dict(), offset=offset))
+            offset += spec.size
+        _check_disjoint(regions)
+        try:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise HostError("memory file for the guest", error) from error
+        try:
+            os.ftruncate(fd, offset)
+            # A process that got the descriptor can no longer shrink the file under the others' feet, which
+            # would end them by SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd, regions)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise HostError(f"{offset} bytes of guest memory", error) from error
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, regions: "Sequence[Region]") -> "GuestMemory":
+        """Map memory that another process has made: all its regions, or those this process may see.
+
+        The descriptor is ours from here on.
+
+        Raises:
+            ValueError: the file is too small for the regions, or could still be shrunk.
+        """
+        _check_disjoint(regions)
+        size = os.fstat(fd).st_size
+        for region in regions:
+            if region.offset < 0 or region.offset % PAGE or region.offset + region.size > size:
+                raise ValueError(f"memory region {region.name}: outside a file of {size} bytes")
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        if seals & _SEALS != _SEALS:
+            raise ValueError(f"memory file is not sealed: {seals:#x}")
+        return cls(fd, regions)
+
+    def __enter__(self) -> "GuestMemory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap and close; a second call does nothing.
+
+        Raises:
+            BufferError: somebody still holds a view.
+        """
+        if self.fd >= 0:
+            self.memory.release()
+            self._mapping.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    # ---- the bounds check
+
+    def _locate(self, gpa: int, size: int, write: bool, partly: bool = False) -> tuple[int, int, bool]:
+        """Return the offset of `gpa`, the bytes from there to its region's end, and whether it is writable."""
+        for start, end, offset, writable in self.ranges:
+            if start <= gpa < end and size >= 0 and (partly or size <= end - gpa):
+                if write and not writable:
+                    raise GuestError(f"guest address {gpa:#x}: read-only memory")
+                return offset + gpa - start, end - gpa, writable
+        raise GuestError(f"guest address {gpa:#x}: no memory for {size} bytes")
+
+    def offset(self, gpa: int, size: int, *, write: bool = False) -> int:
+        """Return where [gpa, gpa + size) lies in the file and in `memory`.
+
+        Raises:
+            GuestError: the range is not within one region, or is to be written and is read-only.
+        """
+        return self._locate(gpa, size, write)[0]
+
+    # ---- access
+
+    def view(self, gpa: int, size: int, *, write: bool = False) -> memoryview:
+        """Return a window on memory in one region; of a read-only region, a read-only one.
+
+        Raises:
+            GuestError: as `offset`.
+        """
+        offset, _, writable = self._locate(gpa, size, write)
+        window = self.memory[offset : offset + size]
+        return window if writable else window.toreadonly()
+
+    def slices(self, gpa: int, size: int, *, write: bool = False) -> list[memoryview]:
+        """Return windows that together cover a range, which may run on into adjacent regions.
+
+        Raises:
+            GuestError: a part of the range has no memory, or is to be written and is read-only.
+        """
+        windows = []
+        while True:
+            _, room, _ = self._locate(gpa, size, write, partly=True)
+            part = min(size, room)
+            windows.append(self.view(gpa, part))
+            gpa += part
+            size -= part
+            if not size:
+                return windows
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return a copy of memory, which may span adjacent regions.
+
+        Raises:
+            GuestError: as `slices`.
+        """
+        windows = self.slices(gpa, size)
+        return bytes(windows[0]) if len(windows) == 1 else b"".join(windows)
+
+    def write(self, gpa: int, data: "bytes | memoryview") -> None:
+        """Store into memory, which may span adjacent regions, on behalf of the guest; all of it or nothing.
+
+        Raises:
+            GuestError: as `slices`, or a part is read-only.
+        """
+        position = 0
+        for window in self.slices(gpa, len(data), write=True):
+            window[:] = data[position : position + len(window)]
+            position += len(window)
+
+    def load(self, gpa: int, data: "bytes | memoryview") -> None:
+        """Fill memory of one region on our own behalf, read-only or not: firmware, a received page.
+
+        Raises:
+            GuestError: as `offset`.
+        """
+        offset = self.offset(gpa, len(data))
+        self.memory[offset : offset + len(data)] = data
+
+    def hva(self, gpa: int, size: int = 1) -> int:
+        """Return the address in this process of guest memory in one region.
+
+        Raises:
+            GuestError: as `offset`.
+        """
+        return self._base() + self.offset(gpa, size)
+
+    # ---- for KVM and the host
+
+    def kvm_slots(self) -> "Iterator[tuple[int, int, int, int, int]]":
+        """Yield (slot, gpa, size, hva, flags) of every region, as KVM_SET_USER_MEMORY_REGION takes them."""
+        base = self._base()
+        for slot, region in enumerate(self.regions):
+            flags = KVM_MEM_READONLY if region.read_only else 0
+            yield slot, region.gpa, region.size, base + region.offset, flags
+
+    def advise_hugepages(self) -> bool:
+        """Ask for huge pages; return whether this kernel has them."""
+        try:
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    def resident_bytes(self) -> int:
+        """Return how much of the memory exists, in RAM or swap, whoever touched it."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def touched_runs(self, region: Region) -> "Iterator[tuple[int, int, int]]":
+        """Yield (gpa, file offset, length) of the parts of a region that exist; the rest reads as zeros.
+
+        The offset is what sendfile takes.  Pages touched meanwhile may or may not be seen.
+        """
+        start, end = region.offset, region.offset + region.size
+        while start < end:
+            try:
+                start = os.lseek(self.fd, start, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data from here to the end of the file
+                    return
+                raise
+            if start >= end:
+                return
+            stop = min(os.lseek(self.fd, start, os.SEEK_HOLE), end)
+            yield region.gpa + start - region.offset, start, stop - start
+            start = stop
+
+    # ---- inside
+
+    def _base(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+
+def _check_disjoint(regions: "Sequence[RegionSpec]") -> None:
+    """Raise ValueError for no regions at all, or two that share an address."""
+    if not regions:
+        raise ValueError("guest memory without a region")
+    ordered = sorted(regions, key=lambda region: region.gpa)
+    for below, above in zip(ordered[:-1], ordered[1:], strict=True):  # noqa: RUF007 - an import for one line
+        if above.gpa < below.end:
+            raise ValueError(f"memory regions {below.name} and {above.name} overlap at {above.gpa:#x}")
