@@ -1,0 +1,730 @@
+"""<linux/kvm.h> for x86-64: request numbers, structures, constants, and the one call that uses them.
+
+Everything carries its C name.  Request numbers are computed from the structures; a test compares numbers,
+sizes and offsets with the kernel's header.  `api.rst N` is a section of the kernel's KVM API document.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    S = TypeVar("S", bound=ctypes.Structure)
+
+u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
+s16, s32, s64 = ctypes.c_int16, ctypes.c_int32, ctypes.c_int64
+
+KVM_API_VERSION = 12
+KVM_PIO_PAGE_OFFSET = 1  # pages of the vCPU mapping: after kvm_run, the data of port I/O
+KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # ... and the ring of coalesced writes, one per VM
+
+
+# ------------------------------------------------------------------ vCPU registers
+
+
+class kvm_regs(ctypes.Structure):
+    """General purpose registers (api.rst 4.11)."""
+
+    _fields_ = [(name, u64) for name in (
+        "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
+        "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")]  # fmt: skip
+
+
+class kvm_segment(ctypes.Structure):
+    """A segment register with its hidden part; `limit` counts bytes whatever `g` says."""
+
+    _fields_ = [("base", u64), ("limit", u32), ("selector", u16), ("type", u8), ("present", u8), ("dpl", u8),
+                ("db", u8), ("s", u8), ("l", u8), ("g", u8), ("avl", u8), ("unusable", u8),
+                ("padding", u8)]  # fmt: skip
+
+
+class kvm_dtable(ctypes.Structure):
+    """GDTR or IDTR."""
+
+    _fields_ = [("base", u64), ("limit", u16), ("padding", u16 * 3)]
+
+
+class kvm_sregs(ctypes.Structure):
+    """Segment, table and control registers (api.rst 4.13)."""
+
+    _fields_ = [
+        *((name, kvm_segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        ("gdt", kvm_dtable), ("idt", kvm_dtable),
+        *((name, u64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
+        ("interrupt_bitmap", u64 * 4)]  # fmt: skip
+
+
+class kvm_fpu(ctypes.Structure):
+    """x87 and SSE state (api.rst 4.22)."""
+
+    _fields_ = [("fpr", u8 * 16 * 8), ("fcw", u16), ("fsw", u16), ("ftwx", u8), ("pad1", u8),
+                ("last_opcode", u16), ("last_ip", u64), ("last_dp", u64), ("xmm", u8 * 16 * 16),
+                ("mxcsr", u32), ("pad2", u32)]  # fmt: skip
+
+
+class kvm_xsave(ctypes.Structure):
+    """The XSAVE area in its fixed size (api.rst 4.42); see Vcpu.get_xsave for the longer one."""
+
+    _fields_ = [("region", u32 * 1024)]
+
+
+class kvm_xcr(ctypes.Structure):
+    """One extended control register."""
+
+    _fields_ = [("xcr", u32), ("reserved", u32), ("value", u64)]
+
+
+class kvm_xcrs(ctypes.Structure):
+    """All extended control registers; there is but XCR0 (api.rst 4.44)."""
+
+    _fields_ = [("nr_xcrs", u32), ("flags", u32), ("xcrs", kvm_xcr * 16), ("padding", u64 * 16)]
+
+
+class kvm_msr_entry(ctypes.Structure):
+    """One model-specific register."""
+
+    _fields_ = [("index", u32), ("reserved", u32), ("data", u64)]
+
+
+class kvm_msrs(ctypes.Structure):
+    """Header of an array of kvm_msr_entry (api.rst 4.18)."""
+
+    _fields_ = [("nmsrs", u32), ("pad", u32)]
+
+
+class kvm_msr_list(ctypes.Structure):
+    """Header of an array of u32 indices (api.rst 4.3)."""
+
+    _fields_ = [("nmsrs", u32)]
+
+
+class kvm_msr_index(ctypes.Structure):
+    """One element of the array behind kvm_msr_list; a bare u32 in C."""
+
+    _fields_ = [("index", u32)]
+
+
+class kvm_cpuid_entry2(ctypes.Structure):
+    """One CPUID leaf, or one sub-leaf with KVM_CPUID_FLAG_SIGNIFCANT_INDEX."""
+
+    _fields_ = [("function", u32), ("index", u32), ("flags", u32), ("eax", u32), ("ebx", u32), ("ecx", u32),
+                ("edx", u32), ("padding", u32 * 3)]  # fmt: skip
+
+
+class kvm_cpuid2(ctypes.Structure):
+    """Header of an array of kvm_cpuid_entry2 (api.rst 4.46)."""
+
+    _fields_ = [("nent", u32), ("padding", u32)]
+
+
+class kvm_lapic_state(ctypes.Structure):
+    """The local APIC's register page, its used quarter (api.rst 4.57)."""
+
+    _fields_ = [("regs", u8 * 0x400)]
+
+
+class kvm_mp_state(ctypes.Structure):
+    """Whether a vCPU runs, halts or waits to be started (api.rst 4.38)."""
+
+    _fields_ = [("mp_state", u32)]
+
+
+class kvm_vcpu_events_exception(ctypes.Structure):
+    """kvm_vcpu_events.exception."""
+
+    _fields_ = [("injected", u8), ("nr", u8), ("has_error_code", u8), ("pending", u8), ("error_code", u32)]
+
+
+class kvm_vcpu_events_interrupt(ctypes.Structure):
+    """kvm_vcpu_events.interrupt."""
+
+    _fields_ = [("injected", u8), ("nr", u8), ("soft", u8), ("shadow", u8)]
+
+
+class kvm_vcpu_events_nmi(ctypes.Structure):
+    """kvm_vcpu_events.nmi."""
+
+    _fields_ = [("injected", u8), ("pending", u8), ("masked", u8), ("pad", u8)]
+
+
+class kvm_vcpu_events_smi(ctypes.Structure):
+    """kvm_vcpu_events.smi."""
+
+    _fields_ = [("smm", u8), ("pending", u8), ("smm_inside_nmi", u8), ("latched_init", u8)]
+
+
+class kvm_vcpu_events_triple_fault(ctypes.Structure):
+    """kvm_vcpu_events.triple_fault."""
+
+    _fields_ = [("pending", u8)]
+
+
+class kvm_vcpu_events(ctypes.Structure):
+    """Exceptions, interrupts and NMIs under way (api.rst 4.31)."""
+
+    _fields_ = [("exception", kvm_vcpu_events_exception), ("interrupt", kvm_vcpu_events_interrupt),
+                ("nmi", kvm_vcpu_events_nmi), ("sipi_vector", u32), ("flags", u32),
+                ("smi", kvm_vcpu_events_smi), ("triple_fault", kvm_vcpu_events_triple_fault),
+                ("reserved", u8 * 26), ("exception_has_payload", u8), ("exception_payload", u64)]  # fmt: skip
+
+
+class kvm_debugregs(ctypes.Structure):
+    """Debug registers (api.rst 4.33)."""
+
+    _fields_ = [("db", u64 * 4), ("dr6", u64), ("dr7", u64), ("flags", u64), ("reserved", u64 * 9)]
+
+
+class kvm_translation(ctypes.Structure):
+    """A linear address and what the vCPU's page tables make of it (api.rst 4.15)."""
+
+    _fields_ = [("linear_address", u64), ("physical_address", u64), ("valid", u8), ("writeable", u8),
+                ("usermode", u8), ("pad", u8 * 5)]  # fmt: skip
+
+
+# ------------------------------------------------------------------ the machine
+
+
+class kvm_userspace_memory_region(ctypes.Structure):
+    """A memory slot (api.rst 4.35)."""
+
+    _fields_ = [("slot", u32), ("flags", u32), ("guest_phys_addr", u64), ("memory_size", u64),
+                ("userspace_addr", u64)]  # fmt: skip
+
+
+class kvm_dirty_log(ctypes.Structure):
+    """Where to put a slot's dirty bitmap (api.rst 4.8); C has a union of a pointer and a u64."""
+
+    _fields_ = [("slot", u32), ("padding1", u32), ("dirty_bitmap", u64)]
+
+
+class kvm_pic_state(ctypes.Structure):
+    """One 8259A."""
+
+    _fields_ = [(name, u8) for name in (
+        "last_irr", "irr", "imr", "isr", "priority_add", "irq_base", "read_reg_select", "poll",
+        "special_mask", "init_state", "auto_eoi", "rotate_on_auto_eoi", "special_fully_nested_mode",
+        "init4", "elcr", "elcr_mask")]  # fmt: skip
+
+
+class kvm_ioapic_state(ctypes.Structure):
+    """The I/O APIC; a redirection entry is a plain u64 here."""
+
+    _fields_ = [("base_address", u64), ("ioregsel", u32), ("id", u32), ("irr", u32), ("pad", u32),
+                ("redirtbl", u64 * 24)]  # fmt: skip
+
+
+class kvm_irqchip_chip(ctypes.Union):
+    """kvm_irqchip.chip."""
+
+    _fields_ = [("dummy", u8 * 512), ("pic", kvm_pic_state), ("ioapic", kvm_ioapic_state)]
+
+
+class kvm_irqchip(ctypes.Structure):
+    """One interrupt controller, chosen by chip_id (api.rst 4.26)."""
+
+    _fields_ = [("chip_id", u32), ("pad", u32), ("chip", kvm_irqchip_chip)]
+
+
+class kvm_irq_level(ctypes.Structure):
+    """A line and its level (api.rst 4.25)."""
+
+    _fields_ = [("irq", u32), ("level", u32)]
+
+
+class kvm_irq_routing_irqchip(ctypes.Structure):
+    """A pin of a chip."""
+
+    _fields_ = [("irqchip", u32), ("pin", u32)]
+
+
+class kvm_irq_routing_msi(ctypes.Structure):
+    """A message; devid is of no use on x86."""
+
+    _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("devid", u32)]
+
+
+class kvm_irq_routing_u(ctypes.Union):
+    """kvm_irq_routing_entry.u."""
+
+    _fields_ = [("irqchip", kvm_irq_routing_irqchip), ("msi", kvm_irq_routing_msi), ("pad", u32 * 8)]
+
+
+class kvm_irq_routing_entry(ctypes.Structure):
+    """Where a GSI leads; a GSI may have one entry per chip, or one MSI entry (api.rst 4.52)."""
+
+    _fields_ = [("gsi", u32), ("type", u32), ("flags", u32), ("pad", u32), ("u", kvm_irq_routing_u)]
+
+
+class kvm_irq_routing(ctypes.Structure):
+    """Header of an array of kvm_irq_routing_entry."""
+
+    _fields_ = [("nr", u32), ("flags", u32)]
+
+
+class kvm_msi(ctypes.Structure):
+    """A message to deliver now (api.rst 4.70)."""
+
+    _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("flags", u32), ("devid", u32),
+                ("pad", u8 * 12)]  # fmt: skip
+
+
+class kvm_irqfd(ctypes.Structure):
+    """An eventfd that raises a GSI (api.rst 4.75)."""
+
+    _fields_ = [("fd", u32), ("gsi", u32), ("flags", u32), ("resamplefd", u32), ("pad", u8 * 16)]
+
+
+class kvm_ioeventfd(ctypes.Structure):
+    """A guest write that becomes an event (api.rst 4.59)."""
+
+    _fields_ = [("datamatch", u64), ("addr", u64), ("len", u32), ("fd", s32), ("flags", u32),
+                ("pad", u8 * 36)]  # fmt: skip
+
+
+class kvm_pit_config(ctypes.Structure):
+    """Which PIT to make (api.rst 4.71)."""
+
+    _fields_ = [("flags", u32), ("pad", u32 * 15)]
+
+
+class kvm_pit_channel_state(ctypes.Structure):
+    """One counter of the 8254."""
+
+    _fields_ = [("count", u32), ("latched_count", u16), ("count_latched", u8), ("status_latched", u8),
+                ("status", u8), ("read_state", u8), ("write_state", u8), ("write_latch", u8),
+                ("rw_mode", u8), ("mode", u8), ("bcd", u8), ("gate", u8), ("count_load_time", s64)]  # fmt: skip
+
+
+class kvm_pit_state2(ctypes.Structure):
+    """The 8254 (api.rst 4.72)."""
+
+    _fields_ = [("channels", kvm_pit_channel_state * 3), ("flags", u32), ("reserved", u32 * 9)]
+
+
+class kvm_clock_data(ctypes.Structure):
+    """What kvmclock shows the guest, in ns (api.rst 4.29)."""
+
+    _fields_ = [("clock", u64), ("flags", u32), ("pad0", u32), ("realtime", u64), ("host_tsc", u64),
+                ("pad", u32 * 4)]  # fmt: skip
+
+
+class kvm_coalesced_mmio_zone(ctypes.Structure):
+    """A range whose writes are collected instead of exiting (api.rst 4.116)."""
+
+    _fields_ = [("addr", u64), ("size", u32), ("pio", u32)]
+
+
+class kvm_coalesced_mmio(ctypes.Structure):
+    """One collected write."""
+
+    _fields_ = [("phys_addr", u64), ("len", u32), ("pio", u32), ("data", u8 * 8)]
+
+
+class kvm_coalesced_mmio_ring(ctypes.Structure):
+    """Header of the ring of kvm_coalesced_mmio, which fills the rest of its page."""
+
+    _fields_ = [("first", u32), ("last", u32)]
+
+
+class kvm_enable_cap(ctypes.Structure):
+    """A capability that has to be switched on (api.rst 4.37)."""
+
+    _fields_ = [("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64)]
+
+
+class kvm_stats_header(ctypes.Structure):
+    """First bytes of a statistics file (api.rst 4.133)."""
+
+    _fields_ = [("flags", u32), ("name_size", u32), ("num_desc", u32), ("id_offset", u32),
+                ("desc_offset", u32), ("data_offset", u32)]  # fmt: skip
+
+
+class kvm_stats_desc(ctypes.Structure):
+    """One statistic; name_size bytes of name follow."""
+
+    _fields_ = [("flags", u32), ("exponent", s16), ("size", u16), ("offset", u32), ("bucket_size", u32)]
+
+
+# ------------------------------------------------------------------ kvm_run
+
+
+class kvm_run_io(ctypes.Structure):
+    """kvm_run.io."""
+
+    _fields_ = [("direction", u8), ("size", u8), ("port", u16), ("count", u32), ("data_offset", u64)]
+
+
+class kvm_run_mmio(ctypes.Structure):
+    """kvm_run.mmio."""
+
+    _fields_ = [("phys_addr", u64), ("data", u8 * 8), ("len", u32), ("is_write", u8)]
+
+
+class kvm_run_hw(ctypes.Structure):
+    """kvm_run.hw."""
+
+    _fields_ = [("hardware_exit_reason", u64)]
+
+
+class kvm_run_fail_entry(ctypes.Structure):
+    """kvm_run.fail_entry."""
+
+    _fields_ = [("hardware_entry_failure_reason", u64), ("cpu", u32)]
+
+
+class kvm_run_internal(ctypes.Structure):
+    """kvm_run.internal."""
+
+    _fields_ = [("suberror", u32), ("ndata", u32), ("data", u64 * 16)]
+
+
+class kvm_run_system_event(ctypes.Structure):
+    """kvm_run.system_event."""
+
+    _fields_ = [("type", u32), ("ndata", u32), ("data", u64 * 16)]
+
+
+class kvm_run_eoi(ctypes.Structure):
+    """kvm_run.eoi."""
+
+    _fields_ = [("vector", u8)]
+
+
+class kvm_run_exit(ctypes.Union):
+    """The nameless union of kvm_run, as far as we read it."""
+
+    _fields_ = [("hw", kvm_run_hw), ("fail_entry", kvm_run_fail_entry), ("io", kvm_run_io),
+                ("mmio", kvm_run_mmio), ("internal", kvm_run_internal),
+                ("system_event", kvm_run_system_event), ("eoi", kvm_run_eoi),
+                ("padding", u8 * 256)]  # fmt: skip
+
+
+class kvm_run(ctypes.Structure):
+    """The page a vCPU shares with us, up to its exit union (api.rst 5); C goes on with sync regs."""
+
+    _anonymous_ = ("exit",)
+    _fields_ = [("request_interrupt_window", u8), ("immediate_exit", u8), ("padding1", u8 * 6),
+                ("exit_reason", u32), ("ready_for_interrupt_injection", u8), ("if_flag", u8), ("flags", u16),
+                ("cr8", u64), ("apic_base", u64), ("exit", kvm_run_exit)]  # fmt: skip
+
+
+# ------------------------------------------------------------------ request numbers
+
+
+class Request(int):
+    """An ioctl's number; REQUESTS knows its name."""
+
+
+def _ioc(direction: int, nr: int, size: int) -> Request:
+    """Build a number as <asm-generic/ioctl.h> does; 0xAE is KVMIO."""
+    return Request(direction << 30 | size << 16 | 0xAE << 8 | nr)
+
+
+def _io(nr: int) -> Request:
+    return _ioc(0, nr, 0)
+
+
+def _iow(nr: int, struct: "type[ctypes._CData]") -> Request:
+    return _ioc(1, nr, ctypes.sizeof(struct))
+
+
+def _ior(nr: int, struct: "type[ctypes._CData]") -> Request:
+    return _ioc(2, nr, ctypes.sizeof(struct))
+
+
+def _iowr(nr: int, struct: "type[ctypes._CData]") -> Request:
+    return _ioc(3, nr, ctypes.sizeof(struct))
+
+
+# on /dev/kvm
+KVM_GET_API_VERSION = _io(0x00)
+KVM_CREATE_VM = _io(0x01)
+KVM_GET_MSR_INDEX_LIST = _iowr(0x02, kvm_msr_list)
+KVM_CHECK_EXTENSION = _io(0x03)  # and on a VM
+KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+KVM_GET_SUPPORTED_CPUID = _iowr(0x05, kvm_cpuid2)
+
+# on a VM
+KVM_CREATE_VCPU = _io(0x41)
+KVM_GET_DIRTY_LOG = _iow(0x42, kvm_dirty_log)
+KVM_SET_USER_MEMORY_REGION = _iow(0x46, kvm_userspace_memory_region)
+KVM_SET_TSS_ADDR = _io(0x47)
+KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, u64)
+KVM_CREATE_IRQCHIP = _io(0x60)
+KVM_IRQ_LINE = _iow(0x61, kvm_irq_level)
+KVM_GET_IRQCHIP = _iowr(0x62, kvm_irqchip)
+KVM_SET_IRQCHIP = _ior(0x63, kvm_irqchip)  # "ior" is the kernel's own slip, kept for ever
+KVM_REGISTER_COALESCED_MMIO = _iow(0x67, kvm_coalesced_mmio_zone)
+KVM_UNREGISTER_COALESCED_MMIO = _iow(0x68, kvm_coalesced_mmio_zone)
+KVM_SET_GSI_ROUTING = _iow(0x6A, kvm_irq_routing)
+KVM_IRQFD = _iow(0x76, kvm_irqfd)
+KVM_CREATE_PIT2 = _iow(0x77, kvm_pit_config)
+KVM_IOEVENTFD = _iow(0x79, kvm_ioeventfd)
+KVM_SET_CLOCK = _iow(0x7B, kvm_clock_data)
+KVM_GET_CLOCK = _ior(0x7C, kvm_clock_data)
+KVM_GET_PIT2 = _ior(0x9F, kvm_pit_state2)
+KVM_SET_PIT2 = _iow(0xA0, kvm_pit_state2)
+KVM_ENABLE_CAP = _iow(0xA3, kvm_enable_cap)
+KVM_SIGNAL_MSI = _iow(0xA5, kvm_msi)
+KVM_GET_STATS_FD = _io(0xCE)  # and on a vCPU
+
+# on a vCPU
+KVM_RUN = _io(0x80)
+KVM_GET_REGS = _ior(0x81, kvm_regs)
+KVM_SET_REGS = _iow(0x82, kvm_regs)
+KVM_GET_SREGS = _ior(0x83, kvm_sregs)
+KVM_SET_SREGS = _iow(0x84, kvm_sregs)
+KVM_TRANSLATE = _iowr(0x85, kvm_translation)
+KVM_GET_MSRS = _iowr(0x88, kvm_msrs)
+KVM_SET_MSRS = _iow(0x89, kvm_msrs)
+KVM_GET_FPU = _ior(0x8C, kvm_fpu)
+KVM_SET_FPU = _iow(0x8D, kvm_fpu)
+KVM_GET_LAPIC = _ior(0x8E, kvm_lapic_state)
+KVM_SET_LAPIC = _iow(0x8F, kvm_lapic_state)
+KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
+KVM_GET_CPUID2 = _iowr(0x91, kvm_cpuid2)
+KVM_GET_MP_STATE = _ior(0x98, kvm_mp_state)
+KVM_SET_MP_STATE = _iow(0x99, kvm_mp_state)
+KVM_NMI = _io(0x9A)
+KVM_GET_VCPU_EVENTS = _ior(0x9F, kvm_vcpu_events)
+KVM_SET_VCPU_EVENTS = _iow(0xA0, kvm_vcpu_events)
+KVM_GET_DEBUGREGS = _ior(0xA1, kvm_debugregs)
+KVM_SET_DEBUGREGS = _iow(0xA2, kvm_debugregs)
+KVM_SET_TSC_KHZ = _io(0xA2)
+KVM_GET_TSC_KHZ = _io(0xA3)
+KVM_GET_XSAVE = _ior(0xA4, kvm_xsave)
+KVM_SET_XSAVE = _iow(0xA5, kvm_xsave)
+KVM_GET_XCRS = _ior(0xA6, kvm_xcrs)
+KVM_SET_XCRS = _iow(0xA7, kvm_xcrs)
+KVM_KVMCLOCK_CTRL = _io(0xAD)
+KVM_GET_XSAVE2 = _ior(0xCF, kvm_xsave)
+
+# Every request by number: for error messages, and for a system call filter that lists them.
+REQUESTS: dict[int, str] = {
+    number: name for name, number in list(globals().items()) if isinstance(number, Request)
+}
+
+# ------------------------------------------------------------------ constants
+
+KVM_EXIT_UNKNOWN = 0
+KVM_EXIT_EXCEPTION = 1
+KVM_EXIT_IO = 2
+KVM_EXIT_HYPERCALL = 3
+KVM_EXIT_DEBUG = 4
+KVM_EXIT_HLT = 5
+KVM_EXIT_MMIO = 6
+KVM_EXIT_IRQ_WINDOW_OPEN = 7
+KVM_EXIT_SHUTDOWN = 8
+KVM_EXIT_FAIL_ENTRY = 9
+KVM_EXIT_INTR = 10
+KVM_EXIT_SET_TPR = 11
+KVM_EXIT_TPR_ACCESS = 12
+KVM_EXIT_NMI = 16
+KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_SYSTEM_EVENT = 24
+KVM_EXIT_IOAPIC_EOI = 26
+KVM_EXIT_HYPERV = 27
+KVM_EXIT_X86_RDMSR = 29
+KVM_EXIT_X86_WRMSR = 30
+KVM_EXIT_DIRTY_RING_FULL = 31
+KVM_EXIT_AP_RESET_HOLD = 32
+KVM_EXIT_X86_BUS_LOCK = 33
+KVM_EXIT_XEN = 34
+KVM_EXIT_NOTIFY = 37
+
+KVM_EXIT_IO_IN = 0
+KVM_EXIT_IO_OUT = 1
+
+KVM_INTERNAL_ERROR_EMULATION = 1
+KVM_INTERNAL_ERROR_SIMUL_EX = 2
+KVM_INTERNAL_ERROR_DELIVERY_EV = 3
+KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
+KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES = 1
+
+KVM_SYSTEM_EVENT_SHUTDOWN = 1
+KVM_SYSTEM_EVENT_RESET = 2
+KVM_SYSTEM_EVENT_CRASH = 3
+
+KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
+KVM_MEM_READONLY = 1 << 1
+
+KVM_IRQCHIP_PIC_MASTER = 0
+KVM_IRQCHIP_PIC_SLAVE = 1
+KVM_IRQCHIP_IOAPIC = 2
+KVM_IOAPIC_NUM_PINS = 24
+KVM_IRQ_ROUTING_IRQCHIP = 1
+KVM_IRQ_ROUTING_MSI = 2
+
+KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
+KVM_IRQFD_FLAG_RESAMPLE = 1 << 1
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+KVM_IOEVENTFD_FLAG_PIO = 1 << 1
+KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
+
+KVM_PIT_SPEAKER_DUMMY = 1
+KVM_CLOCK_TSC_STABLE = 2
+KVM_CLOCK_REALTIME = 1 << 2
+KVM_CLOCK_HOST_TSC = 1 << 3
+
+KVM_MP_STATE_RUNNABLE = 0
+KVM_MP_STATE_UNINITIALIZED = 1
+KVM_MP_STATE_INIT_RECEIVED = 2
+KVM_MP_STATE_HALTED = 3
+KVM_MP_STATE_SIPI_RECEIVED = 4
+
+KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
+KVM_VCPUEVENT_VALID_SIPI_VECTOR = 1 << 1
+KVM_VCPUEVENT_VALID_SHADOW = 1 << 2
+KVM_VCPUEVENT_VALID_SMM = 1 << 3
+KVM_VCPUEVENT_VALID_PAYLOAD = 1 << 4
+KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 1 << 5
+
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # spelt so in the kernel
+
+KVM_CAP_IRQCHIP = 0
+KVM_CAP_USER_MEMORY = 3
+KVM_CAP_SET_TSS_ADDR = 4
+KVM_CAP_EXT_CPUID = 7
+KVM_CAP_NR_VCPUS = 9
+KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_MP_STATE = 14
+KVM_CAP_COALESCED_MMIO = 15
+KVM_CAP_IRQ_ROUTING = 25
+KVM_CAP_IRQFD = 32
+KVM_CAP_PIT2 = 33
+KVM_CAP_PIT_STATE2 = 35
+KVM_CAP_IOEVENTFD = 36
+KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
+KVM_CAP_ADJUST_CLOCK = 39
+KVM_CAP_VCPU_EVENTS = 41
+KVM_CAP_DEBUGREGS = 50
+KVM_CAP_XSAVE = 55
+KVM_CAP_XCRS = 56
+KVM_CAP_TSC_CONTROL = 60
+KVM_CAP_GET_TSC_KHZ = 61
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_KVMCLOCK_CTRL = 76
+KVM_CAP_SIGNAL_MSI = 77
+KVM_CAP_READONLY_MEM = 81
+KVM_CAP_IRQFD_RESAMPLE = 82
+KVM_CAP_ENABLE_CAP_VM = 98
+KVM_CAP_IOEVENTFD_NO_LENGTH = 100
+KVM_CAP_CHECK_EXTENSION_VM = 105
+KVM_CAP_IOEVENTFD_ANY_LENGTH = 122
+KVM_CAP_MAX_VCPU_ID = 128
+KVM_CAP_X2APIC_API = 129
+KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_COALESCED_PIO = 162
+KVM_CAP_EXCEPTION_PAYLOAD = 164
+KVM_CAP_BINARY_STATS_FD = 203
+KVM_CAP_XSAVE2 = 208
+KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
+
+# ------------------------------------------------------------------ the call
+
+
+def refused(request: Request, error: int) -> OSError:
+    """Return the exception for a request that failed; its class follows the errno, as usual."""
+    return OSError(error, f"{REQUESTS[request]}: {os.strerror(error)}")
+
+
+def ioctl(fd: int, request: Request, arg: "int | bytearray | ctypes._CData" = 0) -> int:
+    """Do one request and return its result; a mutable argument takes what the kernel writes.
+
+    A signal that arrives meanwhile is no failure, so EINTR is retried; KVM_RUN therefore never comes here.
+
+    Raises:
+        OSError: the kernel refused; the message names the request.
+    """
+    while True:
+        try:
+            return fcntl.ioctl(fd, request, arg)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise refused(request, error.errno or errno.EIO) from None
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong]
+
+
+def ioctl_ulong(fd: int, request: Request, arg: int) -> int:
+    """Do a request whose argument is a number of any size: fcntl.ioctl stops at 2 GiB."""
+    while True:
+        result: int = _libc.ioctl(fd, request, arg)
+        if result >= 0:
+            return result
+        if (error := ctypes.get_errno()) != errno.EINTR:
+            raise refused(request, error)
+
+
+def read_struct(fd: int, request: Request, struct: "type[S]") -> "S":
+    """Do a KVM_GET_* request and return its structure."""
+    state = struct()
+    ioctl(fd, request, state)
+    return state
+
+
+def write_struct(fd: int, request: Request, struct: "type[S]", state: "S | bytes") -> None:
+    """Do a KVM_SET_* request with a structure, or with the bytes of one that was read elsewhere.
+
+    Raises:
+        ValueError: the bytes are not of the structure's size.
+    """
+    if isinstance(state, bytes):
+        if len(state) != ctypes.sizeof(struct):
+            raise ValueError(f"{struct.__name__} of {len(state)} bytes, not {ctypes.sizeof(struct)}")
+        state = struct.from_buffer_copy(state)
+    ioctl(fd, request, state)
+
+
+def read_list(fd: int, request: Request, header: type[ctypes.Structure], entry: "type[S]") -> "list[S]":
+    """Do a request that fills an array behind a header starting with its count, and return the array.
+
+    The kernel says E2BIG, and nothing more reliable, while the array is too short.
+    """
+    start, step = ctypes.sizeof(header), ctypes.sizeof(entry)
+    capacity = 128
+    while True:
+        buffer = bytearray(start + capacity * step)
+        buffer[0:4] = capacity.to_bytes(4, "little")
+        try:
+            ioctl(fd, request, buffer)
+        except OSError as error:
+            if error.errno != errno.E2BIG or capacity >= 1 << 16:
+                raise
+            capacity *= 2
+            continue
+        count = int.from_bytes(buffer[0:4], "little")
+        return [entry.from_buffer_copy(buffer, start + index * step) for index in range(count)]
+
+
+def counted(header: type[ctypes.Structure], entries: "list[S]") -> bytearray:
+    """Lay out a header starting with its count, and the array behind it."""
+    head = len(entries).to_bytes(4, "little").ljust(ctypes.sizeof(header), b"\0")
+    return bytearray(head + b"".join(map(bytes, entries)))
+
+
+def read_stats(owner_fd: int) -> dict[str, tuple[int, ...]]:
+    """Return the statistics of a VM or vCPU by name (api.rst 4.133)."""
+    fd = ioctl(owner_fd, KVM_GET_STATS_FD)
+    try:
+        size = ctypes.sizeof(kvm_stats_header)
+        header = kvm_stats_header.from_buffer_copy(os.pread(fd, size, 0))
+        step = ctypes.sizeof(kvm_stats_desc) + header.name_size
+        descriptors = os.pread(fd, header.num_desc * step, header.desc_offset)
+        stats = {}
+        for start in range(0, len(descriptors), step):
+            desc = kvm_stats_desc.from_buffer_copy(descriptors, start)
+            name = descriptors[start + ctypes.sizeof(desc) : start + step].split(b"\0")[0].decode()
+            values = os.pread(fd, desc.size * 8, header.data_offset + desc.offset)
+            stats[name] = tuple((u64 * desc.size).from_buffer_copy(values))
+        return stats
+    finally:
+        os.close(fd)

@@ -1,0 +1,388 @@
+"""One virtual CPU: running it, kicking it out of the guest, and its registers.
+
+A vCPU belongs to the thread that runs it.  That thread alone calls its methods, `kick` excepted; any other
+vCPU request made meanwhile from elsewhere waits until KVM_RUN returns.
+
+**Half-done I/O.**  A PioIn or MmioRead is finished inside the *next* KVM_RUN: only then does the reply reach
+the guest's register and RIP the next instruction, and a string or split access may exit once more.  Registers
+read before that show a guest in the middle of an instruction.  Two rules follow:
+
+* When a run returns Interrupted nothing is half-done: KVM finishes pending I/O before it looks at
+  `immediate_exit` or at signals.  A pause that kicks and waits for Interrupted needs nothing more.
+* Who stops after any other exit, to read registers say, answers it and calls `complete`.
+
+**Kicks.**  `kick` sets `immediate_exit`, then signals the thread.  A vCPU in the guest leaves it because of the
+signal; one about to enter returns at once because of the byte; there is no gap between the two.  The byte stays
+set, and every run returns Interrupted, until `clear_kick`.  So the stopper first stores why, then kicks; the
+thread first clears the kick, then looks why.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import threading
+
+from vmd.kvmapi import abi
+from vmd.kvmapi.abi import ioctl, read_struct, write_struct
+from vmd.kvmapi.exits import (
+    INTERRUPTED,
+    MMIO_DATA,
+    REASON_IO,
+    RETRY,
+    MmioRead,
+    MmioWrite,
+    PioIn,
+    PioOut,
+    decode,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import FrameType
+
+    from vmd.kvmapi.exits import Exit
+
+KICK_SIGNAL = signal.SIGUSR1
+
+_EXIT_IO = abi.KVM_EXIT_IO
+_IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset
+_PIO_DATA = abi.KVM_PIO_PAGE_OFFSET * mmap.PAGESIZE
+_RING = abi.KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
+_RING_HEADER = 8  # kvm_coalesced_mmio_ring
+_RING_STEP = 24  # kvm_coalesced_mmio
+_RING_ENTRIES = (mmap.PAGESIZE - _RING_HEADER) // _RING_STEP
+_MSRS_AT_ONCE = 128  # the kernel takes fewer than 256
+
+
+def _nothing(signum: int, frame: "FrameType | None") -> None:
+    """Take a kick that arrived outside the guest."""
+
+
+def install_kick_handler() -> None:
+    """Make KICK_SIGNAL interrupt KVM_RUN and do nothing else; once per process, on its main thread.
+
+    Without a handler the first kick ends the process.
+    """
+    signal.signal(KICK_SIGNAL, _nothing)
+
+
+class Vcpu:
+    """A vCPU, its descriptor and the page it shares with the kernel.
+
+    Raises:
+        OSError: from every method, when the kernel refuses; the message names the request.
+    """
+
+    __slots__ = ("_fd", "_page", "_pending", "_pio", "_ring", "_thread", "_thread_lock", "xsave_bytes")
+
+    def __init__(self, fd: int, mmap_bytes: int, xsave_bytes: int = 0) -> None:
+        self._fd = fd
+        self._page = mmap.mmap(fd, mmap_bytes)
+        data = memoryview(self._page)[_PIO_DATA : _PIO_DATA + mmap.PAGESIZE]
+        # The port I/O data by operand size; index 0 is the first item.
+        self._pio = {1: data, 2: data.cast("H"), 4: data.cast("I")}
+        self._ring = memoryview(self._page)[_RING : _RING + _RING_HEADER].cast("I")
+        self._pending = (0, 0)  # where the answer to the last exit goes, and its length
+        self._thread: int | None = None
+        self._thread_lock = threading.Lock()
+        self.xsave_bytes = xsave_bytes
+
+    def __enter__(self) -> "Vcpu":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def fd(self) -> int:
+        """The vCPU's descriptor, -1 when closed."""
+        return self._fd
+
+    def close(self) -> None:
+        """Unmap and close; the thread must have left.  A second call does nothing."""
+        if self._fd >= 0:
+            for view in (*self._pio.values(), self._ring):
+                view.release()
+            self._page.close()
+            os.close(self._fd)
+            self._fd = -1
+
+    # ---- running
+
+    def run(self) -> "Exit":
+        """Enter the guest; return why it was left.
+
+        Raises:
+            OSError: KVM cannot run this vCPU at all, for instance EFAULT for memory that is not there.
+        """
+        self._pending = (0, 0)
+        try:
+            # Without a third argument: fcntl would first try, and fail, to take 0 for a buffer, twice.
+            fcntl.ioctl(self._fd, abi.KVM_RUN)
+        except OSError as error:
+            return self._not_run(error)
+        return self._decode()
+
+    @staticmethod
+    def _not_run(error: OSError) -> "Exit":
+        """Tell the two errors that are part of running from those that are not."""
+        if error.errno == errno.EINTR:
+            return INTERRUPTED
+        if error.errno == errno.EAGAIN:
+            return RETRY
+        raise abi.refused(abi.KVM_RUN, error.errno or errno.EIO) from None
+
+    def _decode(self) -> "Exit":
+        """Build the exit object, and remember where its answer goes."""
+        exit_ = decode(self._page)
+        if isinstance(exit_, PioIn):
+            self._pending = (_PIO_DATA, exit_.size * exit_.count)
+        elif isinstance(exit_, MmioRead):
+            self._pending = (MMIO_DATA, exit_.size)
+        return exit_
+
+    def run_pio(
+        self, pio_read: "Callable[[int, int], int]", pio_write: "Callable[[int, int, int], object]"
+    ) -> "Exit":
+        """Run as `run` does, but answer single port accesses here and return with the first other exit.
+
+        `pio_read(port, size)` returns the value, of which the low `size` bytes count;
+        `pio_write(port, size, value)` takes one.  What they raise comes out of here; the guest then stands
+        where it would after `run`.
+
+        This is the hot loop of a VM: one call, no object per exit.  String accesses (count above 1) leave it,
+        so that a device can take them whole.
+        """
+        fd, page, pio, run = self._fd, self._page, self._pio, int(abi.KVM_RUN)
+        ioctl_, unpack, answer = fcntl.ioctl, REASON_IO.unpack_from, self._pio[4]
+        self._pending = (0, 0)
+        while True:
+            try:
+                ioctl_(fd, run)
+            except OSError as error:  # of the ioctl only: what a device raises is not ours to judge
+                return self._not_run(error)
+            reason, direction, size, port, count, _ = unpack(page)
+            if reason != _EXIT_IO or count != 1:
+                return self._decode()
+            if direction:  # KVM_EXIT_IO_OUT
+                pio_write(port, size, pio[size][0])
+            else:
+                # KVM takes the low bytes; storing all four spares a choice of view.
+                answer[0] = pio_read(port, size) & 0xFFFFFFFF
+
+    def answer(self, data: bytes) -> None:
+        """Give the bytes that the PioIn or MmioRead just returned has asked for.
+
+        Raises:
+            ValueError: the last exit asks for another number of bytes, or for none.
+        """
+        start, size = self._pending
+        if len(data) != size or not size:
+            raise ValueError(f"answer of {len(data)} bytes to an exit that asks for {size}")
+        self._page[start : start + size] = data
+        self._pending = (0, 0)
+
+    def complete(self) -> "Exit":
+        """Finish the I/O of the last exit without running the guest any further.
+
+        Returns Interrupted when the guest stands between two instructions.  Anything else is the next piece
+        of the same instruction: answer it and call again.  Leaves the kick set; `clear_kick` lets it run.
+        """
+        self._page[_IMMEDIATE_EXIT] = 1
+        return self.run()
+
+    # ---- kicking
+
+    def bind_thread(self) -> None:
+        """Make the calling thread the one that kicks go to; first thing it does."""
+        with self._thread_lock:
+            self._thread = threading.get_ident()
+
+    def unbind_thread(self) -> None:
+        """Send no more signals; last thing the thread does, as its id means nothing afterwards."""
+        with self._thread_lock:
+            self._thread = None
+
+    def kick(self) -> None:
+        """Get the vCPU out of the guest, now or as soon as it enters; from any thread."""
+        self._page[_IMMEDIATE_EXIT] = 1
+        with self._thread_lock:
+            if self._thread is not None:
+                signal.pthread_kill(self._thread, KICK_SIGNAL)
+
+    def clear_kick(self) -> None:
+        """Let the vCPU enter the guest again."""
+        self._page[_IMMEDIATE_EXIT] = 0
+
+    # ---- coalesced writes
+
+    def coalesced_writes(self) -> list[PioOut | MmioWrite]:
+        """Take the writes that Vm.register_coalesced has collected, oldest first.
+
+        The ring belongs to the VM and every vCPU maps it: callers must hold one lock per VM.
+        """
+        first, last = self._ring
+        writes: list[PioOut | MmioWrite] = []
+        while first != last:
+            start = _RING + _RING_HEADER + first * _RING_STEP
+            entry = abi.kvm_coalesced_mmio.from_buffer_copy(self._page, start)
+            data = bytes(entry.data)[: entry.len]
+            if entry.pio:
+                writes.append(PioOut(entry.phys_addr, entry.len, 1, data))
+            else:
+                writes.append(MmioWrite(entry.phys_addr, entry.len, data))
+            first = (first + 1) % _RING_ENTRIES
+        # Only now may the kernel reuse the entries; x86 does not let this store pass the loads above.
+        self._ring[0] = first
+        return writes
+
+    # ---- registers
+
+    def get_regs(self) -> abi.kvm_regs:
+        """Return the general purpose registers."""
+        return read_struct(self._fd, abi.KVM_GET_REGS, abi.kvm_regs)
+
+    def set_regs(self, state: abi.kvm_regs | bytes) -> None:
+        """Load the general purpose registers; cancels a pending exception."""
+        write_struct(self._fd, abi.KVM_SET_REGS, abi.kvm_regs, state)
+
+    def get_sregs(self) -> abi.kvm_sregs:
+        """Return segment, table and control registers."""
+        return read_struct(self._fd, abi.KVM_GET_SREGS, abi.kvm_sregs)
+
+    def set_sregs(self, state: abi.kvm_sregs | bytes) -> None:
+        """Load segment, table and control registers."""
+        write_struct(self._fd, abi.KVM_SET_SREGS, abi.kvm_sregs, state)
+
+    def get_fpu(self) -> abi.kvm_fpu:
+        """Return x87 and SSE state; a part of what get_xsave returns."""
+        return read_struct(self._fd, abi.KVM_GET_FPU, abi.kvm_fpu)
+
+    def set_fpu(self, state: abi.kvm_fpu | bytes) -> None:
+        """Load x87 and SSE state."""
+        write_struct(self._fd, abi.KVM_SET_FPU, abi.kvm_fpu, state)
+
+    def get_xsave(self) -> bytes:
+        """Return the whole XSAVE area, as long as this host makes it (api.rst 4.134)."""
+        area = bytearray(max(self.xsave_bytes, 4096))
+        ioctl(self._fd, abi.KVM_GET_XSAVE2 if self.xsave_bytes else abi.KVM_GET_XSAVE, area)
+        return bytes(area)
+
+    def set_xsave(self, area: bytes) -> None:
+        """Load the XSAVE area.
+
+        Raises:
+            ValueError: it has another length than this host's, so features would be lost or invented.
+        """
+        if len(area) != max(self.xsave_bytes, 4096):
+            raise ValueError(f"xsave area of {len(area)} bytes, not {max(self.xsave_bytes, 4096)}")
+        ioctl(self._fd, abi.KVM_SET_XSAVE, bytearray(area))
+
+    def get_xcrs(self) -> abi.kvm_xcrs:
+        """Return the extended control registers."""
+        return read_struct(self._fd, abi.KVM_GET_XCRS, abi.kvm_xcrs)
+
+    def set_xcrs(self, state: abi.kvm_xcrs | bytes) -> None:
+        """Load the extended control registers; after CPUID, before the XSAVE area."""
+        write_struct(self._fd, abi.KVM_SET_XCRS, abi.kvm_xcrs, state)
+
+    def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
+        """Return the CPUID leaves as they are now; KVM keeps a few of them up to date."""
+        return abi.read_list(self._fd, abi.KVM_GET_CPUID2, abi.kvm_cpuid2, abi.kvm_cpuid_entry2)
+
+    def set_cpuid2(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
+        """Set the CPUID leaves; before the vCPU first runs."""
+        ioctl(self._fd, abi.KVM_SET_CPUID2, abi.counted(abi.kvm_cpuid2, entries))
+
+    def get_msrs(self, indices: "Iterable[int]") -> dict[int, int]:
+        """Return those of the MSRs that can be read: a listed MSR may not exist for this CPUID."""
+        values: dict[int, int] = {}
+        todo = list(indices)
+        while todo:
+            chunk = [abi.kvm_msr_entry(index=index) for index in todo[:_MSRS_AT_ONCE]]
+            buffer = abi.counted(abi.kvm_msrs, chunk)
+            done = ioctl(self._fd, abi.KVM_GET_MSRS, buffer)
+            for position in range(done):
+                entry = abi.kvm_msr_entry.from_buffer_copy(buffer, 8 + 16 * position)
+                values[entry.index] = entry.data
+            # The kernel stops at the first it refuses; go on behind it.
+            todo = todo[done + 1 if done < len(chunk) else done :]
+        return values
+
+    def set_msrs(self, values: dict[int, int]) -> list[int]:
+        """Write MSRs in the given order; return the indices of those that were refused."""
+        refused: list[int] = []
+        todo = list(values.items())
+        while todo:
+            chunk = [abi.kvm_msr_entry(index=index, data=data) for index, data in todo[:_MSRS_AT_ONCE]]
+            done = ioctl(self._fd, abi.KVM_SET_MSRS, abi.counted(abi.kvm_msrs, chunk))
+            if done < len(chunk):
+                refused.append(todo[done][0])
+                done += 1
+            todo = todo[done:]
+        return refused
+
+    def get_lapic(self) -> bytes:
+        """Return the local APIC's registers."""
+        return bytes(read_struct(self._fd, abi.KVM_GET_LAPIC, abi.kvm_lapic_state))
+
+    def set_lapic(self, state: bytes) -> None:
+        """Load the local APIC's registers; after sregs, which hold its base and mode."""
+        write_struct(self._fd, abi.KVM_SET_LAPIC, abi.kvm_lapic_state, state)
+
+    def get_mp_state(self) -> int:
+        """Return KVM_MP_STATE_*; delivers a pending INIT or SIPI first."""
+        return int(read_struct(self._fd, abi.KVM_GET_MP_STATE, abi.kvm_mp_state).mp_state)
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """Set KVM_MP_STATE_*."""
+        ioctl(self._fd, abi.KVM_SET_MP_STATE, abi.kvm_mp_state(mp_state))
+
+    def get_vcpu_events(self) -> abi.kvm_vcpu_events:
+        """Return exceptions, interrupts and NMIs under way."""
+        return read_struct(self._fd, abi.KVM_GET_VCPU_EVENTS, abi.kvm_vcpu_events)
+
+    def set_vcpu_events(self, state: abi.kvm_vcpu_events | bytes) -> None:
+        """Load them; KVM_VCPUEVENT_VALID_* in `flags` choose the optional fields."""
+        write_struct(self._fd, abi.KVM_SET_VCPU_EVENTS, abi.kvm_vcpu_events, state)
+
+    def get_debugregs(self) -> abi.kvm_debugregs:
+        """Return the debug registers."""
+        return read_struct(self._fd, abi.KVM_GET_DEBUGREGS, abi.kvm_debugregs)
+
+    def set_debugregs(self, state: abi.kvm_debugregs | bytes) -> None:
+        """Load the debug registers."""
+        write_struct(self._fd, abi.KVM_SET_DEBUGREGS, abi.kvm_debugregs, state)
+
+    def get_tsc_khz(self) -> int:
+        """Return the guest's TSC frequency."""
+        return ioctl(self._fd, abi.KVM_GET_TSC_KHZ)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the guest's TSC frequency; only hosts with KVM_CAP_TSC_CONTROL can change it."""
+        ioctl(self._fd, abi.KVM_SET_TSC_KHZ, khz)
+
+    def kvmclock_ctrl(self) -> None:
+        """Tell the guest it was paused, so that its watchdogs forgive the gap.
+
+        Raises:
+            OSError: EINVAL from a guest that does not use kvmclock, which is harmless.
+        """
+        ioctl(self._fd, abi.KVM_KVMCLOCK_CTRL)
+
+    def nmi(self) -> None:
+        """Queue a non-maskable interrupt."""
+        ioctl(self._fd, abi.KVM_NMI)
+
+    def translate(self, linear: int) -> int | None:
+        """Return the guest-physical address behind a linear one, or None if it is not mapped."""
+        translation = abi.kvm_translation(linear_address=linear)
+        ioctl(self._fd, abi.KVM_TRANSLATE, translation)
+        return int(translation.physical_address) if translation.valid else None
+
+    def stats(self) -> dict[str, tuple[int, ...]]:
+        """Return KVM's counters for this vCPU by name; a histogram has several values."""
+        return abi.read_stats(self._fd)
