@@ -1,0 +1,73 @@
+# Every rule installs what it needs and is missing (tools/setup), so a fresh checkout needs no other step.
+
+PREFIX  = /usr/local
+DESTDIR =
+
+BIN     = $(PREFIX)/bin
+SBIN    = $(PREFIX)/sbin
+LIBRARY = $(PREFIX)/lib/vmd
+MAN     = $(PREFIX)/share/man
+EXAMPLE = $(PREFIX)/share/doc/vmd
+UNITS   = $(PREFIX)/lib/systemd/system
+USERS   = $(PREFIX)/lib/sysusers.d
+
+PYTHON  = .venv/bin/python
+# Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
+SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
+
+.PHONY: help run test test-deep bench fuzz install uninstall clean need-root
+
+help:
+	@echo 'make run         start the daemon with one VM and attach to its console'
+	@echo 'make test        all tests but the long ones (as root)'
+	@echo 'make test-deep   all tests'
+	@echo 'make fuzz        random input for everything that parses, until interrupted'
+	@echo 'make bench       compare with QEMU; prints one table'
+	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
+	@echo 'make clean       remove what the rules above left in this checkout'
+
+run:
+	@tools/setup packages run venv user
+	@$(if $(SOFTWARE_KVM),$(MAKE) -s -C guests OUT=$(CURDIR)/build/guests)
+	@$(PYTHON) tools/run
+
+test: need-root
+	@tools/setup packages test venv user
+	@$(PYTHON) -m pytest
+
+test-deep: need-root
+	@tools/setup packages test venv user
+	@$(PYTHON) -m pytest --deep
+
+bench: need-root
+	@tools/setup packages test venv user
+	@$(PYTHON) -m bench
+
+fuzz:
+	@tools/setup packages run venv
+	@$(PYTHON) -m tests.fuzz
+
+need-root:
+	@test "$$(id -u)" = 0 || { echo 'make: this needs root (namespaces, /dev/kvm, network interfaces):' \
+	    'sudo make $(MAKECMDGOALS)' >&2; exit 1; }
+
+install:
+	@tools/setup packages run venv
+	tools/install-package '$(DESTDIR)' '$(LIBRARY)' '$(SBIN)/vmd' '$(BIN)/vmctl'
+	install -d '$(DESTDIR)$(MAN)/man5' '$(DESTDIR)$(MAN)/man8' '$(DESTDIR)$(EXAMPLE)'
+	install -m 644 man/*.5 '$(DESTDIR)$(MAN)/man5'
+	install -m 644 man/*.8 '$(DESTDIR)$(MAN)/man8'
+	install -m 644 vm.conf.example '$(DESTDIR)$(EXAMPLE)'
+	install -d '$(DESTDIR)$(UNITS)' '$(DESTDIR)$(USERS)'
+	sed -e 's|@SBINDIR@|$(SBIN)|' -e 's|@BINDIR@|$(BIN)|' etc/vmd.service > '$(DESTDIR)$(UNITS)/vmd.service'
+	install -m 644 etc/vmd.sysusers '$(DESTDIR)$(USERS)/vmd.conf'
+	@$(if $(DESTDIR),,tools/setup user)
+
+uninstall:
+	rm -rf '$(DESTDIR)$(LIBRARY)' '$(DESTDIR)$(EXAMPLE)'
+	rm -f '$(DESTDIR)$(SBIN)/vmd' '$(DESTDIR)$(BIN)/vmctl' '$(DESTDIR)$(UNITS)/vmd.service' \
+	    '$(DESTDIR)$(USERS)/vmd.conf' $(foreach page,$(wildcard man/*.[58]), \
+	    '$(DESTDIR)$(MAN)/man$(subst .,,$(suffix $(page)))/$(notdir $(page))')
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,75 @@
+"""Which tests run on this host, where, and what is said about those that do not."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.l1.sessions import InsideL1, OutsideL1
+from tests.support.linux import LinuxGuest, linux_guest
+
+KVM = Path("/dev/kvm")
+SOFTWARE_KVM = Path("/sys/module/kvm_pvm")  # interprets guest kernels, and boots no stock one
+SHOWN_LINES = 60
+
+NOT_RUN = pytest.StashKey[dict[str, int]]()  # reason -> number of tests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add our options."""
+    parser.addoption("--deep", action="store_true", help="also run the long rounds")
+    parser.addoption(
+        "--inside-l1", metavar="FILE", help="we are in the emulated machine: run its tests, report to FILE"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide where the tests marked `l1` run: here if KVM is the hardware's, else in the emulated machine."""
+    config.stash[NOT_RUN] = {}
+    inside = config.getoption("--inside-l1")
+    if inside:
+        config.pluginmanager.register(InsideL1(config, inside))
+    elif SOFTWARE_KVM.exists() or not KVM.exists():
+        config.pluginmanager.register(OutsideL1(config), "outside-l1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was not asked for, skip what cannot run, and put the real guests last."""
+    if not config.getoption("--deep"):
+        deep = [item for item in items if item.get_closest_marker("deep")]
+        config.hook.pytest_deselected(items=deep)
+        items[:] = [item for item in items if not item.get_closest_marker("deep")]
+    outside = config.pluginmanager.has_plugin("outside-l1")
+    missing = {}
+    if not os.access(KVM, os.R_OK | os.W_OK):
+        missing["kvm"] = f"{KVM} is missing or may not be opened"
+    if os.geteuid() != 0:
+        missing["root"] = "not root"
+    for item in items:
+        if outside and item.get_closest_marker("l1"):
+            continue  # what that machine lacks is found out in there
+        reason = next((why for marker, why in missing.items() if item.get_closest_marker(marker)), None)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+            config.stash[NOT_RUN][reason] = config.stash[NOT_RUN].get(reason, 0) + 1
+    items.sort(key=lambda item: item.get_closest_marker("l1") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show what real guests said, and loudly what was not tested."""
+    real = [report for report in terminalreporter.getreports("passed") if "l1" in report.keywords]
+    if real:
+        where = "inside the emulated machine" if config.pluginmanager.has_plugin("outside-l1") else "here"
+        terminalreporter.section(f"real guests, {where}")
+    for report in real:
+        terminalreporter.write_line(f"{report.nodeid} passed in {report.duration:.1f} s", bold=True)
+        for line in report.capstdout.splitlines()[-SHOWN_LINES:]:
+            terminalreporter.write_line(f"    {line}")
+    for reason, count in config.stash[NOT_RUN].items():
+        terminalreporter.section(f"{count} TESTS WERE NOT RUN: {reason}", sep="!", red=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def linux() -> LinuxGuest:
+    """A stock Linux guest; see `tools/guest-init` for what it can be told to do."""
+    return linux_guest()

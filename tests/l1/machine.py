@@ -1,0 +1,146 @@
+"""The emulated machine ("L1"): hardware-like KVM on a host whose own KVM cannot run stock guests, or has none.
+
+It is QEMU's TCG with SVM, so that Debian's stock kernel loads its real kvm_amd, with this host's own root
+file system under an overlay: the checkout, its virtual environment and every program are at their usual
+paths.  Nothing written in there comes back, but for what goes to `/l1`, which is a folder outside.
+
+    python -m tests.l1.machine COMMAND [ARGUMENT ...]      runs a command in it; exits with its status
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools import initramfs
+from tools.debian_kernel import Kernel, KernelError, cache_dir, fetch
+
+HERE = Path(__file__).parent
+MODULES = ("kvm-amd", "virtio_pci", "9pnet_virtio", "9p", "overlay", "tun")
+MEMORY_MIB = 8192  # a guest of 5 GiB, to have memory above the hole, and the overlay
+VCPUS = 2
+# TCG is SVM's only emulator, and two of its vCPU threads run in parallel; the rest is the fastest of
+# what was measured: translation cache of 512 MiB, nested paging on, no mitigations in the kernel.
+QEMU = (
+    "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm",
+    "-display", "none", "-vga", "none", "-nic", "none", "-no-reboot", "-nodefaults", "-no-user-config",
+)  # fmt: skip
+APPEND = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")
+TAIL_LINES = 60
+
+
+class L1Error(Exception):
+    """The machine did not run its command to the end; the text tells why."""
+
+
+class Machine:
+    """One run of one command; `out` is the folder that the machine sees as `/l1`."""
+
+    def __init__(self, out: Path, command: Sequence[str], limit_s: int) -> None:
+        self.out = out
+        self.limit_s = limit_s
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("status", "console", "output"):
+            Path(out, name).unlink(missing_ok=True)
+        Path(out, "command").write_text(_script(command))
+        self.qemu = self._start(prepare())
+
+    def _start(self, files: tuple[Kernel, Path]) -> subprocess.Popen[bytes]:
+        kernel, initrd = files
+        with open(self.out / "qemu-errors", "wb") as errors:
+            return subprocess.Popen(
+                [
+                    "timeout", "--kill-after=5", str(self.limit_s), *QEMU,
+                    "-smp", str(VCPUS), "-m", str(MEMORY_MIB),
+                    "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", APPEND,
+                    "-serial", f"file:{self.out}/console", "-serial", f"file:{self.out}/output",
+                    "-virtfs", _share("host", Path("/"), "readonly=on,multidevs=remap"),
+                    "-virtfs", _share("modules", kernel.root / "lib/modules", "readonly=on"),
+                    "-virtfs", _share("out", self.out, "multidevs=remap"),
+                ],
+                stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+            )  # fmt: skip
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait at most so long; return whether the machine is off."""
+        try:
+            self.qemu.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def status(self) -> int:
+        """Return the exit status of the command, once the machine is off; L1Error if it has none."""
+        written = self.out / "status"
+        if written.exists():
+            return int(written.read_text())
+        if self.qemu.returncode in (124, 137):
+            raise L1Error(f"the emulated machine was not done after {self.limit_s} s\n{self.tail()}")
+        raise L1Error(f"the emulated machine ended before its command did\n{self.tail()}")
+
+    def tail(self) -> str:
+        """Return the ends of all that the machine said."""
+        parts = []
+        for name in ("qemu-errors", "console", "output"):
+            path = self.out / name
+            said = path.read_bytes().decode(errors="replace") if path.exists() else ""
+            lines = [line for line in said.splitlines() if "TCG doesn't support" not in line]
+            parts.append("\n".join([f"--- {name}", *lines[-TAIL_LINES:]]))
+        return "\n".join(parts)
+
+    def stop(self) -> None:
+        """End the machine, if it still runs."""
+        if self.qemu.poll() is None:
+            self.qemu.terminate()  # timeout(1) hands this on to QEMU
+        self.qemu.wait()
+
+
+def prepare() -> tuple[Kernel, Path]:
+    """Return kernel and initramfs of the machine, fetched or built when needed; L1Error if that fails."""
+    try:
+        kernel = fetch("amd64", cache_dir())
+        return kernel, initramfs.cached("l1", HERE / "init", MODULES, kernel)
+    except (KernelError, OSError) as error:
+        raise L1Error(f"the emulated machine cannot be set up: {error}") from error
+
+
+def _script(command: Sequence[str]) -> str:
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PATH": PATH}
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+    return f"{exports}cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}\n"
+
+
+def _share(tag: str, folder: Path, options: str) -> str:
+    return f"local,mount_tag={tag},path={folder},security_model=none,{options}"
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command and show its output."""
+    if not arguments:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        machine = Machine(Path("build/l1").resolve(), arguments, limit_s=1800)
+    except L1Error as error:
+        print(f"l1: {error}", file=sys.stderr)
+        return 125
+    try:
+        with open(machine.out / "output", "ab+") as output:
+            while not machine.ended(0.2):
+                sys.stdout.write(output.read().decode(errors="replace"))
+                sys.stdout.flush()
+            sys.stdout.write(output.read().decode(errors="replace"))
+        return machine.status()
+    except L1Error as error:
+        print(f"l1: {error}", file=sys.stderr)
+        return 125
+    finally:
+        machine.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,135 @@
+"""Runs the tests marked `l1` inside one emulated machine, and reports each as if it had run here.
+
+Two halves of one pytest run.  Outside, `OutsideL1` starts the machine as soon as it knows which tests are
+wanted, lets the other tests go first, and then takes each `l1` test's reports from a file.  Inside,
+`InsideL1` writes that file: one line of JSON for each report, in pytest's own serialised form.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.l1.machine import L1Error, Machine
+from tests.support.linux import linux_guest
+from tools.debian_kernel import KernelError
+
+REPORTS = "reports"  # names inside the shared folder
+TESTS = "tests"
+LIMIT_S = 600
+DEEP_LIMIT_S = 2400
+
+
+class InsideL1:
+    """Writes each report where the other side reads it, at once."""
+
+    def __init__(self, config: pytest.Config, path: str) -> None:
+        self.config = config
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Append one report."""
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(self.path, "a", encoding="utf-8") as reports:
+            reports.write(json.dumps(data) + "\n")
+
+
+class OutsideL1:
+    """Starts the machine and answers for the tests that run in it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.out = config.rootpath / "build" / "l1"
+        self.machine: Machine | None = None
+        self.failure = ""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Take the watchdog off: it would count the wait for the machine; inside, each test has its own."""
+        for item in items:
+            if item.get_closest_marker("l1"):
+                item.add_marker(pytest.mark.timeout(0), append=False)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Start the machine if one of the tests to run is for it."""
+        wanted = [item.nodeid for item in session.items if item.get_closest_marker("l1")]
+        if not wanted or self.config.option.collectonly:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        Path(self.out, REPORTS).write_text("")
+        Path(self.out, TESTS).write_text("".join(f"{nodeid}\n" for nodeid in wanted))
+        deep = self.config.getoption("--deep")
+        command = [
+            sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider",
+            "--inside-l1", f"/l1/{REPORTS}", *(["--deep"] if deep else []), f"@/l1/{TESTS}",
+        ]  # fmt: skip
+        try:
+            linux_guest()  # fetched here: there is no network inside
+            self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)
+        except (L1Error, KernelError, OSError) as error:
+            self.failure = str(error)
+
+    def pytest_unconfigure(self) -> None:
+        """Leave nothing behind when the run was interrupted."""
+        if self.machine is not None:
+            self.machine.stop()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Report on one test of the machine, when it is done in there; all others run as usual."""
+        if item.get_closest_marker("l1") is None:
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self._reports_on(item):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def _reports_on(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """Yield the reports on a test, or one failure if it was not run to its end."""
+        began = time.time()
+        while not self._complete(item.nodeid):
+            if self.machine is None or self.machine.ended(1.0):
+                break
+        reports = self._read().get(item.nodeid, [])
+        if not self._complete(item.nodeid):
+            reports = []  # the test that the machine died in; its set-up may have passed
+            yield pytest.TestReport(
+                item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed",
+                self._why(), "call", start=began, stop=time.time(), duration=time.time() - began,
+            )  # fmt: skip
+        for data in reports:
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            assert isinstance(report, pytest.TestReport)
+            yield report
+
+    def _complete(self, nodeid: str) -> bool:
+        return any(data["when"] == "teardown" for data in self._read().get(nodeid, []))
+
+    def _read(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the reports that are there, by test; the last line may be half written."""
+        path = self.out / REPORTS
+        by_test: dict[str, list[dict[str, Any]]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        for line in lines:
+            if line.endswith("\n"):
+                data = json.loads(line)
+                by_test.setdefault(data["nodeid"], []).append(data)
+        return by_test
+
+    def _why(self) -> str:
+        """Return why a test has no result; at length for the first, in a sentence for the others."""
+        if self.failure:
+            return self.failure.partition("\n")[0]
+        if self.machine is None:
+            return "the emulated machine was not started"
+        try:
+            status = self.machine.status()
+        except L1Error as error:
+            self.failure = str(error)
+        else:
+            self.failure = f"pytest inside the emulated machine ended with status {status}\n{self.machine.tail()}"
+        return self.failure

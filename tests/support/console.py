@@ -1,0 +1,52 @@
+"""Reads a guest's console with a deadline, and remembers everything it said."""
+
+import os
+import select
+import time
+
+
+class Console:
+    """The output side of a console; `fd` may be a pipe, a pty master or a socket, and stays its owner's."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.said = b""
+        self.seen = 0  # how much of `said` an earlier `expect` has used up
+        self.ended = False
+
+    def expect(self, wanted: str, timeout_s: float) -> str:
+        """Wait for a text; return what was said since the last call, up to and including it.
+
+        Raises:
+            AssertionError: the console ended or the time is up; shows all that was said.
+        """
+        raw = wanted.encode()
+        deadline = time.monotonic() + timeout_s
+        while (found := self.said.find(raw, self.seen)) < 0:
+            assert not self.ended, f"the console ended without {wanted!r}:\n{self.text()}"
+            assert self._read(deadline), f"no {wanted!r} within {timeout_s} s:\n{self.text()}"
+        begin, self.seen = self.seen, found + len(raw)
+        return self.said[begin : self.seen].decode(errors="replace")
+
+    def drain(self, timeout_s: float) -> None:
+        """Read to the end; raises AssertionError if it does not come."""
+        deadline = time.monotonic() + timeout_s
+        while not self.ended:
+            assert self._read(deadline), f"the console did not end within {timeout_s} s:\n{self.text()}"
+
+    def text(self) -> str:
+        """Return all that was said so far."""
+        return self.said.decode(errors="replace")
+
+    def _read(self, deadline: float) -> bool:
+        """Take what is there or comes before the deadline; return whether anything did."""
+        ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
+        if not ready:
+            return False
+        try:
+            data = os.read(self.fd, 65536)
+        except OSError:
+            data = b""  # EIO: the other side of a pty has closed
+        self.said += data
+        self.ended = not data
+        return True

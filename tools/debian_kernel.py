@@ -1,0 +1,86 @@
+"""Debian's stock kernels, unpacked into a cache outside the checkout; nothing is installed.
+
+Guests of the tests and of `make run` boot them, and so does the emulated machine of `tests/l1`.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class KernelError(Exception):
+    """No kernel could be had; the text says what was tried."""
+
+
+class Kernel(NamedTuple):
+    """A kernel and its modules."""
+
+    version: str
+    image: Path
+    root: Path  # holds lib/modules/<version>, with the indices of depmod(8)
+
+
+def cache_dir() -> Path:
+    """Return the folder that holds what is fetched or built once per host."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = base / "vmd-tests"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def fetch(flavour: str, cache: Path) -> Kernel:
+    """Return the newest kernel of a flavour, `amd64` or `cloud-amd64`, from the cache or by apt-get.
+
+    A kernel in the cache is used as it is, so that a run needs the network only once.
+    Raises KernelError.
+    """
+    home = cache / f"linux-{flavour}"
+    if not home.exists():
+        package = _package_of(flavour)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as scratch:
+            print(f"fetching {package}", file=sys.stderr, flush=True)
+            # As root apt-get drops to a user that has no access to a cache below /root.
+            _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=scratch)
+            archive = next(Path(scratch).glob("*.deb"))
+            tree = Path(scratch, "tree")
+            _run(["dpkg", "-x", str(archive), str(tree)])
+            version = next(Path(tree, "lib/modules").iterdir()).name
+            _run(["/sbin/depmod", "-b", str(tree), version])
+            # Renamed when complete: an interrupted fetch leaves nothing that looks like a kernel.
+            tree.rename(home)
+    version = next(Path(home, "lib/modules").iterdir()).name
+    return Kernel(version, home / "boot" / f"vmlinuz-{version}", home)
+
+
+def installed() -> Kernel | None:
+    """Return the newest kernel under /boot that we may read and whose modules are there."""
+    candidates = [
+        Kernel(image.name.removeprefix("vmlinuz-"), image, Path("/"))
+        for image in Path("/boot").glob("vmlinuz-*")
+        if os.access(image, os.R_OK)
+    ]
+    usable = [kernel for kernel in candidates if Path("/lib/modules", kernel.version, "modules.dep").exists()]
+    return max(usable, key=lambda kernel: kernel.image.stat().st_mtime, default=None)
+
+
+def _package_of(flavour: str) -> str:
+    """Return the package that the metapackage of the flavour stands for."""
+    metapackage = f"linux-image-{flavour}"
+    for line in _run(["apt-cache", "depends", metapackage]).splitlines():
+        kind, _, package = line.strip().partition(": ")
+        if kind == "Depends" and package.startswith("linux-image-"):
+            return package
+    raise KernelError(f"apt knows no package {metapackage}; has apt-get update been run?")
+
+
+def _run(command: list[str], cwd: str | None = None) -> str:
+    try:
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    except OSError as error:
+        raise KernelError(f"{command[0]}: {error.strerror}") from error
+    except subprocess.CalledProcessError as error:
+        raise KernelError(f"{' '.join(command)}: {error.stderr.strip()}") from error
+    return done.stdout
