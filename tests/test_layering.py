@@ -1,0 +1,224 @@
+"""Imports are privileges: a process that has loaded a parser can be made to run it.
+
+What each process holds is taken from a fresh interpreter that imports the process's own modules and nothing
+else, so it is what `sys.modules` really has, however it got there.  Modules are found by listing the tree.
+"""
+
+import ast
+import functools
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = sysconfig.get_path("purelib")
+
+# -I and -S as in our own children: what site and .pth files load is not the process's doing.
+PROBE = """
+import importlib, json, sys
+root, site, *modules = sys.argv[1:]
+sys.path += [root, site]
+for module in modules:
+    importlib.import_module(module)
+where = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+print(json.dumps({
+    "all": sorted(where),
+    "third": sorted({name.partition(".")[0] for name, path in where.items() if path.startswith(site)}),
+}))
+"""
+
+THIRD_PARTY = {  # whoever is not named here has none
+    "parent": {"ply", "msgpack"},
+    "control": {"msgpack"},
+    "priv": {"msgpack", "pyroute2"},
+    "vmm": {"msgpack"},
+    "vm": {"msgpack"},
+    "vmctl": {"msgpack"},
+}
+HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/imsg.py", "pyroute2": "vmd/priv/"}
+# Who may hold what several processes share and not all may; "device" is every device process.
+SHARED = {
+    "vmd.config.lexer": {"parent"},
+    "vmd.config.grammar": {"parent"},
+    "vmd.images": {"device", "imgprobe", "vmctl"},
+    "vmd.kvmapi": {"vm"},
+    "vmd.guestmem": {"vm", "device"},
+    "vmd.virtio": {"vm", "device"},
+    "vmd.ipc.imsg": {"parent", "control", "priv", "vmm", "vm", "vmctl"},
+}
+VMCTL_MAY_HOLD = (
+    "vmctl", "vmd.ipc", "vmd.config.model", "vmd.images", "vmd.errors", "vmd.record", "vmd.log", "vmd.scaled",
+)  # fmt: skip
+# Each costs every VM milliseconds of start-up or megabytes of memory.
+TOO_HEAVY = {"argparse", "asyncio", "ast", "dataclasses", "inspect", "logging", "re", "subprocess", "typing"}
+
+
+class Process(NamedTuple):
+    """One kind of process, and the modules that are its own."""
+
+    title: str
+    kind: str
+    modules: tuple[str, ...]
+
+    def owns(self, module: str) -> bool:
+        """Return whether a module is this process's own."""
+        return module in self.modules
+
+
+class Held(NamedTuple):
+    """What an interpreter has loaded."""
+
+    modules: tuple[str, ...]
+    third_party: frozenset[str]
+
+    def below(self, *prefixes: str) -> set[str]:
+        """Return the loaded modules that are, or are inside, one of some packages."""
+        return {name for name in self.modules if any(within(name, prefix) for prefix in prefixes)}
+
+
+def within(name: str, package: str) -> bool:
+    """Return whether a module is a package or inside it."""
+    return name == package or name.startswith(package + ".")
+
+
+def modules_in(folder: str) -> tuple[str, ...]:
+    """Return the names of all modules below a folder, without the empty package files."""
+    paths = sorted(Path(ROOT, folder).rglob("*.py"))
+    return tuple(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__init__.py"
+    )
+
+
+def processes() -> list[Process]:
+    """Return every process whose code is there."""
+    found = [
+        Process(name, name, modules_in(f"vmd/{name}")) for name in ("parent", "control", "priv", "vmm", "vm")
+    ]
+    found += [
+        Process(f"device {main.parent.name}", "device", modules_in(f"vmd/devices/{main.parent.name}"))
+        for main in sorted(Path(ROOT, "vmd/devices").glob("*/main.py"))
+    ]
+    found.append(Process("imgprobe", "imgprobe", tuple(m for m in modules_in("vmd/images") if m.endswith(".probe"))))
+    found.append(Process("vmctl", "vmctl", modules_in("vmctl")))
+    return [process for process in found if process.modules]
+
+
+PROCESSES = processes()
+of_each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: process.title)
+of_each_vm = pytest.mark.parametrize(
+    "process", [p for p in PROCESSES if p.kind in ("vm", "device")], ids=lambda process: process.title
+)
+
+
+@functools.cache
+def loaded_by(modules: tuple[str, ...]) -> Held:
+    """Return what a fresh interpreter holds after importing some modules."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", PROBE, str(ROOT), SITE, *modules],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    return Held(tuple(answer["all"]), frozenset(answer["third"]))
+
+
+@of_each_process
+def test_process_holds_no_other_process(process: Process) -> None:
+    """Process packages never import one another."""
+    held = loaded_by(process.modules)
+
+    others = {module for other in PROCESSES if other != process for module in other.modules}
+
+    assert others & set(held.modules) == set()
+
+
+@of_each_process
+def test_process_holds_only_its_third_party_packages(process: Process) -> None:
+    """The parser is the parent's, netlink is priv's, and devices have the standard library."""
+    held = loaded_by(process.modules)
+
+    assert held.third_party <= THIRD_PARTY.get(process.kind, set())
+
+
+@of_each_process
+def test_process_holds_only_what_is_shared_with_it(process: Process) -> None:
+    """Code that several processes share is not for all of them."""
+    held = loaded_by(process.modules)
+
+    not_for_it = [package for package, holders in SHARED.items() if process.kind not in holders]
+
+    assert held.below(*not_for_it) == set()
+
+
+@of_each_vm
+def test_vm_and_device_processes_import_little(process: Process) -> None:
+    """A host runs hundreds of them, and a VM waits for all of its own."""
+    held = loaded_by(process.modules)
+
+    assert TOO_HEAVY & set(held.modules) == set()
+
+
+def test_kvmapi_stands_alone() -> None:
+    """It could be lifted out: the standard library and itself."""
+    held = loaded_by(modules_in("vmd/kvmapi"))
+
+    assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd"}
+    assert held.third_party == frozenset()
+
+
+def test_vmctl_holds_what_it_talks_and_nothing_of_the_daemon() -> None:
+    """What it parses comes from a less interesting place than what the daemon holds, so it stays small."""
+    modules = modules_in("vmctl")
+    held = loaded_by(modules)
+
+    packages = {"vmd", "vmd.config"}  # their package files are empty
+
+    assert held.below("vmd") - held.below(*VMCTL_MAY_HOLD) - packages == set()
+
+
+def sources() -> list[Path]:
+    """Return every module of the two programs."""
+    return sorted([*Path(ROOT, "vmd").rglob("*.py"), *Path(ROOT, "vmctl").rglob("*.py")])
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Return the modules that a piece of code names in its import statements."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize(("package", "home"), HOMES.items())
+def test_third_party_package_has_one_home(package: str, home: str) -> None:
+    """Whoever wants another package's services asks the module that wraps it."""
+    users = [
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(within(name, package) for name in imports(ast.parse(path.read_text())))
+    ]
+
+    assert [user for user in users if not user.startswith(home)] == []
+
+
+def test_processes_import_nothing_later() -> None:
+    """Once confined, a process can open no module; `__main__` is where the choice is made."""
+    late = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources()
+        if path.is_relative_to(ROOT / "vmd") and path != ROOT / "vmd/__main__.py"
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+
+    assert late == []

@@ -1,0 +1,87 @@
+"""The linters, and the rules of this code that no linter knows."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = [name for name in ("vmd", "vmctl", "tests", "bench", "tools") if any(Path(ROOT, name).rglob("*.py"))]
+TEXT = (*CODE, "man", "etc", "guests", "Makefile", "pyproject.toml", "README.md", "vm.conf.example")
+PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
+# Written apart, so that this file does not find itself.
+UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME)\b")
+
+
+def files(*names: str, suffix: str = "") -> list[Path]:
+    """Return the files below some of the checkout's folders, which may also be files themselves."""
+    roots = [ROOT / name for name in names]
+    found = [root for root in roots if root.is_file()]
+    found += [path for root in roots for path in root.rglob("*") if path.is_file()]
+    return [path for path in found if path.name.endswith(suffix) and "__pycache__" not in path.parts]
+
+
+def check(*command: str) -> None:
+    """Fail with what a program has to complain about."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.fail(f"{done.stdout}{done.stderr}", pytrace=False)
+
+
+def test_ruff_is_content() -> None:
+    """The rules are those of pyproject.toml."""
+    check(sys.executable, "-m", "ruff", "check", "--quiet", *CODE)
+
+
+@pytest.mark.timeout(600)
+def test_mypy_is_content() -> None:
+    """Strict, tests included."""
+    check(sys.executable, "-m", "mypy", "--no-error-summary", *CODE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_manual_page_is_well_formed(page: Path) -> None:
+    """Nothing at the level of a warning or above."""
+    check("mandoc", "-Tlint", "-Wwarning", str(page))
+
+
+def shell_scripts() -> list[Path]:
+    """Return every script, by its first line."""
+    found = files("tools", "tests", "etc", ".ci")
+    return sorted(path for path in found if re.match(rb"#!.*(ba|busybox )?sh\n", path.read_bytes()[:40]))
+
+
+@pytest.mark.parametrize("script", shell_scripts(), ids=lambda script: script.name)
+def test_shell_script_parses(script: Path) -> None:
+    """A slip in a branch that is seldom taken is seen here."""
+    check("bash", "-n", str(script))
+
+
+def test_shared_memory_is_not_stored_to_with_pack_into() -> None:
+    """It clears its target before it writes, and a guest on another processor sees that."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files("vmd/devices", "vmd/virtio", "vmd/guestmem.py", suffix=".py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "pack_into"
+    ]
+    assert found == []
+
+
+def test_nothing_is_left_for_later() -> None:
+    """What is missing is either done or not in the tree."""
+    found = []
+    for path in files(*TEXT):
+        text = path.read_bytes().decode(errors="replace")
+        found += [f"{path.relative_to(ROOT)}: {hit[0]}" for hit in UNFINISHED.finditer(text)]
+    assert found == []
+
+
+def test_package_files_are_empty() -> None:
+    """So that an import pulls in only what it names."""
+    markers = files("vmd", "vmctl", suffix="__init__.py")
+    assert markers
+    assert [str(path.relative_to(ROOT)) for path in markers if path.read_bytes()] == []
