@@ -167,23 +167,22 @@ class Unknown(_Frozen):
     hardware: int
 
 
-if TYPE_CHECKING:
-    Exit = (
-        PioIn
-        | PioOut
-        | MmioRead
-        | MmioWrite
-        | Hlt
-        | Shutdown
-        | IrqWindowOpen
-        | IoapicEoi
-        | SystemEvent
-        | InternalError
-        | FailEntry
-        | Interrupted
-        | Retry
-        | Unknown
-    )
+Exit = (
+    PioIn
+    | PioOut
+    | MmioRead
+    | MmioWrite
+    | Hlt
+    | Shutdown
+    | IrqWindowOpen
+    | IoapicEoi
+    | SystemEvent
+    | InternalError
+    | FailEntry
+    | Interrupted
+    | Retry
+    | Unknown
+)
 
 INTERRUPTED = Interrupted()
 RETRY = Retry()
@@ -234,7 +233,7 @@ _DECODERS: "dict[int, Callable[[bytes | mmap.mmap], Exit]]" = {
 }
 
 
-def decode(page: "bytes | mmap.mmap") -> "Exit":
+def decode(page: "bytes | mmap.mmap") -> Exit:
     """Turn what KVM_RUN left in the run page into an exit."""
     (reason,) = _REASON.unpack_from(page)
     decoder = _DECODERS.get(reason)

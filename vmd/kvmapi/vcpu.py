@@ -31,6 +31,7 @@ from vmd.kvmapi.exits import (
     MMIO_DATA,
     REASON_IO,
     RETRY,
+    Exit,
     MmioRead,
     MmioWrite,
     PioIn,
@@ -42,8 +43,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import FrameType
-
-    from vmd.kvmapi.exits import Exit
 
 KICK_SIGNAL = signal.SIGUSR1
 
@@ -64,7 +63,7 @@ def _nothing(signum: int, frame: "FrameType | None") -> None:
 def install_kick_handler() -> None:
     """Make KICK_SIGNAL interrupt KVM_RUN and do nothing else; once per process, on its main thread.
 
-    Without a handler the first kick ends the process.
+    Without a handler the first kick ends the process.  A wakeup fd of the signal module sees every kick.
     """
     signal.signal(KICK_SIGNAL, _nothing)
 
@@ -112,7 +111,7 @@ class Vcpu:
 
     # ---- running
 
-    def run(self) -> "Exit":
+    def run(self) -> Exit:
         """Enter the guest; return why it was left.
 
         Raises:
@@ -127,7 +126,7 @@ class Vcpu:
         return self._decode()
 
     @staticmethod
-    def _not_run(error: OSError) -> "Exit":
+    def _not_run(error: OSError) -> Exit:
         """Tell the two errors that are part of running from those that are not."""
         if error.errno == errno.EINTR:
             return INTERRUPTED
@@ -135,7 +134,7 @@ class Vcpu:
             return RETRY
         raise abi.refused(abi.KVM_RUN, error.errno or errno.EIO) from None
 
-    def _decode(self) -> "Exit":
+    def _decode(self) -> Exit:
         """Build the exit object, and remember where its answer goes."""
         exit_ = decode(self._page)
         if isinstance(exit_, PioIn):
@@ -146,7 +145,7 @@ class Vcpu:
 
     def run_pio(
         self, pio_read: "Callable[[int, int], int]", pio_write: "Callable[[int, int, int], object]"
-    ) -> "Exit":
+    ) -> Exit:
         """Run as `run` does, but answer single port accesses here and return with the first other exit.
 
         `pio_read(port, size)` returns the value, of which the low `size` bytes count;
@@ -185,7 +184,7 @@ class Vcpu:
         self._page[start : start + size] = data
         self._pending = (0, 0)
 
-    def complete(self) -> "Exit":
+    def complete(self) -> Exit:
         """Finish the I/O of the last exit without running the guest any further.
 
         Returns Interrupted when the guest stands between two instructions.  Anything else is the next piece

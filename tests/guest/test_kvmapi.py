@@ -1,0 +1,952 @@
+"""kvmapi against the real /dev/kvm: guests of a few bytes of real-mode code, one per question.
+
+Every guest starts at 0:1000h with 64 KiB of memory at address 0; what lies above is not backed.
+"""
+
+import errno
+import os
+import selectors
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.kvmapi import abi
+from vmd.kvmapi.exits import (
+    Exit,
+    Hlt,
+    InternalError,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PioIn,
+    PioOut,
+    Retry,
+    Shutdown,
+)
+from vmd.kvmapi.system import System
+from vmd.kvmapi.vcpu import KICK_SIGNAL, Vcpu, install_kick_handler
+from vmd.kvmapi.vm import Vm, chip_route, msi_route
+
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="there is no /dev/kvm on this host"),
+]
+
+ENTRY = 0x1000
+HANDLER = 0x1800
+COUNTER = 0x2000
+DEADLINE_S = 20.0
+
+HLT = b"\xf4"
+SPIN = b"\xeb\xfe"  # jmp $
+COUNT_FOR_EVER = b"\xff\x06\x00\x20\xeb\xfa"  # inc word [2000h]; jmp back
+UNBACKED_DS = b"\xb8\x00\x20\x8e\xd8"  # mov ax, 2000h; mov ds, ax
+# Both 8259s' command words for vectors 20h and up, all lines but IRQ 5 masked, interrupts on.
+PIC_SETUP = b"".join(
+    bytes((0xB0, value, 0xE6, port))  # mov al, value; out port, al
+    for port, value in ((0x20, 0x11), (0x21, 0x20), (0x21, 0x04), (0x21, 0x01), (0x21, 0xDF))
+) + b"\xfb"  # sti
+HALT_FOR_EVER = b"\xf4\xeb\xfd"
+# Says 55h on port 500h, ends the interrupt at the 8259, returns.
+PIC_HANDLER = b"\x50\x52\xba\x00\x05\xb0\x55\xee\xb0\x20\xe6\x20\x5a\x58\xcf"
+
+
+def out(port: int, value: int, size: int = 1) -> bytes:
+    """Return mov dx, port; mov al/ax/eax, value; out dx, al/ax/eax."""
+    load = {1: b"\xb0", 2: b"\xb8", 4: b"\x66\xb8"}[size] + value.to_bytes(size, "little")
+    return b"\xba" + port.to_bytes(2, "little") + load + {1: b"\xee", 2: b"\xef", 4: b"\x66\xef"}[size]
+
+
+class Guest:
+    """A VM with memory and one vCPU in real mode."""
+
+    def __init__(self, system: System, *, irqchip: bool) -> None:
+        self.vm: Vm = system.create_vm()
+        self.vm.set_identity_map_addr(0xFEFFC000)
+        self.vm.set_tss_addr(0xFEFFD000)
+        if irqchip:
+            self.vm.create_irqchip()
+            self.vm.create_pit2()
+        self.memory = GuestMemory.create([RegionSpec(gpa=0, size=0x10000, name="ram")])
+        for slot in self.memory.kvm_slots():
+            self.vm.set_memory_region(*slot)
+        self.vcpu = self.add_vcpu(system, 0)
+
+    def add_vcpu(self, system: System, index: int) -> Vcpu:
+        """Make one more vCPU, with the host's CPUID."""
+        vcpu = self.vm.create_vcpu(index)
+        vcpu.set_cpuid2(system.supported_cpuid())
+        return vcpu
+
+    def load(self, code: bytes, **registers: int) -> None:
+        """Put code at 0:1000h and point the vCPU there."""
+        self.memory.write(ENTRY, code)
+        sregs = self.vcpu.get_sregs()
+        sregs.cs.base = sregs.cs.selector = 0
+        self.vcpu.set_sregs(sregs)
+        regs = abi.kvm_regs(rip=ENTRY, rsp=0x8000, rflags=2, **registers)
+        self.vcpu.set_regs(regs)
+
+    def handle_irq5(self, code: bytes = PIC_HANDLER) -> None:
+        """Point vector 25h at HANDLER and put code there."""
+        self.memory.write(HANDLER, code)
+        self.memory.write(0x25 * 4, HANDLER.to_bytes(4, "little"))
+
+    def close(self) -> None:
+        """Take it all down."""
+        self.vcpu.close()
+        self.vm.close()
+        self.memory.close()
+
+
+class Runner:
+    """Runs a vCPU on a thread of its own until an exit that `proceed` does not want to go on from."""
+
+    def __init__(self, vcpu: Vcpu, proceed: Callable[[Exit], bool] = lambda _: False) -> None:
+        self.vcpu = vcpu
+        self.exits: list[Exit] = []
+        self._proceed = proceed
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.vcpu.bind_thread()
+        try:
+            while True:
+                self.exits.append(self.vcpu.run())
+                if not self._proceed(self.exits[-1]):
+                    return
+        finally:
+            self.vcpu.unbind_thread()
+
+    def join(self) -> list[Exit]:
+        """Wait for the thread, and return its exits."""
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), f"the guest runs on after {self.exits}"
+        return self.exits
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look again and again; give up at the deadline."""
+    limit = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < limit
+        os.sched_yield()
+
+
+def wait_readable(fd: int) -> None:
+    """Wait until an eventfd has counted something."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        assert selector.select(DEADLINE_S)
+
+
+@pytest.fixture(autouse=True)
+def kick_handler() -> Iterator[None]:
+    """The handler every process with vCPUs needs."""
+    before = signal.getsignal(KICK_SIGNAL)
+    install_kick_handler()
+    yield
+    signal.signal(KICK_SIGNAL, before)
+
+
+@pytest.fixture
+def system() -> Iterator[System]:
+    """An open /dev/kvm."""
+    with System(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def guest(system: System) -> Iterator[Guest]:
+    """A VM without interrupt controllers, where HLT exits."""
+    made = Guest(system, irqchip=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def chipped(system: System) -> Iterator[Guest]:
+    """A VM with KVM's interrupt controllers and PIT."""
+    made = Guest(system, irqchip=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def eventfd() -> Iterator[int]:
+    """A non-blocking eventfd."""
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    yield fd
+    os.close(fd)
+
+
+# ------------------------------------------------------------------ the system
+
+
+def test_the_system_answers_what_it_can_do(system: System) -> None:
+    """Capabilities, CPUID leaves and MSRs are plausible for any x86 KVM."""
+    assert system.check_extension(abi.KVM_CAP_IRQCHIP) == 1
+    assert system.check_extension(abi.KVM_CAP_IMMEDIATE_EXIT) == 1
+    assert system.check_extension(0x7FFFFFFF) == 0
+    assert system.vcpu_mmap_bytes >= 3 * 4096
+    leaves = {(leaf.function, leaf.index): leaf for leaf in system.supported_cpuid()}
+    assert leaves[0, 0].eax >= 1
+    assert leaves[0x40000000, 0].ebx == int.from_bytes(b"KVMK", "little")
+    assert 0x10 in system.msr_indices()  # the TSC
+
+
+def test_another_device_is_not_taken_for_kvm() -> None:
+    """The caller keeps the descriptor of a refused device."""
+    fd = os.open("/dev/null", os.O_RDWR)
+    with pytest.raises(OSError, match="KVM_GET_API_VERSION"):
+        System(fd)
+    os.close(fd)
+
+
+def test_descriptors_close_once(system: System) -> None:
+    """VM and vCPU are context managers, and do not outlive an exec."""
+    with system.create_vm() as vm:
+        with vm.create_vcpu(0) as vcpu:
+            assert not os.get_inheritable(vm.fd)
+            assert not os.get_inheritable(vcpu.fd)
+        vcpu.close()
+        assert vcpu.fd == -1
+    vm.close()
+    assert vm.fd == -1
+
+
+# ------------------------------------------------------------------ port I/O
+
+
+@pytest.mark.parametrize(("size", "value"), [(1, 0xA5), (2, 0xBEEF), (4, 0xDEADBEEF)])
+def test_a_port_write_of_every_size_exits_with_its_value(guest: Guest, size: int, value: int) -> None:
+    """`run` shows the bytes, and the guest goes on behind the instruction."""
+    guest.load(out(0x510, value, size) + HLT)
+
+    assert guest.vcpu.run() == PioOut(0x510, size, 1, value.to_bytes(size, "little"))
+    assert guest.vcpu.run() == Hlt()
+
+
+@pytest.mark.parametrize(
+    ("size", "instruction"), [(1, b"\xec"), (2, b"\xed"), (4, b"\x66\xed")], ids=["al", "ax", "eax"]
+)
+def test_a_port_read_of_every_size_gets_the_answer(guest: Guest, size: int, instruction: bytes) -> None:
+    """Only the operand's bytes of the register change."""
+    guest.load(instruction + HLT, rdx=0x71, rax=0x11111111)
+
+    assert guest.vcpu.run() == PioIn(0x71, size, 1)
+    guest.vcpu.answer(b"\xfe\xca\xad\xde"[:size])
+    assert guest.vcpu.run() == Hlt()
+
+    expected = b"\xfe\xca\xad\xde"[:size] + b"\x11\x11\x11\x11"[size:]
+    assert guest.vcpu.get_regs().rax == int.from_bytes(expected, "little")
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\0"])
+def test_an_answer_of_the_wrong_length_is_refused(guest: Guest, data: bytes) -> None:
+    """An exit is answered once, in full."""
+    guest.load(b"\xed" + HLT, rdx=0x71)
+    guest.vcpu.run()
+
+    with pytest.raises(ValueError, match=f"answer of {len(data)} bytes to an exit that asks for 2"):
+        guest.vcpu.answer(data)
+    guest.vcpu.answer(b"\0\0")
+    with pytest.raises(ValueError, match="asks for 0"):
+        guest.vcpu.answer(b"\0\0")
+
+
+@pytest.mark.parametrize(("size", "instruction"), [(1, b"\xf3\x6e"), (2, b"\xf3\x6f"), (4, b"\xf3\x66\x6f")])
+def test_a_string_write_brings_all_items(guest: Guest, size: int, instruction: bytes) -> None:
+    """rep outs arrives whole, in however many exits KVM cuts it."""
+    text = bytes(range(64))
+    guest.memory.write(0x3000, text)
+    guest.load(instruction + HLT, rdx=0x3F8, rcx=len(text) // size, rsi=0x3000)
+
+    received = b""
+    while isinstance(exit_ := guest.vcpu.run(), PioOut):
+        assert (exit_.port, exit_.size, len(exit_.data)) == (0x3F8, size, size * exit_.count)
+        received += exit_.data
+
+    assert exit_ == Hlt()
+    assert received == text
+
+
+def test_a_string_read_stores_all_items(guest: Guest) -> None:
+    """rep insb of more bytes than fit one exit."""
+    total = 3000
+    guest.load(b"\xf3\x6c" + HLT, rdx=0x511, rcx=total, rdi=0x3000)
+    sent = b""
+
+    while isinstance(exit_ := guest.vcpu.run(), PioIn):
+        part = bytes((len(sent) + index) % 251 for index in range(exit_.size * exit_.count))
+        sent += part
+        guest.vcpu.answer(part)
+
+    assert exit_ == Hlt()
+    assert len(sent) == total
+    assert guest.memory.read(0x3000, total) == sent
+
+
+def test_run_pio_answers_single_accesses_itself(guest: Guest) -> None:
+    """Reads and writes of every size go to the two functions; what is not theirs comes back."""
+    writes: list[tuple[int, int, int]] = []
+    reads: list[tuple[int, int]] = []
+
+    def pio_read(port: int, size: int) -> int:
+        reads.append((port, size))
+        return -1  # all ones, whatever the size
+
+    def pio_write(port: int, size: int, value: int) -> None:
+        writes.append((port, size, value))
+
+    code = out(0x10, 0xA5) + out(0x20, 0xBEEF, 2) + out(0x30, 0xDEADBEEF, 4)
+    code += b"\x66\x31\xc0" + b"\xec" + b"\x66\x89\xc3"  # xor eax, eax; in al, dx; mov ebx, eax
+    code += b"\x66\x31\xc0" + b"\xed" + b"\x66\x89\xc1"  # ... ax, into ecx
+    code += b"\x66\xed"
+    guest.load(code + HLT)
+
+    assert guest.vcpu.run_pio(pio_read, pio_write) == Hlt()
+
+    regs = guest.vcpu.get_regs()
+    assert writes == [(0x10, 1, 0xA5), (0x20, 2, 0xBEEF), (0x30, 4, 0xDEADBEEF)]
+    assert reads == [(0x30, 1), (0x30, 2), (0x30, 4)]
+    assert (regs.rbx, regs.rcx, regs.rax) == (0xFF, 0xFFFF, 0xFFFFFFFF)
+
+
+def test_run_pio_gives_string_accesses_and_memory_accesses_back(guest: Guest) -> None:
+    """The caller answers those as with run."""
+    code = out(0x80, 1) + b"\xf3\x6c" + UNBACKED_DS + b"\xa0\x00\x00"  # rep insb; mov al, [0]
+    guest.load(code + HLT, rcx=2, rdi=0x4000)
+    single: list[int] = []
+
+    def pio_read(port: int, size: int) -> int:
+        raise AssertionError(f"port {port} was read singly")
+
+    def pio_write(port: int, size: int, value: int) -> None:
+        single.append(value)
+
+    assert guest.vcpu.run_pio(pio_read, pio_write) == PioIn(0x80, 1, 2)
+    guest.vcpu.answer(b"ok")
+    assert guest.vcpu.run_pio(pio_read, pio_write) == MmioRead(0x20000, 1)
+    guest.vcpu.answer(b"\x77")
+    assert guest.vcpu.run_pio(pio_read, pio_write) == Hlt()
+
+    assert single == [1]
+    assert guest.memory.read(0x4000, 2) == b"ok"
+    assert guest.vcpu.get_regs().rax & 0xFF == 0x77
+
+
+def test_run_pio_takes_string_writes_however_they_are_cut(guest: Guest) -> None:
+    """KVM hands rep outsb over item by item, and may hand over more."""
+    guest.memory.write(0x3000, b"hello")
+    guest.load(b"\xf3\x6e" + HLT, rdx=0x3F8, rcx=5, rsi=0x3000)
+    text = bytearray()
+
+    def pio_write(port: int, size: int, value: int) -> None:
+        text.append(value)
+
+    while isinstance(exit_ := guest.vcpu.run_pio(lambda port, size: 0, pio_write), PioOut):
+        text += exit_.data
+
+    assert exit_ == Hlt()
+    assert text == b"hello"
+
+
+def test_what_a_device_raises_comes_out_of_run_pio(guest: Guest) -> None:
+    """Even an errno that would mean something if KVM_RUN had said it; the guest can go on."""
+    guest.load(out(0x80, 1) + out(0x81, 2) + HLT)
+
+    def pio_write(port: int, size: int, value: int) -> None:
+        if port == 0x80:
+            raise InterruptedError(errno.EINTR, "the device")
+
+    with pytest.raises(InterruptedError, match="the device"):
+        guest.vcpu.run_pio(lambda port, size: 0, pio_write)
+    assert guest.vcpu.run_pio(lambda port, size: 0, pio_write) == Hlt()
+
+
+# ------------------------------------------------------------------ memory
+
+
+@pytest.mark.parametrize(("size", "instruction"), [(1, b"\xa2"), (2, b"\xa3"), (4, b"\x66\xa3")])
+def test_a_write_without_memory_exits_with_its_data(guest: Guest, size: int, instruction: bytes) -> None:
+    """mov [10h], al/ax/eax with a segment base of 20000h."""
+    guest.load(UNBACKED_DS + b"\x66\xb8\x78\x56\x34\x12" + instruction + b"\x10\x00" + HLT)
+
+    assert guest.vcpu.run() == MmioWrite(0x20010, size, b"\x78\x56\x34\x12"[:size])
+    assert guest.vcpu.run() == Hlt()
+
+
+@pytest.mark.parametrize(("size", "instruction"), [(1, b"\xa0"), (2, b"\xa1"), (4, b"\x66\xa1")])
+def test_a_read_without_memory_gets_the_answer(guest: Guest, size: int, instruction: bytes) -> None:
+    """mov al/ax/eax, [10h] with a segment base of 20000h."""
+    guest.load(UNBACKED_DS + b"\x66\x31\xc0" + instruction + b"\x10\x00" + HLT)
+
+    assert guest.vcpu.run() == MmioRead(0x20010, size)
+    guest.vcpu.answer(b"\x78\x56\x34\x12"[:size])
+    assert guest.vcpu.run() == Hlt()
+    assert guest.vcpu.get_regs().rax == int.from_bytes(b"\x78\x56\x34\x12"[:size], "little")
+
+
+def test_read_only_memory_is_read_but_writes_exit(guest: Guest) -> None:
+    """As firmware behaves: no change, an exit that may be ignored."""
+    layout = [RegionSpec(gpa=0x20000, size=0x1000, name="rom", read_only=True)]
+    with GuestMemory.create(layout) as rom:
+        rom.load(0x20010, b"\x42")
+        for _, gpa, size, hva, flags in rom.kvm_slots():
+            guest.vm.set_memory_region(7, gpa, size, hva, flags)
+        guest.load(UNBACKED_DS + b"\xa0\x10\x00\xfe\xc0\xa2\x10\x00" + HLT)  # mov al,[10h]; inc al; mov [10h],al
+
+        assert guest.vcpu.run() == MmioWrite(0x20010, 1, b"\x43")
+        assert guest.vcpu.run() == Hlt()
+        assert rom.read(0x20010, 1) == b"\x42"
+        guest.vm.set_memory_region(7, 0x20000, 0, 0)
+
+
+def test_a_removed_slot_is_memory_no_more(guest: Guest) -> None:
+    """Size 0 takes a slot away."""
+    with GuestMemory.create([RegionSpec(gpa=0x20000, size=0x1000, name="more")]) as more:
+        guest.vm.set_memory_region(7, 0x20000, 0x1000, more.hva(0x20000))
+        guest.load(UNBACKED_DS + b"\xa2\x00\x00\xa2\x01\x00" + HLT)
+        guest.vm.set_memory_region(7, 0x20000, 0, 0)
+
+    assert guest.vcpu.run() == MmioWrite(0x20000, 1, b"\x00")
+
+
+def test_running_from_no_memory_is_an_error_exit_not_an_exception(guest: Guest) -> None:
+    """A jump to 2000h:0 ends in an exit that the VM can report, or in a triple fault."""
+    guest.load(b"\xea\x00\x00\x00\x20")
+
+    assert isinstance(guest.vcpu.run(), InternalError | Shutdown)
+
+
+def test_a_vcpu_that_cannot_run_at_all_says_so_by_name(guest: Guest) -> None:
+    """A VM belongs to the process that made it; a child's attempt fails with EIO, not as an exit."""
+    guest.load(HLT)
+    child = os.fork()
+    if child == 0:
+        try:
+            guest.vcpu.run()
+        except OSError as error:
+            named = "KVM_RUN: Input/output error" in str(error)
+            os._exit(errno.EIO if named else 254)
+        finally:
+            os._exit(255)
+
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == errno.EIO
+
+
+def test_the_dirty_log_names_the_pages_written(guest: Guest) -> None:
+    """Pages 2 and 5 are written; asking clears."""
+    slot, gpa, size, hva, _ = next(iter(guest.memory.kvm_slots()))
+    guest.vm.set_memory_region(slot, gpa, size, hva, abi.KVM_MEM_LOG_DIRTY_PAGES)
+    guest.load(b"\xa2\x00\x20\xa2\x00\x50" + HLT)
+    guest.vm.get_dirty_log(slot, size)
+
+    assert guest.vcpu.run() == Hlt()
+
+    dirty = int.from_bytes(guest.vm.get_dirty_log(slot, size), "little")
+    assert dirty & (1 << 2 | 1 << 5 | 1 << 9) == 1 << 2 | 1 << 5
+    assert guest.vm.get_dirty_log(slot, size) == bytes(8)
+
+
+# ------------------------------------------------------------------ the end of a guest
+
+
+def test_a_triple_fault_is_a_shutdown(guest: Guest) -> None:
+    """An undefined instruction in protected mode with an interrupt table of no length."""
+    guest.load(b"\x0f\x0b")
+    sregs = guest.vcpu.get_sregs()
+    code = abi.kvm_segment(0, 0xFFFFFFFF, 8, 11, present=1, db=1, s=1, g=1)
+    data = abi.kvm_segment(0, 0xFFFFFFFF, 16, 3, present=1, db=1, s=1, g=1)
+    sregs.cs = code
+    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+    sregs.cr0 |= 1
+    sregs.idt.limit = 0
+    guest.vcpu.set_sregs(sregs)
+
+    assert guest.vcpu.run() == Shutdown()
+
+
+# ------------------------------------------------------------------ kicks
+
+
+def counter(guest: Guest) -> int:
+    """Return the word that COUNT_FOR_EVER counts in."""
+    return int.from_bytes(guest.memory.read(COUNTER, 2), "little")
+
+
+def test_a_kick_interrupts_a_spinning_guest_which_then_goes_on(guest: Guest) -> None:
+    """The guest never exits by itself; after clear_kick it counts on from where it was."""
+    guest.load(COUNT_FOR_EVER)
+    for _ in range(20):
+        before = counter(guest)
+        runner = Runner(guest.vcpu)
+        wait_until(lambda: counter(guest) != before)  # noqa: B023 - called before the next round
+        guest.vcpu.kick()
+        assert runner.join() == [Interrupted()]
+        guest.vcpu.clear_kick()
+
+    assert ENTRY <= guest.vcpu.get_regs().rip < ENTRY + len(COUNT_FOR_EVER)
+
+
+def test_a_kick_before_the_run_is_not_lost(guest: Guest) -> None:
+    """The guest executes nothing, again and again, until the kick is cleared."""
+    guest.load(COUNT_FOR_EVER)
+    guest.vcpu.kick()
+
+    assert [guest.vcpu.run(), guest.vcpu.run()] == [Interrupted(), Interrupted()]
+    assert guest.vcpu.run_pio(lambda port, size: 0, lambda port, size, value: None) == Interrupted()
+    assert counter(guest) == 0
+
+
+def test_no_kick_is_lost_whenever_it_comes(guest: Guest) -> None:
+    """Kicks race with a guest that exits all the time; each stops the loop once."""
+    guest.load(out(0x80, 1) + b"\xeb\xfd")  # out dx, al; jmp back to it
+    for _ in range(200):
+        runner = Runner(guest.vcpu, lambda exit_: isinstance(exit_, PioOut))
+        guest.vcpu.kick()
+        assert runner.join()[-1] == Interrupted()
+        guest.vcpu.clear_kick()
+
+
+def test_a_kick_wakes_a_halted_guest(chipped: Guest) -> None:
+    """With KVM's local APIC, HLT waits inside KVM_RUN."""
+    chipped.load(b"\xff\x06\x00\x20\xf4")  # inc word [2000h]; hlt
+    runner = Runner(chipped.vcpu)
+    wait_until(lambda: counter(chipped) == 1)
+    chipped.vcpu.kick()
+
+    assert runner.join() == [Interrupted()]
+
+
+def test_a_kick_after_the_thread_has_left_reaches_nobody(guest: Guest) -> None:
+    """An ended thread's id may belong to another thread by then."""
+    guest.load(HLT)
+    assert Runner(guest.vcpu).join() == [Hlt()]
+
+    guest.vcpu.kick()
+
+    assert guest.vcpu.run() == Interrupted()
+
+
+def test_complete_finishes_a_read_without_running_on(guest: Guest) -> None:
+    """Registers show the answer and the next instruction, which has not been executed."""
+    guest.load(b"\xec" + COUNT_FOR_EVER, rdx=0x71)
+    assert guest.vcpu.run() == PioIn(0x71, 1, 1)
+    guest.vcpu.answer(b"\x99")
+
+    assert guest.vcpu.complete() == Interrupted()
+
+    regs = guest.vcpu.get_regs()
+    assert (regs.rax, regs.rip) == (0x99, ENTRY + 1)
+    assert counter(guest) == 0
+
+
+def test_complete_leaves_a_string_read_between_two_items(guest: Guest) -> None:
+    """What was answered is in memory and off the counter, and the rest follows when the guest runs on."""
+    total = 3000
+    guest.load(b"\xf3\x6c" + HLT, rdx=0x511, rcx=total, rdi=0x3000)
+    answered = 0
+    exit_ = guest.vcpu.run()
+    while isinstance(exit_, PioIn):
+        guest.vcpu.answer(b"A" * exit_.count)
+        answered += exit_.count
+        exit_ = guest.vcpu.complete()
+    assert exit_ == Interrupted()
+    regs = guest.vcpu.get_regs()
+    assert (regs.rcx, regs.rdi) == (total - answered, 0x3000 + answered)
+
+    guest.vcpu.clear_kick()
+    while isinstance(exit_ := guest.vcpu.run(), PioIn):
+        guest.vcpu.answer(b"B" * exit_.count)
+
+    assert exit_ == Hlt()
+    assert guest.memory.read(0x3000, total) == b"A" * answered + b"B" * (total - answered)
+
+
+def test_an_interrupted_run_leaves_nothing_half_done(guest: Guest) -> None:
+    """A kick between exit and next run still lets the answer reach the register."""
+    guest.load(UNBACKED_DS + b"\xa1\x00\x00" + HLT)
+    assert guest.vcpu.run() == MmioRead(0x20000, 2)
+    guest.vcpu.answer(b"\x34\x12")
+    guest.vcpu.kick()
+
+    assert guest.vcpu.run() == Interrupted()
+
+    regs = guest.vcpu.get_regs()
+    assert (regs.rax, regs.rip) == (0x1234, ENTRY + len(UNBACKED_DS) + 3)
+
+
+# ------------------------------------------------------------------ interrupts
+
+
+def test_a_line_interrupts_a_halted_guest(chipped: Guest) -> None:
+    """IRQ 5 through the 8259 reaches the handler, which says so on a port."""
+    chipped.handle_irq5()
+    chipped.load(PIC_SETUP + out(0x501, 1) + HALT_FOR_EVER)
+    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+
+    chipped.vm.irq_line(5, 1)
+    chipped.vm.irq_line(5, 0)
+
+    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+
+
+def test_a_notification_and_its_interrupt_stay_in_the_kernel(chipped: Guest, eventfd: int) -> None:
+    """out -> ioeventfd, and irqfd -> handler, with the vCPU inside one single KVM_RUN."""
+    irq = os.eventfd(0, os.EFD_CLOEXEC)
+    chipped.vm.assign_irqfd(irq, 5)
+    chipped.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+    chipped.handle_irq5()
+    chipped.load(PIC_SETUP + out(0x600, 1, 2) + HALT_FOR_EVER)
+    runner = Runner(chipped.vcpu)
+
+    wait_readable(eventfd)
+    os.eventfd_write(irq, 1)
+
+    assert runner.join() == [PioOut(0x500, 1, 1, b"\x55")]
+    assert os.eventfd_read(eventfd) == 1
+    os.close(irq)
+
+
+def test_a_write_that_does_not_match_exits(guest: Guest, eventfd: int) -> None:
+    """Another value, another width, and after deassigning every one."""
+    vm = guest.vm
+    vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+    guest.load(out(0x600, 2, 2) + out(0x600, 1, 1) + out(0x600, 1, 2) + HLT + out(0x600, 1, 2))
+
+    assert guest.vcpu.run() == PioOut(0x600, 2, 1, b"\x02\x00")
+    assert guest.vcpu.run() == PioOut(0x600, 1, 1, b"\x01")
+    assert guest.vcpu.run() == Hlt()
+    assert os.eventfd_read(eventfd) == 1
+
+    vm.deassign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+    assert guest.vcpu.run() == PioOut(0x600, 2, 1, b"\x01\x00")
+    with pytest.raises(FileNotFoundError, match="KVM_IOEVENTFD"):
+        vm.deassign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+
+
+def test_a_memory_write_can_be_a_notification(guest: Guest, eventfd: int) -> None:
+    """Any width with size 0; other addresses exit."""
+    guest.vm.assign_ioeventfd(eventfd, 0x20000, 0)
+    guest.load(UNBACKED_DS + b"\xa2\x00\x00\xa3\x00\x00\xa2\x04\x00" + HLT)
+
+    assert guest.vcpu.run() == MmioWrite(0x20004, 1, b"\x00")
+    assert os.eventfd_read(eventfd) == 2
+
+
+def test_a_taken_notification_is_refused(guest: Guest, eventfd: int) -> None:
+    """EEXIST, with the request's name."""
+    guest.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+
+    with pytest.raises(FileExistsError, match="KVM_IOEVENTFD"):
+        guest.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+
+
+def test_a_deassigned_irqfd_counts_and_delivers_on_assignment(chipped: Guest) -> None:
+    """The eventfd is the pending bit of a masked vector."""
+    irq = os.eventfd(0, os.EFD_CLOEXEC)
+    chipped.vm.assign_irqfd(irq, 5)
+    chipped.vm.deassign_irqfd(irq, 5)
+    os.eventfd_write(irq, 1)
+    chipped.handle_irq5()
+    chipped.load(PIC_SETUP + out(0x501, 1) + b"\x90" * 64 + out(0x502, 2) + HALT_FOR_EVER)
+    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+    assert chipped.vcpu.run() == PioOut(0x502, 1, 1, b"\x02")  # no interrupt yet
+
+    chipped.vm.assign_irqfd(irq, 5)
+
+    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+    os.close(irq)
+
+
+def test_a_level_interrupt_signals_its_end(chipped: Guest, eventfd: int) -> None:
+    """The resample eventfd counts EOIs; raising again interrupts again."""
+    irq = os.eventfd(0, os.EFD_CLOEXEC)
+    chip = chipped.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER)
+    chip.chip.pic.elcr = 1 << 5
+    chipped.vm.set_irqchip(chip)
+    chipped.vm.assign_irqfd(irq, 5, resample_fd=eventfd)
+    chipped.handle_irq5()
+    chipped.load(PIC_SETUP + HALT_FOR_EVER)
+    for _ in range(3):
+        os.eventfd_write(irq, 1)
+        assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+        runner = Runner(chipped.vcpu)
+        wait_readable(eventfd)
+        assert os.eventfd_read(eventfd) == 1
+        chipped.vcpu.kick()
+        assert runner.join() == [Interrupted()]
+        chipped.vcpu.clear_kick()
+    os.close(irq)
+
+
+def enable_lapic(guest: Guest) -> None:
+    """Set the software enable bit of the spurious vector register."""
+    lapic = bytearray(guest.vcpu.get_lapic())
+    lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")
+    guest.vcpu.set_lapic(bytes(lapic))
+
+
+def test_a_message_interrupts_the_guest(chipped: Guest) -> None:
+    """KVM_SIGNAL_MSI says whether a local APIC took it."""
+    chipped.handle_irq5()
+    chipped.load(b"\xfb" + out(0x501, 1) + HALT_FOR_EVER)
+    assert chipped.vm.signal_msi(0xFEE00000, 0x25) is False  # the APIC is still off
+    enable_lapic(chipped)
+    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+
+    assert chipped.vm.signal_msi(0xFEE00000, 0x25) is True
+
+    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+
+
+def test_a_route_leads_an_irqfd_to_a_message(chipped: Guest) -> None:
+    """GSI 24, which no chip has, becomes vector 25h; the whole table is ours."""
+    irq = os.eventfd(0, os.EFD_CLOEXEC)
+    routes = [chip_route(gsi, abi.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(abi.KVM_IOAPIC_NUM_PINS)]
+    chipped.vm.set_gsi_routing([*routes, msi_route(24, 0xFEE00000, 0x25)])
+    chipped.vm.assign_irqfd(irq, 24)
+    enable_lapic(chipped)
+    chipped.handle_irq5()
+    chipped.load(b"\xfb" + out(0x501, 1) + HALT_FOR_EVER)
+    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+
+    os.eventfd_write(irq, 1)
+
+    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+    os.close(irq)
+
+
+def test_an_nmi_reaches_its_handler(chipped: Guest) -> None:
+    """Vector 2, masked interrupts notwithstanding."""
+    chipped.memory.write(2 * 4, HANDLER.to_bytes(4, "little"))
+    chipped.memory.write(HANDLER, out(0x500, 0x55))
+    chipped.load(out(0x501, 1) + HALT_FOR_EVER)
+    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+
+    chipped.vcpu.nmi()
+
+    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+
+
+def test_an_application_processor_starts_after_a_retry(system: System, chipped: Guest) -> None:
+    """It waits inside KVM_RUN for INIT and SIPI; KVM then has it run again."""
+    second = chipped.add_vcpu(system, 1)
+    assert second.get_mp_state() == abi.KVM_MP_STATE_UNINITIALIZED
+    chipped.memory.write(0x3000, out(0x700, 0x77))  # SIPI vector 3
+    chipped.load(
+        b"\x66\xc7\x06\x00\x03\x00\x45\x0c\x00"  # mov dword [300h], C4500h: INIT to all but self
+        b"\x66\xc7\x06\x00\x03\x03\x46\x0c\x00" + HALT_FOR_EVER  # ... C4603h: SIPI
+    )
+    sregs = chipped.vcpu.get_sregs()
+    sregs.ds.base = 0xFEE00000
+    chipped.vcpu.set_sregs(sregs)
+
+    first = Runner(chipped.vcpu)
+    exits = Runner(second, lambda exit_: exit_ == Retry()).join()
+    chipped.vcpu.kick()
+
+    assert exits[-1] == PioOut(0x700, 1, 1, b"\x77")
+    assert exits[:-1] == [Retry()] * (len(exits) - 1)
+    assert len(exits) > 1
+    assert first.join() == [Interrupted()]
+    assert second.get_mp_state() == abi.KVM_MP_STATE_RUNNABLE
+    second.close()
+
+
+def test_a_waiting_application_processor_can_be_kicked(system: System, chipped: Guest) -> None:
+    """Pause and stop must reach a vCPU that was never started."""
+    second = chipped.add_vcpu(system, 1)
+    runner = Runner(second, lambda exit_: exit_ == Retry())
+    second.kick()
+
+    assert runner.join()[-1] == Interrupted()
+    second.close()
+
+
+# ------------------------------------------------------------------ coalesced writes
+
+
+def test_coalesced_writes_wait_in_the_ring(guest: Guest) -> None:
+    """Port and memory writes are collected in order; other addresses still exit."""
+    guest.vm.register_coalesced(0x20000, 0x1000)
+    guest.vm.register_coalesced(0x90, 1, pio=True)
+    code = b"\xb0\x11\xa2\x04\x00" + out(0x90, 0x22) + b"\xb8\x44\x33\xa3\x08\x00" + out(0x91, 0x55)
+    guest.load(UNBACKED_DS + code + HLT)
+
+    assert guest.vcpu.run() == PioOut(0x91, 1, 1, b"\x55")
+    assert guest.vcpu.coalesced_writes() == [
+        MmioWrite(0x20004, 1, b"\x11"),
+        PioOut(0x90, 1, 1, b"\x22"),
+        MmioWrite(0x20008, 2, b"\x44\x33"),
+    ]
+    assert guest.vcpu.coalesced_writes() == []
+
+
+def test_the_ring_of_coalesced_writes_goes_round(guest: Guest) -> None:
+    """More writes than the ring holds: a full ring exits, and nothing is lost or repeated."""
+    guest.vm.register_coalesced(0x90, 1, pio=True)
+    guest.load(b"\xee\xfe\xc0\xe2\xfb" + HLT, rdx=0x90, rcx=600, rax=0)  # out dx, al; inc al; loop
+    seen: list[int] = []
+
+    while (exit_ := guest.vcpu.run()) != Hlt():
+        assert isinstance(exit_, PioOut)
+        collected = [w for w in guest.vcpu.coalesced_writes() if isinstance(w, PioOut)]
+        seen += [write.data[0] for write in (*collected, exit_)]
+    seen += [write.data[0] for write in guest.vcpu.coalesced_writes()]
+
+    assert seen == [index & 0xFF for index in range(600)]
+
+
+def test_an_unregistered_range_exits_again(guest: Guest) -> None:
+    """The write after unregister_coalesced is an exit."""
+    guest.vm.register_coalesced(0x90, 1, pio=True)
+    guest.vm.unregister_coalesced(0x90, 1, pio=True)
+    guest.load(out(0x90, 0x22) + HLT)
+
+    assert guest.vcpu.run() == PioOut(0x90, 1, 1, b"\x22")
+
+
+# ------------------------------------------------------------------ state
+
+
+def test_registers_are_what_was_set(guest: Guest) -> None:
+    """Every general purpose register, as a structure and as its bytes."""
+    regs = abi.kvm_regs(*range(1, 17), ENTRY, 2)
+    guest.vcpu.set_regs(regs)
+    assert bytes(guest.vcpu.get_regs()) == bytes(regs)
+
+    regs.r15 = 0xFFFFFFFFFFFFFFFF
+    guest.vcpu.set_regs(bytes(regs))
+    assert guest.vcpu.get_regs().r15 == 0xFFFFFFFFFFFFFFFF
+
+
+def test_special_registers_debug_registers_and_fpu_are_what_was_set(guest: Guest) -> None:
+    """A changed field comes back from each."""
+    sregs = guest.vcpu.get_sregs()
+    sregs.gs.base, sregs.gs.selector = 0x12340, 0x1234
+    guest.vcpu.set_sregs(sregs)
+    assert guest.vcpu.get_sregs().gs.base == 0x12340
+
+    debug = guest.vcpu.get_debugregs()
+    debug.db[1] = 0x4242
+    guest.vcpu.set_debugregs(debug)
+    assert guest.vcpu.get_debugregs().db[1] == 0x4242
+
+    fpu = guest.vcpu.get_fpu()
+    fpu.fcw = 0x27F
+    fpu.xmm[3][0] = 0x5A
+    guest.vcpu.set_fpu(fpu)
+    assert guest.vcpu.get_fpu().fcw == 0x27F
+    assert guest.vcpu.get_fpu().xmm[3][0] == 0x5A
+
+
+def test_all_of_a_vcpus_state_moves_to_another(system: System, chipped: Guest) -> None:
+    """What send reads receive can write, and reads the same again."""
+    chipped.load(b"\xb8\x34\x12" + out(0x80, 7) + HLT)
+    chipped.vcpu.run()
+    chipped.vcpu.complete()
+    source = chipped.vcpu
+    other = Guest(system, irqchip=True)
+    target = other.vcpu
+    msrs = source.get_msrs(system.msr_indices())
+
+    target.set_cpuid2(source.get_cpuid2())
+    target.set_sregs(bytes(source.get_sregs()))
+    target.set_regs(bytes(source.get_regs()))
+    target.set_xcrs(bytes(source.get_xcrs()))
+    target.set_xsave(source.get_xsave())
+    refused = target.set_msrs(msrs)
+    target.set_lapic(source.get_lapic())
+    target.set_mp_state(source.get_mp_state())
+    target.set_vcpu_events(bytes(source.get_vcpu_events()))
+    target.set_debugregs(bytes(source.get_debugregs()))
+
+    assert refused == []
+    assert len(msrs) > 20
+    assert set(msrs) <= set(system.msr_indices())
+    for state in ("regs", "sregs", "xcrs", "vcpu_events", "debugregs"):
+        assert bytes(getattr(target, f"get_{state}")()) == bytes(getattr(source, f"get_{state}")()), state
+    assert target.get_xsave() == source.get_xsave()
+    assert len(target.get_xsave()) >= 4096
+    assert [bytes(leaf) for leaf in target.get_cpuid2()] == [bytes(leaf) for leaf in source.get_cpuid2()]
+    assert target.get_lapic()[:0x390] == source.get_lapic()[:0x390]  # behind it the timer runs
+    assert target.get_mp_state() == source.get_mp_state()
+    assert target.get_tsc_khz() == source.get_tsc_khz() > 0
+    other.close()
+
+
+def test_an_msr_that_is_not_there_is_left_out_and_refused(guest: Guest) -> None:
+    """One bad index spoils none of the others, on either side of it."""
+    sysenter_cs, nowhere, sysenter_esp = 0x174, 0x12345678, 0x175
+
+    assert guest.vcpu.set_msrs({sysenter_cs: 8, nowhere: 1, sysenter_esp: 0x7000}) == [nowhere]
+    assert guest.vcpu.get_msrs([sysenter_cs, nowhere, sysenter_esp]) == {sysenter_cs: 8, sysenter_esp: 0x7000}
+    many = [nowhere, *[sysenter_cs] * 300, nowhere, sysenter_esp, nowhere]
+    assert guest.vcpu.get_msrs(many) == {sysenter_cs: 8, sysenter_esp: 0x7000}
+
+
+def test_an_xsave_area_of_another_host_is_refused(guest: Guest) -> None:
+    """Its length says which features it holds."""
+    with pytest.raises(ValueError, match="xsave area of 100 bytes, not"):
+        guest.vcpu.set_xsave(bytes(100))
+
+
+def test_the_machines_state_is_what_was_set(chipped: Guest) -> None:
+    """Interrupt controllers, PIT and clock."""
+    vm = chipped.vm
+    for chip_id in (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC):
+        chip = vm.get_irqchip(chip_id)
+        vm.set_irqchip(bytes(chip))
+        assert bytes(vm.get_irqchip(chip_id)) == bytes(chip)
+    chip = vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC)
+    assert chip.chip.ioapic.base_address == 0xFEC00000
+    chip.chip.ioapic.redirtbl[11] = 0x1A035
+    vm.set_irqchip(chip)
+    assert vm.get_irqchip(abi.KVM_IRQCHIP_IOAPIC).chip.ioapic.redirtbl[11] == 0x1A035
+
+    pit = vm.get_pit2()
+    pit.channels[2].mode, pit.channels[2].count = 3, 1193
+    vm.set_pit2(bytes(pit))
+    assert (vm.get_pit2().channels[2].mode, vm.get_pit2().channels[2].count) == (3, 1193)
+
+    vm.set_clock(5_000_000_000)
+    assert 5_000_000_000 <= vm.get_clock().clock < 5_000_000_000 + DEADLINE_S * 1e9
+
+
+def test_translate_knows_real_mode(guest: Guest) -> None:
+    """Without paging a linear address is a physical one."""
+    assert guest.vcpu.translate(0x1234) == 0x1234
+
+
+def test_a_guest_without_kvmclock_cannot_be_told_of_a_pause(guest: Guest) -> None:
+    """EINVAL, to be ignored by whoever pauses."""
+    with pytest.raises(OSError, match="KVM_KVMCLOCK_CTRL: Invalid argument"):
+        guest.vcpu.kvmclock_ctrl()
+
+
+def test_an_unknown_capability_cannot_be_enabled(guest: Guest) -> None:
+    """A known one can."""
+    guest.vm.enable_cap(abi.KVM_CAP_EXCEPTION_PAYLOAD, 1)
+    with pytest.raises(OSError, match="KVM_ENABLE_CAP"):
+        guest.vm.enable_cap(0x7FFFFFFF)
+
+
+def test_statistics_count_exits(guest: Guest) -> None:
+    """The vCPU's counters have names, and `exits` grows with each one."""
+    guest.load(out(0x80, 1) + out(0x80, 2) + HLT)
+    guest.vcpu.run()
+    (before,) = guest.vcpu.stats()["exits"]
+    guest.vcpu.run()
+
+    assert guest.vcpu.stats()["exits"][0] > before
+    assert "max_mmu_page_hash_collisions" in guest.vm.stats()
