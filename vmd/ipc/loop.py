@@ -32,7 +32,7 @@ class Timer:
 
 
 class Loop:
-    """One epoll set with its timers.  All methods but `call_from_thread` belong to the loop's own thread."""
+    """One epoll set with its timers.  All methods but `call_from_thread` and `schedule` belong to the loop's own thread."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -63,6 +63,12 @@ class Loop:
         """Call once, `delay_s` seconds from now."""
         timer = Timer(time.monotonic() + delay_s, callback)
         heapq.heappush(self._timers, timer)
+        return timer
+
+    def schedule(self, delay_s: float, callback: "Callable[[], None]") -> Timer:
+        """Do as `call_later`, from any thread."""
+        timer = Timer(time.monotonic() + delay_s, callback)
+        self.call_from_thread(lambda: heapq.heappush(self._timers, timer))
         return timer
 
     def call_from_thread(self, callback: "Callable[[], None]") -> None:

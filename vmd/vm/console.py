@@ -74,6 +74,11 @@ class Console:
             self._pending.clear()
             return bytes(self._backlog[-BACKLOG_BYTES:])
 
+    def drain(self) -> None:
+        """Give the pty what it takes of what waits, at the end of the VM."""
+        with self._lock:
+            self._flush()
+
     def _pend(self, data: bytes) -> None:
         self._pending += data
         if len(self._pending) > TRIM_AT_BYTES:

@@ -1,0 +1,178 @@
+"""A vmd of a test's own: its configuration, socket and log in a directory that goes away with the test."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parents[2]
+START_DEADLINE_S = 60.0
+DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
+
+
+class Daemon:
+    """A running `vmd -d`; a context manager that ends it and checks that it leaves nothing behind."""
+
+    def __init__(self, directory: Path, conf: str = "", *, options: tuple[str, ...] = ()) -> None:
+        self.directory = directory
+        self.conf = directory / "vm.conf"
+        self.socket = directory / "vmd.sock"
+        self.log_path = directory / "vmd.log"
+        self.options = options
+        self.process: subprocess.Popen[bytes] | None = None
+        self.conf.write_text(conf)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            print(f"--- log of vmd\n{self.log}---")
+        self.stop()
+
+    def start(self) -> None:
+        """Start it and wait until it says that it serves."""
+        notify_path = self.directory / "notify.sock"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            with contextlib.suppress(FileNotFoundError):
+                notify_path.unlink()
+            notify.bind(str(notify_path))
+            notify.settimeout(0.2)
+            with self.log_path.open("ab") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf, *self.options],
+                    cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+                )  # fmt: skip
+            deadline = time.monotonic() + START_DEADLINE_S
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    if notify.recv(100) == b"READY=1":
+                        return
+                if self.process.poll() is not None:
+                    raise AssertionError(f"vmd did not start:\n{self.log}")
+                if time.monotonic() > deadline:
+                    self.process.kill()
+                    raise AssertionError(f"vmd is not ready after {START_DEADLINE_S} s:\n{self.log}")
+
+    def stop(self) -> int:
+        """End it as init would; returns its exit status."""
+        if self.process is None:
+            return 0
+        process, self.process = self.process, None
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise AssertionError(f"vmd did not stop:\n{self.log}") from None
+
+    @property
+    def log(self) -> str:
+        """Everything logged so far."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """The parent's."""
+        assert self.process is not None
+        return self.process.pid
+
+    def vmctl(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+        """Run vmctl to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "vmctl", "-s", self.socket, *arguments],
+            cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+
+    def must(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> str:
+        """Run a vmctl that has to succeed; returns all it printed."""
+        done = self.vmctl(*arguments, timeout_s=timeout_s)
+        assert done.returncode == 0, f"vmctl {arguments}: {done.stderr}\n--- log of vmd\n{self.log}"
+        return done.stdout + done.stderr
+
+    def status(self, name: str) -> dict[str, Any]:
+        """Return what `vmctl status --json` says of one VM."""
+        rows = json.loads(self.vmctl("status", "--json").stdout)
+        for row in rows:
+            if row["name"] == name:
+                found: dict[str, Any] = row
+                return found
+        raise AssertionError(f"no vm {name} in {rows}")
+
+    def wait_state(self, name: str, state: str) -> dict[str, Any]:
+        """Wait until a VM is in a state."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            row = self.status(name)
+            if row["state"] == state:
+                return row
+            assert time.monotonic() < deadline, f"vm {name} is {row['state']}, not {state}\n{self.log}"
+
+    def wait_log(self, text: str, timeout_s: float = DEADLINE_S) -> None:
+        """Wait until the log has a text."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log:
+            assert time.monotonic() < deadline, f"no {text!r} in the log:\n{self.log}"
+            select.select([], [], [], 0.02)
+
+    def console(self, name: str) -> "Terminal":
+        """Open the pty of a running VM, as cu would."""
+        return Terminal(self.status(name)["tty"])
+
+
+class Terminal:
+    """The viewer's side of a console, for tests that read and type."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+        self.seen = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the pty."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def type(self, text: str) -> None:
+        """Send what a user types."""
+        os.write(self.fd, text.encode())
+
+    def expect(self, text: str, timeout_s: float = DEADLINE_S) -> str:
+        """Read until a text has come; returns all up to its end and forgets it."""
+        wanted = text.encode()
+        deadline = time.monotonic() + timeout_s
+        while wanted not in self.seen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"no {text!r} on the console, but: {self.seen.decode(errors='replace')}"
+            if select.select([self.fd], [], [], left)[0]:
+                try:
+                    data = os.read(self.fd, 65536)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                assert data, f"the console ended before {text!r}: {self.seen.decode(errors='replace')}"
+                self.seen += data
+        end = self.seen.index(wanted) + len(wanted)
+        before, self.seen = self.seen[:end], self.seen[end:]
+        return before.decode(errors="replace")

@@ -1,0 +1,35 @@
+"""First code of every process: picks a process main, nothing else."""
+
+import sys
+
+from vmd.log import log
+
+
+def main() -> int:
+    """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`."""
+    arguments = sys.argv[1:]
+    if len(arguments) == 3 and arguments[0] in ("control", "priv", "vmm", "vm"):
+        name, form, verbosity = arguments
+        log.setup(name, form, int(verbosity))
+        return run_process(name)
+    from vmd.parent.startup import run
+
+    return run(arguments)
+
+
+def run_process(name: str) -> int:
+    """Import and run one process: what it does not import, it cannot be made to run."""
+    match name:
+        case "control":
+            from vmd.control.main import main as process_main
+        case "priv":
+            from vmd.priv.main import main as process_main
+        case "vmm":
+            from vmd.vmm.main import main as process_main
+        case _:
+            from vmd.vm.main import main as process_main
+    return process_main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

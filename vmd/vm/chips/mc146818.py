@@ -1,0 +1,495 @@
+"""The real-time clock and its battery-backed memory: a Motorola MC146818A as a PC wires it, 128 bytes.
+
+Time is not counted but computed from the host's clock when somebody looks; a guest that sets the clock
+changes an offset.  Timers run only while an interrupt is enabled, and the periodic one stops until the guest
+has acknowledged the last tick: what a guest makes the host do is bounded by what it does itself.
+Section names are those of the MC146818A data sheet.
+
+Unlike vmd: binary and 12-hour mode, alarm and update-ended interrupts, and the clock can be set.
+"""
+
+import threading
+import time
+
+from vmd.vm import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Cancellable(Protocol):
+        """What `schedule` returns."""
+
+        def cancel(self) -> object:
+            """Never make the call; harmless after it was made."""
+
+    Schedule = Callable[[float, Callable[[], None]], Cancellable]
+
+CMOS_BYTES = 128
+
+SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
+WEEKDAY, DAY, MONTH, YEAR = range(6, 10)
+REG_A, REG_B, REG_C, REG_D = range(10, 14)
+CENTURY = 0x32  # the FADT's CENTURY field says so
+CENTURY_PS2 = 0x37
+TIME_REGISTERS = frozenset((SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY, CENTURY_PS2))
+
+A_UIP = 0x80
+A_DIVIDER = 0x70
+A_DIVIDER_RESET = 0x60  # 110 and 111 hold the divider chain
+A_RATE = 0x0F
+B_SET = 0x80
+B_PIE = 0x40
+B_AIE = 0x20
+B_UIE = 0x10
+B_BINARY = 0x04
+B_24H = 0x02
+C_IRQF = 0x80
+C_PF = 0x40
+C_AF = 0x20
+C_UF = 0x10
+C_FLAGS = C_PF | C_AF | C_UF
+D_VALID = 0x80  # the battery is good
+
+PM = 0x80  # in the hours of 12-hour mode
+ANY = 0xC0  # an alarm register from here on matches everything
+
+OSCILLATOR_HZ = 32768
+# "Update cycle": UIP rises 244 us before it and it takes 1984 us.  The new second shows as UIP falls.
+UPDATE_S = (244 + 1984) / 1e6
+DIVIDER_RELEASE_S = 0.5  # the first update after the divider was held comes half a second later
+
+# Event-thread load: at most 4000 ticks a second, and no more than a few that were missed are made up for.
+TICK_MIN_S = 250e-6
+CATCH_UP_S = 0.05
+WAIT_MAX_S = 3600.0  # look at the clock again at least this often: the host may have been set or asleep
+
+DAY_S = 86400
+YEAR_MAX = 9999
+
+# Memory sizes and the like, where SeaBIOS and boot loaders look for them
+CMOS_EQUIPMENT = 0x14
+CMOS_BASE_KIB = 0x15
+CMOS_EXTENDED_KIB = 0x17
+CMOS_EXTENDED_KIB_FOUND = 0x30
+CMOS_ABOVE_16M = 0x34  # in 64 KiB
+CMOS_BOOT_THIRD = 0x38  # high nibble
+CMOS_BOOT_ORDER = 0x3D  # first device low nibble, second high
+CMOS_ABOVE_4G = 0x5B  # three bytes, in 64 KiB
+CMOS_EXTRA_CPUS = 0x5F
+
+EQUIPMENT_FPU = 0x02
+BOOT_DISK, BOOT_CDROM, BOOT_NET = 2, 3, 4  # SeaBIOS's numbers, in force without a `bootorder` file
+
+
+class Mc146818:
+    """The clock of one VM, at ports 70h (index) and 71h (data).
+
+    `irq(level)` is told every change of the line, in order.  `now` is the host's UTC in seconds since 1970;
+    `monotonic` paces the periodic interrupt.  `schedule(seconds, callback)` makes one call on the event thread
+    and may itself be used from any thread; it is called under this chip's lock, so it must not call back at
+    once, and the event thread must hold no lock of its own when it does.
+    """
+
+    pio_width = 1
+
+    def __init__(
+        self,
+        irq: "Callable[[bool], None]",
+        now: "Callable[[], float]",
+        schedule: "Schedule",
+        memory_bytes: int,
+        vcpus: int,
+        monotonic: "Callable[[], float]" = time.monotonic,
+    ) -> None:
+        self._irq = irq
+        self._now = now
+        self._monotonic = monotonic
+        self._schedule = schedule
+        self._lock = threading.Lock()
+        self._index = 0
+        self._offset_s = 0.0  # guest time minus host time
+        self._written_day: int | None = None  # the guest day on which date registers were set while running
+        self._weekday_shift = 0  # the chip counts weekdays on its own and a guest may disagree with us
+        self._flags = 0  # register C without IRQF
+        self._level = False
+        self._seen_s = 0  # the guest second up to which update and alarm flags are accounted for
+        self._tick_s = 0.0  # when the periodic flag was last due, by the monotonic clock
+        self._clock_timer: Cancellable | None = None
+        self._tick_timer: Cancellable | None = None
+        self._timer_life = [0, 0]  # tells a timer that was replaced as it fired from the present one
+        # While the clock is stopped its registers live here as they were left; else only alarms and RAM do.
+        self._ram = bytearray(CMOS_BYTES)
+        self._ram[REG_A] = 0x26  # 32.768 kHz, 1024 Hz: what a BIOS leaves
+        self._ram[REG_B] = B_24H
+        self._describe_machine(memory_bytes, vcpus)
+        self._seen_s = self._second()
+        self._tick_s = monotonic()
+
+    def _describe_machine(self, memory_bytes: int, vcpus: int) -> None:
+        low = layout.low_ram_bytes(memory_bytes)
+        extended_kib = min(max(low - layout.MIB, 0) // layout.KIB, 0xFFFF)
+        ram = self._ram
+        ram[CMOS_EQUIPMENT] = EQUIPMENT_FPU
+        for at, size, value in (
+            (CMOS_BASE_KIB, 2, layout.LOW_RAM_END // layout.KIB),
+            (CMOS_EXTENDED_KIB, 2, extended_kib),
+            (CMOS_EXTENDED_KIB_FOUND, 2, extended_kib),
+            (CMOS_ABOVE_16M, 2, max(low - 16 * layout.MIB, 0) >> 16),
+            (CMOS_ABOVE_4G, 3, min(memory_bytes - low >> 16, 0xFFFFFF)),
+            (CMOS_EXTRA_CPUS, 1, vcpus - 1),
+        ):
+            ram[at : at + size] = value.to_bytes(size, "little")
+        ram[CMOS_BOOT_ORDER] = BOOT_CDROM << 4 | BOOT_DISK
+        ram[CMOS_BOOT_THIRD] = BOOT_NET << 4
+
+    # ---- ports
+
+    def pio_read(self, offset: int, size: int) -> int:
+        """Read the register that 70h selects; 70h itself is for writing only."""
+        if offset == 0:
+            return 0xFF
+        with self._lock:
+            index = self._index
+            if index in TIME_REGISTERS and not self._stopped():
+                return self._encode()[index]
+            if index == REG_A:
+                return self._ram[REG_A] | (A_UIP if self._updating() else 0)
+            if index == REG_C:
+                return self._read_c()
+            if index == REG_D:
+                return D_VALID
+            return self._ram[index]
+
+    def pio_write(self, offset: int, size: int, value: int) -> None:
+        """Select a register (bit 7, the NMI mask, is not the chip's), or write the selected one."""
+        if offset == 0:
+            self._index = value & 0x7F
+            return
+        with self._lock:
+            index = self._index
+            if index in TIME_REGISTERS:
+                self._write_time(index, value)
+            elif index == REG_A:
+                self._write_a(value)
+            elif index == REG_B:
+                self._write_b(value)
+            elif index in (SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM):
+                self._look_at_clock()  # by the old alarm, up to now
+                self._ram[index] = value
+                self._arm_clock()
+                self._update_irq()
+            elif index not in (REG_C, REG_D):
+                self._ram[index] = value
+
+    # ---- send and receive
+
+    def state(self) -> dict[str, int | bytes]:
+        """Return what `restore` takes; the offset goes along, so that a clock that was set stays set."""
+        with self._lock:
+            return {
+                "index": self._index,
+                "ram": bytes(self._ram),
+                "flags": self._flags,
+                "offset_us": round(self._offset_s * 1e6),
+                "weekday_shift": self._weekday_shift,
+            }
+
+    def restore(self, state: "dict[str, int | bytes]") -> None:
+        """Continue where another one stopped; the clock shows the time that it is now.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is no state of a clock.
+        """
+        ram = bytes(state["ram"])
+        number = {name: int(value) for name, value in state.items() if name != "ram"}
+        if len(ram) != CMOS_BYTES:
+            raise ValueError(f"clock: memory of {len(ram)} bytes")
+        if abs(number["offset_us"]) > (YEAR_MAX + 1) * 366 * DAY_S * 10**6:
+            raise ValueError(f"clock: offset of {number['offset_us']} microseconds")
+        with self._lock:
+            self._index = number["index"] & 0x7F
+            self._ram[:] = ram
+            self._ram[REG_A] &= ~A_UIP
+            self._flags = number["flags"] & C_FLAGS
+            self._offset_s = number["offset_us"] / 1e6
+            self._weekday_shift = number["weekday_shift"] % 7
+            self._seen_s = self._second()
+            self._tick_s = self._monotonic()
+            self._arm_clock()
+            self._arm_tick()
+            self._update_irq()
+
+    # ---- time
+
+    def _stopped(self) -> bool:
+        return bool(self._ram[REG_B] & B_SET) or self._ram[REG_A] & A_DIVIDER >= A_DIVIDER_RESET
+
+    def _guest_s(self) -> float:
+        return self._now() + self._offset_s
+
+    def _second(self) -> int:
+        return int(self._guest_s() // 1)
+
+    def _updating(self) -> bool:
+        return not self._stopped() and self._guest_s() % 1.0 >= 1.0 - UPDATE_S
+
+    def _encode(self) -> dict[int, int]:
+        """Return what the time registers show now."""
+        second = self._second()
+        days, of_day = divmod(second, DAY_S)
+        year, month, day = _date(days)
+        year %= YEAR_MAX + 1
+        century = self._from_number(year // 100)
+        return {
+            SECONDS: self._from_number(of_day % 60),
+            MINUTES: self._from_number(of_day // 60 % 60),
+            HOURS: self._from_hour(of_day // 3600),
+            WEEKDAY: self._from_number((days + 4 + self._weekday_shift) % 7 + 1),  # day 0 was a Thursday
+            DAY: self._from_number(day),
+            MONTH: self._from_number(month),
+            YEAR: self._from_number(year % 100),
+            CENTURY: century,
+            CENTURY_PS2: century,
+        }
+
+    def _decode(self) -> int:
+        """Return the guest second that the time registers in `_ram` stand for; impossible dates run on."""
+        ram = self._ram
+        year = self._to_number(ram[CENTURY]) * 100 + self._to_number(ram[YEAR])
+        days = _days(min(year, YEAR_MAX), self._to_number(ram[MONTH]), self._to_number(ram[DAY]))
+        self._weekday_shift = (self._to_number(ram[WEEKDAY]) - 1 - (days + 4)) % 7
+        of_day = self._to_hour(ram[HOURS]) * 3600 + self._to_number(ram[MINUTES]) * 60
+        return days * DAY_S + of_day + self._to_number(ram[SECONDS])
+
+    def _freeze(self) -> None:
+        """Leave in the registers what they show, as the clock stops or is about to be changed.
+
+        A date that is being written piece by piece into the running clock may be impossible in between, such
+        as 31 February on the way to 31 March; then its pieces stay as they were written.
+        """
+        registers = self._encode()
+        if self._written_day == self._second() // DAY_S:
+            registers = {index: registers[index] for index in (SECONDS, MINUTES, HOURS)}
+        for index, value in registers.items():
+            self._ram[index] = value
+
+    def _thaw(self, fraction_s: float) -> None:
+        """Let the clock run on from its registers, `fraction_s` into the second that they show."""
+        self._offset_s = self._decode() + fraction_s - self._now()
+        self._seen_s = self._second()
+
+    def _write_time(self, index: int, value: int) -> None:
+        running = not self._stopped()
+        if running:
+            fraction_s = self._guest_s() % 1.0
+            self._freeze()
+        self._ram[index] = value
+        if index == CENTURY:
+            self._ram[CENTURY_PS2] = value
+        elif index == CENTURY_PS2:
+            self._ram[CENTURY] = value
+        if running:
+            self._thaw(fraction_s)
+            self._written_day = self._seen_s // DAY_S
+            self._arm_clock()
+
+    def _write_a(self, value: int) -> None:
+        if (value ^ self._ram[REG_A]) & A_RATE:
+            self._tick_s = self._monotonic()
+        self._change_run_state(REG_A, value & ~A_UIP, DIVIDER_RELEASE_S)
+
+    def _write_b(self, value: int) -> None:
+        if value & B_SET:
+            value &= ~B_UIE  # "Register B": SET clears UIE
+        if value & ~self._ram[REG_B] & B_PIE:
+            self._tick_s = self._monotonic()
+        # SET does not stop the divider: the second goes on where it would have been.
+        self._change_run_state(REG_B, value, self._guest_s() % 1.0)
+
+    def _change_run_state(self, register: int, value: int, resume_at_s: float) -> None:
+        stopped = self._stopped()
+        if not stopped:
+            self._look_at_clock()
+            self._written_day = None
+            old, self._ram[register] = self._ram[register], value
+            if self._stopped():
+                self._ram[register] = old  # the registers keep the format they had
+                self._freeze()
+        self._ram[register] = value
+        if stopped and not self._stopped():
+            self._thaw(resume_at_s)
+        self._arm_clock()
+        self._arm_tick()
+        self._update_irq()
+
+    # ---- numbers as the guest wants them
+
+    def _from_number(self, number: int) -> int:
+        if self._ram[REG_B] & B_BINARY:
+            return number
+        return number // 10 << 4 | number % 10
+
+    def _to_number(self, value: int) -> int:
+        if self._ram[REG_B] & B_BINARY:
+            return value
+        return (value >> 4) * 10 + (value & 0x0F)
+
+    def _from_hour(self, hour: int) -> int:
+        if self._ram[REG_B] & B_24H:
+            return self._from_number(hour)
+        return self._from_number(hour % 12 or 12) | (PM if hour >= 12 else 0)
+
+    def _to_hour(self, value: int) -> int:
+        if self._ram[REG_B] & B_24H:
+            return self._to_number(value)
+        return self._to_number(value & ~PM) % 12 + (12 if value & PM else 0)
+
+    # ---- interrupts
+
+    def _read_c(self) -> int:
+        self._look_at_clock()
+        period_s = self._period_s()
+        if period_s and not self._ram[REG_B] & B_PIE:  # a guest that polls
+            periods = int((self._monotonic() - self._tick_s) // period_s)
+            if periods > 0:
+                self._flags |= C_PF
+                self._tick_s += periods * period_s
+        flags = self._flags
+        value = flags | (C_IRQF if flags & self._ram[REG_B] & C_FLAGS else 0)
+        self._flags = 0
+        self._update_irq()
+        self._arm_tick()
+        return value
+
+    def _look_at_clock(self) -> None:
+        """Raise update and alarm flags for what has happened since we last looked."""
+        if self._stopped():
+            return
+        second = self._second()
+        if second == self._seen_s:
+            return
+        self._flags |= C_UF
+        alarm = self._next_alarm(self._seen_s)
+        if alarm is not None and alarm <= second:
+            self._flags |= C_AF
+        self._seen_s = second
+
+    def _next_alarm(self, after: int) -> int | None:
+        """Return the first second after `after` that the alarm registers match; None if none ever does."""
+        ram = self._ram
+        hours = range(24) if ram[HOURS_ALARM] >= ANY else (self._to_hour(ram[HOURS_ALARM]),)
+        minutes = range(60) if ram[MINUTES_ALARM] >= ANY else (self._to_number(ram[MINUTES_ALARM]),)
+        seconds = range(60) if ram[SECONDS_ALARM] >= ANY else (self._to_number(ram[SECONDS_ALARM]),)
+        if hours[0] > 23 or minutes[0] > 59 or seconds[0] > 59:
+            return None
+        midnight = after - after % DAY_S
+        # Of each hour and minute that is over, none of the seconds needs looking at.
+        for day in (midnight, midnight + DAY_S):
+            for hour in hours:
+                at_hour = day + hour * 3600
+                if at_hour + 3599 <= after:
+                    continue
+                for minute in minutes:
+                    at_minute = at_hour + minute * 60
+                    if at_minute + 59 <= after:
+                        continue
+                    for second in seconds:
+                        if at_minute + second > after:
+                            return at_minute + second
+        return None
+
+    def _period_s(self) -> float:
+        """Return the time between periodic flags, 0.0 for never (table "Periodic interrupt rate")."""
+        rate = self._ram[REG_A] & A_RATE
+        if rate == 0 or self._ram[REG_A] & A_DIVIDER >= A_DIVIDER_RESET:
+            return 0.0
+        if rate < 3:  # with a 32.768 kHz oscillator the two fastest rates wrap round
+            rate += 7
+        return (1 << rate - 1) / OSCILLATOR_HZ
+
+    def _tick(self) -> None:
+        """Raise the periodic flag and note when that was due, so that the next one is not late as well."""
+        now_s = self._monotonic()
+        period_s = self._period_s()
+        self._flags |= C_PF
+        self._tick_s += period_s
+        if self._tick_s < now_s - max(CATCH_UP_S, period_s):
+            self._tick_s = now_s
+
+    def _update_irq(self) -> None:
+        level = bool(self._flags & self._ram[REG_B] & C_FLAGS)
+        if level != self._level:
+            self._level = level
+            self._irq(level)
+
+    # ---- timers
+
+    def _arm_clock(self) -> None:
+        """Have update and alarm looked at when the next one that interrupts is due."""
+        if self._clock_timer is not None:
+            self._clock_timer.cancel()
+            self._clock_timer = None
+        enabled = self._ram[REG_B] & (B_UIE | B_AIE)
+        if not enabled or self._stopped():
+            return
+        due: int | None = self._seen_s + 1
+        if not enabled & B_UIE:
+            due = self._next_alarm(self._seen_s)
+        if due is None:
+            return
+        wait_s = min(max(due - self._guest_s(), TICK_MIN_S), WAIT_MAX_S)
+        self._timer_life[0] += 1
+        life = self._timer_life[0]
+        self._clock_timer = self._schedule(wait_s, lambda: self._on_clock(life))
+
+    def _on_clock(self, life: int) -> None:
+        with self._lock:
+            if self._clock_timer is None or life != self._timer_life[0]:
+                return
+            self._look_at_clock()
+            self._update_irq()
+            self._arm_clock()
+
+    def _arm_tick(self) -> None:
+        """Have the next periodic interrupt raised, unless the last one still waits for its acknowledgement."""
+        wanted = self._ram[REG_B] & B_PIE and not self._flags & C_PF
+        period_s = self._period_s()
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+            self._tick_timer = None
+        if not wanted or not period_s:
+            return
+        wait_s = max(self._tick_s + period_s - self._monotonic(), TICK_MIN_S)
+        self._timer_life[1] += 1
+        life = self._timer_life[1]
+        self._tick_timer = self._schedule(wait_s, lambda: self._on_tick(life))
+
+    def _on_tick(self, life: int) -> None:
+        with self._lock:
+            if self._tick_timer is None or life != self._timer_life[1]:
+                return
+            self._tick_timer = None
+            self._tick()
+            self._update_irq()
+
+
+def _days(year: int, month: int, day: int) -> int:
+    """Return days since 1970 of a date in the Gregorian calendar; any month and day count on."""
+    year, month = year + (month - 1) // 12, (month - 1) % 12 + 1
+    # Years from March on, so that the leap day comes last.
+    year -= month < 3
+    of_year = (153 * ((month + 9) % 12) + 2) // 5 + day - 1
+    return year * 365 + year // 4 - year // 100 + year // 400 + of_year - 719468
+
+
+def _date(days: int) -> tuple[int, int, int]:
+    """Return (year, month, day) of days since 1970: the inverse of `_days`."""
+    eras, of_era = divmod(days + 719468, 146097)
+    year = (of_era - of_era // 1460 + of_era // 36524 - of_era // 146096) // 365
+    of_year = of_era - (365 * year + year // 4 - year // 100)
+    march_month = (5 * of_year + 2) // 153
+    day = of_year - (153 * march_month + 2) // 5 + 1
+    month = (march_month + 2) % 12 + 1
+    return eras * 400 + year + (month < 3), month, day

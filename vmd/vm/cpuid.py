@@ -1,0 +1,65 @@
+"""What CPUID tells a guest: KVM's table, with each vCPU's place in the topology (DESIGN 4).
+
+Topology: one package, one thread per core, APIC id = vCPU number.  The hypervisor leaves and their signature
+`KVMKVMKVM` come with KVM's table, so that guests find kvmclock.
+"""
+
+from vmd.kvmapi.abi import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
+
+CACHE_LEAVES = (0x4, 0x8000001D)  # Intel's and AMD's deterministic cache parameters
+TOPOLOGY_LEAVES = (0xB, 0x1F)  # extended topology, and its second version
+
+ECX_X2APIC = 1 << 21
+ECX_TSC_DEADLINE = 1 << 24
+ECX_HYPERVISOR = 1 << 31
+EDX_HTT = 1 << 28  # leaf 1: EBX[23:16] counts logical processors
+ECX_CMP_LEGACY = 1 << 1  # leaf 80000001h, AMD's counterpart
+
+LEVEL_SMT = 1
+LEVEL_CORE = 2
+
+
+def entry(function: int, index: int, eax: int, ebx: int, ecx: int, edx: int) -> kvm_cpuid_entry2:
+    """Return one sub-leaf."""
+    return kvm_cpuid_entry2(function, index, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, eax, ebx, ecx, edx)
+
+
+def topology(leaf: int, apic_id: int, vcpus: int) -> list[kvm_cpuid_entry2]:
+    """Return the sub-leaves of an extended topology leaf (Intel SDM 2A, CPUID 0Bh)."""
+    bits = (vcpus - 1).bit_length()
+    return [
+        entry(leaf, 0, 0, 1, LEVEL_SMT << 8 | 0, apic_id),
+        entry(leaf, 1, bits, vcpus, LEVEL_CORE << 8 | 1, apic_id),
+        entry(leaf, 2, 0, 0, 2, apic_id),
+    ]
+
+
+def for_vcpu(
+    supported: list[kvm_cpuid_entry2], apic_id: int, vcpus: int, *, tsc_deadline: bool
+) -> list[kvm_cpuid_entry2]:
+    """Return the table of one vCPU, made from what KVM_GET_SUPPORTED_CPUID offers."""
+    leaves = [
+        kvm_cpuid_entry2.from_buffer_copy(each) for each in supported if each.function not in TOPOLOGY_LEAVES
+    ]
+    highest = max((each.eax for each in leaves if each.function == 0), default=0)
+    for leaf in leaves:
+        if leaf.function == 0x1:
+            leaf.ebx = leaf.ebx & 0xFFFF | vcpus << 16 | apic_id << 24
+            # KVM emulates x2APIC whatever the host has; the timer mode it reports as a capability instead.
+            leaf.ecx |= ECX_HYPERVISOR | ECX_X2APIC | (ECX_TSC_DEADLINE if tsc_deadline else 0)
+            leaf.edx = leaf.edx | EDX_HTT if vcpus > 1 else leaf.edx & ~EDX_HTT
+        elif leaf.function == 0x4 and leaf.eax & 0x1F:
+            # Cores in the package; threads that share this cache: only the core itself.
+            leaf.eax = leaf.eax & 0x3FFF | (vcpus - 1) << 26
+        elif leaf.function == 0x8000001D and leaf.eax & 0x1F:
+            leaf.eax &= ~(0xFFF << 14)
+        elif leaf.function == 0x80000001:
+            leaf.ecx = leaf.ecx | ECX_CMP_LEGACY if vcpus > 1 else leaf.ecx & ~ECX_CMP_LEGACY
+        elif leaf.function == 0x80000008:
+            leaf.ecx = leaf.ecx & ~0xF0FF | (vcpus - 1).bit_length() << 12 | vcpus - 1
+        elif leaf.function == 0x8000001E:
+            leaf.eax, leaf.ebx, leaf.ecx = apic_id, apic_id & 0xFF, 0
+    for number in TOPOLOGY_LEAVES:
+        if highest >= number:
+            leaves += topology(number, apic_id, vcpus)
+    return leaves

@@ -1,0 +1,183 @@
+"""The bill of materials of a VM: memory, interrupt controllers, chips, slots, vCPUs, and how they are wired.
+
+Building goes from the bottom up and can fail at each step; whatever was made by then is released by the end
+of the process, which is what a failure leads to.
+"""
+
+import os
+import time
+
+from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.ipc.messages import Outcome
+from vmd.kvmapi import abi
+from vmd.kvmapi.system import System
+from vmd.log import log
+from vmd.vm import acpi, layout
+from vmd.vm.boot import fwcfg, loader
+from vmd.vm.bus import Bus
+from vmd.vm.chips import i8042
+from vmd.vm.chips.acpipm import PM_BLOCK_PORTS, AcpiPm
+from vmd.vm.chips.i8042 import I8042
+from vmd.vm.chips.mc146818 import Mc146818
+from vmd.vm.chips.ns8250 import Uart
+from vmd.vm.chips.resetport import ResetPort, SystemControlA
+from vmd.vm.console import Console
+from vmd.vm.cpuid import for_vcpu
+from vmd.vm.pci import HostBridge, PciBus
+from vmd.vm.vcpu import VcpuThread, apply_start, set_boot_msrs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.config.model import VmConfig
+    from vmd.ipc.loop import Loop
+
+
+class BootImages:
+    """What a VM boots from: open files, and the names to call them in messages."""
+
+    def __init__(self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str) -> None:
+        self.boot_fd = boot_fd
+        self.boot_name = boot_name
+        self.initrd_fd = initrd_fd
+        self.initrd_name = initrd_name
+
+    def close(self) -> None:
+        """Let go of the files; guest memory has what was in them."""
+        os.close(self.boot_fd)
+        if self.initrd_fd is not None:
+            os.close(self.initrd_fd)
+
+
+class Machine:
+    """A built VM.  `end(outcome, text)` is called from any thread when the guest's life is over.
+
+    Raises:
+        ImageError: the guest's own boot files cannot be used.
+        HostError, OSError: the host refuses something.
+    """
+
+    def __init__(
+        self,
+        config: "VmConfig",
+        kvm_fd: int,
+        images: BootImages,
+        console: Console,
+        loop: "Loop",
+        end: "Callable[[Outcome, str], None]",
+    ) -> None:
+        self.end = end
+        firmware_bytes = loader.firmware_bytes(images.boot_fd, images.boot_name)
+
+        with System(kvm_fd) as system:
+            self.kvm = system.create_vm()
+            self.cpuid = system.supported_cpuid()
+            self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
+        # All of it before the first vCPU (api.rst 4.30, 4.54, 4.24).
+        self.kvm.set_tss_addr(layout.KVM_TSS)
+        self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+        self.kvm.create_irqchip()
+        self.kvm.create_pit2()
+        self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
+
+        self.memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
+        for slot in self.memory.kvm_slots():
+            self.kvm.set_memory_region(*slot)
+
+        self.bus = bus = Bus()
+        self.uart = Uart(self._line(layout.IRQ_COM1), console.send, console.resume_input)
+        console.connect(self.uart.receive)
+        self.rtc = Mc146818(
+            self._line(layout.IRQ_RTC), time.time, loop.schedule, config.memory_bytes, config.vcpus
+        )
+        self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off)
+        self.reset_port = ResetPort(self._on_reset)
+        self.pci = PciBus(bus, config.memory_bytes, {layout.PORT_RESET: self.reset_port})
+        self.pci.add(0, HostBridge())
+        self.keyboard = I8042(self._on_reset)
+        self.port_a = SystemControlA(self._on_reset)
+        self.fwcfg = fwcfg.FwCfg(self.memory)
+        fwcfg.for_seabios(
+            self.fwcfg,
+            memory_bytes=config.memory_bytes,
+            vcpus=config.vcpus,
+            files=acpi.firmware_files(config.memory_bytes, config.vcpus),
+        )
+        bus.add_pio(layout.PORT_COM1, 8, self.uart)
+        bus.add_pio(layout.PORT_RTC_INDEX, 2, self.rtc)
+        bus.add_pio(layout.PORT_ACPI_PM, PM_BLOCK_PORTS, self.pm)
+        bus.add_pio(layout.PORT_PCI_ADDRESS, 8, self.pci)
+        bus.add_pio(layout.PORT_FWCFG_SELECT, fwcfg.PORTS, self.fwcfg)
+        bus.add_pio(layout.PORT_KBD_DATA, i8042.PORTS, self.keyboard)
+        bus.add_pio(layout.PORT_SYSTEM_CONTROL_A, 1, self.port_a)
+
+        rsdp_gpa = layout.ACPI_TABLES
+        if firmware_bytes:
+            rsdp_gpa = 0  # SeaBIOS places tables, addresses and interrupt lines itself
+        else:
+            self.memory.write(rsdp_gpa, acpi.build_tables(config.memory_bytes, config.vcpus))
+            self.pci.assign_resources()
+        start = loader.load(
+            self.memory,
+            images.boot_fd,
+            images.boot_name,
+            memory_bytes=config.memory_bytes,
+            initrd_fd=images.initrd_fd,
+            initrd_name=images.initrd_name,
+            cmdline=os.fsencode(config.cmdline),
+            rsdp_gpa=rsdp_gpa,
+        )
+        log.debug(start.text)
+
+        self.vcpus = [self._create_vcpu(number, config.vcpus) for number in range(config.vcpus)]
+        set_boot_msrs([thread.vcpu for thread in self.vcpus], direct_boot=not firmware_bytes)
+        apply_start(self.vcpus[0].vcpu, start)
+
+    def start(self) -> None:
+        """Let the guest execute; application processors wait in the kernel until it wakes them."""
+        for thread in self.vcpus:
+            thread.start()
+
+    def stop(self) -> bool:
+        """Take every vCPU out of the guest for good; False if one does not come back in time."""
+        for thread in self.vcpus:
+            thread.ask_to_stop()
+        return all([thread.join() for thread in self.vcpus])
+
+    def _create_vcpu(self, number: int, count: int) -> VcpuThread:
+        vcpu = self.kvm.create_vcpu(number)
+        vcpu.set_cpuid2(for_vcpu(self.cpuid, number, count, tsc_deadline=self.tsc_deadline))
+        return VcpuThread(number, vcpu, self.bus, self.memory, self.end)
+
+    def _line(self, gsi: int) -> "Callable[[bool], None]":
+        irq_line = self.kvm.irq_line
+        return lambda level: irq_line(gsi, level)
+
+    def _set_level_triggered(self, irqs: tuple[int, ...]) -> None:
+        """Set the ELCR bits of these lines, as firmware would; they say how the 8259s see them."""
+        for chip_id, first in ((abi.KVM_IRQCHIP_PIC_MASTER, 0), (abi.KVM_IRQCHIP_PIC_SLAVE, 8)):
+            chip = self.kvm.get_irqchip(chip_id)
+            chip.chip.pic.elcr |= sum(1 << irq - first for irq in irqs if first <= irq < first + 8)
+            self.kvm.set_irqchip(chip)
+
+    def _on_power_off(self) -> None:
+        self.end(Outcome.POWER_OFF, "powered off by the guest")
+
+    def _on_reset(self) -> None:
+        self.end(Outcome.REBOOT, "reset by the guest")
+
+
+def memory_regions(memory_bytes: int, firmware_bytes: int) -> list[RegionSpec]:
+    """Return what has memory behind it (`layout`): RAM below 4 GiB with the BIOS area in it, firmware, the rest.
+
+    The firmware is read-only to the guest, and last in the file: a device process need not map it.
+    """
+    low = layout.low_ram_bytes(memory_bytes)
+    regions = [RegionSpec(gpa=0, size=low, name="ram")]
+    if memory_bytes > low:
+        regions.append(RegionSpec(gpa=layout.FOUR_GIB, size=memory_bytes - low, name="high ram"))
+    if firmware_bytes:
+        gpa = layout.FOUR_GIB - firmware_bytes
+        regions.append(RegionSpec(gpa=gpa, size=firmware_bytes, name="firmware", read_only=True))
+    return regions

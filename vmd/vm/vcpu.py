@@ -1,0 +1,196 @@
+"""One vCPU and its thread: KVM_RUN, then the exit is handed to the bus.
+
+The thread answers port I/O inside `Vcpu.run_pio`; everything else comes back as an exit object and is rare.
+What ends the VM is reported once, through `end`, from whichever thread finds it; the event thread then
+stops all vCPUs.
+"""
+
+import threading
+
+from vmd.errors import GuestError
+from vmd.ipc.messages import Outcome
+from vmd.kvmapi import abi
+from vmd.kvmapi.exits import (
+    FailEntry,
+    Hlt,
+    InternalError,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PioIn,
+    PioOut,
+    Retry,
+    Shutdown,
+    SystemEvent,
+)
+from vmd.log import log
+from vmd.vm.boot.start import Mode, Start
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.guestmem import GuestMemory
+    from vmd.kvmapi.exits import Exit
+    from vmd.kvmapi.vcpu import Vcpu
+    from vmd.vm.bus import Bus
+
+RETRY_WAIT_S = 0.001  # KVM says EAGAIN of a vCPU that is on its way up; do not spin meanwhile
+STOP_TIMEOUT_S = 10.0
+
+MSR_MTRR_DEF_TYPE = 0x2FF
+MTRR_ENABLED_WRITE_BACK = 0x806  # without the fixed ranges, whose reset value is uncached
+MSR_MISC_ENABLE = 0x1A0
+MISC_ENABLE_FAST_STRINGS = 1
+
+INSTRUCTION_BYTES = 16
+
+
+def apply_start(vcpu: "Vcpu", start: Start) -> None:
+    """Put vCPU 0 into the state its boot image expects.
+
+    With firmware nothing is to do: KVM's reset state is the processor's.
+    """
+    if start.mode is Mode.REAL_RESET:
+        return
+    sregs = vcpu.get_sregs()
+    for name, segment in start.segments.items():
+        target = getattr(sregs, name)
+        for field in type(segment).fields:
+            setattr(target, field, getattr(segment, field))
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = start.cr0, start.cr3, start.cr4, start.efer
+    sregs.gdt.base, sregs.gdt.limit = start.gdt_base, start.gdt_limit
+    sregs.idt.base, sregs.idt.limit = start.idt_base, start.idt_limit
+    vcpu.set_sregs(sregs)
+    regs = abi.kvm_regs()
+    for name, value in start.registers.items():
+        setattr(regs, name, value)
+    vcpu.set_regs(regs)
+
+
+def set_boot_msrs(vcpus: "list[Vcpu]", *, direct_boot: bool) -> None:
+    """Set the MSRs whose reset value would hurt; a host that lacks one of them goes without."""
+    wanted = {MSR_MISC_ENABLE: MISC_ENABLE_FAST_STRINGS}
+    if direct_boot:  # firmware sets up its own
+        wanted[MSR_MTRR_DEF_TYPE] = MTRR_ENABLED_WRITE_BACK
+    for vcpu in vcpus:
+        refused = vcpu.set_msrs(wanted)
+        if refused:
+            log.debug(f"this host has no msr {', '.join(f'{msr:#x}' for msr in refused)}")
+
+
+class VcpuThread:
+    """Runs one vCPU until it is stopped."""
+
+    def __init__(
+        self,
+        number: int,
+        vcpu: "Vcpu",
+        bus: "Bus",
+        memory: "GuestMemory",
+        end: "Callable[[Outcome, str], None]",
+    ) -> None:
+        self.number = number
+        self.vcpu = vcpu
+        self._bus = bus
+        self._memory = memory
+        self._end = end
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"vcpu-{number}", daemon=True)
+
+    def start(self) -> None:
+        """Let the guest execute."""
+        self._thread.start()
+
+    def ask_to_stop(self) -> None:
+        """Make the thread leave the guest; `join` waits for it."""
+        self._stopping.set()
+        self.vcpu.kick()
+
+    def join(self) -> bool:
+        """Wait for the thread; False if it does not come back, as with an ioctl stuck in the kernel."""
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        self.vcpu.bind_thread()
+        try:
+            self._loop()
+        except OSError as error:
+            self._end(Outcome.FAILED, f"vcpu {self.number}: {error}")
+        except BaseException as error:
+            # Ours to fix, but a thread that dies silently would leave a guest that never ends.
+            self._end(Outcome.FAILED, f"vcpu {self.number}: internal error: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self.vcpu.unbind_thread()
+
+    def _loop(self) -> None:
+        vcpu, bus = self.vcpu, self._bus
+        while not self._stopping.is_set():
+            exit = vcpu.run_pio(bus.pio_read, bus.pio_write)
+            match exit:
+                case MmioRead(gpa, size):
+                    vcpu.answer(bus.mmio_read(gpa, size).to_bytes(size, "little"))
+                case MmioWrite(gpa, size, data):
+                    bus.mmio_write(gpa, size, int.from_bytes(data, "little"))
+                case PioIn(port, size, count):
+                    vcpu.answer(bus.pio_read_string(port, size, count))
+                case PioOut(port, size, _count, data):
+                    bus.pio_write_string(port, size, data)
+                case Interrupted():
+                    vcpu.clear_kick()
+                case Retry() | Hlt():
+                    self._stopping.wait(RETRY_WAIT_S)
+                case Shutdown() | SystemEvent():
+                    log.debug(f"vcpu {self.number}: triple fault")
+                    self._end(Outcome.REBOOT, "triple fault")
+                    return
+                case _:
+                    self._end(Outcome.FAILED, self._report(exit))
+                    return
+
+    def _report(self, exit: Exit) -> str:
+        """Log registers and instruction bytes of a vCPU that KVM cannot run on; return the sentence."""
+        match exit:
+            case InternalError(suberror, data):
+                words = " ".join(f"{word:#x}" for word in data)
+                what = f"KVM internal error {suberror} ({words})"
+            case FailEntry(reason, cpu):
+                what = f"entry to the guest failed, hardware reason {reason:#x} on cpu {cpu}"
+            case _:
+                what = f"unexpected exit {exit}"
+        for line in self.dump():
+            log.error(f"vcpu {self.number}: {line}")
+        instruction = exit.instruction if isinstance(exit, InternalError) else b""
+        if instruction:
+            what += f" at instruction {instruction.hex(' ')}"
+        return f"vcpu {self.number}: {what}"
+
+    def dump(self) -> list[str]:
+        """Return the registers of a stopped vCPU, and the bytes at its instruction pointer."""
+        try:
+            regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
+        except OSError as error:
+            return [f"no registers: {error}"]
+        names = [name for name, _type in abi.kvm_regs._fields_]
+        lines = [
+            " ".join(f"{name}={getattr(regs, name):016x}" for name in names[start : start + 4])
+            for start in range(0, len(names), 4)
+        ]
+        segments = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+        for name in segments:
+            each = getattr(sregs, name)
+            lines.append(f"{name}={each.selector:04x} base={each.base:016x} limit={each.limit:08x} type={each.type:x}")
+        lines.append(f"gdt={sregs.gdt.base:016x}/{sregs.gdt.limit:04x} idt={sregs.idt.base:016x}/{sregs.idt.limit:04x}")
+        lines.append(" ".join(f"{name}={getattr(sregs, name):x}" for name in ("cr0", "cr2", "cr3", "cr4", "efer")))
+        lines.append(f"code at rip: {self._code(sregs.cs.base if not sregs.efer & 0x400 else 0, regs.rip)}")
+        return lines
+
+    def _code(self, base: int, rip: int) -> str:
+        try:
+            gpa = self.vcpu.translate(base + rip & 0xFFFFFFFFFFFFFFFF)
+            return self._memory.read(gpa, INSTRUCTION_BYTES).hex(" ") if gpa is not None else "not mapped"
+        except (OSError, GuestError):
+            return "not readable"
