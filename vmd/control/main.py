@@ -41,10 +41,14 @@ from vmd.ipc.messages import (
     VmTerminated,
     WaitRequest,
 )
-from vmd.ipc.process import Handlers, Process
+from vmd.ipc.process import Process
 from vmd.log import RateLimit, log
 from vmd.privsep.confine import CONTROL, confine
 from vmd.record import Record, RecordType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.process import Handlers
 
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
@@ -163,7 +167,7 @@ class Control(Process):
         """End."""
         self.loop.stop()
 
-    HANDLERS: Handlers = {
+    HANDLERS: "Handlers" = {
         (Proc.PARENT, Listen): on_listen,
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,

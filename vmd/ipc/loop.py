@@ -32,7 +32,10 @@ class Timer:
 
 
 class Loop:
-    """One epoll set with its timers.  All methods but `call_from_thread` and `schedule` belong to the loop's own thread."""
+    """One epoll set with its timers.
+
+    All methods but `call_from_thread` and `schedule` belong to the loop's own thread.
+    """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

@@ -68,7 +68,7 @@ from vmd.ipc.messages import (
     VmTerminated,
     WaitRequest,
 )
-from vmd.ipc.process import Handlers, Process
+from vmd.ipc.process import Process
 from vmd.log import log
 from vmd.parent import service
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
@@ -78,6 +78,10 @@ from vmd.parent.resources import Pty, open_boot_files
 from vmd.parent.usage import resident_bytes
 from vmd.parent.vmtable import State, Vm, VmTable
 from vmd.record import Record, RecordType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.process import Handlers
 
 STOP_GRACE_S = 30.0  # what running guests get when the daemon ends, as OpenBSD's rc gives `vmctl stop -a`
 FAILED_TEXT_MAX = 8000  # a configuration can be wrong in more places than a message has room for
@@ -91,10 +95,14 @@ REQUESTS: tuple[RecordType, ...] = (
 # fmt: on
 
 
+# (path, what is known) -> the file as a configuration; None is the main file, read for itself
+LoadConfig = Callable[[str | None, Config | None], Config]
+
+
 class Parent(Process):
     """The daemon's state and its reactions to messages."""
 
-    def __init__(self, options: Options, config: Config, load_config: Callable[[str | None], Config]) -> None:
+    def __init__(self, options: Options, config: Config, load_config: LoadConfig) -> None:
         super().__init__(Proc.PARENT)
         self.options = options
         self.config = config
@@ -206,7 +214,7 @@ class Parent(Process):
 
     def reload(self) -> None:
         """Read the main file anew; a file that does not parse changes nothing.  Raises ConfigErrors."""
-        config = self.load_config(None)
+        config = self.load_config(None, None)
         for vm in list(self.vms):
             if not vm.alive:
                 self.vms.remove(vm)
@@ -418,9 +426,8 @@ class Parent(Process):
     def serve_load(self, message: LoadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read a further file; VMs it names again are left as they are."""
         require_root(caller, "load a configuration")
-        config = self.load_config(message.path)
-        self.register_config(config)
-        self.start_batch()
+        loaded = self.load_config(message.path, self.config)
+        self.apply(loaded.replace(switches=(*self.config.switches, *loaded.switches)))
         self.answer(envelope.peerid, Ok())
 
     def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: Envelope) -> None:
@@ -500,7 +507,7 @@ class Parent(Process):
         if not may_control(caller, vm.uid, vm.config.owner.gid):
             raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {vm.name}")
 
-    HANDLERS: Handlers = {
+    HANDLERS: "Handlers" = {
         **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
         (Proc.VMM, VmRunning): on_vm_running,
         (Proc.VMM, VmFailed): on_vm_failed,

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from vmd.config import check, grammar
+from vmd.config import check
 from vmd.config.model import Config
 from vmd.errors import VmdError
 from vmd.log import STDERR, log
@@ -12,6 +12,8 @@ from vmd.parent import service
 from vmd.parent.children import Children
 from vmd.parent.main import Parent
 from vmd.parent.options import Options, UsageError, parse
+
+CHILD_EXIT_TIMEOUT_S = 5.0
 
 
 def run(arguments: list[str]) -> int:
@@ -34,18 +36,16 @@ def run(arguments: list[str]) -> int:
         return 1
 
 
-def read_config(options: Options, path: str | None = None) -> Config:
-    """Read and check the main configuration file, or an additional one.  Raises ConfigErrors."""
-    macros = dict(grammar.parse_macro_definition(text) for text in options.macros)
-    config = grammar.load(
+def read_config(options: Options, path: str | None = None, known: Config | None = None) -> Config:
+    """Read the main configuration file or, on top of what is `known`, an additional one.  Raises ConfigErrors."""
+    return check.load(
         path or options.conf_path,
-        macros=macros,
+        macros=dict(check.parse_macro_definition(text) for text in options.macros),
         explicit=path is not None or options.conf_given,
         warn=log.warn,
+        settings=known.settings if known else None,
+        known_switches=[switch.name for switch in known.switches] if known else (),
     )
-    for warning in check.check(config):
-        log.warn(warning)
-    return config
 
 
 def serve(options: Options) -> int:
@@ -60,11 +60,13 @@ def serve(options: Options) -> int:
         ready = announce(options)
         form = service.choose_log(options.debug)
         log.setup("vmd", form, options.verbosity)
-        parent = Parent(options, config, lambda path: read_config(options, path))
+        children = Children(uid, gid)
+        parent = Parent(options, config, lambda path, known: read_config(options, path, known))
         parent.on_ready = ready
-        parent.start(Children(uid, gid, form, options.verbosity), listener, kvm_fd)
+        parent.start(children, listener, kvm_fd)
         parent.loop.run()
         parent.finish()
+        children.reap(CHILD_EXIT_TIMEOUT_S)
     finally:
         service.remove_socket(options.socket_path)
     log.info("terminating")

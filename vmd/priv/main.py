@@ -8,9 +8,13 @@ Holds    nothing yet: network interfaces come with the network devices
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import Proc, Quit, Ready, SetVerbosity
-from vmd.ipc.process import Handlers, Process
+from vmd.ipc.process import Process
 from vmd.log import log
 from vmd.privsep.confine import PRIV, confine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.process import Handlers
 
 
 class Priv(Process):
@@ -28,7 +32,7 @@ class Priv(Process):
         """End."""
         self.loop.stop()
 
-    HANDLERS: Handlers = {
+    HANDLERS: "Handlers" = {
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,
     }

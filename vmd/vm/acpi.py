@@ -15,7 +15,8 @@ import struct
 
 from vmd.record import Record
 from vmd.vm import aml, layout
-from vmd.vm.chips.acpipm import SLP_TYP_S5
+
+S5_SLEEP_TYPE = 5  # SLP_TYP that the guest writes to PM1 control to switch off
 
 OEM_ID = b"VMD   "
 OEM_TABLE_ID = b"VMDKVM  "
@@ -65,6 +66,7 @@ FADT_WBINVD = 1 << 0
 FADT_PROC_C1 = 1 << 2
 FADT_SLP_BUTTON = 1 << 5  # set: there is no fixed sleep button
 FADT_FIX_RTC = 1 << 6  # set: the alarm cannot wake a sleeping machine
+FADT_TMR_VAL_EXT = 1 << 8
 FADT_RESET_REG_SUP = 1 << 10
 NO_C2_US = 0x0FFF  # a latency above 100 µs (C2) or 1000 µs (C3) says that the state does not exist
 RESET_VALUE = 0x06
@@ -232,7 +234,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         IAPC_VGA_NOT_PRESENT,
         0,
         # No PWR_BUTTON bit: the power button is the fixed one, in the PM1 registers.
-        FADT_WBINVD | FADT_PROC_C1 | FADT_SLP_BUTTON | FADT_FIX_RTC | FADT_RESET_REG_SUP,
+        FADT_WBINVD | FADT_PROC_C1 | FADT_SLP_BUTTON | FADT_FIX_RTC | FADT_TMR_VAL_EXT | FADT_RESET_REG_SUP,
         _io_register(layout.PORT_RESET, 8, GAS_BYTE),
         RESET_VALUE,
         *(0, dsdt),
@@ -312,7 +314,7 @@ def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
         )
         for vcpu in range(vcpus)
     )
-    sleep_type = aml.integer(SLP_TYP_S5)
+    sleep_type = aml.integer(S5_SLEEP_TYPE)
     return b"".join(
         (
             aml.scope("_SB", *processors, board, fwcfg, pci),

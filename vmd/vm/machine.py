@@ -15,8 +15,7 @@ from vmd.log import log
 from vmd.vm import acpi, layout
 from vmd.vm.boot import fwcfg, loader
 from vmd.vm.bus import Bus
-from vmd.vm.chips import i8042
-from vmd.vm.chips.acpipm import PM_BLOCK_PORTS, AcpiPm
+from vmd.vm.chips.acpipm import AcpiPm
 from vmd.vm.chips.i8042 import I8042
 from vmd.vm.chips.mc146818 import Mc146818
 from vmd.vm.chips.ns8250 import Uart
@@ -106,10 +105,10 @@ class Machine:
         )
         bus.add_pio(layout.PORT_COM1, 8, self.uart)
         bus.add_pio(layout.PORT_RTC_INDEX, 2, self.rtc)
-        bus.add_pio(layout.PORT_ACPI_PM, PM_BLOCK_PORTS, self.pm)
+        bus.add_pio(layout.PORT_ACPI_PM, AcpiPm.PORTS, self.pm)
         bus.add_pio(layout.PORT_PCI_ADDRESS, 8, self.pci)
-        bus.add_pio(layout.PORT_FWCFG_SELECT, fwcfg.PORTS, self.fwcfg)
-        bus.add_pio(layout.PORT_KBD_DATA, i8042.PORTS, self.keyboard)
+        bus.add_pio(layout.PORT_FWCFG_SELECT, fwcfg.FwCfg.PORTS, self.fwcfg)
+        bus.add_pio(layout.PORT_KBD_DATA, I8042.PORTS, self.keyboard)
         bus.add_pio(layout.PORT_SYSTEM_CONTROL_A, 1, self.port_a)
 
         rsdp_gpa = layout.ACPI_TABLES
@@ -143,7 +142,8 @@ class Machine:
         """Take every vCPU out of the guest for good; False if one does not come back in time."""
         for thread in self.vcpus:
             thread.ask_to_stop()
-        return all([thread.join() for thread in self.vcpus])
+        left = [thread.join() for thread in self.vcpus]
+        return all(left)
 
     def _create_vcpu(self, number: int, count: int) -> VcpuThread:
         vcpu = self.kvm.create_vcpu(number)

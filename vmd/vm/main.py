@@ -30,11 +30,15 @@ from vmd.ipc.messages import (
     VmFailed,
     VmRunning,
 )
-from vmd.ipc.process import Handlers, Process
+from vmd.ipc.process import Process
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
 from vmd.vm.console import Console
 from vmd.vm.machine import BootImages, Machine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.process import Handlers
 
 KVM_FD = 4  # where vmm leaves /dev/kvm
 SNAPSHOT_PIECE = 8192  # bytes of backlog in one message
@@ -139,7 +143,7 @@ class VmProcess(Process):
         self.vmm.flush_blocking(LAST_WORDS_TIMEOUT_S)
         self.loop.stop()
 
-    HANDLERS: Handlers = {
+    HANDLERS: "Handlers" = {
         (Proc.VMM, StartVm): on_start_vm,
         (Proc.VMM, StopVm): on_stop_vm,
         (Proc.VMM, ConsoleSnapshot): on_console_snapshot,

@@ -151,7 +151,7 @@ class VcpuThread:
                     self._end(Outcome.FAILED, self._report(exit))
                     return
 
-    def _report(self, exit: Exit) -> str:
+    def _report(self, exit: "Exit") -> str:
         """Log registers and instruction bytes of a vCPU that KVM cannot run on; return the sentence."""
         match exit:
             case InternalError(suberror, data):
@@ -174,7 +174,7 @@ class VcpuThread:
             regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
         except OSError as error:
             return [f"no registers: {error}"]
-        names = [name for name, _type in abi.kvm_regs._fields_]
+        names = [field[0] for field in abi.kvm_regs._fields_]
         lines = [
             " ".join(f"{name}={getattr(regs, name):016x}" for name in names[start : start + 4])
             for start in range(0, len(names), 4)

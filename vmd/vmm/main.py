@@ -31,12 +31,16 @@ from vmd.ipc.messages import (
     VmFailed,
     VmRunning,
 )
-from vmd.ipc.process import Handlers, Process
+from vmd.ipc.process import Process
 from vmd.log import log
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 from vmd.vmm.children import Reaper, VmChild
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.process import Handlers
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
@@ -74,10 +78,10 @@ class Vmm(Process):
         """Start a VM process that waits for its StartVm.  Raises HostError."""
         ours, theirs = socketpair()
         try:
-            started = spawn("vm", ["vm"], channel=theirs, fds={KVM_FD: self.kvm_fd})
-        except OSError as error:
+            started = spawn("vm", ["vm", log.form, str(log.verbosity)], channel=theirs, fds={KVM_FD: self.kvm_fd})
+        except HostError:
             ours.close()
-            raise HostError("start a vm process", error) from error
+            raise
         finally:
             theirs.close()
         child = VmChild(started.pid, started.pidfd, self.attach_vm(ours))
@@ -173,7 +177,7 @@ class Vmm(Process):
         """End; VM processes that still live end with us."""
         self.loop.stop()
 
-    HANDLERS: Handlers = {
+    HANDLERS: "Handlers" = {
         (Proc.PARENT, KvmFd): on_kvm_fd,
         (Proc.PARENT, StartVm): on_start_vm,
         (Proc.PARENT, StopVm): on_stop_vm,

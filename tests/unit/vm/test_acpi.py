@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from vmd.vm import acpi, layout
-from vmd.vm.chips.acpipm import SLP_TYP_S5
 
 MIB = layout.MIB
 MEMORY = [128 * MIB, 3584 * MIB, 5120 * MIB]
@@ -171,7 +170,7 @@ def test_fadt_flags_say_what_there_is() -> None:
     assert len(fadt) == 244
     assert flags & 1 << 4 == 0  # PWR_BUTTON clear: in the PM1 registers
     assert flags & 1 << 5  # SLP_BUTTON set: none there
-    assert not flags & 1 << 8  # TMR_VAL_EXT: the timer has 24 bits
+    assert flags & 1 << 8  # TMR_VAL_EXT
     assert flags & 1 << 10  # RESET_REG_SUP
     assert fadt[116:129] == struct.pack("<BBBBQB", 1, 8, 0, 1, 0xCF9, 0x06)
     assert boot_arch == 1 << 2
@@ -224,9 +223,9 @@ def test_dsdt_memory_window_starts_where_firmware_starts(memory_bytes: int, wind
 
 
 def test_dsdt_s5_has_the_type_that_the_pm_chip_knows() -> None:
-    """Name (_S5, Package { 0, 0, 0, 0 })."""
-    assert SLP_TYP_S5 == 0
-    assert direct()["DSDT"].endswith(b"\x08_S5_\x12\x06\x04\x00\x00\x00\x00")
+    """Name (_S5, Package { 5, 5, 0, 0 })."""
+    assert acpi.S5_SLEEP_TYPE == 5
+    assert direct()["DSDT"].endswith(b"\x08_S5_\x12\x08\x04\x0a\x05\x0a\x05\x00\x00")
 
 
 @needs_iasl

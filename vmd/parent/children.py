@@ -1,0 +1,30 @@
+"""The parent's three children, each in the place it belongs to."""
+
+import socket
+
+from vmd.ipc.messages import Proc
+from vmd.log import log
+from vmd.privsep.cell import Cell, Network
+from vmd.privsep.spawn import Child, spawn
+
+
+class Children:
+    """Starts and finally reaps control, vmm and priv."""
+
+    def __init__(self, uid: int, gid: int) -> None:
+        self._places = {Proc.PRIV: Network(), Proc.CONTROL: Cell.build(uid, gid), Proc.VMM: Cell.build(uid, gid)}
+        self._children: list[Child] = []
+
+    def start(self, proc: Proc, channel: socket.socket) -> None:
+        """Start one child with its end of the channel.  Raises HostError."""
+        name = proc.name.lower()
+        arguments = [name, log.form, str(log.verbosity)]
+        self._children.append(spawn(name, arguments, channel=channel, place=self._places[proc]))
+
+    def reap(self, timeout_s: float) -> None:
+        """Wait for the children to end; kill the ones that do not."""
+        for child in self._children:
+            if child.reap(timeout_s) is None:
+                log.warn(f"{child.title} does not end; killing it")
+                child.kill()
+                child.reap(timeout_s)
