@@ -24,7 +24,19 @@ GROUP_MAX = 15
 PATH_MAX = 1023  # *cat. 2.5*: "disk path too long"
 CMDLINE_MAX = 2047  # Linux, x86 COMMAND_LINE_SIZE less its NUL
 
+MAX_RDOMAIN = 255
+MAX_INET6_PREFIX = 60  # leaves subnet ids for the four interfaces of three VMs; a /64 has none
+
 ROOT = 0
+
+
+NAME_FIRST = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
+NAME_OTHER = NAME_FIRST | set(".-_")
+
+
+def valid_vm_name(name: str) -> bool:
+    """Return whether a VM may be called so (*cat. 2.5*): no name escapes a directory, or a message."""
+    return 0 < len(name) <= NAME_MAX and name[0] in NAME_FIRST and NAME_OTHER.issuperset(name)
 
 
 class BootDevice(IntEnum):

@@ -7,12 +7,17 @@ from vmd.log import log
 from vmd.privsep.cell import Cell, Network
 from vmd.privsep.spawn import Child, spawn
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.privsep.spawn import Place
+
 
 class Children:
     """Starts and finally reaps control, vmm and priv."""
 
     def __init__(self, uid: int, gid: int) -> None:
-        self._places = {Proc.PRIV: Network(), Proc.CONTROL: Cell.build(uid, gid), Proc.VMM: Cell.build(uid, gid)}
+        cell = Cell.build(uid, gid)
+        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: cell}
         self._children: list[Child] = []
 
     def start(self, proc: Proc, channel: socket.socket) -> None:

@@ -84,6 +84,8 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 STOP_GRACE_S = 30.0  # what running guests get when the daemon ends, as OpenBSD's rc gives `vmctl stop -a`
+LAST_OUTPUT_ROUND_S = 0.02
+LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 FAILED_TEXT_MAX = 8000  # a configuration can be wrong in more places than a message has room for
 
 
@@ -322,12 +324,22 @@ class Parent(Process):
         for client in self.snapshots.pop(vm.vmid, []):
             self.answer(client, Failed(code=errno.ESRCH, text=f"vm {vm.name} has ended"))
         vm.waiting_clients.clear()
+        watched = vm.console_client is not None
         vm.ended(text)
-        vm.drop_pty()
+        pty = vm.take_pty()
+        if pty is not None:
+            self.retire_pty(pty, LAST_OUTPUT_ROUNDS if watched else 0)
         if not vm.from_config:
             self.vms.remove(vm)
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
+
+    def retire_pty(self, pty: Pty, rounds: int) -> None:
+        """Close a console once its viewer has read the last words of the guest, or will not."""
+        if rounds and pty.unread_bytes():
+            self.loop.call_later(LAST_OUTPUT_ROUND_S, lambda: self.retire_pty(pty, rounds - 1))
+        else:
+            pty.close()
 
     # --- requests of vmctl -------------------------------------------------------------------------------
 

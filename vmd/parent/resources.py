@@ -5,9 +5,12 @@ Nothing here reads what a file says: kinds and headers are told apart by process
 
 import contextlib
 import errno
+import fcntl
 import grp
 import os
 import stat
+import sys
+import termios
 import tty
 
 from vmd.config.model import VmConfig
@@ -52,8 +55,12 @@ class Pty:
         except OSError as error:
             raise HostError(f"change the owner of {self.path}", error) from error
 
+    def unread_bytes(self) -> int:
+        """Return how much output a viewer has not read yet; a hang-up would lose it."""
+        return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
+
     def close(self) -> None:
-        """Let the pty go."""
+        """Let the pty go; whoever has it open sees a hang-up."""
         os.close(self.master)
         os.close(self.slave)
 

@@ -84,12 +84,17 @@ class Vm:
         self.forced_boot = BootDevice.AUTO
         self.one_shot_boot = False
 
-    def drop_pty(self) -> None:
-        """Give up the console at the end of the VM."""
-        if self.pty is not None:
-            self.pty.close()
-            self.pty = None
+    def take_pty(self) -> Pty | None:
+        """Give up the console, at the end of the VM; the pty is the caller's to close."""
+        pty, self.pty = self.pty, None
         self.console_client = None
+        return pty
+
+    def drop_pty(self) -> None:
+        """Give up the console and close it at once."""
+        pty = self.take_pty()
+        if pty is not None:
+            pty.close()
 
 
 class VmTable:

@@ -31,14 +31,27 @@ from vmd.ipc.messages import (
     VmRunning,
 )
 from vmd.ipc.process import Process
+from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
+from vmd.privsep.confine import VM, confine
 from vmd.vm.console import Console
 from vmd.vm.machine import BootImages, Machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
+
+TCFLSH = 0x540B  # <asm-generic/ioctls.h>; termios.tcflush makes it
+
+CONFINEMENT = VM.replace(
+    ioctls=(
+        abi.KVM_RUN,
+        abi.KVM_IRQ_LINE,  # chips raise and lower their lines
+        abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
+        TCFLSH,  # the backlog takes the place of what waits in the pty
+    )
+)  # fmt: skip
 
 KVM_FD = 4  # where vmm leaves /dev/kvm
 SNAPSHOT_PIECE = 8192  # bytes of backlog in one message
@@ -74,6 +87,8 @@ class VmProcess(Process):
             self.console = Console(master, slave, self.loop)
             self.machine = Machine(message.config, KVM_FD, images, self.console, self.loop, self.end_from_thread)
             images.close()
+            for warning in confine(CONFINEMENT):
+                log.debug(warning)  # the parent has said so at its start
             self.machine.start()
         except (VmdError, OSError) as error:
             code = getattr(error, "errno", None) or getattr(error, "code", None) or 0

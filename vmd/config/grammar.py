@@ -1,0 +1,607 @@
+"""The productions of vm.conf; each action builds a part of the configuration (*cat. 2.2 - 2.5*).
+
+A docstring here is a production.  Semantic errors are reported and parsing goes on, so that one run finds
+all of them; a syntax error costs the rest of its line (`Lexer.skip_line`, and `error NL` below, which is
+accepted only where a line starts).  What spans objects is left to `check.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from ply import yacc
+
+from vmd.config import lexer, values
+from vmd.config.lexer import Lexer, Token, shown
+from vmd.config.model import (
+    CMDLINE_MAX,
+    MAX_DISKS,
+    MAX_NICS,
+    MAX_VCPUS,
+    MIB,
+    MIN_MEMORY_BYTES,
+    PATH_MAX,
+    ROOT,
+    AgentxConfig,
+    AllowInstance,
+    BootDevice,
+    Config,
+    DiskConfig,
+    Globals,
+    NicConfig,
+    Owner,
+    SwitchConfig,
+    VirtioMode,
+    VmConfig,
+    VmFlag,
+)
+from vmd.log import log
+
+AGENTX_CONTEXT_MAX = 32
+AGENTX_PATH_MAX = 107  # sun_path of unix(7) less its NUL
+COUNT_MAX = (1 << 31) - 1
+
+T = TypeVar("T")
+Warn = Callable[[str], None]
+
+
+class Production(Protocol):
+    """What ply hands each action: item 0 is the result, the others are the values of the right-hand side."""
+
+    parser: Any
+
+    def __getitem__(self, index: Any) -> Any: ...  # noqa: ANN401 - ply has no types
+    def __setitem__(self, index: int, value: object) -> None: ...
+    def __len__(self) -> int: ...
+
+
+FLAGS = {
+    "boot": VmFlag.KERNEL,
+    "cdrom": VmFlag.CDROM,
+    "disk": VmFlag.DISK,
+    "instance": VmFlag.INSTANCE,
+    "interface": VmFlag.NETWORK,
+    "memory": VmFlag.MEMORY,
+    "vcpus": VmFlag.CPU,
+}
+
+
+class Draft:
+    """One `vm` or `switch` block while its options come in."""
+
+    def __init__(self, name: str, parent: str, source: Lexer) -> None:
+        self.name = name
+        self.line = source.line
+        self.errors = len(source.errors)  # when it began
+        self.where = source.where
+        self.fields: dict[str, Any] = {"name": name, "origin": self.where}
+        if parent:
+            self.fields["parent"] = parent
+        self.given = VmFlag.INSTANCE if parent else VmFlag(0)
+        self.disks: list[DiskConfig] = []
+        self.nics: list[NicConfig] = []
+        self.nics_min: int | None = None
+
+
+class Grammar:
+    """Parses one file with what it includes; `parse` may be called once."""
+
+    tokens = lexer.TOKENS
+    literals = lexer.LITERALS
+    start = "file"
+
+    def __init__(self, source: Lexer, warn: Warn, settings: Globals) -> None:
+        self.lexer = source
+        self.warn = warn
+        self.settings = settings
+        self.switches: list[SwitchConfig] = []
+        self.vms: dict[str, VmConfig] = {}
+        self.draft = Draft("", "", source)
+        self.nic: dict[str, Any] = {}
+        self.allow = VmFlag(0)
+        self.allow_owner: Owner | None = None
+
+    def parse(self) -> Config:
+        """Return what the file says; meaningless if the lexer has errors by then."""
+        parser = yacc.yacc(module=self, write_tables=False, debug=False, errorlog=yacc.NullLogger())
+        # ply looks at the next token even where it can only reduce, so that a line would already be read
+        # under the rules, macros and file that the statement before it is about to change.
+        parser.defaulted_states = {
+            state: action
+            for state, actions in parser.action.items()
+            for action in set(actions.values())
+            if len(set(actions.values())) == 1 and action < 0
+        }
+        parser.parse(lexer=self.lexer)
+        return Config(
+            settings=self.settings, switches=tuple(self.switches), vms=tuple(self.vms.values())
+        )
+
+    def error(self, what: str, line: int | None = None) -> None:
+        """Report a semantic error of the present statement."""
+        self.lexer.error(what, line)
+
+    def p_error(self, token: Token | None) -> None:
+        if token is None:
+            self.error("syntax error at end of file")
+            return
+        if token.type != "ERROR":
+            quoted = token.text if token.type == "NL" else f'"{shown(token.text)}"'
+            self.error(f"syntax error at {quoted}")
+        self.lexer.skip_line(token)
+
+    # Lines
+
+    def p_file(self, p: Production) -> None:
+        """file : lines"""
+
+    def p_lines(self, p: Production) -> None:
+        """lines :
+                 | lines NL
+                 | lines statement NL"""
+
+    def p_lines_error(self, p: Production) -> None:
+        """lines : lines error NL"""
+        p.parser.errok()
+
+    def p_statement(self, p: Production) -> None:
+        """statement : include
+                     | macro
+                     | local
+                     | socket
+                     | agentx
+                     | staggered
+                     | switch
+                     | vm"""
+
+    def p_newlines(self, p: Production) -> None:
+        """newlines : NL
+                    | newlines NL"""
+
+    def p_strings(self, p: Production) -> None:
+        """strings : STRING"""
+        p[0] = [p[1]]
+
+    def p_strings_more(self, p: Production) -> None:
+        """strings : strings STRING"""
+        p[1].append(p[2])
+        p[0] = p[1]
+
+    def p_string(self, p: Production) -> None:
+        """string : strings"""
+        p[0] = "".join(p[1])
+
+    def p_enabled(self, p: Production) -> None:
+        """enabled : ENABLE
+                   | DISABLE"""
+        p[0] = p[1] == "enable"
+
+    def p_updown(self, p: Production) -> None:
+        """updown : UP
+                  | DOWN"""
+        p[0] = p[1] == "up"
+
+    # Statements outside blocks
+
+    def p_include(self, p: Production) -> None:
+        """include : INCLUDE string"""
+        self.lexer.include(p[2])
+
+    def p_macro(self, p: Production) -> None:
+        """macro : STRING '=' string"""
+        self.lexer.define(p[1], p[3])
+
+    def p_macro_number(self, p: Production) -> None:
+        """macro : STRING '=' NUMBER"""
+        self.lexer.define(p[1], str(p[3]))
+
+    def p_local_prefix(self, p: Production) -> None:
+        """local : LOCAL PREFIX range"""
+        prefix = self.value(values.prefix4, p[3], self.settings.local_prefix)
+        self.settings = self.settings.replace(local_prefix=prefix)
+
+    def p_local_inet6(self, p: Production) -> None:
+        """local : LOCAL INET6"""
+        self.settings = self.settings.replace(local_inet6=True)
+
+    def p_local_inet6_prefix(self, p: Production) -> None:
+        """local : LOCAL INET6 PREFIX range"""
+        prefix = self.value(values.prefix6, p[4], None)
+        self.settings = self.settings.replace(local_inet6=True, local_inet6_prefix=prefix)
+
+    def p_local_nat(self, p: Production) -> None:
+        """local : LOCAL NAT enabled"""
+        self.settings = self.settings.replace(local_nat=p[3])
+
+    def p_range(self, p: Production) -> None:
+        """range : string
+                 | NUMBER
+                 | NUMBER string"""
+        # 10/8 is a number and a word, because a slash ends a number
+        p[0] = "".join(str(part) for part in p[1:])
+
+    def p_socket(self, p: Production) -> None:
+        """socket : SOCKET OWNER owner"""
+        owner = p[3] if p[3].gid is not None else p[3].replace(gid=ROOT)
+        self.settings = self.settings.replace(socket_owner=owner)
+
+    def p_agentx(self, p: Production) -> None:
+        """agentx : AGENTX agentx_options"""
+        self.settings = self.settings.replace(agentx=AgentxConfig(**p[2]))
+
+    def p_agentx_options(self, p: Production) -> None:
+        """agentx_options :
+                          | agentx_options CONTEXT string
+                          | agentx_options PATH string"""
+        p[0] = p[1] if len(p) > 1 else {}
+        if len(p) == 1:
+            return
+        if p[2] == "context" and values.too_long(p[3], AGENTX_CONTEXT_MAX):
+            self.error("agentx context too large")
+        elif p[2] == "path" and not p[3].startswith("/"):
+            self.error("agentx path is not absolute")
+        elif p[2] == "path" and values.too_long(p[3], AGENTX_PATH_MAX):
+            self.error("agentx path too large")
+        else:
+            p[0][p[2]] = p[3]
+
+    def p_staggered(self, p: Production) -> None:
+        """staggered : STAGGERED START PARALLEL NUMBER DELAY NUMBER"""
+        if not 1 <= p[4] <= COUNT_MAX:
+            self.error(f"invalid parallel value: {p[4]}")
+        elif not 0 <= p[6] <= COUNT_MAX:
+            self.error(f"invalid delay: {p[6]}")
+        else:
+            self.settings = self.settings.replace(start_parallel=p[4], start_delay_s=p[6])
+
+    # switch blocks
+
+    def p_switch(self, p: Production) -> None:
+        """switch : switch_name '{' switch_body '}'"""
+        draft = self.draft
+        if "interface" not in draft.fields and len(self.lexer.errors) > draft.errors:
+            return  # it may be what could not be read
+        if "interface" not in draft.fields:
+            self.error(f'switch "{shown(draft.name)}" is missing interface name', draft.line)
+            return
+        self.switches.append(SwitchConfig(**draft.fields))
+
+    def p_switch_name(self, p: Production) -> None:
+        """switch_name : SWITCH string"""
+        self.draft = Draft(self.value(values.switch_name, p[2], ""), "", self.lexer)
+
+    def p_switch_body(self, p: Production) -> None:
+        """switch_body : switch_option
+                       | newlines switch_option
+                       | switch_lines
+                       | switch_lines switch_option"""
+
+    def p_switch_lines(self, p: Production) -> None:
+        """switch_lines : switch_first NL
+                        | newlines switch_first NL
+                        | switch_lines NL
+                        | switch_lines switch_option NL"""
+
+    def p_switch_lines_error(self, p: Production) -> None:
+        """switch_lines : newlines error NL
+                        | switch_lines error NL"""
+        p.parser.errok()
+
+    def p_switch_first(self, p: Production) -> None:
+        """switch_first : switch_option
+                        | switch_option switch_option"""
+
+    def p_switch_enabled(self, p: Production) -> None:
+        """switch_option : enabled"""
+        self.draft.fields["enabled"] = p[1]
+
+    def p_switch_group(self, p: Production) -> None:
+        """switch_option : GROUP string"""
+        self.draft.fields["group"] = self.value(values.group_name, p[2], "")
+
+    def p_switch_interface(self, p: Production) -> None:
+        """switch_option : INTERFACE string"""
+        self.draft.fields["interface"] = self.value(values.switch_interface, p[2], "")
+
+    def p_switch_locked(self, p: Production) -> None:
+        """switch_option : LOCKED LLADDR"""
+        self.draft.fields["locked"] = True
+
+    def p_switch_rdomain(self, p: Production) -> None:
+        """switch_option : RDOMAIN NUMBER"""
+        self.draft.fields["rdomain"] = self.value(values.rdomain, p[2], 0)
+
+    def p_switch_updown(self, p: Production) -> None:
+        """switch_option : updown"""
+        self.draft.fields["up"] = p[1]
+
+    # vm blocks
+
+    def p_vm(self, p: Production) -> None:
+        """vm : vm_name '{' vm_body '}'"""
+        draft = self.draft
+        if draft.name in self.vms:
+            # A second one is no error upstream either, so that files can be loaded one over another.
+            self.warn(f'{draft.where}: vm "{shown(draft.name)}" skipped (already exists)')
+            return
+        missing = max(0, (draft.nics_min or 0) - len(draft.nics))
+        self.vms[draft.name] = VmConfig(
+            **draft.fields,
+            given=draft.given,
+            disks=tuple(draft.disks),
+            nics=(*draft.nics, *(NicConfig() for _ in range(missing))),
+        )
+
+    def p_vm_name(self, p: Production) -> None:
+        """vm_name : VM string
+                   | VM string INSTANCE string"""
+        parent = self.value(values.parent_name, p[2], "") if len(p) > 3 else ""
+        name = self.value(values.vm_name, p[len(p) - 1], "")
+        self.draft = Draft(name, parent, self.lexer)
+
+    def p_vm_body(self, p: Production) -> None:
+        """vm_body : vm_option
+                   | newlines vm_option
+                   | vm_lines
+                   | vm_lines vm_option"""
+
+    def p_vm_lines(self, p: Production) -> None:
+        """vm_lines : vm_first NL
+                    | newlines vm_first NL
+                    | vm_lines NL
+                    | vm_lines vm_option NL"""
+
+    def p_vm_lines_error(self, p: Production) -> None:
+        """vm_lines : newlines error NL
+                    | vm_lines error NL"""
+        p.parser.errok()
+
+    def p_vm_first(self, p: Production) -> None:
+        """vm_first : vm_option
+                    | vm_option vm_option"""
+
+    def p_vm_enabled(self, p: Production) -> None:
+        """vm_option : enabled"""
+        self.draft.fields["enabled"] = p[1]
+
+    def p_vm_disk(self, p: Production) -> None:
+        """vm_option : DISK string
+                     | DISK string FORMAT string"""
+        self.draft.given |= VmFlag.DISK
+        form = self.value(values.disk_format, p[4], "") if len(p) > 3 else ""
+        if len(self.draft.disks) == MAX_DISKS:
+            self.error("too many disks")
+        else:
+            self.draft.disks.append(DiskConfig(path=self.value(values.disk_path, p[2], ""), format=form))
+
+    def p_vm_boot(self, p: Production) -> None:
+        """vm_option : BOOT string boot_options"""
+        self.draft.given |= VmFlag.KERNEL
+        if self.once("kernel"):
+            self.draft.fields["kernel"] = self.value(values.kernel_path, p[2], "")
+
+    def p_vm_boot_device(self, p: Production) -> None:
+        """vm_option : BOOT DEVICE CDROM
+                     | BOOT DEVICE DISK
+                     | BOOT DEVICE NET"""
+        self.draft.fields["boot_device"] = BootDevice[p[3].upper()]
+
+    def p_boot_options(self, p: Production) -> None:
+        """boot_options :
+                        | boot_options boot_option"""
+
+    def p_vm_boot_option(self, p: Production) -> None:
+        """vm_option : boot_option"""
+
+    def p_boot_initrd(self, p: Production) -> None:
+        """boot_option : INITRD string"""
+        if self.once("initrd"):
+            self.draft.fields["initrd"] = self.value(values.initrd_path, p[2], "")
+
+    def p_boot_cmdline(self, p: Production) -> None:
+        """boot_option : CMDLINE string"""
+        if self.once("cmdline"):
+            self.draft.fields["cmdline"] = p[2]
+            if values.too_long(p[2], CMDLINE_MAX):
+                self.error(f"cmdline too long (limit is {CMDLINE_MAX})")
+
+    def p_vm_cdrom(self, p: Production) -> None:
+        """vm_option : CDROM string"""
+        self.draft.given |= VmFlag.CDROM
+        if self.once("cdrom"):
+            self.draft.fields["cdrom"] = p[2]
+            if values.too_long(p[2], PATH_MAX):
+                self.error("cdrom name too long")
+
+    def p_vm_interfaces(self, p: Production) -> None:
+        """vm_option : INTERFACES NUMBER"""
+        self.draft.given |= VmFlag.NETWORK
+        if self.draft.nics_min is not None:
+            self.error("interfaces specified more than once")
+        elif p[2] > MAX_NICS:
+            self.error(f"too many interfaces: {p[2]}")
+        elif p[2] < 0:
+            self.error(f"invalid number of interfaces: {p[2]}")
+        else:
+            self.draft.nics_min = p[2]
+
+    def p_vm_memory(self, p: Production) -> None:
+        """vm_option : MEMORY NUMBER
+                     | MEMORY string"""
+        self.draft.given |= VmFlag.MEMORY
+        if self.once("memory_bytes", "memory"):
+            wanted = self.value(values.memory, p[2], MIN_MEMORY_BYTES)
+            if wanted % MIB:
+                log.debug(f"{self.lexer.where}: memory size rounded to {wanted // MIB} megabytes")
+            self.draft.fields["memory_bytes"] = wanted - wanted % MIB
+
+    def p_vm_owner(self, p: Production) -> None:
+        """vm_option : OWNER owner"""
+        self.draft.fields["owner"] = p[2]
+
+    def p_vm_sev(self, p: Production) -> None:
+        """vm_option : SEV"""
+        self.draft.fields["sev"] = True
+
+    def p_vm_seves(self, p: Production) -> None:
+        """vm_option : SEVES"""
+        self.draft.fields["sev"] = self.draft.fields["sev_es"] = True
+
+    def p_vm_vcpus(self, p: Production) -> None:
+        """vm_option : VCPUS NUMBER"""
+        self.draft.given |= VmFlag.CPU
+        if self.once("vcpus"):
+            self.draft.fields["vcpus"] = p[2]
+            if not 1 <= p[2] <= MAX_VCPUS:
+                self.error(f"invalid number of vcpus: {p[2]} (limit is {MAX_VCPUS})")
+
+    def p_vm_virtio(self, p: Production) -> None:
+        """vm_option : VIRTIO string"""
+        self.draft.fields["virtio"] = self.value(values.virtio_mode, p[2], VirtioMode.TRANSITIONAL)
+
+    # interfaces of a VM
+
+    def p_vm_interface(self, p: Production) -> None:
+        """vm_option : nic_name
+                     | nic_name nic_row
+                     | nic_name '{' nic_body '}'"""
+        count = len(self.draft.nics) + 1
+        if count > MAX_NICS:
+            self.error(f"too many interfaces: {count}")
+        else:
+            self.draft.nics.append(NicConfig(**self.nic))
+
+    def p_nic_name(self, p: Production) -> None:
+        """nic_name : INTERFACE optional_string
+                    | LOCAL INTERFACE optional_string"""
+        self.draft.given |= VmFlag.NETWORK
+        tap = self.value(values.tap_name, p[len(p) - 1], "")
+        self.nic = {"tap": tap, "local": p[1] == "local"}
+
+    def p_optional_string(self, p: Production) -> None:
+        """optional_string :
+                           | string"""
+        p[0] = p[1] if len(p) > 1 else ""
+
+    def p_nic_body(self, p: Production) -> None:
+        """nic_body : nic_row
+                    | newlines nic_row
+                    | nic_lines
+                    | nic_lines nic_row"""
+
+    def p_nic_lines(self, p: Production) -> None:
+        """nic_lines : nic_row NL
+                     | newlines nic_row NL
+                     | nic_lines NL
+                     | nic_lines nic_row NL"""
+
+    def p_nic_lines_error(self, p: Production) -> None:
+        """nic_lines : newlines error NL
+                     | nic_lines error NL"""
+        p.parser.errok()
+
+    def p_nic_row(self, p: Production) -> None:
+        """nic_row : nic_item
+                   | nic_row nic_item"""
+
+    def p_nic_item(self, p: Production) -> None:
+        """nic_item : nic_option
+                    | nic_option ','"""
+
+    def p_nic_switch(self, p: Production) -> None:
+        """nic_option : SWITCH string"""
+        self.nic["switch"] = self.value(values.switch_name, p[2], "")
+
+    def p_nic_group(self, p: Production) -> None:
+        """nic_option : GROUP string"""
+        self.nic["group"] = self.value(values.group_name, p[2], "")
+
+    def p_nic_lladdr(self, p: Production) -> None:
+        """nic_option : LLADDR optional_string
+                      | LOCKED LLADDR optional_string"""
+        if p[1] == "locked":
+            self.nic["locked"] = True
+        if text := p[len(p) - 1]:
+            self.nic["lladdr"] = self.value(values.lladdr, text, b"")
+
+    def p_nic_rdomain(self, p: Production) -> None:
+        """nic_option : RDOMAIN NUMBER"""
+        self.nic["rdomain"] = self.value(values.rdomain, p[2], 0)
+
+    def p_nic_updown(self, p: Production) -> None:
+        """nic_option : updown"""
+        self.nic["up"] = p[1]
+
+    # who may make instances of a VM
+
+    def p_vm_allow(self, p: Production) -> None:
+        """vm_option : ALLOW INSTANCE flag
+                     | ALLOW INSTANCE '{' flag_body '}'"""
+        allow = self.draft.fields.get("allow", AllowInstance())
+        self.draft.fields["allow"] = AllowInstance(
+            flags=allow.flags | self.allow, owner=self.allow_owner or allow.owner
+        )
+        self.allow, self.allow_owner = VmFlag(0), None
+
+    def p_flag_body(self, p: Production) -> None:
+        """flag_body : flag_row
+                     | newlines flag_row
+                     | flag_lines
+                     | flag_lines flag_row"""
+
+    def p_flag_lines(self, p: Production) -> None:
+        """flag_lines : flag_row NL
+                      | newlines flag_row NL
+                      | flag_lines NL
+                      | flag_lines flag_row NL"""
+
+    def p_flag_lines_error(self, p: Production) -> None:
+        """flag_lines : newlines error NL
+                      | flag_lines error NL"""
+        p.parser.errok()
+
+    def p_flag_row(self, p: Production) -> None:
+        """flag_row : flag_item
+                    | flag_row flag_item"""
+
+    def p_flag_item(self, p: Production) -> None:
+        """flag_item : flag
+                     | flag ','"""
+
+    def p_flag(self, p: Production) -> None:
+        """flag : BOOT
+                | CDROM
+                | DISK
+                | INSTANCE
+                | INTERFACE
+                | MEMORY
+                | VCPUS"""
+        self.allow |= FLAGS[p[1]]
+
+    def p_flag_owner(self, p: Production) -> None:
+        """flag : OWNER owner"""
+        self.allow_owner = p[2]
+
+    # values
+
+    def p_owner_uid(self, p: Production) -> None:
+        """owner : NUMBER"""
+        p[0] = self.value(values.owner, str(p[1]), Owner())
+
+    def p_owner_name(self, p: Production) -> None:
+        """owner : string"""
+        p[0] = self.value(values.owner, p[1], Owner())
+
+    def once(self, field: str, what: str = "") -> bool:
+        """Return whether a field of the VM has not been given yet; report it if it has."""
+        if field in self.draft.fields:
+            self.error(f"{what or field} specified more than once")
+            return False
+        return True
+
+    def value(self, read: Callable[[Any], T], text: int | str, default: T) -> T:
+        """Return a value of `values.py`; a bad one is reported and replaced, so that parsing goes on."""
+        try:
+            return read(text)
+        except ValueError as error:
+            self.error(str(error))
+            return default

@@ -1,0 +1,398 @@
+"""Tokens of vm.conf: quoting, continued lines, macros and include files (*cat. 2.1*).
+
+Written by hand because pushing a macro's value back onto the input, continuing lines and switching files
+are not regular.  `Lexer` has what ply's parser asks for: `token()`.
+
+It also knows where lines and braces are, which lets `skip_line` go on behind a syntax error without
+taking the rest of a block for nonsense.
+"""
+
+import os
+import stat
+from collections.abc import Mapping
+
+from vmd.errors import ConfigError, VmdError
+
+INPUT_MAX = 16 << 20  # bytes of a file and everything it includes, each time it does
+INCLUDE_MAX = 16  # files open within each other
+TOKEN_MAX = 8095  # characters
+ERRORS_MAX = 100  # what follows is mostly noise, and no file may fill memory or log with it
+INT64 = range(-(1 << 63), 1 << 63)
+SHOWN_MAX = 80  # characters of a token in a message
+
+RESERVED = frozenset({
+    "add", "agentx", "allow", "boot", "cdrom", "context", "delay", "device", "disable", "disk", "down",
+    "enable", "format", "group", "id", "include", "inet6", "instance", "interface", "interfaces",
+    "lladdr", "local", "locked", "memory", "net", "owner", "parallel", "path", "prefix", "rdomain",
+    "sev", "seves", "size", "socket", "staggered", "start", "switch", "up", "vm",
+})  # fmt: skip
+
+# Our own keywords are words like any other wherever vmd(8) takes a word, so that no upstream file breaks.
+# In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
+BLOCK_WORDS = frozenset({"vcpus", "virtio", "initrd", "cmdline"})
+# ... except that these two end the path of a `boot` statement ...
+BOOT_WORDS = frozenset({"initrd", "cmdline"})
+STRING_FOLLOWS = frozenset({
+    "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "MEMORY",
+    "OWNER", "STRING", "SWITCH", "VIRTIO",
+})  # fmt: skip
+# ... and outside of blocks there is `local nat`.
+LOCAL_WORD = "nat"
+
+TOKENS = (
+    *(word.upper() for word in sorted(RESERVED - {"add", "id", "size"})),  # those three mean nothing yet
+    *(word.upper() for word in sorted(BLOCK_WORDS)),
+    "NAT", "NL", "NUMBER", "STRING",
+)  # fmt: skip
+LITERALS = "{},="
+
+_DIGITS = frozenset("0123456789")
+_ALNUM = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz") | _DIGITS
+_MACRO_NAME = _ALNUM | {"_"}
+_WORD_START = _ALNUM | set(":_/")
+_WORD = _ALNUM | set("\"$%&'*+-./:;<>?@[\\]^_`|~")
+_NUMBER_END = frozenset(" \t\n\v\f\r),/}=")
+
+
+def shown(text: str) -> str:
+    """Return a text as messages quote it: cut if long."""
+    return text if len(text) <= SHOWN_MAX else text[: SHOWN_MAX - 3] + "..."
+
+
+class Token:
+    """What ply calls a token; `text` is how it was written."""
+
+    def __init__(self, kind: str, value: object, text: str, line: int) -> None:
+        self.type = kind
+        self.value = value
+        self.text = text
+        self.lineno = line
+        self.lexpos = 0
+        self.closes = False  # a brace that ends the block in which its line began
+
+
+class Source:
+    """One open file: characters with a position, and in front of them the rest of a macro's value."""
+
+    def __init__(self, path: str, identity: tuple[int, int], text: str) -> None:
+        self.path = path
+        self.identity = identity
+        self.text = text
+        self.at = 0
+        self.line = 1
+        self.expansion = ""
+        self.expansion_at = 0
+        self.ended = False
+
+    @property
+    def expanding(self) -> bool:
+        """Whether the next character comes out of a macro, where `$` means nothing: no macro bombs."""
+        return self.expansion_at < len(self.expansion)
+
+    def raw_peek(self) -> str:
+        """Return the next character as it is written, "" at the end."""
+        if self.expanding:
+            return self.expansion[self.expansion_at]
+        return self.text[self.at : self.at + 1]
+
+    def raw(self) -> str:
+        """Return and consume the next character as it is written, "" at the end."""
+        c = self.raw_peek()
+        if self.expanding:
+            self.expansion_at += 1
+        else:
+            self.at += len(c)
+            self.line += c == "\n"
+        return c
+
+    def peek(self) -> str:
+        """Return the next character outside quotes: lines are joined, other backslashes hide themselves."""
+        if self.expanding:
+            return self.expansion[self.expansion_at]
+        while self.text.startswith("\\\n", self.at):
+            self.at += 2
+            self.line += 1
+        return self.text[self.at : self.at + 2].removeprefix("\\")[:1]
+
+    def advance(self) -> None:
+        """Consume what `peek` returned."""
+        escape = not self.expanding and self.raw_peek() == "\\"
+        self.raw()
+        if escape:
+            self.raw()
+
+    def take(self, allowed: frozenset[str]) -> str:
+        """Return and consume as many characters of a set as follow; those beyond TOKEN_MAX + 1 are dropped."""
+        taken: list[str] = []
+        while (c := self.peek()) and c in allowed:
+            self.advance()
+            if len(taken) <= TOKEN_MAX:
+                taken.append(c)
+        return "".join(taken)
+
+    def skip_comment(self) -> None:
+        """Consume everything up to the newline; one behind a backslash does not count."""
+        self.expansion = ""
+        while True:
+            end = self.text.find("\n", self.at)
+            comment = self.text[self.at : end if end >= 0 else len(self.text)]
+            self.at += len(comment)
+            if end < 0 or (len(comment) - len(comment.rstrip("\\"))) % 2 == 0:
+                return
+            self.raw()
+
+
+def read_regular(path: str, limit: int) -> tuple[tuple[int, int], str]:
+    """Return a file's identity and its text; bytes that are no UTF-8 survive as surrogates.
+
+    Raises:
+        OSError: the file cannot be opened or read.
+        VmdError: it is no regular file, or longer than `limit` bytes.
+    """
+    # Looked at before it is opened: opening alone hangs on a FIFO and does things to some devices.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise VmdError("not a regular file")
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise VmdError("not a regular file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise VmdError(f"more than {INPUT_MAX >> 20} MiB of configuration")
+    return (status.st_dev, status.st_ino), content.decode("utf-8", "surrogateescape")
+
+
+class Lexer:
+    """Turns a file, and what it includes, into tokens; collects errors of every later stage too.
+
+    `macros` are persistent: an assignment in the file does not change them.
+    """
+
+    def __init__(self, macros: Mapping[str, str]) -> None:
+        self.persistent = frozenset(macros)
+        self.macros = dict(macros)
+        self.unused = dict.fromkeys(macros)
+        self.sources: list[Source] = []
+        self.budget = INPUT_MAX
+        self.errors: list[VmdError] = []
+        self.path = ""
+        self.line = 0
+        self.pending: list[Token] = []
+        self.previous = "NL"
+        self.boot_line = False
+        self.depth = 0  # braces open
+        self.floor = 0  # lowest depth on the present line
+
+    def error(self, what: str, line: int | None = None) -> None:
+        """Report what is wrong with the statement of the last token, or another line of the same file."""
+        if len(self.errors) == ERRORS_MAX:
+            self.errors.append(ConfigError(self.path, self.line, "too many errors, giving up"))
+            self.sources.clear()
+        if len(self.errors) < ERRORS_MAX:
+            self.errors.append(ConfigError(self.path, self.line if line is None else line, what))
+
+    @property
+    def where(self) -> str:
+        """`path:line` of the last token."""
+        return f"{self.path}:{self.line}"
+
+    def open(self, path: str) -> None:
+        """Read a file from here on, and then go on where we are.
+
+        Raises:
+            OSError, VmdError: as `read_regular`; also when files include each other without end.
+        """
+        identity, text = read_regular(path, self.budget)
+        if any(source.identity == identity for source in self.sources):
+            raise VmdError("it includes itself")
+        if len(self.sources) > INCLUDE_MAX:
+            raise VmdError(f"more than {INCLUDE_MAX} files deep")
+        self.budget -= len(text)
+        if not self.sources:
+            self.path = path
+        self.sources.append(Source(path, identity, text))
+
+    def include(self, name: str) -> None:
+        """Carry out an `include` statement.
+
+        A relative name is looked for beside the including file first.  Unlike vmd(8), which knows only the
+        working directory: a daemon's is /, so a reload would not find what the start found.
+        """
+        beside = os.path.join(os.path.dirname(self.path), name)
+        try:
+            self.open(beside if os.path.lexists(beside) else name)
+        except OSError as error:
+            self.error(f"failed to include file {shown(name)}: {os.strerror(error.errno or 0)}")
+        except VmdError as error:
+            self.error(f"failed to include file {shown(name)}: {error}")
+
+    def define(self, name: str, value: str) -> None:
+        """Carry out a macro assignment."""
+        if any(c.isspace() for c in name):
+            self.error("macro name cannot contain whitespace")
+        elif name not in self.persistent:
+            self.macros[name] = value
+            self.unused[name] = None
+
+    def token(self) -> Token | None:
+        """Return the next token, None at the end of the outermost file."""
+        token = self.pending.pop(0) if self.pending else self.scan()
+        if token is not None:
+            self.previous = token.type
+            if token.type == "NL":
+                self.floor = self.depth
+        return token
+
+    def skip_line(self, bad: Token) -> None:
+        """Arrange for the next token to be the end of the line that `bad`, the last token, spoilt.
+
+        A block opened on that line is skipped too.  Where the line would close the block around it, the
+        brace survives, on a line of its own, so that what follows is read in the right place.
+        """
+        token: Token | None = bad
+        while token is not None:
+            if token.closes:
+                token.closes = False  # never twice, whatever the parser makes of it
+                self.pending = [Token("NL", "\n", "\n", token.lineno), self.copy(token)]
+                break
+            if token.type == "NL" and self.depth <= self.floor:
+                self.pending = [self.copy(token)]
+                break
+            token = self.scan()
+        bad.type = "ERROR"  # the parser still holds it, and must throw it away
+
+    @staticmethod
+    def copy(token: Token) -> Token:
+        """Return the same token again."""
+        return Token(token.type, token.value, token.text, token.lineno)
+
+    def scan(self) -> Token | None:
+        """Read one token."""
+        while self.sources:
+            source = self.sources[-1]
+            while (c := source.peek()) in ("\t", " "):
+                source.advance()
+            if c == "#":
+                source.skip_comment()
+                c = source.peek()
+            self.path, self.line = source.path, source.line
+            if not c:
+                if not source.ended:
+                    # A last line without newline is a line, and stays one of its own file.
+                    source.ended = True
+                    return Token("NL", "\n", "end of line", source.line)
+                self.sources.pop()
+                continue
+            if c == "$" and not source.expanding:
+                source.advance()
+                if not self.expand(source):
+                    return self.bad()
+                continue
+            return self.visible(source, c)
+        return None
+
+    def bad(self) -> Token:
+        """Return the token that fits nowhere, for text that has been reported already."""
+        return Token("ERROR", None, "", self.line)
+
+    def expand(self, source: Source) -> bool:
+        """Put a macro's value in front of the input."""
+        name = source.take(_MACRO_NAME)
+        if len(name) > TOKEN_MAX:
+            self.error("string too long")
+            return False
+        if name not in self.macros:
+            self.error(f"macro '{shown(name)}' not defined")
+            return False
+        self.unused.pop(name, None)
+        source.expansion, source.expansion_at = self.macros[name], 0
+        return True
+
+    def visible(self, source: Source, c: str) -> Token:
+        """Read a token that starts with `c`."""
+        if c in "\"'":
+            return self.quoted(source, c)
+        if c in _DIGITS or c == "-":
+            return self.number(source)
+        if c in _WORD_START:
+            return self.word(source.take(_WORD))
+        source.advance()
+        if c == "\n":
+            return Token("NL", c, "end of line", self.line)
+        token = Token(c, c, c, self.line)
+        if c == "{":
+            self.depth += 1
+        elif c == "}" and self.depth:
+            self.depth -= 1
+            token.closes = self.depth < self.floor
+            self.floor = min(self.floor, self.depth)
+        return token
+
+    def quoted(self, source: Source, quote: str) -> Token:
+        """Read a string up to the quote it began with."""
+        source.advance()
+        text: list[str] = []
+        while (c := source.raw()) != quote:
+            if c == "\\" and source.raw_peek() in {quote, " ", "\t", "\n"}:
+                c = source.raw()
+            if not c:
+                self.error("reached end of file while parsing quoted string")
+                return self.bad()
+            if c == "\0":
+                self.error("quoted string contains a NUL byte")
+                return self.bad()
+            if c != "\n" and len(text) <= TOKEN_MAX:
+                text.append(c)
+        return self.string("".join(text))
+
+    def string(self, text: str) -> Token:
+        """Return a string token of bounded length."""
+        if len(text) > TOKEN_MAX:
+            self.error("string too long")
+            return self.bad()
+        return Token("STRING", text, text, self.line)
+
+    def number(self, source: Source) -> Token:
+        """Read a number, or what only looked like one: `1G`, `10.0.0.1`, `00:11:22:33:44:55`."""
+        sign = ""
+        if source.peek() == "-":
+            sign = "-"
+            source.advance()
+        digits = source.take(_DIGITS)
+        c = source.peek()
+        if not digits:
+            return Token(sign, sign, sign, self.line)
+        if c and c not in _NUMBER_END:
+            if sign:
+                # The minus is a token of its own here, and no statement has one.
+                return Token(sign, sign, sign + digits, self.line)
+            return self.word(digits + source.take(_WORD))
+        text = sign + digits
+        if len(text) > TOKEN_MAX:
+            self.error("string too long")
+            return self.bad()
+        value = int(digits.lstrip("0")[:20] or "0") * (-1 if sign else 1)
+        if value not in INT64:
+            reason = "too small" if sign else "too large"
+            self.error(f'"{shown(text)}" invalid number: {reason}')
+            return self.bad()
+        return Token("NUMBER", value, text, self.line)
+
+    def word(self, text: str) -> Token:
+        """Return the token of an unquoted word: a keyword where it is one, else a string."""
+        kind = "STRING"
+        if text in RESERVED:
+            kind = text.upper()
+        elif self.depth == 0:
+            if text == LOCAL_WORD and self.previous == "LOCAL":
+                kind = "NAT"
+        elif text in BLOCK_WORDS and (
+            self.previous not in STRING_FOLLOWS
+            or (text in BOOT_WORDS and self.boot_line and self.previous == "STRING")
+        ):
+            kind = text.upper()
+        if kind == "STRING":
+            return self.string(text)
+        self.boot_line = kind == "BOOT" or (self.boot_line and text in BOOT_WORDS)
+        return Token(kind, text, text, self.line)

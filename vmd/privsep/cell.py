@@ -1,0 +1,307 @@
+"""The places that root prepares for its children: the cell of the unprivileged ones, and priv's.
+
+The cell is a root file system that holds the interpreter, its shared libraries and our own code, all read-only,
+and nothing of the host.  It is built once, in a mount namespace of its own; each child enters that and gets IPC,
+network and host name namespaces besides.
+
+    /usr/bin/python3.11, /usr/lib/python3.11 (or wherever they are)  bind mounts, without site-packages
+    /lib/x86_64-linux-gnu/libc.so.6, /lib64/ld-linux-x86-64.so.2, …  one bind mount each
+    /etc/ld.so.cache  /dev/null                                      bind mounts
+    /vmd                                                             a copy of vmd and msgpack
+
+Our code is copied, not mounted: so it can come from a checkout of mode 0700 with files of mode 0600, which `_vmd`
+could not read; and a daemon whose files are replaced under it by an upgrade starts all its later processes from the
+same code as itself.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.machinery
+import importlib.util
+import marshal
+import os
+import socket
+import sys
+
+from vmd.errors import HostError, VmdError
+from vmd.privsep import linux
+from vmd.privsep.spawn import INTERPRETER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+CODE = "/vmd"  # where our packages are, in the cell
+PACKAGES = ("vmd", "msgpack")
+# Extension modules that children import: their shared libraries are found by having them loaded here.
+NATIVE = ("_ctypes", "_hashlib", "_socket", "array", "fcntl", "mmap", "resource", "select", "termios", "zlib")
+SCAFFOLD = "/run"  # the root is put together over this directory, which every Linux system has
+BUILT = "built"  # what the builder reports; otherwise an errno and what was tried
+OLD_ROOT = "/.old"
+EMPTY = "/.empty"
+NO_PACKAGES = ("site-packages", "dist-packages")  # not part of the standard library, though beneath it
+RTLD_DI_LINKMAP = 2
+PYC_UNCHECKED_HASH = 1  # PEP 552: the source is not looked at
+
+
+class link_map(ctypes.Structure):
+    """One loaded shared object (<link.h>)."""
+
+    _fields_ = [
+        ("l_addr", ctypes.c_void_p),
+        ("l_name", ctypes.c_char_p),
+        ("l_ld", ctypes.c_void_p),
+        ("l_next", ctypes.c_void_p),
+    ]
+
+
+class Cell:
+    """A built cell, and the user that lives in it; `close` it when no more children will be started."""
+
+    import_path: tuple[str, ...] = (CODE,)
+
+    def __init__(self, uid: int, gid: int, namespace_fd: int) -> None:
+        self.uid = uid
+        self.gid = gid
+        self.namespace_fd = namespace_fd
+
+    @classmethod
+    def build(cls, uid: int, gid: int, packages: tuple[str, ...] = PACKAGES) -> "Cell":
+        """Read our code, look up the libraries and build the root.  Raises HostError or VmdError."""
+        code = [file for package in packages for file in package_files(package)]
+        libraries = loaded_libraries([package_directory(package) for package in packages])
+        mounts = {**interpreter_mounts(libraries), "/etc/ld.so.cache": "/etc/ld.so.cache", "/dev/null": "/dev/null"}
+        return cls(uid, gid, build_in_namespace(mounts, code))
+
+    def enter(self) -> None:
+        """Go in and become the user; there is no way back."""
+        linux.setns(self.namespace_fd, linux.CLONE_NEWNS)
+        linux.unshare(linux.CLONE_NEWIPC | linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
+        os.chdir("/")
+        linux.limit_bounding_set(0)
+        try:
+            os.setgroups([])
+            os.setresgid(self.gid, self.gid, self.gid)
+            os.setresuid(self.uid, self.uid, self.uid)
+        except OSError as error:
+            raise HostError(f"become user {self.uid} and group {self.gid}", error) from error
+        linux.set_capabilities(0)
+
+    def close(self) -> None:
+        """Let go of the root; processes inside keep it alive."""
+        os.close(self.namespace_fd)
+
+
+class Network:
+    """Where priv runs: uid 0 on the host, with the capabilities for network interfaces and little else."""
+
+    # The last two go when priv confines itself.  Until then it must read a checkout that root does not own, and
+    # be able to shrink its bounding set.
+    CAPABILITIES = (
+        1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW | 1 << linux.CAP_DAC_READ_SEARCH | 1 << linux.CAP_SETPCAP
+    )
+
+    def __init__(self) -> None:
+        self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
+
+    def enter(self) -> None:
+        """Give up all other capabilities."""
+        os.chdir("/")
+        os.setgroups([])
+        linux.limit_bounding_set(self.CAPABILITIES)
+        linux.set_capabilities(linux.permitted_capabilities() & self.CAPABILITIES)
+
+
+def import_path(packages: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the directories that these packages are imported from, each once."""
+    return tuple(dict.fromkeys(os.path.dirname(package_directory(package)) for package in packages))
+
+
+def package_directory(package: str) -> str:
+    """Return the directory of a package, without importing it.  Raises VmdError."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise VmdError(f"python package {package} is not installed")
+    return os.path.abspath(spec.submodule_search_locations[0])
+
+
+def package_files(package: str) -> list[tuple[str, bytes]]:
+    """Return (path in the cell, content) of a package's modules, byte code included.  Raises HostError."""
+    top = package_directory(package)
+    files = []
+    try:
+        for directory, subdirectories, names in os.walk(top):
+            subdirectories[:] = sorted(name for name in subdirectories if name != "__pycache__")
+            inside = os.path.join(CODE, package, os.path.relpath(directory, top))
+            for name in sorted(names):
+                path = os.path.join(directory, name)
+                target = os.path.normpath(os.path.join(inside, name))
+                if name.endswith(".py"):
+                    files += module_files(path, target)
+                elif is_extension(name):
+                    files.append((target, read(path)))
+    except OSError as error:
+        raise HostError(f"read {error.filename or top}", error) from error
+    return files
+
+
+def module_files(path: str, target: str) -> list[tuple[str, bytes]]:
+    """Return a module's source, and its byte code so that no process has to compile it again."""
+    source = read(path)
+    code = importlib.machinery.SourceFileLoader("", path).get_code("")  # from the host's __pycache__ if it is there
+    header = importlib.util.MAGIC_NUMBER + PYC_UNCHECKED_HASH.to_bytes(4, "little")
+    pyc = header + importlib.util.source_hash(source) + marshal.dumps(code)
+    return [(target, source), (importlib.util.cache_from_source(target), pyc)]
+
+
+def read(path: str) -> bytes:
+    """Return a file's content."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def interpreter_mounts(libraries: list[str]) -> dict[str, str]:
+    """Return path in the cell -> path on the host of interpreter, standard library and shared libraries."""
+    standard_library = os.path.dirname(os.path.abspath(os.__file__))
+    mounts = {INTERPRETER: INTERPRETER}
+    directories = [standard_library]
+    directories += [entry for entry in sys.path if os.path.basename(entry) == "lib-dynload" and os.path.isdir(entry)]
+    for directory in directories:
+        # The interpreter finds it from its own real path; we may have come through a symbolic link.
+        for name in (directory, os.path.realpath(directory)):
+            if not beneath(name, mounts):
+                mounts[name] = os.path.realpath(directory)
+    for library in libraries:
+        if not beneath(library, mounts):
+            mounts[library] = library
+    return mounts
+
+
+def beneath(path: str, mounts: dict[str, str]) -> bool:
+    """Return whether the path is there already, with one of the mounts."""
+    return any(path == mount or path.startswith(mount + "/") for mount in mounts)
+
+
+def loaded_libraries(packages: list[str]) -> list[str]:
+    """Return the shared libraries that extension modules of ours and of the standard library need.
+
+    They are loaded here, to be asked for under the names by which the dynamic loader found them.  Those are the
+    names that it will look for in the cell, unlike the resolved ones in /proc/self/maps.
+    """
+    for module in NATIVE:
+        with contextlib.suppress(ImportError):  # interpreters differ in what they are built with
+            importlib.import_module(module)
+    with contextlib.suppress(OSError):
+        linux.load_library("libgcc_s.so.1")  # see `confine.prime`
+    extensions = {getattr(module, "__file__", None) for module in sys.modules.values()}
+    for package in packages:
+        for directory, _, names in os.walk(package):
+            for name in names:
+                if is_extension(name):
+                    path = os.path.join(directory, name)
+                    linux.load_library(path)
+                    extensions.add(path)
+    return [path for path in link_map_names() if path not in extensions]
+
+
+def is_extension(name: str) -> bool:
+    """Return whether a file is an extension module of this interpreter."""
+    return name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+
+
+def link_map_names() -> list[str]:
+    """Return the path of every shared object in this process.  Raises VmdError."""
+    address = ctypes.c_void_p()
+    program = ctypes.c_void_p(linux.libc._handle)
+    if linux.libc.dlinfo(program, RTLD_DI_LINKMAP, ctypes.byref(address)):
+        raise VmdError("the dynamic loader does not tell which libraries are loaded")
+    names = []
+    following = address.value
+    while following:
+        entry = link_map.from_address(following)
+        name = os.fsdecode(entry.l_name or b"")
+        if name.startswith("/"):  # not the program itself, nor the vDSO
+            names.append(name)
+        following = entry.l_next
+    return names
+
+
+def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> int:
+    """Build the root in a child with a mount namespace of its own; returns a descriptor of that namespace."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        run_builder(mounts, code, ours, theirs)
+    theirs.close()
+    try:
+        report = ours.recv(4096).decode()
+        if report != BUILT:
+            number, _, what = report.partition(" ")
+            raise HostError(f"build the cell: {what}", int(number)) if number else VmdError(f"build the cell:{what}")
+        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError("build the cell: keep its mount namespace", error) from error
+    finally:
+        ours.close()  # which lets the child go
+        os.waitpid(pid, 0)
+
+
+def run_builder(
+    mounts: dict[str, str], code: list[tuple[str, bytes]], ours: socket.socket, theirs: socket.socket
+) -> "NoReturn":
+    """Build, report, and stay until the parent holds the namespace."""
+    try:
+        ours.close()
+        build_root(mounts, code)
+        report = BUILT
+    except HostError as error:
+        report = f"{error.errno} {error.tried}"
+    except OSError as error:
+        report = f"{error.errno} {error.filename}"
+    except BaseException as error:
+        report = f" {error!r}"
+    try:
+        theirs.send(report.encode("utf-8", "backslashreplace"))
+        theirs.recv(1)
+    finally:
+        os._exit(0)
+
+
+def build_root(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> None:
+    """Replace the root of a new mount namespace by one that holds only what is given."""
+    os.umask(0o022)
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)  # the host must not see what follows
+    flags = linux.MS_NOSUID | linux.MS_NODEV
+    linux.mount("vmd", SCAFFOLD, "tmpfs", flags, "mode=0755,size=64m")
+    for name in (OLD_ROOT, EMPTY):
+        os.mkdir(SCAFFOLD + name, 0o755)
+    for target, source in mounts.items():
+        if os.path.exists(source):
+            bind(source, SCAFFOLD + target)
+    for target, source in mounts.items():
+        for name in NO_PACKAGES:
+            if os.path.isdir(os.path.join(source, name)):
+                bind(SCAFFOLD + EMPTY, f"{SCAFFOLD}{target}/{name}")
+    for target, content in code:
+        os.makedirs(os.path.dirname(SCAFFOLD + target), 0o755, exist_ok=True)
+        with open(SCAFFOLD + target, "xb") as file:
+            file.write(content)
+    linux.pivot_root(SCAFFOLD, SCAFFOLD + OLD_ROOT)
+    os.chdir("/")
+    linux.umount_lazily(OLD_ROOT)
+    os.rmdir(OLD_ROOT)
+    linux.mount(None, "/", None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | flags)
+
+
+def bind(source: str, target: str) -> None:
+    """Make a file or directory appear at another place, read-only.  A device keeps working, and nothing else."""
+    if os.path.isdir(source):
+        os.makedirs(target, 0o755, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    linux.mount(source, target, None, linux.MS_BIND)
+    flags = linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID
+    linux.mount(None, target, None, flags | (linux.MS_NOEXEC if source == "/dev/null" else linux.MS_NODEV))

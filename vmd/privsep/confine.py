@@ -1,0 +1,224 @@
+"""What each process may still do, and the one call that makes it so, once and for ever.
+
+    control, imgprobe, devices   nothing but the descriptors they hold
+    vmm                          that, and to start processes inside its cell: the union of all below it, for
+                                 filters are inherited over exec and only ever narrow (DESIGN 9)
+    vm                           like vmm until its devices are ready; then `VM`
+    priv                         two capabilities, and the files `ip` and `nft` need; no system call filter
+
+A process calls `confine` after its last import, before its first thread and before the first byte from outside.
+Sets of system calls are written down here and not in the packages that use them because vmm has to be able to name
+what a device needs, and must not import it.
+"""
+
+import _thread
+import codecs
+import os
+import resource
+import sys
+import time
+
+from vmd.errors import HostError
+from vmd.privsep import landlock, linux, seccomp
+from vmd.record import Record
+
+# What any running interpreter does, whatever the program.
+BASE = frozenset({
+    "read", "write", "close", "lseek", "fstat", "newfstatat",  # os.read and friends; file objects on descriptors
+    "fcntl", "ioctl", "dup", "dup2", "dup3",                   # descriptor flags; no device's requests
+    "mmap", "munmap", "mremap", "mprotect", "madvise", "brk",  # allocators; no executable memory
+    "futex", "sched_yield", "gettid", "getpid", "tgkill",      # locks; abort() signals its own process
+    "clone", "rseq", "set_robust_list", "sched_getaffinity",   # threads, not processes
+    "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall",  # Python-level signals
+    "clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep",  # time.*, timed waits
+    "getrandom",                                               # hash seeds, os.urandom
+    "getuid", "geteuid", "getgid", "getegid", "getppid", "uname", "umask",  # harmless, asked by libraries
+    "prctl",                                                   # thread names
+    "exit", "exit_group",
+})  # fmt: skip
+
+# Waiting for descriptors and talking over those one holds.
+CHANNEL = frozenset({
+    "sendmsg", "recvmsg", "sendto", "recvfrom", "shutdown",    # no socket(): only sockets that were given
+    "getsockname", "getpeername", "getsockopt", "setsockopt",  # socket objects ask what they were made from
+    "poll", "ppoll", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2",
+    "eventfd2", "pipe2", "socketpair",                         # wake-ups between threads; all unnamed
+})  # fmt: skip
+
+# An interpreter from execve to its last import.
+STARTUP = frozenset({
+    "openat", "open", "newfstatat+path", "stat", "lstat", "statx", "readlink", "readlinkat", "getdents64",  # import
+    "access", "faccessat", "faccessat2", "getcwd", "pread64",  # the dynamic loader and site-less path set-up
+    "mmap+exec", "mprotect+exec",                              # shared objects
+    "arch_prctl", "set_tid_address", "prlimit64", "sysinfo",   # the C library's own start
+    "close_range",                                             # what was inherited stays with us
+})  # fmt: skip
+
+# From the last import to being confined.
+NARROW = frozenset({
+    "seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self",
+    "capget", "prlimit64",                                     # a look at what we have; limits
+    "prctl+confine",                                           # no_new_privs, not dumpable, die with the parent
+})  # fmt: skip
+
+# Starting processes of ours, and outliving them.
+SPAWN = frozenset({
+    "clone+process", "vfork", "execve", "setsid",              # no new namespaces
+    "pidfd_open", "pidfd_send_signal", "waitid", "wait4",
+    "tgkill+any",                                              # inherited; each VM narrows it to itself
+})  # fmt: skip
+
+# Files and devices behind descriptors.
+BLOCK = frozenset({
+    "preadv", "preadv2", "pwritev", "pwritev2", "pread64", "pwrite64",  # CPython's os.preadv is preadv2
+    "fsync", "fdatasync", "ftruncate", "fallocate", "fadvise64",        # flush, growth of qcow2, discard
+})  # fmt: skip
+NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
+TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
+
+# The machine: guest memory, KVM's descriptors, vCPU threads; and a running VM's way out and in (vmctl send).
+MACHINE = frozenset({
+    "memfd_create", "ftruncate",                               # guest memory and shared pages
+    "readv", "writev", "pread64", "pwrite64", "preadv2", "pwritev2",  # boot images into it, state out of it
+    "sendfile", "splice",                                      # memory runs leave without being copied
+    "tgkill",                                                  # kicks a vCPU thread out of KVM_RUN
+    "waitid", "wait4", "pidfd_send_signal",                    # its devices, which end with it
+})  # fmt: skip
+
+
+class Confinement(Record):
+    """What is left to a process.  `syscalls` None: no filter."""
+
+    syscalls: frozenset[str] | None
+    ioctls: tuple[int, ...] = ()  # requests, beside those of every descriptor; needs the rule "ioctl"
+    files: tuple[tuple[str, int], ...] = ()  # (path, rights of `landlock`)
+    capabilities: int = 0  # mask
+    open_files: int = 1024
+
+    def check(self) -> None:
+        """Refuse rules that mean nothing."""
+        if self.syscalls is not None:
+            seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
+
+
+LEAF = Confinement(syscalls=BASE | CHANNEL)  # viornd, and the start of any other
+VIOBLK = Confinement(syscalls=BASE | CHANNEL | BLOCK)
+VIOSCSI = VIOBLK  # an ISO is a disk image that is only read
+IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
+VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
+CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=4096)  # vmctl's connections
+
+VM = Confinement(  # the process adds its KVM requests: `VM.replace(ioctls=...)`
+    syscalls=BASE | CHANNEL | MACHINE,
+    open_files=4096,
+)
+
+VMM = Confinement(
+    syscalls=BASE
+    | CHANNEL
+    | SPAWN
+    # ... and all that any process below it will ever do:
+    | STARTUP
+    | NARROW
+    | MACHINE
+    | BLOCK
+    | NET
+    | {"ioctl+kvm"},
+    ioctls=TUN_IOCTLS,
+    files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
+    open_files=16384,  # a pidfd and a channel for each VM, and its files while they pass through
+)
+
+PRIV = Confinement(
+    syscalls=None,  # nft and ip are programs of the host; what they call is not ours to know
+    capabilities=1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW,
+    files=(
+        *((path, landlock.RUN) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64")),  # programs, libraries
+        ("/etc/ld.so.cache", landlock.READ),  # ... and how they are found
+        ("/etc/iproute2", landlock.READ),  # names of groups and tables
+        ("/etc/localtime", landlock.READ),
+        ("/dev/null", landlock.WRITE),
+        ("/dev/net/tun", landlock.WRITE | landlock.IOCTL_DEV),  # taps
+        ("/proc", landlock.READ),  # interfaces, modules and our own descriptors
+        ("/proc/sys/net", landlock.WRITE),  # forwarding, per-interface IPv6
+        ("/sys/class/net", landlock.READ),
+        ("/sys/devices", landlock.READ),  # what /sys/class/net points to
+        ("/run/vmd", landlock.OWN),  # what has to be put back
+        ("/run/netns", landlock.READ),
+    ),
+)
+
+
+def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
+    """Give up everything else; returns a sentence for each kernel feature that is missing.
+
+    With `trap`, for developers, a refused system call shows where it came from before it kills.
+
+    Raises:
+        HostError: a restriction that must hold could not be put in place; the process has to end.
+    """
+    # Landlock binds the calling thread only.
+    if _thread._count():
+        raise RuntimeError("confine must be called before the first thread is started")
+    prime()
+    limit_resources(confinement.open_files)
+    give_up_capabilities(confinement.capabilities)
+    linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
+    linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
+    warnings = landlock.restrict(confinement.files)
+    if confinement.syscalls is not None:
+        if trap:
+            show_refused_calls()
+        program = seccomp.assemble(
+            confinement.syscalls,
+            ioctls=confinement.ioctls,
+            pid=os.getpid(),
+            refused=seccomp.RET_TRAP if trap else seccomp.RET_KILL_PROCESS,
+        )
+        seccomp.install(program)
+    return warnings
+
+
+def prime() -> None:
+    """Do what would otherwise be imported or opened late, when nothing can be opened any more."""
+    for codec in ("ascii", "latin-1", "utf-8"):
+        codecs.lookup(codec)
+    time.localtime()
+    if sys.version_info >= (3, 13):
+        # From here on the interpreter shows an uncaught exception through these, and imports the last lazily.
+        import linecache  # noqa: F401
+        import tokenize  # noqa: F401
+        import traceback  # noqa: F401
+    try:
+        # glibc loads it when a thread is ended from outside, as Python does with daemon threads, or aborts.
+        linux.load_library("libgcc_s.so.1")
+    except OSError:
+        return  # other C libraries do without
+
+
+def limit_resources(open_files: int) -> None:
+    """No core dumps, for they hold guest memory; no more descriptors than asked for."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = open_files if hard == resource.RLIM_INFINITY else min(open_files, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except OSError as error:
+        raise HostError("limit resources", error) from error
+
+
+def give_up_capabilities(keep: int) -> None:
+    """Keep no capability outside the mask; a process that came through a cell has none to begin with."""
+    permitted = linux.permitted_capabilities()
+    if permitted & 1 << linux.CAP_SETPCAP:
+        linux.limit_bounding_set(keep)
+    if permitted & ~keep:
+        linux.set_capabilities(permitted & keep)
+
+
+def show_refused_calls() -> None:
+    """Print the traceback of every thread when a system call is refused, then die of it."""
+    import faulthandler
+    import signal
+
+    faulthandler.register(signal.SIGSYS, all_threads=True, chain=True)

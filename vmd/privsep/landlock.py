@@ -1,0 +1,108 @@
+"""Landlock: what stays reachable by name, by address and by signal (landlock(7)).
+
+It complements the cell and the system call filter: it is what still holds if one of them has a hole, and for priv,
+which has neither, it is the view of the file system.  Unlike a filter it binds only the thread that asks for it.
+"""
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+
+from vmd.errors import HostError
+from vmd.privsep import linux
+
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+REMOVE_FILE, MAKE_REG = 1 << 5, 1 << 8
+TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
+
+READ = READ_FILE | READ_DIR
+RUN = READ | EXECUTE
+WRITE = READ | WRITE_FILE | TRUNCATE
+OWN = WRITE | REMOVE_FILE | MAKE_REG
+
+ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # the rest make sense for directories only
+
+ALL_SINCE = ((1, 0x1FFF), (2, 1 << 13), (3, TRUNCATE), (5, IOCTL_DEV))  # file system rights by ABI
+NET_SINCE, NET_TCP = 4, 3  # bind and connect
+SCOPE_SINCE, SCOPE_ALL = 6, 3  # abstract unix sockets and signals
+MISSING_SINCE = (
+    (3, "truncating files"),
+    (4, "TCP"),
+    (5, "ioctl on devices"),
+    (6, "abstract unix sockets and signals"),
+)
+CREATE_RULESET_VERSION = 1
+RULE_PATH_BENEATH = 1
+
+
+def abi() -> int:
+    """Return the version of the kernel's Landlock; 0 if it has none or it is switched off at boot."""
+    try:
+        return linux.syscall("ask for landlock", linux.SYS_LANDLOCK_CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
+    except HostError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+            return 0
+        raise
+
+
+def missing(version: int) -> list[str]:
+    """Return what this version cannot restrict, as sentences for the log."""
+    if version == 0:
+        return ["kernel without landlock: files are kept away by namespaces and system call filters only"]
+    return [f"landlock {version} cannot restrict {what}" for since, what in MISSING_SINCE if version < since]
+
+
+def file_rights(version: int) -> int:
+    """Return every file system right that this version knows."""
+    rights = 0
+    for since, some in ALL_SINCE:
+        if version >= since:
+            rights |= some
+    return rights
+
+
+def ruleset(version: int) -> bytes:
+    """Return the `landlock_ruleset_attr` that handles, and so denies, all that this version knows."""
+    attr = struct.pack("=Q", file_rights(version))
+    if version >= NET_SINCE:
+        attr += struct.pack("=Q", NET_TCP)
+    if version >= SCOPE_SINCE:
+        attr += struct.pack("=Q", SCOPE_ALL)
+    return attr
+
+
+def restrict(files: tuple[tuple[str, int], ...]) -> list[str]:
+    """Deny everything but the given (path, rights); returns what the kernel is too old to deny.
+
+    Paths that do not exist are passed over.  The caller has set no_new_privs.  Raises HostError.
+    """
+    version = abi()
+    if version == 0:
+        return missing(version)
+    attr = ruleset(version)
+    fd = linux.syscall("make a landlock ruleset", linux.SYS_LANDLOCK_CREATE_RULESET, attr, len(attr), 0)
+    try:
+        for path, rights in files:
+            allow(fd, path, rights & file_rights(version))
+        linux.syscall("enter landlock", linux.SYS_LANDLOCK_RESTRICT_SELF, fd, 0)
+    finally:
+        os.close(fd)
+    return missing(version)
+
+
+def allow(ruleset_fd: int, path: str, rights: int) -> None:
+    """Grant rights on a file, or on a directory and all beneath it."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= ON_FILES
+        beneath = struct.pack("=Qi", rights, fd)
+        rule = ctypes.create_string_buffer(beneath, len(beneath))
+        linux.syscall(f"allow {path} in landlock", linux.SYS_LANDLOCK_ADD_RULE, ruleset_fd, RULE_PATH_BENEATH, rule, 0)
+    finally:
+        os.close(fd)

@@ -1,0 +1,155 @@
+"""System calls that Python 3.11 does not offer, each a thin function that raises HostError.
+
+The constants keep their C names.  Standard library only: every process imports this.
+"""
+
+import ctypes
+
+from vmd.errors import HostError
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 2
+
+CLOSE_RANGE_CLOEXEC = 4
+FD_MAX = 0x7FFFFFFF
+
+CAP_SETPCAP = 8
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
+CAP_DAC_READ_SEARCH = 2
+CAP_LAST = 63  # what the kernel's masks have room for
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+SYS_PIVOT_ROOT = 155
+SYS_CAPGET = 125
+SYS_CAPSET = 126
+SYS_SECCOMP = 317
+SYS_CLOSE_RANGE = 436
+SYS_LANDLOCK_CREATE_RULESET = 444
+SYS_LANDLOCK_ADD_RULE = 445
+SYS_LANDLOCK_RESTRICT_SELF = 446
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+
+
+class cap_user_header(ctypes.Structure):
+    """Whose capabilities (struct __user_cap_header_struct)."""
+
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class cap_user_data(ctypes.Structure):
+    """Half of each set (struct __user_cap_data_struct); two of them make 64 bits."""
+
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+def syscall(tried: str, number: int, *arguments: object) -> int:
+    """Make a system call by number; integers are passed as unsigned longs, the rest as ctypes sees fit."""
+    wide = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+    result: int = libc.syscall(ctypes.c_long(number), *wide)
+    if result < 0:
+        raise HostError(tried, ctypes.get_errno())
+    return result
+
+
+def prctl(tried: str, option: int, *arguments: int) -> int:
+    """Call prctl(2); what is not given is zero, as the kernel insists for several options."""
+    wide = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
+    result: int = libc.prctl(option, *wide)
+    if result < 0:
+        raise HostError(tried, ctypes.get_errno())
+    return result
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces named by CLONE_NEW* flags for new, empty ones."""
+    if libc.unshare(flags):
+        raise HostError("make namespaces", ctypes.get_errno())
+
+
+def setns(fd: int, kind: int) -> None:
+    """Enter the namespace behind `fd`."""
+    if libc.setns(fd, kind):
+        raise HostError("enter a namespace", ctypes.get_errno())
+
+
+def mount(source: str | None, target: str, fstype: str | None, flags: int, options: str | None = None) -> None:
+    """Call mount(2)."""
+    encoded = [None if text is None else text.encode() for text in (source, target, fstype, options)]
+    if libc.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]):
+        raise HostError(f"mount {source or fstype or 'flags'} on {target}", ctypes.get_errno())
+
+
+def umount_lazily(target: str) -> None:
+    """Detach a mount and everything beneath it."""
+    if libc.umount2(target.encode(), MNT_DETACH):
+        raise HostError(f"detach {target}", ctypes.get_errno())
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """Make `new_root` the root and hang the old one under `put_old`."""
+    syscall(f"pivot_root to {new_root}", SYS_PIVOT_ROOT, new_root.encode(), put_old.encode())
+
+
+def close_on_exec_from(first: int, last: int = FD_MAX) -> None:
+    """Mark a range of descriptors close-on-exec; unused numbers are no error."""
+    if first <= last:
+        syscall("close_range", SYS_CLOSE_RANGE, first, last, CLOSE_RANGE_CLOEXEC)
+
+
+def die_with_parent(signum: int) -> None:
+    """Have the kernel send us `signum` when the thread that started us ends."""
+    prctl("set the parent death signal", PR_SET_PDEATHSIG, signum)
+
+
+def permitted_capabilities() -> int:
+    """Return our permitted set as a bit mask."""
+    header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
+    data = (cap_user_data * 2)()
+    syscall("capget", SYS_CAPGET, ctypes.byref(header), data)
+    return int(data[0].permitted) | int(data[1].permitted) << 32
+
+
+def limit_bounding_set(keep: int) -> None:
+    """Give up, for ever, whatever capability outside the mask an exec could bring; needs CAP_SETPCAP."""
+    for capability in range(CAP_LAST + 1):
+        # The kernel knows fewer than 64 capabilities and answers EINVAL for the rest.
+        known = libc.prctl(PR_CAPBSET_READ, *map(ctypes.c_ulong, (capability, 0, 0, 0))) == 1
+        if known and not keep & 1 << capability:
+            prctl(f"drop capability {capability}", PR_CAPBSET_DROP, capability)
+
+
+def set_capabilities(mask: int) -> None:
+    """Set the effective and permitted sets; nothing is inheritable, and so nothing ambient either."""
+    header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
+    data = (cap_user_data * 2)()
+    for half, word in enumerate((mask & 0xFFFFFFFF, mask >> 32)):
+        data[half].effective = data[half].permitted = word
+    syscall("capset", SYS_CAPSET, ctypes.byref(header), data)
+
+
+def load_library(name: str) -> None:
+    """Load a shared library for good.  Raises OSError."""
+    ctypes.CDLL(name)

@@ -1,0 +1,225 @@
+"""System call filters: from a set of rule names to an installed BPF program (seccomp(2), x86-64).
+
+A rule is the name of a system call.  Some names come in two strengths: the plain one lets the call through only
+with harmless arguments, `name+word` with more; `CONDITIONS` says what each means.  What no rule allows ends the
+process, as pledge(2) does, except for the calls in `SOFT`, which fail with an errno.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+
+from vmd.errors import HostError
+from vmd.privsep import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    # (operation, argument index, value): see `test`
+    Condition = tuple[str, int, int]
+
+# fmt: off
+NUMBERS = {
+    "read": 0, "write": 1, "open": 2, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7, "lseek": 8,
+    "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "rt_sigaction": 13, "rt_sigprocmask": 14,
+    "rt_sigreturn": 15, "ioctl": 16, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21,
+    "sched_yield": 24, "mremap": 25, "madvise": 28, "dup": 32, "dup2": 33, "nanosleep": 35, "getpid": 39,
+    "sendfile": 40, "sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48,
+    "getsockname": 51, "getpeername": 52, "socketpair": 53, "setsockopt": 54, "getsockopt": 55, "clone": 56,
+    "vfork": 58, "execve": 59, "exit": 60, "wait4": 61, "uname": 63, "fcntl": 72, "fsync": 74, "fdatasync": 75,
+    "ftruncate": 77, "getcwd": 79, "readlink": 89, "umask": 95, "sysinfo": 99, "getuid": 102, "getgid": 104,
+    "geteuid": 107, "getegid": 108, "getppid": 110, "setsid": 112, "capget": 125, "capset": 126,
+    "sigaltstack": 131, "prctl": 157, "arch_prctl": 158, "gettid": 186, "futex": 202, "sched_getaffinity": 204,
+    "getdents64": 217, "set_tid_address": 218, "restart_syscall": 219, "fadvise64": 221, "clock_gettime": 228,
+    "clock_getres": 229, "clock_nanosleep": 230, "exit_group": 231, "epoll_wait": 232, "epoll_ctl": 233,
+    "tgkill": 234, "waitid": 247, "openat": 257, "newfstatat": 262, "readlinkat": 267, "faccessat": 269,
+    "ppoll": 271, "set_robust_list": 273, "splice": 275, "epoll_pwait": 281, "fallocate": 285, "accept4": 288,
+    "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293, "preadv": 295, "pwritev": 296,
+    "prlimit64": 302, "getrandom": 318, "seccomp": 317, "memfd_create": 319, "preadv2": 327, "pwritev2": 328,
+    "statx": 332, "rseq": 334, "pidfd_send_signal": 424, "pidfd_open": 434, "clone3": 435, "close_range": 436,
+    "faccessat2": 439, "epoll_pwait2": 441, "landlock_create_ruleset": 444, "landlock_add_rule": 445,
+    "landlock_restrict_self": 446,
+}
+# fmt: on
+
+# File-name calls fail instead of killing: a traceback looks for its source, an exception path may import.  There is
+# nothing to find anyway.  clone3's flags are behind a pointer where no filter sees them; on ENOSYS glibc uses clone.
+SOFT = {
+    "open": errno.EPERM,
+    "openat": errno.EPERM,
+    "stat": errno.EPERM,
+    "lstat": errno.EPERM,
+    "newfstatat": errno.EPERM,
+    "statx": errno.EPERM,
+    "access": errno.EPERM,
+    "faccessat": errno.EPERM,
+    "faccessat2": errno.EPERM,
+    "readlink": errno.EPERM,
+    "readlinkat": errno.EPERM,
+    "getcwd": errno.EPERM,
+    "clone3": errno.ENOSYS,
+}
+
+PROT_EXEC = 4
+CLONE_THREAD = 0x10000
+# NEWTIME (0x80) shares its bit with the low byte of clone's exit signal and exists in clone3 only.
+CLONE_NEW_ANYTHING = 0x7E020000
+AT_EMPTY_PATH = 0x1000
+AF_UNIX = 1
+KVMIO = 0xAE
+
+TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x541B, 0x5421, 0x5450, 0x5451
+F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL = 0, 1, 2, 3, 4
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+F_DUPFD_CLOEXEC, F_ADD_SEALS, F_GET_SEALS = 1030, 1033, 1034
+PR_GET_NAME = 16
+PR_SET_VMA = 0x53564D41
+
+# Any one condition lets the call through.  Only arguments that the kernel takes as 32 bits, or whose upper half
+# it ignores, are compared: a filter looks at one 32-bit word at a time.
+CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
+    "mmap": (("none-of", 2, PROT_EXEC),),
+    "mprotect": (("none-of", 2, PROT_EXEC),),
+    "clone": (("any-of", 0, CLONE_THREAD),),
+    "clone+process": (("none-of", 0, CLONE_NEW_ANYTHING),),
+    "prlimit64": (("is", 0, 0),),  # our own limits only
+    "socketpair": (("is", 0, AF_UNIX),),
+    "newfstatat": (("any-of", 3, AT_EMPTY_PATH),),  # what glibc's fstat() is; path variants fail softly
+    "fcntl": tuple(
+        ("is", 1, command)
+        for command in (
+            *(F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL),
+            *(F_OFD_GETLK, F_OFD_SETLK),  # an image's lock is checked and kept by who uses it
+            *(F_ADD_SEALS, F_GET_SEALS),
+        )
+    ),
+    "ioctl": tuple(("is", 1, request) for request in (TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX)),
+    "ioctl+kvm": (("type", 1, KVMIO),),
+    "prctl": tuple(("is", 0, option) for option in (linux.PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)),
+    "prctl+confine": tuple(
+        ("is", 0, option) for option in (linux.PR_SET_PDEATHSIG, linux.PR_SET_DUMPABLE, linux.PR_SET_NO_NEW_PRIVS)
+    ),
+}
+# The same call without any condition, for a process that is starting or starts others.
+UNCONDITIONAL = {
+    "mmap+exec": "mmap",
+    "mprotect+exec": "mprotect",
+    "newfstatat+path": "newfstatat",
+    "tgkill+any": "tgkill",
+}
+
+# Filter programs: <linux/bpf_common.h>, <linux/seccomp.h>
+LD_ABS, JA, JEQ, JGE, JSET, ALU_AND, RET = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
+RET_KILL_PROCESS, RET_TRAP, RET_ERRNO, RET_ALLOW = 0x80000000, 0x00030000, 0x00050000, 0x7FFF0000
+AUDIT_ARCH_X86_64 = 0xC000003E
+X32_SYSCALL_BIT = 0x40000000
+OFFSET_NR, OFFSET_ARCH, OFFSET_ARGS = 0, 4, 16
+SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC = 1, 1
+BPF_MAXINSNS = 4096
+
+
+def instruction(code: int, k: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
+    """Return one `struct sock_filter`."""
+    return struct.pack("=HBBI", code, jump_true, jump_false, k)
+
+
+def test(condition: "Condition") -> bytes:
+    """Return instructions that allow the call if the condition holds, and fall through if not."""
+    operation, argument, value = condition
+    load = instruction(LD_ABS, OFFSET_ARGS + 8 * argument)
+    allow = instruction(RET, RET_ALLOW)
+    if operation == "is":
+        return load + instruction(JEQ, value, 0, 1) + allow
+    if operation == "any-of":
+        return load + instruction(JSET, value, 0, 1) + allow
+    if operation == "none-of":
+        return load + instruction(JSET, value, 1, 0) + allow
+    assert operation == "type"  # the second byte of an ioctl request names its driver
+    return load + instruction(ALU_AND, 0xFF00) + instruction(JEQ, value << 8, 0, 1) + allow
+
+
+def call_name(rule: str) -> str:
+    """Return the system call that a rule is about."""
+    return rule.partition("+")[0]
+
+
+def allowed_calls(rules: "Iterable[str]", ioctls: "Iterable[int]", pid: int) -> "dict[str, tuple[Condition, ...]]":
+    """Return what the rules add up to: call name -> conditions, none meaning always."""
+    given = set(rules)
+    unknown = sorted(rule for rule in given if call_name(rule) not in NUMBERS)
+    if unknown:
+        raise ValueError(f"no such system call rule: {', '.join(unknown)}")
+    always = {UNCONDITIONAL[rule] for rule in given if rule in UNCONDITIONAL}
+    calls: dict[str, tuple[Condition, ...]] = {}
+    for rule in sorted(given):
+        name = call_name(rule)
+        conditions = CONDITIONS.get(rule, ())
+        if rule == "tgkill":
+            conditions = (("is", 0, pid),)
+        elif rule == "ioctl":
+            conditions += tuple(("is", 1, request) for request in ioctls)
+        elif name != rule and rule not in CONDITIONS and rule not in UNCONDITIONAL:
+            raise ValueError(f"no such system call rule: {rule}")
+        calls[name] = () if name in always else calls.get(name, ()) + conditions
+    return calls
+
+
+def assemble(
+    rules: "Iterable[str]",
+    *,
+    ioctls: "Iterable[int]" = (),
+    pid: int = 0,
+    refused: int = RET_KILL_PROCESS,
+) -> bytes:
+    """Return the filter program; `pid` is what tgkill may aim at, `refused` what becomes of other calls.
+
+    Calls with conditions stand first: the kernel remembers which calls are allowed whatever their arguments
+    (since 5.11) and does not run the program for them, so that the length of that list costs nothing.
+    """
+    calls = allowed_calls(rules, ioctls, pid)
+    program = [
+        instruction(LD_ABS, OFFSET_ARCH),
+        instruction(JEQ, AUDIT_ARCH_X86_64, 1, 0),
+        instruction(RET, RET_KILL_PROCESS),  # int 0x80: other numbers, other meanings
+        instruction(LD_ABS, OFFSET_NR),
+        instruction(JGE, X32_SYSCALL_BIT, 0, 1),
+        instruction(RET, RET_KILL_PROCESS),
+    ]
+    for name, conditions in calls.items():
+        if conditions:
+            fallback = RET_ERRNO | SOFT[name] if name in SOFT else refused
+            body = b"".join(test(condition) for condition in conditions) + instruction(RET, fallback)
+            # A conditional jump spans 255 instructions, fewer than a list of ioctls has; JA has no such limit.
+            program += [instruction(JEQ, NUMBERS[name], 1, 0), instruction(JA, len(body) // 8), body]
+    for name, conditions in calls.items():
+        if not conditions:
+            program += [instruction(JEQ, NUMBERS[name], 0, 1), instruction(RET, RET_ALLOW)]
+    for name, error in SOFT.items():
+        if name not in calls:
+            program += [instruction(JEQ, NUMBERS[name], 0, 1), instruction(RET, RET_ERRNO | error)]
+    program.append(instruction(RET, refused))
+    return b"".join(program)
+
+
+def install(program: bytes) -> None:
+    """Bind every thread of this process, and all it will ever exec, to the filter.  Raises HostError.
+
+    The caller has set no_new_privs.  There is no way back, and a second filter can only take more away.
+    """
+    if os.uname().machine != "x86_64":
+        raise HostError(f"install a system call filter for {os.uname().machine}", errno.ENOSYS)
+    count = len(program) // 8
+    assert count <= BPF_MAXINSNS
+    instructions = ctypes.create_string_buffer(program, len(program))
+    fprog = struct.pack("=H6xQ", count, ctypes.addressof(instructions))
+    stuck = linux.syscall(
+        "install the system call filter",
+        linux.SYS_SECCOMP,
+        SECCOMP_SET_MODE_FILTER,
+        SECCOMP_FILTER_FLAG_TSYNC,
+        fprog,
+    )
+    if stuck:  # the id of a thread that already has a filter of its own
+        raise HostError(f"bind thread {stuck} to the system call filter", errno.ESRCH)

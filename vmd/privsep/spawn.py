@@ -1,0 +1,217 @@
+"""Starting processes: fork and exec of ourselves, with exactly the descriptors that are named.
+
+A process starts either where its parent is (`place` None: vmm and VM processes, whose children share their cell),
+or in a `Place` that root prepares: `cell.Cell`, or `place.Network` for priv.
+"""
+
+import fcntl
+import os
+import select
+import signal
+import sys
+
+from vmd.errors import HostError, VmdError
+from vmd.privsep import linux
+from vmd.privsep.start import CHANNEL_FD
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import NoReturn, Protocol
+
+    class HasFileno(Protocol):
+        """A socket, or whatever else holds a descriptor."""
+
+        def fileno(self) -> int:
+            """Return the descriptor."""
+
+    class Place(Protocol):
+        """What stands between fork and exec of a process that is to have fewer rights than we."""
+
+        import_path: tuple[str, ...]
+
+        def enter(self) -> None:
+            """Move this process there and drop privileges; called in the child.  Raises HostError."""
+
+
+# -I: no environment variables, no user site; -S: no site-packages, so that what can be imported is what we say.
+LAUNCH = (
+    "import sys; sys.path[:0] = {path!r}; "
+    "from vmd.privsep.start import begin; begin({title!r}, {parent}); "
+    "from {module} import {function}; sys.exit({function}())"
+)
+ENTRY = "vmd.__main__:main"
+OWN_PATH = (os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))),)
+INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)  # a venv hides it
+ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C",  # with it Python talks UTF-8 and looks for no locale
+    "MALLOC_ARENA_MAX": "1",  # megabytes per thread otherwise, in each of hundreds of processes
+}
+FD_TARGETS = 64  # descriptors are first moved above this, so that placing one never overwrites another
+FAILED = 127
+RESET_SIGNALS = [signum for signum in range(1, signal.NSIG) if signum not in (9, 19, 32, 33)]  # 32, 33: glibc's
+
+
+class Child:
+    """A process we started; whoever has it reaps it and closes its pidfd, or calls `reap`, which does both."""
+
+    def __init__(self, title: str, pid: int) -> None:
+        self.title = title
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)  # readable once the process has ended
+
+    def fileno(self) -> int:
+        """Return the pidfd, for select and friends."""
+        return self.pidfd
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal; harmless when the process is gone."""
+        if self.pidfd >= 0:
+            try:
+                signal.pidfd_send_signal(self.pidfd, signum)
+            except ProcessLookupError:
+                return
+
+    def reap(self, timeout_s: float = 0) -> int | None:
+        """Return the exit status, or minus the signal that killed it; None if it still runs at the timeout."""
+        readable = select.poll()
+        readable.register(self.pidfd, select.POLLIN)
+        if not readable.poll(timeout_s * 1000):
+            return None
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self.pidfd = -1
+        return os.waitstatus_to_exitcode(status)
+
+
+def spawn(
+    title: str,
+    arguments: "Sequence[str]" = (),
+    *,
+    channel: "HasFileno | None" = None,
+    fds: "Mapping[int, int] | None" = None,
+    log_fd: int = 2,
+    place: "Place | None" = None,
+    import_path: "tuple[str, ...] | None" = None,
+    entry: str = ENTRY,
+) -> Child:
+    """Start a process that runs `entry` with `sys.argv[1:] == arguments`.
+
+    It gets `channel` as fd 3, `fds` (number there -> descriptor here), our log as fd 2, and nothing else; all stay
+    open here.  It leads a session of its own, and is killed when the calling *thread* ends.
+
+    Raises:
+        HostError: the kernel refused a step; says which.
+        VmdError: the place could not be entered for another reason.
+    """
+    targets = {0: None, 1: None, 2: log_fd, **(fds or {})}
+    if channel is not None:
+        targets[CHANNEL_FD] = channel.fileno()
+    assert all(0 <= target < FD_TARGETS for target in targets)
+    path = import_path or (place.import_path if place else OWN_PATH)
+    module, _, function = entry.partition(":")
+    launch = LAUNCH.format(path=list(path), title=title, parent=os.getpid(), module=module, function=function)
+    argv = [INTERPRETER, "-I", "-S", "-c", launch, *arguments]
+    moved: dict[int, int] = {}
+    try:
+        try:
+            for target, source in targets.items():
+                moved[target] = out_of_the_way(source)
+        except OSError as error:
+            raise HostError(f"prepare descriptors for {title}", error) from error
+        pid = start_here(title, argv, moved) if place is None else start_in(place, title, argv, moved)
+    finally:
+        for fd in moved.values():
+            os.close(fd)
+    return Child(title, pid)
+
+
+def out_of_the_way(source: int | None) -> int:
+    """Return a copy of a descriptor, or of the null device, with a number that is no target."""
+    if source is not None:
+        return fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
+    try:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        # Confined processes open nothing; their own standard input is what our parent opened here.
+        return fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
+    try:
+        return fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
+    finally:
+        os.close(null)
+
+
+def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
+    """Start a process with our own rights; no Python runs between fork and exec.  Returns its pid."""
+    actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in moved.items()]
+    try:
+        return os.posix_spawn(
+            INTERPRETER,
+            argv,
+            ENVIRONMENT,
+            file_actions=actions,
+            setsid=True,
+            setsigmask=[],
+            setsigdef=RESET_SIGNALS,
+        )
+    except OSError as error:
+        raise HostError(f"start {title}", error) from error
+
+
+def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
+    """Fork, enter the place and exec; what fails on the way is raised here.  Returns the pid."""
+    parent = os.getpid()
+    report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    pid = os.fork()
+    if pid == 0:
+        become(place, argv, moved, parent, failure)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    os.close(failure)
+    with open(report, "rb") as reader:
+        words = reader.read()
+    if words:
+        os.waitpid(pid, 0)
+        number, _, what = words.decode().partition(" ")
+        raise HostError(f"start {title}: {what}", int(number)) if int(number) else VmdError(f"start {title}: {what}")
+    return pid
+
+
+def become(place: "Place", argv: list[str], moved: "Mapping[int, int]", parent: int, failure: int) -> "NoReturn":
+    """Turn the forked child into the new process; on failure say why on `failure` and exit."""
+    try:
+        failure = fcntl.fcntl(failure, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
+        os.setsid()
+        # While all signals are blocked: a handler of our parent's must not run here, nor write to its wake-up fd.
+        for signum in RESET_SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        for target, source in moved.items():
+            os.dup2(source, target, inheritable=True)
+        for first, last in gaps(sorted(moved)):
+            linux.close_on_exec_from(first, last)
+        os.umask(0o077)
+        place.enter()
+        linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears it
+        if os.getppid() != parent:
+            os._exit(FAILED)
+        linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
+        os.execve(argv[0], argv, ENVIRONMENT)  # noqa: S606 - no shell
+    except HostError as error:
+        words = f"{error.errno} {error.tried}"
+    except OSError as error:
+        words = f"{error.errno} {error.filename or 'prepare the process'}"
+    except BaseException as error:
+        words = f"0 {error!r}"
+    os.write(failure, words.encode("utf-8", "backslashreplace"))
+    os._exit(FAILED)
+
+
+def gaps(used: list[int]) -> list[tuple[int, int]]:
+    """Return the ranges of descriptor numbers between and after those in use."""
+    return [
+        (before + 1, after - 1)
+        for before, after in zip(used, [*used[1:], linux.FD_MAX + 1], strict=True)
+        if before + 1 <= after - 1
+    ]
