@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.console import Console
+
 ROOT = Path(__file__).resolve().parents[2]
 START_DEADLINE_S = 60.0
 DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
@@ -21,12 +23,12 @@ DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
 class Daemon:
     """A running `vmd -d`; a context manager that ends it and checks that it leaves nothing behind."""
 
-    def __init__(self, directory: Path, conf: str = "", *, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT) -> None:
         self.directory = directory
+        self.code = code
         self.conf = directory / "vm.conf"
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"
-        self.options = options
         self.process: subprocess.Popen[bytes] | None = None
         self.conf.write_text(conf)
 
@@ -51,8 +53,8 @@ class Daemon:
             notify.settimeout(0.2)
             with self.log_path.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf, *self.options],
-                    cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
+                    cwd=self.code, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
                 )  # fmt: skip
             deadline = time.monotonic() + START_DEADLINE_S
@@ -95,7 +97,7 @@ class Daemon:
         """Run vmctl to its end."""
         return subprocess.run(
             [sys.executable, "-m", "vmctl", "-s", self.socket, *arguments],
-            cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
+            cwd=self.code, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
     def must(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> str:
@@ -134,45 +136,23 @@ class Daemon:
         return Terminal(self.status(name)["tty"])
 
 
-class Terminal:
+class Terminal(Console):
     """The viewer's side of a console, for tests that read and type."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-        self.seen = b""
+        super().__init__(os.open(path, os.O_RDWR | os.O_NOCTTY))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the pty."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        os.close(self.fd)
 
     def type(self, text: str) -> None:
         """Send what a user types."""
         os.write(self.fd, text.encode())
 
-    def expect(self, text: str, timeout_s: float = DEADLINE_S) -> str:
-        """Read until a text has come; returns all up to its end and forgets it."""
-        wanted = text.encode()
-        deadline = time.monotonic() + timeout_s
-        while wanted not in self.seen:
-            left = deadline - time.monotonic()
-            assert left > 0, f"no {text!r} on the console, but: {self.seen.decode(errors='replace')}"
-            if select.select([self.fd], [], [], left)[0]:
-                try:
-                    data = os.read(self.fd, 65536)
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    data = b""
-                assert data, f"the console ended before {text!r}: {self.seen.decode(errors='replace')}"
-                self.seen += data
-        end = self.seen.index(wanted) + len(wanted)
-        before, self.seen = self.seen[:end], self.seen[end:]
-        return before.decode(errors="replace")
+    def answer(self, text: str, wanted: str) -> str:
+        """Type a line and return what comes, up to the wanted text."""
+        self.type(text + "\r")
+        return self.expect(wanted, DEADLINE_S)

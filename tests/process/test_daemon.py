@@ -1,0 +1,451 @@
+"""The daemon as a whole: its processes, the life of a VM, and what is left when it ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+PROMPT = "vmd-demo> "
+
+
+def demo(name: str = "demo", *lines: str) -> str:
+    """Return a vm block that boots the demonstration guest when it is told to."""
+    options = "\n".join(f"    {line}" for line in ("disable", "memory 32M", f'boot "{guest("demo")}"', *lines))
+    return f'vm "{name}" {{\n{options}\n}}\n'
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[Daemon]:
+    """Give a daemon that knows one stopped VM, `demo`."""
+    with Daemon(tmp_path, demo()) as daemon:
+        yield daemon
+
+
+def processes_of(daemon: Daemon) -> dict[str, int]:
+    """Return the titles and pids of a daemon's descendants."""
+    listing = subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    rows = [line.split(None, 2) for line in listing]
+    family = {daemon.pid}
+    found: dict[str, int] = {}
+    for pid, ppid, args in sorted(rows, key=lambda row: int(row[0])):
+        if int(ppid) in family:
+            family.add(int(pid))
+            found[args.strip()] = int(pid)
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Return whether no such process runs any more; a zombie of somebody else's counts as gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def wait_gone(pids: list[int]) -> None:
+    """Wait until all of these processes are gone."""
+    deadline = time.monotonic() + DEADLINE_S
+    while alive := [pid for pid in pids if not gone(pid)]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        os.sched_yield()
+
+
+def status_lines(pid: int) -> dict[str, str]:
+    """Return /proc/PID/status as a mapping."""
+    pairs = (line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {key: value.strip() for key, value in pairs}
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+def test_processes_titles_and_rights(vmd: Daemon) -> None:
+    """Each process has its title, its user, no privileges it does not need, and a filter (cat. 1.3)."""
+    vmd.must("start", "demo")
+    processes = processes_of(vmd)
+
+    assert set(processes) >= {"vmd: priv", "vmd: control", "vmd: vmm", "vmd: vm/demo"}
+    for title in ("vmd: control", "vmd: vmm", "vmd: vm/demo"):
+        status = status_lines(processes[title])
+        assert "0" not in status["Uid"].split(), title
+        assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0, title
+        assert status["NoNewPrivs"] == "1", title
+        assert status["Seccomp"] == "2", title
+        assert not status["Groups"], title
+        assert os.stat(f"/proc/{processes[title]}/root/").st_dev != os.stat("/").st_dev, title
+        assert not Path(f"/proc/{processes[title]}/root/etc/passwd").exists(), title
+        assert os.readlink(f"/proc/{processes[title]}/ns/net") != os.readlink("/proc/self/ns/net"), title
+    priv = status_lines(processes["vmd: priv"])
+    assert int(priv["CapEff"], 16) == int(priv["CapBnd"], 16) == 1 << 12 | 1 << 13  # NET_ADMIN, NET_RAW
+    assert int(status_lines(processes["vmd: vm/demo"])["Seccomp_filters"]) > int(
+        status_lines(processes["vmd: vmm"])["Seccomp_filters"]
+    )
+
+
+def test_a_clean_end_leaves_nothing(vmd: Daemon) -> None:
+    """After SIGTERM there is no process, no socket, no pty."""
+    vmd.must("start", "demo")
+    tty = vmd.status("demo")["tty"]
+    pids = [vmd.pid, *processes_of(vmd).values()]
+
+    assert vmd.stop() == 0
+
+    wait_gone(pids)
+    assert not vmd.socket.exists()
+    assert not Path(tty).exists()
+    assert "terminating" in vmd.log
+
+
+@pytest.mark.parametrize("victim", ["priv", "control", "vmm"])
+def test_losing_a_process_ends_the_daemon(vmd: Daemon, victim: str) -> None:
+    """SIGKILL of any child ends the daemon with a reason, a failure status and no orphans."""
+    vmd.must("start", "demo")
+    processes = processes_of(vmd)
+    pids = list(processes.values())
+    assert vmd.process is not None
+
+    os.kill(processes[f"vmd: {victim}"], signal.SIGKILL)
+
+    assert vmd.process.wait(DEADLINE_S) == 1
+    wait_gone(pids)
+    assert f"lost child: {victim}" in vmd.log
+    assert not vmd.socket.exists()
+
+
+def test_killing_the_parent_leaves_no_orphan(vmd: Daemon) -> None:
+    """Children end with a parent that had no chance to tell them; the next daemon replaces the stale socket."""
+    vmd.must("start", "demo")
+    pids = list(processes_of(vmd).values())
+    assert vmd.process is not None
+
+    vmd.process.kill()
+    vmd.process.wait()
+
+    wait_gone(pids)
+    vmd.start()
+    assert vmd.status("demo")["state"] == "stopped"
+
+
+def test_killing_a_vm_process_is_reported(vmd: Daemon) -> None:
+    """A VM process that dies takes nothing with it; waiters hear why and the VM can be started again."""
+    vmd.must("start", "demo")
+    pid = vmd.status("demo")["pid"]
+    waiter = subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", vmd.socket, "wait", "demo"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    vmd.wait_log("started demo")
+    assert waiter.stderr is not None
+    assert waiter.stderr.read(len("waiting")) == "waiting"  # it is connected; give the daemon its request
+    vmd.must("status")
+    os.kill(pid, signal.SIGKILL)
+
+    assert waiter.wait(DEADLINE_S) == 0
+    waiter.stderr.close()
+    row = vmd.wait_state("demo", "stopped")
+    assert "SIGKILL" in row["text"]
+    vmd.must("start", "demo")
+    assert vmd.status("demo")["pid"] != pid
+
+
+def test_works_from_a_checkout_nobody_else_may_enter(tmp_path: Path) -> None:
+    """A home of mode 0700 and files of mode 0600 are no obstacle for the unprivileged processes."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    subprocess.run(["cp", "-r", ROOT / "vmd", ROOT / "vmctl", home], check=True)
+    subprocess.run(["chmod", "-R", "go=", home], check=True)
+    with Daemon(tmp_path, demo(), code=home) as vmd:
+        vmd.must("start", "demo")
+        with vmd.console("demo") as console:
+            console.expect(PROMPT, DEADLINE_S)
+
+
+# --- the life of a VM ------------------------------------------------------------------------------------
+
+
+def test_start_reboot_power_off(vmd: Daemon) -> None:
+    """A reset keeps id and pty under a new process; S5 ends the VM, which stays known."""
+    vmd.must("start", "demo")
+    before = vmd.status("demo")
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.answer("reset", PROMPT)
+        after = vmd.status("demo")
+        assert (after["id"], after["tty"]) == (before["id"], before["tty"])
+        assert after["pid"] != before["pid"]
+        console.type("off\r")
+        console.drain(DEADLINE_S)
+    row = vmd.wait_state("demo", "stopped")
+    assert row["text"] == "powered off by the guest"
+    assert row["pid"] == 0
+
+
+def test_a_guest_that_reboots_in_a_loop_is_stopped(vmd: Daemon) -> None:
+    """The third quick restart is refused, and said so (cat. 4.3)."""
+    vmd.must("start", "demo")
+    with vmd.console("demo") as console:
+        for _ in range(2):
+            console.expect(PROMPT, DEADLINE_S)
+            console.type("panic\r")
+        console.expect(PROMPT, DEADLINE_S)
+        console.type("panic\r")
+        row = vmd.wait_state("demo", "stopped")
+    assert row["text"] == "restarted too quickly"
+    assert "restarted too quickly" in vmd.log
+
+
+def test_stop_presses_the_power_button(vmd: Daemon) -> None:
+    """`stop -w` ends when the guest has powered itself off."""
+    vmd.must("start", "demo")
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        vmd.must("stop", "-w", "demo")
+        console.drain(DEADLINE_S)
+        assert "power button" in console.text()
+    assert vmd.status("demo")["text"] == "powered off by the guest"
+
+
+def test_stop_of_a_guest_without_a_driver_ends_it_at_once(tmp_path: Path) -> None:
+    """A guest that never enabled the power button has nothing to be asked (cat. 4.4)."""
+    conf = f'vm "hello" {{\n disable\n memory 16M\n boot "{guest("hello")}"\n}}\n'
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "hello")
+        vmd.must("stop", "-w", "hello")
+        assert "no driver for the power button" in vmd.status("hello")["text"]
+
+
+def test_force_stop(vmd: Daemon) -> None:
+    """`stop -fw` does not ask the guest."""
+    vmd.must("start", "demo")
+    vmd.must("stop", "-fw", "demo")
+    assert vmd.status("demo")["text"] == "stopped by force"
+
+
+def test_an_ad_hoc_vm_is_forgotten_when_it_ends(vmd: Daemon) -> None:
+    """`vmctl start -b` of an unknown name makes a VM that lasts until it stops."""
+    vmd.must("start", "-m", "32M", "-b", guest("demo"), "adhoc")
+    assert vmd.status("adhoc")["state"] == "running"
+    vmd.must("stop", "-fw", "adhoc")
+    assert [row["name"] for row in json.loads(vmd.must("status", "--json"))] == ["demo"]
+
+
+def test_one_shot_boot_of_a_known_vm(vmd: Daemon) -> None:
+    """`start -b` boots another kernel once; a reset then ends the VM instead of booting the wrong one (cat. 4.4)."""
+    vmd.must("start", "-b", guest("demo"), "demo")
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.type("reset\r")
+        vmd.wait_state("demo", "stopped")
+
+
+def test_several_vcpus(tmp_path: Path) -> None:
+    """Sixteen vCPUs are built, started by the guest's own INIT/SIPI, and stopped again."""
+    with Daemon(tmp_path, demo("smp", "vcpus 16")) as vmd:
+        vmd.must("start", "smp")
+        with vmd.console("smp") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            assert re.search(r"processors\s+16\b", console.answer("cpu", PROMPT))
+        vmd.must("stop", "-w", "smp")
+
+
+# --- console ---------------------------------------------------------------------------------------------
+
+
+def test_output_nobody_reads_neither_blocks_nor_grows(vmd: Daemon) -> None:
+    """Case 45: a flood without a viewer goes on; the last 64 KiB are there for whoever attaches."""
+    vmd.must("start", "demo")
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.type("fill 300\r")
+    resident = vmd.status("demo")["resident"]
+    attached = subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", vmd.socket, "console", "demo"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert attached.stdin is not None
+    attached.stdin.write(b"\recho the end is here\r")
+    attached.stdin.flush()
+    assert attached.stdout is not None
+    seen = b""
+    while b"the end is here\r\n" not in seen:
+        piece = os.read(attached.stdout.fileno(), 65536)
+        assert piece, seen[-500:]
+        seen += piece
+    second = vmd.vmctl("console", "demo")
+    attached.stdin.write(b"\r~.")
+    attached.stdin.close()
+
+    assert attached.wait(DEADLINE_S) == 0
+    attached.stdout.close()
+    if attached.stderr is not None:
+        attached.stderr.close()
+    assert second.returncode == 1
+    assert re.search(rf"in use by root \(pid {attached.pid}\)", second.stderr)
+    assert vmd.status("demo")["resident"] < resident + (8 << 20)
+    third = vmd.vmctl("console", "demo")  # free again; its standard input is at its end at once
+    assert third.returncode == 0
+
+
+# --- configuration and mistakes --------------------------------------------------------------------------
+
+
+def test_a_broken_reload_changes_nothing(vmd: Daemon) -> None:
+    """A file that does not parse is refused with file and line; the running and the stopped VMs stay."""
+    vmd.must("start", "demo")
+    good = vmd.conf.read_text()
+    vmd.conf.write_text(good + "\nvm broken {\n memory lots\n}\n")
+
+    refused = vmd.vmctl("reload")
+
+    assert refused.returncode == 1
+    assert f"{vmd.conf}:" in refused.stderr
+    assert vmd.status("demo")["state"] == "running"
+    vmd.conf.write_text(good + demo("second"))
+    vmd.must("reload")
+    assert vmd.status("demo")["state"] == "running"
+    assert vmd.status("second")["state"] == "stopped"
+
+
+def test_load_adds_vms(vmd: Daemon, tmp_path: Path) -> None:
+    """`vmctl load` reads a further file."""
+    extra = tmp_path / "extra.conf"
+    extra.write_text(demo("extra"))
+    vmd.must("load", extra)
+    assert vmd.status("extra")["state"] == "stopped"
+
+
+def test_reset_forgets_vms(vmd: Daemon) -> None:
+    """`reset vms` ends and forgets every VM; reload brings the configured ones back."""
+    vmd.must("start", "demo")
+    vmd.must("reset", "vms")
+    deadline = time.monotonic() + DEADLINE_S
+    while json.loads(vmd.must("status", "--json")):
+        assert time.monotonic() < deadline
+    vmd.must("reload")
+    assert vmd.status("demo")["state"] == "stopped"
+
+
+def test_staggered_start(tmp_path: Path) -> None:
+    """One VM starts, the other one waits for its turn (cat. 2.9)."""
+    conf = "staggered start parallel 1 delay 3600\n" + "".join(
+        demo(name).replace("    disable\n", "") for name in ("first", "second")
+    )
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.wait_state("first", "running")
+        assert vmd.status("second")["state"] == "waiting"
+
+
+def test_log_level_reaches_every_process(vmd: Daemon) -> None:
+    """`vmctl log verbose` reaches running VMs and those that start later."""
+    vmd.must("log", "verbose")
+    vmd.must("start", "demo")
+    vmd.wait_log("vm/demo: 64-bit ELF kernel")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ('disk "{conf}"', "disks"),
+        ("local interface", "network interfaces"),
+        ('cdrom "{conf}"', "a cdrom"),
+        ("boot device cdrom", "a boot device"),
+        ("sev", "encrypted memory"),
+        ("virtio modern", "a virtio mode"),
+    ],
+)
+def test_what_is_not_supported_is_said(tmp_path: Path, option: str, words: str) -> None:
+    """A VM that needs what this version lacks is not started, and the sentence says what."""
+    with Daemon(tmp_path, demo("demo", option.format(conf=tmp_path / "vm.conf"))) as vmd:
+        refused = vmd.vmctl("start", "demo")
+        assert refused.returncode == 1
+        assert f"vm demo: {words}: not supported" in refused.stderr
+
+
+def run_vmd(*arguments: str | Path, user: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a vmd that is not expected to stay."""
+    return subprocess.run(
+        [sys.executable, "-m", "vmd", *arguments],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False, user=user,
+    )  # fmt: skip
+
+
+def test_a_second_daemon_on_the_socket_is_refused(vmd: Daemon) -> None:
+    """The living daemon keeps its socket."""
+    second = run_vmd("-d", "-s", vmd.socket, "-f", vmd.conf)
+    assert second.returncode == 1
+    assert f"another vmd is already serving {vmd.socket}" in second.stderr
+    vmd.must("status")
+
+
+def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
+    """Only a socket is ever removed."""
+    path = tmp_path / "precious"
+    path.write_text("data")
+    refused = run_vmd("-d", "-s", path, "-f", "/dev/null")
+    assert refused.returncode == 1
+    assert str(path) in refused.stderr
+    assert path.read_text() == "data"
+
+
+def test_configuration_check(tmp_path: Path) -> None:
+    """`-n` says OK, or every error with file and line."""
+    good, bad = tmp_path / "good.conf", tmp_path / "bad.conf"
+    good.write_text(demo())
+    bad.write_text('vm "x" {\n memory 1K\n}\nswitch "s" {\n up\n}\n')
+    assert run_vmd("-n", "-f", good).stderr == "configuration OK\n"
+    refused = run_vmd("-n", "-f", bad)
+    assert refused.returncode == 1
+    assert f"{bad}:2: " in refused.stderr
+    assert "is missing interface name" in refused.stderr
+
+
+def test_usage() -> None:
+    """A wrong option is named and the usage shown."""
+    refused = run_vmd("-Z")
+    assert refused.returncode == 1
+    assert "usage: vmd [-dnv]" in refused.stderr
+
+
+def test_malformed_packets_do_not_disturb_others(vmd: Daemon) -> None:
+    """Case 56: a client that talks nonsense is cut off; the next one is served."""
+    for packet in (b"", b"x", b"\0" * 16, os.urandom(4096), b"\xff" * 16384):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(vmd.socket))
+            client.send(packet)
+            client.settimeout(DEADLINE_S)
+            assert client.recv(100) == b""
+    assert vmd.status("demo")["state"] == "stopped"
+
+
+def test_a_user_may_look_but_not_touch(vmd: Daemon) -> None:
+    """Whoever may open the socket sees all VMs and may neither start them nor reload (cat. 4.8)."""
+    vmd.socket.chmod(0o666)
+    vmd.directory.chmod(0o755)
+
+    def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False, user=65534, group=65534,
+            extra_groups=[],
+        )  # fmt: skip
+
+    assert "demo" in as_nobody("status").stdout
+    for arguments in (("start", "demo"), ("reload",), ("reset",), ("log", "brief")):
+        refused = as_nobody(*arguments)
+        assert refused.returncode == 1
+        assert refused.stderr
+    assert vmd.status("demo")["state"] == "stopped"
