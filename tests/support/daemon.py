@@ -106,9 +106,14 @@ class Daemon:
         assert done.returncode == 0, f"vmctl {arguments}: {done.stderr}\n--- log of vmd\n{self.log}"
         return done.stdout + done.stderr
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what `vmctl status --json` says of every VM."""
+        rows: list[dict[str, Any]] = json.loads(self.must("status", "--json"))["vms"]
+        return rows
+
     def status(self, name: str) -> dict[str, Any]:
         """Return what `vmctl status --json` says of one VM."""
-        rows = json.loads(self.vmctl("status", "--json").stdout)
+        rows = self.rows()
         for row in rows:
             if row["name"] == name:
                 found: dict[str, Any] = row

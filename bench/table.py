@@ -1,0 +1,46 @@
+"""The table that `make bench` prints."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """One comparison; for times and costs smaller is better, for rates larger is."""
+
+    what: str
+    unit: str
+    ours: Sequence[float]
+    qemu: Sequence[float]
+    goal: float | None  # the ratio ours / QEMU that is aimed at
+    larger_is_better: bool = False
+
+    @property
+    def ratio(self) -> float:
+        """Ours over QEMU's, of medians."""
+        return median(self.ours) / median(self.qemu)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the goal is reached."""
+        if self.goal is None:
+            return ""
+        reached = self.ratio >= self.goal if self.larger_is_better else self.ratio <= self.goal
+        sign = ">=" if self.larger_is_better else "<="
+        return f"{'reached' if reached else 'MISSED'} ({sign} {self.goal:.2f})"
+
+
+def show(rows: Sequence[Row], *, header: bool = False) -> None:
+    """Print rows: medians, spread, ratio, goal."""
+    if header:
+        print(f"{'measurement':44} {'unit':8} {'vmd':>20} {'QEMU':>20} {'ratio':>6}  goal")
+    for row in rows:
+        print(
+            f"{row.what:44} {row.unit:8} {spread(row.ours):>20} {spread(row.qemu):>20} {row.ratio:6.2f}  {row.verdict}",
+            flush=True,
+        )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return median [smallest-largest]."""
+    return f"{median(values):.4g} [{min(values):.4g}-{max(values):.4g}]"
