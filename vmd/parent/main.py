@@ -112,6 +112,7 @@ class Parent(Process):
         self.verbosity = options.verbosity
         self.vms = VmTable()
         self.ready: set[Proc] = set()
+        self.warned: set[str] = set()
         self.peers: dict[Proc, Channel] = {}
         self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
         self.batch_timer: Timer | None = None
@@ -138,8 +139,9 @@ class Parent(Process):
 
     def on_process_ready(self, message: Ready, _envelope: Envelope, channel: Channel) -> None:
         """A child is confined; with the last one the daemon is up and VMs start."""
-        for warning in message.warnings:
-            log.warn(f"{channel.label}: {warning}")
+        for warning in set(message.warnings) - self.warned:
+            self.warned.add(warning)  # once, not by each process
+            log.warn(warning)
         self.ready.add(channel.peer)
         if len(self.ready) == len(self.peers):
             log.info("startup")

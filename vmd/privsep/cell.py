@@ -61,10 +61,11 @@ class Cell:
 
     import_path: tuple[str, ...] = (CODE,)
 
-    def __init__(self, uid: int, gid: int, namespace_fd: int) -> None:
+    def __init__(self, uid: int, gid: int, namespace_fd: int, root_fd: int) -> None:
         self.uid = uid
         self.gid = gid
         self.namespace_fd = namespace_fd
+        self.root_fd = root_fd
 
     @classmethod
     def build(cls, uid: int, gid: int, packages: tuple[str, ...] = PACKAGES) -> "Cell":
@@ -72,11 +73,14 @@ class Cell:
         code = [file for package in packages for file in package_files(package)]
         libraries = loaded_libraries([package_directory(package) for package in packages])
         mounts = {**interpreter_mounts(libraries), "/etc/ld.so.cache": "/etc/ld.so.cache", "/dev/null": "/dev/null"}
-        return cls(uid, gid, build_in_namespace(mounts, code))
+        return cls(uid, gid, *build_in_namespace(mounts, code))
 
     def enter(self) -> None:
         """Go in and become the user; there is no way back."""
         linux.setns(self.namespace_fd, linux.CLONE_NEWNS)
+        # Where vmd itself runs in a chroot, the namespace's own root is not the one that pivot_root replaced.
+        os.fchdir(self.root_fd)
+        os.chroot(".")
         linux.unshare(linux.CLONE_NEWIPC | linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
         os.chdir("/")
         linux.limit_bounding_set(0)
@@ -91,6 +95,7 @@ class Cell:
     def close(self) -> None:
         """Let go of the root; processes inside keep it alive."""
         os.close(self.namespace_fd)
+        os.close(self.root_fd)
 
 
 class Network:
@@ -227,8 +232,8 @@ def link_map_names() -> list[str]:
     return names
 
 
-def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> int:
-    """Build the root in a child with a mount namespace of its own; returns a descriptor of that namespace."""
+def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> tuple[int, int]:
+    """Build the root in a child with a mount namespace of its own; returns descriptors of namespace and root."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -239,7 +244,8 @@ def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) ->
         if report != BUILT:
             number, _, what = report.partition(" ")
             raise HostError(f"build the cell: {what}", int(number)) if number else VmdError(f"build the cell:{what}")
-        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), root
     except OSError as error:
         raise HostError("build the cell: keep its mount namespace", error) from error
     finally:
