@@ -1,11 +1,14 @@
 """The daemon as a whole: its processes, the life of a VM, and what is left when it ends."""
 
+import array
+import errno
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,24 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
+from vmd.config.model import VmConfig
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import (
+    Caller,
+    ConsoleRequest,
+    Failed,
+    ListRequest,
+    LoadRequest,
+    LogRequest,
+    ReloadRequest,
+    Request,
+    ResetRequest,
+    StartRequest,
+    StopRequest,
+    VmInfo,
+    WaitRequest,
+)
+from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -362,7 +383,7 @@ def test_log_level_reaches_every_process(vmd: Daemon) -> None:
         ("local interface", "network interfaces"),
         ('cdrom "{conf}"', "a cdrom"),
         ("boot device cdrom", "a boot device"),
-        ("sev", "encrypted memory"),
+        ("sev", "encrypted memory (sev)"),
         ("virtio modern", "a virtio mode"),
     ],
 )
@@ -394,7 +415,9 @@ def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None
     """Only a socket is ever removed."""
     path = tmp_path / "precious"
     path.write_text("data")
-    refused = run_vmd("-d", "-s", path, "-f", "/dev/null")
+    conf = tmp_path / "vm.conf"
+    conf.touch()
+    refused = run_vmd("-d", "-s", path, "-f", conf)
     assert refused.returncode == 1
     assert str(path) in refused.stderr
     assert path.read_text() == "data"
@@ -430,21 +453,60 @@ def test_malformed_packets_do_not_disturb_others(vmd: Daemon) -> None:
     assert vmd.status("demo")["state"] == "stopped"
 
 
-def test_a_user_may_look_but_not_touch(vmd: Daemon) -> None:
-    """Whoever may open the socket sees all VMs and may neither start them nor reload (cat. 4.8)."""
-    vmd.socket.chmod(0o666)
-    vmd.directory.chmod(0o755)
+def ask_as_nobody(path: Path, request: Request) -> list[Record]:
+    """Send a request from a process of user nobody; returns all answers."""
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect(str(path))
+            theirs.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [client.fileno()]))])
+        os._exit(0)
+    _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    os.waitpid(pid, 0)
+    ours.close()
+    theirs.close()
+    answers: list[Record] = []
+    with socket.socket(fileno=fds[0]) as client:
+        client.settimeout(DEADLINE_S)
+        client.send(encode(request)[0])
+        while not answers or isinstance(answers[-1], VmInfo):
+            answers.append(decode(client.recv(MAX_MESSAGE), [], "vmd").message)
+    return answers
 
-    def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "vmctl", "-s", vmd.socket, *arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False, user=65534, group=65534,
-            extra_groups=[],
-        )  # fmt: skip
 
-    assert "demo" in as_nobody("status").stdout
-    for arguments in (("start", "demo"), ("reload",), ("reset",), ("log", "brief")):
-        refused = as_nobody(*arguments)
-        assert refused.returncode == 1
-        assert refused.stderr
-    assert vmd.status("demo")["state"] == "stopped"
+@pytest.mark.parametrize(
+    "request_",
+    [
+        StartRequest(name="demo"),
+        StopRequest(name="demo"),
+        WaitRequest(name="demo"),
+        ConsoleRequest(name="demo"),
+        StartRequest(name="new", config=VmConfig(name="new")),
+        ReloadRequest(),
+        LoadRequest(path="/etc/passwd"),
+        ResetRequest(vms=True, switches=True),
+        LogRequest(verbosity=0),
+        StartRequest(name="demo", caller=Caller(uid=0, gid=0, pid=1)),  # who lies about himself is not believed
+    ],
+)
+def test_a_user_may_look_but_not_touch(vmd: Daemon, request_: Request) -> None:
+    """Whoever may open the socket sees all VMs and may not do anything to those of others (cat. 4.8)."""
+    with tempfile.TemporaryDirectory() as open_to_all:
+        path = Path(open_to_all) / "vmd.sock"
+        path.parent.chmod(0o755)
+        path.hardlink_to(vmd.socket)
+        path.chmod(0o666)
+        vmd.must("start", "demo")
+
+        listed = ask_as_nobody(path, ListRequest())
+        (refusal,) = ask_as_nobody(path, request_)
+
+    assert isinstance(listed[0], VmInfo)
+    assert listed[0].name == "demo"
+    assert isinstance(refusal, Failed)
+    assert refusal.code == errno.EPERM
+    assert vmd.status("demo")["state"] == "running"

@@ -326,11 +326,10 @@ class Parent(Process):
         for client in self.snapshots.pop(vm.vmid, []):
             self.answer(client, Failed(code=errno.ESRCH, text=f"vm {vm.name} has ended"))
         vm.waiting_clients.clear()
-        watched = vm.console_client is not None
         vm.ended(text)
         pty = vm.take_pty()
         if pty is not None:
-            self.retire_pty(pty, LAST_OUTPUT_ROUNDS if watched else 0)
+            self.retire_pty(pty, LAST_OUTPUT_ROUNDS)
         if not vm.from_config:
             self.vms.remove(vm)
         if self.ending and not any(other.alive for other in self.vms):

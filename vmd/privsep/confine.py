@@ -76,6 +76,8 @@ BLOCK = frozenset({
 NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
+TTY_IOCTLS = (0x540B,)                                         # TCFLSH: a console's backlog replaces what waits in it
+
 # The machine: guest memory, KVM's descriptors, vCPU threads; and a running VM's way out and in (vmctl send).
 MACHINE = frozenset({
     "memfd_create", "ftruncate",                               # guest memory and shared pages
@@ -110,6 +112,7 @@ CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=4096)  #
 
 VM = Confinement(  # the process adds its KVM requests: `VM.replace(ioctls=...)`
     syscalls=BASE | CHANNEL | MACHINE,
+    ioctls=TTY_IOCTLS,
     open_files=4096,
 )
 
@@ -124,7 +127,7 @@ VMM = Confinement(
     | BLOCK
     | NET
     | {"ioctl+kvm"},
-    ioctls=TUN_IOCTLS,
+    ioctls=TUN_IOCTLS + TTY_IOCTLS,
     files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
     open_files=16384,  # a pidfd and a channel for each VM, and its files while they pass through
 )

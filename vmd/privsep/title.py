@@ -14,10 +14,9 @@ def set_title(title: str) -> None:
     """Show this process as `vmd: title`; a `comm` too short for the title shows its end, which tells most."""
     comm = ctypes.create_string_buffer(title.encode()[-COMM_MAX:])
     linux.prctl("set the process name", linux.PR_SET_NAME, ctypes.addressof(comm))
-    area = argument_area()
-    if area is None:
+    if AREA is None:
         return
-    start, size = area
+    start, size = AREA
     shown = f"vmd: {title}".encode()[: size - 2]
     # A last byte that is not NUL tells the kernel that this is one string, ending at its first NUL
     # (proc_pid_cmdline(5)); otherwise ps would show the padding as blanks.
@@ -42,3 +41,6 @@ def argument_area() -> tuple[int, int] | None:
     if ctypes.string_at(start, len(expected)) != expected:
         return None
     return start, len(expected)
+
+
+AREA = argument_area()  # found once, while the arguments still stand there; a title can then be changed

@@ -35,6 +35,7 @@ from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
 from vmd.privsep.confine import VM, confine
+from vmd.privsep.title import set_title
 from vmd.vm.console import Console
 from vmd.vm.machine import BootImages, Machine
 
@@ -42,14 +43,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
-TCFLSH = 0x540B  # <asm-generic/ioctls.h>; termios.tcflush makes it
 
 CONFINEMENT = VM.replace(
     ioctls=(
         abi.KVM_RUN,
         abi.KVM_IRQ_LINE,  # chips raise and lower their lines
         abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
-        TCFLSH,  # the backlog takes the place of what waits in the pty
+        *VM.ioctls,
     )
 )  # fmt: skip
 
@@ -77,6 +77,7 @@ class VmProcess(Process):
         """Build the VM, give up what only building needs, and let the guest execute."""
         self.vmid = message.vmid
         log.setup(f"vm/{message.config.name}", log.form, message.verbosity)
+        set_title(log.title)
         master, slave = envelope.take_fd("tty"), envelope.take_fd("tty_slave")
         boot, initrd = envelope.take_fd("boot"), envelope.take_fd("initrd")
         assert master is not None
@@ -87,8 +88,7 @@ class VmProcess(Process):
             self.console = Console(master, slave, self.loop)
             self.machine = Machine(message.config, KVM_FD, images, self.console, self.loop, self.end_from_thread)
             images.close()
-            for warning in confine(CONFINEMENT):
-                log.debug(warning)  # the parent has said so at its start
+            confine(CONFINEMENT)  # what this kernel lacks was said by vmm, at the start of the daemon
             self.machine.start()
         except (VmdError, OSError) as error:
             code = getattr(error, "errno", None) or getattr(error, "code", None) or 0

@@ -118,6 +118,7 @@ class Mc146818:
         self._tick_s = 0.0  # when the periodic flag was last due, by the monotonic clock
         self._clock_timer: Cancellable | None = None
         self._tick_timer: Cancellable | None = None
+        self._armed_period_s = 0.0
         self._timer_life = [0, 0]  # tells a timer that was replaced as it fired from the present one
         # While the clock is stopped its registers live here as they were left; else only alarms and RAM do.
         self._ram = bytearray(CMOS_BYTES)
@@ -457,10 +458,13 @@ class Mc146818:
         wanted = self._ram[REG_B] & B_PIE and not self._flags & C_PF
         period_s = self._period_s()
         if self._tick_timer is not None:
+            if wanted and period_s == self._armed_period_s:
+                return  # also so that a guest that keeps asking cannot put its tick off for ever
             self._tick_timer.cancel()
             self._tick_timer = None
         if not wanted or not period_s:
             return
+        self._armed_period_s = period_s
         wait_s = max(self._tick_s + period_s - self._monotonic(), TICK_MIN_S)
         self._timer_life[1] += 1
         life = self._timer_life[1]
