@@ -1,0 +1,65 @@
+"""Fifty VMs on one host: they start in batches, sleep while idle, cost little, and stop."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon
+from tests.support.guests import guest
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
+
+VMS = 50
+MEMORY_MIB = 16
+PARALLEL = 10
+IDLE_S = 5.0
+START_S = 120.0
+BUSY_LIMIT = 0.5  # of one processor, for all together: a VM that spins would take more all by itself
+
+
+def pss_kib(pid: int) -> int:
+    """Return what a process costs beyond guest memory: its share of private and file-backed memory."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    values = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
+    return values["Pss_Anon"] + values["Pss_File"]
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor time a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_fifty_vms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All run at once, sleep, and obey the power button; figures are printed."""
+    conf = f"staggered start parallel {PARALLEL} delay 1\n" + "".join(
+        f'vm "n{number}" {{\n memory {MEMORY_MIB}M\n boot "{guest("tick")}" cmdline "idle"\n}}\n' for number in range(VMS)
+    )
+    began = time.monotonic()
+    with Daemon(tmp_path, conf) as vmd:
+        assert any(row["state"] == "waiting" for row in vmd.rows()), "no VM waits for its turn"
+        rows = vmd.rows()
+        while not all(row["state"] == "running" for row in rows):
+            assert time.monotonic() < began + START_S, rows
+            vmd.wait_log("successfully")
+            rows = vmd.rows()
+        started_s = time.monotonic() - began
+        for row in rows:
+            with vmd.console(row["name"]) as console:
+                console.expect("READY", START_S)
+        pids = [row["pid"] for row in rows]
+        before = sum(cpu_s(pid) for pid in pids)
+        idle_from = time.monotonic()
+        time.sleep(IDLE_S)  # the measurement itself: nothing is waited for
+        share = (sum(cpu_s(pid) for pid in pids) - before) / (time.monotonic() - idle_from)
+        costs = sorted(pss_kib(pid) for pid in pids)
+        vmd.must("stop", "-aw", timeout_s=START_S)
+        assert all(row["state"] == "stopped" for row in vmd.rows())
+    with capsys.disabled():
+        print(
+            f"\n{VMS} VMs: running after {started_s:.1f} s, idle together {share * 100:.2f} % of a processor, "
+            f"memory beyond the guest's {costs[len(costs) // 2] / 1024:.1f} MiB PSS each (median)"
+        )
+    assert share < BUSY_LIMIT
