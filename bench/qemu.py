@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COMMAND = (
-    "qemu-system-x86_64", "-M", "microvm", "-accel", "kvm", "-cpu", "host",
+    "qemu-system-x86_64", "-M", "microvm", "-accel", "kvm",
     "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 )  # fmt: skip
 

@@ -2,14 +2,14 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.program import VMCTL
 from bench.qemu import qemu
 from bench.table import Row
-from tests.support.daemon import ROOT, Daemon
+from tests.support.daemon import Daemon
 
 ROUNDS = 15
 FIRST_BYTE = b"!"
@@ -31,8 +31,8 @@ def start_under_vmd(vmd: Daemon) -> float:
     """Return the milliseconds until `vmctl start -c` shows the byte."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", "-c", "hello"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [*VMCTL, "-s", vmd.socket, "start", "-c", "hello"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
