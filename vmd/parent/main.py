@@ -76,7 +76,7 @@ from vmd.parent.children import Children
 from vmd.parent.options import Options
 from vmd.parent.resources import Pty, open_boot_files
 from vmd.parent.usage import resident_bytes
-from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.parent.vmtable import RetiredConsole, State, Vm, VmTable
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
@@ -115,6 +115,7 @@ class Parent(Process):
         self.warned: set[str] = set()
         self.peers: dict[Proc, Channel] = {}
         self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
+        self.retired: dict[str, RetiredConsole] = {}  # by name of the VM
         self.batch_timer: Timer | None = None
         self.ending = False
         self.on_ready: Callable[[], None] = lambda: None
@@ -183,6 +184,8 @@ class Parent(Process):
             channel.flush_blocking(1.0)
         for vm in list(self.vms):
             vm.drop_pty()
+        for console in self.retired.values():
+            console.pty.close()
 
     # --- configuration -----------------------------------------------------------------------------------
 
@@ -326,21 +329,35 @@ class Parent(Process):
         for client in self.snapshots.pop(vm.vmid, []):
             self.answer(client, Failed(code=errno.ESRCH, text=f"vm {vm.name} has ended"))
         vm.waiting_clients.clear()
+        uid, pty = vm.uid, vm.take_pty()
         vm.ended(text)
-        pty = vm.take_pty()
         if pty is not None:
-            self.retire_pty(pty, LAST_OUTPUT_ROUNDS)
+            self.retire_console(RetiredConsole(vm, uid, pty))
         if not vm.from_config:
             self.vms.remove(vm)
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
 
-    def retire_pty(self, pty: Pty, rounds: int) -> None:
-        """Close a console once its viewer has read the last words of the guest, or will not."""
-        if rounds and pty.unread_bytes():
-            self.loop.call_later(LAST_OUTPUT_ROUND_S, lambda: self.retire_pty(pty, rounds - 1))
+    def retire_console(self, console: RetiredConsole) -> None:
+        """Keep the console of a VM that has ended until a viewer has read the last words, or one second.
+
+        So `vmctl start -c` shows what a guest said that was over before anybody could look.
+        """
+        old = self.retired.pop(console.name, None)
+        if old is not None:
+            old.pty.close()
+        self.retired[console.name] = console
+        self.loop.call_later(LAST_OUTPUT_ROUND_S, lambda: self.check_retired(console, LAST_OUTPUT_ROUNDS))
+
+    def check_retired(self, console: RetiredConsole, rounds: int) -> None:
+        """Close a retired console if it has been read or waited long enough."""
+        if self.retired.get(console.name) is not console:
+            return
+        if rounds and console.pty.unread_bytes():
+            self.loop.call_later(LAST_OUTPUT_ROUND_S, lambda: self.check_retired(console, rounds - 1))
         else:
-            pty.close()
+            del self.retired[console.name]
+            console.pty.close()
 
     # --- requests of vmctl -------------------------------------------------------------------------------
 
@@ -475,6 +492,14 @@ class Parent(Process):
 
     def serve_console(self, message: ConsoleRequest, caller: Caller, envelope: Envelope) -> None:
         """Hand the console to a client, if nobody else has it."""
+        vm = self.vms.find(message.vmid, message.name)
+        retired = self.retired.get(vm.name if vm else message.name)
+        if retired is not None and not (vm and vm.alive):
+            if not may_control(caller, retired.uid, retired.gid):
+                raise OperatorError(errno.EPERM, f"uid {caller.uid} may not attach to vm {retired.name}")
+            attached = ConsoleAttached(vmid=retired.vmid, name=retired.name, tty=retired.pty.path)
+            self.answer(envelope.peerid, attached)
+            return
         vm = self.vms.get(message.vmid, message.name)
         if not vm.alive or vm.pty is None:
             raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")

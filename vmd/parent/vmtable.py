@@ -97,6 +97,17 @@ class Vm:
             pty.close()
 
 
+class RetiredConsole:
+    """The console of a VM that has ended, for whoever wants to read its last words; owns the pty."""
+
+    def __init__(self, vm: Vm, uid: int, pty: Pty) -> None:
+        self.name = vm.name
+        self.vmid = vm.vmid
+        self.uid = uid
+        self.gid = vm.config.owner.gid
+        self.pty = pty
+
+
 class VmTable:
     """VMs by name and id.  An id belongs to a (name, owner) pair for the daemon's lifetime."""
 

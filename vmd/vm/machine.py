@@ -12,7 +12,7 @@ from vmd.ipc.messages import Outcome
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
 from vmd.log import log
-from vmd.vm import acpi, layout
+from vmd.vm import acpi, layout, routing
 from vmd.vm.boot import fwcfg, loader
 from vmd.vm.bus import Bus
 from vmd.vm.chips.acpipm import AcpiPm
@@ -78,6 +78,7 @@ class Machine:
         self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
         self.kvm.create_irqchip()
         self.kvm.create_pit2()
+        routing.set_up(self.kvm)
         self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
 
         self.memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))

@@ -1,0 +1,90 @@
+"""Every kind of image boots on this host's KVM under the whole daemon, and finds what it is promised."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.guests import guest
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+FIRMWARE = Path("/usr/share/seabios/bios-256k.bin")
+LONG_S = 150.0  # guest kernels may be interpreted at a million instructions a second
+
+
+def block(name: str, boot: str, *lines: str) -> str:
+    """Return a vm block."""
+    options = "\n".join(f"    {line}" for line in ("disable", f"boot {boot}", *lines))
+    return f'vm "{name}" {{\n{options}\n}}\n'
+
+
+def test_seabios_says_that_there_is_nothing_to_boot(tmp_path: Path) -> None:
+    """An unmodified SeaBIOS finds its machine, speaks on the serial line, and ends its search with a sentence."""
+    with Daemon(tmp_path, block("bios", f'"{FIRMWARE}"', "memory 128M", "vcpus 2")) as vmd:
+        vmd.must("start", "bios")
+        with vmd.console("bios") as console:
+            console.expect("SeaBIOS (version", LONG_S)
+            console.expect("No bootable device", LONG_S)
+        vmd.must("stop", "-fw", "bios")
+
+
+@pytest.mark.parametrize(("memory", "vcpus"), [("64M", 1), ("256M", 4)])
+def test_selftest_guest(tmp_path: Path, memory: str, vcpus: int) -> None:
+    """Memory map, ports, MMIO, timers, interrupts, RTC, UART, fw_cfg, PCI, ACPI and SMP, each reported by name."""
+    conf = block("selftest", f'"{guest("selftest")}"', f"memory {memory}", f"vcpus {vcpus}")
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "selftest")
+        with vmd.console("selftest") as console:
+            report = console.expect(" failed", LONG_S)
+            console.drain(DEADLINE_S)
+        print(report)
+        assert not re.findall(r"^FAIL .*", report, re.MULTILINE)
+        summary = re.search(r"selftest: (\d+) ok, 0 failed", report)
+        assert summary is not None
+        assert int(summary[1]) == len(re.findall(r"^ok ", report, re.MULTILINE)) > 40
+        assert re.findall(r"^skip (\S+)", report, re.MULTILINE) == (["smp"] if vcpus == 1 else [])
+        assert vmd.status("selftest")["text"] == "powered off by the guest"
+
+
+def test_openbsd_kernel_gets_its_boot_arguments(tmp_path: Path) -> None:
+    """A kernel of OpenBSD's boot protocol prints the memory map, console and end marker it was given (cat. 5.2)."""
+    with Daemon(tmp_path, block("bsd", f'"{guest("openbsd-amd64")}"', "memory 64M")) as vmd:
+        said = vmd.run_to_end("bsd")
+        print(said)
+        assert "memmap" in said
+        assert re.search(r"consdev dev=800 speed=1c200 address=3f8", said)
+        assert vmd.status("bsd")["text"] == "powered off by the guest"
+
+
+def test_a_second_kernel_kind_is_told_from_its_bytes(tmp_path: Path) -> None:
+    """A gzip'ed kernel boots like a plain one, whatever it is called."""
+    import gzip
+
+    packed = tmp_path / "vmlinuz.img"
+    packed.write_bytes(gzip.compress(guest("demo").read_bytes()))
+    with Daemon(tmp_path, block("packed", f'"{packed}"', "memory 32M")) as vmd:
+        vmd.must("start", "packed")
+        with vmd.console("packed") as console:
+            console.expect("vmd-demo> ", LONG_S)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "is empty"),
+        (b"just a text, not a kernel at all\n" * 100, ""),
+        (b"\x7fELF" + bytes(100), ""),
+        (b"\x1f\x8b" + bytes(100), ""),
+    ],
+)
+def test_what_cannot_boot_is_refused_with_a_sentence(tmp_path: Path, content: bytes, complaint: str) -> None:
+    """Case 54: the start fails, names the file and leaves no process behind."""
+    bad = tmp_path / "bad.img"
+    bad.write_bytes(content)
+    with Daemon(tmp_path, block("bad", f'"{bad}"', "memory 32M")) as vmd:
+        refused = vmd.vmctl("start", "bad")
+        assert refused.returncode == 1
+        assert re.search(rf"{re.escape(str(bad))}: .*{complaint}", refused.stderr), refused.stderr
+        assert vmd.wait_state("bad", "stopped")["pid"] is None
