@@ -54,21 +54,6 @@ def vmd(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
-def processes_of(daemon: Daemon) -> dict[str, int]:
-    """Return the titles and pids of a daemon's descendants."""
-    listing = subprocess.run(
-        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    rows = [line.split(None, 2) for line in listing]
-    family = {daemon.pid}
-    found: dict[str, int] = {}
-    for pid, ppid, args in sorted(rows, key=lambda row: int(row[0])):
-        if int(ppid) in family:
-            family.add(int(pid))
-            found[args.strip()] = int(pid)
-    return found
-
-
 def gone(pid: int) -> bool:
     """Return whether no such process runs any more; a zombie of somebody else's counts as gone."""
     try:
@@ -97,7 +82,7 @@ def status_lines(pid: int) -> dict[str, str]:
 def test_processes_titles_and_rights(vmd: Daemon) -> None:
     """Each process has its title, its user, no privileges it does not need, and a filter (cat. 1.3)."""
     vmd.must("start", "demo")
-    processes = processes_of(vmd)
+    processes = vmd.processes()
 
     assert set(processes) >= {"vmd: priv", "vmd: control", "vmd: vmm", "vmd: vm/demo"}
     for title in ("vmd: control", "vmd: vmm", "vmd: vm/demo"):
@@ -121,7 +106,7 @@ def test_a_clean_end_leaves_nothing(vmd: Daemon) -> None:
     """After SIGTERM there is no process, no socket, no pty."""
     vmd.must("start", "demo")
     tty = vmd.status("demo")["tty"]
-    pids = [vmd.pid, *processes_of(vmd).values()]
+    pids = [vmd.pid, *vmd.processes().values()]
 
     assert vmd.stop() == 0
 
@@ -135,7 +120,7 @@ def test_a_clean_end_leaves_nothing(vmd: Daemon) -> None:
 def test_losing_a_process_ends_the_daemon(vmd: Daemon, victim: str) -> None:
     """SIGKILL of any child ends the daemon with a reason, a failure status and no orphans."""
     vmd.must("start", "demo")
-    processes = processes_of(vmd)
+    processes = vmd.processes()
     pids = list(processes.values())
     assert vmd.process is not None
 
@@ -150,7 +135,7 @@ def test_losing_a_process_ends_the_daemon(vmd: Daemon, victim: str) -> None:
 def test_killing_the_parent_leaves_no_orphan(vmd: Daemon) -> None:
     """Children end with a parent that had no chance to tell them; the next daemon replaces the stale socket."""
     vmd.must("start", "demo")
-    pids = list(processes_of(vmd).values())
+    pids = list(vmd.processes().values())
     assert vmd.process is not None
 
     vmd.process.kill()

@@ -35,7 +35,8 @@ def cpu_s(pid: int) -> float:
 def test_fifty_vms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All run at once, sleep, and obey the power button; figures are printed."""
     conf = f"staggered start parallel {PARALLEL} delay 1\n" + "".join(
-        f'vm "n{number}" {{\n memory {MEMORY_MIB}M\n boot "{guest("tick")}" cmdline "idle"\n}}\n' for number in range(VMS)
+        f'vm "n{number}" {{\n memory {MEMORY_MIB}M\n boot "{guest("tick")}" cmdline "idle"\n}}\n'
+        for number in range(VMS)
     )
     began = time.monotonic()
     with Daemon(tmp_path, conf) as vmd:

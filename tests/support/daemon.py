@@ -93,6 +93,18 @@ class Daemon:
         assert self.process is not None
         return self.process.pid
 
+    def processes(self) -> dict[str, int]:
+        """Return titles and pids of everything it started."""
+        listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in listing.splitlines()]
+        family = {self.pid}
+        found: dict[str, int] = {}
+        for pid, ppid, args in sorted(rows, key=lambda row: int(row[0])):
+            if int(ppid) in family:
+                family.add(int(pid))
+                found[args.strip()] = int(pid)
+        return found
+
     def vmctl(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """Run vmctl to its end."""
         return subprocess.run(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import pwd
 import socket
@@ -16,6 +17,8 @@ USER = "_vmd"
 SOCKET_MODE = 0o660
 SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
 SYSLOG_SOCKET = "/dev/log"
+KVM_GET_API_VERSION = 0xAE00  # <linux/kvm.h>; what else KVM can do is not the parent's business
+KVM_API_VERSION = 12
 
 
 def lookup_user() -> tuple[int, int]:
@@ -32,13 +35,18 @@ def lookup_user() -> tuple[int, int]:
 def open_kvm() -> int:
     """Open /dev/kvm; OperatorError says what to do when that fails."""
     try:
-        return os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
     except OSError as error:
         advice = {
             errno.ENOENT: "load the module kvm_intel or kvm_amd, and enable virtualisation in the firmware",
             errno.ENODEV: "the processor or its firmware settings offer no virtualisation",
+            errno.ENOTTY: "this is something else",
         }.get(error.errno or 0, "check the permissions of the device")
         raise OperatorError(error.errno or 0, f"/dev/kvm: {os.strerror(error.errno or 0)}: {advice}") from None
+    if version != KVM_API_VERSION:
+        raise OperatorError(errno.ENOTSUP, f"/dev/kvm: version {version} of its interface, not {KVM_API_VERSION}")
+    return fd
 
 
 def listen(path: str, owner: Owner) -> socket.socket:

@@ -1,0 +1,125 @@
+"""Every mistake a newcomer makes is answered with one sentence that says what to do."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+VMD = f"{sys.executable} -m vmd -d -s $DIR/vmd.sock -f $DIR/vm.conf"
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Give a directory that any user may enter."""
+    with tempfile.TemporaryDirectory(prefix="vmd-mistakes-") as path:
+        Path(path).chmod(0o755)
+        (Path(path) / "vm.conf").touch()
+        yield Path(path)
+
+
+def shell(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in a mount namespace of its own."""
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-e", "-c", script],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        env={"DIR": str(directory), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )  # fmt: skip
+
+
+def vmctl(directory: Path, *arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run vmctl."""
+    return subprocess.run(
+        [sys.executable, "-m", "vmctl", "-s", directory / "vmd.sock", *arguments],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        user=user, group=user, extra_groups=None if user is None else [],
+    )  # fmt: skip
+
+
+def one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Check for failure, exactly one line, and that it has these words."""
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        (f"setpriv --reuid=65534 --clear-groups {VMD}", ("need root privileges", "run vmd as root")),
+        (
+            "mount -t tmpfs none /mnt; mknod -m 666 /mnt/null c 1 3; mknod -m 666 /mnt/urandom c 1 9;"
+            f" mount --bind /mnt /dev; {VMD}",
+            ("/dev/kvm", "No such file or directory", "load the module"),
+        ),
+        (f"mount --bind /dev/null /dev/kvm; {VMD}", ("/dev/kvm", "this is something else")),
+        (
+            "grep -v ^_vmd /etc/passwd > $DIR/passwd; mount --bind $DIR/passwd /etc/passwd;" + VMD,
+            ("unknown user _vmd", "useradd"),
+        ),
+        (f"echo 'vm' > $DIR/vm.conf; {VMD}", ("vm.conf:1: syntax error",)),
+        (f"{sys.executable} -m vmd -d -s $DIR/nowhere/vmd.sock -f $DIR/vm.conf", ("nowhere/vmd.sock", "No such file")),
+        (f"{sys.executable} -m vmd -d -s $DIR/vmd.sock -f $DIR/vm.conf -D x", ("macro definition x",)),
+    ],
+    ids=["not root", "no kvm", "kvm is not kvm", "no user", "bad configuration", "bad socket path", "bad macro"],
+)
+def test_vmd_does_not_start(directory: Path, mistake: str, words: tuple[str, ...]) -> None:
+    """The daemon says why, once, and leaves no socket."""
+    one_sentence(shell(mistake, directory), *words)
+    assert not (directory / "vmd.sock").exists()
+
+
+def test_no_daemon(directory: Path) -> None:
+    """The vmctl names the socket and asks the right question."""
+    one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?")
+
+
+def test_dead_daemon(directory: Path) -> None:
+    """A socket that a killed daemon left behind is told from a living one."""
+    with Daemon(directory) as vmd:
+        assert vmd.process is not None
+        vmd.process.kill()
+        vmd.process.wait()
+        one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?")
+
+
+def test_socket_not_permitted(directory: Path) -> None:
+    """A user outside the socket's group is told whose it is."""
+    with Daemon(directory):
+        one_sentence(vmctl(directory, "status", user=65534), str(directory / "vmd.sock"), "root")
+
+
+def test_unknown_vm(directory: Path) -> None:
+    """A name or id that nobody has is named."""
+    with Daemon(directory):
+        for arguments in (("start", "nobody"), ("start", "17"), ("stop", "nobody"), ("wait", "17")):
+            done = vmctl(directory, *arguments)
+            assert done.returncode == 1
+            assert "not found" in done.stderr or arguments[1] in done.stderr
+
+
+def test_kernel_gone(directory: Path) -> None:
+    """A kernel that was there when vm.conf was read, and no longer is, is named when the VM starts."""
+    kernel = directory / "kernel"
+    kernel.write_bytes(guest("demo").read_bytes())
+    with Daemon(directory, f'vm "a" {{\n disable\n memory 32M\n boot "{kernel}"\n}}\n'):
+        kernel.unlink()
+        one_sentence(vmctl(directory, "start", "a"), str(kernel), "No such file or directory")
+
+
+def test_kernel_is_no_file(directory: Path) -> None:
+    """A directory, a FIFO or a device in the place of a kernel is refused at once."""
+    kernel = directory / "kernel"
+    kernel.touch()
+    with Daemon(directory, f'vm "a" {{\n disable\n memory 32M\n boot "{kernel}"\n}}\n'):
+        kernel.unlink()
+        kernel.mkdir()
+        one_sentence(vmctl(directory, "start", "a"), str(kernel), "not a regular file")
