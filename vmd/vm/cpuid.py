@@ -4,6 +4,8 @@ Topology: one package, one thread per core, APIC id = vCPU number.  The hypervis
 `KVMKVMKVM` come with KVM's table, so that guests find kvmclock.
 """
 
+import struct
+
 from vmd.kvmapi.abi import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
 
 CACHE_LEAVES = (0x4, 0x8000001D)  # Intel's and AMD's deterministic cache parameters
@@ -14,6 +16,9 @@ ECX_TSC_DEADLINE = 1 << 24
 ECX_HYPERVISOR = 1 << 31
 EDX_HTT = 1 << 28  # leaf 1: EBX[23:16] counts logical processors
 ECX_CMP_LEGACY = 1 << 1  # leaf 80000001h, AMD's counterpart
+
+BRAND_LEAVES = (0x80000002, 0x80000003, 0x80000004)
+BRAND = b"vmd virtual processor"  # where KVM does not pass on the host's
 
 LEVEL_SMT = 1
 LEVEL_CORE = 2
@@ -59,7 +64,19 @@ def for_vcpu(
             leaf.ecx = leaf.ecx & ~0xF0FF | (vcpus - 1).bit_length() << 12 | vcpus - 1
         elif leaf.function == 0x8000001E:
             leaf.eax, leaf.ebx, leaf.ecx = apic_id, apic_id & 0xFF, 0
+    name_processor(leaves)
     for number in TOPOLOGY_LEAVES:
         if highest >= number:
             leaves += topology(number, apic_id, vcpus)
     return leaves
+
+
+def name_processor(leaves: list[kvm_cpuid_entry2]) -> None:
+    """Fill in the brand string if it is empty; guests show family and model numbers otherwise."""
+    brand = [leaf for leaf in leaves if leaf.function in BRAND_LEAVES]
+    empty = not any(leaf.eax or leaf.ebx or leaf.ecx or leaf.edx for leaf in brand)
+    if len(brand) == len(BRAND_LEAVES) and empty:
+        for leaf in brand:
+            start = (leaf.function - BRAND_LEAVES[0]) * 16
+            text = BRAND.ljust(48, b"\0")[start : start + 16]
+            leaf.eax, leaf.ebx, leaf.ecx, leaf.edx = struct.unpack("<4I", text)
