@@ -29,7 +29,7 @@ help:
 run:
 	@tools/setup packages run venv user
 	@$(if $(SOFTWARE_KVM),$(MAKE) -s -C guests OUT=$(CURDIR)/build/guests)
-	@$(PYTHON) tools/run
+	@$(PYTHON) -m tools.run
 
 test: need-root
 	@tools/setup packages test venv user

@@ -12,6 +12,7 @@ KVM = Path("/dev/kvm")
 SOFTWARE_KVM = Path("/sys/module/kvm_pvm")  # interprets guest kernels, and boots no stock one
 SHOWN_LINES = 60
 
+REAL = pytest.StashKey[frozenset[str]]()  # the tests marked `l1`
 NOT_RUN = pytest.StashKey[dict[str, int]]()  # reason -> number of tests
 
 
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Decide where the tests marked `l1` run: here if KVM is the hardware's, else in the emulated machine."""
+    config.stash[REAL] = frozenset()
     config.stash[NOT_RUN] = {}
     inside = config.getoption("--inside-l1")
     if inside:
@@ -39,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         deep = [item for item in items if item.get_closest_marker("deep")]
         config.hook.pytest_deselected(items=deep)
         items[:] = [item for item in items if not item.get_closest_marker("deep")]
+    real = frozenset(item.nodeid for item in items if item.get_closest_marker("l1"))
+    config.stash[REAL] = real
     outside = config.pluginmanager.has_plugin("outside-l1")
     missing = {}
     if not os.access(KVM, os.R_OK | os.W_OK):
@@ -46,18 +50,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if os.geteuid() != 0:
         missing["root"] = "not root"
     for item in items:
-        if outside and item.get_closest_marker("l1"):
+        if outside and item.nodeid in real:
             continue  # what that machine lacks is found out in there
         reason = next((why for marker, why in missing.items() if item.get_closest_marker(marker)), None)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
             config.stash[NOT_RUN][reason] = config.stash[NOT_RUN].get(reason, 0) + 1
-    items.sort(key=lambda item: item.get_closest_marker("l1") is not None)
+    items.sort(key=lambda item: item.nodeid in real)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Show what real guests said, and loudly what was not tested."""
-    real = [report for report in terminalreporter.getreports("passed") if "l1" in report.keywords]
+    real = [report for report in terminalreporter.getreports("passed") if report.nodeid in config.stash[REAL]]
     if real:
         where = "inside the emulated machine" if config.pluginmanager.has_plugin("outside-l1") else "here"
         terminalreporter.section(f"real guests, {where}")

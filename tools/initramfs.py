@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Builds an initial RAM file system out of busybox, an init script and kernel modules.
 
-    tools/initramfs.py      makes the guest of tools/guest-init; prints the paths of a kernel and of its initramfs
+    python -m tools.initramfs      makes that of tools/guest-init; prints the paths of a kernel and of it
 
 Written as a cpio archive by ourselves, because that needs neither root for device nodes nor a staging folder.
 """
@@ -17,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also run as a program
 from tools.debian_kernel import Kernel, KernelError, cache_dir, fetch, installed
 
 GUEST_INIT = Path(__file__).parent / "guest-init"

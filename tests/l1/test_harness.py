@@ -3,6 +3,7 @@
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def qemu(linux: LinuxGuest, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[b
             "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
             "-serial", "stdio", "-monitor", f"unix:{path},server=on,wait=off",
             "-kernel", str(linux.kernel), "-initrd", str(linux.initrd),
-            "-append", "console=ttyS0 panic=-1 vmdtest=info,dhcp,wait",
+            "-append", "console=ttyS0 quiet panic=-1 vmdtest=info,dhcp,wait",
         ],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -69,13 +70,15 @@ def test_stock_kernel_boots_and_obeys_the_power_button(
     assert process.stdout is not None
     console = Console(process.stdout.fileno())
 
+    began = time.monotonic()
     console.expect("userspace is up", BOOT_S)
+    print(f"userspace after {time.monotonic() - began:.1f} s")
     facts = console.expect("READY", BOOT_S)
     monitor.press_power_button()
     farewell = console.expect("BUTTON", BOOT_S)
     console.drain(BOOT_S)
 
-    print(facts.strip())
+    print(f"{facts.strip()}\noff after {time.monotonic() - began:.1f} s")
     assert "processors: 2" in facts
     memory = re.search(r"memory: (\d+) KiB", facts)
     assert memory is not None

@@ -1,0 +1,139 @@
+"""Starts the daemon of this checkout with one virtual machine and attaches to its console (`make run`).
+
+Where KVM is the hardware's, the guest is the newest kernel in /boot, or Debian's cloud kernel, with a
+busybox of ours.  A software KVM boots no stock kernel; there the guest is our demonstration program.
+Everything is stopped and removed when the console is left (`~.`) or the guest powers off.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools import initramfs
+from tools.debian_kernel import KernelError, cache_dir, fetch, installed
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "run"
+LOG = FOLDER / "vmd.log"
+DEMO = ROOT / "build" / "guests" / "demo.elf"
+SOFTWARE_KVM = Path("/sys/module/kvm_pvm")
+VMD = ROOT / ".venv/bin/vmd"
+VMCTL = ROOT / ".venv/bin/vmctl"
+NAME = "demo"
+START_S = 30
+STOP_S = 130  # a guest is given 120 s to power off
+
+
+class RunError(Exception):
+    """The daemon did not get to where we could use it."""
+
+
+def virtual_machine() -> str:
+    """Return the `vm` block of the configuration; raises KernelError or RunError."""
+    if SOFTWARE_KVM.exists():
+        if not DEMO.exists():
+            raise RunError(f"{DEMO} is missing: build it with: make -C guests OUT={DEMO.parent}")
+        body = f'memory 64M\n\tboot "{DEMO}"'
+    else:
+        kernel = installed() or fetch("cloud-amd64", cache_dir())
+        body = (
+            f'memory 256M\n\tvcpus 2\n\tlocal interface\n\tboot "{kernel.image}" '
+            f'initrd "{initramfs.guest(kernel)}" cmdline "console=ttyS0 quiet vmdtest=info,dhcp,shell"'
+        )
+    return f'vm "{NAME}" {{\n\tdisable\n\t{body}\n}}\n'
+
+
+@contextlib.contextmanager
+def daemon(conf: Path) -> Iterator[list[str]]:
+    """A daemon that serves, and the command that talks to it; it is stopped at the end.
+
+    Raises RunError if it does not come up.
+    """
+    with contextlib.ExitStack() as stack:
+        # Not below the checkout: the path of a socket has 107 bytes at most.
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmd-run-"))
+        control = f"{folder}/vmd.sock"
+        notices = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        notices.bind(f"{folder}/notify")
+        log = stack.enter_context(open(LOG, "wb"))
+        vmd = subprocess.Popen(
+            [VMD, "-d", "-f", conf, "-s", control],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"},
+            start_new_session=True,  # an interrupt at the terminal is for us; it is told by us
+        )  # fmt: skip
+        try:
+            await_ready(vmd, notices)
+            yield [str(VMCTL), "-s", control]
+        finally:
+            vmd.terminate()
+            try:
+                vmd.wait(STOP_S)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                vmd.kill()
+                vmd.wait()
+
+
+def await_ready(vmd: subprocess.Popen[bytes], notices: socket.socket) -> None:
+    """Wait for the daemon's READY=1 (sd_notify(3)); raises RunError if it exits first or takes too long."""
+    exited = os.pidfd_open(vmd.pid)
+    try:
+        while True:
+            ready, _, _ = select.select([notices.fileno(), exited], [], [], START_S)
+            if notices.fileno() in ready and b"READY=1" in notices.recv(4096).split(b"\n"):
+                return
+            if exited in ready:
+                raise RunError(f"vmd exited with status {vmd.wait()}")
+            if not ready:
+                raise RunError(f"vmd was not ready after {START_S} s")
+    finally:
+        os.close(exited)
+
+
+def interrupted(_signal: int, _frame: object) -> None:
+    """End in order on a signal that would otherwise leave a daemon behind."""
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Run it; the exit status is that of the console session."""
+    if os.geteuid() != 0:
+        print("run: vmd runs as root, so through sudo", file=sys.stderr, flush=True)
+        os.execvp("sudo", ["sudo", sys.executable, "-m", "tools.run"])
+    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGHUP, interrupted)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    conf = FOLDER / "vm.conf"
+    try:
+        conf.write_text(virtual_machine())
+        with daemon(conf) as vmctl:
+            subprocess.run([*vmctl, "start", NAME], check=True)
+            print("run: the console of the guest; leave it with ~. at the beginning of a line", flush=True)
+            status = subprocess.run([*vmctl, "console", NAME], check=False).returncode
+            print("run: stopping the guest and the daemon", flush=True)
+    except (RunError, KernelError, OSError, subprocess.CalledProcessError) as error:
+        print(f"run: {error}", file=sys.stderr)
+        if LOG.exists():
+            print(f"run: the end of {LOG}:", file=sys.stderr)
+            print("\n".join(LOG.read_text(errors="replace").splitlines()[-20:]), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        owner = int(os.environ.get("SUDO_UID", "0"))
+        for path in (FOLDER.parent, FOLDER, conf, LOG):
+            if owner and path.exists():
+                os.chown(path, owner, -1)  # what we leave can be removed by whoever called sudo
+    shutil.rmtree(FOLDER)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
