@@ -240,12 +240,16 @@ def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) ->
         run_builder(mounts, code, ours, theirs)
     theirs.close()
     try:
-        report = ours.recv(4096).decode()
+        report = ours.recv(4096).decode() or " its builder has died"
         if report != BUILT:
             number, _, what = report.partition(" ")
-            raise HostError(f"build the cell: {what}", int(number)) if number else VmdError(f"build the cell:{what}")
+            raise HostError(f"build the cell: {what}", int(number)) if number else VmdError(f"build the cell: {what}")
         root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), root
+        try:
+            return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), root
+        except OSError:
+            os.close(root)
+            raise
     except OSError as error:
         raise HostError("build the cell: keep its mount namespace", error) from error
     finally:

@@ -76,7 +76,7 @@ BLOCK = frozenset({
 NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
-TTY_IOCTLS = (0x540B,)                                         # TCFLSH: a console's backlog replaces what waits in it
+TTY_IOCTLS = (0x540B,)  # TCFLSH: a console's backlog replaces what waits in it
 
 # The machine: guest memory, KVM's descriptors, vCPU threads; and a running VM's way out and in (vmctl send).
 MACHINE = frozenset({

@@ -1,7 +1,7 @@
 """Starting processes: fork and exec of ourselves, with exactly the descriptors that are named.
 
 A process starts either where its parent is (`place` None: vmm and VM processes, whose children share their cell),
-or in a `Place` that root prepares: `cell.Cell`, or `place.Network` for priv.
+or in a `Place` that root prepares: `cell.Cell`, or `cell.Network` for priv.
 """
 
 import fcntl
@@ -59,7 +59,12 @@ class Child:
     def __init__(self, title: str, pid: int) -> None:
         self.title = title
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)  # readable once the process has ended
+        try:
+            self.pidfd = os.pidfd_open(pid)  # readable once the process has ended
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise HostError(f"watch {title}", error) from error
 
     def fileno(self) -> int:
         """Return the pidfd, for select and friends."""
@@ -162,13 +167,21 @@ def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
 def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
     """Fork, enter the place and exec; what fails on the way is raised here.  Returns the pid."""
     parent = os.getpid()
-    report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
+    try:
+        report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
+    except OSError as error:
+        raise HostError(f"start {title}", error) from error
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    pid = os.fork()
-    if pid == 0:
-        become(place, argv, moved, parent, failure)
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    os.close(failure)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            become(place, argv, moved, parent, failure)
+    except OSError as error:
+        os.close(report)
+        raise HostError(f"start {title}", error) from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        os.close(failure)
     with open(report, "rb") as reader:
         words = reader.read()
     if words:

@@ -1,0 +1,59 @@
+"""What is asked of kernels of different age; whether they keep it is for tests/process."""
+
+import os
+import struct
+import subprocess
+
+import pytest
+
+from vmd.privsep import landlock, linux
+
+
+@pytest.mark.parametrize("name", ["EXECUTE", "WRITE_FILE", "READ_FILE", "READ_DIR", "REMOVE_FILE", "MAKE_REG"])
+def test_rights_are_the_kernels(name: str) -> None:
+    """A compiler finds each right equal to ours."""
+    value = getattr(landlock, name)
+    source = f'#include <linux/landlock.h>\n_Static_assert(LANDLOCK_ACCESS_FS_{name} == {value}, "{name}");\n'
+
+    subprocess.run(["gcc", "-fsyntax-only", "-x", "c", "-"], input=source, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (1, (0x1FFF,)),
+        (2, (0x3FFF,)),
+        (3, (0x7FFF,)),
+        (4, (0x7FFF, 3)),
+        (5, (0xFFFF, 3)),
+        (6, (0xFFFF, 3, 3)),
+        (9, (0xFFFF, 3, 3)),
+    ],
+)
+def test_ruleset_grows_with_the_kernel(version: int, words: tuple[int, ...]) -> None:
+    """A kernel is asked for all it knows, and for nothing newer, which it would refuse."""
+    assert landlock.ruleset(version) == struct.pack(f"={len(words)}Q", *words)
+
+
+def test_old_kernels_are_named() -> None:
+    """Each feature that is missing has a sentence; a kernel without Landlock has one in all."""
+    assert landlock.missing(0) == [
+        "kernel without landlock: files are kept away by namespaces and system call filters only"
+    ]
+    assert landlock.missing(4) == [
+        "landlock 4 cannot restrict ioctl on devices",
+        "landlock 4 cannot restrict abstract unix sockets and signals",
+    ]
+    assert landlock.missing(6) == []
+
+
+def test_directory_rights_on_a_file_are_left_out() -> None:
+    """The kernel refuses to let a file be listed; the rule is made with what fits."""
+    version = landlock.abi() or pytest.skip("kernel without landlock")
+    attr = landlock.ruleset(version)
+    fd = linux.syscall("ruleset", linux.SYS_LANDLOCK_CREATE_RULESET, attr, len(attr), 0)
+    try:
+        landlock.allow(fd, "/dev/null", landlock.WRITE & landlock.file_rights(version))
+        landlock.allow(fd, "/no/such/file", landlock.READ)
+    finally:
+        os.close(fd)

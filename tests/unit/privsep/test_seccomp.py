@@ -1,0 +1,210 @@
+"""Filter programs are interpreted here, instruction by instruction, as the kernel does."""
+
+import errno
+import struct
+import subprocess
+
+import pytest
+
+from vmd.privsep import confine, seccomp
+from vmd.privsep.seccomp import NUMBERS, RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS, assemble
+
+EVERY_CONFINEMENT = {
+    name: value for name, value in vars(confine).items() if isinstance(value, confine.Confinement) and value.syscalls
+}
+
+
+def verdict(program: bytes, number: int, *arguments: int, arch: int = seccomp.AUDIT_ARCH_X86_64) -> int:
+    """Return what the program says about a system call."""
+    padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+    data = struct.pack("=IIQ6Q", number, arch, 0, *padded)
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    at = accumulator = 0
+    while True:
+        code, jump_true, jump_false, k = instructions[at]
+        at += 1
+        match code:
+            case seccomp.LD_ABS:
+                (accumulator,) = struct.unpack_from("=I", data, k)
+            case seccomp.ALU_AND:
+                accumulator &= k
+            case seccomp.JA:
+                at += k
+            case seccomp.JEQ:
+                at += jump_true if accumulator == k else jump_false
+            case seccomp.JGE:
+                at += jump_true if accumulator >= k else jump_false
+            case seccomp.JSET:
+                at += jump_true if accumulator & k else jump_false
+            case seccomp.RET:
+                return int(k)
+            case _:
+                raise AssertionError(f"unknown instruction {code:#x}")
+
+
+def test_numbers_are_the_kernels() -> None:
+    """Every name has the number that <sys/syscall.h> gives it."""
+    source = "#include <sys/syscall.h>\n" + "".join(f"{name} = SYS_{name}\n" for name in NUMBERS)
+    output = subprocess.run(["gcc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
+    theirs = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
+
+    assert theirs == {name: str(number) for name, number in NUMBERS.items()}
+
+
+@pytest.mark.parametrize(
+    ("header", "constant"),
+    [
+        ("asm/ioctls.h", "TCGETS"),
+        ("asm/ioctls.h", "FIONREAD"),
+        ("asm/ioctls.h", "FIONBIO"),
+        ("asm/ioctls.h", "FIONCLEX"),
+        ("asm/ioctls.h", "FIOCLEX"),
+        ("linux/audit.h", "AUDIT_ARCH_X86_64"),
+        ("linux/fcntl.h", "F_DUPFD_CLOEXEC"),
+        ("linux/fcntl.h", "F_ADD_SEALS"),
+        ("linux/fcntl.h", "F_GET_SEALS"),
+        ("linux/fcntl.h", "AT_EMPTY_PATH"),
+        ("linux/kvm.h", "KVMIO"),
+        ("linux/prctl.h", "PR_GET_NAME"),
+        ("linux/prctl.h", "PR_SET_VMA"),
+        ("linux/sched.h", "CLONE_THREAD"),
+        ("linux/mman.h", "PROT_EXEC"),
+    ],
+)
+def test_constants_are_the_kernels(header: str, constant: str) -> None:
+    """A compiler finds each constant equal to ours."""
+    value = getattr(seccomp, constant)
+    source = f'#include <{header}>\n_Static_assert({constant} == {value}u, "{constant}");\n'
+
+    subprocess.run(["gcc", "-fsyntax-only", "-x", "c", "-"], input=source, text=True, check=True)
+
+
+def test_what_is_not_listed_kills() -> None:
+    """A call without a rule ends the process."""
+    assert verdict(assemble({"read"}), NUMBERS["write"]) == RET_KILL_PROCESS
+
+
+def test_what_is_listed_passes() -> None:
+    """A rule without conditions allows any arguments."""
+    assert verdict(assemble({"read", "write"}), NUMBERS["write"], 1, 2, 3) == RET_ALLOW
+
+
+def test_other_architectures_kill() -> None:
+    """The numbers of 32-bit calls mean other calls: read is write there."""
+    assert verdict(assemble({"read", "write"}), NUMBERS["read"], arch=0x40000003) == RET_KILL_PROCESS
+
+
+def test_x32_calls_kill() -> None:
+    """The same call with the x32 bit is another call."""
+    assert verdict(assemble({"read"}), NUMBERS["read"] | 0x40000000) == RET_KILL_PROCESS
+
+
+@pytest.mark.parametrize("name", ["mmap", "mprotect"])
+def test_memory_is_not_executable(name: str) -> None:
+    """PROT_EXEC needs the stronger rule."""
+    number = NUMBERS[name]
+
+    assert verdict(assemble({name}), number, 0, 4096, 3) == RET_ALLOW
+    assert verdict(assemble({name}), number, 0, 4096, 7) == RET_KILL_PROCESS
+    assert verdict(assemble({name, name + "+exec"}), number, 0, 4096, 7) == RET_ALLOW
+
+
+def test_threads_are_not_processes() -> None:
+    """Clone makes threads; processes need the stronger rule, and namespaces are never had."""
+    thread, process, namespace = 0x3D0F00, 0x1200011, 0x10000000 | 17
+    threads, processes = assemble({"clone"}), assemble({"clone", "clone+process"})
+
+    assert [verdict(threads, 56, flags) for flags in (thread, process, namespace)] == [
+        RET_ALLOW,
+        RET_KILL_PROCESS,
+        RET_KILL_PROCESS,
+    ]
+    assert [verdict(processes, 56, flags) for flags in (thread, process, namespace)] == [
+        RET_ALLOW,
+        RET_ALLOW,
+        RET_KILL_PROCESS,
+    ]
+
+
+def test_clone3_is_not_implemented() -> None:
+    """Its flags cannot be seen, so that glibc has to fall back to clone."""
+    assert verdict(assemble({"clone", "clone+process"}), NUMBERS["clone3"]) == RET_ERRNO | errno.ENOSYS
+
+
+def test_file_names_fail_softly() -> None:
+    """Looking for a file does not kill, and fstat still works."""
+    program = assemble({"newfstatat"})
+
+    assert verdict(program, NUMBERS["openat"]) == RET_ERRNO | errno.EPERM
+    assert verdict(program, NUMBERS["newfstatat"], 3, 0, 0, 0) == RET_ERRNO | errno.EPERM
+    assert verdict(program, NUMBERS["newfstatat"], 3, 0, 0, seccomp.AT_EMPTY_PATH) == RET_ALLOW
+
+
+def test_ioctl_by_number() -> None:
+    """Only given requests, and those any descriptor answers, pass; long lists too."""
+    requests = range(0xAE00, 0xAE00 + 200)
+    program = assemble({"ioctl"}, ioctls=requests)
+
+    assert all(verdict(program, 16, 3, request) == RET_ALLOW for request in requests)
+    assert verdict(program, 16, 3, seccomp.FIONBIO) == RET_ALLOW
+    assert verdict(program, 16, 3, 0xAE00 + 200) == RET_KILL_PROCESS
+    assert verdict(program, 16, 3, 0x5412) == RET_KILL_PROCESS  # TIOCSTI types on the terminal
+
+
+def test_ioctl_by_driver() -> None:
+    """All of KVM's requests pass, whatever their direction and size bits, and no other driver's."""
+    program = assemble({"ioctl", "ioctl+kvm"})
+
+    assert verdict(program, 16, 3, 0xC008AE05) == RET_ALLOW
+    assert verdict(program, 16, 3, 0xAE80) == RET_ALLOW
+    assert verdict(program, 16, 3, 0xAF80) == RET_KILL_PROCESS
+
+
+def test_signals_reach_only_ourselves() -> None:
+    """The plain tgkill rule names one process."""
+    assert verdict(assemble({"tgkill"}, pid=77), NUMBERS["tgkill"], 77, 78, 9) == RET_ALLOW
+    assert verdict(assemble({"tgkill"}, pid=77), NUMBERS["tgkill"], 76, 76, 9) == RET_KILL_PROCESS
+    assert verdict(assemble({"tgkill", "tgkill+any"}, pid=77), NUMBERS["tgkill"], 76, 76, 9) == RET_ALLOW
+
+
+def test_trap_instead_of_kill() -> None:
+    """For developers a refusal raises SIGSYS, except where the numbers mean something else."""
+    program = assemble({"mmap"}, refused=seccomp.RET_TRAP)
+
+    assert verdict(program, NUMBERS["write"]) == seccomp.RET_TRAP
+    assert verdict(program, NUMBERS["mmap"], 0, 0, seccomp.PROT_EXEC) == seccomp.RET_TRAP
+    assert verdict(program, 0x40000000) == RET_KILL_PROCESS
+
+
+@pytest.mark.parametrize("rule", ["opennat", "read+write", "+exec"])
+def test_misspelt_rules_are_errors(rule: str) -> None:
+    """A rule that means nothing is found when the confinement is written down."""
+    with pytest.raises(ValueError, match="no such system call rule"):
+        confine.Confinement(syscalls=frozenset({rule}))
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT))
+def test_vmm_allows_what_its_descendants_need(name: str) -> None:
+    """Filters are inherited: what vmm's own kills, no VM or device can do."""
+    outside = {"CONTROL": {"accept4"}}  # not below vmm
+    ours = EVERY_CONFINEMENT[name]
+    vmm = confine.VMM.syscalls
+    assert ours.syscalls is not None
+    assert vmm is not None
+    calls = {seccomp.call_name(rule) for rule in ours.syscalls}
+
+    assert calls - {seccomp.call_name(rule) for rule in vmm} == outside.get(name, set())
+    assert set(ours.ioctls) <= set(confine.VMM.ioctls)
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT))
+def test_every_program_fits_the_kernel(name: str) -> None:
+    """No filter comes near the limit of instructions, and none allows what nobody may have."""
+    ours = EVERY_CONFINEMENT[name]
+    assert ours.syscalls is not None
+    program = assemble(ours.syscalls, ioctls=ours.ioctls, pid=1)
+
+    assert len(program) // 8 < seccomp.BPF_MAXINSNS // 4
+    for number in (41, 42, 49, 62, 101, 105, 161, 165, 175, 272, 308, 321, 323, 425):
+        # socket connect bind kill ptrace setuid chroot mount init_module unshare setns bpf userfaultfd io_uring_setup
+        assert verdict(program, number) == RET_KILL_PROCESS

@@ -1,0 +1,62 @@
+"""What can be said about starting processes without starting one."""
+
+import os
+import sys
+
+import pytest
+
+from vmd.errors import VmdError
+from vmd.privsep import cell, spawn
+
+
+@pytest.mark.parametrize(
+    ("used", "between"),
+    [
+        ([0, 1, 2], [(3, 0x7FFFFFFF)]),
+        ([0, 1, 2, 3, 7], [(4, 6), (8, 0x7FFFFFFF)]),
+        ([0, 2], [(1, 1), (3, 0x7FFFFFFF)]),
+    ],
+)
+def test_gaps_between_descriptors(used: list[int], between: list[tuple[int, int]]) -> None:
+    """Everything that is not placed lies in one of the ranges."""
+    assert spawn.gaps(used) == between
+
+
+def test_interpreter_is_the_real_one() -> None:
+    """No virtual environment's link is started: in the cell there is none."""
+    assert os.path.realpath(spawn.INTERPRETER) == spawn.INTERPRETER
+    assert os.access(spawn.INTERPRETER, os.X_OK)
+
+
+def test_missing_package_is_named() -> None:
+    """A dependency that is not installed gives a sentence."""
+    with pytest.raises(VmdError, match="python package nosuchpackage is not installed"):
+        cell.import_path(("vmd", "nosuchpackage"))
+
+
+def test_import_path_names_each_directory_once() -> None:
+    """Packages side by side need one entry."""
+    assert cell.import_path(("vmd", "vmctl")) == (
+        os.path.dirname(os.path.dirname(cell.package_directory("vmd.privsep"))),
+    )
+
+
+def test_cell_code_has_byte_code_for_every_module() -> None:
+    """No process in the cell compiles, and none writes: each source comes with unchecked byte code."""
+    files = dict(cell.package_files("vmd"))
+    sources = {path for path in files if path.endswith(".py")}
+
+    assert "/vmd/vmd/privsep/cell.py" in sources
+    for path in sources:
+        directory, name = os.path.split(path)
+        pyc = files[f"{directory}/__pycache__/{name[:-3]}.cpython-{sys.version_info[0]}{sys.version_info[1]}.pyc"]
+        assert pyc[4:8] == b"\1\0\0\0"
+
+
+def test_libraries_have_the_names_the_loader_asks_for() -> None:
+    """The C library and the dynamic loader are among them, our extension modules are not."""
+    names = cell.loaded_libraries([cell.package_directory("msgpack")])
+
+    assert any(os.path.basename(name).startswith("ld-") for name in names)
+    assert any(os.path.basename(name).startswith("libc.") for name in names)
+    assert not any("msgpack" in name for name in names)
