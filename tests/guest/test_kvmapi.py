@@ -110,7 +110,8 @@ class Runner:
         self.vcpu = vcpu
         self.exits: list[Exit] = []
         self._proceed = proceed
-        self._thread = threading.Thread(target=self._run)
+        # A daemon, so that a guest which hangs fails its own test and not the end of all of them.
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
