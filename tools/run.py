@@ -45,8 +45,8 @@ def virtual_machine() -> str:
     else:
         kernel = installed() or fetch("cloud-amd64", cache_dir())
         body = (
-            f'memory 256M\n\tvcpus 2\n\tlocal interface\n\tboot "{kernel.image}" '
-            f'initrd "{initramfs.guest(kernel)}" cmdline "console=ttyS0 quiet vmdtest=info,dhcp,shell"'
+            f'memory 256M\n\tvcpus 2\n\tboot "{kernel.image}" '
+            f'initrd "{initramfs.guest(kernel)}" cmdline "console=ttyS0 quiet vmdtest=info,shell"'
         )
     return f'vm "{NAME}" {{\n\tdisable\n\t{body}\n}}\n'
 
