@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from vmd.errors import ConfigError, VmdError
 
-INPUT_MAX = 16 << 20  # bytes of a file and everything it includes, each time it does
+INPUT_MAX = 16 << 20  # bytes of a file, what it includes and macros, counted each time they are read
 INCLUDE_MAX = 16  # files open within each other
 TOKEN_MAX = 8095  # characters
 ERRORS_MAX = 100  # what follows is mostly noise, and no file may fill memory or log with it
@@ -306,6 +306,11 @@ class Lexer:
             self.error(f"macro '{shown(name)}' not defined")
             return False
         self.unused.pop(name, None)
+        self.budget -= len(self.macros[name])
+        if self.budget < 0:
+            self.error(f"macros expand to more than {INPUT_MAX >> 20} MiB")
+            self.sources.clear()
+            return False
         source.expansion, source.expansion_at = self.macros[name], 0
         return True
 

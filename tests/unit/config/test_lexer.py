@@ -241,6 +241,13 @@ def test_size_is_bounded(conf: Loader, write: Callable[[str, str], str]) -> None
     assert error == f"3: failed to include file {big}: more than 16 MiB of configuration"
 
 
+def test_expansion_is_bounded(conf: Loader) -> None:
+    """A few kilobytes of macros cannot become gigabytes."""
+    (error,) = conf.errors(f"a = '# {'b' * 8000}'\n" + "$a\n" * 3000)
+
+    assert error.endswith(": macros expand to more than 16 MiB")
+
+
 def test_sparse_file_is_not_read(conf: Loader) -> None:
     """A file of a terabyte costs no memory."""
     with conf.path.open("wb") as file:
