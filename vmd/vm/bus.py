@@ -51,8 +51,9 @@ class Bus:
     Where two devices claim an address, the one that was added first keeps it and the other one gets it when
     the first goes: a guest can lay a BAR over a chip, but cannot take the chip away.
 
-    An access that runs past the end of its device's range is cut into bytes, each of which is looked up for
-    itself.  (A bus would cut it into the largest aligned pieces; no driver depends on the difference.)
+    An access belongs to whoever has its first byte.  One that runs past the end of that device's range, or
+    begins where nobody is, is cut into bytes, each of which is looked up for itself.  (A bus would cut it into
+    the largest aligned pieces; no driver depends on the difference.)
     """
 
     def __init__(self) -> None:

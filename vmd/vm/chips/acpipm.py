@@ -103,6 +103,7 @@ class AcpiPm:
             return int((self._monotonic() - self._start_s) * TIMER_HZ) & TIMER_MASK & (1 << 8 * size) - 1
         with self._lock:
             self._look_at_timer()
+            self._update_sci()
             value = self._status | self._enable << 16 | self._control << 32 | self._ticks() << 64
         return value >> 8 * offset & (1 << 8 * size) - 1
 

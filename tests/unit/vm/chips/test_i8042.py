@@ -1,0 +1,144 @@
+"""The keyboard controller: every question is answered at once, and reset works."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.vm.chips.i8042 import DATA, I8042, STATUS
+
+OBF, IBF, AUX_OBF = 0x01, 0x02, 0x20
+
+
+class Port:
+    """A controller that counts resets."""
+
+    def __init__(self) -> None:
+        self.resets = 0
+        self.chip = I8042(self.on_reset)
+
+    def on_reset(self) -> None:
+        """Count."""
+        self.resets += 1
+
+    def status(self) -> int:
+        """IN 64h."""
+        return self.chip.pio_read(STATUS, 1)
+
+    def read(self) -> int:
+        """IN 60h."""
+        return self.chip.pio_read(DATA, 1)
+
+    def command(self, byte: int, *data: int) -> int | None:
+        """OUT 64h, then OUT 60h for each data byte; return what is answered."""
+        self.chip.pio_write(STATUS, 1, byte)
+        for value in data:
+            self.chip.pio_write(DATA, 1, value)
+        return self.read() if self.status() & OBF else None
+
+
+@pytest.fixture
+def port() -> Port:
+    """A controller after reset."""
+    return Port()
+
+
+def test_nothing_waits_and_input_is_taken_at_once(port: Port) -> None:
+    """Neither buffer is ever full when nobody asked."""
+    assert port.status() & (OBF | IBF) == 0
+
+
+def test_seabios_finds_the_controller_and_no_keyboard(port: Port) -> None:
+    """Its set-up ends with the failed keyboard test, without a time-out."""
+    assert port.command(0xAA) == 0x55
+    assert port.command(0xAB) not in (0, None)
+
+
+def test_linux_sets_the_controller_up_and_finds_no_mouse(port: Port) -> None:
+    """It reads the command byte twice, writes it, and asks for the second port in two ways."""
+    assert port.command(0xAA) == 0x55
+    control = port.command(0x20)
+    assert control is not None
+    assert port.command(0x20) == control
+    assert port.command(0x60, control & ~0x40 | 0x10) is None
+    assert port.command(0x20) == control & ~0x40 | 0x10
+    port.chip.pio_write(STATUS, 1, 0xD3)
+    port.chip.pio_write(DATA, 1, 0x5A)
+    assert port.status() & OBF
+    assert not port.status() & AUX_OBF
+    port.read()
+    assert port.command(0xA9) not in (0, 0xFA, 0xFF, None)
+
+
+@pytest.mark.parametrize("command", [0x20, 0x2F, 0xA4, 0xA9, 0xAA, 0xAB, 0xC0, 0xD0])
+def test_every_command_with_an_answer_answers(port: Port, command: int) -> None:
+    """At the next look at the status port."""
+    assert port.command(command) is not None
+    assert not port.status() & OBF
+
+
+@pytest.mark.parametrize("before", [(), (0xD4,)])
+def test_byte_for_a_device_comes_back_as_no_response(port: Port, before: tuple[int, ...]) -> None:
+    """Keyboard and mouse alike."""
+    for command in before:
+        port.chip.pio_write(STATUS, 1, command)
+    port.chip.pio_write(DATA, 1, 0xFF)
+    assert port.status() & 0x41 == 0x41
+    assert port.read() == 0xFE
+
+
+def test_answer_of_a_command_replaces_an_old_one(port: Port) -> None:
+    """A driver that did not fetch a byte is not confused by it later."""
+    port.chip.pio_write(DATA, 1, 0xED)
+    assert port.command(0xAA) == 0x55
+    assert not port.status() & OBF
+
+
+def test_port_switches_show_in_the_command_byte(port: Port) -> None:
+    """A7/A8 and AD/AE."""
+    for command in (0xA8, 0xAE):
+        port.command(command)
+    assert port.command(0x20) == 0x04
+    for command in (0xA7, 0xAD):
+        port.command(command)
+    assert port.command(0x20) == 0x34
+
+
+@pytest.mark.parametrize(("command", "resets"), [(0xFE, 1), (0xF0, 1), (0xFF, 0), (0xFD, 0)])
+def test_pulsing_the_reset_line(port: Port, command: int, resets: int) -> None:
+    """Bit 0 clear pulls it; FFh pulls nothing, and is what A20 code sends."""
+    port.command(command)
+    assert port.resets == resets
+
+
+@pytest.mark.parametrize(("value", "resets"), [(0xDF, 0), (0xDD, 0), (0xDE, 1)])
+def test_output_port(port: Port, value: int, resets: int) -> None:
+    """A20 can be switched and read back; the reset bit resets."""
+    port.command(0xD1, value)
+    assert port.resets == resets
+    assert port.command(0xD0) == value | 1
+
+
+def test_saved_state_continues(port: Port) -> None:
+    """Between a command and its data, with an answer waiting."""
+    port.chip.pio_write(STATUS, 1, 0xAA)
+    port.chip.pio_write(STATUS, 1, 0x60)
+    other = Port()
+    other.chip.restore(port.chip.state())
+    assert other.read() == 0x55
+    other.chip.pio_write(DATA, 1, 0x47)
+    assert other.command(0x20) == 0x47
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 255), st.booleans()), max_size=60))
+def test_no_sequence_breaks_an_invariant(steps: list[tuple[int, int, bool]]) -> None:
+    """Input is always taken at once, values fit, and one read empties the buffer."""
+    port = Port()
+    for offset, value, write in steps:
+        if write:
+            port.chip.pio_write(offset, 1, value)
+        else:
+            assert 0 <= port.chip.pio_read(offset, 1) <= 0xFF
+        assert not port.status() & IBF
+        assert set(port.chip.state().values()) <= set(range(256))
+    port.read()
+    assert not port.status() & OBF

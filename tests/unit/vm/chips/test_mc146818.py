@@ -1,0 +1,490 @@
+"""The clock, driven as BIOSes and operating systems do, on a clock and timers of our own."""
+
+import calendar
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmd.vm.chips.mc146818 import (
+    CENTURY,
+    CENTURY_PS2,
+    DAY,
+    HOURS,
+    HOURS_ALARM,
+    MINUTES,
+    MINUTES_ALARM,
+    MONTH,
+    REG_A,
+    REG_B,
+    REG_C,
+    REG_D,
+    SECONDS,
+    SECONDS_ALARM,
+    TICK_MIN_S,
+    WEEKDAY,
+    YEAR,
+    Mc146818,
+)
+
+GIB = 1 << 30
+SET, PIE, AIE, UIE, BINARY, H24 = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
+IRQF, PF, AF, UF = 0x80, 0x40, 0x20, 0x10
+
+
+def utc(text: str) -> float:
+    """Return seconds since 1970."""
+    return calendar.timegm(time.strptime(text, "%Y-%m-%d %H:%M:%S"))
+
+
+class Call:
+    """A scheduled call."""
+
+    def __init__(self, due_s: float, callback: object) -> None:
+        self.due_s = due_s
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Never make it."""
+        self.cancelled = True
+
+
+class Board:
+    """A clock chip with its surroundings; time passes when `advance` says so."""
+
+    def __init__(self, now: str = "2024-02-28 23:59:50", memory_bytes: int = 512 << 20, vcpus: int = 1) -> None:
+        self.now_s = utc(now)
+        self.monotonic_s = 1000.0
+        self.calls: list[Call] = []
+        self.fired = 0
+        self.levels: list[bool] = []
+        self.rtc = Mc146818(
+            self.levels.append,
+            lambda: self.now_s,
+            self.schedule,
+            memory_bytes,
+            vcpus,
+            lambda: self.monotonic_s,
+        )
+
+    def schedule(self, seconds: float, callback: object) -> Call:
+        """Remember."""
+        assert seconds >= TICK_MIN_S
+        call = Call(self.monotonic_s + seconds, callback)
+        self.calls.append(call)
+        return call
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, making due calls at their moment."""
+        end_s = self.monotonic_s + seconds
+        while True:
+            self.calls = [call for call in self.calls if not call.cancelled]
+            due = [call for call in self.calls if call.due_s <= end_s + 1e-9]
+            if not due:
+                break
+            call = min(due, key=lambda call: call.due_s)
+            self.calls.remove(call)
+            self.now_s += max(0.0, call.due_s - self.monotonic_s)
+            self.monotonic_s = max(self.monotonic_s, call.due_s)
+            self.fired += 1
+            assert callable(call.callback)
+            call.callback()
+        self.now_s += end_s - self.monotonic_s
+        self.monotonic_s = end_s
+
+    def line(self) -> bool:
+        """IRQ 8."""
+        return bool(self.levels and self.levels[-1])
+
+    def __getitem__(self, index: int) -> int:
+        self.rtc.pio_write(0, 1, index | 0x80)
+        return self.rtc.pio_read(1, 1)
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self.rtc.pio_write(0, 1, index | 0x80)
+        self.rtc.pio_write(1, 1, value)
+
+    def date(self) -> tuple[int, ...]:
+        """Read the time registers in BCD, most significant first, as hex digits read."""
+        return tuple(self[index] for index in (CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS))
+
+
+@pytest.fixture
+def board() -> Board:
+    """Ten seconds before a leap day."""
+    return Board()
+
+
+def test_time_is_read_in_bcd_and_24_hours_by_default(board: Board) -> None:
+    """UTC of the host, leap day included."""
+    assert board.date() == (0x20, 0x24, 0x02, 0x28, 0x23, 0x59, 0x50)
+    assert board[WEEKDAY] == 4  # a Wednesday
+    assert board[CENTURY_PS2] == 0x20
+    board.advance(10)
+    assert board.date() == (0x20, 0x24, 0x02, 0x29, 0x00, 0x00, 0x00)
+    assert board[WEEKDAY] == 5
+
+
+@pytest.mark.parametrize(("hour", "shown"), [(0, 12), (1, 1), (11, 11), (12, 0x8C), (13, 0x81), (23, 0x8B)])
+def test_binary_and_12_hour_mode(hour: int, shown: int) -> None:
+    """Noon and midnight are twelve."""
+    board = Board(f"2024-02-28 {hour:02}:59:50")
+    board[REG_B] = BINARY
+    assert board[HOURS] == shown
+    assert board[SECONDS] == 50
+
+
+def test_linux_reads_the_time_when_no_update_is_in_progress(board: Board) -> None:
+    """UIP is set at the end of each second and the new second shows as it falls."""
+    board.advance(0.9)
+    assert not board[REG_A] & 0x80
+    board.advance(0.099)
+    assert board[REG_A] & 0x80
+    assert board[SECONDS] == 0x50
+    board.advance(0.001)
+    assert not board[REG_A] & 0x80
+    assert board[SECONDS] == 0x51
+
+
+@pytest.mark.parametrize("mode", [H24, 0, H24 | BINARY, BINARY])
+def test_clock_is_set_the_way_linux_does(board: Board, mode: int) -> None:
+    """SET, divider reset, registers, and back: the clock starts half a second later."""
+    board[REG_B] = mode
+    board[REG_B] = mode | SET
+    board[REG_A] = 0x76
+    bcd = {YEAR: 0x99, CENTURY: 0x19, MONTH: 0x12, DAY: 0x31, HOURS: 0x23, MINUTES: 0x59, SECONDS: 0x58}
+    for index, value in bcd.items():
+        if index == HOURS and not mode & H24:
+            value = 0x91 if not mode & BINARY else 0x80 | 11
+        elif mode & BINARY:
+            value = (value >> 4) * 10 + (value & 15)
+        board[index] = value
+    frozen = board.date()
+    board.advance(5)
+    assert board.date() == frozen
+    board[REG_B] = mode
+    board.advance(5)
+    assert board.date() == frozen
+    board[REG_A] = 0x26
+    board.advance(0.49)
+    assert board.date() == frozen
+    board[REG_B] = H24
+    board.advance(0.02)
+    assert board.date() == (0x19, 0x99, 0x12, 0x31, 0x23, 0x59, 0x59)
+    board.advance(1.0)
+    assert board.date() == (0x20, 0x00, 0x01, 0x01, 0x00, 0x00, 0x00)
+
+
+def test_clock_can_be_set_while_it_runs(board: Board) -> None:
+    """SeaBIOS's INT 1Ah does; a date that is impossible in between comes out right."""
+    for index, value in ((YEAR, 0x23), (DAY, 0x31), (MONTH, 0x03), (CENTURY_PS2, 0x21), (HOURS, 0x07)):
+        board[index] = value
+    assert board.date() == (0x21, 0x23, 0x03, 0x31, 0x07, 0x59, 0x50)
+    board[WEEKDAY] = 1
+    assert board[WEEKDAY] == 1
+    board.advance(86400)
+    assert board.date() == (0x21, 0x23, 0x04, 0x01, 0x07, 0x59, 0x50)
+    assert board[WEEKDAY] == 2
+
+
+def test_impossible_date_runs_on(board: Board) -> None:
+    """31 February is what a chip that only counts would make of it."""
+    board[REG_B] = H24 | SET
+    board[DAY] = 0x31
+    board[REG_B] = H24
+    assert board.date() == (0x20, 0x24, 0x03, 0x02, 0x23, 0x59, 0x50)
+
+
+def test_update_interrupt_comes_every_second(board: Board) -> None:
+    """And stays until register C is read."""
+    board[REG_A] = 0x20  # no periodic flag
+    board[REG_B] = H24 | UIE
+    board.advance(0.9)
+    assert not board.line()
+    board.advance(0.2)
+    assert board.line()
+    assert board[REG_C] == IRQF | UF
+    assert not board.line()
+    assert board[REG_C] == 0
+    board.advance(1)
+    assert board.line()
+    board.advance(60)
+    assert board.levels == [True, False, True]
+
+
+def test_set_bit_disables_the_update_interrupt(board: Board) -> None:
+    """As the data sheet has it."""
+    board[REG_B] = H24 | UIE
+    board[REG_B] = H24 | UIE | SET
+    assert board[REG_B] == H24 | SET
+    board.advance(10)
+    assert board.levels == []
+
+
+def test_alarm_interrupts_at_its_time(board: Board) -> None:
+    """One timer for it, however far away."""
+    board[REG_A] = 0x20
+    for index, value in ((HOURS_ALARM, 0x06), (MINUTES_ALARM, 0x30), (SECONDS_ALARM, 0x05)):
+        board[index] = value
+    board[REG_C]
+    board[REG_B] = H24 | AIE
+    board.advance(10 + 6 * 3600 + 30 * 60 + 4.9)
+    assert not board.line()
+    assert board.fired <= 7
+    board.advance(0.2)
+    assert board.line()
+    assert board[REG_C] == IRQF | AF | UF
+    board.advance(86399)
+    assert not board.line()
+    board.advance(2)
+    assert board.line()
+
+
+def test_alarm_with_wild_cards(board: Board) -> None:
+    """Every hour and minute: once a minute."""
+    board[HOURS_ALARM] = board[MINUTES_ALARM] = 0xFF
+    board[SECONDS_ALARM] = 0x30
+    board[REG_B] = H24 | AIE
+    alarms = 0
+    for _ in range(180):
+        board.advance(1)
+        alarms += board.line()
+        board[REG_C]
+    assert alarms == 3
+
+
+def test_alarm_that_never_matches_sets_no_timer(board: Board) -> None:
+    """Hour 25."""
+    board[HOURS_ALARM] = 0x25
+    board[REG_B] = H24 | AIE
+    assert board.calls == []
+    board.advance(200000)
+    assert board.levels == []
+
+
+def test_new_alarm_is_not_held_against_the_past(board: Board) -> None:
+    """Setting 23:59:55 at 23:59:58 means tomorrow."""
+    board.advance(8)
+    board[REG_B] = H24 | AIE
+    board[HOURS_ALARM], board[MINUTES_ALARM] = 0x23, 0x59
+    board[REG_C]
+    board[SECONDS_ALARM] = 0x55
+    board.advance(1)
+    assert not board.line()
+    board.advance(86396)
+    assert board.line()
+
+
+@pytest.mark.parametrize("rate", range(16))
+def test_every_rate_nibble(board: Board, rate: int) -> None:
+    """0 is off (a negative shift elsewhere); the fastest come as often as the host allows, no oftener."""
+    board[REG_A] = 0x20 | rate
+    board[REG_B] = H24 | PIE
+    ticks = 0
+    for _ in range(10000):
+        board.advance(1e-4)
+        ticks += board.line()
+        board[REG_C]
+    hertz = 0 if rate == 0 else 32768 >> (rate + 6 if rate < 3 else rate - 1)
+    assert abs(ticks - min(hertz, 1 / TICK_MIN_S)) <= max(2, hertz * 0.2)
+
+
+def test_seabios_counts_1024_hz(board: Board) -> None:
+    """Each tick is acknowledged and none is lost when the guest is a little late."""
+    board[REG_A] = 0x26
+    board[REG_B] = H24 | PIE
+    ticks = 0
+    start_s = board.monotonic_s
+    for late_s in [0.0005, 0.003, 0.0003, 0.0004, 0.0004, 0.0003] * 200:
+        board.advance(late_s)
+        ticks += board[REG_C] & PF > 0
+    assert ticks == pytest.approx((board.monotonic_s - start_s) * 1024, abs=3)
+
+
+def test_unacknowledged_tick_costs_the_host_nothing(board: Board) -> None:
+    """No timer runs until register C is read, and what was missed is made up for in part only."""
+    board[REG_A] = 0x23
+    board[REG_B] = H24 | PIE
+    board.advance(100)
+    assert board.fired == 1
+    assert board.line()
+    board[REG_C]
+    board.fired = 0
+    made_up = 0
+    for _ in range(10000):  # a guest that acknowledges as fast as it can
+        board.advance(TICK_MIN_S)
+        made_up += board.line()
+        board[REG_C]
+    assert board.fired <= 10000
+    assert made_up <= 10000
+
+
+def test_polled_periodic_flag(board: Board) -> None:
+    """PF is set without PIE too, once for any number of periods."""
+    board[REG_C]
+    assert not board[REG_C] & PF
+    board.advance(0.5)
+    assert board[REG_C] == PF
+    assert board[REG_C] == 0
+    board.advance(0.0005)
+    assert board[REG_C] == 0
+    assert board.calls == []
+
+
+def test_enabling_an_interrupt_whose_flag_is_set_raises_it(board: Board) -> None:
+    """The flags do not wait for their enable bits."""
+    board.advance(1.5)
+    board[REG_B] = H24 | UIE
+    assert board.line()
+    assert board[REG_C] & (IRQF | UF) == IRQF | UF
+
+
+def test_host_clock_that_jumps_back_is_survived(board: Board) -> None:
+    """An hour back: the guest's clock follows, and interrupts go on."""
+    board[REG_B] = H24 | UIE
+    board.advance(2)
+    board[REG_C]
+    board.now_s -= 3600
+    board.advance(1)
+    assert board[HOURS] == 0x22
+    board[REG_C]
+    board.advance(1)
+    assert board.line()
+
+
+def test_late_call_of_a_cancelled_timer_does_nothing(board: Board) -> None:
+    """The event thread may already be on its way when a vCPU cancels."""
+    board[REG_B] = H24 | PIE | UIE
+    calls = list(board.calls)
+    board[REG_B] = H24
+    board.advance(2)
+    for call in calls:
+        assert call.cancelled
+        assert callable(call.callback)
+        call.callback()
+    assert board.levels == []
+
+
+def test_fixed_registers(board: Board) -> None:
+    """D says that the battery is good; C, D and UIP are not writable; 70h is not readable."""
+    assert board[REG_D] == 0x80
+    board[REG_D] = board[REG_C] = 0
+    assert board[REG_D] == 0x80
+    board[REG_A] = 0xA6
+    assert board[REG_A] == 0x26
+    assert board.rtc.pio_read(0, 1) == 0xFF
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "extended", "above_16m", "above_4g"),
+    [
+        (8 << 20, 7 * 1024, 0, 0),
+        (512 << 20, 0xFFFF, 496 * 16, 0),
+        (GIB * 7 // 2, 0xFFFF, (3584 - 16) * 16, 0),
+        (8 * GIB, 0xFFFF, (3584 - 16) * 16, (8192 - 3584) * 16),
+    ],
+)
+def test_memory_size_is_where_a_bios_looks(memory_bytes: int, extended: int, above_16m: int, above_4g: int) -> None:
+    """SeaBIOS takes RAM below 4 GiB from 34h and 35h, and the number of CPUs from 5Fh."""
+    board = Board(memory_bytes=memory_bytes, vcpus=3)
+    assert board[0x15] | board[0x16] << 8 == 640
+    assert board[0x17] | board[0x18] << 8 == extended
+    assert board[0x30] | board[0x31] << 8 == extended
+    assert board[0x34] | board[0x35] << 8 == above_16m
+    assert board[0x5B] | board[0x5C] << 8 | board[0x5D] << 16 == above_4g
+    assert board[0x5F] == 2
+
+
+def test_boot_order_in_cmos(board: Board) -> None:
+    """Disk, then CD, then network, when no bootorder file says otherwise."""
+    order = board[0x3D] | (board[0x38] & 0xF0) << 4
+    assert [order & 15, order >> 4 & 15, order >> 8] == [2, 3, 4]
+
+
+def test_memory_is_kept_and_the_index_wraps(board: Board) -> None:
+    """128 bytes; bit 7 of the index is the NMI mask, not an address."""
+    board[0x7F] = 0x5A
+    board.rtc.pio_write(0, 1, 0x7F)
+    assert board.rtc.pio_read(1, 1) == 0x5A
+
+
+def test_saved_state_continues(board: Board) -> None:
+    """A clock that was set stays set, a pending interrupt pending, and time goes on."""
+    board[HOURS] = 0x05
+    board[REG_B] = H24 | UIE
+    board.advance(1.5)
+    board[0x50] = 0x77
+    other = Board("2024-02-28 23:59:55")
+    other.rtc.restore(board.rtc.state())
+    assert other.line()
+    assert other[REG_C] == IRQF | UF
+    assert other[0x50] == 0x77
+    assert (other[HOURS], other[SECONDS]) == (0x05, 0x55)
+    other.advance(1)
+    assert other.line()
+
+
+def test_impossible_state_is_refused(board: Board) -> None:
+    """With a sentence; nothing changes."""
+    state = board.rtc.state()
+    with pytest.raises(ValueError, match="memory of 3 bytes"):
+        board.rtc.restore(state | {"ram": b"abc"})
+    with pytest.raises(ValueError, match="offset of"):
+        board.rtc.restore(state | {"offset_us": 1 << 80})
+    assert board.rtc.state() == state
+
+
+ACCESS = st.tuples(
+    st.sampled_from(["index", "read", "write", "advance", "clock"]),
+    st.one_of(st.integers(0, 255), st.sampled_from([REG_A, REG_B, REG_C, 0x32])),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(ACCESS, max_size=60))
+def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int]]) -> None:
+    """Random accesses: bytes come out, the line is true, and timers stay few."""
+    board = Board()
+    for kind, value in steps:
+        if kind == "index":
+            board.rtc.pio_write(0, 1, value)
+        elif kind == "read":
+            assert 0 <= board.rtc.pio_read(1, 1) <= 0xFF
+        elif kind == "write":
+            board.rtc.pio_write(1, 1, value)
+        elif kind == "advance":
+            before = board.fired
+            board.advance(value / 50)
+            # At most one unacknowledged tick and one look at the clock a second.
+            assert board.fired - before <= value / 50 + 3
+        else:
+            board.now_s += (value - 128) * 100000
+        flags = board.rtc.state()["flags"]
+        assert isinstance(flags, int)
+        assert board.line() == bool(flags & board[REG_B] & 0x70)
+        assert sum(not call.cancelled for call in board.calls) <= 2
+        date = {index: board[index] for index in (SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY)}
+        assert all(0 <= shown <= 0xFF for shown in date.values())
+    twin = Board()
+    twin.now_s = board.now_s
+    twin.rtc.restore(board.rtc.state())
+    assert twin.line() == board.line()
+
+
+@given(st.integers(-62167219200, 253402300799))
+def test_any_second_of_ten_millennia_is_shown_and_set(second: int) -> None:
+    """Encoding agrees with the C library, and decoding with encoding."""
+    board = Board()
+    board.now_s = second
+    board[REG_B] = H24 | BINARY
+    broken_down = time.gmtime(second)
+    shown = (board[CENTURY] * 100 + board[YEAR], board[MONTH], board[DAY], board[HOURS], board[MINUTES])
+    assert (*shown, board[SECONDS]) == tuple(broken_down)[:6]
+    assert board[WEEKDAY] == (broken_down.tm_wday + 1) % 7 + 1
+    before = board.date()
+    board[REG_B] = H24 | BINARY | SET
+    board.now_s += 12345
+    board[REG_B] = H24 | BINARY
+    assert board.date() == before

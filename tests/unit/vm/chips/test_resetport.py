@@ -1,0 +1,60 @@
+"""The two reset ports."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.vm.chips.resetport import ResetPort, SystemControlA
+
+
+class Count:
+    """Counts calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> None:
+        """Count one."""
+        self.calls += 1
+
+
+def test_linux_resets_through_cf9() -> None:
+    """It chooses the kind of reset first, then raises the reset bit."""
+    reset = Count()
+    port = ResetPort(reset)
+    port.pio_write(0, 1, port.pio_read(0, 1) & ~0x0E | 0x02)
+    assert reset.calls == 0
+    assert port.pio_read(0, 1) == 0x02
+    port.pio_write(0, 1, 0x06)
+    assert reset.calls == 1
+    assert port.pio_read(0, 1) == 0x02
+
+
+@pytest.mark.parametrize(("value", "resets"), [(0x00, 0), (0x02, 0), (0x04, 1), (0x0E, 1), (0xFB, 0)])
+def test_cf9_resets_on_bit_2(value: int, resets: int) -> None:
+    """ACPI's RESET_VALUE is one write; a soft reset starts the VM anew as well."""
+    reset = Count()
+    ResetPort(reset).pio_write(0, 1, value)
+    assert reset.calls == resets
+
+
+@pytest.mark.parametrize(("value", "resets", "shown"), [(0x00, 0, 0x00), (0x02, 0, 0x02), (0x03, 1, 0x02)])
+def test_port_92(value: int, resets: int, shown: int) -> None:
+    """Bit 0 resets and bit 1 is the A20 gate, open at first."""
+    reset = Count()
+    port = SystemControlA(reset)
+    assert port.pio_read(0, 1) == 0x02
+    port.pio_write(0, 1, value)
+    assert reset.calls == resets
+    assert port.pio_read(0, 1) == shown
+
+
+@given(st.lists(st.integers(0, 255), max_size=20))
+def test_state_goes_along(values: list[int]) -> None:
+    """Whatever was written."""
+    for kind in (ResetPort, SystemControlA):
+        port, other = kind(Count()), kind(Count())
+        for value in values:
+            port.pio_write(0, 1, value)
+        other.restore(port.state())
+        assert other.pio_read(0, 1) == port.pio_read(0, 1)
