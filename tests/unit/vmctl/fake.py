@@ -1,0 +1,152 @@
+"""A daemon that speaks vmd's side of the control socket and answers what a test tells it to."""
+
+import array
+import contextlib
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vmd.ipc.channel import FD_SPACE
+from vmd.ipc.imsg import MAX_MESSAGE, Envelope, decode, encode
+from vmd.ipc.messages import VmInfo
+from vmd.record import Record
+
+DEADLINE_S = 20.0
+ROOT = Path(__file__).resolve().parents[3]
+
+Answers = Sequence[Record] | None  # None hangs up
+Script = Callable[[Record], Answers]
+
+
+def nothing(_request: Record) -> Answers:
+    """Answer nothing."""
+    return ()
+
+
+class FakeDaemon:
+    """Serves one client after the other; `script` answers each request, in the order of arrival."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.script: Script = nothing
+        self.requests: list[Record] = []
+        self.files: list[dict[str, bytes]] = []  # for each request, what its descriptors could read
+        self._arrived: queue.SimpleQueue[Record] = queue.SimpleQueue()
+        self._left: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._client: socket.socket | None = None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def answers(self, *messages: Record) -> None:
+        """Answer every request with these."""
+        self.script = lambda _request: messages
+
+    def requested(self) -> Record:
+        """Return the next request, waiting for it."""
+        return self._arrived.get(timeout=DEADLINE_S)
+
+    def wait_left(self) -> None:
+        """Wait until a client has hung up."""
+        self._left.get(timeout=DEADLINE_S)
+
+    def send(self, message: Record) -> None:
+        """Send a message that was not asked for."""
+        assert self._client is not None
+        self._client.send(encode(message)[0])
+
+    def send_raw(self, packet: bytes) -> None:
+        """Send what no daemon would."""
+        assert self._client is not None
+        self._client.send(packet)
+
+    def hang_up(self) -> None:
+        """Drop the client, as a daemon that dies."""
+        assert self._client is not None
+        self._client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        if self._client is not None:
+            with contextlib.suppress(OSError):
+                self._client.shutdown(socket.SHUT_RDWR)
+        self._thread.join(DEADLINE_S)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with client:
+                self._client = client
+                self._serve_client(client)
+            self._client = None
+            self._left.put(None)
+
+    def _serve_client(self, client: socket.socket) -> None:
+        while True:
+            try:
+                packet, rights, _flags, _ = client.recvmsg(MAX_MESSAGE, FD_SPACE)
+            except OSError:
+                return
+            if not packet:
+                return
+            fds = array.array("i")
+            for _level, _kind, data in rights:
+                fds.frombytes(data)
+            envelope = decode(packet, list(fds), "vmctl")
+            self.files.append(read_files(envelope))
+            self.requests.append(envelope.message)
+            answers = self.script(envelope.message)
+            for message in answers or ():
+                client.send(encode(message)[0])
+            self._arrived.put(envelope.message)
+            if answers is None:
+                return
+
+
+def read_files(envelope: Envelope) -> dict[str, bytes]:
+    """Return what the descriptors of a request read, and close them."""
+    contents = {}
+    for name in tuple(envelope.fds):
+        for fd in envelope.take_fds(name):
+            with open(fd, "rb") as file:
+                contents[name] = file.read()
+    return contents
+
+
+def vm_info(name: str = "web", *, vmid: int = 1, running: bool = True, state: str = "", **more: object) -> VmInfo:
+    """Return a row of the list."""
+    info = VmInfo(
+        vmid=vmid,
+        name=name,
+        pid=40211 if running else 0,
+        vcpus=1,
+        memory_bytes=512 << 20,
+        resident_bytes=300 << 20 if running else 0,
+        tty="/dev/pts/3" if running else "",
+        uid=0,
+        gid=None,
+        owner="root",
+        state=state or ("running" if running else "stopped"),
+    )
+    return info.replace(**more)
+
+
+def spawn(daemon: FakeDaemon, *arguments: str, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
+    """Run vmctl in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), *arguments],
+        cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip

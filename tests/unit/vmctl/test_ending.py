@@ -1,0 +1,331 @@
+"""stop and wait: the texts of *cat. 3.5*, exit statuses, JSON, and stopping all VMs."""
+
+import errno
+import json
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import Answers, FakeDaemon, spawn, vm_info
+from vmd.ipc.messages import (
+    VMD_VM_STOP_INVALID,
+    End,
+    Failed,
+    ListRequest,
+    StopAccepted,
+    StopRequest,
+    VmTerminated,
+    WaitRequest,
+)
+from vmd.record import Record
+
+ACCEPTED = StopAccepted(vmid=3, name="web")
+TERMINATED = VmTerminated(vmid=3, name="web", text="powered off by the guest")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_"),
+    [
+        (("web",), StopRequest(name="web")),
+        (("-f", "web"), StopRequest(name="web", force=True)),
+        (("-w", "web"), StopRequest(name="web", wait=True)),
+        (("-fw", "web"), StopRequest(name="web", force=True, wait=True)),
+        (("web", "-w", "-f"), StopRequest(name="web", force=True, wait=True)),
+        (("--", "web"), StopRequest(name="web")),
+        (("3",), StopRequest(vmid=3)),
+    ],
+)
+def test_stop_asks_for_what_was_said(
+    vmctl: Vmctl, daemon: FakeDaemon, arguments: tuple[str, ...], request_: Record
+) -> None:
+    """Options before or after the VM, which is a name or an id."""
+    daemon.answers(TERMINATED)
+
+    vmctl("stop", *arguments)
+
+    assert daemon.requests == [request_]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer", "status", "line"),
+    [
+        (("web",), ACCEPTED, 0, "stopping vm web: requested to shutdown vm 3\n"),
+        (("-f", "web"), ACCEPTED, 0, "stopping vm web: requested to shutdown vm 3\n"),
+        (("3",), ACCEPTED, 0, "stopping vm: requested to shutdown vm 3\n"),
+        (("-w", "web"), TERMINATED, 0, "stopping vm web: terminated vm 3\n"),
+        (("-fw", "3"), TERMINATED, 0, "stopping vm: terminated vm 3\n"),
+        (("-f", "web"), TERMINATED, 0, "stopping vm web: forced to terminate vm 3\n"),
+        (
+            ("web",),
+            Failed(code=VMD_VM_STOP_INVALID, text="vm web is not running"),
+            1,
+            "stopping vm web: cannot stop vm that is not running\n",
+        ),
+        (("web",), Failed(code=errno.ENOENT, text="vm web not found"), 1, "stopping vm web: vm not found\n"),
+        (("web",), Failed(code=errno.EINTR, text=""), 1, "stopping vm web: interrupted call\n"),
+        (
+            ("web",),
+            Failed(code=errno.EALREADY, text="vm web is already stopping"),
+            1,
+            "stopping vm web: failed: vm web is already stopping\n",
+        ),
+        (("web",), Failed(code=errno.EPERM, text=""), 1, "stopping vm web: failed: Operation not permitted\n"),
+        (("web",), Failed(code=errno.EPERM, text="no\nno"), 1, "stopping vm web: failed: no\\x0ano\n"),
+    ],
+)
+def test_stop_says_how_it_went(
+    vmctl: Vmctl, daemon: FakeDaemon, arguments: tuple[str, ...], answer: Record, status: int, line: str
+) -> None:
+    """One line on standard error, and nothing else."""
+    daemon.answers(answer)
+
+    assert vmctl("stop", *arguments) == (status, "", line)
+
+
+@pytest.mark.parametrize(
+    ("word", "answer", "status", "line"),
+    [
+        ("web", TERMINATED, 0, "waiting for vm web: terminated vm 3\n"),
+        ("3", TERMINATED, 0, "waiting for vm: terminated vm 3\n"),
+        ("web", Failed(code=errno.ENOENT, text="vm web not found"), 1, "waiting for vm web: vm not found\n"),
+        (
+            "web",
+            Failed(code=errno.EINVAL, text="vm web is not running"),
+            1,
+            "waiting for vm web: failed: vm web is not running\n",
+        ),
+    ],
+)
+def test_wait(vmctl: Vmctl, daemon: FakeDaemon, word: str, answer: Record, status: int, line: str) -> None:
+    """The same words."""
+    daemon.answers(answer)
+
+    assert vmctl("wait", word) == (status, "", line)
+    assert isinstance(daemon.requests[0], WaitRequest)
+
+
+@pytest.mark.parametrize("command", [("wait",), ("stop", "--")])
+def test_leading_dash_is_no_id(vmctl: Vmctl, daemon: FakeDaemon, command: tuple[str, ...]) -> None:
+    """A name never starts so."""
+    assert vmctl(*command, "-x") == (1, "", "vmctl: invalid id: -x\n")
+    assert daemon.requests == []
+
+
+def test_daemon_that_dies_while_we_wait(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The begun line is ended first."""
+    daemon.script = lambda _request: None
+
+    assert vmctl("wait", "web") == (1, "", "waiting for vm web: \nvmctl: pipe closed\n")
+
+
+def test_verbose_says_how_the_vm_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """What upstream's words have no room for."""
+    daemon.answers(TERMINATED)
+
+    _, _, errors = vmctl("-v", "wait", "web")
+
+    assert errors.endswith("terminated vm 3\nvmctl: vm web: powered off by the guest\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begun"), [(("wait", "web"), "waiting for vm web: "), (("stop", "-w", "3"), "stopping vm: ")]
+)
+def test_interrupted(daemon: FakeDaemon, arguments: tuple[str, ...], begun: str) -> None:
+    """SIGINT ends the waiting, not the VM."""
+    process = spawn(daemon, *arguments)
+    daemon.requested()
+
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+
+    assert (process.returncode, output, errors) == (1, "", f"{begun}interrupted call\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "document"),
+    [
+        (ACCEPTED, 0, {"id": 3, "name": "web", "result": "requested", "text": "", "code": None}),
+        (
+            TERMINATED,
+            0,
+            {"id": 3, "name": "web", "result": "terminated", "text": "powered off by the guest", "code": None},
+        ),
+        (
+            Failed(code=errno.ENOENT, text="vm web not found"),
+            1,
+            {"id": None, "name": "web", "result": "failed", "text": "vm web not found", "code": errno.ENOENT},
+        ),
+    ],
+)
+def test_json(vmctl: Vmctl, daemon: FakeDaemon, answer: Record, status: int, document: dict[str, object]) -> None:
+    """The same document from both commands."""
+    daemon.answers(answer)
+
+    for command in ("stop", "wait"):
+        done, output, _ = vmctl(command, "--json", "web")
+        assert (done, json.loads(output)) == (status, {"vms": [document]})
+
+
+# --- all of them -----------------------------------------------------------------------------------------
+
+VMS = (
+    vm_info("a", vmid=1),
+    vm_info("off", vmid=2, running=False),
+    vm_info("b", vmid=3),
+    vm_info("late", vmid=4, running=False, state="waiting"),
+)
+
+
+def all_vms(answer: Callable[[Record], Answers]) -> Callable[[Record], Answers]:
+    """Return a script that lists `VMS` and leaves other requests to `answer`."""
+    return lambda request: (*VMS, End()) if isinstance(request, ListRequest) else answer(request)
+
+
+def terminated(request: Record) -> Answers:
+    """Answer a stop or a wait with the end of its VM."""
+    assert isinstance(request, StopRequest | WaitRequest)
+    vmid = next(vm.vmid for vm in VMS if vm.name == request.name)
+    return [VmTerminated(vmid=vmid, name=request.name)]
+
+
+def accepted(request: Record) -> Answers:
+    """Accept a stop; a wait ends."""
+    assert isinstance(request, StopRequest | WaitRequest)
+    vmid = next(vm.vmid for vm in VMS if vm.name == request.name)
+    if isinstance(request, StopRequest):
+        return [StopAccepted(vmid=vmid, name=request.name)]
+    return [VmTerminated(vmid=vmid, name=request.name)]
+
+
+def test_stop_all(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Whatever runs or will run, by name, one after the other, on one connection."""
+    daemon.script = all_vms(accepted)
+
+    assert vmctl("stop", "-a") == (
+        0,
+        "",
+        "stopping vm a: requested to shutdown vm 1\n"
+        "stopping vm b: requested to shutdown vm 3\n"
+        "stopping vm late: requested to shutdown vm 4\n",
+    )
+    assert daemon.requests[1:] == [StopRequest(name=name) for name in ("a", "b", "late")]
+
+
+def test_stop_all_by_force(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """-af."""
+    daemon.script = all_vms(accepted)
+
+    assert vmctl("stop", "-af")[0] == 0
+    assert daemon.requests[1:] == [StopRequest(name=name, force=True) for name in ("a", "b", "late")]
+
+
+def test_stop_all_and_wait_lets_them_shut_down_side_by_side(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Every guest is asked before the first is waited for."""
+    daemon.script = all_vms(accepted)
+
+    assert vmctl("stop", "-aw") == (
+        0,
+        "",
+        "stopping vm a: terminated vm 1\nstopping vm b: terminated vm 3\nstopping vm late: terminated vm 4\n",
+    )
+    names = ("a", "b", "late")
+    assert daemon.requests[1:] == [*(StopRequest(name=n) for n in names), *(WaitRequest(name=n) for n in names)]
+
+
+def test_stop_all_and_wait_with_vms_that_end_at_once(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """One that is gone when we come to wait for it has ended, however it is reported; `late` never ran."""
+
+    def script(request: Record) -> Answers:
+        match request:
+            case StopRequest(name="late"):
+                return terminated(request)
+            case WaitRequest(name="a"):
+                return [Failed(code=errno.ENOENT, text="vm a not found")]
+            case WaitRequest(name="b"):
+                return [Failed(code=errno.EINVAL, text="vm b is not running")]
+        return accepted(request)
+
+    daemon.script = all_vms(script)
+
+    assert vmctl("stop", "-aw") == (
+        0,
+        "",
+        "stopping vm a: terminated vm 1\nstopping vm b: terminated vm 3\nstopping vm late: terminated vm 4\n",
+    )
+
+
+@pytest.mark.parametrize("options", ["-a", "-aw"])
+def test_stop_all_goes_on_after_a_failure(vmctl: Vmctl, daemon: FakeDaemon, options: str) -> None:
+    """The exit status tells; the others are stopped all the same."""
+
+    def script(request: Record) -> Answers:
+        if isinstance(request, StopRequest) and request.name == "a":
+            return [Failed(code=errno.EPERM, text="uid 5 may not stop vm a")]
+        return accepted(request)
+
+    daemon.script = all_vms(script)
+
+    status, _, errors = vmctl("stop", options)
+
+    assert status == 1
+    assert errors.startswith("stopping vm a: failed: uid 5 may not stop vm a\nstopping vm b: ")
+    assert errors.count("\n") == 3
+
+
+@pytest.mark.parametrize(("options", "words"), [("-a", "requested to shutdown vm 1"), ("-aw", "terminated vm 1")])
+def test_stop_all_takes_one_that_is_stopping_for_asked(
+    vmctl: Vmctl, daemon: FakeDaemon, options: str, words: str
+) -> None:
+    """Whether the list said so or somebody was faster than we."""
+
+    def script(request: Record) -> Answers:
+        if isinstance(request, ListRequest):
+            return [vm_info("a", state="stopping"), vm_info("b", vmid=3), End()]
+        if isinstance(request, StopRequest):
+            return [Failed(code=errno.EALREADY, text="vm b is already stopping")]
+        return accepted(request)
+
+    daemon.script = script
+
+    status, _, errors = vmctl("stop", options)
+
+    assert status == 0
+    assert errors == f"stopping vm a: {words}\nstopping vm b: {words.replace('1', '3')}\n"
+    assert StopRequest(name="a") not in daemon.requests
+
+
+def test_stop_all_with_nothing_to_stop(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """A success without a word."""
+    daemon.answers(vm_info(running=False), End())
+
+    assert vmctl("stop", "-a") == (0, "", "")
+    assert json.loads(vmctl("stop", "-a", "--json")[1]) == {"vms": []}
+
+
+@pytest.mark.parametrize(("options", "at"), [("-a", StopRequest), ("-aw", StopRequest), ("-aw", WaitRequest)])
+def test_stop_all_interrupted(daemon: FakeDaemon, options: str, at: type[Record]) -> None:
+    """It ends there; what was asked for goes on."""
+    daemon.script = all_vms(lambda request: [] if isinstance(request, at) else accepted(request))
+    process = spawn(daemon, "stop", options)
+    while not isinstance(daemon.requested(), at):
+        pass
+
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+
+    assert (process.returncode, output, errors) == (1, "", "stopping vm a: interrupted call\n")
+
+
+def test_json_of_stop_all(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """One document for all of them."""
+    daemon.script = all_vms(accepted)
+
+    _, output, _ = vmctl("stop", "-aw", "--json")
+
+    assert [(vm["name"], vm["result"]) for vm in json.loads(output)["vms"]] == [
+        ("a", "terminated"),
+        ("b", "terminated"),
+        ("late", "terminated"),
+    ]

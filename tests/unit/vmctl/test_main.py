@@ -1,0 +1,389 @@
+"""The command table, usage, abbreviations, the connection, and what start-up loads (*cat. 3.1, 3.2*)."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import ROOT, FakeDaemon, spawn, vm_info
+from vmctl.__main__ import COMMANDS, main
+from vmctl.client import Client, socket_owner
+from vmd.ipc.imsg import HEADER, encode
+from vmd.ipc.messages import (
+    End,
+    Failed,
+    ListRequest,
+    LoadRequest,
+    LogRequest,
+    Ok,
+    ReloadRequest,
+    ResetRequest,
+    VmStarted,
+)
+from vmd.record import Record
+
+USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
+
+
+# --- usage -----------------------------------------------------------------------------------------------
+
+
+def test_no_command_is_answered_with_usage(capfd: pytest.CaptureFixture[str]) -> None:
+    """The first line is upstream's; every command has a line."""
+    assert main([]) == 1
+
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith(USAGE)
+    assert [line.split()[1] for line in errors.splitlines()[1 : 1 + len(COMMANDS)]] == [c.name for c in COMMANDS]
+
+
+def test_unknown_command(capfd: pytest.CaptureFixture[str]) -> None:
+    """It is named, then comes the usage."""
+    assert main(["frobnicate"]) == 1
+
+    assert capfd.readouterr().err.startswith(f"unknown argument: frobnicate\n{USAGE}")
+
+
+@pytest.mark.parametrize("word", ["st", "s", "re", "l", "sta", ""])
+def test_ambiguous_command(capfd: pytest.CaptureFixture[str], word: str) -> None:
+    """A prefix of several commands is none of them."""
+    assert main([word]) == 1
+
+    assert capfd.readouterr().err.startswith(f"ambiguous argument: {word}\n{USAGE}")
+
+
+def test_unknown_option_before_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+    """As getopt(3) says it."""
+    assert main(["-x", "status"]) == 1
+
+    assert capfd.readouterr().err.startswith(f"vmctl: unknown option -- x\n{USAGE}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage"),
+    [
+        (["console"], "console id"),
+        (["console", "a", "b"], "console id"),
+        (["load"], "load filename"),
+        (["log"], "log brief | verbose"),
+        (["log", "loud"], "log brief | verbose"),
+        (["log", ""], "log brief | verbose"),
+        (["reload", "now"], "reload"),
+        (["reset", "everything"], "reset [all | switches | vms]"),
+        (["reset", "vms", "all"], "reset [all | switches | vms]"),
+        (["status", "a", "b"], "status [-r] [--json] [id]"),
+        (["show", "a", "b"], "show [-r] [--json] [id]"),
+        (["stop"], "stop [-fw] [--json] [id | -a]"),
+        (["stop", "-a", "web"], "stop [-fw] [--json] [id | -a]"),
+        (["stop", "a", "b"], "stop [-fw] [--json] [id | -a]"),
+        (["wait"], "wait [--json] id"),
+    ],
+)
+def test_wrong_arguments_are_answered_with_the_usage_of_the_command(
+    vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], usage: str
+) -> None:
+    """And the daemon is not bothered."""
+    assert vmctl(*arguments) == (1, "", f"usage:\tvmctl [-v] {usage}\n")
+    assert daemon.requests == []
+
+
+def test_usage_of_start_lists_every_option(vmctl: Vmctl) -> None:
+    """Upstream's and ours."""
+    status, _, errors = vmctl("start")
+
+    assert status == 1
+    for letter in "cLBbdIikmnprt":
+        assert f"[-{letter}" in errors or letter in "cL"
+    assert "[-cL]" in errors
+    assert errors.endswith("id | name\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["stop", "-x", "web"], "unknown option -- x"),
+        (["start", "-m"], "option requires an argument -- m"),
+        (["status", "--yaml"], "unknown option -- yaml"),
+        (["start", "-:", "web"], "unknown option -- :"),
+    ],
+)
+def test_wrong_option_is_named(vmctl: Vmctl, arguments: list[str], sentence: str) -> None:
+    """One sentence, then the usage of the command."""
+    status, _, errors = vmctl(*arguments)
+
+    assert status == 1
+    assert errors.startswith(f"vmctl: {sentence}\nusage:\tvmctl [-v] {arguments[0]} ")
+
+
+# --- simple commands -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "request_"),
+    [
+        (["reload"], ReloadRequest()),
+        (["rel"], ReloadRequest()),
+        (["reset"], ResetRequest(vms=True, switches=True)),
+        (["reset", "all"], ResetRequest(vms=True, switches=True)),
+        (["res", "vms"], ResetRequest(vms=True, switches=False)),
+        (["reset", "switches"], ResetRequest(vms=False, switches=True)),
+        (["log", "brief"], LogRequest(verbosity=0)),
+        (["log", "VERB"], LogRequest(verbosity=2)),
+        (["lo", "/etc/more.conf"], None),
+        (["load", "/etc/more.conf"], LoadRequest(path="/etc/more.conf")),
+        (["load", "more.conf"], LoadRequest(path=f"{os.getcwd()}/more.conf")),
+    ],
+)
+def test_simple_command(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], request_: Record | None) -> None:
+    """What is sent; a success is silent.  `lo` is load or log."""
+    daemon.answers(Ok())
+
+    status, output, errors = vmctl(*arguments)
+
+    if request_ is None:
+        assert status == 1
+        assert errors.startswith("ambiguous argument: lo\n")
+    else:
+        assert (status, output, errors) == (0, "", "")
+        assert daemon.requests == [request_]
+
+
+def test_notes_of_a_success_are_shown(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Each on a line, without the control characters somebody may have put into a name."""
+    daemon.answers(Ok(notes=("vm web: memory changes at its next start", "odd \x1b[2Jname")))
+
+    assert vmctl("reload") == (
+        0,
+        "",
+        "vmctl: vm web: memory changes at its next start\nvmctl: odd \\x1b[2Jname\n",
+    )
+
+
+def test_refusal_carries_the_daemons_sentence(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """In the place of upstream's strerror."""
+    daemon.answers(Failed(code=errno.EPERM, text="only root may reload the configuration"))
+
+    assert vmctl("reload") == (1, "", "vmctl: command failed: only root may reload the configuration\n")
+
+
+def test_refusal_without_a_sentence(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The errno speaks."""
+    daemon.answers(Failed(code=errno.EPERM, text=""))
+
+    assert vmctl("log", "brief") == (1, "", "vmctl: command failed: Operation not permitted\n")
+
+
+def test_too_long_a_path(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """What does not fit a message is said, not sent."""
+    assert vmctl("load", "/" + "x" * 17000) == (1, "", "vmctl: LoadRequest is too long for one message\n")
+
+
+# --- the connection --------------------------------------------------------------------------------------
+
+
+def test_no_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
+    """The path, the reason, and the most likely cause."""
+    path = str(tmp_path / "none.sock")
+
+    status = vmctl("status", socket=path)
+
+    assert status == (1, "", f"vmctl: connect: {path}: No such file or directory: is vmd running?\n")
+
+
+def test_stale_socket(vmctl: Vmctl, tmp_path: Path) -> None:
+    """A daemon that was killed leaves its socket."""
+    path = str(tmp_path / "stale.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
+        stale.bind(path)
+
+    assert vmctl("status", socket=path) == (1, "", f"vmctl: connect: {path}: Connection refused: is vmd running?\n")
+
+
+def test_path_too_long_for_a_socket(vmctl: Vmctl) -> None:
+    """The kernel's limit is 107 bytes."""
+    path = "/tmp/" + "x" * 200
+
+    assert vmctl("status", socket=path) == (1, "", f"vmctl: connect: {path}: AF_UNIX path too long\n")
+
+
+def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
+    """Who may use it is what an operator has to know."""
+    path = tmp_path / "vmd.sock"
+    path.touch()
+    os.chown(path, 0, 4242424)
+
+    assert socket_owner(str(path)) == ": the socket is for user root and group 4242424"
+    assert socket_owner(str(tmp_path / "none")) == ""
+
+
+def test_permission_denied(daemon: FakeDaemon) -> None:
+    """Another user is told whose socket it is."""
+    os.chmod(daemon.path, 0o600)
+    for folder in (daemon.path.parent, *daemon.path.parents):
+        if folder == Path("/tmp"):
+            break
+        os.chmod(folder, 0o755)
+    program = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"from vmctl.__main__ import main; import grp, pwd; {program}",
+         "-s", str(daemon.path), "reload"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"vmctl: connect: {daemon.path}: Permission denied: the socket is for user root and group root\n"
+    )
+
+
+def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Upstream's words."""
+    daemon.script = lambda _request: None
+
+    assert vmctl("reload") == (1, "", "vmctl: pipe closed\n")
+
+
+def test_last_words_of_a_daemon_that_turns_us_away(tmp_path: Path) -> None:
+    """A refusal sent before our request is read arrives, although the socket is reset by then."""
+    path = str(tmp_path / "busy.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        client = Client(path)
+        theirs, _ = listener.accept()
+    client.send(ReloadRequest())
+    theirs.send(encode(Failed(code=errno.EUSERS, text="too many connections"))[0])
+    theirs.close()
+
+    assert client.receive() == Failed(code=errno.EUSERS, text="too many connections")
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("packet", "sentence"),
+    [
+        (b"hello", "vmd: packet of 5 bytes has no header"),
+        (HEADER.pack(0x777, 16, 0, 0, 0), "vmd: unknown message type 0x777"),
+    ],
+)
+def test_daemon_that_speaks_something_else(vmctl: Vmctl, daemon: FakeDaemon, packet: bytes, sentence: str) -> None:
+    """One sentence, no traceback."""
+
+    def script(_request: Record) -> list[Record]:
+        daemon.send_raw(packet)
+        return []
+
+    daemon.script = script
+
+    status, output, errors = vmctl("status")
+
+    assert (status, output) == (1, "")
+    assert errors.startswith(f"vmctl: {sentence}")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (VmStarted(vmid=1, name="a", pid=1, tty=""), "vmd: sent VmStarted where Ok was due"),
+        (ListRequest(), "vmd: sent ListRequest, which is not for clients"),
+    ],
+)
+def test_answer_to_another_question(vmctl: Vmctl, daemon: FakeDaemon, answer: Record, sentence: str) -> None:
+    """It is not taken for ours."""
+    daemon.answers(answer)
+
+    assert vmctl("reload") == (1, "", f"vmctl: {sentence}\n")
+
+
+def test_failure_is_a_document_with_json(vmctl: Vmctl, tmp_path: Path) -> None:
+    """Programs read standard output; people read the sentence."""
+    status, output, errors = vmctl("status", "--json", socket=str(tmp_path / "none.sock"))
+
+    assert status == 1
+    assert errors != ""
+    document = json.loads(output)
+    assert document["code"] == errno.ENOENT
+    assert f"vmctl: {document['error']}\n" == errors
+
+
+def test_verbose_shows_the_talk(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """-v."""
+    daemon.answers(Ok())
+
+    assert vmctl("-v", "reload") == (
+        0,
+        "",
+        f"vmctl: connected to {daemon.path}\nvmctl: sent ReloadRequest\nvmctl: received Ok\n",
+    )
+
+
+def test_interrupt_is_one_sentence(daemon: FakeDaemon) -> None:
+    """^C while a daemon takes its time."""
+    process = spawn(daemon, "reload")
+    daemon.requested()
+
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+
+    assert (process.returncode, output, errors) == (1, "", "vmctl: reload: interrupted\n")
+
+
+def test_reader_that_has_gone(daemon: FakeDaemon) -> None:
+    """`vmctl status | true` ends with a sentence, not with a traceback."""
+    daemon.answers(vm_info(), End())
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "status"],
+        cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (1, "vmctl: standard output: Broken pipe\n")
+
+
+# --- start-up --------------------------------------------------------------------------------------------
+
+HEAVY = {
+    "argparse", "ast", "dataclasses", "datetime", "getopt", "gettext", "inspect", "json", "logging", "pathlib",
+    "ply", "pyroute2", "re", "subprocess", "termios", "tempfile", "traceback", "typing",
+}  # fmt: skip
+PROBE = """
+import sys
+sys.path += sys.argv[1:3]
+from vmctl.__main__ import main
+status = main(sys.argv[3:])
+print(*sorted(sys.modules))
+sys.exit(status)
+"""
+
+
+def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
+    """Start-up must stay below what an operator notices; other commands are not loaded at all."""
+    daemon.answers(End())
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", PROBE, str(ROOT), sysconfig.get_path("purelib"),
+         "-s", str(daemon.path), "status"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+    loaded = set(done.stdout.splitlines()[-1].split())
+
+    assert loaded & HEAVY == {"datetime"}  # msgpack's, for its time stamps
+    assert {name for name in loaded if name.startswith("vmctl.commands.")} == {"vmctl.commands.status"}
+    assert {name for name in loaded if name.startswith("vmd.")} == {
+        "vmd.config", "vmd.config.model", "vmd.errors", "vmd.ipc", "vmd.ipc.imsg", "vmd.ipc.messages", "vmd.record",
+        "vmd.scaled",
+    }  # fmt: skip

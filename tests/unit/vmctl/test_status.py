@@ -1,0 +1,181 @@
+"""The status table, byte for byte, and its JSON (*cat. 3.3*)."""
+
+import errno
+import json
+
+import pytest
+
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmd.ipc.messages import End, Failed, ListRequest, VmInfo
+
+HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
+DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tty="/dev/ttyp3", owner="anna:ops")
+TMPL = vm_info("tmpl", vmid=2, running=False, text="powered off by the guest")
+
+
+@pytest.fixture
+def two(daemon: FakeDaemon) -> FakeDaemon:
+    """Give a daemon with the two VMs of the catalogue's sample."""
+    daemon.answers(DB1, TMPL, End())
+    return daemon
+
+
+ROW_DB1 = "    1 40211     1    2.0G    1.1G   ttyp3     anna:ops  running db1\n"
+ROW_TMPL = "    2     -     1    512M       -       -         root  stopped tmpl\n"
+
+
+@pytest.mark.parametrize("command", ["status", "show", "stat", "sh"])
+def test_table(vmctl: Vmctl, two: FakeDaemon, command: str) -> None:
+    """Header and rows; both names of the command and their abbreviations."""
+    assert vmctl(command) == (0, HEADER + ROW_DB1 + ROW_TMPL, "")
+    assert two.requests == [ListRequest()]
+
+
+def test_no_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The header alone."""
+    daemon.answers(End())
+
+    assert vmctl("status") == (0, HEADER, "")
+
+
+@pytest.mark.parametrize("arguments", [("-r",), ("-r", "db1")])
+def test_running_only(vmctl: Vmctl, two: FakeDaemon, arguments: tuple[str, ...]) -> None:
+    """-r."""
+    assert vmctl("status", *arguments) == (0, HEADER + ROW_DB1, "")
+
+
+@pytest.mark.parametrize(("word", "row"), [("db1", ROW_DB1), ("1", ROW_DB1), ("tmpl", ROW_TMPL), ("2", ROW_TMPL)])
+def test_one_vm(vmctl: Vmctl, two: FakeDaemon, word: str, row: str) -> None:
+    """By name and by id."""
+    assert vmctl("status", word) == (0, HEADER + row, "")
+
+
+def test_running_only_of_one_that_is_stopped(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """It exists: no row, no failure."""
+    assert vmctl("status", "-r", "tmpl") == (0, HEADER, "")
+
+
+def test_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """The header, as ever, and a failure."""
+    assert vmctl("status", "web") == (1, HEADER, "vmctl: vm web not found\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("", "invalid id: "),
+        ("0", "invalid id: 0"),
+        ("x" * 64, "name too long: " + "x" * 64),
+    ],
+)
+def test_what_can_be_no_vm(vmctl: Vmctl, two: FakeDaemon, word: str, sentence: str) -> None:
+    """It is refused before the daemon is asked."""
+    assert vmctl("status", word) == (1, "", f"vmctl: {sentence}\n")
+    assert two.requests == []
+
+
+def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """As is a number that strtonum(3) would not take."""
+    assert vmctl("status", "4294967296") == (1, HEADER, "vmctl: vm 4294967296 not found\n")
+
+
+@pytest.mark.parametrize(
+    ("vm", "row"),
+    [
+        (
+            vm_info(owner="christopher:development"),
+            "    1 40211     1    512M    300M   pts/3 christopher:dev  running web\n",
+        ),
+        (vm_info(vmid=123456, vcpus=16), "123456 40211    16    512M    300M   pts/3         root  running web\n"),
+        (vm_info(state="stopping", tty=""), "    1 40211     1    512M    300M       -         root stopping web\n"),
+        (
+            vm_info(running=False, state="waiting", memory_bytes=(1 << 40)),
+            "    1     -     1    1.0T       -       -         root  waiting web\n",
+        ),
+        (vm_info("a\x1b[31mb"), "    1 40211     1    512M    300M   pts/3         root  running a\\x1b[31mb\n"),
+    ],
+)
+def test_row(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, row: str) -> None:
+    """Owners are cut at 15 characters, which the column does not hold; nothing reaches the terminal raw."""
+    daemon.answers(vm, End())
+
+    assert vmctl("status") == (0, HEADER + row, "")
+
+
+def test_many_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """A list is as many messages as there are VMs."""
+    daemon.answers(*(vm_info(f"vm{n}", vmid=n) for n in range(1, 301)), End())
+
+    status, output, _ = vmctl("status")
+
+    assert status == 0
+    assert [line.split()[-1] for line in output.splitlines()[1:]] == [f"vm{n}" for n in range(1, 301)]
+
+
+def test_verbose_says_why_a_vm_does_not_run(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """The table has no column for it."""
+    status, _, errors = vmctl("-v", "status")
+
+    assert status == 0
+    assert errors.endswith("vmctl: vm tmpl: powered off by the guest\n")
+
+
+def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """The keys are a promise."""
+    status, output, errors = vmctl("status", "--json")
+
+    assert (status, errors) == (0, "")
+    assert json.loads(output) == {
+        "vms": [
+            {
+                "id": 1,
+                "name": "db1",
+                "state": "running",
+                "pid": 40211,
+                "vcpus": 1,
+                "memory_bytes": 2147483648,
+                "resident_bytes": 1181116006,
+                "tty": "/dev/ttyp3",
+                "owner": "anna:ops",
+                "uid": 0,
+                "gid": None,
+                "text": "",
+            },
+            {
+                "id": 2,
+                "name": "tmpl",
+                "state": "stopped",
+                "pid": None,
+                "vcpus": 1,
+                "memory_bytes": 536870912,
+                "resident_bytes": None,
+                "tty": None,
+                "owner": "root",
+                "uid": 0,
+                "gid": None,
+                "text": "powered off by the guest",
+            },
+        ]
+    }
+
+
+def test_json_of_one_vm_and_of_running_ones(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """The same choices as for the table; options may come last."""
+    assert [vm["name"] for vm in json.loads(vmctl("status", "2", "--json")[1])["vms"]] == ["tmpl"]
+    assert [vm["name"] for vm in json.loads(vmctl("status", "--json", "-r")[1])["vms"]] == ["db1"]
+
+
+def test_json_of_an_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
+    """One document, which is the failure."""
+    status, output, errors = vmctl("status", "--json", "web")
+
+    assert (status, errors) == (1, "vmctl: vm web not found\n")
+    assert json.loads(output) == {"error": "vm web not found", "code": errno.ENOENT}
+
+
+def test_list_refused(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """A busy daemon says so."""
+    daemon.answers(Failed(code=errno.EUSERS, text="too many connections of uid 5 (64)"))
+
+    assert vmctl("status") == (1, "", "vmctl: command failed: too many connections of uid 5 (64)\n")

@@ -1,0 +1,147 @@
+"""The connection to vmd: one packet is one message; blocking, since vmctl has nothing else to do."""
+
+import array
+import errno
+import os
+import socket
+import types
+
+from vmctl.errors import CommandError, Refused
+from vmctl.output import warn
+from vmd.errors import PeerError
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, Proc, VmInfo
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import TypeVar
+
+    from vmd.record import Record
+
+    R = TypeVar("R", bound=Record)
+
+PEER = "vmd"  # whose fault it is when the protocol breaks
+ROUTE = (Proc.CONTROL, Proc.CLIENT)
+NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
+
+
+class Client:
+    """One connection.  Raises CommandError when there is, or is left, no daemon to talk to."""
+
+    def __init__(self, path: str, *, verbose: bool = False) -> None:
+        self.path = path
+        self.verbose = verbose
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._sock.connect(path)
+        except OSError as error:
+            self._sock.close()
+            raise CommandError(f"connect: {path}: {connect_trouble(path, error)}", error.errno) from None
+        self._note(f"connected to {path}")
+
+    def close(self) -> None:
+        """Hang up; whatever the daemon kept for us, such as a console, it takes back."""
+        self._sock.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll for messages that come unasked."""
+        return self._sock.fileno()
+
+    def send(self, message: "Record", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
+        """Send a message; descriptors stay the caller's."""
+        try:
+            packet, order = encode(message, pid=os.getpid(), fds=fds)
+        except ValueError:
+            raise CommandError(f"{type(message).__name__} is too long for one message") from None
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", order))] if order else []
+        self._note(f"sent {type(message).__name__}")
+        try:
+            self._sock.sendmsg([packet], rights)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # turned away: the reason can still be received
+        except OSError as error:
+            raise CommandError(f"{self.path}: {os.strerror(error.errno or errno.EIO)}", error.errno) from None
+
+    def receive(self) -> "Record":
+        """Return the next message.  Raises PeerError if it is none that a daemon sends."""
+        try:
+            try:
+                packet = self._sock.recv(MAX_MESSAGE)
+            except ConnectionResetError:
+                # The daemon closed without reading our last request; its last words come after this error.
+                packet = self._sock.recv(MAX_MESSAGE)
+        except OSError as error:
+            raise CommandError("pipe closed", error.errno) from None
+        if not packet:
+            raise CommandError("pipe closed", errno.EPIPE)
+        message = decode(packet, [], PEER).message
+        name = type(message).__name__
+        if ROUTE not in BY_CLASS[type(message)].routes:
+            raise PeerError(PEER, f"sent {name}, which is not for clients")
+        self._note(f"received {name}")
+        return message
+
+    def answer(self, *expected: "type[R]") -> "R":
+        """Return the next message if it is one of those expected.  Raises Refused, PeerError."""
+        message = self.receive()
+        if isinstance(message, expected):
+            return message
+        if isinstance(message, Failed):
+            raise Refused(message.code, failed_text(message))
+        names = " or ".join(each.__name__ for each in expected)
+        raise PeerError(PEER, f"sent {type(message).__name__} where {names} was due")
+
+    def ask(self, request: "Record", *expected: "type[R]", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> "R":
+        """Send a request and return its answer.  Raises Refused, PeerError."""
+        self.send(request, fds)
+        return self.answer(*expected)
+
+    def list_vms(self) -> list[VmInfo]:
+        """Return every VM the daemon knows.  Raises Refused, PeerError."""
+        self.send(ListRequest())
+        vms: list[VmInfo] = []
+        while isinstance(row := self.answer(VmInfo, End), VmInfo):
+            vms.append(row)
+        return vms
+
+    def _note(self, text: str) -> None:
+        if self.verbose:
+            warn(text)
+
+
+def failed_text(message: Failed) -> str:
+    """Return the sentence of a failure; an errno without one speaks for itself."""
+    return message.text or os.strerror(message.code)
+
+
+def connect_trouble(path: str, error: OSError) -> str:
+    """Return why there is no connection, and what to look at."""
+    if error.errno is None:
+        return str(error)  # Python's own: the path does not fit a socket address
+    reason = os.strerror(error.errno)
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+        return f"{reason}: is vmd running?"
+    if error.errno == errno.EACCES:
+        return reason + socket_owner(path)
+    return reason
+
+
+def socket_owner(path: str) -> str:
+    """Return whom a socket we may not use belongs to, as the end of a sentence."""
+    import grp
+    import pwd
+
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""  # it is the directory that keeps us out
+    try:
+        user = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        user = str(status.st_uid)
+    try:
+        group = grp.getgrgid(status.st_gid).gr_name
+    except KeyError:
+        group = str(status.st_gid)
+    return f": the socket is for user {user} and group {group}"

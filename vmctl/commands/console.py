@@ -1,0 +1,66 @@
+"""vmctl console: use a VM's serial line until the operator leaves or the VM ends.
+
+Unlike vmd's, which runs cu(1), we relay ourselves: what the console showed before can be seen, a BREAK
+reaches the guest although a Linux pty carries none, and two operators do not read half of the output each.
+"""
+
+import errno
+import os
+
+from vmctl.client import Client
+from vmctl.errors import CommandError, Refused
+from vmctl.line import Ending, Relay, open_line
+from vmctl.options import operand, parse_options
+from vmctl.output import clean, put, warn
+from vmctl.session import Session
+from vmctl.terminal import RawTerminal
+from vmctl.vmref import VmRef, parse_vmref
+from vmd.ipc.messages import ConsoleAttached, ConsoleOutput, ConsoleRequest
+
+STDIN = 0
+SPEED = 115200
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Attach to the console of a VM."""
+    _, operands = parse_options(arguments)
+    return attach(session.client, parse_vmref(operand(operands)))
+
+
+def attach(client: Client, ref: VmRef) -> int:
+    """Relay; the console is ours as long as the connection lasts.  Raises CommandError."""
+    attached, backlog = request_console(client, ref)
+    line = open_line(attached.tty)
+    try:
+        with RawTerminal(STDIN) as terminal:
+            relay = Relay(client, attached, line, terminal)
+            relay.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
+            if terminal.is_tty:
+                relay.say("Type ~. at the start of a line to leave, ~? for help.\n")
+            put(backlog)
+            ending = relay.run()
+            relay.say("\n[EOT]\n")
+    finally:
+        os.close(line)
+    if ending is Ending.DAEMON_LOST:
+        raise CommandError("pipe closed: vmd has ended, and the console with it", errno.EPIPE)
+    if ending is Ending.VM_ENDED:
+        warn(f"vm {attached.name} has ended")
+    return 0
+
+
+def request_console(client: Client, ref: VmRef) -> tuple[ConsoleAttached, bytes]:
+    """Return the console and what it showed last.  Raises CommandError, Refused."""
+    backlog = bytearray()
+    try:
+        request = ConsoleRequest(vmid=ref.vmid, name=ref.name)
+        answer = client.ask(request, ConsoleOutput, ConsoleAttached)
+        while isinstance(answer, ConsoleOutput):
+            backlog += answer.data
+            answer = client.answer(ConsoleOutput, ConsoleAttached)
+    except Refused as error:
+        if error.code in (errno.ENOENT, errno.ESRCH):
+            raise CommandError(f"console not found: {error.text}", error.code) from None
+        raise
+    assert isinstance(answer, ConsoleAttached)
+    return answer, bytes(backlog)

@@ -1,0 +1,16 @@
+"""vmctl load: have the daemon read a further configuration file."""
+
+import os
+
+from vmctl.commands.reload import show_notes
+from vmctl.options import operand, parse_options
+from vmctl.session import Session
+from vmd.ipc.messages import LoadRequest, Ok
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Send the path; the daemon opens it, and its working directory is not ours."""
+    _, operands = parse_options(arguments)
+    path = os.path.abspath(operand(operands))
+    show_notes(session.client.ask(LoadRequest(path=path), Ok))
+    return 0

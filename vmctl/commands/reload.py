@@ -1,0 +1,22 @@
+"""vmctl reload: have the daemon read its main configuration file again."""
+
+from vmctl.errors import UsageError
+from vmctl.options import parse_options
+from vmctl.output import warn
+from vmctl.session import Session
+from vmd.ipc.messages import Ok, ReloadRequest
+
+
+def show_notes(done: Ok) -> None:
+    """Say what the daemon thinks worth saying about a success."""
+    for note in done.notes:
+        warn(note)
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Ask, and show what the daemon has to say about it."""
+    _, operands = parse_options(arguments)
+    if operands:
+        raise UsageError
+    show_notes(session.client.ask(ReloadRequest(), Ok))
+    return 0

@@ -1,0 +1,327 @@
+"""vmctl start: start a VM of vm.conf, or one that the options describe (*cat. 3.4*).
+
+Options -B, -b, -I and -k change a single boot of a VM that exists.  -b also describes a new VM, so with it
+the daemon is asked first what it knows.  -I, -k and -p are ours.
+"""
+
+import errno
+import os
+import stat
+
+from vmctl.commands.console import attach
+from vmctl.errors import CommandError, Refused
+from vmctl.options import operand, parse_options
+from vmctl.output import clean, put_json, warn
+from vmctl.session import Session
+from vmctl.vmref import VmRef, parse_vmref
+from vmd.config.model import (
+    CMDLINE_MAX,
+    DEFAULT_MEMORY_BYTES,
+    MAX_DISKS,
+    MAX_MEMORY_BYTES,
+    MAX_NICS,
+    MAX_VCPUS,
+    MIB,
+    MIN_MEMORY_BYTES,
+    NAME_MAX,
+    PATH_MAX,
+    BootDevice,
+    DiskConfig,
+    NicConfig,
+    VmConfig,
+    VmFlag,
+)
+from vmd.ipc.messages import (
+    VMD_BIOS_MISSING,
+    VMD_CDROM_INVALID,
+    VMD_CDROM_MISSING,
+    VMD_DISK_MISSING,
+    VMD_PARENT_INVALID,
+    StartRequest,
+    VmStarted,
+)
+from vmd.scaled import fmt_scaled, scan_scaled
+
+OPTIONS = "B:b:cd:I:i:k:Lm:n:p:r:t:"
+BOOT_DEVICES = {"cdrom": BootDevice.CDROM, "disk": BootDevice.DISK, "net": BootDevice.NET}
+DISK_FORMATS = ("raw", "qcow2")
+COUNT_MAX = 0x7FFFFFFF  # beyond it a count is no number any more, for vmd
+
+REFUSALS = {
+    VMD_BIOS_MISSING: "vmm bios firmware file not found.",
+    VMD_DISK_MISSING: "could not open disk image(s)",
+    VMD_CDROM_MISSING: "could not find specified iso image",
+    VMD_CDROM_INVALID: "specified iso image is not a regular file",
+    VMD_PARENT_INVALID: "invalid template",
+}
+
+
+class Wanted:
+    """What the options say, in the order in which they say it."""
+
+    def __init__(self) -> None:
+        self.given = VmFlag(0)
+        self.console = False
+        self.json = False
+        self.boot_device = BootDevice.AUTO
+        self.kernel = ""
+        self.initrd = ""
+        self.cmdline: str | None = None
+        self.disks: list[DiskConfig] = []
+        self.nics: list[NicConfig] = []
+        self.nic_count: int | None = None
+        self.memory_bytes = DEFAULT_MEMORY_BYTES
+        self.vcpus = 1
+        self.cdrom = ""
+        self.template = ""
+
+    def take(self, option: str, value: str) -> None:
+        """Take one option.  Raises CommandError."""
+        match option:
+            case "--json":
+                self.json = True
+            case "-B":
+                self.set_boot_device(value)
+            case "-b":
+                once(self.kernel, "boot image")
+                self.kernel = real_path(value, "boot image path")
+                self.given |= VmFlag.KERNEL
+            case "-c":
+                self.console = True
+            case "-d":
+                self.add_disk(value)
+            case "-I":
+                once(self.initrd, "initrd")
+                self.initrd = real_path(value, "initrd path")
+            case "-i":
+                if self.nic_count is not None:
+                    raise CommandError("interfaces specified multiple times")
+                self.nic_count = count(value, "count", MAX_NICS, "too many network interfaces")
+                self.given |= VmFlag.NETWORK
+            case "-k":
+                self.set_cmdline(value)
+            case "-L":
+                self.add_nic(NicConfig(local=True))
+            case "-m":
+                if self.given & VmFlag.MEMORY:
+                    raise CommandError("memory specified multiple times")
+                self.memory_bytes = memory_size(value)
+                self.given |= VmFlag.MEMORY
+            case "-n":
+                if not 0 < len(value) <= NAME_MAX:
+                    raise CommandError(f"invalid switch name: {value}")
+                self.add_nic(NicConfig(switch=value))
+            case "-p":
+                if self.given & VmFlag.CPU:
+                    raise CommandError("vcpus specified multiple times")
+                self.vcpus = count(value, "vcpus", MAX_VCPUS, f"too many vcpus (limit is {MAX_VCPUS})")
+                self.given |= VmFlag.CPU
+            case "-r":
+                once(self.cdrom, "iso image")
+                self.cdrom = real_path(value, "iso image path")
+                self.given |= VmFlag.CDROM
+            case "-t":
+                if not 0 < len(value) <= NAME_MAX:
+                    raise CommandError(f"instance vm name too {'long' if value else 'short'}: {value}")
+                self.template = value
+                self.given |= VmFlag.INSTANCE
+
+    def set_boot_device(self, name: str) -> None:
+        """-B."""
+        if self.boot_device is not BootDevice.AUTO:
+            raise CommandError("boot device specified multiple times")
+        device = BOOT_DEVICES.get(name)
+        if device is None:
+            raise CommandError(f"unknown boot device {name}")
+        self.boot_device = device
+
+    def set_cmdline(self, text: str) -> None:
+        """-k."""
+        if self.cmdline is not None:
+            raise CommandError("kernel command line specified multiple times")
+        length = len(text.encode("utf-8", "surrogateescape"))
+        if length > CMDLINE_MAX:
+            raise CommandError(f"kernel command line too long: {length} bytes (limit is {CMDLINE_MAX})")
+        self.cmdline = text
+
+    def add_disk(self, value: str) -> None:
+        """-d; without a format the daemon tells it from the file."""
+        if len(self.disks) == MAX_DISKS:
+            raise CommandError(f"too many disks (limit is {MAX_DISKS})")
+        prefix, colon, path = value.partition(":")
+        disk_format = prefix if colon and prefix in DISK_FORMATS else ""
+        path = real_path(path if disk_format else value, "disk path")
+        self.disks.append(DiskConfig(path=path, format=disk_format))
+        self.given |= VmFlag.DISK
+
+    def add_nic(self, nic: NicConfig) -> None:
+        """-L or -n."""
+        if len(self.nics) == MAX_NICS:
+            raise CommandError(f"too many network interfaces (limit is {MAX_NICS})")
+        self.nics.append(nic)
+        self.given |= VmFlag.NETWORK
+
+    @property
+    def only_boot(self) -> bool:
+        """Whether nothing is given but what may change a single boot."""
+        return not self.given & ~VmFlag.KERNEL
+
+    def config(self, name: str) -> VmConfig:
+        """Return the description of a new VM, or of what an instance does not inherit."""
+        nics = self.nics + [NicConfig()] * ((self.nic_count or 0) - len(self.nics))
+        return VmConfig(
+            name=name,
+            given=self.given,
+            memory_bytes=self.memory_bytes,
+            vcpus=self.vcpus,
+            kernel=self.kernel,
+            initrd=self.initrd,
+            cmdline=self.cmdline or "",
+            boot_device=self.boot_device,
+            disks=tuple(self.disks),
+            nics=tuple(nics),
+            cdrom=self.cdrom,
+        )
+
+    def require_bootable(self) -> None:
+        """Check a new VM that stands for itself; warn of what it lacks (*cat. 3.4*).  Raises CommandError."""
+        if not self.given & (VmFlag.KERNEL | VmFlag.DISK | VmFlag.CDROM):
+            raise CommandError("no kernel or disk/cdrom specified")
+        for text, option in ((self.initrd, "-I"), (self.cmdline, "-k")):
+            if text and not self.kernel:
+                raise CommandError(f"option {option} needs a kernel to boot (-b)")
+        if not self.disks:
+            warn("starting without disks")
+        if not self.nics and not self.nic_count:
+            warn("starting without network interfaces")
+
+
+def once(value: str, what: str) -> None:
+    """Raise CommandError if an option has been given before."""
+    if value:
+        raise CommandError(f"{what} specified multiple times")
+
+
+def real_path(path: str, what: str) -> str:
+    """Return an existing path without links: the daemon must not see another file than we do."""
+    try:
+        real = os.path.realpath(path, strict=True)
+    except OSError as error:
+        raise CommandError(f"invalid {what}: {path}: {os.strerror(error.errno or 0)}", error.errno) from None
+    except ValueError:
+        raise CommandError(f"invalid {what}: {path}") from None
+    if len(os.fsencode(real)) > PATH_MAX:
+        raise CommandError(f"invalid {what}: {real}: {os.strerror(errno.ENAMETOOLONG)}", errno.ENAMETOOLONG)
+    return real
+
+
+def count(text: str, what: str, limit: int, too_many: str) -> int:
+    """Return a number from 1 to `limit`; what is none is refused in strtonum(3)'s words."""
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit()):
+        raise CommandError(f"{what} is invalid: {text}")
+    if text.startswith("-") or not digits.strip("0"):
+        raise CommandError(f"{what} is too small: {text}")
+    if len(digits.lstrip("0")) > len(str(COUNT_MAX)) or int(digits) > COUNT_MAX:
+        raise CommandError(f"{what} is too large: {text}")
+    if int(digits) > limit:
+        raise CommandError(too_many)
+    return int(digits)
+
+
+def memory_size(text: str) -> int:
+    """Return the bytes of -m, whole megabytes (*cat. 3.4*)."""
+    try:
+        size = scan_scaled(text)
+    except ValueError:
+        raise CommandError(f"invalid memory size: {text}") from None
+    if size < MIN_MEMORY_BYTES:
+        raise CommandError("memory size must be at least 1MB")
+    if size > MAX_MEMORY_BYTES:
+        raise CommandError(f"memory size too large (limit is {fmt_scaled(MAX_MEMORY_BYTES)})")
+    rounded = size - size % MIB
+    if rounded != size:
+        warn(f"memory size rounded to {fmt_scaled(rounded)}")
+    return rounded
+
+
+def open_boot_file(path: str, what: str) -> int:
+    """Open a kernel or initrd with our own rights, so that a user may boot what only he can read.
+
+    O_NONBLOCK: a FIFO must not keep us waiting for its writer.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise CommandError(f"cannot open {what} '{path}': {reason}", error.errno) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CommandError(f"{what} must be a regular file: {path}")
+    return fd
+
+
+def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
+    """Decide whether a known VM is meant or a new one, and build the request.  Raises CommandError."""
+    known = wanted.only_boot
+    if not wanted.template and VmFlag.KERNEL in wanted.given:
+        vms = session.client.list_vms()
+        exists = any(vm.vmid == ref.vmid if ref.vmid else vm.name == ref.name for vm in vms)
+        if exists and not wanted.only_boot:
+            raise CommandError(
+                f"start vm command failed: vm {ref} already exists: only -B, -b, -I and -k may change one boot of it",
+                errno.EEXIST,
+            )
+        known = exists
+    if known:
+        return StartRequest(vmid=ref.vmid, name=ref.name, boot_device=wanted.boot_device, cmdline=wanted.cmdline)
+    if not ref.name:
+        raise CommandError(f"start vm command failed: vm {ref} not found: a new one needs a name", errno.ENOENT)
+    if not wanted.template:
+        wanted.require_bootable()
+    return StartRequest(
+        name=ref.name, config=wanted.config(ref.name), template=wanted.template, boot_device=wanted.boot_device
+    )
+
+
+def refusal(error: Refused) -> CommandError:
+    """Return the daemon's answer after upstream's words for it."""
+    words = REFUSALS.get(error.code)
+    if words is None:
+        return CommandError(f"start vm command failed: {error.text}", error.code)
+    return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}", error.code)
+
+
+def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
+    """Open the boot files, send the request and return the answer.  Raises CommandError."""
+    fds: dict[str, list[int]] = {}
+    try:
+        for name, path in (("kernel", wanted.kernel), ("initrd", wanted.initrd)):
+            if path:
+                fds[name] = [open_boot_file(path, name)]
+        return session.client.ask(request_for(session, wanted, ref), VmStarted, fds=fds)
+    except Refused as error:
+        raise refusal(error) from None
+    finally:
+        for opened in fds.values():
+            os.close(opened[0])
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Start the VM and, with -c, stay on its console."""
+    given, operands = parse_options(arguments, OPTIONS, ("json",))
+    ref = parse_vmref(operand(operands))
+    session.json = ("--json", "") in given
+    wanted = Wanted()
+    for option, value in given:
+        wanted.take(option, value)
+    if wanted.json and wanted.console:
+        raise CommandError("--json and -c cannot be used together")
+    started = start(session, wanted, ref)
+    warn(f"started vm {started.vmid} successfully, tty {started.tty}")
+    if wanted.json:
+        document = {"id": started.vmid, "name": clean(started.name), "pid": started.pid, "tty": clean(started.tty)}
+        put_json(document)
+    if wanted.console:
+        return attach(session.client, VmRef(vmid=started.vmid, name=started.name))
+    return 0

@@ -1,0 +1,80 @@
+"""vmctl status, vmctl show: every VM, one per line (*cat. 3.3*)."""
+
+import errno
+
+from vmctl.errors import CommandError, UsageError
+from vmctl.options import parse_options
+from vmctl.output import clean, put_json, put_lines, warn
+from vmctl.session import Session
+from vmctl.vmref import VmRef, parse_vmref
+from vmd.ipc.messages import VmInfo
+from vmd.scaled import fmt_scaled
+
+OWNER_MAX = 15  # a longer one is cut, and moves the rest of its row: the column is 12 wide
+ROW = "{:>5} {:>5} {:>5} {:>7} {:>7} {:>7} {:>12} {:>8} {}".format
+HEADER = ROW("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Fetch the list and show all of it, what runs, or one VM."""
+    given, operands = parse_options(arguments, "r", ("json",))
+    if len(operands) > 1:
+        raise UsageError
+    session.json = ("--json", "") in given
+    wanted = parse_vmref(operands[0]) if operands else None
+    vms = session.client.list_vms()
+    found = [vm for vm in vms if wanted is None or matches(vm, wanted)]
+    if wanted is not None and not found and session.json:
+        raise CommandError(f"vm {wanted} not found", errno.ENOENT)
+    shown = [vm for vm in found if vm.pid != 0 or ("-r", "") not in given]
+    if session.json:
+        put_json({"vms": [as_json(vm) for vm in shown]})
+        return 0
+    put_lines([HEADER, *(row(vm) for vm in shown)])
+    if wanted is not None and not found:
+        raise CommandError(f"vm {wanted} not found", errno.ENOENT)
+    if session.verbose:
+        for vm in shown:
+            if vm.text:
+                warn(f"vm {vm.name}: {vm.text}")
+    return 0
+
+
+def matches(vm: VmInfo, wanted: VmRef) -> bool:
+    """Return whether this is the VM that was asked for."""
+    return vm.vmid == wanted.vmid if wanted.vmid else vm.name == wanted.name
+
+
+def row(vm: VmInfo) -> str:
+    """Return a line of the table; a VM that does not run has no process, no memory in use and no console."""
+    running = vm.pid != 0
+    return ROW(
+        vm.vmid,
+        vm.pid if running else "-",
+        vm.vcpus,
+        fmt_scaled(vm.memory_bytes),
+        fmt_scaled(vm.resident_bytes) if running else "-",
+        clean(vm.tty.removeprefix("/dev/")) if running and vm.tty else "-",
+        clean(vm.owner[:OWNER_MAX]),
+        clean(vm.state),
+        clean(vm.name),
+    )
+
+
+def as_json(vm: VmInfo) -> dict[str, object]:
+    """Return a VM under keys that stay; null is what does not apply."""
+    running = vm.pid != 0
+    return {
+        "id": vm.vmid,
+        "name": clean(vm.name),
+        "state": clean(vm.state),
+        "pid": vm.pid if running else None,
+        "vcpus": vm.vcpus,
+        "memory_bytes": vm.memory_bytes,
+        "resident_bytes": vm.resident_bytes if running else None,
+        "tty": clean(vm.tty) or None,
+        "owner": clean(vm.owner),
+        "uid": vm.uid,
+        "gid": vm.gid,
+        "text": clean(vm.text),
+    }

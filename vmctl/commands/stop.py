@@ -1,0 +1,90 @@
+"""vmctl stop: ask a guest to shut down, or kill its VM; one, or all of them (*cat. 3.5*)."""
+
+import errno
+
+from vmctl.client import Client
+from vmctl.ending import FAILED, REQUESTED, TERMINATED, Result, announce, ask_end, conclude, finish
+from vmctl.errors import UsageError
+from vmctl.options import parse_options
+from vmctl.session import Session
+from vmctl.vmref import VmRef, parse_vmref
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, StopRequest, VmInfo, WaitRequest
+
+STOPPED, STOPPING = "stopped", "stopping"  # states of VmInfo
+
+# What a wait is answered with when the VM has ended between our request to stop and this one.
+GONE = (errno.ENOENT, errno.EINVAL, VMD_VM_STOP_INVALID)
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Stop what was named."""
+    given, operands = parse_options(arguments, "afw", ("json",))
+    options = {option for option, _ in given}
+    session.json = "--json" in options
+    force, wait = "-f" in options, "-w" in options
+    if "-a" in options:
+        if operands:
+            raise UsageError
+        return stop_all(session, force=force, wait=wait)
+    if len(operands) != 1:
+        raise UsageError
+    ref = parse_vmref(operands[0])
+    result = ask_end(session.client, ref, stop_request(ref, force=force, wait=wait), "stopping")
+    conclude(session, result, forced=force and not wait)
+    return finish(session, [result])
+
+
+def stop_request(ref: VmRef, *, force: bool, wait: bool) -> StopRequest:
+    """Return the request for one VM."""
+    return StopRequest(vmid=ref.vmid, name=ref.name, force=force, wait=wait)
+
+
+def stop_all(session: Session, *, force: bool, wait: bool) -> int:
+    """Stop whatever runs, or is about to.
+
+    Unlike vmd, which with -w waits for each VM before it asks the next one: all are asked first, so that
+    they shut down side by side, and a VM that is stopping already is no failure.
+    """
+    client = session.client
+    vms = [vm for vm in client.list_vms() if vm.pid or vm.state != STOPPED]
+    results: list[Result] = []
+    if not wait:
+        for vm in vms:
+            results.append(ask_one(client, vm, force=force, doing="stopping"))
+            conclude(session, results[-1], forced=force)
+            if results[-1].interrupted:
+                break
+        return finish(session, results)
+    asked: list[Result] = []
+    for vm in vms:
+        asked.append(ask_one(client, vm, force=force))
+        if asked[-1].interrupted:
+            break  # its answer may still come, and would be taken for the next one's
+    for result in asked:
+        ref = VmRef(name=result.name)
+        if result.result == REQUESTED and not asked[-1].interrupted:
+            ended = ask_end(client, ref, WaitRequest(name=ref.name), "stopping")
+            if ended.code in GONE:
+                ended = Result(vmid=result.vmid, name=result.name, result=TERMINATED, text="")
+        else:
+            announce("stopping", ref)
+            ended = result
+        conclude(session, ended)
+        results.append(ended)
+        if ended.interrupted:
+            break
+    return finish(session, results)
+
+
+def ask_one(client: Client, vm: VmInfo, *, force: bool, doing: str = "") -> Result:
+    """Ask for the end of one of all VMs, without waiting for it."""
+    requested = Result(vmid=vm.vmid, name=vm.name, result=REQUESTED, text="")
+    ref = VmRef(name=vm.name)
+    if vm.state == STOPPING and not force:
+        if doing:
+            announce(doing, ref)
+        return requested
+    result = ask_end(client, ref, stop_request(ref, force=force, wait=False), doing)
+    if result.result == FAILED and result.code == errno.EALREADY:
+        return requested  # somebody else was faster
+    return result

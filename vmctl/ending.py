@@ -1,0 +1,97 @@
+"""What `stop` and `wait` have in common: one line per VM that says how its end came about (*cat. 3.5*)."""
+
+import errno
+
+from vmctl.client import Client
+from vmctl.errors import Refused
+from vmctl.output import clean, notice, put_json, warn
+from vmctl.session import Session
+from vmctl.vmref import VmRef
+from vmd.errors import VmdError
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, StopAccepted, StopRequest, VmTerminated, WaitRequest
+from vmd.record import Record
+
+REFUSALS = {
+    VMD_VM_STOP_INVALID: "cannot stop vm that is not running",
+    errno.ENOENT: "vm not found",
+    errno.EINTR: "interrupted call",
+}
+REQUESTED, TERMINATED, FAILED = "requested", "terminated", "failed"
+
+
+class Result(Record):
+    """What became of one VM; for --json."""
+
+    vmid: int
+    name: str
+    result: str
+    text: str
+    code: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the operator would not wait any longer."""
+        return self.code == errno.EINTR
+
+    def as_json(self) -> dict[str, object]:
+        """Return it under keys that stay."""
+        return {
+            "id": self.vmid or None,
+            "name": clean(self.name) or None,
+            "result": self.result,
+            "text": clean(self.text),
+            "code": self.code,
+        }
+
+
+def announce(doing: str, ref: VmRef) -> None:
+    """Begin the line of a VM."""
+    notice(f"{doing} vm{' ' + clean(ref.name) if ref.name else ''}: ")
+
+
+def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doing: str = "") -> Result:
+    """Send the request and tell its outcome; with `doing`, begin the line of the VM before.
+
+    Raises:
+        CommandError: the daemon is gone; the line has been ended.
+        PeerError: the same, of one that cannot be understood.
+    """
+    if doing:
+        announce(doing, ref)
+    try:
+        answer = client.ask(request, StopAccepted, VmTerminated)
+    except Refused as error:
+        return Result(vmid=ref.vmid, name=ref.name, result=FAILED, text=error.text, code=error.code)
+    except KeyboardInterrupt:
+        return Result(vmid=ref.vmid, name=ref.name, result=FAILED, text="interrupted call", code=errno.EINTR)
+    except VmdError:
+        if doing:
+            notice("\n")
+        raise
+    if isinstance(answer, VmTerminated):
+        return Result(vmid=answer.vmid, name=answer.name, result=TERMINATED, text=answer.text)
+    assert isinstance(answer, StopAccepted)
+    return Result(vmid=answer.vmid, name=answer.name, result=REQUESTED, text="")
+
+
+def conclude(session: Session, result: Result, *, forced: bool = False) -> None:
+    """End the line of a VM with upstream's words; `forced` is a stop that did not mean to wait."""
+    if result.result == FAILED:
+        assert result.code is not None
+        words = REFUSALS.get(result.code, f"failed: {result.text}")
+    elif result.result == REQUESTED:
+        words = f"requested to shutdown vm {result.vmid}"
+    elif forced:
+        words = f"forced to terminate vm {result.vmid}"
+    else:
+        words = f"terminated vm {result.vmid}"
+    notice(f"{clean(words)}\n")
+    if session.verbose and result.text and result.result == TERMINATED:
+        warn(f"vm {result.name}: {result.text}")
+
+
+def finish(session: Session, results: list[Result]) -> int:
+    """Print the document of --json; return the exit status."""
+    if session.json:
+        put_json({"vms": [result.as_json() for result in results]})
+    return 1 if any(result.result == FAILED for result in results) else 0

@@ -1,0 +1,27 @@
+"""What one run of vmctl was asked, besides the command."""
+
+from vmctl.client import Client
+
+DEFAULT_SOCKET = "/run/vmd.sock"
+
+
+class Session:
+    """The options before the command, and the connection, made when a command first needs it."""
+
+    def __init__(self, socket_path: str = DEFAULT_SOCKET, *, verbose: bool = False) -> None:
+        self.socket_path = socket_path
+        self.verbose = verbose
+        self.json = False  # set by the command's own --json; failures are then a document, too
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        """The connection.  Raises CommandError."""
+        if self._client is None:
+            self._client = Client(self.socket_path, verbose=self.verbose)
+        return self._client
+
+    def close(self) -> None:
+        """Hang up, if we ever called."""
+        if self._client is not None:
+            self._client.close()

@@ -1,0 +1,82 @@
+"""The operator's terminal while it is a console: raw, and always given back as it was."""
+
+import contextlib
+import os
+import signal
+import termios
+import tty
+
+from vmctl.errors import CommandError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+
+
+class RawTerminal:
+    """A context in which `fd` is in raw mode; anything else than a terminal is left alone.
+
+    In it a signal that ends us raises CommandError, so that the terminal is restored on every way out, and
+    SIGTSTP restores it for as long as we are stopped.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.is_tty = os.isatty(fd)
+        self._saved = termios.tcgetattr(fd) if self.is_tty else []
+        self._handlers: dict[signal.Signals, object] = {}
+        self._ended = False
+
+    def __enter__(self) -> "RawTerminal":
+        if self.is_tty:
+            try:
+                for signum in ENDING:
+                    self._handlers[signum] = signal.signal(signum, self._on_end)
+                self._handlers[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_stop)
+                self._set_raw()
+            except BaseException:
+                self._give_back()
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
+    ) -> None:
+        if not self.is_tty:
+            return
+        try:
+            self._ended = True
+        finally:
+            # Not interrupted by a signal: `_on_end` raises at most once, before or at the line above.
+            self._give_back()
+
+    def suspend(self) -> None:
+        """Stop, with everybody else in our pipeline, until we are continued; for a terminal only."""
+        self._restore()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)  # returns when SIGCONT has come
+        signal.signal(signal.SIGTSTP, handler)
+        self._set_raw()
+
+    def _set_raw(self) -> None:
+        tty.setraw(self.fd, termios.TCSADRAIN)
+
+    def _restore(self) -> None:
+        with contextlib.suppress(termios.error):  # a terminal that hung up has no mode to restore
+            termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
+
+    def _give_back(self) -> None:
+        self._restore()
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._handlers.clear()
+
+    def _on_end(self, signum: int, _frame: "FrameType | None") -> None:
+        if not self._ended:
+            self._ended = True
+            raise CommandError(f"console: ended by {signal.Signals(signum).name}")
+
+    def _on_stop(self, _signum: int, _frame: "FrameType | None") -> None:
+        self.suspend()
