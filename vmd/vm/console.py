@@ -9,6 +9,7 @@ import os
 import select
 import termios
 import threading
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 BACKLOG_BYTES = 64 * 1024
 TRIM_AT_BYTES = 2 * BACKLOG_BYTES  # trimming in large steps makes it cost nothing per byte
 INPUT_BYTES = 256  # read from the pty at once
+WRITE_BYTES = 4096
+# Bytes that follow one another faster than this leave together: each write wakes a viewer, which on a small
+# host takes the processor from the guest.  The first byte after a pause leaves at once.
+BATCH_S = 0.002
 
 
 class Console:
@@ -38,7 +43,7 @@ class Console:
         self._pending = bytearray()  # waits for room in the pty
         self._input = b""  # waits for room in the UART
         self._receive: Callable[[bytes], int] = len
-        self._reading = True
+        self._written_s = 0.0
         loop.add(master, self._on_pty)
 
     def connect(self, receive: "Callable[[bytes], int]") -> None:
@@ -55,13 +60,16 @@ class Console:
             if self._pending:
                 self._pend(data)
                 return
-            try:
-                written = os.write(self._master, data)
-            except (BlockingIOError, OSError):
-                written = 0
-            if written < len(data):
-                self._pend(data[written:])
-                self._loop.call_from_thread(self._watch)
+            now_s = time.monotonic()
+            if now_s - self._written_s < BATCH_S:
+                self._pend(data)
+                self._loop.schedule(BATCH_S, self._flush)
+                return
+            self._written_s = now_s
+            self._pend(data)
+            self._write_pending()
+            if self._pending:
+                self._loop.call_from_thread(self._flush)
 
     def resume_input(self) -> None:
         """The UART has room: deliver what waits and read on.  From any thread."""
@@ -76,8 +84,7 @@ class Console:
 
     def drain(self) -> None:
         """Give the pty what it takes of what waits, at the end of the VM."""
-        with self._lock:
-            self._flush()
+        self._flush()
 
     def _pend(self, data: bytes) -> None:
         self._pending += data
@@ -86,8 +93,7 @@ class Console:
 
     def _on_pty(self, events: int) -> None:
         if events & select.EPOLLOUT:
-            with self._lock:
-                self._flush()
+            self._flush()
         if events & select.EPOLLIN and not self._input:
             try:
                 self._input = os.read(self._master, INPUT_BYTES)
@@ -102,20 +108,22 @@ class Console:
         self._watch()
 
     def _flush(self) -> None:
+        with self._lock:
+            self._written_s = time.monotonic()
+            self._write_pending()
+        self._watch()
+
+    def _write_pending(self) -> None:
         while self._pending:
             try:
-                written = os.write(self._master, self._pending[:4096])
-            except (BlockingIOError, OSError):
-                break
+                written = os.write(self._master, self._pending[:WRITE_BYTES])
+            except OSError:  # full, or nobody has it open any more
+                return
             del self._pending[:written]
-        self._watch_locked()
 
     def _watch(self) -> None:
         with self._lock:
-            self._watch_locked()
-
-    def _watch_locked(self) -> None:
-        events = 0 if self._input else select.EPOLLIN
-        if self._pending:
-            events |= select.EPOLLOUT
-        self._loop.modify(self._master, events)
+            events = 0 if self._input else select.EPOLLIN
+            if self._pending:
+                events |= select.EPOLLOUT
+            self._loop.modify(self._master, events)
