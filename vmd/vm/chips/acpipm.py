@@ -14,18 +14,13 @@ Upstream vmd has no ACPI; its guests learn of a shutdown from vmmci alone.
 import threading
 import time
 
+from vmd.vm.chips.wakeup import Wakeup
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Protocol
 
-    class Cancellable(Protocol):
-        """What `schedule` returns."""
-
-        def cancel(self) -> object:
-            """Never make the call; harmless after it was made."""
-
-    Schedule = Callable[[float, Callable[[], None]], Cancellable]
+    from vmd.vm.chips.wakeup import Schedule
 
 PM1_STS, PM1_EN, PM1_CNT, PM_TMR = 0, 2, 4, 8  # offsets, for the FADT too
 TIMER_BITS = 32  # FADT: TMR_VAL_EXT set
@@ -48,6 +43,7 @@ SLP_TYP_OFF = (5 << 10, 0 << 10)
 
 TIMER_MASK = (1 << TIMER_BITS) - 1
 TIMER_HALF = 1 << TIMER_BITS - 1  # ticks from one change of the top bit to the next
+WAIT_MAX_S = 60.0  # bounds how many timers that were given up can wait for their time in the event loop
 
 
 class AcpiPm:
@@ -72,7 +68,6 @@ class AcpiPm:
         self._irq = irq
         self._power_off = power_off
         self._monotonic = monotonic
-        self._schedule = schedule
         self._lock = threading.Lock()
         self._status = 0
         self._enable = 0
@@ -80,7 +75,7 @@ class AcpiPm:
         self._level = False
         self._start_s = monotonic()
         self._halves = 0  # changes of the timer's top bit that PM1_STS has shown
-        self._timer: Cancellable | None = None
+        self._wakeup = Wakeup(schedule, monotonic, self._lock, self._on_timer) if schedule is not None else None
 
     # ---- the host's side
 
@@ -186,19 +181,11 @@ class AcpiPm:
 
     def _arm_timer(self) -> None:
         """Look again when the top bit changes, if that is to interrupt and has not done so already."""
-        wanted = self._enable & STS_TMR and not self._status & STS_TMR
-        if self._timer is not None:
-            if wanted:
-                return
-            self._timer.cancel()
-            self._timer = None
-        if wanted and self._schedule is not None:
+        if self._wakeup is not None and self._enable & STS_TMR and not self._status & STS_TMR:
             due_s = self._start_s + (self._halves + 1) * TIMER_HALF / TIMER_HZ
-            self._timer = self._schedule(max(due_s - self._monotonic(), 0.001), self._on_timer)
+            self._wakeup.within(min(due_s - self._monotonic(), WAIT_MAX_S))
 
     def _on_timer(self) -> None:
-        with self._lock:
-            self._timer = None
-            self._look_at_timer()
-            self._update_sci()
-            self._arm_timer()
+        self._look_at_timer()
+        self._update_sci()
+        self._arm_timer()

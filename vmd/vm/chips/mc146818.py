@@ -12,19 +12,13 @@ import threading
 import time
 
 from vmd.vm import layout
+from vmd.vm.chips.wakeup import Wakeup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Protocol
 
-    class Cancellable(Protocol):
-        """What `schedule` returns."""
-
-        def cancel(self) -> object:
-            """Never make the call; harmless after it was made."""
-
-    Schedule = Callable[[float, Callable[[], None]], Cancellable]
+    from vmd.vm.chips.wakeup import Schedule
 
 CMOS_BYTES = 128
 
@@ -60,10 +54,9 @@ OSCILLATOR_HZ = 32768
 UPDATE_S = (244 + 1984) / 1e6
 DIVIDER_RELEASE_S = 0.5  # the first update after the divider was held comes half a second later
 
-# Event-thread load: at most 4000 ticks a second, and no more than a few that were missed are made up for.
-TICK_MIN_S = 250e-6
-CATCH_UP_S = 0.05
-WAIT_MAX_S = 3600.0  # look at the clock again at least this often: the host may have been set or asleep
+CATCH_UP_S = 0.05  # of periodic ticks that were missed, no more than these are made up for
+ROUNDING_S = 1e-6
+WAIT_MAX_S = 60.0  # look at the clock again at least this often: the host may have been set or asleep
 
 DAY_S = 86400
 YEAR_MAX = 9999
@@ -87,9 +80,7 @@ class Mc146818:
     """The clock of one VM, at ports 70h (index) and 71h (data).
 
     `irq(level)` is told every change of the line, in order.  `now` is the host's UTC in seconds since 1970;
-    `monotonic` paces the periodic interrupt.  `schedule(seconds, callback)` makes one call on the event thread
-    and may itself be used from any thread; it is called under this chip's lock, so it must not call back at
-    once, and the event thread must hold no lock of its own when it does.
+    `monotonic` paces the periodic interrupt.  `schedule` is described in `wakeup`.
     """
 
     pio_width = 1
@@ -106,7 +97,6 @@ class Mc146818:
         self._irq = irq
         self._now = now
         self._monotonic = monotonic
-        self._schedule = schedule
         self._lock = threading.Lock()
         self._index = 0
         self._offset_s = 0.0  # guest time minus host time
@@ -116,10 +106,8 @@ class Mc146818:
         self._level = False
         self._seen_s = 0  # the guest second up to which update and alarm flags are accounted for
         self._tick_s = 0.0  # when the periodic flag was last due, by the monotonic clock
-        self._clock_timer: Cancellable | None = None
-        self._tick_timer: Cancellable | None = None
-        self._armed_period_s = 0.0
-        self._timer_life = [0, 0]  # tells a timer that was replaced as it fired from the present one
+        self._clock_wakeup = Wakeup(schedule, monotonic, self._lock, self._on_clock)
+        self._tick_wakeup = Wakeup(schedule, monotonic, self._lock, self._on_tick)
         # While the clock is stopped its registers live here as they were left; else only alarms and RAM do.
         self._ram = bytearray(CMOS_BYTES)
         self._ram[REG_A] = 0x26  # 32.768 kHz, 1024 Hz: what a BIOS leaves
@@ -429,54 +417,35 @@ class Mc146818:
 
     def _arm_clock(self) -> None:
         """Have update and alarm looked at when the next one that interrupts is due."""
-        if self._clock_timer is not None:
-            self._clock_timer.cancel()
-            self._clock_timer = None
         enabled = self._ram[REG_B] & (B_UIE | B_AIE)
         if not enabled or self._stopped():
             return
         due: int | None = self._seen_s + 1
         if not enabled & B_UIE:
             due = self._next_alarm(self._seen_s)
-        if due is None:
-            return
-        wait_s = min(max(due - self._guest_s(), TICK_MIN_S), WAIT_MAX_S)
-        self._timer_life[0] += 1
-        life = self._timer_life[0]
-        self._clock_timer = self._schedule(wait_s, lambda: self._on_clock(life))
+        if due is not None:
+            self._clock_wakeup.within(min(due - self._guest_s(), WAIT_MAX_S))
 
-    def _on_clock(self, life: int) -> None:
-        with self._lock:
-            if self._clock_timer is None or life != self._timer_life[0]:
-                return
-            self._look_at_clock()
-            self._update_irq()
-            self._arm_clock()
+    def _on_clock(self) -> None:
+        self._look_at_clock()
+        self._update_irq()
+        self._arm_clock()
 
     def _arm_tick(self) -> None:
         """Have the next periodic interrupt raised, unless the last one still waits for its acknowledgement."""
-        wanted = self._ram[REG_B] & B_PIE and not self._flags & C_PF
         period_s = self._period_s()
-        if self._tick_timer is not None:
-            if wanted and period_s == self._armed_period_s:
-                return  # also so that a guest that keeps asking cannot put its tick off for ever
-            self._tick_timer.cancel()
-            self._tick_timer = None
-        if not wanted or not period_s:
-            return
-        self._armed_period_s = period_s
-        wait_s = max(self._tick_s + period_s - self._monotonic(), TICK_MIN_S)
-        self._timer_life[1] += 1
-        life = self._timer_life[1]
-        self._tick_timer = self._schedule(wait_s, lambda: self._on_tick(life))
+        if period_s and self._ram[REG_B] & B_PIE and not self._flags & C_PF:
+            self._tick_wakeup.within(self._tick_s + period_s - self._monotonic())
 
-    def _on_tick(self, life: int) -> None:
-        with self._lock:
-            if self._tick_timer is None or life != self._timer_life[1]:
-                return
-            self._tick_timer = None
-            self._tick()
-            self._update_irq()
+    def _on_tick(self) -> None:
+        period_s = self._period_s()
+        if not period_s or not self._ram[REG_B] & B_PIE:
+            return
+        if self._monotonic() < self._tick_s + period_s - ROUNDING_S:
+            self._arm_tick()  # this call was for a rate that the guest has changed since
+            return
+        self._tick()
+        self._update_irq()
 
 
 def _days(year: int, month: int, day: int) -> int:

@@ -22,11 +22,11 @@ from vmd.vm.chips.mc146818 import (
     REG_D,
     SECONDS,
     SECONDS_ALARM,
-    TICK_MIN_S,
     WEEKDAY,
     YEAR,
     Mc146818,
 )
+from vmd.vm.chips.wakeup import EARLIEST_S
 
 GIB = 1 << 30
 SET, PIE, AIE, UIE, BINARY, H24 = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
@@ -71,7 +71,7 @@ class Board:
 
     def schedule(self, seconds: float, callback: object) -> Call:
         """Remember."""
-        assert seconds >= TICK_MIN_S
+        assert seconds >= EARLIEST_S
         call = Call(self.monotonic_s + seconds, callback)
         self.calls.append(call)
         return call
@@ -224,7 +224,7 @@ def test_set_bit_disables_the_update_interrupt(board: Board) -> None:
 
 
 def test_alarm_interrupts_at_its_time(board: Board) -> None:
-    """One timer for it, however far away."""
+    """However far away it is."""
     board[REG_A] = 0x20
     for index, value in ((HOURS_ALARM, 0x06), (MINUTES_ALARM, 0x30), (SECONDS_ALARM, 0x05)):
         board[index] = value
@@ -232,7 +232,7 @@ def test_alarm_interrupts_at_its_time(board: Board) -> None:
     board[REG_B] = H24 | AIE
     board.advance(10 + 6 * 3600 + 30 * 60 + 4.9)
     assert not board.line()
-    assert board.fired <= 7
+    assert board.fired <= 400  # one look a minute, for a host clock that is set
     board.advance(0.2)
     assert board.line()
     assert board[REG_C] == IRQF | AF | UF
@@ -288,7 +288,7 @@ def test_every_rate_nibble(board: Board, rate: int) -> None:
         ticks += board.line()
         board[REG_C]
     hertz = 0 if rate == 0 else 32768 >> (rate + 6 if rate < 3 else rate - 1)
-    assert abs(ticks - min(hertz, 1 / TICK_MIN_S)) <= max(2, hertz * 0.2)
+    assert abs(ticks - min(hertz, 1 / EARLIEST_S)) <= max(2, hertz * 0.2)
 
 
 def test_seabios_counts_1024_hz(board: Board) -> None:
@@ -314,7 +314,7 @@ def test_unacknowledged_tick_costs_the_host_nothing(board: Board) -> None:
     board.fired = 0
     made_up = 0
     for _ in range(10000):  # a guest that acknowledges as fast as it can
-        board.advance(TICK_MIN_S)
+        board.advance(EARLIEST_S)
         made_up += board.line()
         board[REG_C]
     assert board.fired <= 10000
@@ -354,17 +354,26 @@ def test_host_clock_that_jumps_back_is_survived(board: Board) -> None:
     assert board.line()
 
 
-def test_late_call_of_a_cancelled_timer_does_nothing(board: Board) -> None:
-    """The event thread may already be on its way when a vCPU cancels."""
+def test_call_for_an_interrupt_that_was_disabled_does_nothing(board: Board) -> None:
+    """It is left to come, and finds that nobody wants it."""
     board[REG_B] = H24 | PIE | UIE
-    calls = list(board.calls)
     board[REG_B] = H24
-    board.advance(2)
-    for call in calls:
-        assert call.cancelled
-        assert callable(call.callback)
-        call.callback()
+    board.advance(5)
+    assert board.fired == 2
+    assert board.calls == []
     assert board.levels == []
+
+
+def test_guest_cannot_fill_memory_with_timers(board: Board) -> None:
+    """Each change of mind would otherwise leave a cancelled one behind in the event loop."""
+    for round_ in range(3000):
+        board[HOURS_ALARM] = round_ % 24
+        board[REG_B] = H24 | AIE
+        board[REG_A] = 0x20 | round_ % 16
+        board[REG_B] = H24 | PIE | UIE
+        board[REG_C]
+        board[REG_B] = H24
+    assert len(board.calls) <= 16
 
 
 def test_fixed_registers(board: Board) -> None:
