@@ -105,7 +105,7 @@ def prepare() -> tuple[Kernel, Path]:
         kernel = fetch("amd64", cache_dir())
         return kernel, initramfs.cached("l1", HERE / "init", MODULES, kernel)
     except (KernelError, OSError) as error:
-        raise L1Error(f"the emulated machine cannot be set up: {error}") from error
+        raise L1Error(str(error)) from error
 
 
 def _script(command: Sequence[str]) -> str:

@@ -70,7 +70,7 @@ class OutsideL1:
             linux_guest()  # fetched here: there is no network inside
             self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)
         except (L1Error, KernelError, OSError) as error:
-            self.failure = str(error)
+            self.failure = f"the emulated machine was not started: {error}"
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind when the run was interrupted."""

@@ -89,7 +89,7 @@ def test_a_machine_that_could_not_be_started_fails_its_tests(
 ) -> None:
     """The reason is that of the start."""
     outside.machine = None
-    outside.failure = "the emulated machine cannot be set up: apt-get: no network"
+    outside.failure = "the emulated machine was not started: apt-get: no network"
 
     (report,) = outside._reports_on(request.node)
 
