@@ -83,7 +83,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
-STOP_GRACE_S = 30.0  # what running guests get when the daemon ends, as OpenBSD's rc gives `vmctl stop -a`
+STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 FAILED_TEXT_MAX = 8000  # a configuration can be wrong in more places than a message has room for
@@ -161,7 +161,7 @@ class Parent(Process):
             self.on_terminate()
 
     def on_terminate(self) -> None:
-        """End the daemon: guests are asked to shut down; a second signal, or 30 s, kills them."""
+        """End the daemon: guests are asked to shut down; a second signal, or 120 s, kills them."""
         alive = [vm for vm in self.vms if vm.alive]
         if not alive:
             self.loop.stop()

@@ -50,7 +50,10 @@ E820_RAM = 1
 E820_RESERVED = 2
 
 
-def e820_map(memory_bytes: int, firmware_bytes: int = 256 * KIB) -> list[tuple[int, int, int]]:
+FIRMWARE_BYTES = 256 * KIB  # SeaBIOS's; reserved on direct boot as well, so that guests see one map
+
+
+def e820_map(memory_bytes: int, firmware_bytes: int = FIRMWARE_BYTES) -> list[tuple[int, int, int]]:
     """Return (address, size, type) of every range a guest is told of, in ascending order."""
     low = low_ram_bytes(memory_bytes)
     ranges = [

@@ -91,7 +91,7 @@ class Machine:
         self.rtc = Mc146818(
             self._line(layout.IRQ_RTC), time.time, loop.schedule, config.memory_bytes, config.vcpus
         )
-        self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off)
+        self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off, schedule=loop.schedule)
         self.reset_port = ResetPort(self._on_reset)
         self.pci = PciBus(bus, config.memory_bytes, {layout.PORT_RESET: self.reset_port})
         self.pci.add(0, HostBridge())
@@ -102,6 +102,7 @@ class Machine:
             self.fwcfg,
             memory_bytes=config.memory_bytes,
             vcpus=config.vcpus,
+            firmware_bytes=firmware_bytes or layout.FIRMWARE_BYTES,
             files=acpi.firmware_files(config.memory_bytes, config.vcpus),
         )
         bus.add_pio(layout.PORT_COM1, 8, self.uart)

@@ -29,6 +29,13 @@ class VmChild:
         if not self.gone:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
+    def end(self) -> None:
+        """Kill the process and wait for its end, so that nothing is left for init."""
+        if not self.gone:
+            self.kill()
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            self.gone = True
+
 
 class Reaper:
     """Collects exit statuses through pidfds, so that no signal is raced."""

@@ -204,5 +204,5 @@ def main() -> int:
     process.parent.send(Ready(warnings=tuple(confine(VMM))))
     process.loop.run()
     for child in process.children():
-        child.kill()
+        child.end()
     return process.exit_status
