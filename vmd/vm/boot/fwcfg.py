@@ -231,7 +231,7 @@ def for_seabios(
     *,
     memory_bytes: int,
     vcpus: int,
-    firmware_bytes: int = 256 * layout.KIB,
+    firmware_bytes: int = layout.FIRMWARE_BYTES,
     uuid: bytes = bytes(16),
     boot_paths: "Iterable[str]" = (),
     files: "Mapping[str, bytes] | None" = None,

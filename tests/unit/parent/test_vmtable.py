@@ -1,0 +1,157 @@
+"""States, ids and permissions of VMs, without any process."""
+
+import errno
+import grp
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from vmd.config.model import Owner, VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller
+from vmd.parent.access import in_group, may_control, owner_text, require_readable
+from vmd.parent.limits import RESTART_WINDOW_S, RestartLimit
+from vmd.parent.vmtable import State, Vm, VmTable
+
+NOBODY = pwd.getpwnam("nobody")
+
+
+@pytest.fixture
+def table() -> VmTable:
+    """Give a table with two VMs."""
+    table = VmTable()
+    table.add(VmConfig(name="a"), from_config=True)
+    table.add(VmConfig(name="b", owner=Owner(uid=7)), from_config=True)
+    return table
+
+
+def test_ids_stay_with_name_and_owner(table: VmTable) -> None:
+    """A VM that comes back has its old id; the same name of another owner has a new one (cat. 4.1)."""
+    old = table.get(0, "b")
+    table.remove(old)
+    assert table.add(VmConfig(name="b", owner=Owner(uid=7)), from_config=True).vmid == old.vmid == 2
+    table.remove(table.get(2))
+    assert table.add(VmConfig(name="b", owner=Owner(uid=8)), from_config=True).vmid == 3
+    assert [vm.vmid for vm in table] == [1, 3]
+
+
+def test_numbering_starts_again_only_when_nobody_is_left(table: VmTable) -> None:
+    """`reset vms` restarts the counter (cat. 2.8)."""
+    table.forget_ids()
+    assert table.add(VmConfig(name="c"), from_config=True).vmid == 3
+    for vm in list(table):
+        table.remove(vm)
+    table.forget_ids()
+    assert table.add(VmConfig(name="c"), from_config=True).vmid == 1
+
+
+def test_names_are_unique_and_asked_for_by_name_or_id(table: VmTable) -> None:
+    """What is not there is named in the error."""
+    with pytest.raises(OperatorError, match="vm a already exists"):
+        table.add(VmConfig(name="a"), from_config=False)
+    assert table.get(1).name == "a"
+    with pytest.raises(OperatorError, match="vm 99 not found"):
+        table.get(99)
+    with pytest.raises(OperatorError, match="vm zz not found"):
+        table.get(0, "zz")
+
+
+def test_transitions(table: VmTable) -> None:
+    """A VM starts once, stops once, and may be killed while it stops."""
+    vm = table.get(1)
+    with pytest.raises(OperatorError) as refused:
+        vm.begin_stop(force=True)
+    assert refused.value.code == VMD_VM_STOP_INVALID
+    vm.begin_start()
+    with pytest.raises(OperatorError) as refused:
+        vm.begin_start()
+    assert refused.value.code == errno.EALREADY
+    vm.begin_stop(force=False)
+    vm.begin_run(4711)
+    assert vm.state is State.STOPPING  # it was told to stop before it ran
+    with pytest.raises(OperatorError) as refused:
+        vm.begin_stop(force=False)
+    assert refused.value.code == errno.EALREADY
+    vm.begin_stop(force=True)
+    vm.ended("gone")
+    assert (vm.state, vm.pid, vm.text) == (State.STOPPED, 0, "gone")
+
+
+def test_a_running_vm_belongs_to_who_started_it(table: VmTable) -> None:
+    """... and to its owner again when it has ended (cat. 3.3)."""
+    vm: Vm = table.get(2)
+    vm.begin_start()
+    vm.uid = 1234
+    vm.ended("")
+    assert vm.uid == 7
+
+
+@pytest.mark.parametrize(
+    ("times_s", "allowed"),
+    [
+        ([0, 1, 2, 3], [True, True, False]),
+        ([0, 1, 2, 2 + RESTART_WINDOW_S + 1, 10], [True, True, True, True]),
+        ([0, 7, 14, 21], [True, True, True]),
+    ],
+)
+def test_restart_limit(monkeypatch: pytest.MonkeyPatch, times_s: list[float], allowed: list[bool]) -> None:
+    """The third quick restart in a row is one too many; a pause starts the count again (cat. 4.3)."""
+    clock = iter(times_s)
+    monkeypatch.setattr("vmd.parent.limits.time.monotonic", lambda: next(clock))
+    limit = RestartLimit()
+    limit.started_by_user()
+    assert [limit.may_restart() for _ in times_s[1:]] == allowed
+
+
+def test_who_may_control() -> None:
+    """Root, the owner, and members of the owning group (cat. 4.8)."""
+    root, owner, nobody = (Caller(uid=uid, gid=uid, pid=1) for uid in (0, 5, NOBODY.pw_uid))
+    assert may_control(root, 5, None)
+    assert may_control(owner, 5, None)
+    assert not may_control(nobody, 5, None)
+    assert may_control(nobody, 5, NOBODY.pw_gid)
+    assert not may_control(nobody, 5, 0)
+
+
+def test_group_membership_of_unknown_ids() -> None:
+    """Ids without a name are in no group."""
+    unused = max(user.pw_uid for user in pwd.getpwall() if user.pw_uid < 60000) + 1
+    assert not in_group(unused, 0)
+    assert not in_group(0, max(group.gr_gid for group in grp.getgrall() if group.gr_gid < 60000) + 1)
+
+
+def test_owner_is_shown_by_name() -> None:
+    """Numbers stand in for names that do not exist."""
+    assert owner_text(0, None) == "root"
+    assert owner_text(0, 0) == "root:root"
+    assert owner_text(4_000_000_000, 4_000_000_001) == "4000000000:4000000001"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid", "allowed"),
+    [
+        (0o400, 0, 0, False),
+        (0o404, 0, 0, True),
+        (0o400, NOBODY.pw_uid, 0, True),
+        (0o040, 0, NOBODY.pw_gid, True),
+        (0o004, NOBODY.pw_uid, 0, False),  # the owner's bits decide for the owner, and only they
+        (0o004, 0, NOBODY.pw_gid, False),
+    ],
+)
+def test_readable_is_judged_on_the_open_file(tmp_path: Path, mode: int, uid: int, gid: int, allowed: bool) -> None:
+    """Mode bits of the file that was opened, as the kernel would apply them to the caller."""
+    path = tmp_path / "image"
+    path.touch()
+    os.chown(path, uid, gid)
+    path.chmod(mode)
+    caller = Caller(uid=NOBODY.pw_uid, gid=NOBODY.pw_gid, pid=1)
+    with path.open("rb") as file:
+        if allowed:
+            require_readable(file.fileno(), str(path), caller)
+        else:
+            with pytest.raises(OperatorError, match=str(path)):
+                require_readable(file.fileno(), str(path), caller)
+        require_readable(file.fileno(), str(path), Caller(uid=0, gid=0, pid=1))
