@@ -12,31 +12,53 @@ uint32_t pm_ticks(void)
     return inl(power.timer) & PM_TIMER_MASK;
 }
 
-bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds)
+bool spin_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds)
 {
     uint32_t last = pm_ticks(), reads = 0;
     uint64_t left = (uint64_t)milliseconds * TICKS_PER_MS;
 
-    while (!what || *what < least) {
+    while (*what < least) {
         uint32_t now, passed;
 
-        interrupts_on();
-        cpu_pause(); /* STI holds interrupts back for one instruction */
-        cpu_pause();
-        interrupts_off();
+        interrupts_window();
         now = pm_ticks();
         passed = (now - last) & PM_TIMER_MASK;
         last = now;
         if (passed >= left || (passed == 0 && ++reads > STUCK_READS))
-            return what && *what >= least;
+            return *what >= least;
         left -= passed;
     }
     return true;
 }
 
+static volatile bool alarm;
+
+static void on_alarm(struct frame *frame)
+{
+    (void)frame;
+    alarm = true;
+    lapic_write(LAPIC_EOI, 0);
+}
+
+bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds)
+{
+    vector_set(VECTOR_ALARM, on_alarm);
+    alarm = false;
+    lapic_write(LAPIC_DIVIDE, LAPIC_BY_1);
+    lapic_write(LAPIC_TIMER, VECTOR_ALARM);
+    lapic_write(LAPIC_INITIAL, milliseconds * LAPIC_TICKS_PER_MS);
+    while (!alarm && *what < least)
+        wait_for_interrupt();
+    lapic_write(LAPIC_INITIAL, 0);
+    lapic_write(LAPIC_TIMER, LAPIC_MASKED);
+    return *what >= least;
+}
+
 void delay(uint32_t milliseconds)
 {
-    wait_until(NULL, 1, milliseconds);
+    static const uint32_t never;
+
+    wait_until(&never, 1, milliseconds);
 }
 
 uint8_t cmos_read(uint8_t index)

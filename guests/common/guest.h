@@ -83,6 +83,7 @@ enum {
     LSR_READY = 0x01,
     LSR_OVERRUN = 0x02,
     LSR_THRE = 0x20,
+    LSR_EMPTY = 0x40,
     IRQ_COM1 = 4,
 };
 
@@ -103,6 +104,7 @@ enum {
     VECTOR_GP = 13,
     VECTOR_PIC = 0x20,  /* IRQ 0-15 */
     VECTOR_FREE = 0x30, /* the rest is for the guest */
+    VECTOR_ALARM = 0x4E, /* wait_until */
     VECTOR_SPURIOUS = 0x4F,
     VECTORS = 0x50, /* start.S has this many stubs */
     PIC_MASTER = 0x20,
@@ -120,6 +122,7 @@ bool try_rdmsr(uint32_t msr, uint64_t *value);
 bool try_wrmsr(uint32_t msr, uint64_t value);
 
 #define LAPIC_BASE 0xFEE00000u
+#define LAPIC_TICKS_PER_MS 1000000u /* under KVM, whose APIC bus runs at 1 GHz */
 enum {
     LAPIC_ID = 0x20,
     LAPIC_VERSION = 0x30,
@@ -132,6 +135,7 @@ enum {
     LAPIC_INITIAL = 0x380,
     LAPIC_CURRENT = 0x390,
     LAPIC_DIVIDE = 0x3E0,
+    LAPIC_BY_1 = 0x0B,
     LAPIC_MASKED = 0x10000,
     LAPIC_EXTINT = 0x700,
     LAPIC_ON = 0x100,
@@ -214,9 +218,12 @@ enum { MADT_LAPIC = 0, MADT_IOAPIC = 1, MADT_OVERRIDE = 2 };
 /* clock.c: the ACPI timer, and the battery-backed clock */
 
 uint32_t pm_ticks(void);
-/* Let interrupts in until *what has reached `least` or time is up; return whether it has.  Interrupts are off
- * before and after. */
+/* Let interrupts in until *what has reached `least` or time is up, at most 4 s; return whether it has.
+ * Interrupts are off before and after.  Waiting is asleep, with the local APIC's timer as alarm: a guest that
+ * reads a clock in a loop keeps its VMM so busy that what it waits for comes late.  Spinning is for testing
+ * that timer. */
 bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds);
+bool spin_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds);
 void delay(uint32_t milliseconds);
 
 enum { RTC_A = 0x0A, RTC_B = 0x0B, RTC_C = 0x0C, RTC_D = 0x0D, RTC_CENTURY = 0x32, IRQ_RTC = 8 };

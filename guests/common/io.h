@@ -55,21 +55,19 @@ static inline void cpu_pause(void)
     __asm__ volatile("pause" : : : "memory");
 }
 
-static inline void interrupts_on(void)
+/* Let pending interrupts in.  STI holds them back for one instruction, and a KVM that interprets delivers them an
+ * instruction or two later than a processor would. */
+static inline void interrupts_window(void)
 {
-    __asm__ volatile("sti" : : : "memory");
+    __asm__ volatile("sti; nop; nop; nop; nop; nop; nop; nop; cli" : : : "memory");
 }
 
-static inline void interrupts_off(void)
-{
-    __asm__ volatile("cli" : : : "memory");
-}
-
-/* Sleep until an interrupt has been served; interrupts are off before and after.  STI takes effect after the
- * instruction that follows it, so that no interrupt can slip in between and leave HLT waiting for the next. */
+/* Sleep until an interrupt comes; interrupts are off before and after.  Between STI and HLT none can slip in and
+ * leave HLT waiting for the next.  May return before the interrupt has been served, for the reason above: call it
+ * in a loop that looks for what it waits for. */
 static inline void wait_for_interrupt(void)
 {
-    __asm__ volatile("sti; hlt; cli" : : : "memory");
+    __asm__ volatile("sti; hlt; nop; nop; nop; nop; nop; nop; nop; cli" : : : "memory");
 }
 
 _Noreturn static inline void halt(void)

@@ -131,11 +131,11 @@ gdt:
     .quad 0x00CFF3000000FFFF /* 18: ring 3 data */
     .quad 0x00AFFB000000FFFF /* 20: ring 3 code, 64 bits */
 gdt_task:
-    .quad 0x0000890000000067 /* 28: TSS, address filled in above; the upper half of it is 0 */
+    .quad 0x0000890000002068 /* 28: TSS, address filled in above; the upper half of it is 0 */
     .quad 0
     .quad 0x00CF9B000000FFFF /* 38: ring 0 code, 32 bits, for processors on their way up */
 gdt_end:
-    .globl gdt_register
+    .globl gdt, gdt_register
 gdt_register:
     .word gdt_end - gdt - 1
     .quad gdt
@@ -145,7 +145,9 @@ tss:
     .long 0
     .quad stack_top
     .fill 23, 4, 0
-    .word 0, 104 /* no I/O bitmap: its offset is the end */
+    .word 0, 104 /* An I/O bitmap that allows every port follows, with the byte of ones that ends it: */
+    .fill 8192, 1, 0 /* a software KVM forgets the IOPL of ring 3. */
+    .byte 0xFF
 
 /* Page tables are laid out by the assembler, since filling them would take a slow KVM some 20 ms.  4 GiB are
  * mapped as they are, the last 512 MiB uncached, where only devices live. */

@@ -39,10 +39,7 @@ static void on_button(void)
 /* Let interrupts in where a command works for long; return whether it should stop. */
 static bool should_stop(void)
 {
-    interrupts_on();
-    cpu_pause(); /* STI holds interrupts back for one instruction */
-    cpu_pause();
-    interrupts_off();
+    interrupts_window();
     return interrupted || pressed;
 }
 
