@@ -1,0 +1,408 @@
+"""What test_confinement runs inside a process: it confines itself and tries things.
+
+`main` is started exactly as vmd's own processes are.  It is told on the command line which confinement to enter
+(`-` for none) and which functions of `ATTEMPTS` to call, and answers on fd 3, a line for each.
+"""
+# ruff: noqa: D103 - the names of the attempts say what is tried
+
+import _socket
+import ctypes
+import fcntl
+import gc
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+
+from vmd.errors import HostError
+from vmd.privsep import confine, linux
+from vmd.privsep.spawn import spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+libc = ctypes.CDLL(None, use_errno=True)
+VICTIM_FD = 7  # somebody else's pidfd
+DATA_FD = 8  # a file
+KEPT: list[socket.socket] = []
+INT80 = b"\xb8\x14\0\0\0\xcd\x80\xc3"  # mov eax, 20 (getpid to a 32-bit process); int 0x80; ret
+CLONE_NEWUSER = 0x10000000
+
+
+def raw(number: int, *arguments: object) -> int:
+    """Make a system call; raises OSError."""
+    wide = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+    result = int(libc.syscall(ctypes.c_long(number), *wide))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return result
+
+
+def machine_code() -> "Callable[[], int]":
+    """Return a function that leaves 64-bit mode for its system call; made while that is still possible."""
+    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(INT80)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    return ctypes.CFUNCTYPE(ctypes.c_int)(address)
+
+
+# --- what must not work ---
+
+
+def open_passwd() -> object:
+    return os.open("/etc/passwd", os.O_RDONLY)
+
+
+def list_root() -> object:
+    return os.listdir("/")
+
+
+def write_code() -> object:
+    return os.open("/vmd/vmd/errors.py", os.O_WRONLY)
+
+
+def create_file() -> object:
+    return os.open("/vmd/new", os.O_CREAT | os.O_WRONLY)
+
+
+def connect_inet() -> None:
+    sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.connect(("192.0.2.1", 80))
+
+
+def connect_unix() -> None:
+    _socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect("/run/systemd/notify")
+
+
+def raw_packets() -> object:
+    return _socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+
+
+def execute() -> object:
+    return os.execv(sys.executable, [sys.executable, "-c", ""])
+
+
+def fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def fork_by_vfork() -> object:
+    return os.posix_spawn("/bin/true", ["true"], {})
+
+
+def clone_namespace() -> object:
+    return raw(56, CLONE_NEWUSER | signal.SIGCHLD, 0, 0, 0, 0)
+
+
+def trace_me() -> object:
+    return raw(101, 0, 0, 0, 0)
+
+
+def read_other_memory() -> object:
+    return raw(310, os.getppid(), 0, 0, 0, 0, 0)
+
+
+def io_uring() -> object:
+    return raw(425, 1, ctypes.create_string_buffer(120))
+
+
+def bpf() -> object:
+    return raw(321, 0, None, 0)
+
+
+def userfault() -> object:
+    return raw(323, 0)
+
+
+def foreign_ioctl() -> object:
+    return fcntl.ioctl(0, 0x5412, b"x")  # TIOCSTI
+
+
+def kvm_ioctl() -> object:
+    return fcntl.ioctl(0, 0xAE01, 0)  # KVM_CREATE_VM
+
+
+def executable_mmap() -> object:
+    return mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+
+
+def executable_mprotect() -> object:
+    page = mmap.mmap(-1, 4096)
+    return raw(10, ctypes.addressof(ctypes.c_char.from_buffer(page)), 4096, 5)
+
+
+def mount() -> None:
+    linux.mount("none", "/dev", "tmpfs", 0)
+
+
+def change_root() -> None:
+    os.chroot("/dev")
+
+
+def become_root() -> None:
+    os.setresuid(0, 0, 0)
+
+
+def unshare_net() -> None:
+    linux.unshare(linux.CLONE_NEWNET)
+
+
+def unshare_user() -> None:
+    linux.unshare(CLONE_NEWUSER)
+
+
+def kill_parent() -> None:
+    os.kill(os.getppid(), 0)
+
+
+def kill_victim() -> None:
+    signal.pidfd_send_signal(VICTIM_FD, signal.SIGTERM)
+
+
+def tgkill_other() -> object:
+    return raw(234, os.getppid(), os.getppid(), 0)
+
+
+def x32() -> object:
+    return raw(0x40000000 | 39)
+
+
+def another_filter() -> object:
+    return raw(317, 0, 0, 0)
+
+
+def become_traceable() -> object:
+    return raw(157, linux.PR_SET_DUMPABLE, 1, 0, 0, 0)
+
+
+def limit_others() -> object:
+    return raw(302, os.getppid(), 7, None, None)
+
+
+def more_descriptors() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 20, 1 << 20))
+
+
+def memfd() -> None:
+    fd = os.memfd_create("memory", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 8192)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    with mmap.mmap(fd, 8192) as view:
+        view[0] = 1
+
+
+def load_library() -> object:
+    return ctypes.CDLL("libm.so.6")
+
+
+# --- what must work ---
+
+
+def threads() -> None:
+    total: list[int] = []
+    workers = [threading.Thread(target=lambda: total.append(len(bytearray(1 << 20)))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    gc.collect()
+    assert total == [1 << 20] * 4
+
+
+def events() -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    with select.epoll() as poller:
+        poller.register(fd, select.EPOLLIN)
+        os.eventfd_write(fd, 5)
+        assert poller.poll(10) == [(fd, select.EPOLLIN)]
+    assert os.eventfd_read(fd) == 5
+    time.sleep(0.001)
+    assert time.localtime().tm_year > 2000
+    assert len(os.urandom(8)) == 8
+
+
+def pass_descriptor() -> None:
+    left, right = socket.socketpair()
+    socket.send_fds(left, [b"x"], [0])
+    _, fds, _, _ = socket.recv_fds(right, 1, 1)
+    right.setblocking(False)
+    os.close(fds[0])
+
+
+def file_data() -> None:
+    page = mmap.mmap(-1, 4096)
+    assert os.preadv(DATA_FD, [memoryview(page)[:5]], 0) == 5
+    assert page[:5] == b"hello"
+    assert os.pwritev(DATA_FD, [memoryview(page)[:5]], 5) == 5
+    os.fdatasync(DATA_FD)
+
+
+def gather() -> None:
+    reader, writer = os.pipe()
+    assert os.writev(writer, [b"ab", b"c"]) == 3
+    assert os.readv(reader, [bytearray(3)]) == 3
+
+
+def signal_thread() -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda signum, _frame: seen.append(signum))
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+    assert seen == [signal.SIGUSR1]
+
+
+def late_import() -> None:
+    try:
+        import antigravity  # noqa: F401
+    except ImportError:
+        return
+    raise AssertionError("imported")
+
+
+def formatted_traceback() -> None:
+    try:
+        raise ValueError("caught")
+    except ValueError:
+        assert "caught" in traceback.format_exc()
+
+
+def uncaught() -> None:
+    raise ValueError("nobody catches this")
+
+
+def spawn_child() -> None:
+    ours, theirs = socket.socketpair()
+    child = spawn("insider/child", ["VIOBLK", "threads"], channel=theirs, entry="insider:main")
+    theirs.close()
+    assert ours.recv(100) == b"VIOBLK confined\n"
+    assert ours.recv(100) == b"threads done None\n"
+    assert child.reap(30) == 0
+
+
+def spawn_orphan() -> None:
+    """Start a process that holds DATA_FD and a channel that never ends, for somebody to kill us."""
+    KEPT.extend(socket.socketpair())
+    spawn("orphan", ["-", "announce", "wait"], channel=KEPT[0], fds={DATA_FD: DATA_FD}, entry="insider:main")
+
+
+def announce() -> None:
+    os.write(DATA_FD, b"!")
+
+
+def wait() -> None:
+    select.poll().poll()  # not pause(), which no filter has
+
+
+# --- what priv does ---
+
+
+def run(*argv: str) -> str:
+    """Run a program and return what it prints; without subprocess, whose import is not the point here."""
+    reader, writer = os.pipe()
+    pid = os.posix_spawnp(
+        argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)]
+    )
+    os.close(writer)
+    with open(reader) as output:
+        text = output.read()
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise OSError(status, text)
+    return text
+
+
+def run_nft() -> object:
+    run("nft", "add table inet vmdtest; add chain inet vmdtest nat { type nat hook postrouting priority 100; }")
+    return "vmdtest" in run("nft", "list", "tables")
+
+
+def run_ip() -> object:
+    run("ip", "link", "add", "vmdtest0", "type", "bridge")
+    return "vmdtest0" in run("ip", "link", "show")
+
+
+def forward() -> object:
+    with open("/proc/sys/net/ipv4/ip_forward", "r+") as file:
+        file.write("1")
+    with open("/proc/sys/net/ipv4/ip_forward") as file:
+        return file.read().strip()
+
+
+def open_tap() -> None:
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"vmdtest1", 0x1002))
+
+
+def write_etc() -> object:
+    return os.open("/etc/vmd-was-here", os.O_CREAT | os.O_WRONLY)
+
+
+def give_away() -> None:
+    os.fchown(DATA_FD, 1, 1)
+
+
+def capabilities() -> object:
+    return f"{linux.permitted_capabilities():x}"
+
+
+def identity() -> object:
+    return f"{os.getresuid()} {os.getresgid()} {os.getgroups()} {os.getcwd()}"
+
+
+def tree() -> object:
+    return sorted(os.listdir("/")) + sorted(os.listdir("/vmd"))
+
+
+def environment() -> object:
+    return sorted(os.environ)
+
+
+def version() -> object:
+    from .version import VERSION
+
+    return VERSION
+
+
+def compiled_msgpack() -> object:
+    import msgpack
+
+    return msgpack.Packer.__module__
+
+
+def modules() -> object:
+    import hashlib
+    import termios
+    import zlib
+
+    return [module.__name__ for module in (hashlib, termios, zlib)]
+
+
+ATTEMPTS: "dict[str, Callable[[], object]]" = {name: value for name, value in globals().items() if callable(value)}
+
+
+def main() -> int:
+    """Confine, try, answer."""
+    kind, *attempts = sys.argv[1:]
+    trap = kind.endswith("!")
+    channel = socket.socket(fileno=3)
+    into_32_bit = machine_code()
+    if kind != "-":
+        confine.confine(getattr(confine, kind.rstrip("!")), trap=trap)
+    ATTEMPTS["int80"] = into_32_bit
+    channel.sendall(f"{kind} confined\n".encode())
+    for name in attempts:
+        try:
+            answer = f"done {ATTEMPTS[name]()}"
+        except (OSError, HostError) as error:
+            answer = f"errno {error.errno}"
+        channel.sendall(f"{name} {answer}\n".encode())
+    return 0

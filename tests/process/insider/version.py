@@ -1,0 +1,3 @@
+"""Says which code a process runs."""
+
+VERSION = "old"

@@ -1,0 +1,615 @@
+"""Every confinement, tried from inside a real process that was started as vmd starts its own (see `insider`)."""
+
+import contextlib
+import errno
+import os
+import pwd
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.process.insider import DATA_FD, VICTIM_FD
+from vmd.errors import HostError
+from vmd.privsep import landlock
+from vmd.privsep.cell import Cell, import_path
+from vmd.privsep.spawn import INTERPRETER, Child, spawn
+
+pytestmark = pytest.mark.root
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ENTRY = "insider:main"
+PACKAGES = ("vmd", "msgpack", "insider")
+USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
+DEADLINE_S = 60.0
+KILLED = -signal.SIGSYS
+LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "CONTROL")
+NARROWED = (*LEAVES, "VM")
+REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
+# Python of a test of its own, because it dies, moves to other namespaces, or runs other code.
+SCRIPT_HEAD = """
+import os, select, socket, sys
+sys.path[:0] = {path!r}
+from vmd.privsep import linux
+from vmd.privsep.cell import Cell, Network
+from vmd.privsep.spawn import spawn
+def ask(place, *arguments, fds=None, import_path=None):
+    ours, theirs = socket.socketpair()
+    child = spawn("insider", arguments, channel=theirs, fds=fds, place=place, entry="insider:main",
+                  import_path=import_path)
+    theirs.close()
+    with ours.makefile() as answers:
+        return answers.read(), child.reap(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def cell() -> Iterator[Cell]:
+    """Give a cell that holds the insider besides vmd."""
+    sys.path.insert(0, str(HERE))
+    built = Cell.build(USER.pw_uid, USER.pw_gid, PACKAGES)
+    sys.path.remove(str(HERE))
+    yield built
+    built.close()
+
+
+class Run:
+    """What a finished process answered, how it ended and what it logged."""
+
+    def __init__(self, answers: str, status: int | None, log: str) -> None:
+        self.lines = answers.splitlines()
+        self.status = status
+        self.log = log
+
+    @property
+    def answers(self) -> list[str]:
+        """What came after it was confined."""
+        assert self.lines, self.log
+        assert self.lines[0].endswith(" confined"), self.log
+        return self.lines[1:]
+
+
+def try_inside(place: Cell | None, kind: str, *attempts: str, paths: tuple[str, ...] | None = None) -> Run:
+    """Run a process with that confinement through its attempts; it also holds a victim's pidfd and a file."""
+    ours, theirs = socket.socketpair()
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as data, ours:
+        data.write(b"hello")
+        data.flush()
+        victim = os.pidfd_open(os.getpid())
+        child = spawn(
+            f"insider/{kind}",
+            [kind, *attempts],
+            channel=theirs,
+            fds={VICTIM_FD: victim, DATA_FD: data.fileno()},
+            log_fd=log.fileno(),
+            place=place,
+            import_path=paths,
+            entry=ENTRY,
+        )
+        os.close(victim)
+        theirs.close()
+        with ours.makefile() as reader:
+            answers = reader.read()
+        status = child.reap(DEADLINE_S)
+        log.seek(0)
+        return Run(answers, status, log.read().decode())
+
+
+def run_script(body: str, path: list[str] | None = None, interpreter: str = INTERPRETER) -> str:
+    """Run Python that has vmd, msgpack and the insider to import; returns what it prints."""
+    path = path or [str(HERE), *import_path(("vmd", "msgpack", "pyroute2"))]
+    done = subprocess.run(
+        [interpreter, "-I", "-S", "-c", SCRIPT_HEAD.format(path=path) + body],
+        capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the cell, before any filter ----------------------------------------------------------------------------------
+
+
+def test_cell_refuses_what_root_could(cell: Cell) -> None:
+    """The namespaces and the user alone refuse what reaches outside; nothing is killed for trying."""
+    attempts = {
+        "open_passwd": errno.ENOENT,
+        "write_code": errno.EACCES,
+        "create_file": errno.EROFS,
+        "connect_inet": errno.ENETUNREACH,
+        "connect_unix": errno.ENOENT,
+        "raw_packets": errno.EPERM,
+        "mount": errno.EPERM,
+        "change_root": errno.EPERM,
+        "become_root": errno.EPERM,
+        "unshare_net": errno.EPERM,
+        "kill_victim": errno.EPERM,
+        "fork_by_vfork": errno.ENOENT,
+    }
+
+    run = try_inside(cell, "-", *attempts)
+
+    assert run.answers == [f"{name} errno {code}" for name, code in attempts.items()]
+
+
+def test_cell_holds_the_interpreter_and_our_code_only(cell: Cell) -> None:
+    """No host directory appears in the root, and no package but the named ones beside our code."""
+    run = try_inside(cell, "-", "tree")
+
+    top = {Path(path).parts[1] for path in (INTERPRETER, os.__file__)} | {"vmd", "dev", "etc", ".empty"}
+    libraries = {"lib", "lib32", "lib64", "usr", "nix"}
+    shown = eval(run.answers[0].removeprefix("tree done "))
+    code = shown[-len(PACKAGES) :]
+    assert set(code) == set(PACKAGES)
+    assert set(shown[: -len(PACKAGES)]) <= top | libraries
+
+
+def test_cell_has_what_our_processes_import(cell: Cell) -> None:
+    """The compiled msgpack and the extension modules find their libraries."""
+    run = try_inside(cell, "-", "compiled_msgpack", "modules")
+
+    assert run.answers == [
+        "compiled_msgpack done msgpack._cmsgpack",
+        "modules done ['hashlib', 'termios', 'zlib']",
+    ]
+
+
+def test_identity_in_the_cell(cell: Cell) -> None:
+    """The user in all three ids, no group of root's, no capability, and a working directory inside."""
+    uid, gid = USER.pw_uid, USER.pw_gid
+
+    run = try_inside(cell, "-", "identity", "capabilities", "environment")
+
+    assert run.answers == [
+        f"identity done {(uid,) * 3} {(gid,) * 3} [] /",
+        "capabilities done 0",
+        "environment done ['LC_ALL', 'MALLOC_ARENA_MAX', 'PATH']",
+    ]
+
+
+# --- filters: what kills, what fails, what works ------------------------------------------------------------------
+
+KILLS = (
+    "connect_inet", "connect_unix", "raw_packets", "execute", "fork", "fork_by_vfork", "clone_namespace", "trace_me",
+    "read_other_memory", "io_uring", "bpf", "userfault", "foreign_ioctl", "kvm_ioctl", "executable_mmap",
+    "executable_mprotect", "mount", "change_root", "become_root", "unshare_net", "unshare_user", "kill_parent",
+    "tgkill_other", "x32", "another_filter", "become_traceable", "limit_others", "more_descriptors",
+)  # fmt: skip
+VMM_KILLS = (
+    "connect_inet", "connect_unix", "raw_packets", "clone_namespace", "trace_me", "read_other_memory", "io_uring",
+    "bpf", "userfault", "foreign_ioctl", "mount", "change_root", "become_root", "unshare_net", "unshare_user",
+    "kill_parent", "x32", "limit_others",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("attempt", KILLS)
+@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "CONTROL", "VM"])
+def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
+    """A process that tries it is ended on the spot, by SIGSYS."""
+    run = try_inside(cell, kind, attempt)
+
+    assert (run.answers, run.status) == ([], KILLED)
+
+
+@pytest.mark.parametrize("attempt", VMM_KILLS)
+def test_forbidden_call_kills_vmm(cell: Cell, attempt: str) -> None:
+    """vmm may start processes; that is all it may do more."""
+    run = try_inside(cell, "VMM", attempt)
+
+    assert (run.answers, run.status) == ([], KILLED)
+
+
+@pytest.mark.parametrize("kind", [*NARROWED, "VMM"])
+def test_32_bit_call_kills(cell: Cell, kind: str) -> None:
+    """int 0x80 has other numbers; the filter refuses them all."""
+    if try_inside(cell, "-", "int80").status == -signal.SIGSEGV:
+        pytest.skip("kernel without 32-bit system calls")
+
+    assert try_inside(cell, kind, "int80").status == KILLED
+
+
+@pytest.mark.parametrize("kind", NARROWED)
+def test_file_names_lead_nowhere(cell: Cell, kind: str) -> None:
+    """Files cannot be reached by name; an innocent attempt, such as a late import, does no harm."""
+    run = try_inside(cell, kind, "open_passwd", "list_root", "write_code", "create_file", "load_library", "late_import")
+
+    refused = [f"{name} errno {errno.EPERM}" for name in ("open_passwd", "list_root", "write_code", "create_file")]
+    assert run.answers[:4] == refused
+    assert run.answers[5:] == ["late_import done None"]
+    assert run.status == 0
+
+
+def test_vmm_reads_its_cell_and_writes_nothing(cell: Cell) -> None:
+    """vmm's file system is the cell, for reading and running."""
+    run = try_inside(cell, "VMM", "open_passwd", "write_code", "create_file", "become_traceable")
+
+    assert run.answers == [
+        f"open_passwd errno {errno.ENOENT}",
+        f"write_code errno {errno.EACCES}",
+        f"create_file errno {errno.EROFS}",
+        "become_traceable done 0",  # its children have to set this flag, so its filter knows the call
+    ]
+
+
+@pytest.mark.parametrize("kind", [*NARROWED, "VMM"])
+def test_ordinary_work_goes_on(cell: Cell, kind: str) -> None:
+    """Threads, wake-ups, timers, passing descriptors and exceptions work in every confinement."""
+    attempts = ("threads", "events", "pass_descriptor", "formatted_traceback")
+
+    run = try_inside(cell, kind, *attempts)
+
+    assert run.answers == [f"{name} done None" for name in attempts]
+    assert run.status == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "attempts"),
+    [
+        ("VIOBLK", ("file_data",)),
+        ("VIONET", ("gather",)),
+        ("VM", ("memfd", "gather", "signal_thread")),
+        ("VMM", ("memfd", "gather", "file_data", "signal_thread", "spawn_child")),
+    ],
+)
+def test_own_work_goes_on(cell: Cell, kind: str, attempts: tuple[str, ...]) -> None:
+    """Each process can do what it is there for."""
+    run = try_inside(cell, kind, *attempts)
+
+    assert run.answers == [f"{name} done None" for name in attempts]
+    assert run.status == 0
+
+
+@pytest.mark.parametrize("kind", NARROWED)
+def test_uncaught_exception_is_logged(cell: Cell, kind: str) -> None:
+    """A bug of ours ends a confined process with a traceback, not with SIGSYS."""
+    run = try_inside(cell, kind, "uncaught")
+
+    assert run.status == 1
+    assert "ValueError: nobody catches this" in run.log
+
+
+def test_memfd_is_for_machines(cell: Cell) -> None:
+    """A device process makes no memory of its own to share."""
+    assert try_inside(cell, "VIOBLK", "memfd").status == KILLED
+
+
+@pytest.mark.skipif(not REACHES_SIGNALS, reason="kernel's landlock has no signal scope")
+def test_vmm_signals_nobody_outside(cell: Cell) -> None:
+    """control runs as the same user; a pidfd of a process outside is of no use to vmm."""
+    run = try_inside(cell, "VMM", "kill_victim")
+
+    assert run.answers == [f"kill_victim errno {errno.EPERM}"]
+
+
+def test_trap_shows_where_it_came_from(cell: Cell) -> None:
+    """In the developers' mode the offending call's traceback is logged before the process dies of it."""
+    run = try_inside(cell, "VIOBLK!", "connect_inet")
+
+    assert run.status == KILLED
+    assert "in connect_inet" in run.log
+
+
+def test_confinement_wants_a_single_thread(cell: Cell) -> None:
+    """Landlock would miss the other threads; that is a bug in the caller, found at once."""
+    body = """
+import threading
+from vmd.privsep.confine import LEAF, confine
+stop = threading.Event()
+thread = threading.Thread(target=stop.wait)
+thread.start()
+try:
+    confine(LEAF)
+except RuntimeError as error:
+    print(error)
+stop.set()
+"""
+    assert run_script(body) == "confine must be called before the first thread is started\n"
+
+
+# --- priv ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def priv() -> list[str]:
+    """Give what priv's confinement answers, in a network namespace of its own."""
+    attempts = (
+        "run_nft", "run_ip", "forward", "open_tap", "capabilities",
+        "open_passwd", "write_etc", "mount", "change_root", "give_away", "unshare_net",
+    )  # fmt: skip
+    output = run_script(f"""
+import tempfile
+linux.unshare(linux.CLONE_NEWNET)
+place = Network()
+place.import_path = tuple(sys.path[:4])
+with tempfile.TemporaryFile() as data:
+    answers, status = ask(place, "PRIV", *{attempts!r}, fds={{{DATA_FD}: data.fileno()}})
+print(answers, status, sep="")
+""")
+    lines = output.splitlines()
+    assert lines[-1] == "0"
+    return lines[1:-1]
+
+
+def test_priv_can_do_its_work(priv: list[str]) -> None:
+    """Programs that need the network capabilities run, and sysctls of the network are set."""
+    taps = "open_tap done None" if Path("/dev/net/tun").exists() else f"open_tap errno {errno.ENOENT}"
+
+    assert priv[:4] == ["run_nft done True", "run_ip done True", "forward done 1", taps]
+
+
+def test_priv_can_do_nothing_else(priv: list[str]) -> None:
+    """It is root with two capabilities and a small view of the files."""
+    denied = errno.EACCES
+
+    assert priv[4:] == [
+        "capabilities done 3000",
+        f"open_passwd errno {denied}",
+        f"write_etc errno {denied}",
+        f"mount errno {errno.EPERM}",
+        f"change_root errno {errno.EPERM}",
+        f"give_away errno {errno.EPERM}",
+        f"unshare_net errno {errno.EPERM}",
+    ]
+
+
+# --- how processes start ------------------------------------------------------------------------------------------
+
+
+def open_descriptors(pid: int) -> dict[int, str]:
+    """Return what a process has open."""
+    directory = Path(f"/proc/{pid}/fd")
+    return {int(entry.name): os.readlink(entry) for entry in directory.iterdir()}
+
+
+@contextlib.contextmanager
+def waiting(place: Cell, title: str, kind: str = "-", fds: dict[int, int] | None = None) -> Iterator[Child]:
+    """Give a process that has confined itself and waits."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        child = spawn(title, [kind, "wait"], channel=theirs, place=place, entry=ENTRY, fds=fds)
+        theirs.close()
+        try:
+            assert ours.recv(100) == f"{kind} confined\n".encode()
+            yield child
+        finally:
+            child.kill()
+            child.reap(DEADLINE_S)
+
+
+def test_nothing_but_the_named_descriptors(cell: Cell) -> None:
+    """A descriptor that some library left inheritable changes nothing."""
+    with tempfile.TemporaryFile() as wanted, tempfile.TemporaryFile() as leaked:
+        os.set_inheritable(leaked.fileno(), True)
+        with waiting(cell, "insider", fds={5: wanted.fileno(), 9: wanted.fileno()}) as child:
+            found = open_descriptors(child.pid)
+
+        assert sorted(found) == [0, 1, 2, 3, 5, 9]
+        assert found[0] == found[1] == "/dev/null"
+        assert found[5] == found[9] == os.readlink(f"/proc/self/fd/{wanted.fileno()}")
+
+
+def test_descriptors_may_trade_places(cell: Cell) -> None:
+    """Each target gets what was meant for it, though its number is another one's source."""
+    with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:
+        one, two = first.fileno(), second.fileno()
+        names = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in (one, two)}
+        with waiting(cell, "insider", fds={one: two, two: one}) as child:
+            found = open_descriptors(child.pid)
+
+    assert (found[one], found[two]) == (names[two], names[one])
+
+
+def test_descriptors_do_not_pass_on_to_grandchildren(cell: Cell) -> None:
+    """What vmm was given does not reach the process that vmm starts."""
+    reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
+    with ours:
+        vmm = spawn(
+            "insider", ["VMM", "spawn_orphan", "wait"],
+            channel=theirs, fds={DATA_FD: writer, 11: writer}, place=cell, entry=ENTRY,
+        )  # fmt: skip
+        theirs.close()
+        os.close(writer)
+        assert ours.recv(100) == b"VMM confined\n"
+        assert ours.recv(100) == b"spawn_orphan done None\n"
+        assert os.read(reader, 1) == b"!"
+        children = Path(f"/proc/{vmm.pid}/task/{vmm.pid}/children").read_text().split()
+        found = {pid: open_descriptors(int(pid)) for pid in children}
+        vmm.kill()
+        vmm.reap(DEADLINE_S)
+    os.close(reader)
+
+    assert [sorted(fds) for fds in found.values()] == [[0, 1, 2, 3, DATA_FD]]
+
+
+@pytest.mark.parametrize("title", ["vm/db1", "vm/a-rather-long-name-for-a-machine/vionet0"])
+def test_title(cell: Cell, title: str) -> None:
+    """ps shows the title and nothing of the command line; the short name has the title's end."""
+    with waiting(cell, title) as child:
+        cmdline = Path(f"/proc/{child.pid}/cmdline").read_bytes()
+        comm = Path(f"/proc/{child.pid}/comm").read_text().strip()
+
+    assert cmdline == f"vmd: {title}\0".encode()
+    assert comm == title[-15:]
+
+
+def test_process_state_is_clean(cell: Cell) -> None:
+    """A session of its own, no blocked or ignored signal of ours, no new privileges, no core dumps, no tracing."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        with waiting(cell, "insider", "CONTROL") as child:
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{child.pid}/status").read_text().splitlines())
+            limits = Path(f"/proc/{child.pid}/limits").read_text()
+            session = os.getsid(child.pid)
+            owner = Path(f"/proc/{child.pid}/fd").stat().st_uid
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+    python_ignores = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+    assert session == child.pid
+    assert int(status["SigBlk"], 16) == 0
+    assert int(status["SigIgn"], 16) & ~python_ignores == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+    assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+    assert owner == 0  # what is not dumpable belongs to root
+
+
+def test_failure_before_exec_is_a_sentence(cell: Cell) -> None:
+    """The reason reaches the caller, and no process is left."""
+    broken = Cell(USER.pw_uid, USER.pw_gid, cell.root_fd, cell.root_fd)  # no namespace
+
+    with pytest.raises(HostError, match=r"^start insider: enter a namespace: Bad file descriptor$"):
+        spawn("insider", place=broken)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_bug_before_exec_is_reported() -> None:
+    """An exception nobody thought of does not leave two copies of the parent running."""
+
+    class Broken:
+        import_path: tuple[str, ...] = ("/",)
+
+        def enter(self) -> None:
+            raise ZeroDivisionError("no such number")
+
+    with pytest.raises(Exception, match=r"start insider: ZeroDivisionError\('no such number'\)"):
+        spawn("insider", place=Broken())
+
+
+def test_closed_descriptor_is_reported(cell: Cell) -> None:
+    """A descriptor that is not open is the caller's mistake, and says so."""
+    with pytest.raises(HostError, match="prepare descriptors for insider: Bad file descriptor"):
+        spawn("insider", fds={5: 987654}, place=cell)
+
+
+def hangs_up(reader: int, timeout_s: float = DEADLINE_S) -> bool:
+    """Return whether every writer of a pipe goes away in time."""
+    poller = select.poll()
+    poller.register(reader, select.POLLHUP)
+    return bool(poller.poll(timeout_s * 1000))
+
+
+def test_children_die_with_their_parent() -> None:
+    """Killing the parent takes a process in the cell along, though it waits for nothing of its parent's."""
+    reader, writer = os.pipe()
+    body = f"""
+cell = Cell.build({USER.pw_uid}, {USER.pw_gid}, {PACKAGES!r})
+ours, theirs = socket.socketpair()
+child = spawn("insider", ["VMM", "spawn_orphan", "wait"], channel=theirs, fds={{{DATA_FD}: {writer}}}, place=cell,
+              entry="insider:main")
+answers = ours.makefile()
+while answers.readline() != "spawn_orphan done None\\n":
+    pass
+print("ready", flush=True)
+select.select([], [], [])
+"""
+    path = [str(HERE), *import_path(("vmd", "msgpack"))]
+    with subprocess.Popen(
+        [INTERPRETER, "-I", "-S", "-c", SCRIPT_HEAD.format(path=path) + body],
+        stdout=subprocess.PIPE, pass_fds=[writer],
+    ) as parent:  # fmt: skip
+        os.close(writer)
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        assert os.read(reader, 1) == b"!"  # the orphan lives, and does nothing more
+        assert not hangs_up(reader, 0)
+        parent.kill()
+
+    assert hangs_up(reader)
+    os.close(reader)
+
+
+# --- where the code is --------------------------------------------------------------------------------------------
+
+
+def private_copy(directory: Path) -> Path:
+    """Copy vmd and the insider where only root can read them."""
+    top = directory / "home" / "checkout"
+    for source in (ROOT / "vmd", HERE / "insider"):
+        shutil.copytree(source, top / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (directory / "home").rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    (directory / "home").chmod(0o700)
+    return top
+
+
+def test_private_checkout_and_upgrade(tmp_path: Path) -> None:
+    """Code that `_vmd` cannot read is served from the copy, which an upgrade underneath does not change."""
+    top = private_copy(tmp_path)
+    output = run_script(
+        f"""
+cell = Cell.build({USER.pw_uid}, {USER.pw_gid}, {PACKAGES!r})
+print(ask(cell, "LEAF", "threads"))
+print(ask(cell, "-", "version"))
+with open({str(top / "insider/version.py")!r}, "w") as file:
+    file.write("VERSION = 'new'\\n")
+print(ask(cell, "-", "version"))
+""",
+        [str(top), *import_path(("msgpack",))],
+    )
+
+    assert output.splitlines() == [
+        repr(("LEAF confined\nthreads done None\n", 0)),
+        repr(("- confined\nversion done old\n", 0)),
+        repr(("- confined\nversion done old\n", 0)),
+    ]
+
+
+def test_checkout_of_another_user_serves_priv(tmp_path: Path) -> None:
+    """priv has no right to pass by file modes once confined, but imports before that."""
+    top = private_copy(tmp_path)
+    for path in (tmp_path / "home", *(tmp_path / "home").rglob("*")):
+        os.chown(path, USER.pw_uid, USER.pw_gid)
+    output = run_script(
+        """
+place = Network()
+place.import_path = tuple(sys.path[:3])
+print(ask(place, "PRIV", "capabilities"))
+""",
+        [str(top), *import_path(("msgpack", "pyroute2"))],
+    )
+
+    assert output == repr(("PRIV confined\ncapabilities done 3000\n", 0)) + "\n"
+
+
+def test_private_interpreter(tmp_path: Path) -> None:
+    """An interpreter under a home of mode 0700 works in the cell, where its directories are open."""
+    home = tmp_path / "home"
+    prefix = home / "python"
+    (prefix / "bin").mkdir(parents=True)
+    (prefix / "lib").mkdir()
+    interpreter = prefix / "bin" / Path(INTERPRETER).name
+    shutil.copy(INTERPRETER, interpreter)
+    library = Path(os.__file__).parent
+    (prefix / "lib" / library.name).symlink_to(library)
+    home.chmod(0o700)
+
+    output = run_script(
+        f"""
+cell = Cell.build({USER.pw_uid}, {USER.pw_gid}, {PACKAGES!r})
+print(sys.executable)
+print(ask(cell, "CONTROL", "threads"))
+""",
+        interpreter=str(interpreter),
+    )
+
+    assert output.splitlines() == [str(interpreter), repr(("CONTROL confined\nthreads done None\n", 0))]
+
+
+def test_host_does_not_see_the_cell(cell: Cell) -> None:
+    """Building a cell leaves no mount behind."""
+    assert cell.namespace_fd >= 0
+    assert "vmd" not in {line.split()[0] for line in Path("/proc/self/mounts").read_text().splitlines()}
+    assert not Path("/run/vmd/vmd").exists()
+    assert not Path("/.empty").exists()
