@@ -165,8 +165,12 @@ def test_cell_has_what_our_processes_import(cell: Cell) -> None:
 def test_identity_in_the_cell(cell: Cell) -> None:
     """The user in all three ids, no group of root's, no capability, and a working directory inside."""
     uid, gid = USER.pw_uid, USER.pw_gid
-
-    run = try_inside(cell, "-", "identity", "capabilities", "environment")
+    before = os.getgroups()
+    os.setgroups([0, 6])
+    try:
+        run = try_inside(cell, "-", "identity", "capabilities", "environment")
+    finally:
+        os.setgroups(before)
 
     assert run.answers == [
         f"identity done {(uid,) * 3} {(gid,) * 3} [] /",

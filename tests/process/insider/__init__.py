@@ -291,11 +291,12 @@ def spawn_child() -> None:
 def spawn_orphan() -> None:
     """Start a process that holds DATA_FD and a channel that never ends, for somebody to kill us."""
     KEPT.extend(socket.socketpair())
-    spawn("orphan", ["-", "announce", "wait"], channel=KEPT[0], fds={DATA_FD: DATA_FD}, entry="insider:main")
+    spawn("orphan", ["-", "announce_and_wait"], channel=KEPT[0], fds={DATA_FD: DATA_FD}, entry="insider:main")
 
 
-def announce() -> None:
+def announce_and_wait() -> None:
     os.write(DATA_FD, b"!")
+    wait()
 
 
 def wait() -> None:
