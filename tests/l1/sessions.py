@@ -63,7 +63,7 @@ class OutsideL1:
         Path(self.out, TESTS).write_text("".join(f"{nodeid}\n" for nodeid in wanted))
         deep = self.config.getoption("--deep")
         command = [
-            sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
+            sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--color=no",
             "--inside-l1", f"/l1/{REPORTS}", *(["--deep"] if deep else []), f"@/l1/{TESTS}",
         ]  # fmt: skip
         try:
