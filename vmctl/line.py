@@ -15,7 +15,9 @@ from vmctl.terminal import RawTerminal
 from vmd.ipc.messages import ConsoleAttached, ConsoleBreak, Failed
 
 READ_MAX = 16384
-TYPED_MAX = 4096  # what waits for a guest that does not read; beyond it we do not read the operator either
+# What waits for a guest that does not read; beyond it we do not read the operator either.  Large, since an
+# escape behind it would not be seen: who has pasted a book into a hung guest must still be able to leave.
+TYPED_MAX = 1 << 20
 GONE = (errno.EIO, errno.ENXIO, errno.EBADF)  # what a terminal that hung up, or was never there, answers
 
 
@@ -122,7 +124,7 @@ class Relay:
 
     def _on_typed(self) -> None:
         try:
-            typed = os.read(self.terminal.fd, TYPED_MAX)
+            typed = os.read(self.terminal.fd, READ_MAX)
         except OSError as error:
             if error.errno not in GONE:
                 raise
@@ -142,7 +144,8 @@ class Relay:
 
     def _act(self, action: Action) -> None:
         if action is Action.LEAVE:
-            # What the guest did not take so far it will not take now.
+            self._flush()
+            # What the guest does not take now would keep us here.
             self.leaving = True
             self.typed.clear()
         elif action is Action.BREAK:

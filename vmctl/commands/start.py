@@ -204,6 +204,8 @@ def once(value: str, what: str) -> None:
 
 def real_path(path: str, what: str) -> str:
     """Return an existing path without links: the daemon must not see another file than we do."""
+    if not path:  # realpath(3) refuses it, Python's takes it for the working directory
+        raise CommandError(f"invalid {what}: {path}")
     try:
         real = os.path.realpath(path, strict=True)
     except OSError as error:

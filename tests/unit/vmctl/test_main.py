@@ -215,6 +215,7 @@ def test_path_too_long_for_a_socket(vmctl: Vmctl) -> None:
     assert vmctl("status", socket=path) == (1, "", f"vmctl: connect: {path}: AF_UNIX path too long\n")
 
 
+@pytest.mark.root
 def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
     """Who may use it is what an operator has to know."""
     path = tmp_path / "vmd.sock"
@@ -225,25 +226,23 @@ def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
     assert socket_owner(str(tmp_path / "none")) == ""
 
 
-def test_permission_denied(daemon: FakeDaemon) -> None:
+@pytest.mark.root
+def test_permission_denied(open_folder: Path) -> None:
     """Another user is told whose socket it is."""
-    os.chmod(daemon.path, 0o600)
-    for folder in (daemon.path.parent, *daemon.path.parents):
-        if folder == Path("/tmp"):
-            break
-        os.chmod(folder, 0o755)
+    path = open_folder / "vmd.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+    os.chmod(path, 0o600)
     program = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
 
     done = subprocess.run(
         [sys.executable, "-c", f"from vmctl.__main__ import main; import grp, pwd; {program}",
-         "-s", str(daemon.path), "reload"],
+         "-s", str(path), "reload"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
     assert done.returncode == 1
-    assert done.stderr == (
-        f"vmctl: connect: {daemon.path}: Permission denied: the socket is for user root and group root\n"
-    )
+    assert done.stderr == (f"vmctl: connect: {path}: Permission denied: the socket is for user root and group root\n")
 
 
 def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:

@@ -1,0 +1,409 @@
+"""The console, through real terminals: the operator's, and the pty that is the guest's line."""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import Console
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, spawn
+from vmd.ipc.messages import (
+    ConsoleAttached,
+    ConsoleBreak,
+    ConsoleOutput,
+    ConsoleRequest,
+    Failed,
+    StartRequest,
+    VmStarted,
+)
+from vmd.record import Record
+
+BACKLOG = b"boot> \x1b[1mready\x1b[0m\r\n"
+
+
+class Line:
+    """The guest's pty, both sides held as the daemon does."""
+
+    def __init__(self, daemon: FakeDaemon) -> None:
+        self.master, self.slave = os.openpty()
+        tty.setraw(self.slave)
+        self.path = os.ttyname(self.slave)
+        self.input = Console(self.master)
+        attached = ConsoleAttached(vmid=3, name="web", tty=self.path)
+        self.answers = (ConsoleOutput(data=BACKLOG[:9]), ConsoleOutput(data=BACKLOG[9:]), attached)
+        daemon.script = self._answer
+
+    def _answer(self, request: Record) -> tuple[Record, ...]:
+        return self.answers if isinstance(request, ConsoleRequest) else ()
+
+    def prints(self, data: bytes) -> None:
+        """Let the guest print."""
+        os.write(self.master, data)
+
+    def gets(self, wanted: str) -> str:
+        """Return what the guest receives, up to a text."""
+        return self.input.expect(wanted, DEADLINE_S)
+
+    def end(self) -> None:
+        """End the VM."""
+        for fd in (self.master, self.slave):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+class Operator:
+    """Somebody who has typed `vmctl console web` at a terminal."""
+
+    def __init__(self, daemon: FakeDaemon, *arguments: str) -> None:
+        self.master, self.slave = os.openpty()
+        self.before = termios.tcgetattr(self.slave)
+        self.screen = Console(self.master)
+        # In a process group of its own, as a shell does it: an orphaned one could not be stopped.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", str(daemon.path), *(arguments or ("console", "web"))],
+            cwd=ROOT, stdin=self.slave, stdout=self.slave, stderr=self.slave, process_group=0,
+        )  # fmt: skip
+
+    def types(self, data: bytes) -> None:
+        """Type."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.master, view) :]
+
+    def sees(self, wanted: str) -> str:
+        """Return what is shown, up to a text."""
+        return self.screen.expect(wanted, DEADLINE_S)
+
+    def ended(self) -> int:
+        """Wait for the end; return the exit status."""
+        return self.process.wait(DEADLINE_S)
+
+    def mode(self) -> list[object]:
+        """Return the settings of the terminal."""
+        return list(termios.tcgetattr(self.slave))
+
+    def close(self) -> None:
+        """Clean up."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def line(daemon: FakeDaemon) -> Iterator[Line]:
+    """Give a guest's line that the daemon hands out."""
+    line = Line(daemon)
+    yield line
+    line.end()
+
+
+@pytest.fixture
+def operator(daemon: FakeDaemon, line: Line) -> Iterator[Operator]:
+    """Give an operator who is attached and sees the backlog."""
+    operator = Operator(daemon)
+    try:
+        operator.sees("ready\x1b[0m\r\n")
+        yield operator
+    finally:
+        operator.close()
+
+
+def is_raw(mode: list[object]) -> bool:
+    """Return whether a terminal passes every byte as it is."""
+    assert isinstance(mode[3], int)
+    return not mode[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+
+
+# --- at a terminal ---------------------------------------------------------------------------------------
+
+
+def test_greeting(daemon: FakeDaemon, line: Line) -> None:
+    """Where we are, how to leave, then what the console showed before, untouched."""
+    operator = Operator(daemon)
+    try:
+        shown = operator.sees("ready\x1b[0m\r\n")
+        assert shown == (
+            f"Connected to {line.path} (speed 115200)\r\n"
+            "Type ~. at the start of a line to leave, ~? for help.\r\n" + BACKLOG.decode()
+        )
+        assert daemon.requests == [ConsoleRequest(name="web")]
+    finally:
+        operator.close()
+
+
+def test_both_ways(line: Line, operator: Operator) -> None:
+    """Control characters included: ^C is the guest's."""
+    operator.types(b"root\r\x03\x13\x11")
+    assert line.gets("\x11") == "root\r\x03\x13\x11"
+
+    line.prints(b"\x1b[2J login:")
+    assert operator.sees("login:") == "\x1b[2J login:"
+
+
+def test_leaving_gives_everything_back(daemon: FakeDaemon, line: Line, operator: Operator) -> None:
+    """The terminal's mode to the operator, the console to the daemon."""
+    assert is_raw(operator.mode())
+
+    operator.types(b"exit\r~.")
+
+    operator.sees("[EOT]\r\n")
+    assert operator.ended() == 0
+    assert operator.mode() == operator.before
+    assert line.gets("\r") == "exit\r"
+    daemon.wait_left()
+
+
+@pytest.mark.parametrize("escape", [b"~#", b"~b"])
+def test_break(daemon: FakeDaemon, line: Line, operator: Operator, escape: bytes) -> None:
+    """A message: a pty on Linux has no BREAK."""
+    operator.types(b"\r" + escape + b"after")
+
+    assert line.gets("after") == "\rafter"
+    assert daemon.requested() == ConsoleRequest(name="web")
+    assert daemon.requested() == ConsoleBreak(vmid=3, name="web")
+
+
+def test_refused_break_is_shown(daemon: FakeDaemon, line: Line, operator: Operator) -> None:
+    """And the console goes on."""
+    daemon.script = lambda _request: [Failed(code=errno.EPERM, text="the console is not attached\x1b here")]
+    operator.types(b"~#")
+
+    operator.sees("\r\n[the console is not attached\\x1b here]\r\n")
+    operator.types(b"x")
+    line.gets("x")
+
+
+def test_help(line: Line, operator: Operator) -> None:
+    """Every escape; the guest hears nothing of it."""
+    operator.types(b"~?")
+
+    shown = operator.sees("start of a line only.\r\n")
+    assert all(escape in shown for escape in ("~.", "~^D", "~#", "~b", "~^Z", "~?", "~~"))
+    operator.types(b"x")
+    assert line.gets("x") == "x"
+
+
+def test_tilde_for_the_guest(line: Line, operator: Operator) -> None:
+    """`~~` sends one; in the middle of a line it is a character like others."""
+    operator.types(b"~~.\recho ~.\r")
+
+    assert line.gets("~.\r") + line.gets("~.\r") == "~.\recho ~.\r"
+
+
+def test_suspend(line: Line, operator: Operator) -> None:
+    """While we are stopped the terminal is the shell's; then it is ours again."""
+    operator.types(b"~\x1a")
+
+    os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
+    assert operator.mode() == operator.before
+    line.prints(b"meanwhile")
+    os.kill(operator.process.pid, signal.SIGCONT)
+
+    operator.sees("meanwhile")
+    assert is_raw(operator.mode())
+    operator.types(b"back\r~.")
+    line.gets("back\r")
+    assert operator.ended() == 0
+    assert operator.mode() == operator.before
+
+
+def test_stop_signal_from_outside(line: Line, operator: Operator) -> None:
+    """`kill -TSTP` suspends in the same way."""
+    os.kill(operator.process.pid, signal.SIGTSTP)
+
+    os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
+    assert operator.mode() == operator.before
+    line.prints(b"meanwhile")
+    os.kill(operator.process.pid, signal.SIGCONT)
+    operator.sees("meanwhile")
+    assert is_raw(operator.mode())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
+def test_signal_restores_the_terminal(operator: Operator, signum: signal.Signals) -> None:
+    """However we are ended."""
+    operator.process.send_signal(signum)
+
+    operator.sees(f"vmctl: console: ended by {signum.name}\r\n")
+    assert operator.ended() == 1
+    assert operator.mode() == operator.before
+
+
+def test_end_of_the_vm(line: Line, operator: Operator) -> None:
+    """A sentence and success."""
+    line.end()
+
+    operator.sees("[EOT]\r\n")
+    operator.sees("vmctl: vm web has ended\r\n")
+    assert operator.ended() == 0
+    assert operator.mode() == operator.before
+
+
+def test_end_of_the_daemon(daemon: FakeDaemon, operator: Operator) -> None:
+    """A failure: nobody holds the line any more."""
+    daemon.hang_up()
+
+    operator.sees("vmctl: pipe closed: vmd has ended, and the console with it\r\n")
+    assert operator.ended() == 1
+    assert operator.mode() == operator.before
+
+
+def test_daemon_that_breaks_the_protocol(daemon: FakeDaemon, operator: Operator) -> None:
+    """The terminal is given back here, too."""
+    daemon.send_raw(b"noise")
+
+    operator.sees("vmctl: vmd: packet of 5 bytes has no header")
+    assert operator.ended() == 1
+    assert operator.mode() == operator.before
+
+
+def test_terminal_that_hangs_up(daemon: FakeDaemon, line: Line) -> None:
+    """A closed window is a way to leave."""
+    operator = Operator(daemon)
+    operator.sees("ready")
+    os.close(operator.slave)
+    os.close(operator.master)
+
+    operator.process.wait(DEADLINE_S)
+    daemon.wait_left()
+
+
+def test_guest_that_does_not_read(line: Line, operator: Operator) -> None:
+    """What cannot be delivered does not keep the operator from leaving."""
+    operator.types(b"x" * 300_000 + b"\r~.")
+
+    operator.sees("[EOT]\r\n")
+    assert operator.ended() == 0
+
+
+def test_line_that_echoes_is_made_raw(daemon: FakeDaemon, line: Line) -> None:
+    """Whoever used it before us: else a guest would read its own output."""
+    cooked = termios.tcgetattr(line.slave)
+    cooked[3] |= termios.ECHO | termios.ICANON
+    termios.tcsetattr(line.slave, termios.TCSANOW, cooked)
+    operator = Operator(daemon)
+    try:
+        operator.sees("ready")
+        line.prints(b"prompt\n")
+        operator.sees("prompt\n")
+        operator.types(b"x")
+        assert line.gets("x") == "x"
+    finally:
+        operator.close()
+
+
+# --- without a terminal ----------------------------------------------------------------------------------
+
+
+def test_pipes_carry_every_byte(daemon: FakeDaemon, line: Line) -> None:
+    """No escapes in what is no keyboard, and nothing but the guest's bytes on standard output."""
+    process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    screen = Console(process.stdout.fileno())
+    screen.expect("ready\x1b[0m\r\n", DEADLINE_S)
+    line.prints(b"\x00\xffhello\r\n")
+    screen.expect("hello\r\n", DEADLINE_S)
+    process.stdin.write("\r~.\r~~ done")
+    _, errors = process.communicate(timeout=DEADLINE_S)
+
+    assert line.gets("done") == "\r~.\r~~ done"
+    assert screen.said == BACKLOG + b"\x00\xffhello\r\n"
+    assert (process.returncode, errors) == (0, f"Connected to {line.path} (speed 115200)\n\n[EOT]\n")
+
+
+def test_end_of_input_waits_for_the_line(daemon: FakeDaemon, line: Line) -> None:
+    """What was piped in is delivered before we leave, however slowly the guest takes it."""
+    process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write("y" * 200_000 + "z")
+    process.stdin.close()
+
+    assert len(line.gets("z")) == 200_001
+    assert process.wait(DEADLINE_S) == 0
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
+
+
+def test_backlog_alone(daemon: FakeDaemon, line: Line) -> None:
+    """Without any input we leave at once: what the console showed last."""
+    process = spawn(daemon, "console", "web")
+    output, _ = process.communicate(timeout=DEADLINE_S)
+
+    assert (process.returncode, output.encode()) == (0, BACKLOG.replace(b"\r\n", b"\n"))
+
+
+def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
+    """`vmctl console web | head -1`."""
+    process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
+    process.stdout.close()
+    line.prints(b"more")
+
+    assert process.wait(DEADLINE_S) == 1
+    assert process.stderr.read().endswith("vmctl: standard output: Broken pipe\n")
+    assert process.stdin is not None
+    process.stdin.close()
+    process.stderr.close()
+
+
+# --- no console ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "sentence"),
+    [
+        (errno.ENOENT, "vm web not found", "console not found: vm web not found"),
+        (errno.ESRCH, "vm web is not running", "console not found: vm web is not running"),
+        (
+            errno.EBUSY,
+            "the console of vm web is in use by anna (pid 5)",
+            "command failed: the console of vm web is in use by anna (pid 5)",
+        ),
+        (errno.EPERM, "uid 5 may not attach to vm web", "command failed: uid 5 may not attach to vm web"),
+    ],
+)
+def test_refused(vmctl: Vmctl, daemon: FakeDaemon, code: int, text: str, sentence: str) -> None:
+    """Upstream's words where it has some; the holder is named."""
+    daemon.answers(Failed(code=code, text=text))
+
+    assert vmctl("console", "web") == (1, "", f"vmctl: {sentence}\n")
+
+
+def test_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """We open it with our own rights, and it has to be a terminal."""
+    for path, reason in (
+        (tmp_path / "none", "No such file or directory"),
+        (Path("/dev/null"), "not a terminal"),
+    ):
+        daemon.answers(ConsoleAttached(vmid=3, name="web", tty=str(path)))
+        assert vmctl("console", "web") == (1, "", f"vmctl: cannot open console {path}: {reason}\n")
+
+
+def test_start_and_console(daemon: FakeDaemon, line: Line) -> None:
+    """`start -c` goes on to the console of what it started."""
+    started = VmStarted(vmid=3, name="web", pid=77, tty=line.path)
+    daemon.script = lambda request: (started,) if isinstance(request, StartRequest) else line.answers
+    operator = Operator(daemon, "start", "-c", "web")
+    try:
+        operator.sees(f"vmctl: started vm 3 successfully, tty {line.path}\r\n")
+        operator.sees("ready")
+        operator.types(b"~.")
+        assert operator.ended() == 0
+        assert daemon.requests == [StartRequest(name="web"), ConsoleRequest(vmid=3, name="web")]
+    finally:
+        operator.close()
