@@ -205,14 +205,16 @@ def loaded_libraries(packages: list[str]) -> list[str]:
             for name in names:
                 if is_extension(name):
                     path = os.path.join(directory, name)
-                    linux.load_library(path)
+                    with contextlib.suppress(OSError):  # what cannot be loaded here will not be missed there
+                        linux.load_library(path)
                     extensions.add(path)
     return [path for path in link_map_names() if path not in extensions]
 
 
 def is_extension(name: str) -> bool:
-    """Return whether a file is an extension module of this interpreter."""
-    return name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+    """Return whether a file is an extension module for this version of the interpreter, not for another."""
+    _, dot, suffix = name.partition(".")
+    return dot + suffix in importlib.machinery.EXTENSION_SUFFIXES
 
 
 def link_map_names() -> list[str]:

@@ -60,3 +60,12 @@ def test_libraries_have_the_names_the_loader_asks_for() -> None:
     assert any(os.path.basename(name).startswith("ld-") for name in names)
     assert any(os.path.basename(name).startswith("libc.") for name in names)
     assert not any("msgpack" in name for name in names)
+
+
+def test_extensions_of_other_interpreters_are_not_ours() -> None:
+    """A module built for another version is neither loaded nor copied; one for any version is."""
+    ours = f"_c.cpython-{sys.version_info[0]}{sys.version_info[1]}-x86_64-linux-gnu.so"
+
+    assert [cell.is_extension(name) for name in (ours, "_c.abi3.so", "_c.so")] == [True, True, True]
+    assert not cell.is_extension("_c.cpython-36m-x86_64-linux-gnu.so")
+    assert not cell.is_extension("libc.so.6")
