@@ -29,6 +29,11 @@ class Ending(Enum):
     DAEMON_LOST = 2
 
 
+def failed(what: str, error: OSError) -> CommandError:
+    """Return a failed call as a sentence."""
+    return CommandError(f"{what}: {os.strerror(error.errno or errno.EIO)}", error.errno)
+
+
 def open_line(path: str) -> int:
     """Open the pty with our own rights: they decide who may use a console.  Raises CommandError.
 
@@ -37,7 +42,7 @@ def open_line(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise CommandError(f"cannot open console {path}: {os.strerror(error.errno or 0)}", error.errno) from None
+        raise failed(f"cannot open console {path}", error) from None
     try:
         # Whoever used it before us may have left it echoing, which turns the guest's output into its input.
         tty.setraw(fd, termios.TCSANOW)
@@ -103,7 +108,7 @@ class Relay:
         except OSError as error:
             if error.errno in GONE:
                 return False
-            raise
+            raise failed(f"console {self.attached.tty}", error) from None
         if not data:  # the other side is closed
             return False
         put(data)
@@ -119,7 +124,7 @@ class Relay:
         except OSError as error:
             if error.errno in GONE:
                 return False
-            raise
+            raise failed(f"console {self.attached.tty}", error) from None
         return True
 
     def _on_typed(self) -> None:
@@ -127,7 +132,7 @@ class Relay:
             typed = os.read(self.terminal.fd, READ_MAX)
         except OSError as error:
             if error.errno not in GONE:
-                raise
+                raise failed("standard input", error) from None
             typed = b""
         if not typed:
             self.leaving = True

@@ -345,6 +345,17 @@ def test_backlog_alone(daemon: FakeDaemon, line: Line) -> None:
     assert (process.returncode, output.encode()) == (0, BACKLOG.replace(b"\r\n", b"\n"))
 
 
+def test_input_that_cannot_be_read(daemon: FakeDaemon, line: Line, tmp_path: Path) -> None:
+    """It is named."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    process = spawn(daemon, "console", "web", stdin=folder)
+    os.close(folder)
+
+    _, errors = process.communicate(timeout=DEADLINE_S)
+
+    assert (process.returncode, errors.splitlines()[-1]) == (1, "vmctl: standard input: Is a directory")
+
+
 def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
     """`vmctl console web | head -1`."""
     process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)

@@ -187,6 +187,20 @@ def test_too_long_a_path(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     assert vmctl("load", "/" + "x" * 17000) == (1, "", "vmctl: LoadRequest is too long for one message\n")
 
 
+def test_load_from_a_directory_that_is_gone(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """A name that stands for no path any more."""
+    program = (
+        "import os, sys, vmctl.commands.load; from vmctl.__main__ import main;"
+        "os.mkdir(sys.argv[1]); os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); sys.exit(main(sys.argv[2:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "gone"), "-s", str(daemon.path), "load", "more.conf"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (1, "vmctl: more.conf: No such file or directory\n")
+
+
 # --- the connection --------------------------------------------------------------------------------------
 
 
