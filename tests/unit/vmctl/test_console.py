@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -345,15 +346,17 @@ def test_backlog_alone(daemon: FakeDaemon, line: Line) -> None:
     assert (process.returncode, output.encode()) == (0, BACKLOG.replace(b"\r\n", b"\n"))
 
 
-def test_input_that_cannot_be_read(daemon: FakeDaemon, line: Line, tmp_path: Path) -> None:
+def test_input_that_cannot_be_read(daemon: FakeDaemon, line: Line) -> None:
     """It is named."""
-    folder = os.open(tmp_path, os.O_RDONLY)
-    process = spawn(daemon, "console", "web", stdin=folder)
-    os.close(folder)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.send(b"never read")
+        ours.close()  # which makes it a reset for the other side
+        process = spawn(daemon, "console", "web", stdin=theirs.fileno())
 
     _, errors = process.communicate(timeout=DEADLINE_S)
 
-    assert (process.returncode, errors.splitlines()[-1]) == (1, "vmctl: standard input: Is a directory")
+    assert (process.returncode, errors.splitlines()[-1]) == (1, "vmctl: standard input: Connection reset by peer")
 
 
 def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
