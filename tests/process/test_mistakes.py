@@ -34,12 +34,11 @@ def shell(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def vmctl(directory: Path, *arguments: str, user: int | None = None) -> subprocess.CompletedProcess[str]:
+def vmctl(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run vmctl."""
     return subprocess.run(
         [sys.executable, "-m", "vmctl", "-s", directory / "vmd.sock", *arguments],
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
-        user=user, group=user, extra_groups=None if user is None else [],
     )  # fmt: skip
 
 
@@ -54,7 +53,12 @@ def one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
-        (f"setpriv --reuid=65534 --clear-groups {VMD}", ("need root privileges", "run vmd as root")),
+        (
+            # Imported first: another user need not be able to read this checkout.
+            f"{sys.executable} -c 'import os, sys; from vmd.parent.startup import run; os.setuid(65534);"
+            " sys.exit(run(sys.argv[1:]))' -d -s $DIR/vmd.sock -f $DIR/vm.conf",
+            ("need root privileges", "run vmd as root"),
+        ),
         (
             "mount -t tmpfs none /mnt; mknod -m 666 /mnt/null c 1 3; mknod -m 666 /mnt/urandom c 1 9;"
             f" mount --bind /mnt /dev; {VMD}",
@@ -93,8 +97,13 @@ def test_dead_daemon(directory: Path) -> None:
 
 def test_socket_not_permitted(directory: Path) -> None:
     """A user outside the socket's group is told whose it is."""
+    script = (
+        f"{sys.executable} -c 'import grp, os, pwd, sys, vmctl.commands.status; from vmctl.__main__ import main;"
+        " os.setgroups([]); os.setgid(65534); os.setuid(65534);"
+        " sys.exit(main(sys.argv[1:]))' -s $DIR/vmd.sock status"
+    )
     with Daemon(directory):
-        one_sentence(vmctl(directory, "status", user=65534), str(directory / "vmd.sock"), "root")
+        one_sentence(shell(script, directory), str(directory / "vmd.sock"), "for user root and group root")
 
 
 def test_unknown_vm(directory: Path) -> None:

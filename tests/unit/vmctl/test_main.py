@@ -250,7 +250,7 @@ def test_permission_denied(open_folder: Path) -> None:
     program = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
 
     done = subprocess.run(
-        [sys.executable, "-c", f"from vmctl.__main__ import main; import grp, pwd; {program}",
+        [sys.executable, "-c", f"from vmctl.__main__ import main; import grp, pwd, vmctl.commands.reload; {program}",
          "-s", str(path), "reload"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
