@@ -17,18 +17,17 @@ bool spin_until(const volatile uint32_t *what, uint32_t least, uint32_t millisec
     uint32_t last = pm_ticks(), reads = 0;
     uint64_t left = (uint64_t)milliseconds * TICKS_PER_MS;
 
+    interrupts_on();
     while (*what < least) {
-        uint32_t now, passed;
+        uint32_t now = pm_ticks(), passed = (now - last) & PM_TIMER_MASK;
 
-        interrupts_window();
-        now = pm_ticks();
-        passed = (now - last) & PM_TIMER_MASK;
         last = now;
         if (passed >= left || (passed == 0 && ++reads > STUCK_READS))
-            return *what >= least;
+            break;
         left -= passed;
     }
-    return true;
+    interrupts_off();
+    return *what >= least;
 }
 
 static volatile bool alarm;

@@ -55,11 +55,17 @@ static inline void cpu_pause(void)
     __asm__ volatile("pause" : : : "memory");
 }
 
-/* Let pending interrupts in.  STI holds them back for one instruction, and a KVM that interprets delivers them an
- * instruction or two later than a processor would. */
-static inline void interrupts_window(void)
+/* A KVM that interprets looks for interrupts every so many instructions only, even where a processor would take
+ * one at once: leave them on for as long as something takes, a window of a few instructions may pass unseen. */
+
+static inline void interrupts_on(void)
 {
-    __asm__ volatile("sti; nop; nop; nop; nop; nop; nop; nop; cli" : : : "memory");
+    __asm__ volatile("sti" : : : "memory");
+}
+
+static inline void interrupts_off(void)
+{
+    __asm__ volatile("cli" : : : "memory");
 }
 
 /* Sleep until an interrupt comes; interrupts are off before and after.  Between STI and HLT none can slip in and

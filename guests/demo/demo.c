@@ -14,7 +14,7 @@ enum { CTRL_C = 3, BACKSPACE = 8, CTRL_U = 21, ESCAPE = 27, DELETE = 127 };
 
 static volatile char input[INPUT_MAX];
 static volatile unsigned input_head, input_tail;
-static volatile bool interrupted, pressed;
+static volatile bool running, interrupted, pressed;
 static bool interactive;
 static uint32_t started;
 
@@ -24,8 +24,11 @@ static void on_receive(void)
     while (inb(UART_LSR) & LSR_READY) {
         char c = (char)inb(UART_DATA);
 
-        if (c == CTRL_C)
+        if (c == CTRL_C && running) { /* ends the command, with what was typed ahead of it */
             interrupted = true;
+            input_tail = input_head;
+            continue;
+        }
         if (input_head - input_tail < INPUT_MAX)
             input[input_head++ % INPUT_MAX] = c;
     }
@@ -36,10 +39,8 @@ static void on_button(void)
     pressed = true;
 }
 
-/* Let interrupts in where a command works for long; return whether it should stop. */
 static bool should_stop(void)
 {
-    interrupts_window();
     return interrupted || pressed;
 }
 
@@ -349,10 +350,16 @@ static void run(const char *line)
     name[length] = '\0';
     while (*line == ' ')
         line++;
-    interrupted = false;
     for (unsigned i = 0; i < COMMANDS; i++) {
         if (same(commands[i].name, name)) {
+            interrupted = false;
+            running = true;
+            interrupts_on(); /* so that ^C and the power button end what takes long */
             commands[i].run(line);
+            interrupts_off();
+            running = false;
+            if (interrupted && interactive)
+                print("^C\n");
             return;
         }
     }

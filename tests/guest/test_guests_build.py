@@ -1,0 +1,200 @@
+"""Our own guests compile without a warning, are what loaders take them for, and run under another VMM too.
+
+That other one is QEMU: a guest that misbehaves there is itself to blame, not our machine.
+"""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import Console
+from tests.support.guests import GuestBuildError, build, guest, guests
+
+PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick")
+OPENBSD_KERNELS = ("openbsd-amd64", "openbsd-i386")
+# qboot starts a kernel a second earlier than SeaBIOS does; `pc` has the chips that guests of ours look for.
+QBOOT = "/usr/share/qemu/qboot.rom"
+QEMU = (
+    *("qemu-system-x86_64", "-accel", "kvm", "-M", "pc", "-bios", QBOOT, "-m", "64", "-nodefaults"),
+    *("-display", "none", "-no-reboot", "-serial", "stdio"),
+)
+TIMEOUT_S = 60.0  # a watchdog; each takes a few seconds
+# What a KVM that interprets ring 0 cannot do, as objdump writes it
+MISSING = {
+    *("cmpxchg16b", "xsave", "xrstor", "clac", "stac", "popcnt", "int3", "fwait", "syscall", "sysret", "endbr64"),
+    *("fxsave", "fxrstor", "rdrand", "rdseed"),
+}
+
+
+@contextmanager
+def under_qemu(name: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", Console]]:
+    """Run a guest under QEMU; kills it at the end if it did not end by itself."""
+    with subprocess.Popen(
+        [*QEMU, "-kernel", guest(name), *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process, Console(process.stdout.fileno())
+        finally:
+            process.kill()
+
+
+def ask(process: "subprocess.Popen[bytes]", line: str) -> None:
+    """Type a line."""
+    assert process.stdin is not None
+    process.stdin.write(line.encode() + b"\r")
+
+
+def sections(path: Path) -> str:
+    """Return what readelf says of headers and notes."""
+    return subprocess.run(["readelf", "-hlnW", path], capture_output=True, text=True, check=True).stdout
+
+
+def test_builds_without_warning(tmp_path: Path) -> None:
+    """Neither compiler nor linker has anything to say, and every guest is there."""
+    assert build(tmp_path / "out") == ""
+
+    assert {path.stem for path in (tmp_path / "out").glob("*.elf")} == {*PVH_GUESTS, *OPENBSD_KERNELS}
+
+
+def test_build_says_what_is_wrong(tmp_path: Path) -> None:
+    """A failing build raises with what the compiler said."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(GuestBuildError, match="file"):
+        build(tmp_path / "file" / "out")
+
+
+def test_unchanged_sources_are_not_built_again() -> None:
+    """The second call finds the first one's directory."""
+    first = guests()
+    guests.cache_clear()
+
+    assert guests() == first
+
+
+@pytest.mark.parametrize("name", PVH_GUESTS)
+def test_pvh_guest_has_the_note(name: str) -> None:
+    """A 64-bit ELF, loaded low, with Xen's note of type 18."""
+    text = sections(guest(name))
+
+    assert "ELF64" in text
+    assert "Xen" in text
+    assert "0x00000012" in text
+
+
+@pytest.mark.parametrize(("name", "elf", "entry"), [
+    ("openbsd-amd64", "ELF64", "0xffffffff81000000"),
+    ("openbsd-i386", "ELF32", "0xd0200000"),
+])  # fmt: skip
+def test_openbsd_kernel_has_no_pvh_note(name: str, elf: str, entry: str) -> None:
+    """Linked high, with a segment to be filled with random bytes, and nothing that makes it a PVH kernel."""
+    text = sections(guest(name))
+
+    assert elf in text
+    assert entry in text
+    assert "OPENBSD_RANDOM" in text
+    assert "Xen" not in text
+
+
+@pytest.mark.parametrize("name", PVH_GUESTS)
+def test_guest_uses_nothing_that_cannot_be_interpreted(name: str) -> None:
+    """No instruction that a KVM without hardware lacks, and no vector register."""
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", guest(name)], capture_output=True, text=True, check=True
+    ).stdout
+
+    instructions = {line.split("\t")[1].split()[0] for line in listing.splitlines() if line.count("\t") >= 1}
+    assert "out" in " ".join(instructions)
+    assert not instructions & MISSING
+    assert "%xmm" not in listing
+
+
+@pytest.mark.kvm
+def test_hello_under_qemu() -> None:
+    """One byte, and nothing after it."""
+    with under_qemu("hello") as (_, console):
+        console.expect("!", TIMEOUT_S)
+
+        assert console.text() == "!"
+
+
+@pytest.mark.kvm
+def test_demo_under_qemu() -> None:
+    """The monitor edits lines, answers, can be interrupted, and switches the machine off."""
+    with under_qemu("demo", "-append", "quiet") as (process, console):
+        console.expect("vmd-demo> ", TIMEOUT_S)
+        ask(process, "echo wromg\x7f\x7fng\x08\x08\x08\x08ight")
+        assert console.expect("wight\r\n", TIMEOUT_S)
+        ask(process, "thrown away\x15mem")
+        assert "ram\r\n" in console.expect("MiB of ram", TIMEOUT_S)
+        ask(process, "nonsense")
+        console.expect("nonsense: no such command", TIMEOUT_S)
+        ask(process, "spin 1000")
+        console.expect("spin 1000", TIMEOUT_S)
+        ask(process, "\x03pci")
+        console.expect("host bridge", TIMEOUT_S)
+        ask(process, "off")
+        console.drain(TIMEOUT_S)
+        assert process.wait(TIMEOUT_S) == 0
+        assert "cannot be switched off" not in console.text()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", ["demo", "tick"])
+def test_power_button_under_qemu(name: str, tmp_path: Path) -> None:
+    """An ACPI power button is heard by the SCI, out of HLT."""
+    path = tmp_path / "monitor"
+    with under_qemu(name, "-monitor", f"unix:{path},server=on,wait=off") as (process, console):
+        console.expect({"demo": "vmd-demo> ", "tick": "READY"}[name], TIMEOUT_S)
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.connect(str(path))
+            monitor.sendall(b"system_powerdown\n")
+            console.drain(TIMEOUT_S)
+        assert process.wait(TIMEOUT_S) == 0
+        assert "cannot be switched off" not in console.text()
+
+
+@pytest.mark.kvm
+def test_panic_resets_under_qemu() -> None:
+    """A triple fault ends a QEMU that may not reboot, as does the reset port."""
+    for command in ("panic", "reset"):
+        with under_qemu("demo") as (process, console):
+            console.expect("vmd-demo> ", TIMEOUT_S)
+            ask(process, command)
+            console.drain(TIMEOUT_S)
+            assert process.wait(TIMEOUT_S) == 0
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("cmdline", "kib", "how"), [("kib=2", 2, "polled"), ("kib=3 nopoll", 3, "not polled")])
+def test_serial_under_qemu(cmdline: str, kib: int, how: str) -> None:
+    """As many bytes as asked for stand between the two markers."""
+    with under_qemu("serial", "-append", cmdline) as (process, console):
+        console.expect("serial: begin\r\n", TIMEOUT_S)
+        written = console.expect("serial: end, ", TIMEOUT_S)
+        console.expect(f"{kib} KiB {how}", TIMEOUT_S)
+        console.drain(TIMEOUT_S)
+        assert process.wait(TIMEOUT_S) == 0
+    assert len(written) - len("serial: end, ") == kib * 1024
+
+
+@pytest.mark.kvm
+def test_selftest_under_qemu() -> None:
+    """The checks that any PC passes pass, and those that are ours alone are left out by name."""
+    with under_qemu("selftest", "-smp", "2", "-append", "qemu cpus=2 mem=64") as (_, console):
+        console.expect("selftest: begin", TIMEOUT_S)
+        report = console.expect(" failed", TIMEOUT_S).splitlines()
+
+    assert [line for line in report if line.startswith("FAIL")] == []
+    assert "ok smp.long-mode-entered" in report
+    assert "skip acpi.pm-ports" in report
+    assert report[-1] == f"selftest: {sum(line.startswith('ok ') for line in report)} ok, 0 failed"
