@@ -257,6 +257,29 @@ def test_one_shot_boot_of_a_known_vm(vmd: Daemon) -> None:
         vmd.wait_state("demo", "stopped")
 
 
+def test_an_ad_hoc_vm_reboots_from_the_file_its_client_opened(vmd: Daemon, tmp_path: Path) -> None:
+    """The daemon keeps what the client opened, even when the path is gone."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(guest("demo").read_bytes())
+    vmd.must("start", "-m", "32M", "-b", kernel, "adhoc")
+    kernel.unlink()
+    with vmd.console("adhoc") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.answer("reset", PROMPT)
+    vmd.must("stop", "-fw", "adhoc")
+
+
+def test_a_command_line_for_one_boot(vmd: Daemon) -> None:
+    """`start -k` of a known VM changes its command line this once."""
+    vmd.must("start", "-k", "quiet", "demo")
+    with vmd.console("demo") as console:
+        assert "small monitor" not in console.expect(PROMPT, DEADLINE_S)
+    vmd.must("stop", "-fw", "demo")
+    refused = vmd.vmctl("start", "-B", "cdrom", "demo")
+    assert refused.returncode == 1
+    assert "a boot device: not supported" in refused.stderr
+
+
 def test_several_vcpus(tmp_path: Path) -> None:
     """Sixteen vCPUs are built, started by the guest's own INIT/SIPI, and stopped again."""
     with Daemon(tmp_path, demo("smp", "vcpus 16")) as vmd:

@@ -248,16 +248,19 @@ class Parent(Process):
         vm: Vm,
         *,
         uid: int,
+        config: VmConfig | None = None,
         given_boot: int | None = None,
         given_initrd: int | None = None,
     ) -> None:
         """Open what the VM needs and have vmm start it.  Owns the given descriptors.
 
-        Raises OperatorError or HostError; the VM is then as it was.
+        `config` differs from the VM's own for a one-shot boot.  Raises OperatorError or HostError; the VM is
+        then as it was.
         """
-        files = open_boot_files(vm.config, given_boot, given_initrd)
+        config = config or vm.config
+        files = open_boot_files(config, given_boot, given_initrd)
         try:
-            refuse_unsupported(vm.config)
+            refuse_unsupported(config)
             fresh_pty = vm.pty is None
             if vm.pty is None:
                 vm.pty = Pty()
@@ -272,7 +275,7 @@ class Parent(Process):
                 }
                 vm.begin_start()
                 message = StartVm(
-                    vmid=vm.vmid, config=vm.config, boot_name=files.boot_name, verbosity=self.verbosity
+                    vmid=vm.vmid, config=config, boot_name=files.boot_name, verbosity=self.verbosity
                 )
                 try:
                     self.peers[Proc.VMM].send(message, fds=fds)
@@ -306,8 +309,7 @@ class Parent(Process):
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
         vm = self.vms.get(message.vmid)
         text = message.text or vm.text
-        one_shot = vm.one_shot_boot or vm.forced_boot is not BootDevice.AUTO
-        if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not one_shot:
+        if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not vm.one_shot_boot:
             uid = vm.uid
             vm.state, vm.pid = State.STOPPED, 0
             if not vm.restarts.may_restart():
@@ -315,8 +317,9 @@ class Parent(Process):
                 log.error(f"vm {vm.vmid} {text}")
             else:
                 log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
+                boot, initrd = vm.kept_files()
                 try:
-                    self.start_vm(vm, uid=uid)
+                    self.start_vm(vm, uid=uid, given_boot=boot, given_initrd=initrd)
                 except VmdError as error:
                     text = f"cannot reboot: {error}"
                     log.error(f"vm {vm.name}: {text}")
@@ -391,36 +394,37 @@ class Parent(Process):
         if self.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
-        vm: Vm | None = None
-        ad_hoc = False
         try:
             if message.template:
                 raise OperatorError(errno.ENOTSUP, f"vm {message.name}: instances cannot be started yet")
             if message.config is not None:
                 require_root(caller, "start a VM that vm.conf does not describe")
-                vm, ad_hoc = self.vms.add(checked_request(message.config, boot), from_config=False), True
+                vm = self.vms.add(checked_request(message.config, boot), from_config=False)
+                vm.keep_files(boot, initrd)
             else:
                 vm = self.vms.get(message.vmid, message.name)
                 if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
                     raise OperatorError(errno.EPERM, f"uid {caller.uid} may not start vm {vm.name}")
                 if vm.alive:
                     raise OperatorError(errno.EALREADY, f"vm {vm.name} is already running")
-                if boot is not None:
-                    require_readable(boot, "boot image", caller)
-            vm.restarts.started_by_user()
+                for fd in (boot, initrd):
+                    if fd is not None:
+                        require_readable(fd, "boot image", caller)
         except OperatorError:
             for fd in (boot, initrd):
                 if fd is not None:
                     os.close(fd)
             raise
+        config = one_shot_config(vm.config, message)
         try:
-            self.start_vm(vm, uid=caller.uid, given_boot=boot, given_initrd=initrd)
+            self.start_vm(vm, uid=caller.uid, config=config, given_boot=boot, given_initrd=initrd)
         except VmdError:
-            if ad_hoc:
+            if not vm.from_config:
                 self.vms.remove(vm)
             raise
-        vm.one_shot_boot = boot is not None
-        vm.forced_boot = message.boot_device
+        vm.restarts.started_by_user()
+        # What only this start had cannot be had again: such a VM stops where others reboot (*cat. 4.4*).
+        vm.one_shot_boot = vm.from_config and (config != vm.config or boot is not None or initrd is not None)
         vm.start_client = envelope.peerid
 
     def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
@@ -605,6 +609,15 @@ def checked_request(config: VmConfig, boot: int | None) -> VmConfig:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: no kernel, disk or cdrom to boot from")
     # Descriptors name the boot files of a client; paths it sends along are for messages only.
     return config.replace(parent="", origin="")
+
+
+def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
+    """Return the configuration of one start: a known VM's, with what the client wants otherwise this time."""
+    if message.cmdline is not None:
+        config = config.replace(cmdline=message.cmdline)
+    if message.boot_device is not BootDevice.AUTO:
+        config = config.replace(boot_device=message.boot_device)
+    return config
 
 
 def refuse_unsupported(config: VmConfig) -> None:

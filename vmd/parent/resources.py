@@ -132,7 +132,7 @@ def open_boot_files(config: VmConfig, given_boot: int | None, given_initrd: int 
             files.boot, files.boot_name = open_firmware()
         if given_initrd is not None:
             require_regular(given_initrd, config.initrd or "initrd")
-        elif config.initrd and given_boot is None:
+        elif config.initrd and given_boot is None:  # a kernel given for once does not go with the usual initrd
             files.initrd = open_regular(config.initrd, "initrd")
     except BaseException:
         files.close()

@@ -1,10 +1,11 @@
 """Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
 
 import errno
+import os
 from collections.abc import Iterator
 from enum import Enum
 
-from vmd.config.model import BootDevice, VmConfig
+from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID
 from vmd.parent.limits import RestartLimit
@@ -41,8 +42,8 @@ class Vm:
         self.waiting_clients: set[int] = set()  # wait for VmTerminated
         self.console_client: int | None = None
         self.console_user = ""
-        self.forced_boot = BootDevice.AUTO  # one-shot; such a VM stops where others reboot (*cat. 4.4*)
-        self.one_shot_boot = False  # booted from descriptors that only that start had
+        self.one_shot_boot = False  # booted from what only that start had
+        self._kept: tuple[int | None, int | None] = (None, None)  # boot image and initrd of a client
 
     @property
     def name(self) -> str:
@@ -81,8 +82,23 @@ class Vm:
         self.pid = 0
         self.text = text
         self.uid = self.config.owner.uid
-        self.forced_boot = BootDevice.AUTO
         self.one_shot_boot = False
+
+    def keep_files(self, boot: int | None, initrd: int | None) -> None:
+        """Keep copies of what a client opened: a VM without a configuration reboots from them."""
+        self._kept = (os.dup(boot) if boot is not None else None, os.dup(initrd) if initrd is not None else None)
+
+    def kept_files(self) -> tuple[int | None, int | None]:
+        """Return copies of the kept boot image and initrd, which are the caller's."""
+        boot, initrd = self._kept
+        return os.dup(boot) if boot is not None else None, os.dup(initrd) if initrd is not None else None
+
+    def drop_files(self) -> None:
+        """Close the kept files."""
+        for fd in self._kept:
+            if fd is not None:
+                os.close(fd)
+        self._kept = (None, None)
 
     def take_pty(self) -> Pty | None:
         """Give up the console, at the end of the VM; the pty is the caller's to close."""
@@ -133,6 +149,7 @@ class VmTable:
     def remove(self, vm: Vm) -> None:
         """Forget a VM; its id stays reserved for its name."""
         vm.drop_pty()
+        vm.drop_files()
         self._by_name.pop(vm.name, None)
 
     def find(self, vmid: int, name: str) -> Vm | None:
