@@ -8,15 +8,6 @@ if TYPE_CHECKING:
     from vmd.vm.boot.image import Image
     from vmd.vm.boot.start import Memory
 
-# Where distributions put SeaBIOS, best first: Debian, Ubuntu, Fedora and Gentoo; Arch, Alpine and SUSE.
-# The 256 KiB builds have drivers for virtio-scsi, the 128 KiB ones may not.
-FIRMWARE_PATHS = (
-    "/usr/share/seabios/bios-256k.bin",
-    "/usr/share/qemu/bios-256k.bin",
-    "/usr/share/seabios/bios.bin",
-    "/usr/share/qemu/bios.bin",
-)
-
 # Only this much of its end shows below 1 MiB, as with QEMU's i440FX.  SeaBIOS copies the rest down itself
 # when it has unlocked its shadow RAM, and option ROMs are looked for where that rest would lie before.
 SHADOW_BYTES = 128 * layout.KIB
