@@ -461,6 +461,30 @@ def test_malformed_packets_do_not_disturb_others(vmd: Daemon) -> None:
     assert vmd.status("demo")["state"] == "stopped"
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        StartRequest(name="x" * 16000),
+        StopRequest(name="y" * 16300),
+        WaitRequest(name="\u2603" * 5000),
+        LoadRequest(path="/" + "z" * 16300),
+        StartRequest(name="demo", vmid=1 << 63),
+        StartRequest(name="big", config=VmConfig(name="n" * 16000)),
+    ],
+)
+def test_requests_as_long_as_a_packet_are_answered(vmd: Daemon, request_: Request) -> None:
+    """Case 56: a name that fills its packet comes back cut, and nobody falls over it."""
+    packet = encode(request_)[0]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.connect(str(vmd.socket))
+        client.settimeout(DEADLINE_S)
+        client.send(packet)
+        answer = decode(client.recv(MAX_MESSAGE), [], "vmd").message
+    assert isinstance(answer, Failed)
+    assert len(answer.text) < 8000
+    assert vmd.status("demo")["state"] == "stopped"
+
+
 def ask_as_nobody(path: Path, request: Request) -> list[Record]:
     """Send a request from a process of user nobody; returns all answers."""
     ours, theirs = socket.socketpair()

@@ -143,7 +143,10 @@ class Control(Process):
         if client.unanswered > MAX_UNANSWERED:
             raise PeerError(channel.label, f"more than {MAX_UNANSWERED} requests without waiting for answers")
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
-        self.parent.send(message.replace(caller=client.caller), peerid=client.number, fds=fds)
+        try:
+            self.parent.send(message.replace(caller=client.caller), peerid=client.number, fds=fds)
+        except ValueError as error:  # it just fitted a packet, and no longer does with the caller in it
+            self.turn_away(client, Failed(code=errno.EMSGSIZE, text=str(error)))
 
     def on_answer(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Pass an answer back."""

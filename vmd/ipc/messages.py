@@ -41,6 +41,15 @@ VMD_CDROM_MISSING = 1005
 VMD_CDROM_INVALID = 1006
 VMD_PARENT_INVALID = 1007
 
+TEXT_BYTES_MAX = 4000  # of a sentence; with all else a message has it fits a packet
+
+
+def brief(text: str) -> str:
+    """Return a sentence cut to what a message has room for: names and reasons may come from anybody."""
+    raw = text.encode("utf-8", "surrogateescape")
+    return text if len(raw) <= TEXT_BYTES_MAX else raw[:TEXT_BYTES_MAX].decode("utf-8", "ignore") + " ..."
+
+
 NO_CLIENT = 0xFFFFFFFF  # peerid of what the parent started by itself
 
 

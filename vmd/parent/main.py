@@ -17,6 +17,7 @@ from vmd.config.model import (
     MAX_MEMORY_BYTES,
     MAX_VCPUS,
     MIN_MEMORY_BYTES,
+    NAME_MAX,
     BootDevice,
     Config,
     VirtioMode,
@@ -63,10 +64,12 @@ from vmd.ipc.messages import (
     VmExited,
     VmFailed,
     VmInfo,
+    VmRequest,
     VmRunning,
     VmStarted,
     VmTerminated,
     WaitRequest,
+    brief,
 )
 from vmd.ipc.process import Process
 from vmd.log import log
@@ -86,7 +89,6 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
-FAILED_TEXT_MAX = 8000  # a configuration can be wrong in more places than a message has room for
 
 
 # fmt: off
@@ -261,28 +263,25 @@ class Parent(Process):
         files = open_boot_files(config, given_boot, given_initrd)
         try:
             refuse_unsupported(config)
-            fresh_pty = vm.pty is None
+            fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
                 vm.pty = Pty()
             try:
                 vm.pty.give_to(uid, vm.config.owner.gid)
-                assert files.boot is not None
-                fds = {
-                    "boot": [os.dup(files.boot)],
-                    "initrd": [os.dup(files.initrd)] if files.initrd is not None else [],
-                    "tty": [os.dup(vm.pty.master)],
-                    "tty_slave": [os.dup(vm.pty.slave)],
-                }
                 vm.begin_start()
+                began = True
+                tty = vm.pty.copies()
+                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), "tty": tty[:1], "tty_slave": tty[1:]}
                 message = StartVm(
                     vmid=vm.vmid, config=config, boot_name=files.boot_name, verbosity=self.verbosity
                 )
                 try:
                     self.peers[Proc.VMM].send(message, fds=fds)
                 except ValueError as error:
-                    vm.ended(str(error))
                     raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
-            except VmdError:
+            except VmdError as error:
+                if began:
+                    vm.ended(brief(str(error)))
                 if fresh_pty:
                     vm.drop_pty()
                 raise
@@ -292,7 +291,7 @@ class Parent(Process):
 
     def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""
-        vm = self.vms.get(message.vmid)
+        vm = self.known(message.vmid)
         vm.begin_run(message.pid)
         assert vm.pty is not None
         log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
@@ -300,15 +299,15 @@ class Parent(Process):
 
     def on_vm_failed(self, message: VmFailed, _envelope: Envelope, _channel: Channel) -> None:
         """The VM could not be built; VmExited follows and cleans up."""
-        vm = self.vms.get(message.vmid)
-        vm.text = message.text
+        vm = self.known(message.vmid)
+        vm.text = brief(message.text)
         log.error(f"vm {vm.name}: {message.text}")
-        self.answer_start(vm, Failed(code=message.code, text=f"vm {vm.name}: {message.text}"))
+        self.answer_start(vm, Failed(code=message.code, text=f"vm {vm.name}: {vm.text}"))
 
     def on_vm_exited(self, message: VmExited, _envelope: Envelope, _channel: Channel) -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
-        vm = self.vms.get(message.vmid)
-        text = message.text or vm.text
+        vm = self.known(message.vmid)
+        text = brief(message.text or vm.text)
         if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not vm.one_shot_boot:
             uid = vm.uid
             vm.state, vm.pid = State.STOPPED, 0
@@ -370,6 +369,17 @@ class Parent(Process):
         if client != NO_CLIENT and control is not None:
             control.send(message, peerid=client)
 
+    def answer_failure(self, client: int, code: int, text: str) -> None:
+        """Tell a client what went wrong."""
+        self.answer(client, Failed(code=code, text=brief(text)))
+
+    def known(self, vmid: int) -> Vm:
+        """Return the living VM that vmm speaks of; PeerError if there is none."""
+        vm = self.vms.find(vmid, "")
+        if vm is None or not vm.alive:
+            raise PeerError("vmm", f"speaks of vm {vmid}, which does not run")
+        return vm
+
     def answer_start(self, vm: Vm, message: Record) -> None:
         """Answer whoever waits for the start of this VM, once."""
         if vm.start_client is not None:
@@ -381,13 +391,19 @@ class Parent(Process):
         if message.caller is None:
             raise PeerError("control", f"{type(message).__name__} without a caller")
         try:
+            if isinstance(message, VmRequest) and len(message.name) > NAME_MAX:
+                raise OperatorError(errno.EINVAL, f"vm name too long: {message.name[:NAME_MAX]}...")
             SERVES[type(message)](self, message, message.caller, envelope)
         except OperatorError as error:
-            self.answer(envelope.peerid, Failed(code=error.code, text=str(error)))
+            self.answer_failure(envelope.peerid, error.code, str(error))
         except HostError as error:
-            self.answer(envelope.peerid, Failed(code=error.errno, text=str(error)))
+            self.answer_failure(envelope.peerid, error.errno, str(error))
         except ConfigErrors as error:
-            self.answer(envelope.peerid, Failed(code=errno.EINVAL, text=str(error)[:FAILED_TEXT_MAX]))
+            self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
+        except OSError as error:  # the host has run out of something, and this client has to hear of it
+            what = os.strerror(error.errno or 0)
+            log.error(f"{type(message).__name__}: {what}")
+            self.answer_failure(envelope.peerid, error.errno or errno.EIO, what)
 
     def serve_start(self, message: StartRequest, caller: Caller, envelope: Envelope) -> None:
         """Start a VM that is known, or register the one described and start that."""

@@ -55,6 +55,18 @@ class Pty:
         except OSError as error:
             raise HostError(f"change the owner of {self.path}", error) from error
 
+    def copies(self) -> list[int]:
+        """Return copies of master and slave, which are the caller's.  Raises HostError."""
+        try:
+            master = os.dup(self.master)
+            try:
+                return [master, os.dup(self.slave)]
+            except OSError:
+                os.close(master)
+                raise
+        except OSError as error:
+            raise HostError(f"hand over {self.path}", error) from error
+
     def unread_bytes(self) -> int:
         """Return how much output a viewer has not read yet; a hang-up would lose it."""
         return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
@@ -72,6 +84,17 @@ class BootFiles:
         self.boot: int | None = None
         self.boot_name = ""
         self.initrd: int | None = None
+
+    def take_boot(self) -> int:
+        """Return the kernel or firmware, which is the caller's from now on."""
+        boot, self.boot = self.boot, None
+        assert boot is not None
+        return boot
+
+    def take_initrd(self) -> list[int]:
+        """Return the initrd, if there is one; it is the caller's from now on."""
+        initrd, self.initrd = self.initrd, None
+        return [initrd] if initrd is not None else []
 
     def close(self) -> None:
         """Close what nobody took."""

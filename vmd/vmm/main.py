@@ -30,6 +30,7 @@ from vmd.ipc.messages import (
     VmExited,
     VmFailed,
     VmRunning,
+    brief,
 )
 from vmd.ipc.process import Process
 from vmd.log import log
@@ -130,12 +131,12 @@ class Vmm(Process):
         if isinstance(message, VmRunning):
             message = VmRunning(vmid=child.vmid, pid=child.pid)
         elif isinstance(message, VmFailed):
-            message = message.replace(vmid=child.vmid)
+            message = message.replace(vmid=child.vmid, text=brief(message.text))
         self.parent.send(message, peerid=child.vmid)
 
     def on_vm_ending(self, message: VmEnding, _envelope: Envelope, channel: Channel) -> None:
         """Keep a VM's last words until it is gone."""
-        self.child_of(channel).last_words = message.text
+        self.child_of(channel).last_words = brief(message.text)
 
     def child_of(self, channel: Channel) -> VmChild:
         """Return the running VM on a channel; PeerError if it is none, such as one in reserve."""
