@@ -66,7 +66,7 @@ def load(
         raise ConfigErrors([VmdError(f"{path}: {os.strerror(error.errno or 0)}")]) from error
     except VmdError as error:
         raise ConfigErrors([VmdError(f"{path}: {error}")]) from error
-    config = Grammar(lexer, warn, settings).parse()
+    config = Grammar().parse(lexer, warn, settings)
     for name in lexer.unused:
         warn(f"warning: macro '{name}' not used")
     if lexer.errors:

@@ -83,13 +83,28 @@ class Draft:
 
 
 class Grammar:
-    """Parses one file with what it includes; `parse` may be called once."""
+    """The parser; one can read any number of files, one after the other."""
 
     tokens = lexer.TOKENS
     literals = lexer.LITERALS
     start = "file"
 
-    def __init__(self, source: Lexer, warn: Warn, settings: Globals) -> None:
+    def __init__(self) -> None:
+        self.parser = yacc.yacc(module=self, write_tables=False, debug=False, errorlog=yacc.NullLogger())
+        # ply looks at the next token even where it can only reduce, so that a line would already be read
+        # under the rules, macros and file that the statement before it is about to change.  Empty
+        # productions keep ply's way, or error recovery would meet their states again and reduce for ever;
+        # it never gets back to state 0, from which the first line must be able to fail like others.
+        self.parser.defaulted_states = {
+            state: action
+            for state, actions in self.parser.action.items()
+            for action in set(actions.values())
+            if len(set(actions.values())) == 1 and action < 0
+            if self.parser.productions[-action].len or state == 0
+        }
+
+    def begin(self, source: Lexer, warn: Warn, settings: Globals) -> None:
+        """Forget the file before."""
         self.lexer = source
         self.warn = warn
         self.settings = settings
@@ -100,21 +115,11 @@ class Grammar:
         self.allow = VmFlag(0)
         self.allow_owner: Owner | None = None
 
-    def parse(self) -> Config:
-        """Return what the file says; meaningless if the lexer has errors by then."""
-        parser = yacc.yacc(module=self, write_tables=False, debug=False, errorlog=yacc.NullLogger())
-        # ply looks at the next token even where it can only reduce, so that a line would already be read
-        # under the rules, macros and file that the statement before it is about to change.
-        parser.defaulted_states = {
-            state: action
-            for state, actions in parser.action.items()
-            for action in set(actions.values())
-            if len(set(actions.values())) == 1 and action < 0
-        }
-        parser.parse(lexer=self.lexer)
-        return Config(
-            settings=self.settings, switches=tuple(self.switches), vms=tuple(self.vms.values())
-        )
+    def parse(self, source: Lexer, warn: Warn, settings: Globals) -> Config:
+        """Return what an open file says, on top of `settings`; meaningless if `source` has errors then."""
+        self.begin(source, warn, settings)
+        self.parser.parse(lexer=source)
+        return Config(settings=self.settings, switches=tuple(self.switches), vms=tuple(self.vms.values()))
 
     def error(self, what: str, line: int | None = None) -> None:
         """Report a semantic error of the present statement."""

@@ -1,0 +1,874 @@
+"""Every statement, every limit and its message, and going on behind errors."""
+
+import os
+import pwd
+import random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ply import yacc
+
+from tests.unit.config.conftest import Loader
+from vmd.config.check import check
+from vmd.config.grammar import Grammar
+from vmd.config.lexer import RESERVED, Lexer
+from vmd.config.model import (
+    AgentxConfig,
+    AllowInstance,
+    BootDevice,
+    Config,
+    DiskConfig,
+    Globals,
+    NicConfig,
+    Owner,
+    Prefix,
+    SwitchConfig,
+    VirtioMode,
+    VmFlag,
+)
+from vmd.errors import ConfigError
+from vmd.log import log
+
+NAME63 = "a" * 63
+NAME64 = "a" * 64
+
+
+# Statements outside blocks
+
+
+def test_empty_file_is_all_defaults(conf: Loader) -> None:
+    """As is one of comments and blank lines."""
+    assert conf.load("") == conf.load("\n\n # nothing \\\n here\n\t\n") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "length"),
+    [
+        ("10.77.0.0/16", "10.77.0.0", 16),
+        ("10.77.0.0", "10.77.0.0", 16),
+        ("10.0.0.0/8", "10.0.0.0", 8),
+        ("10/8", "10.0.0.0", 8),
+        ("'10/8'", "10.0.0.0", 8),
+        ("10", "10.0.0.0", 16),
+        ("10.77/16", "10.77.0.0", 16),
+        ("128.0.0.0/1", "128.0.0.0", 1),
+    ],
+)
+def test_local_prefix(conf: Loader, text: str, address: str, length: int) -> None:
+    """Short forms are as good as long ones."""
+    prefix = conf.load(f"local prefix {text}\n").settings.local_prefix
+
+    assert (".".join(str(octet) for octet in prefix.address), prefix.length) == (address, length)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("10.1.0.0/8", "bad mask: 10.1.0.0/8"),
+        ("10.77.1.0", "bad mask: 10.77.1.0"),
+        ("10.0.0.0/17", "bad mask: 10.0.0.0/17"),
+        ("0.0.0.0/0", "bad mask: 0.0.0.0/0"),
+        ("10.0.0.256/8", "invalid format: 10.0.0.256/8"),
+        ("10.0.0.0.0/8", "invalid format: 10.0.0.0.0/8"),
+        ("host/8", "invalid format: host/8"),
+        ("10.0.0.0/", "invalid format: 10.0.0.0/"),
+        ("10.0.0.0/8/8", "invalid format: 10.0.0.0/8/8"),
+        ("''", "invalid format: "),
+        ("-10", "invalid format: -10"),
+    ],
+)
+def test_local_prefix_errors(conf: Loader, text: str, error: str) -> None:
+    """Bits behind the mask, a length that leaves no room, and nonsense."""
+    assert conf.errors(f"\nlocal prefix {text}\n") == [f"2: invalid local prefix: {error}"]
+
+
+def test_local_inet6(conf: Loader) -> None:
+    """Without a prefix it is the daemon's random one."""
+    config = conf.load("local inet6\n").settings
+
+    assert (config.local_inet6, config.local_inet6_prefix) == (True, None)
+
+
+@pytest.mark.parametrize(("text", "length"), [("fd00:1:2::/48", 48), ("fd00:1:2::", 48), ("fd00::/60", 60)])
+def test_local_inet6_prefix(conf: Loader, text: str, length: int) -> None:
+    """Switches IPv6 on too."""
+    config = conf.load(f"local inet6 prefix {text}\n").settings
+
+    assert config.local_inet6
+    assert config.local_inet6_prefix is not None
+    assert config.local_inet6_prefix.address[:2] == b"\xfd\0"
+    assert config.local_inet6_prefix.length == length
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("fd00::1/48", "bad mask: fd00::1/48"),
+        ("fd00:1:2:3::", "bad mask: fd00:1:2:3::"),
+        ("fd00::/64", "no room for a /64 per interface (longest is /60): fd00::/64"),
+        ("fd00::/999", "no room for a /64 per interface (longest is /60): fd00::/999"),
+        ("fd00::/x", "invalid format: fd00::/x"),
+        ("'fe80::%eth0/48'", "invalid format: fe80::%eth0/48"),
+        ("10.0.0.0/8", "invalid format: 10.0.0.0/8"),
+        ("''", "invalid format: "),
+    ],
+)
+def test_local_inet6_prefix_errors(conf: Loader, text: str, error: str) -> None:
+    """A prefix must have room for a /64 per interface (DESIGN 6)."""
+    assert conf.errors(f"local inet6 prefix {text}\n") == [f"1: invalid local inet6 prefix: {error}"]
+
+
+@pytest.mark.parametrize(("word", "expected"), [("disable", False), ("enable", True)])
+def test_local_nat(conf: Loader, word: str, expected: bool) -> None:
+    """Ours; on unless switched off."""
+    assert conf.load(f"local nat {word}\n").settings.local_nat is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "owner"),
+    [
+        ("root", Owner(uid=0)),
+        ("root:root", Owner(uid=0, gid=0)),
+        (":daemon", Owner(uid=0, gid=1)),
+        ("daemon:", Owner(uid=1)),
+        ("1234", Owner(uid=1234)),
+        ("1234:4321", Owner(uid=1234, gid=4321)),
+        ("'root' ':root'", Owner(uid=0, gid=0)),
+    ],
+)
+def test_owner(conf: Loader, text: str, owner: Owner) -> None:
+    """Names and numbers, of a VM and of the socket; the socket always has a group."""
+    assert conf.vm(f"owner {text}").owner == owner
+    assert conf.load(f"socket owner {text}\n").settings.socket_owner == owner.replace(gid=owner.gid or 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("no-such-user", "failed to get user: no-such-user"),
+        ("root:no-such-group", "failed to get group: no-such-group"),
+        (":no-such-group", "failed to get group: no-such-group"),
+        ("-1", "failed to get user: -1"),
+        ("4294967295", "failed to get user: 4294967295"),
+        ("99999999999", "failed to get user: 99999999999"),
+    ],
+)
+def test_owner_errors(conf: Loader, text: str, error: str) -> None:
+    """The one uid that is no uid is refused as well."""
+    assert conf.errors(f"socket owner {text}\n") == [f"1: {error}"]
+    assert conf.errors(f"vm a {{\nallow instance owner {text}\n}}\n") == [f"2: {error}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("agentx", AgentxConfig()),
+        ("agentx context vms", AgentxConfig(context="vms")),
+        ("agentx path /run/x", AgentxConfig(path="/run/x")),
+        ("agentx context vms path /run/x", AgentxConfig(context="vms", path="/run/x")),
+    ],
+)
+def test_agentx(conf: Loader, text: str, expected: AgentxConfig) -> None:
+    """Both options have defaults."""
+    assert conf.load(text).settings.agentx == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (f"context {'c' * 33}", "agentx context too large"),
+        ("path run/x", "agentx path is not absolute"),
+        (f"path /{'p' * 107}", "agentx path too large"),
+    ],
+)
+def test_agentx_errors(conf: Loader, text: str, error: str) -> None:
+    """A socket's path has 107 bytes."""
+    assert conf.errors(f"agentx {text}\n") == [f"1: {error}"]
+
+
+def test_staggered_start(conf: Loader) -> None:
+    """How many at a time, and how long between."""
+    config = conf.load("staggered start parallel 2 delay 15\n").settings
+
+    assert (config.start_parallel, config.start_delay_s) == (2, 15)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("parallel 0 delay 1", "invalid parallel value: 0"),
+        ("parallel 4294967296 delay 1", "invalid parallel value: 4294967296"),
+        ("parallel 1 delay -1", "invalid delay: -1"),
+        ("parallel 1 delay 4294967296", "invalid delay: 4294967296"),
+        ("parallel 1", "syntax error at end of line"),
+    ],
+)
+def test_staggered_start_errors(conf: Loader, text: str, error: str) -> None:
+    """Zero at a time would never start anything."""
+    assert conf.errors(f"staggered start {text}\n") == [f"1: {error}"]
+
+
+# switch
+
+
+def test_switch(conf: Loader) -> None:
+    """All options, and the defaults of those not given."""
+    config = conf.load(
+        "switch all {\n interface veb0\n disable\n group lab\n locked lladdr\n rdomain 255\n down\n}\n"
+        "switch 'one line' { interface br-lan }\n"
+    )
+
+    assert config.switches == (
+        SwitchConfig(
+            name="all", interface="veb0", enabled=False, group="lab", locked=True, rdomain=255, up=False,
+            origin=f"{conf.path}:1",
+        ),
+        SwitchConfig(name="one line", interface="br-lan", origin=f"{conf.path}:9"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["bridge0", "veb12", "br0", "virbr0", "br-lan", "a" * 15])
+def test_switch_interface(conf: Loader, name: str) -> None:
+    """Linux has no fixed pattern for the names of bridges."""
+    assert conf.load(f"switch s {{ interface {name} }}\n").switches[0].interface == name
+
+
+@pytest.mark.parametrize("name", ["tap0", "tap", "lo", "a" * 16, "a/b", "'a b'", "'.'", "'..'", "''", "a:1", "'é'"])
+def test_switch_interface_errors(conf: Loader, name: str) -> None:
+    """Not those of what cannot be a bridge, or of nothing at all."""
+    assert conf.errors(f"switch s {{\n interface {name}\n}}\n") == [
+        f"2: invalid switch interface: {name.strip(chr(39))}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("switch s {\n up\n}", '1: switch "s" is missing interface name'),
+        ("switch s { disable }", '1: switch "s" is missing interface name'),
+        (f"switch {NAME64} {{\n interface br0\n}}", "1: switch name too long"),
+        ("switch '' {\n interface br0\n}", "1: invalid switch name: "),
+        ("switch 'a\tb' {\n interface br0\n}", "1: invalid switch name: a\tb"),
+        ("switch s {\n interface br0\n rdomain 256\n}", "3: invalid rdomain: 256"),
+        ("switch s {\n interface br0\n rdomain -1\n}", "3: invalid rdomain: -1"),
+        ("switch s {\n interface br0\n group a1\n}", "3: invalid group name: a1"),
+        (f"switch s {{\n interface br0\n group {'g' * 16}\n}}", f"3: invalid group name: {'g' * 16}"),
+        ("switch s {\n interface br0\n group 'a b'\n}", "3: invalid group name: a b"),
+        ("switch s {}", '1: syntax error at "}"'),
+        ("switch s {\n}", '2: syntax error at "}"'),
+        ("switch s {\n interface br0\n vcpus 2\n}", '3: syntax error at "vcpus"'),
+    ],
+)
+def test_switch_errors(conf: Loader, text: str, error: str) -> None:
+    """One message each, on its own line."""
+    assert error in conf.errors(text + "\n")
+
+
+def test_longest_names(conf: Loader) -> None:
+    """63 characters, and 15 for a group."""
+    config = conf.load(f"switch {NAME63} {{ interface br0\n group {'g' * 15}\n}}\nvm {NAME63} {{ disable }}\n")
+
+    assert (config.switches[0].name, config.vms[0].name) == (NAME63, NAME63)
+
+
+# vm
+
+
+def test_vm_with_everything(conf: Loader) -> None:
+    """Every option arrives in its field."""
+    kernel, initrd = conf.directory / "vmlinuz", conf.directory / "initrd.img"
+    kernel.touch()
+    initrd.touch()
+
+    vm = conf.vm(
+        f"""
+        disable
+        memory 1.5G
+        vcpus 4
+        virtio modern
+        disk {conf.image} format QCOW2
+        disk "{conf.image}"
+        cdrom install.iso
+        boot "{kernel}" initrd "{initrd}" cmdline "console=ttyS0 root=/dev/vda"
+        boot device net
+        owner root:daemon
+        seves
+        interfaces 3
+        allow instance {{ boot, memory, interface
+            disk, cdrom instance, vcpus, owner :daemon }}
+        local interface tap7 {{
+            switch lan
+            group lab
+            locked lladdr fe:e1:ba:0:0:9
+            rdomain 3
+            down
+        }}
+        """
+    )
+
+    assert vm.as_dict() == {
+        "name": "a",
+        "parent": "",
+        "enabled": False,
+        "given": VmFlag.CPU | VmFlag.KERNEL | VmFlag.MEMORY | VmFlag.NETWORK | VmFlag.DISK | VmFlag.CDROM,
+        "memory_bytes": 3 << 29,
+        "vcpus": 4,
+        "kernel": str(kernel),
+        "initrd": str(initrd),
+        "cmdline": "console=ttyS0 root=/dev/vda",
+        "boot_device": BootDevice.NET,
+        "disks": (DiskConfig(path=str(conf.image), format="qcow2"), DiskConfig(path=str(conf.image))),
+        "nics": (
+            NicConfig(
+                tap="tap7", switch="lan", group="lab", lladdr=b"\xfe\xe1\xba\0\0\x09", locked=True, local=True,
+                rdomain=3, up=False,
+            ),
+            NicConfig(),
+            NicConfig(),
+        ),
+        "cdrom": "install.iso",
+        "owner": Owner(uid=0, gid=1),
+        "allow": AllowInstance(flags=VmFlag(0x7F), owner=Owner(uid=0, gid=1)),
+        "virtio": VirtioMode.MODERN,
+        "sev": True,
+        "sev_es": True,
+        "origin": f"{conf.path}:1",
+    }  # fmt: skip
+
+
+def test_vm_defaults(conf: Loader) -> None:
+    """What an empty-handed VM is."""
+    (vm,) = conf.load("vm a { enable }\n").vms
+
+    assert (vm.memory_bytes, vm.vcpus, vm.owner, vm.allow) == (512 << 20, 1, Owner(), None)
+    assert (vm.enabled, vm.given, vm.disks, vm.nics) == (True, VmFlag(0), (), ())
+    assert vm.virtio == VirtioMode.TRANSITIONAL
+
+
+def test_instance(conf: Loader) -> None:
+    """Knows its parent, which may be in another file."""
+    (vm,) = conf.load('vm "tmpl" instance "scratch" { disable }\n').vms
+
+    assert (vm.name, vm.parent, vm.given) == ("scratch", "tmpl", VmFlag.INSTANCE)
+
+
+def test_adjacent_strings_concatenate(conf: Loader) -> None:
+    """Also across kinds of quotes."""
+    assert [vm.name for vm in conf.load("vm a \"b\" 'c' { disable }\n").vms] == ["abc"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (f"vm {NAME64} {{", "vm name too long"),
+        (f"vm {'é' * 0}'{'é' * 32}' {{", "vm name too long"),
+        (f"vm {NAME64} instance b {{", f"vm {NAME64} name too long"),
+        (f"vm a instance {NAME64} {{", "vm name too long"),
+        ("vm '' {", "invalid VM name: "),
+        ("vm '.a' {", "invalid VM name: .a"),
+        ("vm '-a' {", "invalid VM name: -a"),
+        ("vm _a {", "invalid VM name: _a"),
+        ("vm a/../b {", "invalid VM name: a/../b"),
+        ("vm 'a b' {", "invalid VM name: a b"),
+        ("vm 'é' {", "invalid VM name: é"),
+        ("vm a:b instance c {", "invalid VM name: a:b"),
+    ],
+)
+def test_vm_names_refused(conf: Loader, text: str, error: str) -> None:
+    """Names become file names, process titles and descriptions of interfaces."""
+    assert conf.errors(f"{text}\n disable\n}}\n") == [f"1: {error}"]
+
+
+@pytest.mark.parametrize("name", ["a", "9", "a.b-c_d", "1a"])
+def test_vm_names_accepted(conf: Loader, name: str) -> None:
+    """A digit may come first, whatever vm.conf(5) says."""
+    assert conf.load(f"vm '{name}' {{ disable }}\n").vms[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ("memory 512", "memory size must be at least 1MB"),
+        ("memory 1023K", "memory size must be at least 1MB"),
+        ("memory -1", "memory size must be at least 1MB"),
+        ("memory 1025G", "memory size too large (limit is 1.0T)"),
+        ("memory 1099511627777", "memory size too large (limit is 1.0T)"),
+        ("memory 1X", "failed to parse size: 1X"),
+        ("memory ''", "failed to parse size: "),
+        ("memory 9E", "failed to parse size: 9E"),
+        ("memory 1G\nmemory 2G", "memory specified more than once"),
+        ("vcpus 0", "invalid number of vcpus: 0 (limit is 16)"),
+        ("vcpus 17", "invalid number of vcpus: 17 (limit is 16)"),
+        ("vcpus 1\nvcpus 1", "vcpus specified more than once"),
+        ("virtio 2.0", "unrecognized virtio mode 2.0"),
+        ("virtio Modern", "unrecognized virtio mode Modern"),
+        ("disk /nowhere", "failed to parse disks: /nowhere: No such file or directory"),
+        ("disk ''", "failed to parse disks: : No such file or directory"),
+        ("disk IMAGE\n" * 5, "too many disks"),
+        ("disk IMAGE format vmdk", "unrecognized disk format vmdk"),
+        (f"disk /{'d' * 1023}", "disk path too long"),
+        (f"cdrom /{'c' * 1023}", "cdrom name too long"),
+        ("cdrom a\ncdrom b", "cdrom specified more than once"),
+        ("boot /nowhere", "kernel path not found: No such file or directory: /nowhere"),
+        (f"boot /{'b' * 1023}", f"kernel path not found: File name too long: /{'b' * 76}..."),
+        (f"boot /{'b' * 256}", f"kernel path not found: File name too long: /{'b' * 76}..."),
+        ("boot IMAGE\nboot IMAGE", "kernel specified more than once"),
+        ("boot IMAGE initrd /nowhere", "initrd path not found: No such file or directory: /nowhere"),
+        ("boot IMAGE initrd IMAGE initrd IMAGE", "initrd specified more than once"),
+        ("boot IMAGE cmdline a cmdline b", "cmdline specified more than once"),
+        (f"boot IMAGE\ncmdline '{'c' * 2048}'", "cmdline too long (limit is 2047)"),
+        ("boot device floppy", 'syntax error at "floppy"'),
+        ("interface em0", "invalid interface: em0"),
+        ("interface tap0x", "invalid interface: tap0x"),
+        ("interface tap1234567890123", "invalid interface: tap1234567890123"),
+        ("interface\n" * 5, "too many interfaces: 5"),
+        ("interfaces 5", "too many interfaces: 5"),
+        ("interfaces -1", "invalid number of interfaces: -1"),
+        ("interfaces 0\ninterfaces 1", "interfaces specified more than once"),
+        ("interface lladdr 00:11", "invalid address: 00:11"),
+        ("interface lladdr 00:11:22:33:44:gg", "invalid address: 00:11:22:33:44:gg"),
+        ("interface rdomain 256", "invalid rdomain: 256"),
+        ("interface group eth0", "invalid group name: eth0"),
+        (f"interface switch {NAME64}", "switch name too long"),
+        ("owner nobody-here", "failed to get user: nobody-here"),
+        ("allow instance network", 'syntax error at "network"'),
+        ("kernel IMAGE", 'syntax error at "kernel"'),
+    ],
+)
+def test_option_errors(conf: Loader, options: str, error: str) -> None:
+    """Every limit and its message; the line is that of the offending option."""
+    options = options.strip().replace("IMAGE", str(conf.image))
+    line = 2 + options.count("\n")
+
+    assert conf.errors(f"vm a {{\n{options}\n}}\n") == [f"{line}: {error}"]
+
+
+@pytest.mark.parametrize(
+    ("word", "size_mb"),
+    [("1048576", 1), ("1M", 1), ("1.9M", 1), ("1.5G", 1536), ("1g", 1024), ("1024G", 1 << 20), ("2000000K", 1953)],
+)
+def test_memory(conf: Loader, word: str, size_mb: int) -> None:
+    """A number is bytes; what is no whole MiB is rounded down."""
+    assert conf.vm(f"memory {word}").memory_bytes == size_mb << 20
+
+
+def test_memory_rounding_is_a_debug_message(
+    conf: Loader, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a warning."""
+    monkeypatch.setattr(log, "verbosity", 2)
+
+    conf.vm("memory 1.5M")
+
+    assert f"{conf.path}:2: memory size rounded to 1 megabytes" in capfd.readouterr().err
+    assert conf.warnings == []
+
+
+def test_paths_are_resolved(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links and relative paths mean what they mean now; a CD is looked for when it is needed."""
+    (conf.directory / "link").symlink_to("disk.img")
+    monkeypatch.chdir(conf.directory)
+
+    vm = conf.vm("disk link\nboot './link'\ncdrom link")
+
+    assert (vm.disks[0].path, vm.kernel, vm.cdrom) == (str(conf.image), str(conf.image), "link")
+
+
+def test_paths_may_be_no_utf8(conf: Loader) -> None:
+    """Linux does not care, so neither do we."""
+    name = os.path.join(os.fsencode(conf.directory), b"caf\xe9.img")
+    with open(name, "wb"):
+        pass
+
+    (vm,) = conf.load(b'vm a { disk "' + name + b'" }\n').vms
+
+    assert os.fsencode(vm.disks[0].path) == name
+
+
+@pytest.mark.parametrize(
+    ("options", "boot"),
+    [
+        ("boot IMAGE", ("IMAGE", "", "")),
+        ("boot IMAGE initrd IMAGE", ("IMAGE", "IMAGE", "")),
+        ("boot IMAGE cmdline 'a b'", ("IMAGE", "", "a b")),
+        ("boot IMAGE cmdline a initrd IMAGE", ("IMAGE", "IMAGE", "a")),
+        ("cmdline a\ninitrd IMAGE\nboot IMAGE", ("IMAGE", "IMAGE", "a")),
+        ("boot IMAGE cmdline cmdline", ("IMAGE", "", "cmdline")),
+    ],
+)
+def test_boot(conf: Loader, options: str, boot: tuple[str, str, str]) -> None:
+    """Kernel, initial RAM disk and command line, on one line or several."""
+    vm = conf.vm(options.replace("IMAGE", str(conf.image)))
+
+    assert (vm.kernel, vm.initrd, vm.cmdline) == tuple(part.replace("IMAGE", str(conf.image)) for part in boot)
+
+
+@pytest.mark.parametrize(
+    ("statement", "nic"),
+    [
+        ("interface", NicConfig()),
+        ("interface tap", NicConfig(tap="tap")),
+        ("interface tap3", NicConfig(tap="tap3")),
+        ("local interface", NicConfig(local=True)),
+        ("interface switch lan", NicConfig(switch="lan")),
+        ("interface tap0 switch lan, rdomain 2 down", NicConfig(tap="tap0", switch="lan", rdomain=2, up=False)),
+        ("interface { switch lan  rdomain 2  up }", NicConfig(switch="lan", rdomain=2)),
+        ("interface { switch lan, down, }", NicConfig(switch="lan", up=False)),
+        ("interface {\nswitch lan\n\nlocked lladdr\n}", NicConfig(switch="lan", locked=True)),
+        ("interface { switch lan\n group x }", NicConfig(switch="lan", group="x")),
+        ("interface {\n switch lan up\n}", NicConfig(switch="lan")),
+        ("interface lladdr", NicConfig()),
+        ("interface lladdr 0:0:0:0:0:0", NicConfig()),
+        ("interface locked lladdr 00:01:02:03:04:0a", NicConfig(lladdr=bytes([0, 1, 2, 3, 4, 10]), locked=True)),
+        ("interface lladdr 0:1:2:3:4:5 locked lladdr", NicConfig(lladdr=bytes(range(6)), locked=True)),
+    ],
+)
+def test_interface(conf: Loader, statement: str, nic: NicConfig) -> None:
+    """On one line or in a block."""
+    assert conf.vm(statement).nics == (nic,)
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 1), (1, 1), (4, 4)])
+def test_interfaces_is_a_minimum(conf: Loader, number: int, count: int) -> None:
+    """Plain ones are added behind those described."""
+    nics = conf.vm(f"interfaces {number}\ninterface tap3").nics
+
+    assert nics == (NicConfig(tap="tap3"), *[NicConfig()] * (count - 1))
+
+
+@pytest.mark.parametrize(
+    ("statement", "allow"),
+    [
+        ("allow instance disk", AllowInstance(flags=VmFlag.DISK)),
+        ("allow instance owner root", AllowInstance(owner=Owner(uid=0))),
+        ("allow instance { disk }", AllowInstance(flags=VmFlag.DISK)),
+        ("allow instance { disk, memory }", AllowInstance(flags=VmFlag.DISK | VmFlag.MEMORY)),
+        ("allow instance { disk memory }", AllowInstance(flags=VmFlag.DISK | VmFlag.MEMORY)),
+        ("allow instance {\ndisk\n\nmemory,\nboot\n}", AllowInstance(flags=VmFlag(0x16))),
+        ("allow instance { owner daemon, disk }", AllowInstance(flags=VmFlag.DISK, owner=Owner(uid=1))),
+        ("allow instance disk\nallow instance memory", AllowInstance(flags=VmFlag(0x14))),
+    ],
+)
+def test_allow_instance(conf: Loader, statement: str, allow: AllowInstance) -> None:
+    """One flag, or a block of them; several statements add up."""
+    assert conf.vm(statement).allow == allow
+
+
+def test_allow_instance_does_not_leak_into_the_next_vm(conf: Loader) -> None:
+    """Even when the block that carried it was broken."""
+    errors = conf.errors("vm a {\n allow instance { disk foo\n}\n memory 0\n}\n")
+    config = conf.load("vm a { allow instance disk }\nvm b { allow instance memory }\n")
+
+    assert errors == ['2: syntax error at "foo"', "4: memory size must be at least 1MB"]
+    assert config.vms[1].allow == AllowInstance(flags=VmFlag.MEMORY)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{ memory 1G }",
+        "{\nmemory 1G\n}",
+        "{\n\n\nmemory 1G\n\n\n}",
+        "{ memory 1G\n}",
+        "{\nmemory 1G }",
+        "{ memory 1G\nenable\n}",
+        "{ memory 1G enable\n}",
+        "{\nmemory 1G enable\ndisk DISK\n}",
+        "{\nmemory 1G\nenable }",
+    ],
+)
+def test_blocks_accepted(conf: Loader, block: str) -> None:
+    """One option on one line, several on their own; the first line may carry two, as upstream."""
+    (vm,) = conf.load(f"vm a {block.replace('DISK', str(conf.image))}\n").vms
+
+    assert vm.memory_bytes == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("block", "error"),
+    [
+        ("{ }", '1: syntax error at "}"'),
+        ("{\n}", '2: syntax error at "}"'),
+        ("{ memory 1G enable }", '1: syntax error at "}"'),
+        ("{\nmemory 1G\nenable disable\n}", '3: syntax error at "disable"'),
+        ("{ memory 1G enable disable\n}", '1: syntax error at "disable"'),
+        ("\n{ memory 1G }", "1: syntax error at end of line"),
+        ("{\ninterface { }\n}", '2: syntax error at "}"'),
+        ("{\ninterface {\n}\n}", '3: syntax error at "}"'),
+        ("{\nallow instance { }\n}", '2: syntax error at "}"'),
+        ("{\nmemory 1G", "3: syntax error at end of file"),
+        ("{ memory 1G } memory", '1: syntax error at "memory"'),
+    ],
+)
+def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
+    """An option must end where its line does."""
+    assert conf.errors(f"vm a {block}\n")[0] == error
+
+
+# what is ours must not get in the way
+
+
+@pytest.mark.parametrize("word", ["vcpus", "virtio", "initrd", "cmdline", "nat", "legacy", "modern", "transitional"])
+def test_our_words_are_still_words(conf: Loader, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever upstream takes a word, it may be one of our keywords."""
+    monkeypatch.chdir(conf.directory)
+    (conf.directory / word).touch()
+    config = conf.load(
+        f"""
+        {word} = {word}
+        switch {word} {{
+            group {word}
+            interface {word}
+        }}
+        vm {word} {{
+            boot {word}
+            disk {word}
+            cdrom {word}
+            interface tap {{ group {word} switch {word} }}
+            disk ${word}
+        }}
+        vm x instance {word}2 {{ cdrom {word} }}
+        """
+    )
+
+    (vm, _) = config.vms
+    assert (vm.name, vm.cdrom, vm.nics[0].switch, vm.nics[0].group) == (word, word, word, word)
+    assert [disk.path for disk in vm.disks] == [vm.kernel] * 2 == [str(conf.directory / word)] * 2
+    assert (config.switches[0].name, config.switches[0].interface) == (word, word)
+
+
+def test_our_words_keep_off_quoted_ones(conf: Loader) -> None:
+    """`boot "a" "initrd"` is one path, as it always was."""
+    (conf.directory / "diskinitrd").touch()
+
+    assert conf.vm(f'boot "{conf.directory}/disk" "initrd"').kernel == f"{conf.directory}/diskinitrd"
+
+
+@pytest.mark.parametrize("word", sorted(RESERVED))
+def test_reserved_words_must_be_quoted(conf: Loader, word: str) -> None:
+    """And then they are names like others."""
+    assert conf.errors(f"vm {word} {{ disable }}\n") == [f'1: syntax error at "{word}"']
+    assert conf.load(f"vm '{word}' {{ disable }}\n").vms[0].name == word
+
+
+# going on behind errors
+
+
+def test_all_errors_are_reported(conf: Loader) -> None:
+    """A bad line costs that line and no other, at every depth."""
+    errors = conf.errors(
+        """\
+foo
+local prefix 1.2.3.4/8
+switch "a" {
+    bar
+    interface tap0
+}
+vm "x" {
+    memory
+    memory 2
+    interface {
+        baz
+        lladdr x
+    }
+    allow instance { qux }
+    interface { quux }
+    vcpus 99
+}
+vm y bar {
+    memory 1
+}
+vm "z" { corge }
+vm "z" {
+    memory 3
+    interface tap1 }
+vm "z" { interfaces 7 }
+} stray
+socket owner nobody-here
+"""
+    )
+
+    assert errors == [
+        "1: syntax error at end of line",
+        "2: invalid local prefix: bad mask: 1.2.3.4/8",
+        '4: syntax error at "bar"',
+        "5: invalid switch interface: tap0",
+        "8: syntax error at end of line",
+        "9: memory size must be at least 1MB",
+        '11: syntax error at "baz"',
+        "12: invalid address: x",
+        '14: syntax error at "qux"',
+        '15: syntax error at "quux"',
+        "16: invalid number of vcpus: 99 (limit is 16)",
+        "19: memory size must be at least 1MB",
+        '21: syntax error at "corge"',
+        "23: memory size must be at least 1MB",
+        "25: too many interfaces: 7",
+        '26: syntax error at "}"',
+        "27: failed to get user: nobody-here",
+    ]
+
+
+@pytest.mark.parametrize(("head", "bad"), [("vm a b =", "="), ("switch a b c instance", "instance")])
+def test_broken_head_skips_its_block(conf: Loader, head: str, bad: str) -> None:
+    """Options without the block they belong to would all be called wrong."""
+    assert conf.errors(f"{head} x {{\n disk a\n interface {{\n up\n }}\n}}\nfoo\n") == [
+        f'1: syntax error at "{bad}"',
+        "7: syntax error at end of line",
+    ]
+
+
+def test_brace_behind_an_error_still_closes(conf: Loader) -> None:
+    """So that what follows is not read as part of the block."""
+    assert conf.errors("vm a {\n disable\n memory }\nvm b {\n interface {\n foo }\n vcpus 0\n}\nbar\n") == [
+        '3: syntax error at "}"',
+        "6: syntax error at \"foo\"",
+        "7: invalid number of vcpus: 0 (limit is 16)",
+        "9: syntax error at end of line",
+    ]
+
+
+def test_grammar_has_no_conflicts() -> None:
+    """Nothing for ply to complain of: conflicts, tokens without use, rules out of reach."""
+    complaints: list[str] = []
+
+    class Complaints(yacc.NullLogger):  # type: ignore[misc]  # ply has no types
+        def warning(self, text: str, *values: object) -> None:
+            complaints.append(text % values)
+
+        error = warning
+
+    yacc.yacc(
+        module=Grammar(), write_tables=False, debug=True, debuglog=yacc.NullLogger(), errorlog=Complaints()
+    )
+
+    assert complaints == []
+
+
+def test_parsing_writes_no_files(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ply's defaults would."""
+    monkeypatch.chdir(conf.directory)
+
+    conf.load("vm a { disable }\n")
+
+    assert sorted(entry.name for entry in conf.directory.iterdir()) == ["disk.img", "vm.conf"]
+
+
+# hostile input
+
+VALID = b"""\
+images = "/"
+local prefix 10.77.0.0/16
+local inet6 prefix fd00::/48
+local nat disable
+socket owner :root
+staggered start parallel 2 delay 15
+agentx context "c" path "/run/x"
+switch "lan" {
+    interface veb0
+    locked lladdr
+    group labnet
+}
+vm "db1" {
+    memory 2G # much
+    vcpus 2
+    virtio legacy
+    disk $images format raw
+    interface { switch "lan" rdomain 3 lladdr fe:e1:ba:00:00:09 }
+    local interface tap4 up, locked lladdr
+    boot "/" initrd "/" cmdline "a \\"b\\" \\
+c"
+    allow instance { disk, memory, owner :root
+        boot }
+}
+vm "db1" instance "x" { cdrom '/x' }
+"""
+
+
+@pytest.fixture(scope="module")
+def grammar() -> Grammar:
+    """One parser for thousands of texts; making it is what takes longest."""
+    return Grammar()
+
+
+def load_or_refuse(conf: Loader, grammar: Grammar, text: bytes) -> None:
+    """Read a text; it is a configuration or has errors with something to say, and raises nothing."""
+    conf.path.write_bytes(text)
+    lexer = Lexer({})
+    lexer.open(str(conf.path))
+    config = grammar.parse(lexer, conf.warnings.append, Globals())
+    check(config, conf.warnings.append)
+    assert all(isinstance(error, ConfigError) and error.line > 0 and error.what for error in lexer.errors)
+
+
+def test_valid_text_is_valid(conf: Loader) -> None:
+    """Else the tests below would prove little."""
+    assert len(conf.load(VALID).vms) == 2
+
+
+def test_truncated(conf: Loader, grammar: Grammar) -> None:
+    """Every prefix of a valid file loads or is refused."""
+    for length in range(len(VALID)):
+        load_or_refuse(conf, grammar, VALID[:length])
+
+
+def test_one_byte_changed(conf: Loader, grammar: Grammar) -> None:
+    """A valid file with single bytes replaced, removed or doubled loads or is refused."""
+    rng = random.Random(1)
+    for _ in range(1000):
+        at = rng.randrange(len(VALID))
+        middle = rng.choice((b"", b"\n", b"}", b"{", b"\"", b"\\", b"\0", b"\xff", VALID[at : at + 1] * 2))
+        load_or_refuse(conf, grammar, VALID[:at] + middle + VALID[at + 1 :])
+
+
+def test_random_bytes(conf: Loader, grammar: Grammar) -> None:
+    """Noise is refused, not crashed on."""
+    rng = random.Random(2)
+    for _ in range(1000):
+        load_or_refuse(conf, grammar, rng.randbytes(rng.randrange(200)))
+
+
+WORDS = (*sorted(RESERVED), "{", "}", "\n", ",", "=", "$m", "1", "-1", "1G", "'", "x", "vcpus", "nat", "initrd", "\\\n")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), max_size=40))
+def test_random_words(conf: Loader, grammar: Grammar, words: list[str]) -> None:
+    """Neither does any sequence of tokens confuse the way back to the next line."""
+    load_or_refuse(conf, grammar, " ".join(words).encode())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(VALID.decode().splitlines(keepends=True)), max_size=20))
+def test_shuffled_lines(conf: Loader, grammar: Grammar, lines: list[str]) -> None:
+    """Nor lines in the wrong places."""
+    load_or_refuse(conf, grammar, "".join(lines).encode())
+
+
+def test_long_file_of_strings_is_read_in_time(conf: Loader) -> None:
+    """Concatenation is not quadratic, nor is what follows an error."""
+    (error,) = conf.errors(b"vm " + b"'a' " * 20000 + b"{ disable }\n")
+
+    assert error == "1: vm name too long"
+
+
+def test_owner_is_looked_up_in_the_password_file(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name made of digits is a name first."""
+    entry = pwd.getpwnam("daemon")
+
+    def getpwnam(name: str) -> Any:  # noqa: ANN401 - a struct_passwd
+        assert name == "77"
+        return entry
+
+    monkeypatch.setattr(pwd, "getpwnam", getpwnam)
+
+    assert conf.vm("owner 77").owner == Owner(uid=entry.pw_uid)
+
+
+def test_prefix_records(conf: Loader) -> None:
+    """The last statement of a kind counts."""
+    config = conf.load("local prefix 10/8\nlocal prefix 11/8\n").settings
+
+    assert config.local_prefix == Prefix(address=bytes([11, 0, 0, 0]), length=8)

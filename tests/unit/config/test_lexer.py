@@ -1,0 +1,270 @@
+"""Words, numbers, quoting, continued lines, macros and include files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.unit.config.conftest import Loader
+from vmd.config.lexer import ERRORS_MAX, RESERVED, TOKENS, Lexer
+
+
+def tokens(tmp_path: Path, text: str, **macros: str) -> list[object]:
+    """Return the values of a text's tokens, without the newline at its end."""
+    path = tmp_path / "tokens.conf"
+    path.write_text(text)
+    lexer = Lexer(macros)
+    lexer.open(str(path))
+    found: list[object] = []
+    while token := lexer.token():
+        found.append(token.value)
+    assert lexer.errors == []
+    return found[:-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a bc", ["a", "bc"]),
+        ("/a/b-c.d_e", ["/a/b-c.d_e"]),
+        (":group", [":group"]),
+        ("a;b'c\"d$e", ["a;b'c\"d$e"]),
+        ("a{b}", ["a", "{", "b", "}"]),
+        ("a=b", ["a", "=", "b"]),
+        ("a,b", ["a", ",", "b"]),
+        ("512", [512]),
+        ("-5", [-5]),
+        ("007", [7]),
+        ("1G", ["1G"]),
+        ("1.5G", ["1.5G"]),
+        ("512}", [512, "}"]),
+        ("512,", [512, ","]),
+        ("10/8", [10, "/8"]),
+        ("5=", [5, "="]),
+        ("5)", [5, ")"]),
+        ("5#", ["5"]),
+        ("00:11:22:33:44:55", ["00:11:22:33:44:55"]),
+        ("9223372036854775807", [(1 << 63) - 1]),
+        ("-9223372036854775808", [-(1 << 63)]),
+        ("0" * 4000 + "1", [1]),
+        ("'a b'", ["a b"]),
+        ('"a b"', ["a b"]),
+        ("'a\"b'", ['a"b']),
+        ('"a\\"b"', ['a"b']),
+        ('"a\\ b\\\tc"', ["a b\tc"]),
+        ('"a\\nb"', ["a\\nb"]),
+        ('"a\\\nb"', ["ab"]),
+        ('"a\nb"', ["ab"]),
+        ('""', [""]),
+        ("a#b", ["a"]),
+        ("a # b {", ["a"]),
+        ("a # b \\\n c", ["a"]),
+        ("a # b \\\\\n c", ["a", "\n", "c"]),
+        ("a \\\n b", ["a", "b"]),
+        ("a\\\nb", ["ab"]),
+        ("a\\b", ["ab"]),
+        ("\\\n\\\na", ["a"]),
+        ("a\\", ["a"]),
+        ("\ta  b\t", ["a", "b"]),
+        ('"é"', ["é"]),
+    ],
+)
+def test_tokens(tmp_path: Path, text: str, expected: list[object]) -> None:
+    """The rules of cat. 2.1, one by one."""
+    assert tokens(tmp_path, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("$m/db1.qcow2", ["/srv/vm/db1.qcow2"]),
+        ("$m", ["/srv/vm"]),
+        ("'$m'", ["$m"]),
+        ("x$m", ["x$m"]),
+        ("$m $m", ["/srv/vm", "/srv/vm"]),
+        ("$m{", ["/srv/vm", "{"]),
+        ("$two", ["a", "b"]),
+        ("$empty a", ["a"]),
+        ("$n", [512]),
+        ("$n}", [512, "}"]),
+        ("$quoted", ["a b"]),
+        ("$open b'", ["a b"]),
+        ("$bomb", ["$", "m"]),
+        ("$cut a\nb", ["\n", "b"]),
+    ],
+)
+def test_macros_are_pushed_back_onto_the_input(tmp_path: Path, text: str, expected: list[object]) -> None:
+    """A value is read as if it stood there, but `$` in it means nothing."""
+    macros = {"m": "/srv/vm", "two": "a b", "empty": "", "n": "512", "quoted": "'a b'", "open": "'a"}
+    assert tokens(tmp_path, text, bomb="$m", cut="#", **macros) == expected
+
+
+def test_macro_of_the_file(conf: Loader) -> None:
+    """Assignments apply from their line on, to numbers and sizes too."""
+    config = conf.load('m = "2G"\nn = 3\nvm a { memory $m\n vcpus $n\n}\nm = 4G\nvm b { memory $m }\n')
+
+    assert [(vm.memory_bytes >> 30, vm.vcpus) for vm in config.vms] == [(2, 3), (4, 1)]
+    assert conf.warnings == []
+
+
+def test_macro_is_defined_before_the_next_line_is_read(conf: Loader) -> None:
+    """The parser must not look ahead over the end of a line."""
+    (vm,) = conf.load('m = "vm"\n$m a { disable }\n').vms
+
+    assert vm.name == "a"
+
+
+def test_persistent_macro_wins(conf: Loader) -> None:
+    """`-D` stands above the file, as with vmd."""
+    (vm,) = conf.load("m = 2G\nvm a { memory $m }\n", m="1G").vms
+
+    assert vm.memory_bytes == 1 << 30
+
+
+def test_unused_macros_are_told(conf: Loader) -> None:
+    """Those of the command line too."""
+    conf.load("a = 1\n", b="2")
+
+    assert conf.warnings == ["warning: macro 'b' not used", "warning: macro 'a' not used"]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("vm $x { disable }\n", "1: macro 'x' not defined"),
+        ("\nlocal prefix $\n", "2: macro '' not defined"),
+        ('"a b" = "c"\n', "1: macro name cannot contain whitespace"),
+        ("a = 'b\n\n", "1: reached end of file while parsing quoted string"),
+        (f"a = {'b' * 8096}\n", "1: string too long"),
+        (f"a = '{'b' * 8096}'\n", "1: string too long"),
+        (f"a = {'1' * 8096}x\n", "1: string too long"),
+        (f"a = ${'b' * 8096}\n", "1: string too long"),
+        ("a = 9223372036854775808\n", '1: "9223372036854775808" invalid number: too large'),
+        ("a = -9223372036854775809\n", '1: "-9223372036854775809" invalid number: too small'),
+        (f"a = {'1' * 8000}\n", f'1: "{"1" * 77}..." invalid number: too large'),
+        ("a = 'b\0c'\n", "1: quoted string contains a NUL byte"),
+        ("a = -b\n", '1: syntax error at "-"'),
+        ("a = b!\n", '1: syntax error at "!"'),
+        ("memory = 1G\n", '1: syntax error at "memory"'),
+        ("local prefix é\n", '1: syntax error at "é"'),
+        ("a = b\r\n", '1: syntax error at "\r"'),
+        ("include 'nowhere'\n", "1: failed to include file nowhere: No such file or directory"),
+        ("include '/'\n", "1: failed to include file /: not a regular file"),
+        ("include '/dev/zero'\n", "1: failed to include file /dev/zero: not a regular file"),
+        ("include ''\n", "1: failed to include file : not a regular file"),
+    ],
+)
+def test_lexical_errors(conf: Loader, text: str, error: str) -> None:
+    """Each has its line and its sentence, and no second one from the parser."""
+    assert conf.errors(text) == [error]
+
+
+@pytest.mark.parametrize("text", [f"a = {'b' * 8095}\n", f"a = '{'b' * 8095}'\n"])
+def test_longest_token(conf: Loader, text: str) -> None:
+    """One character less than what is too long."""
+    conf.load(text)
+
+
+def test_line_numbers_count_continued_and_quoted_newlines(conf: Loader) -> None:
+    """What is reported is the line in the file."""
+    assert conf.errors("a = \\\n\\\n b\nc = 'd\ne'\n# x \\\n y\nfoo\n") == ["8: syntax error at end of line"]
+
+
+def test_include(conf: Loader, write: Callable[[str, str], str]) -> None:
+    """The file's statements stand where the include stands; macros pass both ways."""
+    inner = write("inner.conf", 'vm $name { memory $ram }\nname = "outer"')
+
+    config = conf.load(f'ram = 1G\nname = inner\ninclude "{inner}"\nvm $name {{ memory 2G }}')
+
+    assert [(vm.name, vm.memory_bytes >> 30) for vm in config.vms] == [("inner", 1), ("outer", 2)]
+    assert [vm.origin for vm in config.vms] == [f"{inner}:1", f"{conf.path}:4"]
+
+
+def test_include_is_relative_to_the_including_file(conf: Loader, write: Callable[[str, str], str]) -> None:
+    """Each level beside its own file."""
+    write("sub/one.conf", 'include "two.conf"\n')
+    write("sub/two.conf", "vm two { disable }\n")
+
+    assert [vm.name for vm in conf.load("include sub/one.conf\n").vms] == ["two"]
+
+
+def test_include_falls_back_to_the_working_directory(
+    conf: Loader, write: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is all that upstream knows."""
+    monkeypatch.chdir(Path(write("elsewhere/one.conf", "vm one { disable }\n")).parent)
+
+    assert [vm.name for vm in conf.load("include 'one.conf'\n").vms] == ["one"]
+
+
+def test_error_in_an_included_file_names_that_file(conf: Loader, write: Callable[[str, str], str]) -> None:
+    """And the line after the include is one of the outer file again, even if the inner ended in mid-line."""
+    inner = write("inner.conf", "\nfoo")
+
+    errors = conf.errors(f"include '{inner}'\nbar\n")
+
+    assert errors == [f"{inner}:2: syntax error at end of line", "2: syntax error at end of line"]
+
+
+def test_include_of_itself(conf: Loader, write: Callable[[str, str], str]) -> None:
+    """Directly, through another file, or through a link."""
+    other = write("other.conf", f"include '{conf.path}'\n")
+    link = conf.directory / "link.conf"
+    link.symlink_to(conf.path)
+
+    errors = conf.errors(f"include 'vm.conf'\ninclude '{other}'\ninclude '{link}'\n")
+
+    assert errors == [
+        "1: failed to include file vm.conf: it includes itself",
+        f"{other}:1: failed to include file {conf.path}: it includes itself",
+        f"3: failed to include file {link}: it includes itself",
+    ]
+
+
+def test_include_depth_is_bounded(conf: Loader, write: Callable[[str, str], str]) -> None:
+    """A chain of seventeen files below the first is one too many."""
+    for i in range(20):
+        write(f"{i}.conf", f"include '{i + 1}.conf'\n")
+
+    (error,) = conf.errors("include '0.conf'\n")
+
+    assert error.endswith("16.conf: more than 16 files deep")
+
+
+def test_size_is_bounded(conf: Loader, write: Callable[[str, str], str]) -> None:
+    """Of all files together, however often each is included."""
+    big = write("big.conf", "#" * (6 << 20))
+
+    (error,) = conf.errors(f"include '{big}'\n" * 3)
+
+    assert error == f"3: failed to include file {big}: more than 16 MiB of configuration"
+
+
+def test_sparse_file_is_not_read(conf: Loader) -> None:
+    """A file of a terabyte costs no memory."""
+    with conf.path.open("wb") as file:
+        file.truncate(1 << 40)
+
+    with pytest.raises(Exception, match="more than 16 MiB of configuration"):
+        Lexer({}).open(str(conf.path))
+
+
+def test_fifo_does_not_hang(conf: Loader) -> None:
+    """Nobody will ever write to it."""
+    os.mkfifo(conf.directory / "fifo")
+
+    assert conf.errors("include fifo\n") == ["1: failed to include file fifo: not a regular file"]
+
+
+def test_number_of_errors_is_bounded(conf: Loader) -> None:
+    """A file that is no vm.conf at all does not fill the log."""
+    errors = conf.errors("x\n" * 100000)
+
+    assert len(errors) == ERRORS_MAX + 1
+    assert errors[-1] == f"{ERRORS_MAX + 1}: too many errors, giving up"
+
+
+def test_every_reserved_word_is_a_token_or_means_nothing() -> None:
+    """So that a word added to one list is not forgotten in the other."""
+    assert {word.upper() for word in RESERVED} - set(TOKENS) == {"ADD", "ID", "SIZE"}
