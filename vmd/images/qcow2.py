@@ -40,7 +40,7 @@ from vmd.images.hostfile import (
     write_bytes,
     write_views,
 )
-from vmd.images.refcounts import NOTHING_DIRTY, Damage, Refcounts
+from vmd.images.refcounts import NOTHING_DIRTY, TABLE_OFFSET_MASK, Damage, Refcounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -170,9 +170,9 @@ class Qcow2Image:
         refcounts.protect(header.l1_offset, header.l1_entries * 8)
         refcounts.protect(header.refcount_offset, len(table) * 8)
         refcounts.protect(header.snapshots_offset, header.snapshots * SNAPSHOT_BYTES)
-        for name, entries in (("refcount block", table), ("L2 table", self.l1)):
+        for name, entries, mask in (("refcount block", table, TABLE_OFFSET_MASK), ("L2 table", self.l1, OFFSET_MASK)):
             for entry in entries:
-                offset = entry & OFFSET_MASK
+                offset = entry & mask
                 if not offset:
                     continue
                 if offset & self.cluster_mask or offset + self.cluster_size > self.file_bytes:
