@@ -38,8 +38,10 @@ MAX_SIZE = MAX_TABLE_BYTES // 8 * CLUSTER * (CLUSTER // 8)
 
 
 @contextlib.contextmanager
-def new_file(path: str) -> "Iterator[int]":
+def new_file(path: str, creating: str = "could not create", writing: str = "could not write") -> "Iterator[int]":
     """Create a file and open it for reading and writing; it stays only if the block ends well.
+
+    `creating` and `writing` are what errors begin with.
 
     Raises:
         HostError: it exists, or cannot be created or written.
@@ -47,14 +49,14 @@ def new_file(path: str) -> "Iterator[int]":
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise HostError(f"could not create {path}", error) from None
+        raise HostError(f"{creating} {path}", error) from None
     try:
         yield fd
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         if isinstance(error, OSError):
-            raise HostError(f"could not write {path}", error) from None
+            raise HostError(f"{writing} {path}", error) from None
         raise
     finally:
         os.close(fd)
@@ -116,7 +118,7 @@ def convert(
         ImageError: it would be too large.
     """
     assert size >= source.size
-    with new_file(path) as fd:
+    with new_file(path, "failed to create destination image file", "failed to write to destination") as fd:
         write_empty(fd, path, image_format, size)
         own = os.dup(fd)
         try:

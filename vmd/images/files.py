@@ -9,8 +9,8 @@ import os
 
 from vmd.errors import ImageError
 from vmd.images.chain import MAX_CHAIN, Link, open_chain
+from vmd.images.identify import Probe, probe
 from vmd.images.locks import lock
-from vmd.images.probe import Probe, probe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

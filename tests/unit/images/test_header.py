@@ -1,5 +1,6 @@
 """qcow2 headers that lie (hostile 52): each is refused with a sentence, by prober and opener alike."""
 
+import json
 import os
 import random
 import re
@@ -10,9 +11,10 @@ import pytest
 
 from tests.support.images import MIB, opened, read, write
 from vmd.errors import ImageError
+from vmd.images import probe as process
 from vmd.images.create import create
 from vmd.images.header import parse_header
-from vmd.images.probe import probe
+from vmd.images.identify import probe
 
 CLUSTER = 1 << 16
 SIZE = 8 * MIB
@@ -254,6 +256,28 @@ def test_probe_tells_formats(image: Path, tmp_path: Path) -> None:
         assert (probe(file.fileno(), "x").format, probe(file.fileno(), "x").size) == ("raw", 1024)
         with pytest.raises(ImageError, match="not a qcow2 image"):
             probe(file.fileno(), "x", "qcow2")
+
+
+def test_imgprobe_answers_with_one_line(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of JSON, which the parent needs no parser of images for; a refusal is a sentence."""
+    answers = []
+    for name, hint in (("qcow2", "qcow2"), ("qcow2", "raw"), ("broken", "qcow2")):
+        if name == "broken":
+            header_of(image, {4: ("I", 9)})
+        reader, writer = os.pipe()
+        with image.open("rb") as file:
+            monkeypatch.setattr(process, "IMAGE_FD", file.fileno())
+            monkeypatch.setattr(process, "ANSWER_FD", writer)
+            assert process.main("/disk", hint) == 0
+        os.close(writer)
+        with open(reader, "rb") as answered:
+            answers.append(json.loads(answered.read()))
+
+    assert answers == [
+        {"format": "qcow2", "size": SIZE, "guessed": False, "backing": "", "backing_format": ""},
+        {"format": "raw", "size": 4 * CLUSTER, "guessed": False, "backing": "", "backing_format": ""},
+        {"error": "/disk: unsupported qcow2 version 9"},
+    ]
 
 
 def test_guessed_format_gives_no_backing_file(tmp_path: Path) -> None:
