@@ -1,72 +1,113 @@
-"""The start-up that all device processes share: handshake, memory, confinement, loop.
+"""The start-up that all device processes share: confinement, handshake, memory, loop.
 
-Runs as  _vmd, inside its VM's cell; standard library only; filtered before the first guest byte is read
+Runs as  _vmd, inside its VM's cell; standard library only; filtered before the first byte from outside is read
 Peers    its VM process, on two channels (`ipc/devmsg.py` has messages and descriptor numbers)
 Holds    guest memory, its queues' eventfds, and the descriptors of its one host resource
 """
 
-import errno
+import _socket
 import gc
 import mmap
 import os
 import select
 import sys
+import time
 
-import _socket
-
-from vmd.errors import GuestError, VmdError
+from vmd.errors import GuestError, PeerError, VmdError
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
 from vmd.log import FORMS, RateLimit, log
 from vmd.privsep.confine import Confinement, confine
+from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Protocol
+    from struct import Struct
+    from typing import Any, Protocol
 
     class Device(Protocol):
-        """One kind of device.  Order of calls: open; then activate, on_notify*, reset, again and again."""
+        """One kind of device.  Order of calls: open; then activate, on_notify*, quiesce, again and again; close.
 
-        features: int
-        config: bytes
+        All are made by the process's main thread.
+        """
+
+        @property
+        def features(self) -> int:
+            """The device's own; those of rings are the same for all."""
+
+        @property
+        def config(self) -> bytes:
+            """The configuration space as it is now."""
 
         def activate(self, features: int, queues: list[Queue | None]) -> None:
             """Take the rings; None for a queue the driver does not use."""
 
-        def on_notify(self, queue: int) -> bool:
+        def on_notify(self, number: int) -> bool:
             """Serve a queue, up to a budget; return whether there is more to do.  GuestError ends in NEEDS_RESET."""
 
-        def quiesce(self) -> None:
-            """Finish what is in flight; touch no ring until resumed or activated."""
+        def quiesce(self, *, forget: bool) -> None:
+            """Finish what is in flight; touch no ring until notified again.
+
+            With `forget`, what has not been begun need not be, and the rings are gone.
+
+            Raises:
+                HostError: it does not get finished; the process has to end.
+            """
 
         def write_config(self, offset: int, data: bytes) -> None:
             """Take a write of the driver to `config`."""
 
         def close(self) -> None:
-            """Flush and let go, at the end."""
+            """Make everything that was done last, and let go, at the end."""
+
+
+VM = "vm process"  # whom a sentence about the channels is about
+RING_FEATURES = (
+    1 << spec.VIRTIO_F_RING_INDIRECT_DESC
+    | 1 << spec.VIRTIO_F_RING_EVENT_IDX
+    | 1 << spec.VIRTIO_F_ANY_LAYOUT
+    | 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY
+)
+QUIESCE_TIMEOUT_S = 9.0  # the VM waits for devmsg.ANSWER_TIMEOUT_S; a sentence beats its time-out
+
+
+def unpack(layout: "Struct", packet: bytes, at: int = 0) -> "tuple[Any, ...]":
+    """Take a structure out of a packet.  Raises PeerError if it is not all there."""
+    if len(packet) < at + layout.size:
+        raise PeerError(VM, f"message of {len(packet)} bytes is too short", packet)
+    return layout.unpack_from(packet, at)
+
+
+def exact(layout: "Struct", packet: bytes) -> "tuple[Any, ...]":
+    """Take a packet that is one structure and nothing else.  Raises PeerError."""
+    if len(packet) != layout.size:
+        raise PeerError(VM, f"message of {len(packet)} bytes instead of {layout.size}", packet)
+    return layout.unpack(packet)
 
 
 class Host:
     """What the VM process told us, and the descriptors that came with it."""
 
-    def __init__(self, sync: _socket.socket) -> None:
-        packet = sync.recv(devmsg.PACKET_MAX)
-        head = devmsg.START_HEAD.size
-        kind, verbosity, form, self.index, queues, resources, self.flags, regions = devmsg.START_HEAD.unpack_from(
-            packet
-        )
-        if kind != devmsg.START or queues > devmsg.QUEUES_MAX or regions > devmsg.REGIONS_MAX:
-            raise ValueError(f"not a START message: {packet[:head].hex()}")
-        log.verbosity = verbosity
-        log.form = FORMS[form]
+    def __init__(self, packet: bytes) -> None:
+        """Raises PeerError for a packet that is no START."""
+        kind, verbosity, form, self.index, queues, resources, self.flags, regions = unpack(devmsg.START_HEAD, packet)
+        if kind != devmsg.START or queues > devmsg.QUEUES_MAX or regions > devmsg.REGIONS_MAX or form >= len(FORMS):
+            raise PeerError(VM, "not a START message", packet)
+        self.verbosity = verbosity
+        self.form = FORMS[form]
         self.regions = []
-        for number in range(regions):
-            gpa, size, offset, flags = devmsg.REGION.unpack_from(packet, head + number * devmsg.REGION.size)
+        at = devmsg.START_HEAD.size
+        for _ in range(regions):
+            gpa, size, offset, flags = unpack(devmsg.REGION, packet, at)
             read_only = bool(flags & devmsg.REGION_READ_ONLY)
-            self.regions.append(Region(gpa=gpa, size=size, name="ram", offset=offset, read_only=read_only))
-        log.title = packet[head + regions * devmsg.REGION.size :].decode()
+            try:
+                self.regions.append(Region(gpa=gpa, size=size, name="ram", offset=offset, read_only=read_only))
+            except ValueError as error:
+                raise PeerError(VM, str(error), packet) from None
+            at += devmsg.REGION.size
+        self.title = packet[at:].decode(errors="replace")
         first = devmsg.FD_FIRST_QUEUE
         self.kicks = list(range(first, first + queues))
         self.calls = list(range(first + queues, first + 2 * queues))
@@ -74,39 +115,59 @@ class Host:
 
 
 class Process:
-    """A device process: its channels, its queues, and the loop."""
+    """A device process: its channels, its queues, and the loop.
 
-    def __init__(self, sync: _socket.socket, host: Host, device: "Device", memory: GuestMemory) -> None:
+    Devices use `host`, `memory`, `interrupt`, `watch`, `call_after` and `serve`; all from the main thread, but
+    `interrupt`, which belongs to whichever thread owns the queue.
+    """
+
+    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
+        """Raises PeerError or OSError if what the VM said about descriptors and memory is not so."""
         self.sync = sync
-        self.informs = _socket.socket(fileno=devmsg.FD_ASYNC)
+        self.informs = informs
         self.host = host
-        self.device = device
-        self.memory = memory
+        self.device: Device
+        try:
+            self.memory = GuestMemory.attach(devmsg.FD_MEMORY, host.regions)
+        except ValueError as error:
+            raise PeerError(VM, str(error)) from None
         words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")
         self.raised = words[: devmsg.QUEUES_MAX]
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
         self.queues: list[Queue | None] = []
         self.running = False  # has rings, is not paused, and its driver has not broken them
+        self.broken = False
         self.complaints = RateLimit()
+        self.timer: tuple[float, Callable[[], None]] | None = None
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
         self.watch(sync.fileno(), self.on_sync)
-        self.watch(self.informs.fileno(), self.on_inform)
+        self.watch(informs.fileno(), self.on_inform)
         self.watch(devmsg.FD_RESAMPLE, self.on_resample)
         for number, fd in enumerate(host.kicks):
             self.watch(fd, lambda number=number, fd=fd: self.on_kick(number, fd))  # type: ignore[misc]
+        for fd in host.calls:
+            os.fstat(fd)
 
     def watch(self, fd: int, handler: "Callable[[], None]") -> None:
         """Call `handler` whenever `fd` is readable."""
         self.epoll.register(fd, select.EPOLLIN)
         self.handlers[fd] = handler
 
+    def call_after(self, delay_s: float, handler: "Callable[[], None]") -> None:
+        """Call `handler` once, later; a process has one timer, and a new one replaces it."""
+        self.timer = (time.monotonic() + delay_s, handler)
+
     def run(self) -> None:
         """Serve until the VM says that it is over, or is gone."""
         poll, handlers = self.epoll.poll, self.handlers
         while True:
-            for fd, _events in poll():
+            for fd, _events in poll(-1 if self.timer is None else max(0.0, self.timer[0] - time.monotonic())):
                 handlers[fd]()
+            if self.timer is not None and time.monotonic() >= self.timer[0]:
+                _, handler = self.timer
+                self.timer = None
+                handler()
 
     # --- queues ----------------------------------------------------------------------------------------------
 
@@ -136,6 +197,7 @@ class Process:
     def needs_reset(self, text: str) -> None:
         """Stop serving a driver that broke its rings, and say so."""
         self.running = False
+        self.broken = True
         self.tell(devmsg.TYPE.pack(devmsg.NEEDS_RESET) + text.encode()[:500])
 
     def on_resample(self) -> None:
@@ -154,78 +216,122 @@ class Process:
     def tell(self, packet: bytes) -> None:
         """Inform the VM; if it does not listen, it will end us soon."""
         try:
-            self.informs.send(packet)
+            self.informs.send(packet, _socket.MSG_DONTWAIT)
         except OSError:
             return
 
+    def fail(self, error: Exception) -> None:
+        """Tell the VM why we end."""
+        number = getattr(error, "errno", None) or 0
+        self.tell(devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000])
+
     def ready(self) -> bytes:
         """Return READY with what the device is now."""
-        return devmsg.READY_HEAD.pack(devmsg.READY, self.device.features, len(self.device.config)) + self.device.config
+        device = self.device
+        features = device.features | RING_FEATURES
+        return devmsg.READY_HEAD.pack(devmsg.READY, features, len(device.config)) + device.config
 
     def on_inform(self) -> None:
         """Take a message of the async channel."""
         packet = self.informs.recv(devmsg.PACKET_MAX)
-        kind = devmsg.TYPE.unpack_from(packet)[0] if packet else devmsg.SHUTDOWN
+        kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
         if kind == devmsg.SHUTDOWN:
             self.end()
         elif kind == devmsg.VERBOSITY:
-            log.verbosity = devmsg.VERBOSITY_BODY.unpack(packet)[1]
+            log.verbosity = exact(devmsg.VERBOSITY_BODY, packet)[1]
+        else:
+            raise PeerError(VM, f"unknown message {kind}", packet)
 
     def on_sync(self) -> None:
         """Answer a question."""
         packet = self.sync.recv(devmsg.PACKET_MAX)
         if not packet:
             self.end()
-        kind = devmsg.TYPE.unpack_from(packet)[0]
-        status = 0
-        if kind == devmsg.ACTIVATE:
-            status = self.activate(packet)
-        elif kind in (devmsg.RESET, devmsg.PAUSE):
-            self.running = False
-            self.device.quiesce()
-            if kind == devmsg.RESET:
-                self.queues = []
-        elif kind == devmsg.RESUME:
-            self.running = bool(self.queues)
-            self.look_at_all()
-        elif kind == devmsg.CONFIG_WRITE:
-            _, offset, length = devmsg.CONFIG_WRITE_HEAD.unpack_from(packet)
-            self.device.write_config(offset, packet[devmsg.CONFIG_WRITE_HEAD.size :][:length])
-            self.sync.send(self.ready())
-            return
-        elif kind == devmsg.EXPORT:
-            rows = [self.export(queue) for queue in self.queues]
-            self.sync.send(devmsg.EXPORT_HEAD.pack(kind, len(rows)) + b"".join(rows))
-            return
-        else:
-            raise ValueError(f"unknown question {kind}")
-        self.sync.send(devmsg.STATUS.pack(kind, status))
+        kind = unpack(devmsg.TYPE, packet)[0]
+        answer = self.QUESTIONS.get(kind)
+        if answer is None:
+            raise PeerError(VM, f"unknown question {kind}", packet)
+        self.sync.send(answer(self, packet))
 
-    def activate(self, packet: bytes) -> int:
-        """Take the rings of a driver; 1 if one of them cannot be used."""
-        _, features, count = devmsg.ACTIVATE_HEAD.unpack_from(packet)
+    def on_activate(self, packet: bytes) -> bytes:
+        """Take the rings of a driver; status 1 if one of them cannot be used."""
+        _, features, count = unpack(devmsg.ACTIVATE_HEAD, packet)
+        if count > len(self.host.kicks) or len(packet) != devmsg.ACTIVATE_HEAD.size + count * devmsg.QUEUE.size:
+            raise PeerError(VM, f"rings for {count} queues", packet)
+        self.forget()
         queues: list[Queue | None] = []
         try:
             for number in range(count):
-                start = devmsg.ACTIVATE_HEAD.size + number * devmsg.QUEUE.size
-                size, enabled, _, desc, avail, used, next_avail, next_used = devmsg.QUEUE.unpack_from(packet, start)
-                queue = Queue(self.memory, features, size, desc, avail, used, next_avail, next_used)
-                queues.append(queue) if enabled else queues.append(None)
+                at = devmsg.ACTIVATE_HEAD.size + number * devmsg.QUEUE.size
+                size, enabled, _, desc, avail, used, next_avail, next_used = unpack(devmsg.QUEUE, packet, at)
+                if enabled:
+                    queues.append(Queue(self.memory, features, size, desc, avail, used, next_avail, next_used))
+                else:
+                    queues.append(None)
         except GuestError as error:
             self.complaints.warn(str(error))
-            return 1
+            return devmsg.STATUS.pack(devmsg.ACTIVATE, 1)
         self.queues = queues
         self.device.activate(features, queues)
         self.running = True
         self.look_at_all()
-        return 0
+        return devmsg.STATUS.pack(devmsg.ACTIVATE, 0)
 
-    @staticmethod
-    def export(queue: Queue | None) -> bytes:
-        """Return a queue's indices for a stream."""
-        if queue is None:
-            return bytes(devmsg.QUEUE.size)
-        return devmsg.QUEUE.pack(queue.size, 1, 0, 0, 0, 0, queue.next_avail, queue.next_used)
+    def forget(self) -> None:
+        """Be as before the rings came."""
+        self.running = False
+        self.device.quiesce(forget=True)
+        self.queues = []
+        self.broken = False
+
+    def on_reset(self, packet: bytes) -> bytes:
+        """The driver resets the device."""
+        exact(devmsg.TYPE, packet)
+        self.forget()
+        return devmsg.STATUS.pack(devmsg.RESET, 0)
+
+    def on_pause(self, packet: bytes) -> bytes:
+        """Stand still."""
+        exact(devmsg.TYPE, packet)
+        self.running = False
+        self.device.quiesce(forget=False)
+        return devmsg.STATUS.pack(devmsg.PAUSE, 0)
+
+    def on_resume(self, packet: bytes) -> bytes:
+        """Go on."""
+        exact(devmsg.TYPE, packet)
+        self.running = bool(self.queues) and not self.broken
+        self.look_at_all()
+        return devmsg.STATUS.pack(devmsg.RESUME, 0)
+
+    def on_config_write(self, packet: bytes) -> bytes:
+        """The driver writes configuration space."""
+        _, offset, length = unpack(devmsg.CONFIG_WRITE_HEAD, packet)
+        data = packet[devmsg.CONFIG_WRITE_HEAD.size :]
+        if len(data) != length:
+            raise PeerError(VM, f"write of {length} bytes brings {len(data)}", packet)
+        self.device.write_config(offset, data)
+        return self.ready()
+
+    def on_export(self, packet: bytes) -> bytes:
+        """Give the queues' indices away, for a stream."""
+        exact(devmsg.TYPE, packet)
+        rows = [
+            devmsg.QUEUE.pack(queue.size, 1, 0, 0, 0, 0, queue.next_avail, queue.next_used)
+            if queue is not None
+            else bytes(devmsg.QUEUE.size)
+            for queue in self.queues
+        ]
+        return devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, len(rows)) + b"".join(rows)
+
+    QUESTIONS = {
+        devmsg.ACTIVATE: on_activate,
+        devmsg.RESET: on_reset,
+        devmsg.PAUSE: on_pause,
+        devmsg.RESUME: on_resume,
+        devmsg.CONFIG_WRITE: on_config_write,
+        devmsg.EXPORT: on_export,
+    }
 
     def look_at_all(self) -> None:
         """Serve every queue as if it had been notified: it may have been before we could hear it."""
@@ -233,36 +339,53 @@ class Process:
             os.eventfd_write(kick, 1)
 
     def end(self) -> None:
-        """Flush and exit."""
+        """Finish, make it last, and exit."""
+        self.running = False
+        self.device.quiesce(forget=True)
         self.device.close()
         sys.exit(0)
 
 
-def main(confinement: Confinement, make: "Callable[[Host, Callable[[int], None]], Device]") -> None:
-    """Run a device process.  `make(host, interrupt)` opens the resource and returns the device.
+def sentence(error: Exception) -> str:
+    """Return what a failure is, for people."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
-    A failure of `make` is told to the VM with its errno and sentence.
+
+def main(confinement: Confinement, make: "Callable[[Process], Device]") -> int:
+    """Run a device process.  `make(process)` opens the resource and returns the device; it may start threads.
+
+    A failure of the start is answered with its errno and sentence.
     """
-    sync = _socket.socket(fileno=devmsg.FD_SYNC)
-    host = Host(sync)
-    process: Process | None = None
-
-    def interrupt(queue: int) -> None:
-        assert process is not None
-        process.interrupt(queue)
-
     confine(confinement)
+    sync = _socket.socket(fileno=devmsg.FD_SYNC)
+    informs = _socket.socket(fileno=devmsg.FD_ASYNC)
     try:
-        device = make(host, interrupt)
-        memory = GuestMemory.attach(devmsg.FD_MEMORY, host.regions)
+        packet = sync.recv(devmsg.PACKET_MAX)
+        if not packet:
+            return 1
+        host = Host(packet)
+        log.setup(host.title, host.form, host.verbosity)
+        process = Process(sync, informs, host)
+        process.device = make(process)
     except (VmdError, OSError) as error:
-        number = getattr(error, "errno", None) or errno.EIO
-        report = devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + str(error).encode()[:1000]
-        sync.send(report)
-        sys.exit(1)
-    process = Process(sync, host, device, memory)
+        return refuse(sync, error)
     gc.collect()
     gc.freeze()
     sync.send(process.ready())
     process.tell(process.ready())
-    process.run()
+    try:
+        process.run()
+    except (VmdError, OSError) as error:
+        log.error(sentence(error))
+        process.fail(error)
+    return 1
+
+
+def refuse(sync: _socket.socket, error: Exception) -> int:
+    """Tell the VM why we do not start; returns the exit status."""
+    number = getattr(error, "errno", None) or 0
+    try:
+        sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000], _socket.MSG_DONTWAIT)
+    except OSError:
+        log.error(sentence(error))
+    return 1

@@ -13,8 +13,5 @@ _acquire, _release = _lock.acquire, _lock.release
 
 def full_fence() -> None:
     """Make every earlier store visible before any later load."""
-    # Not blocking: another thread that holds it has just executed the same locked instruction, but for itself;
-    # so wait for our own turn only if there is one.
-    while not _acquire(False):
-        pass
+    _acquire()
     _release()

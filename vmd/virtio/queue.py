@@ -14,6 +14,7 @@ from vmd.errors import GuestError
 from vmd.virtio.fence import full_fence
 from vmd.virtio.spec import (
     DESC_BYTES,
+    VIRTIO_F_NOTIFY_ON_EMPTY,
     VIRTIO_F_RING_EVENT_IDX,
     VIRTIO_F_RING_INDIRECT_DESC,
     VIRTQ_AVAIL_F_NO_INTERRUPT,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 DESC = Struct("<QIHH")
 U16 = Struct("<H")
 CHAIN_BYTES_MAX = 1 << 32  # one chain may not describe more (2.7.5.2: lengths add up to 2^32 at most)
+CHAIN_MAX = 1024  # descriptors; a driver may not go beyond its queue's size (2.7.5.3.1), some do in indirect tables
 
 
 class Chain:
@@ -67,18 +69,18 @@ class Queue:
         self.mask = size - 1
         self.indirect = bool(features >> VIRTIO_F_RING_INDIRECT_DESC & 1)
         self.event_idx = bool(features >> VIRTIO_F_RING_EVENT_IDX & 1)
+        self.notify_on_empty = bool(features >> VIRTIO_F_NOTIFY_ON_EMPTY & 1)
         self.desc = memory.offset(desc, DESC_BYTES * size)
         self.avail = memory.offset(avail, 6 + 2 * size)
         self.used = memory.offset(used, 6 + 8 * size, write=True)
         raw = memory.memory
         # Stores: `id | len << 32` of an element in one go, then the index that announces it.
-        self._used_ring = raw[self.used + 4 : self.used + 4 + 8 * size].cast("Q")
+        self.used_ring = raw[self.used + 4 : self.used + 4 + 8 * size].cast("Q")
         self._used_idx = raw[self.used + 2 : self.used + 4].cast("H")
         self._avail_event = raw[self.used + 4 + 8 * size : self.used + 6 + 8 * size].cast("H")
         self.next_avail = next_avail & 0xFFFF
         self.next_used = next_used & 0xFFFF
         self.signalled_used = self.next_used  # what the guest had been told of when it was last interrupted
-        self.interrupt_owed = False
 
     # --- taking ------------------------------------------------------------------------------------------
 
@@ -103,6 +105,7 @@ class Queue:
         """Follow a chain from its head (2.7.5), indirect or not."""
         raw = self.memory.memory
         base, size, nested = self.desc, self.size, False
+        longest = size
         index, steps, total = head, 0, 0
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
@@ -110,7 +113,7 @@ class Queue:
             if index >= size:
                 raise GuestError(f"descriptor {index} outside a table of {size}")
             # A chain longer than its table visits an entry twice: the guest built a loop.
-            if steps >= size:
+            if steps >= longest:
                 raise GuestError(f"descriptor chain from {head} does not end")
             steps += 1
             gpa, length, flags, following = DESC.unpack_from(raw, base + DESC_BYTES * index)
@@ -121,6 +124,7 @@ class Queue:
                     raise GuestError(f"indirect table of {length} bytes")
                 base, size, nested = self.memory.offset(gpa, length), length // DESC_BYTES, True
                 index, steps = 0, 0
+                longest = min(size, CHAIN_MAX)
                 continue
             total += length
             if total > CHAIN_BYTES_MAX:
@@ -138,15 +142,18 @@ class Queue:
     # --- giving back ---------------------------------------------------------------------------------------
 
     def put(self, head: int, written: int) -> None:
-        """Give a chain back, with the number of bytes written into it."""
-        self._used_ring[self.next_used & self.mask] = head | written << 32
-        # The element must be in memory before the index that announces it.  x86 keeps stores in order, so two
-        # plain stores in this order are enough.
+        """Give a chain back, with the number of bytes written into it; `publish` makes it known."""
+        self.used_ring[self.next_used & self.mask] = head | written << 32
         self.next_used = self.next_used + 1 & 0xFFFF
+
+    def publish(self) -> None:
+        """Let the guest see everything that was put."""
+        # The elements must be in memory before the index that announces them.  x86 keeps stores in order, so plain
+        # stores in this order are enough.
         self._used_idx[0] = self.next_used
 
     def wants_interrupt(self) -> bool:
-        """Return whether the guest is to be told of what was put since it was last told (2.7.7.2)."""
+        """Return whether the guest is to be told of what was published since it was last told (2.7.7.2)."""
         new, old = self.next_used, self.signalled_used
         if new == old:
             return False
@@ -158,7 +165,9 @@ class Queue:
         else:
             wanted = not U16.unpack_from(raw, self.avail)[0] & VIRTQ_AVAIL_F_NO_INTERRUPT
         self.signalled_used = new
-        return wanted
+        if self.notify_on_empty and new == self.next_avail:  # nothing is in flight; and is nothing waiting?
+            wanted |= U16.unpack_from(raw, self.avail + 2)[0] == self.next_avail
+        return bool(wanted)
 
     def rearm(self) -> bool:
         """Ask to be notified of the next chain; return whether one has come meanwhile (2.7.10.1)."""
