@@ -12,7 +12,7 @@ from vmd.ipc.messages import Outcome
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
 from vmd.log import log
-from vmd.vm import acpi, layout, routing
+from vmd.vm import acpi, layout
 from vmd.vm.boot import fwcfg, loader
 from vmd.vm.bus import Bus
 from vmd.vm.chips.acpipm import AcpiPm
@@ -23,6 +23,7 @@ from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.console import Console
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.pci import HostBridge, PciBus
+from vmd.vm.routing import Routing
 from vmd.vm.vcpu import VcpuThread, apply_start, set_boot_msrs
 
 TYPE_CHECKING = False
@@ -78,7 +79,7 @@ class Machine:
         self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
         self.kvm.create_irqchip()
         self.kvm.create_pit2()
-        routing.set_up(self.kvm)
+        self.routing = Routing(self.kvm)
         self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
 
         self.memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))

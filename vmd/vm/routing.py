@@ -1,7 +1,9 @@
 """Which interrupt line goes where: KVM's GSI routing table, which is always replaced as a whole (api.rst 4.52)."""
 
+import threading
+
 from vmd.kvmapi import abi
-from vmd.kvmapi.vm import chip_route
+from vmd.kvmapi.vm import chip_route, msi_route
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +29,29 @@ def chip_routes() -> list[abi.kvm_irq_routing_entry]:
     return routes
 
 
-def set_up(vm: "Vm") -> None:
-    """Replace KVM's default table, in which line 0 goes to pin 0."""
-    vm.set_gsi_routing(chip_routes())
+class Routing:
+    """The table of one VM: the chips' fixed part, and a GSI of its own for each MSI-X vector of a device."""
+
+    def __init__(self, vm: "Vm") -> None:
+        self._vm = vm
+        self._lock = threading.Lock()
+        self._messages: dict[int, tuple[int, int]] = {}  # gsi -> address, data
+        self._next_gsi = IOAPIC_PINS
+        self._commit()
+
+    def allocate(self, count: int) -> int:
+        """Return the first of `count` GSIs that are nobody else's; there is no route behind them yet."""
+        first = self._next_gsi
+        self._next_gsi += count
+        return first
+
+    def set_message(self, gsi: int, address: int, data: int) -> None:
+        """Let a GSI send this message from now on."""
+        with self._lock:
+            if self._messages.get(gsi) != (address, data):
+                self._messages[gsi] = (address, data)
+                self._commit()
+
+    def _commit(self) -> None:
+        messages = [msi_route(gsi, address, data) for gsi, (address, data) in self._messages.items()]
+        self._vm.set_gsi_routing(chip_routes() + messages)

@@ -1,0 +1,518 @@
+"""Images against QEMU's own programs: what either writes the other reads, whatever happens meanwhile."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import (
+    KIB,
+    MIB,
+    Scribbler,
+    check_report,
+    opened,
+    opened_qcow2,
+    problems,
+    qemu,
+    read,
+    write,
+)
+from vmd.errors import ImageError, OperatorError
+from vmd.images.create import convert, create
+from vmd.images.files import OpenedChain
+from vmd.images.locks import lock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def flat_file(path: Path, size: int, seed: int, *, density: float = 0.5) -> bytearray:
+    """Make a raw disk with random data here and there; return its content."""
+    choice = random.Random(seed)
+    flat = bytearray(size)
+    for offset in range(0, size, 16 * KIB):
+        if choice.random() < density:
+            piece = choice.randbytes(choice.randrange(1, 16 * KIB))
+            # Half of it compresses well, so that compressed images have clusters of both kinds.
+            piece = piece if choice.random() < 0.5 else piece[:50] * (len(piece) // 50)
+            flat[offset : offset + len(piece)] = piece[: size - offset]
+    path.write_bytes(flat)
+    return flat
+
+
+def same(image_path: Path, raw: "bytes | bytearray", tmp_path: Path) -> None:
+    """Have qemu-img compare an image with bytes; raises if they differ."""
+    expected = tmp_path / "expected.raw"
+    expected.write_bytes(raw)
+    qemu("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image_path, expected)
+    expected.unlink()
+
+
+def make_chain(tmp_path: Path, options: str, size: int, levels: int) -> tuple[list[Path], bytearray]:
+    """Have QEMU make an empty image on top of `levels` backing images; return the paths, top first, and content.
+
+    The lower ones are shorter, of other cluster sizes, and the lowest is raw.
+    """
+    flat = bytearray(size)
+    paths: list[Path] = []
+    for level in range(levels):
+        path = tmp_path / f"base{level}"
+        length = size - (levels - level) * 100 * KIB - 512
+        if not paths:
+            flat[:length] = flat_file(path, length, seed=levels)
+        else:
+            kind = "raw" if len(paths) == 1 else "qcow2"
+            qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={4 << level}k", "-F", kind, "-b",
+                 paths[0], path, length)  # fmt: skip
+            image = opened(path, *paths, writable=True, formats=("qcow2",) * len(paths) + ("raw",))
+            part = flat[:length]
+            Scribbler(image, part, seed=level).run(40)
+            flat[:length] = part
+            image.close()
+        paths.insert(0, path)
+    top = tmp_path / "top"
+    below = ("-F", "raw" if levels == 1 else "qcow2", "-b", paths[0]) if paths else ()
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, *below, top, size)
+    return [top, *paths], flat
+
+
+def formats(paths: list[Path]) -> tuple[str, ...]:
+    """Return the formats of a chain of `make_chain`."""
+    return ("qcow2",) + ("qcow2",) * (len(paths) - 2) + ("raw",) * (len(paths) > 1)
+
+
+SCRIBBLES = [
+    pytest.param(f"cluster_size={size},{more}", levels, id=f"{size}-{more}-{levels}")
+    for size, more, levels in [
+        ("512", "refcount_bits=16", 0),
+        ("512", "refcount_bits=64", 3),
+        ("1k", "refcount_bits=1", 0),
+        ("4k", "refcount_bits=2", 1),
+        ("4k", "compat=0.10", 0),
+        ("4k", "compat=0.10", 3),
+        ("16k", "refcount_bits=4", 3),
+        ("64k", "refcount_bits=16", 0),
+        ("64k", "refcount_bits=16", 1),
+        ("64k", "refcount_bits=16", 3),
+        ("64k", "refcount_bits=8", 0),
+        ("64k", "preallocation=metadata", 0),
+        ("256k", "refcount_bits=32", 1),
+        ("2M", "refcount_bits=16", 1),
+        ("2M", "compat=0.10", 0),
+    ]
+]
+
+
+@pytest.mark.parametrize(("options", "levels"), SCRIBBLES)
+def test_scribble_leaves_what_a_flat_disk_would_have(tmp_path: Path, options: str, levels: int) -> None:
+    """Random requests of every kind, then QEMU finds a clean image with the right content."""
+    size = 6 * MIB + 3 * 512
+    paths, flat = make_chain(tmp_path, options, size, levels)
+    image = opened(*paths, writable=True, formats=formats(paths))
+
+    Scribbler(image, flat, seed=1).run(300)
+    image.close()
+
+    assert problems(paths[0]) == {}
+    same(paths[0], flat, tmp_path)
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+def test_scribble_by_several_threads(tmp_path: Path, levels: int) -> None:
+    """Threads that each have their sectors, spread over the same clusters, never see another's."""
+    size, threads, sector = 4 * MIB, 4, 512
+    paths, flat = make_chain(tmp_path, "cluster_size=8k", size, levels)
+    image = opened(*paths, writable=True, formats=formats(paths))
+    failures: list[BaseException] = []
+
+    def work(own: int) -> None:
+        choice = random.Random(own)
+        try:
+            for _ in range(500):
+                number = choice.randrange(size // sector // threads) * threads + own
+                offset = number * sector
+                if choice.random() < 0.5:
+                    flat[offset : offset + sector] = choice.randbytes(sector)
+                    write(image, offset, bytes(flat[offset : offset + sector]))
+                else:
+                    assert read(image, offset, sector) == flat[offset : offset + sector]
+                if choice.random() < 0.02:
+                    image.flush()
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(own,)) for own in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    image.close()
+
+    assert failures == []
+    assert problems(paths[0]) == {}
+    same(paths[0], flat, tmp_path)
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+@pytest.mark.parametrize("cluster_bits", range(9, 22))
+def test_image_of_qemu_reads_back_identically(tmp_path: Path, compat: str, cluster_bits: int) -> None:
+    """Every cluster size and both versions, plain and compressed, with a backing file."""
+    size = 5 * MIB + 1024
+    flat = flat_file(tmp_path / "raw", size, seed=cluster_bits)
+    options = f"compat={compat},cluster_size={1 << cluster_bits}"
+
+    for name, more in (("plain", ()), ("packed", ("-c",))):
+        path = tmp_path / name
+        qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", options, *more, tmp_path / "raw", path)
+        image = opened(path)
+        assert read(image, 0, size) == flat
+        image.close()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
+def test_every_refcount_width_is_written(tmp_path: Path, bits: int) -> None:
+    """Compressed clusters are replaced, and their places used again; the image is clean after it."""
+    size = 4 * MIB
+    flat = flat_file(tmp_path / "raw", size, seed=bits, density=0.9)
+    path = tmp_path / "image"
+    width = bits
+    packed = ("-c",) if bits >= 8 else ()  # compressed clusters share places, which narrow refcounts cannot count
+    qemu("qemu-img", "convert", "-O", "qcow2", "-o", f"refcount_bits={width},cluster_size=4k", *packed,
+         "-f", "raw", tmp_path / "raw", path)  # fmt: skip
+    image = opened_qcow2(path)
+
+    Scribbler(image, flat, seed=bits).run(200)
+    image.close()
+
+    assert problems(path) == {}
+    same(path, flat, tmp_path)
+
+
+def test_internal_snapshot_keeps_its_content(tmp_path: Path) -> None:
+    """What a snapshot refers to is copied before it is changed, tables included."""
+    path = tmp_path / "image"
+    before = flat_file(tmp_path / "raw", 4 * MIB, seed=5)
+    qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", tmp_path / "raw", path)
+    qemu("qemu-img", "snapshot", "-c", "old", path)
+    image = opened_qcow2(path)
+    flat = bytearray(before)
+
+    Scribbler(image, flat, seed=6).run(200)
+    image.close()
+
+    assert problems(path) == {}
+    same(path, flat, tmp_path)
+    qemu("qemu-img", "snapshot", "-a", "old", path)
+    same(path, before, tmp_path)
+
+
+def test_refcount_table_grows(tmp_path: Path) -> None:
+    """An image of tiny clusters and wide refcounts outgrows its first refcount table several times."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "24M")
+    image = opened_qcow2(path)
+    first = image.refcounts.table_offset
+    flat = random.Random(1).randbytes(20 * MIB)
+
+    for offset in range(0, len(flat), MIB):
+        write(image, offset, flat[offset : offset + MIB])
+    image.close()
+
+    assert image.refcounts.table_offset != first
+    assert problems(path) == {}
+    same(path, flat + bytes(4 * MIB), tmp_path)
+
+
+def test_freed_clusters_are_used_again(tmp_path: Path) -> None:
+    """Data written, discarded and written elsewhere takes its room once."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", 64 * MIB)
+    image = opened_qcow2(path)
+    data = random.Random(2).randbytes(8 * MIB)
+
+    for place in range(4):
+        write(image, place * 8 * MIB, data)
+        image.discard(place * 8 * MIB, 8 * MIB)
+        image.flush()
+    write(image, 0, data)
+    image.close()
+
+    assert path.stat().st_size < 9 * MIB
+    assert problems(path) == {}
+    same(path, data + bytes(56 * MIB), tmp_path)
+
+
+def test_dirty_image_is_written_without_trusting_its_refcounts(tmp_path: Path) -> None:
+    """Lazy refcounts of a writer that died: nothing it may have used is taken, and QEMU repairs it later."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4k", path, "8M")
+    with contextlib.suppress(subprocess.CalledProcessError):
+        die = f"sigraise {signal.SIGKILL:d}"
+        qemu("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", "-c", "flush", "-c", die, path)
+    assert check_report(path)["corruptions"] > 0
+    image = opened_qcow2(path)
+
+    write(image, 4 * MIB, b"\5" * MIB)
+    write(image, 0, b"\6" * 512)
+    image.close()
+    qemu("qemu-img", "check", "-q", "-r", "all", path)
+
+    assert problems(path) == {}
+    same(path, b"\6" * 512 + b"\7" * (MIB - 512) + bytes(3 * MIB) + b"\5" * MIB + bytes(3 * MIB), tmp_path)
+
+
+def test_bitmaps_of_qemu_are_disowned_before_the_first_write(tmp_path: Path) -> None:
+    """An autoclear feature is kept by readers and cleared by a writer that does not know it."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", path, "8M")
+    qemu("qemu-img", "bitmap", "--add", path, "changes")
+    opened_qcow2(path, writable=False).close()
+    assert path.read_bytes()[88:96] != bytes(8)
+    image = opened_qcow2(path)
+
+    write(image, 0, bytes(512))
+    image.close()
+
+    assert path.read_bytes()[88:96] == bytes(8)
+    assert "corruptions" not in problems(path)
+
+
+@pytest.mark.parametrize(
+    "feature", ["extended_l2=on", "compression_type=zstd", "data_file=data", "encrypt.format=luks"]
+)
+def test_feature_that_we_lack_is_named(tmp_path: Path, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal says what the image needs."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "image"
+    secret = ("--object", "secret,id=s,data=x", "-o", "encrypt.key-secret=s") if "luks" in feature else ()
+    qemu("qemu-img", "create", "-qf", "qcow2", *secret, "-o", feature, path, "1M")
+    words = {"ext": "extended L2", "com": "zstd", "dat": "external data file", "enc": "LUKS"}[feature[:3]]
+
+    with pytest.raises(ImageError, match=words):
+        opened_qcow2(path)
+
+
+# -- made by us
+
+
+@pytest.mark.parametrize("size", [0, 512, MIB, 5 * MIB + 512, 40 << 30, 9 << 40])
+def test_created_image_is_clean(tmp_path: Path, size: int) -> None:
+    """QEMU takes it for what we say it is."""
+    path = tmp_path / "image"
+
+    create(str(path), "qcow2", size)
+
+    info = json.loads(qemu("qemu-img", "info", "--output=json", path))
+    assert (info["format"], info["virtual-size"], info["cluster-size"]) == ("qcow2", size, 64 * KIB)
+    assert problems(path) == {}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_created_overlay_names_its_base(tmp_path: Path) -> None:
+    """With path as typed and format, so that nobody has to guess."""
+    create(str(tmp_path / "base"), "qcow2", MIB)
+
+    create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
+
+    info = json.loads(qemu("qemu-img", "info", "--output=json", tmp_path / "top"))
+    assert (info["backing-filename"], info["backing-filename-format"]) == ("base", "qcow2")
+    assert problems(tmp_path / "top") == {}
+
+
+@pytest.mark.parametrize("target", ["raw", "qcow2"])
+@pytest.mark.parametrize("source", ["raw", "qcow2", "packed", "chain"])
+def test_conversion_keeps_content_and_holes(tmp_path: Path, source: str, target: str) -> None:
+    """From every kind to either, with the same bytes and no more room than needed."""
+    size = 8 * MIB
+    flat = flat_file(tmp_path / "source", size, seed=3, density=0.1)
+    path = tmp_path / "source"
+    if source in ("qcow2", "packed"):
+        path = tmp_path / "image"
+        more = ("-c",) if source == "packed" else ()
+        qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *more, tmp_path / "source", path)
+    elif source == "chain":
+        paths, flat = make_chain(tmp_path, "cluster_size=4k", size, 3)
+        path = paths[0]
+    image = OpenedChain(str(path), "raw" if source == "raw" else "qcow2").image()
+    seen: list[int] = []
+
+    convert(image, str(tmp_path / "copy"), target, 9 * MIB, lambda done, whole: seen.append(done * 100 // whole))
+    image.close()
+
+    (tmp_path / "flat").write_bytes(flat + bytes(MIB))
+    qemu("qemu-img", "compare", "-f", target, "-F", "raw", tmp_path / "copy", tmp_path / "flat")
+    assert seen == sorted(seen)
+    assert seen[-1] == 100
+    assert (tmp_path / "copy").stat().st_blocks * 512 < size
+    if target == "qcow2":
+        assert problems(tmp_path / "copy") == {}
+
+
+# -- killed
+
+WRITER = """
+import os, random, sys
+sys.path.insert(0, sys.argv[1])
+from tests.support.images import opened_qcow2, write
+from pathlib import Path
+image = opened_qcow2(Path(sys.argv[2]))
+choice = random.Random(int(sys.argv[3]))
+number = 0
+while True:
+    number += 1
+    for _ in range(choice.randrange(1, 12)):
+        slot = choice.randrange(512)
+        kind = 0 if choice.random() < 0.2 else number
+        os.write(1, b"w" + slot.to_bytes(4, "big") + kind.to_bytes(4, "big"))
+        if kind:
+            write(image, slot << 13, number.to_bytes(4, "big") * 2048)
+        else:
+            image.discard(slot << 13, 8192)
+            image.write_zeroes(slot << 13, 8192, False)
+    image.flush()
+    os.write(1, b"f" + bytes(8))
+"""
+
+
+def kill_and_check(tmp_path: Path, seed: int) -> None:
+    """Have a process write, kill it, and look at what is left."""
+    path = tmp_path / f"image{seed}"
+    cluster_size = random.Random(seed).choice(("512", "4k", "64k"))
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={cluster_size}", path, "4M")
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(ROOT), str(path), str(seed)], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert writer.stdout is not None
+    records = b""
+    with writer.stdout as output:
+        wanted = random.Random(seed).randrange(500, 9 * 3000)
+        while len(records) < wanted:
+            records += os.read(output.fileno(), 1 << 16)
+        writer.send_signal(signal.SIGKILL)
+        records += output.read()
+    writer.wait()
+
+    assert "corruptions" not in problems(path)
+    possible: list[set[int]] = [{0} for _ in range(512)]  # what a slot may hold: flushed, or written since
+    latest = [0] * 512
+    for at in range(0, len(records) - 8, 9):
+        slot, number = int.from_bytes(records[at + 1 : at + 5], "big"), int.from_bytes(records[at + 5 : at + 9], "big")
+        if records[at : at + 1] == b"f":
+            possible = [{number} for number in latest]
+        else:
+            latest[slot] = number
+            possible[slot].add(number)
+    assert any(latest)
+    image = opened_qcow2(path, writable=False)
+    for slot, numbers in enumerate(possible):
+        assert int.from_bytes(read(image, slot << 13, 4), "big") in numbers
+    image.close()
+    path.unlink()
+
+
+def test_killed_writer_leaves_a_consistent_image(tmp_path: Path) -> None:
+    """Nothing worse than leaks, and all that was flushed."""
+    kill_and_check(tmp_path, 0)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(900)
+def test_killed_writers_leave_consistent_images(tmp_path: Path) -> None:
+    """The same, fifty times."""
+    for seed in range(1, 51):
+        kill_and_check(tmp_path, seed)
+
+
+# -- locked
+
+
+@contextlib.contextmanager
+def held_by_qemu(path: Path, *, writable: bool) -> Iterator[None]:
+    """Have a qemu-io keep an image open."""
+    mode = () if writable else ("-r",)
+    holder = subprocess.Popen(
+        ["stdbuf", "-oL", "qemu-io", "-f", "raw", *mode, str(path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdin.write("length\n")
+        holder.stdin.flush()
+        assert "MiB" in holder.stdout.readline()
+        yield
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def locked_by_us(path: Path, *, writable: bool) -> int:
+    """Open and lock an image as we do for a VM."""
+    fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+    try:
+        lock(fd, str(path), writable=writable)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+def test_writer_excludes_others(tmp_path: Path, first: bool, second: bool) -> None:
+    """Of two of whom one writes the second is refused, be it QEMU or one of ours (hostile 53)."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", MIB)  # readers of raw files do not mind a writer, to QEMU
+    open_it = ("qemu-io", "-c", "length", path) if second else ("qemu-img", "info", path)
+
+    fd = locked_by_us(path, writable=first)
+    with pytest.raises(OperatorError, match=f"{path}: is being (used|written to) by another VM or program"):
+        locked_by_us(path, writable=second)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        qemu(*map(str, open_it))
+    os.close(fd)
+
+    assert "lock" in refused.value.stderr
+    os.close(locked_by_us(path, writable=second))
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_image_that_qemu_writes_is_refused(tmp_path: Path, writable: bool) -> None:
+    """Neither as a disk nor as a base."""
+    path = tmp_path / "image"
+    create(str(path), "raw", MIB)
+
+    with held_by_qemu(path, writable=True), pytest.raises(OperatorError, match="another VM or program"):
+        locked_by_us(path, writable=writable)
+
+    os.close(locked_by_us(path, writable=writable))
+
+
+def test_readers_share(tmp_path: Path) -> None:
+    """A base may have any number of overlays, ours and QEMU's."""
+    path = tmp_path / "image"
+    create(str(path), "raw", MIB)
+
+    with held_by_qemu(path, writable=False):
+        fds = [locked_by_us(path, writable=False) for _ in range(3)]
+        qemu("qemu-img", "info", "-f", "raw", path)
+
+    for fd in fds:
+        os.close(fd)
+
+
+def test_running_image_can_still_be_looked_at(tmp_path: Path) -> None:
+    """`qemu-img info -U` says that it does not mind a writer."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", MIB)
+    fd = locked_by_us(path, writable=True)
+
+    qemu("qemu-img", "info", "-U", path)
+
+    os.close(fd)

@@ -1,0 +1,329 @@
+"""A driver of a virtio device without a guest: the real, confined device process and the other side of everything.
+
+`Device` is a started process with both channels, eventfds and guest memory in our hands; `Ring` is a driver's half
+of a queue, which puts whatever it is told into it, valid or not.  No KVM is needed.
+"""
+
+import mmap
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.ipc import devmsg
+from vmd.privsep.spawn import Child, spawn
+from vmd.virtio import spec
+
+KIB, MIB = 1 << 10, 1 << 20
+DEADLINE_S = 30.0  # a watchdog; nothing is expected to take so long
+
+NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+INDIRECT_DESC, EVENT_IDX = 1 << spec.VIRTIO_F_RING_INDIRECT_DESC, 1 << spec.VIRTIO_F_RING_EVENT_IDX
+MODERN = 1 << spec.VIRTIO_F_VERSION_1
+
+# Two regions that touch, one that may not be written, and holes around them.
+RAM_END = 16 * MIB
+EXTRA, EXTRA_END = RAM_END, RAM_END + MIB
+ROM, ROM_END = 32 * MIB, 33 * MIB
+LAYOUT = (
+    RegionSpec(gpa=0, size=RAM_END, name="ram"),
+    RegionSpec(gpa=EXTRA, size=MIB, name="extra"),
+    RegionSpec(gpa=ROM, size=MIB, name="rom", read_only=True),
+)
+RING_BASE = 0x10000
+DATA = MIB  # where tests put their buffers
+
+
+class Desc(NamedTuple):
+    """One descriptor as it stands in a table."""
+
+    gpa: int
+    length: int
+    flags: int = 0
+    next: int = 0
+
+
+def chained(parts: Sequence[Desc], first: int = 0) -> list[Desc]:
+    """Link descriptors that stand behind one another from index `first` on."""
+    last = len(parts) - 1
+    return [
+        part._replace(flags=part.flags | (NEXT if i < last else 0), next=first + i + 1 if i < last else 0)
+        for i, part in enumerate(parts)
+    ]
+
+
+class Ring:
+    """The driver's half of one queue."""
+
+    def __init__(self, memory: GuestMemory, size: int, base: int = RING_BASE) -> None:
+        self.memory = memory
+        self.size = size
+        self.desc = base
+        self.avail = base + 16 * size
+        self.used = (self.avail + 6 + 2 * size + 3) & ~3
+        self.avail_idx = 0
+        self.used_idx = 0
+        self.free = 0
+        memory.load(base, bytes(self.used + 6 + 8 * size - base))
+
+    def row(self, enabled: bool = True, next_avail: int = 0, next_used: int = 0) -> bytes:
+        """Return the queue as ACTIVATE has it."""
+        return devmsg.QUEUE.pack(self.size, enabled, 0, self.desc, self.avail, self.used, next_avail, next_used)
+
+    def describe(self, index: int, parts: Sequence[Desc]) -> None:
+        """Write descriptors from an index of the table on."""
+        for position, part in enumerate(parts):
+            self.memory.load(self.desc + 16 * (index + position), struct.pack("<QIHH", *part))
+
+    def offer(self, head: int) -> None:
+        """Make a head available."""
+        self.memory.load(self.avail + 4 + 2 * (self.avail_idx % self.size), struct.pack("<H", head))
+        self.set_avail_idx(self.avail_idx + 1)
+
+    def set_avail_idx(self, value: int) -> None:
+        """Store the available index."""
+        self.avail_idx = value & 0xFFFF
+        self.memory.memory[self.avail + 2 : self.avail + 4].cast("H")[0] = self.avail_idx
+
+    def add(self, parts: Sequence[Desc]) -> int:
+        """Link parts, put them into free descriptors, offer them; return the head."""
+        if self.free + len(parts) > self.size:
+            self.free = 0
+        head = self.free
+        self.describe(head, chained(parts, head))
+        self.free += len(parts)
+        self.offer(head)
+        return head
+
+    def add_indirect(self, parts: Sequence[Desc], table: int) -> int:
+        """Put linked parts into a table of their own, and offer it."""
+        raw = b"".join(struct.pack("<QIHH", *part) for part in chained(parts))
+        self.memory.load(table, raw)
+        return self.add([Desc(table, len(raw), INDIRECT)])
+
+    def set_flags(self, flags: int) -> None:
+        """Store the driver's flags."""
+        self.memory.load(self.avail, struct.pack("<H", flags))
+
+    def set_used_event(self, index: int) -> None:
+        """Store the used index of which the driver wants to hear."""
+        self.memory.load(self.avail + 4 + 2 * self.size, struct.pack("<H", index & 0xFFFF))
+
+    @property
+    def avail_event(self) -> int:
+        """The available index of which the device wants to hear."""
+        return int.from_bytes(self.memory.read(self.used + 4 + 8 * self.size, 2), "little")
+
+    @property
+    def device_idx(self) -> int:
+        """The used index."""
+        return int.from_bytes(self.memory.read(self.used + 2, 2), "little")
+
+    def reap(self) -> list[tuple[int, int]]:
+        """Return (head, length) of what has come back."""
+        found = []
+        while self.used_idx != self.device_idx:
+            raw = self.memory.read(self.used + 4 + 8 * (self.used_idx % self.size), 8)
+            found.append(struct.unpack("<II", raw))
+            self.used_idx = self.used_idx + 1 & 0xFFFF
+        return found
+
+
+class Device:
+    """A device process and everything that it is connected to; a context manager that ends it."""
+
+    def __init__(self, kind: str, resources: Sequence[int] = (), *, flags: int = 0, queues: int = 1) -> None:
+        self.kind = kind
+        self.memory = GuestMemory.create(LAYOUT)
+        self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
+        self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
+        self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.page = os.memfd_create("interrupts", os.MFD_CLOEXEC)
+        os.ftruncate(self.page, mmap.PAGESIZE)
+        self.counters = memoryview(mmap.mmap(self.page, mmap.PAGESIZE)).cast("I")
+        self.sync, their_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.informs, their_informs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.log, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for channel in (self.sync, self.informs):
+            channel.settimeout(DEADLINE_S)
+        self.resources = list(resources)
+        self.flags = flags
+        self.features = 0
+        self.config = b""
+        fds = {
+            devmsg.FD_ASYNC: their_informs.fileno(),
+            devmsg.FD_MEMORY: self.memory.fd,
+            devmsg.FD_INTERRUPTS: self.page,
+            devmsg.FD_RESAMPLE: self.resample,
+            **dict(enumerate((*self.kicks, *self.calls, *resources), devmsg.FD_FIRST_QUEUE)),
+        }
+        entry = f"vmd.devices.{kind}.main:main"
+        self.spawned_s = time.monotonic()
+        self.child: Child = spawn(f"vm/test/{kind}0", channel=their_sync, fds=fds, entry=entry, log_fd=log_end)
+        self.fds = fds
+        for channel in (their_sync, their_informs):
+            channel.close()
+        os.close(log_end)
+
+    # --- life ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            print(f"--- log of {self.kind}\n{self.read_log()}---")
+        if self.child.pidfd >= 0:
+            self.child.kill()
+            self.child.reap(DEADLINE_S)
+        self.sync.close()
+        self.informs.close()
+        for fd in (*self.kicks, *self.calls, self.resample, self.page, self.log):
+            os.close(fd)
+
+    def start_packet(
+        self, *, kind: int = devmsg.START, queues: int | None = None, regions: int | None = None,
+        rows: bytes | None = None, form: int = 0, resources: int | None = None,
+    ) -> bytes:  # fmt: skip
+        """Return START, with lies on request."""
+        if rows is None:
+            rows = b"".join(
+                devmsg.REGION.pack(r.gpa, r.size, r.offset, devmsg.REGION_READ_ONLY if r.read_only else 0)
+                for r in self.memory.regions
+            )
+        head = devmsg.START_HEAD.pack(
+            kind, 0, form, 0,
+            len(self.kicks) if queues is None else queues,
+            len(self.resources) if resources is None else resources,
+            self.flags,
+            len(self.memory.regions) if regions is None else regions,
+        )  # fmt: skip
+        return head + rows + b"vm/test"
+
+    def start(self) -> Self:
+        """Say START and wait until the process is ready."""
+        self.sync.send(self.start_packet())
+        for channel in (self.sync, self.informs):
+            packet = channel.recv(devmsg.PACKET_MAX)
+            kind, self.features, length = devmsg.READY_HEAD.unpack_from(packet)
+            self.config = packet[devmsg.READY_HEAD.size :]
+            assert (kind, length) == (devmsg.READY, len(self.config))
+        self.ready_ms = (time.monotonic() - self.spawned_s) * 1000
+        return self
+
+    def ask(self, packet: bytes) -> bytes:
+        """Ask on the sync channel."""
+        self.sync.send(packet)
+        return self.sync.recv(devmsg.PACKET_MAX)
+
+    def command(self, kind: int) -> None:
+        """RESET, PAUSE or RESUME."""
+        assert self.ask(devmsg.TYPE.pack(kind)) == devmsg.STATUS.pack(kind, 0)
+
+    def activate_rows(self, features: int, *rows: bytes) -> int:
+        """Hand over queues as given; return the status."""
+        answer = self.ask(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, features, len(rows)) + b"".join(rows))
+        kind, status = devmsg.STATUS.unpack(answer)
+        assert kind == devmsg.ACTIVATE
+        return int(status)
+
+    def activate(self, size: int, features: int = MODERN, base: int = RING_BASE) -> Ring:
+        """Reset the device and give it a new ring."""
+        self.command(devmsg.RESET)
+        for fd in (*self.kicks, *self.calls):
+            self.take_event(fd)
+        ring = Ring(self.memory, size, base)
+        assert self.activate_rows(features, ring.row()) == 0
+        return ring
+
+    def export(self) -> list[tuple[int, int]]:
+        """Return (next avail, next used) of each queue."""
+        answer = self.ask(devmsg.TYPE.pack(devmsg.EXPORT))
+        _, count = devmsg.EXPORT_HEAD.unpack_from(answer)
+        rows = [devmsg.QUEUE.unpack_from(answer, devmsg.EXPORT_HEAD.size + i * devmsg.QUEUE.size) for i in range(count)]
+        return [(row[6], row[7]) for row in rows]
+
+    # --- events ----------------------------------------------------------------------------------------------
+
+    def kick(self, queue: int = 0) -> None:
+        """Notify."""
+        os.eventfd_write(self.kicks[queue], 1)
+
+    @staticmethod
+    def take_event(fd: int) -> int:
+        """Take what an eventfd has."""
+        try:
+            return os.eventfd_read(fd)
+        except BlockingIOError:
+            return 0
+
+    def wait_for(self, *fds: int) -> list[int]:
+        """Wait until one of some descriptors, or the end of the process, is readable; the latter fails."""
+        poll = select.poll()
+        for fd in (*fds, self.child.pidfd):
+            poll.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(DEADLINE_S * 1000)]
+        assert ready, "nothing happened"
+        assert self.child.pidfd not in ready, f"the process has ended: {self.read_log()}"
+        return ready
+
+    def wait_interrupt(self, queue: int = 0) -> None:
+        """Wait for an interrupt and take it."""
+        self.wait_for(self.calls[queue])
+        self.take_event(self.calls[queue])
+
+    def collect(self, ring: Ring, count: int, queue: int = 0) -> list[tuple[int, int]]:
+        """Kick, and return (head, length) of `count` used elements."""
+        found = ring.reap()
+        if len(found) < count:
+            self.kick(queue)
+        while len(found) < count:
+            self.wait_interrupt(queue)
+            found += ring.reap()
+        return found
+
+    def needs_reset(self) -> str:
+        """Wait for NEEDS_RESET; return its sentence."""
+        self.wait_for(self.informs.fileno())
+        packet = self.informs.recv(devmsg.PACKET_MAX)
+        assert devmsg.TYPE.unpack_from(packet)[0] == devmsg.NEEDS_RESET
+        return packet[devmsg.TYPE.size :].decode()
+
+    def error(self, channel: socket.socket) -> tuple[int, str]:
+        """Return errno and sentence of an ERROR."""
+        packet = channel.recv(devmsg.PACKET_MAX)
+        kind, number = devmsg.ERROR_HEAD.unpack_from(packet)
+        assert kind == devmsg.ERROR
+        return number, packet[devmsg.ERROR_HEAD.size :].decode()
+
+    def status(self) -> int | None:
+        """Wait for the end; return the exit status."""
+        return self.child.reap(DEADLINE_S)
+
+    # --- looking at it -----------------------------------------------------------------------------------------
+
+    def read_log(self) -> str:
+        """Return what it has logged since the last look."""
+        try:
+            return os.read(self.log, 1 << 20).decode()
+        except BlockingIOError:
+            return ""
+
+    def pss_kib(self) -> int:
+        """Return the process's share of memory, guest memory left out."""
+        total, skip = 0, False
+        with open(f"/proc/{self.child.pid}/smaps") as smaps:
+            for line in smaps:
+                name = line.split()
+                if "-" in name[0] and ":" not in name[0]:
+                    skip = "memfd" in line
+                elif name[0] == "Pss:" and not skip:
+                    total += int(name[1])
+        return total

@@ -1,0 +1,132 @@
+"""Images for tests: qemu-img as the other implementation, and a disk that is known byte by byte."""
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from vmd.images.chain import Link, open_chain
+from vmd.images.qcow2 import Qcow2Image
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.image import Image
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+def qemu(program: str, *arguments: object) -> str:
+    """Run one of QEMU's programs; return what it prints.  Raises CalledProcessError."""
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stdout + done.stderr)
+    return done.stdout
+
+
+def check_report(path: Path) -> dict[str, Any]:
+    """Return what `qemu-img check` finds; it leaves 2 for corruption and 3 for leaks."""
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", "--output=json", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 2, 3), done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def problems(path: Path) -> dict[str, int]:
+    """Return how many corruptions and leaks there are, without those that are 0."""
+    report = check_report(path)
+    return {name: report[name] for name in ("corruptions", "leaks", "check-errors") if report.get(name)}
+
+
+def opened(*paths: Path, writable: bool = False, formats: tuple[str, ...] = (), guessed: bool = False) -> "Image":
+    """Open a chain, the disk itself first; qcow2 unless told otherwise."""
+    links = []
+    for number, path in enumerate(paths):
+        fd = os.open(path, os.O_RDWR if writable and not number else os.O_RDONLY)
+        image_format = formats[number] if formats else "qcow2"
+        links.append(Link(fd=fd, path=str(path), format=image_format, guessed=guessed and not number))
+    return open_chain(links, writable=writable)
+
+
+def opened_qcow2(path: Path, *, writable: bool = True) -> Qcow2Image:
+    """Open a single qcow2 image."""
+    image = opened(path, writable=writable)
+    assert isinstance(image, Qcow2Image)
+    return image
+
+
+def read(image: "Image", offset: int, length: int) -> bytes:
+    """Return a range of a disk."""
+    buffer = bytearray(length)
+    image.preadv(offset, [memoryview(buffer)])
+    return bytes(buffer)
+
+
+def write(image: "Image", offset: int, data: bytes) -> None:
+    """Write a range of a disk."""
+    image.pwritev(offset, [memoryview(data)])
+
+
+def pieces(data: "bytearray | bytes", choice: random.Random) -> list[memoryview]:
+    """Return views that make up `data`, cut anywhere."""
+    view = memoryview(data)
+    cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(4)))
+    return [view[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+
+
+class Scribbler:
+    """Changes a disk and a flat copy of it at random; what a discard leaves is taken over from the disk."""
+
+    def __init__(self, image: "Image", flat: bytearray, seed: int) -> None:
+        self.image = image
+        self.flat = flat
+        self.choice = random.Random(seed)
+        self.longest = 300 * KIB
+
+    def place(self) -> tuple[int, int]:
+        """Return a random range of the disk."""
+        length = self.choice.choice((512, 4096, self.choice.randrange(1, 2000), self.choice.randrange(self.longest)))
+        offset = self.choice.randrange(len(self.flat))
+        if self.choice.random() < 0.7:
+            offset, length = offset & ~511, (length + 511) & ~511
+        return offset, min(length, len(self.flat) - offset)
+
+    def step(self) -> None:
+        """Do one thing."""
+        what = self.choice.random()
+        offset, length = self.place()
+        if what < 0.5:
+            self.write(offset, length)
+        elif what < 0.8:
+            self.compare(offset, length)
+        elif what < 0.9:
+            self.image.write_zeroes(offset, length, self.choice.random() < 0.5)
+            self.flat[offset : offset + length] = bytes(length)
+        elif what < 0.97:
+            self.image.discard(offset, length)
+            self.flat[offset : offset + length] = read(self.image, offset, length)
+        else:
+            self.image.flush()
+
+    def write(self, offset: int, length: int) -> None:
+        """Write random bytes."""
+        data = self.choice.randbytes(length)
+        self.image.pwritev(offset, pieces(data, self.choice))
+        self.flat[offset : offset + length] = data
+
+    def compare(self, offset: int, length: int) -> None:
+        """Read and compare."""
+        buffer = bytearray(length)
+        self.image.preadv(offset, pieces(buffer, self.choice))
+        assert buffer == self.flat[offset : offset + length], f"{length} bytes at {offset} differ"
+
+    def run(self, steps: int) -> None:
+        """Do many things, and compare all of it."""
+        for _ in range(steps):
+            self.step()
+        for offset in range(0, len(self.flat), MIB):
+            self.compare(offset, min(MIB, len(self.flat) - offset))

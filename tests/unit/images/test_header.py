@@ -1,0 +1,304 @@
+"""qcow2 headers that lie (hostile 52): each is refused with a sentence, by prober and opener alike."""
+
+import json
+import os
+import random
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import MIB, opened, read, write
+from vmd.errors import ImageError
+from vmd.images import probe as process
+from vmd.images.create import create
+from vmd.images.header import parse_header
+from vmd.images.identify import probe
+
+CLUSTER = 1 << 16
+SIZE = 8 * MIB
+
+
+def header_of(path: Path, changes: dict[int, tuple[str, int | bytes]]) -> None:
+    """Overwrite fields of a header: offset -> (struct format, value)."""
+    with path.open("r+b") as file:
+        for offset, (kind, value) in changes.items():
+            file.seek(offset)
+            file.write(struct.pack(">" + kind, value))
+
+
+def refusal(path: Path) -> str:
+    """Return why an image is refused."""
+    with pytest.raises(ImageError) as refused:
+        opened(path, writable=True).close()
+    return str(refused.value)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """Return an empty image of ours."""
+    path = tmp_path / "disk.qcow2"
+    create(str(path), "qcow2", SIZE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({0: ("I", 0x514649FA)}, "not a qcow2 image"),
+        ({4: ("I", 0)}, "unsupported qcow2 version 0"),
+        ({4: ("I", 1)}, "unsupported qcow2 version 1"),
+        ({4: ("I", 4)}, "unsupported qcow2 version 4"),
+        ({8: ("Q", 90), 16: ("I", 4)}, "outside the header"),
+        ({8: ("Q", CLUSTER - 2), 16: ("I", 4)}, "outside the header"),
+        ({8: ("Q", 1 << 63), 16: ("I", 4)}, "outside the header"),
+        ({8: ("Q", 112), 16: ("I", 1024)}, "1024 bytes long, more than 1023"),
+        ({8: ("Q", 112), 16: ("I", 5), 112: ("5s", b"nbd:x")}, "nbd:x is not a plain path"),
+        ({8: ("Q", 112), 16: ("I", 8), 112: ("8s", b'json:{"/')}, "is not a plain path"),
+        ({8: ("Q", 112), 16: ("I", 3), 112: ("3s", b"a\0b")}, "contains a NUL byte"),
+        ({8: ("Q", 112), 16: ("I", 3), 112: ("3s", b"abc")}, "needs its backing file abc"),
+        ({20: ("I", 8)}, r"cluster size of 2\^8 bytes"),
+        ({20: ("I", 22)}, r"cluster size of 2\^22 bytes"),
+        ({20: ("I", 0xFFFFFFFF)}, r"cluster size of 2\^4294967295 bytes"),
+        ({24: ("Q", 1 << 63)}, "virtual size of 9223372036854775808 bytes is too large"),
+        ({24: ("Q", 1 << 62)}, "is too small for 4611686018427387904 bytes"),
+        ({32: ("I", 1)}, r"is encrypted \(AES\)"),
+        ({32: ("I", 2)}, r"is encrypted \(LUKS\)"),
+        ({32: ("I", 77)}, r"is encrypted \(77\)"),
+        ({36: ("I", 0)}, "L1 table of 0 entries is too small"),
+        ({36: ("I", 0xFFFFFFFF)}, "L1 table of 34359738360 bytes is larger than"),
+        ({36: ("I", 100000)}, "L1 table at 196608 is not inside the file"),
+        ({40: ("Q", 0)}, "L1 table at 0 is not at the start"),
+        ({40: ("Q", CLUSTER * 3 + 512)}, "is not at the start of a cluster"),
+        ({40: ("Q", 1 << 63)}, "is not inside the file"),
+        ({40: ("Q", CLUSTER)}, "L1 table and refcount table overlap"),
+        ({48: ("Q", 0)}, "refcount table at 0 is not at the start"),
+        ({48: ("Q", CLUSTER + 8)}, "is not at the start of a cluster"),
+        ({48: ("Q", 1 << 40)}, "is not inside the file"),
+        ({56: ("I", 0)}, "has no refcount table"),
+        ({56: ("I", 1 << 31)}, "refcount table of 140737488355328 bytes is larger than"),
+        ({60: ("I", 70000)}, "70000 internal snapshots are more than 65536"),
+        ({60: ("I", 1), 64: ("Q", 8)}, "snapshot table at 8 is not at the start"),
+        ({60: ("I", 1), 64: ("Q", 1 << 50)}, "snapshot table at 1125899906842624 is not inside"),
+        ({72: ("Q", 2)}, "is marked as corrupt"),
+        ({72: ("Q", 4)}, "needs an external data file"),
+        ({72: ("Q", 8)}, "uses type 0 compression"),
+        ({72: ("Q", 8), 100: ("I", 112), 104: ("B", 1)}, "uses zstd compression"),
+        ({72: ("Q", 8), 100: ("I", 112), 104: ("B", 9)}, "uses type 9 compression"),
+        ({72: ("Q", 16)}, "needs extended L2 entries"),
+        ({72: ("Q", 1 << 40)}, "needs incompatible qcow2 feature 40"),
+        (
+            {72: ("Q", 1 << 9), 104: ("Q", 0x6803F85700000030), 112: ("48s", b"\0\x09wings" + bytes(41))},
+            'needs "wings", which is not supported',
+        ),
+        ({96: ("I", 7)}, r"refcounts of 2\^7 bits"),
+        ({100: ("I", 96)}, "header claims to be 96 bytes long"),
+        ({100: ("I", 105)}, "header claims to be 105 bytes long"),
+        ({100: ("I", 0xFFFFFFF8)}, "header claims to be 4294967288 bytes long"),
+        ({104: ("Q", 0x12345678FFFFFFFF)}, "extension 0x12345678 of 4294967295 bytes exceeds"),
+        (
+            {104: ("Q", 0xE2792ACA00000004), 112: ("4s", b"vmdk"), 8: ("Q", 120), 16: ("I", 1), 120: ("s", b"b")},
+            "format vmdk",
+        ),
+    ],
+)
+def test_lie_is_refused(image: Path, changes: dict[int, tuple[str, int | bytes]], words: str) -> None:
+    """One field at a time; the sentence names the file."""
+    header_of(image, changes)
+
+    text = refusal(image)
+
+    assert text.startswith(f"{image}: ")
+    assert re.search(words, text)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (3 * CLUSTER, 0x8000000000000000 | CLUSTER * 4 + 512, "L2 table at 262656 is not a cluster of the file"),
+        (3 * CLUSTER, 0x8000000000000000 | CLUSTER, "L2 table at 65536 overlaps"),
+        (3 * CLUSTER, 0x8000000000000000 | 3 * CLUSTER, "L2 table at 196608 overlaps"),
+        (3 * CLUSTER, 0x80FFFFFFFFFF0000, "is not a cluster of the file"),
+        (CLUSTER, 512, "refcount block at 512 is not a cluster of the file"),
+        (CLUSTER, CLUSTER, "refcount block at 65536 overlaps"),
+        (CLUSTER, 3 * CLUSTER, "refcount block at 196608 overlaps"),
+        (CLUSTER + 8, 2 * CLUSTER, "refcount block at 131072 overlaps"),
+    ],
+)
+def test_pointer_into_metadata_is_refused(image: Path, place: int, value: int, words: str) -> None:
+    """Tables that lead to the header, to tables or to themselves are no tables to write with."""
+    header_of(image, {place: ("Q", value)})
+
+    assert words in refusal(image)
+
+
+def test_missing_refcount_block_gives_nothing_away(image: Path) -> None:
+    """No refcount says that the header is in use, and still it is not handed out."""
+    header_of(image, {CLUSTER: ("Q", 0)})
+    before = image.read_bytes()[: 4 * CLUSTER]
+    disk = opened(image, writable=True)
+
+    with pytest.raises(OSError, match="cluster 0 is in use and has no refcount"):
+        write(disk, 0, b"x" * 512)
+    with pytest.raises(OSError, match="image is corrupt"):
+        write(disk, 0, b"x" * 512)
+    assert read(disk, 0, 512) == bytes(512)
+    disk.close()
+
+    after = image.read_bytes()[: 4 * CLUSTER]
+    assert after[72:80] == bytes(7) + b"\2"  # marked, so that nobody writes to it before it is repaired
+    assert after[:72] + after[80:] == before[:72] + before[80:]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (0x8000000000000000 | 3 * CLUSTER, "holds no data"),
+        (0x8000000000000000 | 4 * CLUSTER, "holds no data"),
+        (0x80FFFFFFFFFF0000, "holds no data"),
+    ],
+)
+def test_entry_into_metadata_is_not_written_to(image: Path, entry: int, words: str) -> None:
+    """Nor is one that leads far behind the end of the file, which it would make huge."""
+    disk = opened(image, writable=True)
+    write(disk, 0, b"x" * CLUSTER)
+    disk.close()
+    header_of(image, {4 * CLUSTER: ("Q", entry)})
+    assert os.path.getsize(image) == 6 * CLUSTER
+    disk = opened(image, writable=True)
+
+    with pytest.raises(OSError, match=words):
+        write(disk, 512, b"y" * 512)
+    disk.close()
+
+    assert os.path.getsize(image) == 6 * CLUSTER
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (0x8000000000050200, "no start of a cluster"),
+        (0x80FFFFFFFFFF0000, "before a cluster that is in use"),
+        (0x4000000000000000, "compressed cluster at 0"),
+        (0x7FFFFFFFFFFFFFFF, "compressed cluster at"),
+        (0x40FFFFFFFFFFFFFF, "compressed cluster at"),
+    ],
+)
+def test_entry_that_leads_nowhere_is_an_error(image: Path, entry: int, words: str) -> None:
+    """Reading it fails; what is beside it can be read."""
+    disk = opened(image, writable=True)
+    write(disk, 0, b"x" * CLUSTER + b"z" * 512)
+    disk.close()
+    header_of(image, {4 * CLUSTER: ("Q", entry)})
+    disk = opened(image)
+
+    with pytest.raises(OSError, match=words):
+        read(disk, 0, 512)
+    assert read(disk, CLUSTER, 512) == b"z" * 512
+    disk.close()
+
+
+def test_every_prefix_is_refused_or_whole(image: Path) -> None:
+    """A file cut anywhere gives an ImageError or, once all metadata is there, an image."""
+    whole = image.read_bytes()
+    for length in [*range(300), *range(CLUSTER - 1, len(whole), 9973)]:
+        image.write_bytes(whole[:length])
+        refusal(image) if length < len(whole) - CLUSTER else opened(image).close()
+
+
+def test_random_bytes_only_raise_what_they_may(tmp_path: Path) -> None:
+    """Flipped bits and random fields, opened, read and written: ImageError or OSError, nothing else."""
+    path = tmp_path / "disk"
+    create(str(path), "qcow2", SIZE)
+    disk = opened(path, writable=True)
+    write(disk, 0, b"x" * CLUSTER)
+    disk.close()
+    whole = path.read_bytes()
+    choice = random.Random(1)
+    places = [*range(112), *range(CLUSTER, CLUSTER + 16), *range(2 * CLUSTER, 2 * CLUSTER + 16),
+              *range(3 * CLUSTER, 3 * CLUSTER + 8), *range(4 * CLUSTER, 4 * CLUSTER + 16)]  # fmt: skip
+    outcomes = set()
+    for _ in range(1500):
+        damaged = bytearray(whole)
+        for _ in range(choice.randrange(1, 4)):
+            damaged[choice.choice(places)] = choice.choice((0, 1, 0x80, 0xFF, choice.randrange(256)))
+        path.write_bytes(damaged)
+        try:
+            disk = opened(path, writable=True)
+        except ImageError:
+            outcomes.add("refused")
+            continue
+        try:
+            read(disk, 0, min(disk.size, CLUSTER))
+            write(disk, 0, bytes(min(disk.size, 2 * CLUSTER)))
+            disk.discard(0, min(disk.size, CLUSTER))
+            disk.flush()
+            outcomes.add("used")
+        except OSError:
+            outcomes.add("failed")
+        try:
+            disk.close()
+        except OSError:
+            outcomes.add("failed")
+    assert outcomes == {"refused", "used", "failed"}
+
+
+def test_probe_tells_formats(image: Path, tmp_path: Path) -> None:
+    """By the first bytes if nobody says; what was said wins."""
+    with image.open("rb") as file:
+        assert (probe(file.fileno(), "x").format, probe(file.fileno(), "x").size) == ("qcow2", SIZE)
+        assert probe(file.fileno(), "x").guessed
+        raw = probe(file.fileno(), "x", "raw")
+        assert (raw.format, raw.size, raw.guessed) == ("raw", image.stat().st_size, False)
+    (tmp_path / "raw").write_bytes(bytes(1024))
+    with (tmp_path / "raw").open("rb") as file:
+        assert (probe(file.fileno(), "x").format, probe(file.fileno(), "x").size) == ("raw", 1024)
+        with pytest.raises(ImageError, match="not a qcow2 image"):
+            probe(file.fileno(), "x", "qcow2")
+
+
+def test_imgprobe_answers_with_one_line(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of JSON, which the parent needs no parser of images for; a refusal is a sentence."""
+    answers = []
+    for name, hint in (("qcow2", "qcow2"), ("qcow2", "raw"), ("broken", "qcow2")):
+        if name == "broken":
+            header_of(image, {4: ("I", 9)})
+        reader, writer = os.pipe()
+        with image.open("rb") as file:
+            monkeypatch.setattr(process, "IMAGE_FD", file.fileno())
+            monkeypatch.setattr(process, "ANSWER_FD", writer)
+            assert process.main("/disk", hint) == 0
+        os.close(writer)
+        with open(reader, "rb") as answered:
+            answers.append(json.loads(answered.read()))
+
+    assert answers == [
+        {"format": "qcow2", "size": SIZE, "guessed": False, "backing": "", "backing_format": ""},
+        {"format": "raw", "size": 4 * CLUSTER, "guessed": False, "backing": "", "backing_format": ""},
+        {"error": "/disk: unsupported qcow2 version 9"},
+    ]
+
+
+def test_guessed_format_gives_no_backing_file(tmp_path: Path) -> None:
+    """A guest may have written that header (hostile 52)."""
+    create(str(tmp_path / "top"), "qcow2", SIZE, "/etc/shadow", "raw")
+    with (tmp_path / "top").open("rb") as file:
+        told = probe(file.fileno(), "top", "qcow2")
+        with pytest.raises(ImageError, match=r"top: has backing file /etc/shadow, but .* `format qcow2`"):
+            probe(file.fileno(), "top")
+
+    assert (told.backing, told.backing_format) == ("/etc/shadow", "raw")
+
+
+def test_version_2_header_has_extensions_too(tmp_path: Path) -> None:
+    """They begin at byte 72 there."""
+    path = tmp_path / "disk"
+    create(str(path), "qcow2", SIZE)
+    header_of(path, {4: ("I", 2), 72: ("Q", 0xE2792ACA00000003), 80: ("8s", b"raw"), 88: ("Q", 0)})
+    header_of(path, {8: ("Q", 96), 16: ("I", 4), 96: ("4s", b"base")})
+
+    with path.open("rb") as file:
+        header = parse_header(file.fileno(), "disk")
+
+    assert (header.version, header.backing, header.backing_format) == (2, "base", "raw")

@@ -1,0 +1,530 @@
+"""Raw images, chains, and what qcow2 does when the host fails it."""
+
+import errno
+import os
+import random
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import KIB, MIB, Scribbler, opened, opened_qcow2, pieces, read, write
+from vmd.errors import HostError, ImageError, OperatorError
+from vmd.images import hostfile, qcow2
+from vmd.images.create import MAX_SIZE, convert, create
+from vmd.images.files import OpenedChain
+from vmd.images.hostfile import total
+from vmd.images.raw import SIGNATURES
+
+CLUSTER = 64 * KIB
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Return an empty qcow2 image."""
+    path = tmp_path / "disk.qcow2"
+    create(str(path), "qcow2", 16 * MIB)
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Return an empty raw image."""
+    path = tmp_path / "disk.raw"
+    create(str(path), "raw", 4 * MIB)
+    return path
+
+
+# -- both
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_scribble(tmp_path: Path, image_format: str) -> None:
+    """Random requests leave what a flat disk would have, also for who opens the image next."""
+    path = tmp_path / "disk"
+    create(str(path), image_format, 4 * MIB + 512)
+    flat = bytearray(4 * MIB + 512)
+    image = opened(path, writable=True, formats=(image_format,))
+
+    Scribbler(image, flat, seed=4).run(400)
+    image.close()
+
+    image = opened(path, formats=(image_format,))
+    assert read(image, 0, len(flat)) == flat
+    image.close()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize(("offset", "length"), [(-512, 512), (4 * MIB, 1), (4 * MIB - 512, 1024), (1 << 62, 512)])
+def test_request_outside_the_disk_is_refused(tmp_path: Path, image_format: str, offset: int, length: int) -> None:
+    """With an error, by every method (hostile 29, 32)."""
+    path = tmp_path / "disk"
+    create(str(path), image_format, 4 * MIB)
+    image = opened(path, writable=True, formats=(image_format,))
+
+    requests: list[Callable[[], object]] = [
+        lambda: read(image, offset, length),
+        lambda: write(image, offset, bytes(length)),
+        lambda: image.discard(offset, length),
+        lambda: image.write_zeroes(offset, length, True),
+    ]
+    for request in requests:
+        with pytest.raises(OSError, match="outside the disk"):
+            request()
+    image.close()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_read_only_image_is_not_written(tmp_path: Path, image_format: str) -> None:
+    """Not even by what need not change anything."""
+    path = tmp_path / "disk"
+    create(str(path), image_format, 4 * MIB)
+    image = opened(path, formats=(image_format,))
+
+    requests: list[Callable[[], None]] = [
+        lambda: write(image, 0, bytes(512)),
+        lambda: image.discard(0, 512),
+        lambda: image.write_zeroes(0, 512, False),
+    ]
+    for request in requests:
+        with pytest.raises(OSError, match="reading only") as refused:
+            request()
+        assert refused.value.errno == errno.EROFS
+    image.flush()
+    image.close()
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_more_views_than_the_kernel_takes(tmp_path: Path, image_format: str) -> None:
+    """A request of 3000 sectors in as many pieces."""
+    path = tmp_path / "disk"
+    create(str(path), image_format, 4 * MIB)
+    image = opened(path, writable=True, formats=(image_format,))
+    data = random.Random(1).randbytes(3000 * 512)
+    parts = [memoryview(data)[at : at + 512] for at in range(0, len(data), 512)]
+
+    image.pwritev(512, parts)
+    image.pwritev(512, parts)  # in place now
+    buffer = bytearray(len(data))
+    image.preadv(512, [memoryview(buffer)[at : at + 512] for at in range(0, len(data), 512)])
+
+    assert buffer == data
+    image.close()
+
+
+def test_cut_views_are_counted() -> None:
+    """The sum of all lengths, however many there are."""
+    assert total(pieces(bytes(1000), random.Random(3))) == 1000
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_lost_data_is_reported_ever_after(
+    tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a failed write-back once; a later flush that succeeds would be a lie (hostile 33)."""
+    path = tmp_path / "disk"
+    create(str(path), image_format, 4 * MIB)
+    image = opened(path, writable=True, formats=(image_format,))
+    write(image, 0, b"x" * 512)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "failed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fdatasync", fail)
+        with pytest.raises(OSError, match="failed"):
+            image.flush()
+    with pytest.raises(OSError, match="data was lost"):
+        image.flush()
+    image.close()
+
+
+# -- raw
+
+
+def test_shrunk_file_is_an_error(raw: Path) -> None:
+    """Zeroes would be taken for the disk's content (hostile 33)."""
+    image = opened(raw, writable=True, formats=("raw",))
+    os.truncate(raw, MIB)
+
+    with pytest.raises(OSError, match="has become shorter than 4194304 bytes"):
+        read(image, MIB - 512, 1024)
+    image.close()
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_guessed_raw_disk_takes_no_signature(raw: Path, signature: bytes) -> None:
+    """Whole, in pieces or byte by byte (hostile 31)."""
+    image = opened(raw, writable=True, formats=("raw",), guessed=True)
+    sector = signature + bytes(512 - len(signature))
+
+    with pytest.raises(OSError, match="may not write the signature") as refused:
+        write(image, 0, sector)
+    assert refused.value.errno == errno.EPERM
+    with pytest.raises(OSError, match="may not write the signature"):
+        image.pwritev(0, [memoryview(sector)[:1], memoryview(sector)[1:2], memoryview(sector)[2:]])
+    write(image, 2, signature[2:])
+    with pytest.raises(OSError, match="may not write the signature"):
+        write(image, 0, signature[:2])
+    write(image, 0, b"\x33\xc0" + bytes(510))
+    write(image, 1024, sector)
+    image.close()
+
+
+def test_memory_that_changes_under_the_check_gains_nothing(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is what was checked (hostile 20)."""
+    image = opened(raw, writable=True, formats=("raw",), guessed=True)
+    memory = bytearray(4096)
+    real = os.pwritev
+
+    def change_first(fd: int, views: list[memoryview], offset: int) -> int:
+        memory[:4] = b"QFI\xfb"
+        return real(fd, views, offset)
+
+    monkeypatch.setattr(os, "pwritev", change_first)
+    image.pwritev(0, [memoryview(memory)])
+
+    assert raw.read_bytes()[:4] == bytes(4)
+    image.close()
+
+
+def test_disk_that_is_said_to_be_raw_takes_any_bytes(raw: Path) -> None:
+    """Nobody will look at them."""
+    image = opened(raw, writable=True, formats=("raw",))
+
+    write(image, 0, b"QFI\xfb" + bytes(508))
+
+    image.close()
+
+
+def test_raw_discard_gives_storage_back(raw: Path) -> None:
+    """And so do zeroes that may be unmapped."""
+    image = opened(raw, writable=True, formats=("raw",))
+    write(image, 0, b"x" * 2 * MIB)
+    image.flush()
+    before = raw.stat().st_blocks
+
+    image.discard(0, MIB)
+    image.write_zeroes(MIB, MIB, True)
+
+    assert raw.stat().st_blocks < before
+    assert read(image, 0, 2 * MIB) == bytes(2 * MIB)
+    image.close()
+
+
+@pytest.mark.parametrize("unmap", [True, False])
+def test_zeroes_are_written_where_the_file_system_cannot(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, unmap: bool
+) -> None:
+    """Slowly, but right; a discard is then nothing."""
+    image = opened(raw, writable=True, formats=("raw",))
+    write(image, 0, b"x" * 3 * MIB)
+
+    def refuse(fd: int, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr("vmd.images.raw.fallocate", refuse)
+    image.discard(0, MIB)
+    image.write_zeroes(512, 2 * MIB, unmap)
+
+    assert read(image, 0, 3 * MIB) == b"x" * 512 + bytes(2 * MIB) + b"x" * (MIB - 512)
+    image.close()
+
+
+# -- chains
+
+
+def test_backing_image_that_is_shorter_reads_as_zeroes(tmp_path: Path) -> None:
+    """Behind its end, which need not be at a sector (hostile 52)."""
+    (tmp_path / "base").write_bytes(b"b" * 70001)
+    create(str(tmp_path / "top"), "qcow2", MIB, "base", "raw")
+    image = opened(tmp_path / "top", tmp_path / "base", writable=True, formats=("qcow2", "raw"))
+
+    assert read(image, 0, MIB) == b"b" * 70001 + bytes(MIB - 70001)
+    write(image, 70144, b"t" * 512)
+    assert read(image, 0, MIB) == b"b" * 70001 + bytes(143) + b"t" * 512 + bytes(MIB - 70656)
+    image.close()
+
+
+def test_discard_uncovers_no_backing_file(tmp_path: Path) -> None:
+    """What the guest wrote is gone, and so is what was below it."""
+    (tmp_path / "base").write_bytes(b"b" * MIB)
+    create(str(tmp_path / "top"), "qcow2", MIB, "base", "raw")
+    image = opened(tmp_path / "top", tmp_path / "base", writable=True, formats=("qcow2", "raw"))
+    write(image, 0, b"t" * MIB)
+
+    image.discard(0, CLUSTER)
+
+    assert read(image, 0, CLUSTER) == bytes(CLUSTER)
+    image.close()
+
+
+def test_chain_that_does_not_fit_is_refused(tmp_path: Path, disk: Path) -> None:
+    """Too long, too short, below a raw image, or of a guessed image; the files are closed again."""
+    create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
+    before = len(os.listdir("/proc/self/fd"))
+
+    for paths, formats, words in (
+        ((tmp_path / "top", disk, disk, disk, disk), ("qcow2",) * 5, "longer than 4 images"),
+        ((tmp_path / "top",), ("qcow2",), "needs its backing file base"),
+        ((disk, disk), ("qcow2",) * 2, "names no backing file"),
+        ((disk, disk), ("raw", "qcow2"), "a raw image has no backing file"),
+        ((disk,), ("vmdk",), "unknown image format vmdk"),
+    ):
+        with pytest.raises(ImageError, match=words):
+            opened(*paths, formats=formats)
+    with pytest.raises(ImageError, match="say so yourself with `format qcow2`"):
+        opened(tmp_path / "top", disk, guessed=True)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_chain_by_path_is_followed_with_care(tmp_path: Path) -> None:
+    """Missing files, loops and chains that are too long each get their sentence."""
+    create(str(tmp_path / "self"), "qcow2", MIB, "self", "qcow2")
+    create(str(tmp_path / "lost"), "qcow2", MIB, "gone", "qcow2")
+    create(str(tmp_path / "0"), "qcow2", MIB)
+    for level in range(1, 5):
+        create(str(tmp_path / f"{level}"), "qcow2", MIB, f"{level - 1}", "qcow2")
+    os.mkfifo(tmp_path / "fifo")
+
+    for name, words in (
+        ("self", "self: backing chain comes back to .*/self"),
+        ("lost", "backing file .*/gone: cannot be opened: No such file or directory"),
+        ("4", "4: backing chain is longer than 4 images"),
+        ("fifo", "fifo: neither a regular file nor a block device"),
+        ("missing", "missing: cannot be opened: No such file or directory"),
+    ):
+        with pytest.raises((ImageError, OperatorError), match=words):
+            OpenedChain(str(tmp_path / name), "qcow2")
+    chain = OpenedChain(str(tmp_path / "3"), "qcow2")
+    assert [Path(link.path).name for link in chain.links] == ["3", "2", "1", "0"]
+    chain.close()
+
+
+# -- qcow2 and a host that fails
+
+
+def packed_image(path: Path, packed: bytes) -> None:
+    """Make the first cluster of an image a compressed one."""
+    image = opened_qcow2(path)
+    write(image, 0, b"x" * CLUSTER)
+    image.close()
+    sectors = -(-len(packed) // 512) - 1
+    with path.open("r+b") as file:
+        file.seek(4 * CLUSTER)
+        file.write((1 << 62 | sectors << 54 | 5 * CLUSTER).to_bytes(8, "big"))
+        file.seek(5 * CLUSTER)
+        file.write(packed[:CLUSTER])
+
+
+def deflated(data: bytes) -> bytes:
+    """Compress as qcow2 does."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -12)
+    return compressor.compress(data) + compressor.flush()
+
+
+def test_bomb_yields_no_more_than_a_cluster(disk: Path) -> None:
+    """Whatever a compressed cluster claims to become (hostile 52)."""
+    packed_image(disk, deflated(bytes(50 * MIB))[:CLUSTER])
+    image = opened_qcow2(disk)
+
+    assert read(image, 0, CLUSTER) == bytes(CLUSTER)
+    assert sum(map(len, image.inflated.values())) == CLUSTER
+    image.close()
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        (b"\xff" * 600, "cannot be read"),
+        (deflated(b"short"), "has only 5 bytes"),
+    ],
+)
+def test_bad_compressed_cluster_is_an_error(disk: Path, packed: bytes, words: str) -> None:
+    """Not inflatable, or too little."""
+    packed_image(disk, packed)
+    image = opened_qcow2(disk)
+
+    with pytest.raises(OSError, match=words):
+        read(image, 0, 512)
+    image.close()
+
+
+class FailingWrites:
+    """pwritev(2) that once fails half-way."""
+
+    def __init__(self, failing: int, error: int) -> None:
+        self.real = os.pwritev
+        self.left = failing
+        self.error = error
+
+    def __call__(self, fd: int, views: list[memoryview], offset: int) -> int:
+        """Write, or fail."""
+        self.left -= 1
+        if self.left == 0:
+            self.real(fd, [views[0][:100]], offset)
+            raise OSError(self.error, os.strerror(self.error))
+        return self.real(fd, views, offset)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_failing_write_leaves_a_consistent_image(
+    disk: Path, failing: int, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever write fails, the guest is told, and everything else stays what it is (hostile 33)."""
+    image = opened_qcow2(disk)
+    write(image, 0, b"a" * CLUSTER)
+    image.flush()
+    requests: list[Callable[[], None]] = [
+        lambda: write(image, 8 * MIB, b"b" * 512),
+        lambda: write(image, CLUSTER - 512, b"c" * 1024),
+        lambda: image.discard(0, CLUSTER),
+        image.flush,
+    ]
+    failures = []
+
+    writes = FailingWrites(failing, error)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwritev", writes)
+        for request in requests:
+            try:
+                request()
+            except OSError as failure:
+                failures.append(failure.errno)
+    assert failures == [error] * (writes.left <= 0)
+    write(image, 8 * MIB, b"d" * 512)
+    write(image, CLUSTER, b"e" * 512)
+    image.close()
+
+    image = opened_qcow2(disk)
+    assert read(image, 8 * MIB, 1024) == b"d" * 512 + bytes(512)
+    assert read(image, CLUSTER, 1024) == b"e" * 512 + bytes(512)
+    assert {image.refcounts.get(cluster) for cluster in range(8)} <= {0, 1}
+    image.close()
+
+
+def test_cluster_is_not_reused_while_a_write_to_it_is_under_way(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest discards what it is writing, and something else gets the place: the late write must not hit that."""
+    image = opened_qcow2(disk)
+    write(image, 0, b"a" * CLUSTER)
+    image.flush()
+    place = image.l1[0], image.slices[0].table[0]
+    started, go_on = threading.Event(), threading.Event()
+    real = hostfile.write_views
+
+    def slow(fd: int, views: list[memoryview], offset: int, length: int) -> None:
+        if threading.current_thread().name == "slow":
+            started.set()
+            assert go_on.wait(60)
+        real(fd, views, offset, length)
+
+    monkeypatch.setattr(qcow2, "write_views", slow)
+    late = threading.Thread(target=write, args=(image, 0, b"L" * CLUSTER), name="slow")
+    late.start()
+    assert started.wait(60)
+    image.discard(0, CLUSTER)
+    image.flush()
+    for number in range(1, 9):
+        write(image, number * CLUSTER, b"n" * CLUSTER)
+    go_on.set()
+    late.join()
+
+    assert read(image, CLUSTER, 8 * CLUSTER) == b"n" * 8 * CLUSTER
+    image.flush()
+    write(image, 9 * CLUSTER, b"m" * CLUSTER)  # now it may have that place
+    assert (image.l1[0], image.slices[0].table[9]) == place
+    image.close()
+
+
+def test_read_goes_on_while_a_write_that_allocates_is_slow(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow request holds up no other that needs nothing new."""
+    image = opened_qcow2(disk)
+    write(image, 0, b"a" * CLUSTER)
+    started, go_on = threading.Event(), threading.Event()
+    real = hostfile.write_views
+
+    def slow(fd: int, views: list[memoryview], offset: int, length: int) -> None:
+        if threading.current_thread().name == "slow":
+            started.set()
+            assert go_on.wait(60)
+        real(fd, views, offset, length)
+
+    monkeypatch.setattr(qcow2, "write_views", slow)
+    late = threading.Thread(target=write, args=(image, MIB, b"L" * CLUSTER), name="slow")
+    late.start()
+    assert started.wait(60)
+
+    assert read(image, 0, CLUSTER) == b"a" * CLUSTER
+    write(image, 0, b"b" * CLUSTER)
+    assert read(image, MIB, 512) == bytes(512)
+
+    go_on.set()
+    late.join()
+    image.close()
+
+
+def test_cache_of_tables_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with more tables than fit is read and written right, in bounded memory."""
+    monkeypatch.setattr(qcow2, "CACHE_BYTES", 4 * qcow2.SLICE_BYTES)
+    path = tmp_path / "disk"
+    create(str(path), "qcow2", 64 << 29)
+    image = opened_qcow2(path)
+
+    for number in range(64):
+        write(image, number << 29, bytes([number]) * 1024)
+        assert len(image.slices) <= 8
+    order = list(range(64))
+    random.Random(1).shuffle(order)
+
+    for number in order:
+        assert read(image, number << 29, 1024) == bytes([number]) * 1024
+        assert len(image.slices) <= 8
+    image.close()
+
+
+# -- creation
+
+
+def test_existing_file_is_left_alone(raw: Path) -> None:
+    """A file that is there is never written."""
+    raw.write_bytes(b"precious")
+
+    with pytest.raises(HostError, match=f"could not create {raw}: File exists"):
+        create(str(raw), "raw", MIB)
+
+    assert raw.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("size", "backing", "words"),
+    [(MAX_SIZE + 1, "", "too large for a qcow2 image"), (MIB, "b" * 1024, "1024 bytes long, more than 1023")],
+)
+def test_image_that_cannot_be_leaves_nothing_behind(tmp_path: Path, size: int, backing: str, words: str) -> None:
+    """Neither a file nor half of one."""
+    with pytest.raises(ImageError, match=words):
+        create(str(tmp_path / "new"), "qcow2", size, backing, "qcow2")
+
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_conversion_that_fails_leaves_nothing_behind(
+    tmp_path: Path, raw: Path, image_format: str, failure: BaseException
+) -> None:
+    """Whether the disk is full or the operator has enough of it."""
+    raw.write_bytes(b"x" * MIB)
+    source = OpenedChain(str(raw), "raw").image()
+
+    def stop(done: int, whole: int) -> None:
+        raise failure
+
+    with pytest.raises((HostError, KeyboardInterrupt)):
+        convert(source, str(tmp_path / "new"), image_format, MIB, stop)
+    source.close()
+
+    assert os.listdir(tmp_path) == [raw.name]

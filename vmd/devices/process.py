@@ -1,0 +1,391 @@
+"""The start-up that all device processes share: confinement, handshake, memory, loop.
+
+Runs as  _vmd, inside its VM's cell; standard library only; filtered before the first byte from outside is read
+Peers    its VM process, on two channels (`ipc/devmsg.py` has messages and descriptor numbers)
+Holds    guest memory, its queues' eventfds, and the descriptors of its one host resource
+"""
+
+import _socket
+import gc
+import mmap
+import os
+import select
+import sys
+import time
+
+from vmd.errors import GuestError, PeerError, VmdError
+from vmd.guestmem import GuestMemory, Region
+from vmd.ipc import devmsg
+from vmd.log import FORMS, RateLimit, log
+from vmd.privsep.confine import Confinement, confine
+from vmd.virtio import spec
+from vmd.virtio.queue import Queue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from struct import Struct
+    from typing import Any, Protocol
+
+    class Device(Protocol):
+        """One kind of device.  Order of calls: open; then activate, on_notify*, quiesce, again and again; close.
+
+        All are made by the process's main thread.
+        """
+
+        @property
+        def features(self) -> int:
+            """The device's own; those of rings are the same for all."""
+
+        @property
+        def config(self) -> bytes:
+            """The configuration space as it is now."""
+
+        def activate(self, features: int, queues: list[Queue | None]) -> None:
+            """Take the rings; None for a queue the driver does not use."""
+
+        def on_notify(self, number: int) -> bool:
+            """Serve a queue, up to a budget; return whether there is more to do.  GuestError ends in NEEDS_RESET."""
+
+        def quiesce(self, *, forget: bool) -> None:
+            """Finish what is in flight; touch no ring until notified again.
+
+            With `forget`, what has not been begun need not be, and the rings are gone.
+
+            Raises:
+                HostError: it does not get finished; the process has to end.
+            """
+
+        def write_config(self, offset: int, data: bytes) -> None:
+            """Take a write of the driver to `config`."""
+
+        def close(self) -> None:
+            """Make everything that was done last, and let go, at the end."""
+
+
+VM = "vm process"  # whom a sentence about the channels is about
+RING_FEATURES = (
+    1 << spec.VIRTIO_F_RING_INDIRECT_DESC
+    | 1 << spec.VIRTIO_F_RING_EVENT_IDX
+    | 1 << spec.VIRTIO_F_ANY_LAYOUT
+    | 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY
+)
+QUIESCE_TIMEOUT_S = 9.0  # the VM waits for devmsg.ANSWER_TIMEOUT_S; a sentence beats its time-out
+
+
+def unpack(layout: "Struct", packet: bytes, at: int = 0) -> "tuple[Any, ...]":
+    """Take a structure out of a packet.  Raises PeerError if it is not all there."""
+    if len(packet) < at + layout.size:
+        raise PeerError(VM, f"message of {len(packet)} bytes is too short", packet)
+    return layout.unpack_from(packet, at)
+
+
+def exact(layout: "Struct", packet: bytes) -> "tuple[Any, ...]":
+    """Take a packet that is one structure and nothing else.  Raises PeerError."""
+    if len(packet) != layout.size:
+        raise PeerError(VM, f"message of {len(packet)} bytes instead of {layout.size}", packet)
+    return layout.unpack(packet)
+
+
+class Host:
+    """What the VM process told us, and the descriptors that came with it."""
+
+    def __init__(self, packet: bytes) -> None:
+        """Raises PeerError for a packet that is no START."""
+        kind, verbosity, form, self.index, queues, resources, self.flags, regions = unpack(devmsg.START_HEAD, packet)
+        if kind != devmsg.START or queues > devmsg.QUEUES_MAX or regions > devmsg.REGIONS_MAX or form >= len(FORMS):
+            raise PeerError(VM, "not a START message", packet)
+        self.verbosity = verbosity
+        self.form = FORMS[form]
+        self.regions = []
+        at = devmsg.START_HEAD.size
+        for _ in range(regions):
+            gpa, size, offset, flags = unpack(devmsg.REGION, packet, at)
+            read_only = bool(flags & devmsg.REGION_READ_ONLY)
+            try:
+                self.regions.append(Region(gpa=gpa, size=size, name="ram", offset=offset, read_only=read_only))
+            except ValueError as error:
+                raise PeerError(VM, str(error), packet) from None
+            at += devmsg.REGION.size
+        self.title = packet[at:].decode(errors="replace")
+        first = devmsg.FD_FIRST_QUEUE
+        self.kicks = list(range(first, first + queues))
+        self.calls = list(range(first + queues, first + 2 * queues))
+        self.resources = list(range(first + 2 * queues, first + 2 * queues + resources))
+
+
+class Process:
+    """A device process: its channels, its queues, and the loop.
+
+    Devices use `host`, `memory`, `interrupt`, `watch`, `call_after` and `serve`; all from the main thread, but
+    `interrupt`, which belongs to whichever thread owns the queue.
+    """
+
+    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
+        """Raises PeerError or OSError if what the VM said about descriptors and memory is not so."""
+        self.sync = sync
+        self.informs = informs
+        self.host = host
+        self.device: Device
+        try:
+            self.memory = GuestMemory.attach(devmsg.FD_MEMORY, host.regions)
+        except ValueError as error:
+            raise PeerError(VM, str(error)) from None
+        words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")
+        self.raised = words[: devmsg.QUEUES_MAX]
+        self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
+        self.queues: list[Queue | None] = []
+        self.running = False  # has rings, is not paused, and its driver has not broken them
+        self.broken = False
+        self.complaints = RateLimit()
+        self.timer: tuple[float, Callable[[], None]] | None = None
+        self.epoll = select.epoll()
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.watch(sync.fileno(), self.on_sync)
+        self.watch(informs.fileno(), self.on_inform)
+        self.watch(devmsg.FD_RESAMPLE, self.on_resample)
+        for number, fd in enumerate(host.kicks):
+            self.watch(fd, lambda number=number, fd=fd: self.on_kick(number, fd))  # type: ignore[misc]
+        for fd in host.calls:
+            os.fstat(fd)
+
+    def watch(self, fd: int, handler: "Callable[[], None]") -> None:
+        """Call `handler` whenever `fd` is readable."""
+        self.epoll.register(fd, select.EPOLLIN)
+        self.handlers[fd] = handler
+
+    def call_after(self, delay_s: float, handler: "Callable[[], None]") -> None:
+        """Call `handler` once, later; a process has one timer, and a new one replaces it."""
+        self.timer = (time.monotonic() + delay_s, handler)
+
+    def run(self) -> None:
+        """Serve until the VM says that it is over, or is gone."""
+        poll, handlers = self.epoll.poll, self.handlers
+        while True:
+            for fd, _events in poll(-1 if self.timer is None else max(0.0, self.timer[0] - time.monotonic())):
+                handlers[fd]()
+            if self.timer is not None and time.monotonic() >= self.timer[0]:
+                _, handler = self.timer
+                self.timer = None
+                handler()
+
+    # --- queues ----------------------------------------------------------------------------------------------
+
+    def interrupt(self, queue: int) -> None:
+        """Tell the guest that a queue has news.  From the queue's own thread only."""
+        self.raised[queue] = self.raised[queue] + 1 & 0xFFFFFFFF  # before the event: the guest looks at it then
+        os.eventfd_write(self.host.calls[queue], 1)
+
+    def on_kick(self, number: int, fd: int) -> None:
+        """The guest notified, or there was more to do than one round's budget."""
+        try:
+            os.eventfd_read(fd)
+        except BlockingIOError:
+            return
+        self.serve(number)
+
+    def serve(self, number: int) -> None:
+        """Let the device work on a queue; come back later for what exceeds its budget."""
+        if not self.running or number >= len(self.queues) or self.queues[number] is None:
+            return
+        try:
+            if self.device.on_notify(number):
+                os.eventfd_write(self.host.kicks[number], 1)
+        except GuestError as error:
+            self.needs_reset(str(error))
+
+    def needs_reset(self, text: str) -> None:
+        """Stop serving a driver that broke its rings, and say so."""
+        self.running = False
+        self.broken = True
+        self.tell(devmsg.TYPE.pack(devmsg.NEEDS_RESET) + text.encode()[:500])
+
+    def on_resample(self) -> None:
+        """The guest ended an INTx interrupt: raise it again for what it has not seen."""
+        try:
+            os.eventfd_read(devmsg.FD_RESAMPLE)
+        except BlockingIOError:
+            return
+        for number, call in enumerate(self.host.calls):
+            if self.raised[number] != self.seen[number]:
+                os.eventfd_write(call, 1)
+                return
+
+    # --- the VM ------------------------------------------------------------------------------------------------
+
+    def tell(self, packet: bytes) -> None:
+        """Inform the VM; if it does not listen, it will end us soon."""
+        try:
+            self.informs.send(packet, _socket.MSG_DONTWAIT)
+        except OSError:
+            return
+
+    def fail(self, error: Exception) -> None:
+        """Tell the VM why we end."""
+        number = getattr(error, "errno", None) or 0
+        self.tell(devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000])
+
+    def ready(self) -> bytes:
+        """Return READY with what the device is now."""
+        device = self.device
+        features = device.features | RING_FEATURES
+        return devmsg.READY_HEAD.pack(devmsg.READY, features, len(device.config)) + device.config
+
+    def on_inform(self) -> None:
+        """Take a message of the async channel."""
+        packet = self.informs.recv(devmsg.PACKET_MAX)
+        kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
+        if kind == devmsg.SHUTDOWN:
+            self.end()
+        elif kind == devmsg.VERBOSITY:
+            log.verbosity = exact(devmsg.VERBOSITY_BODY, packet)[1]
+        else:
+            raise PeerError(VM, f"unknown message {kind}", packet)
+
+    def on_sync(self) -> None:
+        """Answer a question."""
+        packet = self.sync.recv(devmsg.PACKET_MAX)
+        if not packet:
+            self.end()
+        kind = unpack(devmsg.TYPE, packet)[0]
+        answer = self.QUESTIONS.get(kind)
+        if answer is None:
+            raise PeerError(VM, f"unknown question {kind}", packet)
+        self.sync.send(answer(self, packet))
+
+    def on_activate(self, packet: bytes) -> bytes:
+        """Take the rings of a driver; status 1 if one of them cannot be used."""
+        _, features, count = unpack(devmsg.ACTIVATE_HEAD, packet)
+        if count > len(self.host.kicks) or len(packet) != devmsg.ACTIVATE_HEAD.size + count * devmsg.QUEUE.size:
+            raise PeerError(VM, f"rings for {count} queues", packet)
+        self.forget()
+        queues: list[Queue | None] = []
+        try:
+            for number in range(count):
+                at = devmsg.ACTIVATE_HEAD.size + number * devmsg.QUEUE.size
+                size, enabled, _, desc, avail, used, next_avail, next_used = unpack(devmsg.QUEUE, packet, at)
+                if enabled:
+                    queues.append(Queue(self.memory, features, size, desc, avail, used, next_avail, next_used))
+                else:
+                    queues.append(None)
+        except GuestError as error:
+            self.complaints.warn(str(error))
+            return devmsg.STATUS.pack(devmsg.ACTIVATE, 1)
+        self.queues = queues
+        self.device.activate(features, queues)
+        self.running = True
+        self.look_at_all()
+        return devmsg.STATUS.pack(devmsg.ACTIVATE, 0)
+
+    def forget(self) -> None:
+        """Be as before the rings came."""
+        self.running = False
+        self.device.quiesce(forget=True)
+        self.queues = []
+        self.broken = False
+
+    def on_reset(self, packet: bytes) -> bytes:
+        """The driver resets the device."""
+        exact(devmsg.TYPE, packet)
+        self.forget()
+        return devmsg.STATUS.pack(devmsg.RESET, 0)
+
+    def on_pause(self, packet: bytes) -> bytes:
+        """Stand still."""
+        exact(devmsg.TYPE, packet)
+        self.running = False
+        self.device.quiesce(forget=False)
+        return devmsg.STATUS.pack(devmsg.PAUSE, 0)
+
+    def on_resume(self, packet: bytes) -> bytes:
+        """Go on."""
+        exact(devmsg.TYPE, packet)
+        self.running = bool(self.queues) and not self.broken
+        self.look_at_all()
+        return devmsg.STATUS.pack(devmsg.RESUME, 0)
+
+    def on_config_write(self, packet: bytes) -> bytes:
+        """The driver writes configuration space."""
+        _, offset, length = unpack(devmsg.CONFIG_WRITE_HEAD, packet)
+        data = packet[devmsg.CONFIG_WRITE_HEAD.size :]
+        if len(data) != length:
+            raise PeerError(VM, f"write of {length} bytes brings {len(data)}", packet)
+        self.device.write_config(offset, data)
+        return self.ready()
+
+    def on_export(self, packet: bytes) -> bytes:
+        """Give the queues' indices away, for a stream."""
+        exact(devmsg.TYPE, packet)
+        rows = [
+            devmsg.QUEUE.pack(queue.size, 1, 0, 0, 0, 0, queue.next_avail, queue.next_used)
+            if queue is not None
+            else bytes(devmsg.QUEUE.size)
+            for queue in self.queues
+        ]
+        return devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, len(rows)) + b"".join(rows)
+
+    QUESTIONS = {
+        devmsg.ACTIVATE: on_activate,
+        devmsg.RESET: on_reset,
+        devmsg.PAUSE: on_pause,
+        devmsg.RESUME: on_resume,
+        devmsg.CONFIG_WRITE: on_config_write,
+        devmsg.EXPORT: on_export,
+    }
+
+    def look_at_all(self) -> None:
+        """Serve every queue as if it had been notified: it may have been before we could hear it."""
+        for kick in self.host.kicks:
+            os.eventfd_write(kick, 1)
+
+    def end(self) -> None:
+        """Finish, make it last, and exit."""
+        self.running = False
+        self.device.quiesce(forget=True)
+        self.device.close()
+        sys.exit(0)
+
+
+def sentence(error: Exception) -> str:
+    """Return what a failure is, for people."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def main(confinement: Confinement, make: "Callable[[Process], Device]") -> int:
+    """Run a device process.  `make(process)` opens the resource and returns the device; it may start threads.
+
+    A failure of the start is answered with its errno and sentence.
+    """
+    confine(confinement)
+    sync = _socket.socket(fileno=devmsg.FD_SYNC)
+    informs = _socket.socket(fileno=devmsg.FD_ASYNC)
+    try:
+        packet = sync.recv(devmsg.PACKET_MAX)
+        if not packet:
+            return 1
+        host = Host(packet)
+        log.setup(host.title, host.form, host.verbosity)
+        process = Process(sync, informs, host)
+        process.device = make(process)
+    except (VmdError, OSError) as error:
+        return refuse(sync, error)
+    gc.collect()
+    gc.freeze()
+    sync.send(process.ready())
+    process.tell(process.ready())
+    try:
+        process.run()
+    except (VmdError, OSError) as error:
+        log.error(sentence(error))
+        process.fail(error)
+    return 1
+
+
+def refuse(sync: _socket.socket, error: Exception) -> int:
+    """Tell the VM why we do not start; returns the exit status."""
+    number = getattr(error, "errno", None) or 0
+    try:
+        sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000], _socket.MSG_DONTWAIT)
+    except OSError:
+        log.error(sentence(error))
+    return 1

@@ -1,0 +1,475 @@
+"""A virtio block device (virtio 1.2, 5.2; *cat. 6.4*): the ring on one thread, slow requests on others.
+
+The main thread owns the queue: it takes requests, and gives them back.  What the page cache can answer it does
+itself, because handing a request to a thread costs more than a read of 4 KiB.  Everything that may wait for storage
+goes to a few workers: flushes, discards, large writes, and whatever the last look at the clock says is slow now.
+"""
+
+import _thread
+import errno
+import os
+import select
+import time
+from _queue import SimpleQueue
+
+from vmd.devices.process import QUIESCE_TIMEOUT_S
+from vmd.devices.vioblk import request as requests
+from vmd.devices.vioblk.request import HEADER, REQUEST_MAX_BYTES, Limits, Request, carry_out, parse
+from vmd.errors import GuestError, HostError
+from vmd.images.raw import RawImage
+from vmd.log import RateLimit
+from vmd.virtio import spec
+from vmd.virtio.queue import DESC, U16
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from vmd.images.image import Image
+    from vmd.virtio.queue import Queue
+
+    class Services(Protocol):
+        """What of `process.Process` is used here."""
+
+        def interrupt(self, queue: int) -> None:
+            """Tell the guest."""
+
+        def watch(self, fd: int, handler: Callable[[], None]) -> None:
+            """Call back when readable."""
+
+        def serve(self, number: int) -> None:
+            """Serve a queue as if notified."""
+
+
+QUEUE_SIZE = 256
+SEG_MAX = QUEUE_SIZE - 2
+BUDGET = 64  # requests of one wake-up
+BUDGET_BYTES = 8 << 20  # that the main thread moves itself in one wake-up
+INLINE_READ_MAX = 1 << 20
+INLINE_WRITE_MAX = 256 << 10
+IOV_MAX = 1024
+OURS = -1  # the head of a request that no guest made
+WORKERS = 4
+IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
+
+# A transfer of the main thread that took longer than SLOW_S had to wait for storage.  For PENALTY times as long the
+# workers get all, so that of the main thread's time less than 1/PENALTY is lost to waiting.
+SLOW_S = 0.002
+PENALTY = 20
+
+CONFIG_BYTES = 60
+CAPACITY, SEG_MAX_AT, BLK_SIZE, WRITEBACK, DISCARD_AT = 0, 12, 20, 32, 36
+DISCARD_ALIGNMENT_SECTORS = 8
+
+NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+OK, IOERR = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR
+
+
+class Workers:
+    """Threads that carry jobs out, and an eventfd that says when one is done."""
+
+    def __init__(self, count: int) -> None:
+        self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for _ in range(count):
+            _thread.start_new_thread(self._work, ())
+
+    def submit(self, job: "Callable[[], None]") -> None:
+        """Have a job done; it raises nothing."""
+        self.jobs.put(job)
+
+    def _work(self) -> None:
+        get, done = self.jobs.get, self.done
+        while True:
+            get()()
+            os.eventfd_write(done, 1)
+
+
+class Vioblk:
+    """A disk."""
+
+    def __init__(self, image: "Image", services: "Services", workers: Workers, *, index: int = 0) -> None:
+        """Take the image, whose owner we are from here on."""
+        self.image = image
+        self.services = services
+        self.workers = workers
+        self.serial = f"vioblk{index}".encode().ljust(spec.VIRTIO_BLK_ID_BYTES, b"\0")
+        self.size = image.size // spec.SECTOR * spec.SECTOR
+        self.features = 1 << spec.VIRTIO_BLK_F_SEG_MAX | 1 << spec.VIRTIO_BLK_F_BLK_SIZE | 1 << spec.VIRTIO_BLK_F_FLUSH
+        if image.writable:
+            self.features |= 1 << spec.VIRTIO_BLK_F_CONFIG_WCE | 1 << spec.VIRTIO_BLK_F_DISCARD
+            self.features |= 1 << spec.VIRTIO_BLK_F_WRITE_ZEROES
+        else:
+            self.features |= 1 << spec.VIRTIO_BLK_F_RO
+        self.space = bytearray(CONFIG_BYTES)
+        self._fill_config()
+        self.complaints = RateLimit()
+        self.queue: Queue | None = None
+        self.limits = Limits(self.size, writable=image.writable, discard=False)
+        self.negotiated = 0
+        self.write_through = True
+        self.finished: list[tuple[Request, int, int, OSError | None]] = []  # appended to by workers
+        self.trouble: BaseException | None = None  # what no worker may raise
+        self.in_flight = 0
+        self.in_flight_bytes = 0
+        self.cancelled = False
+        self.stalled = False  # requests were left in the ring because enough are in flight
+        self.unflushed: list[tuple[Request, int, int]] = []  # written through, but for the flush
+        self.settling = False  # a flush of our own is in flight
+        self.workers_until_s = 0.0
+        self.fd = image.fd if isinstance(image, RawImage) else -1
+        self.nowait = os.RWF_NOWAIT
+        services.watch(workers.done, self.on_done)
+
+    # --- configuration ---------------------------------------------------------------------------------------
+
+    def _fill_config(self) -> None:
+        """Write what a driver reads (5.2.4)."""
+        space = self.space
+        for at, size, value in (
+            (CAPACITY, 8, self.size // spec.SECTOR),
+            (SEG_MAX_AT, 4, SEG_MAX),
+            (BLK_SIZE, 4, spec.SECTOR),
+            (WRITEBACK, 1, 1),
+        ):
+            space[at : at + size] = value.to_bytes(size, "little")
+        if self.image.writable:
+            limits = (
+                requests.DISCARD_MAX_SECTORS,
+                requests.DISCARD_MAX_RANGES,
+                DISCARD_ALIGNMENT_SECTORS,
+                requests.WRITE_ZEROES_MAX_SECTORS,
+                requests.WRITE_ZEROES_MAX_RANGES,
+                1,  # a range of zeroes may be unmapped
+            )
+            space[DISCARD_AT:] = b"".join(value.to_bytes(4, "little") for value in limits)
+
+    @property
+    def config(self) -> bytes:
+        """The configuration space as it is now."""
+        return bytes(self.space)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take a write: only `writeback` can be written, and only by a driver that knows it (5.2.5)."""
+        if self.queue is None or not self.negotiated >> spec.VIRTIO_BLK_F_CONFIG_WCE & 1:
+            return
+        if offset <= WRITEBACK < offset + len(data):
+            self.space[WRITEBACK] = data[WRITEBACK - offset] & 1
+            self._choose_mode()
+
+    def _choose_mode(self) -> None:
+        """Decide when a write is done: when the host has it, or when storage has it (5.2.6.2)."""
+        before = self.write_through
+        flush = bool(self.negotiated >> spec.VIRTIO_BLK_F_FLUSH & 1)
+        self.write_through = not (flush and self.space[WRITEBACK])
+        if self.write_through and not before and not self.settling:
+            # What the guest took for done may no longer be lost from here on.  Not one for each change of mode: the
+            # driver does not wait for it, so nothing would bound their number.
+            self.settling = True
+            self._hand_over(Request(OURS, spec.VIRTIO_BLK_T_FLUSH, 0))
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    def activate(self, features: int, queues: "list[Queue | None]") -> None:
+        """Take the ring."""
+        self.queue = queues[0] if queues else None
+        self.negotiated = features
+        self.cancelled = self.stalled = False
+        self.space[WRITEBACK] = 1
+        self.limits.discard = bool(features >> spec.VIRTIO_BLK_F_DISCARD & 1)
+        self.write_through = True
+        self._choose_mode()
+
+    def quiesce(self, *, forget: bool) -> None:
+        """Wait for the workers; with `forget` they skip what they have not begun.  Raises HostError."""
+        self.cancelled = forget
+        deadline_s = time.monotonic() + QUIESCE_TIMEOUT_S
+        wait = select.poll()
+        wait.register(self.workers.done, select.POLLIN)
+        self._collect()
+        while self.in_flight:
+            if time.monotonic() > deadline_s:
+                raise HostError(f"{self.image.path}: requests do not end", errno.ETIMEDOUT)
+            if wait.poll(100):
+                os.eventfd_read(self.workers.done)
+                self._collect()
+        self._announce()
+        if forget:
+            self.queue = None
+            self.cancelled = False
+
+    def close(self) -> None:
+        """Flush and let go."""
+        try:
+            if self.image.writable:
+                self.image.flush()
+            self.image.close()
+        except OSError as error:
+            self.complain("close", error)
+
+    def complain(self, what: str, error: OSError) -> None:
+        """Log what the host would not do; a guest can cause it, so not too often."""
+        text = error.strerror or str(error)
+        named = text if self.image.path in text else f"{self.image.path}: {text}"
+        self.complaints.warn(f"{what}: {named}")
+
+    # --- the ring ------------------------------------------------------------------------------------------------
+
+    def on_notify(self, _number: int) -> bool:
+        """Serve what waits in the ring, up to a budget."""
+        queue = self.queue
+        if queue is None:
+            return False
+        try:
+            more = self._drain(queue)
+        finally:  # of a ring that breaks half-way, too
+            if self.unflushed:
+                self._flush_batch()
+            self._announce()
+        if self.stalled:
+            return False  # `on_done` comes back
+        return more or queue.rearm()
+
+    def _drain(self, queue: "Queue") -> bool:
+        """Take requests and serve them or hand them over; return whether some are left.
+
+        The hot loop.  It knows the two requests that matter in the form in which drivers send them: a header of
+        16 bytes, data, a status byte, each in descriptors of its own, chained or indirect, all in memory and within
+        the disk.  Anything else, right or wrong, is left to `Queue.walk` and `parse`, from the start.
+        """
+        memory = queue.memory
+        raw, ranges = memory.memory, memory.ranges
+        table, ring, mask, table_size = queue.desc, queue.avail + 4, queue.mask, queue.size
+        indirect, disk_size, writable_disk = queue.indirect, self.size, self.image.writable
+        descriptor, word, header = DESC.unpack_from, U16.unpack_from, HEADER.unpack_from
+        put = queue.put
+        budget_bytes = BUDGET_BYTES
+        waiting = queue.available()
+        left = min(waiting, BUDGET)
+        more = waiting > left
+        while left:
+            if self.in_flight_bytes >= IN_FLIGHT_MAX_BYTES:
+                self.stalled = True
+                return True
+            if self.in_flight + len(self.unflushed) > table_size:  # one of them may be our own
+                raise GuestError(f"more than {table_size} requests in a queue of {table_size}")
+            left -= 1
+            head = word(raw, ring + 2 * (queue.next_avail & mask))[0]
+            base, size = table, table_size
+            views: list[memoryview] = []
+            total = 0
+            status = -1
+            while head < size:  # once; `break` is for what is not of the usual form
+                gpa, length, flags, following = descriptor(raw, base + 16 * head)
+                if flags == INDIRECT and indirect and length & 15 == 0 and 48 <= length <= 16 * IOV_MAX:
+                    for start, end, offset, _ in ranges:
+                        if start <= gpa and gpa + length <= end:
+                            base, size = offset + gpa - start, length >> 4
+                            break
+                    else:
+                        break
+                    gpa, length, flags, following = descriptor(raw, base)
+                if flags != NEXT or length != 16:
+                    break
+                for start, end, offset, _ in ranges:
+                    if start <= gpa and gpa + 16 <= end:
+                        kind, _, sector = header(raw, offset + gpa - start)
+                        break
+                else:
+                    break
+                if kind == 0:
+                    data = NEXT | WRITE
+                elif kind == 1 and writable_disk:
+                    data = NEXT
+                else:
+                    break
+                steps = size - 1
+                while following < size and steps:
+                    steps -= 1
+                    gpa, length, flags, following = descriptor(raw, base + 16 * following)
+                    for start, end, offset, writable in ranges:
+                        if start <= gpa and gpa + length <= end:
+                            at, may_write = offset + gpa - start, writable
+                            break
+                    else:
+                        break
+                    if flags == data and (may_write or kind):
+                        views.append(raw[at : at + length])
+                        total += length
+                    else:
+                        if flags == WRITE and length == 1 and may_write:
+                            status = at
+                        break
+                break
+            disk_offset = sector * 512 if status >= 0 else 0
+            if status < 0 or not total or total & 511 or total > REQUEST_MAX_BYTES or disk_offset + total > disk_size:
+                self._serve_any(queue, head)
+                continue
+            queue.next_avail = queue.next_avail + 1 & 0xFFFF
+            budget_bytes -= total
+            if kind == 0:
+                if total <= INLINE_READ_MAX and self._read_now(disk_offset, views, total):
+                    raw[status] = 0
+                    put(head, total + 1)
+                else:
+                    self._hand_over_transfer(head, kind, status, disk_offset, views, total)
+            elif total > INLINE_WRITE_MAX or not self._write_now(head, status, disk_offset, views, total):
+                self._hand_over_transfer(head, kind, status, disk_offset, views, total)
+            if budget_bytes < 0:
+                return True
+        return more
+
+    def _serve_any(self, queue: "Queue", head: int) -> None:
+        """Serve a request of any form, the obvious way.  Raises GuestError."""
+        chain = queue.walk(head)
+        request = parse(chain, queue.memory, self.limits)
+        queue.next_avail = queue.next_avail + 1 & 0xFFFF
+        if request.refused or request.kind == spec.VIRTIO_BLK_T_GET_ID:
+            self._give_back(request, *carry_out(request, self.image, self.serial))
+        else:
+            self._hand_over(request)
+
+    # --- on the main thread --------------------------------------------------------------------------------------
+
+    def _read_now(self, offset: int, views: list[memoryview], length: int) -> bool:
+        """Read if that needs no waiting; return whether all was read."""
+        if self.fd >= 0 and self.nowait:
+            if len(views) > IOV_MAX:
+                return False
+            try:
+                return os.preadv(self.fd, views, offset, self.nowait) == length
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    self.nowait = 0  # this file system cannot tell; the clock does
+                return False
+        begun_s = time.monotonic()
+        if begun_s < self.workers_until_s:
+            return False
+        try:
+            self.image.preadv(offset, views)
+        except OSError:
+            return False  # a worker tries again, and says why not
+        self._note_time(begun_s)
+        return True
+
+    def _write_now(self, head: int, status: int, offset: int, views: list[memoryview], length: int) -> bool:
+        """Write if that usually needs no waiting; return whether it was done."""
+        begun_s = time.monotonic()
+        if begun_s < self.workers_until_s:
+            return False
+        try:
+            self.image.pwritev(offset, views)
+        except OSError:
+            return False  # as above; to write twice does no harm
+        self._note_time(begun_s)
+        if self.write_through:
+            request = Request(head, spec.VIRTIO_BLK_T_OUT, status)
+            request.length = length
+            self.unflushed.append((request, OK, 1))
+        else:
+            queue = self.queue
+            assert queue is not None
+            queue.memory.memory[status] = OK
+            queue.put(head, 1)
+        return True
+
+    def _note_time(self, begun_s: float) -> None:
+        """Look at the clock after a transfer."""
+        now_s = time.monotonic()
+        if now_s - begun_s > SLOW_S:
+            self.workers_until_s = now_s + PENALTY * (now_s - begun_s)
+
+    def _give_back(self, request: Request, status: int, written: int) -> None:
+        """Put a finished request into the used ring."""
+        queue = self.queue
+        if request.head == OURS:
+            self.settling = False
+        elif queue is not None:
+            queue.memory.memory[request.status] = status
+            queue.put(request.head, written)
+
+    def _announce(self) -> None:
+        """Publish what was given back; interrupt if the guest wants it."""
+        queue = self.queue
+        if queue is not None:
+            queue.publish()
+            if queue.wants_interrupt():
+                self.services.interrupt(0)
+
+    # --- with the workers ------------------------------------------------------------------------------------------
+
+    def _hand_over_transfer(
+        self, head: int, kind: int, status: int, offset: int, views: list[memoryview], length: int
+    ) -> None:
+        request = Request(head, kind, status)
+        request.offset, request.views, request.length = offset, views, length
+        self._hand_over(request)
+
+    def _hand_over(self, request: Request) -> None:
+        """Have a worker carry a request out."""
+        self.in_flight += 1
+        self.in_flight_bytes += request.length
+        flush = self.write_through
+        self.workers.submit(lambda: self._work(request, flush=flush))
+
+    def _flush_batch(self) -> None:
+        """Have a worker flush; the writes of this wake-up are done when it has."""
+        batch, self.unflushed = self.unflushed, []
+        self.in_flight += len(batch)
+        self.in_flight_bytes += sum(request.length for request, _, _ in batch)
+        self.workers.submit(lambda: self._work_batch(batch))
+
+    def _work(self, request: Request, *, flush: bool) -> None:
+        """Carry a request out; on a worker's thread."""
+        status, written, failure = IOERR, 1, None
+        try:
+            if not self.cancelled:
+                status, written = carry_out(request, self.image, self.serial)
+                if flush and request.kind in (spec.VIRTIO_BLK_T_OUT, spec.VIRTIO_BLK_T_WRITE_ZEROES):
+                    self.image.flush()
+        except OSError as error:
+            status, written, failure = IOERR, 1, error
+        except BaseException as error:  # raised again where it ends the process
+            self.trouble = error
+        self.finished.append((request, status, written, failure))
+
+    def _work_batch(self, batch: "list[tuple[Request, int, int]]") -> None:
+        """Flush for all of a batch; on a worker's thread."""
+        failure: OSError | None = None
+        try:
+            self.image.flush()
+        except OSError as error:
+            failure = error
+        except BaseException as error:  # as above
+            self.trouble = error
+        for request, status, written in batch:
+            self.finished.append((request, IOERR if failure else status, written, failure))
+
+    def on_done(self) -> None:
+        """Workers have finished something."""
+        try:
+            os.eventfd_read(self.workers.done)
+        except BlockingIOError:
+            return
+        self._collect()
+        self._announce()
+        if self.stalled and self.in_flight_bytes < IN_FLIGHT_MAX_BYTES:
+            self.stalled = False
+            self.services.serve(0)
+
+    def _collect(self) -> None:
+        """Give back what workers have finished."""
+        if self.trouble is not None:
+            raise self.trouble
+        # Workers append while we look; what comes after the exchange is found in the new list's turn.
+        count = len(self.finished)
+        batch, self.finished[:count] = self.finished[:count], []
+        for request, status, written, failure in batch:
+            self.in_flight -= 1
+            self.in_flight_bytes -= request.length
+            if failure is not None:
+                self.complain(f"request {request.kind}", failure)
+            self._give_back(request, status, written)

@@ -1,0 +1,69 @@
+"""An image with its backing images, from descriptors that somebody else has opened."""
+
+import os
+
+from vmd.errors import ImageError
+from vmd.images.qcow2 import Qcow2Image
+from vmd.images.raw import RawImage
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmd.images.image import Image
+
+MAX_CHAIN = 4  # *cat. 8.2*
+FORMATS = ("raw", "qcow2")
+# Guests write to disks.  What such a disk says about itself must not make us open another file.
+GUESSED = "only its first bytes say that it is qcow2; say so yourself with `format qcow2`"
+
+
+class Link(Record):
+    """One image of a chain; `guessed`: nobody but its first bytes said that the format is this one."""
+
+    fd: int
+    path: str
+    format: str
+    guessed: bool = False
+
+
+def open_chain(links: "Sequence[Link]", *, writable: bool) -> "Image":
+    """Return the image that a chain makes, the disk itself first; only that one is ever written.
+
+    Owns the descriptors from here on, and closes them if it fails.
+
+    Raises:
+        ImageError: one of the images cannot be used.
+    """
+    image: Image | None = None
+    pending = list(links)
+    try:
+        if not 0 < len(links) <= MAX_CHAIN:
+            raise ImageError(links[0].path if links else "disk", f"backing chain is longer than {MAX_CHAIN} images")
+        while pending:
+            link = pending[-1]
+            image = _open(link, writable=writable and len(pending) == 1, backing=image)
+            pending.pop()
+        assert image is not None
+        return image
+    except BaseException:
+        if image is not None:
+            image.close()
+        for link in pending:
+            os.close(link.fd)
+        raise
+
+
+def _open(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
+    """Open one image on top of another.  Raises ImageError."""
+    if link.format == "raw":
+        if backing is not None:
+            raise ImageError(link.path, "a raw image has no backing file")
+        return RawImage(link.fd, link.path, writable=writable, guessed=link.guessed)
+    if link.format != "qcow2":
+        raise ImageError(link.path, f"unknown image format {link.format}")
+    if link.guessed and backing is not None:
+        raise ImageError(link.path, f"has a backing file, but {GUESSED}")
+    return Qcow2Image(link.fd, link.path, writable=writable, backing=backing)
+

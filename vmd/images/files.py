@@ -1,0 +1,75 @@
+"""Images by path, opened with the caller's own rights: for vmctl, never for a daemon.
+
+A backing file is opened only where the format of the image that names it is known otherwise than from the
+image's first bytes (see vmd.images.chain.GUESSED).
+"""
+
+import contextlib
+import os
+
+from vmd.errors import ImageError
+from vmd.images.chain import MAX_CHAIN, Link, open_chain
+from vmd.images.identify import Probe, probe
+from vmd.images.locks import lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.image import Image
+
+
+class OpenedChain:
+    """The files of a chain, opened for reading, locked against writers, and told apart; top first."""
+
+    def __init__(self, path: str, format_hint: str = "") -> None:
+        """Open `path` and all below it.
+
+        Raises:
+            ImageError: a file is missing, unreadable, unfit, or there are too many.
+            OperatorError: somebody is writing to one of them.
+        """
+        self.links: list[Link] = []
+        self.probes: list[Probe] = []
+        seen: set[tuple[int, int]] = set()
+        top = path
+        try:
+            while True:
+                fd = self._open(path)
+                identity = os.fstat(fd)
+                with contextlib.ExitStack() as undo:
+                    undo.callback(os.close, fd)
+                    if (identity.st_dev, identity.st_ino) in seen:
+                        raise ImageError(top, f"backing chain comes back to {path}")
+                    if len(self.links) == MAX_CHAIN:
+                        raise ImageError(top, f"backing chain is longer than {MAX_CHAIN} images")
+                    seen.add((identity.st_dev, identity.st_ino))
+                    lock(fd, path, writable=False)
+                    found = probe(fd, path, format_hint)
+                    undo.pop_all()
+                self.probes.append(found)
+                self.links.append(Link(fd=fd, path=path, format=found.format, guessed=found.guessed))
+                if not found.backing:
+                    return
+                path, format_hint = os.path.join(os.path.dirname(path), found.backing), found.backing_format
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: str) -> int:
+        """Open one file; O_NONBLOCK, because a FIFO would keep us waiting.  Raises ImageError."""
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            name = f"backing file {path}" if self.links else path
+            raise ImageError(name, f"cannot be opened: {reason}") from None
+
+    def image(self) -> "Image":
+        """Return the chain as one image, for reading; it owns the files.  Raises ImageError."""
+        links, self.links = self.links, []
+        return open_chain(links, writable=False)
+
+    def close(self) -> None:
+        """Close the files, unless an image owns them."""
+        for link in self.links:
+            os.close(link.fd)
+        self.links = []

@@ -1,0 +1,138 @@
+"""Positional I/O on a host file: all bytes or an OSError, and the parts of fallocate(2) that `os` lacks."""
+
+import ctypes
+import errno
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IOV_MAX = 1024  # Linux' UIO_MAXIOV
+ZEROES = memoryview(bytes(1 << 16))
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2).  Raises OSError."""
+    while _fallocate(fd, mode, offset, length):
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+
+
+def total(views: "Sequence[memoryview]") -> int:
+    """Return the number of bytes in all views."""
+    return len(views[0]) if len(views) == 1 else sum(map(len, views))
+
+
+class Cursor:
+    """Hands out the bytes of a list of views from front to back, without copying them."""
+
+    __slots__ = ("index", "start", "views")
+
+    def __init__(self, views: "Sequence[memoryview]") -> None:
+        self.views = views
+        self.index = 0
+        self.start = 0
+
+    def take(self, length: int) -> list[memoryview]:
+        """Return views of the next `length` bytes."""
+        taken: list[memoryview] = []
+        while length:
+            view = self.views[self.index]
+            left = len(view) - self.start
+            if left > length:
+                taken.append(view[self.start : self.start + length])
+                self.start += length
+                return taken
+            taken.append(view[self.start :] if self.start else view)
+            length -= left
+            self.index += 1
+            self.start = 0
+        return taken
+
+
+def clear(views: "Sequence[memoryview]") -> None:
+    """Fill views with zeroes."""
+    for view in views:
+        for start in range(0, len(view), len(ZEROES)):
+            part = view[start : start + len(ZEROES)]
+            part[:] = ZEROES[: len(part)]
+
+
+def read_views(fd: int, views: "Sequence[memoryview]", offset: int, length: int) -> int:
+    """Fill views, `length` bytes in all; return how many came, fewer only where the file ends.  Raises OSError."""
+    got = os.preadv(fd, views if len(views) <= IOV_MAX else views[:IOV_MAX], offset)
+    if got == length:
+        return got
+    step, done = got, got
+    while step and done < length:
+        cursor = Cursor(views)
+        cursor.take(done)
+        step = os.preadv(fd, cursor.take(length - done)[:IOV_MAX], offset + done)
+        done += step
+    return done
+
+
+def write_views(fd: int, views: "Sequence[memoryview]", offset: int, length: int) -> None:
+    """Write views, `length` bytes in all.  Raises OSError."""
+    done = os.pwritev(fd, views if len(views) <= IOV_MAX else views[:IOV_MAX], offset)
+    while done < length:
+        cursor = Cursor(views)
+        cursor.take(done)
+        step = os.pwritev(fd, cursor.take(length - done)[:IOV_MAX], offset + done)
+        if not step:
+            raise OSError(errno.EIO, "nothing could be written")
+        done += step
+
+
+def read_bytes(fd: int, length: int, offset: int) -> bytes:
+    """Return up to `length` bytes, fewer only where the file ends.  Raises OSError."""
+    parts = []
+    while length:
+        part = os.pread(fd, length, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_bytes(fd: int, data: "bytes | bytearray | memoryview", offset: int) -> None:
+    """Write all of `data`.  Raises OSError."""
+    view = memoryview(data)
+    write_views(fd, (view,), offset, len(view))
+
+
+def write_zeroes(fd: int, offset: int, length: int) -> None:
+    """Write zeroes the slow way.  Raises OSError."""
+    while length:
+        step = min(length, len(ZEROES) * IOV_MAX)
+        whole, rest = divmod(step, len(ZEROES))
+        views = [ZEROES] * whole + ([ZEROES[:rest]] if rest else [])
+        write_views(fd, views, offset, step)
+        offset += step
+        length -= step
+
+
+def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
+    """Return whether a file has data at `offset` < `end`, and for how many bytes that holds.
+
+    A file system that knows no holes has data everywhere.
+    """
+    try:
+        data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
+        if data > offset:
+            return False, data - offset
+        return True, min(os.lseek(fd, offset, os.SEEK_HOLE), end) - offset
+    except OSError as error:
+        return error.errno != errno.ENXIO, end - offset  # ENXIO: nothing but a hole up to the end

@@ -1,0 +1,61 @@
+"""Locks on image files that QEMU and we respect in each other.
+
+QEMU marks what it does to a file with read locks on single bytes: byte 100+n says "I use permission n",
+byte 200+n says "nobody else may use permission n".  Everybody sets the own marks first and then looks for
+contradicting ones of others, so that of two who come together at least one gives way.  The locks are those of the
+open file (OFD), so they go along when a descriptor is passed on and end with its last copy.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+
+from vmd.errors import OperatorError
+
+CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)  # QEMU's BLK_PERM_* as bit numbers
+USES, DENIES = 100, 200
+
+READER = ((CONSISTENT_READ,), (WRITE, RESIZE))
+WRITER = ((CONSISTENT_READ, WRITE, RESIZE), (WRITE, RESIZE))
+
+flock = struct.Struct("hh4xqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
+
+
+def lock(fd: int, path: str, *, writable: bool) -> None:
+    """Lock an image for one writer or any number of readers, for as long as the open file lives.
+
+    Raises:
+        OperatorError: somebody else uses it in a way that excludes ours, or the file system has no locks.
+    """
+    uses, denies = WRITER if writable else READER
+    marks = [USES + n for n in uses] + [DENIES + n for n in denies]
+    contradicting = [DENIES + n for n in uses] + [USES + n for n in denies]
+    try:
+        for byte in marks:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        taken = [byte for byte in contradicting if _held_by_others(fd, byte)]
+    except OSError as error:
+        unlock(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise OperatorError(errno.EBUSY, f"{path}: locked by another program") from None
+        raise OperatorError(error.errno or errno.EIO, f"{path}: cannot be locked: {error.strerror}") from None
+    if taken:
+        unlock(fd)
+        doing = "written to" if USES + WRITE in taken else "used"
+        raise OperatorError(errno.EBUSY, f"{path}: is being {doing} by another VM or program")
+
+
+def _held_by_others(fd: int, byte: int) -> bool:
+    """Return whether another open file has a mark on a byte; ours do not count."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, flock.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return bool(flock.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def unlock(fd: int) -> None:
+    """Take our marks off; they also go when the open file does."""
+    for first in (USES, DENIES):
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_UNLCK, os.SEEK_SET, first, RESIZE + 1, 0))
+        except OSError:
+            return  # never locked, where the file system knows no locks

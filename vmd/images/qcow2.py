@@ -1,0 +1,873 @@
+"""qcow2 images, versions 2 and 3: reading, writing and what keeps them whole when anything dies.
+
+Two levels of tables lead from a guest's cluster to one of the file: the L1 table is in memory, L2 tables are cached
+in slices.  A request whose clusters are all there costs one look at a slice and one preadv or pwritev; no lock is
+taken.  Whatever allocates or frees runs under `allocating`, one at a time.
+
+What a crash finds.  Changes of L2 entries, of the L1 table and of the refcount table stay in memory until `flush`
+(or until there are too many), which writes in this order, waiting for the disk at each bar:
+
+    refcounts of new clusters (their data has been written before) | refcount table | L2 entries | L1 entries |
+
+and only then are clusters that were replaced or discarded free for others.  So at any moment the file is
+consistent: kill -9 or a power cut can lose what was not flushed, and leave clusters that nobody uses (a leak,
+which qemu-img check -r leaks collects), but nothing on disk ever refers to a cluster that may be handed out.
+In-place writes need no order; they are as on any disk.
+
+Freed clusters are reused only when every request has ended that began before they were freed: a write that is still
+under way to its old place must not hit the new owner.
+"""
+
+import array
+import errno
+import os
+import threading
+import zlib
+
+from vmd.errors import ImageError
+from vmd.images.header import AT_AUTOCLEAR, AT_INCOMPATIBLE, CORRUPT, DIRTY, SNAPSHOT_BYTES, parse_header
+from vmd.images.hostfile import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    ZEROES,
+    Cursor,
+    clear,
+    data_span,
+    fallocate,
+    read_bytes,
+    read_views,
+    total,
+    write_bytes,
+    write_views,
+)
+from vmd.images.refcounts import NOTHING_DIRTY, TABLE_OFFSET_MASK, Damage, Refcounts
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmd.images.image import Image
+
+COPIED = 1 << 63  # nobody else refers to this cluster
+COMPRESSED = 1 << 62
+ALL_ZERO = 1  # version 3
+OFFSET_MASK = 0x00FFFFFFFFFFFE00
+DEFLATE_BITS = -15  # no header; QEMU writes windows of 2^12, this reads any
+
+SLICE_BYTES = 1 << 16  # of an L2 table; what is read and cached at once
+CACHE_BYTES = 8 << 20
+MAX_SLICES = 4096
+INFLATED_BYTES = 1 << 20
+MAX_RETIRED = 4096  # runs that wait for a flush before there is one of our own
+MAX_WAITING = 1 << 16  # runs that wait for requests to end
+SPAN_BYTES = 64 << 20
+
+DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; a hole shows the backing file
+
+
+class Slice:
+    """Part of an L2 table in native numbers; entries `low` to `high` are not written yet."""
+
+    __slots__ = ("high", "low", "pinned", "table", "used")
+
+    def __init__(self, table: "array.array[int]") -> None:
+        self.table = table
+        self.low, self.high = NOTHING_DIRTY
+        self.pinned = False  # a flush has yet to write it
+        self.used = 0
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something is not written yet."""
+        return self.high > self.low
+
+
+def native(raw: bytes) -> "array.array[int]":
+    """Return big-endian 64-bit numbers as native ones."""
+    numbers = array.array("Q", raw)
+    numbers.byteswap()
+    return numbers
+
+
+class Qcow2Image:
+    """One qcow2 image on top of its backing image, which it owns; see Image."""
+
+    def __init__(self, fd: int, path: str, *, writable: bool, backing: "Image | None" = None) -> None:
+        """Take the descriptor, which `close` closes.
+
+        Raises:
+            ImageError: the file is no qcow2 image, damaged, or needs what we do not have.
+        """
+        self.fd = fd
+        self.path = path
+        self.writable = writable
+        self.backing = backing
+        self.header = header = parse_header(fd, path)
+        if header.backing and backing is None:
+            raise ImageError(path, f"needs its backing file {header.backing}")
+        if backing is not None and not header.backing:
+            raise ImageError(path, "names no backing file")
+        self.size = header.size
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.cluster_mask = self.cluster_size - 1
+        slice_bytes = min(self.cluster_size, SLICE_BYTES)
+        self.slice_entries = slice_bytes // 8
+        self.slice_mask = self.slice_entries - 1
+        self.slice_shift = self.cluster_bits + self.slice_entries.bit_length() - 1  # guest bytes of a slice
+        self.table_shift = 2 * self.cluster_bits - 3  # guest bytes of an L2 table
+        misplaced = OFFSET_MASK & self.cluster_mask
+        # Bits that make an entry something else than a plain cluster, or than one that may be written in place.
+        self.special = COMPRESSED | ALL_ZERO | misplaced
+        self.in_place = self.special | COPIED
+        self.packed_shift = 62 - (self.cluster_bits - 8)
+
+        self.slices: dict[int, Slice] = {}
+        self.max_slices = min(MAX_SLICES, CACHE_BYTES // slice_bytes)
+        self.absent = Slice(array.array("Q", bytes(slice_bytes)))  # stands for every table that does not exist
+        self.dirty: dict[int, Slice] = {}
+        self.held: Slice | None = None  # the one that is about to be changed
+        self.clock = 0
+        self.inflated: dict[int, bytes] = {}
+
+        self.loading = threading.Lock()  # the cache of slices, and that of inflated clusters
+        self.allocating = threading.Lock()  # refcounts, tables, and everything below
+        self.committing = threading.Lock()  # one flush after another; taken before `allocating`
+        self.dirty_l1: set[int] = set()
+        self.retired: list[tuple[int, int]] = []  # runs of clusters to be freed after the next flush
+        self.limbo: list[tuple[int, list[tuple[int, int]]]] = []  # ... once requests as old as this have ended
+        self.waiting = 0  # number of those runs
+        self.generation = 0
+        self.in_flight: dict[int, int] = {}  # thread -> generation in which its request began
+        self.untouched = True
+        self.failed = ""  # why nothing can be written any more
+
+        try:
+            self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+            self.l1 = native(self._read_table(header.l1_offset, header.l1_entries * 8))
+            if writable:
+                self.refcounts = self._open_refcounts()
+        except OSError as error:
+            raise ImageError(path, f"cannot be read: {error.strerror}") from error
+
+    # -- opening
+
+    def _read_table(self, offset: int, length: int) -> bytes:
+        """Read a table that has to be there.  Raises ImageError, OSError."""
+        raw = read_bytes(self.fd, length, offset)
+        if len(raw) != length:
+            raise ImageError(self.path, f"table at {offset} is cut short")
+        return raw
+
+    def _open_refcounts(self) -> Refcounts:
+        """Read what only a writer needs, and refuse what is not fit to be written.  Raises ImageError, OSError."""
+        header = self.header
+        if header.incompatible & CORRUPT:
+            raise ImageError(self.path, "is marked as corrupt; repair it with qemu-img check -r all")
+        table = native(self._read_table(header.refcount_offset, header.refcount_clusters * self.cluster_size))
+        refcounts = Refcounts(self.fd, header, table, self.file_bytes)
+        refcounts.protect(0, self.cluster_size)
+        refcounts.protect(header.l1_offset, header.l1_entries * 8)
+        refcounts.protect(header.refcount_offset, len(table) * 8)
+        refcounts.protect(header.snapshots_offset, header.snapshots * SNAPSHOT_BYTES)
+        for name, entries, mask in (("refcount block", table, TABLE_OFFSET_MASK), ("L2 table", self.l1, OFFSET_MASK)):
+            for entry in entries:
+                offset = entry & mask
+                if not offset:
+                    continue
+                if offset & self.cluster_mask or offset + self.cluster_size > self.file_bytes:
+                    raise ImageError(self.path, f"{name} at {offset} is not a cluster of the file")
+                if offset >> self.cluster_bits in refcounts.metadata:
+                    raise ImageError(self.path, f"{name} at {offset} overlaps other metadata")
+                refcounts.metadata.add(offset >> self.cluster_bits)
+        if header.incompatible & DIRTY:
+            # Its last writer kept refcounts in memory and did not come to write them.  What is referred to
+            # nobody knows without a walk over all tables, so nothing that exists is handed out or freed, and
+            # the mark stays for those who repair.
+            refcounts.floor = refcounts.end
+        return refcounts
+
+    # -- looking up
+
+    def _load(self, number: int) -> Slice:
+        """Return a slice that may not be in the cache.  Raises OSError."""
+        with self.loading:
+            found = self.slices.get(number)
+            if found is not None:
+                return found
+            start = number << self.slice_shift
+            table = self.l1[start >> self.table_shift] & OFFSET_MASK
+            if not table:
+                return self.absent
+            offset = table + (start >> self.cluster_bits << 3 & self.cluster_mask)
+            if table & self.cluster_mask or table < self.cluster_size:
+                raise self._damaged(f"L2 table at {table} is not at the start of a cluster behind the header")
+            raw = read_bytes(self.fd, self.slice_entries * 8, offset)
+            if len(raw) != self.slice_entries * 8:
+                raise self._damaged(f"L2 table at {table} is outside the file")
+            return self._keep(number, Slice(native(raw)))
+
+    def _keep(self, number: int, new: Slice) -> Slice:
+        """Put a slice into the cache; when that is full, the quarter used least recently leaves it."""
+        if len(self.slices) >= self.max_slices:
+            clean = [
+                item
+                for item in self.slices.items()
+                if not (item[1].dirty or item[1].pinned or item[1] is self.held)
+            ]
+            clean.sort(key=lambda item: item[1].used)
+            for old, _ in clean[: max(1, self.max_slices // 4)]:
+                del self.slices[old]
+        self.clock += 1
+        new.used = self.clock
+        self.slices[number] = new
+        return new
+
+    def _damaged(self, what: str) -> OSError:
+        """Return the error for an image that is not what it should be."""
+        return OSError(errno.EIO, f"{self.path}: {what}")
+
+    def _map(self, position: int, length: int) -> list[tuple[int, int, int]]:
+        """Return the runs (kind, place, length) that make up a range of the disk.
+
+        The place of DATA is in the file, of HOLE and ZERO on the disk, of PACKED the L2 entry.  Raises OSError.
+        """
+        runs: list[tuple[int, int, int]] = []
+        end = position + length
+        last, place, size = -1, 0, 0
+        while position < end:
+            number = position >> self.slice_shift
+            part = self.slices.get(number) or self._load(number)
+            stop = (number + 1) << self.slice_shift
+            if stop > end:
+                stop = end
+            if part is self.absent:
+                if last != HOLE:
+                    if size:
+                        runs.append((last, place, size))
+                    last, place, size = HOLE, position, 0
+                size += stop - position
+                position = stop
+                continue
+            part.used = self.clock
+            table = part.table
+            index = position >> self.cluster_bits & self.slice_mask
+            while position < stop:
+                entry = table[index]
+                index += 1
+                inside = position & self.cluster_mask
+                step = self.cluster_size - inside
+                if step > stop - position:
+                    step = stop - position
+                if not entry & self.special:
+                    host = entry & OFFSET_MASK
+                    if host:
+                        if last == DATA and place + size == host + inside:
+                            size += step
+                            position += step
+                            continue
+                        kind, here = DATA, host + inside
+                    else:
+                        kind, here = HOLE, position
+                else:
+                    kind, here = self._special_entry(entry, position)
+                if kind == last and kind in (HOLE, ZERO):
+                    size += step
+                else:
+                    if size:
+                        runs.append((last, place, size))
+                    last, place, size = kind, here, step
+                position += step
+        if size:
+            runs.append((last, place, size))
+        return runs
+
+    def _special_entry(self, entry: int, position: int) -> tuple[int, int]:
+        """Return kind and place of an L2 entry that is no plain cluster.  Raises OSError."""
+        if entry & COMPRESSED:
+            return PACKED, entry
+        if entry & OFFSET_MASK & self.cluster_mask:
+            raise self._damaged(f"L2 entry for {position} leads to {entry & OFFSET_MASK}, no start of a cluster")
+        if self.header.version < 3:
+            raise self._damaged(f"L2 entry for {position} is one of a newer version of qcow2")
+        return ZERO, position
+
+    # -- reading
+
+    def _check(self, offset: int, length: int) -> None:
+        """Raise OSError unless a range is inside the disk."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(errno.EINVAL, f"{self.path}: {length} bytes at {offset} are outside the disk")
+
+    def preadv(self, offset: int, views: "Sequence[memoryview]") -> None:
+        """See Image."""
+        length = total(views)
+        if offset < 0 or offset + length > self.size:
+            self._check(offset, length)
+        if not self.writable:
+            self._read(offset, views, length)
+            return
+        thread = threading.get_ident()
+        # Before anything is looked up: what is found then is not handed to others until this is undone.
+        self.in_flight[thread] = self.generation
+        try:
+            self._read(offset, views, length)
+        finally:
+            del self.in_flight[thread]
+
+    def _read(self, offset: int, views: "Sequence[memoryview]", length: int) -> None:
+        """Fill views from what the tables say.  Raises OSError."""
+        runs = self._map(offset, length)
+        if len(runs) == 1:
+            self._read_run(runs[0], offset, views)
+            return
+        cursor = Cursor(views)
+        for run in runs:
+            self._read_run(run, offset, cursor.take(run[2]))
+            offset += run[2]
+
+    def _read_run(self, run: tuple[int, int, int], position: int, views: "Sequence[memoryview]") -> None:
+        """Fill views from one run.  Raises OSError."""
+        kind, place, length = run
+        if kind == DATA:
+            got = read_views(self.fd, views, place, length)
+            if got != length:
+                self._past_end(place, length, got, views)
+        elif kind == PACKED:
+            start = position & self.cluster_mask
+            plain = memoryview(self._inflate(place))[start : start + length]
+            for view in views:
+                view[:] = plain[: len(view)]
+                plain = plain[len(view) :]
+        elif kind == HOLE and self.backing is not None:
+            self._read_backing(position, length, views)
+        else:
+            clear(views)
+
+    def _past_end(self, place: int, length: int, got: int, views: "Sequence[memoryview]") -> None:
+        """Clear what a read did not get: a file may end inside its last cluster, not before it."""
+        if place + got <= place + length - 1 & ~self.cluster_mask:
+            raise self._damaged(f"file ends at {place + got}, before a cluster that is in use")
+        cursor = Cursor(views)
+        cursor.take(got)
+        clear(cursor.take(length - got))
+
+    def _read_backing(self, position: int, length: int, views: "Sequence[memoryview]") -> None:
+        """Fill views from the backing image, and with zeroes behind its end."""
+        assert self.backing is not None
+        inside = min(length, max(0, self.backing.size - position))
+        if inside == length:
+            self.backing.preadv(position, views)
+            return
+        cursor = Cursor(views)
+        if inside:
+            self.backing.preadv(position, cursor.take(inside))
+        clear(cursor.take(length - inside))
+
+    def _packed_place(self, entry: int) -> tuple[int, int]:
+        """Return where the bytes of a compressed cluster are: offset and length, of which the last may be padding."""
+        offset = entry & ((1 << self.packed_shift) - 1)
+        sectors = (entry & (COMPRESSED - 1)) >> self.packed_shift
+        return offset, (sectors + 1) * 512 - (offset & 511)
+
+    def _inflate(self, entry: int) -> bytes:
+        """Return a compressed cluster's bytes, never more than a cluster.  Raises OSError."""
+        with self.loading:
+            plain = self.inflated.get(entry)
+        if plain is not None:
+            return plain
+        offset, length = self._packed_place(entry)
+        try:
+            plain = zlib.decompressobj(DEFLATE_BITS).decompress(
+                read_bytes(self.fd, length, offset), self.cluster_size
+            )
+        except zlib.error as error:
+            raise self._damaged(f"compressed cluster at {offset} cannot be read: {error}") from None
+        if len(plain) != self.cluster_size:
+            raise self._damaged(f"compressed cluster at {offset} has only {len(plain)} bytes")
+        with self.loading:
+            while self.inflated and (len(self.inflated) + 1) * self.cluster_size > INFLATED_BYTES:
+                del self.inflated[next(iter(self.inflated))]
+            self.inflated[entry] = plain
+        return plain
+
+    def _reads_as_zeroes(self, position: int, length: int) -> bool:
+        """Return whether the tables say that a range is zero, without a look at data.  Raises OSError."""
+        below = self.backing.size if self.backing is not None else 0
+        return all(
+            kind == ZERO or (kind == HOLE and place >= below) for kind, place, _ in self._map(position, length)
+        )
+
+    def span(self, offset: int) -> tuple[bool, int]:
+        """See Image."""
+        kind, place, length = self._map(offset, min(SPAN_BYTES, self.size - offset))[0]
+        if kind == HOLE and self.backing is not None and place < self.backing.size:
+            has_data, below = self.backing.span(place)
+            return has_data, min(below, length)
+        if kind == DATA and place < self.file_bytes:
+            return data_span(self.fd, place, place + length)
+        return kind in (DATA, PACKED), length
+
+    # -- writing
+
+    def _check_write(self, offset: int, length: int) -> None:
+        """Raise OSError unless a range may be written."""
+        self._check(offset, length)
+        if not self.writable:
+            raise OSError(errno.EROFS, f"{self.path}: opened for reading only")
+        if self.failed:
+            raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+        if self.untouched:
+            self._touch()
+
+    def _touch(self) -> None:
+        """Before the first change: take off what holds only as long as all who write understand it."""
+        with self.allocating:
+            if self.untouched and self.header.version > 2 and self.header.autoclear:
+                write_bytes(self.fd, bytes(8), AT_AUTOCLEAR)
+                os.fdatasync(self.fd)
+            self.untouched = False
+
+    def pwritev(self, offset: int, views: "Sequence[memoryview]") -> None:
+        """See Image."""
+        length = total(views)
+        self._check_write(offset, length)
+        thread = threading.get_ident()
+        self.in_flight[thread] = self.generation
+        try:
+            runs = self._map_in_place(offset, length)
+            if runs is None:
+                with self.allocating:
+                    self._write_allocating(offset, views, length)
+            elif len(runs) == 1:
+                write_views(self.fd, views, runs[0][0], length)
+            else:
+                cursor = Cursor(views)
+                for place, size in runs:
+                    write_views(self.fd, cursor.take(size), place, size)
+        except Damage as damage:
+            raise self._give_up(damage) from None
+        finally:
+            del self.in_flight[thread]
+        if len(self.dirty) > self.max_slices // 2 or len(self.retired) > MAX_RETIRED:
+            self.flush()
+
+    def _is_in_place(self, entry: int) -> bool:
+        """Return whether a cluster is there, ours alone, and inside what may hold data."""
+        if entry & self.in_place != COPIED:
+            return False
+        cluster = (entry & OFFSET_MASK) >> self.cluster_bits
+        if not cluster:
+            return False
+        if cluster in self.refcounts.metadata or cluster >= self.refcounts.end:
+            raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, which holds no data")
+        return True
+
+    def _map_in_place(self, position: int, length: int) -> list[tuple[int, int]] | None:
+        """Return the runs (place, length) to write a range to, or None if something has to be allocated."""
+        runs: list[tuple[int, int]] = []
+        end = position + length
+        place = size = 0
+        metadata, file_end = self.refcounts.metadata, self.refcounts.end
+        in_place, bits = self.in_place, self.cluster_bits
+        while position < end:
+            number = position >> self.slice_shift
+            part = self.slices.get(number) or self._load(number)
+            part.used = self.clock
+            table = part.table
+            stop = min(end, (number + 1) << self.slice_shift)
+            index = position >> bits & self.slice_mask
+            while position < stop:
+                entry = table[index]
+                index += 1
+                # As _is_in_place does; flat, because this is every write of a guest.
+                if entry & in_place != COPIED:
+                    return None
+                host = entry & OFFSET_MASK
+                if not host:
+                    return None
+                if host >> bits in metadata or host >> bits >= file_end:
+                    self._is_in_place(entry)
+                inside = position & self.cluster_mask
+                step = self.cluster_size - inside
+                if step > stop - position:
+                    step = stop - position
+                if size and place + size == host + inside:
+                    size += step
+                else:
+                    if size:
+                        runs.append((place, size))
+                    place, size = host + inside, step
+                position += step
+        if size:
+            runs.append((place, size))
+        return runs
+
+    def _give_up(self, damage: Damage) -> OSError:
+        """Stop all writing: the image contradicts itself, and going on could destroy what is left."""
+        with self.allocating:
+            if not self.failed:
+                self.failed = f"image is corrupt: {damage}; repair it with qemu-img check -r all"
+                if self.header.version > 2:
+                    write_bytes(self.fd, (self.header.incompatible | CORRUPT).to_bytes(8, "big"), AT_INCOMPATIBLE)
+        return OSError(errno.EIO, f"{self.path}: {self.failed}")
+
+    def _allocate(self, want: int) -> tuple[int, int]:
+        """Take clusters, reusing freed ones if possible.  Raises OSError, Damage."""
+        if self.limbo:
+            self._release()
+        return self.refcounts.allocate(want)
+
+    def _own_table(self, position: int) -> Slice:
+        """Return the slice for a position of the disk, in an L2 table that may be changed.  Raises OSError, Damage."""
+        number = position >> self.slice_shift
+        l1_index = position >> self.table_shift
+        entry = self.l1[l1_index]
+        if entry & COPIED and entry & OFFSET_MASK:
+            return self._hold(number)
+        old = entry & OFFSET_MASK
+        if old:
+            raw = read_bytes(self.fd, self.cluster_size, old)
+            if len(raw) != self.cluster_size or old & self.cluster_mask:
+                raise Damage(f"L2 table at {old} is outside the file")
+        else:
+            raw = bytes(self.cluster_size)
+        cluster, _ = self._allocate(1)
+        offset = cluster << self.cluster_bits
+        try:
+            write_bytes(self.fd, raw, offset)
+        except OSError:
+            self.refcounts.free(cluster, 1)
+            raise
+        self.refcounts.end = max(self.refcounts.end, cluster + 1)
+        self.refcounts.metadata.add(cluster)
+        with self.loading:
+            self.l1[l1_index] = offset | COPIED
+        self.dirty_l1.add(l1_index)
+        if old:
+            self._retire(old >> self.cluster_bits, 1)
+        return self._hold(number)
+
+    def _hold(self, number: int) -> Slice:
+        """Return a slice that stays in the cache until the next one is held or it is written.  Raises OSError."""
+        while True:
+            part = self.slices.get(number) or self._load(number)
+            with self.loading:
+                if self.slices.get(number) is part:
+                    self.held = part
+                    return part
+
+    def _set(self, number: int, part: Slice, index: int, entry: int) -> None:
+        """Change an entry of a slice, whose old cluster is given up unless the new entry has it as well."""
+        old = part.table[index]
+        part.table[index] = entry
+        part.low = min(part.low, index)
+        part.high = max(part.high, index + 1)
+        self.dirty[number] = part
+        if old & COMPRESSED:
+            offset, length = self._packed_place(old)
+            first = offset >> self.cluster_bits
+            # Where the sectors reach over the end of the file they reach over nothing that has a refcount.
+            last = min(offset + length - 1 >> self.cluster_bits, self.refcounts.end - 1)
+            self._retire(first, last + 1 - first)
+        elif old & OFFSET_MASK and (old ^ entry) & OFFSET_MASK:
+            self._retire((old & OFFSET_MASK) >> self.cluster_bits, 1)
+
+    def _retire(self, first: int, count: int) -> None:
+        """Have clusters lose a reference once nothing on disk refers to them any more."""
+        if first < self.refcounts.floor or self.waiting > MAX_WAITING:
+            return  # leaked: its refcount means nothing, or a request hangs and would have us remember for ever
+        if self.retired and sum(self.retired[-1]) == first:
+            self.retired[-1] = (self.retired[-1][0], self.retired[-1][1] + count)
+        else:
+            self.retired.append((first, count))
+
+    def _write_allocating(self, position: int, views: "Sequence[memoryview]", length: int) -> None:
+        """Write a range some of whose clusters are missing, shared, zero or compressed.  Raises OSError, Damage."""
+        if self.failed:
+            raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+        cursor = Cursor(views)
+        end = position + length
+        while position < end:
+            part = self._own_table(position)
+            table = part.table
+            number = position >> self.slice_shift
+            index = position >> self.cluster_bits & self.slice_mask
+            stop = min(end, (number + 1) << self.slice_shift)
+            count = (stop - 1 >> self.cluster_bits) - (position >> self.cluster_bits) + 1
+            entry = table[index]
+            if self._is_in_place(entry):  # by a request that came before this one
+                step = min(stop, (position | self.cluster_mask) + 1) - position
+                write_views(self.fd, cursor.take(step), (entry & OFFSET_MASK) + (position & self.cluster_mask), step)
+                position += step
+                continue
+            reserved = self._reserved(table, index, count)
+            if reserved:
+                first, count, fresh = (entry & OFFSET_MASK) >> self.cluster_bits, reserved, False
+            else:
+                want = 1
+                while want < count and not self._is_in_place(table[index + want]):
+                    want += 1
+                first, count = self._allocate(want)
+                fresh = first >= self.refcounts.end
+                # Also if the write fails half-way: what it left there are no zeroes.
+                self.refcounts.end = max(self.refcounts.end, first + count)
+            step = min(stop, ((position >> self.cluster_bits) + count) << self.cluster_bits) - position
+            try:
+                self._write_clusters(position, cursor.take(step), step, first, fresh)
+            except BaseException:
+                if not reserved:
+                    self.refcounts.free(first, count)
+                raise
+            for cluster in range(first, first + count):
+                self._set(number, part, index, cluster << self.cluster_bits | COPIED)
+                index += 1
+            position += step
+
+    def _reserved(self, table: "array.array[int]", index: int, count: int) -> int:
+        """Return how many entries from `index` on read as zeroes but have a cluster in place, one after another."""
+        reserved = 0
+        first = table[index]
+        while reserved < count:
+            entry = table[index + reserved]
+            if not entry & ALL_ZERO or not self._is_in_place(entry ^ ALL_ZERO):
+                break
+            if entry != first + (reserved << self.cluster_bits):
+                break
+            reserved += 1
+        return reserved
+
+    def _write_clusters(self, position: int, data: list[memoryview], length: int, first: int, fresh: bool) -> None:
+        """Write to clusters from `first` on, with what the disk has before and behind the data in them.
+
+        `fresh`: the clusters were never part of the file, so they are zero already.
+        """
+        head = position & self.cluster_mask
+        tail = -(position + length) & self.cluster_mask
+        place = (first << self.cluster_bits) + head
+        before = self._old_content(position - head, head, fresh) if head else None
+        behind = self._old_content(position + length, tail, fresh) if tail else None
+        if before is not None:
+            data = [before, *data]
+            place -= head
+            length += head
+        if behind is not None:
+            data = [*data, behind]
+            length += tail
+        write_views(self.fd, data, place, length)
+
+    def _old_content(self, position: int, length: int, fresh: bool) -> memoryview | None:
+        """Return a range of the disk to be copied; None: there is nothing to be written."""
+        inside = max(0, min(length, self.size - position))
+        if fresh and self._reads_as_zeroes(position, inside):
+            return None
+        buffer = memoryview(bytearray(length))
+        if inside:
+            self._read(position, [buffer[:inside]], inside)
+        return buffer
+
+    # -- flushing and freeing
+
+    def flush(self) -> None:
+        """See Image; the module's docstring has the order."""
+        if not self.writable:
+            return
+        try:
+            with self.committing:
+                self._commit()
+                if self.limbo:
+                    with self.allocating:
+                        self._release()
+        except Damage as damage:
+            raise self._give_up(damage) from None
+
+    def _sync(self) -> None:
+        """fdatasync(2).  An error means that data is lost, and the kernel tells only once."""
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self.failed = f"data was lost: {error.strerror}"
+            raise
+
+    def _commit(self) -> None:
+        """Bring everything that is in memory to the disk.  Raises OSError; then nothing is forgotten."""
+        with self.allocating:
+            if self.failed:
+                raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+            self.refcounts.write_blocks()
+            self._extend()
+            entries = set(self.refcounts.unpublished)
+            batch = [(number, part, part.low, part.high, part.table[part.low : part.high])
+                     for number, part in self.dirty.items()]  # fmt: skip
+            for _, part, _, _, _ in batch:
+                part.pinned = True
+                part.low, part.high = NOTHING_DIRTY
+            self.dirty = {}
+            l1 = {index: self.l1[index] for index in sorted(self.dirty_l1)}
+            self.dirty_l1 = set()
+            retired, self.retired = self.retired, []
+            stamp = self.generation
+            self.generation += 1
+        try:
+            self._sync()
+            if entries:
+                with self.allocating:
+                    self.refcounts.publish(entries)
+                self._sync()
+            for number, _, low, _, changed in batch:
+                start = number << self.slice_shift
+                table = self.l1[start >> self.table_shift] & OFFSET_MASK
+                offset = table + (start >> self.cluster_bits << 3 & self.cluster_mask) + low * 8
+                changed.byteswap()
+                write_bytes(self.fd, changed.tobytes(), offset)
+            if l1:
+                if batch:
+                    self._sync()
+                for index, entry in l1.items():
+                    write_bytes(self.fd, entry.to_bytes(8, "big"), self.header.l1_offset + index * 8)
+            if batch or l1:
+                self._sync()
+        except BaseException:
+            with self.allocating:
+                for number, part, low, high, _ in batch:
+                    part.low, part.high = min(part.low, low), max(part.high, high)
+                    self.dirty[number] = part
+                self.dirty_l1 |= set(l1)
+                self.retired = retired + self.retired
+            raise
+        finally:
+            for _, part, _, _, _ in batch:
+                part.pinned = False
+        if retired:
+            with self.allocating:
+                self.limbo.append((stamp, retired))
+                self.waiting += len(retired)
+
+    def _extend(self) -> None:
+        """Let the file end with its last cluster, which may not be written to its end."""
+        if self.refcounts.end << self.cluster_bits > self.file_bytes:
+            self.file_bytes = self.refcounts.end << self.cluster_bits
+            if os.fstat(self.fd).st_size < self.file_bytes:
+                os.ftruncate(self.fd, self.file_bytes)
+
+    def _release(self) -> None:
+        """Free clusters that no request still under way can mean.  Raises OSError, Damage."""
+        oldest = min(list(self.in_flight.values()), default=self.generation)
+        while self.limbo and self.limbo[0][0] < oldest:
+            _, runs = self.limbo.pop(0)
+            self.waiting -= len(runs)
+            for first, count in runs:
+                for free, length in self.refcounts.free(first, count):
+                    self._punch(free, length)
+
+    def _punch(self, first: int, count: int) -> None:
+        """Give the storage of free clusters back to the file system, if it takes it."""
+        try:
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            fallocate(self.fd, mode, first << self.cluster_bits, count << self.cluster_bits)
+        except OSError:
+            return  # they are free in the image all the same
+
+    # -- discarding
+
+    def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
+        """Return start and end of the clusters that a range covers; the end of the disk completes its last."""
+        start = -(-offset >> self.cluster_bits) << self.cluster_bits
+        end = offset + length
+        if end < self.size:
+            end &= ~self.cluster_mask
+        return start, max(start, end)
+
+    def discard(self, offset: int, length: int) -> None:
+        """See Image; parts of clusters stay what they are."""
+        self._check_write(offset, length)
+        start, end = self._whole_clusters(offset, length)
+        if self.backing is not None and self.header.version < 3:
+            return  # it would uncover the backing file's content
+        self._each_slice(start, end, self._discarded)
+
+    def _discarded(self, entry: int, position: int) -> int:
+        """Return what an L2 entry becomes by a discard."""
+        if entry in (0, ALL_ZERO):
+            return entry
+        return ALL_ZERO if self.backing is not None else 0
+
+    def _zeroed(self, entry: int, position: int) -> int:
+        """Return what an L2 entry becomes when its cluster is zeroed and given up."""
+        if entry == 0 and (self.backing is None or position >= self.backing.size):
+            return 0
+        return ALL_ZERO if self.header.version > 2 else 0
+
+    def _zeroed_in_place(self, entry: int, position: int) -> int:
+        """Return what an L2 entry becomes when its cluster is zeroed and kept."""
+        if entry & (self.special & ~ALL_ZERO | COPIED) == COPIED and entry & OFFSET_MASK:
+            return entry | ALL_ZERO
+        return self._zeroed(entry, position)
+
+    def _each_slice(self, start: int, end: int, change: "Callable[[int, int], int]") -> None:
+        """Apply a change to every L2 entry from `start` to `end`.  Raises OSError."""
+        while start < end:
+            stop = min(end, ((start >> self.slice_shift) + 1) << self.slice_shift)
+            try:
+                with self.allocating:
+                    self._change_entries(start, stop, change)
+            except Damage as damage:
+                raise self._give_up(damage) from None
+            if len(self.retired) > MAX_RETIRED or len(self.dirty) > self.max_slices // 2:
+                self.flush()
+            start = stop
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """See Image."""
+        self._check_write(offset, length)
+        start, end = self._whole_clusters(offset, length)
+        stop = offset + length
+        if end <= start or (self.header.version < 3 and (self.backing is not None or not unmap)):
+            self._write_zero_bytes(offset, stop)
+            return
+        self._write_zero_bytes(offset, start)
+        self._each_slice(start, end, self._zeroed if unmap else self._zeroed_in_place)
+        self._write_zero_bytes(end, stop)
+
+    def _write_zero_bytes(self, position: int, end: int) -> None:
+        """Write zeroes as data, where there is something else."""
+        while position < end:
+            step = min(end, ((position >> 20) + 1) << 20) - position
+            if not self._reads_as_zeroes(position, step):
+                whole, rest = divmod(step, len(ZEROES))
+                self.pwritev(position, [ZEROES] * whole + [ZEROES[:rest]])
+            position += step
+
+    def _change_entries(self, start: int, end: int, change: "Callable[[int, int], int]") -> None:
+        """Apply a change to the L2 entries of one slice, from `start` to `end`.  Raises OSError, Damage."""
+        if self.failed:
+            raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+        number = start >> self.slice_shift
+        table = (self.slices.get(number) or self._load(number)).table
+        index = start >> self.cluster_bits & self.slice_mask
+        changed = []
+        for position in range(start, end, self.cluster_size):
+            entry = table[index]
+            new = change(entry, position)
+            if new != entry:
+                changed.append((index, new))
+            index += 1
+        if changed:  # else a table that does not exist stays so
+            part = self._own_table(start)
+            for index, new in changed:
+                self._set(number, part, index, new)
+
+    def close(self) -> None:
+        """See Image."""
+        try:
+            if self.writable and not self.failed:
+                self.flush()
+                with self.allocating:
+                    self._release()
+                    self.refcounts.write_blocks()
+        except Damage as damage:
+            raise self._give_up(damage) from None
+        finally:
+            os.close(self.fd)
+            if self.backing is not None:
+                self.backing.close()

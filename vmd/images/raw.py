@@ -1,0 +1,154 @@
+"""Raw images: the file is the disk."""
+
+import errno
+import os
+import stat
+import threading
+
+from vmd.errors import ImageError
+from vmd.images.hostfile import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    Cursor,
+    data_span,
+    fallocate,
+    read_bytes,
+    read_views,
+    total,
+    write_views,
+    write_zeroes,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# What makes some program take a file for more than its bytes: a name of another file to open, for one.
+SIGNATURES = (
+    b"QFI\xfb",
+    b"QED\0",
+    b"KDMV",
+    b"COWD",
+    b"# Disk Descript",
+    b"conectix",
+    b"cxsparse",
+    b"vhdxfile",
+    b"WithoutFreeSpac",
+    b"WithouFreSpacEx",
+    b"<<< ",  # the texts with which VDI files begin
+)
+SIGNATURE_MAX = 16
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
+
+
+class RawImage:
+    """A file or block device whose bytes are the disk's.
+
+    `guessed`: nobody said that it is raw, its first bytes only were no signature.  A guest that could write
+    one would have the file read as what it says when the disk is opened next, so it may not.
+    """
+
+    def __init__(self, fd: int, path: str, *, writable: bool, guessed: bool = False) -> None:
+        """Take the descriptor, which is closed by `close`.  Raises ImageError."""
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise ImageError(path, "neither a regular file nor a block device")
+        self.fd = fd
+        self.path = path
+        self.writable = writable
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.guarded = guessed and writable
+        self.guard = threading.Lock()
+        self.failed = 0  # errno of a flush that lost data
+
+    def check(self, offset: int, length: int) -> None:
+        """Raise OSError unless a range is inside the disk."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(errno.EINVAL, f"{self.path}: {length} bytes at {offset} are outside the disk")
+
+    def check_write(self, offset: int, length: int) -> None:
+        """Raise OSError unless a range may be written."""
+        self.check(offset, length)
+        if not self.writable:
+            raise OSError(errno.EROFS, f"{self.path}: opened for reading only")
+
+    def preadv(self, offset: int, views: "Sequence[memoryview]") -> None:
+        """See Image; a file that has been cut short is an error, never zeroes."""
+        length = total(views)
+        if offset < 0 or offset + length > self.size:
+            self.check(offset, length)
+        if read_views(self.fd, views, offset, length) != length:
+            raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.size} bytes")
+
+    def pwritev(self, offset: int, views: "Sequence[memoryview]") -> None:
+        """See Image."""
+        length = total(views)
+        self.check_write(offset, length)
+        if self.guarded and offset < SIGNATURE_MAX and length:
+            self._write_guarded(offset, views, length)
+        else:
+            write_views(self.fd, views, offset, length)
+
+    def _write_guarded(self, offset: int, views: "Sequence[memoryview]", length: int) -> None:
+        """Write the start of the disk if it gives the file no signature; raises OSError EPERM if it does."""
+        inside = min(length, SIGNATURE_MAX - offset)
+        cursor = Cursor(views)
+        # Checked and written from a copy of our own: the guest goes on changing its memory.
+        head = b"".join(cursor.take(inside))
+        with self.guard:
+            first = bytearray(read_bytes(self.fd, SIGNATURE_MAX, 0))
+            first[offset : offset + inside] = head
+            if first.startswith(SIGNATURES):
+                raise OSError(
+                    errno.EPERM,
+                    f"{self.path}: the guest may not write the signature of an image format"
+                    " to a disk whose format was guessed; configure it with `format raw`",
+                )
+            rest = cursor.take(length - inside)
+            write_views(self.fd, [memoryview(head), *rest], offset, length)
+
+    def flush(self) -> None:
+        """See Image; the kernel reports lost data once, we do ever after."""
+        if self.failed:
+            raise OSError(self.failed, f"{self.path}: an earlier flush failed, data was lost")
+        if not self.writable:
+            return
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self.failed = error.errno or errno.EIO
+            raise
+
+    def discard(self, offset: int, length: int) -> None:
+        """See Image; a file system that cannot is no error."""
+        self.check_write(offset, length)
+        if length:
+            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """See Image."""
+        self.check_write(offset, length)
+        if not length:
+            return
+        how = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
+        if not self._fallocate(how | FALLOC_FL_KEEP_SIZE, offset, length):
+            write_zeroes(self.fd, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Return whether the file system could do it."""
+        try:
+            fallocate(self.fd, mode, offset, length)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return False
+        return True
+
+    def span(self, offset: int) -> tuple[bool, int]:
+        """See Image."""
+        return data_span(self.fd, offset, self.size)
+
+    def close(self) -> None:
+        """See Image."""
+        os.close(self.fd)

@@ -1,0 +1,87 @@
+"""Every message between a VM process and its device processes: fixed layouts, no msgpack, no records.
+
+Device processes import the standard library only and start in milliseconds, so this is plain `struct`.  Each
+device has two SOCK_SEQPACKET channels, one packet a message (DESIGN 3):
+
+    sync   the VM asks, the device answers the same type; one question at a time, 10 s to answer
+    async  either side informs; nobody waits
+
+All layouts are little-endian.  A packet of a wrong length or an unknown type is the end of the device: the VM
+takes it for failed, the device exits.
+
+Descriptors a device process finds at start-up (`FD_*`):
+
+    3 sync   4 async   5 guest memory (memfd)   6 the interrupt page (memfd, one page)
+    7 resample: readable when the guest has ended an INTx interrupt
+    8 .. 8+Q-1      kick of queue 0 .. Q-1: the guest's notification (KVM_IOEVENTFD)
+    8+Q .. 8+2Q-1   call of queue 0 .. Q-1: write 1 to interrupt the guest (KVM_IRQFD)
+    8+2Q ..         the host resources of the device: image chain (top first), ISO, tap
+
+The interrupt page holds u32 counters: `raised` of queue q at 4*q, stored only by the thread that owns the
+queue; `seen` of queue q at 4*(QUEUES_MAX + q), stored only by the VM process when the guest reads ISR.
+An INTx interrupt of queue q is unacknowledged while they differ.
+"""
+
+from struct import Struct
+
+FD_SYNC = 3
+FD_ASYNC = 4
+FD_MEMORY = 5
+FD_INTERRUPTS = 6
+FD_RESAMPLE = 7
+FD_FIRST_QUEUE = 8
+
+QUEUES_MAX = 8
+REGIONS_MAX = 8
+PACKET_MAX = 4096
+ANSWER_TIMEOUT_S = 10.0
+
+TYPE = Struct("<I")  # first word of every packet
+
+# --- sync: question and answer ---------------------------------------------------------------------------
+
+# START: the first packet.  Answered READY on both channels, or ERROR.
+#   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
+#   number of resource descriptors, flags (below), number of memory regions; then REGION each;
+#   then the title of the VM, UTF-8, to the end.
+START = 1
+START_HEAD = Struct("<IIIIIIII")
+REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)
+REGION_READ_ONLY = 1
+START_READ_ONLY = 1  # disk: the guest may not write
+START_GUESSED = 2  # disk: its format was told from its first bytes; writes that would change that are refused
+START_QCOW2 = 4  # disk: else raw; never guessed by the device process
+
+# READY (sync and async): device features and configuration space.
+READY = 2
+READY_HEAD = Struct("<IQI")  # type, device features, length of the configuration space; then its bytes
+
+# ACTIVATE: DRIVER_OK.  Answered ACTIVATE with status 0, or 1 if a ring cannot be used.
+ACTIVATE = 3
+ACTIVATE_HEAD = Struct("<IQI")  # type, negotiated features, number of queues; then QUEUE each
+QUEUE = Struct("<HHIQQQHH4x")  # size, enabled, reserved, desc, avail, used gpa, next avail, next used index
+
+# RESET, PAUSE, RESUME: answered when the device has finished what was in flight and touches no ring any more
+# (RESET forgets them); RESUME looks at every queue once.
+RESET = 4
+PAUSE = 5
+RESUME = 6
+STATUS = Struct("<II")  # type, status: 0 done, 1 failed
+
+# CONFIG_WRITE: the driver wrote configuration space.  Answered READY, with the space as it is now.
+CONFIG_WRITE = 7
+CONFIG_WRITE_HEAD = Struct("<III")  # type, offset, length; then the bytes
+
+# EXPORT: state for send/receive, while paused.  Answered EXPORT with QUEUE each (indices are what counts).
+EXPORT = 8
+EXPORT_HEAD = Struct("<II")  # type, number of queues
+
+# --- async -----------------------------------------------------------------------------------------------
+
+ERROR = 16  # device -> VM: TYPE, errno (u32), sentence in UTF-8; the device cannot go on
+ERROR_HEAD = Struct("<II")
+NEEDS_RESET = 17  # device -> VM: TYPE, sentence; the driver broke the ring, the device waits for a reset
+CONFIG_CHANGED = 18  # device -> VM: as READY; raise a configuration interrupt
+VERBOSITY = 19  # VM -> device: type, verbosity
+VERBOSITY_BODY = Struct("<II")
+SHUTDOWN = 20  # VM -> device: TYPE; flush and exit 0, as at the end of either channel

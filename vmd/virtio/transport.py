@@ -1,0 +1,327 @@
+"""The register half of a virtio device: what a driver reads and writes through PCI (virtio 1.2, 4.1).
+
+A pure state machine: no PCI, no KVM, no process.  What it cannot do itself it asks of its `Backend`.  Both
+interfaces act on the same state: the legacy register block (4.1.4.10) and the structures of virtio 1.x
+(4.1.4.3), so that a transitional device is one object.
+
+Registers change only while they may: features before FEATURES_OK, queues before DRIVER_OK.  A driver that
+writes later is ignored; nothing that runs is ever given another size or address (hostile input 4).
+"""
+
+from struct import Struct
+
+from vmd.virtio import spec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Backend(Protocol):
+        """What stands behind the registers; called under the device's lock."""
+
+        def activate(self, features: int, queues: "list[QueueRegisters]") -> bool:
+            """Start serving; False if a ring cannot be used."""
+
+        def reset(self) -> None:
+            """Forget the rings; returns when nothing touches them any more."""
+
+        def write_config(self, offset: int, data: bytes) -> bytes:
+            """Take a write to device configuration; return the space as it is then."""
+
+        def take_isr(self) -> int:
+            """Return and clear ISR status."""
+
+        def vectors_changed(self) -> None:
+            """The MSI-X vector of a queue or of configuration changes has changed."""
+
+        def raise_config(self) -> None:
+            """Send a configuration change interrupt."""
+
+
+COMMON_BYTES = 60  # virtio_pci_common_cfg up to queue_reset
+COMMON = Struct("<IIIIHHBBHHHHHQQQHH")
+
+# Legacy block
+LEGACY_CONFIG = 20
+LEGACY_CONFIG_MSIX = 24
+
+
+class QueueRegisters:
+    """What a driver said about one queue."""
+
+    __slots__ = ("avail", "desc", "enabled", "max_size", "pfn", "size", "used", "vector")
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as after power-on."""
+        self.size = self.max_size
+        self.enabled = False
+        self.desc = self.avail = self.used = 0
+        self.pfn = 0
+        self.vector = spec.VIRTIO_MSI_NO_VECTOR
+
+    def set_pfn(self, pfn: int) -> None:
+        """Lay out a legacy queue: three parts behind one another, the last on its own page (2.7.2)."""
+        self.pfn = pfn
+        self.enabled = pfn != 0
+        self.size = self.max_size
+        self.desc = pfn * spec.LEGACY_QUEUE_ALIGN
+        self.avail = self.desc + spec.DESC_BYTES * self.size
+        end = self.avail + 6 + 2 * self.size  # with used_event
+        self.used = -(-end // spec.LEGACY_QUEUE_ALIGN) * spec.LEGACY_QUEUE_ALIGN
+
+
+class Transport:
+    """The registers of one device."""
+
+    def __init__(
+        self, features: int, queue_sizes: tuple[int, ...], config: bytes, vectors: int, backend: "Backend"
+    ) -> None:
+        self.offered = features | 1 << spec.VIRTIO_F_VERSION_1
+        self.queues = [QueueRegisters(size) for size in queue_sizes]
+        self.config = config
+        self.vectors = vectors
+        self.backend = backend
+        self.generation = 0
+        self.msix_enabled = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.status = 0
+        self.driver_features = 0
+        self.features_locked = False
+        self.active = False
+        self.device_feature_select = 0
+        self.driver_feature_select = 0
+        self.queue_select = 0
+        self.config_vector = spec.VIRTIO_MSI_NO_VECTOR
+        for queue in self.queues:
+            queue.reset()
+
+    # --- what both interfaces share ----------------------------------------------------------------------
+
+    @property
+    def selected(self) -> QueueRegisters | None:
+        """The queue that queue_select names, if there is one."""
+        return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
+
+    def reset(self) -> None:
+        """Reset the device; done when this returns."""
+        if self.active:
+            self.backend.reset()
+        self._clear()
+        self.backend.take_isr()
+        self.backend.vectors_changed()
+
+    def write_status(self, value: int, *, modern: bool) -> None:
+        """Move the device on; bits are added, never taken, except by a reset (2.1)."""
+        value &= 0xFF
+        if value == 0:
+            self.reset()
+            return
+        added = value & ~self.status & ~spec.DEVICE_NEEDS_RESET
+        if added & spec.FEATURES_OK:
+            if modern and not self._features_acceptable():
+                added &= ~spec.FEATURES_OK
+            else:
+                self.features_locked = True
+        if added & spec.DRIVER_OK and modern and not (self.status | added) & spec.FEATURES_OK:
+            added &= ~spec.DRIVER_OK
+        self.status |= added
+        if added & spec.DRIVER_OK and not self.active:
+            self.features_locked = True
+            self.active = True
+            if not self.backend.activate(self.negotiated(modern=modern), self.queues):
+                self.needs_reset()
+
+    def _features_acceptable(self) -> bool:
+        return not self.driver_features & ~self.offered and bool(self.driver_features >> spec.VIRTIO_F_VERSION_1 & 1)
+
+    def negotiated(self, *, modern: bool) -> int:
+        """Return the features in force: never more than was offered."""
+        features = self.driver_features & self.offered
+        return features if modern else features & spec.LEGACY_FEATURES
+
+    def needs_reset(self) -> None:
+        """The device has given up on its driver (2.1.2)."""
+        self.status |= spec.DEVICE_NEEDS_RESET
+        if self.status & spec.DRIVER_OK:
+            self.backend.raise_config()
+
+    def config_changed(self, config: bytes) -> None:
+        """Configuration space has changed by itself."""
+        self.config = config
+        self.generation = self.generation + 1 & 0xFF
+        if self.status & spec.DRIVER_OK:
+            self.backend.raise_config()
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Read device configuration; what lies behind its end is zero."""
+        return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Write device configuration; outside of it nothing happens."""
+        if offset + size <= len(self.config):
+            self.config = self.backend.write_config(offset, value.to_bytes(size, "little"))
+
+    def _set_vector(self, value: int) -> int:
+        return value if value < self.vectors else spec.VIRTIO_MSI_NO_VECTOR
+
+    # --- virtio 1.x: common configuration (4.1.4.3) --------------------------------------------------------
+
+    def common_read(self, offset: int, size: int) -> int:
+        """Read part of the structure, whole fields or not."""
+        queue = self.selected
+        image = COMMON.pack(
+            self.device_feature_select,
+            self._window(self.offered, self.device_feature_select),
+            self.driver_feature_select,
+            self._window(self.driver_features, self.driver_feature_select),
+            self.config_vector,
+            len(self.queues),
+            self.status,
+            self.generation,
+            self.queue_select,
+            queue.size if queue else 0,
+            queue.vector if queue else spec.VIRTIO_MSI_NO_VECTOR,
+            queue.enabled if queue else 0,
+            0,  # queue_notify_off: all queues share one address, and write their number there
+            *((queue.desc, queue.avail, queue.used) if queue else (0, 0, 0)),
+            0,
+            0,
+        )
+        return int.from_bytes(image[offset : offset + size], "little")
+
+    @staticmethod
+    def _window(features: int, select: int) -> int:
+        return features >> 32 * select & 0xFFFFFFFF if select < 2 else 0
+
+    def common_write(self, offset: int, size: int, value: int) -> None:
+        """Write one field; an access of another width than the field's is ignored."""
+        field = COMMON_WRITES.get((offset, size))
+        if field is not None:
+            field(self, value)
+
+    def _write_driver_feature(self, value: int) -> None:
+        if self.features_locked or self.driver_feature_select > 1:
+            return
+        shift = 32 * self.driver_feature_select
+        self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
+
+    def _write_config_vector(self, value: int) -> None:
+        self.config_vector = self._set_vector(value)
+        self.backend.vectors_changed()
+
+    def _write_queue_vector(self, value: int) -> None:
+        if self.selected is not None:
+            self.selected.vector = self._set_vector(value)
+            self.backend.vectors_changed()
+
+    def _configurable(self) -> QueueRegisters | None:
+        queue = self.selected
+        return queue if queue is not None and not self.active and not queue.enabled else None
+
+    def _write_queue_size(self, value: int) -> None:
+        queue = self._configurable()
+        if queue is not None and 0 < value <= queue.max_size and value & value - 1 == 0:
+            queue.size = value
+
+    def _write_queue_enable(self, value: int) -> None:
+        queue = self._configurable()
+        if queue is not None and value == 1:
+            queue.enabled = True
+
+    def _write_address(self, name: str, shift: int, value: int) -> None:
+        queue = self._configurable()
+        if queue is not None:
+            setattr(queue, name, getattr(queue, name) & ~(0xFFFFFFFF << shift) | value << shift)
+
+    # --- the legacy block (4.1.4.10) -------------------------------------------------------------------------
+
+    def legacy_config_offset(self) -> int:
+        """Return where device configuration starts: it gives way to the vectors while MSI-X is enabled."""
+        return LEGACY_CONFIG_MSIX if self.msix_enabled else LEGACY_CONFIG
+
+    def legacy_read(self, offset: int, size: int) -> int:
+        """Read a legacy register, or device configuration behind them."""
+        start = self.legacy_config_offset()
+        if offset >= start:
+            return self.read_config(offset - start, size)
+        queue = self.selected
+        match offset, size:
+            case 0, 4:
+                return self.offered & spec.LEGACY_FEATURES
+            case 4, 4:
+                return self.driver_features & spec.LEGACY_FEATURES
+            case 8, 4:
+                return queue.pfn if queue else 0
+            case 12, 2:
+                return queue.max_size if queue else 0
+            case 14, 2:
+                return self.queue_select
+            case 18, 1:
+                return self.status
+            case 19, 1:
+                return self.backend.take_isr()
+            case 20, 2:
+                return self.config_vector
+            case 22, 2:
+                return queue.vector if queue else spec.VIRTIO_MSI_NO_VECTOR
+            case _:
+                return 0
+
+    def legacy_write(self, offset: int, size: int, value: int) -> None:
+        """Write a legacy register, or device configuration behind them."""
+        start = self.legacy_config_offset()
+        if offset >= start:
+            self.write_config(offset - start, size, value)
+            return
+        queue = self.selected
+        match offset, size:
+            case 4, 4:
+                if not self.features_locked:
+                    self.driver_features = value
+            case 8, 4:
+                if queue is not None and not self.active:
+                    queue.set_pfn(value)
+            case 14, 2:
+                self.queue_select = value
+            case 18, 1:
+                self.write_status(value, modern=False)
+            case 20, 2:
+                self._write_config_vector(value)
+            case 22, 2:
+                self._write_queue_vector(value)
+
+
+def _address_writes() -> "dict[tuple[int, int], object]":
+    writes: dict[tuple[int, int], object] = {}
+    for name, base in (("desc", 32), ("avail", 40), ("used", 48)):
+        for half in (0, 1):
+
+            def write(self: Transport, value: int, name: str = name, shift: int = 32 * half) -> None:
+                self._write_address(name, shift, value)
+
+            writes[base + 4 * half, 4] = write
+    return writes
+
+
+def _select(name: str) -> object:
+    return lambda self, value: setattr(self, name, value)
+
+
+COMMON_WRITES: dict = {  # type: ignore[type-arg]
+    (0, 4): _select("device_feature_select"),
+    (8, 4): _select("driver_feature_select"),
+    (12, 4): Transport._write_driver_feature,
+    (16, 2): Transport._write_config_vector,
+    (20, 1): lambda self, value: self.write_status(value, modern=True),
+    (22, 2): _select("queue_select"),
+    (24, 2): Transport._write_queue_size,
+    (26, 2): Transport._write_queue_vector,
+    (28, 2): Transport._write_queue_enable,
+    **_address_writes(),
+}

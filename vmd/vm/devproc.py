@@ -1,0 +1,254 @@
+"""A device process as its VM sees it: started, asked, believed only within limits, ended."""
+
+import mmap
+import os
+import select
+import socket
+import threading
+
+from vmd.errors import HostError, PeerError
+from vmd.ipc import devmsg
+from vmd.ipc.channel import socketpair
+from vmd.log import FORMS, log
+from vmd.privsep.spawn import Child, spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmd.guestmem import GuestMemory
+    from vmd.ipc.loop import Loop
+
+START_TIMEOUT_S = 30.0  # a host that starts fifty VMs at once is slow; a device that hangs is still found out
+PAGE = 4096
+
+
+class Interrupts:
+    """The page of counters that says which queue's INTx interrupt the guest has not seen (`devmsg`)."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("interrupts", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, PAGE)
+        self._words = memoryview(mmap.mmap(self.fd, PAGE)).cast("I")
+
+    def pending(self, queue: int) -> bool:
+        """Return whether the guest has yet to read ISR for this queue."""
+        return self._words[queue] != self._words[devmsg.QUEUES_MAX + queue]
+
+    def take(self, queues: int) -> bool:
+        """Return whether any queue has an interrupt, and mark all as seen."""
+        taken = False
+        for queue in range(queues):
+            raised = self._words[queue]
+            taken |= raised != self._words[devmsg.QUEUES_MAX + queue]
+            # What the device raises between these two lines stays unequal, and so pending.
+            self._words[devmsg.QUEUES_MAX + queue] = raised
+        return taken
+
+
+class DeviceProcess:
+    """One device process.  `start` of all devices first, then `wait_ready` of each: they start in parallel.
+
+    `ask` is called on vCPU threads and the event thread, one at a time; everything else on the event thread.
+    """
+
+    def __init__(self, title: str, name: str, entry: str, queues: int) -> None:
+        self.title = title
+        self.name = name
+        self.entry = entry
+        self.queue_count = queues
+        self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
+        self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
+        self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.interrupts = Interrupts()
+        self.features = 0
+        self.config = b""
+        self.child: Child | None = None
+        self._lock = threading.Lock()
+        self._sync, self._async = (socket.socket(), socket.socket())
+        self._on_failed: Callable[[str], None] = log.error
+        self._on_needs_reset: Callable[[str], None] = log.warn
+        self._on_config: Callable[[bytes], object] = len
+
+    def start(self, memory: "GuestMemory", resources: "Sequence[int]", *, index: int, flags: int = 0) -> None:
+        """Spawn the process and send it what it is; `resources` stay the caller's.  Raises HostError."""
+        self._sync.close()
+        self._async.close()
+        self._sync, their_sync = socketpair()
+        self._async, their_async = socketpair()
+        fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_MEMORY: memory.fd}
+        fds |= {devmsg.FD_INTERRUPTS: self.interrupts.fd, devmsg.FD_RESAMPLE: self.resample}
+        for number, fd in enumerate((*self.kicks, *self.calls, *resources), devmsg.FD_FIRST_QUEUE):
+            fds[number] = fd
+        try:
+            self.child = spawn(self.title, channel=their_sync, fds=fds, entry=self.entry)
+        finally:
+            their_sync.close()
+            their_async.close()
+        regions = [
+            devmsg.REGION.pack(r.gpa, r.size, r.offset, devmsg.REGION_READ_ONLY if r.read_only else 0)
+            for r in memory.regions
+        ]
+        head = devmsg.START_HEAD.pack(
+            devmsg.START,
+            log.verbosity,
+            FORMS.index(log.form),
+            index,
+            self.queue_count,
+            len(resources),
+            flags,
+            len(regions),
+        )
+        self._sync.send(head + b"".join(regions) + self.title.encode())
+
+    def wait_ready(self) -> None:
+        """Wait for READY on both channels.  Raises HostError or PeerError with the device's own sentence."""
+        for channel in (self._sync, self._async):
+            channel.settimeout(START_TIMEOUT_S)
+            try:
+                packet = channel.recv(devmsg.PACKET_MAX)
+            except TimeoutError:
+                raise PeerError(self.title, f"not ready after {START_TIMEOUT_S:.0f} s") from None
+            if not packet:
+                raise PeerError(self.title, "ended while it was starting")
+            kind = self._kind(packet)
+            if kind == devmsg.ERROR:
+                number, text = self._error(packet)
+                raise HostError(text, number) if number else PeerError(self.title, text)
+            if kind != devmsg.READY:
+                raise PeerError(self.title, f"message {kind} instead of READY")
+            self.features, self.config = self._ready(packet)
+        self._async.setblocking(False)
+        self._sync.settimeout(devmsg.ANSWER_TIMEOUT_S)
+
+    def serve(
+        self,
+        loop: "Loop",
+        *,
+        on_failed: "Callable[[str], None]",
+        on_needs_reset: "Callable[[str], None]",
+        on_config: "Callable[[bytes], object]",
+    ) -> None:
+        """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on."""
+        self._on_failed, self._on_needs_reset, self._on_config = on_failed, on_needs_reset, on_config
+        loop.add(self._async.fileno(), lambda _events: self._on_async(loop))
+
+    # --- questions -------------------------------------------------------------------------------------------
+
+    def activate(self, features: int, queues: "Sequence[tuple[int, bool, int, int, int, int, int]]") -> bool:
+        """Hand over the rings: (size, enabled, desc, avail, used, next avail, next used) each; False if unusable."""
+        body = b"".join(
+            devmsg.QUEUE.pack(size, enabled, 0, desc, avail, used, next_avail, next_used)
+            for size, enabled, desc, avail, used, next_avail, next_used in queues
+        )
+        answer = self.ask(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, features, len(queues)) + body)
+        return self._status(answer)
+
+    def command(self, kind: int) -> bool:
+        """RESET, PAUSE or RESUME; returns when it is done."""
+        return self._status(self.ask(devmsg.TYPE.pack(kind)))
+
+    def write_config(self, offset: int, data: bytes) -> bytes:
+        """Pass on a write to configuration space; returns the space as it is then."""
+        answer = self.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, offset, len(data)) + data)
+        return self._ready(answer)[1]
+
+    def ask(self, packet: bytes) -> bytes:
+        """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question."""
+        wanted = self._kind(packet)
+        with self._lock:
+            try:
+                self._sync.send(packet)
+                answer = self._sync.recv(devmsg.PACKET_MAX)
+            except OSError as error:
+                reason = "no answer in 10 s" if isinstance(error, TimeoutError) else os.strerror(error.errno or 0)
+                raise PeerError(self.title, f"message {wanted}: {reason}") from error
+        if not answer:
+            raise PeerError(self.title, "has ended")
+        if self._kind(answer) not in (wanted, devmsg.READY):
+            raise PeerError(self.title, f"answered message {wanted} by another", answer)
+        return answer
+
+    # --- informing ---------------------------------------------------------------------------------------------
+
+    def set_verbosity(self, verbosity: int) -> None:
+        """Log more or less."""
+        self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
+
+    def shut_down(self) -> None:
+        """Ask for the end; `reap` waits for it."""
+        self._tell(devmsg.TYPE.pack(devmsg.SHUTDOWN))
+
+    def reap(self, timeout_s: float) -> None:
+        """Wait for the process to end; kill it if it does not."""
+        if self.child is not None and self.child.reap(timeout_s) is None:
+            log.warn(f"{self.title} does not end; killing it")
+            self.child.kill()
+            self.child.reap(timeout_s)
+
+    def _tell(self, packet: bytes) -> None:
+        try:
+            self._async.send(packet)
+        except OSError:
+            return  # its end is noticed elsewhere
+
+    def _on_async(self, loop: "Loop") -> None:
+        try:
+            packet = self._async.recv(devmsg.PACKET_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        try:
+            if not packet:
+                raise PeerError(self.title, "has ended")
+            self._handle_async(packet)
+        except PeerError as error:
+            loop.remove(self._async.fileno())
+            self._on_failed(str(error))
+
+    def _handle_async(self, packet: bytes) -> None:
+        match self._kind(packet):
+            case devmsg.NEEDS_RESET:
+                self._on_needs_reset(packet[devmsg.TYPE.size :].decode(errors="replace")[:200])
+            case devmsg.CONFIG_CHANGED:
+                self._on_config(self._ready(packet)[1])
+            case devmsg.ERROR:
+                raise PeerError(self.title, self._error(packet)[1])
+            case kind:
+                raise PeerError(self.title, f"unexpected message {kind}", packet)
+
+    # --- decoding, believing nothing -----------------------------------------------------------------------------
+
+    def _kind(self, packet: bytes) -> int:
+        if len(packet) < devmsg.TYPE.size:
+            raise PeerError(self.title, "message without a type", packet)
+        kind: int = devmsg.TYPE.unpack_from(packet)[0]
+        return kind
+
+    def _status(self, packet: bytes) -> bool:
+        if len(packet) != devmsg.STATUS.size:
+            raise PeerError(self.title, "status of a wrong length", packet)
+        return bool(devmsg.STATUS.unpack(packet)[1] == 0)
+
+    def _ready(self, packet: bytes) -> tuple[int, bytes]:
+        if len(packet) < devmsg.READY_HEAD.size:
+            raise PeerError(self.title, "READY is too short", packet)
+        _, features, length = devmsg.READY_HEAD.unpack_from(packet)
+        config = packet[devmsg.READY_HEAD.size :]
+        if length != len(config):
+            raise PeerError(self.title, f"READY announces {length} bytes of configuration, has {len(config)}", packet)
+        return features, config
+
+    def _error(self, packet: bytes) -> tuple[int, str]:
+        if len(packet) < devmsg.ERROR_HEAD.size:
+            raise PeerError(self.title, "ERROR is too short", packet)
+        number: int = devmsg.ERROR_HEAD.unpack_from(packet)[1]
+        return number, packet[devmsg.ERROR_HEAD.size :].decode(errors="replace")[:500]
+
+
+def readable(fd: int) -> bool:
+    """Return whether an eventfd has something, without taking it."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))

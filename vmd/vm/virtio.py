@@ -1,0 +1,332 @@
+"""A virtio device on the PCI bus: registers here, rings in its device process, KVM between guest and process.
+
+Notifications and interrupts of a running queue pass this process by (DESIGN 5): the guest's write to the notify
+port signals the queue's kick eventfd in the kernel, and the process's write to its call eventfd interrupts the
+guest there.  This module only keeps those two registrations in step with what the guest programs.
+
+    BAR 0   i/o, 64 bytes    legacy register block              (not with `virtio modern`)
+    BAR 1   memory, 4 KiB    MSI-X table and pending bits
+    BAR 2   i/o, 256 bytes   virtio 1.x structures              (not with `virtio legacy`)
+
+BAR 2 holds common configuration at 0, the notify word at 40h, ISR at 44h, device configuration from 80h on.
+"""
+
+import os
+
+from vmd.config.model import VirtioMode
+from vmd.errors import PeerError
+from vmd.ipc.devmsg import RESET
+from vmd.log import RateLimit, log
+from vmd.virtio import spec
+from vmd.virtio.transport import Transport
+from vmd.vm import layout
+from vmd.vm.devproc import DeviceProcess, readable
+from vmd.vm.pci import COMMAND_INTX_DISABLE, Msix, PciFunction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.kvmapi.vm import Vm
+    from vmd.virtio.transport import QueueRegisters
+    from vmd.vm.routing import Routing
+
+BAR_LEGACY, BAR_MSIX, BAR_MODERN = 0, 1, 2
+LEGACY_BYTES = 0x40
+LEGACY_NOTIFY = 16
+
+MODERN_BYTES = 0x100
+COMMON, COMMON_BYTES = 0x00, 0x3C
+NOTIFY = 0x40
+ISR = 0x44
+DEVICE_CONFIG = 0x80
+NOTIFY_BYTES = 2
+
+CLASS = {"net": 0x020000, "blk": 0x010000, "scsi": 0x010000, "rng": 0x00FF00}
+
+# virtio_pci_cap after id and next pointer: length, type, bar, id, padding, offset, length (virtio 1.2, 4.1.4)
+CAP_BYTES = 16
+PCI_CFG_DATA = 14  # in the body of the PCI_CFG capability: pci_cfg_data, behind the cap's own fields
+
+
+class VirtioFunction(PciFunction):
+    """One transitional virtio device; also the `Backend` of its registers."""
+
+    def __init__(
+        self,
+        kind: str,
+        process: DeviceProcess,
+        queue_sizes: tuple[int, ...],
+        kvm: "Vm",
+        routing: "Routing",
+        mode: VirtioMode,
+        fail: "Callable[[str], None]",
+    ) -> None:
+        modern_only = mode is VirtioMode.MODERN
+        device_type = spec.DEVICE_TYPE[kind]
+        super().__init__(
+            vendor=spec.VENDOR,
+            device=spec.DEVICE_MODERN_BASE + device_type if modern_only else spec.DEVICE_LEGACY[kind],
+            class_code=CLASS[kind],
+            subsystem_vendor=spec.SUBSYSTEM_VENDOR,
+            subsystem=device_type,
+            revision=1 if modern_only else 0,
+            interrupt_pin=1,
+        )
+        self.process = process
+        self.kvm = kvm
+        self.routing = routing
+        self.fail = fail
+        self.complaints = RateLimit()
+        vectors = len(queue_sizes) + 1
+        self.transport = Transport(process.features, queue_sizes, process.config, vectors, self)
+        self.config_call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.config_resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.config_pending = False
+        self.first_gsi = routing.allocate(vectors)
+        self.irqfds: dict[int, tuple[int, bool]] = {}  # eventfd -> gsi, with resample
+        self.ioeventfds: set[tuple[int, int]] = set()  # port, queue
+        if not modern_only:
+            self.add_io_bar(BAR_LEGACY, LEGACY_BYTES, LegacyBlock(self))
+        if mode is not VirtioMode.LEGACY:
+            self.add_io_bar(BAR_MODERN, MODERN_BYTES, ModernBlock(self))
+            self._add_virtio_capabilities(len(process.config))
+        self.add_msix(
+            Msix(vectors, self._on_vector, self._vector_pending, self._on_msix_enable), BAR_MSIX
+        )
+
+    def _add_virtio_capabilities(self, config_bytes: int) -> None:
+        structures = (
+            (spec.VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_BYTES, b""),
+            (spec.VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY, NOTIFY_BYTES, bytes(4)),  # multiplier 0: one word for all
+            (spec.VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
+            (spec.VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_CONFIG, max(config_bytes, 4), b""),
+        )
+        for cap_type, offset, length, extra in structures:
+            body = bytes((CAP_BYTES + len(extra), cap_type, BAR_MODERN, 0, 0, 0))
+            body += offset.to_bytes(4, "little") + length.to_bytes(4, "little") + extra
+            self.add_capability(spec.PCI_CAP_ID_VENDOR, body)
+        # A window for drivers that can reach BARs through configuration space only (4.1.4.9).
+        body = bytes((CAP_BYTES + 4, spec.VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, 0)) + bytes(8) + bytes(4)
+        writable = bytes((0, 0, 0xFF, 0, 0, 0)) + b"\xff" * 12
+        self.pci_cfg = self.add_capability(spec.PCI_CAP_ID_VENDOR, body, writable)
+
+    # --- PCI -----------------------------------------------------------------------------------------------
+
+    def config_read(self, offset: int, size: int) -> int:
+        """Read configuration space; pci_cfg_data reads what its capability points to."""
+        self._window(offset, size, None)
+        return super().config_read(offset, size)
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """Write configuration space; pci_cfg_data writes through."""
+        super().config_write(offset, size, value)
+        self._window(offset, size, value)
+
+    def _window(self, offset: int, size: int, value: int | None) -> None:
+        cap = getattr(self, "pci_cfg", 0)
+        if not cap or not cap + CAP_BYTES <= offset < cap + CAP_BYTES + 4:
+            return
+        with self.lock:
+            bar = self.bars.get(self.config[cap + 4])
+            at = int.from_bytes(self.config[cap + 8 : cap + 12], "little")
+            length = int.from_bytes(self.config[cap + 12 : cap + 16], "little")
+            if bar is None or bar.pio is None or length not in (1, 2, 4) or at + length > bar.size:
+                return
+            if value is None:
+                data = bar.pio.pio_read(at, length)
+                self.config[cap + CAP_BYTES : cap + CAP_BYTES + 4] = data.to_bytes(4, "little")
+            else:
+                data = int.from_bytes(self.config[cap + CAP_BYTES : cap + CAP_BYTES + length], "little")
+                bar.pio.pio_write(at, length, data)
+
+    def bar_changed(self, index: int, base: int | None) -> None:
+        """A BAR moved: the notify ports move with it."""
+        super().bar_changed(index, base)
+        self._place_notifications()
+
+    def command_changed(self, command: int) -> None:
+        """INTx may have been switched off."""
+        self._place_interrupts()
+
+    def interrupt_pending(self) -> bool:
+        """Return whether INTx would be asserted."""
+        if self.transport.msix_enabled:
+            return False
+        queues = range(len(self.transport.queues))
+        return self.config_pending or any(self.process.interrupts.pending(queue) for queue in queues)
+
+    # --- interrupts ----------------------------------------------------------------------------------------
+
+    def _calls(self) -> "list[tuple[int, int]]":
+        """Return (eventfd, MSI-X vector) of each source of interrupts: the queues, then configuration."""
+        sources = [(fd, queue.vector) for fd, queue in zip(self.process.calls, self.transport.queues, strict=True)]
+        return [*sources, (self.config_call, self.transport.config_vector)]
+
+    def _place_interrupts(self) -> None:
+        """Assign every call eventfd to where the guest wants it now; one that is masked counts up meanwhile."""
+        assert self.msix is not None
+        wanted: dict[int, tuple[int, bool]] = {}
+        if self.transport.msix_enabled:
+            for fd, vector in self._calls():
+                if vector < self.msix.vectors and not self.msix.message(vector)[2]:
+                    wanted[fd] = (self.first_gsi + vector, False)
+        elif self.slot > 0 and not self.command & COMMAND_INTX_DISABLE:
+            gsi = layout.pci_irq(self.slot, 1)
+            wanted = {fd: (gsi, True) for fd, _ in self._calls()}
+        for fd, (gsi, _) in list(self.irqfds.items()):
+            if wanted.get(fd) != self.irqfds[fd]:
+                self.kvm.deassign_irqfd(fd, gsi)
+                del self.irqfds[fd]
+        for fd, (gsi, level) in wanted.items():
+            if fd not in self.irqfds:
+                resample = self.config_resample if fd == self.config_call else self.process.resample
+                self.kvm.assign_irqfd(fd, gsi, resample if level else None)
+                self.irqfds[fd] = (gsi, level)
+
+    def _on_vector(self, vector: int, address: int, data: int, masked: bool) -> None:
+        if not masked:
+            self.routing.set_message(self.first_gsi + vector, address, data)  # before anything can be injected
+        self._place_interrupts()
+
+    def _on_msix_enable(self, enabled: bool) -> None:
+        self.transport.msix_enabled = enabled
+        self._place_interrupts()
+
+    def _vector_pending(self, vector: int) -> bool:
+        return any(
+            number == vector and fd not in self.irqfds and readable(fd) for fd, number in self._calls()
+        )
+
+    def on_config_resample(self, _events: int) -> None:
+        """The guest ended an INTx interrupt: raise it again if the configuration bit is still unread."""
+        os.eventfd_read(self.config_resample)
+        with self.lock:
+            if self.config_pending and not self.transport.msix_enabled:
+                os.eventfd_write(self.config_call, 1)
+
+    # --- notifications ---------------------------------------------------------------------------------------
+
+    def _place_notifications(self) -> None:
+        """Register each queue's kick at the ports where the guest notifies now; elsewhere it is ignored."""
+        wanted: set[tuple[int, int]] = set()
+        if self.transport.active:
+            for index, offset in ((BAR_LEGACY, LEGACY_NOTIFY), (BAR_MODERN, NOTIFY)):
+                bar = self.bars.get(index)
+                if bar is not None and bar.mapped is not None:
+                    wanted |= {(bar.mapped + offset, queue) for queue in range(len(self.transport.queues))}
+        for port, queue in self.ioeventfds - wanted:
+            self.kvm.deassign_ioeventfd(self.process.kicks[queue], port, 2, queue, pio=True)
+        for port, queue in wanted - self.ioeventfds:
+            self.kvm.assign_ioeventfd(self.process.kicks[queue], port, 2, queue, pio=True)
+        self.ioeventfds = wanted
+
+    # --- Backend ---------------------------------------------------------------------------------------------
+
+    def activate(self, features: int, queues: "list[QueueRegisters]") -> bool:
+        """Start the rings in the device process."""
+        rows = [(q.size, q.enabled, q.desc, q.avail, q.used, 0, 0) for q in queues]
+        try:
+            usable = self.process.activate(features, rows)
+        except PeerError as error:
+            self.fail(str(error))
+            return False
+        self._place_notifications()
+        return usable
+
+    def reset(self) -> None:
+        """Take the rings from the device process; a process that cannot let go ends the VM."""
+        self.transport.active = False
+        self._place_notifications()
+        try:
+            self.process.command(RESET)
+        except PeerError as error:
+            self.fail(str(error))
+        for fd in (*self.process.kicks, *self.process.calls, self.config_call):
+            if readable(fd):
+                os.eventfd_read(fd)
+
+    def write_config(self, offset: int, data: bytes) -> bytes:
+        """Pass a write to device configuration on."""
+        try:
+            return self.process.write_config(offset, data)
+        except PeerError as error:
+            self.fail(str(error))
+            return self.transport.config
+
+    def take_isr(self) -> int:
+        """Return and clear ISR."""
+        queue = self.process.interrupts.take(len(self.transport.queues))
+        config, self.config_pending = self.config_pending, False
+        return (spec.ISR_QUEUE if queue else 0) | (spec.ISR_CONFIG if config else 0)
+
+    def vectors_changed(self) -> None:
+        """A queue or the configuration has another vector."""
+        self._place_interrupts()
+
+    def raise_config(self) -> None:
+        """Interrupt the guest because configuration has changed, or the device wants a reset."""
+        self.config_pending = True
+        os.eventfd_write(self.config_call, 1)
+
+    # --- from the device process, on the event thread ----------------------------------------------------------
+
+    def on_needs_reset(self, text: str) -> None:
+        """The driver broke a ring."""
+        self.complaints.warn(f"{self.process.name}: {text}")
+        with self.lock:
+            if self.transport.active:
+                self.transport.needs_reset()
+
+    def on_config(self, config: bytes) -> None:
+        """The device's configuration has changed by itself."""
+        with self.lock:
+            if len(config) == len(self.transport.config):
+                self.transport.config_changed(config)
+            else:
+                log.error(f"{self.process.name}: configuration changed its length")
+
+
+class LegacyBlock:
+    """BAR 0."""
+
+    def __init__(self, function: VirtioFunction) -> None:
+        self.function = function
+
+    def pio_read(self, offset: int, size: int) -> int:
+        """Read a legacy register."""
+        with self.function.lock:
+            return self.function.transport.legacy_read(offset, size)
+
+    def pio_write(self, offset: int, size: int, value: int) -> None:
+        """Write a legacy register; a notification that comes here is of no running queue."""
+        if offset == LEGACY_NOTIFY:
+            return
+        with self.function.lock:
+            self.function.transport.legacy_write(offset, size, value)
+
+
+class ModernBlock:
+    """BAR 2."""
+
+    def __init__(self, function: VirtioFunction) -> None:
+        self.function = function
+
+    def pio_read(self, offset: int, size: int) -> int:
+        """Read a virtio 1.x structure."""
+        function = self.function
+        with function.lock:
+            if offset >= DEVICE_CONFIG:
+                return function.transport.read_config(offset - DEVICE_CONFIG, size)
+            if offset == ISR:
+                return function.take_isr()
+            return function.transport.common_read(offset, size) if offset < COMMON_BYTES else 0
+
+    def pio_write(self, offset: int, size: int, value: int) -> None:
+        """Write a virtio 1.x structure."""
+        function = self.function
+        with function.lock:
+            if offset >= DEVICE_CONFIG:
+                function.transport.write_config(offset - DEVICE_CONFIG, size, value)
+            elif offset < COMMON_BYTES:
+                function.transport.common_write(offset, size, value)
