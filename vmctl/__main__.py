@@ -27,6 +27,7 @@ class Command(Record):
 
 COMMANDS = (
     Command(name="console", module="console", usage="id"),
+    Command(name="create", module="create", usage="[-b base | -i disk] [-s size] disk"),
     Command(name="load", module="load", usage="filename"),
     Command(name="log", module="log", usage="brief | verbose"),
     Command(name="reload", module="reload", usage=""),

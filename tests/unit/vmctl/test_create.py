@@ -1,0 +1,232 @@
+"""vmctl create: texts and refusals of *cat. 3.6*, and nothing left behind."""
+
+import os
+import pty
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import MIB, opened, read, write
+from vmctl.commands.create import Bar, run
+from vmctl.errors import UsageError
+from vmctl.session import Session
+from vmd.errors import VmdError
+from vmd.images.create import create
+from vmd.images.identify import Probe, probe
+from vmd.images.locks import lock
+
+Create = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the folder that the command is run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def vmctl_create(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Create]:
+    """Give a function that runs the command and returns what it says."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
+
+    def create_it(*arguments: str) -> str:
+        assert run(Session(), list(arguments)) == 0
+        output, errors = capfd.readouterr()
+        assert output == ""
+        return errors
+
+    yield create_it
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+def probed(path: Path) -> Probe:
+    """Return what an image is."""
+    with path.open("rb") as file:
+        first = file.read(3)
+        return probe(file.fileno(), str(path), "qcow2" if first == b"QFI" else "raw")
+
+
+@pytest.mark.parametrize(
+    ("word", "image_format"),
+    [
+        ("a", "raw"), ("a.raw", "raw"), ("a.qcow2", "qcow2"), ("a.img", "raw"), ("raw:a.qcow2", "raw"),
+        ("qcow2:a", "qcow2"),
+    ],
+)  # fmt: skip
+def test_format_comes_from_prefix_or_extension(
+    folder: Path, vmctl_create: Create, word: str, image_format: str
+) -> None:
+    """Else it is raw."""
+    assert vmctl_create("-s", "3M", word) == f"vmctl: {image_format} imagefile created\n"
+
+    path = folder / word.removeprefix("raw:").removeprefix("qcow2:")
+    assert (probed(path).format, probed(path).size) == (image_format, 3 * MIB)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_size_is_whole_megabytes(folder: Path, vmctl_create: Create) -> None:
+    """Rounded down, which is said."""
+    assert vmctl_create("-s", "1.75M", "a") == "vmctl: disk size rounded to 1.0M\nvmctl: raw imagefile created\n"
+
+    assert (folder / "a").stat().st_size == MIB
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("a.qcow2",), "could not create a.qcow2: missing size argument"),
+        (("-b", "b", "-i", "c", "a"), "conflicting -b and -i arguments"),
+        (("-s", "1G"), ""),
+        (("-s", "1G", "a", "b"), ""),
+        (("-x", "a"), "unknown option -- x"),
+    ],
+)
+def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words: str) -> None:
+    """The usage follows, too."""
+    with pytest.raises(UsageError) as refused:
+        vmctl_create(*arguments)
+
+    assert str(refused.value) == words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-s", "huge", "a"), "invalid disk size: huge"),
+        (("-s", "1000K", "a"), "disk size must be at least 1MB"),
+        (("-s", "1M", "-s", "2M", "a"), "option -s specified multiple times"),
+        (("-s", "1M", "there"), "could not create there: File exists"),
+        (("-s", "1M", "no/a"), "could not create no/a: No such file or directory"),
+        (("-s", "1000T", "a.qcow2"), "a.qcow2: 1099511627776000 bytes are too large for a qcow2 image"),
+        (("-b", "base.qcow2", "a.raw"), "base images require qcow2 disk format"),
+        (("-b", "there", "a.qcow2"), "base image is not a qcow2 file: there"),
+        (("-b", "raw:base.qcow2", "a.qcow2"), "base image is not a qcow2 file: base.qcow2"),
+        (("-b", "gone", "a.qcow2"), "gone: cannot be opened: No such file or directory"),
+        (("-b", "base.qcow2", "dir/a.qcow2"), "base image base.qcow2 must be given by its path from dir"),
+        (("-b", "base.qcow2", "-s", "3M", "a.qcow2"),
+         "base size does not match requested size: 2097152 bytes are not 3145728"),
+        (("-b", "lost.qcow2", "a.qcow2"), "backing file gone: cannot be opened: No such file or directory"),
+        (("-b", "3.qcow2", "a.qcow2"), "a.qcow2: backing chain would be longer than 4 images"),
+        (("-i", "gone", "a"), "failed to open source image file: gone: cannot be opened: No such file or directory"),
+        (("-i", "dir", "a"), "failed to open source image file: dir: neither a regular file nor a block device"),
+        (("-i", "1.qcow2", "a"), "failed to open source image file: 1.qcow2: has backing file 0.qcow2, but"),
+        (("-i", "base.qcow2", "-s", "1M", "a"),
+         "size cannot be smaller than input disk size: 1048576 bytes are less than 2097152"),
+        (("-i", "base.qcow2", "there"), "failed to create destination image file there: File exists"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(
+    folder: Path, vmctl_create: Create, arguments: tuple[str, ...], words: str
+) -> None:
+    """With one sentence, and no file is left."""
+    (folder / "dir").mkdir()
+    (folder / "there").write_bytes(bytes(512))
+    create("base.qcow2", "qcow2", 2 * MIB)
+    create("lost.qcow2", "qcow2", 2 * MIB, "gone", "raw")
+    create("0.qcow2", "qcow2", 2 * MIB)
+    for level in range(1, 4):
+        create(f"{level}.qcow2", "qcow2", 2 * MIB, f"{level - 1}.qcow2", "qcow2")
+    before = sorted(os.walk(folder))
+
+    with pytest.raises(VmdError) as refused:
+        vmctl_create(*arguments)
+
+    assert str(refused.value).startswith(words)
+    assert sorted(os.walk(folder)) == before
+
+
+def test_overlay_records_the_path_as_typed(folder: Path, vmctl_create: Create) -> None:
+    """And takes its size from the base."""
+    (folder / "dir").mkdir()
+    create("base", "qcow2", 2 * MIB)
+
+    assert vmctl_create("-b", "../base", "dir/a.qcow2") == "vmctl: qcow2 imagefile created\n"
+    vmctl_create("-b", "base", "-s", "2M", "b.qcow2")
+
+    made = probed(folder / "dir/a.qcow2")
+    assert (made.size, made.backing, made.backing_format) == (2 * MIB, "../base", "qcow2")
+
+
+def test_base_that_is_written_to_is_refused(folder: Path, vmctl_create: Create) -> None:
+    """It would change under its overlay."""
+    create("base", "qcow2", 2 * MIB)
+    with (folder / "base").open("r+b") as file:
+        lock(file.fileno(), "base", writable=True)
+
+        with pytest.raises(VmdError, match="base: is being written to by another VM or program"):
+            vmctl_create("-b", "base", "a.qcow2")
+
+
+@pytest.mark.parametrize(("size", "made"), [(3 * MIB + 512, 4 * MIB), (2 * MIB, 2 * MIB), (0, MIB)])
+def test_copy_is_rounded_up(folder: Path, vmctl_create: Create, size: int, made: int) -> None:
+    """To whole megabytes, and filled with zeroes."""
+    content = os.urandom(size)
+    (folder / "a").write_bytes(content)
+
+    vmctl_create("-i", "a", "b.qcow2")
+    vmctl_create("-i", "b.qcow2", "c.raw")
+
+    assert (folder / "c.raw").read_bytes() == content + bytes(made - size)
+
+
+def test_size_of_a_copy_is_in_bytes(folder: Path, vmctl_create: Create) -> None:
+    """Upstream multiplies it by a megabyte, by accident."""
+    (folder / "a").write_bytes(b"x" * MIB)
+
+    vmctl_create("-i", "a", "-s", "3M", "b")
+
+    assert (folder / "b").read_bytes() == b"x" * MIB + bytes(2 * MIB)
+
+
+def test_chain_is_copied_when_its_format_is_given(folder: Path, vmctl_create: Create) -> None:
+    """Then it is the user who says that the image may name others."""
+    create("base", "qcow2", 2 * MIB)
+    base = opened(folder / "base", writable=True)
+    write(base, MIB, b"b" * 512)
+    base.close()
+    create("top", "qcow2", 2 * MIB, "base", "qcow2")
+
+    vmctl_create("-i", "qcow2:top", "copy.qcow2")
+
+    copy = opened(folder / "copy.qcow2")
+    assert read(copy, MIB, 1024) == b"b" * 512 + bytes(512)
+    copy.close()
+
+
+def test_terminated_copy_leaves_nothing(
+    folder: Path, vmctl_create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM and SIGHUP end it like ^C."""
+    (folder / "a").write_bytes(b"x" * 4 * MIB)
+    monkeypatch.setattr(Bar, "show", lambda bar, done, whole: os.kill(os.getpid(), signal.SIGTERM))
+
+    with pytest.raises(KeyboardInterrupt):
+        vmctl_create("-i", "a", "b")
+
+    assert os.listdir(folder) == ["a"]
+
+
+def test_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, and the line is left at its end; nothing where nobody looks."""
+    master, slave = pty.openpty()
+    monkeypatch.setattr("vmctl.output.STDERR", slave)
+    bar = Bar("dir/disk.raw")
+    bar.shown = True
+
+    bar.show(0, 4 * MIB)
+    bar.show(MIB, 4 * MIB)  # too soon
+    bar.show(4 * MIB, 4 * MIB)
+    bar.end()
+    drawn = os.read(master, 4096).decode()
+    os.close(slave)
+    os.close(master)
+
+    assert drawn.split("\r")[1:] == [
+        f"disk.raw   0% |{' ' * 40}|     0B",
+        f"disk.raw 100% |{'*' * 40}|   4.0M",
+        "\n",
+    ]

@@ -1,0 +1,182 @@
+"""vmctl create: make a disk image, empty, on top of a base or as copy of another (*cat. 3.6*).
+
+Done here and not by the daemon, with the rights of whoever runs it.
+"""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+from vmctl.errors import CommandError, UsageError
+from vmctl.options import operand, parse_options
+from vmctl.output import notice, warn
+from vmctl.session import Session
+from vmd.config.model import MIB
+from vmd.errors import ImageError, VmdError
+from vmd.images.chain import FORMATS, MAX_CHAIN
+from vmd.images.create import convert, create
+from vmd.images.files import OpenedChain
+from vmd.scaled import fmt_scaled, scan_scaled
+
+OPTIONS = "b:i:s:"
+BAR_WIDTH = 40
+REDRAW_S = 0.1
+
+
+class Target:
+    """The image to be made: path and format."""
+
+    def __init__(self, word: str) -> None:
+        """Tell the format from a prefix, else from the extension; else it is raw."""
+        self.format, self.path = split_format(word)
+        if not self.format:
+            extension = os.path.splitext(self.path)[1].removeprefix(".")
+            self.format = extension if extension in FORMATS else "raw"
+
+
+class Bar:
+    """How far a copy has come, redrawn in place; a terminal only."""
+
+    def __init__(self, path: str) -> None:
+        self.name = os.path.basename(path)
+        self.shown = sys.stderr.isatty()
+        self.drawn_s = 0.0
+
+    def show(self, done: int, whole: int) -> None:
+        """Draw, but not more often than somebody can read."""
+        now_s = time.monotonic()
+        if not self.shown or (done < whole and now_s - self.drawn_s < REDRAW_S):
+            return
+        self.drawn_s = now_s
+        filled = "*" * (done * BAR_WIDTH // whole)
+        name = "".join(c if c.isprintable() else "?" for c in self.name)
+        notice(f"\r{name} {done * 100 // whole:3}% |{filled:{BAR_WIDTH}}| {fmt_scaled(done):>6}")
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.drawn_s:
+            notice("\n")
+
+
+def split_format(word: str) -> tuple[str, str]:
+    """Return (format, path) of `[raw:|qcow2:]path`; the format is empty if there is none."""
+    prefix, colon, path = word.partition(":")
+    return (prefix, path) if colon and prefix in FORMATS else ("", word)
+
+
+def disk_size(text: str) -> int:
+    """Return the bytes of -s.  Raises CommandError."""
+    try:
+        size = scan_scaled(text)
+    except ValueError:
+        raise CommandError(f"invalid disk size: {text}") from None
+    if size < MIB:
+        raise CommandError("disk size must be at least 1MB")
+    return size
+
+
+def whole_megabytes(size: int) -> int:
+    """Return a size without what exceeds whole megabytes, and say so."""
+    rounded = size - size % MIB
+    if rounded != size:
+        warn(f"disk size rounded to {fmt_scaled(rounded)}")
+    return rounded
+
+
+def create_empty(target: Target, size: int) -> None:
+    """Make an empty disk.  Raises VmdError."""
+    create(target.path, target.format, whole_megabytes(size))
+
+
+def create_overlay(target: Target, word: str, size: int | None) -> None:
+    """Make a disk that shows a base until it is written to.
+
+    Refuses what no VM could be started with: a base that is missing where the disk will look for it, or too
+    many of them.  Raises VmdError.
+    """
+    if target.format != "qcow2":
+        raise CommandError("base images require qcow2 disk format")
+    base_format, base = split_format(word)
+    if base_format == "raw":
+        raise CommandError(f"base image is not a qcow2 file: {base}")
+    # Recorded as typed, and later looked for from where the new image is.
+    found = os.path.join(os.path.dirname(target.path), base)
+    if not os.path.exists(found) and os.path.exists(base):
+        raise CommandError(f"base image {base} must be given by its path from {os.path.dirname(target.path)}")
+    try:
+        chain = OpenedChain(found, "qcow2")
+    except ImageError as error:
+        if error.path == found and error.what == "not a qcow2 image":
+            raise CommandError(f"base image is not a qcow2 file: {found}") from None
+        raise
+    base_size = chain.probes[0].size
+    try:
+        if len(chain.links) == MAX_CHAIN:
+            raise CommandError(f"{target.path}: backing chain would be longer than {MAX_CHAIN} images")
+        chain.image().close()
+    finally:
+        chain.close()
+    if size is not None and size != base_size:
+        raise CommandError(
+            f"base size does not match requested size: {base_size} bytes are not {size}"
+        )
+    create(target.path, "qcow2", base_size, base, "qcow2")
+
+
+def create_copy(target: Target, word: str, size: int | None) -> None:
+    """Make a disk with the content of another image.  Raises VmdError."""
+    source_format, path = split_format(word)
+    try:
+        chain = OpenedChain(path, source_format)
+        source = chain.image()
+    except VmdError as error:
+        raise CommandError(f"failed to open source image file: {error}") from None
+    try:
+        rounded_up = -(-source.size // MIB) * MIB
+        wanted = max(rounded_up, MIB) if size is None else size
+        if wanted < source.size:
+            raise CommandError(
+                f"size cannot be smaller than input disk size: {wanted} bytes are less than {source.size}"
+            )
+        # Unlike vmd: -s is bytes here as everywhere, not bytes times a megabyte.
+        wanted = max(wanted - wanted % MIB, rounded_up)
+        bar = Bar(target.path)
+        try:
+            convert(source, target.path, target.format, wanted, bar.show)
+        finally:
+            bar.end()
+    finally:
+        source.close()
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """End as if by ^C, so that no half of an image is left."""
+    raise KeyboardInterrupt
+
+
+def run(session: Session, arguments: list[str]) -> int:
+    """Create the image; the daemon is not asked."""
+    given, operands = parse_options(arguments, OPTIONS)
+    target = Target(operand(operands))
+    values: dict[str, str] = {}
+    for option, value in given:
+        if option in values:
+            raise CommandError(f"option {option} specified multiple times")
+        values[option] = value
+    if "-b" in values and "-i" in values:
+        raise UsageError("conflicting -b and -i arguments")
+    size = disk_size(values["-s"]) if "-s" in values else None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    if "-b" in values:
+        create_overlay(target, values["-b"], size)
+    elif "-i" in values:
+        create_copy(target, values["-i"], size)
+    elif size is None:
+        raise UsageError(f"could not create {target.path}: missing size argument")
+    else:
+        create_empty(target, size)
+    warn(f"{target.format} imagefile created")
+    return 0
