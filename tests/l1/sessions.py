@@ -6,6 +6,8 @@ wanted, lets the other tests go first, and then takes each `l1` test's reports f
 """
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
 TESTS = "tests"
+RESTARTS = 2
 LIMIT_S = 600
 DEEP_LIMIT_S = 2400
 
@@ -43,9 +46,10 @@ class OutsideL1:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.out = config.rootpath / "build" / "l1"
+        self.out = config.rootpath / "build" / "l1" / str(os.getpid())  # runs may overlap
         self.machine: Machine | None = None
         self.failure = ""
+        self.restarts = 0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Take the watchdog off: it would count the wait for the machine; inside, each test has its own."""
@@ -60,7 +64,11 @@ class OutsideL1:
             return  # with a module that cannot be collected, pytest runs nothing
         self.out.mkdir(parents=True, exist_ok=True)
         Path(self.out, REPORTS).write_text("")
-        Path(self.out, TESTS).write_text("".join(f"{nodeid}\n" for nodeid in wanted))
+        self._start(wanted)
+
+    def _start(self, tests: list[str]) -> None:
+        """Start the machine for some tests; what prevents that is their failure."""
+        Path(self.out, TESTS).write_text("".join(f"{nodeid}\n" for nodeid in tests))
         deep = self.config.getoption("--deep")
         command = [
             sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--color=no",
@@ -72,10 +80,34 @@ class OutsideL1:
         except (L1Error, KernelError, OSError) as error:
             self.failure = f"the emulated machine was not started: {error}"
 
+    def _ended(self, timeout_s: float) -> bool:
+        """Return whether nothing more will be reported; a machine that hung is started again for the rest."""
+        if self.machine is None:
+            return True
+        if not self.machine.ended(timeout_s):
+            return False
+        wanted = Path(self.out, TESTS).read_text().splitlines()
+        rest = [nodeid for nodeid in wanted if not self._complete(nodeid)]
+        if not rest or self.restarts == RESTARTS or not self.machine.hung():
+            return True
+        self.restarts += 1
+        done = {nodeid: reports for nodeid, reports in self._read().items() if nodeid not in rest}
+        lines = [json.dumps(report) + "\n" for reports in done.values() for report in reports]
+        Path(self.out, REPORTS).write_text("".join(lines))
+        self._start(rest)
+        return bool(self.failure)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say that a result took more than one start."""
+        if self.restarts:
+            terminalreporter.section(f"THE EMULATED MACHINE HUNG AND WAS STARTED AGAIN: {self.restarts} times", "!")
+
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind when the run was interrupted."""
         if self.machine is not None:
             self.machine.stop()
+            if not self.failure:
+                shutil.rmtree(self.out)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
@@ -92,7 +124,7 @@ class OutsideL1:
         """Yield the reports on a test, or one failure if it was not run to its end."""
         began = time.time()
         while not self._complete(item.nodeid):
-            if self.machine is None or self.machine.ended(1.0):
+            if self._ended(1.0):
                 break
         reports = self._read().get(item.nodeid, [])
         if not self._complete(item.nodeid):

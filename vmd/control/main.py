@@ -50,6 +50,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
+LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
 # fmt: off
@@ -114,8 +115,10 @@ class Control(Process):
     def turn_away(self, client: Client, answer: Failed) -> None:
         """Answer a client and close."""
         assert client.channel is not None
-        client.channel.send(answer)
-        client.channel.finish()
+        channel = client.channel
+        channel.send(answer)
+        channel.finish()
+        self.loop.call_later(LAST_WORDS_S, channel.close)  # whether it has read them or not
         self.forget(client)
 
     def on_client_lost(self, client: Client, error: PeerError | None) -> None:
@@ -139,7 +142,7 @@ class Control(Process):
             self.complaints.warn(f"denied request {type(message).__name__} from uid {uid}")
             self.turn_away(client, Failed(code=errno.EPERM, text=os.strerror(errno.EPERM)))
             return
-        client.unanswered += not isinstance(message, ConsoleBreak)
+        client.unanswered += 1
         if client.unanswered > MAX_UNANSWERED:
             raise PeerError(channel.label, f"more than {MAX_UNANSWERED} requests without waiting for answers")
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}

@@ -1,6 +1,7 @@
 """One peer: a SOCK_SEQPACKET socket on a loop, sending without ever blocking."""
 
 import array
+import errno
 import os
 import socket
 import types
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
+HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before the others get their turn
 FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
@@ -133,6 +135,9 @@ class Channel:
             self.close()
             self._on_lost(self, error)
 
+    def _lose_soon(self, error: PeerError) -> None:
+        self._loop.call_later(0, lambda: self._lose(error))  # not while our caller is still sending
+
     def _sendmsg(self, packet: bytes, fds: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self._sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
@@ -145,11 +150,13 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 self._loop.modify(self._sock.fileno(), WRITE if self._closing else READ | WRITE)
                 return
-            except OSError:
-                # The loop will report the hang-up; until then there is nobody to send to.
+            except OSError as error:
                 for _packet, waiting in self._queue:
                     _close_all(waiting)
                 self._queue.clear()
+                # A hang-up is reported by the loop; what else the kernel refuses must not pass unnoticed.
+                if error.errno not in HANG_UPS:
+                    self._lose_soon(PeerError(self.label, f"cannot be sent to: {error.strerror}"))
                 return
             self._queue.pop(0)
             _close_all(fds)

@@ -107,7 +107,7 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
     try:
         named = _name_fds(info, body[0], fds)
         message = _record(info.cls, body[1:], name)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise PeerError(peer, str(error), packet) from error
     return Envelope(message, peerid, pid, named)
 
@@ -118,7 +118,7 @@ def _count_fits(name: str, count: int) -> bool:
 
 def _name_fds(info: MessageInfo, counts: "list[Any]", fds: "list[int]") -> "dict[str, list[int]]":
     if len(counts) != len(info.fds) or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"{info.cls.__name__}: bad descriptor counts {counts!r}")
+        raise ValueError(f"{info.cls.__name__}: bad descriptor counts")  # what a peer sent is never formatted
     named: dict[str, list[int]] = {}
     start = 0
     for name, count in zip(info.fds, counts, strict=True):

@@ -183,7 +183,7 @@ class ConsoleRequest(VmRequest):
 
 @message(0x19, *ASK)
 class ConsoleBreak(VmRequest):
-    """Send a BREAK down the line; from the holder of the console only.  Not answered unless it fails."""
+    """Send a BREAK down the line; from the holder of the console only.  Answered by Ok or Failed."""
 
 
 # --- what vmctl is answered ------------------------------------------------------------------------------

@@ -80,5 +80,5 @@ class Process:
 
     def ignore_terminal_signals(self) -> None:
         """Leave it to the parent to act on ^C and on signals to the whole group; it will tell us."""
-        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1):
             signal.signal(signum, signal.SIG_IGN)

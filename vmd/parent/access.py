@@ -42,9 +42,12 @@ def require_readable(fd: int, path: str, caller: Caller) -> None:
 
     The check is made on the descriptor that will be used, so that no path can be swapped in between.
     """
-    status = os.fstat(fd)
     if caller.uid == 0:
         return
+    try:
+        status = os.fstat(fd)
+    except OSError as error:  # a user's own FUSE mount may refuse even root
+        raise OperatorError(error.errno or errno.EIO, f"{path}: {os.strerror(error.errno or 0)}") from None
     mode = status.st_mode
     if status.st_uid == caller.uid:
         allowed = mode & stat.S_IRUSR

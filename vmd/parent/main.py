@@ -145,6 +145,8 @@ class Parent(Process):
         for warning in set(message.warnings) - self.warned:
             self.warned.add(warning)  # once, not by each process
             log.warn(warning)
+        if channel.peer in self.ready:
+            raise PeerError(channel.label, "is ready twice")
         self.ready.add(channel.peer)
         if len(self.ready) == len(self.peers):
             log.info("startup")
@@ -159,7 +161,7 @@ class Parent(Process):
             self.exit_status = 1
         if channel.peer is Proc.VMM:
             self.loop.stop()  # with it went every VM
-        else:
+        elif not self.ending:
             self.on_terminate()
 
     def on_terminate(self) -> None:
@@ -279,7 +281,7 @@ class Parent(Process):
                     self.peers[Proc.VMM].send(message, fds=fds)
                 except ValueError as error:
                     raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
-            except VmdError as error:
+            except (VmdError, ValueError, OverflowError) as error:
                 if began:
                     vm.ended(brief(str(error)))
                 if fresh_pty:
@@ -316,22 +318,22 @@ class Parent(Process):
                 log.error(f"vm {vm.vmid} {text}")
             else:
                 log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
-                boot, initrd = vm.kept_files()
                 try:
+                    boot, initrd = vm.kept_files()
                     self.start_vm(vm, uid=uid, given_boot=boot, given_initrd=initrd)
                 except VmdError as error:
                     text = f"cannot reboot: {error}"
                     log.error(f"vm {vm.name}: {text}")
                 else:
+                    self.attach_pending(vm.vmid, vm.name, vm.pty)
                     return
         self.answer_start(vm, Failed(code=errno.EIO, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         for client in vm.waiting_clients:
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
-        for client in self.snapshots.pop(vm.vmid, []):
-            self.answer(client, Failed(code=errno.ESRCH, text=f"vm {vm.name} has ended"))
         vm.waiting_clients.clear()
         uid, pty = vm.uid, vm.take_pty()
+        self.attach_pending(vm.vmid, vm.name, pty)
         vm.ended(text)
         if pty is not None:
             self.retire_console(RetiredConsole(vm, uid, pty))
@@ -339,6 +341,12 @@ class Parent(Process):
             self.vms.remove(vm)
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
+
+    def attach_pending(self, vmid: int, name: str, pty: Pty | None) -> None:
+        """Answer viewers whose backlog was asked of a VM process that has ended; the pty is what is left of it."""
+        for client in self.snapshots.pop(vmid, []):
+            if pty is not None:
+                self.answer(client, ConsoleAttached(vmid=vmid, name=name, tty=pty.path))
 
     def retire_console(self, console: RetiredConsole) -> None:
         """Keep the console of a VM that has ended until a viewer has read the last words, or one second.
@@ -400,6 +408,8 @@ class Parent(Process):
             self.answer_failure(envelope.peerid, error.errno, str(error))
         except ConfigErrors as error:
             self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
+        except (ValueError, OverflowError) as error:  # a path with a NUL, an id beyond 32 bits; from root only
+            self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
         except OSError as error:  # the host has run out of something, and this client has to hear of it
             what = os.strerror(error.errno or 0)
             log.error(f"{type(message).__name__}: {what}")
@@ -416,7 +426,11 @@ class Parent(Process):
             if message.config is not None:
                 require_root(caller, "start a VM that vm.conf does not describe")
                 vm = self.vms.add(checked_request(message.config, boot), from_config=False)
-                vm.keep_files(boot, initrd)
+                try:
+                    vm.keep_files(boot, initrd)
+                except HostError:
+                    self.vms.remove(vm)
+                    raise
             else:
                 vm = self.vms.get(message.vmid, message.name)
                 if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
@@ -426,7 +440,7 @@ class Parent(Process):
                 for fd in (boot, initrd):
                     if fd is not None:
                         require_readable(fd, "boot image", caller)
-        except OperatorError:
+        except BaseException:
             for fd in (boot, initrd):
                 if fd is not None:
                     os.close(fd)
@@ -434,7 +448,7 @@ class Parent(Process):
         config = one_shot_config(vm.config, message)
         try:
             self.start_vm(vm, uid=caller.uid, config=config, given_boot=boot, given_initrd=initrd)
-        except VmdError:
+        except (VmdError, ValueError, OverflowError):
             if not vm.from_config:
                 self.vms.remove(vm)
             raise
@@ -465,6 +479,8 @@ class Parent(Process):
         self.require_control(caller, vm, "wait for")
         if not vm.alive:
             raise OperatorError(errno.EINVAL, f"vm {vm.name} is not running")
+        if envelope.peerid in vm.waiting_clients:
+            raise OperatorError(errno.EALREADY, f"vm {vm.name} is already waited for")
         vm.waiting_clients.add(envelope.peerid)
 
     def serve_list(self, _message: ListRequest, _caller: Caller, envelope: Envelope) -> None:
@@ -537,6 +553,7 @@ class Parent(Process):
         if vm.console_client != envelope.peerid:
             raise OperatorError(errno.EPERM, f"the console of vm {vm.name} is not attached here")
         self.peers[Proc.VMM].send(SendBreak(vmid=vm.vmid))
+        self.answer(envelope.peerid, Ok())
 
     def on_console_output(self, message: ConsoleOutput, envelope: Envelope, _channel: Channel) -> None:
         """Relay a piece of the backlog."""

@@ -12,6 +12,7 @@ import stat
 import sys
 import termios
 import tty
+from collections.abc import Sequence
 
 from vmd.config.model import VmConfig
 from vmd.errors import HostError, OperatorError
@@ -57,15 +58,7 @@ class Pty:
 
     def copies(self) -> list[int]:
         """Return copies of master and slave, which are the caller's.  Raises HostError."""
-        try:
-            master = os.dup(self.master)
-            try:
-                return [master, os.dup(self.slave)]
-            except OSError:
-                os.close(master)
-                raise
-        except OSError as error:
-            raise HostError(f"hand over {self.path}", error) from error
+        return copy_all([self.master, self.slave], f"hand over {self.path}")
 
     def unread_bytes(self) -> int:
         """Return how much output a viewer has not read yet; a hang-up would lose it."""
@@ -75,6 +68,19 @@ class Pty:
         """Let the pty go; whoever has it open sees a hang-up."""
         os.close(self.master)
         os.close(self.slave)
+
+
+def copy_all(fds: Sequence[int], what: str) -> list[int]:
+    """Return copies of descriptors, all or none.  Raises HostError saying what was tried."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+    except OSError as error:
+        for fd in copies:
+            os.close(fd)
+        raise HostError(what, error) from error
+    return copies
 
 
 class BootFiles:
@@ -123,7 +129,11 @@ def open_regular(path: str, what: str) -> int:
 
 def require_regular(fd: int, name: str) -> None:
     """Raise OperatorError unless the descriptor is a regular file, open for reading."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{name}: {os.strerror(error.errno or 0)}") from None
+    if not stat.S_ISREG(mode):
         raise OperatorError(errno.EINVAL, f"{name}: not a regular file")
 
 

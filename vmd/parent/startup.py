@@ -1,6 +1,7 @@
 """From a command line to a running daemon: checks, configuration, processes, in an order that fails early."""
 
 import os
+import resource
 import sys
 from collections.abc import Callable
 
@@ -55,6 +56,8 @@ def serve(options: Options) -> int:
     uid, gid = service.lookup_user()
     kvm_fd = service.open_kvm()
     config = read_config(options)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a handful for each of hundreds of VMs
     listener = service.listen(options.socket_path, config.settings.socket_owner)
     try:
         ready = announce(options)

@@ -9,7 +9,7 @@ from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID
 from vmd.parent.limits import RestartLimit
-from vmd.parent.resources import Pty
+from vmd.parent.resources import Pty, copy_all
 
 
 class State(Enum):
@@ -85,13 +85,12 @@ class Vm:
         self.one_shot_boot = False
 
     def keep_files(self, boot: int | None, initrd: int | None) -> None:
-        """Keep copies of what a client opened: a VM without a configuration reboots from them."""
-        self._kept = (os.dup(boot) if boot is not None else None, os.dup(initrd) if initrd is not None else None)
+        """Keep copies of what a client opened: a VM without a configuration reboots from them.  Raises HostError."""
+        self._kept = _copies(boot, initrd)
 
     def kept_files(self) -> tuple[int | None, int | None]:
-        """Return copies of the kept boot image and initrd, which are the caller's."""
-        boot, initrd = self._kept
-        return os.dup(boot) if boot is not None else None, os.dup(initrd) if initrd is not None else None
+        """Return copies of the kept boot image and initrd, which are the caller's.  Raises HostError."""
+        return _copies(*self._kept)
 
     def drop_files(self) -> None:
         """Close the kept files."""
@@ -111,6 +110,12 @@ class Vm:
         pty = self.take_pty()
         if pty is not None:
             pty.close()
+
+
+def _copies(boot: int | None, initrd: int | None) -> tuple[int | None, int | None]:
+    given = [fd for fd in (boot, initrd) if fd is not None]
+    copies = copy_all(given, "keep the boot image of a client")
+    return copies.pop(0) if boot is not None else None, copies.pop(0) if initrd is not None else None
 
 
 class RetiredConsole:

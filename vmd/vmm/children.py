@@ -3,14 +3,18 @@
 import os
 import signal
 
+from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages import ConsoleOutput, ConsoleSnapshotEnd, Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.ipc.loop import Loop
+    from vmd.record import Record
+
+SNAPSHOT_PIECES_MAX = 16  # 64 KiB come in eight
 
 
 class VmChild:
@@ -22,12 +26,31 @@ class VmChild:
         self.channel = channel
         self.vmid = 0
         self.gone = False
+        self.reported = False  # how its start went
+        self.snapshots = 0  # of its console, asked for and not complete
+        self.pieces = 0  # of the snapshot at hand
         self.last_words = ""
 
     def kill(self) -> None:
         """End the process without asking it; harmless when it is gone."""
         if not self.gone:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def account(self, message: "Record") -> None:
+        """Raise PeerError for what nobody asked this VM process to say, or has heard already."""
+        if isinstance(message, ConsoleOutput):
+            self.pieces += 1
+            if not self.snapshots or self.pieces > SNAPSHOT_PIECES_MAX:
+                raise PeerError(self.channel.label, "console output nobody asked for")
+        elif isinstance(message, ConsoleSnapshotEnd):
+            if not self.snapshots:
+                raise PeerError(self.channel.label, "console output nobody asked for")
+            self.snapshots -= 1
+            self.pieces = 0
+        else:
+            if self.reported:
+                raise PeerError(self.channel.label, "reports its start twice")
+            self.reported = True
 
     def end(self) -> None:
         """Kill the process and wait for its end, so that nothing is left for init."""

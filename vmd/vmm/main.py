@@ -77,7 +77,10 @@ class Vmm(Process):
 
     def spawn_vm(self) -> VmChild:
         """Start a VM process that waits for its StartVm.  Raises HostError."""
-        ours, theirs = socketpair()
+        try:
+            ours, theirs = socketpair()
+        except OSError as error:
+            raise HostError("make a channel for a vm", error) from error
         try:
             started = spawn("vm", ["vm", log.form, str(log.verbosity)], channel=theirs, fds={KVM_FD: self.kvm_fd})
         except HostError:
@@ -123,11 +126,13 @@ class Vmm(Process):
         assert isinstance(message, ConsoleSnapshot | SendBreak)
         child = self.running.get(message.vmid)
         if child is not None:
+            child.snapshots += isinstance(message, ConsoleSnapshot)
             child.channel.send(message, peerid=envelope.peerid)
 
     def on_from_vm(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
         """Relay to the parent, under the VM's own number whatever it claims."""
         child = self.child_of(channel)
+        child.account(message)
         if isinstance(message, VmRunning):
             message = VmRunning(vmid=child.vmid, pid=child.pid)
         elif isinstance(message, VmFailed):

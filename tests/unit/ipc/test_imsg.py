@@ -136,6 +136,14 @@ def test_deep_nesting_is_refused() -> None:
         decode(packet, [], "client")
 
 
+@pytest.mark.parametrize("depth", [10, 900, 1000, 1010, 1020, 5000])
+def test_nesting_among_the_descriptor_counts_is_refused(depth: int) -> None:
+    """Nor does a body that just decodes end in a crash of whoever complains about it."""
+    data = b"\x91\x91" + b"\x91" * depth + b"\x01"
+    with pytest.raises(PeerError):
+        decode(HEADER.pack(0x13, HEADER.size + len(data), 0, 0, 0) + data, [], "client")
+
+
 def test_a_message_that_does_not_fit_is_refused_on_sending() -> None:
     """A body beyond one packet is a ValueError at the sender."""
     with pytest.raises(ValueError, match=f"exceeds {MAX_MESSAGE}"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.l1.machine import L1Error, Machine
-from tests.l1.sessions import REPORTS, OutsideL1
+from tests.l1.sessions import REPORTS, TESTS, OutsideL1
 
 
 class BrokenMachine(Machine):
@@ -25,6 +25,10 @@ class BrokenMachine(Machine):
         """Nothing was written."""
         raise L1Error("the emulated machine ended before its command did\n--- console\nKernel panic")
 
+    def hung(self) -> bool:
+        """Nobody knows why."""
+        return False
+
     def stop(self) -> None:
         """It is off already."""
 
@@ -35,6 +39,7 @@ def outside(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[OutsideL1]:
     half = OutsideL1(pytestconfig)
     half.out = tmp_path
     half.machine = BrokenMachine()
+    Path(tmp_path, TESTS).write_text("")
     yield half
     half.pytest_unconfigure()
 
@@ -95,3 +100,61 @@ def test_a_machine_that_could_not_be_started_fails_its_tests(
 
     assert report.outcome == "failed"
     assert "no network" in str(report.longrepr)
+
+
+class HungMachine(BrokenMachine):
+    """A machine whose own watchdog ended it."""
+
+    def hung(self) -> bool:
+        """It says so on its console."""
+        return True
+
+
+@pytest.mark.parametrize(("machines", "restarts"), [([HungMachine, BrokenMachine], 1), ([HungMachine] * 3, 2)])
+def test_a_machine_that_hung_is_started_again_a_few_times(
+    outside: OutsideL1,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    machines: list[type[BrokenMachine]],
+    restarts: int,
+) -> None:
+    """For the tests without a result only, and not for ever."""
+    Path(outside.out, TESTS).write_text(f"tests/done.py::test_done\n{request.node.nodeid}\n")
+    done = inner_report(request.node, "teardown", "passed").replace(request.node.nodeid, "tests/done.py::test_done")
+    Path(outside.out, REPORTS).write_text(done + inner_report(request.node, "setup", "passed"))
+    left = list(machines)
+    outside.machine = left.pop(0)()
+    started = []
+
+    def start(tests: list[str]) -> None:
+        started.append(tests)
+        outside.machine = left.pop(0)()
+
+    monkeypatch.setattr(outside, "_start", start)
+
+    (report,) = outside._reports_on(request.node)
+
+    assert report.outcome == "failed"
+    assert outside.restarts == restarts
+    assert started == [[request.node.nodeid]] * restarts
+    assert Path(outside.out, REPORTS).read_text() == done
+
+
+@pytest.mark.parametrize(
+    ("console", "status", "hung"),
+    [
+        ("Kernel panic - not syncing: softlockup: hung tasks", None, True),
+        ("Kernel panic - not syncing: RCU Stall", None, True),
+        ("Kernel panic - not syncing: Attempted to kill init!", None, False),
+        ("Kernel panic - not syncing: softlockup: hung tasks", "0", False),
+    ],
+)
+def test_only_a_watchdog_makes_a_machine_hung(tmp_path: Path, console: str, status: str | None, hung: bool) -> None:
+    """Any other end is a failure."""
+    machine = BrokenMachine()
+    machine.out = tmp_path
+    (tmp_path / "console").write_text(console)
+    if status is not None:
+        (tmp_path / "status").write_text(status)
+
+    assert Machine.hung(machine) is hung
