@@ -20,7 +20,7 @@ from vmd.privsep.spawn import Child, spawn
 from vmd.virtio import spec
 
 KIB, MIB = 1 << 10, 1 << 20
-DEADLINE_S = 30.0  # a watchdog; nothing is expected to take so long
+DEADLINE_S = 20.0  # a watchdog; nothing is expected to take so long
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 INDIRECT_DESC, EVENT_IDX = 1 << spec.VIRTIO_F_RING_INDIRECT_DESC, 1 << spec.VIRTIO_F_RING_EVENT_IDX
@@ -282,11 +282,13 @@ class Device:
     def collect(self, ring: Ring, count: int, queue: int = 0) -> list[tuple[int, int]]:
         """Kick, and return (head, length) of `count` used elements."""
         found = ring.reap()
-        if len(found) < count:
-            self.kick(queue)
+        self.kick(queue)
         while len(found) < count:
-            self.wait_interrupt(queue)
-            found += ring.reap()
+            ring.set_used_event(ring.used_idx + count - len(found) - 1)
+            found += ring.reap()  # what came before the device could know
+            if len(found) < count:
+                self.wait_interrupt(queue)
+                found += ring.reap()
         return found
 
     def needs_reset(self) -> str:

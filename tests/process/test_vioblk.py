@@ -1,0 +1,826 @@
+"""The real, confined disk process against a driver that does not care (hostile-input 1-3, 6, 11-21, 23-25, 27-35)."""
+
+import os
+import random
+import select
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.support.fakedriver import (
+    DATA,
+    EVENT_IDX,
+    EXTRA,
+    EXTRA_END,
+    INDIRECT,
+    INDIRECT_DESC,
+    KIB,
+    MIB,
+    MODERN,
+    NEXT,
+    RAM_END,
+    RING_BASE,
+    ROM,
+    WRITE,
+    Desc,
+    Device,
+    Ring,
+    chained,
+)
+from vmd.ipc import devmsg
+from vmd.virtio import spec
+
+IN, OUT, FLUSH, GET_ID = (
+    spec.VIRTIO_BLK_T_IN, spec.VIRTIO_BLK_T_OUT, spec.VIRTIO_BLK_T_FLUSH, spec.VIRTIO_BLK_T_GET_ID,
+)  # fmt: skip
+DISCARD, WRITE_ZEROES = spec.VIRTIO_BLK_T_DISCARD, spec.VIRTIO_BLK_T_WRITE_ZEROES
+OK, IOERR, UNSUPP = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR, spec.VIRTIO_BLK_S_UNSUPP
+FEATURES = (
+    MODERN | INDIRECT_DESC | EVENT_IDX
+    | 1 << spec.VIRTIO_BLK_F_FLUSH | 1 << spec.VIRTIO_BLK_F_CONFIG_WCE
+    | 1 << spec.VIRTIO_BLK_F_DISCARD | 1 << spec.VIRTIO_BLK_F_WRITE_ZEROES
+)  # fmt: skip
+SIZE = 256
+DISK = 8 * MIB
+SECTORS = DISK // 512
+HEAD, BUFFER, STATUS, TABLE = DATA, DATA + 64 * KIB, DATA + 0x100, DATA + 0x1000
+UNSET = 0xEE
+
+
+def content(length: int = DISK) -> bytes:
+    """Return bytes that differ everywhere."""
+    return random.Random(1).randbytes(length)
+
+
+class Disk:
+    """A disk process with one image, and a driver's ring."""
+
+    def __init__(self, path: Path, *, flags: int = 0, size: int = DISK) -> None:
+        self.path = path
+        path.write_bytes(content(size))
+        self.fd = os.open(path, os.O_RDONLY if flags & devmsg.START_READ_ONLY else os.O_RDWR)
+        self.device = Device("vioblk", [self.fd], flags=flags).start()
+        self.memory = self.device.memory
+        self.renew()
+
+    def renew(self, features: int = FEATURES) -> Ring:
+        """Reset, and start with a new ring."""
+        self.ring = self.device.activate(SIZE, features)
+        self.features = features
+        return self.ring
+
+    def header(self, kind: int, sector: int, gpa: int = HEAD) -> Desc:
+        """Write a header."""
+        self.memory.load(gpa, struct.pack("<IIQ", kind, 0, sector))
+        return Desc(gpa, 16)
+
+    def do(self, parts: Sequence[Desc], status: int = STATUS) -> tuple[int, int]:
+        """Have one chain served; return its status byte and the length in the used ring."""
+        self.memory.load(status, bytes((UNSET,)))
+        head = self.ring.add(parts)
+        ((used, length),) = self.device.collect(self.ring, 1)
+        assert used == head
+        return self.memory.read(status, 1)[0], length
+
+    def request(self, kind: int, sector: int = 0, data: Sequence[Desc] = ()) -> tuple[int, int]:
+        """Serve a request of the usual form."""
+        return self.do([self.header(kind, sector), *data, Desc(STATUS, 1, WRITE)])
+
+    def works(self) -> bool:
+        """Reset, and see whether a good request is served by the same process."""
+        self.renew()
+        expected = self.path.read_bytes()[1024 : 1024 + 4096]
+        self.memory.load(BUFFER, bytes(4096))
+        return (
+            self.request(IN, 2, [Desc(BUFFER, 4096, WRITE)]) == (OK, 4097)
+            and self.memory.read(BUFFER, 4096) == expected
+        )
+
+    def close(self) -> None:
+        """End it."""
+        self.device.__exit__(None, None, None)
+        os.close(self.fd)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
+    """Give a disk process that all hostile cases share: whoever breaks it breaks the next."""
+    disk = Disk(tmp_path_factory.mktemp("disk") / "disk.raw")
+    yield disk
+    disk.close()
+
+
+@pytest.fixture
+def disk(shared: Disk) -> Disk:
+    """Give the shared process after a reset."""
+    shared.device.read_log()
+    shared.renew()
+    return shared
+
+
+class Factory(Protocol):
+    """Makes disk processes that end with the test."""
+
+    def __call__(self, *, flags: int = 0) -> Disk:
+        """Make one."""
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Factory]:
+    """Give a factory of disk processes."""
+    made: list[Disk] = []
+
+    def disk(*, flags: int = 0) -> Disk:
+        made.append(Disk(tmp_path / f"disk{len(made)}", flags=flags))
+        return made[-1]
+
+    yield disk
+    for one in made:
+        one.close()
+
+
+# --- good requests ---------------------------------------------------------------------------------------------
+
+
+def test_configuration_says_what_the_disk_is(disk: Disk) -> None:
+    """5.2.4, field by field."""
+    fields = struct.unpack("<QIIHBBIBBHIBBHIIIIIB3x", disk.device.config)
+
+    assert fields[0] == SECTORS
+    assert fields[2] == 254
+    assert fields[6] == 512
+    assert fields[11] == 1
+    assert fields[14:20] == (1 << 22, 16, 8, 1 << 17, 4, 1)
+
+
+def test_process_is_small_and_starts_soon(make: Factory) -> None:
+    """The figures are shown, not judged."""
+    device = make().device
+
+    print(f"vioblk: ready {device.ready_ms:.1f} ms after spawn, PSS {device.pss_kib() / 1024:.1f} MiB")
+    assert device.pss_kib() > 0
+
+
+@pytest.mark.parametrize("features", [0, FEATURES, FEATURES & ~EVENT_IDX, MODERN], ids=hex)
+def test_what_is_written_is_read(disk: Disk, features: int) -> None:
+    """Legacy without anything, and with all there is."""
+    disk.renew(features)
+    data = content(8192)[::-1]
+    disk.memory.write(BUFFER, data)
+
+    assert disk.request(OUT, 40, [Desc(BUFFER, 8192)]) == (OK, 1)
+    assert disk.path.read_bytes()[40 * 512 :][:8192] == data
+    assert disk.request(IN, 40, [Desc(BUFFER + 8192, 8192, WRITE)]) == (OK, 8193)
+    assert disk.memory.read(BUFFER + 8192, 8192) == data
+
+
+@pytest.mark.parametrize("megabytes", [1, 4])
+def test_large_request(disk: Disk, megabytes: int) -> None:
+    """Beyond what the main thread does itself."""
+    length = megabytes * MIB
+    data = content(length)[::-1]
+    disk.memory.write(2 * MIB, data)
+
+    assert disk.request(OUT, 0, [Desc(2 * MIB, length)]) == (OK, 1)
+    disk.memory.write(2 * MIB, bytes(length))
+    assert disk.request(IN, 0, [Desc(2 * MIB, length, WRITE)]) == (OK, length + 1)
+    assert disk.memory.read(2 * MIB, length) == data
+
+
+def test_segments_of_any_length_and_alignment(disk: Disk) -> None:
+    """Only the sum is a number of sectors."""
+    lengths = [1, 511, 0, 3, 700, 321]
+    gpas = [BUFFER + 5000 * i + 3 * i for i in range(len(lengths))]
+    parts = [Desc(gpa, length, WRITE) for gpa, length in zip(gpas, lengths, strict=True)]
+
+    assert disk.request(IN, 7, parts) == (OK, 1537)
+    got = b"".join(disk.memory.read(p.gpa, p.length) for p in parts if p.length)
+    assert got == disk.path.read_bytes()[7 * 512 :][:1536]
+
+
+def test_data_may_run_on_into_the_next_region_16(disk: Disk) -> None:
+    """Hostile input 16: memory that touches is memory."""
+    assert disk.request(IN, 0, [Desc(EXTRA - 100, 512, WRITE)]) == (OK, 513)
+    assert disk.memory.read(EXTRA - 100, 512) == disk.path.read_bytes()[:512]
+
+
+def test_indirect_request(disk: Disk) -> None:
+    """All of it in a table of its own, and the header in front of one."""
+    parts = [disk.header(IN, 3), Desc(BUFFER, 512, WRITE), Desc(STATUS, 1, WRITE)]
+    disk.memory.load(STATUS, bytes((UNSET,)))
+    disk.ring.add_indirect(parts, TABLE)
+
+    assert disk.device.collect(disk.ring, 1)[0][1] == 513
+    assert disk.memory.read(STATUS, 1)[0] == OK
+    assert disk.memory.read(BUFFER, 512) == disk.path.read_bytes()[1536:2048]
+
+
+@pytest.mark.parametrize("layout", ["split-header", "status-with-data", "one-buffer-each", "header-with-data"])
+def test_any_layout_27(disk: Disk, layout: str) -> None:
+    """Hostile input 27: header shorter and longer than its descriptor, status behind the data."""
+    kind = OUT if layout == "header-with-data" else IN
+    disk.header(kind, 5)
+    disk.memory.write(HEAD + 16, content(1024)[:512])
+    chains = {
+        "split-header": [Desc(HEAD, 3), Desc(HEAD + 3, 13), Desc(BUFFER, 512, WRITE), Desc(STATUS, 1, WRITE)],
+        "status-with-data": [Desc(HEAD, 16), Desc(STATUS - 512, 513, WRITE)],
+        "one-buffer-each": [Desc(HEAD, 16), Desc(BUFFER, 512, WRITE), Desc(STATUS, 1, WRITE), Desc(BUFFER, 0, WRITE)],
+        "header-with-data": [Desc(HEAD, 16 + 512), Desc(STATUS, 1, WRITE)],
+    }
+    # In "status-with-data" the buffer ends with the status byte, and begins before the header's page.
+    assert disk.do(chains[layout]) == (OK, 1 if kind == OUT else 513)
+
+
+def test_serial_number(disk: Disk) -> None:
+    """GET_ID fills 20 bytes, or the buffer."""
+    disk.memory.write(BUFFER, b"x" * 40)
+
+    assert disk.request(GET_ID, 0, [Desc(BUFFER, 40, WRITE)]) == (OK, 21)
+    assert disk.memory.read(BUFFER, 24) == b"vioblk0".ljust(20, b"\0") + b"xxxx"
+
+
+def test_discard_and_write_zeroes(disk: Disk) -> None:
+    """What was zeroed reads as zeroes, what lies beside it as before."""
+    before = disk.path.read_bytes()
+    disk.memory.write(BUFFER, struct.pack("<QIIQII", 8, 8, 0, 64, 16, 1))
+    assert disk.request(WRITE_ZEROES, 0, [Desc(BUFFER, 32)]) == (OK, 1)
+
+    after = disk.path.read_bytes()
+    assert after == before[:4096] + bytes(4096) + before[8192 : 64 * 512] + bytes(8192) + before[80 * 512 :]
+
+    disk.memory.write(BUFFER, struct.pack("<QII", 1024, 2048, 0))
+    assert disk.request(DISCARD, 0, [Desc(BUFFER, 16)]) == (OK, 1)
+    disk.path.write_bytes(before)
+
+
+def test_many_requests_wrap_all_indices(disk: Disk) -> None:
+    """More than 65536 of them; with the event index one interrupt is asked for per batch."""
+    parts = [disk.header(IN, 0), Desc(BUFFER, 512, WRITE), Desc(STATUS, 1, WRITE)]
+    disk.ring.describe(0, chained(parts))
+    total = 66_000
+    for _ in range(0, total, 250):
+        disk.ring.set_used_event(disk.ring.used_idx + 249)
+        for _ in range(250):
+            disk.ring.offer(0)
+        assert len(disk.device.collect(disk.ring, 250)) == 250
+
+    assert disk.ring.device_idx == total & 0xFFFF
+
+
+def test_write_through_is_the_mode_of_drivers_without_flush(disk: Disk) -> None:
+    """And of those that ask for it; either way the requests are served."""
+    for features in (MODERN, FEATURES):
+        disk.renew(features)
+        answer = disk.device.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, 32, 1) + b"\0")
+        assert answer[devmsg.READY_HEAD.size + 32] == (0 if features == FEATURES else 1)
+        heads = []
+        for number in range(20):
+            base = DATA + 2 * MIB + 8192 * number
+            disk.header(OUT, 8 * number, base)
+            heads.append(disk.ring.add([Desc(base, 16), Desc(base, 4096), Desc(base + 4096, 1, WRITE)]))
+        found = disk.device.collect(disk.ring, 20)
+        assert sorted(found) == sorted((head, 1) for head in heads)
+    assert disk.works()
+
+
+# --- hostile: the set-up ---------------------------------------------------------------------------------------
+
+
+def row(**changed: int) -> bytes:
+    """Return a queue as ACTIVATE has it, with one thing wrong."""
+    fields = {"size": SIZE, "enabled": 1, "desc": RING_BASE, "avail": 0x20000, "used": 0x30000} | changed
+    size, enabled, *places = fields.values()
+    return devmsg.QUEUE.pack(size, enabled, 0, *places, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param({"size": 0}, id="1-size-0"),
+        pytest.param({"size": 100}, id="1-size-100"),
+        pytest.param({"size": 0xFFFF}, id="1-size-65535"),
+        pytest.param({"desc": RING_BASE + 8}, id="2-unaligned"),
+        pytest.param({"avail": 3 * RAM_END}, id="2-beyond-ram"),
+        pytest.param({"used": EXTRA_END - 64}, id="2-straddling-the-end"),
+        pytest.param({"desc": (1 << 64) - 16}, id="2-wrapping"),
+        pytest.param({"used": ROM}, id="25-read-only"),
+    ],
+)
+def test_unusable_ring(disk: Disk, bad: dict[str, int]) -> None:
+    """Hostile input 1, 2, 25: the answer says so, and nothing else happens."""
+    disk.device.command(devmsg.RESET)
+
+    assert disk.device.activate_rows(FEATURES, row(**bad)) == 1
+    disk.device.kick()
+    assert disk.works()
+
+
+def test_overlapping_rings_3(disk: Disk) -> None:
+    """Hostile input 3: the guest harms itself."""
+    disk.device.command(devmsg.RESET)
+    disk.memory.load(RING_BASE, bytes(64 * KIB))
+    disk.memory.load(RING_BASE + 2, struct.pack("<H", 200))
+
+    assert disk.device.activate_rows(FEATURES, row(avail=RING_BASE, used=RING_BASE)) == 0
+    disk.device.kick()
+    disk.device.command(devmsg.PAUSE)
+    disk.device.command(devmsg.RESET)
+    while disk.device.informs in select_now(disk.device):
+        disk.device.informs.recv(4096)
+    assert disk.works()
+
+
+def select_now(device: Device) -> list[object]:
+    """Return the async channel if there is something in it."""
+    return list(select.select([device.informs], [], [], 0)[0])
+
+
+def test_notification_of_a_queue_without_ring_6(disk: Disk) -> None:
+    """Hostile input 6: before DRIVER_OK, for a disabled queue."""
+    disk.device.command(devmsg.RESET)
+    disk.device.kick()
+    disk.device.command(devmsg.PAUSE)
+    assert disk.device.activate_rows(FEATURES, row(enabled=0, desc=3)) == 0
+    disk.device.kick()
+    disk.device.command(devmsg.PAUSE)
+    disk.device.command(devmsg.RESUME)
+    assert disk.works()
+
+
+# --- hostile: rings --------------------------------------------------------------------------------------------
+
+FIRST = [Desc(HEAD, 16, NEXT, 1)]
+LAST = Desc(STATUS, 1, WRITE)
+BROKEN = [
+    pytest.param([Desc(HEAD, 16, NEXT, SIZE)], id="13-next"),
+    pytest.param([*FIRST, Desc(BUFFER, 512, WRITE | NEXT, 1)], id="14-self-loop"),
+    pytest.param([*FIRST, Desc(BUFFER, 512, WRITE | NEXT, 0)], id="14-loop"),
+    pytest.param([Desc(RAM_END * 4, 16, NEXT, 1), LAST], id="16-header-nowhere"),
+    pytest.param([*FIRST, Desc((1 << 64) - 1, 1, WRITE)], id="16-status-nowhere"),
+    pytest.param([*FIRST, Desc(ROM, 1, WRITE)], id="16-status-read-only"),
+    pytest.param(
+        [*FIRST, Desc(BUFFER, 0xFFFFFFFF, WRITE | NEXT, 2), Desc(BUFFER, 0xFFFFFFFF, WRITE)], id="17-more-than-4-gib"
+    ),
+    pytest.param([Desc(STATUS, 1, WRITE | NEXT, 1), Desc(HEAD, 16)], id="18-order"),
+    pytest.param([Desc(TABLE, 0, INDIRECT)], id="19-empty"),
+    pytest.param([Desc(TABLE, 24, INDIRECT)], id="19-no-multiple-of-16"),
+    pytest.param([Desc(EXTRA_END - 16, 48, INDIRECT)], id="19-outside"),
+    pytest.param([Desc(TABLE, 16, INDIRECT | NEXT, 1), LAST], id="19-and-next"),
+    pytest.param([Desc(HEAD, 8, NEXT, 1), LAST], id="27-short-header"),
+    pytest.param([Desc(HEAD, 16)], id="28-no-status"),
+    pytest.param([*FIRST, Desc(STATUS, 1)], id="28-status-not-writable"),
+    pytest.param([*FIRST, Desc(STATUS, 0, WRITE)], id="28-status-of-no-length"),
+]
+
+
+@pytest.mark.parametrize("parts", BROKEN)
+def test_broken_chain_asks_for_a_reset(disk: Disk, parts: list[Desc]) -> None:
+    """Hostile input 13, 14, 16-19, 27, 28; the number is in the case's name."""
+    disk.header(IN, 0)
+    disk.ring.describe(0, parts)
+    disk.ring.offer(0)
+    disk.device.kick()
+
+    assert disk.device.needs_reset()
+    disk.device.kick()
+    disk.device.command(devmsg.PAUSE)
+    disk.device.command(devmsg.RESUME)
+    assert disk.ring.reap() == []
+    assert disk.works()
+
+
+def test_nested_indirect_table_19(disk: Disk) -> None:
+    """Hostile input 19."""
+    disk.ring.add_indirect([Desc(TABLE, 48, INDIRECT)] * 3, TABLE)
+    disk.device.kick()
+
+    assert "indirect" in disk.device.needs_reset()
+    assert disk.works()
+
+
+def test_indirect_descriptor_not_negotiated_19(disk: Disk) -> None:
+    """Hostile input 19."""
+    disk.renew(FEATURES & ~INDIRECT_DESC)
+    disk.ring.add_indirect([disk.header(IN, 0), Desc(BUFFER, 512, WRITE), LAST], TABLE)
+    disk.device.kick()
+
+    assert "indirect" in disk.device.needs_reset()
+    assert disk.works()
+
+
+def test_available_index_jumps_11(disk: Disk) -> None:
+    """Hostile input 11."""
+    disk.ring.set_avail_idx(SIZE + 1)
+    disk.device.kick()
+
+    assert "ahead" in disk.device.needs_reset()
+    assert disk.works()
+
+
+def test_head_outside_the_table_12(disk: Disk) -> None:
+    """Hostile input 12; the good request in front of it is served."""
+    disk.ring.add([disk.header(IN, 0), Desc(BUFFER, 512, WRITE), LAST])
+    disk.ring.offer(SIZE)
+    disk.device.kick()
+
+    assert "256" in disk.device.needs_reset()
+    assert disk.ring.reap() == [(0, 513)]
+    assert disk.works()
+
+
+def test_same_head_twice_15(disk: Disk) -> None:
+    """Hostile input 15: served twice, no more."""
+    head = disk.ring.add([disk.header(IN, 0), Desc(BUFFER, 512, WRITE), LAST])
+    disk.ring.offer(head)
+
+    assert disk.device.collect(disk.ring, 2) == [(head, 513)] * 2
+    assert disk.works()
+
+
+def test_ring_that_never_empties_15_35(disk: Disk) -> None:
+    """Hostile input 15, 35: what is in flight stays bounded by the queue, however often the ring is filled."""
+    disk.ring.describe(0, chained([disk.header(FLUSH, 0), LAST]))
+    for _ in range(40):
+        for _ in range(SIZE // 2):
+            disk.ring.offer(0)
+        disk.device.kick()
+        disk.device.command(devmsg.PAUSE)
+        disk.device.command(devmsg.RESUME)
+    disk.device.command(devmsg.RESET)
+    while disk.device.informs in select_now(disk.device):
+        disk.device.informs.recv(4096)
+    assert disk.works()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(Desc(RAM_END * 3, 512, WRITE), id="nowhere"),
+        pytest.param(Desc((1 << 64) - 256, 512, WRITE), id="wrapping"),
+        pytest.param(Desc(EXTRA_END - 256, 512, WRITE), id="across-the-end"),
+        pytest.param(Desc(ROM, 512, WRITE), id="read-only"),
+        pytest.param(Desc(BUFFER, 0xFFFFFE00, WRITE), id="4-gib"),
+    ],
+)
+def test_data_outside_memory_16(disk: Disk, data: Desc) -> None:
+    """Hostile input 16: only that request fails."""
+    assert disk.request(IN, 0, [data]) == (IOERR, 1)
+    assert disk.works()
+
+
+def test_data_is_what_was_checked_20(disk: Disk) -> None:
+    """Hostile input 20: the read overwrites its own header, descriptors and available ring."""
+    disk.path.write_bytes(b"\xff" * DISK)
+    base = RING_BASE
+    parts = [disk.header(IN, 0), Desc(base, 512, WRITE), Desc(HEAD, 512, WRITE), LAST]
+    disk.memory.load(STATUS, bytes((UNSET,)))
+    disk.ring.add(parts)
+    disk.device.kick()
+    disk.device.wait_interrupt()
+
+    assert disk.memory.read(STATUS, 1)[0] == OK
+    disk.path.write_bytes(content())
+    assert disk.works()
+
+
+def test_data_into_own_rings_23(disk: Disk) -> None:
+    """Hostile input 23: the whole queue is overwritten by what was read."""
+    disk.path.write_bytes(content())
+    length = (disk.ring.used + 6 + 8 * SIZE - RING_BASE + 511) & ~511
+    disk.ring.add([disk.header(IN, 0), Desc(RING_BASE, length, WRITE), LAST])
+    disk.device.kick()
+
+    disk.device.needs_reset()
+    assert disk.works()
+
+
+@pytest.mark.parametrize("event", [0, 1, 0x7FFF, 0x8000, 0xFFFF])
+def test_absurd_event_index_21(disk: Disk, event: int) -> None:
+    """Hostile input 21: requests are served, whether or not the driver hears of it."""
+    disk.ring.set_used_event(event)
+    disk.ring.add([disk.header(IN, 0), Desc(BUFFER, 512, WRITE), LAST])
+    disk.device.kick()
+    disk.device.command(devmsg.PAUSE)
+    disk.device.command(devmsg.RESUME)
+    disk.device.command(devmsg.PAUSE)
+
+    assert disk.ring.reap() in ([(0, 513)], [])
+    assert disk.works()
+
+
+def test_ring_full_of_tiny_descriptors_24(disk: Disk) -> None:
+    """Hostile input 24: the longest chain of one-byte descriptors, as often as the ring takes it."""
+    count = 1000
+    parts = [disk.header(IN, 0), *[Desc(BUFFER + i, 1, WRITE) for i in range(count)], LAST]
+    raw = b"".join(struct.pack("<QIHH", *part) for part in chained(parts))
+    disk.memory.load(TABLE, raw)
+    disk.ring.describe(0, [Desc(TABLE, len(raw), INDIRECT)])
+    disk.ring.set_used_event(SIZE - 1)
+    for _ in range(SIZE):
+        disk.ring.offer(0)
+
+    assert disk.device.collect(disk.ring, SIZE) == [(0, 1)] * SIZE  # 1000 bytes are no sectors
+    assert disk.works()
+
+
+def test_state_from_a_stream_26(disk: Disk) -> None:
+    """Hostile input 26: indices that have nothing to do with the ring."""
+    disk.device.command(devmsg.RESET)
+    ring = Ring(disk.memory, SIZE)
+
+    assert disk.device.activate_rows(FEATURES, ring.row(next_avail=5000, next_used=9)) == 0
+    disk.device.kick()
+    assert "ahead" in disk.device.needs_reset()
+    assert disk.works()
+
+
+# --- hostile: requests -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "length", "status"),
+    [
+        pytest.param(IN, SECTORS, 512, IOERR, id="29-behind-the-end"),
+        pytest.param(IN, SECTORS - 1, 1024, IOERR, id="29-across-the-end"),
+        pytest.param(IN, 1 << 55, 512, IOERR, id="29-overflow"),
+        pytest.param(IN, (1 << 64) - 1, 512, IOERR, id="29-last-sector-of-all"),
+        pytest.param(IN, 0, 513, IOERR, id="29-no-multiple-of-512"),
+        pytest.param(IN, SECTORS, 0, OK, id="29-nothing"),
+        pytest.param(IN, SECTORS + 1, 0, IOERR, id="29-nothing-behind-the-end"),
+        pytest.param(2, 0, 512, UNSUPP, id="30-scsi"),
+        pytest.param(0xFFFFFFFF, 0, 512, UNSUPP, id="30-unknown"),
+        pytest.param(GET_ID, 0, 0, OK, id="30-id-without-buffer"),
+        pytest.param(GET_ID, 0, 7, OK, id="30-id-in-short-buffer"),
+        pytest.param(FLUSH, 77, 512, OK, id="30-flush-with-data"),
+        pytest.param(OUT, 0, 512, OK, id="18-write-from-writable"),
+    ],
+)
+def test_odd_request(disk: Disk, kind: int, sector: int, length: int, status: int) -> None:
+    """Hostile input 29, 30; a write has no data if all of it is for writing."""
+    before = disk.path.read_bytes()
+    got, used = disk.request(kind, sector, [Desc(BUFFER, length, WRITE)] if length else [])
+
+    assert got == status
+    assert used == 1 + (length if kind == GET_ID else 0)
+    assert disk.path.read_bytes() == before
+    assert disk.works()
+
+
+def ranges(*rows: tuple[int, int, int]) -> bytes:
+    """Return discard ranges."""
+    return b"".join(struct.pack("<QII", *fields) for fields in rows)
+
+
+@pytest.mark.parametrize("kind", [DISCARD, WRITE_ZEROES])
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        pytest.param(b"", IOERR, id="none"),
+        pytest.param(ranges((0, 8, 0))[:15], IOERR, id="15-bytes"),
+        pytest.param(ranges((0, 8, 0)) + b"\0", IOERR, id="17-bytes"),
+        pytest.param(ranges(*[(0, 0, 0)] * 17), IOERR, id="too-many"),
+        pytest.param(ranges((0, 0xFFFFFFFF, 0)), IOERR, id="too-long"),
+        pytest.param(ranges((SECTORS, 1, 0)), IOERR, id="behind-the-end"),
+        pytest.param(ranges(((1 << 64) - 1, 1, 0)), IOERR, id="overflow"),
+        pytest.param(ranges((0, 1, 0), (SECTORS, 1, 0)), IOERR, id="second-behind-the-end"),
+        pytest.param(ranges((0, 1, 2)), UNSUPP, id="unknown-flag"),
+    ],
+)
+def test_odd_ranges_32(disk: Disk, kind: int, data: bytes, status: int) -> None:
+    """Hostile input 32: nothing is touched if one range is wrong."""
+    before = disk.path.read_bytes()
+    disk.memory.write(BUFFER, data)
+
+    assert disk.request(kind, 0, [Desc(BUFFER, len(data))] if data else []) == (status, 1)
+    assert disk.path.read_bytes() == before
+    assert disk.works()
+
+
+def test_discard_knows_no_unmap_flag_32(disk: Disk) -> None:
+    """Hostile input 32."""
+    disk.memory.write(BUFFER, ranges((0, 8, 1)))
+
+    assert disk.request(DISCARD, 0, [Desc(BUFFER, 16)]) == (UNSUPP, 1)
+
+
+def test_read_only_disk_31(make: Factory) -> None:
+    """Hostile input 31."""
+    disk = make(flags=devmsg.START_READ_ONLY)
+    disk.memory.write(BUFFER, ranges((0, 8, 0)))
+
+    assert disk.device.features >> spec.VIRTIO_BLK_F_RO & 1
+    assert not disk.device.features >> spec.VIRTIO_BLK_F_DISCARD & 1
+    assert disk.request(OUT, 0, [Desc(BUFFER, 512)]) == (IOERR, 1)
+    assert disk.request(WRITE_ZEROES, 0, [Desc(BUFFER, 16)]) == (IOERR, 1)
+    assert disk.request(FLUSH) == (OK, 1)
+    assert disk.works()
+
+
+def test_guessed_raw_disk_gets_no_signature_31(make: Factory) -> None:
+    """Hostile input 31: the guest cannot make its disk look like an image with a backing file."""
+    disk = make(flags=devmsg.START_GUESSED)
+    disk.memory.write(BUFFER, b"QFI\xfb".ljust(512, b"\0"))
+
+    assert disk.request(OUT, 0, [Desc(BUFFER, 512)]) == (IOERR, 1)
+    assert disk.request(OUT, 1, [Desc(BUFFER, 512)]) == (OK, 1)
+    assert "signature" in disk.device.read_log()
+    assert disk.works()
+
+
+def test_file_that_becomes_shorter_33(make: Factory) -> None:
+    """Hostile input 33: no zeroes are made up, and the log does not fill."""
+    disk = make()
+    os.truncate(disk.path, 64 * KIB)
+
+    for _ in range(100):
+        assert disk.request(IN, 4096, [Desc(BUFFER, 512, WRITE)]) == (IOERR, 1)
+    assert 1 <= disk.device.read_log().count("\n") <= 5
+    assert disk.works()
+
+
+def test_reset_with_requests_in_flight_34(disk: Disk) -> None:
+    """Hostile input 34: what was in flight touches neither the old rings after the answer nor the new ones."""
+    for _ in range(20):
+        for number in range(16):
+            base = DATA + 4096 * number
+            disk.header(OUT, 0, base)
+            disk.ring.add([Desc(base, 16), Desc(2 * MIB, MIB), Desc(base + 16, 1, WRITE)])
+        disk.device.kick()
+        disk.device.command(devmsg.RESET)
+        old = disk.ring.device_idx
+        ring = disk.renew()
+        assert (ring.device_idx, old <= 16) == (0, True)
+    disk.path.write_bytes(content())
+    assert disk.works()
+
+
+def test_pause_finishes_what_is_in_flight(disk: Disk) -> None:
+    """After it the indices agree, and nothing moves until the device is resumed."""
+    for number in range(8):
+        base = DATA + 4096 * number
+        disk.header(IN, 0, base)
+        disk.ring.add([Desc(base, 16), Desc(2 * MIB, 2 * MIB, WRITE), Desc(base + 16, 1, WRITE)])
+    disk.device.kick()
+    disk.device.command(devmsg.PAUSE)
+    ((avail, used),) = disk.device.export()
+    assert avail == used == disk.ring.device_idx
+    disk.device.kick()
+    assert disk.device.export() == [(avail, used)]
+
+    disk.device.command(devmsg.RESUME)
+    assert len(disk.device.collect(disk.ring, 8)) == 8
+
+
+def test_memory_and_log_stay_bounded(disk: Disk) -> None:
+    """A thousand broken rings cost nothing that stays."""
+    for _ in range(50):
+        disk.ring.offer(SIZE)
+        disk.device.kick()
+        disk.device.needs_reset()
+        disk.renew()
+    before = disk.device.pss_kib()
+    for _ in range(300):
+        disk.ring.offer(SIZE)
+        disk.device.kick()
+        disk.device.needs_reset()
+        disk.renew()
+
+    assert disk.device.pss_kib() < before + 512
+    assert disk.device.read_log().count("\n") <= 5
+
+
+# --- interrupts --------------------------------------------------------------------------------------------------
+
+
+def test_unseen_interrupt_is_raised_again(disk: Disk) -> None:
+    """INTx: the counters say which queue's interrupt has not been seen."""
+    disk.request(IN, 0, [Desc(BUFFER, 512, WRITE)])
+    raised = disk.device.counters[0]
+    os.eventfd_write(disk.device.resample, 1)
+    disk.device.wait_interrupt()
+
+    disk.device.counters[devmsg.QUEUES_MAX] = raised
+    os.eventfd_write(disk.device.resample, 1)
+    disk.device.command(devmsg.PAUSE)
+    disk.device.command(devmsg.RESUME)
+    disk.device.command(devmsg.PAUSE)
+    assert Device.take_event(disk.device.calls[0]) == 0
+
+
+# --- the process -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", ["sync", "informs"])
+def test_end_of_a_channel_ends_the_process(make: Factory, channel: str) -> None:
+    """The VM is gone; what was written is flushed."""
+    device = make().device
+    getattr(device, channel).close()
+
+    assert device.status() == 0
+
+
+def test_shutdown_ends_the_process(make: Factory) -> None:
+    """As asked for."""
+    device = make().device
+    device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
+
+    assert device.status() == 0
+    assert device.read_log() == ""
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(b"\1", id="short"),
+        pytest.param(devmsg.TYPE.pack(999), id="unknown"),
+        pytest.param(devmsg.TYPE.pack(devmsg.ACTIVATE), id="short-activate"),
+        pytest.param(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, 0, 9) + row() * 9, id="too-many-queues"),
+        pytest.param(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, 0, 1), id="no-queue"),
+        pytest.param(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, 0, 8) + b"1", id="short-write"),
+        pytest.param(devmsg.TYPE.pack(devmsg.RESET) + b"x", id="long-reset"),
+        pytest.param(os.urandom(4096), id="random"),
+    ],
+)
+@pytest.mark.parametrize("channel", ["sync", "informs"])
+def test_garbage_on_a_channel_ends_the_process(make: Factory, channel: str, packet: bytes) -> None:
+    """With a sentence on the async channel, and no traceback."""
+    device = make().device
+    getattr(device, channel).send(packet)
+
+    assert device.status() == 1
+    assert "vm process: " in device.error(device.informs)[1]
+    assert "Traceback" not in device.read_log()
+
+
+LIES: dict[str, dict[str, Any]] = {
+    "kind": {"kind": 99},
+    "queues": {"queues": 4000},
+    "queues-without-descriptors": {"queues": 8},
+    "regions": {"regions": 4000},
+    "regions-missing": {"regions": 8},
+    "form": {"form": 77},
+    "no-resource": {"resources": 0},
+    "resources-without-descriptors": {"resources": 3},
+    "memory-unaligned": {"rows": devmsg.REGION.pack(1, 4096, 0, 0), "regions": 1},
+    "memory-too-large": {"rows": devmsg.REGION.pack(0, 1 << 40, 0, 0), "regions": 1},
+    "memory-at-odd-offset": {"rows": devmsg.REGION.pack(0, 4096, 77, 0), "regions": 1},
+    "memory-twice": {"rows": devmsg.REGION.pack(0, 4096, 0, 0) * 2, "regions": 2},
+    "no-memory": {"rows": b"", "regions": 0},
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_start_that_lies_is_answered_with_a_sentence(tmp_path: Path, lie: dict[str, Any]) -> None:
+    """The process says what is wrong and ends."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    with path.open("rb+") as file, Device("vioblk", [file.fileno()]) as device:
+        device.sync.send(device.start_packet(**lie))
+
+        _number, text = device.error(device.sync)
+        assert text
+        assert device.status() == 1
+        assert "Traceback" not in device.read_log()
+
+
+def test_image_that_is_none_is_answered_with_a_sentence(tmp_path: Path) -> None:
+    """As a VM shows it."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"QFI\xfb" + bytes(100))
+    with path.open("rb+") as file, Device("vioblk", [file.fileno()], flags=devmsg.START_QCOW2) as device:
+        device.sync.send(device.start_packet())
+
+        assert device.error(device.sync)[1].startswith("disk 0: ")
+        assert device.status() == 1
+
+
+def test_process_is_confined(disk: Disk) -> None:
+    """Filtered, without capabilities, and with no descriptor beside those it was given and its own loop's."""
+    pid = disk.device.child.pid
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by whatever runs the tests
+    links = {int(entry.name): os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    given = {*disk.device.fds, 0, 1, 2, devmsg.FD_SYNC}
+    own = [link for fd, link in links.items() if fd not in given and link not in leaked]
+
+    assert status["Seccomp"] == "2"
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) == 0
+    # Python's mmap objects keep descriptors of what they map.
+    assert {link for link in own if "memfd:" not in link} == {"anon_inode:[eventfd]", "anon_inode:[eventpoll]"}
+
+
+def inheritable() -> list[int]:
+    """Return the descriptors of this process that survive an exec."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            if int(entry) > 2 and os.get_inheritable(int(entry)):
+                found.append(int(entry))
+        except OSError:
+            continue  # the listing's own
+    return found

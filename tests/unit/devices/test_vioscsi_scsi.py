@@ -1,0 +1,239 @@
+"""The CD-ROM drive's commands (*cat. 6.6*)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.devices.vioscsi import scsi
+from vmd.devices.vioscsi.scsi import BLOCK, CHECK_CONDITION, GOOD, Drive, Reply
+
+BLOCKS = 1000
+INQUIRY = bytes.fromhex("058000021f000000") + b"OpenBSD VMM CD-ROM      001 "
+CAPACITY_16 = bytes.fromhex("00000000000003e700000800") + bytes(20)
+RECOVERY = bytes.fromhex("010a0005") + bytes(8)
+CAPABILITIES = bytes.fromhex("2a1e08") + bytes(7) + bytes.fromhex("0002") + bytes(20)
+TOC_TRACK = bytes.fromhex("0014010000000000")
+TOC_OUT = bytes.fromhex("0014aa00000003e8")
+CONFIGURATION = bytes.fromhex(
+    "000000340000ffff"
+    "00000304ffff0100"
+    "000111080000000100000000"
+    "0002070402000000"
+    "0003030409000000"
+    "001003080000080000100000"
+)
+CORE = CONFIGURATION[16:28]
+
+
+def drive() -> Drive:
+    """Return a drive with a disc of a thousand blocks."""
+    return Drive(BLOCKS * BLOCK)
+
+
+def refusal(reply: Reply) -> tuple[int, int]:
+    """Return sense key and additional code of a reply, which must be well formed."""
+    assert reply.status == CHECK_CONDITION
+    assert (len(reply.sense), reply.sense[0], reply.sense[7], reply.sense[13]) == (14, 0x70, 6, 0)
+    assert not reply.data
+    assert not reply.length
+    return reply.sense[2], reply.sense[12]
+
+
+# Command, its whole answer, and where the allocation length stands: first byte, number of bytes.
+ANSWERS = {
+    "inquiry": ("120000000000", INQUIRY, 3, 2),
+    "request sense": ("030000000000", bytes.fromhex("700000000000000a").ljust(18, b"\0"), 4, 1),
+    "mode sense(6) recovery": ("1a0001000000", bytes.fromhex("0f700000") + RECOVERY, 4, 1),
+    "mode sense(6) capabilities": ("1a002a000000", bytes.fromhex("23700000") + CAPABILITIES, 4, 1),
+    "mode sense(10) recovery": ("5a000100000000000000", bytes.fromhex("0012700000000000") + RECOVERY, 7, 2),
+    "mode sense(10) capabilities": ("5a002a00000000000000", bytes.fromhex("0026700000000000") + CAPABILITIES, 7, 2),
+    "read capacity(16)": ("9e10" + "00" * 14, CAPACITY_16, 10, 4),
+    "toc from 0": ("43000000000000000000", bytes.fromhex("00120101") + TOC_TRACK + TOC_OUT, 7, 2),
+    "toc from 1": ("43000000000001000000", bytes.fromhex("00120101") + TOC_TRACK + TOC_OUT, 7, 2),
+    "toc lead-out": ("430000000000aa000000", bytes.fromhex("000a0101") + TOC_OUT, 7, 2),
+    "toc msf": (
+        "43020000000000000000",
+        bytes.fromhex("00120101" "0014010000000200" "0014aa0000000f19"), 7, 2,
+    ),
+    "sessions": ("43000100000000000000", bytes.fromhex("000a0101") + TOC_TRACK, 7, 2),
+    "sessions, as Linux asks": ("43000000000000000040", bytes.fromhex("000a0101") + TOC_TRACK, 7, 2),
+    "events": ("4a010000040000000000", bytes.fromhex("0006020400020000"), 7, 2),
+    "events of another class": ("4a010000100000000000", bytes.fromhex("00028004"), 7, 2),
+    "configuration": ("46000000000000000000", CONFIGURATION, 7, 2),
+    "configuration from core, current": (
+        "46010001000000000000", bytes.fromhex("0000002c0000ffff") + CONFIGURATION[16:], 7, 2,
+    ),
+    "configuration of core": ("46020001000000000000", bytes.fromhex("000000100000ffff") + CORE, 7, 2),
+    "configuration of nothing": ("46020123000000000000", bytes.fromhex("000000040000ffff"), 7, 2),
+    "mechanism status": ("bd" + "00" * 11, bytes(8), 8, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answer_is_cut_to_the_allocation_length(name: str) -> None:
+    """The table's answers, whole and with every shorter length; a longer one changes nothing."""
+    text, whole, at, width = ANSWERS[name]
+
+    for allocated in (*range(len(whole) + 1), 255):
+        cdb = bytearray.fromhex(text)
+        cdb[at : at + width] = allocated.to_bytes(width, "big")
+        assert drive().execute(bytes(cdb)) == Reply(data=whole[:allocated])
+
+
+def test_configuration_has_the_length_it_says() -> None:
+    """56 bytes, as vmd's."""
+    assert len(CONFIGURATION) == 56
+
+
+@pytest.mark.parametrize("text", ["000000000000", "1b0000000300", "1e0000000100"])
+def test_command_without_data_is_good(text: str) -> None:
+    """TEST UNIT READY, START STOP UNIT, PREVENT ALLOW."""
+    assert drive().execute(bytes.fromhex(text)) == Reply(status=GOOD)
+
+
+def test_report_luns_names_lun_0() -> None:
+    """A list of one; lengths that could not hold it are refused."""
+    full = bytes.fromhex("0000000800000000") + bytes(8)
+
+    replies = {n: drive().execute(bytes.fromhex("a00000000000") + n.to_bytes(4, "big") + b"\0\0") for n in (15, 16, 99)}
+
+    assert refusal(replies[15]) == (5, 0x24)
+    assert replies[16] == replies[99] == Reply(data=full)
+
+
+def test_read_capacity_10() -> None:
+    """Last block and block size."""
+    assert drive().execute(b"\x25".ljust(10, b"\0")) == Reply(data=bytes.fromhex("000003e700000800"))
+
+
+def test_capacity_beyond_32_bits() -> None:
+    """The short form saturates, the long one is right, and so is the offset of a READ(16)."""
+    blocks = (1 << 32) + 5
+    big = Drive(blocks * BLOCK)
+
+    short = big.execute(b"\x25".ljust(10, b"\0"))
+    long = big.execute(bytes.fromhex("9e10") + bytes(8) + bytes.fromhex("000000200000"))
+    read = big.execute(b"\x88\0" + (blocks - 1).to_bytes(8, "big") + (1).to_bytes(4, "big") + b"\0\0")
+
+    assert short.data == bytes.fromhex("ffffffff00000800")
+    assert int.from_bytes(long.data[:8], "big") == blocks - 1
+    assert (read.offset, read.length) == ((blocks - 1) * BLOCK, BLOCK)
+
+
+def test_toc_addresses_saturate() -> None:
+    """A disc longer than the fields hold ends at their last value."""
+    big = Drive(BLOCK << 33)
+
+    assert big.execute(bytes.fromhex("430000000000aa000c00")).data[8:] == b"\xff\xff\xff\xff"
+    assert big.execute(bytes.fromhex("430200000000aa000c00")).data[8:] == bytes((0, 255, 59, 74))
+
+
+def read_cdb(opcode: int, lba: int, count: int) -> bytes:
+    """Return a READ of any size."""
+    if opcode == 0x08:
+        return bytes((8,)) + lba.to_bytes(3, "big") + bytes((count, 0))
+    if opcode == 0x28:
+        return b"\x28\0" + lba.to_bytes(4, "big") + b"\0" + count.to_bytes(2, "big") + b"\0"
+    if opcode == 0xA8:
+        return b"\xa8\0" + lba.to_bytes(4, "big") + count.to_bytes(4, "big") + b"\0\0"
+    return b"\x88\0" + lba.to_bytes(8, "big") + count.to_bytes(4, "big") + b"\0\0"
+
+
+READS = pytest.mark.parametrize("opcode", [0x08, 0x28, 0xA8, 0x88])
+
+
+@READS
+@pytest.mark.parametrize(("lba", "count"), [(0, 1), (7, 200), (BLOCKS - 1, 1), (BLOCKS - 255, 255)])
+def test_read_is_an_extent(opcode: int, lba: int, count: int) -> None:
+    """Blocks are 2048 bytes."""
+    assert drive().execute(read_cdb(opcode, lba, count)) == Reply(offset=lba * BLOCK, length=count * BLOCK)
+
+
+@READS
+@pytest.mark.parametrize(("lba", "count"), [(BLOCKS, 1), (BLOCKS - 1, 2), (BLOCKS + 5, 0), (0x1FFFFF, 255)])
+def test_read_beyond_the_disc_is_refused(opcode: int, lba: int, count: int) -> None:
+    """5/21, wherever the first block out of range is."""
+    assert refusal(drive().execute(read_cdb(opcode, lba, count))) == (5, 0x21)
+
+
+def test_read_6_of_no_blocks_is_of_256_and_of_others_none() -> None:
+    """Only the oldest command has that rule."""
+    assert drive().execute(read_cdb(0x08, 0, 0)).length == 256 * BLOCK
+    assert [drive().execute(read_cdb(op, 0, 0)) for op in (0x28, 0xA8, 0x88)] == [Reply()] * 3
+
+
+def test_read_of_more_than_64_mib_is_refused() -> None:
+    """64 MiB themselves are not."""
+    big = Drive(1 << 30)
+
+    assert big.execute(read_cdb(0x28, 0, 32768)).length == 64 << 20
+    assert refusal(big.execute(read_cdb(0x28, 0, 32769))) == (5, 0x24)
+    assert refusal(big.execute(read_cdb(0xA8, 0, 32769))) == (5, 0x24)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1201000000ff", "1200800000ff",  # vital product data
+        "030100001200",  # descriptor sense
+        "1a003f00ff00", "1a006a00ff00", "1aaa2a01ff00", "5a00aa0000000000ff00", "5a000200000000000000",  # mode pages
+        "9e120000000000000000000000200000",  # another service action
+        "4300000000000200ff00", "4300020000000000ff00", "4300000000000000ff80",  # tracks and formats
+        "4a0000000400000008ff",  # asynchronous events
+        "4603000000000000ff00",  # request type
+        "51000000000000002200",  # disc information
+    ],
+)  # fmt: skip
+def test_field_out_of_range_is_refused(text: str) -> None:
+    """5/24."""
+    assert refusal(drive().execute(bytes.fromhex(text))) == (5, 0x24)
+
+
+def test_unknown_opcodes_are_refused() -> None:
+    """5/20, for each of them."""
+    unknown = [opcode for opcode in range(256) if opcode not in Drive.COMMANDS]
+
+    assert {refusal(drive().execute(bytes((opcode,)))) for opcode in unknown} == {(5, 0x20)}
+    assert refusal(drive().execute(b"")) == (5, 0x20)
+
+
+@pytest.mark.parametrize("size", [None, 0, BLOCK - 1])
+def test_drive_without_a_disc_says_so(size: int | None) -> None:
+    """2/3A for whatever needs one; the rest works."""
+    empty = Drive(size)
+    needs = [bytes((0,)), bytes((0x25,)), b"\x9e\x10", bytes((0x43,)), *(read_cdb(op, 0, 1) for op in (8, 0x28, 0x88))]
+
+    assert {refusal(empty.execute(cdb)) for cdb in needs} == {(2, 0x3A)}
+    assert empty.execute(bytes.fromhex("120000002400")).data == INQUIRY
+    assert empty.execute(bytes.fromhex("030000001200")).data == bytes.fromhex("700002000000000a00000000 3a0000000000")
+
+
+def test_lock_follows_what_was_asked() -> None:
+    """The power event is active while locked; locking twice stays locked."""
+    one = drive()
+    states = []
+    for prevent in (1, 1, 0, 0):
+        one.execute(bytes((0x1E, 0, 0, 0, prevent, 0)))
+        states.append(one.execute(bytes.fromhex("4a010000040000000800")).data[5])
+
+    assert states == [1, 1, 2, 2]
+
+
+@given(
+    opcode=st.one_of(st.sampled_from(sorted(Drive.COMMANDS)), st.integers(0, 255)),
+    rest=st.binary(max_size=40),
+    size=st.one_of(st.none(), st.integers(0, 1 << 45)),
+)
+def test_any_command_has_a_documented_reply(opcode: int, rest: bytes, size: int | None) -> None:
+    """Data, or an extent of the disc, or sense data of the table; never two of them."""
+    reply = Drive(size).execute(bytes((opcode,)) + rest)
+
+    if reply.status == CHECK_CONDITION:
+        known = {scsi.NO_MEDIUM, scsi.BAD_OPCODE, scsi.OUT_OF_RANGE, scsi.BAD_FIELD}
+        assert refusal(reply) in known
+    else:
+        assert (reply.status, reply.sense) == (GOOD, b"")
+        assert not (reply.data and reply.length)
+        assert reply.offset + reply.length <= (size or 0)
+        assert reply.length <= scsi.READ_MAX
+        assert len(reply.data) <= 64

@@ -1,0 +1,259 @@
+"""Queues from the device's side; rings as no driver should make them (hostile-input 1, 2, 11-14, 16-19, 21, 25)."""
+
+import struct
+
+import pytest
+
+from tests.support.fakedriver import (
+    DATA,
+    EVENT_IDX,
+    EXTRA,
+    INDIRECT,
+    INDIRECT_DESC,
+    LAYOUT,
+    NEXT,
+    RAM_END,
+    ROM,
+    WRITE,
+    Desc,
+    Ring,
+    chained,
+)
+from vmd.errors import GuestError
+from vmd.guestmem import GuestMemory
+from vmd.virtio import spec
+from vmd.virtio.queue import CHAIN_MAX, Queue
+
+SIZE = 16
+TABLE = DATA + 0x10000
+
+
+class Pair:
+    """A ring and the queue that looks at it."""
+
+    def __init__(self, features: int = INDIRECT_DESC, start: int = 0) -> None:
+        self.memory = GuestMemory.create(LAYOUT)
+        self.ring = Ring(self.memory, SIZE)
+        self.ring.avail_idx = start
+        self.ring.set_avail_idx(start)
+        ring = self.ring
+        self.queue = Queue(self.memory, features, SIZE, ring.desc, ring.avail, ring.used, start, start)
+
+    def walk(self, *parts: Desc) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Write descriptors as they are, and follow them from the first."""
+        self.ring.describe(0, parts)
+        chain = self.queue.walk(0)
+        return chain.readable, chain.writable
+
+
+def make(size: int = SIZE, desc: int = 0x1000, avail: int = 0x2000, used: int = 0x3000) -> Queue:
+    """Return a queue in a memory of its own."""
+    return Queue(GuestMemory.create(LAYOUT), 0, size, desc, avail, used)
+
+
+def test_chain_is_followed_in_order() -> None:
+    """What may be read, then what may be written."""
+    parts = chained([Desc(DATA, 16), Desc(DATA + 64, 8), Desc(DATA + 128, 512, WRITE), Desc(DATA + 4096, 1, WRITE)])
+
+    assert Pair().walk(*parts) == ([(DATA, 16), (DATA + 64, 8)], [(DATA + 128, 512), (DATA + 4096, 1)])
+
+
+def test_indirect_chain_is_followed_behind_direct_descriptors() -> None:
+    """2.7.5.3.1: a driver may have descriptors in front of the indirect one."""
+    pair = Pair()
+    inside = chained([Desc(DATA + 1, 2, WRITE), Desc(DATA + 8, 3, WRITE)])
+    pair.memory.write(TABLE, b"".join(struct.pack("<QIHH", *part) for part in inside))
+
+    walked = pair.walk(Desc(DATA, 16, NEXT, 1), Desc(TABLE, 32, INDIRECT))
+
+    assert walked == ([(DATA, 16)], [(DATA + 1, 2), (DATA + 8, 3)])
+
+
+@pytest.mark.parametrize("size", [0, 3, 0xFFFF, 1 << 16])
+def test_size_that_is_no_power_of_two_is_refused_1(size: int) -> None:
+    """Hostile input 1."""
+    with pytest.raises(GuestError, match="queue size"):
+        make(size=size)
+
+
+@pytest.mark.parametrize(
+    ("desc", "avail", "used"),
+    [
+        (0x1008, 0x2000, 0x3000),
+        (0x1000, 0x2001, 0x3000),
+        (0x1000, 0x2000, 0x3002),
+        (RAM_END - 16, 0x2000, 0x3000),
+        (0x1000, RAM_END + (1 << 20), 0x3000),
+        (0x1000, 0x2000, (1 << 64) - 4),
+        ((1 << 64) - 16, 0x2000, 0x3000),
+        (0x1000, 0x2000, ROM),
+    ],
+)
+def test_ring_that_is_not_in_memory_is_refused_2_25(desc: int, avail: int, used: int) -> None:
+    """Hostile input 2: unaligned, across a region's end, nowhere, wrapping; 25: used ring that cannot be written."""
+    with pytest.raises(GuestError):
+        make(desc=desc, avail=avail, used=used)
+
+
+def test_available_index_ahead_of_the_ring_is_refused_11() -> None:
+    """Hostile input 11."""
+    pair = Pair()
+    pair.ring.set_avail_idx(SIZE + 1)
+
+    with pytest.raises(GuestError, match="17 ahead in a queue of 16"):
+        pair.queue.take()
+
+
+def test_head_outside_the_table_is_refused_12() -> None:
+    """Hostile input 12."""
+    pair = Pair()
+    pair.ring.offer(SIZE)
+
+    with pytest.raises(GuestError, match="descriptor 16 outside"):
+        pair.queue.take()
+
+
+LOOP = [Desc(DATA, 1, NEXT, (i + 1) % SIZE) for i in range(SIZE)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([Desc(DATA, 1, NEXT, SIZE)], id="13-next-outside"),
+        pytest.param([Desc(DATA, 1, NEXT, 0xFFFF)], id="13-next-far-outside"),
+        pytest.param([Desc(DATA, 1, NEXT, 0)], id="14-to-itself"),
+        pytest.param([Desc(DATA, 1, NEXT, 1), Desc(DATA, 1, NEXT, 0)], id="14-loop"),
+        pytest.param(LOOP, id="14-loop-of-all"),
+        pytest.param([Desc(DATA, 0xFFFFFFFF, NEXT, 1), Desc(DATA, 2)], id="17-more-than-4-GiB"),
+        pytest.param([Desc(DATA, 1, WRITE | NEXT, 1), Desc(DATA, 1)], id="18-order"),
+        pytest.param([Desc(TABLE, 0, INDIRECT)], id="19-empty"),
+        pytest.param([Desc(TABLE, 17, INDIRECT)], id="19-no-multiple-of-16"),
+        pytest.param([Desc(TABLE, 16 * 32769, INDIRECT)], id="19-too-long"),
+        pytest.param([Desc(RAM_END + (2 << 20), 16, INDIRECT)], id="19-outside"),
+        pytest.param([Desc(EXTRA - 16, 32, INDIRECT)], id="19-in-two-regions"),
+        pytest.param([Desc((1 << 64) - 16, 32, INDIRECT)], id="19-wrapping"),
+        pytest.param([Desc(TABLE, 16, INDIRECT | NEXT, 1), Desc(DATA, 1)], id="19-and-next"),
+    ],
+)
+def test_broken_chain_is_refused(parts: list[Desc]) -> None:
+    """Hostile input 13, 14, 17, 18, 19; the number is in the case's name."""
+    with pytest.raises(GuestError):
+        Pair().walk(*parts)
+
+
+def test_nested_indirect_table_is_refused_19() -> None:
+    """Hostile input 19."""
+    pair = Pair()
+    pair.memory.write(TABLE, struct.pack("<QIHH", TABLE, 16, INDIRECT, 0))
+
+    with pytest.raises(GuestError, match="indirect"):
+        pair.walk(Desc(TABLE, 16, INDIRECT))
+
+
+def test_indirect_descriptor_that_was_not_negotiated_is_refused_19() -> None:
+    """Hostile input 19."""
+    with pytest.raises(GuestError, match="indirect"):
+        Pair(features=0).walk(Desc(TABLE, 16, INDIRECT))
+
+
+def test_long_indirect_chain_is_cut_off_24() -> None:
+    """Hostile input 24: the table may be long, the walk is not."""
+    pair = Pair()
+    count = CHAIN_MAX + 1
+    pair.memory.write(TABLE, b"".join(struct.pack("<QIHH", *p) for p in chained([Desc(DATA, 1)] * count)))
+
+    with pytest.raises(GuestError, match="does not end"):
+        pair.walk(Desc(TABLE, 16 * count, INDIRECT))
+
+
+def test_indices_wrap_around() -> None:
+    """65535 is followed by 0, in both rings."""
+    pair = Pair(start=0xFFFE)
+    heads = []
+    for _ in range(4):
+        pair.ring.add([Desc(DATA, 4, WRITE)])
+        chain = pair.queue.take()
+        assert chain is not None
+        pair.queue.put(chain.head, 4)
+        heads.append(chain.head)
+    pair.queue.publish()
+
+    assert heads == [0, 1, 2, 3]
+    assert pair.ring.device_idx == 2
+    assert pair.queue.take() is None
+
+
+def test_nothing_is_seen_before_it_is_published() -> None:
+    """An element whose index does not stand yet is the device's."""
+    pair = Pair()
+    pair.queue.put(3, 7)
+
+    assert pair.ring.reap() == []
+    pair.queue.publish()
+    assert pair.ring.reap() == [(3, 7)]
+
+
+def put(queue: Queue, count: int) -> bool:
+    """Give some chains back; return whether the guest wants to hear."""
+    for _ in range(count):
+        queue.put(0, 0)
+    queue.publish()
+    return queue.wants_interrupt()
+
+
+@pytest.mark.parametrize(
+    ("start", "event", "count", "wanted"),
+    [
+        (0, 0, 1, True),
+        (0, 1, 1, False),
+        (0, 2, 3, True),
+        (0, 0xFFFF, 1, False),
+        (0xFFFF, 0xFFFF, 1, True),
+        (0xFFFE, 0, 3, True),
+        (0xFFFE, 1, 3, False),
+        (5, 4, 4, False),
+    ],
+)
+def test_interrupt_comes_when_the_event_index_is_passed_21(start: int, event: int, count: int, wanted: bool) -> None:
+    """Hostile input 21: behind, equal, ahead, around the wrap."""
+    pair = Pair(EVENT_IDX, start)
+    pair.ring.set_used_event(event)
+
+    assert put(pair.queue, count) is wanted
+
+
+def test_interrupt_is_left_out_when_the_driver_asks() -> None:
+    """2.7.7: the flag counts without event indices only."""
+    pair = Pair(0)
+    pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
+
+    assert not put(pair.queue, 1)
+    pair.ring.set_flags(0)
+    assert put(pair.queue, 1)
+    assert not put(pair.queue, 0)
+
+
+def test_legacy_driver_hears_of_an_empty_ring() -> None:
+    """NOTIFY_ON_EMPTY: even one that asked not to be interrupted, once all is done."""
+    pair = Pair(1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY)
+    pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
+    for _ in range(2):
+        pair.ring.add([Desc(DATA, 1, WRITE)])
+
+    told = []
+    for _ in range(2):
+        pair.queue.take()
+        told.append(put(pair.queue, 1))
+
+    assert told == [False, True]
+
+
+def test_rearming_sees_what_came_meanwhile() -> None:
+    """And tells the driver from which index on to notify."""
+    pair = Pair(EVENT_IDX)
+    assert not pair.queue.rearm()
+    pair.ring.add([Desc(DATA, 1, WRITE)])
+    assert pair.queue.rearm()
+    pair.queue.take()
+    assert not pair.queue.rearm()
+    assert pair.ring.avail_event == 1

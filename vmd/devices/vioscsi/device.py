@@ -1,0 +1,308 @@
+"""A virtio SCSI controller (virtio 1.2, 5.6) with one CD-ROM drive: target 0, LUN 0.
+
+Unlike vmd (*cat. 6.6*) a request may lie in descriptors of any layout, each request is answered, and the length of
+what was written and the residue are right.
+"""
+
+import errno
+import os
+from struct import Struct
+
+from vmd.devices.vioscsi.scsi import BAD_OPCODE, READ_ERROR, Drive, Reply, check_condition, sense_data
+from vmd.errors import GuestError
+from vmd.log import RateLimit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from vmd.virtio.queue import Chain, Queue
+
+    class Services(Protocol):
+        """What of `process.Process` is used here."""
+
+        def interrupt(self, queue: int) -> None:
+            """Tell the guest."""
+
+
+CONTROL, EVENT, REQUEST = 0, 1, 2  # queues (5.6.2)
+
+# virtio_scsi_config (5.6.4): num_queues, seg_max, max_sectors, cmd_per_lun, event_info_size, sense_size, cdb_size,
+# max_channel, max_target, max_lun.  The driver may write the two sizes.
+CONFIG = Struct("<IIIIIIIHHI")
+SIZES = Struct("<II")
+SIZES_AT = 20
+SENSE_SIZE, CDB_SIZE = 96, 32
+SENSE_SIZE_MAX, CDB_SIZE_MAX = 1024, 255
+
+REQUEST_HEAD = Struct("<8sQBBB")  # virtio_scsi_req_cmd: lun, id, task_attr, prio, crn; then the command block
+RESPONSE = Struct("<IIHBB")  # sense_len, residual, status_qualifier, status, response; then the sense data
+TYPE = Struct("<I")
+TASK = Struct("<II8sQ")  # virtio_scsi_ctrl_tmf: type, subtype, lun, id
+TASK_ANSWER = Struct("<B")
+EVENTS = Struct("<I8sI")  # virtio_scsi_ctrl_an: type, lun, events
+EVENTS_ANSWER = Struct("<IB")
+
+T_TASK, T_QUERY_EVENTS, T_SUBSCRIBE_EVENTS = 0, 1, 2
+CLEAR_ACA, I_T_NEXUS_RESET, LOGICAL_UNIT_RESET, TASK_LAST = 2, 4, 5, 7
+
+S_OK = S_FUNCTION_COMPLETE = 0
+S_OVERRUN = 1
+S_BAD_TARGET = 3
+S_FAILURE = 9
+S_FUNCTION_REJECTED = 11
+S_INCORRECT_LUN = 12
+
+# What one wake-up may cost, in bytes; a request of many descriptors is not cheap even if it moves nothing.
+BUDGET = 8 << 20
+DESCRIPTOR_COST = 2048
+IOV_MAX = 1024
+PIECE = 1 << 20  # bytes of one preadv
+
+
+class Vioscsi:
+    """The controller.  `fd` is the disc, or None; it is ours from here on."""
+
+    features = 0
+
+    def __init__(self, services: "Services", fd: int | None) -> None:
+        self.services = services
+        self.fd = fd
+        # Not fstat: a disc may also be a block device.
+        self.drive = Drive(None if fd is None else os.lseek(fd, 0, os.SEEK_END))
+        self.queues: list[Queue | None] = []
+        self.sense_size, self.cdb_size = SENSE_SIZE, CDB_SIZE
+        self.complaints = RateLimit()
+
+    # --- life ------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> bytes:
+        """The configuration space."""
+        return CONFIG.pack(1, 17, 2048, 1, 0, self.sense_size, self.cdb_size, 0, 1, 1)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take new sizes; whatever else is written, and a size beyond reason, changes nothing."""
+        config = bytearray(self.config)
+        if offset < 0 or offset + len(data) > len(config):
+            return
+        config[offset : offset + len(data)] = data
+        sense_size, cdb_size = SIZES.unpack_from(config, SIZES_AT)
+        if sense_size <= SENSE_SIZE_MAX:
+            self.sense_size = sense_size
+        if 0 < cdb_size <= CDB_SIZE_MAX:
+            self.cdb_size = cdb_size
+
+    def activate(self, _features: int, queues: "list[Queue | None]") -> None:
+        """Take the rings."""
+        self.queues = queues
+
+    def quiesce(self, *, forget: bool) -> None:
+        """Nothing is ever in flight; a reset also unlocks the drive and takes back what the driver configured."""
+        if forget:
+            self.queues = []
+            self.sense_size, self.cdb_size = SENSE_SIZE, CDB_SIZE
+            self.drive.locked = False
+
+    def close(self) -> None:
+        """Let go of the disc."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    # --- queues ----------------------------------------------------------------------------------------------
+
+    def queue(self, number: int) -> "Queue | None":
+        """Return a queue, if the driver uses it."""
+        return self.queues[number] if number < len(self.queues) else None
+
+    def on_notify(self, number: int) -> bool:
+        """Serve a queue, up to the budget."""
+        queue = self.queue(number)
+        if queue is None:
+            return False
+        if number == REQUEST:
+            return self.drain(REQUEST, queue, self.on_request)
+        if number == CONTROL:
+            # A driver that has been told that its commands are aborted frees their memory.  So those that
+            # were there before end before.
+            requests = self.queue(REQUEST)
+            if requests is not None and self.drain(REQUEST, requests, self.on_request):
+                return True
+            return self.drain(CONTROL, queue, self.on_control)
+        # Event buffers stay where they are until there is an event, and there never is one.
+        queue.available()
+        return False
+
+    def drain(self, number: int, queue: "Queue", serve: "Callable[[Queue, Chain], int]") -> bool:
+        """Serve what waits in a queue; return whether there is more to do.  Raises GuestError."""
+        spent = 0
+        try:
+            while spent < BUDGET:
+                chain = queue.take()
+                if chain is None:
+                    return queue.rearm()
+                written = serve(queue, chain)
+                queue.put(chain.head, written)
+                spent += written + DESCRIPTOR_COST * (len(chain.readable) + len(chain.writable))
+            return True
+        finally:
+            queue.publish()
+            if queue.wants_interrupt():
+                self.services.interrupt(number)
+
+    # --- requests --------------------------------------------------------------------------------------------
+
+    def on_request(self, queue: "Queue", chain: "Chain") -> int:
+        """Carry out a SCSI command (5.6.6.1); return how many bytes were written.  Raises GuestError."""
+        head_bytes = REQUEST_HEAD.size + self.cdb_size
+        response_bytes = RESPONSE.size + self.sense_size
+        request = gather(queue, chain, head_bytes)
+        out_bytes = total(chain.readable) - head_bytes
+        in_bytes = total(chain.writable) - response_bytes
+        if in_bytes < 0:
+            raise GuestError(f"scsi response of {in_bytes + response_bytes} bytes instead of {response_bytes}")
+        lun = REQUEST_HEAD.unpack_from(request)[0]
+        reply, moved = Reply(), 0
+        if not is_our_target(lun) or not is_our_lun(lun):
+            response = S_BAD_TARGET
+        elif out_bytes and in_bytes:
+            response = S_FAILURE  # both directions at once were not offered (VIRTIO_SCSI_F_INOUT)
+        else:
+            reply = self.drive.execute(request[REQUEST_HEAD.size :])
+            if reply.sense == UNSUPPORTED:
+                self.complaints.warn(f"unsupported opcode {request[REQUEST_HEAD.size]:#04x}")
+            if max(len(reply.data), reply.length) > in_bytes:
+                response, reply = S_OVERRUN, Reply()
+            else:
+                response = S_OK
+                reply, moved = self.transfer(queue, chain, response_bytes, reply)
+        sense = reply.sense[: self.sense_size]
+        residual = min(out_bytes + in_bytes - moved, 0xFFFFFFFF)
+        answer = RESPONSE.pack(len(sense), residual, 0, reply.status, response) + sense
+        scatter(queue, chain, 0, answer.ljust(response_bytes, b"\0"))
+        return response_bytes + moved
+
+    def transfer(self, queue: "Queue", chain: "Chain", start: int, reply: Reply) -> tuple[Reply, int]:
+        """Bring a reply's data to the guest; return the reply that is left, and the bytes that came there."""
+        if reply.data:
+            scatter(queue, chain, start, reply.data)
+            return reply, len(reply.data)
+        if reply.length:
+            try:
+                self.read(slices(queue, chain, start, reply.length), reply.offset)
+            except OSError as error:
+                self.complaints.warn(f"cannot read the disc at {reply.offset}: {error.strerror}")
+                return check_condition(READ_ERROR), 0
+        return reply, reply.length
+
+    def read(self, views: "list[memoryview]", offset: int) -> None:
+        """Fill views from the disc.  Raises OSError, also where the disc has become shorter."""
+        assert self.fd is not None
+        index, start = 0, 0
+        while index < len(views):
+            piece, room, at = [], PIECE, start
+            for view in views[index : index + IOV_MAX]:
+                piece.append(view[at : at + room])
+                room -= len(piece[-1])
+                at = 0
+                if not room:
+                    break
+            got = os.preadv(self.fd, piece, offset)
+            if not got:
+                raise OSError(errno.EIO, "the file has become shorter")
+            offset += got
+            start += got
+            while index < len(views) and start >= len(views[index]):
+                start -= len(views[index])
+                index += 1
+
+    # --- control ---------------------------------------------------------------------------------------------
+
+    def on_control(self, queue: "Queue", chain: "Chain") -> int:
+        """Answer a control request (5.6.6.2); return how many bytes were written.  Raises GuestError."""
+        kind = TYPE.unpack(gather(queue, chain, TYPE.size))[0]
+        if kind == T_TASK:
+            _, subtype, lun, _ = TASK.unpack(gather(queue, chain, TASK.size))
+            answer = TASK_ANSWER.pack(self.manage_tasks(subtype, lun))
+        elif kind in (T_QUERY_EVENTS, T_SUBSCRIBE_EVENTS):
+            _, lun, _ = EVENTS.unpack(gather(queue, chain, EVENTS.size))
+            answer = EVENTS_ANSWER.pack(0, S_OK if is_our_target(lun) and is_our_lun(lun) else S_BAD_TARGET)
+        else:
+            self.complaints.warn(f"control request of unknown type {kind}")
+            return 0  # nobody knows what its answer would look like
+        if total(chain.writable) < len(answer):
+            raise GuestError(f"scsi control response of {total(chain.writable)} bytes instead of {len(answer)}")
+        scatter(queue, chain, 0, answer)
+        return len(answer)
+
+    def manage_tasks(self, subtype: int, lun: bytes) -> int:
+        """Do what there is to do for a task management function: every command there was has ended."""
+        if not is_our_target(lun):
+            return S_BAD_TARGET
+        if subtype == CLEAR_ACA or subtype > TASK_LAST:
+            return S_FUNCTION_REJECTED
+        if subtype != I_T_NEXUS_RESET and not is_our_lun(lun):
+            return S_INCORRECT_LUN
+        if subtype in (I_T_NEXUS_RESET, LOGICAL_UNIT_RESET):
+            self.drive.locked = False
+        return S_FUNCTION_COMPLETE
+
+
+UNSUPPORTED = sense_data(*BAD_OPCODE)
+
+
+def is_our_target(lun: bytes) -> bool:
+    """Return whether an address (5.6.6.1) is that of target 0."""
+    return lun[0] == 1 and lun[1] == 0
+
+
+def is_our_lun(lun: bytes) -> bool:
+    """Return whether an address is that of LUN 0, in either of its two notations."""
+    return lun[2] in (0x00, 0x40) and lun[3] == 0
+
+
+# --- chains of any layout ----------------------------------------------------------------------------------------
+
+
+def total(parts: list[tuple[int, int]]) -> int:
+    """Return the number of bytes that some (gpa, length) describe."""
+    return sum([length for _, length in parts])
+
+
+def gather(queue: "Queue", chain: "Chain", size: int) -> bytes:
+    """Return a copy of the first bytes of what is to be read.  Raises GuestError if there are fewer."""
+    found = []
+    left = size
+    for gpa, length in chain.readable:
+        if length:
+            found.append(queue.memory.read(gpa, min(length, left)))
+            left -= len(found[-1])
+        if not left:
+            return b"".join(found)
+    raise GuestError(f"scsi request of {size - left} bytes instead of {size}")
+
+
+def slices(queue: "Queue", chain: "Chain", start: int, size: int) -> "list[memoryview]":
+    """Return windows on a part, which must be there, of what is to be written.  Raises GuestError."""
+    found: list[memoryview] = []
+    for gpa, length in chain.writable:
+        if start >= length:
+            start -= length
+            continue
+        part = min(length - start, size)
+        found += queue.memory.slices(gpa + start, part, write=True)
+        start = 0
+        size -= part
+        if not size:
+            break
+    return found
+
+
+def scatter(queue: "Queue", chain: "Chain", start: int, data: bytes) -> None:
+    """Store into a part of what is to be written.  Raises GuestError."""
+    at = 0
+    for view in slices(queue, chain, start, len(data)):
+        view[:] = data[at : at + len(view)]
+        at += len(view)
