@@ -4,7 +4,7 @@ Notifications and interrupts of a running queue pass this process by (DESIGN 5):
 port signals the queue's kick eventfd in the kernel, and the process's write to its call eventfd interrupts the
 guest there.  This module only keeps those two registrations in step with what the guest programs.
 
-    BAR 0   i/o, 64 bytes    legacy register block              (not with `virtio modern`)
+    BAR 0   i/o, 128 bytes   legacy register block              (not with `virtio modern`)
     BAR 1   memory, 4 KiB    MSI-X table and pending bits
     BAR 2   i/o, 256 bytes   virtio 1.x structures              (not with `virtio legacy`)
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vmd.vm.routing import Routing
 
 BAR_LEGACY, BAR_MSIX, BAR_MODERN = 0, 1, 2
-LEGACY_BYTES = 0x40
+LEGACY_BYTES = 0x80
 LEGACY_NOTIFY = 16
 
 MODERN_BYTES = 0x100
