@@ -15,13 +15,12 @@ PYTHON  = .venv/bin/python
 # Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
-.PHONY: help run test test-deep bench fuzz install uninstall clean need-root
+.PHONY: help run test test-deep bench install uninstall clean need-root
 
 help:
 	@echo 'make run         start the daemon with one VM and attach to its console'
 	@echo 'make test        all tests but the long ones (as root)'
 	@echo 'make test-deep   all tests'
-	@echo 'make fuzz        random input for everything that parses, until interrupted'
 	@echo 'make bench       compare with QEMU; prints one table'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
 	@echo 'make clean       remove what the rules above left in this checkout'
@@ -42,10 +41,6 @@ test-deep: need-root
 bench: need-root
 	@tools/setup packages test venv user
 	@$(PYTHON) -m bench
-
-fuzz:
-	@tools/setup packages run venv
-	@$(PYTHON) -m tests.fuzz
 
 need-root:
 	@test "$$(id -u)" = 0 || { echo 'make: this needs root (namespaces, /dev/kvm, network interfaces):' \
