@@ -14,32 +14,23 @@ from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    REQUESTS,
     ClientGone,
     ConsoleAttached,
-    ConsoleBreak,
     ConsoleOutput,
-    ConsoleRequest,
     End,
     Failed,
     Listen,
-    ListRequest,
-    LoadRequest,
-    LogRequest,
     Ok,
     Proc,
     Quit,
     Ready,
-    ReloadRequest,
     Request,
-    ResetRequest,
     SetVerbosity,
-    StartRequest,
     StopAccepted,
-    StopRequest,
     VmInfo,
     VmStarted,
     VmTerminated,
-    WaitRequest,
 )
 from vmd.ipc.process import Process
 from vmd.log import RateLimit, log
@@ -54,10 +45,6 @@ LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
 # fmt: off
-REQUESTS: tuple[RecordType, ...] = (
-    StartRequest, StopRequest, WaitRequest, ListRequest, LoadRequest, ReloadRequest, ResetRequest, LogRequest,
-    ConsoleRequest, ConsoleBreak,
-)
 PARTIAL = (VmInfo, ConsoleOutput)  # answers after which more follow
 ANSWERS: tuple[RecordType, ...] = (
     Ok, Failed, VmStarted, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,

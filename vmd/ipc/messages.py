@@ -186,6 +186,10 @@ class ConsoleBreak(VmRequest):
     """Send a BREAK down the line; from the holder of the console only.  Answered by Ok or Failed."""
 
 
+# Everything above; control relays these, the parent serves them.
+REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[0] in info.routes)
+
+
 # --- what vmctl is answered ------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages import (
     NO_CLIENT,
+    REQUESTS,
     Caller,
     ClientGone,
     ConsoleAttached,
@@ -91,12 +92,6 @@ LAST_OUTPUT_ROUND_S = 0.02
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 
 
-# fmt: off
-REQUESTS: tuple[RecordType, ...] = (
-    StartRequest, StopRequest, WaitRequest, ListRequest, LoadRequest, ReloadRequest, ResetRequest, LogRequest,
-    ConsoleRequest, ConsoleBreak,
-)
-# fmt: on
 
 
 # (path, what is known) -> the file as a configuration; None is the main file, read for itself
