@@ -30,6 +30,7 @@ from tests.support.fakedriver import (
     Ring,
     chained,
 )
+from vmd.images.create import new_file, write_empty
 from vmd.ipc import devmsg
 from vmd.virtio import spec
 
@@ -58,12 +59,10 @@ def content(length: int = DISK) -> bytes:
 class Disk:
     """A disk process with one image, and a driver's ring."""
 
-    def __init__(self, path: Path, *, flags: int = 0, size: int = DISK) -> None:
+    def __init__(self, device: Device, path: Path) -> None:
         self.path = path
-        path.write_bytes(content(size))
-        self.fd = os.open(path, os.O_RDONLY if flags & devmsg.START_READ_ONLY else os.O_RDWR)
-        self.device = Device("vioblk", [self.fd], flags=flags).start()
-        self.memory = self.device.memory
+        self.device = device
+        self.memory = device.memory
         self.renew()
 
     def renew(self, features: int = FEATURES) -> Ring:
@@ -102,13 +101,19 @@ class Disk:
     def close(self) -> None:
         """End it."""
         self.device.__exit__(None, None, None)
-        os.close(self.fd)
+
+
+def start_disk(path: Path, *, flags: int = 0, note: int = 0) -> Disk:
+    """Make an image and start its process."""
+    path.write_bytes(content())
+    with path.open("rb" if flags & devmsg.START_READ_ONLY else "rb+") as file:
+        return Disk(Device("vioblk", [file.fileno()], notes=[note], flags=flags).start(), path)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
     """Give a disk process that all hostile cases share: whoever breaks it breaks the next."""
-    disk = Disk(tmp_path_factory.mktemp("disk") / "disk.raw")
+    disk = start_disk(tmp_path_factory.mktemp("disk") / "disk.raw")
     yield disk
     disk.close()
 
@@ -124,7 +129,7 @@ def disk(shared: Disk) -> Disk:
 class Factory(Protocol):
     """Makes disk processes that end with the test."""
 
-    def __call__(self, *, flags: int = 0) -> Disk:
+    def __call__(self, *, flags: int = 0, note: int = 0) -> Disk:
         """Make one."""
 
 
@@ -133,8 +138,8 @@ def make(tmp_path: Path) -> Iterator[Factory]:
     """Give a factory of disk processes."""
     made: list[Disk] = []
 
-    def disk(*, flags: int = 0) -> Disk:
-        made.append(Disk(tmp_path / f"disk{len(made)}", flags=flags))
+    def disk(*, flags: int = 0, note: int = 0) -> Disk:
+        made.append(start_disk(tmp_path / f"disk{len(made)}", flags=flags, note=note))
         return made[-1]
 
     yield disk
@@ -621,7 +626,7 @@ def test_read_only_disk_31(make: Factory) -> None:
 
 def test_guessed_raw_disk_gets_no_signature_31(make: Factory) -> None:
     """Hostile input 31: the guest cannot make its disk look like an image with a backing file."""
-    disk = make(flags=devmsg.START_GUESSED)
+    disk = make(note=devmsg.RESOURCE_GUESSED)
     disk.memory.write(BUFFER, b"QFI\xfb".ljust(512, b"\0"))
 
     assert disk.request(OUT, 0, [Desc(BUFFER, 512)]) == (IOERR, 1)
@@ -763,7 +768,8 @@ LIES: dict[str, dict[str, Any]] = {
     "regions-missing": {"regions": 8},
     "form": {"form": 77},
     "no-resource": {"resources": 0},
-    "resources-without-descriptors": {"resources": 3},
+    "resources": {"resources": 4000},
+    "resources-without-descriptors": {"resources": 3, "notes": (0, 0, 0)},
     "memory-unaligned": {"rows": devmsg.REGION.pack(1, 4096, 0, 0), "regions": 1},
     "memory-too-large": {"rows": devmsg.REGION.pack(0, 1 << 40, 0, 0), "regions": 1},
     "memory-at-odd-offset": {"rows": devmsg.REGION.pack(0, 4096, 77, 0), "regions": 1},
@@ -790,11 +796,51 @@ def test_image_that_is_none_is_answered_with_a_sentence(tmp_path: Path) -> None:
     """As a VM shows it."""
     path = tmp_path / "disk"
     path.write_bytes(b"QFI\xfb" + bytes(100))
-    with path.open("rb+") as file, Device("vioblk", [file.fileno()], flags=devmsg.START_QCOW2) as device:
+    with path.open("rb+") as file, Device("vioblk", [file.fileno()], notes=[devmsg.RESOURCE_QCOW2]) as device:
         device.sync.send(device.start_packet())
 
         assert device.error(device.sync)[1].startswith("disk 0: ")
         assert device.status() == 1
+
+
+def open_chain(paths: Sequence[Path], notes: Sequence[int]) -> Device:
+    """Return a process, not started, that is given a chain of images, the disk itself first."""
+    fds = [os.open(path, os.O_RDONLY if depth else os.O_RDWR) for depth, path in enumerate(paths)]
+    try:
+        return Device("vioblk", fds, notes=notes)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> tuple[Path, Path]:
+    """Make a qcow2 disk on top of a file that any program would take for an empty qcow2 image."""
+    overlay, base = tmp_path / "overlay.qcow2", tmp_path / "base"
+    with new_file(str(base)) as fd:
+        write_empty(fd, str(base), "qcow2", MIB)
+    with new_file(str(overlay)) as fd:
+        write_empty(fd, str(overlay), "qcow2", MIB, "base", "raw")
+    return overlay, base
+
+
+def test_backing_file_is_what_the_vm_says_it_is(chain: tuple[Path, Path]) -> None:
+    """Its first bytes, which a guest may once have written, say nothing."""
+    with open_chain(chain, (devmsg.RESOURCE_QCOW2, 0)) as device:
+        disk = Disk(device.start(), chain[0])
+
+        assert disk.request(IN, 0, [Desc(BUFFER, 512, WRITE)]) == (OK, 513)
+        assert disk.memory.read(BUFFER, 512) == chain[1].read_bytes()[:512]
+
+
+def test_image_that_is_not_said_to_be_qcow2_has_no_backing_file_31(chain: tuple[Path, Path]) -> None:
+    """Hostile input 31, 52: neither a raw image nor one whose format was guessed is given one."""
+    for note in (0, devmsg.RESOURCE_QCOW2 | devmsg.RESOURCE_GUESSED):
+        with open_chain(chain, (note, 0)) as device:
+            device.sync.send(device.start_packet())
+
+            assert "backing file" in device.error(device.sync)[1]
+            assert device.status() == 1
 
 
 def test_process_is_confined(disk: Disk) -> None:

@@ -137,8 +137,11 @@ class Ring:
 class Device:
     """A device process and everything that it is connected to; a context manager that ends it."""
 
-    def __init__(self, kind: str, resources: Sequence[int] = (), *, flags: int = 0, queues: int = 1) -> None:
+    def __init__(
+        self, kind: str, resources: Sequence[int] = (), *, notes: Sequence[int] = (), flags: int = 0, queues: int = 1
+    ) -> None:
         self.kind = kind
+        self.notes = list(notes) or [0] * len(resources)
         self.memory = GuestMemory.create(LAYOUT)
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
@@ -190,7 +193,7 @@ class Device:
 
     def start_packet(
         self, *, kind: int = devmsg.START, queues: int | None = None, regions: int | None = None,
-        rows: bytes | None = None, form: int = 0, resources: int | None = None,
+        rows: bytes | None = None, form: int = 0, resources: int | None = None, notes: Sequence[int] = (),
     ) -> bytes:  # fmt: skip
         """Return START, with lies on request."""
         if rows is None:
@@ -205,7 +208,7 @@ class Device:
             self.flags,
             len(self.memory.regions) if regions is None else regions,
         )  # fmt: skip
-        return head + rows + b"vm/test"
+        return head + rows + b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes) + b"vm/test"
 
     def start(self) -> Self:
         """Say START and wait until the process is ready."""

@@ -93,8 +93,10 @@ class Host:
     def __init__(self, packet: bytes) -> None:
         """Raises PeerError for a packet that is no START."""
         kind, verbosity, form, self.index, queues, resources, self.flags, regions = unpack(devmsg.START_HEAD, packet)
-        if kind != devmsg.START or queues > devmsg.QUEUES_MAX or regions > devmsg.REGIONS_MAX or form >= len(FORMS):
+        if kind != devmsg.START or form >= len(FORMS):
             raise PeerError(VM, "not a START message", packet)
+        if queues > devmsg.QUEUES_MAX or resources > devmsg.RESOURCES_MAX or regions > devmsg.REGIONS_MAX:
+            raise PeerError(VM, f"START with {queues} queues, {resources} resources, {regions} regions", packet)
         self.verbosity = verbosity
         self.form = FORMS[form]
         self.regions = []
@@ -107,6 +109,10 @@ class Host:
             except ValueError as error:
                 raise PeerError(VM, str(error), packet) from None
             at += devmsg.REGION.size
+        self.notes: list[int] = []  # of each resource: devmsg.RESOURCE_*
+        for _ in range(resources):
+            self.notes += unpack(devmsg.RESOURCE, packet, at)
+            at += devmsg.RESOURCE.size
         self.title = packet[at:].decode(errors="replace")
         first = devmsg.FD_FIRST_QUEUE
         self.kicks = list(range(first, first + queues))

@@ -33,6 +33,7 @@ FD_FIRST_QUEUE = 8
 
 QUEUES_MAX = 8
 REGIONS_MAX = 8
+RESOURCES_MAX = 8
 PACKET_MAX = 4096
 ANSWER_TIMEOUT_S = 10.0
 
@@ -42,15 +43,16 @@ TYPE = Struct("<I")  # first word of every packet
 
 # START: the first packet.  Answered READY on both channels, or ERROR.
 #   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
-#   number of resource descriptors, flags (below), number of memory regions; then REGION each;
-#   then the title of the VM, UTF-8, to the end.
+#   number of resource descriptors, flags (below), number of memory regions; then REGION each; then RESOURCE for
+#   each resource; then the title of the VM, UTF-8, to the end.
 START = 1
 START_HEAD = Struct("<IIIIIIII")
 REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)
 REGION_READ_ONLY = 1
 START_READ_ONLY = 1  # disk: the guest may not write
-START_GUESSED = 2  # disk: its format was told from its first bytes; writes that would change that are refused
-START_QCOW2 = 4  # disk: else raw; never guessed by the device process
+RESOURCE = Struct("<I")  # of an image what its user, or the image above it, says (RESOURCE_*); of others 0
+RESOURCE_QCOW2 = 1  # else raw; never guessed by the device process
+RESOURCE_GUESSED = 2  # nobody said it, only its own first bytes: writes that would change what they say are refused
 
 # READY (sync and async): device features and configuration space.
 READY = 2

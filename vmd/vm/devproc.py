@@ -70,8 +70,23 @@ class DeviceProcess:
         self._on_needs_reset: Callable[[str], None] = log.warn
         self._on_config: Callable[[bytes], object] = len
 
-    def start(self, memory: "GuestMemory", resources: "Sequence[int]", *, index: int, flags: int = 0) -> None:
-        """Spawn the process and send it what it is; `resources` stay the caller's.  Raises HostError."""
+    def start(
+        self,
+        memory: "GuestMemory",
+        resources: "Sequence[int]",
+        *,
+        index: int,
+        flags: int = 0,
+        formats: "Sequence[tuple[str, bool]]" = (),
+    ) -> None:
+        """Spawn the process and send it what it is; `resources` stay the caller's.
+
+        If they are images, the disk itself first, `formats` has (format, guessed) of each: what its user or the
+        image above it says that it is, or what its first bytes look like if nobody says.
+
+        Raises:
+            HostError: it cannot be started.
+        """
         self._sync.close()
         self._async.close()
         self._sync, their_sync = socketpair()
@@ -99,7 +114,8 @@ class DeviceProcess:
             flags,
             len(regions),
         )
-        self._sync.send(head + b"".join(regions) + self.title.encode())
+        notes = [devmsg.RESOURCE.pack(note) for note in resource_notes(len(resources), formats)]
+        self._sync.send(head + b"".join(regions) + b"".join(notes) + self.title.encode())
 
     def wait_ready(self) -> None:
         """Wait for READY on both channels.  Raises HostError or PeerError with the device's own sentence."""
@@ -245,6 +261,14 @@ class DeviceProcess:
             raise PeerError(self.title, "ERROR is too short", packet)
         number: int = devmsg.ERROR_HEAD.unpack_from(packet)[1]
         return number, packet[devmsg.ERROR_HEAD.size :].decode(errors="replace")[:500]
+
+
+def resource_notes(count: int, formats: "Sequence[tuple[str, bool]]") -> list[int]:
+    """Return what START says of each of `count` resources."""
+    assert len(formats) in (0, count)
+    qcow2, guessed = devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED
+    notes = [qcow2 * (form == "qcow2") | guessed * only_guessed for form, only_guessed in formats]
+    return notes or [0] * count
 
 
 def readable(fd: int) -> bool:

@@ -9,8 +9,6 @@ from vmd.devices import process
 from vmd.devices.vioblk.device import WORKERS, Vioblk, Workers
 from vmd.errors import PeerError
 from vmd.images.chain import Link, open_chain
-from vmd.images.header import MAGIC, parse_header
-from vmd.images.hostfile import read_bytes
 from vmd.ipc import devmsg
 from vmd.privsep.confine import VIOBLK
 
@@ -32,23 +30,17 @@ def make(services: "Process") -> Vioblk:
 
 
 def open_disk(host: "Host") -> "Image":
-    """Open the chain of images.
-
-    The VM says what the disk itself is; of those below, each but the last is a qcow2 image, or nothing would be
-    below it, and the last is what the one above it says.  If that says nothing, its own first bytes do; it is
-    never written, and `open_chain` lets it have nothing below it.
-    """
+    """Open the chain of images, each as what the VM says that it is; nothing is told from an image's bytes here."""
     if not host.resources:
         raise PeerError(process.VM, "a disk without an image")
     disk = f"disk {host.index}"
-    links: list[Link] = []
-    form, guessed = "qcow2" if host.flags & devmsg.START_QCOW2 else "raw", bool(host.flags & devmsg.START_GUESSED)
-    for depth, fd in enumerate(host.resources):
-        path = f"backing file {depth} of {disk}" if depth else disk
-        links.append(Link(fd=fd, path=path, format=form, guessed=guessed))
-        if form == "qcow2":
-            form, guessed = parse_header(fd, path).backing_format, False
-            if not form and depth + 1 < len(host.resources):
-                magic = read_bytes(host.resources[depth + 1], len(MAGIC), 0)
-                form, guessed = "qcow2" if magic == MAGIC else "raw", True
+    links = [
+        Link(
+            fd=fd,
+            path=f"backing file {depth} of {disk}" if depth else disk,
+            format="qcow2" if note & devmsg.RESOURCE_QCOW2 else "raw",
+            guessed=bool(note & devmsg.RESOURCE_GUESSED),
+        )
+        for depth, (fd, note) in enumerate(zip(host.resources, host.notes, strict=True))
+    ]
     return open_chain(links, writable=not host.flags & devmsg.START_READ_ONLY)
