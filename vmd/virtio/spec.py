@@ -28,7 +28,8 @@ VIRTIO_F_RING_EVENT_IDX = 29
 VIRTIO_F_VERSION_1 = 32
 VIRTIO_F_ACCESS_PLATFORM = 33
 
-LEGACY_FEATURES = (1 << 32) - 1
+LEGACY_FEATURES = (1 << 32) - 1  # as many as the legacy registers have room for
+LEGACY_ONLY = 1 << VIRTIO_F_NOTIFY_ON_EMPTY | 1 << VIRTIO_F_ANY_LAYOUT  # to others they mean something else, or nothing
 
 # 4.1 PCI
 VENDOR = 0x1AF4

@@ -80,7 +80,8 @@ class Transport:
     def __init__(
         self, features: int, queue_sizes: tuple[int, ...], config: bytes, vectors: int, backend: "Backend"
     ) -> None:
-        self.offered = features | 1 << spec.VIRTIO_F_VERSION_1
+        self.offered_legacy = features & spec.LEGACY_FEATURES
+        self.offered = features & ~spec.LEGACY_ONLY | 1 << spec.VIRTIO_F_VERSION_1
         self.queues = [QueueRegisters(size) for size in queue_sizes]
         self.config = config
         self.vectors = vectors
@@ -142,8 +143,7 @@ class Transport:
 
     def negotiated(self, *, modern: bool) -> int:
         """Return the features in force: never more than was offered."""
-        features = self.driver_features & self.offered
-        return features if modern else features & spec.LEGACY_FEATURES
+        return self.driver_features & (self.offered if modern else self.offered_legacy)
 
     def needs_reset(self) -> None:
         """The device has given up on its driver (2.1.2)."""
@@ -253,7 +253,7 @@ class Transport:
         queue = self.selected
         match offset, size:
             case 0, 4:
-                return self.offered & spec.LEGACY_FEATURES
+                return self.offered_legacy
             case 4, 4:
                 return self.driver_features & spec.LEGACY_FEATURES
             case 8, 4:

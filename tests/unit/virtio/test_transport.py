@@ -7,6 +7,7 @@ from vmd.virtio import spec
 from vmd.virtio.transport import LEGACY_CONFIG, LEGACY_CONFIG_MSIX, QueueRegisters, Transport
 
 FEATURES = 1 << spec.VIRTIO_BLK_F_FLUSH | 1 << spec.VIRTIO_F_RING_EVENT_IDX
+LEGACY_ONLY = 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY | 1 << spec.VIRTIO_F_ANY_LAYOUT
 CONFIG = bytes(range(24))
 
 
@@ -51,7 +52,7 @@ class Backend:
 def device() -> tuple[Transport, Backend]:
     """Return fresh registers with two queues."""
     backend = Backend()
-    return Transport(FEATURES, (256, 64), CONFIG, 3, backend), backend
+    return Transport(FEATURES | LEGACY_ONLY, (256, 64), CONFIG, 3, backend), backend
 
 
 def negotiate(registers: Transport, features: int) -> None:
@@ -85,7 +86,8 @@ def test_modern_driver_comes_up() -> None:
 
 def test_features_that_were_not_offered_are_refused() -> None:
     """Case 7: FEATURES_OK does not stick, and DRIVER_OK without it activates nothing."""
-    for features in (1 << spec.VIRTIO_F_VERSION_1 | 1 << 40, FEATURES):
+    for extra in (1 << 40, 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY, 1 << spec.VIRTIO_F_ANY_LAYOUT):
+        features = FEATURES | 1 << spec.VIRTIO_F_VERSION_1 | extra
         registers, backend = device()
         negotiate(registers, features)
         assert not registers.status & spec.FEATURES_OK
@@ -137,7 +139,15 @@ def test_legacy_driver_comes_up() -> None:
     registers.legacy_write(18, 1, spec.ACKNOWLEDGE | spec.DRIVER | spec.DRIVER_OK)
     queue = registers.queues[1]
     assert (queue.desc, queue.avail, queue.used, queue.size) == (0x5000, 0x5400, 0x6000, 64)
-    assert backend.activated == [FEATURES]
+    assert backend.activated == [FEATURES | LEGACY_ONLY]
+
+
+def test_features_of_legacy_drivers_are_not_offered_to_others() -> None:
+    """NOTIFY_ON_EMPTY and ANY_LAYOUT show in the legacy registers only (6.3)."""
+    registers, _ = device()
+
+    assert registers.legacy_read(0, 4) == FEATURES | LEGACY_ONLY
+    assert registers.common_read(4, 4) == FEATURES
 
 
 def test_device_configuration_moves_while_msix_is_enabled() -> None:
