@@ -208,7 +208,9 @@ class Device:
             self.flags,
             len(self.memory.regions) if regions is None else regions,
         )  # fmt: skip
-        return head + rows + b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes) + b"vm/test"
+        words = ["vm/test", *(f"backing file {n} of disk 0" if n else "disk 0" for n in range(len(self.resources)))]
+        rows += b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes)
+        return head + rows + "\0".join(words).encode()
 
     def start(self) -> Self:
         """Say START and wait until the process is ready."""

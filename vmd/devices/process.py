@@ -113,7 +113,9 @@ class Host:
         for _ in range(resources):
             self.notes += unpack(devmsg.RESOURCE, packet, at)
             at += devmsg.RESOURCE.size
-        self.title = packet[at:].decode(errors="replace")
+        self.title, *self.names = packet[at:].decode(errors="replace").split("\0")
+        if len(self.names) != resources:
+            raise PeerError(VM, f"START names {len(self.names)} of {resources} resources", packet)
         first = devmsg.FD_FIRST_QUEUE
         self.kicks = list(range(first, first + queues))
         self.calls = list(range(first + queues, first + 2 * queues))

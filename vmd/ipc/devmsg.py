@@ -44,7 +44,7 @@ TYPE = Struct("<I")  # first word of every packet
 # START: the first packet.  Answered READY on both channels, or ERROR.
 #   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
 #   number of resource descriptors, flags (below), number of memory regions; then REGION each; then RESOURCE for
-#   each resource; then the title of the VM, UTF-8, to the end.
+#   each resource; then, UTF-8, the title of the process and a name for each resource, with a NUL before each name.
 START = 1
 START_HEAD = Struct("<IIIIIIII")
 REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)

@@ -303,17 +303,34 @@ class Ready(Record):
     warnings: tuple[str, ...] = ()
 
 
-@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave"))
+class ImageLink(Record):
+    """One image file of a disk; `guessed`: nobody but its first bytes said that the format is this one."""
+
+    path: str  # for messages
+    format: str
+    guessed: bool = False
+
+
+class DiskImages(Record):
+    """A disk: its image first, then what that is based on."""
+
+    images: tuple[ImageLink, ...]
+    read_only: bool = False
+
+
+@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave", "disks*", "cdrom?"))
 class StartVm(Record):
     """Start the VM.  Answered by VmRunning or VmFailed; VmExited follows in either case.
 
-    fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console.
+    fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console;
+    `disks` the images of all disks, one disk after the other, each in the order of `disks`; `cdrom` the disc.
     """
 
     vmid: int
     config: VmConfig
     boot_name: str  # of the kernel or firmware, for messages
     verbosity: int
+    disks: tuple[DiskImages, ...] = ()
 
 
 @message(0x61, *FROM_VM)

@@ -90,6 +90,14 @@ class Child:
         return os.waitstatus_to_exitcode(status)
 
 
+def signal_name(signum: int) -> str:
+    """Return what people call a signal."""
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
+
+
 def spawn(
     title: str,
     arguments: "Sequence[str]" = (),

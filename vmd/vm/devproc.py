@@ -3,14 +3,14 @@
 import mmap
 import os
 import select
-import socket
 import threading
 
 from vmd.errors import HostError, PeerError
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.log import FORMS, log
-from vmd.privsep.spawn import Child, spawn
+from vmd.privsep.spawn import signal_name, spawn
+from vmd.vm.slots import QUEUES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
     from vmd.guestmem import GuestMemory
     from vmd.ipc.loop import Loop
+    from vmd.vm.slots import Slot
 
 START_TIMEOUT_S = 30.0  # a host that starts fifty VMs at once is slow; a device that hangs is still found out
+END_TIMEOUT_S = 60.0  # a disk writes back what the host has of it in memory
+LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
 PAGE = 4096
 
 
@@ -47,75 +50,41 @@ class Interrupts:
 
 
 class DeviceProcess:
-    """One device process.  `start` of all devices first, then `wait_ready` of each: they start in parallel.
+    """One device process, started at once; what it is given stays the caller's.
 
-    `ask` is called on vCPU threads and the event thread, one at a time; everything else on the event thread.
+    `ask` and what is built on it is called on vCPU threads and the event thread, one at a time; everything else on
+    the event thread.
+
+    Raises:
+        HostError: it cannot be started.
     """
 
-    def __init__(self, title: str, name: str, entry: str, queues: int) -> None:
-        self.title = title
-        self.name = name
-        self.entry = entry
-        self.queue_count = queues
+    def __init__(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
+        self.title = f"{vm_title}/{slot.name}"
+        self.name = slot.name
+        queues = len(QUEUES[slot.kind])
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.interrupts = Interrupts()
         self.features = 0
         self.config = b""
-        self.child: Child | None = None
+        self.status: int | None = None  # with which the process ended
         self._lock = threading.Lock()
-        self._sync, self._async = (socket.socket(), socket.socket())
         self._on_failed: Callable[[str], None] = log.error
         self._on_needs_reset: Callable[[str], None] = log.warn
         self._on_config: Callable[[bytes], object] = len
-
-    def start(
-        self,
-        memory: "GuestMemory",
-        resources: "Sequence[int]",
-        *,
-        index: int,
-        flags: int = 0,
-        formats: "Sequence[tuple[str, bool]]" = (),
-    ) -> None:
-        """Spawn the process and send it what it is; `resources` stay the caller's.
-
-        If they are images, the disk itself first, `formats` has (format, guessed) of each: what its user or the
-        image above it says that it is, or what its first bytes look like if nobody says.
-
-        Raises:
-            HostError: it cannot be started.
-        """
-        self._sync.close()
-        self._async.close()
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
         fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_MEMORY: memory.fd}
         fds |= {devmsg.FD_INTERRUPTS: self.interrupts.fd, devmsg.FD_RESAMPLE: self.resample}
-        for number, fd in enumerate((*self.kicks, *self.calls, *resources), devmsg.FD_FIRST_QUEUE):
-            fds[number] = fd
+        fds |= dict(enumerate((*self.kicks, *self.calls, *slot.fds), devmsg.FD_FIRST_QUEUE))
         try:
-            self.child = spawn(self.title, channel=their_sync, fds=fds, entry=self.entry)
+            self.child = spawn(self.title, channel=their_sync, fds=fds, entry=slot.entry)
         finally:
             their_sync.close()
             their_async.close()
-        regions = [
-            devmsg.REGION.pack(r.gpa, r.size, r.offset, devmsg.REGION_READ_ONLY if r.read_only else 0)
-            for r in memory.regions
-        ]
-        head = devmsg.START_HEAD.pack(
-            devmsg.START,
-            log.verbosity,
-            FORMS.index(log.form),
-            index,
-            self.queue_count,
-            len(resources),
-            flags,
-            len(regions),
-        )
-        notes = [devmsg.RESOURCE.pack(note) for note in resource_notes(len(resources), formats)]
-        self._sync.send(head + b"".join(regions) + b"".join(notes) + self.title.encode())
+        self._sync.send(start_packet(self.title, slot, memory))
 
     def wait_ready(self) -> None:
         """Wait for READY on both channels.  Raises HostError or PeerError with the device's own sentence."""
@@ -125,8 +94,10 @@ class DeviceProcess:
                 packet = channel.recv(devmsg.PACKET_MAX)
             except TimeoutError:
                 raise PeerError(self.title, f"not ready after {START_TIMEOUT_S:.0f} s") from None
+            except ConnectionError:  # it is gone and has not even read START
+                packet = b""
             if not packet:
-                raise PeerError(self.title, "ended while it was starting")
+                raise PeerError(self.title, f"{self._how_it_ended()} while it was starting")
             kind = self._kind(packet)
             if kind == devmsg.ERROR:
                 number, text = self._error(packet)
@@ -180,7 +151,7 @@ class DeviceProcess:
                 reason = "no answer in 10 s" if isinstance(error, TimeoutError) else os.strerror(error.errno or 0)
                 raise PeerError(self.title, f"message {wanted}: {reason}") from error
         if not answer:
-            raise PeerError(self.title, "has ended")
+            raise PeerError(self.title, "ended instead of answering")
         if self._kind(answer) not in (wanted, devmsg.READY):
             raise PeerError(self.title, f"answered message {wanted} by another", answer)
         return answer
@@ -197,10 +168,21 @@ class DeviceProcess:
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the process to end; kill it if it does not."""
-        if self.child is not None and self.child.reap(timeout_s) is None:
+        if self.status is None:
+            self.status = self.child.reap(timeout_s)
+        if self.status is None:
             log.warn(f"{self.title} does not end; killing it")
             self.child.kill()
-            self.child.reap(timeout_s)
+            self.status = self.child.reap(timeout_s)
+
+    def _how_it_ended(self) -> str:
+        """Return what became of a process whose channel has ended."""
+        self.status = self.child.reap(LAST_WORDS_TIMEOUT_S)
+        if self.status is None:
+            return "has closed its channel"
+        if self.status < 0:
+            return f"was killed by {signal_name(-self.status)}"
+        return f"ended with status {self.status}"
 
     def _tell(self, packet: bytes) -> None:
         try:
@@ -217,7 +199,7 @@ class DeviceProcess:
             packet = b""
         try:
             if not packet:
-                raise PeerError(self.title, "has ended")
+                raise PeerError(self.title, self._how_it_ended())
             self._handle_async(packet)
         except PeerError as error:
             loop.remove(self._async.fileno())
@@ -263,12 +245,50 @@ class DeviceProcess:
         return number, packet[devmsg.ERROR_HEAD.size :].decode(errors="replace")[:500]
 
 
-def resource_notes(count: int, formats: "Sequence[tuple[str, bool]]") -> list[int]:
-    """Return what START says of each of `count` resources."""
-    assert len(formats) in (0, count)
-    qcow2, guessed = devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED
-    notes = [qcow2 * (form == "qcow2") | guessed * only_guessed for form, only_guessed in formats]
-    return notes or [0] * count
+def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
+    """Return START, which tells a device process what it is."""
+    head = devmsg.START_HEAD.pack(
+        devmsg.START,
+        log.verbosity,
+        FORMS.index(log.form),
+        slot.index,
+        len(QUEUES[slot.kind]),
+        len(slot.fds),
+        slot.flags,
+        len(memory.regions),
+    )
+    regions = [
+        devmsg.REGION.pack(r.gpa, r.size, r.offset, devmsg.REGION_READ_ONLY if r.read_only else 0)
+        for r in memory.regions
+    ]
+    notes = [devmsg.RESOURCE.pack(note) for note in slot.notes]
+    words = "\0".join((title, *slot.names))
+    return head + b"".join(regions) + b"".join(notes) + words.encode("utf-8", "surrogateescape")
+
+
+class DeviceProcesses:
+    """All device processes of a VM: they start in parallel, and end in parallel."""
+
+    def __init__(self) -> None:
+        self.running: list[DeviceProcess] = []
+
+    def start(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
+        """Start one for each slot; `wait_ready` of each comes later.  Raises HostError."""
+        for slot in slots:
+            self.running.append(DeviceProcess(vm_title, slot, memory))
+
+    def set_verbosity(self, verbosity: int) -> None:
+        """Let all log more or less."""
+        for process in self.running:
+            process.set_verbosity(verbosity)
+
+    def end(self) -> None:
+        """Have all finish what they do and wait until they are gone: only then are their files free."""
+        for process in self.running:
+            process.shut_down()
+        for process in self.running:
+            process.reap(END_TIMEOUT_S)
+        self.running.clear()
 
 
 def readable(fd: int) -> bool:

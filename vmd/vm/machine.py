@@ -22,16 +22,20 @@ from vmd.vm.chips.ns8250 import Uart
 from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.console import Console
 from vmd.vm.cpuid import for_vcpu
+from vmd.vm.devproc import DeviceProcess, DeviceProcesses
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
+from vmd.vm.slots import QUEUES, SLOT_HOST_BRIDGE, boot_paths
 from vmd.vm.vcpu import VcpuThread, apply_start, set_boot_msrs
+from vmd.vm.virtio import VirtioFunction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from vmd.config.model import VmConfig
+    from vmd.config.model import VirtioMode, VmConfig
     from vmd.ipc.loop import Loop
+    from vmd.vm.slots import Slot
 
 
 class BootImages:
@@ -63,6 +67,8 @@ class Machine:
         config: "VmConfig",
         kvm_fd: int,
         images: BootImages,
+        slots: "Sequence[Slot]",
+        devices: DeviceProcesses,
         console: Console,
         loop: "Loop",
         end: "Callable[[Outcome, str], None]",
@@ -83,8 +89,9 @@ class Machine:
         self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
 
         self.memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
-        for slot in self.memory.kvm_slots():
-            self.kvm.set_memory_region(*slot)
+        for region in self.memory.kvm_slots():
+            self.kvm.set_memory_region(*region)
+        devices.start(log.title, slots, self.memory)  # while the rest is built
 
         self.bus = bus = Bus()
         self.uart = Uart(self._line(layout.IRQ_COM1), console.send, console.resume_input)
@@ -95,7 +102,7 @@ class Machine:
         self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off, schedule=loop.schedule)
         self.reset_port = ResetPort(self._on_reset)
         self.pci = PciBus(bus, config.memory_bytes, {layout.PORT_RESET: self.reset_port})
-        self.pci.add(0, HostBridge())
+        self.pci.add(SLOT_HOST_BRIDGE, HostBridge())
         self.keyboard = I8042(self._on_reset)
         self.port_a = SystemControlA(self._on_reset)
         self.fwcfg = fwcfg.FwCfg(self.memory)
@@ -104,6 +111,7 @@ class Machine:
             memory_bytes=config.memory_bytes,
             vcpus=config.vcpus,
             firmware_bytes=firmware_bytes or layout.FIRMWARE_BYTES,
+            boot_paths=boot_paths(slots, config.boot_device),
             files=acpi.firmware_files(config.memory_bytes, config.vcpus),
         )
         bus.add_pio(layout.PORT_COM1, 8, self.uart)
@@ -119,7 +127,6 @@ class Machine:
             rsdp_gpa = 0  # SeaBIOS places tables, addresses and interrupt lines itself
         else:
             self.memory.write(rsdp_gpa, acpi.build_tables(config.memory_bytes, config.vcpus))
-            self.pci.assign_resources()
         start = loader.load(
             self.memory,
             images.boot_fd,
@@ -131,6 +138,11 @@ class Machine:
             rsdp_gpa=rsdp_gpa,
         )
         log.debug(start.text)
+        for slot, device in zip(slots, devices.running, strict=True):
+            device.wait_ready()
+            self.pci.add(slot.number, self._virtio_function(slot, device, config.virtio, loop))
+        if not firmware_bytes:
+            self.pci.assign_resources()
 
         self.vcpus = [self._create_vcpu(number, config.vcpus) for number in range(config.vcpus)]
         set_boot_msrs([thread.vcpu for thread in self.vcpus], direct_boot=not firmware_bytes)
@@ -148,6 +160,14 @@ class Machine:
         left = [thread.join() for thread in self.vcpus]
         return all(left)
 
+    def _virtio_function(
+        self, slot: "Slot", device: DeviceProcess, mode: "VirtioMode", loop: "Loop"
+    ) -> VirtioFunction:
+        function = VirtioFunction(slot.kind, device, QUEUES[slot.kind], self.kvm, self.routing, mode, self._fail)
+        device.serve(loop, on_failed=self._fail, on_needs_reset=function.on_needs_reset, on_config=function.on_config)
+        loop.add(function.config_resample, function.on_config_resample)
+        return function
+
     def _create_vcpu(self, number: int, count: int) -> VcpuThread:
         vcpu = self.kvm.create_vcpu(number)
         vcpu.set_cpuid2(for_vcpu(self.cpuid, number, count, tsc_deadline=self.tsc_deadline))
@@ -163,6 +183,9 @@ class Machine:
             chip = self.kvm.get_irqchip(chip_id)
             chip.chip.pic.elcr |= sum(1 << irq - first for irq in irqs if first <= irq < first + 8)
             self.kvm.set_irqchip(chip)
+
+    def _fail(self, text: str) -> None:
+        self.end(Outcome.FAILED, text)
 
     def _on_power_off(self) -> None:
         self.end(Outcome.POWER_OFF, "powered off by the guest")

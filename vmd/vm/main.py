@@ -1,8 +1,9 @@
 """vm/<name>: one virtual machine, from its first instruction to its last.
 
 Runs as  _vmd, in vmm's cell; narrowed to KVM requests and its open descriptors before the guest runs
-Peers    vmm
-Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty
+Peers    vmm; its device processes, which it starts
+Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
+         disks and the disc only until their processes have them
 Threads  main: the event thread; vcpu-<n>: one for each vCPU
 
 It is started before there is a VM for it, imports what a VM needs, and waits (vmm keeps one in reserve).
@@ -25,6 +26,7 @@ from vmd.ipc.messages import (
     SendBreak,
     SetVerbosity,
     StartVm,
+    StopMode,
     StopVm,
     VmEnding,
     VmFailed,
@@ -37,7 +39,9 @@ from vmd.log import log
 from vmd.privsep.confine import VM, confine
 from vmd.privsep.title import set_title
 from vmd.vm.console import Console
+from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.machine import BootImages, Machine
+from vmd.vm.slots import plan
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +52,8 @@ CONFINEMENT = VM.replace(
     ioctls=(
         abi.KVM_RUN,
         abi.KVM_IRQ_LINE,  # chips raise and lower their lines
+        abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices, where the guest wants them now
+        abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
         abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
         *VM.ioctls,
     )
@@ -69,6 +75,7 @@ class VmProcess(Process):
         self.vmm = self.attach_parent(Proc.VMM)
         self.vmid = 0
         self.machine: Machine | None = None
+        self.devices = DeviceProcesses()
         self.console: Console | None = None
         self.ending = False
         self.stopping = False
@@ -84,10 +91,15 @@ class VmProcess(Process):
         assert slave is not None
         assert boot is not None
         images = BootImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
+        slots = plan(message.config, message.disks, envelope.take_fds("disks"), envelope.take_fd("cdrom"))
         try:
             self.console = Console(master, slave, self.loop)
-            self.machine = Machine(message.config, KVM_FD, images, self.console, self.loop, self.end_from_thread)
+            self.machine = Machine(
+                message.config, KVM_FD, images, slots, self.devices, self.console, self.loop, self.end_from_thread
+            )
             images.close()
+            for fd in (fd for slot in slots for fd in slot.fds):
+                os.close(fd)
             confine(CONFINEMENT)  # what this kernel lacks was said by vmm, at the start of the daemon
             self.machine.start()
         except (VmdError, OSError) as error:
@@ -97,9 +109,11 @@ class VmProcess(Process):
             return
         channel.send(VmRunning(vmid=message.vmid, pid=os.getpid()))
 
-    def on_stop_vm(self, _message: StopVm, _envelope: Envelope, _channel: Channel) -> None:
+    def on_stop_vm(self, message: StopVm, _envelope: Envelope, _channel: Channel) -> None:
         """Press the power button; a guest without a driver for it is ended at once (*cat. 4.4*)."""
-        if self.machine is None or self.stopping:
+        if message.mode is StopMode.KILL:
+            self.end(Outcome.POWER_OFF, "stopped by force")
+        if self.machine is None or self.stopping or self.ending:
             return
         self.stopping = True
         if not self.machine.pm.power_button_enabled:
@@ -135,6 +149,7 @@ class VmProcess(Process):
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""
         log.verbosity = message.verbosity
+        self.devices.set_verbosity(message.verbosity)
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
         """End without a word."""
@@ -152,6 +167,7 @@ class VmProcess(Process):
         self.exit_status = outcome
         if self.machine is not None and not self.machine.stop():
             log.error("a vcpu does not come back from the kernel; ending without it")
+        self.devices.end()
         if self.console is not None:
             self.console.drain()
         self.vmm.send(VmEnding(text=text))

@@ -6,6 +6,7 @@ import signal
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages import ConsoleOutput, ConsoleSnapshotEnd, Outcome
+from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,11 +85,7 @@ class Reaper:
 def judge(code: int, status: int) -> tuple[Outcome, str]:
     """Return what the end of a VM process means, from waitid's si_code and si_status."""
     if code != os.CLD_EXITED:
-        try:
-            name = signal.Signals(status).name
-        except ValueError:
-            name = f"signal {status}"
-        return Outcome.KILLED, f"vm process was killed by {name}"
+        return Outcome.KILLED, f"vm process was killed by {signal_name(status)}"
     if status in (Outcome.POWER_OFF, Outcome.REBOOT):
         return Outcome(status), ""
     return Outcome.FAILED, f"vm process exited with status {status}"

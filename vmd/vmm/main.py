@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
+FORCE_GRACE_S = 10.0  # from `stop -f` to being killed (*cat. 4.4*)
 EXIT_GRACE_S = 10.0  # from the end of a VM's channel to its being killed
 RESERVE_DELAY_S = 0.2  # the VM that has just started needs the processor more than the next one does
 
@@ -115,11 +116,16 @@ class Vmm(Process):
         child = self.running.get(message.vmid)
         if child is None:
             return  # it has just ended by itself; VmExited is on its way
+        child.channel.send(message)
         if message.mode is StopMode.KILL:
-            child.last_words = "stopped by force"
+            # It lets its devices finish, so that no disk is left half written; unless it is stuck.
+            self.loop.call_later(FORCE_GRACE_S, lambda: self.kill(child, "stopped by force; it had to be killed"))
+
+    def kill(self, child: VmChild, words: str) -> None:
+        """End a VM process that did not end when it was told to."""
+        if not child.gone:
+            child.last_words = words
             child.kill()
-        else:
-            child.channel.send(message)
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""

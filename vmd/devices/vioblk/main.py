@@ -33,14 +33,13 @@ def open_disk(host: "Host") -> "Image":
     """Open the chain of images, each as what the VM says that it is; nothing is told from an image's bytes here."""
     if not host.resources:
         raise PeerError(process.VM, "a disk without an image")
-    disk = f"disk {host.index}"
     links = [
         Link(
             fd=fd,
-            path=f"backing file {depth} of {disk}" if depth else disk,
+            path=name,
             format="qcow2" if note & devmsg.RESOURCE_QCOW2 else "raw",
             guessed=bool(note & devmsg.RESOURCE_GUESSED),
         )
-        for depth, (fd, note) in enumerate(zip(host.resources, host.notes, strict=True))
+        for fd, note, name in zip(host.resources, host.notes, host.names, strict=True)
     ]
     return open_chain(links, writable=not host.flags & devmsg.START_READ_ONLY)

@@ -1,0 +1,105 @@
+"""Which virtio devices a VM has, and in which PCI slot each sits (*cat. 5.4*).
+
+    0 host bridge   1 entropy   then network interfaces, disks, the CD-ROM drive
+
+The order is upstream's, so that a guest that was installed there finds its devices where they were.
+"""
+
+from vmd.config.model import BootDevice
+from vmd.ipc import devmsg
+from vmd.record import Record
+from vmd.vm.boot import fwcfg
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmd.config.model import VmConfig
+    from vmd.ipc.messages import DiskImages, ImageLink
+
+SLOT_HOST_BRIDGE = 0
+SLOT_RNG = 1
+
+PROCESSES = {"rng": "viornd", "net": "vionet", "blk": "vioblk", "scsi": "vioscsi"}
+QUEUES = {  # their sizes
+    "rng": (64,),
+    "net": (256, 256),
+    "blk": (256,),
+    "scsi": (128, 128, 128),
+}
+
+
+class Slot(Record):
+    """One device: what it is, where it sits, and what its process is given."""
+
+    kind: str  # a key of PROCESSES and QUEUES
+    index: int  # among those of its kind
+    number: int  # PCI slot
+    fds: tuple[int, ...] = ()  # its host resources, in the order in which its process takes them
+    notes: tuple[int, ...] = ()  # devmsg.RESOURCE_* of each
+    names: tuple[str, ...] = ()  # what to call each in sentences
+    flags: int = 0  # devmsg.START_*
+
+    @property
+    def name(self) -> str:
+        """The name of the device and of its process, such as vioblk0."""
+        return f"{PROCESSES[self.kind]}{self.index}"
+
+    @property
+    def entry(self) -> str:
+        """The first function of its process."""
+        return f"vmd.devices.{PROCESSES[self.kind]}.main:main"
+
+
+def plan(
+    config: "VmConfig", disks: "Sequence[DiskImages]", disk_fds: "Sequence[int]", cdrom_fd: int | None
+) -> list[Slot]:
+    """Return the devices of a VM; `disk_fds` are the images of all disks, one chain after the other, top first."""
+    slots = [Slot(kind="rng", index=0, number=SLOT_RNG)]
+    number = SLOT_RNG + 1 + len(config.nics)
+    fds = list(disk_fds)
+    for index, disk in enumerate(disks):
+        chain = tuple(fds[: len(disk.images)])
+        del fds[: len(disk.images)]
+        slots.append(
+            Slot(
+                kind="blk",
+                index=index,
+                number=number + index,
+                fds=chain,
+                notes=tuple(note(image) for image in disk.images),
+                names=tuple(image.path for image in disk.images),
+                flags=devmsg.START_READ_ONLY if disk.read_only else 0,
+            )
+        )
+    if cdrom_fd is not None:
+        slots.append(
+            Slot(
+                kind="scsi",
+                index=0,
+                number=number + len(disks),
+                fds=(cdrom_fd,),
+                notes=(0,),
+                names=(config.cdrom,),
+            )
+        )
+    return slots
+
+
+def note(image: "ImageLink") -> int:
+    """Return what a disk's process is told of one of its images."""
+    qcow2 = devmsg.RESOURCE_QCOW2 if image.format == "qcow2" else 0
+    return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0)
+
+
+def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[str, ...]:
+    """Return the lines of SeaBIOS's `bootorder`: by default disks, then the disc; else only what was asked for."""
+    disks = [fwcfg.boot_path(slot.number) for slot in slots if slot.kind == "blk"]
+    discs = [fwcfg.scsi_boot_path(slot.number) for slot in slots if slot.kind == "scsi"]
+    match device:
+        case BootDevice.DISK:
+            return tuple(disks)
+        case BootDevice.CDROM:
+            return tuple(discs)
+        case _:  # `net` is for kernels that are booted directly; firmware has nothing to boot by it
+            return (*disks, *discs)
