@@ -18,10 +18,9 @@ Freed clusters are reused only when every request has ended that began before th
 under way to its old place must not hit the new owner.
 """
 
-import array
+import _thread
 import errno
 import os
-import threading
 import zlib
 
 from vmd.errors import ImageError
@@ -41,6 +40,7 @@ from vmd.images.hostfile import (
     write_views,
 )
 from vmd.images.refcounts import NOTHING_DIRTY, TABLE_OFFSET_MASK, Damage, Refcounts
+from vmd.images.words import big_endian, native, zeroes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Slice:
 
     __slots__ = ("high", "low", "pinned", "table", "used")
 
-    def __init__(self, table: "array.array[int]") -> None:
+    def __init__(self, table: memoryview) -> None:
         self.table = table
         self.low, self.high = NOTHING_DIRTY
         self.pinned = False  # a flush has yet to write it
@@ -80,13 +80,6 @@ class Slice:
     def dirty(self) -> bool:
         """Whether something is not written yet."""
         return self.high > self.low
-
-
-def native(raw: bytes) -> "array.array[int]":
-    """Return big-endian 64-bit numbers as native ones."""
-    numbers = array.array("Q", raw)
-    numbers.byteswap()
-    return numbers
 
 
 class Qcow2Image:
@@ -124,15 +117,15 @@ class Qcow2Image:
 
         self.slices: dict[int, Slice] = {}
         self.max_slices = min(MAX_SLICES, CACHE_BYTES // slice_bytes)
-        self.absent = Slice(array.array("Q", bytes(slice_bytes)))  # stands for every table that does not exist
+        self.absent = Slice(zeroes(slice_bytes // 8))  # stands for every table that does not exist
         self.dirty: dict[int, Slice] = {}
         self.held: Slice | None = None  # the one that is about to be changed
         self.clock = 0
         self.inflated: dict[int, bytes] = {}
 
-        self.loading = threading.Lock()  # the cache of slices, and that of inflated clusters
-        self.allocating = threading.Lock()  # refcounts, tables, and everything below
-        self.committing = threading.Lock()  # one flush after another; taken before `allocating`
+        self.loading = _thread.allocate_lock()  # the cache of slices, and that of inflated clusters
+        self.allocating = _thread.allocate_lock()  # refcounts, tables, and everything below
+        self.committing = _thread.allocate_lock()  # one flush after another; taken before `allocating`
         self.dirty_l1: set[int] = set()
         self.retired: list[tuple[int, int]] = []  # runs of clusters to be freed after the next flush
         self.limbo: list[tuple[int, list[tuple[int, int]]]] = []  # ... once requests as old as this have ended
@@ -307,7 +300,7 @@ class Qcow2Image:
         if not self.writable:
             self._read(offset, views, length)
             return
-        thread = threading.get_ident()
+        thread = _thread.get_ident()
         # Before anything is looked up: what is found then is not handed to others until this is undone.
         self.in_flight[thread] = self.generation
         try:
@@ -432,7 +425,7 @@ class Qcow2Image:
         """See Image."""
         length = total(views)
         self._check_write(offset, length)
-        thread = threading.get_ident()
+        thread = _thread.get_ident()
         self.in_flight[thread] = self.generation
         try:
             runs = self._map_in_place(offset, length)
@@ -624,7 +617,7 @@ class Qcow2Image:
                 index += 1
             position += step
 
-    def _reserved(self, table: "array.array[int]", index: int, count: int) -> int:
+    def _reserved(self, table: memoryview, index: int, count: int) -> int:
         """Return how many entries from `index` on read as zeroes but have a cluster in place, one after another."""
         reserved = 0
         first = table[index]
@@ -697,7 +690,7 @@ class Qcow2Image:
             self.refcounts.write_blocks()
             self._extend()
             entries = set(self.refcounts.unpublished)
-            batch = [(number, part, part.low, part.high, part.table[part.low : part.high])
+            batch = [(number, part, part.low, part.high, big_endian(part.table[part.low : part.high]))
                      for number, part in self.dirty.items()]  # fmt: skip
             for _, part, _, _, _ in batch:
                 part.pinned = True
@@ -718,8 +711,7 @@ class Qcow2Image:
                 start = number << self.slice_shift
                 table = self.l1[start >> self.table_shift] & OFFSET_MASK
                 offset = table + (start >> self.cluster_bits << 3 & self.cluster_mask) + low * 8
-                changed.byteswap()
-                write_bytes(self.fd, changed.tobytes(), offset)
+                write_bytes(self.fd, changed, offset)
             if l1:
                 if batch:
                     self._sync()

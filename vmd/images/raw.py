@@ -1,9 +1,9 @@
 """Raw images: the file is the disk."""
 
+import _thread
 import errno
 import os
 import stat
-import threading
 
 from vmd.errors import ImageError
 from vmd.images.hostfile import (
@@ -59,7 +59,7 @@ class RawImage:
         self.writable = writable
         self.size = os.lseek(fd, 0, os.SEEK_END)
         self.guarded = guessed and writable
-        self.guard = threading.Lock()
+        self.guard = _thread.allocate_lock()
         self.failed = 0  # errno of a flush that lost data
 
     def check(self, offset: int, length: int) -> None:

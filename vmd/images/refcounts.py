@@ -6,13 +6,13 @@ decrements after nothing does any more.  So a block may be written at any time, 
 that names a new block only once the block itself is on stable storage.
 """
 
-import array
 import errno
 import os
 import struct
 
 from vmd.images.header import AT_REFCOUNT_TABLE, MAX_TABLE_BYTES, Header
 from vmd.images.hostfile import read_bytes, write_bytes
+from vmd.images.words import big_endian, zeroes
 
 TABLE_OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 CACHE_BYTES = 4 << 20
@@ -48,7 +48,7 @@ def full_bytes(bits: int) -> bytes:
 class Refcounts:
     """Allocates and frees clusters, numbered by their place in the file."""
 
-    def __init__(self, fd: int, header: Header, table: "array.array[int]", file_bytes: int) -> None:
+    def __init__(self, fd: int, header: Header, table: memoryview, file_bytes: int) -> None:
         """`table` has the native numbers of the refcount table; new clusters come after `file_bytes` at first."""
         self.fd = fd
         self.cluster_bits = header.cluster_bits
@@ -244,8 +244,8 @@ class Refcounts:
             blocks += 1
         number = len(self.table)
         first = number * self.per_block
-        table = array.array("Q", self.table)
-        table.frombytes(bytes(clusters * self.cluster_size - len(table) * 8))
+        table = zeroes(clusters * per_cluster)
+        table[: len(self.table)] = self.table
         for position in range(blocks):
             block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size))
             for index in range(min(self.per_block, blocks + clusters - position * self.per_block)):
@@ -254,9 +254,7 @@ class Refcounts:
             table[number + position] = block.offset
         self.write_blocks()
         offset = (first + blocks) << self.cluster_bits
-        stored = array.array("Q", table)
-        stored.byteswap()
-        write_bytes(self.fd, stored.tobytes(), offset)
+        write_bytes(self.fd, big_endian(table), offset)
         os.fdatasync(self.fd)
         write_bytes(self.fd, table_place.pack(offset, clusters), AT_REFCOUNT_TABLE)
         # From here on the header names the new table, so memory does as well, whatever fails next.

@@ -1,7 +1,6 @@
 """The first code that a started process runs, before it knows which process it is."""
 
 import os
-import signal
 import sys
 
 from vmd.privsep import linux
@@ -15,7 +14,7 @@ def begin(title: str, parent_pid: int) -> None:
     # Everything from fd 3 on came over an exec and so would pass over the next one also.
     linux.close_on_exec_from(CHANNEL_FD)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)  # exec had made us traceable again
-    linux.die_with_parent(signal.SIGKILL)
+    linux.die_with_parent(linux.SIGKILL)
     if os.getppid() != parent_pid:  # it died before the kernel knew that we care
         sys.exit(1)
     set_title(title)
