@@ -140,7 +140,7 @@ def test_process_is_not_started_by_garbage(packet: bytes) -> None:
     """Whatever it is, the process ends."""
     with Device("viornd") as device:
         if packet:
-            device.sync.send(packet)
+            device.send_start(packet)
         else:
             device.sync.close()
 

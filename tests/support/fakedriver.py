@@ -154,16 +154,15 @@ class Device:
         self.log, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for channel in (self.sync, self.informs):
             channel.settimeout(DEADLINE_S)
-        self.resources = list(resources)
+        self.resources = [os.dup(fd) for fd in resources]
         self.flags = flags
         self.features = 0
         self.config = b""
         fds = {
             devmsg.FD_ASYNC: their_informs.fileno(),
-            devmsg.FD_MEMORY: self.memory.fd,
             devmsg.FD_INTERRUPTS: self.page,
             devmsg.FD_RESAMPLE: self.resample,
-            **dict(enumerate((*self.kicks, *self.calls, *resources), devmsg.FD_FIRST_QUEUE)),
+            **dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE)),
         }
         entry = f"vmd.devices.{kind}.main:main"
         self.spawned_s = time.monotonic()
@@ -188,7 +187,7 @@ class Device:
             self.child.reap(DEADLINE_S)
         self.sync.close()
         self.informs.close()
-        for fd in (*self.kicks, *self.calls, self.resample, self.page, self.log):
+        for fd in (*self.kicks, *self.calls, *self.resources, self.resample, self.page, self.log):
             os.close(fd)
 
     def start_packet(
@@ -212,9 +211,13 @@ class Device:
         rows += b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes)
         return head + rows + "\0".join(words).encode()
 
+    def send_start(self, packet: bytes) -> None:
+        """Send START, or something else, with memory and resources."""
+        socket.send_fds(self.sync, [packet], [self.memory.fd, *self.resources])
+
     def start(self) -> Self:
         """Say START and wait until the process is ready."""
-        self.sync.send(self.start_packet())
+        self.send_start(self.start_packet())
         for channel in (self.sync, self.informs):
             packet = channel.recv(devmsg.PACKET_MAX)
             kind, self.features, length = devmsg.READY_HEAD.unpack_from(packet)

@@ -18,6 +18,7 @@ from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
 from vmd.log import FORMS, RateLimit, log
 from vmd.privsep.confine import Confinement, confine
+from vmd.privsep.title import set_title
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
@@ -90,7 +91,7 @@ def exact(layout: "Struct", packet: bytes) -> "tuple[Any, ...]":
 class Host:
     """What the VM process told us, and the descriptors that came with it."""
 
-    def __init__(self, packet: bytes) -> None:
+    def __init__(self, packet: bytes, fds: list[int]) -> None:
         """Raises PeerError for a packet that is no START."""
         kind, verbosity, form, self.index, queues, resources, self.flags, regions = unpack(devmsg.START_HEAD, packet)
         if kind != devmsg.START or form >= len(FORMS):
@@ -116,10 +117,12 @@ class Host:
         self.title, *self.names = packet[at:].decode(errors="replace").split("\0")
         if len(self.names) != resources:
             raise PeerError(VM, f"START names {len(self.names)} of {resources} resources", packet)
+        if len(fds) != 1 + resources:
+            raise PeerError(VM, f"START with {len(fds)} descriptors for memory and {resources} resources", packet)
+        self.memory_fd, *self.resources = fds
         first = devmsg.FD_FIRST_QUEUE
         self.kicks = list(range(first, first + queues))
         self.calls = list(range(first + queues, first + 2 * queues))
-        self.resources = list(range(first + 2 * queues, first + 2 * queues + resources))
 
 
 class Process:
@@ -136,7 +139,7 @@ class Process:
         self.host = host
         self.device: Device
         try:
-            self.memory = GuestMemory.attach(devmsg.FD_MEMORY, host.regions)
+            self.memory = GuestMemory.attach(host.memory_fd, host.regions)
         except ValueError as error:
             raise PeerError(VM, str(error)) from None
         words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")
@@ -368,10 +371,11 @@ def main(confinement: Confinement, make: "Callable[[Process], Device]") -> int:
     sync = _socket.socket(fileno=devmsg.FD_SYNC)
     informs = _socket.socket(fileno=devmsg.FD_ASYNC)
     try:
-        packet = sync.recv(devmsg.PACKET_MAX)
+        packet, fds = receive_start(sync)
         if not packet:
-            return 1
-        host = Host(packet)
+            return 1  # it was started in vain
+        host = Host(packet, fds)
+        set_title(host.title)
         log.setup(host.title, host.form, host.verbosity)
         process = Process(sync, informs, host)
         process.device = make(process)
@@ -387,6 +391,17 @@ def main(confinement: Confinement, make: "Callable[[Process], Device]") -> int:
         log.error(sentence(error))
         process.fail(error)
     return 1
+
+
+def receive_start(sync: _socket.socket) -> tuple[bytes, list[int]]:
+    """Return the first packet and the descriptors that came with it."""
+    space = _socket.CMSG_SPACE(4 * (1 + devmsg.RESOURCES_MAX))
+    packet, rights, _, _ = sync.recvmsg(devmsg.PACKET_MAX, space, _socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, data in rights:
+        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+            fds += memoryview(data[: len(data) & ~3]).cast("i")
+    return packet, fds
 
 
 def refuse(sync: _socket.socket, error: Exception) -> int:

@@ -11,11 +11,13 @@ takes it for failed, the device exits.
 
 Descriptors a device process finds at start-up (`FD_*`):
 
-    3 sync   4 async   5 guest memory (memfd)   6 the interrupt page (memfd, one page)
-    7 resample: readable when the guest has ended an INTx interrupt
-    8 .. 8+Q-1      kick of queue 0 .. Q-1: the guest's notification (KVM_IOEVENTFD)
-    8+Q .. 8+2Q-1   call of queue 0 .. Q-1: write 1 to interrupt the guest (KVM_IRQFD)
-    8+2Q ..         the host resources of the device: image chain (top first), ISO, tap
+    3 sync   4 async   5 the interrupt page (memfd, one page)
+    6 resample: readable when the guest has ended an INTx interrupt
+    7 .. 7+Q-1      kick of queue 0 .. Q-1: the guest's notification (KVM_IOEVENTFD)
+    7+Q .. 7+2Q-1   call of queue 0 .. Q-1: write 1 to interrupt the guest (KVM_IRQFD)
+
+With START come guest memory (memfd), then the host resources of the device: image chain (top first), ISO, tap.  So
+a process can be started, and wait, before there is a VM for it.
 
 The interrupt page holds u32 counters: `raised` of queue q at 4*q, stored only by the thread that owns the
 queue; `seen` of queue q at 4*(QUEUES_MAX + q), stored only by the VM process when the guest reads ISR.
@@ -26,10 +28,9 @@ from struct import Struct
 
 FD_SYNC = 3
 FD_ASYNC = 4
-FD_MEMORY = 5
-FD_INTERRUPTS = 6
-FD_RESAMPLE = 7
-FD_FIRST_QUEUE = 8
+FD_INTERRUPTS = 5
+FD_RESAMPLE = 6
+FD_FIRST_QUEUE = 7
 
 QUEUES_MAX = 8
 REGIONS_MAX = 8

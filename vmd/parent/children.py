@@ -4,6 +4,7 @@ import socket
 
 from vmd.ipc.messages import Proc
 from vmd.log import log
+from vmd.parent.disks import ImageProber
 from vmd.privsep.cell import Cell, Network
 from vmd.privsep.spawn import Child, spawn
 
@@ -17,6 +18,7 @@ class Children:
 
     def __init__(self, uid: int, gid: int) -> None:
         cell = Cell.build(uid, gid)
+        self.prober = ImageProber(cell)
         self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: cell}
         self._children: list[Child] = []
 

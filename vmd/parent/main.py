@@ -20,7 +20,6 @@ from vmd.config.model import (
     NAME_MAX,
     BootDevice,
     Config,
-    VirtioMode,
     VmConfig,
     valid_vm_name,
 )
@@ -77,6 +76,7 @@ from vmd.log import log
 from vmd.parent import service
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
+from vmd.parent.media import Media
 from vmd.parent.options import Options
 from vmd.parent.resources import Pty, open_boot_files
 from vmd.parent.usage import resident_bytes
@@ -86,13 +86,15 @@ from vmd.record import Record, RecordType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
+    from vmd.parent.disks import Prober
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 
-
-
+# Booting from these is for installing: a guest that resets itself is done, and must not begin anew (*cat. 4.4*).
+# Unlike vmd, where `boot device disk` stops as well.
+ONE_SHOT_DEVICES = (BootDevice.CDROM, BootDevice.NET)
 
 # (path, what is known) -> the file as a configuration; None is the main file, read for itself
 LoadConfig = Callable[[str | None, Config | None], Config]
@@ -111,6 +113,7 @@ class Parent(Process):
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.peers: dict[Proc, Channel] = {}
+        self.prober: Prober
         self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
         self.retired: dict[str, RetiredConsole] = {}  # by name of the VM
         self.batch_timer: Timer | None = None
@@ -122,6 +125,7 @@ class Parent(Process):
 
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
         """Start control, vmm and priv and hand them what only root could open."""
+        self.prober = children.prober
         for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM):
             ours, theirs = socketpair()
             children.start(proc, theirs)
@@ -257,9 +261,13 @@ class Parent(Process):
         then as it was.
         """
         config = config or vm.config
+        # What only this start had cannot be had again: such a VM stops where others reboot (*cat. 4.4*).
+        once = vm.from_config and (config != vm.config or given_boot is not None or given_initrd is not None)
         files = open_boot_files(config, given_boot, given_initrd)
+        media = Media()
         try:
             refuse_unsupported(config)
+            media = Media.open(config, None, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
                 vm.pty = Pty()
@@ -268,10 +276,15 @@ class Parent(Process):
                 vm.begin_start()
                 began = True
                 tty = vm.pty.copies()
-                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), "tty": tty[:1], "tty_slave": tty[1:]}
                 message = StartVm(
-                    vmid=vm.vmid, config=config, boot_name=files.boot_name, verbosity=self.verbosity
+                    vmid=vm.vmid,
+                    config=config,
+                    boot_name=files.boot_name,
+                    verbosity=self.verbosity,
+                    disks=media.describe(),
                 )
+                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), "tty": tty[:1], "tty_slave": tty[1:]}
+                fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
                 try:
                     self.peers[Proc.VMM].send(message, fds=fds)
                 except ValueError as error:
@@ -284,7 +297,9 @@ class Parent(Process):
                 raise
         finally:
             files.close()
+            media.close()
         vm.uid = uid
+        vm.one_shot_boot = once or config.boot_device in ONE_SHOT_DEVICES
 
     def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""
@@ -448,8 +463,6 @@ class Parent(Process):
                 self.vms.remove(vm)
             raise
         vm.restarts.started_by_user()
-        # What only this start had cannot be had again: such a VM stops where others reboot (*cat. 4.4*).
-        vm.one_shot_boot = vm.from_config and (config != vm.config or boot is not None or initrd is not None)
         vm.start_client = envelope.peerid
 
     def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
@@ -651,13 +664,9 @@ def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
 def refuse_unsupported(config: VmConfig) -> None:
     """Raise OperatorError(ENOTSUP) if a VM needs what this version cannot do; nothing is ignored silently."""
     needs = (
-        (config.disks, "disks"),
         (config.nics, "network interfaces"),
-        (config.cdrom, "a cdrom"),
         (config.parent, f"being an instance of {config.parent}"),
         (config.sev or config.sev_es, "encrypted memory (sev)"),
-        (config.boot_device is not BootDevice.AUTO, "a boot device"),
-        (config.virtio is not VirtioMode.TRANSITIONAL, "a virtio mode"),
     )
     for wanted, what in needs:
         if wanted:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from enum import Enum
 
@@ -22,6 +23,7 @@ class State(Enum):
     STOPPING = "stopping"
 
 
+LOCKS_LINGER_S = 1.0
 ALIVE = (State.STARTING, State.RUNNING, State.STOPPING)  # states with a VM process
 
 
@@ -38,6 +40,7 @@ class Vm:
         self.pty: Pty | None = None
         self.restarts = RestartLimit()
         self.text = ""  # why it stopped
+        self.ended_s = -LOCKS_LINGER_S
         self.start_client: int | None = None  # waits for VmStarted
         self.waiting_clients: set[int] = set()  # wait for VmTerminated
         self.console_client: int | None = None
@@ -81,8 +84,13 @@ class Vm:
         self.state = State.STOPPED
         self.pid = 0
         self.text = text
+        self.ended_s = time.monotonic()
         self.uid = self.config.owner.uid
         self.one_shot_boot = False
+
+    def patience_s(self) -> float:
+        """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""
+        return max(0.0, self.ended_s + LOCKS_LINGER_S - time.monotonic())
 
     def keep_files(self, boot: int | None, initrd: int | None) -> None:
         """Keep copies of what a client opened: a VM without a configuration reboots from them.  Raises HostError."""

@@ -1,8 +1,10 @@
 """A device process as its VM sees it: started, asked, believed only within limits, ended."""
 
+import array
 import mmap
 import os
 import select
+import socket
 import threading
 
 from vmd.errors import HostError, PeerError
@@ -10,7 +12,7 @@ from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.log import FORMS, log
 from vmd.privsep.spawn import signal_name, spawn
-from vmd.vm.slots import QUEUES
+from vmd.vm.slots import PROCESSES, QUEUES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.vm.slots import Slot
 
+RESERVE = ("rng",)
 START_TIMEOUT_S = 30.0  # a host that starts fifty VMs at once is slow; a device that hangs is still found out
 END_TIMEOUT_S = 60.0  # a disk writes back what the host has of it in memory
 LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
@@ -50,7 +53,7 @@ class Interrupts:
 
 
 class DeviceProcess:
-    """One device process, started at once; what it is given stays the caller's.
+    """One device process, started at once, and told later with `begin` what it is.
 
     `ask` and what is built on it is called on vCPU threads and the event thread, one at a time; everything else on
     the event thread.
@@ -59,10 +62,10 @@ class DeviceProcess:
         HostError: it cannot be started.
     """
 
-    def __init__(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
-        self.title = f"{vm_title}/{slot.name}"
-        self.name = slot.name
-        queues = len(QUEUES[slot.kind])
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.title = self.name = PROCESSES[kind]
+        queues = len(QUEUES[kind])
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -76,15 +79,26 @@ class DeviceProcess:
         self._on_config: Callable[[bytes], object] = len
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
-        fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_MEMORY: memory.fd}
-        fds |= {devmsg.FD_INTERRUPTS: self.interrupts.fd, devmsg.FD_RESAMPLE: self.resample}
-        fds |= dict(enumerate((*self.kicks, *self.calls, *slot.fds), devmsg.FD_FIRST_QUEUE))
+        fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_INTERRUPTS: self.interrupts.fd}
+        fds[devmsg.FD_RESAMPLE] = self.resample
+        fds |= dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE))
         try:
-            self.child = spawn(self.title, channel=their_sync, fds=fds, entry=slot.entry)
+            entry = f"vmd.devices.{PROCESSES[kind]}.main:main"
+            self.child = spawn(self.title, channel=their_sync, fds=fds, entry=entry)
         finally:
             their_sync.close()
             their_async.close()
-        self._sync.send(start_packet(self.title, slot, memory))
+
+    def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
+        """Tell the process what it is; what it is given stays the caller's.  Raises PeerError if it is gone."""
+        self.name = slot.name
+        self.title = f"{vm_title}/{slot.name}"
+        fds = array.array("i", (memory.fd, *slot.fds))
+        try:
+            packet = start_packet(self.title, slot, memory)
+            self._sync.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        except ConnectionError:
+            raise PeerError(self.title, f"{self._how_it_ended()} before it was needed") from None
 
     def wait_ready(self) -> None:
         """Wait for READY on both channels.  Raises HostError or PeerError with the device's own sentence."""
@@ -270,12 +284,28 @@ class DeviceProcesses:
     """All device processes of a VM: they start in parallel, and end in parallel."""
 
     def __init__(self) -> None:
+        self.reserve: list[DeviceProcess] = []
         self.running: list[DeviceProcess] = []
 
+    def fill_reserve(self) -> None:
+        """Start what every VM has, before there is one; the kernel has these processes wait with ours."""
+        try:
+            self.reserve = [DeviceProcess(kind) for kind in RESERVE]
+        except HostError as error:
+            log.debug(str(error))  # the VM tries again, and fails if it has to
+
     def start(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
-        """Start one for each slot; `wait_ready` of each comes later.  Raises HostError."""
+        """Have a process for each slot, at work or starting; `wait_ready` of each comes later.
+
+        Raises HostError or PeerError.
+        """
         for slot in slots:
-            self.running.append(DeviceProcess(vm_title, slot, memory))
+            spare = next((process for process in self.reserve if process.kind == slot.kind), None)
+            if spare is not None:
+                self.reserve.remove(spare)
+            self.running.append(spare or DeviceProcess(slot.kind))
+        for process, slot in zip(self.running, slots, strict=True):
+            process.begin(vm_title, slot, memory)
 
     def set_verbosity(self, verbosity: int) -> None:
         """Let all log more or less."""
@@ -284,11 +314,12 @@ class DeviceProcesses:
 
     def end(self) -> None:
         """Have all finish what they do and wait until they are gone: only then are their files free."""
-        for process in self.running:
+        processes = [*self.running, *self.reserve]
+        for process in processes:
             process.shut_down()
-        for process in self.running:
+        for process in processes:
             process.reap(END_TIMEOUT_S)
-        self.running.clear()
+        self.running, self.reserve = [], []
 
 
 def readable(fd: int) -> bool:

@@ -190,7 +190,9 @@ def main() -> int:
     process.ignore_terminal_signals()
     install_kick_handler()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    process.devices.fill_reserve()
     gc.collect()
     gc.freeze()
     process.loop.run()
+    process.devices.end()
     return process.exit_status

@@ -45,11 +45,6 @@ class Slot(Record):
         """The name of the device and of its process, such as vioblk0."""
         return f"{PROCESSES[self.kind]}{self.index}"
 
-    @property
-    def entry(self) -> str:
-        """The first function of its process."""
-        return f"vmd.devices.{PROCESSES[self.kind]}.main:main"
-
 
 def plan(
     config: "VmConfig", disks: "Sequence[DiskImages]", disk_fds: "Sequence[int]", cdrom_fd: int | None

@@ -1,0 +1,89 @@
+"""The disks and the disc of a VM, from their opening to their being handed over."""
+
+import contextlib
+import errno
+import os
+import time
+
+from vmd.config.model import VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.messages import Caller, DiskImages, ImageLink
+from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.parent.disks import Prober
+
+NAME_MAX_BYTES = 240  # of a path, in what other processes log; sixteen images fit one message
+RETRY_S = 0.02
+
+
+class Media:
+    """Open files; a context manager that closes what nobody took."""
+
+    def __init__(self) -> None:
+        self.disks: list[OpenDisk] = []
+        self.cdrom: int | None = None
+
+    @classmethod
+    def open(cls, config: VmConfig, caller: Caller | None, prober: "Prober", *, patience_s: float = 0) -> "Media":
+        """Open and lock everything, with the rights of a `caller` if there is one; all or nothing.
+
+        `patience_s` is for a VM that has just been killed: its device processes hold the locks until the kernel
+        has ended them.
+
+        Raises:
+            OperatorError: a file cannot be had, or is in use.
+        """
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            media = cls()
+            try:
+                for disk in config.disks:
+                    media.disks.append(open_disk(disk, caller, prober))
+                if config.cdrom:
+                    media.cdrom = open_cdrom(config.cdrom, caller)
+            except OperatorError as error:
+                media.close()
+                if error.code != errno.EBUSY or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(RETRY_S)
+            except BaseException:
+                media.close()
+                raise
+            else:
+                return media
+
+    def describe(self) -> tuple[DiskImages, ...]:
+        """Return what a VM process is told of its disks."""
+        return tuple(
+            DiskImages(
+                images=tuple(
+                    ImageLink(path=shortened(link.path), format=link.format, guessed=link.guessed)
+                    for link in disk.links
+                ),
+                read_only=disk.read_only,
+            )
+            for disk in self.disks
+        )
+
+    def take_disks(self) -> list[int]:
+        """Return the images of all disks, one disk after the other; they are the caller's from now on."""
+        return [fd for disk in self.disks for fd in disk.take_fds()]
+
+    def take_cdrom(self) -> list[int]:
+        """Return the disc, if there is one; it is the caller's from now on."""
+        cdrom, self.cdrom = self.cdrom, None
+        return [cdrom] if cdrom is not None else []
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        with contextlib.ExitStack() as stack:
+            for fd in (*self.take_disks(), *self.take_cdrom()):
+                stack.callback(os.close, fd)
+
+
+def shortened(path: str) -> str:
+    """Return a path, or the end of a long one, which tells most."""
+    raw = os.fsencode(path)
+    return path if len(raw) <= NAME_MAX_BYTES else "..." + raw[3 - NAME_MAX_BYTES :].decode("utf-8", "replace")
