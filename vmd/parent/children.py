@@ -16,8 +16,8 @@ class Children:
     """Starts and finally reaps control, vmm and priv."""
 
     def __init__(self, uid: int, gid: int) -> None:
-        cell = Cell.build(uid, gid)
-        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: cell}
+        self.cell = Cell.build(uid, gid)
+        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: self.cell, Proc.VMM: self.cell}
         self._children: list[Child] = []
 
     def start(self, proc: Proc, channel: socket.socket) -> None:
