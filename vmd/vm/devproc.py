@@ -64,6 +64,7 @@ class DeviceProcess:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.begun = False
         self.title = self.name = PROCESSES[kind]
         queues = len(QUEUES[kind])
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
@@ -91,6 +92,7 @@ class DeviceProcess:
 
     def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
         """Tell the process what it is; what it is given stays the caller's.  Raises PeerError if it is gone."""
+        self.begun = True
         self.name = slot.name
         self.title = f"{vm_title}/{slot.name}"
         fds = array.array("i", (memory.fd, *slot.fds))
@@ -179,6 +181,8 @@ class DeviceProcess:
     def shut_down(self) -> None:
         """Ask for the end; `reap` waits for it."""
         self._tell(devmsg.TYPE.pack(devmsg.SHUTDOWN))
+        if not self.begun:  # it listens for START only
+            self._sync.close()
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the process to end; kill it if it does not."""
