@@ -157,6 +157,7 @@ class Device:
         self.resources = [os.dup(fd) for fd in resources]
         self.flags = flags
         self.features = 0
+        self.activations = 0
         self.config = b""
         fds = {
             devmsg.FD_ASYNC: their_informs.fileno(),
@@ -237,6 +238,7 @@ class Device:
 
     def activate_rows(self, features: int, *rows: bytes) -> int:
         """Hand over queues as given; return the status."""
+        self.activations += 1
         answer = self.ask(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, features, len(rows)) + b"".join(rows))
         kind, status = devmsg.STATUS.unpack(answer)
         assert kind == devmsg.ACTIVATE
@@ -300,11 +302,14 @@ class Device:
         return found
 
     def needs_reset(self) -> str:
-        """Wait for NEEDS_RESET; return its sentence."""
-        self.wait_for(self.informs.fileno())
-        packet = self.informs.recv(devmsg.PACKET_MAX)
-        assert devmsg.TYPE.unpack_from(packet)[0] == devmsg.NEEDS_RESET
-        return packet[devmsg.TYPE.size :].decode()
+        """Wait for NEEDS_RESET of this life of the device; return its sentence."""
+        while True:
+            self.wait_for(self.informs.fileno())
+            packet = self.informs.recv(devmsg.PACKET_MAX)
+            kind, life = devmsg.NEEDS_RESET_HEAD.unpack_from(packet)
+            assert kind == devmsg.NEEDS_RESET
+            if life == self.activations:
+                return packet[devmsg.NEEDS_RESET_HEAD.size :].decode()
 
     def error(self, channel: socket.socket) -> tuple[int, str]:
         """Return errno and sentence of an ERROR."""

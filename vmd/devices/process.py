@@ -146,6 +146,7 @@ class Process:
         self.raised = words[: devmsg.QUEUES_MAX]
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
         self.queues: list[Queue | None] = []
+        self.activations = 0
         self.running = False  # has rings, is not paused, and its driver has not broken them
         self.broken = False
         self.complaints = RateLimit()
@@ -209,7 +210,7 @@ class Process:
         """Stop serving a driver that broke its rings, and say so."""
         self.running = False
         self.broken = True
-        self.tell(devmsg.TYPE.pack(devmsg.NEEDS_RESET) + text.encode()[:500])
+        self.tell(devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, self.activations) + text.encode()[:500])
 
     def on_resample(self) -> None:
         """The guest ended an INTx interrupt: raise it again for what it has not seen."""
@@ -269,6 +270,7 @@ class Process:
         _, features, count = unpack(devmsg.ACTIVATE_HEAD, packet)
         if count > len(self.host.kicks) or len(packet) != devmsg.ACTIVATE_HEAD.size + count * devmsg.QUEUE.size:
             raise PeerError(VM, f"rings for {count} queues", packet)
+        self.activations = self.activations + 1 & 0xFFFFFFFF
         self.forget()
         queues: list[Queue | None] = []
         try:

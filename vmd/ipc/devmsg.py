@@ -36,6 +36,7 @@ QUEUES_MAX = 8
 REGIONS_MAX = 8
 RESOURCES_MAX = 8
 PACKET_MAX = 4096
+CONFIG_MAX = 104  # bytes of configuration space, as many as the legacy registers leave room for
 ANSWER_TIMEOUT_S = 10.0
 
 TYPE = Struct("<I")  # first word of every packet
@@ -83,7 +84,10 @@ EXPORT_HEAD = Struct("<II")  # type, number of queues
 
 ERROR = 16  # device -> VM: TYPE, errno (u32), sentence in UTF-8; the device cannot go on
 ERROR_HEAD = Struct("<II")
-NEEDS_RESET = 17  # device -> VM: TYPE, sentence; the driver broke the ring, the device waits for a reset
+# NEEDS_RESET: device -> VM: type, number of ACTIVATEs so far, sentence; the driver broke a ring that came with the
+#   last of them, the device waits for a reset.  (The VM may have begun another life of the device when it reads this.)
+NEEDS_RESET = 17
+NEEDS_RESET_HEAD = Struct("<II")
 CONFIG_CHANGED = 18  # device -> VM: as READY; raise a configuration interrupt
 VERBOSITY = 19  # VM -> device: type, verbosity
 VERBOSITY_BODY = Struct("<II")

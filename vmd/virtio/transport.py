@@ -132,7 +132,11 @@ class Transport:
         if added & spec.DRIVER_OK and modern and not (self.status | added) & spec.FEATURES_OK:
             added &= ~spec.DRIVER_OK
         self.status |= added
-        if added & spec.DRIVER_OK and not self.active:
+        if added & spec.DRIVER_OK:
+            self._activate(modern=modern)
+
+    def _activate(self, *, modern: bool) -> None:
+        if not self.active:
             self.features_locked = True
             self.active = True
             if not self.backend.activate(self.negotiated(modern=modern), self.queues):
@@ -240,6 +244,14 @@ class Transport:
             setattr(queue, name, getattr(queue, name) & ~(0xFFFFFFFF << shift) | value << shift)
 
     # --- the legacy block (4.1.4.10) -------------------------------------------------------------------------
+
+    def legacy_notify(self, number: int) -> None:
+        """Take note of a notification of a queue that may not run yet.
+
+        Drivers of old use a device while they still attach to it, before DRIVER_OK (3.1.2 warns of them).
+        """
+        if number < len(self.queues) and self.queues[number].pfn and self.status & spec.DRIVER:
+            self._activate(modern=False)
 
     def legacy_config_offset(self) -> int:
         """Return where device configuration starts: it gives way to the vectors while MSI-X is enabled."""

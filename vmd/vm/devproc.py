@@ -72,11 +72,12 @@ class DeviceProcess:
         self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.interrupts = Interrupts()
         self.features = 0
+        self.activations = 0
         self.config = b""
         self.status: int | None = None  # with which the process ended
         self._lock = threading.Lock()
         self._on_failed: Callable[[str], None] = log.error
-        self._on_needs_reset: Callable[[str], None] = log.warn
+        self._on_needs_reset: Callable[[str, int], None] = lambda text, _life: log.warn(text)
         self._on_config: Callable[[bytes], object] = len
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
@@ -129,7 +130,7 @@ class DeviceProcess:
         loop: "Loop",
         *,
         on_failed: "Callable[[str], None]",
-        on_needs_reset: "Callable[[str], None]",
+        on_needs_reset: "Callable[[str, int], None]",
         on_config: "Callable[[bytes], object]",
     ) -> None:
         """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on."""
@@ -144,6 +145,7 @@ class DeviceProcess:
             devmsg.QUEUE.pack(size, enabled, 0, desc, avail, used, next_avail, next_used)
             for size, enabled, desc, avail, used, next_avail, next_used in queues
         )
+        self.activations = self.activations + 1 & 0xFFFFFFFF
         answer = self.ask(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, features, len(queues)) + body)
         return self._status(answer)
 
@@ -226,7 +228,10 @@ class DeviceProcess:
     def _handle_async(self, packet: bytes) -> None:
         match self._kind(packet):
             case devmsg.NEEDS_RESET:
-                self._on_needs_reset(packet[devmsg.TYPE.size :].decode(errors="replace")[:200])
+                if len(packet) < devmsg.NEEDS_RESET_HEAD.size:
+                    raise PeerError(self.title, "NEEDS_RESET is too short", packet)
+                life = devmsg.NEEDS_RESET_HEAD.unpack_from(packet)[1]
+                self._on_needs_reset(packet[devmsg.NEEDS_RESET_HEAD.size :].decode(errors="replace")[:200], life)
             case devmsg.CONFIG_CHANGED:
                 self._on_config(self._ready(packet)[1])
             case devmsg.ERROR:
@@ -252,7 +257,7 @@ class DeviceProcess:
             raise PeerError(self.title, "READY is too short", packet)
         _, features, length = devmsg.READY_HEAD.unpack_from(packet)
         config = packet[devmsg.READY_HEAD.size :]
-        if length != len(config):
+        if length != len(config) or length > devmsg.CONFIG_MAX:
             raise PeerError(self.title, f"READY announces {length} bytes of configuration, has {len(config)}", packet)
         return features, config
 

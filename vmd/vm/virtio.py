@@ -73,6 +73,7 @@ class VirtioFunction(PciFunction):
             revision=1 if modern_only else 0,
             interrupt_pin=1,
         )
+        self.pci_cfg = 0  # where in configuration space the window is
         self.process = process
         self.kvm = kvm
         self.routing = routing
@@ -124,7 +125,7 @@ class VirtioFunction(PciFunction):
         self._window(offset, size, value)
 
     def _window(self, offset: int, size: int, value: int | None) -> None:
-        cap = getattr(self, "pci_cfg", 0)
+        cap = self.pci_cfg
         if not cap or not cap + CAP_BYTES <= offset < cap + CAP_BYTES + 4:
             return
         with self.lock:
@@ -200,12 +201,17 @@ class VirtioFunction(PciFunction):
 
     def on_config_resample(self, _events: int) -> None:
         """The guest ended an INTx interrupt: raise it again if the configuration bit is still unread."""
-        os.eventfd_read(self.config_resample)
+        drain(self.config_resample)
         with self.lock:
             if self.config_pending and not self.transport.msix_enabled:
                 os.eventfd_write(self.config_call, 1)
 
     # --- notifications ---------------------------------------------------------------------------------------
+
+    def notify(self, number: int) -> None:
+        """Pass on a notification that came here: by the window, or before its port was registered."""
+        if self.transport.active and number < len(self.process.kicks):
+            os.eventfd_write(self.process.kicks[number], 1)
 
     def _place_notifications(self) -> None:
         """Register each queue's kick at the ports where the guest notifies now; elsewhere it is ignored."""
@@ -243,16 +249,18 @@ class VirtioFunction(PciFunction):
         except PeerError as error:
             self.fail(str(error))
         for fd in (*self.process.kicks, *self.process.calls, self.config_call):
-            if readable(fd):
-                os.eventfd_read(fd)
+            drain(fd)
 
     def write_config(self, offset: int, data: bytes) -> bytes:
         """Pass a write to device configuration on."""
         try:
-            return self.process.write_config(offset, data)
+            config = self.process.write_config(offset, data)
+            if len(config) != len(self.transport.config):
+                raise PeerError(self.process.title, f"configuration has {len(config)} bytes after a write to it")
         except PeerError as error:
             self.fail(str(error))
             return self.transport.config
+        return config
 
     def take_isr(self) -> int:
         """Return and clear ISR."""
@@ -271,11 +279,11 @@ class VirtioFunction(PciFunction):
 
     # --- from the device process, on the event thread ----------------------------------------------------------
 
-    def on_needs_reset(self, text: str) -> None:
-        """The driver broke a ring."""
+    def on_needs_reset(self, text: str, life: int) -> None:
+        """The driver broke a ring of this life of the device, or of one before it."""
         self.complaints.warn(f"{self.process.name}: {text}")
         with self.lock:
-            if self.transport.active:
+            if self.transport.active and life == self.process.activations:
                 self.transport.needs_reset()
 
     def on_config(self, config: bytes) -> None:
@@ -299,11 +307,14 @@ class LegacyBlock:
             return self.function.transport.legacy_read(offset, size)
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Write a legacy register; a notification that comes here is of no running queue."""
-        if offset == LEGACY_NOTIFY:
-            return
-        with self.function.lock:
-            self.function.transport.legacy_write(offset, size, value)
+        """Write a legacy register; most notifications never come here."""
+        function = self.function
+        with function.lock:
+            if offset != LEGACY_NOTIFY:
+                function.transport.legacy_write(offset, size, value)
+            elif size == NOTIFY_BYTES:
+                function.transport.legacy_notify(value)
+                function.notify(value)
 
 
 class ModernBlock:
@@ -330,3 +341,13 @@ class ModernBlock:
                 function.transport.write_config(offset - DEVICE_CONFIG, size, value)
             elif offset < COMMON_BYTES:
                 function.transport.common_write(offset, size, value)
+            elif offset == NOTIFY and size == NOTIFY_BYTES:
+                function.notify(value)
+
+
+def drain(fd: int) -> None:
+    """Take what an eventfd has, if anything; another process or KVM may be quicker."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return

@@ -1,0 +1,306 @@
+"""A guest's view of one virtio PCI function: the real bus, registers and MSI-X, with a KVM and a device that only note.
+
+`Kvm` refuses what the kernel refuses; give `Machine` a real `kvmapi.vm.Vm` instead to have the kernel's own word.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+from vmd.config.model import VirtioMode
+from vmd.errors import PeerError
+from vmd.ipc import devmsg
+from vmd.virtio import spec
+from vmd.vm import layout, virtio
+from vmd.vm.bus import Bus
+from vmd.vm.devproc import Interrupts
+from vmd.vm.pci import HostBridge, PciBus
+from vmd.vm.routing import Routing
+from vmd.vm.virtio import VirtioFunction
+
+MEMORY = 128 * layout.MIB
+ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
+SLOT = 1
+IRQ = layout.pci_irq(SLOT, 1)
+LEGACY, MODERN, TABLE = 0xC000, 0xC100, 0x80000000  # where a machine's BARs are put
+CONFIG = bytes(range(1, 61))
+FEATURES = 1 << spec.VIRTIO_BLK_F_FLUSH | 1 << spec.VIRTIO_F_RING_EVENT_IDX | spec.LEGACY_ONLY
+VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
+QUEUES = (256, 64)
+NO_VECTOR = spec.VIRTIO_MSI_NO_VECTOR
+CONFIG_VECTOR = 2  # as the driver of these tests numbers them: the queues, then configuration
+
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = spec.ACKNOWLEDGE, spec.DRIVER, spec.DRIVER_OK, spec.FEATURES_OK
+
+# Offsets in the common structure (4.1.4.3) and the legacy block (4.1.4.10)
+DEVICE_SELECT, DEVICE_FEATURE, DRIVER_SELECT, DRIVER_FEATURE = 0, 4, 8, 12
+CONFIG_MSIX, NUM_QUEUES, STATUS, GENERATION, QUEUE_SELECT = 16, 18, 20, 21, 22
+QUEUE_SIZE, QUEUE_MSIX, QUEUE_ENABLE, QUEUE_NOTIFY_OFF, DESC, AVAIL, USED = 24, 26, 28, 30, 32, 40, 48
+LEGACY_PFN, LEGACY_SIZE, LEGACY_SELECT, LEGACY_NOTIFY, LEGACY_STATUS, LEGACY_ISR = 8, 12, 14, 16, 18, 19
+
+
+class Kvm:
+    """Notes eventfds and routes.  Raises OSError where KVM does."""
+
+    def __init__(self) -> None:
+        self.irqfds: dict[int, tuple[int, int | None]] = {}  # eventfd -> gsi, resample eventfd
+        self.ioeventfds: dict[tuple[int, int, int], int] = {}  # port, size, value -> eventfd
+        self.messages: dict[int, tuple[int, int]] = {}  # gsi -> address, data
+        self.injected: list[int] = []
+
+    def set_gsi_routing(self, routes: Iterable[Any]) -> None:
+        """Take the whole table."""
+        self.messages = {
+            route.gsi: (route.u.msi.address_lo | route.u.msi.address_hi << 32, route.u.msi.data)
+            for route in routes
+            if route.type == 2
+        }
+
+    def assign_irqfd(self, fd: int, gsi: int, resample_fd: int | None = None) -> None:
+        """Let an eventfd raise a GSI, at once if it counts already."""
+        if fd in self.irqfds:
+            raise OSError(errno.EBUSY, "irqfd is assigned")
+        self.irqfds[fd] = (gsi, resample_fd)
+        self.deliver()
+
+    def deassign_irqfd(self, fd: int, gsi: int) -> None:
+        """Undo it; KVM would not mind if it is not so, we do."""
+        assert self.irqfds.pop(fd)[0] == gsi
+
+    def assign_ioeventfd(
+        self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
+    ) -> None:
+        """Let a write to a port signal an eventfd."""
+        assert pio
+        assert datamatch is not None
+        if (address, size, datamatch) in self.ioeventfds:
+            raise OSError(errno.EEXIST, "ioeventfd is taken")
+        self.ioeventfds[address, size, datamatch] = fd
+
+    def deassign_ioeventfd(
+        self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
+    ) -> None:
+        """Undo it."""
+        assert pio
+        assert datamatch is not None
+        if self.ioeventfds.get((address, size, datamatch)) != fd:
+            raise OSError(errno.ENOENT, "no such ioeventfd")
+        del self.ioeventfds[address, size, datamatch]
+
+    def deliver(self) -> None:
+        """Inject what assigned eventfds have counted, as KVM does the moment they are written."""
+        for fd, (gsi, _) in list(self.irqfds.items()):
+            if taken(fd):
+                self.injected.append(gsi)
+
+
+class Process:
+    """A device process that notes what it is asked; `failing` makes it break the protocol."""
+
+    def __init__(self) -> None:
+        self.title = "vm/test/vioblk0"
+        self.name = "vioblk0"
+        self.features = FEATURES
+        self.config = CONFIG
+        self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in QUEUES]
+        self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in QUEUES]
+        self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.interrupts = Interrupts()
+        self.activations = 0
+        self.lives: list[tuple[int, list[tuple[int, ...]]]] = []  # features and rows of each ACTIVATE
+        self.resets = 0
+        self.running = False
+        self.usable = True
+        self.failing = False
+        self.written: list[tuple[int, bytes]] = []
+        self.answer = CONFIG
+        self.during_reset: Callable[[], object] = dict
+
+    def activate(self, features: int, queues: list[tuple[int, ...]]) -> bool:
+        """Note a life that begins."""
+        self.activations += 1
+        self._answer()
+        assert not self.running
+        self.running = True
+        self.lives.append((features, queues))
+        return self.usable
+
+    def command(self, kind: int) -> bool:
+        """Note a life that ends."""
+        self._answer()
+        assert kind == devmsg.RESET
+        assert self.running
+        self.during_reset()
+        self.running = False
+        self.resets += 1
+        return True
+
+    def write_config(self, offset: int, data: bytes) -> bytes:
+        """Note what the driver writes."""
+        self._answer()
+        self.written.append((offset, data))
+        return self.answer
+
+    def _answer(self) -> None:
+        if self.failing:
+            raise PeerError(self.title, "no answer in 10 s")
+
+    def raise_queue(self, queue: int) -> None:
+        """Interrupt as the device process does."""
+        words = self.interrupts._words
+        words[queue] = words[queue] + 1 & 0xFFFFFFFF
+        os.eventfd_write(self.calls[queue], 1)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for fd in (*self.kicks, *self.calls, self.resample, self.interrupts.fd):
+            os.close(fd)
+
+
+def taken(fd: int) -> int:
+    """Take what an eventfd has counted."""
+    with contextlib.suppress(BlockingIOError):
+        return os.eventfd_read(fd)
+    return 0
+
+
+class Machine:
+    """A bus with the function in slot 1, its BARs assigned and decoding on, and a guest's hands on it."""
+
+    def __init__(self, kvm: Any, process: Any, mode: VirtioMode = VirtioMode.TRANSITIONAL) -> None:  # noqa: ANN401
+        self.kvm = kvm
+        self.process = process
+        self.failures: list[str] = []
+        self.bus = Bus()
+        self.pci = PciBus(self.bus, MEMORY)
+        self.pci.complaints.burst = 0
+        self.bus.add_pio(ADDRESS, 8, self.pci)
+        self.pci.add(0, HostBridge())
+        self.function = VirtioFunction("blk", process, QUEUES, kvm, Routing(kvm), mode, self.failures.append)
+        self.pci.add(SLOT, self.function)
+        for index, base in ((0, LEGACY), (1, TABLE), (2, MODERN)):
+            if index in self.function.bars:
+                self.set_bar(index, base)
+        self.config_write(4, 2, 7)
+
+    @classmethod
+    def fake(cls, mode: VirtioMode = VirtioMode.TRANSITIONAL) -> Self:
+        """Make one without a kernel or another process."""
+        return cls(Kvm(), Process(), mode)
+
+    def close(self) -> None:
+        """Let go of eventfds."""
+        self.process.close()
+        os.close(self.function.config_call)
+        os.close(self.function.config_resample)
+
+    # --- configuration space
+
+    def config_read(self, register: int, size: int) -> int:
+        """Read by mechanism 1."""
+        self.bus.pio_write(ADDRESS, 4, 1 << 31 | SLOT << 11 | register & 0xFC)
+        return self.bus.pio_read(DATA + (register & 3), size)
+
+    def config_write(self, register: int, size: int, value: int) -> None:
+        """Write by mechanism 1."""
+        self.bus.pio_write(ADDRESS, 4, 1 << 31 | SLOT << 11 | register & 0xFC)
+        self.bus.pio_write(DATA + (register & 3), size, value)
+
+    def set_bar(self, index: int, base: int) -> None:
+        """Write a BAR."""
+        self.config_write(0x10 + 4 * index, 4, base)
+
+    def capabilities(self) -> dict[int, int]:
+        """Return virtio cfg_type -> offset; MSI-X is under 0x11."""
+        found = {}
+        at = self.config_read(0x34, 1)
+        while at:
+            kind = self.config_read(at, 1)
+            found[self.config_read(at + 3, 1) if kind == spec.PCI_CAP_ID_VENDOR else kind] = at
+            at = self.config_read(at + 1, 1)
+        return found
+
+    def enable_msix(self, control: int = 0x8000) -> None:
+        """Write MSI-X message control."""
+        self.config_write(self.capabilities()[0x11] + 2, 2, control)
+
+    def set_vector(self, vector: int, data: int, *, masked: bool = False, address: int = 0xFEE00000) -> None:
+        """Write an entry of the MSI-X table."""
+        for offset, value in ((12, 1), (0, address), (4, 0), (8, data), (12, int(masked))):
+            self.bus.mmio_write(TABLE + 16 * vector + offset, 4, value)
+
+    def pending(self) -> int:
+        """Read the pending bits."""
+        return self.bus.mmio_read(TABLE + self.function.msix.pba_offset, 8)  # type: ignore[union-attr]
+
+    # --- registers
+
+    def read(self, offset: int, size: int) -> int:
+        """Read a virtio 1.x structure."""
+        return self.bus.pio_read(MODERN + offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write a virtio 1.x structure."""
+        self.bus.pio_write(MODERN + offset, size, value)
+
+    def legacy_read(self, offset: int, size: int) -> int:
+        """Read the legacy block."""
+        return self.bus.pio_read(LEGACY + offset, size)
+
+    def legacy_write(self, offset: int, size: int, value: int) -> None:
+        """Write the legacy block."""
+        self.bus.pio_write(LEGACY + offset, size, value)
+
+    @property
+    def status(self) -> int:
+        """Device status."""
+        return self.read(STATUS, 1)
+
+    def negotiate(self, features: int = VERSION_1) -> None:
+        """Come up to FEATURES_OK."""
+        self.write(STATUS, 1, ACKNOWLEDGE)
+        self.write(STATUS, 1, ACKNOWLEDGE | DRIVER)
+        for select_, half in ((0, features & 0xFFFFFFFF), (1, features >> 32)):
+            self.write(DRIVER_SELECT, 4, select_)
+            self.write(DRIVER_FEATURE, 4, half)
+        self.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK)
+
+    def place_queue(self, queue: int, base: int, size: int = 0) -> None:
+        """Say where a queue is, and enable it."""
+        self.write(QUEUE_SELECT, 2, queue)
+        if size:
+            self.write(QUEUE_SIZE, 2, size)
+        for offset, gpa in ((DESC, base), (AVAIL, base + 0x1000), (USED, base + 0x2000)):
+            self.write(offset, 4, gpa)
+            self.write(offset + 4, 4, 0)
+        self.write(QUEUE_ENABLE, 2, 1)
+
+    def start(self, features: int = VERSION_1) -> None:
+        """Bring the device up as a driver of virtio 1.x."""
+        self.negotiate(features)
+        self.place_queue(0, 0x10000)
+        self.place_queue(1, 0x20000)
+        self.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
+    def start_legacy(self, features: int = 0) -> None:
+        """Bring the device up as a driver of old."""
+        self.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER)
+        self.legacy_write(4, 4, features)
+        for queue in (0, 1):
+            self.legacy_write(LEGACY_SELECT, 2, queue)
+            self.legacy_write(LEGACY_PFN, 4, 0x10 + 0x10 * queue)
+        self.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
+
+    def notify(self, queue: int, port: int = MODERN + virtio.NOTIFY, size: int = 2) -> None:
+        """Write to a port as the guest does: KVM has the first look."""
+        kick = self.kvm.ioeventfds.get((port, size, queue))
+        if kick is not None:
+            os.eventfd_write(kick, 1)
+        else:
+            self.bus.pio_write(port, size, queue)
+
+    def kicked(self) -> list[int]:
+        """Return which queues were notified since the last look."""
+        return [queue for queue, fd in enumerate(self.process.kicks) if taken(fd)]

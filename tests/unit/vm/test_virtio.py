@@ -1,0 +1,854 @@
+"""A virtio function as its guest sees it, with a driver that does not care (hostile-input 1, 4-10, 57).
+
+What KVM is told is compared with what the registers say; `tests/guest/test_virtio_kvm.py` does the same with KVM.
+"""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.virtiopci import (
+    ACKNOWLEDGE,
+    AVAIL,
+    CONFIG,
+    CONFIG_MSIX,
+    CONFIG_VECTOR,
+    DESC,
+    DEVICE_FEATURE,
+    DEVICE_SELECT,
+    DRIVER,
+    DRIVER_FEATURE,
+    DRIVER_OK,
+    DRIVER_SELECT,
+    FEATURES,
+    FEATURES_OK,
+    GENERATION,
+    IRQ,
+    LEGACY,
+    LEGACY_ISR,
+    LEGACY_NOTIFY,
+    LEGACY_PFN,
+    LEGACY_SELECT,
+    LEGACY_SIZE,
+    LEGACY_STATUS,
+    MEMORY,
+    MODERN,
+    NO_VECTOR,
+    NUM_QUEUES,
+    QUEUE_ENABLE,
+    QUEUE_MSIX,
+    QUEUE_NOTIFY_OFF,
+    QUEUE_SELECT,
+    QUEUE_SIZE,
+    STATUS,
+    TABLE,
+    USED,
+    VERSION_1,
+    Machine,
+)
+from vmd.config.model import VirtioMode
+from vmd.log import log
+from vmd.virtio import spec
+from vmd.vm import virtio
+
+NOTIFY = MODERN + virtio.NOTIFY
+ROWS = [(256, True, 0x10000, 0x11000, 0x12000, 0, 0), (64, True, 0x20000, 0x21000, 0x22000, 0, 0)]
+RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+NEEDS_RESET = spec.DEVICE_NEEDS_RESET
+EVERY_PORT = {(LEGACY + LEGACY_NOTIFY, 2, 0), (LEGACY + LEGACY_NOTIFY, 2, 1), (NOTIFY, 2, 0), (NOTIFY, 2, 1)}
+PCI_CFG = spec.VIRTIO_PCI_CAP_PCI_CFG
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A transitional device of two queues, in slot 1."""
+    made = Machine.fake()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged."""
+    written: list[str] = []
+    monkeypatch.setattr(log, "write", lambda _severity, text: written.append(text))
+    return written
+
+
+def queue_registers(machine: Machine, queue: int) -> list[int]:
+    """Read all of a queue."""
+    machine.write(QUEUE_SELECT, 2, queue)
+    wide = [machine.read(offset, 4) for offset in range(DESC, USED + 8, 4)]
+    return [*(machine.read(offset, 2) for offset in (QUEUE_SIZE, QUEUE_MSIX, QUEUE_ENABLE, QUEUE_NOTIFY_OFF)), *wide]
+
+
+# --- a driver that behaves ----------------------------------------------------------------------------------------
+
+
+def test_device_is_what_drivers_look_for(machine: Machine) -> None:
+    """Ids of a transitional block device; structures inside BARs; one notify word for all queues (4.1.4)."""
+    assert machine.config_read(0, 4) == 0x10011AF4
+    assert machine.config_read(0x2C, 4) == 0x00020B5D
+    places = {
+        kind: (machine.config_read(at + 4, 1), machine.config_read(at + 8, 4), machine.config_read(at + 12, 4))
+        for kind, at in machine.capabilities().items()
+        if kind <= spec.VIRTIO_PCI_CAP_DEVICE_CFG
+    }
+    assert places == {1: (2, 0, 60), 2: (2, 0x40, 2), 3: (2, 0x44, 1), 4: (2, 0x80, 60)}
+    assert machine.config_read(machine.capabilities()[2] + 16, 4) == 0  # notify_off_multiplier
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "revision", "bars"),
+    [(VirtioMode.LEGACY, 0x1001, 0, {0, 1}), (VirtioMode.MODERN, 0x1042, 1, {1, 2})],
+)
+def test_one_interface_only(mode: VirtioMode, device: int, revision: int, bars: set[int]) -> None:
+    """`virtio legacy` and `virtio modern`."""
+    machine = Machine.fake(mode)
+
+    assert machine.config_read(2, 2) == device
+    assert machine.config_read(8, 1) == revision
+    assert set(machine.function.bars) == bars
+    assert (PCI_CFG in machine.capabilities()) == (mode is VirtioMode.MODERN)
+    machine.close()
+
+
+def test_driver_of_virtio_1_comes_up(machine: Machine) -> None:
+    """The process gets the rings; KVM gets the ports, and the interrupt line with its end signalled."""
+    machine.start()
+
+    assert machine.process.lives == [(VERSION_1, ROWS)]
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+    calls = (*machine.process.calls, machine.function.config_call)
+    assert {fd: gsi for fd, (gsi, _) in machine.kvm.irqfds.items()} == dict.fromkeys(calls, IRQ)
+    assert all(resample is not None for _, resample in machine.kvm.irqfds.values())
+
+
+def test_driver_of_old_comes_up(machine: Machine) -> None:
+    """Page numbers lay out the rings (2.7.2)."""
+    machine.start_legacy(features=0xFFFFFFFF)
+
+    rows = [(256, True, 0x10000, 0x11000, 0x12000, 0, 0), (64, True, 0x20000, 0x20400, 0x21000, 0, 0)]
+    assert machine.process.lives == [(FEATURES, rows)]
+
+
+def test_line_interrupt_is_acknowledged_by_reading_isr(machine: Machine) -> None:
+    """A queue's and the configuration's bit, each until it is read; then STATUS shows no interrupt."""
+    machine.start()
+    machine.process.raise_queue(1)
+    machine.kvm.deliver()
+    assert machine.config_read(6, 2) & 8
+    assert machine.read(virtio.ISR, 1) == spec.ISR_QUEUE
+
+    machine.function.on_config(bytes(len(CONFIG)))
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+    assert machine.legacy_read(LEGACY_ISR, 1) == spec.ISR_QUEUE | spec.ISR_CONFIG
+    assert machine.read(virtio.ISR, 1) == 0
+    assert not machine.config_read(6, 2) & 8
+    assert machine.kvm.injected == [IRQ] * 3
+
+
+def test_unread_configuration_interrupt_is_raised_again(machine: Machine) -> None:
+    """When the guest ends an interrupt on the shared line, as the device process does for queues."""
+    machine.start()
+    machine.function.on_config(CONFIG)
+    machine.kvm.deliver()
+    machine.function.on_config_resample(0)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == [IRQ] * 2
+
+    machine.read(virtio.ISR, 1)
+    machine.function.on_config_resample(0)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == [IRQ] * 2
+
+
+def test_vectors_lead_to_messages(machine: Machine) -> None:
+    """MSI-X: each source has its own vector, and ISR plays no part."""
+    machine.enable_msix()
+    for vector in range(3):
+        machine.set_vector(vector, 0x40 + vector)
+    machine.negotiate()
+    machine.write(CONFIG_MSIX, 2, CONFIG_VECTOR)
+    for queue in (0, 1):
+        machine.write(QUEUE_SELECT, 2, queue)
+        machine.write(QUEUE_MSIX, 2, queue)
+        assert machine.read(QUEUE_MSIX, 2) == queue
+    machine.start()
+    machine.process.raise_queue(1)
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+    machine.function.on_config(CONFIG)
+    machine.kvm.deliver()
+
+    assert [machine.kvm.messages[gsi] for gsi in machine.kvm.injected] == [
+        (0xFEE00000, 0x40), (0xFEE00000, 0x41), (0xFEE00000, 0x42),
+    ]  # fmt: skip
+    assert not machine.config_read(6, 2) & 8
+
+
+def test_window_reaches_every_structure(machine: Machine) -> None:
+    """VIRTIO_PCI_CAP_PCI_CFG (4.1.4.9): registers, device configuration, and notifications."""
+    at = machine.capabilities()[PCI_CFG]
+
+    def point(bar: int, offset: int, length: int) -> None:
+        machine.config_write(at + 4, 1, bar)
+        machine.config_write(at + 8, 4, offset)
+        machine.config_write(at + 12, 4, length)
+
+    point(2, STATUS, 1)
+    machine.config_write(at + 16, 4, ACKNOWLEDGE)
+    assert machine.config_read(at + 16, 1) == ACKNOWLEDGE
+    point(2, virtio.DEVICE_CONFIG + 4, 4)
+    assert machine.config_read(at + 16, 4) == int.from_bytes(CONFIG[4:8], "little")
+    machine.start()
+    point(2, virtio.NOTIFY, 2)
+    machine.config_write(at + 16, 2, 1)
+    assert machine.kicked() == [1]
+
+
+# --- hostile-input 1, 4, 5 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 3, 0x1FF, 512, 0x8000, 0xFFFF])
+def test_size_that_no_queue_has_1(machine: Machine, size: int) -> None:
+    """Hostile input 1: the device never sees another size than it can serve."""
+    machine.negotiate()
+    machine.place_queue(0, 0x10000, size)
+    machine.place_queue(1, 0x20000, size)
+    machine.write(STATUS, 1, RUNNING)
+
+    assert machine.process.lives == [(VERSION_1, ROWS)]
+
+
+def test_queue_registers_do_not_change_once_enabled_4(machine: Machine) -> None:
+    """Hostile input 4: neither after queue_enable nor after DRIVER_OK, through either interface."""
+    machine.negotiate()
+    machine.place_queue(0, 0x10000)
+    for running in (False, True):
+        before = queue_registers(machine, 0)
+        for offset, size, value in (
+            *((offset, 4, 0xFFFFF000) for offset in range(DESC, USED + 8, 4)),
+            (QUEUE_SIZE, 2, 8), (QUEUE_ENABLE, 2, 0), (QUEUE_ENABLE, 2, 0xFFFF), (QUEUE_NOTIFY_OFF, 2, 7),
+        ):  # fmt: skip
+            machine.write(offset, size, value)
+        if running:
+            machine.legacy_write(LEGACY_SELECT, 2, 0)
+            machine.legacy_write(LEGACY_PFN, 4, 0x77)
+        assert queue_registers(machine, 0) == before
+        machine.place_queue(1, 0x20000)
+        machine.write(STATUS, 1, RUNNING)
+
+    assert machine.process.lives == [(VERSION_1, ROWS)]
+
+
+def test_queue_is_not_enabled_while_the_device_runs_4(machine: Machine) -> None:
+    """Hostile input 4: DRIVER_OK is the end of configuration (3.1.1), also of a queue that was left out."""
+    machine.negotiate()
+    machine.place_queue(0, 0x10000)
+    machine.write(STATUS, 1, RUNNING)
+    before = queue_registers(machine, 1)
+    machine.place_queue(1, 0x20000, 8)
+
+    assert queue_registers(machine, 1) == before
+    assert machine.process.lives == [(VERSION_1, [ROWS[0], (64, False, 0, 0, 0, 0, 0)])]
+
+
+def test_queue_that_is_not_there_5(machine: Machine) -> None:
+    """Hostile input 5: it has no size, takes nothing, and cannot be notified."""
+    for number in (2, 0x7FFF, 0x8000, 0xFFFF):
+        before = [queue_registers(machine, queue) for queue in (0, 1)]
+        machine.write(QUEUE_SELECT, 2, number)
+        machine.place_queue(number, 0x30000, 8)
+        machine.legacy_write(LEGACY_PFN, 4, 0x77)
+        assert queue_registers(machine, number) == [0, NO_VECTOR, 0, 0, *[0] * 6]
+        assert machine.legacy_read(LEGACY_SIZE, 2) == 0
+        assert machine.legacy_read(LEGACY_PFN, 4) == 0
+        assert [queue_registers(machine, queue) for queue in (0, 1)] == before
+    machine.start()
+    for number in (2, 0x7FFF, 0x8000, 0xFFFF):
+        machine.notify(number)
+        machine.notify(number, LEGACY + LEGACY_NOTIFY)
+    assert machine.kicked() == []
+
+
+# --- hostile-input 6 --------------------------------------------------------------------------------------------
+
+
+def test_notification_before_driver_ok_6(machine: Machine) -> None:
+    """Hostile input 6: of a queue that is not set up, or by a driver of virtio 1.x, it is none."""
+    machine.notify(0)
+    machine.notify(0, LEGACY + LEGACY_NOTIFY)
+    machine.negotiate()
+    machine.place_queue(0, 0x10000)
+    machine.notify(0)
+    machine.notify(0, LEGACY + LEGACY_NOTIFY)
+
+    assert machine.kvm.ioeventfds == {}
+    assert machine.process.lives == []
+    assert machine.kicked() == []
+
+
+def test_driver_of_old_may_notify_early_6(machine: Machine) -> None:
+    """Hostile input 6: some do I/O while they attach; DRIVER_OK then changes nothing (3.1.2)."""
+    machine.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER)
+    machine.legacy_write(LEGACY_PFN, 4, 0x10)
+    for number in (1, 2, 0xFFFF):
+        machine.notify(number, LEGACY + LEGACY_NOTIFY)
+    assert machine.process.lives == []
+    machine.notify(0, LEGACY + LEGACY_NOTIFY)
+    assert machine.kicked() == [0]
+    machine.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
+
+    assert len(machine.process.lives) == 1
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+
+
+def test_notification_during_reset_and_after_6(machine: Machine) -> None:
+    """Hostile input 6: while the process lets go nobody is told; what came just before is not for the next life."""
+    machine.start()
+
+    def while_resetting() -> None:
+        assert machine.kvm.ioeventfds == {}
+        machine.notify(0)
+        machine.notify(1, LEGACY + LEGACY_NOTIFY)
+
+    machine.process.during_reset = while_resetting
+    machine.notify(1)
+    machine.process.raise_queue(0)
+    machine.write(STATUS, 1, 0)
+    machine.notify(0)
+
+    assert machine.process.resets == 1
+    assert machine.kicked() == []
+    assert machine.read(virtio.ISR, 1) == 0
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_notification_of_another_width_is_none_6(machine: Machine, size: int) -> None:
+    """Hostile input 6: only a word is one (4.1.5.2)."""
+    machine.start()
+    machine.notify(0, size=size)
+    machine.notify(0, LEGACY + LEGACY_NOTIFY, size=size)
+
+    assert machine.kicked() == []
+
+
+def test_device_that_failed_6_57(machine: Machine) -> None:
+    """Hostile input 6, 57: the VM is told to end, and until it does no register raises."""
+    machine.process.failing = True
+    machine.start()
+    assert machine.failures == ["vm/test/vioblk0: no answer in 10 s"]
+    assert machine.status & NEEDS_RESET
+    machine.notify(0)
+    machine.write(virtio.DEVICE_CONFIG, 1, 7)
+    machine.write(STATUS, 1, 0)
+    machine.start_legacy()
+
+    assert set(machine.failures) == {"vm/test/vioblk0: no answer in 10 s"}
+
+
+def test_configuration_that_changes_its_length_57(machine: Machine, lines: list[str]) -> None:
+    """Hostile input 57: a process may not say that its configuration is longer now."""
+    machine.function.on_config(bytes(61))
+    assert machine.read(virtio.DEVICE_CONFIG, 4) == int.from_bytes(CONFIG[:4], "little")
+    assert len(lines) == 1
+    machine.process.answer = bytes(61)
+    machine.write(virtio.DEVICE_CONFIG, 4, 7)
+
+    assert machine.failures == ["vm/test/vioblk0: configuration has 61 bytes after a write to it"]
+    assert machine.read(virtio.DEVICE_CONFIG, 4) == int.from_bytes(CONFIG[:4], "little")
+
+
+# --- hostile-input 7 --------------------------------------------------------------------------------------------
+
+
+def test_reset_storm_7(machine: Machine) -> None:
+    """Hostile input 7: each life is as the first, and nothing piles up."""
+    for round_ in range(200):
+        start = (machine.start, machine.start_legacy)[round_ % 2]
+        start()
+        machine.notify(round_ % 2)
+        machine.process.raise_queue(round_ % 2)
+        machine.kvm.deliver()
+        if round_ % 3:
+            machine.write(STATUS, 1, 0)
+        else:
+            machine.legacy_write(LEGACY_STATUS, 1, 0)
+        machine.write(STATUS, 1, 0)
+        assert machine.kvm.ioeventfds == {}
+        assert len(machine.kvm.irqfds) == 3
+        assert machine.status == machine.read(virtio.ISR, 1) == 0
+
+    assert machine.process.resets == len(machine.process.lives) == 200
+    assert machine.process.lives[-2] == machine.process.lives[0]
+    assert machine.failures == []
+
+
+def test_status_does_not_go_backwards_7(machine: Machine) -> None:
+    """Hostile input 7: bits are taken away by a reset only; the device does not set NEEDS_RESET on request."""
+    machine.start()
+    for value in (ACKNOWLEDGE, DRIVER, FEATURES_OK, NEEDS_RESET | 1):
+        machine.write(STATUS, 1, value)
+        machine.legacy_write(LEGACY_STATUS, 1, value)
+        assert machine.status == RUNNING
+
+    assert (len(machine.process.lives), machine.process.resets) == (1, 0)
+
+
+def test_features_that_were_not_offered_7(machine: Machine) -> None:
+    """Hostile input 7: FEATURES_OK does not stick, and nothing starts without it."""
+    offered = FEATURES & ~spec.LEGACY_ONLY | VERSION_1
+    for bit in (bit for bit in range(64) if not offered >> bit & 1):
+        machine.negotiate(VERSION_1 | 1 << bit)
+        machine.write(STATUS, 1, RUNNING)
+        assert machine.status == ACKNOWLEDGE | DRIVER
+        machine.write(STATUS, 1, 0)
+    machine.negotiate(FEATURES & ~spec.LEGACY_ONLY)  # not without VERSION_1
+    assert machine.status == ACKNOWLEDGE | DRIVER
+    assert machine.process.lives == []
+
+
+def test_features_do_not_change_after_features_ok_7(machine: Machine) -> None:
+    """Hostile input 7: through either interface."""
+    machine.negotiate()
+    for select in (0, 1):
+        machine.write(DRIVER_SELECT, 4, select)
+        machine.write(DRIVER_FEATURE, 4, 0xFFFFFFFF)
+    machine.legacy_write(4, 4, 0xFFFFFFFF)
+    machine.place_queue(0, 0x10000)
+    machine.place_queue(1, 0x20000)
+    machine.write(STATUS, 1, RUNNING)
+
+    assert machine.process.lives == [(VERSION_1, ROWS)]
+
+
+@pytest.mark.parametrize("select", [2, 3, 4, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_feature_words_beyond_the_second_7(machine: Machine, select: int) -> None:
+    """Hostile input 7: they are empty, and take nothing."""
+    machine.write(DEVICE_SELECT, 4, select)
+    machine.write(DRIVER_SELECT, 4, select)
+    machine.write(DRIVER_FEATURE, 4, 0xFFFFFFFF)
+    assert machine.read(DEVICE_FEATURE, 4) == machine.read(DRIVER_FEATURE, 4) == 0
+    machine.write(DRIVER_SELECT, 4, 0)
+    assert machine.read(DRIVER_FEATURE, 4) == 0
+    machine.start()
+
+    assert machine.process.lives == [(VERSION_1, ROWS)]
+
+
+def test_rings_that_cannot_be_used(machine: Machine) -> None:
+    """The process refuses them: the driver is asked for a reset, and comes up after it (2.1.2)."""
+    machine.process.usable = False
+    machine.start()
+    machine.kvm.deliver()
+    assert machine.status == RUNNING | NEEDS_RESET
+    assert machine.read(virtio.ISR, 1) == spec.ISR_CONFIG
+    assert machine.kvm.injected == [IRQ]
+    machine.process.usable = True
+    machine.write(STATUS, 1, 0)
+    machine.start()
+
+    assert machine.status == RUNNING
+
+
+def test_broken_ring_asks_for_a_reset(machine: Machine, lines: list[str]) -> None:
+    """The process says so: bit 6 of status, a configuration interrupt, a line of log; never too many of those."""
+    machine.start()
+    for _ in range(100):
+        machine.function.on_needs_reset("available index runs 9 ahead", life=1)
+    machine.kvm.deliver()
+
+    assert machine.status == RUNNING | NEEDS_RESET
+    assert machine.read(virtio.ISR, 1) == spec.ISR_CONFIG
+    assert 1 <= len(lines) <= 5
+    assert lines[0] == "vioblk0: available index runs 9 ahead"
+
+
+def test_broken_ring_of_a_former_life_is_no_news(machine: Machine, lines: list[str]) -> None:
+    """What the process said before the driver reset it reaches us only now."""
+    machine.start()
+    machine.write(STATUS, 1, 0)
+    machine.function.on_needs_reset("descriptor 9 outside a table of 8", life=1)
+    assert machine.status == 0
+    machine.start()
+    machine.function.on_needs_reset("descriptor 9 outside a table of 8", life=1)
+
+    assert machine.status == RUNNING
+    assert lines
+
+
+# --- hostile-input 8 --------------------------------------------------------------------------------------------
+
+UNUSABLE_PORTS = {"null": 0, "uart": 0x3F8, "reset": 0xCF8, "top": 0xFFFFFF00, "above-ports": 0x10000}
+UNUSABLE_MEMORY = {"ram": 0x100000, "bios": 0xF0000, "end-of-ram": MEMORY - 4096, "ioapic": 0xFEC00000,
+                   "lapic": 0xFEE00000, "tss": 0xFEFFD000, "top": 0xFFFFF000, "null": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", UNUSABLE_PORTS.values(), ids=UNUSABLE_PORTS)
+def test_ports_moved_to_where_they_cannot_be_8(machine: Machine, base: int) -> None:
+    """Hostile input 8: nobody is notified there, and coming back repairs it."""
+    machine.start()
+    machine.set_bar(0, base)
+    machine.set_bar(2, base)
+    assert machine.kvm.ioeventfds == {}
+    assert machine.bus.pio_read(NOTIFY, 2) == 0xFFFF
+    machine.set_bar(0, LEGACY)
+    machine.set_bar(2, MODERN)
+
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+    machine.notify(1)
+    assert machine.kicked() == [1]
+
+
+@pytest.mark.parametrize("base", UNUSABLE_MEMORY.values(), ids=UNUSABLE_MEMORY)
+def test_vector_table_moved_to_where_it_cannot_be_8(machine: Machine, base: int) -> None:
+    """Hostile input 8: RAM stays RAM; the table keeps what is in it and works on."""
+    machine.enable_msix()
+    machine.set_vector(0, 0x41)
+    machine.start()
+    machine.write(QUEUE_SELECT, 2, 0)
+    machine.write(QUEUE_MSIX, 2, 0)
+    machine.set_bar(1, base)
+    assert machine.function.bars[1].mapped is None
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+
+    assert [machine.kvm.messages[gsi] for gsi in machine.kvm.injected] == [(0xFEE00000, 0x41)]
+
+
+def test_blocks_laid_over_one_another_8(machine: Machine) -> None:
+    """Hostile input 8: one of the two BARs has the ports; KVM is not told twice."""
+    machine.start()
+    machine.set_bar(2, LEGACY)
+    assert set(machine.kvm.ioeventfds) == {(LEGACY + LEGACY_NOTIFY, 2, queue) for queue in (0, 1)}
+    machine.set_bar(0, MODERN)
+    machine.set_bar(2, LEGACY)
+    assert set(machine.kvm.ioeventfds) == {
+        (base, 2, queue) for base in (MODERN + LEGACY_NOTIFY, LEGACY + virtio.NOTIFY) for queue in (0, 1)
+    }
+
+
+def test_ports_follow_the_bars_8(machine: Machine) -> None:
+    """Hostile input 8: what was the notify port a moment ago is none any more."""
+    machine.start()
+    machine.set_bar(2, MODERN + 0x100)
+    assert {port for port, _, _ in machine.kvm.ioeventfds} == {LEGACY + LEGACY_NOTIFY, NOTIFY + 0x100}
+    machine.notify(0)
+    assert machine.kicked() == []
+    machine.notify(0, NOTIFY + 0x100)
+    assert machine.kicked() == [0]
+
+
+def test_sizing_while_decoding_8(machine: Machine) -> None:
+    """Hostile input 8: all ones and back, with the device running."""
+    machine.start()
+    for index, size in ((0, 0x80), (1, 0x1000), (2, 0x100)):
+        old = machine.config_read(0x10 + 4 * index, 4)
+        machine.set_bar(index, 0xFFFFFFFF)
+        found = machine.config_read(0x10 + 4 * index, 4)
+        assert -(found & ~3) & 0xFFFFFFFF == size
+        machine.set_bar(index, old)
+
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+    assert machine.status == RUNNING
+
+
+def test_decoding_switched_off_8(machine: Machine) -> None:
+    """Hostile input 8: I/O off takes the notify ports away, memory off the table; INTx off unplugs the line."""
+    machine.start()
+    machine.config_write(4, 2, 6)
+    assert machine.kvm.ioeventfds == {}
+    machine.config_write(4, 2, 5)
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+    assert machine.bus.mmio_read(TABLE, 4) == 0xFFFFFFFF
+    machine.config_write(4, 2, 0x407)
+    assert machine.kvm.irqfds == {}
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+    assert machine.config_read(6, 2) & 8
+    machine.config_write(4, 2, 7)
+
+    assert machine.kvm.injected == [IRQ]
+
+
+# --- hostile-input 9 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_configuration_is_read_at_any_place_9(machine: Machine, size: int) -> None:
+    """Hostile input 9: unaligned, across fields, past the end; a PC has no port access of 8 bytes."""
+    for offset in range(0x80 - size + 1):
+        expected = int.from_bytes(CONFIG[offset : offset + size], "little")
+        assert machine.read(virtio.DEVICE_CONFIG + offset, size) == expected
+    for offset in range(20, 0x80 - size + 1):
+        assert machine.legacy_read(offset, size) == int.from_bytes(CONFIG[offset - 20 : offset - 20 + size], "little")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_configuration_is_written_inside_only_9(machine: Machine, size: int) -> None:
+    """Hostile input 9: a write that leaves the space is none."""
+    for offset in range(0x80):
+        machine.write(virtio.DEVICE_CONFIG + offset, size, 0)
+        machine.legacy_write(20 + offset, size, 0)
+    inside = [(offset, bytes(size)) for offset in range(60 - size + 1)]
+
+    assert sorted(machine.process.written) == sorted(2 * inside)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_registers_are_read_at_any_place_9(machine: Machine, size: int) -> None:
+    """Hostile input 9: what is no register reads zero, and no access is too wide or crooked to be answered."""
+    machine.start()
+    image = b"".join(machine.read(offset, 1).to_bytes(1, "little") for offset in range(0x40))
+    for offset in range(0x40 - size + 1):
+        assert machine.read(offset, size) == int.from_bytes(image[offset : offset + size], "little")
+    for offset in range(0x3C, 0x80):
+        assert machine.read(offset, 1) == 0
+    for offset in range(20):
+        assert 0 <= machine.legacy_read(offset, size) < 1 << 8 * size
+
+
+def test_register_writes_of_a_wrong_width_9(machine: Machine) -> None:
+    """Hostile input 9: a field takes its own width only (4.1.3.1); others change nothing."""
+    fields = {DEVICE_SELECT: 4, DRIVER_SELECT: 4, DRIVER_FEATURE: 4, CONFIG_MSIX: 2, STATUS: 1, QUEUE_SELECT: 2,
+              QUEUE_SIZE: 2, QUEUE_MSIX: 2, QUEUE_ENABLE: 2, DESC: 4, AVAIL: 4, USED: 4}  # fmt: skip
+    before = [machine.read(offset, 1) for offset in range(0x40)]
+    for offset in range(0x40):
+        for size in (1, 2, 4):
+            if fields.get(offset) != size and not (size == 4 and DESC <= offset < USED + 8 and offset % 4 == 0):
+                machine.write(offset, size, 0x01010101 & (1 << 8 * size) - 1)
+
+    assert [machine.read(offset, 1) for offset in range(0x40)] == before
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_vector_table_is_accessed_at_any_place_9(machine: Machine, size: int) -> None:
+    """Hostile input 9: behind its three entries and its pending bits there is nothing."""
+    for offset in range(4096 - size + 1):
+        machine.bus.mmio_write(TABLE + offset, size, (1 << 8 * size) - 1)
+        assert 0 <= machine.bus.mmio_read(TABLE + offset, size) < 1 << 8 * size
+    image = bytes(machine.bus.mmio_read(TABLE + offset, 1) for offset in range(4096))
+
+    assert image[:48] == bytes.fromhex("fcffffff ffffffff ffffffff 01000000") * 3
+    assert image[48:] == bytes(4096 - 48)
+
+
+@pytest.mark.parametrize("vector", [3, 4, 0x7FF, 0xFFFE, 0xFFFF])
+def test_vector_that_is_not_there_9(machine: Machine, vector: int) -> None:
+    """Hostile input 9: the register says that there is none, and the interrupt goes nowhere."""
+    machine.enable_msix()
+    machine.set_vector(0, 0x41)
+    machine.start()
+    for offset in (CONFIG_MSIX, QUEUE_MSIX):
+        machine.write(offset, 2, 0)
+        assert machine.read(offset, 2) == 0
+        machine.write(offset, 2, vector)
+        assert machine.read(offset, 2) == NO_VECTOR
+    machine.function.on_config(CONFIG)
+    machine.process.raise_queue(1)
+    machine.kvm.deliver()
+
+    assert machine.kvm.irqfds == {}
+    assert machine.pending() == 0
+    assert machine.kvm.injected == []
+
+
+def test_vector_changes_while_an_interrupt_is_pending_9(machine: Machine) -> None:
+    """Hostile input 9: the interrupt goes with its source, once, to where that points when it is let through."""
+    machine.enable_msix()
+    for vector in range(3):
+        machine.set_vector(vector, 0x40 + vector, masked=True)
+    machine.start()
+    machine.write(QUEUE_SELECT, 2, 0)
+    machine.write(QUEUE_MSIX, 2, 0)
+    machine.process.raise_queue(0)
+    machine.process.raise_queue(0)
+    assert machine.pending() == 1
+    machine.write(QUEUE_MSIX, 2, 2)
+    assert machine.pending() == 4
+    machine.write(QUEUE_MSIX, 2, NO_VECTOR)
+    assert machine.pending() == 0
+    machine.write(QUEUE_MSIX, 2, 1)
+    machine.set_vector(0, 0x40)
+    machine.set_vector(1, 0x51)
+
+    assert [machine.kvm.messages[gsi] for gsi in machine.kvm.injected] == [(0xFEE00000, 0x51)]
+    assert machine.pending() == 0
+
+
+def test_masked_function_holds_interrupts_back_9(machine: Machine) -> None:
+    """Hostile input 9: the function's mask, and MSI-X switched off with something pending."""
+    machine.enable_msix()
+    machine.set_vector(0, 0x41)
+    machine.start()
+    machine.write(QUEUE_SELECT, 2, 0)
+    machine.write(QUEUE_MSIX, 2, 0)
+    machine.enable_msix(0xC000)
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+    assert machine.pending() == 1
+    machine.enable_msix(0x8000)
+    machine.enable_msix(0)
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+
+    assert machine.kvm.injected == [machine.function.first_gsi, IRQ]
+
+
+# --- hostile-input 10 -------------------------------------------------------------------------------------------
+
+
+def test_read_only_registers_10(machine: Machine) -> None:
+    """Hostile input 10: written in every width, they are what they were."""
+    machine.start()
+    machine.process.raise_queue(0)
+    fields = ((DEVICE_FEATURE, 4), (NUM_QUEUES, 2), (GENERATION, 1), (QUEUE_NOTIFY_OFF, 2))
+    before = [machine.read(offset, size) for offset, size in fields]
+    for offset in (DEVICE_FEATURE, NUM_QUEUES, GENERATION, QUEUE_NOTIFY_OFF, virtio.ISR):
+        for size in (1, 2, 4):
+            machine.write(offset, size, (1 << 8 * size) - 1)
+    for offset in (0, LEGACY_SIZE, LEGACY_ISR):
+        for size in (1, 2, 4):
+            machine.legacy_write(offset, size, (1 << 8 * size) - 1)
+
+    assert [machine.read(offset, size) for offset, size in fields] == before
+    assert machine.legacy_read(LEGACY_SIZE, 2) == 64
+    assert machine.legacy_read(0, 4) == FEATURES
+    assert machine.read(virtio.ISR, 1) == spec.ISR_QUEUE  # a write does not acknowledge
+    assert machine.status == RUNNING
+
+
+# --- everything at once ------------------------------------------------------------------------------------------
+
+VALUES = st.one_of(
+    st.integers(0, 0xFFFFFFFF),
+    st.sampled_from((0, 1, 2, 3, 4, 7, 0xF, 0x8000, 0xC000, 0xC080, 0xC100, 0xFFFF, 0x10000, 0x80000000, 0x407)),
+)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("config"), st.integers(0, 0xBF), st.sampled_from((1, 2, 4)), VALUES),
+        st.tuples(st.just("modern"), st.integers(0, 0xFF), st.sampled_from((1, 2, 4)), VALUES),
+        st.tuples(st.just("legacy"), st.integers(0, 0x7F), st.sampled_from((1, 2, 4)), VALUES),
+        st.tuples(st.just("table"), st.integers(0, 0x3F), st.sampled_from((1, 2, 4, 8)), VALUES),
+        st.tuples(st.sampled_from(("start", "start_legacy", "msix", "interrupt", "broken")), *[st.just(0)] * 3),
+    ),
+    max_size=40,
+)
+
+
+def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
+    """Do one thing that a guest or the device process can do."""
+    value &= (1 << 8 * size) - 1
+    match what:
+        case "config":
+            machine.config_write(at, size, value)
+            assert 0 <= machine.config_read(at, size) < 1 << 8 * size
+        case "modern":
+            machine.write(at, size, value)
+            assert 0 <= machine.read(at, size) < 1 << 8 * size
+        case "legacy":
+            machine.legacy_write(at, size, value)
+            assert 0 <= machine.legacy_read(at, size) < 1 << 8 * size
+        case "table":
+            machine.bus.mmio_write(TABLE + at, size, value)
+        case "start":
+            machine.start()
+        case "start_legacy":
+            machine.start_legacy()
+        case "msix":
+            machine.enable_msix()
+        case "interrupt":
+            machine.process.raise_queue(0)
+        case "broken":
+            machine.function.on_needs_reset("", machine.process.activations)
+
+
+def check(machine: Machine) -> None:
+    """What KVM was told is what the registers say, no more and no less."""
+    function, process, kvm = machine.function, machine.process, machine.kvm
+    assert function.transport.active == process.running
+    ports = {
+        (bar.mapped + offset, 2, queue): process.kicks[queue]
+        for bar, offset in ((function.bars[0], LEGACY_NOTIFY), (function.bars[2], virtio.NOTIFY))
+        if bar.mapped is not None and process.running
+        for queue in (0, 1)
+    }
+    assert kvm.ioeventfds == ports
+    vectors = [queue.vector for queue in function.transport.queues] + [function.transport.config_vector]
+    sources = dict(zip((*process.calls, function.config_call), vectors, strict=True))
+    msix = function.msix
+    assert msix is not None
+    if msix.enabled:
+        open_ = {vector for vector in range(3) if not msix.message(vector)[2]}
+        wanted = {fd: function.first_gsi + vector for fd, vector in sources.items() if vector in open_}
+        for vector in open_:
+            assert kvm.messages[function.first_gsi + vector] == msix.message(vector)[:2]
+    else:
+        wanted = {} if function.command & 0x400 else dict.fromkeys(sources, IRQ)
+    assert {fd: gsi for fd, (gsi, _) in kvm.irqfds.items()} == wanted
+    assert all((resample is None) == msix.enabled for _, resample in kvm.irqfds.values())
+    assert machine.failures == []
+
+
+@given(ACTIONS)
+def test_whatever_the_driver_does_4_to_10(actions: list[tuple[str, int, int, int]]) -> None:
+    """Hostile input 4-10: KVM's registrations follow the registers, step by step."""
+    machine = Machine.fake()
+    machine.function.complaints.burst = 0
+    try:
+        for action in actions:
+            act(machine, *action)
+            check(machine)
+        machine.config_write(4, 2, 7)
+        machine.set_bar(0, LEGACY)
+        machine.set_bar(2, MODERN)
+        machine.write(STATUS, 1, 0)
+        machine.start()
+        assert machine.status == RUNNING
+        check(machine)
+    finally:
+        machine.close()
+
+
+def test_vcpus_that_work_against_each_other_4_to_10(machine: Machine) -> None:
+    """Hostile input 4-10: one resets, one moves BARs, one plays with vectors; nobody waits for ever."""
+    started = threading.Barrier(3)
+    trouble: list[BaseException] = []
+
+    def vcpu(*rounds: tuple[str, int, int, int]) -> None:
+        try:
+            started.wait()
+            for _ in range(100):
+                for action in rounds:
+                    act(machine, *action)
+        except BaseException as error:
+            trouble.append(error)
+
+    vcpus = [
+        threading.Thread(target=vcpu, args=actions, daemon=True)
+        for actions in (
+            [("start", 0, 1, 0), ("modern", STATUS, 1, 0), ("start_legacy", 0, 1, 0), ("legacy", LEGACY_STATUS, 1, 0)],
+            [("interrupt", 0, 1, 0), ("modern", virtio.ISR, 1, 0)],
+            [("table", 12, 4, 0), ("table", 12, 4, 1), ("modern", CONFIG_MSIX, 2, 0)],
+        )
+    ]
+    for thread in vcpus:
+        thread.start()
+    # Around configuration space, for two vCPUs would need a lock of their own for its pair of ports.
+    for round_ in range(100):
+        machine.function.config_write(0x10, 4, LEGACY + 0x80 * (round_ % 2))
+        machine.pci.settle(machine.function)
+        machine.function.config_write(machine.function.msix_control, 2, 0x8000 * (round_ % 2))
+    for thread in vcpus:
+        thread.join(60)
+        assert not thread.is_alive()
+
+    assert trouble == []
+    machine.write(STATUS, 1, 0)
+    machine.start()
+    check(machine)
