@@ -13,7 +13,6 @@ struct power power = {.event = 0x600, .control = 0x604, .timer = 0x608, .sci = 9
 #define PORT_KEYBOARD 0x64
 #define KEYBOARD_RESET 0xFE
 #define OFF_MS 3000
-#define RING3_PAUSES 100000000
 
 static void (*button_pressed)(void);
 
@@ -148,24 +147,12 @@ void power_button_enable(void (*pressed)(void))
 
 void power_off(void)
 {
-    uint16_t code;
-
     acpi_enable();
     outw(power.control, (uint16_t)(sleep_type() << 10 | PM_SLEEP));
-    /* A VMM may take a moment to stop its processors.  HLT is not for ring 3, which however is never slow. */
-    __asm__("movw %%cs, %0" : "=r"(code));
-    if (code & 3)
-        for (unsigned i = 0; i < RING3_PAUSES; i++)
-            cpu_pause();
-    else
-        delay(OFF_MS);
+    delay(OFF_MS); /* a VMM may take a moment to stop its processors */
     print("this machine cannot be switched off\n");
-    for (;;) {
-        if (code & 3)
-            cpu_pause();
-        else
-            wait_for_interrupt();
-    }
+    for (;;)
+        delay(OFF_MS);
 }
 
 void triple_fault(void)

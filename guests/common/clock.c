@@ -39,6 +39,19 @@ static void on_alarm(struct frame *frame)
     lapic_write(LAPIC_EOI, 0);
 }
 
+struct wish {
+    const volatile uint32_t *what;
+    uint32_t least;
+};
+
+static void sleep(void *argument)
+{
+    const struct wish *wish = argument;
+
+    while (!alarm && *wish->what < wish->least)
+        wait_for_interrupt();
+}
+
 bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds)
 {
     vector_set(VECTOR_ALARM, on_alarm);
@@ -46,8 +59,7 @@ bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t millisec
     lapic_write(LAPIC_DIVIDE, LAPIC_BY_1);
     lapic_write(LAPIC_TIMER, VECTOR_ALARM);
     lapic_write(LAPIC_INITIAL, milliseconds * LAPIC_TICKS_PER_MS);
-    while (!alarm && *what < least)
-        wait_for_interrupt();
+    in_ring0(sleep, &(struct wish){what, least});
     lapic_write(LAPIC_INITIAL, 0);
     lapic_write(LAPIC_TIMER, LAPIC_MASKED);
     return *what >= least;

@@ -57,6 +57,8 @@ size_t strlen(const char *text);
 bool same(const char *a, const char *b);
 /* Decimal; anything but digits up to the end or a space gives `otherwise`. */
 uint32_t parse_number(const char *text, uint32_t otherwise);
+/* Take memory that nobody else uses, whole pages, not cleared; ends the guest when there is none. */
+void *take_pages(size_t size);
 /* Make the page at an address above 4 GiB accessible; false if there are no page tables left. */
 bool map_high(uint64_t address);
 
@@ -117,6 +119,9 @@ void vector_set(unsigned vector, void (*handler)(struct frame *));
 /* Have `handler` called for an ISA interrupt; it need not talk to the 8259. */
 void irq_enable(unsigned irq, void (*handler)(void));
 void irq_disable(unsigned irq);
+/* Call a function in ring 0 with interrupts off, from either ring.  From ring 3 it goes by the fault of a HLT: of
+ * SYSCALL and INT a KVM without hardware makes something else. */
+void in_ring0(void (*function)(void *), void *argument);
 /* RDMSR and WRMSR that return false where the processor answers with #GP. */
 bool try_rdmsr(uint32_t msr, uint64_t *value);
 bool try_wrmsr(uint32_t msr, uint64_t value);
@@ -150,6 +155,44 @@ static inline void lapic_write(unsigned reg, uint32_t value)
 {
     poke32(LAPIC_BASE + reg, value);
 }
+
+static inline uint8_t lapic_id(void)
+{
+    return (uint8_t)(lapic_read(LAPIC_ID) >> 24);
+}
+
+#define IOAPIC_BASE 0xFEC00000u
+enum { IOAPIC_VERSION = 0x01, IOAPIC_PIN = 0x10, IOAPIC_LEVEL = 0x8000, IOAPIC_MASKED = 0x10000 };
+
+static inline uint32_t ioapic_read(unsigned reg)
+{
+    poke32(IOAPIC_BASE, reg);
+    return peek32(IOAPIC_BASE + 0x10);
+}
+
+static inline void ioapic_write(unsigned reg, uint32_t value)
+{
+    poke32(IOAPIC_BASE, reg);
+    poke32(IOAPIC_BASE + 0x10, value);
+}
+
+/* Route an I/O APIC's pin to a vector of this processor. */
+static inline void ioapic_route(unsigned pin, uint32_t how)
+{
+    ioapic_write(IOAPIC_PIN + 2 * pin + 1, (uint32_t)lapic_id() << 24);
+    ioapic_write(IOAPIC_PIN + 2 * pin, how);
+}
+
+/* report.c: checks by name */
+
+/* What the names of the checks that follow begin with, up to a dot. */
+void check_group(const char *name);
+void check(const char *name, bool good);
+void check_equal(const char *name, uint64_t got, uint64_t want);
+void check_range(const char *name, uint64_t got, uint64_t least, uint64_t most);
+void skip(const char *name);
+/* Print how many were good and how many were not. */
+void report(const char *title);
 
 /* acpi.c */
 
@@ -219,7 +262,7 @@ enum { MADT_LAPIC = 0, MADT_IOAPIC = 1, MADT_OVERRIDE = 2 };
 
 uint32_t pm_ticks(void);
 /* Let interrupts in until *what has reached `least` or time is up, at most 4 s; return whether it has.
- * Interrupts are off before and after.  Waiting is asleep, with the local APIC's timer as alarm: a guest that
+ * From ring 0 with interrupts off, as they are afterwards, or, wait_until only, from ring 3.  Waiting is asleep, with the local APIC's timer as alarm: a guest that
  * reads a clock in a loop keeps its VMM so busy that what it waits for comes late.  Spinning is for testing
  * that timer. */
 bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds);

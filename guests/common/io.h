@@ -102,6 +102,19 @@ static inline struct cpuid cpuid(uint32_t leaf)
     return r;
 }
 
+static inline unsigned current_ring(void)
+{
+    uint16_t code;
+    __asm__ volatile("movw %%cs, %0" : "=r"(code));
+    return code & 3;
+}
+
+/* Have every store done before any later load; nothing else can be seen out of order (Intel SDM 3A, 8.2.2). */
+static inline void full_fence(void)
+{
+    __asm__ volatile("lock; orl $0, (%%rsp)" : : : "memory", "cc");
+}
+
 /* Memory by address, address 0 included, which to a C compiler is not memory. */
 
 static inline uint64_t peek64(uint64_t address)
@@ -135,6 +148,16 @@ static inline uint8_t peek8(uint64_t address)
 static inline void poke64(uint64_t address, uint64_t value)
 {
     __asm__ volatile("movq %0, (%1)" : : "r"(value), "r"(address) : "memory");
+}
+
+static inline void poke8(uint64_t address, uint8_t value)
+{
+    __asm__ volatile("movb %0, (%1)" : : "q"(value), "r"(address) : "memory");
+}
+
+static inline void poke16(uint64_t address, uint16_t value)
+{
+    __asm__ volatile("movw %0, (%1)" : : "r"(value), "r"(address) : "memory");
 }
 
 static inline void poke32(uint64_t address, uint32_t value)

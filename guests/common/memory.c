@@ -58,6 +58,35 @@ uint32_t parse_number(const char *text, uint32_t otherwise)
     return *text == '\0' || *text == ' ' ? value : otherwise;
 }
 
+#define PAGE 4096ull
+/* What loaders and firmware leave at the end of memory stays untouched. */
+#define TOP_RESERVE (1ull << 20)
+
+extern const uint8_t bss_end[];
+
+void *take_pages(size_t size)
+{
+    static uint64_t next, end;
+    uint64_t first;
+
+    if (!next) {
+        next = ((uint64_t)bss_end + PAGE - 1) & ~(PAGE - 1);
+        for (unsigned i = 0; i < memory_range_count(); i++) {
+            const struct memory_range *range = memory_range(i);
+
+            if (range->type == MEMORY_RAM && range->address <= next && next < range->address + range->size)
+                end = range->address + range->size - TOP_RESERVE;
+        }
+    }
+    first = next;
+    next += (size + PAGE - 1) & ~(PAGE - 1);
+    if (next > end) {
+        print("this guest needs more memory\n");
+        power_off();
+    }
+    return (void *)first;
+}
+
 #define PTE_TABLE 0x07
 #define PTE_2M 0x87
 #define PAGE_2M 0x200000ull

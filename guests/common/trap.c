@@ -6,6 +6,8 @@
 #define KERNEL_CODE 0x08
 #define PIC_READ_ISR 0x0B
 #define PIC_EOI 0x20
+#define RING 3
+#define HLT 0xF4
 
 struct gate {
     uint16_t offset_low, selector;
@@ -48,6 +50,11 @@ void trap(struct frame *frame)
         general_protection(frame);
         return;
     }
+    if (frame->vector == VECTOR_GP && frame->cs & RING && peek8(frame->rip) == HLT) {
+        ((void (*)(void *))frame->rdi)((void *)frame->rsi);
+        frame->rip++;
+        return;
+    }
     if (handlers[frame->vector]) {
         handlers[frame->vector](frame);
         return;
@@ -57,6 +64,14 @@ void trap(struct frame *frame)
     __asm__ volatile("movq %%cr2, %0" : "=r"(address));
     print("unexpected trap %lu, error %lx, at %lx, cr2 %lx\n", frame->vector, frame->error, frame->rip, address);
     power_off();
+}
+
+void in_ring0(void (*function)(void *), void *argument)
+{
+    if (current_ring() == 0)
+        function(argument);
+    else
+        __asm__ volatile("hlt" : : "D"(function), "S"(argument) : "memory");
 }
 
 static void irq_trap(struct frame *frame)

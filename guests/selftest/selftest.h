@@ -10,10 +10,6 @@
 
 #include "guest.h"
 
-void check(const char *name, bool good);
-void check_equal(const char *name, uint64_t got, uint64_t want);
-void check_range(const char *name, uint64_t got, uint64_t least, uint64_t most);
-void skip(const char *name);
 bool under_qemu(void);
 
 void test_memory(void);
@@ -36,11 +32,5 @@ uint64_t ram_above(uint64_t from, uint64_t to);
 
 /* acpi.c */
 unsigned madt_processors(void);
-
-/* timers.c */
-#define IOAPIC_BASE 0xFEC00000u
-uint32_t ioapic_read(unsigned reg);
-void ioapic_write(unsigned reg, uint32_t value);
-uint8_t lapic_id(void);
 
 #endif

@@ -18,7 +18,6 @@ enum {
 
 #define PIT_HZ 1193182
 #define PIT_MS(n) (PIT_HZ / 1000 * (n))
-#define IOAPIC_MASKED 0x10000u
 #define WAIT_MS 1000 /* for what should take some 10: hosts are busy at times */
 
 static volatile uint32_t events;
@@ -33,23 +32,6 @@ static void on_vector(struct frame *frame)
     (void)frame;
     events++;
     lapic_write(LAPIC_EOI, 0);
-}
-
-uint32_t ioapic_read(unsigned reg)
-{
-    poke32(IOAPIC_BASE, reg);
-    return peek32(IOAPIC_BASE + 0x10);
-}
-
-void ioapic_write(unsigned reg, uint32_t value)
-{
-    poke32(IOAPIC_BASE, reg);
-    poke32(IOAPIC_BASE + 0x10, value);
-}
-
-uint8_t lapic_id(void)
-{
-    return (uint8_t)(lapic_read(LAPIC_ID) >> 24);
 }
 
 static void pit_start(uint16_t port, uint8_t mode, uint16_t count)
@@ -101,12 +83,11 @@ void test_pit(void)
 
     vector_set(VECTOR_IOAPIC, on_vector);
     lapic_write(LAPIC_SPURIOUS, LAPIC_ON | VECTOR_SPURIOUS);
-    ioapic_write(0x10 + 2 * PIN_PIT + 1, (uint32_t)lapic_id() << 24);
-    ioapic_write(0x10 + 2 * PIN_PIT, VECTOR_IOAPIC); /* fixed, edge, active high */
+    ioapic_route(PIN_PIT, VECTOR_IOAPIC); /* fixed, edge, active high */
     events = 0;
     pit_start(PIT_0, 0x30, PIT_MS(10));
     check("pit.interrupt-by-ioapic-pin-2", wait_until(&events, 1, WAIT_MS));
-    ioapic_write(0x10 + 2 * PIN_PIT, IOAPIC_MASKED);
+    ioapic_route(PIN_PIT, IOAPIC_MASKED);
     test_pit_channel_2();
 }
 
@@ -116,7 +97,7 @@ void test_lapic(void)
 
     check_equal("lapic.id", lapic_id(), 0);
     check_range("lapic.version", lapic_read(LAPIC_VERSION) & 0xFF, 0x10, 0x15);
-    check_range("ioapic.pins", (ioapic_read(1) >> 16 & 0xFF) + 1, 24, 24);
+    check_range("ioapic.pins", (ioapic_read(IOAPIC_VERSION) >> 16 & 0xFF) + 1, 24, 24);
 
     vector_set(VECTOR_TIMER, on_vector);
     vector_set(VECTOR_IPI, on_vector);

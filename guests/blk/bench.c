@@ -1,0 +1,178 @@
+/* Measuring: the host says what to do, line by line, and this guest says how long it took.
+ *
+ *     WHAT bytes=B depth=D count=N [piece=P] [asleep]
+ *
+ * WHAT is one of read, write (one after the other through the disk), randread, randwrite.  Each request moves B
+ * bytes, in pieces of P in memory; D of them are under way at any time, until N are done.  Meanwhile the guest
+ * polls, or sleeps for an interrupt by MSI-X.  The answer is "done N requests in C cycles"; before each command
+ * it says "ready" and sleeps, so that the host can look at its clocks while nothing happens. */
+
+#include "blk.h"
+
+#define LINE_MAX 128
+#define DEPTH_MAX 64
+#define BYTES_MAX (1 * MIB)
+#define READS_DEPTH 8
+#define READS_BYTES (4 * KIB)
+
+struct load {
+    bool write, random, asleep;
+    uint32_t bytes, depth, count, piece;
+};
+
+static char input[LINE_MAX];
+static volatile uint32_t input_length, lines;
+
+static void on_receive(void)
+{
+    inb(UART_IIR);
+    while (inb(UART_LSR) & LSR_READY) {
+        char c = (char)inb(UART_DATA);
+
+        if (c != '\r' && c != '\n') {
+            if (input_length < LINE_MAX - 1)
+                input[input_length++] = c;
+        } else if (input_length) {
+            input[input_length] = '\0';
+            lines++;
+        }
+    }
+}
+
+static uint64_t place(const struct load *load, uint64_t number)
+{
+    uint64_t slots = disk.sectors * SECTOR / load->bytes;
+
+    return (load->random ? random_number() : number) % slots * (load->bytes / SECTOR);
+}
+
+/* Run a load; return the cycles it took, or 0 if a request failed. */
+static uint64_t run(const struct load *load)
+{
+    static uint8_t *buffers;
+    static struct request requests[DEPTH_MAX];
+    static struct segment pieces[DEPTH_MAX][PIECES_MAX];
+    uint32_t made = 0, done = 0, wrong = 0, count = (load->bytes + load->piece - 1) / load->piece;
+    uint32_t type = load->write ? T_OUT : T_IN;
+    uint64_t begin;
+
+    if (!buffers)
+        buffers = take_pages((size_t)DEPTH_MAX * BYTES_MAX / 4);
+    for (unsigned i = 0; i < load->depth; i++)
+        for (uint32_t at = 0; at < load->bytes; at += load->piece)
+            pieces[i][at / load->piece] = (struct segment){
+                buffers + (size_t)i * load->bytes + at,
+                load->bytes - at < load->piece ? load->bytes - at : load->piece,
+                !load->write,
+            };
+    begin = rdtsc();
+    for (; made < load->depth && made < load->count; made++)
+        submit(&requests[made], type, place(load, made), pieces[made], count);
+    kick();
+    while (done < load->count) {
+        struct request *request = finish();
+
+        if (!request)
+            return 0;
+        /* All that have come back, and then one notification for what takes their place. */
+        for (; request; request = queue_take(&disk.queue, NULL)) {
+            size_t which = (size_t)(request - requests);
+
+            wrong += request->status != S_OK;
+            done++;
+            if (made < load->count)
+                submit(request, type, place(load, made++), pieces[which], count);
+        }
+        kick();
+    }
+    return wrong ? 0 : rdtsc() - begin;
+}
+
+static bool start(bool asleep)
+{
+    return start_disk(&(struct way){
+        .legacy = !has_interface(false), .indirect = true, .event_index = true, .interrupts = asleep ? MSIX : POLLED});
+}
+
+static bool word_is(const char *text, const char *word)
+{
+    size_t length = strlen(word);
+
+    return memcmp(text, word, length) == 0 && (text[length] == ' ' || text[length] == '\0');
+}
+
+/* The number behind NAME= in a line, or `otherwise`. */
+static uint32_t number_in(const char *line, const char *name, uint32_t otherwise)
+{
+    size_t length = strlen(name);
+
+    for (; *line; line++)
+        if (line[0] == ' ' && memcmp(line + 1, name, length) == 0 && line[1 + length] == '=')
+            return parse_number(line + length + 2, otherwise);
+    return otherwise;
+}
+
+static bool has_word(const char *line, const char *word)
+{
+    for (; *line; line++)
+        if (*line == ' ' && word_is(line + 1, word))
+            return true;
+    return false;
+}
+
+static bool parse(const char *line, struct load *load)
+{
+    load->random = memcmp(line, "rand", 4) == 0;
+    if (load->random)
+        line += 4;
+    load->write = word_is(line, "write");
+    load->asleep = has_word(line, "asleep");
+    load->bytes = number_in(line, "bytes", 4 * KIB);
+    load->depth = number_in(line, "depth", 1);
+    load->count = number_in(line, "count", 1);
+    load->piece = number_in(line, "piece", load->bytes);
+    return (load->write || word_is(line, "read")) && load->bytes && load->bytes <= BYTES_MAX &&
+           load->bytes % SECTOR == 0 && load->depth && load->depth <= DEPTH_MAX &&
+           (uint64_t)load->depth * load->bytes <= (uint64_t)DEPTH_MAX * BYTES_MAX / 4 && load->piece &&
+           (load->bytes - 1) / load->piece < PIECES_MAX && load->count;
+}
+
+void bench(void)
+{
+    uint32_t seen = 0;
+
+    irq_enable(IRQ_COM1, on_receive);
+    outb(UART_IER, IER_RECEIVE);
+    for (;;) {
+        struct load load;
+        char line[LINE_MAX];
+        uint64_t cycles;
+
+        print("ready\n");
+        while (!wait_until(&lines, seen + 1, 4000))
+            ;
+        seen = lines;
+        memcpy(line, input, LINE_MAX); /* one line at a time: the host waits for the answer */
+        input_length = 0;
+        if (word_is(line, "off"))
+            return;
+        if (!parse(line, &load)) {
+            print("not understood: %s\n", line);
+            continue;
+        }
+        cycles = start(load.asleep) ? run(&load) : 0;
+        virtio_reset(&disk.device);
+        if (cycles)
+            print("done %u requests in %lu cycles\n", load.count, cycles);
+        else
+            print("failed\n");
+    }
+}
+
+void read_asleep(uint32_t count)
+{
+    struct load load = {
+        .random = true, .asleep = true, .bytes = READS_BYTES, .piece = READS_BYTES, .depth = READS_DEPTH, .count = count};
+
+    print("blk: %s\n", start(true) && run(&load) ? "reads are done" : "reads have failed");
+}

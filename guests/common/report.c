@@ -1,0 +1,53 @@
+/* Checks by name, and their sum: what a guest that tests something reports. */
+
+#include "guest.h"
+
+static unsigned good_count, bad_count;
+static const char *group = "", *separator = "";
+
+static void passed(const char *name)
+{
+    good_count++;
+    print("ok %s%s%s\n", group, separator, name);
+}
+
+void check_group(const char *name)
+{
+    group = name;
+    separator = *name ? "." : "";
+}
+
+void check(const char *name, bool good)
+{
+    check_equal(name, good, true);
+}
+
+void check_equal(const char *name, uint64_t got, uint64_t want)
+{
+    if (got == want) {
+        passed(name);
+        return;
+    }
+    bad_count++;
+    print("FAIL %s%s%s: got %lx want %lx\n", group, separator, name, got, want);
+}
+
+void check_range(const char *name, uint64_t got, uint64_t least, uint64_t most)
+{
+    if (least <= got && got <= most) {
+        passed(name);
+        return;
+    }
+    bad_count++;
+    print("FAIL %s%s%s: got %lu want %lu to %lu\n", group, separator, name, got, least, most);
+}
+
+void skip(const char *name)
+{
+    print("skip %s%s%s\n", group, separator, name);
+}
+
+void report(const char *title)
+{
+    print("%s: %u ok, %u failed\n", title, good_count, bad_count);
+}
