@@ -310,11 +310,10 @@ class Parent(Process):
         self.answer_start(vm, VmStarted(vmid=vm.vmid, name=vm.name, pid=message.pid, tty=vm.pty.path))
 
     def on_vm_failed(self, message: VmFailed, _envelope: Envelope, _channel: Channel) -> None:
-        """The VM could not be built; VmExited follows and cleans up."""
+        """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""
         vm = self.known(message.vmid)
-        vm.text = brief(message.text)
+        vm.text, vm.code = brief(message.text), message.code
         log.error(f"vm {vm.name}: {message.text}")
-        self.answer_start(vm, Failed(code=message.code, text=f"vm {vm.name}: {vm.text}"))
 
     def on_vm_exited(self, message: VmExited, _envelope: Envelope, _channel: Channel) -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
@@ -337,7 +336,6 @@ class Parent(Process):
                 else:
                     self.attach_pending(vm.vmid, vm.name, vm.pty)
                     return
-        self.answer_start(vm, Failed(code=errno.EIO, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         for client in vm.waiting_clients:
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
@@ -349,6 +347,8 @@ class Parent(Process):
             self.retire_console(RetiredConsole(vm, uid, pty))
         if not vm.from_config:
             self.vms.remove(vm)
+        # Last, so that a client that tries again at once finds everything free.
+        self.answer_start(vm, Failed(code=vm.code, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
 

@@ -40,6 +40,7 @@ class Vm:
         self.pty: Pty | None = None
         self.restarts = RestartLimit()
         self.text = ""  # why it stopped
+        self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S
         self.start_client: int | None = None  # waits for VmStarted
         self.waiting_clients: set[int] = set()  # wait for VmTerminated
@@ -63,7 +64,7 @@ class Vm:
         if self.alive:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is already running")
         self.state = State.STARTING
-        self.text = ""
+        self.text, self.code = "", errno.EIO
 
     def begin_run(self, pid: int) -> None:
         """STARTING -> RUNNING; a VM that was told to stop meanwhile stays STOPPING."""

@@ -7,10 +7,11 @@ Holds    guest memory, one queue's eventfds, and the disk's image chain, the dis
 
 from vmd.devices import process
 from vmd.devices.vioblk.device import WORKERS, Vioblk, Workers
-from vmd.errors import PeerError
+from vmd.errors import ImageError, PeerError
 from vmd.images.chain import Link, open_chain
 from vmd.ipc import devmsg
 from vmd.privsep.confine import VIOBLK
+from vmd.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,4 +43,7 @@ def open_disk(host: "Host") -> "Image":
         )
         for fd, note, name in zip(host.resources, host.notes, host.names, strict=True)
     ]
-    return open_chain(links, writable=not host.flags & devmsg.START_READ_ONLY)
+    image = open_chain(links, writable=not host.flags & devmsg.START_READ_ONLY)
+    if image.size < spec.SECTOR:
+        raise ImageError(image.path, f"{image.size} bytes are less than a sector of {spec.SECTOR}")
+    return image
