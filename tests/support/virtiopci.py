@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
+from hypothesis import strategies as st
+
 from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
 from vmd.ipc import devmsg
@@ -169,7 +171,10 @@ def taken(fd: int) -> int:
 class Machine:
     """A bus with the function in slot 1, its BARs assigned and decoding on, and a guest's hands on it."""
 
-    def __init__(self, kvm: Any, process: Any, mode: VirtioMode = VirtioMode.TRANSITIONAL) -> None:  # noqa: ANN401
+    def __init__(
+        self, kvm: Any, process: Any, mode: VirtioMode = VirtioMode.TRANSITIONAL,  # noqa: ANN401
+        kind: str = "blk", queues: tuple[int, ...] = QUEUES,
+    ) -> None:  # fmt: skip
         self.kvm = kvm
         self.process = process
         self.failures: list[str] = []
@@ -178,7 +183,7 @@ class Machine:
         self.pci.complaints.burst = 0
         self.bus.add_pio(ADDRESS, 8, self.pci)
         self.pci.add(0, HostBridge())
-        self.function = VirtioFunction("blk", process, QUEUES, kvm, Routing(kvm), mode, self.failures.append)
+        self.function = VirtioFunction(kind, process, queues, kvm, Routing(kvm), mode, self.failures.append)
         self.pci.add(SLOT, self.function)
         for index, base in ((0, LEGACY), (1, TABLE), (2, MODERN)):
             if index in self.function.bars:
@@ -304,3 +309,47 @@ class Machine:
     def kicked(self) -> list[int]:
         """Return which queues were notified since the last look."""
         return [queue for queue, fd in enumerate(self.process.kicks) if taken(fd)]
+
+
+# What a driver, its other processors and the device process may do, in any order.
+VALUES = st.one_of(
+    st.integers(0, 0xFFFFFFFF),
+    st.sampled_from((0, 1, 2, 3, 4, 7, 0xF, 0x8000, 0xC000, 0xC080, 0xC100, 0xFFFF, 0x10000, 0x80000000, 0x407)),
+)
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("config"), st.integers(0, 0xBF), st.sampled_from((1, 2, 4)), VALUES),
+        st.tuples(st.just("modern"), st.integers(0, 0xFF), st.sampled_from((1, 2, 4)), VALUES),
+        st.tuples(st.just("legacy"), st.integers(0, 0x7F), st.sampled_from((1, 2, 4)), VALUES),
+        st.tuples(st.just("table"), st.integers(0, 0x3F), st.sampled_from((1, 2, 4, 8)), VALUES),
+        st.tuples(st.sampled_from(("start", "start_legacy", "msix", "interrupt", "broken")), *[st.just(0)] * 3),
+    ),
+    max_size=40,
+)
+
+
+def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
+    """Do one thing that a guest or the device process can do."""
+    value &= (1 << 8 * size) - 1
+    match what:
+        case "config":
+            machine.config_write(at, size, value)
+            assert 0 <= machine.config_read(at, size) < 1 << 8 * size
+        case "modern":
+            machine.write(at, size, value)
+            assert 0 <= machine.read(at, size) < 1 << 8 * size
+        case "legacy":
+            machine.legacy_write(at, size, value)
+            assert 0 <= machine.legacy_read(at, size) < 1 << 8 * size
+        case "table":
+            machine.bus.mmio_write(TABLE + at, size, value)
+        case "start":
+            machine.start()
+        case "start_legacy":
+            machine.start_legacy()
+        case "msix":
+            machine.enable_msix()
+        case "interrupt":
+            machine.process.raise_queue(0)
+        case "broken":
+            machine.function.on_needs_reset("", machine.process.activations)

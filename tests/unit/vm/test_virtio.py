@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.virtiopci import (
     ACKNOWLEDGE,
+    ACTIONS,
     AVAIL,
     CONFIG,
     CONFIG_MSIX,
@@ -48,6 +48,7 @@ from tests.support.virtiopci import (
     USED,
     VERSION_1,
     Machine,
+    act,
 )
 from vmd.config.model import VirtioMode
 from vmd.log import log
@@ -724,49 +725,6 @@ def test_read_only_registers_10(machine: Machine) -> None:
 
 
 # --- everything at once ------------------------------------------------------------------------------------------
-
-VALUES = st.one_of(
-    st.integers(0, 0xFFFFFFFF),
-    st.sampled_from((0, 1, 2, 3, 4, 7, 0xF, 0x8000, 0xC000, 0xC080, 0xC100, 0xFFFF, 0x10000, 0x80000000, 0x407)),
-)
-ACTIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("config"), st.integers(0, 0xBF), st.sampled_from((1, 2, 4)), VALUES),
-        st.tuples(st.just("modern"), st.integers(0, 0xFF), st.sampled_from((1, 2, 4)), VALUES),
-        st.tuples(st.just("legacy"), st.integers(0, 0x7F), st.sampled_from((1, 2, 4)), VALUES),
-        st.tuples(st.just("table"), st.integers(0, 0x3F), st.sampled_from((1, 2, 4, 8)), VALUES),
-        st.tuples(st.sampled_from(("start", "start_legacy", "msix", "interrupt", "broken")), *[st.just(0)] * 3),
-    ),
-    max_size=40,
-)
-
-
-def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
-    """Do one thing that a guest or the device process can do."""
-    value &= (1 << 8 * size) - 1
-    match what:
-        case "config":
-            machine.config_write(at, size, value)
-            assert 0 <= machine.config_read(at, size) < 1 << 8 * size
-        case "modern":
-            machine.write(at, size, value)
-            assert 0 <= machine.read(at, size) < 1 << 8 * size
-        case "legacy":
-            machine.legacy_write(at, size, value)
-            assert 0 <= machine.legacy_read(at, size) < 1 << 8 * size
-        case "table":
-            machine.bus.mmio_write(TABLE + at, size, value)
-        case "start":
-            machine.start()
-        case "start_legacy":
-            machine.start_legacy()
-        case "msix":
-            machine.enable_msix()
-        case "interrupt":
-            machine.process.raise_queue(0)
-        case "broken":
-            machine.function.on_needs_reset("", machine.process.activations)
-
 
 def check(machine: Machine) -> None:
     """What KVM was told is what the registers say, no more and no less."""

@@ -1,0 +1,252 @@
+"""A file whose storage does what a test wants: it fails, is full, is slow, or never answers (fuse(4), fuse.h 7.31).
+
+The file system is mounted nowhere: the file is opened through the descriptor of a detached mount, and all of it is
+gone with that descriptor.  Every read and write of the file comes here, for nothing is cached.
+"""
+
+import ctypes
+import errno
+import os
+import select
+import stat
+import struct
+import threading
+import time
+from types import TracebackType
+from typing import NamedTuple, Self
+
+DEVICE = "/dev/fuse"
+DEADLINE_S = 20.0
+
+LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, RELEASE, FSYNC = 1, 2, 3, 4, 14, 15, 16, 18, 20
+FLUSH, INIT, INTERRUPT, FALLOCATE, BATCH_FORGET = 25, 26, 36, 43, 42
+IN_HEADER = struct.Struct("<IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
+OUT_HEADER = struct.Struct("<IiQ")  # len, error, unique
+INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
+ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
+ENTRY_OUT = struct.Struct("<QQQQII")
+ATTR_OUT = struct.Struct("<QII")
+OPEN_OUT = struct.Struct("<QII")
+READ_IN = struct.Struct("<QQIIQII")
+WRITE_IN = struct.Struct("<QQIIQII")
+WRITE_OUT = struct.Struct("<II")
+FALLOCATE_IN = struct.Struct("<QQQII")
+SETATTR_IN = struct.Struct("<IIQQ")
+FATTR_SIZE = 1 << 3
+FOPEN_DIRECT_IO = 1
+ROOT, FILE = 1, 2
+MAX_WRITE = 1 << 20
+BUFFER_BYTES = MAX_WRITE + (1 << 16)
+
+SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432
+FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
+HELD = -1  # an outcome: no answer until `release`
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(number: int, *arguments: object) -> int:
+    """Make a system call.  Raises OSError."""
+    wide = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+    result: int = libc.syscall(ctypes.c_long(number), *wide)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def mount(device: int) -> int:
+    """Return the descriptor of a mount that is attached nowhere."""
+    context = call(SYS_FSOPEN, b"fuse", 1)
+    try:
+        for key, value in (("fd", device), ("rootmode", "40000"), ("user_id", 0), ("group_id", 0)):
+            call(SYS_FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), str(value).encode(), 0)
+        call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        return call(SYS_FSMOUNT, context, 1, 0)
+    finally:
+        os.close(context)
+
+
+class Operation(NamedTuple):
+    """What the kernel asked for; offset and length are 0 for what has none."""
+
+    opcode: int
+    offset: int
+    length: int
+
+
+class Rule(NamedTuple):
+    """What becomes of an operation that touches [start, end): an errno, HELD, or only `most` bytes of it."""
+
+    opcode: int
+    start: int
+    end: int
+    outcome: int
+    most: int
+
+
+class FuseFile:
+    """The file system and its one file, of which `content` is the storage; `fd` is an open descriptor of it."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = bytearray(content)
+        self.room = 1 << 40  # the file gets no larger than this
+        self.log: list[Operation] = []
+        self.held: list[tuple[int, Operation, bytes]] = []
+        self.rules: list[Rule] = []
+        self._changed = threading.Condition()
+        self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        self._stop, self._stopped = os.pipe()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._mount = mount(self._device)
+        self._thread.start()
+        self.fd = os.open("disk", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._mount)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let everybody who still waits have an error, and end."""
+        if self._device >= 0:
+            for fd in (self.fd, self._mount, self._stopped):
+                os.close(fd)
+            self._thread.join(DEADLINE_S)
+            os.close(self._device)
+            os.close(self._stop)
+            self._device = -1
+
+    # --- what a test says
+
+    def rule(self, opcode: int, outcome: int = 0, start: int = 0, end: int = 1 << 63, most: int = 1 << 30) -> Rule:
+        """Decide what becomes of operations from now on; the newest rule that fits wins."""
+        made = Rule(opcode, start, end, outcome, most)
+        with self._changed:
+            self.rules.insert(0, made)
+        return made
+
+    def release(self) -> None:
+        """Forget all rules, and answer what was held."""
+        with self._changed:
+            self.rules.clear()
+            held, self.held = self.held, []
+        for unique, operation, body in held:
+            self._answer(unique, operation, body)
+
+    def wait_held(self, count: int) -> list[Operation]:
+        """Wait until so many operations are held; return them."""
+        limit_s = time.monotonic() + DEADLINE_S
+        with self._changed:
+            while len(self.held) < count:
+                assert self._changed.wait(limit_s - time.monotonic()), f"only {self.held} are held"
+            return [operation for _, operation, _ in self.held]
+
+    def count(self, opcode: int) -> int:
+        """Return how often this was asked for."""
+        with self._changed:
+            return sum(1 for operation in self.log if operation.opcode == opcode)
+
+    # --- the file system
+
+    def _serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._device, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        while True:
+            if any(fd == self._stop for fd, _ in poll.poll()):
+                return
+            try:
+                request = os.read(self._device, BUFFER_BYTES)
+            except (BlockingIOError, FileNotFoundError):  # it was interrupted before we looked
+                continue
+            except OSError:
+                return
+            _, opcode, unique, nodeid, *_ = IN_HEADER.unpack_from(request)
+            self._handle(unique, opcode, nodeid, request[IN_HEADER.size :])
+
+    def _handle(self, unique: int, opcode: int, nodeid: int, body: bytes) -> None:
+        match opcode:
+            case _ if opcode in (FORGET, BATCH_FORGET, INTERRUPT):
+                return
+            case _ if opcode == INIT:
+                self._reply(unique, INIT_OUT.pack(7, 31, 0, 0, 16, 12, MAX_WRITE, 1, 0, 0, 0))
+            case _ if opcode == LOOKUP:
+                self._reply(unique, ENTRY_OUT.pack(FILE, 0, 0, 0, 0, 0) + self._attributes(FILE))
+            case _ if opcode == GETATTR:
+                self._reply(unique, ATTR_OUT.pack(0, 0, 0) + self._attributes(nodeid))
+            case _ if opcode == OPEN:
+                self._reply(unique, OPEN_OUT.pack(0, FOPEN_DIRECT_IO, 0))
+            case _ if opcode in (RELEASE, FLUSH):
+                self._reply(unique)
+            case _ if opcode in (READ, WRITE, FSYNC, FALLOCATE, SETATTR):
+                self._decide(unique, self._operation(opcode, body), body)
+            case _:
+                self._reply(unique, error=errno.ENOSYS)
+
+    @staticmethod
+    def _operation(opcode: int, body: bytes) -> Operation:
+        if opcode in (READ, WRITE):
+            return Operation(opcode, *READ_IN.unpack_from(body)[1:3])
+        if opcode == FALLOCATE:
+            return Operation(opcode, *FALLOCATE_IN.unpack_from(body)[1:3])
+        return Operation(opcode, 0, 0)
+
+    def _decide(self, unique: int, operation: Operation, body: bytes) -> None:
+        with self._changed:
+            self.log.append(operation)
+            last = operation.offset + max(operation.length, 1)
+            rule = next(
+                (r for r in self.rules if r.opcode == operation.opcode and r.start < last and operation.offset < r.end),
+                None,
+            )
+            if rule is not None and rule.outcome == HELD:
+                self.held.append((unique, operation, body))
+                self._changed.notify_all()
+                return
+        if rule is not None and rule.outcome:
+            self._reply(unique, error=rule.outcome)
+        else:
+            self._answer(unique, operation, body, most=rule.most if rule is not None else 1 << 30)
+
+    def _answer(self, unique: int, operation: Operation, body: bytes, most: int = 1 << 30) -> None:
+        opcode, offset, length = operation
+        if opcode == READ:
+            self._reply(unique, bytes(self.content[offset : offset + min(length, most)]))
+        elif opcode == WRITE:
+            length = min(length, most, self.room - offset)
+            if length <= 0:
+                self._reply(unique, error=errno.ENOSPC)
+                return
+            self._grow(offset + length)
+            self.content[offset : offset + length] = body[WRITE_IN.size : WRITE_IN.size + length]
+            self._reply(unique, WRITE_OUT.pack(length, 0))
+        elif opcode == FALLOCATE:
+            self._reply(unique, error=errno.EOPNOTSUPP)
+        elif opcode == SETATTR:
+            valid, _, _, size = SETATTR_IN.unpack_from(body)
+            if valid & FATTR_SIZE:
+                if size > self.room:
+                    self._reply(unique, error=errno.ENOSPC)
+                    return
+                del self.content[size:]
+                self._grow(size)
+            self._reply(unique, ATTR_OUT.pack(0, 0, 0) + self._attributes(FILE))
+        else:
+            self._reply(unique)
+
+    def _grow(self, size: int) -> None:
+        self.content.extend(bytes(max(0, size - len(self.content))))
+
+    def _attributes(self, nodeid: int) -> bytes:
+        mode = stat.S_IFREG | 0o600 if nodeid == FILE else stat.S_IFDIR | 0o755
+        size = len(self.content)
+        return ATTR.pack(nodeid, size, -(-size // 512), 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+
+    def _reply(self, unique: int, body: bytes = b"", error: int = 0) -> None:
+        try:
+            os.write(self._device, OUT_HEADER.pack(OUT_HEADER.size + len(body), -error, unique) + body)
+        except FileNotFoundError:
+            return  # whoever asked is gone
