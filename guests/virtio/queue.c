@@ -135,9 +135,9 @@ bool queue_want_interrupt(struct queue *queue, unsigned more)
 
 void queue_no_interrupt(struct queue *queue)
 {
-    /* An event index that was reached long ago is as good as none, until the indices have come round. */
+    /* There is always some event; this one is as far away as can be, on both sides. */
     if (queue->event_index)
-        *used_event(queue) = (uint16_t)(queue->next_used - 1);
+        *used_event(queue) = (uint16_t)(queue->next_used + 0x8000);
     else
         queue->available->flags = AVAIL_NO_INTERRUPT;
 }
