@@ -12,8 +12,9 @@ class Shell:
         self.console = console
         self.count = 0
         console.expect("/ # ", timeout_s)
-        # A shell that reads a pipe edits no lines: on this console each of its cursor movements has its price.
-        console.answer("stty -echo; exec sh -c 'echo re''ady; cat | sh'", "ready")
+        # A shell that runs a script edits no lines: on this console each of its cursor movements has its price.
+        # (Not `cat | sh`: busybox's cat splices, and what comes from a terminal then arrives one line late.)
+        console.answer("stty -echo; exec sh -c 'echo re''ady; exec sh /proc/self/fd/0'", "ready\r\n")
 
     def run(self, command: str, timeout_s: float = DEADLINE_S) -> str:
         """Run a command; return what it said.  Raises AssertionError, with that, if it fails."""
@@ -28,5 +29,5 @@ class Shell:
         # Quoted apart, so that no echo of what is typed looks like the answer.
         self.console.type(f"{{ {command}\n}} 2>&1; echo '<'{self.count}:$?'>'\r")
         output = self.console.expect(mark, timeout_s).removesuffix(mark)
-        status = int(self.console.expect(">", timeout_s).removesuffix(">"))
+        status = int(self.console.expect(">\r\n", timeout_s).removesuffix(">\r\n"))
         return output.replace("\r\n", "\n"), status
