@@ -52,6 +52,8 @@ SHARED = {
     "vmd.virtio": {"vm", "device"},
     "vmd.ipc.imsg": {"parent", "control", "priv", "vmm", "vm", "vmctl"},
 }
+# ... and the parts of it that harm nobody, for they read nothing.
+HARMLESS = {"parent": {"vmd.images", "vmd.images.locks"}}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.images", "vmd.errors", "vmd.record", "vmd.log", "vmd.scaled",
 )  # fmt: skip
@@ -155,7 +157,7 @@ def test_process_holds_only_what_is_shared_with_it(process: Process) -> None:
 
     not_for_it = [package for package, holders in SHARED.items() if process.kind not in holders]
 
-    assert held.below(*not_for_it) == set()
+    assert held.below(*not_for_it) - HARMLESS.get(process.kind, set()) == set()
 
 
 @of_each_vm

@@ -195,7 +195,7 @@ VMM_KILLS = (
 
 
 @pytest.mark.parametrize("attempt", KILLS)
-@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "CONTROL", "VM"])
+@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "IMGPROBE", "CONTROL", "VM"])
 def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS."""
     run = try_inside(cell, kind, attempt)

@@ -472,7 +472,7 @@ def test_writer_excludes_others(tmp_path: Path, first: bool, second: bool) -> No
     open_it = ("qemu-io", "-c", "length", path) if second else ("qemu-img", "info", path)
 
     fd = locked_by_us(path, writable=first)
-    with pytest.raises(OperatorError, match=f"{path}: is being (used|written to) by another VM or program"):
+    with pytest.raises(OperatorError, match=f"{path}: is in use by another process"):
         locked_by_us(path, writable=second)
     with pytest.raises(subprocess.CalledProcessError) as refused:
         qemu(*map(str, open_it))
@@ -488,7 +488,7 @@ def test_image_that_qemu_writes_is_refused(tmp_path: Path, writable: bool) -> No
     path = tmp_path / "image"
     create(str(path), "raw", MIB)
 
-    with held_by_qemu(path, writable=True), pytest.raises(OperatorError, match="another VM or program"):
+    with held_by_qemu(path, writable=True), pytest.raises(OperatorError, match="in use by another process"):
         locked_by_us(path, writable=writable)
 
     os.close(locked_by_us(path, writable=writable))

@@ -15,9 +15,10 @@ from vmctl.output import notice, warn
 from vmctl.session import Session
 from vmd.config.model import MIB
 from vmd.errors import ImageError, VmdError
-from vmd.images.chain import FORMATS, MAX_CHAIN
+from vmd.images.chain import MAX_CHAIN
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
+from vmd.ipc.probemsg import FORMATS
 from vmd.scaled import fmt_scaled, scan_scaled
 
 OPTIONS = "b:i:s:"

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vmd.images.image import Image
 
 MAX_CHAIN = 4  # *cat. 8.2*
-FORMATS = ("raw", "qcow2")
 # Guests write to disks.  What such a disk says about itself must not make us open another file.
 GUESSED = "only its first bytes say that it is qcow2; say so yourself with `format qcow2`"
 

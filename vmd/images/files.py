@@ -8,9 +8,10 @@ import contextlib
 import os
 
 from vmd.errors import ImageError
-from vmd.images.chain import MAX_CHAIN, Link, open_chain
-from vmd.images.identify import Probe, probe
+from vmd.images.chain import GUESSED, MAX_CHAIN, Link, open_chain
+from vmd.images.identify import probe
 from vmd.images.locks import lock
+from vmd.ipc.probemsg import Probe
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class OpenedChain:
                     seen.add((identity.st_dev, identity.st_ino))
                     lock(fd, path, writable=False)
                     found = probe(fd, path, format_hint)
+                    if found.backing and found.guessed:
+                        raise ImageError(path, f"has backing file {found.backing}, but {GUESSED}")
                     undo.pop_all()
                 self.probes.append(found)
                 self.links.append(Link(fd=fd, path=path, format=found.format, guessed=found.guessed))

@@ -4,28 +4,18 @@ import os
 import stat
 
 from vmd.errors import ImageError
-from vmd.images.chain import FORMATS, GUESSED
 from vmd.images.header import MAGIC, parse_header
 from vmd.images.hostfile import read_bytes
-from vmd.record import Record
-
-
-class Probe(Record):
-    """What an image is; `backing` is the path as recorded, relative to the image's directory."""
-
-    format: str
-    size: int
-    guessed: bool = False
-    backing: str = ""
-    backing_format: str = ""
+from vmd.ipc.probemsg import FORMATS, Probe
 
 
 def probe(fd: int, path: str, format_hint: str = "") -> Probe:
     """Tell format, size and backing file of an open image; without a hint, by its first bytes.
 
+    What to do with a backing file that a guessed image names is the caller's business; not to open it.
+
     Raises:
-        ImageError: it is damaged, needs what we do not have, or asks for a backing file though its
-            format was only guessed.
+        ImageError: it is damaged, or needs what we do not have.
     """
     try:
         mode = os.fstat(fd).st_mode
@@ -40,8 +30,6 @@ def probe(fd: int, path: str, format_hint: str = "") -> Probe:
     if found == "raw":
         return Probe(format=found, size=file_bytes, guessed=not format_hint)
     header = parse_header(fd, path)
-    if header.backing and not format_hint:
-        raise ImageError(path, f"has backing file {header.backing}, but {GUESSED}")
     return Probe(
         format=found,
         size=header.size,

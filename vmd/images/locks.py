@@ -38,12 +38,12 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
     except OSError as error:
         unlock(fd)
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise OperatorError(errno.EBUSY, f"{path}: locked by another program") from None
+            raise OperatorError(errno.EBUSY, f"{path}: is in use by another process") from None
         raise OperatorError(error.errno or errno.EIO, f"{path}: cannot be locked: {error.strerror}") from None
     if taken:
         unlock(fd)
-        doing = "written to" if USES + WRITE in taken else "used"
-        raise OperatorError(errno.EBUSY, f"{path}: is being {doing} by another VM or program")
+        doing = ", which writes to it" if USES + WRITE in taken else ""
+        raise OperatorError(errno.EBUSY, f"{path}: is in use by another process{doing}")
 
 
 def _held_by_others(fd: int, byte: int) -> bool:

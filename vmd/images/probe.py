@@ -1,31 +1,32 @@
 """imgprobe: reads what an image says about itself, for a parent that must not.
 
-Runs as  _vmd, confined to the descriptors it was started with, for a moment
-Peers    parent (starts it, reads one line from fd 3)
-Holds    one image, for reading, as fd 4
+Runs as  _vmd, in the cell, confined to its descriptors before it reads the first byte; for a moment
+Peers    parent (starts it, reads one line of `ipc/probemsg.py`, kills it if that takes too long)
+Holds    one image, for reading, and a pipe's writing end
 """
 
-import json
 import os
+import sys
 
 from vmd.errors import ImageError
 from vmd.images.identify import probe
+from vmd.ipc.probemsg import FD_ANSWER, FD_IMAGE, pack_error, pack_image
+from vmd.privsep.confine import IMGPROBE, confine
 
-ANSWER_FD, IMAGE_FD = 3, 4
 
-
-def answer(fd: int, path: str, format_hint: str = "") -> bytes:
-    """Return one line of JSON: the fields of Probe, or `error` with a sentence."""
+def answer(fd: int, format_hint: str) -> bytes:
+    """Return the line about an open image."""
     try:
-        fields: dict[str, object] = probe(fd, path, format_hint).as_dict()
+        return pack_image(probe(fd, "image", format_hint))
     except ImageError as error:
-        fields = {"error": str(error)}
-    return json.dumps(fields).encode() + b"\n"
+        return pack_error(error.what)
 
 
-def main(path: str, format_hint: str = "") -> int:
-    """Answer and be gone."""
-    line = memoryview(answer(IMAGE_FD, path, format_hint))
+def main() -> int:
+    """Answer and be gone; the one argument, if there is one, is the format that the image has to have."""
+    format_hint = sys.argv[1] if len(sys.argv) > 1 else ""
+    confine(IMGPROBE)  # what the kernel lacks, others have said
+    line = memoryview(answer(FD_IMAGE, format_hint))
     while line:
-        line = line[os.write(ANSWER_FD, line) :]
+        line = line[os.write(FD_ANSWER, line) :]
     return 0

@@ -1,13 +1,19 @@
 """Who may do what (*cat. 4.8*); decided in the parent only, on ids that the kernel vouches for."""
 
+import contextlib
 import errno
 import grp
 import os
 import pwd
 import stat
 
-from vmd.errors import OperatorError
+from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages import Caller
+from vmd.privsep import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def in_group(uid: int, gid: int) -> bool:
@@ -57,6 +63,34 @@ def require_readable(fd: int, path: str, caller: Caller) -> None:
         allowed = mode & stat.S_IROTH
     if not allowed:
         raise OperatorError(errno.EACCES, f"{path}: uid {caller.uid} may not read it")
+
+
+def groups_of(caller: Caller) -> list[int]:
+    """Return the groups that the caller has by the user database, with the one it came with."""
+    try:
+        return os.getgrouplist(pwd.getpwuid(caller.uid).pw_name, caller.gid)
+    except KeyError:
+        return [caller.gid]
+
+
+@contextlib.contextmanager
+def acting_as(caller: Caller | None) -> "Iterator[None]":
+    """Within the block, and in this thread, files are opened with the caller's rights and no more.
+
+    The kernel judges, directories on the way and access lists included.  None, and root, change nothing.
+    """
+    if caller is None or caller.uid == 0:
+        yield
+        return
+    ours = os.getgroups()
+    try:
+        linux.set_file_ids(caller.uid, caller.gid, groups_of(caller))
+        yield
+    finally:
+        try:
+            linux.set_file_ids(0, 0, ours)
+        except HostError as error:  # nothing that is done half as somebody else may go on
+            raise RuntimeError("cannot become root again") from error
 
 
 def owner_text(uid: int, gid: int | None) -> str:

@@ -4,6 +4,7 @@ The constants keep their C names.  Standard library only: every process imports 
 """
 
 import ctypes
+import errno
 
 from vmd.errors import HostError
 
@@ -30,6 +31,8 @@ MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
 SIGKILL = 9  # `signal` makes enums of its numbers: 3 ms and 800 KiB in every process that imports it
+AT_FDCWD = -100
+RESOLVE_NO_MAGICLINKS = 2
 
 CLOSE_RANGE_CLOEXEC = 4
 FD_MAX = 0x7FFFFFFF
@@ -42,10 +45,12 @@ CAP_LAST = 63  # what the kernel's masks have room for
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 SYS_PIVOT_ROOT = 155
+SYS_SETGROUPS = 116
 SYS_CAPGET = 125
 SYS_CAPSET = 126
 SYS_SECCOMP = 317
 SYS_CLOSE_RANGE = 436
+SYS_OPENAT2 = 437
 SYS_LANDLOCK_CREATE_RULESET = 444
 SYS_LANDLOCK_ADD_RULE = 445
 SYS_LANDLOCK_RESTRICT_SELF = 446
@@ -65,6 +70,18 @@ class cap_user_data(ctypes.Structure):
     """Half of each set (struct __user_cap_data_struct); two of them make 64 bits."""
 
     _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+class open_how(ctypes.Structure):
+    """How openat2(2) opens a file (<linux/openat2.h>)."""
+
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+class statfs_buf(ctypes.Structure):
+    """The start of struct statfs, and room for all of it."""
+
+    _fields_ = [("f_type", ctypes.c_long), ("rest", ctypes.c_char * 248)]
 
 
 def syscall(tried: str, number: int, *arguments: object) -> int:
@@ -150,6 +167,33 @@ def set_capabilities(mask: int) -> None:
     for half, word in enumerate((mask & 0xFFFFFFFF, mask >> 32)):
         data[half].effective = data[half].permitted = word
     syscall("capset", SYS_CAPSET, ctypes.byref(header), data)
+
+
+def set_file_ids(uid: int, gid: int, groups: list[int]) -> None:
+    """Set what the kernel checks accesses to files with, for this thread only (credentials(7)).
+
+    A uid that is not 0 puts the capabilities out of force that override file permissions.  Raises HostError.
+    """
+    syscall("set groups", SYS_SETGROUPS, len(groups), (ctypes.c_uint32 * len(groups))(*groups))
+    for tried, call, wanted in (("set file gid", libc.setfsgid, gid), ("set file uid", libc.setfsuid, uid)):
+        call(ctypes.c_uint32(wanted))
+        if call(ctypes.c_uint32(0xFFFFFFFF)) != wanted:  # it returns no error, and -1 changes nothing
+            raise HostError(tried, errno.EPERM)
+
+
+def openat2(path: bytes, flags: int, resolve: int) -> int:
+    """Open a file whose path is resolved as RESOLVE_* flags say; returns a descriptor.  Raises HostError."""
+    how = open_how(flags, 0, resolve)
+    tried = f"open {path.decode('utf-8', 'backslashreplace')}"
+    return syscall(tried, SYS_OPENAT2, AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how))
+
+
+def file_system_type(fd: int) -> int:
+    """Return the magic number of the file system that a file is on (statfs(2)).  Raises HostError."""
+    buffer = statfs_buf()
+    if libc.fstatfs(fd, ctypes.byref(buffer)):
+        raise HostError("ask for the type of a file system", ctypes.get_errno())
+    return int(buffer.f_type)
 
 
 def load_library(name: str) -> None:

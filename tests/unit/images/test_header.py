@@ -1,6 +1,5 @@
 """qcow2 headers that lie (hostile 52): each is refused with a sentence, by prober and opener alike."""
 
-import json
 import os
 import random
 import re
@@ -11,10 +10,12 @@ import pytest
 
 from tests.support.images import MIB, opened, read, write
 from vmd.errors import ImageError
-from vmd.images import probe as process
 from vmd.images.create import create
+from vmd.images.files import OpenedChain
 from vmd.images.header import parse_header
 from vmd.images.identify import probe
+from vmd.images.probe import answer
+from vmd.ipc.probemsg import Probe, unpack
 
 CLUSTER = 1 << 16
 SIZE = 8 * MIB
@@ -258,37 +259,28 @@ def test_probe_tells_formats(image: Path, tmp_path: Path) -> None:
             probe(file.fileno(), "x", "qcow2")
 
 
-def test_imgprobe_answers_with_one_line(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of JSON, which the parent needs no parser of images for; a refusal is a sentence."""
-    answers = []
-    for name, hint in (("qcow2", "qcow2"), ("qcow2", "raw"), ("broken", "qcow2")):
-        if name == "broken":
-            header_of(image, {4: ("I", 9)})
-        reader, writer = os.pipe()
-        with image.open("rb") as file:
-            monkeypatch.setattr(process, "IMAGE_FD", file.fileno())
-            monkeypatch.setattr(process, "ANSWER_FD", writer)
-            assert process.main("/disk", hint) == 0
-        os.close(writer)
-        with open(reader, "rb") as answered:
-            answers.append(json.loads(answered.read()))
-
-    assert answers == [
-        {"format": "qcow2", "size": SIZE, "guessed": False, "backing": "", "backing_format": ""},
-        {"format": "raw", "size": 4 * CLUSTER, "guessed": False, "backing": "", "backing_format": ""},
-        {"error": "/disk: unsupported qcow2 version 9"},
-    ]
+def test_imgprobe_answers_with_one_line(image: Path) -> None:
+    """A refusal is a sentence without a name: imgprobe does not know any."""
+    with image.open("rb") as file:
+        assert unpack(answer(file.fileno(), "qcow2")) == Probe(format="qcow2", size=SIZE)
+        assert unpack(answer(file.fileno(), "raw")) == Probe(format="raw", size=4 * CLUSTER)
+        assert unpack(answer(file.fileno(), "")) == Probe(format="qcow2", size=SIZE, guessed=True)
+        header_of(image, {4: ("I", 9)})
+        assert unpack(answer(file.fileno(), "")) == "unsupported qcow2 version 9"
 
 
-def test_guessed_format_gives_no_backing_file(tmp_path: Path) -> None:
-    """A guest may have written that header (hostile 52)."""
+def test_guessed_image_is_told_apart(tmp_path: Path) -> None:
+    """A guest may have written that header (hostile 52); by path no backing file comes of it."""
     create(str(tmp_path / "top"), "qcow2", SIZE, "/etc/shadow", "raw")
+
     with (tmp_path / "top").open("rb") as file:
         told = probe(file.fileno(), "top", "qcow2")
-        with pytest.raises(ImageError, match=r"top: has backing file /etc/shadow, but .* `format qcow2`"):
-            probe(file.fileno(), "top")
+        guessed = probe(file.fileno(), "top")
+    with pytest.raises(ImageError, match=r"top: has backing file /etc/shadow, but .* `format qcow2`"):
+        OpenedChain(str(tmp_path / "top"))
 
-    assert (told.backing, told.backing_format) == ("/etc/shadow", "raw")
+    assert (told.backing, told.backing_format, told.guessed) == ("/etc/shadow", "raw", False)
+    assert (guessed.backing, guessed.guessed) == ("/etc/shadow", True)
 
 
 def test_version_2_header_has_extensions_too(tmp_path: Path) -> None:

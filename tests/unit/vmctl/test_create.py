@@ -14,8 +14,9 @@ from vmctl.errors import UsageError
 from vmctl.session import Session
 from vmd.errors import VmdError
 from vmd.images.create import create
-from vmd.images.identify import Probe, probe
+from vmd.images.identify import probe
 from vmd.images.locks import lock
+from vmd.ipc.probemsg import Probe
 
 Create = Callable[..., str]
 
@@ -157,7 +158,7 @@ def test_base_that_is_written_to_is_refused(folder: Path, vmctl_create: Create) 
     with (folder / "base").open("r+b") as file:
         lock(file.fileno(), "base", writable=True)
 
-        with pytest.raises(VmdError, match="base: is being written to by another VM or program"):
+        with pytest.raises(VmdError, match="base: is in use by another process, which writes to it"):
             vmctl_create("-b", "base", "a.qcow2")
 
 

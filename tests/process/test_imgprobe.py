@@ -1,0 +1,216 @@
+"""imgprobe as the parent starts it: in the cell, as somebody else, for one image and not for long."""
+
+import fcntl
+import os
+import pwd
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import MIB, qemu
+from tests.support.imgprobes import GOOD
+from vmd.config.model import DiskConfig
+from vmd.errors import OperatorError
+from vmd.images.create import create
+from vmd.images.locks import lock
+from vmd.ipc.probemsg import FD_ANSWER, FD_IMAGE, Probe
+from vmd.parent.disks import IMGPROBE_ENTRY, ImageProber, open_disk
+from vmd.privsep.cell import Cell
+from vmd.privsep.spawn import Child, spawn
+
+pytestmark = pytest.mark.root
+
+USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
+DEADLINE_S = 60.0
+ROUNDS = 10
+
+
+@pytest.fixture(scope="module")
+def cell() -> Iterator[Cell]:
+    """Give a cell."""
+    built = Cell.build(USER.pw_uid, USER.pw_gid)
+    yield built
+    built.close()
+
+
+@pytest.fixture
+def prober(cell: Cell) -> ImageProber:
+    """Give what the parent has."""
+    return ImageProber(cell)
+
+
+def probed(prober: ImageProber, path: Path, format_hint: str = "") -> Probe:
+    """Probe a file that is open for writing and locked, as a disk is."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        lock(fd, str(path), writable=True)
+        return prober.probe(fd, f"disk {path}", format_hint)
+    finally:
+        os.close(fd)
+
+
+def refusal(prober: ImageProber, path: Path, format_hint: str = "") -> str:
+    """Return why a file is no image."""
+    with pytest.raises(OperatorError) as refused:
+        probed(prober, path, format_hint)
+    return str(refused.value)
+
+
+def test_images_are_told_apart(prober: ImageProber, tmp_path: Path) -> None:
+    """A file that only root may read is no obstacle: imgprobe has it open."""
+    path, base = tmp_path / "image", tmp_path / "base"
+    base.write_bytes(bytes(2 * MIB))
+    create(str(path), "qcow2", MIB)
+    top = tmp_path / "top"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "compat=0.10", "-F", "raw", "-b", "base", top)
+
+    assert probed(prober, base) == Probe(format="raw", size=2 * MIB, guessed=True)
+    assert probed(prober, path) == Probe(format="qcow2", size=MIB, guessed=True)
+    assert probed(prober, path, "qcow2") == Probe(format="qcow2", size=MIB)
+    expected = Probe(format="qcow2", size=2 * MIB, backing="base", backing_format="raw")
+    assert probed(prober, top, "qcow2") == expected
+
+
+def test_what_is_wrong_is_said_by_name(prober: ImageProber, tmp_path: Path) -> None:
+    """The sentence is imgprobe's, the name ours."""
+    path = tmp_path / "image"
+    path.write_bytes(b"QFI\xfb" + bytes(MIB))
+
+    assert refusal(prober, path) == f"disk {path}: unsupported qcow2 version 0"
+    path.write_bytes(bytes(MIB))
+    assert refusal(prober, path, "qcow2") == f"disk {path}: not a qcow2 image"
+
+
+def test_chain_is_opened_with_real_processes(prober: ImageProber, tmp_path: Path) -> None:
+    """One probe for each image whose format or backing file is not known."""
+    (tmp_path / "0").write_bytes(bytes(MIB))
+    for level in range(1, 4):
+        create(str(tmp_path / f"{level}"), "qcow2", MIB, f"{level - 1}", "qcow2" if level > 1 else "raw")
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    disk = open_disk(DiskConfig(path=f"{tmp_path}/3", format="qcow2"), None, prober)
+
+    assert [Path(link.path).name for link in disk.links] == ["3", "2", "1", "0"]
+    disk.close()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def blocked(child: Child) -> dict[str, str]:
+    """Wait until a process has confined itself and sleeps; return its status."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline_s:
+        text = Path(f"/proc/{child.pid}/status").read_text()
+        status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        if status["Seccomp"] == "2" and status["State"].startswith("S"):
+            return status
+        assert child.reap(0.01) is None, "it has ended"
+    raise AssertionError("it does not confine itself")
+
+
+def test_imgprobe_holds_one_image_for_reading_and_nothing_else(cell: Cell, tmp_path: Path) -> None:
+    """Seen while it waits to be rid of its answer."""
+    create(str(tmp_path / "image"), "qcow2", MIB)
+    reader, writer = os.pipe()
+    full = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writer, bytes(full))
+    image = os.open(tmp_path / "image", os.O_RDONLY)
+    fds = {FD_ANSWER: writer, FD_IMAGE: image}
+    child = spawn("imgprobe", ["qcow2"], fds=fds, place=cell, entry=IMGPROBE_ENTRY)
+    try:
+        status = blocked(child)
+        held = {int(name): os.readlink(f"/proc/{child.pid}/fd/{name}") for name in os.listdir(f"/proc/{child.pid}/fd")}
+        title = Path(f"/proc/{child.pid}/comm").read_text()
+    finally:
+        child.kill()
+        child.reap(DEADLINE_S)
+        for fd in (reader, writer, image):
+            os.close(fd)
+
+    assert (status["Uid"], status["Gid"]) == ("\t".join([str(USER.pw_uid)] * 4), "\t".join([str(USER.pw_gid)] * 4))
+    assert (status["CapEff"], status["CapBnd"], status["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
+    assert sorted(held) == [0, 1, 2, 3, 4]
+    assert held[0] == held[1] == "/dev/null"
+    assert title == "imgprobe\n"
+
+
+def bad(function: str, timeout_s: float = DEADLINE_S) -> ImageProber:
+    """Return a prober that starts something else."""
+    return ImageProber(None, timeout_s, f"tests.support.imgprobes:{function}")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("nonsense", "cannot be examined: imgprobe answered nonsense: "),
+        ("flood", "cannot be examined: imgprobe answered nonsense: line of 8193 bytes"),
+        ("die", "cannot be examined: imgprobe ended with status 3"),
+        ("be_killed", f"cannot be examined: imgprobe ended with status {-signal.SIGSYS}"),
+        ("no_such_function", "cannot be examined: imgprobe ended with status 1"),
+    ],
+)
+def test_imgprobe_that_fails_57(tmp_path: Path, function: str, words: str) -> None:
+    """Hostile input 57: whatever became of it, the disk is refused, and nothing of it is left."""
+    (tmp_path / "image").write_bytes(bytes(MIB))
+    prober = bad(function)
+    before = sorted(os.listdir("/proc/self/fd"))
+
+    assert refusal(prober, tmp_path / "image").startswith(f"disk {tmp_path}/image: {words}")
+
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("function", ["hang", "stay", "close_and_stay", "trickle"])
+def test_imgprobe_that_does_not_end_57(tmp_path: Path, function: str) -> None:
+    """Hostile input 57: the parent waits so long and no longer."""
+    (tmp_path / "image").write_bytes(bytes(MIB))
+    prober = bad(function, timeout_s=0.5)
+
+    words = f"disk {tmp_path}/image: cannot be examined within 0.5 seconds"
+    assert refusal(prober, tmp_path / "image") == words
+
+    assert prober.ending == []
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_imgprobe_cannot_write_the_image(tmp_path: Path) -> None:
+    """Ours is open for writing; what it gets is not."""
+    (tmp_path / "image").write_bytes(bytes(MIB))
+
+    assert probed(bad("write_image"), tmp_path / "image").size == 0
+
+    assert len(GOOD) < MIB
+    assert (tmp_path / "image").read_bytes() == bytes(MIB)
+
+
+def test_no_descriptors_left_is_a_sentence(prober: ImageProber, tmp_path: Path) -> None:
+    """Hostile input 60."""
+    (tmp_path / "image").write_bytes(bytes(MIB))
+    fd = os.open(tmp_path / "image", os.O_RDWR)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fd + 1, limits[1]))
+    try:
+        with pytest.raises(OperatorError, match="disk x: cannot be examined: Too many open files"):
+            prober.probe(fd, "disk x", "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(fd)
+
+
+def test_cost_of_a_probe(prober: ImageProber, tmp_path: Path) -> None:
+    """The figure is shown, not judged."""
+    create(str(tmp_path / "image"), "qcow2", MIB)
+    times_ms = []
+    for _ in range(ROUNDS):
+        start_s = time.monotonic()
+        probed(prober, tmp_path / "image", "qcow2")
+        times_ms.append((time.monotonic() - start_s) * 1000)
+
+    print(f"imgprobe: median {sorted(times_ms)[ROUNDS // 2]:.0f} ms, longest {max(times_ms):.0f} ms")
+    assert len(times_ms) == ROUNDS

@@ -1,0 +1,76 @@
+"""The line that imgprobe writes: what is packed is unpacked, and nothing else is."""
+
+import random
+
+import pytest
+
+from vmd.ipc.probemsg import ANSWER_MAX, Probe, pack_error, pack_image, unpack
+
+PROBES = [
+    Probe(format="raw", size=0, guessed=True),
+    Probe(format="qcow2", size=2**63 - 1),
+    Probe(format="qcow2", size=1 << 30, backing="../base\n\udcff", backing_format="raw"),
+    Probe(format="qcow2", size=512, guessed=True, backing="b" * 1023, backing_format=""),
+]
+GOOD = pack_image(PROBES[2])
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_image_comes_back(probe: Probe) -> None:
+    """Paths may be any bytes but NUL."""
+    assert unpack(pack_image(probe)) == probe
+
+
+@pytest.mark.parametrize(
+    ("sentence", "comes_back"), [("is bad", "is bad"), ("a\nb\0c", "a\nb?c"), ("\udcff", "\\udcff"), ("", "")]
+)
+def test_sentence_comes_back(sentence: str, comes_back: str) -> None:
+    """In one piece, and with nothing that a terminal or a log could not write."""
+    assert unpack(pack_error(sentence)) == comes_back
+
+
+def test_long_sentence_is_cut() -> None:
+    """The line always fits."""
+    answer = unpack(pack_error("x" * 100_000))
+
+    assert isinstance(answer, str)
+    assert len(answer) == 4000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"\n", b"image\n", b"error\n", b"error\0a\0b\n", b"image\0raw\x001\x000\0\0",
+        b"image\0raw\x001\x000\0\n", b"image\0raw\x001\x000\0\0\0\n",
+        b"image\0vmdk\x001\x000\0\0\n", b"image\0r\xff\x001\x000\0\0\n",
+        b"image\0raw\0\x000\0\0\n", b"image\0raw\0-1\x000\0\0\n", b"image\0raw\0 1\x000\0\0\n",
+        b"image\0raw\0" + b"9" * 20 + b"\x000\0\0\n", b"image\0raw\0" + b"9" * 5000 + b"\x000\0\0\n",
+        b"image\0raw\x001\x002\0\0\n", b"image\0raw\x001\0\0\0\n",
+        b"image\0qcow2\x001\x000\0" + b"b" * 1024 + b"\0\n", b"image\0qcow2\x001\x000\0b\0vmdk\n",
+        b"error\0" + b"x" * ANSWER_MAX + b"\n",
+    ],
+)  # fmt: skip
+def test_line_of_nobody_we_know_is_refused(line: bytes) -> None:
+    """Every field is checked."""
+    with pytest.raises(ValueError, match=r"line|fields|format|size|flag|path"):
+        unpack(line)
+
+
+def test_truncated_line_is_refused() -> None:
+    """Each prefix of a good one."""
+    for length in range(len(GOOD)):
+        with pytest.raises(ValueError, match=r"not complete|fields"):
+            unpack(GOOD[:length])
+
+
+def test_random_changes_are_understood_or_refused() -> None:
+    """Nothing but ValueError comes out."""
+    choice = random.Random(1)
+    for _ in range(5000):
+        line = bytearray(GOOD)
+        for _ in range(choice.randrange(1, 4)):
+            line[choice.randrange(len(line))] = choice.randrange(256)
+        try:
+            assert isinstance(unpack(bytes(line)), Probe | str)
+        except ValueError:
+            continue

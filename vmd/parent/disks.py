@@ -1,0 +1,294 @@
+"""Opens disks and ISO images on behalf of VMs; root's half, which looks at no byte of them (*cat. 4.3, 8*).
+
+What a file is gets checked before it is opened: opening a device can have an effect, such as arming a watchdog.
+What an image says of itself, imgprobe reads; root takes from it, at most, the path of a backing file.
+"""
+
+import errno
+import os
+import select
+import stat
+import time
+
+from vmd.config.model import MAX_CHAIN, DiskConfig
+from vmd.errors import HostError, OperatorError, VmdError
+from vmd.images.locks import lock
+from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, Caller
+from vmd.ipc.probemsg import ANSWER_MAX, FD_ANSWER, FD_IMAGE, Probe, unpack
+from vmd.parent.access import acting_as
+from vmd.privsep import linux
+from vmd.privsep.spawn import Child, spawn
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from vmd.privsep.spawn import Place
+
+    class Prober(Protocol):
+        """Finds out what an image says about itself."""
+
+        def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+            """Return it; the format is told from the first bytes if no hint is given.  Raises OperatorError."""
+
+
+PROBE_TIMEOUT_S = 8.0  # an image on storage that does not answer must not hold up the daemon for ever
+END_TIMEOUT_S = 1.0
+IMGPROBE_ENTRY = "vmd.images.probe:main"
+
+# File systems whose files are the kernel, or processes: a backing file there could be root's own memory.
+KERNEL_FILE_SYSTEMS = {
+    0x9FA0: "proc", 0x62656572: "sysfs", 0x64626720: "debugfs", 0x74726163: "tracefs", 0x73636673: "securityfs",
+    0x62656570: "configfs", 0x63677270: "cgroup2", 0x27E0EB: "cgroup", 0xCAFE4A11: "bpf", 0xDE5E81E4: "efivarfs",
+}  # fmt: skip
+
+
+class OpenImage(Record):
+    """One image of a disk; `guessed`: nobody but its first bytes said that it has this format."""
+
+    fd: int
+    path: str
+    format: str
+    guessed: bool
+
+
+class OpenDisk:
+    """The images of a disk, open and locked: the disk itself first, what it is based on after it.
+
+    The locks belong to the open files: they last until the last copy of a descriptor is closed.
+    """
+
+    read_only = False  # upstream has no disk that is: what cannot be written is an error
+
+    def __init__(self) -> None:
+        self.links: list[OpenImage] = []
+
+    def take_fds(self) -> list[int]:
+        """Return the descriptors, which are the caller's from now on."""
+        fds = [link.fd for link in self.links]
+        self.links = []
+        return fds
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        for fd in self.take_fds():
+            os.close(fd)
+
+
+def open_disk(config: DiskConfig, caller: Caller | None, prober: "Prober") -> OpenDisk:
+    """Open and lock a disk, for writing, and the images it is based on, for reading.
+
+    With a `caller` that is not root, its own rights decide (vm.conf(5), instances).
+
+    Raises:
+        OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if somebody uses it, EACCES if the
+            caller may not, else what is wrong with it.
+    """
+    disk = OpenDisk()
+    try:
+        _follow(disk, config, caller, prober)
+    except BaseException:
+        disk.close()
+        raise
+    return disk
+
+
+def _follow(disk: OpenDisk, config: DiskConfig, caller: Caller | None, prober: "Prober") -> None:
+    """Open image after image, each named by the one before.  Raises OperatorError."""
+    path, format_hint = config.path, config.format
+    name = top = f"disk {path}"
+    seen: set[tuple[int, int]] = set()
+    while True:
+        if len(disk.links) == MAX_CHAIN:
+            raise OperatorError(errno.EINVAL, f"{top}: backing chain is longer than {MAX_CHAIN} images")
+        writable = not disk.links
+        fd = open_image(path, name, caller, writable=writable)
+        try:
+            found = identity(os.fstat(fd))
+            if found in seen:
+                raise OperatorError(errno.ELOOP, f"{top}: backing chain comes back to {path}")
+            seen.add(found)
+            lock(fd, name, writable=writable)
+            # Whatever is raw by somebody's word needs no look at; so it is never taken for anything else.
+            probe = Probe(format="raw", size=0) if format_hint == "raw" else prober.probe(fd, name, format_hint)
+        except BaseException:
+            os.close(fd)
+            raise
+        # With a hint its answer cannot make the image something else: imgprobe has seen bytes from anybody.
+        link = OpenImage(fd=fd, path=path, format=format_hint or probe.format, guessed=not format_hint)
+        disk.links.append(link)
+        if link.format == "raw" or not probe.backing:
+            return
+        if link.guessed:
+            raise OperatorError(errno.EINVAL, f"{name}: has backing file {probe.backing}, but {remedy(disk)}")
+        path, format_hint = os.path.join(os.path.dirname(path), probe.backing), probe.backing_format
+        name = f"{top}: backing file {path}"
+
+
+def remedy(disk: OpenDisk) -> str:
+    """Return why a backing file is not followed, and what to do: a guest writes the first bytes of its disk."""
+    *above, last = disk.links
+    if not above:
+        return f"only its first bytes say that it is {last.format}; configure the disk with `format {last.format}`"
+    return (
+        f"{above[-1].path} does not record that this is {last.format}; if you trust it, have it recorded:"
+        f" qemu-img rebase -u -f qcow2 -F {last.format} -b {last.path} {above[-1].path}"
+    )
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells whether two descriptors are the same file, or the same device."""
+    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def open_cdrom(path: str, caller: Caller | None) -> int:
+    """Open and lock an ISO image, or a drive, for reading.
+
+    Raises OperatorError: VMD_CDROM_MISSING if it cannot be opened, VMD_CDROM_INVALID if it is neither a regular
+    file nor a block device; else like `open_disk`.
+    """
+    name = f"cdrom {path}"
+    fd = open_image(path, name, caller, writable=False, missing=VMD_CDROM_MISSING, invalid=VMD_CDROM_INVALID)
+    try:
+        lock(fd, name, writable=False)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_image(
+    path: str,
+    name: str,
+    caller: Caller | None,
+    *,
+    writable: bool,
+    missing: int = VMD_DISK_MISSING,
+    invalid: int = errno.EINVAL,
+) -> int:
+    """Open a regular file or block device with the caller's rights.
+
+    Raises OperatorError with code `missing` or `invalid`, or EACCES; `name` begins its sentence.
+    """
+    raw = os.fsencode(path)
+    if not raw or b"\0" in raw:
+        raise OperatorError(missing, f"{name}: not a path")
+    doing = ""
+    try:
+        with acting_as(caller):
+            place = linux.openat2(raw, os.O_PATH | os.O_CLOEXEC, linux.RESOLVE_NO_MAGICLINKS)
+            try:
+                mode = require_image(place, name, invalid)
+                flags = os.O_RDWR if writable else os.O_RDONLY
+                if writable and stat.S_ISBLK(mode):
+                    flags |= os.O_EXCL  # not while it is mounted
+                doing = "cannot be opened for writing: " if writable else ""
+                # The file that was looked at, whatever the path leads to by now.
+                return os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            finally:
+                os.close(place)
+    except (OSError, HostError) as error:
+        number = error.errno or errno.EIO
+        if number == errno.EBUSY:
+            raise OperatorError(number, f"{name}: is in use by another process, or mounted") from None
+        if number in (errno.EACCES, errno.EPERM) and caller is not None and caller.uid:
+            raise OperatorError(number, f"{name}: {doing}uid {caller.uid} has no permission") from None
+        raise OperatorError(missing, f"{name}: {doing}{os.strerror(number)}") from None
+
+
+def require_image(fd: int, name: str, invalid: int) -> int:
+    """Return the mode of what can be an image.  Raises OperatorError with code `invalid` for anything else."""
+    try:
+        mode = os.fstat(fd).st_mode
+        kind = KERNEL_FILE_SYSTEMS.get(linux.file_system_type(fd) & 0xFFFFFFFF)
+    except (OSError, HostError) as error:
+        raise OperatorError(invalid, f"{name}: {os.strerror(error.errno or 0)}") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        raise OperatorError(invalid, f"{name}: neither a regular file nor a block device")
+    if kind is not None:
+        raise OperatorError(invalid, f"{name}: a file of {kind} is no image")
+    return mode
+
+
+class ImageProber:
+    """Starts an imgprobe for each image, and waits for its answer."""
+
+    def __init__(self, place: "Place | None", timeout_s: float = PROBE_TIMEOUT_S, entry: str = IMGPROBE_ENTRY) -> None:
+        """`place` is the cell; None, where there is none, leaves imgprobe its own confinement."""
+        self.place = place
+        self.timeout_s = timeout_s
+        self.entry = entry
+        self.ending: list[Child] = []  # killed, but not gone: they wait for storage
+
+    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+        """Return what the image behind `fd` says; see Prober."""
+        self.ending = [child for child in self.ending if child.reap() is None]
+        deadline_s = time.monotonic() + self.timeout_s
+        try:
+            reader, child = self._start(fd, format_hint)
+        except OSError as error:
+            raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be examined: {error.strerror}") from None
+        except VmdError as error:
+            code = error.errno if isinstance(error, HostError) else errno.EIO
+            raise OperatorError(code, f"{name}: cannot be examined: {error}") from None
+        try:
+            line = read_line(reader, deadline_s)
+            status: int | None = 0
+            if line is None:
+                status = None
+            elif len(line) <= ANSWER_MAX:  # else it will not end by itself
+                status = child.reap(max(0.0, deadline_s - time.monotonic()))
+        finally:
+            os.close(reader)
+            self._end(child)
+        if line is None or status is None:
+            raise OperatorError(errno.ETIMEDOUT, f"{name}: cannot be examined within {self.timeout_s:g} seconds")
+        try:
+            answer = unpack(line)
+        except ValueError as error:
+            why = f"imgprobe ended with status {status}" if status else f"imgprobe answered nonsense: {error}"
+            raise OperatorError(errno.EIO, f"{name}: cannot be examined: {why}") from None
+        if isinstance(answer, str):
+            raise OperatorError(errno.EINVAL, f"{name}: {answer}")
+        return answer
+
+    def _start(self, fd: int, format_hint: str) -> tuple[int, Child]:
+        """Start an imgprobe; return where its answer can be read, and the process.  Raises OSError, VmdError."""
+        # An open file of its own: for reading only, without our lock and, on a block device, our claim.
+        image = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            try:
+                arguments = [format_hint] if format_hint else []
+                fds = {FD_ANSWER: writer, FD_IMAGE: image}
+                return reader, spawn("imgprobe", arguments, fds=fds, place=self.place, entry=self.entry)
+            except BaseException:
+                os.close(reader)
+                raise
+            finally:
+                os.close(writer)
+        finally:
+            os.close(image)
+
+    def _end(self, child: Child) -> None:
+        """Have a process end, if it has not."""
+        if child.pidfd >= 0:
+            child.kill()
+            if child.reap(END_TIMEOUT_S) is None:
+                self.ending.append(child)
+
+
+def read_line(fd: int, deadline_s: float) -> bytes | None:
+    """Return all that comes down a pipe, a byte more than ANSWER_MAX at most; None if it takes too long."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    line = b""
+    while len(line) <= ANSWER_MAX:
+        if not poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+            return None
+        part = os.read(fd, ANSWER_MAX + 1 - len(line))
+        if not part:
+            break
+        line += part
+    return line
