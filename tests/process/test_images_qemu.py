@@ -17,12 +17,16 @@ from tests.support.images import (
     KIB,
     MIB,
     Scribbler,
+    chain_formats,
     check_report,
+    flat_file,
+    make_chain,
     opened,
     opened_qcow2,
     problems,
     qemu,
     read,
+    same,
     write,
 )
 from vmd.errors import ImageError, OperatorError
@@ -31,61 +35,6 @@ from vmd.images.files import OpenedChain
 from vmd.images.locks import lock
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def flat_file(path: Path, size: int, seed: int, *, density: float = 0.5) -> bytearray:
-    """Make a raw disk with random data here and there; return its content."""
-    choice = random.Random(seed)
-    flat = bytearray(size)
-    for offset in range(0, size, 16 * KIB):
-        if choice.random() < density:
-            piece = choice.randbytes(choice.randrange(1, 16 * KIB))
-            # Half of it compresses well, so that compressed images have clusters of both kinds.
-            piece = piece if choice.random() < 0.5 else piece[:50] * (len(piece) // 50)
-            flat[offset : offset + len(piece)] = piece[: size - offset]
-    path.write_bytes(flat)
-    return flat
-
-
-def same(image_path: Path, raw: "bytes | bytearray", tmp_path: Path) -> None:
-    """Have qemu-img compare an image with bytes; raises if they differ."""
-    expected = tmp_path / "expected.raw"
-    expected.write_bytes(raw)
-    qemu("qemu-img", "compare", "-f", "qcow2", "-F", "raw", image_path, expected)
-    expected.unlink()
-
-
-def make_chain(tmp_path: Path, options: str, size: int, levels: int) -> tuple[list[Path], bytearray]:
-    """Have QEMU make an empty image on top of `levels` backing images; return the paths, top first, and content.
-
-    The lower ones are shorter, of other cluster sizes, and the lowest is raw.
-    """
-    flat = bytearray(size)
-    paths: list[Path] = []
-    for level in range(levels):
-        path = tmp_path / f"base{level}"
-        length = size - (levels - level) * 100 * KIB - 512
-        if not paths:
-            flat[:length] = flat_file(path, length, seed=levels)
-        else:
-            kind = "raw" if len(paths) == 1 else "qcow2"
-            qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={4 << level}k", "-F", kind, "-b",
-                 paths[0], path, length)  # fmt: skip
-            image = opened(path, *paths, writable=True, formats=("qcow2",) * len(paths) + ("raw",))
-            part = flat[:length]
-            Scribbler(image, part, seed=level).run(40)
-            flat[:length] = part
-            image.close()
-        paths.insert(0, path)
-    top = tmp_path / "top"
-    below = ("-F", "raw" if levels == 1 else "qcow2", "-b", paths[0]) if paths else ()
-    qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, *below, top, size)
-    return [top, *paths], flat
-
-
-def formats(paths: list[Path]) -> tuple[str, ...]:
-    """Return the formats of a chain of `make_chain`."""
-    return ("qcow2",) + ("qcow2",) * (len(paths) - 2) + ("raw",) * (len(paths) > 1)
 
 
 SCRIBBLES = [
@@ -115,7 +64,7 @@ def test_scribble_leaves_what_a_flat_disk_would_have(tmp_path: Path, options: st
     """Random requests of every kind, then QEMU finds a clean image with the right content."""
     size = 6 * MIB + 3 * 512
     paths, flat = make_chain(tmp_path, options, size, levels)
-    image = opened(*paths, writable=True, formats=formats(paths))
+    image = opened(*paths, writable=True, formats=chain_formats(paths))
 
     Scribbler(image, flat, seed=1).run(300)
     image.close()
@@ -129,7 +78,7 @@ def test_scribble_by_several_threads(tmp_path: Path, levels: int) -> None:
     """Threads that each have their sectors, spread over the same clusters, never see another's."""
     size, threads, sector = 4 * MIB, 4, 512
     paths, flat = make_chain(tmp_path, "cluster_size=8k", size, levels)
-    image = opened(*paths, writable=True, formats=formats(paths))
+    image = opened(*paths, writable=True, formats=chain_formats(paths))
     failures: list[BaseException] = []
 
     def work(own: int) -> None:

@@ -1,0 +1,305 @@
+"""A disk driver with many requests in flight at once, of every kind and shape, on the real device process."""
+
+import itertools
+import os
+import random
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.support.fakedriver import (
+    EVENT_IDX,
+    INDIRECT,
+    INDIRECT_DESC,
+    KIB,
+    MIB,
+    MODERN,
+    WRITE,
+    Desc,
+    Device,
+    chained,
+)
+from vmd.ipc import devmsg
+from vmd.virtio import spec
+
+READ, WRITE_DATA, FLUSH = spec.VIRTIO_BLK_T_IN, spec.VIRTIO_BLK_T_OUT, spec.VIRTIO_BLK_T_FLUSH
+DISCARD, WRITE_ZEROES = spec.VIRTIO_BLK_T_DISCARD, spec.VIRTIO_BLK_T_WRITE_ZEROES
+OK, IOERR = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR
+RANGES = 1 << spec.VIRTIO_BLK_F_DISCARD | 1 << spec.VIRTIO_BLK_F_WRITE_ZEROES
+WRITE_THROUGH = MODERN | INDIRECT_DESC | EVENT_IDX | RANGES
+FEATURES = WRITE_THROUGH | 1 << spec.VIRTIO_BLK_F_FLUSH
+UNSET = 0xEE
+
+SLOTS = 24
+SLOT_BYTES = 512 * KIB
+SLOT_BASE = 2 * MIB
+SLOT_DESCRIPTORS = 10
+STATUS_AT, RANGES_AT, TABLE_AT, DATA_AT = 64, 128, 1024, 4 * KIB
+DATA_MAX = SLOT_BYTES - DATA_AT
+SECTOR = spec.SECTOR
+
+
+class Request:
+    """A request in flight, or done."""
+
+    def __init__(self, kind: int, sector: int, length: int, note: object = None) -> None:
+        self.kind = kind
+        self.sector = sector
+        self.length = length  # bytes of data
+        self.note = note
+        self.slot = -1
+        self.status = UNSET
+
+
+class BlockDriver:
+    """A disk process with a chain of images, the disk itself first; a context manager that ends it."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        image_format: str = "qcow2",
+        *,
+        features: int = FEATURES,
+        flags: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.choice = random.Random(seed)
+        mode = os.O_RDONLY if flags & devmsg.START_READ_ONLY else os.O_RDWR
+        fds = [os.open(path, os.O_RDONLY if number else mode) for number, path in enumerate(paths)]
+        try:
+            self.device = Device("vioblk", fds, flags=flags | (devmsg.START_QCOW2 if image_format == "qcow2" else 0))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self.features = features
+        self.flying: dict[int, Request] = {}  # by slot
+        self.done: list[Request] = []  # in the order in which the driver saw them
+
+    def __enter__(self) -> Self:
+        self.device.__enter__()
+        try:
+            self.device.start()
+            self.sectors = int.from_bytes(self.device.config[:8], "little")
+            self.ring = self.device.activate(256, self.features)
+        except BaseException as error:
+            self.device.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.device.__exit__(kind, error, trace)
+
+    def shut_down(self) -> None:
+        """End the process as a VM does that stops."""
+        self.device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
+        status = self.device.status()
+        log = self.device.read_log()
+        assert (status, log) == (0, "")
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def _data_parts(self, start: int, length: int, flags: int) -> list[Desc]:
+        """Cut a buffer into descriptors of any length."""
+        cuts = sorted(self.choice.randrange(1, length) for _ in range(self.choice.randrange(SLOT_DESCRIPTORS - 3)))
+        edges = [0, *dict.fromkeys(cuts), length]
+        return [Desc(start + a, b - a, flags) for a, b in itertools.pairwise(edges)]
+
+    def submit(self, request: Request, data: bytes = b"", ranges: Sequence[tuple[int, int, int]] = ()) -> None:
+        """Offer a request; waits for one that is in flight if there are too many."""
+        while len(self.flying) == SLOTS:
+            self.wait()
+        slot = request.slot = next(number for number in range(SLOTS) if number not in self.flying)
+        base, memory = SLOT_BASE + slot * SLOT_BYTES, self.device.memory
+        memory.load(base, struct.pack("<IIQ", request.kind, 0, request.sector))
+        memory.load(base + STATUS_AT, bytes((UNSET,)))
+        parts = [Desc(base, 16)]
+        if ranges:
+            raw = b"".join(struct.pack("<QII", *one) for one in ranges)
+            memory.load(base + RANGES_AT, raw)
+            parts.append(Desc(base + RANGES_AT, len(raw)))
+        elif request.length:
+            if request.kind == WRITE_DATA:
+                memory.load(base + DATA_AT, data)
+            parts += self._data_parts(base + DATA_AT, request.length, WRITE if request.kind == READ else 0)
+        parts.append(Desc(base + STATUS_AT, 1, WRITE))
+        head = slot * SLOT_DESCRIPTORS
+        if self.features & INDIRECT_DESC and self.choice.random() < 0.5:
+            memory.load(base + TABLE_AT, b"".join(struct.pack("<QIHH", *part) for part in chained(parts)))
+            parts = [Desc(base + TABLE_AT, 16 * len(parts), INDIRECT)]
+        self.ring.describe(head, chained(parts, head))
+        self.flying[slot] = request
+        self.ring.offer(head)
+        self.device.kick()
+
+    def read(self, sector: int, length: int, note: object = None) -> Request:
+        """Offer a read."""
+        request = Request(READ, sector, length, note)
+        self.submit(request)
+        return request
+
+    def write(self, sector: int, data: bytes, note: object = None) -> Request:
+        """Offer a write."""
+        request = Request(WRITE_DATA, sector, len(data), note)
+        self.submit(request, data)
+        return request
+
+    def flush(self, note: object = None) -> Request:
+        """Offer a flush."""
+        request = Request(FLUSH, 0, 0, note)
+        self.submit(request)
+        return request
+
+    def change_ranges(self, kind: int, ranges: Sequence[tuple[int, int, int]], note: object = None) -> Request:
+        """Offer a DISCARD or WRITE_ZEROES of (sector, sectors, flags)."""
+        request = Request(kind, 0, 0, note)
+        self.submit(request, ranges=ranges)
+        return request
+
+    def result(self, request: Request) -> bytes:
+        """Return what a read that is done has read, before its slot is used again."""
+        return self.device.memory.read(SLOT_BASE + request.slot * SLOT_BYTES + DATA_AT, request.length)
+
+    # --- completions -----------------------------------------------------------------------------------------------
+
+    def take(self) -> list[Request]:
+        """Return what has come back meanwhile."""
+        found = []
+        for head, length in self.ring.reap():
+            request = self.flying.pop(head // SLOT_DESCRIPTORS)
+            base = SLOT_BASE + request.slot * SLOT_BYTES
+            request.status = self.device.memory.read(base + STATUS_AT, 1)[0]
+            assert length == 1 + (request.length if request.kind == READ and request.status == OK else 0)
+            found.append(request)
+        self.done += found
+        return found
+
+    def wait(self) -> list[Request]:
+        """Wait until something comes back; return it."""
+        found = self.take()
+        while not found:
+            self.ring.set_used_event(self.ring.used_idx)
+            found = self.take()  # what came before the device could know
+            if not found:
+                self.device.wait_interrupt()
+                found = self.take()
+        return found
+
+    def wait_for(self, request: Request) -> Request:
+        """Wait until one request has come back."""
+        while request.status == UNSET:
+            self.wait()
+        return request
+
+    def wait_all(self) -> None:
+        """Wait until nothing is in flight."""
+        while self.flying:
+            self.wait()
+
+    def read_now(self, sector: int, length: int) -> bytes:
+        """Read, however long it is, with nothing else in flight."""
+        self.wait_all()
+        parts = []
+        for start in range(0, length, DATA_MAX):
+            request = self.wait_for(self.read(sector + start // SECTOR, min(DATA_MAX, length - start)))
+            assert request.status == OK
+            parts.append(self.result(request))
+        return b"".join(parts)
+
+
+class BlockScribbler:
+    """Changes a disk through its driver, and a flat copy of it, at random; compares all it reads.
+
+    Requests that are in flight together never touch the same sectors: they would have no order.
+    """
+
+    def __init__(self, driver: BlockDriver, flat: bytearray, seed: int) -> None:
+        self.driver = driver
+        self.flat = flat
+        self.sectors = len(flat) // SECTOR
+        self.choice = random.Random(seed)
+
+    def place(self, most: int = 600) -> tuple[int, int]:
+        """Return sector and number of sectors."""
+        count = self.choice.choice((1, 8, self.choice.randrange(1, 64), self.choice.randrange(1, most)))
+        sector = self.choice.randrange(self.sectors)
+        return sector, min(count, self.sectors - sector, DATA_MAX // SECTOR)
+
+    def make_room(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Wait until nothing in flight touches one of some ranges."""
+        while any(
+            sector < theirs + count and theirs < sector + sectors
+            for request in self.driver.flying.values()
+            for theirs, count in self.touched(request)
+            for sector, sectors in ranges
+        ):
+            self.settle(self.driver.wait())
+
+    @staticmethod
+    def touched(request: Request) -> list[tuple[int, int]]:
+        """Return the ranges that a request touches."""
+        if isinstance(request.note, list):
+            return request.note
+        return [(request.sector, request.length // SECTOR)]
+
+    def settle(self, requests: Sequence[Request]) -> None:
+        """Look at what has come back, before its slots are used again."""
+        for request in requests:
+            assert request.status == OK
+            if request.kind == READ:
+                start = request.sector * SECTOR
+                expected = self.flat[start : start + request.length]
+                assert self.driver.result(request) == expected, f"{request.length} bytes at {start} differ"
+
+    def step(self) -> None:
+        """Do one thing."""
+        what = self.choice.random()
+        driver = self.driver
+        if len(driver.flying) >= SLOTS - 1:
+            self.settle(driver.wait())
+        if what < 0.5:
+            sector, sectors = self.place()
+            self.make_room([(sector, sectors)])
+            data = self.choice.randbytes(sectors * SECTOR)
+            driver.write(sector, data)
+            self.flat[sector * SECTOR : (sector + sectors) * SECTOR] = data
+        elif what < 0.75:
+            sector, sectors = self.place()
+            self.make_room([(sector, sectors)])
+            driver.read(sector, sectors * SECTOR)
+        elif what < 0.87:
+            ranges = [self.place(1500) for _ in range(self.choice.randrange(1, 5))]
+            self.make_room(ranges)
+            driver.change_ranges(WRITE_ZEROES, [(*one, self.choice.randrange(2)) for one in ranges], ranges)
+            for sector, sectors in ranges:
+                self.flat[sector * SECTOR : (sector + sectors) * SECTOR] = bytes(sectors * SECTOR)
+        elif what < 0.93:
+            self.discard([self.place(3000) for _ in range(self.choice.randrange(1, 17))])
+        else:
+            driver.flush()
+
+    def discard(self, ranges: list[tuple[int, int]]) -> None:
+        """Discard, and take over what that has left: the specification does not say what it is."""
+        self.make_room(ranges)
+        request = self.driver.change_ranges(DISCARD, [(*one, 0) for one in ranges], ranges)
+        while request.status == UNSET:
+            self.settle(self.driver.wait())
+        self.drain()
+        for sector, sectors in ranges:
+            left = self.driver.read_now(sector, sectors * SECTOR)
+            self.flat[sector * SECTOR : (sector + sectors) * SECTOR] = left
+
+    def drain(self) -> None:
+        """Wait for everything in flight."""
+        while self.driver.flying:
+            self.settle(self.driver.wait())
+
+    def run(self, steps: int) -> None:
+        """Do many things, and compare all of it."""
+        for _ in range(steps):
+            self.step()
+        self.drain()
+        assert self.driver.read_now(0, self.sectors * SECTOR) == self.flat[: self.sectors * SECTOR]
