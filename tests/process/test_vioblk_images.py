@@ -56,7 +56,7 @@ def test_scribble_through_the_device(tmp_path: Path, options: str, levels: int) 
     assert chain_formats(paths).count("raw") == (levels > 0)
     before = fingerprints(paths[1:])
 
-    with BlockDriver(paths, seed=levels) as driver:
+    with BlockDriver(paths, chain_formats(paths), seed=levels) as driver:
         assert driver.sectors == SIZE // SECTOR
         BlockScribbler(driver, flat, seed=1).run(600)
         driver.shut_down()
@@ -71,7 +71,7 @@ def test_scribble_by_a_driver_that_never_flushes(tmp_path: Path, features: int) 
     """Whatever has been answered is there though the process is killed: such a driver cannot ask for more."""
     paths, flat = make_chain(tmp_path, "cluster_size=64k", SIZE, 1)
 
-    with BlockDriver(paths, features=features) as driver:
+    with BlockDriver(paths, chain_formats(paths), features=features) as driver:
         choice = random.Random(3)
         for _ in range(60):
             sector = choice.randrange(SIZE // SECTOR - 200)
@@ -219,9 +219,10 @@ def kill_and_check(tmp_path: Path, seed: int) -> int:
         paths.append(base)
     else:
         qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, path, size)
+    features = WRITE_THROUGH if write_through else FEATURES
     ledger = Ledger(BASE_NUMBER if len(paths) > 1 else 0, write_through=write_through)
 
-    with BlockDriver(paths, features=WRITE_THROUGH if write_through else FEATURES, seed=seed) as driver:
+    with BlockDriver(paths, chain_formats(paths), features=features, seed=seed) as driver:
         victim = Victim(driver, ledger, seed)
         victim.run(choice.randrange(20, 200 if write_through else 2500))
         for _ in range(choice.choice((0, 10_000, 100_000))):
@@ -243,7 +244,7 @@ def kill_and_check(tmp_path: Path, seed: int) -> int:
             number = int.from_bytes(data[:4], "little")
             assert number in possible, f"seed {seed}: sector {sector} holds {number}, not one of {possible}"
             assert data == data[:4] * (SECTOR // 4)
-    with BlockDriver(paths, seed=seed) as driver:  # and the next VM goes on with it
+    with BlockDriver(paths, chain_formats(paths), seed=seed) as driver:  # and the next VM goes on with it
         flat = bytearray(raw)
         BlockScribbler(driver, flat, seed=seed).run(40)
         driver.shut_down()

@@ -59,17 +59,19 @@ class BlockDriver:
     def __init__(
         self,
         paths: Sequence[Path],
-        image_format: str = "qcow2",
+        formats: Sequence[str] = (),
         *,
         features: int = FEATURES,
         flags: int = 0,
         seed: int = 0,
     ) -> None:
+        """Without `formats` all are qcow2."""
         self.choice = random.Random(seed)
+        notes = [devmsg.RESOURCE_QCOW2 if kind == "qcow2" else 0 for kind in formats or ("qcow2",) * len(paths)]
         mode = os.O_RDONLY if flags & devmsg.START_READ_ONLY else os.O_RDWR
         fds = [os.open(path, os.O_RDONLY if number else mode) for number, path in enumerate(paths)]
         try:
-            self.device = Device("vioblk", fds, flags=flags | (devmsg.START_QCOW2 if image_format == "qcow2" else 0))
+            self.device = Device("vioblk", fds, notes=notes, flags=flags)
         finally:
             for fd in fds:
                 os.close(fd)

@@ -31,6 +31,8 @@ MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
 
 SIGKILL = 9  # `signal` makes enums of its numbers: 3 ms and 800 KiB in every process that imports it
+AT_FDCWD = -100
+RESOLVE_NO_MAGICLINKS = 2
 
 AT_FDCWD = -100
 RESOLVE_NO_MAGICLINKS = 2
