@@ -277,7 +277,25 @@ def test_a_command_line_for_one_boot(vmd: Daemon) -> None:
     vmd.must("stop", "-fw", "demo")
     refused = vmd.vmctl("start", "-B", "cdrom", "demo")
     assert refused.returncode == 1
-    assert "a boot device: not supported" in refused.stderr
+    assert "vm demo: boot device cdrom: it has no cdrom" in refused.stderr
+
+
+def test_a_boot_device_for_one_boot(tmp_path: Path) -> None:
+    """`start -B cdrom` is for installing: when the guest resets itself the VM stops; without -B it starts anew."""
+    disc = tmp_path / "disc.iso"
+    disc.write_bytes(bytes(4096))
+    with Daemon(tmp_path, demo("demo", f'cdrom "{disc}"')) as vmd:
+        vmd.must("start", "-B", "cdrom", "demo")
+        with vmd.console("demo") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            console.type("reset\r")
+        assert vmd.wait_state("demo", "stopped")["text"] == "reset by the guest"
+        vmd.must("start", "demo")
+        with vmd.console("demo") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            console.type("reset\r")
+            console.expect("small monitor", DEADLINE_S)
+        vmd.must("stop", "-fw", "demo")
 
 
 def test_several_vcpus(tmp_path: Path) -> None:
@@ -387,12 +405,8 @@ def test_log_level_reaches_every_process(vmd: Daemon) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ('disk "{conf}"', "disks"),
         ("local interface", "network interfaces"),
-        ('cdrom "{conf}"', "a cdrom"),
-        ("boot device cdrom", "a boot device"),
         ("sev", "encrypted memory (sev)"),
-        ("virtio modern", "a virtio mode"),
     ],
 )
 def test_what_is_not_supported_is_said(tmp_path: Path, option: str, words: str) -> None:

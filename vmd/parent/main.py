@@ -267,6 +267,7 @@ class Parent(Process):
         media = Media()
         try:
             refuse_unsupported(config)
+            require_boot_device(config)
             media = Media.open(config, None, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
@@ -671,3 +672,11 @@ def refuse_unsupported(config: VmConfig) -> None:
     for wanted, what in needs:
         if wanted:
             raise OperatorError(errno.ENOTSUP, f"vm {config.name}: {what}: not supported by this version of vmd")
+
+
+def require_boot_device(config: VmConfig) -> None:
+    """Raise OperatorError if a VM is to boot from what it has not."""
+    for device, there in ((BootDevice.CDROM, config.cdrom), (BootDevice.DISK, config.disks)):
+        if config.boot_device is device and not there:
+            name = device.name.lower()
+            raise OperatorError(errno.ENODEV, f"vm {config.name}: boot device {name}: it has no {name}")
