@@ -30,12 +30,14 @@ COMMANDS = (
     Command(name="create", module="create", usage="[-b base | -i disk] [-s size] disk"),
     Command(name="load", module="load", usage="filename"),
     Command(name="log", module="log", usage="brief | verbose"),
+    Command(name="pause", module="pause", usage="[--json] id"),
     Command(name="reload", module="reload", usage=""),
     Command(name="reset", module="reset", usage="[all | switches | vms]"),
     Command(name="show", module="status", usage="[-r] [--json] [id]"),
     Command(name="start", module="start", usage=START_USAGE),
     Command(name="status", module="status", usage="[-r] [--json] [id]"),
     Command(name="stop", module="stop", usage="[-fw] [--json] [id | -a]"),
+    Command(name="unpause", module="unpause", usage="[--json] id"),
     Command(name="wait", module="wait", usage="[--json] id"),
 )
 

@@ -10,6 +10,7 @@ from vmd.ipc.messages import (
     ConsoleBreak,
     ConsoleRequest,
     ListRequest,
+    PauseRequest,
     StartRequest,
     StopRequest,
     WaitRequest,
@@ -25,7 +26,7 @@ MAX_QUEUE = 4096  # messages waiting for a client that reads slowly; `status` of
 
 # What anybody who can open the socket may ask; the parent decides about each VM (*cat. 1.9*).
 ALLOWED_TO_ALL: frozenset[RecordType] = frozenset(
-    {ListRequest, WaitRequest, StopRequest, StartRequest, ConsoleRequest, ConsoleBreak}
+    {ListRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest, ConsoleBreak}
 )
 
 

@@ -29,6 +29,7 @@ from vmd.ipc.messages import (
     SetVerbosity,
     StopAccepted,
     VmInfo,
+    VmPaused,
     VmStarted,
     VmTerminated,
 )
@@ -47,7 +48,7 @@ ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 # fmt: off
 PARTIAL = (VmInfo, ConsoleOutput)  # answers after which more follow
 ANSWERS: tuple[RecordType, ...] = (
-    Ok, Failed, VmStarted, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
+    Ok, Failed, VmStarted, VmPaused, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
 )
 # fmt: on
 

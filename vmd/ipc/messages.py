@@ -186,6 +186,16 @@ class ConsoleBreak(VmRequest):
     """Send a BREAK down the line; from the holder of the console only.  Answered by Ok or Failed."""
 
 
+@message(0x1A, *ASK)
+class PauseRequest(VmRequest):
+    """Stop a VM between two instructions, or let it go on; what is so already stays so.
+
+    Answered by VmPaused, or Failed.
+    """
+
+    paused: bool
+
+
 # Everything above; control relays these, the parent serves them.
 REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[0] in info.routes)
 
@@ -272,6 +282,15 @@ class ConsoleAttached(Record):
     vmid: int
     name: str
     tty: str
+
+
+@message(0x39, *ANSWER)
+class VmPaused(Record):
+    """The VM stands still, or goes on."""
+
+    vmid: int
+    name: str
+    paused: bool
 
 
 # --- between the daemon's own processes ------------------------------------------------------------------
@@ -411,6 +430,23 @@ class SendBreak(Record):
     """Let the guest's UART see a BREAK."""
 
     vmid: int
+
+
+@message(0x6B, *TO_VM)
+class PauseVm(Record):
+    """Stand still, or go on.  Answered by PauseDone."""
+
+    vmid: int
+    paused: bool
+
+
+@message(0x6C, *FROM_VM)
+class PauseDone(Record):
+    """The machine stands still, or goes on; a `text` says why it does not do what was asked."""
+
+    vmid: int
+    paused: bool
+    text: str = ""
 
 
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))

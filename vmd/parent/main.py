@@ -47,6 +47,9 @@ from vmd.ipc.messages import (
     LogRequest,
     Ok,
     Outcome,
+    PauseDone,
+    PauseRequest,
+    PauseVm,
     Proc,
     Quit,
     Ready,
@@ -64,6 +67,7 @@ from vmd.ipc.messages import (
     VmExited,
     VmFailed,
     VmInfo,
+    VmPaused,
     VmRequest,
     VmRunning,
     VmStarted,
@@ -341,6 +345,9 @@ class Parent(Process):
         for client in vm.waiting_clients:
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
         vm.waiting_clients.clear()
+        for client in vm.pause_clients:
+            self.answer_failure(client, errno.ESRCH, f"vm {vm.name} has ended{': ' + text if text else ''}")
+        vm.pause_clients.clear()
         uid, pty = vm.uid, vm.take_pty()
         self.attach_pending(vm.vmid, vm.name, pty)
         vm.ended(text)
@@ -482,6 +489,26 @@ class Parent(Process):
         else:
             self.answer(envelope.peerid, StopAccepted(vmid=vm.vmid, name=vm.name))
 
+    def serve_pause(self, message: PauseRequest, caller: Caller, envelope: Envelope) -> None:
+        """Have a VM stand still, or go on."""
+        vm = self.vms.get(message.vmid, message.name)
+        self.require_control(caller, vm, "pause" if message.paused else "unpause")
+        vm.require_pausable()
+        vm.pause_clients.append(envelope.peerid)
+        self.peers[Proc.VMM].send(PauseVm(vmid=vm.vmid, paused=message.paused))
+
+    def on_pause_done(self, message: PauseDone, _envelope: Envelope, _channel: Channel) -> None:
+        """A VM stands still, or goes on, or could not do what was asked."""
+        vm = self.known(message.vmid)
+        vm.pause_changed(paused=message.paused)
+        client = vm.pause_clients.pop(0) if vm.pause_clients else NO_CLIENT
+        if message.text:
+            log.error(f"vm {vm.name}: {message.text}")
+            self.answer_failure(client, errno.EIO, f"vm {vm.name}: {message.text}")
+            return
+        log.info(f"{vm.name}: {'paused' if message.paused else 'unpaused'} vm {vm.vmid} successfully")
+        self.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused))
+
     def serve_wait(self, message: WaitRequest, caller: Caller, envelope: Envelope) -> None:
         """Answer when the VM is gone."""
         vm = self.vms.get(message.vmid, message.name)
@@ -581,6 +608,7 @@ class Parent(Process):
         """A client has disconnected: nothing waits for it any more, and its console is free."""
         for vm in self.vms:
             vm.waiting_clients.discard(envelope.peerid)
+            vm.pause_clients = [NO_CLIENT if client == envelope.peerid else client for client in vm.pause_clients]
             if vm.start_client == envelope.peerid:
                 vm.start_client = None
             if vm.console_client == envelope.peerid:
@@ -596,6 +624,7 @@ class Parent(Process):
         (Proc.VMM, VmRunning): on_vm_running,
         (Proc.VMM, VmFailed): on_vm_failed,
         (Proc.VMM, VmExited): on_vm_exited,
+        (Proc.VMM, PauseDone): on_pause_done,
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.CONTROL, ClientGone): on_client_gone,
@@ -607,6 +636,7 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
     StartRequest: Parent.serve_start,
     StopRequest: Parent.serve_stop,
     WaitRequest: Parent.serve_wait,
+    PauseRequest: Parent.serve_pause,
     ListRequest: Parent.serve_list,
     LoadRequest: Parent.serve_load,
     ReloadRequest: Parent.serve_reload,

@@ -20,11 +20,12 @@ class State(Enum):
     WAITING = "waiting"  # for its turn in a staggered start
     STARTING = "starting"
     RUNNING = "running"
+    PAUSED = "paused"
     STOPPING = "stopping"
 
 
 LOCKS_LINGER_S = 1.0
-ALIVE = (State.STARTING, State.RUNNING, State.STOPPING)  # states with a VM process
+ALIVE = (State.STARTING, State.RUNNING, State.PAUSED, State.STOPPING)  # states with a VM process
 
 
 class Vm:
@@ -44,6 +45,7 @@ class Vm:
         self.ended_s = -LOCKS_LINGER_S
         self.start_client: int | None = None  # waits for VmStarted
         self.waiting_clients: set[int] = set()  # wait for VmTerminated
+        self.pause_clients: list[int] = []  # wait for VmPaused, in the order in which they asked
         self.console_client: int | None = None
         self.console_user = ""
         self.one_shot_boot = False  # booted from what only that start had
@@ -71,6 +73,17 @@ class Vm:
         self.pid = pid
         if self.state is State.STARTING:
             self.state = State.RUNNING
+
+    def require_pausable(self) -> None:
+        """Raise OperatorError unless the guest executes, or is paused."""
+        if self.state not in (State.RUNNING, State.PAUSED):
+            state = "is not running" if not self.alive else f"is {self.state.value}"
+            raise OperatorError(errno.EINVAL, f"vm {self.name} {state}")
+
+    def pause_changed(self, *, paused: bool) -> None:
+        """RUNNING <-> PAUSED; a VM that is being stopped stays so."""
+        if self.state in (State.RUNNING, State.PAUSED):
+            self.state = State.PAUSED if paused else State.RUNNING
 
     def begin_stop(self, *, force: bool) -> None:
         """STARTING or RUNNING -> STOPPING; force may overtake a graceful stop."""

@@ -23,6 +23,7 @@ from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.console import Console
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.devproc import DeviceProcess, DeviceProcesses
+from vmd.vm.pause import HeldTimers
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
 from vmd.vm.slots import QUEUES, SLOT_HOST_BRIDGE, boot_paths
@@ -74,6 +75,8 @@ class Machine:
         end: "Callable[[Outcome, str], None]",
     ) -> None:
         self.end = end
+        self.console = console
+        self.listening = True
         firmware_bytes = loader.firmware_bytes(images.boot_fd, images.boot_name)
 
         with System(kvm_fd) as system:
@@ -95,11 +98,12 @@ class Machine:
 
         self.bus = bus = Bus()
         self.uart = Uart(self._line(layout.IRQ_COM1), console.send, console.resume_input)
-        console.connect(self.uart.receive)
+        console.connect(self._receive)
+        self.timers = HeldTimers(loop)
         self.rtc = Mc146818(
-            self._line(layout.IRQ_RTC), time.time, loop.schedule, config.memory_bytes, config.vcpus
+            self._line(layout.IRQ_RTC), time.time, self.timers.schedule, config.memory_bytes, config.vcpus
         )
-        self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off, schedule=loop.schedule)
+        self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off, schedule=self.timers.schedule)
         self.reset_port = ResetPort(self._on_reset)
         self.pci = PciBus(bus, config.memory_bytes, {layout.PORT_RESET: self.reset_port})
         self.pci.add(SLOT_HOST_BRIDGE, HostBridge())
@@ -138,9 +142,11 @@ class Machine:
             rsdp_gpa=rsdp_gpa,
         )
         log.debug(start.text)
+        self.virtio: list[VirtioFunction] = []
         for slot, device in zip(slots, devices.running, strict=True):
             device.wait_ready()
-            self.pci.add(slot.number, self._virtio_function(slot, device, config.virtio, loop))
+            self.virtio.append(self._virtio_function(slot, device, config.virtio, loop))
+            self.pci.add(slot.number, self.virtio[-1])
         if not firmware_bytes:
             self.pci.assign_resources()
 
@@ -167,6 +173,14 @@ class Machine:
         device.serve(loop, on_failed=self._fail, on_needs_reset=function.on_needs_reset, on_config=function.on_config)
         loop.add(function.config_resample, function.on_config_resample)
         return function
+
+    def listen(self) -> None:
+        """Take input of the console again."""
+        self.listening = True
+        self.console.resume_input()
+
+    def _receive(self, data: bytes) -> int:
+        return self.uart.receive(data) if self.listening else 0
 
     def _create_vcpu(self, number: int, count: int) -> VcpuThread:
         vcpu = self.kvm.create_vcpu(number)

@@ -21,6 +21,8 @@ from vmd.ipc.messages import (
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     Outcome,
+    PauseDone,
+    PauseVm,
     Proc,
     Quit,
     SendBreak,
@@ -41,6 +43,7 @@ from vmd.privsep.title import set_title
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.machine import BootImages, Machine
+from vmd.vm.pause import Pause
 from vmd.vm.slots import plan
 
 TYPE_CHECKING = False
@@ -54,6 +57,8 @@ CONFINEMENT = VM.replace(
         abi.KVM_IRQ_LINE,  # chips raise and lower their lines
         abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices, where the guest wants them now
         abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
+        abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
+        abi.KVM_GET_PIT2, abi.KVM_SET_PIT2,
         abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
         *VM.ioctls,
     )
@@ -75,6 +80,7 @@ class VmProcess(Process):
         self.vmm = self.attach_parent(Proc.VMM)
         self.vmid = 0
         self.machine: Machine | None = None
+        self.pause: Pause | None = None
         self.devices = DeviceProcesses()
         self.console: Console | None = None
         self.ending = False
@@ -101,6 +107,7 @@ class VmProcess(Process):
             for fd in (fd for slot in slots for fd in slot.fds):
                 os.close(fd)
             confine(CONFINEMENT)  # what this kernel lacks was said by vmm, at the start of the daemon
+            self.pause = Pause(self.machine, self.loop)
             self.machine.start()
         except (VmdError, OSError) as error:
             code = getattr(error, "errno", None) or getattr(error, "code", None) or 0
@@ -116,6 +123,7 @@ class VmProcess(Process):
         if self.machine is None or self.stopping or self.ending:
             return
         self.stopping = True
+        self.go_on()  # only a guest that runs can shut down
         if not self.machine.pm.power_button_enabled:
             self.end(Outcome.POWER_OFF, "stopped; the guest has no driver for the power button")
             return
@@ -133,6 +141,30 @@ class VmProcess(Process):
 
         self.machine.pm.on_button_acknowledged = lambda: self.loop.call_from_thread(acknowledged)
         self.machine.pm.power_button()
+
+    def on_pause_vm(self, message: PauseVm, _envelope: Envelope, channel: Channel) -> None:
+        """Stand still, or go on; stopping takes until the slowest device has finished what is in flight."""
+        pause = self.pause
+        if pause is None or self.ending:
+            return  # how the VM ends is the answer
+
+        def done(text: str) -> None:
+            channel.send(PauseDone(vmid=self.vmid, paused=pause.paused, text=text))
+
+        if message.paused:
+            pause.pause(done)
+        else:
+            done(self.go_on())
+
+    def go_on(self) -> str:
+        """Let a paused machine go on; one that cannot is at its end.  Returns why not, or nothing."""
+        assert self.pause is not None
+        try:
+            self.pause.unpause()
+        except (VmdError, OSError) as error:
+            self.end(Outcome.FAILED, str(error))
+            return str(error)
+        return ""
 
     def on_console_snapshot(self, _message: ConsoleSnapshot, envelope: Envelope, channel: Channel) -> None:
         """Send the backlog."""
@@ -177,6 +209,7 @@ class VmProcess(Process):
     HANDLERS: "Handlers" = {
         (Proc.VMM, StartVm): on_start_vm,
         (Proc.VMM, StopVm): on_stop_vm,
+        (Proc.VMM, PauseVm): on_pause_vm,
         (Proc.VMM, ConsoleSnapshot): on_console_snapshot,
         (Proc.VMM, SendBreak): on_send_break,
         (Proc.VMM, SetVerbosity): on_set_verbosity,

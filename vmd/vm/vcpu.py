@@ -96,6 +96,9 @@ class VcpuThread:
         self._memory = memory
         self._end = end
         self._stopping = threading.Event()
+        self._going_on = threading.Event()  # not set: parked, or about to park
+        self._going_on.set()
+        self._on_parked: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name=f"vcpu-{number}", daemon=True)
 
     def start(self) -> None:
@@ -105,7 +108,18 @@ class VcpuThread:
     def ask_to_stop(self) -> None:
         """Make the thread leave the guest; `join` waits for it."""
         self._stopping.set()
+        self.unpark()
         self.vcpu.kick()
+
+    def ask_to_park(self, on_parked: "Callable[[], None]") -> None:
+        """Make the vCPU stop between two instructions; `on_parked` is called on its thread when it has."""
+        self._on_parked = on_parked
+        self._going_on.clear()
+        self.vcpu.kick()
+
+    def unpark(self) -> None:
+        """Let a parked vCPU go on, or one that was asked to park go on without."""
+        self._going_on.set()
 
     def join(self) -> bool:
         """Wait for the thread; False if it does not come back, as with an ioctl stuck in the kernel."""
@@ -140,9 +154,12 @@ class VcpuThread:
                 case PioOut(port, size, _count, data):
                     bus.pio_write_string(port, size, data)
                 case Interrupted():
+                    # In this order: a request that comes in between has set what is looked at next.
                     vcpu.clear_kick()
+                    self._park_if_asked()
                 case Retry() | Hlt():
                     self._stopping.wait(RETRY_WAIT_S)
+                    self._park_if_asked()
                 case Shutdown() | SystemEvent():
                     log.debug(f"vcpu {self.number}: triple fault")
                     self._end(Outcome.REBOOT, "triple fault")
@@ -150,6 +167,12 @@ class VcpuThread:
                 case _:
                     self._end(Outcome.FAILED, self._report(exit))
                     return
+
+    def _park_if_asked(self) -> None:
+        """Stand still; KVM has completed the I/O of the exit before, as it does before it is interrupted."""
+        if not self._going_on.is_set():
+            self._on_parked()
+            self._going_on.wait()
 
     def _report(self, exit: "Exit") -> str:
         """Log registers and instruction bytes of a vCPU that KVM cannot run on; return the sentence."""

@@ -84,6 +84,7 @@ class VirtioFunction(PciFunction):
         self.config_call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.config_resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.config_pending = False
+        self.detached = False  # while the machine stands still
         self.first_gsi = routing.allocate(vectors)
         self.irqfds: dict[int, tuple[int, bool]] = {}  # eventfd -> gsi, with resample
         self.ioeventfds: set[tuple[int, int]] = set()  # port, queue
@@ -168,7 +169,9 @@ class VirtioFunction(PciFunction):
         """Assign every call eventfd to where the guest wants it now; one that is masked counts up meanwhile."""
         assert self.msix is not None
         wanted: dict[int, tuple[int, bool]] = {}
-        if self.transport.msix_enabled:
+        if self.detached:
+            pass
+        elif self.transport.msix_enabled:
             for fd, vector in self._calls():
                 if vector < self.msix.vectors and not self.msix.message(vector)[2]:
                     wanted[fd] = (self.first_gsi + vector, False)
@@ -184,6 +187,24 @@ class VirtioFunction(PciFunction):
                 resample = self.config_resample if fd == self.config_call else self.process.resample
                 self.kvm.assign_irqfd(fd, gsi, resample if level else None)
                 self.irqfds[fd] = (gsi, level)
+
+    def detach_interrupts(self) -> None:
+        """Let nothing reach the interrupt controllers; when this returns, nothing is on its way to them."""
+        with self.lock:
+            self.detached = True
+            self._place_interrupts()
+
+    def attach_interrupts(self) -> None:
+        """Undo `detach_interrupts`; what was counted meanwhile is injected, and INTx raised for what is unseen."""
+        with self.lock:
+            self.detached = False
+            self._place_interrupts()
+            if not self.transport.msix_enabled:
+                for queue, call in enumerate(self.process.calls):
+                    if self.process.interrupts.pending(queue):
+                        os.eventfd_write(call, 1)
+                if self.config_pending:
+                    os.eventfd_write(self.config_call, 1)
 
     def _on_vector(self, vector: int, address: int, data: int, masked: bool) -> None:
         if not masked:

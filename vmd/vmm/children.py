@@ -5,7 +5,7 @@ import signal
 
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import ConsoleOutput, ConsoleSnapshotEnd, Outcome
+from vmd.ipc.messages import ConsoleOutput, ConsoleSnapshot, ConsoleSnapshotEnd, Outcome, PauseDone, PauseVm
 from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
@@ -30,12 +30,18 @@ class VmChild:
         self.reported = False  # how its start went
         self.snapshots = 0  # of its console, asked for and not complete
         self.pieces = 0  # of the snapshot at hand
+        self.pauses = 0  # asked for, or their ends, and not answered
         self.last_words = ""
 
     def kill(self) -> None:
         """End the process without asking it; harmless when it is gone."""
         if not self.gone:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def expect(self, message: "Record") -> None:
+        """Note what is going to be answered."""
+        self.snapshots += isinstance(message, ConsoleSnapshot)
+        self.pauses += isinstance(message, PauseVm)
 
     def account(self, message: "Record") -> None:
         """Raise PeerError for what nobody asked this VM process to say, or has heard already."""
@@ -48,6 +54,10 @@ class VmChild:
                 raise PeerError(self.channel.label, "console output nobody asked for")
             self.snapshots -= 1
             self.pieces = 0
+        elif isinstance(message, PauseDone):
+            if not self.pauses:
+                raise PeerError(self.channel.label, "speaks of a pause nobody asked for")
+            self.pauses -= 1
         else:
             if self.reported:
                 raise PeerError(self.channel.label, "reports its start twice")

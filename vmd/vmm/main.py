@@ -18,6 +18,8 @@ from vmd.ipc.messages import (
     ConsoleSnapshotEnd,
     KvmFd,
     Outcome,
+    PauseDone,
+    PauseVm,
     Proc,
     Quit,
     Ready,
@@ -129,10 +131,10 @@ class Vmm(Process):
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""
-        assert isinstance(message, ConsoleSnapshot | SendBreak)
+        assert isinstance(message, ConsoleSnapshot | SendBreak | PauseVm)
         child = self.running.get(message.vmid)
         if child is not None:
-            child.snapshots += isinstance(message, ConsoleSnapshot)
+            child.expect(message)
             child.channel.send(message, peerid=envelope.peerid)
 
     def on_from_vm(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
@@ -141,7 +143,7 @@ class Vmm(Process):
         child.account(message)
         if isinstance(message, VmRunning):
             message = VmRunning(vmid=child.vmid, pid=child.pid)
-        elif isinstance(message, VmFailed):
+        elif isinstance(message, VmFailed | PauseDone):
             message = message.replace(vmid=child.vmid, text=brief(message.text))
         self.parent.send(message, peerid=child.vmid)
 
@@ -195,11 +197,13 @@ class Vmm(Process):
         (Proc.PARENT, StopVm): on_stop_vm,
         (Proc.PARENT, ConsoleSnapshot): on_to_vm,
         (Proc.PARENT, SendBreak): on_to_vm,
+        (Proc.PARENT, PauseVm): on_to_vm,
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,
         (Proc.VM, VmRunning): on_from_vm,
         (Proc.VM, VmFailed): on_from_vm,
         (Proc.VM, VmEnding): on_vm_ending,
+        (Proc.VM, PauseDone): on_from_vm,
         (Proc.VM, ConsoleOutput): on_from_vm,
         (Proc.VM, ConsoleSnapshotEnd): on_from_vm,
     }

@@ -1,0 +1,164 @@
+"""Stopping a machine between two instructions of every vCPU, and letting it go on as if nothing had been.
+
+The order matters (DESIGN 8):
+
+    1. every vCPU leaves the guest, with the I/O of its last exit done, and parks
+    2. the chips' timers are held back, and so is the input of the console
+    3. every device process finishes what is in flight; it touches no ring until it is resumed
+    4. eventfds are taken from their interrupts, which ends injections under way: what interrupts there are is then
+       either in the interrupt controllers' registers or counted in an eventfd
+    5. the guest's clocks are noted
+
+Going on takes the steps back, with the clocks first: TSC, kvmclock and PIT continue where they stood, whatever the
+host's did.  All of it runs on the event thread, which waits for vCPUs without blocking and for devices up to 10 s each.
+"""
+
+from vmd.errors import HostError, PeerError
+from vmd.ipc import devmsg
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.loop import Loop, Timer
+    from vmd.kvmapi import abi
+    from vmd.vm.machine import Machine
+
+PARK_TIMEOUT_S = 15.0  # a vCPU may be waiting for a device, which has 10 s to answer
+
+MSR_TSC = 0x10
+MSR_TSC_DEADLINE = 0x6E0
+
+
+class Clocks:
+    """What a guest can tell the time by, as it was when it stopped."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self.msrs = [thread.vcpu.get_msrs((MSR_TSC, MSR_TSC_DEADLINE)) for thread in machine.vcpus]
+        self.kvmclock_ns = int(machine.kvm.get_clock().clock)
+        self.pit: abi.kvm_pit_state2 = machine.kvm.get_pit2()
+        self.pm = machine.pm.state()
+
+    def restore(self, machine: "Machine") -> None:
+        """Let every clock go on from there."""
+        for thread, msrs in zip(machine.vcpus, self.msrs, strict=True):
+            thread.vcpu.set_msrs(msrs)  # the deadline second: it is counted by the TSC
+        machine.kvm.set_clock(self.kvmclock_ns)
+        machine.kvm.set_pit2(self.pit)  # which also forgets the ticks it has missed
+        machine.pm.restore(self.pm)
+
+
+class HeldTimers:
+    """The chips' timers: those that are due while the machine stands still are held back until it goes on."""
+
+    def __init__(self, loop: "Loop") -> None:
+        self.loop = loop
+        self.holding = False
+        self.held: list[Callable[[], None]] = []
+
+    def schedule(self, delay_s: float, callback: "Callable[[], None]") -> "Timer":
+        """Do as `Loop.schedule`."""
+        return self.loop.schedule(delay_s, lambda: self._due(callback))
+
+    def _due(self, callback: "Callable[[], None]") -> None:
+        if self.holding:
+            self.held.append(callback)
+        else:
+            callback()
+
+    def hold(self) -> None:
+        """Hold back what comes."""
+        self.holding = True
+
+    def release(self) -> None:
+        """Do what was held back; later ones come on time."""
+        self.holding = False
+        held, self.held = self.held, []
+        for callback in held:
+            callback()
+
+
+class Pause:
+    """One machine's standing still; `paused` once it does."""
+
+    def __init__(self, machine: "Machine", loop: "Loop") -> None:
+        self.machine = machine
+        self.loop = loop
+        self.paused = False
+        self.clocks: Clocks | None = None
+        self._round = 0  # of asking vCPUs to park; one that comes too late is of an earlier one
+        self._missing = 0  # vCPUs that have yet to park
+        self._waiting: list[Callable[[str], None]] = []
+        self._watchdog: Timer | None = None
+
+    def pause(self, done: "Callable[[str], None]") -> None:
+        """Stop the machine; calls `done("")`, at once if it stands still already, or `done(why not)`."""
+        if self.paused:
+            done("")
+            return
+        self._waiting.append(done)
+        if len(self._waiting) > 1:
+            return
+        self._missing = len(self.machine.vcpus)
+        self._watchdog = self.loop.call_later(PARK_TIMEOUT_S, self._too_late)
+        self._round += 1
+        this = self._round
+        for thread in self.machine.vcpus:
+            thread.ask_to_park(lambda: self.loop.call_from_thread(lambda: self._parked(this)))
+
+    def _parked(self, asked_in: int) -> None:
+        if asked_in != self._round or not self._waiting:
+            return
+        self._missing -= 1
+        if self._missing:
+            return
+        assert self._watchdog is not None
+        self._watchdog.cancel()
+        try:
+            self._stand_still()
+        except (PeerError, HostError, OSError) as error:
+            self._go_on()
+            self._answer(str(error))
+        else:
+            self.paused = True
+            self._answer("")
+
+    def _too_late(self) -> None:
+        for thread in self.machine.vcpus:
+            thread.unpark()
+        self._answer(f"a vcpu did not stop within {PARK_TIMEOUT_S:.0f} s")
+
+    def _answer(self, text: str) -> None:
+        waiting, self._waiting = self._waiting, []
+        for done in waiting:
+            done(text)
+
+    def _stand_still(self) -> None:
+        machine = self.machine
+        machine.timers.hold()
+        machine.listening = False
+        for function in machine.virtio:
+            function.process.command(devmsg.PAUSE)
+        for function in machine.virtio:
+            function.detach_interrupts()
+        self.clocks = Clocks(machine)
+
+    def unpause(self) -> None:
+        """Let the machine go on; nothing happens to one that does.  Raises PeerError or OSError: it cannot."""
+        if self.paused:
+            self.paused = False
+            self._go_on()
+
+    def _go_on(self) -> None:
+        machine = self.machine
+        clocks, self.clocks = self.clocks, None
+        if clocks is not None:
+            clocks.restore(machine)
+        for function in machine.virtio:
+            function.attach_interrupts()
+        for function in machine.virtio:
+            function.process.command(devmsg.RESUME)  # which looks at every queue once
+        machine.timers.release()
+        machine.listen()
+        for thread in machine.vcpus:
+            thread.unpark()
