@@ -21,7 +21,9 @@ from vmd.record import Record, RecordType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from typing import Any
+    from typing import Any, TypeVar
+
+    R = TypeVar("R", bound=Record)
 
 HEADER = struct.Struct("<IHHII")
 MAX_MESSAGE = 16384
@@ -110,6 +112,24 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
     except (ValueError, TypeError, RecursionError) as error:
         raise PeerError(peer, str(error), packet) from error
     return Envelope(message, peerid, pid, named)
+
+
+def pack(record: Record) -> bytes:
+    """Return a record as bytes, for a stream that outlives this process."""
+    packed: bytes = msgpack.packb(_plain(record), unicode_errors="surrogateescape")
+    return packed
+
+
+def unpack(cls: "type[R]", raw: bytes) -> "R":
+    """Return the record that somebody has packed, every field checked.  Raises ValueError saying what is wrong."""
+    name = cls.__name__
+    try:
+        values = msgpack.unpackb(raw, unicode_errors="surrogateescape", use_list=True, max_ext_len=0)
+        record = _record(cls, values, name)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    assert isinstance(record, cls)
+    return record
 
 
 def _count_fits(name: str, count: int) -> bool:

@@ -171,7 +171,8 @@ class Transport:
         if offset + size <= len(self.config):
             self.config = self.backend.write_config(offset, value.to_bytes(size, "little"))
 
-    def _set_vector(self, value: int) -> int:
+    def valid_vector(self, value: int) -> int:
+        """Return what a driver reads back of a vector that it has written (4.1.5.1.2)."""
         return value if value < self.vectors else spec.VIRTIO_MSI_NO_VECTOR
 
     # --- virtio 1.x: common configuration (4.1.4.3) --------------------------------------------------------
@@ -216,12 +217,12 @@ class Transport:
         self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
 
     def _write_config_vector(self, value: int) -> None:
-        self.config_vector = self._set_vector(value)
+        self.config_vector = self.valid_vector(value)
         self.backend.vectors_changed()
 
     def _write_queue_vector(self, value: int) -> None:
         if self.selected is not None:
-            self.selected.vector = self._set_vector(value)
+            self.selected.vector = self.valid_vector(value)
             self.backend.vectors_changed()
 
     def _configurable(self) -> QueueRegisters | None:

@@ -41,6 +41,10 @@ class Interrupts:
         """Return whether the guest has yet to read ISR for this queue."""
         return self._words[queue] != self._words[devmsg.QUEUES_MAX + queue]
 
+    def restore_pending(self, queue: int) -> None:
+        """Let a queue of a device that has raised nothing yet have an interrupt that the guest has not seen."""
+        self._words[devmsg.QUEUES_MAX + queue] = self._words[queue] - 1 & 0xFFFFFFFF
+
     def take(self, queues: int) -> bool:
         """Return whether any queue has an interrupt, and mark all as seen."""
         taken = False
@@ -157,6 +161,17 @@ class DeviceProcess:
         """Pass on a write to configuration space; returns the space as it is then."""
         answer = self.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, offset, len(data)) + data)
         return self._ready(answer)[1]
+
+    def export(self) -> list[tuple[int, int]]:
+        """Return (next avail, next used) of each queue of a device that stands still."""
+        answer = self.ask(devmsg.TYPE.pack(devmsg.EXPORT))
+        if len(answer) < devmsg.EXPORT_HEAD.size:
+            raise PeerError(self.title, "EXPORT is too short", answer)
+        count = devmsg.EXPORT_HEAD.unpack_from(answer)[1]
+        rows = answer[devmsg.EXPORT_HEAD.size :]
+        if count > len(self.kicks) or len(rows) != count * devmsg.QUEUE.size:
+            raise PeerError(self.title, f"EXPORT of {count} queues in {len(answer)} bytes", answer)
+        return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)]
 
     def ask(self, packet: bytes) -> bytes:
         """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question."""

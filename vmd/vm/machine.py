@@ -12,7 +12,7 @@ from vmd.ipc.messages import Outcome
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
 from vmd.log import log
-from vmd.vm import acpi, layout
+from vmd.vm import acpi, layout, state
 from vmd.vm.boot import fwcfg, loader
 from vmd.vm.bus import Bus
 from vmd.vm.chips.acpipm import AcpiPm
@@ -22,7 +22,7 @@ from vmd.vm.chips.ns8250 import Uart
 from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.console import Console
 from vmd.vm.cpuid import for_vcpu
-from vmd.vm.devproc import DeviceProcess, DeviceProcesses
+from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.pause import HeldTimers
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
@@ -33,10 +33,22 @@ from vmd.vm.virtio import VirtioFunction
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any, Protocol
 
-    from vmd.config.model import VirtioMode, VmConfig
+    from vmd.config.model import VmConfig
     from vmd.ipc.loop import Loop
+    from vmd.vm.pause import Clocks
     from vmd.vm.slots import Slot
+    from vmd.vm.state import MachineState
+
+    class Chip(Protocol):
+        """What can be saved."""
+
+        def state(self) -> dict[str, Any]:
+            """Return numbers and bytes by name."""
+
+        def restore(self, state: dict[str, Any]) -> None:
+            """Take them back; raises KeyError, TypeError or ValueError."""
 
 
 class BootImages:
@@ -56,10 +68,12 @@ class BootImages:
 
 
 class Machine:
-    """A built VM.  `end(outcome, text)` is called from any thread when the guest's life is over.
+    """A VM.  It is built, then made to `boot` or to `become` what another one was, then started.
+
+    `end(outcome, text)` is called from any thread when the guest's life is over.  Memory and CPUID table of a machine
+    that was received are given; `firmware_bytes` is 0 for a kernel that is booted directly.
 
     Raises:
-        ImageError: the guest's own boot files cannot be used.
         HostError, OSError: the host refuses something.
     """
 
@@ -67,21 +81,29 @@ class Machine:
         self,
         config: "VmConfig",
         kvm_fd: int,
-        images: BootImages,
+        firmware_bytes: int,
         slots: "Sequence[Slot]",
         devices: DeviceProcesses,
         console: Console,
         loop: "Loop",
         end: "Callable[[Outcome, str], None]",
+        *,
+        memory: GuestMemory | None = None,
+        cpuid: "list[abi.kvm_cpuid_entry2] | None" = None,
     ) -> None:
+        self.config = config
+        self.firmware_bytes = firmware_bytes
+        self.slots = tuple(slots)
+        self.devices = devices
+        self.loop = loop
         self.end = end
         self.console = console
         self.listening = True
-        firmware_bytes = loader.firmware_bytes(images.boot_fd, images.boot_name)
 
         with System(kvm_fd) as system:
             self.kvm = system.create_vm()
-            self.cpuid = system.supported_cpuid()
+            self.cpuid = cpuid or system.supported_cpuid()
+            self.msr_indices = system.msr_indices()
             self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
         # All of it before the first vCPU (api.rst 4.30, 4.54, 4.24).
         self.kvm.set_tss_addr(layout.KVM_TSS)
@@ -91,7 +113,7 @@ class Machine:
         self.routing = Routing(self.kvm)
         self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
 
-        self.memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
+        self.memory = memory or GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
         for region in self.memory.kvm_slots():
             self.kvm.set_memory_region(*region)
         devices.start(log.title, slots, self.memory)  # while the rest is built
@@ -126,8 +148,19 @@ class Machine:
         bus.add_pio(layout.PORT_KBD_DATA, I8042.PORTS, self.keyboard)
         bus.add_pio(layout.PORT_SYSTEM_CONTROL_A, 1, self.port_a)
 
+        self.virtio: list[VirtioFunction] = []
+        self.vcpus: list[VcpuThread] = []
+
+    def boot(self, images: BootImages) -> None:
+        """Load what the guest boots from, and let vCPU 0 start there.
+
+        Raises:
+            ImageError: it cannot be used.
+            HostError, PeerError, OSError: a device, or KVM, refuses.
+        """
+        config = self.config
         rsdp_gpa = layout.ACPI_TABLES
-        if firmware_bytes:
+        if self.firmware_bytes:
             rsdp_gpa = 0  # SeaBIOS places tables, addresses and interrupt lines itself
         else:
             self.memory.write(rsdp_gpa, acpi.build_tables(config.memory_bytes, config.vcpus))
@@ -142,17 +175,38 @@ class Machine:
             rsdp_gpa=rsdp_gpa,
         )
         log.debug(start.text)
-        self.virtio: list[VirtioFunction] = []
-        for slot, device in zip(slots, devices.running, strict=True):
-            device.wait_ready()
-            self.virtio.append(self._virtio_function(slot, device, config.virtio, loop))
-            self.pci.add(slot.number, self.virtio[-1])
-        if not firmware_bytes:
+        self._plug_devices()
+        if not self.firmware_bytes:
             self.pci.assign_resources()
-
-        self.vcpus = [self._create_vcpu(number, config.vcpus) for number in range(config.vcpus)]
-        set_boot_msrs([thread.vcpu for thread in self.vcpus], direct_boot=not firmware_bytes)
+        self._create_vcpus()
+        set_boot_msrs([thread.vcpu for thread in self.vcpus], direct_boot=not self.firmware_bytes)
         apply_start(self.vcpus[0].vcpu, start)
+
+    def become(self, saved: "MachineState") -> "Clocks":
+        """Be what another machine was, standing still; to go on, it needs the clocks that are returned.
+
+        Raises:
+            ValueError, OSError: that was no such machine.
+            HostError, PeerError: a device refuses.
+        """
+        self._plug_devices()
+        self._create_vcpus()
+        clocks = state.restore(self, saved)
+        for function, each in zip(self.virtio, saved.virtio, strict=True):
+            function.restore_rings(each)
+        return clocks
+
+    def chips(self) -> "dict[str, Chip]":
+        """Return the chips that a stream has the state of, by name."""
+        return {
+            "uart": self.uart,
+            "rtc": self.rtc,
+            "pm": self.pm,
+            "reset": self.reset_port,
+            "keyboard": self.keyboard,
+            "port 92": self.port_a,
+            "fw_cfg": self.fwcfg,
+        }
 
     def start(self) -> None:
         """Let the guest execute; application processors wait in the kernel until it wakes them."""
@@ -166,13 +220,19 @@ class Machine:
         left = [thread.join() for thread in self.vcpus]
         return all(left)
 
-    def _virtio_function(
-        self, slot: "Slot", device: DeviceProcess, mode: "VirtioMode", loop: "Loop"
-    ) -> VirtioFunction:
-        function = VirtioFunction(slot.kind, device, QUEUES[slot.kind], self.kvm, self.routing, mode, self._fail)
-        device.serve(loop, on_failed=self._fail, on_needs_reset=function.on_needs_reset, on_config=function.on_config)
-        loop.add(function.config_resample, function.on_config_resample)
-        return function
+    def _plug_devices(self) -> None:
+        """Wait for the device processes, and put each into its slot."""
+        for slot, device in zip(self.slots, self.devices.running, strict=True):
+            device.wait_ready()
+            function = VirtioFunction(
+                slot.kind, device, QUEUES[slot.kind], self.kvm, self.routing, self.config.virtio, self._fail
+            )
+            device.serve(
+                self.loop, on_failed=self._fail, on_needs_reset=function.on_needs_reset, on_config=function.on_config
+            )
+            self.loop.add(function.config_resample, function.on_config_resample)
+            self.virtio.append(function)
+            self.pci.add(slot.number, function)
 
     def listen(self) -> None:
         """Take input of the console again."""
@@ -182,10 +242,12 @@ class Machine:
     def _receive(self, data: bytes) -> int:
         return self.uart.receive(data) if self.listening else 0
 
-    def _create_vcpu(self, number: int, count: int) -> VcpuThread:
-        vcpu = self.kvm.create_vcpu(number)
-        vcpu.set_cpuid2(for_vcpu(self.cpuid, number, count, tsc_deadline=self.tsc_deadline))
-        return VcpuThread(number, vcpu, self.bus, self.memory, self.end)
+    def _create_vcpus(self) -> None:
+        count = self.config.vcpus
+        for number in range(count):
+            vcpu = self.kvm.create_vcpu(number)
+            vcpu.set_cpuid2(for_vcpu(self.cpuid, number, count, tsc_deadline=self.tsc_deadline))
+            self.vcpus.append(VcpuThread(number, vcpu, self.bus, self.memory, self.end))
 
     def _line(self, gsi: int) -> "Callable[[bool], None]":
         irq_line = self.kvm.irq_line

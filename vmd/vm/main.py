@@ -40,6 +40,7 @@ from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
 from vmd.privsep.confine import VM, confine
 from vmd.privsep.title import set_title
+from vmd.vm.boot import loader
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.machine import BootImages, Machine
@@ -100,9 +101,18 @@ class VmProcess(Process):
         slots = plan(message.config, message.disks, envelope.take_fds("disks"), envelope.take_fd("cdrom"))
         try:
             self.console = Console(master, slave, self.loop)
+            firmware_bytes = loader.firmware_bytes(boot, message.boot_name)
             self.machine = Machine(
-                message.config, KVM_FD, images, slots, self.devices, self.console, self.loop, self.end_from_thread
+                message.config,
+                KVM_FD,
+                firmware_bytes,
+                slots,
+                self.devices,
+                self.console,
+                self.loop,
+                self.end_from_thread,
             )
+            self.machine.boot(images)
             images.close()
             for fd in (fd for slot in slots for fd in slot.fds):
                 os.close(fd)

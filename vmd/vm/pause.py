@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.ipc.loop import Loop, Timer
-    from vmd.kvmapi import abi
     from vmd.vm.machine import Machine
 
 PARK_TIMEOUT_S = 15.0  # a vCPU may be waiting for a device, which has 10 s to answer
@@ -33,11 +32,21 @@ MSR_TSC_DEADLINE = 0x6E0
 class Clocks:
     """What a guest can tell the time by, as it was when it stopped."""
 
-    def __init__(self, machine: "Machine") -> None:
-        self.msrs = [thread.vcpu.get_msrs((MSR_TSC, MSR_TSC_DEADLINE)) for thread in machine.vcpus]
-        self.kvmclock_ns = int(machine.kvm.get_clock().clock)
-        self.pit: abi.kvm_pit_state2 = machine.kvm.get_pit2()
-        self.pm = machine.pm.state()
+    def __init__(self, msrs: list[dict[int, int]], kvmclock_ns: int, pit: bytes, pm: dict[str, int]) -> None:
+        self.msrs = msrs  # of each vCPU: TSC, and TSC_DEADLINE where there is one
+        self.kvmclock_ns = kvmclock_ns
+        self.pit = pit
+        self.pm = pm
+
+    @classmethod
+    def of(cls, machine: "Machine") -> "Clocks":
+        """Read the clocks of a machine whose vCPUs have parked."""
+        return cls(
+            [thread.vcpu.get_msrs((MSR_TSC, MSR_TSC_DEADLINE)) for thread in machine.vcpus],
+            int(machine.kvm.get_clock().clock),
+            bytes(machine.kvm.get_pit2()),
+            machine.pm.state(),
+        )
 
     def restore(self, machine: "Machine") -> None:
         """Let every clock go on from there."""
@@ -141,7 +150,12 @@ class Pause:
             function.process.command(devmsg.PAUSE)
         for function in machine.virtio:
             function.detach_interrupts()
-        self.clocks = Clocks(machine)
+        self.clocks = Clocks.of(machine)
+
+    def begin_paused(self, clocks: Clocks) -> None:
+        """A machine that was received stands still from the start; its vCPUs park before they have run."""
+        self.paused = True
+        self.clocks = clocks
 
     def unpause(self) -> None:
         """Let the machine go on; nothing happens to one that does.  Raises PeerError or OSError: it cannot."""

@@ -15,8 +15,9 @@ import os
 
 from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
-from vmd.ipc.devmsg import RESET
+from vmd.ipc.devmsg import PAUSE, RESET
 from vmd.log import RateLimit, log
+from vmd.record import Record
 from vmd.virtio import spec
 from vmd.virtio.transport import Transport
 from vmd.vm import layout
@@ -47,6 +48,48 @@ CLASS = {"net": 0x020000, "blk": 0x010000, "scsi": 0x010000, "rng": 0x00FF00}
 # virtio_pci_cap after id and next pointer: length, type, bar, id, padding, offset, length (virtio 1.2, 4.1.4)
 CAP_BYTES = 16
 PCI_CFG_DATA = 14  # in the body of the PCI_CFG capability: pci_cfg_data, behind the cap's own fields
+
+
+# Attributes that go into a saved state as they are, under the same names.
+QUEUE_REGISTERS = ("size", "enabled", "desc", "avail", "used", "pfn", "vector")
+REGISTERS = (
+    "status", "driver_features", "features_locked", "active", "device_feature_select", "driver_feature_select",
+    "queue_select", "config_vector", "generation",
+)  # fmt: skip
+
+
+class QueueState(Record):
+    """One queue of a saved device."""
+
+    size: int
+    enabled: bool
+    desc: int
+    avail: int
+    used: int
+    pfn: int
+    vector: int
+    next_avail: int
+    next_used: int
+    called: bool  # an interrupt that has not been delivered, behind a masked vector
+    unseen: bool  # INTx: the guest has yet to read ISR
+
+
+class VirtioState(Record):
+    """A saved device: its registers, and where its process was in the rings."""
+
+    status: int
+    driver_features: int
+    features_locked: bool
+    active: bool
+    device_feature_select: int
+    driver_feature_select: int
+    queue_select: int
+    config_vector: int
+    generation: int
+    config: bytes
+    config_pending: bool
+    config_called: bool
+    queues: tuple[QueueState, ...]
 
 
 class VirtioFunction(PciFunction):
@@ -297,6 +340,76 @@ class VirtioFunction(PciFunction):
         """Interrupt the guest because configuration has changed, or the device wants a reset."""
         self.config_pending = True
         os.eventfd_write(self.config_call, 1)
+
+    # --- saving ----------------------------------------------------------------------------------------------
+
+    def save(self) -> VirtioState:
+        """Return the state of a device that stands still.  Raises PeerError."""
+        with self.lock:
+            registers = self.transport
+            indices = self.process.export() if registers.active else []
+            indices += [(0, 0)] * (len(registers.queues) - len(indices))
+            queues = tuple(
+                QueueState(
+                    **{name: getattr(queue, name) for name in QUEUE_REGISTERS},
+                    next_avail=next_avail,
+                    next_used=next_used,
+                    called=readable(call),
+                    unseen=self.process.interrupts.pending(number),
+                )
+                for number, (queue, (next_avail, next_used), call) in enumerate(
+                    zip(registers.queues, indices, self.process.calls, strict=True)
+                )
+            )
+            return VirtioState(
+                **{name: getattr(registers, name) for name in REGISTERS},
+                config=registers.config,
+                config_pending=self.config_pending,
+                config_called=readable(self.config_call),
+                queues=queues,
+            )
+
+    def restore_registers(self, state: VirtioState) -> None:
+        """Become such a device, standing still; `restore_rings` comes next.  Raises ValueError."""
+        with self.lock:
+            registers = self.transport
+            if len(state.queues) != len(registers.queues) or len(state.config) != len(registers.config):
+                raise ValueError(f"has another {self.process.name} than this machine")
+            self.detached = True
+            for queue, saved in zip(registers.queues, state.queues, strict=True):
+                if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
+                    raise ValueError(f"has a queue of {saved.size} in {self.process.name}")
+                for name in QUEUE_REGISTERS:
+                    setattr(queue, name, getattr(saved, name))
+                queue.vector = registers.valid_vector(saved.vector)
+            for name in REGISTERS:
+                setattr(registers, name, getattr(state, name))
+            registers.config_vector = registers.valid_vector(state.config_vector)
+            self.config_pending = state.config_pending
+
+    def restore_rings(self, state: VirtioState) -> None:
+        """Hand the rings to the device process, which stands still too.  Raises PeerError."""
+        with self.lock:
+            registers = self.transport
+            self.process.command(PAUSE)
+            if state.active:
+                modern = bool(state.driver_features >> spec.VIRTIO_F_VERSION_1 & 1)
+                rows = [
+                    (q.size, q.enabled, q.desc, q.avail, q.used, q.next_avail, q.next_used) for q in state.queues
+                ]
+                usable = self.process.activate(registers.negotiated(modern=modern), rows)
+                if state.config != self.process.config:
+                    registers.config = self.process.write_config(0, state.config)
+                self._place_notifications()
+                if not usable:
+                    registers.needs_reset()
+            for number, queue in enumerate(state.queues):
+                if queue.unseen:
+                    self.process.interrupts.restore_pending(number)
+                if queue.called:
+                    os.eventfd_write(self.process.calls[number], 1)
+            if state.config_called:
+                os.eventfd_write(self.config_call, 1)
 
     # --- from the device process, on the event thread ----------------------------------------------------------
 

@@ -1,0 +1,282 @@
+"""What a machine that stands still is, piece by piece, and how another one becomes the same (DESIGN 8).
+
+Saving reads a paused `Machine`.  Restoring fills one that was just built from the same configuration, has not run,
+and is then paused as the other was.  Records are checked field by field when they are read; what their values mean is
+checked here and by the chips, and ends in ValueError.
+"""
+
+import struct
+
+from vmd.config.model import VmConfig
+from vmd.kvmapi import abi
+from vmd.record import Record
+from vmd.vm.pause import MSR_TSC, MSR_TSC_DEADLINE, Clocks
+from vmd.vm.virtio import VirtioState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from vmd.kvmapi.vcpu import Vcpu
+    from vmd.vm.machine import Machine
+    from vmd.vm.pci import BusState, FunctionState
+
+MSR = struct.Struct("<IQ")
+PICS = (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC)
+
+# CPUID features: (leaf, sub-leaf, register) in which a bit that is missing here would be missed by the guest.
+FEATURES = (
+    (1, 0, "ecx"), (1, 0, "edx"), (7, 0, "ebx"), (7, 0, "ecx"), (7, 0, "edx"), (0xD, 0, "eax"), (0xD, 1, "eax"),
+    (0x80000001, 0, "ecx"), (0x80000001, 0, "edx"), (0x40000001, 0, "eax"),
+)  # fmt: skip
+OSXSAVE = 1 << 27  # leaf 1, ECX: follows what the guest has switched on
+TSC_TOLERANCE_PPM = 250  # KVM's own; beyond it a guest's clock would be wrong
+
+
+class CpuidLeaf(Record):
+    """One entry of KVM_GET_CPUID2."""
+
+    function: int
+    index: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+class DeviceHead(Record):
+    """A virtio device that the machine must have."""
+
+    kind: str
+    slot: int
+    features: int
+
+
+class Header(Record):
+    """What has to be known before the first byte of memory."""
+
+    config: VmConfig
+    firmware_bytes: int
+    touched_bytes: int  # of memory, for progress
+    xsave_bytes: int
+    tsc_khz: int
+    cpuid: tuple[CpuidLeaf, ...]  # as KVM offered it to the sender, before each vCPU got its own
+    devices: tuple[DeviceHead, ...]
+
+
+class Register(Record):
+    """One value of a chip: a number, or bytes."""
+
+    name: str
+    number: int
+    data: bytes | None = None
+
+
+class ChipState(Record):
+    """One chip's registers."""
+
+    name: str
+    registers: tuple[Register, ...]
+
+
+class PciFunctionState(Record):
+    """One function's configuration space and MSI-X table."""
+
+    slot: int
+    config: bytes
+    msix: bytes
+
+
+class VcpuState(Record):
+    """One vCPU, in the kernel's structures."""
+
+    mp_state: int
+    regs: bytes
+    sregs: bytes
+    xsave: bytes
+    xcrs: bytes
+    debugregs: bytes
+    events: bytes
+    lapic: bytes
+    msrs: bytes  # index u32, value u64, each
+    tsc: int
+    tsc_deadline: int | None  # on a CPU without: None
+
+
+class MachineState(Record):
+    """Everything but memory."""
+
+    vcpus: tuple[VcpuState, ...]
+    irqchips: tuple[bytes, ...]
+    pit: bytes
+    kvmclock_ns: int
+    chips: tuple[ChipState, ...]
+    pci_address: int
+    functions: tuple[PciFunctionState, ...]
+    virtio: tuple[VirtioState, ...]
+
+
+# --- saving --------------------------------------------------------------------------------------------------
+
+
+def header(machine: "Machine") -> Header:
+    """Return the header of a machine."""
+    return Header(
+        config=machine.config,
+        firmware_bytes=machine.firmware_bytes,
+        touched_bytes=machine.memory.resident_bytes(),
+        xsave_bytes=machine.vcpus[0].vcpu.xsave_bytes,
+        tsc_khz=machine.vcpus[0].vcpu.get_tsc_khz(),
+        cpuid=tuple(
+            CpuidLeaf(**{field: getattr(leaf, field) for field in CpuidLeaf.fields}) for leaf in machine.cpuid
+        ),
+        devices=tuple(
+            DeviceHead(kind=slot.kind, slot=slot.number, features=function.process.features)
+            for slot, function in zip(machine.slots, machine.virtio, strict=True)
+        ),
+    )
+
+
+def save(machine: "Machine", clocks: Clocks) -> MachineState:
+    """Return the state of a paused machine."""
+    pci = machine.pci.state()
+    return MachineState(
+        vcpus=tuple(
+            _save_vcpu(machine, thread.vcpu, msrs)
+            for thread, msrs in zip(machine.vcpus, clocks.msrs, strict=True)
+        ),
+        irqchips=tuple(bytes(machine.kvm.get_irqchip(chip)) for chip in PICS),
+        pit=clocks.pit,
+        kvmclock_ns=clocks.kvmclock_ns,
+        chips=tuple(_save_chip(name, chip.state()) for name, chip in machine.chips().items()),
+        pci_address=pci["address"],
+        functions=tuple(PciFunctionState(**function) for function in pci["functions"]),
+        virtio=tuple(function.save() for function in machine.virtio),
+    )
+
+
+def _save_vcpu(machine: "Machine", vcpu: "Vcpu", msrs_of_clock: dict[int, int]) -> VcpuState:
+    mp_state = vcpu.get_mp_state()  # first: it delivers a pending INIT or SIPI
+    tsc, deadline = msrs_of_clock[MSR_TSC], msrs_of_clock.get(MSR_TSC_DEADLINE)
+    msrs = {index: value for index, value in vcpu.get_msrs(machine.msr_indices).items() if index not in msrs_of_clock}
+    return VcpuState(
+        mp_state=mp_state,
+        regs=bytes(vcpu.get_regs()),
+        sregs=bytes(vcpu.get_sregs()),
+        xsave=vcpu.get_xsave(),
+        xcrs=bytes(vcpu.get_xcrs()),
+        debugregs=bytes(vcpu.get_debugregs()),
+        events=bytes(vcpu.get_vcpu_events()),
+        lapic=vcpu.get_lapic(),
+        msrs=b"".join(MSR.pack(index, value) for index, value in msrs.items()),
+        tsc=tsc,
+        tsc_deadline=deadline,
+    )
+
+
+def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
+    return ChipState(
+        name=name,
+        registers=tuple(
+            Register(name=key, number=0, data=value)
+            if isinstance(value, bytes)
+            else Register(name=key, number=value)
+            for key, value in state.items()
+        ),
+    )
+
+
+# --- restoring -----------------------------------------------------------------------------------------------
+
+
+def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:
+    """Raise ValueError unless a guest that ran with their processor can go on with ours."""
+    here = {(leaf.function, leaf.index): leaf for leaf in machine_cpuid}
+    there = {(leaf.function, leaf.index): leaf for leaf in theirs.cpuid}
+    ours, other = here.get((0, 0)), there.get((0, 0))
+    if ours is None or other is None or (ours.ebx, ours.ecx, ours.edx) != (other.ebx, other.ecx, other.edx):
+        raise ValueError("was sent from a host with a processor of another vendor")
+    for function, index, register in FEATURES:
+        had = getattr(there.get((function, index)), register, 0)
+        have = getattr(here.get((function, index)), register, 0)
+        missing = had & ~have & ~(OSXSAVE if (function, register) == (1, "ecx") else 0)
+        if missing:
+            raise ValueError(
+                f"needs processor features that this host lacks: cpuid {function:#x}.{index} {register} {missing:#x}"
+            )
+
+
+def check_tsc(theirs_khz: int, ours_khz: int) -> None:
+    """Raise ValueError if the guest's clock would be wrong here."""
+    if abs(theirs_khz - ours_khz) * 1_000_000 > TSC_TOLERANCE_PPM * ours_khz:
+        raise ValueError(f"has a time stamp counter of {theirs_khz} kHz, this host's runs at {ours_khz} kHz")
+
+
+def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
+    """Return the sender's table, to build vCPUs with."""
+    return [
+        abi.kvm_cpuid_entry2(*(getattr(leaf, field) & 0xFFFFFFFF for field in CpuidLeaf.fields))
+        for leaf in theirs.cpuid
+    ]
+
+
+def restore(machine: "Machine", state: MachineState) -> Clocks:
+    """Make a machine what another one was; it is to be let go with the clocks that are returned.
+
+    Raises ValueError, or OSError from KVM: the state is not that of such a machine.
+    """
+    if len(state.vcpus) != len(machine.vcpus) or len(state.irqchips) != len(PICS):
+        raise ValueError(f"has the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
+    if len(state.virtio) != len(machine.virtio):
+        raise ValueError(f"has the state of {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
+    chips = machine.chips()
+    if [chip.name for chip in state.chips] != list(chips):
+        raise ValueError("has the state of other chips")
+    for chip in state.chips:
+        _restore_chip(chip, chips[chip.name].restore)
+    functions: list[FunctionState] = [
+        {"slot": each.slot, "config": each.config, "msix": each.msix} for each in state.functions
+    ]
+    bus: BusState = {"address": state.pci_address, "functions": functions}
+    machine.pci.restore(bus)
+    for function, saved in zip(machine.virtio, state.virtio, strict=True):
+        function.restore_registers(saved)
+    # After the chips, whose restoring moves interrupt lines: from here on the controllers are as they were.
+    for chip_id, raw in zip(PICS, state.irqchips, strict=True):
+        if raw[:4] != chip_id.to_bytes(4, "little"):
+            raise ValueError(f"has another interrupt controller where number {chip_id} belongs")
+        machine.kvm.set_irqchip(raw)
+    for thread, vcpu in zip(machine.vcpus, state.vcpus, strict=True):
+        _restore_vcpu(thread.vcpu, vcpu)
+    return Clocks([clock_msrs(vcpu) for vcpu in state.vcpus], state.kvmclock_ns, state.pit, machine.pm.state())
+
+
+def clock_msrs(vcpu: VcpuState) -> dict[int, int]:
+    """Return the MSRs that go on when the machine does."""
+    deadline = {} if vcpu.tsc_deadline is None else {MSR_TSC_DEADLINE: vcpu.tsc_deadline}
+    return {MSR_TSC: vcpu.tsc} | deadline
+
+
+def _restore_vcpu(vcpu: "Vcpu", state: VcpuState) -> None:
+    if len(state.msrs) % MSR.size:
+        raise ValueError(f"has {len(state.msrs)} bytes of MSRs")
+    vcpu.set_sregs(state.sregs)
+    vcpu.set_xcrs(state.xcrs)  # which say what of the next is used
+    vcpu.set_xsave(state.xsave)
+    vcpu.set_debugregs(state.debugregs)
+    vcpu.set_lapic(state.lapic)  # after sregs, which have its base
+    # One that this host refuses held nothing that its KVM could act on.
+    vcpu.set_msrs(dict(MSR.iter_unpack(state.msrs)))
+    vcpu.set_regs(state.regs)
+    vcpu.set_vcpu_events(state.events)  # after regs, which cancel exceptions
+    vcpu.set_mp_state(state.mp_state)
+
+
+def _restore_chip(state: ChipState, restore_chip: "Callable[[dict[str, Any]], None]") -> None:
+    registers = {each.name: each.number if each.data is None else each.data for each in state.registers}
+    try:
+        restore_chip(registers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"has an impossible state of {state.name}: {error!r}") from error

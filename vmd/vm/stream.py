@@ -1,0 +1,273 @@
+"""The form of a sent VM: sections, each with its length in front and its digest behind (DESIGN 8).
+
+    preamble    magic, format version, length of the header (u32); the header; their SHA-256
+    section*    kind, zero (u32), length (u64), body; their SHA-256
+    END         a section whose body is the number of those before it (u64)
+
+All numbers are little-endian.  The body of MEMORY is a guest-physical address (u64) and the bytes from there on; of
+STATE and the header the records are `vm/state.py`'s.  Memory is hashed where it lies while it is written or the next
+piece is read, so Python copies none of it.
+
+Everything here blocks, and runs on a thread of its own.  A peer that does nothing for IDLE_TIMEOUT_S is given up.
+"""
+
+import errno
+import hashlib
+import os
+import select
+import threading
+from struct import Struct
+
+from vmd.errors import VmdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MAGIC = b"vmdstate"
+VERSION = 1
+PREAMBLE = Struct("<8sII")
+SECTION = Struct("<IIQ")
+GPA = Struct("<Q")
+COUNT = Struct("<Q")
+MEMORY, STATE, END = 1, 2, 3
+DIGEST_BYTES = 32
+
+HEADER_MAX = 1 << 20
+STATE_MAX = 16 << 20
+PIECE_BYTES = 8 << 20  # of memory in one section: what one thread hashes while the other one moves the next
+IDLE_TIMEOUT_S = 300.0
+
+
+class StreamError(VmdError):
+    """A stream ends too early, or is not what it should be."""
+
+
+class Cancelled(VmdError):
+    """Somebody wanted this end."""
+
+
+class Hasher:
+    """One thread that computes digests while its owner waits for I/O."""
+
+    def __init__(self) -> None:
+        self._work: Callable[[], None] | None = None
+        self._digest = b""
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, name="hasher", daemon=True)
+        self._thread.start()
+
+    def begin(self, parts: "Sequence[bytes | memoryview]") -> None:
+        """Hash these, one after the other; `result` waits."""
+
+        def work() -> None:
+            digest = hashlib.sha256()
+            for part in parts:
+                digest.update(part)
+            self._digest = digest.digest()
+
+        self._work = work
+        self._go.release()
+
+    def result(self) -> bytes:
+        """Return the digest of what was begun last."""
+        self._done.acquire()
+        return self._digest
+
+    def close(self) -> None:
+        """End the thread."""
+        self._work = None
+        self._go.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._go.acquire()
+            work = self._work
+            if work is None:
+                return
+            work()
+            self._done.release()
+
+
+class Pipe:
+    """A descriptor that somebody gave us, with whatever it is behind; its flags are not ours to change."""
+
+    def __init__(self, fd: int, direction: int) -> None:
+        """`direction` is select.POLLIN or POLLOUT."""
+        self.fd = fd
+        self.moved_bytes = 0
+        self.cancelled = False
+        self._poll = select.poll()
+        self._poll.register(fd, direction)
+
+    def _wait(self) -> None:
+        """Wait until something can be moved.  Raises Cancelled or StreamError."""
+        for _ in range(int(IDLE_TIMEOUT_S)):
+            if self.cancelled:
+                raise Cancelled("cancelled")
+            if self._poll.poll(1000):
+                return
+        raise StreamError(f"the other end has done nothing for {IDLE_TIMEOUT_S:.0f} s")
+
+    def write(self, *parts: "bytes | memoryview") -> None:
+        """Write all.  Raises StreamError or Cancelled."""
+        pending = [memoryview(part).cast("B") for part in parts]
+        while pending:
+            self._wait()
+            try:
+                # No more at once than the other end takes soon: a pipe that is full makes writev wait.
+                done = os.writev(self.fd, [pending[0][:PIECE_BYTES], *pending[1:]])
+            except BlockingIOError:
+                continue
+            except BrokenPipeError:
+                raise StreamError("the other end has closed the stream") from None
+            except OSError as error:
+                raise StreamError(f"cannot be written: {os.strerror(error.errno or 0)}") from error
+            self.moved_bytes += done
+            while pending and done >= len(pending[0]):
+                done -= len(pending.pop(0))
+            if done:
+                pending[0] = pending[0][done:]
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill a view.  Raises StreamError or Cancelled."""
+        at = 0
+        while at < len(view):
+            self._wait()
+            try:
+                done = os.readv(self.fd, [view[at:]])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise StreamError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
+            if not done:
+                raise StreamError(f"ends after {self.moved_bytes} bytes, before its end")
+            self.moved_bytes += done
+            at += done
+
+    def read(self, size: int) -> bytes:
+        """Return as many bytes.  Raises StreamError or Cancelled."""
+        buffer = bytearray(size)
+        self.read_into(memoryview(buffer))
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Close; of a file only that tells whether all is there."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            try:
+                os.close(fd)
+            except OSError as error:
+                if error.errno != errno.EBADF:
+                    raise StreamError(f"cannot be closed: {os.strerror(error.errno or 0)}") from error
+
+
+class StreamWriter:
+    """Writes a stream."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.pipe = pipe
+        self.hasher = Hasher()
+        self.sections = 0
+
+    def header(self, body: bytes) -> None:
+        """Write the preamble."""
+        raw = PREAMBLE.pack(MAGIC, VERSION, len(body)) + body
+        self.pipe.write(raw, hashlib.sha256(raw).digest())
+
+    def memory(self, gpa: int, view: memoryview) -> None:
+        """Write a run of memory."""
+        for start in range(0, len(view), PIECE_BYTES):
+            piece = view[start : start + PIECE_BYTES]
+            self._section(MEMORY, GPA.pack(gpa + start), piece)
+
+    def state(self, body: bytes) -> None:
+        """Write a record."""
+        self._section(STATE, body)
+
+    def end(self) -> None:
+        """Write the end."""
+        self._section(END, COUNT.pack(self.sections))
+
+    def _section(self, kind: int, *body: "bytes | memoryview") -> None:
+        head = SECTION.pack(kind, 0, sum(map(len, body)))
+        self.hasher.begin((head, *body))
+        try:
+            self.pipe.write(head, *body)
+        finally:
+            digest = self.hasher.result()
+        self.pipe.write(digest)
+        self.sections += 1
+
+
+class StreamReader:
+    """Reads a stream, and believes nothing."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.pipe = pipe
+        self.hasher = Hasher()
+        self.sections = 0
+        self._expected = b""  # digest of the section that is being hashed, if one is
+
+    def header(self) -> bytes:
+        """Return the header.  Raises StreamError."""
+        raw = self.pipe.read(PREAMBLE.size)
+        magic, version, length = PREAMBLE.unpack(raw)
+        if magic != MAGIC:
+            raise StreamError("is not a virtual machine that was sent by vmctl send")
+        if version != VERSION:
+            raise StreamError(f"has version {version} of the format, this vmd reads version {VERSION}")
+        if length > HEADER_MAX:
+            raise StreamError(f"announces a header of {length} bytes")
+        body = self.pipe.read(length)
+        if self.pipe.read(DIGEST_BYTES) != hashlib.sha256(raw + body).digest():
+            raise StreamError("is damaged: the digest of its header is wrong")
+        return body
+
+    def sections_until_end(
+        self, memory: "Callable[[int, int], memoryview]", state: "Callable[[bytes], None]"
+    ) -> None:
+        """Read up to the end.
+
+        `memory(gpa, length)` returns where a run goes, and raises ValueError if it goes nowhere; `state` takes the
+        body of a record.  What was read is good only if this returns.  Raises StreamError.
+        """
+        try:
+            while self._section(memory, state):
+                self.sections += 1
+            self._check_digest()
+        except ValueError as error:
+            raise StreamError(f"section {self.sections}: {error}") from error
+
+    def _section(self, memory: "Callable[[int, int], memoryview]", state: "Callable[[bytes], None]") -> bool:
+        head = self.pipe.read(SECTION.size)
+        kind, zero, length = SECTION.unpack(head)
+        if zero:
+            raise StreamError(f"section {self.sections} has unknown flags {zero:#x}")
+        body: bytes | memoryview
+        if kind == MEMORY and GPA.size < length <= GPA.size + PIECE_BYTES:
+            address = self.pipe.read(GPA.size)
+            body = memory(GPA.unpack(address)[0], length - GPA.size)
+            self.pipe.read_into(body)
+        elif (kind == STATE and length <= STATE_MAX) or (kind == END and length == COUNT.size):
+            address = b""
+            body = self.pipe.read(length)
+        else:
+            raise StreamError(f"section {self.sections} is of unknown kind {kind}, or its length {length} is wrong")
+        expected = self.pipe.read(DIGEST_BYTES)
+        self._check_digest()  # of the one before, which was hashed while this one was read
+        self.hasher.begin((head, address, body))
+        self._expected = expected
+        if kind == STATE:
+            self._check_digest()
+            state(bytes(body))
+        elif kind == END and COUNT.unpack(body)[0] != self.sections:
+            raise StreamError(f"has {self.sections} sections where its end says {COUNT.unpack(body)[0]}")
+        return bool(kind != END)
+
+    def _check_digest(self) -> None:
+        if self._expected:
+            expected, self._expected = self._expected, b""
+            if self.hasher.result() != expected:
+                raise StreamError("is damaged: the digest of a section is wrong")
