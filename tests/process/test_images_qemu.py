@@ -240,7 +240,8 @@ def test_feature_that_we_lack_is_named(tmp_path: Path, feature: str, monkeypatch
     """The refusal says what the image needs."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "image"
-    secret = ("--object", "secret,id=s,data=x", "-o", "encrypt.key-secret=s") if "luks" in feature else ()
+    key = ("--object", "secret,id=s,data=x", "-o", "encrypt.key-secret=s,encrypt.iter-time=10")
+    secret = key if "luks" in feature else ()
     qemu("qemu-img", "create", "-qf", "qcow2", *secret, "-o", feature, path, "1M")
     words = {"ext": "extended L2", "com": "zstd", "dat": "external data file", "enc": "LUKS"}[feature[:3]]
 
