@@ -125,6 +125,53 @@ def test_image_of_qemu_reads_back_identically(tmp_path: Path, compat: str, clust
         image.close()
 
 
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+def test_overlay_of_qemu_reads_back_identically(tmp_path: Path, compat: str, cluster_bits: int) -> None:
+    """On a base of another cluster size that is shorter: behind its end there are zeroes."""
+    size, below = 4 * MIB + 512, 3 * MIB - 1536
+    flat = flat_file(tmp_path / "raw", below, seed=cluster_bits) + bytes(size - below)
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=32k", "-f", "raw", tmp_path / "raw", base)
+    options = f"compat={compat},cluster_size={1 << cluster_bits}"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, "-F", "qcow2", "-b", "base", top, size)
+    commands = []
+    choice = random.Random(cluster_bits)
+    for number in range(1, 40):
+        offset, length = choice.randrange(size // 512) * 512, choice.randrange(1, 200) * 512
+        length = min(length, size - offset)
+        zero = choice.random() < 0.2
+        commands += ["-c", f"write {'-z' if zero else f'-P {number}'} {offset} {length}"]
+        flat[offset : offset + length] = bytes([0 if zero else number]) * length
+    qemu("qemu-io", "-f", "qcow2", *commands, top)
+
+    chain = OpenedChain(str(top), "qcow2").image()
+    content = read(chain, 0, size)
+    chain.close()
+
+    assert content == flat
+
+
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize("more", ["lazy_refcounts=on", "refcount_bits=1", "cluster_size=4k", "compat=0.10"])
+def test_preallocated_image_reads_back_identically(tmp_path: Path, mode: str, more: str) -> None:
+    """What QEMU has reserved and never written reads as zeroes; what it has written and zeroed, discarded too."""
+    path, size = tmp_path / "image", 2 * MIB
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"preallocation={mode},{more}", path, size)
+    commands = ["write -P 3 0 300k", "write -P 4 700k 1", "write -z 64k 130k", "discard 512k 256k", "write -z -u 1M 4k"]
+    qemu("qemu-io", "-f", "qcow2", *(word for command in commands for word in ("-c", command)), path)
+    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, tmp_path / "raw")
+    expected = (tmp_path / "raw").read_bytes()
+
+    image = opened_qcow2(path)
+    assert read(image, 0, size) == expected
+    write(image, 1500 * KIB, b"x" * 100)
+    image.close()
+
+    assert problems(path) == {}
+    same(path, expected[: 1500 * KIB] + b"x" * 100 + expected[1500 * KIB + 100 :], tmp_path)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
 def test_every_refcount_width_is_written(tmp_path: Path, bits: int) -> None:
     """Compressed clusters are replaced, and their places used again; the image is clean after it."""
@@ -415,7 +462,7 @@ def locked_by_us(path: Path, *, writable: bool) -> int:
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
-def test_writer_excludes_others(tmp_path: Path, first: bool, second: bool) -> None:
+def test_writer_excludes_others_53(tmp_path: Path, first: bool, second: bool) -> None:
     """Of two of whom one writes the second is refused, be it QEMU or one of ours (hostile 53)."""
     path = tmp_path / "image"
     create(str(path), "qcow2", MIB)  # readers of raw files do not mind a writer, to QEMU
@@ -433,7 +480,7 @@ def test_writer_excludes_others(tmp_path: Path, first: bool, second: bool) -> No
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_image_that_qemu_writes_is_refused(tmp_path: Path, writable: bool) -> None:
+def test_image_that_qemu_writes_is_refused_53(tmp_path: Path, writable: bool) -> None:
     """Neither as a disk nor as a base."""
     path = tmp_path / "image"
     create(str(path), "raw", MIB)
@@ -444,7 +491,7 @@ def test_image_that_qemu_writes_is_refused(tmp_path: Path, writable: bool) -> No
     os.close(locked_by_us(path, writable=writable))
 
 
-def test_readers_share(tmp_path: Path) -> None:
+def test_readers_share_53(tmp_path: Path) -> None:
     """A base may have any number of overlays, ours and QEMU's."""
     path = tmp_path / "image"
     create(str(path), "raw", MIB)
