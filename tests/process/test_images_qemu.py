@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fakedriver import Device
 from tests.support.images import (
     KIB,
     MIB,
@@ -29,10 +30,15 @@ from tests.support.images import (
     same,
     write,
 )
+from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
+from vmd.images.identify import probe
 from vmd.images.locks import lock
+from vmd.ipc import devmsg
+from vmd.ipc.probemsg import Probe
+from vmd.parent.disks import OpenDisk, open_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -431,11 +437,11 @@ def test_killed_writers_leave_consistent_images(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def held_by_qemu(path: Path, *, writable: bool) -> Iterator[None]:
-    """Have a qemu-io keep an image open."""
+def held_by_qemu(path: Path, *, writable: bool, image_format: str = "raw") -> Iterator[None]:
+    """Have a qemu-io keep an image open, with those below it."""
     mode = () if writable else ("-r",)
     holder = subprocess.Popen(
-        ["stdbuf", "-oL", "qemu-io", "-f", "raw", *mode, str(path)],
+        ["stdbuf", "-oL", "qemu-io", "-f", image_format, *mode, str(path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
@@ -513,3 +519,93 @@ def test_running_image_can_still_be_looked_at(tmp_path: Path) -> None:
     qemu("qemu-img", "info", "-U", path)
 
     os.close(fd)
+
+
+class Recorded:
+    """What the images say, by a prober without a process."""
+
+    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+        """Look."""
+        return probe(fd, name, format_hint)
+
+
+def disk_of(path: Path) -> OpenDisk:
+    """Open a disk as the parent does."""
+    return open_disk(DiskConfig(path=str(path), format="qcow2"), None, Recorded())
+
+
+def refused_by_qemu(*command: object) -> str:
+    """Return why one of QEMU's programs refuses."""
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        qemu(*map(str, command))
+    return str(refused.value.stderr)
+
+
+@pytest.fixture
+def overlays(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Give two disks on one base."""
+    base, one, other = tmp_path / "base", tmp_path / "one", tmp_path / "other"
+    create(str(base), "qcow2", MIB)
+    for top in (one, other):
+        create(str(top), "qcow2", MIB, "base", "qcow2")
+    return base, one, other
+
+
+def test_disk_of_a_vm_is_locked_for_qemu_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: its base as well, against all that would change it; nothing else is."""
+    base, one, other = overlays
+    disk = disk_of(one)
+
+    for command in (
+        ("qemu-io", "-f", "qcow2", "-c", "write 0 512", one),
+        ("qemu-io", "-f", "qcow2", "-c", "write 0 512", base),
+        ("qemu-img", "commit", "-f", "qcow2", other),
+        ("qemu-img", "resize", "-f", "qcow2", base, "2M"),
+        ("qemu-img", "snapshot", "-c", "now", one),
+        ("qemu-img", "check", "-r", "all", one),
+    ):
+        assert "lock" in refused_by_qemu(*command), command
+    qemu("qemu-io", "-f", "qcow2", "-c", "write 0 512", other)
+    qemu("qemu-img", "info", base)
+    disk.close()
+
+    qemu("qemu-io", "-f", "qcow2", "-c", "write 0 512", one)
+
+
+def test_disk_of_qemu_is_refused_by_name_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: the file that is in use is the one that is named; a base is shared with QEMU."""
+    base, one, other = overlays
+
+    with held_by_qemu(one, writable=True, image_format="qcow2"):
+        with pytest.raises(OperatorError, match=f"^disk {one}: is in use by another process, which writes to it$"):
+            disk_of(one)
+        with pytest.raises(OperatorError, match=f"^disk {base}: is in use by another process$"):
+            disk_of(base)
+        disk_of(other).close()
+    with held_by_qemu(base, writable=True, image_format="qcow2"):
+        words = f"^disk {one}: backing file {base}: is in use by another process, which writes to it$"
+        with pytest.raises(OperatorError, match=words):
+            disk_of(one)
+
+    disk_of(one).close()
+
+
+def test_lock_is_the_device_process_s_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: it holds while that lives, whoever else has let go, and not a moment longer."""
+    _, one, _ = overlays
+    disk = disk_of(one)
+    notes = [devmsg.RESOURCE_QCOW2] * len(disk.links)
+    with Device("vioblk", [link.fd for link in disk.links], notes=notes) as device:
+        device.start()
+        disk.close()
+        for fd in device.resources:
+            os.close(fd)
+        device.resources = []
+
+        assert "lock" in refused_by_qemu("qemu-io", "-f", "qcow2", "-c", "write 0 512", one)
+        with pytest.raises(OperatorError, match="in use by another process"):
+            disk_of(one)
+        device.child.kill(signal.SIGKILL)
+        device.status()
+
+    disk_of(one).close()
