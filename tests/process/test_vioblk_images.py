@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from tests.support.blkdriver import (
     BlockScribbler,
     Request,
 )
-from tests.support.images import KIB, MIB, chain_formats, flat_file, make_chain, problems, qemu, same
+from tests.support.images import KIB, MIB, chain_formats, flat_file, make_chain, problems, qemu, same, small_file_system
 from vmd.images.create import create
 
 SIZE = 6 * MIB + 3 * SECTOR
@@ -411,11 +410,8 @@ def test_base_that_becomes_shorter_is_an_error_33(tmp_path: Path) -> None:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """Give a file system of 2 MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "small", path], check=True)
-    yield path
-    subprocess.run(["umount", path], check=True)
+    with small_file_system(tmp_path / "small") as path:
+        yield path
 
 
 @pytest.mark.root

@@ -400,7 +400,7 @@ def test_guessed_image_is_told_apart(tmp_path: Path) -> None:
     with (tmp_path / "top").open("rb") as file:
         told = probe(file.fileno(), "top", "qcow2")
         guessed = probe(file.fileno(), "top")
-    with pytest.raises(ImageError, match=r"top: has backing file /etc/shadow, but .* `format qcow2`"):
+    with pytest.raises(ImageError, match=r"top: has backing file /etc/shadow, but .* give it as qcow2:/"):
         OpenedChain(str(tmp_path / "top"))
 
     assert (told.backing, told.backing_format, told.guessed) == ("/etc/shadow", "raw", False)
