@@ -15,6 +15,8 @@ unsigned find_disk(void)
 
 bool has_interface(bool legacy)
 {
+    if (disk.device.registers.base)
+        virtio_reset(&disk.device); /* its interrupt line is let go by this only */
     return virtio_open(&disk.device, slot, legacy);
 }
 
@@ -28,7 +30,7 @@ static bool prepare(const struct way *way)
         wanted |= F_EVENT_INDEX;
     disk.indirect = way->indirect;
     dead = false;
-    return virtio_open(&disk.device, slot, way->legacy) &&
+    return has_interface(way->legacy) &&
            virtio_accept(&disk.device, wanted & virtio_offered(&disk.device)) &&
            virtio_add_queue(&disk.device, &disk.queue, 0, way->size ? way->size : QUEUE_MAX);
 }

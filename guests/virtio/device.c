@@ -16,7 +16,7 @@ enum { ENTRY_CONFIG, ENTRY_QUEUE };
 
 #define PATIENCE_MS 4000
 #define PATIENCE_CYCLES 40000000000ull
-#define RESET_POLLS 10000000
+#define RESET_POLLS 100000
 
 /* ---- finding */
 

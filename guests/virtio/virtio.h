@@ -145,7 +145,8 @@ struct virtio_device {
 
 /* The first virtio device of a type whose slot is at least `slot`; returns its slot, or PCI_SLOTS. */
 unsigned virtio_find(unsigned type, unsigned slot);
-/* Take a device by one of its two interfaces, and reset it; false if it does not have that one. */
+/* Take a device by one of its two interfaces, and reset it; false if it does not have that one.  One that was open
+ * before has been reset. */
 bool virtio_open(struct virtio_device *device, unsigned slot, bool legacy);
 void virtio_reset(struct virtio_device *device);
 uint64_t virtio_offered(const struct virtio_device *device);

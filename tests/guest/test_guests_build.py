@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.blkdisk import Disk
 from tests.support.console import Console
 from tests.support.guests import GuestBuildError, build, guest, guests
 
-PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick")
+PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick", "blk")
 OPENBSD_KERNELS = ("openbsd-amd64", "openbsd-i386")
 # qboot starts a kernel a second earlier than SeaBIOS does; `pc` has the chips that guests of ours look for.
 QBOOT = "/usr/share/qemu/qboot.rom"
@@ -45,6 +46,12 @@ def under_qemu(name: str, *options: str) -> Iterator[tuple["subprocess.Popen[byt
             yield process, Console(process.stdout.fileno())
         finally:
             process.kill()
+
+
+def qemu_disk(path: Path, options: str = "") -> tuple[str, ...]:
+    """Return the options for a virtio disk; with all it can, as ours."""
+    drive = f"if=none,id=disk,format=raw,cache=writeback,discard=unmap,file={path}{options}"
+    return ("-drive", drive, "-device", "virtio-blk-pci,drive=disk,serial=disk0")
 
 
 def ask(process: "subprocess.Popen[bytes]", line: str) -> None:
@@ -198,3 +205,33 @@ def test_selftest_under_qemu() -> None:
     assert "ok smp.long-mode-entered" in report
     assert "skip acpi.pm-ports" in report
     assert report[-1] == f"selftest: {sum(line.startswith('ok ') for line in report)} ok, 0 failed"
+
+
+@pytest.mark.kvm
+def test_blk_under_qemu(tmp_path: Path) -> None:
+    """A disk of QEMU's passes, and what QEMU does in another way is left out by name."""
+    disk = Disk(tmp_path / "disk")
+    with under_qemu("blk", "-append", "qemu", *qemu_disk(disk.path)) as (process, console):
+        console.expect("blk: begin", TIMEOUT_S)
+        report = console.expect(" failed", TIMEOUT_S).splitlines()
+        console.drain(TIMEOUT_S)
+        assert process.wait(TIMEOUT_S) == 0
+
+    assert [line for line in report if line.startswith("FAIL")] == []
+    assert "interfaces: modern legacy" in report
+    assert "ok legacy.rings.intx-pic.chains.flags.one-interrupt-each" in report
+    assert "skip modern.registers.moved-bar" in report  # a BAR in memory
+    assert report[-1] == f"blk: {sum(line.startswith('ok ') for line in report)} ok, 0 failed"
+    disk.check_tested()
+
+
+@pytest.mark.kvm
+def test_blk_read_only_under_qemu(tmp_path: Path) -> None:
+    """Nothing is written to a disk that may not be."""
+    disk = Disk(tmp_path / "disk")
+    with under_qemu("blk", "-append", "qemu readonly", *qemu_disk(disk.path, ",readonly=on")) as (_, console):
+        report = console.expect(" failed", TIMEOUT_S).splitlines()
+
+    assert report[-1].endswith(", 0 failed")
+    assert "ok modern.write" in report
+    disk.check_untouched()

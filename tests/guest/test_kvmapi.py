@@ -226,6 +226,7 @@ def test_run_pio_answers_single_accesses_itself(guest: Guest) -> None:
     assert writes == [(0x10, 1, 0xA5), (0x20, 2, 0xBEEF), (0x30, 4, 0xDEADBEEF)]
     assert reads == [(0x30, 1), (0x30, 2), (0x30, 4)]
     assert (regs.rbx, regs.rcx, regs.rax) == (0xFF, 0xFFFF, 0xFFFFFFFF)
+    assert guest.vcpu.exits == 7  # three writes, three reads, HLT
 
 
 def test_run_pio_gives_string_accesses_and_memory_accesses_back(guest: Guest) -> None:
@@ -247,6 +248,7 @@ def test_run_pio_gives_string_accesses_and_memory_accesses_back(guest: Guest) ->
     assert guest.vcpu.run_pio(pio_read, pio_write) == Hlt()
 
     assert single == [1]
+    assert guest.vcpu.exits == 4
     assert guest.memory.read(0x4000, 2) == b"ok"
     assert guest.vcpu.get_regs().rax & 0xFF == 0x77
 

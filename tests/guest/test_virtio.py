@@ -100,7 +100,8 @@ class Rng:
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
-        self.process = DeviceProcess("vm/test", Slot(kind="rng", index=0, number=1), guest.memory)
+        self.process = DeviceProcess("rng")
+        self.process.begin("vm/test", Slot(kind="rng", index=0, number=1), guest.memory)
         self.process.wait_ready()
         self.machine = Machine(guest.vm, self.process, kind="rng", queues=(SIZE,))
         self.ring = Ring(guest.memory, SIZE, RINGS)

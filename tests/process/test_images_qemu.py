@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fakedriver import Device
 from tests.support.images import (
     KIB,
     MIB,
@@ -29,10 +30,15 @@ from tests.support.images import (
     same,
     write,
 )
+from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
+from vmd.images.identify import probe
 from vmd.images.locks import lock
+from vmd.ipc import devmsg
+from vmd.ipc.probemsg import Probe
+from vmd.parent.disks import OpenDisk, open_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +129,53 @@ def test_image_of_qemu_reads_back_identically(tmp_path: Path, compat: str, clust
         image = opened(path)
         assert read(image, 0, size) == flat
         image.close()
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+def test_overlay_of_qemu_reads_back_identically(tmp_path: Path, compat: str, cluster_bits: int) -> None:
+    """On a base of another cluster size that is shorter: behind its end there are zeroes."""
+    size, below = 4 * MIB + 512, 3 * MIB - 1536
+    flat = flat_file(tmp_path / "raw", below, seed=cluster_bits) + bytes(size - below)
+    base, top = tmp_path / "base", tmp_path / "top"
+    qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=32k", "-f", "raw", tmp_path / "raw", base)
+    options = f"compat={compat},cluster_size={1 << cluster_bits}"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, "-F", "qcow2", "-b", "base", top, size)
+    commands = []
+    choice = random.Random(cluster_bits)
+    for number in range(1, 40):
+        offset, length = choice.randrange(size // 512) * 512, choice.randrange(1, 200) * 512
+        length = min(length, size - offset)
+        zero = choice.random() < 0.2
+        commands += ["-c", f"write {'-z' if zero else f'-P {number}'} {offset} {length}"]
+        flat[offset : offset + length] = bytes([0 if zero else number]) * length
+    qemu("qemu-io", "-f", "qcow2", *commands, top)
+
+    chain = OpenedChain(str(top), "qcow2").image()
+    content = read(chain, 0, size)
+    chain.close()
+
+    assert content == flat
+
+
+@pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
+@pytest.mark.parametrize("more", ["lazy_refcounts=on", "refcount_bits=1", "cluster_size=4k", "compat=0.10"])
+def test_preallocated_image_reads_back_identically(tmp_path: Path, mode: str, more: str) -> None:
+    """What QEMU has reserved and never written reads as zeroes; what it has written and zeroed, discarded too."""
+    path, size = tmp_path / "image", 2 * MIB
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"preallocation={mode},{more}", path, size)
+    commands = ["write -P 3 0 300k", "write -P 4 700k 1", "write -z 64k 130k", "discard 512k 256k", "write -z -u 1M 4k"]
+    qemu("qemu-io", "-f", "qcow2", *(word for command in commands for word in ("-c", command)), path)
+    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, tmp_path / "raw")
+    expected = (tmp_path / "raw").read_bytes()
+
+    image = opened_qcow2(path)
+    assert read(image, 0, size) == expected
+    write(image, 1500 * KIB, b"x" * 100)
+    image.close()
+
+    assert problems(path) == {}
+    same(path, expected[: 1500 * KIB] + b"x" * 100 + expected[1500 * KIB + 100 :], tmp_path)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
@@ -240,7 +293,8 @@ def test_feature_that_we_lack_is_named(tmp_path: Path, feature: str, monkeypatch
     """The refusal says what the image needs."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "image"
-    secret = ("--object", "secret,id=s,data=x", "-o", "encrypt.key-secret=s") if "luks" in feature else ()
+    key = ("--object", "secret,id=s,data=x", "-o", "encrypt.key-secret=s,encrypt.iter-time=10")
+    secret = key if "luks" in feature else ()
     qemu("qemu-img", "create", "-qf", "qcow2", *secret, "-o", feature, path, "1M")
     words = {"ext": "extended L2", "com": "zstd", "dat": "external data file", "enc": "LUKS"}[feature[:3]]
 
@@ -383,11 +437,11 @@ def test_killed_writers_leave_consistent_images(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def held_by_qemu(path: Path, *, writable: bool) -> Iterator[None]:
-    """Have a qemu-io keep an image open."""
+def held_by_qemu(path: Path, *, writable: bool, image_format: str = "raw") -> Iterator[None]:
+    """Have a qemu-io keep an image open, with those below it."""
     mode = () if writable else ("-r",)
     holder = subprocess.Popen(
-        ["stdbuf", "-oL", "qemu-io", "-f", "raw", *mode, str(path)],
+        ["stdbuf", "-oL", "qemu-io", "-f", image_format, *mode, str(path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
@@ -414,7 +468,7 @@ def locked_by_us(path: Path, *, writable: bool) -> int:
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
-def test_writer_excludes_others(tmp_path: Path, first: bool, second: bool) -> None:
+def test_writer_excludes_others_53(tmp_path: Path, first: bool, second: bool) -> None:
     """Of two of whom one writes the second is refused, be it QEMU or one of ours (hostile 53)."""
     path = tmp_path / "image"
     create(str(path), "qcow2", MIB)  # readers of raw files do not mind a writer, to QEMU
@@ -432,7 +486,7 @@ def test_writer_excludes_others(tmp_path: Path, first: bool, second: bool) -> No
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_image_that_qemu_writes_is_refused(tmp_path: Path, writable: bool) -> None:
+def test_image_that_qemu_writes_is_refused_53(tmp_path: Path, writable: bool) -> None:
     """Neither as a disk nor as a base."""
     path = tmp_path / "image"
     create(str(path), "raw", MIB)
@@ -443,7 +497,7 @@ def test_image_that_qemu_writes_is_refused(tmp_path: Path, writable: bool) -> No
     os.close(locked_by_us(path, writable=writable))
 
 
-def test_readers_share(tmp_path: Path) -> None:
+def test_readers_share_53(tmp_path: Path) -> None:
     """A base may have any number of overlays, ours and QEMU's."""
     path = tmp_path / "image"
     create(str(path), "raw", MIB)
@@ -465,3 +519,93 @@ def test_running_image_can_still_be_looked_at(tmp_path: Path) -> None:
     qemu("qemu-img", "info", "-U", path)
 
     os.close(fd)
+
+
+class Recorded:
+    """What the images say, by a prober without a process."""
+
+    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+        """Look."""
+        return probe(fd, name, format_hint)
+
+
+def disk_of(path: Path) -> OpenDisk:
+    """Open a disk as the parent does."""
+    return open_disk(DiskConfig(path=str(path), format="qcow2"), None, Recorded())
+
+
+def refused_by_qemu(*command: object) -> str:
+    """Return why one of QEMU's programs refuses."""
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        qemu(*map(str, command))
+    return str(refused.value.stderr)
+
+
+@pytest.fixture
+def overlays(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Give two disks on one base."""
+    base, one, other = tmp_path / "base", tmp_path / "one", tmp_path / "other"
+    create(str(base), "qcow2", MIB)
+    for top in (one, other):
+        create(str(top), "qcow2", MIB, "base", "qcow2")
+    return base, one, other
+
+
+def test_disk_of_a_vm_is_locked_for_qemu_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: its base as well, against all that would change it; nothing else is."""
+    base, one, other = overlays
+    disk = disk_of(one)
+
+    for command in (
+        ("qemu-io", "-f", "qcow2", "-c", "write 0 512", one),
+        ("qemu-io", "-f", "qcow2", "-c", "write 0 512", base),
+        ("qemu-img", "commit", "-f", "qcow2", other),
+        ("qemu-img", "resize", "-f", "qcow2", base, "2M"),
+        ("qemu-img", "snapshot", "-c", "now", one),
+        ("qemu-img", "check", "-r", "all", one),
+    ):
+        assert "lock" in refused_by_qemu(*command), command
+    qemu("qemu-io", "-f", "qcow2", "-c", "write 0 512", other)
+    qemu("qemu-img", "info", base)
+    disk.close()
+
+    qemu("qemu-io", "-f", "qcow2", "-c", "write 0 512", one)
+
+
+def test_disk_of_qemu_is_refused_by_name_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: the file that is in use is the one that is named; a base is shared with QEMU."""
+    base, one, other = overlays
+
+    with held_by_qemu(one, writable=True, image_format="qcow2"):
+        with pytest.raises(OperatorError, match=f"^disk {one}: is in use by another process, which writes to it$"):
+            disk_of(one)
+        with pytest.raises(OperatorError, match=f"^disk {base}: is in use by another process$"):
+            disk_of(base)
+        disk_of(other).close()
+    with held_by_qemu(base, writable=True, image_format="qcow2"):
+        words = f"^disk {one}: backing file {base}: is in use by another process, which writes to it$"
+        with pytest.raises(OperatorError, match=words):
+            disk_of(one)
+
+    disk_of(one).close()
+
+
+def test_lock_is_the_device_process_s_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: it holds while that lives, whoever else has let go, and not a moment longer."""
+    _, one, _ = overlays
+    disk = disk_of(one)
+    notes = [devmsg.RESOURCE_QCOW2] * len(disk.links)
+    with Device("vioblk", [link.fd for link in disk.links], notes=notes) as device:
+        device.start()
+        disk.close()
+        for fd in device.resources:
+            os.close(fd)
+        device.resources = []
+
+        assert "lock" in refused_by_qemu("qemu-io", "-f", "qcow2", "-c", "write 0 512", one)
+        with pytest.raises(OperatorError, match="in use by another process"):
+            disk_of(one)
+        device.child.kill(signal.SIGKILL)
+        device.status()
+
+    disk_of(one).close()

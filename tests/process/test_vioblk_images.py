@@ -4,8 +4,11 @@ QEMU's programs are the judge.  Hostile-input 33, 52, 53 as a guest and a host c
 """
 
 import hashlib
+import os
 import random
 import signal
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from tests.support.blkdriver import (
     DISCARD,
     FEATURES,
     FLUSH,
+    IOERR,
     OK,
     SECTOR,
     SLOTS,
@@ -23,7 +27,8 @@ from tests.support.blkdriver import (
     BlockScribbler,
     Request,
 )
-from tests.support.images import KIB, MIB, chain_formats, flat_file, make_chain, problems, qemu, same
+from tests.support.images import KIB, MIB, chain_formats, flat_file, make_chain, problems, qemu, same, small_file_system
+from vmd.images.create import create
 
 SIZE = 6 * MIB + 3 * SECTOR
 
@@ -269,3 +274,176 @@ def test_killed_devices_lose_nothing_that_was_flushed(tmp_path: Path) -> None:
 
     print(f"requests in flight when it was killed: {unanswered}")
     assert sum(map(bool, unanswered)) > 25, "it was hardly ever killed in the middle of anything"
+
+
+# --- images that lie, hosts that fail ------------------------------------------------------------------------------
+
+CLUSTER = 64 * KIB
+HEADER_LIES: dict[str, tuple[int, bytes]] = {
+    "version": (4, (9).to_bytes(4, "big")),
+    "cluster-size": (20, (40).to_bytes(4, "big")),
+    "size": (24, (1 << 63).to_bytes(8, "big")),
+    "l1-size": (36, (0xFFFFFFFF).to_bytes(4, "big")),
+    "l1-offset": (40, (0xFFFFFFFFFFFF0000).to_bytes(8, "big")),
+    "refcounts": (56, (0x7FFFFFFF).to_bytes(4, "big")),
+    "features": (72, (1 << 20).to_bytes(8, "big")),
+    "extension": (104, (0x12345678FFFFFFFF).to_bytes(8, "big")),
+    "l2-table": (3 * CLUSTER, (1 << 63 | 3 * CLUSTER).to_bytes(8, "big")),
+    "refcount-block": (CLUSTER, (3 * CLUSTER).to_bytes(8, "big")),
+    "corrupt": (72, (2).to_bytes(8, "big")),
+}
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Change some bytes of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+@pytest.mark.parametrize("lie", HEADER_LIES)
+def test_image_that_lies_is_answered_with_a_sentence_52(tmp_path: Path, lie: str) -> None:
+    """Hostile input 52: the process says what is wrong with the image, and ends without a traceback."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", MIB)
+    overwrite(path, *HEADER_LIES[lie])
+    driver = BlockDriver([path])
+
+    with driver.device as device:
+        device.send_start(device.start_packet())
+        number, sentence = device.error(device.sync)
+
+        assert (device.status(), device.read_log()) == (1, "")
+    assert sentence.startswith("disk 0: ")
+    assert len(sentence) > len("disk 0: ") + 10
+    assert number == 0
+
+
+def test_image_whose_base_was_not_opened_is_answered_with_a_sentence_52(tmp_path: Path) -> None:
+    """Hostile input 52: a backing file is what the parent has opened, or nothing."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", MIB, "/etc/passwd", "raw")
+    driver = BlockDriver([path])
+
+    with driver.device as device:
+        device.send_start(device.start_packet())
+
+        assert device.error(device.sync)[1] == "disk 0: needs its backing file /etc/passwd"
+
+
+def deflated(data: bytes) -> bytes:
+    """Compress as qcow2 does."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -12)
+    return compressor.compress(data) + compressor.flush()
+
+
+@pytest.mark.parametrize(
+    ("packed", "at", "status"),
+    [
+        (b"\xff" * 600, 5 * CLUSTER, IOERR),
+        (deflated(b"short"), 5 * CLUSTER, IOERR),
+        (deflated(bytes(100 * MIB)), 5 * CLUSTER, OK),  # a bomb; what is needed of it is a cluster
+        (deflated(bytes(CLUSTER)), (1 << 54) - 512, IOERR),
+        (b"", 0, IOERR),
+    ],
+    ids=["bad", "short", "bomb", "past-eof", "header"],
+)
+def test_compressed_cluster_that_lies_52(tmp_path: Path, packed: bytes, at: int, status: int) -> None:
+    """Hostile input 52: an error of that cluster, in bounded memory; what lies beside it can be read and written."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", 4 * MIB)
+    with BlockDriver([path]) as driver:
+        driver.write(0, b"a" * 2 * CLUSTER)
+        driver.wait_all()
+        driver.shut_down()
+    overwrite(path, 4 * CLUSTER, (1 << 62 | 0x7F << 54 | at).to_bytes(8, "big"))
+    if packed:
+        overwrite(path, 5 * CLUSTER, packed[: CLUSTER - 512])
+
+    with BlockDriver([path]) as driver:
+        before_kib = driver.device.pss_kib()
+        for _ in range(30):
+            assert driver.wait_for(driver.read(0, 4 * KIB)).status == status
+        beside = driver.wait_for(driver.read(CLUSTER // SECTOR, 4 * KIB))
+        assert driver.result(beside) == b"a" * 4 * KIB
+        assert driver.wait_for(driver.write(2 * MIB // SECTOR, b"b" * 4 * KIB)).status == OK
+        assert driver.device.pss_kib() - before_kib < 8 * KIB
+        assert len(driver.device.read_log().splitlines()) <= 5 + 1  # a burst, not a line for each
+        driver.shut_down()
+
+
+def test_corruption_found_while_writing_stops_the_writing_52(tmp_path: Path) -> None:
+    """Hostile input 52: an entry that leads into the refcounts; the rest of the disk can still be read."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", 4 * MIB)
+    with BlockDriver([path]) as driver:
+        driver.write(0, b"a" * 2 * CLUSTER)
+        driver.wait_all()
+        driver.shut_down()
+    overwrite(path, 4 * CLUSTER, (1 << 63 | 2 * CLUSTER).to_bytes(8, "big"))
+    refcounts = path.read_bytes()[2 * CLUSTER : 3 * CLUSTER]
+
+    with BlockDriver([path]) as driver:
+        assert driver.wait_for(driver.write(0, b"x" * 512)).status == IOERR
+        assert driver.wait_for(driver.write(MIB // SECTOR, b"x" * 512)).status == IOERR
+        beside = driver.wait_for(driver.read(CLUSTER // SECTOR, 4 * KIB))
+        assert driver.result(beside) == b"a" * 4 * KIB
+        assert "image is corrupt" in driver.device.read_log()
+        assert "image is corrupt" in driver.shut_down(quiet=False)  # it says so again, and ends well
+
+    assert path.read_bytes()[2 * CLUSTER : 3 * CLUSTER] == refcounts
+
+
+def test_base_that_becomes_shorter_is_an_error_33(tmp_path: Path) -> None:
+    """Hostile input 33: no zeroes are made up for data that was there when the disk was opened."""
+    base, top = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"b" * MIB)
+    create(str(top), "qcow2", MIB, str(base), "raw")
+
+    with BlockDriver([top, base], ("qcow2", "raw")) as driver:
+        os.truncate(base, 512 * KIB)
+        assert driver.wait_for(driver.read(0, 4 * KIB)).status == OK
+        assert driver.wait_for(driver.read(768 * KIB // SECTOR, 4 * KIB)).status == IOERR
+        assert "has become shorter" in driver.device.read_log()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """Give a file system of 2 MiB."""
+    with small_file_system(tmp_path / "small") as path:
+        yield path
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("features", [FEATURES, WRITE_THROUGH])
+def test_host_without_room_33(small: Path, features: int) -> None:
+    """Hostile input 33: what does not fit is refused, all else is kept, and the guest goes on when there is room."""
+    path = small / "image"
+    create(str(path), "qcow2", 8 * MIB)
+    filler = small / "filler"
+    filler.write_bytes(bytes(MIB))
+    flat = bytearray(8 * MIB)
+    refused = 0
+
+    with BlockDriver([path], features=features) as driver:
+        choice = random.Random(1)
+        for number in range(200):
+            unit = choice.randrange(1024)
+            request = driver.wait_for(driver.write(unit * 16, bytes([number + 1]) * 8 * KIB))
+            if request.status == OK:
+                flat[unit * 8 * KIB : (unit + 1) * 8 * KIB] = bytes([number + 1]) * 8 * KIB
+            else:
+                # A write that failed may have been done in part.
+                flat[unit * 8 * KIB : (unit + 1) * 8 * KIB] = driver.read_now(unit * 16, 8 * KIB)
+                refused += 1
+            if number == 150:
+                filler.unlink()
+                before = refused
+        assert "No space left on device" in driver.device.read_log()
+        assert before
+        assert driver.wait_for(driver.flush()).status == OK
+        assert driver.read_now(0, 8 * MIB) == flat
+        driver.shut_down()
+
+    assert set(problems(path)) <= {"leaks"}
+    same(path, flat, small.parent)

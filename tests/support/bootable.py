@@ -35,7 +35,7 @@ TABLE_AT = 0x1BE
 ENTRY = struct.Struct("<B3sB3sII")
 BEYOND_CHS = b"\xfe\xff\xff"
 
-MODULES = ("biosdisk", "serial", "terminal", "terminfo", "echo", "ls", "cat", "linux")
+MODULES = ("biosdisk", "serial", "terminal", "terminfo", "echo", "ls", "cat", "linux", "reboot", "halt")
 # A dumb terminal: each byte is an exit, and cursor movements would be five for each letter typed.
 EARLY = """\
 serial --unit=0 --speed=115200

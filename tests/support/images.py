@@ -1,9 +1,11 @@
 """Images for tests: qemu-img as the other implementation, and a disk that is known byte by byte."""
 
+import contextlib
 import json
 import os
 import random
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +187,14 @@ def make_chain(tmp_path: Path, options: str, size: int, levels: int) -> tuple[li
 def chain_formats(paths: list[Path]) -> tuple[str, ...]:
     """Return the formats of a chain of `make_chain`."""
     return ("qcow2",) + ("qcow2",) * (len(paths) - 2) + ("raw",) * (len(paths) > 1)
+
+
+@contextlib.contextmanager
+def small_file_system(path: Path) -> Iterator[Path]:
+    """Give a file system of 2 MiB, mounted at a new directory; for root."""
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "small", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)

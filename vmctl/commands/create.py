@@ -11,7 +11,7 @@ from types import FrameType
 
 from vmctl.errors import CommandError, UsageError
 from vmctl.options import operand, parse_options
-from vmctl.output import notice, warn
+from vmctl.output import STDERR, notice, warn
 from vmctl.session import Session
 from vmd.config.model import MIB
 from vmd.errors import ImageError, VmdError
@@ -23,6 +23,8 @@ from vmd.scaled import fmt_scaled, scan_scaled
 
 OPTIONS = "b:i:s:"
 BAR_WIDTH = 40
+MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
+DEFAULT_COLUMNS = 80  # of a terminal that does not know its size
 REDRAW_S = 0.1
 
 
@@ -30,8 +32,10 @@ class Target:
     """The image to be made: path and format."""
 
     def __init__(self, word: str) -> None:
-        """Tell the format from a prefix, else from the extension; else it is raw."""
+        """Tell the format from a prefix, else from the extension; else it is raw.  Raises UsageError."""
         self.format, self.path = split_format(word)
+        if not self.path:
+            raise UsageError("disk without a name")
         if not self.format:
             extension = os.path.splitext(self.path)[1].removeprefix(".")
             self.format = extension if extension in FORMATS else "raw"
@@ -41,8 +45,13 @@ class Bar:
     """How far a copy has come, redrawn in place; a terminal only."""
 
     def __init__(self, path: str) -> None:
-        self.name = os.path.basename(path)
+        name = "".join(c if c.isprintable() else "?" for c in os.path.basename(path))
         self.shown = sys.stderr.isatty()
+        columns = os.get_terminal_size(STDERR).columns if self.shown else 0
+        # One column stays free: what fills a line to its end is followed by another.
+        room = (columns or DEFAULT_COLUMNS) - 1 - len(f" 100% || {fmt_scaled(0):>6}")
+        self.width = max(0, min(BAR_WIDTH, room - len(name), room - MIN_NAME))
+        self.name = name[: max(0, room - self.width)]
         self.drawn_s = 0.0
 
     def show(self, done: int, whole: int) -> None:
@@ -51,9 +60,8 @@ class Bar:
         if not self.shown or (done < whole and now_s - self.drawn_s < REDRAW_S):
             return
         self.drawn_s = now_s
-        filled = "*" * (done * BAR_WIDTH // whole)
-        name = "".join(c if c.isprintable() else "?" for c in self.name)
-        notice(f"\r{name} {done * 100 // whole:3}% |{filled:{BAR_WIDTH}}| {fmt_scaled(done):>6}")
+        filled = "*" * (done * self.width // whole)
+        notice(f"\r{self.name} {done * 100 // whole:3}% |{filled:{self.width}}| {fmt_scaled(done):>6}")
 
     def end(self) -> None:
         """Leave the line."""
@@ -98,20 +106,18 @@ def create_overlay(target: Target, word: str, size: int | None) -> None:
     many of them.  Raises VmdError.
     """
     if target.format != "qcow2":
-        raise CommandError("base images require qcow2 disk format")
+        raise CommandError(f"base images require qcow2 disk format; give the disk as qcow2:{target.path}")
     base_format, base = split_format(word)
+    found = base_path(target, base)
+    not_qcow2 = f"base image is not a qcow2 file: {found}; vmctl create -i makes one of it"
     if base_format == "raw":
-        raise CommandError(f"base image is not a qcow2 file: {base}")
-    # Recorded as typed, and later looked for from where the new image is.
-    found = os.path.join(os.path.dirname(target.path), base)
-    if not os.path.exists(found) and os.path.exists(base):
-        raise CommandError(f"base image {base} must be given by its path from {os.path.dirname(target.path)}")
+        raise CommandError(not_qcow2)
     try:
         chain = OpenedChain(found, "qcow2")
     except ImageError as error:
         if error.path == found and error.what == "not a qcow2 image":
-            raise CommandError(f"base image is not a qcow2 file: {found}") from None
-        raise
+            raise CommandError(not_qcow2) from None
+        raise CommandError(f"failed to open base image file: {error}") from None
     base_size = chain.probes[0].size
     try:
         if len(chain.links) == MAX_CHAIN:
@@ -121,9 +127,27 @@ def create_overlay(target: Target, word: str, size: int | None) -> None:
         chain.close()
     if size is not None and size != base_size:
         raise CommandError(
-            f"base size does not match requested size: {base_size} bytes are not {size}"
+            f"base size does not match requested size: {base_size} bytes are not {size}; it need not be given"
         )
     create(target.path, "qcow2", base_size, base, "qcow2")
+
+
+def base_path(target: Target, base: str) -> str:
+    """Return where the base is, seen from here: it is recorded as typed, and looked for from where the disk is.
+
+    Raises CommandError for one that would not be found there.
+    """
+    folder = os.path.dirname(target.path)
+    if folder and not os.path.isdir(folder):
+        raise CommandError(f"could not create {target.path}: no directory {folder}")
+    found = os.path.join(folder, base)
+    if not os.path.exists(found) and os.path.exists(base):
+        seen = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+        raise CommandError(f"base image {base} must be given by its path from {folder}: {seen}")
+    if ":" in base.partition("/")[0]:
+        # Whoever opens the disk would take the part before it for a protocol, or refuse it, as we do.
+        raise CommandError(f"base image {base} must be given as ./{base}")
+    return found
 
 
 def create_copy(target: Target, word: str, size: int | None) -> None:
@@ -142,10 +166,12 @@ def create_copy(target: Target, word: str, size: int | None) -> None:
                 f"size cannot be smaller than input disk size: {wanted} bytes are less than {source.size}"
             )
         # Unlike vmd: -s is bytes here as everywhere, not bytes times a megabyte.
-        wanted = max(wanted - wanted % MIB, rounded_up)
+        whole = max(wanted - wanted % MIB, rounded_up)
+        if whole != wanted:
+            warn(f"disk size rounded to {fmt_scaled(whole)}")
         bar = Bar(target.path)
         try:
-            convert(source, target.path, target.format, wanted, bar.show)
+            convert(source, target.path, target.format, whole, bar.show)
         finally:
             bar.end()
     finally:
@@ -170,7 +196,8 @@ def run(session: Session, arguments: list[str]) -> int:
         raise UsageError("conflicting -b and -i arguments")
     size = disk_size(values["-s"]) if "-s" in values else None
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, interrupt)
     if "-b" in values:
         create_overlay(target, values["-b"], size)
     elif "-i" in values:

@@ -147,6 +147,7 @@ class Process:
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
         self.queues: list[Queue | None] = []
         self.activations = 0
+        self.asked = False  # the VM waits for an answer
         self.running = False  # has rings, is not paused, and its driver has not broken them
         self.broken = False
         self.complaints = RateLimit()
@@ -233,9 +234,10 @@ class Process:
             return
 
     def fail(self, error: Exception) -> None:
-        """Tell the VM why we end."""
-        number = getattr(error, "errno", None) or 0
-        self.tell(devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000])
+        """Tell the VM why we end; if it waits for an answer, it gets this one."""
+        self.tell(error_packet(error))
+        if self.asked:
+            refuse(self.sync, error)
 
     def ready(self) -> bytes:
         """Return READY with what the device is now."""
@@ -263,7 +265,9 @@ class Process:
         answer = self.QUESTIONS.get(kind)
         if answer is None:
             raise PeerError(VM, f"unknown question {kind}", packet)
+        self.asked = True
         self.sync.send(answer(self, packet))
+        self.asked = False
 
     def on_activate(self, packet: bytes) -> bytes:
         """Take the rings of a driver; status 1 if one of them cannot be used."""
@@ -406,11 +410,16 @@ def receive_start(sync: _socket.socket) -> tuple[bytes, list[int]]:
     return packet, fds
 
 
-def refuse(sync: _socket.socket, error: Exception) -> int:
-    """Tell the VM why we do not start; returns the exit status."""
+def error_packet(error: Exception) -> bytes:
+    """Return ERROR."""
     number = getattr(error, "errno", None) or 0
+    return devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000]
+
+
+def refuse(sync: _socket.socket, error: Exception) -> int:
+    """Answer ERROR, because we do not start or cannot do what was asked for; returns the exit status."""
     try:
-        sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000], _socket.MSG_DONTWAIT)
+        sync.send(error_packet(error), _socket.MSG_DONTWAIT)
     except OSError:
         log.error(sentence(error))
     return 1

@@ -5,6 +5,7 @@ A file is created exclusively, readable by its owner only, and removed again if 
 
 import contextlib
 import os
+import signal
 import struct
 
 from vmd.errors import HostError, ImageError
@@ -34,6 +35,7 @@ REFCOUNT_ORDER = 4
 COPY_BYTES = 1 << 20
 ZERO_BYTES = 1 << 16  # what is left out of a copy if it is all zero
 NOTHING = bytes(ZERO_BYTES)
+ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 MAX_SIZE = MAX_TABLE_BYTES // 8 * CLUSTER * (CLUSTER // 8)
 
 
@@ -41,25 +43,37 @@ MAX_SIZE = MAX_TABLE_BYTES // 8 * CLUSTER * (CLUSTER // 8)
 def new_file(path: str, creating: str = "could not create", writing: str = "could not write") -> "Iterator[int]":
     """Create a file and open it for reading and writing; it stays only if the block ends well.
 
-    `creating` and `writing` are what errors begin with.
+    `creating` and `writing` are what errors begin with.  No signal comes between the file and its removal.
 
     Raises:
         HostError: it exists, or cannot be created or written.
     """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise HostError(f"{creating} {path}", error) from None
-    try:
-        yield fd
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        if isinstance(error, OSError):
-            raise HostError(f"{writing} {path}", error) from None
-        raise
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise HostError(f"{creating} {path}", error) from None
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            yield fd
+        except BaseException as error:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            remove(fd, path)
+            if isinstance(error, OSError):
+                raise HostError(f"{writing} {path}", error) from None
+            raise
+        finally:
+            os.close(fd)
     finally:
-        os.close(fd)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def remove(fd: int, path: str) -> None:
+    """Remove a file that we have made, unless somebody else has put another in its place."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            os.unlink(path)
 
 
 def write_empty(fd: int, path: str, image_format: str, size: int, backing: str = "", backing_format: str = "") -> None:
@@ -123,14 +137,12 @@ def convert(
         own = os.dup(fd)
         try:
             target = _open_target(own, path, image_format)
-        except BaseException:
-            os.close(own)
-            raise
-        try:
             _copy(source, target, progress)
             target.flush()
-        finally:
-            target.close()
+        except BaseException:
+            os.close(own)  # what is half an image needs no good end
+            raise
+        target.close()
 
 
 def _open_target(fd: int, path: str, image_format: str) -> "Image":

@@ -1,17 +1,17 @@
 """Images by path, opened with the caller's own rights: for vmctl, never for a daemon.
 
 A backing file is opened only where the format of the image that names it is known otherwise than from the
-image's first bytes (see vmd.images.chain.GUESSED).
+image's first bytes: a guest may have written them.
 """
 
 import contextlib
 import os
 
 from vmd.errors import ImageError
-from vmd.images.chain import GUESSED, MAX_CHAIN, Link, open_chain
+from vmd.images.chain import MAX_CHAIN, Link, open_chain
 from vmd.images.identify import probe
 from vmd.images.locks import lock
-from vmd.ipc.probemsg import Probe
+from vmd.ipc.probemsg import Probe, how_to_record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class OpenedChain:
                     lock(fd, path, writable=False)
                     found = probe(fd, path, format_hint)
                     if found.backing and found.guessed:
-                        raise ImageError(path, f"has backing file {found.backing}, but {GUESSED}")
+                        raise ImageError(path, f"has backing file {found.backing}, but {self._remedy(path)}")
                     undo.pop_all()
                 self.probes.append(found)
                 self.links.append(Link(fd=fd, path=path, format=found.format, guessed=found.guessed))
@@ -65,6 +65,12 @@ class OpenedChain:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             name = f"backing file {path}" if self.links else path
             raise ImageError(name, f"cannot be opened: {reason}") from None
+
+    def _remedy(self, path: str) -> str:
+        """Return why a backing file is not opened, and what to do."""
+        if not self.links:
+            return f"only its first bytes say that it is qcow2; if you trust it, give it as qcow2:{path}"
+        return how_to_record(self.links[-1].path, self.probes[-1].backing, "qcow2")
 
     def image(self) -> "Image":
         """Return the chain as one image, for reading; it owns the files.  Raises ImageError."""

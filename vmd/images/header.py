@@ -169,7 +169,9 @@ class _Parser:
     def _check_features(self, incompatible: int, header_bytes: int, names: bytes) -> None:
         """Refuse what an image needs and we do not have, by the name it has there or here."""
         compression = self.raw[V3_BYTES] if header_bytes > V3_BYTES else 0
-        if compression or incompatible & COMPRESSION_TYPE:
+        if incompatible & COMPRESSION_TYPE and not compression:
+            raise self.refuse("says that it is not compressed with zlib, but not with what")
+        if compression:
             name = COMPRESSIONS.get(compression, f"type {compression}")
             raise self.refuse(f"uses {name} compression, which is not supported (only zlib is)")
         unknown = incompatible & ~(DIRTY | CORRUPT)

@@ -82,7 +82,9 @@ EXPORT_HEAD = Struct("<II")  # type, number of queues
 
 # --- async -----------------------------------------------------------------------------------------------
 
-ERROR = 16  # device -> VM: TYPE, errno (u32), sentence in UTF-8; the device cannot go on
+# ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  Sent on sync too, as the answer to
+#   whatever it was asked last.
+ERROR = 16
 ERROR_HEAD = Struct("<II")
 # NEEDS_RESET: device -> VM: type, number of ACTIVATEs so far, sentence; the driver broke a ring that came with the
 #   last of them, the device waits for a reset.  (The VM may have begun another life of the device when it reads this.)

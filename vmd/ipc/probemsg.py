@@ -36,6 +36,14 @@ class Probe(Record):
     backing_format: str = ""
 
 
+def how_to_record(image: str, backing: str, backing_format: str) -> str:
+    """Return what to do about an image that names a backing file, and not its format."""
+    return (
+        f"{image} does not record that it is {backing_format}; if you trust it, have it recorded:"
+        f" qemu-img rebase -u -f qcow2 -F {backing_format} -b {backing} {image}"
+    )
+
+
 def pack_image(probe: Probe) -> bytes:
     """Return the line for an image."""
     fields = (

@@ -75,7 +75,7 @@ class Vcpu:
         OSError: from every method, when the kernel refuses; the message names the request.
     """
 
-    __slots__ = ("_fd", "_page", "_pending", "_pio", "_ring", "_thread", "_thread_lock", "xsave_bytes")
+    __slots__ = ("_fd", "_page", "_pending", "_pio", "_ring", "_thread", "_thread_lock", "exits", "xsave_bytes")
 
     def __init__(self, fd: int, mmap_bytes: int, xsave_bytes: int = 0) -> None:
         self._fd = fd
@@ -87,6 +87,7 @@ class Vcpu:
         self._pending = (0, 0)  # where the answer to the last exit goes, and its length
         self._thread: int | None = None
         self._thread_lock = threading.Lock()
+        self.exits = 0  # how often KVM_RUN came back with something to do, which is what a guest costs us
         self.xsave_bytes = xsave_bytes
 
     def __enter__(self) -> "Vcpu":
@@ -123,6 +124,7 @@ class Vcpu:
             fcntl.ioctl(self._fd, abi.KVM_RUN)
         except OSError as error:
             return self._not_run(error)
+        self.exits += 1
         return self._decode()
 
     @staticmethod
@@ -163,6 +165,7 @@ class Vcpu:
                 ioctl_(fd, run)
             except OSError as error:  # of the ioctl only: what a device raises is not ours to judge
                 return self._not_run(error)
+            self.exits += 1
             reason, direction, size, port, count, _ = unpack(page)
             if reason != _EXIT_IO or count != 1:
                 return self._decode()

@@ -14,7 +14,7 @@ from vmd.config.model import MAX_CHAIN, DiskConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.images.locks import lock
 from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, Caller
-from vmd.ipc.probemsg import ANSWER_MAX, FD_ANSWER, FD_IMAGE, Probe, unpack
+from vmd.ipc.probemsg import ANSWER_MAX, FD_ANSWER, FD_IMAGE, Probe, how_to_record, unpack
 from vmd.parent.access import acting_as
 from vmd.privsep import linux
 from vmd.privsep.spawn import Child, spawn
@@ -99,6 +99,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, caller: Caller | None, prober: "
     path, format_hint = config.path, config.format
     name = top = f"disk {path}"
     seen: set[tuple[int, int]] = set()
+    recorded = ""
     while True:
         if len(disk.links) == MAX_CHAIN:
             raise OperatorError(errno.EINVAL, f"{top}: backing chain is longer than {MAX_CHAIN} images")
@@ -121,20 +122,15 @@ def _follow(disk: OpenDisk, config: DiskConfig, caller: Caller | None, prober: "
         if link.format == "raw" or not probe.backing:
             return
         if link.guessed:
-            raise OperatorError(errno.EINVAL, f"{name}: has backing file {probe.backing}, but {remedy(disk)}")
-        path, format_hint = os.path.join(os.path.dirname(path), probe.backing), probe.backing_format
+            # A guest writes the first bytes of its disk, so what they say must not open another file.
+            if writable:
+                why = f"only its first bytes say that it is {link.format}; configure it with `format {link.format}`"
+            else:
+                why = how_to_record(disk.links[-2].path, recorded, link.format)
+            raise OperatorError(errno.EINVAL, f"{name}: has backing file {probe.backing}, but {why}")
+        recorded = probe.backing
+        path, format_hint = os.path.join(os.path.dirname(path), recorded), probe.backing_format
         name = f"{top}: backing file {path}"
-
-
-def remedy(disk: OpenDisk) -> str:
-    """Return why a backing file is not followed, and what to do: a guest writes the first bytes of its disk."""
-    *above, last = disk.links
-    if not above:
-        return f"only its first bytes say that it is {last.format}; configure the disk with `format {last.format}`"
-    return (
-        f"{above[-1].path} does not record that this is {last.format}; if you trust it, have it recorded:"
-        f" qemu-img rebase -u -f qcow2 -F {last.format} -b {last.path} {above[-1].path}"
-    )
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:

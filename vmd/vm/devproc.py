@@ -185,7 +185,10 @@ class DeviceProcess:
                 raise PeerError(self.title, f"message {wanted}: {reason}") from error
         if not answer:
             raise PeerError(self.title, "ended instead of answering")
-        if self._kind(answer) not in (wanted, devmsg.READY):
+        kind = self._kind(answer)
+        if kind == devmsg.ERROR:
+            raise PeerError(self.title, self._error(answer)[1])
+        if kind not in (wanted, devmsg.READY):
             raise PeerError(self.title, f"answered message {wanted} by another", answer)
         return answer
 

@@ -132,12 +132,14 @@ class Machine:
         self.keyboard = I8042(self._on_reset)
         self.port_a = SystemControlA(self._on_reset)
         self.fwcfg = fwcfg.FwCfg(self.memory)
+        to_boot, others = boot_paths(slots, config.boot_device)
         fwcfg.for_seabios(
             self.fwcfg,
             memory_bytes=config.memory_bytes,
             vcpus=config.vcpus,
             firmware_bytes=firmware_bytes or layout.FIRMWARE_BYTES,
-            boot_paths=boot_paths(slots, config.boot_device),
+            boot_paths=to_boot,
+            other_paths=others,
             files=acpi.firmware_files(config.memory_bytes, config.vcpus),
         )
         bus.add_pio(layout.PORT_COM1, 8, self.uart)

@@ -87,14 +87,17 @@ def note(image: "ImageLink") -> int:
     return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0)
 
 
-def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[str, ...]:
-    """Return the lines of SeaBIOS's `bootorder`: by default disks, then the disc; else only what was asked for."""
-    disks = [fwcfg.boot_path(slot.number) for slot in slots if slot.kind == "blk"]
-    discs = [fwcfg.scsi_boot_path(slot.number) for slot in slots if slot.kind == "scsi"]
+def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the lines for SeaBIOS's `bootorder`: of what it starts from, and of the other drives.
+
+    By default disks, then the disc; else only what was asked for.  (Of several disks it starts from the first.)
+    """
+    disks = tuple(fwcfg.boot_path(slot.number) for slot in slots if slot.kind == "blk")
+    discs = tuple(fwcfg.scsi_boot_path(slot.number) for slot in slots if slot.kind == "scsi")
     match device:
         case BootDevice.DISK:
-            return tuple(disks)
+            return disks, discs
         case BootDevice.CDROM:
-            return tuple(discs)
+            return discs, disks
         case _:  # `net` is for kernels that are booted directly; firmware has nothing to boot by it
-            return (*disks, *discs)
+            return (*disks, *discs), ()

@@ -139,6 +139,7 @@ class VcpuThread:
             raise
         finally:
             self.vcpu.unbind_thread()
+            log.debug(f"vcpu {self.number}: {self.vcpu.exits} exits")
 
     def _loop(self) -> None:
         vcpu, bus = self.vcpu, self._bus

@@ -144,7 +144,7 @@ def test_lost_data_is_reported_ever_after(
 # -- raw
 
 
-def test_shrunk_file_is_an_error(raw: Path) -> None:
+def test_shrunk_file_is_an_error_33(raw: Path) -> None:
     """Zeroes would be taken for the disk's content (hostile 33)."""
     image = opened(raw, writable=True, formats=("raw",))
     os.truncate(raw, MIB)
@@ -155,7 +155,7 @@ def test_shrunk_file_is_an_error(raw: Path) -> None:
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)
-def test_guessed_raw_disk_takes_no_signature(raw: Path, signature: bytes) -> None:
+def test_guessed_raw_disk_takes_no_signature_31(raw: Path, signature: bytes) -> None:
     """Whole, in pieces or byte by byte (hostile 31)."""
     image = opened(raw, writable=True, formats=("raw",), guessed=True)
     sector = signature + bytes(512 - len(signature))
@@ -173,7 +173,7 @@ def test_guessed_raw_disk_takes_no_signature(raw: Path, signature: bytes) -> Non
     image.close()
 
 
-def test_memory_that_changes_under_the_check_gains_nothing(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_changes_under_the_check_gains_nothing_31(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is what was checked (hostile 20)."""
     image = opened(raw, writable=True, formats=("raw",), guessed=True)
     memory = bytearray(4096)
@@ -236,7 +236,7 @@ def test_zeroes_are_written_where_the_file_system_cannot(
 # -- chains
 
 
-def test_backing_image_that_is_shorter_reads_as_zeroes(tmp_path: Path) -> None:
+def test_backing_image_that_is_shorter_reads_as_zeroes_52(tmp_path: Path) -> None:
     """Behind its end, which need not be at a sector (hostile 52)."""
     (tmp_path / "base").write_bytes(b"b" * 70001)
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "raw")
@@ -261,7 +261,7 @@ def test_discard_uncovers_no_backing_file(tmp_path: Path) -> None:
     image.close()
 
 
-def test_chain_that_does_not_fit_is_refused(tmp_path: Path, disk: Path) -> None:
+def test_chain_that_does_not_fit_is_refused_52(tmp_path: Path, disk: Path) -> None:
     """Too long, too short, below a raw image, or of a guessed image; the files are closed again."""
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
     before = len(os.listdir("/proc/self/fd"))
@@ -281,7 +281,7 @@ def test_chain_that_does_not_fit_is_refused(tmp_path: Path, disk: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_chain_by_path_is_followed_with_care(tmp_path: Path) -> None:
+def test_chain_by_path_is_followed_with_care_52(tmp_path: Path) -> None:
     """Missing files, loops and chains that are too long each get their sentence."""
     create(str(tmp_path / "self"), "qcow2", MIB, "self", "qcow2")
     create(str(tmp_path / "lost"), "qcow2", MIB, "gone", "qcow2")
@@ -326,7 +326,7 @@ def deflated(data: bytes) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
-def test_bomb_yields_no_more_than_a_cluster(disk: Path) -> None:
+def test_bomb_yields_no_more_than_a_cluster_52(disk: Path) -> None:
     """Whatever a compressed cluster claims to become (hostile 52)."""
     packed_image(disk, deflated(bytes(50 * MIB))[:CLUSTER])
     image = opened_qcow2(disk)
@@ -343,7 +343,7 @@ def test_bomb_yields_no_more_than_a_cluster(disk: Path) -> None:
         (deflated(b"short"), "has only 5 bytes"),
     ],
 )
-def test_bad_compressed_cluster_is_an_error(disk: Path, packed: bytes, words: str) -> None:
+def test_bad_compressed_cluster_is_an_error_52(disk: Path, packed: bytes, words: str) -> None:
     """Not inflatable, or too little."""
     packed_image(disk, packed)
     image = opened_qcow2(disk)
@@ -372,7 +372,7 @@ class FailingWrites:
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("failing", range(1, 12))
-def test_failing_write_leaves_a_consistent_image(
+def test_failing_write_leaves_a_consistent_image_33(
     disk: Path, failing: int, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever write fails, the guest is told, and everything else stays what it is (hostile 33)."""

@@ -129,7 +129,7 @@ def test_guessed_disk_gets_no_backing_file(tmp_path: Path) -> None:
     assert refused.code == errno.EINVAL
     assert str(refused) == (
         f"disk {tmp_path}/disk: has backing file /etc/shadow, but only its first bytes say that it is qcow2;"
-        " configure the disk with `format qcow2`"
+        " configure it with `format qcow2`"
     )
 
 
@@ -183,7 +183,7 @@ def test_image_without_a_recorded_format_ends_the_chain(tmp_path: Path, opens: O
     refused = str(refusal(tmp_path / "2", "qcow2"))
 
     assert refused.startswith(f"disk {tmp_path}/2: backing file {tmp_path}/1: has backing file 0, but {tmp_path}/2")
-    assert f"qemu-img rebase -u -f qcow2 -F qcow2 -b {tmp_path}/1 {tmp_path}/2" in refused
+    assert f"qemu-img rebase -u -f qcow2 -F qcow2 -b 1 {tmp_path}/2" in refused
 
 
 @pytest.mark.parametrize(

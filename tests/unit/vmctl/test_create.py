@@ -83,6 +83,8 @@ def test_size_is_whole_megabytes(folder: Path, vmctl_create: Create) -> None:
         (("-b", "b", "-i", "c", "a"), "conflicting -b and -i arguments"),
         (("-s", "1G"), ""),
         (("-s", "1G", "a", "b"), ""),
+        (("-s", "1G", ""), "disk without a name"),
+        (("-s", "1G", "qcow2:"), "disk without a name"),
         (("-x", "a"), "unknown option -- x"),
     ],
 )
@@ -103,18 +105,28 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
         (("-s", "1M", "there"), "could not create there: File exists"),
         (("-s", "1M", "no/a"), "could not create no/a: No such file or directory"),
         (("-s", "1000T", "a.qcow2"), "a.qcow2: 1099511627776000 bytes are too large for a qcow2 image"),
-        (("-b", "base.qcow2", "a.raw"), "base images require qcow2 disk format"),
-        (("-b", "there", "a.qcow2"), "base image is not a qcow2 file: there"),
-        (("-b", "raw:base.qcow2", "a.qcow2"), "base image is not a qcow2 file: base.qcow2"),
-        (("-b", "gone", "a.qcow2"), "gone: cannot be opened: No such file or directory"),
-        (("-b", "base.qcow2", "dir/a.qcow2"), "base image base.qcow2 must be given by its path from dir"),
+        (("-b", "base.qcow2", "a.raw"), "base images require qcow2 disk format; give the disk as qcow2:a.raw"),
+        (("-b", "there", "a.qcow2"), "base image is not a qcow2 file: there; vmctl create -i makes one of it"),
+        (("-b", "raw:base.qcow2", "a.qcow2"), "base image is not a qcow2 file: base.qcow2; vmctl create -i"),
+        (("-b", "gone", "a.qcow2"),
+         "failed to open base image file: gone: cannot be opened: No such file or directory"),
+        (("-b", "base.qcow2", "dir/a.qcow2"),
+         "base image base.qcow2 must be given by its path from dir: ../base.qcow2"),
+        (("-b", "base.qcow2", "no/a.qcow2"), "could not create no/a.qcow2: no directory no"),
+        (("-b", "nbd:base", "a.qcow2"), "base image nbd:base must be given as ./nbd:base"),
+        (("-b", "unsaid.qcow2", "a.qcow2"),
+         "failed to open base image file: 1.qcow2: has backing file 0.qcow2, but unsaid.qcow2 does not record that it"
+         " is qcow2; if you trust it, have it recorded: qemu-img rebase -u -f qcow2 -F qcow2 -b 1.qcow2 unsaid.qcow2"),
         (("-b", "base.qcow2", "-s", "3M", "a.qcow2"),
          "base size does not match requested size: 2097152 bytes are not 3145728"),
-        (("-b", "lost.qcow2", "a.qcow2"), "backing file gone: cannot be opened: No such file or directory"),
+        (("-b", "lost.qcow2", "a.qcow2"),
+         "failed to open base image file: backing file gone: cannot be opened: No such file or directory"),
         (("-b", "3.qcow2", "a.qcow2"), "a.qcow2: backing chain would be longer than 4 images"),
         (("-i", "gone", "a"), "failed to open source image file: gone: cannot be opened: No such file or directory"),
         (("-i", "dir", "a"), "failed to open source image file: dir: neither a regular file nor a block device"),
-        (("-i", "1.qcow2", "a"), "failed to open source image file: 1.qcow2: has backing file 0.qcow2, but"),
+        (("-i", "1.qcow2", "a"),
+         "failed to open source image file: 1.qcow2: has backing file 0.qcow2, but only its first bytes say that it is"
+         " qcow2; if you trust it, give it as qcow2:1.qcow2"),
         (("-i", "base.qcow2", "-s", "1M", "a"),
          "size cannot be smaller than input disk size: 1048576 bytes are less than 2097152"),
         (("-i", "base.qcow2", "there"), "failed to create destination image file there: File exists"),
@@ -131,6 +143,8 @@ def test_what_cannot_be_is_refused(
     create("0.qcow2", "qcow2", 2 * MIB)
     for level in range(1, 4):
         create(f"{level}.qcow2", "qcow2", 2 * MIB, f"{level - 1}.qcow2", "qcow2")
+    create("unsaid.qcow2", "qcow2", 2 * MIB, "1.qcow2", "")
+    create("nbd:base", "qcow2", 2 * MIB)
     before = sorted(os.walk(folder))
 
     with pytest.raises(VmdError) as refused:

@@ -190,7 +190,7 @@ class Vioblk:
         self._collect()
         while self.in_flight:
             if time.monotonic() > deadline_s:
-                raise HostError(f"{self.image.path}: requests do not end", errno.ETIMEDOUT)
+                raise HostError(f"{self.image.path}: requests did not end in {QUIESCE_TIMEOUT_S:.0f} s", errno.EIO)
             if wait.poll(100):
                 os.eventfd_read(self.workers.done)
                 self._collect()
@@ -342,9 +342,9 @@ class Vioblk:
             except BlockingIOError:
                 return False
             except OSError as error:
-                if error.errno == errno.EOPNOTSUPP:
-                    self.nowait = 0  # this file system cannot tell; the clock does
-                return False
+                if error.errno != errno.EOPNOTSUPP:
+                    return False
+                self.nowait = 0  # this file system cannot tell; the clock does
         begun_s = time.monotonic()
         if begun_s < self.workers_until_s:
             return False

@@ -221,9 +221,13 @@ def scsi_boot_path(slot: int, target: int = 0, lun: int = 0) -> str:
     return f"{boot_path(slot)}/*@0/*@{target},{lun}"
 
 
-def bootorder(paths: "Iterable[str]") -> bytes:
-    """Return the `bootorder` file that tries these devices and no other."""
-    return "\n".join([*paths, "HALT"]).encode() + b"\0"
+def bootorder(paths: "Iterable[str]", others: "Iterable[str]" = ()) -> bytes:
+    """Return the `bootorder` file that tries some devices and no other.
+
+    Once there is a HALT in it, SeaBIOS shows a boot loader only drives that have a line.  So `others` have theirs
+    behind it: never tried, but there, as for the menu of an installation disc that offers to start from disk.
+    """
+    return "\n".join([*paths, "HALT", *others]).encode() + b"\0"
 
 
 def for_seabios(
@@ -234,11 +238,12 @@ def for_seabios(
     firmware_bytes: int = layout.FIRMWARE_BYTES,
     uuid: bytes = bytes(16),
     boot_paths: "Iterable[str]" = (),
+    other_paths: "Iterable[str]" = (),
     files: "Mapping[str, bytes] | None" = None,
 ) -> None:
     """Fill in what SeaBIOS reads; `files` are ACPI's, or whatever else the caller has.
 
-    Without `boot_paths` SeaBIOS goes by CMOS: first disk, then CD.
+    Without `boot_paths` SeaBIOS goes by CMOS: first disk, then CD.  `other_paths` are drives not to start from.
     """
     fwcfg.add_item(UUID, uuid)
     fwcfg.add_item(RAM_SIZE, struct.pack("<Q", memory_bytes))
@@ -258,6 +263,6 @@ def for_seabios(
     fwcfg.add_file("etc/boot-fail-wait", struct.pack("<i", -1))
     paths = tuple(boot_paths)
     if paths:
-        fwcfg.add_file("bootorder", bootorder(paths))
+        fwcfg.add_file("bootorder", bootorder(paths, other_paths))
     for name, data in (files or {}).items():
         fwcfg.add_file(name, data)

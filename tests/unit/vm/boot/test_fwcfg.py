@@ -285,6 +285,7 @@ def test_boot_paths_are_those_that_seabios_searches_for() -> None:
     assert boot_path(10) == "/pci@i0cf8/*@a"
     assert scsi_boot_path(4) == "/pci@i0cf8/*@4/*@0/*@0,0"
     assert bootorder([boot_path(3)]) == b"/pci@i0cf8/*@3\nHALT\0"
+    assert bootorder([scsi_boot_path(3)], [boot_path(2)]) == b"/pci@i0cf8/*@3/*@0/*@0,0\nHALT\n/pci@i0cf8/*@2\0"
     assert bootorder([]) == b"HALT\0"
 
 

@@ -1,0 +1,109 @@
+"""A driver of ours against our disks, on this host's KVM under the whole daemon (`guests/blk`).
+
+What it drives is the whole path: registers, notifications and interrupts in the VM process and KVM, rings and
+requests in the device process, images behind them.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.blkdisk import Disk
+from tests.support.daemon import Daemon
+from tests.support.guests import guest
+from tests.support.images import problems, qemu
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+LONG_S = 150.0
+CHECKS_OF_ONE_INTERFACE = 400  # at least; two have twice as many
+
+
+def conf(disk: str, *lines: str, cmdline: str = "") -> str:
+    """Return a vm block with a disk."""
+    boot = f'boot "{guest("blk")}" cmdline "{cmdline}"'
+    return 'vm "blk" {\n' + "\n".join(("disable", "memory 64M", boot, f"disk {disk}", *lines)) + "\n}\n"
+
+
+def run(vmd: Daemon) -> str:
+    """Run the guest to its end; return what it said."""
+    vmd.must("start", "blk")
+    with vmd.console("blk") as console:
+        console.drain(LONG_S)
+    vmd.wait_state("blk", "stopped")
+    assert vmd.status("blk")["text"] == "powered off by the guest"
+    return console.text().replace("\r", "")
+
+
+def check(report: str, *interfaces: str) -> None:
+    """Raise AssertionError unless all checks of these interfaces were made, and good."""
+    assert f"interfaces: {' '.join(interfaces)}\n" in report
+    assert not re.findall(r"^FAIL .*", report, re.MULTILINE)
+    assert not re.findall(r"^skip .*", report, re.MULTILINE)
+    good = re.findall(r"^ok (\S+)", report, re.MULTILINE)
+    assert f"blk: {len(good)} ok, 0 failed" in report
+    assert {name.split(".")[0] for name in good} == {*interfaces, "final"}
+    assert len(good) > CHECKS_OF_ONE_INTERFACE * len(interfaces)
+
+
+@pytest.mark.parametrize(("lines", "interfaces"), [
+    (("vcpus 2",), ("modern", "legacy")),
+    (("virtio legacy",), ("legacy",)),
+    (("virtio modern",), ("modern",)),
+])  # fmt: skip
+def test_raw_disk(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, ...]) -> None:
+    """All requests, both interfaces, polling, INTx and MSI-X, chains and tables, flags and event indices."""
+    disk = Disk(tmp_path / "disk")
+    with Daemon(tmp_path, conf(f'"{disk.path}" format raw', *lines)) as vmd:
+        check(run(vmd), *interfaces)
+    disk.check_tested()
+
+
+def test_qcow2_disk_on_a_backing_file(tmp_path: Path) -> None:
+    """The same through a qcow2 image that lies on a raw one, which is not written."""
+    base, overlay = Disk(tmp_path / "base"), tmp_path / "overlay"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", base.path, "-F", "raw", overlay)
+    with Daemon(tmp_path, conf(f'"{overlay}" format qcow2')) as vmd:
+        check(run(vmd), "modern", "legacy")
+
+    assert not problems(overlay)
+    base.check_untouched()
+    flat = Disk(tmp_path / "flat")
+    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, flat.path)
+    flat.check_tested()
+
+
+def test_the_second_disk_is_another(tmp_path: Path) -> None:
+    """A guest that works on its second disk leaves the first one alone."""
+    first, second = Disk(tmp_path / "first"), Disk(tmp_path / "second")
+    slot = 3  # behind the random numbers' and the first disk's
+    text = conf(f'"{first.path}" format raw', f'disk "{second.path}" format raw', cmdline=f"slot={slot}")
+    with Daemon(tmp_path, text) as vmd:
+        report = run(vmd)
+    check(report, "modern", "legacy")
+    assert "id vioblk1\n" in report
+    first.check_untouched()
+    second.check_tested()
+
+
+def exits_of_reads(directory: Path, count: int) -> int:
+    """Return how often a vCPU came back to the VM process while its guest made so many reads, asleep between them."""
+    directory.mkdir()
+    disk = Disk(directory / "disk")
+    with Daemon(directory, conf(f'"{disk.path}" format raw', cmdline=f"reads={count}")) as vmd:
+        vmd.must("log", "verbose")
+        assert "reads are done" in run(vmd)
+        found = re.search(r"vm/blk: vcpu 0: (\d+) exits", vmd.log)
+        assert found is not None
+        return int(found[1])
+
+
+def test_requests_do_not_enter_the_vm_process(tmp_path: Path) -> None:
+    """Notifications and MSI-X interrupts are between the guest, KVM and the device process (DESIGN 5).
+
+    The guest does the same but for the number of reads, and so would exit more often if reads took exits.
+    """
+    few, many = exits_of_reads(tmp_path / "few", 1000), exits_of_reads(tmp_path / "many", 9000)
+
+    assert many == few

@@ -1,0 +1,45 @@
+"""The disk that the guest `blk` works on: what the host writes into it, and what must be in it afterwards.
+
+Regions and formula are those of `guests/blk/blk.h`.
+"""
+
+import struct
+from pathlib import Path
+
+SECTOR = 512
+SECTORS = 16384
+KEPT, KEPT_END = 2048, 4096  # what no guest writes
+FINAL, FINAL_END = 0, 2048  # what the last check leaves behind
+HOST, GUEST = 0, 0xAB  # generations of the pattern
+
+WORDS = SECTOR // 8
+FACTOR = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+
+
+def pattern(first: int, end: int, generation: int) -> bytes:
+    """Return what belongs into the sectors from `first` up to `end`."""
+    numbers = (
+        sector << 16 | generation << 8 | index for sector in range(first, end) for index in range(WORDS)
+    )
+    words = [number * FACTOR & MASK for number in numbers]
+    return struct.pack(f"<{len(words)}Q", *words)
+
+
+class Disk:
+    """A raw disk full of the host's pattern."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_bytes(pattern(0, SECTORS, HOST))
+
+    def check_tested(self) -> None:
+        """Raise AssertionError unless the guest's last writes are there, and nothing else was touched."""
+        content = self.path.read_bytes()
+        assert len(content) == SECTORS * SECTOR
+        assert content[FINAL * SECTOR : FINAL_END * SECTOR] == pattern(FINAL, FINAL_END, GUEST)
+        assert content[KEPT * SECTOR : KEPT_END * SECTOR] == pattern(KEPT, KEPT_END, HOST)
+
+    def check_untouched(self) -> None:
+        """Raise AssertionError unless all is as it was."""
+        assert self.path.read_bytes() == pattern(0, SECTORS, HOST)
