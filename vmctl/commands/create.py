@@ -5,13 +5,12 @@ Done here and not by the daemon, with the rights of whoever runs it.
 
 import os
 import signal
-import sys
-import time
 from types import FrameType
 
+from vmctl.bar import Bar
 from vmctl.errors import CommandError, UsageError
 from vmctl.options import operand, parse_options
-from vmctl.output import STDERR, notice, warn
+from vmctl.output import warn
 from vmctl.session import Session
 from vmd.config.model import MIB
 from vmd.errors import ImageError, VmdError
@@ -22,10 +21,6 @@ from vmd.ipc.probemsg import FORMATS
 from vmd.scaled import fmt_scaled, scan_scaled
 
 OPTIONS = "b:i:s:"
-BAR_WIDTH = 40
-MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
-DEFAULT_COLUMNS = 80  # of a terminal that does not know its size
-REDRAW_S = 0.1
 
 
 class Target:
@@ -39,34 +34,6 @@ class Target:
         if not self.format:
             extension = os.path.splitext(self.path)[1].removeprefix(".")
             self.format = extension if extension in FORMATS else "raw"
-
-
-class Bar:
-    """How far a copy has come, redrawn in place; a terminal only."""
-
-    def __init__(self, path: str) -> None:
-        name = "".join(c if c.isprintable() else "?" for c in os.path.basename(path))
-        self.shown = sys.stderr.isatty()
-        columns = os.get_terminal_size(STDERR).columns if self.shown else 0
-        # One column stays free: what fills a line to its end is followed by another.
-        room = (columns or DEFAULT_COLUMNS) - 1 - len(f" 100% || {fmt_scaled(0):>6}")
-        self.width = max(0, min(BAR_WIDTH, room - len(name), room - MIN_NAME))
-        self.name = name[: max(0, room - self.width)]
-        self.drawn_s = 0.0
-
-    def show(self, done: int, whole: int) -> None:
-        """Draw, but not more often than somebody can read."""
-        now_s = time.monotonic()
-        if not self.shown or (done < whole and now_s - self.drawn_s < REDRAW_S):
-            return
-        self.drawn_s = now_s
-        filled = "*" * (done * self.width // whole)
-        notice(f"\r{self.name} {done * 100 // whole:3}% |{filled:{self.width}}| {fmt_scaled(done):>6}")
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self.drawn_s:
-            notice("\n")
 
 
 def split_format(word: str) -> tuple[str, str]:
@@ -169,7 +136,7 @@ def create_copy(target: Target, word: str, size: int | None) -> None:
         whole = max(wanted - wanted % MIB, rounded_up)
         if whole != wanted:
             warn(f"disk size rounded to {fmt_scaled(whole)}")
-        bar = Bar(target.path)
+        bar = Bar(os.path.basename(target.path))
         try:
             convert(source, target.path, target.format, whole, bar.show)
         finally:

@@ -28,8 +28,11 @@ from vmd.ipc.messages import (
     Request,
     SetVerbosity,
     StopAccepted,
+    TransferProgress,
     VmInfo,
     VmPaused,
+    VmReceived,
+    VmSent,
     VmStarted,
     VmTerminated,
 )
@@ -46,9 +49,9 @@ LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
 # fmt: off
-PARTIAL = (VmInfo, ConsoleOutput)  # answers after which more follow
+PARTIAL = (VmInfo, ConsoleOutput, TransferProgress)  # answers after which more follow
 ANSWERS: tuple[RecordType, ...] = (
-    Ok, Failed, VmStarted, VmPaused, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
+    Ok, Failed, VmStarted, VmPaused, VmSent, VmReceived, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
 )
 # fmt: on
 

@@ -196,6 +196,27 @@ class PauseRequest(VmRequest):
     paused: bool
 
 
+@message(0x1C, *ASK, fds=("stream",))
+class SendRequest(VmRequest):
+    """Write a VM to `stream`; it is gone then, or with `keep` goes on.
+
+    Answered by TransferProgress, again and again, and VmSent, or Failed; the VM then goes on as before.
+    """
+
+    keep: bool = False
+
+
+@message(0x1D, *ASK, fds=("stream",))
+class ReceiveRequest(Request):
+    """Read a VM from `stream`, to go on under a name; with `paused` it waits to be unpaused.
+
+    Answered by TransferProgress, again and again, and VmReceived, or Failed.
+    """
+
+    name: str
+    paused: bool = False
+
+
 # Everything above; control relays these, the parent serves them.
 REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[0] in info.routes)
 
@@ -293,6 +314,34 @@ class VmPaused(Record):
     paused: bool
 
 
+@message(0x3A, *ANSWER, *FROM_VM)
+class TransferProgress(Record):
+    """How much of a VM has been sent or received; `total_bytes` is an estimate, 0 if there is none yet."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@message(0x3B, *ANSWER)
+class VmSent(Record):
+    """The stream is complete."""
+
+    vmid: int
+    name: str
+    sent_bytes: int
+
+
+@message(0x3C, *ANSWER)
+class VmReceived(Record):
+    """The VM goes on here, or waits to be unpaused."""
+
+    vmid: int
+    name: str
+    pid: int
+    tty: str
+    paused: bool
+
+
 # --- between the daemon's own processes ------------------------------------------------------------------
 
 EVERYWHERE = tuple((Proc.PARENT, child) for child in (Proc.CONTROL, Proc.VMM, Proc.PRIV))
@@ -358,6 +407,7 @@ class VmRunning(Record):
 
     vmid: int
     pid: int
+    paused: bool = False  # received, and to wait
 
 
 @message(0x62, *FROM_VM)
@@ -447,6 +497,75 @@ class PauseDone(Record):
     vmid: int
     paused: bool
     text: str = ""
+
+
+@message(0x6D, *TO_VM, fds=("stream",))
+class SendVm(Record):
+    """Stand still and write yourself to `stream`.  Answered by SendDone, then VmExited unless `keep`."""
+
+    vmid: int
+    keep: bool
+
+
+@message(0x6E, *FROM_VM)
+class SendDone(Record):
+    """The stream is complete; or a `text` says why not, and the machine is as before."""
+
+    vmid: int
+    sent_bytes: int
+    text: str = ""
+
+
+@message(0x6F, *TO_VM, fds=("stream", "tty", "tty_slave"))
+class ReceiveVm(Record):
+    """Become the VM that `stream` has.
+
+    In four steps, for what the stream says has to be judged and its disks opened: ReceivedHeader, ReceiveMemory,
+    ReceivedMachine, ResumeReceived; then VmRunning.  VmFailed at any time.
+    """
+
+    vmid: int
+    name: str
+    verbosity: int
+
+
+@message(0x70, *FROM_VM)
+class ReceivedHeader(Record):
+    """What kind of VM it is going to be; nobody has checked the configuration yet."""
+
+    vmid: int
+    config: VmConfig
+
+
+@message(0x71, *TO_VM)
+class ReceiveMemory(Record):
+    """Read on."""
+
+    vmid: int
+
+
+@message(0x72, *FROM_VM)
+class ReceivedMachine(Record):
+    """The stream was complete and whole; the sender has let go of the disks, or will soon."""
+
+    vmid: int
+
+
+@message(0x73, *TO_VM, fds=("disks*", "cdrom?"))
+class ResumeReceived(Record):
+    """Go on, or with `paused` stand still; descriptors as for StartVm."""
+
+    vmid: int
+    config: VmConfig
+    paused: bool
+    disks: tuple[DiskImages, ...] = ()
+
+
+@message(0x74, *TO_VM)
+class CancelTransfer(Record):
+    """Nobody wants the stream any more."""
+
+    vmid: int
 
 
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))

@@ -14,14 +14,10 @@ from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
 from vmd.config.model import (
-    MAX_MEMORY_BYTES,
-    MAX_VCPUS,
-    MIN_MEMORY_BYTES,
     NAME_MAX,
     BootDevice,
     Config,
     VmConfig,
-    valid_vm_name,
 )
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
@@ -53,10 +49,15 @@ from vmd.ipc.messages import (
     Proc,
     Quit,
     Ready,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveRequest,
     ReloadRequest,
     Request,
     ResetRequest,
     SendBreak,
+    SendDone,
+    SendRequest,
     SetVerbosity,
     StartRequest,
     StartVm,
@@ -64,6 +65,7 @@ from vmd.ipc.messages import (
     StopMode,
     StopRequest,
     StopVm,
+    TransferProgress,
     VmExited,
     VmFailed,
     VmInfo,
@@ -77,11 +79,12 @@ from vmd.ipc.messages import (
 )
 from vmd.ipc.process import Process
 from vmd.log import log
-from vmd.parent import service
+from vmd.parent import service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
 from vmd.parent.media import Media
 from vmd.parent.options import Options
+from vmd.parent.requests import checked_request, one_shot_config, refuse_unsupported, require_boot_device
 from vmd.parent.resources import Pty, open_boot_files
 from vmd.parent.usage import resident_bytes
 from vmd.parent.vmtable import RetiredConsole, State, Vm, VmTable
@@ -270,7 +273,7 @@ class Parent(Process):
         files = open_boot_files(config, given_boot, given_initrd)
         media = Media()
         try:
-            refuse_unsupported(config)
+            self.check_startable(config)
             require_boot_device(config)
             media = Media.open(config, None, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
@@ -306,9 +309,16 @@ class Parent(Process):
         vm.uid = uid
         vm.one_shot_boot = once or config.boot_device in ONE_SHOT_DEVICES
 
+    def check_startable(self, config: VmConfig) -> None:
+        """Raise OperatorError if this host cannot, or may not, run such a VM."""
+        refuse_unsupported(config)
+
     def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""
         vm = self.known(message.vmid)
+        if vm.receiving is not None:
+            transfers.on_received_running(self, vm, message.pid, paused=message.paused)
+            return
         vm.begin_run(message.pid)
         assert vm.pty is not None
         log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
@@ -356,6 +366,7 @@ class Parent(Process):
         if not vm.from_config:
             self.vms.remove(vm)
         # Last, so that a client that tries again at once finds everything free.
+        transfers.on_exited(self, vm, text)
         self.answer_start(vm, Failed(code=vm.code, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
@@ -443,7 +454,7 @@ class Parent(Process):
                 raise OperatorError(errno.ENOTSUP, f"vm {message.name}: instances cannot be started yet")
             if message.config is not None:
                 require_root(caller, "start a VM that vm.conf does not describe")
-                vm = self.vms.add(checked_request(message.config, boot), from_config=False)
+                vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
                 try:
                     vm.keep_files(boot, initrd)
                 except HostError:
@@ -495,6 +506,8 @@ class Parent(Process):
         self.require_control(caller, vm, "pause" if message.paused else "unpause")
         vm.require_pausable()
         vm.pause_clients.append(envelope.peerid)
+        if not message.paused and transfers.unpause(self, vm):
+            return
         self.peers[Proc.VMM].send(PauseVm(vmid=vm.vmid, paused=message.paused))
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope, _channel: Channel) -> None:
@@ -609,6 +622,7 @@ class Parent(Process):
         for vm in self.vms:
             vm.waiting_clients.discard(envelope.peerid)
             vm.pause_clients = [NO_CLIENT if client == envelope.peerid else client for client in vm.pause_clients]
+            transfers.on_client_gone(self, vm, envelope.peerid)
             if vm.start_client == envelope.peerid:
                 vm.start_client = None
             if vm.console_client == envelope.peerid:
@@ -625,6 +639,10 @@ class Parent(Process):
         (Proc.VMM, VmFailed): on_vm_failed,
         (Proc.VMM, VmExited): on_vm_exited,
         (Proc.VMM, PauseDone): on_pause_done,
+        (Proc.VMM, SendDone): transfers.on_send_done,
+        (Proc.VMM, TransferProgress): transfers.on_progress,
+        (Proc.VMM, ReceivedHeader): transfers.on_received_header,
+        (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.CONTROL, ClientGone): on_client_gone,
@@ -637,6 +655,8 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
     StopRequest: Parent.serve_stop,
     WaitRequest: Parent.serve_wait,
     PauseRequest: Parent.serve_pause,
+    SendRequest: transfers.serve_send,
+    ReceiveRequest: transfers.serve_receive,
     ListRequest: Parent.serve_list,
     LoadRequest: Parent.serve_load,
     ReloadRequest: Parent.serve_reload,
@@ -654,8 +674,8 @@ def describe(vm: Vm) -> VmInfo:
         vmid=vm.vmid,
         name=vm.name,
         pid=vm.pid,
-        vcpus=vm.config.vcpus,
-        memory_bytes=vm.config.memory_bytes,
+        vcpus=(vm.running_config or vm.config).vcpus,
+        memory_bytes=(vm.running_config or vm.config).memory_bytes,
         resident_bytes=resident_bytes(vm.pid) if vm.pid else 0,
         tty=vm.pty.path if vm.pty else "",
         uid=vm.uid,
@@ -664,49 +684,3 @@ def describe(vm: Vm) -> VmInfo:
         state=vm.state.value,
         text=vm.text,
     )
-
-
-def checked_request(config: VmConfig, boot: int | None) -> VmConfig:
-    """Return a client's description of a VM after checking what vm.conf's grammar would have.
-
-    Raises OperatorError naming the first thing that is wrong.
-    """
-    if not valid_vm_name(config.name):
-        raise OperatorError(errno.EINVAL, f"invalid VM name: {config.name}")
-    if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES:
-        raise OperatorError(errno.EINVAL, f"vm {config.name}: memory size out of range: {config.memory_bytes} bytes")
-    if not 1 <= config.vcpus <= MAX_VCPUS:
-        raise OperatorError(errno.EINVAL, f"vm {config.name}: vcpus must be 1 to {MAX_VCPUS}, not {config.vcpus}")
-    if boot is None and not config.disks and not config.cdrom:
-        raise OperatorError(errno.EINVAL, f"vm {config.name}: no kernel, disk or cdrom to boot from")
-    # Descriptors name the boot files of a client; paths it sends along are for messages only.
-    return config.replace(parent="", origin="")
-
-
-def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
-    """Return the configuration of one start: a known VM's, with what the client wants otherwise this time."""
-    if message.cmdline is not None:
-        config = config.replace(cmdline=message.cmdline)
-    if message.boot_device is not BootDevice.AUTO:
-        config = config.replace(boot_device=message.boot_device)
-    return config
-
-
-def refuse_unsupported(config: VmConfig) -> None:
-    """Raise OperatorError(ENOTSUP) if a VM needs what this version cannot do; nothing is ignored silently."""
-    needs = (
-        (config.nics, "network interfaces"),
-        (config.parent, f"being an instance of {config.parent}"),
-        (config.sev or config.sev_es, "encrypted memory (sev)"),
-    )
-    for wanted, what in needs:
-        if wanted:
-            raise OperatorError(errno.ENOTSUP, f"vm {config.name}: {what}: not supported by this version of vmd")
-
-
-def require_boot_device(config: VmConfig) -> None:
-    """Raise OperatorError if a VM is to boot from what it has not."""
-    for device, there in ((BootDevice.CDROM, config.cdrom), (BootDevice.DISK, config.disks)):
-        if config.boot_device is device and not there:
-            name = device.name.lower()
-            raise OperatorError(errno.ENODEV, f"vm {config.name}: boot device {name}: it has no {name}")

@@ -8,9 +8,13 @@ from enum import Enum
 
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.parent.transfers import Receiving, Sending
 
 
 class State(Enum):
@@ -21,11 +25,13 @@ class State(Enum):
     STARTING = "starting"
     RUNNING = "running"
     PAUSED = "paused"
+    SENDING = "sending"
+    RECEIVING = "receiving"
     STOPPING = "stopping"
 
 
 LOCKS_LINGER_S = 1.0
-ALIVE = (State.STARTING, State.RUNNING, State.PAUSED, State.STOPPING)  # states with a VM process
+ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
 
 
 class Vm:
@@ -43,6 +49,10 @@ class Vm:
         self.text = ""  # why it stopped
         self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S
+        self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
+        self.sending: Sending | None = None
+        self.sent: tuple[int, VmSent] | None = None  # the client to be told when the VM is gone
+        self.receiving: Receiving | None = None
         self.start_client: int | None = None  # waits for VmStarted
         self.waiting_clients: set[int] = set()  # wait for VmTerminated
         self.pause_clients: list[int] = []  # wait for VmPaused, in the order in which they asked
@@ -74,6 +84,12 @@ class Vm:
         if self.state is State.STARTING:
             self.state = State.RUNNING
 
+    def begin_receive(self, receiving: "Receiving") -> None:
+        """STOPPED or WAITING -> RECEIVING."""
+        self.state = State.RECEIVING
+        self.text, self.code = "", errno.EIO
+        self.receiving = receiving
+
     def require_pausable(self) -> None:
         """Raise OperatorError unless the guest executes, or is paused."""
         if self.state not in (State.RUNNING, State.PAUSED):
@@ -91,6 +107,8 @@ class Vm:
             raise OperatorError(VMD_VM_STOP_INVALID, f"vm {self.name} is not running")
         if self.state is State.STOPPING and not force:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is already stopping")
+        if self.state is State.SENDING and not force:
+            raise OperatorError(errno.EBUSY, f"vm {self.name} is being sent; interrupt that, or stop it by force")
         self.state = State.STOPPING
 
     def ended(self, text: str) -> None:
@@ -101,6 +119,7 @@ class Vm:
         self.ended_s = time.monotonic()
         self.uid = self.config.owner.uid
         self.one_shot_boot = False
+        self.running_config = None
 
     def patience_s(self) -> float:
         """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""

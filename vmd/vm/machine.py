@@ -7,6 +7,8 @@ of the process, which is what a failure leads to.
 import os
 import time
 
+from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES
+from vmd.guestmem import PAGE as PAGE_BYTES
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc.messages import Outcome
 from vmd.kvmapi import abi
@@ -14,6 +16,7 @@ from vmd.kvmapi.system import System
 from vmd.log import log
 from vmd.vm import acpi, layout, state
 from vmd.vm.boot import fwcfg, loader
+from vmd.vm.boot.image import FIRMWARE_MAX
 from vmd.vm.bus import Bus
 from vmd.vm.chips.acpipm import AcpiPm
 from vmd.vm.chips.i8042 import I8042
@@ -210,9 +213,14 @@ class Machine:
             "fw_cfg": self.fwcfg,
         }
 
-    def start(self) -> None:
-        """Let the guest execute; application processors wait in the kernel until it wakes them."""
+    def start(self, *, parked: bool = False) -> None:
+        """Let the guest execute; application processors wait in the kernel until it wakes them.
+
+        With `parked` every vCPU stands still before its first instruction.
+        """
         for thread in self.vcpus:
+            if parked:
+                thread.ask_to_park(lambda: None)
             thread.start()
 
     def stop(self) -> bool:
@@ -270,6 +278,25 @@ class Machine:
 
     def _on_reset(self) -> None:
         self.end(Outcome.REBOOT, "reset by the guest")
+
+
+def check_host(header: "state.Header", kvm_fd: int) -> None:
+    """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
+    config, firmware = header.config, header.firmware_bytes
+    if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES or config.memory_bytes % PAGE_BYTES:
+        raise ValueError(f"has {config.memory_bytes} bytes of memory")
+    if not 1 <= config.vcpus <= MAX_VCPUS:
+        raise ValueError(f"has {config.vcpus} vcpus")
+    if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE_BYTES:
+        raise ValueError(f"has firmware of {firmware} bytes")
+    system = System(kvm_fd)
+    state.check_processor(header, system.supported_cpuid())
+    with system.create_vm() as kvm:
+        kvm.create_irqchip()
+        with kvm.create_vcpu(0) as vcpu:
+            state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
+            if header.xsave_bytes != vcpu.xsave_bytes:
+                raise ValueError(f"has {header.xsave_bytes} bytes of extended processor state, not {vcpu.xsave_bytes}")
 
 
 def memory_regions(memory_bytes: int, firmware_bytes: int) -> list[RegionSpec]:

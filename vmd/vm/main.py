@@ -9,14 +9,17 @@ Threads  main: the event thread; vcpu-<n>: one for each vCPU
 It is started before there is a VM for it, imports what a VM needs, and waits (vmm keeps one in reserve).
 """
 
+import errno
 import gc
 import os
 import sys
 
-from vmd.errors import VmdError
+from vmd.errors import OperatorError, PeerError, VmdError
+from vmd.guestmem import GuestMemory
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    CancelTransfer,
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
@@ -25,11 +28,19 @@ from vmd.ipc.messages import (
     PauseVm,
     Proc,
     Quit,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveMemory,
+    ReceiveVm,
+    ResumeReceived,
     SendBreak,
+    SendDone,
+    SendVm,
     SetVerbosity,
     StartVm,
     StopMode,
     StopVm,
+    TransferProgress,
     VmEnding,
     VmFailed,
     VmRunning,
@@ -43,13 +54,18 @@ from vmd.privsep.title import set_title
 from vmd.vm.boot import loader
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
-from vmd.vm.machine import BootImages, Machine
+from vmd.vm.machine import BootImages, Machine, check_host, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.slots import plan
+from vmd.vm.state import Header, MachineState, cpuid_of
+from vmd.vm.transfer import Receiver, Sender
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from vmd.ipc.process import Handlers
+    from vmd.vm.slots import Slot
 
 
 CONFINEMENT = VM.replace(
@@ -60,6 +76,9 @@ CONFINEMENT = VM.replace(
         abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
         abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
         abi.KVM_GET_PIT2, abi.KVM_SET_PIT2,
+        # what is sent:
+        abi.KVM_GET_TSC_KHZ, abi.KVM_GET_IRQCHIP, abi.KVM_GET_LAPIC, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
+        abi.KVM_GET_XSAVE2, abi.KVM_GET_XCRS, abi.KVM_GET_DEBUGREGS, abi.KVM_GET_VCPU_EVENTS,
         abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
         *VM.ioctls,
     )
@@ -71,6 +90,7 @@ SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting f
 ACK_TIMEOUT_S = 3.0  # for the guest to notice the power button (*cat. 4.4*)
 SHUTDOWN_TIMEOUT_S = 120.0  # for it to be done
 LAST_WORDS_TIMEOUT_S = 1.0
+PROGRESS_S = 0.5
 
 
 class VmProcess(Process):
@@ -84,6 +104,10 @@ class VmProcess(Process):
         self.pause: Pause | None = None
         self.devices = DeviceProcesses()
         self.console: Console | None = None
+        self.sender: Sender | None = None
+        self.on_sender_gone: Callable[[], None] = lambda: None
+        self.receiver: Receiver | None = None
+        self.received: Received | None = None
         self.ending = False
         self.stopping = False
 
@@ -114,23 +138,32 @@ class VmProcess(Process):
             )
             self.machine.boot(images)
             images.close()
-            for fd in (fd for slot in slots for fd in slot.fds):
-                os.close(fd)
+            close_resources(slots)
             confine(CONFINEMENT)  # what this kernel lacks was said by vmm, at the start of the daemon
             self.pause = Pause(self.machine, self.loop)
             self.machine.start()
         except (VmdError, OSError) as error:
-            code = getattr(error, "errno", None) or getattr(error, "code", None) or 0
-            channel.send(VmFailed(vmid=message.vmid, code=code, text=str(error)))
-            self.end(Outcome.FAILED, str(error))
+            self.fail(error)
             return
         channel.send(VmRunning(vmid=message.vmid, pid=os.getpid()))
 
-    def on_stop_vm(self, message: StopVm, _envelope: Envelope, _channel: Channel) -> None:
+    def fail(self, error: Exception) -> None:
+        """Report that there will be no VM, and end."""
+        code = getattr(error, "errno", None) or getattr(error, "code", None) or 0
+        self.vmm.send(VmFailed(vmid=self.vmid, code=code, text=str(error)))
+        self.end(Outcome.FAILED, str(error))
+
+    def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:
         """Press the power button; a guest without a driver for it is ended at once (*cat. 4.4*)."""
         if message.mode is StopMode.KILL:
             self.end(Outcome.POWER_OFF, "stopped by force")
+        if self.machine is None and self.receiver is not None:
+            self.end(Outcome.POWER_OFF, "stopped while it was being received")
         if self.machine is None or self.stopping or self.ending:
+            return
+        if self.sender is not None:
+            self.sender.cancel()
+            self.on_sender_gone = lambda: self.on_stop_vm(message, envelope, channel)
             return
         self.stopping = True
         self.go_on()  # only a guest that runs can shut down
@@ -176,6 +209,154 @@ class VmProcess(Process):
             return str(error)
         return ""
 
+    # --- sending and receiving ---------------------------------------------------------------------------------
+
+    def on_send_vm(self, message: SendVm, envelope: Envelope, _channel: Channel) -> None:
+        """Stand still, and have a thread write what we are."""
+        pause, stream = self.pause, envelope.take_fd("stream")
+        assert stream is not None
+        if pause is None or self.ending or self.sender is not None:
+            os.close(stream)
+            return  # how the VM ends is the answer; two at once the parent does not ask for
+        was_paused = pause.paused
+
+        def begin(text: str) -> None:
+            if text:
+                self.report_sent(0, text)
+                return
+            assert self.machine is not None
+            assert pause.clocks is not None
+            try:
+                self.sender = Sender(
+                    self.machine, pause.clocks, stream, self.loop, lambda text: self.on_sent(message, was_paused, text)
+                )
+            except (VmdError, OSError) as error:
+                self.report_sent(0, str(error))
+                if not was_paused:
+                    self.go_on()
+                return
+            self.sender.start()
+            self.show_progress(self.sender)
+
+        pause.pause(begin)
+
+    def on_sent(self, message: SendVm, was_paused: bool, text: str) -> None:
+        """The stream is complete, or has failed: then, as with `keep`, everything is as before."""
+        sender, self.sender = self.sender, None
+        assert sender is not None
+        on_gone, self.on_sender_gone = self.on_sender_gone, lambda: None
+        self.report_sent(sender.pipe.moved_bytes, text)
+        if not text and not message.keep:
+            self.end(Outcome.POWER_OFF, "sent")
+            return
+        if not was_paused:
+            self.go_on()
+        on_gone()
+
+    def report_sent(self, sent_bytes: int, text: str) -> None:
+        """Answer SendVm."""
+        self.vmm.send(SendDone(vmid=self.vmid, sent_bytes=sent_bytes, text=text))
+
+    def show_progress(self, transfer: "Sender | Receiver") -> None:
+        """Tell every now and then how far a transfer is, until it is over."""
+        if transfer in (self.sender, self.receiver) and not self.ending:
+            done, total = transfer.pipe.moved_bytes, transfer.total_bytes
+            self.vmm.send(TransferProgress(done_bytes=done, total_bytes=total))
+            self.loop.call_later(PROGRESS_S, lambda: self.show_progress(transfer))
+
+    def on_cancel_transfer(self, _message: CancelTransfer, _envelope: Envelope, _channel: Channel) -> None:
+        """Give up sending."""
+        if self.sender is not None:
+            self.sender.cancel()
+
+    def on_receive_vm(self, message: ReceiveVm, envelope: Envelope, _channel: Channel) -> None:
+        """Read the header of a stream."""
+        self.vmid = message.vmid
+        log.setup(f"vm/{message.name}", log.form, message.verbosity)
+        set_title(log.title)
+        master, slave, stream = (envelope.take_fd(name) for name in ("tty", "tty_slave", "stream"))
+        assert master is not None
+        assert slave is not None
+        assert stream is not None
+        self.console = Console(master, slave, self.loop)
+        self.receiver = Receiver(
+            stream,
+            self.loop,
+            on_header=self.on_stream_header,
+            on_machine=self.on_stream_machine,
+            on_failed=lambda text: self.fail(OperatorError(errno.EINVAL, text)),
+        )
+        self.receiver.start()
+        self.show_progress(self.receiver)
+
+    def on_stream_header(self, header: Header) -> None:
+        """Ask whether such a VM may be, once it is clear that it could."""
+        try:
+            check_host(header, KVM_FD)
+        except (ValueError, OSError) as error:
+            self.fail(OperatorError(errno.EINVAL, f"the stream {error}"))
+            return
+        self.received = Received(header)
+        self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config))
+
+    def on_receive_memory(self, _message: ReceiveMemory, _envelope: Envelope, channel: Channel) -> None:
+        """Read the rest of the stream."""
+        if self.received is None or self.receiver is None or self.received.memory is not None:
+            raise PeerError(channel.label, "unexpected ReceiveMemory")
+        header = self.received.header
+        try:
+            regions = memory_regions(header.config.memory_bytes, header.firmware_bytes)
+            self.received.memory = GuestMemory.create(regions)
+        except (VmdError, ValueError) as error:
+            self.fail(error)
+            return
+        self.receiver.go_on(self.received.memory)
+
+    def on_stream_machine(self, machine: MachineState) -> None:
+        """The stream is complete: ask for the disks, which the sender lets go now."""
+        assert self.received is not None
+        self.receiver = None
+        self.received.machine = machine
+        self.vmm.send(ReceivedMachine(vmid=self.vmid))
+
+    def on_resume_received(self, message: ResumeReceived, envelope: Envelope, channel: Channel) -> None:
+        """Build the machine, make it what the other one was, and let it go on."""
+        received = self.received
+        if received is None or received.machine is None or received.memory is None or self.machine is not None:
+            raise PeerError(channel.label, "unexpected ResumeReceived")
+        assert self.console is not None
+        slots = plan(message.config, message.disks, envelope.take_fds("disks"), envelope.take_fd("cdrom"))
+        try:
+            self.machine = Machine(
+                message.config,
+                KVM_FD,
+                received.header.firmware_bytes,
+                slots,
+                self.devices,
+                self.console,
+                self.loop,
+                self.end_from_thread,
+                memory=received.memory,
+                cpuid=cpuid_of(received.header),
+            )
+            clocks = self.machine.become(received.machine)
+            self.received = None
+            close_resources(slots)
+            confine(CONFINEMENT)
+            self.pause = Pause(self.machine, self.loop)
+            self.pause.begin_paused(clocks)
+            self.machine.start(parked=True)
+        except ValueError as error:
+            self.fail(OperatorError(errno.EINVAL, f"the stream {error}"))
+            return
+        except (VmdError, OSError) as error:
+            self.fail(error)
+            return
+        if message.paused or not self.go_on():
+            channel.send(VmRunning(vmid=self.vmid, pid=os.getpid(), paused=message.paused))
+
+    # --- the console, and the rest -----------------------------------------------------------------------------
+
     def on_console_snapshot(self, _message: ConsoleSnapshot, envelope: Envelope, channel: Channel) -> None:
         """Send the backlog."""
         backlog = self.console.snapshot() if self.console else b""
@@ -220,11 +401,32 @@ class VmProcess(Process):
         (Proc.VMM, StartVm): on_start_vm,
         (Proc.VMM, StopVm): on_stop_vm,
         (Proc.VMM, PauseVm): on_pause_vm,
+        (Proc.VMM, SendVm): on_send_vm,
+        (Proc.VMM, CancelTransfer): on_cancel_transfer,
+        (Proc.VMM, ReceiveVm): on_receive_vm,
+        (Proc.VMM, ReceiveMemory): on_receive_memory,
+        (Proc.VMM, ResumeReceived): on_resume_received,
         (Proc.VMM, ConsoleSnapshot): on_console_snapshot,
         (Proc.VMM, SendBreak): on_send_break,
         (Proc.VMM, SetVerbosity): on_set_verbosity,
         (Proc.VMM, Quit): on_quit,
     }
+
+
+class Received:
+    """What has come of a stream."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.memory: GuestMemory | None = None
+        self.machine: MachineState | None = None
+
+
+def close_resources(slots: "Sequence[Slot]") -> None:
+    """Close what device processes have now."""
+    for slot in slots:
+        for fd in slot.fds:
+            os.close(fd)
 
 
 def main() -> int:

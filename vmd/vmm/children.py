@@ -2,19 +2,35 @@
 
 import os
 import signal
+import time
 
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import ConsoleOutput, ConsoleSnapshot, ConsoleSnapshotEnd, Outcome, PauseDone, PauseVm
+from vmd.ipc.messages import (
+    ConsoleOutput,
+    ConsoleSnapshot,
+    ConsoleSnapshotEnd,
+    Outcome,
+    PauseDone,
+    PauseVm,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveVm,
+    SendDone,
+    SendVm,
+    TransferProgress,
+)
 from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     from vmd.ipc.loop import Loop
-    from vmd.record import Record
+    from vmd.record import Record, RecordType
 
+PROGRESS_MIN_S = 0.1  # what comes faster is not passed on
 SNAPSHOT_PIECES_MAX = 16  # 64 KiB come in eight
 
 
@@ -31,6 +47,9 @@ class VmChild:
         self.snapshots = 0  # of its console, asked for and not complete
         self.pieces = 0  # of the snapshot at hand
         self.pauses = 0  # asked for, or their ends, and not answered
+        self.sends = 0  # as well
+        self.receiving: list[RecordType] = []  # what it has to say of the stream that it reads
+        self.progress_s = 0.0  # when it last told of progress
         self.last_words = ""
 
     def kill(self) -> None:
@@ -42,26 +61,47 @@ class VmChild:
         """Note what is going to be answered."""
         self.snapshots += isinstance(message, ConsoleSnapshot)
         self.pauses += isinstance(message, PauseVm)
+        self.sends += isinstance(message, SendVm)
+        if isinstance(message, ReceiveVm):
+            self.receiving = [ReceivedHeader, ReceivedMachine]
 
-    def account(self, message: "Record") -> None:
-        """Raise PeerError for what nobody asked this VM process to say, or has heard already."""
+    def account(self, message: "Record") -> bool:
+        """Return whether a message is worth passing on; PeerError for what nobody asked this VM process to say."""
         if isinstance(message, ConsoleOutput):
             self.pieces += 1
             if not self.snapshots or self.pieces > SNAPSHOT_PIECES_MAX:
-                raise PeerError(self.channel.label, "console output nobody asked for")
+                self.unasked("console output")
         elif isinstance(message, ConsoleSnapshotEnd):
             if not self.snapshots:
-                raise PeerError(self.channel.label, "console output nobody asked for")
+                self.unasked("console output")
             self.snapshots -= 1
             self.pieces = 0
         elif isinstance(message, PauseDone):
             if not self.pauses:
-                raise PeerError(self.channel.label, "speaks of a pause nobody asked for")
+                self.unasked("a pause")
             self.pauses -= 1
+        elif isinstance(message, SendDone):
+            if not self.sends:
+                self.unasked("a stream")
+            self.sends -= 1
+        elif isinstance(message, TransferProgress):
+            now_s = time.monotonic()
+            if now_s < self.progress_s + PROGRESS_MIN_S:
+                return False
+            self.progress_s = now_s
+        elif isinstance(message, ReceivedHeader | ReceivedMachine):
+            if self.receiving[:1] != [type(message)]:
+                self.unasked("a stream")
+            del self.receiving[0]
         else:
             if self.reported:
                 raise PeerError(self.channel.label, "reports its start twice")
             self.reported = True
+        return True
+
+    def unasked(self, what: str) -> "NoReturn":
+        """Raise PeerError."""
+        raise PeerError(self.channel.label, f"speaks of {what} nobody asked for")
 
     def end(self) -> None:
         """Kill the process and wait for its end, so that nothing is left for init."""

@@ -13,6 +13,7 @@ from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    CancelTransfer,
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
@@ -23,11 +24,19 @@ from vmd.ipc.messages import (
     Proc,
     Quit,
     Ready,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveMemory,
+    ReceiveVm,
+    ResumeReceived,
     SendBreak,
+    SendDone,
+    SendVm,
     SetVerbosity,
     StartVm,
     StopMode,
     StopVm,
+    TransferProgress,
     VmEnding,
     VmExited,
     VmFailed,
@@ -44,6 +53,13 @@ from vmd.vmm.children import Reaper, VmChild
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
+
+# What is relayed as it is: requests of the parent to a VM, and what VMs report.
+TO_VM = (ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived)
+FROM_VM = (
+    VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine, ConsoleOutput,
+    ConsoleSnapshotEnd,
+)  # fmt: skip
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
@@ -101,6 +117,14 @@ class Vmm(Process):
 
     def on_start_vm(self, message: StartVm, envelope: Envelope, _channel: Channel) -> None:
         """Pass a VM to the process in reserve, or to a new one."""
+        self.begin(message, message.config.name, envelope)
+
+    def on_receive_vm(self, message: ReceiveVm, envelope: Envelope, _channel: Channel) -> None:
+        """Pass a stream to the process in reserve, or to a new one."""
+        self.begin(message, message.name, envelope)
+
+    def begin(self, message: StartVm | ReceiveVm, name: str, envelope: Envelope) -> None:
+        """Give a VM process its VM."""
         try:
             child, self.reserve = self.reserve or self.spawn_vm(), None
         except HostError as error:
@@ -108,7 +132,8 @@ class Vmm(Process):
             self.parent.send(VmExited(vmid=message.vmid, pid=0, outcome=Outcome.FAILED, text=str(error)))
             return
         child.vmid = message.vmid
-        child.channel.label = f"vm/{message.config.name}"
+        child.channel.label = f"vm/{name}"
+        child.expect(message)
         self.running[message.vmid] = child
         child.channel.send(message, fds={name: envelope.take_fds(name) for name in tuple(envelope.fds)})
         self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
@@ -131,20 +156,24 @@ class Vmm(Process):
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""
-        assert isinstance(message, ConsoleSnapshot | SendBreak | PauseVm)
+        assert isinstance(message, TO_VM)
         child = self.running.get(message.vmid)
         if child is not None:
             child.expect(message)
-            child.channel.send(message, peerid=envelope.peerid)
+            fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+            child.channel.send(message, peerid=envelope.peerid, fds=fds)
 
     def on_from_vm(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
         """Relay to the parent, under the VM's own number whatever it claims."""
         child = self.child_of(channel)
-        child.account(message)
+        if not child.account(message):
+            return
         if isinstance(message, VmRunning):
-            message = VmRunning(vmid=child.vmid, pid=child.pid)
-        elif isinstance(message, VmFailed | PauseDone):
+            message = message.replace(vmid=child.vmid, pid=child.pid)
+        elif isinstance(message, VmFailed | PauseDone | SendDone):
             message = message.replace(vmid=child.vmid, text=brief(message.text))
+        elif isinstance(message, ReceivedHeader | ReceivedMachine):
+            message = message.replace(vmid=child.vmid)
         self.parent.send(message, peerid=child.vmid)
 
     def on_vm_ending(self, message: VmEnding, _envelope: Envelope, channel: Channel) -> None:
@@ -195,17 +224,12 @@ class Vmm(Process):
         (Proc.PARENT, KvmFd): on_kvm_fd,
         (Proc.PARENT, StartVm): on_start_vm,
         (Proc.PARENT, StopVm): on_stop_vm,
-        (Proc.PARENT, ConsoleSnapshot): on_to_vm,
-        (Proc.PARENT, SendBreak): on_to_vm,
-        (Proc.PARENT, PauseVm): on_to_vm,
+        (Proc.PARENT, ReceiveVm): on_receive_vm,
+        **dict.fromkeys(((Proc.PARENT, request) for request in TO_VM), on_to_vm),
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,
-        (Proc.VM, VmRunning): on_from_vm,
-        (Proc.VM, VmFailed): on_from_vm,
         (Proc.VM, VmEnding): on_vm_ending,
-        (Proc.VM, PauseDone): on_from_vm,
-        (Proc.VM, ConsoleOutput): on_from_vm,
-        (Proc.VM, ConsoleSnapshotEnd): on_from_vm,
+        **dict.fromkeys(((Proc.VM, report) for report in FROM_VM), on_from_vm),
     }
 
     def children(self) -> "list[VmChild]":

@@ -1,0 +1,55 @@
+"""How far something has come, for whoever waits for it at a terminal."""
+
+import os
+import sys
+import time
+
+from vmctl.output import STDERR, notice
+from vmd.scaled import fmt_scaled
+
+BAR_WIDTH = 40
+MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
+DEFAULT_COLUMNS = 80  # of a terminal that does not know its size
+REDRAW_S = 0.1
+SETTLED_S = 1.0  # a rate of less time says nothing of what remains
+
+
+class Bar:
+    """Name, percentage, bar, size and, where asked for, rate and remaining time; redrawn in place."""
+
+    def __init__(self, name: str, *, rate: bool = False) -> None:
+        self.rate = rate
+        self.began_s = time.monotonic()
+        self.shown = sys.stderr.isatty()
+        columns = os.get_terminal_size(STDERR).columns if self.shown else 0
+        # One column stays free: what fills a line to its end is followed by another.
+        fixed = len(f" 100% || {fmt_scaled(0):>6}") + (len(self._pace(0, 1)) if rate else 0)
+        room = (columns or DEFAULT_COLUMNS) - 1 - fixed
+        name = "".join(c if c.isprintable() else "?" for c in name)
+        self.width = max(0, min(BAR_WIDTH, room - len(name), room - MIN_NAME))
+        self.name = name[: max(0, room - self.width)]
+        self.drawn_s = 0.0
+
+    def show(self, done: int, whole: int) -> None:
+        """Draw, but not more often than somebody can read; `whole` may be an estimate, and too small."""
+        now_s = time.monotonic()
+        if not self.shown or (done < whole and now_s - self.drawn_s < REDRAW_S):
+            return
+        self.drawn_s = now_s
+        whole = max(done, whole, 1)
+        filled = "*" * (done * self.width // whole)
+        pace = self._pace(done, whole) if self.rate else ""
+        notice(f"\r{self.name} {done * 100 // whole:3}% |{filled:{self.width}}| {fmt_scaled(done):>6}{pace}")
+
+    def _pace(self, done: int, whole: int) -> str:
+        """Return rate and remaining time, always of one width."""
+        spent_s = time.monotonic() - self.began_s
+        if spent_s < SETTLED_S or not done:
+            return f" {'-':>6}/s {'-':>8}"
+        left_s = min(int((whole - done) * spent_s / done), 99 * 3600)
+        return f" {fmt_scaled(int(done / spent_s)):>6}/s {left_s // 3600:02}:{left_s // 60 % 60:02}:{left_s % 60:02}"
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self.drawn_s:
+            notice("\n")

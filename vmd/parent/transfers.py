@@ -1,0 +1,263 @@
+"""Sending and receiving VMs (*cat. 4.7*): what the parent has to decide and to open meanwhile.
+
+The stream itself is written and read by the VM's own process; not a byte of it is looked at here.  A VM that is
+received goes through these steps, each a message of its process:
+
+    ReceiveRequest    its name is free, or that of a configured VM that does not run; a process starts to read
+    ReceivedHeader    the stream's description is checked as a client's would be
+    ReceivedMachine   all was read: disks are opened, as soon as the sender has let them go
+    VmRunning         it goes on, or stands still if that was asked for
+"""
+
+import errno
+import os
+import time
+
+from vmd.config.model import Owner, VmConfig
+from vmd.errors import OperatorError, VmdError
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    NO_CLIENT,
+    Caller,
+    CancelTransfer,
+    Proc,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveMemory,
+    ReceiveRequest,
+    ReceiveVm,
+    ResumeReceived,
+    SendDone,
+    SendRequest,
+    SendVm,
+    StopMode,
+    StopVm,
+    TransferProgress,
+    VmReceived,
+    VmSent,
+    brief,
+)
+from vmd.log import log
+from vmd.parent.access import require_root
+from vmd.parent.media import Media
+from vmd.parent.requests import checked_request
+from vmd.parent.resources import Pty
+from vmd.parent.vmtable import State, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.parent.main import Parent
+
+LOCK_PATIENCE_S = 10.0  # for the sender to let go of the disks
+LOCK_RETRY_S = 0.1
+
+
+class Sending:
+    """A VM on its way out."""
+
+    def __init__(self, client: int, *, keep: bool, state: State) -> None:
+        self.client = client
+        self.keep = keep
+        self.state = state  # to which it returns
+
+
+class Receiving:
+    """A VM on its way in."""
+
+    def __init__(self, client: int, *, paused: bool) -> None:
+        self.client = client
+        self.paused = paused
+        self.config: VmConfig | None = None
+        self.complete = False  # all but its disks
+        self.deadline_s = 0.0
+
+
+# --- sending -------------------------------------------------------------------------------------------------
+
+
+def serve_send(parent: "Parent", message: SendRequest, caller: Caller, envelope: Envelope) -> None:
+    """Have a VM write itself to the client's descriptor."""
+    require_root(caller, "send a vm")
+    vm = parent.vms.get(message.vmid, message.name)
+    vm.require_pausable()
+    stream = envelope.take_fd("stream")
+    assert stream is not None
+    vm.sending = Sending(envelope.peerid, keep=message.keep, state=vm.state)
+    vm.state = State.SENDING
+    parent.peers[Proc.VMM].send(SendVm(vmid=vm.vmid, keep=message.keep), fds={"stream": [stream]})
+    log.info(f"{vm.name}: sending vm {vm.vmid}")
+
+
+def on_progress(parent: "Parent", message: TransferProgress, envelope: Envelope, _channel: Channel) -> None:
+    """Let the client see how far it is."""
+    vm = parent.vms.find(envelope.peerid, "")
+    transfer = vm and (vm.sending or vm.receiving)
+    if transfer:
+        parent.answer(transfer.client, message)
+
+
+def on_send_done(parent: "Parent", message: SendDone, _envelope: Envelope, _channel: Channel) -> None:
+    """A stream is complete, or has failed; in the one case the VM ends now, unless it is to be kept."""
+    vm = parent.known(message.vmid)
+    sending = vm.sending
+    if sending is None:
+        return
+    text = brief(message.text)
+    if text or sending.keep:
+        vm.sending = None
+        if vm.state is State.SENDING:
+            vm.state = sending.state
+    if text:
+        log.error(f"vm {vm.name}: not sent: {text}")
+        parent.answer_failure(sending.client, errno.EIO, f"vm {vm.name}: {text}; it goes on here")
+        return
+    log.info(f"{vm.name}: sent vm {vm.vmid}, {message.sent_bytes} bytes")
+    sent = VmSent(vmid=vm.vmid, name=vm.name, sent_bytes=message.sent_bytes)
+    if sending.keep:
+        parent.answer(sending.client, sent)
+    else:
+        vm.sent = (sending.client, sent)  # the client hears of it when the VM has let go of everything
+        vm.sending = None
+        vm.state = State.STOPPING
+
+
+# --- receiving -----------------------------------------------------------------------------------------------
+
+
+def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, envelope: Envelope) -> None:
+    """Start a process that reads the client's stream."""
+    require_root(caller, "receive a vm")
+    if parent.ending:
+        raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+    stream = envelope.take_fd("stream")
+    assert stream is not None
+    vm = parent.vms.find(0, message.name)
+    try:
+        if vm is None:
+            # As small as a VM can be, until its stream says more.
+            vm = parent.vms.add(checked_request(VmConfig(name=message.name), bootable=True), from_config=False)
+        elif vm.alive or not vm.from_config:
+            raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
+        try:
+            vm.begin_receive(Receiving(envelope.peerid, paused=message.paused))
+            vm.uid = caller.uid
+            vm.pty = vm.pty or Pty()
+            vm.pty.give_to(caller.uid, vm.config.owner.gid)
+            tty = vm.pty.copies()
+        except VmdError as error:
+            vm.ended(brief(str(error)))
+            if not vm.from_config:
+                parent.vms.remove(vm)
+            raise
+    except BaseException:
+        os.close(stream)
+        raise
+    start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=parent.verbosity)
+    parent.peers[Proc.VMM].send(start, fds={"stream": [stream], "tty": tty[:1], "tty_slave": tty[1:]})
+    log.info(f"{vm.name}: receiving vm {vm.vmid}")
+
+
+def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Envelope, _channel: Channel) -> None:
+    """Judge what a stream wants to be; the name is ours, and so is the owner."""
+    vm = parent.known(message.vmid)
+    receiving = vm.receiving
+    if receiving is None:
+        return
+    config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
+    try:
+        receiving.config = checked_request(config, bootable=True)
+        parent.check_startable(receiving.config)
+    except OperatorError as error:
+        give_up(parent, vm, error.code, str(error))
+        return
+    vm.running_config = receiving.config
+    parent.peers[Proc.VMM].send(ReceiveMemory(vmid=vm.vmid))
+
+
+def on_received_machine(parent: "Parent", message: ReceivedMachine, _envelope: Envelope, _channel: Channel) -> None:
+    """All was read: open the disks, or wait for them."""
+    vm = parent.known(message.vmid)
+    if vm.receiving is not None:
+        vm.receiving.complete = True
+        vm.receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S
+        resume(parent, vm)
+
+
+def resume(parent: "Parent", vm: Vm) -> None:
+    """Open the disks and have the machine go on; where they are in use come back, or give up for now."""
+    receiving = vm.receiving
+    if receiving is None or receiving.config is None or not vm.alive:
+        return
+    try:
+        media = Media.open(receiving.config, None, parent.prober)
+    except OperatorError as error:
+        if error.code == errno.EBUSY and time.monotonic() < receiving.deadline_s:
+            parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm))
+            return
+        vm.state, vm.text = State.PAUSED, brief(str(error))
+        log.error(f"vm {vm.name}: received, but stays paused: {error}")
+        text = f"vm {vm.name} was received and stays paused: {error}; `vmctl unpause {vm.name}` tries again"
+        for client in (receiving.client, *vm.pause_clients):
+            parent.answer_failure(client, error.code, text)
+        receiving.client = NO_CLIENT
+        vm.pause_clients.clear()
+        return
+    try:
+        message = ResumeReceived(
+            vmid=vm.vmid, config=receiving.config, paused=receiving.paused, disks=media.describe()
+        )
+        fds = {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
+        parent.peers[Proc.VMM].send(message, fds=fds)
+    except ValueError as error:
+        give_up(parent, vm, errno.E2BIG, str(error))
+    finally:
+        media.close()
+
+
+def unpause(parent: "Parent", vm: Vm) -> bool:
+    """Try again for the disks of a VM that waits for them; False if it is not such a one."""
+    receiving = vm.receiving
+    if receiving is None or not receiving.complete:
+        return False
+    receiving.paused = False
+    vm.state = State.RECEIVING
+    resume(parent, vm)
+    return True
+
+
+def on_received_running(parent: "Parent", vm: Vm, pid: int, *, paused: bool) -> None:
+    """The machine goes on here, or stands still as was asked for."""
+    receiving, vm.receiving = vm.receiving, None
+    assert receiving is not None
+    assert vm.pty is not None
+    vm.state, vm.pid, vm.text = State.PAUSED if paused else State.RUNNING, pid, ""
+    log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
+    parent.answer(
+        receiving.client, VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=vm.pty.path, paused=paused)
+    )
+
+
+def give_up(parent: "Parent", vm: Vm, code: int, text: str) -> None:
+    """End a VM that cannot be received; its end is what the client is told of."""
+    vm.text, vm.code = brief(text), code
+    parent.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=StopMode.KILL))
+
+
+def on_client_gone(parent: "Parent", vm: Vm, client: int) -> None:
+    """Whoever wanted this VM sent or received has left: a half stream is of no use to anybody."""
+    if vm.sending is not None and vm.sending.client == client:
+        parent.peers[Proc.VMM].send(CancelTransfer(vmid=vm.vmid))
+    if vm.receiving is not None and vm.receiving.client == client:
+        give_up(parent, vm, errno.ECANCELED, "receiving was interrupted")
+
+
+def on_exited(parent: "Parent", vm: Vm, text: str) -> None:
+    """A VM process has ended; tell the clients of its transfers."""
+    if vm.sent is not None:
+        parent.answer(*vm.sent)
+        vm.sent = None
+    for transfer in (vm.sending, vm.receiving):
+        if transfer is not None:
+            parent.answer_failure(transfer.client, vm.code, f"vm {vm.name}: {text or 'ended meanwhile'}")
+    vm.sending = vm.receiving = None

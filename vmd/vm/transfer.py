@@ -1,0 +1,147 @@
+"""Sending and receiving a machine: the work of a thread, while the event thread goes on serving.
+
+Both are made, started and told of by the event thread; `done` and the other callbacks come there too.
+"""
+
+import select
+import threading
+
+from vmd.errors import GuestError, VmdError
+from vmd.guestmem import GuestMemory
+from vmd.ipc.imsg import pack, unpack
+from vmd.vm import state
+from vmd.vm.stream import Pipe, StreamError, StreamReader, StreamWriter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.loop import Loop
+    from vmd.vm.machine import Machine
+    from vmd.vm.pause import Clocks
+
+
+class Sender:
+    """Writes a machine that stands still to a descriptor, which it closes; `done(why not)` is told once."""
+
+    def __init__(
+        self, machine: "Machine", clocks: "Clocks", fd: int, loop: "Loop", done: "Callable[[str], None]"
+    ) -> None:
+        """Read the machine's state.  Raises PeerError or OSError, and then leaves the descriptor open."""
+        self._header = pack(state.header(machine))
+        self._state = pack(state.save(machine, clocks))
+        self._memory = machine.memory
+        self._loop = loop
+        self._done = done
+        self.pipe = Pipe(fd, select.POLLOUT)
+        self.total_bytes = len(self._header) + len(self._state) + machine.memory.resident_bytes()
+        self._thread = threading.Thread(target=self._run, name="send", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """Have it fail soon."""
+        self.pipe.cancelled = True
+
+    def _run(self) -> None:
+        text = ""
+        try:
+            try:
+                self._write(StreamWriter(self.pipe))
+            finally:
+                self.pipe.close()
+        except (VmdError, OSError) as error:
+            text = str(error)
+        self._loop.call_from_thread(lambda: self._done(text))
+
+    def _write(self, writer: StreamWriter) -> None:
+        try:
+            writer.header(self._header)
+            for region in self._memory.regions:
+                for gpa, offset, length in self._memory.touched_runs(region):
+                    writer.memory(gpa, self._memory.memory[offset : offset + length])
+            writer.state(self._state)
+            writer.end()
+        finally:
+            writer.hasher.close()
+
+
+class Receiver:
+    """Reads a machine from a descriptor, which it closes.
+
+    First `on_header(header)` is told; `go_on(memory)` then gives it where memory goes.  At the end `on_machine(state)`
+    is told.  Anything wrong is told to `on_failed(text)`, and is the end.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        loop: "Loop",
+        *,
+        on_header: "Callable[[state.Header], None]",
+        on_machine: "Callable[[state.MachineState], None]",
+        on_failed: "Callable[[str], None]",
+    ) -> None:
+        self._loop = loop
+        self._on_header, self._on_machine, self._on_failed = on_header, on_machine, on_failed
+        self.pipe = Pipe(fd, select.POLLIN)
+        self.total_bytes = 0
+        self._memory: GuestMemory | None = None
+        self._proceed = threading.Event()
+        self._next_offset = 0
+        self._machine: state.MachineState | None = None
+        self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
+
+    def start(self) -> None:
+        """Begin with the header."""
+        self._thread.start()
+
+    def go_on(self, memory: GuestMemory) -> None:
+        """Read the rest, into memory that is empty."""
+        self._memory = memory
+        self._proceed.set()
+
+    def _run(self) -> None:
+        try:
+            try:
+                machine = self._read(StreamReader(self.pipe))
+            finally:
+                self.pipe.close()
+        except (VmdError, OSError, ValueError) as error:
+            text = f"the stream {error}"
+            self._loop.call_from_thread(lambda: self._on_failed(text))
+        else:
+            self._loop.call_from_thread(lambda: self._on_machine(machine))
+
+    def _read(self, reader: StreamReader) -> state.MachineState:
+        try:
+            header = unpack(state.Header, reader.header())
+            self.total_bytes = header.touched_bytes
+            self._loop.call_from_thread(lambda: self._on_header(header))
+            self._proceed.wait()
+            reader.sections_until_end(self._place, self._take_state)
+        finally:
+            reader.hasher.close()
+        if self._machine is None:
+            raise StreamError("has no state of the machine")
+        return self._machine
+
+    def _place(self, gpa: int, length: int) -> memoryview:
+        """Return where a run of memory goes: runs come in ascending order, so none comes twice."""
+        memory = self._memory
+        assert memory is not None
+        try:
+            offset = memory.offset(gpa, length)
+        except GuestError as error:
+            raise ValueError(str(error)) from None
+        if offset < self._next_offset:
+            raise ValueError(f"memory at {gpa:#x} comes again, or out of order")
+        self._next_offset = offset + length
+        return memory.memory[offset : offset + length]
+
+    def _take_state(self, body: bytes) -> None:
+        if self._machine is not None:
+            raise ValueError("the state of the machine comes again")
+        self._machine = unpack(state.MachineState, body)
