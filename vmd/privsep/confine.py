@@ -85,6 +85,7 @@ MACHINE = frozenset({
     "sendfile", "splice",                                      # memory runs leave without being copied
     "tgkill",                                                  # kicks a vCPU thread out of KVM_RUN
     "waitid", "wait4", "pidfd_send_signal",                    # its devices, which end with it
+    "timerfd_create", "timerfd_settime",                       # notices that the host has slept
 })  # fmt: skip
 
 

@@ -37,6 +37,11 @@ RESOLVE_NO_MAGICLINKS = 2
 AT_FDCWD = -100
 RESOLVE_NO_MAGICLINKS = 2
 
+CLOCK_REALTIME = 0
+TFD_NONBLOCK, TFD_CLOEXEC = 0o4000, 0o2000000
+TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
+FAR_FUTURE_S = 1 << 33
+
 CLOSE_RANGE_CLOEXEC = 4
 FD_MAX = 0x7FFFFFFF
 
@@ -53,6 +58,8 @@ SYS_CAPGET = 125
 SYS_CAPSET = 126
 SYS_SECCOMP = 317
 SYS_CLOSE_RANGE = 436
+SYS_TIMERFD_CREATE = 283
+SYS_TIMERFD_SETTIME = 286
 SYS_OPENAT2 = 437
 SYS_LANDLOCK_CREATE_RULESET = 444
 SYS_LANDLOCK_ADD_RULE = 445
@@ -139,6 +146,17 @@ def close_on_exec_from(first: int, last: int = FD_MAX) -> None:
     """Mark a range of descriptors close-on-exec; unused numbers are no error."""
     if first <= last:
         syscall("close_range", SYS_CLOSE_RANGE, first, last, CLOSE_RANGE_CLOEXEC)
+
+
+def timerfd_create(clock: int, flags: int) -> int:
+    """Make a timer that is a descriptor."""
+    return syscall("timerfd_create", SYS_TIMERFD_CREATE, clock, flags)
+
+
+def timerfd_cancel_on_set(fd: int) -> None:
+    """Have a timer of CLOCK_REALTIME end, with ECANCELED when it is read, as soon as the clock is set."""
+    never = (ctypes.c_int64 * 4)(0, 0, FAR_FUTURE_S, 0)  # interval, then the moment
+    syscall("timerfd_settime", SYS_TIMERFD_SETTIME, fd, TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, never, None)
 
 
 def die_with_parent(signum: int) -> None:

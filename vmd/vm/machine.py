@@ -29,9 +29,10 @@ from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.pause import HeldTimers
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
-from vmd.vm.slots import QUEUES, SLOT_HOST_BRIDGE, boot_paths
+from vmd.vm.slots import QUEUES, SLOT_HOST_BRIDGE, boot_paths, vmmci_slot
 from vmd.vm.vcpu import VcpuThread, apply_start, set_boot_msrs
 from vmd.vm.virtio import VirtioFunction
+from vmd.vm.vmmci import Vmmci
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 
         def restore(self, state: dict[str, Any]) -> None:
             """Take them back; raises KeyError, TypeError or ValueError."""
+
+
+LAST_MOMENTS_S = 3.0
 
 
 class BootImages:
@@ -132,6 +136,9 @@ class Machine:
         self.reset_port = ResetPort(self._on_reset)
         self.pci = PciBus(bus, config.memory_bytes, {layout.PORT_RESET: self.reset_port})
         self.pci.add(SLOT_HOST_BRIDGE, HostBridge())
+        self.vmmci = Vmmci(self.kvm.irq_line, self._on_acknowledged, self._on_announced)
+        self.pci.add(vmmci_slot(slots), self.vmmci)
+        self.on_acknowledged: Callable[[int], None] = lambda command: None
         self.keyboard = I8042(self._on_reset)
         self.port_a = SystemControlA(self._on_reset)
         self.fwcfg = fwcfg.FwCfg(self.memory)
@@ -275,6 +282,13 @@ class Machine:
 
     def _on_power_off(self) -> None:
         self.end(Outcome.POWER_OFF, "powered off by the guest")
+
+    def _on_acknowledged(self, command: int) -> None:
+        self.on_acknowledged(command)
+
+    def _on_announced(self) -> None:
+        """The guest says that it goes; if it cannot switch itself off, this does (*cat. 4.4*)."""
+        self.loop.schedule(LAST_MOMENTS_S, self._on_power_off)
 
     def _on_reset(self) -> None:
         self.end(Outcome.REBOOT, "reset by the guest")

@@ -51,7 +51,9 @@ from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
 from vmd.privsep.confine import VM, confine
 from vmd.privsep.title import set_title
+from vmd.vm import vmmci
 from vmd.vm.boot import loader
+from vmd.vm.clockwatch import ClockWatch
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.machine import BootImages, Machine, check_host, memory_regions
@@ -141,11 +143,16 @@ class VmProcess(Process):
             close_resources(slots)
             confine(CONFINEMENT)  # what this kernel lacks was said by vmm, at the start of the daemon
             self.pause = Pause(self.machine, self.loop)
+            self.watch_clock(self.machine)
             self.machine.start()
         except (VmdError, OSError) as error:
             self.fail(error)
             return
         channel.send(VmRunning(vmid=message.vmid, pid=os.getpid()))
+
+    def watch_clock(self, machine: Machine) -> None:
+        """Tell the guest when its clock needs a look at the real-time clock."""
+        ClockWatch(self.loop, lambda: machine.vmmci.ask(vmmci.SYNCRTC))
 
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""
@@ -154,7 +161,7 @@ class VmProcess(Process):
         self.end(Outcome.FAILED, str(error))
 
     def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:
-        """Press the power button; a guest without a driver for it is ended at once (*cat. 4.4*)."""
+        """Ask by vmmci, or press the power button; a guest with a driver for neither is ended at once (*cat. 4.4*)."""
         if message.mode is StopMode.KILL:
             self.end(Outcome.POWER_OFF, "stopped by force")
         if self.machine is None and self.receiver is not None:
@@ -167,12 +174,21 @@ class VmProcess(Process):
             return
         self.stopping = True
         self.go_on()  # only a guest that runs can shut down
-        if not self.machine.pm.power_button_enabled:
+        machine = self.machine
+        press: Callable[[], object]
+        if machine.vmmci.driver_is_up:
+            # Not `shutdown`: a guest that cannot switch itself off would wait for a key to be pressed.
+            wanted, press = "vmmci", lambda: machine.vmmci.ask(vmmci.REBOOT)
+            machine.on_acknowledged = lambda _command: self.loop.call_from_thread(acknowledged)
+        elif machine.pm.power_button_enabled:
+            wanted, press = "the power button", machine.pm.power_button
+            machine.pm.on_button_acknowledged = lambda: self.loop.call_from_thread(acknowledged)
+        else:
             self.end(Outcome.POWER_OFF, "stopped; the guest has no driver for the power button")
             return
         deadline = self.loop.call_later(
             ACK_TIMEOUT_S,
-            lambda: self.end(Outcome.POWER_OFF, f"did not notice the power button in {ACK_TIMEOUT_S:.0f} s"),
+            lambda: self.end(Outcome.POWER_OFF, f"did not notice {wanted} in {ACK_TIMEOUT_S:.0f} s"),
         )
 
         def acknowledged() -> None:
@@ -182,8 +198,9 @@ class VmProcess(Process):
                 lambda: self.end(Outcome.POWER_OFF, f"did not shut down in {SHUTDOWN_TIMEOUT_S:.0f} s"),
             )
 
-        self.machine.pm.on_button_acknowledged = lambda: self.loop.call_from_thread(acknowledged)
-        self.machine.pm.power_button()
+        press()
+        if machine.vmmci.driver_is_up and not machine.vmmci.acknowledges:
+            acknowledged()  # it never will
 
     def on_pause_vm(self, message: PauseVm, _envelope: Envelope, channel: Channel) -> None:
         """Stand still, or go on; stopping takes until the slowest device has finished what is in flight."""
@@ -345,6 +362,7 @@ class VmProcess(Process):
             confine(CONFINEMENT)
             self.pause = Pause(self.machine, self.loop)
             self.pause.begin_paused(clocks)
+            self.watch_clock(self.machine)
             self.machine.start(parked=True)
         except ValueError as error:
             self.fail(OperatorError(errno.EINVAL, f"the stream {error}"))

@@ -13,8 +13,12 @@ Going on takes the steps back, with the clocks first: TSC, kvmclock and PIT cont
 host's did.  All of it runs on the event thread, which waits for vCPUs without blocking and for devices up to 10 s each.
 """
 
+import time
+
 from vmd.errors import HostError, PeerError
 from vmd.ipc import devmsg
+from vmd.vm.clockwatch import JUMP_S
+from vmd.vm.vmmci import SYNCRTC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,6 +99,7 @@ class Pause:
         self.loop = loop
         self.paused = False
         self.clocks: Clocks | None = None
+        self._since_s = -2 * JUMP_S  # when it stopped; one that was received, who knows how long ago
         self._round = 0  # of asking vCPUs to park; one that comes too late is of an earlier one
         self._missing = 0  # vCPUs that have yet to park
         self._waiting: list[Callable[[str], None]] = []
@@ -130,6 +135,7 @@ class Pause:
             self._answer(str(error))
         else:
             self.paused = True
+            self._since_s = time.monotonic()
             self._answer("")
 
     def _too_late(self) -> None:
@@ -162,6 +168,8 @@ class Pause:
         if self.paused:
             self.paused = False
             self._go_on()
+            if time.monotonic() - self._since_s > JUMP_S:
+                self.machine.vmmci.ask(SYNCRTC)
 
     def _go_on(self) -> None:
         machine = self.machine

@@ -1,6 +1,6 @@
 """Which virtio devices a VM has, and in which PCI slot each sits (*cat. 5.4*).
 
-    0 host bridge   1 entropy   then network interfaces, disks, the CD-ROM drive
+    0 host bridge   1 entropy   then network interfaces, disks, the CD-ROM drive, vmmci
 
 The order is upstream's, so that a guest that was installed there finds its devices where they were.
 """
@@ -79,6 +79,11 @@ def plan(
             )
         )
     return slots
+
+
+def vmmci_slot(slots: "Sequence[Slot]") -> int:
+    """Return the slot of the VM control device: behind all others."""
+    return max(slot.number for slot in slots) + 1
 
 
 def note(image: "ImageLink") -> int:

@@ -116,6 +116,7 @@ class MachineState(Record):
     pci_address: int
     functions: tuple[PciFunctionState, ...]
     virtio: tuple[VirtioState, ...]
+    vmmci: ChipState
 
 
 # --- saving --------------------------------------------------------------------------------------------------
@@ -154,6 +155,7 @@ def save(machine: "Machine", clocks: Clocks) -> MachineState:
         pci_address=pci["address"],
         functions=tuple(PciFunctionState(**function) for function in pci["functions"]),
         virtio=tuple(function.save() for function in machine.virtio),
+        vmmci=_save_chip("vmmci", machine.vmmci.save()),
     )
 
 
@@ -243,6 +245,7 @@ def restore(machine: "Machine", state: MachineState) -> Clocks:
     machine.pci.restore(bus)
     for function, saved in zip(machine.virtio, state.virtio, strict=True):
         function.restore_registers(saved)
+    _restore_chip(state.vmmci, machine.vmmci.restore_registers)
     # After the chips, whose restoring moves interrupt lines: from here on the controllers are as they were.
     for chip_id, raw in zip(PICS, state.irqchips, strict=True):
         if raw[:4] != chip_id.to_bytes(4, "little"):
