@@ -8,7 +8,7 @@ from enum import Enum
 
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, VmSent
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
 
@@ -49,6 +49,8 @@ class Vm:
         self.text = ""  # why it stopped
         self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S
+        self.next_config: VmConfig | None = None  # takes effect when this life is over
+        self.opener: Caller | None = None  # with whose rights its files are opened; None: root's
         self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
         self.sending: Sending | None = None
         self.sent: tuple[int, VmSent] | None = None  # the client to be told when the VM is gone
@@ -120,6 +122,8 @@ class Vm:
         self.uid = self.config.owner.uid
         self.one_shot_boot = False
         self.running_config = None
+        if self.next_config is not None:
+            self.config, self.next_config = self.next_config, None
 
     def patience_s(self) -> float:
         """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""

@@ -1,0 +1,126 @@
+"""What an instance has of its template, what of its own, and what it may not (*cat. 2.6*)."""
+
+import pytest
+
+from vmd.config.model import AllowInstance, DiskConfig, NicConfig, Owner, VirtioMode, VmConfig, VmFlag
+from vmd.errors import OperatorError
+from vmd.ipc.messages import Caller
+from vmd.parent.instances import derive
+
+MIB = 1 << 20
+USER = Caller(uid=4711, gid=4711, pid=1)
+OTHER = Caller(uid=4712, gid=4712, pid=1)
+EVERYTHING = VmFlag.CPU | VmFlag.KERNEL | VmFlag.MEMORY | VmFlag.NETWORK | VmFlag.DISK | VmFlag.CDROM
+
+TEMPLATE = VmConfig(
+    name="tmpl",
+    memory_bytes=64 * MIB,
+    vcpus=2,
+    kernel="/boot/k",
+    initrd="/boot/i",
+    cmdline="quiet",
+    cdrom="/iso",
+    disks=(DiskConfig(path="/tmpl.img"),),
+    nics=(NicConfig(tap="tap3", switch="lan", lladdr=bytes(6)), NicConfig(local=True, lladdr=b"\2" * 6)),
+    virtio=VirtioMode.MODERN,
+    allow=AllowInstance(flags=EVERYTHING, owner=Owner(uid=USER.uid)),
+)
+
+
+def test_what_is_not_given_is_inherited_but_for_disks() -> None:
+    """Interfaces beyond those given come along, with taps and addresses of their own."""
+    made = derive(TEMPLATE, VmConfig(name="i"), USER)
+
+    assert (made.memory_bytes, made.vcpus, made.cdrom) == (64 * MIB, 2, "/iso")
+    assert (made.kernel, made.initrd, made.cmdline) == ("/boot/k", "/boot/i", "quiet")
+    assert made.disks == ()
+    assert made.nics == (NicConfig(switch="lan"), NicConfig(local=True))
+    assert (made.parent, made.virtio) == ("tmpl", VirtioMode.MODERN)
+    assert made.owner.uid == USER.uid
+    assert made.allow is None
+
+
+def test_what_is_given_wins() -> None:
+    """One by one."""
+    own = VmConfig(
+        name="i",
+        given=EVERYTHING,
+        memory_bytes=32 * MIB,
+        vcpus=1,
+        kernel="/own",
+        disks=(DiskConfig(path="/own.img"),),
+        nics=(NicConfig(switch="other"),),
+        cdrom="",
+    )
+
+    made = derive(TEMPLATE, own, USER)
+
+    assert (made.memory_bytes, made.vcpus, made.kernel, made.initrd, made.cdrom) == (32 * MIB, 1, "/own", "", "")
+    assert made.disks == own.disks
+    assert made.nics == (NicConfig(switch="other"), NicConfig(local=True))
+
+
+@pytest.mark.parametrize(
+    ("flag", "what"),
+    [
+        (VmFlag.CPU, "cpus"),
+        (VmFlag.MEMORY, "memory"),
+        (VmFlag.DISK, "disks"),
+        (VmFlag.NETWORK, "interfaces"),
+        (VmFlag.KERNEL, "boot image"),
+        (VmFlag.CDROM, "cdrom"),
+        (VmFlag.INSTANCE, "instance permissions"),
+    ],
+)
+def test_each_aspect_needs_its_flag(flag: VmFlag, what: str) -> None:
+    """For users; root, and the configuration, need none."""
+    template = TEMPLATE.replace(allow=AllowInstance(flags=EVERYTHING & ~flag, owner=Owner(uid=USER.uid)))
+    wanted = VmConfig(name="i", given=flag)
+
+    with pytest.raises(OperatorError, match=f"no permission to set {what}"):
+        derive(template, wanted, USER)
+    derive(template, wanted, None)
+    derive(template, wanted, Caller(uid=0, gid=0, pid=1))
+
+
+def test_only_the_instance_owner_makes_instances() -> None:
+    """By user id, or by group; without `owner` nobody but root."""
+    with pytest.raises(OperatorError, match="uid 4712 has no permission to create instances of vm tmpl"):
+        derive(TEMPLATE, VmConfig(name="i"), OTHER)
+    with pytest.raises(OperatorError, match="no permission"):
+        derive(TEMPLATE.replace(allow=AllowInstance(flags=EVERYTHING)), VmConfig(name="i"), USER)
+    with pytest.raises(OperatorError, match="no permission"):
+        derive(TEMPLATE.replace(allow=None), VmConfig(name="i"), USER)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        VmConfig(name="i", disks=(DiskConfig(path="/tmpl.img"),)),
+        VmConfig(name="i", nics=(NicConfig(tap="tap3"),)),
+        VmConfig(name="i", nics=(NicConfig(lladdr=b"\2" * 6),)),
+    ],
+    ids=["disk", "tap", "lladdr"],
+)
+def test_what_only_one_can_have_stays_the_template_s(wanted: VmConfig) -> None:
+    """Even for root."""
+    with pytest.raises(OperatorError, match="cannot be reused"):
+        derive(TEMPLATE, wanted, None)
+
+
+def test_permissions_go_on_only_where_the_template_says_so() -> None:
+    """`allow instance { instance }`."""
+    allow = AllowInstance(flags=EVERYTHING | VmFlag.INSTANCE, owner=Owner(uid=USER.uid))
+    template = TEMPLATE.replace(allow=allow)
+
+    assert derive(template, VmConfig(name="i"), USER).allow == allow
+    assert derive(TEMPLATE, VmConfig(name="i"), USER).allow is None
+
+
+def test_the_configuration_may_name_another_owner() -> None:
+    """Without one it is the template's."""
+    template = TEMPLATE.replace(owner=Owner(uid=7, gid=8))
+
+    assert derive(template, VmConfig(name="i"), None).owner == Owner(uid=7, gid=8)
+    assert derive(template, VmConfig(name="i", owner=Owner(uid=9)), None).owner == Owner(uid=9)
+    assert derive(template, VmConfig(name="i"), USER).owner == Owner(uid=USER.uid, gid=8)

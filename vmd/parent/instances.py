@@ -1,0 +1,146 @@
+"""Instances: VMs made from a template, by the rules that its owner has set (*cat. 2.6*)."""
+
+import errno
+
+from vmd.config.model import AllowInstance, NicConfig, Owner, VmConfig, VmFlag
+from vmd.errors import OperatorError
+from vmd.ipc.messages import VMD_PARENT_INVALID, Caller
+from vmd.log import log
+from vmd.parent.access import may_control
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+# What may be set, in the words of the refusals; each needs its flag in `allow instance`.
+ASPECTS = (
+    (VmFlag.CPU, "cpus"),
+    (VmFlag.MEMORY, "memory"),
+    (VmFlag.DISK, "disks"),
+    (VmFlag.NETWORK, "interfaces"),
+    (VmFlag.KERNEL, "boot image"),
+    (VmFlag.CDROM, "cdrom"),
+    (VmFlag.INSTANCE, "instance permissions"),
+)
+NOBODY = AllowInstance()
+
+
+def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmConfig:
+    """Return what an instance is: what was given for it, and of the template what was not.
+
+    `caller` None is the configuration, which may do whatever it likes.  Unlike vmd, an interface that is inherited
+    gets an address and a tap of its own: with the template's, the two could not run at the same time.
+
+    Raises:
+        OperatorError: EPERM, naming what the caller may not; EBUSY for what only the template can have.
+    """
+    if caller is not None and caller.uid != 0:
+        require_permission(template, wanted, caller)
+    require_own(template, wanted)
+    given = wanted.given
+    inherited = {} if VmFlag.CPU in given else {"vcpus": template.vcpus}
+    if VmFlag.MEMORY not in given:
+        inherited["memory_bytes"] = template.memory_bytes
+    boot: dict[str, object] = {}
+    if VmFlag.KERNEL not in given:
+        boot = {name: getattr(template, name) for name in ("kernel", "initrd", "cmdline")}
+    return wanted.replace(
+        **inherited,
+        **boot,
+        parent=template.name,
+        boot_device=wanted.boot_device or template.boot_device,
+        nics=(*wanted.nics, *map(fresh, template.nics[len(wanted.nics) :])),
+        cdrom=wanted.cdrom if VmFlag.CDROM in given else template.cdrom,
+        owner=owner_of(template, wanted, caller),
+        allow=allowance(template, wanted),
+        virtio=wanted.virtio or template.virtio,
+        sev=wanted.sev or template.sev,
+        sev_es=wanted.sev_es or template.sev_es,
+    )
+
+
+def resolve(vms: "Iterable[VmConfig]", known: "Callable[[str], VmConfig | None]") -> "Iterator[VmConfig]":
+    """Yield the VMs of a configuration with what instances inherit, in the order of the file.
+
+    Templates are looked for among them, then among those that are `known` already.  An instance that cannot be is
+    left out, and the log says why.
+    """
+    by_name: dict[str, VmConfig] = {}
+    for vm in vms:
+        by_name.setdefault(vm.name, vm)
+    for vm in vms:
+        try:
+            yield _resolved(vm, by_name, known, ())
+        except OperatorError as error:
+            log.error(f"{vm.origin}: {error}")
+
+
+def _resolved(
+    vm: VmConfig, by_name: "Mapping[str, VmConfig]", known: "Callable[[str], VmConfig | None]", above: tuple[str, ...]
+) -> VmConfig:
+    if not vm.parent:
+        return vm
+    if vm.name in above:
+        raise OperatorError(errno.ELOOP, f"vm {vm.name} is an instance of itself")
+    template = by_name.get(vm.parent)
+    if template is not None:
+        template = _resolved(template, by_name, known, (*above, vm.name))
+    else:
+        template = known(vm.parent)
+    if template is None:
+        raise OperatorError(VMD_PARENT_INVALID, f"vm {vm.name}: template {vm.parent} not found")
+    return derive(template, vm, None)
+
+
+def require_permission(template: VmConfig, wanted: VmConfig, caller: Caller) -> None:
+    """Raise OperatorError(EPERM) unless a user may make such an instance."""
+    allow = template.allow or NOBODY
+    if allow.owner is None or not may_control(caller, allow.owner.uid, allow.owner.gid):
+        raise OperatorError(
+            errno.EPERM, f"uid {caller.uid} has no permission to create instances of vm {template.name}"
+        )
+    for flag, what in ASPECTS:
+        if flag in wanted.given and flag not in allow.flags:
+            raise OperatorError(errno.EPERM, f'vm "{wanted.name}": no permission to set {what}')
+
+
+def require_own(template: VmConfig, wanted: VmConfig) -> None:
+    """Raise OperatorError(EBUSY) if an instance wants what only one VM can have, and the template has it."""
+    theirs = {disk.path for disk in template.disks}
+    for disk in wanted.disks:
+        if disk.path in theirs:
+            raise OperatorError(
+                errno.EBUSY, f"vm {wanted.name}: disk {disk.path} of vm {template.name} cannot be reused"
+            )
+    taps = {nic.tap for nic in template.nics} - {"", "tap"}
+    lladdrs = {nic.lladdr for nic in template.nics} - {b""}
+    for nic in wanted.nics:
+        if nic.tap in taps:
+            raise OperatorError(
+                errno.EBUSY, f"vm {wanted.name}: interface {nic.tap} of vm {template.name} cannot be reused"
+            )
+        if nic.lladdr in lladdrs:
+            raise OperatorError(
+                errno.EBUSY, f"vm {wanted.name}: lladdr {nic.lladdr.hex(':')} of vm {template.name} cannot be reused"
+            )
+
+
+def fresh(nic: NicConfig) -> NicConfig:
+    """Return an interface like this one, with a tap and an address still to be found."""
+    return nic.replace(tap="", lladdr=b"")
+
+
+def owner_of(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> Owner:
+    """Return whose an instance is: the caller's, or whom the configuration names, or the template's."""
+    if caller is not None and caller.uid != 0:
+        return Owner(uid=caller.uid, gid=template.owner.gid)
+    return wanted.owner if wanted.owner != Owner() else template.owner
+
+
+def allowance(template: VmConfig, wanted: VmConfig) -> AllowInstance | None:
+    """Return who may make instances of the instance: the template must say that this goes on."""
+    if wanted.allow is not None:
+        return wanted.allow
+    if template.allow is not None and VmFlag.INSTANCE in template.allow.flags:
+        return template.allow
+    return None
