@@ -82,11 +82,9 @@ def _resolved(
         return vm
     if vm.name in above:
         raise OperatorError(errno.ELOOP, f"vm {vm.name} is an instance of itself")
-    template = by_name.get(vm.parent)
-    if template is not None:
-        template = _resolved(template, by_name, known, (*above, vm.name))
-    else:
-        template = known(vm.parent)
+    template = known(vm.parent)
+    if vm.parent in by_name:
+        template = _resolved(by_name[vm.parent], by_name, known, (*above, vm.name))
     if template is None:
         raise OperatorError(VMD_PARENT_INVALID, f"vm {vm.name}: template {vm.parent} not found")
     return derive(template, vm, None)

@@ -115,6 +115,8 @@ class Vm:
 
     def ended(self, text: str) -> None:
         """Any state with a process -> STOPPED."""
+        if self.next_config is not None:
+            self.config, self.next_config = self.next_config, None
         self.state = State.STOPPED
         self.pid = 0
         self.text = text
@@ -122,8 +124,6 @@ class Vm:
         self.uid = self.config.owner.uid
         self.one_shot_boot = False
         self.running_config = None
-        if self.next_config is not None:
-            self.config, self.next_config = self.next_config, None
 
     def patience_s(self) -> float:
         """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""
