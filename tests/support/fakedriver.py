@@ -138,9 +138,20 @@ class Device:
     """A device process and everything that it is connected to; a context manager that ends it."""
 
     def __init__(
-        self, kind: str, resources: Sequence[int] = (), *, notes: Sequence[int] = (), flags: int = 0, queues: int = 1
+        self,
+        kind: str,
+        resources: Sequence[int] = (),
+        *,
+        notes: Sequence[int] = (),
+        flags: int = 0,
+        queues: int = 1,
+        net: bytes = b"",
+        host_name: str = "",
     ) -> None:
+        """`net` is devmsg.NET, of a network interface."""
         self.kind = kind
+        self.net = net
+        self.host_name = host_name
         self.notes = list(notes) or [0] * len(resources)
         self.memory = GuestMemory.create(LAYOUT)
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
@@ -155,7 +166,7 @@ class Device:
         for channel in (self.sync, self.informs):
             channel.settimeout(DEADLINE_S)
         self.resources = [os.dup(fd) for fd in resources]
-        self.flags = flags
+        self.flags = flags | (devmsg.START_NET if net else 0)
         self.features = 0
         self.activations = 0
         self.config = b""
@@ -210,7 +221,9 @@ class Device:
             len(self.memory.regions) if regions is None else regions,
         )  # fmt: skip
         words = ["vm/test", *(f"backing file {n} of disk 0" if n else "disk 0" for n in range(len(self.resources)))]
-        rows += b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes)
+        rows += b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes) + self.net
+        if self.net:
+            words = ["vm/test", *("tap0" for _ in self.resources), self.host_name]
         return head + rows + "\0".join(words).encode()
 
     def send_start(self, packet: bytes) -> None:
@@ -247,12 +260,20 @@ class Device:
 
     def activate(self, size: int, features: int = MODERN, base: int = RING_BASE) -> Ring:
         """Reset the device and give it a new ring."""
+        (ring,) = self.activate_all((size,), features, base)
+        return ring
+
+    def activate_all(self, sizes: Sequence[int], features: int = MODERN, base: int = RING_BASE) -> list[Ring]:
+        """Reset the device and give it new rings, behind one another."""
         self.command(devmsg.RESET)
         for fd in (*self.kicks, *self.calls):
             self.take_event(fd)
-        ring = Ring(self.memory, size, base)
-        assert self.activate_rows(features, ring.row()) == 0
-        return ring
+        rings = []
+        for size in sizes:
+            rings.append(Ring(self.memory, size, base))
+            base = rings[-1].used + 6 + 8 * size + 15 & ~15
+        assert self.activate_rows(features, *(ring.row() for ring in rings)) == 0
+        return rings
 
     def export(self) -> list[tuple[int, int]]:
         """Return (next avail, next used) of each queue."""

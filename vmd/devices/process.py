@@ -12,6 +12,7 @@ import os
 import select
 import sys
 import time
+from _queue import Empty, SimpleQueue
 
 from vmd.errors import GuestError, PeerError, VmdError
 from vmd.guestmem import GuestMemory, Region
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from struct import Struct
     from typing import Any, Protocol
 
-    class Device(Protocol):
-        """One kind of device.  Order of calls: open; then activate, on_notify*, quiesce, again and again; close.
+    class AnyDevice(Protocol):
+        """One kind of device.  Order of calls: open; then activate, quiesce, again and again; close.
 
         All are made by the process's main thread.
         """
@@ -45,9 +46,6 @@ if TYPE_CHECKING:
         def activate(self, features: int, queues: list[Queue | None]) -> None:
             """Take the rings; None for a queue the driver does not use."""
 
-        def on_notify(self, number: int) -> bool:
-            """Serve a queue, up to a budget; return whether there is more to do.  GuestError ends in NEEDS_RESET."""
-
         def quiesce(self, *, forget: bool) -> None:
             """Finish what is in flight; touch no ring until notified again.
 
@@ -62,6 +60,21 @@ if TYPE_CHECKING:
 
         def close(self) -> None:
             """Make everything that was done last, and let go, at the end."""
+
+    class Device(AnyDevice, Protocol):
+        """A device that is served on the main thread, between `activate` and `quiesce`."""
+
+        def on_notify(self, number: int) -> bool:
+            """Serve a queue, up to a budget; return whether there is more to do.  GuestError ends in NEEDS_RESET."""
+
+    class ThreadedDevice(AnyDevice, Protocol):
+        """A device whose own threads wait for notifications and serve its queues.
+
+        `quiesce` returns when none of them touches a ring any more.
+        """
+
+        def resume(self) -> None:
+            """Have the threads look at every queue, and go on; called after `activate` and after a pause."""
 
 
 VM = "vm process"  # whom a sentence about the channels is about
@@ -101,6 +114,7 @@ class Host:
         self.verbosity = verbosity
         self.form = FORMS[form]
         self.regions = []
+        self.net: tuple[Any, ...] | None = None  # the fields of devmsg.NET
         at = devmsg.START_HEAD.size
         for _ in range(regions):
             gpa, size, offset, flags = unpack(devmsg.REGION, packet, at)
@@ -114,7 +128,13 @@ class Host:
         for _ in range(resources):
             self.notes += unpack(devmsg.RESOURCE, packet, at)
             at += devmsg.RESOURCE.size
+        self.host_name = ""
+        if self.flags & devmsg.START_NET:
+            self.net = unpack(devmsg.NET, packet, at)
+            at += devmsg.NET.size
         self.title, *self.names = packet[at:].decode(errors="replace").split("\0")
+        if self.net is not None and self.names:
+            self.host_name = self.names.pop()
         if len(self.names) != resources:
             raise PeerError(VM, f"START names {len(self.names)} of {resources} resources", packet)
         if len(fds) != 1 + resources:
@@ -157,15 +177,23 @@ class Process:
         self.watch(sync.fileno(), self.on_sync)
         self.watch(informs.fileno(), self.on_inform)
         self.watch(devmsg.FD_RESAMPLE, self.on_resample)
-        for number, fd in enumerate(host.kicks):
-            self.watch(fd, lambda number=number, fd=fd: self.on_kick(number, fd))  # type: ignore[misc]
+        self.watch_kicks()
         for fd in host.calls:
             os.fstat(fd)
 
-    def watch(self, fd: int, handler: "Callable[[], None]") -> None:
-        """Call `handler` whenever `fd` is readable."""
-        self.epoll.register(fd, select.EPOLLIN)
+    def watch(self, fd: int, handler: "Callable[[], None]", events: int = select.EPOLLIN) -> None:
+        """Call `handler` whenever `fd` is readable, or has other events."""
+        self.epoll.register(fd, events)
         self.handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """Call its handler no more; what epoll has already found, it still gets."""
+        self.epoll.unregister(fd)
+
+    def watch_kicks(self) -> None:
+        """Listen to the guest's notifications."""
+        for number, fd in enumerate(self.host.kicks):
+            self.watch(fd, lambda number=number, fd=fd: self.on_kick(number, fd))  # type: ignore[misc]
 
     def call_after(self, delay_s: float, handler: "Callable[[], None]") -> None:
         """Call `handler` once, later; a process has one timer, and a new one replaces it."""
@@ -249,12 +277,18 @@ class Process:
         """Take a message of the async channel."""
         packet = self.informs.recv(devmsg.PACKET_MAX)
         kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
-        if kind == devmsg.SHUTDOWN:
-            self.end()
-        elif kind == devmsg.VERBOSITY:
-            log.verbosity = exact(devmsg.VERBOSITY_BODY, packet)[1]
-        else:
+        handler = self.INFORMS.get(kind)
+        if handler is None:
             raise PeerError(VM, f"unknown message {kind}", packet)
+        handler(self, packet)
+
+    def on_shutdown(self, _packet: bytes) -> None:
+        """The VM is over."""
+        self.end()
+
+    def on_verbosity(self, packet: bytes) -> None:
+        """Log more or less."""
+        log.verbosity = exact(devmsg.VERBOSITY_BODY, packet)[1]
 
     def on_sync(self) -> None:
         """Answer a question."""
@@ -341,7 +375,11 @@ class Process:
         ]
         return devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, len(rows)) + b"".join(rows)
 
-    QUESTIONS = {
+    INFORMS: "dict[int, Callable[[Any, bytes], None]]" = {
+        devmsg.SHUTDOWN: on_shutdown,
+        devmsg.VERBOSITY: on_verbosity,
+    }
+    QUESTIONS: "dict[int, Callable[[Any, bytes], bytes]]" = {
         devmsg.ACTIVATE: on_activate,
         devmsg.RESET: on_reset,
         devmsg.PAUSE: on_pause,
@@ -363,12 +401,63 @@ class Process:
         sys.exit(0)
 
 
+class ThreadedProcess(Process):
+    """A device process whose device has threads of its own for its queues.
+
+    A thread calls `interrupt`, `post` and `broke`; everything else is the main thread's.
+    """
+
+    device: "ThreadedDevice"  # type: ignore[assignment] # nothing here calls on_notify: no kick is watched
+
+    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
+        super().__init__(sync, informs, host)
+        self.posts: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.posted = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.watch(self.posted, self.on_posted)
+
+    def watch_kicks(self) -> None:
+        """Leave them to the threads."""
+
+    def look_at_all(self) -> None:
+        """Have the threads go on, if there is something to go on with."""
+        if self.running:
+            self.device.resume()
+
+    def post(self, job: "Callable[[], None]") -> None:
+        """Have something done on the main thread, soon; what it raises ends the process."""
+        self.posts.put(job)
+        os.eventfd_write(self.posted, 1)
+
+    def on_posted(self) -> None:
+        """Do what threads have posted."""
+        try:
+            os.eventfd_read(self.posted)
+        except BlockingIOError:
+            return
+        while True:
+            try:
+                job = self.posts.get_nowait()
+            except Empty:
+                return
+            job()
+
+    def broke(self, text: str) -> None:
+        """Take from a thread that the driver broke its ring; the thread has stopped serving."""
+        life = self.activations  # does not change while a thread serves
+        self.post(lambda: self.needs_reset(text) if life == self.activations and self.running else None)
+
+    def needs_reset(self, text: str) -> None:
+        """Stop all threads, and say so."""
+        super().needs_reset(text)
+        self.device.quiesce(forget=False)
+
+
 def sentence(error: Exception) -> str:
     """Return what a failure is, for people."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def main(confinement: Confinement, make: "Callable[[Process], Device]") -> int:
+def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Process] = Process) -> int:
     """Run a device process.  `make(process)` opens the resource and returns the device; it may start threads.
 
     A failure of the start is answered with its errno and sentence.
@@ -383,7 +472,7 @@ def main(confinement: Confinement, make: "Callable[[Process], Device]") -> int:
         host = Host(packet, fds)
         set_title(host.title)
         log.setup(host.title, host.form, host.verbosity)
-        process = Process(sync, informs, host)
+        process = kind(sync, informs, host)
         process.device = make(process)
     except (VmdError, OSError) as error:
         return refuse(sync, error)

@@ -46,15 +46,27 @@ TYPE = Struct("<I")  # first word of every packet
 # START: the first packet.  Answered READY on both channels, or ERROR.
 #   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
 #   number of resource descriptors, flags (below), number of memory regions; then REGION each; then RESOURCE for
-#   each resource; then, UTF-8, the title of the process and a name for each resource, with a NUL before each name.
+#   each resource; then NET, if flags say so; then, UTF-8, the title of the process, a name for each resource, and
+#   with NET the guest's host name, with a NUL before each name.
 START = 1
 START_HEAD = Struct("<IIIIIIII")
 REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)
 REGION_READ_ONLY = 1
 START_READ_ONLY = 1  # disk: the guest may not write
+START_NET = 2  # network interface: NET follows, and the host name
 RESOURCE = Struct("<I")  # of an image what its user, or the image above it, says (RESOURCE_*); of others 0
 RESOURCE_QCOW2 = 1  # else raw; never guessed by the device process
 RESOURCE_GUESSED = 2  # nobody said it, only its own first bytes: writes that would change what they say are refused
+
+# NET: of a network interface, addresses as they are on the wire, all zero for none:
+#   the guest's link-layer address, the tap's; flags (NET_*), MTU (0: the guest is told none); of a `local` one the
+#   addresses of guest and host, the host's link-local one (none: made from its link-layer address), the /64 prefix
+#   that is announced to the guest, and DNS_MAX name servers of either family, behind one another (none: the host).
+NET = Struct("<6s6sHH4s4s16s16s12s48s")
+NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer address and sees what is for it
+NET_LOCAL = 2  # `local interface`: the guest is given its addresses
+NET_PXE = 4  # it boots from this interface: DHCP names it, and a boot file
+DNS_MAX = 3
 
 # READY (sync and async): device features and configuration space.
 READY = 2
@@ -80,6 +92,28 @@ CONFIG_WRITE_HEAD = Struct("<III")  # type, offset, length; then the bytes
 EXPORT = 8
 EXPORT_HEAD = Struct("<II")  # type, number of queues
 
+# COUNTERS: what a network interface has done since its process was started.  Answered COUNTERS with each number of
+#   COUNTER_NAMES.  The guest's lease is said to have been given at `lease_s` (seconds since 1970, 0: not yet) to one
+#   that asked for the address `lease_requested` (as a number, network byte order, 0: for none).
+COUNTERS = 9
+COUNTER_NAMES = (
+    "rx_packets", "rx_bytes",  # to the guest; bytes of frames, without virtio headers
+    "rx_no_room",              # frame larger than a buffer, or than all of them
+    "rx_filtered",             # `locked`: for another link-layer address
+    "rx_malformed",            # shorter than an Ethernet header
+    "rx_injected_lost",        # answer of ours to a guest that takes none
+    "tx_packets", "tx_bytes",  # from the guest, handed to the tap
+    "tx_short", "tx_long",     # frame shorter than an Ethernet header; longer than MTU or segmentation allow
+    "tx_spoofed",              # `locked`: from another link-layer address
+    "tx_refused",              # the kernel would not have it: mostly wrong offsets of offloads
+    "tx_link_down",            # no link
+    "tx_busy",                 # the tap took nothing for a second
+    "tx_answered",             # taken by DHCP or router advertisement
+    "dhcp_offers", "dhcp_acks", "dhcp_naks", "dhcp_bootp", "ra_sent",
+    "lease_s", "lease_requested",
+)  # fmt: skip
+COUNTERS_BODY = Struct(f"<I4x{len(COUNTER_NAMES)}Q")
+
 # --- async -----------------------------------------------------------------------------------------------
 
 # ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  Sent on sync too, as the answer to
@@ -94,3 +128,9 @@ CONFIG_CHANGED = 18  # device -> VM: as READY; raise a configuration interrupt
 VERBOSITY = 19  # VM -> device: type, verbosity
 VERBOSITY_BODY = Struct("<II")
 SHUTDOWN = 20  # VM -> device: TYPE; flush and exit 0, as at the end of either channel
+HOSTMAC = 21  # VM -> network device: the tap's link-layer address, known or changed after START
+HOSTMAC_BODY = Struct("<I6s2x")
+# LINK: VM -> network device: link state, 0 down or 1 up, as its operator wants it.  The guest is told, by
+#   CONFIG_CHANGED, as it is when the tap itself goes down, comes up or vanishes.
+LINK = 22
+LINK_BODY = Struct("<II")

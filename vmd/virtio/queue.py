@@ -21,6 +21,7 @@ from vmd.virtio.spec import (
     VIRTQ_DESC_F_INDIRECT,
     VIRTQ_DESC_F_NEXT,
     VIRTQ_DESC_F_WRITE,
+    VIRTQ_USED_F_NO_NOTIFY,
 )
 
 TYPE_CHECKING = False
@@ -169,9 +170,21 @@ class Queue:
             wanted |= U16.unpack_from(raw, self.avail + 2)[0] == self.next_avail
         return bool(wanted)
 
-    def rearm(self) -> bool:
-        """Ask to be notified of the next chain; return whether one has come meanwhile (2.7.10.1)."""
+    def suppress(self) -> None:
+        """Ask not to be notified, until `rearm`; a driver may do it all the same (2.7.10.1)."""
+        if not self.event_idx:  # else it is not asked to again before the index has gone round
+            self.memory.memory[self.used] = VIRTQ_USED_F_NO_NOTIFY
+
+    def rearm(self, waiting: int = 0) -> bool:
+        """Ask to be notified of the next chain; return whether one has come meanwhile (2.7.10.1).
+
+        `waiting` chains are known to be there, and not enough to go on.
+        """
+        raw = self.memory.memory
         if self.event_idx:
-            self._avail_event[0] = self.next_avail
+            self._avail_event[0] = self.next_avail + waiting & 0xFFFF
             full_fence()  # the event index must be visible before we look whether we missed something
-        return self.available() > 0
+        elif raw[self.used] & VIRTQ_USED_F_NO_NOTIFY:
+            raw[self.used] = 0
+            full_fence()  # ... and so must the flag
+        return self.available() > waiting

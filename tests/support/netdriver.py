@@ -1,0 +1,214 @@
+"""A driver of the real, confined network process: buffers posted and taken back, frames sent, in any layout."""
+
+import itertools
+import struct
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tests.support.fakedriver import (
+    DEADLINE_S,
+    EVENT_IDX,
+    INDIRECT,
+    INDIRECT_DESC,
+    KIB,
+    MIB,
+    MODERN,
+    WRITE,
+    Desc,
+    Device,
+    Ring,
+    chained,
+)
+from tests.support.network import TapInterface
+from vmd.ipc import devmsg
+from vmd.virtio import spec
+
+RX, TX = 0, 1
+SIZE = 256
+LLADDR = bytes.fromhex("fee1bad10203")
+MRG = 1 << spec.VIRTIO_NET_F_MRG_RXBUF
+CSUM = 1 << spec.VIRTIO_NET_F_CSUM
+STATUS = 1 << spec.VIRTIO_NET_F_STATUS
+HOST_TSO = CSUM | 1 << spec.VIRTIO_NET_F_HOST_TSO4 | 1 << spec.VIRTIO_NET_F_HOST_TSO6
+GUEST_TSO = (
+    1 << spec.VIRTIO_NET_F_GUEST_CSUM | 1 << spec.VIRTIO_NET_F_GUEST_TSO4 | 1 << spec.VIRTIO_NET_F_GUEST_TSO6
+)
+OFFLOADS = HOST_TSO | GUEST_TSO
+ALL = MODERN | MRG | OFFLOADS | INDIRECT_DESC | EVENT_IDX
+
+NEEDS_CSUM, DATA_VALID = 1, 2
+GSO_NONE, GSO_TCPV4, GSO_TCPV6 = 0, 1, 4
+HEADER = struct.Struct("<BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
+NUM_BUFFERS = struct.Struct("<H")
+
+TX_BASE, TX_STRIDE, TX_SLOTS = MIB, 96 * KIB, 32
+RX_BASE = 5 * MIB
+TABLES = 0x80000  # indirect tables, 512 bytes for each head of either queue
+TABLE_BYTES = 512
+
+
+class Received(NamedTuple):
+    """A frame that the driver got."""
+
+    header: bytes
+    frame: bytes
+    buffers: int
+
+
+def net_start(
+    *, lladdr: bytes = LLADDR, host_lladdr: bytes = bytes(6), flags: int = 0, mtu: int = 0,
+    guest4: bytes = bytes(4), host4: bytes = bytes(4), host_ll: bytes = bytes(16), prefix6: bytes = bytes(16),
+    dns4: Sequence[bytes] = (), dns6: Sequence[bytes] = (),
+) -> bytes:  # fmt: skip
+    """Return devmsg.NET."""
+    servers = b"".join(dns4), b"".join(dns6)
+    return devmsg.NET.pack(lladdr, host_lladdr, flags, mtu, guest4, host4, host_ll, prefix6, *servers)
+
+
+class NetDriver:
+    """A network process with both rings."""
+
+    def __init__(self, tap: TapInterface, net: bytes = b"", *, host_name: str = "", features: int = ALL) -> None:
+        self.device = Device("vionet", [tap.fd], queues=2, net=net or net_start(), host_name=host_name).start()
+        self.memory = self.device.memory
+        self.renew(features)
+
+    def renew(self, features: int = ALL, *, size: int = SIZE) -> None:
+        """Reset, and start with new rings; nothing is posted."""
+        self.features = features
+        self.rx, self.tx = self.device.activate_all((size, size), features)
+        self.header_bytes = 12 if features & (MODERN | MRG) else 10
+        self.posted: dict[int, list[Desc]] = {}
+        self.arrived: list[tuple[int, int]] = []
+        self.slot = 0
+        self.sent: list[tuple[int, int]] = []
+
+    def close(self) -> None:
+        """End it."""
+        self.device.__exit__(None, None, None)
+
+    # --- receiving -------------------------------------------------------------------------------------------------
+
+    def post(self, count: int, sizes: Sequence[int] = (), *, kick: bool = True) -> None:
+        """Give buffers of the driver's, each with parts of the given sizes; by default one that fits any frame."""
+        if not sizes:
+            sizes = (2048,) if self.features & MRG or not self.features & GUEST_TSO else (65562,)
+        place = RX_BASE
+        indirect = self.features & INDIRECT_DESC and len(sizes) > 1
+        for number in range(count):
+            parts = []
+            for size in sizes:
+                parts.append(Desc(place, size, WRITE))
+                place += size
+            head = number if indirect else number * len(sizes)
+            if indirect:
+                table = TABLES + number * TABLE_BYTES
+                raw = b"".join(struct.pack("<QIHH", *part) for part in chained(parts))
+                self.memory.load(table, raw)
+                self.rx.describe(head, [Desc(table, len(raw), INDIRECT)])
+            else:
+                self.rx.describe(head, chained(parts, head))
+            self.posted[head] = parts
+            self.rx.offer(head)
+        if kick:
+            self.device.kick(RX)
+
+    def try_receive(self) -> Received | None:
+        """Return a frame that has come, and post its buffers again."""
+        self.arrived += self.rx.reap()
+        if not self.arrived:
+            return None
+        head, length = self.arrived[0]
+        first = self._content(head, length)
+        count = NUM_BUFFERS.unpack_from(first, 10)[0] if self.header_bytes == 12 else 1
+        if len(self.arrived) < count:
+            return None
+        taken, self.arrived = self.arrived[:count], self.arrived[count:]
+        raw = b"".join(self._content(head, length) for head, length in taken)
+        for head, _ in taken:
+            self.rx.offer(head)
+        return Received(raw[: self.header_bytes], raw[self.header_bytes :], count)
+
+    def _content(self, head: int, length: int) -> bytes:
+        found = b""
+        for part in self.posted[head]:
+            here = min(part.length, length - len(found))
+            if here:
+                found += self.memory.read(part.gpa, here)
+        assert len(found) == length
+        return found
+
+    def receive(self) -> Received:
+        """Wait for a frame."""
+        while True:
+            found = self.try_receive()
+            if found is not None:
+                return found
+            self.rx.set_used_event(self.rx.used_idx)
+            self.device.kick(RX)
+            if self.rx.used_idx == self.rx.device_idx:
+                self.device.wait_interrupt(RX)
+
+    def receive_all(self, count: int) -> list[Received]:
+        """Wait for as many frames."""
+        return [self.receive() for _ in range(count)]
+
+    # --- sending ---------------------------------------------------------------------------------------------------
+
+    def lay_out(self, frame: bytes, header: bytes | None = None, cuts: Sequence[int] | None = None) -> list[Desc]:
+        """Write a frame into a buffer of its own, cut at some places; by default behind the header."""
+        raw = (header or b"").ljust(self.header_bytes, b"\0") + frame
+        base = TX_BASE + self.slot * TX_STRIDE
+        self.slot = (self.slot + 1) % TX_SLOTS
+        self.memory.load(base, raw)
+        edges = [0, *(cuts if cuts is not None else (self.header_bytes,)), len(raw)]
+        return [Desc(base + a, b - a) for a, b in itertools.pairwise(edges)]
+
+    def submit(self, frame: bytes, header: bytes | None = None, cuts: Sequence[int] | None = None) -> int:
+        """Offer a frame, without a notification; return the head."""
+        parts = self.lay_out(frame, header, cuts)
+        if self.features & INDIRECT_DESC and len(parts) > 1:
+            return self.tx.add_indirect(parts, TABLES + TABLE_BYTES * (SIZE + self.slot))
+        return self.tx.add(parts)
+
+    def send(self, frame: bytes, header: bytes | None = None, cuts: Sequence[int] | None = None) -> None:
+        """Send a frame and wait until its buffer is back."""
+        head = self.submit(frame, header, cuts)
+        assert self.device.collect(self.tx, 1, TX) == [(head, 0)]
+
+    def give(self, parts: Sequence[Desc]) -> None:
+        """Send what is already laid out, and wait until it is back."""
+        head = self.tx.add(parts)
+        assert self.device.collect(self.tx, 1, TX) == [(head, 0)]
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, int]:
+        """Return the process's counters."""
+        answer = self.device.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
+        kind, *figures = devmsg.COUNTERS_BODY.unpack(answer)
+        assert kind == devmsg.COUNTERS
+        return dict(zip(devmsg.COUNTER_NAMES, figures, strict=True))
+
+    def counter(self, name: str, least: int) -> int:
+        """Wait until a counter has come so far; the question itself gives the threads time."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while (value := self.counters()[name]) < least:
+            assert time.monotonic() < deadline_s, f"{name} stays {value}"
+        return value
+
+    def link(self) -> bool:
+        """Wait for the next change of configuration; return whether the link is up then."""
+        self.device.wait_for(self.device.informs.fileno())
+        packet = self.device.informs.recv(devmsg.PACKET_MAX)
+        kind, _, length = devmsg.READY_HEAD.unpack_from(packet)
+        assert kind == devmsg.CONFIG_CHANGED
+        self.device.config = packet[devmsg.READY_HEAD.size :]
+        assert length == len(self.device.config)
+        return bool(self.device.config[6] & 1)
+
+
+def ring_rows(*rings: Ring) -> list[bytes]:
+    """Return rings as ACTIVATE has them."""
+    return [ring.row() for ring in rings]

@@ -1,0 +1,213 @@
+"""Network namespaces of our own, with taps in them and a host's view of these; nothing is ever made in the host's."""
+
+import array
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from tests.support.fakedriver import DEADLINE_S
+
+CLONE_NEWNET = 0x40000000
+TUNSETIFF, TUNSETSNDBUF = 0x400454CA, 0x400454D4
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+SIOCGIFHWADDR = 0x8927
+SOL_PACKET, PACKET_VNET_HDR, PACKET_QDISC_BYPASS = 263, 15, 20
+ETH_P_ALL = 3
+PACKET_OUTGOING = 4
+VNET_HDR_BYTES = 10  # of packet sockets
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def enter(call: int) -> None:
+    """Raise what a call of libc reports."""
+    if call:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+class Network:
+    """A network namespace that is gone when everything in it is closed; a context manager."""
+
+    def __init__(self) -> None:
+        home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            enter(libc.unshare(CLONE_NEWNET))
+            self.fd = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            enter(libc.setns(home, CLONE_NEWNET))
+        finally:
+            os.close(home)
+        self.run("ip", "link", "set", "lo", "up")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self.fd)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Be in the namespace; the calling thread only."""
+        home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        enter(libc.setns(self.fd, CLONE_NEWNET))
+        try:
+            yield
+        finally:
+            enter(libc.setns(home, CLONE_NEWNET))
+            os.close(home)
+
+    def run(self, *command: str) -> str:
+        """Run a program inside; return what it says."""
+        with self.inside():
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def write(self, path: str, text: str) -> None:
+        """Write a file of /proc/sys/net, which shows the namespace of who looks."""
+        with self.inside(), open(path, "w") as file:
+            file.write(text)
+
+    def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
+        """Make a socket inside."""
+        with self.inside():
+            return socket.socket(family, kind, protocol)
+
+
+class TapInterface:
+    """A tap in a namespace: `fd` is the device process's end; a context manager."""
+
+    def __init__(self, network: Network, name: str = "tap0", *, ipv6: bool = False, mtu: int = 1500) -> None:
+        """Without `ipv6` the kernel sends nothing of its own accord."""
+        self.network = network
+        self.name = name
+        with network.inside():
+            self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        fcntl.ioctl(self.fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+        if not ipv6:
+            network.write(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
+        if mtu != 1500:
+            network.run("ip", "link", "set", name, "mtu", str(mtu))
+        self.set("up")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close our end; the interface is gone when the device process closes its own."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def set(self, *words: str) -> None:
+        """Change the interface: `up`, `down`, `address ...`."""
+        self.network.run("ip", "link", "set", self.name, *words)
+
+    def remove(self) -> None:
+        """Delete the interface."""
+        self.network.run("ip", "link", "delete", self.name)
+
+    def set_send_buffer(self, size: int) -> None:
+        """Have the tap take no more than so many bytes that nobody has read."""
+        fcntl.ioctl(self.fd, TUNSETSNDBUF, struct.pack("i", size))
+
+    @property
+    def lladdr(self) -> bytes:
+        """The address of the interface, at the host's side."""
+        with self.network.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            raw = fcntl.ioctl(any_socket, SIOCGIFHWADDR, struct.pack("16s24x", self.name.encode()))
+        return raw[18:24]
+
+
+class Host:
+    """A packet socket on an interface: sends frames to the guest, sees those that the guest sends."""
+
+    def __init__(self, tap: TapInterface, *, unfinished: bool = False, buffer_bytes: int = 8 << 20) -> None:
+        """With `unfinished`, frames have a virtio header of 10 bytes before them."""
+        self.socket = tap.network.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        self.socket.setsockopt(socket.SOL_SOCKET, 33, buffer_bytes)  # SO_RCVBUFFORCE
+        self.socket.setsockopt(socket.SOL_SOCKET, 32, buffer_bytes)  # SO_SNDBUFFORCE
+        if unfinished:
+            self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        self.socket.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
+        self.socket.bind((tap.name, ETH_P_ALL))
+        self.socket.setblocking(False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.socket.close()
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame to the guest; waits if the tap's queue is full."""
+        while True:
+            try:
+                self.socket.send(frame)
+                return
+            except (BlockingIOError, InterruptedError):
+                wait_for(self.socket.fileno(), select.POLLOUT)
+            except OSError as error:
+                if error.errno != 105:  # ENOBUFS: what a packet socket says of a full queue that it goes around
+                    raise
+                os.sched_yield()
+
+    def try_send(self, frame: bytes) -> bool:
+        """Send a frame if the tap's queue has room."""
+        try:
+            self.socket.send(frame)
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> bytes:
+        """Return the next frame that came from the guest."""
+        while True:
+            wait_for(self.socket.fileno(), select.POLLIN)
+            frame = self.try_receive()
+            if frame is not None:
+                return frame
+
+    def try_receive(self) -> bytes | None:
+        """Return a frame that came from the guest, if there is one."""
+        while True:
+            try:
+                frame, where = self.socket.recvfrom(1 << 17)
+            except BlockingIOError:
+                return None
+            if where[2] != PACKET_OUTGOING:
+                return frame
+
+    def receive_all(self, count: int) -> list[bytes]:
+        """Return as many frames."""
+        return [self.receive() for _ in range(count)]
+
+
+def wait_for(fd: int, events: int) -> None:
+    """Wait until a descriptor is ready."""
+    poll = select.poll()
+    poll.register(fd, events)
+    assert poll.poll(DEADLINE_S * 1000), "nothing happened"
+
+
+def checksum(data: bytes) -> int:
+    """Return the internet checksum, the way RFC 1071 adds it up."""
+    words = array.array("H", data + bytes(len(data) % 2))
+    total = sum(words)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return int.from_bytes((~total & 0xFFFF).to_bytes(2, "little"), "big")

@@ -1,0 +1,77 @@
+"""What a network interface is, as the VM process says it in START."""
+
+from vmd.devices.vionet.ethernet import GROUP, link_local
+from vmd.ipc import devmsg
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MTU_MIN, MTU_MAX = 68, 16384  # of IPv4; of OpenBSD's taps (*cat. 6.5*)
+MTU_USUAL = 1500
+
+
+class Interface(Record):
+    """One NIC.  Addresses are bytes as on the wire; empty ones are not there."""
+
+    lladdr: bytes  # the guest's
+    host_lladdr: bytes = b""
+    locked: bool = False
+    local: bool = False
+    pxe: bool = False
+    mtu: int = 0  # 0: nothing is said about it
+    guest4: bytes = b""
+    host4: bytes = b""
+    host_link_local: bytes = b""
+    prefix6: bytes = b""  # 16 bytes, of which 8 count
+    dns4: tuple[bytes, ...] = ()
+    dns6: tuple[bytes, ...] = ()
+    host_name: str = ""
+
+    def check(self) -> None:
+        """Refuse what no interface can be."""
+        if not any(self.lladdr) or self.lladdr[0] & GROUP:
+            raise ValueError(f"{self.lladdr.hex(':')} is no address of an interface")
+        if self.mtu and not MTU_MIN <= self.mtu <= MTU_MAX:
+            raise ValueError(f"mtu {self.mtu} is not between {MTU_MIN} and {MTU_MAX}")
+        if self.local and not (self.guest4 and self.host4):
+            raise ValueError("a local interface without addresses")
+
+    @classmethod
+    def from_start(cls, fields: "tuple[Any, ...]", host_name: str) -> "Interface":
+        """Take the fields of `devmsg.NET`.  Raises ValueError."""
+        lladdr, host_lladdr, flags, mtu, guest4, host4, host_link_local, prefix6, dns4, dns6 = fields
+        return cls(
+            lladdr=lladdr,
+            host_lladdr=given(host_lladdr),
+            locked=bool(flags & devmsg.NET_LOCKED),
+            local=bool(flags & devmsg.NET_LOCAL),
+            pxe=bool(flags & devmsg.NET_PXE),
+            mtu=mtu,
+            guest4=given(guest4),
+            host4=given(host4),
+            host_link_local=given(host_link_local),
+            prefix6=given(prefix6),
+            dns4=servers(dns4, 4),
+            dns6=servers(dns6, 16),
+            host_name=host_name,
+        )
+
+    @property
+    def router(self) -> bytes:
+        """The host's link-local address; empty if even its link-layer address is not known."""
+        if self.host_link_local:
+            return self.host_link_local
+        return link_local(self.host_lladdr) if self.host_lladdr else b""
+
+
+def given(address: bytes) -> bytes:
+    """Return an address, or nothing if it is all zero."""
+    return address if any(address) else b""
+
+
+def servers(raw: bytes, size: int) -> tuple[bytes, ...]:
+    """Cut a list of addresses apart; those that are all zero are not there."""
+    addresses = [raw[at : at + size] for at in range(0, len(raw), size)]
+    return tuple(address for address in addresses if any(address))

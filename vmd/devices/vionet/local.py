@@ -1,0 +1,124 @@
+"""What a `local interface` answers its guest itself: DHCP and router solicitations; and when it speaks up unasked."""
+
+import os
+import time
+
+from vmd.devices.vionet import dhcp, ra
+from vmd.devices.vionet.ethernet import HEADER_BYTES, IP_ICMPV6, IP_UDP, IPV4, IPV6, TYPE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.devices.vionet.interface import Interface
+
+IP_PROTOCOL = HEADER_BYTES + 9
+IP_VERSION = HEADER_BYTES
+IP_WITHOUT_OPTIONS = 0x45
+UDP_PORTS = slice(HEADER_BYTES + 20, HEADER_BYTES + 24)
+CLIENT_TO_SERVER = b"\0\x44\0\x43"
+IPV6_NEXT = HEADER_BYTES + 6
+ICMPV6_TYPE = HEADER_BYTES + 40
+
+
+class LocalNetwork:
+    """The other end of the guest's link.
+
+    `concerns` and `answer` are the transmit thread's, everything else the main thread's.
+    """
+
+    look_bytes = ICMPV6_TYPE + 1
+    frame_max = dhcp.FRAME_MAX
+
+    def __init__(
+        self,
+        interface: "Interface",
+        inject: "Callable[[bytes], None]",
+        call_after: "Callable[[float, Callable[[], None]], None]",
+    ) -> None:
+        """`inject` sends a frame to the guest."""
+        self.interface = interface
+        self.inject = inject
+        self.call_after = call_after
+        self.initial = 0
+        self.life = 0
+        self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, 0: 0}
+        self.lease_s = self.lease_requested = 0
+        self.solicited = self.unsolicited = 0
+
+    @property
+    def routes(self) -> bool:
+        """Whether the guest is to be told of a router."""
+        return bool(self.interface.prefix6 and self.interface.host_lladdr)
+
+    # --- on the transmit thread ----------------------------------------------------------------------------------
+
+    def concerns(self, start: bytes) -> bool:
+        """Return whether a frame that starts like this deserves a closer look."""
+        kind = start[TYPE]
+        if kind == IPV4:
+            if start[IP_PROTOCOL : IP_PROTOCOL + 1] != bytes((IP_UDP,)):
+                return False
+            return start[IP_VERSION] != IP_WITHOUT_OPTIONS or start[UDP_PORTS] == CLIENT_TO_SERVER
+        return (
+            kind == IPV6
+            and start[IPV6_NEXT : IPV6_NEXT + 1] == bytes((IP_ICMPV6,))
+            and start[ICMPV6_TYPE : ICMPV6_TYPE + 1] == bytes((ra.ROUTER_SOLICITATION,))
+        )
+
+    def answer(self, frame: bytes, sum_missing: bool) -> bool:
+        """Answer a frame, if it is for us."""
+        interface = self.interface
+        if frame[TYPE] == IPV6:
+            if not self.routes or not ra.is_solicitation(frame, interface, sum_missing=sum_missing):
+                return False
+            self.solicited += 1
+            self.inject(ra.advertisement(interface))
+            return True
+        reply = dhcp.answer(frame, interface, sum_missing=sum_missing)
+        if reply is None:
+            return False
+        self.answered[reply.kind] += 1
+        if reply.kind in (dhcp.ACK, 0):
+            self.lease_s = int(time.time())
+            self.lease_requested = int.from_bytes(reply.requested, "big")
+        self.inject(reply.frame)
+        return True
+
+    # --- on the main thread --------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A driver has begun: tell it soon, whether it asks or not (RFC 4861, 6.2.4)."""
+        self.life += 1
+        self.initial = ra.INITIAL_COUNT
+        self._plan(1.0)
+
+    def end(self) -> None:
+        """There is no driver any more."""
+        self.life += 1
+
+    def _plan(self, delay_s: float) -> None:
+        life = self.life
+        self.call_after(delay_s, lambda: self._advertise() if life == self.life else None)
+
+    def _advertise(self) -> None:
+        if self.routes:
+            self.unsolicited += 1
+            self.inject(ra.advertisement(self.interface))
+        if self.initial > 1:
+            self.initial -= 1
+            self._plan(ra.INITIAL_INTERVAL_S)
+        else:
+            self._plan(ra.INTERVAL_S * (0.75 + os.urandom(1)[0] / 512))  # not all guests of a host at once
+
+    def counters(self) -> dict[str, int]:
+        """Return what has happened, under the names of `devmsg.COUNTER_NAMES`."""
+        return {
+            "dhcp_offers": self.answered[dhcp.OFFER],
+            "dhcp_acks": self.answered[dhcp.ACK],
+            "dhcp_naks": self.answered[dhcp.NAK],
+            "dhcp_bootp": self.answered[0],
+            "ra_sent": self.solicited + self.unsolicited,
+            "lease_s": self.lease_s,
+            "lease_requested": self.lease_requested,
+        }

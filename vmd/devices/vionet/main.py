@@ -1,0 +1,57 @@
+"""vionet: a network interface, queues of 256 for receiving and for transmitting.
+
+Runs as  _vmd, in its VM's cell, with two requests on its tap and no other use of networks
+Peers    its VM process
+Holds    guest memory, two queues' eventfds, and the tap
+Threads  main (the channels), one for each queue
+"""
+
+from vmd.devices import process
+from vmd.devices.process import ThreadedProcess, exact
+from vmd.devices.vionet.device import Vionet
+from vmd.devices.vionet.interface import Interface
+from vmd.devices.vionet.tap import Tap
+from vmd.errors import PeerError
+from vmd.ipc import devmsg
+from vmd.privsep.confine import VIONET
+
+
+class NetProcess(ThreadedProcess):
+    """The process, with what the VM says to a network interface only."""
+
+    device: Vionet
+
+    def on_host_lladdr(self, packet: bytes) -> None:
+        """The tap's link-layer address is known now, or another one."""
+        self.device.set_host_lladdr(exact(devmsg.HOSTMAC_BODY, packet)[1])
+
+    def on_link(self, packet: bytes) -> None:
+        """The operator takes the link down, or up."""
+        self.device.set_link(bool(exact(devmsg.LINK_BODY, packet)[1]))
+
+    def on_counters(self, packet: bytes) -> bytes:
+        """Say what has happened."""
+        exact(devmsg.TYPE, packet)
+        figures = self.device.counters()
+        return devmsg.COUNTERS_BODY.pack(devmsg.COUNTERS, *(figures.get(name, 0) for name in devmsg.COUNTER_NAMES))
+
+    INFORMS = ThreadedProcess.INFORMS | {devmsg.HOSTMAC: on_host_lladdr, devmsg.LINK: on_link}
+    QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.COUNTERS: on_counters}
+
+
+def main() -> int:
+    """Run the process."""
+    return process.main(VIONET, make, NetProcess)
+
+
+def make(services: NetProcess) -> Vionet:
+    """Take the tap and start the threads.  Raises HostError or PeerError."""
+    host = services.host
+    if host.net is None or len(host.resources) != 1 or len(host.kicks) != 2:
+        raise PeerError(process.VM, "a network interface without its addresses, one tap and two queues")
+    try:
+        interface = Interface.from_start(host.net, host.host_name)
+    except ValueError as error:
+        raise PeerError(process.VM, str(error)) from None
+    tap = Tap(host.resources[0], host.names[0])
+    return Vionet(interface, tap, host.kicks, services)

@@ -1,0 +1,499 @@
+"""From the tap, and from our own answers, to the guest: the thread of the receive queue (virtio 1.2, 5.1.6.3-4).
+
+Chains are looked at some time before they are used (`Receiver.chains`); as long as none of their bytes is a frame's,
+they still count as available, so that to stop is to forget them.
+
+Frames go from the kernel straight into the guest's buffers.  Behind these stands one buffer of ours, `spill`: what
+arrives there is a frame larger than the buffers; it is either taken on to further ones (mergeable buffers) or dropped
+whole.  No guest ever sees half a frame.
+"""
+
+import os
+import time
+from _queue import Empty, SimpleQueue
+
+from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
+from vmd.devices.vionet.tap import DOWN, GONE
+from vmd.devices.vionet.worker import POLLIN, Worker, drain
+from vmd.errors import GuestError
+from vmd.virtio import spec
+from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.devices.vionet.tap import Tap
+    from vmd.devices.vionet.worker import Services
+    from vmd.virtio.queue import Queue
+
+    # head, windows on its buffers with `spill` behind them, bytes in the former
+    Buffers = tuple[int, list[memoryview], int]
+
+NUMBER = 0  # of the queue
+BUDGET = 64  # frames of one wake-up
+STOCK = 64  # chains looked at ahead of their use
+IOV_MAX = 1024
+FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
+INJECTED_MAX = 16  # answers of ours that wait; each answers a packet of the guest, which may send another
+
+# With mergeable buffers a read is given one chain while frames are small, and so many that any frame fits for the next
+# LARGE_READS after one that was not: descriptors of buffers cost more than a small frame.
+LARGE_READS = 32
+
+HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
+
+NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+NUM_BUFFERS = 10  # offset in the header
+
+
+class Receiver(Worker):
+    """The receive queue's thread."""
+
+    def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
+        """`failed` is called on this thread when the tap is gone or down."""
+        super().__init__(services, NUMBER, kick)
+        self.tap = tap
+        self.failed = failed
+        self.listening = False
+        self.configure(spec.NET_HDR_BYTES_LEGACY, mergeable=False, sums=False)
+        self.accepted = b""  # of a locked interface: the one address whose frames it gets; empty: all
+        self.spill = memoryview(bytearray(FRAME_MAX))
+        self.chains: list[Buffers] = []
+        self.at = 0  # of those in front of it, all bytes are used
+        self.large = 0
+        self.held = bytearray()  # a frame, with its header, that waits for buffers
+        self.held_until_s = 0.0
+        self.injected: SimpleQueue[bytes] = SimpleQueue()
+        self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
+
+    # --- the main thread's ---------------------------------------------------------------------------------------
+
+    def configure(self, header: int, *, mergeable: bool, sums: bool) -> None:
+        """Take what was negotiated; `sums`: the guest knows frames without checksums."""
+        self.header = header
+        self.mergeable = mergeable
+        self.sums = sums
+        # 5.1.6.4.1: the kernel fills in all but num_buffers, and flags as for a driver with GUEST_CSUM.
+        self.patch = header == spec.NET_HDR_BYTES or not sums
+
+    def forget(self) -> None:
+        """Throw away what waits for the guest."""
+        self.held = bytearray()
+        self.timeout_ms = None
+        self.large = 0
+        try:
+            while True:
+                self.injected.get_nowait()
+        except Empty:
+            return
+
+    # --- any thread's --------------------------------------------------------------------------------------------
+
+    def inject(self, frame: bytes) -> None:
+        """Have the guest receive a frame of ours; it is lost if too many wait."""
+        if self.injected.qsize() >= INJECTED_MAX:
+            self.injected_lost += 1
+            return
+        self.injected.put(frame)
+        os.eventfd_write(self.injection, 1)
+
+    # --- its own -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget the chains that were looked at: they are in the ring."""
+        self._listen(False)
+        self.chains, self.at = [], 0
+
+    def _listen(self, listen: bool) -> None:
+        """Wait for frames, or not: without buffers they stay in the tap, whose queue drops what is too much."""
+        if listen and self.link_up:
+            self.poll.register(self.tap.fd, POLLIN)
+            self.poll.register(self.injection, POLLIN)
+        elif self.listening:
+            self.poll.unregister(self.tap.fd)
+            self.poll.unregister(self.injection)
+        self.listening = listen and self.link_up
+
+    def serve(self, queue: "Queue") -> bool:
+        """Give frames to the guest as long as there are some, and buffers for them."""
+        try:
+            fed = self._fill(queue)
+        finally:  # of a ring that breaks half-way, too
+            queue.publish()
+            if queue.wants_interrupt():
+                self.services.interrupt(NUMBER)
+        if fed:
+            queue.suppress()
+            if self.listening != self.link_up:
+                self._listen(self.link_up)
+            return False
+        if self.listening:
+            self._listen(False)
+        return queue.rearm(len(self.chains) - self.at)
+
+    def _fill(self, queue: "Queue") -> bool:
+        """Move frames, up to a budget; False if it took more buffers than there are."""
+        drain(self.injection)
+        if self.held:
+            if time.monotonic() >= self.held_until_s:
+                self.no_room += 1
+                self.held = bytearray()
+                self.timeout_ms = None
+            elif not self._place(queue, self.held):
+                return False
+        while not self.injected.empty():
+            if not self._stock(queue, STOCK):
+                return False
+            if not self._place(queue, bytearray(self.header) + self.injected.get_nowait()):
+                return False
+        if not self.link_up:
+            return True
+        if self.accepted:
+            return self._receive_filtered(queue)
+        return self._receive_mergeable(queue) if self.mergeable else self._receive_single(queue)
+
+    # --- chains --------------------------------------------------------------------------------------------------
+
+    def _stock(self, queue: "Queue", most: int) -> bool:
+        """Look at waiting chains, up to `most` ahead; return whether there are any.  Raises GuestError.
+
+        The hot loop's half that knows descriptors.  It takes buffers as drivers lay them out, each in one region of
+        memory; anything else is left to `Queue.walk`.
+        """
+        del self.chains[: self.at]
+        self.at = 0
+        chains = self.chains
+        waiting = min(queue.available(), most) - len(chains)
+        if waiting <= 0:
+            return bool(chains)
+        memory = queue.memory
+        raw, ranges = memory.memory, memory.ranges
+        table, ring, mask, table_size = queue.desc, queue.avail + 4, queue.mask, queue.size
+        indirect, spill = queue.indirect, self.spill
+        least = self.header if self.mergeable else self.header + HEADER_BYTES
+        descriptor, word = DESC.unpack_from, U16.unpack_from
+        position = queue.next_avail + len(chains)
+        for _ in range(waiting):
+            head = word(raw, ring + 2 * (position & mask))[0]
+            position += 1
+            base, size, following = table, table_size, head
+            views: list[memoryview] = []
+            room = 0
+            usual = nested = False
+            steps = IOV_MAX - 1
+            while following < size and steps:  # `break` is for the last one, and for what is not of the usual form
+                steps -= 1
+                gpa, length, flags, following = descriptor(raw, base + 16 * following)
+                if flags == INDIRECT and indirect and not nested and not views:
+                    nested = True
+                    if not length or length & 15 or length > 16 * IOV_MAX:
+                        break
+                    for start, end, offset, _ in ranges:
+                        if start <= gpa and gpa + length <= end:
+                            base, size, following = offset + gpa - start, length >> 4, 0
+                            break
+                    else:
+                        break
+                    continue
+                if not flags & WRITE or not length:
+                    break
+                for start, end, offset, writable in ranges:
+                    if start <= gpa and gpa + length <= end and writable:
+                        gpa += offset - start
+                        views.append(raw[gpa : gpa + length])
+                        break
+                else:
+                    break
+                room += length
+                if flags != WRITE | NEXT:
+                    usual = flags == WRITE
+                    break
+            if not usual or room > CHAIN_BYTES_MAX:
+                views, room = self._gather(queue, head)
+            if room < least:
+                raise GuestError(f"receive buffer of {room} bytes, too small for any frame")
+            views.append(spill)
+            chains.append((head, views, room))
+        return True
+
+    def _gather(self, queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
+        """Look at a chain of any form, the obvious way; it has all the room that one read can use."""
+        chain = queue.walk(head)
+        if chain.readable:
+            raise GuestError("receive buffer with a part for reading")
+        views = [
+            window
+            for gpa, length in chain.writable
+            if length
+            for window in queue.memory.slices(gpa, length, write=True)
+        ][: IOV_MAX - 1]
+        return views, sum(map(len, views))
+
+    def _hold(self, data: bytearray) -> bool:
+        """Keep a frame until there are more buffers, but not for ever: a driver may have no more.  Returns False."""
+        if data is not self.held:
+            self.held = data
+            self.held_until_s = time.monotonic() + HOLD_S
+        self.timeout_ms = int(HOLD_S * 1000) + 1
+        return False
+
+    def _place(self, queue: "Queue", data: bytearray) -> bool:
+        """Copy a frame with its header into buffers; False, and it is held, if there are not enough of them."""
+        if not self._fits(queue, data):
+            return self._hold(data)
+        self.held = bytearray()
+        self.timeout_ms = None
+        return True
+
+    def _fits(self, queue: "Queue", data: bytearray) -> bool:
+        """Copy a frame into buffers, or drop one for which they are too small; False if there are too few."""
+        if not self.mergeable:
+            if not self._stock(queue, STOCK):
+                return False
+            if self.chains[self.at][2] < len(data):
+                self.no_room += 1
+            else:
+                self._put_spread(queue, data, 1)
+            return True
+        most = STOCK
+        while True:
+            self._stock(queue, most)
+            room = count = 0
+            for _, _, capacity in self.chains:
+                room += capacity
+                count += 1
+                if room >= len(data):
+                    self._put_spread(queue, data, count)
+                    return True
+            if count < most:  # all that wait; the guest may have more
+                break
+            most *= 2
+        if count >= queue.size:
+            self.no_room += 1
+            return True
+        return False
+
+    def _put_spread(self, queue: "Queue", data: bytearray, count: int) -> None:
+        """Copy a frame into `count` chains, and give them back."""
+        if not self.sums:
+            data[0] = 0
+        if self.header == spec.NET_HDR_BYTES:
+            data[NUM_BUFFERS : NUM_BUFFERS + 2] = count.to_bytes(2, "little")
+        source = memoryview(data)
+        for head, views, _ in self.chains[self.at : self.at + count]:
+            written = 0
+            for view in views[:-1]:
+                part = source[: len(view)]
+                view[: len(part)] = part
+                source = source[len(part) :]
+                written += len(part)
+            queue.put(head, written)
+        queue.next_avail = queue.next_avail + count & 0xFFFF
+        self.at += count
+        self.packets += 1
+        self.bytes += len(data) - self.header
+
+    def _patch_header(self, views: list[memoryview], count: int) -> None:
+        """Correct the header at the start of a chain, before the guest is told of it."""
+        first = views[0]
+        if not self.sums:
+            first[0] = 0
+        if self.header == spec.NET_HDR_BYTES:
+            if len(first) >= spec.NET_HDR_BYTES:
+                first[NUM_BUFFERS] = count & 0xFF
+                first[NUM_BUFFERS + 1] = count >> 8
+            else:
+                poke(views, NUM_BUFFERS, count & 0xFF)
+                poke(views, NUM_BUFFERS + 1, count >> 8)
+
+    # --- the tap -------------------------------------------------------------------------------------------------
+
+    def _failed(self, error: OSError) -> bool:
+        """Take an error of a read; return whether it is worth another one."""
+        if isinstance(error, BlockingIOError):
+            return False
+        if error.errno in GONE or error.errno in DOWN:
+            self.link_up = False
+            self.failed(error)
+            return False
+        self.malformed += 1  # it was taken from the tap, and is lost
+        return True
+
+    def _receive_single(self, queue: "Queue") -> bool:
+        """Read frames, each into one chain."""
+        tap, header, patch = self.tap.fd, self.header, self.patch
+        least = header + HEADER_BYTES
+        readv, put = os.readv, queue.put
+        packets = total = 0
+        at, chains = self.at, self.chains
+        try:
+            for _ in range(BUDGET):
+                if at == len(chains):
+                    self.at = at
+                    if not self._stock(queue, STOCK):
+                        at = 0
+                        return False
+                    at = 0
+                head, views, room = chains[at]
+                try:
+                    length = readv(tap, views)
+                except OSError as error:
+                    if self._failed(error):
+                        continue
+                    return True
+                if least <= length <= room:
+                    if patch:
+                        self._patch_header(views, 1)
+                    put(head, length)
+                    queue.next_avail = queue.next_avail + 1 & 0xFFFF
+                    at += 1
+                    packets += 1
+                    total += length
+                elif length:
+                    self._drop(length, least)
+                else:
+                    self._ended()
+                    return True
+            return True
+        finally:
+            self.at = at
+            self.packets += packets
+            self.bytes += total - packets * header
+
+    def _receive_mergeable(self, queue: "Queue") -> bool:
+        """Read frames into one chain while they are small, into many at once while they are not."""
+        tap, header = self.tap.fd, self.header
+        least = header + HEADER_BYTES
+        readv, put = os.readv, queue.put
+        packets = total = 0
+        chains = self.chains
+        try:
+            for _ in range(BUDGET):
+                at = self.at
+                if at == len(chains):
+                    if not self._stock(queue, STOCK):
+                        return False
+                    at = 0
+                head, views, room = chains[at]
+                first, count = room, 1
+                if self.large:
+                    self.large -= 1
+                    views, room, count = self._window(queue)
+                    at = self.at
+                    head, _, first = chains[at]
+                try:
+                    length = readv(tap, views)
+                except OSError as error:
+                    if self._failed(error):
+                        continue
+                    return True
+                if length < least:
+                    if not length:
+                        self._ended()
+                        return True
+                    self._drop(length, least)
+                elif length <= first:
+                    self._patch_header(chains[at][1], 1)
+                    put(head, length)
+                    queue.next_avail = queue.next_avail + 1 & 0xFFFF
+                    self.at = at + 1
+                    packets += 1
+                    total += length
+                elif length <= room:
+                    self.large = LARGE_READS
+                    left, used = length, 0
+                    for head, _, capacity in chains[at : at + count]:
+                        put(head, min(left, capacity))
+                        used += 1
+                        left -= capacity
+                        if left <= 0:
+                            break
+                    self._patch_header(chains[at][1], used)
+                    queue.next_avail = queue.next_avail + used & 0xFFFF
+                    self.at = at + used
+                    packets += 1
+                    total += length
+                else:
+                    self.large = LARGE_READS
+                    if not self._go_on(queue, count, length):
+                        return False
+            return True
+        finally:
+            self.packets += packets
+            self.bytes += total - packets * header
+
+    def _window(self, queue: "Queue") -> "tuple[list[memoryview], int, int]":
+        """Return windows on so many chains that any frame fits, if there are so many; their bytes and number."""
+        if len(self.chains) - self.at < STOCK:
+            self._stock(queue, 2 * STOCK)
+        views: list[memoryview] = []
+        room = count = 0
+        for _, buffers, capacity in self.chains[self.at :]:
+            if len(views) + len(buffers) > IOV_MAX:
+                break
+            views += buffers[:-1]
+            room += capacity
+            count += 1
+            if room >= FRAME_MAX:
+                break
+        views.append(self.spill)
+        return views, room, count
+
+    def _go_on(self, queue: "Queue", count: int, length: int) -> bool:
+        """Place a frame of which a part is in `spill`; False if it takes more buffers than there are."""
+        at = self.at
+        filled = self.chains[at : at + count]
+        room = sum(capacity for _, _, capacity in filled)
+        if length - room >= len(self.spill):
+            self.no_room += 1  # it may even have been longer
+            return True
+        data = bytearray().join([view for _, views, _ in filled for view in views[:-1]])
+        data += self.spill[: length - room]
+        return self._place(queue, data)
+
+    def _receive_filtered(self, queue: "Queue") -> bool:
+        """Read frames into our own memory, and give the guest those that are for it."""
+        spill, header, accepted = self.spill, self.header, self.accepted
+        least = header + HEADER_BYTES
+        for _ in range(BUDGET):
+            if not self._stock(queue, STOCK):
+                return False
+            try:
+                length = os.readv(self.tap.fd, [spill])
+            except OSError as error:
+                if self._failed(error):
+                    continue
+                return True
+            if not length:
+                self._ended()
+                return True
+            if length < least or length >= len(spill):
+                self._drop(length, least)
+            elif not spill[header] & GROUP and spill[header : header + 6] != accepted:
+                self.filtered += 1
+            elif not self._place(queue, bytearray(spill[:length])):
+                return False
+        return True
+
+    def _drop(self, length: int, least: int) -> None:
+        """Count a frame that the guest does not get; its chain is used for the next."""
+        if length < least:
+            self.malformed += 1
+        else:
+            self.no_room += 1
+
+    def _ended(self) -> None:
+        """Take the end of what is no tap for the end of a tap."""
+        self.link_up = False
+        self.failed(OSError(min(GONE), "end of file"))
+
+
+def poke(views: list[memoryview], offset: int, value: int) -> None:
+    """Store a byte somewhere in a chain."""
+    for view in views:
+        if offset < len(view):
+            view[offset] = value
+            return
+        offset -= len(view)

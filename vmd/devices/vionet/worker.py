@@ -1,0 +1,134 @@
+"""A thread that owns one queue, and the discipline between it and the main thread.
+
+The thread holds `serving` while it may touch its ring.  The main thread, which takes rings away and brings new ones,
+first clears `wanted`, which the thread looks at each time it has taken the lock, and then takes the lock once: from
+there until `go` the thread touches no ring, and polls nothing that could wake it.
+"""
+
+import _thread
+import errno
+import os
+import select
+
+from vmd.devices.process import QUIESCE_TIMEOUT_S
+from vmd.errors import GuestError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    from vmd.virtio.queue import Queue
+
+    class Services(Protocol):
+        """What of `process.ThreadedProcess` is used here."""
+
+        def interrupt(self, queue: int) -> None:
+            """Tell the guest."""
+
+        def post(self, job: Callable[[], None]) -> None:
+            """Have something done on the main thread."""
+
+        def broke(self, text: str) -> None:
+            """The driver broke a ring."""
+
+
+POLLIN = select.POLLIN
+
+
+class Worker:
+    """One queue's thread.  `serve` and what it calls run on it; everything else is the main thread's."""
+
+    def __init__(self, services: "Services", number: int, kick: int) -> None:
+        self.services = services
+        self.number = number
+        self.kick = kick
+        self.queue: Queue | None = None
+        self.link_up = False
+        self.wanted = False
+        self.more = False  # look again before waiting
+        self.timeout_ms: int | None = None
+        self.timed_out = False
+        self.serving = _thread.allocate_lock()
+        self.control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.standing = select.poll()
+        self.standing.register(self.control, POLLIN)
+        self.poll = select.poll()
+        self.poll.register(self.control, POLLIN)
+        self.poll.register(kick, POLLIN)
+
+    def start(self) -> None:
+        """Start the thread, standing."""
+        _thread.start_new_thread(self._run, ())
+
+    def go(self) -> None:
+        """Have the thread look at its queue, and go on."""
+        self.more = True
+        self.wanted = True
+        os.eventfd_write(self.control, 1)
+
+    def look(self) -> None:
+        """Have the thread, if it does not stand, look at what has changed."""
+        os.eventfd_write(self.control, 1)
+
+    def stop(self) -> None:
+        """Have the thread stand; it touches no ring when this returns.  Raises HostError if it does not get there."""
+        self.wanted = False
+        os.eventfd_write(self.control, 1)
+        if not self.serving.acquire(timeout=QUIESCE_TIMEOUT_S):
+            raise HostError(f"thread of queue {self.number}", errno.ETIMEDOUT)
+        self.serving.release()
+
+    def serve(self, queue: "Queue") -> bool:
+        """Serve the queue, up to a budget; return whether to look again at once.  Raises GuestError."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Be as after a start: the thread calls it before it serves again."""
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._stand()
+                self.begin()
+                self._work()
+        except BaseException as error:  # raised again where it ends the process
+            failure = error
+
+            def fail() -> None:
+                raise failure
+
+            self.services.post(fail)
+
+    def _stand(self) -> None:
+        while not self.wanted:
+            self.standing.poll()
+            drain(self.control)
+
+    def _work(self) -> None:
+        """Serve until told to stand, or the ring is broken."""
+        control, kick, serving = self.control, self.kick, self.serving
+        while self.wanted:
+            ready = self.poll.poll(0 if self.more else self.timeout_ms)
+            self.timed_out = not ready and not self.more
+            for fd, _ in ready:
+                if fd in (kick, control):
+                    drain(fd)  # before the ring is looked at: what comes later is news
+            with serving:
+                queue = self.queue
+                if not self.wanted or queue is None:
+                    self.more = False
+                    continue
+                try:
+                    self.more = self.serve(queue)
+                except GuestError as error:
+                    self.wanted = False
+                    self.services.broke(str(error))
+
+
+def drain(fd: int) -> None:
+    """Take what an eventfd has."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return
