@@ -102,6 +102,13 @@ class AllowInstance(Record):
     owner: Owner | None = None
 
 
+class Prefix(Record):
+    """An address range: packed address and prefix length."""
+
+    address: bytes
+    length: int
+
+
 class VmConfig(Record):
     """One virtual machine as the operator described it."""
 
@@ -124,6 +131,10 @@ class VmConfig(Record):
     sev: bool = False
     sev_es: bool = False
     origin: str = ""  # "file:line", for messages
+    # From which the addresses of `local` interfaces were computed: a guest that was sent elsewhere keeps them.
+    plan_id: int = 0  # a vmid; 0: its own, and the ranges of this daemon
+    plan_prefix4: Prefix | None = None
+    plan_prefix6: Prefix | None = None
 
 
 class SwitchConfig(Record):
@@ -137,13 +148,6 @@ class SwitchConfig(Record):
     rdomain: int | None = None
     up: bool = True
     origin: str = ""
-
-
-class Prefix(Record):
-    """An address range: packed address and prefix length."""
-
-    address: bytes
-    length: int
 
 
 class AgentxConfig(Record):

@@ -386,12 +386,31 @@ class DiskImages(Record):
     read_only: bool = False
 
 
-@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave", "disks*", "cdrom?"))
+class NicLink(Record):
+    """A network interface, from its VM's point of view.  Addresses are packed; an empty one is not there."""
+
+    name: str  # of the tap
+    lladdr: bytes  # the guest's
+    host_mac: bytes  # the tap's
+    locked: bool
+    local: bool  # the rest is of `local` ones only, but for `mtu`
+    mtu: int
+    guest4: bytes = b""
+    host4: bytes = b""
+    host_ll: bytes = b""  # the tap's link-local address
+    prefix6: bytes = b""  # the /64 that is announced, as an address
+    dns4: tuple[bytes, ...] = ()  # none: the host itself
+    dns6: tuple[bytes, ...] = ()
+    pxe: bool = False  # `boot device net`: DHCP tells the VM's name, and a boot file
+
+
+@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave", "disks*", "cdrom?", "taps*"))
 class StartVm(Record):
     """Start the VM.  Answered by VmRunning or VmFailed; VmExited follows in either case.
 
     fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console;
-    `disks` the images of all disks, one disk after the other, each in the order of `disks`; `cdrom` the disc.
+    `disks` the images of all disks, one disk after the other, each in the order of `disks`; `cdrom` the disc;
+    `taps` one for each of `nics`.
     """
 
     vmid: int
@@ -399,6 +418,7 @@ class StartVm(Record):
     boot_name: str  # of the kernel or firmware, for messages
     verbosity: int
     disks: tuple[DiskImages, ...] = ()
+    nics: tuple[NicLink, ...] = ()
 
 
 @message(0x61, *FROM_VM)
@@ -551,7 +571,7 @@ class ReceivedMachine(Record):
     vmid: int
 
 
-@message(0x73, *TO_VM, fds=("disks*", "cdrom?"))
+@message(0x73, *TO_VM, fds=("disks*", "cdrom?", "taps*"))
 class ResumeReceived(Record):
     """Go on, or with `paused` stand still; descriptors as for StartVm."""
 
@@ -559,6 +579,7 @@ class ResumeReceived(Record):
     config: VmConfig
     paused: bool
     disks: tuple[DiskImages, ...] = ()
+    nics: tuple[NicLink, ...] = ()
 
 
 @message(0x74, *TO_VM)
@@ -576,3 +597,91 @@ class KvmFd(Record):
 @message(0x6A, (Proc.PARENT, Proc.CONTROL), fds=("listener",))
 class Listen(Record):
     """The control socket, bound and listening."""
+
+
+# --- between parent and priv -----------------------------------------------------------------------------
+
+
+class SwitchRequest(Record):
+    """A bridge that must be there; one that is there already is left alone."""
+
+    interface: str
+    alias: str  # switch<id>-<name>, which marks it as ours
+    rdomain: int | None = None
+    up: bool = True
+
+
+class NicRequest(Record):
+    """A tap that must be made."""
+
+    name: str  # "": the next free one
+    alias: str  # vm<id>-if<n>-<name>, which marks it as ours
+    bridge: str = ""  # of a switch that was configured before
+    groups: tuple[str, ...] = ()  # the first is the one that Linux knows; the rest are sets of nftables
+    rdomain: int | None = None
+    up: bool = True
+    host4: bytes = b""  # an address in a /31
+    prefix6: bytes = b""  # a /64; the host is its ::1
+
+
+class NicMade(Record):
+    """A tap that was made."""
+
+    name: str
+    lladdr: bytes
+    link_local: bytes  # empty without `prefix6`
+    mtu: int
+
+
+@message(0x80, (Proc.PARENT, Proc.PRIV))
+class ConfigureNetwork(Record):
+    """What the configuration says; bridges of ours that it no longer names go with their last tap.
+
+    Answered by NetworkConfigured.
+    """
+
+    nat: bool
+    switches: tuple[SwitchRequest, ...] = ()
+
+
+@message(0x81, (Proc.PRIV, Proc.PARENT))
+class NetworkConfigured(Record):
+    """Done, but for what these sentences say."""
+
+    problems: tuple[str, ...] = ()
+
+
+@message(0x82, (Proc.PARENT, Proc.PRIV))
+class MakeNics(Record):
+    """Make all interfaces of a VM, or none.  Answered by NicsMade or NicsFailed, under the same ticket."""
+
+    vmid: int
+    ticket: int
+    nics: tuple[NicRequest, ...]
+    reserved: tuple[str, ...] = ()  # names that are for others
+
+
+@message(0x83, (Proc.PRIV, Proc.PARENT), fds=("taps*",))
+class NicsMade(Record):
+    """The interfaces are there, in the order in which they were asked for; as are `taps`."""
+
+    vmid: int
+    ticket: int
+    nics: tuple[NicMade, ...]
+
+
+@message(0x84, (Proc.PRIV, Proc.PARENT))
+class NicsFailed(Record):
+    """Nothing was made: an errno, and the sentence that says why."""
+
+    vmid: int
+    ticket: int
+    code: int
+    text: str
+
+
+@message(0x85, (Proc.PARENT, Proc.PRIV))
+class RemoveNics(Record):
+    """The VM is gone, or will not be: remove its interfaces, whatever there is of them."""
+
+    vmid: int

@@ -41,6 +41,9 @@ from vmd.ipc.messages import (
     ListRequest,
     LoadRequest,
     LogRequest,
+    NetworkConfigured,
+    NicsFailed,
+    NicsMade,
     Ok,
     Outcome,
     PauseDone,
@@ -83,6 +86,7 @@ from vmd.parent import service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
 from vmd.parent.media import Media
+from vmd.parent.network import Network
 from vmd.parent.options import Options
 from vmd.parent.requests import checked_request, one_shot_config, refuse_unsupported, require_boot_device
 from vmd.parent.resources import Pty, open_boot_files
@@ -117,6 +121,7 @@ class Parent(Process):
         self.load_config = load_config
         self.verbosity = options.verbosity
         self.vms = VmTable()
+        self.network = Network(self)
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.peers: dict[Proc, Channel] = {}
@@ -156,6 +161,7 @@ class Parent(Process):
         self.ready.add(channel.peer)
         if len(self.ready) == len(self.peers):
             log.info("startup")
+            self.network.configure(self.config)
             self.on_ready()
             self.start_batch()
 
@@ -167,7 +173,10 @@ class Parent(Process):
             self.exit_status = 1
         if channel.peer is Proc.VMM:
             self.loop.stop()  # with it went every VM
-        elif not self.ending:
+            return
+        if channel.peer is Proc.PRIV:
+            self.network.on_priv_lost()
+        if not self.ending:
             self.on_terminate()
 
     def on_terminate(self) -> None:
@@ -184,6 +193,13 @@ class Parent(Process):
         self.ending = True
         for vm in alive:
             vm.state = State.STOPPING
+            self.stop_process(vm, mode)
+
+    def stop_process(self, vm: Vm, mode: StopMode) -> None:
+        """End a VM's process; one that has none yet, for it waits for its interfaces, has ended with that."""
+        if self.network.give_up(vm) and vm.receiving is None:
+            self.vm_is_gone(vm, "stopped before its guest began")
+        else:
             self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=mode))
 
     def finish(self) -> None:
@@ -196,6 +212,7 @@ class Parent(Process):
             vm.drop_pty()
         for console in self.retired.values():
             console.pty.close()
+        self.network.close()
 
     # --- configuration -----------------------------------------------------------------------------------
 
@@ -205,7 +222,7 @@ class Parent(Process):
             if self.vms.find(0, vm_config.name) is not None:
                 log.debug(f"{vm_config.origin}: vm {vm_config.name} skipped (already exists)")
                 continue
-            vm = self.vms.add(vm_config, from_config=True)
+            vm = self.vms.add(self.network.named(vm_config), from_config=True)
             if vm_config.enabled:
                 vm.state = State.WAITING
 
@@ -240,6 +257,7 @@ class Parent(Process):
     def apply(self, config: Config) -> None:
         """Make a freshly read main configuration the one in force."""
         self.config = config
+        self.network.configure(config)
         self.register_config(config)
         service.own_socket(self.options.socket_path, config.settings.socket_owner)
         self.start_batch()
@@ -293,10 +311,7 @@ class Parent(Process):
                 )
                 fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), "tty": tty[:1], "tty_slave": tty[1:]}
                 fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
-                try:
-                    self.peers[Proc.VMM].send(message, fds=fds)
-                except ValueError as error:
-                    raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
+                self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
             except (VmdError, ValueError, OverflowError) as error:
                 if began:
                     vm.ended(brief(str(error)))
@@ -308,6 +323,12 @@ class Parent(Process):
             media.close()
         vm.uid = uid
         vm.one_shot_boot = once or config.boot_device in ONE_SHOT_DEVICES
+
+    def start_failed(self, vm: Vm, code: int, text: str) -> None:
+        """A VM could not get its interfaces: it ends, as if vmm had said that it did."""
+        vm.code = code
+        log.error(f"vm {vm.name}: {text}")
+        self.vm_is_gone(vm, brief(text))
 
     def check_startable(self, config: VmConfig) -> None:
         """Raise OperatorError if this host cannot, or may not, run such a VM."""
@@ -351,6 +372,11 @@ class Parent(Process):
                 else:
                     self.attach_pending(vm.vmid, vm.name, vm.pty)
                     return
+        self.network.release(vm.vmid)
+        self.vm_is_gone(vm, text)
+
+    def vm_is_gone(self, vm: Vm, text: str) -> None:
+        """Forget what a VM held, and tell those who wait for it."""
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         for client in vm.waiting_clients:
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
@@ -454,7 +480,8 @@ class Parent(Process):
                 raise OperatorError(errno.ENOTSUP, f"vm {message.name}: instances cannot be started yet")
             if message.config is not None:
                 require_root(caller, "start a VM that vm.conf does not describe")
-                vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
+                described = self.network.named(checked_request(message.config, bootable=boot is not None))
+                vm = self.vms.add(described, from_config=False)
                 try:
                     vm.keep_files(boot, initrd)
                 except HostError:
@@ -493,12 +520,11 @@ class Parent(Process):
             self.answer(envelope.peerid, VmTerminated(vmid=vm.vmid, name=vm.name, text="was waiting for its start"))
             return
         vm.begin_stop(force=message.force)
-        mode = StopMode.KILL if message.force else StopMode.GRACEFUL
-        self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=mode))
         if message.wait:
             vm.waiting_clients.add(envelope.peerid)
         else:
             self.answer(envelope.peerid, StopAccepted(vmid=vm.vmid, name=vm.name))
+        self.stop_process(vm, StopMode.KILL if message.force else StopMode.GRACEFUL)
 
     def serve_pause(self, message: PauseRequest, caller: Caller, envelope: Envelope) -> None:
         """Have a VM stand still, or go on."""
@@ -559,12 +585,13 @@ class Parent(Process):
                 vm.from_config = False  # forgotten as soon as it has ended
                 if vm.alive:
                     vm.begin_stop(force=True)
-                    self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=StopMode.KILL))
+                    self.stop_process(vm, StopMode.KILL)
                 else:
                     self.vms.remove(vm)
             self.vms.forget_ids()
         if message.switches:
             self.config = self.config.replace(switches=())
+            self.network.configure(self.config)
         self.answer(envelope.peerid, Ok())
 
     def serve_log(self, message: LogRequest, caller: Caller, envelope: Envelope) -> None:
@@ -595,6 +622,11 @@ class Parent(Process):
         vm.console_user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
         self.snapshots.setdefault(vm.vmid, []).append(envelope.peerid)
         self.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
+
+    def repeat_snapshots(self, vm: Vm) -> None:
+        """Ask again for what viewers want to see: they came before the VM had a process."""
+        for _ in self.snapshots.get(vm.vmid, ()):
+            self.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
 
     def serve_break(self, message: ConsoleBreak, _caller: Caller, envelope: Envelope) -> None:
         """Send a BREAK, if the client holds the console."""
@@ -633,6 +665,18 @@ class Parent(Process):
         if not may_control(caller, vm.uid, vm.config.owner.gid):
             raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {vm.name}")
 
+    def on_network_configured(self, message: NetworkConfigured, _envelope: Envelope, _channel: Channel) -> None:
+        """Hear what switches could not be had."""
+        self.network.on_configured(message)
+
+    def on_nics_made(self, message: NicsMade, envelope: Envelope, _channel: Channel) -> None:
+        """A VM has its interfaces."""
+        self.network.on_made(message, envelope)
+
+    def on_nics_failed(self, message: NicsFailed, _envelope: Envelope, _channel: Channel) -> None:
+        """A VM cannot have its interfaces."""
+        self.network.on_failed(message)
+
     HANDLERS: "Handlers" = {
         **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
         (Proc.VMM, VmRunning): on_vm_running,
@@ -645,6 +689,9 @@ class Parent(Process):
         (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
+        (Proc.PRIV, NetworkConfigured): on_network_configured,
+        (Proc.PRIV, NicsMade): on_nics_made,
+        (Proc.PRIV, NicsFailed): on_nics_failed,
         (Proc.CONTROL, ClientGone): on_client_gone,
         **dict.fromkeys(((Proc.CONTROL, request) for request in REQUESTS), on_request),
     }

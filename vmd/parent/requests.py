@@ -2,9 +2,24 @@
 
 import errno
 
-from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES, BootDevice, VmConfig, valid_vm_name
+from vmd.config import values
+from vmd.config.model import (
+    MAX_INET6_PREFIX,
+    MAX_MEMORY_BYTES,
+    MAX_NICS,
+    MAX_RDOMAIN,
+    MAX_VCPUS,
+    MIN_MEMORY_BYTES,
+    NAME_MAX,
+    BootDevice,
+    Prefix,
+    VmConfig,
+    valid_vm_name,
+)
 from vmd.errors import OperatorError
 from vmd.ipc.messages import StartRequest
+
+VMID_MAX = (1 << 31) - 1
 
 
 def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
@@ -22,8 +37,40 @@ def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: vcpus must be 1 to {MAX_VCPUS}, not {config.vcpus}")
     if not bootable and not config.disks and not config.cdrom:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: no kernel, disk or cdrom to boot from")
+    check_nics(config)
     # Descriptors name the boot files of a client; paths it sends along are for messages only.
     return config.replace(parent="", origin="")
+
+
+def check_nics(config: VmConfig) -> None:
+    """Raise OperatorError if a VM's interfaces, or the origin of their addresses, are not what vm.conf could say."""
+    if len(config.nics) > MAX_NICS:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: too many interfaces: {len(config.nics)}")
+    for nic in config.nics:
+        try:
+            values.tap_name(nic.tap)
+            values.group_name(nic.group)
+        except ValueError as error:
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: {error}") from None
+        if len(nic.lladdr) not in (0, 6) or (nic.lladdr and (nic.lladdr[0] & 1 or not any(nic.lladdr))):
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: invalid address: {nic.lladdr[:6].hex(':')}")
+        if len(nic.switch) > NAME_MAX:
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: switch name too long")
+        if nic.rdomain is not None and not 0 <= nic.rdomain <= MAX_RDOMAIN:
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: invalid rdomain: {nic.rdomain}")
+    prefix4, prefix6 = config.plan_prefix4, config.plan_prefix6
+    if not 0 <= config.plan_id <= VMID_MAX or not (
+        (prefix4 is None or is_prefix(prefix4, 4, values.LOCAL_PREFIX_BITS))
+        and (prefix6 is None or is_prefix(prefix6, 16, MAX_INET6_PREFIX))
+    ):
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: invalid addresses of local interfaces")
+
+
+def is_prefix(prefix: Prefix, size: int, most: int) -> bool:
+    """Return whether a range is one of addresses of `size` bytes, with `most` bits given at most."""
+    if len(prefix.address) != size or not 0 <= prefix.length <= most:
+        return False
+    return not int.from_bytes(prefix.address, "big") & ((1 << (8 * size - prefix.length)) - 1)
 
 
 def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
@@ -38,7 +85,6 @@ def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
 def refuse_unsupported(config: VmConfig) -> None:
     """Raise OperatorError(ENOTSUP) if a VM needs what this version cannot do; nothing is ignored silently."""
     needs = (
-        (config.nics, "network interfaces"),
         (config.parent, f"being an instance of {config.parent}"),
         (config.sev or config.sev_es, "encrypted memory (sev)"),
     )

@@ -16,6 +16,7 @@ from vmd.log import JOURNAL, STDERR, SYSLOG, log
 USER = "_vmd"
 SOCKET_MODE = 0o660
 SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
+RUN_DIRECTORY = "/run/vmd"
 SYSLOG_SOCKET = "/dev/log"
 KVM_GET_API_VERSION = 0xAE00  # <linux/kvm.h>; what else KVM can do is not the parent's business
 KVM_API_VERSION = 12
@@ -47,6 +48,16 @@ def open_kvm() -> int:
     if version != KVM_API_VERSION:
         raise OperatorError(errno.ENOTSUP, f"/dev/kvm: version {version} of its interface, not {KVM_API_VERSION}")
     return fd
+
+
+def make_run_directory() -> None:
+    """Make the directory for what has to outlive a killed daemon; its children could not."""
+    try:
+        os.mkdir(RUN_DIRECTORY, 0o755)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise HostError(f"make {RUN_DIRECTORY}", error) from error
 
 
 def listen(path: str, owner: Owner) -> socket.socket:

@@ -63,6 +63,7 @@ def serve(options: Options) -> int:
         ready = announce(options)
         form = service.choose_log(options.debug)
         log.setup("vmd", form, options.verbosity)
+        service.make_run_directory()
         children = Children(uid, gid)
         parent = Parent(options, config, lambda path, known: read_config(options, path, known))
         parent.on_ready = ready

@@ -14,7 +14,7 @@ import os
 import time
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import OperatorError, VmdError
+from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -32,7 +32,6 @@ from vmd.ipc.messages import (
     SendRequest,
     SendVm,
     StopMode,
-    StopVm,
     TransferProgress,
     VmReceived,
     VmSent,
@@ -168,6 +167,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
     try:
         receiving.config = checked_request(config, bootable=True)
         parent.check_startable(receiving.config)
+        parent.network.check(vm, receiving.config)
     except OperatorError as error:
         give_up(parent, vm, error.code, str(error))
         return
@@ -208,9 +208,11 @@ def resume(parent: "Parent", vm: Vm) -> None:
             vmid=vm.vmid, config=receiving.config, paused=receiving.paused, disks=media.describe()
         )
         fds = {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
-        parent.peers[Proc.VMM].send(message, fds=fds)
-    except ValueError as error:
-        give_up(parent, vm, errno.E2BIG, str(error))
+        parent.network.launch(vm, message, fds, lambda code, text: give_up(parent, vm, code, text))
+    except OperatorError as error:
+        give_up(parent, vm, error.code, str(error))
+    except HostError as error:
+        give_up(parent, vm, error.errno, str(error))
     finally:
         media.close()
 
@@ -241,7 +243,7 @@ def on_received_running(parent: "Parent", vm: Vm, pid: int, *, paused: bool) -> 
 def give_up(parent: "Parent", vm: Vm, code: int, text: str) -> None:
     """End a VM that cannot be received; its end is what the client is told of."""
     vm.text, vm.code = brief(text), code
-    parent.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=StopMode.KILL))
+    parent.stop_process(vm, StopMode.KILL)
 
 
 def on_client_gone(parent: "Parent", vm: Vm, client: int) -> None:

@@ -2,14 +2,34 @@
 
 Runs as  root, with CAP_NET_ADMIN and CAP_NET_RAW and nothing else; sees nft and /proc/sys/net
 Peers    parent
-Holds    nothing yet: network interfaces come with the network devices
+Holds    a netlink socket; a tap only until it is handed over
+Parses   what nft and the kernel say
+
+Whatever cannot be done is an answer, never the end of this process: with it would go the whole daemon.
 """
 
+import time
+
+from vmd.errors import HostError, OperatorError
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import Proc, Quit, Ready, SetVerbosity
+from vmd.ipc.messages import (
+    ConfigureNetwork,
+    MakeNics,
+    NetworkConfigured,
+    NicMade,
+    NicsFailed,
+    NicsMade,
+    Proc,
+    Quit,
+    Ready,
+    RemoveNics,
+    SetVerbosity,
+    brief,
+)
 from vmd.ipc.process import Process
 from vmd.log import log
+from vmd.priv.host import Network
 from vmd.privsep.confine import PRIV, confine
 
 TYPE_CHECKING = False
@@ -23,6 +43,43 @@ class Priv(Process):
     def __init__(self) -> None:
         super().__init__(Proc.PRIV)
         self.parent = self.attach_parent(Proc.PARENT)
+        self.network = Network()
+
+    def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
+        """Make the bridges of switches."""
+        try:
+            problems = self.network.configure(message)
+        except (OperatorError, HostError) as error:
+            problems = [str(error)]
+        channel.send(NetworkConfigured(problems=tuple(map(brief, problems[:3]))))
+        for problem in problems[3:]:
+            log.error(problem)
+
+    def on_make_nics(self, message: MakeNics, _envelope: Envelope, channel: Channel) -> None:
+        """Make the interfaces of a VM."""
+        began_s = time.monotonic()
+        try:
+            nics = self.network.make_nics(message)
+        except (OperatorError, HostError) as error:
+            code = error.code if isinstance(error, OperatorError) else error.errno
+            failed = NicsFailed(vmid=message.vmid, ticket=message.ticket, code=code, text=brief(str(error)))
+            channel.send(failed)
+            return
+        made = tuple(
+            NicMade(name=nic.link.name, lladdr=nic.link.lladdr, link_local=nic.link_local, mtu=nic.link.mtu)
+            for nic in nics
+        )
+        answer = NicsMade(vmid=message.vmid, ticket=message.ticket, nics=made)
+        channel.send(answer, fds={"taps": [nic.take_fd() for nic in nics]})
+        names = ", ".join(nic.name for nic in made)
+        log.debug(f"vm {message.vmid}: made {names} in {(time.monotonic() - began_s) * 1000:.0f} ms")
+
+    def on_remove_nics(self, message: RemoveNics, _envelope: Envelope, _channel: Channel) -> None:
+        """Remove the interfaces of a VM."""
+        try:
+            self.network.remove_nics(message.vmid)
+        except (OperatorError, HostError) as error:
+            log.error(str(error))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""
@@ -33,6 +90,9 @@ class Priv(Process):
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
+        (Proc.PARENT, ConfigureNetwork): on_configure_network,
+        (Proc.PARENT, MakeNics): on_make_nics,
+        (Proc.PARENT, RemoveNics): on_remove_nics,
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,
     }
@@ -42,6 +102,12 @@ def main() -> int:
     """Run process priv."""
     process = Priv()
     process.ignore_terminal_signals()
-    process.parent.send(Ready(warnings=tuple(confine(PRIV))))
+    warnings = confine(PRIV)
+    try:
+        process.network.own()
+    except HostError as error:
+        log.warn(f"networks will not work: {error}")
+    process.parent.send(Ready(warnings=tuple(warnings)))
     process.loop.run()
+    process.network.close()
     return process.exit_status

@@ -1,0 +1,116 @@
+"""Addresses of VMs' interfaces: which ones they have, and what else a guest is told (*cat. 2.5, 7.2*)."""
+
+import errno
+import ipaddress
+import os
+from collections.abc import Sequence
+
+from vmd.config.model import MAX_NICS, NicConfig, Prefix
+from vmd.errors import OperatorError
+from vmd.record import Record
+
+LLADDR_START = bytes.fromhex("fee1bb")
+LLADDR_NIC = 0xD0  # | number of the interface, from 1
+PLAN_NICS = 127  # addresses of one VM: 256, two for each interface, and the first two are left out
+SUBNET_BITS = 64  # of an IPv6 address, the rest is the interface's
+ULA = 0xFD
+DNS_MAX = 3
+RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")  # the second if the first names a stub
+RESOLV_CONF_MAX = 1 << 16
+
+
+class Plan(Record):
+    """What the addresses of a VM's `local` interfaces follow from."""
+
+    vmid: int
+    prefix4: Prefix
+    prefix6: Prefix | None = None
+
+    def host4(self, nic: int) -> bytes:
+        """Return the host's address on interface `nic`, from 0; the guest's is the next one.
+
+        Raises:
+            OperatorError: the prefix has no room for this VM.
+        """
+        start = int.from_bytes(self.prefix4.address, "big")
+        host = start | self.vmid << 8 | (nic + 1) * 2
+        if nic >= PLAN_NICS or self.vmid <= 0 or host - start >= 1 << (32 - self.prefix4.length):
+            raise OperatorError(errno.ERANGE, f"dhcp address range exceeded, vm id {self.vmid} interface {nic}")
+        return host.to_bytes(4, "big")
+
+    def guest4(self, nic: int) -> bytes:
+        """Return the guest's address on interface `nic`.  Raises OperatorError."""
+        return (int.from_bytes(self.host4(nic), "big") + 1).to_bytes(4, "big")
+
+    def network6(self, nic: int) -> bytes:
+        """Return the /64 of interface `nic`, as an address; empty without IPv6.
+
+        Unlike vmd, whose guests share the first 64 bits: they could not configure themselves.
+
+        Raises:
+            OperatorError: the prefix has no room for this VM.
+        """
+        if self.prefix6 is None:
+            return b""
+        subnet = self.vmid * MAX_NICS + nic
+        if nic >= MAX_NICS or self.vmid <= 0 or subnet >= 1 << (SUBNET_BITS - self.prefix6.length):
+            raise OperatorError(errno.ERANGE, f"inet6 prefix exhausted, vm id {self.vmid} interface {nic}")
+        start = int.from_bytes(self.prefix6.address, "big")
+        return (start | subnet << SUBNET_BITS).to_bytes(16, "big")
+
+
+def random_ula() -> Prefix:
+    """Return a /48 of our own (RFC 4193, 3.2)."""
+    return Prefix(address=bytes((ULA,)) + os.urandom(5) + bytes(10), length=48)
+
+
+def with_lladdrs(nics: Sequence[NicConfig], taken: "set[bytes]") -> tuple[NicConfig, ...]:
+    """Return interfaces that all have a link-layer address; those found here are not `taken`, and are added to it."""
+    found = []
+    for index, nic in enumerate(nics):
+        if not nic.lladdr:
+            lladdr = random_lladdr(index)
+            while lladdr in taken:
+                lladdr = random_lladdr(index)
+            nic = nic.replace(lladdr=lladdr)
+        taken.add(nic.lladdr)
+        found.append(nic)
+    return tuple(found)
+
+
+def random_lladdr(index: int) -> bytes:
+    """Return an address for the interface of this number, from 0: fe:e1:bb:d<n>:xx:xx."""
+    return LLADDR_START + bytes((LLADDR_NIC | (index + 1),)) + os.urandom(2)
+
+
+def resolvers(paths: Sequence[str] = RESOLV_CONFS) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Return the IPv4 and the IPv6 name servers of this host that others can use too; none are none."""
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                servers = name_servers(file.read(RESOLV_CONF_MAX).decode("ascii", "replace"))
+        except OSError:
+            continue
+        if any(servers):
+            return servers
+    return (), ()
+
+
+def name_servers(resolv_conf: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """Return the servers of a resolv.conf(5); what is good on this host or this link only is left out."""
+    found4: list[bytes] = []
+    found6: list[bytes] = []
+    for line in resolv_conf.splitlines():
+        words = line.split()
+        if len(words) < 2 or words[0] != "nameserver":
+            continue
+        try:
+            address = ipaddress.ip_address(words[1])
+        except ValueError:
+            continue  # with a scope, or no address at all
+        if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
+            continue
+        found = found4 if address.version == 4 else found6
+        if address.packed not in found and len(found) < DNS_MAX:
+            found.append(address.packed)
+    return tuple(found4), tuple(found6)

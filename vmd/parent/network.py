@@ -1,0 +1,362 @@
+"""The parent's half of networking: what priv is asked for, and what becomes of its answers (DESIGN 6).
+
+A start takes two steps where a VM has interfaces.  Everything else that it needs is opened first; a `Launch` holds it
+while priv makes the taps, and is sent off with them, or given up.  The taps of a VM that runs are held here too: they
+outlive a reboot of the guest, with their names.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+
+from vmd.config.model import BootDevice, Config, NicConfig, SwitchConfig, VmConfig
+from vmd.errors import HostError, OperatorError
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    ConfigureNetwork,
+    MakeNics,
+    NetworkConfigured,
+    NicLink,
+    NicMade,
+    NicRequest,
+    NicsFailed,
+    NicsMade,
+    Proc,
+    RemoveNics,
+    ResumeReceived,
+    StartVm,
+    SwitchRequest,
+)
+from vmd.log import log
+from vmd.parent.addresses import Plan, random_ula, resolvers, with_lladdrs
+from vmd.parent.resources import copy_all
+from vmd.parent.vmtable import Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmd.config.model import Prefix
+    from vmd.parent.main import Parent
+
+ALIAS_MAX = 255  # IFALIASZ
+AUTOMATIC = ("", "tap")  # any name will do
+RESERVED_MAX = 512  # names that fit one message
+
+
+class Launch:
+    """A VM that waits for its interfaces; owns the descriptors that go with the message."""
+
+    def __init__(
+        self,
+        vm: Vm,
+        message: StartVm | ResumeReceived,
+        fds: "Mapping[str, list[int]]",
+        on_failed: Callable[[int, str], None],
+    ) -> None:
+        self.vm = vm
+        self.message = message
+        self.fds = dict(fds)
+        self.on_failed = on_failed
+
+    def close(self) -> None:
+        """Close everything that was to go along."""
+        for fds in self.fds.values():
+            while fds:
+                os.close(fds.pop())
+
+
+class Taps:
+    """The interfaces of a VM, from priv's answer to the end of the VM."""
+
+    def __init__(self, nics: tuple[NicConfig, ...], plan: Plan, links: tuple[NicLink, ...], fds: list[int]) -> None:
+        self.nics = nics
+        self.plan = plan
+        self.links = links
+        self.fds = fds
+
+    def close(self) -> None:
+        """Let go of our descriptors."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Network:
+    """Interfaces and switches, as the parent knows them."""
+
+    def __init__(self, parent: "Parent") -> None:
+        self.parent = parent
+        self.ula: Prefix | None = None
+        self.tickets = 0
+        self.launches: dict[int, Launch] = {}  # by ticket
+        self.taps: dict[int, Taps] = {}  # by vmid
+
+    # --- the configuration -------------------------------------------------------------------------------
+
+    def configure(self, config: Config) -> None:
+        """Have priv make what the switches of a configuration need."""
+        switches = tuple(
+            SwitchRequest(
+                interface=switch.interface,
+                alias=alias(f"switch{number}-{switch.name}"),
+                rdomain=switch.rdomain,
+                up=switch.up,
+            )
+            for number, switch in enumerate(enabled_switches(config), 1)
+        )
+        self._tell_priv(ConfigureNetwork(nat=config.settings.local_nat, switches=switches))
+
+    def on_configured(self, message: NetworkConfigured) -> None:
+        """Log what cannot be; a VM that needs it will be told the same."""
+        for problem in message.problems:
+            log.error(f"switch: {problem}")
+
+    def named(self, config: VmConfig) -> VmConfig:
+        """Return a VM whose interfaces have addresses that no other has, for its whole life in the table."""
+        if all(nic.lladdr for nic in config.nics):
+            return config
+        taken = {nic.lladdr for vm in self.parent.vms for nic in vm.config.nics}
+        return config.replace(nics=with_lladdrs(config.nics, taken))
+
+    def plan_of(self, vmid: int, config: VmConfig) -> Plan:
+        """Return what the addresses of a VM follow from: its own id, or another host's for one that was sent."""
+        settings = self.parent.config.settings
+        prefix6 = settings.local_inet6_prefix
+        if settings.local_inet6 and prefix6 is None:
+            self.ula = prefix6 = self.ula or random_ula()
+        if not settings.local_inet6:
+            prefix6 = None
+        if config.plan_id and config.plan_prefix4 is not None:
+            return Plan(vmid=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
+        return Plan(vmid=config.plan_id or vmid, prefix4=settings.local_prefix, prefix6=prefix6)
+
+    def check(self, vm: Vm, config: VmConfig) -> None:
+        """Raise OperatorError if this VM's interfaces cannot be had here and now."""
+        plan = self.plan_of(vm.vmid, config)
+        for index, nic in enumerate(config.nics):
+            self.switch_of(config, nic)
+            if nic.local:
+                self.check_free(vm, config, index, plan)
+            if nic.tap not in AUTOMATIC:
+                for vmid, taps in self.taps.items():
+                    if vmid != vm.vmid and any(link.name == nic.tap for link in taps.links):
+                        raise OperatorError(
+                            errno.EBUSY,
+                            f"vm {config.name}: interface {nic.tap} is in use by vm {self.name_of(vmid)}",
+                        )
+
+    def check_free(self, vm: Vm, config: VmConfig, index: int, plan: Plan) -> None:
+        """Raise OperatorError if the addresses of a `local` interface do not exist, or are another VM's."""
+        try:
+            host4, network6 = plan.host4(index), plan.network6(index)
+        except OperatorError as error:
+            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
+        for vmid, taps in self.taps.items():
+            if vmid == vm.vmid:
+                continue
+            for link in taps.links:
+                if link.local and (link.host4 == host4 or (network6 and link.prefix6 == network6)):
+                    raise OperatorError(
+                        errno.EADDRINUSE,
+                        f"vm {config.name}: its local interfaces have the addresses of vm id {plan.vmid}, "
+                        f"which are in use here by vm {self.name_of(vmid)}",
+                    )
+
+    def switch_of(self, config: VmConfig, nic: NicConfig) -> SwitchConfig | None:
+        """Return the switch of an interface, if it has one.  Raises OperatorError if there is no such."""
+        if not nic.switch:
+            return None
+        for switch in self.parent.config.switches:
+            if switch.name == nic.switch:
+                if not switch.enabled:
+                    raise OperatorError(errno.ENODEV, f'vm {config.name}: switch "{nic.switch}" is disabled')
+                return switch
+        raise OperatorError(errno.ENOENT, f'vm {config.name}: switch "{nic.switch}" not found')
+
+    def name_of(self, vmid: int) -> str:
+        """Return the name of a VM, for sentences."""
+        vm = self.parent.vms.find(vmid, "")
+        return vm.name if vm else str(vmid)
+
+    # --- starting ----------------------------------------------------------------------------------------
+
+    def launch(
+        self,
+        vm: Vm,
+        message: StartVm | ResumeReceived,
+        fds: "Mapping[str, list[int]]",
+        on_failed: Callable[[int, str], None],
+    ) -> None:
+        """Send a message to vmm as soon as the VM has its interfaces.  Owns the descriptors.
+
+        `on_failed` is called with an errno and a sentence if there will be none.  Raises OperatorError, HostError.
+        """
+        launch = Launch(vm, message, fds, on_failed)
+        try:
+            config = message.config
+            if config.nics:
+                self.check(vm, config)
+            held = self.taps.get(vm.vmid)
+            plan = self.plan_of(vm.vmid, config)
+            if config.nics and held is not None and (held.nics, held.plan) == (config.nics, plan):
+                self._send(launch, held)
+                return
+            self.release(vm.vmid)
+            if not config.nics:
+                self._send(launch, None)
+                return
+            requests = tuple(self._request(vm, config, index, plan) for index in range(len(config.nics)))
+        except (OperatorError, HostError):
+            launch.close()
+            raise
+        self.tickets += 1
+        self.launches[self.tickets] = launch
+        reserved = {nic.tap for other in self.parent.vms for nic in other.config.nics if nic.tap not in AUTOMATIC}
+        self._tell_priv(
+            MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX]))
+        )
+
+    def _request(self, vm: Vm, config: VmConfig, index: int, plan: Plan) -> NicRequest:
+        nic = config.nics[index]
+        switch = self.switch_of(config, nic)
+        groups = (nic.group, switch.group if switch else "")
+        return NicRequest(
+            name="" if nic.tap in AUTOMATIC else nic.tap,
+            alias=alias(f"vm{vm.vmid}-if{index}-{config.name}"),
+            bridge=switch.interface if switch else "",
+            groups=tuple(dict.fromkeys(group for group in groups if group)),
+            rdomain=nic.rdomain,
+            up=nic.up,
+            host4=plan.host4(index) if nic.local else b"",
+            prefix6=plan.network6(index) if nic.local else b"",
+        )
+
+    def on_made(self, message: NicsMade, envelope: Envelope) -> None:
+        """Send a VM on its way with its taps; if it was stopped meanwhile they go back."""
+        launch = self.launches.pop(message.ticket, None)
+        fds = envelope.take_fds("taps")
+        if launch is None:
+            for fd in fds:
+                os.close(fd)
+            return
+        vm, config = launch.vm, launch.message.config
+        plan = self.plan_of(vm.vmid, config)
+        links = describe(config, plan, message.nics, [self.switch_of(config, nic) for nic in config.nics])
+        taps = self.taps[vm.vmid] = Taps(config.nics, plan, links, fds)
+        log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
+        try:
+            self._send(launch, taps)
+        except (OperatorError, HostError) as error:
+            launch.close()
+            self.release(vm.vmid)
+            launch.on_failed(error.code if isinstance(error, OperatorError) else error.errno, str(error))
+
+    def on_failed(self, message: NicsFailed) -> None:
+        """There will be no such VM."""
+        launch = self.launches.pop(message.ticket, None)
+        if launch is not None:
+            launch.close()
+            launch.on_failed(message.code, message.text)
+
+    def _send(self, launch: Launch, taps: Taps | None) -> None:
+        """Give a VM to vmm.  Raises OperatorError or HostError; the descriptors may be closed then."""
+        message, vm = launch.message, launch.vm
+        if taps is not None:
+            config = message.config
+            if any(nic.local for nic in config.nics):
+                plan = taps.plan
+                config = config.replace(
+                    plan_id=plan.vmid, plan_prefix4=plan.prefix4, plan_prefix6=plan.prefix6
+                )
+            message = message.replace(nics=taps.links, config=config)
+            launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
+        fds, launch.fds = launch.fds, {}
+        try:
+            self.parent.peers[Proc.VMM].send(message, fds=fds)
+        except ValueError as error:
+            raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
+        self.parent.repeat_snapshots(vm)
+
+    # --- ending ------------------------------------------------------------------------------------------
+
+    def give_up(self, vm: Vm) -> bool:
+        """Take a VM back that waits for its interfaces; False if it does not."""
+        for ticket, launch in self.launches.items():
+            if launch.vm is vm:
+                del self.launches[ticket]
+                launch.close()
+                self._tell_priv(RemoveNics(vmid=vm.vmid))
+                return True
+        return False
+
+    def release(self, vmid: int) -> None:
+        """The VM is gone, and has no use for its interfaces any more."""
+        taps = self.taps.pop(vmid, None)
+        if taps is not None:
+            taps.close()
+            self._tell_priv(RemoveNics(vmid=vmid))
+
+    def on_priv_lost(self) -> None:
+        """Nobody will answer any more."""
+        launches, self.launches = self.launches, {}
+        for launch in launches.values():
+            launch.close()
+            launch.on_failed(errno.EPIPE, "its interfaces cannot be made: lost child: priv")
+
+    def close(self) -> None:
+        """Let go of everything, at the end; priv removes what it made."""
+        for launch in self.launches.values():
+            launch.close()
+        for taps in self.taps.values():
+            taps.close()
+        self.launches.clear()
+        self.taps.clear()
+
+    def _tell_priv(self, message: ConfigureNetwork | MakeNics | RemoveNics) -> None:
+        priv = self.parent.peers.get(Proc.PRIV)
+        if priv is not None:
+            priv.send(message)
+
+
+def enabled_switches(config: Config) -> Iterable[SwitchConfig]:
+    """Return the switches that are used, each name once."""
+    found: dict[str, SwitchConfig] = {}
+    for switch in config.switches:
+        if switch.enabled:
+            found.setdefault(switch.name, switch)
+    return found.values()
+
+
+def describe(
+    config: VmConfig, plan: Plan, made: tuple[NicMade, ...], switches: list[SwitchConfig | None]
+) -> tuple[NicLink, ...]:
+    """Return what a VM is told of its interfaces."""
+    dns4, dns6 = resolvers() if any(nic.local for nic in config.nics) else ((), ())
+    links = []
+    for index, (nic, tap, switch) in enumerate(zip(config.nics, made, switches, strict=True)):
+        link = NicLink(
+            name=tap.name,
+            lladdr=nic.lladdr,
+            host_mac=tap.lladdr,
+            locked=nic.locked or bool(switch and switch.locked),
+            local=nic.local,
+            mtu=tap.mtu,
+            pxe=index == 0 and config.boot_device is BootDevice.NET,
+        )
+        if nic.local:
+            prefix6 = plan.network6(index)
+            link = link.replace(
+                guest4=plan.guest4(index),
+                host4=plan.host4(index),
+                host_ll=tap.link_local,
+                prefix6=prefix6,
+                dns4=dns4,
+                dns6=dns6 if prefix6 else (),
+            )
+        links.append(link)
+    return tuple(links)
+
+
+def alias(text: str) -> str:
+    """Return a description of an interface: printable ASCII, and not too long."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:ALIAS_MAX]

@@ -1,0 +1,503 @@
+"""What of this host's network is ours: bridges, taps, VRFs, addresses, rules, forwarding.
+
+Interfaces of ours carry an alias that nobody else gives:  switch<id>-<name>, vm<id>-if<n>-<name>, rdomain<n>.
+By it what a daemon has left that was killed is found again.  Whatever has no such alias, or was there before us, is
+never changed.
+
+Every request is checked here once more: whoever has taken over the parent shall not get to other interfaces.
+"""
+
+import errno
+import os
+import re
+import time
+
+from vmd.config.model import IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
+from vmd.errors import HostError, OperatorError
+from vmd.log import log
+from vmd.priv import groups, rules, sysctl, tap
+from vmd.priv.ifconfig import Link, Links
+from vmd.priv.rules import Member, Nft
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
+
+TAP_NAME = re.compile(rf"tap[0-9]{{1,{IFNAME_MAX - len('tap')}}}")
+BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|tap[0-9]*$)[!-.0-9;-~]{{1,{IFNAME_MAX}}}")
+GROUP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
+ALIAS = re.compile(r"[ -~]{1,255}")
+SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
+TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
+VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
+HOST_TABLES = (253, 254, 255)  # default, main, local
+MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
+HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
+PREDECESSOR_PATIENCE_S = 5.0
+RETRY_S = 0.05
+
+
+class Nic:
+    """A tap of ours."""
+
+    def __init__(self, vmid: int, link: Link, fd: int, member: Member) -> None:
+        self.vmid = vmid
+        self.link = link
+        self.fd = fd  # until the parent has it
+        self.member = member
+        self.link_local = b""
+
+    def take_fd(self) -> int:
+        """Return the descriptor, which is the caller's from now on."""
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Network:
+    """The host's network, as far as it is ours.  Methods raise OperatorError or HostError."""
+
+    def __init__(self) -> None:
+        self.links = Links()
+        self.nft = Nft()
+        self.kept = sysctl.Kept()
+        self.nat = False
+        self.switches: dict[str, SwitchRequest] = {}  # by interface
+        self.nics: dict[int, list[Nic]] = {}  # by vmid
+        self.groups_seen: set[str] = set()  # have a set of nftables
+        self.has_table = False
+        self.said: set[str] = set()
+
+    # --- ours, or another daemon's -----------------------------------------------------------------------
+
+    def own(self) -> bool:
+        """Become the owner of the network and remove what is left of one before us; False if there is another."""
+        if self.kept.fd >= 0:
+            return True
+        if not self.kept.lock():
+            return False
+        self.remove_leftovers()
+        return True
+
+    def require_ownership(self) -> None:
+        """Wait for a daemon that is just ending.  Raises OperatorError if another one has the network."""
+        deadline_s = time.monotonic() + PREDECESSOR_PATIENCE_S
+        while not self.own():
+            if time.monotonic() > deadline_s:
+                raise OperatorError(errno.EBUSY, "the network of this host belongs to another vmd, which is running")
+            time.sleep(RETRY_S)
+
+    def remove_leftovers(self) -> None:
+        """Remove what has our aliases, our table, and undo changed settings; failures are logged."""
+        removed = []
+        try:
+            links = self.links.all()
+            for link in links:
+                if is_tap(link) or (is_vrf(link) and not self.foreign_members(link)):
+                    self.links.delete(link)
+                    removed.append(link.name)
+            for link in links:
+                if is_bridge(link) and not self.foreign_members(link):
+                    self.links.delete(link)
+                    removed.append(link.name)
+            self.links.forget_routes()
+            if self.nft.has_table():
+                self.nft.delete_table()
+                removed.append(f"table {rules.TABLE}")
+        except (OperatorError, HostError) as error:
+            log.warn(f"what an earlier vmd has left could not be removed: {error}")
+        if removed:
+            log.info(f"removed what an earlier vmd has left: {', '.join(removed)}")
+        self.kept.put_back()
+
+    def close(self) -> None:
+        """Remove everything of ours."""
+        if self.kept.fd < 0:
+            return
+        for vmid in list(self.nics):
+            self.drop(self.nics.pop(vmid))
+        self.switches = {}
+        for attempt in (self.remove_idle, self.remove_rules):
+            try:
+                attempt()
+            except (OperatorError, HostError) as error:
+                log.error(str(error))
+        self.kept.put_back()
+        self.kept.close()
+
+    # --- switches ----------------------------------------------------------------------------------------
+
+    def configure(self, message: "ConfigureNetwork") -> list[str]:
+        """Take over a configuration; returns a sentence for each thing that could not be done."""
+        self.nat = message.nat
+        if not message.switches and self.kept.fd < 0:
+            return []  # a daemon without networks does not mind another that has one
+        self.require_ownership()
+        problems = []
+        self.switches = {}
+        for switch in message.switches:
+            try:
+                check_switch(switch)
+                self.switches[switch.interface] = switch
+                self.ensure_bridge(switch)
+            except (OperatorError, HostError) as error:
+                problems.append(str(error))
+        try:
+            self.remove_idle()
+        except HostError as error:
+            problems.append(str(error))
+        return problems
+
+    def ensure_bridge(self, switch: "SwitchRequest") -> Link:
+        """Return the bridge of a switch, which is made if it is not there; one of somebody else's is left alone."""
+        name = switch.interface
+        link = self.links.find(name)
+        if link is not None and link.kind != "bridge":
+            what = link.kind or "another kind of interface"
+            raise OperatorError(errno.EEXIST, f"interface {name} is not a bridge but {what}: switches need one")
+        made = link is None
+        if link is None:
+            try:
+                self.links.add_bridge(name)
+            except HostError as error:
+                raise OperatorError(error.errno, lacking(error, f"make bridge {name}", "bridge")) from None
+            link = self.links.get(name)
+        try:
+            if made:
+                self.links.set_alias(link, switch.alias)
+                keep_to_itself(name)
+            if made or is_bridge(link):
+                if switch.rdomain:
+                    self.links.set_master(link, self.ensure_vrf(switch.rdomain))
+                if link.alias != switch.alias:
+                    self.links.set_alias(link, switch.alias)
+                self.links.set_up(link, up=switch.up)
+            elif switch.rdomain:
+                self.require_rdomain(link, switch.rdomain)
+        except (OperatorError, HostError):
+            if made:
+                self.links.delete(link)
+            raise
+        return self.links.get(name)
+
+    def require_rdomain(self, bridge: Link, rdomain: int) -> None:
+        """Raise OperatorError unless a bridge that we did not make is in a routing domain."""
+        vrf = next((link for link in self.links.all() if link.index == bridge.master), None)
+        if vrf is None or vrf.kind != "vrf" or vrf.table != rdomain:
+            raise OperatorError(
+                errno.EEXIST,
+                f"bridge {bridge.name} was there before vmd and is not in rdomain {rdomain}: it is left alone",
+            )
+
+    def ensure_vrf(self, rdomain: int) -> Link:
+        """Return the VRF device of a routing domain, which is made if it is not there."""
+        name = f"vrf{rdomain}"
+        link = self.links.find(name)
+        if link is not None:
+            if link.kind != "vrf" or link.table != rdomain:
+                raise OperatorError(errno.EEXIST, f"interface {name} is not the VRF of routing table {rdomain}")
+            return link
+        if rdomain in HOST_TABLES:
+            raise OperatorError(errno.EINVAL, f"rdomain {rdomain}: the host's own routing table has that number")
+        try:
+            self.links.add_vrf(name, rdomain)
+        except HostError as error:
+            raise OperatorError(error.errno, lacking(error, f"rdomain {rdomain}: make VRF {name}", "vrf")) from None
+        link = self.links.get(name)
+        try:
+            self.links.set_alias(link, f"rdomain{rdomain}")
+            self.links.end_table(rdomain)
+            self.links.set_up(link, up=True)
+        except HostError:
+            self.links.delete(link)
+            raise
+        return link
+
+    def remove_idle(self) -> None:
+        """Remove bridges and VRFs of ours that nobody needs any more; with interfaces of others in them they stay."""
+        for kind in (is_bridge, is_vrf):
+            for link in self.links.all():
+                if not kind(link) or link.name in self.switches:
+                    continue
+                members = self.links.members(link)
+                if not members:
+                    self.links.delete(link)
+                    if link.table:
+                        self.links.forget_routes(link.table)
+                elif self.foreign_members(link):
+                    self.say_once(f"{link.kind} {link.name} has interfaces in it that are not vmd's: it stays")
+
+    def foreign_members(self, link: Link) -> list[str]:
+        """Return the names of interfaces in a bridge or VRF that are not ours."""
+        return [
+            member.name for member in self.links.members(link) if not (is_tap(member) or is_bridge(member))
+        ]
+
+    # --- interfaces of VMs -------------------------------------------------------------------------------
+
+    def make_nics(self, message: "MakeNics") -> list[Nic]:
+        """Make all interfaces of a VM, or none."""
+        check_request(message)
+        self.require_ownership()
+        if message.vmid in self.nics:
+            raise OperatorError(errno.EEXIST, f"vm {message.vmid} has interfaces already")
+        made: list[Nic] = []
+        try:
+            for request in message.nics:
+                made.append(self.make_nic(message.vmid, request, message.reserved))
+            self.nics[message.vmid] = made
+            self.write_rules()
+            self.forward()
+        except (OperatorError, HostError):
+            self.nics.pop(message.vmid, None)
+            self.drop(made)
+            raise
+        return made
+
+    def make_nic(self, vmid: int, request: "NicRequest", reserved: "Collection[str]") -> Nic:
+        """Make one tap and put it where it belongs."""
+        bridge = None
+        if request.bridge:
+            switch = self.switches.get(request.bridge)
+            if switch is None:
+                raise OperatorError(errno.ENOENT, f"bridge {request.bridge} belongs to no switch")
+            bridge = self.ensure_bridge(switch)
+            if request.rdomain not in (None, switch.rdomain or 0):
+                raise OperatorError(
+                    errno.EINVAL,
+                    f"rdomain {request.rdomain}: an interface on a switch is in that of the switch, "
+                    f"{switch.rdomain or 0}",
+                )
+        fd, name = tap.make(request.name, reserved)
+        link: Link | None = None
+        try:
+            link = self.links.get(name)
+            self.links.set_alias(link, request.alias)
+            networks = networks_of(request) if self.nat else ()
+            nic = Nic(vmid, link, fd, Member(name=name, groups=request.groups, networks=networks))
+            self.configure_tap(nic, request, bridge)
+            nic.link = self.links.get(name)
+        except (OperatorError, HostError):
+            os.close(fd)  # and with it the tap is gone
+            raise
+        return nic
+
+    def configure_tap(self, nic: Nic, request: "NicRequest", bridge: Link | None) -> None:
+        """Give a tap its group, master and addresses, and switch it on."""
+        link = nic.link
+        self.join_group(link, request.groups)
+        ipv6 = bool(request.prefix6)
+        if ipv6 and not sysctl.entries("ipv6/conf"):
+            raise OperatorError(errno.EAFNOSUPPORT, f"interface {link.name}: local inet6: this kernel has no IPv6")
+        keep_to_itself(link.name)
+        if sysctl.entries("ipv6/conf"):
+            sysctl.write(f"ipv6/conf/{link.name}/addr_gen_mode", "1")  # none but what it is given
+            sysctl.write(f"ipv6/conf/{link.name}/disable_ipv6", "0" if ipv6 else "1")
+        if bridge is not None:
+            # First the size: a bridge that has not been given one takes the smallest of its ports'.
+            self.links.set_mtu(link, min(bridge.mtu, MTU_MAX))
+            self.links.set_master(link, bridge)
+        elif request.rdomain:
+            self.links.set_master(link, self.ensure_vrf(request.rdomain))
+        if request.host4:
+            sysctl.write(f"ipv4/conf/{link.name}/rp_filter", "1")  # the guest sends from its own address
+            self.links.add_address(link, request.host4, 31)
+        if request.prefix6:
+            nic.link_local = link_local(link.lladdr)
+            self.links.add_address(link, nic.link_local, 64)
+            self.links.add_address(link, request.prefix6[:8] + HOST6, 64)
+        if request.up:
+            self.links.set_up(link, up=True)
+
+    def join_group(self, link: Link, names: "Sequence[str]") -> None:
+        """Put an interface into the first group that the host knows; the others are sets of nftables only."""
+        for name in names:
+            number = groups.number(name)
+            if number is not None:
+                self.links.set_group(link, number)
+                return
+            self.say_once(f"group {name} is not in /etc/iproute2/group: only nftables will know it, as set vmd_{name}")
+
+    def remove_nics(self, vmid: int) -> None:
+        """Remove the interfaces of a VM; harmless if it has none."""
+        nics = self.nics.pop(vmid, None)
+        if nics is None:
+            return
+        self.drop(nics)
+        self.write_rules()
+        self.remove_idle()
+
+    def drop(self, nics: "Sequence[Nic]") -> None:
+        """Delete taps.  A descriptor that somebody still holds does not keep them; failures are logged."""
+        for nic in nics:
+            nic.close()
+            try:
+                link = self.links.find(nic.link.name)
+                if link is not None and link.index == nic.link.index and is_tap(link):
+                    self.links.delete(link)
+            except HostError as error:
+                log.error(str(error))
+
+    # --- rules and forwarding ----------------------------------------------------------------------------
+
+    def members(self) -> list[Member]:
+        """Return what the rules are about."""
+        return [nic.member for nics in self.nics.values() for nic in nics]
+
+    def write_rules(self) -> None:
+        """Make our table fit the interfaces there are; without need for one, remove it.
+
+        A host without nftables cannot have NAT, but groups: Linux's own.
+        """
+        members = self.members()
+        if not rules.needed(members):
+            if self.has_table and not self.groups_seen:
+                self.remove_rules()
+            elif self.has_table:
+                self.nft.apply(rules.ruleset([], self.groups_seen))
+            return
+        nat = any(member.networks for member in members)
+        try:
+            self.nft.apply(rules.ruleset(members, self.groups_seen))
+        except OperatorError as error:
+            if nat:
+                raise OperatorError(error.code, f"NAT for local interfaces: {error}") from None
+            self.say_once(f"groups have no sets in nftables: {error}")
+            return
+        self.has_table = True
+        self.groups_seen.update(group for member in members for group in member.groups)
+        if nat:
+            self.look_for_drops()
+
+    def remove_rules(self) -> None:
+        """Delete our table."""
+        if self.has_table:
+            self.nft.delete_table()
+            self.has_table = False
+
+    def look_for_drops(self) -> None:
+        """Say once who keeps guests from the world: what another table drops, ours cannot let through."""
+        for chain in self.nft.dropping_chains():
+            self.say_once(
+                f"nftables chain {chain} drops forwarded packets (Docker and ufw do that), those of guests with local "
+                f"interfaces too; to let them through: nft insert rule {chain} iifname 'tap*' accept; "
+                f"nft insert rule {chain} oifname 'tap*' accept"
+            )
+
+    def forward(self) -> None:
+        """Switch forwarding on, if an interface needs it and it is off."""
+        networks = [network for member in self.members() for network in member.networks]
+        if any(not rules.v6(network) for network in networks) and sysctl.read("ipv4/ip_forward") == "0":
+            self.remember_forwarding("ipv4")
+            if self.kept.change("ipv4/ip_forward", "1"):
+                log.info("switched IPv4 forwarding on, for local interfaces with NAT")
+        if any(rules.v6(network) for network in networks) and sysctl.read("ipv6/conf/all/forwarding") == "0":
+            # A router does not listen to routers, unless told so: the host shall not lose its own way out.
+            for name in sysctl.entries("ipv6/conf"):
+                setting = f"ipv6/conf/{name}/accept_ra"
+                if name != "all" and sysctl.read(setting) == "1":
+                    self.kept.change(setting, "2")
+            self.remember_forwarding("ipv6")
+            if self.kept.change("ipv6/conf/all/forwarding", "1"):
+                log.info("switched IPv6 forwarding on, for local interfaces with NAT")
+
+    def remember_forwarding(self, family: str) -> None:
+        """Note interfaces that forward by themselves: switching all of them off again would take them along."""
+        for name in sysctl.entries(f"{family}/conf"):
+            setting = f"{family}/conf/{name}/forwarding"
+            if name != "all" and sysctl.read(setting) == "1":
+                self.kept.remember(setting)
+
+    def say_once(self, sentence: str) -> None:
+        """Warn of something that will not change."""
+        if sentence not in self.said:
+            self.said.add(sentence)
+            log.warn(sentence)
+
+
+# --- what is ours --------------------------------------------------------------------------------------------
+
+
+def is_tap(link: Link) -> bool:
+    """Return whether an interface is a tap of ours."""
+    return link.kind == "tun" and bool(TAP_NAME.fullmatch(link.name)) and bool(TAP_ALIAS.match(link.alias))
+
+
+def is_bridge(link: Link) -> bool:
+    """Return whether an interface is a bridge of ours."""
+    return link.kind == "bridge" and bool(SWITCH_ALIAS.match(link.alias))
+
+
+def is_vrf(link: Link) -> bool:
+    """Return whether an interface is a VRF device of ours."""
+    return link.kind == "vrf" and bool(VRF_ALIAS.match(link.alias))
+
+
+# --- what may be asked ---------------------------------------------------------------------------------------
+
+
+def refuse(what: str) -> OperatorError:
+    """Return what a request gets that no honest parent makes."""
+    return OperatorError(errno.EPERM, f"refused: {what}")
+
+
+def check_switch(switch: "SwitchRequest") -> None:
+    """Raise OperatorError unless a switch is one that a configuration can have."""
+    if not BRIDGE_NAME.fullmatch(switch.interface):
+        raise refuse("that is no name of a bridge")
+    if not ALIAS.fullmatch(switch.alias) or not SWITCH_ALIAS.match(switch.alias):
+        raise refuse(f"bridge {switch.interface} with an alias that is not a switch's")
+    if switch.rdomain is not None and not 0 <= switch.rdomain <= MAX_RDOMAIN:
+        raise refuse(f"bridge {switch.interface} in rdomain {switch.rdomain}")
+
+
+def check_request(message: "MakeNics") -> None:
+    """Raise OperatorError unless a request is one that a configuration can lead to."""
+    if message.vmid <= 0 or not 0 < len(message.nics) <= MAX_NICS:
+        raise refuse(f"{len(message.nics)} interfaces for vm {message.vmid}")
+    for nic in message.nics:
+        if nic.name and not TAP_NAME.fullmatch(nic.name):
+            raise refuse("an interface of a VM that is not called tap<n>")
+        if not ALIAS.fullmatch(nic.alias) or not TAP_ALIAS.match(nic.alias):
+            raise refuse("an interface with an alias that is not a VM's")
+        if len(nic.groups) > 2 or not all(GROUP_NAME.fullmatch(group) for group in nic.groups):
+            raise refuse("that is no name of a group")
+        if nic.rdomain is not None and not 0 <= nic.rdomain <= MAX_RDOMAIN:
+            raise refuse(f"rdomain {nic.rdomain}")
+        if len(nic.host4) not in (0, 4) or len(nic.prefix6) not in (0, 16) or any(nic.prefix6[8:]):
+            raise refuse("that is no address")
+
+
+def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
+    """Return the networks of a `local` interface."""
+    found = []
+    if request.host4:
+        found.append((request.host4, 31))
+    if request.prefix6:
+        found.append((request.prefix6, 64))
+    return tuple(found)
+
+
+def link_local(lladdr: bytes) -> bytes:
+    """Return the IPv6 address that an Ethernet address has on its own link (RFC 4291, appendix A)."""
+    return b"\xfe\x80" + bytes(6) + bytes((lladdr[0] ^ 2,)) + lladdr[1:3] + b"\xff\xfe" + lladdr[3:]
+
+
+def keep_to_itself(name: str) -> None:
+    """Let an interface of ours take no advice on routes from guests."""
+    if sysctl.entries("ipv6/conf"):
+        sysctl.write(f"ipv6/conf/{name}/accept_ra", "0")
+
+
+def lacking(error: HostError, tried: str, module: str) -> str:
+    """Return why an interface of some kind cannot be made, with what to do about it."""
+    if error.errno == errno.EOPNOTSUPP:
+        return f"{tried}: this kernel has no such interfaces: load the module {module}"
+    return f"{tried}: {os.strerror(error.errno)}"

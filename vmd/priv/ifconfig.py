@@ -1,0 +1,210 @@
+"""Network interfaces, by netlink: everything that `ip link`, `ip address` and `ip route` would be needed for.
+
+The only user of pyroute2, whose packets are dictionaries; beyond this module there are `Link` records.
+"""
+
+import contextlib
+import errno
+import ipaddress
+import socket
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from vmd.errors import HostError
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+IFF_UP = 1
+IFA_F_NODAD = 0x02  # the link is a cable to one guest: nothing to detect, and nothing to wait for
+RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
+RTPROT_OURS = 0x76  # marks routes that we made, for whoever cleans up after us
+LAST_RESORT = 4278198272  # metric of a VRF's own end of the line (Documentation/networking/vrf.rst)
+
+
+class Link(Record):
+    """One network interface of the host, as it was when we looked."""
+
+    index: int
+    name: str
+    kind: str  # "bridge", "tun", "vrf", ...; "" for hardware and the loopback interface
+    alias: str
+    master: int  # index of the bridge or VRF that it belongs to, or 0
+    mtu: int
+    lladdr: bytes
+    up: bool
+    table: int = 0  # of a VRF
+
+
+class Links:
+    """The host's interfaces.  Every method but the look-ups raises HostError saying what was tried."""
+
+    def __init__(self) -> None:
+        try:
+            self.netlink = IPRoute()
+        except OSError as error:
+            raise HostError("open a netlink socket", error) from error
+
+    def all(self) -> list[Link]:
+        """Return every interface.  Raises HostError."""
+        with trying("list interfaces"):
+            return [parse(message) for message in self.netlink.get_links()]
+
+    def find(self, name: str) -> Link | None:
+        """Return the interface of this name, or None.  Raises HostError."""
+        try:
+            with trying(f"look up interface {name}"):
+                found = list(self.netlink.link("get", ifname=name))
+        except HostError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise
+        return parse(found[0]) if found else None
+
+    def get(self, name: str) -> Link:
+        """Return the interface of this name.  Raises HostError(ENODEV) if there is none."""
+        link = self.find(name)
+        if link is None:
+            raise HostError(f"interface {name}", errno.ENODEV)
+        return link
+
+    def members(self, master: Link) -> list[Link]:
+        """Return the interfaces that belong to a bridge or VRF."""
+        return [link for link in self.all() if link.master == master.index]
+
+    def add_bridge(self, name: str) -> None:
+        """Make a bridge."""
+        with trying(f"make bridge {name}"):
+            self.netlink.link("add", ifname=name, kind="bridge")
+
+    def add_vrf(self, name: str, table: int) -> None:
+        """Make a VRF device."""
+        with trying(f"make VRF {name}"):
+            self.netlink.link("add", ifname=name, kind="vrf", vrf_table=table)
+
+    def delete(self, link: Link) -> None:
+        """Delete an interface; one that is gone is none to delete."""
+        with trying(f"delete interface {link.name}"), absent_is_fine():
+            self.netlink.link("del", index=link.index)
+
+    def set_alias(self, link: Link, alias: str) -> None:
+        """Describe an interface."""
+        with trying(f"describe interface {link.name}"):
+            self.netlink.link("set", index=link.index, ifalias=alias)
+
+    def set_group(self, link: Link, group: int) -> None:
+        """Put an interface into the one group that it has."""
+        with trying(f"put interface {link.name} into group {group}"):
+            self.netlink.link("set", index=link.index, group=group)
+
+    def set_mtu(self, link: Link, mtu: int) -> None:
+        """Set the largest packet."""
+        with trying(f"set the mtu of interface {link.name} to {mtu}"):
+            self.netlink.link("set", index=link.index, mtu=mtu)
+
+    def set_master(self, link: Link, master: Link) -> None:
+        """Make an interface a port of a bridge, or a part of a VRF."""
+        with trying(f"add interface {link.name} to {master.name}"):
+            self.netlink.link("set", index=link.index, master=master.index)
+
+    def set_up(self, link: Link, *, up: bool) -> None:
+        """Switch an interface on or off."""
+        with trying(f"switch interface {link.name} {'on' if up else 'off'}"):
+            self.netlink.link("set", index=link.index, state="up" if up else "down")
+
+    def add_address(self, link: Link, address: bytes, length: int) -> None:
+        """Give an interface an address, to be used at once."""
+        text = str(ipaddress.ip_address(address))
+        options: dict[str, Any] = {}
+        if len(address) == 16:
+            options = {"family": socket.AF_INET6, "flags": IFA_F_NODAD}
+            link_local = ipaddress.IPv6Address(address).is_link_local
+            options["scope"] = RT_SCOPE_LINK if link_local else RT_SCOPE_UNIVERSE
+        with trying(f"give interface {link.name} address {text}/{length}"):
+            self.netlink.addr("add", index=link.index, address=text, prefixlen=length, **options)
+
+    def addresses(self, link: Link) -> list[tuple[bytes, int]]:
+        """Return (packed address, prefix length) of an interface."""
+        with trying(f"list the addresses of interface {link.name}"):
+            found = list(self.netlink.get_addr(index=link.index))
+        pairs = ((message.get_attr("IFA_ADDRESS"), message["prefixlen"]) for message in found)
+        return [(ipaddress.ip_address(text).packed, length) for text, length in pairs if text]
+
+    def end_table(self, table: int) -> None:
+        """Let a routing table end in "unreachable", so that what it does not know is not looked for in the next."""
+        for family, everything in ((socket.AF_INET, "0.0.0.0/0"), (socket.AF_INET6, "::/0")):
+            try:
+                with trying(f"end routing table {table}"):
+                    self.netlink.route(
+                        "add", family=family, dst=everything, table=table, type="unreachable",
+                        priority=LAST_RESORT, proto=RTPROT_OURS,
+                    )  # fmt: skip
+            except HostError as error:
+                no_family = family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
+                if error.errno != errno.EEXIST and not no_family:
+                    raise
+
+    def forget_routes(self, table: int | None = None) -> None:
+        """Delete what `end_table` made, in one table or in all."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with trying("list routes"):
+                routes = list(self.netlink.get_routes(family=family, proto=RTPROT_OURS))
+            for route in routes:
+                where = route.get_attr("RTA_TABLE") or route["table"]
+                if route["proto"] != RTPROT_OURS or table not in (None, where):
+                    continue
+                with trying(f"delete the end of routing table {where}"), absent_is_fine():
+                    self.netlink.route(
+                        "del", family=family, dst="0.0.0.0/0" if family == socket.AF_INET else "::/0", table=where,
+                        type="unreachable", priority=LAST_RESORT, proto=RTPROT_OURS,
+                    )  # fmt: skip
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.netlink.close()
+
+
+def parse(message: "Any") -> Link:  # noqa: ANN401 - pyroute2 has no types
+    """Return a link message of pyroute2's as what we need of it."""
+    info = message.get_attr("IFLA_LINKINFO")
+    kind = (info.get_attr("IFLA_INFO_KIND") if info else "") or ""
+    table = 0
+    if kind == "vrf":
+        data = info.get_attr("IFLA_INFO_DATA")
+        table = (data.get_attr("IFLA_VRF_TABLE") if data else 0) or 0
+    return Link(
+        index=message["index"],
+        name=message.get_attr("IFLA_IFNAME") or "",
+        kind=kind,
+        alias=message.get_attr("IFLA_IFALIAS") or "",
+        master=message.get_attr("IFLA_MASTER") or 0,
+        mtu=message.get_attr("IFLA_MTU") or 0,
+        lladdr=bytes.fromhex((message.get_attr("IFLA_ADDRESS") or "").replace(":", "")),
+        up=bool(message["flags"] & IFF_UP),
+        table=table,
+    )
+
+
+@contextlib.contextmanager
+def trying(what: str) -> "Iterator[None]":
+    """Turn what pyroute2 raises into HostError."""
+    try:
+        yield
+    except NetlinkError as error:
+        raise HostError(what, error.code) from error
+    except OSError as error:
+        raise HostError(what, error) from error
+
+
+@contextlib.contextmanager
+def absent_is_fine() -> "Iterator[None]":
+    """Take no notice if what is to be deleted is gone."""
+    try:
+        yield
+    except NetlinkError as error:
+        if error.code not in (errno.ENODEV, errno.ESRCH, errno.ENOENT):
+            raise

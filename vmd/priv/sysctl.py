@@ -1,0 +1,152 @@
+"""Kernel settings below /proc/sys/net: what we change, and what has to be put back.
+
+Old values are on disk before a new one is set, in a file of /run/vmd that belongs to this network namespace; so a
+daemon that is killed leaves behind what its successor needs.  The file is locked: of two daemons on one host only
+the first has its network.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+
+from vmd.errors import HostError
+from vmd.log import log
+
+SYS = "/proc/sys/net"
+DIRECTORY = "/run/vmd"
+SO_NETNS_COOKIE = 71
+STATE_MAX = 1 << 20
+
+
+def read(name: str) -> str | None:
+    """Return a setting such as ipv4/ip_forward; None if this kernel has no such."""
+    try:
+        with open(f"{SYS}/{name}") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def write(name: str, value: str) -> None:
+    """Change a setting.  Raises HostError."""
+    try:
+        with open(f"{SYS}/{name}", "w") as file:
+            file.write(value)
+    except OSError as error:
+        raise HostError(f"set net/{name} to {value}", error) from error
+
+
+def entries(directory: str) -> list[str]:
+    """Return the names in a directory of settings; none if this kernel has no such."""
+    try:
+        return sorted(os.listdir(f"{SYS}/{directory}"))
+    except OSError:
+        return []
+
+
+def state_path() -> str:
+    """Return the path of the file for this network namespace, by a number that is never used again."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
+        try:
+            cookie = int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
+        except OSError:
+            cookie = os.stat("/proc/self/ns/net").st_ino  # before Linux 5.14; may be used again, after a while
+    return f"{DIRECTORY}/network-{cookie}"
+
+
+class Kept:
+    """Settings that were changed: name -> (old value, the value that we set)."""
+
+    def __init__(self) -> None:
+        self.path = state_path()
+        self.fd = -1
+        self.values: dict[str, tuple[str, str]] = {}
+
+    def lock(self) -> bool:
+        """Become the owner of this network, and learn what a daemon before us left; False if somebody else is.
+
+        Raises HostError.
+        """
+        while self.fd < 0:
+            try:
+                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise HostError(f"open {self.path}", error) from error
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                return False
+            if os.fstat(fd).st_nlink:
+                self.fd = fd
+                self.values = parse(os.pread(fd, STATE_MAX, 0))
+            else:
+                os.close(fd)  # its owner removed it at this moment
+        return True
+
+    def change(self, name: str, value: str) -> bool:
+        """Set what is not so yet, and remember what it was; returns whether it had to be done.  Raises HostError."""
+        old = read(name)
+        if old in (None, value):
+            return False
+        assert old is not None
+        if name not in self.values:
+            self.values[name] = (old, value)
+            self._save()
+        write(name, value)
+        return True
+
+    def remember(self, name: str) -> None:
+        """Note a setting that putting back another one would change."""
+        value = read(name)
+        if value is not None:
+            self.values.setdefault(name, (value, value))
+
+    def put_back(self) -> None:
+        """Undo every change that is still as we made it; failures are logged."""
+        for name, (old, ours) in reversed(self.values.items()):
+            now = read(name)
+            if now in (None, old) or (now != ours and old != ours):
+                continue  # gone, or as it was, or somebody else has decided since
+            try:
+                write(name, old)
+                log.info(f"net/{name} is {old} again")
+            except HostError as error:
+                log.error(str(error))
+        self.values.clear()
+        with contextlib.suppress(HostError):
+            self._save()
+
+    def close(self) -> None:
+        """Let go of the network."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            os.close(self.fd)
+            self.fd = -1
+
+    def _save(self) -> None:
+        raw = json.dumps(self.values).encode()
+        try:
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, raw, 0)
+        except OSError as error:
+            raise HostError(f"write {self.path}", error) from error
+
+
+def parse(raw: bytes) -> dict[str, tuple[str, str]]:
+    """Return what a file says; nothing of what cannot be ours."""
+    try:
+        found = json.loads(raw or b"{}")
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: (pair[0], pair[1])
+        for name, pair in found.items()
+        if name.startswith(("ipv4/", "ipv6/")) and "/../" not in name
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, str) for value in pair)
+    }
