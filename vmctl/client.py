@@ -10,7 +10,7 @@ from vmctl.errors import CommandError, Refused
 from vmctl.output import warn
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, Proc, VmInfo
+from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, NicInfo, NicsRequest, Proc, VmInfo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,6 +104,14 @@ class Client:
         while isinstance(row := self.answer(VmInfo, End), VmInfo):
             vms.append(row)
         return vms
+
+    def list_nics(self, vmid: int) -> list[NicInfo]:
+        """Return the network interfaces of a VM.  Raises Refused, PeerError."""
+        self.send(NicsRequest(vmid=vmid))
+        nics: list[NicInfo] = []
+        while isinstance(row := self.answer(NicInfo, End), NicInfo):
+            nics.append(row)
+        return nics
 
     def _note(self, text: str) -> None:
         if self.verbose:

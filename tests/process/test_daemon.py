@@ -405,7 +405,6 @@ def test_log_level_reaches_every_process(vmd: Daemon) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("local interface", "network interfaces"),
         ("sev", "encrypted memory (sev)"),
     ],
 )

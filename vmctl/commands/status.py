@@ -1,13 +1,14 @@
-"""vmctl status, vmctl show: every VM, one per line (*cat. 3.3*)."""
+"""vmctl status, vmctl show: every VM, one per line (*cat. 3.3*); with -v, which is ours, their interfaces too."""
 
 import errno
 
-from vmctl.errors import CommandError, UsageError
+from vmctl import interfaces
+from vmctl.errors import CommandError, Refused, UsageError
 from vmctl.options import parse_options
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
-from vmd.ipc.messages import VmInfo
+from vmd.ipc.messages import NicInfo, VmInfo
 from vmd.scaled import fmt_scaled
 
 OWNER_MAX = 15  # a longer one is cut, and moves the rest of its row: the column is 12 wide
@@ -17,7 +18,7 @@ HEADER = ROW("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", 
 
 def run(session: Session, arguments: list[str]) -> int:
     """Fetch the list and show all of it, what runs, or one VM."""
-    given, operands = parse_options(arguments, "r", ("json",))
+    given, operands = parse_options(arguments, "rv", ("json",))
     if len(operands) > 1:
         raise UsageError
     session.json = ("--json", "") in given
@@ -27,17 +28,35 @@ def run(session: Session, arguments: list[str]) -> int:
     if wanted is not None and not found and session.json:
         raise CommandError(f"vm {wanted} not found", errno.ENOENT)
     shown = [vm for vm in found if vm.pid != 0 or ("-r", "") not in given]
+    detailed = ("-v", "") in given
+    nics = {vm.vmid: nics_of(session, vm) for vm in shown} if detailed else {}
     if session.json:
-        put_json({"vms": [as_json(vm) for vm in shown]})
+        rows = [as_json(vm) for vm in shown]
+        if detailed:
+            for vm, document in zip(shown, rows, strict=True):
+                document["interfaces"] = [interfaces.as_json(nic) for nic in nics[vm.vmid]]
+        put_json({"vms": rows})
         return 0
     put_lines([HEADER, *(row(vm) for vm in shown)])
+    for vm in shown if detailed else ():
+        put_lines([line for nic in nics[vm.vmid] for line in interfaces.describe(vm.name, nic)])
     if wanted is not None and not found:
         raise CommandError(f"vm {wanted} not found", errno.ENOENT)
-    if session.verbose:
+    if session.verbose or detailed:
         for vm in shown:
             if vm.text:
                 warn(f"vm {vm.name}: {vm.text}")
     return 0
+
+
+def nics_of(session: Session, vm: VmInfo) -> list[NicInfo]:
+    """Return the interfaces of a VM; none of one that has gone meanwhile."""
+    try:
+        return session.client.list_nics(vm.vmid)
+    except Refused as error:
+        if error.code == errno.ENOENT:
+            return []
+        raise
 
 
 def matches(vm: VmInfo, wanted: VmRef) -> bool:

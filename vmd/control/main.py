@@ -21,6 +21,7 @@ from vmd.ipc.messages import (
     End,
     Failed,
     Listen,
+    NicInfo,
     Ok,
     Proc,
     Quit,
@@ -49,7 +50,7 @@ LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
 # fmt: off
-PARTIAL = (VmInfo, ConsoleOutput, TransferProgress)  # answers after which more follow
+PARTIAL = (VmInfo, NicInfo, ConsoleOutput, TransferProgress)  # answers after which more follow
 ANSWERS: tuple[RecordType, ...] = (
     Ok, Failed, VmStarted, VmPaused, VmSent, VmReceived, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
 )

@@ -217,6 +217,11 @@ class ReceiveRequest(Request):
     paused: bool = False
 
 
+@message(0x1F, *ASK)
+class NicsRequest(VmRequest):
+    """Answered by one NicInfo per network interface and End, or Failed."""
+
+
 # Everything above; control relays these, the parent serves them.
 REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[0] in info.routes)
 
@@ -340,6 +345,24 @@ class VmReceived(Record):
     pid: int
     tty: str
     paused: bool
+
+
+@message(0x3F, *ANSWER)
+class NicInfo(Record):
+    """A network interface of a VM, for `vmctl status -v`.  Addresses are packed; an empty one is not there."""
+
+    index: int
+    tap: str  # "": the VM does not run
+    switch: str
+    lladdr: bytes
+    up: bool
+    locked: bool
+    local: bool
+    mtu: int = 0
+    guest4: bytes = b""
+    host4: bytes = b""
+    prefix6: bytes = b""
+    counters: tuple[int, ...] = ()  # devmsg.COUNTER_NAMES; none: its process has not answered
 
 
 # --- between the daemon's own processes ------------------------------------------------------------------
@@ -587,6 +610,27 @@ class CancelTransfer(Record):
     """Nobody wants the stream any more."""
 
     vmid: int
+
+
+class NicCounters(Record):
+    """What one network interface has done, under the names of devmsg.COUNTER_NAMES."""
+
+    values: tuple[int, ...]
+
+
+@message(0x75, *TO_VM)
+class CountNics(Record):
+    """Say what the network interfaces have done.  Answered by NicsCounted."""
+
+    vmid: int
+
+
+@message(0x76, *FROM_VM)
+class NicsCounted(Record):
+    """One entry for each interface, in their order; fewer if some cannot tell."""
+
+    vmid: int
+    nics: tuple[NicCounters, ...]
 
 
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))

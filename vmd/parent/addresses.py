@@ -3,9 +3,9 @@
 import errno
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from vmd.config.model import MAX_NICS, NicConfig, Prefix
+from vmd.config.model import MAX_NICS, Prefix
 from vmd.errors import OperatorError
 from vmd.record import Record
 
@@ -64,23 +64,18 @@ def random_ula() -> Prefix:
     return Prefix(address=bytes((ULA,)) + os.urandom(5) + bytes(10), length=48)
 
 
-def with_lladdrs(nics: Sequence[NicConfig], taken: "set[bytes]") -> tuple[NicConfig, ...]:
-    """Return interfaces that all have a link-layer address; those found here are not `taken`, and are added to it."""
-    found = []
-    for index, nic in enumerate(nics):
-        if not nic.lladdr:
-            lladdr = random_lladdr(index)
-            while lladdr in taken:
-                lladdr = random_lladdr(index)
-            nic = nic.replace(lladdr=lladdr)
-        taken.add(nic.lladdr)
-        found.append(nic)
-    return tuple(found)
+def random_lladdr(index: int, taken: Collection[bytes]) -> bytes:
+    """Return an address that is not `taken` for the interface of this number, from 0: fe:e1:bb:d<n>:xx:xx.
 
-
-def random_lladdr(index: int) -> bytes:
-    """Return an address for the interface of this number, from 0: fe:e1:bb:d<n>:xx:xx."""
-    return LLADDR_START + bytes((LLADDR_NIC | (index + 1),)) + os.urandom(2)
+    Raises:
+        OperatorError: all of them are taken.
+    """
+    start = int.from_bytes(os.urandom(2), "big")
+    for number in range(1 << 16):
+        lladdr = LLADDR_START + bytes((LLADDR_NIC | (index + 1),)) + (start + number & 0xFFFF).to_bytes(2, "big")
+        if lladdr not in taken:
+            return lladdr
+    raise OperatorError(errno.ENOSPC, "no link-layer address is left for another interface")
 
 
 def resolvers(paths: Sequence[str] = RESOLV_CONFS) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:

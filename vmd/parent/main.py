@@ -42,8 +42,10 @@ from vmd.ipc.messages import (
     LoadRequest,
     LogRequest,
     NetworkConfigured,
+    NicsCounted,
     NicsFailed,
     NicsMade,
+    NicsRequest,
     Ok,
     Outcome,
     PauseDone,
@@ -222,7 +224,7 @@ class Parent(Process):
             if self.vms.find(0, vm_config.name) is not None:
                 log.debug(f"{vm_config.origin}: vm {vm_config.name} skipped (already exists)")
                 continue
-            vm = self.vms.add(self.network.named(vm_config), from_config=True)
+            vm = self.vms.add(vm_config, from_config=True)
             if vm_config.enabled:
                 vm.state = State.WAITING
 
@@ -381,6 +383,7 @@ class Parent(Process):
         for client in vm.waiting_clients:
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
         vm.waiting_clients.clear()
+        self.network.answer_counted(vm.vmid, everyone=True)
         for client in vm.pause_clients:
             self.answer_failure(client, errno.ESRCH, f"vm {vm.name} has ended{': ' + text if text else ''}")
         vm.pause_clients.clear()
@@ -480,8 +483,7 @@ class Parent(Process):
                 raise OperatorError(errno.ENOTSUP, f"vm {message.name}: instances cannot be started yet")
             if message.config is not None:
                 require_root(caller, "start a VM that vm.conf does not describe")
-                described = self.network.named(checked_request(message.config, bootable=boot is not None))
-                vm = self.vms.add(described, from_config=False)
+                vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
                 try:
                     vm.keep_files(boot, initrd)
                 except HostError:
@@ -655,6 +657,7 @@ class Parent(Process):
             vm.waiting_clients.discard(envelope.peerid)
             vm.pause_clients = [NO_CLIENT if client == envelope.peerid else client for client in vm.pause_clients]
             transfers.on_client_gone(self, vm, envelope.peerid)
+            self.network.on_client_gone(vm.vmid, envelope.peerid)
             if vm.start_client == envelope.peerid:
                 vm.start_client = None
             if vm.console_client == envelope.peerid:
@@ -677,6 +680,14 @@ class Parent(Process):
         """A VM cannot have its interfaces."""
         self.network.on_failed(message)
 
+    def serve_nics(self, message: NicsRequest, _caller: Caller, envelope: Envelope) -> None:
+        """Describe the interfaces of a VM; whoever may open the socket sees them, as he sees the list."""
+        self.network.serve(self.vms.get(message.vmid, message.name), envelope.peerid)
+
+    def on_nics_counted(self, message: NicsCounted, _envelope: Envelope, _channel: Channel) -> None:
+        """A VM has told what its interfaces have done."""
+        self.network.on_counted(message)
+
     HANDLERS: "Handlers" = {
         **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
         (Proc.VMM, VmRunning): on_vm_running,
@@ -687,6 +698,7 @@ class Parent(Process):
         (Proc.VMM, TransferProgress): transfers.on_progress,
         (Proc.VMM, ReceivedHeader): transfers.on_received_header,
         (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
+        (Proc.VMM, NicsCounted): on_nics_counted,
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.PRIV, NetworkConfigured): on_network_configured,
@@ -705,6 +717,7 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
     SendRequest: transfers.serve_send,
     ReceiveRequest: transfers.serve_receive,
     ListRequest: Parent.serve_list,
+    NicsRequest: Parent.serve_nics,
     LoadRequest: Parent.serve_load,
     ReloadRequest: Parent.serve_reload,
     ResetRequest: Parent.serve_reset,

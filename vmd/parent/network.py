@@ -11,14 +11,21 @@ from collections.abc import Callable, Iterable
 
 from vmd.config.model import BootDevice, Config, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import HostError, OperatorError
+from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    NO_CLIENT,
     ConfigureNetwork,
+    CountNics,
+    End,
     MakeNics,
     NetworkConfigured,
+    NicCounters,
+    NicInfo,
     NicLink,
     NicMade,
     NicRequest,
+    NicsCounted,
     NicsFailed,
     NicsMade,
     Proc,
@@ -28,7 +35,7 @@ from vmd.ipc.messages import (
     SwitchRequest,
 )
 from vmd.log import log
-from vmd.parent.addresses import Plan, random_ula, resolvers, with_lladdrs
+from vmd.parent.addresses import Plan, random_ula, resolvers
 from vmd.parent.resources import copy_all
 from vmd.parent.vmtable import Vm
 
@@ -37,8 +44,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vmd.config.model import Prefix
+    from vmd.ipc.loop import Timer
     from vmd.parent.main import Parent
 
+COUNT_TIMEOUT_S = 5.0
 ALIAS_MAX = 255  # IFALIASZ
 AUTOMATIC = ("", "tap")  # any name will do
 RESERVED_MAX = 512  # names that fit one message
@@ -66,6 +75,14 @@ class Launch:
                 os.close(fds.pop())
 
 
+class Count:
+    """A client that wants to know what interfaces have done."""
+
+    def __init__(self, client: int) -> None:
+        self.client = client
+        self.timer: Timer | None = None
+
+
 class Taps:
     """The interfaces of a VM, from priv's answer to the end of the VM."""
 
@@ -90,6 +107,7 @@ class Network:
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
+        self.counting: dict[int, list[Count]] = {}  # by vmid: questions a VM has not answered
 
     # --- the configuration -------------------------------------------------------------------------------
 
@@ -110,13 +128,6 @@ class Network:
         """Log what cannot be; a VM that needs it will be told the same."""
         for problem in message.problems:
             log.error(f"switch: {problem}")
-
-    def named(self, config: VmConfig) -> VmConfig:
-        """Return a VM whose interfaces have addresses that no other has, for its whole life in the table."""
-        if all(nic.lladdr for nic in config.nics):
-            return config
-        taken = {nic.lladdr for vm in self.parent.vms for nic in vm.config.nics}
-        return config.replace(nics=with_lladdrs(config.nics, taken))
 
     def plan_of(self, vmid: int, config: VmConfig) -> Plan:
         """Return what the addresses of a VM follow from: its own id, or another host's for one that was sent."""
@@ -276,6 +287,79 @@ class Network:
         except ValueError as error:
             raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
         self.parent.repeat_snapshots(vm)
+
+    # --- counters ----------------------------------------------------------------------------------------
+
+    def serve(self, vm: Vm, client: int) -> None:
+        """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time."""
+        if not vm.pid or not self.taps.get(vm.vmid):
+            self._answer(vm.vmid, client, ())
+            return
+        count = Count(client)
+        waiting = self.counting.setdefault(vm.vmid, [])
+        waiting.append(count)
+
+        def give_up() -> None:
+            self._answer(vm.vmid, count.client, ())
+            count.client = NO_CLIENT  # the answer is still to come, and must not be taken for another's
+
+        count.timer = self.parent.loop.call_later(COUNT_TIMEOUT_S, give_up)
+        self.parent.peers[Proc.VMM].send(CountNics(vmid=vm.vmid))
+
+    def on_counted(self, message: NicsCounted) -> None:
+        """Answer the client that has waited longest."""
+        self.answer_counted(message.vmid, message.nics)
+
+    def answer_counted(self, vmid: int, nics: tuple[NicCounters, ...] = (), *, everyone: bool = False) -> None:
+        """Answer the client that has waited longest, or all of them: the VM will say no more."""
+        waiting = self.counting.get(vmid, [])
+        while waiting:
+            count = waiting.pop(0)
+            if count.timer is not None:
+                count.timer.cancel()
+            self._answer(vmid, count.client, nics)
+            if not everyone:
+                break
+        if not waiting:
+            self.counting.pop(vmid, None)
+
+    def on_client_gone(self, vmid: int, client: int) -> None:
+        """Nobody waits for this answer any more."""
+        for count in self.counting.get(vmid, ()):
+            if count.client == client:
+                count.client = NO_CLIENT
+
+    def _answer(self, vmid: int, client: int, counted: tuple[NicCounters, ...]) -> None:
+        vm = self.parent.vms.find(vmid, "")
+        if vm is None:
+            return
+        config = vm.running_config or vm.config
+        taps = self.taps.get(vmid)
+        for index, nic in enumerate(taps.nics if taps else config.nics):
+            info = NicInfo(
+                index=index,
+                tap="",
+                switch=nic.switch,
+                lladdr=nic.lladdr,
+                up=nic.up,
+                locked=nic.locked,
+                local=nic.local,
+            )
+            if taps is not None:
+                link = taps.links[index]
+                values = counted[index].values if index < len(counted) else ()
+                plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
+                info = info.replace(
+                    tap=link.name,
+                    locked=link.locked,
+                    mtu=link.mtu,
+                    guest4=link.guest4,
+                    host4=link.host4,
+                    prefix6=link.prefix6,
+                    counters=values if plausible else (),
+                )
+            self.parent.answer(client, info)
+        self.parent.answer(client, End())
 
     # --- ending ------------------------------------------------------------------------------------------
 

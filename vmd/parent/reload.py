@@ -33,7 +33,7 @@ def add(table: VmTable, config: VmConfig) -> None:
 def replace_all(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
     """Let the table hold what the configuration says now.  Returns what is worth telling the operator."""
     notes: list[str] = []
-    wanted = {config.name: config for config in reversed(vms)}  # of two with one name the first counts
+    wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two with one name the first counts
     for vm in list(table):
         config = wanted.get(vm.name)
         if vm.alive:

@@ -9,6 +9,7 @@ from enum import Enum
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, VmSent
+from vmd.parent.addresses import random_lladdr
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
 
@@ -175,11 +176,12 @@ class RetiredConsole:
 
 
 class VmTable:
-    """VMs by name and id.  An id belongs to a (name, owner) pair for the daemon's lifetime."""
+    """VMs by name and id.  Ids and link-layer addresses belong to a (name, owner) pair for the daemon's lifetime."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
+        self._lladdrs: dict[tuple[str, int, int], bytes] = {}  # found for (name, owner, number of the interface)
 
     def __iter__(self) -> Iterator[Vm]:
         """All VMs, by id."""
@@ -193,8 +195,24 @@ class VmTable:
         if config.name in self._by_name:
             raise OperatorError(errno.EEXIST, f"vm {config.name} already exists")
         vmid = self._ids.setdefault((config.name, config.owner.uid), len(self._ids) + 1)
+        config = self.named(config)
         vm = self._by_name[config.name] = Vm(vmid, config, from_config=from_config)
         return vm
+
+    def named(self, config: VmConfig) -> VmConfig:
+        """Return a VM whose interfaces all have link-layer addresses, each time the same and no other VM's."""
+        if all(nic.lladdr for nic in config.nics):
+            return config
+        taken = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics} | set(self._lladdrs.values())
+        nics = []
+        for index, nic in enumerate(config.nics):
+            if not nic.lladdr:
+                key = config.name, config.owner.uid, index
+                if key not in self._lladdrs:
+                    self._lladdrs[key] = random_lladdr(index, taken)
+                nic = nic.replace(lladdr=self._lladdrs[key])
+            nics.append(nic)
+        return config.replace(nics=tuple(nics))
 
     def remove(self, vm: Vm) -> None:
         """Forget a VM; its id stays reserved for its name."""
@@ -219,3 +237,4 @@ class VmTable:
         """Start numbering from 1 again, for `reset vms`; only an empty table may."""
         if not self._by_name:
             self._ids.clear()
+            self._lladdrs.clear()

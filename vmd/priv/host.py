@@ -8,6 +8,7 @@ Every request is checked here once more: whoever has taken over the parent shall
 """
 
 import errno
+import ipaddress
 import os
 import re
 import time
@@ -165,10 +166,9 @@ class Network:
         made = link is None
         if link is None:
             try:
-                self.links.add_bridge(name)
+                link = self.links.add_bridge(name)
             except HostError as error:
                 raise OperatorError(error.errno, lacking(error, f"make bridge {name}", "bridge")) from None
-            link = self.links.get(name)
         try:
             if made:
                 self.links.set_alias(link, switch.alias)
@@ -306,6 +306,7 @@ class Network:
             self.links.set_master(link, bridge)
         elif request.rdomain:
             self.links.set_master(link, self.ensure_vrf(request.rdomain))
+        self.require_free(link, networks_of(request))
         if request.host4:
             sysctl.write(f"ipv4/conf/{link.name}/rp_filter", "1")  # the guest sends from its own address
             self.links.add_address(link, request.host4, 31)
@@ -315,6 +316,19 @@ class Network:
             self.links.add_address(link, request.prefix6[:8] + HOST6, 64)
         if request.up:
             self.links.set_up(link, up=True)
+
+    def require_free(self, link: Link, networks: "Sequence[tuple[bytes, int]]") -> None:
+        """Raise OperatorError if the host has an address in one of these networks, on whatever interface."""
+        if not networks:
+            return
+        for index, address in self.links.addresses():
+            for network, length in networks:
+                if index != link.index and inside(address, network, length):
+                    raise OperatorError(
+                        errno.EADDRINUSE,
+                        f"interface {link.name}: {rules.text(network, length)} is in use: the host has "
+                        f"{ipaddress.ip_address(address)} on another interface; see `local prefix`",
+                    )
 
     def join_group(self, link: Link, names: "Sequence[str]") -> None:
         """Put an interface into the first group that the host knows; the others are sets of nftables only."""
@@ -483,6 +497,14 @@ def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
     if request.prefix6:
         found.append((request.prefix6, 64))
     return tuple(found)
+
+
+def inside(address: bytes, network: bytes, length: int) -> bool:
+    """Return whether an address is in a network, which may be given by any address in it."""
+    if len(address) != len(network):
+        return False
+    different = int.from_bytes(address, "big") ^ int.from_bytes(network, "big")
+    return not different >> (8 * len(address) - length)
 
 
 def link_local(lladdr: bytes) -> bytes:

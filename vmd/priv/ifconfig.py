@@ -76,10 +76,14 @@ class Links:
         """Return the interfaces that belong to a bridge or VRF."""
         return [link for link in self.all() if link.master == master.index]
 
-    def add_bridge(self, name: str) -> None:
-        """Make a bridge."""
+    def add_bridge(self, name: str) -> Link:
+        """Make a bridge.  Its link-layer address stays, unlike that of one which takes the lowest of its ports'."""
         with trying(f"make bridge {name}"):
             self.netlink.link("add", ifname=name, kind="bridge")
+        link = self.get(name)
+        with trying(f"give bridge {name} its address"):
+            self.netlink.link("set", index=link.index, address=link.lladdr.hex(":"))
+        return link
 
     def add_vrf(self, name: str, table: int) -> None:
         """Make a VRF device."""
@@ -127,12 +131,14 @@ class Links:
         with trying(f"give interface {link.name} address {text}/{length}"):
             self.netlink.addr("add", index=link.index, address=text, prefixlen=length, **options)
 
-    def addresses(self, link: Link) -> list[tuple[bytes, int]]:
-        """Return (packed address, prefix length) of an interface."""
-        with trying(f"list the addresses of interface {link.name}"):
-            found = list(self.netlink.get_addr(index=link.index))
-        pairs = ((message.get_attr("IFA_ADDRESS"), message["prefixlen"]) for message in found)
-        return [(ipaddress.ip_address(text).packed, length) for text, length in pairs if text]
+    def addresses(self) -> list[tuple[int, bytes]]:
+        """Return (index of the interface, packed address) of every address of the host."""
+        with trying("list addresses"):
+            found = list(self.netlink.get_addr())
+        pairs = (
+            (message["index"], message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")) for message in found
+        )
+        return [(index, ipaddress.ip_address(text).packed) for index, text in pairs if text]
 
     def end_table(self, table: int) -> None:
         """Let a routing table end in "unreachable", so that what it does not know is not looked for in the next."""

@@ -237,6 +237,10 @@ class Machine:
         left = [thread.join() for thread in self.vcpus]
         return all(left)
 
+    def nic_counters(self) -> list[tuple[int, ...]]:
+        """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`."""
+        return []
+
     def _plug_devices(self) -> None:
         """Wait for the device processes, and put each into its slot."""
         for slot, device in zip(self.slots, self.devices.running, strict=True):

@@ -23,6 +23,9 @@ from vmd.ipc.messages import (
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
+    CountNics,
+    NicCounters,
+    NicsCounted,
     Outcome,
     PauseDone,
     PauseVm,
@@ -387,6 +390,11 @@ class VmProcess(Process):
         if self.machine is not None:
             self.machine.uart.send_break()
 
+    def on_count_nics(self, _message: CountNics, _envelope: Envelope, channel: Channel) -> None:
+        """Say what the network interfaces have done."""
+        counters = self.machine.nic_counters() if self.machine is not None else []
+        channel.send(NicsCounted(vmid=self.vmid, nics=tuple(NicCounters(values=values) for values in counters)))
+
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""
         log.verbosity = message.verbosity
@@ -426,6 +434,7 @@ class VmProcess(Process):
         (Proc.VMM, ResumeReceived): on_resume_received,
         (Proc.VMM, ConsoleSnapshot): on_console_snapshot,
         (Proc.VMM, SendBreak): on_send_break,
+        (Proc.VMM, CountNics): on_count_nics,
         (Proc.VMM, SetVerbosity): on_set_verbosity,
         (Proc.VMM, Quit): on_quit,
     }

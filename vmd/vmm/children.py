@@ -10,6 +10,8 @@ from vmd.ipc.messages import (
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
+    CountNics,
+    NicsCounted,
     Outcome,
     PauseDone,
     PauseVm,
@@ -48,6 +50,7 @@ class VmChild:
         self.pieces = 0  # of the snapshot at hand
         self.pauses = 0  # asked for, or their ends, and not answered
         self.sends = 0  # as well
+        self.counts = 0  # of network interfaces, as well
         self.receiving: list[RecordType] = []  # what it has to say of the stream that it reads
         self.progress_s = 0.0  # when it last told of progress
         self.last_words = ""
@@ -62,6 +65,7 @@ class VmChild:
         self.snapshots += isinstance(message, ConsoleSnapshot)
         self.pauses += isinstance(message, PauseVm)
         self.sends += isinstance(message, SendVm)
+        self.counts += isinstance(message, CountNics)
         if isinstance(message, ReceiveVm):
             self.receiving = [ReceivedHeader, ReceivedMachine]
 
@@ -84,6 +88,10 @@ class VmChild:
             if not self.sends:
                 self.unasked("a stream")
             self.sends -= 1
+        elif isinstance(message, NicsCounted):
+            if not self.counts:
+                self.unasked("network interfaces")
+            self.counts -= 1
         elif isinstance(message, TransferProgress):
             now_s = time.monotonic()
             if now_s < self.progress_s + PROGRESS_MIN_S:

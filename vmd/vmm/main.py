@@ -17,7 +17,9 @@ from vmd.ipc.messages import (
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
+    CountNics,
     KvmFd,
+    NicsCounted,
     Outcome,
     PauseDone,
     PauseVm,
@@ -55,10 +57,10 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 # What is relayed as it is: requests of the parent to a VM, and what VMs report.
-TO_VM = (ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived)
+TO_VM = (ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived, CountNics)
 FROM_VM = (
     VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine, ConsoleOutput,
-    ConsoleSnapshotEnd,
+    ConsoleSnapshotEnd, NicsCounted,
 )  # fmt: skip
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
@@ -172,7 +174,7 @@ class Vmm(Process):
             message = message.replace(vmid=child.vmid, pid=child.pid)
         elif isinstance(message, VmFailed | PauseDone | SendDone):
             message = message.replace(vmid=child.vmid, text=brief(message.text))
-        elif isinstance(message, ReceivedHeader | ReceivedMachine):
+        elif isinstance(message, ReceivedHeader | ReceivedMachine | NicsCounted):
             message = message.replace(vmid=child.vmid)
         self.parent.send(message, peerid=child.vmid)
 

@@ -335,6 +335,9 @@ def test_vm_with_everything(conf: Loader) -> None:
         "sev": True,
         "sev_es": True,
         "origin": f"{conf.path}:1",
+        "plan_id": 0,
+        "plan_prefix4": None,
+        "plan_prefix6": None,
     }  # fmt: skip
 
 

@@ -1,0 +1,108 @@
+"""What `vmctl status -v` says of network interfaces."""
+
+import socket
+import time
+
+from vmctl.output import clean
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.messages import NicInfo
+
+# Why frames were dropped, in words, and nothing of what did not happen.
+RECEIVE_DROPS = (
+    ("rx_no_room", "larger than the guest's buffers"),
+    ("rx_filtered", "not for this address"),
+    ("rx_malformed", "malformed"),
+    ("rx_injected_lost", "answers the guest did not take"),
+)
+SEND_DROPS = (
+    ("tx_spoofed", "from another address"),
+    ("tx_short", "too short"),
+    ("tx_long", "too long"),
+    ("tx_refused", "refused by the kernel"),
+    ("tx_link_down", "while the link was down"),
+    ("tx_busy", "the host was busy"),
+)
+
+
+def describe(vm_name: str, nic: NicInfo) -> list[str]:
+    """Return the lines of one interface; those after the first are indented."""
+    words = [f"{vm_name} interface {nic.index}: {nic.tap or 'no tap'}"]
+    if nic.switch:
+        words.append(f"switch {nic.switch}")
+    if nic.local:
+        words.append("local")
+    words.append(f"lladdr {nic.lladdr.hex(':')}{' locked' if nic.locked else ''}")
+    if nic.mtu:
+        words.append(f"mtu {nic.mtu}")
+    if not nic.up:
+        words.append("down")
+    lines = [", ".join(words)]
+    addresses = address_words(nic)
+    if addresses:
+        lines.append(f"    {addresses}")
+    if not nic.tap:
+        return lines
+    figures = dict(zip(COUNTER_NAMES, nic.counters, strict=False))
+    if not figures:
+        return [*lines, "    no counters: its process has not answered"]
+    if nic.local:
+        lines.append(f"    {lease_words(figures)}")
+    lines.append(f"    received {traffic_words(figures, 'rx', RECEIVE_DROPS)}")
+    lines.append(f"    sent {traffic_words(figures, 'tx', SEND_DROPS)}")
+    return lines
+
+
+def address_words(nic: NicInfo) -> str:
+    """Return the addresses of a `local` interface."""
+    parts = []
+    if nic.host4:
+        parts.append(f"host {text4(nic.host4)}, guest {text4(nic.guest4)}")
+    if nic.prefix6:
+        parts.append(f"prefix {text6(nic.prefix6)}/64")
+    return ", ".join(parts)
+
+
+def lease_words(figures: dict[str, int]) -> str:
+    """Return whether the guest has got its address from us."""
+    if not figures["lease_s"]:
+        return "no lease given"
+    try:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(figures["lease_s"]))
+    except (OverflowError, ValueError, OSError):
+        return "lease given"  # the number comes from the VM
+    return f"lease given {when}"
+
+
+def traffic_words(figures: dict[str, int], direction: str, drops: tuple[tuple[str, str], ...]) -> str:
+    """Return what went one way, and what was dropped on it."""
+    words = f"{figures[direction + '_packets']} packets, {figures[direction + '_bytes']} bytes"
+    dropped = [f"{figures[name]} {why}" for name, why in drops if figures[name]]
+    return f"{words}; dropped {', '.join(dropped)}" if dropped else words
+
+
+def as_json(nic: NicInfo) -> dict[str, object]:
+    """Return an interface under keys that stay; null is what does not apply."""
+    return {
+        "index": nic.index,
+        "tap": clean(nic.tap) or None,
+        "switch": clean(nic.switch) or None,
+        "lladdr": nic.lladdr.hex(":"),
+        "up": nic.up,
+        "locked": nic.locked,
+        "local": nic.local,
+        "mtu": nic.mtu or None,
+        "guest4": text4(nic.guest4) or None,
+        "host4": text4(nic.host4) or None,
+        "prefix6": f"{text6(nic.prefix6)}/64" if nic.prefix6 else None,
+        "counters": dict(zip(COUNTER_NAMES, nic.counters, strict=False)) or None,
+    }
+
+
+def text4(address: bytes) -> str:
+    """Return an IPv4 address in the usual notation; nothing for none."""
+    return socket.inet_ntop(socket.AF_INET, address) if len(address) == 4 else ""
+
+
+def text6(address: bytes) -> str:
+    """Return an IPv6 address in the usual notation; nothing for none."""
+    return socket.inet_ntop(socket.AF_INET6, address) if len(address) == 16 else ""
