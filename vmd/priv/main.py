@@ -36,6 +36,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
+PROBLEMS_MAX = 3  # in one message; more are in the log only
+
 
 class Priv(Process):
     """Serves the parent."""
@@ -51,9 +53,9 @@ class Priv(Process):
             problems = self.network.configure(message)
         except (OperatorError, HostError) as error:
             problems = [str(error)]
-        channel.send(NetworkConfigured(problems=tuple(map(brief, problems[:3]))))
-        for problem in problems[3:]:
+        for problem in problems[PROBLEMS_MAX:]:
             log.error(problem)
+        channel.send(NetworkConfigured(problems=tuple(map(brief, problems[:PROBLEMS_MAX]))))
 
     def on_make_nics(self, message: MakeNics, _envelope: Envelope, channel: Channel) -> None:
         """Make the interfaces of a VM."""

@@ -1,0 +1,695 @@
+"""priv, the real one, in network namespaces that end with their tests."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.network import Network, checksum
+from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Priv, nic, switch
+from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
+
+pytestmark = pytest.mark.root
+
+TUNGETIFF = 0x800454D2
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_PERSIST = 0x0002, 0x1000, 0x4000, 0x0800
+HOST4, GUEST4 = bytes((100, 64, 1, 2)), bytes((100, 64, 1, 3))
+PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
+HOST6, GUEST6 = PREFIX6[:8] + bytes(7) + b"\1", PREFIX6[:8] + bytes(7) + b"\x22"
+VNET_HEADER = bytes(10)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
+    before = files()
+    with Network() as made:
+        yield made
+        assert ours(made) == []
+    assert files() <= before
+
+
+@pytest.fixture
+def priv(network: Network) -> Iterator[Priv]:
+    """Give a priv for that network."""
+    with Priv(network) as running:
+        assert running.configure() == ()
+        yield running
+
+
+def files() -> set[str]:
+    """Return what is in /run/vmd."""
+    return set(os.listdir(RUN_DIRECTORY)) if RUN_DIRECTORY.exists() else set()
+
+
+def links(network: Network) -> dict[str, dict[str, Any]]:
+    """Return every interface by name, as `ip` describes it."""
+    return {link["ifname"]: link for link in json.loads(network.run("ip", "-j", "-d", "addr"))}
+
+
+def ours(network: Network) -> list[str]:
+    """Return all that can only have come from vmd."""
+    found = [
+        f"{name} ({link['ifalias']})"
+        for name, link in links(network).items()
+        if re.match(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$", link.get("ifalias", ""))
+    ]
+    if "table inet vmd" in network.run("nft", "list", "tables").splitlines():
+        found.append("table inet vmd")
+    return found
+
+
+def addresses(link: dict[str, Any]) -> list[str]:
+    """Return the addresses of an interface."""
+    return [f"{each['local']}/{each['prefixlen']}" for each in link["addr_info"]]
+
+
+def setting(network: Network, name: str) -> str:
+    """Return a kernel setting."""
+    return network.run("cat", f"/proc/sys/net/{name}").strip()
+
+
+def rules(network: Network) -> str:
+    """Return our table as one line."""
+    return " ".join(network.run("nft", "list", "table", "inet", "vmd").split())
+
+
+# --- taps ----------------------------------------------------------------------------------------------------
+
+
+def test_a_tap_is_made_and_handed_over(network: Network, priv: Priv) -> None:
+    """It has our alias, is up, does not outlive its descriptor, and frames may be unfinished (TUNGETIFF)."""
+    with priv.make(nic(alias="vm3-if0-db1"), vmid=3) as made:
+        (tap,) = made.nics
+        link = links(network)["tap0"]
+        flags = struct.unpack_from("H", fcntl.ioctl(made.fds[0], TUNGETIFF, bytes(40)), 16)[0]
+
+        assert (tap.name, tap.mtu, tap.link_local) == ("tap0", 1500, b"")
+        assert tap.lladdr.hex(":") == link["address"]
+        assert link["ifalias"] == "vm3-if0-db1"
+        assert "UP" in link["flags"]
+        assert addresses(link) == []
+        assert flags & (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | IFF_PERSIST) == IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+
+
+def test_the_next_free_name_is_taken(network: Network, priv: Priv) -> None:
+    """Names in use, by whomever, and names reserved for other VMs are passed over."""
+    network.run("ip", "tuntap", "add", "tap0", "mode", "tap")
+
+    with priv.make(nic(), nic("tap9"), nic(), reserved=("tap2",)) as made:
+        assert made.names == ["tap1", "tap9", "tap3"]
+
+
+@pytest.mark.parametrize("kind", [("tuntap", "add", "tap4", "mode", "tap"), ("link", "add", "tap4", "type", "bridge")])
+def test_a_name_that_is_taken_is_refused(network: Network, priv: Priv, kind: tuple[str, ...]) -> None:
+    """An interface of somebody else's is not used, even if it is a tap that nobody has open."""
+    network.run("ip", *kind)
+    before = links(network)["tap4"]
+
+    failed = priv.refuse(nic("tap4"))
+
+    assert (failed.code, failed.text) == (errno.EBUSY, "interface tap4 exists already")
+    assert links(network)["tap4"] == before
+
+
+def test_a_tap_may_be_down(network: Network, priv: Priv) -> None:
+    """`down`."""
+    with priv.make(nic(up=False)):
+        assert "UP" not in links(network)["tap0"]["flags"]
+
+
+def test_removing_does_not_wait_for_the_descriptor(network: Network, priv: Priv) -> None:
+    """Whoever still holds the tap holds nothing then."""
+    with priv.make(nic(), nic()) as made:
+        priv.remove()
+
+        assert set(links(network)) == {"lo"}
+        with pytest.raises(OSError, match="File descriptor in bad state"):
+            os.write(made.fds[0], bytes(64))
+
+
+def test_all_interfaces_of_a_vm_or_none(network: Network, priv: Priv) -> None:
+    """What was made before the one that cannot be is gone again, and the next request succeeds."""
+    network.run("ip", "tuntap", "add", "tap9", "mode", "tap")
+
+    failed = priv.refuse(nic(host4=HOST4), nic("tap9"))
+
+    assert failed.code == errno.EBUSY
+    assert set(links(network)) == {"lo", "tap9"}
+    with priv.make(nic(host4=HOST4)) as made:
+        assert made.names == ["tap0"]
+
+
+def test_a_vm_asks_once(priv: Priv) -> None:
+    """Two lives of one VM would share names."""
+    with priv.make(nic()):
+        assert priv.refuse(nic()).code == errno.EEXIST
+
+
+def test_linux_group_and_nftables_sets(network: Network, priv: Priv) -> None:
+    """The first group that the host knows is Linux's; both are sets of nftables."""
+    with priv.make(nic(groups=("lab", "7")), nic(groups=("7",))):
+        assert [links(network)[name]["group"] for name in ("tap0", "tap1")] == ["7", "7"]
+        assert 'set vmd_lab { type ifname elements = { "tap0" } }' in rules(network)
+        assert 'set vmd_7 { type ifname elements = { "tap0", "tap1" } }' in rules(network)
+    assert priv.log.count("group lab is not in /etc/iproute2/group") == 1
+
+
+def test_rules_of_the_administrator_stay(network: Network, priv: Priv) -> None:
+    """A chain put into our table that names one of our sets stays while VMs come and go."""
+    with priv.make(nic(groups=("lab",))):
+        network.run("nft", "add chain inet vmd mine { type filter hook input priority 0; }")
+        network.run("nft", "add rule inet vmd mine iifname @vmd_lab tcp dport 22 drop")
+        priv.remove()
+        assert "iifname @vmd_lab tcp dport 22 drop" in rules(network)
+        with priv.make(nic(groups=("lab",))):
+            assert "iifname @vmd_lab tcp dport 22 drop" in rules(network)
+            assert 'set vmd_lab { type ifname elements = { "tap0" } }' in rules(network)
+
+
+# --- switches ------------------------------------------------------------------------------------------------
+
+
+def test_a_bridge_is_made_and_removed(network: Network, priv: Priv) -> None:
+    """It is marked as ours, keeps its address whatever joins it, and goes when the daemon does."""
+    assert priv.configure(switch("br7", alias="switch1-lan")) == ()
+    before = links(network)["br7"]
+
+    with priv.make(nic(bridge="br7")):
+        after = links(network)
+
+        assert before["linkinfo"]["info_kind"] == "bridge"
+        assert before["ifalias"] == "switch1-lan"
+        assert "UP" in before["flags"]
+        assert after["tap0"]["master"] == "br7"
+        assert after["br7"]["address"] == before["address"]
+        assert addresses(after["tap0"]) == []
+        assert setting(network, "ipv6/conf/tap0/disable_ipv6") == "1"
+        assert setting(network, "ipv6/conf/br7/accept_ra") == "0"
+        assert "inet vmd" not in network.run("nft", "list", "tables")
+    priv.quit()
+    assert set(links(network)) == {"lo"}
+
+
+def test_a_bridge_that_was_there_is_left_alone(network: Network, priv: Priv) -> None:
+    """Nothing of it changes but its ports, and it is still there at the end."""
+    network.run("ip", "link", "add", "uplink", "type", "bridge", "forward_delay", "200")
+    network.run("ip", "link", "set", "uplink", "alias", "the office", "address", "02:00:00:00:00:07")
+    before = links(network)["uplink"]
+
+    assert priv.configure(switch("uplink")) == ()
+    with priv.make(nic(bridge="uplink")):
+        assert links(network)["tap0"]["master"] == "uplink"
+    priv.quit()
+
+    after = links(network)["uplink"]
+    for changing in (before, after):  # the kernel's own doing
+        changing["tso_max_size"] = changing["tso_max_segs"] = 0
+        for key in ("tcn_timer", "gc_timer", "hello_timer", "topology_change_timer"):
+            changing["linkinfo"]["info_data"].pop(key, None)
+    assert after == before
+
+
+def test_jumbo_frames_where_the_bridge_has_them(network: Network, priv: Priv) -> None:
+    """A tap takes the MTU of its bridge, 16384 at most; the bridge's does not change."""
+    for name, mtu in (("jumbo", "9000"), ("giant", "60000")):
+        network.run("ip", "link", "add", name, "type", "bridge")
+        network.run("ip", "link", "set", name, "mtu", mtu)
+    priv.configure(switch("jumbo"), switch("giant", alias="switch2-giant"))
+
+    with priv.make(nic(bridge="jumbo"), nic(bridge="giant")) as made:
+        assert [tap.mtu for tap in made.nics] == [9000, 16384]
+        assert [links(network)[name]["mtu"] for name in ("tap0", "tap1", "jumbo", "giant")] == [
+            9000, 16384, 9000, 60000,
+        ]  # fmt: skip
+
+
+def test_what_is_no_bridge_is_said(network: Network, priv: Priv) -> None:
+    """It is neither used nor changed, and a VM that needs it hears the same."""
+    network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    before = links(network)["wire"]
+
+    (problem,) = priv.configure(switch("wire"))
+    failed = priv.refuse(nic(bridge="wire"))
+
+    assert problem == failed.text == "interface wire is not a bridge but veth: switches need one"
+    assert links(network) == {**links(network), "wire": before}
+
+
+def test_switches_come_and_go_with_the_configuration(network: Network, priv: Priv) -> None:
+    """A bridge that the configuration no longer names goes with its last tap."""
+    priv.configure(switch("br0"), switch("br1", alias="switch2-b"))
+    with priv.make(nic(bridge="br0")):
+        priv.configure(switch("br2", alias="switch1-c"))
+
+        assert set(links(network)) == {"lo", "br0", "br2", "tap0"}
+        assert priv.refuse(nic(bridge="br0"), vmid=2).text == "bridge br0 belongs to no switch"
+        priv.remove()
+        assert set(links(network)) == {"lo", "br2"}
+
+
+def test_a_bridge_that_was_deleted_is_made_again(network: Network, priv: Priv) -> None:
+    """An administrator's mistake costs the VMs that run, not those to come."""
+    priv.configure(switch("br0"))
+    network.run("ip", "link", "delete", "br0")
+
+    with priv.make(nic(bridge="br0")):
+        assert links(network)["tap0"]["master"] == "br0"
+
+
+def test_a_bridge_with_somebody_elses_port_stays(network: Network) -> None:
+    """The administrator has put the uplink into our bridge: taking it down would cut the host off."""
+    with Priv(network) as priv:
+        priv.configure(switch("br0"))
+        network.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "other")
+        network.run("ip", "link", "set", "uplink", "master", "br0")
+    assert links(network)["uplink"]["master"] == "br0"
+    with Priv(network) as priv:
+        assert links(network)["uplink"]["master"] == "br0"
+        assert priv.configure(switch("br0")) == ()
+        network.run("ip", "link", "delete", "uplink")
+    assert set(links(network)) == {"lo"}
+
+
+def test_a_switch_may_be_down(network: Network, priv: Priv) -> None:
+    """`down`."""
+    priv.configure(switch("br0", up=False))
+    assert "UP" not in links(network)["br0"]["flags"]
+
+
+def test_no_vrf_in_this_kernel_is_said(network: Network, priv: Priv) -> None:
+    """Where there are VRFs, `tests/l1/test_vrf.py` tries them."""
+    with network.inside():
+        have_vrf = os.system("ip link add probe type vrf table 9 2>/dev/null") == 0
+    if have_vrf:
+        network.run("ip", "link", "delete", "probe")
+        pytest.skip("this kernel has VRFs")
+
+    failed = priv.refuse(nic(rdomain=3))
+    (problem,) = priv.configure(switch("br0", rdomain=3))
+
+    sentence = "rdomain 3: make VRF vrf3: this kernel has no such interfaces: load the module vrf"
+    assert (failed.code, failed.text, problem) == (errno.EOPNOTSUPP, sentence, sentence)
+    assert set(links(network)) == {"lo"}
+
+
+@pytest.mark.parametrize("rdomain", [253, 254, 255])
+def test_the_hosts_own_tables_are_no_rdomains(priv: Priv, rdomain: int) -> None:
+    """Main, local and default are the host's."""
+    assert priv.refuse(nic(rdomain=rdomain)).code == errno.EINVAL
+
+
+def test_one_routing_domain_per_switch(priv: Priv) -> None:
+    """A bridge's port cannot be in another domain than the bridge; domain 0 is the host's."""
+    priv.configure(switch("br0"))
+    failed = priv.refuse(nic(bridge="br0", rdomain=3))
+    assert (failed.code, "that of the switch" in failed.text) == (errno.EINVAL, True)
+    with priv.make(nic(bridge="br0", rdomain=0)):
+        pass
+
+
+# --- local interfaces ----------------------------------------------------------------------------------------
+
+
+def test_local_addresses(network: Network, priv: Priv) -> None:
+    """A /31, and with IPv6 the ::1 of its /64 and a link-local address, usable at once."""
+    with priv.make(nic(host4=HOST4, prefix6=PREFIX6)) as made:
+        link = links(network)["tap0"]
+        link_local = socket.inet_ntop(socket.AF_INET6, made.nics[0].link_local)
+
+        assert set(addresses(link)) == {"100.64.1.2/31", "fd42:42:42:4::1/64", f"{link_local}/64"}
+        assert not any(each.get("tentative") for each in link["addr_info"])
+        assert setting(network, "ipv6/conf/tap0/accept_ra") == "0"
+        assert setting(network, "ipv4/conf/tap0/rp_filter") == "1"
+
+
+def test_local_without_ipv6(network: Network, priv: Priv) -> None:
+    """Without `local inet6` a tap has no IPv6 at all."""
+    with priv.make(nic(host4=HOST4)) as made:
+        assert addresses(links(network)["tap0"]) == ["100.64.1.2/31"]
+        assert made.nics[0].link_local == b""
+        assert setting(network, "ipv6/conf/all/forwarding") == "0"
+
+
+@pytest.mark.parametrize(
+    ("command", "request_", "words"),
+    [
+        ("100.64.1.3/10", nic(host4=HOST4), "100.64.1.2/31 is in use: the host has 100.64.1.3"),
+        ("fd42:42:42:4::77/48", nic(host4=HOST4, prefix6=PREFIX6), "fd42:42:42:4::/64 is in use"),
+    ],
+)
+def test_addresses_that_the_host_uses_are_refused(
+    network: Network, priv: Priv, command: str, request_: NicRequest, words: str
+) -> None:
+    """A guest must not take over what the host talks to."""
+    network.run("ip", "addr", "add", command, "dev", "lo")
+
+    failed = priv.refuse(request_)
+
+    assert failed.code == errno.EADDRINUSE
+    assert words in failed.text
+    assert set(links(network)) == {"lo"}
+
+
+class World:
+    """What is beyond the host: a network of its own at the other end of a cable; a context manager."""
+
+    def __init__(self, host: Network) -> None:
+        self.network = Network()
+        host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "world")
+        with host.inside():
+            os.system(f"ip link set world netns /proc/{os.getpid()}/fd/{self.network.fd}")
+        for network, name, addresses_ in (
+            (host, "uplink", ("192.0.2.1/24", "2001:db8::1/64")),
+            (self.network, "world", ("192.0.2.2/24", "2001:db8::2/64")),
+        ):
+            for address in addresses_:
+                flags = ("nodad",) if ":" in address else ()
+                network.run("ip", "addr", "add", address, "dev", name, *flags)
+            network.run("ip", "link", "set", name, "up")
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.network.__exit__(None, None, None)
+
+
+def udp4(source: bytes, target: bytes, payload: bytes) -> bytes:
+    """Return an IPv4 packet from port 5000 to port 7000."""
+    udp = struct.pack("!HHHH", 5000, 7000, 8 + len(payload), 0) + payload
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, source, target)
+    return head[:10] + checksum(head).to_bytes(2, "big") + head[12:] + udp
+
+
+def udp6(source: bytes, target: bytes, payload: bytes) -> bytes:
+    """Return an IPv6 packet from port 5000 to port 7000."""
+    length = 8 + len(payload)
+    pseudo = source + target + struct.pack("!II", length, 17)
+    udp = struct.pack("!HHHH", 5000, 7000, length, 0) + payload
+    udp = udp[:6] + checksum(pseudo + udp).to_bytes(2, "big") + udp[8:]
+    return struct.pack("!IHBB", 6 << 28, length, 17, 64) + source + target + udp
+
+
+class Guest:
+    """A guest on a tap that knows nothing but to send and receive frames."""
+
+    lladdr = bytes.fromhex("fee1bbd10001")
+
+    def __init__(self, network: Network, made: Made) -> None:
+        self.fd = made.fds[0]
+        self.tap = made.nics[0]
+        for address in ("100.64.1.3", "fd42:42:42:4::22"):
+            with network.inside():
+                os.system(f"ip neigh replace {address} lladdr {self.lladdr.hex(':')} dev {self.tap.name} 2>/dev/null")
+
+    def send(self, kind: int, packet: bytes) -> None:
+        """Send a packet through the host."""
+        os.write(self.fd, VNET_HEADER + self.tap.lladdr + self.lladdr + kind.to_bytes(2, "big") + packet)
+
+    def receive(self, wanted: bytes) -> bytes:
+        """Return the next packet for us with these bytes in it."""
+        while True:
+            ready, _, _ = select.select([self.fd], [], [], DEADLINE_S)
+            assert ready, "nothing came"
+            frame = os.read(self.fd, 1 << 16)[len(VNET_HEADER) :]
+            if wanted in frame:
+                return frame
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "ours_", "guest4", "target", "seen"),
+    [
+        (socket.AF_INET, 0x0800, udp4, GUEST4, "192.0.2.2", "192.0.2.1"),
+        (socket.AF_INET6, 0x86DD, udp6, GUEST6, "2001:db8::2", "2001:db8::1"),
+    ],
+    ids=["IPv4", "IPv6"],
+)
+def test_nat(
+    network: Network, priv: Priv, family: socket.AddressFamily, kind: int, ours_: Any, guest4: bytes, target: str,  # noqa: ANN401
+    seen: str,
+) -> None:  # fmt: skip
+    """The world sees the host's address, its answer reaches the guest, and spoofed packets reach nobody."""
+    priv.configure()
+    with World(network) as world, priv.make(nic(host4=HOST4, prefix6=PREFIX6)) as made:
+        guest = Guest(network, made)
+        packed = socket.inet_pton(family, target)
+        with world.network.socket(family, socket.SOCK_DGRAM) as server:
+            server.bind((target, 7000))
+            server.settimeout(DEADLINE_S)
+
+            guest.send(kind, ours_(guest4[:-1] + b"\x77" if family == socket.AF_INET else packed, packed, b"spoofed"))
+            guest.send(kind, ours_(guest4, packed, b"hello"))
+            payload, sender = server.recvfrom(100)
+            server.sendto(b"hello yourself", sender)
+            answer = guest.receive(b"hello yourself")
+
+        assert (payload, sender[0]) == (b"hello", seen)
+        assert answer[:6] == Guest.lladdr
+        assert guest4 in answer
+
+
+def test_guests_reach_one_another_as_they_are(network: Network, priv: Priv) -> None:
+    """Between local interfaces nothing is masqueraded."""
+    priv.configure()
+    with (
+        priv.make(nic(host4=HOST4)) as one,
+        priv.make(nic(host4=bytes((100, 64, 2, 2))), vmid=2) as two,
+    ):
+        network.run("ip", "neigh", "replace", "100.64.2.3", "lladdr", Guest.lladdr.hex(":"), "dev", "tap1")
+        Guest(network, one).send(0x0800, udp4(GUEST4, bytes((100, 64, 2, 3)), b"neighbour"))
+
+        frame = Guest(network, two).receive(b"neighbour")
+
+        assert frame[26:30] == GUEST4
+
+
+def test_forwarding_is_switched_on_and_put_back(network: Network, priv: Priv) -> None:
+    """Only when it is needed; and the host still listens to its own routers meanwhile."""
+    names = (
+        "ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/default/accept_ra", "ipv6/conf/lo/accept_ra",
+        "ipv4/conf/lo/forwarding", "ipv6/conf/lo/forwarding",
+    )  # fmt: skip
+    network.write("/proc/sys/net/ipv4/conf/lo/forwarding", "1")  # the administrator's, for one interface
+    before = [setting(network, name) for name in names]
+    priv.configure(switch("br0"))
+    with priv.make(nic(bridge="br0")):
+        assert [setting(network, name) for name in names] == before
+    priv.remove()
+
+    with priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
+        assert [setting(network, name) for name in names] == ["1", "1", "2", "2", "1", "1"]
+    assert "switched IPv4 forwarding on" in priv.log
+    assert "switched IPv6 forwarding on" in priv.log
+    priv.quit()
+    assert [setting(network, name) for name in names] == before
+
+
+def test_forwarding_that_is_on_is_none_of_our_business(network: Network, priv: Priv) -> None:
+    """It was on before, and stays."""
+    network.write("/proc/sys/net/ipv4/ip_forward", "1")
+    with priv.make(nic(host4=HOST4)):
+        pass
+    priv.quit()
+    assert setting(network, "ipv4/ip_forward") == "1"
+    assert "switched" not in priv.log
+
+
+def test_what_others_decide_meanwhile_stays(network: Network, priv: Priv) -> None:
+    """Forwarding that somebody has switched off again is not touched."""
+    with priv.make(nic(host4=HOST4)):
+        network.write("/proc/sys/net/ipv4/ip_forward", "0")
+    network.write("/proc/sys/net/ipv4/conf/default/forwarding", "1")
+    priv.quit()
+    assert setting(network, "ipv4/ip_forward") == "0"
+
+
+def test_nat_disabled(network: Network, priv: Priv) -> None:
+    """`local nat disable`: addresses, and nothing else."""
+    priv.configure(nat=False)
+    with priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
+        assert "100.64.1.2/31" in addresses(links(network)["tap0"])
+        assert ours(network) == ["tap0 (vm1-if0-a)"]
+        assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
+
+
+def test_the_table_goes_with_the_last_interface_that_needs_it(network: Network, priv: Priv) -> None:
+    """Each VM's networks come and go."""
+    with priv.make(nic(host4=HOST4), nic(host4=bytes((100, 64, 1, 4)))):
+        with priv.make(nic(host4=bytes((100, 64, 2, 2))), vmid=2):
+            assert "elements = { 100.64.1.2/31, 100.64.1.4/31, 100.64.2.2/31 }" in rules(network)
+            priv.remove(2)
+            assert "elements = { 100.64.1.2/31, 100.64.1.4/31 }" in rules(network)
+        priv.remove()
+        assert ours(network) == []
+
+
+def test_a_forward_chain_that_drops_is_named_once(network: Network, priv: Priv) -> None:
+    """Docker's and ufw's way; what another table drops ours cannot let through."""
+    network.run("nft", "add table ip filter")
+    network.run("nft", "add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
+    for vmid in (1, 2):
+        with priv.make(nic(host4=bytes((100, 64, vmid, 2))), vmid=vmid):
+            pass
+    (line,) = [line for line in priv.log.splitlines() if "drops forwarded packets" in line]
+    assert "nftables chain ip filter FORWARD" in line
+    for command in line.partition("to let them through: ")[2].split("; "):
+        network.run(*shlex.split(command))  # what is advised can be done
+    assert 'iifname "tap*" accept' in network.run("nft", "list", "chain", "ip", "filter", "FORWARD")
+
+
+# --- ends and beginnings -------------------------------------------------------------------------------------
+
+
+def everything(priv: Priv) -> Made:
+    """Have priv make one of each."""
+    priv.configure(switch("br0"))
+    return priv.make(nic(bridge="br0", groups=("lab",)), nic("tap7", host4=HOST4, prefix6=PREFIX6))
+
+
+def test_a_parent_that_is_gone_ends_it_cleanly(network: Network) -> None:
+    """End of file is as good as Quit."""
+    with Priv(network) as priv, everything(priv):
+        priv.sock.close()
+        assert priv.wait() == 0
+        assert set(links(network)) == {"lo"}
+    assert ours(network) == []
+    assert setting(network, "ipv4/ip_forward") == "0"
+
+
+def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> None:
+    """Taps that are still open, bridges, rules, and forwarding; and what is not ours stays."""
+    network.run("ip", "link", "add", "switch1", "type", "bridge")
+    network.run("ip", "link", "set", "switch1", "alias", "switches of the third floor")
+    network.run("ip", "tuntap", "add", "tap8", "mode", "tap")
+    network.run("nft", "add table inet vmd2")
+    foreign = links(network)
+    with Priv(network) as first, everything(first):
+        os.kill(first.child.pid, signal.SIGKILL)
+        first.wait()
+        assert len(ours(network)) == 4
+        assert setting(network, "ipv6/conf/all/forwarding") == "1"
+
+        with Priv(network) as second:
+            assert ours(network) == []
+            assert "removed what an earlier vmd has left: tap0, tap7, br0, table inet vmd" in second.log
+            assert set(links(network)) == set(foreign)
+            assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
+            assert setting(network, "ipv6/conf/lo/accept_ra") == "1"
+            with everything(second):
+                pass
+    assert "vmd2" in network.run("nft", "list", "tables")
+
+
+def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) -> None:
+    """The second removes nothing of the first, makes nothing, and says why; and takes over when the first is gone."""
+    with everything(priv), Priv(network) as second:
+        assert len(ours(network)) == 4
+        assert second.configure() == ()
+        failed = second.refuse(nic())
+        assert (failed.code, "belongs to another vmd" in failed.text) == (errno.EBUSY, True)
+        assert len(ours(network)) == 4
+        priv.quit()
+        with second.make(nic()):
+            assert set(links(network)) == {"lo", "tap0"}
+
+
+# --- requests no honest parent makes -------------------------------------------------------------------------
+
+MALICIOUS = (
+    (nic("eth0"),),
+    (nic("lo"),),
+    (nic("tap"),),
+    (nic("tap0x"),),
+    (nic("tap0\nnext"),),
+    (nic("tap12345678901234"),),
+    (nic("../tap0"),),
+    (nic(alias="eth0's"),),
+    (nic(alias="vm1-if0-a\n"),),
+    (nic(alias="switch1-lan"),),
+    (nic(alias="vm1-if0-" + "a" * 250),),
+    (nic(bridge="eth0"),),
+    (nic(bridge="lo"),),
+    (nic(groups=('x" }; flush ruleset; #',)),),
+    (nic(groups=("a", "b", "c")),),
+    (nic(groups=("",)),),
+    (nic(rdomain=-1),),
+    (nic(rdomain=1 << 31),),
+    (nic(host4=b"\0"),),
+    (nic(host4=bytes(16)),),
+    (nic(prefix6=bytes(4)),),
+    (nic(prefix6=bytes(15) + b"\1"),),
+    (),
+    tuple(nic() for _ in range(5)),
+)
+
+
+def test_malicious_requests_change_nothing(network: Network, priv: Priv) -> None:
+    """Each is answered with a sentence, and priv goes on."""
+    network.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
+    before = links(network)
+
+    for request in MALICIOUS:
+        failed = priv.ask(*request)
+        assert isinstance(failed, NicsFailed), request
+        assert failed.code in (errno.EPERM, errno.ENOENT), request
+        assert failed.text
+    assert isinstance(priv.ask(nic(), vmid=0), NicsFailed)
+    assert isinstance(priv.ask(nic(), vmid=-1), NicsFailed)
+
+    assert links(network) == before
+    assert ours(network) == []
+    with priv.make(nic()):
+        pass
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        switch("lo"), switch("tap0"), switch(".."), switch("a/b"), switch("x" * 16), switch(""), switch("br0\n"),
+        switch("br0", alias="mine"), switch("br0", alias="switch1-\x1b"), switch("br0", rdomain=256),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_malicious_switches_change_nothing(network: Network, priv: Priv, request_: SwitchRequest) -> None:
+    """Each is answered with a sentence, and priv goes on."""
+    before = links(network)
+
+    assert len(priv.configure(request_)) == 1
+
+    assert links(network) == before
+    assert priv.configure() == ()
+
+
+def test_more_problems_than_a_message_has_room_for(network: Network, priv: Priv) -> None:
+    """Some are in the answer, and all are somewhere."""
+    network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    problems = priv.configure(*(switch("wire") for _ in range(40)))
+    assert len(problems) + priv.log.count("is not a bridge but veth") >= 40
+
+
+def test_a_message_that_is_none_ends_it_cleanly(network: Network) -> None:
+    """The parent is broken, or somebody else's: what priv made is removed all the same."""
+    with Priv(network) as priv, everything(priv):
+        priv.sock.send(b"garbage")
+        assert priv.wait() == 1
+    assert ours(network) == []
+
+
+def test_removing_what_is_not_there(priv: Priv) -> None:
+    """Is nothing to do."""
+    priv.remove(77)
+    with priv.make(nic()):
+        pass
+
+

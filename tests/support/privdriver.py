@@ -1,0 +1,166 @@
+"""The parent's side of a real priv process, in a network namespace of its test's own."""
+
+import contextlib
+import os
+import socket
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from tests.support.network import Network
+from vmd.ipc.imsg import MAX_MESSAGE, Envelope, decode, encode
+from vmd.ipc.messages import (
+    ConfigureNetwork,
+    MakeNics,
+    NetworkConfigured,
+    NicMade,
+    NicRequest,
+    NicsFailed,
+    NicsMade,
+    Quit,
+    Ready,
+    RemoveNics,
+    SwitchRequest,
+)
+from vmd.privsep import cell
+from vmd.privsep.spawn import spawn
+from vmd.record import Record
+
+DEADLINE_S = 60.0
+RUN_DIRECTORY = Path("/run/vmd")
+
+R = TypeVar("R", bound=Record)
+
+
+class Made:
+    """Interfaces that were made; a context manager that closes their descriptors."""
+
+    def __init__(self, nics: tuple[NicMade, ...], fds: list[int]) -> None:
+        self.nics = nics
+        self.fds = fds
+
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        return [nic.name for nic in self.nics]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Priv:
+    """A running priv; a context manager that tells it to quit and reaps it."""
+
+    def __init__(self, network: Network) -> None:
+        RUN_DIRECTORY.mkdir(exist_ok=True)
+        self.network = network
+        self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.settimeout(DEADLINE_S)
+        with network.inside():
+            self.child = spawn(
+                "priv", ["priv", "stderr", "2"], channel=theirs, place=cell.Network(), log_fd=self.log_file.fileno()
+            )
+        theirs.close()
+        self.status: int | None = None
+        self.receive(Ready)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            print(f"--- log of priv\n{self.log}---")
+        self.quit()
+        self.sock.close()
+        self.log_file.close()
+
+    def quit(self) -> None:
+        """End it as the parent does, if it has not ended yet."""
+        if self.status is None:
+            with contextlib.suppress(OSError):
+                self.send(Quit())
+            self.wait()
+
+    def wait(self) -> int:
+        """Return the status it ends with."""
+        self.status = self.child.reap(DEADLINE_S)
+        assert self.status is not None
+        return self.status
+
+    @property
+    def log(self) -> str:
+        """Everything logged so far."""
+        return os.pread(self.log_file.fileno(), 1 << 20, 0).decode(errors="replace")
+
+    def send(self, message: Record) -> None:
+        """Send a message."""
+        packet, _ = encode(message)
+        self.sock.send(packet)
+
+    def receive_any(self) -> Envelope:
+        """Return the next message."""
+        packet, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, 64)
+        assert packet, f"priv has ended:\n{self.log}"
+        return decode(packet, list(fds), "priv")
+
+    def receive(self, kind: type[R]) -> R:
+        """Return the next message, which is of this kind."""
+        message = self.receive_any().message
+        assert isinstance(message, kind), message
+        return message
+
+    def configure(self, *switches: SwitchRequest, nat: bool = True) -> tuple[str, ...]:
+        """Configure; return what could not be done."""
+        self.send(ConfigureNetwork(nat=nat, switches=switches))
+        return self.receive(NetworkConfigured).problems
+
+    def ask(self, *nics: NicRequest, vmid: int = 1, reserved: tuple[str, ...] = ()) -> Made | NicsFailed:
+        """Ask for interfaces."""
+        self.send(MakeNics(vmid=vmid, ticket=7, nics=nics, reserved=reserved))
+        envelope = self.receive_any()
+        message = envelope.message
+        assert isinstance(message, NicsMade | NicsFailed), message
+        assert (message.vmid, message.ticket) == (vmid, 7)
+        if isinstance(message, NicsFailed):
+            assert not envelope.untaken()
+            return message
+        return Made(message.nics, envelope.take_fds("taps"))
+
+    def make(self, *nics: NicRequest, vmid: int = 1, reserved: tuple[str, ...] = ()) -> Made:
+        """Make interfaces, which must succeed."""
+        made = self.ask(*nics, vmid=vmid, reserved=reserved)
+        assert isinstance(made, Made), made
+        return made
+
+    def refuse(self, *nics: NicRequest, vmid: int = 1) -> NicsFailed:
+        """Ask for interfaces that must not be made."""
+        failed = self.ask(*nics, vmid=vmid)
+        assert isinstance(failed, NicsFailed), failed
+        return failed
+
+    def remove(self, vmid: int = 1) -> None:
+        """Remove a VM's interfaces, and wait until that is done."""
+        self.send(RemoveNics(vmid=vmid))
+        # Requests are served one after the other: when this one is answered the other one was.
+        failed = self.ask(vmid=vmid)
+        assert isinstance(failed, NicsFailed)
+
+
+def nic(name: str = "", **fields: object) -> NicRequest:
+    """Return a request for a tap."""
+    return NicRequest(**{"name": name, "alias": "vm1-if0-a", **fields})  # type: ignore[arg-type]
+
+
+def switch(interface: str = "br0", **fields: object) -> SwitchRequest:
+    """Return a request for a bridge."""
+    return SwitchRequest(**{"interface": interface, "alias": "switch1-lan", **fields})  # type: ignore[arg-type]
