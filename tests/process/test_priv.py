@@ -2,9 +2,7 @@
 
 import errno
 import fcntl
-import json
 import os
-import re
 import select
 import shlex
 import signal
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.hostnet import addresses, links, ours, rules, setting
 from tests.support.network import Network, checksum
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Priv, nic, switch
 from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
@@ -50,38 +49,6 @@ def priv(network: Network) -> Iterator[Priv]:
 def files() -> set[str]:
     """Return what is in /run/vmd."""
     return set(os.listdir(RUN_DIRECTORY)) if RUN_DIRECTORY.exists() else set()
-
-
-def links(network: Network) -> dict[str, dict[str, Any]]:
-    """Return every interface by name, as `ip` describes it."""
-    return {link["ifname"]: link for link in json.loads(network.run("ip", "-j", "-d", "addr"))}
-
-
-def ours(network: Network) -> list[str]:
-    """Return all that can only have come from vmd."""
-    found = [
-        f"{name} ({link['ifalias']})"
-        for name, link in links(network).items()
-        if re.match(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$", link.get("ifalias", ""))
-    ]
-    if "table inet vmd" in network.run("nft", "list", "tables").splitlines():
-        found.append("table inet vmd")
-    return found
-
-
-def addresses(link: dict[str, Any]) -> list[str]:
-    """Return the addresses of an interface."""
-    return [f"{each['local']}/{each['prefixlen']}" for each in link["addr_info"]]
-
-
-def setting(network: Network, name: str) -> str:
-    """Return a kernel setting."""
-    return network.run("cat", f"/proc/sys/net/{name}").strip()
-
-
-def rules(network: Network) -> str:
-    """Return our table as one line."""
-    return " ".join(network.run("nft", "list", "table", "inet", "vmd").split())
 
 
 # --- taps ----------------------------------------------------------------------------------------------------

@@ -356,7 +356,9 @@ class Parent(Process):
     def on_vm_exited(self, message: VmExited, _envelope: Envelope, _channel: Channel) -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
         vm = self.known(message.vmid)
-        text = brief(message.text or vm.text)
+        # Why we gave up receiving says more than that its process was then killed.
+        given_up = vm.receiving is not None and bool(vm.text)
+        text = brief(vm.text if given_up else message.text or vm.text)
         if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not vm.one_shot_boot:
             uid = vm.uid
             vm.state, vm.pid = State.STOPPED, 0

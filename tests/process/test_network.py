@@ -1,0 +1,390 @@
+"""Networking as an operator sees it: vm.conf, vmctl, and what `ip` and `nft` show; each in a network of its own."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
+from tests.support.network import Network
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+PROMPT = "vmd-demo> "
+SWITCH = 'switch "lan" {\n    interface br7\n    group lab\n    locked lladdr\n}\n'
+
+
+def block(name: str, *lines: str, boot: bool = True) -> str:
+    """Return a vm block of the demonstration guest."""
+    options = ["disable", "memory 32M", *((f'boot "{guest("demo")}"',) if boot else ()), *lines]
+    return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Give an empty network; afterwards nothing of ours is left in it."""
+    with Network() as made:
+        yield made
+        assert ours(made) == []
+
+
+def wait_for_links(vmd: NetDaemon, wanted: set[str]) -> None:
+    """Wait until these are all the interfaces; priv removes some a moment after vmctl has its answer."""
+    for _ in range(1000):
+        if set(links(vmd.network)) == wanted:
+            return
+        os.sched_yield()
+    assert set(links(vmd.network)) == wanted
+
+
+def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) -> None:
+    """Made before the guest runs, described by `status -v`, gone when the VM is; addresses stay the same."""
+    conf = SWITCH + block("db1", 'interface switch "lan"', "local interface", "interfaces 3")
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        assert set(links(network)) == {"lo", "br7"}
+        lladdrs = [nic["lladdr"] for nic in vmd.interfaces("db1")]
+
+        vmd.must("start", "db1")
+
+        on_switch, local, plain = vmd.interfaces("db1")
+        there = links(network)
+        assert [nic["tap"] for nic in (on_switch, local, plain)] == ["tap0", "tap1", "tap2"]
+        assert [there[f"tap{index}"]["ifalias"] for index in range(3)] == ["vm1-if0-db1", "vm1-if1-db1", "vm1-if2-db1"]
+        assert there["tap0"]["master"] == "br7"
+        assert [on_switch["locked"], local["locked"]] == [True, False]
+        assert addresses(there["tap1"]) == ["100.64.1.4/31"]
+        assert (local["host4"], local["guest4"], local["prefix6"]) == ("100.64.1.4", "100.64.1.5", None)
+        assert 'set vmd_lab { type ifname elements = { "tap0" } }' in rules(network)
+        assert [nic["lladdr"] for nic in (on_switch, local, plain)] == lladdrs
+        assert [lladdr[:11] for lladdr in lladdrs] == ["fe:e1:bb:d1", "fe:e1:bb:d2", "fe:e1:bb:d3"]
+
+        vmd.must("stop", "-fw", "db1")
+        wait_for_links(vmd, {"lo", "br7"})
+        vmd.must("reload")
+        assert [nic["lladdr"] for nic in vmd.interfaces("db1")] == lladdrs
+        assert vmd.interfaces("db1")[0]["tap"] is None
+        vmd.must("start", "db1")
+    assert set(links(network)) == {"lo"}
+    assert setting(network, "ipv4/ip_forward") == "0"
+
+
+def test_a_guest_that_reboots_keeps_its_taps(network: Network, tmp_path: Path) -> None:
+    """Same interfaces, same addresses, under a new process."""
+    with NetDaemon(tmp_path, network, block("db1", "local interface", "interface")) as vmd:
+        vmd.must("start", "db1")
+        before, taps = vmd.status("db1")["pid"], vmd.interfaces("db1")
+        indices = [links(network)[name]["ifindex"] for name in ("tap0", "tap1")]
+        with vmd.console("db1") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            console.answer("reset", PROMPT)
+
+        assert vmd.status("db1")["pid"] != before
+        assert vmd.interfaces("db1") == taps
+        assert [links(network)[name]["ifindex"] for name in ("tap0", "tap1")] == indices
+
+
+def test_status_says_it_in_words(network: Network, tmp_path: Path) -> None:
+    """One VM by name, or all of them."""
+    conf = "local inet6 prefix fd42:1:2::/48\n" + SWITCH
+    conf += block("db1", 'interface tap5 { switch "lan", lladdr fe:e1:ba:0:0:9, down }', "local interface")
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        stopped = vmd.must("show", "-v", "db1")
+        vmd.must("start", "db1")
+        shown = vmd.must("status", "-v")
+        tap = vmd.interfaces("db1")[1]
+
+        assert "db1 interface 0: no tap, switch lan, lladdr fe:e1:ba:00:00:09, down" in stopped
+        assert "db1 interface 0: tap5, switch lan, lladdr fe:e1:ba:00:00:09 locked, mtu 1500, down" in shown
+        assert f"db1 interface 1: tap0, local, lladdr {tap['lladdr']}, mtu 1500" in shown
+        assert "host 100.64.1.4, guest 100.64.1.5, prefix fd42:1:2:5::/64" in shown
+        assert set(addresses(links(network)["tap0"])) >= {"100.64.1.4/31", "fd42:1:2:5::1/64"}
+        assert vmd.vmctl("status", "-v", "nobody").returncode == 1
+
+
+def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:
+    """`vmctl start -n lan -L -i 3`."""
+    with NetDaemon(tmp_path, network, SWITCH) as vmd:
+        vmd.must("start", "-n", "lan", "-L", "-i", "3", "-m", "32M", "-b", guest("demo"), "adhoc")
+
+        first, second, third = vmd.interfaces("adhoc")
+
+        assert (first["switch"], second["local"], third["switch"]) == ("lan", True, None)
+        assert links(network)["tap0"]["master"] == "br7"
+
+
+@pytest.mark.parametrize(
+    ("conf", "words"),
+    [
+        (block("db1", 'interface switch "nope"'), 'vm db1: switch "nope" not found'),
+        (
+            'switch "off" {\n disable\n interface br0\n}\n' + block("db1", 'interface switch "off"'),
+            'vm db1: switch "off" is disabled',
+        ),
+        ('switch "s" { interface wire\n}\n' + block("db1", 'interface switch "s"'), "wire is not a bridge but veth"),
+        (block("db1", "interface tap6"), "interface tap6 exists already"),
+        (block("db1", "interface rdomain 254"), "rdomain 254: the host's own routing table has that number"),
+    ],
+)
+def test_a_vm_that_cannot_have_its_interfaces_says_why(
+    network: Network, tmp_path: Path, conf: str, words: str
+) -> None:
+    """The client has the sentence, nothing of the VM is left, and the daemon goes on."""
+    network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    network.run("ip", "tuntap", "add", "tap6", "mode", "tap")
+    with NetDaemon(tmp_path, network, conf + block("other", "interface")) as vmd:
+        failed = vmd.vmctl("start", "db1")
+
+        assert failed.returncode == 1
+        assert words in failed.stderr
+        assert vmd.status("db1")["state"] == "stopped"
+        vmd.must("start", "other")
+        assert "tap0" in links(network)
+
+
+def test_a_tap_that_another_vm_has(network: Network, tmp_path: Path) -> None:
+    """Explicit names are kept for who asks for them; a second one is told who has it."""
+    conf = block("any", "interface") + block("one", "interface tap0") + block("two", "interface tap0")
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "any")
+        vmd.must("start", "one")
+        refused = vmd.vmctl("start", "two")
+
+        assert [vmd.interfaces(name)[0]["tap"] for name in ("any", "one")] == ["tap1", "tap0"]
+        assert "vm two: interface tap0 is in use by vm one" in refused.stderr
+
+
+def test_addresses_beyond_the_prefix(network: Network, tmp_path: Path) -> None:
+    """A /60 has room for three VMs."""
+    conf = "local inet6 prefix fd42:1:2::/60\n"
+    conf += "".join(block(f"vm{number}", "local interface") for number in range(1, 5))
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "vm3")
+        refused = vmd.vmctl("start", "vm4")
+
+        assert addresses(links(network)["tap0"])[1] == "fd42:1:2:c::1/64"
+        assert "vm vm4: inet6 prefix exhausted, vm id 4 interface 0" in refused.stderr
+
+
+def test_reload_load_and_reset_of_switches(network: Network, tmp_path: Path) -> None:
+    """Bridges follow the configuration; one in use stays until its last VM has ended."""
+    with NetDaemon(tmp_path, network, SWITCH + block("db1", 'interface switch "lan"')) as vmd:
+        vmd.must("start", "db1")
+        more = tmp_path / "more.conf"
+        more.write_text('switch "more" { interface br8\n}\n')
+        vmd.must("load", more)
+        wait_for_links(vmd, {"lo", "br7", "br8", "tap0"})
+
+        vmd.conf.write_text('switch "new" { interface br9\n}\n' + block("db1", 'interface switch "new"'))
+        vmd.must("reload")
+        wait_for_links(vmd, {"lo", "br7", "br9", "tap0"})
+
+        vmd.must("reset", "switches")
+        wait_for_links(vmd, {"lo", "br7", "tap0"})
+        vmd.must("stop", "-fw", "db1")
+        wait_for_links(vmd, {"lo"})
+
+
+def test_a_vm_is_stopped_while_its_interfaces_are_made(network: Network, tmp_path: Path) -> None:
+    """It ends at once, and priv's late answer changes nothing."""
+    with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", "db1"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ) as starting:  # fmt: skip
+            vmd.wait_state("db1", "starting")
+            stopped = vmd.must("stop", "-w", "db1")
+            _, said = starting.communicate(timeout=DEADLINE_S)
+        assert "terminated vm 1" in stopped
+        assert "stopped before its guest began" in said
+        assert vmd.status("db1")["state"] == "stopped"
+
+        os.kill(priv, signal.SIGCONT)
+        vmd.must("start", "db1")
+        assert set(links(network)) == {"lo", "tap0"}
+        assert addresses(links(network)["tap0"]) == ["100.64.1.2/31"]
+
+
+def test_a_console_that_is_attached_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
+    """The viewer waits for the VM, and sees its first words."""
+    with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", "db1"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ):  # fmt: skip
+            vmd.wait_state("db1", "starting")
+            with vmd.attached("db1") as console:
+                os.kill(priv, signal.SIGCONT)
+                console.expect(PROMPT, DEADLINE_S)
+
+
+def test_terminating_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
+    """SIGTERM does not wait for what never began."""
+    with NetDaemon(tmp_path, network, block("db1", "local interface").replace("disable", "enable")) as vmd:
+        vmd.wait_state("db1", "running")
+        vmd.must("stop", "-fw", "db1")
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", "db1"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        ):  # fmt: skip
+            vmd.wait_state("db1", "starting")
+            os.kill(vmd.pid, signal.SIGTERM)
+            vmd.wait_log("stopped before its guest began")
+            os.kill(priv, signal.SIGCONT)
+            assert vmd.stop() == 0
+
+
+def test_priv_is_killed_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
+    """The client hears of it, and the daemon ends: without priv there is no network to be had."""
+    with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", "db1"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ) as starting:  # fmt: skip
+            vmd.wait_state("db1", "starting")
+            os.kill(priv, signal.SIGKILL)
+            _, said = starting.communicate(timeout=DEADLINE_S)
+        assert "its interfaces cannot be made: lost child: priv" in said
+        assert vmd.process is not None
+        assert vmd.process.wait(DEADLINE_S) == 1
+
+
+@pytest.mark.parametrize("victims", [("vmd: priv",), ("parent",), ("parent", "vmd: priv")])
+def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """Whatever is killed: the next daemon begins with a clean network, and leaves one."""
+    network.run("ip", "link", "add", "office", "type", "bridge")
+    network.run("ip", "addr", "add", "192.0.2.1/24", "dev", "office")
+    before = links(network)
+    conf = 'switch "office" { interface office\n}\nlocal inet6\n' + SWITCH
+    conf += block("db1", 'interface switch "lan"', 'interface switch "office"', "local interface")
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "db1")
+        pids = {"parent": vmd.pid, **vmd.processes()}
+        assert len(ours(network)) == 5
+        assert vmd.process is not None
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGSTOP)  # so that none sees another's end
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
+        vmd.process.wait(DEADLINE_S)
+        vmd.socket.unlink(missing_ok=True)
+
+        vmd.conf.write_text("")
+        vmd.start()
+        wait_for_links(vmd, set(before))
+        assert ours(network) == []
+        assert addresses(links(network)["office"]) == addresses(before["office"])
+        assert "inet vmd" not in network.run("nft", "list", "ruleset")
+        assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
+
+        vmd.conf.write_text(conf)
+        vmd.must("reload")
+        vmd.must("start", "db1")
+        assert len(ours(network)) == 5
+    assert set(links(network)) == set(before)
+
+
+def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path: Path) -> None:
+    """The guest has a lease for months: id, prefix and IPv6 prefix are the sender's, whatever the receiver's are."""
+    conf = SWITCH + block("first") + block("db1", 'interface switch "lan"', "local interface")
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with (
+        Network() as other,
+        NetDaemon(here, network, "local inet6\n" + conf) as sender,
+        NetDaemon(there, other, "local prefix 10.0.0.0/8\n" + SWITCH) as receiver,
+    ):
+        sender.must("start", "db1")
+        wanted = sender.interfaces("db1")
+        host_addresses = addresses(links(network)["tap1"])
+        move(sender, receiver, "db1")
+
+        moved = receiver.interfaces("db1")
+        for key in ("lladdr", "host4", "guest4", "prefix6", "locked"):
+            assert [nic[key] for nic in moved] == [nic[key] for nic in wanted]
+        assert addresses(links(other)["tap1"])[:2] == host_addresses[:2]
+        assert addresses(links(other)["tap1"])[0] == "100.64.2.4/31"
+        assert links(other)["tap0"]["master"] == "br7"
+        wait_for_links(sender, {"lo", "br7"})
+
+
+def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tmp_path: Path) -> None:
+    """The sentence says by whom; the sender's VM goes on."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with (
+        Network() as other,
+        NetDaemon(here, network, block("db1", "local interface")) as sender,
+        NetDaemon(there, other, block("resident", "local interface")) as receiver,
+    ):
+        sender.must("start", "db1")
+        receiver.must("start", "resident")
+
+        said = move(sender, receiver, "db1", fails=True)
+
+        assert "its local interfaces have the addresses of vm id 1, which are in use here by vm resident" in said
+        assert sender.wait_state("db1", "running")
+        assert set(links(other)) == {"lo", "tap0"}
+
+
+def test_a_switch_that_the_receiver_has_not(network: Network, tmp_path: Path) -> None:
+    """The sentence names it; the sender's VM goes on."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with (
+        Network() as other,
+        NetDaemon(here, network, SWITCH + block("db1", 'interface switch "lan"')) as sender,
+        NetDaemon(there, other) as receiver,
+    ):
+        sender.must("start", "db1")
+        assert 'switch "lan" not found' in move(sender, receiver, "db1", fails=True)
+        assert sender.wait_state("db1", "running")
+
+
+def move(sender: Daemon, receiver: Daemon, name: str, *, fails: bool = False) -> str:
+    """Send a VM through a pipe; return what the receiver said."""
+    command = [sys.executable, "-m", "vmctl", "-s"]
+    with subprocess.Popen(
+        [*command, sender.socket, "send", name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as sending:
+        received = subprocess.run(
+            [*command, receiver.socket, "receive", name],
+            cwd=ROOT, stdin=sending.stdout, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+        assert sending.stdout is not None
+        sending.stdout.close()
+    assert (received.returncode != 0) == fails, received.stderr + receiver.log
+    return received.stderr
+
+
+def test_a_second_daemon_in_the_same_network(network: Network, tmp_path: Path) -> None:
+    """It works, but for interfaces, and says why."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with NetDaemon(here, network, block("db1", "interface")) as first:
+        first.must("start", "db1")
+        with NetDaemon(there, network, block("db2", "interface") + block("db3")) as second:
+            second.must("start", "db3")
+            refused = second.vmctl("start", "db2", "--json")
+            assert json.loads(refused.stdout)["code"] == errno.EBUSY
+            assert "the network of this host belongs to another vmd" in refused.stderr
+        assert set(links(network)) == {"lo", "tap0"}

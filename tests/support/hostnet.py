@@ -1,0 +1,60 @@
+"""What a test sees of a host's network, and a daemon that lives in one of its own."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.support.daemon import Daemon
+from tests.support.network import Network
+
+ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
+
+
+class NetDaemon(Daemon):
+    """A daemon whose host's network is this one."""
+
+    def __init__(self, directory: Path, network: Network, conf: str = "") -> None:
+        super().__init__(directory, conf)
+        self.network = network
+
+    def start(self) -> None:
+        """Start it in there."""
+        with self.network.inside():
+            super().start()
+
+    def interfaces(self, name: str) -> list[dict[str, Any]]:
+        """Return what `vmctl status -v --json` says of a VM's interfaces."""
+        (row,) = json.loads(self.must("status", "-v", "--json", name))["vms"]
+        found: list[dict[str, Any]] = row["interfaces"]
+        return found
+
+
+def links(network: Network) -> dict[str, dict[str, Any]]:
+    """Return every interface by name, as `ip` describes it."""
+    return {link["ifname"]: link for link in json.loads(network.run("ip", "-j", "-d", "addr"))}
+
+
+def addresses(link: dict[str, Any]) -> list[str]:
+    """Return the addresses of an interface."""
+    return [f"{each['local']}/{each['prefixlen']}" for each in link["addr_info"]]
+
+
+def ours(network: Network) -> list[str]:
+    """Return all that can only have come from vmd."""
+    found = [
+        f"{name} ({link['ifalias']})" for name, link in links(network).items() if ALIAS.match(link.get("ifalias", ""))
+    ]
+    if "table inet vmd" in network.run("nft", "list", "tables").splitlines():
+        found.append("table inet vmd")
+    return found
+
+
+def setting(network: Network, name: str) -> str:
+    """Return a kernel setting."""
+    return network.run("cat", f"/proc/sys/net/{name}").strip()
+
+
+def rules(network: Network) -> str:
+    """Return our table as one line."""
+    return " ".join(network.run("nft", "list", "table", "inet", "vmd").split())
