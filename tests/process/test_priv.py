@@ -15,8 +15,9 @@ import pytest
 
 from tests.support.hostnet import addresses, links, ours, rules, setting
 from tests.support.network import Network, checksum
-from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Priv, nic, switch
+from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
+from vmd.priv.rules import NFT_PATHS
 
 pytestmark = pytest.mark.root
 
@@ -569,6 +570,52 @@ def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) 
         priv.quit()
         with second.make(nic()):
             assert set(links(network)) == {"lo", "tap0"}
+
+
+# --- hosts that lack something ---------------------------------------------------------------------------------
+
+
+def test_a_host_without_tun(network: Network) -> None:
+    """It is said what to load."""
+    with Priv(network, Poor("/dev/net")) as priv:
+        failed = priv.refuse(nic())
+    assert failed.text == "/dev/net/tun: No such file or directory: load the kernel module tun"
+
+
+def test_a_host_without_nftables(network: Network) -> None:
+    """NAT is what cannot be had; everything else can, and groups are Linux's own."""
+    with Priv(network, Poor(*NFT_PATHS)) as priv:
+        priv.configure(switch("br0"))
+        failed = priv.refuse(nic(host4=HOST4))
+        assert failed.text == (
+            "NAT for local interfaces: nft was not found: install nftables, or write `local nat disable`"
+        )
+        with priv.make(nic(bridge="br0", groups=("7",))):
+            assert links(network)["tap0"]["group"] == "7"
+        assert priv.log.count("groups have no sets in nftables: nft was not found") == 1
+        priv.remove()
+        priv.configure(nat=False)
+        with priv.make(nic(host4=HOST4)):
+            assert addresses(links(network)["tap0"]) == ["100.64.1.2/31"]
+
+
+def test_a_host_without_ipv6(network: Network) -> None:
+    """It is said where IPv6 was asked for; the rest works."""
+    with Priv(network, Poor("/proc/sys/net/ipv6")) as priv:
+        priv.configure(switch("br0"))
+        failed = priv.refuse(nic(host4=HOST4, prefix6=PREFIX6))
+        assert failed.text == "interface tap0: local inet6: this kernel has no IPv6"
+        with priv.make(nic(host4=HOST4), nic(bridge="br0")):
+            assert setting(network, "ipv4/ip_forward") == "1"
+
+
+def test_a_host_whose_run_directory_cannot_be_written(network: Network) -> None:
+    """Without a place for what has to be put back nothing is changed."""
+    with Priv(network, Poor(str(RUN_DIRECTORY))) as priv:
+        failed = priv.refuse(nic())
+        assert (failed.code, "open /run/vmd/network-" in failed.text) == (errno.EROFS, True)
+        assert "networks will not work" in priv.log
+    assert set(links(network)) == {"lo"}
 
 
 # --- requests no honest parent makes -------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from vmd.ipc.messages import (
     RemoveNics,
     SwitchRequest,
 )
-from vmd.privsep import cell
+from vmd.privsep import cell, linux
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 
@@ -55,10 +55,29 @@ class Made:
             os.close(self.fds.pop())
 
 
+class Poor(cell.Network):
+    """The host as priv sees it, without some files: each is covered by what is of no use."""
+
+    def __init__(self, *without: str) -> None:
+        super().__init__()
+        self.without = without
+
+    def enter(self) -> None:
+        """Cover them, then do as ever."""
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+        for path in self.without:
+            if os.path.isdir(path):
+                linux.mount("nothing", path, "tmpfs", linux.MS_RDONLY)
+            elif os.path.exists(path):
+                linux.mount("/dev/null", path, None, linux.MS_BIND)
+        super().enter()
+
+
 class Priv:
     """A running priv; a context manager that tells it to quit and reaps it."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, place: cell.Network | None = None) -> None:
         RUN_DIRECTORY.mkdir(exist_ok=True)
         self.network = network
         self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
@@ -66,7 +85,11 @@ class Priv:
         self.sock.settimeout(DEADLINE_S)
         with network.inside():
             self.child = spawn(
-                "priv", ["priv", "stderr", "2"], channel=theirs, place=cell.Network(), log_fd=self.log_file.fileno()
+                "priv",
+                ["priv", "stderr", "2"],
+                channel=theirs,
+                place=place or cell.Network(),
+                log_fd=self.log_file.fileno(),
             )
         theirs.close()
         self.status: int | None = None

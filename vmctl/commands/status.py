@@ -2,7 +2,6 @@
 
 import errno
 
-from vmctl import interfaces
 from vmctl.errors import CommandError, Refused, UsageError
 from vmctl.options import parse_options
 from vmctl.output import clean, put_json, put_lines, warn
@@ -29,17 +28,18 @@ def run(session: Session, arguments: list[str]) -> int:
         raise CommandError(f"vm {wanted} not found", errno.ENOENT)
     shown = [vm for vm in found if vm.pid != 0 or ("-r", "") not in given]
     detailed = ("-v", "") in given
-    nics = {vm.vmid: nics_of(session, vm) for vm in shown} if detailed else {}
+    rows, lines = [as_json(vm) for vm in shown], [HEADER, *(row(vm) for vm in shown)]
+    if detailed:
+        from vmctl import interfaces  # most runs do without
+
+        for vm, document in zip(shown, rows, strict=True):
+            nics = nics_of(session, vm)
+            document["interfaces"] = [interfaces.as_json(nic) for nic in nics]
+            lines += [line for nic in nics for line in interfaces.describe(vm.name, nic)]
     if session.json:
-        rows = [as_json(vm) for vm in shown]
-        if detailed:
-            for vm, document in zip(shown, rows, strict=True):
-                document["interfaces"] = [interfaces.as_json(nic) for nic in nics[vm.vmid]]
         put_json({"vms": rows})
         return 0
-    put_lines([HEADER, *(row(vm) for vm in shown)])
-    for vm in shown if detailed else ():
-        put_lines([line for nic in nics[vm.vmid] for line in interfaces.describe(vm.name, nic)])
+    put_lines(lines)
     if wanted is not None and not found:
         raise CommandError(f"vm {wanted} not found", errno.ENOENT)
     if session.verbose or detailed:

@@ -33,7 +33,7 @@ class Plan(Record):
             OperatorError: the prefix has no room for this VM.
         """
         start = int.from_bytes(self.prefix4.address, "big")
-        host = start | self.vmid << 8 | (nic + 1) * 2
+        host = start + (self.vmid << 8) + (nic + 1) * 2
         if nic >= PLAN_NICS or self.vmid <= 0 or host - start >= 1 << (32 - self.prefix4.length):
             raise OperatorError(errno.ERANGE, f"dhcp address range exceeded, vm id {self.vmid} interface {nic}")
         return host.to_bytes(4, "big")

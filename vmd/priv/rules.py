@@ -115,16 +115,17 @@ class Nft:
 
     def dropping_chains(self) -> list[str]:
         """Return the chains, but for ours, that drop forwarded packets unless told otherwise: "chain ip filter X"."""
+        listing = self._run("-j", "list", "chains")
         try:
-            listing = json.loads(self._run("-j", "list", "chains"))["nftables"]
-        except (ValueError, KeyError, TypeError):
-            return []
-        return [
-            f"{chain['family']} {chain['table']} {chain['name']}"
-            for chain in (entry.get("chain", {}) for entry in listing)
-            if chain.get("hook") == "forward" and chain.get("policy") == "drop"
-            if f"{chain['family']} {chain['table']}" != TABLE
-        ]
+            chains = [entry["chain"] for entry in json.loads(listing)["nftables"] if "chain" in entry]
+            return [
+                f"{chain['family']} {chain['table']} {chain['name']}"
+                for chain in chains
+                if chain.get("hook") == "forward" and chain.get("policy") == "drop"
+                if f"{chain['family']} {chain['table']}" != TABLE
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return []  # a version of nft that speaks otherwise
 
     def _run(self, *arguments: str, given: str = "") -> str:
         if self.path is None:

@@ -7,7 +7,8 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
-from vmd.ipc.messages import End, Failed, ListRequest, VmInfo
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.messages import End, Failed, ListRequest, NicInfo, NicsRequest, VmInfo
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tty="/dev/ttyp3", owner="anna:ops")
@@ -179,3 +180,94 @@ def test_list_refused(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     daemon.answers(Failed(code=errno.EUSERS, text="too many connections of uid 5 (64)"))
 
     assert vmctl("status") == (1, "", "vmctl: command failed: too many connections of uid 5 (64)\n")
+
+
+# --- interfaces ----------------------------------------------------------------------------------------------
+
+LLADDR = bytes.fromhex("fee1bbd10001")
+
+
+def with_nics(daemon: FakeDaemon, *nics: NicInfo) -> None:
+    """Have the daemon know one VM with these interfaces."""
+    daemon.script = lambda request: (DB1, End()) if isinstance(request, ListRequest) else (*nics, End())
+
+
+def counters(**figures: int) -> tuple[int, ...]:
+    """Return counters, zero but for these."""
+    assert not figures.keys() - set(COUNTER_NAMES)
+    return tuple(figures.get(name, 0) for name in COUNTER_NAMES)
+
+
+def nic(**fields: object) -> NicInfo:
+    """Return an interface of a running VM."""
+    base: dict[str, object] = {
+        "index": 0, "tap": "tap0", "switch": "", "lladdr": LLADDR, "up": True, "locked": False, "local": False,
+    }  # fmt: skip
+    return NicInfo(**{**base, "mtu": 1500, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("each", "lines"),
+    [
+        (
+            nic(switch="lan", locked=True, counters=counters(rx_packets=3, rx_bytes=180, tx_packets=2, tx_bytes=90)),
+            ["db1 interface 0: tap0, switch lan, lladdr fe:e1:bb:d1:00:01 locked, mtu 1500",
+             "    received 3 packets, 180 bytes", "    sent 2 packets, 90 bytes"],
+        ),
+        (
+            nic(counters=counters(rx_no_room=1, rx_filtered=2, tx_spoofed=3, tx_busy=4)),
+            ["db1 interface 0: tap0, lladdr fe:e1:bb:d1:00:01, mtu 1500",
+             "    received 0 packets, 0 bytes; dropped 1 larger than the guest's buffers, 2 not for this address",
+             "    sent 0 packets, 0 bytes; dropped 3 from another address, 4 the host was busy"],
+        ),
+        (
+            nic(local=True, host4=bytes((100, 64, 1, 2)), guest4=bytes((100, 64, 1, 3)),
+                prefix6=b"\xfd" + bytes(15), counters=counters()),
+            ["db1 interface 0: tap0, local, lladdr fe:e1:bb:d1:00:01, mtu 1500",
+             "    host 100.64.1.2, guest 100.64.1.3, prefix fd00::/64", "    no lease given",
+             "    received 0 packets, 0 bytes", "    sent 0 packets, 0 bytes"],
+        ),
+        (nic(tap="", mtu=0, up=False), ["db1 interface 0: no tap, lladdr fe:e1:bb:d1:00:01, down"]),
+        (
+            nic(),
+            ["db1 interface 0: tap0, lladdr fe:e1:bb:d1:00:01, mtu 1500",
+             "    no counters: its process has not answered"],
+        ),
+    ],
+)  # fmt: skip
+def test_interfaces_in_words(vmctl: Vmctl, daemon: FakeDaemon, each: NicInfo, lines: list[str]) -> None:
+    """-v: what it is, its addresses, traffic and what was dropped."""
+    with_nics(daemon, each)
+
+    status, said, _ = vmctl("status", "-v", "db1")
+
+    assert (status, said) == (0, HEADER + ROW_DB1 + "".join(f"{line}\n" for line in lines))
+    assert daemon.requests[1] == NicsRequest(vmid=1)
+
+
+def test_a_lease(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """With its time; a number that is no time is none."""
+    with_nics(daemon, nic(local=True, counters=counters(lease_s=86400)))
+    assert "    lease given 1970-01-0" in vmctl("show", "-v")[1]
+    with_nics(daemon, nic(local=True, counters=counters(lease_s=(1 << 64) - 1)))
+    assert "    lease given\n" in vmctl("show", "-v")[1]
+
+
+def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Under keys that stay."""
+    with_nics(daemon, nic(local=True, host4=bytes((100, 64, 1, 2)), counters=counters(rx_packets=3)))
+
+    (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
+
+    (shown,) = row["interfaces"]
+    assert (shown["tap"], shown["lladdr"], shown["host4"]) == ("tap0", "fe:e1:bb:d1:00:01", "100.64.1.2")
+    assert (shown["prefix6"], shown["switch"], shown["counters"]["rx_packets"]) == (None, None, 3)
+
+
+def test_a_vm_that_goes_meanwhile(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Its row is shown, without interfaces; other failures are failures."""
+    gone, broken = Failed(code=errno.ENOENT, text="vm 1 not found"), Failed(code=errno.EIO, text="no")
+    daemon.script = lambda request: (DB1, End()) if isinstance(request, ListRequest) else (gone,)
+    assert vmctl("status", "-v") == (0, HEADER + ROW_DB1, "")
+    daemon.script = lambda request: (DB1, End()) if isinstance(request, ListRequest) else (broken,)
+    assert vmctl("status", "-v")[0] == 1

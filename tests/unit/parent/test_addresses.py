@@ -1,0 +1,161 @@
+"""Addresses of interfaces: arithmetic and its limits, link-layer addresses, name servers."""
+
+import ipaddress
+from pathlib import Path
+
+import pytest
+
+from vmd.config.model import MAX_NICS, NicConfig, Owner, Prefix, VmConfig
+from vmd.errors import OperatorError
+from vmd.parent.addresses import Plan, name_servers, random_lladdr, random_ula, resolvers
+from vmd.parent.vmtable import VmTable
+
+DEFAULT = Prefix(address=bytes((100, 64, 0, 0)), length=10)
+
+
+def prefix(text: str) -> Prefix:
+    """Return a range."""
+    network = ipaddress.ip_network(text)
+    return Prefix(address=network.network_address.packed, length=network.prefixlen)
+
+
+def v4(address: bytes) -> str:
+    """Return an address as people write it."""
+    return str(ipaddress.ip_address(address))
+
+
+def test_the_example_of_the_catalogue() -> None:
+    """Cat. 7.2: vmid 3, interface 1, default prefix."""
+    plan = Plan(vmid=3, prefix4=DEFAULT)
+
+    assert (v4(plan.host4(1)), v4(plan.guest4(1))) == ("100.64.3.4", "100.64.3.5")
+    assert plan.network6(1) == b""
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "host"),
+    [
+        ("100.64.0.0/10", 16383, "100.127.255.2"),
+        ("192.168.0.0/16", 255, "192.168.255.2"),
+        ("10.0.0.0/8", 65535, "10.255.255.2"),
+    ],
+)
+def test_the_last_vm_that_a_prefix_has_room_for(text: str, last: int, host: str) -> None:
+    """The next one is told so, with its id and interface."""
+    assert v4(Plan(vmid=last, prefix4=prefix(text)).host4(0)) == host
+    with pytest.raises(OperatorError, match=f"dhcp address range exceeded, vm id {last + 1} interface 2"):
+        Plan(vmid=last + 1, prefix4=prefix(text)).host4(2)
+
+
+def test_the_last_interface() -> None:
+    """127 fit; the addresses end before the next VM's begin."""
+    plan = Plan(vmid=1, prefix4=DEFAULT)
+
+    assert v4(plan.guest4(126)) == "100.64.1.255"
+    with pytest.raises(OperatorError, match="interface 127"):
+        plan.host4(127)
+
+
+@pytest.mark.parametrize("vmid", [0, -1])
+def test_there_is_no_vm_0(vmid: int) -> None:
+    """A plan that came from elsewhere is checked as well."""
+    with pytest.raises(OperatorError):
+        Plan(vmid=vmid, prefix4=DEFAULT).host4(0)
+    with pytest.raises(OperatorError):
+        Plan(vmid=vmid, prefix4=DEFAULT, prefix6=prefix("fd00::/48")).network6(0)
+
+
+def test_no_two_interfaces_share_addresses() -> None:
+    """Every interface of every VM has a /31 and a /64 of its own, inside the prefixes."""
+    wide6 = prefix("fd42:1:2::/48")
+    plans = [Plan(vmid=vmid, prefix4=DEFAULT, prefix6=wide6) for vmid in (*range(1, 300), 16383)]
+    hosts = [plan.host4(index) for plan in plans for index in range(MAX_NICS)]
+    networks = [plan.network6(index) for plan in plans for index in range(MAX_NICS)]
+
+    assert len({int.from_bytes(host, "big") >> 1 for host in hosts}) == len(hosts)
+    assert not any(host[-1] % 2 for host in hosts)
+    assert len(set(networks)) == len(networks)
+    assert all(ipaddress.ip_address(network) in ipaddress.ip_network("fd42:1:2::/48") for network in networks)
+    assert not any(any(network[8:]) for network in networks)
+
+
+def test_a_60_has_room_for_three_vms() -> None:
+    """Vm.conf takes none that is smaller."""
+    small = prefix("fd42:1:2:70::/60")
+
+    assert v4(Plan(vmid=3, prefix4=DEFAULT, prefix6=small).network6(3)) == "fd42:1:2:7f::"
+    with pytest.raises(OperatorError, match="inet6 prefix exhausted, vm id 4 interface 0"):
+        Plan(vmid=4, prefix4=DEFAULT, prefix6=small).network6(0)
+
+
+def test_a_range_of_our_own() -> None:
+    """RFC 4193: fd, 40 random bits, nothing else."""
+    one, other = random_ula(), random_ula()
+
+    assert (one.length, one.address[0], one.address[6:]) == (48, 0xFD, bytes(10))
+    assert one != other
+
+
+def test_link_layer_addresses() -> None:
+    """Cat. 2.5: fe:e1:bb:d<n>:xx:xx; one that is taken is not given, and there is an end."""
+    assert random_lladdr(0, ()).hex(":")[:11] == "fe:e1:bb:d1"
+    assert random_lladdr(3, ()).hex(":")[:11] == "fe:e1:bb:d4"
+    all_but_one = {bytes.fromhex("fee1bbd1") + number.to_bytes(2, "big") for number in range(65535)}
+    assert random_lladdr(0, all_but_one) == bytes.fromhex("fee1bbd1ffff")
+    with pytest.raises(OperatorError, match="no link-layer address is left"):
+        random_lladdr(0, all_but_one | {bytes.fromhex("fee1bbd1ffff")})
+
+
+def test_they_stay_with_the_name_for_the_life_of_the_daemon() -> None:
+    """A VM that is forgotten and comes back has the same; what was given explicitly is not touched."""
+    table = VmTable()
+    config = VmConfig(name="a", nics=(NicConfig(), NicConfig(lladdr=b"\2\0\0\0\0\1"), NicConfig()))
+    first = table.add(config, from_config=True)
+    table.remove(first)
+    again = table.add(config, from_config=True)
+    other = table.add(config.replace(name="b"), from_config=True)
+    somebody = VmTable().add(config.replace(owner=Owner(uid=7)), from_config=True)
+
+    assert again.config == first.config
+    assert again.config.nics[1].lladdr == b"\2\0\0\0\0\1"
+    assert len({nic.lladdr for vm in (again, other) for nic in vm.config.nics}) == 5
+    assert all(len(nic.lladdr) == 6 for nic in somebody.config.nics)
+    assert table.named(config) == first.config
+
+
+RESOLV_CONF = """
+# made by hand
+search example.org
+nameserver 127.0.0.53
+nameserver 192.0.2.1
+nameserver 192.0.2.1
+options edns0
+nameserver 2001:db8::1
+nameserver fe80::1%eth0
+nameserver fe80::1
+nameserver ::1
+nameserver 0.0.0.0
+nameserver nonsense
+nameserver
+nameserver 192.0.2.2
+nameserver 192.0.2.3
+nameserver 192.0.2.4
+"""
+
+
+def test_name_servers_that_others_can_use() -> None:
+    """Not what is this host's or this link's only; each once, three at most."""
+    four, six = name_servers(RESOLV_CONF)
+
+    assert [v4(address) for address in four] == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+    assert [v4(address) for address in six] == ["2001:db8::1"]
+
+
+def test_behind_a_stub_resolver_are_the_real_ones(tmp_path: Path) -> None:
+    """systemd-resolved keeps them in a second file; without any the guest asks its gateway."""
+    stub, real = tmp_path / "stub", tmp_path / "real"
+    stub.write_text("nameserver 127.0.0.53\n")
+    assert resolvers((str(stub), str(real))) == ((), ())
+    real.write_text("nameserver 192.0.2.1\n")
+    assert resolvers((str(stub), str(real))) == ((bytes((192, 0, 2, 1)),), ())
+    assert resolvers((str(tmp_path / "none"),)) == ((), ())

@@ -1,0 +1,426 @@
+"""What the parent asks priv for, and what it tells a VM, without any process."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from vmd.config.model import BootDevice, Config, Globals, NicConfig, Prefix, SwitchConfig, VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    ConfigureNetwork,
+    MakeNics,
+    NicCounters,
+    NicInfo,
+    NicMade,
+    NicsCounted,
+    NicsFailed,
+    NicsMade,
+    Proc,
+    RemoveNics,
+    StartVm,
+)
+from vmd.parent.network import Network, alias
+from vmd.parent.requests import checked_request
+from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.record import Record
+
+SWITCHES = (
+    SwitchConfig(name="off", interface="br0", enabled=False),
+    SwitchConfig(name="lan", interface="br1", group="lab", locked=True, rdomain=3),
+    SwitchConfig(name="lan", interface="br9"),
+    SwitchConfig(name="plain", interface="br2", up=False),
+)
+MAC = b"\2\0\0\0\0\1"
+
+
+class Peer:
+    """Where messages would leave to; closes what goes along."""
+
+    def __init__(self) -> None:
+        self.sent: list[Record] = []
+        self.fds: list[dict[str, int]] = []
+
+    def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
+        """Note a message."""
+        self.sent.append(message)
+        self.fds.append({name: len(each) for name, each in (fds or {}).items()})
+        for each in (fds or {}).values():
+            for fd in each:
+                os.close(fd)
+
+
+class Timer:
+    """A timer that somebody has to fire."""
+
+    def __init__(self, callback: Any) -> None:  # noqa: ANN401 - a callable
+        self.callback = callback
+
+    def cancel(self) -> None:
+        """Do nothing when fired."""
+        self.callback = lambda: None
+
+
+class Loop:
+    """Keeps timers."""
+
+    def __init__(self) -> None:
+        self.timers: list[Timer] = []
+
+    def call_later(self, _delay_s: float, callback: Any) -> Timer:  # noqa: ANN401 - a callable
+        """Note a timer."""
+        self.timers.append(Timer(callback))
+        return self.timers[-1]
+
+
+class FakeParent:
+    """As much of the parent as its network needs."""
+
+    def __init__(self) -> None:
+        self.config = Config(switches=SWITCHES)
+        self.vms = VmTable()
+        self.peers = {Proc.PRIV: Peer(), Proc.VMM: Peer()}
+        self.loop = Loop()
+        self.answers: list[tuple[int, Record]] = []
+        self.network = Network(self)  # type: ignore[arg-type]
+
+    def answer(self, client: int, message: Record) -> None:
+        """Note an answer."""
+        self.answers.append((client, message))
+
+    def repeat_snapshots(self, vm: Vm) -> None:
+        """Nobody watches."""
+
+
+@pytest.fixture
+def parent() -> Iterator[FakeParent]:
+    """Give a parent."""
+    parent = FakeParent()
+    yield parent
+    parent.network.close()
+
+
+def launch(parent: FakeParent, config: VmConfig) -> tuple[Vm, list[tuple[int, str]]]:
+    """Begin to start a VM; the list is what its failure is reported to."""
+    vm = parent.vms.find(0, config.name) or parent.vms.add(config, from_config=True)
+    failures: list[tuple[int, str]] = []
+    message = StartVm(vmid=vm.vmid, config=vm.config, boot_name="bsd", verbosity=0)
+    fds = {"boot": [os.open("/dev/null", os.O_RDONLY)]}
+    parent.network.launch(vm, message, fds, lambda code, text: failures.append((code, text)))
+    return vm, failures
+
+
+def made(parent: FakeParent, *, mtu: int = 1500) -> None:
+    """Answer the last request as priv would."""
+    request = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(request, MakeNics)
+    nics = tuple(
+        NicMade(name=nic.name or f"tap{index}", lladdr=MAC, link_local=b"", mtu=mtu)
+        for index, nic in enumerate(request.nics)
+    )
+    message = NicsMade(vmid=request.vmid, ticket=request.ticket, nics=nics)
+    fds = [os.open("/dev/null", os.O_RDONLY) for _ in nics]
+    parent.network.on_made(message, Envelope(message, 0, 0, {"taps": fds}))
+
+
+def started(parent: FakeParent) -> StartVm:
+    """Return what vmm was told last."""
+    message = parent.peers[Proc.VMM].sent[-1]
+    assert isinstance(message, StartVm)
+    return message
+
+
+def test_switches_are_told_once_each(parent: FakeParent) -> None:
+    """Disabled ones and second ones of a name are not."""
+    parent.network.configure(parent.config)
+
+    (message,) = parent.peers[Proc.PRIV].sent
+    assert isinstance(message, ConfigureNetwork)
+    assert [(each.interface, each.alias, each.rdomain, each.up) for each in message.switches] == [
+        ("br1", "switch1-lan", 3, True),
+        ("br2", "switch2-plain", None, False),
+    ]
+
+
+def test_a_vm_without_interfaces_starts_at_once(parent: FakeParent) -> None:
+    """Priv is not asked."""
+    launch(parent, VmConfig(name="a"))
+
+    assert started(parent).nics == ()
+    assert parent.peers[Proc.PRIV].sent == []
+
+
+def test_what_priv_is_asked_for(parent: FakeParent) -> None:
+    """Names, groups of interface and switch, addresses; names that others want are reserved."""
+    parent.vms.add(VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True)
+    nics = (
+        NicConfig(tap="tap", switch="lan", group="mine"),
+        NicConfig(tap="tap7", local=True, rdomain=4, up=False),
+        NicConfig(switch="lan", group="lab"),
+    )
+    launch(parent, VmConfig(name="a", nics=nics))
+
+    (message,) = parent.peers[Proc.PRIV].sent
+    assert isinstance(message, MakeNics)
+    one, two, three = message.nics
+    assert message.reserved == ("tap3", "tap7")
+    assert (one.name, one.alias, one.bridge, one.groups) == ("", "vm2-if0-a", "br1", ("mine", "lab"))
+    assert (two.name, two.bridge, two.groups, two.rdomain, two.up) == ("tap7", "", (), 4, False)
+    assert (two.host4, two.prefix6) == (bytes((100, 64, 2, 4)), b"")
+    assert (one.host4, three.groups) == (b"", ("lab",))
+    assert parent.peers[Proc.VMM].sent == []
+
+
+def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything its devices need; its configuration says where the addresses come from."""
+    dns4, dns6 = (bytes((192, 0, 2, 1)),), (bytes(15) + b"\7",)
+    monkeypatch.setattr("vmd.parent.network.resolvers", lambda: (dns4, dns6))
+    parent.config = parent.config.replace(settings=Globals(local_inet6=True))
+    nics = (NicConfig(switch="lan"), NicConfig(local=True), NicConfig(locked=True))
+    launch(parent, VmConfig(name="a", nics=nics, boot_device=BootDevice.NET))
+    made(parent, mtu=9000)
+
+    message = started(parent)
+    on_switch, local, locked = message.nics
+    prefix6 = parent.network.ula
+    assert prefix6 is not None
+    assert [link.lladdr for link in message.nics] == [nic.lladdr for nic in message.config.nics]
+    assert (on_switch.locked, on_switch.local, on_switch.pxe, on_switch.mtu) == (True, False, True, 9000)
+    assert (locked.locked, locked.pxe) == (True, False)
+    assert (local.host4, local.guest4) == (bytes((100, 64, 1, 4)), bytes((100, 64, 1, 5)))
+    assert local.prefix6[:6] == prefix6.address[:6]
+    assert local.prefix6[6:] == b"\0\5" + bytes(8)
+    assert (local.dns4, local.dns6, local.host_mac) == (dns4, dns6, MAC)
+    assert (on_switch.host4, on_switch.dns4) == (b"", ())
+    assert (message.config.plan_id, message.config.plan_prefix6) == (1, prefix6)
+    assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 3}
+
+
+def test_name_servers_of_ipv6_are_for_ipv6(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest without an address of that family could not reach them."""
+    monkeypatch.setattr("vmd.parent.network.resolvers", lambda: ((), (bytes(15) + b"\7",)))
+    launch(parent, VmConfig(name="a", nics=(NicConfig(local=True),)))
+    made(parent)
+
+    assert started(parent).nics[0].dns6 == ()
+
+
+def test_a_second_start_has_the_same_taps(parent: FakeParent) -> None:
+    """The guest reboots: priv is not asked again."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(local=True))))
+    made(parent)
+    before = started(parent)
+    launch(parent, vm.config)
+
+    assert len(parent.peers[Proc.PRIV].sent) == 1
+    assert started(parent) == before
+    assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 2}
+
+
+def test_a_second_start_with_other_interfaces_has_other_taps(parent: FakeParent) -> None:
+    """What it had is given back first."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    made(parent)
+    vm.config = vm.config.replace(nics=(*vm.config.nics, NicConfig(lladdr=MAC)))
+    launch(parent, vm.config)
+
+    assert [type(message) for message in parent.peers[Proc.PRIV].sent] == [MakeNics, RemoveNics, MakeNics]
+
+
+def test_what_priv_cannot_do_is_reported(parent: FakeParent) -> None:
+    """Nothing is left of the start."""
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"))
+
+    assert failures == [(5, "no")]
+    assert not parent.network.launches
+    assert parent.peers[Proc.VMM].sent == []
+
+
+def test_a_vm_that_was_stopped_meanwhile_gives_its_taps_back(parent: FakeParent) -> None:
+    """Priv's answers come too late, and change nothing."""
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    request = parent.peers[Proc.PRIV].sent[-1]
+    assert parent.network.give_up(vm)
+    assert not parent.network.give_up(vm)
+    parent.peers[Proc.PRIV].sent.append(request)
+    made(parent)
+    parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"))
+
+    assert any(isinstance(message, RemoveNics) for message in parent.peers[Proc.PRIV].sent)
+    assert (failures, parent.peers[Proc.VMM].sent, parent.network.taps) == ([], [], {})
+
+
+def test_the_end_of_priv_is_the_end_of_waiting(parent: FakeParent) -> None:
+    """A start that waits has failed."""
+    _, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    parent.network.on_priv_lost()
+
+    assert "lost child: priv" in failures[0][1]
+
+
+@pytest.mark.parametrize(
+    ("nic", "words"),
+    [
+        (NicConfig(switch="nope"), 'vm a: switch "nope" not found'),
+        (NicConfig(switch="off"), 'vm a: switch "off" is disabled'),
+    ],
+)
+def test_switches_that_cannot_be_used(parent: FakeParent, nic: NicConfig, words: str) -> None:
+    """The sentence names VM and switch; descriptors are closed."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OperatorError, match=words):
+        launch(parent, VmConfig(name="a", nics=(nic,)))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def received(plan_id: int, **fields: object) -> VmConfig:
+    """Return a VM that comes from elsewhere."""
+    return VmConfig(
+        name="guest",
+        nics=(NicConfig(local=True, lladdr=MAC),),
+        plan_id=plan_id,
+        plan_prefix4=Prefix(address=bytes((100, 64, 0, 0)), length=10),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def test_a_vm_from_elsewhere_keeps_its_addresses(parent: FakeParent) -> None:
+    """Whatever this daemon's ranges are."""
+    settings = Globals(local_prefix=Prefix(address=bytes((10, 0, 0, 0)), length=8), local_inet6=True)
+    parent.config = parent.config.replace(settings=settings)
+    launch(parent, received(77))
+    made(parent)
+
+    (link,) = started(parent).nics
+    assert (link.host4, link.prefix6) == (bytes((100, 64, 77, 2)), b"")
+    assert started(parent).config.plan_id == 77
+
+
+def test_addresses_that_are_taken(parent: FakeParent) -> None:
+    """By a VM that runs here; in both directions."""
+    launch(parent, VmConfig(name="resident", nics=(NicConfig(local=True),)))
+    made(parent)
+    with pytest.raises(OperatorError, match="have the addresses of vm id 1, which are in use here by vm resident"):
+        launch(parent, received(1))
+
+    launch(parent, received(4).replace(name="third"))
+    made(parent)
+    with pytest.raises(OperatorError, match=r"vm fourth: its local .* of vm id 4, .* by vm third"):
+        launch(parent, VmConfig(name="fourth", nics=(NicConfig(local=True),)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"plan_id": -1},
+        {"plan_id": 1 << 31},
+        {"plan_prefix4": Prefix(address=bytes(4), length=24)},
+        {"plan_prefix4": Prefix(address=bytes(16), length=10)},
+        {"plan_prefix4": Prefix(address=bytes((100, 64, 1, 0)), length=10)},
+        {"plan_prefix6": Prefix(address=bytes(4), length=48)},
+        {"plan_prefix6": Prefix(address=bytes(16), length=64)},
+        {"plan_prefix6": Prefix(address=b"\xfd" + bytes(14) + b"\1", length=48)},
+        {"nics": tuple(NicConfig() for _ in range(5))},
+        {"nics": (NicConfig(tap="eth0"),)},
+        {"nics": (NicConfig(lladdr=b"\1\0\0\0\0\0"),)},
+        {"nics": (NicConfig(lladdr=bytes(6)),)},
+        {"nics": (NicConfig(lladdr=b"\2"),)},
+        {"nics": (NicConfig(group="a b"),)},
+        {"nics": (NicConfig(switch="s" * 64),)},
+        {"nics": (NicConfig(rdomain=256),)},
+    ],
+    ids=repr,
+)
+def test_what_a_client_or_a_stream_may_not_say(fields: dict[str, object]) -> None:
+    """Its description is checked as vm.conf's grammar would have."""
+    config = received(1)
+    assert checked_request(config, bootable=True) == config
+    with pytest.raises(OperatorError, match="vm guest: "):
+        checked_request(config.replace(**fields), bootable=True)
+
+
+def test_descriptions_are_printable_and_short() -> None:
+    """What `ip link` shows comes from names that anybody may have chosen."""
+    assert alias("switch1-b\u00fcro\x1b") == "switch1-b?ro?"
+    assert len(alias("x" * 999)) == 255
+
+
+# --- counters ------------------------------------------------------------------------------------------------
+
+
+def running(parent: FakeParent) -> Vm:
+    """Return a VM with one interface that runs."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    made(parent)
+    vm.state, vm.pid = State.RUNNING, 4711
+    return vm
+
+
+def infos(parent: FakeParent, client: int) -> list[NicInfo]:
+    """Return the rows that a client got."""
+    return [message for to, message in parent.answers if to == client and isinstance(message, NicInfo)]
+
+
+VALUES = tuple(range(len(COUNTER_NAMES)))
+
+
+def test_counters_come_from_the_vm(parent: FakeParent) -> None:
+    """Each answer goes to the client that has waited longest."""
+    vm = running(parent)
+    parent.network.serve(vm, 1)
+    parent.network.serve(vm, 2)
+    assert parent.answers == []
+    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
+    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=()))
+
+    assert [info.counters for info in infos(parent, 1)] == [VALUES]
+    assert [info.counters for info in infos(parent, 2)] == [()]
+
+
+@pytest.mark.parametrize("values", [(), VALUES[1:], (*VALUES, 1), (-1, *VALUES[1:]), (1 << 64, *VALUES[1:])])
+def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> None:
+    """A VM process may say what it likes."""
+    vm = running(parent)
+    parent.network.serve(vm, 1)
+    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
+
+    assert [info.counters for info in infos(parent, 1)] == [()]
+
+
+def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
+    """The client hears what is known; the late answer is nobody else's."""
+    vm = running(parent)
+    parent.network.serve(vm, 1)
+    parent.loop.timers[0].callback()
+    parent.network.serve(vm, 2)
+    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
+
+    assert [info.counters for info in infos(parent, 1)] == [()]
+    assert infos(parent, 2) == []
+
+
+def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
+    """Everybody is told what is known."""
+    vm = running(parent)
+    parent.network.serve(vm, 1)
+    parent.network.serve(vm, 2)
+    parent.network.on_client_gone(vm.vmid, 2)
+    parent.network.answer_counted(vm.vmid, everyone=True)
+
+    assert len(infos(parent, 1)) == 1
+    assert infos(parent, 2) == []
+    assert not parent.network.counting
+
+
+def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:
+    """Its interfaces are described as far as they are known."""
+    vm = parent.vms.add(VmConfig(name="a", nics=(NicConfig(switch="lan"),)), from_config=True)
+    parent.network.serve(vm, 1)
+
+    (info,) = infos(parent, 1)
+    assert (info.tap, info.switch, info.lladdr) == ("", "lan", vm.config.nics[0].lladdr)
+    assert parent.peers[Proc.VMM].sent == []

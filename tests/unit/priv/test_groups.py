@@ -1,0 +1,34 @@
+"""Names of interface groups in iproute2's files."""
+
+from pathlib import Path
+
+import pytest
+
+from vmd.priv import groups
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Give a distribution's place and an administrator's."""
+    distribution, administrator = tmp_path / "usr", tmp_path / "etc"
+    (administrator / "group.d").mkdir(parents=True)
+    distribution.mkdir()
+    monkeypatch.setattr("vmd.priv.groups.PLACES", (str(distribution), str(administrator)))
+    return distribution, administrator
+
+
+def test_names_and_numbers(places: tuple[Path, Path]) -> None:
+    """The administrator's files win; numbers stand for themselves."""
+    distribution, administrator = places
+    (distribution / "group").write_text("# device group names\n0\tdefault\n5 lab\n")
+    (administrator / "group").write_text("6 lab # ours\n0x10 hex\nx nonsense\n7 too many words\n")
+    (administrator / "group.d" / "more.conf").write_text("9 web\n")
+    (administrator / "group.d" / "README").write_text("1 readme\n")
+
+    names = ("default", "lab", "hex", "web", "nonsense", "readme", "unknown", "", "12", str(1 << 31))
+    assert [groups.number(name) for name in names] == [0, 6, 16, 9, None, None, None, None, 12, None]
+
+
+def test_no_files_at_all(places: tuple[Path, Path]) -> None:
+    """A host without iproute2."""
+    assert groups.number("lab") is None

@@ -1,0 +1,152 @@
+"""The nftables text, and what is ours of a host, without touching any."""
+
+import subprocess
+
+import pytest
+
+from vmd.errors import OperatorError
+from vmd.priv.host import HOST_TABLES, inside, is_bridge, is_tap, is_vrf, link_local
+from vmd.priv.ifconfig import Link
+from vmd.priv.rules import Member, Nft, needed, ruleset
+
+NET4, NET6 = (bytes((100, 64, 3, 4)), 31), (b"\xfd" + bytes(15), 64)
+
+
+def test_no_table_without_need() -> None:
+    """A plain interface needs none."""
+    assert not needed([])
+    assert not needed([Member(name="tap0")])
+    assert needed([Member(name="tap0", groups=("a",))])
+    assert needed([Member(name="tap0", networks=(NET4,))])
+
+
+def test_the_whole_text() -> None:
+    """Sets, then chains; each is emptied before it is filled."""
+    members = [
+        Member(name="tap0", groups=("lab", "web")),
+        Member(name="tap1", groups=("lab",), networks=(NET4, NET6)),
+    ]
+
+    assert ruleset(members, ["old"]) == (
+        "add table inet vmd\n"
+        "add set inet vmd vmd_lab { type ifname; }\n"
+        "flush set inet vmd vmd_lab\n"
+        'add element inet vmd vmd_lab { "tap0", "tap1" }\n'
+        "add set inet vmd vmd_old { type ifname; }\n"
+        "flush set inet vmd vmd_old\n"
+        "add set inet vmd vmd_web { type ifname; }\n"
+        "flush set inet vmd vmd_web\n"
+        'add element inet vmd vmd_web { "tap0" }\n'
+        "add set inet vmd local { type ifname; }\n"
+        "flush set inet vmd local\n"
+        'add element inet vmd local { "tap1" }\n'
+        "add set inet vmd nat4 { type ipv4_addr; flags interval; }\n"
+        "flush set inet vmd nat4\n"
+        "add element inet vmd nat4 { 100.64.3.4/31 }\n"
+        "add set inet vmd nat6 { type ipv6_addr; flags interval; }\n"
+        "flush set inet vmd nat6\n"
+        "add element inet vmd nat6 { fd00::/64 }\n"
+        "add chain inet vmd forward { type filter hook forward priority filter; policy accept; }\n"
+        "flush chain inet vmd forward\n"
+        "add chain inet vmd postrouting { type nat hook postrouting priority srcnat; policy accept; }\n"
+        "flush chain inet vmd postrouting\n"
+        "add rule inet vmd forward iifname @local meta nfproto ipv6 ip6 saddr != @nat6 drop\n"
+        "add rule inet vmd forward iifname @local accept\n"
+        "add rule inet vmd forward oifname @local accept\n"
+        "add rule inet vmd postrouting ip saddr @nat4 oifname != @local masquerade\n"
+        "add rule inet vmd postrouting ip6 saddr @nat6 oifname != @local masquerade\n"
+    )
+
+
+def test_nothing_is_forwarded_for_groups_alone() -> None:
+    """Without NAT the chains are empty."""
+    assert "add rule" not in ruleset([Member(name="tap0", groups=("lab",))])
+
+
+def run_as(monkeypatch: pytest.MonkeyPatch, result: object) -> Nft:
+    """Return an nft that answers this, or raises it."""
+
+    def run(*_: object, **__: object) -> object:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    monkeypatch.setattr("vmd.priv.rules.subprocess.run", run)
+    nft = Nft()
+    nft.path = "/usr/sbin/nft"
+    return nft
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (subprocess.CompletedProcess([], 1, "", "Error: cache\nmore\n"), "nftables cannot be used: Error: cache"),
+        (subprocess.CompletedProcess([], 3, "", ""), "nftables cannot be used: exit status 3"),
+        (subprocess.TimeoutExpired([], 10), "nft does not answer for 10 s"),
+        (PermissionError(13, "denied"), "nft: Permission denied"),
+    ],
+    ids=repr,
+)
+def test_what_nft_cannot_do(monkeypatch: pytest.MonkeyPatch, result: object, words: str) -> None:
+    """One sentence for each."""
+    with pytest.raises(OperatorError, match=words):
+        run_as(monkeypatch, result).apply("")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"nftables": 3}', '{"nftables": [{"chain": {}}]}'])
+def test_listings_that_are_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A version of nft that speaks otherwise costs a warning, not the start."""
+    assert run_as(monkeypatch, subprocess.CompletedProcess([], 0, text, "")).dropping_chains() == []
+
+
+# --- what is ours --------------------------------------------------------------------------------------------
+
+
+def link(name: str, kind: str, alias: str, table: int = 0) -> Link:
+    """Return an interface."""
+    return Link(index=7, name=name, kind=kind, alias=alias, master=0, mtu=1500, lladdr=b"", up=True, table=table)
+
+
+@pytest.mark.parametrize(
+    ("each", "taps", "bridges", "vrfs"),
+    [
+        (link("tap0", "tun", "vm1-if0-a"), True, False, False),
+        (link("tap0", "tun", ""), False, False, False),
+        (link("tap0", "tun", "vm for tests"), False, False, False),
+        (link("tap0", "bridge", "vm1-if0-a"), False, False, False),
+        (link("vnet0", "tun", "vm1-if0-a"), False, False, False),
+        (link("br0", "bridge", "switch1-lan"), False, True, False),
+        (link("br0", "bridge", "switch 1"), False, False, False),
+        (link("eth0", "", "switch1-lan"), False, False, False),
+        (link("vrf3", "vrf", "rdomain3", 3), False, False, True),
+        (link("vrf3", "vrf", "", 3), False, False, False),
+    ],
+    ids=repr,
+)
+def test_what_is_ours(each: Link, taps: bool, bridges: bool, vrfs: bool) -> None:
+    """Kind and alias together; one of them is a coincidence."""
+    assert (is_tap(each), is_bridge(each), is_vrf(each)) == (taps, bridges, vrfs)
+
+
+def test_the_hosts_tables() -> None:
+    """rt_tables(5): default, main, local."""
+    assert HOST_TABLES == (253, 254, 255)
+
+
+def test_link_local_addresses() -> None:
+    """The example of RFC 4291, appendix A: the universal bit is turned over."""
+    assert link_local(bytes.fromhex("3456789abcde")).hex() == "fe80000000000000365678fffe9abcde"
+
+
+@pytest.mark.parametrize(
+    ("address", "network", "length", "expected"),
+    [
+        ((100, 64, 3, 5), (100, 64, 3, 4), 31, True),
+        ((100, 64, 3, 6), (100, 64, 3, 4), 31, False),
+        ((100, 64, 3, 4), (100, 64, 3, 5), 31, True),
+        (tuple(16 * [0]), (0, 0, 0, 0), 0, False),
+    ],
+)
+def test_inside(address: tuple[int, ...], network: tuple[int, ...], length: int, expected: bool) -> None:
+    """Prefixes, and families."""
+    assert inside(bytes(address), bytes(network), length) == expected
