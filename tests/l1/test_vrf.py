@@ -1,0 +1,137 @@
+"""Routing domains, where the kernel has VRFs: priv and the whole daemon, in networks of their own."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.hostnet import NetDaemon, addresses, links, ours, setting
+from tests.support.linux import LinuxGuest
+from tests.support.network import Network
+from tests.support.privdriver import Priv, nic, switch
+
+pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(400)]
+
+HOST4 = bytes((100, 64, 1, 2))
+MODULES = ("vrf", "tun", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Give an empty network; afterwards nothing of ours is left in it."""
+    for module in MODULES:
+        subprocess.run(["modprobe", "-q", module], check=False)
+    with Network() as made:
+        made.run("ip", "link", "add", "probe", "type", "vrf", "table", "99")
+        made.run("ip", "link", "delete", "probe")
+        yield made
+        assert ours(made) == []
+
+
+def routes(network: Network, table: int) -> str:
+    """Return both families' routes of a table."""
+    return network.run("ip", "route", "show", "table", str(table)) + network.run(
+        "ip", "-6", "route", "show", "table", str(table)
+    )
+
+
+def test_a_vrf_is_made_and_removed(network: Network) -> None:
+    """It is shared, ends in "unreachable", holds the interface's routes, and goes with its last user."""
+    with Priv(network) as priv:
+        priv.configure()
+        with (
+            priv.make(nic(rdomain=3, host4=HOST4)),
+            priv.make(nic(rdomain=3, alias="vm2-if0-b"), vmid=2),
+        ):
+            there = links(network)
+            assert there["vrf3"]["linkinfo"]["info_data"]["table"] == 3
+            assert there["vrf3"]["ifalias"] == "rdomain3"
+            assert "UP" in there["vrf3"]["flags"]
+            assert [there[name]["master"] for name in ("tap0", "tap1")] == ["vrf3", "vrf3"]
+            assert addresses(there["tap0"]) == ["100.64.1.2/31"]
+            assert "100.64.1.2/31" in routes(network, 3)
+            assert routes(network, 3).count("unreachable default") == 2
+            assert "100.64.1.2" not in network.run("ip", "route")
+            priv.remove(2)
+            assert "vrf3" in links(network)
+            priv.remove(1)
+            assert set(links(network)) == {"lo"}
+            assert "unreachable" not in routes(network, 3)
+
+
+def test_a_vrf_that_was_there_is_left_alone(network: Network) -> None:
+    """The administrator's is used, and stays."""
+    network.run("ip", "link", "add", "vrf4", "type", "vrf", "table", "4")
+    network.run("ip", "link", "set", "vrf4", "up")
+    before = links(network)["vrf4"]
+    with Priv(network) as priv, priv.make(nic(rdomain=4)):
+        assert links(network)["tap0"]["master"] == "vrf4"
+    assert links(network)["vrf4"] == before
+
+
+@pytest.mark.parametrize("kind", [("vrf", "table", "6"), ("bridge",)])
+def test_another_interface_of_that_name(network: Network, kind: tuple[str, ...]) -> None:
+    """It is not taken for the VRF."""
+    network.run("ip", "link", "add", "vrf5", "type", *kind)
+    with Priv(network) as priv:
+        assert priv.refuse(nic(rdomain=5)).text == "interface vrf5 is not the VRF of routing table 5"
+
+
+def test_switches_in_routing_domains(network: Network) -> None:
+    """Ours are put there; one that was there before is only looked at."""
+    network.run("ip", "link", "add", "theirs", "type", "bridge")
+    with Priv(network) as priv:
+        problems = priv.configure(
+            switch("br0", rdomain=7), switch("theirs", alias="switch2-theirs", rdomain=7)
+        )
+        assert problems == ("bridge theirs was there before vmd and is not in rdomain 7: it is left alone",)
+        assert links(network)["br0"]["master"] == "vrf7"
+        assert "master" not in links(network)["theirs"]
+        network.run("ip", "link", "set", "theirs", "master", "vrf7")
+        assert priv.configure(switch("theirs", rdomain=7)) == ()
+        with priv.make(nic(bridge="theirs", rdomain=7)):
+            assert links(network)["tap0"]["master"] == "theirs"
+    assert links(network)["theirs"].get("master") == "vrf7"  # not ours to empty
+    network.run("ip", "link", "delete", "vrf7")
+
+
+def test_what_a_killed_priv_left(network: Network) -> None:
+    """VRFs and the ends of their tables too."""
+    with Priv(network) as first:
+        first.configure(switch("br0", rdomain=7))
+        with first.make(nic(rdomain=3, host4=HOST4)):
+            first.child.kill()
+            first.wait()
+            assert "unreachable" in routes(network, 3)
+            with Priv(network):
+                assert set(links(network)) == {"lo"}
+                assert "unreachable" not in routes(network, 3) + routes(network, 7)
+
+
+def test_the_whole_way_from_vm_conf(network: Network, linux: LinuxGuest, tmp_path: Path) -> None:
+    """`rdomain` of an interface and of a switch, NAT switched on, and everything gone at the end."""
+    conf = f"""
+switch "lan" {{
+    interface br0
+    rdomain 7
+}}
+vm "db1" {{
+    disable
+    memory 128M
+    boot "{linux.kernel}" initrd "{linux.initrd}" cmdline "console=ttyS0 quiet panic=-1 vmdtest=wait"
+    interface switch "lan"
+    local interface rdomain 3
+    local interface
+}}
+"""
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "db1")
+        there = links(network)
+        assert [there["br0"]["master"], there["tap0"]["master"], there["tap1"]["master"]] == ["vrf7", "br0", "vrf3"]
+        assert "master" not in there["tap2"]
+        assert setting(network, "ipv4/ip_forward") == "1"
+        print(vmd.must("status", "-v").strip())
+        vmd.must("stop", "-fw", "db1")
+    assert set(links(network)) == {"lo"}
+    assert setting(network, "ipv4/ip_forward") == "0"
