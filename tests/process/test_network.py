@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,30 @@ def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tm
         assert "its local interfaces have the addresses of vm id 1, which are in use here by vm resident" in said
         assert sender.wait_state("db1", "running")
         assert set(links(other)) == {"lo", "tap0"}
+
+
+def test_a_vm_is_stopped_while_it_is_received(network: Network, tmp_path: Path) -> None:
+    """All was read and its interfaces are being made: priv's late answer changes nothing."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with (
+        Network() as other,
+        NetDaemon(here, network, block("db1", "local interface")) as sender,
+        NetDaemon(there, other, block("other", "interface")) as receiver,
+    ):
+        sender.must("start", "db1")
+        priv = receiver.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        with ThreadPoolExecutor() as threads:
+            moving = threads.submit(move, sender, receiver, "db1", fails=True)
+            sender.wait_log("db1: sent vm 1")
+            receiver.must("stop", "-fw", "db1")
+            assert "db1" in moving.result()
+        os.kill(priv, signal.SIGCONT)
+        receiver.must("start", "other")
+        assert set(links(other)) == {"lo", "tap0"}
+        assert links(other)["tap0"]["ifalias"].endswith("-other")
 
 
 def test_a_switch_that_the_receiver_has_not(network: Network, tmp_path: Path) -> None:

@@ -376,6 +376,7 @@ class Parent(Process):
                 else:
                     self.attach_pending(vm.vmid, vm.name, vm.pty)
                     return
+        self.network.give_up(vm)  # it was being received, and waited for its interfaces
         self.network.release(vm.vmid)
         self.vm_is_gone(vm, text)
 
