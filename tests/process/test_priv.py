@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from tests.support.network import Network, checksum
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
 from vmd.priv.rules import NFT_PATHS
+from vmd.priv.sysctl import state_path
+from vmd.privsep import linux
 
 pytestmark = pytest.mark.root
 
@@ -32,11 +35,12 @@ VNET_HEADER = bytes(10)
 @pytest.fixture
 def network() -> Iterator[Network]:
     """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
-    before = files()
     with Network() as made:
+        with made.inside():
+            beside = Path(state_path())  # other daemons of this host have theirs there
         yield made
         assert ours(made) == []
-    assert files() <= before
+        assert not beside.exists()
 
 
 @pytest.fixture
@@ -45,11 +49,6 @@ def priv(network: Network) -> Iterator[Priv]:
     with Priv(network) as running:
         assert running.configure() == ()
         yield running
-
-
-def files() -> set[str]:
-    """Return what is in /run/vmd."""
-    return set(os.listdir(RUN_DIRECTORY)) if RUN_DIRECTORY.exists() else set()
 
 
 # --- taps ----------------------------------------------------------------------------------------------------
@@ -116,6 +115,31 @@ def test_all_interfaces_of_a_vm_or_none(network: Network, priv: Priv) -> None:
     assert set(links(network)) == {"lo", "tap9"}
     with priv.make(nic(host4=HOST4)) as made:
         assert made.names == ["tap0"]
+
+
+class Unforwarding(Poor):
+    """A host whose forwarding cannot be switched, such as a container."""
+
+    def enter(self) -> None:
+        """Cover the setting by itself, read-only."""
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
+        path = "/proc/sys/net/ipv4/ip_forward"
+        linux.mount(path, path, None, linux.MS_BIND)
+        linux.mount(None, path, None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY)
+        super().enter()
+
+
+def test_a_request_that_fails_late_leaves_no_rules(network: Network) -> None:
+    """They stood already when forwarding could not be had."""
+    with Priv(network, Unforwarding()) as priv:
+        priv.configure()
+        failed = priv.refuse(nic(groups=("lab",), host4=HOST4))
+
+        assert (failed.code, failed.text) == (errno.EROFS, "set net/ipv4/ip_forward to 1: Read-only file system")
+        assert set(links(network)) == {"lo"}
+        assert "tap0" not in network.run("nft", "list", "ruleset")
+        assert "100.64" not in network.run("nft", "list", "ruleset")
 
 
 def test_a_vm_asks_once(priv: Priv) -> None:
@@ -186,6 +210,23 @@ def test_a_bridge_that_was_there_is_left_alone(network: Network, priv: Priv) -> 
         for key in ("tcn_timer", "gc_timer", "hello_timer", "topology_change_timer"):
             changing["linkinfo"]["info_data"].pop(key, None)
     assert after == before
+
+
+def test_a_bridge_keeps_the_address_of_its_uplink(network: Network, priv: Priv) -> None:
+    """A bridge without an address of its own takes the lowest of its ports': that of a tap must not be it.
+
+    The host would change its address under everybody who knows it.
+    """
+    network.run("ip", "link", "add", "uplink", "type", "bridge")
+    network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    network.run("ip", "link", "set", "wire", "address", "f4:ce:46:00:00:01", "master", "uplink")
+    assert links(network)["uplink"]["address"] == "f4:ce:46:00:00:01"
+    priv.configure(switch("uplink"))
+
+    with priv.make(*(nic(bridge="uplink") for _ in range(4))) as made:
+        assert links(network)["uplink"]["address"] == "f4:ce:46:00:00:01"
+        assert [links(network)[tap.name]["address"] for tap in made.nics] == [tap.lladdr.hex(":") for tap in made.nics]
+        assert len({tap.lladdr for tap in made.nics}) == 4
 
 
 def test_jumbo_frames_where_the_bridge_has_them(network: Network, priv: Priv) -> None:
@@ -427,6 +468,23 @@ def test_nat(
         assert guest4 in answer
 
 
+def test_spoofed_packets_where_the_host_looks_less_closely(network: Network, priv: Priv) -> None:
+    """A host may set rp_filter to "loose" for all interfaces, as Ubuntu does: that wins over a single one's."""
+    network.write("/proc/sys/net/ipv4/conf/all/rp_filter", "2")
+    with World(network) as world, priv.make(nic(host4=HOST4)) as made:
+        guest = Guest(network, made)
+        target = socket.inet_aton("192.0.2.2")
+        with world.network.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+            server.bind(("192.0.2.2", 7000))
+            server.settimeout(DEADLINE_S)
+
+            for source in ("192.0.2.1", "192.0.2.9", "100.64.1.119", "203.0.113.5"):
+                guest.send(0x0800, udp4(socket.inet_aton(source), target, b"spoofed"))
+            guest.send(0x0800, udp4(GUEST4, target, b"hello"))
+
+            assert server.recvfrom(100) == (b"hello", ("192.0.2.1", 5000))
+
+
 def test_guests_reach_one_another_as_they_are(network: Network, priv: Priv) -> None:
     """Between local interfaces nothing is masqueraded."""
     priv.configure()
@@ -461,6 +519,16 @@ def test_forwarding_is_switched_on_and_put_back(network: Network, priv: Priv) ->
     assert "switched IPv6 forwarding on" in priv.log
     priv.quit()
     assert [setting(network, name) for name in names] == before
+
+
+def test_what_the_kernel_sets_along_with_forwarding_is_put_back(network: Network, priv: Priv) -> None:
+    """It lets redirects in again when forwarding is switched off, whatever the administrator had said."""
+    network.write("/proc/sys/net/ipv4/conf/all/accept_redirects", "0")
+    with priv.make(nic(host4=HOST4)):
+        assert setting(network, "ipv4/ip_forward") == "1"
+    priv.quit()
+
+    assert setting(network, "ipv4/ip_forward") == setting(network, "ipv4/conf/all/accept_redirects") == "0"
 
 
 def test_forwarding_that_is_on_is_none_of_our_business(network: Network, priv: Priv) -> None:
@@ -671,6 +739,7 @@ def test_malicious_requests_change_nothing(network: Network, priv: Priv) -> None
     "request_",
     [
         switch("lo"), switch("tap0"), switch(".."), switch("a/b"), switch("x" * 16), switch(""), switch("br0\n"),
+        switch("br%d"),
         switch("br0", alias="mine"), switch("br0", alias="switch1-\x1b"), switch("br0", rdomain=256),
     ],
     ids=repr,

@@ -35,8 +35,8 @@ LOCAL_PREFIX_BITS = 16  # at most, and by default: VM id and NIC live in the oth
 LOCAL_PREFIX6_BITS = 48  # by default: a /64 each for 65536 interfaces
 
 TAP = re.compile(rf"tap[0-9]{{0,{IFNAME_MAX - len('tap')}}}")
-# What Linux takes for an interface; a bridge may have any name, but not those of what cannot be one.
-BRIDGE = re.compile(rf"(?!\.\.?$)[!-.0-9;-~]{{1,{IFNAME_MAX}}}")
+# What Linux takes for an interface, but for patterns such as br%d; a bridge may have any name that it can have.
+BRIDGE = re.compile(rf"(?!\.\.?$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
 NO_BRIDGE = re.compile(r"tap[0-9]*|lo")
 GROUP = re.compile(rf"[A-Za-z0-9_.-]{{1,{GROUP_MAX}}}")
 LLADDR = re.compile(r"[0-9A-Fa-f]{1,2}(?::[0-9A-Fa-f]{1,2}){5}")

@@ -17,7 +17,7 @@ from vmd.config.model import IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
 from vmd.errors import HostError, OperatorError
 from vmd.log import log
 from vmd.priv import groups, rules, sysctl, tap
-from vmd.priv.ifconfig import Link, Links
+from vmd.priv.ifconfig import UNFINISHED, Link, Links
 from vmd.priv.rules import Member, Nft
 
 TYPE_CHECKING = False
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
 
 TAP_NAME = re.compile(rf"tap[0-9]{{1,{IFNAME_MAX - len('tap')}}}")
-BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|tap[0-9]*$)[!-.0-9;-~]{{1,{IFNAME_MAX}}}")
+BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|tap[0-9]*$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
 GROUP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
@@ -35,6 +35,7 @@ TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
 VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
 HOST_TABLES = (253, 254, 255)  # default, main, local
 MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
+HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives
 HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
 PREDECESSOR_PATIENCE_S = 5.0
 RETRY_S = 0.05
@@ -101,7 +102,7 @@ class Network:
         try:
             links = self.links.all()
             for link in links:
-                if is_tap(link) or (is_vrf(link) and not self.foreign_members(link)):
+                if is_tap(link) or is_unfinished(link) or (is_vrf(link) and not self.foreign_members(link)):
                     self.links.delete(link)
                     removed.append(link.name)
             for link in links:
@@ -166,16 +167,17 @@ class Network:
         made = link is None
         if link is None:
             try:
-                link = self.links.add_bridge(name)
+                link = self.links.add_bridge(name, switch.alias)
             except HostError as error:
                 raise OperatorError(error.errno, lacking(error, f"make bridge {name}", "bridge")) from None
         try:
             if made:
-                self.links.set_alias(link, switch.alias)
                 keep_to_itself(name)
-            if made or is_bridge(link):
+            if is_bridge(link):
                 if switch.rdomain:
                     self.links.set_master(link, self.ensure_vrf(switch.rdomain))
+                elif link.master:
+                    self.links.leave_master(link)
                 if link.alias != switch.alias:
                     self.links.set_alias(link, switch.alias)
                 self.links.set_up(link, up=switch.up)
@@ -207,12 +209,10 @@ class Network:
         if rdomain in HOST_TABLES:
             raise OperatorError(errno.EINVAL, f"rdomain {rdomain}: the host's own routing table has that number")
         try:
-            self.links.add_vrf(name, rdomain)
+            link = self.links.add_vrf(name, rdomain, f"rdomain{rdomain}")
         except HostError as error:
             raise OperatorError(error.errno, lacking(error, f"rdomain {rdomain}: make VRF {name}", "vrf")) from None
-        link = self.links.get(name)
         try:
-            self.links.set_alias(link, f"rdomain{rdomain}")
             self.links.end_table(rdomain)
             self.links.set_up(link, up=True)
         except HostError:
@@ -258,8 +258,17 @@ class Network:
         except (OperatorError, HostError):
             self.nics.pop(message.vmid, None)
             self.drop(made)
+            self.tidy()
             raise
         return made
+
+    def tidy(self) -> None:
+        """Let nothing remain of interfaces that are gone, but what others need; failures are logged."""
+        for attempt in (self.write_rules, self.remove_idle):
+            try:
+                attempt()
+            except (OperatorError, HostError) as error:
+                log.error(str(error))
 
     def make_nic(self, vmid: int, request: "NicRequest", reserved: "Collection[str]") -> Nic:
         """Make one tap and put it where it belongs."""
@@ -280,6 +289,10 @@ class Network:
         try:
             link = self.links.get(name)
             self.links.set_alias(link, request.alias)
+            # A bridge takes over the lowest address of its ports, if nobody has given it one: a tap's must be none
+            # such, or a host whose uplink is in the bridge would change its own.
+            self.links.set_lladdr(link, HIGHEST + link.lladdr[1:])
+            link = self.links.get(name)
             networks = networks_of(request) if self.nat else ()
             nic = Nic(vmid, link, fd, Member(name=name, groups=request.groups, networks=networks))
             self.configure_tap(nic, request, bridge)
@@ -345,8 +358,7 @@ class Network:
         if nics is None:
             return
         self.drop(nics)
-        self.write_rules()
-        self.remove_idle()
+        self.tidy()
 
     def drop(self, nics: "Sequence[Nic]") -> None:
         """Delete taps.  A descriptor that somebody still holds does not keep them; failures are logged."""
@@ -410,6 +422,7 @@ class Network:
         networks = [network for member in self.members() for network in member.networks]
         if any(not rules.v6(network) for network in networks) and sysctl.read("ipv4/ip_forward") == "0":
             self.remember_forwarding("ipv4")
+            self.kept.remember("ipv4/conf/all/accept_redirects")  # which the kernel sets along with it
             if self.kept.change("ipv4/ip_forward", "1"):
                 log.info("switched IPv4 forwarding on, for local interfaces with NAT")
         if any(rules.v6(network) for network in networks) and sysctl.read("ipv6/conf/all/forwarding") == "0":
@@ -452,6 +465,11 @@ def is_bridge(link: Link) -> bool:
 def is_vrf(link: Link) -> bool:
     """Return whether an interface is a VRF device of ours."""
     return link.kind == "vrf" and bool(VRF_ALIAS.match(link.alias))
+
+
+def is_unfinished(link: Link) -> bool:
+    """Return whether somebody of ours was killed while he made this bridge or VRF."""
+    return link.kind in ("bridge", "vrf") and link.group == UNFINISHED and not link.alias
 
 
 # --- what may be asked ---------------------------------------------------------------------------------------

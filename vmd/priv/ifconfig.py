@@ -9,20 +9,25 @@ import ipaddress
 import socket
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink import NLM_F_DUMP_INTR
+from pyroute2.netlink.exceptions import NetlinkDecodeError, NetlinkError
 
 from vmd.errors import HostError
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 IFF_UP = 1
 IFA_F_NODAD = 0x02  # the link is a cable to one guest: nothing to detect, and nothing to wait for
 RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
 RTPROT_OURS = 0x76  # marks routes that we made, for whoever cleans up after us
+# Group of a bridge or VRF that has no alias yet: of the two only the group can be given along with the birth.
+UNFINISHED = int.from_bytes(b"vmd", "big")
+NO_GROUP = 0
+DUMPS_MAX = 10  # attempts to list something while others change it
 LAST_RESORT = 4278198272  # metric of a VRF's own end of the line (Documentation/networking/vrf.rst)
 
 
@@ -38,6 +43,7 @@ class Link(Record):
     lladdr: bytes
     up: bool
     table: int = 0  # of a VRF
+    group: int = 0
 
 
 class Links:
@@ -51,8 +57,7 @@ class Links:
 
     def all(self) -> list[Link]:
         """Return every interface.  Raises HostError."""
-        with trying("list interfaces"):
-            return [parse(message) for message in self.netlink.get_links()]
+        return [parse(message) for message in listed("list interfaces", self.netlink.get_links)]
 
     def find(self, name: str) -> Link | None:
         """Return the interface of this name, or None.  Raises HostError."""
@@ -76,19 +81,36 @@ class Links:
         """Return the interfaces that belong to a bridge or VRF."""
         return [link for link in self.all() if link.master == master.index]
 
-    def add_bridge(self, name: str) -> Link:
+    def add_bridge(self, name: str, alias: str) -> Link:
         """Make a bridge.  Its link-layer address stays, unlike that of one which takes the lowest of its ports'."""
         with trying(f"make bridge {name}"):
-            self.netlink.link("add", ifname=name, kind="bridge")
-        link = self.get(name)
-        with trying(f"give bridge {name} its address"):
+            self.netlink.link("add", ifname=name, kind="bridge", group=UNFINISHED)
+        link = self._finish(name, alias)
+        with trying(f"give bridge {name} its address"), self.or_none(link):
             self.netlink.link("set", index=link.index, address=link.lladdr.hex(":"))
         return link
 
-    def add_vrf(self, name: str, table: int) -> None:
+    def add_vrf(self, name: str, table: int, alias: str) -> Link:
         """Make a VRF device."""
         with trying(f"make VRF {name}"):
-            self.netlink.link("add", ifname=name, kind="vrf", vrf_table=table)
+            self.netlink.link("add", ifname=name, kind="vrf", vrf_table=table, group=UNFINISHED)
+        return self._finish(name, alias)
+
+    def _finish(self, name: str, alias: str) -> Link:
+        link = self.get(name)
+        with trying(f"describe interface {name}"), self.or_none(link):
+            self.netlink.link("set", index=link.index, ifalias=alias, group=NO_GROUP)
+        return self.get(name)
+
+    @contextlib.contextmanager
+    def or_none(self, link: Link) -> "Iterator[None]":
+        """Delete an interface that was just made if it cannot be made as it should be."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(HostError):
+                self.delete(link)
+            raise
 
     def delete(self, link: Link) -> None:
         """Delete an interface; one that is gone is none to delete."""
@@ -105,6 +127,11 @@ class Links:
         with trying(f"put interface {link.name} into group {group}"):
             self.netlink.link("set", index=link.index, group=group)
 
+    def set_lladdr(self, link: Link, lladdr: bytes) -> None:
+        """Give an interface another link-layer address."""
+        with trying(f"give interface {link.name} the address {lladdr.hex(':')}"):
+            self.netlink.link("set", index=link.index, address=lladdr.hex(":"))
+
     def set_mtu(self, link: Link, mtu: int) -> None:
         """Set the largest packet."""
         with trying(f"set the mtu of interface {link.name} to {mtu}"):
@@ -114,6 +141,11 @@ class Links:
         """Make an interface a port of a bridge, or a part of a VRF."""
         with trying(f"add interface {link.name} to {master.name}"):
             self.netlink.link("set", index=link.index, master=master.index)
+
+    def leave_master(self, link: Link) -> None:
+        """Take an interface out of its bridge or VRF."""
+        with trying(f"take interface {link.name} out of what it is in"):
+            self.netlink.link("set", index=link.index, master=0)
 
     def set_up(self, link: Link, *, up: bool) -> None:
         """Switch an interface on or off."""
@@ -133,8 +165,7 @@ class Links:
 
     def addresses(self) -> list[tuple[int, bytes]]:
         """Return (index of the interface, packed address) of every address of the host."""
-        with trying("list addresses"):
-            found = list(self.netlink.get_addr())
+        found = listed("list addresses", self.netlink.get_addr)
         pairs = (
             (message["index"], message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")) for message in found
         )
@@ -157,9 +188,7 @@ class Links:
     def forget_routes(self, table: int | None = None) -> None:
         """Delete what `end_table` made, in one table or in all."""
         for family in (socket.AF_INET, socket.AF_INET6):
-            with trying("list routes"):
-                routes = list(self.netlink.get_routes(family=family, proto=RTPROT_OURS))
-            for route in routes:
+            for route in listed("list routes", self.netlink.get_routes, family=family, proto=RTPROT_OURS):
                 where = route.get_attr("RTA_TABLE") or route["table"]
                 if route["proto"] != RTPROT_OURS or table not in (None, where):
                     continue
@@ -192,7 +221,26 @@ def parse(message: "Any") -> Link:  # noqa: ANN401 - pyroute2 has no types
         lladdr=bytes.fromhex((message.get_attr("IFLA_ADDRESS") or "").replace(":", "")),
         up=bool(message["flags"] & IFF_UP),
         table=table,
+        group=message.get_attr("IFLA_GROUP") or 0,
     )
+
+
+def listed(what: str, dump: "Callable[..., Iterable[Any]]", **wanted: object) -> "list[Any]":
+    """Return what the kernel lists, complete: it says when others have changed something meanwhile.
+
+    Raises HostError.
+    """
+    for _ in range(DUMPS_MAX):
+        with trying(what):
+            try:
+                found = list(dump(**wanted))
+            except NetlinkError as error:
+                if error.code > 0:
+                    raise
+                continue  # versions of pyroute2 that notice it themselves
+        if not any(message["header"]["flags"] & NLM_F_DUMP_INTR for message in found):
+            return found
+    raise HostError(f"{what} while others change them", errno.EAGAIN)
 
 
 @contextlib.contextmanager
@@ -202,6 +250,8 @@ def trying(what: str) -> "Iterator[None]":
         yield
     except NetlinkError as error:
         raise HostError(what, error.code) from error
+    except NetlinkDecodeError as error:
+        raise HostError(what, errno.EPROTO) from error
     except OSError as error:
         raise HostError(what, error) from error
 

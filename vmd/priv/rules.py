@@ -67,7 +67,9 @@ def ruleset(members: "Sequence[Member]", kept_groups: "Iterable[str]" = ()) -> s
     ]
     if nat:
         lines += [
-            # IPv6 has no rp_filter: a guest may only send from what it was given.
+            # A guest may only send from what it was given.  IPv6 has no rp_filter, and hosts that set the one of
+            # IPv4 to "loose" for all interfaces have none for a single one.
+            f"add rule {TABLE} forward iifname @local meta nfproto ipv4 ip saddr != @nat4 drop",
             f"add rule {TABLE} forward iifname @local meta nfproto ipv6 ip6 saddr != @nat6 drop",
             f"add rule {TABLE} forward iifname @local accept",
             f"add rule {TABLE} forward oifname @local accept",

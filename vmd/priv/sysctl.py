@@ -1,11 +1,12 @@
 """Kernel settings below /proc/sys/net: what we change, and what has to be put back.
 
 Old values are on disk before a new one is set, in a file of /run/vmd that belongs to this network namespace; so a
-daemon that is killed leaves behind what its successor needs.  The file is locked: of two daemons on one host only
-the first has its network.
+daemon that is killed leaves behind what its successor needs.  The file only grows until all is put back: a line of
+JSON each, [name, old value, our value].  It is locked: of two daemons on one host only the first has its network.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -62,6 +63,7 @@ class Kept:
     def __init__(self) -> None:
         self.path = state_path()
         self.fd = -1
+        self.size = 0  # of the file, in bytes
         self.values: dict[str, tuple[str, str]] = {}
 
     def lock(self) -> bool:
@@ -81,7 +83,7 @@ class Kept:
                 return False
             if os.fstat(fd).st_nlink:
                 self.fd = fd
-                self.values = parse(os.pread(fd, STATE_MAX, 0))
+                self.values, self.size = parse(os.pread(fd, STATE_MAX, 0))
             else:
                 os.close(fd)  # its owner removed it at this moment
         return True
@@ -92,17 +94,15 @@ class Kept:
         if old in (None, value):
             return False
         assert old is not None
-        if name not in self.values:
-            self.values[name] = (old, value)
-            self._save()
+        self._keep(name, old, value)
         write(name, value)
         return True
 
     def remember(self, name: str) -> None:
-        """Note a setting that putting back another one would change."""
+        """Note a setting that changing, or putting back, another one would change.  Raises HostError."""
         value = read(name)
         if value is not None:
-            self.values.setdefault(name, (value, value))
+            self._keep(name, value, value)
 
     def put_back(self) -> None:
         """Undo every change that is still as we made it; failures are logged."""
@@ -116,8 +116,9 @@ class Kept:
             except HostError as error:
                 log.error(str(error))
         self.values.clear()
-        with contextlib.suppress(HostError):
-            self._save()
+        self.size = 0
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.fd, 0)
 
     def close(self) -> None:
         """Let go of the network."""
@@ -127,26 +128,34 @@ class Kept:
             os.close(self.fd)
             self.fd = -1
 
-    def _save(self) -> None:
-        raw = json.dumps(self.values).encode()
+    def _keep(self, name: str, old: str, ours: str) -> None:
+        if name in self.values:
+            return
+        line = json.dumps([name, old, ours]).encode() + b"\n"
         try:
-            os.ftruncate(self.fd, 0)
-            os.pwrite(self.fd, raw, 0)
+            if os.pwrite(self.fd, line, self.size) < len(line):
+                raise OSError(errno.ENOSPC, "")
         except OSError as error:
             raise HostError(f"write {self.path}", error) from error
+        self.size += len(line)
+        self.values[name] = (old, ours)
 
 
-def parse(raw: bytes) -> dict[str, tuple[str, str]]:
-    """Return what a file says; nothing of what cannot be ours."""
-    try:
-        found = json.loads(raw or b"{}")
-    except ValueError:
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {
-        name: (pair[0], pair[1])
-        for name, pair in found.items()
-        if name.startswith(("ipv4/", "ipv6/")) and "/../" not in name
-        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(value, str) for value in pair)
-    }
+def parse(raw: bytes) -> tuple[dict[str, tuple[str, str]], int]:
+    """Return what a file says, nothing of what cannot be ours, and how many bytes of it are whole lines."""
+    values: dict[str, tuple[str, str]] = {}
+    size = 0
+    for line in raw.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break  # its writer was killed, before he changed the setting
+        size += len(line)
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(found, list) or len(found) != 3 or not all(isinstance(word, str) for word in found):
+            continue
+        name, old, ours = found
+        if name.startswith(("ipv4/", "ipv6/")) and "/../" not in name:
+            values.setdefault(name, (old, ours))
+    return values, size

@@ -50,6 +50,7 @@ def test_the_whole_text() -> None:
         "flush chain inet vmd forward\n"
         "add chain inet vmd postrouting { type nat hook postrouting priority srcnat; policy accept; }\n"
         "flush chain inet vmd postrouting\n"
+        "add rule inet vmd forward iifname @local meta nfproto ipv4 ip saddr != @nat4 drop\n"
         "add rule inet vmd forward iifname @local meta nfproto ipv6 ip6 saddr != @nat6 drop\n"
         "add rule inet vmd forward iifname @local accept\n"
         "add rule inet vmd forward oifname @local accept\n"

@@ -1,0 +1,141 @@
+"""priv is killed after each single thing that it changes; its successor finds all of it, and nothing else."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.hostnet import addresses, links
+from tests.support.killing import die_after
+from tests.support.network import Network
+from tests.support.privdriver import RUN_DIRECTORY
+from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
+from vmd.priv import host
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Give a network with a bridge, addresses and settings that are not ours."""
+    RUN_DIRECTORY.mkdir(exist_ok=True)
+    with Network() as made:
+        made.run("ip", "link", "add", "office", "type", "bridge")
+        made.run("ip", "addr", "add", "192.0.2.1/24", "dev", "office")
+        made.run("ip", "link", "set", "office", "mtu", "9000", "address", "52:54:00:00:00:01")
+        made.write("/proc/sys/net/ipv4/conf/all/accept_redirects", "0")
+        yield made
+
+
+def life(holder: socket.socket, *, vrf: bool) -> Callable[[host.Network], None]:
+    """Return the work of a priv that sees a bit of everything, hands its taps to `holder`, and ends."""
+    lan = NicRequest(name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
+    local = NicRequest(name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
+    office = NicRequest(name="tap7", alias="vm1-if2-db", bridge="office")
+    alone = NicRequest(name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9 if vrf else None)
+
+    def make(network: host.Network, vmid: int, *nics: NicRequest) -> None:
+        for nic in network.make_nics(MakeNics(vmid=vmid, ticket=1, nics=nics)):
+            fd = nic.take_fd()
+            socket.send_fds(holder, [b"tap"], [fd])
+            os.close(fd)
+
+    def work(network: host.Network) -> None:
+        network.own()
+        switches = (
+            SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3 if vrf else None),
+            SwitchRequest(interface="office", alias="switch2-office"),
+        )
+        network.configure(ConfigureNetwork(nat=True, switches=switches))
+        make(network, 1, lan, local, office)
+        make(network, 2, alone)
+        network.remove_nics(1)
+        network.close()
+
+    return work
+
+
+def succeed(network: host.Network) -> None:
+    """Do what the next priv does, with nothing to do."""
+    assert network.own()
+    network.close()
+
+
+def state(network: Network) -> dict[str, object]:
+    """Return what there is of interfaces, addresses, routes, rules and settings."""
+    found: dict[str, object] = {
+        name: (link.get("ifalias"), link["mtu"], link["address"], link["group"], addresses(link))
+        for name, link in links(network).items()
+    }
+    found["rules"] = network.run("nft", "list", "ruleset")
+    found["routes"] = network.run("ip", "route", "show", "table", "all")
+    with network.inside():
+        for path in settings():
+            with contextlib.suppress(OSError):  # secrets that were never set
+                found[str(path)] = path.read_text().strip()
+    return found
+
+
+def settings() -> list[Path]:
+    """Return all settings of IP and of interfaces."""
+    top = Path("/proc/sys/net")
+    return [top / "ipv4/ip_forward", *top.glob("ipv4/conf/*/*"), *top.glob("ipv6/conf/*/*")]
+
+
+def difference(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
+    """Return what is not as it was."""
+    names = [name for name in before | after if before.get(name) != after.get(name)]
+    return {name: (before.get(name), after.get(name)) for name in names}
+
+
+def kill_after_every_change(network: Network, *, vrf: bool) -> list[str]:
+    """Kill priv after each of its changes and let another one begin; returns all of them, in words."""
+    before = state(network)
+    turn = 0
+    while True:
+        holder, gift = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with holder, network.inside():
+            with gift:
+                killed, changes = die_after(turn, life(gift, vrf=vrf))
+            with held(holder):
+                die_after(-1, succeed)
+                assert difference(before, state(network)) == {}, f"after {changes[-3:]}"
+        if not killed:
+            return changes
+        turn += 1
+
+
+@contextlib.contextmanager
+def held(holder: socket.socket) -> Iterator[None]:
+    """Keep the taps that were handed over, as device processes that outlive a killed priv do."""
+    fds = []
+    try:
+        while (received := socket.recv_fds(holder, 16, 1))[0]:
+            fds += received[1]
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def test_killed_after_every_change(network: Network) -> None:
+    """Interfaces, addresses, routes, rules and settings are as they were, whatever the moment."""
+    changes = kill_after_every_change(network, vrf=False)
+
+    assert len(changes) > 60
+    for words in ("link add br0", "tap ", "addr add", "nft add table", "set ipv4/ip_forward 1", "link del", "unlink"):
+        assert any(change.startswith(words) for change in changes), words
+
+
+@pytest.mark.l1
+def test_killed_after_every_change_with_routing_domains(network: Network) -> None:
+    """VRFs as well, and the ends of their routing tables."""
+    changes = kill_after_every_change(network, vrf=True)
+
+    for words in ("link add vrf3", "link add vrf9", "route add"):
+        assert any(change.startswith(words) for change in changes), words

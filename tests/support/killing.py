@@ -1,0 +1,73 @@
+"""Does priv's work in a child that is killed right after one of its changes to the host, whichever is wanted."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vmd.priv import host, sysctl, tap
+
+LOOKING = ("get", "dump", "show")  # commands of pyroute2 that change nothing
+Call = Callable[..., Any]
+
+
+class Killer:
+    """Counts what has been changed, says so on `report`, and kills us after change number `turn`, from 0."""
+
+    def __init__(self, turn: int, report: int) -> None:
+        self.turn = turn
+        self.report = report
+        self.count = 0
+
+    def after(self, what: str, call: Call) -> Call:
+        """Return a function that does the same, and may be the last."""
+
+        def changing(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it stands in for whatever it wraps
+            result = call(*arguments, **options)
+            if not arguments or arguments[0] not in LOOKING:
+                words = [str(value) for value in (*arguments, *options.values()) if isinstance(value, int | str)]
+                os.write(self.report, f"{what} {' '.join(words).splitlines()[0]}\n".encode())
+                if self.count == self.turn:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.count += 1
+            return result
+
+        return changing
+
+    def lie_in_wait(self, patch: pytest.MonkeyPatch, network: host.Network) -> None:
+        """Take the place of all that changes the host: netlink, settings, rules, taps, and our own file."""
+        netlink = network.links.netlink
+        for name in ("link", "addr", "route"):
+            patch.setattr(netlink, name, self.after(name, getattr(netlink, name)), raising=False)
+        patch.setattr(network.nft, "apply", self.after("nft", network.nft.apply))
+        patch.setattr(tap, "claim", self.after("tap", tap.claim))
+        patch.setattr(sysctl, "write", self.after("set", sysctl.write))
+        for name in ("pwrite", "ftruncate", "unlink"):
+            patch.setattr(os, name, self.after(name, getattr(os, name)))
+
+
+def die_after(turn: int, work: Callable[[host.Network], None]) -> tuple[bool, list[str]]:
+    """Do some work and be killed after its change number `turn`, or with -1 not at all.
+
+    Returns whether there was such a change, and what had been changed until then.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            network = host.Network()
+            with pytest.MonkeyPatch.context() as patch:
+                Killer(turn, writer).lie_in_wait(patch, network)
+                work(network)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as report:
+        changes = report.read().splitlines()
+    _, status = os.waitpid(pid, 0)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert killed or status == 0, f"it failed by itself, after {changes}"
+    return killed, changes
