@@ -1,12 +1,11 @@
 """Routing domains, where the kernel has VRFs: priv and the whole daemon, in networks of their own."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.hostnet import NetDaemon, addresses, links, ours, setting
+from tests.support.hostnet import NetDaemon, addresses, links, load_modules, ours, setting
 from tests.support.linux import LinuxGuest
 from tests.support.network import Network
 from tests.support.privdriver import Priv, nic, switch
@@ -14,14 +13,12 @@ from tests.support.privdriver import Priv, nic, switch
 pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(400)]
 
 HOST4 = bytes((100, 64, 1, 2))
-MODULES = ("vrf", "tun", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
 
 
 @pytest.fixture
 def network() -> Iterator[Network]:
     """Give an empty network; afterwards nothing of ours is left in it."""
-    for module in MODULES:
-        subprocess.run(["modprobe", "-q", module], check=False)
+    load_modules()
     with Network() as made:
         made.run("ip", "link", "add", "probe", "type", "vrf", "table", "99")
         made.run("ip", "link", "delete", "probe")
@@ -94,6 +91,17 @@ def test_switches_in_routing_domains(network: Network) -> None:
             assert links(network)["tap0"]["master"] == "theirs"
     assert links(network)["theirs"].get("master") == "vrf7"  # not ours to empty
     network.run("ip", "link", "delete", "vrf7")
+
+
+def test_a_switch_leaves_its_routing_domain(network: Network) -> None:
+    """The configuration was read again, and says nothing of it any more; or names another."""
+    with Priv(network) as priv:
+        priv.configure(switch("br0", rdomain=7))
+        assert priv.configure(switch("br0", rdomain=8)) == ()
+        assert links(network)["br0"]["master"] == "vrf8"
+        assert priv.configure(switch("br0")) == ()
+        assert "master" not in links(network)["br0"]
+        assert set(links(network)) == {"lo", "br0"}
 
 
 def test_what_a_killed_priv_left(network: Network) -> None:

@@ -1,5 +1,6 @@
 """priv, the real one, in network namespaces that end with their tests."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -17,7 +18,23 @@ import pytest
 from tests.support.hostnet import addresses, links, ours, rules, setting
 from tests.support.network import Network, checksum
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
+from vmd.errors import HostError
 from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
+from vmd.priv.legacy import (
+    DROP,
+    ENTRIES,
+    FAMILIES,
+    HOOK_FORWARD,
+    INFO,
+    OFFSETS,
+    SO_GET_ENTRIES,
+    SO_GET_INFO,
+    TABLE,
+    TARGET,
+    VERDICT,
+    Family,
+    drops,
+)
 from vmd.priv.rules import NFT_PATHS
 from vmd.priv.sysctl import state_path
 from vmd.privsep import linux
@@ -26,6 +43,7 @@ pytestmark = pytest.mark.root
 
 TUNGETIFF = 0x800454D2
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_PERSIST = 0x0002, 0x1000, 0x4000, 0x0800
+SO_SET_REPLACE, ACCEPT = 64, -2  # iptables: setsockopt, and -NF_ACCEPT - 1
 HOST4, GUEST4 = bytes((100, 64, 1, 2)), bytes((100, 64, 1, 3))
 PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 HOST6, GUEST6 = PREFIX6[:8] + bytes(7) + b"\1", PREFIX6[:8] + bytes(7) + b"\x22"
@@ -582,6 +600,60 @@ def test_a_forward_chain_that_drops_is_named_once(network: Network, priv: Priv) 
     for command in line.partition("to let them through: ")[2].split("; "):
         network.run(*shlex.split(command))  # what is advised can be done
     assert 'iifname "tap*" accept' in network.run("nft", "list", "chain", "ip", "filter", "FORWARD")
+
+
+def test_chains_that_do_not_concern_guests_are_not_named(network: Network, priv: Priv) -> None:
+    """Of a family that no interface has; of bridges; or another way than through the host."""
+    for family, hook in (("ip6", "forward"), ("bridge", "forward"), ("ip", "input")):
+        network.run("nft", f"add table {family} t")
+        network.run("nft", f"add chain {family} t c {{ type filter hook {hook} priority 0; policy drop; }}")
+    with priv.make(nic(host4=HOST4)):
+        assert "drops" not in priv.log
+    with priv.make(nic(prefix6=PREFIX6), vmid=2):
+        assert "nftables chain ip6 t c drops" in priv.log
+        assert "bridge" not in priv.log
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
+def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Family) -> None:
+    """What nft does not list; and tables that nobody has loaded are left so."""
+    with network.inside():
+        assert not drops(family)
+        loaded = Path(f"/proc/net/{family.name}_tables_names")
+        assert not loaded.exists() or loaded.read_text() == ""
+        try:
+            set_policy(family, "ACCEPT")
+        except HostError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            pytest.skip(f"this kernel has no old {family.program}")
+        assert loaded.read_text() == "filter\n"
+        assert not drops(family)
+        set_policy(family, "DROP")
+        assert drops(family)
+    with priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
+        (line,) = [line for line in priv.log.splitlines() if "drops forwarded packets" in line]
+    assert f"the old {family.program} drops forwarded packets" in line
+    assert f"{family.program} -I FORWARD -i tap+ -j ACCEPT; {family.program} -I FORWARD -o tap+ -j ACCEPT" in line
+
+
+def set_policy(family: Family, policy: str) -> None:
+    """Do what `iptables -P FORWARD` does, which loads the table if need be (struct ipt_replace)."""
+    with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as any_socket:
+        fd = any_socket.fileno()
+        info = linux.getsockopt(fd, family.level, SO_GET_INFO, INFO.pack(TABLE, *bytes(13)))
+        size, count = INFO.unpack(info)[13], INFO.unpack(info)[12]
+        request = ENTRIES.pack(TABLE, size) + bytes(size)
+        entries = bytearray(linux.getsockopt(fd, family.level, SO_GET_ENTRIES, request)[ENTRIES.size :])
+        forward = INFO.unpack(info)[7 + HOOK_FORWARD]
+        target = forward + OFFSETS.unpack_from(entries, forward + family.offsets_at)[0]
+        entries[target + TARGET.size : target + TARGET.size + VERDICT.size] = VERDICT.pack(
+            DROP if policy == "DROP" else ACCEPT
+        )
+        counters = ctypes.create_string_buffer(16 * count)
+        replace = struct.pack("=32sIII20s20sIQ", TABLE, 0x0E, count, size, info[36:56], info[56:76], count,
+                              ctypes.addressof(counters))  # fmt: skip
+        any_socket.setsockopt(family.level, SO_SET_REPLACE, replace + entries)
 
 
 # --- ends and beginnings -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hostnet import addresses, links
+from tests.support.hostnet import addresses, links, load_modules
 from tests.support.killing import die_after
 from tests.support.network import Network
 from tests.support.privdriver import RUN_DIRECTORY
@@ -17,6 +17,7 @@ from vmd.priv import host
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
+Life = Callable[[host.Network, socket.socket], None]
 PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 
 
@@ -24,6 +25,7 @@ PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 def network() -> Iterator[Network]:
     """Give a network with a bridge, addresses and settings that are not ours."""
     RUN_DIRECTORY.mkdir(exist_ok=True)
+    load_modules()
     with Network() as made:
         made.run("ip", "link", "add", "office", "type", "bridge")
         made.run("ip", "addr", "add", "192.0.2.1/24", "dev", "office")
@@ -32,32 +34,40 @@ def network() -> Iterator[Network]:
         yield made
 
 
-def life(holder: socket.socket, *, vrf: bool) -> Callable[[host.Network], None]:
-    """Return the work of a priv that sees a bit of everything, hands its taps to `holder`, and ends."""
+def hand_over(holder: socket.socket, nics: list[host.Nic]) -> None:
+    """Give taps away, as to a parent."""
+    for nic in nics:
+        fd = nic.take_fd()
+        socket.send_fds(holder, [b"tap"], [fd])
+        os.close(fd)
+
+
+def life(network: host.Network, holder: socket.socket) -> None:
+    """Do what priv does, a bit of everything, hand the taps to `holder`, and end."""
     lan = NicRequest(name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
     local = NicRequest(name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
     office = NicRequest(name="tap7", alias="vm1-if2-db", bridge="office")
-    alone = NicRequest(name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9 if vrf else None)
+    alone = NicRequest(name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)))
+    network.own()
+    switches = (
+        SwitchRequest(interface="br0", alias="switch1-lan"),
+        SwitchRequest(interface="office", alias="switch2-office"),
+    )
+    network.configure(ConfigureNetwork(nat=True, switches=switches))
+    hand_over(holder, network.make_nics(MakeNics(vmid=1, ticket=1, nics=(lan, local, office))))
+    hand_over(holder, network.make_nics(MakeNics(vmid=2, ticket=2, nics=(alone,))))
+    network.remove_nics(1)
+    network.close()
 
-    def make(network: host.Network, vmid: int, *nics: NicRequest) -> None:
-        for nic in network.make_nics(MakeNics(vmid=vmid, ticket=1, nics=nics)):
-            fd = nic.take_fd()
-            socket.send_fds(holder, [b"tap"], [fd])
-            os.close(fd)
 
-    def work(network: host.Network) -> None:
-        network.own()
-        switches = (
-            SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3 if vrf else None),
-            SwitchRequest(interface="office", alias="switch2-office"),
-        )
-        network.configure(ConfigureNetwork(nat=True, switches=switches))
-        make(network, 1, lan, local, office)
-        make(network, 2, alone)
-        network.remove_nics(1)
-        network.close()
-
-    return work
+def life_in_routing_domains(network: host.Network, holder: socket.socket) -> None:
+    """Do the same with a switch and an interface in VRFs, and nothing else."""
+    alone = NicRequest(name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9)
+    network.own()
+    switches = (SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3),)
+    network.configure(ConfigureNetwork(nat=False, switches=switches))
+    hand_over(holder, network.make_nics(MakeNics(vmid=2, ticket=2, nics=(alone,))))
+    network.close()
 
 
 def succeed(network: host.Network) -> None:
@@ -93,7 +103,7 @@ def difference(before: dict[str, object], after: dict[str, object]) -> dict[str,
     return {name: (before.get(name), after.get(name)) for name in names}
 
 
-def kill_after_every_change(network: Network, *, vrf: bool) -> list[str]:
+def kill_after_every_change(network: Network, work: Life) -> list[str]:
     """Kill priv after each of its changes and let another one begin; returns all of them, in words."""
     before = state(network)
     turn = 0
@@ -101,7 +111,7 @@ def kill_after_every_change(network: Network, *, vrf: bool) -> list[str]:
         holder, gift = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with holder, network.inside():
             with gift:
-                killed, changes = die_after(turn, life(gift, vrf=vrf))
+                killed, changes = die_after(turn, lambda mortal: work(mortal, gift))  # noqa: B023 - called now
             with held(holder):
                 die_after(-1, succeed)
                 assert difference(before, state(network)) == {}, f"after {changes[-3:]}"
@@ -125,7 +135,7 @@ def held(holder: socket.socket) -> Iterator[None]:
 
 def test_killed_after_every_change(network: Network) -> None:
     """Interfaces, addresses, routes, rules and settings are as they were, whatever the moment."""
-    changes = kill_after_every_change(network, vrf=False)
+    changes = kill_after_every_change(network, life)
 
     assert len(changes) > 60
     for words in ("link add br0", "tap ", "addr add", "nft add table", "set ipv4/ip_forward 1", "link del", "unlink"):
@@ -133,9 +143,10 @@ def test_killed_after_every_change(network: Network) -> None:
 
 
 @pytest.mark.l1
-def test_killed_after_every_change_with_routing_domains(network: Network) -> None:
+@pytest.mark.deep
+def test_killed_after_every_change_in_routing_domains(network: Network) -> None:
     """VRFs as well, and the ends of their routing tables."""
-    changes = kill_after_every_change(network, vrf=True)
+    changes = kill_after_every_change(network, life_in_routing_domains)
 
-    for words in ("link add vrf3", "link add vrf9", "route add"):
+    for words in ("link add vrf3", "link add vrf9", "route add", "link del"):
         assert any(change.startswith(words) for change in changes), words

@@ -2,13 +2,21 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from tests.support.daemon import Daemon
 from tests.support.network import Network
 
+MODULES = ("vrf", "tun", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
 ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
+
+
+def load_modules() -> None:
+    """Have what networks are made of, where it is not built in: nobody in a namespace can have it loaded."""
+    for module in MODULES:
+        subprocess.run(["modprobe", "-q", module], check=False)
 
 
 class NetDaemon(Daemon):

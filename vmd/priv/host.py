@@ -16,7 +16,7 @@ import time
 from vmd.config.model import IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
 from vmd.errors import HostError, OperatorError
 from vmd.log import log
-from vmd.priv import groups, rules, sysctl, tap
+from vmd.priv import groups, legacy, rules, sysctl, tap
 from vmd.priv.ifconfig import UNFINISHED, Link, Links
 from vmd.priv.rules import Member, Nft
 
@@ -410,12 +410,24 @@ class Network:
 
     def look_for_drops(self) -> None:
         """Say once who keeps guests from the world: what another table drops, ours cannot let through."""
+        networks = [network for member in self.members() for network in member.networks]
+        families = {"ip6" if rules.v6(network) else "ip" for network in networks}
         for chain in self.nft.dropping_chains():
-            self.say_once(
-                f"nftables chain {chain} drops forwarded packets (Docker and ufw do that), those of guests with local "
-                f"interfaces too; to let them through: nft insert rule {chain} iifname 'tap*' accept; "
-                f"nft insert rule {chain} oifname 'tap*' accept"
-            )
+            if chain.partition(" ")[0] in families | {"inet"}:
+                remedy = f"nft insert rule {chain} {{}} 'tap*' accept"
+                self.say_dropped(f"nftables chain {chain}", remedy, "iifname", "oifname")
+        for family in legacy.FAMILIES:
+            if family.name in families and legacy.drops(family):
+                remedy = f"{family.program} -I FORWARD {{}} tap+ -j ACCEPT"
+                self.say_dropped(f"the old {family.program}", remedy, "-i", "-o")
+
+    def say_dropped(self, who: str, remedy: str, *directions: str) -> None:
+        """Warn of one of them, with what to do about it."""
+        remedies = "; ".join(remedy.format(direction) for direction in directions)
+        self.say_once(
+            f"{who} drops forwarded packets (Docker and ufw do that), those of guests with local interfaces too; "
+            f"to let them through: {remedies}"
+        )
 
     def forward(self) -> None:
         """Switch forwarding on, if an interface needs it and it is off."""

@@ -217,6 +217,15 @@ def file_system_type(fd: int) -> int:
     return int(buffer.f_type)
 
 
+def getsockopt(fd: int, level: int, option: int, request: bytes) -> bytes:
+    """Ask a socket for an option whose buffer says what is asked; returns the buffer.  Raises HostError."""
+    buffer = ctypes.create_string_buffer(request, len(request))
+    size = ctypes.c_uint32(len(request))
+    if libc.getsockopt(fd, level, option, buffer, ctypes.byref(size)):
+        raise HostError(f"get socket option {option}", ctypes.get_errno())
+    return buffer.raw[: size.value]
+
+
 def load_library(name: str) -> None:
     """Load a shared library for good.  Raises OSError."""
     ctypes.CDLL(name)

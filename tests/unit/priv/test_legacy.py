@@ -1,0 +1,40 @@
+"""What the kernel says of the old iptables, byte for byte, and what is none of it."""
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from vmd.priv.legacy import DROP, FAMILIES, OFFSETS, TARGET, VERDICT, Family, policy
+
+HEADER = 24  # behind OFFSETS: comefrom, and two counters of 64 bits
+
+
+def entry(family: Family, verdict: int, target: bytes = b"") -> bytes:
+    """Return an entry whose target is a verdict, or is called something."""
+    offset = family.offsets_at + OFFSETS.size + HEADER - 4
+    body = TARGET.pack(TARGET.size + 8, target, 0) + VERDICT.pack(verdict) + bytes(4)
+    return bytes(family.offsets_at) + OFFSETS.pack(offset, offset + len(body)) + bytes(HEADER - 4) + body
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
+def test_the_policy_is_the_verdict_of_a_chains_last_entry(family: Family) -> None:
+    """The third chain's here; an entry that goes elsewhere has none."""
+    entries = [entry(family, -2), entry(family, -2), entry(family, DROP), entry(family, 0, b"ERROR")]
+    starts = [sum(map(len, entries[:index])) for index in range(len(entries))]
+
+    found = [policy(b"".join(entries), start, family.offsets_at) for start in starts]
+
+    assert found == [-2, -2, DROP, None]
+    assert {after - before for before, after in pairwise(starts)} == {len(entries[0])}
+
+
+def test_every_truncation_and_nonsense() -> None:
+    """There is no policy in what has no room for one."""
+    family = FAMILIES[0]
+    whole = entry(family, DROP)
+    for length in range(len(whole) - 4):
+        assert policy(whole[:length], 0, family.offsets_at) is None
+    source = random.Random(4711)
+    for _ in range(2000):
+        policy(source.randbytes(source.randrange(300)), source.randrange(400), family.offsets_at)

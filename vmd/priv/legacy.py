@@ -1,0 +1,71 @@
+"""Tables of the old iptables, which nft(8) does not show: whether they drop forwarded packets.
+
+    getsockopt(SO_GET_INFO)     struct ipt_getinfo      where each chain begins, and its last entry: the policy
+    getsockopt(SO_GET_ENTRIES)  struct ipt_get_entries  all entries (<linux/netfilter_ipv4/ip_tables.h>, and v6's)
+
+Only tables that are loaded are looked at: to ask for one that is not would load it.
+"""
+
+import socket
+from struct import Struct
+
+from vmd.errors import HostError
+from vmd.privsep import linux
+from vmd.record import Record
+
+LOADED = "/proc/net/{}_tables_names"
+SO_GET_INFO, SO_GET_ENTRIES = 64, 65
+TABLE = b"filter"
+INFO = Struct("=32sI5I5III")  # name, valid_hooks, hook_entry, underflow, num_entries, size
+ENTRIES = Struct("=32sI4x")  # name, size; then the entries
+OFFSETS = Struct("=HH")  # target_offset, next_offset
+TARGET = Struct("=H29sB")  # size, name, revision of xt_entry_target; then, with an empty name, a verdict
+VERDICT = Struct("=i")
+HOOK_FORWARD = 2
+DROP = -1  # -NF_DROP - 1
+
+
+class Family(Record):
+    """One of the two."""
+
+    name: str  # in /proc/net
+    program: str
+    family: int
+    level: int
+    offsets_at: int  # of OFFSETS in an entry: behind struct ipt_ip, or ip6t_ip6, and nfcache
+
+
+FAMILIES = (
+    Family(name="ip", program="iptables", family=socket.AF_INET, level=socket.IPPROTO_IP, offsets_at=88),
+    Family(name="ip6", program="ip6tables", family=socket.AF_INET6, level=socket.IPPROTO_IPV6, offsets_at=140),
+)
+
+
+def drops(family: Family) -> bool:
+    """Return whether the policy of FORWARD is DROP; no table, or one that cannot be read, drops nothing."""
+    try:
+        with open(LOADED.format(family.name), "rb") as file:
+            if TABLE not in file.read().split():
+                return False
+        with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as any_socket:
+            request = INFO.pack(TABLE, *bytes(13))
+            info = INFO.unpack(linux.getsockopt(any_socket.fileno(), family.level, SO_GET_INFO, request))
+            valid_hooks, underflow, size = info[1], info[7:12], info[13]
+            if not valid_hooks & 1 << HOOK_FORWARD:
+                return False
+            request = ENTRIES.pack(TABLE, size) + bytes(size)
+            entries = linux.getsockopt(any_socket.fileno(), family.level, SO_GET_ENTRIES, request)[ENTRIES.size :]
+    except (OSError, HostError):
+        return False  # none, or changed between the two questions: the next interface asks again
+    return policy(entries, underflow[HOOK_FORWARD], family.offsets_at) == DROP
+
+
+def policy(entries: bytes, start: int, offsets_at: int) -> int | None:
+    """Return the verdict of the entry that is at `start`; None if it has none."""
+    if start + offsets_at + OFFSETS.size > len(entries):
+        return None
+    target = start + OFFSETS.unpack_from(entries, start + offsets_at)[0]
+    if target + TARGET.size + VERDICT.size > len(entries):
+        return None
+    _, name, _ = TARGET.unpack_from(entries, target)
+    return int(VERDICT.unpack_from(entries, target + TARGET.size)[0]) if not name.strip(b"\0") else None
