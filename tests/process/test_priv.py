@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.hostnet import addresses, links, ours, rules, setting
+from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
 from tests.support.network import Network, checksum
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
@@ -32,11 +32,10 @@ VNET_HEADER = bytes(10)
 @pytest.fixture
 def network() -> Iterator[Network]:
     """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
-    before = files()
     with Network() as made:
         yield made
         assert ours(made) == []
-    assert files() <= before
+        assert not state_file(made).exists()
 
 
 @pytest.fixture
@@ -45,11 +44,6 @@ def priv(network: Network) -> Iterator[Priv]:
     with Priv(network) as running:
         assert running.configure() == ()
         yield running
-
-
-def files() -> set[str]:
-    """Return what is in /run/vmd."""
-    return set(os.listdir(RUN_DIRECTORY)) if RUN_DIRECTORY.exists() else set()
 
 
 # --- taps ----------------------------------------------------------------------------------------------------
