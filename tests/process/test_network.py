@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
-from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
+from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting, state_file
 from tests.support.network import Network
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -35,22 +36,21 @@ def network() -> Iterator[Network]:
     with Network() as made:
         yield made
         assert ours(made) == []
+        assert not state_file(made).exists()
 
 
 def wait_for_links(vmd: NetDaemon, wanted: set[str]) -> None:
     """Wait until these are all the interfaces; priv removes some a moment after vmctl has its answer."""
-    for _ in range(1000):
-        if set(links(vmd.network)) == wanted:
-            return
-        os.sched_yield()
-    assert set(links(vmd.network)) == wanted
+    deadline_s = time.monotonic() + DEADLINE_S
+    while set(links(vmd.network)) != wanted:
+        assert time.monotonic() < deadline_s, f"{sorted(links(vmd.network))}, not {sorted(wanted)}"
 
 
 def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) -> None:
     """Made before the guest runs, described by `status -v`, gone when the VM is; addresses stay the same."""
     conf = SWITCH + block("db1", 'interface switch "lan"', "local interface", "interfaces 3")
     with NetDaemon(tmp_path, network, conf) as vmd:
-        assert set(links(network)) == {"lo", "br7"}
+        wait_for_links(vmd, {"lo", "br7"})
         lladdrs = [nic["lladdr"] for nic in vmd.interfaces("db1")]
 
         vmd.must("start", "db1")
@@ -263,6 +263,7 @@ def test_priv_is_killed_while_interfaces_are_made(network: Network, tmp_path: Pa
         assert "its interfaces cannot be made: lost child: priv" in said
         assert vmd.process is not None
         assert vmd.process.wait(DEADLINE_S) == 1
+        vmd.start()
 
 
 @pytest.mark.parametrize("victims", [("vmd: priv",), ("parent",), ("parent", "vmd: priv")])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.hostnet import addresses, links, ours, rules, setting
+from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
 from tests.support.network import Network, checksum
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from vmd.errors import HostError
@@ -36,7 +36,6 @@ from vmd.priv.legacy import (
     drops,
 )
 from vmd.priv.rules import NFT_PATHS
-from vmd.priv.sysctl import state_path
 from vmd.privsep import linux
 
 pytestmark = pytest.mark.root
@@ -54,11 +53,9 @@ VNET_HEADER = bytes(10)
 def network() -> Iterator[Network]:
     """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
     with Network() as made:
-        with made.inside():
-            beside = Path(state_path())  # other daemons of this host have theirs there
         yield made
         assert ours(made) == []
-        assert not beside.exists()
+        assert not state_file(made).exists()
 
 
 @pytest.fixture

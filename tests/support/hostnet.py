@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.support.daemon import Daemon
 from tests.support.network import Network
+from vmd.priv.sysctl import state_path
 
 MODULES = ("vrf", "tun", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
 ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
@@ -56,6 +57,12 @@ def ours(network: Network) -> list[str]:
     if "table inet vmd" in network.run("nft", "list", "tables").splitlines():
         found.append("table inet vmd")
     return found
+
+
+def state_file(network: Network) -> Path:
+    """Return where a daemon in this network notes what it has to put back."""
+    with network.inside():
+        return Path(state_path())
 
 
 def setting(network: Network, name: str) -> str:
