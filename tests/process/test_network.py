@@ -1,5 +1,6 @@
 """Networking as an operator sees it: vm.conf, vmctl, and what `ip` and `nft` show; each in a network of its own."""
 
+import contextlib
 import errno
 import json
 import os
@@ -213,6 +214,39 @@ def test_a_vm_is_stopped_while_its_interfaces_are_made(network: Network, tmp_pat
         vmd.must("start", "db1")
         assert set(links(network)) == {"lo", "tap0"}
         assert addresses(links(network)["tap0"]) == ["100.64.1.2/31"]
+
+
+@contextlib.contextmanager
+def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a VM whose interfaces are being made while the context lasts; gives the vmctl that waits."""
+    priv = vmd.processes()["vmd: priv"]
+    os.kill(priv, signal.SIGSTOP)
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", name],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as waiting:  # fmt: skip
+        vmd.wait_state(name, "starting")
+        yield waiting
+        os.kill(priv, signal.SIGCONT)
+
+
+def test_the_configuration_changes_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
+    """The VM gets what was asked for: its switch, its locked address, and the addresses that the tap has."""
+    conf = SWITCH + block("db1", 'interface switch "lan"', "local interface")
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        with starting(vmd, "db1") as waiting:
+            vmd.must("reset", "switches")
+            vmd.conf.write_text("local prefix 10.0.0.0/16\n" + block("other"))
+            vmd.must("reload")
+        assert waiting.returncode == 0
+
+        on_switch, local = vmd.interfaces("db1")
+        assert (on_switch["tap"], on_switch["locked"]) == ("tap0", True)
+        assert links(network)["tap0"]["master"] == "br7"
+        assert addresses(links(network)["tap1"]) == ["100.64.1.4/31"]
+        assert (local["host4"], local["guest4"]) == ("100.64.1.4", "100.64.1.5")
+        vmd.must("stop", "-fw", "db1")
+        wait_for_links(vmd, {"lo"})
 
 
 def test_a_console_that_is_attached_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """priv, the real one, in network namespaces that end with their tests."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -19,7 +20,7 @@ from tests.support.hostnet import addresses, links, ours, rules, setting, state_
 from tests.support.network import Network, checksum
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from vmd.errors import HostError
-from vmd.ipc.messages import NicRequest, NicsFailed, SwitchRequest
+from vmd.ipc.messages import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
 from vmd.priv.legacy import (
     DROP,
     ENTRIES,
@@ -280,6 +281,22 @@ def test_switches_come_and_go_with_the_configuration(network: Network, priv: Pri
         assert priv.refuse(nic(bridge="br0"), vmid=2).text == "bridge br0 belongs to no switch"
         priv.remove()
         assert set(links(network)) == {"lo", "br2"}
+
+
+def test_switches_in_several_messages(network: Network, priv: Priv) -> None:
+    """They take effect together, at the last; without an end to them priv ends."""
+    priv.send(ConfigureNetwork(nat=True, switches=(switch("br1", alias="switch1-a"),), more=True))
+    assert priv.configure(switch("br2", alias="switch2-b")) == ()
+    assert set(links(network)) == {"lo", "br1", "br2"}
+    assert priv.configure() == ()
+    assert set(links(network)) == {"lo"}
+
+    many = tuple(switch(f"br{number}") for number in range(200))
+    with contextlib.suppress(BrokenPipeError):
+        for _ in range(51):
+            priv.send(ConfigureNetwork(nat=True, switches=many, more=True))
+    assert priv.wait() == 1
+    assert "wants 10200 switches" in priv.log
 
 
 def test_a_bridge_that_was_deleted_is_made_again(network: Network, priv: Priv) -> None:

@@ -686,6 +686,7 @@ class ConfigureNetwork(Record):
 
     nat: bool
     switches: tuple[SwitchRequest, ...] = ()
+    more: bool = False  # further switches follow in another message, and the answer after that
 
 
 @message(0x81, (Proc.PRIV, Proc.PARENT))

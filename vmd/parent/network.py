@@ -9,8 +9,8 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 
-from vmd.config.model import BootDevice, Config, NicConfig, SwitchConfig, VmConfig
-from vmd.errors import HostError, OperatorError
+from vmd.config.model import IFNAME_MAX, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
+from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 COUNT_TIMEOUT_S = 5.0
 ALIAS_MAX = 255  # IFALIASZ
 AUTOMATIC = ("", "tap")  # any name will do
+LLADDR_BYTES = 6
+MTU_MAX = 0xFFFF  # what virtio has room for
 RESERVED_MAX = 512  # names that fit one message
+SWITCHES_MAX = 40  # as well
 
 
 class Launch:
@@ -67,6 +70,9 @@ class Launch:
         self.message = message
         self.fds = dict(fds)
         self.on_failed = on_failed
+        # What priv was asked for; by the time of its answer the configuration may be another.
+        self.plan: Plan | None = None
+        self.switches: list[SwitchConfig | None] = []
 
     def close(self) -> None:
         """Close everything that was to go along."""
@@ -113,7 +119,7 @@ class Network:
 
     def configure(self, config: Config) -> None:
         """Have priv make what the switches of a configuration need."""
-        switches = tuple(
+        switches = [
             SwitchRequest(
                 interface=switch.interface,
                 alias=alias(f"switch{number}-{switch.name}"),
@@ -121,8 +127,12 @@ class Network:
                 up=switch.up,
             )
             for number, switch in enumerate(enabled_switches(config), 1)
-        )
-        self._tell_priv(ConfigureNetwork(nat=config.settings.local_nat, switches=switches))
+        ]
+        nat = config.settings.local_nat
+        while len(switches) > SWITCHES_MAX:
+            self._tell_priv(ConfigureNetwork(nat=nat, switches=tuple(switches[:SWITCHES_MAX]), more=True))
+            del switches[:SWITCHES_MAX]
+        self._tell_priv(ConfigureNetwork(nat=nat, switches=tuple(switches)))
 
     def on_configured(self, message: NetworkConfigured) -> None:
         """Log what cannot be; a VM that needs it will be told the same."""
@@ -216,7 +226,9 @@ class Network:
             if not config.nics:
                 self._send(launch, None)
                 return
-            requests = tuple(self._request(vm, config, index, plan) for index in range(len(config.nics)))
+            launch.plan = plan
+            launch.switches = [self.switch_of(config, nic) for nic in config.nics]
+            requests = tuple(request(vm, launch, index) for index in range(len(config.nics)))
         except (OperatorError, HostError):
             launch.close()
             raise
@@ -227,32 +239,23 @@ class Network:
             MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX]))
         )
 
-    def _request(self, vm: Vm, config: VmConfig, index: int, plan: Plan) -> NicRequest:
-        nic = config.nics[index]
-        switch = self.switch_of(config, nic)
-        groups = (nic.group, switch.group if switch else "")
-        return NicRequest(
-            name="" if nic.tap in AUTOMATIC else nic.tap,
-            alias=alias(f"vm{vm.vmid}-if{index}-{config.name}"),
-            bridge=switch.interface if switch else "",
-            groups=tuple(dict.fromkeys(group for group in groups if group)),
-            rdomain=nic.rdomain,
-            up=nic.up,
-            host4=plan.host4(index) if nic.local else b"",
-            prefix6=plan.network6(index) if nic.local else b"",
-        )
-
     def on_made(self, message: NicsMade, envelope: Envelope) -> None:
-        """Send a VM on its way with its taps; if it was stopped meanwhile they go back."""
-        launch = self.launches.pop(message.ticket, None)
+        """Send a VM on its way with its taps; if it was stopped meanwhile they go back.
+
+        Raises PeerError if these cannot be the interfaces that were asked for.
+        """
+        launch = self.launches.get(message.ticket)
+        if launch is not None and not fits(message, launch, len(envelope.fds.get("taps", ()))):
+            raise PeerError("priv", f"made other interfaces than vm {launch.vm.name} has")
+        self.launches.pop(message.ticket, None)
         fds = envelope.take_fds("taps")
         if launch is None:
             for fd in fds:
                 os.close(fd)
             return
-        vm, config = launch.vm, launch.message.config
-        plan = self.plan_of(vm.vmid, config)
-        links = describe(config, plan, message.nics, [self.switch_of(config, nic) for nic in config.nics])
+        vm, config, plan = launch.vm, launch.message.config, launch.plan
+        assert plan is not None
+        links = describe(config, plan, message.nics, launch.switches)
         taps = self.taps[vm.vmid] = Taps(config.nics, plan, links, fds)
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
         try:
@@ -409,6 +412,36 @@ def enabled_switches(config: Config) -> Iterable[SwitchConfig]:
         if switch.enabled:
             found.setdefault(switch.name, switch)
     return found.values()
+
+
+def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
+    """Return what priv is asked for one interface.  Raises OperatorError."""
+    config, plan, switch = launch.message.config, launch.plan, launch.switches[index]
+    assert plan is not None
+    nic = config.nics[index]
+    groups = (nic.group, switch.group if switch else "")
+    return NicRequest(
+        name="" if nic.tap in AUTOMATIC else nic.tap,
+        alias=alias(f"vm{vm.vmid}-if{index}-{config.name}"),
+        bridge=switch.interface if switch else "",
+        groups=tuple(dict.fromkeys(group for group in groups if group)),
+        rdomain=nic.rdomain,
+        up=nic.up,
+        host4=plan.host4(index) if nic.local else b"",
+        prefix6=plan.network6(index) if nic.local else b"",
+    )
+
+
+def fits(message: NicsMade, launch: Launch, taps: int) -> bool:
+    """Return whether an answer of priv has what was asked for."""
+    nics = launch.message.config.nics
+    return (
+        message.vmid == launch.vm.vmid
+        and len(nics) == len(message.nics) == taps
+        and all(len(nic.lladdr) == LLADDR_BYTES and len(nic.link_local) in (0, 16) for nic in message.nics)
+        and all(0 < len(nic.name) <= IFNAME_MAX and nic.name.isascii() for nic in message.nics)
+        and all(0 <= nic.mtu <= MTU_MAX for nic in message.nics)
+    )
 
 
 def describe(

@@ -10,7 +10,7 @@ Whatever cannot be done is an answer, never the end of this process: with it wou
 
 import time
 
-from vmd.errors import HostError, OperatorError
+from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -25,6 +25,7 @@ from vmd.ipc.messages import (
     Ready,
     RemoveNics,
     SetVerbosity,
+    SwitchRequest,
     brief,
 )
 from vmd.ipc.process import Process
@@ -36,6 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
+SWITCHES_MAX = 10_000  # more than a host can have bridges for
 PROBLEMS_MAX = 3  # in one message; more are in the log only
 
 
@@ -46,11 +48,18 @@ class Priv(Process):
         super().__init__(Proc.PRIV)
         self.parent = self.attach_parent(Proc.PARENT)
         self.network = Network()
+        self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
 
     def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
-        """Make the bridges of switches."""
+        """Make the bridges of switches, once all of them are known."""
+        self.switches += message.switches
+        if len(self.switches) > SWITCHES_MAX:
+            raise PeerError(channel.label, f"wants {len(self.switches)} switches")
+        if message.more:
+            return
+        switches, self.switches = tuple(self.switches), []
         try:
-            problems = self.network.configure(message)
+            problems = self.network.configure(message.replace(switches=switches))
         except (OperatorError, HostError) as error:
             problems = [str(error)]
         for problem in problems[PROBLEMS_MAX:]:

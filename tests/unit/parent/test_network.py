@@ -1,5 +1,6 @@
 """What the parent asks priv for, and what it tells a VM, without any process."""
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +8,9 @@ from typing import Any
 import pytest
 
 from vmd.config.model import BootDevice, Config, Globals, NicConfig, Prefix, SwitchConfig, VmConfig
-from vmd.errors import OperatorError
+from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
-from vmd.ipc.imsg import Envelope
+from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
     ConfigureNetwork,
     MakeNics,
@@ -131,6 +132,18 @@ def started(parent: FakeParent) -> StartVm:
     message = parent.peers[Proc.VMM].sent[-1]
     assert isinstance(message, StartVm)
     return message
+
+
+def test_more_switches_than_a_message_has_room_for(parent: FakeParent) -> None:
+    """All of them arrive, whatever their names; only the last message says that these are all."""
+    switches = tuple(SwitchConfig(name=f"{'x' * 60}{n:03}", interface=f"bridge{n:09}") for n in range(200))
+    parent.network.configure(Config(switches=switches))
+
+    messages = parent.peers[Proc.PRIV].sent
+    assert [message.more for message in messages if isinstance(message, ConfigureNetwork)] == [True] * 4 + [False]
+    told = [each for message in messages if isinstance(message, ConfigureNetwork) for each in message.switches]
+    assert [each.interface for each in told] == [switch.interface for switch in switches]
+    assert all(len(encode(message)[0]) <= MAX_MESSAGE for message in messages)
 
 
 def test_switches_are_told_once_each(parent: FakeParent) -> None:
@@ -424,3 +437,49 @@ def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:
     (info,) = infos(parent, 1)
     assert (info.tap, info.switch, info.lladdr) == ("", "lan", vm.config.nics[0].lladdr)
     assert parent.peers[Proc.VMM].sent == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"nics": ()},
+        {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1500),) * 2},
+        {"nics": (NicMade(name="tap0", lladdr=MAC[:5], link_local=b"", mtu=1500),)},
+        {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=b"\xfe", mtu=1500),)},
+        {"nics": (NicMade(name="", lladdr=MAC, link_local=b"", mtu=1500),)},
+        {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1 << 16),)},
+        {"vmid": 9},
+    ],
+    ids=str,
+)
+def test_an_answer_that_does_not_fit(parent: FakeParent, wrong: dict[str, object]) -> None:
+    """It is priv that has to go then, not the daemon; and whoever waits hears of it."""
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    asked = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(asked, MakeNics)
+    right = NicsMade(
+        vmid=vm.vmid, ticket=asked.ticket, nics=(NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1500),)
+    )
+    tap = os.open("/dev/null", os.O_RDONLY)
+    message = right.replace(**wrong)
+    envelope = Envelope(message, 0, 0, {"taps": [tap]})
+
+    with pytest.raises(PeerError, match="made other interfaces than vm a has"):
+        parent.network.on_made(message, envelope)
+
+    assert envelope.untaken() == [tap]
+    os.close(tap)
+    parent.network.on_priv_lost()
+    assert [code for code, _ in failures] == [errno.EPIPE]
+
+
+def test_an_answer_without_its_tap(parent: FakeParent) -> None:
+    """A process that got none could not say why."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    asked = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(asked, MakeNics)
+    made_ = (NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1500),)
+    message = NicsMade(vmid=vm.vmid, ticket=asked.ticket, nics=made_)
+
+    with pytest.raises(PeerError):
+        parent.network.on_made(message, Envelope(message, 0, 0, {}))
