@@ -1,0 +1,79 @@
+"""What is made of pyroute2's answers, and of its failures; no netlink."""
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pyroute2.netlink import NLM_F_DUMP_INTR
+from pyroute2.netlink.exceptions import NetlinkDecodeError, NetlinkDumpInterrupted, NetlinkError
+
+from vmd.errors import HostError
+from vmd.priv.ifconfig import DUMPS_MAX, absent_is_fine, listed, trying
+
+Answer = list[int] | Exception
+
+
+def dump(*answers: Answer) -> Callable[[], list[dict[str, Any]]]:
+    """Return what lists messages with these flags, or fails; another time each time."""
+    left = list(answers)
+
+    def listing() -> list[dict[str, Any]]:
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return [{"header": {"flags": flags}} for flags in answer]
+
+    return listing
+
+
+@pytest.mark.parametrize("broken", [[2, 2 | NLM_F_DUMP_INTR], NetlinkDumpInterrupted()], ids=["flag", "exception"])
+def test_a_list_that_others_changed_is_read_again(broken: Answer) -> None:
+    """An interface may be missing in it, and a bridge that is in use look as if nobody used it."""
+    assert len(listed("list interfaces", dump(broken, broken, [2, 2, 2]))) == 3
+
+
+def test_a_list_that_never_stands_still() -> None:
+    """It is given up, and nothing is concluded from it."""
+    with pytest.raises(HostError, match="list interfaces while others change them") as failed:
+        listed("list interfaces", dump(*[[NLM_F_DUMP_INTR]] * DUMPS_MAX))
+
+    assert failed.value.errno == errno.EAGAIN
+
+
+def test_a_list_that_is_refused_is_not_read_again() -> None:
+    """The kernel has said why."""
+    with pytest.raises(HostError) as failed:
+        listed("list routes", dump(NetlinkError(errno.EPERM)))
+
+    assert failed.value.errno == errno.EPERM
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NetlinkError(errno.EBUSY), errno.EBUSY),
+        (NetlinkDecodeError(ValueError("nonsense")), errno.EPROTO),
+        (TimeoutError(errno.ETIMEDOUT, "late"), errno.ETIMEDOUT),
+    ],
+    ids=["kernel", "nonsense", "late"],
+)
+def test_failures_are_ours(error: Exception, code: int) -> None:
+    """Whatever pyroute2 raises, priv has one way to fail."""
+    with pytest.raises(HostError, match="make bridge br0") as failed, trying("make bridge br0"):
+        raise error
+
+    assert failed.value.errno == code
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.ESRCH, errno.ENOENT])
+def test_what_is_gone_need_not_be_deleted(code: int) -> None:
+    """It may have gone by itself, or by somebody else."""
+    with absent_is_fine():
+        raise NetlinkError(code)
+
+
+def test_what_may_not_be_deleted_is_said() -> None:
+    """That is another reason."""
+    with pytest.raises(NetlinkError), absent_is_fine():
+        raise NetlinkError(errno.EPERM)
