@@ -235,7 +235,9 @@ def test_switch_interface(conf: Loader, name: str) -> None:
     assert conf.load(f"switch s {{ interface {name} }}\n").switches[0].interface == name
 
 
-@pytest.mark.parametrize("name", ["tap0", "tap", "lo", "a" * 16, "a/b", "br%d", "'a b'", "'.'", "'..'", "''", "a:1", "'é'"])
+@pytest.mark.parametrize(
+    "name", ["tap0", "tap", "lo", "a" * 16, "a/b", "br%d", "'a b'", "'.'", "'..'", "''", "a:1", "'é'"]
+)
 def test_switch_interface_errors(conf: Loader, name: str) -> None:
     """Not those of what cannot be a bridge, or of nothing at all."""
     assert conf.errors(f"switch s {{\n interface {name}\n}}\n") == [
