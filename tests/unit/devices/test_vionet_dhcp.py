@@ -283,7 +283,7 @@ def test_what_is_wrong_is_all_that_is_wrong() -> None:
         {}, {"udp_kind": "none"}, {"destination": HOST4}, {"eth_destination": HOST_LLADDR},
         {"first": 0x46, "options": b"\1" * 4},
     ):  # fmt: skip
-        assert ask(wrapped(GOOD, **lies)) is not None  # type: ignore[arg-type]
+        assert ask(wrapped(GOOD, **lies)) is not None
     assert ask(wrapped(GOOD) + bytes(20)) is not None  # padding of the link
 
 

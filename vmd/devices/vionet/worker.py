@@ -117,20 +117,24 @@ class Worker:
                 if fd in (kick, control):
                     drain(fd)  # before the ring is looked at: what comes later is news
             with serving:
-                self.more = False
-                if not self.wanted:
-                    continue
-                if not self.begun:
-                    self.begin()
-                    self.begun = True
-                queue = self.queue
-                if queue is None:
-                    continue
-                try:
-                    self.more = self.serve(queue)
-                except GuestError as error:
-                    self.wanted = False
-                    self.services.broke(str(error))
+                self._turn()
+
+    def _turn(self) -> None:
+        """Serve once, if it is still wanted; holding the lock."""
+        self.more = False
+        if not self.wanted:
+            return
+        if not self.begun:
+            self.begin()
+            self.begun = True
+        queue = self.queue
+        if queue is None:
+            return
+        try:
+            self.more = self.serve(queue)
+        except GuestError as error:
+            self.wanted = False
+            self.services.broke(str(error))
 
 
 def drain(fd: int) -> None:
