@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import serial, start
+from bench import devices, disk, serial, start
 from bench.table import Row, show
 from tests.support.guests import guest
 
-MEASUREMENTS = (start.measure, serial.measure)
+MEASUREMENTS = (start.measure, serial.measure, devices.measure, disk.measure)
 
 
 def main() -> int:
@@ -20,8 +20,9 @@ def main() -> int:
     rows: list[Row] = []
     for measure in MEASUREMENTS:
         with tempfile.TemporaryDirectory(prefix="vmd-bench-") as directory:
-            rows += measure(Path(directory), guest)
-            show(rows[-1:])
+            more = measure(Path(directory), guest)
+            show(more)
+            rows += more
     print()
     show(rows, header=True)
     return 0

@@ -11,19 +11,19 @@ class Row(NamedTuple):
     what: str
     unit: str
     ours: Sequence[float]
-    qemu: Sequence[float]
-    goal: float | None  # the ratio ours / QEMU that is aimed at
+    qemu: Sequence[float] = ()  # none where QEMU has nothing like it
+    goal: float | None = None  # the ratio ours / QEMU that is aimed at
     larger_is_better: bool = False
 
     @property
-    def ratio(self) -> float:
+    def ratio(self) -> float | None:
         """Ours over QEMU's, of medians."""
-        return median(self.ours) / median(self.qemu)
+        return median(self.ours) / median(self.qemu) if self.qemu else None
 
     @property
     def verdict(self) -> str:
         """Whether the goal is reached."""
-        if self.goal is None:
+        if self.goal is None or self.ratio is None:
             return ""
         reached = self.ratio >= self.goal if self.larger_is_better else self.ratio <= self.goal
         sign = ">=" if self.larger_is_better else "<="
@@ -35,12 +35,13 @@ def show(rows: Sequence[Row], *, header: bool = False) -> None:
     if header:
         print(f"{'measurement':44} {'unit':8} {'vmd':>20} {'QEMU':>20} {'ratio':>6}  goal")
     for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         print(
-            f"{row.what:44} {row.unit:8} {spread(row.ours):>20} {spread(row.qemu):>20} {row.ratio:6.2f}  {row.verdict}",
+            f"{row.what:44} {row.unit:8} {spread(row.ours):>20} {spread(row.qemu):>20} {ratio:>6}  {row.verdict}",
             flush=True,
         )
 
 
 def spread(values: Sequence[float]) -> str:
     """Return median [smallest-largest]."""
-    return f"{median(values):.4g} [{min(values):.4g}-{max(values):.4g}]"
+    return f"{median(values):.4g} [{min(values):.4g}-{max(values):.4g}]" if values else ""

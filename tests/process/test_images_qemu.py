@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +38,6 @@ from vmd.images.locks import lock
 from vmd.ipc import devmsg
 from vmd.ipc.probemsg import Probe
 from vmd.parent.disks import OpenDisk, open_disk
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 SCRIBBLES = [
     pytest.param(f"cluster_size={size},{more}", levels, id=f"{size}-{more}-{levels}")
@@ -356,81 +352,6 @@ def test_conversion_keeps_content_and_holes(tmp_path: Path, source: str, target:
     assert (tmp_path / "copy").stat().st_blocks * 512 < size
     if target == "qcow2":
         assert problems(tmp_path / "copy") == {}
-
-
-# -- killed
-
-WRITER = """
-import os, random, sys
-sys.path.insert(0, sys.argv[1])
-from tests.support.images import opened_qcow2, write
-from pathlib import Path
-image = opened_qcow2(Path(sys.argv[2]))
-choice = random.Random(int(sys.argv[3]))
-number = 0
-while True:
-    number += 1
-    for _ in range(choice.randrange(1, 12)):
-        slot = choice.randrange(512)
-        kind = 0 if choice.random() < 0.2 else number
-        os.write(1, b"w" + slot.to_bytes(4, "big") + kind.to_bytes(4, "big"))
-        if kind:
-            write(image, slot << 13, number.to_bytes(4, "big") * 2048)
-        else:
-            image.discard(slot << 13, 8192)
-            image.write_zeroes(slot << 13, 8192, False)
-    image.flush()
-    os.write(1, b"f" + bytes(8))
-"""
-
-
-def kill_and_check(tmp_path: Path, seed: int) -> None:
-    """Have a process write, kill it, and look at what is left."""
-    path = tmp_path / f"image{seed}"
-    cluster_size = random.Random(seed).choice(("512", "4k", "64k"))
-    qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={cluster_size}", path, "4M")
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(ROOT), str(path), str(seed)], stdout=subprocess.PIPE, cwd=ROOT
-    )
-    assert writer.stdout is not None
-    records = b""
-    with writer.stdout as output:
-        wanted = random.Random(seed).randrange(500, 9 * 3000)
-        while len(records) < wanted:
-            records += os.read(output.fileno(), 1 << 16)
-        writer.send_signal(signal.SIGKILL)
-        records += output.read()
-    writer.wait()
-
-    assert "corruptions" not in problems(path)
-    possible: list[set[int]] = [{0} for _ in range(512)]  # what a slot may hold: flushed, or written since
-    latest = [0] * 512
-    for at in range(0, len(records) - 8, 9):
-        slot, number = int.from_bytes(records[at + 1 : at + 5], "big"), int.from_bytes(records[at + 5 : at + 9], "big")
-        if records[at : at + 1] == b"f":
-            possible = [{number} for number in latest]
-        else:
-            latest[slot] = number
-            possible[slot].add(number)
-    assert any(latest)
-    image = opened_qcow2(path, writable=False)
-    for slot, numbers in enumerate(possible):
-        assert int.from_bytes(read(image, slot << 13, 4), "big") in numbers
-    image.close()
-    path.unlink()
-
-
-def test_killed_writer_leaves_a_consistent_image(tmp_path: Path) -> None:
-    """Nothing worse than leaks, and all that was flushed."""
-    kill_and_check(tmp_path, 0)
-
-
-@pytest.mark.deep
-@pytest.mark.timeout(900)
-def test_killed_writers_leave_consistent_images(tmp_path: Path) -> None:
-    """The same, fifty times."""
-    for seed in range(1, 51):
-        kill_and_check(tmp_path, seed)
 
 
 # -- locked

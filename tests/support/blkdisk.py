@@ -19,9 +19,7 @@ MASK = (1 << 64) - 1
 
 def pattern(first: int, end: int, generation: int) -> bytes:
     """Return what belongs into the sectors from `first` up to `end`."""
-    numbers = (
-        sector << 16 | generation << 8 | index for sector in range(first, end) for index in range(WORDS)
-    )
+    numbers = (sector << 16 | generation << 8 | index for sector in range(first, end) for index in range(WORDS))
     words = [number * FACTOR & MASK for number in numbers]
     return struct.pack(f"<{len(words)}Q", *words)
 

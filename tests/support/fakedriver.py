@@ -201,6 +201,7 @@ class Device:
         self.informs.close()
         for fd in (*self.kicks, *self.calls, *self.resources, self.resample, self.page, self.log):
             os.close(fd)
+        self.memory.close()
 
     def start_packet(
         self, *, kind: int = devmsg.START, queues: int | None = None, regions: int | None = None,

@@ -2,6 +2,7 @@
 
 from tests.support.daemon import Attached
 
+NOTICE = "the power button powers this guest off"  # which comes before or behind the prompt
 DEADLINE_S = 60.0  # a watchdog, as everywhere
 
 
@@ -12,6 +13,8 @@ class Shell:
         self.console = console
         self.count = 0
         console.expect("/ # ", timeout_s)
+        if NOTICE not in console.text():
+            console.expect(NOTICE, timeout_s)
         # A shell that runs a script edits no lines: on this console each of its cursor movements has its price.
         # (Not `cat | sh`: busybox's cat splices, and what comes from a terminal then arrives one line late.)
         console.answer("stty -echo; exec sh -c 'echo re''ady; exec sh /proc/self/fd/0'", "ready\r\n")

@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 
-from vmd.errors import HostError, PeerError
+from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.log import FORMS, log
@@ -104,7 +104,7 @@ class DeviceProcess:
             raise PeerError(self.title, f"{self._how_it_ended()} before it was needed") from None
 
     def wait_ready(self) -> None:
-        """Wait for READY on both channels.  Raises HostError or PeerError with the device's own sentence."""
+        """Wait for READY on both channels.  Raises OperatorError or PeerError with the device's own sentence."""
         for channel in (self._sync, self._async):
             channel.settimeout(START_TIMEOUT_S)
             try:
@@ -118,7 +118,7 @@ class DeviceProcess:
             kind = self._kind(packet)
             if kind == devmsg.ERROR:
                 number, text = self._error(packet)
-                raise HostError(text, number) if number else PeerError(self.title, text)
+                raise OperatorError(number, f"{self.title}: {text}") if number else PeerError(self.title, text)
             if kind != devmsg.READY:
                 raise PeerError(self.title, f"message {kind} instead of READY")
             self.features, self.config = self._ready(packet)

@@ -1,0 +1,45 @@
+"""Device processes: how long from being spawned to being ready, and how much memory each adds to the host.
+
+Alone, without a VM around them; in a VM they start beside one another, and before it needs them.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.table import Row
+from tests.support.fakedriver import Device
+
+ROUNDS = 15
+IMAGE_BYTES = 64 << 20
+
+
+def measure(directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
+    """Start each kind, again and again."""
+    image = directory / "image"
+    with image.open("wb") as file:
+        file.truncate(IMAGE_BYTES)
+    rows = []
+    for kind, queues, with_image in (("vioblk", 1, True), ("vioscsi", 3, True), ("viornd", 1, False)):
+        times, sizes = [], []
+        for _ in range(ROUNDS):
+            with opened(image if with_image else None) as resources, Device(kind, resources, queues=queues) as device:
+                device.start()
+                times.append(device.ready_ms)
+                sizes.append(device.pss_kib() / 1024)
+        rows += [Row(f"{kind}, spawned to ready", "ms", times), Row(f"{kind}, memory (pss)", "MiB", sizes)]
+    return rows
+
+
+@contextlib.contextmanager
+def opened(path: Path | None) -> Iterator[tuple[int, ...]]:
+    """Give the descriptors of a device's host resource."""
+    if path is None:
+        yield ()
+        return
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield (fd,)
+    finally:
+        os.close(fd)

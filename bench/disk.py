@@ -1,0 +1,192 @@
+"""Disks: how much a guest moves in a second, and what a request costs the host, against QEMU's virtio-blk-pci.
+
+The guest (`guests/blk`) is the same program on both sides and does what it is told on its serial line.  Both VMs
+run all the time; while one works, the other is asleep.  Each load runs twice: once the guest sleeps until an
+interrupt comes, as guests do; once it polls, which takes what interrupts cost on this host out of the comparison,
+and a processor away from what serves the disk.  The cost is that of the first: all processor time of all
+processes of that side, the guest's own included.
+
+Images lie in memory if the host has room there, and were written whole before: equally warm for both.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.qemu import PC, qemu
+from bench.table import Row
+from tests.support.console import Console
+from tests.support.daemon import Daemon
+from vmd.kvmapi.system import System
+
+SHARED_MEMORY = Path("/dev/shm")
+PAGE, MIB = 1 << 12, 1 << 20
+DISK_MIB = 256
+FORMATS = ("raw", "qcow2")
+ROUNDS = 7
+DEADLINE_S = 120.0  # a watchdog
+RESULT = re.compile(r"done (\d+) requests in (\d+) cycles")
+
+
+class Load(NamedTuple):
+    """What the guest is told, and how its rate is shown."""
+
+    what: str
+    command: str
+    bytes: int  # of one request
+    depth: int  # requests under way
+    requests: int
+    goal: float  # of the rate
+    piece: int = 0  # bytes that lie together in guest memory, if not all: a page cache is scattered over it
+
+    @property
+    def line(self) -> str:
+        """The command line for the guest."""
+        piece = self.piece or self.bytes
+        return f"{self.command} bytes={self.bytes} depth={self.depth} count={self.requests} piece={piece}"
+
+
+SEQUENTIAL, RANDOM = 1.0, 0.7
+LOADS = (
+    Load("sequential read, 1 MiB", "read", MIB, 4, 300, SEQUENTIAL),
+    Load("sequential write, 1 MiB", "write", MIB, 4, 300, SEQUENTIAL),
+    Load("sequential read, 1 MiB in pages", "read", 254 * PAGE, 4, 300, SEQUENTIAL, PAGE),
+    Load("random read, 4 KiB, depth 1", "randread", PAGE, 1, 2000, RANDOM),
+    Load("random read, 4 KiB, depth 32", "randread", PAGE, 32, 10000, RANDOM),
+    Load("random write, 4 KiB, depth 1", "randwrite", PAGE, 1, 2000, RANDOM),
+    Load("random write, 4 KiB, depth 32", "randwrite", PAGE, 32, 10000, RANDOM),
+)
+
+
+class Side:
+    """A running guest that takes commands, and the processes that are its VM."""
+
+    def __init__(self, console: Console, send: Callable[[bytes], object], pids: list[int]) -> None:
+        self.console = console
+        self.send = send
+        self.pids = pids
+        console.expect("ready", DEADLINE_S)
+
+    def run(self, line: str) -> tuple[float, float]:
+        """Have the guest do something; return TSC cycles and processor time in seconds, of one request."""
+        before = self.cpu_ns()
+        self.send(line.encode() + b"\n")
+        said = self.console.expect("ready", DEADLINE_S)
+        spent_ns = self.cpu_ns() - before
+        found = RESULT.search(said)
+        if found is None:
+            raise RuntimeError(f"{line}: the guest said {said!r}")
+        requests = int(found[1])
+        return int(found[2]) / requests, spent_ns / 1e9 / requests
+
+    def cpu_ns(self) -> int:
+        """Return how long all threads have run; utime and stime count in ticks, too coarse for this."""
+        total = 0
+        for pid in self.pids:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has just ended
+                    total += int((thread / "schedstat").read_text().split()[0])
+        return total
+
+
+def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
+    """Compare both formats."""
+    hertz = tsc_hertz()
+    rows = []
+    with roomy(directory) as place:
+        for image_format in FORMATS:
+            ours, theirs = make_images(place, image_format)
+            with vmd_side(directory, guest("blk"), ours, image_format) as vmd, \
+                    qemu_side(guest("blk"), theirs, image_format) as qemu:  # fmt: skip
+                for load in LOADS:
+                    rows += compare(load, image_format, vmd, qemu, hertz)
+            ours.unlink()
+            theirs.unlink()
+    return rows
+
+
+def compare(load: Load, image_format: str, vmd: Side, qemu: Side, hertz: float) -> list[Row]:
+    """Alternate both sides; one round before the first is not counted."""
+    rates: dict[Side, list[float]] = {vmd: [], qemu: []}
+    polled: dict[Side, list[float]] = {vmd: [], qemu: []}
+    costs: dict[Side, list[float]] = {vmd: [], qemu: []}
+    large = load.bytes > PAGE
+    scale = load.bytes / MIB if large else 1e-3
+    for counted in (False, *[True] * ROUNDS):
+        for side in (vmd, qemu):
+            cycles, seconds = side.run(load.line + " asleep")
+            cycles_polled, _ = side.run(load.line)
+            if counted:
+                rates[side].append(hertz / cycles * scale)
+                polled[side].append(hertz / cycles_polled * scale)
+                costs[side].append(seconds * 1e6)
+    what = f"{image_format}: {load.what}"
+    unit = "MiB/s" if large else "1000/s"
+    return [
+        Row(what, unit, rates[vmd], rates[qemu], load.goal, larger_is_better=True),
+        Row(f"{what}, polled", unit, polled[vmd], polled[qemu], load.goal, larger_is_better=True),
+        Row(f"{what}, cpu", "us", costs[vmd], costs[qemu]),
+    ]
+
+
+@contextlib.contextmanager
+def roomy(directory: Path) -> Iterator[Path]:
+    """Give a directory in memory if all images fit in there, else on disk."""
+    needed = 4 * DISK_MIB * MIB
+    with contextlib.ExitStack() as stack:
+        place = directory
+        if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * needed:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmd-bench-", dir=SHARED_MEMORY)))
+        yield place
+
+
+def make_images(place: Path, image_format: str) -> tuple[Path, Path]:
+    """Make two equal images without holes."""
+    first, second = place / f"ours.{image_format}", place / f"theirs.{image_format}"
+    flat = place / "flat"
+    with flat.open("wb") as file:
+        for _ in range(DISK_MIB):
+            file.write(os.urandom(MIB))
+    subprocess.run(["qemu-img", "convert", "-q", "-f", "raw", "-O", image_format, flat, first], check=True)
+    flat.unlink()
+    shutil.copyfile(first, second)
+    return first, second
+
+
+@contextlib.contextmanager
+def vmd_side(directory: Path, kernel: Path, image: Path, image_format: str) -> Iterator[Side]:
+    """Run the guest under a daemon of our own."""
+    boot, disk = f'boot "{kernel}" cmdline "bench"', f'disk "{image}" format {image_format}'
+    conf = f'vm "disk" {{\n disable\n memory 64M\n {boot}\n {disk}\n}}\n'
+    with Daemon(directory, conf) as vmd:
+        vmd.must("start", "disk")
+        with vmd.console("disk") as console:
+            pids = [pid for title, pid in vmd.processes().items() if title.startswith("vmd: vm/disk")]
+            yield Side(console, lambda data: os.write(console.fd, data), pids)
+        vmd.must("stop", "-fw", "disk")
+
+
+@contextlib.contextmanager
+def qemu_side(kernel: Path, image: Path, image_format: str) -> Iterator[Side]:
+    """Run the guest under QEMU."""
+    devices = (
+        "-drive", f"if=none,id=disk,format={image_format},cache=writeback,file={image}",
+        "-device", "virtio-blk-pci,drive=disk",
+    )  # fmt: skip
+    with qemu(kernel, "bench", machine=PC, devices=devices) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield Side(Console(process.stdout.fileno()), process.stdin.write, [process.pid])
+
+
+def tsc_hertz() -> float:
+    """Return the frequency of a guest's time stamp counter, which is the host's."""
+    fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    with System(fd) as system, system.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        return vcpu.get_tsc_khz() * 1e3

@@ -1,0 +1,371 @@
+"""A device process that lies, as its VM takes it (hostile-input 57); the other ends of its channels are the test's."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+
+from vmd.errors import OperatorError, PeerError
+from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.ipc import devmsg
+from vmd.ipc.loop import Loop
+from vmd.log import log
+from vmd.vm import devproc
+from vmd.vm.devproc import DeviceProcess
+from vmd.vm.slots import Slot
+
+CONFIG = bytes(60)
+READY = devmsg.READY_HEAD.pack(devmsg.READY, 0x1234, 60) + CONFIG
+DONE = devmsg.STATUS.pack(devmsg.RESET, 0)
+TITLE = "vm/test/vioblk0"
+
+
+class Child:
+    """A process that has ended with a status, or has not."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.killed = False
+
+    def reap(self, _timeout_s: float = 0) -> int | None:
+        """Return how it ended."""
+        return self.status
+
+    def kill(self) -> None:
+        """End it."""
+        self.killed = True
+        self.status = -9
+
+
+class Impostor:
+    """The device's side: two channels, and nothing behind them."""
+
+    def __init__(self) -> None:
+        self.child = Child()
+        self.channels: dict[int, socket.socket] = {}
+
+    def spawn(self, _title: str, *, channel: socket.socket, fds: Mapping[int, int], entry: str) -> Child:
+        """Take what a process would be given."""
+        assert entry == "vmd.devices.vioblk.main:main"
+        for number, fd in ((devmsg.FD_SYNC, channel.fileno()), (devmsg.FD_ASYNC, fds[devmsg.FD_ASYNC])):
+            self.channels[number] = socket.socket(fileno=os.dup(fd))
+        return self.child
+
+    @property
+    def sync(self) -> socket.socket:
+        """Where it is asked."""
+        return self.channels[devmsg.FD_SYNC]
+
+    @property
+    def informs(self) -> socket.socket:
+        """Where it informs."""
+        return self.channels[devmsg.FD_ASYNC]
+
+    def be_ready(self, first: bytes = READY, second: bytes = READY) -> None:
+        """Say so on both channels."""
+        self.sync.send(first)
+        self.informs.send(second)
+
+    def end(self, status: int) -> None:
+        """Be gone."""
+        self.child.status = status
+        for channel in self.channels.values():
+            channel.close()
+
+
+@pytest.fixture
+def impostor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Impostor]:
+    """What is spawned instead of a device process."""
+    made = Impostor()
+    monkeypatch.setattr(devproc, "spawn", made.spawn)
+    monkeypatch.setattr(devproc, "START_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(devmsg, "ANSWER_TIMEOUT_S", 0.05)
+    yield made
+    for channel in made.channels.values():
+        channel.close()
+
+
+@pytest.fixture
+def process(impostor: Impostor) -> Iterator[DeviceProcess]:
+    """The VM's side, told what it is."""
+    made = DeviceProcess("blk")
+    with GuestMemory.create([RegionSpec(gpa=0, size=4096, name="ram")]) as memory:
+        slot = Slot(kind="blk", index=0, number=1, fds=(memory.fd,), notes=(devmsg.RESOURCE_QCOW2,), names=("/a",))
+        made.begin("vm/test", slot, memory)
+    yield made
+    made._sync.close()
+    made._async.close()
+    for fd in (*made.kicks, *made.calls, made.resample, made.interrupts.fd):
+        os.close(fd)
+
+
+@pytest.fixture
+def running(impostor: Impostor, process: DeviceProcess) -> DeviceProcess:
+    """The VM's side of a device that was ready."""
+    impostor.be_ready()
+    process.wait_ready()
+    return process
+
+
+class Ears:
+    """An event loop that runs until the process has had enough of the device, or has heard all it said."""
+
+    def __init__(self, process: DeviceProcess) -> None:
+        self.loop = Loop()
+        self.channel = process._async.fileno()
+        self.failures: list[str] = []
+        self.resets: list[tuple[str, int]] = []
+        self.configs: list[bytes] = []
+        process.serve(
+            self.loop,
+            on_failed=self.fail,
+            on_needs_reset=lambda text, life: self.resets.append((text, life)),
+            on_config=self.configs.append,
+        )
+
+    def fail(self, text: str) -> None:
+        """Take it for failed."""
+        self.failures.append(text)
+        self.loop.stop()
+
+    def listen(self) -> None:
+        """Hear what there is."""
+        while not self.failures and devproc.readable(self.channel):
+            self.loop.call_from_thread(self.loop.stop)
+            self.loop.run()
+
+
+@pytest.fixture
+def ears(running: DeviceProcess) -> Iterator[Ears]:
+    """Whoever listens to the running device."""
+    made = Ears(running)
+    yield made
+    made.loop.close()
+
+
+# --- at the start -------------------------------------------------------------------------------------------------
+
+
+def test_start_says_what_the_device_is(impostor: Impostor, process: DeviceProcess) -> None:
+    """One packet, with memory and resources attached in their order."""
+    packet, fds, _, _ = socket.recv_fds(impostor.sync, devmsg.PACKET_MAX, 8)
+    head = devmsg.START_HEAD.unpack_from(packet)
+    at = devmsg.START_HEAD.size + devmsg.REGION.size
+
+    assert head == (devmsg.START, log.verbosity, 0, 0, 1, 1, 0, 1)
+    assert devmsg.RESOURCE.unpack_from(packet, at) == (devmsg.RESOURCE_QCOW2,)
+    assert packet[at + devmsg.RESOURCE.size :] == b"vm/test/vioblk0\0/a"
+    assert len(fds) == 2
+    assert process.name == "vioblk0"
+    for fd in fds:
+        os.close(fd)
+
+
+def test_ready_device(running: DeviceProcess) -> None:
+    """Features and configuration are what it says."""
+    assert (running.features, running.config) == (0x1234, CONFIG)
+
+
+NO_READY = {
+    "empty": b"",
+    "no-type": b"\2\0\0",
+    "short": READY[:15],
+    "too-little": READY[:-1],
+    "too-much": READY + b"\0",
+    "larger-than-its-place": devmsg.READY_HEAD.pack(devmsg.READY, 0, 105) + bytes(105),
+    "another": DONE,
+    "short-error": devmsg.ERROR_HEAD.pack(devmsg.ERROR, 5)[:7],
+}
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+@pytest.mark.parametrize("packet", NO_READY.values(), ids=NO_READY)
+def test_device_that_is_ready_in_a_way_of_its_own_57(
+    impostor: Impostor, process: DeviceProcess, packet: bytes, channel: int
+) -> None:
+    """Hostile input 57: on either channel; the VM does not start."""
+    impostor.be_ready(*((packet, READY), (READY, packet))[channel])
+
+    with pytest.raises(PeerError, match=TITLE):
+        process.wait_ready()
+
+
+def test_device_that_is_never_ready_57(process: DeviceProcess) -> None:
+    """Hostile input 57."""
+    with pytest.raises(PeerError, match="not ready after"):
+        process.wait_ready()
+
+
+@pytest.mark.parametrize(("status", "how"), [(1, "ended with status 1"), (-31, "was killed by SIGSYS")])
+def test_device_that_ends_instead_of_being_ready_57(
+    impostor: Impostor, process: DeviceProcess, status: int, how: str
+) -> None:
+    """Hostile input 57: the sentence says how."""
+    impostor.end(status)
+
+    with pytest.raises(PeerError, match=f"{TITLE}: {how} while it was starting"):
+        process.wait_ready()
+
+
+def test_device_that_cannot_start_says_why(impostor: Impostor, process: DeviceProcess) -> None:
+    """Its own sentence and errno, once."""
+    impostor.sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, 12) + b"map guest memory: Cannot allocate memory")
+
+    with pytest.raises(OperatorError, match=f"^{TITLE}: map guest memory: Cannot allocate memory$") as failed:
+        process.wait_ready()
+    assert failed.value.code == 12
+
+
+# --- questions ---------------------------------------------------------------------------------------------------
+
+QUESTIONS: dict[str, Callable[[DeviceProcess], object]] = {
+    "activate": lambda process: process.activate(0, [(256, True, 0, 0, 0, 0, 0)]),
+    "reset": lambda process: process.command(devmsg.RESET),
+    "config-write": lambda process: process.write_config(32, b"\0"),
+}
+BAD_ANSWERS = {
+    "no-type": b"\4",
+    "another": devmsg.STATUS.pack(devmsg.PAUSE, 0),
+    "unknown": devmsg.STATUS.pack(99, 0),
+    "short": devmsg.TYPE.pack(devmsg.RESET),
+    "long": DONE + bytes(4000),
+    "start": devmsg.TYPE.pack(devmsg.START),
+    "async": devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0),
+    "error": devmsg.ERROR_HEAD.pack(devmsg.ERROR, 5) + b"disk: lost",
+    "short-error": devmsg.TYPE.pack(devmsg.ERROR),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+@pytest.mark.parametrize("answer", BAD_ANSWERS.values(), ids=BAD_ANSWERS)
+def test_answer_that_is_none_57(
+    impostor: Impostor, running: DeviceProcess, question: Callable[[DeviceProcess], object], answer: bytes
+) -> None:
+    """Hostile input 57: PeerError, whatever comes back."""
+    impostor.sync.send(answer)
+
+    with pytest.raises(PeerError, match=TITLE):
+        question(running)
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_no_answer_57(running: DeviceProcess, question: Callable[[DeviceProcess], object]) -> None:
+    """Hostile input 57: a device that never answers is found out."""
+    with pytest.raises(PeerError, match="no answer"):
+        question(running)
+
+
+@pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
+def test_device_that_ends_instead_of_answering_57(
+    impostor: Impostor, running: DeviceProcess, question: Callable[[DeviceProcess], object]
+) -> None:
+    """Hostile input 57."""
+    impostor.end(1)
+
+    with pytest.raises(PeerError, match=TITLE):
+        question(running)
+
+
+def test_why_a_device_cannot_go_on_is_its_last_answer(impostor: Impostor, running: DeviceProcess) -> None:
+    """The sentence, not that it has ended."""
+    impostor.sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, 5) + b"/a: requests did not end in 9 s")
+
+    with pytest.raises(PeerError, match=f"^{TITLE}: /a: requests did not end in 9 s$"):
+        running.command(devmsg.RESET)
+
+
+# --- informing ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
+    """A broken ring, with the life of the device that it is about; a new configuration."""
+    impostor.informs.send(devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 3) + b"descriptor 9")
+    impostor.informs.send(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + b"\1" * 60)
+    ears.listen()
+
+    assert (ears.resets, ears.configs, ears.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
+
+
+BAD_NEWS = {
+    "no-type": b"\4\0",
+    "unknown": devmsg.TYPE.pack(0xFFFFFFFF),
+    "question": devmsg.TYPE.pack(devmsg.RESET),
+    "ready-again": READY,
+    "short-needs-reset": devmsg.TYPE.pack(devmsg.NEEDS_RESET),
+    "short-configuration": devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + bytes(59),
+    "large-configuration": devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 4000) + bytes(4000),
+    "error": devmsg.ERROR_HEAD.pack(devmsg.ERROR, 5) + b"\xff\0\n" * 300,
+    "short-error": devmsg.TYPE.pack(devmsg.ERROR),
+}
+
+
+@pytest.mark.parametrize("packet", BAD_NEWS.values(), ids=BAD_NEWS)
+def test_news_that_is_none_57(impostor: Impostor, ears: Ears, packet: bytes) -> None:
+    """Hostile input 57: the VM ends, with one sentence of a bounded length; nothing is heard after it."""
+    impostor.informs.send(packet)
+    impostor.informs.send(packet)
+    ears.listen()
+    ears.listen()
+
+    assert len(ears.failures) == 1
+    assert ears.failures[0].startswith(TITLE)
+    assert len(ears.failures[0]) < 600
+    assert (ears.resets, ears.configs) == ([], [])
+
+
+@pytest.mark.parametrize(("status", "how"), [(0, "ended with status 0"), (-31, "was killed by SIGSYS")])
+def test_device_that_ends_57(impostor: Impostor, ears: Ears, status: int, how: str) -> None:
+    """Hostile input 57: the VM cannot go on without it."""
+    impostor.end(status)
+    ears.listen()
+
+    assert ears.failures == [f"{TITLE}: {how}"]
+
+
+def test_device_that_never_stops_talking_57(impostor: Impostor, ears: Ears) -> None:
+    """Hostile input 57: one message at a time, so that the rest of the VM has its turn in between."""
+    impostor.informs.setblocking(False)
+    packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0) + b"x" * 4000
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        try:
+            while True:
+                impostor.informs.send(packet)
+        except BlockingIOError:
+            ears.loop.call_from_thread(turn if turns < 50 else ears.loop.stop)
+
+    ears.loop.call_from_thread(turn)
+    ears.loop.run()
+
+    assert turns == 50
+    assert len(ears.resets) >= 49
+    assert max(len(text) for text, _ in ears.resets) <= 200
+
+
+def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+    """Hostile input 57: nobody asked for any, so none arrives."""
+    before = os.listdir("/proc/self/fd")
+    for _ in range(20):
+        socket.send_fds(impostor.sync, [DONE], [0, 1, 2])
+        assert running.command(devmsg.RESET)
+        packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0)
+        socket.send_fds(impostor.informs, [packet], [0, 1, 2])
+    ears.listen()
+
+    assert len(ears.resets) == 20
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_device_that_does_not_listen_57(impostor: Impostor, running: DeviceProcess) -> None:
+    """Hostile input 57: informing it never blocks, and it is killed when it does not end."""
+    for _ in range(5000):
+        running.set_verbosity(1)
+    running.shut_down()
+    running.reap(0)
+
+    assert impostor.child.killed
+    assert running.status == -9
