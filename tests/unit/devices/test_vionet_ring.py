@@ -5,7 +5,7 @@ import random
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -24,6 +24,10 @@ from tests.support.fakedriver import (
     Desc,
     Ring,
 )
+from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
+from tests.support.packets import dhcp as dhcp_request
+from vmd.devices.vionet.interface import Interface
+from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import STOCK, Receiver
 from vmd.devices.vionet.tap import Tap
 from vmd.devices.vionet.transmit import FRAME_MAX, GSO_FRAME_MAX, Transmitter
@@ -38,6 +42,7 @@ Chains = list[tuple[Parts, bool]]
 SIZE = 16
 FEATURES = INDIRECT_DESC | EVENT_IDX
 TABLES = DATA - 0x4000
+LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
 PLACES = 1 << 20  # bytes from DATA on that chains lie in
 
 
@@ -277,6 +282,45 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends) -> None:
         close(worker)
         release(queue)
         del queue
+
+
+def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile input 20, 40: a guest that changes the source, or what DHCP has seen, between the look and the write."""
+    frame = any_frame(400)
+    request = dhcp_request(99)  # no type of which we know, in a packet with a wrong sum: not for us
+    request = request[:40] + b"\x12\x34" + request[42:]
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        worker.allowed = LLADDR
+        worker.answers = LocalNetwork(LOCAL, never, lambda _delay, _job: None)
+        write = os.writev
+
+        def change_and_write(fd: int, views: Sequence[bytes | memoryview]) -> int:
+            for place in (DATA, DATA + 4096):
+                memory.load(place + 12 + 6, HOST_LLADDR + b"\x08\x00")
+                memory.load(place + 12 + 14, bytes(40))
+            return write(fd, views)
+
+        monkeypatch.setattr(os, "writev", change_and_write)
+        for place, content in ((DATA, frame), (DATA + 4096, request)):
+            memory.load(place, bytes(12) + content)
+            ring.add([Desc(place, 12 + len(content))])
+            worker.serve(queue)
+            sent = ends.frames()[0][12:]
+            # Of a frame that only the lock looks at, the rest is the guest's own business.
+            assert sent[:14] == content[:14]
+            assert sent == content or content is frame
+        assert worker.packets == 2
+        close(worker)
+        release(queue)
+        del queue
+
+
+def never(_frame: bytes) -> None:
+    """Fail: nothing here is answered."""
+    raise AssertionError
 
 
 # --- receiving -----------------------------------------------------------------------------------------------------
