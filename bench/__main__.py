@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import devices, disk, serial, start
+from bench import devices, disk, network, serial, start
 from bench.table import Row, show
 from tests.support.guests import guest
 
-MEASUREMENTS = (start.measure, serial.measure, devices.measure, disk.measure)
+MEASUREMENTS = (start.measure, serial.measure, devices.measure, network.measure, disk.measure)
 
 
 def main() -> int:

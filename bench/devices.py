@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bench.table import Row
 from tests.support.fakedriver import Device
+from tests.support.netdriver import net_start
+from tests.support.network import Network, TapInterface
 
 ROUNDS = 15
 IMAGE_BYTES = 64 << 20
@@ -29,7 +31,14 @@ def measure(directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
                 times.append(device.ready_ms)
                 sizes.append(device.pss_kib() / 1024)
         rows += [Row(f"{kind}, spawned to ready", "ms", times), Row(f"{kind}, memory (pss)", "MiB", sizes)]
-    return rows
+    times, sizes = [], []
+    with Network() as network:
+        for _ in range(ROUNDS):
+            with TapInterface(network) as tap, Device("vionet", [tap.fd], queues=2, net=net_start()) as device:
+                device.start()
+                times.append(device.ready_ms)
+                sizes.append(device.pss_kib() / 1024)
+    return [*rows, Row("vionet, spawned to ready", "ms", times), Row("vionet, memory (pss)", "MiB", sizes)]
 
 
 @contextlib.contextmanager

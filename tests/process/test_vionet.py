@@ -1,35 +1,1601 @@
-"""scratch."""
-import itertools, os, random
+"""The real, confined network process on a real tap (hostile-input 1-3, 6, 11-26, 36-41, 43).
+
+Everything is in a network namespace of its own.
+"""
+
+import itertools
+import os
+import random
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
-from collections.abc import Iterator
-from tests.support.fakedriver import *
-from tests.support.netdriver import *
-from tests.support.netdriver import ALL
-from tests.support.network import Host, Network, TapInterface
+
+from tests.support.fakedriver import (
+    DATA,
+    DEADLINE_S,
+    EVENT_IDX,
+    EXTRA,
+    EXTRA_END,
+    INDIRECT,
+    INDIRECT_DESC,
+    KIB,
+    MIB,
+    MODERN,
+    NEXT,
+    RAM_END,
+    RING_BASE,
+    ROM,
+    WRITE,
+    Desc,
+    Device,
+    Ring,
+    chained,
+)
+from tests.support.netdriver import (
+    ALL,
+    GSO_NONE,
+    GSO_TCPV4,
+    GSO_TCPV6,
+    GUEST_TSO,
+    HEADER,
+    HOST_TSO,
+    MRG,
+    NEEDS_CSUM,
+    OFFLOADS,
+    RX,
+    RX_BASE,
+    SIZE,
+    TABLES,
+    TX,
+    NetDriver,
+    Nic,
+    net_start,
+)
+from tests.support.network import Host, Network, TapInterface, checksum
+from tests.support.packets import (
+    HOST_LLADDR,
+    LLADDR,
+    any_frame,
+    tcp4,
+    tcp6,
+)
+from vmd.ipc import devmsg
+from vmd.virtio import spec
 
 pytestmark = pytest.mark.root
 
+COMBINATIONS = [
+    sum(bits) for bits in itertools.product((0, MODERN), (0, MRG), (0, OFFLOADS), (0, EVENT_IDX), (0, INDIRECT_DESC))
+]
+MTU_MAX = 16384
+UP, DOWN = True, False
+
+Make = Callable[..., Nic]
+
+
+def start(network: Network, net: bytes = b"", *, mtu: int = 1500) -> Nic:
+    """Start a network process on a tap of its own."""
+    tap = TapInterface(network, f"tap{next(NUMBERS)}", mtu=mtu)
+    return Nic(tap, NetDriver(tap, net))
+
+
+NUMBERS = itertools.count()
+
+
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
-    with Network() as n: yield n
+    """Give a namespace."""
+    with Network() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(network: Network) -> Iterator[Nic]:
+    """Give a network process that all cases share: whoever breaks it breaks the next."""
+    nic = start(network, mtu=MTU_MAX)
+    yield nic
+    nic.close()
+
 
 @pytest.fixture
-def tap(network):
-    with TapInterface(network) as t: yield t
+def nic(shared: Nic) -> Nic:
+    """Give the shared process after a reset."""
+    shared.device.read_log()
+    shared.driver.renew()
+    shared.forget()
+    return shared
 
-def eth(n, seed=0, dst=b"\xff"*6):
-    return dst + LLADDR + b"\x88\xb5" + random.Random(seed).randbytes(n-14)
 
-COMBOS=[sum(c) for c in itertools.product((0,MODERN),(0,MRG),(0,OFFLOADS),(0,EVENT_IDX),(0,INDIRECT_DESC))]
-@pytest.mark.parametrize("features",COMBOS,ids=hex)
-def test_combo(tap,features):
-    d=NetDriver(tap,features=features)
-    with Host(tap) as host:
-        print(d.device.ready_ms, d.device.pss_kib())
-        for n in (14,60,1514):
-            d.send(eth(n,n)); assert host.receive()==eth(n,n)
-        d.post(3)
-        for n in (60,1514,60,300,61,62,63):
-            host.send(eth(n,n)); r=d.receive(); assert r.frame==eth(n,n), (r.header,len(r.frame))
-        print(d.counters())
-    d.close()
+@pytest.fixture
+def make(network: Network) -> Iterator[Make]:
+    """Give a factory of network processes that end with the test."""
+    made: list[Nic] = []
+
+    def nic(net: bytes = b"") -> Nic:
+        made.append(start(network, net))
+        return made[-1]
+
+    yield nic
+    for one in made:
+        one.close()
+
+
+# --- good frames ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", COMBINATIONS, ids=hex)
+def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
+    """Legacy and modern, and all that changes headers and rings."""
+    nic.driver.renew(features)
+    nic.driver.post(8)
+
+    for seed, length in enumerate((14, 15, 60, 61, 1513, 1514, 60, 200)):
+        nic.sends(any_frame(max(length, 18), seed)[:length])
+        received = nic.gets(any_frame(max(length, 18), seed, destination=LLADDR))
+        assert received.header[:10] == bytes(10)
+        assert received.header[10:] in (b"", b"\1\0")
+        assert received.buffers == 1
+
+
+@pytest.mark.parametrize("features", [MODERN, MODERN | INDIRECT_DESC, 0, ALL], ids=hex)
+@pytest.mark.parametrize("layout", ["one", "usual", "split-header", "bytes", "many"])
+def test_any_layout_for_sending_36(nic: Nic, features: int, layout: str) -> None:
+    """Hostile input 36: the header in a descriptor of its own, with the frame, or spread over several."""
+    nic.driver.renew(features)
+    header = nic.driver.header_bytes
+    frame = any_frame(600)
+    cuts = {
+        "one": (),
+        "usual": (header,),
+        "split-header": (1, 7, header + 3, header + 14, header + 300),
+        "bytes": tuple(range(1, header + 15)),
+        "many": tuple(range(header, header + 600, 21)),
+    }[layout]
+
+    nic.sends(frame, cuts)
+
+
+@pytest.mark.parametrize("features", [MODERN, MODERN | MRG | INDIRECT_DESC, 0, ALL], ids=hex)
+@pytest.mark.parametrize("sizes", [(12, 1514), (3, 4, 5, 6, 7, 2000), (1,) * 30 + (1600,), (700, 900), (1526,)])
+def test_any_layout_for_receiving(nic: Nic, features: int, sizes: tuple[int, ...]) -> None:
+    """The header wherever it falls, num_buffers with it."""
+    nic.driver.renew(features)
+    nic.driver.post(3, sizes)
+
+    for seed in range(7):
+        received = nic.gets(any_frame(1514 - seed, seed))
+        assert received.header[10:] in (b"", b"\1\0")
+
+
+@pytest.mark.parametrize("features", [MODERN, ALL, ALL & ~MRG, 0], ids=hex)
+def test_largest_frame_without_segmentation(nic: Nic, features: int) -> None:
+    """16384 bytes and an Ethernet header (*cat. 6.5*)."""
+    nic.driver.renew(features)
+    nic.driver.post(12, (MTU_MAX + 14 + 12,) if not features & MRG else (4096,))
+
+    nic.sends(any_frame(MTU_MAX + 14, 5))
+    received = nic.gets(any_frame(MTU_MAX + 14, 6))
+    assert received.buffers == (5 if features & MRG else 1)
+    assert nic.driver.counters()["tx_long"] == 0
+
+
+def test_memory_of_two_regions_16(nic: Nic) -> None:
+    """Hostile input 16: buffers may run on where memory touches."""
+    frame = any_frame(400)
+    nic.memory.load(EXTRA - 100, bytes(12) + frame[:88])
+    nic.memory.load(EXTRA, frame[88:])
+    nic.driver.give([Desc(EXTRA - 100, 412)])
+    assert nic.host.receive() == frame
+
+    nic.driver.rx.describe(0, [Desc(EXTRA - 50, 1600, WRITE)])
+    nic.driver.posted[0] = [Desc(EXTRA - 50, 1600, WRITE)]
+    nic.driver.rx.offer(0)
+    nic.gets(any_frame(400, 3))
+
+
+# --- unfinished frames ---------------------------------------------------------------------------------------------
+
+
+def gso(kind: int, payload: int = 60_000, size: int = 1448) -> tuple[bytes, bytes]:
+    """Return virtio header and frame of a large TCP segment."""
+    frame = (tcp4 if kind == GSO_TCPV4 else tcp6)(random.Random(payload).randbytes(payload))
+    headers = len(frame) - payload
+    return HEADER.pack(NEEDS_CSUM, kind, headers, size, headers - 20, 16), frame
+
+
+@pytest.mark.parametrize("features", [MODERN | HOST_TSO, HOST_TSO, ALL, ALL & ~MODERN], ids=hex)
+@pytest.mark.parametrize("kind", [GSO_TCPV4, GSO_TCPV6])
+def test_large_segment_is_sent_unsegmented(nic: Nic, features: int, kind: int) -> None:
+    """Up to 64 KiB, straight to the kernel, with what it has to know to finish it."""
+    nic.driver.renew(features)
+    with Host(nic.tap, unfinished=True) as host:
+        for payload in (3000, 60_000, 65_535 - 60):
+            header, frame = gso(kind, payload)
+            nic.driver.send(frame, header)
+            raw = host.receive()
+            assert raw[10:] == frame
+            assert raw[1] == kind
+            assert HEADER.unpack(raw[:10])[3:] == HEADER.unpack(header)[3:]
+
+
+def test_sum_of_a_frame_that_is_sent_is_finished_by_the_kernel(nic: Nic) -> None:
+    """VIRTIO_NET_HDR_F_NEEDS_CSUM."""
+    frame = tcp4(b"payload" * 20)
+    nic.driver.send(frame, HEADER.pack(NEEDS_CSUM, GSO_NONE, 54, 0, 34, 16))
+
+    # A packet socket sees it as it is in the kernel: with the sum still to be made.
+    assert nic.host.receive() == frame
+    assert nic.driver.counters()["tx_refused"] == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "sizes"),
+    [
+        pytest.param(MODERN | MRG | GUEST_TSO, (1526,), id="mergeable-1526"),
+        pytest.param(ALL, (4096,), id="mergeable-4096"),
+        pytest.param(ALL, (300, 700), id="mergeable-chains"),
+        pytest.param(MRG | GUEST_TSO, (2048,), id="legacy-mergeable"),
+        pytest.param(MODERN | GUEST_TSO, (65562,), id="big"),
+        pytest.param(MODERN | GUEST_TSO | INDIRECT_DESC, (12, *(4096,) * 17), id="big-pages"),
+        pytest.param(GUEST_TSO, (10, *(4096,) * 17), id="legacy-big-pages"),
+    ],
+)
+@pytest.mark.parametrize("kind", [GSO_TCPV4, GSO_TCPV6])
+def test_large_segment_is_received_unsegmented(nic: Nic, features: int, sizes: tuple[int, ...], kind: int) -> None:
+    """Over as many buffers as it takes, small frames between large ones; twice over, as reads grow and shrink."""
+    nic.driver.renew(features)
+    room = sum(sizes)
+    nic.driver.post(min(SIZE // (1 if features & INDIRECT_DESC else len(sizes)), 10 * MIB // room, SIZE), sizes)
+    with Host(nic.tap, unfinished=True) as host:
+        for payload in (60_000, 100, 2000, 65_000, 30_000, 65_000, *(700,) * 40, 65_000, 1):
+            header, frame = gso(kind, payload) if payload > 1448 else (bytes(10), any_frame(payload + 60, payload))
+            host.send(header + frame)
+            received = nic.driver.receive()
+            assert received.frame == frame
+            assert received.header[1] == (kind if payload > 1448 else GSO_NONE)
+            assert received.header[:10] == header or payload > 1448
+            if features & MRG:
+                assert received.buffers == -(-(len(frame) + nic.driver.header_bytes) // room)
+    assert nic.driver.counters()["rx_no_room"] == 0
+
+
+@pytest.mark.parametrize("features", [MODERN, MODERN | MRG, 0], ids=hex)
+@pytest.mark.parametrize("kind", [GSO_TCPV4, GSO_TCPV6])
+def test_kernel_segments_for_a_driver_that_cannot(nic: Nic, features: int, kind: int) -> None:
+    """And finishes sums; not a trace of offloads is left in headers."""
+    nic.driver.renew(features)
+    nic.driver.post(64)
+    header, frame = gso(kind, 20_000, 1400)
+    start_of_payload = len(frame) - 20_000
+    with Host(nic.tap, unfinished=True) as host:
+        host.send(header + frame)
+        content = b""
+        while len(content) < 20_000:
+            received = nic.driver.receive()
+            assert len(received.frame) <= 1514
+            assert received.header[:10] == bytes(10)
+            assert sum_of_tcp(received.frame, kind) == 0
+            content += received.frame[start_of_payload:]
+    assert content == frame[start_of_payload:]
+
+
+def sum_of_tcp(frame: bytes, kind: int) -> int:
+    """Return what a segment adds up to with its pseudo header: 0 if its sum is right."""
+    if kind == GSO_TCPV4:
+        segment = frame[34 : 14 + int.from_bytes(frame[16:18], "big")]
+        return checksum(frame[26:34] + struct.pack(">HH", 6, len(segment)) + segment)
+    segment = frame[54:]
+    return checksum(frame[22:54] + struct.pack(">II", len(segment), 6) + segment)
+
+
+def test_frame_in_the_tap_is_not_for_the_next_driver(nic: Nic) -> None:
+    """It may be of a size that only the last one knew."""
+    nic.driver.renew(ALL)
+    with Host(nic.tap, unfinished=True) as host:
+        for _ in range(20):
+            host.send(b"".join(gso(GSO_TCPV4)))
+    nic.driver.renew(MODERN)
+    nic.driver.post(4)
+
+    assert nic.gets(any_frame(100, 9)).header == bytes(10) + b"\1\0"
+
+
+# --- what a driver sees ----------------------------------------------------------------------------------------------
+
+
+def test_features_and_configuration(make: Make) -> None:
+    """MAC, status, one pair of queues; an MTU when there is one to be told."""
+    plain, with_mtu = make(), make(net_start(mtu=9000))
+    bits = [
+        spec.VIRTIO_NET_F_MAC, spec.VIRTIO_NET_F_STATUS, spec.VIRTIO_NET_F_MRG_RXBUF, spec.VIRTIO_NET_F_CSUM,
+        spec.VIRTIO_NET_F_GUEST_CSUM, spec.VIRTIO_NET_F_HOST_TSO4, spec.VIRTIO_NET_F_HOST_TSO6,
+        spec.VIRTIO_NET_F_HOST_ECN, spec.VIRTIO_NET_F_GUEST_TSO4, spec.VIRTIO_NET_F_GUEST_TSO6,
+        spec.VIRTIO_NET_F_GUEST_ECN,
+    ]  # fmt: skip
+
+    assert plain.device.features & 0xFFFFFF == sum(1 << bit for bit in bits)
+    assert with_mtu.device.features & 0xFFFFFF == plain.device.features & 0xFFFFFF | 1 << spec.VIRTIO_NET_F_MTU
+    assert plain.device.config == struct.pack("<6sHHH", LLADDR, 1, 1, 0)
+    assert with_mtu.device.config == struct.pack("<6sHHH", LLADDR, 1, 1, 9000)
+
+
+def test_configuration_cannot_be_written(nic: Nic) -> None:
+    """Legacy drivers try it with the address."""
+    before = nic.device.config
+    write = devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, 0, 6) + b"abcdef"
+
+    assert nic.device.ask(write)[devmsg.READY_HEAD.size :] == before
+    assert nic.works()
+
+
+def test_process_is_small_and_starts_soon(make: Make) -> None:
+    """The figures are shown, not judged."""
+    device = make().device
+
+    print(f"vionet: ready {device.ready_ms:.1f} ms after spawn, PSS {device.pss_kib() / 1024:.1f} MiB")
+    assert device.pss_kib() > 0
+
+
+def test_counters_count(make: Make) -> None:
+    """Frames and bytes each way, without virtio's headers."""
+    nic = make()
+    nic.driver.post(4)
+    nic.sends(any_frame(100))
+    nic.sends(any_frame(200))
+    nic.gets(any_frame(300))
+
+    counters = nic.driver.counters()
+    assert {name: value for name, value in counters.items() if value} == {
+        "tx_packets": 2, "tx_bytes": 300, "rx_packets": 1, "rx_bytes": 300,
+    }  # fmt: skip
+
+
+# --- hostile: the set-up ---------------------------------------------------------------------------------------------
+
+
+def row(**changed: int) -> bytes:
+    """Return a queue as ACTIVATE has it, with one thing wrong."""
+    fields = {"size": SIZE, "enabled": 1, "desc": 0x40000, "avail": 0x50000, "used": 0x60000} | changed
+    size, enabled, *places = fields.values()
+    return devmsg.QUEUE.pack(size, enabled, 0, *places, 0, 0)
+
+
+both_queues = pytest.mark.parametrize("queue", [RX, TX], ids=["rx", "tx"])
+
+
+@both_queues
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param({"size": 0}, id="1-size-0"),
+        pytest.param({"size": 100}, id="1-size-100"),
+        pytest.param({"size": 0xFFFF}, id="1-size-65535"),
+        pytest.param({"desc": RING_BASE + 8}, id="2-unaligned"),
+        pytest.param({"avail": 3 * RAM_END}, id="2-beyond-ram"),
+        pytest.param({"used": EXTRA_END - 64}, id="2-straddling-the-end"),
+        pytest.param({"desc": (1 << 64) - 16}, id="2-wrapping"),
+        pytest.param({"used": ROM}, id="25-read-only"),
+    ],
+)
+def test_unusable_ring(nic: Nic, queue: int, bad: dict[str, int]) -> None:
+    """Hostile input 1, 2, 25: the answer says so, and nothing else happens."""
+    nic.device.command(devmsg.RESET)
+    rows = [row(), row()]
+    rows[queue] = row(**bad)
+
+    assert nic.device.activate_rows(ALL, *rows) == 1
+    for number in (RX, TX):
+        nic.device.kick(number)
+    assert nic.works()
+
+
+def test_overlapping_rings_3(nic: Nic) -> None:
+    """Hostile input 3: all six parts in one place; the guest harms itself."""
+    nic.device.command(devmsg.RESET)
+    nic.memory.load(RING_BASE, bytes(64 * KIB))
+    nic.memory.load(RING_BASE + 2, struct.pack("<H", 200))
+    same = row(desc=RING_BASE, avail=RING_BASE, used=RING_BASE)
+
+    assert nic.device.activate_rows(ALL, same, same) == 0
+    for number in (RX, TX):
+        nic.device.kick(number)
+    nic.host.send(any_frame(100))
+    nic.device.command(devmsg.PAUSE)
+    nic.device.command(devmsg.RESET)
+    drain_informs(nic.device)
+    assert nic.works()
+
+
+def drain_informs(device: Device) -> None:
+    """Take what waits on the async channel."""
+    while select.select([device.informs], [], [], 0)[0]:
+        device.informs.recv(4096)
+
+
+def test_notification_of_a_queue_without_ring_6(nic: Nic) -> None:
+    """Hostile input 6: before DRIVER_OK, for a disabled queue, for the only one that there is."""
+    nic.device.command(devmsg.RESET)
+    for number in (RX, TX):
+        nic.device.kick(number)
+    nic.device.command(devmsg.PAUSE)
+    nic.device.command(devmsg.RESUME)
+    for rows in ([row(enabled=0, desc=3), row()], [row(), row(enabled=0, desc=3)], [row()], []):
+        assert nic.device.activate_rows(ALL, *rows) == 0
+        for number in (RX, TX):
+            nic.device.kick(number)
+        nic.host.send(any_frame(100))
+        nic.device.command(devmsg.PAUSE)
+        nic.device.command(devmsg.RESUME)
+        assert asleep(nic.device)
+    assert nic.works()
+
+
+# --- hostile: rings --------------------------------------------------------------------------------------------------
+
+GOOD = {RX: Desc(RX_BASE, 2048, WRITE), TX: Desc(DATA, 100)}
+BAD_FOR_BOTH = {
+    "13-next": [Desc(DATA, 16, NEXT, SIZE)],
+    "14-self-loop": [Desc(DATA, 16, NEXT, 0)],
+    "14-loop": [Desc(DATA, 16, NEXT, 1), Desc(DATA, 16, NEXT, 0)],
+    "16-nowhere": [Desc(RAM_END * 4, 1600)],
+    "16-last-byte-of-all": [Desc((1 << 64) - 1, 1600)],
+    "16-across-the-end": [Desc(EXTRA_END - 8, 1600)],
+    "16-no-length": [Desc(DATA, 0)],
+    "17-more-than-4-gib": [Desc(DATA, 0xFFFFFFFF, NEXT, 1), Desc(DATA, 0xFFFFFFFF)],
+    "19-empty": [Desc(TABLES, 0, INDIRECT)],
+    "19-no-multiple-of-16": [Desc(TABLES, 24, INDIRECT)],
+    "19-outside": [Desc(EXTRA_END - 16, 48, INDIRECT)],
+    "19-and-next": [Desc(TABLES, 16, INDIRECT | NEXT, 1), Desc(DATA, 100)],
+}
+
+
+def asleep(device: Device) -> bool:
+    """Return whether all threads of the process wait for something, and go on waiting."""
+    threads = [entry / "stat" for entry in Path(f"/proc/{device.child.pid}/task").iterdir()]
+    deadline_s = time.monotonic() + DEADLINE_S
+    calm = 0
+    while calm < 50:
+        states = {path.read_text().rpartition(")")[2].split()[0] for path in threads}
+        calm = calm + 1 if states == {"S"} else 0
+        device.ask(devmsg.TYPE.pack(devmsg.EXPORT))  # as good a clock as any
+        if time.monotonic() > deadline_s:
+            return False
+    return True
+
+
+@both_queues
+@pytest.mark.parametrize("parts", BAD_FOR_BOTH.values(), ids=BAD_FOR_BOTH)
+def test_broken_chain_asks_for_a_reset(nic: Nic, queue: int, parts: list[Desc]) -> None:
+    """Hostile input 13, 14, 16, 17, 19; the number is in the case's name."""
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    writable = WRITE if queue == RX else 0
+    ring.describe(0, [part if part.flags & INDIRECT else part._replace(flags=part.flags | writable) for part in parts])
+    ring.offer(0)
+    nic.device.kick(queue)
+
+    assert nic.device.needs_reset()
+    for number in (RX, TX):
+        nic.device.kick(number)
+    nic.device.command(devmsg.PAUSE)
+    nic.device.command(devmsg.RESUME)
+    assert ring.reap() == []
+    assert asleep(nic.device)
+    assert nic.works()
+
+
+@both_queues
+def test_broken_ring_stops_both_queues(nic: Nic, queue: int) -> None:
+    """Until the driver resets, the device does nothing."""
+    assert asleep(nic.device)
+    nic.driver.post(4, kick=False)  # so that all of it is looked at together
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    ring.offer(SIZE)
+    nic.device.kick(queue)
+    assert "outside" in nic.device.needs_reset()
+
+    nic.driver.submit(any_frame(60))
+    nic.device.kick(TX)
+    nic.host.send(any_frame(60))
+    nic.device.command(devmsg.PAUSE)
+    nic.device.command(devmsg.RESUME)
+    assert asleep(nic.device)
+    assert nic.driver.rx.reap() == nic.driver.tx.reap() == []
+    assert nic.no_frame()
+    assert nic.works()
+
+
+@pytest.mark.parametrize(
+    ("queue", "parts"),
+    [
+        pytest.param(RX, [Desc(DATA, 2048)], id="18-rx-for-reading"),
+        pytest.param(RX, [Desc(DATA, 12, NEXT, 1), Desc(DATA, 2048, WRITE)], id="18-rx-partly-for-reading"),
+        pytest.param(RX, [Desc(DATA, 12, NEXT | WRITE, 1), Desc(DATA, 2048)], id="18-rx-order"),
+        pytest.param(TX, [Desc(DATA, 100, WRITE)], id="18-tx-for-writing"),
+        pytest.param(TX, [Desc(DATA, 100, NEXT, 1), Desc(DATA, 100, WRITE)], id="18-tx-partly-for-writing"),
+        pytest.param(RX, [Desc(ROM, 2048, WRITE)], id="16-rx-read-only"),
+        pytest.param(TX, [Desc(DATA, 11)], id="36-header-of-11"),
+        pytest.param(TX, [Desc(DATA, 5, NEXT, 1), Desc(DATA, 6)], id="36-header-of-5-and-6"),
+        pytest.param(RX, [Desc(DATA, 11, WRITE)], id="38-room-of-11"),
+        pytest.param(RX, [Desc(DATA, 1, WRITE)], id="38-room-of-1"),
+    ],
+)
+def test_chain_for_the_other_direction_asks_for_a_reset(nic: Nic, queue: int, parts: list[Desc]) -> None:
+    """Hostile input 16, 18, 36, 38: direction, header and least room."""
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    ring.describe(0, parts)
+    ring.offer(0)
+    nic.device.kick(queue)
+
+    assert nic.device.needs_reset()
+    assert nic.works()
+
+
+def test_buffer_without_room_for_any_frame_38(nic: Nic) -> None:
+    """Hostile input 38: without mergeable buffers each must have room for an Ethernet header."""
+    nic.driver.renew(MODERN)
+    nic.driver.post(1, (12 + 13,))
+    assert "too small" in nic.device.needs_reset()
+    nic.driver.renew(MODERN)
+    nic.driver.post(1, (12 + 14,))
+    nic.host.send(any_frame(60))
+    assert nic.driver.counter("rx_no_room", 1)
+    assert nic.works()
+
+
+@both_queues
+def test_nested_indirect_table_19(nic: Nic, queue: int) -> None:
+    """Hostile input 19: the inner table would be right."""
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    inner = GOOD[queue]
+    nic.memory.load(TABLES + 256, struct.pack("<QIHH", *inner))
+    nic.memory.load(TABLES, struct.pack("<QIHH", TABLES + 256, 16, INDIRECT, 0))
+    ring.add([Desc(TABLES, 16, INDIRECT)])
+    nic.device.kick(queue)
+
+    assert "indirect" in nic.device.needs_reset()
+    assert nic.works()
+
+
+@both_queues
+def test_indirect_table_in_the_descriptor_table_19(nic: Nic, queue: int) -> None:
+    """Hostile input 19: it is its own entry."""
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    ring.describe(0, [Desc(ring.desc, 16, INDIRECT)])
+    ring.offer(0)
+    nic.device.kick(queue)
+
+    assert "indirect" in nic.device.needs_reset()
+    assert nic.works()
+
+
+@both_queues
+def test_indirect_descriptor_not_negotiated_19(nic: Nic, queue: int) -> None:
+    """Hostile input 19."""
+    nic.driver.renew(ALL & ~INDIRECT_DESC)
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    ring.add_indirect([GOOD[queue]], TABLES)
+    nic.device.kick(queue)
+
+    assert "indirect" in nic.device.needs_reset()
+    assert nic.works()
+
+
+@both_queues
+@pytest.mark.parametrize("ahead", [SIZE + 1, 0x7FFF, 0xFFFF])
+def test_available_index_jumps_11(nic: Nic, queue: int, ahead: int) -> None:
+    """Hostile input 11."""
+    (nic.driver.rx, nic.driver.tx)[queue].set_avail_idx(ahead)
+    nic.device.kick(queue)
+
+    assert "ahead" in nic.device.needs_reset()
+    assert nic.works()
+
+
+@both_queues
+def test_head_outside_the_table_12(nic: Nic, queue: int) -> None:
+    """Hostile input 12, behind a good chain: that one is given back."""
+    ring = (nic.driver.rx, nic.driver.tx)[queue]
+    ring.describe(0, [GOOD[queue]])
+    ring.offer(0)
+    ring.offer(0xFFFF)
+    nic.device.kick(queue)
+
+    assert "outside" in nic.device.needs_reset()
+    assert ring.reap() == ([(0, 0)] if queue == TX else [])
+    assert nic.works()
+
+
+def test_same_head_again_and_again_15(nic: Nic) -> None:
+    """Hostile input 15: it is served as often as it is offered."""
+    frame = any_frame(88)
+    nic.memory.load(DATA, bytes(12) + frame)
+    nic.driver.tx.describe(0, [Desc(DATA, 100)])
+    for _ in range(SIZE):
+        nic.driver.tx.offer(0)
+    assert nic.device.collect(nic.driver.tx, SIZE, TX) == [(0, 0)] * SIZE
+    assert nic.host.receive_all(SIZE) == [frame] * SIZE
+
+    nic.driver.rx.describe(0, [Desc(RX_BASE, 2048, WRITE)])
+    nic.driver.posted[0] = [Desc(RX_BASE, 2048, WRITE)]
+    for _ in range(SIZE):
+        nic.driver.rx.offer(0)
+    for number in range(10):
+        nic.gets(any_frame(60, number))
+    assert nic.works()
+
+
+def test_descriptors_that_change_all_the_time_20(nic: Nic) -> None:
+    """Hostile input 20: what was checked is what is used; the process outlives all it can be shown."""
+    rows = [
+        struct.pack("<QIHH", *part)
+        for part in (
+            Desc(DATA, 100), Desc(RAM_END * 9, 100), Desc(DATA, 0xFFFFFFFF, NEXT, 1), Desc(DATA, 60, NEXT, 1),
+            Desc(TABLES, 32, INDIRECT), Desc(DATA, 100, WRITE),
+        )
+    ]  # fmt: skip
+    table = nic.memory.memory
+    choice = random.Random(20)
+    for _ in range(60):
+        nic.driver.renew()
+        nic.driver.tx.describe(0, [Desc(DATA, 100), Desc(DATA, 100)])
+        nic.driver.rx.describe(0, [Desc(RX_BASE, 2048, WRITE), Desc(RX_BASE, 2048, WRITE)])
+        for ring, queue in ((nic.driver.tx, TX), (nic.driver.rx, RX)):
+            for _ in range(SIZE):
+                ring.offer(0)
+            nic.device.kick(queue)
+        for _ in range(300):
+            for ring in (nic.driver.tx, nic.driver.rx):
+                table[ring.desc : ring.desc + 16] = choice.choice(rows)
+                table[ring.desc + 16 : ring.desc + 32] = choice.choice(rows)
+        nic.host.try_send(any_frame(60))
+    nic.device.command(devmsg.RESET)
+    drain_informs(nic.device)
+    assert nic.works()
+
+
+@pytest.mark.parametrize("event", [0, 1, 255, 0x7FFF, 0x8000, 0xFFFF])
+def test_absurd_event_index_21(nic: Nic, event: int) -> None:
+    """Hostile input 21: interrupts come or not; frames do."""
+    nic.driver.post(16)
+    for ring in (nic.driver.tx, nic.driver.rx):
+        ring.set_used_event(event)
+    for number in range(20):
+        nic.driver.submit(any_frame(60, number))
+    nic.device.kick(TX)
+    assert nic.host.receive_all(20) == [any_frame(60, number) for number in range(20)]
+    nic.host.send(any_frame(99))
+    assert nic.driver.counter("rx_packets", 1)
+    assert nic.works()
+
+
+def test_frames_into_rings_23(nic: Nic) -> None:
+    """Hostile input 23: receive buffers on both queues' own rings; whatever comes of it, the process is there."""
+    for target in (nic.driver.rx.desc, nic.driver.rx.avail, nic.driver.rx.used, nic.driver.tx.desc, nic.driver.tx.used):
+        nic.driver.renew()
+        nic.driver.rx.describe(0, [Desc(target & ~15, 1600, WRITE)])
+        for _ in range(4):
+            nic.driver.rx.offer(0)
+        nic.device.kick(RX)
+        for number in range(8):
+            nic.host.send(b"\xff" * 12 + random.Random(number).randbytes(1400))
+        for number in (RX, TX):
+            nic.device.kick(number)
+        nic.device.command(devmsg.PAUSE)
+        nic.device.command(devmsg.RESUME)
+        nic.device.command(devmsg.RESET)
+        drain_informs(nic.device)
+    assert nic.works()
+
+
+def test_transmit_buffer_on_rings_23(nic: Nic) -> None:
+    """Hostile input 23: to send a ring is no harm."""
+    nic.driver.tx.describe(0, [Desc(nic.driver.tx.desc, 700)])
+    nic.driver.tx.offer(0)
+    assert nic.device.collect(nic.driver.tx, 1, TX) == [(0, 0)]
+    assert nic.works()
+
+
+def test_ring_full_of_single_bytes_24(nic: Nic) -> None:
+    """Hostile input 24: a frame of as many descriptors as there are, and questions are answered meanwhile."""
+    nic.driver.renew(ALL & ~INDIRECT_DESC)
+    frame = any_frame(SIZE - 12)
+    nic.driver.tx.describe(0, chained([Desc(DATA + 7 * n, 1) for n in range(SIZE)]))
+    for number, byte in enumerate(bytes(12) + frame):
+        nic.memory.load(DATA + 7 * number, bytes((byte,)))
+    for _ in range(SIZE):
+        nic.driver.tx.offer(0)
+    nic.device.kick(TX)
+    nic.device.command(devmsg.PAUSE)
+    nic.device.command(devmsg.RESUME)
+    assert nic.device.collect(nic.driver.tx, SIZE, TX) == [(0, 0)] * SIZE
+    assert nic.host.receive_all(SIZE) == [frame] * SIZE
+    assert nic.works()
+
+
+@pytest.mark.parametrize("parts", [1000, 1023, 1024])
+def test_frame_in_more_pieces_than_the_kernel_takes(nic: Nic, parts: int) -> None:
+    """An indirect table may be longer than an iovec."""
+    frame = any_frame(parts - 12)
+    nic.memory.load(DATA, bytes(12) + frame)
+    raw = b"".join(struct.pack("<QIHH", *part) for part in chained([Desc(DATA + n, 1) for n in range(parts)]))
+    nic.memory.load(2 * MIB, raw)
+    nic.driver.give([Desc(2 * MIB, len(raw), INDIRECT)])
+
+    assert nic.host.receive() == frame
+
+    nic.driver.renew(ALL & ~MRG)
+    nic.driver.rx.add([Desc(2 * MIB, len(raw), INDIRECT)])
+    table = [part._replace(flags=part.flags | WRITE) for part in chained([Desc(DATA + n, 2) for n in range(parts)])]
+    nic.memory.load(2 * MIB, b"".join(struct.pack("<QIHH", *part) for part in table))
+    nic.device.kick(RX)
+    nic.host.send(any_frame(500))
+    assert nic.driver.counter("rx_packets", 1)
+    assert nic.works()
+
+
+@both_queues
+def test_state_from_a_stream_26(nic: Nic, queue: int) -> None:
+    """Hostile input 26: indices that have nothing to do with the ring."""
+    nic.device.command(devmsg.RESET)
+    rings = [Ring(nic.memory, SIZE, 0x40000), Ring(nic.memory, SIZE, 0x60000)]
+    rows = [ring.row() for ring in rings]
+    rows[queue] = rings[queue].row(next_avail=5000, next_used=9)
+
+    assert nic.device.activate_rows(ALL, *rows) == 0
+    assert "ahead" in nic.device.needs_reset()
+    assert nic.works()
+
+
+# --- hostile: frames -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 13])
+def test_frame_that_is_too_short_36(nic: Nic, length: int) -> None:
+    """Hostile input 36: it is dropped, and its buffer given back."""
+    before = nic.driver.counters()["tx_short"]
+    nic.driver.send(any_frame(60)[:length], cuts=() if not length else None)
+
+    assert nic.driver.counters()["tx_short"] == before + 1
+    assert nic.no_frame()
+    assert nic.works()
+
+
+@pytest.mark.parametrize(
+    ("length", "kind"), [(MTU_MAX + 15, GSO_NONE), (65_000, GSO_NONE), (65_551, GSO_TCPV4), (90_000, GSO_TCPV4)]
+)
+def test_frame_that_is_too_long_36(nic: Nic, length: int, kind: int) -> None:
+    """Hostile input 36: it is dropped, and its buffer given back."""
+    before = nic.driver.counters()["tx_long"]
+    nic.driver.send(any_frame(length), HEADER.pack(0, kind, 54, 1448, 0, 0))
+
+    assert nic.driver.counters()["tx_long"] == before + 1
+    assert nic.no_frame()
+    assert nic.works()
+
+
+def test_frame_of_4_gib_36(nic: Nic) -> None:
+    """Hostile input 36, 17: every descriptor is right, and nothing is copied."""
+    before = nic.driver.counters()["tx_long"]
+    parts = [Desc(0, RAM_END)] * 255
+    nic.driver.tx.describe(0, chained(parts))
+    nic.driver.tx.offer(0)
+
+    assert nic.device.collect(nic.driver.tx, 1, TX) == [(0, 0)]
+    assert nic.driver.counters()["tx_long"] == before + 1
+    assert nic.works()
+
+
+BAD_HEADERS = {
+    "unknown-gso": HEADER.pack(0, 77, 54, 1448, 34, 16),
+    "gso-of-size-0": HEADER.pack(NEEDS_CSUM, GSO_TCPV4, 54, 0, 34, 16),
+    "sum-behind-the-frame": HEADER.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 2000, 16),
+    "sum-across-the-end": HEADER.pack(NEEDS_CSUM, GSO_NONE, 0, 0, 200, 0xFFF0),
+    "header-behind-the-frame": HEADER.pack(0, GSO_TCPV4, 0xFFFF, 1448, 0, 0),
+    "all-ones": b"\xff" * 12,
+}
+
+
+@pytest.mark.parametrize("header", BAD_HEADERS.values(), ids=BAD_HEADERS)
+def test_header_that_does_not_fit_the_frame_37(nic: Nic, header: bytes) -> None:
+    """Hostile input 37: the kernel refuses it; it is dropped, and the next one is sent."""
+    before = nic.driver.counters()["tx_refused"]
+    nic.driver.send(tcp4(bytes(150)), header)
+
+    assert nic.driver.counters()["tx_refused"] == before + 1
+    assert nic.no_frame()
+    nic.sends(any_frame(60))
+
+
+def test_headers_of_noise_37(nic: Nic) -> None:
+    """Hostile input 37: sent or refused, each comes back."""
+    choice = random.Random(37)
+    before = nic.driver.counters()
+    for _ in range(500):
+        header = bytes(choice.choice((0, 1, 2, 3, 4, 5, 255)) for _ in range(2)) + choice.randbytes(10)
+        nic.driver.send(tcp4(bytes(choice.randrange(3000))), header)
+    after = nic.driver.counters()
+    sent, refused = (after[name] - before[name] for name in ("tx_packets", "tx_refused"))
+    assert sent + refused == 500
+    assert refused
+    nic.forget()
+    assert nic.works()
+
+
+def test_log_does_not_fill_39(make: Make) -> None:
+    """Hostile input 39: a thousand refused frames are a few lines."""
+    nic = make()
+    for _ in range(1000):
+        nic.driver.submit(any_frame(100), BAD_HEADERS["unknown-gso"])
+        assert len(nic.device.collect(nic.driver.tx, 1, TX)) == 1
+
+    assert nic.driver.counters()["tx_refused"] == 1000
+    assert 1 <= nic.device.read_log().count("\n") <= 6
+
+
+@pytest.mark.parametrize("features", [MODERN, MODERN | MRG, MODERN | MRG | EVENT_IDX], ids=hex)
+def test_flood_without_buffers_38(nic: Nic, features: int) -> None:
+    """Hostile input 38: frames stay in the tap, nobody runs in circles, and the oldest are there when buffers come."""
+    nic.driver.renew(features)
+    sent = 0
+    while nic.host.try_send(any_frame(60, sent)):
+        sent += 1
+    assert sent > 400
+    assert asleep(nic.device)
+    nic.driver.post(8)
+
+    assert [nic.driver.receive().frame for _ in range(400)] == [any_frame(60, number) for number in range(400)]
+    assert nic.works()
+
+
+def test_flood_with_few_buffers_38(nic: Nic) -> None:
+    """Hostile input 38: two buffers at a time, a notification only when the device asks for one."""
+    nic.driver.renew(MODERN | MRG)
+    for number in range(400):
+        nic.host.send(any_frame(60, number))
+    nic.driver.post(2)
+    assert [nic.driver.receive().frame for _ in range(400)] == [any_frame(60, number) for number in range(400)]
+
+
+def test_large_frame_waits_for_buffers_38(nic: Nic) -> None:
+    """Hostile input 38: buffers that come in the middle of a frame."""
+    nic.driver.renew(ALL)
+    header, frame = gso(GSO_TCPV4, 60_000)
+    with Host(nic.tap, unfinished=True) as host:
+        nic.driver.post(10, (2048,))
+        host.send(header + frame)
+        host.send(bytes(10) + any_frame(80, 7))
+        assert asleep(nic.device)
+        assert nic.driver.rx.device_idx == 0
+
+        # The ten are still the driver's first; further ones follow.
+        place = RX_BASE + 10 * 2048
+        for number in range(10, 40):
+            part = Desc(place, 2048, WRITE)
+            place += 2048
+            nic.driver.rx.describe(number, [part])
+            nic.driver.posted[number] = [part]
+            nic.driver.rx.offer(number)
+        nic.device.kick(RX)
+        assert nic.driver.receive().frame == frame
+        assert nic.driver.receive().frame == any_frame(80, 7)
+
+
+@pytest.mark.parametrize(
+    ("features", "count", "sizes"),
+    [
+        pytest.param(ALL, SIZE, (200,), id="all-buffers-together"),
+        pytest.param(MODERN | GUEST_TSO, 4, (2048,), id="one-buffer"),
+        pytest.param(ALL, 3, (2048,), id="driver-has-no-more"),
+    ],
+)
+def test_frame_for_which_there_is_no_room_38(
+    nic: Nic, features: int, count: int, sizes: tuple[int, ...]
+) -> None:
+    """Hostile input 38: it is dropped whole, soon or late, and what comes behind it arrives."""
+    nic.driver.renew(features)
+    before = nic.driver.counters()["rx_no_room"]
+    nic.driver.post(count, sizes)
+    with Host(nic.tap, unfinished=True) as host:
+        host.send(b"".join(gso(GSO_TCPV4, 60_000)))
+        host.send(bytes(10) + any_frame(80, 7))
+
+        assert nic.driver.receive().frame == any_frame(80, 7)
+    assert nic.driver.counters()["rx_no_room"] == before + 1
+    assert nic.works()
+
+
+def test_no_control_queue_41(nic: Nic) -> None:
+    """Hostile input 41: what is not offered cannot be abused; a third queue ends a VM that claims it."""
+    assert not nic.device.features >> 17 & 1
+    nic.device.kick(TX)
+    assert nic.works()
+
+
+# --- hostile: the tap ------------------------------------------------------------------------------------------------
+
+
+def test_tap_that_is_taken_down_and_up(make: Make) -> None:
+    """The guest sees its link go and come; frames sent meanwhile are dropped, and their buffers given back."""
+    nic = make()
+    nic.tap.set("down")
+    for _ in range(50):
+        nic.driver.send(any_frame(60))
+    assert nic.driver.link() is DOWN
+    assert nic.driver.counters()["tx_link_down"] == 50
+    assert asleep(nic.device)
+
+    nic.tap.set("up")
+    assert nic.driver.link() is UP
+    assert nic.works()
+    assert nic.device.read_log() == ""
+
+
+def test_tap_that_is_down_at_the_start(network: Network) -> None:
+    """The link comes up with it."""
+    with TapInterface(network, "tapdown") as tap:
+        tap.set("down")
+        driver = NetDriver(tap)
+        assert driver.device.config[6] == 0
+        tap.set("up")
+        assert driver.link() is UP
+        nic = Nic(tap, driver)
+        assert nic.works()
+        nic.close()
+
+
+def test_tap_that_vanishes_43(make: Make) -> None:
+    """Hostile input 43: the link is down for good, said once; the process answers and gives buffers back."""
+    nic = make()
+    nic.driver.post(4)
+    nic.tap.remove()
+    for _ in range(50):
+        nic.driver.send(any_frame(60))
+
+    assert nic.driver.link() is DOWN
+    assert nic.device.read_log().count("\n") == 1
+    assert asleep(nic.device)
+    for _ in range(3):
+        nic.driver.renew()
+        nic.driver.post(4)
+        for _ in range(10):
+            nic.driver.send(any_frame(60))
+    assert asleep(nic.device)
+    assert nic.driver.counters()["tx_link_down"] == 80
+    assert nic.device.read_log() == ""
+    assert not select.select([nic.device.informs], [], [], 0)[0]
+
+
+def test_tap_that_vanishes_while_nothing_is_sent_43(make: Make) -> None:
+    """Hostile input 43: the receiving thread finds out."""
+    nic = make()
+    nic.driver.post(4)
+    nic.gets(any_frame(60))
+    nic.tap.remove()
+
+    assert nic.driver.link() is DOWN
+    assert asleep(nic.device)
+
+
+def test_tap_that_is_down_and_vanishes_43(make: Make) -> None:
+    """Hostile input 43: the link stays down, and who waits for it to come up waits."""
+    nic = make()
+    nic.tap.set("down")
+    nic.driver.send(any_frame(60))
+    assert nic.driver.link() is DOWN
+    nic.tap.remove()
+    nic.driver.send(any_frame(60))
+    assert asleep(nic.device)
+
+    nic.driver.renew()
+    nic.driver.send(any_frame(60))
+    assert nic.device.config[6] == 0
+    assert asleep(nic.device)
+
+
+def test_operator_takes_the_link_down(make: Make) -> None:
+    """LINK: told to the guest, and nothing moves."""
+    nic = make()
+    nic.driver.post(4)
+    nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 0))
+    assert nic.driver.link() is DOWN
+    nic.driver.send(any_frame(60))
+    nic.host.send(any_frame(70, 1))
+    assert asleep(nic.device)
+    assert nic.no_frame()
+    assert nic.driver.try_receive() is None
+
+    nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 1))
+    assert nic.driver.link() is UP
+    assert nic.driver.receive().frame == any_frame(70, 1)
+    assert nic.works()
+
+
+# --- pause, reset, export --------------------------------------------------------------------------------------------
+
+
+def test_pause_stands_still_and_resume_goes_on(nic: Nic) -> None:
+    """Between them neither queue moves, whatever comes; afterwards nothing is missing."""
+    nic.driver.post(8)
+    nic.sends(any_frame(60, 1))
+    nic.gets(any_frame(60, 2))
+    nic.device.command(devmsg.PAUSE)
+    state = nic.device.export()
+    assert state == [(1, 1), (1, 1)]
+    nic.driver.submit(any_frame(60, 3))
+    nic.device.kick(TX)
+    nic.device.kick(RX)
+    nic.host.send(any_frame(60, 4))
+    assert asleep(nic.device)
+    assert nic.device.export() == state
+    assert (nic.driver.rx.device_idx, nic.driver.tx.device_idx) == (1, 1)
+
+    nic.device.command(devmsg.RESUME)
+    assert nic.host.receive() == any_frame(60, 3)
+    assert nic.driver.receive().frame == any_frame(60, 4)
+
+
+def test_exported_rings_go_on_in_another_life(nic: Nic) -> None:
+    """Export, reset, activate with the exported indices: the chains that were looked at are there again."""
+    nic.driver.post(8)
+    for number in range(5):
+        nic.sends(any_frame(60, number))
+        nic.gets(any_frame(60, number))
+    nic.device.command(devmsg.PAUSE)
+    (rx_avail, rx_used), (tx_avail, tx_used) = nic.device.export()
+    assert (rx_avail, rx_used, tx_avail, tx_used) == (5, 5, 5, 5)
+    nic.device.command(devmsg.RESET)
+    nic.driver.submit(any_frame(60, 77))
+    rows = nic.driver.rx.row(True, rx_avail, rx_used), nic.driver.tx.row(True, tx_avail, tx_used)
+    assert nic.device.activate_rows(ALL, *rows) == 0
+
+    assert nic.host.receive() == any_frame(60, 77)
+    nic.gets(any_frame(60, 78))
+
+
+def flood(nic: Nic, stop: Callable[[], bool]) -> None:
+    """Send to the guest and from it as fast as it goes, until told to stop."""
+    number = 0
+    while not stop():
+        for _ in range(32):
+            nic.host.try_send(any_frame(60 + number % 1400, number))
+            if nic.driver.tx.avail_idx - nic.driver.tx.device_idx & 0xFFFF < SIZE - 8:
+                nic.driver.submit(any_frame(60 + number % 1400, number), cuts=())
+            number += 1
+        nic.device.kick(TX)
+        nic.driver.rx.reap()
+        nic.device.kick(RX)
+        nic.forget()
+
+
+@pytest.mark.parametrize("features", [ALL, MODERN], ids=hex)
+def test_reset_under_traffic(nic: Nic, features: int) -> None:
+    """Nothing touches the old rings after the answer, nor the new ones before they are given."""
+    for _ in range(25):
+        nic.driver.renew(features)
+        nic.driver.post(64)
+        rounds = iter(range(3))
+        flood(nic, lambda rounds=rounds: next(rounds, None) is None)  # type: ignore[misc]
+        nic.device.command(devmsg.RESET)
+        rings = nic.memory.read(RING_BASE, 64 * KIB)
+        for _ in range(20):
+            nic.host.try_send(any_frame(60))
+        for queue in (RX, TX):
+            nic.device.kick(queue)
+        nic.device.ask(devmsg.TYPE.pack(devmsg.EXPORT))
+        assert nic.memory.read(RING_BASE, 64 * KIB) == rings
+    assert nic.works()
+
+
+def test_pause_under_traffic(nic: Nic) -> None:
+    """Indices agree with the rings whenever it stands."""
+    nic.driver.renew(ALL)
+    nic.driver.post(64)
+    for _ in range(40):
+        rounds = iter(range(2))
+        flood(nic, lambda rounds=rounds: next(rounds, None) is None)  # type: ignore[misc]
+        nic.device.command(devmsg.PAUSE)
+        (rx_avail, rx_used), (tx_avail, tx_used) = nic.device.export()
+        assert (rx_used, tx_used) == (nic.driver.rx.device_idx, nic.driver.tx.device_idx)
+        assert (rx_avail, tx_avail) == (rx_used, tx_used)
+        nic.device.command(devmsg.RESUME)
+    assert nic.works()
+
+
+def test_receiving_goes_on_while_sending_is_saturated(nic: Nic) -> None:
+    """Two queues, two threads: a full transmit ring at all times keeps no frame from the guest."""
+    nic.driver.post(32)
+    frame = any_frame(1514)
+    parts = nic.driver.lay_out(frame, cuts=())
+    nic.driver.tx.describe(0, parts)
+    expected = 0
+    for number in range(3000):
+        while nic.driver.tx.avail_idx - nic.driver.tx.device_idx & 0xFFFF < SIZE:
+            nic.driver.tx.offer(0)
+        nic.device.kick(TX)
+        if nic.host.try_send(any_frame(60, number)):
+            assert nic.driver.receive().frame == any_frame(60, number)
+            expected += 1
+        nic.forget()
+    assert expected > 2900
+    assert nic.works()
+
+
+def test_memory_and_log_stay_bounded(nic: Nic) -> None:
+    """Hundreds of broken rings cost nothing that stays."""
+
+    def break_ring() -> None:
+        ring = (nic.driver.rx, nic.driver.tx)[next(turns) % 2]
+        ring.offer(SIZE)
+        nic.device.kick(RX if ring is nic.driver.rx else TX)
+        nic.device.needs_reset()
+        nic.driver.renew()
+
+    turns = itertools.count()
+    for _ in range(50):
+        break_ring()
+    before = nic.device.pss_kib()
+    for _ in range(300):
+        break_ring()
+
+    assert nic.device.pss_kib() < before + 512
+    assert nic.device.read_log().count("\n") <= 6
+
+
+# --- locked ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def locked_one(network: Network) -> Iterator[Nic]:
+    """Give a process whose interface is locked."""
+    nic = start(network, net_start(flags=devmsg.NET_LOCKED))
+    yield nic
+    nic.close()
+
+
+@pytest.fixture
+def locked(locked_one: Nic) -> Nic:
+    """Give it after a reset."""
+    locked_one.device.read_log()
+    locked_one.driver.renew()
+    locked_one.forget()
+    return locked_one
+
+
+def vlan(frame: bytes) -> bytes:
+    """Return a frame with a VLAN tag."""
+    return frame[:12] + b"\x81\x00\x00\x07" + frame[12:]
+
+
+@pytest.mark.parametrize("features", [ALL, MODERN, 0], ids=hex)
+def test_locked_interface_sends_from_its_own_address_only_40(locked: Nic, features: int) -> None:
+    """Hostile input 40: another's, a multicast source, a tag; wherever descriptors end."""
+    locked.driver.renew(features)
+    header = locked.driver.header_bytes
+    spoofed = [
+        any_frame(60, source=HOST_LLADDR),
+        any_frame(60, source=b"\xff" * 6),
+        any_frame(60, source=b"\x01" + LLADDR[1:]),
+        any_frame(60, source=LLADDR[:5] + b"\x04"),
+        vlan(any_frame(60, source=HOST_LLADDR)),
+        any_frame(60, source=HOST_LLADDR, destination=LLADDR),
+    ]
+    before = locked.driver.counters()["tx_spoofed"]
+    cuts: tuple[int, ...]
+    for cuts in ((), (header,), (header + 7,), tuple(range(1, header + 14))):
+        for frame in spoofed:
+            locked.driver.send(frame, cuts=cuts)
+        assert locked.no_frame()
+        locked.sends(any_frame(1514, 3), cuts)
+        locked.driver.send(vlan(any_frame(60, 4)), cuts=cuts)
+        assert locked.host.receive() == any_frame(60, 4)  # a packet socket is told of the tag apart from the frame
+        locked.sends(any_frame(14 + 4, 5)[:14], cuts)
+
+    assert locked.driver.counters()["tx_spoofed"] == before + 4 * len(spoofed)
+    assert locked.device.read_log().count("\n") <= 6
+
+
+@pytest.mark.parametrize("features", [ALL, MODERN | GUEST_TSO, MODERN, 0], ids=hex)
+def test_locked_interface_sees_what_is_for_it_only_40(locked: Nic, features: int) -> None:
+    """Hostile input 40: its own frames, multicast, broadcast; of the others not a byte gets into its memory."""
+    locked.driver.renew(features)
+    locked.driver.post(8)
+    locked.memory.load(RX_BASE, bytes(8 * 2048))
+    before = locked.driver.counters()["rx_filtered"]
+    for number in range(20):
+        locked.host.send(any_frame(1000, number, source=HOST_LLADDR, destination=HOST_LLADDR[:5] + bytes((number,))))
+    assert locked.driver.counter("rx_filtered", before + 20) == before + 20
+    assert locked.memory.read(RX_BASE, 8 * 2048) == bytes(8 * 2048)
+    for destination in (LLADDR, b"\xff" * 6, b"\x33\x33\0\0\0\1", b"\x01\0\x5e\0\0\1"):
+        received = locked.gets(any_frame(1000, 1, source=HOST_LLADDR, destination=destination))
+        assert received.header[10:] in (b"", b"\1\0")
+
+
+@pytest.mark.parametrize("features", [ALL, MODERN | GUEST_TSO], ids=hex)
+def test_locked_interface_moves_large_segments(locked: Nic, features: int) -> None:
+    """Both ways."""
+    locked.driver.renew(features)
+    locked.driver.post(64 if features & MRG else 8)
+    with Host(locked.tap, unfinished=True) as host:
+        header, frame = gso(GSO_TCPV4, 60_000)
+        locked.driver.send(frame, header)
+        assert host.receive()[10:] == frame
+        frame = LLADDR + HOST_LLADDR + frame[12:]
+        host.send(header + frame)
+        received = locked.driver.receive()
+        assert received.frame == frame
+        assert received.header[1] == GSO_TCPV4
+
+
+def test_source_that_changes_while_it_is_looked_at_40(locked: Nic) -> None:
+    """Hostile input 20, 40: what was judged is what is sent."""
+    parts = locked.driver.lay_out(any_frame(60), cuts=())
+    locked.driver.tx.describe(0, parts)
+    place = parts[0].gpa + 12 + 6
+    memory = locked.memory.memory
+    for _ in range(20):
+        for _ in range(SIZE):
+            locked.driver.tx.offer(0)
+        locked.device.kick(TX)
+        for _ in range(2000):
+            memory[place : place + 6] = HOST_LLADDR
+            memory[place : place + 6] = LLADDR
+        locked.device.collect(locked.driver.tx, SIZE, TX)
+        while (frame := locked.host.try_receive()) is not None:
+            assert frame[6:12] == LLADDR
+
+
+# --- interrupts and notifications ------------------------------------------------------------------------------------
+
+
+@both_queues
+def test_unseen_interrupt_is_raised_again(nic: Nic, queue: int) -> None:
+    """INTx: the counters say which queue's interrupt has not been seen; each thread counts its own queue's only."""
+    raised = list(nic.device.counters[: devmsg.QUEUES_MAX])
+    for number, count in enumerate(raised):
+        nic.device.counters[devmsg.QUEUES_MAX + number] = count
+    nic.driver.post(4)
+    if queue == RX:
+        nic.gets(any_frame(60))
+    else:
+        nic.sends(any_frame(60))
+    after = list(nic.device.counters[: devmsg.QUEUES_MAX])
+    assert after[queue] > raised[queue]
+    assert after[1 - queue] == raised[1 - queue]
+    os.eventfd_write(nic.device.resample, 1)
+    nic.device.wait_interrupt(queue)
+
+    nic.device.counters[devmsg.QUEUES_MAX + queue] = after[queue]
+    os.eventfd_write(nic.device.resample, 1)
+    nic.device.command(devmsg.PAUSE)
+    nic.device.command(devmsg.RESUME)
+    nic.device.command(devmsg.PAUSE)
+    assert Device.take_event(nic.device.calls[queue]) == 0
+
+
+def test_driver_that_polls_gets_no_interrupts(nic: Nic) -> None:
+    """VIRTQ_AVAIL_F_NO_INTERRUPT, which both threads heed."""
+    nic.driver.renew(MODERN)
+    for ring in (nic.driver.rx, nic.driver.tx):
+        ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
+    nic.driver.post(8)
+    for number in range(4):
+        nic.driver.submit(any_frame(60, number))
+    nic.device.kick(TX)
+    assert nic.host.receive_all(4) == [any_frame(60, number) for number in range(4)]
+    before = nic.driver.counters()["rx_packets"]
+    nic.host.send(any_frame(60))
+    nic.device.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
+    nic.driver.counter("rx_packets", before + 1)
+    nic.device.command(devmsg.PAUSE)
+
+    assert [Device.take_event(call) for call in nic.device.calls] == [0, 0]
+
+
+def test_notifications_are_asked_for_only_when_there_is_nothing_to_do(nic: Nic) -> None:
+    """Without event indices the flag says so: that frames to send, or buffers, are wanted."""
+    nic.driver.renew(MODERN)
+    assert asleep(nic.device)
+    flags = [nic.memory.read(ring.used, 2) for ring in (nic.driver.rx, nic.driver.tx)]
+    assert flags == [b"\0\0", b"\0\0"]
+    nic.driver.post(2)
+    nic.gets(any_frame(60))
+    assert asleep(nic.device)
+    assert nic.memory.read(nic.driver.rx.used, 2) == b"\1\0"
+    nic.sends(any_frame(60))
+    assert asleep(nic.device)
+    assert nic.memory.read(nic.driver.tx.used, 2) == b"\0\0"
+
+
+# --- soak ------------------------------------------------------------------------------------------------------------
+
+
+class Soak:
+    """A driver that notifies and waits exactly as the event indices, or the flags, tell it to, and not once more."""
+
+    def __init__(self, nic: Nic, features: int, seed: int) -> None:
+        self.nic = nic
+        self.choice = random.Random(seed)
+        self.event_idx = bool(features & EVENT_IDX)
+        driver = nic.driver
+        driver.renew(features)
+        self.header = driver.header_bytes
+        frame = any_frame(60)
+        nic.memory.load(DATA, bytes(self.header) + frame)
+        driver.tx.describe(0, [Desc(DATA, self.header + len(frame))])
+        for queue, part in ((RX, Desc(RX_BASE, 2048, WRITE)), (TX, Desc(DATA, self.header + len(frame)))):
+            ring = self.ring(queue)
+            ring.describe(0, [part])
+            nic.memory.load(ring.avail + 4, bytes(2 * SIZE))  # all of them head 0
+        self.words = {queue: self.views(self.ring(queue)) for queue in (RX, TX)}
+        self.moved = {RX: 0, TX: 0}
+        self.interrupts = {RX: 0, TX: 0}
+
+    def ring(self, queue: int) -> Ring:
+        """Return a queue."""
+        return (self.nic.driver.rx, self.nic.driver.tx)[queue]
+
+    def views(self, ring: Ring) -> dict[str, memoryview]:
+        """Return the words of a ring that driver and device tell each other."""
+        raw = self.nic.memory.memory
+        places = {
+            "flags": ring.avail, "avail": ring.avail + 2, "used_event": ring.avail + 4 + 2 * SIZE,
+            "used_flags": ring.used, "used": ring.used + 2, "avail_event": ring.used + 4 + 8 * SIZE,
+        }  # fmt: skip
+        return {name: raw[at : at + 2].cast("H") for name, at in places.items()}
+
+    def offer(self, queue: int, count: int) -> None:
+        """Offer as many chains, and notify if the device wants to know."""
+        words = self.words[queue]
+        old = words["avail"][0]
+        new = old + count & 0xFFFF
+        words["avail"][0] = new
+        os.sched_yield()  # a system call is fence enough here: it takes and drops the interpreter's lock
+        if self.event_idx:
+            wanted = (new - words["avail_event"][0] - 1 & 0xFFFF) < (new - old & 0xFFFF)
+        else:
+            wanted = not words["used_flags"][0] & 1
+        if wanted:
+            self.nic.device.kick(queue)
+
+    def collect(self, queue: int, seen: int, delay: int) -> int:
+        """Wait until something has come back, asked to be told `delay` elements later; return how many."""
+        words = self.words[queue]
+        call = self.nic.device.calls[queue]
+        while words["used"][0] == seen:
+            if self.event_idx:
+                words["used_event"][0] = seen + delay & 0xFFFF
+            else:
+                words["flags"][0] = 0
+            os.sched_yield()
+            if words["used"][0] != seen and not delay:
+                break
+            if self.event_idx and (words["used"][0] - seen & 0xFFFF) > delay:
+                break
+            self.nic.device.wait_for(call)  # fails if no interrupt comes
+            Device.take_event(call)
+            self.interrupts[queue] += 1
+        if not self.event_idx:
+            words["flags"][0] = 1
+        return words["used"][0] - seen & 0xFFFF
+
+    def send(self, total: int) -> None:
+        """Send frames in bursts of any length, waiting for interrupts only."""
+        seen = outstanding = 0
+        words = self.words[TX]
+        words["used_event"][0] = 0xFFFF
+        while self.moved[TX] < total:
+            burst = self.choice.choice((1, 1, 2, 3, 17, 64, 100, SIZE))
+            burst = min(burst, SIZE - outstanding)
+            if burst:
+                self.offer(TX, burst)
+                outstanding += burst
+            if outstanding == SIZE or self.choice.random() < 0.3:
+                delay = self.choice.randrange(outstanding) if self.event_idx else 0
+                back = self.collect(TX, seen, delay)
+                seen = seen + back & 0xFFFF
+                outstanding -= back
+                self.moved[TX] += back
+        while outstanding:
+            back = self.collect(TX, seen, 0)
+            seen = seen + back & 0xFFFF
+            outstanding -= back
+
+    def receive(self, total: int) -> None:
+        """Receive what a host sends in bursts of any length, with now many, now few buffers."""
+        seen = posted = 0
+        frame = any_frame(60)
+        expected = 0
+        while self.moved[RX] < total:
+            if posted < self.choice.choice((1, 2, 8, 200)):
+                more = self.choice.choice((1, 2, 30, SIZE - posted))
+                more = min(more, SIZE - posted)
+                self.offer(RX, more)
+                posted += more
+            for _ in range(self.choice.choice((1, 1, 2, 40))):
+                if expected < 200 and self.nic.host.try_send(frame):
+                    expected += 1
+            if not expected:
+                continue
+            back = self.collect(RX, seen, 0)
+            seen = seen + back & 0xFFFF
+            posted -= back
+            expected -= back
+            self.moved[RX] += back
+        while expected:
+            if not posted:
+                self.offer(RX, SIZE)
+                posted = SIZE
+            back = self.collect(RX, seen, 0)
+            seen = seen + back & 0xFFFF
+            posted -= back
+            expected -= back
+
+
+SOAKS = pytest.mark.parametrize("features", [MODERN | EVENT_IDX, MODERN | EVENT_IDX | MRG, MODERN], ids=hex)
+
+
+@SOAKS
+def test_no_wake_up_is_lost(make: Make, features: int) -> None:
+    """100 000 frames each way, and over: a notification or interrupt that does not come is found by waiting for it."""
+    soak(make(), features, 70_000, 35_000)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
+@SOAKS
+def test_no_wake_up_is_lost_in_millions(make: Make, features: int) -> None:
+    """Ten million frames in all."""
+    soak(make(), features, 2_500_000, 850_000)
+
+
+def soak(nic: Nic, features: int, sent: int, received: int) -> None:
+    """Move frames one way, then the other."""
+    nic.host.socket.setsockopt(socket.SOL_SOCKET, 33, 4096)  # the host need not keep what it is sent
+    run = Soak(nic, features, features)
+    run.send(sent)
+    run.receive(received)
+    counters = nic.driver.counters()
+    print(f"{counters['tx_packets']} sent, {run.interrupts[TX]} interrupts; "
+          f"{counters['rx_packets']} received, {run.interrupts[RX]} interrupts")  # fmt: skip
+    assert counters["tx_packets"] >= sent
+    assert counters["rx_packets"] >= received
+    for view in (view for words in run.words.values() for view in words.values()):
+        view.release()
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", ["sync", "informs"])
+def test_end_of_a_channel_ends_the_process(make: Make, channel: str) -> None:
+    """The VM is gone; so is the tap."""
+    nic = make()
+    getattr(nic.device, channel).close()
+
+    assert nic.device.status() == 0
+    nic.tap.close()
+    for fd in nic.device.resources:
+        os.close(fd)
+    nic.device.resources = []
+    assert nic.tap.name not in nic.tap.network.run("ip", "link")
+
+
+def test_shutdown_ends_the_process_under_traffic(make: Make) -> None:
+    """As asked for, without a word."""
+    nic = make()
+    nic.driver.post(64)
+    rounds = iter(range(10))
+    flood(nic, lambda: next(rounds, None) is None)
+    nic.device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
+
+    assert nic.device.status() == 0
+    assert nic.device.read_log() == ""
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(b"\1", id="short"),
+        pytest.param(devmsg.TYPE.pack(999), id="unknown"),
+        pytest.param(devmsg.TYPE.pack(devmsg.ACTIVATE), id="short-activate"),
+        pytest.param(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, 0, 3) + row() * 3, id="41-third-queue"),
+        pytest.param(devmsg.TYPE.pack(devmsg.COUNTERS) + b"x", id="long-counters"),
+        pytest.param(devmsg.TYPE.pack(devmsg.HOSTMAC), id="short-hostmac"),
+        pytest.param(devmsg.TYPE.pack(devmsg.LINK), id="short-link"),
+        pytest.param(os.urandom(4096), id="random"),
+    ],
+)
+@pytest.mark.parametrize("channel", ["sync", "informs"])
+def test_garbage_on_a_channel_ends_the_process(make: Make, channel: str, packet: bytes) -> None:
+    """With a sentence on the async channel, and no traceback."""
+    device = make().device
+    getattr(device, channel).send(packet)
+
+    assert device.status() == 1
+    assert "vm process: " in device.error(device.informs)[1]
+    assert "Traceback" not in device.read_log()
+
+
+STARTS: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "kind": (net_start(), {"kind": 99}),
+    "short": (net_start()[:20], {}),
+    "no-address": (net_start(lladdr=bytes(6)), {}),
+    "multicast-address": (net_start(lladdr=b"\1" * 6), {}),
+    "mtu": (net_start(mtu=20), {}),
+    "large-mtu": (net_start(mtu=40_000), {}),
+    "local-without-addresses": (net_start(flags=devmsg.NET_LOCAL), {}),
+    "no-tap": (net_start(), {"resources": 0}),
+    "two-taps": (net_start(), {"resources": 2, "notes": (0, 0)}),
+    "one-queue": (net_start(), {"queues": 1}),
+}
+
+
+@pytest.mark.parametrize(("net", "lie"), STARTS.values(), ids=STARTS)
+def test_start_that_lies_is_answered_with_a_sentence(
+    network: Network, net: bytes, lie: dict[str, Any]
+) -> None:
+    """The process says what is wrong and ends."""
+    with TapInterface(network, "taplie") as tap, Device("vionet", [tap.fd], queues=2, net=net) as device:
+        device.send_start(device.start_packet(**lie))
+
+        _number, text = device.error(device.sync)
+        assert text
+        assert device.status() == 1
+        assert "Traceback" not in device.read_log()
+
+
+def test_interface_without_its_addresses_is_refused(network: Network) -> None:
+    """START as a disk would get it."""
+    with TapInterface(network, "taplie") as tap, Device("vionet", [tap.fd], queues=2) as device:
+        device.send_start(device.start_packet())
+
+        assert "addresses" in device.error(device.sync)[1]
+        assert device.status() == 1
+
+
+def test_file_instead_of_a_tap_is_refused(tmp_path: Path) -> None:
+    """The sentence names it."""
+    with (
+        (tmp_path / "file").open("wb+") as file,
+        Device("vionet", [file.fileno()], queues=2, net=net_start()) as device,
+    ):
+        device.send_start(device.start_packet())
+
+        assert "tap0" in device.error(device.sync)[1]
+        assert device.status() == 1
+
+
+def test_process_is_confined(make: Make) -> None:
+    """Filtered, without capabilities, and with no descriptor beside those it was given and its own loops'."""
+    device = make().device
+    pid = device.child.pid
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    links = {int(entry.name): os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    given = {*device.fds, 0, 1, 2, devmsg.FD_SYNC}
+    leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by whatever runs the tests
+    own = [link for fd, link in links.items() if fd not in given and link not in leaked and "memfd:" not in link]
+
+    assert status["Seccomp"] == "2"
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) == 0
+    assert status["Threads"] == "3"
+    assert set(own) == {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "/dev/net/tun"}
+
+
+def inheritable() -> list[int]:
+    """Return the descriptors of this process that survive an exec."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            if int(entry) > 2 and os.get_inheritable(int(entry)):
+                found.append(int(entry))
+        except OSError:
+            continue  # the listing's own
+    return found

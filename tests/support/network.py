@@ -3,6 +3,7 @@
 import array
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -139,9 +140,8 @@ class Host:
         self.socket = tap.network.socket(socket.AF_PACKET, socket.SOCK_RAW)
         self.socket.setsockopt(socket.SOL_SOCKET, 33, buffer_bytes)  # SO_RCVBUFFORCE
         self.socket.setsockopt(socket.SOL_SOCKET, 32, buffer_bytes)  # SO_SNDBUFFORCE
-        if unfinished:
-            self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
-        self.socket.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, 1)
+        # What goes around the queue discipline is not segmented.
+        self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR if unfinished else PACKET_QDISC_BYPASS, 1)
         self.socket.bind((tap.name, ETH_P_ALL))
         self.socket.setblocking(False)
 
@@ -162,7 +162,7 @@ class Host:
             except (BlockingIOError, InterruptedError):
                 wait_for(self.socket.fileno(), select.POLLOUT)
             except OSError as error:
-                if error.errno != 105:  # ENOBUFS: what a packet socket says of a full queue that it goes around
+                if error.errno != errno.ENOBUFS:  # what a packet socket says of a full queue that it goes around
                     raise
                 os.sched_yield()
 
@@ -189,6 +189,10 @@ class Host:
                 frame, where = self.socket.recvfrom(1 << 17)
             except BlockingIOError:
                 return None
+            except OSError as error:
+                if error.errno != errno.ENETDOWN:  # said once
+                    raise
+                continue
             if where[2] != PACKET_OUTGOING:
                 return frame
 

@@ -447,9 +447,9 @@ class ThreadedProcess(Process):
         self.post(lambda: self.needs_reset(text) if life == self.activations and self.running else None)
 
     def needs_reset(self, text: str) -> None:
-        """Stop all threads, and say so."""
-        super().needs_reset(text)
+        """Stop all threads, and say so once they stand."""
         self.device.quiesce(forget=False)
+        super().needs_reset(text)
 
 
 def sentence(error: Exception) -> str:

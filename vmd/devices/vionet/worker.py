@@ -46,6 +46,7 @@ class Worker:
         self.queue: Queue | None = None
         self.link_up = False
         self.wanted = False
+        self.begun = False  # since `go`
         self.more = False  # look again before waiting
         self.timeout_ms: int | None = None
         self.timed_out = False
@@ -77,6 +78,8 @@ class Worker:
         os.eventfd_write(self.control, 1)
         if not self.serving.acquire(timeout=QUIESCE_TIMEOUT_S):
             raise HostError(f"thread of queue {self.number}", errno.ETIMEDOUT)
+        # The thread may not notice that it had to stand, if `go` comes soon.
+        self.begun = False
         self.serving.release()
 
     def serve(self, queue: "Queue") -> bool:
@@ -84,13 +87,12 @@ class Worker:
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Be as after a start: the thread calls it before it serves again."""
+        """Be as after a start: called before the first `serve` after a `go`."""
 
     def _run(self) -> None:
         try:
             while True:
                 self._stand()
-                self.begin()
                 self._work()
         except BaseException as error:  # raised again where it ends the process
             failure = error
@@ -115,15 +117,24 @@ class Worker:
                 if fd in (kick, control):
                     drain(fd)  # before the ring is looked at: what comes later is news
             with serving:
-                queue = self.queue
-                if not self.wanted or queue is None:
-                    self.more = False
-                    continue
-                try:
-                    self.more = self.serve(queue)
-                except GuestError as error:
-                    self.wanted = False
-                    self.services.broke(str(error))
+                self._turn()
+
+    def _turn(self) -> None:
+        """Serve once, if it is still wanted; holding the lock."""
+        self.more = False
+        if not self.wanted:
+            return
+        if not self.begun:
+            self.begin()
+            self.begun = True
+        queue = self.queue
+        if queue is None:
+            return
+        try:
+            self.more = self.serve(queue)
+        except GuestError as error:
+            self.wanted = False
+            self.services.broke(str(error))
 
 
 def drain(fd: int) -> None:

@@ -1,0 +1,409 @@
+"""A local interface: what the process answers itself, what the host's kernel does, and real clients as judges.
+
+The guest is our driver, or a Linux network stack in a namespace of its own whose frames the driver carries.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.fakedriver import DEADLINE_S
+from tests.support.netdriver import (
+    ALL,
+    HEADER,
+    MRG,
+    NEEDS_CSUM,
+    RX,
+    NetDriver,
+    Nic,
+    net_start,
+)
+from tests.support.network import Network, TapInterface
+from tests.support.packets import (
+    ACK,
+    ALL4,
+    ANY4,
+    DISCOVER,
+    GUEST4,
+    HOST4,
+    HOST_LLADDR,
+    LLADDR,
+    NAK,
+    OFFER,
+    REQUEST,
+    Answer,
+    any_frame,
+    bootp,
+    dhcp,
+    ethernet,
+    ipv4,
+    option,
+    request,
+    solicitation,
+    udp,
+)
+from vmd.ipc import devmsg
+from vmd.virtio import spec
+
+pytestmark = pytest.mark.root
+
+PREFIX6 = bytes.fromhex("fd00112233440305") + bytes(8)
+HOST6 = PREFIX6[:15] + b"\1"
+DNS4 = (bytes((9, 9, 9, 9)), bytes((1, 1, 1, 1)))
+DNS6 = (bytes.fromhex("26200000000000000000000000fe00fe"),)
+FEATURES = ALL & ~(1 << spec.VIRTIO_NET_F_GUEST_CSUM)  # so that what comes is finished
+
+
+def inet(address: bytes) -> str:
+    """Return an address as people write it."""
+    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
+
+
+def local_net(flags: int = 0, mtu: int = 0) -> bytes:
+    """Return devmsg.NET of a local interface."""
+    return net_start(
+        host_lladdr=HOST_LLADDR, flags=devmsg.NET_LOCAL | flags, mtu=mtu, guest4=GUEST4, host4=HOST4,
+        prefix6=PREFIX6, dns4=DNS4, dns6=DNS6,
+    )  # fmt: skip
+
+
+def host_tap(network: Network, name: str) -> TapInterface:
+    """Make a tap with the host's addresses, as priv does."""
+    tap = TapInterface(network, name, ipv6=True)
+    network.write(f"/proc/sys/net/ipv6/conf/{name}/accept_dad", "0")
+    tap.set("down")
+    tap.set("address", HOST_LLADDR.hex(":"))
+    network.run("ip", "address", "add", f"{inet(HOST4)}/31", "dev", name)
+    network.run("ip", "address", "add", f"{inet(HOST6)}/64", "dev", name, "nodad")
+    tap.set("up")
+    return tap
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """Give the host's namespace."""
+    with Network() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(network: Network) -> Iterator[Nic]:
+    """Give a process with a local interface."""
+    tap = host_tap(network, "tap0")
+    nic = Nic(tap, NetDriver(tap, local_net()))
+    yield nic
+    nic.close()
+
+
+@pytest.fixture
+def nic(shared: Nic) -> Nic:
+    """Give it after a reset, with buffers posted."""
+    shared.device.read_log()
+    shared.driver.renew(FEATURES)
+    shared.forget()
+    shared.driver.post(16)
+    return shared
+
+
+def next_of(nic: Nic, kind: int) -> bytes:
+    """Return the next frame of an EtherType that the guest gets; the host's kernel sends others of its own accord."""
+    while True:
+        received = nic.driver.receive()
+        assert received.header[:10] == bytes(10)
+        if received.frame[12:14] == kind.to_bytes(2, "big"):
+            return received.frame
+
+
+def ask(nic: Nic, frame: bytes) -> Answer:
+    """Send a request and return the answer."""
+    nic.driver.send(frame)
+    return Answer(next_of(nic, 0x0800))
+
+
+def passed(nic: Nic, frame: bytes) -> bool:
+    """Send a frame and return whether it goes on to the host; each is followed by one that does."""
+    nic.forget()
+    nic.driver.send(frame)
+    nic.driver.send(any_frame(60, 99))
+    seen = []
+    while any_frame(60, 99) not in seen:
+        seen.append(nic.host.receive())
+    return frame in seen
+
+
+# --- DHCP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [FEATURES, FEATURES & ~MRG, 0], ids=hex)
+def test_guest_gets_its_lease(nic: Nic, features: int) -> None:
+    """DISCOVER, REQUEST, and the renewal to our own address; the tap sees nothing of it."""
+    nic.driver.renew(features)
+    nic.driver.post(8)
+    before = nic.driver.counters()
+
+    offer = ask(nic, dhcp(DISCOVER))
+    assert (offer.kind, offer.yiaddr, offer.options[6]) == (OFFER, GUEST4, b"".join(DNS4))
+    lease = ask(nic, dhcp(REQUEST, requested=offer.yiaddr))
+    assert (lease.kind, lease.yiaddr) == (ACK, GUEST4)
+    body = bootp(option(53, bytes((REQUEST,))) + b"\xff", ciaddr=GUEST4)
+    renewal = ethernet(ipv4(udp(body, GUEST4, HOST4), 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
+    assert ask(nic, renewal).kind == ACK
+    assert ask(nic, dhcp(REQUEST, requested=bytes((10, 0, 0, 9)))).kind == NAK
+    assert ask(nic, request(bootp(b"\xff"))).kind == 0
+
+    after = nic.driver.counters()
+    assert {name: after[name] - before[name] for name in after if name.startswith(("dhcp", "tx"))} == {
+        "tx_packets": 0, "tx_bytes": 0, "tx_short": 0, "tx_long": 0, "tx_spoofed": 0, "tx_refused": 0,
+        "tx_link_down": 0, "tx_busy": 0, "tx_answered": 5,
+        "dhcp_offers": 1, "dhcp_acks": 2, "dhcp_naks": 1, "dhcp_bootp": 1,
+    }  # fmt: skip
+    assert abs(after["lease_s"] - time.time()) < 3600
+
+
+def test_lease_record_says_what_was_asked_for(nic: Nic) -> None:
+    """In the counters."""
+    ask(nic, dhcp(REQUEST, requested=GUEST4))
+    assert nic.driver.counters()["lease_requested"] == int.from_bytes(GUEST4, "big")
+    ask(nic, dhcp(REQUEST))
+    assert nic.driver.counters()["lease_requested"] == 0
+
+
+def test_request_whose_sum_was_left_to_the_device(nic: Nic) -> None:
+    """A guest with CSUM that renews through an ordinary socket."""
+    body = bootp(option(53, bytes((REQUEST,))) + b"\xff", ciaddr=GUEST4)
+    datagram = udp(body, GUEST4, HOST4, kind="pseudo")
+    frame = ethernet(ipv4(datagram, 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
+
+    nic.driver.send(frame, HEADER.pack(NEEDS_CSUM, 0, 42, 0, 34, 6))
+    assert Answer(next_of(nic, 0x0800)).kind == ACK
+
+
+@pytest.mark.parametrize("cuts", [(), (20,), (12, 26, 46, 54, 300), tuple(range(1, 70))])
+def test_request_in_any_layout(nic: Nic, cuts: tuple[int, ...]) -> None:
+    """Unlike vmd, which looks at the first segment only."""
+    nic.driver.send(dhcp(DISCOVER), cuts=cuts)
+
+    assert Answer(next_of(nic, 0x0800)).kind == OFFER
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param(any_frame(342), id="other"),
+        pytest.param(dhcp(DISCOVER).replace(LLADDR, HOST_LLADDR), id="other-client"),
+        pytest.param(request(bootp(option(53, b"\1\1") + b"\xff")), id="42-bad-option"),
+        pytest.param(request(bootp(b"\x0c\xff", size=0) + bytes(50)), id="42-option-past-the-end"),
+        pytest.param(request(bootp(b"\xff", hlen=255)), id="42-hlen"),
+        pytest.param(request(bootp(b"\xff", giaddr=GUEST4)), id="42-giaddr"),
+        pytest.param(
+            ethernet(ipv4(udp(bootp(b"\xff"), ANY4, ALL4, kind="wrong"), 17, ANY4, ALL4), 0x0800), id="42-sum"
+        ),
+        pytest.param(ethernet(ipv4(udp(bytes(300), GUEST4, HOST4, (68, 68)), 17, GUEST4, HOST4), 0x0800), id="port"),
+        pytest.param(solicitation(hops=254), id="forwarded-solicitation"),
+    ],
+)
+def test_what_is_not_for_us_goes_on_42(nic: Nic, frame: bytes) -> None:
+    """Hostile input 42: to the host, as it came."""
+    assert passed(nic, frame)
+
+
+def test_answers_that_nobody_takes_are_bounded_42(nic: Nic) -> None:
+    """Hostile input 42: a guest that asks and posts no buffers."""
+    nic.driver.renew(FEATURES)
+    before = nic.driver.counters()["rx_injected_lost"]
+    for _ in range(1000):
+        nic.driver.send(dhcp(DISCOVER))
+    assert nic.driver.counters()["rx_injected_lost"] >= before + 1000 - 16
+    nic.driver.post(32)
+    for _ in range(16):
+        assert Answer(next_of(nic, 0x0800)).kind == OFFER
+    assert nic.device.read_log() == ""
+
+
+@pytest.fixture
+def make(network: Network) -> Iterator[Callable[..., Nic]]:
+    """Give a factory of further processes, which end with the test."""
+    made: list[Nic] = []
+
+    def nic(net: bytes, host_name: str = "") -> Nic:
+        tap = host_tap(network, f"tap{1 + len(made)}")
+        made.append(Nic(tap, NetDriver(tap, net, host_name=host_name, features=FEATURES)))
+        made[-1].driver.post(16)
+        return made[-1]
+
+    yield nic
+    for one in made:
+        one.close()
+
+
+def test_boot_from_the_network(make: Callable[..., Nic]) -> None:
+    """Boot file, host name, MTU, and the lock, all at once."""
+    nic = make(local_net(devmsg.NET_PXE | devmsg.NET_LOCKED, 9000), "db1")
+
+    answer = ask(nic, dhcp(DISCOVER))
+    assert answer.file.rstrip(b"\0") == b"auto_install"
+    assert (answer.options[12], answer.options[26]) == (b"db1", (9000).to_bytes(2, "big"))
+    nic.driver.send(dhcp(DISCOVER).replace(LLADDR, HOST_LLADDR))
+    assert nic.driver.counters()["tx_spoofed"] == 1
+
+
+def test_host_address_that_is_told_later(make: Callable[..., Nic]) -> None:
+    """HOSTMAC: before it, only broadcasts are for us, and nobody routes."""
+    nic = make(net_start(flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4, prefix6=PREFIX6))
+    assert ask(nic, dhcp(DISCOVER)).kind == OFFER
+    assert passed(nic, solicitation())
+
+    nic.device.informs.send(devmsg.HOSTMAC_BODY.pack(devmsg.HOSTMAC, HOST_LLADDR))
+    for _ in range(2):  # of the two channels either may be read first, but not twice before the other
+        nic.driver.counters()
+    body = bootp(option(53, bytes((REQUEST,))) + b"\xff", ciaddr=GUEST4)
+    renewal = ethernet(ipv4(udp(body, GUEST4, HOST4), 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
+    assert ask(nic, renewal).kind == ACK
+
+
+# --- IPv6 ------------------------------------------------------------------------------------------------------------
+
+
+def advertised(nic: Nic) -> bytes:
+    """Return the next router advertisement that the guest gets."""
+    while True:
+        frame = next_of(nic, 0x86DD)
+        if frame[20] == 58 and frame[54] == 134:
+            return frame
+
+
+def test_solicitation_is_answered(nic: Nic) -> None:
+    """With the prefix, the host as router, and its name servers; the tap sees nothing of it."""
+    assert not passed(nic, solicitation())
+
+    frame = advertised(nic)
+    assert frame[:14] == b"\x33\x33\0\0\0\1" + HOST_LLADDR + b"\x86\xdd"
+    assert frame[22:38] == bytes.fromhex("fe80000000000000081b2cfffe3d4e5f")
+    assert PREFIX6 in frame
+    assert DNS6[0] in frame
+
+
+def test_router_speaks_up_unasked(nic: Nic) -> None:
+    """Soon after a driver has begun, and again after another has."""
+    for _ in range(2):
+        nic.driver.renew(FEATURES)
+        nic.driver.post(16)
+        before = nic.driver.counters()["ra_sent"]
+        assert PREFIX6 in advertised(nic)
+        assert nic.driver.counters()["ra_sent"] > before
+
+
+# --- the host's kernel, and other kernels as guests --------------------------------------------------------------
+
+
+def test_kernel_answers_arp(nic: Nic) -> None:
+    """The host has its /31 address on the tap."""
+    arp = struct.pack(">HHBBH6s4s6s4s", 1, 0x0800, 6, 4, 1, LLADDR, GUEST4, bytes(6), HOST4)
+    nic.driver.send(ethernet(arp.ljust(46, b"\0"), 0x0806))
+
+    reply = next_of(nic, 0x0806)
+    assert reply[20:22] == b"\0\2"
+    assert reply[22:32] == HOST_LLADDR + HOST4
+
+
+class KernelGuest:
+    """A Linux network stack in a namespace of its own, with our driver as its network card."""
+
+    def __init__(self, nic: Nic, network: Network) -> None:
+        self.nic = nic
+        self.network = network
+        # Its packets are finished before they get here: a tap offers nothing else by itself.
+        self.card = TapInterface(network, "eth0", ipv6=True)
+        self.card.set("down")
+        self.card.set("address", LLADDR.hex(":"))
+        network.write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0")
+        self.card.set("up")
+
+    def pump(self) -> None:
+        """Carry what waits, both ways."""
+        while True:
+            try:
+                frame = os.read(self.card.fd, 1 << 16)[10:]
+            except BlockingIOError:
+                break
+            self.nic.driver.send(frame)
+        while (received := self.nic.driver.try_receive()) is not None:
+            with contextlib.suppress(OSError):  # a stack that refuses what it gets is judged by what it does
+                os.writev(self.card.fd, [bytes(10), received.frame])
+
+    def run(self, *command: str) -> str:
+        """Run a program in the guest, carrying its frames, until it ends; return what it says."""
+        with self.network.inside():
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        end = os.pidfd_open(process.pid)
+        poll = select.poll()
+        for fd in (end, self.card.fd, self.nic.device.calls[RX]):
+            poll.register(fd, select.POLLIN)
+        deadline_s = time.monotonic() + DEADLINE_S
+        ready: set[int] = set()
+        while end not in ready and time.monotonic() < deadline_s:
+            self.nic.driver.rx.set_used_event(self.nic.driver.rx.used_idx)
+            self.nic.device.kick(RX)
+            self.pump()
+            ready = {fd for fd, _ in poll.poll(200)}
+            self.nic.device.take_event(self.nic.device.calls[RX])
+        os.close(end)
+        if process.poll() is None:
+            process.kill()
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        return output
+
+    def until(self, text: str, *command: str) -> str:
+        """Run a program again and again until it says something."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while text not in (output := self.run(*command)):
+            assert time.monotonic() < deadline_s, output
+        return output
+
+
+@pytest.fixture
+def guest(nic: Nic) -> Iterator[KernelGuest]:
+    """Give a kernel behind our driver."""
+    with Network() as network:
+        made = KernelGuest(nic, network)
+        with made.card:
+            yield made
+
+
+def test_dhcp_client_configures_itself(guest: KernelGuest, tmp_path: Path) -> None:
+    """busybox's udhcpc is content, and what it was told leads to the host."""
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n[ $1 = bound ] && env\nexit 0\n")
+    script.chmod(0o755)
+    udhcpc = ("busybox", "udhcpc", "-i", "eth0", "-n", "-q", "-f", "-t", "5", "-s", str(script))
+    output = guest.run(*udhcpc)
+    told = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+
+    assert told["ip"] == inet(GUEST4)
+    assert told["subnet"] == "255.255.255.254"
+    assert told["router"] == told["serverid"] == inet(HOST4)
+    assert told["dns"] == " ".join(map(inet, DNS4))
+    assert told["lease"] == str(0xFFFFFFFF)
+
+    guest.run("ip", "address", "add", f"{inet(GUEST4)}/31", "dev", "eth0")
+    guest.run("busybox", "ping", "-c", "2", "-W", "10", told["router"])
+
+
+def test_guest_kernel_configures_itself_for_ipv6(guest: KernelGuest) -> None:
+    """Linux takes prefix, route and lifetimes from the advertisement, and reaches the host's address."""
+    addresses = guest.until(inet(PREFIX6).removesuffix("::"), "ip", "-6", "address", "show", "dev", "eth0")
+    assert "dynamic" in addresses
+    routes = guest.until("default", "ip", "-6", "route", "show")
+    assert "via fe80::81b:2cff:fe3d:4e5f" in routes
+
+    guest.run("busybox", "ping6", "-c", "2", "-W", "10", inet(HOST6))
+    guest.run("busybox", "ping6", "-c", "2", "-W", "10", "fe80::81b:2cff:fe3d:4e5f%eth0")

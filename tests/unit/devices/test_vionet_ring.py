@@ -1,0 +1,441 @@
+"""The hot loops of vionet do what the slow walk does, on any ring; and a tap that takes nothing is waited for."""
+
+import os
+import random
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.fakedriver import (
+    DATA,
+    EVENT_IDX,
+    EXTRA,
+    INDIRECT,
+    INDIRECT_DESC,
+    LAYOUT,
+    NEXT,
+    ROM,
+    WRITE,
+    Desc,
+    Ring,
+)
+from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
+from tests.support.packets import dhcp as dhcp_request
+from vmd.devices.vionet.interface import Interface
+from vmd.devices.vionet.local import LocalNetwork
+from vmd.devices.vionet.receive import STOCK, Receiver
+from vmd.devices.vionet.tap import Tap
+from vmd.devices.vionet.transmit import FRAME_MAX, GSO_FRAME_MAX, Transmitter
+from vmd.errors import GuestError
+from vmd.guestmem import GuestMemory
+from vmd.virtio.queue import Queue
+
+# (gpa or the next free place, length, flags, next or the following) each; in a table of its own
+Parts = list[tuple[int | None, int, int, int | None]]
+Chains = list[tuple[Parts, bool]]
+
+SIZE = 16
+FEATURES = INDIRECT_DESC | EVENT_IDX
+TABLES = DATA - 0x4000
+LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
+PLACES = 1 << 20  # bytes from DATA on that chains lie in
+
+
+class PacketTap(Tap):
+    """What a tap is to the threads, without an interface behind it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.name = "tap0"
+        self.offloads = 0
+        os.set_blocking(fd, False)
+
+
+class Services:
+    """A process that counts interrupts."""
+
+    def __init__(self) -> None:
+        self.interrupts = 0
+
+    def interrupt(self, queue: int) -> None:
+        """Count."""
+        self.interrupts += 1
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Do it at once."""
+        job()
+
+    def broke(self, text: str) -> None:
+        """Be told by the loop itself here."""
+
+
+def failed(error: OSError) -> None:
+    """Fail."""
+    raise error
+
+
+class Ends:
+    """Both ends of something that carries packets; a context manager."""
+
+    def __init__(self) -> None:
+        self.host, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.host, ours):
+            end.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE
+            end.setblocking(False)
+        self.tap = PacketTap(ours.detach())
+        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def __enter__(self) -> "Ends":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.host.close()
+        os.close(self.tap.fd)
+        os.close(self.kick)
+
+    def transmitter(self, header: int = 12) -> Transmitter:
+        """Return the transmit queue's half, without its thread."""
+        made = Transmitter(Services(), self.kick, self.tap, failed)
+        made.header = header
+        made.link_up = True
+        return made
+
+    def receiver(self, header: int = 12, *, mergeable: bool = False, sums: bool = True) -> Receiver:
+        """Return the receive queue's half, without its thread."""
+        made = Receiver(Services(), self.kick, self.tap, failed)
+        made.configure(header, mergeable=mergeable, sums=sums)
+        made.link_up = True
+        return made
+
+    def frames(self) -> list[bytes]:
+        """Return what has been written to the tap."""
+        found = []
+        while select.select([self.host], [], [], 0)[0]:
+            found.append(self.host.recv(1 << 17))
+        return found
+
+
+def close(worker: Transmitter | Receiver) -> None:
+    """Give its descriptors back."""
+    os.close(worker.control)
+    if isinstance(worker, Receiver):
+        os.close(worker.injection)
+
+
+# Mostly what drivers do, and from everything else something.
+GPAS = st.sampled_from([None] * 12 + [0, EXTRA - 5, EXTRA + (1 << 20) - 1, ROM, 1 << 40, (1 << 64) - 1])
+LENGTHS = st.sampled_from([12, 10, 60, 1514, 2048, 1, 0, 3, 14, 26, 4096, 17000, 65562, 0xFFFFFFFF])
+NEXTS = st.sampled_from([None] * 12 + [0, 3, SIZE - 1, SIZE, 0xFFFF])
+
+
+def chains(usual_flags: int, other_flags: list[int]) -> st.SearchStrategy[Chains]:
+    """Return a strategy for rings of one direction."""
+    flags = st.sampled_from([usual_flags | NEXT] * 3 + [usual_flags] * 3 + other_flags)
+    odd: st.SearchStrategy[Parts] = st.lists(st.tuples(GPAS, LENGTHS, flags, NEXTS), min_size=1, max_size=7)
+    lengths = st.lists(st.sampled_from([12, 60, 1502, 2048, 2048, 4096, 20000]), min_size=1, max_size=4)
+    usual: st.SearchStrategy[Parts] = lengths.map(
+        lambda lengths: [
+            (None, length, usual_flags | (NEXT if number < len(lengths) - 1 else 0), None)
+            for number, length in enumerate(lengths)
+        ]
+    )
+    one: st.SearchStrategy[Parts] = st.sampled_from([60, 2048, 4096]).map(
+        lambda length: [(None, length, usual_flags, None)]
+    )
+    good = st.lists(st.tuples(st.one_of(one, usual), st.booleans()), min_size=1, max_size=14)
+    last = st.lists(st.tuples(odd, st.booleans()), max_size=1)
+    return st.tuples(good, last).map(lambda both: both[0] + both[1])
+
+
+def build(memory: GuestMemory, rings: Chains) -> Ring:
+    """Lay chains out; no two descriptors share memory, except where they are wrong."""
+    ring = Ring(memory, SIZE)
+    at, place = 0, DATA
+    memory.load(DATA, random.Random(3).randbytes(PLACES))
+    for number, (parts, indirect) in enumerate(rings):
+        first = 0 if indirect else at
+        rows = b""
+        for position, (gpa, length, flags, following) in enumerate(parts):
+            where = place if gpa is None else gpa
+            place += min(length, 70_000)
+            rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
+        if indirect:
+            memory.load(TABLES + 256 * number, rows)
+            rows = struct.pack("<QIHH", TABLES + 256 * number, len(rows), INDIRECT, 0)
+        if at + len(rows) // 16 > SIZE:
+            break
+        memory.load(ring.desc + 16 * at, rows)
+        ring.offer(at)
+        at += len(rows) // 16
+    return ring
+
+
+def queue_of(memory: GuestMemory, ring: Ring) -> Queue:
+    """Return the device's side."""
+    return Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used)
+
+
+def release(queue: Queue) -> None:
+    """Let go of guest memory."""
+    for view in (queue.used_ring, queue._used_idx, queue._avail_event):
+        view.release()
+
+
+# --- transmitting ------------------------------------------------------------------------------------------------
+
+
+def send_obviously(queue: Queue, header: int) -> tuple[str, list[bytes]]:
+    """Return what stopped it, and what is to be written to the tap."""
+    sent = []
+    try:
+        while (chain := queue.take()) is not None:
+            if chain.writable:
+                raise GuestError("frame with a part for writing")
+            parts = [queue.memory.slices(gpa, length) for gpa, length in chain.readable if length]
+            length = sum(size for _, size in chain.readable) - header
+            if length < 0:
+                raise GuestError(f"frame without a header: {length + header} of {header} bytes")
+            raw = b"".join(window for windows in parts for window in windows) if length <= GSO_FRAME_MAX else b""
+            if 14 <= length <= FRAME_MAX or (FRAME_MAX < length <= GSO_FRAME_MAX and raw[1]):
+                sent.append(raw)
+            queue.put(chain.head, 0)
+    except GuestError as error:
+        return str(error), sent
+    finally:
+        queue.publish()
+    return "", sent
+
+
+@settings(max_examples=300, deadline=None)
+@given(chains(0, [WRITE, INDIRECT, INDIRECT | NEXT, 8, 8 | NEXT]), st.sampled_from([10, 12]))
+def test_transmit_loop_does_what_the_walk_does(rings: Chains, header: int) -> None:
+    """The same frames, used elements and sentence."""
+    outcomes = []
+    for fast in (False, True):
+        with GuestMemory.create(LAYOUT) as memory, Ends() as ends:
+            ring = build(memory, rings)
+            queue = queue_of(memory, ring)
+            worker = ends.transmitter(header)
+            error = ""
+            if fast:
+                try:
+                    while worker.serve(queue):
+                        pass
+                except GuestError as stopped:
+                    error = str(stopped)
+                frames = ends.frames()
+            else:
+                error, frames = send_obviously(queue, header)
+            # Of a broken ring, how far it was read does not matter: only a reset follows.
+            outcomes.append((error, frames, ring.reap(), error or queue.next_avail))
+            close(worker)
+            release(queue)
+            del queue, worker
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    """Give a tap that is none, and its other end."""
+    with Ends() as both:
+        yield both
+
+
+def is_waiting(worker: Transmitter) -> bool:
+    """Return whether a worker waits for its tap, and not for ever."""
+    assert worker.busy == (worker.timeout_ms is not None)
+    return worker.busy
+
+
+def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends) -> None:
+    """Hostile input 43: frames stay in the ring, and one is lost for each time that the wait was in vain."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        given = 0
+        ring.describe(0, [Desc(DATA, 60_000)])
+        memory.load(DATA, b"\0\1".ljust(12, b"\0"))
+        while not is_waiting(worker):  # until it is full
+            ring.offer(0)
+            given += 1
+            worker.serve(queue)
+        taken = len(ends.frames())
+        assert ring.device_idx == taken == given - 1
+
+        assert not worker.serve(queue)  # there is room now
+        assert ring.device_idx == given
+        assert not is_waiting(worker)
+
+        while not is_waiting(worker):
+            ring.offer(0)
+            worker.serve(queue)
+        before = ring.device_idx
+        worker.timed_out = True
+        worker.serve(queue)
+        assert (worker.dropped_busy, ring.device_idx) == (1, before + 1)
+        close(worker)
+        release(queue)
+        del queue
+
+
+def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile input 20, 40: a guest that changes the source, or what DHCP has seen, between the look and the write."""
+    frame = any_frame(400)
+    request = dhcp_request(99)  # no type of which we know, in a packet with a wrong sum: not for us
+    request = request[:40] + b"\x12\x34" + request[42:]
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        worker.allowed = LLADDR
+        worker.answers = LocalNetwork(LOCAL, never, lambda _delay, _job: None)
+        write = os.writev
+
+        def change_and_write(fd: int, views: Sequence[bytes | memoryview]) -> int:
+            for place in (DATA, DATA + 4096):
+                memory.load(place + 12 + 6, HOST_LLADDR + b"\x08\x00")
+                memory.load(place + 12 + 14, bytes(40))
+            return write(fd, views)
+
+        monkeypatch.setattr(os, "writev", change_and_write)
+        for place, content in ((DATA, frame), (DATA + 4096, request)):
+            memory.load(place, bytes(12) + content)
+            ring.add([Desc(place, 12 + len(content))])
+            worker.serve(queue)
+            sent = ends.frames()[0][12:]
+            # Of a frame that only the lock looks at, the rest is the guest's own business.
+            assert sent[:14] == content[:14]
+            assert sent == content or content is frame
+        assert worker.packets == 2
+        close(worker)
+        release(queue)
+        del queue
+
+
+def never(_frame: bytes) -> None:
+    """Fail: nothing here is answered."""
+    raise AssertionError
+
+
+# --- receiving -----------------------------------------------------------------------------------------------------
+
+
+def receive_obviously(
+    queue: Queue, frames: list[bytes], header: int, *, mergeable: bool, sums: bool
+) -> tuple[str, int]:
+    """Place frames one after the other; return what stopped it, and how many frames had no room."""
+    no_room = 0
+    pending = list(frames)
+    taken: list[tuple[int, list[memoryview]]] = []
+    least = header if mergeable else header + 14
+    try:
+        # The device looks at chains ahead; none of those here is so far ahead that it does not.
+        while (chain := queue.take()) is not None:
+            if chain.readable:
+                raise GuestError("receive buffer with a part for reading")
+            parts = [
+                window
+                for gpa, length in chain.writable
+                if length
+                for window in queue.memory.slices(gpa, length, write=True)
+            ]
+            room = sum(map(len, parts))
+            if room < least:
+                raise GuestError(f"receive buffer of {room} bytes, too small for any frame")
+            taken.append((chain.head, parts))
+    except GuestError as error:
+        return str(error), 0
+    while pending and taken:
+        data = bytearray(pending[0])
+        need, count, room = len(data), 0, 0
+        while room < need and count < len(taken):
+            room += sum(map(len, taken[count][1]))
+            count += 1
+            if not mergeable:
+                break
+        if room < need:
+            if mergeable:
+                break  # it waits for more
+            no_room += 1
+            pending.pop(0)
+            continue
+        pending.pop(0)
+        if not sums:
+            data[0] = 0
+        if header == 12:
+            data[10:12] = struct.pack("<H", count)
+        for head, parts in taken[:count]:
+            written = 0
+            for part in parts:
+                piece = data[: len(part)]
+                part[: len(piece)] = piece
+                del data[: len(piece)]
+                written += len(piece)
+            queue.put(head, written)
+        del taken[:count]
+    queue.publish()
+    return "", no_room
+
+
+FRAME_LENGTHS = st.lists(st.sampled_from([14, 60, 60, 1514, 2036, 2037, 3000, 9000, 65562]), min_size=1, max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    chains(WRITE, [0, NEXT, INDIRECT, INDIRECT | NEXT, WRITE | INDIRECT, WRITE | 8]),
+    FRAME_LENGTHS,
+    st.sampled_from([(10, False), (12, False), (12, True)]),
+    st.booleans(),
+)
+def test_receive_loop_does_what_the_walk_does(
+    rings: Chains, lengths: list[int], layout: tuple[int, bool], sums: bool
+) -> None:
+    """The same memory, used elements and sentence."""
+    header, mergeable = layout
+    frames = [random.Random(n).randbytes(header + length) for n, length in enumerate(lengths)]
+    outcomes = []
+    for fast in (False, True):
+        with GuestMemory.create(LAYOUT) as memory, Ends() as ends:
+            ring = build(memory, rings)
+            queue = queue_of(memory, ring)
+            worker = ends.receiver(header, mergeable=mergeable, sums=sums)
+            error, no_room = "", 0
+            if fast:
+                for frame in frames:
+                    ends.host.send(frame)
+                try:
+                    worker.serve(queue)
+                except GuestError as stopped:
+                    error = str(stopped)
+                no_room = worker.no_room
+            else:
+                error, no_room = receive_obviously(queue, frames, header, mergeable=mergeable, sums=sums)
+            used = ring.reap()
+            # Bytes behind a frame are nobody's: a read of ours may have begun there with one that was dropped.
+            content = [] if error else [bytes(placed(memory, ring, head, length)) for head, length in used]
+            # Of a broken ring, how far it was read does not matter: only a reset follows.
+            outcomes.append((error, error or used, content, error or no_room))
+            assert len(worker.chains) <= STOCK
+            worker.begin()
+            close(worker)
+            release(queue)
+            del queue, worker
+    assert outcomes[0] == outcomes[1]
+
+
+def placed(memory: GuestMemory, ring: Ring, head: int, length: int) -> bytes:
+    """Return the first bytes of a chain's buffers."""
+    queue = queue_of(memory, ring)
+    found = b""
+    for gpa, size in queue.walk(head).writable:
+        part = min(size, length - len(found))
+        if part:
+            found += memory.read(gpa, part)
+    release(queue)
+    return found
