@@ -20,8 +20,9 @@ from vmd.images.raw import RawImage
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
-# (gpa or the next free place, length, flags, next or the following) each; type, sector, in a table of its own
-Requests = list[tuple[list[tuple[int | None, int, int, int | None]], int, int, bool]]
+Row = tuple[int | None, int, int, int | None]  # gpa or the next free place, length, flags, next or the following
+# descriptors, type, sector; in a table of its own, odd bytes of that
+Requests = list[tuple[tuple[list[Row], int, int], bool, int]]
 
 SIZE = 16
 DISK = 64 * 512
@@ -144,17 +145,44 @@ FLAGS = st.sampled_from([NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, WRITE, 0, INDI
 DESCRIPTORS = st.tuples(GPAS, LENGTHS, FLAGS, st.sampled_from([None] * 9 + [0, 3, SIZE - 1, SIZE, 0xFFFF]))
 KINDS = st.sampled_from([0, 0, 0, 1, 1, 1, 4, 8, 11, 13, 2, 99])
 SECTORS = st.sampled_from([0, 1, 7, 60, 62, 63, 64, 65, 1 << 55, (1 << 64) - 1])
-USUAL = st.builds(
-    lambda kind, lengths: [
-        (None, 16, NEXT, None),
-        *[(None, length, NEXT | (0 if kind else WRITE), None) for length in lengths],
-        (None, 1, WRITE, None),
-    ],
-    st.sampled_from([0, 1]),
-    st.lists(st.sampled_from([512, 1024, 500, 12]), max_size=4),
-)
-CHAINS = st.one_of(USUAL, USUAL, st.lists(DESCRIPTORS, min_size=1, max_size=7))
-REQUESTS = st.tuples(CHAINS, KINDS, SECTORS, st.booleans())
+CHAINS = st.tuples(st.lists(DESCRIPTORS, min_size=1, max_size=7), KINDS, SECTORS)
+
+
+@st.composite
+def usual(draw: st.DrawFn) -> tuple[list[Row], int, int]:
+    """Return a read or write as drivers send it."""
+    kind = draw(st.sampled_from([0, 1]))
+    lengths = draw(st.lists(st.sampled_from([[512], [1024], [500, 12]]), min_size=1, max_size=3))
+    flags = NEXT | (0 if kind else WRITE)
+    data: list[Row] = [(None, length, flags, None) for pair in lengths for length in pair]
+    return [(None, 16, NEXT, None), *data, (None, 1, WRITE, None)], kind, draw(st.integers(0, 62))
+
+
+@st.composite
+def nearly_usual(draw: st.DrawFn) -> tuple[list[Row], int, int]:
+    """Return the same but for one field."""
+    rows, kind, sector = draw(usual())
+    place, field = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, 5))
+    gpa, length, flags, following = rows[place]
+    match field:
+        case 0:
+            gpa = draw(st.sampled_from([EXTRA - 5, EXTRA - 1, EXTRA + (1 << 20) - 1, ROM, ROM, 1 << 40, (1 << 64) - 1]))
+        case 1:
+            length = draw(st.sampled_from([0, 1, 2, 15, 17, 511, 512, 4096, 0xFFFFFE00]))
+        case 2:
+            flags = draw(st.sampled_from([0, NEXT, WRITE, NEXT | WRITE, 8 | NEXT, 8 | WRITE, INDIRECT | NEXT]))
+        case 3:
+            following = draw(st.sampled_from([0, 1, 2, SIZE - 1, SIZE, SIZE + 1, 0xFFFF]))
+        case 4:
+            kind = draw(KINDS)
+        case _:
+            sector = draw(SECTORS)
+    rows[place] = (gpa, length, flags, following)
+    return rows, kind, sector
+
+
+ODD_BYTES = st.sampled_from([0, 0, 0, 0, 0, 1, 8, 16])  # what an indirect table is longer than its descriptors
+REQUESTS = st.tuples(st.one_of(CHAINS, usual(), nearly_usual(), nearly_usual()), st.booleans(), ODD_BYTES)
 
 
 def build(memory: GuestMemory, requests: Requests) -> Ring:
@@ -162,7 +190,7 @@ def build(memory: GuestMemory, requests: Requests) -> Ring:
     ring = Ring(memory, SIZE)
     at, place = 0, DATA
     memory.load(DATA, random.Random(3).randbytes(256 * 1024))
-    for number, (parts, kind, sector, indirect) in enumerate(requests):
+    for number, ((parts, kind, sector), indirect, odd_bytes) in enumerate(requests):
         header = HEADERS + 64 * number
         memory.load(header, struct.pack("<IIQ", kind, 0, sector) + struct.pack("<QII", sector, 3, number & 1))
         first = 0 if indirect else at
@@ -173,7 +201,7 @@ def build(memory: GuestMemory, requests: Requests) -> Ring:
             rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
         if indirect:
             memory.load(TABLES + 256 * number, rows)
-            rows = struct.pack("<QIHH", TABLES + 256 * number, len(rows), INDIRECT, 0)
+            rows = struct.pack("<QIHH", TABLES + 256 * number, len(rows) + odd_bytes, INDIRECT, 0)
         if at + len(rows) // 16 > SIZE:
             break
         memory.load(ring.desc + 16 * at, rows)
@@ -247,7 +275,7 @@ def hot(queue: Queue, disk: Disk, features: int) -> str:
 
 
 @pytest.mark.parametrize("make", DISKS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=8), st.booleans(), FEATURES)
 def test_hot_loop_does_what_the_walk_does(
     make: Callable[[bool], Disk], requests: Requests, writable: bool, features: int
