@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakedriver import DATA, EVENT_IDX, EXTRA, INDIRECT, INDIRECT_DESC, LAYOUT, NEXT, ROM, WRITE, Ring
@@ -275,8 +275,9 @@ def hot(queue: Queue, disk: Disk, features: int) -> str:
 
 
 @pytest.mark.parametrize("make", DISKS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=8), st.booleans(), FEATURES)
+@example([(([(None, 16, NEXT, None), (None, 512, NEXT | WRITE, None), (ROM, 1, WRITE, None)], 0, 0), False, 0)], True, 0)
 def test_hot_loop_does_what_the_walk_does(
     make: Callable[[bool], Disk], requests: Requests, writable: bool, features: int
 ) -> None:
