@@ -16,16 +16,14 @@ import pytest
 
 from tests.support import fusefile
 from tests.support.diskprocess import BUFFER, FEATURES, FLUSH, IN, IOERR, OK, OUT, UNSET, Disk, content
-from tests.support.fakedriver import DATA, KIB, MIB, MODERN, RING_BASE, WRITE, Desc, Device, chained
+from tests.support.fakedriver import DATA, KIB, MIB, MODERN, RING_BASE, WRITE, Desc, Device
 from tests.support.fusefile import HELD, FuseFile
 from tests.support.images import problems
-from tests.support.virtiopci import Kvm, Machine
+from tests.support.virtiopci import STATUS, BothHalves
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.images.create import new_file, write_empty
 from vmd.ipc import devmsg
 from vmd.virtio import spec
-from vmd.vm.devproc import DeviceProcess
-from vmd.vm.slots import QUEUES, Slot
 
 pytestmark = [
     pytest.mark.root,
@@ -300,35 +298,12 @@ def test_pause_waits_for_what_is_under_way(rig: Rig) -> None:
 # --- dead storage ---------------------------------------------------------------------------------------------------
 
 
-class Vm:
-    """A VM process's half of a disk: the registers, over the real device process."""
-
-    def __init__(self, storage: FuseFile, memory: GuestMemory) -> None:
-        slot = Slot(kind="blk", index=0, number=1, fds=(storage.fd,), notes=(0,), names=("/vm/disk.img",))
-        self.process = DeviceProcess("blk")
-        self.process.begin("vm/test", slot, memory)
-        self.process.wait_ready()
-        self.machine = Machine(Kvm(), self.process, queues=QUEUES["blk"])
-        self.memory = memory
-
-    def close(self) -> None:
-        """End the process, however it is."""
-        self.process.child.kill()
-        self.process.reap(20)
-        for channel in (self.process._sync, self.process._async):
-            channel.close()
-        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd):
-            os.close(fd)
-        os.close(self.machine.function.config_call)
-        os.close(self.machine.function.config_resample)
-
-
 @pytest.fixture
-def vm() -> Iterator[tuple[Vm, FuseFile]]:
+def vm() -> Iterator[tuple[BothHalves, FuseFile]]:
     """A disk on storage that is in the test's hands, seen from its VM."""
     ram = [RegionSpec(gpa=0, size=16 * MIB, name="ram")]
     with GuestMemory.create(ram) as memory, FuseFile(content(BYTES)) as storage:
-        made = Vm(storage, memory)
+        made = BothHalves("blk", memory, storage.fd)
         yield made, storage
         storage.release()
         made.close()
@@ -337,28 +312,24 @@ def vm() -> Iterator[tuple[Vm, FuseFile]]:
 @pytest.mark.parametrize(
     ("kind", "opcode", "sentence"),
     [
-        pytest.param(FLUSH, fusefile.FSYNC, "/vm/disk.img: requests did not end in 9 s", id="worker"),
+        pytest.param(FLUSH, fusefile.FSYNC, "/vm/image: requests did not end in 9 s", id="worker"),
         pytest.param(OUT, fusefile.WRITE, "no answer in 10 s", id="main-thread", marks=pytest.mark.deep),
     ],
 )
 def test_dead_storage_ends_the_vm_with_a_sentence(
-    vm: tuple[Vm, FuseFile], kind: int, opcode: int, sentence: str
+    vm: tuple[BothHalves, FuseFile], kind: int, opcode: int, sentence: str
 ) -> None:
     """A reset that cannot be done: the vCPU comes back, and somebody is told why the VM has to end (DESIGN 5)."""
     half, storage = vm
     storage.rule(opcode, HELD)
-    half.memory.write(DATA, struct.pack("<IIQ", kind, 0, 0))
+    half.start(1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_BLK_F_FLUSH)
     data = [Desc(BUFFER, 512)] if kind == OUT else []
-    table = chained([Desc(DATA, 16), *data, Desc(DATA + 16, 1, WRITE)])
-    half.memory.write(0x10000, b"".join(struct.pack("<QIHH", *row) for row in table))
-    half.memory.write(0x11000, struct.pack("<HHH", 0, 1, 0))
-    half.machine.negotiate(1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_BLK_F_FLUSH)
-    half.machine.place_queue(0, 0x10000)
-    half.machine.write(20, 1, 0xF)
+    half.memory.write(DATA, struct.pack("<IIQ", kind, 0, 0))
+    half.ring.add([Desc(DATA, 16), *data, Desc(DATA + 16, 1, WRITE)])
     half.machine.notify(0)
     storage.wait_held(1)
 
-    vcpu = threading.Thread(target=half.machine.write, args=(20, 1, 0))
+    vcpu = threading.Thread(target=half.machine.write, args=(STATUS, 1, 0))
     vcpu.start()
     vcpu.join(30)
 
