@@ -2,7 +2,7 @@
 
 The main thread owns the queue: it takes requests, and gives them back.  What the page cache can answer it does
 itself, because handing a request to a thread costs more than a read of 4 KiB.  Everything that may wait for storage
-goes to a few workers: flushes, discards, large writes, and whatever the last look at the clock says is slow now.
+goes to workers: flushes, discards, large writes, and whatever the last look at the clock says is slow now.
 """
 
 import _thread
@@ -50,7 +50,7 @@ INLINE_READ_MAX = 1 << 20
 INLINE_WRITE_MAX = 256 << 10
 IOV_MAX = 1024
 OURS = -1  # the head of a request that no guest made
-WORKERS = 4
+WORKERS_MAX = 16  # threads; as many requests can wait for storage at a time
 IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
 
 # A transfer of the main thread that took longer than SLOW_S had to wait for storage.  For PENALTY times as long the
@@ -67,22 +67,36 @@ OK, IOERR = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR
 
 
 class Workers:
-    """Threads that carry jobs out, and an eventfd that says when one is done."""
+    """Threads that carry jobs out, and an eventfd that says when one is done.
 
-    def __init__(self, count: int) -> None:
+    A thread is started when there is a job and nobody to do it, up to `most`: many disks never need a second one.
+    """
+
+    def __init__(self, most: int) -> None:
         self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        for _ in range(count):
-            _thread.start_new_thread(self._work, ())
+        self.missing = most - 1
+        # An entry for each thread that waits and has not been counted on.  Only methods that are atomic are used.
+        self.idle: list[None] = [None]
+        _thread.start_new_thread(self._work, ())
 
     def submit(self, job: "Callable[[], None]") -> None:
-        """Have a job done; it raises nothing."""
+        """Have a job done; it raises nothing.  From one thread only."""
+        if self.idle:
+            self.idle.pop()
+        elif self.missing:
+            self.missing -= 1
+            try:
+                _thread.start_new_thread(self._work, ())
+            except RuntimeError:  # the host has no room for more
+                self.missing = 0
         self.jobs.put(job)
 
     def _work(self) -> None:
-        get, done = self.jobs.get, self.done
+        get, done, rest = self.jobs.get, self.done, self.idle.append
         while True:
             get()()
+            rest(None)  # first, so that whoever hears of it finds us idle
             os.eventfd_write(done, 1)
 
 
