@@ -286,7 +286,7 @@ class Vioblk:
                     gpa, length, flags, following = descriptor(raw, base)
                 if flags != NEXT or length != 16:
                     break
-                for start, end, offset, _ in ranges:
+                for start, end, offset, writable in ranges:  # noqa: B007 - the data is likely to be there too
                     if start <= gpa and gpa + 16 <= end:
                         kind, _, sector = header(raw, offset + gpa - start)
                         break
@@ -302,17 +302,18 @@ class Vioblk:
                 while following < size and steps:
                     steps -= 1
                     gpa, length, flags, following = descriptor(raw, base + 16 * following)
-                    for start, end, offset, writable in ranges:
-                        if start <= gpa and gpa + length <= end:
-                            at, may_write = offset + gpa - start, writable
+                    if gpa < start or gpa + length > end:  # not in the same region as the one before
+                        for start, end, offset, writable in ranges:  # noqa: B007 - used behind the loop
+                            if start <= gpa and gpa + length <= end:
+                                break
+                        else:
                             break
-                    else:
-                        break
-                    if flags == data and (may_write or kind):
+                    at = offset + gpa - start
+                    if flags == data and (writable or kind):
                         views.append(raw[at : at + length])
                         total += length
                     else:
-                        if flags == WRITE and length == 1 and may_write:
+                        if flags == WRITE and length == 1 and writable:
                             status = at
                         break
                 break
