@@ -32,7 +32,8 @@ FEATURES = st.sampled_from([0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]).flatmap(
 )
 CONTENT = random.Random(2).randbytes(DISK)
 HEADERS = DATA - 0x8000
-TABLES = DATA - 0x4000
+TABLES, TABLE_BYTES = DATA - 0x4000, 512
+DATA_BYTES = 2 << 20  # more than any requests have
 
 
 class MemoryDisk:
@@ -148,20 +149,24 @@ SECTORS = st.sampled_from([0, 1, 7, 60, 62, 63, 64, 65, 1 << 55, (1 << 64) - 1])
 CHAINS = st.tuples(st.lists(DESCRIPTORS, min_size=1, max_size=7), KINDS, SECTORS)
 
 
+SHORT = [[512], [1024], [500, 12]]
+LONG = [[64] * 8, [512] * 9]
+
+
 @st.composite
-def usual(draw: st.DrawFn) -> tuple[list[Row], int, int]:
+def usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int]:
     """Return a read or write as drivers send it."""
     kind = draw(st.sampled_from([0, 1]))
-    lengths = draw(st.lists(st.sampled_from([[512], [1024], [500, 12]]), min_size=1, max_size=3))
+    lengths = draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=3))
     flags = NEXT | (0 if kind else WRITE)
     data: list[Row] = [(None, length, flags, None) for pair in lengths for length in pair]
     return [(None, 16, NEXT, None), *data, (None, 1, WRITE, None)], kind, draw(st.integers(0, 62))
 
 
 @st.composite
-def nearly_usual(draw: st.DrawFn) -> tuple[list[Row], int, int]:
+def nearly_usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int]:
     """Return the same but for one field."""
-    rows, kind, sector = draw(usual())
+    rows, kind, sector = draw(usual(pieces))
     place, field = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, 5))
     gpa, length, flags, following = rows[place]
     match field:
@@ -172,7 +177,7 @@ def nearly_usual(draw: st.DrawFn) -> tuple[list[Row], int, int]:
         case 2:
             flags = draw(st.sampled_from([0, NEXT, WRITE, NEXT | WRITE, 8 | NEXT, 8 | WRITE, INDIRECT | NEXT]))
         case 3:
-            following = draw(st.sampled_from([0, 1, 2, SIZE - 1, SIZE, SIZE + 1, 0xFFFF]))
+            following = draw(st.sampled_from([0, 1, 2, 9, SIZE - 1, SIZE, SIZE + 1, 30, 0xFFFF]))
         case 4:
             kind = draw(KINDS)
         case _:
@@ -181,9 +186,18 @@ def nearly_usual(draw: st.DrawFn) -> tuple[list[Row], int, int]:
     return rows, kind, sector
 
 
-STATUS_IN_ROM: list[Row] = [(None, 16, NEXT, None), (None, 512, NEXT | WRITE, None), (ROM, 1, WRITE, None)]
+HEAD: Row = (None, 16, NEXT, None)
+INTO: Row = (None, 512, NEXT | WRITE, None)
+LAST: Row = (None, 1, WRITE, 0)
+STATUS_IN_ROM: list[Row] = [HEAD, INTO, (ROM, 1, WRITE, None)]
+LONG_INTO_ROM: list[Row] = [(ROM, 16, NEXT, None), *[(ROM + 4096, 512, NEXT | WRITE, None)] * 9, LAST]
+LONG_AND_FROM: list[Row] = [HEAD, *[INTO] * 5, (None, 512, NEXT, None), *[INTO] * 5, LAST]
+LONG_WITH_GAP: list[Row] = [(None, 16, NEXT, 2), *[INTO] * 9, LAST]
 ODD_BYTES = st.sampled_from([0, 0, 0, 0, 0, 1, 8, 16])  # what an indirect table is longer than its descriptors
-REQUESTS = st.tuples(st.one_of(CHAINS, usual(), nearly_usual(), nearly_usual()), st.booleans(), ODD_BYTES)
+REQUESTS = st.one_of(
+    st.tuples(st.one_of(CHAINS, usual(SHORT), nearly_usual(SHORT), nearly_usual(SHORT)), st.booleans(), ODD_BYTES),
+    st.tuples(st.one_of(usual(LONG), nearly_usual(LONG), nearly_usual(LONG)), st.just(True), st.just(0)),
+)
 
 
 def build(memory: GuestMemory, requests: Requests) -> Ring:
@@ -201,8 +215,8 @@ def build(memory: GuestMemory, requests: Requests) -> Ring:
             place += 4096
             rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
         if indirect:
-            memory.load(TABLES + 256 * number, rows)
-            rows = struct.pack("<QIHH", TABLES + 256 * number, len(rows) + odd_bytes, INDIRECT, 0)
+            memory.load(TABLES + TABLE_BYTES * number, rows)
+            rows = struct.pack("<QIHH", TABLES + TABLE_BYTES * number, len(rows) + odd_bytes, INDIRECT, 0)
         if at + len(rows) // 16 > SIZE:
             break
         memory.load(ring.desc + 16 * at, rows)
@@ -279,6 +293,9 @@ def hot(queue: Queue, disk: Disk, features: int) -> str:
 @settings(max_examples=150, deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=8), st.booleans(), FEATURES)
 @example([((STATUS_IN_ROM, 0, 0), False, 0)], True, 0)
+@example([((LONG_INTO_ROM, 0, 0), True, 0)], True, INDIRECT_DESC)
+@example([((LONG_AND_FROM, 0, 0), True, 0)], True, INDIRECT_DESC)
+@example([((LONG_WITH_GAP, 0, 0), True, 0)], True, INDIRECT_DESC)
 def test_hot_loop_does_what_the_walk_does(
     make: Callable[[bool], Disk], requests: Requests, writable: bool, features: int
 ) -> None:
@@ -291,7 +308,7 @@ def test_hot_loop_does_what_the_walk_does(
         with rings(requests, features) as (memory, ring, queue):
             error = serve(queue, disk, features)
             used = sorted(ring.reap())
-            guest = memory.read(HEADERS, DATA + 256 * 1024 - HEADERS) + memory.read(EXTRA - 4096, 8192)
+            guest = memory.read(HEADERS, DATA + DATA_BYTES - HEADERS) + memory.read(EXTRA - 4096, 8192)
             # Of a broken ring, how far it was read does not matter: only a reset follows.
             outcomes.append((error, used, error or queue.next_avail, disk.content(), guest))
         disk.close()

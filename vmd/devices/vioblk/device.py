@@ -49,6 +49,7 @@ BUDGET_BYTES = 8 << 20  # that the main thread moves itself in one wake-up
 INLINE_READ_MAX = 1 << 20
 INLINE_WRITE_MAX = 256 << 10
 IOV_MAX = 1024
+LONG = 8  # descriptors of an indirect table that is worth an iterator
 OURS = -1  # the head of a request that no guest made
 WORKERS_MAX = 16  # threads; as many requests can wait for storage at a time
 IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
@@ -257,6 +258,7 @@ class Vioblk:
         table, ring, mask, table_size = queue.desc, queue.avail + 4, queue.mask, queue.size
         indirect, disk_size, writable_disk = queue.indirect, self.size, self.image.writable
         descriptor, word, header = DESC.unpack_from, U16.unpack_from, HEADER.unpack_from
+        rows = DESC.iter_unpack
         put = queue.put
         budget_bytes = BUDGET_BYTES
         waiting = queue.available()
@@ -299,6 +301,17 @@ class Vioblk:
                 else:
                     break
                 steps = size - 1
+                if following == 1 and size > LONG and base != table and (writable or kind):
+                    # A page cache is scattered over memory, its descriptors are not: by far the most are taken here.
+                    place = 1
+                    for gpa, length, flags, following in rows(raw[base + 16 : base + 16 * size]):
+                        if flags != data or following != place + 1 or gpa < start or gpa + length > end:
+                            break
+                        at = offset + gpa - start
+                        views.append(raw[at : at + length])
+                        total += length
+                        place += 1
+                    following, steps = place, size - place
                 while following < size and steps:
                     steps -= 1
                     gpa, length, flags, following = descriptor(raw, base + 16 * following)
