@@ -46,8 +46,7 @@ QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
 BUDGET = 64  # requests of one wake-up
 BUDGET_BYTES = 8 << 20  # that the main thread moves itself in one wake-up
-INLINE_READ_MAX = 1 << 20
-INLINE_WRITE_MAX = 256 << 10
+INLINE_MAX = 1 << 20  # bytes of a transfer that the main thread does itself
 IOV_MAX = 1024
 LONG = 8  # descriptors of an indirect table that is worth an iterator
 OURS = -1  # the head of a request that no guest made
@@ -336,13 +335,15 @@ class Vioblk:
                 continue
             queue.next_avail = queue.next_avail + 1 & 0xFFFF
             budget_bytes -= total
-            if kind == 0:
-                if total <= INLINE_READ_MAX and self._read_now(disk_offset, views, total):
+            if total > INLINE_MAX:
+                self._hand_over_transfer(head, kind, status, disk_offset, views, total)
+            elif kind == 0:
+                if self._read_now(disk_offset, views, total):
                     raw[status] = 0
                     put(head, total + 1)
                 else:
                     self._hand_over_transfer(head, kind, status, disk_offset, views, total)
-            elif total > INLINE_WRITE_MAX or not self._write_now(head, status, disk_offset, views, total):
+            elif not self._write_now(head, status, disk_offset, views, total):
                 self._hand_over_transfer(head, kind, status, disk_offset, views, total)
             if budget_bytes < 0:
                 return True
