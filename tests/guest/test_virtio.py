@@ -141,7 +141,10 @@ class Rng:
         """End the process."""
         self.process.shut_down()
         self.process.reap(END_TIMEOUT_S)
-        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd):
+        function = self.machine.function
+        self.process.interrupts._words.release()
+        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd,
+                   function.config_call, function.config_resample):  # fmt: skip
             os.close(fd)
         for channel in (self.process._sync, self.process._async):
             channel.close()

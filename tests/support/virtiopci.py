@@ -161,6 +161,7 @@ class Process:
 
     def close(self) -> None:
         """Let go of everything."""
+        self.interrupts._words.release()
         for fd in (*self.kicks, *self.calls, self.resample, self.interrupts.fd):
             os.close(fd)
 
@@ -391,6 +392,7 @@ class BothHalves:
         """End the process, however it is."""
         self.process.child.kill()
         self.process.reap(DEADLINE_S)
+        self.process.interrupts._words.release()
         for channel in (self.process._sync, self.process._async):
             channel.close()
         for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd):
