@@ -58,9 +58,10 @@ static uint64_t run(const struct load *load)
 
     if (!buffers)
         buffers = take_pages((size_t)DEPTH_MAX * BYTES_MAX / 4);
+    /* From the top down: no piece follows the one before it, or a driver would have made them one. */
     for (unsigned i = 0; i < load->depth; i++)
         for (uint32_t at = 0; at < load->bytes; at += load->piece)
-            pieces[i][at / load->piece] = (struct segment){
+            pieces[i][count - 1 - at / load->piece] = (struct segment){
                 buffers + (size_t)i * load->bytes + at,
                 load->bytes - at < load->piece ? load->bytes - at : load->piece,
                 !load->write,

@@ -5,6 +5,7 @@
 enum { CFG_PCI = 5, CAP_TYPE = 3, CAP_BAR = 4, CAP_OFFSET = 8, CAP_LENGTH = 12, CAP_DATA = 16 };
 
 #define POLLS 100000
+#define WAIT_MS 4000
 #define IN_FLIGHT 64
 #define NOWHERE 0x4000 /* a queue, or a descriptor, that no device has */
 
@@ -104,7 +105,7 @@ static void test_broken_ring(bool legacy)
     if (legacy && under_qemu()) { /* it knows that status for virtio 1.x only */
         skip("broken-ring");
     } else {
-        check("broken-ring-interrupts", wait_until(&disk.device.reconfigured, before + 1, 2000));
+        check("broken-ring-interrupts", wait_until(&disk.device.reconfigured, before + 1, WAIT_MS));
         check("broken-ring-needs-reset", virtio_status(&disk.device) & STATUS_NEEDS_RESET);
     }
     check("works-after-broken-ring", start_disk(&way) && works());

@@ -4,7 +4,7 @@
 
 #define LARGE (128 * KIB)
 #define SINGLE_ROUNDS 100
-#define WAIT_MS 2000
+#define WAIT_MS 4000
 #define WRAP_REQUESTS 66000u /* more than 16 bits count */
 #define BATCH 61             /* so that batches end everywhere in the ring */
 

@@ -61,6 +61,17 @@ static char read_char(void)
     }
 }
 
+/* Whether a ^C has come between the end of a line and the start of its command; what was typed before it goes. */
+static bool take_ctrl_c(void)
+{
+    for (unsigned at = input_tail; at != input_head; at++)
+        if (input[at % INPUT_MAX] == CTRL_C) {
+            input_tail = at + 1;
+            return true;
+        }
+    return false;
+}
+
 static void echo(char c)
 {
     if (interactive)
@@ -352,7 +363,7 @@ static void run(const char *line)
         line++;
     for (unsigned i = 0; i < COMMANDS; i++) {
         if (same(commands[i].name, name)) {
-            interrupted = false;
+            interrupted = take_ctrl_c();
             running = true;
             interrupts_on(); /* so that ^C and the power button end what takes long */
             commands[i].run(line);

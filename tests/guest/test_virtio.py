@@ -29,6 +29,7 @@ from tests.support.virtiopci import (
     Process,
     act,
 )
+from vmd.kvmapi import abi
 from vmd.kvmapi.exits import Exit, PioIn, PioOut
 from vmd.kvmapi.system import System
 from vmd.kvmapi.vcpu import KICK_SIGNAL, install_kick_handler
@@ -56,11 +57,10 @@ def set_ports(*writes: tuple[int, int]) -> bytes:
     return b"".join(bytes((0xB0, value, 0xE6, port)) for port, value in writes)
 
 
-# Both 8259s for vectors 20h and 28h up; IRQ 10, behind the cascade, is the only line, and level triggered.
+# Both 8259s for vectors 20h and 28h up; IRQ 10, behind the cascade, is the only line.
 PIC_SETUP = (
     set_ports((0x20, 0x11), (0x21, 0x20), (0x21, 0x04), (0x21, 0x01), (0x21, 0xFB))
     + set_ports((0xA0, 0x11), (0xA1, 0x28), (0xA1, 0x02), (0xA1, 0x01), (0xA1, 0xFB))
-    + out(0x4D1, 0x0C)
     + b"\xfb"  # sti
 )
 READ_ISR = b"\xba" + ISR.to_bytes(2, "little") + b"\xec" + b"\xba" + SAW.to_bytes(2, "little") + b"\xee"
@@ -89,8 +89,14 @@ def system() -> Iterator[System]:
 
 @pytest.fixture
 def guest(system: System) -> Iterator[Guest]:
-    """A VM with KVM's interrupt controllers."""
+    """A VM with KVM's interrupt controllers; IRQ 10 is level triggered from the start, as in a machine of ours.
+
+    Else an interrupt that comes before the guest has set up its 8259s would be forgotten.
+    """
     made = Guest(system, irqchip=True)
+    chip = made.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_SLAVE)
+    chip.chip.pic.elcr = 1 << 10 - 8
+    made.vm.set_irqchip(chip)
     yield made
     made.close()
 
@@ -141,7 +147,10 @@ class Rng:
         """End the process."""
         self.process.shut_down()
         self.process.reap(END_TIMEOUT_S)
-        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd):
+        function = self.machine.function
+        self.process.interrupts._words.release()
+        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd,
+                   function.config_call, function.config_resample):  # fmt: skip
             os.close(fd)
         for channel in (self.process._sync, self.process._async):
             channel.close()

@@ -55,6 +55,7 @@ from tests.support.fakedriver import (
 from vmd.images.create import new_file, write_empty
 from vmd.ipc import devmsg
 from vmd.virtio import spec
+from vmd.virtio.fence import full_fence
 
 
 @pytest.fixture(scope="module")
@@ -660,6 +661,35 @@ def test_unseen_interrupt_is_raised_again(disk: Disk) -> None:
     disk.device.command(devmsg.RESUME)
     disk.device.command(devmsg.PAUSE)
     assert Device.take_event(disk.device.calls[0]) == 0
+
+
+def test_event_index_loses_no_wake_up_21(disk: Disk) -> None:
+    """Hostile input 21: a driver that notifies and waits only when told to goes round for ever (2.7.7, 2.7.10).
+
+    Each side stores its index and then looks at what the other wants.  Without a fence in between, either may look
+    too early; then both wait, which this test would do too.
+    """
+    ring, device = disk.renew(), disk.device
+    rounds, in_flight, offered, done = 20_000, 0, 0, 0
+    header = disk.header(IN, 0)
+    for slot in range(4):
+        ring.describe(4 * slot, chained([header, Desc(BUFFER + 512 * slot, 512, WRITE), LAST], 4 * slot))
+    while done < rounds:
+        while in_flight < 1 + done % 4 and offered < rounds:
+            before = ring.avail_idx
+            ring.offer(4 * (offered % 4))
+            full_fence()
+            if (ring.avail_idx - ring.avail_event - 1 & 0xFFFF) < (ring.avail_idx - before & 0xFFFF):
+                device.kick()
+            in_flight, offered = in_flight + 1, offered + 1
+        ring.set_used_event(ring.used_idx)
+        full_fence()
+        if not (found := ring.reap()):
+            device.wait_interrupt()
+            found = ring.reap()
+        in_flight, done = in_flight - len(found), done + len(found)
+
+    assert (done, in_flight) == (rounds, 0)
 
 
 # --- the process -------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def bootable() -> Bootable:
         _make_fat_disk(result, scratch)
         _make_linux_disk(result, scratch)
         _make_cd(result, scratch)
-        _make_data_disk(result)
+        _make_data_disk(result, scratch)
         try:
             fresh.rename(made)
         except OSError:
@@ -170,9 +170,12 @@ def _make_cd(result: Bootable, scratch: Path) -> None:
     )  # fmt: skip
 
 
-def _make_data_disk(result: Bootable) -> None:
+def _make_data_disk(result: Bootable, scratch: Path) -> None:
     """A file system to write to, large enough to lose something."""
-    _run("mke2fs", "-q", "-F", "-t", "ext4", result.data, "96M")
+    tree = scratch / "data"
+    tree.mkdir()
+    (tree / "noise").write_bytes(noise("data"))
+    _run("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, result.data, "96M")
 
 
 # --- their parts -----------------------------------------------------------------------------------------------

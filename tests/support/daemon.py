@@ -30,6 +30,7 @@ class Daemon:
         self.conf = directory / "vm.conf"
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"
+        self.notices = directory / "vmctl-console.log"  # what it says besides the guest's words
         self.process: subprocess.Popen[bytes] | None = None
         self.conf.write_text(conf)
 
@@ -41,7 +42,9 @@ class Daemon:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            print(f"--- log of vmd\n{self.log}---")
+            print(f"--- log of vmd\n{self.log}--- its threads\n{self.threads()}---")
+            if self.notices.exists():
+                print(f"--- vmctl console\n{self.notices.read_text(errors='replace')}---")
         self.stop()
 
     def start(self) -> None:
@@ -106,6 +109,15 @@ class Daemon:
                 found[args.strip()] = int(pid)
         return found
 
+    def threads(self) -> str:
+        """Return what each thread of everything it started is at, for people."""
+        if self.process is None or self.process.poll() is not None:
+            return ""
+        pids = ",".join(str(pid) for pid in (self.pid, *self.processes().values()))
+        columns = "lwp,stat,time,wchan:24,args"
+        listing = subprocess.run(["ps", "-L", "-o", columns, "-p", pids], capture_output=True, text=True, check=False)
+        return listing.stdout
+
     def vmctl(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """Run vmctl to its end."""
         return subprocess.run(
@@ -163,9 +175,9 @@ class Daemon:
     @contextlib.contextmanager
     def attached(self, name: str) -> Iterator["Attached"]:
         """Attach with `vmctl console`: what was said before comes first."""
-        with subprocess.Popen(
+        with self.notices.open("ab") as notices, subprocess.Popen(
             [sys.executable, "-m", "vmctl", "-s", self.socket, "console", name],
-            cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notices,
         ) as process:  # fmt: skip
             assert process.stdin is not None
             assert process.stdout is not None

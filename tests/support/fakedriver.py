@@ -296,6 +296,13 @@ class Device:
         except BlockingIOError:
             return 0
 
+    @staticmethod
+    def readable(fd: int) -> bool:
+        """Return whether a descriptor has something to read."""
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def wait_for(self, *fds: int) -> list[int]:
         """Wait until one of some descriptors, or the end of the process, is readable; the latter fails."""
         poll = select.poll()

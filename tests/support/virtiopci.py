@@ -11,15 +11,19 @@ from typing import Any, Self
 
 from hypothesis import strategies as st
 
+from tests.support.fakedriver import DEADLINE_S, Ring
 from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
+from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.virtio import spec
 from vmd.vm import layout, virtio
 from vmd.vm.bus import Bus
-from vmd.vm.devproc import Interrupts
+from vmd.vm.devproc import DeviceProcess, Interrupts
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
+from vmd.vm.slots import QUEUES as SIZES
+from vmd.vm.slots import Slot
 from vmd.vm.virtio import VirtioFunction
 
 MEMORY = 128 * layout.MIB
@@ -157,6 +161,7 @@ class Process:
 
     def close(self) -> None:
         """Let go of everything."""
+        self.interrupts._words.release()
         for fd in (*self.kicks, *self.calls, self.resample, self.interrupts.fd):
             os.close(fd)
 
@@ -353,3 +358,44 @@ def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
             machine.process.raise_queue(0)
         case "broken":
             machine.function.on_needs_reset("", machine.process.activations)
+
+
+class BothHalves:
+    """A device in slot 1 with its real process, over a KVM that only notes; the driver's half of its first queue."""
+
+    RING = 0x10000
+
+    def __init__(self, kind: str, memory: GuestMemory, *fds: int) -> None:
+        names = ("/vm/image",) * len(fds)
+        self.memory = memory
+        self.process = DeviceProcess(kind)
+        slot = Slot(kind=kind, index=0, number=SLOT, fds=fds, notes=(0,) * len(fds), names=names)
+        self.process.begin("vm/test", slot, memory)
+        self.process.wait_ready()
+        self.machine = Machine(Kvm(), self.process, kind=kind, queues=SIZES[kind])
+        self.renew()
+
+    def renew(self) -> None:
+        """Have an empty ring."""
+        self.ring = Ring(self.memory, SIZES[self.process.kind][0], self.RING)
+
+    def start(self, features: int = VERSION_1) -> None:
+        """Come up with one queue."""
+        self.machine.negotiate(features)
+        self.machine.write(QUEUE_SELECT, 2, 0)
+        for offset, gpa in ((DESC, self.ring.desc), (AVAIL, self.ring.avail), (USED, self.ring.used)):
+            self.machine.write(offset, 4, gpa)
+        self.machine.write(QUEUE_ENABLE, 2, 1)
+        self.machine.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
+    def close(self) -> None:
+        """End the process, however it is."""
+        self.process.child.kill()
+        self.process.reap(DEADLINE_S)
+        self.process.interrupts._words.release()
+        for channel in (self.process._sync, self.process._async):
+            channel.close()
+        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd):
+            os.close(fd)
+        os.close(self.machine.function.config_call)
+        os.close(self.machine.function.config_resample)

@@ -220,7 +220,10 @@ class VirtioFunction(PciFunction):
                     wanted[fd] = (self.first_gsi + vector, False)
         elif self.slot > 0 and not self.command & COMMAND_INTX_DISABLE:
             gsi = layout.pci_irq(self.slot, 1)
-            wanted = {fd: (gsi, True) for fd, _ in self._calls()}
+            wanted = dict.fromkeys(self.process.calls, (gsi, True))
+            # Only as long as it is needed: every end of an interrupt on this line, whosever, wakes our event thread.
+            if self.config_pending:
+                wanted[self.config_call] = (gsi, True)
         for fd, (gsi, _) in list(self.irqfds.items()):
             if wanted.get(fd) != self.irqfds[fd]:
                 self.kvm.deassign_irqfd(fd, gsi)
@@ -330,6 +333,9 @@ class VirtioFunction(PciFunction):
         """Return and clear ISR."""
         queue = self.process.interrupts.take(len(self.transport.queues))
         config, self.config_pending = self.config_pending, False
+        if config and not self.transport.msix_enabled:
+            drain(self.config_call)  # in case it was not let through
+            self._place_interrupts()
         return (spec.ISR_QUEUE if queue else 0) | (spec.ISR_CONFIG if config else 0)
 
     def vectors_changed(self) -> None:
@@ -339,6 +345,7 @@ class VirtioFunction(PciFunction):
     def raise_config(self) -> None:
         """Interrupt the guest because configuration has changed, or the device wants a reset."""
         self.config_pending = True
+        self._place_interrupts()
         os.eventfd_write(self.config_call, 1)
 
     # --- saving ----------------------------------------------------------------------------------------------

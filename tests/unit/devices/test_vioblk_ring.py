@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakedriver import DATA, EVENT_IDX, EXTRA, INDIRECT, INDIRECT_DESC, LAYOUT, NEXT, ROM, WRITE, Ring
@@ -20,8 +20,9 @@ from vmd.images.raw import RawImage
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
-# (gpa or the next free place, length, flags, next or the following) each; type, sector, in a table of its own
-Requests = list[tuple[list[tuple[int | None, int, int, int | None]], int, int, bool]]
+Row = tuple[int | None, int, int, int | None]  # gpa or the next free place, length, flags, next or the following
+# descriptors, type, sector; in a table of its own, odd bytes of that
+Requests = list[tuple[tuple[list[Row], int, int], bool, int]]
 
 SIZE = 16
 DISK = 64 * 512
@@ -31,7 +32,8 @@ FEATURES = st.sampled_from([0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]).flatmap(
 )
 CONTENT = random.Random(2).randbytes(DISK)
 HEADERS = DATA - 0x8000
-TABLES = DATA - 0x4000
+TABLES, TABLE_BYTES = DATA - 0x4000, 512
+DATA_BYTES = 2 << 20  # more than any requests have
 
 
 class MemoryDisk:
@@ -144,17 +146,58 @@ FLAGS = st.sampled_from([NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, WRITE, 0, INDI
 DESCRIPTORS = st.tuples(GPAS, LENGTHS, FLAGS, st.sampled_from([None] * 9 + [0, 3, SIZE - 1, SIZE, 0xFFFF]))
 KINDS = st.sampled_from([0, 0, 0, 1, 1, 1, 4, 8, 11, 13, 2, 99])
 SECTORS = st.sampled_from([0, 1, 7, 60, 62, 63, 64, 65, 1 << 55, (1 << 64) - 1])
-USUAL = st.builds(
-    lambda kind, lengths: [
-        (None, 16, NEXT, None),
-        *[(None, length, NEXT | (0 if kind else WRITE), None) for length in lengths],
-        (None, 1, WRITE, None),
-    ],
-    st.sampled_from([0, 1]),
-    st.lists(st.sampled_from([512, 1024, 500, 12]), max_size=4),
+CHAINS = st.tuples(st.lists(DESCRIPTORS, min_size=1, max_size=7), KINDS, SECTORS)
+
+
+SHORT = [[512], [1024], [500, 12]]
+LONG = [[64] * 8, [512] * 9]
+
+
+@st.composite
+def usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int]:
+    """Return a read or write as drivers send it."""
+    kind = draw(st.sampled_from([0, 1]))
+    lengths = draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=3))
+    flags = NEXT | (0 if kind else WRITE)
+    data: list[Row] = [(None, length, flags, None) for pair in lengths for length in pair]
+    return [(None, 16, NEXT, None), *data, (None, 1, WRITE, None)], kind, draw(st.integers(0, 62))
+
+
+@st.composite
+def nearly_usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int]:
+    """Return the same but for one field."""
+    rows, kind, sector = draw(usual(pieces))
+    place, field = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, 5))
+    gpa, length, flags, following = rows[place]
+    match field:
+        case 0:
+            gpa = draw(st.sampled_from([EXTRA - 5, EXTRA - 1, EXTRA + (1 << 20) - 1, ROM, ROM, 1 << 40, (1 << 64) - 1]))
+        case 1:
+            length = draw(st.sampled_from([0, 1, 2, 15, 17, 511, 512, 4096, 0xFFFFFE00]))
+        case 2:
+            flags = draw(st.sampled_from([0, NEXT, WRITE, NEXT | WRITE, 8 | NEXT, 8 | WRITE, INDIRECT | NEXT]))
+        case 3:
+            following = draw(st.sampled_from([0, 1, 2, 9, SIZE - 1, SIZE, SIZE + 1, 30, 0xFFFF]))
+        case 4:
+            kind = draw(KINDS)
+        case _:
+            sector = draw(SECTORS)
+    rows[place] = (gpa, length, flags, following)
+    return rows, kind, sector
+
+
+HEAD: Row = (None, 16, NEXT, None)
+INTO: Row = (None, 512, NEXT | WRITE, None)
+LAST: Row = (None, 1, WRITE, 0)
+STATUS_IN_ROM: list[Row] = [HEAD, INTO, (ROM, 1, WRITE, None)]
+LONG_INTO_ROM: list[Row] = [(ROM, 16, NEXT, None), *[(ROM + 4096, 512, NEXT | WRITE, None)] * 9, LAST]
+LONG_AND_FROM: list[Row] = [HEAD, *[INTO] * 5, (None, 512, NEXT, None), *[INTO] * 5, LAST]
+LONG_WITH_GAP: list[Row] = [(None, 16, NEXT, 2), *[INTO] * 9, LAST]
+ODD_BYTES = st.sampled_from([0, 0, 0, 0, 0, 1, 8, 16])  # what an indirect table is longer than its descriptors
+REQUESTS = st.one_of(
+    st.tuples(st.one_of(CHAINS, usual(SHORT), nearly_usual(SHORT), nearly_usual(SHORT)), st.booleans(), ODD_BYTES),
+    st.tuples(st.one_of(usual(LONG), nearly_usual(LONG), nearly_usual(LONG)), st.just(True), st.just(0)),
 )
-CHAINS = st.one_of(USUAL, USUAL, st.lists(DESCRIPTORS, min_size=1, max_size=7))
-REQUESTS = st.tuples(CHAINS, KINDS, SECTORS, st.booleans())
 
 
 def build(memory: GuestMemory, requests: Requests) -> Ring:
@@ -162,7 +205,7 @@ def build(memory: GuestMemory, requests: Requests) -> Ring:
     ring = Ring(memory, SIZE)
     at, place = 0, DATA
     memory.load(DATA, random.Random(3).randbytes(256 * 1024))
-    for number, (parts, kind, sector, indirect) in enumerate(requests):
+    for number, ((parts, kind, sector), indirect, odd_bytes) in enumerate(requests):
         header = HEADERS + 64 * number
         memory.load(header, struct.pack("<IIQ", kind, 0, sector) + struct.pack("<QII", sector, 3, number & 1))
         first = 0 if indirect else at
@@ -172,8 +215,8 @@ def build(memory: GuestMemory, requests: Requests) -> Ring:
             place += 4096
             rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
         if indirect:
-            memory.load(TABLES + 256 * number, rows)
-            rows = struct.pack("<QIHH", TABLES + 256 * number, len(rows), INDIRECT, 0)
+            memory.load(TABLES + TABLE_BYTES * number, rows)
+            rows = struct.pack("<QIHH", TABLES + TABLE_BYTES * number, len(rows) + odd_bytes, INDIRECT, 0)
         if at + len(rows) // 16 > SIZE:
             break
         memory.load(ring.desc + 16 * at, rows)
@@ -247,8 +290,12 @@ def hot(queue: Queue, disk: Disk, features: int) -> str:
 
 
 @pytest.mark.parametrize("make", DISKS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=8), st.booleans(), FEATURES)
+@example([((STATUS_IN_ROM, 0, 0), False, 0)], True, 0)
+@example([((LONG_INTO_ROM, 0, 0), True, 0)], True, INDIRECT_DESC)
+@example([((LONG_AND_FROM, 0, 0), True, 0)], True, INDIRECT_DESC)
+@example([((LONG_WITH_GAP, 0, 0), True, 0)], True, INDIRECT_DESC)
 def test_hot_loop_does_what_the_walk_does(
     make: Callable[[bool], Disk], requests: Requests, writable: bool, features: int
 ) -> None:
@@ -261,7 +308,7 @@ def test_hot_loop_does_what_the_walk_does(
         with rings(requests, features) as (memory, ring, queue):
             error = serve(queue, disk, features)
             used = sorted(ring.reap())
-            guest = memory.read(HEADERS, DATA + 256 * 1024 - HEADERS) + memory.read(EXTRA - 4096, 8192)
+            guest = memory.read(HEADERS, DATA + DATA_BYTES - HEADERS) + memory.read(EXTRA - 4096, 8192)
             # Of a broken ring, how far it was read does not matter: only a reset follows.
             outcomes.append((error, used, error or queue.next_avail, disk.content(), guest))
         disk.close()

@@ -1,6 +1,8 @@
 """Queues from the device's side; rings as no driver should make them (hostile-input 1, 2, 11-14, 16-19, 21, 25)."""
 
+import os
 import struct
+from collections.abc import Iterator
 
 import pytest
 
@@ -28,11 +30,29 @@ SIZE = 16
 TABLE = DATA + 0x10000
 
 
+FDS: list[int] = []  # of the memories of one test
+
+
+@pytest.fixture(autouse=True)
+def let_go() -> Iterator[None]:
+    """Close them; the mappings go with their last user."""
+    yield
+    while FDS:
+        os.close(FDS.pop())
+
+
+def new_memory() -> GuestMemory:
+    """Return memory that goes with the test."""
+    memory = GuestMemory.create(LAYOUT)
+    FDS.append(memory.fd)
+    return memory
+
+
 class Pair:
     """A ring and the queue that looks at it."""
 
     def __init__(self, features: int = INDIRECT_DESC, start: int = 0) -> None:
-        self.memory = GuestMemory.create(LAYOUT)
+        self.memory = new_memory()
         self.ring = Ring(self.memory, SIZE)
         self.ring.avail_idx = start
         self.ring.set_avail_idx(start)
@@ -48,7 +68,7 @@ class Pair:
 
 def make(size: int = SIZE, desc: int = 0x1000, avail: int = 0x2000, used: int = 0x3000) -> Queue:
     """Return a queue in a memory of its own."""
-    return Queue(GuestMemory.create(LAYOUT), 0, size, desc, avail, used)
+    return Queue(new_memory(), 0, size, desc, avail, used)
 
 
 def test_chain_is_followed_in_order() -> None:

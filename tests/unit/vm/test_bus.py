@@ -67,7 +67,7 @@ def bus() -> Bus:
 
 @pytest.mark.parametrize(("size", "ones"), [(1, 0xFF), (2, 0xFFFF), (4, 0xFFFFFFFF)])
 def test_unclaimed_port_reads_as_all_ones_and_swallows_writes(bus: Bus, size: int, ones: int) -> None:
-    """An empty bus floats high."""
+    """Hostile input 51: an empty bus floats high."""
     assert bus.pio_read(0x80, size) == ones
     bus.pio_write(0x80, size, 0)
     assert bus.unclaimed == 2 * size
@@ -75,7 +75,7 @@ def test_unclaimed_port_reads_as_all_ones_and_swallows_writes(bus: Bus, size: in
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_unclaimed_memory_reads_as_all_ones_and_swallows_writes(bus: Bus, size: int) -> None:
-    """So does memory space, in any size KVM may hand out."""
+    """Hostile input 51: so does memory space, in any size KVM may hand out."""
     assert bus.mmio_read(0xF0000000, size) == (1 << 8 * size) - 1
     bus.mmio_write(0xF0000000, size, 0)
     assert bus.unclaimed == 2 * size
@@ -201,7 +201,7 @@ def test_first_claim_of_memory_wins(bus: Bus) -> None:
 
 
 def test_strings_are_repeated_accesses_to_one_port(bus: Bus) -> None:
-    """REP INS and REP OUTS, in all sizes."""
+    """Hostile input 51: REP INS and REP OUTS, in all sizes."""
     device = Recorder(0x41)
     bus.add_pio(0x10, 4, device)
 
@@ -214,7 +214,7 @@ def test_strings_are_repeated_accesses_to_one_port(bus: Bus) -> None:
 
 
 def test_strings_on_unclaimed_ports_are_harmless(bus: Bus) -> None:
-    """What is fatal for a VM of upstream's."""
+    """Hostile input 51: what is fatal for a VM of upstream's."""
     assert bus.pio_read_string(0x500, 2, 4) == b"\xff" * 8
     bus.pio_write_string(0x500, 4, bytes(16))
 

@@ -2,7 +2,7 @@
 
 The main thread owns the queue: it takes requests, and gives them back.  What the page cache can answer it does
 itself, because handing a request to a thread costs more than a read of 4 KiB.  Everything that may wait for storage
-goes to a few workers: flushes, discards, large writes, and whatever the last look at the clock says is slow now.
+goes to workers: flushes, discards, large writes, and whatever the last look at the clock says is slow now.
 """
 
 import _thread
@@ -46,11 +46,11 @@ QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
 BUDGET = 64  # requests of one wake-up
 BUDGET_BYTES = 8 << 20  # that the main thread moves itself in one wake-up
-INLINE_READ_MAX = 1 << 20
-INLINE_WRITE_MAX = 256 << 10
+INLINE_MAX = 1 << 20  # bytes of a transfer that the main thread does itself
 IOV_MAX = 1024
+LONG = 8  # descriptors of an indirect table that is worth an iterator
 OURS = -1  # the head of a request that no guest made
-WORKERS = 4
+WORKERS_MAX = 16  # threads; as many requests can wait for storage at a time
 IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
 
 # A transfer of the main thread that took longer than SLOW_S had to wait for storage.  For PENALTY times as long the
@@ -67,22 +67,36 @@ OK, IOERR = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR
 
 
 class Workers:
-    """Threads that carry jobs out, and an eventfd that says when one is done."""
+    """Threads that carry jobs out, and an eventfd that says when one is done.
 
-    def __init__(self, count: int) -> None:
+    A thread is started when there is a job and nobody to do it, up to `most`: many disks never need a second one.
+    """
+
+    def __init__(self, most: int) -> None:
         self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        for _ in range(count):
-            _thread.start_new_thread(self._work, ())
+        self.missing = most - 1
+        # An entry for each thread that waits and has not been counted on.  Only methods that are atomic are used.
+        self.idle: list[None] = [None]
+        _thread.start_new_thread(self._work, ())
 
     def submit(self, job: "Callable[[], None]") -> None:
-        """Have a job done; it raises nothing."""
+        """Have a job done; it raises nothing.  From one thread only."""
+        if self.idle:
+            self.idle.pop()
+        elif self.missing:
+            self.missing -= 1
+            try:
+                _thread.start_new_thread(self._work, ())
+            except RuntimeError:  # the host has no room for more
+                self.missing = 0
         self.jobs.put(job)
 
     def _work(self) -> None:
-        get, done = self.jobs.get, self.done
+        get, done, rest = self.jobs.get, self.done, self.idle.append
         while True:
             get()()
+            rest(None)  # first, so that whoever hears of it finds us idle
             os.eventfd_write(done, 1)
 
 
@@ -243,6 +257,7 @@ class Vioblk:
         table, ring, mask, table_size = queue.desc, queue.avail + 4, queue.mask, queue.size
         indirect, disk_size, writable_disk = queue.indirect, self.size, self.image.writable
         descriptor, word, header = DESC.unpack_from, U16.unpack_from, HEADER.unpack_from
+        rows = DESC.iter_unpack
         put = queue.put
         budget_bytes = BUDGET_BYTES
         waiting = queue.available()
@@ -272,7 +287,7 @@ class Vioblk:
                     gpa, length, flags, following = descriptor(raw, base)
                 if flags != NEXT or length != 16:
                     break
-                for start, end, offset, _ in ranges:
+                for start, end, offset, writable in ranges:  # noqa: B007 - the data is likely to be there too
                     if start <= gpa and gpa + 16 <= end:
                         kind, _, sector = header(raw, offset + gpa - start)
                         break
@@ -285,20 +300,32 @@ class Vioblk:
                 else:
                     break
                 steps = size - 1
+                if following == 1 and size > LONG and base != table and (writable or kind):
+                    # A page cache is scattered over memory, its descriptors are not: by far the most are taken here.
+                    place = 1
+                    for gpa, length, flags, following in rows(raw[base + 16 : base + 16 * size]):
+                        if flags != data or following != place + 1 or gpa < start or gpa + length > end:
+                            break
+                        at = offset + gpa - start
+                        views.append(raw[at : at + length])
+                        total += length
+                        place += 1
+                    following, steps = place, size - place
                 while following < size and steps:
                     steps -= 1
                     gpa, length, flags, following = descriptor(raw, base + 16 * following)
-                    for start, end, offset, writable in ranges:
-                        if start <= gpa and gpa + length <= end:
-                            at, may_write = offset + gpa - start, writable
+                    if gpa < start or gpa + length > end:  # not in the same region as the one before
+                        for start, end, offset, writable in ranges:  # noqa: B007 - used behind the loop
+                            if start <= gpa and gpa + length <= end:
+                                break
+                        else:
                             break
-                    else:
-                        break
-                    if flags == data and (may_write or kind):
+                    at = offset + gpa - start
+                    if flags == data and (writable or kind):
                         views.append(raw[at : at + length])
                         total += length
                     else:
-                        if flags == WRITE and length == 1 and may_write:
+                        if flags == WRITE and length == 1 and writable:
                             status = at
                         break
                 break
@@ -308,13 +335,15 @@ class Vioblk:
                 continue
             queue.next_avail = queue.next_avail + 1 & 0xFFFF
             budget_bytes -= total
-            if kind == 0:
-                if total <= INLINE_READ_MAX and self._read_now(disk_offset, views, total):
+            if total > INLINE_MAX:
+                self._hand_over_transfer(head, kind, status, disk_offset, views, total)
+            elif kind == 0:
+                if self._read_now(disk_offset, views, total):
                     raw[status] = 0
                     put(head, total + 1)
                 else:
                     self._hand_over_transfer(head, kind, status, disk_offset, views, total)
-            elif total > INLINE_WRITE_MAX or not self._write_now(head, status, disk_offset, views, total):
+            elif not self._write_now(head, status, disk_offset, views, total):
                 self._hand_over_transfer(head, kind, status, disk_offset, views, total)
             if budget_bytes < 0:
                 return True

@@ -6,7 +6,7 @@ Holds    guest memory, one queue's eventfds, and the disk's image chain, the dis
 """
 
 from vmd.devices import process
-from vmd.devices.vioblk.device import WORKERS, Vioblk, Workers
+from vmd.devices.vioblk.device import WORKERS_MAX, Vioblk, Workers
 from vmd.errors import ImageError, PeerError
 from vmd.images.chain import Link, open_chain
 from vmd.ipc import devmsg
@@ -27,7 +27,7 @@ def main() -> int:
 def make(services: "Process") -> Vioblk:
     """Open the disk and start the threads.  Raises ImageError or PeerError."""
     host = services.host
-    return Vioblk(open_disk(host), services, Workers(WORKERS), index=host.index)
+    return Vioblk(open_disk(host), services, Workers(WORKERS_MAX), index=host.index)
 
 
 def open_disk(host: "Host") -> "Image":

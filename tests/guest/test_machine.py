@@ -1,0 +1,59 @@
+"""What a machine is made of, built on the real /dev/kvm and not started (hostile-input 50)."""
+
+import os
+
+import pytest
+
+from tests.support.guests import guest
+from vmd.config.model import VmConfig
+from vmd.ipc.loop import Loop
+from vmd.vm.console import Console
+from vmd.vm.devproc import DeviceProcesses
+from vmd.vm.machine import BootImages, Machine
+
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="there is no /dev/kvm on this host"),
+]
+
+PORTS = {
+    0x60: 5,  # keyboard controller: reset, and being found idle
+    0x70: 2,  # clock and CMOS
+    0x92: 1,  # reset, A20
+    0x3F8: 8,  # serial console
+    0x510: 12,  # fw_cfg
+    0x600: 12,  # ACPI events, control, timer
+    0xCF8: 8,  # PCI configuration; CF9h resets
+}
+
+
+def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
+    """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA; what is not in this list is not there.
+
+    The 8259s, the 8254 with port 61h, and the APICs are KVM's.
+    """
+    master, slave = os.openpty()
+    loop = Loop()
+    boot = os.open(guest("hello"), os.O_RDONLY)
+    machine = Machine(
+        VmConfig(name="bare", memory_bytes=64 << 20),
+        os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC),
+        BootImages(boot, "hello", None, ""),
+        [],
+        DeviceProcesses(),
+        Console(master, slave, loop),
+        loop,
+        lambda _outcome, text: pytest.fail(text),
+    )
+
+    answering = {port for port in range(0x10000) if port in machine.bus._ports}
+    assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
+    assert machine.bus._mmio_ranges == ()
+    assert [function.slot for function in machine.pci.functions()] == [0]
+    for thread in machine.vcpus:
+        thread.vcpu.close()
+    machine.kvm.close()
+    machine.memory.close()
+    loop.close()
+    for fd in (master, slave, boot):
+        os.close(fd)

@@ -1,0 +1,186 @@
+"""Both halves of a device at once: registers in the test, rings in the real process, an event loop in between."""
+
+import os
+import select
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.diskprocess import BUFFER, IN, OK, content
+from tests.support.fakedriver import DATA, DEADLINE_S, MIB, WRITE, Desc
+from tests.support.virtiopci import (
+    ACKNOWLEDGE,
+    DRIVER,
+    DRIVER_OK,
+    FEATURES_OK,
+    GENERATION,
+    IRQ,
+    STATUS,
+    VERSION_1,
+    BothHalves,
+)
+from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.ipc.loop import Loop
+from vmd.log import log
+from vmd.virtio import spec
+from vmd.vm import virtio
+
+pytestmark = pytest.mark.root
+
+RUNNING = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+WRITEBACK = virtio.DEVICE_CONFIG + 32
+
+
+class Disk(BothHalves):
+    """A raw disk, and whoever listens to its process."""
+
+    def __init__(self, memory: GuestMemory, fd: int) -> None:
+        super().__init__("blk", memory, fd)
+        self.loop = Loop()
+        function = self.machine.function
+        self.process.serve(
+            self.loop,
+            on_failed=self.machine.failures.append,
+            on_needs_reset=function.on_needs_reset,
+            on_config=function.on_config,
+        )
+        self.loop.add(function.config_resample, function.on_config_resample)
+
+    def listen(self, until: Callable[[], bool]) -> None:
+        """Run the loop until something has come of it."""
+        overdue = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing came of it"))
+        while not until():
+            self.loop.call_later(0.01, self.loop.stop)
+            self.loop.run()
+        overdue.cancel()
+
+    def offer_read(self) -> None:
+        """Ask for the first sector, and notify."""
+        self.memory.write(DATA, struct.pack("<IIQ", IN, 0, 0) + b"\xee")
+        self.ring.add([Desc(DATA, 16), Desc(BUFFER, 512, WRITE), Desc(DATA + 16, 1, WRITE)])
+        self.machine.notify(0)
+
+    def wait_interrupt(self) -> None:
+        """Wait for the queue's interrupt, and let KVM have it."""
+        assert select.select([self.process.calls[0]], [], [], DEADLINE_S)[0]
+        self.machine.kvm.deliver()
+
+    def works(self) -> bool:
+        """Return whether a read is served."""
+        self.memory.write(BUFFER, bytes(512))
+        self.offer_read()
+        self.wait_interrupt()
+        return (
+            self.ring.reap() == [(self.ring.free - 3, 513)]
+            and self.memory.read(DATA + 16, 1)[0] == OK
+            and self.memory.read(BUFFER, 512) == content()[:512]
+        )
+
+    def close(self) -> None:
+        """End it."""
+        self.loop.close()
+        super().close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A disk, not yet set up by a driver."""
+    path = tmp_path / "disk"
+    path.write_bytes(content())
+    with GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")]) as memory, path.open("rb+") as file:
+        made = Disk(memory, file.fileno())
+        yield made
+        made.close()
+
+
+def test_device_is_used_until_it_is_reset_and_again(disk: Disk) -> None:
+    """Three lives, each with a ring of its own."""
+    for _ in range(3):
+        disk.renew()
+        disk.start()
+        assert disk.works()
+        assert disk.machine.read(virtio.ISR, 1) == spec.ISR_QUEUE
+        assert disk.machine.read(virtio.ISR, 1) == 0
+        disk.machine.write(STATUS, 1, 0)
+        assert disk.machine.status == 0
+    assert disk.machine.failures == []
+
+
+def test_broken_ring_shows_in_status_and_a_reset_mends_it(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DEVICE_NEEDS_RESET, a configuration interrupt, a line of log that names the device; then all is well (2.1.2)."""
+    lines: list[str] = []
+    monkeypatch.setattr(log, "write", lambda _severity, text: lines.append(text))
+    disk.start()
+    disk.ring.set_avail_idx(999)
+    disk.machine.notify(0)
+    disk.listen(lambda: disk.machine.status != RUNNING)
+    disk.machine.kvm.deliver()
+    assert disk.machine.status == RUNNING | spec.DEVICE_NEEDS_RESET
+    assert disk.machine.kvm.injected == [IRQ]
+    assert disk.machine.read(virtio.ISR, 1) == spec.ISR_CONFIG
+    assert lines == ["vioblk0: available index runs 999 ahead in a queue of 256"]
+    disk.machine.write(STATUS, 1, 0)
+    disk.renew()
+    disk.start()
+
+    assert disk.works()
+    assert disk.machine.status == RUNNING
+
+
+def test_rings_outside_memory_ask_for_a_reset_2(disk: Disk) -> None:
+    """Hostile input 2: the process refuses them, and the driver is told at once."""
+    disk.ring.desc = 64 * MIB
+    disk.start()
+    assert disk.machine.status == RUNNING | spec.DEVICE_NEEDS_RESET
+    disk.machine.notify(0)
+    disk.machine.write(STATUS, 1, 0)
+    disk.renew()
+    disk.start()
+
+    assert disk.works()
+
+
+def test_driver_writes_configuration(disk: Disk) -> None:
+    """It reaches the process, and what is read then is what the process made of it."""
+    disk.start(VERSION_1 | 1 << spec.VIRTIO_BLK_F_CONFIG_WCE | 1 << spec.VIRTIO_BLK_F_FLUSH)
+    generation = disk.machine.read(GENERATION, 1)
+    for value, kept in ((0, 0), (1, 1), (0xFE, 0)):
+        disk.machine.write(WRITEBACK, 1, value)
+        assert disk.machine.read(WRITEBACK, 1) == kept
+    before = [disk.machine.read(virtio.DEVICE_CONFIG + offset, 4) for offset in range(0, 32, 4)]
+    for offset in range(0, 32, 4):
+        disk.machine.write(virtio.DEVICE_CONFIG + offset, 4, 0xFFFFFFFF)
+
+    assert [disk.machine.read(virtio.DEVICE_CONFIG + offset, 4) for offset in range(0, 32, 4)] == before
+    assert disk.machine.read(GENERATION, 1) == generation  # a driver's own write is no news to it
+    assert disk.works()
+
+
+def test_line_interrupt_that_was_not_read_is_raised_again(disk: Disk) -> None:
+    """At its end, by the process, as long as the driver has not read ISR."""
+    disk.start()
+    assert disk.works()
+    for _ in range(3):
+        assert disk.machine.config_read(6, 2) & 8
+        os.eventfd_write(disk.process.resample, 1)  # as KVM does
+        disk.wait_interrupt()
+    assert disk.machine.read(virtio.ISR, 1) == spec.ISR_QUEUE
+    os.eventfd_write(disk.process.resample, 1)
+    assert disk.works()  # which it comes to only after that
+
+    assert disk.machine.kvm.injected == [IRQ] * 5
+
+
+def test_process_that_dies_is_missed(disk: Disk) -> None:
+    """Its VM is told how, and the registers go on answering until it ends."""
+    disk.start()
+    disk.process.child.kill()
+    disk.listen(lambda: bool(disk.machine.failures))
+    disk.machine.notify(0)
+    disk.machine.write(WRITEBACK, 1, 0)
+    disk.machine.write(STATUS, 1, 0)
+    disk.start()
+
+    assert disk.machine.failures[0] == "vm/test/vioblk0: was killed by SIGKILL"
