@@ -6,6 +6,10 @@ from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES, Boot
 from vmd.errors import OperatorError
 from vmd.ipc.messages import StartRequest
 
+# Booting from these is for installing: a guest that resets itself is done, and must not begin anew (*cat. 4.4*).
+# Unlike vmd, where `boot device disk` stops as well.
+ONE_SHOT_DEVICES = (BootDevice.CDROM, BootDevice.NET)
+
 
 def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
     """Return a client's description of a VM after checking what vm.conf's grammar would have.
