@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import MIB, opened, read, write
-from vmctl.bar import Bar, run
+from vmctl.bar import Bar
+from vmctl.commands.create import run
 from vmctl.errors import UsageError
 from vmctl.session import Session
 from vmd.errors import VmdError
