@@ -17,7 +17,7 @@ All of it runs on the event thread, which waits for vCPUs without blocking and f
 
 import time
 
-from vmd.errors import HostError, PeerError
+from vmd.errors import HostError, PeerError, sentence
 from vmd.ipc import devmsg
 from vmd.ipc.messages import Outcome
 from vmd.vm.clockwatch import JUMP_S
@@ -147,9 +147,9 @@ class Pause:
             try:
                 self._go_on()
             except (PeerError, HostError, OSError) as worse:
-                self._end(str(worse))
+                self._end(sentence(worse))
             else:
-                self._answer(str(error))
+                self._answer(sentence(error))
         else:
             self.paused = True
             self._since_s = time.monotonic()

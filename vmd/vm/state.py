@@ -262,6 +262,8 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
         {"slot": each.slot, "config": each.config, "msix": each.msix} for each in state.functions
     ]
     bus: BusState = {"address": state.pci_address, "functions": functions}
+    for function in machine.virtio:
+        function.detach_interrupts()  # or what the bus switches on would reach controllers that are not themselves yet
     machine.pci.restore(bus)
     for function, saved, device in zip(machine.virtio, state.virtio, devices, strict=True):
         missing = saved.driver_features & device.features & ~function.process.features

@@ -111,10 +111,7 @@ class VcpuThread:
         self.vcpu.kick()
 
     def ask_to_park(self, on_parked: "Callable[[], None]") -> None:
-        """Make the vCPU stop between two instructions; `on_parked` is called on its thread when it has.
-
-        It must not wait for anything, nor ask for anything of this thread.
-        """
+        """Make the vCPU stop between two instructions; `on_parked` is called on its thread when it has."""
         with self._parking:
             self._on_parked = on_parked
             self._parking.notify()
@@ -185,7 +182,8 @@ class VcpuThread:
                 if self._on_parked is not told:
                     told = self._on_parked
                     told()
-                self._parking.wait()
+                else:
+                    self._parking.wait()
 
     def _report(self, exit: "Exit") -> str:
         """Log registers and instruction bytes of a vCPU that KVM cannot run on; return the sentence."""

@@ -379,7 +379,7 @@ class VirtioFunction(PciFunction):
             if len(state.queues) != len(registers.queues) or len(state.config) != len(registers.config):
                 raise ValueError(f"another {self.process.name} than this machine has")
             _check_widths(state, REGISTERS)
-            self.detached = True
+            self.detach_interrupts()
             for queue, saved in zip(registers.queues, state.queues, strict=True):
                 _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
                 if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
