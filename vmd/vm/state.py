@@ -249,8 +249,10 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
 
     Raises ValueError, or OSError from KVM: the state is not that of such a machine.
     """
-    if len(state.vcpus) != len(machine.vcpus) or len(state.irqchips) != len(PICS):
+    if len(state.vcpus) != len(machine.vcpus):
         raise ValueError(f"the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
+    if len(state.irqchips) != len(PICS):
+        raise ValueError(f"the state of {len(state.irqchips)} interrupt controllers, not {len(PICS)}")
     if not len(state.virtio) == len(machine.virtio) == len(devices):
         raise ValueError(f"the state of {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
     chips = machine.chips()
@@ -276,6 +278,7 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
         if raw[:4] != chip_id.to_bytes(4, "little"):
             raise ValueError(f"another interrupt controller where number {chip_id} belongs")
         machine.kvm.set_irqchip(raw)
+    machine.kvm.set_pit2(state.pit)  # as the clocks will, who have nobody to complain to
     for thread, vcpu in zip(machine.vcpus, state.vcpus, strict=True):
         _restore_vcpu(thread.vcpu, vcpu, machine.msr_indices)
     return Clocks([clock_msrs(vcpu) for vcpu in state.vcpus], state.kvmclock_ns, state.pit, machine.pm.state())
