@@ -333,7 +333,7 @@ def test_refused_by_its_header(busy: Daemon) -> None:
         assert sent[1] == NOT_SENT, name
         assert {row["name"]: row["state"] for row in busy.rows()} == {"a": "running", "b": "stopped"}, name
         works(busy, "a")
-    assert Footprint(busy) == before
+    before.check(busy)
 
 
 def test_refused_by_its_version(busy: Daemon) -> None:
@@ -362,37 +362,38 @@ def test_a_reader_that_leaves(busy: Daemon) -> None:
 
 
 def test_a_disk_that_somebody_has(demo: Daemon, tmp_path: Path) -> None:
-    """After all was read the receiver has the VM: it stays paused until the disk is free, and says so."""
-    to_file(demo, "a", tmp_path / "stream", "-k")
-    status, errors = from_file(demo, "c", tmp_path / "stream")
-    assert status == 1
-    assert f"vm c was received and stays paused: disk {tmp_path}/disk" in errors
-    assert errors.endswith("`vmctl unpause c` tries again\n")
-    row = demo.status("c")
-    assert row["state"] == "paused"
-    assert "disk" in row["text"]
+    """After all was read the receiver has the VM: it stays paused until the disk is free, and says so.
 
+    Three of them, as each waits for ten seconds: one goes on in the end, one is stopped and one by force.
+    """
+    stream = tmp_path / "stream"
+    to_file(demo, "a", stream, "-k")
+    before = Footprint(demo)
+    with stream.open("rb") as first, stream.open("rb") as second, stream.open("rb") as third:
+        files = {"c": first, "d": second, "e": third}
+        clients = {name: vmctl(demo, "receive", name, stdin=file.fileno()) for name, file in files.items()}
+    for name, client in clients.items():
+        status, errors = ended(client)
+        assert status == 1
+        assert f"vm {name} was received and stays paused: disk {tmp_path}/disk" in errors
+        assert errors.endswith(f"`vmctl unpause {name}` tries again\n")
+        row = demo.status(name)
+        assert row["state"] == "paused"
+        assert "disk" in row["text"]
+
+    for words in (("stop", "-w", "d"), ("stop", "-fw", "e")):  # there is no guest to be asked
+        demo.must(*words)
     refused = demo.vmctl("unpause", "c")
     assert refused.returncode == 1
     assert "stays paused" in refused.stderr
-    assert demo.must("pause", "c") == f"vmctl: paused vm {row['id']} successfully\n"
-    with (tmp_path / "again").open("wb") as file:
-        assert "still waits for its disks" in ended(vmctl(demo, "send", "c", stdout=file.fileno()))[1]
+    assert demo.must("pause", "c").endswith("successfully\n")
+    assert "still waits for its disks" in ended(vmctl(demo, "send", "c"))[1]
     demo.must("stop", "-fw", "a")
-    assert demo.must("unpause", "c") == f"vmctl: unpaused vm {row['id']} successfully\n"
+    assert demo.must("unpause", "c").endswith("successfully\n")
     answers(demo, "c")
-
-
-@pytest.mark.parametrize("options", [(), ("-f",)])
-def test_a_vm_that_waits_for_its_disk_can_be_stopped(demo: Daemon, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """By force or not: there is no guest to ask yet."""
-    to_file(demo, "a", tmp_path / "stream", "-k")
-    before = Footprint(demo)
-    assert "stays paused" in from_file(demo, "c", tmp_path / "stream")[1]
-    demo.must("stop", "-w", *options, "c")
-    assert [row["name"] for row in demo.rows()] == ["a", "b"]
-    answers(demo, "a")
-    assert Footprint(demo) == before
+    demo.must("stop", "-fw", "c")
+    demo.must("start", "a")
+    before.check(demo)
 
 
 def test_names_that_are_taken(demo: Daemon, tmp_path: Path) -> None:
@@ -448,7 +449,7 @@ def damage(vmd: Daemon, snapshot: Stream, times: int) -> None:
             assert (status, errors.count("\n")) == (1, 1), errors
             assert errors.startswith("vmctl: receive vm command failed: vm c: the stream "), errors
     answers(vmd, "a")
-    assert Footprint(vmd) == before
+    before.check(vmd)
     assert "Traceback" not in vmd.log
 
 
@@ -581,7 +582,7 @@ def test_states_that_no_machine_has(demo: Daemon, snapshot: Stream) -> None:
         assert (status, errors.count("\n")) == (1, 1), name
         assert "vm c: the stream is not usable: " in errors, name
     answers(demo, "a")
-    assert Footprint(demo) == before
+    before.check(demo)
     assert "Traceback" not in demo.log
 
 
@@ -635,7 +636,7 @@ def test_states_that_no_driver_makes(demo: Daemon, snapshot: Stream) -> None:
         while any(row["name"] == "c" for row in demo.rows()):
             demo.vmctl("stop", "-fw", "c")
     answers(demo, "a")
-    assert Footprint(demo) == before
+    before.check(demo)
     assert "Traceback" not in demo.log
 
 
@@ -735,7 +736,7 @@ def test_client_that_is_ended(busy: Daemon, command: str) -> None:
             transfer.client.send_signal(signum)
             transfer.client.wait(DEADLINE_S)
             as_before(busy)
-    assert Footprint(busy) == before
+    before.check(busy)
 
 
 def test_sending_meanwhile(busy: Daemon) -> None:

@@ -185,11 +185,11 @@ class Footprint:
         lasting = ("vmd: priv", "vmd: control", "vmd: vmm")
         self.files = {title: open_files(processes[title]) for title in lasting} | {"parent": open_files(vmd.pid)}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Footprint) and (self.titles, self.files) == (other.titles, other.files)
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.titles))
+    def check(self, vmd: Daemon) -> None:
+        """Raise AssertionError unless the daemon comes to have that again: an ended VM's console stays for a second."""
+        deadline = time.monotonic() + DEADLINE_S
+        while ((now := Footprint(vmd)).titles, now.files) != (self.titles, self.files):
+            assert time.monotonic() < deadline, f"{now}, before: {self}"
 
     def __repr__(self) -> str:
         return f"{self.titles} {self.files}"
