@@ -83,3 +83,8 @@ class HostError(VmdError):
 
     def __str__(self) -> str:
         return f"{self.tried}: {os.strerror(self.errno)}"
+
+
+def sentence(error: Exception) -> str:
+    """Return what a failure is, for people: an OSError without its number."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -4,6 +4,7 @@
  *     readonly        the checks that fit a disk that may not be written
  *     reads=N         N reads of 4 KiB, asleep between them, by MSI-X; then off
  *     bench           serve commands on the serial line (bench.c)
+ *     churn           keep the disk busy until a line says otherwise, and tell what was wrong (churn.c)
  *     slot=N          not the first disk but the one in PCI slot N, or behind it
  *     qemu            run under QEMU, for testing this guest: leaves out what is ours alone
  *
@@ -117,6 +118,9 @@ void write_final(void);
 void test_interrupts(const char *name, bool legacy);
 /* registers.c */
 void test_registers(const char *name, bool legacy);
+
+/* churn.c */
+void churn(void);
 
 /* bench.c */
 void bench(void);

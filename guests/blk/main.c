@@ -83,6 +83,8 @@ static void work(void)
         print("blk: no disk\n");
     else if (option("bench"))
         bench();
+    else if (option("churn"))
+        churn();
     else if (reads)
         read_asleep(reads);
     else

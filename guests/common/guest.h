@@ -283,6 +283,17 @@ struct date rtc_date(void);
 /* Seconds since the start of the year 2000. */
 uint32_t rtc_seconds(void);
 
+/* smp.c: other processors, which all use one stack: only one that has ended its work may be followed by another */
+
+/* The next processor but this one behind an entry of the MADT (NULL: the first); false if there is none. */
+bool next_processor(const uint8_t **entry, uint8_t *id);
+/* Have a processor do something, in ring 0 with interrupts off; when that returns, it halts.  False if it does not
+ * come up. */
+bool processor_start(uint8_t id, void (*work)(void));
+void processor_interrupt(uint8_t id, uint8_t vector);
+/* How many have come to the first instruction of theirs. */
+uint32_t processors_in_real_mode(void);
+
 /* start.S */
 
 /* Go on in ring 3, where even a KVM without hardware runs natively, and with IOPL 3, so that port I/O works. */

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import churn
 from tests.support.blkdisk import Disk
+from tests.support.clocks import Clocks
 from tests.support.console import Console
+from tests.support.daemon import Attached
 from tests.support.guests import GuestBuildError, build, guest, guests
 
-PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick", "blk")
+PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick", "blk", "vmmci", "clocks")
 OPENBSD_KERNELS = ("openbsd-amd64", "openbsd-i386")
 # qboot starts a kernel a second earlier than SeaBIOS does; `pc` has the chips that guests of ours look for.
 QBOOT = "/usr/share/qemu/qboot.rom"
@@ -238,3 +241,36 @@ def test_blk_read_only_under_qemu(tmp_path: Path) -> None:
     assert report[-1].endswith(", 0 failed")
     assert "ok modern.write" in report
     disk.check_untouched()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("cmdline", ["smp", "smp intx-ioapic", "intx-pic legacy flags", "polled"])
+def test_churn_under_qemu(tmp_path: Path, cmdline: str) -> None:
+    """A disk of QEMU's loses nothing, and gives back what was written."""
+    disk = Disk(tmp_path / "disk")
+    with under_qemu("blk", "-smp", "2", "-append", f"churn {cmdline}", *qemu_disk(disk.path)) as (process, console):
+        assert process.stdin is not None
+        attached = Attached(console.fd, process.stdin.fileno())
+        churn.begin(attached)
+        churn.ask_until_rounds(attached, 500)
+        report = churn.finish(attached)
+        attached.drain(TIMEOUT_S)
+        assert process.wait(TIMEOUT_S) == 0
+
+    assert (report.interrupts > 0) == ("polled" not in cmdline)
+    assert (report.beats > 0) == ("smp" in cmdline)
+
+
+@pytest.mark.kvm
+def test_clocks_under_qemu() -> None:
+    """All of them go forward."""
+    with under_qemu("clocks") as (process, console):
+        assert process.stdin is not None
+        attached = Attached(console.fd, process.stdin.fileno())
+        attached.expect("clocks: ready", TIMEOUT_S)
+        first = Clocks.ask(attached)
+        second = Clocks.ask_until(attached, lambda now: now.beats > first.beats + 20 and now.rtc > first.rtc)
+
+    assert second.tsc > first.tsc
+    assert second.kvmclock > first.kvmclock > 0
+    assert second.up == first.up < first.tsc

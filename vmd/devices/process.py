@@ -14,7 +14,7 @@ import sys
 import time
 from _queue import Empty, SimpleQueue
 
-from vmd.errors import GuestError, PeerError, VmdError
+from vmd.errors import GuestError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
 from vmd.log import FORMS, RateLimit, log
@@ -169,6 +169,7 @@ class Process:
         self.activations = 0
         self.asked = False  # the VM waits for an answer
         self.running = False  # has rings, is not paused, and its driver has not broken them
+        self.paused = False
         self.broken = False
         self.complaints = RateLimit()
         self.timer: tuple[float, Callable[[], None]] | None = None
@@ -324,7 +325,7 @@ class Process:
             return devmsg.STATUS.pack(devmsg.ACTIVATE, 1)
         self.queues = queues
         self.device.activate(features, queues)
-        self.running = True
+        self.running = not self.paused  # a machine that was received stands still
         self.look_at_all()
         return devmsg.STATUS.pack(devmsg.ACTIVATE, 0)
 
@@ -344,13 +345,14 @@ class Process:
     def on_pause(self, packet: bytes) -> bytes:
         """Stand still."""
         exact(devmsg.TYPE, packet)
-        self.running = False
+        self.paused, self.running = True, False
         self.device.quiesce(forget=False)
         return devmsg.STATUS.pack(devmsg.PAUSE, 0)
 
     def on_resume(self, packet: bytes) -> bytes:
         """Go on."""
         exact(devmsg.TYPE, packet)
+        self.paused = False
         self.running = bool(self.queues) and not self.broken
         self.look_at_all()
         return devmsg.STATUS.pack(devmsg.RESUME, 0)
@@ -450,11 +452,6 @@ class ThreadedProcess(Process):
         """Stop all threads, and say so once they stand."""
         self.device.quiesce(forget=False)
         super().needs_reset(text)
-
-
-def sentence(error: Exception) -> str:
-    """Return what a failure is, for people."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Process] = Process) -> int:

@@ -110,6 +110,8 @@ class Channel:
                 _close_all(fds)
         except OSError:
             return
+        finally:
+            self._sock.setblocking(False)  # or whoever is still receiving, such as our caller, would wait as long
 
     def drain(self) -> None:
         """Handle what a peer that has exited still left us, up to its end of the line."""

@@ -125,6 +125,9 @@ def unpack(cls: "type[R]", raw: bytes) -> "R":
     name = cls.__name__
     try:
         values = msgpack.unpackb(raw, unicode_errors="surrogateescape", use_list=True, max_ext_len=0)
+    except (ValueError, TypeError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors, and wordless
+        raise ValueError(f"{name}: not msgpack: {type(error).__name__} {error}") from error
+    try:
         record = _record(cls, values, name)
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{name}: {error}") from error

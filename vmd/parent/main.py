@@ -13,12 +13,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
-from vmd.config.model import (
-    NAME_MAX,
-    BootDevice,
-    Config,
-    VmConfig,
-)
+from vmd.config.model import NAME_MAX, Config, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
@@ -90,7 +85,13 @@ from vmd.parent.children import Children
 from vmd.parent.media import Media
 from vmd.parent.network import Network
 from vmd.parent.options import Options
-from vmd.parent.requests import checked_request, one_shot_config, refuse_unsupported, require_boot_device
+from vmd.parent.requests import (
+    ONE_SHOT_DEVICES,
+    checked_request,
+    one_shot_config,
+    refuse_unsupported,
+    require_boot_device,
+)
 from vmd.parent.resources import Pty, open_boot_files
 from vmd.parent.usage import resident_bytes
 from vmd.parent.vmtable import RetiredConsole, State, Vm, VmTable
@@ -104,10 +105,6 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
-
-# Booting from these is for installing: a guest that resets itself is done, and must not begin anew (*cat. 4.4*).
-# Unlike vmd, where `boot device disk` stops as well.
-ONE_SHOT_DEVICES = (BootDevice.CDROM, BootDevice.NET)
 
 # (path, what is known) -> the file as a configuration; None is the main file, read for itself
 LoadConfig = Callable[[str | None, Config | None], Config]
@@ -356,9 +353,7 @@ class Parent(Process):
     def on_vm_exited(self, message: VmExited, _envelope: Envelope, _channel: Channel) -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
         vm = self.known(message.vmid)
-        # Why we gave up receiving says more than that its process was then killed.
-        given_up = vm.receiving is not None and bool(vm.text)
-        text = brief(vm.text if given_up else message.text or vm.text)
+        text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
         if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not vm.one_shot_boot:
             uid = vm.uid
             vm.state, vm.pid = State.STOPPED, 0
@@ -369,12 +364,14 @@ class Parent(Process):
                 log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
                 try:
                     boot, initrd = vm.kept_files()
-                    self.start_vm(vm, uid=uid, given_boot=boot, given_initrd=initrd)
+                    self.start_vm(vm, uid=uid, config=vm.running_config, given_boot=boot, given_initrd=initrd)
                 except VmdError as error:
                     text = f"cannot reboot: {error}"
                     log.error(f"vm {vm.name}: {text}")
                 else:
+                    vm.one_shot_boot = False
                     self.attach_pending(vm.vmid, vm.name, vm.pty)
+                    self.answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
                     return
         self.network.give_up(vm)  # it was being received, and waited for its interfaces
         self.network.release(vm.vmid)
@@ -387,9 +384,6 @@ class Parent(Process):
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
         vm.waiting_clients.clear()
         self.network.answer_counted(vm.vmid, everyone=True)
-        for client in vm.pause_clients:
-            self.answer_failure(client, errno.ESRCH, f"vm {vm.name} has ended{': ' + text if text else ''}")
-        vm.pause_clients.clear()
         uid, pty = vm.uid, vm.take_pty()
         self.attach_pending(vm.vmid, vm.name, pty)
         vm.ended(text)
@@ -398,10 +392,17 @@ class Parent(Process):
         if not vm.from_config:
             self.vms.remove(vm)
         # Last, so that a client that tries again at once finds everything free.
-        transfers.on_exited(self, vm, text)
+        self.answer_overtaken(vm, vm.code, text or "has ended meanwhile")
         self.answer_start(vm, Failed(code=vm.code, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
+
+    def answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
+        """Answer who wanted something of a VM process that has ended instead of doing it."""
+        for client in vm.pause_clients:
+            self.answer_failure(client, code, f"vm {vm.name}: {text}")
+        vm.pause_clients.clear()
+        transfers.on_exited(self, vm, code, text)
 
     def attach_pending(self, vmid: int, name: str, pty: Pty | None) -> None:
         """Answer viewers whose backlog was asked of a VM process that has ended; the pty is what is left of it."""
@@ -536,6 +537,9 @@ class Parent(Process):
         vm = self.vms.get(message.vmid, message.name)
         self.require_control(caller, vm, "pause" if message.paused else "unpause")
         vm.require_pausable()
+        if message.paused and vm.receiving is not None:  # it has not even begun to run here
+            self.answer(envelope.peerid, VmPaused(vmid=vm.vmid, name=vm.name, paused=True))
+            return
         vm.pause_clients.append(envelope.peerid)
         if not message.paused and transfers.unpause(self, vm):
             return

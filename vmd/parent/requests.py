@@ -20,6 +20,9 @@ from vmd.errors import OperatorError
 from vmd.ipc.messages import StartRequest
 
 VMID_MAX = (1 << 31) - 1
+# Booting from these is for installing: a guest that resets itself is done, and must not begin anew (*cat. 4.4*).
+# Unlike vmd, where `boot device disk` stops as well.
+ONE_SHOT_DEVICES = (BootDevice.CDROM, BootDevice.NET)
 
 
 def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:

@@ -14,7 +14,7 @@ import os
 import time
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import HostError, OperatorError, VmdError
+from vmd.errors import HostError, OperatorError, VmdError, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -33,6 +33,7 @@ from vmd.ipc.messages import (
     SendVm,
     StopMode,
     TransferProgress,
+    VmPaused,
     VmReceived,
     VmSent,
     brief,
@@ -40,7 +41,7 @@ from vmd.ipc.messages import (
 from vmd.log import log
 from vmd.parent.access import require_root
 from vmd.parent.media import Media
-from vmd.parent.requests import checked_request
+from vmd.parent.requests import ONE_SHOT_DEVICES, checked_request
 from vmd.parent.resources import Pty
 from vmd.parent.vmtable import State, Vm
 
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 LOCK_PATIENCE_S = 10.0  # for the sender to let go of the disks
 LOCK_RETRY_S = 0.1
+# What opening files may raise that a stream has named: a path with a NUL is a ValueError.
+FAILURES = (VmdError, OSError, ValueError)
 
 
 class Sending:
@@ -70,6 +73,7 @@ class Receiving:
         self.config: VmConfig | None = None
         self.complete = False  # all but its disks
         self.deadline_s = 0.0
+        self.failure = ""  # why it was given up
 
 
 # --- sending -------------------------------------------------------------------------------------------------
@@ -80,6 +84,8 @@ def serve_send(parent: "Parent", message: SendRequest, caller: Caller, envelope:
     require_root(caller, "send a vm")
     vm = parent.vms.get(message.vmid, message.name)
     vm.require_pausable()
+    if vm.receiving is not None:
+        raise OperatorError(errno.EBUSY, f"vm {vm.name} still waits for its disks: {vm.text}")
     stream = envelope.take_fd("stream")
     assert stream is not None
     vm.sending = Sending(envelope.peerid, keep=message.keep, state=vm.state)
@@ -109,7 +115,7 @@ def on_send_done(parent: "Parent", message: SendDone, _envelope: Envelope, _chan
             vm.state = sending.state
     if text:
         log.error(f"vm {vm.name}: not sent: {text}")
-        parent.answer_failure(sending.client, errno.EIO, f"vm {vm.name}: {text}; it goes on here")
+        parent.answer_failure(sending.client, errno.EIO, f"vm {vm.name} was not sent, and is as before: {text}")
         return
     log.info(f"{vm.name}: sent vm {vm.vmid}, {message.sent_bytes} bytes")
     sent = VmSent(vmid=vm.vmid, name=vm.name, sent_bytes=message.sent_bytes)
@@ -145,6 +151,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
             vm.pty.give_to(caller.uid, vm.config.owner.gid)
             tty = vm.pty.copies()
         except VmdError as error:
+            vm.drop_pty()
             vm.ended(brief(str(error)))
             if not vm.from_config:
                 parent.vms.remove(vm)
@@ -168,11 +175,22 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         receiving.config = checked_request(config, bootable=True)
         parent.check_startable(receiving.config)
         parent.network.check(vm, receiving.config)
-    except OperatorError as error:
-        give_up(parent, vm, error.code, str(error))
+        require_disks(parent, receiving.config)
+    except FAILURES as error:
+        give_up(parent, vm, code_of(error), sentence(error))
         return
     vm.running_config = receiving.config
+    vm.one_shot_boot = receiving.config.boot_device in ONE_SHOT_DEVICES
     parent.peers[Proc.VMM].send(ReceiveMemory(vmid=vm.vmid))
+
+
+def require_disks(parent: "Parent", config: VmConfig) -> None:
+    """Raise one of FAILURES if disks could not be opened even when nobody uses them: its sender still has the VM."""
+    try:
+        Media.open(config, None, parent.prober).close()
+    except OperatorError as error:
+        if error.code != errno.EBUSY:
+            raise
 
 
 def on_received_machine(parent: "Parent", message: ReceivedMachine, _envelope: Envelope, _channel: Channel) -> None:
@@ -191,15 +209,18 @@ def resume(parent: "Parent", vm: Vm) -> None:
         return
     try:
         media = Media.open(receiving.config, None, parent.prober)
-    except OperatorError as error:
-        if error.code == errno.EBUSY and time.monotonic() < receiving.deadline_s:
+    except FAILURES as error:
+        if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
             parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm))
             return
-        vm.state, vm.text = State.PAUSED, brief(str(error))
-        log.error(f"vm {vm.name}: received, but stays paused: {error}")
-        text = f"vm {vm.name} was received and stays paused: {error}; `vmctl unpause {vm.name}` tries again"
+        why = sentence(error)
+        if vm.state is State.RECEIVING:
+            vm.state = State.PAUSED
+        vm.text = brief(why)
+        log.error(f"vm {vm.name}: received, but stays paused: {why}")
+        text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"
         for client in (receiving.client, *vm.pause_clients):
-            parent.answer_failure(client, error.code, text)
+            parent.answer_failure(client, code_of(error), text)
         receiving.client = NO_CLIENT
         vm.pause_clients.clear()
         return
@@ -219,10 +240,9 @@ def resume(parent: "Parent", vm: Vm) -> None:
 
 def unpause(parent: "Parent", vm: Vm) -> bool:
     """Try again for the disks of a VM that waits for them; False if it is not such a one."""
-    receiving = vm.receiving
-    if receiving is None or not receiving.complete:
+    if vm.receiving is None:
         return False
-    receiving.paused = False
+    vm.receiving.paused = False
     vm.state = State.RECEIVING
     resume(parent, vm)
     return True
@@ -233,33 +253,50 @@ def on_received_running(parent: "Parent", vm: Vm, pid: int, *, paused: bool) -> 
     receiving, vm.receiving = vm.receiving, None
     assert receiving is not None
     assert vm.pty is not None
-    vm.state, vm.pid, vm.text = State.PAUSED if paused else State.RUNNING, pid, ""
+    vm.pid, vm.text = pid, ""
+    if vm.state is State.RECEIVING:  # or it is already to stop
+        vm.state = State.PAUSED if paused else State.RUNNING
     log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
     parent.answer(
         receiving.client, VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=vm.pty.path, paused=paused)
     )
+    for client in vm.pause_clients:
+        parent.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=paused))
+    vm.pause_clients.clear()
 
 
 def give_up(parent: "Parent", vm: Vm, code: int, text: str) -> None:
     """End a VM that cannot be received; its end is what the client is told of."""
-    vm.text, vm.code = brief(text), code
+    assert vm.receiving is not None
+    vm.receiving.failure, vm.code = brief(text), code
     parent.stop_process(vm, StopMode.KILL)
 
 
+def code_of(error: Exception) -> int:
+    """Return what a client is told of one of FAILURES besides its sentence."""
+    return getattr(error, "code", 0) or getattr(error, "errno", 0) or errno.EINVAL
+
+
 def on_client_gone(parent: "Parent", vm: Vm, client: int) -> None:
-    """Whoever wanted this VM sent or received has left: a half stream is of no use to anybody."""
+    """Whoever wanted this VM sent or received has left: a half stream is of no use to anybody.
+
+    But a whole one may be all that is left of the VM.
+    """
     if vm.sending is not None and vm.sending.client == client:
         parent.peers[Proc.VMM].send(CancelTransfer(vmid=vm.vmid))
     if vm.receiving is not None and vm.receiving.client == client:
-        give_up(parent, vm, errno.ECANCELED, "receiving was interrupted")
+        if vm.receiving.complete:
+            vm.receiving.client = NO_CLIENT
+        else:
+            give_up(parent, vm, errno.ECANCELED, "receiving was interrupted")
 
 
-def on_exited(parent: "Parent", vm: Vm, text: str) -> None:
+def on_exited(parent: "Parent", vm: Vm, code: int, text: str) -> None:
     """A VM process has ended; tell the clients of its transfers."""
     if vm.sent is not None:
         parent.answer(*vm.sent)
         vm.sent = None
     for transfer in (vm.sending, vm.receiving):
         if transfer is not None:
-            parent.answer_failure(transfer.client, vm.code, f"vm {vm.name}: {text or 'ended meanwhile'}")
+            parent.answer_failure(transfer.client, code, f"vm {vm.name}: {text}")
     vm.sending = vm.receiving = None

@@ -100,9 +100,12 @@ class Vm:
             raise OperatorError(errno.EINVAL, f"vm {self.name} {state}")
 
     def pause_changed(self, *, paused: bool) -> None:
-        """RUNNING <-> PAUSED; a VM that is being stopped stays so."""
+        """RUNNING <-> PAUSED; a VM that is being stopped stays so, and one that is being sent until that is over."""
+        state = State.PAUSED if paused else State.RUNNING
         if self.state in (State.RUNNING, State.PAUSED):
-            self.state = State.PAUSED if paused else State.RUNNING
+            self.state = state
+        elif self.sending is not None:
+            self.sending.state = state
 
     def begin_stop(self, *, force: bool) -> None:
         """STARTING or RUNNING -> STOPPING; force may overtake a graceful stop."""

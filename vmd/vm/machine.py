@@ -8,6 +8,7 @@ import os
 import time
 
 from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES
+from vmd.errors import sentence
 from vmd.guestmem import PAGE as PAGE_BYTES
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc.messages import Outcome
@@ -139,6 +140,7 @@ class Machine:
         self.vmmci = Vmmci(self.kvm.irq_line, self._on_acknowledged, self._on_announced)
         self.pci.add(vmmci_slot(slots), self.vmmci)
         self.on_acknowledged: Callable[[int], None] = lambda command: None
+        self.announced = False  # by the guest, that it goes
         self.keyboard = I8042(self._on_reset)
         self.port_a = SystemControlA(self._on_reset)
         self.fwcfg = fwcfg.FwCfg(self.memory)
@@ -194,16 +196,20 @@ class Machine:
         set_boot_msrs([thread.vcpu for thread in self.vcpus], direct_boot=not self.firmware_bytes)
         apply_start(self.vcpus[0].vcpu, start)
 
-    def become(self, saved: "MachineState") -> "Clocks":
-        """Be what another machine was, standing still; to go on, it needs the clocks that are returned.
+    def become(self, saved: "MachineState", devices: "tuple[state.DeviceHead, ...]") -> "Clocks":
+        """Be what another machine with these devices was, standing still; to go on, it needs the clocks returned.
 
         Raises:
-            ValueError, OSError: that was no such machine.
-            HostError, PeerError: a device refuses.
+            ValueError: that was no such machine.
+            HostError, OSError: the host refuses something.
+            PeerError: a device refuses.
         """
         self._plug_devices()
         self._create_vcpus()
-        clocks = state.restore(self, saved)
+        try:
+            clocks = state.restore(self, saved, devices)
+        except OSError as error:
+            raise ValueError(f"KVM does not take it: {sentence(error)}") from error
         for function, each in zip(self.virtio, saved.virtio, strict=True):
             function.restore_rings(each)
         return clocks
@@ -292,7 +298,9 @@ class Machine:
 
     def _on_announced(self) -> None:
         """The guest says that it goes; if it cannot switch itself off, this does (*cat. 4.4*)."""
-        self.loop.schedule(LAST_MOMENTS_S, self._on_power_off)
+        if not self.announced:
+            self.announced = True
+            self.loop.schedule(LAST_MOMENTS_S, self._on_power_off)
 
     def _on_reset(self) -> None:
         self.end(Outcome.REBOOT, "reset by the guest")
@@ -302,19 +310,24 @@ def check_host(header: "state.Header", kvm_fd: int) -> None:
     """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
     config, firmware = header.config, header.firmware_bytes
     if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES or config.memory_bytes % PAGE_BYTES:
-        raise ValueError(f"has {config.memory_bytes} bytes of memory")
+        raise ValueError(f"it has {config.memory_bytes} bytes of memory")
     if not 1 <= config.vcpus <= MAX_VCPUS:
-        raise ValueError(f"has {config.vcpus} vcpus")
+        raise ValueError(f"it has {config.vcpus} vcpus")
     if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE_BYTES:
-        raise ValueError(f"has firmware of {firmware} bytes")
+        raise ValueError(f"it has firmware of {firmware} bytes")
+    state.check_devices(header)
     system = System(kvm_fd)
     state.check_processor(header, system.supported_cpuid())
     with system.create_vm() as kvm:
         kvm.create_irqchip()
-        with kvm.create_vcpu(0) as vcpu:
+        with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # the last one of as many
             state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
             if header.xsave_bytes != vcpu.xsave_bytes:
-                raise ValueError(f"has {header.xsave_bytes} bytes of extended processor state, not {vcpu.xsave_bytes}")
+                raise ValueError(f"its extended state has {header.xsave_bytes} bytes, not {vcpu.xsave_bytes}")
+            try:
+                vcpu.set_cpuid2(for_vcpu(state.cpuid_of(header), config.vcpus - 1, config.vcpus, tsc_deadline=True))
+            except OSError as error:
+                raise ValueError(f"KVM does not take its processor: {sentence(error)}") from error
 
 
 def memory_regions(memory_bytes: int, firmware_bytes: int) -> list[RegionSpec]:

@@ -14,7 +14,7 @@ import gc
 import os
 import sys
 
-from vmd.errors import OperatorError, PeerError, VmdError
+from vmd.errors import OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
@@ -47,6 +47,7 @@ from vmd.ipc.messages import (
     VmEnding,
     VmFailed,
     VmRunning,
+    brief,
 )
 from vmd.ipc.process import Process
 from vmd.kvmapi import abi
@@ -109,6 +110,7 @@ class VmProcess(Process):
         self.pause: Pause | None = None
         self.devices = DeviceProcesses()
         self.console: Console | None = None
+        self.send_wanted = False  # from SendVm to its answer, unless somebody cancels it
         self.sender: Sender | None = None
         self.on_sender_gone: Callable[[], None] = lambda: None
         self.receiver: Receiver | None = None
@@ -160,32 +162,37 @@ class VmProcess(Process):
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""
         code = getattr(error, "errno", None) or getattr(error, "code", None) or 0
-        self.vmm.send(VmFailed(vmid=self.vmid, code=code, text=str(error)))
-        self.end(Outcome.FAILED, str(error))
+        self.vmm.send(VmFailed(vmid=self.vmid, code=code, text=brief(sentence(error))))
+        self.end(Outcome.FAILED, sentence(error))
 
     def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:
         """Ask by vmmci, or press the power button; a guest with a driver for neither is ended at once (*cat. 4.4*)."""
         if message.mode is StopMode.KILL:
             self.end(Outcome.POWER_OFF, "stopped by force")
-        if self.machine is None and self.receiver is not None:
+        if self.stopping or self.ending:
+            return
+        if self.machine is None or self.pause is None:
             self.end(Outcome.POWER_OFF, "stopped while it was being received")
-        if self.machine is None or self.stopping or self.ending:
             return
         if self.sender is not None:
             self.sender.cancel()
             self.on_sender_gone = lambda: self.on_stop_vm(message, envelope, channel)
             return
+        if self.pause.under_way:
+            self.pause.pause(lambda _text: self.on_stop_vm(message, envelope, channel))
+            return
         self.stopping = True
         self.go_on()  # only a guest that runs can shut down
-        machine = self.machine
-        press: Callable[[], object]
+        self.ask_to_shut_down(self.machine)
+
+    def ask_to_shut_down(self, machine: Machine) -> None:
+        """Have the guest end itself; one that does not in time is ended."""
+        ask: Callable[[], object]
         if machine.vmmci.driver_is_up:
             # Not `shutdown`: a guest that cannot switch itself off would wait for a key to be pressed.
-            wanted, press = "vmmci", lambda: machine.vmmci.ask(vmmci.REBOOT)
-            machine.on_acknowledged = lambda _command: self.loop.call_from_thread(acknowledged)
+            wanted, ask = "vmmci", lambda: machine.vmmci.ask(vmmci.REBOOT)
         elif machine.pm.power_button_enabled:
-            wanted, press = "the power button", machine.pm.power_button
-            machine.pm.on_button_acknowledged = lambda: self.loop.call_from_thread(acknowledged)
+            wanted, ask = "the power button", machine.pm.power_button
         else:
             self.end(Outcome.POWER_OFF, "stopped; the guest has no driver for the power button")
             return
@@ -194,6 +201,12 @@ class VmProcess(Process):
             lambda: self.end(Outcome.POWER_OFF, f"did not notice {wanted} in {ACK_TIMEOUT_S:.0f} s"),
         )
 
+        def acknowledged_on_vcpu(command: int = vmmci.REBOOT) -> None:
+            if command == vmmci.REBOOT:  # of whatever it was asked before we do not speak
+                # Once: a guest may say it as often as it likes.
+                machine.on_acknowledged, machine.pm.on_button_acknowledged = ignore, ignore
+                self.loop.call_from_thread(acknowledged)
+
         def acknowledged() -> None:
             deadline.cancel()
             self.loop.call_later(
@@ -201,23 +214,29 @@ class VmProcess(Process):
                 lambda: self.end(Outcome.POWER_OFF, f"did not shut down in {SHUTDOWN_TIMEOUT_S:.0f} s"),
             )
 
-        press()
+        machine.on_acknowledged = machine.pm.on_button_acknowledged = acknowledged_on_vcpu
+        ask()
         if machine.vmmci.driver_is_up and not machine.vmmci.acknowledges:
             acknowledged()  # it never will
 
     def on_pause_vm(self, message: PauseVm, _envelope: Envelope, channel: Channel) -> None:
-        """Stand still, or go on; stopping takes until the slowest device has finished what is in flight."""
+        """Stand still, or go on; stopping takes until the slowest device has finished what is in flight.
+
+        Whoever wants it to go on while it is about to stand still has his turn then: answers come in order.
+        """
         pause = self.pause
         if pause is None or self.ending:
             return  # how the VM ends is the answer
 
-        def done(text: str) -> None:
-            channel.send(PauseDone(vmid=self.vmid, paused=pause.paused, text=text))
+        def answer(text: str) -> None:
+            channel.send(PauseDone(vmid=self.vmid, paused=pause.paused, text=brief(text)))
 
         if message.paused:
-            pause.pause(done)
+            pause.pause(answer)
+        elif pause.under_way:
+            pause.pause(lambda text: answer(self.go_on() or text))
         else:
-            done(self.go_on())
+            answer(self.go_on())
 
     def go_on(self) -> str:
         """Let a paused machine go on; one that cannot is at its end.  Returns why not, or nothing."""
@@ -225,8 +244,8 @@ class VmProcess(Process):
         try:
             self.pause.unpause()
         except (VmdError, OSError) as error:
-            self.end(Outcome.FAILED, str(error))
-            return str(error)
+            self.end(Outcome.FAILED, sentence(error))
+            return sentence(error)
         return ""
 
     # --- sending and receiving ---------------------------------------------------------------------------------
@@ -235,47 +254,58 @@ class VmProcess(Process):
         """Stand still, and have a thread write what we are."""
         pause, stream = self.pause, envelope.take_fd("stream")
         assert stream is not None
-        if pause is None or self.ending or self.sender is not None:
+        if pause is None or self.ending or self.send_wanted or self.sender is not None:
             os.close(stream)
             return  # how the VM ends is the answer; two at once the parent does not ask for
-        was_paused = pause.paused
+        self.send_wanted = True
+        stays_paused = pause.paused or pause.under_way
+        pause.pause(lambda text: self.begin_send(message, stream, text, stays_paused=stays_paused))
 
-        def begin(text: str) -> None:
-            if text:
-                self.report_sent(0, text)
-                return
+    def begin_send(self, message: SendVm, stream: int, text: str, *, stays_paused: bool) -> None:
+        """The machine stands still, or a text says why not."""
+        assert self.pause is not None
+        if not text and not self.send_wanted:
+            text = "sending was interrupted"
+        if not text:
             assert self.machine is not None
-            assert pause.clocks is not None
+            assert self.pause.clocks is not None
             try:
                 self.sender = Sender(
-                    self.machine, pause.clocks, stream, self.loop, lambda text: self.on_sent(message, was_paused, text)
+                    self.machine,
+                    self.pause.clocks,
+                    stream,
+                    self.loop,
+                    lambda text: self.on_sent(message, text, stays_paused=stays_paused),
                 )
             except (VmdError, OSError) as error:
-                self.report_sent(0, str(error))
-                if not was_paused:
-                    self.go_on()
-                return
-            self.sender.start()
-            self.show_progress(self.sender)
+                text = sentence(error)
+        if self.sender is None:
+            os.close(stream)
+            self.send_wanted = False
+            self.report_sent(0, text)
+            if not stays_paused and not self.ending:
+                self.go_on()
+            return
+        self.sender.start()
+        self.show_progress(self.sender)
 
-        pause.pause(begin)
-
-    def on_sent(self, message: SendVm, was_paused: bool, text: str) -> None:
+    def on_sent(self, message: SendVm, text: str, *, stays_paused: bool) -> None:
         """The stream is complete, or has failed: then, as with `keep`, everything is as before."""
         sender, self.sender = self.sender, None
         assert sender is not None
+        self.send_wanted = False
         on_gone, self.on_sender_gone = self.on_sender_gone, lambda: None
         self.report_sent(sender.pipe.moved_bytes, text)
         if not text and not message.keep:
             self.end(Outcome.POWER_OFF, "sent")
             return
-        if not was_paused:
+        if not stays_paused:
             self.go_on()
         on_gone()
 
     def report_sent(self, sent_bytes: int, text: str) -> None:
         """Answer SendVm."""
-        self.vmm.send(SendDone(vmid=self.vmid, sent_bytes=sent_bytes, text=text))
+        self.vmm.send(SendDone(vmid=self.vmid, sent_bytes=sent_bytes, text=brief(text)))
 
     def show_progress(self, transfer: "Sender | Receiver") -> None:
         """Tell every now and then how far a transfer is, until it is over."""
@@ -285,7 +315,8 @@ class VmProcess(Process):
             self.loop.call_later(PROGRESS_S, lambda: self.show_progress(transfer))
 
     def on_cancel_transfer(self, _message: CancelTransfer, _envelope: Envelope, _channel: Channel) -> None:
-        """Give up sending."""
+        """Give up sending, or not even begin."""
+        self.send_wanted = False
         if self.sender is not None:
             self.sender.cancel()
 
@@ -314,10 +345,17 @@ class VmProcess(Process):
         try:
             check_host(header, KVM_FD)
         except (ValueError, OSError) as error:
-            self.fail(OperatorError(errno.EINVAL, f"the stream {error}"))
+            self.refuse_stream(error)
             return
         self.received = Received(header)
-        self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config))
+        try:
+            self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config))
+        except ValueError:
+            self.refuse_stream(ValueError("its configuration is longer than any here can be"))
+
+    def refuse_stream(self, error: ValueError | OSError) -> None:
+        """End, because a stream is whole and still has no machine for this host in it."""
+        self.fail(OperatorError(errno.EINVAL, f"the stream is not usable: {sentence(error)}"))
 
     def on_receive_memory(self, _message: ReceiveMemory, _envelope: Envelope, channel: Channel) -> None:
         """Read the rest of the stream."""
@@ -359,7 +397,7 @@ class VmProcess(Process):
                 memory=received.memory,
                 cpuid=cpuid_of(received.header),
             )
-            clocks = self.machine.become(received.machine)
+            clocks = self.machine.become(received.machine, received.header.devices)
             self.received = None
             close_resources(slots)
             confine(CONFINEMENT)
@@ -368,7 +406,7 @@ class VmProcess(Process):
             self.watch_clock(self.machine)
             self.machine.start(parked=True)
         except ValueError as error:
-            self.fail(OperatorError(errno.EINVAL, f"the stream {error}"))
+            self.refuse_stream(error)
             return
         except (VmdError, OSError) as error:
             self.fail(error)
@@ -419,7 +457,7 @@ class VmProcess(Process):
         self.devices.end()
         if self.console is not None:
             self.console.drain()
-        self.vmm.send(VmEnding(text=text))
+        self.vmm.send(VmEnding(text=brief(text)))
         self.vmm.flush_blocking(LAST_WORDS_TIMEOUT_S)
         self.loop.stop()
 
@@ -438,6 +476,10 @@ class VmProcess(Process):
         (Proc.VMM, SetVerbosity): on_set_verbosity,
         (Proc.VMM, Quit): on_quit,
     }
+
+
+def ignore(*_: object) -> None:
+    """Do nothing."""
 
 
 class Received:

@@ -10,13 +10,16 @@ The order matters (DESIGN 8):
     5. the guest's clocks are noted
 
 Going on takes the steps back, with the clocks first: TSC, kvmclock and PIT continue where they stood, whatever the
-host's did.  All of it runs on the event thread, which waits for vCPUs without blocking and for devices up to 10 s each.
+host's did.  (But KVM takes a TSC that is less than a second away from the one it has for the wish to bring vCPUs in
+step, and leaves it: over a shorter pause it runs on, and kvmclock, which is counted by it, is corrected all the same.)
+All of it runs on the event thread, which waits for vCPUs without blocking and for devices up to 10 s each.
 """
 
 import time
 
-from vmd.errors import HostError, PeerError
+from vmd.errors import HostError, PeerError, sentence
 from vmd.ipc import devmsg
+from vmd.ipc.messages import Outcome
 from vmd.vm.clockwatch import JUMP_S
 from vmd.vm.vmmci import SYNCRTC
 
@@ -105,8 +108,16 @@ class Pause:
         self._waiting: list[Callable[[str], None]] = []
         self._watchdog: Timer | None = None
 
+    @property
+    def under_way(self) -> bool:
+        """Whether somebody waits for the machine to stand still."""
+        return bool(self._waiting)
+
     def pause(self, done: "Callable[[str], None]") -> None:
-        """Stop the machine; calls `done("")`, at once if it stands still already, or `done(why not)`."""
+        """Stop the machine; calls `done("")`, at once if it stands still already, or `done(why not)`.
+
+        It stands still when `done` is called, whatever those have done with it who asked before.
+        """
         if self.paused:
             done("")
             return
@@ -130,9 +141,15 @@ class Pause:
         self._watchdog.cancel()
         try:
             self._stand_still()
-        except (PeerError, HostError, OSError) as error:
-            self._go_on()
-            self._answer(str(error))
+        except PeerError as error:
+            self._end(str(error))
+        except (HostError, OSError) as error:
+            try:
+                self._go_on()
+            except (PeerError, HostError, OSError) as worse:
+                self._end(sentence(worse))
+            else:
+                self._answer(sentence(error))
         else:
             self.paused = True
             self._since_s = time.monotonic()
@@ -143,10 +160,19 @@ class Pause:
             thread.unpark()
         self._answer(f"a vcpu did not stop within {PARK_TIMEOUT_S:.0f} s")
 
+    def _end(self, text: str) -> None:
+        """Give up a machine that can neither stand still nor go on: a device of it has failed."""
+        self._answer(text)
+        self.machine.end(Outcome.FAILED, text)
+
     def _answer(self, text: str) -> None:
         waiting, self._waiting = self._waiting, []
-        for done in waiting:
-            done(text)
+        while waiting:
+            if not text and not self.paused:
+                for done in waiting:  # the one before had it go on
+                    self.pause(done)
+                return
+            waiting.pop(0)(text)
 
     def _stand_still(self) -> None:
         machine = self.machine
@@ -160,6 +186,8 @@ class Pause:
 
     def begin_paused(self, clocks: Clocks) -> None:
         """A machine that was received stands still from the start; its vCPUs park before they have run."""
+        self.machine.timers.hold()
+        self.machine.listening = False
         self.paused = True
         self.clocks = clocks
 

@@ -2,7 +2,7 @@
 
 Saving reads a paused `Machine`.  Restoring fills one that was just built from the same configuration, has not run,
 and is then paused as the other was.  Records are checked field by field when they are read; what their values mean is
-checked here and by the chips, and ends in ValueError.
+checked here, by the chips and by KVM, and ends in ValueError: what is wrong with a stream that "is not usable: ...".
 """
 
 import struct
@@ -27,11 +27,16 @@ PICS = (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_I
 
 # CPUID features: (leaf, sub-leaf, register) in which a bit that is missing here would be missed by the guest.
 FEATURES = (
-    (1, 0, "ecx"), (1, 0, "edx"), (7, 0, "ebx"), (7, 0, "ecx"), (7, 0, "edx"), (0xD, 0, "eax"), (0xD, 1, "eax"),
-    (0x80000001, 0, "ecx"), (0x80000001, 0, "edx"), (0x40000001, 0, "eax"),
+    (1, 0, "ecx"), (1, 0, "edx"), (7, 0, "ebx"), (7, 0, "ecx"), (7, 0, "edx"), (7, 1, "eax"), (7, 1, "edx"),
+    (0xD, 0, "eax"), (0xD, 1, "eax"), (0x80000001, 0, "ecx"), (0x80000001, 0, "edx"), (0x80000007, 0, "edx"),
+    (0x80000008, 0, "ebx"), (0x40000001, 0, "eax"),
 )  # fmt: skip
 OSXSAVE = 1 << 27  # leaf 1, ECX: follows what the guest has switched on
 TSC_TOLERANCE_PPM = 250  # KVM's own; beyond it a guest's clock would be wrong
+
+# How long a MachineState can be: a vCPU's MSRs and APIC, and what else there is, several times over.
+VCPU_BYTES_MAX = 32 << 10
+OTHER_BYTES_MAX = 256 << 10
 
 
 class CpuidLeaf(Record):
@@ -51,7 +56,7 @@ class DeviceHead(Record):
 
     kind: str
     slot: int
-    features: int
+    features: int  # that its process offers
 
 
 class Header(Record):
@@ -117,6 +122,11 @@ class MachineState(Record):
     functions: tuple[PciFunctionState, ...]
     virtio: tuple[VirtioState, ...]
     vmmci: ChipState
+
+
+def bytes_max(header: Header) -> int:
+    """Return how long the record of such a machine's state may be; a list in there takes much more than it says."""
+    return header.config.vcpus * (VCPU_BYTES_MAX + header.xsave_bytes) + OTHER_BYTES_MAX
 
 
 # --- saving --------------------------------------------------------------------------------------------------
@@ -193,27 +203,37 @@ def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
 # --- restoring -----------------------------------------------------------------------------------------------
 
 
+def check_devices(theirs: Header) -> None:
+    """Raise ValueError unless the devices are those that such a configuration has."""
+    config = theirs.config
+    wanted = ["rng", *["net"] * len(config.nics), *["blk"] * len(config.disks), *["scsi"] * bool(config.cdrom)]
+    kinds = [device.kind for device in theirs.devices]
+    if kinds != wanted:
+        raise ValueError(f"{len(kinds)} devices, which are not the {len(wanted)} that it is configured with")
+
+
 def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:
     """Raise ValueError unless a guest that ran with their processor can go on with ours."""
     here = {(leaf.function, leaf.index): leaf for leaf in machine_cpuid}
     there = {(leaf.function, leaf.index): leaf for leaf in theirs.cpuid}
     ours, other = here.get((0, 0)), there.get((0, 0))
     if ours is None or other is None or (ours.ebx, ours.ecx, ours.edx) != (other.ebx, other.ecx, other.edx):
-        raise ValueError("was sent from a host with a processor of another vendor")
+        raise ValueError("it comes from a host with a processor of another vendor")
     for function, index, register in FEATURES:
         had = getattr(there.get((function, index)), register, 0)
         have = getattr(here.get((function, index)), register, 0)
         missing = had & ~have & ~(OSXSAVE if (function, register) == (1, "ecx") else 0)
         if missing:
             raise ValueError(
-                f"needs processor features that this host lacks: cpuid {function:#x}.{index} {register} {missing:#x}"
+                "it needs processor features that this host lacks:"
+                f" cpuid {function:#x}.{index} {register} {missing:#x}"
             )
 
 
 def check_tsc(theirs_khz: int, ours_khz: int) -> None:
     """Raise ValueError if the guest's clock would be wrong here."""
     if abs(theirs_khz - ours_khz) * 1_000_000 > TSC_TOLERANCE_PPM * ours_khz:
-        raise ValueError(f"has a time stamp counter of {theirs_khz} kHz, this host's runs at {ours_khz} kHz")
+        raise ValueError(f"its time stamp counter runs at {theirs_khz} kHz, this host's at {ours_khz} kHz")
 
 
 def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
@@ -224,35 +244,43 @@ def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
     ]
 
 
-def restore(machine: "Machine", state: MachineState) -> Clocks:
-    """Make a machine what another one was; it is to be let go with the clocks that are returned.
+def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ...]) -> Clocks:
+    """Make a machine what another one with these devices was; it is to be let go with the clocks that are returned.
 
     Raises ValueError, or OSError from KVM: the state is not that of such a machine.
     """
-    if len(state.vcpus) != len(machine.vcpus) or len(state.irqchips) != len(PICS):
-        raise ValueError(f"has the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
-    if len(state.virtio) != len(machine.virtio):
-        raise ValueError(f"has the state of {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
+    if len(state.vcpus) != len(machine.vcpus):
+        raise ValueError(f"the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
+    if len(state.irqchips) != len(PICS):
+        raise ValueError(f"the state of {len(state.irqchips)} interrupt controllers, not {len(PICS)}")
+    if not len(state.virtio) == len(machine.virtio) == len(devices):
+        raise ValueError(f"the state of {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
     chips = machine.chips()
     if [chip.name for chip in state.chips] != list(chips):
-        raise ValueError("has the state of other chips")
+        raise ValueError("the state of other chips")
     for chip in state.chips:
-        _restore_chip(chip, chips[chip.name].restore)
+        _restore_chip(chip, chips[chip.name].state(), chips[chip.name].restore)
     functions: list[FunctionState] = [
         {"slot": each.slot, "config": each.config, "msix": each.msix} for each in state.functions
     ]
     bus: BusState = {"address": state.pci_address, "functions": functions}
+    for function in machine.virtio:
+        function.detach_interrupts()  # or what the bus switches on would reach controllers that are not themselves yet
     machine.pci.restore(bus)
-    for function, saved in zip(machine.virtio, state.virtio, strict=True):
+    for function, saved, device in zip(machine.virtio, state.virtio, devices, strict=True):
+        missing = saved.driver_features & device.features & ~function.process.features
+        if missing:
+            raise ValueError(f"its driver of {function.process.name} uses features {missing:#x}, which are not here")
         function.restore_registers(saved)
-    _restore_chip(state.vmmci, machine.vmmci.restore_registers)
+    _restore_chip(state.vmmci, machine.vmmci.save(), machine.vmmci.restore_registers)
     # After the chips, whose restoring moves interrupt lines: from here on the controllers are as they were.
     for chip_id, raw in zip(PICS, state.irqchips, strict=True):
         if raw[:4] != chip_id.to_bytes(4, "little"):
-            raise ValueError(f"has another interrupt controller where number {chip_id} belongs")
+            raise ValueError(f"another interrupt controller where number {chip_id} belongs")
         machine.kvm.set_irqchip(raw)
+    machine.kvm.set_pit2(state.pit)  # as the clocks will, who have nobody to complain to
     for thread, vcpu in zip(machine.vcpus, state.vcpus, strict=True):
-        _restore_vcpu(thread.vcpu, vcpu)
+        _restore_vcpu(thread.vcpu, vcpu, machine.msr_indices)
     return Clocks([clock_msrs(vcpu) for vcpu in state.vcpus], state.kvmclock_ns, state.pit, machine.pm.state())
 
 
@@ -262,24 +290,32 @@ def clock_msrs(vcpu: VcpuState) -> dict[int, int]:
     return {MSR_TSC: vcpu.tsc} | deadline
 
 
-def _restore_vcpu(vcpu: "Vcpu", state: VcpuState) -> None:
+def _restore_vcpu(vcpu: "Vcpu", state: VcpuState, msr_indices: list[int]) -> None:
     if len(state.msrs) % MSR.size:
-        raise ValueError(f"has {len(state.msrs)} bytes of MSRs")
+        raise ValueError(f"{len(state.msrs)} bytes of MSRs")
+    known = frozenset(msr_indices)
     vcpu.set_sregs(state.sregs)
     vcpu.set_xcrs(state.xcrs)  # which say what of the next is used
     vcpu.set_xsave(state.xsave)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_lapic(state.lapic)  # after sregs, which have its base
-    # One that this host refuses held nothing that its KVM could act on.
-    vcpu.set_msrs(dict(MSR.iter_unpack(state.msrs)))
+    # One that this host does not know, or refuses, held nothing that its KVM could act on.
+    vcpu.set_msrs({index: value for index, value in MSR.iter_unpack(state.msrs) if index in known})
     vcpu.set_regs(state.regs)
     vcpu.set_vcpu_events(state.events)  # after regs, which cancel exceptions
     vcpu.set_mp_state(state.mp_state)
 
 
-def _restore_chip(state: ChipState, restore_chip: "Callable[[dict[str, Any]], None]") -> None:
+def _restore_chip(
+    state: ChipState, like: "dict[str, Any]", restore_chip: "Callable[[dict[str, Any]], None]"
+) -> None:
+    """Restore a chip from registers that have the names and types of those it has now."""
     registers = {each.name: each.number if each.data is None else each.data for each in state.registers}
+    if {name: isinstance(value, bytes) for name, value in registers.items()} != {
+        name: isinstance(value, bytes) for name, value in like.items()
+    }:
+        raise ValueError(f"other registers of {state.name}")
     try:
         restore_chip(registers)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"has an impossible state of {state.name}: {error!r}") from error
+        raise ValueError(f"an impossible state of {state.name}: {error}") from error

@@ -8,13 +8,15 @@ All numbers are little-endian.  The body of MEMORY is a guest-physical address (
 STATE and the header the records are `vm/state.py`'s.  Memory is hashed where it lies while it is written or the next
 piece is read, so Python copies none of it.
 
-Everything here blocks, and runs on a thread of its own.  A peer that does nothing for IDLE_TIMEOUT_S is given up.
+Everything here blocks, and runs on a thread of its own, but only in `Pipe.wait`: so that whoever wants it to end is
+heard, and a peer that does nothing for IDLE_TIMEOUT_S is given up.  A StreamError completes "the stream ...".
 """
 
 import errno
 import hashlib
 import os
 import select
+import stat
 import threading
 from struct import Struct
 
@@ -33,10 +35,11 @@ COUNT = Struct("<Q")
 MEMORY, STATE, END = 1, 2, 3
 DIGEST_BYTES = 32
 
-HEADER_MAX = 1 << 20
-STATE_MAX = 16 << 20
+HEADER_MAX = 64 << 10  # a configuration fits one message of 16 KiB, and a CPUID table that KVM takes another
 PIECE_BYTES = 8 << 20  # of memory in one section: what one thread hashes while the other one moves the next
 IDLE_TIMEOUT_S = 300.0
+LOOK_S = 0.2  # for a wish that this end
+ATOMIC_BYTES = select.PIPE_BUF  # what a pipe that poll(2) calls writable takes without waiting
 
 
 class StreamError(VmdError):
@@ -100,28 +103,29 @@ class Pipe:
         self.cancelled = False
         self._poll = select.poll()
         self._poll.register(fd, direction)
+        self._flags = 0 if stat.S_ISREG(os.fstat(fd).st_mode) else os.RWF_NOWAIT  # a file never waits for a reader
+        self._at_once = PIECE_BYTES
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Wait until something can be moved.  Raises Cancelled or StreamError."""
-        for _ in range(int(IDLE_TIMEOUT_S)):
+        for _ in range(int(IDLE_TIMEOUT_S / LOOK_S)):
             if self.cancelled:
                 raise Cancelled("cancelled")
-            if self._poll.poll(1000):
+            if self._poll.poll(LOOK_S * 1000):
                 return
-        raise StreamError(f"the other end has done nothing for {IDLE_TIMEOUT_S:.0f} s")
+        raise StreamError(f"has stood still for {IDLE_TIMEOUT_S:.0f} s")
 
     def write(self, *parts: "bytes | memoryview") -> None:
         """Write all.  Raises StreamError or Cancelled."""
         pending = [memoryview(part).cast("B") for part in parts]
         while pending:
-            self._wait()
+            self.wait()
             try:
-                # No more at once than the other end takes soon: a pipe that is full makes writev wait.
-                done = os.writev(self.fd, [pending[0][:PIECE_BYTES], *pending[1:]])
+                done = self._write_some(pending)
             except BlockingIOError:
                 continue
             except BrokenPipeError:
-                raise StreamError("the other end has closed the stream") from None
+                raise StreamError("was closed by its reader") from None
             except OSError as error:
                 raise StreamError(f"cannot be written: {os.strerror(error.errno or 0)}") from error
             self.moved_bytes += done
@@ -130,11 +134,28 @@ class Pipe:
             if done:
                 pending[0] = pending[0][done:]
 
+    def _write_some(self, pending: "list[memoryview]") -> int:
+        """Write what is taken without waiting; returns how much that was."""
+        if self._at_once == ATOMIC_BYTES:
+            return os.writev(self.fd, [pending[0][:ATOMIC_BYTES]])
+        first = pending[0][: self._at_once]
+        rest = pending[1:] if len(first) == len(pending[0]) else ()
+        if not self._flags:
+            return os.writev(self.fd, [first, *rest])
+        try:
+            return os.pwritev(self.fd, [first, *rest], -1, self._flags)
+        except OSError as error:
+            # Kernels before 6.5 know of no pipe that does not wait, and devices still do not.
+            if error.errno not in (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL):
+                raise
+            self._at_once = ATOMIC_BYTES
+            return 0
+
     def read_into(self, view: memoryview) -> None:
         """Fill a view.  Raises StreamError or Cancelled."""
         at = 0
         while at < len(view):
-            self._wait()
+            self.wait()
             try:
                 done = os.readv(self.fd, [view[at:]])
             except BlockingIOError:
@@ -153,14 +174,13 @@ class Pipe:
         return bytes(buffer)
 
     def close(self) -> None:
-        """Close; of a file only that tells whether all is there."""
+        """Close; of a file only that tells whether all is there.  A second call does nothing.  Raises StreamError."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             try:
                 os.close(fd)
             except OSError as error:
-                if error.errno != errno.EBADF:
-                    raise StreamError(f"cannot be closed: {os.strerror(error.errno or 0)}") from error
+                raise StreamError(f"cannot be closed: {os.strerror(error.errno or 0)}") from error
 
 
 class StreamWriter:
@@ -226,41 +246,49 @@ class StreamReader:
         return body
 
     def sections_until_end(
-        self, memory: "Callable[[int, int], memoryview]", state: "Callable[[bytes], None]"
+        self,
+        memory: "Callable[[int, int], memoryview]",
+        state: "Callable[[bytes], None]",
+        *,
+        state_max: int,
     ) -> None:
         """Read up to the end.
 
         `memory(gpa, length)` returns where a run goes, and raises ValueError if it goes nowhere; `state` takes the
-        body of a record.  What was read is good only if this returns.  Raises StreamError.
+        body of a record, which has `state_max` bytes at most.  What was read is good only if this returns.
+
+        Raises StreamError.
         """
         try:
-            while self._section(memory, state):
+            while self._section(memory, state, state_max):
                 self.sections += 1
-            self._check_digest()
         except ValueError as error:
-            raise StreamError(f"section {self.sections}: {error}") from error
+            raise StreamError(f"is not usable: section {self.sections}: {error}") from error
 
-    def _section(self, memory: "Callable[[int, int], memoryview]", state: "Callable[[bytes], None]") -> bool:
+    def _section(
+        self, memory: "Callable[[int, int], memoryview]", state: "Callable[[bytes], None]", state_max: int
+    ) -> bool:
         head = self.pipe.read(SECTION.size)
         kind, zero, length = SECTION.unpack(head)
         if zero:
-            raise StreamError(f"section {self.sections} has unknown flags {zero:#x}")
+            raise StreamError(f"has unknown flags {zero:#x} in section {self.sections}")
         body: bytes | memoryview
         if kind == MEMORY and GPA.size < length <= GPA.size + PIECE_BYTES:
             address = self.pipe.read(GPA.size)
             body = memory(GPA.unpack(address)[0], length - GPA.size)
             self.pipe.read_into(body)
-        elif (kind == STATE and length <= STATE_MAX) or (kind == END and length == COUNT.size):
+        elif (kind == STATE and length <= state_max) or (kind == END and length == COUNT.size):
             address = b""
             body = self.pipe.read(length)
         else:
-            raise StreamError(f"section {self.sections} is of unknown kind {kind}, or its length {length} is wrong")
+            raise StreamError(f"has a section {self.sections} of kind {kind} and length {length}")
         expected = self.pipe.read(DIGEST_BYTES)
         self._check_digest()  # of the one before, which was hashed while this one was read
         self.hasher.begin((head, address, body))
         self._expected = expected
-        if kind == STATE:
+        if kind != MEMORY:
             self._check_digest()
+        if kind == STATE:
             state(bytes(body))
         elif kind == END and COUNT.unpack(body)[0] != self.sections:
             raise StreamError(f"has {self.sections} sections where its end says {COUNT.unpack(body)[0]}")

@@ -6,11 +6,11 @@ Both are made, started and told of by the event thread; `done` and the other cal
 import select
 import threading
 
-from vmd.errors import GuestError, VmdError
+from vmd.errors import GuestError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.imsg import pack, unpack
 from vmd.vm import state
-from vmd.vm.stream import Pipe, StreamError, StreamReader, StreamWriter
+from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamReader, StreamWriter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Sender:
-    """Writes a machine that stands still to a descriptor, which it closes; `done(why not)` is told once."""
+    """Writes a machine that stands still to a descriptor, which it closes; `done(why not)` is told once.
+
+    Why not is a sentence.
+    """
 
     def __init__(
         self, machine: "Machine", clocks: "Clocks", fd: int, loop: "Loop", done: "Callable[[str], None]"
@@ -42,19 +45,26 @@ class Sender:
         self._thread.start()
 
     def cancel(self) -> None:
-        """Have it fail soon."""
+        """Have it fail soon, unless it is about to be done."""
         self.pipe.cancelled = True
 
     def _run(self) -> None:
-        text = ""
+        text = "internal error while it was sent"  # where an exception passes by: it is shown, and the guest lives
         try:
             try:
                 self._write(StreamWriter(self.pipe))
             finally:
                 self.pipe.close()
-        except (VmdError, OSError) as error:
-            text = str(error)
-        self._loop.call_from_thread(lambda: self._done(text))
+        except Cancelled:
+            text = "sending was interrupted"
+        except StreamError as error:
+            text = f"the stream {error}"
+        except OSError as error:
+            text = f"its memory cannot be read: {sentence(error)}"
+        else:
+            text = ""
+        finally:
+            self._loop.call_from_thread(lambda: self._done(text))
 
     def _write(self, writer: StreamWriter) -> None:
         try:
@@ -72,7 +82,7 @@ class Receiver:
     """Reads a machine from a descriptor, which it closes.
 
     First `on_header(header)` is told; `go_on(memory)` then gives it where memory goes.  At the end `on_machine(state)`
-    is told.  Anything wrong is told to `on_failed(text)`, and is the end.
+    is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
     """
 
     def __init__(
@@ -109,19 +119,25 @@ class Receiver:
                 machine = self._read(StreamReader(self.pipe))
             finally:
                 self.pipe.close()
-        except (VmdError, OSError, ValueError) as error:
+        except StreamError as error:
             text = f"the stream {error}"
             self._loop.call_from_thread(lambda: self._on_failed(text))
+        except BaseException:
+            self._loop.call_from_thread(lambda: self._on_failed("internal error while the stream was read"))
+            raise
         else:
             self._loop.call_from_thread(lambda: self._on_machine(machine))
 
     def _read(self, reader: StreamReader) -> state.MachineState:
         try:
-            header = unpack(state.Header, reader.header())
+            try:
+                header = unpack(state.Header, reader.header())
+            except ValueError as error:
+                raise StreamError(f"is not usable: {error}") from error
             self.total_bytes = header.touched_bytes
             self._loop.call_from_thread(lambda: self._on_header(header))
             self._proceed.wait()
-            reader.sections_until_end(self._place, self._take_state)
+            reader.sections_until_end(self._place, self._take_state, state_max=state.bytes_max(header))
         finally:
             reader.hasher.close()
         if self._machine is None:

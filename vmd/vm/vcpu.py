@@ -96,9 +96,8 @@ class VcpuThread:
         self._memory = memory
         self._end = end
         self._stopping = threading.Event()
-        self._going_on = threading.Event()  # not set: parked, or about to park
-        self._going_on.set()
-        self._on_parked: Callable[[], None] = lambda: None
+        self._parking = threading.Condition()
+        self._on_parked: Callable[[], None] | None = None  # while it is to stand still, or does
         self._thread = threading.Thread(target=self._run, name=f"vcpu-{number}", daemon=True)
 
     def start(self) -> None:
@@ -113,13 +112,16 @@ class VcpuThread:
 
     def ask_to_park(self, on_parked: "Callable[[], None]") -> None:
         """Make the vCPU stop between two instructions; `on_parked` is called on its thread when it has."""
-        self._on_parked = on_parked
-        self._going_on.clear()
+        with self._parking:
+            self._on_parked = on_parked
+            self._parking.notify()
         self.vcpu.kick()
 
     def unpark(self) -> None:
         """Let a parked vCPU go on, or one that was asked to park go on without."""
-        self._going_on.set()
+        with self._parking:
+            self._on_parked = None
+            self._parking.notify()
 
     def join(self) -> bool:
         """Wait for the thread; False if it does not come back, as with an ioctl stuck in the kernel."""
@@ -170,10 +172,18 @@ class VcpuThread:
                     return
 
     def _park_if_asked(self) -> None:
-        """Stand still; KVM has completed the I/O of the exit before, as it does before it is interrupted."""
-        if not self._going_on.is_set():
-            self._on_parked()
-            self._going_on.wait()
+        """Stand still; KVM has completed the I/O of the exit before, as it does before it is interrupted.
+
+        Whoever asks again before this thread has noticed that it may go on is told as well: it stands still.
+        """
+        told: Callable[[], None] | None = None
+        with self._parking:
+            while self._on_parked is not None:
+                if self._on_parked is not told:
+                    told = self._on_parked
+                    told()
+                else:
+                    self._parking.wait()
 
     def _report(self, exit: "Exit") -> str:
         """Log registers and instruction bytes of a vCPU that KVM cannot run on; return the sentence."""

@@ -45,17 +45,20 @@ NOTIFY_BYTES = 2
 
 CLASS = {"net": 0x020000, "blk": 0x010000, "scsi": 0x010000, "rng": 0x00FF00}
 
+CONFIG_MAY_DIFFER = ("net",)  # between hosts: whether there is a link, for one; drivers expect that to change
+
 # virtio_pci_cap after id and next pointer: length, type, bar, id, padding, offset, length (virtio 1.2, 4.1.4)
 CAP_BYTES = 16
 PCI_CFG_DATA = 14  # in the body of the PCI_CFG capability: pci_cfg_data, behind the cap's own fields
 
 
-# Attributes that go into a saved state as they are, under the same names.
-QUEUE_REGISTERS = ("size", "enabled", "desc", "avail", "used", "pfn", "vector")
-REGISTERS = (
-    "status", "driver_features", "features_locked", "active", "device_feature_select", "driver_feature_select",
-    "queue_select", "config_vector", "generation",
-)  # fmt: skip
+# Attributes that go into a saved state as they are, under the same names, and how wide they are in bits.
+QUEUE_REGISTERS = {"size": 16, "enabled": 1, "desc": 64, "avail": 64, "used": 64, "pfn": 32, "vector": 16}
+QUEUE_INDICES = {"next_avail": 16, "next_used": 16}
+REGISTERS = {
+    "status": 8, "driver_features": 64, "features_locked": 1, "active": 1, "device_feature_select": 32,
+    "driver_feature_select": 32, "queue_select": 16, "config_vector": 16, "generation": 8,
+}  # fmt: skip
 
 
 class QueueState(Record):
@@ -381,11 +384,13 @@ class VirtioFunction(PciFunction):
         with self.lock:
             registers = self.transport
             if len(state.queues) != len(registers.queues) or len(state.config) != len(registers.config):
-                raise ValueError(f"has another {self.process.name} than this machine")
-            self.detached = True
+                raise ValueError(f"another {self.process.name} than this machine has")
+            _check_widths(state, REGISTERS)
+            self.detach_interrupts()
             for queue, saved in zip(registers.queues, state.queues, strict=True):
+                _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
                 if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
-                    raise ValueError(f"has a queue of {saved.size} in {self.process.name}")
+                    raise ValueError(f"a queue of {saved.size} in {self.process.name}")
                 for name in QUEUE_REGISTERS:
                     setattr(queue, name, getattr(saved, name))
                 queue.vector = registers.valid_vector(saved.vector)
@@ -395,7 +400,7 @@ class VirtioFunction(PciFunction):
             self.config_pending = state.config_pending
 
     def restore_rings(self, state: VirtioState) -> None:
-        """Hand the rings to the device process, which stands still too.  Raises PeerError."""
+        """Hand the rings to the device process, which stands still too.  Raises PeerError or ValueError."""
         with self.lock:
             registers = self.transport
             self.process.command(PAUSE)
@@ -407,6 +412,8 @@ class VirtioFunction(PciFunction):
                 usable = self.process.activate(registers.negotiated(modern=modern), rows)
                 if state.config != self.process.config:
                     registers.config = self.process.write_config(0, state.config)
+                if usable and registers.config != state.config and self.process.kind not in CONFIG_MAY_DIFFER:
+                    raise ValueError(f"{self.process.name} is another one here, such as a disk of another size")
                 self._place_notifications()
                 if not usable:
                     registers.needs_reset()
@@ -484,6 +491,13 @@ class ModernBlock:
                 function.transport.common_write(offset, size, value)
             elif offset == NOTIFY and size == NOTIFY_BYTES:
                 function.notify(value)
+
+
+def _check_widths(state: VirtioState | QueueState, widths: dict[str, int]) -> None:
+    """Raise ValueError for a number that no register holds."""
+    for name, bits in widths.items():
+        if not 0 <= getattr(state, name) < 1 << bits:
+            raise ValueError(f"{getattr(state, name)} in the {bits} bits of {name}")
 
 
 def drain(fd: int) -> None:

@@ -87,9 +87,16 @@ class Vmmci(PciFunction):
         return bool(self.registers.driver_features & F_ACK)
 
     def ask(self, command: int) -> bool:
-        """Ask something of the guest; False if nobody listens, or knows of such a thing."""
+        """Ask something of the guest; False if nobody listens or knows of such a thing, or something else is urgent.
+
+        What was asked for before and not acknowledged is forgotten.
+        """
         with self.lock:
-            if not self.driver_is_up or (command == SYNCRTC and not self.registers.driver_features & F_SYNCRTC):
+            if not self.driver_is_up:
+                return False
+            if command == SYNCRTC and (
+                not self.registers.driver_features & F_SYNCRTC or self.command_now in (SHUTDOWN, REBOOT)
+            ):
                 return False
             self._set_command(command)
             self.registers.config_changed(self.registers.config)

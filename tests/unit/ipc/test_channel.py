@@ -208,3 +208,27 @@ def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
     assert received == 200
     assert channel.closed
     theirs.close()
+
+
+def test_last_words_do_not_make_a_receiver_wait(loop: Loop) -> None:
+    """A process that says them while it handles a message has not to wait for another one as long as that takes."""
+    ours, theirs = socketpair()
+    said: list[bool] = []
+
+    def on_message(channel: Channel, _envelope: Envelope) -> None:
+        channel.send(Ok())
+        channel.flush_blocking(DEADLINE_S)
+        said.append(ours.getblocking())
+        loop.stop()
+
+    channel = Channel(
+        ours, me=Proc.PARENT, peer=Proc.CONTROL, label="peer", loop=loop, on_message=on_message,
+        on_lost=lambda _channel, _error: loop.stop(),
+    )  # fmt: skip
+    theirs.send(encode(ListRequest())[0])
+    loop.run()
+
+    assert said == [False]
+    assert theirs.recv(MAX_MESSAGE) == encode(Ok(), pid=os.getpid())[0]
+    channel.close()
+    theirs.close()

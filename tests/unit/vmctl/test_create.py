@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import MIB, opened, read, write
-from vmctl.commands.create import Bar, run
+from vmctl.bar import Bar
+from vmctl.commands.create import run
 from vmctl.errors import UsageError
 from vmctl.session import Session
 from vmd.errors import VmdError
@@ -229,7 +230,7 @@ def test_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place, and the line is left at its end; nothing where nobody looks."""
     master, slave = pty.openpty()
     monkeypatch.setattr("vmctl.output.STDERR", slave)
-    bar = Bar("dir/disk.raw")
+    bar = Bar("disk.raw")
     bar.shown = True
 
     bar.show(0, 4 * MIB)

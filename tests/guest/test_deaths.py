@@ -1,0 +1,162 @@
+"""Processes that are killed while a VM starts or stops: states are right afterwards, and nothing is left.
+
+While it is paused, sent or received: `test_pause.py`, `test_transfer.py`.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.guests import guest
+from tests.support.transfers import Footprint, ended, vmctl
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+Client = subprocess.Popen[str]
+
+
+def wait_gone(pids: list[int]) -> None:
+    """Wait until no such process is left."""
+    deadline = time.monotonic() + DEADLINE_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.02)
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon with a VM whose guest acknowledges that it is to stop, and does not."""
+    conf = f'vm "a" {{\n disable\n memory 32M\n boot "{guest("vmmci")}" cmdline "linger"\n}}\n'
+    with Daemon(tmp_path, conf) as made:
+        yield made
+
+
+@contextmanager
+def starting(vmd: Daemon, held: str) -> Iterator[tuple[Client, int]]:
+    """Have a VM start that cannot, because a process that waits for it has been stopped."""
+    Footprint(vmd)  # the processes in reserve are there
+    pid = vmd.processes()[f"vmd: {held}"]
+    os.kill(pid, signal.SIGSTOP)
+    client = vmctl(vmd, "start", "a")
+    vmd.wait_state("a", "starting")
+    try:
+        yield client, pid
+    finally:
+        client.kill()
+        client.communicate()
+
+
+@contextmanager
+def stopping(vmd: Daemon) -> Iterator[tuple[Client, int]]:
+    """Have a VM that is stopping, and somebody who waits for its end."""
+    vmd.must("start", "a")
+    with vmd.console("a") as console:
+        console.expect("ready", DEADLINE_S)
+        client = vmctl(vmd, "stop", "-w", "a")
+        console.expect("acknowledged", DEADLINE_S)
+    try:
+        yield client, vmd.status("a")["pid"]
+    finally:
+        client.kill()
+        client.communicate()
+
+
+def check_usable(vmd: Daemon, before: Footprint) -> None:
+    """Raise AssertionError unless the VM can be started and ended, and all is as it was before."""
+    vmd.must("start", "a")
+    vmd.must("stop", "-fw", "a")
+    before.check(vmd)
+
+
+@pytest.mark.parametrize("victim", ["vm", "viornd"])
+def test_death_while_starting(vmd: Daemon, victim: str) -> None:
+    """Of the VM's process, or of a device's: the start fails, and says how that process ended."""
+    before = Footprint(vmd)
+    with starting(vmd, victim) as (client, pid):
+        os.kill(pid, signal.SIGKILL)
+        status, errors = ended(client)
+    print(errors)
+    assert status == 1
+    assert "SIGKILL" in errors
+    assert "SIGKILL" in vmd.wait_state("a", "stopped")["text"]
+    check_usable(vmd, before)
+
+
+def test_death_of_vmctl_while_starting(vmd: Daemon) -> None:
+    """The VM starts all the same: it was asked for."""
+    before = Footprint(vmd)
+    with starting(vmd, "vm") as (client, pid):
+        client.kill()
+        client.wait(DEADLINE_S)
+        os.kill(pid, signal.SIGCONT)
+        vmd.wait_state("a", "running")
+    vmd.must("stop", "-fw", "a")
+    check_usable(vmd, before)
+
+
+def test_stop_while_starting(vmd: Daemon) -> None:
+    """By force; the one who started it is told."""
+    before = Footprint(vmd)
+    with starting(vmd, "vm") as (client, pid):
+        stopper = vmctl(vmd, "stop", "-fw", "a")
+        vmd.wait_state("a", "stopping")
+        os.kill(pid, signal.SIGCONT)
+        assert ended(stopper)[0] == 0
+        print(ended(client))
+    check_usable(vmd, before)
+
+
+@pytest.mark.parametrize("victim", ["vm/a", "vm/a/viornd0"])
+def test_death_while_stopping(vmd: Daemon, victim: str) -> None:
+    """The VM is over, which is what was wanted; how is told."""
+    before = Footprint(vmd)
+    with stopping(vmd) as (client, _):
+        os.kill(vmd.processes()[f"vmd: {victim}"], signal.SIGKILL)
+        assert ended(client) == (0, "stopping vm a: terminated vm 1\n")
+    assert "SIGKILL" in vmd.wait_state("a", "stopped")["text"]
+    check_usable(vmd, before)
+
+
+def test_death_of_vmctl_while_stopping(vmd: Daemon) -> None:
+    """Nobody waits any more; it stops all the same."""
+    before = Footprint(vmd)
+    with stopping(vmd) as (client, _):
+        client.kill()
+        client.wait(DEADLINE_S)
+        assert vmd.status("a")["state"] == "stopping"
+        vmd.must("stop", "-fw", "a")
+    check_usable(vmd, before)
+
+
+@pytest.mark.parametrize("state", ["starting", "paused", "stopping"])
+def test_death_of_vmm(vmd: Daemon, state: str) -> None:
+    """It ends the daemon, with a failure, a reason and no orphans, whatever its VMs were doing."""
+    if state == "paused":
+        vmd.must("start", "a")
+        vmd.must("pause", "a")
+        end_by_vmm(vmd)
+        return
+    with starting(vmd, "vm") if state == "starting" else stopping(vmd) as (client, _):
+        end_by_vmm(vmd)
+        assert ended(client)[0] == 1
+
+
+def end_by_vmm(vmd: Daemon) -> None:
+    """Kill vmm, and wait for the end of all the others."""
+    processes = vmd.processes()
+    os.kill(processes["vmd: vmm"], signal.SIGKILL)
+    assert vmd.process is not None
+    assert vmd.process.wait(DEADLINE_S) == 1
+    assert "lost child: vmm" in vmd.log
+    for pid in processes.values():
+        if Path(f"/proc/{pid}").exists():
+            os.kill(pid, signal.SIGCONT)  # one that was stopped could not notice
+    wait_gone(list(processes.values()))

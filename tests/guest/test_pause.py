@@ -1,0 +1,243 @@
+"""vmctl pause and unpause under load: nothing is lost, and time stands still (*cat. 4.5*, DESIGN 8)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import churn
+from tests.support.blkdisk import Disk
+from tests.support.clocks import Clocks
+from tests.support.daemon import DEADLINE_S, Attached, Daemon
+from tests.support.guests import guest
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+PROMPT = "vmd-demo> "
+TIMES, TIMES_DEEP = 20, 1000
+ROUNDS = 10  # of the guest between two pauses, so that it is at work when the next one comes
+PM_HERTZ = 3579545
+
+
+def block(name: str, kernel: str, cmdline: str = "", *lines: str, memory: str = "64M") -> str:
+    """Return a vm block."""
+    options = ("disable", f"memory {memory}", f'boot "{guest(kernel)}" cmdline "{cmdline}"', *lines)
+    return f'vm "{name}" {{\n' + "\n".join(options) + "\n}\n"
+
+
+@contextmanager
+def busy(tmp_path: Path, cmdline: str, *lines: str) -> Iterator[tuple[Daemon, Attached]]:
+    """Run the guest that keeps its disk busy."""
+    disk = Disk(tmp_path / "disk")
+    conf = block("busy", "blk", f"churn {cmdline}", f'disk "{disk.path}" format raw', *lines)
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "busy")
+        with vmd.console("busy") as console:
+            churn.begin(console)
+            yield vmd, console
+
+
+def pause_often(tmp_path: Path, times: int, cmdline: str, *lines: str) -> None:
+    """Pause and unpause under load; each time the guest must have gone on."""
+    with busy(tmp_path, cmdline, *lines) as (vmd, console):
+        for _ in range(times):
+            vmd.must("pause", "busy")
+            assert vmd.status("busy")["state"] == "paused"
+            vmd.must("unpause", "busy")
+            assert vmd.status("busy")["state"] == "running"
+            churn.ask_until_rounds(console, ROUNDS)
+        report = churn.finish(console)
+        console.drain(DEADLINE_S)
+        assert vmd.wait_state("busy", "stopped")["text"] == "powered off by the guest"
+        print(report)
+    assert report.rounds >= times * ROUNDS
+
+
+LOADS = [
+    ("smp", ("vcpus 2",)),
+    ("smp intx-ioapic", ("vcpus 2",)),
+    ("intx-pic legacy", ("virtio legacy",)),
+    ("polled flags", ("virtio modern",)),
+]
+WAYS = pytest.mark.parametrize(("cmdline", "lines"), LOADS, ids=[cmdline for cmdline, _ in LOADS])
+
+
+@WAYS
+def test_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
+    """No interrupt and no request is lost, by MSI-X, by INTx through either controller, and without."""
+    pause_often(tmp_path, TIMES, cmdline, *lines)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1200)
+@WAYS
+def test_many_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
+    """A thousand of them."""
+    pause_often(tmp_path, TIMES_DEEP, cmdline, *lines)
+
+
+def test_a_paused_machine_does_nothing(tmp_path: Path) -> None:
+    """Its processes use no processor, its disk is not touched, and what is typed waits."""
+    with busy(tmp_path, "smp", "vcpus 2") as (vmd, console):
+        vmd.must("pause", "busy")
+        disk = (tmp_path / "disk").read_bytes()
+        pids = [pid for title, pid in vmd.processes().items() if title.startswith("vmd: vm/busy")]
+        assert len(pids) == 3  # with the disk's and the entropy's
+        console.type("\r")
+        before = [ticks(pid) for pid in pids]
+        for _ in range(3):
+            vmd.must("status")  # some time, in units of work
+
+        assert [ticks(pid) for pid in pids] == before
+        assert (tmp_path / "disk").read_bytes() == disk
+        assert "rounds" not in console.text()
+        vmd.must("unpause", "busy")
+        console.expect("churn: rounds=", DEADLINE_S)
+        churn.finish(console)
+
+
+def ticks(pid: int) -> int:
+    """Return the processor time of a process, in clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_clocks_stand_still(tmp_path: Path) -> None:
+    """kvmclock, the ACPI timer and the APIC's go on where they were; the clock on the wall has gone on.
+
+    How long the guest ran is measured by itself, so that a busy host does not matter.
+    """
+    with Daemon(tmp_path, block("clocks", "clocks")) as vmd:
+        vmd.must("start", "clocks")
+        with vmd.console("clocks") as console:
+            console.expect("clocks: ready\r\n", DEADLINE_S)
+            before = Clocks.ask(console)
+            vmd.must("pause", "clocks")
+            began_s, wall_s = time.monotonic(), int(time.time())
+            while int(time.time()) < wall_s + 3:
+                vmd.must("status")
+            paused_s = time.monotonic() - began_s
+            vmd.must("unpause", "clocks")
+            after = Clocks.ask(console)
+
+    ran_s = (after.kvmclock - before.kvmclock) / 1e9
+    print(f"paused {paused_s:.2f} s, of which the guest's kvmclock saw {ran_s:.3f} s\n{before}\n{after}")
+    assert 0 < ran_s < paused_s / 2
+    assert (after.pm - before.pm) % (1 << 24) / PM_HERTZ == pytest.approx(ran_s, abs=0.2)
+    assert after.beats - before.beats < paused_s * 100 / 2
+    assert after.rtc - before.rtc >= 3
+
+
+def test_a_guest_at_its_firmware_can_be_paused(tmp_path: Path) -> None:
+    """In real mode, whatever it does: upstream would wait for it to halt."""
+    firmware = "/usr/share/seabios/bios-256k.bin"
+    conf = f'vm "bios" {{\n disable\n memory 64M\n vcpus 2\n boot "{firmware}"\n}}\n'
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "bios")
+        with vmd.console("bios") as console:
+            console.expect("SeaBIOS (version", DEADLINE_S)
+            for _ in range(10):
+                vmd.must("pause", "bios")
+                vmd.must("unpause", "bios")
+            console.expect("No bootable device", 2 * DEADLINE_S)
+        vmd.must("stop", "-fw", "bios")
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon whose VM `demo` runs."""
+    with Daemon(tmp_path, block("demo", "demo", "", "vcpus 2")) as vmd:
+        vmd.must("start", "demo")
+        yield vmd
+
+
+def test_pausing_twice_is_no_failure(demo: Daemon) -> None:
+    """Nor unpausing twice (cat. 4.5)."""
+    for word in ("pause", "pause", "unpause", "unpause"):
+        assert demo.must(word, "demo") == f"vmctl: {word}d vm 1 successfully\n"
+    for word in ("pause", "unpause"):
+        assert demo.must(word, "1") == f"vmctl: {word}d vm 1 successfully\n"
+
+
+def test_what_does_not_run_cannot_be_paused(demo: Daemon) -> None:
+    """With a sentence each."""
+    refused = demo.vmctl("pause", "nobody")
+    assert refused.stderr == "vmctl: pause vm command failed: vm nobody not found\n"
+    demo.must("stop", "-fw", "demo")
+    for word in ("pause", "unpause"):
+        refused = demo.vmctl(word, "demo")
+        assert (refused.returncode, refused.stderr) == (1, f"vmctl: {word} vm command failed: vm demo is not running\n")
+
+
+def test_a_paused_machine_can_be_used(demo: Daemon) -> None:
+    """Its console attached, its state shown; what was typed arrives when it goes on."""
+    with demo.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        demo.must("pause", "demo")
+        console.type("echo back again\r")
+        with demo.attached("demo") as viewer:
+            viewer.expect(PROMPT, DEADLINE_S)  # the backlog
+        demo.must("unpause", "demo")
+        console.expect("back again\r\nback again\r\n", DEADLINE_S)
+
+
+def test_a_paused_machine_can_be_stopped(demo: Daemon) -> None:
+    """It goes on to be asked, and shuts down as any other; by force it just ends."""
+    with demo.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+    demo.must("pause", "demo")
+    demo.must("stop", "-w", "demo")
+    assert demo.wait_state("demo", "stopped")["text"] == "powered off by the guest"
+
+    demo.must("start", "demo")
+    demo.must("pause", "demo")
+    demo.must("stop", "-fw", "demo")
+    assert demo.wait_state("demo", "stopped")["text"] == "stopped by force"
+
+
+def test_a_daemon_that_ends_lets_paused_machines_shut_down(demo: Daemon) -> None:
+    """As it does with those that run."""
+    with demo.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+    demo.must("pause", "demo")
+    assert demo.stop() == 0
+    assert "terminated vm 1: powered off by the guest" in demo.log
+
+
+@pytest.mark.parametrize("victim", ["vm/busy", "vm/busy/vioblk0", "vm/busy/viornd0"])
+def test_death_while_paused(tmp_path: Path, victim: str) -> None:
+    """The VM is over, with the reason; whoever unpauses it is told, and it can be started again."""
+    with busy(tmp_path, "smp", "vcpus 2") as (vmd, _console):
+        vmd.must("pause", "busy")
+        os.kill(vmd.processes()[f"vmd: {victim}"], signal.SIGKILL)
+        row = vmd.wait_state("busy", "stopped")
+        print(row["text"])
+        assert "SIGKILL" in row["text"]
+        assert "not running" in vmd.vmctl("unpause", "busy").stderr
+        vmd.must("start", "busy")
+        vmd.must("pause", "busy")
+        vmd.must("stop", "-fw", "busy")
+
+
+def test_many_clients_at_once(tmp_path: Path) -> None:
+    """Pauses and unpauses in a heap: each is answered, with what it asked for, and the guest lives."""
+    with busy(tmp_path, "smp", "vcpus 2") as (vmd, console):
+        clients = [
+            subprocess.Popen(
+                [sys.executable, "-m", "vmctl", "-s", vmd.socket, word, "busy"],
+                cwd=vmd.code, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for word in ("pause", "unpause") * 8
+        ]  # fmt: skip
+        for client, word in zip(clients, ("pause", "unpause") * 8, strict=True):
+            _, errors = client.communicate(timeout=DEADLINE_S)
+            assert (client.returncode, errors) == (0, f"vmctl: {word}d vm 1 successfully\n")
+        vmd.must("unpause", "busy")
+        churn.ask_until_rounds(console, ROUNDS)
+        churn.finish(console)

@@ -1,0 +1,871 @@
+"""vmctl send and receive through the whole daemon: under load, refused, interrupted, and with streams that lie.
+
+*cat. 4.7*, DESIGN 8, hostile-input 26 and 55.
+"""
+
+import os
+import random
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import churn
+from tests.support.blkdisk import Disk
+from tests.support.clocks import Clocks
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.guests import guest
+from tests.support.transfers import (
+    Footprint,
+    Relay,
+    Stream,
+    changed_header,
+    changed_version,
+    ended,
+    from_file,
+    move,
+    to_file,
+    vmctl,
+)
+from vmd.config.model import DiskConfig
+from vmd.record import Record
+from vmd.vm.state import Header, MachineState, Register
+from vmd.vm.stream import MEMORY, STATE, VERSION
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+PROMPT = "vmd-demo> "
+ROUNDS = 10
+LOADS = [
+    ("smp", ("vcpus 2",)),
+    ("smp intx-ioapic", ("vcpus 2",)),
+    ("intx-pic legacy", ("virtio legacy",)),
+    ("polled flags", ("virtio modern",)),
+]
+WAYS = pytest.mark.parametrize(("cmdline", "lines"), LOADS, ids=[cmdline for cmdline, _ in LOADS])
+
+
+def block(name: str, kernel: str, cmdline: str = "", *lines: str) -> str:
+    """Return a vm block."""
+    options = ("disable", "memory 64M", f'boot "{guest(kernel)}" cmdline "{cmdline}"', *lines)
+    return f'vm "{name}" {{\n' + "\n".join(options) + "\n}\n"
+
+
+@contextmanager
+def running(tmp_path: Path, kernel: str, cmdline: str = "", *lines: str, ready: str = "") -> Iterator[Daemon]:
+    """Run a guest as VM `a`, with a disk; VM `b` is configured and stopped."""
+    disk = Disk(tmp_path / "disk")
+    conf = block("a", kernel, cmdline, f'disk "{disk.path}" format raw', *lines) + block("b", "demo")
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "a")
+        if ready:
+            with vmd.console("a") as console:
+                console.expect(ready, DEADLINE_S)
+        yield vmd
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Daemon]:
+    """VM `a` is at its prompt; it has a disk that it does not use."""
+    with running(tmp_path, "demo", "", "vcpus 2", ready=PROMPT) as vmd:
+        yield vmd
+
+
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[Daemon]:
+    """VM `a` keeps its disk busy."""
+    with running(tmp_path, "blk", "churn smp", "vcpus 2", ready="churn: begin") as vmd:
+        yield vmd
+
+
+def works(vmd: Daemon, name: str, more: int = ROUNDS) -> churn.Report:
+    """Raise AssertionError unless the busy guest goes on, with nothing lost."""
+    with vmd.console(name) as console:
+        return churn.ask_until_rounds(console, more)
+
+
+def answers(vmd: Daemon, name: str) -> None:
+    """Raise AssertionError unless the guest at its prompt is alive."""
+    with vmd.console(name) as console:
+        console.answer("echo a" "live", "alive\r\nalive\r\n")
+
+
+# --- from one to the other -------------------------------------------------------------------------------------------
+
+
+def move_often(tmp_path: Path, times: int, cmdline: str, lines: tuple[str, ...]) -> None:
+    """Send the busy guest back and forth."""
+    with running(tmp_path, "blk", f"churn {cmdline}", *lines, ready="churn: begin") as vmd:
+        before = works(vmd, "a")
+        here, there = "a", "new-name"
+        for _ in range(times):
+            move(vmd, here, there)
+            assert vmd.status(there)["state"] == "running"
+            assert all(row["state"] == "stopped" for row in vmd.rows() if row["name"] != there)
+            now = works(vmd, there)
+            assert now.rounds > before.rounds
+            before, here, there = now, there, here
+        with vmd.console(here) as console:
+            churn.finish(console)
+            console.drain(DEADLINE_S)
+
+
+@WAYS
+def test_moving_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
+    """Three times, under a new name and back into the configured VM: no request or interrupt is lost."""
+    move_often(tmp_path, 3, cmdline, lines)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1200)
+@WAYS
+def test_moving_often_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
+    """A hundred times in a row."""
+    move_often(tmp_path, 100, cmdline, lines)
+
+
+def test_what_is_said(demo: Daemon) -> None:
+    """By both commands, by the state, and by the log."""
+    sent, received = move(demo, "a", "c")
+
+    row = demo.status("c")
+    assert sent.startswith("vmctl: sent vm 1 successfully (")
+    assert received == f"vmctl: received vm {row['id']} successfully, tty {row['tty']}\n"
+    assert (row["state"], row["vcpus"], row["memory_bytes"]) == ("running", 2, 64 << 20)
+    assert demo.status("a")["text"] == "sent"
+    answers(demo, "c")
+    demo.wait_log(f"received c (vm {row['id']}) successfully, tty {row['tty']}")
+
+
+def test_between_two_daemons(tmp_path: Path) -> None:
+    """As between two hosts: nothing but the stream and the disk is shared."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    with running(tmp_path / "here", "blk", "churn smp", "vcpus 2", ready="churn: begin") as here:
+        before = works(here, "a")
+        with Daemon(tmp_path / "there") as there:
+            move(here, "a", "a", into=there)
+            assert works(there, "a").rounds > before.rounds
+            move(there, "a", "a", into=here)
+            assert there.rows() == []
+            works(here, "a")
+
+
+def test_through_a_file_across_a_restart(busy: Daemon, tmp_path: Path) -> None:
+    """A VM outlives its daemon; memory that was never touched is not in the file."""
+    before = works(busy, "a")
+    to_file(busy, "a", tmp_path / "stream")
+    assert (tmp_path / "stream").stat().st_size < 8 << 20
+    assert busy.stop() == 0
+
+    busy.start()
+    assert from_file(busy, "a", tmp_path / "stream")[0] == 0
+
+    assert works(busy, "a").rounds > before.rounds
+
+
+def test_paused_machines_are_sent_and_stay_paused_where_wanted(busy: Daemon) -> None:
+    """`receive -p` waits for `unpause`; without it the machine runs again."""
+    before = works(busy, "a")
+    busy.must("pause", "a")
+    _, received = move(busy, "a", "c", receive=("-p",))
+    assert received.endswith(", paused\n")
+    assert busy.status("c")["state"] == "paused"
+    disk = (busy.directory / "disk").read_bytes()
+    for _ in range(3):
+        busy.must("pause", "c")
+    assert (busy.directory / "disk").read_bytes() == disk
+
+    move(busy, "c", "d", receive=("-p",))  # once more, and still it has not run
+    assert (busy.directory / "disk").read_bytes() == disk
+    busy.must("unpause", "d")
+
+    assert works(busy, "d").rounds > before.rounds
+    busy.must("pause", "d")
+    move(busy, "d", "e")
+    works(busy, "e")
+
+
+def test_keep(demo: Daemon, tmp_path: Path) -> None:
+    """`send -k` takes a snapshot: the VM is as before, running or paused, and the snapshot can be had again."""
+    for state in ("running", "paused"):
+        demo.must("unpause" if state == "running" else "pause", "a")
+        assert "successfully" in to_file(demo, "a", tmp_path / state, "-k")
+        assert demo.status("a")["state"] == state
+    demo.must("unpause", "a")
+    answers(demo, "a")
+    with demo.console("a") as console:
+        console.answer("off", "off")
+    demo.wait_state("a", "stopped")
+
+    for state in ("running", "paused"):
+        assert from_file(demo, "c", tmp_path / state)[0] == 0
+        answers(demo, "c")
+        demo.must("stop", "-fw", "c")
+
+
+def test_into_a_configured_vm(demo: Daemon) -> None:
+    """The VM is what the stream says, for this life; then the configuration counts again."""
+    move(demo, "a", "b")
+    assert demo.status("b")["vcpus"] == 2
+    answers(demo, "b")
+    demo.must("stop", "-fw", "b")
+    assert demo.status("b")["vcpus"] == 1
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_reset_of_a_received_guest(demo: Daemon, name: str) -> None:
+    """It reboots as what it is, whatever is configured under its name, as often as it likes."""
+    move(demo, "a", name)
+    before = demo.status(name)
+    with demo.console(name) as console:
+        console.answer("", PROMPT)
+        console.answer("reset", PROMPT)
+        after = demo.status(name)
+        assert after["pid"] != before["pid"]
+        console.answer("reset", PROMPT)
+        console.answer("cpu", PROMPT)
+    last = demo.status(name)
+    for row in (after, last):
+        assert {key: row[key] for key in ("id", "tty", "vcpus", "memory_bytes", "state")} == {
+            key: before[key] for key in ("id", "tty", "vcpus", "memory_bytes", "state")
+        }
+
+
+def test_firmware_can_be_sent(tmp_path: Path) -> None:
+    """In real mode, with its read-only memory and its disks on the way."""
+    firmware = "/usr/share/seabios/bios-256k.bin"
+    conf = f'vm "bios" {{\n disable\n memory 64M\n boot "{firmware}"\n}}\n'
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "bios")
+        with vmd.console("bios") as console:
+            console.expect("SeaBIOS (version", DEADLINE_S)
+            move(vmd, "bios", "other")
+        with vmd.attached("other") as viewer:
+            viewer.expect("No bootable device", 2 * DEADLINE_S)
+        vmd.must("stop", "-fw", "other")
+
+
+def test_clocks_go_on(tmp_path: Path) -> None:
+    """kvmclock and the ACPI timer from where they were, the clock on the wall from where it is."""
+    with running(tmp_path, "clocks", ready="clocks: ready") as vmd:
+        with vmd.console("a") as console:
+            before = Clocks.ask(console)
+            to_file(vmd, "a", tmp_path / "stream", "-k")
+            assert Clocks.ask(console).kvmclock > before.kvmclock
+            vmd.must("stop", "-fw", "a")
+        assert from_file(vmd, "a", tmp_path / "stream")[0] == 0
+        with vmd.console("a") as console:
+            after = Clocks.ask(console)
+
+    ran_s = (after.kvmclock - before.kvmclock) / 1e9
+    print(before, after)
+    assert 0 < ran_s < 2
+    assert (after.pm - before.pm) % (1 << 24) / 3579545 == pytest.approx(ran_s, abs=0.2)
+    assert after.rtc >= before.rtc
+
+
+# --- refused, and the sender goes on -------------------------------------------------------------------------------
+
+
+NOT_SENT = (
+    "vmctl: send vm command failed: vm a was not sent, and is as before: the stream was closed by its reader\n"
+)
+
+
+def other_vendor(header: Header) -> Record:
+    """Return a header from a host with another processor."""
+    first = header.cpuid[0]
+    return header.replace(cpuid=(first.replace(ebx=first.ebx ^ 1), *header.cpuid[1:]))
+
+
+def more_features(header: Header) -> Record:
+    """Return a header from a host with a better processor."""
+    return header.replace(
+        cpuid=tuple(
+            leaf.replace(ebx=0xFFFFFFFF) if (leaf.function, leaf.index) == (7, 0) else leaf for leaf in header.cpuid
+        )
+    )
+
+
+def with_config(**changes: object) -> Callable[[Header], Record]:
+    """Return a change of the VM's configuration."""
+    return lambda header: header.replace(config=header.config.replace(**changes))
+
+
+HEADERS: list[tuple[str, Callable[[Header], Record], str]] = [
+    ("vendor", other_vendor, "it comes from a host with a processor of another vendor"),
+    ("features", more_features, "it needs processor features that this host lacks: cpuid 0x7.0 ebx"),
+    ("table", lambda header: header.replace(cpuid=header.cpuid * 4), "KVM does not take its processor"),
+    ("tsc", lambda header: header.replace(tsc_khz=1000), "its time stamp counter runs at 1000 kHz"),
+    ("xsave", lambda header: header.replace(xsave_bytes=1), "its extended state has 1 bytes"),
+    ("no memory", with_config(memory_bytes=0), "it has 0 bytes of memory"),
+    ("half a page", with_config(memory_bytes=(64 << 20) + 1), "it has 67108865 bytes of memory"),
+    ("too much memory", with_config(memory_bytes=1 << 60), "bytes of memory"),
+    ("negative memory", with_config(memory_bytes=-(1 << 20)), "bytes of memory"),
+    ("no vcpus", with_config(vcpus=0), "it has 0 vcpus"),
+    ("vcpus", with_config(vcpus=1000), "it has 1000 vcpus"),
+    ("firmware", lambda header: header.replace(firmware_bytes=1 << 40), "it has firmware of"),
+    ("half firmware", lambda header: header.replace(firmware_bytes=1000), "it has firmware of 1000 bytes"),
+    ("devices", lambda header: header.replace(devices=header.devices[:1]), "1 devices, which are not the 2"),
+    ("missing disk", with_config(disks=(DiskConfig(path="/nowhere/disk"),)), "/nowhere/disk"),
+    ("nul in a path", with_config(disks=(DiskConfig(path="/disk\0"),)), "disk /disk\\x00: not a path"),
+    ("nul in a disc", with_config(cdrom="/disc\0", disks=()), "which are not the"),
+    ("directory", with_config(disks=(DiskConfig(path="/etc"),)), "/etc"),
+    ("disc", with_config(cdrom="/nowhere/disc"), "which are not the"),
+    ("long", with_config(origin="x" * 20000), "its configuration is longer than any here can be"),
+]
+
+
+def test_refused_by_its_header(busy: Daemon) -> None:
+    """The receiver says why, before it has read any memory; the sender's VM goes on as if nothing had been."""
+    before = Footprint(busy)
+    for name, change, what in HEADERS:
+        sent, received = Relay(busy, "a", "c", lambda raw, change=change: changed_header(raw, change)).ended()  # type: ignore[misc]
+        print(f"{name}: {received[1].strip()}")
+        assert (received[0], sent[0]) == (1, 1), name
+        assert received[1].startswith("vmctl: receive vm command failed: vm c: "), name
+        assert what in received[1], name
+        assert sent[1] == NOT_SENT, name
+        assert {row["name"]: row["state"] for row in busy.rows()} == {"a": "running", "b": "stopped"}, name
+        works(busy, "a")
+    before.check(busy)
+
+
+def test_refused_by_its_version(busy: Daemon) -> None:
+    """The same."""
+    sent, received = Relay(busy, "a", "c", lambda raw: changed_version(raw, 99)).ended()
+    assert received[1] == (
+        "vmctl: receive vm command failed: vm c: the stream has version 99 of the format, this vmd reads version"
+        f" {VERSION}\n"
+    )
+    assert sent[0] == 1
+    works(busy, "a")
+
+
+def test_a_reader_that_leaves(busy: Daemon) -> None:
+    """`vmctl send a | false`, and a full disk."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    os.close(reading)
+    assert ended(vmctl(busy, "send", "a", stdout=writing)) == (1, NOT_SENT)
+    os.close(writing)
+    with open("/dev/full", "wb") as full:
+        assert ended(vmctl(busy, "send", "a", stdout=full.fileno())) == (
+            1, "vmctl: send vm command failed: vm a was not sent, and is as before: the stream cannot be written:"
+            " No space left on device\n"
+        )  # fmt: skip
+    works(busy, "a")
+
+
+def test_a_disk_that_somebody_has(demo: Daemon, tmp_path: Path) -> None:
+    """After all was read the receiver has the VM: it stays paused until the disk is free, and says so.
+
+    Three of them, as each waits for ten seconds: one goes on in the end, one is stopped and one by force.
+    """
+    stream = tmp_path / "stream"
+    to_file(demo, "a", stream, "-k")
+    before = Footprint(demo)
+    with stream.open("rb") as first, stream.open("rb") as second, stream.open("rb") as third:
+        files = {"c": first, "d": second, "e": third}
+        clients = {name: vmctl(demo, "receive", name, stdin=file.fileno()) for name, file in files.items()}
+    for name, client in clients.items():
+        status, errors = ended(client)
+        assert status == 1
+        assert f"vm {name} was received and stays paused: disk {tmp_path}/disk" in errors
+        assert errors.endswith(f"`vmctl unpause {name}` tries again\n")
+        row = demo.status(name)
+        assert row["state"] == "paused"
+        assert "disk" in row["text"]
+
+    for words in (("stop", "-w", "d"), ("stop", "-fw", "e")):  # there is no guest to be asked
+        demo.must(*words)
+    refused = demo.vmctl("unpause", "c")
+    assert refused.returncode == 1
+    assert "stays paused" in refused.stderr
+    assert demo.must("pause", "c").endswith("successfully\n")
+    assert "still waits for its disks" in ended(vmctl(demo, "send", "c"))[1]
+    demo.must("stop", "-fw", "a")
+    assert demo.must("unpause", "c").endswith("successfully\n")
+    answers(demo, "c")
+    demo.must("stop", "-fw", "c")
+    demo.must("start", "a")
+    before.check(demo)
+
+
+def test_names_that_are_taken(demo: Daemon, tmp_path: Path) -> None:
+    """By a VM that lives; nothing is read then."""
+    to_file(demo, "a", tmp_path / "stream", "-k")
+    assert from_file(demo, "a", tmp_path / "stream") == (
+        1, "vmctl: receive vm command failed: vm a exists, and is running\n"
+    )  # fmt: skip
+    assert from_file(demo, "../c", tmp_path / "stream") == (
+        1, "vmctl: receive vm command failed: invalid VM name: ../c\n"
+    )  # fmt: skip
+    demo.must("stop", "-fw", "a")
+    with (tmp_path / "again").open("wb") as file:
+        assert ended(vmctl(demo, "send", "a", stdout=file.fileno())) == (
+            1, "vmctl: send vm command failed: vm a is not running\n"
+        )  # fmt: skip
+
+
+# --- streams that lie ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def snapshot(demo: Daemon, tmp_path: Path) -> Stream:
+    """A stream of a VM that goes on; its disk is free for others in it."""
+    path = tmp_path / "snapshot"
+    to_file(demo, "a", path, "-k")
+    Disk(tmp_path / "other")
+    other = with_config(disks=(DiskConfig(path=str(tmp_path / "other"), format="raw"),))
+    return Stream(Stream(path.read_bytes()).with_header(other))
+
+
+def receive(vmd: Daemon, raw: bytes) -> tuple[int, str]:
+    """Receive a stream as VM c."""
+    path = vmd.directory / "to-receive"
+    path.write_bytes(raw)
+    return from_file(vmd, "c", path)
+
+
+def damage(vmd: Daemon, snapshot: Stream, times: int) -> None:
+    """Refuse streams that were cut, changed, or are none; nobody takes harm."""
+    raw = snapshot.with_state(lambda state: state)
+    assert receive(vmd, raw)[0] == 0  # as it is it is good
+    answers(vmd, "c")
+    vmd.must("stop", "-fw", "c")
+    before, generator = Footprint(vmd), random.Random(55)
+    for _ in range(times):
+        flipped, place = bytearray(raw), generator.randrange(len(raw))
+        flipped[place] ^= 1 << generator.randrange(8)
+        foreign = generator.randbytes(generator.randrange(1, 5000))
+        beginning = raw[: generator.choice((8, 16, 100, 2000))]
+        for bad in (raw[: generator.randrange(len(raw))], bytes(flipped), foreign, beginning + foreign):
+            status, errors = receive(vmd, bad)
+            assert (status, errors.count("\n")) == (1, 1), errors
+            assert errors.startswith("vmctl: receive vm command failed: vm c: the stream "), errors
+    answers(vmd, "a")
+    before.check(vmd)
+    assert "Traceback" not in vmd.log
+
+
+def test_damaged_streams(demo: Daemon, snapshot: Stream) -> None:
+    """At fifty places."""
+    damage(demo, snapshot, 13)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
+def test_many_damaged_streams(demo: Daemon, snapshot: Stream) -> None:
+    """At a thousand."""
+    damage(demo, snapshot, 250)
+
+
+def vcpu(**changes: object) -> Callable[[MachineState], Record]:
+    """Return a change of the first vCPU."""
+    return lambda state: state.replace(vcpus=(state.vcpus[0].replace(**changes), *state.vcpus[1:]))
+
+
+def disk(**changes: object) -> Callable[[MachineState], Record]:
+    """Return a change of the disk's registers."""
+    return lambda state: state.replace(virtio=(state.virtio[0], state.virtio[1].replace(**changes)))
+
+
+def ring(**changes: object) -> Callable[[MachineState], Record]:
+    """Return a disk whose driver is up, with rings somewhere."""
+
+    def change(state: MachineState) -> Record:
+        queues = tuple(
+            queue.replace(**{"enabled": True, "desc": 0x10000, "avail": 0x11000, "used": 0x12000} | changes)
+            for queue in state.virtio[1].queues
+        )
+        running = disk(active=True, status=0xF, driver_features=1 << 32, features_locked=True, queues=queues)
+        changed = running(state)
+        assert isinstance(changed, MachineState)
+        return changed
+
+    return change
+
+
+def chip(name: str, **registers: int | bytes) -> Callable[[MachineState], Record]:
+    """Return a change of a chip."""
+
+    def change(state: MachineState) -> Record:
+        return state.replace(
+            chips=tuple(
+                each.replace(
+                    registers=tuple(
+                        register
+                        if register.name not in registers
+                        else Register(name=register.name, number=0, data=value)
+                        if isinstance(value := registers[register.name], bytes)
+                        else Register(name=register.name, number=value)
+                        for register in each.registers
+                    )
+                )
+                if each.name == name
+                else each
+                for each in state.chips
+            )
+        )
+
+    return change
+
+
+def function(slot: int, **changes: object) -> Callable[[MachineState], Record]:
+    """Return a change of a PCI function."""
+    return lambda state: state.replace(
+        functions=tuple(each.replace(**changes) if each.slot == slot else each for each in state.functions)
+    )
+
+
+BAD_STATES: list[tuple[str, Callable[[MachineState], Record]]] = [
+    ("no vcpus", lambda state: state.replace(vcpus=())),
+    ("a vcpu too many", lambda state: state.replace(vcpus=state.vcpus * 2)),
+    ("no registers", vcpu(regs=b"")),
+    ("registers and a byte", lambda state: vcpu(regs=state.vcpus[0].regs + b"x")(state)),
+    ("segments of ones", lambda state: vcpu(sregs=b"\xff" * len(state.vcpus[0].sregs))(state)),
+    ("half an xsave area", lambda state: vcpu(xsave=state.vcpus[0].xsave[:100])(state)),
+    ("an xsave area of ones", lambda state: vcpu(xsave=b"\xff" * len(state.vcpus[0].xsave))(state)),
+    ("no xcrs", vcpu(xcrs=b"")),
+    ("xcrs of ones", lambda state: vcpu(xcrs=b"\xff" * len(state.vcpus[0].xcrs))(state)),
+    ("no apic", vcpu(lapic=b"")),
+    ("events of ones", lambda state: vcpu(events=b"\xff" * len(state.vcpus[0].events))(state)),
+    ("half an msr", vcpu(msrs=b"12345")),
+    ("a state of its own", vcpu(mp_state=77)),
+    ("no interrupt controllers", lambda state: state.replace(irqchips=())),
+    ("the same controller", lambda state: state.replace(irqchips=state.irqchips[:1] * 3)),
+    ("short controllers", lambda state: state.replace(irqchips=tuple(raw[:10] for raw in state.irqchips))),
+    ("no pit", lambda state: state.replace(pit=b"")),
+    ("no chips", lambda state: state.replace(chips=())),
+    ("another chip", lambda state: state.replace(chips=(state.chips[0].replace(name="vga"), *state.chips[1:]))),
+    ("chips twice", lambda state: state.replace(chips=state.chips * 2)),
+    ("a number of zeros", chip("uart", rx=1 << 40)),
+    ("a long fifo", chip("uart", rx=bytes(1000), rx_errors=bytes(1000))),
+    ("memory of a clock", chip("rtc", ram=1 << 40)),
+    ("a clock of the far future", chip("rtc", offset_us=1 << 62)),
+    ("no devices", lambda state: state.replace(virtio=())),
+    ("devices twice", lambda state: state.replace(virtio=state.virtio * 2)),
+    ("devices swapped", lambda state: state.replace(virtio=state.virtio[::-1])),
+    ("status", disk(status=1 << 20)),
+    ("features", disk(driver_features=-1)),
+    ("selected queue", disk(queue_select=-5)),
+    ("no configuration", disk(config=b"")),
+    ("another disk", lambda state: disk(config=b"\xff" * len(state.virtio[1].config))(ring()(state))),  # type: ignore[arg-type]
+    ("no queues", disk(queues=())),
+    ("queue of no size", ring(size=0)),
+    ("queue of an odd size", ring(size=100)),
+    ("queue too large", ring(size=1024)),
+    ("rings beyond 63 bits", ring(desc=-(1 << 63))),
+    ("rings below zero", ring(used=-4096)),
+    ("place in a ring", ring(next_avail=1 << 16)),
+    ("negative place in a ring", ring(next_used=-1)),
+    ("vector", ring(vector=-1)),
+    ("no functions", lambda state: state.replace(functions=())),
+    ("short configuration space", function(2, config=b"")),
+    ("another device", function(2, config=bytes(256))),
+    ("no msi-x table", function(2, msix=b"")),
+    ("vmmci", lambda state: state.replace(vmmci=state.vmmci.replace(registers=()))),
+]
+
+
+def test_states_that_no_machine_has(demo: Daemon, snapshot: Stream) -> None:
+    """Each is refused in one sentence, by the VM's process, which ends; nothing else does (hostile-input 26)."""
+    before = Footprint(demo)
+    for name, change in BAD_STATES:
+        status, errors = receive(demo, snapshot.with_state(change))
+        print(f"{name}: {errors.strip()}")
+        assert (status, errors.count("\n")) == (1, 1), name
+        assert "vm c: the stream is not usable: " in errors, name
+    answers(demo, "a")
+    before.check(demo)
+    assert "Traceback" not in demo.log
+
+
+ODD_STATES: list[tuple[str, Callable[[MachineState], Record]]] = [
+    ("rings at the end of memory", ring(desc=(64 << 20) - 16)),
+    ("rings beyond memory", ring(desc=1 << 40, avail=1 << 41, used=1 << 42)),
+    ("rings at the last address", ring(desc=(1 << 64) - 16, avail=(1 << 64) - 16, used=(1 << 64) - 16)),
+    ("rings that are not aligned", ring(desc=3, avail=1, used=1)),
+    ("rings on one another", ring(desc=0x10000, avail=0x10000, used=0x10000)),
+    ("rings in the firmware's place", ring(desc=0xFFFC0000)),
+    ("a place behind the ring", ring(next_avail=40000)),
+    ("a driver that is broken", disk(status=0xCF)),
+    ("interrupts under way", ring(called=True, unseen=True)),
+    ("vectors of another device", ring(vector=0x7FFF)),
+    ("a table of ones", function(2, msix=b"\xff" * 32)),
+    ("registers of ones", vcpu(regs=b"\xff" * 144)),
+    ("an apic of ones", vcpu(lapic=b"\xff" * 1024)),
+    ("every msr", vcpu(msrs=b"".join(index.to_bytes(4, "little") + b"\xff" * 8 for index in range(2000)))),
+    ("a clock before its time", lambda state: state.replace(kvmclock_ns=-1)),
+    ("a tsc before its time", vcpu(tsc=-1)),
+    ("a request of vmmci", lambda state: state.replace(
+        vmmci=state.vmmci.replace(registers=tuple(
+            register.replace(data=b"\xff" * 20) if register.name == "config" else register
+            for register in state.vmmci.registers
+        )))),
+    ("a controller of ones", lambda state: state.replace(
+        irqchips=tuple(raw[:4] + b"\xff" * (len(raw) - 4) for raw in state.irqchips))),
+    ("a pit of ones", lambda state: state.replace(pit=b"\xff" * len(state.pit))),
+    ("chips of large numbers", lambda state: state.replace(chips=tuple(
+        each.replace(registers=tuple(
+            register if register.data is not None else register.replace(number=(1 << 64) - 1)
+            for register in each.registers
+        )) if each.name in ("uart", "keyboard", "reset", "port 92", "fw_cfg", "pm") else each
+        for each in state.chips))),
+]  # fmt: skip
+
+
+def test_states_that_no_driver_makes(demo: Daemon, snapshot: Stream) -> None:
+    """They are a guest's own business: it may run or not, and be refused with a sentence; its host goes on."""
+    before = Footprint(demo)
+    for name, change in ODD_STATES:
+        status, errors = receive(demo, snapshot.with_state(change))
+        print(f"{name}: {status} {errors.strip()}")
+        assert errors.count("\n") == 1, name
+        if status == 0:
+            if demo.status("c")["state"] == "running":
+                demo.vmctl("pause", "c")  # its devices answer, or it has ended by itself
+            demo.vmctl("stop", "-fw", "c")
+        else:
+            assert "vm c: the stream is not usable: " in errors, name
+        while any(row["name"] == "c" for row in demo.rows()):
+            demo.vmctl("stop", "-fw", "c")
+    answers(demo, "a")
+    before.check(demo)
+    assert "Traceback" not in demo.log
+
+
+BOMBS: list[tuple[str, bytes | Callable[[Stream], bytes], str]] = [
+    ("not msgpack", b"\xc1" * 100, "section "),
+    ("deep", b"\x91" * 100_000, "section "),
+    ("many lists", b"\xdd\x00\x01\x00\x00" + b"\x90" * 65536, "section "),
+    ("a list that says it is long", b"\xdd\xff\xff\xff\xff", "section "),
+    ("a map", b"\x80", "section "),
+    ("too long", bytes(16 << 20), "kind 2 and length 16777216"),
+    ("thousands of sections", lambda stream: stream.with_sections(
+        lambda sections: [(MEMORY, (32 << 20 | number).to_bytes(8, "little") + b"x") for number in range(20000)]
+        + [each for each in sections if each[0] == STATE]), ""),
+    ("memory twice", lambda stream: stream.with_sections(lambda sections: sections[:1] * 2), "comes again"),
+    ("state twice", lambda stream: stream.with_sections(lambda sections: sections + sections[-1:]), "comes again"),
+    ("no state", lambda stream: stream.with_sections(lambda sections: sections[:-1]), "has no state of the machine"),
+    ("memory outside", lambda stream: stream.with_sections(
+        lambda sections: [(MEMORY, (1 << 50).to_bytes(8, "little") + b"x")]), "no memory"),
+]  # fmt: skip
+
+
+def test_bombs(demo: Daemon, snapshot: Stream) -> None:
+    """Good digests, and something that would take time or memory without end."""
+    for name, bomb, what in BOMBS:
+        raw = snapshot.with_state(bomb) if isinstance(bomb, bytes) else bomb(snapshot)
+        status, errors = receive(demo, raw)
+        print(f"{name}: {errors.strip()}")
+        assert what in errors, name
+        assert (status == 0) == (what == ""), name
+        if status == 0:
+            demo.must("stop", "-fw", "c")
+    answers(demo, "a")
+
+
+# --- interrupted -----------------------------------------------------------------------------------------------------
+
+
+class Stuck:
+    """A transfer that does not get on: VM `a` is sent and nobody reads, or VM `c` received and nothing comes."""
+
+    def __init__(self, vmd: Daemon, command: str) -> None:
+        self.vmd = vmd
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        if command == "send":
+            self.name, state = "a", "sending"
+            self.client = vmctl(vmd, "send", "a", stdout=writing)
+            os.close(writing)
+            self.end = reading
+        else:
+            self.name, state = "c", "receiving"
+            snapshot = vmd.directory / "stuck"
+            if not snapshot.exists():
+                to_file(vmd, "a", snapshot, "-k")
+            self.client = vmctl(vmd, "receive", "c", stdin=reading)
+            os.close(reading)
+            os.write(writing, snapshot.read_bytes()[:60000])
+            self.end = writing
+        deadline = time.monotonic() + DEADLINE_S
+        while state not in (row["state"] for row in vmd.rows()) or f"vmd: vm/{self.name}" not in vmd.processes():
+            assert time.monotonic() < deadline, vmd.rows()
+
+    def close(self) -> None:
+        """Let go of the other end."""
+        os.close(self.end)
+        if self.client.poll() is None:
+            self.client.kill()
+        self.client.communicate()
+
+
+@contextmanager
+def stuck(vmd: Daemon, command: str) -> Iterator[Stuck]:
+    """Have such a transfer."""
+    made = Stuck(vmd, command)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+COMMANDS = pytest.mark.parametrize("command", ["send", "receive"])
+
+
+def as_before(vmd: Daemon) -> None:
+    """Raise AssertionError unless the guest goes on, and nothing is left of the other."""
+    deadline = time.monotonic() + DEADLINE_S
+    while {row["name"]: row["state"] for row in vmd.rows()} != {"a": "running", "b": "stopped"}:
+        assert time.monotonic() < deadline, vmd.rows()
+    works(vmd, "a")
+
+
+@COMMANDS
+def test_client_that_is_ended(busy: Daemon, command: str) -> None:
+    """^C, or worse: half a stream is of no use, so that the VM goes on and the other one is gone."""
+    before = Footprint(busy)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        with stuck(busy, command) as transfer:
+            transfer.client.send_signal(signum)
+            transfer.client.wait(DEADLINE_S)
+            as_before(busy)
+    before.check(busy)
+
+
+def test_sending_meanwhile(busy: Daemon) -> None:
+    """What else is asked is refused, with the state; only force ends it, and the client is told."""
+    with stuck(busy, "send") as transfer:
+        for words in (("pause", "a"), ("unpause", "a"), ("send", "-k", "a")):
+            assert "vm a is sending" in ended(vmctl(busy, *words))[1]
+        assert "vm a is being sent; interrupt that, or stop it by force" in busy.vmctl("stop", "a").stderr
+        assert "vm a exists, and is sending" in from_file(busy, "a", busy.conf)[1]
+        assert "already running" in busy.vmctl("start", "a").stderr
+
+        busy.must("stop", "-fw", "a")
+
+        assert ended(transfer.client) == (1, "vmctl: send vm command failed: vm a: stopped by force\n")
+    assert busy.status("a")["state"] == "stopped"
+
+
+@pytest.mark.parametrize("options", [(), ("-f",)])
+def test_receiving_meanwhile(busy: Daemon, options: tuple[str, ...]) -> None:
+    """What else is asked is refused, with the state; stopping ends it, and the client is told."""
+    with stuck(busy, "receive") as transfer:
+        for words in (("pause", "c"), ("unpause", "c"), ("send", "c")):
+            assert "vm c is receiving" in ended(vmctl(busy, *words))[1]
+        assert "vm c exists, and is receiving" in from_file(busy, "c", busy.conf)[1]
+
+        busy.must("stop", "-w", *options, "c")
+
+        status, errors = ended(transfer.client)
+        assert status == 1
+        assert errors.startswith("vmctl: receive vm command failed: vm c: stopped ")
+    as_before(busy)
+
+
+@COMMANDS
+def test_daemon_that_ends_meanwhile(busy: Daemon, command: str) -> None:
+    """Guests are asked to shut down, those under way as well; nothing hangs, and nothing is left."""
+    pids = list(busy.processes().values())
+    with stuck(busy, command) as transfer:
+        assert busy.stop() == 0
+        assert ended(transfer.client)[0] == 1
+    wait_gone(pids)
+
+
+def wait_gone(pids: list[int]) -> None:
+    """Wait until no such process is left."""
+    deadline = time.monotonic() + DEADLINE_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.02)
+
+
+@pytest.mark.parametrize(("command", "victim"), [
+    ("send", "vm/a"), ("send", "vm/a/vioblk0"), ("send", "vm/a/viornd0"), ("receive", "vm/c"),
+])  # fmt: skip
+def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
+    """The client is told, the VM is over, and all the others live."""
+    with stuck(busy, command) as transfer:
+        os.kill(busy.processes()[f"vmd: {victim}"], signal.SIGKILL)
+        status, errors = ended(transfer.client)
+    print(errors)
+    assert status == 1
+    assert "SIGKILL" in errors
+    if command == "receive":
+        as_before(busy)
+    else:
+        assert busy.status("a")["state"] == "stopped"
+        busy.must("start", "a")
+
+
+@COMMANDS
+def test_death_of_vmm_meanwhile(busy: Daemon, command: str) -> None:
+    """It takes the daemon with it, cleanly."""
+    with stuck(busy, command) as transfer:
+        processes = busy.processes()
+        os.kill(processes["vmd: vmm"], signal.SIGKILL)
+        assert busy.process is not None
+        assert busy.process.wait(DEADLINE_S) == 1
+        assert ended(transfer.client) == (1, "vmctl: pipe closed\n")
+    wait_gone(list(processes.values()))
+    assert "lost child: vmm" in busy.log
+
+
+def test_a_sender_whose_reader_dies_goes_on(busy: Daemon) -> None:
+    """`vmctl send a | vmctl receive c`, and the receiving VM's process is killed in the middle."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    receiver = vmctl(busy, "receive", "c", stdin=reading)
+    os.close(reading)
+    deadline = time.monotonic() + DEADLINE_S
+    while (pid := busy.processes().get("vmd: vm/c", 0)) == 0:
+        assert time.monotonic() < deadline
+    os.kill(pid, signal.SIGSTOP)
+    sender = vmctl(busy, "send", "a", stdout=writing)
+    os.close(writing)
+    busy.wait_state("a", "sending")
+    os.kill(pid, signal.SIGKILL)
+
+    assert "SIGKILL" in ended(receiver)[1]
+    assert ended(sender) == (1, NOT_SENT)
+    works(busy, "a")
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    """Two VMs change places."""
+    disks = [Disk(tmp_path / name) for name in "xy"]
+    conf = "".join(
+        block(name, "blk", "churn", f'disk "{each.path}" format raw') for name, each in zip("xy", disks, strict=True)
+    )
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "x")
+        vmd.must("start", "y")
+        for name in "xy":
+            with vmd.console(name) as console:
+                churn.begin(console)
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in "xy"]
+        clients = []
+        for name, (reading, writing) in zip("xy", pipes, strict=True):
+            clients.append(vmctl(vmd, "send", name, stdout=writing))
+            clients.append(vmctl(vmd, "receive", f"new-{name}", stdin=reading))
+            os.close(reading)
+            os.close(writing)
+        assert [ended(client)[0] for client in clients] == [0, 0, 0, 0]
+        for name in "xy":
+            works(vmd, f"new-{name}")
+
+
+def test_a_viewer_sees_the_end(busy: Daemon, tmp_path: Path) -> None:
+    """Who watches a VM that is sent is let go when it is gone."""
+    with busy.attached("a") as viewer:
+        viewer.expect("churn: begin", DEADLINE_S)
+        to_file(busy, "a", tmp_path / "stream")
+        viewer.drain(DEADLINE_S)
+    assert busy.status("a")["text"] == "sent"

@@ -1,0 +1,195 @@
+"""vmctl send and receive with a test in between, which may look into the stream, change it, or not let it pass."""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.support.daemon import DEADLINE_S, Daemon
+from vmd.ipc.imsg import pack, unpack
+from vmd.record import Record
+from vmd.vm.state import Header, MachineState
+from vmd.vm.stream import COUNT, DIGEST_BYTES, END, PREAMBLE, SECTION, STATE
+
+Change = Callable[[Header], Record]
+PIECE = 1 << 16
+
+
+def vmctl(vmd: Daemon, *arguments: str, stdin: int | None = None, stdout: int | None = None) -> "subprocess.Popen[str]":
+    """Start vmctl with its descriptors where they are wanted."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", vmd.socket, *arguments],
+        cwd=vmd.code,
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
+        stdout=subprocess.DEVNULL if stdout is None else stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Wait for the end; returns exit status and what it said."""
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, errors
+
+
+def move(
+    vmd: Daemon, name: str, to: str, *, send: tuple[str, ...] = (), receive: tuple[str, ...] = (),
+    into: Daemon | None = None,
+) -> tuple[str, str]:  # fmt: skip
+    """Do `vmctl send NAME | vmctl receive TO`, both successful; returns what they said."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    sender = vmctl(vmd, "send", *send, name, stdout=writing)
+    os.close(writing)
+    receiver = vmctl(into or vmd, "receive", *receive, to, stdin=reading)
+    os.close(reading)
+    received, sent = ended(receiver), ended(sender)
+    assert (received[0], sent[0]) == (0, 0), f"{sent[1]}{received[1]}\n--- log of vmd\n{vmd.log}"
+    return sent[1], received[1]
+
+
+def to_file(vmd: Daemon, name: str, path: Path, *options: str) -> str:
+    """Do `vmctl send NAME > path`, successfully; returns what it said."""
+    with path.open("wb") as file:
+        status, errors = ended(vmctl(vmd, "send", *options, name, stdout=file.fileno()))
+    assert status == 0, f"{errors}\n--- log of vmd\n{vmd.log}"
+    return errors
+
+
+def from_file(vmd: Daemon, name: str, path: Path, *options: str) -> tuple[int, str]:
+    """Do `vmctl receive NAME < path`; returns exit status and what it said."""
+    with path.open("rb") as file:
+        return ended(vmctl(vmd, "receive", *options, name, stdin=file.fileno()))
+
+
+class Relay:
+    """A sender, a receiver, and a thread between them that changes the header, its digest being right then."""
+
+    def __init__(self, vmd: Daemon, name: str, to: str, change: Callable[[bytes], bytes]) -> None:
+        self.change = change
+        self.reading, theirs = os.pipe2(os.O_CLOEXEC)
+        self.sender = vmctl(vmd, "send", name, stdout=theirs)
+        os.close(theirs)
+        theirs, self.writing = os.pipe2(os.O_CLOEXEC)
+        self.receiver = vmctl(vmd, "receive", to, stdin=theirs)
+        os.close(theirs)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def ended(self) -> tuple[tuple[int, str], tuple[int, str]]:
+        """Wait for both; returns how the sender and the receiver ended."""
+        received, sent = ended(self.receiver), ended(self.sender)
+        self.thread.join(DEADLINE_S)
+        assert not self.thread.is_alive()
+        return sent, received
+
+    def _run(self) -> None:
+        with os.fdopen(self.reading, "rb") as source, os.fdopen(self.writing, "wb") as sink:
+            with contextlib.suppress(BrokenPipeError):
+                sink.write(self.change(read_preamble(source.read)))
+                while data := source.read1(PIECE):
+                    sink.write(data)
+                    sink.flush()
+            with contextlib.suppress(BrokenPipeError):
+                sink.close()
+
+
+def read_preamble(read: Callable[[int], bytes]) -> bytes:
+    """Read up to the end of the header's digest."""
+    raw = read(PREAMBLE.size)
+    return raw + read(PREAMBLE.unpack(raw)[2] + DIGEST_BYTES)
+
+
+def changed_header(preamble: bytes, change: Change) -> bytes:
+    """Return a preamble with another header."""
+    magic, version, _ = PREAMBLE.unpack_from(preamble)
+    body = pack(change(unpack(Header, preamble[PREAMBLE.size : -DIGEST_BYTES])))
+    return signed(PREAMBLE.pack(magic, version, len(body)) + body)
+
+
+def changed_version(preamble: bytes, version: int) -> bytes:
+    """Return a preamble of another version."""
+    magic, _, length = PREAMBLE.unpack_from(preamble)
+    return signed(PREAMBLE.pack(magic, version, length) + preamble[PREAMBLE.size : -DIGEST_BYTES])
+
+
+def signed(raw: bytes) -> bytes:
+    """Return bytes with their digest."""
+    return raw + hashlib.sha256(raw).digest()
+
+
+class Stream:
+    """A stream that was sent, taken apart."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.preamble = raw[: PREAMBLE.size + PREAMBLE.unpack_from(raw)[2] + DIGEST_BYTES]
+        self.sections = list(_sections(raw, len(self.preamble)))
+
+    @property
+    def header(self) -> Header:
+        """The header."""
+        return unpack(Header, self.preamble[PREAMBLE.size : -DIGEST_BYTES])
+
+    @property
+    def state(self) -> MachineState:
+        """The machine's state."""
+        (body,) = (body for kind, body in self.sections if kind == STATE)
+        return unpack(MachineState, body)
+
+    def with_header(self, change: Change) -> bytes:
+        """Return the stream with another header."""
+        return changed_header(self.preamble, change) + self._rest(self.sections)
+
+    def with_state(self, change: "Callable[[MachineState], Record] | bytes") -> bytes:
+        """Return the stream with another state; every digest is right."""
+        body = change if isinstance(change, bytes) else pack(change(self.state))
+        return self.preamble + self._rest([(kind, body if kind == STATE else old) for kind, old in self.sections])
+
+    def with_sections(self, change: "Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]]") -> bytes:
+        """Return the stream with other sections, counted anew."""
+        sections = change([each for each in self.sections if each[0] != END])
+        return self.preamble + self._rest([*sections, (END, COUNT.pack(len(sections)))])
+
+    @staticmethod
+    def _rest(sections: list[tuple[int, bytes]]) -> bytes:
+        return b"".join(signed(SECTION.pack(kind, 0, len(body)) + body) for kind, body in sections)
+
+
+def _sections(raw: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    while at < len(raw):
+        kind, _, length = SECTION.unpack_from(raw, at)
+        at += SECTION.size
+        yield kind, raw[at : at + length]
+        at += length + DIGEST_BYTES
+
+
+def open_files(pid: int) -> int:
+    """Return how many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+class Footprint:
+    """What a daemon has: its processes by title, and the descriptors of those that stay."""
+
+    def __init__(self, vmd: Daemon) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not {"vmd: vm", "vmd: viornd"} <= set(processes := vmd.processes()):  # the next VM's, in reserve
+            assert time.monotonic() < deadline, processes
+        vmd.must("status")  # whatever was asked before has been done
+        self.titles = sorted(processes)
+        lasting = ("vmd: priv", "vmd: control", "vmd: vmm")
+        self.files = {title: open_files(processes[title]) for title in lasting} | {"parent": open_files(vmd.pid)}
+
+    def check(self, vmd: Daemon) -> None:
+        """Raise AssertionError unless the daemon comes to have that again: an ended VM's console stays for a second."""
+        deadline = time.monotonic() + DEADLINE_S
+        while ((now := Footprint(vmd)).titles, now.files) != (self.titles, self.files):
+            assert time.monotonic() < deadline, f"{now}, before: {self}"
+
+    def __repr__(self) -> str:
+        return f"{self.titles} {self.files}"

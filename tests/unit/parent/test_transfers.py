@@ -1,0 +1,560 @@
+"""What the parent makes of VMs on their way out and in, message by message, without any process (*cat. 4.7*)."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig
+from vmd.errors import HostError, OperatorError, VmdError
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    NO_CLIENT,
+    Caller,
+    CancelTransfer,
+    Failed,
+    Proc,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveMemory,
+    ReceiveRequest,
+    ReceiveVm,
+    ResumeReceived,
+    SendDone,
+    SendRequest,
+    SendVm,
+    StopMode,
+    StopVm,
+    TransferProgress,
+    VmPaused,
+    VmReceived,
+    VmSent,
+)
+from vmd.parent import transfers
+from vmd.parent.media import Media
+from vmd.parent.requests import refuse_unsupported
+from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.record import Record
+
+ROOT = Caller(uid=0, gid=0, pid=1)
+USER = Caller(uid=1000, gid=1000, pid=2)
+CLIENT, OTHER = 7, 8
+AnyParent = Any  # no vmd.parent.main.Parent, and like one as far as it matters here
+DISKS = (DiskConfig(path="/disk"),)
+
+
+class Peers:
+    """The channel to vmm; notes what is sent, and closes what goes along."""
+
+    def __init__(self) -> None:
+        self.sent: list[Record] = []
+
+    def send(self, message: Record, *, fds: dict[str, list[int]] | None = None) -> None:
+        """Note a message."""
+        self.sent.append(message)
+        for fd in (fd for each in (fds or {}).values() for fd in each):
+            os.close(fd)
+
+
+class Parent:
+    """What transfers need of the parent."""
+
+    def __init__(self) -> None:
+        self.vms = VmTable()
+        self.vmm = Peers()
+        self.peers = {Proc.VMM: self.vmm}
+        self.answers: list[tuple[int, Record]] = []
+        self.ending = False
+        self.verbosity = 0
+        self.prober = None
+        self.loop = self
+        self.later: list[Callable[[], None]] = []
+
+    def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
+        """Be the loop."""
+        self.later.append(callback)
+
+    def answer(self, client: int, message: Record) -> None:
+        """Note an answer."""
+        self.answers.append((client, message))
+
+    def answer_failure(self, client: int, code: int, text: str) -> None:
+        """Note another one."""
+        self.answer(client, Failed(code=code, text=text))
+
+    def known(self, vmid: int) -> Vm:
+        """Return a VM."""
+        return self.vms.get(vmid)
+
+    def check_startable(self, config: VmConfig) -> None:
+        """As the real one."""
+        refuse_unsupported(config)
+
+
+class Disks:
+    """Stands in for Media.open; `trouble` is what it raises, one after the other, until there is none."""
+
+    def __init__(self) -> None:
+        self.trouble: list[Exception] = []
+        self.opened = 0
+
+    def open(self, _config: VmConfig, caller: Caller | None, _prober: object) -> Media:
+        """Open nothing."""
+        assert caller is None
+        if self.trouble:
+            raise self.trouble[0]
+        self.opened += 1
+        return Media()
+
+
+@pytest.fixture
+def parent() -> AnyParent:
+    """A parent that knows a configured VM, `a`."""
+    made = Parent()
+    made.vms.add(VmConfig(name="a", owner=Owner(uid=5), memory_bytes=64 << 20), from_config=True)
+    return made
+
+
+@pytest.fixture
+def disks(monkeypatch: pytest.MonkeyPatch) -> Disks:
+    """Disks that can be opened."""
+    made = Disks()
+    monkeypatch.setattr(Media, "open", made.open)
+    return made
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Iterator[Callable[[], int]]:
+    """Give descriptors; afterwards all of them have been closed."""
+    given: list[tuple[int, Path]] = []
+
+    def give() -> int:
+        path = tmp_path / f"stream{len(given)}"
+        path.touch()
+        given.append((os.open(path, os.O_RDWR | os.O_CLOEXEC), path))
+        return given[-1][0]
+
+    yield give
+    for fd, path in given:
+        link = Path(f"/proc/self/fd/{fd}")
+        assert not link.exists() or os.readlink(link) != str(path), f"{path.name} is still open"
+
+
+def envelope(stream: int, client: int = CLIENT) -> Envelope:
+    """Return the cover of a client's request."""
+    return Envelope(ReceiveRequest(name="x"), client, 0, {"stream": [stream]})
+
+
+def running(parent: Parent, state: State = State.RUNNING) -> Vm:
+    """Let the VM run."""
+    vm = parent.vms.get(0, "a")
+    vm.state, vm.pid = state, 4711
+    return vm
+
+
+def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) -> Vm:
+    """Begin to send a VM."""
+    vm: Vm = parent.vms.get(0, "a")
+    transfers.serve_send(parent, SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep)]
+    assert vm.state is State.SENDING
+    parent.vmm.sent.clear()
+    return vm
+
+
+def done(parent: AnyParent, vm: Vm, text: str = "") -> None:
+    """Let the VM process say that it is done."""
+    transfers.on_send_done(parent, SendDone(vmid=vm.vmid, sent_bytes=100, text=text), cast("Any", None), cast("Any", 0))
+
+
+# --- sending ---------------------------------------------------------------------------------------------------------
+
+
+def test_sent(parent: AnyParent, stream: Callable[[], int]) -> None:
+    """The client hears of it when the VM's process has ended, and with that let go of the disks."""
+    running(parent)
+    vm = send(parent, stream)
+
+    done(parent, vm)
+    assert (vm.state, parent.answers) == (State.STOPPING, [])
+    transfers.on_exited(parent, vm, 0, "sent")
+
+    assert parent.answers == [(CLIENT, VmSent(vmid=vm.vmid, name="a", sent_bytes=100))]
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])
+def test_sent_and_kept(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+    """It is as before."""
+    running(parent, state)
+    vm = send(parent, stream, keep=True)
+
+    done(parent, vm)
+
+    assert vm.state is state
+    assert vm.sending is None
+    assert parent.answers == [(CLIENT, VmSent(vmid=vm.vmid, name="a", sent_bytes=100))]
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])
+def test_not_sent(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+    """It is as before, and the client knows that and why."""
+    running(parent, state)
+    vm = send(parent, stream)
+
+    done(parent, vm, "the stream was closed")
+
+    assert vm.state is state
+    assert parent.answers == [
+        (CLIENT, Failed(code=errno.EIO, text="vm a was not sent, and is as before: the stream was closed"))
+    ]
+
+
+def test_a_pause_that_was_under_way_holds(parent: AnyParent, stream: Callable[[], int]) -> None:
+    """Asked for before, done while it is being sent: so it stays when that fails."""
+    running(parent)
+    vm = send(parent, stream)
+    vm.pause_changed(paused=True)
+    states = [vm.state]
+
+    done(parent, vm, "the stream was closed by its reader")
+
+    assert [*states, vm.state] == [State.SENDING, State.PAUSED]
+
+
+@pytest.mark.parametrize("state", [
+    State.STOPPED, State.WAITING, State.STARTING, State.SENDING, State.RECEIVING, State.STOPPING,
+])  # fmt: skip
+def test_only_what_runs_or_is_paused_is_sent(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+    """The state is named."""
+    running(parent, state)
+    given = stream()
+    with pytest.raises(OperatorError, match="vm a is"):
+        transfers.serve_send(parent, SendRequest(name="a"), ROOT, envelope(given))
+    assert parent.vmm.sent == []
+    os.close(given)  # which the caller does with what nobody took
+
+
+def test_sending_is_for_root(parent: AnyParent, stream: Callable[[], int]) -> None:
+    """*cat. 4.8*."""
+    running(parent)
+    given = stream()
+    with pytest.raises(OperatorError) as refused:
+        transfers.serve_send(parent, SendRequest(name="a"), USER, envelope(given))
+    assert refused.value.code == errno.EPERM
+    os.close(given)
+
+
+def test_client_that_leaves_cancels(parent: AnyParent, stream: Callable[[], int]) -> None:
+    """Half a stream is of no use; another client's going changes nothing."""
+    running(parent)
+    vm = send(parent, stream)
+    transfers.on_client_gone(parent, vm, OTHER)
+    assert parent.vmm.sent == []
+
+    transfers.on_client_gone(parent, vm, CLIENT)
+
+    assert parent.vmm.sent == [CancelTransfer(vmid=vm.vmid)]
+
+
+def test_process_that_dies_while_it_sends(parent: AnyParent, stream: Callable[[], int]) -> None:
+    """The client hears why."""
+    running(parent)
+    vm = send(parent, stream)
+
+    transfers.on_exited(parent, vm, errno.EIO, "vm process was killed by SIGKILL")
+
+    assert parent.answers == [(CLIENT, Failed(code=errno.EIO, text="vm a: vm process was killed by SIGKILL"))]
+    assert vm.sending is None
+
+
+def test_progress_goes_to_who_waits(parent: AnyParent, stream: Callable[[], int]) -> None:
+    """And to nobody once nobody does."""
+    running(parent)
+    vm = send(parent, stream)
+    message = TransferProgress(done_bytes=1, total_bytes=2)
+    cover = Envelope(message, vm.vmid, 0, {})
+    transfers.on_progress(parent, message, cover, cast("Any", None))
+    assert parent.answers == [(CLIENT, message)]
+
+    done(parent, vm)
+    parent.answers.clear()
+    transfers.on_progress(parent, message, cover, cast("Any", None))
+    transfers.on_progress(parent, message, Envelope(message, 99, 0, {}), cast("Any", None))
+    assert parent.answers == []
+
+
+# --- receiving -------------------------------------------------------------------------------------------------------
+
+
+def receive(parent: AnyParent, stream: Callable[[], int], name: str = "b", *, paused: bool = False) -> Vm:
+    """Begin to receive a VM."""
+    transfers.serve_receive(parent, ReceiveRequest(name=name, paused=paused), ROOT, envelope(stream()))
+    vm: Vm = parent.vms.get(0, name)
+    assert parent.vmm.sent == [ReceiveVm(vmid=vm.vmid, name=name, verbosity=0)]
+    assert vm.state is State.RECEIVING
+    parent.vmm.sent.clear()
+    return vm
+
+
+def header(parent: AnyParent, vm: Vm, **changes: object) -> None:
+    """Let the process say what it reads."""
+    config = VmConfig(name="sent", memory_bytes=128 << 20, vcpus=2, disks=DISKS).replace(**changes)
+    transfers.on_received_header(parent, ReceivedHeader(vmid=vm.vmid, config=config), cast("Any", 0), cast("Any", 0))
+
+
+def complete(parent: AnyParent, vm: Vm) -> None:
+    """Let the process have read all."""
+    transfers.on_received_machine(parent, ReceivedMachine(vmid=vm.vmid), cast("Any", None), cast("Any", None))
+
+
+def last_failure(parent: AnyParent) -> Failed:
+    """Return what the client was told."""
+    client, message = parent.answers[-1]
+    assert client == CLIENT
+    assert isinstance(message, Failed)
+    return message
+
+
+def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """Under a name of its own, with the stream's description and nobody's rights but root's."""
+    vm = receive(parent, stream)
+    header(parent, vm, owner=Owner(uid=5), memory_bytes=256 << 20)
+    assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
+    assert disks.opened == 1  # to see whether they are there, while the sender still has the VM
+    complete(parent, vm)
+
+    resumed = parent.vmm.sent[-1]
+    assert isinstance(resumed, ResumeReceived)
+    assert (resumed.config.name, resumed.config.owner, resumed.config.vcpus) == ("b", Owner(), 2)
+    assert disks.opened == 2
+    transfers.on_received_running(parent, vm, 99, paused=False)
+
+    assert (vm.state, vm.pid) == (State.RUNNING, 99)
+    assert vm.running_config == resumed.config
+    assert vm.pty is not None
+    assert parent.answers == [
+        (CLIENT, VmReceived(vmid=vm.vmid, name="b", pid=99, tty=vm.pty.path, paused=False))
+    ]
+    vm.drop_pty()
+
+
+def test_received_and_paused(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """As was asked for."""
+    vm = receive(parent, stream, paused=True)
+    header(parent, vm)
+    complete(parent, vm)
+    assert parent.vmm.sent[-1].paused
+    transfers.on_received_running(parent, vm, 99, paused=True)
+    assert vm.state is State.PAUSED
+    assert vm.receiving is None
+    vm.drop_pty()
+
+
+def test_into_a_configured_vm(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """Its name and owner stay; the rest is the stream's, for this life."""
+    vm = receive(parent, stream, "a")
+    header(parent, vm)
+    complete(parent, vm)
+    config = parent.vmm.sent[-1].config
+    assert (config.name, config.owner, config.memory_bytes) == ("a", Owner(uid=5), 128 << 20)
+    assert vm.config.memory_bytes == 64 << 20
+
+    vm.ended("powered off by the guest")
+
+    assert vm.running_config is None
+    vm.drop_pty()
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED, State.STARTING, State.SENDING, State.STOPPING])
+def test_not_into_one_that_lives(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+    """Nor twice."""
+    running(parent, state)
+    with pytest.raises(OperatorError, match=f"vm a exists, and is {state.value}"):
+        transfers.serve_receive(parent, ReceiveRequest(name="a"), ROOT, envelope(stream()))
+    assert parent.vmm.sent == []
+
+
+@pytest.mark.parametrize(("name", "caller", "ending", "what"), [
+    ("../b", ROOT, False, "invalid VM name"), ("", ROOT, False, "invalid VM name"),
+    ("b" * 64, ROOT, False, "invalid VM name"), ("b", USER, False, "root"), ("b", ROOT, True, "vmd is stopping"),
+])  # fmt: skip
+def test_refused_before_it_begins(
+    parent: AnyParent, stream: Callable[[], int], name: str, caller: Caller, ending: bool, what: str
+) -> None:
+    """Nothing is left of it."""
+    parent.ending = ending
+    cover = envelope(stream())
+    with pytest.raises(VmdError, match=what):
+        transfers.serve_receive(parent, ReceiveRequest(name=name), caller, cover)
+    for fd in cover.untaken():
+        os.close(fd)
+    assert [vm.name for vm in parent.vms] == ["a"]
+
+
+@pytest.mark.parametrize(("changes", "what"), [
+    ({"memory_bytes": 1}, "memory size out of range"), ({"vcpus": 0}, "vcpus must be"),
+    ({"nics": (NicConfig(),)}, "network interfaces: not supported"), ({"sev": True}, "encrypted memory"),
+])  # fmt: skip
+def test_descriptions_that_are_no_vm(
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, object], what: str
+) -> None:
+    """Refused while the sender still has it: the process is ended, and the client is told why."""
+    vm = receive(parent, stream)
+    header(parent, vm, **changes)
+    assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
+    assert vm.receiving is not None
+    assert what in vm.receiving.failure
+    vm.drop_pty()
+
+
+@pytest.mark.parametrize("trouble", [
+    OperatorError(errno.ENOENT, "disk /disk: No such file or directory"),
+    HostError("open disk", errno.EMFILE), ValueError("embedded null byte"), OSError(errno.EIO, "Input/output error"),
+])  # fmt: skip
+def test_disks_that_are_not_here(
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, trouble: Exception
+) -> None:
+    """As early as that."""
+    disks.trouble = [trouble]
+    vm = receive(parent, stream)
+    header(parent, vm)
+    assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
+    assert vm.receiving is not None
+    assert vm.receiving.failure in str(trouble)
+    assert vm.receiving.failure
+    vm.drop_pty()
+
+
+def test_disks_that_its_sender_still_has(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """Are no trouble yet; later they are tried again until he lets go."""
+    disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
+    vm = receive(parent, stream)
+    header(parent, vm)
+    assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
+    complete(parent, vm)
+    assert len(parent.later) == 1
+
+    parent.later.pop()()
+    assert (len(parent.later), vm.state) == (1, State.RECEIVING)
+    disks.trouble.clear()
+    parent.later.pop()()
+
+    assert isinstance(parent.vmm.sent[-1], ResumeReceived)
+    vm.drop_pty()
+
+
+@pytest.fixture
+def waiting(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> Iterator[Vm]:
+    """A VM whose disks nobody has let go."""
+    disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
+    vm = receive(parent, stream)
+    header(parent, vm)
+    complete(parent, vm)
+    assert vm.receiving is not None
+    assert vm.receiving.deadline_s > time.monotonic()
+    vm.receiving.deadline_s = 0.0
+    parent.later.pop()()
+    parent.vmm.sent.clear()
+    yield vm
+    vm.drop_pty()
+
+
+def test_disks_that_somebody_else_has(parent: AnyParent, waiting: Vm) -> None:
+    """After ten seconds it stays paused, and the client knows what to do."""
+    assert waiting.state is State.PAUSED
+    assert waiting.text == "disk /disk is in use"
+    assert last_failure(parent).code == errno.EBUSY
+    assert last_failure(parent).text == (
+        "vm b was received and stays paused: disk /disk is in use; `vmctl unpause b` tries again"
+    )
+    assert parent.later == []
+
+
+def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> None:
+    """In vain, and then not; each time whoever asked is told."""
+    for _ in range(2):
+        parent.answers.clear()
+        waiting.pause_clients.append(CLIENT)
+        assert transfers.unpause(parent, waiting)
+        assert "stays paused" in last_failure(parent).text
+        assert (waiting.state, waiting.pause_clients) == (State.PAUSED, [])
+
+    disks.trouble.clear()
+    waiting.pause_clients.append(CLIENT)
+    assert transfers.unpause(parent, waiting)
+    assert isinstance(parent.vmm.sent[-1], ResumeReceived)
+    parent.answers.clear()
+    transfers.on_received_running(parent, waiting, 99, paused=False)
+
+    assert parent.answers[1:] == [(CLIENT, VmPaused(vmid=waiting.vmid, name="b", paused=False))]
+    assert parent.answers[0][0] == NO_CLIENT
+    assert (waiting.state, waiting.pause_clients, waiting.text) == (State.RUNNING, [], "")
+
+
+def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm, stream: Callable[[], int]) -> None:
+    """It has no machine yet."""
+    given = stream()
+    with pytest.raises(OperatorError, match="vm b still waits for its disks: disk /disk is in use"):
+        transfers.serve_send(parent, SendRequest(name="b"), ROOT, envelope(given))
+    os.close(given)
+
+
+def test_client_that_leaves_too_early(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """The sender's VM goes on, and this one ends."""
+    vm = receive(parent, stream)
+    header(parent, vm)
+
+    transfers.on_client_gone(parent, vm, CLIENT)
+
+    assert parent.vmm.sent[-1] == StopVm(vmid=vm.vmid, mode=StopMode.KILL)
+    assert vm.receiving is not None
+    assert vm.receiving.failure == "receiving was interrupted"
+    vm.drop_pty()
+
+
+def test_client_that_leaves_too_late(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """All was read, so that this may be the only copy: it goes on."""
+    disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
+    vm = receive(parent, stream)
+    header(parent, vm)
+    complete(parent, vm)
+
+    transfers.on_client_gone(parent, vm, CLIENT)
+
+    assert not any(isinstance(message, StopVm) for message in parent.vmm.sent)
+    disks.trouble.clear()
+    parent.later.pop()()
+    assert isinstance(parent.vmm.sent[-1], ResumeReceived)
+    vm.drop_pty()
+
+
+def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """What comes of it then is not believed to run, or to wait."""
+    vm = receive(parent, stream)
+    header(parent, vm)
+    vm.begin_stop(force=False)
+    disks.trouble = [OperatorError(errno.ENOENT, "disk /disk: No such file or directory")]
+    complete(parent, vm)
+    assert vm.state is State.STOPPING
+
+    transfers.on_received_running(parent, vm, 99, paused=False)
+
+    assert vm.state is State.STOPPING
+    vm.drop_pty()
+
+
+@pytest.mark.parametrize(("device", "once"), [
+    (BootDevice.AUTO, False), (BootDevice.DISK, False), (BootDevice.CDROM, True), (BootDevice.NET, True),
+])  # fmt: skip
+def test_one_shot_boots_stay_so(
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, device: BootDevice, once: bool
+) -> None:
+    """A guest that is being installed does not begin anew when it resets itself (cat. 4.4)."""
+    vm = receive(parent, stream)
+    header(parent, vm, boot_device=device)
+    assert vm.one_shot_boot is once
+    vm.drop_pty()

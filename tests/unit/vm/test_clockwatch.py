@@ -1,0 +1,150 @@
+"""Noticing that the host's clock has jumped (*cat. 4.6*).
+
+No test may set this host's clock, and none can be set in a namespace, so that what the kernel says is made up here;
+that it does say so is timerfd_create(2)'s word.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from vmd.errors import HostError
+from vmd.ipc.loop import Loop
+from vmd.log import log
+from vmd.privsep import linux
+from vmd.vm import clockwatch
+from vmd.vm.clockwatch import JUMP_S, ClockWatch
+
+
+class Host:
+    """A clock of the wall, a timer that is cancelled when it is set, and a loop that hears of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, loop: Loop) -> None:
+        self.loop = loop
+        self.wall_s, self.monotonic_s = 1_700_000_000.0, 1000.0
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.armed = 0
+        self.jumps = 0
+        self.error: int | None = errno.ECANCELED
+        monkeypatch.setattr(linux, "timerfd_create", lambda _clock, _flags: self.fd)
+        monkeypatch.setattr(linux, "timerfd_cancel_on_set", self.arm)
+        monkeypatch.setattr(clockwatch, "time", self)
+        monkeypatch.setattr(clockwatch, "os", self)
+
+    def time(self) -> float:
+        """Be time.time."""
+        return self.wall_s
+
+    def monotonic(self) -> float:
+        """Be time.monotonic, which stands still while a host sleeps."""
+        return self.monotonic_s
+
+    def read(self, fd: int, size: int) -> bytes:
+        """Be os.read on the timer."""
+        data = os.read(fd, size)
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error))
+        return data
+
+    def arm(self, fd: int) -> None:
+        """Be the kernel that notes when the clock is set."""
+        assert fd == self.fd
+        self.armed += 1
+
+    def jumped(self) -> None:
+        """Count."""
+        self.jumps += 1
+
+    def pass_s(self, wall_s: float, monotonic_s: float) -> None:
+        """Let time pass, and have the kernel say that the clock was set."""
+        self.wall_s += wall_s
+        self.monotonic_s += monotonic_s
+        os.eventfd_write(self.fd, 1)
+        # Ready descriptors come before what was asked for behind them.
+        self.loop.call_later(0, lambda: self.loop.call_from_thread(self.loop.stop))
+        self.loop.run()
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """An event loop."""
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Host]:
+    """A host whose clock is watched."""
+    made = Host(monkeypatch, loop)
+    ClockWatch(loop, made.jumped)
+    yield made
+    os.close(made.fd)
+
+
+@pytest.mark.parametrize("wall_s", [3600.0, JUMP_S + 0.1, -3600.0, -JUMP_S - 0.1])
+def test_jumps_are_told(host: Host, wall_s: float) -> None:
+    """Sleep, and clocks set forth or back; each once, and the next one too."""
+    host.pass_s(wall_s, 0)
+    assert host.jumps == 1
+    host.pass_s(wall_s, 0)
+    assert (host.jumps, host.armed) == (2, 3)
+
+
+@pytest.mark.parametrize(("wall_s", "monotonic_s"), [(0.0, 0.0), (1.0, 0.0), (-4.9, 0.0), (86400.0, 86400.0)])
+def test_what_a_time_daemon_sees_to_is_not(host: Host, wall_s: float, monotonic_s: float) -> None:
+    """Small steps, and time that simply has passed; but they are watched on."""
+    host.pass_s(wall_s, monotonic_s)
+    assert (host.jumps, host.armed) == (0, 2)
+    host.pass_s(JUMP_S + 1, 0)
+    assert host.jumps == 1
+
+
+def test_small_steps_do_not_add_up(host: Host) -> None:
+    """Each is measured from the one before: the guest's own daemon has followed."""
+    for _ in range(10):
+        host.pass_s(1.0, 0)
+    assert host.jumps == 0
+
+
+def test_a_timer_that_expires_is_armed_again(host: Host) -> None:
+    """It is set for a day that never comes; should it come, nothing has jumped."""
+    host.error = None
+    host.pass_s(0, 0)
+    assert (host.jumps, host.armed) == (0, 2)
+
+
+def test_a_wake_up_for_nothing_is_none(host: Host) -> None:
+    """Somebody else has read it."""
+    host.error = errno.EAGAIN
+    host.pass_s(3600, 0)
+    assert (host.jumps, host.armed) == (0, 1)
+
+
+def test_a_host_without_such_timers_is_named(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> None:
+    """A sentence in the log, and a VM that runs."""
+    written: list[str] = []
+    monkeypatch.setattr(log, "write", lambda _severity, text: written.append(text))
+
+    def refuse(_clock: int, _flags: int) -> int:
+        raise HostError("timerfd_create", errno.ENOSYS)
+
+    monkeypatch.setattr(linux, "timerfd_create", refuse)
+
+    ClockWatch(loop, loop.stop)
+
+    assert written == [
+        "guests will not hear of it when this host has slept: timerfd_create: Function not implemented"
+    ]
+
+
+def test_the_kernel_takes_the_timer(loop: Loop) -> None:
+    """The real one: it is made, armed, and does not fire."""
+    ClockWatch(loop, loop.stop)
+    began = time.monotonic()
+    loop.call_later(0.01, loop.stop)
+    loop.run()
+    assert time.monotonic() - began >= 0.01

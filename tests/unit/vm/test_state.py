@@ -1,0 +1,338 @@
+"""Whether a machine that was sent can go on here, and records whose values are absurd (hostile-input 26, 55)."""
+
+import os
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from tests.support import saved
+from tests.support.saved import CPUID, INTEL, entries, leaf
+from tests.support.virtiopci import CONFIG, Machine
+from vmd.config.model import DiskConfig, NicConfig, VmConfig
+from vmd.ipc import devmsg
+from vmd.ipc.imsg import pack, unpack
+from vmd.virtio import spec
+from vmd.vm import state
+from vmd.vm.chips.mc146818 import Mc146818
+from vmd.vm.chips.ns8250 import Uart
+from vmd.vm.state import DeviceHead, MachineState, Register
+
+NO_VECTOR = 0xFFFF
+
+
+# --- processors ---------------------------------------------------------------------------------------------------
+
+
+def test_same_processor_will_do() -> None:
+    """A host's own stream."""
+    state.check_processor(saved.header(), entries(CPUID))
+
+
+def test_more_than_was_there_will_do() -> None:
+    """A guest does not miss what it never had."""
+    better = (*CPUID[:1], leaf(1, ecx=0xFF, edx=0xFF), leaf(7, ebx=0xFFF), leaf(0x80000001, ecx=1))
+    state.check_processor(saved.header(), entries(better))
+
+
+@pytest.mark.parametrize(("changed", "what"), [
+    (leaf(1, ecx=0x7, edx=0xF), "cpuid 0x1.0 ecx 0x8"),
+    (leaf(1, ecx=0xF, edx=0), "cpuid 0x1.0 edx 0xf"),
+    (leaf(7, ebx=0x10), "cpuid 0x7.0 ebx 0xe0"),
+])  # fmt: skip
+def test_missing_feature_is_named(changed: state.CpuidLeaf, what: str) -> None:
+    """By leaf, register and bits."""
+    ours = tuple(changed if each.function == changed.function else each for each in CPUID)
+    with pytest.raises(ValueError, match=f"needs processor features that this host lacks: {what}"):
+        state.check_processor(saved.header(), entries(ours))
+
+
+def test_missing_leaf_is_a_missing_feature() -> None:
+    """As of an older processor."""
+    with pytest.raises(ValueError, match=r"cpuid 0x7\.0 ebx 0xf0"):
+        state.check_processor(saved.header(), entries(CPUID[:2]))
+
+
+def test_osxsave_is_the_guests() -> None:
+    """KVM shows it in a table once a guest has switched it on."""
+    theirs = saved.header(cpuid=(*CPUID[:1], leaf(1, ecx=state.OSXSAVE)))
+    state.check_processor(theirs, entries((*CPUID[:1], leaf(1))))
+
+
+@pytest.mark.parametrize("cpuid", [
+    (), CPUID[1:], (leaf(0, ebx=0x68747541, ecx=0x444D4163, edx=0x69746E65), *CPUID[1:]),
+    (leaf(0, ebx=INTEL[0], ecx=INTEL[1], edx=INTEL[2]), *CPUID[1:]),
+])  # fmt: skip
+def test_other_vendor_is_refused(cpuid: tuple[state.CpuidLeaf, ...]) -> None:
+    """Whatever features it has."""
+    with pytest.raises(ValueError, match="another vendor"):
+        state.check_processor(saved.header(cpuid=cpuid), entries(CPUID))
+
+
+@pytest.mark.parametrize(("theirs", "good"), [
+    (2_500_000, True), (2_500_625, True), (2_499_375, True), (2_500_626, False), (2_499_374, False), (0, False),
+    (-2_500_000, False), (1 << 63, False),
+])  # fmt: skip
+def test_time_stamp_counter(theirs: int, good: bool) -> None:
+    """Within 250 millionths, as KVM itself has it."""
+    if good:
+        state.check_tsc(theirs, 2_500_000)
+    else:
+        with pytest.raises(ValueError, match=f"its time stamp counter runs at {theirs} kHz, this host's at 2500000"):
+            state.check_tsc(theirs, 2_500_000)
+
+
+def test_numbers_of_a_table_are_cut_to_registers() -> None:
+    """A stream may write any number there."""
+    theirs = saved.header(cpuid=(leaf(-1, eax=1 << 40, ebx=-1),))
+    (entry,) = state.cpuid_of(theirs)
+    assert (entry.function, entry.eax, entry.ebx) == (0xFFFFFFFF, 0, 0xFFFFFFFF)
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+def config(**changes: object) -> VmConfig:
+    """Return a VM's configuration."""
+    return VmConfig(name="sent").replace(**changes)
+
+
+def heads(*kinds: str) -> tuple[DeviceHead, ...]:
+    """Return devices of these kinds."""
+    return tuple(DeviceHead(kind=kind, slot=1 + number, features=0) for number, kind in enumerate(kinds))
+
+
+DISK = DiskConfig(path="/disk")
+
+
+@pytest.mark.parametrize(("configured", "kinds"), [
+    (config(), ("rng",)),
+    (config(disks=(DISK, DISK), cdrom="/disc"), ("rng", "blk", "blk", "scsi")),
+    (config(nics=(NicConfig(),), disks=(DISK,)), ("rng", "net", "blk")),
+])  # fmt: skip
+def test_devices_are_those_of_the_configuration(configured: VmConfig, kinds: tuple[str, ...]) -> None:
+    """In order of their slots; one more, one less or another is refused."""
+    state.check_devices(saved.header(config=configured, devices=heads(*kinds)))
+
+    for wrong in (kinds[:-1], (*kinds, "blk"), (*kinds[:-1], "gpu"), kinds[1:], ()):
+        with pytest.raises(ValueError, match="which are not the"):
+            state.check_devices(saved.header(config=configured, devices=heads(*wrong)))
+
+
+class Device(Machine):
+    """The function of `tests.support.virtiopci`, whose process can stand still."""
+
+    @property
+    def commands(self) -> list[int]:
+        """What its process was told."""
+        found: list[int] = self.process.commands
+        return found
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A function of two queues that was just built."""
+    made = Device.fake()
+    made.process.kind = "blk"
+    made.process.commands = []
+    made.process.command = made.process.commands.append
+    yield made
+    made.close()
+
+
+def test_device_goes_on_where_it_was(device: Device) -> None:
+    """Registers read as they did; the process gets the rings with their places, after it was told to stand still."""
+    theirs = saved.device(config=CONFIG, queues=2)
+    device.function.restore_registers(theirs)
+    device.function.restore_rings(theirs)
+
+    assert device.status == 0xF
+    assert device.commands == [devmsg.PAUSE]
+    row = (64, True, 0x10000, 0x11000, 0x12000, 7, 7)
+    assert device.process.lives == [(1 << 32, [row, row])]
+    assert device.kvm.irqfds == {}  # which comes when it goes on
+    assert device.kvm.ioeventfds != {}
+
+
+def test_interrupts_that_were_under_way_come_once_it_goes_on(device: Device) -> None:
+    """One behind a masked vector, one that the guest has not read ISR for."""
+    theirs = saved.device(
+        config=CONFIG, queues=0, config_pending=True,
+    ).replace(queues=(saved.queue(unseen=True), saved.queue(called=True)))  # fmt: skip
+    device.function.restore_registers(theirs)
+    device.function.restore_rings(theirs)
+    assert device.kvm.injected == []
+
+    device.function.attach_interrupts()
+    device.kvm.deliver()
+
+    assert len(device.kvm.injected) >= 2
+    assert device.function.take_isr() == spec.ISR_QUEUE | spec.ISR_CONFIG
+    assert device.function.take_isr() == 0
+
+
+@pytest.mark.parametrize("changes", [
+    {"status": 256}, {"status": -1}, {"driver_features": 1 << 64}, {"driver_features": -1}, {"queue_select": 1 << 16},
+    {"device_feature_select": 1 << 32}, {"driver_feature_select": -1}, {"config_vector": -1},
+    {"config_vector": 1 << 16}, {"generation": 256}, {"config": b""}, {"config": bytes(61)}, {"queues": ()},
+    {"queues": (saved.queue(),) * 3},
+    *({"queues": (saved.queue(**{name: value}), saved.queue())} for name, value in (
+        ("size", 0), ("size", 3), ("size", 512), ("size", -64), ("size", 1 << 16), ("desc", 1 << 64), ("desc", -1),
+        ("avail", 1 << 64), ("used", -1), ("pfn", 1 << 32), ("pfn", -1), ("vector", -1), ("vector", 1 << 16),
+        ("next_avail", 1 << 16), ("next_avail", -1), ("next_used", 1 << 16), ("next_used", -1),
+    )),
+])  # fmt: skip
+def test_registers_that_no_device_has(device: Device, changes: dict[str, object]) -> None:
+    """Refused before the process hears of them."""
+    theirs = saved.device(config=CONFIG).replace(**changes)
+
+    with pytest.raises(ValueError, match=r"."):
+        device.function.restore_registers(theirs)
+
+    assert device.process.lives == []
+
+
+@pytest.mark.parametrize("vector", [NO_VECTOR, 3, 0x7FFF])
+def test_vectors_that_it_does_not_have_are_none(device: Device, vector: int) -> None:
+    """As when a driver writes them."""
+    theirs = saved.device(config=CONFIG, config_vector=vector, queues=0).replace(
+        queues=(saved.queue(vector=vector),) * 2
+    )
+    device.function.restore_registers(theirs)
+    device.enable_msix()
+
+    assert device.read(0x10, 2) == NO_VECTOR
+    assert device.pending() == 0
+
+
+def test_rings_anywhere_ask_for_a_reset(device: Device) -> None:
+    """The process finds that it cannot use them; the guest is told, and nobody else is hurt."""
+    device.process.usable = False
+    theirs = saved.device(config=CONFIG, queues=0).replace(queues=(saved.queue(desc=(1 << 64) - 16),) * 2)
+
+    device.function.restore_registers(theirs)
+    device.function.restore_rings(theirs)
+
+    assert device.status == 0xF | spec.DEVICE_NEEDS_RESET
+    assert device.function.take_isr() == spec.ISR_CONFIG
+
+
+def test_disk_of_another_size_is_another_disk(device: Device) -> None:
+    """The guest would believe in sectors that are not there."""
+    theirs = saved.device(config=bytes(59) + b"\x01")
+    device.process.answer = CONFIG
+    device.function.restore_registers(theirs)
+
+    with pytest.raises(ValueError, match="vioblk0 is another one here"):
+        device.function.restore_rings(theirs)
+
+
+def test_an_idle_device_needs_no_rings(device: Device) -> None:
+    """Its driver has not come up, or has reset it."""
+    theirs = saved.device(config=CONFIG, active=False, status=0)
+    device.function.restore_registers(theirs)
+    device.function.restore_rings(theirs)
+
+    assert device.process.lives == []
+    assert device.kvm.ioeventfds == {}
+
+
+# --- chips --------------------------------------------------------------------------------------------------------
+
+
+def uart() -> Uart:
+    """Return a UART with nobody around it."""
+    return Uart(lambda level: None, lambda data: None, lambda: None)
+
+
+def clock() -> Mc146818:
+    """Return a clock that stands at 1970."""
+    return Mc146818(lambda level: None, lambda: 0.0, cast("Any", lambda delay, callback: None), 8 << 20, 1)
+
+
+def changed(chip: Any, **registers: int | bytes | None) -> state.ChipState:  # noqa: ANN401
+    """Return a chip's state with some registers changed, or with None left out."""
+    merged = chip.state() | registers
+    return saved.chip("chip", **{name: value for name, value in merged.items() if value is not None})
+
+
+def test_chips_are_restored() -> None:
+    """From what they said."""
+    ours, theirs = uart(), uart()
+    theirs.pio_write(7, 1, 0x5A)
+    state._restore_chip(changed(theirs), ours.state(), ours.restore)
+    assert ours.pio_read(7, 1) == 0x5A
+
+
+@pytest.mark.parametrize("registers", [
+    {"rx": 1 << 40}, {"rx_errors": -1}, {"lcr": b"x"}, {"lcr": None}, {"wheels": 4},
+    {"rx": bytes(17), "rx_errors": b""},
+])  # fmt: skip
+def test_impossible_states_of_a_uart(registers: dict[str, int | bytes | None]) -> None:
+    """Above all a number where bytes belong, of which bytes() would make as many zeros."""
+    with pytest.raises(ValueError, match="chip"):
+        state._restore_chip(changed(uart(), **registers), uart().state(), uart().restore)
+
+
+@pytest.mark.parametrize("registers", [{"ram": 1 << 40}, {"ram": b""}, {"offset_us": 1 << 62}, {"index": b"0"}])
+def test_impossible_states_of_a_clock(registers: dict[str, int | bytes | None]) -> None:
+    """The same."""
+    with pytest.raises(ValueError, match="chip"):
+        state._restore_chip(changed(clock(), **registers), clock().state(), clock().restore)
+
+
+@pytest.mark.parametrize("value", [-1, (1 << 64) - 1, -(1 << 63), 0xFFFF_FFFF])
+def test_any_number_fits_some_register(value: int) -> None:
+    """Chips cut what they are given to their registers' widths."""
+    chip = uart()
+    numbers = {name: value for name, old in chip.state().items() if isinstance(old, int)}
+    state._restore_chip(changed(chip, **numbers), chip.state(), chip.restore)
+    for offset in range(8):
+        assert 0 <= chip.pio_read(offset, 1) <= 0xFF
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def test_records_survive() -> None:
+    """What is packed is unpacked."""
+    assert unpack(MachineState, pack(saved.machine_state())) == saved.machine_state()
+    assert unpack(state.Header, pack(saved.header())) == saved.header()
+
+
+def test_every_prefix_of_a_record_is_refused() -> None:
+    """Field by field."""
+    raw = pack(saved.header())
+    for length in range(len(raw)):
+        with pytest.raises(ValueError, match=r"."):
+            unpack(state.Header, raw[:length])
+
+
+def test_duplicate_registers() -> None:
+    """The last one counts, as it would if they were written one after the other."""
+    theirs = changed(uart())
+    twice = theirs.replace(registers=(*theirs.registers, Register(name="scr", number=7)))
+    chip = uart()
+    state._restore_chip(twice, chip.state(), chip.restore)
+    assert chip.pio_read(7, 1) == 7
+
+
+def test_a_state_fits_its_limit() -> None:
+    """By far, and the limit is less than a megabyte for a small machine."""
+    header = saved.header()
+    assert 200 << 10 < state.bytes_max(header) < 1 << 20
+    assert state.bytes_max(header.replace(config=config(vcpus=16))) < 2 << 20
+
+
+def test_eventfds_are_left_as_they_were(device: Device) -> None:
+    """Saving looks at them and takes nothing."""
+    device.process.export = lambda: [(1, 1), (2, 2)]
+    device.start()
+    device.function.detach_interrupts()
+    os.eventfd_write(device.process.calls[1], 1)
+
+    theirs = device.function.save()
+
+    assert [each.called for each in theirs.queues] == [False, True]
+    assert [(each.next_avail, each.next_used) for each in theirs.queues] == [(1, 1), (2, 2)]
+    assert os.eventfd_read(device.process.calls[1]) == 1

@@ -1,0 +1,425 @@
+"""The form of a sent VM, and everything that can be wrong with it (hostile-input 55)."""
+
+import errno
+import hashlib
+import os
+import random
+import select
+import socket
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmd.vm import stream
+from vmd.vm.stream import (
+    COUNT,
+    DIGEST_BYTES,
+    END,
+    GPA,
+    HEADER_MAX,
+    MAGIC,
+    MEMORY,
+    PIECE_BYTES,
+    PREAMBLE,
+    SECTION,
+    STATE,
+    VERSION,
+    Cancelled,
+    Pipe,
+    StreamError,
+    StreamReader,
+    StreamWriter,
+)
+
+DEADLINE_S = 20.0
+MEMORY_BYTES = 4096
+STATE_MAX = 1000
+HEADER, RECORD = b"what it is", b"what it was doing"
+RUNS = ((0, b"first run of memory"), (1024, b"and the second"))
+
+
+class Sink:
+    """Takes what a stream holds, into memory of its own."""
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.memory = bytearray(memory_bytes)
+        self.states: list[bytes] = []
+        self.header = b""
+
+    def place(self, gpa: int, length: int) -> memoryview:
+        """Return where a run goes."""
+        if gpa + length > len(self.memory):
+            raise ValueError(f"no memory at {gpa:#x}")
+        return memoryview(self.memory)[gpa : gpa + length]
+
+    def read(self, pipe: Pipe) -> None:
+        """Read a whole stream."""
+        reader = StreamReader(pipe)
+        try:
+            self.header = reader.header()
+            reader.sections_until_end(self.place, self.states.append, state_max=STATE_MAX)
+        finally:
+            reader.hasher.close()
+
+
+def source(raw: bytes) -> Pipe:
+    """Return a stream to read, out of a file."""
+    fd = os.memfd_create("stream", os.MFD_CLOEXEC)
+    os.write(fd, raw)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return Pipe(fd, select.POLLIN)
+
+
+def read(raw: bytes) -> Sink:
+    """Read a stream to its end."""
+    sink, pipe = Sink(), source(raw)
+    try:
+        sink.read(pipe)
+    finally:
+        pipe.close()
+    return sink
+
+
+def write(pipe: Pipe, runs: tuple[tuple[int, bytes], ...] = RUNS) -> None:
+    """Write a stream with a header, memory, a record and its end."""
+    writer = StreamWriter(pipe)
+    try:
+        writer.header(HEADER)
+        for gpa, data in runs:
+            writer.memory(gpa, memoryview(data))
+        writer.state(RECORD)
+        writer.end()
+    finally:
+        writer.hasher.close()
+
+
+def written(runs: tuple[tuple[int, bytes], ...] = RUNS) -> bytes:
+    """Return the bytes of a stream."""
+    fd = os.memfd_create("stream", os.MFD_CLOEXEC)
+    pipe = Pipe(fd, select.POLLOUT)
+    write(pipe, runs)
+    assert pipe.moved_bytes == os.fstat(fd).st_size
+    raw = os.pread(fd, pipe.moved_bytes, 0)
+    pipe.close()
+    return raw
+
+
+def preamble(body: bytes = HEADER, *, magic: bytes = MAGIC, version: int = VERSION, length: int | None = None) -> bytes:
+    """Return the beginning of a stream, with a good digest."""
+    raw = PREAMBLE.pack(magic, version, len(body) if length is None else length) + body
+    return raw + hashlib.sha256(raw).digest()
+
+
+def section(kind: int, body: bytes, *, flags: int = 0, length: int | None = None) -> bytes:
+    """Return a section with a good digest."""
+    raw = SECTION.pack(kind, flags, len(body) if length is None else length) + body
+    return raw + hashlib.sha256(raw).digest()
+
+
+def end(count: int) -> bytes:
+    """Return the end of a stream of so many sections."""
+    return section(END, COUNT.pack(count))
+
+
+def in_thread(work: Callable[[], None]) -> Callable[[], None]:
+    """Start something; the function that is returned waits for it, and raises what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def join() -> None:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+        if raised:
+            raise raised[0]
+
+    return join
+
+
+# --- what was written is read -------------------------------------------------------------------------------------
+
+
+def test_form() -> None:
+    """Every byte is where the module says."""
+    runs = [section(MEMORY, GPA.pack(gpa) + data) for gpa, data in RUNS]
+
+    assert written() == preamble() + b"".join(runs) + section(STATE, RECORD) + end(3)
+
+
+def test_file_holds_a_machine() -> None:
+    """Header, memory at its addresses, record."""
+    sink = read(written())
+
+    assert (sink.header, sink.states) == (HEADER, [RECORD])
+    for gpa, data in RUNS:
+        assert sink.memory[gpa : gpa + len(data)] == data
+
+
+def pair_of_pipe() -> tuple[int, int]:
+    """Return a reading and a writing end."""
+    return os.pipe2(os.O_CLOEXEC)
+
+
+def pair_of_sockets() -> tuple[int, int]:
+    """Return two ends of a connection, as ssh gives its programs."""
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+def pair_that_does_not_wait() -> tuple[int, int]:
+    """Return a pipe that somebody has made non-blocking."""
+    return os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def refuse_nowait(*_: object) -> int:
+    """Be a kernel that knows no RWF_NOWAIT on pipes."""
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.mark.parametrize("old_kernel", [False, True])
+@pytest.mark.parametrize("pair", [pair_of_pipe, pair_of_sockets, pair_that_does_not_wait])
+def test_machine_moves_through_what_holds_less_than_it(
+    monkeypatch: pytest.MonkeyPatch, pair: Callable[[], tuple[int, int]], old_kernel: bool
+) -> None:
+    """More than one piece of memory, through a few pages at a time."""
+    if old_kernel:
+        monkeypatch.setattr(os, "pwritev", refuse_nowait)
+    data = random.Random(1).randbytes(PIECE_BYTES + 12345)
+    reading, writing = pair()
+    ours, theirs = Pipe(reading, select.POLLIN), Pipe(writing, select.POLLOUT)
+    join = in_thread(lambda: write(theirs, ((0, data),)))
+    sink = Sink(2 * PIECE_BYTES)
+
+    sink.read(ours)
+
+    join()
+    assert sink.memory[: len(data)] == data
+    assert sink.states == [RECORD]
+    assert ours.moved_bytes == theirs.moved_bytes
+    ours.close()
+    theirs.close()
+
+
+def test_nothing_behind_the_end_is_touched() -> None:
+    """What follows on the same descriptor is somebody else's."""
+    raw, sink = written(), Sink()
+    pipe = source(raw + b"the next one")
+
+    sink.read(pipe)
+
+    assert os.read(pipe.fd, 100) == b"the next one"
+    pipe.close()
+
+
+# --- what is wrong with it ----------------------------------------------------------------------------------------
+
+
+def test_every_prefix_is_refused() -> None:
+    """A stream that was cut anywhere, and says how much there was."""
+    raw = written()
+    for length in range(len(raw)):
+        with pytest.raises(StreamError, match=rf"ends after {length} bytes"):
+            read(raw[:length])
+
+
+def test_every_flipped_bit_is_noticed() -> None:
+    """At a thousand places, whatever it makes of lengths and kinds on the way."""
+    raw = written()
+    generator = random.Random(55)
+    for _ in range(1000):
+        place = generator.randrange(len(raw) * 8)
+        damaged = bytearray(raw)
+        damaged[place // 8] ^= 1 << place % 8
+        with pytest.raises(StreamError):
+            read(bytes(damaged))
+
+
+def test_flips_in_memory_are_damage() -> None:
+    """Nothing else could tell."""
+    raw = bytearray(written())
+    raw[raw.index(RUNS[1][1])] ^= 1
+    with pytest.raises(StreamError, match="is damaged: the digest of a section is wrong"):
+        read(bytes(raw))
+
+
+@pytest.mark.parametrize("foreign", [b"\x7fELF" + bytes(200), bytes(100), b"QFI\xfb" + bytes(500), b"#!/bin/sh\n" * 20])
+def test_foreign_data_is_told_apart(foreign: bytes) -> None:
+    """Somebody redirected the wrong file."""
+    with pytest.raises(StreamError, match="is not a virtual machine that was sent by vmctl send"):
+        read(foreign)
+
+
+@given(st.binary(max_size=300))
+def test_random_sections(raw: bytes) -> None:
+    """Behind a good header comes nothing but noise."""
+    with pytest.raises(StreamError):
+        read(preamble() + raw)
+
+
+def test_other_version_is_named() -> None:
+    """With both numbers."""
+    with pytest.raises(StreamError, match=f"has version 7 of the format, this vmd reads version {VERSION}"):
+        read(preamble(version=7))
+
+
+@pytest.mark.parametrize(("sections", "what"), [
+    ([section(9, b"")], "section 0 of kind 9"),
+    ([section(0, b"")], "section 0 of kind 0"),
+    ([section(STATE, b"", flags=1)], "unknown flags 0x1 in section 0"),
+    ([section(MEMORY, GPA.pack(0))], "of kind 1 and length 8"),
+    ([section(MEMORY, b"1234567")], "of kind 1 and length 7"),
+    ([section(MEMORY, b"", length=GPA.size + PIECE_BYTES + 1)], "of kind 1 and length"),
+    ([section(STATE, b"", length=STATE_MAX + 1)], "of kind 2 and length 1001"),
+    ([section(STATE, RECORD), section(END, b"1234567")], "section 1 of kind 3 and length 7"),
+    ([section(STATE, RECORD), end(2)], "has 1 sections where its end says 2"),
+    ([section(STATE, RECORD), end(0)], "has 1 sections where its end says 0"),
+    ([section(MEMORY, GPA.pack(MEMORY_BYTES) + b"x")], "is not usable: section 0: no memory at 0x1000"),
+    ([section(MEMORY, GPA.pack((1 << 64) - 1) + b"x")], "is not usable: section 0: no memory"),
+])  # fmt: skip
+def test_wrong_sections_are_refused(sections: list[bytes], what: str) -> None:
+    """Kinds, lengths, flags, addresses, counts: with good digests."""
+    with pytest.raises(StreamError, match=what):
+        read(preamble() + b"".join(sections))
+
+
+def test_a_record_is_taken_only_when_its_digest_is_right() -> None:
+    """Nothing of a damaged record is looked at."""
+    raw, sink = bytearray(written()), Sink()
+    raw[raw.index(RECORD)] ^= 1
+    pipe = source(bytes(raw))
+
+    with pytest.raises(StreamError):
+        sink.read(pipe)
+
+    assert sink.states == []
+    pipe.close()
+
+
+@pytest.mark.parametrize("raw", [
+    preamble(length=0xFFFFFFFF), preamble(length=HEADER_MAX + 1),
+    preamble() + section(STATE, b"", length=1 << 63), preamble() + section(MEMORY, b"", length=(1 << 64) - 1),
+])  # fmt: skip
+def test_a_length_alone_takes_no_memory(raw: bytes) -> None:
+    """Nothing is allocated for what only a stream says it has."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(StreamError):
+            read(raw)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+# --- the other end ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old_kernel", [False, True])
+def test_writing_to_a_reader_that_sleeps_can_be_cancelled(monkeypatch: pytest.MonkeyPatch, old_kernel: bool) -> None:
+    """Even in the middle of a piece that the pipe has no room for."""
+    if old_kernel:
+        monkeypatch.setattr(os, "pwritev", refuse_nowait)
+    reading, writing = pair_of_pipe()
+    pipe = Pipe(writing, select.POLLOUT)
+    join = in_thread(lambda: write(pipe, ((0, bytes(1 << 20)),)))
+    room = select.poll()
+    room.register(writing, select.POLLOUT)
+    while room.poll(0):
+        os.sched_yield()
+
+    pipe.cancelled = True
+
+    with pytest.raises(Cancelled):
+        join()
+    os.close(reading)
+    pipe.close()
+
+
+def test_reading_from_a_writer_that_sleeps_can_be_cancelled() -> None:
+    """As by stopping a VM that is being received."""
+    reading, writing = pair_of_pipe()
+    pipe = Pipe(reading, select.POLLIN)
+    join = in_thread(lambda: Sink().read(pipe))
+    os.write(writing, written()[:100])
+
+    pipe.cancelled = True
+
+    with pytest.raises(Cancelled):
+        join()
+    os.close(writing)
+    pipe.close()
+
+
+def test_a_peer_that_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it was to do."""
+    monkeypatch.setattr(stream, "IDLE_TIMEOUT_S", 0.04)
+    monkeypatch.setattr(stream, "LOOK_S", 0.02)
+    reading, writing = pair_of_pipe()
+
+    with pytest.raises(StreamError, match="has stood still"):
+        Pipe(reading, select.POLLIN).read(1)
+    with pytest.raises(StreamError, match="has stood still"):
+        Pipe(writing, select.POLLOUT).write(bytes(1 << 20))
+
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_reader_that_is_gone() -> None:
+    """Is told as such."""
+    reading, writing = pair_of_pipe()
+    os.close(reading)
+    pipe = Pipe(writing, select.POLLOUT)
+
+    with pytest.raises(StreamError, match="was closed by its reader"):
+        write(pipe)
+
+    pipe.close()
+
+
+def test_a_full_disk_is_told() -> None:
+    """With the kernel's own words."""
+    pipe = Pipe(os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC), select.POLLOUT)
+
+    with pytest.raises(StreamError, match="cannot be written: No space left on device"):
+        write(pipe)
+
+    pipe.close()
+
+
+def test_a_descriptor_of_the_wrong_kind(tmp_path: Path) -> None:
+    """One that cannot be written or read at all."""
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    unwritable = Pipe(os.open(file, os.O_RDONLY | os.O_CLOEXEC), select.POLLOUT)
+    unreadable, sink = Pipe(os.open(file, os.O_WRONLY | os.O_CLOEXEC), select.POLLIN), Sink()
+
+    with pytest.raises(StreamError, match="cannot be written: Bad file descriptor"):
+        write(unwritable)
+    with pytest.raises(StreamError, match="cannot be read: Bad file descriptor"):
+        sink.read(unreadable)
+
+    unwritable.close()
+    unreadable.close()
+    unreadable.close()  # which does nothing
+
+
+def test_digests_do_not_pile_up_threads() -> None:
+    """Each reader and writer ends the one it has, in good times and in bad."""
+    before = threading.active_count()
+    read(written())
+    with pytest.raises(StreamError):
+        read(written()[:-DIGEST_BYTES])
+    assert threading.active_count() == before

@@ -1,0 +1,252 @@
+"""Sending and receiving as the event thread sees it: what it is told, and when (hostile-input 55)."""
+
+import os
+import random
+import select
+import threading
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from tests.support import saved
+from vmd.guestmem import PAGE, GuestMemory, RegionSpec
+from vmd.ipc.imsg import pack
+from vmd.ipc.loop import Loop
+from vmd.vm import state
+from vmd.vm.state import Header, MachineState
+from vmd.vm.stream import Pipe, StreamWriter
+from vmd.vm.transfer import Receiver, Sender
+
+DEADLINE_S = 20.0
+HIGH = 1 << 32
+REGIONS = (
+    RegionSpec(gpa=0, size=16 * PAGE, name="ram"),
+    RegionSpec(gpa=HIGH, size=16 * PAGE, name="high ram"),
+    RegionSpec(gpa=HIGH - PAGE, size=PAGE, name="firmware", read_only=True),
+)
+Run = tuple[int, bytes]
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    """Some memory."""
+    with GuestMemory.create(REGIONS) as made:
+        yield made
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """An event loop with a watchdog."""
+    made = Loop()
+    made.call_later(DEADLINE_S, made.stop)
+    yield made
+    made.close()
+
+
+class Machine:
+    """What a sender needs of a machine."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, memory: GuestMemory) -> Any:  # noqa: ANN401
+    """A machine whose records are made up."""
+    monkeypatch.setattr(state, "header", lambda _machine: saved.header())
+    monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())
+    return Machine(memory)
+
+
+class Told:
+    """What a receiver tells, and the loop that hears it."""
+
+    def __init__(self, loop: Loop, fd: int, memory: GuestMemory) -> None:
+        self.loop = loop
+        self.headers: list[Header] = []
+        self.machines: list[MachineState] = []
+        self.failures: list[str] = []
+        self.memory = memory
+        self.receiver = Receiver(
+            fd, loop, on_header=self.on_header, on_machine=self.on_machine, on_failed=self.on_failed
+        )
+        self.receiver.start()
+
+    def on_header(self, header: Header) -> None:
+        """Let it go on."""
+        self.headers.append(header)
+        self.receiver.go_on(self.memory)
+
+    def on_machine(self, machine: MachineState) -> None:
+        """Note the end."""
+        self.machines.append(machine)
+        self.loop.stop()
+
+    def on_failed(self, text: str) -> None:
+        """Note another end."""
+        self.failures.append(text)
+        self.loop.stop()
+
+
+def send(loop: Loop, machine: Any, fd: int) -> tuple[Sender, list[str]]:  # noqa: ANN401
+    """Begin to send; returns what is going to be told, which stops the loop."""
+    told: list[str] = []
+
+    def done(text: str) -> None:
+        told.append(text)
+        loop.stop()
+
+    sender = Sender(machine, cast("Any", None), fd, loop, done)
+    sender.start()
+    return sender, told
+
+
+def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
+    """Touched memory of every region, read-only firmware included, and both records."""
+    memory = machine.memory
+    for gpa in (3 * PAGE, HIGH + PAGE, HIGH - PAGE):
+        memory.load(gpa, random.Random(gpa).randbytes(PAGE))
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    sender, told = send(loop, machine, writing)
+    with GuestMemory.create(REGIONS) as theirs:
+        receiver = Told(loop, reading, theirs)
+        while not (told and receiver.machines):
+            loop.run()  # whoever is the first to be done stops it
+
+        assert receiver.failures == []
+        assert receiver.headers == [saved.header()]
+        assert receiver.machines == [saved.machine_state()]
+        assert told == [""]
+        assert theirs.resident_bytes() == 3 * PAGE  # before we look at the others
+        assert bytes(theirs.memory) == bytes(memory.memory)
+        assert receiver.receiver.pipe.moved_bytes == sender.pipe.moved_bytes
+        assert receiver.receiver.total_bytes == saved.header().touched_bytes
+        assert sender.pipe.fd == receiver.receiver.pipe.fd == -1
+
+
+def test_what_cannot_be_sent_is_told_once(loop: Loop, machine: Machine) -> None:
+    """And the descriptor is closed all the same."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    os.close(reading)
+
+    sender, told = send(loop, machine, writing)
+    loop.run()
+
+    assert told == ["the stream was closed by its reader"]
+    assert sender.pipe.fd == -1
+
+
+def test_cancelled(loop: Loop, machine: Machine) -> None:
+    """Somebody pressed ^C."""
+    machine.memory.load(0, bytes(16 * PAGE))
+    machine.memory.load(HIGH, bytes(16 * PAGE))
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+
+    sender, told = send(loop, machine, writing)
+    sender.cancel()
+    loop.run()
+
+    assert told == ["sending was interrupted"]
+    os.close(reading)
+
+
+def test_a_mistake_of_ours_is_told_too(
+    loop: Loop, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest must not stand still for ever because a thread has died."""
+
+    def broken(_writer: StreamWriter, _body: bytes) -> None:
+        raise RuntimeError("a mistake")
+
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(StreamWriter, "header", broken)
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+
+    sender, told = send(loop, machine, writing)
+    loop.run()
+    sender._thread.join(DEADLINE_S)
+
+    assert told == ["internal error while it was sent"]
+    assert [str(each.exc_value) for each in shown] == ["a mistake"]
+    os.close(reading)
+
+
+# --- streams that lie ---------------------------------------------------------------------------------------------
+
+
+def stream(*runs: Run, states: tuple[bytes, ...] = (), header: bytes | None = None) -> int:
+    """Return a file with a stream in it, its digests right."""
+    fd = os.memfd_create("stream", os.MFD_CLOEXEC)
+    writer = StreamWriter(Pipe(fd, select.POLLOUT))
+    writer.header(pack(saved.header()) if header is None else header)
+    for gpa, data in runs:
+        writer.memory(gpa, memoryview(data))
+    for body in states:
+        writer.state(body)
+    writer.end()
+    writer.hasher.close()
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+GOOD = pack(saved.machine_state())
+ONE_PAGE = bytes(PAGE)
+
+
+@pytest.mark.parametrize(("runs", "states", "what"), [
+    ((), (), "the stream has no state of the machine"),
+    ((), (GOOD, GOOD), "section 1: the state of the machine comes again"),
+    (((PAGE, ONE_PAGE), (PAGE, ONE_PAGE)), (GOOD,), "section 1: memory at 0x1000 comes again, or out of order"),
+    (((PAGE, ONE_PAGE), (0, ONE_PAGE)), (GOOD,), "section 1: memory at 0x0 comes again, or out of order"),
+    (((PAGE, ONE_PAGE), (PAGE + 1, b"x")), (GOOD,), "section 1: memory at 0x1001 comes again, or out of order"),
+    (((HIGH, ONE_PAGE), (0, ONE_PAGE)), (GOOD,), "section 1: memory at 0x0 comes again, or out of order"),
+    (((16 * PAGE, b"x"),), (GOOD,), "section 0: guest address 0x10000: no memory"),
+    (((16 * PAGE - 1, b"xy"),), (GOOD,), "section 0: guest address 0xffff: no memory for 2 bytes"),
+    (((HIGH - 2 * PAGE, ONE_PAGE),), (GOOD,), "section 0: guest address 0xffffe000: no memory"),
+    ((((1 << 64) - 1, b"x"),), (GOOD,), "section 0: guest address 0xffffffffffffffff: no memory"),
+    ((), (b"",), "section 0: "),
+    ((), (b"\xc1",), "section 0: "),
+    ((), (b"\x91" * 2000,), "section 0: "),  # as deep as can be
+    ((), (b"\xdd\xff\xff\xff\xff",), "section 0: "),  # a list that claims to have 2^32 elements
+    ((), (pack(saved.header()),), "section 0: "),
+    ((), (GOOD + b"x",), "section 0: "),
+    ((), (GOOD[:-1],), "section 0: "),
+])  # fmt: skip
+def test_impossible_streams(
+    loop: Loop, memory: GuestMemory, runs: tuple[Run, ...], states: tuple[bytes, ...], what: str
+) -> None:
+    """Refused with a sentence, once, and nothing else is told."""
+    told = Told(loop, stream(*runs, states=states), memory)
+
+    loop.run()
+
+    assert told.machines == []
+    assert len(told.failures) == 1
+    assert told.failures[0].startswith("the stream ")
+    assert what in told.failures[0]
+
+
+@pytest.mark.parametrize("header", [
+    b"", b"\xc0", b"\x90", pack(saved.machine_state()), b"\xdc\xff\xf0" + b"\xc0" * 0xFFF0,
+])  # fmt: skip
+def test_impossible_headers(loop: Loop, memory: GuestMemory, header: bytes) -> None:
+    """Nobody is asked to go on with one."""
+    told = Told(loop, stream(header=header), memory)
+
+    loop.run()
+
+    assert told.headers == []
+    assert told.failures[0].startswith("the stream is not usable: ")
+
+
+def test_a_record_may_not_be_longer_than_such_a_machine_needs(loop: Loop, memory: GuestMemory) -> None:
+    """A list takes seventy times the room of what announces it, so that the limit is tight."""
+    most = state.bytes_max(saved.header())
+    told = Told(loop, stream(states=(b"\x90" * (most + 1),)), memory)
+
+    loop.run()
+
+    assert most < 1 << 20
+    assert f"has a section 0 of kind 2 and length {most + 1}" in told.failures[0]

@@ -1,0 +1,176 @@
+"""vmctl send and receive: whose descriptors go to the daemon, what is shown meanwhile, and how it ends."""
+
+import errno
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import Console
+from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
+from vmctl.bar import Bar
+from vmd.ipc.messages import Failed, ReceiveRequest, SendRequest, TransferProgress, VmReceived, VmSent
+
+MIB = 1 << 20
+SENT = VmSent(vmid=3, name="web", sent_bytes=150 * MIB)
+RECEIVED = VmReceived(vmid=4, name="www", pid=1234, tty="/dev/pts/7", paused=False)
+PROGRESS = TransferProgress(done_bytes=MIB, total_bytes=4 * MIB)
+
+
+def run(daemon: FakeDaemon, *arguments: str, stdin: int, stdout: int) -> tuple[int, str]:
+    """Run vmctl with these descriptors; returns its exit status and errors."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), *arguments],
+        cwd=ROOT, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def send(daemon: FakeDaemon, tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    """Send into a file, which the daemon finds to have something in it already."""
+    with (tmp_path / "stream").open("w+b") as file:
+        file.write(b"what stdout is")
+        file.seek(0)
+        return run(daemon, "send", *arguments, stdin=subprocess.DEVNULL, stdout=file.fileno())
+
+
+def receive(daemon: FakeDaemon, tmp_path: Path, *arguments: str) -> tuple[int, str]:
+    """Receive from a file."""
+    (tmp_path / "stream").write_bytes(b"what stdin is")
+    with (tmp_path / "stream").open("rb") as file:
+        return run(daemon, "receive", *arguments, stdin=file.fileno(), stdout=subprocess.DEVNULL)
+
+
+def test_send_gives_standard_output_away(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """vmctl itself writes nothing there; progress is shown to terminals only."""
+    daemon.answers(PROGRESS, PROGRESS, SENT)
+
+    assert send(daemon, tmp_path, "web") == (0, "vmctl: sent vm 3 successfully (150M)\n")
+    assert daemon.requests == [SendRequest(name="web")]
+    assert daemon.files == [{"stream": b"what stdout is"}]
+
+
+def test_send_and_keep(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """A snapshot; by number."""
+    daemon.answers(SENT)
+    assert send(daemon, tmp_path, "-k", "3")[0] == 0
+    assert daemon.requests == [SendRequest(vmid=3, keep=True)]
+
+
+def test_receive_gives_standard_input_away(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """And says where the VM's console is."""
+    daemon.answers(PROGRESS, RECEIVED)
+
+    assert receive(daemon, tmp_path, "www") == (0, "vmctl: received vm 4 successfully, tty /dev/pts/7\n")
+    assert daemon.requests == [ReceiveRequest(name="www")]
+    assert daemon.files == [{"stream": b"what stdin is"}]
+
+
+def test_receive_and_stay_paused(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """As was asked for."""
+    daemon.answers(RECEIVED.replace(paused=True))
+
+    assert receive(daemon, tmp_path, "-p", "www") == (0, "vmctl: received vm 4 successfully, tty /dev/pts/7, paused\n")
+    assert daemon.requests == [ReceiveRequest(name="www", paused=True)]
+
+
+@pytest.mark.parametrize(("command", "sentence"), [
+    ("send", "send vm command failed: it goes wrong"), ("receive", "receive vm command failed: it goes wrong"),
+])  # fmt: skip
+def test_failures(daemon: FakeDaemon, tmp_path: Path, command: str, sentence: str) -> None:
+    """With the daemon's sentence, also in the middle of it."""
+    daemon.answers(PROGRESS, Failed(code=errno.EIO, text="it goes wrong"))
+
+    assert {"send": send, "receive": receive}[command](daemon, tmp_path, "web") == (1, f"vmctl: {sentence}\n")
+
+
+@pytest.mark.parametrize("command", ["send", "receive"])
+def test_daemon_that_goes(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
+    """Whatever became of the VM, nobody is left to tell."""
+    daemon.script = lambda _request: None
+
+    assert {"send": send, "receive": receive}[command](daemon, tmp_path, "web") == (1, "vmctl: pipe closed\n")
+
+
+@pytest.mark.parametrize("command", ["send", "receive"])
+def test_daemon_that_answers_something_else(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
+    """Is not believed."""
+    daemon.answers(RECEIVED if command == "send" else SENT)
+    status, errors = {"send": send, "receive": receive}[command](daemon, tmp_path, "web")
+    assert status == 1
+    assert errors.startswith("vmctl: vmd: sent Vm")
+
+
+@pytest.mark.parametrize(("command", "what"), [
+    ("send", "standard output is a terminal: redirect it to a file, or into a pipe"),
+    ("receive", "standard input is a terminal: redirect it from a file, or from a pipe"),
+])  # fmt: skip
+def test_terminals_are_refused(daemon: FakeDaemon, command: str, what: str) -> None:
+    """A stream would wreck it, or never come."""
+    master, slave = pty.openpty()
+
+    assert run(daemon, command, "web", stdin=slave, stdout=slave) == (1, f"vmctl: {what}\n")
+
+    assert daemon.requests == []
+    os.close(master)
+    os.close(slave)
+
+
+@pytest.mark.parametrize(("arguments", "usage"), [
+    (("send",), "send [-k] id"), (("send", "a", "b"), "send [-k] id"), (("send", "-p", "a"), "send [-k] id"),
+    (("receive",), "receive [-p] name"), (("receive", "-k", "a"), "receive [-p] name"),
+])  # fmt: skip
+def test_wrong_arguments(daemon: FakeDaemon, arguments: tuple[str, ...], usage: str) -> None:
+    """Answered with the usage; the daemon is not bothered."""
+    status, errors = run(daemon, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    assert (status, daemon.requests) == (1, [])
+    assert errors.endswith(f"usage:\tvmctl [-v] {usage}\n")
+
+
+def test_a_number_is_no_name(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """The VM has none yet, and a name that looks like one could never be asked for."""
+    assert receive(daemon, tmp_path, "7") == (1, "vmctl: invalid vm name\n")
+    assert daemon.requests == []
+
+
+def test_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """^C ends vmctl at once, and by that the transfer: the daemon notices that its client is gone."""
+    with (tmp_path / "stream").open("w+b") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "send", "web"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        daemon.requested()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=DEADLINE_S)
+
+    assert (process.returncode, errors) == (1, "vmctl: send: interrupted\n")
+    daemon.wait_left()
+
+
+def test_progress_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name, part, size, rate and what remains, once there was time to measure; an estimate may be too small."""
+    master, slave = pty.openpty()
+    monkeypatch.setattr("vmctl.output.STDERR", slave)
+    monkeypatch.setattr("vmctl.bar.SETTLED_S", 0.0)
+    monkeypatch.setattr("vmctl.bar.REDRAW_S", 0.0)
+    bar = Bar("web", rate=True)
+    bar.shown = True
+
+    bar.began_s -= 10
+    bar.show(100 * MIB, 400 * MIB)
+    bar.show(500 * MIB, 400 * MIB)
+    bar.end()
+    first, second, left = Console(master).expect("\n", DEADLINE_S).split("\r")[1:]
+    os.close(slave)
+    os.close(master)
+
+    assert first.startswith("web  25% |****")
+    assert first.endswith("|   100M  10.0M/s 00:00:30")
+    assert second.startswith(f"web 100% |{'*' * 37}")
+    assert second.endswith("00:00:00")
+    assert left == "\n"
