@@ -38,18 +38,19 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
     machine = Machine(
         VmConfig(name="bare", memory_bytes=64 << 20),
         os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC),
-        BootImages(boot, "hello", None, ""),
+        0,
         [],
         DeviceProcesses(),
         Console(master, slave, loop),
         loop,
         lambda _outcome, text: pytest.fail(text),
     )
+    machine.boot(BootImages(boot, "hello", None, ""))
 
     answering = {port for port in range(0x10000) if port in machine.bus._ports}
     assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
     assert machine.bus._mmio_ranges == ()
-    assert [function.slot for function in machine.pci.functions()] == [0]
+    assert [function.slot for function in machine.pci.functions()] == [0, 1]  # host bridge, vmmci
     for thread in machine.vcpus:
         thread.vcpu.close()
     machine.kvm.close()

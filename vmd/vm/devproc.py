@@ -173,6 +173,13 @@ class DeviceProcess:
             raise PeerError(self.title, f"EXPORT of {count} queues in {len(answer)} bytes", answer)
         return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)]
 
+    def counters(self) -> tuple[int, ...]:
+        """Return what a network interface has counted, in the order of devmsg.COUNTER_NAMES."""
+        answer = self.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
+        if len(answer) != devmsg.COUNTERS_BODY.size:
+            raise PeerError(self.title, "COUNTERS of a wrong length", answer)
+        return devmsg.COUNTERS_BODY.unpack(answer)[1:]
+
     def ask(self, packet: bytes) -> bytes:
         """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question."""
         wanted = self._kind(packet)
@@ -304,7 +311,7 @@ def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
     ]
     notes = [devmsg.RESOURCE.pack(note) for note in slot.notes]
     words = "\0".join((title, *slot.names))
-    return head + b"".join(regions) + b"".join(notes) + words.encode("utf-8", "surrogateescape")
+    return head + b"".join(regions) + b"".join(notes) + slot.net + words.encode("utf-8", "surrogateescape")
 
 
 class DeviceProcesses:

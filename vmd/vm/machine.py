@@ -244,8 +244,8 @@ class Machine:
         return all(left)
 
     def nic_counters(self) -> list[tuple[int, ...]]:
-        """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`."""
-        return []
+        """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`.  Raises PeerError."""
+        return [device.counters() for device in self.devices.running if device.kind == "net"]
 
     def _plug_devices(self) -> None:
         """Wait for the device processes, and put each into its slot."""

@@ -129,7 +129,7 @@ class VmProcess(Process):
         assert slave is not None
         assert boot is not None
         images = BootImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
-        slots = plan(message.config, message.disks, envelope.take_fds("disks"), envelope.take_fd("cdrom"))
+        slots = slots_of(message, envelope)
         try:
             self.console = Console(master, slave, self.loop)
             firmware_bytes = loader.firmware_bytes(boot, message.boot_name)
@@ -383,7 +383,7 @@ class VmProcess(Process):
         if received is None or received.machine is None or received.memory is None or self.machine is not None:
             raise PeerError(channel.label, "unexpected ResumeReceived")
         assert self.console is not None
-        slots = plan(message.config, message.disks, envelope.take_fds("disks"), envelope.take_fd("cdrom"))
+        slots = slots_of(message, envelope)
         try:
             self.machine = Machine(
                 message.config,
@@ -489,6 +489,14 @@ class Received:
         self.header = header
         self.memory: GuestMemory | None = None
         self.machine: MachineState | None = None
+
+
+def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slot]":
+    """Return the devices that a message describes; their descriptors are ours from now on."""
+    disks, cdrom, taps = envelope.take_fds("disks"), envelope.take_fd("cdrom"), envelope.take_fds("taps")
+    if len(taps) != len(message.nics) or len(disks) != sum(len(disk.images) for disk in message.disks):
+        raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps that nobody describes")
+    return plan(message.config, message.disks, disks, cdrom, message.nics, taps)
 
 
 def close_resources(slots: "Sequence[Slot]") -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmd.config.model import VmConfig
-    from vmd.ipc.messages import DiskImages, ImageLink
+    from vmd.ipc.messages import DiskImages, ImageLink, NicLink
 
 SLOT_HOST_BRIDGE = 0
 SLOT_RNG = 1
@@ -39,6 +39,7 @@ class Slot(Record):
     notes: tuple[int, ...] = ()  # devmsg.RESOURCE_* of each
     names: tuple[str, ...] = ()  # what to call each in sentences
     flags: int = 0  # devmsg.START_*
+    net: bytes = b""  # devmsg.NET, of a network interface; the last of its names is then the guest's host name
 
     @property
     def name(self) -> str:
@@ -47,10 +48,28 @@ class Slot(Record):
 
 
 def plan(
-    config: "VmConfig", disks: "Sequence[DiskImages]", disk_fds: "Sequence[int]", cdrom_fd: int | None
+    config: "VmConfig",
+    disks: "Sequence[DiskImages]" = (),
+    disk_fds: "Sequence[int]" = (),
+    cdrom_fd: int | None = None,
+    nics: "Sequence[NicLink]" = (),
+    tap_fds: "Sequence[int]" = (),
 ) -> list[Slot]:
     """Return the devices of a VM; `disk_fds` are the images of all disks, one chain after the other, top first."""
     slots = [Slot(kind="rng", index=0, number=SLOT_RNG)]
+    for index, (nic, fd) in enumerate(zip(nics, tap_fds, strict=True)):
+        slots.append(
+            Slot(
+                kind="net",
+                index=index,
+                number=SLOT_RNG + 1 + index,
+                fds=(fd,),
+                notes=(0,),
+                names=(nic.name, config.name if nic.pxe else ""),
+                flags=devmsg.START_NET,
+                net=net_fields(nic),
+            )
+        )
     number = SLOT_RNG + 1 + len(config.nics)
     fds = list(disk_fds)
     for index, disk in enumerate(disks):
@@ -83,7 +102,24 @@ def plan(
 
 def vmmci_slot(slots: "Sequence[Slot]") -> int:
     """Return the slot of the VM control device: behind all others."""
-    return max(slot.number for slot in slots) + 1
+    return max((slot.number for slot in slots), default=SLOT_HOST_BRIDGE) + 1
+
+
+def net_fields(nic: "NicLink") -> bytes:
+    """Return what the process of a network interface is told of it."""
+    flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_LOCAL * nic.local | devmsg.NET_PXE * nic.pxe
+    return devmsg.NET.pack(
+        nic.lladdr,
+        nic.host_mac,
+        flags,
+        nic.mtu,
+        nic.guest4,
+        nic.host4,
+        nic.host_ll,
+        nic.prefix6,
+        b"".join(nic.dns4[: devmsg.DNS_MAX]),
+        b"".join(nic.dns6[: devmsg.DNS_MAX]),
+    )
 
 
 def note(image: "ImageLink") -> int:
