@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
-from vmd.config.model import NAME_MAX, Config, VmConfig
+from vmd.config.model import NAME_MAX, Config, Owner, VmConfig, VmFlag
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
@@ -21,6 +21,7 @@ from vmd.ipc.loop import Timer
 from vmd.ipc.messages import (
     NO_CLIENT,
     REQUESTS,
+    VMD_PARENT_INVALID,
     Caller,
     ClientGone,
     ConsoleAttached,
@@ -79,7 +80,7 @@ from vmd.ipc.messages import (
 )
 from vmd.ipc.process import Process
 from vmd.log import log
-from vmd.parent import service, transfers
+from vmd.parent import instances, reload, service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
 from vmd.parent.media import Media
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
+NOTES_MAX = 30
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 
 # (path, what is known) -> the file as a configuration; None is the main file, read for itself
@@ -217,13 +219,17 @@ class Parent(Process):
 
     def register_config(self, config: Config) -> None:
         """Add the VMs of a configuration; names already known are left alone (*cat. 2.5*)."""
-        for vm_config in config.vms:
-            if self.vms.find(0, vm_config.name) is not None:
-                log.debug(f"{vm_config.origin}: vm {vm_config.name} skipped (already exists)")
-                continue
-            vm = self.vms.add(vm_config, from_config=True)
-            if vm_config.enabled:
-                vm.state = State.WAITING
+        for note in reload.register(self.vms, self.resolved(config)):
+            log.debug(note)
+
+    def resolved(self, config: Config) -> list[VmConfig]:
+        """Return the VMs of a configuration with what instances inherit."""
+        return list(instances.resolve(config.vms, self.template))
+
+    def template(self, name: str) -> VmConfig | None:
+        """Return the description of a VM that is known."""
+        vm = self.vms.find(0, name)
+        return vm.config if vm else None
 
     def start_batch(self) -> None:
         """Start as many waiting VMs as one round allows, and come back for the rest (*cat. 2.9*)."""
@@ -245,19 +251,28 @@ class Parent(Process):
                 vm.text = str(error)
                 log.error(f"vm {vm.name}: {error}")
 
-    def reload(self) -> None:
-        """Read the main file anew; a file that does not parse changes nothing.  Raises ConfigErrors."""
+    def reload(self) -> list[str]:
+        """Read the main file anew; a file that does not parse changes nothing.
+
+        Returns what is worth telling the operator.  Raises ConfigErrors.
+        """
         config = self.load_config(None, None)
-        for vm in list(self.vms):
-            if not vm.alive:
-                self.vms.remove(vm)
-        self.apply(config)
+        self.network.configure(config)
+        notes = reload.replace_all(self.vms, self.resolved(config))
+        self.take_effect(config)
+        for note in notes:
+            log.info(note)
+        return notes
 
     def apply(self, config: Config) -> None:
-        """Make a freshly read main configuration the one in force."""
-        self.config = config
+        """Make what a further file says part of the configuration in force."""
         self.network.configure(config)
         self.register_config(config)
+        self.take_effect(config)
+
+    def take_effect(self, config: Config) -> None:
+        """Let the global settings of a configuration count, and start what waits."""
+        self.config = config
         service.own_socket(self.options.socket_path, config.settings.socket_owner)
         self.start_batch()
 
@@ -292,7 +307,7 @@ class Parent(Process):
         try:
             self.check_startable(config)
             require_boot_device(config)
-            media = Media.open(config, None, self.prober, patience_s=vm.patience_s())
+            media = Media.open(config, vm.opener, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
                 vm.pty = Pty()
@@ -483,11 +498,14 @@ class Parent(Process):
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
         try:
-            if message.template:
-                raise OperatorError(errno.ENOTSUP, f"vm {message.name}: instances cannot be started yet")
-            if message.config is not None:
-                require_root(caller, "start a VM that vm.conf does not describe")
-                vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
+            if message.template or message.config is not None:
+                if message.template:
+                    vm = self.vms.add(self.instance(message, caller, given_boot=boot is not None), from_config=False)
+                    vm.opener = caller if caller.uid else None
+                else:
+                    require_root(caller, "start a VM that vm.conf does not describe")
+                    assert message.config is not None
+                    vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
                 try:
                     vm.keep_files(boot, initrd)
                 except HostError:
@@ -516,6 +534,21 @@ class Parent(Process):
             raise
         vm.restarts.started_by_user()
         vm.start_client = envelope.peerid
+
+    def instance(self, message: StartRequest, caller: Caller, *, given_boot: bool) -> VmConfig:
+        """Return the description of an instance that a client wants.  Raises OperatorError."""
+        template = self.template(message.template)
+        if template is None:
+            raise OperatorError(VMD_PARENT_INVALID, f"vm {message.name}: template {message.template} not found")
+        if self.vms.find(0, message.name) is not None:
+            raise OperatorError(errno.EEXIST, f"vm {message.name} already exists")
+        wanted = (message.config or VmConfig(name=message.name)).replace(name=message.name, owner=Owner(), plan_id=0)
+        if given_boot != (VmFlag.KERNEL in wanted.given):
+            raise OperatorError(errno.EINVAL, f"vm {message.name}: a boot image that nobody opened, or asked for")
+        if wanted.cmdline and not given_boot:
+            raise OperatorError(errno.EINVAL, f"vm {message.name}: a command line needs a boot image of its own (-b)")
+        config = instances.derive(template, wanted, caller)
+        return checked_request(config, bootable=given_boot or bool(config.kernel)).replace(parent=template.name)
 
     def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
         """Ask the guest to shut down, or kill the VM."""
@@ -583,8 +616,7 @@ class Parent(Process):
     def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read the main file anew."""
         require_root(caller, "reload the configuration")
-        self.reload()
-        self.answer(envelope.peerid, Ok())
+        self.answer(envelope.peerid, Ok(notes=brief_notes(self.reload())))
 
     def serve_reset(self, message: ResetRequest, caller: Caller, envelope: Envelope) -> None:
         """Terminate and forget VMs, forget switches."""
@@ -732,6 +764,12 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
     ConsoleRequest: Parent.serve_console,
     ConsoleBreak: Parent.serve_break,
 }
+
+
+def brief_notes(notes: list[str]) -> tuple[str, ...]:
+    """Return notes as far as they fit a message."""
+    shown = [brief(note) for note in notes[:NOTES_MAX]]
+    return (*shown, f"and {len(notes) - NOTES_MAX} more; see the log") if len(notes) > NOTES_MAX else tuple(shown)
 
 
 def describe(vm: Vm) -> VmInfo:

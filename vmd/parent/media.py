@@ -5,7 +5,7 @@ import errno
 import os
 import time
 
-from vmd.config.model import VmConfig
+from vmd.config.model import VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages import Caller, DiskImages, ImageLink
 from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
@@ -42,7 +42,9 @@ class Media:
                 for disk in config.disks:
                     media.disks.append(open_disk(disk, caller, prober))
                 if config.cdrom:
-                    media.cdrom = open_cdrom(config.cdrom, caller)
+                    # An instance has its template's disc, which need not be readable for whoever starts it.
+                    own = not config.parent or VmFlag.CDROM in config.given
+                    media.cdrom = open_cdrom(config.cdrom, caller if own else None)
             except OperatorError as error:
                 media.close()
                 if error.code != errno.EBUSY or time.monotonic() > deadline_s:

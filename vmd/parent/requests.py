@@ -88,7 +88,6 @@ def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
 def refuse_unsupported(config: VmConfig) -> None:
     """Raise OperatorError(ENOTSUP) if a VM needs what this version cannot do; nothing is ignored silently."""
     needs = (
-        (config.parent, f"being an instance of {config.parent}"),
         (config.sev or config.sev_es, "encrypted memory (sev)"),
     )
     for wanted, what in needs:
