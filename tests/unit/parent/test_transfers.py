@@ -411,6 +411,7 @@ def test_refused_before_it_begins(
 
 @pytest.mark.parametrize(("changes", "what"), [
     ({"memory_bytes": 1}, "memory size out of range"), ({"vcpus": 0}, "vcpus must be"),
+    ({"sev": True}, "encrypted memory"),
 ])  # fmt: skip
 def test_descriptions_that_are_no_vm(
     parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, object], what: str
