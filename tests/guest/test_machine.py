@@ -4,12 +4,11 @@ import os
 
 import pytest
 
-from tests.support.guests import guest
 from vmd.config.model import VmConfig
 from vmd.ipc.loop import Loop
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
-from vmd.vm.machine import BootImages, Machine
+from vmd.vm.machine import Machine
 
 pytestmark = [
     pytest.mark.kvm,
@@ -34,11 +33,10 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
     """
     master, slave = os.openpty()
     loop = Loop()
-    boot = os.open(guest("hello"), os.O_RDONLY)
     machine = Machine(
         VmConfig(name="bare", memory_bytes=64 << 20),
         os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC),
-        BootImages(boot, "hello", None, ""),
+        0,
         [],
         DeviceProcesses(),
         Console(master, slave, loop),
@@ -49,11 +47,11 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
     answering = {port for port in range(0x10000) if port in machine.bus._ports}
     assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
     assert machine.bus._mmio_ranges == ()
-    assert [function.slot for function in machine.pci.functions()] == [0]
+    assert [function.slot for function in machine.pci.functions()] == [0, 1]  # host bridge, vmmci
     for thread in machine.vcpus:
         thread.vcpu.close()
     machine.kvm.close()
     machine.memory.close()
     loop.close()
-    for fd in (master, slave, boot):
+    for fd in (master, slave):
         os.close(fd)

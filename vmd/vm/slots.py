@@ -83,7 +83,7 @@ def plan(
 
 def vmmci_slot(slots: "Sequence[Slot]") -> int:
     """Return the slot of the VM control device: behind all others."""
-    return max(slot.number for slot in slots) + 1
+    return max((slot.number for slot in slots), default=SLOT_HOST_BRIDGE) + 1
 
 
 def note(image: "ImageLink") -> int:
