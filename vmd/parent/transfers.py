@@ -14,7 +14,7 @@ import os
 import time
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import HostError, OperatorError, VmdError, sentence
+from vmd.errors import OperatorError, VmdError, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -213,29 +213,34 @@ def resume(parent: "Parent", vm: Vm) -> None:
         if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
             parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm))
             return
-        why = sentence(error)
-        if vm.state is State.RECEIVING:
-            vm.state = State.PAUSED
-        vm.text = brief(why)
-        log.error(f"vm {vm.name}: received, but stays paused: {why}")
-        text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"
-        for client in (receiving.client, *vm.pause_clients):
-            parent.answer_failure(client, code_of(error), text)
-        receiving.client = NO_CLIENT
-        vm.pause_clients.clear()
+        stay_paused(parent, vm, code_of(error), sentence(error))
         return
     try:
         message = ResumeReceived(
             vmid=vm.vmid, config=receiving.config, paused=receiving.paused, disks=media.describe()
         )
         fds = {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
-        parent.network.launch(vm, message, fds, lambda code, text: give_up(parent, vm, code, text))
-    except OperatorError as error:
-        give_up(parent, vm, error.code, str(error))
-    except HostError as error:
-        give_up(parent, vm, error.errno, str(error))
+        parent.network.launch(vm, message, fds, lambda code, text: stay_paused(parent, vm, code, text))
+    except FAILURES as error:
+        stay_paused(parent, vm, code_of(error), sentence(error))
     finally:
         media.close()
+
+
+def stay_paused(parent: "Parent", vm: Vm, code: int, why: str) -> None:
+    """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had."""
+    receiving = vm.receiving
+    if receiving is None:
+        return
+    if vm.state is State.RECEIVING:
+        vm.state = State.PAUSED
+    vm.text = brief(why)
+    log.error(f"vm {vm.name}: received, but stays paused: {why}")
+    text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"
+    for client in (receiving.client, *vm.pause_clients):
+        parent.answer_failure(client, code, text)
+    receiving.client = NO_CLIENT
+    vm.pause_clients.clear()
 
 
 def unpause(parent: "Parent", vm: Vm) -> bool:

@@ -5,8 +5,9 @@
     END         a section whose body is the number of those before it (u64)
 
 All numbers are little-endian.  The body of MEMORY is a guest-physical address (u64) and the bytes from there on; of
-STATE and the header the records are `vm/state.py`'s.  Memory is hashed where it lies while it is written or the next
-piece is read, so Python copies none of it.
+STATE and the header the records are `vm/state.py`'s.  Memory is hashed while it is written, or the next piece is read:
+on its way out where it lies; on its way in, in one of two buffers, for a page that is written with its file costs half
+of one that comes into being by being touched.
 
 Everything here blocks, and runs on a thread of its own, but only in `Pipe.wait`: so that whoever wants it to end is
 heard, and a peer that does nothing for IDLE_TIMEOUT_S is given up.  A StreamError completes "the stream ...".
@@ -229,6 +230,7 @@ class StreamReader:
         self.hasher = Hasher()
         self.sections = 0
         self._expected = b""  # digest of the section that is being hashed, if one is
+        self._buffers = [bytearray(), bytearray()]  # of memory: one is read into while the other one is hashed
 
     def header(self) -> bytes:
         """Return the header.  Raises StreamError."""
@@ -247,15 +249,15 @@ class StreamReader:
 
     def sections_until_end(
         self,
-        memory: "Callable[[int, int], memoryview]",
+        memory: "Callable[[int, memoryview], None]",
         state: "Callable[[bytes], None]",
         *,
         state_max: int,
     ) -> None:
         """Read up to the end.
 
-        `memory(gpa, length)` returns where a run goes, and raises ValueError if it goes nowhere; `state` takes the
-        body of a record, which has `state_max` bytes at most.  What was read is good only if this returns.
+        `memory(gpa, data)` takes a run of memory, and raises ValueError if it goes nowhere; `state` takes the body of
+        a record, which has `state_max` bytes at most.  What was read is good only if this returns.
 
         Raises StreamError.
         """
@@ -266,7 +268,7 @@ class StreamReader:
             raise StreamError(f"is not usable: section {self.sections}: {error}") from error
 
     def _section(
-        self, memory: "Callable[[int, int], memoryview]", state: "Callable[[bytes], None]", state_max: int
+        self, memory: "Callable[[int, memoryview], None]", state: "Callable[[bytes], None]", state_max: int
     ) -> bool:
         head = self.pipe.read(SECTION.size)
         kind, zero, length = SECTION.unpack(head)
@@ -275,8 +277,9 @@ class StreamReader:
         body: bytes | memoryview
         if kind == MEMORY and GPA.size < length <= GPA.size + PIECE_BYTES:
             address = self.pipe.read(GPA.size)
-            body = memory(GPA.unpack(address)[0], length - GPA.size)
+            body = self._buffer(length - GPA.size)
             self.pipe.read_into(body)
+            memory(GPA.unpack(address)[0], body)
         elif (kind == STATE and length <= state_max) or (kind == END and length == COUNT.size):
             address = b""
             body = self.pipe.read(length)
@@ -293,6 +296,14 @@ class StreamReader:
         elif kind == END and COUNT.unpack(body)[0] != self.sections:
             raise StreamError(f"has {self.sections} sections where its end says {COUNT.unpack(body)[0]}")
         return bool(kind != END)
+
+    def _buffer(self, length: int) -> memoryview:
+        """Return room that is not being hashed."""
+        self._buffers.reverse()
+        buffer = self._buffers[0]
+        if len(buffer) < length:
+            buffer = self._buffers[0] = bytearray(length)
+        return memoryview(buffer)[:length]
 
     def _check_digest(self) -> None:
         if self._expected:

@@ -6,7 +6,7 @@ Both are made, started and told of by the event thread; `done` and the other cal
 import select
 import threading
 
-from vmd.errors import GuestError, sentence
+from vmd.errors import GuestError, HostError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.imsg import pack, unpack
 from vmd.vm import state
@@ -122,6 +122,9 @@ class Receiver:
         except StreamError as error:
             text = f"the stream {error}"
             self._loop.call_from_thread(lambda: self._on_failed(text))
+        except HostError as error:
+            text = str(error)
+            self._loop.call_from_thread(lambda: self._on_failed(text))
         except BaseException:
             self._loop.call_from_thread(lambda: self._on_failed("internal error while the stream was read"))
             raise
@@ -137,25 +140,25 @@ class Receiver:
             self.total_bytes = header.touched_bytes
             self._loop.call_from_thread(lambda: self._on_header(header))
             self._proceed.wait()
-            reader.sections_until_end(self._place, self._take_state, state_max=state.bytes_max(header))
+            reader.sections_until_end(self._take_memory, self._take_state, state_max=state.bytes_max(header))
         finally:
             reader.hasher.close()
         if self._machine is None:
             raise StreamError("has no state of the machine")
         return self._machine
 
-    def _place(self, gpa: int, length: int) -> memoryview:
-        """Return where a run of memory goes: runs come in ascending order, so none comes twice."""
+    def _take_memory(self, gpa: int, data: memoryview) -> None:
+        """Take a run of memory: they come in ascending order, so none comes twice."""
         memory = self._memory
         assert memory is not None
         try:
-            offset = memory.offset(gpa, length)
+            offset = memory.offset(gpa, len(data))
         except GuestError as error:
             raise ValueError(str(error)) from None
         if offset < self._next_offset:
             raise ValueError(f"memory at {gpa:#x} comes again, or out of order")
-        self._next_offset = offset + length
-        return memory.memory[offset : offset + length]
+        self._next_offset = offset + len(data)
+        memory.fill(offset, data)
 
     def _take_state(self, body: bytes) -> None:
         if self._machine is not None:

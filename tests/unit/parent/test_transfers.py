@@ -60,6 +60,29 @@ class Peers:
             os.close(fd)
 
 
+class Network:
+    """Interfaces that can be had, unless `trouble` says otherwise: on being asked, or later."""
+
+    def __init__(self, parent: "Parent") -> None:
+        self.parent = parent
+        self.trouble: Exception | None = None
+        self.on_failed: Callable[[int, str], None] | None = None
+        self.later = False
+
+    def check(self, _vm: Vm, _config: VmConfig) -> None:
+        """Find that the addresses are free."""
+
+    def launch(
+        self, _vm: Vm, message: Record, fds: dict[str, list[int]], on_failed: Callable[[int, str], None]
+    ) -> None:
+        """Pass a message on to vmm, or keep it."""
+        if self.trouble is not None:
+            raise self.trouble
+        self.on_failed = on_failed
+        if not self.later:
+            self.parent.vmm.send(message, fds=fds)
+
+
 class Parent:
     """What transfers need of the parent."""
 
@@ -71,6 +94,7 @@ class Parent:
         self.ending = False
         self.verbosity = 0
         self.prober = None
+        self.network = Network(self)
         self.loop = self
         self.network = self
         self.later: list[Callable[[], None]] = []
@@ -99,6 +123,10 @@ class Parent:
     def answer_failure(self, client: int, code: int, text: str) -> None:
         """Note another one."""
         self.answer(client, Failed(code=code, text=text))
+
+    def stop_process(self, vm: Vm, mode: StopMode) -> None:
+        """Tell vmm."""
+        self.vmm.send(StopVm(vmid=vm.vmid, mode=mode))
 
     def known(self, vmid: int) -> Vm:
         """Return a VM."""
@@ -515,6 +543,29 @@ def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm, stream: C
     with pytest.raises(OperatorError, match="vm b still waits for its disks: disk /disk is in use"):
         transfers.serve_send(parent, SendRequest(name="b"), ROOT, envelope(given))
     os.close(given)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_interfaces_that_cannot_be_had(
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, later: bool
+) -> None:
+    """It stays paused as without its disks: nobody else may have it any more."""
+    vm = receive(parent, stream)
+    header(parent, vm)
+    parent.network.later = later
+    if not later:
+        parent.network.trouble = OperatorError(errno.EADDRINUSE, "tap7 is in use")
+    complete(parent, vm)
+    if later:
+        parent.network.on_failed(errno.EADDRINUSE, "tap7 is in use")
+
+    assert (vm.state, vm.text) == (State.PAUSED, "tap7 is in use")
+    assert last_failure(parent).code == errno.EADDRINUSE
+    assert "stays paused: tap7 is in use" in last_failure(parent).text
+    parent.network = Network(parent)
+    assert transfers.unpause(parent, vm)
+    assert isinstance(parent.vmm.sent[-1], ResumeReceived)
+    vm.drop_pty()
 
 
 def test_client_that_leaves_too_early(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:

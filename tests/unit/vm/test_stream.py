@@ -51,18 +51,18 @@ class Sink:
         self.states: list[bytes] = []
         self.header = b""
 
-    def place(self, gpa: int, length: int) -> memoryview:
-        """Return where a run goes."""
-        if gpa + length > len(self.memory):
+    def take(self, gpa: int, data: memoryview) -> None:
+        """Take a run of memory."""
+        if gpa + len(data) > len(self.memory):
             raise ValueError(f"no memory at {gpa:#x}")
-        return memoryview(self.memory)[gpa : gpa + length]
+        self.memory[gpa : gpa + len(data)] = data
 
     def read(self, pipe: Pipe) -> None:
         """Read a whole stream."""
         reader = StreamReader(pipe)
         try:
             self.header = reader.header()
-            reader.sections_until_end(self.place, self.states.append, state_max=STATE_MAX)
+            reader.sections_until_end(self.take, self.states.append, state_max=STATE_MAX)
         finally:
             reader.hasher.close()
 
@@ -310,6 +310,7 @@ def test_a_record_is_taken_only_when_its_digest_is_right() -> None:
 @pytest.mark.parametrize("raw", [
     preamble(length=0xFFFFFFFF), preamble(length=HEADER_MAX + 1),
     preamble() + section(STATE, b"", length=1 << 63), preamble() + section(MEMORY, b"", length=(1 << 64) - 1),
+    preamble() + section(MEMORY, b"", length=GPA.size + PIECE_BYTES + 1),
 ])  # fmt: skip
 def test_a_length_alone_takes_no_memory(raw: bytes) -> None:
     """Nothing is allocated for what only a stream says it has."""

@@ -1,0 +1,200 @@
+"""How long a VM stands still while it is sent to a file in memory, and how long it takes to be had again.
+
+`vmctl send -k` and `vmctl receive` against QEMU's migration of the same guest, whose machine is stopped before and
+whose bandwidth is not limited, through the same `cat`.  The guest has touched some memory, every word another one, so
+that no page is zero; what else it has was never touched, and is skipped by both sides.
+"""
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.program import VMCTL
+from bench.qemu import MICROVM, qemu
+from bench.table import Row
+from tests.support.console import Console
+from tests.support.daemon import Daemon
+
+ROUNDS = 7
+TOUCHED_MIB, TOUCHED_FEW_MIB = 1024, 64
+SPARE_MIB = 512  # memory that is never touched
+MIB = 1 << 20
+SHARED_MEMORY = Path("/dev/shm")
+BYTES_PER_S = 1 << 40  # no limit
+DEADLINE_S = 120.0
+GOAL = 1.3
+
+
+def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
+    """Measure a large and a small VM, alternating sides."""
+    with roomy(directory) as place:
+        return [row for mib in (TOUCHED_MIB, TOUCHED_FEW_MIB) for row in compare(place, guest("fill"), mib)]
+
+
+@contextlib.contextmanager
+def roomy(directory: Path) -> Iterator[Path]:
+    """Give a directory in memory, or on disk where that does not fit, which is measured then."""
+    with contextlib.ExitStack() as stack:
+        place = directory
+        if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 6 * TOUCHED_MIB * MIB:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmd-bench-", dir=SHARED_MEMORY)))
+        yield place
+
+
+def compare(place: Path, kernel: Path, mib: int) -> list[Row]:
+    """Send and receive as often as ROUNDS says, and once more before that."""
+    sent: tuple[list[float], list[float]] = ([], [])
+    received: tuple[list[float], list[float]] = ([], [])
+    ours, theirs, other = place / "vmd", place / "qemu", Qemu(place, kernel, mib)
+    memory = f"memory {mib + SPARE_MIB}M"
+    conf = f'vm "fill" {{\n disable\n {memory}\n boot "{kernel}" cmdline "mib={mib}"\n}}\n'
+    with Daemon(place, conf) as vmd, other.running() as monitor:
+        vmd.must("start", "fill")
+        with vmd.console("fill") as console:
+            console.expect("filled", DEADLINE_S)
+        for counted in (False, *[True] * ROUNDS):
+            times = (send(vmd, ours), monitor.send(theirs)), (receive(vmd, ours), other.receive(theirs))
+            if counted:
+                for (mine, others), (my_s, their_s) in zip((sent, received), times, strict=True):
+                    mine.append(my_s * 1024 / mib)
+                    others.append(their_s * 1024 / mib)
+        for path in (ours, theirs):
+            path.unlink()
+    return [
+        Row(f"send, {mib} MiB touched, to a file", "s/GiB", *sent, goal=GOAL),
+        Row(f"receive, {mib} MiB touched, from a file", "s/GiB", *received, goal=GOAL),
+    ]
+
+
+# --- ours --------------------------------------------------------------------------------------------------------
+
+
+def send(vmd: Daemon, path: Path) -> float:
+    """Return the seconds that `vmctl send -k` takes."""
+    with path.open("wb") as file:
+        return run(vmd, "send", "-k", "fill", stdout=file.fileno())
+
+
+def receive(vmd: Daemon, path: Path) -> float:
+    """Return the seconds that `vmctl receive` takes."""
+    with path.open("rb") as file:
+        took_s = run(vmd, "receive", "other", stdin=file.fileno())
+    vmd.must("stop", "-fw", "other")
+    return took_s
+
+
+def run(vmd: Daemon, *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL) -> float:
+    """Run vmctl; return the seconds it took."""
+    began_s = time.perf_counter()
+    subprocess.run(
+        [*VMCTL, "-s", vmd.socket, *arguments], stdin=stdin, stdout=stdout, stderr=subprocess.DEVNULL, check=True
+    )
+    return time.perf_counter() - began_s
+
+
+# --- QEMU's ------------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """QEMU's machine protocol (QMP)."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + DEADLINE_S
+        while True:  # QEMU makes it early, but not at once
+            try:
+                self.sock.connect(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert time.monotonic() < deadline
+        self.sock.settimeout(DEADLINE_S)
+        self.lines = self.sock.makefile("rb")
+        self.events: list[dict[str, Any]] = []
+        json.loads(self.lines.readline())  # the greeting
+        self.ask("qmp_capabilities")
+        self.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+
+    def ask(self, command: str, **arguments: object) -> None:
+        """Have a command done; raises RuntimeError if it is refused."""
+        self.sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        while "event" in (answer := json.loads(self.lines.readline())):
+            self.events.append(answer)
+        if "error" in answer:
+            raise RuntimeError(f"{command}: {answer['error']}")
+
+    def wait(self, event: str, **data: object) -> None:
+        """Wait for an event with this data."""
+        while True:
+            found = self.events.pop(0) if self.events else json.loads(self.lines.readline())
+            if found.get("event") == event and data.items() <= found.get("data", {}).items():
+                return
+
+    def send(self, path: Path) -> float:
+        """Return the seconds that a stopped machine takes to be written to a file; it goes on then."""
+        self.ask("migrate-set-parameters", **{"max-bandwidth": BYTES_PER_S})
+        self.ask("stop")
+        began_s = time.perf_counter()
+        self.ask("migrate", uri=f"exec:cat > {path}")
+        self.wait("MIGRATION", status="completed")
+        took_s = time.perf_counter() - began_s
+        deadline = time.monotonic() + DEADLINE_S
+        while True:  # it says that it is done a little before it is
+            try:
+                self.ask("cont")
+            except RuntimeError:
+                assert time.monotonic() < deadline
+            else:
+                return took_s
+
+    def close(self) -> None:
+        """Hang up."""
+        self.lines.close()
+        self.sock.close()
+
+
+class Qemu:
+    """The guest under QEMU."""
+
+    def __init__(self, place: Path, kernel: Path, mib: int) -> None:
+        self.place = place
+        self.kernel = kernel
+        self.mib = mib
+
+    @contextlib.contextmanager
+    def started(self, name: str, *options: str) -> Iterator[tuple[Monitor, Console]]:
+        """Start it, with a monitor of this name."""
+        path = self.place / name
+        path.unlink(missing_ok=True)
+        devices = ("-qmp", f"unix:{path},server=on,wait=off", *options)
+        with qemu(
+            self.kernel, f"mib={self.mib}", memory_mib=self.mib + SPARE_MIB, machine=MICROVM, devices=devices
+        ) as process:
+            assert process.stdout is not None
+            monitor = Monitor(path)
+            try:
+                yield monitor, Console(process.stdout.fileno())
+            finally:
+                monitor.close()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Monitor]:
+        """Run it until it has touched its memory."""
+        with self.started("sender") as (monitor, console):
+            console.expect("filled", DEADLINE_S)
+            yield monitor
+
+    def receive(self, path: Path) -> float:
+        """Return the seconds from the command to the guest's going on."""
+        began_s = time.perf_counter()
+        with self.started("receiver", "-incoming", "defer") as (monitor, _):
+            monitor.ask("migrate-incoming", uri=f"exec:cat {path}")
+            monitor.wait("MIGRATION", status="completed")
+            monitor.ask("cont")
+            return time.perf_counter() - began_s
