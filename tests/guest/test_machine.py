@@ -48,6 +48,8 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
     assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
     assert machine.bus._mmio_ranges == ()
     assert [function.slot for function in machine.pci.functions()] == [0, 1]  # host bridge, vmmci
+    for thread in machine.vcpus:
+        thread.vcpu.close()
     machine.kvm.close()
     machine.memory.close()
     loop.close()

@@ -96,21 +96,7 @@ class Parent:
         self.prober = None
         self.network = Network(self)
         self.loop = self
-        self.network = self
         self.later: list[Callable[[], None]] = []
-
-    def check(self, _vm: Vm, _config: VmConfig) -> None:
-        """Be the network, which has room for every VM."""
-
-    def launch(
-        self, _vm: Vm, message: Record, fds: dict[str, list[int]], _on_failed: Callable[[int, str], None]
-    ) -> None:
-        """Need no interfaces."""
-        self.vmm.send(message, fds=fds)
-
-    def stop_process(self, vm: Vm, mode: StopMode) -> None:
-        """As the real one, of a VM that waits for nothing."""
-        self.vmm.send(StopVm(vmid=vm.vmid, mode=mode))
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
         """Be the loop."""
