@@ -1,6 +1,7 @@
 """Which tests run on this host, where, and what is said about those that do not."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Decide where the tests marked `l1` run: here if KVM is the hardware's, else in the emulated machine."""
     config.stash[REAL] = frozenset()
     config.stash[NOT_RUN] = {}
+    # A run in the background may have been told to ignore them, which the programs under test would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     inside = config.getoption("--inside-l1")
     if inside:
         config.pluginmanager.register(InsideL1(config, inside))
