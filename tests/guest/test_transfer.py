@@ -396,6 +396,22 @@ def test_a_disk_that_somebody_has(demo: Daemon, tmp_path: Path) -> None:
     before.check(demo)
 
 
+def test_the_careful_way(busy: Daemon) -> None:
+    """As the manual has it: the sender's side lets go only when the receiver's has everything."""
+    before = works(busy, "a")
+    busy.must("pause", "a")
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    sender, receiver = vmctl(busy, "send", "-k", "a", stdout=writing), vmctl(busy, "receive", "-p", "c", stdin=reading)
+    os.close(reading)
+    os.close(writing)
+    assert ended(sender)[0] == 0
+    assert "vm c was received and stays paused" in ended(receiver)[1]
+    assert busy.status("a")["state"] == "paused"
+    busy.must("stop", "-fw", "a")
+    busy.must("unpause", "c")
+    assert works(busy, "c").rounds > before.rounds
+
+
 def test_names_that_are_taken(demo: Daemon, tmp_path: Path) -> None:
     """By a VM that lives; nothing is read then."""
     to_file(demo, "a", tmp_path / "stream", "-k")

@@ -1040,6 +1040,25 @@ def test_pause_stands_still_and_resume_goes_on(nic: Nic) -> None:
     assert nic.driver.receive().frame == any_frame(60, 4)
 
 
+def test_rings_that_come_during_a_pause_wait_for_its_end(nic: Nic) -> None:
+    """As those of a machine that was received: both threads stand until it goes on."""
+    nic.driver.post(8)
+    nic.device.command(devmsg.PAUSE)
+    rows = [ring.row() for ring in (nic.driver.rx, nic.driver.tx)]
+    assert nic.device.activate_rows(ALL, *rows) == 0
+    nic.driver.submit(any_frame(60, 3))
+    nic.device.kick(TX)
+    nic.device.kick(RX)
+    nic.host.send(any_frame(60, 4))
+    assert asleep(nic.device)
+    assert (nic.driver.rx.device_idx, nic.driver.tx.device_idx) == (0, 0)
+
+    nic.device.command(devmsg.RESUME)
+    assert nic.host.receive() == any_frame(60, 3)
+    assert nic.driver.receive().frame == any_frame(60, 4)
+    assert nic.works()
+
+
 def test_exported_rings_go_on_in_another_life(nic: Nic) -> None:
     """Export, reset, activate with the exported indices: the chains that were looked at are there again."""
     nic.driver.post(8)

@@ -92,6 +92,23 @@ def test_flood_is_slowed_down_44(rng: Rng) -> None:
     assert rng.works()
 
 
+def test_rings_that_come_during_a_pause_wait_for_its_end(rng: Rng) -> None:
+    """As those of a machine that was received: the process touches nothing before the machine goes on."""
+    ring = Ring(rng.memory, SIZE)
+    ring.add([Desc(DATA, 64, WRITE)])
+    rng.device.command(devmsg.RESET)
+    rng.device.command(devmsg.PAUSE)
+
+    assert rng.device.activate_rows(MODERN, ring.row()) == 0
+    rng.device.kick()
+    assert rng.device.export() == [(0, 0)]
+    assert ring.device_idx == 0
+
+    rng.device.command(devmsg.RESUME)
+    assert rng.device.collect(ring, 1) == [(0, 64)]
+    assert rng.works()
+
+
 @pytest.mark.parametrize(
     "parts",
     [

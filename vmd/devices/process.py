@@ -340,6 +340,7 @@ class Process:
         """The driver resets the device."""
         exact(devmsg.TYPE, packet)
         self.forget()
+        self.paused = False
         return devmsg.STATUS.pack(devmsg.RESET, 0)
 
     def on_pause(self, packet: bytes) -> bytes:

@@ -100,6 +100,11 @@ def plan(
     return slots
 
 
+def kinds(config: "VmConfig") -> list[str]:
+    """Return what kinds of device `plan` makes of a configuration, in its order, without having opened anything."""
+    return ["rng", *["blk"] * len(config.disks), *["scsi"] * bool(config.cdrom)]
+
+
 def vmmci_slot(slots: "Sequence[Slot]") -> int:
     """Return the slot of the VM control device: behind all others."""
     return max((slot.number for slot in slots), default=SLOT_HOST_BRIDGE) + 1

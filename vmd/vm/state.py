@@ -11,6 +11,7 @@ from vmd.config.model import VmConfig
 from vmd.kvmapi import abi
 from vmd.record import Record
 from vmd.vm.pause import MSR_TSC, MSR_TSC_DEADLINE, Clocks
+from vmd.vm.slots import kinds
 from vmd.vm.virtio import VirtioState
 
 TYPE_CHECKING = False
@@ -205,11 +206,9 @@ def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
 
 def check_devices(theirs: Header) -> None:
     """Raise ValueError unless the devices are those that such a configuration has."""
-    config = theirs.config
-    wanted = ["rng", *["net"] * len(config.nics), *["blk"] * len(config.disks), *["scsi"] * bool(config.cdrom)]
-    kinds = [device.kind for device in theirs.devices]
-    if kinds != wanted:
-        raise ValueError(f"{len(kinds)} devices, which are not the {len(wanted)} that it is configured with")
+    found, wanted = [device.kind for device in theirs.devices], kinds(theirs.config)
+    if found != wanted:
+        raise ValueError(f"{len(found)} devices, which are not the {len(wanted)} that it is configured with")
 
 
 def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:

@@ -5,21 +5,23 @@ import pytest
 from vmd.config.model import BootDevice, DiskConfig, NicConfig, VmConfig
 from vmd.ipc import devmsg
 from vmd.ipc.messages import DiskImages, ImageLink
-from vmd.vm.slots import Slot, boot_paths, plan
+from vmd.vm.slots import Slot, boot_paths, kinds, plan
 
 DISK1, DISK2, DISC = "/pci@i0cf8/*@3", "/pci@i0cf8/*@4", "/pci@i0cf8/*@5/*@0/*@0,0"
 
 
+CONFIG = VmConfig(
+    name="a", nics=(NicConfig(),), disks=(DiskConfig(path="/a"), DiskConfig(path="/c")), cdrom="/disc.iso"
+)
+
+
 def slots() -> list[Slot]:
     """Return the devices of a VM with an interface, two disks, the first with a backing file, and a disc."""
-    config = VmConfig(
-        name="a", nics=(NicConfig(),), disks=(DiskConfig(path="/a"), DiskConfig(path="/c")), cdrom="/disc.iso"
-    )
     images = (
         DiskImages(images=(ImageLink(path="/a", format="qcow2"), ImageLink(path="/b", format="raw", guessed=True))),
         DiskImages(images=(ImageLink(path="/c", format="raw"),), read_only=True),
     )
-    return plan(config, images, [10, 11, 12], 13)
+    return plan(CONFIG, images, [10, 11, 12], 13)
 
 
 def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
@@ -32,6 +34,11 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     assert by_name["vioblk0"].notes == (devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED)
     assert (by_name["vioblk1"].fds, by_name["vioblk1"].flags) == ((12,), devmsg.START_READ_ONLY)
     assert (by_name["vioscsi0"].fds, by_name["vioscsi0"].names) == ((13,), ("/disc.iso",))
+
+
+def test_devices_can_be_told_from_the_configuration_alone() -> None:
+    """As whoever receives a VM has to, before its disks can be opened."""
+    assert kinds(CONFIG) == [slot.kind for slot in slots()]
 
 
 @pytest.mark.parametrize(
