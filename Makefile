@@ -12,16 +12,18 @@ UNITS   = $(PREFIX)/lib/systemd/system
 USERS   = $(PREFIX)/lib/sysusers.d
 
 PYTHON  = .venv/bin/python
+SECONDS = 30
 # Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
-.PHONY: help run test test-deep bench install uninstall clean need-root
+.PHONY: help run test test-deep bench fuzz install uninstall clean need-root
 
 help:
 	@echo 'make run         start the daemon with one VM and attach to its console'
 	@echo 'make test        all tests but the long ones (as root)'
 	@echo 'make test-deep   all tests'
 	@echo 'make bench       compare with QEMU; prints one table'
+	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
 	@echo 'make clean       remove what the rules above left in this checkout'
 
@@ -37,6 +39,10 @@ test: need-root
 test-deep: need-root
 	@tools/setup packages test venv user
 	@$(PYTHON) -m pytest --deep
+
+fuzz: need-root
+	@tools/setup packages test venv user fuzzer
+	@$(PYTHON) -m fuzz $(SECONDS)
 
 bench: need-root
 	@tools/setup packages test venv user

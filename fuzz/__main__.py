@@ -1,0 +1,63 @@
+"""`make fuzz`: coverage-guided fuzzing of every parser of untrusted bytes, bounded in time.
+
+    python -m fuzz [seconds [target ...]]
+
+Each target runs in a process of its own.  An input that fails stays in build/fuzz/TARGET; it belongs into a unit test.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_S = 30
+INPUT_MAX = 1 << 16
+MEMORY_MIB = 1024
+
+
+def main(arguments: list[str]) -> int:
+    """Run the targets one after the other; return how many failed."""
+    from fuzz.seeds import seeds
+    from fuzz.targets import TARGETS
+
+    seconds = int(arguments[0]) if arguments else DEFAULT_S
+    failed = []
+    for name in arguments[1:] or TARGETS:
+        if name not in TARGETS:
+            print(f"fuzz: no target is called {name}; there are {', '.join(TARGETS)}", file=sys.stderr)
+            return 2
+        folder = ROOT / "build" / "fuzz" / name
+        (folder / "corpus").mkdir(parents=True, exist_ok=True)
+        for number, seed in enumerate(seeds(name)):
+            (folder / "corpus" / f"seed{number}").write_bytes(seed)
+        command = [
+            sys.executable, "-m", "fuzz", "--one", name, f"-max_total_time={seconds}", f"-max_len={INPUT_MAX}",
+            f"-rss_limit_mb={MEMORY_MIB}", "-timeout=20", "-print_final_stats=1", f"-artifact_prefix={folder}/",
+            str(folder / "corpus"),
+        ]  # fmt: skip
+        print(f"fuzz: {name}, {seconds} s", flush=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+        (folder / "log").write_text(done.stdout + done.stderr)
+        if done.returncode:
+            failed.append(name)
+            print(done.stdout[-2000:] + done.stderr[-4000:])
+        else:
+            print("      " + ", ".join(line for line in done.stderr.splitlines() if line.startswith("stat::number")))
+    print(f"fuzz: {len(failed)} of the targets failed{': ' + ', '.join(failed) if failed else ''}")
+    return len(failed)
+
+
+def one(name: str, options: list[str]) -> None:
+    """Fuzz one target in this process; does not return."""
+    import atheris
+
+    with atheris.instrument_imports(include=["vmd"]):
+        from fuzz.targets import TARGETS
+    atheris.Setup([sys.argv[0], *options], TARGETS[name])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2], sys.argv[3:])
+    sys.exit(main(sys.argv[1:]))

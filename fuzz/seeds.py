@@ -1,0 +1,63 @@
+"""Valid inputs to start from, by target: what no mutation would find by chance, such as a magic number or a digest."""
+
+import os
+import select
+import struct
+from pathlib import Path
+
+from tests.support.packets import DISCOVER, dhcp
+from vmd.images.create import write_empty
+from vmd.ipc import imsg
+from vmd.ipc.messages import ListRequest, Ok, PauseVm, StopRequest
+from vmd.vm.stream import Pipe, StreamWriter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def made(write: "Callable[[int], object]") -> bytes:
+    """Return what a function writes to a descriptor."""
+    fd = os.memfd_create("seed", os.MFD_CLOEXEC)
+    try:
+        write(fd)
+        return os.pread(fd, 1 << 20, 0)
+    finally:
+        os.close(fd)
+
+
+def empty_stream(fd: int) -> None:
+    """Write a stream of some memory and no machine."""
+    writer = StreamWriter(Pipe(os.dup(fd), select.POLLOUT))
+    writer.header(b"\x90")
+    writer.memory(0, memoryview(b"memory" * 100))
+    writer.state(b"\x90")
+    writer.end()
+    writer.hasher.close()
+    writer.pipe.close()
+
+
+def seeds(target: str) -> list[bytes]:
+    """Return the inputs of a target."""
+    match target:
+        case "config":
+            return [(ROOT / "vm.conf.example").read_bytes(), b'vm "a" {\n disk "/dev/null"\n}\n']
+        case "message":
+            messages = (ListRequest(), StopRequest(name="a", force=True), Ok(notes=("note",)))
+            return [imsg.encode(message)[0] for message in (*messages, PauseVm(vmid=1, paused=True))]
+        case "qcow2":
+            return [made(lambda fd: write_empty(fd, "seed", "qcow2", 1 << 20))]
+        case "boot-image":
+            return [b"\x7fELF\2\1\1" + bytes(57), bytes(0x1F1) + b"\4" + bytes(0x10) + b"HdrS\x0f\2" + bytes(512)]
+        case "dhcp":
+            return [dhcp(DISCOVER)]
+        case "ring":
+            table = struct.pack("<QIHH", 0x4000, 16, 1, 1) + struct.pack("<QIHH", 0x5000, 512, 3, 2)
+            return [table + struct.pack("<QIHH", 0x6000, 1, 2, 0) + bytes(80 + 16) + bytes(64)]
+        case "scsi":
+            return [bytes((code,)) + bytes(15) for code in (0x12, 0x25, 0x28, 0x43, 0x1A, 0x5A, 0x46, 0x4A)]
+        case "stream":
+            return [made(empty_stream)]
+    return []

@@ -1,0 +1,196 @@
+"""Parsers of untrusted bytes, each with what it may raise: a function that takes an input and returns, or fails.
+
+Unit tests hold these parsers against prefixes, bit flips and random bytes; here coverage leads the way.
+"""
+
+import os
+import select
+import struct
+
+from vmd.config import check
+from vmd.devices.vioblk.request import Limits, parse
+from vmd.devices.vionet import dhcp, ra
+from vmd.devices.vionet.interface import Interface
+from vmd.devices.vioscsi.scsi import Drive
+from vmd.errors import GuestError, ImageError, PeerError
+from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.images.chain import Link, open_chain
+from vmd.images.header import parse_header
+from vmd.ipc import imsg, probemsg
+from vmd.virtio.queue import Queue
+from vmd.vm import state
+from vmd.vm.boot import loader
+from vmd.vm.stream import Pipe, StreamError, StreamReader
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIB = 1 << 20
+RING_SIZE = 8
+DESC, AVAIL, USED, DATA = 0x1000, 0x2000, 0x3000, 0x4000
+NIC = Interface(
+    lladdr=bytes.fromhex("fee1bbd10001"),
+    host_lladdr=bytes.fromhex("fe0000000001"),
+    local=True,
+    guest4=bytes((100, 64, 1, 3)),
+    host4=bytes((100, 64, 1, 2)),
+)
+
+
+def said(error: Exception) -> None:
+    """Check that a refusal has a sentence."""
+    if not str(error):
+        raise RuntimeError(f"{type(error).__name__} without a sentence")
+
+
+def file_of(data: bytes) -> int:
+    """Return a file with these bytes; the caller's to close."""
+    fd = os.memfd_create("input", os.MFD_CLOEXEC)
+    os.write(fd, data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def config(data: bytes) -> None:
+    """Read a vm.conf."""
+    fd = file_of(data)
+    try:
+        check.load(f"/proc/self/fd/{fd}", explicit=True, warn=lambda _text: None)
+    except check.ConfigErrors as errors:
+        said(errors)
+    finally:
+        os.close(fd)
+
+
+def message(data: bytes) -> None:
+    """Decode a message between processes."""
+    try:
+        imsg.decode(data, [], "peer")
+    except PeerError as error:
+        said(error)
+
+
+def probe_answer(data: bytes) -> None:
+    """Decode what imgprobe says."""
+    try:
+        probemsg.unpack(data)
+    except ValueError as error:
+        said(error)
+
+
+def qcow2(data: bytes) -> None:
+    """Open an image, read and write it."""
+    fd = file_of(data)
+    try:
+        parse_header(fd, "image")
+        image = open_chain([Link(fd=os.dup(fd), path="image", format="qcow2")], writable=True)
+    except ImageError:
+        os.close(fd)
+        return
+    buffer = memoryview(bytearray(4096))
+    try:
+        for offset in (0, image.size // 2 & ~511, max(0, image.size - 4096) & ~511):
+            if offset + len(buffer) <= image.size:
+                for call in (image.preadv, image.pwritev):
+                    try:
+                        call(offset, [buffer])
+                    except OSError as error:
+                        said(error)
+    finally:
+        image.close()
+        os.close(fd)
+
+
+def boot_image(data: bytes) -> None:
+    """Load a kernel or firmware."""
+    fd = file_of(data)
+    memory = GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")])
+    try:
+        if not loader.firmware_bytes(fd, "kernel"):
+            loader.load(memory, fd, "kernel", memory_bytes=16 * MIB)
+    except ImageError as error:
+        said(error)
+    finally:
+        memory.close()
+        os.close(fd)
+
+
+def dhcp_packet(data: bytes) -> None:
+    """Answer what a guest sends."""
+    reply = dhcp.answer(data, NIC)
+    assert reply is None or len(reply.frame) <= 1514
+
+
+def solicitation(data: bytes) -> None:
+    """Recognise a router solicitation."""
+    ra.is_solicitation(data, NIC)
+
+
+def ring(data: bytes) -> None:
+    """Walk the chains of a ring and parse them as requests to a disk."""
+    memory = GuestMemory.create([RegionSpec(gpa=0, size=MIB, name="ram")])
+    try:
+        table = data[: 16 * RING_SIZE]
+        memory.load(DESC, table)
+        memory.load(AVAIL, struct.pack("<HH", 0, RING_SIZE))
+        memory.load(AVAIL + 4, data[16 * RING_SIZE : 16 * RING_SIZE + 2 * RING_SIZE])
+        memory.load(DATA, data[18 * RING_SIZE : 18 * RING_SIZE + 4096])
+        queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
+        try:
+            while (chain := queue.take()) is not None:
+                parse(chain, memory, Limits(MIB, writable=True, discard=True))
+                queue.put(chain.head, 0)
+        except GuestError as error:
+            said(error)
+        queue.publish()
+        queue.used_ring.release()
+        queue._used_idx.release()
+        queue._avail_event.release()
+    finally:
+        memory.close()
+
+
+def command_block(data: bytes) -> None:
+    """Carry out a SCSI command."""
+    reply = Drive(700 * MIB).execute(data[:255])
+    assert len(reply.data) <= 1 << 16
+
+
+def stream(data: bytes) -> None:
+    """Receive a machine."""
+    fd = file_of(data)
+    pipe = Pipe(fd, select.POLLIN)
+    reader = StreamReader(pipe)
+    room = bytearray(MIB)
+
+    def place(gpa: int, length: int) -> memoryview:
+        if gpa + length > len(room):
+            raise ValueError("no memory there")
+        return memoryview(room)[gpa : gpa + length]
+
+    def take(body: bytes) -> None:
+        imsg.unpack(state.MachineState, body)
+
+    try:
+        imsg.unpack(state.Header, reader.header())
+        reader.sections_until_end(place, take)
+    except (StreamError, ValueError) as error:
+        said(error)
+    finally:
+        reader.hasher.close()
+        os.close(fd)
+
+
+TARGETS: "dict[str, Callable[[bytes], None]]" = {
+    "config": config,
+    "message": message,
+    "probe-answer": probe_answer,
+    "qcow2": qcow2,
+    "boot-image": boot_image,
+    "dhcp": dhcp_packet,
+    "solicitation": solicitation,
+    "ring": ring,
+    "scsi": command_block,
+    "stream": stream,
+}
