@@ -422,8 +422,9 @@ def test_descriptors_do_not_pass_on_to_grandchildren(cell: Cell) -> None:
         )  # fmt: skip
         theirs.close()
         os.close(writer)
-        assert ours.recv(100) == b"VMM confined\n"
-        assert ours.recv(100) == b"spawn_orphan done None\n"
+        with ours.makefile("rb") as said:
+            assert said.readline() == b"VMM confined\n"
+            assert said.readline() == b"spawn_orphan done None\n"
         assert os.read(reader, 1) == b"!"
         children = Path(f"/proc/{vmm.pid}/task/{vmm.pid}/children").read_text().split()
         found = {pid: open_descriptors(int(pid)) for pid in children}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB, qemu
 from tests.support.imgprobes import GOOD
 from vmd.config.model import DiskConfig
@@ -90,13 +91,13 @@ def test_chain_is_opened_with_real_processes(prober: ImageProber, tmp_path: Path
     (tmp_path / "0").write_bytes(bytes(MIB))
     for level in range(1, 4):
         create(str(tmp_path / f"{level}"), "qcow2", MIB, f"{level - 1}", "qcow2" if level > 1 else "raw")
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
 
     disk = open_disk(DiskConfig(path=f"{tmp_path}/3", format="qcow2"), None, prober)
 
     assert [Path(link.path).name for link in disk.links] == ["3", "2", "1", "0"]
     disk.close()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def blocked(child: Child) -> dict[str, str]:
@@ -161,11 +162,11 @@ def test_imgprobe_that_fails_57(tmp_path: Path, function: str, words: str) -> No
     """Hostile input 57: whatever became of it, the disk is refused, and nothing of it is left."""
     (tmp_path / "image").write_bytes(bytes(MIB))
     prober = bad(function)
-    before, others = sorted(os.listdir("/proc/self/fd")), children()
+    before, others = open_descriptors(), children()
 
     assert refusal(prober, tmp_path / "image").startswith(f"disk {tmp_path}/image: {words}")
 
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     assert children() <= others
 
 

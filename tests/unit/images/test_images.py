@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.support.images import KIB, MIB, Scribbler, opened, opened_qcow2, pieces, read, write
 from vmd.errors import HostError, ImageError, OperatorError
 from vmd.images import hostfile, qcow2
@@ -264,7 +265,7 @@ def test_discard_uncovers_no_backing_file(tmp_path: Path) -> None:
 def test_chain_that_does_not_fit_is_refused_52(tmp_path: Path, disk: Path) -> None:
     """Too long, too short, below a raw image, or of a guessed image; the files are closed again."""
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
 
     for paths, formats, words in (
         ((tmp_path / "top", disk, disk, disk, disk), ("qcow2",) * 5, "longer than 4 images"),
@@ -278,7 +279,7 @@ def test_chain_that_does_not_fit_is_refused_52(tmp_path: Path, disk: Path) -> No
     with pytest.raises(ImageError, match="say so yourself with `format qcow2`"):
         opened(tmp_path / "top", disk, guessed=True)
 
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 def test_chain_by_path_is_followed_with_care_52(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB
 from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError
@@ -79,10 +80,10 @@ def folder(tmp_path: Path) -> Path:
 
 def refusal(path: Path | str, image_format: str = "", caller: Caller | None = None) -> OperatorError:
     """Return why a disk is refused, having seen that no descriptor is left."""
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(OperatorError) as refused:
         open_disk(DiskConfig(path=str(path), format=image_format), caller, InProcess())
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     return refused.value
 
 

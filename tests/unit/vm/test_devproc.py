@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd.errors import OperatorError, PeerError
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
@@ -348,7 +349,7 @@ def test_device_that_never_stops_talking_57(impostor: Impostor, ears: Ears) -> N
 
 def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
     """Hostile input 57: nobody asked for any, so none arrives."""
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     for _ in range(20):
         socket.send_fds(impostor.sync, [DONE], [0, 1, 2])
         assert running.command(devmsg.RESET)
@@ -357,7 +358,7 @@ def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: D
     ears.listen()
 
     assert len(ears.resets) == 20
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(open_descriptors()) == len(before)
 
 
 def test_device_that_does_not_listen_57(impostor: Impostor, running: DeviceProcess) -> None:

@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.unit.vm.boot.samples import MIB, FakeMemory, bzimage, load, memfd, openbsd, pvh, seabios
 from vmd.errors import HostError, ImageError
 from vmd.vm.boot import loader
@@ -167,14 +168,14 @@ def test_only_kernels_may_be_compressed(inner: bytes) -> None:
 
 def test_memfd_of_a_refused_kernel_is_closed() -> None:
     """A VM that fails to start leaves no descriptor behind."""
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
 
     with pytest.raises(ImageError):
         load(FakeMemory(), gzip.compress(bzimage()[:0x700]))
     with pytest.raises(ImageError):
         load(FakeMemory(), gzip.compress(bzimage())[:-4])
 
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 def test_firmware_bytes_tells_the_region_to_make() -> None:
