@@ -162,19 +162,17 @@ def stream(data: bytes) -> None:
     fd = file_of(data)
     pipe = Pipe(fd, select.POLLIN)
     reader = StreamReader(pipe)
-    room = bytearray(MIB)
 
-    def place(gpa: int, length: int) -> memoryview:
-        if gpa + length > len(room):
+    def place(gpa: int, data: memoryview) -> None:
+        if gpa + len(data) > MIB:
             raise ValueError("no memory there")
-        return memoryview(room)[gpa : gpa + length]
 
     def take(body: bytes) -> None:
         imsg.unpack(state.MachineState, body)
 
     try:
         imsg.unpack(state.Header, reader.header())
-        reader.sections_until_end(place, take)
+        reader.sections_until_end(place, take, state_max=MIB)
     except (StreamError, ValueError) as error:
         said(error)
     finally:
