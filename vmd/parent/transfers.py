@@ -303,5 +303,6 @@ def on_exited(parent: "Parent", vm: Vm, code: int, text: str) -> None:
         vm.sent = None
     for transfer in (vm.sending, vm.receiving):
         if transfer is not None:
-            parent.answer_failure(transfer.client, code, f"vm {vm.name}: {text}")
+            name = f"vm {vm.name}: "  # which some sentences have already
+            parent.answer_failure(transfer.client, code, name + text.removeprefix(name))
     vm.sending = vm.receiving = None
