@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,9 +24,11 @@ DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
 class Daemon:
     """A running `vmd -d`; a context manager that ends it and checks that it leaves nothing behind."""
 
-    def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT) -> None:
+    def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT, prefix: Sequence[str] = ()) -> None:
+        """`prefix` is a program that runs another one, in whose surroundings the daemon is to be."""
         self.directory = directory
         self.code = code
+        self.prefix = prefix
         self.conf = directory / "vm.conf"
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"
@@ -57,7 +59,7 @@ class Daemon:
             notify.settimeout(0.2)
             with self.log_path.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
+                    [*self.prefix, sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
                     cwd=self.code, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
                 )  # fmt: skip
