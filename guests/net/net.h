@@ -170,6 +170,9 @@ void test_traffic(const char *name, const struct way *way);
 bool send(unsigned op, uint32_t number, uint32_t argument, uint32_t length);
 /* Wait for a frame of our own type, and copy it; NULL if none comes, or another one. */
 const uint8_t *next_frame(unsigned op, uint32_t *length);
+/* Take what was on its way when the interface was reset, for the wire has no resets, and have the peer count anew;
+ * false if it does not answer. */
+bool settle(void);
 /* One frame there and back; false if it does not come back as it went. */
 bool echo(uint32_t number, uint32_t length);
 /* How long the peer makes the frames that it is asked for. */

@@ -26,17 +26,18 @@ LLADDR = "fe:e1:ba:00:00:09"
 def conf(*lines: str, cmdline: str = "", interface: str = "") -> str:
     """Return a vm block with an interface."""
     boot = f'boot "{guest("net")}" cmdline "{cmdline}"'
-    nic = f"interface {{ lladdr {LLADDR} {interface} }}"
+    nic = f"interface {interface} {{ lladdr {LLADDR} }}"
     return 'vm "net" {\n' + "\n".join(("disable", "memory 64M", boot, nic, *lines)) + "\n}\n"
 
 
 class Guest:
     """The running guest, which has its peer."""
 
-    def __init__(self, vmd: NetDaemon, console: Terminal, tap: Interface) -> None:
+    def __init__(self, vmd: NetDaemon, console: Terminal, tap: Interface, peer: Peer) -> None:
         self.vmd = vmd
         self.console = console
         self.tap = tap
+        self.peer = peer
         console.expect("ready", DEADLINE_S)
 
     def tell(self, line: str) -> str:
@@ -51,17 +52,17 @@ class Guest:
 
 
 @contextlib.contextmanager
-def running(directory: Path, text: str) -> Iterator[Guest]:
-    """Run the guest in a network where nothing else speaks, with the peer on its first interface's tap."""
+def running(directory: Path, text: str, *, number: int = 0) -> Iterator[Guest]:
+    """Run the guest in a network where nothing else speaks, with the peer on the tap of one of its interfaces."""
     with Network() as network, contextlib.ExitStack() as stack:
         for scope in ("all", "default"):
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
         vmd = stack.enter_context(NetDaemon(directory, network, text))
         vmd.must("log", "verbose")
         vmd.must("start", "net")
-        tap = Interface(network, vmd.interfaces("net")[0]["tap"])
-        with Peer(tap), vmd.console("net") as console:
-            yield Guest(vmd, console, tap)
+        tap = Interface(network, vmd.interfaces("net")[number]["tap"])
+        with Peer(tap) as peer, vmd.console("net") as console:
+            yield Guest(vmd, console, tap, peer)
 
 
 def check(report: str, *interfaces: str) -> None:
@@ -86,3 +87,49 @@ def test_frames(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, .
     with running(tmp_path, conf(*lines)) as net:
         check(net.tell("test"), *interfaces)
         net.switch_off()
+
+
+@pytest.mark.parametrize("how", ["", "intx", "legacy", "legacy intx"])
+def test_the_link_goes_and_comes_back(tmp_path: Path, how: str) -> None:
+    """The guest has a configuration interrupt for each change of the host's interface, and frames pass again."""
+    with running(tmp_path, conf()) as net:
+        net.console.answer(f"link {how}", "link up, and works", DEADLINE_S)
+        for _ in range(2):
+            net.tap.set("down")
+            net.console.expect("link down", DEADLINE_S)
+            net.tap.set("up")
+            net.console.expect("link up, and works", DEADLINE_S)
+        net.console.expect("ready", DEADLINE_S)
+        net.switch_off()
+
+
+def test_the_second_interface_is_another(tmp_path: Path) -> None:
+    """A guest that works on its second interface has that one's address, and that one's frames."""
+    slot = 3  # behind the random numbers' and the first interface's
+    text = conf("interface lladdr fe:e1:ba:00:00:0a", cmdline=f"slot={slot}", interface="tap5")
+    with running(tmp_path, text, number=1) as net:
+        assert net.tap.name == "tap0"
+        assert "frames are through" in net.tell("frames count=100")
+        assert net.peer.guest == bytes.fromhex("fee1ba00000a")
+        net.switch_off()
+
+
+def exits_of_frames(directory: Path, count: int) -> int:
+    """Return how often a vCPU came back to the VM process while its guest sent and got so many frames, asleep."""
+    directory.mkdir()
+    with running(directory, conf()) as net:
+        assert "frames are through" in net.tell(f"frames count={count:05}")
+        net.switch_off()
+        found = re.search(r"vm/net: vcpu 0: (\d+) exits", net.vmd.log)
+        assert found is not None
+        return int(found[1])
+
+
+def test_frames_do_not_enter_the_vm_process(tmp_path: Path) -> None:
+    """Notifications and MSI-X interrupts are between the guest, KVM and the device process (DESIGN 5).
+
+    The guest does the same but for the number of frames, and so would exit more often if frames took exits.
+    """
+    few, many = exits_of_frames(tmp_path / "few", 500), exits_of_frames(tmp_path / "many", 4500)
+
+    assert many == few
