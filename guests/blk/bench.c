@@ -9,7 +9,6 @@
 
 #include "blk.h"
 
-#define LINE_MAX 128
 #define DEPTH_MAX 64
 #define BYTES_MAX (1 * MIB)
 #define READS_DEPTH 8
@@ -19,25 +18,6 @@ struct load {
     bool write, random, asleep;
     uint32_t bytes, depth, count, piece;
 };
-
-static char input[LINE_MAX];
-static volatile uint32_t input_length, lines;
-
-static void on_receive(void)
-{
-    inb(UART_IIR);
-    while (inb(UART_LSR) & LSR_READY) {
-        char c = (char)inb(UART_DATA);
-
-        if (c != '\r' && c != '\n') {
-            if (input_length < LINE_MAX - 1)
-                input[input_length++] = c;
-        } else if (input_length) {
-            input[input_length] = '\0';
-            lines++;
-        }
-    }
-}
 
 static uint64_t place(const struct load *load, uint64_t number)
 {
@@ -95,32 +75,6 @@ static bool start(bool asleep)
         .legacy = !has_interface(false), .indirect = true, .event_index = true, .interrupts = asleep ? MSIX : POLLED});
 }
 
-static bool word_is(const char *text, const char *word)
-{
-    size_t length = strlen(word);
-
-    return memcmp(text, word, length) == 0 && (text[length] == ' ' || text[length] == '\0');
-}
-
-/* The number behind NAME= in a line, or `otherwise`. */
-static uint32_t number_in(const char *line, const char *name, uint32_t otherwise)
-{
-    size_t length = strlen(name);
-
-    for (; *line; line++)
-        if (line[0] == ' ' && memcmp(line + 1, name, length) == 0 && line[1 + length] == '=')
-            return parse_number(line + length + 2, otherwise);
-    return otherwise;
-}
-
-static bool has_word(const char *line, const char *word)
-{
-    for (; *line; line++)
-        if (*line == ' ' && word_is(line + 1, word))
-            return true;
-    return false;
-}
-
 static bool parse(const char *line, struct load *load)
 {
     load->random = memcmp(line, "rand", 4) == 0;
@@ -140,21 +94,13 @@ static bool parse(const char *line, struct load *load)
 
 void bench(void)
 {
-    uint32_t seen = 0;
-
-    irq_enable(IRQ_COM1, on_receive);
-    outb(UART_IER, IER_RECEIVE);
+    commands_init();
     for (;;) {
         struct load load;
-        char line[LINE_MAX];
+        char line[COMMAND_MAX];
         uint64_t cycles;
 
-        print("ready\n");
-        while (!wait_until(&lines, seen + 1, 4000))
-            ;
-        seen = lines;
-        memcpy(line, input, LINE_MAX); /* one line at a time: the host waits for the answer */
-        input_length = 0;
+        read_command(line);
         if (word_is(line, "off"))
             return;
         if (!parse(line, &load)) {

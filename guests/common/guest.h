@@ -194,6 +194,21 @@ void skip(const char *name);
 /* Print how many were good and how many were not. */
 void report(const char *title);
 
+/* command.c: lines of at most COMMAND_MAX bytes from the serial line, of words and NAME=NUMBER */
+
+#define COMMAND_MAX 128
+
+void commands_init(void);
+/* Say "ready", sleep until a line comes, and copy it.  The host sends one at a time, and can look at its clocks
+ * while nothing happens. */
+void read_command(char *line);
+/* Whether a word stands at the beginning of some text. */
+bool word_is(const char *text, const char *word);
+/* Whether a word stands in a line, behind its first. */
+bool has_word(const char *line, const char *word);
+/* The number behind NAME= in a line. */
+uint32_t number_in(const char *line, const char *name, uint32_t otherwise);
+
 /* acpi.c */
 
 struct acpi_header {

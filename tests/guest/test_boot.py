@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.daemon import Daemon
 from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
@@ -52,7 +54,17 @@ def test_openbsd_kernel_gets_its_boot_arguments(tmp_path: Path) -> None:
         print(said)
         assert "memmap" in said
         assert re.search(r"consdev dev=800 speed=1c200 address=3f8", said)
+        assert "bootmac" not in said
         assert vmd.status("bsd")["text"] == "powered off by the guest"
+
+
+def test_openbsd_kernel_from_the_network_gets_its_address(tmp_path: Path) -> None:
+    """`boot device net` tells the kernel its first interface, whose address it looks for (cat. 5.2)."""
+    lines = ("memory 64M", "boot device net", "interface lladdr fe:e1:ba:00:00:09", "interface")
+    conf = block("bsd", f'"{guest("openbsd-amd64")}"', *lines)
+    with Network() as network, NetDaemon(tmp_path, network, conf) as vmd:
+        said = vmd.run_to_end("bsd")
+    assert re.findall(r"bootmac (\S+)", said) == ["fe:e1:ba:00:00:09"]
 
 
 def test_a_second_kernel_kind_is_told_from_its_bytes(tmp_path: Path) -> None:

@@ -82,13 +82,24 @@ class Network:
             return socket.socket(family, kind, protocol)
 
 
-class TapInterface:
+class Interface:
+    """An interface in a namespace, by its name."""
+
+    def __init__(self, network: Network, name: str) -> None:
+        self.network = network
+        self.name = name
+
+    def set(self, *words: str) -> None:
+        """Change the interface: `up`, `down`, `address ...`."""
+        self.network.run("ip", "link", "set", self.name, *words)
+
+
+class TapInterface(Interface):
     """A tap in a namespace: `fd` is the device process's end; a context manager."""
 
     def __init__(self, network: Network, name: str = "tap0", *, ipv6: bool = False, mtu: int = 1500) -> None:
         """Without `ipv6` the kernel sends nothing of its own accord."""
-        self.network = network
-        self.name = name
+        super().__init__(network, name)
         with network.inside():
             self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         fcntl.ioctl(self.fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
@@ -112,10 +123,6 @@ class TapInterface:
             os.close(self.fd)
             self.fd = -1
 
-    def set(self, *words: str) -> None:
-        """Change the interface: `up`, `down`, `address ...`."""
-        self.network.run("ip", "link", "set", self.name, *words)
-
     def remove(self) -> None:
         """Delete the interface."""
         self.network.run("ip", "link", "delete", self.name)
@@ -135,7 +142,7 @@ class TapInterface:
 class Host:
     """A packet socket on an interface: sends frames to the guest, sees those that the guest sends."""
 
-    def __init__(self, tap: TapInterface, *, unfinished: bool = False, buffer_bytes: int = 8 << 20) -> None:
+    def __init__(self, tap: Interface, *, unfinished: bool = False, buffer_bytes: int = 8 << 20) -> None:
         """With `unfinished`, frames have a virtio header of 10 bytes before them."""
         self.socket = tap.network.socket(socket.AF_PACKET, socket.SOCK_RAW)
         self.socket.setsockopt(socket.SOL_SOCKET, 33, buffer_bytes)  # SO_RCVBUFFORCE

@@ -7,7 +7,7 @@ of the process, which is what a failure leads to.
 import os
 import time
 
-from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES
+from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES, BootDevice
 from vmd.errors import sentence
 from vmd.guestmem import PAGE as PAGE_BYTES
 from vmd.guestmem import GuestMemory, RegionSpec
@@ -178,6 +178,9 @@ class Machine:
             rsdp_gpa = 0  # SeaBIOS places tables, addresses and interrupt lines itself
         else:
             self.memory.write(rsdp_gpa, acpi.build_tables(config.memory_bytes, config.vcpus))
+        bootmac = b""
+        if config.boot_device is BootDevice.NET and config.nics:
+            bootmac = config.nics[0].lladdr
         start = loader.load(
             self.memory,
             images.boot_fd,
@@ -187,6 +190,7 @@ class Machine:
             initrd_name=images.initrd_name,
             cmdline=os.fsencode(config.cmdline),
             rsdp_gpa=rsdp_gpa,
+            bootmac=bootmac,
         )
         log.debug(start.text)
         self._plug_devices()

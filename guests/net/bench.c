@@ -1,0 +1,311 @@
+/* Measuring:
+ *
+ *     pass [send=B] [receive] [piece=P] [depth=D] kcycles=K [asleep]
+ *         for K thousand cycles send frames of B bytes as fast as the device takes them (segments of 64 KiB, to be
+ *         cut by whoever needs that, if B is larger than frames are), and take what comes.  The answer is
+ *         "done S sent R received L lost W wrong in C cycles".
+ *     ping count=N [asleep]
+ *         N frames of 64 bytes to the peer and back, one at a time.  "done N median M high H cycles", where nine
+ *         of ten took at most H.
+ *     beat count=N us=U [send=B] [asleep]
+ *         take N frames, which the peer sends one each U microseconds, while sending as above.  "done N median M
+ *         high H cycles", from the peer's sending to this guest's seeing it.
+ *
+ * Meanwhile the guest polls, or sleeps for interrupts by MSI-X, one for each queue. */
+
+#include "net.h"
+
+#define SMALL 64u
+#define SAMPLES_MAX 4096u
+#define FIRST_PINGS 500u
+#define PAGE 4096u
+#define SEND_MAX (TCP4_HEAD + 64u * KIB - 100)
+
+struct load {
+    uint32_t send, piece, depth, count, interval_us;
+    uint64_t cycles;
+    bool receive, asleep;
+};
+
+static uint32_t samples[SAMPLES_MAX], number;
+
+static bool start(bool asleep)
+{
+    bool legacy = !has_interface(false);
+
+    return start_nic(&(struct way){
+        .legacy = legacy, .separate = legacy, .mergeable = true, .offloads = true, .indirect = true,
+        .event_index = true, .interrupts = asleep ? MSIX : POLLED});
+}
+
+/* What a slot holds is made once: a driver adds no more than descriptors, and numbers. */
+static void build(struct slot *slot, const struct load *load)
+{
+    if (load->send <= FRAME_PLAIN)
+        build_frame(slot, OP_DATA, number, 0, load->send);
+    else if (slot->kept != load->send)
+        build_segment(slot, false, number, load->send - TCP4_HEAD);
+    slot->kept = load->send;
+    slot->piece = load->piece;
+    number++;
+}
+
+/* Keep as many frames under way as the load has it; return how many have been sent, and whether any was added. */
+static uint32_t fill(const struct load *load, bool *added)
+{
+    uint32_t sent = reclaim();
+
+    for (*added = false; nic.under_way < load->depth; *added = true) {
+        struct slot *slot = take_slot(load->send > FRAME_PLAIN);
+
+        build(slot, load);
+        if (!send_slot(slot))
+            break;
+    }
+    if (*added)
+        kick_tx();
+    return sent;
+}
+
+/* Sleep, or look again at once, where there was nothing to do.  A sender is woken when it can send a good many. */
+static bool rest(const struct load *load)
+{
+    if (load->asleep)
+        return sleep_for_either(load->send ? (nic.under_way * 3 + 3) / 4 : 0);
+    cpu_pause();
+    return true;
+}
+
+struct taken {
+    uint32_t frames, lost, wrong, next;
+};
+
+/* Look at a frame of the peer's: its number, and its bytes; of large ones only those in its first buffer. */
+static void judge(const struct arrival *arrival, struct taken *taken)
+{
+    const uint8_t *frame = arrival->piece[0].address;
+    const struct frame_head *head = (const struct frame_head *)frame;
+    uint32_t have = arrival->piece[0].length, found = head->number, first = FRAME_PATTERN;
+
+    if (arrival->header.gso_type != GSO_NONE || arrival->length > FRAME_PLAIN) {
+        first = TCP4_HEAD;
+        found = (uint32_t)frame[38] << 8 | frame[39];
+        taken->next &= 0xFFFF;
+    }
+    taken->wrong += have < first || !same_bytes(frame + first, pattern(found, 0), have - first);
+    if (taken->frames++)
+        taken->lost += first == TCP4_HEAD ? (uint16_t)(found - taken->next) : found - taken->next;
+    taken->next = found + 1;
+}
+
+static bool take(struct taken *taken)
+{
+    static struct arrival arrival;
+    bool any = false;
+
+    while (receive(&arrival)) {
+        judge(&arrival, taken);
+        give_back(&arrival);
+        any = true;
+    }
+    if (any)
+        kick_rx();
+    return any;
+}
+
+static void pass(const struct load *load)
+{
+    struct taken taken = {0};
+    uint32_t sent = 0;
+    uint64_t begin = rdtsc(), spent;
+
+    while ((spent = rdtsc() - begin) < load->cycles) {
+        bool busy = false;
+
+        if (load->send)
+            sent += fill(load, &busy);
+        if (load->receive)
+            busy |= take(&taken);
+        if (!busy && !rest(load)) {
+            print("failed: nothing happens\n");
+            return;
+        }
+    }
+    if (!flush())
+        print("failed: frames stay where they are\n");
+    else
+        print("done %u sent %u received %u lost %u wrong in %lu cycles\n", sent, taken.frames, taken.lost,
+              taken.wrong + nic.strange, spent);
+}
+
+/* ---- times */
+
+static void sort(uint32_t *at, unsigned count)
+{
+    for (unsigned gap = count / 2; gap; gap /= 2)
+        for (unsigned i = gap; i < count; i++) {
+            uint32_t value = at[i];
+            unsigned j = i;
+
+            for (; j >= gap && at[j - gap] > value; j -= gap)
+                at[j] = at[j - gap];
+            at[j] = value;
+        }
+}
+
+static void tell_samples(unsigned count)
+{
+    sort(samples, count);
+    print("done %u median %u high %u cycles\n", count, samples[count / 2], samples[count * 9 / 10]);
+}
+
+/* Wait for a frame and take it; meanwhile send what the load wants sent.  False if none comes. */
+static bool await(const struct load *load, struct arrival *arrival)
+{
+    while (!receive(arrival)) {
+        bool busy = false;
+
+        if (load->send)
+            fill(load, &busy);
+        if (!busy && !rest(load))
+            return false;
+    }
+    return true;
+}
+
+/* One frame to the peer and back; returns the cycles it took, or 0, and the peer's clock half-way. */
+static uint32_t ping(const struct load *load, uint64_t *stamp, uint64_t *middle)
+{
+    static struct arrival arrival;
+    uint64_t begin = rdtsc(), end;
+
+    if (!send(OP_ECHO, number++, 0, SMALL))
+        return 0;
+    kick_tx();
+    if (!await(load, &arrival))
+        return 0;
+    end = rdtsc();
+    *stamp = ((const struct frame_head *)arrival.piece[0].address)->stamp;
+    *middle = begin + (end - begin) / 2;
+    give_back(&arrival);
+    kick_rx();
+    reclaim();
+    return (uint32_t)(end - begin);
+}
+
+static void pings(const struct load *load)
+{
+    uint64_t stamp, middle;
+
+    for (unsigned i = 0; i < load->count; i++) {
+        samples[i] = ping(load, &stamp, &middle);
+        if (!samples[i]) {
+            print("failed: no answer\n");
+            return;
+        }
+    }
+    tell_samples(load->count);
+}
+
+/* How far the peer's time stamp counter is ahead of ours: as the quickest of many pings has it. */
+static bool compare_clocks(int64_t *ahead)
+{
+    static const struct load idle = {0};
+    uint32_t best = UINT32_MAX;
+
+    for (unsigned i = 0; i < FIRST_PINGS; i++) {
+        uint64_t stamp, middle;
+        uint32_t cycles = ping(&idle, &stamp, &middle);
+
+        if (!cycles)
+            return false;
+        if (cycles < best) {
+            best = cycles;
+            *ahead = (int64_t)(stamp - middle);
+        }
+    }
+    return true;
+}
+
+static void beats(const struct load *load)
+{
+    static struct arrival arrival;
+    int64_t ahead = 0;
+
+    if (!compare_clocks(&ahead) || !send(OP_BEAT, load->count, load->interval_us, SMALL)) {
+        print("failed: no answer\n");
+        return;
+    }
+    kick_tx();
+    for (unsigned i = 0; i < load->count; i++) {
+        int64_t delay;
+
+        if (!await(load, &arrival)) {
+            print("failed: beats stay out\n");
+            return;
+        }
+        delay = (int64_t)(rdtsc() - ((const struct frame_head *)arrival.piece[0].address)->stamp) + ahead;
+        samples[i] = delay > 0 ? (uint32_t)delay : 0;
+        give_back(&arrival);
+        kick_rx();
+    }
+    if (flush())
+        tell_samples(load->count);
+    else
+        print("failed: frames stay where they are\n");
+}
+
+/* ---- commands */
+
+static bool parse(const char *line, struct load *load)
+{
+    load->asleep = has_word(line, "asleep");
+    load->receive = has_word(line, "receive");
+    load->send = number_in(line, "send", 0);
+    load->piece = number_in(line, "piece", 0);
+    load->depth = number_in(line, "depth", load->send > FRAME_PLAIN ? SLOTS_LARGE : SLOTS);
+    load->count = number_in(line, "count", 1);
+    load->interval_us = number_in(line, "us", 1000);
+    load->cycles = number_in(line, "kcycles", 1000) * 1000ull;
+    return (!load->send || (load->send >= SMALL && load->send <= SEND_MAX)) && load->count &&
+           load->count <= SAMPLES_MAX && load->depth && (load->send <= FRAME_PLAIN || load->piece % PAGE == 0) &&
+           load->depth <= (load->send > FRAME_PLAIN ? SLOTS_LARGE : SLOTS);
+}
+
+void bench(const char *line)
+{
+    struct load load;
+
+    if (!parse(line, &load)) {
+        print("not understood: %s\n", line);
+        return;
+    }
+    if (!start(load.asleep)) {
+        print("failed: the interface does not start\n");
+        return;
+    }
+    if (word_is(line, "ping"))
+        pings(&load);
+    else if (word_is(line, "beat"))
+        beats(&load);
+    else
+        pass(&load);
+    stop_nic();
+}
+
+void pass_asleep(uint32_t count)
+{
+    uint32_t good = 0, at = 0, length;
+    const uint8_t *frame;
+
+    if (!start(true))
+        return;
+    for (; at < count; at++, good++) {
+        send(OP_ECHO, at, 0, SMALL);
+        kick_tx();
+        frame = next_frame(OP_ECHOED, &length);
+        if (!frame || ((const struct frame_head *)frame)->number != at)
+            break;
+    }
+    print("net: %s\n", good == count ? "frames are through" : "frames are missing");
+}

@@ -1,0 +1,92 @@
+/* What is to be done, and the list of ways to do it. */
+
+#include "net.h"
+
+bool under_qemu(void)
+{
+    return option("qemu");
+}
+
+/* A name such as legacy.msix.merge.offloads.tables.events. */
+static const char *name_way(const struct way *way)
+{
+    static const char *const interrupts[] = {"polled", "intx-pic", "intx-ioapic", "msix"};
+    const char *const words[] = {
+        way->legacy ? "legacy" : "modern",
+        interrupts[way->interrupts],
+        way->mergeable ? "merge" : "single",
+        way->offloads ? "offloads" : "plain",
+        way->indirect ? "tables" : "chains",
+        way->event_index ? "events" : "flags",
+    };
+    static char name[80];
+    char *at = name;
+
+    for (unsigned i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
+        size_t length = strlen(words[i]);
+
+        if (i)
+            *at++ = '.';
+        memcpy(at, words[i], length);
+        at += length;
+    }
+    *at = '\0';
+    return name;
+}
+
+static void test_interface(bool legacy)
+{
+    struct way way = {.legacy = legacy};
+
+    for (way.interrupts = POLLED; way.interrupts <= MSIX; way.interrupts++)
+        for (unsigned i = 0; i < 16; i++) {
+            way.mergeable = i & 1;
+            way.offloads = i >> 1 & 1;
+            way.indirect = i >> 2 & 1;
+            way.event_index = i >> 3;
+            way.separate = legacy || way.indirect;
+            test_traffic(name_way(&way), &way);
+        }
+    test_controls(legacy ? "legacy.controls" : "modern.controls", legacy);
+}
+
+static void test(void)
+{
+    bool has[] = {has_interface(false), has_interface(true)};
+
+    print("interfaces:%s%s\n", has[0] ? " modern" : "", has[1] ? " legacy" : "");
+    for (unsigned legacy = 0; legacy < 2; legacy++)
+        if (has[legacy])
+            test_interface(legacy);
+    report("net");
+}
+
+static void obey(const char *line)
+{
+    if (word_is(line, "test"))
+        test();
+    else if (word_is(line, "link"))
+        watch_link(line);
+    else if (word_is(line, "frames"))
+        pass_asleep(number_in(line, "count", 1));
+    else
+        bench(line);
+}
+
+static void work(void)
+{
+    char line[COMMAND_MAX];
+
+    commands_init();
+    if (find_nic() == PCI_SLOTS)
+        print("net: no interface\n");
+    for (read_command(line); !word_is(line, "off"); read_command(line))
+        obey(line);
+    power_off();
+}
+
+void guest_main(void)
+{
+    print("net: begin\n");
+    run_in_ring3(work);
+}
