@@ -32,6 +32,7 @@ class Daemon:
         self.log_path = directory / "vmd.log"
         self.notices = directory / "vmctl-console.log"  # what it says besides the guest's words
         self.process: subprocess.Popen[bytes] | None = None
+        self.within: list[str] = []  # what runs it where it is to live
         self.conf.write_text(conf)
 
     def __enter__(self) -> Self:
@@ -57,7 +58,7 @@ class Daemon:
             notify.settimeout(0.2)
             with self.log_path.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
+                    [*self.within, sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
                     cwd=self.code, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
                 )  # fmt: skip
