@@ -1,5 +1,6 @@
 """Who may do what (*cat. 4.8*): one test for each cell of the matrix, with real users and the demonstration guest."""
 
+import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -265,7 +266,7 @@ def test_console(running: UsersDaemon, person: str, allowed: bool) -> None:
             viewer.stdin.write(b"\recho the viewer was here\r")
             viewer.stdin.flush()
             while b"the viewer was here\r\n" not in seen:
-                piece = viewer.stdout.read1(4096)
+                piece = os.read(viewer.stdout.fileno(), 4096)
                 assert piece, (seen, viewer.stderr.read())
                 seen += piece
         viewer.stdin.close()
@@ -320,7 +321,7 @@ def test_send_and_receive(running: UsersDaemon, place: Path, person: str, allowe
     with stream.open("rb") as back:
         received = subprocess.run(
             running.command_of(person, "receive", "demo"),
-            stdin=back, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False,
+            stdin=back, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
     if allowed:
         assert (sent.returncode, received.returncode) == (0, 0), sent.stderr + received.stderr
