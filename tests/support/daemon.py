@@ -28,7 +28,7 @@ class Daemon:
         """`prefix` is a program that runs another one, in whose surroundings the daemon is to be."""
         self.directory = directory
         self.code = code
-        self.prefix = prefix
+        self.prefix = list(prefix)
         self.conf = directory / "vm.conf"
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"

@@ -95,6 +95,17 @@ class NicConfig(Record):
     up: bool = True
 
 
+class Rights(Record):
+    """With whose rights the files of a VM are opened, each with those of whoever named it; None: root's.
+
+    Only the parent fills this in: for instances that users make, and what is made of those.
+    """
+
+    boot: Owner | None = None
+    disks: Owner | None = None
+    cdrom: Owner | None = None
+
+
 class AllowInstance(Record):
     """`allow instance { ... }`: who may derive VMs from this one, and what they may set."""
 
@@ -135,6 +146,7 @@ class VmConfig(Record):
     plan_id: int = 0  # a vmid; 0: its own, and the ranges of this daemon
     plan_prefix4: Prefix | None = None
     plan_prefix6: Prefix | None = None
+    rights: Rights = Rights()
 
 
 class SwitchConfig(Record):

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
-from vmd.config.model import NAME_MAX, Config, Owner, VmConfig, VmFlag
+from vmd.config.model import NAME_MAX, Config, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
@@ -89,6 +89,7 @@ from vmd.parent.options import Options
 from vmd.parent.requests import (
     ONE_SHOT_DEVICES,
     checked_request,
+    described,
     one_shot_config,
     refuse_unsupported,
     require_boot_device,
@@ -307,7 +308,7 @@ class Parent(Process):
         try:
             self.check_startable(config)
             require_boot_device(config)
-            media = Media.open(config, vm.opener, self.prober, patience_s=vm.patience_s())
+            media = Media.open(config, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
                 vm.pty = Pty()
@@ -499,13 +500,13 @@ class Parent(Process):
         boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
         try:
             if message.template or message.config is not None:
+                wanted = described(message, given_boot=boot is not None, given_initrd=initrd is not None)
                 if message.template:
-                    vm = self.vms.add(self.instance(message, caller, given_boot=boot is not None), from_config=False)
-                    vm.opener = caller if caller.uid else None
+                    wanted = self.instance(message.template, wanted, caller)
                 else:
                     require_root(caller, "start a VM that vm.conf does not describe")
-                    assert message.config is not None
-                    vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
+                    wanted = checked_request(wanted, bootable=boot is not None)
+                vm = self.vms.add(wanted, from_config=False)
                 try:
                     vm.keep_files(boot, initrd)
                 except HostError:
@@ -535,20 +536,17 @@ class Parent(Process):
         vm.restarts.started_by_user()
         vm.start_client = envelope.peerid
 
-    def instance(self, message: StartRequest, caller: Caller, *, given_boot: bool) -> VmConfig:
-        """Return the description of an instance that a client wants.  Raises OperatorError."""
-        template = self.template(message.template)
+    def instance(self, name: str, wanted: VmConfig, caller: Caller) -> VmConfig:
+        """Return what an instance of a template is, of which a client has described some.  Raises OperatorError."""
+        template = self.template(name)
         if template is None:
-            raise OperatorError(VMD_PARENT_INVALID, f"vm {message.name}: template {message.template} not found")
-        if self.vms.find(0, message.name) is not None:
-            raise OperatorError(errno.EEXIST, f"vm {message.name} already exists")
-        wanted = (message.config or VmConfig(name=message.name)).replace(name=message.name, owner=Owner(), plan_id=0)
-        if given_boot != (VmFlag.KERNEL in wanted.given):
-            raise OperatorError(errno.EINVAL, f"vm {message.name}: a boot image that nobody opened, or asked for")
-        if wanted.cmdline and not given_boot:
-            raise OperatorError(errno.EINVAL, f"vm {message.name}: a command line needs a boot image of its own (-b)")
+            raise OperatorError(VMD_PARENT_INVALID, f"vm {wanted.name}: template {name} not found")
+        if self.vms.find(0, wanted.name) is not None:
+            raise OperatorError(errno.EEXIST, f"vm {wanted.name} already exists")
         config = instances.derive(template, wanted, caller)
-        return checked_request(config, bootable=given_boot or bool(config.kernel)).replace(parent=template.name)
+        if caller.uid:
+            instances.require_free(self.vms, wanted)
+        return checked_request(config, bootable=bool(config.kernel)).replace(parent=template.name)
 
     def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
         """Ask the guest to shut down, or kill the VM."""

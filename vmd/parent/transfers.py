@@ -187,7 +187,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
 def require_disks(parent: "Parent", config: VmConfig) -> None:
     """Raise one of FAILURES if disks could not be opened even when nobody uses them: its sender still has the VM."""
     try:
-        Media.open(config, None, parent.prober).close()
+        Media.open(config, parent.prober).close()
     except OperatorError as error:
         if error.code != errno.EBUSY:
             raise
@@ -208,7 +208,7 @@ def resume(parent: "Parent", vm: Vm) -> None:
     if receiving is None or receiving.config is None or not vm.alive:
         return
     try:
-        media = Media.open(receiving.config, None, parent.prober)
+        media = Media.open(receiving.config, parent.prober)
     except FAILURES as error:
         if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
             parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm))

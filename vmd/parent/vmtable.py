@@ -8,7 +8,7 @@ from enum import Enum
 
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, VmSent
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
 from vmd.parent.addresses import random_lladdr
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
@@ -51,7 +51,6 @@ class Vm:
         self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S
         self.next_config: VmConfig | None = None  # takes effect when this life is over
-        self.opener: Caller | None = None  # with whose rights its files are opened; None: root's
         self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
         self.sending: Sending | None = None
         self.sent: tuple[int, VmSent] | None = None  # the client to be told when the VM is gone
