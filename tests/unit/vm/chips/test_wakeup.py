@@ -44,28 +44,28 @@ def loop() -> Loop:
 
 def test_looks_once(loop: Loop) -> None:
     """And may then be asked again."""
-    loop.wakeup.prefix(2.0)
+    loop.wakeup.within(2.0)
     assert loop.waits == [2.0]
     loop.callbacks[0]()
     assert loop.looks == 1
-    loop.wakeup.prefix(3.0)
+    loop.wakeup.within(3.0)
     assert loop.waits == [2.0, 3.0]
 
 
 def test_keeps_a_call_that_comes_soon_enough(loop: Loop) -> None:
     """Whatever is asked for later."""
-    loop.wakeup.prefix(2.0)
-    loop.wakeup.prefix(5.0)
+    loop.wakeup.within(2.0)
+    loop.wakeup.within(5.0)
     loop.now_s += 1
-    loop.wakeup.prefix(1.0)
+    loop.wakeup.within(1.0)
     assert loop.waits == [2.0]
     assert loop.cancelled == 0
 
 
 def test_replaces_a_call_that_comes_too_late(loop: Loop) -> None:
     """The old one does nothing, even if it was on its way."""
-    loop.wakeup.prefix(5.0)
-    loop.wakeup.prefix(2.0)
+    loop.wakeup.within(5.0)
+    loop.wakeup.within(2.0)
     assert loop.waits == [5.0, 2.0]
     assert loop.cancelled == 1
     loop.callbacks[0]()
@@ -77,5 +77,5 @@ def test_replaces_a_call_that_comes_too_late(loop: Loop) -> None:
 @pytest.mark.parametrize("wait_s", [0.0, -7.5, 1e-9])
 def test_never_at_once(loop: Loop, wait_s: float) -> None:
     """What is overdue still lets the event thread breathe."""
-    loop.wakeup.prefix(wait_s)
+    loop.wakeup.within(wait_s)
     assert loop.waits == [EARLIEST_S]
