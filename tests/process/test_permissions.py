@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
+from tests.support.network import Network
 from tests.support.users import Users, UsersDaemon
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -70,7 +71,7 @@ def daemon(place: Path, host: Users) -> Iterator[UsersDaemon]:
     conf = CONF.format(
         connect=MAY_CONNECT, kernel=place / "kernel", owner=OWNER, team=TEAM, instance_owner=INSTANCE_OWNER
     )
-    with UsersDaemon(place, host, conf) as daemon:
+    with Network() as network, UsersDaemon(place, host, network, conf) as daemon:
         yield daemon
 
 

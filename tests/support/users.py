@@ -1,12 +1,21 @@
 """Users and groups of a test's own: a user database that only processes in its mount namespace see."""
 
+import os
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
-from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.record import Record
+
+NO_FDS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 # Everything is imported before the user is changed: another user need not be able to read this checkout.
 AS_USER = """
@@ -79,11 +88,11 @@ class Users:
         return int(self.run("id", "-u", name))
 
 
-class UsersDaemon(Daemon):
-    """A vmd on such a host."""
+class UsersDaemon(NetDaemon):
+    """A vmd on such a host, with a network of its own."""
 
-    def __init__(self, directory: Path, users: Users, conf: str = "") -> None:
-        super().__init__(directory, conf)
+    def __init__(self, directory: Path, users: Users, network: Network, conf: str = "") -> None:
+        super().__init__(directory, network, conf)
         self.users = users
         self.prefix = users.inside
 
@@ -103,3 +112,33 @@ class UsersDaemon(Daemon):
         done = self.vmctl_as(user, *arguments)
         assert done.returncode == 0, f"{user}: vmctl {arguments}: {done.stderr}\n--- log of vmd\n{self.log}"
         return done.stdout + done.stderr
+
+    def connect_as(self, user: str) -> socket.socket:
+        """Return a connection to the daemon that the kernel says is this user's, for messages no vmctl would send."""
+        uid, gid = (int(self.users.run("id", option, user)) for option in ("-u", "-g"))
+        groups = [int(number) for number in self.users.run("id", "-G", user).split()]
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.setgroups(groups)
+                    os.setresgid(gid, gid, gid)
+                    os.setresuid(uid, uid, uid)
+                    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                        client.connect(str(self.socket))
+                        socket.send_fds(theirs, [b"x"], [client.fileno()])
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            ours.settimeout(DEADLINE_S)
+            client = socket.socket(fileno=socket.recv_fds(ours, 1, 1)[1][0])
+        client.settimeout(DEADLINE_S)
+        return client
+
+    def ask_as(self, user: str, request: Record, fds: Mapping[str, Sequence[int]] = NO_FDS) -> Record:
+        """Send a message as this user; returns the answer."""
+        with self.connect_as(user) as client:
+            packet, order = encode(request, fds=fds)
+            socket.send_fds(client, [packet], order)
+            return decode(client.recv(MAX_MESSAGE), [], "vmd").message

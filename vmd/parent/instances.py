@@ -5,12 +5,11 @@ import errno
 from vmd.config.model import AllowInstance, NicConfig, Owner, Rights, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_PARENT_INVALID, Caller
-from vmd.log import log
 from vmd.parent.access import may_control, rights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vmd.parent.vmtable import Vm
 
@@ -68,20 +67,24 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
     )
 
 
-def resolve(vms: "Iterable[VmConfig]", known: "Callable[[str], VmConfig | None]") -> "Iterator[VmConfig]":
-    """Yield the VMs of a configuration with what instances inherit, in the order of the file.
+def resolve(
+    vms: "Iterable[VmConfig]", known: "Callable[[str], VmConfig | None]"
+) -> tuple[list[VmConfig], list[str]]:
+    """Return the VMs of a configuration with what instances inherit, in the order of the file.
 
     Templates are looked for among them, then among those that are `known` already.  An instance that cannot be is
-    left out, and the log says why.
+    left out, and a sentence for each of those comes second.
     """
     by_name: dict[str, VmConfig] = {}
     for vm in vms:
         by_name.setdefault(vm.name, vm)
+    found, problems = [], []
     for vm in vms:
         try:
-            yield _resolved(vm, by_name, known, ())
+            found.append(_resolved(vm, by_name, known, ()))
         except OperatorError as error:
-            log.error(f"{vm.origin}: {error}")
+            problems.append(f"{vm.origin}: {error}")
+    return found, problems
 
 
 def _resolved(
