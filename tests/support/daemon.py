@@ -103,12 +103,15 @@ class Daemon:
         """Return titles and pids of everything it started."""
         listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listing.splitlines()]
-        family = {self.pid}
+        children: dict[int, list[tuple[int, str]]] = {}
+        for pid, ppid, args in rows:
+            children.setdefault(int(ppid), []).append((int(pid), args.strip()))
         found: dict[str, int] = {}
-        for pid, ppid, args in sorted(rows, key=lambda row: int(row[0])):
-            if int(ppid) in family:
-                family.add(int(pid))
-                found[args.strip()] = int(pid)
+        family = [self.pid]  # a child's number may be the lower one: they come round
+        while family:
+            for pid, args in children.get(family.pop(), []):
+                family.append(pid)
+                found[args] = pid
         return found
 
     def threads(self) -> str:
