@@ -109,9 +109,9 @@ class Daemon:
         found: dict[str, int] = {}
         family = [self.pid]  # a child's number may be the lower one: they come round
         while family:
-            for pid, args in children.get(family.pop(), []):
-                family.append(pid)
-                found[args] = pid
+            for number, title in children.get(family.pop(), []):
+                family.append(number)
+                found[title] = number
         return found
 
     def threads(self) -> str:
