@@ -15,6 +15,8 @@ DEFAULT_MEMORY_BYTES = 512 * MIB
 MIN_MEMORY_BYTES = 1 * MIB
 MAX_MEMORY_BYTES = 1024 * GIB
 MAX_VCPUS = 16
+DEFAULT_LIMIT_VMS = 512  # at a time; what vmm(4) has room for
+DEFAULT_LIMIT_VCPUS = 512  # of all VMs together
 MAX_DISKS = 4
 MAX_NICS = 4
 MAX_CHAIN = 4  # images in one backing chain
@@ -180,6 +182,10 @@ class Globals(Record):
     agentx: AgentxConfig | None = None
     start_parallel: int | None = None  # None: number of online CPUs
     start_delay_s: int = 30
+    # ours: of all VMs that run at a time
+    limit_memory_bytes: int | None = None  # None: twice what the host has
+    limit_vms: int = DEFAULT_LIMIT_VMS
+    limit_vcpus: int = DEFAULT_LIMIT_VCPUS
 
 
 class Config(Record):

@@ -84,6 +84,7 @@ from vmd.log import log
 from vmd.parent import instances, reload, service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
+from vmd.parent.limits import require_room
 from vmd.parent.media import Media
 from vmd.parent.network import Network
 from vmd.parent.options import Options
@@ -328,7 +329,7 @@ class Parent(Process):
         files = open_boot_files(config, given_boot, given_initrd)
         media = Media()
         try:
-            self.check_startable(config)
+            self.check_startable(vm, config)
             require_boot_device(config)
             media = Media.open(config, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
@@ -367,9 +368,11 @@ class Parent(Process):
         log.error(f"vm {vm.name}: {text}")
         self.vm_is_gone(vm, brief(text))
 
-    def check_startable(self, config: VmConfig) -> None:
+    def check_startable(self, vm: Vm, config: VmConfig) -> None:
         """Raise OperatorError if this host cannot, or may not, run such a VM."""
         refuse_unsupported(config)
+        others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
+        require_room(config, others, self.config.settings)
 
     def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""

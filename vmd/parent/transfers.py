@@ -173,7 +173,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
     config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
     try:
         receiving.config = checked_request(config, bootable=True)
-        parent.check_startable(receiving.config)
+        parent.check_startable(vm, receiving.config)
         parent.network.check(vm, receiving.config)
         require_disks(parent, receiving.config)
     except FAILURES as error:

@@ -118,7 +118,7 @@ class Parent:
         """Return a VM."""
         return self.vms.get(vmid)
 
-    def check_startable(self, config: VmConfig) -> None:
+    def check_startable(self, _vm: Vm, config: VmConfig) -> None:
         """As the real one."""
         refuse_unsupported(config)
 
