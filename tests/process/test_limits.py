@@ -12,7 +12,7 @@ from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, load_modules
 from tests.support.network import Network
 from vmd.config.model import DEFAULT_LIMIT_VMS
-from vmd.parent.limits import FILES_BESIDES, FILES_PER_VM
+from vmd.parent.limits import FILES_BESIDES, FILES_PER_VM, host_memory_bytes
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -103,13 +103,18 @@ def test_what_is_received_counts(tmp_path: Path) -> None:
 
 def test_more_than_the_host_has(tmp_path: Path) -> None:
     """Twice the memory of the host is the limit if nobody has set one; a guest may be larger than the host."""
-    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    conf = block("most").replace("32M", "1024G") + block("fits").replace("32M", str(host_bytes + (64 << 20)))
+    host_bytes = host_memory_bytes()
+    fit = 2 * host_bytes >> 40  # so many of the largest
+    conf = "".join(block(f"n{number}").replace("32M", "1024G") for number in range(fit + 1))
+    conf += block("large").replace("32M", str(host_bytes + (64 << 20)))
     with Daemon(tmp_path, conf) as vmd:
-        refused = vmd.vmctl("start", "most")
-        assert "vm most: with its 1.0T guests would have 1.0T of memory" in refused.stderr
+        vmd.must("start", "large")
+        vmd.must("stop", "-fw", "large")
+        for number in range(fit):
+            vmd.must("start", f"n{number}")
+        refused = vmd.vmctl("start", f"n{fit}")
+        assert f"vm n{fit}: with its 1.0T guests would have {fit + 1}.0T of memory" in refused.stderr
         assert "twice what this host has (limit memory)" in refused.stderr
-        vmd.must("start", "fits")
 
 
 def test_descriptors_of_a_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
