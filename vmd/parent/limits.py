@@ -20,6 +20,8 @@ OVERCOMMIT = 2  # guests rarely use all that they have; more is almost certainly
 # files of its user's needs, times the VMs that may run, and some for clients.
 FILES_PER_VM = 16
 FILES_BESIDES = 1024
+FILES_TO_START = 64  # open for a moment, disks with all they are based on; and room for what comes with messages
+OPEN_FILES = "/proc/self/fd"
 RESTART_WINDOW_S = 6.0
 RESTART_LIMIT = 3
 
@@ -79,6 +81,13 @@ def raise_file_limit(limit_vms: int) -> None:
         if number < wanted:
             log.warn(f"{number} open files at most, which may not be enough for {limit_vms} VMs")
         return
+
+
+def require_files() -> None:
+    """Raise OperatorError(EMFILE) if descriptors are about to run out: then even messages would lose theirs."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if len(os.listdir(OPEN_FILES)) + FILES_TO_START > most:
+        raise OperatorError(errno.EMFILE, f"no room for another vm among the {most} files that vmd may have open")
 
 
 class RestartLimit:

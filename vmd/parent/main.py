@@ -84,7 +84,7 @@ from vmd.log import log
 from vmd.parent import instances, reload, service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
-from vmd.parent.limits import require_room
+from vmd.parent.limits import require_files, require_room
 from vmd.parent.media import Media
 from vmd.parent.network import Network
 from vmd.parent.options import Options
@@ -371,6 +371,7 @@ class Parent(Process):
     def check_startable(self, vm: Vm, config: VmConfig) -> None:
         """Raise OperatorError if this host cannot, or may not, run such a VM."""
         refuse_unsupported(config)
+        require_files()
         others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
         require_room(config, others, self.config.settings)
 

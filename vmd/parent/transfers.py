@@ -40,6 +40,7 @@ from vmd.ipc.messages import (
 )
 from vmd.log import log
 from vmd.parent.access import require_root
+from vmd.parent.limits import require_files
 from vmd.parent.media import Media
 from vmd.parent.requests import ONE_SHOT_DEVICES, checked_request
 from vmd.parent.resources import Pty
@@ -135,6 +136,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
     require_root(caller, "receive a vm")
     if parent.ending:
         raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+    require_files()
     stream = envelope.take_fd("stream")
     assert stream is not None
     vm = parent.vms.find(0, message.name)
