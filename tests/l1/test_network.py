@@ -57,6 +57,7 @@ class Guest:
         self.shell = shell
         self.run = shell.run
         self.tried = shell.tried
+        self.wait_for = shell.wait_for
 
     def address(self, interface: str) -> str:
         """Return its address on a switch."""
@@ -82,10 +83,6 @@ class Guest:
         keys = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
         said = self.run(f"cd /sys/class/net/{interface}/statistics && cat {' '.join(keys)}; cd /").split()
         return dict(zip(keys, map(int, said), strict=True))
-
-    def wait_for(self, condition: str) -> None:
-        """Wait until it holds; a shell that waits for ever would answer nothing else any more."""
-        self.run(f"for i in $(seq 300); do {condition} && break; sleep 0.1; done; {condition}")
 
     def fetches(self, mebibytes: int, address: str = WORLD) -> None:
         """Get a large file from the world and send it back; both times it is what it was."""

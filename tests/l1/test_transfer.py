@@ -86,8 +86,7 @@ class Traveller:
     def works(self) -> None:
         """Wait until it has got further with everything."""
         sums, sent = self.counted(), self.stream.sent
-        self.shell.run(f"for i in $(seq 600); do [ $(wc -l </tmp/sums) -gt {sums + 3} ] && break; sleep 0.1; done", WAIT_S)
-        assert self.counted() > sums + 3
+        self.shell.wait_for(f"[ $(wc -l </tmp/sums) -gt {sums + 3} ]")
         assert self.stream.sent > sent
 
     def counted(self) -> int:
@@ -103,11 +102,12 @@ class Traveller:
     def finish(self) -> None:
         """Have it end its work, and see that all of it was right, on the disk too."""
         wanted = self.stream.end()
-        self.shell.run("touch /tmp/stop; for i in $(seq 600); do grep -q ended /tmp/sums && break; sleep 0.1; done", WAIT_S)
+        self.shell.run("touch /tmp/stop")
+        self.shell.wait_for("grep -q ended /tmp/sums")
         sums = self.shell.run("cat /tmp/sums").split()
         assert sums[-1] == "ended"
         assert set(sums[:-1]) - {"-"} == self.sums
-        self.shell.run("for i in $(seq 300); do [ -s /tmp/got ] && break; sleep 0.1; done")
+        self.shell.wait_for("[ -s /tmp/got ]")
         assert self.shell.run("cat /tmp/got").split()[0] == wanted
         assert self.shell.run("grep -c ^processor /proc/cpuinfo").strip() == "2"
         print(f"{len(sums) // 2} sums, {self.stream.sent // MIB} MiB downloaded")
