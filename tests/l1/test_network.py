@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,7 @@ SINK_PORT = 9
 
 SMALL, LARGE = 5, 100  # MiB
 MTUS = {"eth1": 1500, "eth2": 9000, "eth3": 16384}
+IPXE = Path("/usr/lib/ipxe/ipxe.iso")
 OLD, NEW = 1, 2  # vm ids, and last bytes of addresses
 CONF = """
 local inet6 prefix fd42:1:2::/48
@@ -55,6 +57,7 @@ class Guest:
         self.shell = shell
         self.run = shell.run
         self.tried = shell.tried
+        self.wait_for = shell.wait_for
 
     def address(self, interface: str) -> str:
         """Return its address on a switch."""
@@ -80,10 +83,6 @@ class Guest:
         keys = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
         said = self.run(f"cd /sys/class/net/{interface}/statistics && cat {' '.join(keys)}; cd /").split()
         return dict(zip(keys, map(int, said), strict=True))
-
-    def wait_for(self, condition: str) -> None:
-        """Wait until it holds; a shell that waits for ever would answer nothing else any more."""
-        self.run(f"for i in $(seq 300); do {condition} && break; sleep 0.1; done; {condition}")
 
     def fetches(self, mebibytes: int, address: str = WORLD) -> None:
         """Get a large file from the world and send it back; both times it is what it was."""
@@ -341,6 +340,73 @@ def test_the_two_ways_to_a_device(lab: Lab) -> None:
         print(kinds)
         assert version_1(guest.shell) == {version}
         assert set(kinds.values()) == {kind}
+
+
+def ipxe_block(mode: str) -> str:
+    """Return a vm block that boots iPXE from its CD, and then what the network has."""
+    return f"""
+vm "{mode}" {{
+    disable
+    memory 128M
+    virtio {mode}
+    cdrom "{IPXE}"
+    boot device net
+    local interface
+}}
+"""
+
+
+def ipxe_script(name: str, *commands: str) -> bytes:
+    """Return a script that fills many packets, tells by a sum whether it was read to the last one, and goes on."""
+    steps = [number * number for number in range(1000)]
+    lines = [
+        "#!ipxe",
+        "set sum:int32 0",
+        *(f"inc sum {step}" for step in steps),
+        f"iseq ${{sum:int32}} {sum(steps)} && echo {name} is whole",
+        *commands,
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def test_ipxe(tmp_path: Path) -> None:
+    """A driver that is not Linux's boots from the network, by either registers: a lease, TFTP and HTTP."""
+    first = ipxe_script(
+        "auto_install",
+        "imgfetch --name small tftp://${next-server}/large && imgstat && imgfree small",
+        "imgfetch --name large http://${next-server}/large && imgstat && imgfree large",
+        "chain http://${next-server}/second",
+    )
+    second = ipxe_script("second", "echo all is done")
+    contents: dict[str, servers.Content] = {"large": partial(servers.noise, 1), "second": lambda: [second]}
+    everywhere = "0.0.0.0"
+    modes = ("legacy", "modern")
+    load_modules()
+    with (
+        Network() as host,
+        servers.files(host, everywhere, contents),
+        servers.tftp(host, everywhere, {"large": servers.PIECE[: MIB // 4], "auto_install": first}),
+        NetDaemon(tmp_path, host, "".join(map(ipxe_block, modes))) as vmd,
+        contextlib.ExitStack() as stack,
+    ):
+        began = time.monotonic()
+        for mode in modes:
+            vmd.must("start", mode)
+        consoles = [stack.enter_context(vmd.attached(mode)) for mode in modes]
+        for mode, console in zip(modes, consoles, strict=True):
+            nic = vmd.interfaces(mode)[0]
+            console.expect(f"net0: {nic['guest4']}/255.255.255.254 gw {nic['host4']}", BOOT_S)
+            print(f"{mode}: has its address after {time.monotonic() - began:.1f} s")
+            for words in (
+                "auto_install is whole", f"small : {MIB // 4} bytes", f"large : {MIB} bytes", "second is whole",
+                "all is done",
+            ):  # fmt: skip
+                console.expect(words, BOOT_S)
+            print(f"{mode}: has its files after {time.monotonic() - began:.1f} s")
+        status = vmd.must("status", "-v")
+        print(status)
+        assert status.count("lease given 20") == 2
+        assert "dropped" not in status
 
 
 @pytest.mark.deep

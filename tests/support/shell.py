@@ -28,6 +28,10 @@ class Shell:
         assert status == 0, f"status {status} of {command!r}:\n{output}"
         return output
 
+    def wait_for(self, condition: str) -> None:
+        """Wait until it holds; a shell that waited for ever would answer nothing else any more."""
+        self.run(f"for i in $(seq 600); do {condition} && break; sleep 0.1; done; {condition}", 2 * DEADLINE_S)
+
     def tried(self, command: str, timeout_s: float = DEADLINE_S) -> tuple[str, int]:
         """Run a command; return what it said and its exit status."""
         self.count += 1
