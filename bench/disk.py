@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.qemu import PC, qemu
+from bench.side import Side, tsc_hertz
 from bench.table import Row
 from tests.support.console import Console
 from tests.support.daemon import Daemon
-from vmd.kvmapi.system import System
 
 SHARED_MEMORY = Path("/dev/shm")
 PAGE, MIB = 1 << 12, 1 << 20
 DISK_MIB = 256
 FORMATS = ("raw", "qcow2")
 ROUNDS = 7
-DEADLINE_S = 120.0  # a watchdog
 RESULT = re.compile(r"done (\d+) requests in (\d+) cycles")
 
 
@@ -64,35 +63,17 @@ LOADS = (
 )
 
 
-class Side:
-    """A running guest that takes commands, and the processes that are its VM."""
-
-    def __init__(self, console: Console, send: Callable[[bytes], object], pids: list[int]) -> None:
-        self.console = console
-        self.send = send
-        self.pids = pids
-        console.expect("ready", DEADLINE_S)
+class DiskSide(Side):
+    """A running guest that works on its disk."""
 
     def run(self, line: str) -> tuple[float, float]:
         """Have the guest do something; return TSC cycles and processor time in seconds, of one request."""
-        before = self.cpu_ns()
-        self.send(line.encode() + b"\n")
-        said = self.console.expect("ready", DEADLINE_S)
-        spent_ns = self.cpu_ns() - before
+        said, spent_s = self.tell(line)
         found = RESULT.search(said)
         if found is None:
             raise RuntimeError(f"{line}: the guest said {said!r}")
         requests = int(found[1])
-        return int(found[2]) / requests, spent_ns / 1e9 / requests
-
-    def cpu_ns(self) -> int:
-        """Return how long all threads have run; utime and stime count in ticks, too coarse for this."""
-        total = 0
-        for pid in self.pids:
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has just ended
-                    total += int((thread / "schedstat").read_text().split()[0])
-        return total
+        return int(found[2]) / requests, spent_s / requests
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
@@ -111,11 +92,11 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     return rows
 
 
-def compare(load: Load, image_format: str, vmd: Side, qemu: Side, hertz: float) -> list[Row]:
+def compare(load: Load, image_format: str, vmd: DiskSide, qemu: DiskSide, hertz: float) -> list[Row]:
     """Alternate both sides; one round before the first is not counted."""
-    rates: dict[Side, list[float]] = {vmd: [], qemu: []}
-    polled: dict[Side, list[float]] = {vmd: [], qemu: []}
-    costs: dict[Side, list[float]] = {vmd: [], qemu: []}
+    rates: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
+    polled: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
+    costs: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
     large = load.bytes > PAGE
     scale = load.bytes / MIB if large else 1e-3
     for counted in (False, *[True] * ROUNDS):
@@ -160,7 +141,7 @@ def make_images(place: Path, image_format: str) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def vmd_side(directory: Path, kernel: Path, image: Path, image_format: str) -> Iterator[Side]:
+def vmd_side(directory: Path, kernel: Path, image: Path, image_format: str) -> Iterator[DiskSide]:
     """Run the guest under a daemon of our own."""
     boot, disk = f'boot "{kernel}" cmdline "bench"', f'disk "{image}" format {image_format}'
     conf = f'vm "disk" {{\n disable\n memory 64M\n {boot}\n {disk}\n}}\n'
@@ -168,12 +149,12 @@ def vmd_side(directory: Path, kernel: Path, image: Path, image_format: str) -> I
         vmd.must("start", "disk")
         with vmd.console("disk") as console:
             pids = [pid for title, pid in vmd.processes().items() if title.startswith("vmd: vm/disk")]
-            yield Side(console, lambda data: os.write(console.fd, data), pids)
+            yield DiskSide(console, lambda data: os.write(console.fd, data), pids)
         vmd.must("stop", "-fw", "disk")
 
 
 @contextlib.contextmanager
-def qemu_side(kernel: Path, image: Path, image_format: str) -> Iterator[Side]:
+def qemu_side(kernel: Path, image: Path, image_format: str) -> Iterator[DiskSide]:
     """Run the guest under QEMU."""
     devices = (
         "-drive", f"if=none,id=disk,format={image_format},cache=writeback,file={image}",
@@ -182,11 +163,4 @@ def qemu_side(kernel: Path, image: Path, image_format: str) -> Iterator[Side]:
     with qemu(kernel, "bench", machine=PC, devices=devices) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        yield Side(Console(process.stdout.fileno()), process.stdin.write, [process.pid])
-
-
-def tsc_hertz() -> float:
-    """Return the frequency of a guest's time stamp counter, which is the host's."""
-    fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    with System(fd) as system, system.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-        return vcpu.get_tsc_khz() * 1e3
+        yield DiskSide(Console(process.stdout.fileno()), process.stdin.write, [process.pid])

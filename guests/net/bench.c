@@ -27,6 +27,7 @@ struct load {
     bool receive, asleep;
 };
 
+static const uint8_t ours[2] = {TYPE_OURS >> 8, TYPE_OURS & 0xFF};
 static uint32_t samples[SAMPLES_MAX], number;
 
 static bool start(bool asleep)
@@ -159,36 +160,43 @@ static void tell_samples(unsigned count)
     print("done %u median %u high %u cycles\n", count, samples[count / 2], samples[count * 9 / 10]);
 }
 
-/* Wait for a frame and take it; meanwhile send what the load wants sent.  False if none comes. */
-static bool await(const struct load *load, struct arrival *arrival)
+/* Wait for a frame of the peer's, and let go of all others, which are left from what was measured before; meanwhile
+ * send what the load wants sent.  False if it does not come. */
+static bool await(const struct load *load, unsigned op, uint32_t wanted, struct frame_head *head)
 {
-    while (!receive(arrival)) {
+    static struct arrival arrival;
+
+    for (;;) {
         bool busy = false;
 
+        while (receive(&arrival)) {
+            memcpy(head, arrival.piece[0].address, sizeof(*head));
+            give_back(&arrival);
+            kick_rx();
+            if (same_bytes(head->type, ours, sizeof(ours)) && head->op == op && head->number == wanted)
+                return true;
+        }
         if (load->send)
             fill(load, &busy);
         if (!busy && !rest(load))
             return false;
     }
-    return true;
 }
 
 /* One frame to the peer and back; returns the cycles it took, or 0, and the peer's clock half-way. */
 static uint32_t ping(const struct load *load, uint64_t *stamp, uint64_t *middle)
 {
-    static struct arrival arrival;
+    struct frame_head head;
     uint64_t begin = rdtsc(), end;
 
-    if (!send(OP_ECHO, number++, 0, SMALL))
+    if (!send(OP_ECHO, ++number, 0, SMALL))
         return 0;
     kick_tx();
-    if (!await(load, &arrival))
+    if (!await(load, OP_ECHOED, number, &head))
         return 0;
     end = rdtsc();
-    *stamp = ((const struct frame_head *)arrival.piece[0].address)->stamp;
+    *stamp = head.stamp;
     *middle = begin + (end - begin) / 2;
-    give_back(&arrival);
-    kick_rx();
     reclaim();
     return (uint32_t)(end - begin);
 }
@@ -229,7 +237,7 @@ static bool compare_clocks(int64_t *ahead)
 
 static void beats(const struct load *load)
 {
-    static struct arrival arrival;
+    struct frame_head head;
     int64_t ahead = 0;
 
     if (!compare_clocks(&ahead) || !send(OP_BEAT, load->count, load->interval_us, SMALL)) {
@@ -240,14 +248,12 @@ static void beats(const struct load *load)
     for (unsigned i = 0; i < load->count; i++) {
         int64_t delay;
 
-        if (!await(load, &arrival)) {
+        if (!await(load, OP_DATA, load->count - i, &head)) {
             print("failed: beats stay out\n");
             return;
         }
-        delay = (int64_t)(rdtsc() - ((const struct frame_head *)arrival.piece[0].address)->stamp) + ahead;
+        delay = (int64_t)(rdtsc() - head.stamp) + ahead;
         samples[i] = delay > 0 ? (uint32_t)delay : 0;
-        give_back(&arrival);
-        kick_rx();
     }
     if (flush())
         tell_samples(load->count);

@@ -1,0 +1,221 @@
+"""Networks: frames and bytes that a guest sends and gets in a second, how late one is, what one costs the host,
+against QEMU's virtio-net-pci.
+
+The guest (`guests/net`) is the same program on both sides and does what it is told on its serial line; so is its
+peer on the host (`peer.c`), on a tap of each side's own in a network of its own.  What is sent ends in that network,
+and is counted there.  What is received the peer sends as fast as the tap's queue takes it.  Large frames are TCP
+segments of 64 KiB, which both sides pass on whole.
+
+Both VMs run all the time; while one works, the other is asleep.  Each load runs twice: once the guest sleeps until an
+interrupt comes, as guests do; once it polls, which takes what interrupts cost on this host out of the comparison, and a
+processor away from what serves the interface.  The cost is that of the first: all processor time of all processes of
+that side, the guest's own included, the peer's not.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.qemu import PC, qemu
+from bench.side import DEADLINE_S, Side, tsc_hertz
+from bench.table import Row
+from tests.support.console import Console
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Interface, Network
+
+PEER = Path(__file__).with_name("peer.c")
+ROUNDS = 7
+PASS_S = 0.3  # how long one load runs
+PASSED = re.compile(r"done (\d+) sent (\d+) received (\d+) lost 0 wrong in (\d+) cycles")
+TIMED = re.compile(r"done \d+ median (\d+) high (\d+) cycles")
+GSO_BYTES = 65_160 + 54
+PIECE = 4096  # bytes of a large frame that lie together
+MIB = 1 << 20
+PLAIN_BYTES = 1514
+
+SMALL, LARGE = 0.6, 1.0  # goals of rates
+LATE = 1.5  # of times
+
+
+class Load(NamedTuple):
+    """What passes, and which of both ways."""
+
+    what: str
+    bytes: int
+    send: bool = False
+    receive: bool = False
+
+    def line(self, kcycles: int) -> str:
+        """Return the command line for the guest."""
+        words = ["pass", f"kcycles={kcycles}"]
+        if self.send:
+            words.append(f"send={self.bytes}" + (f" piece={PIECE}" if self.bytes > PLAIN_BYTES else ""))
+        return " ".join(words + ["receive"] * self.receive)
+
+
+LOADS = tuple(
+    Load(f"{what}{way}", size, send, receive)
+    for what, size in (("64-byte frames", 64), ("1500-byte frames", 1500), ("TCP, 64 KiB segments", GSO_BYTES))
+    for way, send, receive in ((" out", True, False), (" in", False, True), ("", True, True))
+)
+PINGS = (
+    ("64-byte frame there and back", "ping count=2000"),
+    ("64-byte frame in, while others go out", "beat count=300 us=1000 send=1500"),
+)
+
+
+class Passed(NamedTuple):
+    """What one run moved: frames a second, and processor seconds of each."""
+
+    sent: float
+    received: float
+    cost_s: float
+
+
+class NetSide(Side):
+    """A running guest with its tap."""
+
+    def __init__(
+        self, console: Console, send: Callable[[bytes], object], pids: list[int], tap: Interface, peer: Path
+    ) -> None:
+        super().__init__(console, send, pids)
+        self.tap = tap
+        self.peer = peer
+
+    def run(self, load: Load, hertz: float, *, asleep: bool) -> Passed:
+        """Have frames pass.  Raises RuntimeError if some did not get there, or were not what was sent."""
+        line = load.line(int(PASS_S * hertz / 1000)) + " asleep" * asleep
+        before = self.arrived()
+        with self.peering("flood", str(load.bytes)) if load.receive else contextlib.nullcontext():
+            said, spent_s = self.tell(line)
+        found = PASSED.search(said)
+        if found is None:
+            raise RuntimeError(f"{line}: the guest said {said!r}")
+        sent, received, _, cycles = map(int, found.groups())
+        if self.arrived() - before < sent:
+            raise RuntimeError(f"{line}: {sent} frames are sent, and {self.arrived() - before} arrived")
+        seconds = cycles / hertz
+        return Passed(sent / seconds, received / seconds, spent_s / max(1, sent + received))
+
+    def time(self, line: str, hertz: float, *, asleep: bool) -> tuple[float, float]:
+        """Have something timed; return the median in microseconds, and what nine of ten are below."""
+        line += " asleep" * asleep
+        with self.peering("echo"):
+            said, _ = self.tell(line)
+        found = TIMED.search(said)
+        if found is None:
+            raise RuntimeError(f"{line}: the guest said {said!r}")
+        return int(found[1]) / hertz * 1e6, int(found[2]) / hertz * 1e6
+
+    def arrived(self) -> int:
+        """Return how many frames the host has had from the guest."""
+        with self.tap.network.inside():
+            rows = Path("/proc/thread-self/net/dev").read_text().splitlines()
+        (row,) = (row.split(":")[1].split() for row in rows if row.strip().startswith(f"{self.tap.name}:"))
+        return int(row[1])
+
+    @contextlib.contextmanager
+    def peering(self, *words: str) -> Iterator[None]:
+        """Run the peer on the tap."""
+        with self.tap.network.inside():
+            process = subprocess.Popen([self.peer, self.tap.name, *words], stdout=subprocess.PIPE)
+        try:
+            assert process.stdout is not None
+            Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
+            yield
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
+    """Compare rates, then times."""
+    hertz = tsc_hertz()
+    peer = directory / "peer"
+    subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", peer, PEER], check=True)
+    rows = []
+    with Network() as network:
+        for scope in ("all", "default"):  # nobody in it speaks of his own accord
+            network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
+        with vmd_side(directory, guest("net"), network, peer) as vmd, qemu_side(guest("net"), network, peer) as other:
+            for load in LOADS:
+                rows += compare(load, vmd, other, hertz)
+            for what, line in PINGS:
+                rows += compare_times(what, line, vmd, other, hertz)
+    return rows
+
+
+def compare(load: Load, vmd: NetSide, qemu: NetSide, hertz: float) -> list[Row]:
+    """Alternate both sides; one round before the first is not counted."""
+    asleep: dict[NetSide, list[Passed]] = {vmd: [], qemu: []}
+    polled: dict[NetSide, list[Passed]] = {vmd: [], qemu: []}
+    for counted in (False, *[True] * ROUNDS):
+        for side in (vmd, qemu):
+            found, found_polled = side.run(load, hertz, asleep=True), side.run(load, hertz, asleep=False)
+            if counted:
+                asleep[side].append(found)
+                polled[side].append(found_polled)
+    large = load.bytes > PLAIN_BYTES
+    unit, scale, goal = ("MiB/s", load.bytes / MIB, LARGE) if large else ("1000/s", 1e-3, SMALL)
+    ways = [("out", 0)] * load.send + [("in", 1)] * load.receive
+    rows = []
+    for way, index in ways:
+        what = f"{load.what}: both ways, {way}" if len(ways) > 1 else load.what
+        for name, runs in (("", asleep), (", polled", polled)):
+            ours, theirs = ([run[index] * scale for run in runs[side]] for side in (vmd, qemu))
+            rows.append(Row(what + name, unit, ours, theirs, goal, larger_is_better=True))
+    ours, theirs = ([run.cost_s * 1e6 for run in asleep[side]] for side in (vmd, qemu))
+    name = f"{load.what}: both ways, cpu" if len(ways) > 1 else f"{load.what}, cpu"
+    return [*rows, Row(name, "us", ours, theirs)]
+
+
+def compare_times(what: str, line: str, vmd: NetSide, qemu: NetSide, hertz: float) -> list[Row]:
+    """Alternate both sides in the same way."""
+    rows = []
+    for name, asleep in (("", True), (", polled", False)):
+        times: dict[NetSide, list[tuple[float, float]]] = {vmd: [], qemu: []}
+        for counted in (False, *[True] * ROUNDS):
+            for side in (vmd, qemu):
+                found = side.time(line, hertz, asleep=asleep)
+                if counted:
+                    times[side].append(found)
+        for high, index in (("", 0), (", 9 of 10 below", 1)):
+            ours, theirs = ([run[index] for run in times[side]] for side in (vmd, qemu))
+            rows.append(Row(what + name + high, "us", ours, theirs, LATE))
+    return rows
+
+
+@contextlib.contextmanager
+def vmd_side(directory: Path, kernel: Path, network: Network, peer: Path) -> Iterator[NetSide]:
+    """Run the guest under a daemon of our own."""
+    conf = f'vm "net" {{\n disable\n memory 64M\n boot "{kernel}"\n interface\n}}\n'
+    with NetDaemon(directory, network, conf) as vmd:
+        vmd.must("start", "net")
+        tap = Interface(network, vmd.interfaces("net")[0]["tap"])
+        with vmd.console("net") as console:
+            pids = [pid for title, pid in vmd.processes().items() if title.startswith("vmd: vm/net")]
+            yield NetSide(console, lambda data: os.write(console.fd, data), pids, tap, peer)
+        vmd.must("stop", "-fw", "net")
+
+
+@contextlib.contextmanager
+def qemu_side(kernel: Path, network: Network, peer: Path) -> Iterator[NetSide]:
+    """Run the guest under QEMU."""
+    tap = Interface(network, "qemu0")
+    devices = (
+        "-netdev", f"tap,id=net,ifname={tap.name},script=no,downscript=no,vhost=off",
+        "-device", "virtio-net-pci,netdev=net,romfile=",
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        with network.inside():
+            process = stack.enter_context(qemu(kernel, machine=PC, devices=devices))
+        assert process.stdin is not None
+        assert process.stdout is not None
+        side = NetSide(Console(process.stdout.fileno()), process.stdin.write, [process.pid], tap, peer)
+        tap.set("up")
+        yield side
