@@ -123,14 +123,13 @@ class NetSide(Side):
         """Run the peer on the tap."""
         with self.tap.network.inside():
             process = subprocess.Popen([self.peer, self.tap.name, *words], stdout=subprocess.PIPE)
-        try:
+        with process:
             assert process.stdout is not None
-            Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            try:
+                Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
+                yield
+            finally:
+                process.kill()
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
