@@ -27,12 +27,13 @@ QEMU = (
     "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm",
     "-display", "none", "-vga", "none", "-nic", "none", "-no-reboot", "-nodefaults", "-no-user-config",
 )  # fmt: skip
-# Once in a few dozen starts the emulator loses an interrupt, and a processor waits for the other for ever.
-# The machine's own kernel notices that and ends it; the times are long enough for a busy host.
+# Once in a few dozen starts the emulator loses an interrupt, and a processor waits for the other for ever; or it
+# comes back from a guest with the wrong %gs, and each page fault's handler faults itself.  The machine's own kernel
+# notices that and ends it; the times are long enough for a busy host.
 WATCHDOGS = (
     "softlockup_panic=1 watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 )
-HUNG = ("not syncing: softlockup", "not syncing: RCU Stall")
+HUNG = ("not syncing: softlockup", "not syncing: RCU Stall", "BUG: TASK stack guard page was hit")
 APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {WATCHDOGS}"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")

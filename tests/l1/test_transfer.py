@@ -156,7 +156,10 @@ vm "a" {{
 
 
 def test_a_guest_at_work_is_sent(traveller: Traveller) -> None:
-    """`vmctl send a | vmctl receive b`."""
+    """`vmctl pause a`, `vmctl unpause a`, `vmctl send a | vmctl receive b`."""
+    for command in ("pause", "unpause"):
+        traveller.vmd.must(command, "a")
+    traveller.works()
     began = time.monotonic()
     sent, _ = move(traveller.vmd, "a", "b")
     traveller.moved("b")

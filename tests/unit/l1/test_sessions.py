@@ -145,6 +145,7 @@ def test_a_machine_that_hung_is_started_again_a_few_times(
     [
         ("Kernel panic - not syncing: softlockup: hung tasks", None, True),
         ("Kernel panic - not syncing: RCU Stall", None, True),
+        ("BUG: TASK stack guard page was hit at 000000008dee1d23", None, True),
         ("Kernel panic - not syncing: Attempted to kill init!", None, False),
         ("Kernel panic - not syncing: softlockup: hung tasks", "0", False),
     ],
