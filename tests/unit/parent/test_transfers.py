@@ -424,7 +424,9 @@ def test_refused_before_it_begins(
 
 @pytest.mark.parametrize(("changes", "what"), [
     ({"memory_bytes": 1}, "memory size out of range"), ({"vcpus": 0}, "vcpus must be"),
-    ({"sev": True}, "encrypted memory"),
+    ({"sev": True}, "encrypted memory"), ({"kernel": "/vmlinuz\0"}, "boot image: not an absolute path"),
+    ({"kernel": "vmlinuz"}, "boot image: not an absolute path"), ({"initrd": "\0"}, "initrd: not an absolute path"),
+    ({"kernel": "/" * 5000}, "boot image path too long"),
 ])  # fmt: skip
 def test_descriptions_that_are_no_vm(
     parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, object], what: str
@@ -454,6 +456,20 @@ def test_disks_that_are_not_here(
     assert vm.receiving.failure in str(trouble)
     assert vm.receiving.failure
     vm.drop_pty()
+
+
+def test_without_a_console(parent: AnyParent, stream: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configured VM for whose console the host has no room can be started as any other, once there is."""
+
+    def no_room() -> None:
+        raise HostError("open a pty for the console", errno.EMFILE)
+
+    monkeypatch.setattr(transfers, "Pty", no_room)
+    with pytest.raises(HostError, match="open a pty"):
+        transfers.serve_receive(parent, ReceiveRequest(name="a"), ROOT, envelope(stream()))
+
+    vm = parent.vms.get(0, "a")
+    assert (vm.state, vm.receiving) == (State.STOPPED, None)
 
 
 def test_disks_that_its_sender_still_has(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
@@ -594,6 +610,27 @@ def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: 
     transfers.on_received_running(parent, vm, 99, paused=False)
 
     assert vm.state is State.STOPPING
+    vm.drop_pty()
+
+
+def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """One that is received under the same name at once is not resumed before it is complete."""
+    disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
+    vm = receive(parent, stream, "a")
+    header(parent, vm)
+    complete(parent, vm)
+    transfers.on_exited(parent, vm, errno.EIO, "stopped by force")
+    vm.drop_pty()
+    vm.ended("stopped by force")
+    disks.trouble.clear()
+    parent.vmm.sent.clear()
+
+    receive(parent, stream, "a")
+    header(parent, vm)
+    parent.vmm.sent.clear()
+    parent.later.pop()()
+
+    assert parent.vmm.sent == []
     vm.drop_pty()
 
 
