@@ -752,7 +752,7 @@ def test_sending_meanwhile(busy: Daemon) -> None:
             assert "vm a is sending" in ended(vmctl(busy, *words))[1]
         assert "vm a is being sent; interrupt that, or stop it by force" in busy.vmctl("stop", "a").stderr
         assert "vm a exists, and is sending" in from_file(busy, "a", busy.conf)[1]
-        assert "already running" in busy.vmctl("start", "a").stderr
+        assert "vm a is sending" in busy.vmctl("start", "a").stderr
 
         busy.must("stop", "-fw", "a")
 

@@ -430,7 +430,11 @@ class VmProcess(Process):
 
     def on_count_nics(self, _message: CountNics, _envelope: Envelope, channel: Channel) -> None:
         """Say what the network interfaces have done."""
-        counters = self.machine.nic_counters() if self.machine is not None else []
+        try:
+            counters = self.machine.nic_counters() if self.machine is not None else []
+        except PeerError as error:
+            self.end(Outcome.FAILED, str(error))
+            return
         channel.send(NicsCounted(vmid=self.vmid, nics=tuple(NicCounters(values=values) for values in counters)))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:

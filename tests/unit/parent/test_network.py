@@ -13,6 +13,7 @@ from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
     ConfigureNetwork,
+    CountNics,
     MakeNics,
     NicCounters,
     NicInfo,
@@ -378,20 +379,27 @@ def infos(parent: FakeParent, client: int) -> list[NicInfo]:
     return [message for to, message in parent.answers if to == client and isinstance(message, NicInfo)]
 
 
+def questions(parent: FakeParent) -> int:
+    """Return how often the VM has been asked for its counters."""
+    return sum(isinstance(message, CountNics) for message in parent.peers[Proc.VMM].sent)
+
+
 VALUES = tuple(range(len(COUNTER_NAMES)))
 
 
 def test_counters_come_from_the_vm(parent: FakeParent) -> None:
-    """Each answer goes to the client that has waited longest."""
+    """It is asked once, however many want to know."""
     vm = running(parent)
-    parent.network.serve(vm, 1)
-    parent.network.serve(vm, 2)
+    for client in range(1, 4):
+        parent.network.serve(vm, client)
     assert parent.answers == []
+    assert questions(parent) == 1
     parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
-    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=()))
 
-    assert [info.counters for info in infos(parent, 1)] == [VALUES]
-    assert [info.counters for info in infos(parent, 2)] == [()]
+    for client in range(1, 4):
+        assert [info.counters for info in infos(parent, client)] == [VALUES]
+    parent.network.serve(vm, 1)
+    assert questions(parent) == 2
 
 
 @pytest.mark.parametrize("values", [(), VALUES[1:], (*VALUES, 1), (-1, *VALUES[1:]), (1 << 64, *VALUES[1:])])
@@ -405,15 +413,17 @@ def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> 
 
 
 def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
-    """The client hears what is known; the late answer is nobody else's."""
+    """The client hears what is known; the late answer is for who has come meanwhile."""
     vm = running(parent)
     parent.network.serve(vm, 1)
     parent.loop.timers[0].callback()
     parent.network.serve(vm, 2)
+    assert questions(parent) == 1
     parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
-    assert infos(parent, 2) == []
+    assert [info.counters for info in infos(parent, 2)] == [VALUES]
+    assert not parent.network.counting
 
 
 def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
@@ -422,7 +432,7 @@ def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
     parent.network.serve(vm, 1)
     parent.network.serve(vm, 2)
     parent.network.on_client_gone(vm.vmid, 2)
-    parent.network.answer_counted(vm.vmid, everyone=True)
+    parent.network.answer_counted(vm.vmid)
 
     assert len(infos(parent, 1)) == 1
     assert infos(parent, 2) == []
