@@ -191,6 +191,8 @@ class Channel:
                 packet, rights, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionResetError:  # it is gone and has not read all of ours; its last words come after this
+                continue
             except OSError:
                 self._lose(None)
                 return
