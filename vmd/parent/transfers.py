@@ -91,7 +91,9 @@ def serve_send(parent: "Parent", message: SendRequest, caller: Caller, envelope:
     assert stream is not None
     vm.sending = Sending(envelope.peerid, keep=message.keep, state=vm.state)
     vm.state = State.SENDING
-    parent.peers[Proc.VMM].send(SendVm(vmid=vm.vmid, keep=message.keep), fds={"stream": [stream]})
+    parent.peers[Proc.VMM].send(
+        SendVm(vmid=vm.vmid, keep=message.keep, one_shot=vm.one_shot_boot), fds={"stream": [stream]}
+    )
     log.info(f"{vm.name}: sending vm {vm.vmid}")
 
 
@@ -184,7 +186,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         give_up(parent, vm, code_of(error), sentence(error))
         return
     vm.running_config = receiving.config
-    vm.one_shot_boot = receiving.config.boot_device in ONE_SHOT_DEVICES
+    vm.one_shot_boot = message.one_shot or receiving.config.boot_device in ONE_SHOT_DEVICES
     parent.peers[Proc.VMM].send(ReceiveMemory(vmid=vm.vmid))
 
 

@@ -276,6 +276,7 @@ class VmProcess(Process):
                     stream,
                     self.loop,
                     lambda text: self.on_sent(message, text, stays_paused=stays_paused),
+                    one_shot=message.one_shot,
                 )
             except (VmdError, OSError) as error:
                 text = sentence(error)
@@ -349,7 +350,7 @@ class VmProcess(Process):
             return
         self.received = Received(header)
         try:
-            self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config))
+            self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config, one_shot=header.one_shot))
         except ValueError:
             self.refuse_stream(ValueError("its configuration is longer than any here can be"))
 

@@ -187,7 +187,7 @@ def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) ->
     """Begin to send a VM."""
     vm: Vm = parent.vms.get(0, "a")
     transfers.serve_send(parent, SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
-    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep)]
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep, one_shot=vm.one_shot_boot)]
     assert vm.state is State.SENDING
     parent.vmm.sent.clear()
     return vm
@@ -327,10 +327,11 @@ def receive(parent: AnyParent, stream: Callable[[], int], name: str = "b", *, pa
     return vm
 
 
-def header(parent: AnyParent, vm: Vm, **changes: object) -> None:
+def header(parent: AnyParent, vm: Vm, *, one_shot: bool = False, **changes: object) -> None:
     """Let the process say what it reads."""
     config = VmConfig(name="sent", memory_bytes=128 << 20, vcpus=2, disks=DISKS).replace(**changes)
-    transfers.on_received_header(parent, ReceivedHeader(vmid=vm.vmid, config=config), cast("Any", 0), cast("Any", 0))
+    message = ReceivedHeader(vmid=vm.vmid, config=config, one_shot=one_shot)
+    transfers.on_received_header(parent, message, cast("Any", 0), cast("Any", 0))
 
 
 def complete(parent: AnyParent, vm: Vm) -> None:
@@ -429,7 +430,7 @@ def test_refused_before_it_begins(
     ({"kernel": "/" * 5000}, "boot image path too long"),
 ])  # fmt: skip
 def test_descriptions_that_are_no_vm(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, object], what: str
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, Any], what: str
 ) -> None:
     """Refused while the sender still has it: the process is ended, and the client is told why."""
     vm = receive(parent, stream)
@@ -644,4 +645,13 @@ def test_one_shot_boots_stay_so(
     vm = receive(parent, stream)
     header(parent, vm, boot_device=device)
     assert vm.one_shot_boot is once
+    header(parent, vm, boot_device=device, one_shot=True)
+    assert vm.one_shot_boot
     vm.drop_pty()
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_one_shot_boots_are_sent_as_such(parent: AnyParent, stream: Callable[[], int], once: bool) -> None:
+    """What only that start had is not to be had on the other side either."""
+    running(parent).one_shot_boot = once
+    send(parent, stream)
