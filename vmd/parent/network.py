@@ -234,7 +234,7 @@ class Network:
             raise
         self.tickets += 1
         self.launches[self.tickets] = launch
-        reserved = {nic.tap for other in self.parent.vms for nic in other.config.nics if nic.tap not in AUTOMATIC}
+        reserved = {nic.tap for other in self.parent.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
         self._tell_priv(
             MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX]))
         )

@@ -169,7 +169,10 @@ def test_a_vm_without_interfaces_starts_at_once(parent: FakeParent) -> None:
 
 def test_what_priv_is_asked_for(parent: FakeParent) -> None:
     """Names, groups of interface and switch, addresses; names that others want are reserved."""
-    parent.vms.add(VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True)
+    other = parent.vms.add(
+        VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True
+    )
+    other.running_config = VmConfig(name="other", nics=(NicConfig(tap="tap5"),))  # it was received, and waits for them
     nics = (
         NicConfig(tap="tap", switch="lan", group="mine"),
         NicConfig(tap="tap7", local=True, rdomain=4, up=False),
@@ -180,7 +183,7 @@ def test_what_priv_is_asked_for(parent: FakeParent) -> None:
     (message,) = parent.peers[Proc.PRIV].sent
     assert isinstance(message, MakeNics)
     one, two, three = message.nics
-    assert message.reserved == ("tap3", "tap7")
+    assert message.reserved == ("tap3", "tap5", "tap7")
     assert (one.name, one.alias, one.bridge, one.groups) == ("", "vm2-if0-a", "br1", ("mine", "lab"))
     assert (two.name, two.bridge, two.groups, two.rdomain, two.up) == ("tap7", "", (), 4, False)
     assert (two.host4, two.prefix6) == (bytes((100, 64, 2, 4)), b"")
