@@ -212,6 +212,8 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
     """Open the disks and have the machine go on; where they are in use come back, or give up for now."""
     if vm.receiving is not receiving or receiving.config is None:  # it has ended, and may be receiving once more
         return
+    if vm.state is State.STOPPING:  # how it ends is the answer
+        return
     try:
         media = Media.open(receiving.config, parent.prober)
     except FAILURES as error:
@@ -235,10 +237,9 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
 def stay_paused(parent: "Parent", vm: Vm, code: int, why: str) -> None:
     """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had."""
     receiving = vm.receiving
-    if receiving is None:
+    if receiving is None or vm.state is State.STOPPING:
         return
-    if vm.state is State.RECEIVING:
-        vm.state = State.PAUSED
+    vm.state = State.PAUSED
     vm.text = brief(why)
     log.error(f"vm {vm.name}: received, but stays paused: {why}")
     text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"

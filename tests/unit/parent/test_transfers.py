@@ -606,7 +606,9 @@ def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: 
     vm.begin_stop(force=False)
     disks.trouble = [OperatorError(errno.ENOENT, "disk /disk: No such file or directory")]
     complete(parent, vm)
+    transfers.stay_paused(parent, vm, errno.EIO, "no interfaces")
     assert vm.state is State.STOPPING
+    assert parent.answers == []
 
     transfers.on_received_running(parent, vm, 99, paused=False)
 
