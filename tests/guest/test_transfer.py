@@ -244,9 +244,9 @@ def test_reset_of_a_received_guest_that_was_booted_once(demo: Daemon) -> None:
     move(demo, "b", "c")
     with demo.console("c") as console:
         console.answer("", PROMPT)
-        client = vmctl(demo, "-v", "wait", "c")
+        vmid = demo.status("c")["id"]
         console.type("reset\r")
-        assert "reset by the guest" in ended(client)[1]
+        demo.wait_log(f"c: terminated vm {vmid}: reset by the guest")
     assert all(row["name"] != "c" for row in demo.rows())
 
 
