@@ -23,11 +23,12 @@ def parse_vmref(word: str) -> VmRef:
     Raises:
         CommandError: it can be no VM.
     """
-    if word.isascii() and word.isdigit() and int(word[:20]) <= ID_MAX:
+    digits = word.lstrip("0")
+    if word.isascii() and word.isdigit() and len(digits) <= len(str(ID_MAX)) and int(digits or 0) <= ID_MAX:
         # Unlike vmd, where 0 is silently "no id": no VM has it.
-        if int(word) == 0:
+        if not digits:
             raise CommandError(f"invalid id: {word}")
-        return VmRef(vmid=int(word))
+        return VmRef(vmid=int(digits))
     if not word or word.startswith("-"):
         raise CommandError(f"invalid id: {word}")
     if len(word.encode("utf-8", "surrogateescape")) > NAME_MAX:

@@ -236,6 +236,20 @@ def test_reset_of_a_received_guest(demo: Daemon, name: str) -> None:
         }
 
 
+def test_reset_of_a_received_guest_that_was_booted_once(demo: Daemon) -> None:
+    """It ends, as it would have where it was started: nobody here can boot what it has booted."""
+    demo.must("start", "-b", guest("demo"), "-k", "once", "b")
+    with demo.console("b") as console:
+        console.answer("", PROMPT)
+    move(demo, "b", "c")
+    with demo.console("c") as console:
+        console.answer("", PROMPT)
+        vmid = demo.status("c")["id"]
+        console.type("reset\r")
+        demo.wait_log(f"c: terminated vm {vmid}: reset by the guest")
+    assert all(row["name"] != "c" for row in demo.rows())
+
+
 def test_firmware_can_be_sent(tmp_path: Path) -> None:
     """In real mode, with its read-only memory and its disks on the way."""
     firmware = "/usr/share/seabios/bios-256k.bin"
@@ -313,7 +327,8 @@ HEADERS: list[tuple[str, Callable[[Header], Record], str]] = [
     ("half firmware", lambda header: header.replace(firmware_bytes=1000), "it has firmware of 1000 bytes"),
     ("devices", lambda header: header.replace(devices=header.devices[:1]), "1 devices, which are not the 2"),
     ("missing disk", with_config(disks=(DiskConfig(path="/nowhere/disk"),)), "/nowhere/disk"),
-    ("nul in a path", with_config(disks=(DiskConfig(path="/disk\0"),)), "disk /disk\\x00: not a path"),
+    ("nul in a path", with_config(disks=(DiskConfig(path="/disk\0"),)), "disk: not an absolute path: /disk\\x00"),
+    ("nul in a kernel", with_config(kernel="/bsd\0"), "boot image: not an absolute path: /bsd\\x00"),
     ("nul in a disc", with_config(cdrom="/disc\0", disks=()), "which are not the"),
     ("directory", with_config(disks=(DiskConfig(path="/etc"),)), "/etc"),
     ("disc", with_config(cdrom="/nowhere/disc"), "which are not the"),
@@ -752,7 +767,7 @@ def test_sending_meanwhile(busy: Daemon) -> None:
             assert "vm a is sending" in ended(vmctl(busy, *words))[1]
         assert "vm a is being sent; interrupt that, or stop it by force" in busy.vmctl("stop", "a").stderr
         assert "vm a exists, and is sending" in from_file(busy, "a", busy.conf)[1]
-        assert "already running" in busy.vmctl("start", "a").stderr
+        assert "vm a is sending" in busy.vmctl("start", "a").stderr
 
         busy.must("stop", "-fw", "a")
 

@@ -55,7 +55,7 @@ def test_a_start_beyond_a_limit_is_refused(tmp_path: Path, limit: str, who: str,
 
 
 def test_limits_change_with_the_configuration(tmp_path: Path) -> None:
-    """A lower limit ends nothing; a higher one lets the next start through."""
+    """A lower limit ends nothing, not even by a reset of the guest; a higher one lets the next start through."""
     with Daemon(tmp_path, CONF) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
@@ -64,6 +64,10 @@ def test_limits_change_with_the_configuration(tmp_path: Path) -> None:
         assert [row["state"] for row in vmd.rows()] == ["running", "running", "stopped"]
         refused = vmd.vmctl("start", "smp")
         assert "2 VMs are running, and there is a limit of 1 (limit vms)" in refused.stderr
+        with vmd.console("a") as console:
+            console.type("\r")
+            console.expect(PROMPT, DEADLINE_S)
+            console.answer("reset", PROMPT)
         extra = tmp_path / "extra.conf"
         extra.write_text("limit vms 3\n")
         vmd.must("load", extra)

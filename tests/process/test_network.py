@@ -93,6 +93,19 @@ def test_a_guest_that_reboots_keeps_its_taps(network: Network, tmp_path: Path) -
         assert [links(network)[name]["ifindex"] for name in ("tap0", "tap1")] == indices
 
 
+def test_counters_of_an_interface_that_has_died(network: Network, tmp_path: Path) -> None:
+    """The VM ends, and says whose fault it is, also where it notices that by asking."""
+    with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
+        vmd.must("start", "db1")
+        processes = vmd.processes()
+        os.kill(processes["vmd: vm/db1"], signal.SIGSTOP)
+        (nic,) = vmd.interfaces("db1")  # when it has been answered without the VM, the question is there
+        assert nic["counters"] is None
+        os.kill(processes["vmd: vm/db1/vionet0"], signal.SIGKILL)
+        os.kill(processes["vmd: vm/db1"], signal.SIGCONT)
+        assert vmd.wait_state("db1", "stopped")["text"].startswith("vm/db1/vionet0: ")
+
+
 def test_status_says_it_in_words(network: Network, tmp_path: Path) -> None:
     """One VM by name, or all of them."""
     conf = "local inet6 prefix fd42:1:2::/48\n" + SWITCH

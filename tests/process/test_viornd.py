@@ -1,6 +1,7 @@
 """The real, confined entropy process against a driver that does not care (hostile-input 11-14, 16, 18, 44)."""
 
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_process_is_small_and_starts_soon() -> None:
         device.start()
         print(f"viornd: ready {device.ready_ms:.1f} ms after spawn, PSS {device.pss_kib() / 1024:.1f} MiB")
         assert device.config == b""
+
+
+def test_a_vm_that_ends_while_it_starts() -> None:
+    """The process ends as well, without a word: there is nobody to tell, and nothing to tell of."""
+    with Device("viornd") as device:
+        device.send_start(device.start_packet())
+        device.sync.shutdown(socket.SHUT_RDWR)
+
+        assert device.status() == 1
+        assert device.read_log() == ""
 
 
 def test_chain_is_filled_and_nothing_beside_it(rng: Rng) -> None:

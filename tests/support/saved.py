@@ -36,6 +36,7 @@ def header(**changes: object) -> Header:
     """Return the header of a VM with 8 MiB and a disk."""
     made = Header(
         config=VmConfig(name="sent", memory_bytes=8 * MIB, disks=(DiskConfig(path="/disk"),)),
+        one_shot=True,
         firmware_bytes=0,
         touched_bytes=MIB,
         xsave_bytes=4096,

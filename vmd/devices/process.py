@@ -476,7 +476,10 @@ def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Proc
         return refuse(sync, error)
     gc.collect()
     gc.freeze()
-    sync.send(process.ready())
+    try:
+        sync.send(process.ready())
+    except ConnectionError:
+        return 1  # its VM has ended meanwhile
     process.tell(process.ready())
     try:
         process.run()

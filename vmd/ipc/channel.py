@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import types
+from collections import deque
 
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
@@ -59,7 +60,7 @@ class Channel:
         self._loop = loop
         self._on_message = on_message
         self._on_lost = on_lost
-        self._queue: list[tuple[bytes, list[int]]] = []
+        self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._closing = False
         sock.setblocking(False)
         loop.add(sock.fileno(), self._on_ready)
@@ -106,7 +107,7 @@ class Channel:
             while self._queue:
                 packet, fds = self._queue[0]
                 self._sendmsg(packet, fds)
-                self._queue.pop(0)
+                self._queue.popleft()
                 _close_all(fds)
         except OSError:
             return
@@ -160,7 +161,7 @@ class Channel:
                 if error.errno not in HANG_UPS:
                     self._lose_soon(PeerError(self.label, f"cannot be sent to: {error.strerror}"))
                 return
-            self._queue.pop(0)
+            self._queue.popleft()
             _close_all(fds)
         if self._closing:
             self.close()
@@ -191,6 +192,8 @@ class Channel:
                 packet, rights, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
+            except ConnectionResetError:  # it is gone and has not read all of ours; its last words come after this
+                continue
             except OSError:
                 self._lose(None)
                 return

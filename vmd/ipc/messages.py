@@ -544,10 +544,14 @@ class PauseDone(Record):
 
 @message(0x6D, *TO_VM, fds=("stream",))
 class SendVm(Record):
-    """Stand still and write yourself to `stream`.  Answered by SendDone, then VmExited unless `keep`."""
+    """Stand still and write yourself to `stream`.  Answered by SendDone, then VmExited unless `keep`.
+
+    `one_shot`, which goes along: when the guest resets itself, that is its end (*cat. 4.4*).
+    """
 
     vmid: int
     keep: bool
+    one_shot: bool
 
 
 @message(0x6E, *FROM_VM)
@@ -578,6 +582,7 @@ class ReceivedHeader(Record):
 
     vmid: int
     config: VmConfig
+    one_shot: bool
 
 
 @message(0x71, *TO_VM)

@@ -143,7 +143,7 @@ def require_free(vms: "Iterable[Vm]", wanted: VmConfig) -> None:
     The operator may set up two VMs that cannot run at the same time; a user must not take what is another's.
     """
     for vm in vms:
-        for theirs in vm.config.nics:
+        for theirs in vm.nics():
             for ours in wanted.nics:
                 if ours.lladdr and ours.lladdr == theirs.lladdr:
                     what = f"lladdr {ours.lladdr.hex(':')}"

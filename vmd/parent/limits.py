@@ -86,7 +86,11 @@ def raise_file_limit(limit_vms: int) -> None:
 def require_files() -> None:
     """Raise OperatorError(EMFILE) if descriptors are about to run out: then even messages would lose theirs."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if len(os.listdir(OPEN_FILES)) + FILES_TO_START > most:
+    try:
+        count = len(os.listdir(OPEN_FILES))
+    except OSError:  # there is not even one to look with
+        count = most
+    if count + FILES_TO_START > most:
         raise OperatorError(errno.EMFILE, f"no room for another vm among the {most} files that vmd may have open")
 
 

@@ -317,8 +317,9 @@ class Parent(Process):
         config: VmConfig | None = None,
         given_boot: int | None = None,
         given_initrd: int | None = None,
+        again: bool = False,
     ) -> None:
-        """Open what the VM needs and have vmm start it.  Owns the given descriptors.
+        """Open what the VM needs and have vmm start it, `again` after a reset.  Owns the given descriptors.
 
         `config` differs from the VM's own for a one-shot boot.  Raises OperatorError or HostError; the VM is
         then as it was.
@@ -329,7 +330,7 @@ class Parent(Process):
         files = open_boot_files(config, given_boot, given_initrd)
         media = Media()
         try:
-            self.check_startable(vm, config)
+            self.check_startable(vm, config, again=again)
             require_boot_device(config)
             media = Media.open(config, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
@@ -368,10 +369,12 @@ class Parent(Process):
         log.error(f"vm {vm.name}: {text}")
         self.vm_is_gone(vm, brief(text))
 
-    def check_startable(self, vm: Vm, config: VmConfig) -> None:
-        """Raise OperatorError if this host cannot, or may not, run such a VM."""
+    def check_startable(self, vm: Vm, config: VmConfig, *, again: bool = False) -> None:
+        """Raise OperatorError if this host cannot, or may not, run such a VM; one that runs stays within the limits."""
         refuse_unsupported(config)
         require_files()
+        if again:
+            return
         others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
         require_room(config, others, self.config.settings)
 
@@ -396,7 +399,8 @@ class Parent(Process):
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
         vm = self.known(message.vmid)
         text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
-        if message.outcome is Outcome.REBOOT and vm.state is not State.STOPPING and not vm.one_shot_boot:
+        goes_on = vm.state is not State.STOPPING and vm.receiving is None and not vm.one_shot_boot
+        if message.outcome is Outcome.REBOOT and goes_on:
             uid = vm.uid
             vm.state, vm.pid = State.STOPPED, 0
             if not vm.restarts.may_restart():
@@ -406,13 +410,17 @@ class Parent(Process):
                 log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
                 try:
                     boot, initrd = vm.kept_files()
-                    self.start_vm(vm, uid=uid, config=vm.running_config, given_boot=boot, given_initrd=initrd)
+                    self.start_vm(
+                        vm, uid=uid, config=vm.running_config, given_boot=boot, given_initrd=initrd, again=True
+                    )
                 except VmdError as error:
+                    vm.uid = uid  # whose console it still is
                     text = f"cannot reboot: {error}"
                     log.error(f"vm {vm.name}: {text}")
                 else:
                     vm.one_shot_boot = False
                     self.attach_pending(vm.vmid, vm.name, vm.pty)
+                    self.network.answer_counted(vm.vmid)
                     self.answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
                     return
         self.network.give_up(vm)  # it was being received, and waited for its interfaces
@@ -425,7 +433,7 @@ class Parent(Process):
         for client in vm.waiting_clients:
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
         vm.waiting_clients.clear()
-        self.network.answer_counted(vm.vmid, everyone=True)
+        self.network.answer_counted(vm.vmid)
         uid, pty = vm.uid, vm.take_pty()
         self.attach_pending(vm.vmid, vm.name, pty)
         vm.ended(text)
@@ -557,8 +565,7 @@ class Parent(Process):
                 vm = self.vms.get(message.vmid, message.name)
                 if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
                     raise OperatorError(errno.EPERM, f"uid {caller.uid} may not start vm {vm.name}")
-                if vm.alive:
-                    raise OperatorError(errno.EALREADY, f"vm {vm.name} is already running")
+                vm.require_startable()
                 for fd in (boot, initrd):
                     if fd is not None:
                         require_readable(fd, "boot image", caller)

@@ -113,7 +113,7 @@ class Network:
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
-        self.counting: dict[int, list[Count]] = {}  # by vmid: questions a VM has not answered
+        self.counting: dict[int, list[Count]] = {}  # by vmid, of VMs that have been asked: who waits for the answer
 
     # --- the configuration -------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Network:
             raise
         self.tickets += 1
         self.launches[self.tickets] = launch
-        reserved = {nic.tap for other in self.parent.vms for nic in other.config.nics if nic.tap not in AUTOMATIC}
+        reserved = {nic.tap for other in self.parent.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
         self._tell_priv(
             MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX]))
         )
@@ -294,43 +294,42 @@ class Network:
     # --- counters ----------------------------------------------------------------------------------------
 
     def serve(self, vm: Vm, client: int) -> None:
-        """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time."""
+        """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time.
+
+        A VM is asked one thing at a time: many who want to know must not be a burden to it, or to its owner.
+        """
         if not vm.pid or not self.taps.get(vm.vmid):
             self._answer(vm.vmid, client, ())
             return
         count = Count(client)
+        asked = vm.vmid in self.counting
         waiting = self.counting.setdefault(vm.vmid, [])
         waiting.append(count)
 
         def give_up() -> None:
+            waiting.remove(count)
             self._answer(vm.vmid, count.client, ())
-            count.client = NO_CLIENT  # the answer is still to come, and must not be taken for another's
 
         count.timer = self.parent.loop.call_later(COUNT_TIMEOUT_S, give_up)
-        self.parent.peers[Proc.VMM].send(CountNics(vmid=vm.vmid))
+        if not asked:
+            self.parent.peers[Proc.VMM].send(CountNics(vmid=vm.vmid))
 
     def on_counted(self, message: NicsCounted) -> None:
-        """Answer the client that has waited longest."""
+        """Answer all who wait for that."""
         self.answer_counted(message.vmid, message.nics)
 
-    def answer_counted(self, vmid: int, nics: tuple[NicCounters, ...] = (), *, everyone: bool = False) -> None:
-        """Answer the client that has waited longest, or all of them: the VM will say no more."""
-        waiting = self.counting.get(vmid, [])
-        while waiting:
-            count = waiting.pop(0)
+    def answer_counted(self, vmid: int, nics: tuple[NicCounters, ...] = ()) -> None:
+        """Answer all who wait: the VM has said what there is, or will say nothing more."""
+        for count in self.counting.pop(vmid, ()):
             if count.timer is not None:
                 count.timer.cancel()
             self._answer(vmid, count.client, nics)
-            if not everyone:
-                break
-        if not waiting:
-            self.counting.pop(vmid, None)
 
     def on_client_gone(self, vmid: int, client: int) -> None:
         """Nobody waits for this answer any more."""
         for count in self.counting.get(vmid, ()):
             if count.client == client:
-                count.client = NO_CLIENT
+                count.client = NO_CLIENT  # its place is kept until the answer, or its time, has come
 
     def _answer(self, vmid: int, client: int, counted: tuple[NicCounters, ...]) -> None:
         vm = self.parent.vms.find(vmid, "")

@@ -3,7 +3,6 @@
 Nothing here reads what a file says: kinds and headers are told apart by processes without privileges.
 """
 
-import contextlib
 import errno
 import fcntl
 import grp
@@ -149,8 +148,11 @@ def require_regular(fd: int, name: str) -> None:
 def open_firmware() -> tuple[int, str]:
     """Open the BIOS image of the distribution; OperatorError(VMD_BIOS_MISSING) if there is none."""
     for path in FIRMWARE_PATHS:
-        with contextlib.suppress(OperatorError):
+        try:
             return open_regular(path, "firmware"), path
+        except OperatorError as error:
+            if error.code not in (errno.ENOENT, errno.ENOTDIR):
+                raise
     raise OperatorError(
         VMD_BIOS_MISSING,
         f"no BIOS image at {' or '.join(FIRMWARE_PATHS)}; install package seabios or boot a kernel",

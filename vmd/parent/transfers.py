@@ -42,7 +42,7 @@ from vmd.log import log
 from vmd.parent.access import require_root
 from vmd.parent.limits import require_files
 from vmd.parent.media import Media
-from vmd.parent.requests import ONE_SHOT_DEVICES, checked_request
+from vmd.parent.requests import ONE_SHOT_DEVICES, check_files, checked_request
 from vmd.parent.resources import Pty
 from vmd.parent.vmtable import State, Vm
 
@@ -91,7 +91,9 @@ def serve_send(parent: "Parent", message: SendRequest, caller: Caller, envelope:
     assert stream is not None
     vm.sending = Sending(envelope.peerid, keep=message.keep, state=vm.state)
     vm.state = State.SENDING
-    parent.peers[Proc.VMM].send(SendVm(vmid=vm.vmid, keep=message.keep), fds={"stream": [stream]})
+    parent.peers[Proc.VMM].send(
+        SendVm(vmid=vm.vmid, keep=message.keep, one_shot=vm.one_shot_boot), fds={"stream": [stream]}
+    )
     log.info(f"{vm.name}: sending vm {vm.vmid}")
 
 
@@ -154,6 +156,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
             tty = vm.pty.copies()
         except VmdError as error:
             vm.drop_pty()
+            vm.receiving = None
             vm.ended(brief(str(error)))
             if not vm.from_config:
                 parent.vms.remove(vm)
@@ -174,6 +177,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         return
     config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
     try:
+        check_files(config)  # what it boots from is opened only when its guest resets itself
         receiving.config = checked_request(config, bootable=True)
         parent.check_startable(vm, receiving.config)
         parent.network.check(vm, receiving.config)
@@ -182,7 +186,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         give_up(parent, vm, code_of(error), sentence(error))
         return
     vm.running_config = receiving.config
-    vm.one_shot_boot = receiving.config.boot_device in ONE_SHOT_DEVICES
+    vm.one_shot_boot = message.one_shot or receiving.config.boot_device in ONE_SHOT_DEVICES
     parent.peers[Proc.VMM].send(ReceiveMemory(vmid=vm.vmid))
 
 
@@ -201,19 +205,20 @@ def on_received_machine(parent: "Parent", message: ReceivedMachine, _envelope: E
     if vm.receiving is not None:
         vm.receiving.complete = True
         vm.receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S
-        resume(parent, vm)
+        resume(parent, vm, vm.receiving)
 
 
-def resume(parent: "Parent", vm: Vm) -> None:
+def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
     """Open the disks and have the machine go on; where they are in use come back, or give up for now."""
-    receiving = vm.receiving
-    if receiving is None or receiving.config is None or not vm.alive:
+    if vm.receiving is not receiving or receiving.config is None:  # it has ended, and may be receiving once more
+        return
+    if vm.state is State.STOPPING:  # how it ends is the answer
         return
     try:
         media = Media.open(receiving.config, parent.prober)
     except FAILURES as error:
         if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
-            parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm))
+            parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm, receiving))
             return
         stay_paused(parent, vm, code_of(error), sentence(error))
         return
@@ -232,10 +237,9 @@ def resume(parent: "Parent", vm: Vm) -> None:
 def stay_paused(parent: "Parent", vm: Vm, code: int, why: str) -> None:
     """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had."""
     receiving = vm.receiving
-    if receiving is None:
+    if receiving is None or vm.state is State.STOPPING:
         return
-    if vm.state is State.RECEIVING:
-        vm.state = State.PAUSED
+    vm.state = State.PAUSED
     vm.text = brief(why)
     log.error(f"vm {vm.name}: received, but stays paused: {why}")
     text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"
@@ -251,7 +255,7 @@ def unpause(parent: "Parent", vm: Vm) -> bool:
         return False
     vm.receiving.paused = False
     vm.state = State.RECEIVING
-    resume(parent, vm)
+    resume(parent, vm, vm.receiving)
     return True
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from enum import Enum
 
-from vmd.config.model import VmConfig
+from vmd.config.model import NicConfig, VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
 from vmd.parent.addresses import random_lladdr
@@ -78,10 +78,15 @@ class Vm:
         """Whether there is a VM process."""
         return self.state in ALIVE
 
+    def require_startable(self) -> None:
+        """Raise OperatorError if there is a VM process, saying what it is at."""
+        if self.alive:
+            state = "already running" if self.state is State.RUNNING else self.state.value
+            raise OperatorError(errno.EALREADY, f"vm {self.name} is {state}")
+
     def begin_start(self) -> None:
         """STOPPED or WAITING -> STARTING."""
-        if self.alive:
-            raise OperatorError(errno.EALREADY, f"vm {self.name} is already running")
+        self.require_startable()
         self.state = State.STARTING
         self.text, self.code = "", errno.EIO
 
@@ -132,6 +137,11 @@ class Vm:
         self.uid = self.config.owner.uid
         self.one_shot_boot = False
         self.running_config = None
+
+    def nics(self) -> "Iterator[NicConfig]":
+        """Return every interface that it has, or is to have."""
+        for config in (self.config, self.running_config, self.next_config):
+            yield from config.nics if config is not None else ()
 
     def patience_s(self) -> float:
         """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""

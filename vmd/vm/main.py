@@ -276,6 +276,7 @@ class VmProcess(Process):
                     stream,
                     self.loop,
                     lambda text: self.on_sent(message, text, stays_paused=stays_paused),
+                    one_shot=message.one_shot,
                 )
             except (VmdError, OSError) as error:
                 text = sentence(error)
@@ -349,7 +350,7 @@ class VmProcess(Process):
             return
         self.received = Received(header)
         try:
-            self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config))
+            self.vmm.send(ReceivedHeader(vmid=self.vmid, config=header.config, one_shot=header.one_shot))
         except ValueError:
             self.refuse_stream(ValueError("its configuration is longer than any here can be"))
 
@@ -430,7 +431,11 @@ class VmProcess(Process):
 
     def on_count_nics(self, _message: CountNics, _envelope: Envelope, channel: Channel) -> None:
         """Say what the network interfaces have done."""
-        counters = self.machine.nic_counters() if self.machine is not None else []
+        try:
+            counters = self.machine.nic_counters() if self.machine is not None else []
+        except PeerError as error:
+            self.end(Outcome.FAILED, str(error))
+            return
         channel.send(NicsCounted(vmid=self.vmid, nics=tuple(NicCounters(values=values) for values in counters)))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:

@@ -64,6 +64,7 @@ class Header(Record):
     """What has to be known before the first byte of memory."""
 
     config: VmConfig
+    one_shot: bool  # it ends where others reboot
     firmware_bytes: int
     touched_bytes: int  # of memory, for progress
     xsave_bytes: int
@@ -133,10 +134,11 @@ def bytes_max(header: Header) -> int:
 # --- saving --------------------------------------------------------------------------------------------------
 
 
-def header(machine: "Machine") -> Header:
+def header(machine: "Machine", *, one_shot: bool) -> Header:
     """Return the header of a machine."""
     return Header(
         config=machine.config,
+        one_shot=one_shot,
         firmware_bytes=machine.firmware_bytes,
         touched_bytes=machine.memory.resident_bytes(),
         xsave_bytes=machine.vcpus[0].vcpu.xsave_bytes,

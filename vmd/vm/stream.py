@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MAGIC = b"vmdstate"
-VERSION = 1
+VERSION = 2
 PREAMBLE = Struct("<8sII")
 SECTION = Struct("<IIQ")
 GPA = Struct("<Q")

@@ -28,10 +28,17 @@ class Sender:
     """
 
     def __init__(
-        self, machine: "Machine", clocks: "Clocks", fd: int, loop: "Loop", done: "Callable[[str], None]"
+        self,
+        machine: "Machine",
+        clocks: "Clocks",
+        fd: int,
+        loop: "Loop",
+        done: "Callable[[str], None]",
+        *,
+        one_shot: bool,
     ) -> None:
         """Read the machine's state.  Raises PeerError or OSError, and then leaves the descriptor open."""
-        self._header = pack(state.header(machine))
+        self._header = pack(state.header(machine, one_shot=one_shot))
         self._state = pack(state.save(machine, clocks))
         self._memory = machine.memory
         self._loop = loop

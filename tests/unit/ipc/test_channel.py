@@ -187,6 +187,21 @@ def test_hang_up_is_reported_once(loop: Loop, recorder: Recorder) -> None:
     assert recorder.lost == [None]
 
 
+def test_last_words_of_a_peer_that_has_not_read_ours(loop: Loop, recorder: Recorder) -> None:
+    """They arrive, and then its end: the kernel reports what it left unread before what it said."""
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, ours)
+    channel.send(Ok())
+    for _ in range(2):
+        theirs.send(encode(ListRequest())[0])
+    theirs.close()
+    recorder.enough = 3
+    recorder.run()
+
+    assert recorder.messages == [ListRequest(), ListRequest()]
+    assert recorder.lost == [None]
+
+
 def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
     """Last words reach a client that reads slowly."""
     ours, theirs = socketpair()

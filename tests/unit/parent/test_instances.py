@@ -136,11 +136,14 @@ def test_files_keep_the_rights_of_whoever_named_them() -> None:
 
 
 def test_a_user_takes_no_interface_and_no_address_of_another_vm() -> None:
-    """Not even of one that does not run."""
+    """Not even of one that does not run, or is from elsewhere, or will have it at its next start."""
     table = VmTable()
-    table.add(VmConfig(name="a", nics=(NicConfig(tap="tap7", lladdr=b"\2\2\2\2\2\2"),)), from_config=True)
+    vm = table.add(VmConfig(name="a", nics=(NicConfig(tap="tap7", lladdr=b"\2\2\2\2\2\2"),)), from_config=True)
+    vm.running_config = VmConfig(name="a", nics=(NicConfig(tap="tap9", lladdr=b"\4" * 6),))
+    vm.next_config = VmConfig(name="a", nics=(NicConfig(lladdr=b"\6" * 6),))
     require_free(table, VmConfig(name="i", nics=(NicConfig(tap="tap"), NicConfig(tap="tap8"))))
-    for nic in (NicConfig(tap="tap7"), NicConfig(lladdr=b"\2" * 6)):
+    taken = [NicConfig(lladdr=bytes([byte] * 6)) for byte in (2, 4, 6)]
+    for nic in (NicConfig(tap="tap7"), NicConfig(tap="tap9"), *taken):
         with pytest.raises(OperatorError, match="is that of another vm"):
             require_free(table, VmConfig(name="i", nics=(nic,)))
 

@@ -1,6 +1,7 @@
 """What all VMs together may have of the host."""
 
 import errno
+import os
 import resource
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from vmd.config.model import GIB, Globals, VmConfig
 from vmd.errors import OperatorError
 from vmd.parent import limits
-from vmd.parent.limits import host_memory_bytes, raise_file_limit, require_room
+from vmd.parent.limits import host_memory_bytes, raise_file_limit, require_files, require_room
 
 MIB = 1 << 20
 SMALL = VmConfig(name="small", memory_bytes=MIB)
@@ -101,3 +102,16 @@ def test_descriptors(
     raise_file_limit(512)
     assert chosen == [(wanted, wanted)]
     assert ("may not be enough for 512 VMs" in capfd.readouterr().err) == warned
+
+
+def test_not_even_a_descriptor_to_count_them_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is a refusal as well, of this start and of nothing else."""
+    require_files()
+
+    def listdir(path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(OperatorError, match="no room for another vm") as refused:
+        require_files()
+    assert refused.value.code == errno.EMFILE

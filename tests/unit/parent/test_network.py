@@ -13,6 +13,7 @@ from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
     ConfigureNetwork,
+    CountNics,
     MakeNics,
     NicCounters,
     NicInfo,
@@ -168,7 +169,10 @@ def test_a_vm_without_interfaces_starts_at_once(parent: FakeParent) -> None:
 
 def test_what_priv_is_asked_for(parent: FakeParent) -> None:
     """Names, groups of interface and switch, addresses; names that others want are reserved."""
-    parent.vms.add(VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True)
+    other = parent.vms.add(
+        VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True
+    )
+    other.running_config = VmConfig(name="other", nics=(NicConfig(tap="tap5"),))  # it was received, and waits for them
     nics = (
         NicConfig(tap="tap", switch="lan", group="mine"),
         NicConfig(tap="tap7", local=True, rdomain=4, up=False),
@@ -179,7 +183,7 @@ def test_what_priv_is_asked_for(parent: FakeParent) -> None:
     (message,) = parent.peers[Proc.PRIV].sent
     assert isinstance(message, MakeNics)
     one, two, three = message.nics
-    assert message.reserved == ("tap3", "tap7")
+    assert message.reserved == ("tap3", "tap5", "tap7")
     assert (one.name, one.alias, one.bridge, one.groups) == ("", "vm2-if0-a", "br1", ("mine", "lab"))
     assert (two.name, two.bridge, two.groups, two.rdomain, two.up) == ("tap7", "", (), 4, False)
     assert (two.host4, two.prefix6) == (bytes((100, 64, 2, 4)), b"")
@@ -378,20 +382,27 @@ def infos(parent: FakeParent, client: int) -> list[NicInfo]:
     return [message for to, message in parent.answers if to == client and isinstance(message, NicInfo)]
 
 
+def questions(parent: FakeParent) -> int:
+    """Return how often the VM has been asked for its counters."""
+    return sum(isinstance(message, CountNics) for message in parent.peers[Proc.VMM].sent)
+
+
 VALUES = tuple(range(len(COUNTER_NAMES)))
 
 
 def test_counters_come_from_the_vm(parent: FakeParent) -> None:
-    """Each answer goes to the client that has waited longest."""
+    """It is asked once, however many want to know."""
     vm = running(parent)
-    parent.network.serve(vm, 1)
-    parent.network.serve(vm, 2)
+    for client in range(1, 4):
+        parent.network.serve(vm, client)
     assert parent.answers == []
+    assert questions(parent) == 1
     parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
-    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=()))
 
-    assert [info.counters for info in infos(parent, 1)] == [VALUES]
-    assert [info.counters for info in infos(parent, 2)] == [()]
+    for client in range(1, 4):
+        assert [info.counters for info in infos(parent, client)] == [VALUES]
+    parent.network.serve(vm, 1)
+    assert questions(parent) == 2
 
 
 @pytest.mark.parametrize("values", [(), VALUES[1:], (*VALUES, 1), (-1, *VALUES[1:]), (1 << 64, *VALUES[1:])])
@@ -405,15 +416,17 @@ def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> 
 
 
 def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
-    """The client hears what is known; the late answer is nobody else's."""
+    """The client hears what is known; the late answer is for who has come meanwhile."""
     vm = running(parent)
     parent.network.serve(vm, 1)
     parent.loop.timers[0].callback()
     parent.network.serve(vm, 2)
+    assert questions(parent) == 1
     parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
-    assert infos(parent, 2) == []
+    assert [info.counters for info in infos(parent, 2)] == [VALUES]
+    assert not parent.network.counting
 
 
 def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
@@ -422,7 +435,7 @@ def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
     parent.network.serve(vm, 1)
     parent.network.serve(vm, 2)
     parent.network.on_client_gone(vm.vmid, 2)
-    parent.network.answer_counted(vm.vmid, everyone=True)
+    parent.network.answer_counted(vm.vmid)
 
     assert len(infos(parent, 1)) == 1
     assert infos(parent, 2) == []

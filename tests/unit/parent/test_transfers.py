@@ -187,7 +187,7 @@ def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) ->
     """Begin to send a VM."""
     vm: Vm = parent.vms.get(0, "a")
     transfers.serve_send(parent, SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
-    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep)]
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep, one_shot=vm.one_shot_boot)]
     assert vm.state is State.SENDING
     parent.vmm.sent.clear()
     return vm
@@ -327,10 +327,11 @@ def receive(parent: AnyParent, stream: Callable[[], int], name: str = "b", *, pa
     return vm
 
 
-def header(parent: AnyParent, vm: Vm, **changes: object) -> None:
+def header(parent: AnyParent, vm: Vm, *, one_shot: bool = False, **changes: object) -> None:
     """Let the process say what it reads."""
     config = VmConfig(name="sent", memory_bytes=128 << 20, vcpus=2, disks=DISKS).replace(**changes)
-    transfers.on_received_header(parent, ReceivedHeader(vmid=vm.vmid, config=config), cast("Any", 0), cast("Any", 0))
+    message = ReceivedHeader(vmid=vm.vmid, config=config, one_shot=one_shot)
+    transfers.on_received_header(parent, message, cast("Any", 0), cast("Any", 0))
 
 
 def complete(parent: AnyParent, vm: Vm) -> None:
@@ -424,10 +425,12 @@ def test_refused_before_it_begins(
 
 @pytest.mark.parametrize(("changes", "what"), [
     ({"memory_bytes": 1}, "memory size out of range"), ({"vcpus": 0}, "vcpus must be"),
-    ({"sev": True}, "encrypted memory"),
+    ({"sev": True}, "encrypted memory"), ({"kernel": "/vmlinuz\0"}, "boot image: not an absolute path"),
+    ({"kernel": "vmlinuz"}, "boot image: not an absolute path"), ({"initrd": "\0"}, "initrd: not an absolute path"),
+    ({"kernel": "/" * 5000}, "boot image path too long"),
 ])  # fmt: skip
 def test_descriptions_that_are_no_vm(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, object], what: str
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, Any], what: str
 ) -> None:
     """Refused while the sender still has it: the process is ended, and the client is told why."""
     vm = receive(parent, stream)
@@ -454,6 +457,20 @@ def test_disks_that_are_not_here(
     assert vm.receiving.failure in str(trouble)
     assert vm.receiving.failure
     vm.drop_pty()
+
+
+def test_without_a_console(parent: AnyParent, stream: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configured VM for whose console the host has no room can be started as any other, once there is."""
+
+    def no_room() -> None:
+        raise HostError("open a pty for the console", errno.EMFILE)
+
+    monkeypatch.setattr(transfers, "Pty", no_room)
+    with pytest.raises(HostError, match="open a pty"):
+        transfers.serve_receive(parent, ReceiveRequest(name="a"), ROOT, envelope(stream()))
+
+    vm = parent.vms.get(0, "a")
+    assert (vm.state, vm.receiving) == (State.STOPPED, None)
 
 
 def test_disks_that_its_sender_still_has(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
@@ -589,11 +606,34 @@ def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: 
     vm.begin_stop(force=False)
     disks.trouble = [OperatorError(errno.ENOENT, "disk /disk: No such file or directory")]
     complete(parent, vm)
+    transfers.stay_paused(parent, vm, errno.EIO, "no interfaces")
     assert vm.state is State.STOPPING
+    assert parent.answers == []
 
     transfers.on_received_running(parent, vm, 99, paused=False)
 
     assert vm.state is State.STOPPING
+    vm.drop_pty()
+
+
+def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+    """One that is received under the same name at once is not resumed before it is complete."""
+    disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
+    vm = receive(parent, stream, "a")
+    header(parent, vm)
+    complete(parent, vm)
+    transfers.on_exited(parent, vm, errno.EIO, "stopped by force")
+    vm.drop_pty()
+    vm.ended("stopped by force")
+    disks.trouble.clear()
+    parent.vmm.sent.clear()
+
+    receive(parent, stream, "a")
+    header(parent, vm)
+    parent.vmm.sent.clear()
+    parent.later.pop()()
+
+    assert parent.vmm.sent == []
     vm.drop_pty()
 
 
@@ -607,4 +647,13 @@ def test_one_shot_boots_stay_so(
     vm = receive(parent, stream)
     header(parent, vm, boot_device=device)
     assert vm.one_shot_boot is once
+    header(parent, vm, boot_device=device, one_shot=True)
+    assert vm.one_shot_boot
     vm.drop_pty()
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_one_shot_boots_are_sent_as_such(parent: AnyParent, stream: Callable[[], int], once: bool) -> None:
+    """What only that start had is not to be had on the other side either."""
+    running(parent).one_shot_boot = once
+    send(parent, stream)

@@ -68,6 +68,7 @@ def test_transitions(table: VmTable) -> None:
     with pytest.raises(OperatorError) as refused:
         vm.begin_start()
     assert refused.value.code == errno.EALREADY
+    assert str(refused.value) == "vm a is starting"
     vm.begin_stop(force=False)
     vm.begin_run(4711)
     assert vm.state is State.STOPPING  # it was told to stop before it ran

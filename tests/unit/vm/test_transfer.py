@@ -54,7 +54,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, memory: GuestMemory) -> Any:  # noqa: ANN401
     """A machine whose records are made up."""
-    monkeypatch.setattr(state, "header", lambda _machine: saved.header())
+    monkeypatch.setattr(state, "header", lambda _machine, one_shot: saved.header(one_shot=one_shot))
     monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())
     return Machine(memory)
 
@@ -97,7 +97,7 @@ def send(loop: Loop, machine: Any, fd: int) -> tuple[Sender, list[str]]:  # noqa
         told.append(text)
         loop.stop()
 
-    sender = Sender(machine, cast("Any", None), fd, loop, done)
+    sender = Sender(machine, cast("Any", None), fd, loop, done, one_shot=True)
     sender.start()
     return sender, told
 

@@ -30,6 +30,15 @@ def test_by_number(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) ->
     assert daemon.requests == [PauseRequest(vmid=3, paused=paused)]
 
 
+@pytest.mark.parametrize("name", ["4294967296", "9" * 63, "0" * 22 + "9" * 30])
+def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, daemon: FakeDaemon, name: str) -> None:
+    """However it is written: it fits no message as a number."""
+    daemon.answers(VmPaused(vmid=3, name=name, paused=True))
+
+    assert vmctl("pause", name)[0] == 0
+    assert daemon.requests == [PauseRequest(name=name, paused=True)]
+
+
 @WORDS
 def test_refusals(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
     """With the daemon's sentence."""
