@@ -404,14 +404,15 @@ class VirtioFunction(PciFunction):
         with self.lock:
             registers = self.transport
             self.process.command(PAUSE)
+            if state.config != self.process.config:
+                registers.config = self.process.write_config(0, state.config)
+                registers.configured = True
             if state.active:
                 modern = bool(state.driver_features >> spec.VIRTIO_F_VERSION_1 & 1)
                 rows = [
                     (q.size, q.enabled, q.desc, q.avail, q.used, q.next_avail, q.next_used) for q in state.queues
                 ]
                 usable = self.process.activate(registers.negotiated(modern=modern), rows)
-                if state.config != self.process.config:
-                    registers.config = self.process.write_config(0, state.config)
                 if usable and registers.config != state.config and self.process.kind not in CONFIG_MAY_DIFFER:
                     raise ValueError(f"{self.process.name} is another one here, such as a disk of another size")
                 self._place_notifications()
