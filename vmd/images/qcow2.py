@@ -526,13 +526,13 @@ class Qcow2Image:
         else:
             raw = bytes(self.cluster_size)
         cluster, _ = self._allocate(1)
+        self.refcounts.end = max(self.refcounts.end, cluster + 1)  # also if the write fails half-way, as below
         offset = cluster << self.cluster_bits
         try:
             write_bytes(self.fd, raw, offset)
         except OSError:
             self.refcounts.free(cluster, 1)
             raise
-        self.refcounts.end = max(self.refcounts.end, cluster + 1)
         self.refcounts.metadata.add(cluster)
         with self.loading:
             self.l1[l1_index] = offset | COPIED
