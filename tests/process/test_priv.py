@@ -843,7 +843,7 @@ def test_malicious_requests_change_nothing(network: Network, priv: Priv) -> None
     "request_",
     [
         switch("lo"), switch("tap0"), switch(".."), switch("a/b"), switch("x" * 16), switch(""), switch("br0\n"),
-        switch("br%d"),
+        switch("br%d"), switch("all"), switch("default"),
         switch("br0", alias="mine"), switch("br0", alias="switch1-\x1b"), switch("br0", rdomain=256),
     ],
     ids=repr,

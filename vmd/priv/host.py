@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
 
 TAP_NAME = re.compile(rf"tap[0-9]{{1,{IFNAME_MAX - len('tap')}}}")
-BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|tap[0-9]*$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
+BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|all$|default$|tap[0-9]*$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
 GROUP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
