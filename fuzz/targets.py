@@ -139,7 +139,7 @@ def ring(data: bytes) -> None:
         queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
         try:
             while (chain := queue.take()) is not None:
-                parse(chain, memory, Limits(MIB, writable=True, discard=True))
+                parse(chain, memory, Limits(MIB, writable=True, discard=True, write_zeroes=True))
                 queue.put(chain.head, 0)
         except GuestError as error:
             said(error)

@@ -185,6 +185,18 @@ def test_rules_of_the_administrator_stay(network: Network, priv: Priv) -> None:
             assert 'set vmd_lab { type ifname elements = { "tap0" } }' in rules(network)
 
 
+def test_rules_that_were_flushed_come_back_with_a_reload(network: Network, priv: Priv) -> None:
+    """As by whoever restarts his firewall, which begins with `flush ruleset`."""
+    with priv.make(nic(host4=HOST4)):
+        before = rules(network)
+        network.run("nft", "flush", "ruleset")
+        assert priv.configure() == ()
+
+        assert rules(network) == before
+    priv.remove()
+    assert "inet vmd" not in network.run("nft", "list", "tables")
+
+
 # --- switches ------------------------------------------------------------------------------------------------
 
 
@@ -300,12 +312,18 @@ def test_switches_in_several_messages(network: Network, priv: Priv) -> None:
 
 
 def test_a_bridge_that_was_deleted_is_made_again(network: Network, priv: Priv) -> None:
-    """An administrator's mistake costs the VMs that run, not those to come."""
+    """An administrator's mistake costs the VMs that run no more than that."""
     priv.configure(switch("br0"))
-    network.run("ip", "link", "delete", "br0")
-
     with priv.make(nic(bridge="br0")):
-        assert links(network)["tap0"]["master"] == "br0"
+        network.run("ip", "link", "delete", "br0")
+        with priv.make(nic(bridge="br0"), vmid=2):
+            assert [links(network)[tap]["master"] for tap in ("tap0", "tap1")] == ["br0", "br0"]
+
+            network.run("ip", "link", "delete", "br0")
+            network.run("ip", "link", "add", "mine", "type", "bridge")
+            network.run("ip", "link", "set", "tap1", "master", "mine")
+            assert priv.configure(switch("br0")) == ()
+            assert [links(network)[tap]["master"] for tap in ("tap0", "tap1")] == ["br0", "mine"]
 
 
 def test_a_bridge_with_somebody_elses_port_stays(network: Network) -> None:
@@ -825,7 +843,7 @@ def test_malicious_requests_change_nothing(network: Network, priv: Priv) -> None
     "request_",
     [
         switch("lo"), switch("tap0"), switch(".."), switch("a/b"), switch("x" * 16), switch(""), switch("br0\n"),
-        switch("br%d"),
+        switch("br%d"), switch("all"), switch("default"),
         switch("br0", alias="mine"), switch("br0", alias="switch1-\x1b"), switch("br0", rdomain=256),
     ],
     ids=repr,

@@ -209,6 +209,23 @@ def test_discard_and_write_zeroes(disk: Disk) -> None:
     disk.path.write_bytes(before)
 
 
+@pytest.mark.parametrize(
+    ("feature", "served", "unknown"),
+    [
+        (spec.VIRTIO_BLK_F_DISCARD, DISCARD, WRITE_ZEROES),
+        (spec.VIRTIO_BLK_F_WRITE_ZEROES, WRITE_ZEROES, DISCARD),
+    ],
+)
+def test_discard_and_write_zeroes_are_two_features(disk: Disk, feature: int, served: int, unknown: int) -> None:
+    """A driver may know one of them only."""
+    disk.renew(MODERN | 1 << feature)
+    disk.memory.write(BUFFER, struct.pack("<QII", 8, 8, 0))
+
+    assert disk.request(served, 0, [Desc(BUFFER, 16)]) == (OK, 1)
+    assert disk.request(unknown, 0, [Desc(BUFFER, 16)]) == (UNSUPP, 1)
+    disk.path.write_bytes(content())
+
+
 def test_many_requests_wrap_all_indices(disk: Disk) -> None:
     """More than 65536 of them; with the event index one interrupt is asked for per batch."""
     parts = [disk.header(IN, 0), Desc(BUFFER, 512, WRITE), Desc(STATUS, 1, WRITE)]

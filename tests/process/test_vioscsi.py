@@ -60,6 +60,10 @@ class Cdrom:
     def activate(self, features: int = MODERN | INDIRECT_DESC, size: int = 128) -> None:
         """Reset the device and give it new rings."""
         self.device.command(devmsg.RESET)
+        self.begin(features, size)
+
+    def begin(self, features: int = MODERN | INDIRECT_DESC, size: int = 128) -> None:
+        """Give it new rings."""
         for fd in (*self.device.kicks, *self.device.calls):
             self.device.take_event(fd)
         self.rings = [Ring(self.memory, size, 0x10000 * (number + 1)) for number in range(3)]
@@ -434,6 +438,19 @@ def test_driver_chooses_sizes(cdrom: Cdrom) -> None:
     assert cdrom.memory.read(RESPONSE_AT, 17) == struct.pack("<IIHBB", 4, 0, 0, 2, 0) + b"\x70\0\5\0\xee"
     cdrom.activate()
     assert cdrom.works()
+
+
+def test_driver_chooses_sizes_before_it_starts(cdrom: Cdrom) -> None:
+    """As Linux does; they count until the reset."""
+    cdrom.device.command(devmsg.RESET)
+    assert configure(cdrom.device, 20, struct.pack("<II", 4, 48))[5:7] == (4, 48)
+    cdrom.begin()
+    cdrom.put_request(b"\xff")
+    cdrom.offer(Desc(REQUEST_AT, 19 + 48), Desc(RESPONSE_AT, 16, WRITE))
+    assert cdrom.collect() == [(0, 16)]
+    cdrom.device.command(devmsg.RESET)
+
+    assert configure(cdrom.device, 0, b"")[5:7] == (96, 32)
 
 
 @pytest.mark.parametrize(("offset", "data"), [(0, b"\xff" * 20), (20, b"\xff" * 8), (24, bytes(4)), (34, bytes(4))])

@@ -158,6 +158,35 @@ def test_driver_writes_configuration(disk: Disk) -> None:
     assert disk.works()
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_reset_takes_back_what_the_driver_has_configured(disk: Disk, started: bool) -> None:
+    """What is read is what the process does, whether the device was in use or not."""
+    features = VERSION_1 | 1 << spec.VIRTIO_BLK_F_CONFIG_WCE | 1 << spec.VIRTIO_BLK_F_FLUSH
+    if started:
+        disk.start(features)
+    disk.machine.write(WRITEBACK, 1, 0)
+    assert disk.machine.read(WRITEBACK, 1) == 0
+    disk.machine.write(STATUS, 1, 0)
+    assert disk.machine.read(WRITEBACK, 1) == 1
+    disk.renew()
+    disk.start(features)
+
+    assert disk.machine.read(WRITEBACK, 1) == 1
+    assert disk.process.write_config(0, b"")[32] == 1
+    assert disk.works()
+
+
+@pytest.mark.parametrize(("features", "kept"), [(0, 1), (1 << spec.VIRTIO_BLK_F_CONFIG_WCE, 0)])
+def test_driver_configures_before_it_starts(disk: Disk, features: int, kept: int) -> None:
+    """What it has negotiated decides whether that counts."""
+    disk.machine.write(WRITEBACK, 1, 0)
+    disk.start(VERSION_1 | 1 << spec.VIRTIO_BLK_F_FLUSH | features)
+
+    assert disk.machine.read(WRITEBACK, 1) == kept
+    assert disk.process.write_config(0, b"")[32] == kept
+    assert disk.works()
+
+
 def test_line_interrupt_that_was_not_read_is_raised_again(disk: Disk) -> None:
     """At its end, by the process, as long as the driver has not read ISR."""
     disk.start()

@@ -137,7 +137,7 @@ class Process:
         """Note a life that ends."""
         self._answer()
         assert kind == devmsg.RESET
-        assert self.running
+        assert self.running or self.written
         self.during_reset()
         self.running = False
         self.resets += 1

@@ -1,11 +1,12 @@
 """Reads a configuration: parses a file, then applies the rules that span its objects."""
 
+import ipaddress
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
-from vmd.config.model import Config, Globals, VmConfig
+from vmd.config.model import Config, Globals, SwitchConfig, VmConfig
 from vmd.errors import VmdError
 from vmd.scaled import fmt_scaled
 
@@ -86,6 +87,8 @@ def check(config: Config, warn: Warn, known_switches: Collection[str] = ()) -> C
             warn(f'{switch.origin}: switch "{switch.name}" skipped (already exists)')
         else:
             switches[switch.name] = switch
+    check_bridges(switches.values(), warn)
+    check_prefixes(config.settings, warn)
     usable = {name for name, switch in switches.items() if switch.enabled}.union(known_switches)
     taps: dict[str, str] = {}
     lladdrs: dict[str, str] = {}
@@ -103,6 +106,30 @@ def check(config: Config, warn: Warn, known_switches: Collection[str] = ()) -> C
             if nic.lladdr and nic.lladdr[0] & 1:
                 warn(f'{vm.origin}: vm "{vm.name}": lladdr {nic.lladdr.hex(":")} is a multicast address')
     return config.replace(switches=tuple(switches.values()))
+
+
+def check_bridges(switches: Iterable[SwitchConfig], warn: Warn) -> None:
+    """Warn of switches that want one bridge to be two things at a time: the last one has its way."""
+    users: dict[str, SwitchConfig] = {}
+    for switch in switches:
+        if not switch.enabled:
+            continue
+        other = users.setdefault(switch.interface, switch)
+        if (other.rdomain or 0, other.up) != (switch.rdomain or 0, switch.up):
+            bridge = f"bridge {switch.interface}"
+            warn(f'{switch.origin}: switch "{switch.name}": {bridge} is set up for switch "{other.name}"')
+
+
+def check_prefixes(settings: Globals, warn: Warn) -> None:
+    """Warn of addresses that no interface can have, by the example of the first one."""
+    for what, prefix in (("prefix", settings.local_prefix), ("inet6 prefix", settings.local_inet6_prefix)):
+        if prefix is None:
+            continue
+        start = ipaddress.ip_address(prefix.address)
+        first = start + (1 << 8 if start.version == 4 else 1 << 66)
+        nowhere = first.is_reserved or (first.version == 4 and first.packed[0] == 0)
+        if first.is_loopback or first.is_multicast or first.is_link_local or nowhere:
+            warn(f"local {what} {start}/{prefix.length}: guests cannot have addresses such as {first}")
 
 
 def check_boot(vm: VmConfig, warn: Warn) -> None:

@@ -37,7 +37,7 @@ LOCAL_PREFIX6_BITS = 48  # by default: a /64 each for 65536 interfaces
 TAP = re.compile(rf"tap[0-9]{{0,{IFNAME_MAX - len('tap')}}}")
 # What Linux takes for an interface, but for patterns such as br%d; a bridge may have any name that it can have.
 BRIDGE = re.compile(rf"(?!\.\.?$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
-NO_BRIDGE = re.compile(r"tap[0-9]*|lo")
+NO_BRIDGE = re.compile(r"tap[0-9]*|lo|all|default")  # Linux takes the last two for all interfaces, and new ones
 GROUP = re.compile(rf"[A-Za-z0-9_.-]{{1,{GROUP_MAX}}}")
 LLADDR = re.compile(r"[0-9A-Fa-f]{1,2}(?::[0-9A-Fa-f]{1,2}){5}")
 PREFIX4 = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3}){0,3})(?:/([0-9]{1,3}))?")

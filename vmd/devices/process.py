@@ -49,14 +49,15 @@ if TYPE_CHECKING:
         def quiesce(self, *, forget: bool) -> None:
             """Finish what is in flight; touch no ring until notified again.
 
-            With `forget`, what has not been begun need not be, and the rings are gone.
+            With `forget`, what has not been begun need not be; the rings are gone, and what the driver wrote to
+            `config`.
 
             Raises:
                 HostError: it does not get finished; the process has to end.
             """
 
         def write_config(self, offset: int, data: bytes) -> None:
-            """Take a write of the driver to `config`."""
+            """Take a write of the driver to `config`, which may come before `activate`."""
 
         def close(self) -> None:
             """Make everything that was done last, and let go, at the end."""
@@ -310,7 +311,8 @@ class Process:
         if count > len(self.host.kicks) or len(packet) != devmsg.ACTIVATE_HEAD.size + count * devmsg.QUEUE.size:
             raise PeerError(VM, f"rings for {count} queues", packet)
         self.activations = self.activations + 1 & 0xFFFFFFFF
-        self.forget()
+        if self.queues:  # else there was a reset, and what the driver has configured since then counts
+            self.forget()
         queues: list[Queue | None] = []
         try:
             for number in range(count):

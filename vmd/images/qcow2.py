@@ -526,13 +526,13 @@ class Qcow2Image:
         else:
             raw = bytes(self.cluster_size)
         cluster, _ = self._allocate(1)
+        self.refcounts.end = max(self.refcounts.end, cluster + 1)  # also if the write fails half-way, as below
         offset = cluster << self.cluster_bits
         try:
             write_bytes(self.fd, raw, offset)
         except OSError:
             self.refcounts.free(cluster, 1)
             raise
-        self.refcounts.end = max(self.refcounts.end, cluster + 1)
         self.refcounts.metadata.add(cluster)
         with self.loading:
             self.l1[l1_index] = offset | COPIED
@@ -737,10 +737,11 @@ class Qcow2Image:
 
     def _extend(self) -> None:
         """Let the file end with its last cluster, which may not be written to its end."""
-        if self.refcounts.end << self.cluster_bits > self.file_bytes:
-            self.file_bytes = self.refcounts.end << self.cluster_bits
-            if os.fstat(self.fd).st_size < self.file_bytes:
-                os.ftruncate(self.fd, self.file_bytes)
+        end = self.refcounts.end << self.cluster_bits
+        if end > self.file_bytes:
+            if os.fstat(self.fd).st_size < end:
+                os.ftruncate(self.fd, end)
+            self.file_bytes = end
 
     def _release(self) -> None:
         """Free clusters that no request still under way can mean.  Raises OSError, Damage."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
 
 TAP_NAME = re.compile(rf"tap[0-9]{{1,{IFNAME_MAX - len('tap')}}}")
-BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|tap[0-9]*$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
+BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|all$|default$|tap[0-9]*$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
 GROUP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
@@ -44,9 +44,10 @@ RETRY_S = 0.05
 class Nic:
     """A tap of ours."""
 
-    def __init__(self, vmid: int, link: Link, fd: int, member: Member) -> None:
+    def __init__(self, vmid: int, link: Link, fd: int, member: Member, bridge: str = "") -> None:
         self.vmid = vmid
         self.link = link
+        self.bridge = bridge
         self.fd = fd  # until the parent has it
         self.member = member
         self.link_local = b""
@@ -151,10 +152,7 @@ class Network:
                 self.ensure_bridge(switch)
             except (OperatorError, HostError) as error:
                 problems.append(str(error))
-        try:
-            self.remove_idle()
-        except HostError as error:
-            problems.append(str(error))
+        self.tidy()  # the rules, too: whoever restarts his firewall flushes ours along with it
         return problems
 
     def ensure_bridge(self, switch: "SwitchRequest") -> Link:
@@ -173,6 +171,8 @@ class Network:
         try:
             if made:
                 keep_to_itself(name)
+                for nic in self.ports(name):  # of a bridge that somebody has deleted
+                    self.links.set_master(nic.link, link)
             if is_bridge(link):
                 if switch.rdomain:
                     self.links.set_master(link, self.ensure_vrf(switch.rdomain))
@@ -188,6 +188,11 @@ class Network:
                 self.links.delete(link)
             raise
         return self.links.get(name)
+
+    def ports(self, bridge: str) -> "list[Nic]":
+        """Return the interfaces of VMs that belong into a bridge, as far as they are there and in no other."""
+        free = {link.index for link in self.links.all() if is_tap(link) and not link.master}
+        return [nic for nics in self.nics.values() for nic in nics if nic.bridge == bridge and nic.link.index in free]
 
     def require_rdomain(self, bridge: Link, rdomain: int) -> None:
         """Raise OperatorError unless a bridge that we did not make is in a routing domain."""
@@ -294,7 +299,7 @@ class Network:
             self.links.set_lladdr(link, HIGHEST + link.lladdr[1:])
             link = self.links.get(name)
             networks = networks_of(request) if self.nat else ()
-            nic = Nic(vmid, link, fd, Member(name=name, groups=request.groups, networks=networks))
+            nic = Nic(vmid, link, fd, Member(name=name, groups=request.groups, networks=networks), request.bridge)
             self.configure_tap(nic, request, bridge)
             nic.link = self.links.get(name)
         except (OperatorError, HostError):

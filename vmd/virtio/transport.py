@@ -23,10 +23,10 @@ if TYPE_CHECKING:
             """Start serving; False if a ring cannot be used."""
 
         def reset(self) -> None:
-            """Forget the rings; returns when nothing touches them any more."""
+            """Forget the rings, and what was written to configuration; returns when nothing touches them any more."""
 
         def write_config(self, offset: int, data: bytes) -> bytes:
-            """Take a write to device configuration; return the space as it is then."""
+            """Take a write to device configuration, if only of nothing; return the space as it is then."""
 
         def take_isr(self) -> int:
             """Return and clear ISR status."""
@@ -95,6 +95,7 @@ class Transport:
         self.driver_features = 0
         self.features_locked = False
         self.active = False
+        self.configured = False  # the driver wrote to device configuration
         self.device_feature_select = 0
         self.driver_feature_select = 0
         self.queue_select = 0
@@ -111,8 +112,9 @@ class Transport:
 
     def reset(self) -> None:
         """Reset the device; done when this returns."""
-        if self.active:
+        if self.active or self.configured:
             self.backend.reset()
+        self._reread_config()
         self._clear()
         self.backend.take_isr()
         self.backend.vectors_changed()
@@ -139,7 +141,9 @@ class Transport:
         if not self.active:
             self.features_locked = True
             self.active = True
-            if not self.backend.activate(self.negotiated(modern=modern), self.queues):
+            usable = self.backend.activate(self.negotiated(modern=modern), self.queues)
+            self._reread_config()
+            if not usable:
                 self.needs_reset()
 
     def _features_acceptable(self) -> bool:
@@ -169,7 +173,13 @@ class Transport:
     def write_config(self, offset: int, size: int, value: int) -> None:
         """Write device configuration; outside of it nothing happens."""
         if offset + size <= len(self.config):
+            self.configured = True
             self.config = self.backend.write_config(offset, value.to_bytes(size, "little"))
+
+    def _reread_config(self) -> None:
+        """Follow what the device has made of the driver's writes now that they count, or no longer do."""
+        if self.configured:
+            self.config = self.backend.write_config(0, b"")
 
     def valid_vector(self, value: int) -> int:
         """Return what a driver reads back of a vector that it has written (4.1.5.1.2)."""

@@ -194,8 +194,11 @@ class VirtioFunction(PciFunction):
         self._place_notifications()
 
     def command_changed(self, command: int) -> None:
-        """INTx may have been switched off."""
+        """INTx may have been switched off, or on again: then for what came before, too."""
+        silent = not self.irqfds
         self._place_interrupts()
+        if silent and self.irqfds:
+            self._raise_unseen()
 
     def interrupt_pending(self) -> bool:
         """Return whether INTx would be asserted."""
@@ -248,12 +251,17 @@ class VirtioFunction(PciFunction):
         with self.lock:
             self.detached = False
             self._place_interrupts()
-            if not self.transport.msix_enabled:
-                for queue, call in enumerate(self.process.calls):
-                    if self.process.interrupts.pending(queue):
-                        os.eventfd_write(call, 1)
-                if self.config_pending:
-                    os.eventfd_write(self.config_call, 1)
+            self._raise_unseen()
+
+    def _raise_unseen(self) -> None:
+        """Assert INTx for what the guest has yet to read from ISR."""
+        if self.transport.msix_enabled:
+            return
+        for queue, call in enumerate(self.process.calls):
+            if self.process.interrupts.pending(queue):
+                os.eventfd_write(call, 1)
+        if self.config_pending:
+            os.eventfd_write(self.config_call, 1)
 
     def _on_vector(self, vector: int, address: int, data: int, masked: bool) -> None:
         if not masked:
@@ -404,14 +412,15 @@ class VirtioFunction(PciFunction):
         with self.lock:
             registers = self.transport
             self.process.command(PAUSE)
+            if state.config != self.process.config:
+                registers.config = self.process.write_config(0, state.config)
+                registers.configured = True
             if state.active:
                 modern = bool(state.driver_features >> spec.VIRTIO_F_VERSION_1 & 1)
                 rows = [
                     (q.size, q.enabled, q.desc, q.avail, q.used, q.next_avail, q.next_used) for q in state.queues
                 ]
                 usable = self.process.activate(registers.negotiated(modern=modern), rows)
-                if state.config != self.process.config:
-                    registers.config = self.process.write_config(0, state.config)
                 if usable and registers.config != state.config and self.process.kind not in CONFIG_MAY_DIFFER:
                     raise ValueError(f"{self.process.name} is another one here, such as a disk of another size")
                 self._place_notifications()

@@ -113,6 +113,44 @@ def test_second_switch_of_a_name_is_skipped(conf: Loader) -> None:
     assert conf.warnings == [f'{conf.path}:2: switch "a" skipped (already exists)']
 
 
+def test_switches_that_share_a_bridge(conf: Loader) -> None:
+    """They may, as long as it can be as all of them want it."""
+    conf.load(
+        "switch a { interface br0 }\nswitch b {\n interface br0\n group lab\n}\n"
+        "switch c { interface br1 }\nswitch d {\n interface br1\n rdomain 3\n}\n"
+        "switch e {\n interface br0\n down\n disable\n}\n"
+    )
+
+    assert conf.warnings == [f'{conf.path}:7: switch "d": bridge br1 is set up for switch "c"']
+
+
+@pytest.mark.parametrize(
+    ("prefix", "warning"),
+    [
+        ("prefix 127/8", "local prefix 127.0.0.0/8: guests cannot have addresses such as 127.0.1.0"),
+        ("prefix 224/8", "local prefix 224.0.0.0/8: guests cannot have addresses such as 224.0.1.0"),
+        ("prefix 0/8", "local prefix 0.0.0.0/8: guests cannot have addresses such as 0.0.1.0"),
+        ("prefix 250/8", "local prefix 250.0.0.0/8: guests cannot have addresses such as 250.0.1.0"),
+        ("inet6 prefix fe80::/48", "local inet6 prefix fe80::/48: guests cannot have addresses such as fe80:0:0:4::"),
+        ("inet6 prefix ff05::/48", "local inet6 prefix ff05::/48: guests cannot have addresses such as ff05:0:0:4::"),
+        ("inet6 prefix ::/0", "local inet6 prefix ::/0: guests cannot have addresses such as 0:0:0:4::"),
+    ],
+)
+def test_prefixes_of_no_use(conf: Loader, prefix: str, warning: str) -> None:
+    """Their addresses mean something else."""
+    conf.load(f"local {prefix}\n")
+
+    assert conf.warnings == [warning]
+
+
+@pytest.mark.parametrize("prefix", ["prefix 10/8", "inet6 prefix fd00::/48", "inet6 prefix 2000::/8"])
+def test_prefixes_of_use(conf: Loader, prefix: str) -> None:
+    """Nothing is said of them."""
+    conf.load(f"local {prefix}\n")
+
+    assert conf.warnings == []
+
+
 def test_unknown_and_disabled_switches(conf: Loader) -> None:
     """Order in the file does not matter."""
     conf.load(

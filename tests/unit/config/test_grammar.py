@@ -268,7 +268,7 @@ def test_switch_interface(conf: Loader, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tap0", "tap", "lo", "a" * 16, "a/b", "br%d", "'a b'", "'.'", "'..'", "''", "a:1", "'é'"]
+    "name", ["tap0", "tap", "lo", "all", "default", "a" * 16, "a/b", "br%d", "'a b'", "'.'", "'..'", "''", "a:1", "'é'"]
 )
 def test_switch_interface_errors(conf: Loader, name: str) -> None:
     """Not those of what cannot be a bridge, or of nothing at all."""

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.support.fakedriver import DATA, EVENT_IDX, EXTRA, INDIRECT, INDIRECT_DESC, LAYOUT, NEXT, ROM, WRITE, Ring
+from tests.support.fakedriver import (
+    DATA,
+    EVENT_IDX,
+    EXTRA,
+    INDIRECT,
+    INDIRECT_DESC,
+    LAYOUT,
+    NEXT,
+    ROM,
+    WRITE,
+    Desc,
+    Ring,
+)
 from vmd.devices.vioblk.device import Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
@@ -27,8 +39,9 @@ Requests = list[tuple[tuple[list[Row], int, int], bool, int]]
 SIZE = 16
 DISK = 64 * 512
 DISCARDS, FLUSHES = 1 << spec.VIRTIO_BLK_F_DISCARD, 1 << spec.VIRTIO_BLK_F_FLUSH
+ZEROES = 1 << spec.VIRTIO_BLK_F_WRITE_ZEROES
 FEATURES = st.sampled_from([0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]).flatmap(
-    lambda ring: st.sampled_from([ring, ring | FLUSHES, ring | DISCARDS, ring | FLUSHES | DISCARDS])
+    lambda ring: st.sampled_from([0, FLUSHES, DISCARDS, ZEROES, FLUSHES | DISCARDS | ZEROES]).map(ring.__or__)
 )
 CONTENT = random.Random(2).randbytes(DISK)
 HEADERS = DATA - 0x8000
@@ -124,6 +137,23 @@ class Now(Workers):
         """Do it."""
         job()
         os.eventfd_write(self.done, 1)
+
+
+class Held(Now):
+    """Workers that are done when somebody waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[Callable[[], None]] = []
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Keep it."""
+        self.held.append(job)
+
+    def release(self) -> None:
+        """Do all."""
+        while self.held:
+            super().submit(self.held.pop())
 
 
 class Services:
@@ -240,7 +270,9 @@ def rings(requests: Requests, features: int) -> Iterator[tuple[GuestMemory, Ring
 
 def reference(queue: Queue, disk: Disk, features: int) -> str:
     """Serve all requests the obvious way; return what stopped it."""
-    limits = Limits(disk.size, writable=disk.writable, discard=bool(features & DISCARDS))
+    limits = Limits(
+        disk.size, writable=disk.writable, discard=bool(features & DISCARDS), write_zeroes=bool(features & ZEROES)
+    )
     try:
         while (chain := queue.take()) is not None:
             request = parse(chain, queue.memory, limits)
@@ -313,3 +345,29 @@ def test_hot_loop_does_what_the_walk_does(
             outcomes.append((error, used, error or queue.next_avail, disk.content(), guest))
         disk.close()
     assert outcomes[0] == outcomes[1]
+
+
+def test_pause_while_requests_were_left_in_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed, the device serves them, and asks to be notified of more."""
+    monkeypatch.setattr("vmd.devices.vioblk.device.IN_FLIGHT_MAX_BYTES", 1024)
+    monkeypatch.setattr("vmd.devices.vioblk.device.INLINE_MAX", 512)
+    workers = Held()
+    device = Vioblk(MemoryDisk(writable=True), Services(), workers)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = Queue(memory, EVENT_IDX, SIZE, ring.desc, ring.avail, ring.used)
+        device.activate(EVENT_IDX | FLUSHES, [queue])
+        for number, length in enumerate((1024, 512)):
+            memory.write(HEADERS + 16 * number, struct.pack("<IIQ", 0, 0, 0))
+            ring.add([Desc(HEADERS + 16 * number, 16), Desc(DATA, length, WRITE), Desc(HEADERS + 256, 1, WRITE)])
+        assert not device.on_notify(0)
+        assert queue.next_avail == 1
+        workers.release()
+        device.quiesce(forget=False)
+
+        assert not device.on_notify(0)
+        assert [head for head, _ in ring.reap()] == [0, 3]
+        assert ring.avail_event == 2
+        device.quiesce(forget=True)
+        del queue  # its views on memory
+    os.close(workers.done)

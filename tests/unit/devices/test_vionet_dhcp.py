@@ -195,6 +195,12 @@ def test_unknown_options_and_padding_are_skipped() -> None:
     assert answered(request(bootp(options + b"\xff" + b"\x35\x01"))).kind == OFFER
 
 
+def test_request_without_padding() -> None:
+    """As short as one can be."""
+    assert answered(request(bootp(KIND + b"\xff", size=0))).kind == OFFER
+    assert answered(request(bootp(b"", size=0, cookie=b""))).kind == 0
+
+
 def test_options_behind_the_end_do_not_count() -> None:
     """They are padding."""
     assert answered(request(bootp(KIND + b"\xff" + option(53, bytes((REQUEST,)))))).kind == OFFER
@@ -227,7 +233,7 @@ def wrapped(body: bytes, **lies: object) -> bytes:
 
 GOOD = bootp(KIND + b"\xff")
 PASSED = {
-    "short-frame": wrapped(bootp(KIND + b"\xff", size=0))[:313],
+    "short-frame": wrapped(bootp(b"", size=0, cookie=b"")[:-1]),
     "long-frame": wrapped(bootp(KIND + b"\xff", size=1500)),
     "other-type": wrapped(GOOD, eth_kind=0x0806),
     "to-another": wrapped(GOOD, eth_destination=LLADDR),

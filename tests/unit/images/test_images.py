@@ -408,6 +408,30 @@ def test_failing_write_leaves_a_consistent_image_33(
     image.close()
 
 
+def test_table_that_was_half_written_is_not_seen_by_the_guest_33(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place at the end of the file is taken by data next, and no cluster of zeroes any more (hostile 33)."""
+    disk, second = tmp_path / "disk.qcow2", 512 * MIB
+    create(str(disk), "qcow2", 2 * second)
+    image = opened_qcow2(disk)
+    write(image, 0, b"a" * 512)
+    write(image, second, b"b" * 512)
+    image.close()
+    with disk.open("rb+") as file:
+        file.seek(image.header.l1_offset)
+        file.write(bytes(1))  # the first table may not be written in place, as with a snapshot
+    image = opened_qcow2(disk)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwritev", FailingWrites(1, errno.ENOSPC))
+        with pytest.raises(OSError, match="No space left"):
+            write(image, CLUSTER, b"c" * 512)
+    write(image, second + CLUSTER + 4 * KIB, b"d" * 512)
+
+    assert read(image, second + CLUSTER, CLUSTER) == bytes(4 * KIB) + b"d" * 512 + bytes(CLUSTER - 4 * KIB - 512)
+    image.close()
+
+
 def test_cluster_is_not_reused_while_a_write_to_it_is_under_way(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest discards what it is writing, and something else gets the place: the late write must not hit that."""
     image = opened_qcow2(disk)

@@ -167,6 +167,23 @@ def test_unread_configuration_interrupt_is_raised_again(machine: Machine) -> Non
     assert machine.kvm.injected == [IRQ] * 2
 
 
+def test_unread_interrupt_is_raised_when_the_line_is_switched_on_again(machine: Machine) -> None:
+    """KVM lets the line go while it is off (PCI 3.0, 6.2.2)."""
+    machine.start()
+    machine.process.raise_queue(0)
+    machine.kvm.deliver()
+    machine.config_write(4, 2, 7 | 0x400)
+    machine.config_write(4, 2, 7)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == [IRQ] * 2
+
+    machine.read(virtio.ISR, 1)
+    machine.config_write(4, 2, 7 | 0x400)
+    machine.config_write(4, 2, 7)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == [IRQ] * 2
+
+
 def test_vectors_lead_to_messages(machine: Machine) -> None:
     """MSI-X: each source has its own vector, and ISR plays no part."""
     machine.enable_msix()

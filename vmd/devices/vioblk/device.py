@@ -120,7 +120,7 @@ class Vioblk:
         self._fill_config()
         self.complaints = RateLimit()
         self.queue: Queue | None = None
-        self.limits = Limits(self.size, writable=image.writable, discard=False)
+        self.limits = Limits(self.size, writable=image.writable)
         self.negotiated = 0
         self.write_through = True
         self.finished: list[tuple[Request, int, int, OSError | None]] = []  # appended to by workers
@@ -165,12 +165,15 @@ class Vioblk:
         return bytes(self.space)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take a write: only `writeback` can be written, and only by a driver that knows it (5.2.5)."""
-        if self.queue is None or not self.negotiated >> spec.VIRTIO_BLK_F_CONFIG_WCE & 1:
-            return
-        if offset <= WRITEBACK < offset + len(data):
+        """Take a write: only `writeback` can be written, and only by a driver that knows it (5.2.5).
+
+        What one has written before we know what it knows is dropped by `activate`, if need be.
+        """
+        known = self.features if self.queue is None else self.negotiated
+        if known >> spec.VIRTIO_BLK_F_CONFIG_WCE & 1 and offset <= WRITEBACK < offset + len(data):
             self.space[WRITEBACK] = data[WRITEBACK - offset] & 1
-            self._choose_mode()
+            if self.queue is not None:
+                self._choose_mode()
 
     def _choose_mode(self) -> None:
         """Decide when a write is done: when the host has it, or when storage has it (5.2.6.2)."""
@@ -190,8 +193,10 @@ class Vioblk:
         self.queue = queues[0] if queues else None
         self.negotiated = features
         self.cancelled = self.stalled = False
-        self.space[WRITEBACK] = 1
+        if not features >> spec.VIRTIO_BLK_F_CONFIG_WCE & 1:
+            self.space[WRITEBACK] = 1
         self.limits.discard = bool(features >> spec.VIRTIO_BLK_F_DISCARD & 1)
+        self.limits.write_zeroes = bool(features >> spec.VIRTIO_BLK_F_WRITE_ZEROES & 1)
         self.write_through = True
         self._choose_mode()
 
@@ -209,9 +214,11 @@ class Vioblk:
                 os.eventfd_read(self.workers.done)
                 self._collect()
         self._announce()
+        self.stalled = False  # nothing is in flight whose end would have us look at the ring again
         if forget:
             self.queue = None
             self.cancelled = False
+            self.space[WRITEBACK] = 1
 
     def close(self) -> None:
         """Flush and let go."""

@@ -56,12 +56,13 @@ class Request:
 class Limits:
     """What a disk lets a driver do."""
 
-    __slots__ = ("discard", "size", "writable")
+    __slots__ = ("discard", "size", "writable", "write_zeroes")
 
-    def __init__(self, size: int, *, writable: bool, discard: bool) -> None:
+    def __init__(self, size: int, *, writable: bool, discard: bool = False, write_zeroes: bool = False) -> None:
         self.size = size  # bytes, whole sectors
         self.writable = writable
-        self.discard = discard  # the driver knows DISCARD and WRITE_ZEROES
+        self.discard = discard  # has been negotiated
+        self.write_zeroes = write_zeroes  # as well
 
 
 def gather(memory: "GuestMemory", parts: "list[tuple[int, int]]", *, write: bool) -> list[memoryview]:
@@ -149,7 +150,7 @@ def parse_ranges(request: Request, memory: "GuestMemory", limits: Limits, source
     most = WRITE_ZEROES_MAX_RANGES if zeroes else DISCARD_MAX_RANGES
     longest = WRITE_ZEROES_MAX_SECTORS if zeroes else DISCARD_MAX_SECTORS
     room = total(source)
-    if not limits.discard:
+    if not (limits.write_zeroes if zeroes else limits.discard):
         request.refused = VIRTIO_BLK_S_UNSUPP
         return
     request.refused = VIRTIO_BLK_S_IOERR

@@ -5,7 +5,8 @@ what is not a client's request to us goes on to the tap.
 
 Unlike vmd: a client that renews its lease, and so says which address it has, is answered too; the address that counts
 then is the one it has.  What a client can only hear as a broadcast, because it asked for that or because its address
-is refused, is one for IP.  Nothing that came through a relay is for us.
+is refused, is one for IP.  Nothing that came through a relay is for us.  A request may be shorter than BOOTP's 300
+bytes: clients of today do not pad.
 """
 
 from struct import Struct
@@ -27,7 +28,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.devices.vionet.interface import Interface
 
-FRAME_MIN, FRAME_MAX = 314, 1514
+FRAME_MAX = 1514
 IP = Struct(">BBHHHBBH4s4s")  # version and length, tos, total length, id, fragment, ttl, protocol, sum, source, dest
 UDP = Struct(">HHHH")  # source port, destination port, length, sum
 BOOTP = Struct(">BBBBIHH4s4s4s4s16s64s128s")  # RFC 2131, 2: op to file
@@ -91,7 +92,7 @@ def answer(frame: bytes, interface: "Interface", *, sum_missing: bool = False) -
 
 def parse(frame: bytes, interface: "Interface", *, sum_missing: bool) -> Request | None:
     """Check a frame from outside to inside; None if anything about it is wrong, or not a client's."""
-    if not FRAME_MIN <= len(frame) <= FRAME_MAX or frame[TYPE] != IPV4:
+    if not HEADER_BYTES <= len(frame) <= FRAME_MAX or frame[TYPE] != IPV4:
         return None
     if frame[DESTINATION] not in (BROADCAST, interface.host_lladdr) or frame[SOURCE] != interface.lladdr:
         return None
