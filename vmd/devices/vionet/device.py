@@ -1,4 +1,4 @@
-"""A virtio network device (virtio 1.2, 5.1; *cat. 6.5*): configuration, features, and the life of its two threads."""
+"""A virtio network device (virtio 1.2, 5.1; *cat. 6.5*): configuration, features, and the life of its queues."""
 
 from struct import Struct
 
@@ -7,6 +7,7 @@ from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
+from vmd.devices.vionet.worker import Worker
 from vmd.errors import HostError
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
@@ -61,7 +62,7 @@ class Vionet:
     def __init__(
         self, interface: "Interface", tap: taps.Tap, kicks: "list[int]", services: "Services"
     ) -> None:
-        """Take the tap, whose owner we are from here on, and start the threads."""
+        """Take the tap, whose owner we are from here on, and start the thread."""
         self.interface = interface
         self.tap = tap
         self.services = services
@@ -71,7 +72,8 @@ class Vionet:
         self.tap_up = tap.is_up()
         self.receiver = Receiver(services, kicks[0], tap, self._on_tap_failed)
         self.transmitter = Transmitter(services, kicks[1], tap, self._on_tap_failed)
-        self.workers = (self.receiver, self.transmitter)
+        self.servers = (self.receiver, self.transmitter)
+        self.worker = Worker(services, self.servers)
         if interface.locked:
             self.receiver.accepted = self.transmitter.allowed = interface.lladdr
         self.local: LocalNetwork | None = None
@@ -81,8 +83,7 @@ class Vionet:
         self._set_links()
         if not self.tap_up:
             self._watch_tap()
-        for worker in self.workers:
-            worker.start()
+        self.worker.start()
 
     # --- what a driver sees --------------------------------------------------------------------------------------
 
@@ -131,26 +132,24 @@ class Vionet:
         self.receiver.configure(header, mergeable=mergeable, sums=bool(offloads))
         self.receiver.forget()
         self.transmitter.header = header
-        for worker, queue in zip(self.workers, [*queues, None, None], strict=False):
-            worker.queue = queue
+        for server, queue in zip(self.servers, [*queues, None, None], strict=False):
+            server.queue = queue
         if self.local is not None:
             self.local.begin()
 
     def quiesce(self, *, forget: bool) -> None:
-        """Have both threads stand; a frame that is on its way gets there first.  Raises HostError."""
-        for worker in self.workers:
-            worker.stop()
+        """Have the thread stand; a frame that is on its way gets there first.  Raises HostError."""
+        self.worker.stop()
         if forget:
             if self.local is not None:
                 self.local.end()
-            for worker in self.workers:
-                worker.queue = None
+            for server in self.servers:
+                server.queue = None
             self.receiver.forget()
 
     def resume(self) -> None:
-        """Have both threads go on."""
-        for worker in self.workers:
-            worker.go()
+        """Have the thread go on."""
+        self.worker.go()
 
     def close(self) -> None:
         """There is nothing that could be lost."""
@@ -170,7 +169,7 @@ class Vionet:
             self._change_links()
 
     def _on_tap_failed(self, error: OSError) -> None:
-        """Take an error that both threads may find; on one of theirs."""
+        """Take an error that both queues may find; on their thread."""
         self.services.post(lambda: self._tap_failed(error))
 
     def _tap_failed(self, error: OSError) -> None:
@@ -207,14 +206,14 @@ class Vionet:
             self._change_links()
 
     def _change_links(self) -> None:
-        """Tell the threads and the guest."""
+        """Tell the thread and the guest."""
         self._set_links()
-        self.receiver.look()
+        self.worker.look()
         self.services.tell(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, self.features, len(self.config)) + self.config)
 
     def _set_links(self) -> None:
-        for worker in self.workers:
-            worker.link_up = self.link_up
+        for server in self.servers:
+            server.link_up = self.link_up
 
     # --- figures -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""From the tap, and from our own answers, to the guest: the thread of the receive queue (virtio 1.2, 5.1.6.3-4).
+"""From the tap, and from our own answers, to the guest: the receive queue (virtio 1.2, 5.1.6.3-4).
 
 Chains are looked at some time before they are used (`Receiver.chains`); as long as none of their bytes is a frame's,
 they still count as available, so that to stop is to forget them.
@@ -14,7 +14,7 @@ from _queue import Empty, SimpleQueue
 
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Worker, drain
+from vmd.devices.vionet.worker import POLLIN, Server, drain
 from vmd.errors import GuestError
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 NUMBER = 0  # of the queue
 BUDGET = 64  # frames of one wake-up
+BUDGET_BYTES = 256 << 10  # large frames may take all buffers that there are: the guest makes new ones meanwhile
 STOCK = 64  # chains looked at ahead of their use
 IOV_MAX = 1024
 FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
@@ -47,11 +48,11 @@ NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VI
 NUM_BUFFERS = 10  # offset in the header
 
 
-class Receiver(Worker):
-    """The receive queue's thread."""
+class Receiver(Server):
+    """The receive queue."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
-        """`failed` is called on this thread when the tap is gone or down."""
+        """`failed` is called on the worker's thread when the tap is gone or down."""
         super().__init__(services, NUMBER, kick)
         self.tap = tap
         self.failed = failed
@@ -63,7 +64,6 @@ class Receiver(Worker):
         self.at = 0  # of those in front of it, all bytes are used
         self.large = 0
         self.held = bytearray()  # a frame, with its header, that waits for buffers
-        self.held_until_s = 0.0
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
@@ -81,7 +81,7 @@ class Receiver(Worker):
     def forget(self) -> None:
         """Throw away what waits for the guest."""
         self.held = bytearray()
-        self.timeout_ms = None
+        self.deadline_s = None
         self.large = 0
         try:
             while True:
@@ -108,13 +108,10 @@ class Receiver(Worker):
 
     def _listen(self, listen: bool) -> None:
         """Wait for frames, or not: without buffers they stay in the tap, whose queue drops what is too much."""
-        if listen and self.link_up:
-            self.poll.register(self.tap.fd, POLLIN)
-            self.poll.register(self.injection, POLLIN)
-        elif self.listening:
-            self.poll.unregister(self.tap.fd)
-            self.poll.unregister(self.injection)
-        self.listening = listen and self.link_up
+        events = POLLIN if listen and self.link_up else 0
+        self.want(self.tap.fd, events)
+        self.want(self.injection, events)
+        self.listening = bool(events)
 
     def serve(self, queue: "Queue") -> bool:
         """Give frames to the guest as long as there are some, and buffers for them."""
@@ -137,10 +134,10 @@ class Receiver(Worker):
         """Move frames, up to a budget; False if it took more buffers than there are."""
         drain(self.injection)
         if self.held:
-            if time.monotonic() >= self.held_until_s:
+            if self.deadline_s is not None and time.monotonic() >= self.deadline_s:
                 self.no_room += 1
                 self.held = bytearray()
-                self.timeout_ms = None
+                self.deadline_s = None
             elif not self._place(queue, self.held):
                 return False
         while not self.injected.empty():
@@ -152,7 +149,7 @@ class Receiver(Worker):
             return True
         if self.accepted:
             return self._receive_filtered(queue)
-        return self._receive_mergeable(queue) if self.mergeable else self._receive_single(queue)
+        return self._receive(queue)
 
     # --- chains --------------------------------------------------------------------------------------------------
 
@@ -174,10 +171,17 @@ class Receiver(Worker):
         indirect, spill = queue.indirect, self.spill
         least = self.header if self.mergeable else self.header + HEADER_BYTES
         descriptor, word = DESC.unpack_from, U16.unpack_from
+        low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
         position = queue.next_avail + len(chains)
         for _ in range(waiting):
             head = word(raw, ring + 2 * (position & mask))[0]
             position += 1
+            if head < table_size:
+                gpa, length, flags, following = descriptor(raw, table + 16 * head)
+                if flags == WRITE and length >= least and low <= gpa and gpa + length <= high:
+                    gpa += delta
+                    chains.append((head, [raw[gpa : gpa + length], spill], length))
+                    continue
             base, size, following = table, table_size, head
             views: list[memoryview] = []
             room = 0
@@ -201,7 +205,8 @@ class Receiver(Worker):
                     break
                 for start, end, offset, writable in ranges:
                     if start <= gpa and gpa + length <= end and writable:
-                        gpa += offset - start
+                        low, high, delta = start, end, offset - start
+                        gpa += delta
                         views.append(raw[gpa : gpa + length])
                         break
                 else:
@@ -235,8 +240,7 @@ class Receiver(Worker):
         """Keep a frame until there are more buffers, but not for ever: a driver may have no more.  Returns False."""
         if data is not self.held:
             self.held = data
-            self.held_until_s = time.monotonic() + HOLD_S
-        self.timeout_ms = int(HOLD_S * 1000) + 1
+            self.deadline_s = time.monotonic() + HOLD_S
         return False
 
     def _place(self, queue: "Queue", data: bytearray) -> bool:
@@ -244,7 +248,7 @@ class Receiver(Worker):
         if not self._fits(queue, data):
             return self._hold(data)
         self.held = bytearray()
-        self.timeout_ms = None
+        self.deadline_s = None
         return True
 
     def _fits(self, queue: "Queue", data: bytearray) -> bool:
@@ -321,21 +325,36 @@ class Receiver(Worker):
         self.malformed += 1  # it was taken from the tap, and is lost
         return True
 
-    def _receive_single(self, queue: "Queue") -> bool:
-        """Read frames, each into one chain."""
-        tap, header, patch = self.tap.fd, self.header, self.patch
+    def _receive(self, queue: "Queue") -> bool:
+        """Read frames: while they are small each into one chain, else, if buffers can be merged, into many at once."""
+        before = self.bytes
+        for _ in range(BUDGET):
+            fed = self._read_large(queue) if self.large else self._read_small(queue)
+            if fed is not None:
+                return fed
+            if self.bytes - before >= BUDGET_BYTES:
+                return True
+        return True
+
+    def _read_small(self, queue: "Queue") -> bool | None:
+        """Read frames, each into one chain; None if one came that was larger, False if there is no chain left.
+
+        The hot loop's other half.
+        """
+        tap, header, patch, sums = self.tap.fd, self.header, self.patch, self.sums
         least = header + HEADER_BYTES
-        readv, put = os.readv, queue.put
+        counted = header == spec.NET_HDR_BYTES
+        readv = os.readv
+        used_ring, mask, next_avail, next_used = queue.used_ring, queue.mask, queue.next_avail, queue.next_used
         packets = total = 0
         at, chains = self.at, self.chains
         try:
             for _ in range(BUDGET):
                 if at == len(chains):
-                    self.at = at
+                    self.at, queue.next_avail = at, next_avail & 0xFFFF
+                    at = 0  # that is where they are cut off
                     if not self._stock(queue, STOCK):
-                        at = 0
                         return False
-                    at = 0
                 head, views, room = chains[at]
                 try:
                     length = readv(tap, views)
@@ -345,84 +364,76 @@ class Receiver(Worker):
                     return True
                 if least <= length <= room:
                     if patch:
-                        self._patch_header(views, 1)
-                    put(head, length)
-                    queue.next_avail = queue.next_avail + 1 & 0xFFFF
+                        first = views[0]
+                        if counted and len(first) >= spec.NET_HDR_BYTES:
+                            first[NUM_BUFFERS] = 1
+                            first[NUM_BUFFERS + 1] = 0
+                            if not sums:
+                                first[0] = 0
+                        else:
+                            self._patch_header(views, 1)
+                    used_ring[next_used & mask] = head | length << 32
+                    next_used += 1
+                    next_avail += 1
                     at += 1
                     packets += 1
                     total += length
+                    if total >= BUDGET_BYTES:
+                        return True
+                elif length > room and self.mergeable:
+                    break
                 elif length:
                     self._drop(length, least)
                 else:
                     self._ended()
                     return True
-            return True
+            else:
+                return True
         finally:
             self.at = at
+            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
             self.packets += packets
             self.bytes += total - packets * header
+        self.large = LARGE_READS
+        return None if self._go_on(queue, 1, length) else False
 
-    def _receive_mergeable(self, queue: "Queue") -> bool:
-        """Read frames into one chain while they are small, into many at once while they are not."""
-        tap, header = self.tap.fd, self.header
-        least = header + HEADER_BYTES
-        readv, put = os.readv, queue.put
-        packets = total = 0
-        chains = self.chains
+    def _read_large(self, queue: "Queue") -> bool | None:
+        """Read a frame into many chains at once; True if there is none, False if it takes more chains than there are."""
+        if self.at == len(self.chains) and not self._stock(queue, STOCK):
+            return False
+        self.large -= 1
+        views, room, count = self._window(queue)
+        least = self.header + HEADER_BYTES
         try:
-            for _ in range(BUDGET):
-                at = self.at
-                if at == len(chains):
-                    if not self._stock(queue, STOCK):
-                        return False
-                    at = 0
-                head, views, room = chains[at]
-                first, count = room, 1
-                if self.large:
-                    self.large -= 1
-                    views, room, count = self._window(queue)
-                    at = self.at
-                    head, _, first = chains[at]
-                try:
-                    length = readv(tap, views)
-                except OSError as error:
-                    if self._failed(error):
-                        continue
-                    return True
-                if length < least:
-                    if not length:
-                        self._ended()
-                        return True
-                    self._drop(length, least)
-                elif length <= first:
-                    self._patch_header(chains[at][1], 1)
-                    put(head, length)
-                    queue.next_avail = queue.next_avail + 1 & 0xFFFF
-                    self.at = at + 1
-                    packets += 1
-                    total += length
-                elif length <= room:
-                    self.large = LARGE_READS
-                    left, used = length, 0
-                    for head, _, capacity in chains[at : at + count]:
-                        put(head, min(left, capacity))
-                        used += 1
-                        left -= capacity
-                        if left <= 0:
-                            break
-                    self._patch_header(chains[at][1], used)
-                    queue.next_avail = queue.next_avail + used & 0xFFFF
-                    self.at = at + used
-                    packets += 1
-                    total += length
-                else:
-                    self.large = LARGE_READS
-                    if not self._go_on(queue, count, length):
-                        return False
-            return True
-        finally:
-            self.packets += packets
-            self.bytes += total - packets * header
+            length = os.readv(self.tap.fd, views)
+        except OSError as error:
+            return None if self._failed(error) else True
+        if length > room:
+            self.large = LARGE_READS
+            return None if self._go_on(queue, count, length) else False
+        if length < least:
+            if not length:
+                self._ended()
+                return True
+            self._drop(length, least)
+            return None
+        used_ring, mask, next_used = queue.used_ring, queue.mask, queue.next_used
+        at, left, used = self.at, length, 0
+        for head, _, capacity in self.chains[at : at + count]:
+            used_ring[next_used + used & mask] = head | (left if left < capacity else capacity) << 32
+            used += 1
+            left -= capacity
+            if left <= 0:
+                break
+        self._patch_header(self.chains[at][1], used)
+        if used > 1:
+            self.large = LARGE_READS
+        queue.next_avail = queue.next_avail + used & 0xFFFF
+        queue.next_used = next_used + used & 0xFFFF
+        self.at = at + used
+        self.packets += 1
+        self.bytes += length - self.header
+        return None
 
     def _window(self, queue: "Queue") -> "tuple[list[memoryview], int, int]":
         """Return windows on so many chains that any frame fits, if there are so many; their bytes and number."""
@@ -431,9 +442,12 @@ class Receiver(Worker):
         views: list[memoryview] = []
         room = count = 0
         for _, buffers, capacity in self.chains[self.at :]:
-            if len(views) + len(buffers) > IOV_MAX:
+            if len(buffers) == 2:  # one, and `spill`
+                views.append(buffers[0])
+            elif len(views) + len(buffers) > IOV_MAX:
                 break
-            views += buffers[:-1]
+            else:
+                views += buffers[:-1]
             room += capacity
             count += 1
             if room >= FRAME_MAX:

@@ -1,4 +1,4 @@
-"""From the guest to the tap: the thread of the transmit queue (virtio 1.2, 5.1.6.1-2).
+"""From the guest to the tap: the transmit queue (virtio 1.2, 5.1.6.1-2).
 
 A frame goes from the guest's memory straight into the kernel, with the guest's own virtio header before it: the
 kernel reads that once, checks it, and refuses what does not fit the frame.  Only an interface that is `locked` or
@@ -6,11 +6,11 @@ kernel reads that once, checks it, and refuses what does not fit the frame.  Onl
 """
 
 import os
-import select
+import time
 
 from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Worker
+from vmd.devices.vionet.worker import POLLIN, POLLOUT, Server
 from vmd.errors import GuestError
 from vmd.log import RateLimit
 from vmd.virtio import spec
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
 
 NUMBER = 1  # of the queue
 BUDGET = 64  # frames of one wake-up
-BUDGET_BYTES = 2 << 20
+BUDGET_BYTES = 512 << 10  # large frames may be all that the guest has: it makes new ones while others are sent
 IOV_MAX = 1024
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
 GSO_TYPE = 1  # offset in the header
-BUSY_TIMEOUT_MS = 1000  # a tap that takes nothing for so long loses the frame
+BUSY_TIMEOUT_S = 1.0  # a tap that takes nothing for so long loses the frame
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 
 
-class Transmitter(Worker):
-    """The transmit queue's thread."""
+class Transmitter(Server):
+    """The transmit queue."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
-        """`failed` is called on this thread when the tap is gone or down."""
+        """`failed` is called on the worker's thread when the tap is gone or down."""
         super().__init__(services, NUMBER, kick)
         self.tap = tap
         self.failed = failed
@@ -74,13 +74,9 @@ class Transmitter(Worker):
         """Wait for the tap instead of the guest, or the other way round."""
         if busy != self.busy:
             self.busy = busy
-            if busy:
-                self.poll.unregister(self.kick)
-                self.poll.register(self.tap.fd, select.POLLOUT)
-            else:
-                self.poll.unregister(self.tap.fd)
-                self.poll.register(self.kick, POLLIN)
-            self.timeout_ms = BUSY_TIMEOUT_MS if busy else None
+            self.want(self.kick, 0 if busy else POLLIN)
+            self.want(self.tap.fd, POLLOUT if busy else 0)
+            self.deadline_s = time.monotonic() + BUSY_TIMEOUT_S if busy else None
 
     def serve(self, queue: "Queue") -> bool:
         """Send what waits, up to a budget."""
@@ -106,7 +102,9 @@ class Transmitter(Worker):
         raw, ranges = memory.memory, memory.ranges
         table, ring, mask, table_size = queue.desc, queue.avail + 4, queue.mask, queue.size
         indirect, header, tap = queue.indirect, self.header, self.tap.fd
-        descriptor, word, put, writev = DESC.unpack_from, U16.unpack_from, queue.put, os.writev
+        descriptor, descriptors, word, writev = DESC.unpack_from, DESC.iter_unpack, U16.unpack_from, os.writev
+        used_ring, next_avail, next_used = queue.used_ring, queue.next_avail, queue.next_used
+        low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
         look = bool(self.allowed) or self.answers is not None
         waiting = queue.available()
         left = min(waiting, BUDGET)
@@ -115,35 +113,53 @@ class Transmitter(Worker):
         try:
             while left:
                 left -= 1
-                head = word(raw, ring + 2 * (queue.next_avail & mask))[0]
-                base, size, following = table, table_size, head
+                head = following = word(raw, ring + 2 * (next_avail & mask))[0]
                 views: list[memoryview] = []
                 length = 0
-                usual = nested = False
+                usual = False
                 steps = IOV_MAX - 1  # one more piece may be put in front
-                while following < size and steps:  # `break` is for the last, and for what is not of the usual form
+                while following < table_size and steps:  # `break` is for the last, and for what is of no usual form
                     steps -= 1
-                    gpa, part, flags, following = descriptor(raw, base + 16 * following)
-                    if flags == INDIRECT and indirect and not nested and not views:
-                        nested = True
-                        if not part or part & 15 or part > 16 * IOV_MAX:
+                    gpa, part, flags, following = descriptor(raw, table + 16 * following)
+                    if flags == INDIRECT and indirect and not views:
+                        if not part or part & 15 or part >= 16 * IOV_MAX:
                             break
                         for start, end, offset, _ in ranges:
                             if start <= gpa and gpa + part <= end:
-                                base, size, following = offset + gpa - start, part >> 4, 0
+                                gpa += offset - start
                                 break
                         else:
                             break
-                        continue
+                        position = 0
+                        for gpa, part, flags, following in descriptors(raw[gpa : gpa + part]):
+                            position += 1
+                            if not part:
+                                break
+                            if gpa < low or gpa + part > high:
+                                for start, end, offset, _ in ranges:
+                                    if start <= gpa and gpa + part <= end:
+                                        low, high, delta = start, end, offset - start
+                                        break
+                                else:
+                                    break
+                            gpa += delta
+                            views.append(raw[gpa : gpa + part])
+                            length += part
+                            if flags != NEXT or following != position:  # tables are laid out in order
+                                usual = not flags
+                                break
+                        break
                     if not part:
                         break
-                    for start, end, offset, _ in ranges:
-                        if start <= gpa and gpa + part <= end:
-                            gpa += offset - start
-                            views.append(raw[gpa : gpa + part])
+                    if gpa < low or gpa + part > high:
+                        for start, end, offset, _ in ranges:
+                            if start <= gpa and gpa + part <= end:
+                                low, high, delta = start, end, offset - start
+                                break
+                        else:
                             break
-                    else:
-                        break
+                    gpa += delta
+                    views.append(raw[gpa : gpa + part])
                     length += part
                     if flags != NEXT:
                         usual = not flags
@@ -172,12 +188,14 @@ class Transmitter(Worker):
                         else:
                             packets += 1
                             total += length
-                put(head, 0)
-                queue.next_avail = queue.next_avail + 1 & 0xFFFF
+                used_ring[next_used & mask] = head
+                next_used += 1
+                next_avail += 1
                 if total > BUDGET_BYTES:
                     return True
             return more
         finally:
+            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
             self.packets += packets
             self.bytes += total
 
