@@ -1,7 +1,6 @@
 """Disks, CD-ROM and entropy in real guests: SeaBIOS, GRUB and Debian's stock kernel."""
 
 import hashlib
-import re
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tests.support.bootable import LAYERS, PARTITION_OFFSET, Bootable, bootable,
 from tests.support.daemon import Attached, Daemon
 from tests.support.images import MIB, opened, problems, qemu, read
 from tests.support.linux import LinuxGuest
-from tests.support.shell import Shell
+from tests.support.shell import Shell, interrupts, version_1
 from vmd.images.create import create
 from vmd.virtio import spec
 
@@ -60,23 +59,6 @@ def grub(console: Attached, command: str) -> str:
 def md5(data: bytes) -> str:
     """Return what md5sum prints of it."""
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-def interrupts(shell: Shell) -> dict[str, str]:
-    """Return which kind of interrupt each virtio device or queue has had; those that had none are left out."""
-    kinds: dict[str, str] = {}
-    for line in shell.run("grep virtio /proc/interrupts").splitlines():
-        row = re.fullmatch(r" *\d+:((?: +\d+)+) +(\S+) +\S+ +(.*)", line)
-        assert row is not None, line
-        if any(int(count) for count in row[1].split()):
-            kinds |= dict.fromkeys(row[3].split(", "), row[2])
-    return kinds
-
-
-def version_1(shell: Shell) -> set[str]:
-    """Return what the drivers of all virtio devices agreed to: "1" for VERSION_1, "0" for legacy."""
-    features = shell.run("cat /sys/bus/virtio/devices/*/features").split()
-    return {bits[spec.VIRTIO_F_VERSION_1] for bits in features}
 
 
 def check_entropy(shell: Shell) -> None:

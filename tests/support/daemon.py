@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,9 +24,11 @@ DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
 class Daemon:
     """A running `vmd -d`; a context manager that ends it and checks that it leaves nothing behind."""
 
-    def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT) -> None:
+    def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT, prefix: Sequence[str] = ()) -> None:
+        """`prefix` is a program that runs another one, in whose surroundings the daemon is to be."""
         self.directory = directory
         self.code = code
+        self.prefix = list(prefix)
         self.conf = directory / "vm.conf"
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"
@@ -57,7 +59,7 @@ class Daemon:
             notify.settimeout(0.2)
             with self.log_path.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
+                    [*self.prefix, sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
                     cwd=self.code, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
                 )  # fmt: skip
@@ -101,12 +103,15 @@ class Daemon:
         """Return titles and pids of everything it started."""
         listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
         rows = [line.split(None, 2) for line in listing.splitlines()]
-        family = {self.pid}
+        children: dict[int, list[tuple[int, str]]] = {}
+        for pid, ppid, args in rows:
+            children.setdefault(int(ppid), []).append((int(pid), args.strip()))
         found: dict[str, int] = {}
-        for pid, ppid, args in sorted(rows, key=lambda row: int(row[0])):
-            if int(ppid) in family:
-                family.add(int(pid))
-                found[args.strip()] = int(pid)
+        family = [self.pid]  # a child's number may be the lower one: they come round
+        while family:
+            for number, title in children.get(family.pop(), []):
+                family.append(number)
+                found[title] = number
         return found
 
     def threads(self) -> str:

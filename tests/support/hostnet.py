@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from tests.support.daemon import Daemon
 from tests.support.network import Network
 from vmd.priv.sysctl import state_path
 
-MODULES = ("vrf", "tun", "bridge", "veth", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
+MODULES = ("vrf", "tun", "bridge", "veth", "overlay", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
 ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
 
 
@@ -21,10 +23,12 @@ def load_modules() -> None:
 
 
 class NetDaemon(Daemon):
-    """A daemon whose host's network is this one."""
+    """A daemon whose host's network is this one, and whose name servers are these, if they are given."""
 
-    def __init__(self, directory: Path, network: Network, conf: str = "") -> None:
-        super().__init__(directory, conf)
+    def __init__(
+        self, directory: Path, network: Network, conf: str = "", *, name_servers: Sequence[str] = ()
+    ) -> None:
+        super().__init__(directory, conf, prefix=with_name_servers(directory, name_servers) if name_servers else ())
         self.network = network
 
     def start(self) -> None:
@@ -37,6 +41,15 @@ class NetDaemon(Daemon):
         (row,) = json.loads(self.must("status", "-v", "--json", name))["vms"]
         found: list[dict[str, Any]] = row["interfaces"]
         return found
+
+
+def with_name_servers(directory: Path, servers: Sequence[str]) -> list[str]:
+    """Return a prefix for a program that is to find these in /etc/resolv.conf, whatever the host has there."""
+    etc = directory / "etc"
+    etc.mkdir()
+    (etc / "resolv.conf").write_text("".join(f"nameserver {server}\n" for server in servers))
+    mount = f"mount -t overlay -o lowerdir={shlex.quote(str(etc))}:/etc overlay /etc"
+    return ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"']
 
 
 def links(network: Network) -> dict[str, dict[str, Any]]:

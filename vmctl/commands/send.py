@@ -1,7 +1,5 @@
 """vmctl send: write a VM to standard output, to go on elsewhere (*cat. 4.7*)."""
 
-import contextlib
-import fcntl
 import os
 import sys
 
@@ -24,9 +22,6 @@ if TYPE_CHECKING:
     A = TypeVar("A", VmSent, VmReceived)
 
 
-PIPE_BYTES = 1 << 20  # as large as anybody may have one; what is in it moves with fewer wake-ups of both ends
-
-
 def run(session: Session, arguments: list[str]) -> int:
     """Send; with -k the VM goes on here, and the stream is a snapshot of it."""
     given, operands = parse_options(arguments, "k")
@@ -34,8 +29,6 @@ def run(session: Session, arguments: list[str]) -> int:
     fd = sys.stdout.fileno()
     if os.isatty(fd):
         raise CommandError("standard output is a terminal: redirect it to a file, or into a pipe")
-    with contextlib.suppress(OSError):  # it is no pipe, or its owner has too many
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     request = SendRequest(vmid=ref.vmid, name=ref.name, keep=bool(given))
     try:
         sent = transfer(session.client, request, VmSent, fd, str(ref))

@@ -7,6 +7,7 @@ from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
 from vmd.config.model import Config, Globals, VmConfig
 from vmd.errors import VmdError
+from vmd.scaled import fmt_scaled
 
 MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 
@@ -90,6 +91,7 @@ def check(config: Config, warn: Warn, known_switches: Collection[str] = ()) -> C
     lladdrs: dict[str, str] = {}
     for vm in config.vms:
         check_boot(vm, warn)
+        check_limit(vm, config.settings, warn)
         for nic in vm.nics:
             if nic.switch and nic.switch not in usable:
                 state = "is disabled" if nic.switch in switches else "not found"
@@ -110,6 +112,16 @@ def check_boot(vm: VmConfig, warn: Warn) -> None:
     for field in ("initrd", "cmdline"):
         if getattr(vm, field):
             warn(f'{vm.origin}: vm "{vm.name}": {field} is of no use without boot')
+
+
+def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:
+    """Warn of a VM that could not even run alone."""
+    limit_bytes = settings.limit_memory_bytes
+    if limit_bytes is not None and vm.memory_bytes > limit_bytes:
+        sizes = fmt_scaled(vm.memory_bytes), fmt_scaled(limit_bytes)
+        warn(f'{vm.origin}: vm "{vm.name}": memory {sizes[0]} is more than limit memory {sizes[1]}')
+    if vm.vcpus > settings.limit_vcpus:
+        warn(f'{vm.origin}: vm "{vm.name}": vcpus {vm.vcpus} are more than limit vcpus {settings.limit_vcpus}')
 
 
 def check_unique(vm: VmConfig, what: str, users: dict[str, str], warn: Warn) -> None:

@@ -154,6 +154,7 @@ class Grammar:
                      | local
                      | socket
                      | agentx
+                     | limit
                      | staggered
                      | switch
                      | vm"""
@@ -192,12 +193,17 @@ class Grammar:
         self.lexer.include(p[2])
 
     def p_macro(self, p: Production) -> None:
-        """macro : STRING '=' string"""
+        """macro : macro_name '=' string"""
         self.lexer.define(p[1], p[3])
 
     def p_macro_number(self, p: Production) -> None:
-        """macro : STRING '=' NUMBER"""
+        """macro : macro_name '=' NUMBER"""
         self.lexer.define(p[1], str(p[3]))
+
+    def p_macro_name(self, p: Production) -> None:
+        """macro_name : STRING
+                      | LIMIT"""
+        p[0] = p[1]
 
     def p_local_prefix(self, p: Production) -> None:
         """local : LOCAL PREFIX range"""
@@ -257,6 +263,19 @@ class Grammar:
             self.error(f"invalid delay: {p[6]}")
         else:
             self.settings = self.settings.replace(start_parallel=p[4], start_delay_s=p[6])
+
+    def p_limit_memory(self, p: Production) -> None:
+        """limit : LIMIT MEMORY NUMBER
+                 | LIMIT MEMORY string"""
+        self.settings = self.settings.replace(limit_memory_bytes=self.value(values.memory_limit, p[3], None))
+
+    def p_limit_number(self, p: Production) -> None:
+        """limit : LIMIT VMS NUMBER
+                 | LIMIT VCPUS NUMBER"""
+        if not 0 <= p[3] <= COUNT_MAX:
+            self.error(f"invalid limit: {p[3]}")
+        else:
+            self.settings = self.settings.replace(**{f"limit_{p[2]}": p[3]})
 
     # switch blocks
 

@@ -36,13 +36,15 @@ STRING_FOLLOWS = frozenset({
     "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "MEMORY",
     "OWNER", "STRING", "SWITCH", "VIRTIO",
 })  # fmt: skip
-# ... and outside of blocks there is `local nat`.
+# ... and outside of blocks there are `local nat` and, where a line begins so, what may be limited.
 LOCAL_WORD = "nat"
+LIMIT_WORD = "limit"
+LIMITED_WORDS = frozenset({"vcpus", "vms"})  # besides `memory`
 
 TOKENS = (
     *(word.upper() for word in sorted(RESERVED - {"add", "id", "size"})),  # those three mean nothing yet
     *(word.upper() for word in sorted(BLOCK_WORDS)),
-    "NAT", "NL", "NUMBER", "STRING",
+    "LIMIT", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
 LITERALS = "{},="
 
@@ -390,8 +392,12 @@ class Lexer:
         if text in RESERVED:
             kind = text.upper()
         elif self.depth == 0:
-            if text == LOCAL_WORD and self.previous == "LOCAL":
-                kind = "NAT"
+            if (
+                (text == LOCAL_WORD and self.previous == "LOCAL")
+                or (text == LIMIT_WORD and self.previous == "NL")
+                or (text in LIMITED_WORDS and self.previous == "LIMIT")
+            ):
+                kind = text.upper()
         elif text in BLOCK_WORDS and (
             self.previous not in STRING_FOLLOWS
             or (text in BOOT_WORDS and self.boot_line and self.previous == "STRING")

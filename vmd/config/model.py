@@ -15,6 +15,8 @@ DEFAULT_MEMORY_BYTES = 512 * MIB
 MIN_MEMORY_BYTES = 1 * MIB
 MAX_MEMORY_BYTES = 1024 * GIB
 MAX_VCPUS = 16
+DEFAULT_LIMIT_VMS = 512  # at a time; what vmm(4) has room for
+DEFAULT_LIMIT_VCPUS = 512  # of all VMs together
 MAX_DISKS = 4
 MAX_NICS = 4
 MAX_CHAIN = 4  # images in one backing chain
@@ -95,6 +97,17 @@ class NicConfig(Record):
     up: bool = True
 
 
+class Rights(Record):
+    """With whose rights the files of a VM are opened, each with those of whoever named it; None: root's.
+
+    Only the parent fills this in: for instances that users make, and what is made of those.
+    """
+
+    boot: Owner | None = None
+    disks: Owner | None = None
+    cdrom: Owner | None = None
+
+
 class AllowInstance(Record):
     """`allow instance { ... }`: who may derive VMs from this one, and what they may set."""
 
@@ -135,6 +148,7 @@ class VmConfig(Record):
     plan_id: int = 0  # a vmid; 0: its own, and the ranges of this daemon
     plan_prefix4: Prefix | None = None
     plan_prefix6: Prefix | None = None
+    rights: Rights = Rights()
 
 
 class SwitchConfig(Record):
@@ -168,6 +182,10 @@ class Globals(Record):
     agentx: AgentxConfig | None = None
     start_parallel: int | None = None  # None: number of online CPUs
     start_delay_s: int = 30
+    # ours: of all VMs that run at a time
+    limit_memory_bytes: int | None = None  # None: twice what the host has
+    limit_vms: int = DEFAULT_LIMIT_VMS
+    limit_vcpus: int = DEFAULT_LIMIT_VCPUS
 
 
 class Config(Record):

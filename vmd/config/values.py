@@ -110,14 +110,20 @@ def lladdr(text: str) -> bytes:
     return address if any(address) else b""
 
 
-def memory(size: int | str) -> int:
-    """Return a memory size in bytes, not yet rounded."""
+def memory_limit(size: int | str) -> int:
+    """Return how many bytes of memory all VMs together may have."""
     try:
         size_bytes = scan_scaled(size) if isinstance(size, str) else size
     except ValueError as error:
         raise ValueError(f"failed to parse size: {shown(str(size))}") from error
     if size_bytes < MIN_MEMORY_BYTES:
         raise ValueError("memory size must be at least 1MB")
+    return size_bytes
+
+
+def memory(size: int | str) -> int:
+    """Return a memory size in bytes, not yet rounded."""
+    size_bytes = memory_limit(size)
     if size_bytes > MAX_MEMORY_BYTES:
         raise ValueError(f"memory size too large (limit is {fmt_scaled(MAX_MEMORY_BYTES)})")
     return size_bytes

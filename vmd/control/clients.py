@@ -10,6 +10,7 @@ from vmd.ipc.messages import (
     ConsoleBreak,
     ConsoleRequest,
     ListRequest,
+    NicsRequest,
     PauseRequest,
     StartRequest,
     StopRequest,
@@ -25,9 +26,9 @@ MAX_UNANSWERED = 16  # requests of one client that wait for an answer
 MAX_QUEUE = 4096  # messages waiting for a client that reads slowly; `status` of a full host is one burst
 
 # What anybody who can open the socket may ask; the parent decides about each VM (*cat. 1.9*).
-ALLOWED_TO_ALL: frozenset[RecordType] = frozenset(
-    {ListRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest, ConsoleBreak}
-)
+ALLOWED_TO_ALL: frozenset[RecordType] = frozenset({
+    ListRequest, NicsRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest, ConsoleBreak,
+})  # fmt: skip
 
 
 class Client:

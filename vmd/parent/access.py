@@ -7,6 +7,7 @@ import os
 import pwd
 import stat
 
+from vmd.config.model import Owner
 from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages import Caller
 from vmd.privsep import linux
@@ -14,6 +15,8 @@ from vmd.privsep import linux
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+NOGROUP = 65534
 
 
 def in_group(uid: int, gid: int) -> bool:
@@ -65,26 +68,32 @@ def require_readable(fd: int, path: str, caller: Caller) -> None:
         raise OperatorError(errno.EACCES, f"{path}: uid {caller.uid} may not read it")
 
 
-def groups_of(caller: Caller) -> list[int]:
-    """Return the groups that the caller has by the user database, with the one it came with."""
+def rights_of(caller: Caller | None) -> Owner | None:
+    """Return with whose rights files are opened that somebody has named; None, as for the configuration, is root."""
+    return Owner(uid=caller.uid, gid=caller.gid) if caller is not None and caller.uid else None
+
+
+def groups_of(uid: int, gid: int) -> list[int]:
+    """Return the groups that a user has by the user database, with the one he came with."""
     try:
-        return os.getgrouplist(pwd.getpwuid(caller.uid).pw_name, caller.gid)
+        return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
     except KeyError:
-        return [caller.gid]
+        return [gid]
 
 
 @contextlib.contextmanager
-def acting_as(caller: Caller | None) -> "Iterator[None]":
-    """Within the block, and in this thread, files are opened with the caller's rights and no more.
+def acting_as(user: Owner | None) -> "Iterator[None]":
+    """Within the block, and in this thread, files are opened with the user's rights and no more.
 
     The kernel judges, directories on the way and access lists included.  None, and root, change nothing.
     """
-    if caller is None or caller.uid == 0:
+    if user is None or user.uid == 0:
         yield
         return
     ours = os.getgroups()
+    gid = user.gid if user.gid is not None else NOGROUP
     try:
-        linux.set_file_ids(caller.uid, caller.gid, groups_of(caller))
+        linux.set_file_ids(user.uid, gid, groups_of(user.uid, gid))
         yield
     finally:
         try:

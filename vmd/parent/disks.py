@@ -10,10 +10,10 @@ import select
 import stat
 import time
 
-from vmd.config.model import MAX_CHAIN, DiskConfig
+from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.images.locks import lock
-from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, Caller
+from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import ANSWER_MAX, FD_ANSWER, FD_IMAGE, Probe, how_to_record, unpack
 from vmd.parent.access import acting_as
 from vmd.privsep import linux
@@ -76,25 +76,25 @@ class OpenDisk:
             os.close(fd)
 
 
-def open_disk(config: DiskConfig, caller: Caller | None, prober: "Prober") -> OpenDisk:
+def open_disk(config: DiskConfig, user: Owner | None, prober: "Prober") -> OpenDisk:
     """Open and lock a disk, for writing, and the images it is based on, for reading.
 
-    With a `caller` that is not root, its own rights decide (vm.conf(5), instances).
+    With a `user` that is not root, his own rights decide (vm.conf(5), instances).
 
     Raises:
         OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if somebody uses it, EACCES if the
-            caller may not, else what is wrong with it.
+            user may not, else what is wrong with it.
     """
     disk = OpenDisk()
     try:
-        _follow(disk, config, caller, prober)
+        _follow(disk, config, user, prober)
     except BaseException:
         disk.close()
         raise
     return disk
 
 
-def _follow(disk: OpenDisk, config: DiskConfig, caller: Caller | None, prober: "Prober") -> None:
+def _follow(disk: OpenDisk, config: DiskConfig, user: Owner | None, prober: "Prober") -> None:
     """Open image after image, each named by the one before.  Raises OperatorError."""
     path, format_hint = config.path, config.format
     name = top = f"disk {path}"
@@ -104,7 +104,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, caller: Caller | None, prober: "
         if len(disk.links) == MAX_CHAIN:
             raise OperatorError(errno.EINVAL, f"{top}: backing chain is longer than {MAX_CHAIN} images")
         writable = not disk.links
-        fd = open_image(path, name, caller, writable=writable)
+        fd = open_image(path, name, user, writable=writable)
         try:
             found = identity(os.fstat(fd))
             if found in seen:
@@ -138,14 +138,14 @@ def identity(status: os.stat_result) -> tuple[int, int]:
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
-def open_cdrom(path: str, caller: Caller | None) -> int:
+def open_cdrom(path: str, user: Owner | None) -> int:
     """Open and lock an ISO image, or a drive, for reading.
 
     Raises OperatorError: VMD_CDROM_MISSING if it cannot be opened, VMD_CDROM_INVALID if it is neither a regular
     file nor a block device; else like `open_disk`.
     """
     name = f"cdrom {path}"
-    fd = open_image(path, name, caller, writable=False, missing=VMD_CDROM_MISSING, invalid=VMD_CDROM_INVALID)
+    fd = open_image(path, name, user, writable=False, missing=VMD_CDROM_MISSING, invalid=VMD_CDROM_INVALID)
     try:
         lock(fd, name, writable=False)
     except BaseException:
@@ -157,13 +157,13 @@ def open_cdrom(path: str, caller: Caller | None) -> int:
 def open_image(
     path: str,
     name: str,
-    caller: Caller | None,
+    user: Owner | None,
     *,
     writable: bool,
     missing: int = VMD_DISK_MISSING,
     invalid: int = errno.EINVAL,
 ) -> int:
-    """Open a regular file or block device with the caller's rights.
+    """Open a regular file or block device with the user's rights.
 
     Raises OperatorError with code `missing` or `invalid`, or EACCES; `name` begins its sentence.
     """
@@ -172,7 +172,7 @@ def open_image(
         raise OperatorError(missing, f"{name}: not a path")
     doing = ""
     try:
-        with acting_as(caller):
+        with acting_as(user):
             place = linux.openat2(raw, os.O_PATH | os.O_CLOEXEC, linux.RESOLVE_NO_MAGICLINKS)
             try:
                 mode = require_image(place, name, invalid)
@@ -188,8 +188,8 @@ def open_image(
         number = error.errno or errno.EIO
         if number == errno.EBUSY:
             raise OperatorError(number, f"{name}: is in use by another process, or mounted") from None
-        if number in (errno.EACCES, errno.EPERM) and caller is not None and caller.uid:
-            raise OperatorError(number, f"{name}: {doing}uid {caller.uid} has no permission") from None
+        if number in (errno.EACCES, errno.EPERM) and user is not None and user.uid:
+            raise OperatorError(number, f"{name}: {doing}uid {user.uid} has no permission") from None
         raise OperatorError(missing, f"{name}: {doing}{os.strerror(number)}") from None
 
 

@@ -2,15 +2,16 @@
 
 import errno
 
-from vmd.config.model import AllowInstance, NicConfig, Owner, VmConfig, VmFlag
+from vmd.config.model import AllowInstance, NicConfig, Owner, Rights, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_PARENT_INVALID, Caller
-from vmd.log import log
-from vmd.parent.access import may_control
+from vmd.parent.access import may_control, rights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from vmd.parent.vmtable import Vm
 
 # What may be set, in the words of the refusals; each needs its flag in `allow instance`.
 ASPECTS = (
@@ -20,7 +21,6 @@ ASPECTS = (
     (VmFlag.NETWORK, "interfaces"),
     (VmFlag.KERNEL, "boot image"),
     (VmFlag.CDROM, "cdrom"),
-    (VmFlag.INSTANCE, "instance permissions"),
 )
 NOBODY = AllowInstance()
 
@@ -31,13 +31,16 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
     `caller` None is the configuration, which may do whatever it likes.  Unlike vmd, an interface that is inherited
     gets an address and a tap of its own: with the template's, the two could not run at the same time.
 
+    What is inherited keeps the rights of whoever has named it: a template's disc need not be readable for who makes
+    an instance, and what a user has given to an instance of his own stays within his rights when that is a template.
+
     Raises:
         OperatorError: EPERM, naming what the caller may not; EBUSY for what only the template can have.
     """
     if caller is not None and caller.uid != 0:
         require_permission(template, wanted, caller)
     require_own(template, wanted)
-    given = wanted.given
+    given, rights = wanted.given, rights_of(caller)
     inherited = {} if VmFlag.CPU in given else {"vcpus": template.vcpus}
     if VmFlag.MEMORY not in given:
         inherited["memory_bytes"] = template.memory_bytes
@@ -56,23 +59,32 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
         virtio=wanted.virtio or template.virtio,
         sev=wanted.sev or template.sev,
         sev_es=wanted.sev_es or template.sev_es,
+        rights=Rights(
+            boot=rights if VmFlag.KERNEL in given else template.rights.boot,
+            disks=rights,
+            cdrom=rights if VmFlag.CDROM in given else template.rights.cdrom,
+        ),
     )
 
 
-def resolve(vms: "Iterable[VmConfig]", known: "Callable[[str], VmConfig | None]") -> "Iterator[VmConfig]":
-    """Yield the VMs of a configuration with what instances inherit, in the order of the file.
+def resolve(
+    vms: "Iterable[VmConfig]", known: "Callable[[str], VmConfig | None]"
+) -> tuple[list[VmConfig], list[str]]:
+    """Return the VMs of a configuration with what instances inherit, in the order of the file.
 
     Templates are looked for among them, then among those that are `known` already.  An instance that cannot be is
-    left out, and the log says why.
+    left out, and a sentence for each of those comes second.
     """
     by_name: dict[str, VmConfig] = {}
     for vm in vms:
         by_name.setdefault(vm.name, vm)
+    found, problems = [], []
     for vm in vms:
         try:
-            yield _resolved(vm, by_name, known, ())
+            found.append(_resolved(vm, by_name, known, ()))
         except OperatorError as error:
-            log.error(f"{vm.origin}: {error}")
+            problems.append(f"{vm.origin}: {error}")
+    return found, problems
 
 
 def _resolved(
@@ -100,6 +112,8 @@ def require_permission(template: VmConfig, wanted: VmConfig, caller: Caller) -> 
     for flag, what in ASPECTS:
         if flag in wanted.given and flag not in allow.flags:
             raise OperatorError(errno.EPERM, f'vm "{wanted.name}": no permission to set {what}')
+    if wanted.allow is not None:
+        raise OperatorError(errno.EPERM, f'vm "{wanted.name}": cannot change instance permissions')
 
 
 def require_own(template: VmConfig, wanted: VmConfig) -> None:
@@ -121,6 +135,23 @@ def require_own(template: VmConfig, wanted: VmConfig) -> None:
             raise OperatorError(
                 errno.EBUSY, f"vm {wanted.name}: lladdr {nic.lladdr.hex(':')} of vm {template.name} cannot be reused"
             )
+
+
+def require_free(vms: "Iterable[Vm]", wanted: VmConfig) -> None:
+    """Raise OperatorError(EBUSY) if a user wants an interface or an address that any VM has been given.
+
+    The operator may set up two VMs that cannot run at the same time; a user must not take what is another's.
+    """
+    for vm in vms:
+        for theirs in vm.config.nics:
+            for ours in wanted.nics:
+                if ours.lladdr and ours.lladdr == theirs.lladdr:
+                    what = f"lladdr {ours.lladdr.hex(':')}"
+                elif ours.tap not in ("", "tap") and ours.tap == theirs.tap:
+                    what = f"interface {ours.tap}"
+                else:
+                    continue
+                raise OperatorError(errno.EBUSY, f"vm {wanted.name}: {what} is that of another vm")
 
 
 def fresh(nic: NicConfig) -> NicConfig:

@@ -1,9 +1,93 @@
-"""Limits on what guests and users may make the daemon do again and again."""
+"""Limits on what VMs may have of the host, and on what guests and users may make the daemon do again and again."""
 
+import errno
+import os
+import resource
 import time
 
+from vmd.config.model import Globals, VmConfig
+from vmd.errors import OperatorError
+from vmd.log import log
+from vmd.scaled import fmt_scaled
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MEMINFO = "/proc/meminfo"
+OVERCOMMIT = 2  # guests rarely use all that they have; more is almost certainly a slip of the finger
+# Descriptors that the parent and vmm have for a VM at most, or a little more: what a VM with four interfaces and
+# files of its user's needs, times the VMs that may run, and some for clients.
+FILES_PER_VM = 16
+FILES_BESIDES = 1024
+FILES_TO_START = 64  # open for a moment, disks with all they are based on; and room for what comes with messages
+OPEN_FILES = "/proc/self/fd"
 RESTART_WINDOW_S = 6.0
 RESTART_LIMIT = 3
+
+
+def host_memory_bytes() -> int:
+    """Return how much memory and swap this host has."""
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open(MEMINFO, encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("SwapTotal:"):
+                    total_bytes += int(line.split()[1]) << 10
+    except (OSError, ValueError, IndexError):
+        pass  # a host that does not say has none that we could count on
+    return total_bytes
+
+
+def require_room(config: VmConfig, running: "Iterable[VmConfig]", settings: Globals) -> None:
+    """Raise OperatorError if a VM beside those that are running is more than there may be.
+
+    EAGAIN for their number or that of their vCPUs, ENOMEM for their memory.  What runs already stays as it is,
+    whatever the limits have become.
+    """
+    others = list(running)
+    if len(others) >= settings.limit_vms:
+        raise OperatorError(
+            errno.EAGAIN, f"vm {config.name}: {len(others)} VMs are running, and there is a limit of "
+            f"{settings.limit_vms} (limit vms)",
+        )  # fmt: skip
+    vcpus = config.vcpus + sum(other.vcpus for other in others)
+    if vcpus > settings.limit_vcpus:
+        raise OperatorError(
+            errno.EAGAIN, f"vm {config.name}: with its {config.vcpus} there would be {vcpus} vcpus, and there is a "
+            f"limit of {settings.limit_vcpus} (limit vcpus)",
+        )  # fmt: skip
+    limit_bytes, why = settings.limit_memory_bytes, ""
+    if limit_bytes is None:
+        limit_bytes, why = OVERCOMMIT * host_memory_bytes(), ", twice what this host has"
+    memory_bytes = config.memory_bytes + sum(other.memory_bytes for other in others)
+    if memory_bytes > limit_bytes:
+        raise OperatorError(
+            errno.ENOMEM, f"vm {config.name}: with its {fmt_scaled(config.memory_bytes)} guests would have "
+            f"{fmt_scaled(memory_bytes)} of memory, and there is a limit of {fmt_scaled(limit_bytes)}{why} "
+            "(limit memory)",
+        )  # fmt: skip
+
+
+def raise_file_limit(limit_vms: int) -> None:
+    """Have room for the descriptors of as many VMs, in this process and in those that it starts."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_PER_VM * limit_vms + FILES_BESIDES
+    for number in (max(most, wanted), most):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
+        except (OSError, ValueError):  # beyond what the kernel, or whoever confines us, lets root have
+            continue
+        if number < wanted:
+            log.warn(f"{number} open files at most, which may not be enough for {limit_vms} VMs")
+        return
+
+
+def require_files() -> None:
+    """Raise OperatorError(EMFILE) if descriptors are about to run out: then even messages would lose theirs."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if len(os.listdir(OPEN_FILES)) + FILES_TO_START > most:
+        raise OperatorError(errno.EMFILE, f"no room for another vm among the {most} files that vmd may have open")
 
 
 class RestartLimit:

@@ -10,10 +10,11 @@ import errno
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
-from vmd.config.model import NAME_MAX, Config, Owner, VmConfig, VmFlag
+from vmd.config.model import NAME_MAX, Config, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
@@ -83,12 +84,14 @@ from vmd.log import log
 from vmd.parent import instances, reload, service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
+from vmd.parent.limits import require_files, require_room
 from vmd.parent.media import Media
 from vmd.parent.network import Network
 from vmd.parent.options import Options
 from vmd.parent.requests import (
     ONE_SHOT_DEVICES,
     checked_request,
+    described,
     one_shot_config,
     refuse_unsupported,
     require_boot_device,
@@ -130,6 +133,7 @@ class Parent(Process):
         self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
         self.retired: dict[str, RetiredConsole] = {}  # by name of the VM
         self.batch_timer: Timer | None = None
+        self.resetting: list[int] = []  # clients that wait for the last of the VMs that they want forgotten
         self.ending = False
         self.on_ready: Callable[[], None] = lambda: None
         self.register_config(config)
@@ -217,24 +221,33 @@ class Parent(Process):
 
     # --- configuration -----------------------------------------------------------------------------------
 
-    def register_config(self, config: Config) -> None:
-        """Add the VMs of a configuration; names already known are left alone (*cat. 2.5*)."""
-        for note in reload.register(self.vms, self.resolved(config)):
-            log.debug(note)
+    def register_config(self, config: Config) -> list[str]:
+        """Add the VMs of a configuration; names already known are left alone (*cat. 2.5*).
 
-    def resolved(self, config: Config) -> list[VmConfig]:
-        """Return the VMs of a configuration with what instances inherit."""
-        return list(instances.resolve(config.vms, self.template))
+        Returns what is worth telling the operator.
+        """
+        vms, problems = self.resolved(config)
+        for note in reload.register(self.vms, vms):
+            log.debug(note)
+        return problems
+
+    def resolved(self, config: Config) -> tuple[list[VmConfig], list[str]]:
+        """Return the VMs of a configuration with what instances inherit, and why some cannot be."""
+        vms, problems = instances.resolve(config.vms, self.template)
+        for problem in problems:
+            log.error(problem)
+        return vms, problems
 
     def template(self, name: str) -> VmConfig | None:
         """Return the description of a VM that is known."""
         vm = self.vms.find(0, name)
-        return vm.config if vm else None
+        return vm.config if vm and not vm.doomed else None
 
     def start_batch(self) -> None:
         """Start as many waiting VMs as one round allows, and come back for the rest (*cat. 2.9*)."""
         if self.batch_timer is not None:
             self.batch_timer.cancel()
+            self.batch_timer = None
         settings = self.config.settings
         room = settings.start_parallel or os.cpu_count() or 1
         for vm in self.vms:
@@ -258,23 +271,34 @@ class Parent(Process):
         """
         config = self.load_config(None, None)
         self.network.configure(config)
-        notes = reload.replace_all(self.vms, self.resolved(config))
+        vms, problems = self.resolved(config)
+        notes = reload.replace_all(self.vms, vms)
         self.take_effect(config)
         for note in notes:
             log.info(note)
-        return notes
+        return problems + notes
 
-    def apply(self, config: Config) -> None:
-        """Make what a further file says part of the configuration in force."""
+    def apply(self, config: Config) -> list[str]:
+        """Make what a further file says part of the configuration in force; returns what is worth telling of it."""
         self.network.configure(config)
-        self.register_config(config)
+        problems = self.register_config(config)
         self.take_effect(config)
+        return problems
 
     def take_effect(self, config: Config) -> None:
-        """Let the global settings of a configuration count, and start what waits."""
+        """Let the global settings of a configuration count, and start what waits.
+
+        Unlike vmd, a reload does not start a batch before its time: the host is as busy as it was.
+        """
         self.config = config
         service.own_socket(self.options.socket_path, config.settings.socket_owner)
-        self.start_batch()
+        waited = self.batch_timer
+        if waited is None or waited.callback is None:
+            self.start_batch()
+            return
+        waited.cancel()
+        left_s = min(config.settings.start_delay_s, max(0.0, waited.due_s - time.monotonic()))
+        self.batch_timer = self.loop.call_later(left_s, self.start_batch)
 
     def on_hangup(self) -> None:
         """SIGHUP reloads."""
@@ -305,9 +329,9 @@ class Parent(Process):
         files = open_boot_files(config, given_boot, given_initrd)
         media = Media()
         try:
-            self.check_startable(config)
+            self.check_startable(vm, config)
             require_boot_device(config)
-            media = Media.open(config, vm.opener, self.prober, patience_s=vm.patience_s())
+            media = Media.open(config, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
                 vm.pty = Pty()
@@ -344,9 +368,12 @@ class Parent(Process):
         log.error(f"vm {vm.name}: {text}")
         self.vm_is_gone(vm, brief(text))
 
-    def check_startable(self, config: VmConfig) -> None:
+    def check_startable(self, vm: Vm, config: VmConfig) -> None:
         """Raise OperatorError if this host cannot, or may not, run such a VM."""
         refuse_unsupported(config)
+        require_files()
+        others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
+        require_room(config, others, self.config.settings)
 
     def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""
@@ -404,13 +431,28 @@ class Parent(Process):
         vm.ended(text)
         if pty is not None:
             self.retire_console(RetiredConsole(vm, uid, pty))
+        vm.drop_files()  # a life that begins from the configuration boots what that names
         if not vm.from_config:
             self.vms.remove(vm)
+        if vm.doomed:
+            self.reset_done(vm)
         # Last, so that a client that tries again at once finds everything free.
         self.answer_overtaken(vm, vm.code, text or "has ended meanwhile")
         self.answer_start(vm, Failed(code=vm.code, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
         if self.ending and not any(other.alive for other in self.vms):
             self.loop.stop()
+
+    def reset_done(self, vm: Vm) -> None:
+        """A VM that was reset is gone: its name is free for who has asked for it, and with the last one all ids."""
+        if not any(other.doomed for other in self.vms):
+            self.vms.forget_ids()
+            for client in self.resetting:
+                self.answer(client, Ok())
+            self.resetting.clear()
+        if vm.successor is not None:
+            reload.register(self.vms, [vm.successor])
+            if self.batch_timer is None:
+                self.start_batch()
 
     def answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
         """Answer who wanted something of a VM process that has ended instead of doing it."""
@@ -499,13 +541,13 @@ class Parent(Process):
         boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
         try:
             if message.template or message.config is not None:
+                wanted = described(message, given_boot=boot is not None, given_initrd=initrd is not None)
                 if message.template:
-                    vm = self.vms.add(self.instance(message, caller, given_boot=boot is not None), from_config=False)
-                    vm.opener = caller if caller.uid else None
+                    wanted = self.instance(message.template, wanted, caller)
                 else:
                     require_root(caller, "start a VM that vm.conf does not describe")
-                    assert message.config is not None
-                    vm = self.vms.add(checked_request(message.config, bootable=boot is not None), from_config=False)
+                    wanted = checked_request(wanted, bootable=boot is not None)
+                vm = self.vms.add(wanted, from_config=False)
                 try:
                     vm.keep_files(boot, initrd)
                 except HostError:
@@ -535,20 +577,17 @@ class Parent(Process):
         vm.restarts.started_by_user()
         vm.start_client = envelope.peerid
 
-    def instance(self, message: StartRequest, caller: Caller, *, given_boot: bool) -> VmConfig:
-        """Return the description of an instance that a client wants.  Raises OperatorError."""
-        template = self.template(message.template)
+    def instance(self, name: str, wanted: VmConfig, caller: Caller) -> VmConfig:
+        """Return what an instance of a template is, of which a client has described some.  Raises OperatorError."""
+        template = self.template(name)
         if template is None:
-            raise OperatorError(VMD_PARENT_INVALID, f"vm {message.name}: template {message.template} not found")
-        if self.vms.find(0, message.name) is not None:
-            raise OperatorError(errno.EEXIST, f"vm {message.name} already exists")
-        wanted = (message.config or VmConfig(name=message.name)).replace(name=message.name, owner=Owner(), plan_id=0)
-        if given_boot != (VmFlag.KERNEL in wanted.given):
-            raise OperatorError(errno.EINVAL, f"vm {message.name}: a boot image that nobody opened, or asked for")
-        if wanted.cmdline and not given_boot:
-            raise OperatorError(errno.EINVAL, f"vm {message.name}: a command line needs a boot image of its own (-b)")
+            raise OperatorError(VMD_PARENT_INVALID, f"vm {wanted.name}: template {name} not found")
+        if self.vms.find(0, wanted.name) is not None:
+            raise OperatorError(errno.EEXIST, f"vm {wanted.name} already exists")
         config = instances.derive(template, wanted, caller)
-        return checked_request(config, bootable=given_boot or bool(config.kernel)).replace(parent=template.name)
+        if caller.uid:
+            instances.require_free(self.vms, wanted)
+        return checked_request(config, bootable=bool(config.kernel)).replace(parent=template.name)
 
     def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
         """Ask the guest to shut down, or kill the VM."""
@@ -610,8 +649,8 @@ class Parent(Process):
         """Read a further file; VMs it names again are left as they are."""
         require_root(caller, "load a configuration")
         loaded = self.load_config(message.path, self.config)
-        self.apply(loaded.replace(switches=(*self.config.switches, *loaded.switches)))
-        self.answer(envelope.peerid, Ok())
+        notes = self.apply(loaded.replace(switches=(*self.config.switches, *loaded.switches)))
+        self.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
 
     def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read the main file anew."""
@@ -621,19 +660,28 @@ class Parent(Process):
     def serve_reset(self, message: ResetRequest, caller: Caller, envelope: Envelope) -> None:
         """Terminate and forget VMs, forget switches."""
         require_root(caller, "reset the configuration")
-        if message.vms:
-            for vm in list(self.vms):
-                vm.from_config = False  # forgotten as soon as it has ended
-                if vm.alive:
-                    vm.begin_stop(force=True)
-                    self.stop_process(vm, StopMode.KILL)
-                else:
-                    self.vms.remove(vm)
-            self.vms.forget_ids()
         if message.switches:
             self.config = self.config.replace(switches=())
             self.network.configure(self.config)
-        self.answer(envelope.peerid, Ok())
+        if message.vms:
+            self.reset_vms()
+        if any(vm.doomed for vm in self.vms):
+            self.resetting.append(envelope.peerid)  # a reload that follows finds all of them gone
+        else:
+            self.answer(envelope.peerid, Ok())
+
+    def reset_vms(self) -> None:
+        """Forget every VM, as soon as it has ended where it runs."""
+        for vm in self.vms:
+            vm.from_config, vm.next_config, vm.successor = False, None, None
+            vm.doomed = vm.alive
+        for vm in list(self.vms):
+            if vm.doomed:
+                vm.begin_stop(force=True)
+                self.stop_process(vm, StopMode.KILL)
+            else:
+                self.vms.remove(vm)
+        self.vms.forget_ids()
 
     def serve_log(self, message: LogRequest, caller: Caller, envelope: Envelope) -> None:
         """Change the verbosity of every process, now and for those to come."""
@@ -692,6 +740,7 @@ class Parent(Process):
 
     def on_client_gone(self, _message: ClientGone, envelope: Envelope, _channel: Channel) -> None:
         """A client has disconnected: nothing waits for it any more, and its console is free."""
+        self.resetting = [client for client in self.resetting if client != envelope.peerid]
         for vm in self.vms:
             vm.waiting_clients.discard(envelope.peerid)
             vm.pause_clients = [NO_CLIENT if client == envelope.peerid else client for client in vm.pause_clients]

@@ -5,9 +5,9 @@ import errno
 import os
 import time
 
-from vmd.config.model import VmConfig, VmFlag
+from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import Caller, DiskImages, ImageLink
+from vmd.ipc.messages import DiskImages, ImageLink
 from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
 
 TYPE_CHECKING = False
@@ -26,8 +26,8 @@ class Media:
         self.cdrom: int | None = None
 
     @classmethod
-    def open(cls, config: VmConfig, caller: Caller | None, prober: "Prober", *, patience_s: float = 0) -> "Media":
-        """Open and lock everything, with the rights of a `caller` if there is one; all or nothing.
+    def open(cls, config: VmConfig, prober: "Prober", *, patience_s: float = 0) -> "Media":
+        """Open and lock everything, each with the rights of whoever named it; all or nothing.
 
         `patience_s` is for a VM that has just been killed: its device processes hold the locks until the kernel
         has ended them.
@@ -40,11 +40,9 @@ class Media:
             media = cls()
             try:
                 for disk in config.disks:
-                    media.disks.append(open_disk(disk, caller, prober))
+                    media.disks.append(open_disk(disk, config.rights.disks, prober))
                 if config.cdrom:
-                    # An instance has its template's disc, which need not be readable for whoever starts it.
-                    own = not config.parent or VmFlag.CDROM in config.given
-                    media.cdrom = open_cdrom(config.cdrom, caller if own else None)
+                    media.cdrom = open_cdrom(config.cdrom, config.rights.cdrom)
             except OperatorError as error:
                 media.close()
                 if error.code != errno.EBUSY or time.monotonic() > deadline_s:

@@ -16,7 +16,10 @@ def register(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
     """Add VMs; names already known are left alone (*cat. 2.5*).  Returns a note for each of those."""
     notes = []
     for config in vms:
-        if table.find(0, config.name) is not None:
+        known = table.find(0, config.name)
+        if known is not None and known.doomed and known.successor is None:
+            known.successor = config
+        elif known is not None:
             notes.append(f"{config.origin}: vm {config.name} skipped (already exists)")
         else:
             add(table, config)
@@ -36,7 +39,9 @@ def replace_all(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
     wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two with one name the first counts
     for vm in list(table):
         config = wanted.get(vm.name)
-        if vm.alive:
+        if vm.doomed:
+            vm.successor = wanted.pop(vm.name, None)
+        elif vm.alive:
             wanted.pop(vm.name, None)
             if vm.from_config or config is not None:
                 notes += keep(vm, config)

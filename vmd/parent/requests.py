@@ -1,9 +1,12 @@
 """Checks of what clients, or the configuration, ask a VM to be."""
 
 import errno
+import os
 
 from vmd.config import values
 from vmd.config.model import (
+    CMDLINE_MAX,
+    MAX_DISKS,
     MAX_INET6_PREFIX,
     MAX_MEMORY_BYTES,
     MAX_NICS,
@@ -11,9 +14,13 @@ from vmd.config.model import (
     MAX_VCPUS,
     MIN_MEMORY_BYTES,
     NAME_MAX,
+    PATH_MAX,
     BootDevice,
+    Owner,
     Prefix,
+    Rights,
     VmConfig,
+    VmFlag,
     valid_vm_name,
 )
 from vmd.errors import OperatorError
@@ -23,6 +30,78 @@ VMID_MAX = (1 << 31) - 1
 # Booting from these is for installing: a guest that resets itself is done, and must not begin anew (*cat. 4.4*).
 # Unlike vmd, where `boot device disk` stops as well.
 ONE_SHOT_DEVICES = (BootDevice.CDROM, BootDevice.NET)
+
+
+def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) -> VmConfig:
+    """Return what a client says of a new VM, and only what it has to say: of what is there, not of what it claims.
+
+    `given` is what it really gives, whose files they are is not asked, and the paths of boot files are those of
+    descriptors that came along.  Raises OperatorError naming the first thing that is wrong.
+    """
+    name = message.name
+    if not valid_vm_name(name):
+        raise OperatorError(errno.EINVAL, f"invalid VM name: {name}")
+    wanted = message.config or VmConfig(name=name)
+    if message.cmdline is not None:
+        raise OperatorError(errno.EINVAL, f"vm {name}: two command lines")
+    if not given_boot == (VmFlag.KERNEL in wanted.given) == bool(wanted.kernel):
+        raise OperatorError(errno.EINVAL, f"vm {name}: a boot image that nobody opened, or asked for")
+    if not given_boot and (wanted.cmdline or wanted.initrd or given_initrd):
+        what = "a command line" if wanted.cmdline else "an initrd"
+        raise OperatorError(errno.EINVAL, f"vm {name}: {what} needs a boot image of its own (-b)")
+    if given_initrd != bool(wanted.initrd):
+        raise OperatorError(errno.EINVAL, f"vm {name}: an initrd that nobody opened, or asked for")
+    check_files(wanted)
+    given = wanted.given & ~VmFlag.INSTANCE
+    for there, flag in ((wanted.disks, VmFlag.DISK), (wanted.nics, VmFlag.NETWORK), (wanted.cdrom, VmFlag.CDROM)):
+        given |= flag if there else VmFlag(0)
+    return wanted.replace(
+        name=name,
+        parent="",
+        given=given,
+        owner=Owner(),
+        origin="",
+        plan_id=0,
+        plan_prefix4=None,
+        plan_prefix6=None,
+        rights=Rights(),
+    )
+
+
+def check_files(config: VmConfig) -> None:
+    """Raise OperatorError unless a client names files as vmctl does: by absolute paths, and no more than there may be.
+
+    A relative one would be looked for where the daemon is, which is not where the client is.
+    """
+    if len(config.disks) > MAX_DISKS:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: too many disks: {len(config.disks)}")
+    paths = [("disk", disk.path) for disk in config.disks]
+    paths += [("cdrom", config.cdrom), ("boot image", config.kernel), ("initrd", config.initrd)]
+    for what, path in paths:
+        raw = os.fsencode(path)
+        if what == "disk" or raw:
+            if not raw.startswith(b"/") or b"\0" in raw:
+                raise OperatorError(errno.EINVAL, f"vm {config.name}: {what}: not an absolute path: {path}")
+            if len(raw) > PATH_MAX:
+                raise OperatorError(errno.ENAMETOOLONG, f"vm {config.name}: {what} path too long")
+    check_formats(config)
+    check_cmdline(config)
+
+
+def check_formats(config: VmConfig) -> None:
+    """Raise OperatorError if a disk is of a kind that does not exist."""
+    for disk in config.disks:
+        if disk.format not in ("", *values.DISK_FORMATS):
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: unrecognized disk format {disk.format}")
+
+
+def check_cmdline(config: VmConfig) -> None:
+    """Raise OperatorError if no kernel takes such a command line."""
+    raw = os.fsencode(config.cmdline)
+    if len(raw) > CMDLINE_MAX:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: cmdline too long (limit is {CMDLINE_MAX})")
+    if b"\0" in raw:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: cmdline contains a NUL byte")
 
 
 def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
@@ -40,9 +119,20 @@ def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: vcpus must be 1 to {MAX_VCPUS}, not {config.vcpus}")
     if not bootable and not config.disks and not config.cdrom:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: no kernel, disk or cdrom to boot from")
+    if len(config.disks) > MAX_DISKS:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: too many disks: {len(config.disks)}")
+    check_formats(config)
+    check_cmdline(config)
     check_nics(config)
-    # Descriptors name the boot files of a client; paths it sends along are for messages only.
+    check_rights(config)
     return config.replace(parent="", origin="")
+
+
+def check_rights(config: VmConfig) -> None:
+    """Raise OperatorError if nobody can have such a number: cut to 32 bits it might be root's."""
+    for user in (config.rights.boot, config.rights.disks, config.rights.cdrom):
+        if user is not None and not (0 <= user.uid <= values.UID_MAX and 0 <= (user.gid or 0) <= values.UID_MAX):
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: invalid user: {user.uid}")
 
 
 def check_nics(config: VmConfig) -> None:
@@ -80,6 +170,7 @@ def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
     """Return the configuration of one start: a known VM's, with what the client wants otherwise this time."""
     if message.cmdline is not None:
         config = config.replace(cmdline=message.cmdline)
+        check_cmdline(config)
     if message.boot_device is not BootDevice.AUTO:
         config = config.replace(boot_device=message.boot_device)
     return config

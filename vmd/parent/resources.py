@@ -14,9 +14,10 @@ import termios
 import tty
 from collections.abc import Sequence
 
-from vmd.config.model import VmConfig
+from vmd.config.model import Owner, VmConfig
 from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages import VMD_BIOS_MISSING
+from vmd.parent.disks import open_image
 
 # Where distributions put SeaBIOS: Debian's package seabios, Fedora's seabios-bin, Arch's seabios, QEMU's own.
 FIRMWARE_PATHS = (
@@ -110,15 +111,19 @@ class BootFiles:
         self.boot = self.initrd = None
 
 
-def open_regular(path: str, what: str) -> int:
-    """Open a regular file for reading.
+def open_regular(path: str, what: str, user: Owner | None = None) -> int:
+    """Open a regular file for reading, with the rights of a user if somebody but root has named it.
 
     Raises OperatorError naming `what` and the path.  O_NONBLOCK: a FIFO must not hold up the daemon.
     """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as error:
-        raise OperatorError(error.errno or errno.EIO, f"{what} {path}: {os.strerror(error.errno or 0)}") from None
+    if user is not None:
+        fd = open_image(path, f"{what} {path}", user, writable=False, missing=errno.ENOENT)
+    else:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            raise OperatorError(number, f"{what} {path}: {os.strerror(number)}") from None
     try:
         require_regular(fd, f"{what} {path}")
     except OperatorError:
@@ -131,10 +136,14 @@ def require_regular(fd: int, name: str) -> None:
     """Raise OperatorError unless the descriptor is a regular file, open for reading."""
     try:
         mode = os.fstat(fd).st_mode
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     except OSError as error:
         raise OperatorError(error.errno or errno.EIO, f"{name}: {os.strerror(error.errno or 0)}") from None
     if not stat.S_ISREG(mode):
         raise OperatorError(errno.EINVAL, f"{name}: not a regular file")
+    # One that was opened as a mere place proves that somebody could name the file, not that he may read it.
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+        raise OperatorError(errno.EACCES, f"{name}: not open for reading")
 
 
 def open_firmware() -> tuple[int, str]:
@@ -160,13 +169,13 @@ def open_boot_files(config: VmConfig, given_boot: int | None, given_initrd: int 
             files.boot_name = config.kernel or "boot image"
             require_regular(given_boot, files.boot_name)
         elif config.kernel:
-            files.boot, files.boot_name = open_regular(config.kernel, "kernel"), config.kernel
+            files.boot, files.boot_name = open_regular(config.kernel, "kernel", config.rights.boot), config.kernel
         else:
             files.boot, files.boot_name = open_firmware()
         if given_initrd is not None:
             require_regular(given_initrd, config.initrd or "initrd")
         elif config.initrd and given_boot is None:  # a kernel given for once does not go with the usual initrd
-            files.initrd = open_regular(config.initrd, "initrd")
+            files.initrd = open_regular(config.initrd, "initrd", config.rights.boot)
     except BaseException:
         files.close()
         raise

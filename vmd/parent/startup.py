@@ -1,7 +1,6 @@
 """From a command line to a running daemon: checks, configuration, processes, in an order that fails early."""
 
 import os
-import resource
 import sys
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from vmd.errors import VmdError
 from vmd.log import STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
+from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.options import Options, UsageError, parse
 
@@ -56,8 +56,7 @@ def serve(options: Options) -> int:
     uid, gid = service.lookup_user()
     kvm_fd = service.open_kvm()
     config = read_config(options)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a handful for each of hundreds of VMs
+    raise_file_limit(config.settings.limit_vms)
     listener = service.listen(options.socket_path, config.settings.socket_owner)
     try:
         ready = announce(options)

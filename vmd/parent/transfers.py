@@ -40,6 +40,7 @@ from vmd.ipc.messages import (
 )
 from vmd.log import log
 from vmd.parent.access import require_root
+from vmd.parent.limits import require_files
 from vmd.parent.media import Media
 from vmd.parent.requests import ONE_SHOT_DEVICES, checked_request
 from vmd.parent.resources import Pty
@@ -135,6 +136,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
     require_root(caller, "receive a vm")
     if parent.ending:
         raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+    require_files()
     stream = envelope.take_fd("stream")
     assert stream is not None
     vm = parent.vms.find(0, message.name)
@@ -173,7 +175,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
     config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
     try:
         receiving.config = checked_request(config, bootable=True)
-        parent.check_startable(receiving.config)
+        parent.check_startable(vm, receiving.config)
         parent.network.check(vm, receiving.config)
         require_disks(parent, receiving.config)
     except FAILURES as error:
@@ -187,7 +189,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
 def require_disks(parent: "Parent", config: VmConfig) -> None:
     """Raise one of FAILURES if disks could not be opened even when nobody uses them: its sender still has the VM."""
     try:
-        Media.open(config, None, parent.prober).close()
+        Media.open(config, parent.prober).close()
     except OperatorError as error:
         if error.code != errno.EBUSY:
             raise
@@ -208,7 +210,7 @@ def resume(parent: "Parent", vm: Vm) -> None:
     if receiving is None or receiving.config is None or not vm.alive:
         return
     try:
-        media = Media.open(receiving.config, None, parent.prober)
+        media = Media.open(receiving.config, parent.prober)
     except FAILURES as error:
         if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
             parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm))
@@ -303,5 +305,6 @@ def on_exited(parent: "Parent", vm: Vm, code: int, text: str) -> None:
         vm.sent = None
     for transfer in (vm.sending, vm.receiving):
         if transfer is not None:
-            parent.answer_failure(transfer.client, code, f"vm {vm.name}: {text}")
+            name = f"vm {vm.name}: "  # which some sentences have already
+            parent.answer_failure(transfer.client, code, name + text.removeprefix(name))
     vm.sending = vm.receiving = None

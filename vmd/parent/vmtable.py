@@ -1,6 +1,7 @@
 """Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
 
 import errno
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from enum import Enum
 
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, VmSent
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
 from vmd.parent.addresses import random_lladdr
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
@@ -32,6 +33,7 @@ class State(Enum):
 
 
 LOCKS_LINGER_S = 1.0
+REMEMBERED_MAX = 64  # names of VMs that no configuration has: numbers are few where `local` interfaces need them
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
 
 
@@ -40,6 +42,7 @@ class Vm:
 
     def __init__(self, vmid: int, config: VmConfig, *, from_config: bool) -> None:
         self.vmid = vmid
+        self.key = config.name, config.owner.uid  # to which the table has given the id
         self.config = config
         self.from_config = from_config  # survives a stop; the others are forgotten
         self.state = State.STOPPED
@@ -51,7 +54,8 @@ class Vm:
         self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S
         self.next_config: VmConfig | None = None  # takes effect when this life is over
-        self.opener: Caller | None = None  # with whose rights its files are opened; None: root's
+        self.doomed = False  # `vmctl reset` has killed it: as good as forgotten
+        self.successor: VmConfig | None = None  # ... and what has its name when it is gone
         self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
         self.sending: Sending | None = None
         self.sent: tuple[int, VmSent] | None = None  # the client to be told when the VM is gone
@@ -179,12 +183,18 @@ class RetiredConsole:
 
 
 class VmTable:
-    """VMs by name and id.  Ids and link-layer addresses belong to a (name, owner) pair for the daemon's lifetime."""
+    """VMs by name and id.
+
+    Ids and link-layer addresses belong to a (name, owner) pair for the daemon's lifetime.  Unlike vmd, those of VMs
+    that are in no configuration are given to others when many have come after: a user who may make instances must
+    not be able to use up all numbers.
+    """
 
     def __init__(self) -> None:
         self._by_name: dict[str, Vm] = {}
         self._ids: dict[tuple[str, int], int] = {}
-        self._lladdrs: dict[tuple[str, int, int], bytes] = {}  # found for (name, owner, number of the interface)
+        self._lladdrs: dict[tuple[str, int], dict[int, bytes]] = {}  # found for (name, owner), by number of interface
+        self._remembered: dict[tuple[str, int], None] = {}  # in no configuration, and not here, oldest first
 
     def __iter__(self) -> Iterator[Vm]:
         """All VMs, by id."""
@@ -197,31 +207,43 @@ class VmTable:
         """Register a VM; OperatorError(EEXIST) if the name is taken."""
         if config.name in self._by_name:
             raise OperatorError(errno.EEXIST, f"vm {config.name} already exists")
-        vmid = self._ids.setdefault((config.name, config.owner.uid), len(self._ids) + 1)
+        key = config.name, config.owner.uid
+        self._remembered.pop(key, None)
+        if key not in self._ids:
+            taken = set(self._ids.values())
+            self._ids[key] = next(number for number in itertools.count(1) if number not in taken)
         config = self.named(config)
-        vm = self._by_name[config.name] = Vm(vmid, config, from_config=from_config)
+        vm = self._by_name[config.name] = Vm(self._ids[key], config, from_config=from_config)
         return vm
 
     def named(self, config: VmConfig) -> VmConfig:
         """Return a VM whose interfaces all have link-layer addresses, each time the same and no other VM's."""
         if all(nic.lladdr for nic in config.nics):
             return config
-        taken = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics} | set(self._lladdrs.values())
+        taken = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics}
+        taken.update(*(found.values() for found in self._lladdrs.values()))
+        ours = self._lladdrs.setdefault((config.name, config.owner.uid), {})
         nics = []
         for index, nic in enumerate(config.nics):
             if not nic.lladdr:
-                key = config.name, config.owner.uid, index
-                if key not in self._lladdrs:
-                    self._lladdrs[key] = random_lladdr(index, taken)
-                nic = nic.replace(lladdr=self._lladdrs[key])
+                if index not in ours:
+                    ours[index] = random_lladdr(index, taken)
+                nic = nic.replace(lladdr=ours[index])
             nics.append(nic)
         return config.replace(nics=tuple(nics))
 
     def remove(self, vm: Vm) -> None:
-        """Forget a VM; its id stays reserved for its name."""
+        """Forget a VM; its id stays reserved for its name, for ever if it is a name of the configuration."""
         vm.drop_pty()
         vm.drop_files()
         self._by_name.pop(vm.name, None)
+        if vm.from_config:
+            return
+        self._remembered[vm.key] = None
+        while len(self._remembered) > REMEMBERED_MAX:
+            oldest = next(iter(self._remembered))
+            del self._remembered[oldest], self._ids[oldest]
+            self._lladdrs.pop(oldest, None)
 
     def find(self, vmid: int, name: str) -> Vm | None:
         """Return the VM with this id or, with id 0, this name."""
@@ -241,3 +263,4 @@ class VmTable:
         if not self._by_name:
             self._ids.clear()
             self._lladdrs.clear()
+            self._remembered.clear()

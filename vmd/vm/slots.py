@@ -102,7 +102,7 @@ def plan(
 
 def kinds(config: "VmConfig") -> list[str]:
     """Return what kinds of device `plan` makes of a configuration, in its order, without having opened anything."""
-    return ["rng", *["blk"] * len(config.disks), *["scsi"] * bool(config.cdrom)]
+    return ["rng", *["net"] * len(config.nics), *["blk"] * len(config.disks), *["scsi"] * bool(config.cdrom)]
 
 
 def vmmci_slot(slots: "Sequence[Slot]") -> int:

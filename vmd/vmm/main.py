@@ -7,6 +7,8 @@ Holds    /dev/kvm; a VM's fds only while it passes them on
 A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve.
 """
 
+import errno
+import resource
 import socket
 
 from vmd.errors import HostError, PeerError
@@ -64,6 +66,8 @@ FROM_VM = (
 )  # fmt: skip
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
+FILES_OF_A_VM = 2  # its channel and its pidfd; all else only passes through
+FILES_SPARE = 64
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
 FORCE_GRACE_S = 10.0  # from `stop -f` to being killed (*cat. 4.4*)
 EXIT_GRACE_S = 10.0  # from the end of a VM's channel to its being killed
@@ -128,6 +132,7 @@ class Vmm(Process):
     def begin(self, message: StartVm | ReceiveVm, name: str, envelope: Envelope) -> None:
         """Give a VM process its VM."""
         try:
+            self.require_files()
             child, self.reserve = self.reserve or self.spawn_vm(), None
         except HostError as error:
             self.parent.send(VmFailed(vmid=message.vmid, code=error.errno, text=str(error)))
@@ -139,6 +144,12 @@ class Vmm(Process):
         self.running[message.vmid] = child
         child.channel.send(message, fds={name: envelope.take_fds(name) for name in tuple(envelope.fds)})
         self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
+
+    def require_files(self) -> None:
+        """Raise HostError(EMFILE) before the descriptors that come with the next message find no room here."""
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if FILES_OF_A_VM * len(self.running) + FILES_SPARE > most:
+            raise HostError(f"have another vm among the {most} files that vmm may have open", errno.EMFILE)
 
     def on_stop_vm(self, message: StopVm, _envelope: Envelope, _channel: Channel) -> None:
         """Ask a VM to end, or end it."""

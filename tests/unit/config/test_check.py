@@ -87,6 +87,16 @@ def test_settings_of_a_further_file(conf: Loader) -> None:
     assert config.settings == known.replace(local_nat=False)
 
 
+def test_a_vm_beyond_the_limits(conf: Loader) -> None:
+    """Could not run even alone; wherever in the file the limit is."""
+    conf.load("limit vcpus 2\nvm a { vcpus 3 }\nvm b { vcpus 2 }\nvm c { memory 2G }\nlimit memory 1G\n")
+
+    assert conf.warnings == [
+        f'{conf.path}:2: vm "a": vcpus 3 are more than limit vcpus 2',
+        f'{conf.path}:4: vm "c": memory 2.0G is more than limit memory 1.0G',
+    ]
+
+
 def test_second_vm_of_a_name_is_skipped(conf: Loader) -> None:
     """The warning says where it is."""
     config = conf.load("vm a { memory 1G }\nvm a { memory 2G }\n")

@@ -24,6 +24,7 @@ from vmd.config.model import (
     NicConfig,
     Owner,
     Prefix,
+    Rights,
     SwitchConfig,
     VirtioMode,
     VmFlag,
@@ -188,6 +189,37 @@ def test_agentx_errors(conf: Loader, text: str, error: str) -> None:
     assert conf.errors(f"agentx {text}\n") == [f"1: {error}"]
 
 
+def test_limits(conf: Loader) -> None:
+    """Ours; each stands for itself, and the last one counts."""
+    config = conf.load("limit memory 48G\nlimit vms 20\nlimit vcpus 0\nlimit vms 10\n").settings
+
+    assert (config.limit_memory_bytes, config.limit_vms, config.limit_vcpus) == (48 << 30, 10, 0)
+    assert conf.load("limit memory 1048576\n").settings.limit_memory_bytes == 1 << 20
+    assert conf.load("limit memory 4096T\n").settings.limit_memory_bytes == 1 << 52
+    default = conf.load("").settings
+    assert (default.limit_memory_bytes, default.limit_vms, default.limit_vcpus) == (None, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("limit memory 1023K", "memory size must be at least 1MB"),
+        ("limit memory lots", "failed to parse size: lots"),
+        ("limit memory 9E", "failed to parse size: 9E"),
+        ("limit vms -1", "invalid limit: -1"),
+        ("limit vcpus 2147483648", "invalid limit: 2147483648"),
+        ("limit vms many", 'syntax error at "many"'),
+        ("limit disks 1", 'syntax error at "disks"'),
+        ("limit", "syntax error at end of line"),
+        ("vm a {\nlimit vms 1\n}", 'syntax error at "limit"'),
+    ],
+)
+def test_limit_errors(conf: Loader, text: str, error: str) -> None:
+    """Nothing below zero, nothing that does not exist, and only outside of blocks."""
+    line = 2 if "{" in text else 1
+    assert conf.errors(text + "\n")[0] == f"{line}: {error}"
+
+
 def test_staggered_start(conf: Loader) -> None:
     """How many at a time, and how long between."""
     config = conf.load("staggered start parallel 2 delay 15\n").settings
@@ -340,6 +372,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         "plan_id": 0,
         "plan_prefix4": None,
         "plan_prefix6": None,
+        "rights": Rights(),
     }  # fmt: skip
 
 
@@ -614,8 +647,10 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
 
 # what is ours must not get in the way
 
+OUR_WORDS = ["vcpus", "virtio", "initrd", "cmdline", "nat", "limit", "vms", "legacy", "modern", "transitional"]
 
-@pytest.mark.parametrize("word", ["vcpus", "virtio", "initrd", "cmdline", "nat", "legacy", "modern", "transitional"])
+
+@pytest.mark.parametrize("word", OUR_WORDS)
 def test_our_words_are_still_words(conf: Loader, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever upstream takes a word, it may be one of our keywords."""
     monkeypatch.chdir(conf.directory)
@@ -768,6 +803,9 @@ images = "/"
 local prefix 10.77.0.0/16
 local inet6 prefix fd00::/48
 local nat disable
+limit memory 8G
+limit vms 3
+limit vcpus 12
 socket owner :root
 staggered start parallel 2 delay 15
 agentx context "c" path "/run/x"
@@ -835,7 +873,10 @@ def test_random_bytes(conf: Loader, grammar: Grammar) -> None:
         load_or_refuse(conf, grammar, rng.randbytes(rng.randrange(200)))
 
 
-WORDS = (*sorted(RESERVED), "{", "}", "\n", ",", "=", "$m", "1", "-1", "1G", "'", "x", "vcpus", "nat", "initrd", "\\\n")
+WORDS = (
+    *sorted(RESERVED), "{", "}", "\n", ",", "=", "$m", "1", "-1", "1G", "'", "x", "vcpus", "nat", "limit", "vms",
+    "initrd", "\\\n",
+)  # fmt: skip
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)

@@ -12,18 +12,18 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB
-from vmd.config.model import DiskConfig
+from vmd.config.model import DiskConfig, Owner
 from vmd.errors import ImageError, OperatorError
 from vmd.images.create import create
 from vmd.images.identify import probe
 from vmd.images.locks import lock
-from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, Caller
+from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import Probe
 from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
 
 NOBODY = pwd.getpwnam("nobody")
-USER = Caller(uid=NOBODY.pw_uid, gid=NOBODY.pw_gid, pid=1)
-ROOT = Caller(uid=0, gid=0, pid=1)
+USER = Owner(uid=NOBODY.pw_uid, gid=NOBODY.pw_gid)
+ROOT = Owner(uid=0, gid=0)
 
 
 class InProcess:
@@ -60,8 +60,8 @@ def opens() -> Iterator[Open]:
     """Give a function that opens a disk, which is closed with the test."""
     opened: list[OpenDisk] = []
 
-    def open_it(path: Path | str, image_format: str = "", caller: Caller | None = None) -> OpenDisk:
-        opened.append(open_disk(DiskConfig(path=str(path), format=image_format), caller, InProcess()))
+    def open_it(path: Path | str, image_format: str = "", user: Owner | None = None) -> OpenDisk:
+        opened.append(open_disk(DiskConfig(path=str(path), format=image_format), user, InProcess()))
         return opened[-1]
 
     yield open_it
@@ -78,11 +78,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refusal(path: Path | str, image_format: str = "", caller: Caller | None = None) -> OperatorError:
+def refusal(path: Path | str, image_format: str = "", user: Owner | None = None) -> OperatorError:
     """Return why a disk is refused, having seen that no descriptor is left."""
     before = open_descriptors()
     with pytest.raises(OperatorError) as refused:
-        open_disk(DiskConfig(path=str(path), format=image_format), caller, InProcess())
+        open_disk(DiskConfig(path=str(path), format=image_format), user, InProcess())
     assert open_descriptors() == before
     return refused.value
 
@@ -348,7 +348,7 @@ def test_immutable_file_is_no_disk(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_disk_of_a_user(folder: Path, opens: Open, uid: int, gid: int, mode: int, allowed: bool) -> None:
-    """A caller that is not root needs to read and write it; root's own VMs do not mind."""
+    """A user who is not root needs to read and write it; root's own VMs do not mind."""
     path = folder / "disk"
     path.write_bytes(bytes(MIB))
     os.chown(path, uid, gid)
@@ -368,7 +368,7 @@ def test_base_of_a_user_has_to_be_readable(folder: Path, opens: Open) -> None:
     """An image of the user's own cannot show it what only root may read."""
     (folder / "base").write_bytes(bytes(MIB))
     create(str(folder / "disk"), "qcow2", MIB, "base", "raw")
-    os.chown(folder / "disk", USER.uid, USER.gid)
+    os.chown(folder / "disk", USER.uid, NOBODY.pw_gid)
     (folder / "base").chmod(0o640)
 
     refused = refusal(folder / "disk", "qcow2", USER)
@@ -388,7 +388,7 @@ def test_user_does_not_reach_into_a_closed_directory(folder: Path) -> None:
     (closed / "base").chmod(0o666)
     closed.chmod(0o700)
     create(str(folder / "disk"), "qcow2", MIB, "closed/base", "raw")
-    os.chown(folder / "disk", USER.uid, USER.gid)
+    os.chown(folder / "disk", USER.uid, NOBODY.pw_gid)
 
     assert refusal(folder / "disk", "qcow2", USER).code == errno.EACCES
     assert refusal(closed / "base", "raw", USER).code == errno.EACCES
@@ -491,7 +491,7 @@ def test_file_that_is_no_cdrom(tmp_path: Path, name: str, code: int, words: str)
 
 @pytest.mark.root
 def test_cdrom_of_a_user(folder: Path) -> None:
-    """It has to be readable for the caller."""
+    """It has to be readable for the user."""
     (folder / "iso").write_bytes(bytes(MIB))
     (folder / "iso").chmod(0o600)
 

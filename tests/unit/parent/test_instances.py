@@ -2,10 +2,11 @@
 
 import pytest
 
-from vmd.config.model import AllowInstance, DiskConfig, NicConfig, Owner, VirtioMode, VmConfig, VmFlag
+from vmd.config.model import AllowInstance, DiskConfig, NicConfig, Owner, Rights, VirtioMode, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages import Caller
-from vmd.parent.instances import derive
+from vmd.parent.instances import derive, require_free
+from vmd.parent.vmtable import VmTable
 
 MIB = 1 << 20
 USER = Caller(uid=4711, gid=4711, pid=1)
@@ -69,7 +70,6 @@ def test_what_is_given_wins() -> None:
         (VmFlag.NETWORK, "interfaces"),
         (VmFlag.KERNEL, "boot image"),
         (VmFlag.CDROM, "cdrom"),
-        (VmFlag.INSTANCE, "instance permissions"),
     ],
 )
 def test_each_aspect_needs_its_flag(flag: VmFlag, what: str) -> None:
@@ -115,6 +115,34 @@ def test_permissions_go_on_only_where_the_template_says_so() -> None:
 
     assert derive(template, VmConfig(name="i"), USER).allow == allow
     assert derive(TEMPLATE, VmConfig(name="i"), USER).allow is None
+    with pytest.raises(OperatorError, match="cannot change instance permissions"):
+        derive(template, VmConfig(name="i", allow=allow), USER)
+
+
+def test_files_keep_the_rights_of_whoever_named_them() -> None:
+    """Through any number of instances: what root or the configuration named is root's, all else its user's."""
+    owner, other = Owner(uid=USER.uid, gid=USER.gid), Owner(uid=OTHER.uid, gid=OTHER.gid)
+    allow = AllowInstance(flags=EVERYTHING | VmFlag.INSTANCE, owner=Owner(uid=OTHER.uid, gid=USER.gid))
+    plain = derive(TEMPLATE, VmConfig(name="i", given=VmFlag.DISK, disks=(DiskConfig(path="/i.img"),)), USER)
+    named = VmFlag.CDROM | VmFlag.KERNEL
+    mine = VmConfig(name="i", given=named, cdrom="/root/secret", kernel="/etc/shadow", allow=allow)
+    middle = derive(TEMPLATE, mine, None).replace(rights=derive(TEMPLATE, mine.replace(allow=None), USER).rights)
+
+    assert plain.rights == Rights(disks=owner)
+    assert middle.rights == Rights(boot=owner, disks=owner, cdrom=owner)
+    assert derive(middle, VmConfig(name="j"), OTHER).rights == Rights(boot=owner, disks=other, cdrom=owner)
+    assert derive(middle, VmConfig(name="j"), None).rights == Rights(boot=owner, cdrom=owner)
+    assert derive(TEMPLATE, mine, Caller(uid=0, gid=0, pid=1)).rights == Rights()
+
+
+def test_a_user_takes_no_interface_and_no_address_of_another_vm() -> None:
+    """Not even of one that does not run."""
+    table = VmTable()
+    table.add(VmConfig(name="a", nics=(NicConfig(tap="tap7", lladdr=b"\2\2\2\2\2\2"),)), from_config=True)
+    require_free(table, VmConfig(name="i", nics=(NicConfig(tap="tap"), NicConfig(tap="tap8"))))
+    for nic in (NicConfig(tap="tap7"), NicConfig(lladdr=b"\2" * 6)):
+        with pytest.raises(OperatorError, match="is that of another vm"):
+            require_free(table, VmConfig(name="i", nics=(nic,)))
 
 
 def test_the_configuration_may_name_another_owner() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from vmd.config.model import BootDevice, DiskConfig, NicConfig, VmConfig
 from vmd.ipc import devmsg
-from vmd.ipc.messages import DiskImages, ImageLink
+from vmd.ipc.messages import DiskImages, ImageLink, NicLink
 from vmd.vm.slots import Slot, boot_paths, kinds, plan
 
 DISK1, DISK2, DISC = "/pci@i0cf8/*@3", "/pci@i0cf8/*@4", "/pci@i0cf8/*@5/*@0/*@0,0"
@@ -21,15 +21,17 @@ def slots() -> list[Slot]:
         DiskImages(images=(ImageLink(path="/a", format="qcow2"), ImageLink(path="/b", format="raw", guessed=True))),
         DiskImages(images=(ImageLink(path="/c", format="raw"),), read_only=True),
     )
-    return plan(CONFIG, images, [10, 11, 12], 13)
+    nic = NicLink(name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=False, mtu=1500)
+    return plan(CONFIG, images, [10, 11, 12], 13, [nic], [14])
 
 
 def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     """Entropy 1, interfaces, disks, disc; each chain goes to its disk, the top first."""
     by_name = {slot.name: slot for slot in slots()}
     assert {name: slot.number for name, slot in by_name.items()} == {
-        "viornd0": 1, "vioblk0": 3, "vioblk1": 4, "vioscsi0": 5,
+        "viornd0": 1, "vionet0": 2, "vioblk0": 3, "vioblk1": 4, "vioscsi0": 5,
     }  # fmt: skip
+    assert (by_name["vionet0"].fds, by_name["vionet0"].names) == ((14,), ("tap0", ""))
     assert by_name["vioblk0"].fds == (10, 11)
     assert by_name["vioblk0"].notes == (devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED)
     assert (by_name["vioblk1"].fds, by_name["vioblk1"].flags) == ((12,), devmsg.START_READ_ONLY)

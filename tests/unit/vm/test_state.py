@@ -9,7 +9,7 @@ import pytest
 from tests.support import saved
 from tests.support.saved import CPUID, INTEL, entries, leaf
 from tests.support.virtiopci import CONFIG, Machine
-from vmd.config.model import DiskConfig, VmConfig
+from vmd.config.model import DiskConfig, NicConfig, VmConfig
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack, unpack
 from vmd.virtio import spec
@@ -108,7 +108,7 @@ DISK = DiskConfig(path="/disk")
 @pytest.mark.parametrize(("configured", "kinds"), [
     (config(), ("rng",)),
     (config(disks=(DISK, DISK), cdrom="/disc"), ("rng", "blk", "blk", "scsi")),
-    (config(disks=(DISK,) * 4), ("rng", "blk", "blk", "blk", "blk")),
+    (config(nics=(NicConfig(),), disks=(DISK,)), ("rng", "net", "blk")),
 ])  # fmt: skip
 def test_devices_are_those_of_the_configuration(configured: VmConfig, kinds: tuple[str, ...]) -> None:
     """In order of their slots; one more, one less or another is refused."""

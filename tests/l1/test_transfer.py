@@ -1,0 +1,190 @@
+"""Debian's stock kernel is sent and received while it works: its processors, memory, disk and connections go along."""
+
+import contextlib
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import servers
+from tests.support.hostnet import NetDaemon, load_modules, ours
+from tests.support.linux import LinuxGuest
+from tests.support.network import Network
+from tests.support.shell import Shell
+from tests.support.transfers import from_file, move, to_file
+
+pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(400)]
+
+BOOT_S = 150
+WAIT_S = 120
+MIB = 1 << 20
+CONSTANT, WRITTEN = 48, 16  # MiB of the disk: what is on it, and what the guest writes behind that
+HOST, GUEST = "10.0.0.1", "10.0.0.2"
+
+
+class Stream:
+    """A file by HTTP that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.md5(usedforsecurity=False)
+        self.sent = 0
+        self.last = threading.Event()
+        self.ended = threading.Event()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its pieces, for one client."""
+        number = 0
+        while not self.last.is_set():
+            at = number * servers.STEP % MIB
+            piece = servers.PIECE[at : at + MIB // 4]
+            self.digest.update(piece)
+            yield piece
+            self.sent += len(piece)
+            number += 1
+        self.ended.set()
+
+    def end(self) -> str:
+        """End it; return the MD5 of all that was sent."""
+        self.last.set()
+        assert self.ended.wait(WAIT_S)
+        return self.digest.hexdigest()
+
+
+class Traveller:
+    """A guest that reads and writes its disk, reads its memory, and downloads a file, on two processors."""
+
+    def __init__(self, vmd: NetDaemon, disk: Path, stream: Stream, shell: Shell) -> None:
+        self.vmd = vmd
+        self.disk = disk
+        self.stream = stream
+        self.shell = shell
+        self.name = "a"
+        self.consoles = contextlib.ExitStack()
+        whole = disk.read_bytes()
+        self.sums = {servers.md5([whole[: CONSTANT * MIB]]), servers.md5([whole[: WRITTEN * MIB]])}
+
+    def begin(self) -> None:
+        """Set it to work."""
+        run = self.shell.run
+        run(f"ip link set eth0 up && ip address add {GUEST}/24 dev eth0")
+        run(f"dd if=/dev/vda of=/tmp/memory bs=1M count={WRITTEN} 2>/dev/null && md5sum </tmp/memory")
+        run(
+            "(while [ ! -e /tmp/stop ]; do"
+            f" dd if=/dev/vda bs=1M count={CONSTANT} 2>/dev/null | md5sum;"
+            f" dd if=/tmp/memory of=/dev/vda bs=64k seek={CONSTANT * 16} conv=fsync 2>/dev/null;"
+            " echo 3 >/proc/sys/vm/drop_caches;"
+            f" dd if=/dev/vda bs=1M skip={CONSTANT} count={WRITTEN} 2>/dev/null | md5sum;"
+            " md5sum </tmp/memory;"
+            " done; echo ended) >/tmp/sums 2>&1 &"
+        )
+        run(f"(wget -q -O - http://{HOST}/stream | md5sum) >/tmp/got 2>&1 &")
+        self.works()
+
+    def works(self) -> None:
+        """Wait until it has got further with everything."""
+        sums, sent = self.counted(), self.stream.sent
+        self.shell.wait_for(f"[ $(wc -l </tmp/sums) -gt {sums + 3} ]")
+        assert self.stream.sent > sent
+
+    def counted(self) -> int:
+        """Return how many sums it has made."""
+        return int(self.shell.run("wc -l </tmp/sums"))
+
+    def moved(self, name: str) -> None:
+        """Use its console where it is now."""
+        self.name = name
+        self.consoles.close()
+        self.shell.console = self.consoles.enter_context(self.vmd.attached(name))
+
+    def finish(self) -> None:
+        """Have it end its work, and see that all of it was right, on the disk too."""
+        wanted = self.stream.end()
+        self.shell.run("touch /tmp/stop")
+        self.shell.wait_for("grep -q ended /tmp/sums")
+        sums = self.shell.run("cat /tmp/sums").split()
+        assert sums[-1] == "ended"
+        assert set(sums[:-1]) - {"-"} == self.sums
+        self.shell.wait_for("[ -s /tmp/got ]")
+        assert self.shell.run("cat /tmp/got").split()[0] == wanted
+        assert self.shell.run("grep -c ^processor /proc/cpuinfo").strip() == "2"
+        print(f"{len(sums) // 2} sums, {self.stream.sent // MIB} MiB downloaded")
+        self.shell.run("sync")
+        self.vmd.must("stop", "-fw", self.name)
+        self.consoles.close()
+        raw = self.disk.read_bytes()
+        assert raw[CONSTANT * MIB :] == raw[: WRITTEN * MIB]
+
+
+@pytest.fixture
+def traveller(linux: LinuxGuest, tmp_path: Path) -> Iterator[Traveller]:
+    """It is at work, as VM `a`."""
+    load_modules()
+    disk, stream = tmp_path / "disk", Stream()
+    disk.write_bytes(b"".join(servers.noise(CONSTANT)) + bytes(WRITTEN * MIB))
+    append = "console=ttyS0 quiet panic=-1 vmdtest=shell"
+    conf = f"""
+switch "lan" {{
+    interface lan
+}}
+vm "a" {{
+    disable
+    vcpus 2
+    memory 192M
+    boot "{linux.kernel}" initrd "{linux.initrd}" cmdline "{append}"
+    disk "{disk}" format raw
+    interface switch "lan"
+}}
+"""
+    with Network() as host:
+        # The administrator's: the other end of the guest's connection stays when the daemon ends.
+        host.run("ip", "link", "add", "lan", "type", "bridge")
+        host.run("ip", "address", "add", f"{HOST}/24", "dev", "lan")
+        host.run("ip", "link", "set", "lan", "up")
+        with servers.files(host, HOST, {"stream": stream.pieces}), NetDaemon(tmp_path, host, conf) as vmd:
+            vmd.must("start", "a")
+            with contextlib.ExitStack() as consoles:
+                shell = Shell(consoles.enter_context(vmd.attached("a")), BOOT_S)
+                made = Traveller(vmd, disk, stream, shell)
+                made.consoles = consoles
+                made.begin()
+                yield made
+            stream.last.set()
+        assert ours(host) == []
+
+
+def test_a_guest_at_work_is_sent(traveller: Traveller) -> None:
+    """`vmctl send a | vmctl receive b`."""
+    began = time.monotonic()
+    sent, _ = move(traveller.vmd, "a", "b")
+    traveller.moved("b")
+    print(f"{sent.strip()}; in all {time.monotonic() - began:.1f} s")
+    traveller.works()
+    traveller.finish()
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(900)
+def test_a_guest_at_work_is_sent_often(traveller: Traveller, tmp_path: Path) -> None:
+    """Back and forth, once while it is paused, and through a file into another life of the daemon."""
+    vmd = traveller.vmd
+    here, there = "a", "b"
+    for turn in range(6):
+        if turn == 3:
+            vmd.must("pause", here)
+        began = time.monotonic()
+        move(vmd, here, there)
+        print(f"turn {turn}: {time.monotonic() - began:.1f} s")
+        traveller.moved(there)
+        traveller.works()
+        here, there = there, here
+    traveller.consoles.close()
+    to_file(vmd, here, tmp_path / "file")
+    assert vmd.stop() == 0
+    vmd.start()
+    assert from_file(vmd, "c", tmp_path / "file")[0] == 0
+    traveller.moved("c")
+    traveller.works()
+    traveller.finish()

@@ -1,0 +1,171 @@
+"""A host that runs out of something (hostile 60): one start fails with a sentence, and nothing else happens."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.guests import guest
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import End, ListRequest, VmInfo
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+PROMPT = "vmd-demo> "
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[Daemon]:
+    """Give a daemon with a VM that runs, `a`, and two that do not; `b` has a disk."""
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    conf = f'images = "{tmp_path}"\n' + "".join(
+        f'vm "{name}" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n{more}}}\n'
+        for name, more in (("a", ""), ("b", " disk $images/disk format raw\n"), ("c", ""))
+    )
+    with Daemon(tmp_path, conf) as daemon:
+        daemon.must("start", "a")
+        yield daemon
+        assert daemon.status("a")["state"] == "running"
+        with daemon.console("a") as console:
+            console.answer("", PROMPT)
+
+
+def descriptors(pid: int) -> int:
+    """Return how many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def status(pid: int) -> dict[str, str]:
+    """Return /proc/PID/status as a mapping."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def limit(pid: int, what: str, number: int | str) -> str:
+    """Limit a process that runs already, as its own user may; returns the limit that it had."""
+    uid, gid = (int(status(pid)[key].split()[0]) for key in ("Uid", "Gid"))
+    prlimit = ["prlimit", "--pid", str(pid), f"--{what}"]
+    old = subprocess.run(
+        [*prlimit, "--output=SOFT", "--noheadings"], user=uid, group=gid, extra_groups=[], capture_output=True,
+        text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    subprocess.run([*prlimit[:-1], f"--{what}={number}:"], user=uid, group=gid, extra_groups=[], check=True)
+    return old
+
+
+def refused(vmd: Daemon, name: str, *words: str) -> None:
+    """Check that a VM cannot be started, and why."""
+    done = vmd.vmctl("start", name)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert vmd.status(name)["state"] == "stopped"
+
+
+def reserve(vmd: Daemon, without: int = 0) -> int:
+    """Wait for the process that is to be the next VM; returns its pid."""
+    while True:  # each look is a process of its own
+        found = {pid for title, pid in vmd.processes().items() if title == "vmd: vm"} - {without}
+        if found:
+            return found.pop()
+
+
+@pytest.mark.parametrize("spare", [8, 30, 50])
+def test_descriptors_of_the_parent(vmd: Daemon, spare: int) -> None:
+    """Refused before anything is opened; a moment later, with room, it works."""
+    before = descriptors(vmd.pid)
+    old = limit(vmd.pid, "nofile", before + spare)
+    refused(vmd, "b", "no room for another vm among the ", " files that vmd may have open")
+    refused(vmd, "c", "no room for another vm")
+    assert descriptors(vmd.pid) == before
+    limit(vmd.pid, "nofile", old)
+    vmd.must("start", "b")
+
+
+def test_descriptors_of_vmm(vmd: Daemon) -> None:
+    """As well."""
+    vmm = vmd.processes()["vmd: vmm"]
+    reserve(vmd)
+    old = limit(vmm, "nofile", 65)
+    refused(vmd, "b", "have another vm among the 65 files that vmm may have open")
+    limit(vmm, "nofile", old)
+    vmd.must("start", "b")
+
+
+def test_descriptors_of_a_vm(vmd: Daemon) -> None:
+    """Its start fails; its processes and descriptors are gone with it."""
+    parent_before = descriptors(vmd.pid)
+    pid = reserve(vmd)
+    limit(pid, "nofile", descriptors(pid) + 12)
+    done = vmd.vmctl("start", "b")
+    assert done.returncode == 1
+    assert vmd.status("b")["state"] == "stopped"
+    vmd.must("start", "c")
+    vmd.must("stop", "-fw", "c")
+    assert descriptors(vmd.pid) <= parent_before + 2  # the console of one may be kept for a moment
+
+
+def test_processes_of_vmm(vmd: Daemon) -> None:
+    """A host that lets us start none more: the process in reserve is one, and the next VM is one too many."""
+    vmm = vmd.processes()["vmd: vmm"]
+    reserve(vmd)
+    old = limit(vmm, "nproc", 1)
+    vmd.must("start", "c")
+    vmd.wait_log("start vm: Resource temporarily unavailable")
+    refused(vmd, "b", "start vm: Resource temporarily unavailable")
+    limit(vmm, "nproc", old)
+    vmd.must("start", "b")
+
+
+def test_processes_of_a_vm(vmd: Daemon) -> None:
+    """A VM that cannot have its device does not run without it."""
+    limit(reserve(vmd), "nproc", 1)
+    refused(vmd, "b", "start vio", "Resource temporarily unavailable")
+    vmd.must("start", "b")
+
+
+def test_memory_of_a_guest(vmd: Daemon) -> None:
+    """A VM whose memory cannot be mapped says how much it wanted."""
+    pid = reserve(vmd)
+    limit(pid, "as", (int(status(pid)["VmSize"].split()[0]) << 10) + (16 << 20))
+    refused(vmd, "c", "Cannot allocate memory")
+    vmd.must("start", "c")
+
+
+def test_descriptors_of_control(vmd: Daemon) -> None:
+    """Clients wait, and are served when there is room again; nobody is thrown out."""
+    control = vmd.processes()["vmd: control"]
+    old = limit(control, "nofile", descriptors(control) + 3)
+    clients = []
+    try:
+        for _ in range(8):
+            client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            client.settimeout(DEADLINE_S)
+            client.connect(str(vmd.socket))
+            client.send(encode(ListRequest())[0])
+            clients.append(client)
+        vmd.wait_log("no new clients for 1 s: Too many open files")
+        limit(control, "nofile", old)
+        for client in clients:
+            while isinstance(answer := decode(client.recv(MAX_MESSAGE), [], "vmd").message, VmInfo):
+                pass
+            assert isinstance(answer, End)
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_descriptors_for_a_reload(vmd: Daemon) -> None:
+    """A reload of a file that cannot be read for want of a descriptor changes nothing."""
+    old = limit(vmd.pid, "nofile", 3)
+    done = vmd.vmctl("reload")
+    limit(vmd.pid, "nofile", old)
+    assert done.returncode == 1
+    assert "Too many open files" in done.stderr
+    assert len(vmd.rows()) == 3
+    vmd.must("reload")

@@ -1,0 +1,383 @@
+"""Clients of the control socket that mean harm (hostile 48, 56, 58): they hurt themselves, and nobody else."""
+
+import array
+import errno
+import os
+import random
+import select
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S
+from tests.support.guests import guest
+from tests.support.network import Network
+from tests.support.users import Users, UsersDaemon
+from vmd.control.clients import MAX_CLIENTS_PER_USER, MAX_UNANSWERED
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import (
+    BY_CODE,
+    Caller,
+    ConsoleAttached,
+    ConsoleOutput,
+    ConsoleRequest,
+    End,
+    Failed,
+    ListRequest,
+    NicsRequest,
+    PauseRequest,
+    Proc,
+    StartRequest,
+    StopRequest,
+    VmInfo,
+    VmTerminated,
+    WaitRequest,
+)
+from vmd.record import Record
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+EVE, MAY_CONNECT = "eve", "vmusers"
+CONF = """
+socket owner :{group}
+vm "hers" {{
+    disable
+    memory 32M
+    boot "{kernel}"
+    owner {eve}
+}}
+vm "other" {{
+    disable
+    memory 32M
+    boot "{kernel}"
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[UsersDaemon]:
+    """Give a daemon with a VM of a user's that runs, and one of root's that does not."""
+    with tempfile.TemporaryDirectory(prefix="vmd-hostile-") as name, Users(Path(name)) as users, Network() as network:
+        Path(name).chmod(0o755)
+        users.add_group(MAY_CONNECT)
+        users.add_user(EVE, MAY_CONNECT)
+        conf = CONF.format(group=MAY_CONNECT, kernel=guest("demo"), eve=EVE)
+        with UsersDaemon(Path(name), users, network, conf) as daemon:
+            daemon.must_as(EVE, "start", "hers")
+            yield daemon
+
+
+@pytest.fixture
+def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
+    """Give the daemon; afterwards everybody else is served, by the same processes, and nothing is left open."""
+    processes = {title: pid for title, pid in daemon.processes().items() if title.count("/") < 2}
+    daemon.wait_state("other", "stopped")
+    before = open_descriptors(daemon)
+    pid = daemon.status("hers")["pid"]
+    yield daemon
+    assert daemon.status("hers")["pid"] == pid
+    daemon.must_as(EVE, "pause", "hers")
+    daemon.must_as(EVE, "unpause", "hers")
+    now = daemon.processes()
+    for title in ("vmd: control", "vmd: vmm", "vmd: priv"):
+        assert now[title] == processes[title]
+    deadline = time.monotonic() + DEADLINE_S
+    while open_descriptors(daemon) != before:
+        assert time.monotonic() < deadline, (open_descriptors(daemon), before)
+        daemon.must("status")  # the console of a VM that has ended may be kept for a moment
+
+
+def open_descriptors(vmd: UsersDaemon) -> tuple[int, int]:
+    """Return how many descriptors parent and control have."""
+    control = vmd.processes()["vmd: control"]
+    parent, theirs = (len(os.listdir(f"/proc/{pid}/fd")) for pid in (vmd.pid, control))
+    return parent, theirs
+
+
+def resident_kib(pid: int) -> int:
+    """Return the memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+
+
+def receive(client: socket.socket) -> Record | None:
+    """Return the next answer, None at the end of the connection."""
+    try:
+        packet = client.recv(MAX_MESSAGE)
+    except ConnectionResetError:
+        return None
+    return decode(packet, [], "vmd").message if packet else None
+
+
+def send(client: socket.socket, request: Record) -> None:
+    """Send a message."""
+    client.send(encode(request)[0])
+
+
+def cut_off(client: socket.socket) -> bool:
+    """Return whether the connection ends without another word, but for answers."""
+    while receive(client) is not None:
+        pass
+    return True
+
+
+# --- too much --------------------------------------------------------------------------------------------
+
+
+def test_requests_without_reading_answers(vmd: UsersDaemon) -> None:
+    """A flood from a client that never reads ends with its connection, and costs next to no memory."""
+    control = vmd.processes()["vmd: control"]
+    before = resident_kib(vmd.pid), resident_kib(control)
+    packet = encode(ListRequest())[0]
+    for _ in range(5):
+        with vmd.connect_as(EVE) as client:
+            client.setblocking(False)
+            poll = select.poll()
+            poll.register(client, select.POLLOUT | select.POLLHUP)
+            sent = 0
+            while sent < 200_000:
+                assert poll.poll(DEADLINE_S * 1000)
+                try:
+                    client.send(packet)
+                    sent += 1
+                except BlockingIOError:
+                    continue
+                except (BrokenPipeError, ConnectionResetError):
+                    break
+            else:
+                pytest.fail("a client may fill the daemon with requests for ever")
+    vmd.must("status")
+    assert resident_kib(vmd.pid) < before[0] + 16384
+    assert resident_kib(control) < before[1] + 16384
+
+
+def test_requests_that_wait(vmd: UsersDaemon) -> None:
+    """So many at a time; one more ends the connection, and all of them are forgotten with it."""
+    with vmd.connect_as(EVE) as client:
+        for _ in range(MAX_UNANSWERED + 1):
+            send(client, WaitRequest(name="hers"))
+        answers = []
+        while (answer := receive(client)) is not None:
+            answers.append(answer)
+    assert all(isinstance(answer, Failed) and answer.code == errno.EALREADY for answer in answers)
+
+
+def test_waiting_twice(vmd: UsersDaemon) -> None:
+    """A client is told once of the end of a VM, however often it asks."""
+    with vmd.connect_as(EVE) as client:
+        for _ in range(3):
+            send(client, WaitRequest(name="hers"))
+        for _ in range(2):
+            answer = receive(client)
+            assert isinstance(answer, Failed)
+            assert answer.code == errno.EALREADY
+
+
+def test_as_many_connections_as_there_are(vmd: UsersDaemon) -> None:
+    """A user has a share of them; the next one is told so, and others are served meanwhile."""
+    clients = [vmd.connect_as(EVE) for _ in range(MAX_CLIENTS_PER_USER)]
+    try:
+        for client in clients:
+            send(client, NicsRequest(name="hers"))
+            assert isinstance(receive(client), End)
+        with vmd.connect_as(EVE) as one_more:
+            answer = receive(one_more)
+            assert isinstance(answer, Failed)
+            assert answer.text == f"too many connections of uid {vmd.users.run('id', '-u', EVE).strip()} (64)"
+            assert receive(one_more) is None
+        vmd.must("status")
+        vmd.must("pause", "hers")
+        vmd.must("unpause", "hers")
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_connections_that_come_and_go(vmd: UsersDaemon) -> None:
+    """Hundreds of them, some in the middle of a request."""
+    for number in range(150):
+        with vmd.connect_as("root" if number % 2 else EVE) as client:
+            for request in (ListRequest(), WaitRequest(name="hers"), ConsoleRequest(name="hers"))[: number % 4]:
+                send(client, request)
+    vmd.must_as(EVE, "status")
+
+
+# --- descriptors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 253])
+def test_descriptors_with_requests_that_have_none(vmd: UsersDaemon, count: int) -> None:
+    """They are closed, with the connection that brought them."""
+    reader, writer = os.pipe()
+    packet = bytearray(encode(ListRequest())[0])
+    with vmd.connect_as(EVE) as client:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [writer] * count))]
+        client.sendmsg([packet], rights)
+        assert cut_off(client)
+    with vmd.connect_as(EVE) as client:
+        packet[:] = HEADER.pack(*HEADER.unpack_from(packet)[:2], count, 0, 0) + packet[HEADER.size :]
+        client.sendmsg([packet], rights)
+        assert cut_off(client)
+    os.close(writer)
+    poll = select.poll()
+    poll.register(reader)
+    assert poll.poll(DEADLINE_S * 1000)[0][1] & select.POLLHUP  # nobody has it open any more
+    os.close(reader)
+
+
+def test_descriptors_that_are_announced_only(vmd: UsersDaemon) -> None:
+    """A header is not believed."""
+    packet = bytearray(encode(StartRequest(name="hers"))[0])
+    packet[:] = HEADER.pack(*HEADER.unpack_from(packet)[:2], 2, 0, 0) + packet[HEADER.size :]
+    with vmd.connect_as(EVE) as client:
+        client.send(packet)
+        assert cut_off(client)
+
+
+def test_descriptors_of_a_refused_start_are_closed(vmd: UsersDaemon) -> None:
+    """Whether its VM exists, runs, or is none of hers."""
+    reader, writer = os.pipe()
+    for name in ("hers", "other", "nowhere"):
+        answer = vmd.ask_as(EVE, StartRequest(name=name), {"kernel": [writer], "initrd": [writer]})
+        assert isinstance(answer, Failed)
+    os.close(writer)
+    poll = select.poll()
+    poll.register(reader)
+    assert poll.poll(DEADLINE_S * 1000)[0][1] & select.POLLHUP
+    os.close(reader)
+
+
+# --- nonsense --------------------------------------------------------------------------------------------
+
+
+def test_messages_that_are_none_of_a_client_s(vmd: UsersDaemon) -> None:
+    """What only our own processes say to each other ends the connection, root's too."""
+    reserved = [code for code, info in BY_CODE.items() if (Proc.CLIENT, Proc.CONTROL) not in info.routes]
+    assert len(reserved) > 20
+    for code in reserved:
+        for user in (EVE, "root"):
+            with vmd.connect_as(user) as client:
+                client.send(HEADER.pack(code, HEADER.size + 1, 0, 0, 0) + b"\x90")
+                assert cut_off(client)
+
+
+def test_random_changes_of_real_requests(vmd: UsersDaemon) -> None:
+    """With a fixed seed: each is served, refused or cut off; no process minds."""
+    chance = random.Random(56)
+    requests = [ListRequest(), StopRequest(name="other", wait=True), StartRequest(name="x")]
+    client = vmd.connect_as(EVE)
+    for _ in range(1500):
+        packet = bytearray(encode(chance.choice(requests))[0])
+        for _ in range(chance.randrange(1, 4)):
+            packet[chance.randrange(len(packet))] = chance.randrange(256)
+        packet = packet[: chance.choice((len(packet), chance.randrange(len(packet))))]
+        try:
+            client.send(packet)
+            # It may have become a request that waits; a ListRequest behind it is answered all the same.
+            send(client, ListRequest())
+            while not isinstance(answer := receive(client), End | None):
+                pass
+        except (BrokenPipeError, ConnectionResetError):
+            answer = None
+        if answer is None or chance.random() < 0.1:
+            client.close()
+            client = vmd.connect_as(EVE)
+    client.close()
+
+
+def test_who_lies_about_himself_is_not_believed(vmd: UsersDaemon) -> None:
+    """Neither in the message nor in its header."""
+    for request in (
+        StopRequest(name="other", force=True, caller=Caller(uid=0, gid=0, pid=1)),
+        StartRequest(name="other", caller=Caller(uid=0, gid=0, pid=1)),
+    ):
+        with vmd.connect_as(EVE) as client:
+            client.send(encode(request, peerid=1, pid=1)[0])
+            answer = receive(client)
+            assert isinstance(answer, Failed)
+            assert answer.code == errno.EPERM
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "a\x1b]0;title\x07", "x\ny", "\u202egnp", "n" * 63, "", "0", "-1", "%n%s"]
+)
+def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
+    """Whatever a name has in it, it comes back to whoever asked, and goes nowhere else."""
+    for request in (
+        StartRequest(name=name), StopRequest(name=name), WaitRequest(name=name), ConsoleRequest(name=name),
+        PauseRequest(name=name, paused=True), NicsRequest(name=name),
+    ):  # fmt: skip
+        answer = vmd.ask_as(EVE, request)
+        assert isinstance(answer, Failed)
+        assert answer.code == errno.ENOENT
+    assert "\x1b" not in vmd.log
+    done = vmd.vmctl_as(EVE, "stop", "--", name)
+    assert done.returncode == 1
+    assert not any(ord(c) < 32 and c != "\n" for c in done.stderr.expandtabs()), done.stderr
+
+
+def test_numbers_of_nobody(vmd: UsersDaemon) -> None:
+    """Beyond any width, below zero: there is no such VM."""
+    for vmid in (-1, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63), 99):
+        answer = vmd.ask_as(EVE, StopRequest(vmid=vmid))
+        assert isinstance(answer, Failed)
+        assert answer.code == errno.ENOENT
+
+
+# --- consoles --------------------------------------------------------------------------------------------
+
+
+def test_a_console_is_free_again_when_its_viewer_has_left(vmd: UsersDaemon) -> None:
+    """However it left, and whoever asks next."""
+    for number in range(20):
+        with vmd.connect_as(EVE) as client:
+            send(client, ConsoleRequest(name="hers"))
+            if number % 2:
+                while isinstance(answer := receive(client), ConsoleOutput):
+                    pass
+                assert isinstance(answer, ConsoleAttached), answer
+
+
+def test_many_viewers_at_a_time(vmd: UsersDaemon) -> None:
+    """One has the console, the others are told who."""
+    clients = [vmd.connect_as(EVE) for _ in range(10)]
+    for client in clients:
+        send(client, ConsoleRequest(name="hers"))
+    outcomes = []
+    for client in clients:
+        while isinstance(answer := receive(client), ConsoleOutput):
+            pass
+        outcomes.append(type(answer))
+        client.close()
+    assert outcomes.count(ConsoleAttached) == 1
+    assert outcomes.count(Failed) == 9
+
+
+def test_the_pty_is_its_owner_s(vmd: UsersDaemon) -> None:
+    """Nobody else opens what a guest says, or types into it (cat. 4.3)."""
+    tty = Path(vmd.status("hers")["tty"]).stat()
+    uid = int(vmd.users.run("id", "-u", EVE))
+    assert (tty.st_uid, tty.st_mode & 0o777) == (uid, 0o620)
+    assert tty.st_gid == int(vmd.users.run("getent", "group", "tty").split(":")[2])
+
+
+def test_a_client_that_leaves_before_its_vm_has_stopped(vmd: UsersDaemon) -> None:
+    """What was asked for happens, and nobody is told."""
+    vmd.must("start", "other")
+    with vmd.connect_as("root") as client:
+        send(client, StopRequest(name="other", force=True, wait=True))
+    waiter = vmd.ask_as("root", WaitRequest(name="other"))
+    assert isinstance(waiter, VmTerminated | Failed)
+    vmd.wait_state("other", "stopped")
+
+
+def test_list_is_complete_for_everybody(vmd: UsersDaemon) -> None:
+    """As many rows as there are VMs, then an end."""
+    with vmd.connect_as(EVE) as client:
+        send(client, ListRequest())
+        rows = [receive(client) for _ in range(3)]
+    assert [type(row) for row in rows] == [VmInfo, VmInfo, End]

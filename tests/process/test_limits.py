@@ -1,0 +1,148 @@
+"""Limits on what VMs may have of the host together, asked of a daemon; and what hundreds of them cost it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon, load_modules
+from tests.support.network import Network
+from vmd.config.model import DEFAULT_LIMIT_VMS
+from vmd.parent.limits import FILES_BESIDES, FILES_PER_VM, host_memory_bytes
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+PROMPT = "vmd-demo> "
+
+
+def block(name: str, *lines: str) -> str:
+    """Return a vm block of the demonstration guest."""
+    options = ["disable", "memory 32M", f'boot "{guest("demo")}"', *lines]
+    return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
+
+
+CONF = block("a") + block("b") + block("smp", "vcpus 4")
+
+
+@pytest.mark.parametrize(
+    ("limit", "who", "words"),
+    [
+        ("limit vms 1", "b", "vm b: 1 VMs are running, and there is a limit of 1 (limit vms)"),
+        ("limit vcpus 4", "smp", "vm smp: with its 4 there would be 5 vcpus, and there is a limit of 4 (limit vcpus)"),
+        (
+            "limit memory 63M", "b",
+            "vm b: with its 32.0M guests would have 64.0M of memory, and there is a limit of 63.0M (limit memory)",
+        ),
+    ],
+    ids=["vms", "vcpus", "memory"],
+)  # fmt: skip
+def test_a_start_beyond_a_limit_is_refused(tmp_path: Path, limit: str, who: str, words: str) -> None:
+    """With a sentence; what runs goes on, may reset itself, and makes room when it ends."""
+    with Daemon(tmp_path, f"{limit}\n{CONF}") as vmd:
+        vmd.must("start", "a")
+        refused = vmd.vmctl("start", who)
+        assert (refused.returncode, refused.stderr) == (1, f"vmctl: start vm command failed: {words}\n")
+        assert vmd.status(who)["state"] == "stopped"
+        with vmd.console("a") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            console.answer("reset", PROMPT)  # its own place is not taken by itself
+        vmd.must("stop", "-fw", "a")
+        vmd.must("start", who)
+
+
+def test_limits_change_with_the_configuration(tmp_path: Path) -> None:
+    """A lower limit ends nothing; a higher one lets the next start through."""
+    with Daemon(tmp_path, CONF) as vmd:
+        vmd.must("start", "a")
+        vmd.must("start", "b")
+        vmd.conf.write_text("limit vms 1\n" + CONF)
+        assert vmd.must("reload") == ""
+        assert [row["state"] for row in vmd.rows()] == ["running", "running", "stopped"]
+        refused = vmd.vmctl("start", "smp")
+        assert "2 VMs are running, and there is a limit of 1 (limit vms)" in refused.stderr
+        extra = tmp_path / "extra.conf"
+        extra.write_text("limit vms 3\n")
+        vmd.must("load", extra)
+        vmd.must("start", "smp")
+
+
+def test_a_batch_goes_as_far_as_the_limit(tmp_path: Path) -> None:
+    """Those that find no room say so in `vmctl status`."""
+    enabled = "".join(block(name).replace("disable", "enable") for name in ("a", "b", "c"))
+    with Daemon(tmp_path, "limit vms 2\nstaggered start parallel 3 delay 1\n" + enabled) as vmd:
+        for name in ("a", "b"):
+            vmd.wait_state(name, "running")
+        row = vmd.status("c")
+        assert (row["state"], "limit vms" in row["text"]) == ("stopped", True)
+
+
+def test_what_is_received_counts(tmp_path: Path) -> None:
+    """A stream brings a VM along that nobody has looked at before; it is refused as soon as its size is known."""
+    with Daemon(tmp_path, "limit vcpus 4\n" + CONF) as vmd:
+        vmd.must("start", "smp")
+        stream = tmp_path / "stream"
+        with stream.open("wb") as out:
+            subprocess.run(
+                [sys.executable, "-m", "vmctl", "-s", vmd.socket, "send", "smp"],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, timeout=DEADLINE_S, check=True,
+            )  # fmt: skip
+        vmd.must("start", "a")
+        with stream.open("rb") as back:
+            refused = subprocess.run(
+                [sys.executable, "-m", "vmctl", "-s", vmd.socket, "receive", "smp"],
+                cwd=ROOT, stdin=back, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+            )  # fmt: skip
+        assert refused.returncode == 1
+        assert "vm smp: with its 4 there would be 5 vcpus" in refused.stderr
+        assert vmd.status("smp")["state"] == "stopped"
+
+
+def test_more_than_the_host_has(tmp_path: Path) -> None:
+    """Twice the memory of the host is the limit if nobody has set one; a guest may be larger than the host."""
+    host_bytes = host_memory_bytes()
+    fit = 2 * host_bytes >> 40  # so many of the largest
+    conf = "".join(block(f"n{number}").replace("32M", "1024G") for number in range(fit + 1))
+    conf += block("large").replace("32M", str(host_bytes + (64 << 20)))
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "large")
+        vmd.must("stop", "-fw", "large")
+        for number in range(fit):
+            vmd.must("start", f"n{number}")
+        refused = vmd.vmctl("start", f"n{fit}")
+        assert f"vm n{fit}: with its 1.0T guests would have {fit + 1}.0T of memory" in refused.stderr
+        assert "twice what this host has (limit memory)" in refused.stderr
+
+
+def test_descriptors_of_a_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A VM with everything costs no process more descriptors than `vmd` has asked the kernel for; printed."""
+    load_modules()
+    kernel, disc = tmp_path / "kernel", tmp_path / "disc"
+    kernel.write_bytes(guest("demo").read_bytes())
+    disc.write_bytes(bytes(4096))
+    disks = []
+    for number in range(4):
+        disks.append(tmp_path / f"disk{number}")
+        disks[-1].write_bytes(bytes(1 << 20))
+    options = [word for disk in disks for word in ("-d", f"raw:{disk}")]
+    command: list[str | Path] = ["start", "-m", "16M", "-i", "4", "-r", disc, "-b", kernel, "-I", disc, *options]
+    with Network() as network, NetDaemon(tmp_path, network, block("a")) as vmd:
+        people = {"parent": vmd.pid} | {title: vmd.processes()[f"vmd: {title}"] for title in ("vmm", "priv")}
+        idle = {title: len(os.listdir(f"/proc/{pid}/fd")) for title, pid in people.items()}
+        vmd.must(*command, "first")
+        vmd.must("stop", "-fw", "first")
+        vmd.must(*command, "second")
+        busy = {title: len(os.listdir(f"/proc/{pid}/fd")) for title, pid in people.items()}
+        own = len(os.listdir(f"/proc/{vmd.status('second')['pid']}/fd"))
+        limits = Path(f"/proc/{people['vmm']}/limits").read_text()
+    (most,) = [int(line.split()[3]) for line in limits.splitlines() if line.startswith("Max open files")]
+    # That of the first one's console, which may be kept for a moment, included.
+    cost = {title: busy[title] - idle[title] for title in people}
+    with capsys.disabled():
+        print(f"\ndescriptors of a VM with everything: {cost}, itself {own}; at most {most}", end="")
+    assert max(cost.values()) <= FILES_PER_VM
+    assert most >= FILES_PER_VM * DEFAULT_LIMIT_VMS + FILES_BESIDES
+    assert own < 512

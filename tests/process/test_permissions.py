@@ -1,0 +1,333 @@
+"""Who may do what (*cat. 4.8*): one test for each cell of the matrix, with real users and the demonstration guest."""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S
+from tests.support.guests import guest
+from tests.support.network import Network
+from tests.support.users import Users, UsersDaemon
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+ROOT, OWNER, MEMBER, PRIMARY, STARTER = "root", "olga", "mila", "petra", "stan"
+INSTANCE_OWNER, USER, OUTSIDER = "ines", "ulf", "otto"
+PEOPLE = (ROOT, OWNER, MEMBER, PRIMARY, STARTER, INSTANCE_OWNER, USER, OUTSIDER)
+TEAM, MAY_CONNECT = "vmteam", "vmusers"
+
+CONF = """
+socket owner :{connect}
+
+vm "demo" {{
+    disable
+    memory 32M
+    boot "{kernel}"
+    owner {owner}:{team}
+}}
+
+vm "template" {{
+    disable
+    memory 32M
+    boot "{kernel}"
+    allow instance {{ memory, owner {instance_owner} }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """Give a directory that everybody may enter, with a kernel that everybody may read."""
+    with tempfile.TemporaryDirectory(prefix="vmd-permissions-") as path:
+        Path(path).chmod(0o755)
+        kernel = Path(path) / "kernel"
+        kernel.write_bytes(guest("demo").read_bytes())
+        kernel.chmod(0o644)
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def host(place: Path) -> Iterator[Users]:
+    """Give a host with everybody in PEOPLE."""
+    with Users(place) as users:
+        for group in (TEAM, MAY_CONNECT):
+            users.add_group(group)
+        for name in (OWNER, INSTANCE_OWNER, USER):
+            users.add_user(name, MAY_CONNECT)
+        for name in (MEMBER, STARTER):
+            users.add_user(name, MAY_CONNECT, TEAM)
+        users.add_user(PRIMARY, MAY_CONNECT, primary=TEAM)
+        users.add_user(OUTSIDER)
+        yield users
+
+
+@pytest.fixture(scope="module")
+def daemon(place: Path, host: Users) -> Iterator[UsersDaemon]:
+    """Give a daemon with a VM of OWNER's and a template, both stopped."""
+    conf = CONF.format(
+        connect=MAY_CONNECT, kernel=place / "kernel", owner=OWNER, team=TEAM, instance_owner=INSTANCE_OWNER
+    )
+    with Network() as network, UsersDaemon(place, host, network, conf) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
+    """Give the daemon, and let it be as before afterwards."""
+    yield daemon
+    daemon.must("stop", "-afw")
+    daemon.must("reload")
+    assert [row["name"] for row in daemon.rows()] == ["demo", "template"]
+
+
+@pytest.fixture
+def running(vmd: UsersDaemon, host: Users) -> Iterator[UsersDaemon]:
+    """Give the daemon with `demo` running, started by STARTER, who has left the group since."""
+    vmd.must_as(STARTER, "start", "demo")
+    host.run("gpasswd", "--delete", STARTER, TEAM)
+    yield vmd
+    host.run("gpasswd", "--add", STARTER, TEAM)
+
+
+def refused(done: subprocess.CompletedProcess[str], person: str, words: str) -> None:
+    """Check that vmctl failed with one sentence."""
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    if person == OUTSIDER:
+        words = "Permission denied"
+    assert words in done.stderr
+
+
+def cells(*allowed: str) -> Callable[..., Callable[..., None]]:
+    """Make a test of a row: one cell for each person, and whether it is allowed."""
+    parameters = [pytest.param(person, person in allowed, id=person) for person in PEOPLE]
+    return pytest.mark.parametrize(("person", "allowed"), parameters)
+
+
+# --- everybody who can open the socket -------------------------------------------------------------------
+
+
+@cells(*PEOPLE[:-1])
+def test_list(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """`status`, with interfaces too, shows all VMs to whoever can open the socket, and that is its group."""
+    done = running.vmctl_as(person, "status", "-v")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert "running demo" in done.stdout
+        assert "stopped template" in done.stdout
+    else:
+        refused(done, person, "")
+
+
+# --- root, the owner, the group --------------------------------------------------------------------------
+
+
+@cells(ROOT, OWNER, MEMBER, PRIMARY, STARTER)
+def test_start_a_vm_that_exists(vmd: UsersDaemon, person: str, allowed: bool) -> None:
+    """It runs under the name of whoever started it."""
+    done = vmd.vmctl_as(person, "start", "demo")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert vmd.status("demo")["owner"] == f"{person}:{TEAM}"
+    else:
+        refused(done, person, "may not start vm demo")
+        assert vmd.status("demo")["state"] == "stopped"
+
+
+@cells(ROOT, OWNER, MEMBER, PRIMARY, STARTER)
+def test_boot_another_kernel_once(vmd: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
+    """`start -b` of a VM that exists asks for the same right."""
+    done = vmd.vmctl_as(person, "start", "-b", place / "kernel", "demo")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert vmd.status("demo")["state"] == "running"
+    else:
+        refused(done, person, "may not start vm demo")
+        assert vmd.status("demo")["state"] == "stopped"
+
+
+# --- root only, or those whom a template names -----------------------------------------------------------
+
+
+@cells(ROOT)
+def test_start_a_vm_of_ones_own(vmd: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
+    """Nobody but root describes VMs."""
+    done = vmd.vmctl_as(person, "start", "-m", "32M", "-b", place / "kernel", "adhoc")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert vmd.status("adhoc")["state"] == "running"
+    else:
+        refused_last(done, person, "only root may start a VM that vm.conf does not describe")
+        assert len(vmd.rows()) == 2
+
+
+def refused_last(done: subprocess.CompletedProcess[str], person: str, words: str) -> None:
+    """Check that vmctl failed, after warnings it had for the user."""
+    assert done.returncode == 1
+    assert ("Permission denied" if person == OUTSIDER else words) in done.stderr.strip().splitlines()[-1]
+
+
+@cells(ROOT, INSTANCE_OWNER)
+def test_start_an_instance(vmd: UsersDaemon, person: str, allowed: bool) -> None:
+    """With no more of its own than the template lets it have."""
+    done = vmd.vmctl_as(person, "start", "-t", "template", "-m", "48M", "instance")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        row = vmd.status("instance")
+        assert (row["owner"], row["memory_bytes"]) == (person, 48 << 20)
+    else:
+        refused(done, person, "has no permission to create instances of vm template")
+        assert len(vmd.rows()) == 2
+
+
+@cells(ROOT)
+def test_start_an_instance_beyond_what_is_allowed(vmd: UsersDaemon, person: str, allowed: bool) -> None:
+    """The instance owner is told what it was that he may not."""
+    done = vmd.vmctl_as(person, "start", "-t", "template", "-p", "2", "instance")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert vmd.status("instance")["vcpus"] == 2
+    else:
+        words = "no permission to set cpus" if person == INSTANCE_OWNER else "no permission to create instances"
+        refused(done, person, words)
+        assert len(vmd.rows()) == 2
+
+
+# --- of a VM that runs: root, who started it, the group --------------------------------------------------
+
+
+@cells(ROOT, MEMBER, PRIMARY, STARTER)
+def test_stop(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """Whoever started it counts then, and no longer the owner in vm.conf."""
+    done = running.vmctl_as(person, "stop", "-fw", "demo")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+        assert running.status("demo")["state"] == "stopped"
+    else:
+        refused_last(done, person, "may not stop vm demo")
+        assert running.status("demo")["state"] == "running"
+
+
+@cells(ROOT, MEMBER, PRIMARY, STARTER)
+def test_wait(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """To be told that a VM has ended is for those who could have ended it."""
+    with subprocess.Popen(
+        running.command_of(person, "wait", "demo"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as waiter:
+        assert waiter.stderr is not None
+        if allowed:
+            assert waiter.stderr.read(len("waiting")) == "waiting"
+            running.must("status")
+            running.must("stop", "-fw", "demo")
+        said = waiter.stderr.read()
+        assert waiter.wait(DEADLINE_S) == (0 if allowed else 1), said
+    if not allowed:
+        assert ("Permission denied" if person == OUTSIDER else "may not wait for vm demo") in said
+
+
+@cells(ROOT, MEMBER, PRIMARY, STARTER)
+def test_pause(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """As for stop."""
+    done = running.vmctl_as(person, "pause", "demo")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+    else:
+        refused_last(done, person, "may not pause vm demo")
+    assert running.status("demo")["state"] == ("paused" if allowed else "running")
+
+
+@cells(ROOT, MEMBER, PRIMARY, STARTER)
+def test_unpause(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """As for stop."""
+    running.must("pause", "demo")
+    done = running.vmctl_as(person, "unpause", "demo")
+    if allowed:
+        assert done.returncode == 0, done.stderr
+    else:
+        refused_last(done, person, "may not unpause vm demo")
+    assert running.status("demo")["state"] == ("running" if allowed else "paused")
+
+
+@cells(ROOT, MEMBER, PRIMARY, STARTER)
+def test_console(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """The daemon and the mode of the pty say the same."""
+    with subprocess.Popen(
+        running.command_of(person, "console", "demo"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as viewer:  # fmt: skip
+        assert viewer.stdin is not None
+        assert viewer.stdout is not None
+        assert viewer.stderr is not None
+        seen = b""
+        if allowed:
+            viewer.stdin.write(b"\recho the viewer was here\r")
+            viewer.stdin.flush()
+            while b"the viewer was here\r\n" not in seen:
+                piece = os.read(viewer.stdout.fileno(), 4096)
+                assert piece, (seen, viewer.stderr.read())
+                seen += piece
+        viewer.stdin.close()
+        said = viewer.stderr.read().decode()
+        assert viewer.wait(DEADLINE_S) == (0 if allowed else 1), said
+    if not allowed:
+        assert ("Permission denied" if person == OUTSIDER else "may not attach to vm demo") in said
+
+
+@pytest.mark.parametrize("verb", ["stop", "pause", "wait"])
+def test_the_owner_is_who_started_it(vmd: UsersDaemon, verb: str) -> None:
+    """A VM that its owner has started is the owner's; one that runs in batch from the configuration is, too."""
+    vmd.must_as(OWNER, "start", "demo")
+    done = vmd.vmctl_as(USER, verb, "demo")
+    assert done.returncode == 1
+    assert f"may not {'wait for' if verb == 'wait' else verb} vm demo" in done.stderr
+    vmd.must_as(OWNER, "pause", "demo")
+    vmd.must_as(OWNER, "unpause", "demo")
+    vmd.must_as(OWNER, "stop", "-fw", "demo")
+
+
+# --- root only -------------------------------------------------------------------------------------------
+
+
+@cells(ROOT)
+@pytest.mark.parametrize(
+    "command", [("load", "vm.conf"), ("reload",), ("reset", "switches"), ("reset", "vms"), ("log", "brief")],
+    ids=["load", "reload", "reset switches", "reset vms", "log"],
+)  # fmt: skip
+def test_manage_the_daemon(
+    vmd: UsersDaemon, place: Path, command: tuple[str, ...], person: str, allowed: bool
+) -> None:
+    """The configuration and the log are the operator's."""
+    words = [str(place / word) if word.endswith(".conf") else word for word in command]
+    done = vmd.vmctl_as(person, *words)
+    if allowed:
+        assert done.returncode == 0, done.stderr
+    else:
+        refused(done, person, "Operation not permitted")
+        assert len(vmd.rows()) == 2
+
+
+@cells(ROOT)
+def test_send_and_receive(running: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
+    """A stream holds all that a guest has in memory, and is a guest that anybody could have made."""
+    stream = place / "stream"
+    with stream.open("wb") as out:
+        sent = subprocess.run(
+            running.command_of(person, "send", "demo"),
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+    with stream.open("rb") as back:
+        received = subprocess.run(
+            running.command_of(person, "receive", "demo"),
+            stdin=back, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+    if allowed:
+        assert (sent.returncode, received.returncode) == (0, 0), sent.stderr + received.stderr
+    else:
+        refused_last(sent, person, "Operation not permitted")
+        refused_last(received, person, "Operation not permitted")
+        assert stream.stat().st_size == 0
+    assert running.status("demo")["state"] == "running"

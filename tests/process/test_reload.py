@@ -1,0 +1,344 @@
+"""What a configuration that is read anew does to the VMs there are (*cat. 2.8, 2.9*)."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+PROMPT = "vmd-demo> "
+MIB = 1 << 20
+
+
+def block(name: str, *lines: str, memory: str = "32M", enabled: bool = False) -> str:
+    """Return a vm block of the demonstration guest."""
+    options = ["enable" if enabled else "disable", f"memory {memory}", f'boot "{guest("demo")}"', *lines]
+    return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[Daemon]:
+    """Give a daemon with one VM that runs, `a`, and one that does not, `b`."""
+    with Daemon(tmp_path, block("a") + block("b")) as daemon:
+        daemon.must("start", "a")
+        yield daemon
+
+
+def states(vmd: Daemon) -> dict[str, str]:
+    """Return the states of all VMs by name."""
+    return {row["name"]: row["state"] for row in vmd.rows()}
+
+
+def reload(vmd: Daemon, conf: str) -> str:
+    """Read another configuration; returns what vmctl says."""
+    vmd.conf.write_text(conf)
+    return vmd.must("reload")
+
+
+# --- files that cannot be used ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        'vm "c" {\n memory lots\n}\n',
+        'vm "c" {\n memory 32M\n',
+        "socket owner nobody-of-that-name\n",
+        'vm "c" {\n disk "/nowhere/at/all"\n}\n',
+        'include "/nowhere/at/all"\n',
+        "local prefix 10.0.0.1/8\n",
+        'switch "s" {\n up\n}\n',
+        "x = $x\n",
+    ],
+    ids=["value", "end", "owner", "disk", "include", "prefix", "switch", "macro"],
+)
+def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon, broken: str) -> None:
+    """Case 59: not by reload, not by SIGHUP, not by load, however much of it was right; file and line are said."""
+    before = vmd.rows()
+    socket_before = vmd.socket.stat()
+    good = "staggered start parallel 1 delay 1\nsocket owner nobody:nogroup\n"
+    good += block("a", memory="48M") + block("new", enabled=True)
+
+    vmd.conf.write_text(good + broken)
+    refused = vmd.vmctl("reload")
+    loaded = vmd.vmctl("load", vmd.conf)
+    assert vmd.process is not None
+    vmd.process.send_signal(signal.SIGHUP)
+    vmd.wait_log("configuration not reloaded: ")
+
+    for done in (refused, loaded):
+        assert done.returncode == 1
+        assert f"{vmd.conf}:" in done.stderr
+    assert f"configuration not reloaded: {vmd.conf}:" in vmd.log
+    after = vmd.rows()
+    assert [{**row, "resident_bytes": 0} for row in after] == [{**row, "resident_bytes": 0} for row in before]
+    socket_after = vmd.socket.stat()
+    assert (socket_after.st_uid, socket_after.st_gid) == (socket_before.st_uid, socket_before.st_gid)
+
+
+def test_a_file_that_is_gone_is_an_empty_one(vmd: Daemon) -> None:
+    """As at start; what runs goes on."""
+    vmd.conf.unlink()
+    said = vmd.must("reload")
+    assert "vm a is no longer configured; it is forgotten when it stops" in said
+    assert states(vmd) == {"a": "running"}
+
+
+# --- VMs that run ----------------------------------------------------------------------------------------
+
+
+def test_what_changed_waits_for_the_next_start(vmd: Daemon) -> None:
+    """A running VM is not touched; the operator is told what waits, and it comes true."""
+    pid = vmd.status("a")["pid"]
+    said = reload(vmd, block("a", "vcpus 2", memory="48M") + block("b"))
+    assert "vm a: memory, vcpus changed; that waits for its next start" in said
+    row = vmd.status("a")
+    assert (row["pid"], row["memory_bytes"], row["vcpus"]) == (pid, 32 * MIB, 1)
+    with vmd.console("a") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.answer("reset", PROMPT)  # a guest that resets itself is not started anew by anybody
+    assert vmd.status("a")["memory_bytes"] == 32 * MIB
+    assert "waits for its next start" in vmd.must("reload")  # it still does
+    vmd.must("stop", "-fw", "a")
+    assert vmd.status("a")["memory_bytes"] == 48 * MIB
+    vmd.must("start", "a")
+    row = vmd.status("a")
+    assert (row["memory_bytes"], row["vcpus"]) == (48 * MIB, 2)
+
+
+def test_a_change_that_is_taken_back(vmd: Daemon) -> None:
+    """There is nothing left to wait for."""
+    conf = vmd.conf.read_text()
+    assert "memory changed" in reload(vmd, block("a", memory="48M"))
+    assert reload(vmd, conf) == ""
+    vmd.must("stop", "-fw", "a")
+    assert vmd.status("a")["memory_bytes"] == 32 * MIB
+
+
+def test_nothing_changed(vmd: Daemon) -> None:
+    """Moving lines about and adding comments is no change."""
+    conf = "# a comment\n\n" + block("b") + "# another\n" + block("a", "interfaces 0")
+    assert reload(vmd, conf) == ""
+    assert states(vmd) == {"a": "running", "b": "stopped"}
+
+
+def test_a_vm_that_is_removed_runs_on_and_is_then_forgotten(vmd: Daemon) -> None:
+    """And one that does not run is forgotten at once."""
+    said = reload(vmd, "")
+    assert said == "vmctl: vm a is no longer configured; it is forgotten when it stops\n"
+    assert states(vmd) == {"a": "running"}
+    vmd.must("stop", "-fw", "a")
+    assert states(vmd) == {}
+
+
+def test_a_vm_that_is_removed_and_comes_back(vmd: Daemon) -> None:
+    """While it runs: it is known again, with what the file says by then."""
+    reload(vmd, "")
+    said = reload(vmd, block("a", memory="48M"))
+    assert "vm a: memory changed" in said
+    vmd.must("stop", "-fw", "a")
+    assert (vmd.status("a")["state"], vmd.status("a")["memory_bytes"]) == ("stopped", 48 * MIB)
+
+
+def test_ids_survive(vmd: Daemon) -> None:
+    """Of VMs that stay, and of those that come back (cat. 4.1)."""
+    before = {row["name"]: row["id"] for row in vmd.rows()}
+    reload(vmd, block("new") + block("b") + block("a"))
+    reload(vmd, block("new"))
+    reload(vmd, block("b") + block("new") + block("a"))
+    after = {row["name"]: row["id"] for row in vmd.rows()}
+    assert after == {**before, "new": 3}
+
+
+def test_a_vm_of_vmctl_that_the_file_names(vmd: Daemon) -> None:
+    """It becomes one of the configuration, which says what it boots the next time."""
+    vmd.must("start", "-m", "24M", "-b", guest("hello"), "-k", "wait", "c")
+    said = reload(vmd, vmd.conf.read_text() + block("c", "cmdline quiet"))
+    assert "vm c: " in said
+    vmd.must("stop", "-fw", "c")
+    assert vmd.status("c")["memory_bytes"] == 32 * MIB
+    vmd.must("start", "c")
+    with vmd.console("c") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.answer("reset", PROMPT)  # not the kernel of its first life
+
+
+def test_enabled_vms_start(vmd: Daemon) -> None:
+    """New ones, and those that were stopped by hand; what runs is not started twice."""
+    pid = vmd.status("a")["pid"]
+    reload(vmd, block("a", enabled=True) + block("b", enabled=True) + block("c", enabled=True))
+    for name in ("b", "c"):
+        vmd.wait_state(name, "running")
+    assert vmd.status("a")["pid"] == pid
+
+
+def test_sighup(vmd: Daemon) -> None:
+    """The same as `vmctl reload`; what there is to say is in the log."""
+    vmd.conf.write_text(block("a", memory="48M") + block("c"))
+    assert vmd.process is not None
+    vmd.process.send_signal(signal.SIGHUP)
+    vmd.wait_log("vm a: memory changed; that waits for its next start")
+    assert states(vmd) == {"a": "running", "c": "stopped"}
+
+
+def test_the_socket_has_its_new_owner(vmd: Daemon) -> None:
+    """Global statements count at once."""
+    reload(vmd, "socket owner nobody:nogroup\n" + vmd.conf.read_text())
+    status = vmd.socket.stat()
+    assert (status.st_uid, status.st_gid) == (65534, 65534)
+
+
+def test_a_reload_while_a_vm_stops(vmd: Daemon) -> None:
+    """It goes on stopping, and is known afterwards."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", vmd.socket, "stop", "-w", "a"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    ) as stopping:  # fmt: skip
+        vmd.must("reload")
+        assert stopping.wait(DEADLINE_S) == 0
+    assert states(vmd) == {"a": "stopped", "b": "stopped"}
+
+
+# --- load ------------------------------------------------------------------------------------------------
+
+
+def test_load_leaves_vms_that_are_known_alone(vmd: Daemon, tmp_path: Path) -> None:
+    """Whether they run or not; new ones are added, and started if they are to be."""
+    extra = tmp_path / "extra.conf"
+    extra.write_text(block("a", memory="48M") + block("b", memory="48M") + block("c", enabled=True))
+    vmd.must("load", extra)
+    vmd.wait_state("c", "running")
+    assert [row["memory_bytes"] // MIB for row in vmd.rows()] == [32, 32, 32]
+    vmd.must("stop", "-fw", "a")
+    assert vmd.status("a")["memory_bytes"] == 32 * MIB
+
+
+def test_load_of_an_instance(vmd: Daemon, tmp_path: Path) -> None:
+    """Its template may be one that is known already; one that is not is said, and the rest is there."""
+    extra = tmp_path / "extra.conf"
+    extra.write_text(
+        'vm "a" instance "c" {\n disable\n vcpus 2\n}\nvm "nowhere" instance "d" {\n disable\n}\n' + block("e")
+    )
+    assert "vm d: template nowhere not found" in vmd.must("load", extra)
+    assert states(vmd) == {"a": "running", "b": "stopped", "c": "stopped", "e": "stopped"}
+
+
+def test_a_reload_forgets_what_was_loaded(vmd: Daemon, tmp_path: Path) -> None:
+    """The main file is all there is then; what runs is forgotten when it stops."""
+    extra = tmp_path / "extra.conf"
+    extra.write_text(block("c") + block("d"))
+    vmd.must("load", extra)
+    vmd.must("start", "c")
+    assert "vm c is no longer configured" in vmd.must("reload")
+    assert states(vmd) == {"a": "running", "b": "stopped", "c": "running"}
+    vmd.must("stop", "-fw", "c")
+    assert states(vmd) == {"a": "running", "b": "stopped"}
+
+
+# --- reset -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["vms", "all"])
+def test_reset_forgets_everything_before_it_answers(vmd: Daemon, what: str) -> None:
+    """So what follows at once begins anew, ids included."""
+    pid = vmd.status("a")["pid"]
+    vmd.must("start", "-m", "16M", "-b", guest("hello"), "adhoc")
+    vmd.must("reset", what)
+    assert states(vmd) == {}
+    assert not Path(f"/proc/{pid}").exists()
+    reload(vmd, block("b", enabled=True) + block("a"))
+    vmd.wait_state("b", "running")
+    assert {row["name"]: row["id"] for row in vmd.rows()} == {"b": 1, "a": 2}
+
+
+def test_reset_of_switches_leaves_vms_alone(vmd: Daemon) -> None:
+    """They run on."""
+    pid = vmd.status("a")["pid"]
+    vmd.must("reset", "switches")
+    assert vmd.status("a")["pid"] == pid
+    assert states(vmd) == {"a": "running", "b": "stopped"}
+
+
+def test_a_reload_that_overtakes_a_reset(vmd: Daemon) -> None:
+    """VMs that are still dying come back when they are gone, as the file has them, and are started."""
+    before = vmd.status("a")["pid"]
+    vmm = vmd.processes()["vmd: vmm"]
+    os.kill(vmm, signal.SIGSTOP)  # nothing can end while it stands still
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "reset", "vms"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        ) as resetting:  # fmt: skip
+            while set(states(vmd)) != {"a"} or states(vmd)["a"] != "stopping":
+                pass  # each look is a process of its own
+            assert reload(vmd, block("a", memory="48M", enabled=True) + block("c", enabled=True)) == ""
+            assert states(vmd)["a"] == "stopping"
+            busy = vmd.vmctl("start", "a")
+            assert busy.returncode == 1
+            os.kill(vmm, signal.SIGCONT)
+            assert resetting.wait(DEADLINE_S) == 0
+    finally:
+        os.kill(vmm, signal.SIGCONT)
+    row = vmd.wait_state("a", "running")
+    assert row["pid"] != before
+    assert row["memory_bytes"] == 48 * MIB
+    vmd.wait_state("c", "running")
+
+
+def test_a_reset_whose_client_has_left(vmd: Daemon) -> None:
+    """It happens all the same."""
+    vmm = vmd.processes()["vmd: vmm"]
+    os.kill(vmm, signal.SIGSTOP)
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "reset"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        ) as resetting:  # fmt: skip
+            while states(vmd) != {"a": "stopping"}:
+                pass
+            resetting.send_signal(signal.SIGINT)
+            assert resetting.wait(DEADLINE_S) == 1
+    finally:
+        os.kill(vmm, signal.SIGCONT)
+    vmd.must("reset")  # waits for the same VMs
+    assert states(vmd) == {}
+
+
+# --- batches ---------------------------------------------------------------------------------------------
+
+
+def test_a_batch_goes_on(tmp_path: Path) -> None:
+    """One by one, each waiting for its turn; a reload, or SIGHUP, does not hurry those that wait."""
+    names = ("a", "b", "c")
+    conf = "".join(block(name, enabled=True) for name in names)
+    with Daemon(tmp_path, "staggered start parallel 1 delay 3600\n" + conf) as vmd:
+        vmd.wait_state("a", "running")
+        for _ in range(2):
+            vmd.must("reload")
+            assert states(vmd) == {"a": "running", "b": "waiting", "c": "waiting"}
+        vmd.must("stop", "c")
+        assert states(vmd) == {"a": "running", "b": "waiting", "c": "stopped"}
+        vmd.must("start", "c")  # by hand, before its turn
+        assert states(vmd) == {"a": "running", "b": "waiting", "c": "running"}
+        reload(vmd, "staggered start parallel 1 delay 0\n" + conf)
+        vmd.wait_state("b", "running")
+
+
+def test_a_vm_that_cannot_start_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    """It says why, and its turn is over."""
+    kernel = tmp_path / "kernel"
+    kernel.touch()
+    conf = f'vm "a" {{\n memory 32M\n boot "{kernel}"\n cdrom "{tmp_path}/nothing"\n}}\n'
+    with Daemon(tmp_path, "staggered start parallel 1 delay 0\n" + conf + block("b", enabled=True)) as vmd:
+        vmd.wait_state("b", "running")
+        row = vmd.status("a")
+        assert row["state"] == "stopped"
+        assert "nothing: No such file or directory" in row["text"]

@@ -1,0 +1,144 @@
+"""Users and groups of a test's own: a user database that only processes in its mount namespace see."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.record import Record
+
+NO_FDS: Mapping[str, Sequence[int]] = MappingProxyType({})
+
+# Everything is imported before the user is changed: another user need not be able to read this checkout.
+AS_USER = """
+import grp, importlib, os, pkgutil, pwd, sys
+import vmctl.commands
+for module in pkgutil.walk_packages(vmctl.__path__, "vmctl."):
+    importlib.import_module(module.name)
+from vmctl.__main__ import main
+user = pwd.getpwnam(sys.argv[1])
+os.initgroups(user.pw_name, user.pw_gid)
+os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+sys.exit(main(sys.argv[2:]))
+"""
+PRIVATE_ETC = """
+mkdir "$0/etc"
+mount -t tmpfs -o mode=755 none "$0/etc"
+cp -a /etc/passwd /etc/group /etc/shadow /etc/gshadow /etc/login.defs /etc/nsswitch.conf "$0/etc"
+cp -a /etc/resolv.conf /etc/ld.so.cache /etc/localtime /etc/iproute2 "$0/etc" 2>/dev/null || :
+mount --bind "$0/etc" /etc
+echo ready
+exec cat
+"""
+
+
+class Users:
+    """A host whose users the test makes; a context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __enter__(self) -> Self:
+        self.keeper = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", "sh", "-e", "-c", PRIVATE_ETC, self.directory],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.keeper.stdout is not None
+        assert self.keeper.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.keeper:  # closes its input, which ends it
+            pass
+
+    @property
+    def inside(self) -> list[str]:
+        """The beginning of a command that is to see these users."""
+        return ["nsenter", f"--mount=/proc/{self.keeper.pid}/ns/mnt", f"--wd={ROOT}"]
+
+    def run(self, *command: str) -> str:
+        """Run a program that sees, or changes, these users; returns what it says."""
+        done = subprocess.run(
+            [*self.inside, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def add_group(self, name: str) -> int:
+        """Make a group; returns its number."""
+        self.run("groupadd", name)
+        return int(self.run("getent", "group", name).split(":")[2])
+
+    def add_user(self, name: str, *groups: str, primary: str = "") -> int:
+        """Make a user who is in some groups; returns its number."""
+        options = ["--groups", ",".join(groups)] if groups else []
+        options += ["--gid", primary] if primary else ["--user-group"]
+        self.run("useradd", "--no-create-home", "--no-log-init", *options, name)
+        return int(self.run("id", "-u", name))
+
+
+class UsersDaemon(NetDaemon):
+    """A vmd on such a host, with a network of its own."""
+
+    def __init__(self, directory: Path, users: Users, network: Network, conf: str = "") -> None:
+        super().__init__(directory, network, conf)
+        self.users = users
+        self.prefix = users.inside
+
+    def command_of(self, user: str, *arguments: str | Path) -> list[str | Path]:
+        """Return the command that runs vmctl as this user."""
+        return [*self.prefix, sys.executable, "-c", AS_USER, user, "-s", self.socket, *arguments]
+
+    def vmctl_as(self, user: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run vmctl as a user to its end."""
+        return subprocess.run(
+            self.command_of(user, *arguments),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+
+    def must_as(self, user: str, *arguments: str | Path) -> str:
+        """Run a vmctl of a user that has to succeed; returns all it printed."""
+        done = self.vmctl_as(user, *arguments)
+        assert done.returncode == 0, f"{user}: vmctl {arguments}: {done.stderr}\n--- log of vmd\n{self.log}"
+        return done.stdout + done.stderr
+
+    def connect_as(self, user: str) -> socket.socket:
+        """Return a connection to the daemon that the kernel says is this user's, for messages no vmctl would send."""
+        uid, gid = (int(self.users.run("id", option, user)) for option in ("-u", "-g"))
+        groups = [int(number) for number in self.users.run("id", "-G", user).split()]
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.setgroups(groups)
+                    os.setresgid(gid, gid, gid)
+                    os.setresuid(uid, uid, uid)
+                    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                        client.connect(str(self.socket))
+                        socket.send_fds(theirs, [b"x"], [client.fileno()])
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            ours.settimeout(DEADLINE_S)
+            client = socket.socket(fileno=socket.recv_fds(ours, 1, 1)[1][0])
+        client.settimeout(DEADLINE_S)
+        return client
+
+    def ask_as(self, user: str, request: Record, fds: Mapping[str, Sequence[int]] = NO_FDS) -> Record:
+        """Send a message as this user; returns the answer."""
+        with self.connect_as(user) as client:
+            packet, order = encode(request, fds=fds)
+            socket.send_fds(client, [packet], order)
+            return decode(client.recv(MAX_MESSAGE), [], "vmd").message

@@ -1,0 +1,103 @@
+"""What all VMs together may have of the host."""
+
+import errno
+import resource
+from pathlib import Path
+
+import pytest
+
+from vmd.config.model import GIB, Globals, VmConfig
+from vmd.errors import OperatorError
+from vmd.parent import limits
+from vmd.parent.limits import host_memory_bytes, raise_file_limit, require_room
+
+MIB = 1 << 20
+SMALL = VmConfig(name="small", memory_bytes=MIB)
+
+
+def refusal(config: VmConfig, running: list[VmConfig], settings: Globals) -> OperatorError:
+    """Return why there is no room."""
+    with pytest.raises(OperatorError) as refused:
+        require_room(config, running, settings)
+    return refused.value
+
+
+def test_number_of_vms() -> None:
+    """As many as the limit, and not one more; by default as many as vmm(4) has room for."""
+    require_room(SMALL, [SMALL] * 511, Globals())
+    refused = refusal(SMALL, [SMALL] * 512, Globals(limit_vcpus=1000))
+    assert refused.code == errno.EAGAIN
+    assert str(refused) == "vm small: 512 VMs are running, and there is a limit of 512 (limit vms)"
+    assert "limit of 0" in str(refusal(SMALL, [], Globals(limit_vms=0)))
+
+
+def test_number_of_vcpus() -> None:
+    """Of all of them together."""
+    large = VmConfig(name="large", vcpus=16)
+    require_room(SMALL, [large] * 2, Globals(limit_vcpus=33))
+    refused = refusal(large, [large, SMALL], Globals(limit_vcpus=32))
+    assert refused.code == errno.EAGAIN
+    assert str(refused) == "vm large: with its 16 there would be 33 vcpus, and there is a limit of 32 (limit vcpus)"
+
+
+def test_memory() -> None:
+    """What guests have by their configuration counts, not what they use."""
+    large = VmConfig(name="large", memory_bytes=3 * GIB)
+    require_room(large, [large], Globals(limit_memory_bytes=6 * GIB))
+    refused = refusal(large, [large, SMALL], Globals(limit_memory_bytes=6 * GIB))
+    assert refused.code == errno.ENOMEM
+    assert str(refused) == (
+        "vm large: with its 3.0G guests would have 6.0G of memory, and there is a limit of 6.0G (limit memory)"
+    )
+
+
+def test_memory_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice what the host has: overcommitted memory is normal, a thousandfold of it is a slip."""
+    monkeypatch.setattr(limits, "host_memory_bytes", lambda: 4 * GIB)
+    large = VmConfig(name="large", memory_bytes=5 * GIB)
+    require_room(large, [VmConfig(name="other", memory_bytes=3 * GIB)], Globals())
+    assert str(refusal(large, [large], Globals())) == (
+        "vm large: with its 5.0G guests would have 10.0G of memory, and there is a limit of 8.0G, "
+        "twice what this host has (limit memory)"
+    )
+
+
+def test_memory_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """RAM and swap; a /proc that says nothing of swap is no trouble."""
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr(limits, "MEMINFO", str(meminfo))
+    ram_bytes = host_memory_bytes()
+    assert ram_bytes > 64 * MIB
+    for text in ("MemTotal: 1 kB\n", "SwapTotal:\n", "SwapTotal: many kB\n", "SwapTotal: \xb2 kB\n"):
+        meminfo.write_text(text)
+        assert host_memory_bytes() == ram_bytes
+    meminfo.write_text("MemTotal:       24684032 kB\nSwapTotal:       1048576 kB\nSwapFree: 3 kB\n")
+    assert host_memory_bytes() == ram_bytes + GIB
+
+
+@pytest.mark.parametrize(
+    ("now", "allowed", "wanted", "warned"),
+    [
+        (4096, 1 << 20, 512 * limits.FILES_PER_VM + limits.FILES_BESIDES, False),
+        (4096, 4096, 4096, True),
+        (524288, 524288, 524288, False),
+    ],
+    ids=["raised by root", "confined", "enough"],
+)
+def test_descriptors(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], now: int, allowed: int, wanted: int,
+    warned: bool,
+) -> None:  # fmt: skip
+    """As many as VMs will need, if they can be had; never fewer than there are, and a word where that is too few."""
+    chosen: list[tuple[int, int]] = []
+
+    def setrlimit(_which: int, pair: tuple[int, int]) -> None:
+        if pair[1] > allowed:
+            raise ValueError("not allowed to raise maximum limit")
+        chosen.append(pair)
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (1024, now))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    raise_file_limit(512)
+    assert chosen == [(wanted, wanted)]
+    assert ("may not be enough for 512 VMs" in capfd.readouterr().err) == warned
