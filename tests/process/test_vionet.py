@@ -1604,7 +1604,7 @@ def test_process_is_confined(make: Make) -> None:
     assert status["Seccomp"] == "2"
     assert status["NoNewPrivs"] == "1"
     assert int(status["CapEff"], 16) == 0
-    assert status["Threads"] == "2"
+    assert status["Threads"] == "3"
     assert set(own) == {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "/dev/net/tun"}
 
 

@@ -122,6 +122,7 @@ class Ends:
 
 def close(worker: Transmitter | Receiver) -> None:
     """Give its descriptors back."""
+    os.close(worker.control)
     if isinstance(worker, Receiver):
         os.close(worker.injection)
 
@@ -247,7 +248,7 @@ def ends() -> Iterator[Ends]:
 
 def is_waiting(worker: Transmitter) -> bool:
     """Return whether a worker waits for its tap, and not for ever."""
-    assert worker.busy == (worker.deadline_s is not None)
+    assert worker.busy == (worker.timeout_ms is not None)
     return worker.busy
 
 

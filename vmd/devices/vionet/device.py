@@ -1,4 +1,4 @@
-"""A virtio network device (virtio 1.2, 5.1; *cat. 6.5*): configuration, features, and the life of its queues."""
+"""A virtio network device (virtio 1.2, 5.1; *cat. 6.5*): configuration, features, and the life of its two threads."""
 
 from struct import Struct
 
@@ -7,7 +7,6 @@ from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
-from vmd.devices.vionet.worker import Worker
 from vmd.errors import HostError
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
@@ -62,7 +61,7 @@ class Vionet:
     def __init__(
         self, interface: "Interface", tap: taps.Tap, kicks: "list[int]", services: "Services"
     ) -> None:
-        """Take the tap, whose owner we are from here on, and start the thread."""
+        """Take the tap, whose owner we are from here on, and start the threads."""
         self.interface = interface
         self.tap = tap
         self.services = services
@@ -72,8 +71,7 @@ class Vionet:
         self.tap_up = tap.is_up()
         self.receiver = Receiver(services, kicks[0], tap, self._on_tap_failed)
         self.transmitter = Transmitter(services, kicks[1], tap, self._on_tap_failed)
-        self.servers = (self.receiver, self.transmitter)
-        self.worker = Worker(services, self.servers)
+        self.workers = (self.receiver, self.transmitter)
         if interface.locked:
             self.receiver.accepted = self.transmitter.allowed = interface.lladdr
         self.local: LocalNetwork | None = None
@@ -83,7 +81,8 @@ class Vionet:
         self._set_links()
         if not self.tap_up:
             self._watch_tap()
-        self.worker.start()
+        for worker in self.workers:
+            worker.start()
 
     # --- what a driver sees --------------------------------------------------------------------------------------
 
@@ -132,24 +131,26 @@ class Vionet:
         self.receiver.configure(header, mergeable=mergeable, sums=bool(offloads))
         self.receiver.forget()
         self.transmitter.header = header
-        for server, queue in zip(self.servers, [*queues, None, None], strict=False):
-            server.queue = queue
+        for worker, queue in zip(self.workers, [*queues, None, None], strict=False):
+            worker.queue = queue
         if self.local is not None:
             self.local.begin()
 
     def quiesce(self, *, forget: bool) -> None:
-        """Have the thread stand; a frame that is on its way gets there first.  Raises HostError."""
-        self.worker.stop()
+        """Have both threads stand; a frame that is on its way gets there first.  Raises HostError."""
+        for worker in self.workers:
+            worker.stop()
         if forget:
             if self.local is not None:
                 self.local.end()
-            for server in self.servers:
-                server.queue = None
+            for worker in self.workers:
+                worker.queue = None
             self.receiver.forget()
 
     def resume(self) -> None:
-        """Have the thread go on."""
-        self.worker.go()
+        """Have both threads go on."""
+        for worker in self.workers:
+            worker.go()
 
     def close(self) -> None:
         """There is nothing that could be lost."""
@@ -169,7 +170,7 @@ class Vionet:
             self._change_links()
 
     def _on_tap_failed(self, error: OSError) -> None:
-        """Take an error that both queues may find; on their thread."""
+        """Take an error that both threads may find; on one of theirs."""
         self.services.post(lambda: self._tap_failed(error))
 
     def _tap_failed(self, error: OSError) -> None:
@@ -206,14 +207,14 @@ class Vionet:
             self._change_links()
 
     def _change_links(self) -> None:
-        """Tell the thread and the guest."""
+        """Tell the threads and the guest."""
         self._set_links()
-        self.worker.look()
+        self.receiver.look()
         self.services.tell(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, self.features, len(self.config)) + self.config)
 
     def _set_links(self) -> None:
-        for server in self.servers:
-            server.link_up = self.link_up
+        for worker in self.workers:
+            worker.link_up = self.link_up
 
     # --- figures -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 Runs as  _vmd, in its VM's cell, with two requests on its tap and no other use of networks
 Peers    its VM process
 Holds    guest memory, two queues' eventfds, and the tap
-Threads  main (the channels), one for both queues
+Threads  main (the channels), one for each queue
 """
 
 from vmd.devices import process

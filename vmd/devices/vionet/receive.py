@@ -1,4 +1,4 @@
-"""From the tap, and from our own answers, to the guest: the receive queue (virtio 1.2, 5.1.6.3-4).
+"""From the tap, and from our own answers, to the guest: the thread of the receive queue (virtio 1.2, 5.1.6.3-4).
 
 Chains are looked at some time before they are used (`Receiver.chains`); as long as none of their bytes is a frame's,
 they still count as available, so that to stop is to forget them.
@@ -14,7 +14,7 @@ from _queue import Empty, SimpleQueue
 
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Server, drain
+from vmd.devices.vionet.worker import POLLIN, Worker, drain
 from vmd.errors import GuestError
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
@@ -48,11 +48,11 @@ NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VI
 NUM_BUFFERS = 10  # offset in the header
 
 
-class Receiver(Server):
-    """The receive queue."""
+class Receiver(Worker):
+    """The receive queue's thread."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
-        """`failed` is called on the worker's thread when the tap is gone or down."""
+        """`failed` is called on this thread when the tap is gone or down."""
         super().__init__(services, NUMBER, kick)
         self.tap = tap
         self.failed = failed
@@ -64,6 +64,7 @@ class Receiver(Server):
         self.at = 0  # of those in front of it, all bytes are used
         self.large = 0
         self.held = bytearray()  # a frame, with its header, that waits for buffers
+        self.held_until_s = 0.0
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
@@ -81,7 +82,7 @@ class Receiver(Server):
     def forget(self) -> None:
         """Throw away what waits for the guest."""
         self.held = bytearray()
-        self.deadline_s = None
+        self.timeout_ms = None
         self.large = 0
         try:
             while True:
@@ -108,10 +109,13 @@ class Receiver(Server):
 
     def _listen(self, listen: bool) -> None:
         """Wait for frames, or not: without buffers they stay in the tap, whose queue drops what is too much."""
-        events = POLLIN if listen and self.link_up else 0
-        self.want(self.tap.fd, events)
-        self.want(self.injection, events)
-        self.listening = bool(events)
+        if listen and self.link_up:
+            self.poll.register(self.tap.fd, POLLIN)
+            self.poll.register(self.injection, POLLIN)
+        elif self.listening:
+            self.poll.unregister(self.tap.fd)
+            self.poll.unregister(self.injection)
+        self.listening = listen and self.link_up
 
     def serve(self, queue: "Queue") -> bool:
         """Give frames to the guest as long as there are some, and buffers for them."""
@@ -134,10 +138,10 @@ class Receiver(Server):
         """Move frames, up to a budget; False if it took more buffers than there are."""
         drain(self.injection)
         if self.held:
-            if self.deadline_s is not None and time.monotonic() >= self.deadline_s:
+            if time.monotonic() >= self.held_until_s:
                 self.no_room += 1
                 self.held = bytearray()
-                self.deadline_s = None
+                self.timeout_ms = None
             elif not self._place(queue, self.held):
                 return False
         while not self.injected.empty():
@@ -240,7 +244,8 @@ class Receiver(Server):
         """Keep a frame until there are more buffers, but not for ever: a driver may have no more.  Returns False."""
         if data is not self.held:
             self.held = data
-            self.deadline_s = time.monotonic() + HOLD_S
+            self.held_until_s = time.monotonic() + HOLD_S
+        self.timeout_ms = int(HOLD_S * 1000) + 1
         return False
 
     def _place(self, queue: "Queue", data: bytearray) -> bool:
@@ -248,7 +253,7 @@ class Receiver(Server):
         if not self._fits(queue, data):
             return self._hold(data)
         self.held = bytearray()
-        self.deadline_s = None
+        self.timeout_ms = None
         return True
 
     def _fits(self, queue: "Queue", data: bytearray) -> bool:

@@ -1,4 +1,4 @@
-"""From the guest to the tap: the transmit queue (virtio 1.2, 5.1.6.1-2).
+"""From the guest to the tap: the thread of the transmit queue (virtio 1.2, 5.1.6.1-2).
 
 A frame goes from the guest's memory straight into the kernel, with the guest's own virtio header before it: the
 kernel reads that once, checks it, and refuses what does not fit the frame.  Only an interface that is `locked` or
@@ -6,11 +6,11 @@ kernel reads that once, checks it, and refuses what does not fit the frame.  Onl
 """
 
 import os
-import time
+import select
 
 from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, POLLOUT, Server
+from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
 from vmd.log import RateLimit
 from vmd.virtio import spec
@@ -45,16 +45,16 @@ IOV_MAX = 1024
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
 GSO_TYPE = 1  # offset in the header
-BUSY_TIMEOUT_S = 1.0  # a tap that takes nothing for so long loses the frame
+BUSY_TIMEOUT_MS = 1000  # a tap that takes nothing for so long loses the frame
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 
 
-class Transmitter(Server):
-    """The transmit queue."""
+class Transmitter(Worker):
+    """The transmit queue's thread."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
-        """`failed` is called on the worker's thread when the tap is gone or down."""
+        """`failed` is called on this thread when the tap is gone or down."""
         super().__init__(services, NUMBER, kick)
         self.tap = tap
         self.failed = failed
@@ -74,9 +74,13 @@ class Transmitter(Server):
         """Wait for the tap instead of the guest, or the other way round."""
         if busy != self.busy:
             self.busy = busy
-            self.want(self.kick, 0 if busy else POLLIN)
-            self.want(self.tap.fd, POLLOUT if busy else 0)
-            self.deadline_s = time.monotonic() + BUSY_TIMEOUT_S if busy else None
+            if busy:
+                self.poll.unregister(self.kick)
+                self.poll.register(self.tap.fd, select.POLLOUT)
+            else:
+                self.poll.unregister(self.tap.fd)
+                self.poll.register(self.kick, POLLIN)
+            self.timeout_ms = BUSY_TIMEOUT_MS if busy else None
 
     def serve(self, queue: "Queue") -> bool:
         """Send what waits, up to a budget."""
