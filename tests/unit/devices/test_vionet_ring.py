@@ -28,7 +28,7 @@ from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
-from vmd.devices.vionet.receive import STOCK, Receiver
+from vmd.devices.vionet.receive import RUN, STOCK, Receiver
 from vmd.devices.vionet.tap import Tap
 from vmd.devices.vionet.transmit import FRAME_MAX, GSO_FRAME_MAX, Transmitter
 from vmd.errors import GuestError
@@ -42,6 +42,7 @@ Chains = list[tuple[Parts, bool]]
 SIZE = 16
 FEATURES = INDIRECT_DESC | EVENT_IDX
 TABLES = DATA - 0x4000
+GAPS = (0, 0, 64)  # behind descriptors of some lengths: others are adjacent to the next
 LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
 PLACES = 1 << 20  # bytes from DATA on that chains lie in
 
@@ -162,7 +163,7 @@ def build(memory: GuestMemory, rings: Chains) -> Ring:
         rows = b""
         for position, (gpa, length, flags, following) in enumerate(parts):
             where = place if gpa is None else gpa
-            place += min(length, 70_000)
+            place += min(length, 70_000) + GAPS[length % len(GAPS)]
             rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
         if indirect:
             memory.load(TABLES + 256 * number, rows)
@@ -422,6 +423,7 @@ def test_receive_loop_does_what_the_walk_does(
             # Of a broken ring, how far it was read does not matter: only a reset follows.
             outcomes.append((error, error or used, content, error or no_room))
             assert len(worker.chains) <= STOCK
+            assert len(worker.run.ends) <= RUN
             worker.begin()
             close(worker)
             release(queue)

@@ -1,7 +1,9 @@
 """From the tap, and from our own answers, to the guest: the thread of the receive queue (virtio 1.2, 5.1.6.3-4).
 
-Chains are looked at some time before they are used (`Receiver.chains`); as long as none of their bytes is a frame's,
-they still count as available, so that to stop is to forget them.
+Chains are looked at some time before they are used; as long as none of their bytes is a frame's, they still count as
+available, so that to stop, or to look at them in the other of two ways, is to forget them.  What drivers offer whose
+buffers can be merged, chains of one buffer each, often side by side in memory, is a `Run`; everything else is a list
+of chains (`Receiver.chains`).
 
 Frames go from the kernel straight into the guest's buffers.  Behind these stands one buffer of ours, `spill`: what
 arrives there is a frame larger than the buffers; it is either taken on to further ones (mergeable buffers) or dropped
@@ -10,11 +12,13 @@ whole.  No guest ever sees half a frame.
 
 import os
 import time
+from _bisect import bisect_left
 from _queue import Empty, SimpleQueue
+from array import array
 
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Worker, drain
+from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
@@ -34,18 +38,96 @@ NUMBER = 0  # of the queue
 BUDGET = 64  # frames of one wake-up
 BUDGET_BYTES = 256 << 10  # large frames may take all buffers that there are: the guest makes new ones meanwhile
 STOCK = 64  # chains looked at ahead of their use
+RUN = 256  # ... where that is cheap
 IOV_MAX = 1024
 FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
 INJECTED_MAX = 16  # answers of ours that wait; each answers a packet of the guest, which may send another
 
-# With mergeable buffers a read is given one chain while frames are small, and so many that any frame fits for the next
-# LARGE_READS after one that was not: descriptors of buffers cost more than a small frame.
+# A read is given what lies side by side, and so many such pieces that any frame fits for the next LARGE_READS after one
+# that did not: windows on many pieces cost more than a small frame.
 LARGE_READS = 32
 
 HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+LENGTH_AND_FLAGS = 0xFFFF_FFFF_FFFF  # in a descriptor's second half
 NUM_BUFFERS = 10  # offset in the header
+
+
+class Run:
+    """Chains of one buffer each that were looked at: what they hold together is a stream of bytes, cut into buffers."""
+
+    def __init__(self) -> None:
+        self.base = 0  # where in the stream the first buffer begins
+        self.ends: list[int] = []  # ... and each ends
+        self.elements: list[int] = []  # of the used ring, for a buffer that is full
+        self.pieces: list[tuple[int, int]] = []  # places in memory, from and to, that the stream goes through
+
+    def forget(self) -> None:
+        """Know of no chains."""
+        self.ends.clear()
+        self.elements.clear()
+        self.pieces.clear()
+
+    def use(self, queue: "Queue", count: int, piece: int, place: int) -> None:
+        """Take the first chains; the stream goes on at a place in a piece."""
+        if not count:
+            return
+        queue.next_avail = queue.next_avail + count & 0xFFFF
+        self.base = self.ends[count - 1]
+        if count == len(self.ends):
+            self.forget()
+        else:
+            del self.ends[:count], self.elements[:count], self.pieces[:piece]
+            self.pieces[0] = place, self.pieces[0][1]
+
+    def stock(self, queue: "Queue", least: int) -> bool:
+        """Look at waiting chains ahead; False if not all of them are such, of so many bytes at least.
+
+        The hot loop's half that knows descriptors.
+        """
+        ends, elements = self.ends, self.elements
+        known = len(ends)
+        waiting = min(queue.available(), RUN) - known
+        if waiting <= 0:
+            return True
+        raw, ranges = queue.memory.memory, queue.memory.ranges
+        table = raw[queue.desc : queue.desc + 16 * queue.size].cast("Q")
+        ring = raw[queue.avail + 4 : queue.avail + 4 + 2 * queue.size].cast("H")
+        first = queue.next_avail + known & queue.mask
+        heads = ring[first : first + waiting].tolist()
+        heads += ring[: waiting - len(heads)].tolist()
+        add_end, add_element = ends.append, elements.append
+        total = ends[-1] if ends else self.base
+        begin = end = length = form = full = 0
+        found: list[tuple[int, int]] = []  # what is adjacent, from and to
+        try:
+            for head in heads:
+                gpa, rest = table[head + head], table[head + head + 1] & LENGTH_AND_FLAGS
+                if rest != form:
+                    length, flags, form = rest & 0xFFFF_FFFF, rest >> 32, rest
+                    if flags != WRITE or length < least:
+                        return False
+                    full = length << 32
+                if gpa != end:
+                    if end:
+                        found.append((begin, end))
+                    begin = end = gpa
+                end += length
+                total += length
+                add_end(total)
+                add_element(head | full)
+        except IndexError:  # of a head outside the table
+            return False
+        found.append((begin, end))
+        for begin, end in found:
+            for start, stop, offset, writable in ranges:
+                if start <= begin and end <= stop and writable:
+                    self.pieces.append((begin + offset - start, end + offset - start))
+                    break
+            else:
+                return False
+        return True
 
 
 class Receiver(Worker):
@@ -60,13 +142,15 @@ class Receiver(Worker):
         self.configure(spec.NET_HDR_BYTES_LEGACY, mergeable=False, sums=False)
         self.accepted = b""  # of a locked interface: the one address whose frames it gets; empty: all
         self.spill = memoryview(bytearray(FRAME_MAX))
-        self.chains: list[Buffers] = []
+        self.run = Run()
+        self.chains: list[Buffers] = []  # empty as long as `run` is not
         self.at = 0  # of those in front of it, all bytes are used
         self.large = 0
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bells.add(self.injection)
         self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
 
     # --- the main thread's ---------------------------------------------------------------------------------------
@@ -105,6 +189,7 @@ class Receiver(Worker):
     def begin(self) -> None:
         """Forget the chains that were looked at: they are in the ring."""
         self._listen(False)
+        self.run.forget()
         self.chains, self.at = [], 0
 
     def _listen(self, listen: bool) -> None:
@@ -136,7 +221,6 @@ class Receiver(Worker):
 
     def _fill(self, queue: "Queue") -> bool:
         """Move frames, up to a budget; False if it took more buffers than there are."""
-        drain(self.injection)
         if self.held:
             if time.monotonic() >= self.held_until_s:
                 self.no_room += 1
@@ -160,9 +244,9 @@ class Receiver(Worker):
     def _stock(self, queue: "Queue", most: int) -> bool:
         """Look at waiting chains, up to `most` ahead; return whether there are any.  Raises GuestError.
 
-        The hot loop's half that knows descriptors.  It takes buffers as drivers lay them out, each in one region of
-        memory; anything else is left to `Queue.walk`.
+        It takes buffers as drivers lay them out, each in one region of memory; anything else is left to `Queue.walk`.
         """
+        self.run.forget()
         del self.chains[: self.at]
         self.at = 0
         chains = self.chains
@@ -175,17 +259,10 @@ class Receiver(Worker):
         indirect, spill = queue.indirect, self.spill
         least = self.header if self.mergeable else self.header + HEADER_BYTES
         descriptor, word = DESC.unpack_from, U16.unpack_from
-        low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
         position = queue.next_avail + len(chains)
         for _ in range(waiting):
             head = word(raw, ring + 2 * (position & mask))[0]
             position += 1
-            if head < table_size:
-                gpa, length, flags, following = descriptor(raw, table + 16 * head)
-                if flags == WRITE and length >= least and low <= gpa and gpa + length <= high:
-                    gpa += delta
-                    chains.append((head, [raw[gpa : gpa + length], spill], length))
-                    continue
             base, size, following = table, table_size, head
             views: list[memoryview] = []
             room = 0
@@ -209,8 +286,7 @@ class Receiver(Worker):
                     break
                 for start, end, offset, writable in ranges:
                     if start <= gpa and gpa + length <= end and writable:
-                        low, high, delta = start, end, offset - start
-                        gpa += delta
+                        gpa += offset - start
                         views.append(raw[gpa : gpa + length])
                         break
                 else:
@@ -331,110 +407,144 @@ class Receiver(Worker):
         return True
 
     def _receive(self, queue: "Queue") -> bool:
-        """Read frames: while they are small each into one chain, else, if buffers can be merged, into many at once."""
-        before = self.bytes
+        """Read frames into what was offered, whatever its form."""
         for _ in range(BUDGET):
-            fed = self._read_large(queue) if self.large else self._read_small(queue)
+            fed = self._read_chains(queue) if self.at < len(self.chains) else self._read_run(queue)
             if fed is not None:
                 return fed
-            if self.bytes - before >= BUDGET_BYTES:
-                return True
         return True
 
-    def _read_small(self, queue: "Queue") -> bool | None:
-        """Read frames, each into one chain; None if one came that was larger, False if there is no chain left.
+    def _read_run(self, queue: "Queue") -> bool | None:
+        """Read frames into chains of one buffer each: as many as it takes, or one if buffers cannot be merged.
 
-        The hot loop's other half.
+        The hot loop's other half.  Returns True if there is no frame, or the budget is spent; False if it takes more
+        chains than there are; None if it goes on with a chain that is none of these.
         """
-        tap, header, patch, sums = self.tap.fd, self.header, self.patch, self.sums
-        least = header + HEADER_BYTES
-        counted = header == spec.NET_HDR_BYTES
-        readv = os.readv
-        used_ring, mask, next_avail, next_used = queue.used_ring, queue.mask, queue.next_avail, queue.next_used
+        tap, header, sums, mergeable, spill = self.tap.fd, self.header, self.sums, self.mergeable, self.spill
+        least, counted = header + HEADER_BYTES, header == spec.NET_HDR_BYTES
+        readv, raw, run = os.readv, queue.memory.memory, self.run
+        used_ring, mask, next_used = queue.used_ring, queue.mask, queue.next_used
+        ends, elements, pieces = run.ends, run.elements, run.pieces
+        large, base, at, piece = self.large, run.base, 0, 0
+        place, stop = pieces[0] if pieces else (0, 0)
         packets = total = 0
-        at, chains = self.at, self.chains
         try:
             for _ in range(BUDGET):
-                if at == len(chains):
-                    self.at, queue.next_avail = at, next_avail & 0xFFFF
-                    at = 0  # that is where they are cut off
-                    if not self._stock(queue, STOCK):
+                if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
+                    run.use(queue, at, piece, place)
+                    at = piece = 0
+                    if not run.stock(queue, header if mergeable else least):
+                        return None if self._stock(queue, STOCK) else False
+                    if not ends:
                         return False
-                head, views, room = chains[at]
+                    place, stop = pieces[0]
+                end = ends[at]
+                room = stop - place
+                if not mergeable:
+                    room = end - base
+                    views = [raw[place : place + room], spill]
+                elif not large or room >= FRAME_MAX:
+                    views = [raw[place:stop], spill]
+                else:
+                    views = [raw[place:stop]]
+                    for begin, behind in pieces[piece + 1 :]:
+                        views.append(raw[begin:behind])
+                        room += behind - begin
+                        if room >= FRAME_MAX:
+                            break
+                    views.append(spill)
                 try:
                     length = readv(tap, views)
                 except OSError as error:
                     if self._failed(error):
                         continue
                     return True
-                if least <= length <= room:
-                    if patch:
-                        first = views[0]
-                        if counted and len(first) >= spec.NET_HDR_BYTES:
-                            first[NUM_BUFFERS] = 1
-                            first[NUM_BUFFERS + 1] = 0
-                            if not sums:
-                                first[0] = 0
-                        else:
-                            self._patch_header(views, 1)
-                    used_ring[next_used & mask] = head | length << 32
-                    next_used += 1
-                    next_avail += 1
-                    at += 1
-                    packets += 1
-                    total += length
-                    if total >= BUDGET_BYTES:
+                if not least <= length <= room:
+                    if length > room and mergeable:
+                        break
+                    if not length:
+                        self._ended()
                         return True
-                elif length > room and self.mergeable:
-                    break
-                elif length:
                     self._drop(length, least)
+                    continue
+                if large:
+                    large = LARGE_READS if length > stop - place else large - 1
+                if base + length <= end:
+                    count = 1
+                    used_ring[next_used & mask] = elements[at] & 0xFFFF | length << 32
                 else:
-                    self._ended()
+                    last = bisect_left(ends, base + length, at)
+                    end = ends[last]
+                    count = last + 1 - at
+                    filled = array("Q", elements[at : last + 1])
+                    filled[-1] -= end - base - length << 32
+                    slot = next_used & mask
+                    fitting = mask + 1 - slot
+                    used_ring[slot : slot + count] = filled[:fitting]
+                    if count > fitting:
+                        used_ring[: count - fitting] = filled[fitting:]
+                if counted:
+                    raw[place + NUM_BUFFERS] = count & 0xFF
+                    raw[place + NUM_BUFFERS + 1] = count >> 8
+                if not sums:
+                    raw[place] = 0
+                next_used += count
+                at += count
+                place += end - base
+                base = end
+                while place >= stop and at < len(ends):
+                    over = place - stop
+                    piece += 1
+                    place, stop = pieces[piece]
+                    place += over
+                packets += 1
+                total += length
+                if total >= BUDGET_BYTES:
                     return True
             else:
                 return True
         finally:
-            self.at = at
-            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+            run.use(queue, at, piece, place)
+            queue.next_used = next_used & 0xFFFF
+            self.large = large
             self.packets += packets
             self.bytes += total - packets * header
         self.large = LARGE_READS
-        return None if self._go_on(queue, 1, length) else False
+        return None if self._go_on(queue, views, room, length) else False
 
-    def _read_large(self, queue: "Queue") -> bool | None:
-        """Read a frame into many chains at once; True if there is none, False if it takes more chains than there are."""
-        if self.at == len(self.chains) and not self._stock(queue, STOCK):
-            return False
-        self.large -= 1
-        views, room, count = self._window(queue)
+    def _read_chains(self, queue: "Queue") -> bool | None:
+        """Read a frame into chains of any form.
+
+        Returns True if there is none, False if it takes more chains than there are.
+        """
+        if self.mergeable:
+            views, room, count = self._window(queue)
+        else:
+            _, views, room = self.chains[self.at]
+            count = 1
         least = self.header + HEADER_BYTES
         try:
             length = os.readv(self.tap.fd, views)
         except OSError as error:
             return None if self._failed(error) else True
-        if length > room:
-            self.large = LARGE_READS
-            return None if self._go_on(queue, count, length) else False
-        if length < least:
+        if length > room and self.mergeable:
+            return None if self._go_on(queue, views, room, length) else False
+        if not least <= length <= room:
             if not length:
                 self._ended()
                 return True
             self._drop(length, least)
             return None
-        used_ring, mask, next_used = queue.used_ring, queue.mask, queue.next_used
         at, left, used = self.at, length, 0
         for head, _, capacity in self.chains[at : at + count]:
-            used_ring[next_used + used & mask] = head | (left if left < capacity else capacity) << 32
+            queue.put(head, min(left, capacity))
             used += 1
             left -= capacity
             if left <= 0:
                 break
-        self._patch_header(self.chains[at][1], used)
-        if used > 1:
-            self.large = LARGE_READS
+        if self.patch:
+            self._patch_header(self.chains[at][1], used)
         queue.next_avail = queue.next_avail + used & 0xFFFF
-        queue.next_used = next_used + used & 0xFFFF
         self.at = at + used
         self.packets += 1
         self.bytes += length - self.header
@@ -447,12 +557,9 @@ class Receiver(Worker):
         views: list[memoryview] = []
         room = count = 0
         for _, buffers, capacity in self.chains[self.at :]:
-            if len(buffers) == 2:  # one, and `spill`
-                views.append(buffers[0])
-            elif len(views) + len(buffers) > IOV_MAX:
+            if len(views) + len(buffers) > IOV_MAX:
                 break
-            else:
-                views += buffers[:-1]
+            views += buffers[:-1]
             room += capacity
             count += 1
             if room >= FRAME_MAX:
@@ -460,15 +567,12 @@ class Receiver(Worker):
         views.append(self.spill)
         return views, room, count
 
-    def _go_on(self, queue: "Queue", count: int, length: int) -> bool:
+    def _go_on(self, queue: "Queue", views: list[memoryview], room: int, length: int) -> bool:
         """Place a frame of which a part is in `spill`; False if it takes more buffers than there are."""
-        at = self.at
-        filled = self.chains[at : at + count]
-        room = sum(capacity for _, _, capacity in filled)
         if length - room >= len(self.spill):
             self.no_room += 1  # it may even have been longer
             return True
-        data = bytearray().join([view for _, views, _ in filled for view in views[:-1]])
+        data = bytearray().join(views[:-1])
         data += self.spill[: length - room]
         return self._place(queue, data)
 

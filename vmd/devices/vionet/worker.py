@@ -57,6 +57,7 @@ class Worker:
         self.poll = select.poll()
         self.poll.register(self.control, POLLIN)
         self.poll.register(kick, POLLIN)
+        self.bells = {kick, self.control}  # of what is polled, the eventfds
 
     def start(self) -> None:
         """Start the thread, standing."""
@@ -109,12 +110,12 @@ class Worker:
 
     def _work(self) -> None:
         """Serve until told to stand, or the ring is broken."""
-        control, kick, serving = self.control, self.kick, self.serving
+        bells, serving = self.bells, self.serving
         while self.wanted:
             ready = self.poll.poll(0 if self.more else self.timeout_ms)
             self.timed_out = not ready and not self.more
             for fd, _ in ready:
-                if fd in (kick, control):
+                if fd in bells:
                     drain(fd)  # before the ring is looked at: what comes later is news
             with serving:
                 self._turn()
