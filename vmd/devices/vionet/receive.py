@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NUMBER = 0  # of the queue
 BUDGET = 64  # frames of one wake-up
-BUDGET_BYTES = 256 << 10  # large frames may take all buffers that there are: the guest makes new ones meanwhile
+GIVE_BYTES = 64 << 10  # so much is given at a time: the guest looks at it, and offers new buffers, meanwhile
 STOCK = 64  # chains looked at ahead of their use
 RUN = 256  # ... where that is cheap
 IOV_MAX = 1024
@@ -69,11 +69,10 @@ class Run:
         self.elements.clear()
         self.pieces.clear()
 
-    def use(self, queue: "Queue", count: int, piece: int, place: int) -> None:
-        """Take the first chains; the stream goes on at a place in a piece."""
+    def use(self, count: int, piece: int, place: int) -> None:
+        """Drop the first chains; the stream goes on at a place in a piece."""
         if not count:
             return
-        queue.next_avail = queue.next_avail + count & 0xFFFF
         self.base = self.ends[count - 1]
         if count == len(self.ends):
             self.forget()
@@ -207,9 +206,7 @@ class Receiver(Worker):
         try:
             fed = self._fill(queue)
         finally:  # of a ring that breaks half-way, too
-            queue.publish()
-            if queue.wants_interrupt():
-                self.services.interrupt(NUMBER)
+            self.give(queue)
         if fed:
             queue.suppress()
             if self.listening != self.link_up:
@@ -423,15 +420,17 @@ class Receiver(Worker):
         tap, header, sums, mergeable, spill = self.tap.fd, self.header, self.sums, self.mergeable, self.spill
         least, counted = header + HEADER_BYTES, header == spec.NET_HDR_BYTES
         readv, raw, run = os.readv, queue.memory.memory, self.run
-        used_ring, mask, next_used = queue.used_ring, queue.mask, queue.next_used
+        used_ring, mask, next_avail, next_used = queue.used_ring, queue.mask, queue.next_avail, queue.next_used
         ends, elements, pieces = run.ends, run.elements, run.pieces
         large, base, at, piece = self.large, run.base, 0, 0
         place, stop = pieces[0] if pieces else (0, 0)
         packets = total = 0
+        limit = GIVE_BYTES
         try:
             for _ in range(BUDGET):
                 if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
-                    run.use(queue, at, piece, place)
+                    run.use(at, piece, place)
+                    queue.next_avail = next_avail & 0xFFFF
                     at = piece = 0
                     if not run.stock(queue, header if mergeable else least):
                         return None if self._stock(queue, STOCK) else False
@@ -488,6 +487,7 @@ class Receiver(Worker):
                     raw[place + NUM_BUFFERS + 1] = count >> 8
                 if not sums:
                     raw[place] = 0
+                next_avail += count
                 next_used += count
                 at += count
                 place += end - base
@@ -499,13 +499,15 @@ class Receiver(Worker):
                     place += over
                 packets += 1
                 total += length
-                if total >= BUDGET_BYTES:
-                    return True
+                if total >= limit:
+                    limit = total + GIVE_BYTES
+                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    self.give(queue)
             else:
                 return True
         finally:
-            run.use(queue, at, piece, place)
-            queue.next_used = next_used & 0xFFFF
+            run.use(at, piece, place)
+            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
             self.large = large
             self.packets += packets
             self.bytes += total - packets * header

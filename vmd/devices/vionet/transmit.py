@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 NUMBER = 1  # of the queue
 BUDGET = 64  # frames of one wake-up
-BUDGET_BYTES = 512 << 10  # large frames may be all that the guest has: it makes new ones while others are sent
+GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
@@ -89,9 +89,7 @@ class Transmitter(Worker):
         try:
             more = self._drain(queue)
         finally:  # of a ring that breaks half-way, too
-            queue.publish()
-            if queue.wants_interrupt():
-                self.services.interrupt(NUMBER)
+            self.give(queue)
         if self.busy:
             return False
         return more or queue.rearm()
@@ -116,6 +114,7 @@ class Transmitter(Worker):
         left = min(waiting, BUDGET)
         more = waiting > left
         packets = total = 0
+        limit = GIVE_BYTES
         try:
             while left:
                 left -= 1
@@ -197,8 +196,10 @@ class Transmitter(Worker):
                 used_ring[next_used & mask] = head
                 next_used += 1
                 next_avail += 1
-                if total > BUDGET_BYTES:
-                    return True
+                if total >= limit:
+                    limit = total + GIVE_BYTES
+                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    self.give(queue)
             return more
         finally:
             queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF

@@ -37,7 +37,7 @@ POLLIN = select.POLLIN
 
 
 class Worker:
-    """One queue's thread.  `serve` and what it calls run on it; everything else is the main thread's."""
+    """One queue's thread.  `serve`, `begin`, `give` and what they call run on it; all else is the main thread's."""
 
     def __init__(self, services: "Services", number: int, kick: int) -> None:
         self.services = services
@@ -89,6 +89,12 @@ class Worker:
 
     def begin(self) -> None:
         """Be as after a start: called before the first `serve` after a `go`."""
+
+    def give(self, queue: "Queue") -> None:
+        """Let the guest have what was put."""
+        queue.publish()
+        if queue.wants_interrupt():
+            self.services.interrupt(self.number)
 
     def _run(self) -> None:
         try:
