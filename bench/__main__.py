@@ -12,7 +12,9 @@ from bench import devices, disk, net, network, serial, start, transfer
 from bench.table import Row, show
 from tests.support.guests import guest
 
-MEASUREMENTS = (start.measure, serial.measure, devices.measure, network.measure, net.measure, disk.measure, transfer.measure)
+MEASUREMENTS = (
+    start.measure, serial.measure, devices.measure, network.measure, net.measure, disk.measure, transfer.measure,
+)  # fmt: skip
 
 
 def main() -> int:

@@ -61,11 +61,14 @@ class Load(NamedTuple):
         return " ".join(words + ["receive"] * self.receive)
 
 
-LOADS = tuple(
-    Load(f"{what}{way}", size, send, receive)
-    for what, size in (("64-byte frames", 64), ("1500-byte frames", 1500), ("TCP, 64 KiB segments", GSO_BYTES))
-    for way, send, receive in ((" out", True, False), (" in", False, True), ("", True, True))
-) + (Load("TCP, 64 KiB segments in pages out", GSO_BYTES, send=True, piece=PAGE),)
+LOADS = (
+    *(
+        Load(f"{what}{way}", size, send, receive)
+        for what, size in (("64-byte frames", 64), ("1500-byte frames", 1500), ("TCP, 64 KiB segments", GSO_BYTES))
+        for way, send, receive in ((" out", True, False), (" in", False, True), ("", True, True))
+    ),
+    Load("TCP, 64 KiB segments in pages out", GSO_BYTES, send=True, piece=PAGE),
+)
 PINGS = (
     ("64-byte frame there and back", "ping count=2000"),
     ("64-byte frame in, while others go out", "beat count=300 us=1000 send=1500"),
@@ -127,8 +130,8 @@ class NetSide(Side):
         """Run the peer on the tap."""
         with self.tap.network.inside():
             process = subprocess.Popen([self.peer, self.tap.name, *words], stdout=subprocess.PIPE)
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
             yield
         finally:

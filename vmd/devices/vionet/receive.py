@@ -14,7 +14,6 @@ import os
 import time
 from _bisect import bisect_left
 from _queue import Empty, SimpleQueue
-from array import array
 
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
@@ -55,18 +54,21 @@ NUM_BUFFERS = 10  # offset in the header
 
 
 class Run:
-    """Chains of one buffer each that were looked at: what they hold together is a stream of bytes, cut into buffers."""
+    """Chains of one buffer each that were looked at: what they hold together is a stream of bytes, cut into buffers.
+
+    Their elements are in the used ring already, as if they were full: nobody looks at them before the index says so.
+    """
 
     def __init__(self) -> None:
         self.base = 0  # where in the stream the first buffer begins
         self.ends: list[int] = []  # ... and each ends
-        self.elements: list[int] = []  # of the used ring, for a buffer that is full
+        self.heads: list[int] = []
         self.pieces: list[tuple[int, int]] = []  # places in memory, from and to, that the stream goes through
 
     def forget(self) -> None:
         """Know of no chains."""
         self.ends.clear()
-        self.elements.clear()
+        self.heads.clear()
         self.pieces.clear()
 
     def use(self, count: int, piece: int, place: int) -> None:
@@ -77,7 +79,7 @@ class Run:
         if count == len(self.ends):
             self.forget()
         else:
-            del self.ends[:count], self.elements[:count], self.pieces[:piece]
+            del self.ends[:count], self.heads[:count], self.pieces[:piece]
             self.pieces[0] = place, self.pieces[0][1]
 
     def stock(self, queue: "Queue", least: int) -> bool:
@@ -85,7 +87,7 @@ class Run:
 
         The hot loop's half that knows descriptors.
         """
-        ends, elements = self.ends, self.elements
+        ends = self.ends
         known = len(ends)
         waiting = min(queue.available(), RUN) - known
         if waiting <= 0:
@@ -96,7 +98,8 @@ class Run:
         first = queue.next_avail + known & queue.mask
         heads = ring[first : first + waiting].tolist()
         heads += ring[: waiting - len(heads)].tolist()
-        add_end, add_element = ends.append, elements.append
+        self.heads += heads
+        used_ring, mask, slot, add_end = queue.used_ring, queue.mask, queue.next_used + known, ends.append
         total = ends[-1] if ends else self.base
         begin = end = length = form = full = 0
         found: list[tuple[int, int]] = []  # what is adjacent, from and to
@@ -115,7 +118,8 @@ class Run:
                 end += length
                 total += length
                 add_end(total)
-                add_element(head | full)
+                used_ring[slot & mask] = head | full
+                slot += 1
         except IndexError:  # of a head outside the table
             return False
         found.append((begin, end))
@@ -421,7 +425,7 @@ class Receiver(Worker):
         least, counted = header + HEADER_BYTES, header == spec.NET_HDR_BYTES
         readv, raw, run = os.readv, queue.memory.memory, self.run
         used_ring, mask, next_avail, next_used = queue.used_ring, queue.mask, queue.next_avail, queue.next_used
-        ends, elements, pieces = run.ends, run.elements, run.pieces
+        ends, heads, pieces = run.ends, run.heads, run.pieces
         large, base, at, piece = self.large, run.base, 0, 0
         place, stop = pieces[0] if pieces else (0, 0)
         packets = total = 0
@@ -430,7 +434,7 @@ class Receiver(Worker):
             for _ in range(BUDGET):
                 if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
                     run.use(at, piece, place)
-                    queue.next_avail = next_avail & 0xFFFF
+                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
                     at = piece = 0
                     if not run.stock(queue, header if mergeable else least):
                         return None if self._stock(queue, STOCK) else False
@@ -470,18 +474,12 @@ class Receiver(Worker):
                     large = LARGE_READS if length > stop - place else large - 1
                 if base + length <= end:
                     count = 1
-                    used_ring[next_used & mask] = elements[at] & 0xFFFF | length << 32
+                    used_ring[next_used & mask] = heads[at] | length << 32
                 else:
                     last = bisect_left(ends, base + length, at)
-                    end = ends[last]
                     count = last + 1 - at
-                    filled = array("Q", elements[at : last + 1])
-                    filled[-1] -= end - base - length << 32
-                    slot = next_used & mask
-                    fitting = mask + 1 - slot
-                    used_ring[slot : slot + count] = filled[:fitting]
-                    if count > fitting:
-                        used_ring[: count - fitting] = filled[fitting:]
+                    end = ends[last]
+                    used_ring[next_used + last - at & mask] = heads[last] | base + length - ends[last - 1] << 32
                 if counted:
                     raw[place + NUM_BUFFERS] = count & 0xFF
                     raw[place + NUM_BUFFERS + 1] = count >> 8

@@ -14,7 +14,7 @@ from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
 from vmd.log import RateLimit
 from vmd.virtio import spec
-from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
+from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
