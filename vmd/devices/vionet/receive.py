@@ -43,7 +43,7 @@ FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
 INJECTED_MAX = 16  # answers of ours that wait; each answers a packet of the guest, which may send another
 
 # A read is given what lies side by side, and so many such pieces that any frame fits for the next LARGE_READS after one
-# that did not: windows on many pieces cost more than a small frame.
+# that took several buffers: windows on many pieces cost more than a small frame.
 LARGE_READS = 32
 
 HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
@@ -148,6 +148,7 @@ class Receiver(Worker):
         self.run = Run()
         self.chains: list[Buffers] = []  # empty as long as `run` is not
         self.at = 0  # of those in front of it, all bytes are used
+        self.placed = False  # chains were looked at for a frame that was in our own memory: they may make a run
         self.large = 0
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
@@ -331,6 +332,7 @@ class Receiver(Worker):
             return self._hold(data)
         self.held = bytearray()
         self.timeout_ms = None
+        self.placed = True
         return True
 
     def _fits(self, queue: "Queue", data: bytearray) -> bool:
@@ -410,6 +412,9 @@ class Receiver(Worker):
     def _receive(self, queue: "Queue") -> bool:
         """Read frames into what was offered, whatever its form."""
         for _ in range(BUDGET):
+            if self.placed:
+                self.placed = False
+                self.chains, self.at = [], 0
             fed = self._read_chains(queue) if self.at < len(self.chains) else self._read_run(queue)
             if fed is not None:
                 return fed
@@ -470,15 +475,16 @@ class Receiver(Worker):
                         return True
                     self._drop(length, least)
                     continue
-                if large:
-                    large = LARGE_READS if length > stop - place else large - 1
                 if base + length <= end:
                     count = 1
+                    if large:
+                        large -= 1
                     used_ring[next_used & mask] = heads[at] | length << 32
                 else:
                     last = bisect_left(ends, base + length, at)
                     count = last + 1 - at
                     end = ends[last]
+                    large = LARGE_READS
                     used_ring[next_used + last - at & mask] = heads[last] | base + length - ends[last - 1] << 32
                 if counted:
                     raw[place + NUM_BUFFERS] = count & 0xFF
