@@ -453,3 +453,60 @@ def placed(memory: GuestMemory, ring: Ring, head: int, length: int) -> bytes:
             found += memory.read(gpa, part)
     release(queue)
     return found
+
+
+# (bytes of each buffer, bytes between one and the next)
+BUFFERS = {
+    "side by side": ([4096] * SIZE, 0),
+    "apart": ([2048] * SIZE, 4096),
+    "of many sizes": ([1536, 1536, 1920, 1536, 9000, 2048, 1526, 4096] * (SIZE // 8), 0),
+    "as small as can be": ([12] * SIZE, 20),
+}
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_run_of_buffers_is_filled_round_after_round(ends: Ends, kind: str, shuffled: bool) -> None:
+    """Whatever lies beside what, wherever the ring's end is, and whatever was left from the round before."""
+    sizes, gap = BUFFERS[kind]
+    places = [DATA + sum(sizes[:head]) + head * gap for head in range(SIZE)]
+    lengths = [length for length in (14, 60, 60, 170, 1514, 4084, 4085, 9000, 20000) if 12 + length <= sum(sizes)]
+    rng = random.Random(kind)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        ring.avail_idx, ring.used_idx = 0xFFF0, 0xFFF5  # the indices of a VM that was received
+        queue = Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used, ring.avail_idx, ring.used_idx)
+        worker = ends.receiver(mergeable=True)
+        for head in range(SIZE):
+            ring.describe(head, [Desc(places[head], sizes[head], WRITE)])
+        free = list(range(SIZE))
+        arrived: list[bytes] = []
+        sent: list[bytes] = []
+        while len(arrived) < 500:
+            if shuffled:
+                rng.shuffle(free)
+            offered = max(0, len(free) - rng.choice([0, 0, 2, 5]))
+            for head in free[:offered]:
+                ring.offer(head)
+            del free[:offered]
+            small = len(sent) // 100 % 2  # for so long that it is not prepared for anything else
+            for _ in range(rng.randrange(20 if small else 4)):
+                sent.append(rng.randbytes(12 + rng.choice(lengths[: 3 if small else None])))
+                ends.host.send(sent[-1])
+            while worker.serve(queue):
+                pass
+            used = ring.reap()
+            while used:
+                first = memory.read(places[used[0][0]], 12)
+                count = int.from_bytes(first[10:], "little")
+                parts = [memory.read(places[head], length) for head, length in used[:count]]
+                assert all(length == sizes[head] for head, length in used[: count - 1])
+                arrived.append(b"".join(parts))
+                free += [head for head, _ in used[:count]]
+                del used[:count]
+            assert [frame[12:] for frame in sent[: len(arrived)]] == [frame[12:] for frame in arrived]
+        assert (worker.packets, worker.no_room) == (len(arrived), 0)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker

@@ -128,10 +128,14 @@ class Transmitter(Worker):
                 else:
                     base, size, following = table, table_size, head
                     if flags == INDIRECT and indirect and 0 < length < 16 * IOV_MAX and not length & 15:
-                        for start, stop, offset, _ in ranges:
-                            if start <= gpa and gpa + length <= stop:
-                                base, size, following = gpa + offset - start, length >> 4, 0
-                                break
+                        if low <= gpa and gpa + length <= high:
+                            base, size, following = gpa + delta, length >> 4, 0
+                        else:
+                            for start, stop, offset, _ in ranges:
+                                if start <= gpa and gpa + length <= stop:
+                                    low, high, delta = start, stop, offset - start
+                                    base, size, following = gpa + delta, length >> 4, 0
+                                    break
                     views = []
                     length = begin = end = 0  # the latter two: of what is adjacent
                     steps = IOV_MAX - 1  # one more piece may be put in front; below 0: is of no usual form
@@ -158,15 +162,17 @@ class Transmitter(Worker):
                                 break
                         if flags != NEXT:
                             break
-                    if begin != end:
+                    if begin < low or end > high:
                         for start, stop, offset, _ in ranges:
                             if start <= begin and end <= stop:
                                 low, high, delta = start, stop, offset - start
-                                views.append(raw[begin + delta : end + delta])
-                                length += end - begin
                                 break
                         else:
-                            steps = -1
+                            if begin != end:  # nothing may lie anywhere
+                                steps = -1
+                    if begin != end and steps >= 0:
+                        views.append(raw[begin + delta : end + delta])
+                        length += end - begin
                     if flags or steps < 0 or length > CHAIN_BYTES_MAX:
                         views, length = self._gather(queue, head)
                 if length < least:
