@@ -455,6 +455,22 @@ def placed(memory: GuestMemory, ring: Ring, head: int, length: int) -> bytes:
     return found
 
 
+@pytest.mark.parametrize("parts", [[Desc(DATA, 0, 0)], [Desc(DATA, 0, WRITE)], [Desc(DATA, 25, WRITE)]], ids=str)
+def test_first_buffer_that_takes_no_frame_breaks_the_ring(ends: Ends, parts: list[Desc]) -> None:
+    """Even if nothing about it is remarkable but that."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver()
+        ring.add(parts)
+        with pytest.raises(GuestError):
+            worker.serve(queue)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
 # (bytes of each buffer, bytes between one and the next)
 BUFFERS = {
     "side by side": ([4096] * SIZE, 0),

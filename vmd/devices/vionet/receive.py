@@ -101,7 +101,8 @@ class Run:
         self.heads += heads
         used_ring, mask, slot, add_end = queue.used_ring, queue.mask, queue.next_used + known, ends.append
         total = ends[-1] if ends else self.base
-        begin = end = length = form = full = 0
+        begin = end = length = full = 0
+        form = -1  # of the descriptor before: length and flags
         found: list[tuple[int, int]] = []  # what is adjacent, from and to
         try:
             for head in heads:
