@@ -130,14 +130,13 @@ class NetSide(Side):
         """Run the peer on the tap."""
         with self.tap.network.inside():
             process = subprocess.Popen([self.peer, self.tap.name, *words], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        try:
-            Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+        with process:
+            assert process.stdout is not None
+            try:
+                Console(process.stdout.fileno()).expect("ready", DEADLINE_S)
+                yield
+            finally:
+                process.kill()
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:

@@ -18,7 +18,7 @@ from tests.support.console import Console
 from tests.support.daemon import Attached
 from tests.support.guests import GuestBuildError, build, guest, guests
 
-PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick", "blk", "vmmci", "clocks", "fill")
+PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick", "blk", "vmmci", "clocks", "fill", "net")
 OPENBSD_KERNELS = ("openbsd-amd64", "openbsd-i386")
 # qboot starts a kernel a second earlier than SeaBIOS does; `pc` has the chips that guests of ours look for.
 QBOOT = "/usr/share/qemu/qboot.rom"

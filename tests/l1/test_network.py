@@ -222,7 +222,7 @@ def test_local_interfaces(lab: Lab) -> None:
 
 
 def test_a_lease_is_renewed(lab: Lab) -> None:
-    """A client that has its address asks the host itself, not everybody."""
+    """A client that has its address asks the host itself, not everybody; more than once if the answer is late."""
     guest = lab.new
     guest.run("ip link set eth0 up; udhcpc -i eth0 -f -p /tmp/udhcpc -s /bin/leased >/tmp/leases 2>&1 &")
     guest.wait_for("grep -q 'lease of' /tmp/leases")
@@ -230,11 +230,11 @@ def test_a_lease_is_renewed(lab: Lab) -> None:
 
     guest.run("kill -USR1 $(cat /tmp/udhcpc)")
 
-    guest.wait_for("[ $(grep -c 'lease of' /tmp/leases) = 2 ]")
+    guest.wait_for("[ $(grep -c 'lease of' /tmp/leases) -ge 2 ]")
     said = guest.run("kill $(cat /tmp/udhcpc); cat /tmp/leases")
     print(said)
-    assert said.count(f"lease of {guest.nic(0)['guest4']} obtained from {guest.nic(0)['host4']}") == 2
-    assert guest.counters(0)["dhcp_acks"] == before + 1
+    assert said.count(f"lease of {guest.nic(0)['guest4']} obtained from {guest.nic(0)['host4']}") >= 2
+    assert guest.counters(0)["dhcp_acks"] > before
 
 
 def test_ipv6_configures_itself(lab: Lab) -> None:
