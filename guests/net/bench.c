@@ -1,9 +1,9 @@
 /* Measuring:
  *
- *     pass [send=B] [receive] [piece=P] [depth=D] kcycles=K [asleep]
+ *     pass [send=B] [receive] [piece=P] [depth=D] [buffers=Q] kcycles=K [asleep]
  *         for K thousand cycles send frames of B bytes as fast as the device takes them (segments of 64 KiB, to be
- *         cut by whoever needs that, if B is larger than frames are), and take what comes.  The answer is
- *         "done S sent R received L lost W wrong in C cycles".
+ *         cut by whoever needs that, if B is larger than frames are; P bytes of these lie together), D at a time, and
+ *         take what comes into buffers of Q bytes.  The answer is "done S sent R received W wrong in C cycles".
  *     ping count=N [asleep]
  *         N frames of 64 bytes to the peer and back, one at a time.  "done N median M high H cycles", where nine
  *         of ten took at most H.
@@ -19,10 +19,11 @@
 #define SAMPLES_MAX 4096u
 #define FIRST_PINGS 500u
 #define PAGE 4096u
+#define TCP4_NUMBER 38 /* offset of the sequence number's high half */
 #define SEND_MAX (TCP4_HEAD + 64u * KIB - 100)
 
 struct load {
-    uint32_t send, piece, depth, count, interval_us;
+    uint32_t send, piece, depth, buffers, count, interval_us;
     uint64_t cycles;
     bool receive, asleep;
 };
@@ -30,13 +31,13 @@ struct load {
 static const uint8_t ours[2] = {TYPE_OURS >> 8, TYPE_OURS & 0xFF};
 static uint32_t samples[SAMPLES_MAX], number;
 
-static bool start(bool asleep)
+static bool start(bool asleep, unsigned merge_bytes)
 {
     bool legacy = !has_interface(false);
 
     return start_nic(&(struct way){
         .legacy = legacy, .separate = legacy, .mergeable = true, .offloads = true, .indirect = true,
-        .event_index = true, .interrupts = asleep ? MSIX : POLLED});
+        .event_index = true, .merge_bytes = merge_bytes, .interrupts = asleep ? MSIX : POLLED});
 }
 
 /* What a slot holds is made once: a driver adds no more than descriptors, and numbers. */
@@ -78,25 +79,21 @@ static bool rest(const struct load *load)
 }
 
 struct taken {
-    uint32_t frames, lost, wrong, next;
+    uint32_t frames, wrong;
 };
 
-/* Look at a frame of the peer's: its number, and its bytes; of large ones only those in its first buffer. */
+/* Look at a frame of the peer's: its bytes belong to its number; of large ones only those in its first buffer. */
 static void judge(const struct arrival *arrival, struct taken *taken)
 {
     const uint8_t *frame = arrival->piece[0].address;
-    const struct frame_head *head = (const struct frame_head *)frame;
-    uint32_t have = arrival->piece[0].length, found = head->number, first = FRAME_PATTERN;
+    uint32_t have = arrival->piece[0].length, found = ((const struct frame_head *)frame)->number, first = FRAME_PATTERN;
 
-    if (arrival->header.gso_type != GSO_NONE || arrival->length > FRAME_PLAIN) {
+    if (arrival->length > FRAME_PLAIN) {
         first = TCP4_HEAD;
-        found = (uint32_t)frame[38] << 8 | frame[39];
-        taken->next &= 0xFFFF;
+        found = (uint32_t)frame[TCP4_NUMBER] << 8 | frame[TCP4_NUMBER + 1];
     }
     taken->wrong += have < first || !same_bytes(frame + first, pattern(found, 0), have - first);
-    if (taken->frames++)
-        taken->lost += first == TCP4_HEAD ? (uint16_t)(found - taken->next) : found - taken->next;
-    taken->next = found + 1;
+    taken->frames++;
 }
 
 static bool take(struct taken *taken)
@@ -135,8 +132,8 @@ static void pass(const struct load *load)
     if (!flush())
         print("failed: frames stay where they are\n");
     else
-        print("done %u sent %u received %u lost %u wrong in %lu cycles\n", sent, taken.frames, taken.lost,
-              taken.wrong + nic.strange, spent);
+        print("done %u sent %u received %u wrong in %lu cycles\n", sent, taken.frames, taken.wrong + nic.strange,
+              spent);
 }
 
 /* ---- times */
@@ -270,12 +267,14 @@ static bool parse(const char *line, struct load *load)
     load->send = number_in(line, "send", 0);
     load->piece = number_in(line, "piece", 0);
     load->depth = number_in(line, "depth", load->send > FRAME_PLAIN ? SLOTS_LARGE : SLOTS);
+    load->buffers = number_in(line, "buffers", 0);
     load->count = number_in(line, "count", 1);
     load->interval_us = number_in(line, "us", 1000);
     load->cycles = number_in(line, "kcycles", 1000) * 1000ull;
     return (!load->send || (load->send >= SMALL && load->send <= SEND_MAX)) && load->count &&
            load->count <= SAMPLES_MAX && load->depth && (load->send <= FRAME_PLAIN || load->piece % PAGE == 0) &&
-           load->depth <= (load->send > FRAME_PLAIN ? SLOTS_LARGE : SLOTS);
+           load->depth <= (load->send > FRAME_PLAIN ? SLOTS_LARGE : SLOTS) &&
+           (!load->buffers || (load->buffers > FRAME_PLAIN && load->buffers <= 2 * PAGE));
 }
 
 void bench(const char *line)
@@ -286,7 +285,7 @@ void bench(const char *line)
         print("not understood: %s\n", line);
         return;
     }
-    if (!start(load.asleep)) {
+    if (!start(load.asleep, load.buffers)) {
         print("failed: the interface does not start\n");
         return;
     }
@@ -304,7 +303,7 @@ void pass_asleep(uint32_t count)
     uint32_t good = 0, at = 0, length;
     const uint8_t *frame;
 
-    if (!start(true))
+    if (!start(true, 0))
         return;
     for (; at < count; at++, good++) {
         send(OP_ECHO, at, 0, SMALL);

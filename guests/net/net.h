@@ -82,6 +82,7 @@ struct nic {
     struct queue rx, tx;
     unsigned header; /* bytes before each frame */
     bool mergeable, offloads, indirect, separate;
+    unsigned merge_bytes;
     uint8_t lladdr[LLADDR];
     unsigned under_way; /* frames being sent */
     uint32_t strange;   /* arrivals that the device made nonsense of */
@@ -90,7 +91,8 @@ struct nic {
 /* What an interface is to be driven with. */
 struct way {
     bool legacy, mergeable, offloads, indirect, event_index;
-    bool separate; /* the header of a frame to be sent is a descriptor of its own */
+    bool separate;       /* the header of a frame to be sent is a descriptor of its own */
+    unsigned merge_bytes; /* of a buffer that can be merged; 0: 2048 */
     enum interrupts interrupts;
 };
 

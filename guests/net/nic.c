@@ -3,9 +3,9 @@
 #include "net.h"
 
 #define PAGE 4096u
-#define SMALL_BYTES 2048u                      /* a mergeable buffer */
-#define BIG_BYTES (FRAME_PLACE + 17 * PAGE)    /* one that takes any frame */
-#define FRAME_PLACE 64u                        /* where the frame is in a buffer whose header is apart */
+#define FRAME_PLACE 64u                     /* where the frame is in a buffer whose header is apart */
+#define SMALL_BYTES 2048u                   /* a buffer for frames that are not large */
+#define BIG_BYTES (FRAME_PLACE + 17 * PAGE) /* one that takes any frame */
 #define BIG_BUFFERS 48u
 #define PATIENCE_MS 4000
 #define PATIENCE_CYCLES 40000000000ull
@@ -18,7 +18,6 @@ static unsigned pci_slot;
 static bool dead; /* has once not answered, so that nothing more is waited for */
 static struct slot slots[SLOTS + SLOTS_LARGE], *free_slots[2];
 static uint8_t *buffers;
-static unsigned buffer_bytes;
 
 unsigned find_nic(void)
 {
@@ -64,7 +63,7 @@ static void post(uint8_t *buffer)
     unsigned count = 1;
 
     if (nic.mergeable) {
-        pieces[0].length = SMALL_BYTES;
+        pieces[0].length = nic.merge_bytes;
     } else if (!nic.offloads) {
         pieces[count++] = (struct segment){buffer + FRAME_PLACE, FRAME_PLAIN, true};
     } else {
@@ -76,17 +75,20 @@ static void post(uint8_t *buffer)
 
 static void post_all(void)
 {
-    unsigned count = nic.rx.size;
+    unsigned count = nic.rx.size, bytes = SMALL_BYTES;
 
     if (!buffers)
-        buffers = take_pages(BIG_BUFFERS * BIG_BYTES); /* as many small ones have room in there */
-    buffer_bytes = nic.mergeable || !nic.offloads ? SMALL_BYTES : BIG_BYTES;
-    if (buffer_bytes == BIG_BYTES)
-        count = nic.indirect ? BIG_BUFFERS : nic.rx.size / 18;
-    else if (!nic.mergeable && !nic.indirect)
-        count = nic.rx.size / 2;
+        buffers = take_pages(BIG_BUFFERS * BIG_BYTES); /* as many of the others have room in there */
+    if (nic.mergeable) {
+        bytes = nic.merge_bytes;
+    } else if (nic.offloads) {
+        count = nic.indirect ? BIG_BUFFERS : count / 18;
+        bytes = BIG_BYTES;
+    } else if (!nic.indirect) {
+        count /= 2;
+    }
     for (unsigned i = 0; i < count; i++)
-        post(buffers + i * buffer_bytes);
+        post(buffers + i * bytes);
 }
 
 static bool prepare(const struct way *way)
@@ -105,6 +107,7 @@ static bool prepare(const struct way *way)
     nic.under_way = nic.strange = 0;
     nic.indirect = way->indirect;
     nic.separate = way->separate;
+    nic.merge_bytes = way->merge_bytes ? way->merge_bytes : SMALL_BYTES;
     if (!has_interface(way->legacy))
         return false;
     wanted &= virtio_offered(&nic.device);

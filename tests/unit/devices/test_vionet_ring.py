@@ -28,7 +28,7 @@ from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
-from vmd.devices.vionet.receive import STOCK, Receiver
+from vmd.devices.vionet.receive import RUN, STOCK, Receiver
 from vmd.devices.vionet.tap import Tap
 from vmd.devices.vionet.transmit import FRAME_MAX, GSO_FRAME_MAX, Transmitter
 from vmd.errors import GuestError
@@ -42,6 +42,7 @@ Chains = list[tuple[Parts, bool]]
 SIZE = 16
 FEATURES = INDIRECT_DESC | EVENT_IDX
 TABLES = DATA - 0x4000
+GAPS = (0, 0, 64)  # behind descriptors of some lengths: others are adjacent to the next
 LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
 PLACES = 1 << 20  # bytes from DATA on that chains lie in
 
@@ -162,7 +163,7 @@ def build(memory: GuestMemory, rings: Chains) -> Ring:
         rows = b""
         for position, (gpa, length, flags, following) in enumerate(parts):
             where = place if gpa is None else gpa
-            place += min(length, 70_000)
+            place += min(length, 70_000) + GAPS[length % len(GAPS)]
             rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
         if indirect:
             memory.load(TABLES + 256 * number, rows)
@@ -418,15 +419,28 @@ def test_receive_loop_does_what_the_walk_does(
                 error, no_room = receive_obviously(queue, frames, header, mergeable=mergeable, sums=sums)
             used = ring.reap()
             # Bytes behind a frame are nobody's: a read of ours may have begun there with one that was dropped.
-            content = [] if error else [bytes(placed(memory, ring, head, length)) for head, length in used]
+            content = []
+            if not error and is_apart(memory, ring):
+                content = [bytes(placed(memory, ring, head, length)) for head, length in used]
             # Of a broken ring, how far it was read does not matter: only a reset follows.
             outcomes.append((error, error or used, content, error or no_room))
             assert len(worker.chains) <= STOCK
+            assert len(worker.run.ends) <= RUN
             worker.begin()
             close(worker)
             release(queue)
             del queue, worker
     assert outcomes[0] == outcomes[1]
+
+
+def is_apart(memory: GuestMemory, ring: Ring) -> bool:
+    """Return whether no descriptor is in two chains: a frame for which the later one has no room then ends in both."""
+    queue = queue_of(memory, ring)
+    places = []
+    while (chain := queue.take()) is not None:
+        places += [gpa for gpa, length in chain.writable if length]
+    release(queue)
+    return len(set(places)) == len(places)
 
 
 def placed(memory: GuestMemory, ring: Ring, head: int, length: int) -> bytes:
@@ -439,3 +453,76 @@ def placed(memory: GuestMemory, ring: Ring, head: int, length: int) -> bytes:
             found += memory.read(gpa, part)
     release(queue)
     return found
+
+
+@pytest.mark.parametrize("parts", [[Desc(DATA, 0, 0)], [Desc(DATA, 0, WRITE)], [Desc(DATA, 25, WRITE)]], ids=str)
+def test_first_buffer_that_takes_no_frame_breaks_the_ring(ends: Ends, parts: list[Desc]) -> None:
+    """Even if nothing about it is remarkable but that."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver()
+        ring.add(parts)
+        with pytest.raises(GuestError):
+            worker.serve(queue)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+# (bytes of each buffer, bytes between one and the next)
+BUFFERS = {
+    "side by side": ([4096] * SIZE, 0),
+    "apart": ([2048] * SIZE, 4096),
+    "of many sizes": ([1536, 1536, 1920, 1536, 9000, 2048, 1526, 4096] * (SIZE // 8), 0),
+    "as small as can be": ([12] * SIZE, 20),
+}
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_run_of_buffers_is_filled_round_after_round(ends: Ends, kind: str, shuffled: bool) -> None:
+    """Whatever lies beside what, wherever the ring's end is, and whatever was left from the round before."""
+    sizes, gap = BUFFERS[kind]
+    places = [DATA + sum(sizes[:head]) + head * gap for head in range(SIZE)]
+    lengths = [length for length in (14, 60, 60, 170, 1514, 4084, 4085, 9000, 20000) if 12 + length <= sum(sizes)]
+    rng = random.Random(kind)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        ring.avail_idx, ring.used_idx = 0xFFF0, 0xFFF5  # the indices of a VM that was received
+        queue = Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used, ring.avail_idx, ring.used_idx)
+        worker = ends.receiver(mergeable=True)
+        for head in range(SIZE):
+            ring.describe(head, [Desc(places[head], sizes[head], WRITE)])
+        free = list(range(SIZE))
+        arrived: list[bytes] = []
+        sent: list[bytes] = []
+        while len(arrived) < 500:
+            if shuffled:
+                rng.shuffle(free)
+            offered = max(0, len(free) - rng.choice([0, 0, 2, 5]))
+            for head in free[:offered]:
+                ring.offer(head)
+            del free[:offered]
+            small = len(sent) // 100 % 2  # for so long that it is not prepared for anything else
+            for _ in range(rng.randrange(20 if small else 4)):
+                sent.append(rng.randbytes(12 + rng.choice(lengths[: 3 if small else None])))
+                ends.host.send(sent[-1])
+            while worker.serve(queue):
+                pass
+            used = ring.reap()
+            while used:
+                first = memory.read(places[used[0][0]], 12)
+                count = int.from_bytes(first[10:], "little")
+                parts = [memory.read(places[head], length) for head, length in used[:count]]
+                assert all(length == sizes[head] for head, length in used[: count - 1])
+                arrived.append(b"".join(parts))
+                free += [head for head, _ in used[:count]]
+                del used[:count]
+            assert [frame[12:] for frame in sent[: len(arrived)]] == [frame[12:] for frame in arrived]
+        assert (worker.packets, worker.no_room) == (len(arrived), 0)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker

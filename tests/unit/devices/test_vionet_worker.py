@@ -132,6 +132,29 @@ def test_thread_that_stands_serves_nothing(worker: Recorder, queues: list[Queue]
     worker.gate.open()
 
 
+def test_what_rang_is_silent_while_the_queue_is_served(
+    worker: Recorder, queues: list[Queue], kick: int
+) -> None:
+    """It wakes the thread once, and what comes later does so again."""
+    another = os.eventfd(0, os.EFD_NONBLOCK)
+    worker.bells.add(another)
+    worker.poll.register(another, select.POLLIN)
+    worker.queue = queues[0]
+    worker.go()
+    worker.gate.wait()
+    for bell in (kick, another, kick):
+        os.eventfd_write(bell, 1)
+        worker.gate.open()
+        worker.gate.wait()
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(bell)
+    worker.gate.open()
+    worker.stop()
+    assert worker.notes == ["begin"] + ["serve 8"] * 4
+    worker.poll.unregister(another)
+    os.close(another)
+
+
 def test_stop_waits_until_the_ring_is_left(
     worker: Recorder, queues: list[Queue], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """From the tap, and from our own answers, to the guest: the thread of the receive queue (virtio 1.2, 5.1.6.3-4).
 
-Chains are looked at some time before they are used (`Receiver.chains`); as long as none of their bytes is a frame's,
-they still count as available, so that to stop is to forget them.
+Chains are looked at some time before they are used; as long as none of their bytes is a frame's, they still count as
+available, so that to stop, or to look at them in the other of two ways, is to forget them.  What drivers offer whose
+buffers can be merged, chains of one buffer each, often side by side in memory, is a `Run`; everything else is a list
+of chains (`Receiver.chains`).
 
 Frames go from the kernel straight into the guest's buffers.  Behind these stands one buffer of ours, `spill`: what
 arrives there is a frame larger than the buffers; it is either taken on to further ones (mergeable buffers) or dropped
@@ -10,11 +12,12 @@ whole.  No guest ever sees half a frame.
 
 import os
 import time
+from _bisect import bisect_left
 from _queue import Empty, SimpleQueue
 
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Worker, drain
+from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
@@ -32,19 +35,103 @@ if TYPE_CHECKING:
 
 NUMBER = 0  # of the queue
 BUDGET = 64  # frames of one wake-up
+GIVE_BYTES = 64 << 10  # so much is given at a time: the guest looks at it, and offers new buffers, meanwhile
 STOCK = 64  # chains looked at ahead of their use
+RUN = 256  # ... where that is cheap
 IOV_MAX = 1024
 FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
 INJECTED_MAX = 16  # answers of ours that wait; each answers a packet of the guest, which may send another
 
-# With mergeable buffers a read is given one chain while frames are small, and so many that any frame fits for the next
-# LARGE_READS after one that was not: descriptors of buffers cost more than a small frame.
+# A read is given what lies side by side, and so many such pieces that any frame fits for the next LARGE_READS after one
+# that took several buffers: windows on many pieces cost more than a small frame.
 LARGE_READS = 32
 
 HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+LENGTH_AND_FLAGS = 0xFFFF_FFFF_FFFF  # in a descriptor's second half
 NUM_BUFFERS = 10  # offset in the header
+
+
+class Run:
+    """Chains of one buffer each that were looked at: what they hold together is a stream of bytes, cut into buffers.
+
+    Their elements are in the used ring already, as if they were full: nobody looks at them before the index says so.
+    """
+
+    def __init__(self) -> None:
+        self.base = 0  # where in the stream the first buffer begins
+        self.ends: list[int] = []  # ... and each ends
+        self.heads: list[int] = []
+        self.pieces: list[tuple[int, int]] = []  # places in memory, from and to, that the stream goes through
+
+    def forget(self) -> None:
+        """Know of no chains."""
+        self.ends.clear()
+        self.heads.clear()
+        self.pieces.clear()
+
+    def use(self, count: int, piece: int, place: int) -> None:
+        """Drop the first chains; the stream goes on at a place in a piece."""
+        if not count:
+            return
+        self.base = self.ends[count - 1]
+        if count == len(self.ends):
+            self.forget()
+        else:
+            del self.ends[:count], self.heads[:count], self.pieces[:piece]
+            self.pieces[0] = place, self.pieces[0][1]
+
+    def stock(self, queue: "Queue", least: int) -> bool:
+        """Look at waiting chains ahead; False if not all of them are such, of so many bytes at least.
+
+        The hot loop's half that knows descriptors.
+        """
+        ends = self.ends
+        known = len(ends)
+        waiting = min(queue.available(), RUN) - known
+        if waiting <= 0:
+            return True
+        raw, ranges = queue.memory.memory, queue.memory.ranges
+        table = raw[queue.desc : queue.desc + 16 * queue.size].cast("Q")
+        ring = raw[queue.avail + 4 : queue.avail + 4 + 2 * queue.size].cast("H")
+        first = queue.next_avail + known & queue.mask
+        heads = ring[first : first + waiting].tolist()
+        heads += ring[: waiting - len(heads)].tolist()
+        self.heads += heads
+        used_ring, mask, slot, add_end = queue.used_ring, queue.mask, queue.next_used + known, ends.append
+        total = ends[-1] if ends else self.base
+        begin = end = length = full = 0
+        form = -1  # of the descriptor before: length and flags
+        found: list[tuple[int, int]] = []  # what is adjacent, from and to
+        try:
+            for head in heads:
+                gpa, rest = table[head + head], table[head + head + 1] & LENGTH_AND_FLAGS
+                if rest != form:
+                    length, flags, form = rest & 0xFFFF_FFFF, rest >> 32, rest
+                    if flags != WRITE or length < least:
+                        return False
+                    full = length << 32
+                if gpa != end:
+                    if end:
+                        found.append((begin, end))
+                    begin = end = gpa
+                end += length
+                total += length
+                add_end(total)
+                used_ring[slot & mask] = head | full
+                slot += 1
+        except IndexError:  # of a head outside the table
+            return False
+        found.append((begin, end))
+        for begin, end in found:
+            for start, stop, offset, writable in ranges:
+                if start <= begin and end <= stop and writable:
+                    self.pieces.append((begin + offset - start, end + offset - start))
+                    break
+            else:
+                return False
+        return True
 
 
 class Receiver(Worker):
@@ -59,13 +146,16 @@ class Receiver(Worker):
         self.configure(spec.NET_HDR_BYTES_LEGACY, mergeable=False, sums=False)
         self.accepted = b""  # of a locked interface: the one address whose frames it gets; empty: all
         self.spill = memoryview(bytearray(FRAME_MAX))
-        self.chains: list[Buffers] = []
+        self.run = Run()
+        self.chains: list[Buffers] = []  # empty as long as `run` is not
         self.at = 0  # of those in front of it, all bytes are used
+        self.placed = False  # chains were looked at for a frame that was in our own memory: they may make a run
         self.large = 0
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.bells.add(self.injection)
         self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
 
     # --- the main thread's ---------------------------------------------------------------------------------------
@@ -104,6 +194,7 @@ class Receiver(Worker):
     def begin(self) -> None:
         """Forget the chains that were looked at: they are in the ring."""
         self._listen(False)
+        self.run.forget()
         self.chains, self.at = [], 0
 
     def _listen(self, listen: bool) -> None:
@@ -121,9 +212,7 @@ class Receiver(Worker):
         try:
             fed = self._fill(queue)
         finally:  # of a ring that breaks half-way, too
-            queue.publish()
-            if queue.wants_interrupt():
-                self.services.interrupt(NUMBER)
+            self.give(queue)
         if fed:
             queue.suppress()
             if self.listening != self.link_up:
@@ -135,7 +224,6 @@ class Receiver(Worker):
 
     def _fill(self, queue: "Queue") -> bool:
         """Move frames, up to a budget; False if it took more buffers than there are."""
-        drain(self.injection)
         if self.held:
             if time.monotonic() >= self.held_until_s:
                 self.no_room += 1
@@ -152,16 +240,16 @@ class Receiver(Worker):
             return True
         if self.accepted:
             return self._receive_filtered(queue)
-        return self._receive_mergeable(queue) if self.mergeable else self._receive_single(queue)
+        return self._receive(queue)
 
     # --- chains --------------------------------------------------------------------------------------------------
 
     def _stock(self, queue: "Queue", most: int) -> bool:
         """Look at waiting chains, up to `most` ahead; return whether there are any.  Raises GuestError.
 
-        The hot loop's half that knows descriptors.  It takes buffers as drivers lay them out, each in one region of
-        memory; anything else is left to `Queue.walk`.
+        It takes buffers as drivers lay them out, each in one region of memory; anything else is left to `Queue.walk`.
         """
+        self.run.forget()
         del self.chains[: self.at]
         self.at = 0
         chains = self.chains
@@ -245,6 +333,7 @@ class Receiver(Worker):
             return self._hold(data)
         self.held = bytearray()
         self.timeout_ms = None
+        self.placed = True
         return True
 
     def _fits(self, queue: "Queue", data: bytearray) -> bool:
@@ -321,108 +410,152 @@ class Receiver(Worker):
         self.malformed += 1  # it was taken from the tap, and is lost
         return True
 
-    def _receive_single(self, queue: "Queue") -> bool:
-        """Read frames, each into one chain."""
-        tap, header, patch = self.tap.fd, self.header, self.patch
-        least = header + HEADER_BYTES
-        readv, put = os.readv, queue.put
-        packets = total = 0
-        at, chains = self.at, self.chains
-        try:
-            for _ in range(BUDGET):
-                if at == len(chains):
-                    self.at = at
-                    if not self._stock(queue, STOCK):
-                        at = 0
-                        return False
-                    at = 0
-                head, views, room = chains[at]
-                try:
-                    length = readv(tap, views)
-                except OSError as error:
-                    if self._failed(error):
-                        continue
-                    return True
-                if least <= length <= room:
-                    if patch:
-                        self._patch_header(views, 1)
-                    put(head, length)
-                    queue.next_avail = queue.next_avail + 1 & 0xFFFF
-                    at += 1
-                    packets += 1
-                    total += length
-                elif length:
-                    self._drop(length, least)
-                else:
-                    self._ended()
-                    return True
-            return True
-        finally:
-            self.at = at
-            self.packets += packets
-            self.bytes += total - packets * header
+    def _receive(self, queue: "Queue") -> bool:
+        """Read frames into what was offered, whatever its form."""
+        for _ in range(BUDGET):
+            if self.placed:
+                self.placed = False
+                self.chains, self.at = [], 0
+            fed = self._read_chains(queue) if self.at < len(self.chains) else self._read_run(queue)
+            if fed is not None:
+                return fed
+        return True
 
-    def _receive_mergeable(self, queue: "Queue") -> bool:
-        """Read frames into one chain while they are small, into many at once while they are not."""
-        tap, header = self.tap.fd, self.header
-        least = header + HEADER_BYTES
-        readv, put = os.readv, queue.put
+    def _read_run(self, queue: "Queue") -> bool | None:
+        """Read frames into chains of one buffer each: as many as it takes, or one if buffers cannot be merged.
+
+        The hot loop's other half.  Returns True if there is no frame, or the budget is spent; False if it takes more
+        chains than there are; None if it goes on with a chain that is none of these.
+        """
+        tap, header, sums, mergeable, spill = self.tap.fd, self.header, self.sums, self.mergeable, self.spill
+        least, counted = header + HEADER_BYTES, header == spec.NET_HDR_BYTES
+        readv, raw, run = os.readv, queue.memory.memory, self.run
+        used_ring, mask, next_avail, next_used = queue.used_ring, queue.mask, queue.next_avail, queue.next_used
+        ends, heads, pieces = run.ends, run.heads, run.pieces
+        large, base, at, piece = self.large, run.base, 0, 0
+        place, stop = pieces[0] if pieces else (0, 0)
         packets = total = 0
-        chains = self.chains
+        limit = GIVE_BYTES
         try:
             for _ in range(BUDGET):
-                at = self.at
-                if at == len(chains):
-                    if not self._stock(queue, STOCK):
+                if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
+                    run.use(at, piece, place)
+                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    at = piece = 0
+                    if not run.stock(queue, header if mergeable else least):
+                        return None if self._stock(queue, STOCK) else False
+                    if not ends:
                         return False
-                    at = 0
-                head, views, room = chains[at]
-                first, count = room, 1
-                if self.large:
-                    self.large -= 1
-                    views, room, count = self._window(queue)
-                    at = self.at
-                    head, _, first = chains[at]
+                    place, stop = pieces[0]
+                end = ends[at]
+                room = stop - place
+                if not mergeable:
+                    room = end - base
+                    views = [raw[place : place + room], spill]
+                elif not large or room >= FRAME_MAX:
+                    views = [raw[place:stop], spill]
+                else:
+                    views = [raw[place:stop]]
+                    for begin, behind in pieces[piece + 1 :]:
+                        views.append(raw[begin:behind])
+                        room += behind - begin
+                        if room >= FRAME_MAX:
+                            break
+                    views.append(spill)
                 try:
                     length = readv(tap, views)
                 except OSError as error:
                     if self._failed(error):
                         continue
                     return True
-                if length < least:
+                if not least <= length <= room:
+                    if length > room and mergeable:
+                        break
                     if not length:
                         self._ended()
                         return True
                     self._drop(length, least)
-                elif length <= first:
-                    self._patch_header(chains[at][1], 1)
-                    put(head, length)
-                    queue.next_avail = queue.next_avail + 1 & 0xFFFF
-                    self.at = at + 1
-                    packets += 1
-                    total += length
-                elif length <= room:
-                    self.large = LARGE_READS
-                    left, used = length, 0
-                    for head, _, capacity in chains[at : at + count]:
-                        put(head, min(left, capacity))
-                        used += 1
-                        left -= capacity
-                        if left <= 0:
-                            break
-                    self._patch_header(chains[at][1], used)
-                    queue.next_avail = queue.next_avail + used & 0xFFFF
-                    self.at = at + used
-                    packets += 1
-                    total += length
+                    continue
+                if base + length <= end:
+                    count = 1
+                    if large:
+                        large -= 1
+                    used_ring[next_used & mask] = heads[at] | length << 32
                 else:
-                    self.large = LARGE_READS
-                    if not self._go_on(queue, count, length):
-                        return False
-            return True
+                    last = bisect_left(ends, base + length, at)
+                    count = last + 1 - at
+                    end = ends[last]
+                    large = LARGE_READS
+                    used_ring[next_used + last - at & mask] = heads[last] | base + length - ends[last - 1] << 32
+                if counted:
+                    raw[place + NUM_BUFFERS] = count & 0xFF
+                    raw[place + NUM_BUFFERS + 1] = count >> 8
+                if not sums:
+                    raw[place] = 0
+                next_avail += count
+                next_used += count
+                at += count
+                place += end - base
+                base = end
+                while place >= stop and at < len(ends):
+                    over = place - stop
+                    piece += 1
+                    place, stop = pieces[piece]
+                    place += over
+                packets += 1
+                total += length
+                if total >= limit:
+                    limit = total + GIVE_BYTES
+                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    self.give(queue)
+            else:
+                return True
         finally:
+            run.use(at, piece, place)
+            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+            self.large = large
             self.packets += packets
             self.bytes += total - packets * header
+        self.large = LARGE_READS
+        return None if self._go_on(queue, views, room, length) else False
+
+    def _read_chains(self, queue: "Queue") -> bool | None:
+        """Read a frame into chains of any form.
+
+        Returns True if there is none, False if it takes more chains than there are.
+        """
+        if self.mergeable:
+            views, room, count = self._window(queue)
+        else:
+            _, views, room = self.chains[self.at]
+            count = 1
+        least = self.header + HEADER_BYTES
+        try:
+            length = os.readv(self.tap.fd, views)
+        except OSError as error:
+            return None if self._failed(error) else True
+        if length > room and self.mergeable:
+            return None if self._go_on(queue, views, room, length) else False
+        if not least <= length <= room:
+            if not length:
+                self._ended()
+                return True
+            self._drop(length, least)
+            return None
+        at, left, used = self.at, length, 0
+        for head, _, capacity in self.chains[at : at + count]:
+            queue.put(head, min(left, capacity))
+            used += 1
+            left -= capacity
+            if left <= 0:
+                break
+        if self.patch:
+            self._patch_header(self.chains[at][1], used)
+        queue.next_avail = queue.next_avail + used & 0xFFFF
+        self.at = at + used
+        self.packets += 1
+        self.bytes += length - self.header
+        return None
 
     def _window(self, queue: "Queue") -> "tuple[list[memoryview], int, int]":
         """Return windows on so many chains that any frame fits, if there are so many; their bytes and number."""
@@ -441,15 +574,12 @@ class Receiver(Worker):
         views.append(self.spill)
         return views, room, count
 
-    def _go_on(self, queue: "Queue", count: int, length: int) -> bool:
+    def _go_on(self, queue: "Queue", views: list[memoryview], room: int, length: int) -> bool:
         """Place a frame of which a part is in `spill`; False if it takes more buffers than there are."""
-        at = self.at
-        filled = self.chains[at : at + count]
-        room = sum(capacity for _, _, capacity in filled)
         if length - room >= len(self.spill):
             self.no_room += 1  # it may even have been longer
             return True
-        data = bytearray().join([view for _, views, _ in filled for view in views[:-1]])
+        data = bytearray().join(views[:-1])
         data += self.spill[: length - room]
         return self._place(queue, data)
 

@@ -14,7 +14,7 @@ from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
 from vmd.log import RateLimit
 from vmd.virtio import spec
-from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
+from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 NUMBER = 1  # of the queue
 BUDGET = 64  # frames of one wake-up
-BUDGET_BYTES = 2 << 20
+GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
@@ -89,9 +89,7 @@ class Transmitter(Worker):
         try:
             more = self._drain(queue)
         finally:  # of a ring that breaks half-way, too
-            queue.publish()
-            if queue.wants_interrupt():
-                self.services.interrupt(NUMBER)
+            self.give(queue)
         if self.busy:
             return False
         return more or queue.rearm()
@@ -99,87 +97,120 @@ class Transmitter(Worker):
     def _drain(self, queue: "Queue") -> bool:
         """Take frames and send them; return whether some are left.
 
-        The hot loop.  It knows chains as drivers lay them out, each descriptor in one region of memory; anything
-        else is left to `Queue.walk`.
+        The hot loop.  It knows chains as drivers lay them out, and makes one window of descriptors whose memory is
+        adjacent, if that lies in one region; anything else is left to `Queue.walk`.
         """
         memory = queue.memory
         raw, ranges = memory.memory, memory.ranges
-        table, ring, mask, table_size = queue.desc, queue.avail + 4, queue.mask, queue.size
+        table, mask, table_size = queue.desc, queue.mask, queue.size
+        heads = raw[queue.avail + 4 : queue.avail + 4 + 2 * table_size].cast("H")
         indirect, header, tap = queue.indirect, self.header, self.tap.fd
-        descriptor, word, put, writev = DESC.unpack_from, U16.unpack_from, queue.put, os.writev
+        descriptor, descriptors, write, writev = DESC.unpack_from, DESC.iter_unpack, os.write, os.writev
+        used_ring, next_avail, next_used = queue.used_ring, queue.next_avail, queue.next_used
+        low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
+        least, most = header + HEADER_BYTES, header + FRAME_MAX
         look = bool(self.allowed) or self.answers is not None
         waiting = queue.available()
         left = min(waiting, BUDGET)
         more = waiting > left
         packets = total = 0
+        limit = GIVE_BYTES
         try:
             while left:
                 left -= 1
-                head = word(raw, ring + 2 * (queue.next_avail & mask))[0]
-                base, size, following = table, table_size, head
-                views: list[memoryview] = []
-                length = 0
-                usual = nested = False
-                steps = IOV_MAX - 1  # one more piece may be put in front
-                while following < size and steps:  # `break` is for the last, and for what is not of the usual form
-                    steps -= 1
-                    gpa, part, flags, following = descriptor(raw, base + 16 * following)
-                    if flags == INDIRECT and indirect and not nested and not views:
-                        nested = True
-                        if not part or part & 15 or part > 16 * IOV_MAX:
+                head = heads[next_avail & mask]
+                if head >= table_size:
+                    queue.walk(head)  # says so
+                gpa, length, flags, following = descriptor(raw, table + 16 * head)
+                if not flags and low <= gpa and gpa + length <= high:
+                    gpa += delta
+                    views = [raw[gpa : gpa + length]]
+                else:
+                    base, size, following = table, table_size, head
+                    if flags == INDIRECT and indirect and 0 < length < 16 * IOV_MAX and not length & 15:
+                        if low <= gpa and gpa + length <= high:
+                            base, size, following = gpa + delta, length >> 4, 0
+                        else:
+                            for start, stop, offset, _ in ranges:
+                                if start <= gpa and gpa + length <= stop:
+                                    low, high, delta = start, stop, offset - start
+                                    base, size, following = gpa + delta, length >> 4, 0
+                                    break
+                    views = []
+                    length = begin = end = 0  # the latter two: of what is adjacent
+                    steps = IOV_MAX - 1  # one more piece may be put in front; below 0: is of no usual form
+                    while following < size and steps > 0:
+                        position = following
+                        for gpa, part, flags, following in descriptors(raw[base + 16 * position : base + 16 * size]):
+                            steps -= 1
+                            position += 1
+                            if gpa != end:
+                                if begin != end:
+                                    if begin < low or end > high:
+                                        for start, stop, offset, _ in ranges:
+                                            if start <= begin and end <= stop:
+                                                low, high, delta = start, stop, offset - start
+                                                break
+                                        else:
+                                            steps = -1
+                                            break
+                                    views.append(raw[begin + delta : end + delta])
+                                    length += end - begin
+                                begin = end = gpa
+                            end += part
+                            if flags != NEXT or following != position:  # most chains lie in a table in order
+                                break
+                        if flags != NEXT:
                             break
-                        for start, end, offset, _ in ranges:
-                            if start <= gpa and gpa + part <= end:
-                                base, size, following = offset + gpa - start, part >> 4, 0
+                    if begin < low or end > high:
+                        for start, stop, offset, _ in ranges:
+                            if start <= begin and end <= stop:
+                                low, high, delta = start, stop, offset - start
                                 break
                         else:
-                            break
-                        continue
-                    if not part:
-                        break
-                    for start, end, offset, _ in ranges:
-                        if start <= gpa and gpa + part <= end:
-                            gpa += offset - start
-                            views.append(raw[gpa : gpa + part])
-                            break
-                    else:
-                        break
-                    length += part
-                    if flags != NEXT:
-                        usual = not flags
-                        break
-                if not usual or length > CHAIN_BYTES_MAX:
-                    views, length = self._gather(queue, head)
-                length -= header
-                if length < HEADER_BYTES:
-                    if length < 0:
-                        raise GuestError(f"frame without a header: {length + header} of {header} bytes")
+                            if begin != end:  # nothing may lie anywhere
+                                steps = -1
+                    if begin != end and steps >= 0:
+                        views.append(raw[begin + delta : end + delta])
+                        length += end - begin
+                    if flags or steps < 0 or length > CHAIN_BYTES_MAX:
+                        views, length = self._gather(queue, head)
+                if length < least:
+                    if length < header:
+                        raise GuestError(f"frame without a header: {length} of {header} bytes")
                     self.short += 1
-                elif length > FRAME_MAX and not (length <= GSO_FRAME_MAX and peek(views, GSO_TYPE)):
+                elif length > most and not (length <= header + GSO_FRAME_MAX and peek(views, GSO_TYPE)):
                     self.long += 1
                 elif not self.link_up:
                     self.no_link += 1
                 else:
                     chosen: Sequence[memoryview | bytes] = views
                     if look:
-                        chosen = self._look(views, length)
+                        chosen = self._look(views, length - header)
                     if chosen:
                         try:
-                            writev(tap, chosen)
+                            if len(chosen) == 1:
+                                write(tap, chosen[0])
+                            else:
+                                writev(tap, chosen)
                         except OSError as error:
                             if not self._not_sent(error):
                                 return False
                         else:
                             packets += 1
                             total += length
-                put(head, 0)
-                queue.next_avail = queue.next_avail + 1 & 0xFFFF
-                if total > BUDGET_BYTES:
-                    return True
+                used_ring[next_used & mask] = head
+                next_used += 1
+                next_avail += 1
+                if total >= limit:
+                    limit = total + GIVE_BYTES
+                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    self.give(queue)
             return more
         finally:
+            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
             self.packets += packets
-            self.bytes += total
+            self.bytes += total - packets * header
 
     def _gather(self, queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
         """Look at a chain of any form, the obvious way."""

@@ -37,7 +37,7 @@ POLLIN = select.POLLIN
 
 
 class Worker:
-    """One queue's thread.  `serve` and what it calls run on it; everything else is the main thread's."""
+    """One queue's thread.  `serve`, `begin`, `give` and what they call run on it; all else is the main thread's."""
 
     def __init__(self, services: "Services", number: int, kick: int) -> None:
         self.services = services
@@ -57,6 +57,7 @@ class Worker:
         self.poll = select.poll()
         self.poll.register(self.control, POLLIN)
         self.poll.register(kick, POLLIN)
+        self.bells = {kick, self.control}  # of what is polled, the eventfds
 
     def start(self) -> None:
         """Start the thread, standing."""
@@ -89,6 +90,12 @@ class Worker:
     def begin(self) -> None:
         """Be as after a start: called before the first `serve` after a `go`."""
 
+    def give(self, queue: "Queue") -> None:
+        """Let the guest have what was put."""
+        queue.publish()
+        if queue.wants_interrupt():
+            self.services.interrupt(self.number)
+
     def _run(self) -> None:
         try:
             while True:
@@ -109,12 +116,12 @@ class Worker:
 
     def _work(self) -> None:
         """Serve until told to stand, or the ring is broken."""
-        control, kick, serving = self.control, self.kick, self.serving
+        bells, serving = self.bells, self.serving
         while self.wanted:
             ready = self.poll.poll(0 if self.more else self.timeout_ms)
             self.timed_out = not ready and not self.more
             for fd, _ in ready:
-                if fd in (kick, control):
+                if fd in bells:
                     drain(fd)  # before the ring is looked at: what comes later is news
             with serving:
                 self._turn()
