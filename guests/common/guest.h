@@ -191,7 +191,7 @@ void check(const char *name, bool good);
 void check_equal(const char *name, uint64_t got, uint64_t want);
 void check_range(const char *name, uint64_t got, uint64_t least, uint64_t most);
 void skip(const char *name);
-/* Print how many were good and how many were not. */
+/* Print how many were good and how many were not, since the last report. */
 void report(const char *title);
 
 /* command.c: lines of at most COMMAND_MAX bytes from the serial line, of words and NAME=NUMBER */

@@ -50,4 +50,5 @@ void skip(const char *name)
 void report(const char *title)
 {
     print("%s: %u ok, %u failed\n", title, good_count, bad_count);
+    good_count = bad_count = 0;
 }

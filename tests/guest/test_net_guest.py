@@ -6,6 +6,7 @@ frames in the device process, a tap that priv has made, and a peer on the host t
 
 import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,20 +22,22 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
 CHECKS_OF_ONE_INTERFACE = 1000  # at least; two have twice as many
 LLADDR = "fe:e1:ba:00:00:09"
+MIXED_S = 600
 
 
-def conf(*lines: str, cmdline: str = "", interface: str = "") -> str:
+def conf(*lines: str, name: str = "net", cmdline: str = "", interface: str = "") -> str:
     """Return a vm block with an interface."""
     boot = f'boot "{guest("net")}" cmdline "{cmdline}"'
     nic = f"interface {interface} {{ lladdr {LLADDR} }}"
-    return 'vm "net" {\n' + "\n".join(("disable", "memory 64M", boot, nic, *lines)) + "\n}\n"
+    return f'vm "{name}" {{\n' + "\n".join(("disable", "memory 64M", boot, nic, *lines)) + "\n}\n"
 
 
 class Guest:
     """The running guest, which has its peer."""
 
-    def __init__(self, vmd: NetDaemon, console: Terminal, tap: Interface, peer: Peer) -> None:
+    def __init__(self, vmd: NetDaemon, name: str, console: Terminal, tap: Interface, peer: Peer) -> None:
         self.vmd = vmd
+        self.name = name
         self.console = console
         self.tap = tap
         self.peer = peer
@@ -48,21 +51,34 @@ class Guest:
         """Have it end."""
         self.console.type("off\r")
         self.console.drain(DEADLINE_S)
-        assert self.vmd.wait_state("net", "stopped")["text"] == "powered off by the guest"
+        assert self.vmd.wait_state(self.name, "stopped")["text"] == "powered off by the guest"
+
+
+@contextlib.contextmanager
+def daemon(directory: Path, text: str) -> Iterator[NetDaemon]:
+    """Run a daemon in a network where nothing else speaks."""
+    with Network() as network:
+        for scope in ("all", "default"):
+            network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
+        with NetDaemon(directory, network, text) as vmd:
+            vmd.must("log", "verbose")
+            yield vmd
+
+
+@contextlib.contextmanager
+def started(vmd: NetDaemon, name: str, *, number: int = 0) -> Iterator[Guest]:
+    """Start a VM, with the peer on the tap of one of its interfaces."""
+    vmd.must("start", name)
+    tap = Interface(vmd.network, vmd.interfaces(name)[number]["tap"])
+    with Peer(tap) as peer, vmd.console(name) as console:
+        yield Guest(vmd, name, console, tap, peer)
 
 
 @contextlib.contextmanager
 def running(directory: Path, text: str, *, number: int = 0) -> Iterator[Guest]:
-    """Run the guest in a network where nothing else speaks, with the peer on the tap of one of its interfaces."""
-    with Network() as network, contextlib.ExitStack() as stack:
-        for scope in ("all", "default"):
-            network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
-        vmd = stack.enter_context(NetDaemon(directory, network, text))
-        vmd.must("log", "verbose")
-        vmd.must("start", "net")
-        tap = Interface(network, vmd.interfaces("net")[number]["tap"])
-        with Peer(tap) as peer, vmd.console("net") as console:
-            yield Guest(vmd, console, tap, peer)
+    """Run the VM of a configuration that has one."""
+    with daemon(directory, text) as vmd, started(vmd, "net", number=number) as net:
+        yield net
 
 
 def check(report: str, *interfaces: str) -> None:
@@ -87,6 +103,34 @@ def test_frames(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, .
     with running(tmp_path, conf(*lines)) as net:
         check(net.tell("test"), *interfaces)
         net.switch_off()
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(2 * MIXED_S)
+def test_ten_minutes_of_mixed_traffic(tmp_path: Path) -> None:
+    """Two guests at a time, one of each kind, with all that they can send and receive: not a byte is lost."""
+    kinds = ("legacy", "modern")
+    text = "".join(conf(f"virtio {kind}", name=kind) for kind in kinds)
+    with daemon(tmp_path, text) as vmd, contextlib.ExitStack() as stack:
+        guests = [stack.enter_context(started(vmd, kind)) for kind in kinds]
+        rounds, began = 0, time.monotonic()
+        while time.monotonic() - began < MIXED_S:
+            for line in ("test", "frames count=20000"):
+                for net in guests:
+                    net.console.type(f"{line}\r")
+                for net in guests:
+                    said = net.console.expect("ready", MIXED_S).replace("\r", "")
+                    if line == "test":
+                        check(said, net.name)
+                    else:
+                        assert "frames are through" in said
+            rounds += 1
+        print(f"{rounds} rounds")
+        status = vmd.must("status", "-v")
+        print(status)
+        assert "dropped" not in status
+        for net in guests:
+            net.switch_off()
 
 
 @pytest.mark.parametrize("how", ["", "intx", "legacy", "legacy intx"])
