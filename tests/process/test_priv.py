@@ -47,6 +47,8 @@ SO_SET_REPLACE, ACCEPT = 64, -2  # iptables: setsockopt, and -NF_ACCEPT - 1
 HOST4, GUEST4 = bytes((100, 64, 1, 2)), bytes((100, 64, 1, 3))
 PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 HOST6, GUEST6 = PREFIX6[:8] + bytes(7) + b"\1", PREFIX6[:8] + bytes(7) + b"\x22"
+OTHER_PREFIX6 = bytes.fromhex("fd42004200420008") + bytes(8)
+OTHER6 = OTHER_PREFIX6[:8] + bytes(7) + b"\x22"
 VNET_HEADER = bytes(10)
 
 
@@ -533,6 +535,38 @@ def test_spoofed_packets_where_the_host_looks_less_closely(network: Network, pri
             guest.send(0x0800, udp4(GUEST4, target, b"hello"))
 
             assert server.recvfrom(100) == (b"hello", ("192.0.2.1", 5000))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "ours_", "own", "other", "target"),
+    [
+        (socket.AF_INET, 0x0800, udp4, GUEST4, bytes((100, 64, 2, 3)), "192.0.2.2"),
+        (socket.AF_INET6, 0x86DD, udp6, GUEST6, OTHER6, "2001:db8::2"),
+    ],
+    ids=["IPv4", "IPv6"],
+)
+def test_a_guest_that_says_it_is_another(
+    network: Network, priv: Priv, family: socket.AddressFamily, kind: int, ours_: Any, own: bytes, other: bytes,  # noqa: ANN401
+    target: str,
+) -> None:  # fmt: skip
+    """An address that belongs to another guest's interface gets no farther than one that belongs to nobody's."""
+    network.write("/proc/sys/net/ipv4/conf/all/rp_filter", "2")
+    priv.configure()
+    with (
+        World(network) as world,
+        priv.make(nic(host4=HOST4, prefix6=PREFIX6)) as made,
+        priv.make(nic(host4=bytes((100, 64, 2, 2)), prefix6=OTHER_PREFIX6), vmid=2),
+        world.network.socket(family, socket.SOCK_DGRAM) as server,
+    ):
+        guest = Guest(network, made)
+        server.bind((target, 7000))
+        server.settimeout(DEADLINE_S)
+        packed = socket.inet_pton(family, target)
+
+        guest.send(kind, ours_(other, packed, b"spoofed"))
+        guest.send(kind, ours_(own, packed, b"hello"))
+
+        assert server.recvfrom(100)[0] == b"hello"
 
 
 def test_guests_reach_one_another_as_they_are(network: Network, priv: Priv) -> None:

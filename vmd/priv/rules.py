@@ -3,6 +3,7 @@
     set vmd_<group>      names of the interfaces of a group, for rules of the administrator's
     set local            names of `local` interfaces
     set nat4, nat6       their networks, which are hidden behind the host's addresses
+    set source4, source6 which of these belongs to which interface
     chain forward        lets through what comes from `local` interfaces or goes to them
     chain postrouting    masquerades
 
@@ -53,12 +54,15 @@ def ruleset(members: "Sequence[Member]", kept_groups: "Iterable[str]" = ()) -> s
             groups.setdefault(group, []).append(f'"{member.name}"')
     nat = [member for member in members if member.networks]
     networks = [network for member in nat for network in member.networks]
+    sources = [(f'"{member.name}" . {text(*network)}', v6(network)) for member in nat for network in member.networks]
     lines = [f"add table {TABLE}"]
     for group, names in sorted(groups.items()):
         lines += of_set(f"vmd_{group}", "ifname", names)
     lines += of_set("local", "ifname", [f'"{member.name}"' for member in nat])
     lines += of_set("nat4", "ipv4_addr; flags interval", [text(*network) for network in networks if not v6(network)])
     lines += of_set("nat6", "ipv6_addr; flags interval", [text(*network) for network in networks if v6(network)])
+    lines += of_set("source4", "ifname . ipv4_addr; flags interval", [source for source, is6 in sources if not is6])
+    lines += of_set("source6", "ifname . ipv6_addr; flags interval", [source for source, is6 in sources if is6])
     lines += [
         f"add chain {TABLE} forward {{ type filter hook forward priority filter; policy accept; }}",
         f"flush chain {TABLE} forward",
@@ -69,8 +73,8 @@ def ruleset(members: "Sequence[Member]", kept_groups: "Iterable[str]" = ()) -> s
         lines += [
             # A guest may only send from what it was given.  IPv6 has no rp_filter, and hosts that set the one of
             # IPv4 to "loose" for all interfaces have none for a single one.
-            f"add rule {TABLE} forward iifname @local meta nfproto ipv4 ip saddr != @nat4 drop",
-            f"add rule {TABLE} forward iifname @local meta nfproto ipv6 ip6 saddr != @nat6 drop",
+            f"add rule {TABLE} forward iifname @local meta nfproto ipv4 iifname . ip saddr != @source4 drop",
+            f"add rule {TABLE} forward iifname @local meta nfproto ipv6 iifname . ip6 saddr != @source6 drop",
             f"add rule {TABLE} forward iifname @local accept",
             f"add rule {TABLE} forward oifname @local accept",
             f"add rule {TABLE} postrouting ip saddr @nat4 oifname != @local masquerade",
