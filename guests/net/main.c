@@ -50,15 +50,24 @@ static void test_interface(bool legacy)
     test_controls(legacy ? "legacy.controls" : "modern.controls", legacy);
 }
 
+static void print_interfaces(void)
+{
+    print("interfaces:%s%s\n", has_interface(false) ? " modern" : "", has_interface(true) ? " legacy" : "");
+}
+
 static void test(void)
 {
-    bool has[] = {has_interface(false), has_interface(true)};
-
-    print("interfaces:%s%s\n", has[0] ? " modern" : "", has[1] ? " legacy" : "");
+    print_interfaces();
     for (unsigned legacy = 0; legacy < 2; legacy++)
-        if (has[legacy])
+        if (has_interface(legacy))
             test_interface(legacy);
     report("net");
+}
+
+static void pass_frames(const char *line)
+{
+    print_interfaces();
+    pass_asleep(number_in(line, "count", 1));
 }
 
 static void obey(const char *line)
@@ -68,7 +77,7 @@ static void obey(const char *line)
     else if (word_is(line, "link"))
         watch_link(line);
     else if (word_is(line, "frames"))
-        pass_asleep(number_in(line, "count", 1));
+        pass_frames(line);
     else
         bench(line);
 }

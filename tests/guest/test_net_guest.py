@@ -93,15 +93,20 @@ def check(report: str, *interfaces: str) -> None:
     assert f"address {LLADDR}\n" in report
 
 
-@pytest.mark.parametrize(("lines", "interfaces"), [
-    (("vcpus 2",), ("modern", "legacy")),
-    (("virtio legacy",), ("legacy",)),
-    (("virtio modern",), ("modern",)),
-])  # fmt: skip
-def test_frames(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, ...]) -> None:
+def test_frames(tmp_path: Path) -> None:
     """Every byte both ways: all registers, interrupts, buffers and offloads, chains and tables, flags and events."""
-    with running(tmp_path, conf(*lines)) as net:
-        check(net.tell("test"), *interfaces)
+    with running(tmp_path, conf("vcpus 2")) as net:
+        check(net.tell("test"), "modern", "legacy")
+        net.switch_off()
+
+
+@pytest.mark.parametrize("kind", ["legacy", "modern"])
+def test_frames_of_one_kind(tmp_path: Path, kind: str) -> None:
+    """`virtio legacy` and `virtio modern`: frames pass by the only registers that there are."""
+    with running(tmp_path, conf(f"virtio {kind}")) as net:
+        said = net.tell("frames count=1000")
+        assert f"interfaces: {kind}\n" in said
+        assert "frames are through" in said
         net.switch_off()
 
 
