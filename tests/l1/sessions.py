@@ -24,8 +24,8 @@ from tools.debian_kernel import KernelError
 REPORTS = "reports"  # names inside the shared folder
 TESTS = "tests"
 RESTARTS = 2
-LIMIT_S = 600
-DEEP_LIMIT_S = 2400
+LIMIT_S = 1200  # watchdogs, for busy hosts
+DEEP_LIMIT_S = 3600
 
 
 class InsideL1:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(400)]
 BOOT_S = 150
 WAIT_S = 120
 MIB = 1 << 20
-CONSTANT, WRITTEN = 48, 16  # MiB of the disk: what is on it, and what the guest writes behind that
+CONSTANT, WRITTEN = 12, 4  # MiB of the disk: what is on it, and what the guest writes behind that
 HOST, GUEST = "10.0.0.1", "10.0.0.2"
 
 
