@@ -377,7 +377,7 @@ def test_ipxe(tmp_path: Path) -> None:
         "imgfetch --name large http://${next-server}/large && imgstat && imgfree large",
         "chain http://${next-server}/second",
     )
-    second = ipxe_script("second", "echo all is done")
+    second = ipxe_script("second", "echo all is done", "prompt")
     contents: dict[str, servers.Content] = {"large": partial(servers.noise, 1), "second": lambda: [second]}
     everywhere = "0.0.0.0"
     modes = ("legacy", "modern")

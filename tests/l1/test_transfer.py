@@ -31,6 +31,7 @@ class Stream:
     def __init__(self) -> None:
         self.digest = hashlib.md5(usedforsecurity=False)
         self.sent = 0
+        self.more = threading.Condition()
         self.last = threading.Event()
         self.ended = threading.Event()
 
@@ -42,9 +43,16 @@ class Stream:
             piece = servers.PIECE[at : at + MIB // 4]
             self.digest.update(piece)
             yield piece
-            self.sent += len(piece)
+            with self.more:
+                self.sent += len(piece)
+                self.more.notify()
             number += 1
         self.ended.set()
+
+    def goes_on(self, sent: int) -> None:
+        """Wait until more than that is sent."""
+        with self.more:
+            assert self.more.wait_for(lambda: self.sent > sent, WAIT_S)
 
     def end(self) -> str:
         """End it; return the MD5 of all that was sent."""
@@ -87,7 +95,7 @@ class Traveller:
         """Wait until it has got further with everything."""
         sums, sent = self.counted(), self.stream.sent
         self.shell.wait_for(f"[ $(wc -l </tmp/sums) -gt {sums + 3} ]")
-        assert self.stream.sent > sent
+        self.stream.goes_on(sent)
 
     def counted(self) -> int:
         """Return how many sums it has made."""
