@@ -3,7 +3,6 @@
 #include "blk.h"
 
 #define WAIT_MS 4000
-#define SOON_CYCLES 10000000000ull /* some seconds; what is looked for comes within microseconds, on an idle host */
 #define MANY 8
 
 static uint8_t *data;
@@ -31,16 +30,6 @@ static bool collect(unsigned count)
     }
     disk.device.interrupts = how;
     return good;
-}
-
-static bool soon(bool (*happened)(void))
-{
-    uint64_t begin = rdtsc();
-
-    while (!happened())
-        if (rdtsc() - begin > SOON_CYCLES)
-            return false;
-    return true;
 }
 
 static bool is_done(void)

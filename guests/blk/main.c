@@ -15,19 +15,8 @@ static const char *name_way(const char *part, const struct way *way)
         way->legacy ? "legacy" : "modern", part, interrupts[way->interrupts], way->indirect ? "tables" : "chains",
         way->event_index ? "events" : "flags",
     };
-    static char name[80];
-    char *at = name;
 
-    for (unsigned i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
-        size_t length = strlen(words[i]);
-
-        if (i)
-            *at++ = '.';
-        memcpy(at, words[i], length);
-        at += length;
-    }
-    *at = '\0';
-    return name;
+    return dotted(words, sizeof(words) / sizeof(words[0]));
 }
 
 static void test_interface(bool legacy)

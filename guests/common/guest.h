@@ -187,6 +187,10 @@ static inline void ioapic_route(unsigned pin, uint32_t how)
 
 /* What the names of the checks that follow begin with, up to a dot. */
 void check_group(const char *name);
+/* A name of words with dots between them, until the next is asked for: of 80 bytes at most, with its end. */
+const char *dotted(const char *const *words, unsigned count);
+/* Whether something happens before it must be given up. */
+bool soon(bool (*happened)(void));
 void check(const char *name, bool good);
 void check_equal(const char *name, uint64_t got, uint64_t want);
 void check_range(const char *name, uint64_t got, uint64_t least, uint64_t most);

@@ -2,6 +2,9 @@
 
 #include "guest.h"
 
+#define SOON_CYCLES 10000000000ull /* some seconds; what is looked for comes within microseconds, on an idle host */
+#define NAME_MAX 80u
+
 static unsigned good_count, bad_count;
 static const char *group = "", *separator = "";
 
@@ -15,6 +18,33 @@ void check_group(const char *name)
 {
     group = name;
     separator = *name ? "." : "";
+}
+
+const char *dotted(const char *const *words, unsigned count)
+{
+    static char name[NAME_MAX];
+    char *at = name;
+
+    for (unsigned i = 0; i < count; i++) {
+        size_t length = strlen(words[i]);
+
+        if (i)
+            *at++ = '.';
+        memcpy(at, words[i], length);
+        at += length;
+    }
+    *at = '\0';
+    return name;
+}
+
+bool soon(bool (*happened)(void))
+{
+    uint64_t begin = rdtsc();
+
+    while (!happened())
+        if (rdtsc() - begin > SOON_CYCLES)
+            return false;
+    return true;
 }
 
 void check(const char *name, bool good)

@@ -3,23 +3,12 @@
 #include "net.h"
 
 #define WAIT_MS 4000
-#define SOON_CYCLES 10000000000ull /* some seconds; what is looked for comes within microseconds, on an idle host */
 #define POLLS 100000
 #define MANY 8
 #define STARVED 600u /* frames; more than there are buffers, and fewer than a tap keeps */
 #define NOWHERE 0x4000 /* a queue, or a descriptor, that no device has */
 #define LINK_CHANGES 4
 #define BEAT_MS 20
-
-static bool soon(bool (*happened)(void))
-{
-    uint64_t begin = rdtsc();
-
-    while (!happened())
-        if (rdtsc() - begin > SOON_CYCLES)
-            return false;
-    return true;
-}
 
 static bool all_are_there(void)
 {
