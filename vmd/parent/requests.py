@@ -51,7 +51,7 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
         raise OperatorError(errno.EINVAL, f"vm {name}: {what} needs a boot image of its own (-b)")
     if given_initrd != bool(wanted.initrd):
         raise OperatorError(errno.EINVAL, f"vm {name}: an initrd that nobody opened, or asked for")
-    check_files(wanted)
+    check_paths(wanted)
     given = wanted.given & ~VmFlag.INSTANCE
     for there, flag in ((wanted.disks, VmFlag.DISK), (wanted.nics, VmFlag.NETWORK), (wanted.cdrom, VmFlag.CDROM)):
         given |= flag if there else VmFlag(0)
@@ -68,13 +68,11 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
     )
 
 
-def check_files(config: VmConfig) -> None:
-    """Raise OperatorError unless a client names files as vmctl does: by absolute paths, and no more than there may be.
+def check_paths(config: VmConfig) -> None:
+    """Raise OperatorError unless a client names files as vmctl does, by absolute paths.
 
     A relative one would be looked for where the daemon is, which is not where the client is.
     """
-    if len(config.disks) > MAX_DISKS:
-        raise OperatorError(errno.EINVAL, f"vm {config.name}: too many disks: {len(config.disks)}")
     paths = [("disk", disk.path) for disk in config.disks]
     paths += [("cdrom", config.cdrom), ("boot image", config.kernel), ("initrd", config.initrd)]
     for what, path in paths:
@@ -84,8 +82,6 @@ def check_files(config: VmConfig) -> None:
                 raise OperatorError(errno.EINVAL, f"vm {config.name}: {what}: not an absolute path: {path}")
             if len(raw) > PATH_MAX:
                 raise OperatorError(errno.ENAMETOOLONG, f"vm {config.name}: {what} path too long")
-    check_formats(config)
-    check_cmdline(config)
 
 
 def check_formats(config: VmConfig) -> None:

@@ -42,7 +42,7 @@ from vmd.log import log
 from vmd.parent.access import require_root
 from vmd.parent.limits import require_files
 from vmd.parent.media import Media
-from vmd.parent.requests import ONE_SHOT_DEVICES, check_files, checked_request
+from vmd.parent.requests import ONE_SHOT_DEVICES, check_paths, checked_request
 from vmd.parent.resources import Pty
 from vmd.parent.vmtable import State, Vm
 
@@ -177,7 +177,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         return
     config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
     try:
-        check_files(config)  # what it boots from is opened only when its guest resets itself
+        check_paths(config)  # what it boots from is opened only when its guest resets itself
         receiving.config = checked_request(config, bootable=True)
         parent.check_startable(vm, receiving.config)
         parent.network.check(vm, receiving.config)
