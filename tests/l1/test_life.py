@@ -35,7 +35,7 @@ def done(shell: Shell) -> int:
 def goes_on(shell: Shell) -> None:
     """Wait until more work has been done."""
     before = done(shell)
-    shell.run(f"while [ $(cat /done) -lt {before + 2} ]; do sleep 0.1; done")
+    shell.wait_for(f"[ $(cat /done) -ge {before + 2} ]")
     done(shell)
 
 

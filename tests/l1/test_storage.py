@@ -73,7 +73,7 @@ def check_entropy(shell: Shell) -> None:
 
 def check_cd(shell: Shell) -> None:
     """The disc can be mounted and says what is on it."""
-    shell.run("while [ ! -b /dev/sr0 ]; do sleep 0.1; done")  # the kernel looks for drives on a bus at leisure
+    shell.wait_for("[ -b /dev/sr0 ]")  # the kernel looks for drives on a bus at leisure
     shell.run("mkdir -p /cd && mount -t iso9660 -o ro /dev/sr0 /cd")
     assert shell.run("cat /cd/cd.txt").strip() == text_of("cd")
     assert shell.run("md5sum </cd/noise").split()[0] == md5(noise("cd"))
@@ -101,7 +101,7 @@ def move_interrupts(shell: Shell, work: str) -> None:
     for _ in range(6):
         for mask in (1, 2):
             shell.run(f"for number in {' '.join(numbers)}; do echo {mask} >/proc/irq/$number/smp_affinity; done")
-    shell.run("while [ $(wc -l </tmp/sums) -lt 2 ]; do sleep 0.1; done")
+    shell.wait_for("[ $(wc -l </tmp/sums) -ge 2 ]")
     first, second = shell.run("cat /tmp/sums").splitlines()
     assert first == second
 
@@ -118,7 +118,7 @@ def kill_while_writing(vmd: Daemon, name: str, shell: Shell, folder: str) -> Non
         f"cd {folder}; (i=0; while i=$((i+1)); do mkdir d$i; dd if=/dev/zero of=d$i/f bs=64k count=7 conv=fsync; done)"
         " >/dev/null 2>&1 &"
     )
-    shell.run(f"while [ ! -e {folder}/d4 ]; do sleep 0.1; done")
+    shell.wait_for(f"[ -e {folder}/d4 ]")
     vmd.must("stop", "-fw", name)
 
 
