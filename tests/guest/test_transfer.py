@@ -5,6 +5,7 @@
 
 import os
 import random
+import re
 import select
 import signal
 import time
@@ -825,6 +826,27 @@ def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
     else:
         assert busy.status("a")["state"] == "stopped"
         busy.must("start", "a")
+
+
+@pytest.mark.parametrize("command", ["send", "pause"])
+def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, command: str) -> None:
+    """The VM that waits for its answer is over, and the client hears why; not that all is as before."""
+    processes = busy.processes()
+    waiting = Path(f"/proc/{processes['vmd: vm/a']}/wchan")
+    os.kill(processes["vmd: vm/a/vioblk0"], signal.SIGSTOP)
+    client = vmctl(busy, command, "a")
+    deadline = time.monotonic() + DEADLINE_S
+    while not re.search("sys_poll|poll_schedule", waiting.read_text()):  # for one answer; the event loop is another
+        assert time.monotonic() < deadline
+    os.kill(processes["vmd: vm/a/vioblk0"], signal.SIGKILL)
+
+    status, errors = ended(client)
+
+    assert (status, errors) == (
+        1, f"vmctl: {command} vm command failed: vm a: vm/a/vioblk0: was killed by SIGKILL\n"
+    )  # fmt: skip
+    assert busy.wait_state("a", "stopped")["text"] == "vm/a/vioblk0: was killed by SIGKILL"
+    busy.must("start", "a")
 
 
 @COMMANDS

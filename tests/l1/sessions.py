@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 
+from tests.l1.faults import TripleFaults
 from tests.l1.machine import L1Error, Machine
 from tests.support.bootable import bootable
 from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
 TESTS = "tests"
+BROKEN = "broken_by_the_emulator"  # in a report: the failure is not the test's
 RESTARTS = 2
 LIMIT_S = 1200  # watchdogs, for busy hosts
 DEEP_LIMIT_S = 3600
@@ -34,10 +36,21 @@ class InsideL1:
     def __init__(self, config: pytest.Config, path: str) -> None:
         self.config = config
         self.path = path
+        self.faults = TripleFaults()
+        self.faults_before = 0
+        self.broken_module = ""  # its guests, which later tests may share, are not what they were
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Remember how things are before a test."""
+        self.faults_before = self.faults.count()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Append one report."""
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        module = report.nodeid.partition("::")[0]
+        if report.failed and self.faults.count() > self.faults_before:
+            self.broken_module = module
+        data[BROKEN] = report.failed and module == self.broken_module
         with open(self.path, "a", encoding="utf-8") as reports:
             reports.write(json.dumps(data) + "\n")
 
@@ -50,7 +63,7 @@ class OutsideL1:
         self.out = config.rootpath / "build" / "l1" / str(os.getpid())  # runs may overlap
         self.machine: Machine | None = None
         self.failure = ""
-        self.restarts = 0
+        self.restarts: list[str] = []  # why
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Take the watchdog off: it would count the wait for the machine; inside, each test has its own."""
@@ -82,26 +95,28 @@ class OutsideL1:
             self.failure = f"the emulated machine was not started: {error}"
 
     def _ended(self, timeout_s: float) -> bool:
-        """Return whether nothing more will be reported; a machine that hung is started again for the rest."""
+        """Return whether nothing more will be reported; the machine is started again for what it spoilt."""
         if self.machine is None:
             return True
         if not self.machine.ended(timeout_s):
             return False
         wanted = Path(self.out, TESTS).read_text().splitlines()
         rest = [nodeid for nodeid in wanted if not self._complete(nodeid)]
-        if not rest or self.restarts == RESTARTS or not self.machine.hung():
+        reports = self._read()
+        spoilt = [nodeid for nodeid in rest if _broken(reports.get(nodeid, []))]
+        if not rest or len(self.restarts) == RESTARTS or not (spoilt or self.machine.died()):
             return True
-        self.restarts += 1
-        done = {nodeid: reports for nodeid, reports in self._read().items() if nodeid not in rest}
-        lines = [json.dumps(report) + "\n" for reports in done.values() for report in reports]
+        self.restarts.append(f"it broke the guests of {', '.join(spoilt)}" if spoilt else "it died")
+        lines = [json.dumps(data) + "\n" for nodeid in reports.keys() - rest for data in reports[nodeid]]
         Path(self.out, REPORTS).write_text("".join(lines))
         self._start(rest)
         return bool(self.failure)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say that a result took more than one start."""
-        if self.restarts:
-            terminalreporter.section(f"THE EMULATED MACHINE HUNG AND WAS STARTED AGAIN: {self.restarts} times", "!")
+        for why in self.restarts:
+            terminalreporter.section("THE EMULATED MACHINE WAS STARTED AGAIN", "!", red=True, bold=True)
+            terminalreporter.write_line(why)
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind when the run was interrupted."""
@@ -140,7 +155,10 @@ class OutsideL1:
             yield report
 
     def _complete(self, nodeid: str) -> bool:
-        return any(data["when"] == "teardown" for data in self._read().get(nodeid, []))
+        """Return whether a test was run to its end, and its result counts."""
+        reports = self._read().get(nodeid, [])
+        counts = len(self.restarts) == RESTARTS or not _broken(reports)
+        return counts and any(data["when"] == "teardown" for data in reports)
 
     def _read(self) -> dict[str, list[dict[str, Any]]]:
         """Return the reports that are there, by test; the last line may be half written."""
@@ -166,3 +184,8 @@ class OutsideL1:
         else:
             self.failure = f"pytest inside the emulated machine ended with status {status}\n{self.machine.tail()}"
         return self.failure
+
+
+def _broken(reports: list[dict[str, Any]]) -> bool:
+    """Return whether a test failed with a guest that the emulator had broken."""
+    return any(data[BROKEN] for data in reports)

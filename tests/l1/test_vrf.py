@@ -57,6 +57,7 @@ def test_a_vrf_is_made_and_removed(network: Network) -> None:
             assert "unreachable" not in routes(network, 3)
 
 
+@pytest.mark.deep
 def test_a_vrf_that_was_there_is_left_alone(network: Network) -> None:
     """The administrator's is used, and stays."""
     network.run("ip", "link", "add", "vrf4", "type", "vrf", "table", "4")
@@ -67,6 +68,7 @@ def test_a_vrf_that_was_there_is_left_alone(network: Network) -> None:
     assert links(network)["vrf4"] == before
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("kind", [("vrf", "table", "6"), ("bridge",)])
 def test_another_interface_of_that_name(network: Network, kind: tuple[str, ...]) -> None:
     """It is not taken for the VRF."""
@@ -75,13 +77,12 @@ def test_another_interface_of_that_name(network: Network, kind: tuple[str, ...])
         assert priv.refuse(nic(rdomain=5)).text == "interface vrf5 is not the VRF of routing table 5"
 
 
+@pytest.mark.deep
 def test_switches_in_routing_domains(network: Network) -> None:
     """Ours are put there; one that was there before is only looked at."""
     network.run("ip", "link", "add", "theirs", "type", "bridge")
     with Priv(network) as priv:
-        problems = priv.configure(
-            switch("br0", rdomain=7), switch("theirs", alias="switch2-theirs", rdomain=7)
-        )
+        problems = priv.configure(switch("br0", rdomain=7), switch("theirs", alias="switch2-theirs", rdomain=7))
         assert problems == ("bridge theirs was there before vmd and is not in rdomain 7: it is left alone",)
         assert links(network)["br0"]["master"] == "vrf7"
         assert "master" not in links(network)["theirs"]
@@ -93,6 +94,7 @@ def test_switches_in_routing_domains(network: Network) -> None:
     network.run("ip", "link", "delete", "vrf7")
 
 
+@pytest.mark.deep
 def test_a_switch_leaves_its_routing_domain(network: Network) -> None:
     """The configuration was read again, and says nothing of it any more; or names another."""
     with Priv(network) as priv:
@@ -104,6 +106,7 @@ def test_a_switch_leaves_its_routing_domain(network: Network) -> None:
         assert set(links(network)) == {"lo", "br0"}
 
 
+@pytest.mark.deep
 def test_what_a_killed_priv_left(network: Network) -> None:
     """VRFs and the ends of their tables too."""
     with Priv(network) as first:

@@ -80,6 +80,7 @@ class DeviceProcess:
         self.config = b""
         self.status: int | None = None  # with which the process ended
         self._lock = threading.Lock()
+        self._reaping = threading.Lock()
         self._on_failed: Callable[[str], None] = log.error
         self._on_needs_reset: Callable[[str, int], None] = lambda text, _life: log.warn(text)
         self._on_config: Callable[[bytes], object] = len
@@ -187,11 +188,13 @@ class DeviceProcess:
             try:
                 self._sync.send(packet)
                 answer = self._sync.recv(devmsg.PACKET_MAX)
+            except ConnectionError:  # it is gone and has not even read the question
+                answer = b""
             except OSError as error:
                 reason = "no answer in 10 s" if isinstance(error, TimeoutError) else os.strerror(error.errno or 0)
                 raise PeerError(self.title, f"message {wanted}: {reason}") from error
         if not answer:
-            raise PeerError(self.title, "ended instead of answering")
+            raise PeerError(self.title, self._how_it_ended())
         kind = self._kind(answer)
         if kind == devmsg.ERROR:
             raise PeerError(self.title, self._error(answer)[1])
@@ -213,21 +216,26 @@ class DeviceProcess:
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the process to end; kill it if it does not."""
-        if self.status is None:
-            self.status = self.child.reap(timeout_s)
-        if self.status is None:
+        if self._reap(timeout_s) is None:
             log.warn(f"{self.title} does not end; killing it")
             self.child.kill()
-            self.status = self.child.reap(timeout_s)
+            self._reap(timeout_s)
 
     def _how_it_ended(self) -> str:
         """Return what became of a process whose channel has ended."""
-        self.status = self.child.reap(LAST_WORDS_TIMEOUT_S)
-        if self.status is None:
+        status = self._reap(LAST_WORDS_TIMEOUT_S)
+        if status is None:
             return "has closed its channel"
-        if self.status < 0:
-            return f"was killed by {signal_name(-self.status)}"
-        return f"ended with status {self.status}"
+        if status < 0:
+            return f"was killed by {signal_name(-status)}"
+        return f"ended with status {status}"
+
+    def _reap(self, timeout_s: float) -> int | None:
+        """Return the status with which the process has ended; None if it has not."""
+        with self._reaping:
+            if self.status is None:
+                self.status = self.child.reap(timeout_s)
+            return self.status
 
     def _tell(self, packet: bytes) -> None:
         try:

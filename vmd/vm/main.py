@@ -278,6 +278,11 @@ class VmProcess(Process):
                     lambda text: self.on_sent(message, text, stays_paused=stays_paused),
                     one_shot=message.one_shot,
                 )
+            except PeerError as error:
+                os.close(stream)
+                self.send_wanted = False
+                self.end(Outcome.FAILED, str(error))  # a device is gone: how the VM ends is the answer
+                return
             except (VmdError, OSError) as error:
                 text = sentence(error)
         if self.sender is None:

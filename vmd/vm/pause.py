@@ -161,8 +161,11 @@ class Pause:
         self._answer(f"a vcpu did not stop within {PARK_TIMEOUT_S:.0f} s")
 
     def _end(self, text: str) -> None:
-        """Give up a machine that can neither stand still nor go on: a device of it has failed."""
-        self._answer(text)
+        """Give up a machine that can neither stand still nor go on: a device of it has failed.
+
+        Nobody who waits is told: how the VM ends is the answer.
+        """
+        self._waiting.clear()
         self.machine.end(Outcome.FAILED, text)
 
     def _answer(self, text: str) -> None:

@@ -1,13 +1,14 @@
 """Tests of the emulated machine count as passed only when it said so."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.l1.machine import L1Error, Machine
-from tests.l1.sessions import REPORTS, TESTS, OutsideL1
+from tests.l1.sessions import BROKEN, REPORTS, TESTS, OutsideL1
 
 
 class BrokenMachine(Machine):
@@ -25,8 +26,8 @@ class BrokenMachine(Machine):
         """Nothing was written."""
         raise L1Error("the emulated machine ended before its command did\n--- console\nKernel panic")
 
-    def hung(self) -> bool:
-        """Nobody knows why."""
+    def died(self) -> bool:
+        """It was switched off."""
         return False
 
     def stop(self) -> None:
@@ -44,13 +45,13 @@ def outside(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[OutsideL1]:
     half.pytest_unconfigure()
 
 
-def inner_report(item: pytest.Item, when: str, outcome: str) -> str:
+def inner_report(item: pytest.Item, when: str, outcome: str, *, broken: bool = False) -> str:
     """Return a line as the inner half writes it."""
     report = pytest.TestReport.from_item_and_call(item, pytest.CallInfo.from_call(lambda: None, "call"))
     report.when = when  # type: ignore[assignment]
     report.outcome = outcome  # type: ignore[assignment]
     data = item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
-    return json.dumps(data) + "\n"
+    return json.dumps(data | {BROKEN: broken}) + "\n"
 
 
 def test_without_a_report_a_test_has_failed(outside: OutsideL1, request: pytest.FixtureRequest) -> None:
@@ -62,9 +63,7 @@ def test_without_a_report_a_test_has_failed(outside: OutsideL1, request: pytest.
     assert str(second.longrepr) == "the emulated machine ended before its command did"
 
 
-def test_the_test_that_the_machine_died_in_has_failed(
-    outside: OutsideL1, request: pytest.FixtureRequest
-) -> None:
+def test_the_test_that_the_machine_died_in_has_failed(outside: OutsideL1, request: pytest.FixtureRequest) -> None:
     """A set-up that passed, and a line that was being written, are not a result."""
     Path(outside.out, REPORTS).write_text(
         inner_report(request.node, "setup", "passed") + inner_report(request.node, "call", "passed")[:-10]
@@ -76,9 +75,7 @@ def test_the_test_that_the_machine_died_in_has_failed(
 
 
 @pytest.mark.parametrize("outcome", ["passed", "failed", "skipped"])
-def test_the_inner_result_is_the_result(
-    outside: OutsideL1, request: pytest.FixtureRequest, outcome: str
-) -> None:
+def test_the_inner_result_is_the_result(outside: OutsideL1, request: pytest.FixtureRequest, outcome: str) -> None:
     """All three phases, as they were reported."""
     phases = [("setup", "passed"), ("call", outcome), ("teardown", "passed")]
     Path(outside.out, REPORTS).write_text("".join(inner_report(request.node, *phase) for phase in phases))
@@ -102,16 +99,32 @@ def test_a_machine_that_could_not_be_started_fails_its_tests(
     assert "no network" in str(report.longrepr)
 
 
-class HungMachine(BrokenMachine):
-    """A machine whose own watchdog ended it."""
+class DeadMachine(BrokenMachine):
+    """A machine that has reset itself."""
 
-    def hung(self) -> bool:
-        """It says so on its console."""
+    def died(self) -> bool:
+        """It did."""
         return True
 
 
-@pytest.mark.parametrize(("machines", "restarts"), [([HungMachine, BrokenMachine], 1), ([HungMachine] * 3, 2)])
-def test_a_machine_that_hung_is_started_again_a_few_times(
+def restarted(
+    outside: OutsideL1, monkeypatch: pytest.MonkeyPatch, machines: list[type[BrokenMachine]]
+) -> list[list[str]]:
+    """Give it these machines, one after the other; return what they are started for."""
+    left = list(machines)
+    outside.machine = left.pop(0)()
+    started = []
+
+    def start(tests: list[str]) -> None:
+        started.append(tests)
+        outside.machine = left.pop(0)()
+
+    monkeypatch.setattr(outside, "_start", start)
+    return started
+
+
+@pytest.mark.parametrize(("machines", "restarts"), [([DeadMachine, BrokenMachine], 1), ([DeadMachine] * 3, 2)])
+def test_a_machine_that_died_is_started_again_a_few_times(
     outside: OutsideL1,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,40 +135,57 @@ def test_a_machine_that_hung_is_started_again_a_few_times(
     Path(outside.out, TESTS).write_text(f"tests/done.py::test_done\n{request.node.nodeid}\n")
     done = inner_report(request.node, "teardown", "passed").replace(request.node.nodeid, "tests/done.py::test_done")
     Path(outside.out, REPORTS).write_text(done + inner_report(request.node, "setup", "passed"))
-    left = list(machines)
-    outside.machine = left.pop(0)()
-    started = []
-
-    def start(tests: list[str]) -> None:
-        started.append(tests)
-        outside.machine = left.pop(0)()
-
-    monkeypatch.setattr(outside, "_start", start)
+    started = restarted(outside, monkeypatch, machines)
 
     (report,) = outside._reports_on(request.node)
 
     assert report.outcome == "failed"
-    assert outside.restarts == restarts
+    assert outside.restarts == ["it died"] * restarts
     assert started == [[request.node.nodeid]] * restarts
     assert Path(outside.out, REPORTS).read_text() == done
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_test_whose_guest_was_broken_is_run_again(
+    outside: OutsideL1, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, *, again: bool
+) -> None:
+    """What it says then is its result; and if guests are broken every time, that is."""
+    nodeid = request.node.nodeid
+    Path(outside.out, TESTS).write_text(f"{nodeid}\n")
+    broken = inner_report(request.node, "call", "failed", broken=True) + inner_report(
+        request.node, "teardown", "passed"
+    )
+    Path(outside.out, REPORTS).write_text(broken)
+    started = restarted(outside, monkeypatch, [BrokenMachine] * 3)
+    start = outside._start
+    passed = "".join(inner_report(request.node, when, "passed") for when in ("setup", "call", "teardown"))
+
+    def start_and_report(tests: list[str]) -> None:
+        assert Path(outside.out, REPORTS).read_text() == ""
+        start(tests)
+        Path(outside.out, REPORTS).write_text(broken if again else passed)
+
+    monkeypatch.setattr(outside, "_start", start_and_report)
+
+    reports = list(outside._reports_on(request.node))
+
+    assert "failed" in [report.outcome for report in reports] if again else len(reports) == 3
+    assert started == [[nodeid]] * (2 if again else 1)
+    assert outside.restarts == [f"it broke the guests of {nodeid}"] * len(started)
+
+
 @pytest.mark.parametrize(
-    ("console", "status", "hung"),
-    [
-        ("Kernel panic - not syncing: softlockup: hung tasks", None, True),
-        ("Kernel panic - not syncing: RCU Stall", None, True),
-        ("BUG: TASK stack guard page was hit at 000000008dee1d23", None, True),
-        ("Kernel panic - not syncing: Attempted to kill init!", None, False),
-        ("Kernel panic - not syncing: softlockup: hung tasks", "0", False),
-    ],
+    ("returncode", "status", "died"), [(0, None, True), (0, "1", False), (124, None, False), (1, None, False)]
 )
-def test_only_a_watchdog_makes_a_machine_hung(tmp_path: Path, console: str, status: str | None, hung: bool) -> None:
-    """Any other end is a failure."""
+def test_only_a_machine_that_reset_itself_has_died(
+    tmp_path: Path, returncode: int, status: str | None, *, died: bool
+) -> None:
+    """Not one whose command has ended, whose time was up, or that QEMU could not start."""
     machine = BrokenMachine()
     machine.out = tmp_path
-    (tmp_path / "console").write_text(console)
+    machine.qemu = subprocess.Popen(["sh", "-c", f"exit {returncode}"])
+    machine.qemu.wait()
     if status is not None:
         (tmp_path / "status").write_text(status)
 
-    assert Machine.hung(machine) is hung
+    assert Machine.died(machine) is died
