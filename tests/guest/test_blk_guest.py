@@ -74,10 +74,11 @@ def test_the_second_disk_is_another(tmp_path: Path) -> None:
     """A guest that works on its second disk leaves the first one alone."""
     first, second = Disk(tmp_path / "first"), Disk(tmp_path / "second")
     slot = 3  # behind the random numbers' and the first disk's
-    text = conf(f'"{first.path}" format raw', f'disk "{second.path}" format raw', cmdline=f"slot={slot}")
+    lines = (f'disk "{second.path}" format raw', "virtio modern")
+    text = conf(f'"{first.path}" format raw', *lines, cmdline=f"slot={slot}")
     with Daemon(tmp_path, text) as vmd:
         report = run(vmd)
-    check(report, "modern", "legacy")
+    check(report, "modern")
     assert "id vioblk1\n" in report
     first.check_untouched()
     second.check_tested()

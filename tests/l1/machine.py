@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +31,14 @@ QEMU = (
     "-display", "none", "-vga", "none", "-nic", "none", "-no-reboot", "-nodefaults", "-no-user-config",
 )  # fmt: skip
 # Once in a few dozen starts the emulator loses an interrupt, and a processor waits for the other for ever; the
-# machine's own kernel notices that and ends it.  The times are long enough for a busy host.
+# machine's own kernel notices that and ends it.  (If it was a timer's, it notices nothing: see `stuck`.)  The times
+# are long enough for a busy host.
 WATCHDOGS = "softlockup_panic=1 watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {WATCHDOGS}"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")
+HEARTBEAT = "heartbeat"  # inside the shared folder; touched again and again while all is well
+STUCK_S = 180.0
 TAIL_LINES = 60
 
 
@@ -52,6 +56,7 @@ class Machine:
         for name in ("status", "console", "output"):
             Path(out, name).unlink(missing_ok=True)
         Path(out, "command").write_text(_script(command))
+        Path(out, HEARTBEAT).touch()
         self.qemu = self._start(prepare())
 
     def _start(self, files: tuple[Kernel, Path]) -> subprocess.Popen[bytes]:
@@ -77,6 +82,10 @@ class Machine:
         except subprocess.TimeoutExpired:
             return False
         return True
+
+    def stuck(self) -> bool:
+        """Return whether the machine, which still runs, has given no sign of life for long."""
+        return time.time() - Path(self.out, HEARTBEAT).stat().st_mtime > STUCK_S
 
     def status(self) -> int:
         """Return the exit status of the command, once the machine is off; L1Error if it has none."""

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 import pytest
 
 from tests.l1.faults import TripleFaults
-from tests.l1.machine import L1Error, Machine
+from tests.l1.machine import HEARTBEAT, L1Error, Machine
 from tests.support.bootable import bootable
 from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
 TESTS = "tests"
 BROKEN = "broken_by_the_emulator"  # in a report: the failure is not the test's
+HEARTBEAT_S = 5.0
 RESTARTS = 2
 LIMIT_S = 1200  # watchdogs, for busy hosts
 DEEP_LIMIT_S = 3600
@@ -39,6 +41,12 @@ class InsideL1:
         self.faults = TripleFaults()
         self.faults_before = 0
         self.broken_module = ""  # its guests, which later tests may share, are not what they were
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        while True:
+            Path(self.path).with_name(HEARTBEAT).touch()
+            time.sleep(HEARTBEAT_S)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Remember how things are before a test."""
@@ -98,15 +106,20 @@ class OutsideL1:
         """Return whether nothing more will be reported; the machine is started again for what it spoilt."""
         if self.machine is None:
             return True
+        stuck = False
         if not self.machine.ended(timeout_s):
-            return False
+            stuck = self.machine.stuck()
+            if not stuck:
+                return False
+            self.machine.stop()
         wanted = Path(self.out, TESTS).read_text().splitlines()
         rest = [nodeid for nodeid in wanted if not self._complete(nodeid)]
         reports = self._read()
         spoilt = [nodeid for nodeid in rest if _broken(reports.get(nodeid, []))]
-        if not rest or len(self.restarts) == RESTARTS or not (spoilt or self.machine.died()):
+        if not rest or len(self.restarts) == RESTARTS or not (spoilt or stuck or self.machine.died()):
             return True
-        self.restarts.append(f"it broke the guests of {', '.join(spoilt)}" if spoilt else "it died")
+        why = "it was stuck" if stuck else "it died"
+        self.restarts.append(f"it broke the guests of {', '.join(spoilt)}" if spoilt else why)
         lines = [json.dumps(data) + "\n" for nodeid in reports.keys() - rest for data in reports[nodeid]]
         Path(self.out, REPORTS).write_text("".join(lines))
         self._start(rest)

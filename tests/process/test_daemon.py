@@ -316,7 +316,7 @@ def test_output_nobody_reads_neither_blocks_nor_grows(vmd: Daemon) -> None:
     vmd.must("start", "demo")
     with vmd.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
-        console.type("fill 300\r")
+        console.type("fill 100\r")
     resident = vmd.status("demo")["resident_bytes"]
     attached = subprocess.Popen(
         [sys.executable, "-m", "vmctl", "-s", vmd.socket, "console", "demo"],

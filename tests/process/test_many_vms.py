@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 VMS = 50
 MEMORY_MIB = 16
 PARALLEL = 10
-IDLE_S = 5.0
+IDLE_S = 2.0
 START_S = 120.0
 BUSY_LIMIT = 0.5  # of one processor, for all together: a VM that spins would take more all by itself
 

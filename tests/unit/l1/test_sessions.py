@@ -1,13 +1,15 @@
 """Tests of the emulated machine count as passed only when it said so."""
 
 import json
+import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.l1.machine import L1Error, Machine
+from tests.l1.machine import HEARTBEAT, STUCK_S, L1Error, Machine
 from tests.l1.sessions import BROKEN, REPORTS, TESTS, OutsideL1
 
 
@@ -99,6 +101,26 @@ def test_a_machine_that_could_not_be_started_fails_its_tests(
     assert "no network" in str(report.longrepr)
 
 
+class StuckMachine(BrokenMachine):
+    """A machine that says nothing any more, and would go on for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopped = False
+
+    def ended(self, timeout_s: float) -> bool:
+        """When it was stopped."""
+        return self.stopped
+
+    def stuck(self) -> bool:
+        """It is."""
+        return True
+
+    def stop(self) -> None:
+        """Pull the plug."""
+        self.stopped = True
+
+
 class DeadMachine(BrokenMachine):
     """A machine that has reset itself."""
 
@@ -123,13 +145,21 @@ def restarted(
     return started
 
 
-@pytest.mark.parametrize(("machines", "restarts"), [([DeadMachine, BrokenMachine], 1), ([DeadMachine] * 3, 2)])
-def test_a_machine_that_died_is_started_again_a_few_times(
+@pytest.mark.parametrize(
+    ("machines", "restarts"),
+    [
+        ([DeadMachine, BrokenMachine], ["it died"]),
+        ([DeadMachine] * 3, ["it died"] * 2),
+        ([StuckMachine, BrokenMachine], ["it was stuck"]),
+        ([StuckMachine, DeadMachine, StuckMachine], ["it was stuck", "it died"]),
+    ],
+)
+def test_a_machine_that_died_or_is_stuck_is_started_again_a_few_times(
     outside: OutsideL1,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     machines: list[type[BrokenMachine]],
-    restarts: int,
+    restarts: list[str],
 ) -> None:
     """For the tests without a result only, and not for ever."""
     Path(outside.out, TESTS).write_text(f"tests/done.py::test_done\n{request.node.nodeid}\n")
@@ -140,8 +170,8 @@ def test_a_machine_that_died_is_started_again_a_few_times(
     (report,) = outside._reports_on(request.node)
 
     assert report.outcome == "failed"
-    assert outside.restarts == ["it died"] * restarts
-    assert started == [[request.node.nodeid]] * restarts
+    assert outside.restarts == restarts
+    assert started == [[request.node.nodeid]] * len(restarts)
     assert Path(outside.out, REPORTS).read_text() == done
 
 
@@ -189,3 +219,16 @@ def test_only_a_machine_that_reset_itself_has_died(
         (tmp_path / "status").write_text(status)
 
     assert Machine.died(machine) is died
+
+
+def test_a_machine_without_a_sign_of_life_is_stuck(tmp_path: Path) -> None:
+    """For long enough."""
+    machine = BrokenMachine()
+    machine.out = tmp_path
+    beat = tmp_path / HEARTBEAT
+    beat.touch()
+    assert not Machine.stuck(machine)
+
+    os.utime(beat, (0, time.time() - STUCK_S - 1))
+
+    assert Machine.stuck(machine)
