@@ -72,6 +72,7 @@ class OutsideL1:
         self.machine: Machine | None = None
         self.failure = ""
         self.restarts: list[str] = []  # why
+        self.over = False  # nothing more will be reported
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Take the watchdog off: it would count the wait for the machine; inside, each test has its own."""
@@ -103,7 +104,12 @@ class OutsideL1:
             self.failure = f"the emulated machine was not started: {error}"
 
     def _ended(self, timeout_s: float) -> bool:
-        """Return whether nothing more will be reported; the machine is started again for what it spoilt."""
+        """Wait at most so long; return whether nothing more will be reported."""
+        self.over = self.over or self._over(timeout_s)
+        return self.over
+
+    def _over(self, timeout_s: float) -> bool:
+        """Do so; the machine is started again for what it spoilt."""
         if self.machine is None:
             return True
         stuck = False
@@ -142,6 +148,7 @@ class OutsideL1:
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Report on one test of the machine, when it is done in there; all others run as usual."""
         if item.get_closest_marker("l1") is None:
+            self._ended(0)  # so that one that has to be started again is so soon
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self._reports_on(item):
