@@ -128,6 +128,8 @@ class OutsideL1:
         self.restarts.append(f"it broke the guests of {', '.join(spoilt)}" if spoilt else why)
         lines = [json.dumps(data) + "\n" for nodeid in reports.keys() - rest for data in reports[nodeid]]
         Path(self.out, REPORTS).write_text("".join(lines))
+        ended_in = [nodeid for nodeid in rest if nodeid not in spoilt][:1]
+        rest.sort(key=lambda nodeid: nodeid in spoilt + ended_in)  # last, lest they take the others along again
         self._start(rest)
         return bool(self.failure)
 
