@@ -36,7 +36,9 @@ QEMU = (
 # machine's own kernel notices that and ends it.  (If it was a timer's, it notices nothing: see `stuck`.)  The times
 # are long enough for a busy host.
 WATCHDOGS = "softlockup_panic=1 watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
-APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr {WATCHDOGS}"
+# A kernel with one processor trusts the emulated TSC, measures it a second time, and KVM then gives guests no timer if
+# the second result is the higher one (`virtual_tsc_khz` stays 0).
+APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable {WATCHDOGS}"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")
 HEARTBEAT = "heartbeat"  # inside the shared folder; touched again and again while all is well
