@@ -3,6 +3,7 @@
 import array
 import errno
 import os
+import select
 import socket
 import types
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PEER = "vmd"  # whose fault it is when the protocol breaks
 ROUTE = (Proc.CONTROL, Proc.CLIENT)
+LOOK_UP_MS = 500  # how often a wait is left for a signal that came just before it, and could not end it
 NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 
 
@@ -65,7 +67,11 @@ class Client:
 
     def receive(self) -> "Record":
         """Return the next message.  Raises PeerError if it is none that a daemon sends."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
         try:
+            while not poll.poll(LOOK_UP_MS):
+                pass
             try:
                 packet = self._sock.recv(MAX_MESSAGE)
             except ConnectionResetError:

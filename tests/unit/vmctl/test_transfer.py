@@ -1,11 +1,13 @@
 """vmctl send and receive: whose descriptors go to the daemon, what is shown meanwhile, and how it ends."""
 
+import _thread
 import errno
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
 from vmctl.bar import Bar
+from vmctl.client import Client
 from vmd.ipc.messages import Failed, ReceiveRequest, SendRequest, TransferProgress, VmReceived, VmSent
 
 MIB = 1 << 20
@@ -150,6 +153,17 @@ def test_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
 
     assert (process.returncode, errors) == (1, "vmctl: send: interrupted\n")
     daemon.wait_left()
+
+
+def test_interrupted_just_before_it_waits(daemon: FakeDaemon) -> None:
+    """A signal that came too early to end the wait for an answer is not left until there is one."""
+    client = Client(str(daemon.path))
+    timer = threading.Timer(0.2, _thread.interrupt_main)  # in the middle of it, and ends no system call
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        client.answer(VmSent)
+    timer.join()
+    client.close()
 
 
 def test_progress_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
