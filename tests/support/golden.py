@@ -1,0 +1,393 @@
+"""What earlier versions wrote, kept in `tests/golden` for every later one to read, and how it is recorded.
+
+A golden stream is a VM that `vmctl send` wrote, with what its disk held.  A golden transcript is what vmctl and a
+daemon said to each other over the control socket, packet by packet.  None is ever recorded anew: a version that writes
+something else adds files of its own (`python -m tests.support.golden DIRECTORY`).
+
+Paths in them begin with a directory whose name has a fixed length, so that a test can put its own in.  A stream is
+adapted to the processor of the host that receives it, field by field as its own version laid them out.
+"""
+
+import array
+import contextlib
+import hashlib
+import json
+import lzma
+import os
+import socket
+import struct
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+
+from tests.support import churn
+from tests.support.blkdisk import FACTOR, HOST, MASK, SECTOR, SECTORS, pattern
+from tests.support.clocks import Clocks
+from tests.support.daemon import DEADLINE_S
+from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon
+from tests.support.netpeer import Peer
+from tests.support.network import Interface, Network
+from tests.support.transfers import ended, to_file, vmctl
+from vmd.kvmapi.abi import kvm_cpuid_entry2
+from vmd.kvmapi.system import System
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PLACE = "/tmp/vmd-golden-"
+RECORDED = PLACE + "recorded"  # the directory that all recorded paths are below
+FACTOR_INVERSE = pow(FACTOR, -1, 1 << 64)
+MAX_PACKET = 1 << 16
+MAX_FDS = 64
+PREAMBLE, SECTION = struct.Struct("<8sII"), struct.Struct("<IIQ")
+DIGEST_BYTES = 32
+STATE = 2
+LLADDR = "fe:e1:ba:00:00:09"
+
+
+class Kind(NamedTuple):
+    """A VM that is recorded: its guest, its command line, and what else its block says."""
+
+    kernel: str
+    cmdline: str
+    lines: tuple[str, ...]
+
+
+DISK = f'disk "{RECORDED}/disk" format raw'
+KINDS = {
+    "churn": Kind("blk", "churn smp", ("vcpus 2", DISK, f'cdrom "{RECORDED}/disc"', "local interface")),
+    "legacy": Kind("blk", "churn intx-pic", ("virtio legacy", DISK)),
+    "net": Kind("net", "", (f"interface {{ lladdr {LLADDR} }}",)),
+    "clocks": Kind("clocks", "", ()),
+}
+
+
+@contextlib.contextmanager
+def place() -> Iterator[Path]:
+    """Have a directory whose name is as long as that of the recorded one."""
+    with tempfile.TemporaryDirectory(prefix=PLACE) as name:
+        assert len(name) == len(RECORDED)
+        yield Path(name)
+
+
+def conf(name: str, directory: Path) -> str:
+    """Return the configuration in which a VM was recorded; the VM is called `golden`."""
+    kind = KINDS[name]
+    boot = f'boot "{directory}/kernel" cmdline "{kind.cmdline}"'
+    text = "\n".join(('vm "golden" {', "disable", "memory 64M", boot, *kind.lines, "}\n"))
+    return text.replace(RECORDED, str(directory))
+
+
+def furnish(name: str, directory: Path) -> None:
+    """Put the files there that the VM names."""
+    (directory / "kernel").write_bytes(guest(KINDS[name].kernel).read_bytes())
+    (directory / "disk").write_bytes(pattern(0, SECTORS, HOST))
+    (directory / "disc").write_bytes(bytes(1 << 20))
+
+
+@contextlib.contextmanager
+def daemon(directory: Path, text: str = "") -> Iterator[NetDaemon]:
+    """Run a daemon in a network where nothing else speaks."""
+    with Network() as network:
+        for scope in ("all", "default"):
+            network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
+        with NetDaemon(directory, network, text) as vmd:
+            yield vmd
+
+
+# --- streams -------------------------------------------------------------------------------------------------
+
+
+def record_streams(where: Path) -> None:
+    """Send each kind of VM into a file of its own."""
+    for name in KINDS:
+        with place() as directory:
+            furnish(name, directory)
+            with daemon(directory, conf(name, directory)) as vmd, contextlib.ExitStack() as stack:
+                vmd.must("start", "golden")
+                _make_busy(name, vmd, stack)
+                to_file(vmd, "golden", directory / "stream")
+            raw = (directory / "stream").read_bytes().replace(str(directory).encode(), RECORDED.encode())
+            version = PREAMBLE.unpack_from(raw)[1]
+            (where / f"stream-{version}-{name}.xz").write_bytes(lzma.compress(_signed_anew(raw), preset=9))
+            if name in ("churn", "legacy"):
+                generations = _generations((directory / "disk").read_bytes())
+                (where / f"disk-{version}-{name}.xz").write_bytes(lzma.compress(generations))
+
+
+def _make_busy(name: str, vmd: NetDaemon, stack: contextlib.ExitStack) -> None:
+    """Wait until the guest is in the middle of its work."""
+    console = stack.enter_context(vmd.console("golden"))
+    if name == "net":
+        tap = Interface(vmd.network, vmd.interfaces("golden")[0]["tap"])
+        stack.enter_context(Peer(tap))
+        console.expect("ready", DEADLINE_S)
+        console.answer("link", "link up, and works", DEADLINE_S)
+    elif name == "clocks":
+        console.expect("clocks: ready", DEADLINE_S)
+        Clocks.ask(console)
+    else:
+        churn.begin(console)
+        churn.ask_until_rounds(console, 100)
+
+
+def stream(version: int, name: str, directory: Path) -> bytes:
+    """Return a recorded stream, for files in this directory and for this host's processor."""
+    raw = lzma.decompress((GOLDEN / f"stream-{version}-{name}.xz").read_bytes())
+    return ADAPT[version](raw.replace(RECORDED.encode(), str(directory).encode()))
+
+
+def restore_disk(version: int, name: str, directory: Path) -> None:
+    """Make the disk what it was when the VM was sent."""
+    generations = lzma.decompress((GOLDEN / f"disk-{version}-{name}.xz").read_bytes())
+    content = b"".join(pattern(sector, sector + 1, generation) for sector, generation in enumerate(generations))
+    (directory / "disk").write_bytes(content)
+
+
+def _generations(disk: bytes) -> bytes:
+    """Return which pattern each sector of a disk holds."""
+    found = bytearray()
+    for sector in range(SECTORS):
+        content = disk[sector * SECTOR : (sector + 1) * SECTOR]
+        number = int.from_bytes(content[:8], "little") * FACTOR_INVERSE & MASK
+        found.append(number >> 8 & 0xFF)
+        assert content == pattern(sector, sector + 1, found[-1]), sector
+    return bytes(found)
+
+
+class Parts:
+    """A stream taken apart: its header, and its sections with kind and body; `joined` puts it together again."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.magic, self.version, length = PREAMBLE.unpack_from(raw)
+        at = PREAMBLE.size + length
+        self.header = raw[PREAMBLE.size : at]
+        at += DIGEST_BYTES
+        self.sections: list[tuple[int, bytes]] = []
+        while at < len(raw):
+            kind, _, length = SECTION.unpack_from(raw, at)
+            at += SECTION.size
+            self.sections.append((kind, raw[at : at + length]))
+            at += length + DIGEST_BYTES
+
+    def joined(self) -> bytes:
+        """Return the bytes, every digest being right."""
+        head = PREAMBLE.pack(self.magic, self.version, len(self.header)) + self.header
+        bodies = [SECTION.pack(kind, 0, len(body)) + body for kind, body in self.sections]
+        return b"".join(part + hashlib.sha256(part).digest() for part in (head, *bodies))
+
+
+def _signed_anew(raw: bytes) -> bytes:
+    return Parts(raw).joined()
+
+
+def _adapt_2(raw: bytes) -> bytes:
+    """Put this host's processor into a stream of version 2, whose records are lists in this order.
+
+    Header: config, one_shot, firmware_bytes, touched_bytes, xsave_bytes, tsc_khz, cpuid, devices.
+    State: vcpus first, each mp_state, regs, sregs, xsave and more.
+    """
+    parts = Parts(raw)
+    here = _processor()
+    header = msgpack.unpackb(parts.header, unicode_errors="surrogateescape")
+    header[4], header[5], header[6] = here.xsave_bytes, here.tsc_khz, here.cpuid
+    parts.header = msgpack.packb(header, unicode_errors="surrogateescape")
+
+    def adapted(body: bytes) -> bytes:
+        state = msgpack.unpackb(body)
+        length = max(here.xsave_bytes, 4096)
+        for vcpu in state[0]:
+            vcpu[3] = vcpu[3][:length].ljust(length, b"\0")
+        packed: bytes = msgpack.packb(state)
+        return packed
+
+    parts.sections = [(kind, adapted(body) if kind == STATE else body) for kind, body in parts.sections]
+    return parts.joined()
+
+
+ADAPT: dict[int, Callable[[bytes], bytes]] = {2: _adapt_2}
+
+
+class Processor(NamedTuple):
+    """What a stream says of the processor."""
+
+    xsave_bytes: int
+    tsc_khz: int
+    cpuid: list[list[int]]
+
+
+def _processor() -> Processor:
+    """Ask KVM what this host has."""
+    with contextlib.ExitStack() as stack:
+        system = stack.enter_context(System(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)))
+        vm = system.create_vm()
+        stack.callback(vm.close)
+        vcpu = vm.create_vcpu(0)
+        stack.callback(vcpu.close)
+        names = [field[0] for field in kvm_cpuid_entry2._fields_[:7]]  # the rest is padding
+        table = [[getattr(leaf, name) for name in names] for leaf in system.supported_cpuid()]
+        return Processor(vcpu.xsave_bytes, vcpu.get_tsc_khz(), table)
+
+
+# --- transcripts ---------------------------------------------------------------------------------------------
+
+
+class Packet(NamedTuple):
+    """One packet; `asked`: vmctl sent it."""
+
+    asked: bool
+    data: bytes
+    fds: int
+
+
+class Session(NamedTuple):
+    """What one vmctl and the daemon said to each other."""
+
+    command: list[str]
+    packets: list[Packet]
+
+
+COMMANDS = (
+    "status", "status -v", "status a", "start a", "status -v a", "start a", "pause a", "pause a", "unpause a",
+    "send -k a", "receive b", "stop -fw b", "console a", "log verbose", "log brief", "load more.conf", "reload",
+    "stop -fw a", "wait c", "start -m 16M -b kernel c", "stop -w -f c", "reset vms", "reset switches", "reset",
+    "start nobody", "stop nobody", "wait nobody", "pause nobody", "unpause nobody", "console nobody", "send nobody",
+    "receive x", "start -t nobody -d disk d",
+)  # fmt: skip
+
+
+def transcript_conf(directory: Path) -> str:
+    """Return the configuration against which all commands were given."""
+    return (
+        f'switch "lan" {{ interface br9 }}\nvm "a" {{ disable\n memory 16M\n boot "{directory}/kernel" }}\n'
+        f'vm "t" {{ disable\n disk "{directory}/disk" format raw\n allow instance {{\n disk\n owner root }}\n}}\n'
+    )
+
+
+def arguments(command: str, directory: Path) -> list[str]:
+    """Return a command's words, files by their paths."""
+    files = ("kernel", "disk", "more.conf")
+    return [str(directory / word) if word in files else word for word in command.split()]
+
+
+def furnish_transcript(directory: Path) -> None:
+    """Put the files there that the commands name."""
+    (directory / "kernel").write_bytes(guest("demo").read_bytes())
+    (directory / "disk").write_bytes(bytes(1 << 20))
+    (directory / "more.conf").write_text(f'vm "more" {{ disable\n boot "{directory}/kernel" }}\n')
+
+
+def record_transcript(where: Path) -> None:
+    """Give every command through a relay that writes down what passes."""
+    sessions: list[dict[str, Any]] = []
+    with place() as directory:
+        furnish_transcript(directory)
+        with daemon(directory, transcript_conf(directory)) as vmd:
+            real, vmd.socket = vmd.socket, directory / "relay.sock"
+            for command in COMMANDS:
+                with Relay(real, vmd.socket) as relay, contextlib.ExitStack() as files:
+                    stdin = stdout = None
+                    if command.startswith("send"):
+                        stdout = files.enter_context((directory / "stream").open("wb")).fileno()
+                    if command.startswith("receive"):
+                        stdin = files.enter_context((directory / "stream").open("rb")).fileno()
+                    ended(vmctl(vmd, *arguments(command, directory), stdin=stdin, stdout=stdout))
+                packets = [
+                    {"asked": packet.asked, "fds": packet.fds, "data": _elsewhere(packet.data, directory).hex()}
+                    for packet in relay.packets
+                ]
+                sessions.append({"command": command, "packets": packets})
+            vmd.socket = real
+    text = "[\n" + ",\n".join(json.dumps(session) for session in sessions) + "\n]\n"
+    (where / "transcript-1.json").write_text(text)
+
+
+def _elsewhere(data: bytes, directory: Path) -> bytes:
+    return data.replace(str(directory).encode(), RECORDED.encode())
+
+
+def transcript(number: int, directory: Path) -> list[Session]:
+    """Return a recorded transcript, for files in this directory."""
+    sessions = json.loads((GOLDEN / f"transcript-{number}.json").read_text())
+    return [
+        Session(
+            arguments(session["command"], directory),
+            [
+                Packet(
+                    packet["asked"],
+                    bytes.fromhex(packet["data"]).replace(RECORDED.encode(), str(directory).encode()),
+                    packet["fds"],
+                )
+                for packet in session["packets"]
+            ],
+        )
+        for session in sessions
+    ]
+
+
+class Relay:
+    """Between a vmctl and a daemon, a thread that passes every packet on and keeps a copy."""
+
+    def __init__(self, real: Path, path: Path) -> None:
+        self.packets: list[Packet] = []
+        self.path = path
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.real = real
+        self.thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Relay":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join(DEADLINE_S)
+        assert not self.thread.is_alive()
+        self.listener.close()
+        self.path.unlink()
+
+    def _run(self) -> None:
+        client, _ = self.listener.accept()
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        server.connect(str(self.real))
+        with client, server:
+            answers = threading.Thread(target=self._pass_on, args=(server, client, False))
+            answers.start()
+            self._pass_on(client, server, True)
+            with contextlib.suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)
+            answers.join(DEADLINE_S)
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, asked: bool) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data, fds = receive(source)
+                if not data:
+                    break
+                self.packets.append(Packet(asked, data, len(fds)))
+                socket.send_fds(sink, [data], fds)
+                for fd in fds:
+                    os.close(fd)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+def receive(source: socket.socket) -> tuple[bytes, list[int]]:
+    """Return a packet with its descriptors; no bytes at the end."""
+    size = array.array("i").itemsize
+    data, ancillary, _, _ = source.recvmsg(MAX_PACKET, socket.CMSG_SPACE(MAX_FDS * size))
+    fds = array.array("i")
+    for _, _, raw in ancillary:
+        fds.frombytes(raw[: len(raw) // size * size])
+    return data, list(fds)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    record_streams(where)
+    record_transcript(where)
