@@ -21,6 +21,7 @@ class RecordType(type):
 
     fields: "Mapping[str, Any]"  # name -> declared type, in order of declaration
     defaults: "Mapping[str, Any]"
+    least: int  # fields, from the first on, that a list of values has to have: those behind them have defaults
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> "RecordType":
         """Build the class; a record inherits the fields of the record it extends."""
@@ -35,6 +36,7 @@ class RecordType(type):
         cls = super().__new__(mcls, name, bases, {**namespace, "__slots__": tuple(own)})
         cls.fields = fields
         cls.defaults = defaults
+        cls.least = max((place for place, field in enumerate(fields, 1) if field not in defaults), default=0)
         return cls
 
 

@@ -59,3 +59,8 @@ def test_inherited_fields_come_first_and_rules_are_checked() -> None:
     assert list(Positive.fields) == ["x", "y", "z"]
     with pytest.raises(ValueError, match="negative"):
         Positive(x=1).replace(x=-1)
+
+
+def test_values_that_a_list_must_have() -> None:
+    """All up to the last field without a default."""
+    assert (Record.least, Point.least, Positive.least) == (0, 1, 1)

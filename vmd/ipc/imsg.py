@@ -165,11 +165,12 @@ def _plain(value: "Any") -> "Any":
 
 
 def _record(cls: RecordType, values: "list[Any]", where: str) -> Record:
-    if not isinstance(values, list) or len(values) != len(cls.fields):
+    # A record may have grown since the sender was built: new fields are appended and have defaults (DESIGN 13).
+    if not isinstance(values, list) or not cls.least <= len(values) <= len(cls.fields):
         raise ValueError(f"{where}: wrong number of fields")
     checked = {
         field: _checked(declared, value, f"{where}.{field}")
-        for (field, declared), value in zip(cls.fields.items(), values, strict=True)
+        for (field, declared), value in zip(cls.fields.items(), values, strict=False)
     }
     built: Record = cls(**checked)
     return built

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmd.config.model import AllowInstance, BootDevice, DiskConfig, NicConfig, Owner, VmConfig, VmFlag
 from vmd.errors import PeerError
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import BY_CODE, Caller, Failed, Ok, Proc, StartRequest, StartVm, StopVm
+from vmd.ipc.messages import BY_CODE, Caller, Failed, Ok, Proc, StartRequest, StartVm, StopVm, VmTerminated
 from vmd.record import Record
 
 CONFIG = VmConfig(
@@ -99,6 +99,13 @@ def test_broken_bodies_are_refused(packet: bytes, fds: list[int], complaint: str
     """Case 56: every field is checked against its declared type."""
     with pytest.raises(PeerError, match=complaint):
         decode(packet, fds, "client")
+
+
+def test_fields_that_an_earlier_version_did_not_have_take_their_defaults() -> None:
+    """New fields are appended, with defaults: what a program sends that was built before them is understood."""
+    terminated = decode(body(0x34, [[], 1, "a"]), [], "vmd").message
+
+    assert terminated == VmTerminated(vmid=1, name="a", text="")
 
 
 def test_every_prefix_of_a_valid_packet_is_refused() -> None:
