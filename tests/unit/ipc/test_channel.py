@@ -1,14 +1,16 @@
 """Channels: delivery with descriptors, bounded queues, peers that misbehave (hostile-input 56, 57)."""
 
+import contextlib
 import os
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
 
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel, socketpair
-from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Envelope, encode
+from vmd.ipc.imsg import HEADER, MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages import ConsoleBreak, Failed, Listen, ListRequest, LoadRequest, Ok, Proc, Quit
 from vmd.record import Record
@@ -202,26 +204,153 @@ def test_last_words_of_a_peer_that_has_not_read_ours(loop: Loop, recorder: Recor
     assert recorder.lost == [None]
 
 
+NUMBERED = 200
+
+
+def numbered(number: int) -> Failed:
+    """Return a message that is told from the others, and of which few fit a socket."""
+    return Failed(code=number, text="x" * 4000)
+
+
+class Slow:
+    """A peer that reads one message whenever the loop comes round, until it has had all or the channel is gone."""
+
+    def __init__(self, loop: Loop, sock: socket.socket) -> None:
+        self.loop = loop
+        self.sock = sock
+        self.seen: list[Record] = []
+        loop.add(sock.fileno(), self.read)
+
+    def read(self, _events: int) -> None:
+        """Take one message; that the other side has closed with something unread is said before what it sent."""
+        packet = b""
+        with contextlib.suppress(ConnectionResetError):
+            packet = self.sock.recv(MAX_MESSAGE)
+        if packet:
+            self.seen.append(decode(packet, [], "vmd").message)
+        if len(self.seen) == NUMBERED:
+            self.loop.stop()
+
+
+def test_what_waits_for_a_slow_reader_arrives_once_and_in_order(loop: Loop, recorder: Recorder) -> None:
+    """The channel stays open: each message of a long burst comes as soon as there is room, no other comes twice."""
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, ours)
+    for number in range(NUMBERED):
+        channel.send(numbered(number))
+    peer = Slow(loop, theirs)
+
+    recorder.run()
+
+    assert peer.seen == [numbered(number) for number in range(NUMBERED)]
+    assert not channel.closed
+    theirs.close()
+
+
 def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
     """Last words reach a client that reads slowly."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
-    for number in range(200):
-        channel.send(Failed(code=number, text="x" * 4000))
+    for number in range(NUMBERED):
+        channel.send(numbered(number))
     channel.finish()
-    received = 0
+    peer = Slow(loop, theirs)
 
-    def read(_events: int) -> None:
-        nonlocal received
-        received += bool(theirs.recv(MAX_MESSAGE))
-        if received == 200:
-            loop.stop()
-
-    loop.add(theirs.fileno(), read)
     recorder.run()
 
-    assert received == 200
+    assert peer.seen == [numbered(number) for number in range(NUMBERED)]
     assert channel.closed
+    theirs.close()
+
+
+def test_a_channel_that_finishes_receives_nothing_more(loop: Loop, recorder: Recorder) -> None:
+    """What the peer goes on to say is not handled; a message that came before in the same burst is."""
+    ours, theirs = socketpair()
+
+    def on_message(channel: Channel, envelope: Envelope) -> None:
+        recorder.messages.append(envelope.message)
+        for number in range(NUMBERED):
+            channel.send(numbered(number))
+        channel.finish()
+
+    channel = Channel(
+        ours, me=Proc.CONTROL, peer=Proc.CLIENT, label="client 1", loop=loop, on_message=on_message,
+        on_lost=recorder.on_lost,
+    )  # fmt: skip
+    for path in "abc":
+        theirs.send(encode(LoadRequest(path=path))[0])
+    peer = Slow(loop, theirs)
+
+    recorder.run()
+
+    assert recorder.messages == [LoadRequest(path="a")]
+    assert len(peer.seen) == NUMBERED
+    assert channel.closed
+    theirs.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "descriptors"),
+    [
+        (b"\0" * (MAX_MESSAGE + 1), 0),  # behind a message that is well-formed as far as it is received
+        (b"", MAX_FDS + 10),
+    ],
+)
+def test_what_does_not_fit_is_not_taken_for_what_fits(
+    loop: Loop, recorder: Recorder, body: bytes, descriptors: int
+) -> None:
+    """Case 56: the kernel cuts off what is too long; what is left looks like a message, and is refused."""
+    ours, theirs = socketpair()
+    control_channel(loop, recorder, ours)
+    whole = padded(MAX_MESSAGE if body else 200)
+    counted = HEADER.pack(0x14, len(whole), min(descriptors, MAX_FDS), 0, 0) + whole[HEADER.size :]
+    socket.send_fds(theirs, [counted + body], [theirs.fileno()] * descriptors)
+
+    recorder.run()
+
+    assert recorder.messages == []
+    assert "too long" in str(recorder.lost[0])
+    theirs.close()
+
+
+def padded(length: int) -> bytes:
+    """Return a message of exactly this length."""
+    packet = encode(LoadRequest(path="x" * (length - 200)))[0]
+    return encode(LoadRequest(path="x" * (2 * length - 200 - len(packet))))[0]
+
+
+def test_last_words_wait_for_room_and_keep_their_order(loop: Loop, recorder: Recorder) -> None:
+    """A process that ends says all it has to say to a peer that reads at its own pace, descriptors included."""
+    ours, theirs = socketpair()
+    channel = Channel(
+        ours, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop, on_message=recorder.on_message,
+        on_lost=recorder.on_lost,
+    )  # fmt: skip
+    reader, writer = os.pipe()
+    for number in range(NUMBERED):
+        channel.send(numbered(number))
+    channel.send(Listen(), fds={"listener": [writer]})
+    seen: list[Record] = []
+
+    def read() -> None:
+        while len(seen) <= NUMBERED:
+            packet, fds, _, _ = socket.recv_fds(theirs, MAX_MESSAGE, 1)
+            seen.append(decode(packet, fds, "vmd").message)
+            for fd in fds:
+                os.write(fd, b"!")
+                os.close(fd)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    channel.flush_blocking(DEADLINE_S)
+    thread.join(DEADLINE_S)
+
+    assert seen == [*(numbered(number) for number in range(NUMBERED)), Listen()]
+    assert os.read(reader, 2) == b"!"
+    assert os.read(reader, 2) == b""  # our own copy is closed
+    channel.close()
+    channel.flush_blocking(DEADLINE_S)  # nothing is left to be said, and nowhere
+    os.close(reader)
     theirs.close()
 
 
