@@ -1,4 +1,7 @@
-"""Linux bzImage kernels, entered by the 64-bit boot protocol (Linux, Documentation/arch/x86/boot.rst)."""
+"""Linux bzImage kernels, entered by the 64-bit boot protocol if they have that entry, else by the 32-bit one.
+
+The protocols are those of Linux, Documentation/arch/x86/boot.rst.
+"""
 
 from struct import Struct
 
@@ -17,6 +20,7 @@ from vmd.vm.boot.start import (
     Boot,
     Mode,
     Start,
+    code32,
     code64,
     data32,
     descriptor_table,
@@ -39,9 +43,14 @@ SETUP_HEADER = Struct("<BHIHHHHH4sHIHHBBHIIIIHBBIIIBBHIIQIIQQII")
 HEADER_END = HEADER_AT + SETUP_HEADER.size
 JUMP_AT = 0x200  # a short jump over the header, whose offset tells the header's length
 JUMP_SHORT = 0xEB
+HEADER_END_2_10 = 0x264  # protocol 2.11 added the last field
 HEADER_END_MAX = 0x290  # where boot_params goes on after the header
 
-PROTOCOL_MIN = 0x20C
+PROTOCOL_MIN = 0x20A  # from here on a header tells how much memory its kernel needs
+PROTOCOL_2_11 = 0x20B
+PROTOCOL_64 = 0x20C  # from here on a header tells whether there is a 64-bit entry
+SYSSIZE_UNIT = 16
+LOAD_HIGH = layout.HIGH_RAM_START  # where every kernel with LOADED_HIGH may be put
 LOADED_HIGH = 1 << 0
 CAN_USE_HEAP = 1 << 7
 XLF_KERNEL_64 = 1 << 0
@@ -80,10 +89,10 @@ class SetupHeader(Record):
     payload_at: int  # offset of the protected-mode part in the file
     payload_bytes: int
     version: int
+    entry64: bool
     loadflags: int
     initrd_addr_max: int
-    kernel_alignment: int
-    relocatable: bool
+    kernel_alignment: int  # 0 unless the kernel is relocatable
     cmdline_size: int
     pref_address: int
     init_size: int
@@ -94,7 +103,7 @@ def parse_header(image: "Image") -> SetupHeader:
     """Read and check the setup header.
 
     Raises:
-        ImageError: it is damaged, or this kernel has no 64-bit entry.
+        ImageError: it is damaged, or of a protocol that is too old.
     """
     start = image.read(0, HEADER_END_MAX, "the setup header")
     (
@@ -108,18 +117,23 @@ def parse_header(image: "Image") -> SetupHeader:
     if magic != b"HdrS" or boot_flag != 0xAA55:
         raise image.error(f"has no Linux setup header: magic {magic!r}, boot flag {boot_flag:#x}")
     if version < PROTOCOL_MIN:
-        raise image.error(f"is a Linux kernel of boot protocol {_dotted(version)}, at least 2.12 is needed")
-    if not xloadflags & XLF_KERNEL_64:
-        raise image.error("is a Linux kernel without a 64-bit entry")
+        raise image.error(
+            f"is a kernel of Linux boot protocol {_dotted(version)}, at least {_dotted(PROTOCOL_MIN)} is needed: "
+            "start it by a boot loader from a disk or CD"
+        )
     if not loadflags & LOADED_HIGH:
-        raise image.error("is a Linux zImage that loads below 1 MiB")
+        raise image.error("is a Linux zImage that loads below 1 MiB: start it by a boot loader from a disk or CD")
     header_end = JUMP_AT + 2 + (jump >> 8)
-    if jump & 0xFF != JUMP_SHORT or not HEADER_END <= header_end <= HEADER_END_MAX:
+    header_end_min = HEADER_END if version >= PROTOCOL_2_11 else HEADER_END_2_10
+    if jump & 0xFF != JUMP_SHORT or not header_end_min <= header_end <= HEADER_END_MAX:
         raise image.error(f"has a damaged Linux setup header: it ends at {header_end:#x}")
-    if kernel_alignment == 0 or kernel_alignment & (kernel_alignment - 1):
+    if relocatable and (kernel_alignment == 0 or kernel_alignment & (kernel_alignment - 1)):
         raise image.error(f"has a kernel alignment of {kernel_alignment:#x}, which is no power of two")
     payload_at = ((setup_sects or SETUP_SECTS_IF_ZERO) + 1) * SECTOR
-    payload_bytes = syssize * 16
+    payload_bytes = syssize * SYSSIZE_UNIT
+    # The size is rounded up, and the file need not be.
+    if 0 < payload_at + payload_bytes - image.size < SYSSIZE_UNIT:
+        payload_bytes = image.size - payload_at
     if payload_bytes <= ENTRY64_OFFSET:
         raise image.error(f"has {payload_bytes} bytes of code, too few to hold the 64-bit entry")
     image.check_range(payload_at, payload_bytes, "the kernel's code")
@@ -128,10 +142,10 @@ def parse_header(image: "Image") -> SetupHeader:
         payload_at=payload_at,
         payload_bytes=payload_bytes,
         version=version,
+        entry64=version >= PROTOCOL_64 and bool(xloadflags & XLF_KERNEL_64),
         loadflags=loadflags,
         initrd_addr_max=initrd_addr_max,
-        kernel_alignment=kernel_alignment,
-        relocatable=bool(relocatable),
+        kernel_alignment=kernel_alignment if relocatable else 0,
         cmdline_size=cmdline_size,
         pref_address=pref_address,
         init_size=init_size,
@@ -149,13 +163,10 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
     header = parse_header(image)
     space = Placement(image.name, boot.memory_bytes)
 
-    # Nothing is gained below pref_address, though boot.rst lets a relocatable kernel be put there: Linux
-    # moves itself up again before it unpacks.  init_size counts from where the kernel runs, which is an
-    # aligned address if it relocates itself.
-    load_at = header.pref_address
-    runs_at = round_up(load_at, header.kernel_alignment) if header.relocatable else load_at
+    load_at, runs_at = _addresses(header)
+    start = min(load_at, runs_at)
     end = max(load_at + header.payload_bytes, runs_at + header.init_size)
-    space.claim(load_at, end - load_at, "the kernel")
+    space.claim(start, end - start, "the kernel")
 
     placement.store_cmdline(memory, image.name, boot.cmdline, header.cmdline_size)
     image.read_into(memory.view(load_at, header.payload_bytes), header.payload_at, "the kernel's code")
@@ -164,20 +175,27 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
         ramdisk_at = placement.load_initrd(memory, space, boot.initrd, header.initrd_addr_max + 1)
 
     memory.write(layout.LINUX_BOOT_PARAMS, _boot_params(header, boot, load_at, ramdisk_at))
-    memory.write(layout.LINUX_PAGE_TABLES, identity_map(layout.LINUX_PAGE_TABLES, 4))
-    code, data, tss = code64(BOOT_CS), data32(BOOT_DS), task(BOOT_TSS)
+    registers = {"rsp": layout.LINUX_STACK, "rsi": layout.LINUX_BOOT_PARAMS, "rflags": RFLAGS_CLEAR}
+    code, data, tss = code64(BOOT_CS) if header.entry64 else code32(BOOT_CS), data32(BOOT_DS), task(BOOT_TSS)
     # In long mode a TSS descriptor has 16 bytes; the upper half of its base is zero.
     gdt = descriptor_table(code, data, tss) + bytes(8)
     memory.write(layout.BOOT_GDT, gdt)
+    if not header.entry64:
+        return Start(
+            text=f"{header.text}, entered in 32-bit mode",
+            mode=Mode.PROTECTED32,
+            registers={"rip": load_at, **registers},
+            cr0=CR0_ET | CR0_PE,
+            gdt_base=layout.BOOT_GDT,
+            gdt_limit=len(gdt) - 1,
+            idt_base=layout.BOOT_IDT,
+            segments=flat_segments(code, data, tss),
+        )
+    memory.write(layout.LINUX_PAGE_TABLES, identity_map(layout.LINUX_PAGE_TABLES, 4))
     return Start(
         text=header.text,
         mode=Mode.LONG64,
-        registers={
-            "rip": load_at + ENTRY64_OFFSET,
-            "rsp": layout.LINUX_STACK,
-            "rsi": layout.LINUX_BOOT_PARAMS,
-            "rflags": RFLAGS_CLEAR,
-        },
+        registers={"rip": load_at + ENTRY64_OFFSET, **registers},
         cr0=CR0_PG | CR0_ET | CR0_PE,
         cr3=layout.LINUX_PAGE_TABLES,
         cr4=CR4_PAE,
@@ -187,6 +205,19 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
         idt_base=layout.BOOT_IDT,
         segments=flat_segments(code, data, tss),
     )
+
+
+def _addresses(header: SetupHeader) -> tuple[int, int]:
+    """Return where to put a kernel, and where it will run, from where init_size counts."""
+    if not header.kernel_alignment:
+        # It moves itself to the one address that it can run at.
+        return LOAD_HIGH, header.pref_address
+    # Nothing is gained below pref_address, though boot.rst lets a relocatable kernel be put there: Linux moves itself
+    # up again before it unpacks.  An address in the first MiB, mostly 0, is no preference.
+    load_at = header.pref_address
+    if load_at < LOAD_HIGH:
+        load_at = round_up(LOAD_HIGH, header.kernel_alignment)
+    return load_at, round_up(load_at, header.kernel_alignment)
 
 
 def _boot_params(header: SetupHeader, boot: Boot, load_at: int, ramdisk_at: int) -> bytes:
