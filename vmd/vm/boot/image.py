@@ -10,6 +10,7 @@ from enum import IntEnum
 from stat import S_ISREG
 
 from vmd.errors import HostError, ImageError
+from vmd.log import log
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -17,6 +18,7 @@ MIB = 1 << 20
 UNPACKED_MAX = 1024 * MIB  # of a gzip-compressed kernel; guest memory bounds it too
 CHUNK_IN = 256 * KIB
 CHUNK_OUT = 1 * MIB
+MEMBERS_MAX = 1 << 16  # of a gzip file; programs that cut a file into members make them of 64 KiB or more
 
 GZIP_MAGIC = b"\x1f\x8b\x08"  # with the only compression method there is (RFC 1952, 2.3.1)
 ELF_MAGIC = b"\x7fELF"
@@ -117,18 +119,15 @@ def unpack(image: Image, limit_bytes: int) -> int:
     """Return a memfd, the caller's to close, with the unpacked content of a gzip file.
 
     Raises:
-        ImageError: the data is damaged, incomplete, followed by more, or larger than `limit_bytes`.
+        ImageError: the data is damaged, incomplete, or larger than `limit_bytes`.
         HostError: the host has no memory for it.
     """
-    # Deflate can spend input without any output; so the input has the bound of the output.
-    if image.size > limit_bytes:
-        raise image.error(f"is {image.size} bytes of gzip data, at most {limit_bytes} are unpacked")
     try:
         fd = os.memfd_create("kernel", os.MFD_CLOEXEC)
     except OSError as error:
         raise HostError(f"unpack {image.name}", error) from error
     try:
-        _inflate(image, fd, limit_bytes)
+        Gunzip(image, fd, limit_bytes).run()
     except OSError as error:
         os.close(fd)
         raise HostError(f"unpack {image.name}", error) from error
@@ -138,29 +137,68 @@ def unpack(image: Image, limit_bytes: int) -> int:
     return fd
 
 
-def _inflate(image: Image, fd: int, limit_bytes: int) -> None:
-    """Write what `image` unpacks to into `fd`, in pieces."""
-    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip's header and checksum
-    offset = 0
-    total = 0
-    packed = b""
-    while not stream.eof:
-        if not packed:
-            if offset == image.size:
-                raise image.error(f"is truncated: the gzip data does not end within {image.size} bytes")
-            packed = image.read(offset, min(CHUNK_IN, image.size - offset), "the gzip data")
-            offset += len(packed)
-        try:
-            plain = stream.decompress(packed, CHUNK_OUT)
-        except zlib.error as error:
-            raise image.error(f"has damaged gzip data before byte {offset}: {error}") from error
-        packed = stream.unconsumed_tail
-        total += len(plain)
-        if total > limit_bytes:
-            raise image.error(f"unpacks to more than {limit_bytes} bytes")
-        rest = memoryview(plain)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-    left = image.size - offset + len(stream.unused_data)
-    if left:
-        raise image.error(f"has {left} bytes after the end of the gzip data")
+class Gunzip:
+    """Unpacks a gzip file into `fd`, in pieces: all its members, as gzip(1) does (RFC 1952, 2.2).
+
+    What follows the last member is ignored, with a warning unless it is only padding with zeros.
+    """
+
+    def __init__(self, image: Image, fd: int, limit_bytes: int) -> None:
+        self.image = image
+        self.fd = fd
+        self.limit_bytes = limit_bytes
+        self.offset = 0  # of what has not been read yet
+        self.packed = b""  # has been read, but is not unpacked yet
+        self.written = 0
+
+    def run(self) -> None:
+        """Unpack all members."""
+        for _ in range(MEMBERS_MAX):
+            self._member()
+            if len(self.packed) < len(GZIP_MAGIC):
+                self._read()
+            if not self.packed.startswith(GZIP_MAGIC):
+                break
+        else:
+            raise self.image.error(f"has more than {MEMBERS_MAX} members of gzip data")
+        self._look_at_rest()
+
+    def _member(self) -> None:
+        """Unpack one member."""
+        image = self.image
+        stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip's header and checksum
+        while not stream.eof:
+            if not self.packed:
+                # Deflate can spend input without any output; so the input has the bound of the output.
+                if self.offset > self.limit_bytes:
+                    raise image.error(f"is {image.size} bytes of gzip data, at most {self.limit_bytes} are unpacked")
+                if not self._read():
+                    raise image.error(f"is truncated: the gzip data does not end within {image.size} bytes")
+            try:
+                plain = stream.decompress(self.packed, CHUNK_OUT)
+            except zlib.error as error:
+                raise image.error(f"has damaged gzip data before byte {self.offset}: {error}") from error
+            self.packed = stream.unconsumed_tail
+            self.written += len(plain)
+            if self.written > self.limit_bytes:
+                raise image.error(f"unpacks to more than {self.limit_bytes} bytes")
+            rest = memoryview(plain)
+            while rest:
+                rest = rest[os.write(self.fd, rest) :]
+        self.packed = stream.unused_data
+
+    def _read(self) -> bool:
+        """Add a piece of the file to `packed`; return False at its end."""
+        piece = self.image.read(self.offset, min(CHUNK_IN, self.image.size - self.offset), "the gzip data")
+        self.offset += len(piece)
+        self.packed += piece
+        return bool(piece)
+
+    def _look_at_rest(self) -> None:
+        """Warn of what follows the last member; of much padding only the beginning is looked at."""
+        left = self.image.size - self.offset + len(self.packed)
+        while not self.packed.strip(b"\0"):
+            self.packed = b""
+            if self.offset > self.limit_bytes or not self._read():
+                return
+        log.warn(f"{self.image.name}: {left} bytes after the end of the gzip data are ignored")
