@@ -1,7 +1,9 @@
 """ELF kernels: their headers, notes and loadable segments (System V ABI, chapters 4 and 5)."""
 
+import contextlib
 from struct import Struct
 
+from vmd.errors import ImageError
 from vmd.record import Record
 from vmd.vm.boot import placement
 
@@ -22,11 +24,18 @@ EM_386 = 3
 EM_X86_64 = 62
 
 PT_LOAD = 1
+PT_DYNAMIC = 2
+PT_INTERP = 3
 PT_NOTE = 4
+PN_XNUM = 0xFFFF  # the number of program headers stands in the first section header
 SHT_NOTE = 7
 SHT_NOBITS = 8
 
-IDENT = Struct("<4sBBB9x")
+MACHINES = {
+    8: "mips", 20: "powerpc", 21: "powerpc64", 22: "s390", 40: "arm", 183: "arm64", 243: "riscv", 258: "loongarch",
+}  # fmt: skip
+
+IDENT = Struct("<4sBBBB8x")
 EHDR32 = Struct("<16sHHIIIIIHHHHHH")
 EHDR64 = Struct("<16sHHIQQQIHHHHHH")
 PHDR32 = Struct("<IIIIIIII")
@@ -39,6 +48,8 @@ NHDR = Struct("<III")
 SEGMENTS_MAX = 128
 SECTIONS_MAX = 4096
 NOTES_MAX_BYTES = 1 << 20
+NOTE_PADDINGS = (4, 8)  # p_align does not tell which: linkers merge notes of both kinds into one segment of 8
+NAMES_MAX_BYTES = 1 << 20
 
 
 class Segment(Record):
@@ -77,12 +88,20 @@ class Note(Record):
     desc: bytes
 
 
+class Notes(Record):
+    """The notes of a file; `damage` says why some could not be read, and is empty if all could."""
+
+    found: tuple[Note, ...]
+    damage: str
+
+
 class Elf(Record):
     """The checked header of an x86 executable."""
 
     image: "Image"
     header: bytes
     is64: bool
+    osabi: int
     type: int
     entry: int
     segments: tuple[Segment, ...]
@@ -98,7 +117,7 @@ def parse(image: "Image") -> Elf:
     Raises:
         ImageError: they are damaged, or this is no x86 executable.
     """
-    _magic, elf_class, encoding, _version = IDENT.unpack(image.read(0, IDENT.size, "the ELF header"))
+    _magic, elf_class, encoding, _version, osabi = IDENT.unpack(image.read(0, IDENT.size, "the ELF header"))
     if elf_class not in (CLASS_32, CLASS_64) or encoding != LITTLE_ENDIAN:
         raise image.error(f"is an ELF file of class {elf_class} and byte order {encoding}, not of x86")
     is64 = elf_class == CLASS_64
@@ -108,27 +127,46 @@ def parse(image: "Image") -> Elf:
         _ident, elf_type, machine, _e_version, entry, phoff, shoff, _flags, _ehsize,
         phentsize, phnum, shentsize, shnum, shstrndx,
     ) = ehdr.unpack(header)  # fmt: skip
-    if machine != (EM_X86_64 if is64 else EM_386):
-        raise image.error(f"is an ELF file for machine {machine}, not for x86")
+    if machine not in (EM_386, EM_X86_64):  # an x32 kernel has class 32 and the machine of 64
+        known = f" ({MACHINES[machine]})" if machine in MACHINES else ""
+        raise image.error(f"is an ELF file for machine {machine}{known}, not for x86")
     if elf_type not in (ET_EXEC, ET_DYN):
         raise image.error(f"is an ELF file of type {elf_type}, not an executable")
-    if phentsize != phdr.size:
+    if phentsize < phdr.size:
         raise image.error(f"has program headers of {phentsize} bytes, not {phdr.size}")
+    if phnum == PN_XNUM:
+        phnum = _extended_phnum(image, is64, shoff)
     if not 1 <= phnum <= SEGMENTS_MAX:
         raise image.error(f"has {phnum} program headers, a kernel has 1 to {SEGMENTS_MAX}")
-    table = image.read(phoff, phnum * phdr.size, "the table of program headers")
+    table = _read_table(image, phdr, phoff, phnum, phentsize, "the table of program headers")
     return Elf(
         image=image,
         header=header,
         is64=is64,
+        osabi=osabi,
         type=elf_type,
         entry=entry,
-        segments=tuple(_segment(index, is64, fields) for index, fields in enumerate(phdr.iter_unpack(table))),
+        segments=tuple(_segment(index, is64, fields) for index, fields in enumerate(table)),
         shoff=shoff,
         shentsize=shentsize,
         shnum=shnum,
         shstrndx=shstrndx,
     )
+
+
+def _extended_phnum(image: "Image", is64: bool, shoff: int) -> int:
+    """Return the number of program headers of a file that has too many for its header's field."""
+    shdr = SHDR64 if is64 else SHDR32
+    if shoff == 0 or shoff + shdr.size > image.size:
+        return PN_XNUM
+    header = Section(**dict(zip(Section.fields, shdr.unpack(image.read(shoff, shdr.size, "section 0")), strict=True)))
+    return header.info
+
+
+def _read_table(image: "Image", entry: Struct, offset: int, count: int, step: int, what: str) -> list[tuple[int, ...]]:
+    """Return the entries of a table; `step` from one to the next may be more than what we know of an entry."""
+    table = image.read(offset, (count - 1) * step + entry.size, what)
+    return [entry.unpack_from(table, index * step) for index in range(count)]
 
 
 def _segment(index: int, is64: bool, fields: tuple[int, ...]) -> Segment:
@@ -158,50 +196,79 @@ def sections(elf: Elf) -> list[Section]:
     shdr = SHDR64 if elf.is64 else SHDR32
     if elf.shnum == 0:
         return []
-    if elf.shentsize != shdr.size:
+    if elf.shentsize < shdr.size:
         raise elf.image.error(f"has section headers of {elf.shentsize} bytes, not {shdr.size}")
     if elf.shnum > SECTIONS_MAX:
         raise elf.image.error(f"has {elf.shnum} sections, a kernel has at most {SECTIONS_MAX}")
-    table = elf.image.read(elf.shoff, elf.shnum * shdr.size, "the table of section headers")
+    table = _read_table(elf.image, shdr, elf.shoff, elf.shnum, elf.shentsize, "the table of section headers")
     names = tuple(Section.fields)
-    return [Section(**dict(zip(names, fields, strict=True))) for fields in shdr.iter_unpack(table)]
+    return [Section(**dict(zip(names, fields, strict=True))) for fields in table]
 
 
-def notes(elf: Elf) -> list[Note]:
-    """Return all notes: those of note segments, or without such a segment those of note sections.
+def section_names(elf: Elf, headers: list[Section]) -> bytes:
+    """Return the string table that `Section.name` is an offset into.
 
     Raises:
-        ImageError: a note is damaged.
+        ImageError: there is none, or it is damaged.
     """
-    places = [(part.offset, part.filesz, part.align) for part in elf.segments if part.type == PT_NOTE]
-    if not places:
-        places = [(part.offset, part.size, part.addralign) for part in sections(elf) if part.type == SHT_NOTE]
+    if elf.shstrndx >= len(headers):
+        raise elf.image.error(f"names its sections in section {elf.shstrndx} of {len(headers)}")
+    strings = headers[elf.shstrndx]
+    if strings.size > NAMES_MAX_BYTES:
+        raise elf.image.error(f"has {strings.size} bytes of section names")
+    return elf.image.read(strings.offset, strings.size, "the section names")
+
+
+def notes(elf: Elf) -> Notes:
+    """Return what can be read of the notes, in note segments first, then in note sections.
+
+    Notes are optional: damage ends the search in its segment or section and is reported, not raised.  Each is read
+    with both paddings.  The wrong one yields notes of no meaning, whose names nobody looks for.
+    """
+    places = [(part.offset, part.filesz) for part in elf.segments if part.type == PT_NOTE]
+    with contextlib.suppress(ImageError):  # a file without a usable section table has its segments
+        places += [(part.offset, part.size) for part in sections(elf) if part.type == SHT_NOTE]
     found: list[Note] = []
+    complaints: list[str] = []
     budget = NOTES_MAX_BYTES
-    for offset, size, align in places:
+    for offset, size in places:
+        if size > budget:
+            complaints.append(f"has more than {NOTES_MAX_BYTES} bytes of notes")
+            size = budget
         budget -= size
-        if budget < 0:
-            raise elf.image.error(f"has more than {NOTES_MAX_BYTES} bytes of notes")
-        found += _parse_notes(elf, elf.image.read(offset, size, "its notes"), 8 if align == 8 else 4)
-    return found
+        try:
+            data = elf.image.read(offset, size, "a note segment")
+        except ImageError as error:
+            complaints.append(error.what)
+            continue
+        damage = []
+        for padding in NOTE_PADDINGS:
+            some, complaint = _parse_notes(data, padding)
+            found += some
+            damage.append(complaint)
+        if all(damage):
+            complaints.append(damage[0])
+    return Notes(found=tuple(found), damage=complaints[0] if complaints else "")
 
 
-def _parse_notes(elf: Elf, data: bytes, align: int) -> list[Note]:
-    """Return the notes in `data`; each one takes at least its header, so this ends."""
-    found = []
+def _parse_notes(data: bytes, padding: int) -> tuple[list[Note], str]:
+    """Return the notes in `data` up to its end or the first damaged one, and what is wrong with that one.
+
+    Each note takes at least its header, so this ends.
+    """
+    found: list[Note] = []
     offset = 0
     while offset + NHDR.size <= len(data):
         namesz, descsz, kind = NHDR.unpack_from(data, offset)
         name_at = offset + NHDR.size
-        desc_at = placement.round_up(name_at + namesz, align)
+        desc_at = placement.round_up(name_at + namesz, padding)
         if desc_at + descsz > len(data):
-            raise elf.image.error(
-                f"has a damaged note: name of {namesz} and content of {descsz} bytes in {len(data) - offset}"
-            )
+            left = len(data) - offset
+            return found, f"has a damaged note: name of {namesz} and content of {descsz} bytes in {left}"
         name = data[name_at : name_at + namesz].rstrip(b"\0")
         found.append(Note(name=name, type=kind, desc=data[desc_at : desc_at + descsz]))
-        offset = placement.round_up(desc_at + descsz, align)
-    return found
+        offset = placement.round_up(desc_at + descsz, padding)
+    return found, ""
 
 
 def loadable(elf: Elf) -> list[Segment]:
@@ -218,7 +285,8 @@ def loadable(elf: Elf) -> list[Segment]:
             raise elf.image.error(
                 f"has {part.filesz} bytes in segment {part.index}, which takes {part.memsz} in memory"
             )
-        elf.image.check_range(part.offset, part.filesz, f"segment {part.index}")
+        if part.filesz:  # a bss has no place in the file, and its offset may lie behind the end
+            elf.image.check_range(part.offset, part.filesz, f"segment {part.index}")
     return parts
 
 

@@ -11,6 +11,7 @@ from stat import S_ISREG
 
 from vmd.errors import HostError, ImageError
 from vmd.log import log
+from vmd.vm.boot import unbootable
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -28,10 +29,13 @@ LINUX_MAGIC_AT = 0x202
 FIRMWARE_UNIT = 64 * KIB
 FIRMWARE_MAX = 16 * MIB  # more would reach down to KVM's own pages, see vmd.vm.layout
 RESET_VECTOR_BYTES = 16  # a CPU starts in the last paragraph below 4 GiB
+# There is no room but for a jump; a few instructions without operands may stand before it.
+BEFORE_JUMP = (b"\x90", b"\xfa", b"\xfc", b"\x66", b"\x0f\x08", b"\x0f\x09")  # nop cli cld data32 invd wbinvd
+JUMPS = (b"\xe9", b"\xea", b"\xeb")
 
 WRONG_KIND = (
     "is neither a kernel (ELF or Linux bzImage, either may be gzip-compressed) nor a firmware image "
-    "(a multiple of 64 KiB up to 16 MiB that ends in a reset vector)"
+    "(a multiple of 64 KiB up to 16 MiB that ends in a reset vector, a jump)"
 )
 
 
@@ -107,12 +111,21 @@ class Image:
             return Kind.ELF
         if start[LINUX_MAGIC_AT:] == LINUX_MAGIC:
             return Kind.LINUX
-        if self.size % FIRMWARE_UNIT == 0 and self.size <= FIRMWARE_MAX:
-            vector = self.read(self.size - RESET_VECTOR_BYTES, RESET_VECTOR_BYTES, "its reset vector")
-            # An erased flash and a file of zeros have the size of a firmware, too.
-            if vector not in (bytes(RESET_VECTOR_BYTES), b"\xff" * RESET_VECTOR_BYTES):
-                return Kind.FIRMWARE
-        raise self.error(WRONG_KIND)
+        # The magic numbers come before the reset vector, which is the weaker sign.
+        if what := unbootable.by_magic(self):
+            raise self.error(what)
+        if self._is_firmware():
+            return Kind.FIRMWARE
+        raise self.error(unbootable.by_weak_magic(self) or WRONG_KIND)
+
+    def _is_firmware(self) -> bool:
+        """Return whether the file has the size of a firmware, and a jump where the CPU starts."""
+        if self.size % FIRMWARE_UNIT or self.size > FIRMWARE_MAX:
+            return False
+        vector = self.read(self.size - RESET_VECTOR_BYTES, RESET_VECTOR_BYTES, "its reset vector")
+        while vector.startswith(BEFORE_JUMP):
+            vector = vector[2 if vector.startswith(b"\x0f") else 1 :]
+        return vector.startswith(JUMPS)
 
 
 def unpack(image: Image, limit_bytes: int) -> int:

@@ -5,7 +5,8 @@ Runs before the VM process narrows its filter: unpacking a compressed kernel mak
 
 import os
 
-from vmd.vm.boot import elf, firmware, linux, openbsd, pvh
+from vmd.errors import ImageError
+from vmd.vm.boot import elf, firmware, linux, openbsd, pvh, unbootable
 from vmd.vm.boot.image import UNPACKED_MAX, Image, Kind, unpack
 from vmd.vm.boot.start import Boot
 
@@ -55,13 +56,25 @@ def load(
     # A kernel that is larger than its guest cannot be loaded, so there is no need to unpack more.
     fd = unpack(image, min(UNPACKED_MAX, memory_bytes))
     try:
-        inner = Image(fd, name)
-        inner_kind = inner.kind()
-        if inner_kind not in (Kind.ELF, Kind.LINUX):
-            raise image.error("is gzip-compressed, but does not hold a kernel")
+        inner, inner_kind = _unpacked_kernel(fd, image)
         return _load_plain(memory, inner, inner_kind, boot)
     finally:
         os.close(fd)
+
+
+def _unpacked_kernel(fd: int, image: Image) -> tuple[Image, Kind]:
+    """Return what was unpacked, and its kind; `image` is the compressed file.  Raises ImageError if it is no kernel."""
+    no_kernel = "is gzip-compressed, but does not hold a kernel: what it holds"
+    try:
+        inner = Image(fd, image.name)
+        kind = inner.kind()
+    except ImageError as error:
+        raise image.error(f"{no_kernel} {error.what}") from None
+    if kind is Kind.FIRMWARE:
+        raise image.error(f"{no_kernel} is firmware, which is taken uncompressed only")
+    if kind is Kind.GZIP:
+        raise image.error(f"{no_kernel} is gzip-compressed once more")
+    return inner, kind
 
 
 def _load_plain(memory: "Memory", image: Image, kind: Kind, boot: Boot) -> "Start":
@@ -73,9 +86,10 @@ def _load_plain(memory: "Memory", image: Image, kind: Kind, boot: Boot) -> "Star
             raise image.error("is firmware, which takes no initrd and no command line")
         return firmware.load(memory, image)
     file = elf.parse(image)
-    entry = pvh.find_entry(file)
+    notes = elf.notes(file)
+    entry = pvh.find_entry(notes)
     if entry is not None:
         return pvh.load(memory, file, entry, boot)
-    if openbsd.is_kernel(file):
+    if openbsd.is_kernel(file, notes):
         return openbsd.load(memory, file, boot)
-    raise image.error("is an ELF file, but neither a kernel with a PVH note nor one of OpenBSD")
+    raise image.error(unbootable.elf_file(file, notes, pvh.damage(notes)))

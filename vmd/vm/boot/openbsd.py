@@ -7,6 +7,8 @@ behind its image.  boot(8) takes no command line and no initrd, so neither do we
 import os
 from struct import Struct
 
+from vmd.errors import ImageError
+from vmd.log import log
 from vmd.vm import layout
 from vmd.vm.boot import elf
 from vmd.vm.boot.elf import EHDR32, EHDR64, SHDR32, SHDR64
@@ -37,10 +39,11 @@ from vmd.vm.boot.start import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.vm.boot.elf import Elf, Section, Segment
+    from vmd.vm.boot.elf import Elf, Notes, Section, Segment
     from vmd.vm.boot.start import Memory
 
 ADDRESS_MASK = 0x0FFFFFFF  # from a kernel's virtual to its physical address, as boot(8) has it
+KERNBASE_32 = 0xD0000000  # of i386; Linux, FreeBSD and NetBSD have others
 
 BOOTARGS_PAGE = 0x2000
 STACK_PAGE = 0xF000
@@ -52,6 +55,7 @@ KERNEL_DS = 0x10
 
 PT_OPENBSD_RANDOMIZE = 0x65A3DBE6
 OPENBSD_SEGMENTS = range(0x65A3DBE5, 0x65A41BE7)  # PT_OPENBSD_MUTABLE to PT_OPENBSD_BOOTDATA
+OPENBSD_SECTIONS = (b".openbsd.", b".note.openbsd.")
 RANDOM_MAX_BYTES = 16 << 20
 RANDOM_CHUNK = 1 << 20
 
@@ -59,7 +63,6 @@ SHT_SYMTAB = 2
 SHT_STRTAB = 3
 SHF_ALLOC = 2
 SYMBOL_SECTIONS = (b".debug_line\0", b".SUNW_ctf\0")  # loaded besides symbols and strings
-NAMES_MAX_BYTES = 1 << 20
 
 # sys/arch/amd64/include/biosvar.h: every argument has a type, its size with this header, and the same again
 BOOTARG = Struct("<III")
@@ -78,16 +81,25 @@ STACK = Struct("<8I")
 RETURN_ADDRESS_BYTES = 4
 
 
-def is_kernel(file: "Elf") -> bool:
-    """Tell whether this is an OpenBSD kernel, or at least an executable whose entry boot(8) would jump to."""
+def is_kernel(file: "Elf", notes: "Notes") -> bool:
+    """Tell whether this is an OpenBSD kernel, by what no other system's kernel has.
+
+    On i386 the base that kernels are linked to will do.  On amd64 it will not, for Linux has the same.
+    """
+    if any(part.type in (elf.PT_INTERP, elf.PT_DYNAMIC) for part in file.segments):
+        return False  # a program of OpenBSD
     if any(part.type in OPENBSD_SEGMENTS for part in file.segments):
         return True
-    if any(note.name == b"OpenBSD" for note in elf.notes(file)):
+    if any(note.name == b"OpenBSD" for note in notes.found):
         return True
-    entry = _physical(file.entry)
-    return file.type == elf.ET_EXEC and any(
-        0 <= entry - _physical(part.paddr) < part.memsz for part in file.segments if part.type == elf.PT_LOAD
-    )
+    if not file.is64 and file.entry & ~ADDRESS_MASK == KERNBASE_32:
+        return True
+    try:
+        headers = elf.sections(file)
+        names = elf.section_names(file, headers)
+    except ImageError:
+        return False
+    return any(names.startswith(OPENBSD_SECTIONS, section.name) for section in headers)
 
 
 def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
@@ -172,11 +184,16 @@ def _randomize(memory: "Memory", file: "Elf", parts: "list[Segment]") -> None:
 def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> int:
     """Put ELF header, section headers and symbols behind the image for ddb(4); return where they end.
 
-    The copied headers are made to speak of the copy: section offsets count from the copied ELF header.
+    The copied headers are made to speak of the copy: section offsets count from the copied ELF header.  Symbols that
+    cannot be read are left out, as from a stripped kernel.
     """
     ehdr, shdr, unit = (EHDR64, SHDR64, 8) if file.is64 else (EHDR32, SHDR32, 4)
-    headers = elf.sections(file)
-    wanted = _symbol_sections(file, headers)
+    try:
+        headers = elf.sections(file)
+        wanted = _symbol_sections(file, headers)
+    except ImageError as error:
+        log.warn(f"{error}; it is started without its symbols")
+        headers, wanted = [], set()
     header_at = round_up(end, unit)
     offset = ehdr.size + round_up(len(headers) * shdr.size, unit)
     places: list[tuple[int, Section]] = []
@@ -184,7 +201,6 @@ def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> 
     for index, section in enumerate(headers):
         copy = section
         if index in wanted:
-            file.image.check_range(section.offset, section.size, f"section {index}")
             places.append((offset, section))
             copy = section.replace(offset=offset, flags=section.flags | SHF_ALLOC)
             offset += round_up(section.size, unit)
@@ -193,6 +209,9 @@ def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> 
 
     fields = list(ehdr.unpack(file.header))
     fields[5], fields[6], fields[9], fields[10] = 0, ehdr.size, 0, 0  # phoff, shoff, phentsize, phnum
+    fields[11], fields[12] = shdr.size, len(headers)  # shentsize, shnum
+    if not headers:
+        fields[13] = 0  # shstrndx
     memory.write(header_at, ehdr.pack(*fields) + bytes(table))
     for place, section in places:
         if section.size:
@@ -201,21 +220,23 @@ def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> 
 
 
 def _symbol_sections(file: "Elf", headers: "list[Section]") -> set[int]:
-    """Return the indices of the sections to load: none without a symbol table."""
+    """Return the indices of the sections to load: none without a symbol table.
+
+    Raises:
+        ImageError: one of them is not in the file.
+    """
     if not any(section.type == SHT_SYMTAB for section in headers):
         return set()
-    if file.shstrndx >= len(headers):
-        raise file.image.error(f"names its sections in section {file.shstrndx} of {len(headers)}")
-    strings = headers[file.shstrndx]
-    if strings.size > NAMES_MAX_BYTES:
-        raise file.image.error(f"has {strings.size} bytes of section names")
-    names = file.image.read(strings.offset, strings.size, "the section names")
-    return {
+    names = elf.section_names(file, headers)
+    wanted = {
         index
         for index, section in enumerate(headers)
         if section.type in (SHT_SYMTAB, SHT_STRTAB)
         or (section.type != elf.SHT_NOBITS and names.startswith(SYMBOL_SECTIONS, section.name))
     }
+    for index in wanted:
+        file.image.check_range(headers[index].offset, headers[index].size, f"section {index}")
+    return wanted
 
 
 def _bootargs(boot: Boot) -> bytes:

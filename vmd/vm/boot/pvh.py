@@ -21,7 +21,7 @@ from vmd.vm.boot.start import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.vm.boot.elf import Elf
+    from vmd.vm.boot.elf import Elf, Note, Notes
     from vmd.vm.boot.start import Memory
 
 XEN_ELFNOTE_PHYS32_ENTRY = 18
@@ -39,19 +39,24 @@ PVH_DS = 0x10
 PVH_TSS = 0x18
 
 
-def find_entry(file: "Elf") -> int | None:
-    """Return the address that a PVH note gives, or None without one.
-
-    Raises:
-        ImageError: notes are damaged, or the address cannot be one in 32 bits.
-    """
-    for note in elf.notes(file):
-        if note.name == b"Xen" and note.type == XEN_ELFNOTE_PHYS32_ENTRY:
-            entry = int.from_bytes(note.desc, "little")
-            if len(note.desc) not in ENTRY_BYTES or entry >= layout.FOUR_GIB:
-                raise file.image.error(f"has a damaged PVH note: {note.desc[:16].hex()} is no 32-bit address")
+def find_entry(notes: "Notes") -> int | None:
+    """Return the address that the first usable PVH note gives, or None without one."""
+    for note in _pvh_notes(notes):
+        entry = int.from_bytes(note.desc, "little")
+        if len(note.desc) in ENTRY_BYTES and entry < layout.FOUR_GIB:
             return entry
     return None
+
+
+def damage(notes: "Notes") -> str:
+    """Say why there is no usable PVH note, if one may have been meant; else return nothing."""
+    for note in _pvh_notes(notes):
+        return f"has a damaged PVH note: {note.desc[:16].hex()} is no 32-bit address"
+    return notes.damage
+
+
+def _pvh_notes(notes: "Notes") -> "list[Note]":
+    return [note for note in notes.found if note.name == b"Xen" and note.type == XEN_ELFNOTE_PHYS32_ENTRY]
 
 
 def load(memory: "Memory", file: "Elf", entry: int, boot: Boot) -> Start:

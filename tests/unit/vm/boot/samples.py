@@ -127,9 +127,16 @@ class Part:
     """A program header and its bytes."""
 
     def __init__(
-        self, kind: int, paddr: int = 0, data: bytes = b"", memsz: int | None = None, vaddr: int | None = None
+        self,
+        kind: int,
+        paddr: int = 0,
+        data: bytes = b"",
+        memsz: int | None = None,
+        vaddr: int | None = None,
+        align: int = 4,
     ) -> None:
         self.kind = kind
+        self.align = align
         self.paddr = paddr
         self.vaddr = paddr if vaddr is None else vaddr
         self.data = data
@@ -152,8 +159,12 @@ def elf_file(
     is64: bool = True,
     sections: Sequence[Named] = (),
     elf_type: int = 2,
+    gap: int = 0,
 ) -> bytes:
-    """Return an ELF file: header, program headers, contents, section contents, section headers."""
+    """Return an ELF file: header, program headers, contents, section contents, section headers.
+
+    `gap` is what each program header and section header has more than the structure that we know.
+    """
     ehdr_size, phdr_size, shdr_size = (64, 56, 64) if is64 else (52, 32, 40)
     names = b"\0"
     starts = []
@@ -164,36 +175,38 @@ def elf_file(
             names += section.name + b"\0" if section.name else b""
         sections[-1].data = names
     body = b""
-    body_at = ehdr_size + phdr_size * len(parts)
+    body_at = ehdr_size + (phdr_size + gap) * len(parts)
     table = b""
     for part in parts:
         offset, size = body_at + len(body), len(part.data)
         body += part.data
         if is64:
-            fields = (part.kind, 7, offset, part.vaddr, part.paddr, size, part.memsz, 4)
+            fields = (part.kind, 7, offset, part.vaddr, part.paddr, size, part.memsz, part.align)
             table += struct.pack("<IIQQQQQQ", *fields)
         else:
-            fields = (part.kind, offset, part.vaddr, part.paddr, size, part.memsz, 7, 4)
+            fields = (part.kind, offset, part.vaddr, part.paddr, size, part.memsz, 7, part.align)
             table += struct.pack("<IIIIIIII", *fields)
+        table += b"\xee" * gap
     headers = b""
     for start, section in zip(starts, sections, strict=True):
         fields10 = (start, section.kind, 0, 0, body_at + len(body), len(section.data), 0, 0, 4, 0)
         body += section.data
-        headers += struct.pack("<IIQQQQIIQQ" if is64 else "<IIIIIIIIII", *fields10)
+        headers += struct.pack("<IIQQQQIIQQ" if is64 else "<IIIIIIIIII", *fields10) + b"\xee" * gap
     ident = b"\x7fELF" + bytes([2 if is64 else 1, 1, 1]) + bytes(9)
     header = struct.pack(
         "<16sHHIQQQIHHHHHH" if is64 else "<16sHHIIIIIHHHHHH",
         ident, elf_type, 62 if is64 else 3, 1, entry, ehdr_size, body_at + len(body), 0, ehdr_size,
-        phdr_size, len(parts), shdr_size, len(sections), max(len(sections) - 1, 0),
+        phdr_size + gap, len(parts), shdr_size + gap, len(sections), max(len(sections) - 1, 0),
     )  # fmt: skip
     return header + table + body + headers
 
 
-def note(name: bytes, kind: int, desc: bytes) -> bytes:
-    """Return one note, padded to words."""
+def note(name: bytes, kind: int, desc: bytes, padding: int = 4) -> bytes:
+    """Return one note, padded to words of 4 or 8 bytes."""
     name += b"\0"
-    head = struct.pack("<III", len(name), len(desc), kind)
-    return head + name + bytes(-len(name) % 4) + desc + bytes(-len(desc) % 4)
+    head = struct.pack("<III", len(name), len(desc), kind) + name
+    head += bytes(-len(head) % padding) + desc
+    return head + bytes(-len(head) % padding)
 
 
 PVH_ENTRY = 0x100010

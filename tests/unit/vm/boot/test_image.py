@@ -245,11 +245,48 @@ def test_gzip_data_with_a_wrong_checksum_is_refused() -> None:
         unpack(open_image(bytes(packed)), MIB)
 
 
-@pytest.mark.parametrize("inner", [seabios(), gzip.compress(bzimage())], ids=["firmware", "gzip"])
-def test_only_kernels_may_be_compressed(inner: bytes) -> None:
-    """Firmware is taken uncompressed only (*cat. 5.2*), and nothing is unpacked twice."""
-    with pytest.raises(ImageError, match="is gzip-compressed, but does not hold a kernel"):
+INSIDE = {
+    "firmware": (seabios(), "is firmware, which is taken uncompressed only"),
+    "gzip": (gzip.compress(bzimage()), "is gzip-compressed once more"),
+    "initramfs": (b"070701" + b"0" * 200, "is an initramfs .cpio archive.: give it as initrd"),
+    "disk": (b"QFI\xfb" + bytes(600), "is a disk image .qcow2.: give it as disk"),
+    "text": (b"just a text\n" * 100, "is neither a kernel"),
+    "nothing": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_only_kernels_may_be_compressed(case: str) -> None:
+    """Firmware is taken uncompressed only (*cat. 5.2*), and nothing is unpacked twice; what is inside is named."""
+    inner, sentence = INSIDE[case]
+
+    with pytest.raises(ImageError, match=f"is gzip-compressed, but does not hold a kernel: what it holds {sentence}"):
         load(FakeMemory(), gzip.compress(inner))
+
+
+FIRMWARE_ENDS = {
+    "far jump": b"\xea\x5b\xe0\x00\xf0",
+    "near jump": b"\xe9\x00\xf0",
+    "short jump": b"\xeb\xee",
+    "edk2's": b"\x90\x90\xe9\x51\xf3",
+    "caches off first": b"\x0f\x09\xe9\x00\xf0",
+    "interrupts off first": b"\xfa\xfc\x66\xea\0\0\xff\xff\x08\0",
+}
+
+
+@pytest.mark.parametrize("case", FIRMWARE_ENDS)
+def test_firmware_ends_in_a_jump(case: str) -> None:
+    """A reset vector has room for little else."""
+    firmware = bytes(65536 - 16) + FIRMWARE_ENDS[case].ljust(16, b"\0")
+
+    assert open_image(firmware).kind() is Kind.FIRMWARE
+
+
+@pytest.mark.parametrize("end", [b"text for humans\n", b"\x0f" * 16, bytes(15) + b"\xea", b"\x90" * 16])
+def test_file_of_the_size_of_a_firmware_is_not_taken_for_one(end: bytes) -> None:
+    """The size alone is no sign: many files are a multiple of 64 KiB."""
+    with pytest.raises(ImageError, match=r"^/bsd: is neither a kernel"):
+        open_image(bytes(65536 - 16) + end).kind()
 
 
 def test_memfd_of_a_refused_kernel_is_closed() -> None:
