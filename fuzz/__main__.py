@@ -5,6 +5,7 @@
 Each target runs in a process of its own.  An input that fails stays in build/fuzz/TARGET; it belongs into a unit test.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ def one(name: str, options: list[str]) -> None:
 
     with atheris.instrument_imports(include=["vmd"]):
         from fuzz.targets import TARGETS
+        from vmd.log import log
+    log.fd = os.open(os.devnull, os.O_WRONLY)  # a parser may warn of each input
     atheris.Setup([sys.argv[0], *options], TARGETS[name])
     atheris.Fuzz()
 

@@ -1,11 +1,13 @@
 """Valid inputs to start from, by target: what no mutation would find by chance, such as a magic number or a digest."""
 
+import gzip
 import os
 import select
 import struct
 from pathlib import Path
 
 from tests.support.packets import DISCOVER, dhcp
+from tests.unit.vm.boot import samples
 from vmd.images.create import write_empty
 from vmd.ipc import imsg
 from vmd.ipc.messages import ListRequest, Ok, PauseVm, StopRequest
@@ -39,6 +41,25 @@ def empty_stream(fd: int) -> None:
     writer.pipe.close()
 
 
+def boot_images() -> list[bytes]:
+    """Return one boot image of each kind that is loaded, none larger than what is fuzzed with."""
+    xen = samples.note(b"Xen", 18, struct.pack("<I", samples.PVH_ENTRY), 8)
+    code = samples.Part(1, 0x100000, b"\xf4" * 64)
+    by_section = samples.elf_file([code], entry=0, sections=[samples.Named(b".note.Xen", 7, xen)])
+    kernels = [
+        samples.bzimage(),
+        samples.put(samples.bzimage(), "<H", 0x236, 0x7E),  # without a 64-bit entry
+        samples.put(samples.bzimage(), "<IB", 0x230, 0, 0)[:-8],  # not relocatable, rounded up
+        samples.pvh(),
+        samples.pvh(is64=False),
+        by_section,
+        samples.openbsd(),
+        samples.openbsd(is64=False),
+        samples.openbsd(stripped=True),
+    ]
+    return [*kernels, gzip.compress(kernels[3], mtime=0) + gzip.compress(b"", mtime=0) + b"x", samples.seabios(1 << 16)]
+
+
 def seeds(target: str) -> list[bytes]:
     """Return the inputs of a target."""
     match target:
@@ -50,7 +71,7 @@ def seeds(target: str) -> list[bytes]:
         case "qcow2":
             return [made(lambda fd: write_empty(fd, "seed", "qcow2", 1 << 20))]
         case "boot-image":
-            return [b"\x7fELF\2\1\1" + bytes(57), bytes(0x1F1) + b"\4" + bytes(0x10) + b"HdrS\x0f\2" + bytes(512)]
+            return boot_images()
         case "dhcp":
             return [dhcp(DISCOVER)]
         case "ring":

@@ -20,6 +20,7 @@ from vmd.ipc import imsg, probemsg
 from vmd.virtio.queue import Queue
 from vmd.vm import state
 from vmd.vm.boot import loader
+from vmd.vm.machine import memory_regions
 from vmd.vm.stream import Pipe, StreamError, StreamReader
 
 TYPE_CHECKING = False
@@ -102,18 +103,26 @@ def qcow2(data: bytes) -> None:
         os.close(fd)
 
 
-def boot_image(data: bytes) -> None:
-    """Load a kernel or firmware."""
+def load_boot_image(data: bytes) -> None:
+    """Load a kernel or firmware.  Raises ImageError."""
     fd = file_of(data)
-    memory = GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")])
     try:
-        if not loader.firmware_bytes(fd, "kernel"):
+        regions = memory_regions(16 * MIB, loader.firmware_bytes(fd, "kernel"))
+        memory = GuestMemory.create(regions)
+        try:
             loader.load(memory, fd, "kernel", memory_bytes=16 * MIB)
+        finally:
+            memory.close()
+    finally:
+        os.close(fd)
+
+
+def boot_image(data: bytes) -> None:
+    """Load a kernel or firmware, or say why not."""
+    try:
+        load_boot_image(data)
     except ImageError as error:
         said(error)
-    finally:
-        memory.close()
-        os.close(fd)
 
 
 def dhcp_packet(data: bytes) -> None:
