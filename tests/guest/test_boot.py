@@ -86,6 +86,8 @@ def test_a_second_kernel_kind_is_told_from_its_bytes(tmp_path: Path) -> None:
         (b"just a text, not a kernel at all\n" * 100, ""),
         (b"\x7fELF" + bytes(100), ""),
         (b"\x1f\x8b" + bytes(100), ""),
+        (Path("/bin/busybox").read_bytes(), "is a user program, not a kernel: it has no PVH note"),
+        (b"QFI\xfb" + bytes(65532), "is a disk image .qcow2.: give it as disk"),
     ],
 )
 def test_what_cannot_boot_is_refused_with_a_sentence(tmp_path: Path, content: bytes, complaint: str) -> None:

@@ -139,7 +139,8 @@ def require_regular(fd: int, name: str) -> None:
     except OSError as error:
         raise OperatorError(error.errno or errno.EIO, f"{name}: {os.strerror(error.errno or 0)}") from None
     if not stat.S_ISREG(mode):
-        raise OperatorError(errno.EINVAL, f"{name}: not a regular file")
+        advice = " but a block device: give it as disk" if stat.S_ISBLK(mode) else ""
+        raise OperatorError(errno.EINVAL, f"{name}: not a regular file{advice}")
     # One that was opened as a mere place proves that somebody could name the file, not that he may read it.
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise OperatorError(errno.EACCES, f"{name}: not open for reading")

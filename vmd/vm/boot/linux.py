@@ -131,18 +131,19 @@ def parse_header(image: "Image") -> SetupHeader:
         raise image.error(f"has a kernel alignment of {kernel_alignment:#x}, which is no power of two")
     payload_at = ((setup_sects or SETUP_SECTS_IF_ZERO) + 1) * SECTOR
     payload_bytes = syssize * SYSSIZE_UNIT
-    # The size is rounded up, and the file need not be.
-    if 0 < payload_at + payload_bytes - image.size < SYSSIZE_UNIT:
-        payload_bytes = image.size - payload_at
-    if payload_bytes <= ENTRY64_OFFSET:
-        raise image.error(f"has {payload_bytes} bytes of code, too few to hold the 64-bit entry")
+    # The size is rounded up, and the file need not be.  Without one the code is all that is left, as for most loaders.
+    if not payload_bytes or 0 < payload_at + payload_bytes - image.size < SYSSIZE_UNIT:
+        payload_bytes = max(0, image.size - payload_at)
+    entry64 = version >= PROTOCOL_64 and bool(xloadflags & XLF_KERNEL_64)
+    if payload_bytes <= (ENTRY64_OFFSET if entry64 else 0):
+        raise image.error(f"has {payload_bytes} bytes of code, too few to hold its entry")
     image.check_range(payload_at, payload_bytes, "the kernel's code")
     return SetupHeader(
         raw=start[HEADER_AT:header_end],
         payload_at=payload_at,
         payload_bytes=payload_bytes,
         version=version,
-        entry64=version >= PROTOCOL_64 and bool(xloadflags & XLF_KERNEL_64),
+        entry64=entry64,
         loadflags=loadflags,
         initrd_addr_max=initrd_addr_max,
         kernel_alignment=kernel_alignment if relocatable else 0,

@@ -282,7 +282,7 @@ REFUSED = {
     "header too long": ("<B", 0x201, [0xFF], "damaged Linux setup header"),
     "no jump": ("<B", 0x200, [0x90], "damaged Linux setup header"),
     "setup_sects 255": ("<B", 0x1F1, [255], "is truncated"),
-    "syssize 0": ("<I", 0x1F4, [0], "too few to hold"),
+    "syssize 32": ("<I", 0x1F4, [32], "has 512 bytes of code, too few to hold its entry"),
     "syssize beyond the file": ("<I", 0x1F4, [0x10000], "is truncated"),
     "syssize huge": ("<I", 0x1F4, [0xFFFFFFFF], "is truncated"),
     "alignment 0": ("<I", 0x230, [0], "no power of two"),
@@ -364,6 +364,18 @@ def test_last_bytes_may_be_missing_for_the_size_is_rounded_up(missing: int) -> N
     at = PREF_ADDRESS + len(CODE) - missing
     assert memory.read(at - 16, 16) == CODE[-missing - 16 : -missing]
     assert memory.read(at, 4) == b"\xaa" * 4
+
+
+def test_kernel_without_a_size_is_all_of_its_file() -> None:
+    """GRUB, QEMU and Cloud Hypervisor look at the file's size only, so some kernels leave syssize at 0."""
+    memory = FakeMemory()
+
+    load(memory, put(bzimage(CODE), "<I", 0x1F4, 0) + b"more")
+
+    assert memory.read(PREF_ADDRESS, len(CODE) + 4) == CODE + b"more"
+    for length in (PAYLOAD_AT - 1, PAYLOAD_AT, PAYLOAD_AT + 0x200):
+        with pytest.raises(ImageError, match=r"has \d+ bytes of code, too few to hold its entry"):
+            load(FakeMemory(), put(bzimage(CODE), "<I", 0x1F4, 0)[:length])
 
 
 def test_bytes_missing_before_the_last_unit_are_truncation() -> None:
