@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,20 +40,37 @@ def fetch(flavour: str, cache: Path) -> Kernel:
     """
     home = cache / f"linux-{flavour}"
     if not home.exists():
-        package = _package_of(flavour)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as scratch:
-            print(f"fetching {package}", file=sys.stderr, flush=True)
-            # As root apt-get drops to a user that has no access to a cache below /root.
-            _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=scratch)
-            archive = next(Path(scratch).glob("*.deb"))
-            tree = Path(scratch, "tree")
-            _run(["dpkg", "-x", str(archive), str(tree)])
-            version = next(Path(tree, "lib/modules").iterdir()).name
-            _run(["/sbin/depmod", "-b", str(tree), version])
-            # Renamed when complete: an interrupted fetch leaves nothing that looks like a kernel.
-            tree.rename(home)
+        fetch_package(_package_of(flavour), home, _index_modules)
     version = next(Path(home, "lib/modules").iterdir()).name
     return Kernel(version, home / "boot" / f"vmlinuz-{version}", home)
+
+
+def fetch_package(package: str, home: Path, finish: Callable[[Path], None] = lambda tree: None) -> None:
+    """Unpack a package into `home` in the cache; `finish` is called with where it is until it is complete.
+
+    Raises KernelError.
+    """
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix="unpack-") as scratch:
+        print(f"fetching {package}", file=sys.stderr, flush=True)
+        # As root apt-get drops to a user that has no access to a cache below /root.
+        _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=scratch)
+        archive = next(Path(scratch).glob("*.deb"))
+        tree = Path(scratch, "tree")
+        _run(["dpkg", "-x", str(archive), str(tree)])
+        finish(tree)
+        try:
+            # Renamed when complete: an interrupted fetch leaves nothing that looks like a package.
+            tree.rename(home)
+        except OSError:
+            # Another run was faster; what it fetched is the same.
+            if not home.exists():
+                raise
+
+
+def _index_modules(tree: Path) -> None:
+    """Make the indices of depmod(8)."""
+    version = next(Path(tree, "lib/modules").iterdir()).name
+    _run(["/sbin/depmod", "-b", str(tree), version])
 
 
 def installed() -> Kernel | None:

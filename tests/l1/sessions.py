@@ -21,6 +21,7 @@ import pytest
 from tests.l1.faults import TripleFaults
 from tests.l1.machine import HEARTBEAT, L1Error, Machine
 from tests.support.bootable import bootable
+from tests.support.kernels import memtest86, packed_linux, vmlinux
 from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
@@ -98,7 +99,12 @@ class OutsideL1:
             "--inside-l1", f"/l1/{REPORTS}", *(["--deep"] if deep else []), f"@/l1/{TESTS}",
         ]  # fmt: skip
         try:
-            bootable()  # made here, and the kernel on it fetched: there is no network inside, and all is slower
+            # Made and fetched here: there is no network inside, and all is slower.
+            bootable()
+            memtest86("x64")
+            if deep:
+                packed_linux()
+                vmlinux()
             self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)
         except (L1Error, KernelError, OSError, subprocess.CalledProcessError) as error:
             self.failure = f"the emulated machine was not started: {error}"
