@@ -236,11 +236,14 @@ def notes(elf: Elf) -> Notes:
             complaints.append(f"has more than {NOTES_MAX_BYTES} bytes of notes")
             size = budget
         budget -= size
-        try:
-            data = elf.image.read(offset, size, "a note segment")
-        except ImageError as error:
-            complaints.append(error.what)
+        there = min(size, max(0, elf.image.size - offset))
+        if there < size:
+            complaints.append(
+                f"is truncated: a note segment ends at byte {offset + size}, the file at {elf.image.size}"
+            )
+        if not there:
             continue
+        data = elf.image.read(offset, there, "a note segment")
         damage = []
         for padding in NOTE_PADDINGS:
             some, complaint = _parse_notes(data, padding)

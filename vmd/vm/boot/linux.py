@@ -168,6 +168,8 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
     start = min(load_at, runs_at)
     end = max(load_at + header.payload_bytes, runs_at + header.init_size)
     space.claim(start, end - start, "the kernel")
+    if end > layout.FOUR_GIB:
+        raise image.error(f"is to run at {runs_at:#x}, but only the first 4 GiB are mapped for it")
 
     placement.store_cmdline(memory, image.name, boot.cmdline, header.cmdline_size)
     image.read_into(memory.view(load_at, header.payload_bytes), header.payload_at, "the kernel's code")

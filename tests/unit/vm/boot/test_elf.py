@@ -244,6 +244,14 @@ def test_note_segment_outside_the_file_ends_the_search_in_it(offset: int) -> Non
     assert load(FakeMemory(), put(kernel, "<Q", second_offset, offset)).registers["rip"] == PVH_ENTRY
 
 
+def test_note_segment_that_ends_behind_the_file_is_read_up_to_there() -> None:
+    """A length that is too large takes nothing from the notes that are there."""
+    parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, note(b"Xen", 18, ENTRY8))]
+    kernel = elf_file(parts, entry=0)
+
+    assert load(FakeMemory(), put(kernel, "<Q", PHDR + 56 + 32, 0x1000)).registers["rip"] == PVH_ENTRY
+
+
 @pytest.mark.parametrize("is64", [True, False])
 def test_program_headers_may_be_longer_than_what_we_know(is64: bool) -> None:
     """e_phentsize and e_shentsize say how far it is to the next entry."""

@@ -8,18 +8,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.vm.boot.samples import FakeMemory, bzimage, load, openbsd, pvh, seabios
+from tests.unit.vm.boot.samples import (
+    FakeMemory,
+    Named,
+    Part,
+    bzimage,
+    elf_file,
+    load,
+    note,
+    openbsd,
+    put,
+    pvh,
+    seabios,
+)
 from vmd.errors import ImageError
 from vmd.vm.boot.start import Mode, Start
 
 KERNELS = {
     "bzImage": bzimage(),
+    "bzImage32": put(bzimage(), "<H", 0x236, 0x7E),
+    "bzImage at 1 MiB": put(bzimage(), "<IB", 0x230, 0, 0),
     "pvh": pvh(),
     "pvh32": pvh(is64=False),
     "openbsd": openbsd(),
     "openbsd32": openbsd(is64=False),
+    "note section": elf_file(
+        [Part(1, 0x100000, b"\xf4" * 64)],
+        entry=0,
+        sections=[Named(b".note.Xen", 7, note(b"Xen", 18, b"\x10\0\x10\0"))],
+    ),
 }
-HEADERS = {name: min(len(image), 0x300 if name == "bzImage" else 0x120) for name, image in KERNELS.items()}
+LINUX = {name for name in KERNELS if name.startswith("bzImage")}
+HEADERS = {name: min(len(image), 0x300 if name in LINUX else 0x120) for name, image in KERNELS.items()}
 
 
 def survive(data: bytes) -> Start | None:
@@ -43,7 +63,7 @@ def survive(data: bytes) -> Start | None:
 def test_every_bit_of_the_headers_flipped(name: str) -> None:
     """hostile 54: single-bit flips in the headers, one at a time, with a fixed stride through the bits."""
     image = bytearray(KERNELS[name])
-    first = 0x1F0 if name == "bzImage" else 0
+    first = 0x1F0 if name in LINUX else 0
     for bit in range(first * 8, HEADERS[name] * 8, 3):
         image[bit // 8] ^= 1 << bit % 8
         survive(bytes(image))
@@ -79,6 +99,17 @@ def test_flipped_bits_in_gzip_data() -> None:
     """hostile 54: damage is found by the format or its checksum, or it was in a field that says nothing."""
     rng = random.Random(1952)
     packed = gzip.compress(pvh(), mtime=0)
+    for _ in range(400):
+        damaged = bytearray(packed)
+        damaged[rng.randrange(len(packed))] ^= 1 << rng.randrange(8)
+        survive(bytes(damaged))
+
+
+def test_flipped_bits_in_several_members_of_gzip_data() -> None:
+    """hostile 54: the second member, what stands between them, and what follows."""
+    rng = random.Random(1953)
+    half = len(pvh()) // 2
+    packed = gzip.compress(pvh()[:half], mtime=0) + gzip.compress(pvh()[half:], mtime=0) + bytes(20)
     for _ in range(400):
         damaged = bytearray(packed)
         damaged[rng.randrange(len(packed))] ^= 1 << rng.randrange(8)

@@ -305,6 +305,15 @@ def test_lying_header_is_refused(case: str) -> None:
         load(FakeMemory(), put(bzimage(), layout_format, offset, *values), cmdline=b"quiet")
 
 
+@pytest.mark.parametrize("relocatable", [0, 1])
+def test_address_above_4_gib_is_refused(relocatable: int) -> None:
+    """hostile 54: there may be memory, but neither the kernel's page tables nor its header reach it."""
+    image = put(put(bzimage(), "<B", 0x234, relocatable), "<Q", 0x258, layout.FOUR_GIB)
+
+    with pytest.raises(ImageError, match=r"/bsd: (is to run at 0x100000000, but only|the kernel at .* does not lie)"):
+        load(FakeMemory(memory_bytes=5 << 30), image)
+
+
 def test_init_size_smaller_than_the_code_does_not_hide_the_code() -> None:
     """hostile 54: with init_size 0 the code itself still counts, so the initrd cannot be put into it."""
     image = put(bzimage(bytes(13 * MIB)), "<QI", 0x258, 2 * MIB, 0)
