@@ -184,6 +184,7 @@ def test_kernel_without_a_64_bit_entry_is_entered_at_its_start_in_32_bit_mode(ca
     assert (cs.selector, cs.l, cs.db, cs.type, cs.base, cs.limit) == (0x10, 0, 1, 0xB, 0, 0xFFFFFFFF)
     assert (ds.selector, ds.db, ds.type) == (0x18, 1, 3)
     assert memory.unpack("<Q", start.gdt_base + 0x10) == (cs.descriptor(),)
+    assert start.gdt_limit == 47
     assert memory.read(PREF_ADDRESS, len(CODE)) == CODE
     assert memory.unpack("<I", ZERO_PAGE + 0x228) == (layout.BOOT_CMDLINE,)
 

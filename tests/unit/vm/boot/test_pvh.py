@@ -48,6 +48,7 @@ def test_cpu_starts_flat_and_unpaged_with_start_info_in_ebx(is64: bool) -> None:
         segment = start.segments[name]
         assert memory.unpack("<Q", start.gdt_base + segment.selector) == (segment.descriptor(),)
         assert segment.selector + 7 <= start.gdt_limit
+    assert start.gdt_limit == 4 * 8 - 1
 
 
 def test_start_info_has_command_line_rsdp_and_memory_map() -> None:
@@ -71,8 +72,11 @@ def test_initrd_is_the_only_module() -> None:
 
     load(memory, pvh(), initrd=b"cpio" * 2000)
 
-    _, _, _, modules, modlist, *_ = memory.unpack(INFO, layout.PVH_START_INFO)
+    _, _, _, modules, modlist, _, _, memmap, entries, _ = memory.unpack(INFO, layout.PVH_START_INFO)
     assert modules == 1
+    assert memmap == modlist + 32
+    assert memory.unpack("<QQI", memmap) == layout.e820_map(memory.memory_bytes)[0]
+    assert entries == len(layout.e820_map(memory.memory_bytes))
     assert memory.unpack("<QQQQ", modlist) == (16 * MIB - 8192, 8000, 0, 0)
     assert memory.read(16 * MIB - 8192, 8000) == b"cpio" * 2000
 
