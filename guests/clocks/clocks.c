@@ -5,7 +5,8 @@
  *     pm=N         the ACPI timer, 3579545 a second, 24 bits
  *     beats=N      interrupts of a local APIC timer that is set to 100 a second
  *     rtc=N        seconds of the battery-backed clock since 2000
- *     up=N         what the time stamp counter was when it came up */
+ *     up=N         what the time stamp counter was when it came up
+ *     lost=N       model-specific registers that no longer hold what it wrote when it came up */
 
 #include "guest.h"
 
@@ -23,6 +24,23 @@ static volatile struct {
     uint8_t flags, pad2[2];
 } kvmclock __attribute__((aligned(64)));
 
+/* What a 64-bit kernel sets once and relies on for ever. */
+static struct {
+    uint32_t msr;
+    uint64_t mark;
+} marks[] = {
+    {0x174, 0x10},                          /* SYSENTER_CS */
+    {0x175, 0xFFFFFFFF80175175},            /* SYSENTER_ESP */
+    {0x176, 0xFFFFFFFF80176176},            /* SYSENTER_EIP */
+    {0x277, 0x0007010600070106},            /* PAT, not as a reset leaves it */
+    {0xC0000081, 0x0023001000000000},       /* STAR */
+    {0xC0000082, 0xFFFFFFFF81C00082},       /* LSTAR */
+    {0xC0000084, 0x47700},                  /* SFMASK */
+    {0xC0000102, 0xFFFF8880C0000102},       /* KERNEL_GS_BASE */
+};
+
+#define MARKS (sizeof(marks) / sizeof(marks[0]))
+
 static volatile uint32_t lines, beats;
 static bool has_kvmclock;
 
@@ -38,6 +56,23 @@ static void on_beat(struct frame *frame)
     (void)frame;
     lapic_write(LAPIC_EOI, 0);
     beats++;
+}
+
+static void marks_set(void)
+{
+    for (unsigned i = 0; i < MARKS; i++)
+        if (!try_wrmsr(marks[i].msr, marks[i].mark))
+            print("clocks: no msr %x\n", marks[i].msr);
+}
+
+static unsigned marks_lost(void)
+{
+    unsigned lost = 0;
+    uint64_t value;
+
+    for (unsigned i = 0; i < MARKS; i++)
+        lost += !try_rdmsr(marks[i].msr, &value) || value != marks[i].mark;
+    return lost;
 }
 
 static uint64_t kvmclock_ns(void)
@@ -61,6 +96,7 @@ void guest_main(void)
     uint64_t up = rdtsc();
 
     has_kvmclock = cpuid(0x40000001).eax >> 3 & 1 && try_wrmsr(MSR_SYSTEM_TIME, (uint64_t)&kvmclock | KVMCLOCK_ON);
+    marks_set();
     vector_set(VECTOR_BEAT, on_beat);
     lapic_write(LAPIC_DIVIDE, LAPIC_BY_1);
     lapic_write(LAPIC_TIMER, PERIODIC | VECTOR_BEAT);
@@ -79,6 +115,7 @@ void guest_main(void)
         ns = has_kvmclock ? kvmclock_ns() : 0;
         pm = pm_ticks();
         beaten = beats;
-        print("tsc=%lu kvmclock=%lu pm=%u beats=%u rtc=%u up=%lu\n", tsc, ns, pm, beaten, rtc_seconds(), up);
+        print("tsc=%lu kvmclock=%lu pm=%u beats=%u rtc=%u up=%lu lost=%u\n", tsc, ns, pm, beaten, rtc_seconds(), up,
+              marks_lost());
     }
 }

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tests.support.daemon import DEADLINE_S, Attached
 
-LINE = re.compile(r"tsc=(\d+) kvmclock=(\d+) pm=(\d+) beats=(\d+) rtc=(\d+) up=(\d+)\r\n")
+LINE = re.compile(r"tsc=(\d+) kvmclock=(\d+) pm=(\d+) beats=(\d+) rtc=(\d+) up=(\d+) lost=(\d+)\r\n")
 
 
 class Clocks(NamedTuple):
@@ -19,6 +19,7 @@ class Clocks(NamedTuple):
     beats: int  # 100 a second
     rtc: int  # seconds
     up: int  # what tsc was when it came up
+    lost: int  # model-specific registers that no longer hold what the guest wrote when it came up
 
     @classmethod
     def ask(cls, console: Attached) -> "Clocks":

@@ -47,6 +47,30 @@ def test_missing_feature_is_named(changed: state.CpuidLeaf, what: str) -> None:
         state.check_processor(saved.header(), entries(ours))
 
 
+REGISTERS_OF_FEATURES = [
+    (0x1, 0, "ecx"), (0x1, 0, "edx"), (0x7, 0, "ebx"), (0x7, 0, "ecx"), (0x7, 0, "edx"), (0x7, 1, "eax"),
+    (0x7, 1, "edx"), (0xD, 0, "eax"), (0xD, 1, "eax"), (0x80000001, 0, "ecx"), (0x80000001, 0, "edx"),
+    (0x80000007, 0, "edx"), (0x80000008, 0, "ebx"), (0x40000001, 0, "eax"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "index", "register"), REGISTERS_OF_FEATURES)
+def test_a_bit_missing_in_any_register_of_features_is_named(function: int, index: int, register: str) -> None:
+    """A guest that is let in without it dies by an invalid opcode, when its sender has let it go."""
+    vendor = CPUID[:1]
+    theirs = saved.header(cpuid=(*vendor, leaf(function, index, **{register: 0x50})))
+    for ours, missing in ((0x10, 0x40), (0x40, 0x10), (0, 0x50)):
+        with pytest.raises(ValueError, match="needs processor features") as refused:
+            state.check_processor(theirs, entries((*vendor, leaf(function, index, **{register: ours}))))
+        assert str(refused.value).endswith(f": cpuid {function:#x}.{index} {register} {missing:#x}")
+    state.check_processor(theirs, entries((*vendor, leaf(function, index, **{register: 0xF0}))))
+
+
+def test_every_register_of_features_is_tried() -> None:
+    """The list above is the table's, whole."""
+    assert list(state.FEATURES) == REGISTERS_OF_FEATURES
+
+
 def test_missing_leaf_is_a_missing_feature() -> None:
     """As of an older processor."""
     with pytest.raises(ValueError, match=r"cpuid 0x7\.0 ebx 0xf0"):
