@@ -6,12 +6,13 @@ import select
 import struct
 from pathlib import Path
 
+from tests.support import golden, saved
 from tests.support.packets import DISCOVER, dhcp
 from tests.unit.vm.boot import samples
 from vmd.images.create import write_empty
 from vmd.ipc import imsg
 from vmd.ipc.messages import ListRequest, Ok, PauseVm, StopRequest
-from vmd.vm.stream import Pipe, StreamWriter
+from vmd.vm.stream import COUNT, END, GPA, OLDEST, VERSION, Pipe, StreamWriter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def made(write: "Callable[[int], object]") -> bytes:
         os.close(fd)
 
 
-def empty_stream(fd: int) -> None:
-    """Write a stream of some memory and no machine."""
+def small_stream(fd: int) -> None:
+    """Write a stream of some memory and a small machine."""
     writer = StreamWriter(Pipe(os.dup(fd), select.POLLOUT))
-    writer.header(b"\x90")
+    writer.header(imsg.pack(saved.header()))
     writer.memory(0, memoryview(b"memory" * 100))
-    writer.state(b"\x90")
+    writer.state(imsg.pack(saved.machine_state(virtio=(saved.device(),))))
     writer.end()
     writer.hasher.close()
     writer.pipe.close()
@@ -60,6 +61,14 @@ def boot_images() -> list[bytes]:
     return [*kernels, gzip.compress(kernels[3], mtime=0) + gzip.compress(b"", mtime=0) + b"x", samples.seabios(1 << 16)]
 
 
+def recorded_stream(version: int) -> bytes:
+    """Return what an earlier version wrote, with the first bytes of its memory only."""
+    parts = golden.recorded(version, "clocks")
+    (kind, body), *_, state, _ = parts.sections
+    parts.sections = [(kind, body[: GPA.size + 100]), state, (END, COUNT.pack(2))]
+    return parts.joined()
+
+
 def seeds(target: str) -> list[bytes]:
     """Return the inputs of a target."""
     match target:
@@ -80,5 +89,5 @@ def seeds(target: str) -> list[bytes]:
         case "scsi":
             return [bytes((code,)) + bytes(15) for code in (0x12, 0x25, 0x28, 0x43, 0x1A, 0x5A, 0x46, 0x4A)]
         case "stream":
-            return [made(empty_stream)]
+            return [*(recorded_stream(version) for version in range(OLDEST, VERSION)), made(small_stream)]
     return []

@@ -85,3 +85,22 @@ class Record(metaclass=RecordType):
     def __repr__(self) -> str:
         shown = ", ".join(f"{field}={getattr(self, field)!r}" for field in type(self).fields)
         return f"{type(self).__name__}({shown})"
+
+
+class Part(Record):
+    """A record that leaves this process by name, for other versions of this program to read.
+
+    A field that is added has a default, which says what was so before; then older readers ignore it, and VERSION stays.
+    Where they must not, VERSION is raised, and they refuse the part.
+    """
+
+    VERSION = 1  # that is written, and the newest that is read
+
+    version: int = 1
+
+    def check(self) -> None:
+        """Refuse what a newer program wrote."""
+        if not 1 <= self.version <= type(self).VERSION:
+            raise ValueError(
+                f"{type(self).__name__} of version {self.version}, where this vmd reads 1 to {type(self).VERSION}"
+            )

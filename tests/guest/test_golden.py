@@ -15,7 +15,7 @@ from tests.support.golden import Session
 from tests.support.hostnet import NetDaemon
 from tests.support.netpeer import Peer
 from tests.support.network import Interface
-from tests.support.transfers import from_file, to_file
+from tests.support.transfers import Stream, from_file, to_file
 from vmd.ipc.imsg import HEADER
 from vmd.ipc.messages import (
     BY_CODE,
@@ -26,6 +26,7 @@ from vmd.ipc.messages import (
     TransferProgress,
 )
 from vmd.record import RecordType
+from vmd.vm.state import read_header, read_machine
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
@@ -37,7 +38,7 @@ each_version = pytest.mark.parametrize("version", VERSIONS)
 
 
 @contextlib.contextmanager
-def received(version: int, name: str) -> Iterator[NetDaemon]:
+def received(version: int, name: str, *options: str) -> Iterator[NetDaemon]:
     """Receive a recorded VM, as `golden`, with the files that it needs."""
     with golden.place() as directory:
         golden.furnish(name, directory)
@@ -45,7 +46,7 @@ def received(version: int, name: str) -> Iterator[NetDaemon]:
             golden.restore_disk(version, name, directory)
         (directory / "stream").write_bytes(golden.stream(version, name, directory))
         with golden.daemon(directory) as vmd:
-            status, said = from_file(vmd, "golden", directory / "stream")
+            status, said = from_file(vmd, "golden", directory / "stream", *options)
             assert status == 0, f"{said}\n--- log of vmd\n{vmd.log}"
             yield vmd
 
@@ -90,6 +91,26 @@ def test_clocks_go_on(version: int) -> None:
     assert later.tsc > first.tsc
     assert later.pm != first.pm
     assert (first.tsc - first.up) / first.tsc < 1  # it came up before it was sent
+
+
+@each_version
+@pytest.mark.parametrize("name", golden.KINDS)
+def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> None:
+    """BARs, capabilities and all else of PCI are where its drivers found them; it has not run in between."""
+    with received(version, name, "-p") as vmd:
+        recorded = golden.recorded(version, name)
+        (body,) = (body for kind, body in recorded.sections if kind == golden.STATE)
+        sent = read_machine(version, body)
+        to_file(vmd, "golden", vmd.directory / "again")
+        again = Stream((vmd.directory / "again").read_bytes())
+    assert len(sent.functions) > 2
+    for then, now in zip(sent.functions, again.state.functions, strict=True):
+        assert now == then, f"slot {then.slot}"
+    assert again.state.pci_address == sent.pci_address
+    assert again.state.virtio == sent.virtio
+    assert [device.replace(features=0) for device in again.header.devices] == [
+        device.replace(features=0) for device in read_header(version, recorded.header).devices
+    ]
 
 
 # --- the control socket ------------------------------------------------------------------------------------------

@@ -137,8 +137,16 @@ def _make_busy(name: str, vmd: NetDaemon, stack: contextlib.ExitStack) -> None:
 
 def stream(version: int, name: str, directory: Path) -> bytes:
     """Return a recorded stream, for files in this directory and for this host's processor."""
-    raw = lzma.decompress((GOLDEN / f"stream-{version}-{name}.xz").read_bytes())
-    return ADAPT[version](raw.replace(RECORDED.encode(), str(directory).encode()))
+    return ADAPT[version](_recorded(version, name).replace(RECORDED.encode(), str(directory).encode()))
+
+
+def _recorded(version: int, name: str) -> bytes:
+    return lzma.decompress((GOLDEN / f"stream-{version}-{name}.xz").read_bytes())
+
+
+def recorded(version: int, name: str) -> "Parts":
+    """Return a stream as it was recorded."""
+    return Parts(_recorded(version, name))
 
 
 def restore_disk(version: int, name: str, directory: Path) -> None:

@@ -6,6 +6,8 @@
 arrive together or not at all and a peer cannot trickle half a header.  The body is a list: the counts of
 the descriptors by name, then the fields.  Decoding believes nothing: every field is checked against the
 declared type before a record is built.
+
+What outlives this process, or leaves this host, has no header and carries its fields by name (`pack`).
 """
 
 import struct
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     R = TypeVar("R", bound=Record)
+    ReadRecord = Callable[[RecordType, Any, str], Record]
 
 HEADER = struct.Struct("<IHHII")
 MAX_MESSAGE = 16384
@@ -115,20 +118,26 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
 
 
 def pack(record: Record) -> bytes:
-    """Return a record as bytes, for a stream that outlives this process."""
-    packed: bytes = msgpack.packb(_plain(record), unicode_errors="surrogateescape")
+    """Return a record as bytes that outlive this process: its fields by name."""
+    packed: bytes = msgpack.packb(_by_name(record), unicode_errors="surrogateescape")
     return packed
 
 
-def unpack(cls: "type[R]", raw: bytes) -> "R":
-    """Return the record that somebody has packed, every field checked.  Raises ValueError saying what is wrong."""
+def unpack(cls: "type[R]", raw: bytes, reshape: "Callable[[Any], Any]" = lambda values: values) -> "R":
+    """Return the record that `pack` made, here or in another version of this program, every field checked.
+
+    Fields that are unknown here are ignored, and missing ones take their default.  `reshape` turns what an older form
+    holds into fields by name, and raises ValueError.
+
+    Raises ValueError saying what is wrong.
+    """
     name = cls.__name__
     try:
         values = msgpack.unpackb(raw, unicode_errors="surrogateescape", use_list=True, max_ext_len=0)
     except (ValueError, TypeError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors, and wordless
         raise ValueError(f"{name}: not msgpack: {type(error).__name__} {error}") from error
     try:
-        record = _record(cls, values, name)
+        record = _named_record(cls, reshape(values), name)
     except (TypeError, RecursionError) as error:
         raise ValueError(f"{name}: {error}") from error
     assert isinstance(record, cls)
@@ -164,47 +173,72 @@ def _plain(value: "Any") -> "Any":
     return value
 
 
-def _record(cls: RecordType, values: "list[Any]", where: str) -> Record:
+def _by_name(value: "Any") -> "Any":
+    if isinstance(value, Record):
+        return {field: _by_name(getattr(value, field)) for field in type(value).fields}
+    if isinstance(value, tuple):
+        return [_by_name(item) for item in value]
+    return _plain(value)
+
+
+def _record(cls: RecordType, values: "Any", where: str) -> Record:
+    """Return a record from its fields in order of declaration."""
     # A record may have grown since the sender was built: new fields are appended and have defaults (DESIGN 13).
     if not isinstance(values, list) or not cls.least <= len(values) <= len(cls.fields):
         raise ValueError(f"{where}: wrong number of fields")
     checked = {
-        field: _checked(declared, value, f"{where}.{field}")
+        field: _checked(declared, value, f"{where}.{field}", _record)
         for (field, declared), value in zip(cls.fields.items(), values, strict=False)
     }
     built: Record = cls(**checked)
     return built
 
 
-def _checked(declared: "Any", value: "Any", where: str) -> "Any":
-    """Return `value` as the declared type; ValueError if it is not one."""
+def _named_record(cls: RecordType, values: "Any", where: str) -> Record:
+    """Return a record from its fields by name."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {type(values).__name__} has no fields")
+    missing = [field for field in cls.fields if field not in values and field not in cls.defaults]
+    if missing:
+        raise ValueError(f"{where}: no {missing[0]}")
+    checked = {
+        field: _checked(declared, values[field], f"{where}.{field}", _named_record)
+        for field, declared in cls.fields.items()
+        if field in values
+    }
+    built: Record = cls(**checked)
+    return built
+
+
+def _checked(declared: "Any", value: "Any", where: str, record: "ReadRecord") -> "Any":
+    """Return `value` as the declared type; ValueError if it is not one.  `record` reads the records in it."""
     decoder = _decoders.get(declared)
     if decoder is None:
         decoder = _decoders[declared] = _decoder(declared)
-    return decoder(value, where)
+    return decoder(value, where, record)
 
 
-_decoders: "dict[Any, Callable[[Any, str], Any]]" = {}
+_decoders: "dict[Any, Callable[[Any, str, ReadRecord], Any]]" = {}
 
 
-def _decoder(declared: "Any") -> "Callable[[Any, str], Any]":
+def _decoder(declared: "Any") -> "Callable[[Any, str, ReadRecord], Any]":
     if isinstance(declared, types.UnionType):
         (inner,) = (arg for arg in declared.__args__ if arg is not types.NoneType)
-        return lambda value, where: None if value is None else _checked(inner, value, where)
+        return lambda value, where, record: None if value is None else _checked(inner, value, where, record)
     if isinstance(declared, types.GenericAlias) and declared.__origin__ is tuple:
         item = declared.__args__[0]
 
-        def decode_tuple(value: "Any", where: str) -> "Any":
+        def decode_tuple(value: "Any", where: str, record: "ReadRecord") -> "Any":
             if not isinstance(value, list):
                 raise ValueError(f"{where}: {type(value).__name__} is not a list")
-            return tuple(_checked(item, each, where) for each in value)
+            return tuple(_checked(item, each, where, record) for each in value)
 
         return decode_tuple
     if isinstance(declared, RecordType):
-        return lambda value, where: _record(declared, value, where)
+        return lambda value, where, record: record(declared, value, where)
     if isinstance(declared, type) and issubclass(declared, Enum):
 
-        def decode_enum(value: "Any", where: str) -> "Any":
+        def decode_enum(value: "Any", where: str, _record: "ReadRecord") -> "Any":
             if type(value) is not int:
                 raise ValueError(f"{where}: {type(value).__name__} is not a number")
             return declared(value)
@@ -212,7 +246,7 @@ def _decoder(declared: "Any") -> "Callable[[Any, str], Any]":
         return decode_enum
     if declared in PLAIN:
 
-        def decode_plain(value: "Any", where: str) -> "Any":
+        def decode_plain(value: "Any", where: str, _record: "ReadRecord") -> "Any":
             if type(value) is not declared:
                 raise ValueError(f"{where}: {type(value).__name__} is not {declared.__name__}")
             return value

@@ -63,7 +63,7 @@ from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.machine import BootImages, Machine, check_host, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.slots import plan
-from vmd.vm.state import Header, MachineState, cpuid_of
+from vmd.vm.state import Header, MachineState, as_sent, cpuid_of
 from vmd.vm.transfer import Receiver, Sender
 
 TYPE_CHECKING = False
@@ -391,6 +391,7 @@ class VmProcess(Process):
         assert self.console is not None
         slots = slots_of(message, envelope)
         try:
+            slots = as_sent(slots, received.header.devices)
             self.machine = Machine(
                 message.config,
                 KVM_FD,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SLOT_HOST_BRIDGE = 0
 SLOT_RNG = 1
 
+# How a function's BARs and capabilities are laid out: 1 has the structures of virtio 1.x in an i/o BAR.
+LAYOUT_FIRST, LAYOUT = 1, 1
+
 PROCESSES = {"rng": "viornd", "net": "vionet", "blk": "vioblk", "scsi": "vioscsi"}
 QUEUES = {  # their sizes
     "rng": (64,),
@@ -40,6 +43,9 @@ class Slot(Record):
     names: tuple[str, ...] = ()  # what to call each in sentences
     flags: int = 0  # devmsg.START_*
     net: bytes = b""  # devmsg.NET, of a network interface; the last of its names is then the guest's host name
+    # What a guest that was sent keeps, wherever it goes: `vm/state.py`'s DeviceHead says more.
+    layout: int = LAYOUT
+    serial: bytes = b""
 
     @property
     def name(self) -> str:

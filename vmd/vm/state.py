@@ -8,20 +8,23 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 import struct
 
 from vmd.config.model import VmConfig
+from vmd.ipc.imsg import unpack
 from vmd.kvmapi import abi
-from vmd.record import Record
+from vmd.record import Part, Record
+from vmd.vm import stream_v2
 from vmd.vm.pause import MSR_TSC, MSR_TSC_DEADLINE, Clocks
-from vmd.vm.slots import kinds
+from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, kinds
 from vmd.vm.virtio import VirtioState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from vmd.kvmapi.vcpu import Vcpu
     from vmd.vm.machine import Machine
     from vmd.vm.pci import BusState, FunctionState
+    from vmd.vm.slots import Slot
 
 MSR = struct.Struct("<IQ")
 PICS = (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC)
@@ -58,6 +61,8 @@ class DeviceHead(Record):
     kind: str
     slot: int
     features: int  # that its process offers
+    layout: int = LAYOUT_FIRST  # of its PCI function (`slots`): BARs and capabilities stay where the guest found them
+    serial: bytes = b""  # that a disk tells the guest; none: the name of its process, as before there were serials
 
 
 class Header(Record):
@@ -81,14 +86,14 @@ class Register(Record):
     data: bytes | None = None
 
 
-class ChipState(Record):
+class ChipState(Part):
     """One chip's registers."""
 
     name: str
     registers: tuple[Register, ...]
 
 
-class PciFunctionState(Record):
+class PciFunctionState(Part):
     """One function's configuration space and MSI-X table."""
 
     slot: int
@@ -96,7 +101,7 @@ class PciFunctionState(Record):
     msix: bytes
 
 
-class VcpuState(Record):
+class VcpuState(Part):
     """One vCPU, in the kernel's structures."""
 
     mp_state: int
@@ -126,6 +131,16 @@ class MachineState(Record):
     vmmci: ChipState
 
 
+def read_header(version: int, raw: bytes) -> Header:
+    """Return the header in a stream of this version.  Raises ValueError."""
+    return unpack(Header, raw, stream_v2.header) if version == stream_v2.VERSION else unpack(Header, raw)
+
+
+def read_machine(version: int, raw: bytes) -> MachineState:
+    """Return the machine in a stream of this version.  Raises ValueError."""
+    return unpack(MachineState, raw, stream_v2.machine) if version == stream_v2.VERSION else unpack(MachineState, raw)
+
+
 def bytes_max(header: Header) -> int:
     """Return how long the record of such a machine's state may be; a list in there takes much more than it says."""
     return header.config.vcpus * (VCPU_BYTES_MAX + header.xsave_bytes) + OTHER_BYTES_MAX
@@ -147,7 +162,13 @@ def header(machine: "Machine", *, one_shot: bool) -> Header:
             CpuidLeaf(**{field: getattr(leaf, field) for field in CpuidLeaf.fields}) for leaf in machine.cpuid
         ),
         devices=tuple(
-            DeviceHead(kind=slot.kind, slot=slot.number, features=function.process.features)
+            DeviceHead(
+                kind=slot.kind,
+                slot=slot.number,
+                features=function.process.features,
+                layout=slot.layout,
+                serial=slot.serial,
+            )
             for slot, function in zip(machine.slots, machine.virtio, strict=True)
         ),
     )
@@ -211,6 +232,19 @@ def check_devices(theirs: Header) -> None:
     found, wanted = [device.kind for device in theirs.devices], kinds(theirs.config)
     if found != wanted:
         raise ValueError(f"{len(found)} devices, which are not the {len(wanted)} that it is configured with")
+    for device in theirs.devices:
+        if not LAYOUT_FIRST <= device.layout <= LAYOUT:
+            raise ValueError(
+                f"the device in PCI slot {device.slot} has layout {device.layout},"
+                f" where this vmd has {LAYOUT_FIRST} to {LAYOUT}"
+            )
+
+
+def as_sent(slots: "Sequence[Slot]", devices: tuple[DeviceHead, ...]) -> "list[Slot]":
+    """Return slots with what a guest has seen of its devices and has to find again."""
+    return [
+        slot.replace(layout=device.layout, serial=device.serial) for slot, device in zip(slots, devices, strict=True)
+    ]
 
 
 def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:
@@ -310,13 +344,20 @@ def _restore_vcpu(vcpu: "Vcpu", state: VcpuState, msr_indices: list[int]) -> Non
 def _restore_chip(
     state: ChipState, like: "dict[str, Any]", restore_chip: "Callable[[dict[str, Any]], None]"
 ) -> None:
-    """Restore a chip from registers that have the names and types of those it has now."""
-    registers = {each.name: each.number if each.data is None else each.data for each in state.registers}
-    if {name: isinstance(value, bytes) for name, value in registers.items()} != {
-        name: isinstance(value, bytes) for name, value in like.items()
-    }:
-        raise ValueError(f"other registers of {state.name}")
+    """Restore a chip.
+
+    Registers that it does not have now are ignored, and those that it has are of the same type.  Which ones may be
+    missing is for the chip to say.
+    """
+    registers = {
+        each.name: each.number if each.data is None else each.data for each in state.registers if each.name in like
+    }
+    for name, value in registers.items():
+        if isinstance(value, bytes) != isinstance(like[name], bytes):
+            raise ValueError(f"another register {name} of {state.name}")
     try:
         restore_chip(registers)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(f"no register {error.args[0]} of {state.name}") from error
+    except (TypeError, ValueError) as error:
         raise ValueError(f"an impossible state of {state.name}: {error}") from error

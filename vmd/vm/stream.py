@@ -5,9 +5,12 @@
     END         a section whose body is the number of those before it (u64)
 
 All numbers are little-endian.  The body of MEMORY is a guest-physical address (u64) and the bytes from there on; of
-STATE and the header the records are `vm/state.py`'s.  Memory is hashed while it is written, or the next piece is read:
-on its way out where it lies; on its way in, in one of two buffers, for a page that is written with its file costs half
-of one that comes into being by being touched.
+STATE and the header the records are `vm/state.py`'s, with their fields by name.  (Version 2 had them in order:
+`vm/stream_v2.py`.)  A new field has a default, which says what was so before.  Where a guest cannot go on without
+what is new, or the form changes, VERSION is raised, so that older readers refuse the stream.
+
+Memory is hashed while it is written, or the next piece is read: on its way out where it lies; on its way in, in one
+of two buffers, for a page that is written with its file costs half of one that comes into being by being touched.
 
 Everything here blocks, and runs on a thread of its own, but only in `Pipe.wait`: so that whoever wants it to end is
 heard, and a peer that does nothing for IDLE_TIMEOUT_S is given up.  A StreamError completes "the stream ...".
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MAGIC = b"vmdstate"
-VERSION = 2
+VERSION = 3
+OLDEST = 2  # that is read
 PREAMBLE = Struct("<8sII")
 SECTION = Struct("<IIQ")
 GPA = Struct("<Q")
@@ -229,6 +233,7 @@ class StreamReader:
         self.pipe = pipe
         self.hasher = Hasher()
         self.sections = 0
+        self.version = VERSION  # of the format, once the header was read
         self._expected = b""  # digest of the section that is being hashed, if one is
         self._buffers = [bytearray(), bytearray()]  # of memory: one is read into while the other one is hashed
 
@@ -238,8 +243,9 @@ class StreamReader:
         magic, version, length = PREAMBLE.unpack(raw)
         if magic != MAGIC:
             raise StreamError("is not a virtual machine that was sent by vmctl send")
-        if version != VERSION:
-            raise StreamError(f"has version {version} of the format, this vmd reads version {VERSION}")
+        if not OLDEST <= version <= VERSION:
+            raise StreamError(f"has version {version} of the format, this vmd reads versions {OLDEST} to {VERSION}")
+        self.version = version
         if length > HEADER_MAX:
             raise StreamError(f"announces a header of {length} bytes")
         body = self.pipe.read(length)

@@ -8,7 +8,7 @@ import threading
 
 from vmd.errors import GuestError, HostError, sentence
 from vmd.guestmem import GuestMemory
-from vmd.ipc.imsg import pack, unpack
+from vmd.ipc.imsg import pack
 from vmd.vm import state
 from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamReader, StreamWriter
 
@@ -109,6 +109,7 @@ class Receiver:
         self._proceed = threading.Event()
         self._next_offset = 0
         self._machine: state.MachineState | None = None
+        self._version = 0
         self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
 
     def start(self) -> None:
@@ -141,9 +142,11 @@ class Receiver:
     def _read(self, reader: StreamReader) -> state.MachineState:
         try:
             try:
-                header = unpack(state.Header, reader.header())
+                raw = reader.header()
+                header = state.read_header(reader.version, raw)
             except ValueError as error:
                 raise StreamError(f"is not usable: {error}") from error
+            self._version = reader.version
             self.total_bytes = header.touched_bytes
             self._loop.call_from_thread(lambda: self._on_header(header))
             self._proceed.wait()
@@ -170,4 +173,4 @@ class Receiver:
     def _take_state(self, body: bytes) -> None:
         if self._machine is not None:
             raise ValueError("the state of the machine comes again")
-        self._machine = unpack(state.MachineState, body)
+        self._machine = state.read_machine(self._version, body)

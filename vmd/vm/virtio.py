@@ -17,7 +17,7 @@ from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
 from vmd.ipc.devmsg import PAUSE, RESET
 from vmd.log import RateLimit, log
-from vmd.record import Record
+from vmd.record import Part, Record
 from vmd.virtio import spec
 from vmd.virtio.transport import Transport
 from vmd.vm import layout
@@ -77,7 +77,7 @@ class QueueState(Record):
     unseen: bool  # INTx: the guest has yet to read ISR
 
 
-class VirtioState(Record):
+class VirtioState(Part):
     """A saved device: its registers, and where its process was in the rings."""
 
     status: int

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, cast
 
+import msgpack
 import pytest
 
 from tests.support import saved
@@ -12,10 +13,12 @@ from tests.support.virtiopci import CONFIG, Machine
 from vmd.config.model import DiskConfig, NicConfig, VmConfig
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack, unpack
+from vmd.ipc.messages import DiskImages
 from vmd.virtio import spec
 from vmd.vm import state
 from vmd.vm.chips.mc146818 import Mc146818
 from vmd.vm.chips.ns8250 import Uart
+from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, plan
 from vmd.vm.state import DeviceHead, MachineState, Register
 
 NO_VECTOR = 0xFFFF
@@ -289,8 +292,7 @@ def test_chips_are_restored() -> None:
 
 
 @pytest.mark.parametrize("registers", [
-    {"rx": 1 << 40}, {"rx_errors": -1}, {"lcr": b"x"}, {"lcr": None}, {"wheels": 4},
-    {"rx": bytes(17), "rx_errors": b""},
+    {"rx": 1 << 40}, {"rx_errors": -1}, {"lcr": b"x"}, {"lcr": None}, {"rx": bytes(17), "rx_errors": b""},
 ])  # fmt: skip
 def test_impossible_states_of_a_uart(registers: dict[str, int | bytes | None]) -> None:
     """Above all a number where bytes belong, of which bytes() would make as many zeros."""
@@ -330,6 +332,59 @@ def test_every_prefix_of_a_record_is_refused() -> None:
     for length in range(len(raw)):
         with pytest.raises(ValueError, match=r"."):
             unpack(state.Header, raw[:length])
+
+
+def test_registers_that_a_chip_does_not_have_are_ignored() -> None:
+    """A newer vmd may know more of it."""
+    chip = uart()
+    state._restore_chip(changed(uart(), scr=7, wheels=4, tyres=b"4"), chip.state(), chip.restore)
+    assert chip.pio_read(7, 1) == 7
+
+
+def test_fields_travel_by_name() -> None:
+    """Unknown ones are ignored, missing ones take their default, and those without a default are missed."""
+    head = DeviceHead(kind="blk", slot=2, features=5, layout=1, serial=b"x")
+    fields = head.as_dict()
+    assert msgpack.unpackb(pack(head)) == fields
+    assert unpack(DeviceHead, msgpack.packb(fields | {"colour": "red"})) == head
+    del fields["serial"], fields["layout"]
+    assert unpack(DeviceHead, msgpack.packb(fields)) == DeviceHead(kind="blk", slot=2, features=5)
+    del fields["slot"]
+    with pytest.raises(ValueError, match=r"^DeviceHead: no slot$"):
+        unpack(DeviceHead, msgpack.packb(fields))
+
+
+@pytest.mark.parametrize("values", [b"\x90", b"\xc0", b"\xa0", b"\x01", b"\xc1", b"\x81\x90\x00"])
+def test_what_has_no_names_is_no_record(values: bytes) -> None:
+    """Such as the lists that version 2 had."""
+    with pytest.raises(ValueError, match=r"^DeviceHead: "):
+        unpack(DeviceHead, values)
+
+
+@pytest.mark.parametrize("version", [0, 2, -1])
+def test_a_part_of_a_newer_version_is_refused(version: int) -> None:
+    """Its writer says that it must not be read by who does not know it."""
+    packed = msgpack.packb(msgpack.unpackb(pack(saved.chip("uart", lcr=3))) | {"version": version})
+    with pytest.raises(ValueError, match=f"ChipState of version {version}, where this vmd reads 1 to 1"):
+        unpack(state.ChipState, packed)
+
+
+def test_a_layout_of_a_function_that_is_unknown_here_is_refused() -> None:
+    """The guest would not find its BARs."""
+    for layout in (LAYOUT_FIRST - 1, LAYOUT + 1):
+        devices = (saved.header().devices[0], saved.header().devices[1].replace(layout=layout))
+        with pytest.raises(ValueError, match=f"the device in PCI slot 2 has layout {layout}, where this vmd has"):
+            state.check_devices(saved.header(devices=devices))
+
+
+def test_a_guest_keeps_what_it_has_seen_of_its_devices() -> None:
+    """Layout and serial number of each are the sender's, whatever new ones have here."""
+    heads = (
+        DeviceHead(kind="rng", slot=1, features=0, layout=7),
+        DeviceHead(kind="blk", slot=2, features=0, layout=1, serial=b"a disk"),
+    )
+    slots = state.as_sent(plan(VmConfig(name="a"), [DiskImages(images=())]), heads)
+    assert [(slot.layout, slot.serial) for slot in slots] == [(7, b""), (1, b"a disk")]
 
 
 def test_duplicate_registers() -> None:

@@ -24,6 +24,7 @@ from vmd.vm.stream import (
     HEADER_MAX,
     MAGIC,
     MEMORY,
+    OLDEST,
     PIECE_BYTES,
     PREAMBLE,
     SECTION,
@@ -270,8 +271,10 @@ def test_random_sections(raw: bytes) -> None:
 
 def test_other_version_is_named() -> None:
     """With both numbers."""
-    with pytest.raises(StreamError, match=f"has version 7 of the format, this vmd reads version {VERSION}"):
-        read(preamble(version=7))
+    for version in (0, OLDEST - 1, VERSION + 1, (1 << 32) - 1):
+        said = f"has version {version} of the format, this vmd reads versions {OLDEST} to {VERSION}"
+        with pytest.raises(StreamError, match=said):
+            read(preamble(version=version))
 
 
 @pytest.mark.parametrize(("sections", "what"), [
