@@ -1,16 +1,41 @@
 /* clocks: says what time each of its clocks has, once for every line that it is sent.
  *
- *     tsc=N        the time stamp counter
- *     kvmclock=N   the paravirtual clock, in nanoseconds (0: there is none)
- *     pm=N         the ACPI timer, 3579545 a second, 24 bits
- *     beats=N      interrupts of a local APIC timer that is set to 100 a second
- *     rtc=N        seconds of the battery-backed clock since 2000
- *     up=N         what the time stamp counter was when it came up
- *     lost=N       model-specific registers that no longer hold what it wrote when it came up */
+ *     tsc=N tsc_to=N     the time stamp counter, before and after the next
+ *     kvmclock=N         the paravirtual clock, in nanoseconds (0: there is none)
+ *     pm=N               24 bits of the ACPI timer, 3579545 a second
+ *     timer=N            all of it,
+ *     timer_from=N timer_to=N   between these readings of the paravirtual clock
+ *     left=N             what the local APIC's timer still has to count in its period, in nanoseconds,
+ *     left_from=N left_to=N     between these
+ *     beats=N            interrupts of that timer, 100 a second
+ *     pit=N              interrupts of the 8254, 100 a second
+ *     periodic=N         interrupts of the battery-backed clock, 2 a second
+ *     rtc=N              seconds of that clock since 2000
+ *     began=N            the paravirtual clock when these three began
+ *     held=N             how long the clock has been held the last time, in nanoseconds by the paravirtual clock
+ *     up=N               what the time stamp counter was when it came up
+ *     lost=N             model-specific registers that no longer hold what it wrote when it came up
+ *     skew=N             answers of another processor whose time stamp counter was not between two of this one
+ *
+ * A line with an s in it first takes hold of the battery-backed clock by its SET bit, as to set it, and one with a c
+ * writes the seconds that it had and lets go. */
 
 #include "guest.h"
 
-enum { MSR_SYSTEM_TIME = 0x4B564D01, KVMCLOCK_ON = 1, VECTOR_BEAT = VECTOR_FREE };
+enum {
+    MSR_SYSTEM_TIME = 0x4B564D01,
+    KVMCLOCK_ON = 1,
+    VECTOR_BEAT = VECTOR_FREE,
+    VECTOR_ASK = VECTOR_FREE + 1,
+    RTC_SET = 0x80,
+    RTC_2_HZ = 0x2F, /* of a 32.768 kHz oscillator */
+    RTC_SECONDS = 0,
+    IRQ_PIT = 0,
+    PIT_COUNTER_0 = 0x40,
+    PIT_CONTROL = 0x43,
+    PIT_MODE_2 = 0x34,
+    PIT_100_HZ = 11932,
+};
 
 #define BEAT_MS 10
 #define PERIODIC (1u << 17)
@@ -41,14 +66,23 @@ static struct {
 
 #define MARKS (sizeof(marks) / sizeof(marks[0]))
 
-static volatile uint32_t lines, beats;
-static bool has_kvmclock;
+static volatile uint32_t lines, beats, pit_ticks, periodic_ticks, answers;
+static volatile uint64_t answer;
+static volatile bool wants_hold, wants_release;
+static uint64_t began;
+static bool has_kvmclock, has_other;
+static uint8_t other;
 
 static void on_receive(void)
 {
     inb(UART_IIR);
-    while (inb(UART_LSR) & LSR_READY)
-        lines += inb(UART_DATA) == '\r';
+    while (inb(UART_LSR) & LSR_READY) {
+        char c = (char)inb(UART_DATA);
+
+        wants_hold |= c == 's';
+        wants_release |= c == 'c';
+        lines += c == '\r';
+    }
 }
 
 static void on_beat(struct frame *frame)
@@ -56,6 +90,32 @@ static void on_beat(struct frame *frame)
     (void)frame;
     lapic_write(LAPIC_EOI, 0);
     beats++;
+}
+
+static void on_pit(void)
+{
+    pit_ticks++;
+}
+
+static void on_rtc(void)
+{
+    cmos_read(RTC_C);
+    periodic_ticks++;
+}
+
+/* On the other processor. */
+static void on_ask(struct frame *frame)
+{
+    (void)frame;
+    lapic_write(LAPIC_EOI, 0);
+    answer = rdtsc();
+    answers++;
+}
+
+static void be_asked(void)
+{
+    for (;;)
+        wait_for_interrupt();
 }
 
 static void marks_set(void)
@@ -80,6 +140,8 @@ static uint64_t kvmclock_ns(void)
     uint32_t version;
     uint64_t time;
 
+    if (!has_kvmclock)
+        return 0;
     do {
         uint64_t ticks;
 
@@ -91,31 +153,100 @@ static uint64_t kvmclock_ns(void)
     return time;
 }
 
-void guest_main(void)
+/* Have the other processor read its counter; it must be between two of ours. */
+static bool in_step(void)
 {
-    uint64_t up = rdtsc();
+    uint32_t before = answers;
+    uint64_t sent = rdtsc();
 
-    has_kvmclock = cpuid(0x40000001).eax >> 3 & 1 && try_wrmsr(MSR_SYSTEM_TIME, (uint64_t)&kvmclock | KVMCLOCK_ON);
-    marks_set();
+    if (!has_other)
+        return true;
+    processor_interrupt(other, VECTOR_ASK);
+    while (answers == before)
+        cpu_pause();
+    return answer >= sent && answer <= rdtsc();
+}
+
+/* As a system that sets the clock: what it writes are the seconds that it has read before. */
+static uint64_t hold_or_release(void)
+{
+    static uint64_t since, held;
+    static uint8_t seconds, control;
+
+    if (wants_hold) {
+        control = cmos_read(RTC_B);
+        cmos_write(RTC_B, control | RTC_SET);
+        since = kvmclock_ns();
+        seconds = cmos_read(RTC_SECONDS);
+    }
+    if (wants_release) {
+        cmos_write(RTC_SECONDS, seconds);
+        held = kvmclock_ns() - since;
+        cmos_write(RTC_B, control);
+    }
+    wants_hold = wants_release = false;
+    return held;
+}
+
+static void start_timers(void)
+{
+    began = kvmclock_ns();
     vector_set(VECTOR_BEAT, on_beat);
     lapic_write(LAPIC_DIVIDE, LAPIC_BY_1);
     lapic_write(LAPIC_TIMER, PERIODIC | VECTOR_BEAT);
     lapic_write(LAPIC_INITIAL, BEAT_MS * LAPIC_TICKS_PER_MS);
+    irq_enable(IRQ_PIT, on_pit);
+    outb(PIT_CONTROL, PIT_MODE_2);
+    outb(PIT_COUNTER_0, PIT_100_HZ & 0xFF);
+    outb(PIT_COUNTER_0, PIT_100_HZ >> 8);
+    irq_enable(IRQ_RTC, on_rtc);
+    cmos_write(RTC_A, RTC_2_HZ);
+    cmos_write(RTC_B, cmos_read(RTC_B) | RTC_PERIODIC);
+    cmos_read(RTC_C);
+}
+
+void guest_main(void)
+{
+    uint64_t up = rdtsc();
+    const uint8_t *entry = NULL;
+    unsigned skewed = 0;
+
+    has_kvmclock = cpuid(0x40000001).eax >> 3 & 1 && try_wrmsr(MSR_SYSTEM_TIME, (uint64_t)&kvmclock | KVMCLOCK_ON);
+    vector_set(VECTOR_ASK, on_ask);
+    has_other = next_processor(&entry, &other) && processor_start(other, be_asked);
+    marks_set();
+    start_timers();
     irq_enable(IRQ_COM1, on_receive);
     outb(UART_IER, IER_RECEIVE);
     print("clocks: ready\n");
     for (uint32_t seen = 0;;) {
-        uint64_t tsc, ns;
-        uint32_t pm, beaten;
+        uint64_t tsc, tsc_to, ns, timer_from, timer_to, left_from, left_to, held;
+        uint32_t timer, left, seconds, beaten, pit_beaten, rtc_beaten;
 
         while (lines == seen)
             wait_for_interrupt();
         seen = lines;
-        tsc = rdtsc();
-        ns = has_kvmclock ? kvmclock_ns() : 0;
-        pm = pm_ticks();
+        held = hold_or_release();
+        skewed += !in_step();
         beaten = beats;
-        print("tsc=%lu kvmclock=%lu pm=%u beats=%u rtc=%u up=%lu lost=%u\n", tsc, ns, pm, beaten, rtc_seconds(), up,
-              marks_lost());
+        pit_beaten = pit_ticks;
+        rtc_beaten = periodic_ticks;
+        tsc = rdtsc();
+        ns = kvmclock_ns();
+        tsc_to = rdtsc();
+        timer_from = kvmclock_ns();
+        timer = inl(power.timer);
+        timer_to = kvmclock_ns();
+        left_from = kvmclock_ns();
+        left = lapic_read(LAPIC_CURRENT);
+        left_to = kvmclock_ns();
+        seconds = rtc_seconds();
+        interrupts_on(); /* so that none is lost while the line is slow */
+        print("tsc=%lu tsc_to=%lu kvmclock=%lu pm=%u ", tsc, tsc_to, ns, timer & PM_TIMER_MASK);
+        print("timer=%u timer_from=%lu timer_to=%lu ", timer, timer_from, timer_to);
+        print("left=%u left_from=%lu left_to=%lu ", left, left_from, left_to);
+        print("beats=%u pit=%u periodic=%u rtc=%u ", beaten, pit_beaten, rtc_beaten, seconds);
+        print("began=%lu held=%lu up=%lu lost=%u skew=%u\n", began, held, up, marks_lost(), skewed);
+        interrupts_off();
     }
 }

@@ -1,13 +1,26 @@
 """The guest that says what time each of its clocks has (`guests/clocks`)."""
 
+import os
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-from tests.support.daemon import DEADLINE_S, Attached
+from tests.support.daemon import DEADLINE_S, Attached, Daemon
+from tests.support.guests import guest
+from tests.support.transfers import from_file, move, to_file
+from vmd.kvmapi.system import System
+from vmd.vm.clocks import MSR_TSC, Sample
 
-FIELD = re.compile(r"([a-z]+)=(\d+)")
+FIELD = re.compile(r"([a-z_]+)=(\d+)")
+PM_HERTZ = 3579545
+BEAT_NS = 10_000_000
+PIT_NS = 11932 * 10**9 // 1193182
+PERIODIC_NS = 500_000_000
+ALIKE = 500e-6  # clocks of a host run at rates that differ by no more: what adjtimex(2) allows
+STOP_CALLS = 20  # requests to KVM: what stopping and setting all of them, one after the other, may be wrong by
+RTC_EPOCH_S = 946684800  # 2000-01-01
 
 
 class Clocks(NamedTuple):
@@ -19,17 +32,34 @@ class Clocks(NamedTuple):
     beats: int  # 100 a second
     rtc: int  # seconds
     up: int  # what tsc was when it came up
+    # What recorded guests do not say:
     lost: int = 0  # model-specific registers that no longer hold what the guest wrote when it came up
+    tsc_to: int = 0
+    timer: int = 0  # pm, of 32 bits, between two readings of kvmclock
+    timer_from: int = 0
+    timer_to: int = 0
+    left: int = 0  # ns to the next beat, between two readings of kvmclock
+    left_from: int = 0
+    left_to: int = 0
+    pit: int = 0  # interrupts
+    periodic: int = 0  # interrupts of the rtc
+    began: int = 0  # kvmclock when the beats and these interrupts began
+    held: int = 0  # ns for which the rtc was held the last time
+    skew: int = 0  # times when another processor's tsc was not between two of this one's
+    asked_s: float = 0.0  # the host's clocks before and after it was asked
+    said_s: float = 0.0
 
     @classmethod
-    def ask(cls, console: Attached) -> "Clocks":
-        """Have it answer once."""
-        console.type("\r")
+    def ask(cls, console: Attached, line: str = "") -> "Clocks":
+        """Have it answer once; `s` and `c` have it hold its battery-backed clock first, or let it go."""
+        asked_s = time.time()
+        console.type(f"{line}\r")
         console.expect("tsc=", DEADLINE_S)
         at = console.seen - len("tsc=")
         console.expect("\r\n", DEADLINE_S)
         said = console.said[at : console.seen].decode()
-        return cls(**{name: int(number) for name, number in FIELD.findall(said)})
+        fields = {name: int(number) for name, number in FIELD.findall(said)}
+        return cls(**fields)._replace(asked_s=asked_s, said_s=time.time())
 
     @classmethod
     def ask_until(cls, console: Attached, enough: "Callable[[Clocks], bool]") -> "Clocks":
@@ -38,3 +68,203 @@ class Clocks(NamedTuple):
         while not enough(now := cls.ask(console)):
             assert time.monotonic() < deadline, f"not enough after {DEADLINE_S} s: {now}"
         return now
+
+
+class Host(NamedTuple):
+    """What a host's KVM can do."""
+
+    sets_tsc: bool  # gives a guest a TSC of its own; one without hardware cannot
+    tsc_khz: int
+    call_ns: int  # how long a request takes
+
+    @classmethod
+    def here(cls) -> "Host":
+        """Return what this one can do."""
+        with System(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) as system, system.create_vm() as vm:
+            vm.create_irqchip()
+            with vm.create_vcpu(0) as vcpu:
+                before = vcpu.get_msrs((MSR_TSC,))[MSR_TSC]
+                vcpu.set_tsc_offset(1 << 60)
+                sets_tsc = vcpu.get_msrs((MSR_TSC,))[MSR_TSC] - before > 1 << 59
+                call_ns = min(Sample(lambda: vcpu.get_msrs((MSR_TSC,))[MSR_TSC]).width_ns for _ in range(10))
+                return cls(sets_tsc, vcpu.get_tsc_khz(), call_ns)
+
+
+class Watch:
+    """Compares the clocks of a guest with one another and with the host's, from one answer to the next.
+
+    What they may differ by is what the guest needed to read them one after the other, which it says, what their rates
+    may differ by, and what its host needs for a few requests to KVM for each time that the machine stopped.
+    """
+
+    def __init__(self, first: Clocks) -> None:
+        self.last = first
+        self.host = Host.here()
+        self.holding = False
+        self.held_least_s = self.held_most_s = 0  # whole seconds that the guest kept from its rtc
+        self.stops = 0
+
+    def check(self, now: Clocks, paused_s: float, stops: int) -> None:
+        """Raise AssertionError unless all clocks agree; the machine has stopped so often, for that long at least."""
+        last, self.last = self.last, now
+        self.stops += stops
+        ran_ns = now.kvmclock - last.kvmclock
+        host_ns = (now.said_s - last.asked_s - paused_s) * 1e9
+        assert 0 < ran_ns <= host_ns * (1 + ALIKE), f"ran {ran_ns} ns, the host {host_ns} ns"
+        slack_ns = stops * STOP_CALLS * self.host.call_ns + ALIKE * ran_ns
+
+        timer_ns = (now.timer - last.timer) % (1 << 32) * 10**9 // PM_HERTZ
+        self._alike("ACPI timer", timer_ns, last.timer_from, last.timer_to, now.timer_from, now.timer_to, slack_ns)
+
+        # Of the local APIC's timer we know where in its period it is.
+        least_ns, most_ns = now.left_from - last.left_to - slack_ns, now.left_to - last.left_from + slack_ns
+        span_ns = most_ns - least_ns
+        assert span_ns < BEAT_NS // 2, f"too slow to tell: {span_ns} ns"
+        phase_ns = (last.left - now.left - least_ns) % BEAT_NS
+        assert phase_ns <= span_ns, f"local APIC timer {phase_ns} ns, of {span_ns}"
+
+        tsc_ns = (now.tsc - last.tsc) * 10**6 // self.host.tsc_khz
+        width_ns = (now.tsc_to - now.tsc + last.tsc_to - last.tsc) * 10**6 // self.host.tsc_khz
+        if self.host.sets_tsc:
+            assert abs(tsc_ns - ran_ns) <= width_ns + slack_ns, f"TSC {tsc_ns} ns, kvmclock {ran_ns} ns"
+        else:
+            host_ns += paused_s * 1e9
+            assert ran_ns + paused_s * 1e9 - slack_ns - width_ns <= tsc_ns <= host_ns * (1 + ALIKE) + slack_ns
+        assert now.skew == 0
+        assert now.lost == 0
+
+        all_ns = now.kvmclock - now.began
+        for name, count, period_ns in (
+            ("beats", now.beats, BEAT_NS), ("8254", now.pit, PIT_NS), ("rtc", now.periodic, PERIODIC_NS),
+        ):  # fmt: skip
+            # It may miss some, as it would on a busy host, but there is none too many.  One may have been latched in
+            # the 8259 before these began.
+            assert count <= all_ns * (1 + ALIKE) // period_ns + 2, f"{count} interrupts of {name} in {all_ns} ns"
+        if not self.holding:
+            least_s = int(now.asked_s) - self.held_most_s - RTC_EPOCH_S
+            most_s = int(now.said_s) - self.held_least_s - RTC_EPOCH_S
+            assert least_s <= now.rtc <= most_s, f"rtc {now.rtc}, not {least_s} to {most_s}"
+
+    @staticmethod
+    def _alike(name: str, ns: int, last_from: int, last_to: int, now_from: int, now_to: int, slack_ns: float) -> None:
+        """Compare a span with what the reference says of it."""
+        least_ns, most_ns = now_from - last_to - slack_ns, now_to - last_from + slack_ns
+        assert least_ns <= ns <= most_ns, f"{name} {ns} ns, not {least_ns} to {most_ns}"
+
+    def hold(self, console: Attached) -> None:
+        """Have the guest hold its rtc."""
+        self.holding = True
+        self.check(Clocks.ask(console, "s"), 0, 0)
+
+    def release(self, console: Attached, paused_s: float, stops: int) -> None:
+        """Have the guest let it go, after what has happened since it took it."""
+        now = Clocks.ask(console, "c")
+        self.holding = False
+        self.held_least_s += now.held // 10**9
+        self.held_most_s += now.held // 10**9 + 1
+        self.check(now, paused_s, stops)
+
+
+class Session:
+    """A guest with clocks, and what happens to it; each step adds to `stops` and `paused_s`."""
+
+    def __init__(self, vmd: Daemon) -> None:
+        self.vmd = vmd
+        self.name, self.other = "a", "elsewhere"
+        self.stops = 0
+        self.paused_s = 0.0
+        vmd.must("start", "a")
+        with vmd.console("a") as console:
+            console.expect("clocks: ready\r\n", DEADLINE_S)
+            self.watch = Watch(Clocks.ask(console))
+
+    def dwell(self, seconds: float) -> None:
+        """Let a machine that stands still do so for a while."""
+        began_s = time.monotonic()
+        while time.monotonic() < began_s + seconds:
+            self.vmd.must("status")
+        self.paused_s += time.monotonic() - began_s
+
+    def pause(self, seconds: float) -> None:
+        """Pause and unpause."""
+        self.vmd.must("pause", self.name)
+        self.dwell(seconds)
+        self.vmd.must("unpause", self.name)
+        self.stops += 1
+
+    def move(self, _seconds: float) -> None:
+        """Send and receive."""
+        move(self.vmd, self.name, self.other)
+        self.name, self.other = self.other, self.name
+        self.stops += 1
+
+    def pause_and_move(self, seconds: float) -> None:
+        """Pause, send and receive."""
+        self.vmd.must("pause", self.name)
+        self.dwell(seconds)
+        self.move(seconds)
+
+    def move_and_unpause(self, seconds: float) -> None:
+        """Send, receive -p and unpause."""
+        move(self.vmd, self.name, self.other, receive=("-p",))
+        self.name, self.other = self.other, self.name
+        self.dwell(seconds)
+        self.vmd.must("unpause", self.name)
+        self.stops += 1
+
+    def chain(self, seconds: float) -> None:
+        """Pause, send, receive -p, send and receive, pause and unpause: it does not run before the last receive."""
+        self.vmd.must("pause", self.name)
+        self.dwell(seconds)
+        self.move_and_stay(seconds)
+        self.move_and_stay(seconds)
+        self.move(seconds)
+        self.pause(seconds)
+
+    def move_and_stay(self, seconds: float) -> None:
+        """Send and receive -p."""
+        move(self.vmd, self.name, self.other, receive=("-p",))
+        self.name, self.other = self.other, self.name
+        self.dwell(seconds)
+
+    def snapshot(self, seconds: float) -> None:
+        """Send -k, stop the VM, and receive it some time later: it goes on from where it was sent."""
+        path = self.vmd.directory / "stream"
+        to_file(self.vmd, self.name, path, "-k")
+        self.vmd.must("stop", "-fw", self.name)
+        self.dwell(seconds)
+        status, said = from_file(self.vmd, self.other, path)
+        assert status == 0, said
+        self.name, self.other = self.other, self.name
+        self.stops += 1
+
+    def do(self, step: Callable[[float], None], seconds: float, *, hold: bool = False) -> None:
+        """Do something, and compare; with `hold` while the guest is about to set its battery-backed clock."""
+        if hold:
+            with self.vmd.console(self.name) as console:
+                self.watch.hold(console)
+        self.stops, self.paused_s = 0, 0.0
+        step(seconds)
+        with self.vmd.console(self.name) as console:
+            if hold:
+                self.watch.release(console, self.paused_s, self.stops)
+            else:
+                self.watch.check(Clocks.ask(console), self.paused_s, self.stops)
+        print(f"{step.__name__} {seconds} s, hold {hold}: {self.watch.last}")
+
+    def stop_in_every_way(self) -> None:
+        """Do each of the above once, or as a part of something."""
+        self.do(self.pause, 2.2, hold=True)
+        self.do(self.pause_and_move, 0.3)
+        self.do(self.chain, 0.1, hold=True)
+        self.do(self.snapshot, 0.0)
+
+    def steps(self) -> list[Callable[[float], None]]:
+        """Return all that can happen."""
+        return [self.pause, self.move, self.pause_and_move, self.move_and_unpause, self.chain, self.snapshot]
+
+
+def daemon(tmp_path: Path, *lines: str) -> Daemon:
+    """Return a daemon with such a guest."""
+    options = ("disable", "memory 64M", f'boot "{guest("clocks")}"', *lines)
+    return Daemon(tmp_path, 'vm "a" {\n' + "\n".join(options) + "\n}\n")

@@ -305,6 +305,12 @@ class kvm_pit_state2(ctypes.Structure):
     _fields_ = [("channels", kvm_pit_channel_state * 3), ("flags", u32), ("reserved", u32 * 9)]
 
 
+class kvm_device_attr(ctypes.Structure):
+    """An attribute of a device, or of a vCPU; `addr` is where its value is (api.rst 4.80)."""
+
+    _fields_ = [("flags", u32), ("group", u32), ("attr", u64), ("addr", u64)]
+
+
 class kvm_clock_data(ctypes.Structure):
     """What kvmclock shows the guest, in ns (api.rst 4.29)."""
 
@@ -502,6 +508,9 @@ KVM_GET_XCRS = _ior(0xA6, kvm_xcrs)
 KVM_SET_XCRS = _iow(0xA7, kvm_xcrs)
 KVM_KVMCLOCK_CTRL = _io(0xAD)
 KVM_GET_XSAVE2 = _ior(0xCF, kvm_xsave)
+KVM_SET_DEVICE_ATTR = _iow(0xE1, kvm_device_attr)
+KVM_GET_DEVICE_ATTR = _iow(0xE2, kvm_device_attr)
+KVM_HAS_DEVICE_ATTR = _iow(0xE3, kvm_device_attr)
 
 # Every request by number: for error messages, and for a system call filter that lists them.
 REQUESTS: dict[int, str] = {
@@ -569,6 +578,9 @@ KVM_PIT_SPEAKER_DUMMY = 1
 KVM_CLOCK_TSC_STABLE = 2
 KVM_CLOCK_REALTIME = 1 << 2
 KVM_CLOCK_HOST_TSC = 1 << 3
+
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
 
 KVM_MP_STATE_RUNNABLE = 0
 KVM_MP_STATE_UNINITIALIZED = 1

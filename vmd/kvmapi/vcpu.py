@@ -17,6 +17,7 @@ set, and every run returns Interrupted, until `clear_kick`.  So the stopper firs
 thread first clears the kick, then looks why.
 """
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -366,6 +367,31 @@ class Vcpu:
     def set_tsc_khz(self, khz: int) -> None:
         """Set the guest's TSC frequency; only hosts with KVM_CAP_TSC_CONTROL can change it."""
         ioctl(self._fd, abi.KVM_SET_TSC_KHZ, khz)
+
+    @property
+    def has_tsc_offset(self) -> bool:
+        """Whether this kernel lets the TSC's offset be read and set (since Linux 5.16)."""
+        try:
+            ioctl(self._fd, abi.KVM_HAS_DEVICE_ATTR, self._tsc_offset_attr(abi.u64()))
+        except OSError:
+            return False
+        return True
+
+    def get_tsc_offset(self) -> int:
+        """Return what the guest's TSC is ahead of the host's, modulo 2^64 (devices/vcpu.rst, 4.1)."""
+        value = abi.u64()
+        ioctl(self._fd, abi.KVM_GET_DEVICE_ATTR, self._tsc_offset_attr(value))
+        return int(value.value)
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set it, and unlike a value that is written to the MSR not more or less so."""
+        ioctl(self._fd, abi.KVM_SET_DEVICE_ATTR, self._tsc_offset_attr(abi.u64(offset)))
+
+    @staticmethod
+    def _tsc_offset_attr(value: ctypes.c_uint64) -> abi.kvm_device_attr:
+        return abi.kvm_device_attr(
+            group=abi.KVM_VCPU_TSC_CTRL, attr=abi.KVM_VCPU_TSC_OFFSET, addr=ctypes.addressof(value)
+        )
 
     def kvmclock_ctrl(self) -> None:
         """Tell the guest it was paused, so that its watchdogs forgive the gap.

@@ -24,6 +24,7 @@ from vmd.vm.chips.i8042 import I8042
 from vmd.vm.chips.mc146818 import Mc146818
 from vmd.vm.chips.ns8250 import Uart
 from vmd.vm.chips.resetport import ResetPort, SystemControlA
+from vmd.vm.clocks import MachineClock
 from vmd.vm.console import Console
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.devproc import DeviceProcesses
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from vmd.config.model import VmConfig
     from vmd.ipc.loop import Loop
-    from vmd.vm.pause import Clocks
+    from vmd.vm.clocks import Clocks
     from vmd.vm.slots import Slot
     from vmd.vm.state import MachineState
 
@@ -130,10 +131,21 @@ class Machine:
         self.uart = Uart(self._line(layout.IRQ_COM1), console.send, console.resume_input)
         console.connect(self._receive)
         self.timers = HeldTimers(loop)
+        self.clock = MachineClock()
         self.rtc = Mc146818(
-            self._line(layout.IRQ_RTC), time.time, self.timers.schedule, config.memory_bytes, config.vcpus
+            self._line(layout.IRQ_RTC),
+            time.time,
+            self.timers.schedule,
+            config.memory_bytes,
+            config.vcpus,
+            self.clock.now_s,
         )
-        self.pm = AcpiPm(self._line(layout.IRQ_SCI), self._on_power_off, schedule=self.timers.schedule)
+        self.pm = AcpiPm(
+            self._line(layout.IRQ_SCI),
+            self._on_power_off,
+            monotonic=self.clock.now_s,
+            schedule=self.timers.schedule,
+        )
         self.reset_port = ResetPort(self._on_reset)
         self.pci = PciBus(bus, config.memory_bytes, {layout.PORT_RESET: self.reset_port})
         self.pci.add(SLOT_HOST_BRIDGE, HostBridge())
@@ -208,6 +220,7 @@ class Machine:
             HostError, OSError: the host refuses something.
             PeerError: a device refuses.
         """
+        self.clock.stop()  # until it goes on with the clocks
         self._plug_devices()
         self._create_vcpus()
         try:

@@ -81,9 +81,10 @@ CONFINEMENT = VM.replace(
         abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices, where the guest wants them now
         abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
         abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
-        abi.KVM_GET_PIT2, abi.KVM_SET_PIT2,
+        abi.KVM_GET_PIT2, abi.KVM_SET_PIT2, abi.KVM_GET_LAPIC, abi.KVM_SET_LAPIC, abi.KVM_GET_TSC_KHZ,
+        abi.KVM_HAS_DEVICE_ATTR, abi.KVM_GET_DEVICE_ATTR, abi.KVM_SET_DEVICE_ATTR,
         # what is sent:
-        abi.KVM_GET_TSC_KHZ, abi.KVM_GET_IRQCHIP, abi.KVM_GET_LAPIC, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
+        abi.KVM_GET_IRQCHIP, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
         abi.KVM_GET_XSAVE2, abi.KVM_GET_XCRS, abi.KVM_GET_DEBUGREGS, abi.KVM_GET_VCPU_EVENTS,
         abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
         *VM.ioctls,

@@ -7,11 +7,9 @@ The order matters (DESIGN 8):
     3. every device process finishes what is in flight; it touches no ring until it is resumed
     4. eventfds are taken from their interrupts, which ends injections under way: what interrupts there are is then
        either in the interrupt controllers' registers or counted in an eventfd
-    5. the guest's clocks are noted
+    5. all of the guest's clocks stop at one moment (`clocks`)
 
-Going on takes the steps back, with the clocks first: TSC, kvmclock and PIT continue where they stood, whatever the
-host's did.  (But KVM takes a TSC that is less than a second away from the one it has for the wish to bring vCPUs in
-step, and leaves it: over a shorter pause it runs on, and kvmclock, which is counted by it, is corrected all the same.)
+Going on takes the steps back, with the clocks first: they continue where they stood, whatever the host's did.
 All of it runs on the event thread, which waits for vCPUs without blocking and for devices up to 10 s each.
 """
 
@@ -20,6 +18,7 @@ import time
 from vmd.errors import HostError, PeerError, sentence
 from vmd.ipc import devmsg
 from vmd.ipc.messages import Outcome
+from vmd.vm.clocks import Clocks
 from vmd.vm.clockwatch import JUMP_S
 from vmd.vm.vmmci import SYNCRTC
 
@@ -31,38 +30,6 @@ if TYPE_CHECKING:
     from vmd.vm.machine import Machine
 
 PARK_TIMEOUT_S = 15.0  # a vCPU may be waiting for a device, which has 10 s to answer
-
-MSR_TSC = 0x10
-MSR_TSC_DEADLINE = 0x6E0
-
-
-class Clocks:
-    """What a guest can tell the time by, as it was when it stopped."""
-
-    def __init__(self, msrs: list[dict[int, int]], kvmclock_ns: int, pit: bytes, pm: dict[str, int]) -> None:
-        self.msrs = msrs  # of each vCPU: TSC, and TSC_DEADLINE where there is one
-        self.kvmclock_ns = kvmclock_ns
-        self.pit = pit
-        self.pm = pm
-
-    @classmethod
-    def of(cls, machine: "Machine") -> "Clocks":
-        """Read the clocks of a machine whose vCPUs have parked."""
-        return cls(
-            [thread.vcpu.get_msrs((MSR_TSC, MSR_TSC_DEADLINE)) for thread in machine.vcpus],
-            int(machine.kvm.get_clock().clock),
-            bytes(machine.kvm.get_pit2()),
-            machine.pm.state(),
-        )
-
-    def restore(self, machine: "Machine") -> None:
-        """Let every clock go on from there."""
-        for thread, msrs in zip(machine.vcpus, self.msrs, strict=True):
-            thread.vcpu.set_msrs(msrs)  # the deadline second: it is counted by the TSC
-        machine.kvm.set_clock(self.kvmclock_ns)
-        machine.kvm.set_pit2(self.pit)  # which also forgets the ticks it has missed
-        machine.pm.restore(self.pm)
-
 
 class HeldTimers:
     """The chips' timers: those that are due while the machine stands still are held back until it goes on."""
@@ -105,6 +72,7 @@ class Pause:
         self._since_s = -2 * JUMP_S  # when it stopped; one that was received, who knows how long ago
         self._round = 0  # of asking vCPUs to park; one that comes too late is of an earlier one
         self._missing = 0  # vCPUs that have yet to park
+        self._asked_ns = 0  # when that was
         self._waiting: list[Callable[[str], None]] = []
         self._watchdog: Timer | None = None
 
@@ -127,6 +95,7 @@ class Pause:
         self._missing = len(self.machine.vcpus)
         self._watchdog = self.loop.call_later(PARK_TIMEOUT_S, self._too_late)
         self._round += 1
+        self._asked_ns = time.monotonic_ns()
         this = self._round
         for thread in self.machine.vcpus:
             thread.ask_to_park(lambda: self.loop.call_from_thread(lambda: self._parked(this)))
@@ -185,7 +154,8 @@ class Pause:
             function.process.command(devmsg.PAUSE)
         for function in machine.virtio:
             function.detach_interrupts()
-        self.clocks = Clocks.of(machine)
+        self.clocks = Clocks.take(machine.kvm, machine.vcpus, machine.clock, self._asked_ns)
+        self.clocks.hold(machine.kvm, [thread.vcpu for thread in machine.vcpus])
 
     def begin_paused(self, clocks: Clocks) -> None:
         """A machine that was received stands still from the start; its vCPUs park before they have run."""
@@ -206,7 +176,7 @@ class Pause:
         machine = self.machine
         clocks, self.clocks = self.clocks, None
         if clocks is not None:
-            clocks.restore(machine)
+            clocks.restore(machine.kvm, [thread.vcpu for thread in machine.vcpus], machine.clock)
         for function in machine.virtio:
             function.attach_interrupts()
         for function in machine.virtio:

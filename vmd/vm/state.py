@@ -12,7 +12,7 @@ from vmd.ipc.imsg import unpack
 from vmd.kvmapi import abi
 from vmd.record import Part, Record
 from vmd.vm import stream_v2
-from vmd.vm.pause import MSR_TSC, MSR_TSC_DEADLINE, Clocks
+from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, kinds
 from vmd.vm.virtio import VirtioState
 
@@ -179,8 +179,8 @@ def save(machine: "Machine", clocks: Clocks) -> MachineState:
     pci = machine.pci.state()
     return MachineState(
         vcpus=tuple(
-            _save_vcpu(machine, thread.vcpu, msrs)
-            for thread, msrs in zip(machine.vcpus, clocks.msrs, strict=True)
+            _save_vcpu(machine, thread.vcpu, each)
+            for thread, each in zip(machine.vcpus, clocks.vcpus, strict=True)
         ),
         irqchips=tuple(bytes(machine.kvm.get_irqchip(chip)) for chip in PICS),
         pit=clocks.pit,
@@ -193,10 +193,9 @@ def save(machine: "Machine", clocks: Clocks) -> MachineState:
     )
 
 
-def _save_vcpu(machine: "Machine", vcpu: "Vcpu", msrs_of_clock: dict[int, int]) -> VcpuState:
+def _save_vcpu(machine: "Machine", vcpu: "Vcpu", clocks: VcpuClocks) -> VcpuState:
     mp_state = vcpu.get_mp_state()  # first: it delivers a pending INIT or SIPI
-    tsc, deadline = msrs_of_clock[MSR_TSC], msrs_of_clock.get(MSR_TSC_DEADLINE)
-    msrs = {index: value for index, value in vcpu.get_msrs(machine.msr_indices).items() if index not in msrs_of_clock}
+    msrs = vcpu.get_msrs(index for index in machine.msr_indices if index not in (MSR_TSC, MSR_TSC_DEADLINE))
     return VcpuState(
         mp_state=mp_state,
         regs=bytes(vcpu.get_regs()),
@@ -205,10 +204,10 @@ def _save_vcpu(machine: "Machine", vcpu: "Vcpu", msrs_of_clock: dict[int, int]) 
         xcrs=bytes(vcpu.get_xcrs()),
         debugregs=bytes(vcpu.get_debugregs()),
         events=bytes(vcpu.get_vcpu_events()),
-        lapic=vcpu.get_lapic(),
+        lapic=clocks.put_into(vcpu.get_lapic()),
         msrs=b"".join(MSR.pack(index, value) for index, value in msrs.items()),
-        tsc=tsc,
-        tsc_deadline=deadline,
+        tsc=clocks.tsc,
+        tsc_deadline=clocks.deadline,
     )
 
 
@@ -313,16 +312,15 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
         if raw[:4] != chip_id.to_bytes(4, "little"):
             raise ValueError(f"another interrupt controller where number {chip_id} belongs")
         machine.kvm.set_irqchip(raw)
-    machine.kvm.set_pit2(state.pit)  # as the clocks will, who have nobody to complain to
     for thread, vcpu in zip(machine.vcpus, state.vcpus, strict=True):
         _restore_vcpu(thread.vcpu, vcpu, machine.msr_indices)
-    return Clocks([clock_msrs(vcpu) for vcpu in state.vcpus], state.kvmclock_ns, state.pit, machine.pm.state())
-
-
-def clock_msrs(vcpu: VcpuState) -> dict[int, int]:
-    """Return the MSRs that go on when the machine does."""
-    deadline = {} if vcpu.tsc_deadline is None else {MSR_TSC_DEADLINE: vcpu.tsc_deadline}
-    return {MSR_TSC: vcpu.tsc} | deadline
+    clocks = Clocks(
+        [VcpuClocks.in_page(vcpu.tsc, vcpu.tsc_deadline, vcpu.lapic) for vcpu in state.vcpus],
+        state.kvmclock_ns,
+        state.pit,
+    )
+    clocks.hold(machine.kvm, [thread.vcpu for thread in machine.vcpus])
+    return clocks
 
 
 def _restore_vcpu(vcpu: "Vcpu", state: VcpuState, msr_indices: list[int]) -> None:

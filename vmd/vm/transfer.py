@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.ipc.loop import Loop
+    from vmd.vm.clocks import Clocks
     from vmd.vm.machine import Machine
-    from vmd.vm.pause import Clocks
 
 
 class Sender:

@@ -6,6 +6,7 @@ stops all vCPUs.
 """
 
 import threading
+import time
 
 from vmd.errors import GuestError
 from vmd.ipc.messages import Outcome
@@ -98,6 +99,7 @@ class VcpuThread:
         self._stopping = threading.Event()
         self._parking = threading.Condition()
         self._on_parked: Callable[[], None] | None = None  # while it is to stand still, or does
+        self.left_ns = 0  # by CLOCK_MONOTONIC: when it left the guest to stand still
         self._thread = threading.Thread(target=self._run, name=f"vcpu-{number}", daemon=True)
 
     def start(self) -> None:
@@ -177,6 +179,7 @@ class VcpuThread:
         Whoever asks again before this thread has noticed that it may go on is told as well: it stands still.
         """
         told: Callable[[], None] | None = None
+        self.left_ns = time.monotonic_ns()
         with self._parking:
             while self._on_parked is not None:
                 if self._on_parked is not told:

@@ -13,7 +13,8 @@ from vmd.ipc.loop import Loop
 from vmd.ipc.messages import Outcome
 from vmd.kvmapi.exits import INTERRUPTED, RETRY, Exit
 from vmd.vm import pause as pauses
-from vmd.vm.pause import MSR_TSC, MSR_TSC_DEADLINE, Clocks, HeldTimers, Pause
+from vmd.vm.clocks import Clocks
+from vmd.vm.pause import HeldTimers, Pause
 from vmd.vm.vcpu import VcpuThread
 from vmd.vm.vmmci import SYNCRTC
 
@@ -42,17 +43,6 @@ class Thread:
         """Go on."""
         self.on_parked = None
         self.events.append(f"run {self.number}")
-
-    def get_msrs(self, indices: tuple[int, ...]) -> dict[int, int]:
-        """Say what time it is."""
-        assert indices == (MSR_TSC, MSR_TSC_DEADLINE)
-        self.events.append(f"get tsc {self.number}")
-        return {MSR_TSC: 1000 + self.number, MSR_TSC_DEADLINE: 2000}
-
-    def set_msrs(self, msrs: dict[int, int]) -> None:
-        """Take it back: the deadline last, for it is counted by the TSC."""
-        assert list(msrs) == [MSR_TSC, MSR_TSC_DEADLINE]
-        self.events.append(f"set tsc {self.number} {msrs[MSR_TSC]}")
 
 
 class Function:
@@ -90,38 +80,8 @@ class Machine:
         self.listening = True
         self.asked: list[int] = []
         self.ends: list[tuple[Outcome, str]] = []
-        self.kvm = self.pm = self.vmmci = self
-        self.clock = 5000
-        self.pit_fails = False
-
-    def get_clock(self) -> "Machine":
-        """Say kvmclock's time."""
-        self.events.append("get clocks")
-        return self
-
-    def get_pit2(self) -> bytes:
-        """Say where the PIT is."""
-        if self.pit_fails:
-            raise OSError(5, "KVM_GET_PIT2: Input/output error")
-        return b"pit"
-
-    def state(self) -> dict[str, int]:
-        """Say where the ACPI timer is."""
-        return {"ticks": 7}
-
-    def set_clock(self, clock_ns: int) -> None:
-        """Take kvmclock's time."""
-        self.events.append(f"set clock {clock_ns}")
-
-    def set_pit2(self, pit: bytes) -> None:
-        """Take the PIT's."""
-        assert pit == b"pit"
-        self.events.append("set pit")
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Take the ACPI timer's."""
-        assert state == {"ticks": 7}
-        self.events.append("set pm")
+        self.kvm = self.clock = self.vmmci = self
+        self.clocks_fail = False
 
     def listen(self) -> None:
         """Take input."""
@@ -139,6 +99,38 @@ class Machine:
         """Let every vCPU park."""
         for thread in self.vcpus:
             thread.park()
+
+
+class FakeClocks:
+    """Clocks of such a machine; what is done with them is noted there."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    @classmethod
+    def take(cls, kvm: Machine, threads: list[Thread], clock: Machine, asked_ns: int) -> "FakeClocks":
+        """Stop."""
+        assert clock is kvm
+        assert threads is kvm.vcpus
+        assert asked_ns <= time.monotonic_ns()
+        kvm.events.append("take clocks")
+        if kvm.clocks_fail:
+            raise OSError(5, "KVM_GET_PIT2: Input/output error")
+        return cls(kvm)
+
+    def hold(self, _kvm: Machine, _vcpus: list[Thread]) -> None:
+        """Have no timer interrupt."""
+        self.machine.events.append("hold clocks")
+
+    def restore(self, _kvm: Machine, _vcpus: list[Thread], _clock: Machine) -> None:
+        """Go on."""
+        self.machine.events.append("restore clocks")
+
+
+@pytest.fixture(autouse=True)
+def _clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have clocks without KVM."""
+    monkeypatch.setattr(pauses, "Clocks", FakeClocks)
 
 
 @pytest.fixture
@@ -177,11 +169,8 @@ def stand_still(pause: Pause, machine: Machine, loop: Loop) -> None:
     assert pause.paused
 
 
-STANDING_STILL = ["pause a", "pause b", "detach a", "detach b", "get tsc 0", "get tsc 1", "get clocks"]
-GOING_ON = [
-    "set tsc 0 1000", "set tsc 1 1001", "set clock 5000", "set pit", "set pm", "attach a", "attach b", "resume a",
-    "resume b", "run 0", "run 1",
-]  # fmt: skip
+STANDING_STILL = ["pause a", "pause b", "detach a", "detach b", "take clocks", "hold clocks"]
+GOING_ON = ["restore clocks", "attach a", "attach b", "resume a", "resume b", "run 0", "run 1"]
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -233,8 +222,7 @@ def test_a_long_pause_is_told_to_the_guest(
 
 def test_a_machine_that_was_received_begins_with_standing_still(pause: Pause, machine: Machine) -> None:
     """Its timers and its input wait like any other's, and nobody knows how long it was away."""
-    msrs = [{MSR_TSC: tsc, MSR_TSC_DEADLINE: 0} for tsc in (1000, 1001)]
-    pause.begin_paused(Clocks(msrs, 5000, b"pit", {"ticks": 7}))
+    pause.begin_paused(cast("Clocks", FakeClocks(machine)))
     assert pause.paused
     assert machine.timers.holding
     assert not machine.listening
@@ -347,7 +335,7 @@ def test_a_device_that_does_not_stand_still_ends_the_machine(
 
 def test_a_refusal_of_the_host_leaves_it_running(pause: Pause, machine: Machine, loop: Loop) -> None:
     """As before, with all that had been stopped by then."""
-    machine.pit_fails = True
+    machine.clocks_fail = True
     told: list[str] = []
     pause.pause(told.append)
     machine.park()
@@ -362,7 +350,7 @@ def test_a_refusal_of_the_host_leaves_it_running(pause: Pause, machine: Machine,
 
 def test_a_refusal_that_cannot_be_undone_ends_it(pause: Pause, machine: Machine, loop: Loop) -> None:
     """Half a machine is none."""
-    machine.pit_fails = True
+    machine.clocks_fail = True
     machine.virtio[1].failing = devmsg.RESUME
     told: list[str] = []
     pause.pause(told.append)

@@ -50,6 +50,7 @@ class AcpiPm:
     """The PM block of one VM.  Ports are used on vCPU threads, `power_button` on the event thread.
 
     `irq(level)` is told every change of the SCI, which is level-triggered, under this chip's lock.
+    `monotonic` is the machine's time, which stands still with it.
     `power_off` and `on_button_acknowledged` run on a vCPU thread.  Without `schedule`, a timer overflow shows
     in PM1_STS but raises no SCI by itself; no known guest enables that.
     """
@@ -154,7 +155,7 @@ class AcpiPm:
             self._enable = state["enable"] & EN_MASK
             self._control = state["control"] & CNT_KEPT | CNT_SCI_EN
             ticks = state["ticks"] & TIMER_MASK
-            self._start_s = self._monotonic() - ticks / TIMER_HZ
+            self._start_s = self._monotonic() - (ticks + 0.5) / TIMER_HZ  # where in a tick is as good as any
             self._halves = ticks // TIMER_HALF
             self._update_sci()
             self._arm_timer()

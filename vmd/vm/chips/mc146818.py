@@ -3,6 +3,14 @@
 Time is not counted but computed from the host's clock when somebody looks; a guest that sets the clock
 changes an offset.  Timers run only while an interrupt is enabled, and the periodic one stops until the guest
 has acknowledged the last tick: what a guest makes the host do is bounded by what it does itself.
+
+What the date does while the machine stands still, paused or on its way to another host: it goes on, as on batteries.
+After a pause of 3 s it is 3 s further, and is as far from the host's as the guest has set it.  While a guest holds it,
+by SET or the divider, its registers keep what they show, a pause or not; but only time in which the guest ran is time
+that it held.  A guest that begins to set the clock, is paused for 3 s, and ends, thus finds it 3 s further than what
+it has written: no part of a pause is lost.  The same goes for a host whose own clock is set.  Alarms and the end of an
+update that were due meanwhile come when the machine goes on; the periodic interrupt, which counts the guest's time,
+goes on within its period.
 Section names are those of the MC146818A data sheet.
 
 Unlike vmd: binary and 12-hour mode, alarm and update-ended interrupts, and the clock can be set.
@@ -60,6 +68,7 @@ WAIT_MAX_S = 60.0  # look at the clock again at least this often: the host may h
 
 DAY_S = 86400
 YEAR_MAX = 9999
+SPAN_MAX_S = (YEAR_MAX + 1) * 366 * DAY_S  # between any two times that a clock can show
 
 # Memory sizes and the like, where SeaBIOS and boot loaders look for them
 CMOS_EQUIPMENT = 0x14
@@ -80,7 +89,8 @@ class Mc146818:
     """The clock of one VM, at ports 70h (index) and 71h (data).
 
     `irq(level)` is told every change of the line, in order.  `now` is the host's UTC in seconds since 1970;
-    `monotonic` paces the periodic interrupt.  `schedule` is described in `wakeup`.
+    `monotonic` is the machine's time, which stands still with it, and paces the periodic interrupt.  `schedule` is
+    described in `wakeup`.
     """
 
     pio_width = 1
@@ -100,6 +110,7 @@ class Mc146818:
         self._lock = threading.Lock()
         self._index = 0
         self._offset_s = 0.0  # guest time minus host time
+        self._held_s = 0.0  # host time minus machine time, when the guest took hold of the clock
         self._written_day: int | None = None  # the guest day on which date registers were set while running
         self._weekday_shift = 0  # the chip counts weekdays on its own and a guest may disagree with us
         self._flags = 0  # register C without IRQF
@@ -183,10 +194,15 @@ class Mc146818:
                 "flags": self._flags,
                 "offset_us": round(self._offset_s * 1e6),
                 "weekday_shift": self._weekday_shift,
+                "seen_s": self._seen_s,
+                "tick_us": round((self._monotonic() - self._tick_s) * 1e6),  # ago
+                "held_us": round(self._host_s() * 1e6),
             }
 
     def restore(self, state: "dict[str, int | bytes]") -> None:
         """Continue where another one stopped; the clock shows the time that it is now.
+
+        Where it had seen alarms up to, was in the period, and was held came with version 3 of the stream.
 
         Raises:
             KeyError, TypeError, ValueError: this is no state of a clock.
@@ -195,8 +211,11 @@ class Mc146818:
         number = {name: int(value) for name, value in state.items() if name != "ram"}
         if len(ram) != CMOS_BYTES:
             raise ValueError(f"clock: memory of {len(ram)} bytes")
-        if abs(number["offset_us"]) > (YEAR_MAX + 1) * 366 * DAY_S * 10**6:
+        if abs(number["offset_us"]) > SPAN_MAX_S * 10**6:
             raise ValueError(f"clock: offset of {number['offset_us']} microseconds")
+        for name, most in (("seen_s", SPAN_MAX_S), ("tick_us", SPAN_MAX_S * 10**6), ("held_us", SPAN_MAX_S * 10**6)):
+            if abs(number.get(name, 0)) > most:
+                raise ValueError(f"clock: {name} of {number[name]}")
         with self._lock:
             self._index = number["index"] & 0x7F
             self._ram[:] = ram
@@ -204,8 +223,9 @@ class Mc146818:
             self._flags = number["flags"] & C_FLAGS
             self._offset_s = number["offset_us"] / 1e6
             self._weekday_shift = number["weekday_shift"] % 7
-            self._seen_s = self._second()
-            self._tick_s = self._monotonic()
+            self._held_s = number.get("held_us", round(self._now() * 1e6)) / 1e6 - self._monotonic()
+            self._seen_s = number.get("seen_s", self._second())
+            self._tick_s = self._monotonic() - max(number.get("tick_us", 0), 0) / 1e6
             self._arm_clock()
             self._arm_tick()
             self._update_irq()
@@ -215,8 +235,12 @@ class Mc146818:
     def _stopped(self) -> bool:
         return bool(self._ram[REG_B] & B_SET) or self._ram[REG_A] & A_DIVIDER >= A_DIVIDER_RESET
 
+    def _host_s(self) -> float:
+        """Return the host's time; of a clock that is held, as if the machine had not stood still since then."""
+        return self._monotonic() + self._held_s if self._stopped() else self._now()
+
     def _guest_s(self) -> float:
-        return self._now() + self._offset_s
+        return self._host_s() + self._offset_s
 
     def _second(self) -> int:
         return int(self._guest_s() // 1)
@@ -264,15 +288,17 @@ class Mc146818:
         for index, value in registers.items():
             self._ram[index] = value
 
-    def _thaw(self, fraction_s: float) -> None:
-        """Let the clock run on from its registers, `fraction_s` into the second that they show."""
-        self._offset_s = self._decode() + fraction_s - self._now()
-        self._seen_s = self._second()
+    def _thaw(self, fraction_s: float, host_s: float) -> None:
+        """Let the clock run on from its registers, `fraction_s` into the second that they show at that time."""
+        shown_s = self._decode()
+        self._offset_s = shown_s + fraction_s - host_s
+        self._seen_s = shown_s
 
     def _write_time(self, index: int, value: int) -> None:
         running = not self._stopped()
         if running:
-            fraction_s = self._guest_s() % 1.0
+            host_s = self._now()
+            fraction_s = (host_s + self._offset_s) % 1.0
             self._freeze()
         self._ram[index] = value
         if index == CENTURY:
@@ -280,7 +306,7 @@ class Mc146818:
         elif index == CENTURY_PS2:
             self._ram[CENTURY] = value
         if running:
-            self._thaw(fraction_s)
+            self._thaw(fraction_s, host_s)
             self._written_day = self._seen_s // DAY_S
             self._arm_clock()
 
@@ -298,7 +324,7 @@ class Mc146818:
         self._change_run_state(REG_B, value, self._guest_s() % 1.0)
 
     def _change_run_state(self, register: int, value: int, resume_at_s: float) -> None:
-        stopped = self._stopped()
+        stopped, host_s = self._stopped(), self._host_s()
         if not stopped:
             self._look_at_clock()
             self._written_day = None
@@ -306,9 +332,10 @@ class Mc146818:
             if self._stopped():
                 self._ram[register] = old  # the registers keep the format they had
                 self._freeze()
+                self._held_s = host_s - self._monotonic()
         self._ram[register] = value
         if stopped and not self._stopped():
-            self._thaw(resume_at_s)
+            self._thaw(resume_at_s, host_s)
         self._arm_clock()
         self._arm_tick()
         self._update_irq()

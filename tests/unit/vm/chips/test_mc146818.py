@@ -2,6 +2,7 @@
 
 import calendar
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -428,7 +429,7 @@ def test_saved_state_continues(board: Board) -> None:
     other = Board("2024-02-28 23:59:55")
     other.rtc.restore(board.rtc.state())
     assert other.line()
-    assert other[REG_C] == IRQF | UF
+    assert other[REG_C] == board[REG_C] == IRQF | UF | PF
     assert other[0x50] == 0x77
     assert (other[HOURS], other[SECONDS]) == (0x05, 0x55)
     other.advance(1)
@@ -495,5 +496,156 @@ def test_any_second_of_ten_millennia_is_shown_and_set(second: int) -> None:
     before = board.date()
     board[REG_B] = H24 | BINARY | SET
     board.now_s += 12345
+    board.monotonic_s += 12345
     board[REG_B] = H24 | BINARY
     assert board.date() == before
+
+
+# ---- standing still: the machine's time stops, the host's goes on
+
+
+def stand_still(board: Board, seconds: float) -> None:
+    """Pause the machine: its timers run by the host's time, and those that are due meanwhile come when it goes on."""
+    board.now_s += seconds
+    for call in board.calls:
+        call.due_s = max(call.due_s - seconds, board.monotonic_s)
+    board.advance(0)
+
+
+def received(board: Board, seconds: float) -> Board:
+    """Send the machine away; it goes on some time later, on a host whose monotonic clock is another one."""
+    other = Board()
+    other.now_s, other.monotonic_s = board.now_s + seconds, 5.0
+    other.rtc.restore(board.rtc.state())
+    other.advance(0)
+    return other
+
+
+def pause(board: Board, seconds: float) -> Board:
+    """Do as `received`, where it is."""
+    stand_still(board, seconds)
+    return board
+
+
+EACH_WAY = pytest.mark.parametrize("stop", [pause, received])
+DIVIDER_HELD, DIVIDER_RUNS = 0x66, 0x26
+
+
+@EACH_WAY
+def test_the_date_goes_on_while_the_machine_stands_still(board: Board, stop: Callable[[Board, float], Board]) -> None:
+    """Three seconds later it is three seconds later; an hour that the guest has set stays."""
+    board[HOURS] = 0x05
+    board = stop(board, 3)
+    assert (board[HOURS], board[MINUTES], board[SECONDS]) == (0x05, 0x59, 0x53)
+
+
+@EACH_WAY
+@pytest.mark.parametrize(("register", "held", "runs", "late_s"), [
+    (REG_B, H24 | SET, H24, 0.0), (REG_A, DIVIDER_HELD, DIVIDER_RUNS, 0.5),
+])  # fmt: skip
+def test_a_clock_that_is_held_loses_nothing_of_a_pause(
+    board: Board, stop: Callable[[Board, float], Board], register: int, held: int, runs: int, late_s: float
+) -> None:
+    """What a guest has written is what it was when it stopped, and shows while it holds it; then the pause is added."""
+    board[register] = held
+    board[SECONDS] = 0x20
+    board = stop(board, 3)
+    assert board[SECONDS] == 0x20
+    board[MINUTES] = 0x30
+    board[register] = runs
+    assert (board[MINUTES], board[SECONDS]) == (0x30, 0x23)
+    board.advance(0.999 - late_s)
+    assert board[SECONDS] == 0x23
+    board.advance(0.001)
+    assert board[SECONDS] == 0x24
+
+
+@EACH_WAY
+def test_only_time_in_which_the_guest_ran_is_held(board: Board, stop: Callable[[Board, float], Board]) -> None:
+    """Held for 2 s of its own with pauses of 3 and 4 s in between, it is 2 s late, for ever."""
+    board[REG_B] = H24 | SET
+    board.advance(1)
+    board = stop(board, 3)
+    board.advance(1)
+    board = stop(board, 4)
+    board[REG_B] = H24
+    late_s = 50 + 9 - 2
+    assert board[SECONDS] == int(str(late_s), 16)
+    board = stop(board, 30)
+    board.advance(30)
+    assert board[SECONDS] == int(str(late_s), 16)
+
+
+def test_a_clock_that_is_held_follows_a_host_that_is_set(board: Board) -> None:
+    """As one that runs does: an hour that the host was wrong."""
+    board[REG_B] = H24 | SET
+    board.now_s -= 3600
+    board[REG_B] = H24
+    assert (board[HOURS], board[MINUTES]) == (0x22, 0x59)
+
+
+def test_a_stream_that_does_not_say_since_when_it_is_held(board: Board) -> None:
+    """Version 2 did not, nor up to when alarms were seen: they count from now on."""
+    board[REG_B] = H24 | SET
+    state = {name: value for name, value in board.rtc.state().items() if name not in ("seen_s", "tick_us", "held_us")}
+    other = Board("2024-02-29 00:00:00")
+    other.rtc.restore(state)
+    other[REG_B] = H24
+    assert other[SECONDS] == 0x50
+    other.advance(1)
+    assert other[SECONDS] == 0x51
+
+
+@EACH_WAY
+def test_an_alarm_that_was_due_meanwhile_comes_when_it_goes_on(
+    board: Board, stop: Callable[[Board, float], Board]
+) -> None:
+    """Once, at once."""
+    board[SECONDS_ALARM], board[MINUTES_ALARM], board[HOURS_ALARM] = 0x55, 0x59, 0x23
+    board[REG_B] = H24 | AIE
+    board.advance(0.5)
+    assert not board.line()
+    board = stop(board, 3600)
+    board.advance(EARLIEST_S)
+    assert board.line()
+    assert board[REG_C] == IRQF | AF | UF | PF
+    board.advance(3600)
+    assert not board.line()
+
+
+@EACH_WAY
+def test_the_periodic_interrupt_goes_on_within_its_period(
+    board: Board, stop: Callable[[Board, float], Board]
+) -> None:
+    """Of half a second, 0.4 s have passed."""
+    board[REG_A] = 0x2F
+    board[REG_B] = H24 | PIE
+    assert board[REG_C] == 0
+    board.advance(0.4)
+    board = stop(board, 7.7)
+    board.advance(0.099)
+    assert not board.line()
+    board.advance(0.001)
+    assert board.line()
+
+
+@pytest.mark.parametrize("registers", [{"seen_s": 1 << 60}, {"tick_us": -(1 << 70)}, {"held_us": 1 << 70}])
+def test_impossible_times_are_refused(board: Board, registers: dict[str, int]) -> None:
+    """No clock shows them."""
+    with pytest.raises(ValueError, match=f"clock: {next(iter(registers))} of"):
+        board.rtc.restore({**board.rtc.state(), **registers})
+
+
+@pytest.mark.parametrize("registers", [
+    {"seen_s": 0}, {"seen_s": 1 << 38}, {"tick_us": 1 << 58}, {"tick_us": -5}, {"held_us": 0}, {"held_us": -(1 << 58)},
+])  # fmt: skip
+def test_any_other_time_does_no_harm(registers: dict[str, int]) -> None:
+    """A stream may say anything; the chip works on, and does not keep its host busy."""
+    for control in (H24, H24 | SET, H24 | PIE | AIE | UIE):
+        board = Board()
+        board[REG_B] = control
+        board.rtc.restore({**board.rtc.state(), **registers})
+        board.advance(2)
+        board[REG_B] = H24
+        assert len(board.date()) == 7
+        assert board.fired < 2200

@@ -1,0 +1,395 @@
+"""All clocks are taken from one moment and put back to it, however long the host takes for each (DESIGN 8)."""
+
+import random
+import time
+from typing import Any, cast
+
+import pytest
+
+from vmd.kvmapi import abi
+from vmd.vm import clocks
+from vmd.vm.clocks import (
+    LAPIC_CURRENT,
+    LAPIC_DIVIDE,
+    LAPIC_INITIAL,
+    LAPIC_IRR,
+    LAPIC_ON,
+    LAPIC_SPURIOUS,
+    LAPIC_TIMER,
+    MASK_64,
+    MSR_TSC,
+    MSR_TSC_DEADLINE,
+    PIT_STOPPED,
+    TIMER_MASKED,
+    TIMER_PERIODIC,
+    ApicTimer,
+    Clocks,
+    MachineClock,
+    VcpuClocks,
+)
+
+KHZ = 2_400_000
+NS = 10**9
+VECTOR = 0x45
+BY_1, BY_16 = 0x0B, 0x03
+SLOW_NS = 5_000_000  # when the host runs something else in between
+CLOSE_NS = 30_000  # what the quickest readings may be wrong by, several of them together
+
+
+class Host:
+    """A host whose time passes with everything that is asked of it, more or less."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.random = random.Random(seed)
+        self.now_ns = 10**15
+        self.busy = 0.05  # how often it runs something else in between
+
+    def monotonic_ns(self) -> int:
+        """Say what time it is."""
+        return self.now_ns
+
+    def spend(self) -> None:
+        """Do something for a while."""
+        self.now_ns += SLOW_NS if self.random.random() < self.busy else self.random.randrange(200, 2000)
+
+    def tsc(self) -> int:
+        """Return the host's TSC."""
+        return 12345 + self.now_ns * KHZ // 10**6
+
+
+class Vcpu:
+    """A vCPU whose clocks run by the host's."""
+
+    def __init__(self, host: Host, offset: int, *, has_tsc_offset: bool = True, stale: bool = False) -> None:
+        self.host = host
+        self.offset = offset
+        self.has_tsc_offset = has_tsc_offset
+        self.page = bytearray(1024)
+        self.target_ns = 0  # when the timer is due
+        self.deadline = 0
+        self.left_at: int | None = host.now_ns if stale else None  # its TSC stands still from there on
+
+    def get_tsc_khz(self) -> int:
+        """Return the rate."""
+        return KHZ
+
+    def tsc(self) -> int:
+        """Return the guest's TSC."""
+        at_ns = self.host.now_ns if self.left_at is None else self.left_at
+        return 12345 + at_ns * KHZ // 10**6 + self.offset & MASK_64
+
+    def get_msrs(self, indices: tuple[int, ...]) -> dict[int, int]:
+        """Read, in the middle of the time that it takes."""
+        self.host.spend()
+        values = {MSR_TSC: self.tsc(), MSR_TSC_DEADLINE: self.deadline}
+        self.host.spend()
+        return {index: values[index] for index in indices}
+
+    def set_msrs(self, values: dict[int, int]) -> list[int]:
+        """Write."""
+        self.host.spend()
+        if MSR_TSC in values:
+            self.offset += values[MSR_TSC] - self.tsc()
+        self.deadline = values.get(MSR_TSC_DEADLINE, self.deadline)
+        return []
+
+    def get_tsc_offset(self) -> int:
+        """Read."""
+        self.host.spend()
+        return self.offset & MASK_64
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Write."""
+        self.host.spend()
+        self.offset = offset
+        self.left_at = None
+
+    def get_lapic(self) -> bytes:
+        """Read; KVM computes what is left."""
+        self.host.spend()
+        timer = ApicTimer(bytes(self.page))
+        initial = timer[LAPIC_INITIAL]
+        left = (self.target_ns - self.host.now_ns) // timer.tick_ns
+        timer[LAPIC_CURRENT] = 0 if not initial else (left - 1) % initial + 1 if timer.periodic else max(left, 0)
+        self.host.spend()
+        return bytes(timer.page)
+
+    def set_lapic(self, page: bytes) -> None:
+        """Write; KVM starts the timer with what is left."""
+        self.host.spend()
+        self.page[:] = page
+        timer = ApicTimer(page)
+        self.target_ns = self.host.now_ns + timer[LAPIC_CURRENT] * timer.tick_ns
+        self.host.spend()
+
+    def set_timer(self, mode: int, initial: int, divide: int = BY_1) -> None:
+        """Start it, as the guest does."""
+        timer = ApicTimer(bytes(self.page))
+        timer[LAPIC_SPURIOUS], timer[LAPIC_DIVIDE], timer[LAPIC_TIMER] = LAPIC_ON | 0xFF, divide, mode | VECTOR
+        timer[LAPIC_INITIAL] = timer[LAPIC_CURRENT] = initial
+        self.page[:] = timer.page
+        self.target_ns = self.host.now_ns + initial * timer.tick_ns
+
+
+class Thread:
+    """The thread of a vCPU that has parked."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.left_ns = vcpu.host.now_ns
+
+
+class Kvm:
+    """kvmclock and the PIT."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.ahead_ns = -(10**15) + 777
+        self.pits: list[abi.kvm_pit_state2] = []
+
+    def get_clock(self) -> abi.kvm_clock_data:
+        """Read."""
+        self.host.spend()
+        data = abi.kvm_clock_data(clock=self.host.now_ns + self.ahead_ns)
+        self.host.spend()
+        return data
+
+    def set_clock(self, clock_ns: int) -> None:
+        """Write."""
+        self.host.spend()
+        self.ahead_ns = clock_ns - self.host.now_ns
+        self.host.spend()
+
+    def get_pit2(self) -> abi.kvm_pit_state2:
+        """Read."""
+        return abi.kvm_pit_state2()
+
+    def set_pit2(self, pit: abi.kvm_pit_state2 | bytes) -> None:
+        """Write."""
+        self.pits.append(abi.kvm_pit_state2.from_buffer_copy(bytes(pit)))
+
+
+class Machine:
+    """What has clocks, and what they show."""
+
+    def __init__(self, host: Host, vcpus: list[Vcpu]) -> None:
+        self.host, self.vcpus, self.kvm = host, vcpus, Kvm(host)
+        self.clock = MachineClock(host.monotonic_ns)
+
+    def stop(self) -> Clocks:
+        """Stop."""
+        asked_ns = self.host.now_ns
+        threads = cast("Any", [Thread(vcpu) for vcpu in self.vcpus])
+        taken = Clocks.take(cast("Any", self.kvm), threads, self.clock, asked_ns)
+        taken.hold(cast("Any", self.kvm), cast("Any", self.vcpus))
+        return taken
+
+    def go_on(self, taken: Clocks) -> None:
+        """Go on."""
+        taken.restore(cast("Any", self.kvm), cast("Any", self.vcpus), self.clock)
+
+    def readings(self) -> list[int]:
+        """Return what every clock shows now, in ns, but for where they began."""
+        now_ns = self.host.now_ns
+        tscs = [vcpu.tsc() * 10**6 // KHZ for vcpu in self.vcpus]
+        timers = [-(vcpu.target_ns - now_ns) for vcpu in self.vcpus]
+        return [now_ns + self.kvm.ahead_ns, round(self.clock.now_s() * NS), *tscs, *timers]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host."""
+    made = Host()
+    monkeypatch.setattr(time, "monotonic_ns", made.monotonic_ns)
+    return made
+
+
+@pytest.mark.parametrize("has_tsc_offset", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_all_clocks_stop_and_go_on_together(host: Host, seed: int, has_tsc_offset: bool) -> None:
+    """Whatever the host does in between: for an hour they lose nothing against one another, in ten pauses."""
+    host.random = random.Random(seed)
+    machine = Machine(host, [Vcpu(host, 10**12, has_tsc_offset=has_tsc_offset) for _ in range(2)])
+    for vcpu in machine.vcpus:
+        vcpu.set_timer(0, 0xFFFFFFFF, BY_16)
+    before = machine.readings()
+    for _ in range(10):
+        host.now_ns += 10**8
+        taken = machine.stop()
+        host.now_ns += 360 * NS
+        machine.go_on(taken)
+
+    spans = [after - then for after, then in zip(machine.readings(), before, strict=True)]
+
+    assert NS <= spans[1] < 4 * NS  # ten tenths of a second, and what the host spent
+    for span in spans if has_tsc_offset else spans[:2]:
+        assert abs(span - spans[1]) < 10 * (CLOSE_NS if span in spans[:4] else SLOW_NS)
+
+
+def test_processors_stay_in_step(host: Host) -> None:
+    """TSCs that were the same are the same, to the tick; those that were not keep their distance."""
+    machine = Machine(host, [Vcpu(host, 500), Vcpu(host, 500), Vcpu(host, 500 + KHZ * 1000)])
+    for _ in range(50):
+        machine.go_on(machine.stop())
+    first, second, third = (vcpu.offset for vcpu in machine.vcpus)
+    assert first == second
+    assert abs(third - first - KHZ * 1000) < 50 * CLOSE_NS * KHZ // 10**6
+
+
+def test_a_tsc_that_stands_still_is_of_the_last_exit(host: Host) -> None:
+    """As KVM has it where the host's own is not stable."""
+    machine = Machine(host, [Vcpu(host, 0, stale=True)])
+    left_ns = host.now_ns
+    taken = machine.stop()
+    moment_ns = left_ns + round(machine.clock.now_s() * NS)
+    expected = 12345 + moment_ns * KHZ // 10**6
+    assert abs(taken.vcpus[0].tsc - expected) < KHZ * CLOSE_NS // 10**6
+
+
+def test_nothing_interrupts_a_machine_that_stands_still(host: Host) -> None:
+    """Timers of KVM's that could, do not run; they do afterwards, with the same registers."""
+    machine = Machine(host, [Vcpu(host, 0)])
+    vcpu = machine.vcpus[0]
+    vcpu.set_timer(TIMER_PERIODIC, 10**7)
+    vcpu.deadline = 10**10
+
+    taken = machine.stop()
+
+    assert ApicTimer(vcpu.page)[LAPIC_INITIAL] == 0
+    assert vcpu.deadline == 0
+    assert [pit.channels[0].mode for pit in machine.kvm.pits] == [PIT_STOPPED] * 2
+    machine.go_on(taken)
+    assert ApicTimer(vcpu.page)[LAPIC_INITIAL] == 10**7
+    assert ApicTimer(vcpu.page)[LAPIC_TIMER] == TIMER_PERIODIC | VECTOR
+    assert vcpu.deadline == 10**10
+    assert [pit.channels[0].mode for pit in machine.kvm.pits] == [PIT_STOPPED, PIT_STOPPED, 0]
+
+
+def test_what_became_pending_meanwhile_stays_pending(host: Host) -> None:
+    """Such as vmmci's interrupt, when the host's clock was set during a pause."""
+    machine = Machine(host, [Vcpu(host, 0)])
+    machine.vcpus[0].set_timer(TIMER_PERIODIC, 10**9)
+    taken = machine.stop()
+    machine.vcpus[0].page[LAPIC_IRR] |= 4
+    machine.go_on(taken)
+    assert machine.vcpus[0].page[LAPIC_IRR] == 4
+
+
+def pending(page: bytes | bytearray) -> bool:
+    """Return whether the timer's interrupt is pending."""
+    return bool(page[LAPIC_IRR + (VECTOR >> 5) * 16 + (VECTOR & 31) // 8] & 1 << (VECTOR & 7))
+
+
+@pytest.mark.parametrize(("waited_ns", "due"), [(0, False), (4 * 10**6, False), (2 * 10**7, True)])
+def test_a_tick_that_came_as_the_vcpu_had_left_is_not_lost(host: Host, waited_ns: int, due: bool) -> None:
+    """KVM forgets it when the registers are loaded; while devices finish there may be one."""
+    host.busy = 0
+    machine = Machine(host, [Vcpu(host, 0)])
+    vcpu = machine.vcpus[0]
+    vcpu.set_timer(TIMER_PERIODIC, 10**7)
+    host.now_ns += 1000
+    asked_ns = host.now_ns
+    threads = cast("Any", [Thread(vcpu)])
+    host.now_ns += waited_ns
+    taken = Clocks.take(cast("Any", machine.kvm), threads, machine.clock, asked_ns)
+    taken.hold(cast("Any", machine.kvm), cast("Any", machine.vcpus))
+    assert pending(taken.vcpus[0].put_into(bytes(vcpu.page))) == due
+    machine.go_on(taken)
+    assert pending(vcpu.page) == due
+
+
+def page(mode: int, initial: int, current: int, *, divide: int = BY_1, spurious: int = LAPIC_ON) -> ApicTimer:
+    """Return registers."""
+    timer = ApicTimer(bytes(1024))
+    timer[LAPIC_TIMER], timer[LAPIC_INITIAL], timer[LAPIC_CURRENT] = mode | VECTOR, initial, current
+    timer[LAPIC_DIVIDE], timer[LAPIC_SPURIOUS] = divide, spurious
+    return timer
+
+
+@pytest.mark.parametrize(("mode", "current", "span_ns", "left", "due"), [
+    (TIMER_PERIODIC, 600, 100, 500, False), (TIMER_PERIODIC, 600, 600, 1000, True),
+    (TIMER_PERIODIC, 600, 601, 999, True), (TIMER_PERIODIC, 600, 2600, 1000, True), (0, 600, 100, 500, False),
+    (0, 600, 600, 0, False), (0, 600, 5000, 0, False), (0, 0, 10, 0, False),
+])  # fmt: skip
+def test_time_passes_for_a_timer(mode: int, current: int, span_ns: int, left: int, due: bool) -> None:
+    """A one-shot timer that is over is KVM's to deliver."""
+    timer = page(mode, 1000, current)
+    timer.advance(span_ns)
+    assert (timer[LAPIC_CURRENT], pending(timer.page)) == (left, due)
+
+
+@pytest.mark.parametrize(("mode", "current", "span_ns", "since_ns", "left", "due"), [
+    (TIMER_PERIODIC, 600, 100, 0, 700, False), (TIMER_PERIODIC, 600, 100, 301, 700, True),
+    (TIMER_PERIODIC, 600, 100, 300, 700, False), (TIMER_PERIODIC, 600, 500, 50, 100, False),
+    (TIMER_PERIODIC, 0, 10, 0, 1000, True), (0, 600, 100, 10**6, 700, False), (0, 600, 500, 10**6, 1000, False),
+    (0, 0, 10, 10**6, 0, False),
+])  # fmt: skip
+def test_what_a_timer_was_before(
+    mode: int, current: int, span_ns: int, since_ns: int, left: int, due: bool
+) -> None:
+    """And whether it was due since then."""
+    timer = page(mode, 1000, current)
+    assert (timer.rewind(span_ns, since_ns), timer[LAPIC_CURRENT]) == (due and mode == TIMER_PERIODIC, left)
+
+
+@pytest.mark.parametrize("code", range(16))
+def test_divisors(code: int) -> None:
+    """Of the register, bit 2 means nothing."""
+    divisors = {0: 2, 1: 4, 2: 8, 3: 16, 8: 32, 9: 64, 10: 128, 11: 1}
+    assert page(0, 1, 1, divide=code).tick_ns == divisors[code & 11]
+
+
+@pytest.mark.parametrize("timer", [
+    page(TIMER_PERIODIC | TIMER_MASKED, 10, 5), page(TIMER_PERIODIC, 10, 5, spurious=0xFF),
+])  # fmt: skip
+def test_a_timer_that_is_switched_off_does_not_interrupt(timer: ApicTimer) -> None:
+    """Masked, or with its APIC."""
+    timer.advance(100)
+    assert not any(timer.page[LAPIC_IRR : LAPIC_IRR + 0x80])
+
+
+def test_a_page_of_a_stream() -> None:
+    """It goes on from what is in it; a page of anything does no harm."""
+    for seed in range(200):
+        raw = random.Random(seed).randbytes(1024)
+        each = VcpuClocks.in_page(1, None, raw)
+        now = each.put_into(raw, 12345)
+        timer = ApicTimer(raw)
+        assert (each.initial, each.current) == (timer[LAPIC_INITIAL], timer[LAPIC_CURRENT])
+        assert len(now) == len(raw)
+
+
+def test_counters_of_the_8254_that_count_once() -> None:
+    """KVM counts from where it is set on: what is left of it, and not less than something."""
+    state = abi.kvm_pit_state2()
+    for channel, count, mode, load_ns in ((1, 1000, 0, 10**9), (2, 0, 0, 10**9)):
+        state.channels[channel].count, state.channels[channel].mode = count, mode
+        state.channels[channel].count_load_time = load_ns
+
+    def at(passed_ns: int) -> list[int]:
+        raw = clocks._pit_at(abi.kvm_pit_state2.from_buffer_copy(bytes(state)), 10**9 + passed_ns)
+        return [channel.count for channel in abi.kvm_pit_state2.from_buffer_copy(raw).channels]
+
+    assert at(0) == [0, 1000, 0]
+    assert at(100_000) == [0, 1000 - 119, 65536 - 119]
+    assert at(10**9) == [0, 1, 1]
+    state.channels[1].mode = 2
+    assert at(100_000)[1] == 1000
+
+
+def test_the_machines_own_clock(host: Host) -> None:
+    """It begins at 0, stops twice as once, and goes on from where it stopped."""
+    clock = MachineClock(host.monotonic_ns)
+    host.now_ns += 5 * NS
+    assert clock.now_s() == 5.0
+    clock.go_on(0)
+    assert clock.now_s() == 5.0
+    host.now_ns += 3 * NS
+    clock.stop(host.now_ns - 2 * NS)
+    assert clock.now_s() == 6.0
+    host.now_ns += 100 * NS
+    clock.stop()
+    assert clock.now_s() == 6.0
+    clock.go_on(host.now_ns)
+    host.now_ns += NS
+    assert clock.now_s() == 7.0

@@ -1,0 +1,338 @@
+"""All that a guest tells the time by, taken from one moment when its machine stops and put back to it.
+
+There are two kinds of clock.  Those that KVM runs (TSC, kvmclock, local APIC timers, PIT) go on whatever we do:
+`Clocks` is where they were at the moment the machine stopped, and `restore` has them go on from there.  Those that we
+run (ACPI timer, RTC) read `MachineClock`, which stops with the machine, so that there is nothing to put back.
+
+**One moment.**  Requests to KVM come one after the other, and the host may run something else in between.  So each
+clock is read together with CLOCK_MONOTONIC, and its value is converted by its own rate to the moment that all share;
+going on does the same in the other direction.  What differs then is what a reading takes, some microseconds, however
+busy the host is.
+
+**Which clock of the host.**  CLOCK_MONOTONIC is what KVM's timers run by: it has no steps, and it stands still while
+the host sleeps.  Only the RTC's date follows the wall clock of the host (CLOCK_REALTIME), as it would on batteries.
+
+**Limits.**  KVM does not say where the PIT's first counter is in its period, so that a pause begins a new one.  It does
+not say either whether a one-shot timer of the local APIC that is over has interrupted yet, and interrupts once more.
+A KVM without hardware (kvm_pvm) lets guests read the host's TSC as it is, which does not stop.
+"""
+
+import ctypes
+import time
+
+from vmd.kvmapi import abi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from vmd.kvmapi.vcpu import Vcpu
+    from vmd.kvmapi.vm import Vm
+    from vmd.vm.vcpu import VcpuThread
+
+MSR_TSC = 0x10
+MSR_TSC_DEADLINE = 0x6E0
+
+SAMPLES = 9  # at most, of which the quickest counts
+QUICK_NS = 1_500  # quick enough for no other try
+PROMPT_NS = 100_000  # the same, for a timer that is set
+STALE_NS = 5_000_000  # how late a thread may notice that its vCPU has left the guest
+NS = 10**9
+MASK_64 = (1 << 64) - 1
+
+# Registers of the local APIC (Intel SDM 3A, table 11-1)
+LAPIC_SPURIOUS = 0xF0
+LAPIC_IRR = 0x200
+LAPIC_TIMER = 0x320
+LAPIC_INITIAL = 0x380
+LAPIC_CURRENT = 0x390
+LAPIC_DIVIDE = 0x3E0
+LAPIC_ON = 1 << 8
+TIMER_MASKED = 1 << 16
+TIMER_MODE, TIMER_PERIODIC, TIMER_DEADLINE = 3 << 17, 1 << 17, 2 << 17
+LAPIC_BUS_NS = 1  # KVM's APIC bus runs at 1 GHz
+
+PIT_HZ = 1193182
+PIT_STOPPED = 0xFF  # a mode that there is not: KVM has no timer for it
+PIT_ONE_SHOT = (0, 1, 4, 5)
+
+
+class MachineClock:
+    """CLOCK_MONOTONIC without the time that the machine stood still; it begins with the machine, at 0."""
+
+    def __init__(self, monotonic_ns: "Callable[[], int]" = time.monotonic_ns) -> None:
+        self._monotonic_ns = monotonic_ns
+        self._behind_ns = monotonic_ns()
+        self._stopped_ns: int | None = None
+
+    def now_s(self) -> float:
+        """Return the machine's time in seconds."""
+        stopped = self._stopped_ns
+        return (self._monotonic_ns() - self._behind_ns if stopped is None else stopped) / NS
+
+    def stop(self, at_ns: int | None = None) -> None:
+        """Stop, as of a moment of the host; nothing happens to a clock that stands."""
+        if self._stopped_ns is None:
+            self._stopped_ns = (self._monotonic_ns() if at_ns is None else at_ns) - self._behind_ns
+
+    def go_on(self, at_ns: int) -> None:
+        """Go on from where it stopped, as of a moment of the host."""
+        if self._stopped_ns is not None:
+            self._behind_ns, self._stopped_ns = at_ns - self._stopped_ns, None
+
+
+class Sample:
+    """A value that was read, and when."""
+
+    def __init__(self, read: "Callable[[], int]") -> None:
+        """Read some times; the quickest reading is the one that says best when it was."""
+        self.width_ns = 1 << 62
+        for _ in range(SAMPLES):
+            before_ns = time.monotonic_ns()
+            value = read()
+            after_ns = time.monotonic_ns()
+            if after_ns - before_ns < self.width_ns:
+                self.value, self.at_ns, self.width_ns = value, (before_ns + after_ns) // 2, after_ns - before_ns
+            if self.width_ns < QUICK_NS:
+                break
+
+
+class ApicTimer:
+    """The timer in a page of local APIC registers."""
+
+    def __init__(self, page: bytes | bytearray) -> None:
+        self.page = bytearray(page)
+
+    def __getitem__(self, register: int) -> int:
+        return int.from_bytes(self.page[register : register + 4], "little")
+
+    def __setitem__(self, register: int, value: int) -> None:
+        self.page[register : register + 4] = value.to_bytes(4, "little")
+
+    @property
+    def periodic(self) -> bool:
+        """Whether it begins anew each time."""
+        return self[LAPIC_TIMER] & TIMER_MODE == TIMER_PERIODIC
+
+    @property
+    def tick_ns(self) -> int:
+        """How long it takes to count down by one."""
+        code = self[LAPIC_DIVIDE]
+        return LAPIC_BUS_NS << ((code & 3 | code >> 1 & 4) + 1 & 7)
+
+    def advance(self, span_ns: int) -> None:
+        """Let time pass; what is due meanwhile interrupts."""
+        initial, left = self[LAPIC_INITIAL], self[LAPIC_CURRENT] - span_ns // self.tick_ns
+        if self.periodic and initial:
+            if left <= 0:
+                self.interrupt()
+            left = (left - 1) % initial + 1
+        self[LAPIC_CURRENT] = max(left, 0)
+
+    def rewind(self, span_ns: int, since_ns: int) -> bool:
+        """Be what it was some time before; return whether it was due in the `since_ns` before that.
+
+        Of a one-shot timer that is over nobody knows when it was.
+        """
+        initial, left = self[LAPIC_INITIAL], self[LAPIC_CURRENT]
+        if not initial or (not left and not self.periodic):
+            return False
+        if not left:  # it waits for the vCPU to run before it begins anew
+            self[LAPIC_CURRENT] = initial
+            return True
+        left += span_ns // self.tick_ns
+        if self.periodic:
+            left = (left - 1) % initial + 1
+        self[LAPIC_CURRENT] = left = min(left, initial)
+        return self.periodic and (initial - left) * self.tick_ns < since_ns
+
+    def interrupt(self) -> None:
+        """Have the interrupt pending, as KVM does when the timer is due."""
+        entry = self[LAPIC_TIMER]
+        if not entry & TIMER_MASKED and self[LAPIC_SPURIOUS] & LAPIC_ON:
+            vector = entry & 0xFF
+            self[LAPIC_IRR + (vector >> 5 << 4)] |= 1 << (vector & 31)
+
+    def stop(self) -> None:
+        """Have it not count, which is what no initial count means."""
+        self[LAPIC_INITIAL] = self[LAPIC_CURRENT] = 0
+
+
+class VcpuClocks:
+    """The clocks of one vCPU."""
+
+    def __init__(self, tsc: int, deadline: int | None, initial: int, current: int, *, due: bool = False) -> None:
+        self.tsc = tsc
+        self.deadline = deadline  # by the TSC; None where there is no such timer
+        self.initial, self.current = initial, current  # of the local APIC's timer
+        self.due = due  # it was, since the vCPU left the guest
+
+    @classmethod
+    def in_page(cls, tsc: int, deadline: int | None, page: bytes) -> "VcpuClocks":
+        """Return the clocks of a vCPU with these registers."""
+        timer = ApicTimer(page)
+        return cls(tsc, deadline, timer[LAPIC_INITIAL], timer[LAPIC_CURRENT])
+
+    def put_into(self, page: bytes, elapsed_ns: int = 0) -> bytes:
+        """Return a page of registers as it is now, with the timer where it was, or some time later."""
+        timer = ApicTimer(page)
+        timer[LAPIC_INITIAL], timer[LAPIC_CURRENT] = self.initial, self.current
+        if self.due:
+            timer.interrupt()
+        timer.advance(elapsed_ns)
+        return bytes(timer.page)
+
+
+class Clocks:
+    """What the clocks that KVM runs showed at the moment the machine stopped."""
+
+    def __init__(self, vcpus: "Iterable[VcpuClocks]", kvmclock_ns: int, pit: bytes) -> None:
+        self.vcpus = list(vcpus)
+        self.kvmclock_ns = kvmclock_ns
+        self.pit = pit
+
+    @classmethod
+    def take(cls, kvm: "Vm", threads: "list[VcpuThread]", clock: MachineClock, asked_ns: int) -> "Clocks":
+        """Read the clocks of a machine whose vCPUs have parked since they were asked, and stop the machine's own."""
+        pit = kvm.get_pit2()
+        kvm.set_pit2(_held(bytes(pit)))  # first: what it interrupts after the moment would be one too many
+        try:
+            sample = Sample(lambda: int(kvm.get_clock().clock))
+            moment_ns = sample.at_ns
+            vcpus = _in_step(
+                [_vcpu_clocks(thread, moment_ns, asked_ns) for thread in threads], threads[0].vcpu.get_tsc_khz()
+            )
+        except OSError:
+            kvm.set_pit2(pit)
+            raise
+        clock.stop(moment_ns)
+        return cls(vcpus, sample.value, _pit_at(pit, moment_ns))
+
+    def hold(self, kvm: "Vm", vcpus: "list[Vcpu]") -> None:
+        """Have no clock of KVM's interrupt a machine that stands still."""
+        kvm.set_pit2(_held(self.pit))
+        for vcpu in vcpus:
+            timer = ApicTimer(vcpu.get_lapic())
+            if timer[LAPIC_INITIAL]:
+                timer.stop()
+                vcpu.set_lapic(bytes(timer.page))
+            vcpu.set_msrs({MSR_TSC_DEADLINE: 0})
+
+    def restore(self, kvm: "Vm", vcpus: "list[Vcpu]", clock: MachineClock) -> None:
+        """Let every clock go on from there, as of now."""
+        now_ns = time.monotonic_ns()
+        self._restore_tsc(vcpus, now_ns)
+        self._restore_kvmclock(kvm, now_ns)
+        for vcpu, each in zip(vcpus, self.vcpus, strict=True):
+            _restore_timer(vcpu, each, now_ns)
+            if each.deadline:
+                vcpu.set_msrs({MSR_TSC_DEADLINE: each.deadline})
+        kvm.set_pit2(self.pit)
+        clock.go_on(now_ns)
+
+    def _restore_tsc(self, vcpus: "list[Vcpu]", now_ns: int) -> None:
+        first = vcpus[0]
+        khz = first.get_tsc_khz()
+        if first.has_tsc_offset:
+            # By offset: a value that is written to the MSR would be bent to bring vCPUs in step with one another.
+            host = Sample(lambda: (first.get_msrs((MSR_TSC,))[MSR_TSC] - first.get_tsc_offset()) & MASK_64)
+            for vcpu, each in zip(vcpus, self.vcpus, strict=True):
+                vcpu.set_tsc_offset(each.tsc + _cycles(host.at_ns - now_ns, khz) - host.value & MASK_64)
+            return
+        for vcpu, each in zip(vcpus, self.vcpus, strict=True):
+            vcpu.set_msrs({MSR_TSC: each.tsc + _cycles(time.monotonic_ns() - now_ns, khz) & MASK_64})
+
+    def _restore_kvmclock(self, kvm: "Vm", now_ns: int) -> None:
+        late_ns = 0  # how long KVM takes to set it
+        for _ in range(SAMPLES):
+            kvm.set_clock(self.kvmclock_ns + time.monotonic_ns() - now_ns + late_ns & MASK_64)
+            sample = Sample(lambda: int(kvm.get_clock().clock))
+            wrong_ns = _signed(self.kvmclock_ns + sample.at_ns - now_ns - sample.value)
+            if abs(wrong_ns) <= QUICK_NS:
+                break
+            late_ns += wrong_ns
+
+
+def _restore_timer(vcpu: "Vcpu", clocks: VcpuClocks, now_ns: int) -> None:
+    """Have the timer of a local APIC go on; once more if the host was slow to set it."""
+    if not clocks.initial:
+        return
+    for _ in range(SAMPLES):
+        begin_ns = time.monotonic_ns()
+        # The page as it is now: what became pending meanwhile stays so.  Nothing interrupts before we are done.
+        vcpu.set_lapic(clocks.put_into(vcpu.get_lapic(), begin_ns - now_ns))
+        if time.monotonic_ns() - begin_ns < PROMPT_NS:
+            break
+
+
+def _cycles(span_ns: int, khz: int) -> int:
+    return span_ns * khz // 10**6
+
+
+def _signed(value: int) -> int:
+    """Return a difference of 64-bit numbers."""
+    return (value + (1 << 63) & MASK_64) - (1 << 63)
+
+
+def _vcpu_clocks(thread: "VcpuThread", moment_ns: int, asked_ns: int) -> tuple[VcpuClocks, int]:
+    """Return the clocks of a vCPU at a moment, and how far its TSC may be wrong, in ns."""
+    vcpu = thread.vcpu
+
+    def read_tsc() -> int:
+        return vcpu.get_msrs((MSR_TSC,))[MSR_TSC]
+
+    pages: list[bytes] = []
+
+    def read_page() -> int:
+        pages.append(vcpu.get_lapic())
+        return len(pages) - 1
+
+    tsc = Sample(read_tsc)
+    page = Sample(read_page)
+    deadline = vcpu.get_msrs((MSR_TSC_DEADLINE,)).get(MSR_TSC_DEADLINE)
+    later = Sample(read_tsc)
+    khz = vcpu.get_tsc_khz()
+    at_ns, width_ns = tsc.at_ns, tsc.width_ns
+    if _signed(later.value - tsc.value) < _cycles(later.at_ns - tsc.at_ns, khz) // 2:
+        # Where the host's own TSC is not stable KVM lets a guest's stand still from its last exit on.
+        at_ns, width_ns = thread.left_ns, STALE_NS
+    timer = ApicTimer(pages[page.value])
+    due = timer.rewind(page.at_ns - moment_ns, moment_ns - asked_ns)
+    return (
+        VcpuClocks(
+            tsc.value - _cycles(at_ns - moment_ns, khz) & MASK_64,
+            deadline,
+            timer[LAPIC_INITIAL],
+            timer[LAPIC_CURRENT],
+            due=due,
+        ),
+        width_ns,
+    )
+
+
+def _in_step(vcpus: "list[tuple[VcpuClocks, int]]", khz: int) -> list[VcpuClocks]:
+    """Return the clocks of vCPUs: TSCs that may be the same are the same, for no guest expects them to part."""
+    first, width_ns = vcpus[0]
+    for each, other_ns in vcpus[1:]:
+        if abs(_signed(each.tsc - first.tsc)) <= _cycles(width_ns + other_ns, khz):
+            each.tsc = first.tsc
+    return [each for each, _ in vcpus]
+
+
+def _held(pit: bytes) -> abi.kvm_pit_state2:
+    """Return a PIT that does not interrupt.  Raises ValueError: that is none."""
+    size = ctypes.sizeof(abi.kvm_pit_state2)
+    if len(pit) != size:
+        raise ValueError(f"kvm_pit_state2 of {len(pit)} bytes, not {size}")
+    held = abi.kvm_pit_state2.from_buffer_copy(pit)
+    held.channels[0].mode = PIT_STOPPED
+    return held
+
+
+def _pit_at(pit: abi.kvm_pit_state2, moment_ns: int) -> bytes:
+    """Return a PIT whose counters say what is left, as KVM counts from where it is set on."""
+    for channel in pit.channels[1:]:  # of the first KVM does not say when it was loaded
+        passed = (moment_ns - channel.count_load_time) * PIT_HZ // NS
+        if channel.mode in PIT_ONE_SHOT and channel.count_load_time and passed > 0:
+            channel.count = max((channel.count or 1 << 16) - passed, 1)
+    return bytes(pit)
