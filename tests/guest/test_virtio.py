@@ -276,7 +276,7 @@ def test_kvm_takes_whatever_the_driver_does_4_to_10(
     with system.create_vm() as vm:
         vm.create_irqchip()
         machine = Machine(vm, Process())
-        machine.function.complaints.burst = 0
+        machine.function.complaints.burst = machine.function.remarks.burst = 0
         try:
             for action in actions:
                 act(machine, *action)

@@ -22,15 +22,15 @@ from vmd.vm.bus import Bus
 from vmd.vm.devproc import DeviceProcess, Interrupts
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
+from vmd.vm.slots import LAYOUT, Slot
 from vmd.vm.slots import QUEUES as SIZES
-from vmd.vm.slots import Slot
 from vmd.vm.virtio import VirtioFunction
 
 MEMORY = 128 * layout.MIB
 ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
 SLOT = 1
 IRQ = layout.pci_irq(SLOT, 1)
-LEGACY, MODERN, TABLE = 0xC000, 0xC100, 0x80000000  # where a machine's BARs are put
+LEGACY, MODERN, TABLE, MAPPED = 0xC000, 0xC100, 0x80000000, 0x80001000  # where a machine's BARs are put
 CONFIG = bytes(range(1, 61))
 FEATURES = 1 << spec.VIRTIO_BLK_F_FLUSH | 1 << spec.VIRTIO_F_RING_EVENT_IDX | spec.LEGACY_ONLY
 VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
@@ -52,7 +52,8 @@ class Kvm:
 
     def __init__(self) -> None:
         self.irqfds: dict[int, tuple[int, int | None]] = {}  # eventfd -> gsi, resample eventfd
-        self.ioeventfds: dict[tuple[int, int, int], int] = {}  # port, size, value -> eventfd
+        self.ioeventfds: dict[tuple[int, int, int | None], int] = {}  # port, size, value -> eventfd
+        self.mapped_ioeventfds: dict[tuple[int, int, int | None], int] = {}  # the same of addresses
         self.messages: dict[int, tuple[int, int]] = {}  # gsi -> address, data
         self.injected: list[int] = []
 
@@ -78,22 +79,26 @@ class Kvm:
     def assign_ioeventfd(
         self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
     ) -> None:
-        """Let a write to a port signal an eventfd."""
-        assert pio
-        assert datamatch is not None
-        if (address, size, datamatch) in self.ioeventfds:
+        """Let a write to a port or an address signal an eventfd."""
+        assert size in (1, 2, 4, 8) or (size == 0 and datamatch is None)
+        registered = self._ioeventfds(pio=pio)
+        # One that takes any value or width collides with every other one there.
+        if any(at == address and (None in (value, datamatch) or (width, value) == (size, datamatch))
+               for at, width, value in registered):  # fmt: skip
             raise OSError(errno.EEXIST, "ioeventfd is taken")
-        self.ioeventfds[address, size, datamatch] = fd
+        registered[address, size, datamatch] = fd
 
     def deassign_ioeventfd(
         self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
     ) -> None:
         """Undo it."""
-        assert pio
-        assert datamatch is not None
-        if self.ioeventfds.get((address, size, datamatch)) != fd:
+        registered = self._ioeventfds(pio=pio)
+        if registered.get((address, size, datamatch)) != fd:
             raise OSError(errno.ENOENT, "no such ioeventfd")
-        del self.ioeventfds[address, size, datamatch]
+        del registered[address, size, datamatch]
+
+    def _ioeventfds(self, *, pio: bool) -> dict[tuple[int, int, int | None], int]:
+        return self.ioeventfds if pio else self.mapped_ioeventfds
 
     def deliver(self) -> None:
         """Inject what assigned eventfds have counted, as KVM does the moment they are written."""
@@ -178,8 +183,9 @@ class Machine:
 
     def __init__(
         self, kvm: Any, process: Any, mode: VirtioMode = VirtioMode.TRANSITIONAL,  # noqa: ANN401
-        kind: str = "blk", queues: tuple[int, ...] = QUEUES,
+        kind: str = "blk", queues: tuple[int, ...] = QUEUES, function_layout: int = LAYOUT,
     ) -> None:  # fmt: skip
+        self.mapped = mode is VirtioMode.MEMORY  # whether the driver has mapped the structures, and uses no ports
         self.kvm = kvm
         self.process = process
         self.failures: list[str] = []
@@ -188,17 +194,19 @@ class Machine:
         self.pci.complaints.burst = 0
         self.bus.add_pio(ADDRESS, 8, self.pci)
         self.pci.add(0, HostBridge())
-        self.function = VirtioFunction(kind, process, queues, kvm, Routing(kvm), mode, self.failures.append)
+        self.function = VirtioFunction(
+            kind, process, queues, kvm, Routing(kvm), mode, self.failures.append, function_layout
+        )
         self.pci.add(SLOT, self.function)
-        for index, base in ((0, LEGACY), (1, TABLE), (2, MODERN)):
+        for index, base in ((0, LEGACY), (1, TABLE), (2, MODERN), (4, MAPPED)):
             if index in self.function.bars:
                 self.set_bar(index, base)
         self.config_write(4, 2, 7)
 
     @classmethod
-    def fake(cls, mode: VirtioMode = VirtioMode.TRANSITIONAL) -> Self:
+    def fake(cls, mode: VirtioMode = VirtioMode.TRANSITIONAL, **given: Any) -> Self:  # noqa: ANN401
         """Make one without a kernel or another process."""
-        return cls(Kvm(), Process(), mode)
+        return cls(Kvm(), Process(), mode, **given)
 
     def close(self) -> None:
         """Let go of eventfds."""
@@ -223,12 +231,19 @@ class Machine:
         self.config_write(0x10 + 4 * index, 4, base)
 
     def capabilities(self) -> dict[int, int]:
-        """Return virtio cfg_type -> offset; MSI-X is under 0x11."""
-        found = {}
+        """Return virtio cfg_type -> offset of the first of its kind; MSI-X is under 0x11."""
+        found: dict[int, int] = {}
+        for kind, at in self.all_capabilities():
+            found.setdefault(kind, at)
+        return found
+
+    def all_capabilities(self) -> list[tuple[int, int]]:
+        """Return virtio cfg_type, or 0x11, and offset of each, in the order of the list."""
+        found = []
         at = self.config_read(0x34, 1)
         while at:
             kind = self.config_read(at, 1)
-            found[self.config_read(at + 3, 1) if kind == spec.PCI_CAP_ID_VENDOR else kind] = at
+            found.append((self.config_read(at + 3, 1) if kind == spec.PCI_CAP_ID_VENDOR else kind, at))
             at = self.config_read(at + 1, 1)
         return found
 
@@ -249,11 +264,16 @@ class Machine:
 
     def read(self, offset: int, size: int) -> int:
         """Read a virtio 1.x structure."""
+        if self.mapped:
+            return self.bus.mmio_read(MAPPED + offset, size)
         return self.bus.pio_read(MODERN + offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write a virtio 1.x structure."""
-        self.bus.pio_write(MODERN + offset, size, value)
+        if self.mapped:
+            self.bus.mmio_write(MAPPED + offset, size, value)
+        else:
+            self.bus.pio_write(MODERN + offset, size, value)
 
     def legacy_read(self, offset: int, size: int) -> int:
         """Read the legacy block."""
@@ -303,13 +323,21 @@ class Machine:
             self.legacy_write(LEGACY_PFN, 4, 0x10 + 0x10 * queue)
         self.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
 
-    def notify(self, queue: int, port: int = MODERN + virtio.NOTIFY, size: int = 2) -> None:
-        """Write to a port as the guest does: KVM has the first look."""
-        kick = self.kvm.ioeventfds.get((port, size, queue))
+    def notify(self, queue: int, port: int | None = None, size: int = 2) -> None:
+        """Write to a port, or where the driver has mapped notifications, as the guest does: KVM has the first look."""
+        by_port = port is not None or not self.mapped
+        at = MODERN + virtio.NOTIFY if port is None else port
+        if not by_port:
+            multiplier = self.config_read(self.capabilities()[spec.VIRTIO_PCI_CAP_NOTIFY_CFG] + 16, 4)
+            at = MAPPED + virtio.MEMORY_NOTIFY + queue * multiplier
+        registered = self.kvm._ioeventfds(pio=by_port)
+        kick = registered.get((at, size, queue)) or registered.get((at, 0, None))
         if kick is not None:
             os.eventfd_write(kick, 1)
+        elif by_port:
+            self.bus.pio_write(at, size, queue)
         else:
-            self.bus.pio_write(port, size, queue)
+            self.bus.mmio_write(at, size, queue)
 
     def kicked(self) -> list[int]:
         """Return which queues were notified since the last look."""
@@ -327,6 +355,8 @@ ACTIONS = st.lists(
         st.tuples(st.just("modern"), st.integers(0, 0xFF), st.sampled_from((1, 2, 4)), VALUES),
         st.tuples(st.just("legacy"), st.integers(0, 0x7F), st.sampled_from((1, 2, 4)), VALUES),
         st.tuples(st.just("table"), st.integers(0, 0x3F), st.sampled_from((1, 2, 4, 8)), VALUES),
+        st.tuples(st.just("mapped"), st.integers(0, 0xFF), st.sampled_from((1, 2, 4, 8)), VALUES),
+        st.tuples(st.just("mapped"), st.integers(0x7FC, 0x80C), st.sampled_from((1, 2, 4, 8)), VALUES),
         st.tuples(st.sampled_from(("start", "start_legacy", "msix", "interrupt", "broken")), *[st.just(0)] * 3),
     ),
     max_size=40,
@@ -348,6 +378,9 @@ def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
             assert 0 <= machine.legacy_read(at, size) < 1 << 8 * size
         case "table":
             machine.bus.mmio_write(TABLE + at, size, value)
+        case "mapped":
+            machine.bus.mmio_write(MAPPED + at, size, value)
+            assert 0 <= machine.bus.mmio_read(MAPPED + at, size) < 1 << 8 * size
         case "start":
             machine.start()
         case "start_legacy":

@@ -479,7 +479,8 @@ class Grammar:
                 self.error(f"invalid number of vcpus: {p[2]} (limit is {MAX_VCPUS})")
 
     def p_vm_virtio(self, p: Production) -> None:
-        """vm_option : VIRTIO string"""
+        """vm_option : VIRTIO string
+                     | VIRTIO MEMORY"""
         self.draft.fields["virtio"] = self.value(values.virtio_mode, p[2], VirtioMode.TRANSITIONAL)
 
     # interfaces of a VM

@@ -56,6 +56,7 @@ class VirtioMode(IntEnum):
     TRANSITIONAL = 0
     LEGACY = 1
     MODERN = 2
+    MEMORY = 3  # modern, with registers in memory BARs only
 
 
 class VmFlag(IntFlag):

@@ -5,7 +5,11 @@ interfaces act on the same state: the legacy register block (4.1.4.10) and the s
 (4.1.4.3), so that a transitional device is one object.
 
 Registers change only while they may: features before FEATURES_OK, queues before DRIVER_OK.  A driver that
-writes later is ignored; nothing that runs is ever given another size or address (hostile input 4).
+writes later is ignored; nothing that runs is ever given another size or address (hostile input 4).  What is ignored is
+complained of, so that the log says what a driver did.
+
+Drivers differ in the order in which they use the registers.  `tests/unit/virtio/orders.py` lists the orders of many,
+and each of them is served.
 """
 
 from struct import Struct
@@ -37,6 +41,9 @@ if TYPE_CHECKING:
         def raise_config(self) -> None:
             """Send a configuration change interrupt."""
 
+        def complain(self, text: str) -> None:
+            """Log, now and then, what the driver did in vain; `text` goes on after "the driver"."""
+
 
 COMMON_BYTES = 60  # virtio_pci_common_cfg up to queue_reset
 COMMON = Struct("<IIIIHHBBHHHHHQQQHH")
@@ -44,6 +51,10 @@ COMMON = Struct("<IIIIHHBBHHHHHQQQHH")
 # Legacy block
 LEGACY_CONFIG = 20
 LEGACY_CONFIG_MSIX = 24
+LEGACY_REGISTERS = ((0, 4), (4, 4), (8, 4), (12, 2), (14, 2), (16, 2), (18, 1), (19, 1), (20, 2), (22, 2))
+# Offset and width of the register that has a byte.  What a driver does to a register counts whatever the width of the
+# access, as it does with other machines.
+LEGACY_AT = tuple(register for register in LEGACY_REGISTERS for _ in range(register[1]))
 
 
 class QueueRegisters:
@@ -78,14 +89,23 @@ class Transport:
     """The registers of one device."""
 
     def __init__(
-        self, features: int, queue_sizes: tuple[int, ...], config: bytes, vectors: int, backend: "Backend"
+        self,
+        features: int,
+        queue_sizes: tuple[int, ...],
+        config: bytes,
+        vectors: int,
+        backend: "Backend",
+        *,
+        notify_apart: bool = False,
     ) -> None:
+        """Be as after power-on; with `notify_apart` each queue has its own notification address (4.1.4.4)."""
         self.offered_legacy = features & spec.LEGACY_FEATURES
         self.offered = features & ~spec.LEGACY_ONLY | 1 << spec.VIRTIO_F_VERSION_1
         self.queues = [QueueRegisters(size) for size in queue_sizes]
         self.config = config
         self.vectors = vectors
         self.backend = backend
+        self.notify_apart = notify_apart
         self.generation = 0
         self.msix_enabled = False
         self._clear()
@@ -127,11 +147,13 @@ class Transport:
             return
         added = value & ~self.status & ~spec.DEVICE_NEEDS_RESET
         if added & spec.FEATURES_OK:
-            if modern and not self._features_acceptable():
+            if modern and not self._features_acceptable("FEATURES_OK"):
                 added &= ~spec.FEATURES_OK
             else:
                 self.features_locked = True
-        if added & spec.DRIVER_OK and modern and not (self.status | added) & spec.FEATURES_OK:
+        # A driver that leaves FEATURES_OK out has accepted its features all the same.
+        skipped = added & spec.DRIVER_OK and modern and not (self.status | added) & spec.FEATURES_OK
+        if skipped and not self._features_acceptable("DRIVER_OK"):
             added &= ~spec.DRIVER_OK
         self.status |= added
         if added & spec.DRIVER_OK:
@@ -146,8 +168,15 @@ class Transport:
             if not usable:
                 self.needs_reset()
 
-    def _features_acceptable(self) -> bool:
-        return not self.driver_features & ~self.offered and bool(self.driver_features >> spec.VIRTIO_F_VERSION_1 & 1)
+    def _features_acceptable(self, step: str) -> bool:
+        unknown = self.driver_features & ~self.offered
+        if unknown:
+            self.backend.complain(f"accepts features {unknown:#x}, which were not offered: {step} is refused")
+            return False
+        if not self.driver_features >> spec.VIRTIO_F_VERSION_1 & 1:
+            self.backend.complain(f"uses the registers of virtio 1.x without VIRTIO_F_VERSION_1: {step} is refused")
+            return False
+        return True
 
     def negotiated(self, *, modern: bool) -> int:
         """Return the features in force: never more than was offered."""
@@ -203,7 +232,7 @@ class Transport:
             queue.size if queue else 0,
             queue.vector if queue else spec.VIRTIO_MSI_NO_VECTOR,
             queue.enabled if queue else 0,
-            0,  # queue_notify_off: all queues share one address, and write their number there
+            self.queue_select if queue and self.notify_apart else 0,  # queue_notify_off
             *((queue.desc, queue.avail, queue.used) if queue else (0, 0, 0)),
             0,
             0,
@@ -215,13 +244,21 @@ class Transport:
         return features >> 32 * select & 0xFFFFFFFF if select < 2 else 0
 
     def common_write(self, offset: int, size: int, value: int) -> None:
-        """Write one field; an access of another width than the field's is ignored."""
+        """Write one field; an access of another width than the field's is ignored.
+
+        An address may be written whole, which a driver that has mapped memory does, or as two halves (4.1.3.1).
+        """
         field = COMMON_WRITES.get((offset, size))
         if field is not None:
             field(self, value)
+        else:
+            self.backend.complain(f"writes {size} bytes at {offset} of the common configuration, which nothing takes")
 
     def _write_driver_feature(self, value: int) -> None:
-        if self.features_locked or self.driver_feature_select > 1:
+        if self.features_locked:
+            self.backend.complain("writes its features after it has accepted them")
+            return
+        if self.driver_feature_select > 1:
             return
         shift = 32 * self.driver_feature_select
         self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
@@ -235,24 +272,35 @@ class Transport:
             self.selected.vector = self.valid_vector(value)
             self.backend.vectors_changed()
 
-    def _configurable(self) -> QueueRegisters | None:
+    def _configurable(self, what: str) -> QueueRegisters | None:
         queue = self.selected
-        return queue if queue is not None and not self.active and not queue.enabled else None
+        if queue is None or not (self.active or queue.enabled):
+            return queue
+        state = f"queue {self.queue_select} is enabled" if queue.enabled else "DRIVER_OK"
+        self.backend.complain(f"writes {what} of queue {self.queue_select} after {state}")
+        return None
 
     def _write_queue_size(self, value: int) -> None:
-        queue = self._configurable()
-        if queue is not None and 0 < value <= queue.max_size and value & value - 1 == 0:
+        queue = self._configurable("the size")
+        if queue is None:
+            return
+        if 0 < value <= queue.max_size and value & value - 1 == 0:
             queue.size = value
+        else:
+            self.backend.complain(f"asks for a queue {self.queue_select} of {value}, which has {queue.size}")
 
     def _write_queue_enable(self, value: int) -> None:
-        queue = self._configurable()
+        queue = self.selected
+        if queue is not None and queue.enabled and value == 1:
+            return  # it is already
+        queue = self._configurable("queue_enable")
         if queue is not None and value == 1:
             queue.enabled = True
 
-    def _write_address(self, name: str, shift: int, value: int) -> None:
-        queue = self._configurable()
+    def _write_address(self, name: str, mask: int, shift: int, value: int) -> None:
+        queue = self._configurable("an address")
         if queue is not None:
-            setattr(queue, name, getattr(queue, name) & ~(0xFFFFFFFF << shift) | value << shift)
+            setattr(queue, name, getattr(queue, name) & ~mask | value << shift)
 
     # --- the legacy block (4.1.4.10) -------------------------------------------------------------------------
 
@@ -273,25 +321,29 @@ class Transport:
         start = self.legacy_config_offset()
         if offset >= start:
             return self.read_config(offset - start, size)
+        first, width = LEGACY_AT[offset]
+        return self._legacy_register_value(first) >> 8 * (offset - first) & (1 << 8 * min(size, width)) - 1
+
+    def _legacy_register_value(self, offset: int) -> int:
         queue = self.selected
-        match offset, size:
-            case 0, 4:
+        match offset:
+            case 0:
                 return self.offered_legacy
-            case 4, 4:
+            case 4:
                 return self.driver_features & spec.LEGACY_FEATURES
-            case 8, 4:
+            case 8:
                 return queue.pfn if queue else 0
-            case 12, 2:
+            case 12:
                 return queue.max_size if queue else 0
-            case 14, 2:
+            case 14:
                 return self.queue_select
-            case 18, 1:
+            case 18:
                 return self.status
-            case 19, 1:
+            case 19:
                 return self.backend.take_isr()
-            case 20, 2:
+            case 20:
                 return self.config_vector
-            case 22, 2:
+            case 22:
                 return queue.vector if queue else spec.VIRTIO_MSI_NO_VECTOR
             case _:
                 return 0
@@ -302,33 +354,48 @@ class Transport:
         if offset >= start:
             self.write_config(offset - start, size, value)
             return
-        queue = self.selected
-        match offset, size:
-            case 4, 4:
-                if not self.features_locked:
+        value &= (1 << 8 * LEGACY_AT[offset][1]) - 1
+        match offset:
+            case 4:
+                if self.features_locked:
+                    self.backend.complain("writes its features after it has accepted them")
+                else:
                     self.driver_features = value
-            case 8, 4:
-                if queue is not None and not self.active:
-                    queue.set_pfn(value)
-            case 14, 2:
+            case 8:
+                self._write_pfn(value)
+            case 14:
                 self.queue_select = value
-            case 18, 1:
+            case 18:
                 self.write_status(value, modern=False)
-            case 20, 2:
+            case 20:
                 self._write_config_vector(value)
-            case 22, 2:
+            case 22:
                 self._write_queue_vector(value)
+            case _:
+                self.backend.complain(f"writes {size} bytes at {offset} of the legacy registers, which nothing takes")
+
+    def _write_pfn(self, value: int) -> None:
+        queue = self.selected
+        if queue is None:
+            return
+        if not self.active:
+            queue.set_pfn(value)
+        elif queue.pfn and value == 0:
+            # This is how a driver of old takes a queue back without a reset.  Its memory must not be touched any more.
+            self.reset()
+        else:
+            self.backend.complain(f"sets up queue {self.queue_select} after the device was started")
 
 
 def _address_writes() -> "dict[tuple[int, int], object]":
     writes: dict[tuple[int, int], object] = {}
     for name, base in (("desc", 32), ("avail", 40), ("used", 48)):
-        for half in (0, 1):
+        for at, size in ((0, 4), (4, 4), (0, 8)):
 
-            def write(self: Transport, value: int, name: str = name, shift: int = 32 * half) -> None:
-                self._write_address(name, shift, value)
+            def write(self: Transport, value: int, name: str = name, at: int = at, size: int = size) -> None:
+                self._write_address(name, (1 << 8 * size) - 1 << 8 * at, 8 * at, value)
 
-            writes[base + 4 * half, 4] = write
+            writes[base + at, size] = write
     return writes
 
 

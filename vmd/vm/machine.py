@@ -269,7 +269,14 @@ class Machine:
         for slot, device in zip(self.slots, self.devices.running, strict=True):
             device.wait_ready()
             function = VirtioFunction(
-                slot.kind, device, QUEUES[slot.kind], self.kvm, self.routing, self.config.virtio, self._fail
+                slot.kind,
+                device,
+                QUEUES[slot.kind],
+                self.kvm,
+                self.routing,
+                self.config.virtio,
+                self._fail,
+                slot.layout,
             )
             device.serve(
                 self.loop, on_failed=self._fail, on_needs_reset=function.on_needs_reset, on_config=function.on_config

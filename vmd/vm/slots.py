@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 SLOT_HOST_BRIDGE = 0
 SLOT_RNG = 1
 
-# How a function's BARs and capabilities are laid out: 1 has the structures of virtio 1.x in an i/o BAR.
-LAYOUT_FIRST, LAYOUT = 1, 1
+# How a function's BARs and capabilities are laid out: 1 has the structures of virtio 1.x in an i/o BAR; 2 has them in a
+# memory BAR, too, and a subsystem id of 40h and more where there are no legacy registers (`vm/virtio.py`).
+LAYOUT_FIRST, LAYOUT = 1, 2
 
 PROCESSES = {"rng": "viornd", "net": "vionet", "blk": "vioblk", "scsi": "vioscsi"}
 QUEUES = {  # their sizes

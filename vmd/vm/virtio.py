@@ -4,11 +4,22 @@ Notifications and interrupts of a running queue pass this process by (DESIGN 5):
 port signals the queue's kick eventfd in the kernel, and the process's write to its call eventfd interrupts the
 guest there.  This module only keeps those two registrations in step with what the guest programs.
 
-    BAR 0   i/o, 128 bytes   legacy register block              (not with `virtio modern`)
+    BAR 0   i/o, 128 bytes   legacy register block    (with `virtio transitional` or `legacy`)
     BAR 1   memory, 4 KiB    MSI-X table and pending bits
-    BAR 2   i/o, 256 bytes   virtio 1.x structures              (not with `virtio legacy`)
+    BAR 2   i/o, 256 bytes   virtio 1.x structures    (with `virtio transitional` or `modern`)
+    BAR 4   memory, 4 KiB    the same structures      (not with `virtio legacy`)
 
-BAR 2 holds common configuration at 0, the notify word at 40h, ISR at 44h, device configuration from 80h on.
+BARs 2 and 4 hold common configuration at 0, ISR at 44h, device configuration from 80h on, and reach the same registers.
+The notify word is at 40h in BAR 2, and at 800h in BAR 4.
+
+A machine of layout 1, which was sent by an earlier version, has no BAR 4.
+
+Drivers take the first set of structures that they can use.  The i/o set comes first, because an access to it costs
+less: the kernel has no instruction to decode.  Of the drivers that know memory BARs only, some go on to the second set
+and some give up.  `virtio memory`, which has no i/o BAR at all, is for the latter.
+
+Several drivers mix the two sets up.  SeaBIOS takes the first notification structure and the multiplier of the last one,
+so both multipliers are 0.  Redox refuses a multiplier of 0, so `virtio memory` has another one.
 """
 
 import os
@@ -23,6 +34,7 @@ from vmd.virtio.transport import Transport
 from vmd.vm import layout
 from vmd.vm.devproc import DeviceProcess, readable
 from vmd.vm.pci import COMMAND_INTX_DISABLE, Msix, PciFunction
+from vmd.vm.slots import LAYOUT, LAYOUT_FIRST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +44,7 @@ if TYPE_CHECKING:
     from vmd.virtio.transport import QueueRegisters
     from vmd.vm.routing import Routing
 
-BAR_LEGACY, BAR_MSIX, BAR_MODERN = 0, 1, 2
+BAR_LEGACY, BAR_MSIX, BAR_MODERN, BAR_MEMORY = 0, 1, 2, 4
 LEGACY_BYTES = 0x80
 LEGACY_NOTIFY = 16
 
@@ -42,6 +54,10 @@ NOTIFY = 0x40
 ISR = 0x44
 DEVICE_CONFIG = 0x80
 NOTIFY_BYTES = 2
+
+MEMORY_BYTES = 0x1000  # a page, which a driver can map by itself
+MEMORY_NOTIFY = 0x800
+NOTIFY_STEP = 4  # between the words of two queues, where each has its own
 
 CLASS = {"net": 0x020000, "blk": 0x010000, "scsi": 0x010000, "rng": 0x00FF00}
 
@@ -59,6 +75,10 @@ REGISTERS = {
     "status": 8, "driver_features": 64, "features_locked": 1, "active": 1, "device_feature_select": 32,
     "driver_feature_select": 32, "queue_select": 16, "config_vector": 16, "generation": 8,
 }  # fmt: skip
+
+
+if TYPE_CHECKING:
+    NotifyAddress = tuple[int, int, int | None, bool]  # port or address, width or 0 for any, value or any, is a port
 
 
 class QueueState(Record):
@@ -107,15 +127,17 @@ class VirtioFunction(PciFunction):
         routing: "Routing",
         mode: VirtioMode,
         fail: "Callable[[str], None]",
+        function_layout: int = LAYOUT,
     ) -> None:
-        modern_only = mode is VirtioMode.MODERN
+        modern_only = mode in (VirtioMode.MODERN, VirtioMode.MEMORY)
         device_type = spec.DEVICE_TYPE[kind]
+        subsystem_base = spec.SUBSYSTEM_MODERN_BASE if modern_only and function_layout > LAYOUT_FIRST else 0
         super().__init__(
             vendor=spec.VENDOR,
             device=spec.DEVICE_MODERN_BASE + device_type if modern_only else spec.DEVICE_LEGACY[kind],
             class_code=CLASS[kind],
             subsystem_vendor=spec.SUBSYSTEM_VENDOR,
-            subsystem=device_type,
+            subsystem=subsystem_base + device_type,
             revision=1 if modern_only else 0,
             interrupt_pin=1,
         )
@@ -125,36 +147,53 @@ class VirtioFunction(PciFunction):
         self.routing = routing
         self.fail = fail
         self.complaints = RateLimit()
+        self.remarks = RateLimit()  # of its own, so that they keep no complaint out of the log
         vectors = len(queue_sizes) + 1
-        self.transport = Transport(process.features, queue_sizes, process.config, vectors, self)
+        apart = mode is VirtioMode.MEMORY
+        self.transport = Transport(process.features, queue_sizes, process.config, vectors, self, notify_apart=apart)
         self.config_call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.config_resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.config_pending = False
         self.detached = False  # while the machine stands still
         self.first_gsi = routing.allocate(vectors)
         self.irqfds: dict[int, tuple[int, bool]] = {}  # eventfd -> gsi, with resample
-        self.ioeventfds: set[tuple[int, int]] = set()  # port, queue
+        self.ioeventfds: set[tuple[NotifyAddress, int]] = set()  # and the queue
+        self.structures: dict[int, LegacyBlock | ModernBlock] = {}  # what the window reaches, by BAR
         if not modern_only:
-            self.add_io_bar(BAR_LEGACY, LEGACY_BYTES, LegacyBlock(self))
+            self.structures[BAR_LEGACY] = legacy = LegacyBlock(self)
+            self.add_io_bar(BAR_LEGACY, LEGACY_BYTES, legacy)
+        if mode in (VirtioMode.TRANSITIONAL, VirtioMode.MODERN):
+            self.structures[BAR_MODERN] = ports = ModernBlock(self, NOTIFY)
+            self.add_io_bar(BAR_MODERN, MODERN_BYTES, ports)
+            self._add_structures(BAR_MODERN, NOTIFY)
         if mode is not VirtioMode.LEGACY:
-            self.add_io_bar(BAR_MODERN, MODERN_BYTES, ModernBlock(self))
-            self._add_virtio_capabilities(len(process.config))
+            self._add_window()
         self.add_msix(
             Msix(vectors, self._on_vector, self._vector_pending, self._on_msix_enable), BAR_MSIX
         )
+        if mode is not VirtioMode.LEGACY and function_layout > LAYOUT_FIRST:
+            self.structures[BAR_MEMORY] = memory = ModernBlock(self, MEMORY_NOTIFY)
+            self.add_memory_bar(BAR_MEMORY, MEMORY_BYTES, memory)
+            self._add_structures(BAR_MEMORY, MEMORY_NOTIFY)
 
-    def _add_virtio_capabilities(self, config_bytes: int) -> None:
+    def _add_structures(self, bar: int, notify: int) -> None:
+        """Add the capabilities that say where in a BAR each structure is (4.1.4)."""
+        apart = self.transport.notify_apart
+        multiplier = NOTIFY_STEP if apart else 0  # 0: one word for all queues
+        notify_bytes = NOTIFY_STEP * len(self.transport.queues) if apart else NOTIFY_BYTES
         structures = (
             (spec.VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_BYTES, b""),
-            (spec.VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY, NOTIFY_BYTES, bytes(4)),  # multiplier 0: one word for all
+            (spec.VIRTIO_PCI_CAP_NOTIFY_CFG, notify, notify_bytes, multiplier.to_bytes(4, "little")),
             (spec.VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
-            (spec.VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_CONFIG, max(config_bytes, 4), b""),
+            (spec.VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_CONFIG, max(len(self.process.config), 4), b""),
         )
         for cap_type, offset, length, extra in structures:
-            body = bytes((CAP_BYTES + len(extra), cap_type, BAR_MODERN, 0, 0, 0))
+            body = bytes((CAP_BYTES + len(extra), cap_type, bar, 0, 0, 0))
             body += offset.to_bytes(4, "little") + length.to_bytes(4, "little") + extra
             self.add_capability(spec.PCI_CAP_ID_VENDOR, body)
-        # A window for drivers that can reach BARs through configuration space only (4.1.4.9).
+
+    def _add_window(self) -> None:
+        """Add a window for drivers that can reach BARs through configuration space only (4.1.4.9)."""
         body = bytes((CAP_BYTES + 4, spec.VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, 0)) + bytes(8) + bytes(4)
         writable = bytes((0, 0, 0xFF, 0, 0, 0)) + b"\xff" * 12
         self.pci_cfg = self.add_capability(spec.PCI_CAP_ID_VENDOR, body, writable)
@@ -176,17 +215,18 @@ class VirtioFunction(PciFunction):
         if not cap or not cap + CAP_BYTES <= offset < cap + CAP_BYTES + 4:
             return
         with self.lock:
-            bar = self.bars.get(self.config[cap + 4])
+            index = self.config[cap + 4]
+            block = self.structures.get(index)
             at = int.from_bytes(self.config[cap + 8 : cap + 12], "little")
             length = int.from_bytes(self.config[cap + 12 : cap + 16], "little")
-            if bar is None or bar.pio is None or length not in (1, 2, 4) or at + length > bar.size:
+            if block is None or length not in (1, 2, 4) or at + length > self.bars[index].size:
                 return
             if value is None:
-                data = bar.pio.pio_read(at, length)
+                data = block.read(at, length)
                 self.config[cap + CAP_BYTES : cap + CAP_BYTES + 4] = data.to_bytes(4, "little")
             else:
                 data = int.from_bytes(self.config[cap + CAP_BYTES : cap + CAP_BYTES + length], "little")
-                bar.pio.pio_write(at, length, data)
+                block.write(at, length, data)
 
     def bar_changed(self, index: int, base: int | None) -> None:
         """A BAR moved: the notify ports move with it."""
@@ -286,24 +326,37 @@ class VirtioFunction(PciFunction):
 
     # --- notifications ---------------------------------------------------------------------------------------
 
-    def notify(self, number: int) -> None:
-        """Pass on a notification that came here: by the window, or before its port was registered."""
-        if self.transport.active and number < len(self.process.kicks):
+    def notify(self, number: int, size: int = NOTIFY_BYTES) -> None:
+        """Take a notification that came here: through the window, or before its address was registered."""
+        if size != NOTIFY_BYTES:
+            self.complain(f"notifies by {size} bytes, not {NOTIFY_BYTES}")
+        elif number >= len(self.process.kicks):
+            self.complain(f"notifies queue {number}, which is not there")
+        elif self.transport.active:
             os.eventfd_write(self.process.kicks[number], 1)
 
     def _place_notifications(self) -> None:
-        """Register each queue's kick at the ports where the guest notifies now; elsewhere it is ignored."""
-        wanted: set[tuple[int, int]] = set()
+        """Register each queue's kick at the addresses where the guest notifies now; elsewhere it is ignored."""
+        wanted: set[tuple[NotifyAddress, int]] = set()
         if self.transport.active:
-            for index, offset in ((BAR_LEGACY, LEGACY_NOTIFY), (BAR_MODERN, NOTIFY)):
+            for index, offset in ((BAR_LEGACY, LEGACY_NOTIFY), (BAR_MODERN, NOTIFY), (BAR_MEMORY, MEMORY_NOTIFY)):
                 bar = self.bars.get(index)
                 if bar is not None and bar.mapped is not None:
-                    wanted |= {(bar.mapped + offset, queue) for queue in range(len(self.transport.queues))}
-        for port, queue in self.ioeventfds - wanted:
-            self.kvm.deassign_ioeventfd(self.process.kicks[queue], port, 2, queue, pio=True)
-        for port, queue in wanted - self.ioeventfds:
-            self.kvm.assign_ioeventfd(self.process.kicks[queue], port, 2, queue, pio=True)
+                    wanted |= {
+                        (self._notify_address(bar.mapped + offset, queue, pio=bar.is_io), queue)
+                        for queue in range(len(self.transport.queues))
+                    }
+        for (address, size, datamatch, pio), queue in self.ioeventfds - wanted:
+            self.kvm.deassign_ioeventfd(self.process.kicks[queue], address, size, datamatch, pio=pio)
+        for (address, size, datamatch, pio), queue in wanted - self.ioeventfds:
+            self.kvm.assign_ioeventfd(self.process.kicks[queue], address, size, datamatch, pio=pio)
         self.ioeventfds = wanted
+
+    def _notify_address(self, base: int, queue: int, *, pio: bool) -> "NotifyAddress":
+        if self.transport.notify_apart:
+            # Whatever is written there means this queue, which saves KVM decoding the instruction.
+            return base + NOTIFY_STEP * queue, 0, None, pio
+        return base, NOTIFY_BYTES, queue, pio
 
     # --- Backend ---------------------------------------------------------------------------------------------
 
@@ -352,6 +405,10 @@ class VirtioFunction(PciFunction):
     def vectors_changed(self) -> None:
         """A queue or the configuration has another vector."""
         self._place_interrupts()
+
+    def complain(self, text: str) -> None:
+        """Log what the driver did in vain."""
+        self.remarks.warn(f"{self.process.name}: the driver {text}")
 
     def raise_config(self) -> None:
         """Interrupt the guest because configuration has changed, or the device wants a reset."""
@@ -458,29 +515,33 @@ class LegacyBlock:
     def __init__(self, function: VirtioFunction) -> None:
         self.function = function
 
-    def pio_read(self, offset: int, size: int) -> int:
+    def read(self, offset: int, size: int) -> int:
         """Read a legacy register."""
         with self.function.lock:
             return self.function.transport.legacy_read(offset, size)
 
-    def pio_write(self, offset: int, size: int, value: int) -> None:
+    def write(self, offset: int, size: int, value: int) -> None:
         """Write a legacy register; most notifications never come here."""
         function = self.function
         with function.lock:
             if offset != LEGACY_NOTIFY:
                 function.transport.legacy_write(offset, size, value)
-            elif size == NOTIFY_BYTES:
+                return
+            if size == NOTIFY_BYTES:
                 function.transport.legacy_notify(value)
-                function.notify(value)
+            function.notify(value, size)
+
+    pio_read, pio_write = read, write
 
 
 class ModernBlock:
-    """BAR 2."""
+    """BAR 2 or 4, whose notifications are at `notify`."""
 
-    def __init__(self, function: VirtioFunction) -> None:
+    def __init__(self, function: VirtioFunction, notify: int) -> None:
         self.function = function
+        self.notify = notify
 
-    def pio_read(self, offset: int, size: int) -> int:
+    def read(self, offset: int, size: int) -> int:
         """Read a virtio 1.x structure."""
         function = self.function
         with function.lock:
@@ -490,16 +551,22 @@ class ModernBlock:
                 return function.take_isr()
             return function.transport.common_read(offset, size) if offset < COMMON_BYTES else 0
 
-    def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Write a virtio 1.x structure."""
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write a virtio 1.x structure; most notifications never come here."""
         function = self.function
         with function.lock:
-            if offset >= DEVICE_CONFIG:
-                function.transport.write_config(offset - DEVICE_CONFIG, size, value)
-            elif offset < COMMON_BYTES:
-                function.transport.common_write(offset, size, value)
-            elif offset == NOTIFY and size == NOTIFY_BYTES:
-                function.notify(value)
+            transport = function.transport
+            if offset < COMMON_BYTES:
+                transport.common_write(offset, size, value)
+            elif transport.notify_apart and self.notify <= offset < self.notify + NOTIFY_STEP * len(transport.queues):
+                function.notify((offset - self.notify) // NOTIFY_STEP)
+            elif not transport.notify_apart and offset == self.notify:
+                function.notify(value, size)
+            elif offset >= DEVICE_CONFIG:
+                transport.write_config(offset - DEVICE_CONFIG, size, value)
+
+    pio_read, pio_write = read, write
+    mmio_read, mmio_write = read, write
 
 
 def _check_widths(state: VirtioState | QueueState, widths: dict[str, int]) -> None:

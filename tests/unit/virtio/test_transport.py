@@ -21,6 +21,7 @@ class Backend:
         self.config_interrupts = 0
         self.usable = True
         self.written: list[tuple[int, bytes]] = []
+        self.complaints: list[str] = []
 
     def activate(self, features: int, queues: list[QueueRegisters]) -> bool:
         """Note the features in force."""
@@ -47,6 +48,10 @@ class Backend:
     def raise_config(self) -> None:
         """Count."""
         self.config_interrupts += 1
+
+    def complain(self, text: str) -> None:
+        """Note."""
+        self.complaints.append(text)
 
 
 def device() -> tuple[Transport, Backend]:

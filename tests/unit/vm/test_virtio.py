@@ -5,6 +5,7 @@ What KVM is told is compared with what the registers say; `tests/guest/test_virt
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,7 @@ from tests.support.virtiopci import (
     LEGACY_SELECT,
     LEGACY_SIZE,
     LEGACY_STATUS,
+    MAPPED,
     MEMORY,
     MODERN,
     NO_VECTOR,
@@ -47,13 +49,16 @@ from tests.support.virtiopci import (
     TABLE,
     USED,
     VERSION_1,
+    Kvm,
     Machine,
+    Process,
     act,
 )
 from vmd.config.model import VirtioMode
 from vmd.log import log
 from vmd.virtio import spec
 from vmd.vm import virtio
+from vmd.vm.slots import LAYOUT_FIRST
 
 NOTIFY = MODERN + virtio.NOTIFY
 ROWS = [(256, True, 0x10000, 0x11000, 0x12000, 0, 0), (64, True, 0x20000, 0x21000, 0x22000, 0, 0)]
@@ -93,27 +98,182 @@ def test_device_is_what_drivers_look_for(machine: Machine) -> None:
     """Ids of a transitional block device; structures inside BARs; one notify word for all queues (4.1.4)."""
     assert machine.config_read(0, 4) == 0x10011AF4
     assert machine.config_read(0x2C, 4) == 0x00020B5D
-    places = {
-        kind: (machine.config_read(at + 4, 1), machine.config_read(at + 8, 4), machine.config_read(at + 12, 4))
-        for kind, at in machine.capabilities().items()
+    assert structures(machine) == [
+        (1, 2, 0, 60, 0), (2, 2, 0x40, 2, 0), (3, 2, 0x44, 1, 0), (4, 2, 0x80, 60, 0),
+        (1, 4, 0, 60, 0), (2, 4, 0x800, 2, 0), (3, 4, 0x44, 1, 0), (4, 4, 0x80, 60, 0),
+    ]  # fmt: skip
+
+
+def structures(machine: Machine) -> list[tuple[int, int, int, int, int]]:
+    """Return type, BAR, offset, length and multiplier (0 where there is none) of each, in the order of the list."""
+    return [
+        (kind, machine.config_read(at + 4, 1), machine.config_read(at + 8, 4), machine.config_read(at + 12, 4),
+         machine.config_read(at + 16, 4) if kind == spec.VIRTIO_PCI_CAP_NOTIFY_CFG else 0)
+        for kind, at in machine.all_capabilities()
         if kind <= spec.VIRTIO_PCI_CAP_DEVICE_CFG
-    }
-    assert places == {1: (2, 0, 60), 2: (2, 0x40, 2), 3: (2, 0x44, 1), 4: (2, 0x80, 60)}
-    assert machine.config_read(machine.capabilities()[2] + 16, 4) == 0  # notify_off_multiplier
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("mode", "device", "revision", "bars"),
-    [(VirtioMode.LEGACY, 0x1001, 0, {0, 1}), (VirtioMode.MODERN, 0x1042, 1, {1, 2})],
+    ("mode", "device", "revision", "subsystem", "bars"),
+    [
+        (VirtioMode.TRANSITIONAL, 0x1001, 0, 2, {0, 1, 2, 4}),
+        (VirtioMode.LEGACY, 0x1001, 0, 2, {0, 1}),
+        (VirtioMode.MODERN, 0x1042, 1, 0x42, {1, 2, 4}),
+        (VirtioMode.MEMORY, 0x1042, 1, 0x42, {1, 4}),
+    ],
 )
-def test_one_interface_only(mode: VirtioMode, device: int, revision: int, bars: set[int]) -> None:
-    """`virtio legacy` and `virtio modern`."""
+def test_each_mode_has_its_ids_and_bars(
+    mode: VirtioMode, device: int, revision: int, subsystem: int, bars: set[int]
+) -> None:
+    """Ids as 4.1.2.1 has them: edk2 binds to a subsystem id of 40h and more; drivers of old go by the type there."""
     machine = Machine.fake(mode)
 
     assert machine.config_read(2, 2) == device
     assert machine.config_read(8, 1) == revision
+    assert machine.config_read(0x2E, 2) == subsystem
     assert set(machine.function.bars) == bars
-    assert (PCI_CFG in machine.capabilities()) == (mode is VirtioMode.MODERN)
+    assert (PCI_CFG in machine.capabilities()) == (mode is not VirtioMode.LEGACY)
+    machine.close()
+
+
+@pytest.mark.parametrize("kind", spec.DEVICE_TYPE)
+def test_subsystem_of_every_modern_device_is_beyond_the_legacy_ones(kind: str) -> None:
+    """The type itself is what PCI device id and subsystem id have in common (4.1.2.1)."""
+    machine = Machine(Kvm(), Process(), VirtioMode.MODERN, kind=kind)
+
+    assert machine.config_read(0x2E, 2) == 0x40 + spec.DEVICE_TYPE[kind] == machine.config_read(2, 2) - 0x1000
+    machine.close()
+
+
+# What a guest saw of a disk before there was a memory set: all of configuration space, up to its last byte.
+PORTS_ONLY = {
+    VirtioMode.TRANSITIONAL:
+        "f41a011007001000000000010000000001c000000000008001c10000000000000000000000000000000000005d0b020000000000"
+        "4000000000000000000100000950100102000000000000003c000000096414020200000040000000020000000000000009741003"
+        "0200000044000000010000000984100402000000800000003c000000099814050000000000000000000000000000000011000200"
+        "010000000108",
+    VirtioMode.LEGACY:
+        "f41a011007001000000000010000000001c000000000008000000000000000000000000000000000000000005d0b020000000000"
+        "40000000000000000001000011000200010000000108",
+    VirtioMode.MODERN:
+        "f41a4210070010000100000100000000000000000000008001c10000000000000000000000000000000000005d0b020000000000"
+        "4000000000000000000100000950100102000000000000003c000000096414020200000040000000020000000000000009741003"
+        "0200000044000000010000000984100402000000800000003c000000099814050000000000000000000000000000000011000200"
+        "010000000108",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", PORTS_ONLY)
+def test_layout_of_earlier_machines_is_kept(mode: VirtioMode) -> None:
+    """A guest that comes from one finds each byte of configuration space, and each BAR, as it was."""
+    machine = Machine.fake(mode, function_layout=LAYOUT_FIRST)
+    space = bytes(machine.config_read(at, 1) for at in range(256))
+
+    assert space == bytes.fromhex(PORTS_ONLY[mode]).ljust(256, b"\0")
+    assert {index: bar.size for index, bar in machine.function.bars.items()} == {
+        index: size for index, size in ((0, 0x80), (1, 0x1000), (2, 0x100)) if index in machine.function.bars
+    }
+    machine.start() if mode is not VirtioMode.LEGACY else machine.start_legacy()
+    assert machine.kvm.mapped_ioeventfds == {}
+    machine.close()
+
+
+@pytest.mark.parametrize("mode", [VirtioMode.TRANSITIONAL, VirtioMode.MODERN, VirtioMode.MEMORY])
+def test_capabilities_lie_behind_one_another(mode: VirtioMode) -> None:
+    """They overlap neither each other nor the header, and the window is as good at reaching memory as ports."""
+    machine = Machine.fake(mode)
+    lengths = {0x11: 12}
+    taken = sorted(
+        (at, at + lengths.get(kind, machine.config_read(at + 2, 1))) for kind, at in machine.all_capabilities()
+    )
+
+    assert taken[0][0] >= 0x40
+    assert taken[-1][1] <= 256
+    assert all(end <= start for (_, end), (start, _) in pairwise(taken))
+    machine.close()
+
+
+# --- structures in memory -----------------------------------------------------------------------------------------
+
+
+def test_both_sets_reach_the_same_registers(machine: Machine) -> None:
+    """What is written by a port is read in memory, and the other way round; each byte of all four structures."""
+    machine.start()
+    for offset in (*range(virtio.COMMON_BYTES), *range(virtio.DEVICE_CONFIG, virtio.DEVICE_CONFIG + len(CONFIG))):
+        assert machine.bus.mmio_read(MAPPED + offset, 1) == machine.bus.pio_read(MODERN + offset, 1), offset
+    machine.process.raise_queue(0)
+    assert machine.bus.mmio_read(MAPPED + virtio.ISR, 1) == spec.ISR_QUEUE
+    assert machine.read(virtio.ISR, 1) == 0
+    machine.bus.mmio_write(MAPPED + STATUS, 1, 0)
+    assert machine.status == 0
+    machine.bus.mmio_write(MAPPED + virtio.DEVICE_CONFIG + 4, 4, 7)
+    assert machine.process.written[-1] == (4, (7).to_bytes(4, "little"))
+
+
+def test_driver_that_maps_memory_comes_up(machine: Machine) -> None:
+    """Every step in memory; KVM gets the address of notifications along with the ports."""
+    machine.mapped = True
+    machine.start()
+
+    assert machine.process.lives == [(VERSION_1, ROWS)]
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+    assert set(machine.kvm.mapped_ioeventfds) == {(MAPPED + virtio.MEMORY_NOTIFY, 2, queue) for queue in (0, 1)}
+    machine.notify(1)
+    assert machine.kicked() == [1]
+
+
+def test_memory_only_has_a_notification_address_for_each_queue() -> None:
+    """`virtio memory`: Redox and others refuse a multiplier of 0, and there is no other set to agree with."""
+    machine = Machine.fake(VirtioMode.MEMORY)
+    assert structures(machine) == [(1, 4, 0, 60, 0), (2, 4, 0x800, 8, 4), (3, 4, 0x44, 1, 0), (4, 4, 0x80, 60, 0)]
+    machine.notify(1)
+    assert machine.kicked() == []
+    machine.start()
+    for queue in (0, 1):
+        machine.write(QUEUE_SELECT, 2, queue)
+        assert machine.read(QUEUE_NOTIFY_OFF, 2) == queue
+    machine.write(QUEUE_SELECT, 2, 2)
+    assert machine.read(QUEUE_NOTIFY_OFF, 2) == 0
+
+    assert set(machine.kvm.mapped_ioeventfds) == {(MAPPED + 0x800 + 4 * queue, 0, None) for queue in (0, 1)}
+    machine.notify(1)
+    assert machine.kicked() == [1]
+    machine.bus.mmio_write(MAPPED + 0x800 + 4, 2, 1)  # as through the window
+    machine.bus.mmio_write(MAPPED + 0x800 + 8, 2, 0)
+    assert machine.kicked() == [1]
+    machine.close()
+
+
+def test_notification_address_moves_with_its_bar_8(machine: Machine) -> None:
+    """Hostile input 8: it follows BAR 4, and goes when memory is no longer decoded; ports do not."""
+    machine.start()
+    machine.set_bar(4, MAPPED + 0x10000)
+    assert {at for at, _, _ in machine.kvm.mapped_ioeventfds} == {MAPPED + 0x10800}
+    machine.config_write(4, 2, 5)
+    assert machine.kvm.mapped_ioeventfds == {}
+    assert set(machine.kvm.ioeventfds) == EVERY_PORT
+    machine.set_bar(4, TABLE)  # the vector table is there already
+    machine.config_write(4, 2, 7)
+    assert machine.kvm.mapped_ioeventfds == {}
+
+
+@pytest.mark.parametrize(("mode", "bar"), [(VirtioMode.TRANSITIONAL, 4), (VirtioMode.MEMORY, 4)])
+def test_window_reaches_memory(mode: VirtioMode, bar: int) -> None:
+    """As it does ports (4.1.4.9), also while nothing is decoded; the vector table is not its business."""
+    machine = Machine.fake(mode)
+    at = machine.capabilities()[PCI_CFG]
+    machine.config_write(4, 2, 0)
+    for word, size, value in ((4, 1, bar), (8, 4, STATUS), (12, 4, 1)):
+        machine.config_write(at + word, size, value)
+    machine.config_write(at + 16, 1, ACKNOWLEDGE)
+    assert machine.config_read(at + 16, 1) == ACKNOWLEDGE
+    machine.config_write(at + 4, 1, 1)
+    machine.config_write(at + 16, 1, 0x55)
+    machine.config_write(4, 2, 7)
+
+    assert machine.status == ACKNOWLEDGE
+    assert machine.bus.mmio_read(TABLE + STATUS, 1) == 0
     machine.close()
 
 
@@ -748,11 +908,18 @@ def check(machine: Machine) -> None:
     assert function.transport.active == process.running
     ports = {
         (bar.mapped + offset, 2, queue): process.kicks[queue]
-        for bar, offset in ((function.bars[0], LEGACY_NOTIFY), (function.bars[2], virtio.NOTIFY))
-        if bar.mapped is not None and process.running
+        for bar, offset in ((function.bars.get(0), LEGACY_NOTIFY), (function.bars.get(2), virtio.NOTIFY))
+        if bar is not None and bar.mapped is not None and process.running
         for queue in (0, 1)
     }
     assert kvm.ioeventfds == ports
+    base = function.bars[4].mapped
+    apart = 0 not in function.bars and 2 not in function.bars
+    assert kvm.mapped_ioeventfds == {
+        (base + virtio.MEMORY_NOTIFY + 4 * queue * apart, 0 if apart else 2, None if apart else queue): kick
+        for queue, kick in enumerate(process.kicks)
+        if base is not None and process.running
+    }
     vectors = [queue.vector for queue in function.transport.queues] + [function.transport.config_vector]
     sources = dict(zip((*process.calls, function.config_call), vectors, strict=True))
     msix = function.msix
@@ -770,18 +937,19 @@ def check(machine: Machine) -> None:
     assert machine.failures == []
 
 
-@given(ACTIONS)
-def test_whatever_the_driver_does_4_to_10(actions: list[tuple[str, int, int, int]]) -> None:
+@pytest.mark.parametrize("mode", [VirtioMode.TRANSITIONAL, VirtioMode.MEMORY])
+@given(actions=ACTIONS)
+def test_whatever_the_driver_does_4_to_10(mode: VirtioMode, actions: list[tuple[str, int, int, int]]) -> None:
     """Hostile input 4-10: KVM's registrations follow the registers, step by step."""
-    machine = Machine.fake()
-    machine.function.complaints.burst = 0
+    machine = Machine.fake(mode)
+    machine.function.complaints.burst = machine.function.remarks.burst = 0
     try:
         for action in actions:
             act(machine, *action)
             check(machine)
         machine.config_write(4, 2, 7)
-        machine.set_bar(0, LEGACY)
-        machine.set_bar(2, MODERN)
+        for index, base in ((0, LEGACY), (2, MODERN), (4, MAPPED)):
+            machine.set_bar(index, base)
         machine.write(STATUS, 1, 0)
         machine.start()
         assert machine.status == RUNNING
