@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.accesses import LEGACY_PORTS, MEMORY, PORTS, WINDOW, Driver
 from tests.support.diskprocess import BUFFER, IN, OK, content
-from tests.support.fakedriver import DATA, DEADLINE_S, MIB, WRITE, Desc
+from tests.support.fakedriver import DATA, DEADLINE_S, MIB, WRITE, Desc, Ring
 from tests.support.virtiopci import (
     ACKNOWLEDGE,
     DRIVER,
@@ -21,6 +22,7 @@ from tests.support.virtiopci import (
     VERSION_1,
     BothHalves,
 )
+from tests.unit.virtio.orders import LEGACY, MODERN, ORDERS, Order
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc.loop import Loop
 from vmd.log import log
@@ -57,10 +59,10 @@ class Disk(BothHalves):
         overdue.cancel()
 
     def offer_read(self) -> None:
-        """Ask for the first sector, and notify."""
+        """Ask for the first sector, without notifying."""
+        self.memory.write(BUFFER, bytes(512))
         self.memory.write(DATA, struct.pack("<IIQ", IN, 0, 0) + b"\xee")
         self.ring.add([Desc(DATA, 16), Desc(BUFFER, 512, WRITE), Desc(DATA + 16, 1, WRITE)])
-        self.machine.notify(0)
 
     def wait_interrupt(self) -> None:
         """Wait for the queue's interrupt, and let KVM have it."""
@@ -69,8 +71,12 @@ class Disk(BothHalves):
 
     def works(self) -> bool:
         """Return whether a read is served."""
-        self.memory.write(BUFFER, bytes(512))
         self.offer_read()
+        self.machine.notify(0)
+        return self.was_served()
+
+    def was_served(self) -> bool:
+        """Return whether the read is served that was asked for."""
         self.wait_interrupt()
         return (
             self.ring.reap() == [(self.ring.free - 3, 513)]
@@ -93,6 +99,40 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         made = Disk(memory, file.fileno())
         yield made
         made.close()
+
+
+def views(order: Order) -> list[str]:
+    """Return by which ways this driver could come to a device that has them all."""
+    return {LEGACY: [LEGACY_PORTS], MODERN: [PORTS, MEMORY, WINDOW]}.get(order.interface, [MEMORY])
+
+
+@pytest.mark.parametrize(
+    ("order", "view"),
+    [
+        pytest.param(order, view, id=f"{order.driver}-{view}")
+        for order in ORDERS
+        if order.device == "blk"
+        for view in views(order)
+    ],
+)
+def test_order_of_a_driver_ends_in_a_disk_that_works(disk: Disk, order: Order, view: str) -> None:
+    """What a driver asks before its last notification is served by that one, or when the device starts."""
+    disk.ring = Ring(disk.memory, order.sizes[0], disk.RING)
+    if view == LEGACY_PORTS:
+        disk.ring.used = -(-(disk.ring.avail + 6 + 2 * disk.ring.size) // 4096) * 4096
+    symbols = {"DESC0": disk.ring.desc, "AVAIL0": disk.ring.avail, "USED0": disk.ring.used, "PFN0": disk.RING >> 12}
+    driver = Driver(disk.machine, view, symbols)
+    if "notify=" in order.steps:
+        disk.offer_read()
+        driver.run(order.steps)
+        assert disk.was_served()
+    else:
+        driver.run(order.steps)
+    disk.offer_read()
+    driver.notify(0)
+
+    assert disk.was_served()
+    assert disk.machine.failures == []
 
 
 def test_device_is_used_until_it_is_reset_and_again(disk: Disk) -> None:
