@@ -493,6 +493,8 @@ def lies(root: Path, home: Path) -> dict[str, tuple[StartRequest, str]]:
         "NUL in a path": (start("open", disks=(DiskConfig(path="/a\0b"),)), "not an absolute path"),
         "long path": (start("open", disks=(DiskConfig(path="/" * 1024),)), "disk path too long"),
         "format": (start("open", disks=(mine.replace(format="vmdk"),)), "unrecognized disk format vmdk"),
+        "serial": (start("open", disks=(mine.replace(serial="\n"),)), "invalid serial number of a disk: '\\n'"),
+        "serials": (start("open", disks=(mine.replace(serial="a"),) * 2), "two disks have the serial number a"),
         "memory": (start("open", given=VmFlag.MEMORY, memory_bytes=1 << 62), "memory size out of range"),
         "no memory": (start("open", given=VmFlag.MEMORY, memory_bytes=-1), "memory size out of range"),
         "vcpus": (start("open", given=VmFlag.CPU, vcpus=17), "vcpus must be 1 to"),

@@ -148,6 +148,27 @@ def test_device_is_used_until_it_is_reset_and_again(disk: Disk) -> None:
     assert disk.machine.failures == []
 
 
+@pytest.mark.parametrize(
+    ("serial", "told"),
+    [(b"", b"vioblk0"), (b"db1-63bcf2c0b6-0", b"db1-63bcf2c0b6-0"), (b"x" * 20, b"x" * 20)],
+)
+def test_disk_tells_its_serial_number(tmp_path: Path, serial: bytes, told: bytes) -> None:
+    """Up to 20 bytes, zeroes behind a shorter one; without one it is the device's name."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(512))
+    with GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")]) as memory, path.open("rb+") as file:
+        disk = BothHalves("blk", memory, file.fileno(), serial=serial)
+        disk.start()
+        memory.write(DATA, struct.pack("<IIQ", spec.VIRTIO_BLK_T_GET_ID, 0, 0) + b"\xee")
+        disk.ring.add([Desc(DATA, 16), Desc(BUFFER, 20, WRITE), Desc(DATA + 16, 1, WRITE)])
+        disk.machine.notify(0)
+        assert select.select([disk.process.calls[0]], [], [], DEADLINE_S)[0]
+        found = memory.read(BUFFER, 20)
+        disk.close()
+
+    assert found == told.ljust(20, b"\0")
+
+
 def test_broken_ring_shows_in_status_and_a_reset_mends_it(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     """DEVICE_NEEDS_RESET, a configuration interrupt, a line of log that names the device; then all is well (2.1.2)."""
     lines: list[str] = []

@@ -398,11 +398,11 @@ class BothHalves:
 
     RING = 0x10000
 
-    def __init__(self, kind: str, memory: GuestMemory, *fds: int) -> None:
+    def __init__(self, kind: str, memory: GuestMemory, *fds: int, serial: bytes = b"") -> None:
         names = ("/vm/image",) * len(fds)
         self.memory = memory
         self.process = DeviceProcess(kind)
-        slot = Slot(kind=kind, index=0, number=SLOT, fds=fds, notes=(0,) * len(fds), names=names)
+        slot = Slot(kind=kind, index=0, number=SLOT, fds=fds, notes=(0,) * len(fds), names=names, serial=serial)
         self.process.begin("vm/test", slot, memory)
         self.process.wait_ready()
         self.machine = Machine(Kvm(), self.process, kind=kind, queues=SIZES[kind])

@@ -388,14 +388,31 @@ class Grammar:
         self.draft.fields["enabled"] = p[1]
 
     def p_vm_disk(self, p: Production) -> None:
-        """vm_option : DISK string
-                     | DISK string FORMAT string"""
+        """vm_option : DISK string disk_options"""
         self.draft.given |= VmFlag.DISK
-        form = self.value(values.disk_format, p[4], "") if len(p) > 3 else ""
+        options = dict(reversed(p[3]))
+        if len(options) != len(p[3]):
+            self.error("an option of the disk is given twice")
+        serial = options.get("serial", "")
+        if serial and serial in [disk.serial for disk in self.draft.disks]:
+            self.error(f"serial {shown(serial)} is another disk's of this vm")
         if len(self.draft.disks) == MAX_DISKS:
             self.error("too many disks")
         else:
-            self.draft.disks.append(DiskConfig(path=self.value(values.disk_path, p[2], ""), format=form))
+            self.draft.disks.append(DiskConfig(path=self.value(values.disk_path, p[2], ""), **options))
+
+    def p_disk_options(self, p: Production) -> None:
+        """disk_options :
+                        | disk_options disk_option"""
+        p[0] = [*p[1], p[2]] if len(p) > 1 else []
+
+    def p_disk_format(self, p: Production) -> None:
+        """disk_option : FORMAT string"""
+        p[0] = "format", self.value(values.disk_format, p[2], "")
+
+    def p_disk_serial(self, p: Production) -> None:
+        """disk_option : SERIAL string"""
+        p[0] = "serial", self.value(values.disk_serial, p[2], "")
 
     def p_vm_boot(self, p: Production) -> None:
         """vm_option : BOOT string boot_options"""

@@ -29,12 +29,12 @@ RESERVED = frozenset({
 
 # Our own keywords are words like any other wherever vmd(8) takes a word, so that no upstream file breaks.
 # In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
-BLOCK_WORDS = frozenset({"vcpus", "virtio", "initrd", "cmdline"})
-# ... except that these two end the path of a `boot` statement ...
-BOOT_WORDS = frozenset({"initrd", "cmdline"})
+BLOCK_WORDS = frozenset({"vcpus", "virtio", "initrd", "cmdline", "serial"})
+# ... except that these end the strings of a statement that begins so ...
+ENDING_WORDS = {"boot": frozenset({"initrd", "cmdline"}), "disk": frozenset({"serial"})}
 STRING_FOLLOWS = frozenset({
     "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "MEMORY",
-    "OWNER", "STRING", "SWITCH", "VIRTIO",
+    "OWNER", "SERIAL", "STRING", "SWITCH", "VIRTIO",
 })  # fmt: skip
 # ... and outside of blocks there are `local nat` and, where a line begins so, what may be limited.
 LOCAL_WORD = "nat"
@@ -182,7 +182,7 @@ class Lexer:
         self.line = 0
         self.pending: list[Token] = []
         self.previous = "NL"
-        self.boot_line = False
+        self.ending: frozenset[str] = frozenset()  # the words that end a string of this statement
         self.depth = 0  # braces open
         self.floor = 0  # lowest depth on the present line
 
@@ -320,7 +320,7 @@ class Lexer:
         """Read a token that starts with `c`."""
         if c in "\"'":
             return self.quoted(source, c)
-        if c in _DIGITS or c == "-":
+        if (c in _DIGITS or c == "-") and self.previous != "SERIAL":  # whose digits are a text, however many
             return self.number(source)
         if c in _WORD_START:
             return self.word(source.take(_WORD))
@@ -400,10 +400,11 @@ class Lexer:
                 kind = text.upper()
         elif text in BLOCK_WORDS and (
             self.previous not in STRING_FOLLOWS
-            or (text in BOOT_WORDS and self.boot_line and self.previous == "STRING")
+            or (text in self.ending and self.previous == "STRING")
         ):
             kind = text.upper()
         if kind == "STRING":
             return self.string(text)
-        self.boot_line = kind == "BOOT" or (self.boot_line and text in BOOT_WORDS)
+        if text not in self.ending and text != "format":  # which goes on with a disk
+            self.ending = ENDING_WORDS.get(text, frozenset())
         return Token(kind, text, text, self.line)

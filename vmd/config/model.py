@@ -78,11 +78,24 @@ class Owner(Record):
     gid: int | None = None
 
 
+SERIAL_MAX = 20  # bytes; what virtio-blk has room for
+SERIAL_BYTES = frozenset(map(chr, range(0x20, 0x7F)))
+
+
+def valid_serial(text: str) -> bool:
+    """Return whether a disk may tell its guest that this is its serial number."""
+    return 0 < len(text) <= SERIAL_MAX and SERIAL_BYTES.issuperset(text)
+
+
 class DiskConfig(Record):
-    """`disk PATH [format F]`; an empty format is told from the first bytes of the file."""
+    """`disk PATH [format F] [serial S]`.
+
+    An empty format is told from the first bytes of the file, and an empty serial number made from the VM's name.
+    """
 
     path: str
     format: str = ""
+    serial: str = ""
 
 
 class NicConfig(Record):

@@ -22,9 +22,11 @@ from vmd.config.model import (
     MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
+    SERIAL_MAX,
     Owner,
     Prefix,
     VirtioMode,
+    valid_serial,
     valid_vm_name,
 )
 from vmd.scaled import fmt_scaled, scan_scaled
@@ -142,6 +144,13 @@ def disk_format(text: str) -> str:
     if text.lower() not in DISK_FORMATS:
         raise ValueError(f"unrecognized disk format {shown(text)}")
     return text.lower()
+
+
+def disk_serial(text: str) -> str:
+    """Return the serial number of a disk."""
+    if not valid_serial(text):
+        raise ValueError(f"a serial number is 1 to {SERIAL_MAX} printable ASCII characters, not {shown(text)!r}")
+    return text
 
 
 def disk_path(path: str) -> str:

@@ -133,6 +133,10 @@ class Host:
         if self.flags & devmsg.START_NET:
             self.net = unpack(devmsg.NET, packet, at)
             at += devmsg.NET.size
+        self.serial = b""
+        if self.flags & devmsg.START_SERIAL:
+            (self.serial,) = unpack(devmsg.SERIAL, packet, at)
+            at += devmsg.SERIAL.size
         self.title, *self.names = packet[at:].decode(errors="replace").split("\0")
         if self.net is not None and self.names:
             self.host_name = self.names.pop()

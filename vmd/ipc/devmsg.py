@@ -46,14 +46,15 @@ TYPE = Struct("<I")  # first word of every packet
 # START: the first packet.  Answered READY on both channels, or ERROR.
 #   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
 #   number of resource descriptors, flags (below), number of memory regions; then REGION each; then RESOURCE for
-#   each resource; then NET, if flags say so; then, UTF-8, the title of the process, a name for each resource, and
-#   with NET the guest's host name, with a NUL before each name.
+#   each resource; then NET or SERIAL, if flags say so; then, UTF-8, the title of the process, a name for each
+#   resource, and with NET the guest's host name, with a NUL before each name.
 START = 1
 START_HEAD = Struct("<IIIIIIII")
 REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)
 REGION_READ_ONLY = 1
 START_READ_ONLY = 1  # disk: the guest may not write
 START_NET = 2  # network interface: NET follows, and the host name
+START_SERIAL = 4  # disk: SERIAL follows; without it the serial number is the name of the device, such as vioblk0
 RESOURCE = Struct("<I")  # of an image what its user, or the image above it, says (RESOURCE_*); of others 0
 RESOURCE_QCOW2 = 1  # else raw; never guessed by the device process
 RESOURCE_GUESSED = 2  # nobody said it, only its own first bytes: writes that would change what they say are refused
@@ -67,6 +68,8 @@ NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer addre
 NET_LOCAL = 2  # `local interface`: the guest is given its addresses
 NET_PXE = 4  # it boots from this interface: DHCP names it, and a boot file
 DNS_MAX = 3
+
+SERIAL = Struct("<20s")  # of a disk: its serial number, zeroes behind it
 
 # READY (sync and async): device features and configuration space.
 READY = 2

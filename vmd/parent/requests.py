@@ -21,6 +21,7 @@ from vmd.config.model import (
     Rights,
     VmConfig,
     VmFlag,
+    valid_serial,
     valid_vm_name,
 )
 from vmd.errors import OperatorError
@@ -91,6 +92,16 @@ def check_formats(config: VmConfig) -> None:
             raise OperatorError(errno.EINVAL, f"vm {config.name}: unrecognized disk format {disk.format}")
 
 
+def check_serials(config: VmConfig) -> None:
+    """Raise OperatorError if a disk could not be told from another one, or not at all, by its serial number."""
+    serials = [disk.serial for disk in config.disks if disk.serial]
+    for serial in serials:
+        if not valid_serial(serial):
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: invalid serial number of a disk: {serial!r}")
+        if serials.count(serial) > 1:
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: two disks have the serial number {serial}")
+
+
 def check_cmdline(config: VmConfig) -> None:
     """Raise OperatorError if no kernel takes such a command line."""
     raw = os.fsencode(config.cmdline)
@@ -118,6 +129,7 @@ def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
     if len(config.disks) > MAX_DISKS:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: too many disks: {len(config.disks)}")
     check_formats(config)
+    check_serials(config)
     check_cmdline(config)
     check_nics(config)
     check_rights(config)

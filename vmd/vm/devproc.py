@@ -310,7 +310,7 @@ def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
         slot.index,
         len(QUEUES[slot.kind]),
         len(slot.fds),
-        slot.flags,
+        slot.flags | (devmsg.START_SERIAL if slot.serial else 0),
         len(memory.regions),
     )
     regions = [
@@ -319,7 +319,8 @@ def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
     ]
     notes = [devmsg.RESOURCE.pack(note) for note in slot.notes]
     words = "\0".join((title, *slot.names))
-    return head + b"".join(regions) + b"".join(notes) + slot.net + words.encode("utf-8", "surrogateescape")
+    serial = devmsg.SERIAL.pack(slot.serial) if slot.serial else b""
+    return head + b"".join(regions) + b"".join(notes) + slot.net + serial + words.encode("utf-8", "surrogateescape")
 
 
 class DeviceProcesses:

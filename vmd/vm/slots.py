@@ -5,6 +5,8 @@
 The order is upstream's, so that a guest that was installed there finds its devices where they were.
 """
 
+import hashlib
+
 from vmd.config.model import BootDevice
 from vmd.ipc import devmsg
 from vmd.record import Record
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 SLOT_HOST_BRIDGE = 0
 SLOT_RNG = 1
+SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
 
 # How a function's BARs and capabilities are laid out: 1 has the structures of virtio 1.x in an i/o BAR; 2 has them in a
 # memory BAR, too, and a subsystem id of 40h and more where there are no legacy registers (`vm/virtio.py`).
@@ -91,6 +94,7 @@ def plan(
                 notes=tuple(note(image) for image in disk.images),
                 names=tuple(image.path for image in disk.images),
                 flags=devmsg.START_READ_ONLY if disk.read_only else 0,
+                serial=disk_serial(config, index),
             )
         )
     if cdrom_fd is not None:
@@ -105,6 +109,26 @@ def plan(
             )
         )
     return slots
+
+
+def disk_serial(config: "VmConfig", index: int) -> bytes:
+    """Return the serial number that a disk tells its guest.
+
+    Unless it is configured it is made from whose VM it is, so that it is the same after each start, and another one in
+    every VM: a guest may mount by it, and whoever attaches a disk to another VM may see two at a time.
+    """
+    given = config.disks[index].serial
+    if given:
+        return given.encode("ascii")
+    owner = hashlib.sha256(f"{config.owner.uid} {config.name}".encode()).hexdigest()
+    return f"{config.name[:SERIAL_NAME]}-{owner[:SERIAL_DIGITS]}-{index}".encode("ascii")
+
+
+def with_serials(config: "VmConfig", slots: "Sequence[Slot]") -> "VmConfig":
+    """Return a configuration that has the serial numbers of these disks in it, so that they go where it goes."""
+    serials = [slot.serial.decode("ascii") for slot in slots if slot.kind == "blk"]
+    disks = zip(config.disks, serials, strict=True)
+    return config.replace(disks=tuple(disk.replace(serial=serial) for disk, serial in disks))
 
 
 def kinds(config: "VmConfig") -> list[str]:

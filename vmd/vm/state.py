@@ -7,13 +7,13 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 
 import struct
 
-from vmd.config.model import VmConfig
+from vmd.config.model import VmConfig, valid_serial
 from vmd.ipc.imsg import unpack
 from vmd.kvmapi import abi
 from vmd.record import Part, Record
 from vmd.vm import stream_v2
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
-from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, kinds
+from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, kinds, with_serials
 from vmd.vm.virtio import VirtioState
 
 TYPE_CHECKING = False
@@ -152,7 +152,7 @@ def bytes_max(header: Header) -> int:
 def header(machine: "Machine", *, one_shot: bool) -> Header:
     """Return the header of a machine."""
     return Header(
-        config=machine.config,
+        config=with_serials(machine.config, machine.slots),
         one_shot=one_shot,
         firmware_bytes=machine.firmware_bytes,
         touched_bytes=machine.memory.resident_bytes(),
@@ -237,6 +237,8 @@ def check_devices(theirs: Header) -> None:
                 f"the device in PCI slot {device.slot} has layout {device.layout},"
                 f" where this vmd has {LAYOUT_FIRST} to {LAYOUT}"
             )
+        if device.serial and not valid_serial(device.serial.decode("latin-1")):
+            raise ValueError(f"the disk in PCI slot {device.slot} has serial number {device.serial!r}")
 
 
 def as_sent(slots: "Sequence[Slot]", devices: tuple[DeviceHead, ...]) -> "list[Slot]":

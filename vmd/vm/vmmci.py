@@ -11,6 +11,7 @@ Its interrupt is INTx, driven through KVM's level of the line: nobody but the dr
 
 import time
 
+from vmd.log import RateLimit
 from vmd.virtio import spec
 from vmd.virtio.transport import Transport
 from vmd.vm import layout
@@ -72,6 +73,7 @@ class Vmmci(PciFunction):
         self.on_power_off = on_power_off
         self.registers = Registers(F_TIMESYNC | F_ACK | F_SYNCRTC, (), bytes(CONFIG_BYTES), 0, self)
         self.config_pending = False
+        self.complaints = RateLimit()
         self.add_io_bar(BAR, BAR_BYTES, self)
 
     # --- asking ----------------------------------------------------------------------------------------------
@@ -166,6 +168,10 @@ class Vmmci(PciFunction):
 
     def vectors_changed(self) -> None:
         """There are no vectors."""
+
+    def complain(self, text: str) -> None:
+        """Log what the driver did in vain."""
+        self.complaints.warn(f"vmmci: the driver {text}")
 
     def raise_config(self) -> None:
         """Interrupt the guest."""

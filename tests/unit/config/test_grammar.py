@@ -446,6 +446,12 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("disk ''", "failed to parse disks: : No such file or directory"),
         ("disk IMAGE\n" * 5, "too many disks"),
         ("disk IMAGE format vmdk", "unrecognized disk format vmdk"),
+        ("disk IMAGE format raw format raw", "an option of the disk is given twice"),
+        ("disk IMAGE serial a format raw serial a", "an option of the disk is given twice"),
+        ("disk IMAGE serial ''", "a serial number is 1 to 20 printable ASCII characters, not ''"),
+        (f"disk IMAGE serial '{'s' * 21}'", f"a serial number is 1 to 20 printable ASCII characters, not '{'s' * 21}'"),
+        ("disk IMAGE serial 'ä'", "a serial number is 1 to 20 printable ASCII characters, not 'ä'"),
+        ("disk IMAGE serial 'a\tb'", "a serial number is 1 to 20 printable ASCII characters, not 'a\\tb'"),
         (f"disk /{'d' * 1023}", "disk path too long"),
         (f"cdrom /{'c' * 1023}", "cdrom name too long"),
         ("cdrom a\ncdrom b", "cdrom specified more than once"),
@@ -647,7 +653,9 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
 
 # what is ours must not get in the way
 
-OUR_WORDS = ["vcpus", "virtio", "initrd", "cmdline", "nat", "limit", "vms", "legacy", "modern", "transitional"]
+OUR_WORDS = [
+    "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "limit", "vms", "legacy", "modern", "transitional",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("word", OUR_WORDS)
@@ -677,6 +685,42 @@ def test_our_words_are_still_words(conf: Loader, word: str, monkeypatch: pytest.
     assert (vm.name, vm.cdrom, vm.nics[0].switch, vm.nics[0].group) == (word, word, word, word)
     assert [disk.path for disk in vm.disks] == [vm.kernel] * 2 == [str(conf.directory / word)] * 2
     assert (config.switches[0].name, config.switches[0].interface) == (word, word)
+
+
+@pytest.mark.parametrize(
+    ("options", "form", "serial"),
+    [
+        ("", "", ""),
+        ("format raw", "raw", ""),
+        ("serial root", "", "root"),
+        ("serial 'a b~!'", "", "a b~!"),
+        ("serial 0042", "", "0042"),
+        ("serial 12345678901234567890 format raw", "raw", "12345678901234567890"),
+        ("serial 4f-1", "", "4f-1"),
+        ("format raw serial s-1", "raw", "s-1"),
+        ("serial serial format qcow2", "qcow2", "serial"),
+        (f"serial {'s' * 20}", "", "s" * 20),
+    ],
+)
+def test_disk_options(conf: Loader, options: str, form: str, serial: str) -> None:
+    """In any order; the serial number may be any printable word, and one of digits is not taken for a number."""
+    (disk,) = conf.vm(f"disk {conf.image} {options}").disks
+
+    assert (disk.format, disk.serial) == (form, serial)
+
+
+def test_serial_numbers_are_different_within_a_vm(conf: Loader) -> None:
+    """A guest could not tell two disks apart; another VM may have the same."""
+    line = f"disk {conf.image} serial a"
+
+    assert conf.errors(f"vm a {{\n{line}\n{line}\n}}\n") == ["3: serial a is another disk's of this vm"]
+    assert len(conf.load(f"vm a {{ {line} }}\nvm b {{ {line} }}\n").vms) == 2
+
+
+@pytest.mark.parametrize("mode", VirtioMode)
+def test_virtio_mode(conf: Loader, mode: VirtioMode) -> None:
+    """One of which is a keyword otherwise."""
+    assert conf.vm(f"virtio {mode.name.lower()}").virtio is mode
 
 
 def test_our_words_keep_off_quoted_ones(conf: Loader) -> None:

@@ -8,12 +8,12 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.errors import OperatorError, PeerError
-from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.guestmem import PAGE, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.log import log
 from vmd.vm import devproc
-from vmd.vm.devproc import DeviceProcess
+from vmd.vm.devproc import DeviceProcess, start_packet
 from vmd.vm.slots import Slot
 
 CONFIG = bytes(60)
@@ -161,6 +161,19 @@ def test_start_says_what_the_device_is(impostor: Impostor, process: DeviceProces
     assert process.name == "vioblk0"
     for fd in fds:
         os.close(fd)
+
+
+def test_start_has_room_for_a_serial_number() -> None:
+    """With zeroes behind it; without one nothing is in its place."""
+    with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
+        plain, given = (
+            start_packet("t", Slot(kind="blk", index=0, number=2, flags=1, serial=serial), memory)
+            for serial in (b"", b"abc")
+        )
+
+    at = devmsg.START_HEAD.size + devmsg.REGION.size
+    assert (plain[at:], given[at:]) == (b"t", b"abc".ljust(20, b"\0") + b"t")
+    assert [devmsg.START_HEAD.unpack_from(packet)[6] for packet in (plain, given)] == [1, 1 | devmsg.START_SERIAL]
 
 
 def test_ready_device(running: DeviceProcess) -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from vmd.config.model import BootDevice, DiskConfig, NicConfig, VmConfig
+from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig, valid_serial
 from vmd.ipc import devmsg
 from vmd.ipc.messages import DiskImages, ImageLink, NicLink
-from vmd.vm.slots import Slot, boot_paths, kinds, plan
+from vmd.vm.slots import Slot, boot_paths, kinds, plan, with_serials
 
 DISK1, DISK2, DISC = "/pci@i0cf8/*@3", "/pci@i0cf8/*@4", "/pci@i0cf8/*@5/*@0/*@0,0"
 
@@ -36,6 +36,41 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     assert by_name["vioblk0"].notes == (devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED)
     assert (by_name["vioblk1"].fds, by_name["vioblk1"].flags) == ((12,), devmsg.START_READ_ONLY)
     assert (by_name["vioscsi0"].fds, by_name["vioscsi0"].names) == ((13,), ("/disc.iso",))
+
+
+def serials(name: str = "a", uid: int = 0, given: str = "") -> list[bytes]:
+    """Return the serial numbers of two disks of a VM; the first one's may be given."""
+    disks = (DiskConfig(path="/a", serial=given), DiskConfig(path="/c"))
+    config = VmConfig(name=name, owner=Owner(uid=uid), disks=disks)
+    images = (DiskImages(images=(ImageLink(path=disk.path, format="raw"),)) for disk in config.disks)
+    return [slot.serial for slot in plan(config, tuple(images), [10, 11]) if slot.kind == "blk"]
+
+
+def test_serial_numbers_are_the_same_each_time_and_others_in_every_vm() -> None:
+    """By name and owner; long names are told apart although only their start is in it."""
+    found = [
+        serial
+        for name in ("a", "b", "a" * 62 + "b", "a" * 62 + "c", "webserver1", "webserver2")
+        for uid in (0, 1000)
+        for serial in serials(name, uid)
+    ]
+    assert len(set(found)) == len(found) == 24
+    assert all(len(serial) <= 20 and valid_serial(serial.decode("ascii")) for serial in found)
+    assert serials("db1") == serials("db1") == [b"db1-b718b3a078-0", b"db1-b718b3a078-1"]
+
+
+def test_serial_number_that_is_configured_counts() -> None:
+    """For its disk; the other one's stays what it was."""
+    assert serials(given="mine") == [b"mine", serials()[1]]
+
+
+def test_configuration_takes_serial_numbers_along() -> None:
+    """What is sent says what its guest has seen, so that another name does not change it; none at all stays none."""
+    devices = slots()
+    taken = with_serials(CONFIG.replace(name="other"), devices)
+
+    assert [disk.serial.encode() for disk in taken.disks] == [slot.serial for slot in devices if slot.kind == "blk"]
+    assert with_serials(CONFIG, [slot.replace(serial=b"") for slot in devices]) == CONFIG
 
 
 def test_devices_can_be_told_from_the_configuration_alone() -> None:

@@ -377,13 +377,21 @@ def test_a_layout_of_a_function_that_is_unknown_here_is_refused() -> None:
             state.check_devices(saved.header(devices=devices))
 
 
+@pytest.mark.parametrize("serial", [b"x" * 21, b"a\nb", b"a\0", b"\xff"])
+def test_a_serial_number_that_no_disk_can_have_is_refused(serial: bytes) -> None:
+    """It goes into a message of fixed length, and from there into the guest and the next stream."""
+    devices = (saved.header().devices[0], saved.header().devices[1].replace(serial=serial))
+    with pytest.raises(ValueError, match="the disk in PCI slot 2 has serial number b'"):
+        state.check_devices(saved.header(devices=devices))
+
+
 def test_a_guest_keeps_what_it_has_seen_of_its_devices() -> None:
     """Layout and serial number of each are the sender's, whatever new ones have here."""
     heads = (
         DeviceHead(kind="rng", slot=1, features=0, layout=7),
         DeviceHead(kind="blk", slot=2, features=0, layout=1, serial=b"a disk"),
     )
-    slots = state.as_sent(plan(VmConfig(name="a"), [DiskImages(images=())]), heads)
+    slots = state.as_sent(plan(config(disks=(DISK,)), [DiskImages(images=())]), heads)
     assert [(slot.layout, slot.serial) for slot in slots] == [(7, b""), (1, b"a disk")]
 
 

@@ -103,12 +103,12 @@ class Workers:
 class Vioblk:
     """A disk."""
 
-    def __init__(self, image: "Image", services: "Services", workers: Workers, *, index: int = 0) -> None:
-        """Take the image, whose owner we are from here on."""
+    def __init__(self, image: "Image", services: "Services", workers: Workers, *, serial: bytes = b"vioblk0") -> None:
+        """Take the image, whose owner we are from here on; `serial` answers GET_ID."""
         self.image = image
         self.services = services
         self.workers = workers
-        self.serial = f"vioblk{index}".encode().ljust(spec.VIRTIO_BLK_ID_BYTES, b"\0")
+        self.serial = serial.ljust(spec.VIRTIO_BLK_ID_BYTES, b"\0")
         self.size = image.size // spec.SECTOR * spec.SECTOR
         self.features = 1 << spec.VIRTIO_BLK_F_SEG_MAX | 1 << spec.VIRTIO_BLK_F_BLK_SIZE | 1 << spec.VIRTIO_BLK_F_FLUSH
         if image.writable:

@@ -27,7 +27,7 @@ def main() -> int:
 def make(services: "Process") -> Vioblk:
     """Open the disk and start the threads.  Raises ImageError or PeerError."""
     host = services.host
-    return Vioblk(open_disk(host), services, Workers(WORKERS_MAX), index=host.index)
+    return Vioblk(open_disk(host), services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
 
 
 def open_disk(host: "Host") -> "Image":
