@@ -5,6 +5,7 @@
  *     reads=N         N reads of 4 KiB, asleep between them, by MSI-X; then off
  *     bench           serve commands on the serial line (bench.c)
  *     churn           keep the disk busy until a line says otherwise, and tell what was wrong (churn.c)
+ *     mapped          use no ports, only registers in memory; so legacy ones are not tested
  *     slot=N          not the first disk but the one in PCI slot N, or behind it
  *     qemu            run under QEMU, for testing this guest: leaves out what is ours alone
  *

@@ -84,5 +84,7 @@ static void work(void)
 void guest_main(void)
 {
     print("blk: begin\n");
+    if (option("mapped"))
+        virtio_use_memory_only();
     run_in_ring3(work);
 }

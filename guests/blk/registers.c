@@ -175,14 +175,15 @@ static void test_window(void)
     check("works-after-a-window-to-nowhere", works());
 }
 
-/* The ports of notification move with their BAR, while the queue runs. */
+/* The place of notifications moves with its BAR, while the queue runs. */
 static void test_moved_bar(bool legacy)
 {
     struct pci_device *pci = &disk.device.pci;
+    bool io = disk.device.notify.io;
     uint64_t old, new;
     unsigned bar = 0;
 
-    while (bar < PCI_BARS && !(pci->bars[bar].io && disk.queue.notify >= pci->bars[bar].base &&
+    while (bar < PCI_BARS && !(pci->bars[bar].io == io && disk.queue.notify >= pci->bars[bar].base &&
                                disk.queue.notify < pci->bars[bar].base + pci->bars[bar].size))
         bar++;
     if (bar == PCI_BARS) {
@@ -190,13 +191,14 @@ static void test_moved_bar(bool legacy)
         return;
     }
     old = pci->bars[bar].base;
-    new = pci_free_ports(pci->bars[bar].size);
+    new = io ? pci_free_ports(pci->bars[bar].size) : pci_free_memory(pci->bars[bar].size);
     pci_move_bar(pci, bar, new);
     disk.queue.notify += new - old;
     disk.device.registers.base += new - old;
     check("works-at-another-place", works());
-    pci_write16(pci->slot, PCI_COMMAND, COMMAND_MEMORY | COMMAND_MASTER);
-    check_equal("switched-off", inb((uint16_t)disk.device.registers.base), 0xFF);
+    pci_write16(pci->slot, PCI_COMMAND, (uint16_t)((io ? COMMAND_MEMORY : COMMAND_IO) | COMMAND_MASTER));
+    if (io || !under_qemu()) /* where memory that is not there reads as zeroes */
+        check_equal("switched-off", window_read(&disk.device.registers, 0, 1), 0xFF);
     pci_write16(pci->slot, PCI_COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER);
     check("works-after-switching-on", works());
     pci_move_bar(pci, bar, old);

@@ -86,5 +86,7 @@ static void work(void)
 void guest_main(void)
 {
     print("net: begin\n");
+    if (option("mapped"))
+        virtio_use_memory_only();
     run_in_ring3(work);
 }

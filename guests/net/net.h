@@ -8,6 +8,7 @@
  *
  * On the command line:
  *
+ *     mapped                 use no ports, only registers in memory; so legacy ones are not tested
  *     slot=N                 not the first interface but the one in PCI slot N, or behind it
  *     qemu                   run under QEMU, for testing this guest: leaves out what is ours alone
  *

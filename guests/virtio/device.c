@@ -39,6 +39,13 @@ unsigned virtio_find(unsigned type, unsigned slot)
     return slot;
 }
 
+static bool memory_only;
+
+void virtio_use_memory_only(void)
+{
+    memory_only = true;
+}
+
 static bool find_modern(struct virtio_device *device)
 {
     struct window *windows[] = {NULL, &device->registers, &device->notify, &device->isr, &device->config};
@@ -49,6 +56,8 @@ static bool find_modern(struct virtio_device *device)
         unsigned type = pci_read8(pci->slot, at + CAP_TYPE), bar = pci_read8(pci->slot, at + CAP_BAR);
 
         if (type < CFG_COMMON || type > CFG_DEVICE || found >> type & 1 || bar >= PCI_BARS)
+            continue;
+        if (memory_only && pci->bars[bar].io)
             continue;
         found |= 1u << type;
         *windows[type] = (struct window){
@@ -69,6 +78,8 @@ bool virtio_open(struct virtio_device *device, unsigned slot, bool legacy)
     device->legacy = legacy;
     if (legacy) {
         if (device->pci.device >= VIRTIO_MODERN_BASE || !device->pci.bars[0].io || !device->pci.bars[0].size)
+            return false;
+        if (memory_only)
             return false;
         device->registers = (struct window){device->pci.bars[0].base, true};
     } else if (!find_modern(device)) {
@@ -209,8 +220,13 @@ static void lay_out(struct queue *queue, unsigned size)
     }
 }
 
+/* Whole where that can be done, as drivers do that have mapped the registers; else by halves. */
 static void set64(const struct virtio_device *device, unsigned offset, uint64_t value)
 {
+    if (!device->registers.io) {
+        poke64(device->registers.base + offset, value);
+        return;
+    }
     set(device, offset, 4, (uint32_t)value);
     set(device, offset + 4, 4, (uint32_t)(value >> 32));
 }

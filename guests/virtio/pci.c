@@ -99,7 +99,7 @@ uint64_t pci_free_ports(uint64_t size)
     return base;
 }
 
-static uint64_t free_memory(uint64_t size)
+uint64_t pci_free_memory(uint64_t size)
 {
     static uint64_t next = FREE_MEMORY;
     uint64_t base = (next + size - 1) & ~(size - 1);
@@ -148,7 +148,7 @@ static void place_bars(struct pci_device *device)
 
         size_bar(device, index);
         if (bar->size && !bar->base)
-            pci_move_bar(device, index, bar->io ? pci_free_ports(bar->size) : free_memory(bar->size));
+            pci_move_bar(device, index, bar->io ? pci_free_ports(bar->size) : pci_free_memory(bar->size));
         index += bar->wide; /* its other half is the next register */
     }
     pci_write16(device->slot, PCI_COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER);

@@ -59,6 +59,7 @@ bool pci_open(struct pci_device *device, unsigned slot);
 void pci_move_bar(struct pci_device *device, unsigned index, uint64_t base);
 /* Somewhere free and aligned for as many bytes. */
 uint64_t pci_free_ports(uint64_t size);
+uint64_t pci_free_memory(uint64_t size);
 /* The offset of the next capability of a kind behind another (0: the first), or 0. */
 unsigned pci_capability(const struct pci_device *device, unsigned kind, unsigned previous);
 

@@ -146,6 +146,8 @@ struct virtio_device {
 
 /* The first virtio device of a type whose slot is at least `slot`; returns its slot, or PCI_SLOTS. */
 unsigned virtio_find(unsigned type, unsigned slot);
+/* From now on be a driver that cannot use ports: of the structures of virtio 1.x it takes those in memory BARs. */
+void virtio_use_memory_only(void);
 /* Take a device by one of its two interfaces, and reset it; false if it does not have that one.  One that was open
  * before has been reset. */
 bool virtio_open(struct virtio_device *device, unsigned slot, bool legacy);

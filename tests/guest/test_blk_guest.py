@@ -13,10 +13,13 @@ from tests.support.blkdisk import Disk
 from tests.support.daemon import Daemon
 from tests.support.guests import guest
 from tests.support.images import problems, qemu
+from vmd.config.model import DiskConfig, VmConfig
+from vmd.vm.slots import disk_serial
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 CHECKS_OF_ONE_INTERFACE = 400  # at least; two have twice as many
+SECOND = VmConfig(name="blk", disks=(DiskConfig(path=""),) * 2)  # as far as serial numbers go
 
 
 def conf(disk: str, *lines: str, cmdline: str = "") -> str:
@@ -43,15 +46,20 @@ def check(report: str, *interfaces: str) -> None:
     assert len(good) > CHECKS_OF_ONE_INTERFACE * len(interfaces)
 
 
-@pytest.mark.parametrize(("lines", "interfaces"), [
-    (("vcpus 2",), ("modern", "legacy")),
-    (("virtio legacy",), ("legacy",)),
-    (("virtio modern",), ("modern",)),
+@pytest.mark.parametrize(("lines", "interfaces", "cmdline"), [
+    (("vcpus 2",), ("modern", "legacy"), ""),
+    (("virtio legacy",), ("legacy",), ""),
+    (("virtio modern",), ("modern",), ""),
+    (("virtio memory",), ("modern",), ""),
+    (("virtio transitional",), ("modern",), "mapped"),
 ])  # fmt: skip
-def test_raw_disk(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, ...]) -> None:
-    """All requests, both interfaces, polling, INTx and MSI-X, chains and tables, flags and event indices."""
+def test_raw_disk(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, ...], cmdline: str) -> None:
+    """All requests, both interfaces, polling, INTx and MSI-X, chains and tables, flags and event indices.
+
+    A guest that is `mapped` uses no port; with `virtio memory` there is none that it could use.
+    """
     disk = Disk(tmp_path / "disk")
-    with Daemon(tmp_path, conf(f'"{disk.path}" format raw', *lines)) as vmd:
+    with Daemon(tmp_path, conf(f'"{disk.path}" format raw', *lines, cmdline=cmdline)) as vmd:
         check(run(vmd), *interfaces)
     disk.check_tested()
 
@@ -79,21 +87,30 @@ def test_the_second_disk_is_another(tmp_path: Path) -> None:
     with Daemon(tmp_path, text) as vmd:
         report = run(vmd)
     check(report, "modern")
-    assert "id vioblk1\n" in report
+    assert f"id {disk_serial(SECOND, 1).decode()}\n" in report
     first.check_untouched()
     second.check_tested()
 
 
-def exits_of_reads(directory: Path, count: int) -> int:
+def exits_of_reads(directory: Path, count: int, mode: str = "transitional", option: str = "") -> int:
     """Return how often a vCPU came back to the VM process while its guest made so many reads, asleep between them."""
     directory.mkdir()
     disk = Disk(directory / "disk")
-    with Daemon(directory, conf(f'"{disk.path}" format raw', cmdline=f"reads={count}")) as vmd:
+    text = conf(f'"{disk.path}" format raw', f"virtio {mode}", cmdline=f"reads={count}{option}")
+    with Daemon(directory, text) as vmd:
         vmd.must("log", "verbose")
         assert "reads are done" in run(vmd)
         found = re.search(r"vm/blk: vcpu 0: (\d+) exits", vmd.log)
         assert found is not None
         return int(found[1])
+
+
+@pytest.mark.parametrize("mode", ["transitional", "memory"])
+def test_requests_of_mapped_registers_do_not_enter_the_vm_process(tmp_path: Path, mode: str) -> None:
+    """The same where a guest notifies in memory, at one address for all queues or at one for each."""
+    few, many = (exits_of_reads(tmp_path / str(count), count, mode, " mapped") for count in (1000, 9000))
+
+    assert many == few
 
 
 def test_requests_do_not_enter_the_vm_process(tmp_path: Path) -> None:

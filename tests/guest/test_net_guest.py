@@ -100,12 +100,17 @@ def test_frames(tmp_path: Path) -> None:
         net.switch_off()
 
 
-@pytest.mark.parametrize("kind", ["legacy", "modern"])
-def test_frames_of_one_kind(tmp_path: Path, kind: str) -> None:
-    """`virtio legacy` and `virtio modern`: frames pass by the only registers that there are."""
-    with running(tmp_path, conf(f"virtio {kind}")) as net:
+@pytest.mark.parametrize(("kind", "interface", "cmdline"), [
+    ("legacy", "legacy", ""), ("modern", "modern", ""), ("memory", "modern", ""), ("transitional", "modern", "mapped"),
+])  # fmt: skip
+def test_frames_of_one_kind(tmp_path: Path, kind: str, interface: str, cmdline: str) -> None:
+    """`virtio legacy`, `modern` and `memory`: frames pass by the only registers that there are, or that are used.
+
+    Each of the two queues is notified at an address of its own with `virtio memory`, else at the same one.
+    """
+    with running(tmp_path, conf(f"virtio {kind}", cmdline=cmdline)) as net:
         said = net.tell("frames count=1000")
-        assert f"interfaces: {kind}\n" in said
+        assert f"interfaces: {interface}\n" in said
         assert "frames are through" in said
         net.switch_off()
 
