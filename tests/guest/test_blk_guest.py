@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import churn
 from tests.support.blkdisk import Disk
 from tests.support.daemon import Daemon
 from tests.support.guests import guest
 from tests.support.images import problems, qemu
+from tests.support.transfers import Stream, from_file, to_file
 from vmd.config.model import DiskConfig, VmConfig
 from vmd.vm.slots import disk_serial
 
@@ -90,6 +92,25 @@ def test_the_second_disk_is_another(tmp_path: Path) -> None:
     assert f"id {disk_serial(SECOND, 1).decode()}\n" in report
     first.check_untouched()
     second.check_tested()
+
+
+def test_serial_number_goes_with_the_guest(tmp_path: Path) -> None:
+    """Also to a VM of another name, which has its own in the next life only."""
+    disk = Disk(tmp_path / "disk")
+    with Daemon(tmp_path, conf(f'"{disk.path}" format raw', cmdline="churn")) as vmd:
+        vmd.must("start", "blk")
+        with vmd.console("blk") as console:
+            churn.ask_until_rounds(console, 1)
+        to_file(vmd, "blk", tmp_path / "first")
+        status, said = from_file(vmd, "other", tmp_path / "first")
+        assert status == 0, said
+        to_file(vmd, "other", tmp_path / "second")
+
+    for name in ("first", "second"):
+        header = Stream((tmp_path / name).read_bytes()).header
+        (serial,) = (device.serial for device in header.devices if device.kind == "blk")
+        assert serial == disk_serial(SECOND, 0)
+        assert header.config.disks[0].serial.encode() == serial
 
 
 def exits_of_reads(directory: Path, count: int, mode: str = "transitional", option: str = "") -> int:
