@@ -10,7 +10,8 @@ from tests.support import golden, saved
 from tests.support.packets import DISCOVER, dhcp
 from tests.unit.vm.boot import samples
 from vmd.images.create import write_empty
-from vmd.ipc import imsg
+from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, SIGNATURES, VHD_FIXED
+from vmd.ipc import imsg, probemsg
 from vmd.ipc.messages import ListRequest, Ok, PauseVm, StopRequest
 from vmd.vm.stream import COUNT, END, GPA, OLDEST, VERSION, Pipe, StreamWriter
 
@@ -77,6 +78,22 @@ def seeds(target: str) -> list[bytes]:
         case "message":
             messages = (ListRequest(), StopRequest(name="a", force=True), Ok(notes=("note",)))
             return [imsg.encode(message)[0] for message in (*messages, PauseVm(vmid=1, paused=True))]
+        case "probe-answer":
+            probes = (
+                probemsg.Probe(format="raw", size=512, guessed=True, looks="gzip"),
+                probemsg.Probe(format="", size=512, guessed=True, looks="VMDK"),
+                probemsg.Probe(format="qcow2", size=1 << 30, backing="b", backing_format="raw", notes=probemsg.NOTES),
+            )
+            return [*map(probemsg.pack_image, probes), probemsg.pack_error("is bad")]
+        case "identify":
+            starts = [bytes(at) + found for _, at, found in (*SIGNATURES, *DISC_SIGNATURES)]
+            footer = FOOTER.pack(b"conectix", 2, 1 << 16, 1 << 20, 1 << 20, VHD_FIXED).ljust(512, b"\0")
+            ends = [bytes(1024) + footer, bytes(1024) + KOLY.pack(b"koly", 4, 512).ljust(512, b"\0")]
+            texts = [b"# comment\n\nversion=1\n", b'<?xml?><Envelope xmlns="http://x/ovf/envelope/1">']
+            disc = bytes(0x8000) + b"\1CD001" + bytes(2041)
+            ova = b"vm.ovf".ljust(257, b"\0") + b"ustar"
+            base = made(lambda fd: write_empty(fd, "seed", "qcow2", 1 << 20, "base", "raw"))
+            return [*starts, *ends, *texts, disc, ova, base]
         case "qcow2":
             return [made(lambda fd: write_empty(fd, "seed", "qcow2", 1 << 20))]
         case "boot-image":

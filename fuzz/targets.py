@@ -17,6 +17,7 @@ from vmd.errors import GuestError, ImageError, PeerError
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.images.chain import Link, open_chain
 from vmd.images.header import parse_header
+from vmd.images.identify import probe
 from vmd.ipc import imsg, probemsg
 from vmd.virtio.queue import Queue
 from vmd.vm import state
@@ -79,6 +80,22 @@ def probe_answer(data: bytes) -> None:
         probemsg.unpack(data)
     except ValueError as error:
         said(error)
+
+
+def identify(data: bytes) -> None:
+    """Tell what an image is, as a disk and as a disc."""
+    fd = file_of(data)
+    try:
+        for hint in ("", "qcow2", probemsg.DISC):
+            try:
+                found = probe(fd, "image", hint)
+            except ImageError as error:
+                said(error)
+                continue
+            assert probemsg.unpack(probemsg.pack_image(found)) == found
+            probemsg.refusal(found, hint, "image", "raw:image")
+    finally:
+        os.close(fd)
 
 
 def qcow2(data: bytes) -> None:
@@ -220,6 +237,7 @@ TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "config": config,
     "message": message,
     "probe-answer": probe_answer,
+    "identify": identify,
     "qcow2": qcow2,
     "boot-image": boot_image,
     "dhcp": dhcp_packet,

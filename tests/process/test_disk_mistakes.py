@@ -1,6 +1,7 @@
 """Every mistake with disks that a user can make is answered by vmctl with one sentence that names the file."""
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -107,6 +108,61 @@ def test_of_another_format(vmd: Daemon, tmp_path: Path) -> None:
     refused(vmd, "-d", f"qcow2:{zstd}", words=(f"disk {zstd}", "zstd"))
 
 
+def test_format_that_is_not_ours(vmd: Daemon, tmp_path: Path) -> None:
+    """A container as a disk, and a disk's image as a disc: named, with what converts it."""
+    vmdk, gz, disc = tmp_path / "my disk.vmdk", tmp_path / "disk.gz", qcow2(tmp_path / "disc.iso")
+    qemu("qemu-img", "create", "-q", "-f", "vmdk", vmdk, "1M")
+    gz.write_bytes(gzip.compress(bytes(MIB)))
+    convert = f"qemu-img convert -f vmdk -O qcow2 '{vmdk}' '{vmdk}.qcow2'"
+
+    refused(vmd, "-d", vmdk, words=(f"disk {vmdk}: is a VMDK image", convert, f"raw:'{vmdk}'"))
+    refused(vmd, "-d", f"qcow2:{vmdk}", words=(f"disk {vmdk}: is a VMDK image", convert))
+    refused(vmd, "-d", gz, words=(f"disk {gz}: is gzip-compressed", f"gzip -dk {gz}"))
+    refused(vmd, "-r", disc, words=(f"cdrom {disc}: is a qcow2 image", f"-O raw {disc} {disc}.iso"))
+    refused(vmd, "-r", gz, words=(f"cdrom {gz}: is gzip-compressed", f"gzip -dk {gz}"))
+
+
+def test_format_by_name(tmp_path: Path) -> None:
+    """A derived image that is called *.qcow2 starts; where it is configured, advice is for a vm.conf."""
+    base = qcow2(tmp_path / "base.qcow2")
+    top = qcow2(tmp_path / "top.qcow2", "-b", base.name, "-F", "qcow2", size="")
+    plain = raw(tmp_path / "plain.qcow2")
+    conf = f'vm "a" {{\n disable\n boot "{guest("demo")}"\n memory 32M\n disk "{plain}"\n}}\n'
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.must("start", "-m", "32M", "-b", guest("demo"), "-d", top, "b")
+
+        done = vmd.vmctl("start", "a")
+
+        assert done.returncode == 1
+        words = f"disk {plain}: not a qcow2 image, as its name says; if it is raw, say `format raw`"
+        assert words in done.stderr
+        assert vmd.status("a")["state"] == "stopped"
+        vmd.must("stop", "-fw", "b")
+
+
+def test_what_is_odd_is_said(tmp_path: Path) -> None:
+    """Once, by vmctl and in the log, with the line of the configuration; a disk and a disc of odd lengths."""
+    disk, disc, archive = raw(tmp_path / "disk", MIB + 5), raw(tmp_path / "disc", MIB + 5), tmp_path / "archive"
+    archive.write_bytes(gzip.compress(bytes(MIB)).ljust(MIB, b"\0"))
+    conf = (
+        f'vm "a" {{\n disable\n boot "{guest("demo")}"\n memory 32M\n'
+        f' disk "{disk}" format raw\n disk "{archive}"\n cdrom "{disc}"\n}}\n'
+    )
+    notes = [
+        f"disk {disk}: its 1048581 bytes are no multiple of 512; its last sector is padded with zeroes",
+        f"disk {archive}: begins as if it were gzip-compressed, and is used as raw;"
+        " `format raw` says that this is meant",
+        f"cdrom {disc}: its 1048581 bytes are no multiple of 2048; the guest does not see the last 5",
+    ]
+    with Daemon(tmp_path, conf) as vmd:
+        said = vmd.must("start", "a")
+
+        for note in notes:
+            assert said.count(f"vmctl: warning: {note}\n") == 1
+            assert vmd.log.count(f"{vmd.conf}:1: vm a: {note}\n") == 1
+        vmd.must("stop", "-fw", "a")
+
+
 def test_too_small_for_a_disk(vmd: Daemon, tmp_path: Path) -> None:
     """An empty file; the guest would see a disk without a sector."""
     empty = raw(tmp_path / "empty", 0)
@@ -139,7 +195,7 @@ def test_format_guessed(vmd: Daemon, tmp_path: Path) -> None:
     """A disk whose format nobody states is used, but what it says of a backing file is not believed."""
     top = layered(tmp_path, 2)
 
-    refused(vmd, "-d", top, words=(f"disk {top}", "has backing file layer0", "format qcow2"))
+    refused(vmd, "-d", top, words=(f"disk {top}", "has backing file layer0", f"give it as qcow2:{top}"))
 
 
 def test_in_use(vmd: Daemon, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vmd.errors import ImageError, VmdError
 from vmd.images.chain import MAX_CHAIN
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
-from vmd.ipc.probemsg import FORMATS
+from vmd.ipc.probemsg import FORMATS, NOT_QCOW2
 from vmd.scaled import fmt_scaled, scan_scaled
 
 OPTIONS = "b:i:s:"
@@ -80,9 +80,9 @@ def create_overlay(target: Target, word: str, size: int | None) -> None:
     if base_format == "raw":
         raise CommandError(not_qcow2)
     try:
-        chain = OpenedChain(found, "qcow2")
+        chain = OpenedChain(found, "qcow2", raw_will_do=False)
     except ImageError as error:
-        if error.path == found and error.what == "not a qcow2 image":
+        if error.path == found and error.what == NOT_QCOW2:
             raise CommandError(not_qcow2) from None
         raise CommandError(f"failed to open base image file: {error}") from None
     base_size = chain.probes[0].size
@@ -125,6 +125,8 @@ def create_copy(target: Target, word: str, size: int | None) -> None:
         source = chain.image()
     except VmdError as error:
         raise CommandError(f"failed to open source image file: {error}") from None
+    for note in chain.notes:
+        warn(f"warning: {note}")
     try:
         rounded_up = -(-source.size // MIB) * MIB
         wanted = max(rounded_up, MIB) if size is None else size

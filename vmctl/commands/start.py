@@ -320,6 +320,8 @@ def run(session: Session, arguments: list[str]) -> int:
     if wanted.json and wanted.console:
         raise CommandError("--json and -c cannot be used together")
     started = start(session, wanted, ref)
+    for note in started.notes:
+        warn(f"warning: {note}")
     warn(f"started vm {started.vmid} successfully, tty {started.tty}")
     if wanted.json:
         document = {"id": started.vmid, "name": clean(started.name), "pid": started.pid, "tty": clean(started.tty)}

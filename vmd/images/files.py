@@ -1,7 +1,7 @@
 """Images by path, opened with the caller's own rights: for vmctl, never for a daemon.
 
 A backing file is opened only where the format of the image that names it is known otherwise than from the
-image's first bytes: a guest may have written them.
+image's first bytes: a guest may have written them.  The name *.qcow2 of a file is such knowledge.
 """
 
 import contextlib
@@ -11,7 +11,8 @@ from vmd.errors import ImageError
 from vmd.images.chain import MAX_CHAIN, Link, open_chain
 from vmd.images.identify import probe
 from vmd.images.locks import lock
-from vmd.ipc.probemsg import Probe, how_to_record
+from vmd.ipc.foreign import given_as, named_qcow2
+from vmd.ipc.probemsg import NOT_QCOW2, Probe, how_to_record, recording, refusal, warnings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class OpenedChain:
     """The files of a chain, opened for reading, locked against writers, and told apart; top first."""
 
-    def __init__(self, path: str, format_hint: str = "") -> None:
-        """Open `path` and all below it.
+    def __init__(self, path: str, format_hint: str = "", *, raw_will_do: bool = True) -> None:
+        """Open `path` and all below it; `raw_will_do`: what looks like another format may be given as raw.
 
         Raises:
             ImageError: a file is missing, unreadable, unfit, or there are too many.
@@ -30,6 +31,9 @@ class OpenedChain:
         """
         self.links: list[Link] = []
         self.probes: list[Probe] = []
+        self.notes: list[str] = []  # sentences that the user should read
+        given, raw = format_hint, given_as("raw", path, in_conf=False) if raw_will_do else ""
+        format_hint = format_hint or ("qcow2" if named_qcow2(path) else "")
         seen: set[tuple[int, int]] = set()
         top = path
         try:
@@ -44,18 +48,35 @@ class OpenedChain:
                         raise ImageError(top, f"backing chain is longer than {MAX_CHAIN} images")
                     seen.add((identity.st_dev, identity.st_ino))
                     lock(fd, path, writable=False)
-                    found = probe(fd, path, format_hint)
+                    found = self._probe(fd, path, format_hint, given, raw)
                     if found.backing and found.guessed:
                         raise ImageError(path, f"has backing file {found.backing}, but {self._remedy(path)}")
                     undo.pop_all()
                 self.probes.append(found)
                 self.links.append(Link(fd=fd, path=path, format=found.format, guessed=found.guessed))
+                self.notes += [f"{path}: {note}" for note in warnings(found, path, raw)]
                 if not found.backing:
                     return
+                raw = f"`{recording(path, found.backing, 'raw')}`"
                 path, format_hint = os.path.join(os.path.dirname(path), found.backing), found.backing_format
         except BaseException:
             self.close()
             raise
+
+    def _probe(self, fd: int, path: str, format_hint: str, given: str, raw: str) -> Probe:
+        """Return what an image is; `given` is the format that the user gave.  Raises ImageError."""
+        try:
+            found = probe(fd, path, format_hint)
+            wrong = refusal(found, format_hint, path, raw)
+        except ImageError as error:
+            if error.what != NOT_QCOW2:
+                raise
+            wrong = NOT_QCOW2
+        if wrong == NOT_QCOW2 and raw and not given and not self.links:
+            wrong += f", as its name says; if it is raw, give it as {raw}"
+        if wrong:
+            raise ImageError(path, wrong)
+        return found
 
     def _open(self, path: str) -> int:
         """Open one file; O_NONBLOCK, because a FIFO would keep us waiting.  Raises ImageError."""
@@ -69,7 +90,8 @@ class OpenedChain:
     def _remedy(self, path: str) -> str:
         """Return why a backing file is not opened, and what to do."""
         if not self.links:
-            return f"only its first bytes say that it is qcow2; if you trust it, give it as qcow2:{path}"
+            given = given_as("qcow2", path, in_conf=False)
+            return f"only its first bytes say that it is qcow2; if you trust it, give it as {given}"
         return how_to_record(self.links[-1].path, self.probes[-1].backing, "qcow2")
 
     def image(self) -> "Image":

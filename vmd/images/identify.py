@@ -1,18 +1,23 @@
-"""What an image file says it is: its format, size and backing file."""
+"""What an image file says it is: its format, size and backing file; and what it looks like if it is none of ours."""
 
 import os
 import stat
 
 from vmd.errors import ImageError
+from vmd.images.header import CORRUPT as CORRUPT_BIT
+from vmd.images.header import DIRTY as DIRTY_BIT
 from vmd.images.header import MAGIC, parse_header
 from vmd.images.hostfile import read_bytes
-from vmd.ipc.probemsg import FORMATS, Probe
+from vmd.images.signatures import DISC_AT, DISC_DESCRIPTOR, HEAD_BYTES, TAIL_BYTES, recognise, recognise_disc
+from vmd.ipc.foreign import FOREIGN
+from vmd.ipc.probemsg import CORRUPT, DIRTY, DISC, FORMATS, NOT_QCOW2, Probe
 
 
 def probe(fd: int, path: str, format_hint: str = "") -> Probe:
-    """Tell format, size and backing file of an open image; without a hint, by its first bytes.
+    """Tell format, size and backing file of an open image; without a hint, by its bytes.
 
-    What to do with a backing file that a guessed image names is the caller's business; not to open it.
+    What to do with a backing file that a guessed image names is the caller's business; not to open it.  So is whether
+    a raw image that looks like something else is used; `foreign.refused` has the rule.
 
     Raises:
         ImageError: it is damaged, or needs what we do not have.
@@ -21,19 +26,34 @@ def probe(fd: int, path: str, format_hint: str = "") -> Probe:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise ImageError(path, "neither a regular file nor a block device")
-        file_bytes = os.lseek(fd, 0, os.SEEK_END)
-        found = format_hint or ("qcow2" if read_bytes(fd, len(MAGIC), 0) == MAGIC else "raw")
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if format_hint == "raw":
+            return Probe(format="raw", size=size)
+        head, tail = read_bytes(fd, HEAD_BYTES, 0), read_bytes(fd, TAIL_BYTES, max(0, size - TAIL_BYTES))
+        descriptor = read_bytes(fd, DISC_DESCRIPTOR, DISC_AT) if format_hint == DISC else b""
     except OSError as error:
         raise ImageError(path, f"cannot be read: {error.strerror}") from error
-    if found not in FORMATS:
-        raise ImageError(path, f"unknown image format {found}")
-    if found == "raw":
-        return Probe(format=found, size=file_bytes, guessed=not format_hint)
+    if format_hint == DISC:
+        looks = recognise_disc(head, tail, descriptor)
+        return Probe(format="raw", size=size, looks=looks)
+    if format_hint not in ("", *FORMATS):
+        raise ImageError(path, f"unknown image format {format_hint}")
+    looks = recognise(head, tail)
+    if format_hint == "" and looks:
+        return Probe(format="raw" if FOREIGN[looks].content else "", size=size, looks=looks, guessed=True)
+    if not head.startswith(MAGIC):
+        if looks:
+            return Probe(format="", size=size, looks=looks)
+        if format_hint:
+            raise ImageError(path, NOT_QCOW2)
+        return Probe(format="raw", size=size, guessed=True)
     header = parse_header(fd, path)
+    marks = ((DIRTY_BIT, DIRTY), (CORRUPT_BIT, CORRUPT))
     return Probe(
-        format=found,
+        format="qcow2",
         size=header.size,
         guessed=not format_hint,
         backing=header.backing,
         backing_format=header.backing_format,
+        notes=tuple(word for bit, word in marks if header.incompatible & bit),
     )

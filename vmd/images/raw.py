@@ -1,19 +1,17 @@
 """Raw images: the file is the disk."""
 
-import _thread
 import errno
 import os
 import stat
 
 from vmd.errors import ImageError
+from vmd.images.guard import Guard
 from vmd.images.hostfile import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
-    Cursor,
     data_span,
     fallocate,
-    read_bytes,
     read_views,
     total,
     write_views,
@@ -24,29 +22,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# What makes some program take a file for more than its bytes: a name of another file to open, for one.
-SIGNATURES = (
-    b"QFI\xfb",
-    b"QED\0",
-    b"KDMV",
-    b"COWD",
-    b"# Disk Descript",
-    b"conectix",
-    b"cxsparse",
-    b"vhdxfile",
-    b"WithoutFreeSpac",
-    b"WithouFreSpacEx",
-    b"<<< ",  # the texts with which VDI files begin
-)
-SIGNATURE_MAX = 16
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
 class RawImage:
     """A file or block device whose bytes are the disk's.
 
-    `guessed`: nobody said that it is raw, its first bytes only were no signature.  A guest that could write
-    one would have the file read as what it says when the disk is opened next, so it may not.
+    `guessed`: nobody said that it is raw, its bytes only were no signature.  A guest that could write one would
+    have the file read as what it says when the disk is opened next, so it may not.
     """
 
     def __init__(self, fd: int, path: str, *, writable: bool, guessed: bool = False) -> None:
@@ -58,8 +41,7 @@ class RawImage:
         self.path = path
         self.writable = writable
         self.size = os.lseek(fd, 0, os.SEEK_END)
-        self.guarded = guessed and writable
-        self.guard = _thread.allocate_lock()
+        self.guard = Guard(fd, path) if guessed and writable else None
         self.failed = 0  # errno of a flush that lost data
 
     def check(self, offset: int, length: int) -> None:
@@ -85,28 +67,10 @@ class RawImage:
         """See Image."""
         length = total(views)
         self.check_write(offset, length)
-        if self.guarded and offset < SIGNATURE_MAX and length:
-            self._write_guarded(offset, views, length)
+        if self.guard is not None and self.guard.concerns(offset, length):
+            self.guard.write(offset, views, length)
         else:
             write_views(self.fd, views, offset, length)
-
-    def _write_guarded(self, offset: int, views: "Sequence[memoryview]", length: int) -> None:
-        """Write the start of the disk if it gives the file no signature; raises OSError EPERM if it does."""
-        inside = min(length, SIGNATURE_MAX - offset)
-        cursor = Cursor(views)
-        # Checked and written from a copy of our own: the guest goes on changing its memory.
-        head = b"".join(cursor.take(inside))
-        with self.guard:
-            first = bytearray(read_bytes(self.fd, SIGNATURE_MAX, 0))
-            first[offset : offset + inside] = head
-            if first.startswith(SIGNATURES):
-                raise OSError(
-                    errno.EPERM,
-                    f"{self.path}: the guest may not write the signature of an image format"
-                    " to a disk whose format was guessed; configure it with `format raw`",
-                )
-            rest = cursor.take(length - inside)
-            write_views(self.fd, [memoryview(head), *rest], offset, length)
 
     def flush(self) -> None:
         """See Image; the kernel reports lost data once, we do ever after."""

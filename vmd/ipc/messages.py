@@ -246,12 +246,13 @@ class Failed(Record):
 
 @message(0x32, *ANSWER)
 class VmStarted(Record):
-    """The VM runs; its console is `tty`."""
+    """The VM runs; its console is `tty`.  `notes` are sentences worth showing, such as of a disk's odd length."""
 
     vmid: int
     name: str
     pid: int
     tty: str
+    notes: tuple[str, ...] = ()
 
 
 @message(0x33, *ANSWER)

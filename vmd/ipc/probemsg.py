@@ -1,14 +1,17 @@
 """What imgprobe is asked and answers: descriptors, arguments, and one line in a form that its reader need not parse.
 
-    imgprobe [FORMAT]     the image is fd 4; without FORMAT it is told from the image's first bytes
-    fd 3                  `image` NUL format NUL size NUL guessed NUL backing NUL backing format LF
+    imgprobe [FORMAT]     the image is fd 4; without FORMAT it is told from the image's bytes; `disc`: a CD-ROM's
+    fd 3                  `image` NUL format NUL size NUL guessed NUL backing NUL backing format NUL looks NUL notes LF
                           `error` NUL sentence LF
 
-The sentence does not name the image: imgprobe does not know what it is called.  Standard library only.
+The sentence does not name the image: imgprobe does not know what it is called.  So whatever has a remedy that names
+the image is told by words of `foreign.FOREIGN` and NOTES, and its reader makes the sentence.  Standard library only.
 """
 
 import os
 
+from vmd.ipc import foreign
+from vmd.ipc.foreign import FOREIGN, quoted, refused
 from vmd.record import Record
 
 FD_ANSWER, FD_IMAGE = 3, 4  # a pipe's writing end; the image, for reading
@@ -17,6 +20,10 @@ SENTENCE_MAX = 4000  # bytes of a sentence
 BACKING_MAX = 1023  # bytes of a path; the format's own limit
 SIZE_DIGITS = len(str(2**63 - 1))
 FORMATS = ("raw", "qcow2")
+DISC = "disc"
+NOT_QCOW2 = "not a qcow2 image"
+DIRTY, CORRUPT = "dirty", "corrupt"
+NOTES = (DIRTY, CORRUPT)
 
 IMAGE, ERROR, END = b"image", b"error", b"\n"
 FLAGS = {b"0": False, b"1": True}
@@ -27,6 +34,9 @@ class Probe(Record):
 
     `guessed`: nobody but its first bytes said that it has this format.  A guest writes them, so whatever names
     another file must not be followed then.
+
+    `looks`: the name in `foreign.FOREIGN` of what the bytes look like.  `format` is "" if the image cannot be what was
+    asked for because of that.  `notes`: words of NOTES.
     """
 
     format: str
@@ -34,21 +44,40 @@ class Probe(Record):
     guessed: bool = False
     backing: str = ""
     backing_format: str = ""
+    looks: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def how_to_record(image: str, backing: str, backing_format: str) -> str:
     """Return what to do about an image that names a backing file, and not its format."""
     return (
         f"{image} does not record that it is {backing_format}; if you trust it, have it recorded:"
-        f" qemu-img rebase -u -f qcow2 -F {backing_format} -b {backing} {image}"
+        f" {recording(image, backing, backing_format)}"
     )
+
+
+def recording(image: str, backing: str, backing_format: str) -> str:
+    """Return the command that records the format of a backing file."""
+    return f"qemu-img rebase -u -f qcow2 -F {backing_format} -b {quoted(backing)} {quoted(image)}"
+
+
+def refusal(probe: Probe, format_hint: str, path: str, raw: str) -> str:
+    """Return why an image is not used as what it was given as, or ""; `raw` is how to have it as raw, or ""."""
+    if probe.looks and (not probe.format or refused(probe.looks, probe.size, path)):
+        return foreign.refusal(probe.looks, path, raw)
+    return NOT_QCOW2 if format_hint == "qcow2" and probe.format != "qcow2" else ""
+
+
+def warnings(probe: Probe, path: str, raw: str) -> list[str]:
+    """Return what is said of an image that is used; `raw` as for `refusal`."""
+    return [foreign.warning(probe.looks, raw)] if probe.looks else []
 
 
 def pack_image(probe: Probe) -> bytes:
     """Return the line for an image."""
     fields = (
         IMAGE, probe.format.encode(), b"%d" % probe.size, b"%d" % probe.guessed,
-        os.fsencode(probe.backing), probe.backing_format.encode(),
+        os.fsencode(probe.backing), probe.backing_format.encode(), probe.looks.encode(), " ".join(probe.notes).encode(),
     )  # fmt: skip
     return b"\0".join(fields) + END
 
@@ -69,10 +98,12 @@ def unpack(line: bytes) -> Probe | str:
     kind, *fields = line.removesuffix(END).split(b"\0")
     if kind == ERROR and len(fields) == 1:
         return fields[0].decode("utf-8", "backslashreplace")
-    if kind != IMAGE or len(fields) != 5:
+    if kind != IMAGE or len(fields) != 7:
         raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
-    image_format, size, guessed, backing, backing_format = fields
-    if image_format.decode("ascii", "replace") not in FORMATS:
+    image_format, size, guessed, backing, backing_format, looks, notes = fields
+    if looks and looks.decode("ascii", "replace") not in FOREIGN:
+        raise ValueError(f"look {looks[:16]!r}")
+    if image_format.decode("ascii", "replace") not in (("", *FORMATS) if looks else FORMATS):
         raise ValueError(f"format {image_format[:16]!r}")
     if not size.isdigit() or len(size) > SIZE_DIGITS:
         raise ValueError(f"size {size[:32]!r}")
@@ -82,10 +113,15 @@ def unpack(line: bytes) -> Probe | str:
         raise ValueError(f"path of {len(backing)} bytes")
     if backing_format.decode("ascii", "replace") not in ("", *FORMATS):
         raise ValueError(f"format {backing_format[:16]!r}")
+    words = tuple(notes.decode("ascii", "replace").split())
+    if len(words) > len(NOTES) or not set(words).issubset(NOTES):
+        raise ValueError(f"notes {notes[:32]!r}")
     return Probe(
         format=image_format.decode(),
         size=int(size),
         guessed=FLAGS[guessed],
         backing=os.fsdecode(backing),
         backing_format=backing_format.decode(),
+        looks=looks.decode(),
+        notes=words,
     )

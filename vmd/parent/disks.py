@@ -13,8 +13,24 @@ import time
 from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.images.locks import lock
+from vmd.ipc import foreign
+from vmd.ipc.foreign import DISC_CONTENT, SECTOR, given_as, named_qcow2, odd_length, quoted
 from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
-from vmd.ipc.probemsg import ANSWER_MAX, FD_ANSWER, FD_IMAGE, Probe, how_to_record, unpack
+from vmd.ipc.probemsg import (
+    ANSWER_MAX,
+    CORRUPT,
+    DIRTY,
+    DISC,
+    FD_ANSWER,
+    FD_IMAGE,
+    NOT_QCOW2,
+    Probe,
+    how_to_record,
+    recording,
+    refusal,
+    unpack,
+    warnings,
+)
 from vmd.parent.access import acting_as
 from vmd.privsep import linux
 from vmd.privsep.spawn import Child, spawn
@@ -30,11 +46,12 @@ if TYPE_CHECKING:
         """Finds out what an image says about itself."""
 
         def probe(self, fd: int, name: str, format_hint: str) -> Probe:
-            """Return it; the format is told from the first bytes if no hint is given.  Raises OperatorError."""
+            """Return it; the format is told from the bytes if no hint is given.  Raises OperatorError."""
 
 
 PROBE_TIMEOUT_S = 8.0  # an image on storage that does not answer must not hold up the daemon for ever
 END_TIMEOUT_S = 1.0
+DISC_BLOCK = 2048
 IMGPROBE_ENTRY = "vmd.images.probe:main"
 
 # File systems whose files are the kernel, or processes: a backing file there could be root's own memory.
@@ -63,6 +80,7 @@ class OpenDisk:
 
     def __init__(self) -> None:
         self.links: list[OpenImage] = []
+        self.notes: list[str] = []  # sentences that its operator should read
 
     def take_fds(self) -> list[int]:
         """Return the descriptors, which are the caller's from now on."""
@@ -76,7 +94,15 @@ class OpenDisk:
             os.close(fd)
 
 
-def open_disk(config: DiskConfig, user: Owner | None, prober: "Prober") -> OpenDisk:
+class Use(Record):
+    """How images are opened."""
+
+    user: Owner | None = None  # with whose rights; None, and root: root's
+    in_conf: bool = True  # whether advice is for who writes a vm.conf, else for who types a command
+    locked: bool = True  # as for a VM; else for reading only, for who just wants to know
+
+
+def open_disk(config: DiskConfig, user: Owner | None, prober: "Prober", *, in_conf: bool = True) -> OpenDisk:
     """Open and lock a disk, for writing, and the images it is based on, for reading.
 
     With a `user` that is not root, his own rights decide (vm.conf(5), instances).
@@ -85,52 +111,102 @@ def open_disk(config: DiskConfig, user: Owner | None, prober: "Prober") -> OpenD
         OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if somebody uses it, EACCES if the
             user may not, else what is wrong with it.
     """
+    return follow(config, Use(user=user, in_conf=in_conf), prober)
+
+
+def follow(config: DiskConfig, use: Use, prober: "Prober") -> OpenDisk:
+    """Open image after image, each named by the one before.  Raises OperatorError as `open_disk` does."""
     disk = OpenDisk()
     try:
-        _follow(disk, config, user, prober)
+        _follow(disk, config, use, prober)
     except BaseException:
         disk.close()
         raise
     return disk
 
 
-def _follow(disk: OpenDisk, config: DiskConfig, user: Owner | None, prober: "Prober") -> None:
-    """Open image after image, each named by the one before.  Raises OperatorError."""
-    path, format_hint = config.path, config.format
+def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> None:
+    path = config.path
+    # The name is the operator's, or of the user with whose rights all of this is opened; no guest can change it.
+    format_hint = config.format or ("qcow2" if named_qcow2(path) else "")
+    raw = given_as("raw", path, in_conf=use.in_conf)
     name = top = f"disk {path}"
     seen: set[tuple[int, int]] = set()
     recorded = ""
     while True:
         if len(disk.links) == MAX_CHAIN:
             raise OperatorError(errno.EINVAL, f"{top}: backing chain is longer than {MAX_CHAIN} images")
-        writable = not disk.links
-        fd = open_image(path, name, user, writable=writable)
+        first = not disk.links
+        fd = open_image(path, name, use.user, writable=first and use.locked)
         try:
             found = identity(os.fstat(fd))
             if found in seen:
                 raise OperatorError(errno.ELOOP, f"{top}: backing chain comes back to {path}")
             seen.add(found)
-            lock(fd, name, writable=writable)
-            # Whatever is raw by somebody's word needs no look at; so it is never taken for anything else.
-            probe = Probe(format="raw", size=0) if format_hint == "raw" else prober.probe(fd, name, format_hint)
+            if use.locked:
+                lock(fd, name, writable=first)
+            probe = _examine(fd, name, format_hint, prober)
+            wrong = refusal(probe, format_hint, path, raw) or (first and unfit(probe, path)) or ""
+            if wrong:
+                raise OperatorError(errno.EINVAL, f"{name}: {wrong}")
+        except OperatorError as error:
+            os.close(fd)
+            if first and not config.format and error.what.endswith(NOT_QCOW2):
+                raise OperatorError(error.code, f"{error.what}, as its name says; if it is raw, say {raw}") from None
+            raise
         except BaseException:
             os.close(fd)
             raise
         # With a hint its answer cannot make the image something else: imgprobe has seen bytes from anybody.
         link = OpenImage(fd=fd, path=path, format=format_hint or probe.format, guessed=not format_hint)
         disk.links.append(link)
+        notes = warnings(probe, path, raw) + (warnings_of_disk(probe, path) if first else [])
+        disk.notes += [f"{name}: {note}" for note in notes]
         if link.format == "raw" or not probe.backing:
             return
         if link.guessed:
             # A guest writes the first bytes of its disk, so what they say must not open another file.
-            if writable:
-                why = f"only its first bytes say that it is {link.format}; configure it with `format {link.format}`"
+            if first:
+                given = given_as(link.format, path, in_conf=use.in_conf)
+                advice = f"configure it with {given}" if use.in_conf else f"give it as {given}"
+                why = f"only its first bytes say that it is {link.format}; {advice}"
             else:
                 why = how_to_record(disk.links[-2].path, recorded, link.format)
             raise OperatorError(errno.EINVAL, f"{name}: has backing file {probe.backing}, but {why}")
-        recorded = probe.backing
+        above, recorded = path, probe.backing
         path, format_hint = os.path.join(os.path.dirname(path), recorded), probe.backing_format
         name = f"{top}: backing file {path}"
+        raw = f"`{recording(above, recorded, 'raw')}`"
+
+
+def _examine(fd: int, name: str, format_hint: str, prober: "Prober") -> Probe:
+    """Return what an image is.  What is raw by somebody's word is not looked at, so never taken for anything else.
+
+    Raises OperatorError.
+    """
+    stated = format_hint == "raw"
+    probe = Probe(format="raw", size=0) if stated else prober.probe(fd, name, format_hint)
+    if probe.format != "raw":
+        return probe
+    try:
+        return probe.replace(size=os.lseek(fd, 0, os.SEEK_END))
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{name}: {error.strerror}") from None
+
+
+def unfit(probe: Probe, path: str) -> str:
+    """Return why an image cannot be written to as a disk, or ""."""
+    if CORRUPT in probe.notes:
+        return f"is marked as corrupt; repair it with qemu-img check -r all {quoted(path)}"
+    return "has no bytes: a disk has one sector at least" if probe.format == "raw" and not probe.size else ""
+
+
+def warnings_of_disk(probe: Probe, path: str) -> list[str]:
+    """Return what is said of an image that is written to."""
+    notes = [odd_length(probe.size)] if probe.size % SECTOR else []
+    if DIRTY in probe.notes:
+        notes.append(f"was not closed by its last writer; `qemu-img check -r all {quoted(path)}` repairs it")
+    return notes
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
@@ -138,8 +214,8 @@ def identity(status: os.stat_result) -> tuple[int, int]:
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
-def open_cdrom(path: str, user: Owner | None) -> int:
-    """Open and lock an ISO image, or a drive, for reading.
+def open_cdrom(path: str, user: Owner | None, prober: "Prober", *, locked: bool = True) -> tuple[int, list[str]]:
+    """Open and lock an ISO image, or a drive, for reading; also return sentences that its operator should read.
 
     Raises OperatorError: VMD_CDROM_MISSING if it cannot be opened, VMD_CDROM_INVALID if it is neither a regular
     file nor a block device; else like `open_disk`.
@@ -147,11 +223,29 @@ def open_cdrom(path: str, user: Owner | None) -> int:
     name = f"cdrom {path}"
     fd = open_image(path, name, user, writable=False, missing=VMD_CDROM_MISSING, invalid=VMD_CDROM_INVALID)
     try:
-        lock(fd, name, writable=False)
+        if locked:
+            lock(fd, name, writable=False)
+        return fd, examine_disc(fd, path, name, prober)
     except BaseException:
         os.close(fd)
         raise
-    return fd
+
+
+def examine_disc(fd: int, path: str, name: str, prober: "Prober") -> list[str]:
+    """Return what should be said of a disc.  Raises OperatorError for an image of something else.
+
+    A drive is not looked at: it may have no disc yet, or take its time.
+    """
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return []
+    probe = prober.probe(fd, name, DISC)
+    if probe.looks and probe.looks not in DISC_CONTENT:
+        raise OperatorError(errno.EINVAL, f"{name}: {foreign.refusal(probe.looks, path, '', disc=True)}")
+    notes = [foreign.warning(probe.looks, "")] if probe.looks else []
+    if probe.size % DISC_BLOCK:
+        left = probe.size % DISC_BLOCK
+        notes.append(f"its {probe.size} bytes are no multiple of {DISC_BLOCK}; the guest does not see the last {left}")
+    return [f"{name}: {note}" for note in notes]
 
 
 def open_image(

@@ -340,6 +340,8 @@ class Parent(Process):
                 vm.pty.give_to(uid, vm.config.owner.gid)
                 vm.begin_start()
                 began = True
+                if not again:  # its guest has changed nothing of what these say
+                    self.note(vm, config, media.notes)
                 tty = vm.pty.copies()
                 message = StartVm(
                     vmid=vm.vmid,
@@ -362,6 +364,13 @@ class Parent(Process):
             media.close()
         vm.uid = uid
         vm.one_shot_boot = once or config.boot_device in ONE_SHOT_DEVICES
+
+    def note(self, vm: Vm, config: VmConfig, notes: list[str]) -> None:
+        """Log what should be known of a start, and keep it for whoever waits for that."""
+        vm.notes = brief_notes(notes)
+        where = f"{config.origin}: " if config.origin else ""
+        for note in vm.notes:
+            log.warn(f"{where}vm {vm.name}: {note}")
 
     def start_failed(self, vm: Vm, code: int, text: str) -> None:
         """A VM could not get its interfaces: it ends, as if vmm had said that it did."""
@@ -387,7 +396,8 @@ class Parent(Process):
         vm.begin_run(message.pid)
         assert vm.pty is not None
         log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
-        self.answer_start(vm, VmStarted(vmid=vm.vmid, name=vm.name, pid=message.pid, tty=vm.pty.path))
+        started = VmStarted(vmid=vm.vmid, name=vm.name, pid=message.pid, tty=vm.pty.path, notes=vm.notes)
+        self.answer_start(vm, started)
 
     def on_vm_failed(self, message: VmFailed, _envelope: Envelope, _channel: Channel) -> None:
         """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""

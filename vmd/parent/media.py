@@ -24,6 +24,7 @@ class Media:
     def __init__(self) -> None:
         self.disks: list[OpenDisk] = []
         self.cdrom: int | None = None
+        self.notes: list[str] = []  # sentences that the operator should read
 
     @classmethod
     def open(cls, config: VmConfig, prober: "Prober", *, patience_s: float = 0) -> "Media":
@@ -40,9 +41,11 @@ class Media:
             media = cls()
             try:
                 for disk in config.disks:
-                    media.disks.append(open_disk(disk, config.rights.disks, prober))
+                    media.disks.append(open_disk(disk, config.rights.disks, prober, in_conf=bool(config.origin)))
+                    media.notes += media.disks[-1].notes
                 if config.cdrom:
-                    media.cdrom = open_cdrom(config.cdrom, config.rights.cdrom)
+                    media.cdrom, notes = open_cdrom(config.cdrom, config.rights.cdrom, prober)
+                    media.notes += notes
             except OperatorError as error:
                 media.close()
                 if error.code != errno.EBUSY or time.monotonic() > deadline_s:

@@ -50,6 +50,7 @@ class Vm:
         self.pid = 0
         self.pty: Pty | None = None
         self.restarts = RestartLimit()
+        self.notes: tuple[str, ...] = ()  # what its operator should know of how it started
         self.text = ""  # why it stopped
         self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S

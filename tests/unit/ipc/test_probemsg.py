@@ -11,6 +11,9 @@ PROBES = [
     Probe(format="qcow2", size=2**63 - 1),
     Probe(format="qcow2", size=1 << 30, backing="../base\n\udcff", backing_format="raw"),
     Probe(format="qcow2", size=512, guessed=True, backing="b" * 1023, backing_format=""),
+    Probe(format="", size=512, guessed=True, looks="VMDK"),
+    Probe(format="raw", size=512, looks="7-Zip"),
+    Probe(format="qcow2", size=512, notes=("dirty", "corrupt")),
 ]
 GOOD = pack_image(PROBES[2])
 
@@ -40,19 +43,22 @@ def test_long_sentence_is_cut() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"", b"\n", b"image\n", b"error\n", b"error\0a\0b\n", b"image\0raw\x001\x000\0\0",
-        b"image\0raw\x001\x000\0\n", b"image\0raw\x001\x000\0\0\0\n",
-        b"image\0vmdk\x001\x000\0\0\n", b"image\0r\xff\x001\x000\0\0\n",
-        b"image\0raw\0\x000\0\0\n", b"image\0raw\0-1\x000\0\0\n", b"image\0raw\0 1\x000\0\0\n",
-        b"image\0raw\0" + b"9" * 20 + b"\x000\0\0\n", b"image\0raw\0" + b"9" * 5000 + b"\x000\0\0\n",
-        b"image\0raw\x001\x002\0\0\n", b"image\0raw\x001\0\0\0\n",
-        b"image\0qcow2\x001\x000\0" + b"b" * 1024 + b"\0\n", b"image\0qcow2\x001\x000\0b\0vmdk\n",
+        b"", b"\n", b"image\n", b"error\0a\0b\n", b"image\0raw\x001\x000\0\0\0\0",
+        b"image\0raw\x001\x000\0\n", b"image\0raw\x001\x000\0\0\0\n", b"image\0raw\x001\x000\0\0\0\0\0\n",
+        b"image\0vmdk\x001\x000\0\0\0\0\n", b"image\0r\xff\x001\x000\0\0\0\0\n",
+        b"image\0\x001\x000\0\0\0\0\n",
+        b"image\0raw\0\x000\0\0\0\0\n", b"image\0raw\0-1\x000\0\0\0\0\n", b"image\0raw\0 1\x000\0\0\0\0\n",
+        b"image\0raw\0" + b"9" * 20 + b"\x000\0\0\0\0\n", b"image\0raw\0" + b"9" * 5000 + b"\x000\0\0\0\0\n",
+        b"image\0raw\x001\x002\0\0\0\0\n", b"image\0raw\x001\0\0\0\0\0\n",
+        b"image\0qcow2\x001\x000\0" + b"b" * 1024 + b"\0\0\0\n", b"image\0qcow2\x001\x000\0b\0vmdk\0\0\n",
+        b"image\0raw\x001\x000\0\0\0vmdk\0\n", b"image\0raw\x001\x000\0\0\0\xff\0\n",
+        b"image\0raw\x001\x000\0\0\0\0loud\n", b"image\0raw\x001\x000\0\0\0\0" + b"dirty " * 3 + b"\n",
         b"error\0" + b"x" * ANSWER_MAX + b"\n",
     ],
 )  # fmt: skip
 def test_line_of_nobody_we_know_is_refused(line: bytes) -> None:
     """Every field is checked."""
-    with pytest.raises(ValueError, match=r"line|fields|format|size|flag|path"):
+    with pytest.raises(ValueError, match=r"line|fields|format|size|flag|path|look|notes"):
         unpack(line)
 
 

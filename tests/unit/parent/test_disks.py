@@ -459,7 +459,7 @@ def test_cdrom_is_shared(tmp_path: Path) -> None:
     path = tmp_path / "iso"
     path.write_bytes(bytes(MIB))
 
-    fds = [open_cdrom(str(path), None) for _ in range(2)]
+    fds = [open_cdrom(str(path), None, InProcess())[0] for _ in range(2)]
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.pwrite(fds[0], b"x", 0)
@@ -484,7 +484,7 @@ def test_file_that_is_no_cdrom(tmp_path: Path, name: str, code: int, words: str)
         lock(busy.fileno(), "busy", writable=True)
 
         with pytest.raises(OperatorError) as refused:
-            open_cdrom(f"{tmp_path}/{name}", None)
+            open_cdrom(f"{tmp_path}/{name}", None, InProcess())
 
     assert (refused.value.code, str(refused.value)) == (code, f"cdrom {tmp_path}/{name}: {words}")
 
@@ -496,9 +496,9 @@ def test_cdrom_of_a_user(folder: Path) -> None:
     (folder / "iso").chmod(0o600)
 
     with pytest.raises(OperatorError) as refused:
-        open_cdrom(str(folder / "iso"), USER)
+        open_cdrom(str(folder / "iso"), USER, InProcess())
     (folder / "iso").chmod(0o604)
-    os.close(open_cdrom(str(folder / "iso"), USER))
+    os.close(open_cdrom(str(folder / "iso"), USER, InProcess())[0])
 
     words = f"cdrom {folder}/iso: uid {USER.uid} has no permission"
     assert (refused.value.code, str(refused.value)) == (errno.EACCES, words)
@@ -507,4 +507,4 @@ def test_cdrom_of_a_user(folder: Path) -> None:
 @pytest.mark.root
 def test_drive_is_a_cdrom(block_device: Path) -> None:
     """/dev/sr0, and any other block device."""
-    os.close(open_cdrom(str(block_device), None))
+    os.close(open_cdrom(str(block_device), None, InProcess())[0])

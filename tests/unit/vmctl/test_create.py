@@ -125,9 +125,12 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
         (("-b", "3.qcow2", "a.qcow2"), "a.qcow2: backing chain would be longer than 4 images"),
         (("-i", "gone", "a"), "failed to open source image file: gone: cannot be opened: No such file or directory"),
         (("-i", "dir", "a"), "failed to open source image file: dir: neither a regular file nor a block device"),
-        (("-i", "1.qcow2", "a"),
-         "failed to open source image file: 1.qcow2: has backing file 0.qcow2, but only its first bytes say that it is"
-         " qcow2; if you trust it, give it as qcow2:1.qcow2"),
+        (("-i", "derived", "a"),
+         "failed to open source image file: derived: has backing file 0.qcow2, but only its first bytes say that it is"
+         " qcow2; if you trust it, give it as qcow2:derived"),
+        (("-i", "there.qcow2", "a"),
+         "failed to open source image file: there.qcow2: not a qcow2 image, as its name says; if it is raw, give it as"
+         " raw:there.qcow2"),
         (("-i", "base.qcow2", "-s", "1M", "a"),
          "size cannot be smaller than input disk size: 1048576 bytes are less than 2097152"),
         (("-i", "base.qcow2", "there"), "failed to create destination image file there: File exists"),
@@ -138,7 +141,9 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     """With one sentence, and no file is left."""
     (folder / "dir").mkdir()
-    (folder / "there").write_bytes(bytes(512))
+    for name in ("there", "there.qcow2"):
+        (folder / name).write_bytes(bytes(512))
+    create("derived", "qcow2", 2 * MIB, "0.qcow2", "qcow2")
     create("base.qcow2", "qcow2", 2 * MIB)
     create("lost.qcow2", "qcow2", 2 * MIB, "gone", "raw")
     create("0.qcow2", "qcow2", 2 * MIB)

@@ -1,0 +1,73 @@
+"""Keeps a guest from making its disk one that is refused, or read as something else, when it is opened next.
+
+Only for a disk whose format was guessed to be raw: nobody but its first bytes said so, and the guest writes those.
+`refused` in `vmd.ipc.foreign` has the reasons, `signatures.py` the bytes.
+"""
+
+import _thread
+import errno
+import os
+
+from vmd.images.hostfile import Cursor, read_bytes, write_views
+from vmd.images.signatures import HEAD_BYTES, QCOW_MAGIC, TAIL_BYTES, recognise
+from vmd.ipc.foreign import FOREIGN, refused
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Guard:
+    """Writes the first and the last bytes of a raw image.
+
+    Zeroes need no guard: a guest writes whole sectors of them, and no signature is completed by these.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        """`fd` stays the image's; `path` tells by its end how the file is called.  Raises OSError."""
+        self.fd = fd
+        self.path = path
+        self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+        self.tail_at = max(0, self.file_bytes - TAIL_BYTES)
+        self.lock = _thread.allocate_lock()
+
+    def concerns(self, offset: int, length: int) -> bool:
+        """Return whether a write has to come here."""
+        return length > 0 and (offset < HEAD_BYTES or offset + length > self.tail_at)
+
+    def write(self, offset: int, views: "Sequence[memoryview]", length: int) -> None:
+        """Write if the image stays raw.  Raises OSError; EPERM if it would not."""
+        in_head = min(max(HEAD_BYTES - offset, 0), length)
+        in_tail = min(max(offset + length - max(self.tail_at, offset + in_head), 0), length - in_head)
+        cursor = Cursor(views)
+        # Checked and written from copies of our own: the guest goes on changing its memory.
+        first = b"".join(cursor.take(in_head))
+        middle = cursor.take(length - in_head - in_tail)
+        last = b"".join(cursor.take(in_tail))
+        with self.lock:
+            parts = ((offset, first), (offset + length - in_tail, last))
+            found = self.read_as(self._after(0, HEAD_BYTES, parts), self._after(self.tail_at, TAIL_BYTES, parts))
+            if found:
+                raise OSError(
+                    errno.EPERM,
+                    f"{self.path}: the guest may not write the signature of {found} to a disk whose format was guessed;"
+                    " configure it with `format raw`",
+                )
+            pieces = [memoryview(first), *middle, memoryview(last)]
+            write_views(self.fd, [piece for piece in pieces if piece], offset, length)
+
+    def read_as(self, head: bytes, tail: bytes) -> str:
+        """Return what an image with these ends would be taken for, or "" for raw, or for what is let pass as raw."""
+        if head.startswith(QCOW_MAGIC):
+            return "a qcow2 image"
+        found = recognise(head, tail)
+        return FOREIGN[found].what if refused(found, self.file_bytes, self.path) else ""
+
+    def _after(self, start: int, length: int, parts: "Sequence[tuple[int, bytes]]") -> bytes:
+        """Return a range as it will be when `parts`, (offset, bytes), have been written.  Raises OSError."""
+        found = bytearray(read_bytes(self.fd, length, start))
+        for offset, part in parts:
+            begin, end = max(offset, start), min(offset + len(part), start + length)
+            if begin < end:
+                found[begin - start : end - start] = part[begin - offset : end - offset]
+        return bytes(found)
