@@ -109,10 +109,10 @@ def test_no_progress_where_nobody_looks(folder: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", ["copy.raw", "copy.qcow2"])
 def test_interrupted_copy_leaves_nothing(folder: Path, name: str, signum: signal.Signals) -> None:
-    """In the middle of it: the file is there, and goes."""
+    """In the middle of it: nothing has the name yet."""
     terminal = Terminal(folder, ["-i", "source.raw", name], 80, full=True)
     terminal.wait_until_it_writes()
-    assert (folder / name).exists()
+    assert os.listdir(folder) == ["source.raw"]
 
     terminal.program.send_signal(signum)
     text = terminal.text()
@@ -120,6 +120,20 @@ def test_interrupted_copy_leaves_nothing(folder: Path, name: str, signum: signal
     assert terminal.program.wait() == 1
     assert text.endswith("\r\nvmctl: create: interrupted\r\n")
     assert os.listdir(folder) == ["source.raw"]
+
+
+@pytest.mark.parametrize("name", ["copy.raw", "copy.qcow2"])
+def test_killed_copy_leaves_nothing(folder: Path, name: str) -> None:
+    """Nobody can clean up after SIGKILL, so nothing may need it."""
+    terminal = Terminal(folder, ["-i", "source.raw", name], 80, full=True)
+    terminal.wait_until_it_writes()
+
+    terminal.program.kill()
+    terminal.text()
+
+    assert terminal.program.wait() == -signal.SIGKILL
+    assert os.listdir(folder) == ["source.raw"]
+    assert create(folder, "-i", "source.raw", name)[0] == 0
 
 
 def test_hangup_that_is_ignored_does_not_end_it(folder: Path) -> None:
@@ -170,7 +184,7 @@ def test_what_is_there_is_left_alone(folder: Path) -> None:
     (folder / "dangling").symlink_to("elsewhere")
     (folder / "link").symlink_to("source.raw")
 
-    for name in ("source.raw", "link", "dangling", ".", "/dev/null"):
+    for name in ("source.raw", "link", "dangling", ".", "..", "/dev/null"):
         assert create(folder, "-s", "1M", name) == (1, f"vmctl: could not create {name}: File exists\n")
 
     assert (folder / "source.raw").read_bytes() == before

@@ -17,6 +17,7 @@ from vmd.errors import ImageError, VmdError
 from vmd.images.chain import MAX_CHAIN
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
+from vmd.ipc.foreign import FOREIGN, given_as, named
 from vmd.ipc.probemsg import FORMATS, NOT_QCOW2
 from vmd.scaled import fmt_scaled, scan_scaled
 
@@ -24,16 +25,37 @@ OPTIONS = "b:i:s:"
 
 
 class Target:
-    """The image to be made: path and format."""
+    """The image to be made: path and format; `suggests` is the format that its name is of, or ""."""
 
     def __init__(self, word: str) -> None:
-        """Tell the format from a prefix, else from the extension; else it is raw.  Raises UsageError."""
+        """Tell the format from a prefix, else from the extension; else it is raw.
+
+        Raises UsageError; CommandError for a name of a format that we do not make.
+        """
         self.format, self.path = split_format(word)
         if not self.path:
             raise UsageError("disk without a name")
+        suggested = os.path.splitext(self.path)[1].removeprefix(".").lower()
+        self.suggests = suggested if suggested in FORMATS else named(self.path)
         if not self.format:
-            extension = os.path.splitext(self.path)[1].removeprefix(".")
-            self.format = extension if extension in FORMATS else "raw"
+            if self.suggests and self.suggests not in FORMATS:
+                raise CommandError(
+                    f"{self.path} would not be {FOREIGN[self.suggests].what}: only raw and qcow2 images can be made;"
+                    f" give {given_as('raw', self.path, in_conf=False)} or"
+                    f" {given_as('qcow2', self.path, in_conf=False)} to have one under this name"
+                )
+            self.format = self.suggests or "raw"
+
+    def done(self) -> None:
+        """Say what was made, and what nobody would expect of its name."""
+        if self.suggests not in ("", self.format):
+            warn(f"warning: {self.path} is {self.format}, which its name does not say: {self.advice()}")
+        warn(f"{self.format} imagefile created")
+
+    def advice(self) -> str:
+        """Return how to give such an image to a VM."""
+        on_line = given_as(self.format, self.path, in_conf=False)
+        return f"give it as {on_line}, or with {given_as(self.format, self.path, in_conf=True)} in vm.conf"
 
 
 def split_format(word: str) -> tuple[str, str]:
@@ -175,5 +197,5 @@ def run(session: Session, arguments: list[str]) -> int:
         raise UsageError(f"could not create {target.path}: missing size argument")
     else:
         create_empty(target, size)
-    warn(f"{target.format} imagefile created")
+    target.done()
     return 0

@@ -1,9 +1,11 @@
 """New image files: empty, on top of a base, or as copy of another (*cat. 3.6, 8.3*).
 
-A file is created exclusively, readable by its owner only, and removed again if anything goes wrong.
+A file is created exclusively, readable by its owner only, and gets its name when it is complete.
 """
 
 import contextlib
+import ctypes
+import errno
 import os
 import signal
 import struct
@@ -35,45 +37,168 @@ REFCOUNT_ORDER = 4
 COPY_BYTES = 1 << 20
 ZERO_BYTES = 1 << 16  # what is left out of a copy if it is all zero
 NOTHING = bytes(ZERO_BYTES)
+STEM_BYTES = 100  # of a name, in that of the file which becomes it
+RENAME_NOREPLACE = 1
+UNNAMED = os.O_TMPFILE
+# What file systems answer that have no files without a name; old ones take the flag for O_DIRECTORY alone.
+NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 MAX_SIZE = MAX_TABLE_BYTES // 8 * CLUSTER * (CLUSTER // 8)
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
 
 
 @contextlib.contextmanager
 def new_file(path: str, creating: str = "could not create", writing: str = "could not write") -> "Iterator[int]":
-    """Create a file and open it for reading and writing; it stays only if the block ends well.
+    """Open a new file for reading and writing; it gets its name when the block has ended well, and never before.
 
-    `creating` and `writing` are what errors begin with.  No signal comes between the file and its removal.
+    `creating` and `writing` are what errors begin with.  Whatever ends this process, nothing that is half written has
+    that name, and a file that has it already stays as it is.
 
     Raises:
-        HostError: it exists, or cannot be created or written.
+        HostError: the name is taken, or the file cannot be created or written.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            new = NewFile(path)
         except OSError as error:
             raise HostError(f"{creating} {path}", error) from None
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            yield fd
+            yield new.fd
+            sync(new.fd)
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            new.publish()
         except BaseException as error:
             signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-            remove(fd, path)
+            new.remove()
+            if isinstance(error, FileExistsError):
+                raise HostError(f"{creating} {path}", error) from None
             if isinstance(error, OSError):
                 raise HostError(f"{writing} {path}", error) from None
             raise
         finally:
-            os.close(fd)
+            new.close()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def remove(fd: int, path: str) -> None:
-    """Remove a file that we have made, unless somebody else has put another in its place."""
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(fd), os.lstat(path)):
-            os.unlink(path)
+class NewFile:
+    """A file without a name or, where the file system has no such files, under a hidden one beside its own."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        folder, self.name = os.path.split(path)
+        if not self.name:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        self.hidden = ""  # its name until it is published
+        self.folder = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if self._exists():  # said now, and not when everything has been written
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            self.fd = self._open()
+        except BaseException:
+            os.close(self.folder)
+            raise
+
+    def _exists(self) -> bool:
+        try:
+            os.lstat(self.name, dir_fd=self.folder)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _open(self) -> int:
+        """Return the open file.  Raises OSError."""
+        try:
+            fd = os.open(".", UNNAMED | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=self.folder)
+        except OSError as error:
+            if error.errno not in NO_TMPFILE:
+                raise
+        else:
+            if os.path.exists(f"/proc/self/fd/{fd}"):
+                return fd
+            os.close(fd)  # without /proc it could get no name
+        stem = os.fsdecode(os.fsencode(self.name)[:STEM_BYTES])
+        self.hidden = f".{stem}.{os.urandom(8).hex()}.part"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(self.hidden, flags, 0o600, dir_fd=self.folder)
+
+    def publish(self) -> None:
+        """Give the file its name, and make that last.  Raises OSError; FileExistsError if somebody else has got it."""
+        if self.hidden:
+            self._rename()
+        else:
+            os.link(f"/proc/self/fd/{self.fd}", self.name, dst_dir_fd=self.folder, follow_symlinks=True)
+        with contextlib.suppress(PermissionError):  # new files, but no look at those that are there
+            folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.folder)
+            try:
+                sync(folder)
+            finally:
+                os.close(folder)
+
+    def _rename(self) -> None:
+        """Move the file from its hidden name to its own, as far as the file system can without replacing another."""
+        folder, hidden, name = self.folder, os.fsencode(self.hidden), os.fsencode(self.name)
+        if not libc.renameat2(folder, hidden, folder, name, RENAME_NOREPLACE):
+            return
+        error = ctypes.get_errno()
+        if error not in UNSUPPORTED:
+            raise OSError(error, os.strerror(error))
+        try:
+            os.link(self.hidden, self.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError as failure:
+            if failure.errno not in (*UNSUPPORTED, errno.EEXIST) or (
+                failure.errno == errno.EEXIST and not self._has_name()  # NFS may have done it and lost its answer
+            ):
+                raise
+        if not self._has_name():
+            self._replace_empty()
+            return
+        os.unlink(self.hidden, dir_fd=folder)
+
+    def _replace_empty(self) -> None:
+        """Take the name with an empty file, so that nobody else gets it, and replace that one.  Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        os.close(os.open(self.name, flags, 0o600, dir_fd=self.folder))
+        try:
+            os.rename(self.hidden, self.name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+        except OSError:
+            os.unlink(self.name, dir_fd=self.folder)
+            raise
+
+    def _has_name(self) -> bool:
+        """Return whether the name is this file's."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.lstat(self.name, dir_fd=self.folder))
+        except FileNotFoundError:
+            return False
+
+    def remove(self) -> None:
+        """Remove what has been made, unless somebody else has put another file in its place."""
+        with contextlib.suppress(OSError):
+            if self._has_name():
+                os.unlink(self.name, dir_fd=self.folder)
+        if self.hidden:
+            with contextlib.suppress(OSError):
+                os.unlink(self.hidden, dir_fd=self.folder)
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        os.close(self.fd)
+        os.close(self.folder)
+
+
+def sync(fd: int) -> None:
+    """Make a file or directory last.  Raises OSError; a file system that cannot is no error."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def write_empty(fd: int, path: str, image_format: str, size: int, backing: str = "", backing_format: str = "") -> None:

@@ -25,9 +25,9 @@ class Foreign(Record):
     content: bool = False
 
 
-def _image(what: str, driver: str) -> Foreign:
+def _image(what: str, driver: str, *names: str) -> Foreign:
     """Return a format that QEMU reads."""
-    return Foreign(what=what, remedy=f"qemu-img convert -f {driver} -O qcow2 {{image}} {{made}}")
+    return Foreign(what=what, remedy=f"qemu-img convert -f {driver} -O qcow2 {{image}} {{made}}", names=names)
 
 
 def _compressed(what: str, program: str, *names: str, named: str = "-dk {image}") -> Foreign:
@@ -45,26 +45,28 @@ def _compressed(what: str, program: str, *names: str, named: str = "-dk {image}"
 LUKS_COMMAND = "qemu-img convert --object secret,id=key,file=PASSPHRASE-FILE --image-opts {luks} -O qcow2 {made}"
 
 FOREIGN = {
-    "QCOW": _image("a QCOW image of version 1", "qcow"),
-    "QED": _image("a QED image", "qed"),
-    "VMDK": _image("a VMDK image", "vmdk"),
-    "VDI": _image("a VDI image", "vdi"),
-    "VHD": _image("a VHD image", "vpc"),
-    "VHDX": _image("a VHDX image", "vhdx"),
-    "Parallels": _image("a Parallels image", "parallels"),
+    "QCOW": _image("a QCOW image of version 1", "qcow", ".qcow"),
+    "QED": _image("a QED image", "qed", ".qed"),
+    "VMDK": _image("a VMDK image", "vmdk", ".vmdk"),
+    "VDI": _image("a VDI image", "vdi", ".vdi"),
+    "VHD": _image("a VHD image", "vpc", ".vhd", ".vpc"),
+    "VHDX": _image("a VHDX image", "vhdx", ".vhdx", ".avhdx"),
+    "Parallels": _image("a Parallels image", "parallels", ".hdd", ".hds"),
     "Bochs": _image("a Bochs image", "bochs"),
-    "cloop": _image("a cloop image", "cloop"),
-    "DMG": _image("a DMG image", "dmg"),
-    "LUKS": Foreign(what="an encrypted LUKS container", remedy=LUKS_COMMAND),
+    "cloop": _image("a cloop image", "cloop", ".cloop"),
+    "DMG": _image("a DMG image", "dmg", ".dmg"),
+    "LUKS": Foreign(what="an encrypted LUKS container", remedy=LUKS_COMMAND, names=(".luks",)),
     "OVA": Foreign(
         what="an OVA archive",
         remedy="tar -xf {image} && qemu-img convert -O qcow2 DISK-FROM-IT.vmdk {made}",
+        names=(".ova",),
     ),
     "OVF": Foreign(
         what="an OVF description",
         remedy="qemu-img convert -O qcow2 DISK-THAT-IT-NAMES.vmdk {made}",
+        names=(".ovf",),
     ),
-    "VMA": Foreign(what="a VMA archive", remedy="vma extract {image} {made}", extension=".d"),
+    "VMA": Foreign(what="a VMA archive", remedy="vma extract {image} {made}", extension=".d", names=(".vma",)),
     "Android sparse": Foreign(what="an Android sparse image", remedy="simg2img {image} {made}", extension=".img"),
     "gzip": _compressed("gzip-compressed", "gzip", ".gz", ".tgz"),
     "xz": _compressed("xz-compressed", "xz", ".xz", ".txz"),
@@ -114,6 +116,11 @@ def refused(found: str, size: int, path: str) -> bool:
 def is_named(foreign: Foreign, path: str) -> bool:
     """Return whether a file is called as those of a format are."""
     return path.lower().endswith(foreign.names) if foreign.names else False
+
+
+def named(path: str) -> str:
+    """Return the name of the format that a file is called as, or ""."""
+    return next((name for name, foreign in FOREIGN.items() if is_named(foreign, path)), "")
 
 
 def quoted(path: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from tests.support.images import MIB, opened, read, write
 from vmctl.bar import Bar
 from vmctl.commands.create import run
-from vmctl.errors import UsageError
+from vmctl.errors import CommandError, UsageError
 from vmctl.session import Session
 from vmd.errors import VmdError
 from vmd.images.create import create
@@ -55,8 +55,8 @@ def probed(path: Path) -> Probe:
 @pytest.mark.parametrize(
     ("word", "image_format"),
     [
-        ("a", "raw"), ("a.raw", "raw"), ("a.qcow2", "qcow2"), ("a.img", "raw"), ("raw:a.qcow2", "raw"),
-        ("qcow2:a", "qcow2"),
+        ("a", "raw"), ("a.raw", "raw"), ("a.qcow2", "qcow2"), ("a.img", "raw"), ("A.QCOW2", "qcow2"), ("a.iso", "raw"),
+        ("qcow2:a", "qcow2"), ("qcow2:a.img", "qcow2"), ("raw:a.raw", "raw"), ("qcow2:a.qcow2", "qcow2"),
     ],
 )  # fmt: skip
 def test_format_comes_from_prefix_or_extension(
@@ -68,6 +68,41 @@ def test_format_comes_from_prefix_or_extension(
     path = folder / word.removeprefix("raw:").removeprefix("qcow2:")
     assert (probed(path).format, probed(path).size) == (image_format, 3 * MIB)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("word", ["raw:a.qcow2", "raw:a.vmdk", "qcow2:a.raw", "qcow2:a.vhdx", "raw:a.gz"])
+def test_name_that_says_something_else_is_said(folder: Path, vmctl_create: Create, word: str) -> None:
+    """It was asked for, so it is made; and how a VM is told of it follows."""
+    image_format, path = word.split(":")
+
+    assert vmctl_create("-s", "1M", word) == (
+        f"vmctl: warning: {path} is {image_format}, which its name does not say:"
+        f" give it as {word}, or with `format {image_format}` in vm.conf\n"
+        f"vmctl: {image_format} imagefile created\n"
+    )
+
+    assert probed(folder / path).format == image_format
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("a.vmdk", "a VMDK image"), ("a.VDI", "a VDI image"), ("a.vhd", "a VHD image"), ("a.vhdx", "a VHDX image"),
+        ("a.qed", "a QED image"), ("a.ova", "an OVA archive"), ("a.qcow2.gz", "gzip-compressed"),
+        ("a b.luks", "an encrypted LUKS container"),
+    ],
+)  # fmt: skip
+def test_name_of_another_format_is_refused(folder: Path, vmctl_create: Create, path: str, what: str) -> None:
+    """A raw image of that name is not what was meant."""
+    with pytest.raises(CommandError) as refused:
+        vmctl_create("-s", "1M", path)
+
+    shown = f"'{path}'" if " " in path else path
+    assert str(refused.value) == (
+        f"{path} would not be {what}: only raw and qcow2 images can be made;"
+        f" give raw:{shown} or qcow2:{shown} to have one under this name"
+    )
+    assert os.listdir(folder) == []
 
 
 def test_size_is_whole_megabytes(folder: Path, vmctl_create: Create) -> None:

@@ -1,0 +1,150 @@
+"""A new file gets its name when it is complete, on file systems that have more or fewer means for that."""
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmd.errors import HostError
+from vmd.images import create as module
+from vmd.images.create import STEM_BYTES, new_file
+
+# What a file system lacks, each with all before it: files without a name, renaming without replacing, links.
+KINDS = ["local", "no-tmpfile", "no-noreplace", "no-links"]
+
+
+class Rename:
+    """Stands in for the C library: renameat2(2) fails."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def renameat2(self, *_: object) -> int:
+        """Fail."""
+        ctypes.set_errno(self.number)
+        return -1
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let the file system be of a kind."""
+    kind: str = request.param
+    lacks = KINDS.index(kind)
+    def no_link(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "no links")
+
+    if lacks >= 1:
+        monkeypatch.setattr(module, "UNNAMED", 0)  # what an old file system makes of it
+    if lacks >= 2:
+        monkeypatch.setattr(module, "libc", Rename(errno.EINVAL))
+    if lacks >= 3:
+        monkeypatch.setattr(os, "link", no_link)
+    return kind
+
+
+def test_file_appears_complete(kind: str, tmp_path: Path) -> None:
+    """Before that there is none of its name, and afterwards nothing else."""
+    path = tmp_path / ("n" * 255)
+    with new_file(str(path)) as fd:
+        os.write(fd, b"content")
+        assert not path.exists()
+        hidden = [name.name for name in tmp_path.iterdir()]
+
+    assert len(hidden) == (kind != "local")
+    assert all(name.startswith("." + "n" * STEM_BYTES + ".") and name.endswith(".part") for name in hidden)
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.read_bytes() == b"content"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_nlink == 1
+
+
+@pytest.mark.usefixtures("kind")
+def test_name_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Nothing is ever replaced."""
+    path = tmp_path / "disk"
+    with pytest.raises(HostError, match=r"could not create .*/disk: File exists"), new_file(str(path)):
+        path.write_bytes(b"theirs")
+
+    assert os.listdir(tmp_path) == ["disk"]
+    assert path.read_bytes() == b"theirs"
+
+
+@pytest.mark.usefixtures("kind")
+def test_name_that_is_taken_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    """A copy may take hours."""
+    (tmp_path / "disk").symlink_to("nowhere")
+
+    with pytest.raises(HostError, match=r"could not create .*/disk: File exists"), new_file(f"{tmp_path}/disk"):
+        raise AssertionError("it has begun")
+
+    assert os.listdir(tmp_path) == ["disk"]
+
+
+@pytest.mark.usefixtures("kind")
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad"), OSError(errno.ENOSPC, "full")])
+def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    """Whatever it is."""
+    def half(fd: int) -> None:
+        os.write(fd, b"half")
+        raise error
+
+    with pytest.raises((type(error), HostError)), new_file(f"{tmp_path}/disk") as fd:
+        half(fd)
+
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("kind")
+def test_failure_to_make_it_last_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the file, or of its name: what is not on storage is not said to be there."""
+    real: Callable[[int], None] = os.fsync
+
+    for failing in (1, 2):
+        calls: list[int] = []
+
+        def fail(fd: int, calls: list[int] = calls, failing: int = failing) -> None:
+            calls.append(fd)
+            if len(calls) == failing:
+                raise OSError(errno.EIO, "lost")
+            real(fd)
+
+        monkeypatch.setattr(os, "fsync", fail)
+        lost = r"could not write .*/disk: Input/output error"
+        with pytest.raises(HostError, match=lost), new_file(f"{tmp_path}/disk") as new:
+            os.write(new, b"content")
+        assert os.listdir(tmp_path) == []
+
+
+def test_rename_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without room for one more name, for one."""
+    monkeypatch.setattr(module, "UNNAMED", 0)
+    monkeypatch.setattr(module, "libc", Rename(errno.ENOSPC))
+    with pytest.raises(HostError, match=r"could not write .*/disk: No space left"), new_file(f"{tmp_path}/disk"):
+        pass
+
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("no/disk", "No such file"), ("file/disk", "Not a directory"), ("dir/", "Is a directory")]
+)
+def test_places_where_no_file_can_be(tmp_path: Path, name: str, words: str) -> None:
+    """Said at once."""
+    (tmp_path / "file").touch()
+    (tmp_path / "dir").mkdir()
+
+    with pytest.raises(HostError, match=f"could not create .*: {words}"), new_file(f"{tmp_path}/{name}"):
+        raise AssertionError("it has begun")
+
+
+def test_new_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its bare name."""
+    monkeypatch.chdir(tmp_path)
+
+    with new_file("disk"):
+        pass
+
+    assert os.listdir(tmp_path) == ["disk"]
