@@ -16,6 +16,7 @@ same code as itself.
 
 import contextlib
 import ctypes
+import fcntl
 import importlib
 import importlib.machinery
 import importlib.util
@@ -26,7 +27,7 @@ import sys
 
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
-from vmd.privsep.spawn import INTERPRETER
+from vmd.privsep.spawn import FD_TARGETS, INTERPRETER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class Cell:
         code = [file for package in packages for file in package_files(package)]
         libraries = loaded_libraries([package_directory(package) for package in packages])
         mounts = {**interpreter_mounts(libraries), "/etc/ld.so.cache": "/etc/ld.so.cache", "/dev/null": "/dev/null"}
-        return cls(uid, gid, *build_in_namespace(mounts, code))
+        namespace, root = (out_of_the_way(fd) for fd in build_in_namespace(mounts, code))
+        return cls(uid, gid, namespace, root)
 
     def enter(self) -> None:
         """Go in and become the user; there is no way back."""
@@ -96,6 +98,16 @@ class Cell:
         """Let go of the root; processes inside keep it alive."""
         os.close(self.namespace_fd)
         os.close(self.root_fd)
+
+
+def out_of_the_way(fd: int) -> int:
+    """Return a descriptor under a number that a child's own descriptors never get: it enters when it has those."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
+    except OSError as error:
+        raise HostError("build the cell: keep its descriptors", error) from error
+    finally:
+        os.close(fd)
 
 
 class Network:
