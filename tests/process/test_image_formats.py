@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.foreign import NAMES, SAMPLES, Make, archive, compressed, odd, whole_sectors
+from tests.support.foreign import NAMES, SAMPLES, Make, archive, compressed, luks, odd, whole_sectors
 from tests.support.images import MIB, opened, qemu, read, write
 from vmctl.commands.create import run
 from vmctl.session import Session
@@ -71,6 +71,20 @@ def test_disk_without_a_format_is_refused_by_name(tmp_path: Path, name: str, mak
     given = disk(path, "raw")
     assert [(link.format, link.guessed) for link in given.links] == [("raw", False)]
     given.close()
+
+
+@pytest.mark.deep
+def test_luks_container_of_qemu_is_refused_by_name(tmp_path: Path) -> None:
+    """Its key takes QEMU seconds to make; the command that is named opens it, given the passphrase in a file."""
+    path, secret = tmp_path / "a,b.luks", tmp_path / "PASSPHRASE-FILE"
+    luks(path)
+    secret.write_text("secret")
+    said = command("LUKS", str(path))
+
+    assert f"is an encrypted LUKS container; convert it: {said}" in refusal(path)
+    subprocess.run(said, shell=True, check=True, capture_output=True, cwd=tmp_path)
+
+    disk(Path(f"{path}.qcow2")).close()
 
 
 @every_sample

@@ -52,7 +52,7 @@ def reload(vmd: Daemon, conf: str) -> str:
         'vm "c" {\n memory lots\n}\n',
         'vm "c" {\n memory 32M\n',
         "socket owner nobody-of-that-name\n",
-        'vm "c" {\n disk "/nowhere/at/all"\n}\n',
+        'vm "c" {\n disk "nowhere/at/all"\n}\n',
         'include "/nowhere/at/all"\n',
         "local prefix 10.0.0.1/8\n",
         'switch "s" {\n up\n}\n',

@@ -32,6 +32,12 @@ def luks(path: Path) -> None:
     qemu("qemu-img", "create", "-q", "-f", "luks", *arguments, path, "1M")
 
 
+def luks1(path: Path) -> None:
+    """Write the header of a LUKS 1 container."""
+    header = struct.pack(">6sH32s32s32sII", b"LUKS\xba\xbe", 1, b"aes", b"xts-plain64", b"sha256", 4040, 64)
+    path.write_bytes(header.ljust(MIB, b"\0"))
+
+
 def luks2(path: Path) -> None:
     """Write the header of a LUKS 2 container."""
     header = struct.pack(">6sHQQ48s32s", b"LUKS\xba\xbe", 2, 16384, 1, b"", b"sha256")
@@ -114,7 +120,7 @@ KINDS: list[tuple[str, str, Make]] = [
     ("QCOW", "qcow", converted("qcow")),
     ("Parallels", "parallels", converted("parallels")),
     ("Parallels", "parallels-old", plain(b"WithoutFreeSpace".ljust(MIB, b"\0"))),
-    ("LUKS", "luks", luks),
+    ("LUKS", "luks1", luks1),
     ("LUKS", "luks2", luks2),
     ("Bochs", "bochs", plain(b"Bochs Virtual HD Image".ljust(MIB, b"\0"))),
     ("cloop", "cloop", plain(b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0\n".ljust(MIB, b"\0"))),

@@ -154,11 +154,15 @@ def disk_serial(text: str) -> str:
 
 
 def disk_path(path: str) -> str:
-    """Return the real path of a disk image."""
+    """Return the real path of a disk image.
+
+    Unlike vmd, one with an absolute path need not be there yet: it may be mounted later.  Until then its VM, and no
+    other, cannot start.
+    """
     if too_long(path, PATH_MAX):
         raise ValueError("disk path too long")
     try:
-        return resolve(path)
+        return resolve(path, strict=not os.path.isabs(path))
     except OSError as error:
         raise ValueError(f"failed to parse disks: {shown(path)}: {reason(error)}") from error
 
@@ -181,11 +185,14 @@ def boot_path(what: str, path: str) -> str:
         raise ValueError(f"{what} path not found: {reason(error)}: {shown(path)}") from error
 
 
-def resolve(path: str) -> str:
-    """Return the absolute path, free of links, of a file that exists; raises OSError if it cannot."""
+def resolve(path: str, *, strict: bool = True) -> str:
+    """Return the absolute path, free of links, of a file.
+
+    Raises OSError if it cannot; if `strict`, also for a file that is not there.
+    """
     if not path:
         raise FileNotFoundError(errno.ENOENT, "")
-    found = path if too_long(path, PATH_MAX) else os.path.realpath(path, strict=True)
+    found = path if too_long(path, PATH_MAX) else os.path.realpath(path, strict=strict)
     if too_long(found, PATH_MAX):
         raise OSError(errno.ENAMETOOLONG, "")
     return found

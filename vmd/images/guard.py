@@ -46,7 +46,9 @@ class Guard:
         last = b"".join(cursor.take(in_tail))
         with self.lock:
             parts = ((offset, first), (offset + length - in_tail, last))
-            found = self.read_as(self._after(0, HEAD_BYTES, parts), self._after(self.tail_at, TAIL_BYTES, parts))
+            # A write to the last sector may make a file longer that ends inside it.
+            tail_at = max(0, max(self.file_bytes, offset + length) - TAIL_BYTES)
+            found = self.read_as(self._after(0, HEAD_BYTES, parts), self._after(tail_at, TAIL_BYTES, parts))
             if found:
                 raise OSError(
                     errno.EPERM,
@@ -69,5 +71,6 @@ class Guard:
         for offset, part in parts:
             begin, end = max(offset, start), min(offset + len(part), start + length)
             if begin < end:
+                found.extend(bytes(max(0, end - start - len(found))))
                 found[begin - start : end - start] = part[begin - offset : end - offset]
         return bytes(found)

@@ -10,6 +10,7 @@ from vmd.errors import VmdError
 from vmd.log import STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
+from vmd.parent.examine import check_images
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.options import Options, UsageError, parse
@@ -27,7 +28,7 @@ def run(arguments: list[str]) -> int:
     log.setup("vmd", STDERR, options.verbosity)
     try:
         if options.check_only:
-            read_config(options)
+            check_images(read_config(options), log.warn)
             print("configuration OK", file=sys.stderr)
             return 0
         return serve(options)

@@ -442,7 +442,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("vcpus 1\nvcpus 1", "vcpus specified more than once"),
         ("virtio 2.0", "unrecognized virtio mode 2.0"),
         ("virtio Modern", "unrecognized virtio mode Modern"),
-        ("disk /nowhere", "failed to parse disks: /nowhere: No such file or directory"),
+        ("disk no/where", "failed to parse disks: no/where: No such file or directory"),
         ("disk ''", "failed to parse disks: : No such file or directory"),
         ("disk IMAGE\n" * 5, "too many disks"),
         ("disk IMAGE format vmdk", "unrecognized disk format vmdk"),

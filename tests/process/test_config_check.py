@@ -1,0 +1,159 @@
+"""`vmd -n` says of an image what the start would say, in the same words, without touching it."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from tests.support.images import MIB, qemu
+from vmd.config.check import load
+from vmd.config.model import VmConfig
+from vmd.errors import OperatorError
+from vmd.images.create import create
+from vmd.images.locks import lock
+from vmd.parent.disks import ImageProber
+from vmd.parent.media import Media
+from vmd.parent.service import lookup_user
+from vmd.privsep.cell import Cell
+
+pytestmark = pytest.mark.root
+NOBODY = 65534
+
+
+def check(conf: Path, user: int | None = None) -> tuple[int, list[str]]:
+    """Run `vmd -n`; return its exit status and its lines."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmd", "-n", "-f", conf], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=DEADLINE_S, user=user, group=user, extra_groups=None if user is None else [],
+    )  # fmt: skip
+    assert done.stdout == ""
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Give a folder with an image of every kind of mistake, and two that are good."""
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_uid == os.geteuid() and path != Path("/tmp"):
+            path.chmod(path.stat().st_mode | 0o111)
+    create(str(tmp_path / "good.qcow2"), "qcow2", MIB)
+    create(str(tmp_path / "top.qcow2"), "qcow2", MIB, "good.qcow2", "qcow2")
+    create(str(tmp_path / "derived.img"), "qcow2", MIB, "good.qcow2", "qcow2")
+    create(str(tmp_path / "lost.qcow2"), "qcow2", MIB, "gone", "raw")
+    (tmp_path / "plain.qcow2").write_bytes(bytes(MIB))
+    (tmp_path / "odd.raw").write_bytes(bytes(MIB + 5))
+    (tmp_path / "empty").touch()
+    (tmp_path / "disk.gz").write_bytes(gzip.compress(bytes(MIB)))
+    (tmp_path / "begins.img").write_bytes(gzip.compress(bytes(MIB)).ljust(MIB, b"\0"))
+    qemu("qemu-img", "create", "-q", "-f", "vmdk", tmp_path / "a.vmdk", "1M")
+    for name, mark in (("dirty.qcow2", 1), ("corrupt.qcow2", 2)):
+        create(str(tmp_path / name), "qcow2", MIB)
+        with (tmp_path / name).open("r+b") as file:
+            os.pwrite(file.fileno(), mark.to_bytes(8, "big"), 72)
+    os.mkfifo(tmp_path / "fifo")
+    for path in tmp_path.iterdir():
+        path.chmod(0o644)
+    return tmp_path
+
+
+MISTAKES = [
+    "derived.img", "lost.qcow2", "plain.qcow2", "empty", "disk.gz", "a.vmdk", "corrupt.qcow2", "fifo", "missing.img",
+]  # fmt: skip
+ODDITIES = ["odd.raw", "begins.img", "dirty.qcow2"]
+GOOD = ["good.qcow2", "top.qcow2"]
+
+
+def block(number: int, options: str) -> str:
+    """Return a VM of four lines."""
+    return f'vm "v{number}" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n {options}\n}}\n'
+
+
+def start_says(vm: VmConfig, prober: ImageProber) -> tuple[bool, list[str]]:
+    """Return whether a start gets the disks and discs of a VM, and what it says of them."""
+    try:
+        media = Media.open(vm, prober)
+    except OperatorError as error:
+        return False, [str(error)]
+    media.close()
+    return True, media.notes
+
+
+def test_check_says_what_the_start_says(images: Path) -> None:
+    """Sentence by sentence: what cannot start, what starts with a warning, and what starts without one."""
+    names = [*MISTAKES, *ODDITIES, *GOOD]
+    text = "".join(block(number, f'disk "{images}/{name}"') for number, name in enumerate(names))
+    discs = ["good.qcow2", "odd.raw", "missing.iso", "disk.gz"]
+    text += "".join(block(number, f'cdrom "{images}/{name}"') for number, name in enumerate(discs, len(names)))
+    conf = images / "check.conf"
+    conf.write_text(text)
+    warnings: list[str] = []
+    config = load(str(conf), explicit=True, warn=warnings.append)
+    cell = Cell.build(*lookup_user())
+    prober = ImageProber(cell)
+
+    status, lines = check(conf)
+    started = [start_says(vm, prober) for vm in config.vms]
+    cell.close()
+
+    assert (status, lines[-1], warnings) == (0, "configuration OK", [])
+    expected = [
+        f'vmd: {vm.origin}: vm "{vm.name}": {sentence}'
+        for vm, (_, sentences) in zip(config.vms, started, strict=True)
+        for sentence in sentences
+    ]
+    assert lines[:-1] == expected
+    assert [len(sentences) for _, sentences in started] == [1] * 12 + [0] * 2 + [1] * 4
+    assert [starts for starts, _ in started] == [False] * 9 + [True] * 5 + [False, True, False, False]
+
+
+def test_check_leaves_images_in_use_alone(images: Path) -> None:
+    """They are neither locked nor written, and those of VMs that run are no mistake."""
+    disk = images / "good.qcow2"
+    (images / "check.conf").write_text(block(0, f'disk "{disk}"') + block(1, f'disk "{disk}"'))
+    before = (disk.read_bytes(), disk.stat().st_mtime_ns)
+    with disk.open("r+b") as file:
+        lock(file.fileno(), "disk", writable=True)
+
+        assert check(images / "check.conf") == (0, ["configuration OK"])
+
+    assert (disk.read_bytes(), disk.stat().st_mtime_ns) == before
+
+
+def test_check_by_a_user(images: Path) -> None:
+    """Who may read an image is told what is in it, who may not is told that."""
+    (images / "disk.gz").chmod(0o600)
+    names = ("a.vmdk", "disk.gz", "good.qcow2")
+    text = "".join(block(number, f'disk "{images}/{name}"') for number, name in enumerate(names))
+    (images / "check.conf").write_text(text)
+    (images / "check.conf").chmod(0o644)
+
+    status, lines = check(images / "check.conf", user=NOBODY)
+
+    assert status == 0
+    assert [line.partition(": vm ")[2][:60] for line in lines[:2]] == [
+        f'"v0": disk {images}/a.vmdk: is a VMDK image; convert it: qemu-'[:60],
+        f'"v1": disk {images}/disk.gz: Permission denied'[:60],
+    ]
+    assert lines[1].endswith("disk.gz: Permission denied")
+    assert lines[2:] == ["configuration OK"]
+
+
+def test_missing_disk_stops_nobody_else(images: Path) -> None:
+    """The daemon starts, the others run, and it can be started when its disk is there."""
+    late = images / "late/disk.raw"
+    conf = block(0, f'disk "{late}"').replace("disable", "enable") + block(1, "vcpus 1").replace("disable", "enable")
+    with Daemon(images, conf) as vmd:
+        vmd.wait_state("v1", "running")
+        vmd.wait_state("v0", "stopped")
+        assert f"disk {late}: No such file or directory" in vmd.log
+        assert f"disk {late}: No such file or directory" in vmd.vmctl("start", "v0").stderr
+        late.parent.mkdir()
+        create(str(late), "raw", MIB)
+
+        vmd.must("reload")
+        vmd.wait_state("v0", "running")
