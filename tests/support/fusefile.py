@@ -12,6 +12,7 @@ import stat
 import struct
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -38,7 +39,8 @@ ROOT, FILE = 1, 2
 MAX_WRITE = 1 << 20
 BUFFER_BYTES = MAX_WRITE + (1 << 16)
 
-SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432
+SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 429, 430, 431, 432
+AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH = -100, 4
 FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
 HELD = -1  # an outcome: no answer until `release`
 
@@ -54,11 +56,11 @@ def call(number: int, *arguments: object) -> int:
     return result
 
 
-def mount(device: int) -> int:
-    """Return the descriptor of a mount that is attached nowhere."""
+def mount(device: int, user: int) -> int:
+    """Return the descriptor of a mount of a user's that is attached nowhere."""
     context = call(SYS_FSOPEN, b"fuse", 1)
     try:
-        for key, value in (("fd", device), ("rootmode", "40000"), ("user_id", 0), ("group_id", 0)):
+        for key, value in (("fd", device), ("rootmode", "40000"), ("user_id", user), ("group_id", user)):
             call(SYS_FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), str(value).encode(), 0)
         call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
         return call(SYS_FSMOUNT, context, 1, 0)
@@ -87,7 +89,8 @@ class Rule(NamedTuple):
 class FuseFile:
     """The file system and its one file, of which `content` is the storage; `fd` is an open descriptor of it."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, *, user: int = 0) -> None:
+        """`user` has mounted it; the kernel lets nobody else in."""
         self.content = bytearray(content)
         self.room = 1 << 40  # the file gets no larger than this
         self.log: list[Operation] = []
@@ -97,12 +100,14 @@ class FuseFile:
         self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         self._stop, self._stopped = os.pipe()
         self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._mount = mount(self._device)
+        self._mount = mount(self._device, user)
         self._thread.start()
         # The first close is answered ENOSYS, and no later one asks: a child that closes what it has inherited, while
         # its parent waits for it, would wait for our thread for ever.
-        os.close(self._open())
-        self.fd = self._open()
+        self.fd = -1
+        if user == 0:
+            os.close(self._open())
+            self.fd = self._open()
 
     def __enter__(self) -> Self:
         return self
@@ -116,11 +121,18 @@ class FuseFile:
         """Let everybody who still waits have an error, and end."""
         if self._device >= 0:
             for fd in (self.fd, self._mount, self._stopped):
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
             self._thread.join(DEADLINE_S)
             os.close(self._device)
             os.close(self._stop)
             self._device = -1
+
+    def attach(self, folder: Path) -> Path:
+        """Mount it on a folder, until somebody unmounts that; return the file's path."""
+        target = os.fsencode(folder)
+        call(SYS_MOVE_MOUNT, self._mount, b"", ctypes.c_long(AT_FDCWD), target, MOVE_MOUNT_F_EMPTY_PATH)
+        return folder / "disk"
 
     def _open(self) -> int:
         return os.open("disk", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._mount)

@@ -55,7 +55,15 @@ def open_chain(links: "Sequence[Link]", *, writable: bool) -> "Image":
 
 
 def _open(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
-    """Open one image on top of another.  Raises ImageError."""
+    """Open one image on top of another.  Raises ImageError, which names the image whatever has failed."""
+    try:
+        return _open_as(link, writable=writable, backing=backing)
+    except OSError as error:
+        raise ImageError(link.path, f"cannot be used: {error.strerror}") from error
+
+
+def _open_as(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
+    """Open one image as what it is said to be.  Raises ImageError, OSError."""
     if link.format == "raw":
         if backing is not None:
             raise ImageError(link.path, "a raw image has no backing file")

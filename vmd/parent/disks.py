@@ -31,7 +31,9 @@ from vmd.ipc.probemsg import (
     unpack,
     warnings,
 )
+from vmd.parent import service
 from vmd.parent.access import acting_as
+from vmd.parent.denied import DENIALS, explained, file_system_of, on_fuse
 from vmd.privsep import linux
 from vmd.privsep.spawn import Child, spawn
 from vmd.record import Record
@@ -145,7 +147,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> N
             seen.add(found)
             if use.locked:
                 lock(fd, name, writable=first)
-            probe = _examine(fd, name, format_hint, prober)
+            probe = _examine(fd, path, name, format_hint, prober)
             wrong = refusal(probe, format_hint, path, raw) or (first and unfit(probe, path)) or ""
             if wrong:
                 raise OperatorError(errno.EINVAL, f"{name}: {wrong}")
@@ -179,13 +181,27 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> N
         raw = f"`{recording(above, recorded, 'raw')}`"
 
 
-def _examine(fd: int, name: str, format_hint: str, prober: "Prober") -> Probe:
+def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober") -> Probe:
+    """Return what imgprobe says; if it may not even ask the file for its size, say why.  Raises OperatorError."""
+    try:
+        return prober.probe(fd, name, hint)
+    except OperatorError as error:
+        number = next((number for number in DENIALS if error.what.endswith(os.strerror(number))), 0)
+        if not number:
+            raise
+        words = error.what.removesuffix(os.strerror(number)) + explained(number, path, f"user {service.USER}")
+        raise OperatorError(error.code, words) from None
+
+
+def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober") -> Probe:
     """Return what an image is.  What is raw by somebody's word is not looked at, so never taken for anything else.
 
     Raises OperatorError.
     """
     stated = format_hint == "raw"
-    probe = Probe(format="raw", size=0) if stated else prober.probe(fd, name, format_hint)
+    # FUSE asks at each call who makes it.  imgprobe reads nothing of what is raw, but is the user who will serve it.
+    unasked = stated and not on_fuse(fd)
+    probe = Probe(format="raw", size=0) if unasked else _ask(fd, path, name, format_hint, prober)
     if probe.format != "raw":
         return probe
     try:
@@ -238,7 +254,7 @@ def examine_disc(fd: int, path: str, name: str, prober: "Prober") -> list[str]:
     """
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         return []
-    probe = prober.probe(fd, name, DISC)
+    probe = _ask(fd, path, name, DISC, prober)
     if probe.looks and probe.looks not in DISC_CONTENT:
         raise OperatorError(errno.EINVAL, f"{name}: {foreign.refusal(probe.looks, path, '', disc=True)}")
     notes = [foreign.warning(probe.looks, "")] if probe.looks else []
@@ -283,17 +299,21 @@ def open_image(
         if number == errno.EBUSY:
             raise OperatorError(number, f"{name}: is in use by another process, or mounted") from None
         if number in (errno.EACCES, errno.EPERM) and user is not None and user.uid:
-            raise OperatorError(number, f"{name}: {doing}uid {user.uid} has no permission") from None
-        raise OperatorError(missing, f"{name}: {doing}{os.strerror(number)}") from None
+            why = explained(number, path, f"uid {user.uid}").partition(": ")[2]
+            why = f": {why}" if why else ""
+            raise OperatorError(number, f"{name}: {doing}uid {user.uid} has no permission{why}") from None
+        raise OperatorError(missing, f"{name}: {doing}{explained(number, path, 'root')}") from None
 
 
 def require_image(fd: int, name: str, invalid: int) -> int:
     """Return the mode of what can be an image.  Raises OperatorError with code `invalid` for anything else."""
     try:
         mode = os.fstat(fd).st_mode
-        kind = KERNEL_FILE_SYSTEMS.get(linux.file_system_type(fd) & 0xFFFFFFFF)
-    except (OSError, HostError) as error:
-        raise OperatorError(invalid, f"{name}: {os.strerror(error.errno or 0)}") from None
+        kind = KERNEL_FILE_SYSTEMS.get(file_system_of(fd))
+    except OSError:
+        raise  # which its caller explains
+    except HostError as error:
+        raise OperatorError(invalid, f"{name}: {os.strerror(error.errno)}") from None
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise OperatorError(invalid, f"{name}: neither a regular file nor a block device")
     if kind is not None:

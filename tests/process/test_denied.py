@@ -1,0 +1,127 @@
+"""Files that the kernel or a server lets nobody use but some: the file is named, and who may not use it."""
+
+import errno
+import pwd
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon
+from tests.support.fusefile import FuseFile
+from tests.support.guests import guest
+from tests.support.images import MIB
+from vmd.config.model import DiskConfig, Owner
+from vmd.errors import OperatorError
+from vmd.parent import denied
+from vmd.parent.disks import ImageProber, open_cdrom, open_disk
+from vmd.privsep import linux
+from vmd.privsep.cell import Cell
+
+pytestmark = pytest.mark.root
+
+NOBODY = pwd.getpwnam("nobody")
+FUSE_WORDS = "it is on a FUSE file system, which serves only who has mounted it; mount it with -o allow_other"
+
+
+@pytest.fixture(scope="module")
+def prober() -> Iterator[ImageProber]:
+    """Give what the parent has."""
+    cell = Cell.build(NOBODY.pw_uid, NOBODY.pw_gid)
+    yield ImageProber(cell)
+    cell.close()
+
+
+@pytest.fixture(params=[0, NOBODY.pw_uid], ids=["of-root", "of-a-user"])
+def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """Give a file on a FUSE file system, and who has mounted it."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    with FuseFile(bytes(MIB), user=request.param) as file:
+        path = file.attach(folder)
+        yield path, request.param
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("image_format", ["", "raw", "qcow2"])
+def test_fuse_without_allow_other(mounted: tuple[Path, int], prober: ImageProber, image_format: str) -> None:
+    """Root's own lets root in, but not who serves the disk; a user's lets nobody in."""
+    path, user = mounted
+
+    with pytest.raises(OperatorError) as refused:
+        open_disk(DiskConfig(path=str(path), format=image_format), None, prober)
+
+    who = "root" if user else "user _vmd"
+    doing = "" if user else "cannot be read: "
+    assert str(refused.value).startswith(f"disk {path}: {doing}Permission denied: {who} may not use it: {FUSE_WORDS}")
+
+
+def test_disc_on_fuse_without_allow_other(mounted: tuple[Path, int], prober: ImageProber) -> None:
+    """The same for a disc."""
+    path, user = mounted
+
+    with pytest.raises(OperatorError) as refused:
+        open_cdrom(str(path), None, prober)
+
+    assert str(refused.value).startswith(f"cdrom {path}: ")
+    assert f"{'root' if user else 'user _vmd'} may not use it: {FUSE_WORDS}" in str(refused.value)
+
+
+def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober: ImageProber) -> None:
+    """An instance's disk is opened with its user's rights; what the kernel lets root in to, it lets root's threads.
+
+    Then who serves the disk is not let in, so no user gets at what root has mounted for itself.
+    """
+    path, user = mounted
+    somebody = Owner(uid=12345, gid=12345)
+    for folder in (path.parent.parent, *path.parent.parent.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o111)
+
+    with pytest.raises(OperatorError) as refused:
+        open_disk(DiskConfig(path=str(path)), somebody, prober)
+
+    assert str(refused.value).startswith(f"disk {path}: ")
+    who = "uid 12345 has no permission: uid 12345" if user else "user _vmd"
+    assert f"{who} may not use it: {FUSE_WORDS}" in str(refused.value)
+
+
+@pytest.mark.kvm
+def test_vmctl_says_so(mounted: tuple[Path, int], tmp_path: Path) -> None:
+    """At the start, before a device's process trips over it."""
+    path, user = mounted
+    conf = f'vm "a" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n disk "{path}" format raw\n}}\n'
+    with Daemon(tmp_path, conf) as vmd:
+        done = vmd.vmctl("start", "a")
+
+    assert done.returncode == 1
+    assert f"disk {path}: " in done.stderr
+    assert f"{'root' if user else 'user _vmd'} may not use it: {FUSE_WORDS}" in done.stderr
+    assert "vioblk" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EACCES, denied.NFS, "Permission denied: root may not use it: it is on NFS, whose server may take root"),
+        (errno.EPERM, denied.NFS, "Operation not permitted: root may not use it: it is on NFS"),
+        (errno.EOVERFLOW, denied.FUSE, f"Value too large for defined data type: root may not use it: {FUSE_WORDS}"),
+        (errno.EOVERFLOW, 0xEF53, "Value too large for defined data type: its owner is not known in this user namesp"),
+        (errno.EACCES, 0xEF53, "Permission denied"),
+        (errno.ENOENT, denied.NFS, "No such file or directory"),
+    ],
+)
+def test_what_is_behind_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: int, words: str
+) -> None:
+    """By the file system of the file, or of the first folder above that can be seen."""
+    monkeypatch.setattr(linux, "file_system_type", lambda fd: kind)
+
+    assert denied.explained(number, f"{tmp_path}/not/there", "root").startswith(words)
+
+
+def test_file_system_of_what_cannot_be_known() -> None:
+    """No path at all, or one with a NUL: then that of the folder."""
+    assert denied.file_system("") == 0
+    assert denied.file_system("/a\0b") == denied.file_system("/") != 0
