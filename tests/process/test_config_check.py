@@ -4,6 +4,7 @@ import gzip
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.images import MIB, qemu
+from tests.support.users import public_folder
 from vmd.config.check import load
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
@@ -36,29 +38,32 @@ def check(conf: Path, user: int | None = None) -> tuple[int, list[str]]:
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """Give a folder with an image of every kind of mistake, and two that are good."""
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == os.geteuid() and path != Path("/tmp"):
-            path.chmod(path.stat().st_mode | 0o111)
-    create(str(tmp_path / "good.qcow2"), "qcow2", MIB)
-    create(str(tmp_path / "top.qcow2"), "qcow2", MIB, "good.qcow2", "qcow2")
-    create(str(tmp_path / "derived.img"), "qcow2", MIB, "good.qcow2", "qcow2")
-    create(str(tmp_path / "lost.qcow2"), "qcow2", MIB, "gone", "raw")
-    (tmp_path / "plain.qcow2").write_bytes(bytes(MIB))
-    (tmp_path / "odd.raw").write_bytes(bytes(MIB + 5))
-    (tmp_path / "empty").touch()
-    (tmp_path / "disk.gz").write_bytes(gzip.compress(bytes(MIB)))
-    (tmp_path / "begins.img").write_bytes(gzip.compress(bytes(MIB)).ljust(MIB, b"\0"))
-    qemu("qemu-img", "create", "-q", "-f", "vmdk", tmp_path / "a.vmdk", "1M")
+def images() -> Iterator[Path]:
+    """Give a folder with an image of every kind of mistake, and two that are good; every user may look at them."""
+    with public_folder() as folder:
+        fill(folder)
+        yield folder
+
+
+def fill(folder: Path) -> None:
+    """Make the images."""
+    create(str(folder / "good.qcow2"), "qcow2", MIB)
+    create(str(folder / "top.qcow2"), "qcow2", MIB, "good.qcow2", "qcow2")
+    create(str(folder / "derived.img"), "qcow2", MIB, "good.qcow2", "qcow2")
+    create(str(folder / "lost.qcow2"), "qcow2", MIB, "gone", "raw")
+    (folder / "plain.qcow2").write_bytes(bytes(MIB))
+    (folder / "odd.raw").write_bytes(bytes(MIB + 5))
+    (folder / "empty").touch()
+    (folder / "disk.gz").write_bytes(gzip.compress(bytes(MIB)))
+    (folder / "begins.img").write_bytes(gzip.compress(bytes(MIB)).ljust(MIB, b"\0"))
+    qemu("qemu-img", "create", "-q", "-f", "vmdk", folder / "a.vmdk", "1M")
     for name, mark in (("dirty.qcow2", 1), ("corrupt.qcow2", 2)):
-        create(str(tmp_path / name), "qcow2", MIB)
-        with (tmp_path / name).open("r+b") as file:
+        create(str(folder / name), "qcow2", MIB)
+        with (folder / name).open("r+b") as file:
             os.pwrite(file.fileno(), mark.to_bytes(8, "big"), 72)
-    os.mkfifo(tmp_path / "fifo")
-    for path in tmp_path.iterdir():
+    os.mkfifo(folder / "fifo")
+    for path in folder.iterdir():
         path.chmod(0o644)
-    return tmp_path
 
 
 MISTAKES = [
@@ -134,7 +139,7 @@ def test_check_by_a_user(images: Path) -> None:
 
     status, lines = check(images / "check.conf", user=NOBODY)
 
-    assert status == 0
+    assert (status, lines[-1]) == (0, "configuration OK")
     assert [line.partition(": vm ")[2][:60] for line in lines[:2]] == [
         f'"v0": disk {images}/a.vmdk: is a VMDK image; convert it: qemu-'[:60],
         f'"v1": disk {images}/disk.gz: Permission denied'[:60],

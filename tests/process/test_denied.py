@@ -12,6 +12,7 @@ from tests.support.daemon import Daemon
 from tests.support.fusefile import FuseFile
 from tests.support.guests import guest
 from tests.support.images import MIB
+from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, Owner
 from vmd.errors import OperatorError
 from vmd.parent import denied
@@ -34,11 +35,11 @@ def prober() -> Iterator[ImageProber]:
 
 
 @pytest.fixture(params=[0, NOBODY.pw_uid], ids=["of-root", "of-a-user"])
-def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int]]:
+def mounted(request: pytest.FixtureRequest) -> Iterator[tuple[Path, int]]:
     """Give a file on a FUSE file system, and who has mounted it."""
-    folder = tmp_path / "mnt"
-    folder.mkdir()
-    with FuseFile(bytes(MIB), user=request.param) as file:
+    with public_folder() as above, FuseFile(bytes(MIB), user=request.param) as file:
+        folder = above / "mnt"
+        folder.mkdir()
         path = file.attach(folder)
         yield path, request.param
         subprocess.run(["umount", "--lazy", folder], check=True)
@@ -75,9 +76,6 @@ def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober
     """
     path, user = mounted
     somebody = Owner(uid=12345, gid=12345)
-    for folder in (path.parent.parent, *path.parent.parent.parents):
-        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
-            folder.chmod(folder.stat().st_mode | 0o111)
 
     with pytest.raises(OperatorError) as refused:
         open_disk(DiskConfig(path=str(path)), somebody, prober)

@@ -460,6 +460,20 @@ def test_configuration_beyond_reason_changes_nothing(cdrom: Cdrom, offset: int, 
     assert cdrom.works()
 
 
+@pytest.mark.parametrize("extra", [1, 512, BLOCK - 1])
+def test_disc_of_an_odd_length_ends_with_zeroes(tmp_path: Path, extra: int) -> None:
+    """Its last block is there, alone and behind others."""
+    path = tmp_path / "odd.iso"
+    path.write_bytes(DISC[: 60 * BLOCK + extra])
+    last = DISC[60 * BLOCK : 60 * BLOCK + extra].ljust(BLOCK, b"\0")
+    with path.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
+        cdrom = Cdrom(device.start())
+
+        assert cdrom.ask(b"\x25" + bytes(9), 8).data == struct.pack(">II", 60, BLOCK)
+        assert cdrom.ask(read10(60, 1), BLOCK).data == last
+        assert cdrom.ask(read10(58, 3), 3 * BLOCK).data == DISC[58 * BLOCK : 60 * BLOCK] + last
+
+
 def test_disc_that_becomes_shorter_gives_read_errors(tmp_path: Path) -> None:
     """Hostile 33: 3/3A and no data, and the rest of the disc still reads."""
     path = tmp_path / "short.iso"

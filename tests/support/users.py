@@ -1,10 +1,12 @@
 """Users and groups of a test's own: a user database that only processes in its mount namespace see."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -39,6 +41,14 @@ mount --bind "$0/etc" /etc
 echo ready
 exec cat
 """
+
+
+@contextlib.contextmanager
+def public_folder() -> Iterator[Path]:
+    """Give a new folder that every user may enter, with all above it; pytest keeps its own to itself, now and then."""
+    with tempfile.TemporaryDirectory(prefix="vmd-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
 
 
 class Users:

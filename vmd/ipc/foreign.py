@@ -167,9 +167,9 @@ def warning(found: str, raw: str) -> str:
     return f"begins as if it were {what}, and is used as raw; {raw} says that this is meant"
 
 
-def odd_length(size: int) -> str:
-    """Return what is said of a disk whose length is not one of whole sectors."""
-    return f"its {size} bytes are no multiple of {SECTOR}; its last sector is padded with zeroes"
+def odd_length(size: int, unit: int, called: str) -> str:
+    """Return what is said of a disk or disc whose length is not one of whole units."""
+    return f"its {size} bytes are no multiple of {unit}; its last {called} is padded with zeroes"
 
 
 def named_qcow2(path: str) -> bool:

@@ -219,7 +219,7 @@ def unfit(probe: Probe, path: str) -> str:
 
 def warnings_of_disk(probe: Probe, path: str) -> list[str]:
     """Return what is said of an image that is written to."""
-    notes = [odd_length(probe.size)] if probe.size % SECTOR else []
+    notes = [odd_length(probe.size, SECTOR, "sector")] if probe.size % SECTOR else []
     if DIRTY in probe.notes:
         notes.append(f"was not closed by its last writer; `qemu-img check -r all {quoted(path)}` repairs it")
     return notes
@@ -259,8 +259,7 @@ def examine_disc(fd: int, path: str, name: str, prober: "Prober") -> list[str]:
         raise OperatorError(errno.EINVAL, f"{name}: {foreign.refusal(probe.looks, path, '', disc=True)}")
     notes = [foreign.warning(probe.looks, "")] if probe.looks else []
     if probe.size % DISC_BLOCK:
-        left = probe.size % DISC_BLOCK
-        notes.append(f"its {probe.size} bytes are no multiple of {DISC_BLOCK}; the guest does not see the last {left}")
+        notes.append(odd_length(probe.size, DISC_BLOCK, "block"))
     return [f"{name}: {note}" for note in notes]
 
 

@@ -70,7 +70,8 @@ class Vioscsi:
         self.services = services
         self.fd = fd
         # Not fstat: a disc may also be a block device.
-        self.drive = Drive(None if fd is None else os.lseek(fd, 0, os.SEEK_END))
+        self.size = 0 if fd is None else os.lseek(fd, 0, os.SEEK_END)
+        self.drive = Drive(None if fd is None else self.size)
         self.queues: list[Queue | None] = []
         self.sense_size, self.cdb_size = SENSE_SIZE, CDB_SIZE
         self.complaints = RateLimit()
@@ -211,7 +212,9 @@ class Vioscsi:
                     break
             got = os.preadv(self.fd, piece, offset)
             if not got:
-                raise OSError(errno.EIO, "the file has become shorter")
+                if offset < self.size:
+                    raise OSError(errno.EIO, "the file has become shorter")
+                got = fill(piece)  # the rest of the last block
             offset += got
             start += got
             while index < len(views) and start >= len(views[index]):
@@ -282,6 +285,13 @@ def gather(queue: "Queue", chain: "Chain", size: int) -> bytes:
         if not left:
             return b"".join(found)
     raise GuestError(f"scsi request of {size - left} bytes instead of {size}")
+
+
+def fill(views: "list[memoryview]") -> int:
+    """Fill views with zeroes; return how many bytes they are."""
+    for view in views:
+        view[:] = bytes(len(view))
+    return sum(map(len, views))
 
 
 def slices(queue: "Queue", chain: "Chain", start: int, size: int) -> "list[memoryview]":

@@ -107,10 +107,10 @@ def check_condition(sense: tuple[int, int]) -> Reply:
 
 
 class Drive:
-    """A drive with a disc of `size_bytes`, or none; a part of a block at its end is not there."""
+    """A drive with a disc of `size_bytes`, or none; a part of a block at its end is one whose rest is zeroes."""
 
     def __init__(self, size_bytes: int | None) -> None:
-        self.blocks = (size_bytes or 0) // BLOCK
+        self.blocks = -(-(size_bytes or 0) // BLOCK)
         self.locked = False
 
     def execute(self, cdb: bytes) -> Reply:
