@@ -13,6 +13,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.images import MIB, qemu
 from tests.support.users import public_folder
+from vmctl.commands.start import Wanted
 from vmd.config.check import load
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
@@ -162,3 +163,25 @@ def test_missing_disk_stops_nobody_else(images: Path) -> None:
 
         vmd.must("reload")
         vmd.wait_state("v0", "running")
+
+
+def test_link_that_is_called_qcow2_states_the_format(images: Path) -> None:
+    """What the operator typed is the word, as much as what it leads to; both are in vm.conf, and on a command line."""
+    (images / "link.qcow2").symlink_to("derived.img")
+    (images / "link.img").symlink_to("top.qcow2")
+    (images / "wrong.qcow2").symlink_to("odd.raw")
+    names = ("link.qcow2", "link.img", "wrong.qcow2")
+    text = "".join(block(number, f'disk "{images}/{name}"') for number, name in enumerate(names))
+    (images / "check.conf").write_text(text)
+
+    _, lines = check(images / "check.conf")
+    wanted = Wanted()
+    for name in names:
+        wanted.add_disk(f"{images}/{name}")
+
+    assert lines == [
+        f'vmd: {images}/check.conf:13: vm "v2": disk {images}/odd.raw: not a qcow2 image', "configuration OK",
+    ]  # fmt: skip
+    config = load(str(images / "check.conf"), explicit=True, warn=lambda _text: None)
+    assert wanted.disks == [disk for vm in config.vms for disk in vm.disks]
+    assert [disk.format for disk in wanted.disks] == ["qcow2", "", "qcow2"]

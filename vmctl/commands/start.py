@@ -31,6 +31,7 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
+from vmd.ipc.foreign import typed_format
 from vmd.ipc.messages import (
     VMD_BIOS_MISSING,
     VMD_CDROM_INVALID,
@@ -150,7 +151,9 @@ class Wanted:
             raise CommandError(f"too many disks (limit is {MAX_DISKS})")
         prefix, colon, path = value.partition(":")
         disk_format = prefix if colon and prefix in DISK_FORMATS else ""
-        path = real_path(path if disk_format else value, "disk path")
+        typed = path if disk_format else value
+        path = real_path(typed, "disk path")
+        disk_format = disk_format or typed_format(typed, path)
         self.disks.append(DiskConfig(path=path, format=disk_format))
         self.given |= VmFlag.DISK
 

@@ -34,6 +34,7 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
+from vmd.ipc.foreign import typed_format
 from vmd.log import log
 
 AGENTX_CONTEXT_MAX = 32
@@ -399,7 +400,9 @@ class Grammar:
         if len(self.draft.disks) == MAX_DISKS:
             self.error("too many disks")
         else:
-            self.draft.disks.append(DiskConfig(path=self.value(values.disk_path, p[2], ""), **options))
+            path = self.value(values.disk_path, p[2], "")
+            options["format"] = options.get("format") or typed_format(p[2], path)
+            self.draft.disks.append(DiskConfig(path=path, **options))
 
     def p_disk_options(self, p: Production) -> None:
         """disk_options :

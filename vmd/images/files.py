@@ -11,7 +11,7 @@ from vmd.errors import ImageError
 from vmd.images.chain import MAX_CHAIN, Link, open_chain
 from vmd.images.identify import probe
 from vmd.images.locks import lock
-from vmd.ipc.foreign import given_as, named_qcow2
+from vmd.ipc.foreign import given_as, named_format
 from vmd.ipc.probemsg import NOT_QCOW2, Probe, how_to_record, recording, refusal, warnings
 
 TYPE_CHECKING = False
@@ -33,7 +33,7 @@ class OpenedChain:
         self.probes: list[Probe] = []
         self.notes: list[str] = []  # sentences that the user should read
         given, raw = format_hint, given_as("raw", path, in_conf=False) if raw_will_do else ""
-        format_hint = format_hint or ("qcow2" if named_qcow2(path) else "")
+        format_hint = format_hint or named_format(path)
         seen: set[tuple[int, int]] = set()
         top = path
         try:

@@ -172,6 +172,14 @@ def odd_length(size: int, unit: int, called: str) -> str:
     return f"its {size} bytes are no multiple of {unit}; its last {called} is padded with zeroes"
 
 
-def named_qcow2(path: str) -> bool:
-    """Return whether a file is called *.qcow2: whoever gave it that name has said what it is, as no guest can."""
-    return os.path.splitext(path)[1].lower() == ".qcow2"
+def named_format(path: str) -> str:
+    """Return "qcow2" for a file that is called *.qcow2: whoever gave it that name has said what it is, as no guest can.
+
+    Other names say nothing for sure.
+    """
+    return "qcow2" if os.path.splitext(path)[1].lower() == ".qcow2" else ""
+
+
+def typed_format(typed: str, path: str) -> str:
+    """Return the format that only a link's name states: `typed` leads to `path`, whose own name is looked at later."""
+    return "" if named_format(path) else named_format(typed)

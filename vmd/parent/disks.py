@@ -14,7 +14,7 @@ from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.images.locks import lock
 from vmd.ipc import foreign
-from vmd.ipc.foreign import DISC_CONTENT, SECTOR, given_as, named_qcow2, odd_length, quoted
+from vmd.ipc.foreign import DISC_CONTENT, SECTOR, given_as, named_format, odd_length, quoted
 from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import (
     ANSWER_MAX,
@@ -130,7 +130,7 @@ def follow(config: DiskConfig, use: Use, prober: "Prober") -> OpenDisk:
 def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> None:
     path = config.path
     # The name is the operator's, or of the user with whose rights all of this is opened; no guest can change it.
-    format_hint = config.format or ("qcow2" if named_qcow2(path) else "")
+    format_hint = config.format or named_format(path)
     raw = given_as("raw", path, in_conf=use.in_conf)
     name = top = f"disk {path}"
     seen: set[tuple[int, int]] = set()

@@ -222,6 +222,7 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
             return
         stay_paused(parent, vm, code_of(error), sentence(error))
         return
+    parent.note(vm, receiving.config, media.notes)
     try:
         message = ResumeReceived(
             vmid=vm.vmid, config=receiving.config, paused=receiving.paused, disks=media.describe()

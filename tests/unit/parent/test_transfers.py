@@ -118,6 +118,10 @@ class Parent:
         """Return a VM."""
         return self.vms.get(vmid)
 
+    def note(self, vm: Vm, config: VmConfig, notes: list[str]) -> None:
+        """As the real one."""
+        vm.notes = tuple(notes)
+
     def check_startable(self, _vm: Vm, config: VmConfig) -> None:
         """As the real one."""
         refuse_unsupported(config)
@@ -128,6 +132,7 @@ class Disks:
 
     def __init__(self) -> None:
         self.trouble: list[Exception] = []
+        self.notes: list[str] = []
         self.opened = 0
 
     def open(self, _config: VmConfig, _prober: object) -> Media:
@@ -135,7 +140,9 @@ class Disks:
         if self.trouble:
             raise self.trouble[0]
         self.opened += 1
-        return Media()
+        media = Media()
+        media.notes = self.notes
+        return media
 
 
 @pytest.fixture
@@ -353,12 +360,14 @@ def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) ->
     header(parent, vm, owner=Owner(uid=5), memory_bytes=256 << 20)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
     assert disks.opened == 1  # to see whether they are there, while the sender still has the VM
+    disks.notes = ["disk a: is odd"]
     complete(parent, vm)
 
     resumed = parent.vmm.sent[-1]
     assert isinstance(resumed, ResumeReceived)
     assert (resumed.config.name, resumed.config.owner, resumed.config.vcpus) == ("b", Owner(), 2)
     assert disks.opened == 2
+    assert vm.notes == ("disk a: is odd",)
     transfers.on_received_running(parent, vm, 99, paused=False)
 
     assert (vm.state, vm.pid) == (State.RUNNING, 99)
