@@ -150,14 +150,16 @@ def test_copy_is_refused_by_name(
     assert Path("b").read_bytes()[: len(content)] == content
 
 
+IMAGES = [
+    "vmdk-monolithicSparse", "vmdk-streamOptimized", "vdi", "vhd-dynamic", "vhd-fixed", "vhdx", "qed", "qcow",
+    "parallels",
+]  # fmt: skip
+COMPRESSED = ["gzip", "xz", "zstd", "bzip2", "lz4"]
+
+
 @pytest.mark.parametrize(
-    "label",
-    [
-        "vmdk-monolithicSparse", "vmdk-streamOptimized", "vdi", "vhd-dynamic", "vhd-fixed", "vhdx", "qed",
-        "qcow", "parallels", "gzip", "xz", "zstd", "bzip2", "lz4",
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("named", [False, True])
+    ("label", "named"), [(label, False) for label in IMAGES + COMPRESSED] + [(label, True) for label in COMPRESSED]
+)
 def test_command_that_is_named_does_it(tmp_path: Path, label: str, named: bool) -> None:
     """Typed as it is shown, it makes an image that is used."""
     name, make = next((name, make) for name, found, make in SAMPLES if found == label)
