@@ -440,8 +440,12 @@ def test_jobs_that_wait_have_threads_of_their_own_up_to_the_limit() -> None:
     workers = Workers(3)
     together = threading.Barrier(4)
     rest = threading.Event()
+
+    def meet() -> None:
+        together.wait(20)
+
     for _ in range(3):
-        workers.submit(lambda: together.wait(20) and None)
+        workers.submit(meet)
     workers.submit(rest.set)
 
     assert workers.missing == 0
