@@ -1,13 +1,20 @@
-"""Positional I/O on a host file: all bytes or an OSError, and the parts of fallocate(2) that `os` lacks."""
+"""Positional I/O on a host file: all bytes or an OSError, and the parts of fallocate(2) that `os` lacks.
 
+A host file is a regular file or a block device.  Behind the end of a regular file there are zeroes, and a write there
+extends it.  A device ends where it ends, and what nobody has written to it holds any bytes.
+"""
+
+import _thread
 import ctypes
 import errno
 import os
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SECTOR = 512  # a disk is a number of these (virtio.spec.SECTOR; vmctl does not import that)
 IOV_MAX = 1024  # Linux' UIO_MAXIOV
 ZEROES = memoryview(bytes(1 << 16))
 
@@ -20,12 +27,72 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _fallocate.restype = ctypes.c_int
 
 
+def padding(length: int) -> int:
+    """Return the number of zeroes that complete the last sector of a disk of `length` bytes."""
+    return -length % SECTOR
+
+
+def padded(length: int) -> str:
+    """Return what is to be said about a disk of `length` bytes that ends inside a sector, or ""."""
+    return f"is {length} bytes long: zeroes complete its last sector of {SECTOR}" if length % SECTOR else ""
+
+
+def is_device(fd: int) -> bool:
+    """Return whether an open file is a block device.  Raises OSError."""
+    return stat.S_ISBLK(os.fstat(fd).st_mode)
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2).  Raises OSError."""
     while _fallocate(fd, mode, offset, length):
         error = ctypes.get_errno()
         if error != errno.EINTR:
             raise OSError(error, os.strerror(error))
+
+
+def rewrite(fd: int, offset: int, length: int) -> None:
+    """Write a part of a file as it is.  It has storage then, and is inside every limit: it can be written later.
+
+    Nobody else may write that part meanwhile.  Raises OSError.
+    """
+    write_bytes(fd, read_bytes(fd, length, offset), offset)
+
+
+class FlushFailed(OSError):
+    """What was acknowledged is not on stable storage.  Nothing is forgotten: a later flush may succeed."""
+
+
+class DataLost(FlushFailed):
+    """What was acknowledged will never be on stable storage; no later flush succeeds."""
+
+
+class StableStorage:
+    """fdatasync(2) of one file, for all its threads.
+
+    After a failure the kernel takes the pages for clean and tells of the failure once.  A later success would be a lie,
+    so no later one is reported; and one thread calls at a time, so that none succeeds beside one that fails.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+        self.lost = ""  # why data was lost
+        self.syncing = _thread.allocate_lock()
+
+    def check(self) -> None:
+        """Raise DataLost if there was a failure."""
+        if self.lost:
+            raise DataLost(errno.EIO, f"{self.path}: an earlier flush failed, data was lost: {self.lost}")
+
+    def sync(self) -> None:
+        """Return when all that was written is on stable storage.  Raises DataLost."""
+        with self.syncing:
+            self.check()
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                self.lost = error.strerror or str(error)
+                raise DataLost(error.errno, f"{self.path}: data was lost: {self.lost}") from error
 
 
 def total(views: "Sequence[memoryview]") -> int:
@@ -127,7 +194,8 @@ def write_zeroes(fd: int, offset: int, length: int) -> None:
 def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
     """Return whether a file has data at `offset` < `end`, and for how many bytes that holds.
 
-    A file system that knows no holes has data everywhere.
+    A file system that knows no holes has data everywhere.  So has what is behind the end of a file that was cut
+    short: a read has to find that out.
     """
     try:
         data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
@@ -135,4 +203,8 @@ def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
             return False, data - offset
         return True, min(os.lseek(fd, offset, os.SEEK_HOLE), end) - offset
     except OSError as error:
-        return error.errno != errno.ENXIO, end - offset  # ENXIO: nothing but a hole up to the end
+        # ENXIO: nothing but a hole up to the end of the file.
+        file_end = os.lseek(fd, 0, os.SEEK_END)
+        if error.errno != errno.ENXIO or offset >= file_end:
+            return True, end - offset
+        return False, min(end, file_end) - offset

@@ -1,4 +1,8 @@
-"""Raw images: the file is the disk."""
+"""Raw images: the file is the disk.
+
+A disk consists of sectors.  A file that ends inside one is read as if zeroes followed, as QEMU does; a write to that
+sector makes the file longer, if it can become longer.
+"""
 
 import _thread
 import errno
@@ -11,8 +15,12 @@ from vmd.images.hostfile import (
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
     Cursor,
+    StableStorage,
+    clear,
     data_span,
     fallocate,
+    padded,
+    padding,
     read_bytes,
     read_views,
     total,
@@ -57,10 +65,12 @@ class RawImage:
         self.fd = fd
         self.path = path
         self.writable = writable
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+        self.size = self.file_bytes + padding(self.file_bytes)
         self.guarded = guessed and writable
         self.guard = _thread.allocate_lock()
-        self.failed = 0  # errno of a flush that lost data
+        self.stable = StableStorage(fd, path)
+        self.remark = padded(self.file_bytes)
 
     def check(self, offset: int, length: int) -> None:
         """Raise OSError unless a range is inside the disk."""
@@ -78,8 +88,14 @@ class RawImage:
         length = total(views)
         if offset < 0 or offset + length > self.size:
             self.check(offset, length)
-        if read_views(self.fd, views, offset, length) != length:
-            raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.size} bytes")
+        got = read_views(self.fd, views, offset, length)
+        if got == length:
+            return
+        if offset + got < self.file_bytes:
+            raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.file_bytes} bytes")
+        cursor = Cursor(views)
+        cursor.take(got)
+        clear(cursor.take(length - got))
 
     def pwritev(self, offset: int, views: "Sequence[memoryview]") -> None:
         """See Image."""
@@ -97,7 +113,7 @@ class RawImage:
         # Checked and written from a copy of our own: the guest goes on changing its memory.
         head = b"".join(cursor.take(inside))
         with self.guard:
-            first = bytearray(read_bytes(self.fd, SIGNATURE_MAX, 0))
+            first = bytearray(read_bytes(self.fd, SIGNATURE_MAX, 0).ljust(SIGNATURE_MAX, b"\0"))
             first[offset : offset + inside] = head
             if first.startswith(SIGNATURES):
                 raise OSError(
@@ -109,16 +125,9 @@ class RawImage:
             write_views(self.fd, [memoryview(head), *rest], offset, length)
 
     def flush(self) -> None:
-        """See Image; the kernel reports lost data once, we do ever after."""
-        if self.failed:
-            raise OSError(self.failed, f"{self.path}: an earlier flush failed, data was lost")
-        if not self.writable:
-            return
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            self.failed = error.errno or errno.EIO
-            raise
+        """See Image."""
+        if self.writable:
+            self.stable.sync()
 
     def discard(self, offset: int, length: int) -> None:
         """See Image; a file system that cannot is no error."""

@@ -4,6 +4,9 @@ Everything here is called with the image's allocation lock held.  What a refcoun
 high after a crash (a leak), never too low: increments are written before what uses the cluster is,
 decrements after nothing does any more.  So a block may be written at any time, but the entry of the refcount table
 that names a new block only once the block itself is on stable storage.
+
+An allocation that fails leaves nothing behind but clusters that are no longer known to be zero.  Metadata that is
+changed in memory has been written to its place before, so that to write the change later needs no room.
 """
 
 import errno
@@ -11,13 +14,18 @@ import os
 import struct
 
 from vmd.images.header import AT_REFCOUNT_TABLE, MAX_TABLE_BYTES, Header
-from vmd.images.hostfile import read_bytes, write_bytes
+from vmd.images.hostfile import read_bytes, rewrite, write_bytes
 from vmd.images.words import big_endian, zeroes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.hostfile import StableStorage
 
 TABLE_OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 CACHE_BYTES = 4 << 20
 SEARCH_BYTES = 512
 NOTHING_DIRTY = (1 << 62, 0)
+NO_LIMIT = 1 << 62
 
 table_place = struct.Struct(">QI")
 
@@ -29,13 +37,14 @@ class Damage(Exception):
 class Block:
     """A refcount block in memory; bytes `low` to `high` are not written yet."""
 
-    __slots__ = ("data", "high", "low", "number", "offset", "used")
+    __slots__ = ("data", "high", "low", "number", "offset", "used", "written")
 
-    def __init__(self, number: int, offset: int, data: bytearray) -> None:
+    def __init__(self, number: int, offset: int, data: bytearray, *, written: bool) -> None:
         self.number = number
         self.offset = offset
         self.data = data
         self.low, self.high = NOTHING_DIRTY
+        self.written = written  # by us, so it can be written again
         self.used = 0
 
 
@@ -48,9 +57,12 @@ def full_bytes(bits: int) -> bytes:
 class Refcounts:
     """Allocates and frees clusters, numbered by their place in the file."""
 
-    def __init__(self, fd: int, header: Header, table: memoryview, file_bytes: int) -> None:
-        """`table` has the native numbers of the refcount table; new clusters come after `file_bytes` at first."""
+    def __init__(
+        self, fd: int, header: Header, table: memoryview, file_bytes: int, stable: "StableStorage", *, device: bool
+    ) -> None:
+        """`table` has the native numbers of the refcount table."""
         self.fd = fd
+        self.stable = stable
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.order = header.refcount_order
@@ -58,6 +70,7 @@ class Refcounts:
         self.per_block = self.cluster_size * 8 >> self.order
         self.table = table
         self.table_offset = header.refcount_offset
+        self.table_written = False  # by us
         self.unpublished: set[int] = set()  # entries of the table that are in memory only
         self.blocks: dict[int, Block] = {}
         self.max_blocks = max(4, CACHE_BYTES // self.cluster_size)
@@ -65,6 +78,7 @@ class Refcounts:
         self.full = full_bytes(self.bits) if self.bits < 8 else b""
         self.zero = bytes(self.bits // 8)
         self.end = -(-file_bytes // self.cluster_size)  # first cluster that was never part of the file
+        self.limit = file_bytes // self.cluster_size if device else NO_LIMIT  # first cluster that cannot be had
         self.hint = 0  # no cluster before this one is free
         self.floor = 0  # clusters before this one are left alone: their refcounts are not to be trusted
         self.metadata: set[int] = set()
@@ -86,18 +100,25 @@ class Refcounts:
             if offset & (self.cluster_size - 1):
                 raise Damage(f"refcount block at {offset} is not at the start of a cluster")
             data = bytearray(read_bytes(self.fd, self.cluster_size, offset))
-            if len(data) != self.cluster_size:
-                raise Damage(f"refcount block at {offset} is outside the file")
-            block = self._keep(Block(number, offset, data))
+            if len(data) != self.cluster_size:  # it was there when the image was opened
+                raise OSError(errno.EIO, f"the file now ends before the refcount block at {offset}")
+            block = self._keep(Block(number, offset, data, written=False))
         block.used = self.clock
         return block
 
     def _keep(self, block: Block) -> Block:
-        """Put a block into the cache; those used least recently are written and leave it."""
-        if len(self.blocks) >= self.max_blocks:
-            oldest = min(self.blocks.values(), key=lambda kept: kept.used)
-            self._write(oldest)
-            del self.blocks[oldest.number]
+        """Put a block into the cache; of those that can be written, the one used least recently leaves it."""
+        failure: OSError | None = None
+        for oldest in sorted(self.blocks.values(), key=lambda kept: kept.used):
+            if len(self.blocks) < self.max_blocks:
+                break
+            try:
+                self._write(oldest)
+                del self.blocks[oldest.number]
+            except OSError as error:
+                failure = error
+        if failure is not None and len(self.blocks) >= self.max_blocks:
+            raise failure
         self.blocks[block.number] = block
         return block
 
@@ -107,17 +128,42 @@ class Refcounts:
             write_bytes(self.fd, memoryview(block.data)[block.low : block.high], block.offset + block.low)
             block.low, block.high = NOTHING_DIRTY
 
+    def _make_ready(self, block: Block) -> None:
+        """Before a block is changed: see whether it can be written.  Raises OSError."""
+        if not block.written:
+            rewrite(self.fd, block.offset, self.cluster_size)
+            block.written = True
+
+    def require(self, end: int) -> None:
+        """Raise OSError unless there can be clusters up to `end`; a device may have grown since it was opened."""
+        if end > self.limit:
+            device_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+            self.limit = device_bytes >> self.cluster_bits
+            if end > self.limit:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it ends after {device_bytes} bytes")
+
+    def extend(self, end: int) -> None:
+        """Take clusters up to `end` for part of the file, before one of them is written.
+
+        A write that fails half-way leaves something else there than zeroes.
+        """
+        self.end = max(self.end, end)
+
     def _create(self, number: int) -> Block:
         """Make the block of a range of clusters that has none; it is the first cluster of that range itself."""
         cluster = number * self.per_block
         if cluster in self.metadata:
             raise Damage(f"cluster {cluster} is in use and has no refcount")
-        block = Block(number, cluster << self.cluster_bits, bytearray(self.cluster_size))
+        self.require(cluster + 1)
+        if not self.table_written:
+            rewrite(self.fd, self.table_offset, len(self.table) * 8)
+            self.table_written = True
+        block = Block(number, cluster << self.cluster_bits, bytearray(self.cluster_size), written=True)
         self._set(block, 0, 1)
+        self.extend(cluster + 1)
         # All of it now: a disk that is full is to be found out before anything depends on this block.
         write_bytes(self.fd, block.data, block.offset)
         block.low, block.high = NOTHING_DIRTY
-        self.end = max(self.end, cluster + 1)
         self._keep(block)
         self.table[number] = block.offset
         self.unpublished.add(number)
@@ -180,7 +226,7 @@ class Refcounts:
 
         Raises:
             Damage: what is free according to its refcount is in use.
-            OSError: the disk is full, or the refcount table at its largest.
+            OSError: there is no room, or the refcount table is at its largest.
         """
         index = max(self.hint, self.floor)
         while True:
@@ -197,10 +243,13 @@ class Refcounts:
             if start < 0:
                 index = (number + 1) * self.per_block
                 continue
-            stop = start + 1
-            while stop < start + want and stop < self.per_block and not self._get(block, stop):
-                stop += 1
             first = number * self.per_block + start
+            self.require(first + 1)
+            self._make_ready(block)
+            most = min(start + want, self.per_block, self.limit - number * self.per_block)
+            stop = start + 1
+            while stop < most and not self._get(block, stop):
+                stop += 1
             for cluster in range(first, first + stop - start):
                 if cluster in self.metadata:
                     raise Damage(f"cluster {cluster} is in use and has refcount 0")
@@ -210,11 +259,19 @@ class Refcounts:
             return first, stop - start
 
     def free(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Drop one reference of each cluster of a run; return the runs nobody refers to any more."""
+        """Drop one reference of each cluster of a run; return the runs nobody refers to any more.
+
+        Clusters whose refcount cannot be read, or has no room to be written, are leaked: nothing fails for that.
+        """
         gone: list[tuple[int, int]] = []
         for cluster in range(first, first + count):
             number, index = divmod(cluster, self.per_block)
-            block = self._load(number) if number < len(self.table) else None
+            try:
+                block = self._load(number) if number < len(self.table) else None
+                if block is not None:
+                    self._make_ready(block)
+            except OSError:
+                continue
             value = self._get(block, index) if block else 0
             if block is None or value == 0:
                 raise Damage(f"cluster {cluster} was in use and has refcount 0")
@@ -244,10 +301,13 @@ class Refcounts:
             blocks += 1
         number = len(self.table)
         first = number * self.per_block
+        self.require(first + blocks + clusters)
+        self.extend(first + blocks + clusters)
         table = zeroes(clusters * per_cluster)
         table[: len(self.table)] = self.table
         for position in range(blocks):
-            block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size))
+            block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size),
+                          written=True)  # fmt: skip
             for index in range(min(self.per_block, blocks + clusters - position * self.per_block)):
                 self._set(block, index, 1)
             write_bytes(self.fd, block.data, block.offset)
@@ -255,15 +315,15 @@ class Refcounts:
         self.write_blocks()
         offset = (first + blocks) << self.cluster_bits
         write_bytes(self.fd, big_endian(table), offset)
-        os.fdatasync(self.fd)
+        self.stable.sync()
         write_bytes(self.fd, table_place.pack(offset, clusters), AT_REFCOUNT_TABLE)
         # From here on the header names the new table, so memory does as well, whatever fails next.
         old_offset, old_bytes = self.table_offset, len(self.table) * 8
         self.table, self.table_offset = table, offset
+        self.table_written = True
         self.unpublished.clear()
         self.protect(first << self.cluster_bits, (blocks + clusters) << self.cluster_bits)
-        self.end = max(self.end, first + blocks + clusters)
-        os.fdatasync(self.fd)
+        self.stable.sync()
         old_first = old_offset >> self.cluster_bits
         if old_first >= self.floor:
             self.free(old_first, old_bytes >> self.cluster_bits)
@@ -271,9 +331,15 @@ class Refcounts:
     # -- writing back
 
     def write_blocks(self) -> None:
-        """Write all that has changed in blocks."""
+        """Write all that has changed in blocks; one that cannot be written keeps no other from it.  Raises OSError."""
+        failure: OSError | None = None
         for block in self.blocks.values():
-            self._write(block)
+            try:
+                self._write(block)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def publish(self, entries: "set[int]") -> None:
         """Write entries of the table; their blocks are on stable storage."""

@@ -56,6 +56,7 @@ class MemoryDisk:
 
     def __init__(self, writable: bool) -> None:
         self.path = "disk"
+        self.remark = ""
         self.size = DISK
         self.writable = writable
         self.bytes = bytearray(CONTENT)
