@@ -33,6 +33,7 @@ pytestmark = [
 BYTES = 4 * MIB
 HEADERS = 12 * MIB  # in memory
 CLUSTER = 64 * KIB
+TROUBLES = devmsg.TYPE.pack(devmsg.TROUBLES)
 QUIET = 5  # lines of log that a flood of one kind of error may cause
 
 
@@ -226,6 +227,9 @@ def test_failed_flush_is_said_once_for_each_change_whatever_else_is_logged_33(
         "disk 0: flush works again, and nothing was lost\n",
     ] * 2
     assert check(rig.storage, tmp_path) == {}
+    informs = rig.disk.device.informs
+    told = [informs.recv(devmsg.PACKET_MAX) for _ in range(4)]
+    assert told == [TROUBLES + b"flush fails: No space left on device", TROUBLES] * 2
 
 
 def test_flush_that_fails_at_the_end_is_said_and_tried_again_33(start: Callable[..., Rig], tmp_path: Path) -> None:

@@ -134,3 +134,8 @@ HOSTMAC_BODY = Struct("<I6s2x")
 #   CONFIG_CHANGED, as it is when the tap itself goes down, comes up or vanishes.
 LINK = 22
 LINK_BODY = Struct("<II")
+# TROUBLES: device -> VM: type; then everything that is wrong with the device now, as up to TROUBLES_MAX sentences in
+#   UTF-8 of up to TROUBLE_MAX bytes, with a NUL between them; none: nothing is.  Sent after READY whenever it changes.
+TROUBLES = 23
+TROUBLES_MAX = 3
+TROUBLE_MAX = 200

@@ -21,6 +21,7 @@ SLOT_HOST_BRIDGE = 0
 SLOT_RNG = 1
 
 PROCESSES = {"rng": "viornd", "net": "vionet", "blk": "vioblk", "scsi": "vioscsi"}
+WORDS = {"rng": "entropy", "net": "interface", "blk": "disk", "scsi": "cdrom"}  # what users call them
 QUEUES = {  # their sizes
     "rng": (64,),
     "net": (256, 256),
@@ -45,6 +46,11 @@ class Slot(Record):
     def name(self) -> str:
         """The name of the device and of its process, such as vioblk0."""
         return f"{PROCESSES[self.kind]}{self.index}"
+
+    @property
+    def label(self) -> str:
+        """What the device is called where users see it, such as disk0."""
+        return f"{WORDS[self.kind]}{self.index}"
 
 
 def plan(

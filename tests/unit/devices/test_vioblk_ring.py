@@ -171,6 +171,9 @@ class Services:
     def serve(self, number: int) -> None:
         """Nothing stays behind."""
 
+    def report(self, *troubles: str) -> None:
+        """Nobody asks."""
+
 
 class ServedAgain(Services):
     """A process that serves the device's queue when it is asked to."""

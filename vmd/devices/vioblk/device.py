@@ -45,6 +45,9 @@ if TYPE_CHECKING:
         def serve(self, number: int) -> None:
             """Serve a queue as if notified."""
 
+        def report(self, *troubles: str) -> None:
+            """Tell the VM what is wrong now."""
+
 
 QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
@@ -143,6 +146,7 @@ class Vioblk:
         services.watch(workers.done, self.on_done)
         if image.remark:
             log.warn(self._named(image.remark))
+            services.report(image.remark)
 
     # --- configuration ---------------------------------------------------------------------------------------
 
@@ -254,10 +258,14 @@ class Vioblk:
         if state == self.flushing:
             return
         self.flushing = state
+        troubles = [self.image.remark] if self.image.remark else []
         if failure is None:
             log.warn(self._named("flush works again, and nothing was lost"))
         else:
-            log.error(f"flush fails: {self._named(failure.strerror or str(failure))}")
+            text = failure.strerror or str(failure)
+            log.error(f"flush fails: {self._named(text)}")
+            troubles.insert(0, f"flush fails: {text.removeprefix(f'{self.image.path}: ')}")
+        self.services.report(*troubles)
 
     # --- the ring ------------------------------------------------------------------------------------------------
 
