@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.blkdriver import IOERR, OK, SECTOR, BlockDriver
-from tests.support.images import KIB, MIB, check_report, problems, qemu, same, small_file_system
+from tests.support.images import KIB, MIB, check_report, opened, problems, qemu, same, small_file_system
 from tests.support.loopdevice import LoopDevice
+from vmd.images.hostfile import fallocate
 
 pytestmark = pytest.mark.root
 
@@ -154,6 +155,46 @@ def test_raw_device_is_a_disk_to_its_last_sector(tmp_path: Path) -> None:
             driver.shut_down()
 
         assert device.path.read_bytes()[-4 * KIB :] == b"e" * 4 * KIB
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "whole"),
+    [
+        (0, 64 * KIB, (0, 64 * KIB)),
+        (512, 64 * KIB - 512, (4 * KIB, 60 * KIB)),
+        (5 * KIB, 7 * KIB, None),
+        (7 * KIB, 9 * KIB, None),
+        (63 * KIB, 64 * KIB + 512, (64 * KIB, 64 * KIB + 512)),
+    ],
+)
+def test_only_whole_blocks_of_a_device_are_left_to_its_driver(
+    tmp_path: Path, start: int, end: int, whole: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel keeps nobody out of the rest of a block meanwhile, and the old content would come back with it."""
+    calls = []
+
+    def note(fd: int, mode: int, offset: int, length: int) -> None:
+        calls.append((offset, offset + length))
+        fallocate(fd, mode, offset, length)
+
+    monkeypatch.setattr("vmd.images.raw.fallocate", note)
+    with LoopDevice(tmp_path / "device", 64 * KIB + 512) as device:
+        before = device.path.read_bytes()
+        for unmap in (False, True):
+            image = opened(device.path, writable=True, formats=("raw",))
+            image.pwritev(0, [memoryview(before)])
+            image.write_zeroes(start, end - start, unmap)
+            image.flush()
+            image.close()
+            assert device.path.read_bytes() == before[:start] + bytes(end - start) + before[end:]
+        image = opened(device.path, writable=True, formats=("raw",))
+        image.pwritev(0, [memoryview(before)])
+        image.discard(start, end - start)
+        image.close()
+        after = device.path.read_bytes()
+
+    assert (after[:start], after[end:]) == (before[:start], before[end:])
+    assert calls == [whole] * 3 if whole else calls == []
 
 
 # --- no room ---------------------------------------------------------------------------------------------------------

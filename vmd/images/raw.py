@@ -47,6 +47,7 @@ SIGNATURES = (
     b"<<< ",  # the texts with which VDI files begin
 )
 SIGNATURE_MAX = 16
+BLOCK = 4096  # at most what the page cache of a device reads and writes at once
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
@@ -70,6 +71,7 @@ class RawImage:
         self.guarded = guessed and writable
         self.guard = _thread.allocate_lock()
         self.stable = StableStorage(fd, path)
+        self.granularity = BLOCK if stat.S_ISBLK(mode) else 1  # of fallocate
         self.remark = padded(self.file_bytes)
 
     def check(self, offset: int, length: int) -> None:
@@ -132,17 +134,29 @@ class RawImage:
     def discard(self, offset: int, length: int) -> None:
         """See Image; a file system that cannot is no error."""
         self.check_write(offset, length)
-        if length:
-            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        start, end = self._whole_blocks(offset, offset + length)
+        if start < end:
+            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """See Image."""
         self.check_write(offset, length)
-        if not length:
-            return
+        start, end = self._whole_blocks(offset, offset + length)
         how = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
-        if not self._fallocate(how | FALLOC_FL_KEEP_SIZE, offset, length):
+        if start < end and self._fallocate(how | FALLOC_FL_KEEP_SIZE, start, end - start):
+            write_zeroes(self.fd, offset, start - offset)
+            write_zeroes(self.fd, end, offset + length - end)
+        else:
             write_zeroes(self.fd, offset, length)
+
+    def _whole_blocks(self, start: int, end: int) -> tuple[int, int]:
+        """Return the part of a range that may be left to fallocate; its end may be before its start.
+
+        On a device fallocate does not keep out those who write beside it in the same block: one that reads the block
+        to change another sector of it brings back what the kernel is about to discard.
+        """
+        start += -start % self.granularity
+        return start, end - end % self.granularity if end < self.size else end
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """Return whether the file system could do it."""
