@@ -50,14 +50,6 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(error, os.strerror(error))
 
 
-def rewrite(fd: int, offset: int, length: int) -> None:
-    """Write a part of a file as it is.  It has storage then, and is inside every limit: it can be written later.
-
-    Nobody else may write that part meanwhile.  Raises OSError.
-    """
-    write_bytes(fd, read_bytes(fd, length, offset), offset)
-
-
 class FlushFailed(OSError):
     """What was acknowledged is not on stable storage.  Nothing is forgotten: a later flush may succeed."""
 

@@ -47,19 +47,22 @@ from vmd.images.hostfile import (
     padding,
     read_bytes,
     read_views,
-    rewrite,
     total,
     write_bytes,
     write_views,
 )
-from vmd.images.refcounts import NOTHING_DIRTY, TABLE_OFFSET_MASK, Damage, Refcounts
+from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage, Refcounts
+from vmd.images.units import Prepared, runs, unit_bytes
 from vmd.images.words import big_endian, native, zeroes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import TypeVar
 
     from vmd.images.image import Image
+
+    K = TypeVar("K")
 
 COPIED = 1 << 63  # nobody else refers to this cluster
 COMPRESSED = 1 << 62
@@ -81,20 +84,20 @@ DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; a hole shows the backing 
 
 
 class Slice:
-    """Part of an L2 table in native numbers; entries `low` to `high` are not written yet."""
+    """Part of an L2 table in native numbers; `units` are not written yet."""
 
-    __slots__ = ("high", "low", "pinned", "table", "used")
+    __slots__ = ("pinned", "table", "units", "used")
 
     def __init__(self, table: memoryview) -> None:
         self.table = table
-        self.low, self.high = NOTHING_DIRTY
+        self.units = 0
         self.pinned = False  # a flush has yet to write it
         self.used = 0
 
     @property
     def dirty(self) -> bool:
         """Whether something is not written yet."""
-        return self.high > self.low
+        return self.units != 0
 
 
 class Qcow2Image:
@@ -141,8 +144,8 @@ class Qcow2Image:
         self.loading = _thread.allocate_lock()  # the cache of slices, and that of inflated clusters
         self.allocating = _thread.allocate_lock()  # refcounts, tables, and everything below
         self.committing = _thread.allocate_lock()  # one flush after another; taken before `allocating`
-        self.l1_written = False  # by us, so it can be written again
-        self.tables_written = bytearray(header.l1_entries)  # for each L2 table: 1 if it was written by us
+        self.prepared = Prepared(fd, self.cluster_size)
+        self.unit_entries = unit_bytes(self.cluster_size) // 8
         self.dirty_l1: set[int] = set()
         self.retired: list[tuple[int, int]] = []  # runs of clusters to be freed after the next flush
         self.limbo: list[tuple[int, list[tuple[int, int]]]] = []  # ... once requests as old as this have ended
@@ -178,7 +181,7 @@ class Qcow2Image:
             raise ImageError(self.path, "is marked as corrupt; repair it with qemu-img check -r all")
         file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
         table = native(self._read_table(header.refcount_offset, header.refcount_clusters * self.cluster_size))
-        refcounts = Refcounts(self.fd, header, table, file_bytes, self.stable, device=self.device)
+        refcounts = Refcounts(self.fd, header, table, file_bytes, self.stable, self.prepared, device=self.device)
         refcounts.protect(0, self.cluster_size)
         refcounts.protect(header.l1_offset, header.l1_entries * 8)
         refcounts.protect(header.refcount_offset, len(table) * 8)
@@ -591,15 +594,14 @@ class Qcow2Image:
             self._release()
         return self.refcounts.allocate(want)
 
-    def _own_table(self, position: int) -> Slice:
-        """Return the slice for a position of the disk, in an L2 table that may be changed.  Raises OSError, Damage."""
+    def _own_table(self, position: int, end: int) -> Slice:
+        """Return the slice for a range of the disk, whose entries may be changed then.  Raises OSError, Damage."""
         number = position >> self.slice_shift
         l1_index = position >> self.table_shift
         entry = self.l1[l1_index]
         if entry & COPIED and entry & OFFSET_MASK:
-            if not self.tables_written[l1_index]:
-                rewrite(self.fd, entry & OFFSET_MASK, self.cluster_size)
-                self.tables_written[l1_index] = 1
+            first = self._entry_place(position)
+            self.prepared.prepare(first, (end - 1 >> self.cluster_bits) - (position >> self.cluster_bits) + 1 << 3)
             return self._hold(number)
         old = entry & OFFSET_MASK
         if old:
@@ -608,19 +610,16 @@ class Qcow2Image:
                 raise self._damaged(f"file now ends before the L2 table at {old}")
         else:
             raw = bytes(self.cluster_size)
-        if not self.l1_written:
-            rewrite(self.fd, self.header.l1_offset, self.header.l1_entries * 8)
-            self.l1_written = True
+        self.prepared.prepare(self.header.l1_offset + l1_index * 8, 8)
         cluster, _ = self._allocate(1)
         self.refcounts.extend(cluster + 1)
         offset = cluster << self.cluster_bits
         try:
-            write_bytes(self.fd, raw, offset)
+            self.prepared.write(raw, offset)
         except OSError:
             self.refcounts.free(cluster, 1)
             raise
         self.refcounts.metadata.add(cluster)
-        self.tables_written[l1_index] = 1
         with self.loading:
             self.l1[l1_index] = offset | COPIED
         self.dirty_l1.add(l1_index)
@@ -637,18 +636,16 @@ class Qcow2Image:
                     self.held = part
                     return part
 
-    def _slice_place(self, number: int) -> int:
-        """Return where a slice is in the file."""
-        start = number << self.slice_shift
-        table = self.l1[start >> self.table_shift] & OFFSET_MASK
-        return table + (start >> self.cluster_bits << 3 & self.cluster_mask)
+    def _entry_place(self, position: int) -> int:
+        """Return where the L2 entry for a position of the disk is in the file."""
+        table = self.l1[position >> self.table_shift] & OFFSET_MASK
+        return table + (position >> self.cluster_bits << 3 & self.cluster_mask)
 
     def _set(self, number: int, part: Slice, index: int, entry: int) -> None:
         """Change an entry of a slice, whose old cluster is given up unless the new entry has it as well."""
         old = part.table[index]
         part.table[index] = entry
-        part.low = min(part.low, index)
-        part.high = max(part.high, index + 1)
+        part.units |= 1 << index // self.unit_entries
         self.dirty[number] = part
         if old & COMPRESSED:
             offset, length = self._packed_place(old)
@@ -674,11 +671,11 @@ class Qcow2Image:
         cursor = Cursor(views)
         end = position + length
         while position < end:
-            part = self._own_table(position)
-            table = part.table
             number = position >> self.slice_shift
-            index = position >> self.cluster_bits & self.slice_mask
             stop = min(end, (number + 1) << self.slice_shift)
+            part = self._own_table(position, stop)
+            table = part.table
+            index = position >> self.cluster_bits & self.slice_mask
             count = (stop - 1 >> self.cluster_bits) - (position >> self.cluster_bits) + 1
             entry = table[index]
             if self._is_in_place(entry):  # by a request that came before this one
@@ -775,18 +772,20 @@ class Qcow2Image:
             self._refuse()
             self.refcounts.write_blocks()
             entries = set(self.refcounts.unpublished)
-            changed = [(number, part, part.low, part.high, big_endian(part.table[part.low : part.high]))
-                       for number, part in self.dirty.items()]  # fmt: skip
-            for _, part, _, _, _ in changed:
+            changed, self.dirty = self.dirty, {}
+            slices: dict[tuple[int, int], tuple[int, bytearray]] = {}  # number and units -> place and bytes
+            for number, part in changed.items():
+                place = self._entry_place(number << self.slice_shift)
+                for first, stop in runs(part.units):
+                    low, high = first * self.unit_entries, stop * self.unit_entries
+                    slices[number, (1 << stop) - (1 << first)] = place + low * 8, big_endian(part.table[low:high])
                 part.pinned = True
-                part.low, part.high = NOTHING_DIRTY
-            self.dirty = {}
+                part.units = 0
             l1 = {index: self.l1[index] for index in sorted(self.dirty_l1)}
             self.dirty_l1 = set()
             retired, self.retired = self.retired, []
             stamp = self.generation
             self.generation += 1
-        slices = {number: (self._slice_place(number) + low * 8, raw) for number, _, low, _, raw in changed}
         pointers = {
             index: (self.header.l1_offset + index * 8, bytearray(entry.to_bytes(8, "big")))
             for index, entry in l1.items()
@@ -808,22 +807,21 @@ class Qcow2Image:
                 raise failure
         except BaseException:
             with self.allocating:
-                for number, part, low, high, _ in changed:
-                    if number in slices:
-                        part.low, part.high = min(part.low, low), max(part.high, high)
-                        self.dirty[number] = part
+                for number, units in slices:
+                    changed[number].units |= units
+                    self.dirty[number] = changed[number]
                 self.dirty_l1 |= set(pointers)
                 self.retired = retired + self.retired
             raise
         finally:
-            for _, part, _, _, _ in changed:
+            for part in changed.values():
                 part.pinned = False
         if retired:
             with self.allocating:
                 self.limbo.append((stamp, retired))
                 self.waiting += len(retired)
 
-    def _write_each(self, pieces: "dict[int, tuple[int, bytearray]]") -> OSError | None:
+    def _write_each(self, pieces: "dict[K, tuple[int, bytearray]]") -> OSError | None:
         """Write pieces of metadata, (place, bytes) each; one that fails stays in `pieces` and stops no other."""
         failure: OSError | None = None
         for key, (place, raw) in list(pieces.items()):
@@ -932,11 +930,13 @@ class Qcow2Image:
             entry = table[index]
             new = change(entry, position)
             if new != entry:
-                changed.append((index, new))
+                changed.append((position, index, new))
             index += 1
         if changed:  # else a table that does not exist stays so
-            part = self._own_table(start)
-            for index, new in changed:
+            part = self._own_table(changed[0][0], changed[0][0] + 1)
+            for position, _, _ in changed:
+                self.prepared.prepare(self._entry_place(position), 8)
+            for _, index, new in changed:
                 self._set(number, part, index, new)
 
     def close(self) -> None:

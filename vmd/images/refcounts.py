@@ -14,17 +14,18 @@ import os
 import struct
 
 from vmd.images.header import AT_REFCOUNT_TABLE, MAX_TABLE_BYTES, Header
-from vmd.images.hostfile import read_bytes, rewrite, write_bytes
+from vmd.images.hostfile import read_bytes, write_bytes
+from vmd.images.units import runs, unit_bytes
 from vmd.images.words import big_endian, zeroes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.images.hostfile import StableStorage
+    from vmd.images.units import Prepared
 
 TABLE_OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 CACHE_BYTES = 4 << 20
 SEARCH_BYTES = 512
-NOTHING_DIRTY = (1 << 62, 0)
 NO_LIMIT = 1 << 62
 
 table_place = struct.Struct(">QI")
@@ -35,16 +36,15 @@ class Damage(Exception):
 
 
 class Block:
-    """A refcount block in memory; bytes `low` to `high` are not written yet."""
+    """A refcount block in memory; `units` are not written yet."""
 
-    __slots__ = ("data", "high", "low", "number", "offset", "used", "written")
+    __slots__ = ("data", "number", "offset", "units", "used")
 
-    def __init__(self, number: int, offset: int, data: bytearray, *, written: bool) -> None:
+    def __init__(self, number: int, offset: int, data: bytearray) -> None:
         self.number = number
         self.offset = offset
         self.data = data
-        self.low, self.high = NOTHING_DIRTY
-        self.written = written  # by us, so it can be written again
+        self.units = 0
         self.used = 0
 
 
@@ -58,11 +58,21 @@ class Refcounts:
     """Allocates and frees clusters, numbered by their place in the file."""
 
     def __init__(
-        self, fd: int, header: Header, table: memoryview, file_bytes: int, stable: "StableStorage", *, device: bool
+        self,
+        fd: int,
+        header: Header,
+        table: memoryview,
+        file_bytes: int,
+        stable: "StableStorage",
+        prepared: "Prepared",
+        *,
+        device: bool,
     ) -> None:
         """`table` has the native numbers of the refcount table."""
         self.fd = fd
         self.stable = stable
+        self.prepared = prepared
+        self.unit_bytes = unit_bytes(header.cluster_size)
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.order = header.refcount_order
@@ -70,7 +80,6 @@ class Refcounts:
         self.per_block = self.cluster_size * 8 >> self.order
         self.table = table
         self.table_offset = header.refcount_offset
-        self.table_written = False  # by us
         self.unpublished: set[int] = set()  # entries of the table that are in memory only
         self.blocks: dict[int, Block] = {}
         self.max_blocks = max(4, CACHE_BYTES // self.cluster_size)
@@ -102,7 +111,7 @@ class Refcounts:
             data = bytearray(read_bytes(self.fd, self.cluster_size, offset))
             if len(data) != self.cluster_size:  # it was there when the image was opened
                 raise OSError(errno.EIO, f"the file now ends before the refcount block at {offset}")
-            block = self._keep(Block(number, offset, data, written=False))
+            block = self._keep(Block(number, offset, data))
         block.used = self.clock
         return block
 
@@ -124,15 +133,15 @@ class Refcounts:
 
     def _write(self, block: Block) -> None:
         """Write what has changed."""
-        if block.high > block.low:
-            write_bytes(self.fd, memoryview(block.data)[block.low : block.high], block.offset + block.low)
-            block.low, block.high = NOTHING_DIRTY
+        for first, end in runs(block.units):
+            start, stop = first * self.unit_bytes, end * self.unit_bytes
+            write_bytes(self.fd, memoryview(block.data)[start:stop], block.offset + start)
+            block.units &= ~((1 << end) - 1)
 
-    def _make_ready(self, block: Block) -> None:
-        """Before a block is changed: see whether it can be written.  Raises OSError."""
-        if not block.written:
-            rewrite(self.fd, block.offset, self.cluster_size)
-            block.written = True
+    def _make_ready(self, block: Block, start: int, stop: int) -> None:
+        """Before refcounts are changed: see whether they can be written.  Raises OSError."""
+        first = start << self.order >> 3
+        self.prepared.prepare(block.offset + first, ((stop << self.order) + 7 >> 3) - first)
 
     def require(self, end: int) -> None:
         """Raise OSError unless there can be clusters up to `end`; a device may have grown since it was opened."""
@@ -155,15 +164,13 @@ class Refcounts:
         if cluster in self.metadata:
             raise Damage(f"cluster {cluster} is in use and has no refcount")
         self.require(cluster + 1)
-        if not self.table_written:
-            rewrite(self.fd, self.table_offset, len(self.table) * 8)
-            self.table_written = True
-        block = Block(number, cluster << self.cluster_bits, bytearray(self.cluster_size), written=True)
+        self.prepared.prepare(self.table_offset + number * 8, 8)
+        block = Block(number, cluster << self.cluster_bits, bytearray(self.cluster_size))
         self._set(block, 0, 1)
         self.extend(cluster + 1)
         # All of it now: a disk that is full is to be found out before anything depends on this block.
-        write_bytes(self.fd, block.data, block.offset)
-        block.low, block.high = NOTHING_DIRTY
+        self.prepared.write(block.data, block.offset)
+        block.units = 0
         self._keep(block)
         self.table[number] = block.offset
         self.unpublished.add(number)
@@ -190,8 +197,7 @@ class Refcounts:
         else:
             mask = ((1 << self.bits) - 1) << (at & 7)
             block.data[low] = block.data[low] & ~mask | value << (at & 7)
-        block.low = min(block.low, low)
-        block.high = max(block.high, high)
+        block.units |= 1 << low // self.unit_bytes
 
     def get(self, cluster: int) -> int:
         """Return the refcount of a cluster.  Raises Damage, OSError."""
@@ -244,12 +250,13 @@ class Refcounts:
                 index = (number + 1) * self.per_block
                 continue
             first = number * self.per_block + start
-            self.require(first + 1)
-            self._make_ready(block)
+            if first >= self.limit:
+                self.require(first + 1)
             most = min(start + want, self.per_block, self.limit - number * self.per_block)
             stop = start + 1
             while stop < most and not self._get(block, stop):
                 stop += 1
+            self._make_ready(block, start, stop)
             for cluster in range(first, first + stop - start):
                 if cluster in self.metadata:
                     raise Damage(f"cluster {cluster} is in use and has refcount 0")
@@ -269,7 +276,7 @@ class Refcounts:
             try:
                 block = self._load(number) if number < len(self.table) else None
                 if block is not None:
-                    self._make_ready(block)
+                    self._make_ready(block, index, index + 1)
             except OSError:
                 continue
             value = self._get(block, index) if block else 0
@@ -306,21 +313,19 @@ class Refcounts:
         table = zeroes(clusters * per_cluster)
         table[: len(self.table)] = self.table
         for position in range(blocks):
-            block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size),
-                          written=True)  # fmt: skip
+            block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size))
             for index in range(min(self.per_block, blocks + clusters - position * self.per_block)):
                 self._set(block, index, 1)
-            write_bytes(self.fd, block.data, block.offset)
+            self.prepared.write(block.data, block.offset)
             table[number + position] = block.offset
         self.write_blocks()
         offset = (first + blocks) << self.cluster_bits
-        write_bytes(self.fd, big_endian(table), offset)
+        self.prepared.write(big_endian(table), offset)
         self.stable.sync()
         write_bytes(self.fd, table_place.pack(offset, clusters), AT_REFCOUNT_TABLE)
         # From here on the header names the new table, so memory does as well, whatever fails next.
         old_offset, old_bytes = self.table_offset, len(self.table) * 8
         self.table, self.table_offset = table, offset
-        self.table_written = True
         self.unpublished.clear()
         self.protect(first << self.cluster_bits, (blocks + clusters) << self.cluster_bits)
         self.stable.sync()
