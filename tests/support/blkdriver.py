@@ -65,10 +65,15 @@ class BlockDriver:
         flags: int = 0,
         seed: int = 0,
         slots: int = SLOTS,
+        granularity: int = 0,
     ) -> None:
-        """Without `formats` all are qcow2.  Fewer `slots` share the same memory: fewer, but larger requests."""
+        """Without `formats` all are qcow2.  Fewer `slots` share the same memory: fewer, but larger requests.
+
+        `granularity` is that of a block device, in bytes.
+        """
         self.choice = random.Random(seed)
         notes = [devmsg.RESOURCE_QCOW2 if kind == "qcow2" else 0 for kind in formats or ("qcow2",) * len(paths)]
+        notes = [note | granularity // SECTOR << devmsg.RESOURCE_DISCARD_SHIFT for note in notes]
         mode = os.O_RDONLY if flags & devmsg.START_READ_ONLY else os.O_RDWR
         fds = [os.open(path, os.O_RDONLY if number else mode) for number, path in enumerate(paths)]
         try:

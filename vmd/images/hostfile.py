@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SECTOR = 512  # a disk is a number of these (virtio.spec.SECTOR; vmctl does not import that)
 IOV_MAX = 1024  # Linux' UIO_MAXIOV
+STORAGE_GRANULARITY = 4096  # of storage that does not say which it has
+GRANULARITY_MAX = 1 << 30  # more than this is a mistake
 ZEROES = memoryview(bytes(1 << 16))
 
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -90,6 +92,15 @@ class StableStorage:
 def total(views: "Sequence[memoryview]") -> int:
     """Return the number of bytes in all views."""
     return len(views[0]) if len(views) == 1 else sum(map(len, views))
+
+
+def storage_granularity(status: os.stat_result, device: int) -> int:
+    """Return the size of the pieces in which storage can be given back: whole sectors.
+
+    `device` is what the kernel says of a block device, 0 if that is not known.  A file's is the size of its blocks.
+    """
+    found = status.st_blksize if stat.S_ISREG(status.st_mode) else device
+    return found if 0 < found <= GRANULARITY_MAX and not found % SECTOR else STORAGE_GRANULARITY
 
 
 class Cursor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         path: str  # for sentences only; nothing here opens a path
         size: int  # whole sectors
         writable: bool
+        discard_granularity: int  # bytes; a discard gives back the room of whole, aligned pieces of this size
         remark: str  # what its user should know about it, or ""
 
         def preadv(self, offset: int, views: "Sequence[memoryview]") -> None:

@@ -47,6 +47,7 @@ from vmd.images.hostfile import (
     padding,
     read_bytes,
     read_views,
+    storage_granularity,
     total,
     write_bytes,
     write_views,
@@ -103,8 +104,10 @@ class Slice:
 class Qcow2Image:
     """One qcow2 image on top of its backing image, which it owns; see Image."""
 
-    def __init__(self, fd: int, path: str, *, writable: bool, backing: "Image | None" = None) -> None:
-        """Take the descriptor, which `close` closes.
+    def __init__(
+        self, fd: int, path: str, *, writable: bool, backing: "Image | None" = None, discard_granularity: int = 0
+    ) -> None:
+        """Take the descriptor, which `close` closes; `discard_granularity` is of a device.
 
         Raises:
             ImageError: the file is no qcow2 image, damaged, or needs what we do not have.
@@ -122,6 +125,7 @@ class Qcow2Image:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = self.cluster_size - 1
+        self.discard_granularity = max(self.cluster_size, storage_granularity(os.fstat(fd), discard_granularity))
         slice_bytes = min(self.cluster_size, SLICE_BYTES)
         self.slice_entries = slice_bytes // 8
         self.slice_mask = self.slice_entries - 1
@@ -861,7 +865,11 @@ class Qcow2Image:
         return start, max(start, end)
 
     def discard(self, offset: int, length: int) -> None:
-        """See Image; parts of clusters stay what they are."""
+        """See Image; parts of clusters stay what they are.
+
+        They stay so when the rest of the cluster is discarded as well: which parts of a cluster have been discarded is
+        remembered nowhere.  `discard_granularity` tells the guest to discard whole clusters.
+        """
         self._check_write(offset, length)
         start, end = self._whole_clusters(offset, length)
         if self.backing is not None and self.header.version < 3:

@@ -23,6 +23,7 @@ from vmd.images.hostfile import (
     padding,
     read_bytes,
     read_views,
+    storage_granularity,
     total,
     write_views,
     write_zeroes,
@@ -58,10 +59,12 @@ class RawImage:
     one would have the file read as what it says when the disk is opened next, so it may not.
     """
 
-    def __init__(self, fd: int, path: str, *, writable: bool, guessed: bool = False) -> None:
-        """Take the descriptor, which is closed by `close`.  Raises ImageError."""
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+    def __init__(
+        self, fd: int, path: str, *, writable: bool, guessed: bool = False, discard_granularity: int = 0
+    ) -> None:
+        """Take the descriptor, which is closed by `close`; `discard_granularity` is of a device.  Raises ImageError."""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
             raise ImageError(path, "neither a regular file nor a block device")
         self.fd = fd
         self.path = path
@@ -71,7 +74,8 @@ class RawImage:
         self.guarded = guessed and writable
         self.guard = _thread.allocate_lock()
         self.stable = StableStorage(fd, path)
-        self.granularity = BLOCK if stat.S_ISBLK(mode) else 1  # of fallocate
+        self.granularity = BLOCK if stat.S_ISBLK(status.st_mode) else 1  # of fallocate
+        self.discard_granularity = storage_granularity(status, discard_granularity)
         self.remark = padded(self.file_bytes)
 
     def check(self, offset: int, length: int) -> None:

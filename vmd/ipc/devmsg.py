@@ -57,6 +57,8 @@ START_NET = 2  # network interface: NET follows, and the host name
 RESOURCE = Struct("<I")  # of an image what its user, or the image above it, says (RESOURCE_*); of others 0
 RESOURCE_QCOW2 = 1  # else raw; never guessed by the device process
 RESOURCE_GUESSED = 2  # nobody said it, only its own first bytes: writes that would change what they say are refused
+RESOURCE_DISCARD_SHIFT = 8  # the bits from here on: discard granularity of a block device in sectors, 0 if unknown
+RESOURCE_DISCARD_MAX = (1 << 24) - 1
 
 # NET: of a network interface, addresses as they are on the wire, all zero for none:
 #   the guest's link-layer address, the tap's; flags (NET_*), MTU (0: the guest is told none); of a `local` one the

@@ -413,6 +413,7 @@ class ImageLink(Record):
     path: str  # for messages
     format: str
     guessed: bool = False
+    discard_granularity: int = 0  # bytes, of a block device that says it
 
 
 class DiskImages(Record):

@@ -8,6 +8,7 @@ The order is upstream's, so that a guest that was installed there finds its devi
 from vmd.config.model import BootDevice
 from vmd.ipc import devmsg
 from vmd.record import Record
+from vmd.virtio import spec
 from vmd.vm.boot import fwcfg
 
 TYPE_CHECKING = False
@@ -136,7 +137,8 @@ def net_fields(nic: "NicLink") -> bytes:
 def note(image: "ImageLink") -> int:
     """Return what a disk's process is told of one of its images."""
     qcow2 = devmsg.RESOURCE_QCOW2 if image.format == "qcow2" else 0
-    return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0)
+    sectors = min(image.discard_granularity // spec.SECTOR, devmsg.RESOURCE_DISCARD_MAX)
+    return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0) | sectors << devmsg.RESOURCE_DISCARD_SHIFT
 
 
 def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -57,6 +57,7 @@ class MemoryDisk:
     def __init__(self, writable: bool) -> None:
         self.path = "disk"
         self.remark = ""
+        self.discard_granularity = 4096
         self.size = DISK
         self.writable = writable
         self.bytes = bytearray(CONTENT)

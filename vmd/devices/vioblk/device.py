@@ -67,7 +67,6 @@ PENALTY = 20
 
 CONFIG_BYTES = 60
 CAPACITY, SEG_MAX_AT, BLK_SIZE, WRITEBACK, DISCARD_AT = 0, 12, 20, 32, 36
-DISCARD_ALIGNMENT_SECTORS = 8
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 WORKS, FAILS, LOST = range(3)  # states of flushing
@@ -161,11 +160,13 @@ class Vioblk:
         ):
             space[at : at + size] = value.to_bytes(size, "little")
         if self.image.writable:
+            # A driver that cuts what is too long into pieces of the largest size keeps them aligned.
+            alignment = self.image.discard_granularity // spec.SECTOR
             limits = (
-                requests.DISCARD_MAX_SECTORS,
+                requests.DISCARD_MAX_SECTORS // alignment * alignment,
                 requests.DISCARD_MAX_RANGES,
-                DISCARD_ALIGNMENT_SECTORS,
-                requests.WRITE_ZEROES_MAX_SECTORS,
+                alignment,
+                requests.WRITE_ZEROES_MAX_SECTORS // alignment * alignment or requests.WRITE_ZEROES_MAX_SECTORS,
                 requests.WRITE_ZEROES_MAX_RANGES,
                 1,  # a range of zeroes may be unmapped
             )
