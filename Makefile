@@ -13,15 +13,18 @@ USERS   = $(PREFIX)/lib/sysusers.d
 
 PYTHON  = .venv/bin/python
 SECONDS = 30
+SEQUENCES = 10000
+SEED    = $(shell date +%s)
 # Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
-.PHONY: help run test test-deep bench fuzz install uninstall clean need-root
+.PHONY: help run test test-deep soak bench fuzz install uninstall clean need-root
 
 help:
 	@echo 'make run         start the daemon with one VM and attach to its console'
 	@echo 'make test        all tests but the long ones (as root)'
 	@echo 'make test-deep   all tests'
+	@echo 'make soak        endurance without limit: SEQUENCES=10000 of each kind, from SEED on'
 	@echo 'make bench       compare with QEMU; prints one table'
 	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
@@ -39,6 +42,10 @@ test: need-root
 test-deep: need-root
 	@tools/setup packages test venv user
 	@$(PYTHON) -m pytest --deep
+
+soak: need-root
+	@tools/setup packages test venv user
+	@$(PYTHON) -m pytest --soak --sequences $(SEQUENCES) --seed $(SEED)
 
 fuzz: need-root
 	@tools/setup packages test venv user fuzzer

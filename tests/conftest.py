@@ -14,12 +14,16 @@ SOFTWARE_KVM = Path("/sys/module/kvm_pvm")  # interprets guest kernels, and boot
 SHOWN_LINES = 60
 
 REAL = pytest.StashKey[frozenset[str]]()  # the tests marked `l1`
+DONE = "done"  # name of a property of a test: what it says of itself when it has passed
 NOT_RUN = pytest.StashKey[dict[str, int]]()  # reason -> number of tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add our options."""
     parser.addoption("--deep", action="store_true", help="also run the long rounds")
+    parser.addoption("--soak", action="store_true", help="run the rounds without an end of their own, and nothing else")
+    parser.addoption("--sequences", type=int, metavar="N", default=10000, help="how many sequences of each with --soak")
+    parser.addoption("--seed", type=int, metavar="N", default=1 << 20, help="the first of them")
     parser.addoption(
         "--inside-l1", metavar="FILE", help="we are in the emulated machine: run its tests, report to FILE"
     )
@@ -41,10 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what was not asked for, skip what cannot run, and put the real guests last."""
-    if not config.getoption("--deep"):
-        deep = [item for item in items if item.get_closest_marker("deep")]
-        config.hook.pytest_deselected(items=deep)
-        items[:] = [item for item in items if not item.get_closest_marker("deep")]
+    soak, deep = config.getoption("--soak"), config.getoption("--deep")
+    left_out = []
+    for item in list(items):
+        if bool(item.get_closest_marker("soak")) != soak or (item.get_closest_marker("deep") and not deep):
+            items.remove(item)
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
     real = frozenset(item.nodeid for item in items if item.get_closest_marker("l1"))
     config.stash[REAL] = real
     outside = config.pluginmanager.has_plugin("outside-l1")
@@ -73,6 +80,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{report.nodeid} passed in {report.duration:.1f} s", bold=True)
         for line in report.capstdout.splitlines()[-SHOWN_LINES:]:
             terminalreporter.write_line(f"    {line}")
+    said = [
+        (report.nodeid, text) for report in terminalreporter.getreports("passed")
+        for name, text in report.user_properties if name == DONE
+    ]  # fmt: skip
+    if said:
+        terminalreporter.section("done")
+    for nodeid, text in said:
+        terminalreporter.write_line(f"{nodeid}: {text}")
     for reason, count in config.stash[NOT_RUN].items():
         terminalreporter.section(f"{count} TESTS WERE NOT RUN: {reason}", sep="!", red=True, bold=True)
 

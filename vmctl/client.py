@@ -11,7 +11,7 @@ from vmctl.errors import CommandError, Refused
 from vmctl.output import warn
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, NicInfo, NicsRequest, Proc, VmInfo
+from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, NicInfo, NicsRequest, Proc, TroubleInfo, VmInfo
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,13 +111,17 @@ class Client:
             vms.append(row)
         return vms
 
-    def list_nics(self, vmid: int) -> list[NicInfo]:
-        """Return the network interfaces of a VM.  Raises Refused, PeerError."""
+    def list_devices(self, vmid: int) -> tuple[list[NicInfo], list[TroubleInfo]]:
+        """Return the network interfaces of a VM, and what is wrong with its devices.  Raises Refused, PeerError."""
         self.send(NicsRequest(vmid=vmid))
         nics: list[NicInfo] = []
-        while isinstance(row := self.answer(NicInfo, End), NicInfo):
-            nics.append(row)
-        return nics
+        troubles: list[TroubleInfo] = []
+        while not isinstance(row := self.answer(NicInfo, TroubleInfo, End), End):
+            if isinstance(row, NicInfo):
+                nics.append(row)
+            elif isinstance(row, TroubleInfo):
+                troubles.append(row)
+        return nics, troubles
 
     def _note(self, text: str) -> None:
         if self.verbose:

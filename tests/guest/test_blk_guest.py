@@ -4,13 +4,14 @@ What it drives is the whole path: registers, notifications and interrupts in the
 requests in the device process, images behind them.
 """
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from tests.support import churn
-from tests.support.blkdisk import Disk
+from tests.support.blkdisk import SECTOR, SECTORS, Disk
 from tests.support.daemon import Daemon
 from tests.support.guests import guest
 from tests.support.images import problems, qemu
@@ -78,6 +79,26 @@ def test_qcow2_disk_on_a_backing_file(tmp_path: Path) -> None:
     flat = Disk(tmp_path / "flat")
     qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", overlay, flat.path)
     flat.check_tested()
+
+
+def test_what_is_wrong_with_a_disk_is_in_the_status(tmp_path: Path) -> None:
+    """From the device process to `vmctl status -v`, for as long as the VM runs."""
+    disk = Disk(tmp_path / "disk")
+    with disk.path.open("ab") as file:
+        file.write(b"tail!")
+    with Daemon(tmp_path, conf(f'"{disk.path}" format raw', cmdline="bench")) as vmd:
+        vmd.must("start", "blk")
+        (row,) = json.loads(vmd.must("status", "-v", "--json"))["vms"]
+        shown = vmd.must("status", "-v")
+        vmd.must("stop", "-f", "-w", "blk")
+        (stopped,) = json.loads(vmd.must("status", "-v", "--json"))["vms"]
+        log = vmd.log
+
+    text = f"is {SECTORS * SECTOR + 5} bytes long: zeroes complete its last sector of 512"
+    assert [(trouble["device"], trouble["text"]) for trouble in row["troubles"]] == [("disk0", text)]
+    assert f"blk disk0: {text} (since " in shown
+    assert stopped["troubles"] == []
+    assert log.count(text) == 1
 
 
 def test_the_second_disk_is_another(tmp_path: Path) -> None:

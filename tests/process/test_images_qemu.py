@@ -31,6 +31,7 @@ from tests.support.images import (
 )
 from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError
+from vmd.images import qcow2
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
 from vmd.images.identify import probe
@@ -247,6 +248,25 @@ def test_freed_clusters_are_used_again(tmp_path: Path) -> None:
     same(path, data + bytes(56 * MIB), tmp_path)
 
 
+def test_discarded_clusters_give_their_storage_back(tmp_path: Path) -> None:
+    """After the flush that frees them, the host has the room again: fstrim in a guest is worth something."""
+    path = tmp_path / "image"
+    create(str(path), "qcow2", 64 * MIB)
+    image = opened_qcow2(path)
+    write(image, 0, random.Random(3).randbytes(8 * MIB))
+    image.flush()
+    os.fsync(image.fd)  # blocks are given when data is written back
+    before = path.stat().st_blocks
+
+    image.discard(0, 7 * MIB)
+    image.flush()
+
+    assert (before - path.stat().st_blocks) * 512 > 6 * MIB
+    assert len(set(read(image, 0, 7 * MIB))) == 1
+    image.close()
+    assert problems(path) == {}
+
+
 def test_dirty_image_is_written_without_trusting_its_refcounts(tmp_path: Path) -> None:
     """Lazy refcounts of a writer that died: nothing it may have used is taken, and QEMU repairs it later."""
     path = tmp_path / "image"
@@ -264,6 +284,26 @@ def test_dirty_image_is_written_without_trusting_its_refcounts(tmp_path: Path) -
 
     assert problems(path) == {}
     same(path, b"\6" * 512 + b"\7" * (MIB - 512) + bytes(3 * MIB) + b"\5" * MIB + bytes(3 * MIB), tmp_path)
+
+
+def test_dirty_image_uses_its_own_new_clusters_again(tmp_path: Path) -> None:
+    """Clusters that we have added can be freed and used again, from the first one on."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4k", path, "8M")
+    with contextlib.suppress(subprocess.CalledProcessError):
+        die = f"sigraise {signal.SIGKILL:d}"
+        qemu("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", "-c", "flush", "-c", die, path)
+    image = opened_qcow2(path)
+    write(image, 1536 * KIB, b"\5" * 4 * KIB)
+    added = image.slices[0].table[384] & qcow2.OFFSET_MASK
+    assert added == image.refcounts.floor << 12
+
+    image.discard(1536 * KIB, 4 * KIB)
+    image.flush()
+    write(image, 1792 * KIB, b"\5" * 4 * KIB)
+
+    assert image.slices[0].table[448] & qcow2.OFFSET_MASK == added
+    image.close()
 
 
 def test_bitmaps_of_qemu_are_disowned_before_the_first_write(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ pytestmark = [
 BYTES = 4 * MIB
 HEADERS = 12 * MIB  # in memory
 CLUSTER = 64 * KIB
+TROUBLES = devmsg.TYPE.pack(devmsg.TROUBLES)
 QUIET = 5  # lines of log that a flood of one kind of error may cause
 
 
@@ -120,6 +121,9 @@ def test_lost_data_is_not_forgotten_33(rig: Rig) -> None:
 
     assert rig.disk.request(FLUSH) == (IOERR, 1)
     assert rig.disk.request(*read(0)) == (OK, 4 * KIB + 1)
+    log = rig.disk.device.read_log()
+    assert log.count("\n") == 1
+    assert "flush fails: disk 0: data was lost: Input/output error" in log
 
 
 def test_short_transfers_are_continued_33(rig: Rig) -> None:
@@ -182,6 +186,66 @@ def test_full_disk_while_a_qcow2_image_grows_33(start: Callable[..., Rig], tmp_p
         assert rig.disk.request(OUT, cluster * CLUSTER // 512, [Desc(BUFFER, CLUSTER)]) == (OK, 1)
     assert rig.disk.request(FLUSH) == (OK, 1)
     assert not check(rig.storage, tmp_path).keys() - {"leaks"}
+
+
+def write_cluster(rig: Rig, cluster: int) -> int:
+    """Write a cluster of an image of 64 KiB clusters; return the status."""
+    rig.disk.memory.write(BUFFER, bytes((cluster + 1,)) * CLUSTER)
+    return rig.disk.request(OUT, cluster * CLUSTER // 512, [Desc(BUFFER, CLUSTER)])[0]
+
+
+def test_failed_flush_is_said_once_for_each_change_whatever_else_is_logged_33(
+    start: Callable[..., Rig], tmp_path: Path
+) -> None:
+    """Hostile input 33: works, fails, works, fails: four lines, though the log's limit was reached before the first.
+
+    What found no room is not forgotten: the first flush that succeeds makes all of it last.
+    """
+    rig = start(empty_qcow2(tmp_path), devmsg.RESOURCE_QCOW2)
+    assert write_cluster(rig, 0) == OK
+    assert rig.disk.request(FLUSH)[0] == OK
+    rig.storage.rule(fusefile.READ, errno.EIO)
+    for _ in range(100):
+        rig.disk.request(*read(0))
+    rig.disk.device.read_log()
+    said = []
+    for change in range(2):
+        rig.storage.release()
+        rig.storage.rule(fusefile.WRITE, errno.ENOSPC, 2 * CLUSTER, 5 * CLUSTER)  # refcounts and tables
+        assert write_cluster(rig, 1 + change) == OK
+        for _ in range(20):
+            assert rig.disk.request(FLUSH)[0] == IOERR
+        said.append(rig.disk.device.read_log())
+        rig.storage.release()
+        for _ in range(20):
+            assert rig.disk.request(FLUSH)[0] == OK
+        said.append(rig.disk.device.read_log())
+
+    assert [line.count("\n") for line in said] == [1, 1, 1, 1]
+    assert [line.partition(": ")[2] for line in said] == [
+        "flush fails: disk 0: No space left on device\n",
+        "disk 0: flush works again, and nothing was lost\n",
+    ] * 2
+    assert check(rig.storage, tmp_path) == {}
+    informs = rig.disk.device.informs
+    told = [informs.recv(devmsg.PACKET_MAX) for _ in range(4)]
+    assert told == [TROUBLES + b"flush fails: No space left on device", TROUBLES] * 2
+
+
+def test_flush_that_fails_at_the_end_is_said_and_tried_again_33(start: Callable[..., Rig], tmp_path: Path) -> None:
+    """Hostile input 33: whoever looks for a write that is gone finds why in the log; nothing is damaged."""
+    rig = start(empty_qcow2(tmp_path), devmsg.RESOURCE_QCOW2)
+    assert write_cluster(rig, 0) == OK
+    assert rig.disk.request(FLUSH)[0] == OK
+    rig.storage.rule(fusefile.WRITE, errno.ENOSPC, 4 * CLUSTER, 5 * CLUSTER)  # the L2 table
+    assert write_cluster(rig, 1) == OK
+    rig.disk.device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
+    assert rig.disk.device.status() == 0
+
+    log = rig.disk.device.read_log()
+    assert log.count("\n") == 1
+    assert "close: disk 0: No space left on device" in log
+    assert set(check(rig.storage, tmp_path)) <= {"leaks"}
 
 
 # --- when a write is done -----------------------------------------------------------------------------------------

@@ -64,10 +64,16 @@ class BlockDriver:
         features: int = FEATURES,
         flags: int = 0,
         seed: int = 0,
+        slots: int = SLOTS,
+        granularity: int = 0,
     ) -> None:
-        """Without `formats` all are qcow2."""
+        """Without `formats` all are qcow2.  Fewer `slots` share the same memory: fewer, but larger requests.
+
+        `granularity` is that of a block device, in bytes.
+        """
         self.choice = random.Random(seed)
         notes = [devmsg.RESOURCE_QCOW2 if kind == "qcow2" else 0 for kind in formats or ("qcow2",) * len(paths)]
+        notes = [note | granularity // SECTOR << devmsg.RESOURCE_DISCARD_SHIFT for note in notes]
         mode = os.O_RDONLY if flags & devmsg.START_READ_ONLY else os.O_RDWR
         fds = [os.open(path, os.O_RDONLY if number else mode) for number, path in enumerate(paths)]
         try:
@@ -76,6 +82,9 @@ class BlockDriver:
             for fd in fds:
                 os.close(fd)
         self.features = features
+        self.slots = slots
+        self.slot_bytes = SLOTS * SLOT_BYTES // slots
+        self.data_max = self.slot_bytes - DATA_AT
         self.flying: dict[int, Request] = {}  # by slot
         self.done: list[Request] = []  # in the order in which the driver saw them
 
@@ -95,6 +104,14 @@ class BlockDriver:
     ) -> None:
         self.device.__exit__(kind, error, trace)
 
+    def reset(self) -> list[Request]:
+        """Reset the device, and give it a new ring; return the requests that have never come back."""
+        self.device.command(devmsg.RESET)
+        self.take()
+        lost, self.flying = list(self.flying.values()), {}
+        self.ring = self.device.activate(256, self.features)
+        return lost
+
     def shut_down(self, *, quiet: bool = True) -> str:
         """End the process as a VM does that stops; return what it has logged, which `quiet` does not let it."""
         self.device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
@@ -106,6 +123,10 @@ class BlockDriver:
 
     # --- requests ------------------------------------------------------------------------------------------------
 
+    def _base(self, slot: int) -> int:
+        """Return where the memory of a slot begins."""
+        return SLOT_BASE + slot * self.slot_bytes
+
     def _data_parts(self, start: int, length: int, flags: int) -> list[Desc]:
         """Cut a buffer into descriptors of any length."""
         cuts = sorted(self.choice.randrange(1, length) for _ in range(self.choice.randrange(SLOT_DESCRIPTORS - 3)))
@@ -114,10 +135,10 @@ class BlockDriver:
 
     def submit(self, request: Request, data: bytes = b"", ranges: Sequence[tuple[int, int, int]] = ()) -> None:
         """Offer a request; waits for one that is in flight if there are too many."""
-        while len(self.flying) == SLOTS:
+        while len(self.flying) == self.slots:
             self.wait()
-        slot = request.slot = next(number for number in range(SLOTS) if number not in self.flying)
-        base, memory = SLOT_BASE + slot * SLOT_BYTES, self.device.memory
+        slot = request.slot = next(number for number in range(self.slots) if number not in self.flying)
+        base, memory = self._base(slot), self.device.memory
         memory.load(base, struct.pack("<IIQ", request.kind, 0, request.sector))
         memory.load(base + STATUS_AT, bytes((UNSET,)))
         parts = [Desc(base, 16)]
@@ -165,7 +186,7 @@ class BlockDriver:
 
     def result(self, request: Request) -> bytes:
         """Return what a read that is done has read, before its slot is used again."""
-        return self.device.memory.read(SLOT_BASE + request.slot * SLOT_BYTES + DATA_AT, request.length)
+        return self.device.memory.read(self._base(request.slot) + DATA_AT, request.length)
 
     # --- completions -----------------------------------------------------------------------------------------------
 
@@ -174,7 +195,7 @@ class BlockDriver:
         found = []
         for head, length in self.ring.reap():
             request = self.flying.pop(head // SLOT_DESCRIPTORS)
-            base = SLOT_BASE + request.slot * SLOT_BYTES
+            base = self._base(request.slot)
             request.status = self.device.memory.read(base + STATUS_AT, 1)[0]
             assert length == 1 + (request.length if request.kind == READ and request.status == OK else 0)
             found.append(request)
@@ -207,8 +228,9 @@ class BlockDriver:
         """Read, however long it is, with nothing else in flight."""
         self.wait_all()
         parts = []
-        for start in range(0, length, DATA_MAX):
-            request = self.wait_for(self.read(sector + start // SECTOR, min(DATA_MAX, length - start)))
+        step = self.data_max // SECTOR * SECTOR
+        for start in range(0, length, step):
+            request = self.wait_for(self.read(sector + start // SECTOR, min(step, length - start)))
             assert request.status == OK
             parts.append(self.result(request))
         return b"".join(parts)

@@ -1,4 +1,4 @@
-"""vmctl status, vmctl show: every VM, one per line (*cat. 3.3*); with -v, which is ours, their interfaces too."""
+"""vmctl status, vmctl show: every VM, one per line (*cat. 3.3*); -v, which is ours, adds their devices."""
 
 import errno
 
@@ -7,7 +7,7 @@ from vmctl.options import parse_options
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
-from vmd.ipc.messages import NicInfo, VmInfo
+from vmd.ipc.messages import NicInfo, TroubleInfo, VmInfo
 from vmd.scaled import fmt_scaled
 
 OWNER_MAX = 15  # a longer one is cut, and moves the rest of its row: the column is 12 wide
@@ -30,12 +30,14 @@ def run(session: Session, arguments: list[str]) -> int:
     detailed = ("-v", "") in given
     rows, lines = [as_json(vm) for vm in shown], [HEADER, *(row(vm) for vm in shown)]
     if detailed:
-        from vmctl import interfaces  # most runs do without
+        from vmctl import interfaces, troubles  # most runs do without
 
         for vm, document in zip(shown, rows, strict=True):
-            nics = nics_of(session, vm)
+            nics, wrong = devices_of(session, vm)
             document["interfaces"] = [interfaces.as_json(nic) for nic in nics]
+            document["troubles"] = [troubles.as_json(trouble) for trouble in wrong]
             lines += [line for nic in nics for line in interfaces.describe(vm.name, nic)]
+            lines += [troubles.describe(vm.name, trouble) for trouble in wrong]
     if session.json:
         put_json({"vms": rows})
         return 0
@@ -49,13 +51,13 @@ def run(session: Session, arguments: list[str]) -> int:
     return 0
 
 
-def nics_of(session: Session, vm: VmInfo) -> list[NicInfo]:
-    """Return the interfaces of a VM; none of one that has gone meanwhile."""
+def devices_of(session: Session, vm: VmInfo) -> tuple[list[NicInfo], list[TroubleInfo]]:
+    """Return the interfaces of a VM, and what is wrong with its devices; nothing of a VM that has gone meanwhile."""
     try:
-        return session.client.list_nics(vm.vmid)
+        return session.client.list_devices(vm.vmid)
     except Refused as error:
         if error.code == errno.ENOENT:
-            return []
+            return [], []
         raise
 
 

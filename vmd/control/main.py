@@ -14,33 +14,26 @@ from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    ANSWERS,
     REQUESTS,
     ClientGone,
-    ConsoleAttached,
     ConsoleOutput,
-    End,
     Failed,
     Listen,
     NicInfo,
-    Ok,
     Proc,
     Quit,
     Ready,
     Request,
     SetVerbosity,
-    StopAccepted,
     TransferProgress,
+    TroubleInfo,
     VmInfo,
-    VmPaused,
-    VmReceived,
-    VmSent,
-    VmStarted,
-    VmTerminated,
 )
 from vmd.ipc.process import Process
 from vmd.log import RateLimit, log
 from vmd.privsep.confine import CONTROL, confine
-from vmd.record import Record, RecordType
+from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,12 +42,7 @@ if TYPE_CHECKING:
 LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
-# fmt: off
-PARTIAL = (VmInfo, NicInfo, ConsoleOutput, TransferProgress)  # answers after which more follow
-ANSWERS: tuple[RecordType, ...] = (
-    Ok, Failed, VmStarted, VmPaused, VmSent, VmReceived, StopAccepted, VmTerminated, End, ConsoleAttached, *PARTIAL,
-)
-# fmt: on
+PARTIAL = (VmInfo, NicInfo, TroubleInfo, ConsoleOutput, TransferProgress)  # answers after which more follow
 
 
 class Control(Process):

@@ -153,8 +153,8 @@ class Host:
 class Process:
     """A device process: its channels, its queues, and the loop.
 
-    Devices use `host`, `memory`, `interrupt`, `watch`, `call_after` and `serve`; all from the main thread, but
-    `interrupt`, which belongs to whichever thread owns the queue.
+    Devices use `host`, `memory`, `interrupt`, `watch`, `call_after`, `serve` and `report`; all from the main thread,
+    but `interrupt`, which belongs to whichever thread owns the queue.
     """
 
     def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
@@ -177,6 +177,8 @@ class Process:
         self.paused = False
         self.broken = False
         self.complaints = RateLimit()
+        self.troubles: tuple[str, ...] = ()
+        self.announced = False  # READY has been sent
         self.timer: tuple[float, Callable[[], None]] | None = None
         self.epoll = select.epoll()
         self.handlers: dict[int, Callable[[], None]] = {}
@@ -266,6 +268,20 @@ class Process:
             self.informs.send(packet, _socket.MSG_DONTWAIT)
         except OSError:
             return
+
+    def report(self, *troubles: str) -> None:
+        """Tell the VM everything that is wrong with the device now; without arguments nothing is."""
+        self.troubles = troubles
+        if self.announced:
+            texts = [text.encode()[: devmsg.TROUBLE_MAX] for text in troubles[: devmsg.TROUBLES_MAX]]
+            self.tell(devmsg.TYPE.pack(devmsg.TROUBLES) + b"\0".join(texts))
+
+    def announce(self) -> None:
+        """Say READY, and what is wrong from the start."""
+        self.tell(self.ready())
+        self.announced = True
+        if self.troubles:
+            self.report(*self.troubles)
 
     def fail(self, error: Exception) -> None:
         """Tell the VM why we end; if it waits for an answer, it gets this one."""
@@ -486,7 +502,7 @@ def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Proc
         sync.send(process.ready())
     except ConnectionError:
         return 1  # its VM has ended meanwhile
-    process.tell(process.ready())
+    process.announce()
     try:
         process.run()
     except (VmdError, OSError) as error:

@@ -19,12 +19,16 @@ GUESSED = "only its first bytes say that it is qcow2; say so yourself with `form
 
 
 class Link(Record):
-    """One image of a chain; `guessed`: nobody but its first bytes said that the format is this one."""
+    """One image of a chain; `guessed`: nobody but its first bytes said that the format is this one.
+
+    `discard_granularity` is what the kernel says of a block device, 0 if that is not known.
+    """
 
     fd: int
     path: str
     format: str
     guessed: bool = False
+    discard_granularity: int = 0
 
 
 def open_chain(links: "Sequence[Link]", *, writable: bool) -> "Image":
@@ -64,13 +68,16 @@ def _open(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
 
 def _open_as(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
     """Open one image as what it is said to be.  Raises ImageError, OSError."""
+    granularity = link.discard_granularity
     if link.format == "raw":
         if backing is not None:
             raise ImageError(link.path, "a raw image has no backing file")
-        return RawImage(link.fd, link.path, writable=writable, guessed=link.guessed)
+        return RawImage(
+            link.fd, link.path, writable=writable, guessed=link.guessed, discard_granularity=granularity
+        )
     if link.format != "qcow2":
         raise ImageError(link.path, f"unknown image format {link.format}")
     if link.guessed and backing is not None:
         raise ImageError(link.path, f"has a backing file, but {GUESSED}")
-    return Qcow2Image(link.fd, link.path, writable=writable, backing=backing)
+    return Qcow2Image(link.fd, link.path, writable=writable, backing=backing, discard_granularity=granularity)
 

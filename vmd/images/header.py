@@ -64,6 +64,11 @@ class Header(Record):
         """Bytes of a cluster."""
         return 1 << self.cluster_bits
 
+    @property
+    def dirty(self) -> bool:
+        """Whether the last writer kept refcounts in memory (lazy refcounts) and did not come to write them."""
+        return bool(self.incompatible & DIRTY)
+
 
 def parse_header(fd: int, path: str) -> Header:
     """Read and check the header of the open image `fd`; `path` is for sentences only.

@@ -1,14 +1,23 @@
-"""Positional I/O on a host file: all bytes or an OSError, and the parts of fallocate(2) that `os` lacks."""
+"""Positional I/O on a host file: all bytes or an OSError, and the parts of fallocate(2) that `os` lacks.
 
+A host file is a regular file or a block device.  Behind the end of a regular file there are zeroes, and a write there
+extends it.  A device ends where it ends, and what nobody has written to it holds any bytes.
+"""
+
+import _thread
 import ctypes
 import errno
 import os
+import stat
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+SECTOR = 512  # a disk is a number of these (virtio.spec.SECTOR; vmctl does not import that)
 IOV_MAX = 1024  # Linux' UIO_MAXIOV
+STORAGE_GRANULARITY = 4096  # of storage that does not say which it has
+GRANULARITY_MAX = 1 << 30  # more than this is a mistake
 ZEROES = memoryview(bytes(1 << 16))
 
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -20,6 +29,21 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _fallocate.restype = ctypes.c_int
 
 
+def padding(length: int) -> int:
+    """Return the number of zeroes that complete the last sector of a disk of `length` bytes."""
+    return -length % SECTOR
+
+
+def padded(length: int) -> str:
+    """Return what is to be said about a disk of `length` bytes that ends inside a sector, or ""."""
+    return f"is {length} bytes long: zeroes complete its last sector of {SECTOR}" if length % SECTOR else ""
+
+
+def is_device(fd: int) -> bool:
+    """Return whether an open file is a block device.  Raises OSError."""
+    return stat.S_ISBLK(os.fstat(fd).st_mode)
+
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2).  Raises OSError."""
     while _fallocate(fd, mode, offset, length):
@@ -28,9 +52,55 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(error, os.strerror(error))
 
 
+class FlushFailed(OSError):
+    """What was acknowledged is not on stable storage.  Nothing is forgotten: a later flush may succeed."""
+
+
+class DataLost(FlushFailed):
+    """What was acknowledged will never be on stable storage; no later flush succeeds."""
+
+
+class StableStorage:
+    """fdatasync(2) of one file, for all its threads.
+
+    After a failure the kernel takes the pages for clean and tells of the failure once.  A later success would be a lie,
+    so no later one is reported; and one thread calls at a time, so that none succeeds beside one that fails.
+    """
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+        self.lost = ""  # why data was lost
+        self.syncing = _thread.allocate_lock()
+
+    def check(self) -> None:
+        """Raise DataLost if there was a failure."""
+        if self.lost:
+            raise DataLost(errno.EIO, f"{self.path}: an earlier flush failed, data was lost: {self.lost}")
+
+    def sync(self) -> None:
+        """Return when all that was written is on stable storage.  Raises DataLost."""
+        with self.syncing:
+            self.check()
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                self.lost = error.strerror or str(error)
+                raise DataLost(error.errno, f"{self.path}: data was lost: {self.lost}") from error
+
+
 def total(views: "Sequence[memoryview]") -> int:
     """Return the number of bytes in all views."""
     return len(views[0]) if len(views) == 1 else sum(map(len, views))
+
+
+def storage_granularity(status: os.stat_result, device: int) -> int:
+    """Return the size of the pieces in which storage can be given back: whole sectors.
+
+    `device` is what the kernel says of a block device, 0 if that is not known.  A file's is the size of its blocks.
+    """
+    found = status.st_blksize if stat.S_ISREG(status.st_mode) else device
+    return found if 0 < found <= GRANULARITY_MAX and not found % SECTOR else STORAGE_GRANULARITY
 
 
 class Cursor:
@@ -127,7 +197,8 @@ def write_zeroes(fd: int, offset: int, length: int) -> None:
 def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
     """Return whether a file has data at `offset` < `end`, and for how many bytes that holds.
 
-    A file system that knows no holes has data everywhere.
+    A file system that knows no holes has data everywhere.  So has what is behind the end of a file that was cut
+    short: a read has to find that out.
     """
     try:
         data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
@@ -135,4 +206,8 @@ def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
             return False, data - offset
         return True, min(os.lseek(fd, offset, os.SEEK_HOLE), end) - offset
     except OSError as error:
-        return error.errno != errno.ENXIO, end - offset  # ENXIO: nothing but a hole up to the end
+        # ENXIO: nothing but a hole up to the end of the file.
+        file_end = os.lseek(fd, 0, os.SEEK_END)
+        if error.errno != errno.ENXIO or offset >= file_end:
+            return True, end - offset
+        return False, min(end, file_end) - offset

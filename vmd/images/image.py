@@ -17,8 +17,10 @@ if TYPE_CHECKING:
         """
 
         path: str  # for sentences only; nothing here opens a path
-        size: int
+        size: int  # whole sectors
         writable: bool
+        discard_granularity: int  # bytes; a discard gives back the room of whole, aligned pieces of this size
+        remark: str  # what its user should know about it, or ""
 
         def preadv(self, offset: int, views: "Sequence[memoryview]") -> None:
             """Fill all views, which are of bytes, with what is at `offset`."""
@@ -27,7 +29,11 @@ if TYPE_CHECKING:
             """Write all views to `offset`; others may change their bytes meanwhile."""
 
         def flush(self) -> None:
-            """Return when everything written before is on stable storage."""
+            """Return when everything written before is on stable storage.
+
+            Raises:
+                FlushFailed: it is not yet; DataLost: it will never be.
+            """
 
         def discard(self, offset: int, length: int) -> None:
             """Give storage back where that is possible; what can be read there afterwards is undefined."""
@@ -39,4 +45,8 @@ if TYPE_CHECKING:
             """Return whether there is data at `offset`, and for how many bytes that holds; False: zeroes."""
 
         def close(self) -> None:
-            """Finish what is to be finished and let the descriptors go."""
+            """Finish what is to be finished and let the descriptors go.
+
+            Raises:
+                FlushFailed: something that was acknowledged is not on stable storage, and this was not said before.
+            """

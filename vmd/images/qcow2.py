@@ -14,6 +14,12 @@ consistent: kill -9 or a power cut can lose what was not flushed, and leave clus
 which qemu-img check -r leaks collects), but nothing on disk ever refers to a cluster that may be handed out.
 In-place writes need no order; they are as on any disk.
 
+What finds no room.  A write that allocates fails alone: its clusters are free again, and the tables are as before.
+Metadata is written to its place as it is before it is changed in memory, so a flush needs no room; if one fails all the
+same, nothing is forgotten, and the next tries again.  Only after a failed fdatasync, which loses data, no flush
+succeeds any more.  The file is as long as what was written to it: its last cluster may end behind it, as in images of
+QEMU.  A block device is not made longer; its clusters are taken up to its last whole one.
+
 Freed clusters are reused only when every request has ended that began before they were freed: a write that is still
 under way to its old place must not hit the new owner.
 """
@@ -24,29 +30,40 @@ import os
 import zlib
 
 from vmd.errors import ImageError
-from vmd.images.header import AT_AUTOCLEAR, AT_INCOMPATIBLE, CORRUPT, DIRTY, SNAPSHOT_BYTES, parse_header
+from vmd.images.header import AT_AUTOCLEAR, AT_INCOMPATIBLE, CORRUPT, SNAPSHOT_BYTES, parse_header
 from vmd.images.hostfile import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     ZEROES,
     Cursor,
+    DataLost,
+    FlushFailed,
+    StableStorage,
     clear,
     data_span,
     fallocate,
+    is_device,
+    padded,
+    padding,
     read_bytes,
     read_views,
+    storage_granularity,
     total,
     write_bytes,
     write_views,
 )
-from vmd.images.refcounts import NOTHING_DIRTY, TABLE_OFFSET_MASK, Damage, Refcounts
+from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage, Refcounts
+from vmd.images.units import Prepared, runs, unit_bytes
 from vmd.images.words import big_endian, native, zeroes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import TypeVar
 
     from vmd.images.image import Image
+
+    K = TypeVar("K")
 
 COPIED = 1 << 63  # nobody else refers to this cluster
 COMPRESSED = 1 << 62
@@ -61,32 +78,36 @@ INFLATED_BYTES = 1 << 20
 MAX_RETIRED = 4096  # runs that wait for a flush before there is one of our own
 MAX_WAITING = 1 << 16  # runs that wait for requests to end
 SPAN_BYTES = 64 << 20
+WALK_MAX_BYTES = 256 << 20  # of L2 tables that are read to find the end of use: two terabytes of 64 KiB clusters
+REPAIR = "repair it first with qemu-img check -r all"
 
 DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; a hole shows the backing file
 
 
 class Slice:
-    """Part of an L2 table in native numbers; entries `low` to `high` are not written yet."""
+    """Part of an L2 table in native numbers; `units` are not written yet."""
 
-    __slots__ = ("high", "low", "pinned", "table", "used")
+    __slots__ = ("pinned", "table", "units", "used")
 
     def __init__(self, table: memoryview) -> None:
         self.table = table
-        self.low, self.high = NOTHING_DIRTY
+        self.units = 0
         self.pinned = False  # a flush has yet to write it
         self.used = 0
 
     @property
     def dirty(self) -> bool:
         """Whether something is not written yet."""
-        return self.high > self.low
+        return self.units != 0
 
 
 class Qcow2Image:
     """One qcow2 image on top of its backing image, which it owns; see Image."""
 
-    def __init__(self, fd: int, path: str, *, writable: bool, backing: "Image | None" = None) -> None:
-        """Take the descriptor, which `close` closes.
+    def __init__(
+        self, fd: int, path: str, *, writable: bool, backing: "Image | None" = None, discard_granularity: int = 0
+    ) -> None:
+        """Take the descriptor, which `close` closes; `discard_granularity` is of a device.
 
         Raises:
             ImageError: the file is no qcow2 image, damaged, or needs what we do not have.
@@ -100,10 +121,11 @@ class Qcow2Image:
             raise ImageError(path, f"needs its backing file {header.backing}")
         if backing is not None and not header.backing:
             raise ImageError(path, "names no backing file")
-        self.size = header.size
+        self.size = header.size + padding(header.size)
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = self.cluster_size - 1
+        self.discard_granularity = max(self.cluster_size, storage_granularity(os.fstat(fd), discard_granularity))
         slice_bytes = min(self.cluster_size, SLICE_BYTES)
         self.slice_entries = slice_bytes // 8
         self.slice_mask = self.slice_entries - 1
@@ -126,6 +148,8 @@ class Qcow2Image:
         self.loading = _thread.allocate_lock()  # the cache of slices, and that of inflated clusters
         self.allocating = _thread.allocate_lock()  # refcounts, tables, and everything below
         self.committing = _thread.allocate_lock()  # one flush after another; taken before `allocating`
+        self.prepared = Prepared(fd, self.cluster_size)
+        self.unit_entries = unit_bytes(self.cluster_size) // 8
         self.dirty_l1: set[int] = set()
         self.retired: list[tuple[int, int]] = []  # runs of clusters to be freed after the next flush
         self.limbo: list[tuple[int, list[tuple[int, int]]]] = []  # ... once requests as old as this have ended
@@ -133,10 +157,12 @@ class Qcow2Image:
         self.generation = 0
         self.in_flight: dict[int, int] = {}  # thread -> generation in which its request began
         self.untouched = True
-        self.failed = ""  # why nothing can be written any more
+        self.failed = ""  # how the image contradicts itself, which forbids to write it
+        self.stable = StableStorage(fd, path)
+        self.remark = padded(header.size)
 
         try:
-            self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+            self.device = is_device(fd)
             self.l1 = native(self._read_table(header.l1_offset, header.l1_entries * 8))
             if writable:
                 self.refcounts = self._open_refcounts()
@@ -157,8 +183,9 @@ class Qcow2Image:
         header = self.header
         if header.incompatible & CORRUPT:
             raise ImageError(self.path, "is marked as corrupt; repair it with qemu-img check -r all")
+        file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
         table = native(self._read_table(header.refcount_offset, header.refcount_clusters * self.cluster_size))
-        refcounts = Refcounts(self.fd, header, table, self.file_bytes)
+        refcounts = Refcounts(self.fd, header, table, file_bytes, self.stable, self.prepared, device=self.device)
         refcounts.protect(0, self.cluster_size)
         refcounts.protect(header.l1_offset, header.l1_entries * 8)
         refcounts.protect(header.refcount_offset, len(table) * 8)
@@ -168,17 +195,46 @@ class Qcow2Image:
                 offset = entry & mask
                 if not offset:
                     continue
-                if offset & self.cluster_mask or offset + self.cluster_size > self.file_bytes:
+                if offset & self.cluster_mask or offset + self.cluster_size > file_bytes:
                     raise ImageError(self.path, f"{name} at {offset} is not a cluster of the file")
                 if offset >> self.cluster_bits in refcounts.metadata:
                     raise ImageError(self.path, f"{name} at {offset} overlaps other metadata")
                 refcounts.metadata.add(offset >> self.cluster_bits)
-        if header.incompatible & DIRTY:
-            # Its last writer kept refcounts in memory and did not come to write them.  What is referred to
-            # nobody knows without a walk over all tables, so nothing that exists is handed out or freed, and
-            # the mark stays for those who repair.
-            refcounts.floor = refcounts.end
+        if header.dirty:
+            # Its last writer kept refcounts in memory and did not come to write them, so none that exists counts.
+            # Nothing up to the end of use is handed out or freed, and the mark stays for those who repair.
+            refcounts.floor = self._end_of_use(refcounts, file_bytes)
+            if refcounts.floor > len(table) * refcounts.per_block:
+                raise ImageError(self.path, f"is dirty, and clusters in use have no refcount; {REPAIR}")
+            self.remark = (
+                "was not closed by its last writer (dirty): clusters that are in use now are never freed;"
+                " repair it with qemu-img check -r all"
+            )
         return refcounts
+
+    def _end_of_use(self, refcounts: Refcounts, file_bytes: int) -> int:
+        """Return the first cluster of a dirty image behind all that are in use.  Raises ImageError, OSError."""
+        tables = [entry & OFFSET_MASK for entry in self.l1 if entry & OFFSET_MASK]
+        # Only the active tables are known here; snapshots have their own, and what features that are cleared by
+        # writers refer to is not known at all.
+        if self.header.snapshots or self.header.autoclear or len(tables) * self.cluster_size > WALK_MAX_BYTES:
+            if self.device:
+                raise ImageError(self.path, f"is dirty, and the end of its use is not known; {REPAIR}")
+            return refcounts.end
+        used = max(refcounts.metadata)
+        for offset in tables:
+            raw = self._read_table(offset, self.cluster_size)
+            if raw.count(0) == len(raw):
+                continue
+            for entry in native(raw):
+                if entry & COMPRESSED:
+                    place, length = self._packed_place(entry)
+                    used = max(used, place + length - 1 >> self.cluster_bits)
+                elif entry & OFFSET_MASK > used << self.cluster_bits:
+                    used = (entry & OFFSET_MASK) >> self.cluster_bits
+        if used << self.cluster_bits >= file_bytes:
+            raise ImageError(self.path, f"is dirty, and leads to cluster {used}, behind its end; {REPAIR}")
+        return used + 1
 
     # -- looking up
 
@@ -340,7 +396,7 @@ class Qcow2Image:
     def _past_end(self, place: int, length: int, got: int, views: "Sequence[memoryview]") -> None:
         """Clear what a read did not get: a file may end inside its last cluster, not before it."""
         if place + got <= place + length - 1 & ~self.cluster_mask:
-            raise self._damaged(f"file ends at {place + got}, before a cluster that is in use")
+            raise self._ends_before_data()
         cursor = Cursor(views)
         cursor.take(got)
         clear(cursor.take(length - got))
@@ -397,7 +453,7 @@ class Qcow2Image:
         if kind == HOLE and self.backing is not None and place < self.backing.size:
             has_data, below = self.backing.span(place)
             return has_data, min(below, length)
-        if kind == DATA and place < self.file_bytes:
+        if kind == DATA:
             return data_span(self.fd, place, place + length)
         return kind in (DATA, PACKED), length
 
@@ -408,17 +464,23 @@ class Qcow2Image:
         self._check(offset, length)
         if not self.writable:
             raise OSError(errno.EROFS, f"{self.path}: opened for reading only")
-        if self.failed:
-            raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+        if self.failed or self.stable.lost:
+            self._refuse()
         if self.untouched:
             self._touch()
+
+    def _refuse(self) -> None:
+        """Raise OSError if nothing may be written any more."""
+        if self.failed:
+            raise DataLost(errno.EIO, f"{self.path}: {self.failed}")
+        self.stable.check()
 
     def _touch(self) -> None:
         """Before the first change: take off what holds only as long as all who write understand it."""
         with self.allocating:
             if self.untouched and self.header.version > 2 and self.header.autoclear:
                 write_bytes(self.fd, bytes(8), AT_AUTOCLEAR)
-                os.fdatasync(self.fd)
+                self.stable.sync()
             self.untouched = False
 
     def pwritev(self, offset: int, views: "Sequence[memoryview]") -> None:
@@ -430,6 +492,7 @@ class Qcow2Image:
         try:
             runs = self._map_in_place(offset, length)
             if runs is None:
+                self._bound_memory()
                 with self.allocating:
                     self._write_allocating(offset, views, length)
             elif len(runs) == 1:
@@ -442,19 +505,39 @@ class Qcow2Image:
             raise self._give_up(damage) from None
         finally:
             del self.in_flight[thread]
+
+    def _bound_memory(self) -> None:
+        """Before more is changed in memory: flush if that is much already.  Raises FlushFailed."""
         if len(self.dirty) > self.max_slices // 2 or len(self.retired) > MAX_RETIRED:
             self.flush()
 
     def _is_in_place(self, entry: int) -> bool:
-        """Return whether a cluster is there, ours alone, and inside what may hold data."""
+        """Return whether a cluster is there, and ours alone.  Raises OSError; Damage if it cannot hold data."""
         if entry & self.in_place != COPIED:
             return False
         cluster = (entry & OFFSET_MASK) >> self.cluster_bits
         if not cluster:
             return False
-        if cluster in self.refcounts.metadata or cluster >= self.refcounts.end:
+        if cluster in self.refcounts.metadata:
             raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, which holds no data")
+        if cluster >= self.refcounts.end:
+            self._look_behind_end(cluster)
         return True
+
+    def _look_behind_end(self, cluster: int) -> None:
+        """Raise OSError, or Damage, unless a cluster is in a file that has grown since its end was looked at."""
+        file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+        self.refcounts.extend(-(-file_bytes >> self.cluster_bits))
+        if cluster < self.refcounts.end:
+            return
+        if not self.refcounts.get(cluster):
+            raise Damage(f"an L2 entry leads to {cluster << self.cluster_bits}, which holds no data")
+        raise self._ends_before_data()
+
+    def _ends_before_data(self) -> OSError:
+        """Return the error for a file that was cut short."""
+        end = os.lseek(self.fd, 0, os.SEEK_END)
+        return self._damaged(f"file ends at {end}, before a cluster that is in use")
 
     def _map_in_place(self, position: int, length: int) -> list[tuple[int, int]] | None:
         """Return the runs (place, length) to write a range to, or None if something has to be allocated."""
@@ -480,7 +563,7 @@ class Qcow2Image:
                 if not host:
                     return None
                 if host >> bits in metadata or host >> bits >= file_end:
-                    self._is_in_place(entry)
+                    return None  # says why not
                 inside = position & self.cluster_mask
                 step = self.cluster_size - inside
                 if step > stop - position:
@@ -501,8 +584,12 @@ class Qcow2Image:
         with self.allocating:
             if not self.failed:
                 self.failed = f"image is corrupt: {damage}; repair it with qemu-img check -r all"
-                if self.header.version > 2:
-                    write_bytes(self.fd, (self.header.incompatible | CORRUPT).to_bytes(8, "big"), AT_INCOMPATIBLE)
+                mark = (self.header.incompatible | CORRUPT).to_bytes(8, "big")
+                try:
+                    if self.header.version > 2:
+                        write_bytes(self.fd, mark, AT_INCOMPATIBLE)
+                except OSError:
+                    pass  # what is wrong is more important than what could not be marked
         return OSError(errno.EIO, f"{self.path}: {self.failed}")
 
     def _allocate(self, want: int) -> tuple[int, int]:
@@ -511,25 +598,28 @@ class Qcow2Image:
             self._release()
         return self.refcounts.allocate(want)
 
-    def _own_table(self, position: int) -> Slice:
-        """Return the slice for a position of the disk, in an L2 table that may be changed.  Raises OSError, Damage."""
+    def _own_table(self, position: int, end: int) -> Slice:
+        """Return the slice for a range of the disk, whose entries may be changed then.  Raises OSError, Damage."""
         number = position >> self.slice_shift
         l1_index = position >> self.table_shift
         entry = self.l1[l1_index]
         if entry & COPIED and entry & OFFSET_MASK:
+            first = self._entry_place(position)
+            self.prepared.prepare(first, (end - 1 >> self.cluster_bits) - (position >> self.cluster_bits) + 1 << 3)
             return self._hold(number)
         old = entry & OFFSET_MASK
         if old:
             raw = read_bytes(self.fd, self.cluster_size, old)
-            if len(raw) != self.cluster_size or old & self.cluster_mask:
-                raise Damage(f"L2 table at {old} is outside the file")
+            if len(raw) != self.cluster_size:  # it was there when the image was opened
+                raise self._damaged(f"file now ends before the L2 table at {old}")
         else:
             raw = bytes(self.cluster_size)
+        self.prepared.prepare(self.header.l1_offset + l1_index * 8, 8)
         cluster, _ = self._allocate(1)
-        self.refcounts.end = max(self.refcounts.end, cluster + 1)  # also if the write fails half-way, as below
+        self.refcounts.extend(cluster + 1)
         offset = cluster << self.cluster_bits
         try:
-            write_bytes(self.fd, raw, offset)
+            self.prepared.write(raw, offset)
         except OSError:
             self.refcounts.free(cluster, 1)
             raise
@@ -550,12 +640,16 @@ class Qcow2Image:
                     self.held = part
                     return part
 
+    def _entry_place(self, position: int) -> int:
+        """Return where the L2 entry for a position of the disk is in the file."""
+        table = self.l1[position >> self.table_shift] & OFFSET_MASK
+        return table + (position >> self.cluster_bits << 3 & self.cluster_mask)
+
     def _set(self, number: int, part: Slice, index: int, entry: int) -> None:
         """Change an entry of a slice, whose old cluster is given up unless the new entry has it as well."""
         old = part.table[index]
         part.table[index] = entry
-        part.low = min(part.low, index)
-        part.high = max(part.high, index + 1)
+        part.units |= 1 << index // self.unit_entries
         self.dirty[number] = part
         if old & COMPRESSED:
             offset, length = self._packed_place(old)
@@ -577,16 +671,15 @@ class Qcow2Image:
 
     def _write_allocating(self, position: int, views: "Sequence[memoryview]", length: int) -> None:
         """Write a range some of whose clusters are missing, shared, zero or compressed.  Raises OSError, Damage."""
-        if self.failed:
-            raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+        self._refuse()
         cursor = Cursor(views)
         end = position + length
         while position < end:
-            part = self._own_table(position)
-            table = part.table
             number = position >> self.slice_shift
-            index = position >> self.cluster_bits & self.slice_mask
             stop = min(end, (number + 1) << self.slice_shift)
+            part = self._own_table(position, stop)
+            table = part.table
+            index = position >> self.cluster_bits & self.slice_mask
             count = (stop - 1 >> self.cluster_bits) - (position >> self.cluster_bits) + 1
             entry = table[index]
             if self._is_in_place(entry):  # by a request that came before this one
@@ -602,9 +695,8 @@ class Qcow2Image:
                 while want < count and not self._is_in_place(table[index + want]):
                     want += 1
                 first, count = self._allocate(want)
-                fresh = first >= self.refcounts.end
-                # Also if the write fails half-way: what it left there are no zeroes.
-                self.refcounts.end = max(self.refcounts.end, first + count)
+                fresh = first >= self.refcounts.end and not self.device
+                self.refcounts.extend(first + count)
             step = min(stop, ((position >> self.cluster_bits) + count) << self.cluster_bits) - position
             try:
                 self._write_clusters(position, cursor.take(step), step, first, fresh)
@@ -633,7 +725,7 @@ class Qcow2Image:
     def _write_clusters(self, position: int, data: list[memoryview], length: int, first: int, fresh: bool) -> None:
         """Write to clusters from `first` on, with what the disk has before and behind the data in them.
 
-        `fresh`: the clusters were never part of the file, so they are zero already.
+        `fresh`: the clusters were never part of a regular file, so they are zero already.
         """
         head = position & self.cluster_mask
         tail = -(position + length) & self.cluster_mask
@@ -672,76 +764,77 @@ class Qcow2Image:
                     with self.allocating:
                         self._release()
         except Damage as damage:
-            raise self._give_up(damage) from None
-
-    def _sync(self) -> None:
-        """fdatasync(2).  An error means that data is lost, and the kernel tells only once."""
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            self.failed = f"data was lost: {error.strerror}"
+            raise DataLost(errno.EIO, self._give_up(damage).strerror) from None
+        except FlushFailed:
             raise
+        except OSError as error:
+            raise FlushFailed(error.errno, error.strerror) from error
 
     def _commit(self) -> None:
         """Bring everything that is in memory to the disk.  Raises OSError; then nothing is forgotten."""
         with self.allocating:
-            if self.failed:
-                raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+            self._refuse()
             self.refcounts.write_blocks()
-            self._extend()
             entries = set(self.refcounts.unpublished)
-            batch = [(number, part, part.low, part.high, big_endian(part.table[part.low : part.high]))
-                     for number, part in self.dirty.items()]  # fmt: skip
-            for _, part, _, _, _ in batch:
+            changed, self.dirty = self.dirty, {}
+            slices: dict[tuple[int, int], tuple[int, bytearray]] = {}  # number and units -> place and bytes
+            for number, part in changed.items():
+                place = self._entry_place(number << self.slice_shift)
+                for first, stop in runs(part.units):
+                    low, high = first * self.unit_entries, stop * self.unit_entries
+                    slices[number, (1 << stop) - (1 << first)] = place + low * 8, big_endian(part.table[low:high])
                 part.pinned = True
-                part.low, part.high = NOTHING_DIRTY
-            self.dirty = {}
+                part.units = 0
             l1 = {index: self.l1[index] for index in sorted(self.dirty_l1)}
             self.dirty_l1 = set()
             retired, self.retired = self.retired, []
             stamp = self.generation
             self.generation += 1
+        pointers = {
+            index: (self.header.l1_offset + index * 8, bytearray(entry.to_bytes(8, "big")))
+            for index, entry in l1.items()
+        }
         try:
-            self._sync()
+            self.stable.sync()
             if entries:
                 with self.allocating:
                     self.refcounts.publish(entries)
-                self._sync()
-            for number, _, low, _, changed in batch:
-                start = number << self.slice_shift
-                table = self.l1[start >> self.table_shift] & OFFSET_MASK
-                offset = table + (start >> self.cluster_bits << 3 & self.cluster_mask) + low * 8
-                write_bytes(self.fd, changed, offset)
-            if l1:
-                if batch:
-                    self._sync()
-                for index, entry in l1.items():
-                    write_bytes(self.fd, entry.to_bytes(8, "big"), self.header.l1_offset + index * 8)
-            if batch or l1:
-                self._sync()
+                self.stable.sync()
+            failure = self._write_each(slices)
+            if pointers:
+                if changed:
+                    self.stable.sync()
+                failure = self._write_each(pointers) or failure
+            if changed or l1:
+                self.stable.sync()
+            if failure is not None:
+                raise failure
         except BaseException:
             with self.allocating:
-                for number, part, low, high, _ in batch:
-                    part.low, part.high = min(part.low, low), max(part.high, high)
-                    self.dirty[number] = part
-                self.dirty_l1 |= set(l1)
+                for number, units in slices:
+                    changed[number].units |= units
+                    self.dirty[number] = changed[number]
+                self.dirty_l1 |= set(pointers)
                 self.retired = retired + self.retired
             raise
         finally:
-            for _, part, _, _, _ in batch:
+            for part in changed.values():
                 part.pinned = False
         if retired:
             with self.allocating:
                 self.limbo.append((stamp, retired))
                 self.waiting += len(retired)
 
-    def _extend(self) -> None:
-        """Let the file end with its last cluster, which may not be written to its end."""
-        end = self.refcounts.end << self.cluster_bits
-        if end > self.file_bytes:
-            if os.fstat(self.fd).st_size < end:
-                os.ftruncate(self.fd, end)
-            self.file_bytes = end
+    def _write_each(self, pieces: "dict[K, tuple[int, bytearray]]") -> OSError | None:
+        """Write pieces of metadata, (place, bytes) each; one that fails stays in `pieces` and stops no other."""
+        failure: OSError | None = None
+        for key, (place, raw) in list(pieces.items()):
+            try:
+                write_bytes(self.fd, raw, place)
+                del pieces[key]
+            except OSError as error:
+                failure = error
+        return failure
 
     def _release(self) -> None:
         """Free clusters that no request still under way can mean.  Raises OSError, Damage."""
@@ -772,7 +865,11 @@ class Qcow2Image:
         return start, max(start, end)
 
     def discard(self, offset: int, length: int) -> None:
-        """See Image; parts of clusters stay what they are."""
+        """See Image; parts of clusters stay what they are.
+
+        They stay so when the rest of the cluster is discarded as well: which parts of a cluster have been discarded is
+        remembered nowhere.  `discard_granularity` tells the guest to discard whole clusters.
+        """
         self._check_write(offset, length)
         start, end = self._whole_clusters(offset, length)
         if self.backing is not None and self.header.version < 3:
@@ -801,13 +898,12 @@ class Qcow2Image:
         """Apply a change to every L2 entry from `start` to `end`.  Raises OSError."""
         while start < end:
             stop = min(end, ((start >> self.slice_shift) + 1) << self.slice_shift)
+            self._bound_memory()
             try:
                 with self.allocating:
                     self._change_entries(start, stop, change)
             except Damage as damage:
                 raise self._give_up(damage) from None
-            if len(self.retired) > MAX_RETIRED or len(self.dirty) > self.max_slices // 2:
-                self.flush()
             start = stop
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
@@ -833,8 +929,7 @@ class Qcow2Image:
 
     def _change_entries(self, start: int, end: int, change: "Callable[[int, int], int]") -> None:
         """Apply a change to the L2 entries of one slice, from `start` to `end`.  Raises OSError, Damage."""
-        if self.failed:
-            raise OSError(errno.EIO, f"{self.path}: {self.failed}")
+        self._refuse()
         number = start >> self.slice_shift
         table = (self.slices.get(number) or self._load(number)).table
         index = start >> self.cluster_bits & self.slice_mask
@@ -843,24 +938,33 @@ class Qcow2Image:
             entry = table[index]
             new = change(entry, position)
             if new != entry:
-                changed.append((index, new))
+                changed.append((position, index, new))
             index += 1
         if changed:  # else a table that does not exist stays so
-            part = self._own_table(start)
-            for index, new in changed:
+            part = self._own_table(changed[0][0], changed[0][0] + 1)
+            for position, _, _ in changed:
+                self.prepared.prepare(self._entry_place(position), 8)
+            for _, index, new in changed:
                 self._set(number, part, index, new)
 
     def close(self) -> None:
         """See Image."""
         try:
-            if self.writable and not self.failed:
+            if self.writable and not (self.failed or self.stable.lost):
                 self.flush()
-                with self.allocating:
-                    self._release()
-                    self.refcounts.write_blocks()
-        except Damage as damage:
-            raise self._give_up(damage) from None
+                self._store_freed()
         finally:
             os.close(self.fd)
             if self.backing is not None:
                 self.backing.close()
+
+    def _store_freed(self) -> None:
+        """Write the refcounts of freed clusters; without them these would be leaked, no more."""
+        try:
+            with self.allocating:
+                self._release()
+                self.refcounts.write_blocks()
+        except Damage as damage:
+            raise self._give_up(damage) from None
+        except OSError:
+            return

@@ -1,4 +1,8 @@
-"""Raw images: the file is the disk."""
+"""Raw images: the file is the disk.
+
+A disk consists of sectors.  A file that ends inside one is read as if zeroes followed, as QEMU does; a write to that
+sector makes the file longer, if it can become longer.
+"""
 
 import errno
 import os
@@ -10,9 +14,15 @@ from vmd.images.hostfile import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     FALLOC_FL_ZERO_RANGE,
+    Cursor,
+    StableStorage,
+    clear,
     data_span,
     fallocate,
+    padded,
+    padding,
     read_views,
+    storage_granularity,
     total,
     write_views,
     write_zeroes,
@@ -22,6 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+BLOCK = 4096  # at most what the page cache of a device reads and writes at once
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
@@ -32,17 +43,23 @@ class RawImage:
     have the file read as what it says when the disk is opened next, so it may not.
     """
 
-    def __init__(self, fd: int, path: str, *, writable: bool, guessed: bool = False) -> None:
-        """Take the descriptor, which is closed by `close`.  Raises ImageError."""
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+    def __init__(
+        self, fd: int, path: str, *, writable: bool, guessed: bool = False, discard_granularity: int = 0
+    ) -> None:
+        """Take the descriptor, which is closed by `close`; `discard_granularity` is of a device.  Raises ImageError."""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
             raise ImageError(path, "neither a regular file nor a block device")
         self.fd = fd
         self.path = path
         self.writable = writable
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+        self.size = self.file_bytes + padding(self.file_bytes)
         self.guard = Guard(fd, path) if guessed and writable else None
-        self.failed = 0  # errno of a flush that lost data
+        self.stable = StableStorage(fd, path)
+        self.granularity = BLOCK if stat.S_ISBLK(status.st_mode) else 1  # of fallocate
+        self.discard_granularity = storage_granularity(status, discard_granularity)
+        self.remark = padded(self.file_bytes)
 
     def check(self, offset: int, length: int) -> None:
         """Raise OSError unless a range is inside the disk."""
@@ -60,8 +77,14 @@ class RawImage:
         length = total(views)
         if offset < 0 or offset + length > self.size:
             self.check(offset, length)
-        if read_views(self.fd, views, offset, length) != length:
-            raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.size} bytes")
+        got = read_views(self.fd, views, offset, length)
+        if got == length:
+            return
+        if offset + got < self.file_bytes:
+            raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.file_bytes} bytes")
+        cursor = Cursor(views)
+        cursor.take(got)
+        clear(cursor.take(length - got))
 
     def pwritev(self, offset: int, views: "Sequence[memoryview]") -> None:
         """See Image."""
@@ -73,31 +96,36 @@ class RawImage:
             write_views(self.fd, views, offset, length)
 
     def flush(self) -> None:
-        """See Image; the kernel reports lost data once, we do ever after."""
-        if self.failed:
-            raise OSError(self.failed, f"{self.path}: an earlier flush failed, data was lost")
-        if not self.writable:
-            return
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            self.failed = error.errno or errno.EIO
-            raise
+        """See Image."""
+        if self.writable:
+            self.stable.sync()
 
     def discard(self, offset: int, length: int) -> None:
         """See Image; a file system that cannot is no error."""
         self.check_write(offset, length)
-        if length:
-            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        start, end = self._whole_blocks(offset, offset + length)
+        if start < end:
+            self._fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, end - start)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """See Image."""
         self.check_write(offset, length)
-        if not length:
-            return
+        start, end = self._whole_blocks(offset, offset + length)
         how = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
-        if not self._fallocate(how | FALLOC_FL_KEEP_SIZE, offset, length):
+        if start < end and self._fallocate(how | FALLOC_FL_KEEP_SIZE, start, end - start):
+            write_zeroes(self.fd, offset, start - offset)
+            write_zeroes(self.fd, end, offset + length - end)
+        else:
             write_zeroes(self.fd, offset, length)
+
+    def _whole_blocks(self, start: int, end: int) -> tuple[int, int]:
+        """Return the part of a range that may be left to fallocate; its end may be before its start.
+
+        On a device fallocate does not keep out those who write beside it in the same block: one that reads the block
+        to change another sector of it brings back what the kernel is about to discard.
+        """
+        start += -start % self.granularity
+        return start, end - end % self.granularity if end < self.size else end
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
         """Return whether the file system could do it."""

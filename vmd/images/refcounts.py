@@ -4,6 +4,9 @@ Everything here is called with the image's allocation lock held.  What a refcoun
 high after a crash (a leak), never too low: increments are written before what uses the cluster is,
 decrements after nothing does any more.  So a block may be written at any time, but the entry of the refcount table
 that names a new block only once the block itself is on stable storage.
+
+An allocation that fails leaves nothing behind but clusters that are no longer known to be zero.  Metadata that is
+changed in memory has been written to its place before, so that to write the change later needs no room.
 """
 
 import errno
@@ -12,12 +15,18 @@ import struct
 
 from vmd.images.header import AT_REFCOUNT_TABLE, MAX_TABLE_BYTES, Header
 from vmd.images.hostfile import read_bytes, write_bytes
+from vmd.images.units import runs, unit_bytes
 from vmd.images.words import big_endian, zeroes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.hostfile import StableStorage
+    from vmd.images.units import Prepared
 
 TABLE_OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 CACHE_BYTES = 4 << 20
 SEARCH_BYTES = 512
-NOTHING_DIRTY = (1 << 62, 0)
+NO_LIMIT = 1 << 62
 
 table_place = struct.Struct(">QI")
 
@@ -27,15 +36,15 @@ class Damage(Exception):
 
 
 class Block:
-    """A refcount block in memory; bytes `low` to `high` are not written yet."""
+    """A refcount block in memory; `units` are not written yet."""
 
-    __slots__ = ("data", "high", "low", "number", "offset", "used")
+    __slots__ = ("data", "number", "offset", "units", "used")
 
     def __init__(self, number: int, offset: int, data: bytearray) -> None:
         self.number = number
         self.offset = offset
         self.data = data
-        self.low, self.high = NOTHING_DIRTY
+        self.units = 0
         self.used = 0
 
 
@@ -48,9 +57,22 @@ def full_bytes(bits: int) -> bytes:
 class Refcounts:
     """Allocates and frees clusters, numbered by their place in the file."""
 
-    def __init__(self, fd: int, header: Header, table: memoryview, file_bytes: int) -> None:
-        """`table` has the native numbers of the refcount table; new clusters come after `file_bytes` at first."""
+    def __init__(
+        self,
+        fd: int,
+        header: Header,
+        table: memoryview,
+        file_bytes: int,
+        stable: "StableStorage",
+        prepared: "Prepared",
+        *,
+        device: bool,
+    ) -> None:
+        """`table` has the native numbers of the refcount table."""
         self.fd = fd
+        self.stable = stable
+        self.prepared = prepared
+        self.unit_bytes = unit_bytes(header.cluster_size)
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.order = header.refcount_order
@@ -65,6 +87,7 @@ class Refcounts:
         self.full = full_bytes(self.bits) if self.bits < 8 else b""
         self.zero = bytes(self.bits // 8)
         self.end = -(-file_bytes // self.cluster_size)  # first cluster that was never part of the file
+        self.limit = file_bytes // self.cluster_size if device else NO_LIMIT  # first cluster that cannot be had
         self.hint = 0  # no cluster before this one is free
         self.floor = 0  # clusters before this one are left alone: their refcounts are not to be trusted
         self.metadata: set[int] = set()
@@ -86,38 +109,68 @@ class Refcounts:
             if offset & (self.cluster_size - 1):
                 raise Damage(f"refcount block at {offset} is not at the start of a cluster")
             data = bytearray(read_bytes(self.fd, self.cluster_size, offset))
-            if len(data) != self.cluster_size:
-                raise Damage(f"refcount block at {offset} is outside the file")
+            if len(data) != self.cluster_size:  # it was there when the image was opened
+                raise OSError(errno.EIO, f"the file now ends before the refcount block at {offset}")
             block = self._keep(Block(number, offset, data))
         block.used = self.clock
         return block
 
     def _keep(self, block: Block) -> Block:
-        """Put a block into the cache; those used least recently are written and leave it."""
-        if len(self.blocks) >= self.max_blocks:
-            oldest = min(self.blocks.values(), key=lambda kept: kept.used)
-            self._write(oldest)
-            del self.blocks[oldest.number]
+        """Put a block into the cache; of those that can be written, the one used least recently leaves it."""
+        failure: OSError | None = None
+        for oldest in sorted(self.blocks.values(), key=lambda kept: kept.used):
+            if len(self.blocks) < self.max_blocks:
+                break
+            try:
+                self._write(oldest)
+                del self.blocks[oldest.number]
+            except OSError as error:
+                failure = error
+        if failure is not None and len(self.blocks) >= self.max_blocks:
+            raise failure
         self.blocks[block.number] = block
         return block
 
     def _write(self, block: Block) -> None:
         """Write what has changed."""
-        if block.high > block.low:
-            write_bytes(self.fd, memoryview(block.data)[block.low : block.high], block.offset + block.low)
-            block.low, block.high = NOTHING_DIRTY
+        for first, end in runs(block.units):
+            start, stop = first * self.unit_bytes, end * self.unit_bytes
+            write_bytes(self.fd, memoryview(block.data)[start:stop], block.offset + start)
+            block.units &= ~((1 << end) - 1)
+
+    def _make_ready(self, block: Block, start: int, stop: int) -> None:
+        """Before refcounts are changed: see whether they can be written.  Raises OSError."""
+        first = start << self.order >> 3
+        self.prepared.prepare(block.offset + first, ((stop << self.order) + 7 >> 3) - first)
+
+    def require(self, end: int) -> None:
+        """Raise OSError unless there can be clusters up to `end`; a device may have grown since it was opened."""
+        if end > self.limit:
+            device_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+            self.limit = device_bytes >> self.cluster_bits
+            if end > self.limit:
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it ends after {device_bytes} bytes")
+
+    def extend(self, end: int) -> None:
+        """Take clusters up to `end` for part of the file, before one of them is written.
+
+        A write that fails half-way leaves something else there than zeroes.
+        """
+        self.end = max(self.end, end)
 
     def _create(self, number: int) -> Block:
         """Make the block of a range of clusters that has none; it is the first cluster of that range itself."""
         cluster = number * self.per_block
         if cluster in self.metadata:
             raise Damage(f"cluster {cluster} is in use and has no refcount")
+        self.require(cluster + 1)
+        self.prepared.prepare(self.table_offset + number * 8, 8)
         block = Block(number, cluster << self.cluster_bits, bytearray(self.cluster_size))
         self._set(block, 0, 1)
+        self.extend(cluster + 1)
         # All of it now: a disk that is full is to be found out before anything depends on this block.
-        write_bytes(self.fd, block.data, block.offset)
-        block.low, block.high = NOTHING_DIRTY
-        self.end = max(self.end, cluster + 1)
+        self.prepared.write(block.data, block.offset)
+        block.units = 0
         self._keep(block)
         self.table[number] = block.offset
         self.unpublished.add(number)
@@ -144,8 +197,7 @@ class Refcounts:
         else:
             mask = ((1 << self.bits) - 1) << (at & 7)
             block.data[low] = block.data[low] & ~mask | value << (at & 7)
-        block.low = min(block.low, low)
-        block.high = max(block.high, high)
+        block.units |= 1 << low // self.unit_bytes
 
     def get(self, cluster: int) -> int:
         """Return the refcount of a cluster.  Raises Damage, OSError."""
@@ -180,7 +232,7 @@ class Refcounts:
 
         Raises:
             Damage: what is free according to its refcount is in use.
-            OSError: the disk is full, or the refcount table at its largest.
+            OSError: there is no room, or the refcount table is at its largest.
         """
         index = max(self.hint, self.floor)
         while True:
@@ -197,10 +249,14 @@ class Refcounts:
             if start < 0:
                 index = (number + 1) * self.per_block
                 continue
-            stop = start + 1
-            while stop < start + want and stop < self.per_block and not self._get(block, stop):
-                stop += 1
             first = number * self.per_block + start
+            if first >= self.limit:
+                self.require(first + 1)
+            most = min(start + want, self.per_block, self.limit - number * self.per_block)
+            stop = start + 1
+            while stop < most and not self._get(block, stop):
+                stop += 1
+            self._make_ready(block, start, stop)
             for cluster in range(first, first + stop - start):
                 if cluster in self.metadata:
                     raise Damage(f"cluster {cluster} is in use and has refcount 0")
@@ -210,11 +266,19 @@ class Refcounts:
             return first, stop - start
 
     def free(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Drop one reference of each cluster of a run; return the runs nobody refers to any more."""
+        """Drop one reference of each cluster of a run; return the runs nobody refers to any more.
+
+        Clusters whose refcount cannot be read, or has no room to be written, are leaked: nothing fails for that.
+        """
         gone: list[tuple[int, int]] = []
         for cluster in range(first, first + count):
             number, index = divmod(cluster, self.per_block)
-            block = self._load(number) if number < len(self.table) else None
+            try:
+                block = self._load(number) if number < len(self.table) else None
+                if block is not None:
+                    self._make_ready(block, index, index + 1)
+            except OSError:
+                continue
             value = self._get(block, index) if block else 0
             if block is None or value == 0:
                 raise Damage(f"cluster {cluster} was in use and has refcount 0")
@@ -244,26 +308,27 @@ class Refcounts:
             blocks += 1
         number = len(self.table)
         first = number * self.per_block
+        self.require(first + blocks + clusters)
+        self.extend(first + blocks + clusters)
         table = zeroes(clusters * per_cluster)
         table[: len(self.table)] = self.table
         for position in range(blocks):
             block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size))
             for index in range(min(self.per_block, blocks + clusters - position * self.per_block)):
                 self._set(block, index, 1)
-            write_bytes(self.fd, block.data, block.offset)
+            self.prepared.write(block.data, block.offset)
             table[number + position] = block.offset
         self.write_blocks()
         offset = (first + blocks) << self.cluster_bits
-        write_bytes(self.fd, big_endian(table), offset)
-        os.fdatasync(self.fd)
+        self.prepared.write(big_endian(table), offset)
+        self.stable.sync()
         write_bytes(self.fd, table_place.pack(offset, clusters), AT_REFCOUNT_TABLE)
         # From here on the header names the new table, so memory does as well, whatever fails next.
         old_offset, old_bytes = self.table_offset, len(self.table) * 8
         self.table, self.table_offset = table, offset
         self.unpublished.clear()
         self.protect(first << self.cluster_bits, (blocks + clusters) << self.cluster_bits)
-        self.end = max(self.end, first + blocks + clusters)
-        os.fdatasync(self.fd)
+        self.stable.sync()
         old_first = old_offset >> self.cluster_bits
         if old_first >= self.floor:
             self.free(old_first, old_bytes >> self.cluster_bits)
@@ -271,9 +336,15 @@ class Refcounts:
     # -- writing back
 
     def write_blocks(self) -> None:
-        """Write all that has changed in blocks."""
+        """Write all that has changed in blocks; one that cannot be written keeps no other from it.  Raises OSError."""
+        failure: OSError | None = None
         for block in self.blocks.values():
-            self._write(block)
+            try:
+                self._write(block)
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def publish(self, entries: "set[int]") -> None:
         """Write entries of the table; their blocks are on stable storage."""

@@ -58,6 +58,8 @@ START_SERIAL = 4  # disk: SERIAL follows; without it the serial number is the na
 RESOURCE = Struct("<I")  # of an image what its user, or the image above it, says (RESOURCE_*); of others 0
 RESOURCE_QCOW2 = 1  # else raw; never guessed by the device process
 RESOURCE_GUESSED = 2  # nobody said it, only its own first bytes: writes that would change what they say are refused
+RESOURCE_DISCARD_SHIFT = 8  # the bits from here on: discard granularity of a block device in sectors, 0 if unknown
+RESOURCE_DISCARD_MAX = (1 << 24) - 1
 
 # NET: of a network interface, addresses as they are on the wire, all zero for none:
 #   the guest's link-layer address, the tap's; flags (NET_*), MTU (0: the guest is told none); of a `local` one the
@@ -137,3 +139,8 @@ HOSTMAC_BODY = Struct("<I6s2x")
 #   CONFIG_CHANGED, as it is when the tap itself goes down, comes up or vanishes.
 LINK = 22
 LINK_BODY = Struct("<II")
+# TROUBLES: device -> VM: type; then everything that is wrong with the device now, as up to TROUBLES_MAX sentences in
+#   UTF-8 of up to TROUBLE_MAX bytes, with a NUL between them; none: nothing is.  Sent after READY whenever it changes.
+TROUBLES = 23
+TROUBLES_MAX = 3
+TROUBLE_MAX = 200

@@ -219,7 +219,7 @@ class ReceiveRequest(Request):
 
 @message(0x1F, *ASK)
 class NicsRequest(VmRequest):
-    """Answered by one NicInfo per network interface and End, or Failed."""
+    """Answered by a NicInfo per network interface, a TroubleInfo per trouble of a device, and End; or Failed."""
 
 
 # Everything above; control relays these, the parent serves them.
@@ -366,6 +366,19 @@ class NicInfo(Record):
     counters: tuple[int, ...] = ()  # devmsg.COUNTER_NAMES; none: its process has not answered
 
 
+@message(0x40, *ANSWER)
+class TroubleInfo(Record):
+    """Something that is wrong with a device of a VM now, for `vmctl status -v`."""
+
+    device: str  # such as disk0
+    text: str
+    since_s: int  # seconds since 1970
+
+
+# Everything above; control passes these on to the client that asked.
+ANSWERS = tuple(cls for cls, info in BY_CLASS.items() if ANSWER[0] in info.routes)
+
+
 # --- between the daemon's own processes ------------------------------------------------------------------
 
 EVERYWHERE = tuple((Proc.PARENT, child) for child in (Proc.CONTROL, Proc.VMM, Proc.PRIV))
@@ -401,6 +414,7 @@ class ImageLink(Record):
     path: str  # for messages
     format: str
     guessed: bool = False
+    discard_granularity: int = 0  # bytes, of a block device that says it
 
 
 class DiskImages(Record):
@@ -618,6 +632,14 @@ class CancelTransfer(Record):
     vmid: int
 
 
+class Trouble(Record):
+    """Something that is wrong with a device of a VM, for as long as it is."""
+
+    device: str  # such as disk0
+    text: str
+    since_s: int  # seconds since 1970
+
+
 class NicCounters(Record):
     """What one network interface has done, under the names of devmsg.COUNTER_NAMES."""
 
@@ -625,18 +647,19 @@ class NicCounters(Record):
 
 
 @message(0x75, *TO_VM)
-class CountNics(Record):
-    """Say what the network interfaces have done.  Answered by NicsCounted."""
+class AskDevices(Record):
+    """Say what the network interfaces have done, and what is wrong with any device.  Answered by DevicesReported."""
 
     vmid: int
 
 
 @message(0x76, *FROM_VM)
-class NicsCounted(Record):
-    """One entry for each interface, in their order; fewer if some cannot tell."""
+class DevicesReported(Record):
+    """One entry for each interface, in their order, fewer if some cannot tell; and what is wrong now."""
 
     vmid: int
     nics: tuple[NicCounters, ...]
+    troubles: tuple[Trouble, ...] = ()
 
 
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))

@@ -230,6 +230,24 @@ def identity(status: os.stat_result) -> tuple[int, int]:
     return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
+def discard_granularity(fd: int) -> int:
+    """Return in which pieces a block device gives room back, in bytes; 0 if it is none, or does not say.
+
+    A device process sees neither sysfs nor may it make ioctls, so it is told.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return 0
+    device = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    for queue in ("queue", "../queue"):  # of the device; of the device whose partition it is
+        try:
+            with open(f"{device}/{queue}/discard_granularity", "rb") as file:
+                return int(file.read(32))
+        except (OSError, ValueError):
+            continue
+    return 0
+
+
 def open_cdrom(path: str, user: Owner | None, prober: "Prober", *, locked: bool = True) -> tuple[int, list[str]]:
     """Open and lock an ISO image, or a drive, for reading; also return sentences that its operator should read.
 

@@ -31,6 +31,7 @@ from vmd.ipc.messages import (
     ConsoleRequest,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
+    DevicesReported,
     End,
     Failed,
     KvmFd,
@@ -39,7 +40,6 @@ from vmd.ipc.messages import (
     LoadRequest,
     LogRequest,
     NetworkConfigured,
-    NicsCounted,
     NicsFailed,
     NicsMade,
     NicsRequest,
@@ -786,12 +786,12 @@ class Parent(Process):
         self.network.on_failed(message)
 
     def serve_nics(self, message: NicsRequest, _caller: Caller, envelope: Envelope) -> None:
-        """Describe the interfaces of a VM; whoever may open the socket sees them, as he sees the list."""
+        """Describe the devices of a VM; whoever may open the socket sees them, as they see the list."""
         self.network.serve(self.vms.get(message.vmid, message.name), envelope.peerid)
 
-    def on_nics_counted(self, message: NicsCounted, _envelope: Envelope, _channel: Channel) -> None:
-        """A VM has told what its interfaces have done."""
-        self.network.on_counted(message)
+    def on_devices_reported(self, message: DevicesReported, _envelope: Envelope, _channel: Channel) -> None:
+        """A VM has told what its interfaces have done, and what is wrong."""
+        self.network.on_reported(message)
 
     HANDLERS: "Handlers" = {
         **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
@@ -803,7 +803,7 @@ class Parent(Process):
         (Proc.VMM, TransferProgress): transfers.on_progress,
         (Proc.VMM, ReceivedHeader): transfers.on_received_header,
         (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
-        (Proc.VMM, NicsCounted): on_nics_counted,
+        (Proc.VMM, DevicesReported): on_devices_reported,
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.PRIV, NetworkConfigured): on_network_configured,

@@ -8,7 +8,7 @@ import time
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import DiskImages, ImageLink
-from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
+from vmd.parent.disks import OpenDisk, discard_granularity, open_cdrom, open_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +62,12 @@ class Media:
         return tuple(
             DiskImages(
                 images=tuple(
-                    ImageLink(path=shortened(link.path), format=link.format, guessed=link.guessed)
+                    ImageLink(
+                        path=shortened(link.path),
+                        format=link.format,
+                        guessed=link.guessed,
+                        discard_granularity=discard_granularity(link.fd),
+                    )
                     for link in disk.links
                 ),
                 read_only=disk.read_only,

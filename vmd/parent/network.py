@@ -15,8 +15,9 @@ from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     NO_CLIENT,
+    AskDevices,
     ConfigureNetwork,
-    CountNics,
+    DevicesReported,
     End,
     MakeNics,
     NetworkConfigured,
@@ -25,7 +26,6 @@ from vmd.ipc.messages import (
     NicLink,
     NicMade,
     NicRequest,
-    NicsCounted,
     NicsFailed,
     NicsMade,
     Proc,
@@ -33,6 +33,9 @@ from vmd.ipc.messages import (
     ResumeReceived,
     StartVm,
     SwitchRequest,
+    Trouble,
+    TroubleInfo,
+    brief,
 )
 from vmd.log import log
 from vmd.parent.addresses import Plan, random_ula, resolvers
@@ -54,6 +57,7 @@ LLADDR_BYTES = 6
 MTU_MAX = 0xFFFF  # what virtio has room for
 RESERVED_MAX = 512  # names that fit one message
 SWITCHES_MAX = 40  # as well
+TROUBLES_MAX = 32  # of the devices of a VM, as far as they are shown
 
 
 class Launch:
@@ -296,10 +300,12 @@ class Network:
     def serve(self, vm: Vm, client: int) -> None:
         """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time.
 
+        What is wrong with any of its devices comes with that.
+
         A VM is asked one thing at a time: many who want to know must not be a burden to it, or to its owner.
         """
-        if not vm.pid or not self.taps.get(vm.vmid):
-            self._answer(vm.vmid, client, ())
+        if not vm.pid:
+            self._answer(vm.vmid, client)
             return
         count = Count(client)
         asked = vm.vmid in self.counting
@@ -308,22 +314,24 @@ class Network:
 
         def give_up() -> None:
             waiting.remove(count)
-            self._answer(vm.vmid, count.client, ())
+            self._answer(vm.vmid, count.client)
 
         count.timer = self.parent.loop.call_later(COUNT_TIMEOUT_S, give_up)
         if not asked:
-            self.parent.peers[Proc.VMM].send(CountNics(vmid=vm.vmid))
+            self.parent.peers[Proc.VMM].send(AskDevices(vmid=vm.vmid))
 
-    def on_counted(self, message: NicsCounted) -> None:
+    def on_reported(self, message: DevicesReported) -> None:
         """Answer all who wait for that."""
-        self.answer_counted(message.vmid, message.nics)
+        self.answer_counted(message.vmid, message.nics, message.troubles)
 
-    def answer_counted(self, vmid: int, nics: tuple[NicCounters, ...] = ()) -> None:
+    def answer_counted(
+        self, vmid: int, nics: tuple[NicCounters, ...] = (), troubles: tuple[Trouble, ...] = ()
+    ) -> None:
         """Answer all who wait: the VM has said what there is, or will say nothing more."""
         for count in self.counting.pop(vmid, ()):
             if count.timer is not None:
                 count.timer.cancel()
-            self._answer(vmid, count.client, nics)
+            self._answer(vmid, count.client, nics, troubles)
 
     def on_client_gone(self, vmid: int, client: int) -> None:
         """Nobody waits for this answer any more."""
@@ -331,7 +339,9 @@ class Network:
             if count.client == client:
                 count.client = NO_CLIENT  # its place is kept until the answer, or its time, has come
 
-    def _answer(self, vmid: int, client: int, counted: tuple[NicCounters, ...]) -> None:
+    def _answer(
+        self, vmid: int, client: int, counted: tuple[NicCounters, ...] = (), troubles: tuple[Trouble, ...] = ()
+    ) -> None:
         vm = self.parent.vms.find(vmid, "")
         if vm is None:
             return
@@ -361,6 +371,9 @@ class Network:
                     counters=values if plausible else (),
                 )
             self.parent.answer(client, info)
+        for trouble in troubles[:TROUBLES_MAX]:  # a VM process may say what it likes
+            text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
+            self.parent.answer(client, text)
         self.parent.answer(client, End())
 
     # --- ending ------------------------------------------------------------------------------------------

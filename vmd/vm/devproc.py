@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import threading
+import time
 
 from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc import devmsg
@@ -69,7 +70,8 @@ class DeviceProcess:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.begun = False
-        self.title = self.name = PROCESSES[kind]
+        self.title = self.name = self.label = PROCESSES[kind]
+        self.troubles: dict[str, int] = {}  # what the device says is wrong with it, and since when (seconds since 1970)
         queues = len(QUEUES[kind])
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
@@ -99,7 +101,7 @@ class DeviceProcess:
     def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
         """Tell the process what it is; what it is given stays the caller's.  Raises PeerError if it is gone."""
         self.begun = True
-        self.name = slot.name
+        self.name, self.label = slot.name, slot.label
         self.title = f"{vm_title}/{slot.name}"
         fds = array.array("i", (memory.fd, *slot.fds))
         try:
@@ -267,10 +269,18 @@ class DeviceProcess:
                 self._on_needs_reset(packet[devmsg.NEEDS_RESET_HEAD.size :].decode(errors="replace")[:200], life)
             case devmsg.CONFIG_CHANGED:
                 self._on_config(self._ready(packet)[1])
+            case devmsg.TROUBLES:
+                self._take_troubles(packet[devmsg.TYPE.size :])
             case devmsg.ERROR:
                 raise PeerError(self.title, self._error(packet)[1])
             case kind:
                 raise PeerError(self.title, f"unexpected message {kind}", packet)
+
+    def _take_troubles(self, raw: bytes) -> None:
+        """Note what is wrong with the device now; what was wrong before keeps its time."""
+        now_s = int(time.time())
+        texts = [part[: devmsg.TROUBLE_MAX].decode(errors="ignore") for part in raw.split(b"\0")[: devmsg.TROUBLES_MAX]]
+        self.troubles = {text: self.troubles.get(text, now_s) for text in texts if text}
 
     # --- decoding, believing nothing -----------------------------------------------------------------------------
 

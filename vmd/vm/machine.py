@@ -11,7 +11,7 @@ from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES, Boot
 from vmd.errors import sentence
 from vmd.guestmem import PAGE as PAGE_BYTES
 from vmd.guestmem import GuestMemory, RegionSpec
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages import Outcome, Trouble
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
 from vmd.log import log
@@ -263,6 +263,14 @@ class Machine:
     def nic_counters(self) -> list[tuple[int, ...]]:
         """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`.  Raises PeerError."""
         return [device.counters() for device in self.devices.running if device.kind == "net"]
+
+    def troubles(self) -> list[Trouble]:
+        """Return what the devices say is wrong with them now."""
+        return [
+            Trouble(device=device.label, text=text, since_s=since_s)
+            for device in self.devices.running
+            for text, since_s in device.troubles.items()
+        ]
 
     def _plug_devices(self) -> None:
         """Wait for the device processes, and put each into its slot."""

@@ -19,13 +19,13 @@ from vmd.guestmem import GuestMemory
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    AskDevices,
     CancelTransfer,
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
-    CountNics,
+    DevicesReported,
     NicCounters,
-    NicsCounted,
     Outcome,
     PauseDone,
     PauseVm,
@@ -436,14 +436,16 @@ class VmProcess(Process):
         if self.machine is not None:
             self.machine.uart.send_break()
 
-    def on_count_nics(self, _message: CountNics, _envelope: Envelope, channel: Channel) -> None:
-        """Say what the network interfaces have done."""
+    def on_ask_devices(self, _message: AskDevices, _envelope: Envelope, channel: Channel) -> None:
+        """Say what the network interfaces have done, and what is wrong with any device."""
         try:
             counters = self.machine.nic_counters() if self.machine is not None else []
+            troubles = self.machine.troubles() if self.machine is not None else []
         except PeerError as error:
             self.end(Outcome.FAILED, str(error))
             return
-        channel.send(NicsCounted(vmid=self.vmid, nics=tuple(NicCounters(values=values) for values in counters)))
+        nics = tuple(NicCounters(values=values) for values in counters)
+        channel.send(DevicesReported(vmid=self.vmid, nics=nics, troubles=tuple(troubles)))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""
@@ -484,7 +486,7 @@ class VmProcess(Process):
         (Proc.VMM, ResumeReceived): on_resume_received,
         (Proc.VMM, ConsoleSnapshot): on_console_snapshot,
         (Proc.VMM, SendBreak): on_send_break,
-        (Proc.VMM, CountNics): on_count_nics,
+        (Proc.VMM, AskDevices): on_ask_devices,
         (Proc.VMM, SetVerbosity): on_set_verbosity,
         (Proc.VMM, Quit): on_quit,
     }

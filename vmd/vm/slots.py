@@ -10,6 +10,7 @@ import hashlib
 from vmd.config.model import BootDevice
 from vmd.ipc import devmsg
 from vmd.record import Record
+from vmd.virtio import spec
 from vmd.vm.boot import fwcfg
 
 TYPE_CHECKING = False
@@ -28,6 +29,7 @@ SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two 
 LAYOUT_FIRST, LAYOUT = 1, 2
 
 PROCESSES = {"rng": "viornd", "net": "vionet", "blk": "vioblk", "scsi": "vioscsi"}
+WORDS = {"rng": "entropy", "net": "interface", "blk": "disk", "scsi": "cdrom"}  # what users call them
 QUEUES = {  # their sizes
     "rng": (64,),
     "net": (256, 256),
@@ -55,6 +57,11 @@ class Slot(Record):
     def name(self) -> str:
         """The name of the device and of its process, such as vioblk0."""
         return f"{PROCESSES[self.kind]}{self.index}"
+
+    @property
+    def label(self) -> str:
+        """What the device is called where users see it, such as disk0."""
+        return f"{WORDS[self.kind]}{self.index}"
 
 
 def plan(
@@ -161,7 +168,8 @@ def net_fields(nic: "NicLink") -> bytes:
 def note(image: "ImageLink") -> int:
     """Return what a disk's process is told of one of its images."""
     qcow2 = devmsg.RESOURCE_QCOW2 if image.format == "qcow2" else 0
-    return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0)
+    sectors = min(image.discard_granularity // spec.SECTOR, devmsg.RESOURCE_DISCARD_MAX)
+    return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0) | sectors << devmsg.RESOURCE_DISCARD_SHIFT
 
 
 def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[tuple[str, ...], tuple[str, ...]]:

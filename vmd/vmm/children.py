@@ -7,11 +7,11 @@ import time
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages import (
+    AskDevices,
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
-    CountNics,
-    NicsCounted,
+    DevicesReported,
     Outcome,
     PauseDone,
     PauseVm,
@@ -50,7 +50,7 @@ class VmChild:
         self.pieces = 0  # of the snapshot at hand
         self.pauses = 0  # asked for, or their ends, and not answered
         self.sends = 0  # as well
-        self.counts = 0  # of network interfaces, as well
+        self.reports = 0  # of devices, as well
         self.receiving: list[RecordType] = []  # what it has to say of the stream that it reads
         self.progress_s = 0.0  # when it last told of progress
         self.last_words = ""
@@ -65,7 +65,7 @@ class VmChild:
         self.snapshots += isinstance(message, ConsoleSnapshot)
         self.pauses += isinstance(message, PauseVm)
         self.sends += isinstance(message, SendVm)
-        self.counts += isinstance(message, CountNics)
+        self.reports += isinstance(message, AskDevices)
         if isinstance(message, ReceiveVm):
             self.receiving = [ReceivedHeader, ReceivedMachine]
 
@@ -88,10 +88,10 @@ class VmChild:
             if not self.sends:
                 self.unasked("a stream")
             self.sends -= 1
-        elif isinstance(message, NicsCounted):
-            if not self.counts:
-                self.unasked("network interfaces")
-            self.counts -= 1
+        elif isinstance(message, DevicesReported):
+            if not self.reports:
+                self.unasked("a report of its devices")
+            self.reports -= 1
         elif isinstance(message, TransferProgress):
             now_s = time.monotonic()
             if now_s < self.progress_s + PROGRESS_MIN_S:

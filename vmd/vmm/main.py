@@ -15,13 +15,13 @@ from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    AskDevices,
     CancelTransfer,
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
-    CountNics,
+    DevicesReported,
     KvmFd,
-    NicsCounted,
     Outcome,
     PauseDone,
     PauseVm,
@@ -59,10 +59,10 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 # What is relayed as it is: requests of the parent to a VM, and what VMs report.
-TO_VM = (ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived, CountNics)
+TO_VM = (ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived, AskDevices)
 FROM_VM = (
     VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine, ConsoleOutput,
-    ConsoleSnapshotEnd, NicsCounted,
+    ConsoleSnapshotEnd, DevicesReported,
 )  # fmt: skip
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
@@ -185,7 +185,7 @@ class Vmm(Process):
             message = message.replace(vmid=child.vmid, pid=child.pid)
         elif isinstance(message, VmFailed | PauseDone | SendDone):
             message = message.replace(vmid=child.vmid, text=brief(message.text))
-        elif isinstance(message, ReceivedHeader | ReceivedMachine | NicsCounted):
+        elif isinstance(message, ReceivedHeader | ReceivedMachine | DevicesReported):
             message = message.replace(vmid=child.vmid)
         self.parent.send(message, peerid=child.vmid)
 

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import random
+import select
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -54,6 +56,8 @@ class MemoryDisk:
 
     def __init__(self, writable: bool) -> None:
         self.path = "disk"
+        self.remark = ""
+        self.discard_granularity = 4096
         self.size = DISK
         self.writable = writable
         self.bytes = bytearray(CONTENT)
@@ -167,6 +171,21 @@ class Services:
 
     def serve(self, number: int) -> None:
         """Nothing stays behind."""
+
+    def report(self, *troubles: str) -> None:
+        """Nobody asks."""
+
+
+class ServedAgain(Services):
+    """A process that serves the device's queue when it is asked to."""
+
+    def __init__(self) -> None:
+        self.device: Vioblk | None = None
+
+    def serve(self, number: int) -> None:
+        """Do it at once."""
+        assert self.device is not None
+        self.device.on_notify(number)
 
 
 # Mostly what drivers do, and from everything else something.
@@ -347,19 +366,52 @@ def test_hot_loop_does_what_the_walk_does(
     assert outcomes[0] == outcomes[1]
 
 
-def test_pause_while_requests_were_left_in_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resumed, the device serves them, and asks to be notified of more."""
+def offer_two_reads(memory: GuestMemory, ring: Ring) -> None:
+    """Offer a read of 1024 bytes and one of 512; their heads are 0 and 3."""
+    for number, length in enumerate((1024, 512)):
+        memory.write(HEADERS + 16 * number, struct.pack("<IIQ", 0, 0, 0))
+        ring.add([Desc(HEADERS + 16 * number, 16), Desc(DATA, length, WRITE), Desc(HEADERS + 256, 1, WRITE)])
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a request of 1024 bytes fill what may be in flight with the workers."""
     monkeypatch.setattr("vmd.devices.vioblk.device.IN_FLIGHT_MAX_BYTES", 1024)
     monkeypatch.setattr("vmd.devices.vioblk.device.INLINE_MAX", 512)
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_requests_left_in_the_ring_are_served_when_workers_have_finished() -> None:
+    """The driver does not notify again, so the end of a request has to bring the device back to the ring."""
+    services, workers = ServedAgain(), Held()
+    device = services.device = Vioblk(MemoryDisk(writable=True), services, workers)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = Queue(memory, EVENT_IDX, SIZE, ring.desc, ring.avail, ring.used)
+        device.activate(EVENT_IDX | FLUSHES, [queue])
+        offer_two_reads(memory, ring)
+        assert not device.on_notify(0)
+        assert queue.next_avail == 1
+        workers.release()
+
+        device.on_done()
+
+        assert [head for head, _ in ring.reap()] == [0, 3]
+        device.quiesce(forget=True)
+        del queue  # its views on memory
+    os.close(workers.done)
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_pause_while_requests_were_left_in_the_ring() -> None:
+    """Resumed, the device serves them, and asks to be notified of more."""
     workers = Held()
     device = Vioblk(MemoryDisk(writable=True), Services(), workers)
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = Queue(memory, EVENT_IDX, SIZE, ring.desc, ring.avail, ring.used)
         device.activate(EVENT_IDX | FLUSHES, [queue])
-        for number, length in enumerate((1024, 512)):
-            memory.write(HEADERS + 16 * number, struct.pack("<IIQ", 0, 0, 0))
-            ring.add([Desc(HEADERS + 16 * number, 16), Desc(DATA, length, WRITE), Desc(HEADERS + 256, 1, WRITE)])
+        offer_two_reads(memory, ring)
         assert not device.on_notify(0)
         assert queue.next_avail == 1
         workers.release()
@@ -371,3 +423,37 @@ def test_pause_while_requests_were_left_in_the_ring(monkeypatch: pytest.MonkeyPa
         device.quiesce(forget=True)
         del queue  # its views on memory
     os.close(workers.done)
+
+
+def test_jobs_that_never_wait_for_each_other_share_one_thread() -> None:
+    """A thread that has finished counts as idle: the next job starts no other."""
+    workers = Workers(4)
+    threads = set()
+    wait = select.poll()
+    wait.register(workers.done, select.POLLIN)
+    for _ in range(10):
+        workers.submit(lambda: threads.add(threading.get_ident()))
+        assert wait.poll(20_000)
+        os.eventfd_read(workers.done)
+
+    assert len(threads) == 1
+    assert workers.missing == 3
+
+
+def test_jobs_that_wait_have_threads_of_their_own_up_to_the_limit() -> None:
+    """Three jobs that wait for one another are carried out at a time; a fourth has to wait for a thread."""
+    workers = Workers(3)
+    together = threading.Barrier(4)
+    rest = threading.Event()
+
+    def meet() -> None:
+        together.wait(20)
+
+    for _ in range(3):
+        workers.submit(meet)
+    workers.submit(rest.set)
+
+    assert workers.missing == 0
+    assert not rest.is_set()
+    together.wait(20)
+    assert rest.wait(20)

@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from tests.support.images import KIB, MIB, Scribbler, opened, opened_qcow2, pieces, read, write
+from tests.support.images import (
+    KIB,
+    MIB,
+    Scribbler,
+    opened,
+    opened_qcow2,
+    pieces,
+    problems,
+    qemu,
+    read,
+    same,
+    write,
+)
 from vmd.errors import HostError, ImageError, OperatorError
 from vmd.images import hostfile, qcow2
 from vmd.images.create import MAX_SIZE, convert, create
@@ -19,6 +31,7 @@ from vmd.images.files import OpenedChain
 from vmd.images.hostfile import total
 from vmd.images.signatures import QCOW_MAGIC, SIGNATURES
 from vmd.ipc.foreign import FOREIGN
+from vmd.virtio import spec
 
 CLUSTER = 64 * KIB
 
@@ -122,9 +135,7 @@ def test_cut_views_are_counted() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_lost_data_is_reported_ever_after(
-    tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_data_is_reported_ever_after(tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel tells of a failed write-back once; a later flush that succeeds would be a lie (hostile 33)."""
     path = tmp_path / "disk"
     create(str(path), image_format, 4 * MIB)
@@ -143,7 +154,90 @@ def test_lost_data_is_reported_ever_after(
     image.close()
 
 
+def test_no_flush_succeeds_beside_one_that_fails(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells one of two callers; the other would promise what is lost (hostile 33)."""
+    image = opened(raw, writable=True, formats=("raw",))
+    started, go_on, told = threading.Event(), threading.Event(), []
+
+    def fail_once(fd: int) -> None:
+        if not started.is_set():
+            started.set()
+            assert go_on.wait(60)
+            raise OSError(errno.EIO, "failed")
+
+    def flush() -> None:
+        try:
+            image.flush()
+        except OSError as error:
+            told.append(type(error))
+
+    monkeypatch.setattr(os, "fdatasync", fail_once)
+    first, second = threading.Thread(target=flush), threading.Thread(target=flush)
+    first.start()
+    assert started.wait(60)
+    second.start()
+    go_on.set()
+    first.join()
+    second.join()
+
+    assert told == [hostfile.DataLost] * 2
+    image.close()
+
+
 # -- raw
+
+
+def test_sector_is_that_of_virtio() -> None:
+    """Who speaks of sectors means the same."""
+    assert hostfile.SECTOR == spec.SECTOR
+
+
+def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
+    """Zeroes complete the sector, for whoever reads it; behind what the file had at first there is nothing else."""
+    raw.write_bytes(b"a" * 1000)
+    image = opened(raw, writable=True, formats=("raw",))
+
+    assert image.size == 1024
+    assert "is 1000 bytes long" in image.remark
+    assert read(image, 512, 512) == b"a" * 488 + bytes(24)
+    assert image.span(0) == (True, 1000)
+    assert image.span(1000) == (True, 24)
+    image.write_zeroes(512, 512, True)
+    assert read(image, 512, 512) == bytes(512)
+    os.truncate(raw, 999)
+    with pytest.raises(OSError, match="has become shorter than 1000 bytes"):
+        read(image, 512, 512)
+    image.close()
+
+
+def test_guessed_raw_file_shorter_than_a_signature_takes_none_31(raw: Path) -> None:
+    """Bytes that are not there yet count as zeroes (hostile 31)."""
+    raw.write_bytes(b"QF")
+    image = opened(raw, writable=True, formats=("raw",), guessed=True)
+
+    with pytest.raises(OSError, match="may not write the signature"):
+        write(image, 2, b"I\xfb")
+    write(image, 8, b"I\xfb")
+    assert read(image, 0, 512) == (b"QF" + bytes(6) + b"I\xfb").ljust(512, b"\0")
+    image.close()
+
+
+def test_shrunk_file_has_no_holes_behind_its_end_33(raw: Path, disk: Path) -> None:
+    """A copy reads there, and fails; zeroes would be made up (hostile 33)."""
+    image = opened(raw, formats=("raw",))
+    os.truncate(raw, MIB)
+    assert image.span(MIB) == (True, 3 * MIB)
+    assert image.span(0) == (False, MIB)
+    image.close()
+
+    packed = opened_qcow2(disk)
+    write(packed, 0, b"a" * 4 * CLUSTER)
+    packed.flush()
+    os.truncate(disk, 6 * CLUSTER)
+    assert packed.span(2 * CLUSTER) == (True, 2 * CLUSTER)
+    with pytest.raises(OSError, match="file ends at 393216, before a cluster that is in use"):
+        read(packed, 2 * CLUSTER, CLUSTER)
+    packed.close()
 
 
 def test_shrunk_file_is_an_error_33(raw: Path) -> None:
@@ -411,6 +505,104 @@ def test_failing_write_leaves_a_consistent_image_33(
     assert read(image, CLUSTER, 1024) == b"e" * 512 + bytes(512)
     assert {image.refcounts.get(cluster) for cluster in range(8)} <= {0, 1}
     image.close()
+
+
+@pytest.mark.parametrize("failing", range(1, 40, 3))
+def test_failing_write_while_the_refcount_table_grows_33(
+    tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that was half made leaves nothing behind: it is made again, and all is there (hostile 33)."""
+    disk = tmp_path / "disk"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512,refcount_bits=64", disk, "4M")
+    image = opened_qcow2(disk)
+    flat = bytearray(random.Random(failing).randbytes(4 * MIB))
+    table, step = image.refcounts.table_offset, 16 * KIB
+    offset = 0
+    while image.refcounts.end < len(image.refcounts.table) * image.refcounts.per_block - 100:
+        write(image, offset, bytes(flat[offset : offset + step]))
+        offset += step
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwritev", FailingWrites(failing, errno.ENOSPC))
+        failed = []
+        while image.refcounts.table_offset == table:
+            try:
+                write(image, offset, bytes(flat[offset : offset + step]))
+                offset += step
+            except OSError as error:
+                failed.append(error.errno)
+    assert failed == [errno.ENOSPC]
+    while offset < 3 * MIB:
+        write(image, offset, bytes(flat[offset : offset + step // 2 + 100]))
+        flat[offset + step // 2 + 100 : offset + step] = bytes(step // 2 - 100)
+        offset += step
+    flat[offset:] = bytes(len(flat) - offset)
+    image.close()
+
+    assert set(problems(disk)) <= {"leaks"}
+    same(disk, flat, tmp_path)
+
+
+def test_flush_goes_round_a_table_that_cannot_be_written_33(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place that fails costs no other table, and is tried again (hostile 33)."""
+    disk, second = tmp_path / "disk.qcow2", 512 * MIB
+    create(str(disk), "qcow2", 2 * second)
+    image = opened_qcow2(disk)
+    write(image, 0, b"a" * 512)
+    write(image, second, b"b" * 512)
+    image.flush()
+    write(image, CLUSTER, b"c" * 512)
+    write(image, second + CLUSTER, b"d" * 512)
+    first_table, real = image.l1[0] & qcow2.OFFSET_MASK, os.pwritev
+
+    def refuse(fd: int, views: list[memoryview], offset: int) -> int:
+        if first_table <= offset < first_table + CLUSTER:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, views, offset)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwritev", refuse)
+        with pytest.raises(hostfile.FlushFailed, match="No space left"):
+            image.flush()
+        found = opened_qcow2(disk, writable=False)
+        assert read(found, second + CLUSTER, 512) == b"d" * 512
+        found.close()
+    image.flush()
+
+    found = opened_qcow2(disk, writable=False)
+    assert read(found, CLUSTER, 512) == b"c" * 512
+    found.close()
+    image.close()
+    assert problems(disk) == {}
+
+
+@pytest.mark.parametrize("where", ["in", "beside"])
+def test_refcounts_that_cannot_be_written_do_not_fail_what_needs_none_33(
+    disk: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that a limit of the file forbids to write: writes in place are done, those that allocate are refused."""
+    image = opened_qcow2(disk)
+    write(image, 0, b"a" * CLUSTER)
+    image.close()
+    image = opened_qcow2(disk)
+    real = os.pwritev
+
+    def refuse(fd: int, views: list[memoryview], offset: int) -> int:
+        if 2 * CLUSTER <= offset < 3 * CLUSTER:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return real(fd, views, offset)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwritev", refuse)
+        if where == "in":
+            write(image, 512, b"b" * 512)
+        else:
+            with pytest.raises(OSError, match="File too large"):
+                write(image, CLUSTER, b"b" * 512)
+            image.discard(0, CLUSTER)
+        image.flush()
+    image.close()
+
+    assert set(problems(disk)) <= {"leaks"}
 
 
 def test_table_that_was_half_written_is_not_seen_by_the_guest_33(

@@ -12,20 +12,22 @@ from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
+    AskDevices,
     ConfigureNetwork,
-    CountNics,
+    DevicesReported,
     MakeNics,
     NicCounters,
     NicInfo,
     NicMade,
-    NicsCounted,
     NicsFailed,
     NicsMade,
     Proc,
     RemoveNics,
     StartVm,
+    Trouble,
+    TroubleInfo,
 )
-from vmd.parent.network import Network, alias
+from vmd.parent.network import TROUBLES_MAX, Network, alias
 from vmd.parent.requests import checked_request
 from vmd.parent.vmtable import State, Vm, VmTable
 from vmd.record import Record
@@ -384,7 +386,7 @@ def infos(parent: FakeParent, client: int) -> list[NicInfo]:
 
 def questions(parent: FakeParent) -> int:
     """Return how often the VM has been asked for its counters."""
-    return sum(isinstance(message, CountNics) for message in parent.peers[Proc.VMM].sent)
+    return sum(isinstance(message, AskDevices) for message in parent.peers[Proc.VMM].sent)
 
 
 VALUES = tuple(range(len(COUNTER_NAMES)))
@@ -397,7 +399,7 @@ def test_counters_come_from_the_vm(parent: FakeParent) -> None:
         parent.network.serve(vm, client)
     assert parent.answers == []
     assert questions(parent) == 1
-    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
+    parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     for client in range(1, 4):
         assert [info.counters for info in infos(parent, client)] == [VALUES]
@@ -410,9 +412,29 @@ def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> 
     """A VM process may say what it likes."""
     vm = running(parent)
     parent.network.serve(vm, 1)
-    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
+    parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
+
+
+def wrong(parent: FakeParent, client: int) -> list[TroubleInfo]:
+    """Return what a client was told is wrong."""
+    return [message for to, message in parent.answers if to == client and isinstance(message, TroubleInfo)]
+
+
+def test_troubles_come_from_the_vm(parent: FakeParent) -> None:
+    """Of one without interfaces as well; bounded, whatever the VM process says."""
+    vm = running(parent)
+    vm.running_config = vm.config.replace(nics=())
+    parent.network.release(vm.vmid)
+    for client, count in ((1, 1), (2, 0), (3, 1000)):
+        parent.network.serve(vm, client)
+        troubles = (Trouble(device="disk0", text="flush fails: No space left on device", since_s=5),) * count
+        parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(), troubles=troubles))
+
+    assert wrong(parent, 1) == [TroubleInfo(device="disk0", text="flush fails: No space left on device", since_s=5)]
+    assert wrong(parent, 2) == []
+    assert len(wrong(parent, 3)) == TROUBLES_MAX
 
 
 def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
@@ -422,7 +444,7 @@ def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
     parent.loop.timers[0].callback()
     parent.network.serve(vm, 2)
     assert questions(parent) == 1
-    parent.network.on_counted(NicsCounted(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
+    parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
     assert [info.counters for info in infos(parent, 2)] == [VALUES]

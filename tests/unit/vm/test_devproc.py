@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -299,6 +300,45 @@ def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
     ears.listen()
 
     assert (ears.resets, ears.configs, ears.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
+
+
+def troubles(*texts: bytes) -> bytes:
+    """Return TROUBLES."""
+    return devmsg.TYPE.pack(devmsg.TROUBLES) + b"\0".join(texts)
+
+
+def test_what_is_wrong_with_a_device_is_kept_while_it_is(
+    impostor: Impostor, running: DeviceProcess, ears: Ears, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with the time at which it was first said; what is said no more is gone."""
+    for now_s, said in (
+        (100.5, troubles(b"old")), (200.5, troubles(b"flush fails", b"old")), (300.5, troubles(b"flush fails"))
+    ):  # fmt: skip
+        monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
+        impostor.informs.send(said)
+        ears.listen()
+    assert running.troubles == {"flush fails": 200}
+    assert running.label == "disk0"
+
+    impostor.informs.send(troubles())
+    ears.listen()
+    assert running.troubles == {}
+
+
+@pytest.mark.parametrize(
+    "said", [troubles(*[b"%d" % number for number in range(1000)]), troubles(b"x" * 4000), troubles(b"\xff" * 4000)]
+)
+def test_a_device_that_has_too_much_to_complain_of_57(
+    impostor: Impostor, running: DeviceProcess, ears: Ears, said: bytes
+) -> None:
+    """Hostile input 57: a few short sentences are kept, whatever it says and however often."""
+    for _ in range(20):
+        impostor.informs.send(said)
+        ears.listen()
+
+    assert len(running.troubles) <= devmsg.TROUBLES_MAX
+    assert all(len(text.encode()) <= devmsg.TROUBLE_MAX for text in running.troubles)
+    assert ears.failures == []
 
 
 BAD_NEWS = {

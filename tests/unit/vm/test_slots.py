@@ -19,7 +19,7 @@ def slots() -> list[Slot]:
     """Return the devices of a VM with an interface, two disks, the first with a backing file, and a disc."""
     images = (
         DiskImages(images=(ImageLink(path="/a", format="qcow2"), ImageLink(path="/b", format="raw", guessed=True))),
-        DiskImages(images=(ImageLink(path="/c", format="raw"),), read_only=True),
+        DiskImages(images=(ImageLink(path="/c", format="raw", discard_granularity=65536),), read_only=True),
     )
     nic = NicLink(name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=False, mtu=1500)
     return plan(CONFIG, images, [10, 11, 12], 13, [nic], [14])
@@ -35,6 +35,7 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     assert by_name["vioblk0"].fds == (10, 11)
     assert by_name["vioblk0"].notes == (devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED)
     assert (by_name["vioblk1"].fds, by_name["vioblk1"].flags) == ((12,), devmsg.START_READ_ONLY)
+    assert by_name["vioblk1"].notes == (128 << devmsg.RESOURCE_DISCARD_SHIFT,)  # in sectors
     assert (by_name["vioscsi0"].fds, by_name["vioscsi0"].names) == ((13,), ("/disc.iso",))
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmd.ipc.devmsg import COUNTER_NAMES
-from vmd.ipc.messages import End, Failed, ListRequest, NicInfo, NicsRequest, VmInfo
+from vmd.ipc.messages import End, Failed, ListRequest, NicInfo, NicsRequest, TroubleInfo, VmInfo
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tty="/dev/ttyp3", owner="anna:ops")
@@ -187,7 +187,7 @@ def test_list_refused(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 LLADDR = bytes.fromhex("fee1bbd10001")
 
 
-def with_nics(daemon: FakeDaemon, *nics: NicInfo) -> None:
+def with_nics(daemon: FakeDaemon, *nics: NicInfo | TroubleInfo) -> None:
     """Have the daemon know one VM with these interfaces."""
     daemon.script = lambda request: (DB1, End()) if isinstance(request, ListRequest) else (*nics, End())
 
@@ -262,6 +262,21 @@ def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     (shown,) = row["interfaces"]
     assert (shown["tap"], shown["lladdr"], shown["host4"]) == ("tap0", "fe:e1:bb:d1:00:01", "100.64.1.2")
     assert (shown["prefix6"], shown["switch"], shown["counters"]["rx_packets"]) == (None, None, 3)
+
+
+def test_what_is_wrong_with_a_device(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """-v: below the interfaces, with its time; a number that is no time is none; cleaned, since a device says it."""
+    disk = TroubleInfo(device="disk0", text="flush fails: No space left\x1b on device", since_s=86400 * 365)
+    with_nics(daemon, disk, disk.replace(since_s=(1 << 64) - 1))
+
+    lines = vmctl("status", "-v", "db1")[1].splitlines()
+    (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
+
+    assert lines[-2].startswith("db1 disk0: flush fails: No space left\\x1b on device (since 197")
+    assert lines[-1] == "db1 disk0: flush fails: No space left\\x1b on device"
+    assert row["troubles"][0] == {
+        "device": "disk0", "text": "flush fails: No space left\\x1b on device", "since": 86400 * 365,
+    }  # fmt: skip
 
 
 def test_a_vm_that_goes_meanwhile(vmctl: Vmctl, daemon: FakeDaemon) -> None:

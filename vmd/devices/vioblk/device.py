@@ -16,8 +16,9 @@ from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.devices.vioblk import request as requests
 from vmd.devices.vioblk.request import HEADER, REQUEST_MAX_BYTES, Limits, Request, carry_out, parse
 from vmd.errors import GuestError, HostError
+from vmd.images.hostfile import DataLost, FlushFailed
 from vmd.images.raw import RawImage
-from vmd.log import RateLimit
+from vmd.log import RateLimit, log
 from vmd.virtio import spec
 from vmd.virtio.queue import DESC, U16
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from vmd.images.image import Image
     from vmd.virtio.queue import Queue
+
+    # Request, status, bytes written to the guest, failure, and whether it has flushed.
+    Done = tuple[Request, int, int, OSError | None, bool]
 
     class Services(Protocol):
         """What of `process.Process` is used here."""
@@ -40,6 +44,9 @@ if TYPE_CHECKING:
 
         def serve(self, number: int) -> None:
             """Serve a queue as if notified."""
+
+        def report(self, *troubles: str) -> None:
+            """Tell the VM what is wrong now."""
 
 
 QUEUE_SIZE = 256
@@ -60,9 +67,9 @@ PENALTY = 20
 
 CONFIG_BYTES = 60
 CAPACITY, SEG_MAX_AT, BLK_SIZE, WRITEBACK, DISCARD_AT = 0, 12, 20, 32, 36
-DISCARD_ALIGNMENT_SECTORS = 8
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+WORKS, FAILS, LOST = range(3)  # states of flushing
 OK, IOERR = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR
 
 
@@ -123,7 +130,7 @@ class Vioblk:
         self.limits = Limits(self.size, writable=image.writable)
         self.negotiated = 0
         self.write_through = True
-        self.finished: list[tuple[Request, int, int, OSError | None]] = []  # appended to by workers
+        self.finished: list[Done] = []  # appended to by workers
         self.trouble: BaseException | None = None  # what no worker may raise
         self.in_flight = 0
         self.in_flight_bytes = 0
@@ -132,9 +139,13 @@ class Vioblk:
         self.unflushed: list[tuple[Request, int, int]] = []  # written through, but for the flush
         self.settling = False  # a flush of our own is in flight
         self.workers_until_s = 0.0
+        self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
         services.watch(workers.done, self.on_done)
+        if image.remark:
+            log.warn(self._named(image.remark))
+            services.report(image.remark)
 
     # --- configuration ---------------------------------------------------------------------------------------
 
@@ -149,11 +160,13 @@ class Vioblk:
         ):
             space[at : at + size] = value.to_bytes(size, "little")
         if self.image.writable:
+            # A driver that cuts what is too long into pieces of the largest size keeps them aligned.
+            alignment = self.image.discard_granularity // spec.SECTOR
             limits = (
-                requests.DISCARD_MAX_SECTORS,
+                requests.DISCARD_MAX_SECTORS // alignment * alignment,
                 requests.DISCARD_MAX_RANGES,
-                DISCARD_ALIGNMENT_SECTORS,
-                requests.WRITE_ZEROES_MAX_SECTORS,
+                alignment,
+                requests.WRITE_ZEROES_MAX_SECTORS // alignment * alignment or requests.WRITE_ZEROES_MAX_SECTORS,
                 requests.WRITE_ZEROES_MAX_RANGES,
                 1,  # a range of zeroes may be unmapped
             )
@@ -221,19 +234,39 @@ class Vioblk:
             self.space[WRITEBACK] = 1
 
     def close(self) -> None:
-        """Flush and let go."""
-        try:
-            if self.image.writable:
-                self.image.flush()
-            self.image.close()
-        except OSError as error:
-            self.complain("close", error)
+        """Flush and let go.  What fits is kept: closing the image tries once more after a flush that failed."""
+        said = ""
+        for step in (self.image.flush, self.image.close):
+            try:
+                step()
+            except OSError as error:
+                text = self._named(error.strerror or str(error))
+                if text != said:
+                    log.error(f"close: {text}")
+                said = text
 
     def complain(self, what: str, error: OSError) -> None:
         """Log what the host would not do; a guest can cause it, so not too often."""
-        text = error.strerror or str(error)
-        named = text if self.image.path in text else f"{self.image.path}: {text}"
-        self.complaints.warn(f"{what}: {named}")
+        self.complaints.warn(f"{what}: {self._named(error.strerror or str(error))}")
+
+    def _named(self, text: str) -> str:
+        """Return a sentence that names the image."""
+        return text if self.image.path in text else f"{self.image.path}: {text}"
+
+    def _note_flush(self, failure: FlushFailed | None) -> None:
+        """Log whether flushes work, once for each change: without a limit, since data is at stake."""
+        state = WORKS if failure is None else LOST if isinstance(failure, DataLost) else FAILS
+        if state == self.flushing:
+            return
+        self.flushing = state
+        troubles = [self.image.remark] if self.image.remark else []
+        if failure is None:
+            log.warn(self._named("flush works again, and nothing was lost"))
+        else:
+            text = failure.strerror or str(failure)
+            log.error(f"flush fails: {self._named(text)}")
+            troubles.insert(0, f"flush fails: {text.removeprefix(f'{self.image.path}: ')}")
+        self.services.report(*troubles)
 
     # --- the ring ------------------------------------------------------------------------------------------------
 
@@ -460,17 +493,19 @@ class Vioblk:
 
     def _work(self, request: Request, *, flush: bool) -> None:
         """Carry a request out; on a worker's thread."""
-        status, written, failure = IOERR, 1, None
+        status, written, failure, flushed = IOERR, 1, None, False
         try:
             if not self.cancelled:
                 status, written = carry_out(request, self.image, self.serial)
                 if flush and request.kind in (spec.VIRTIO_BLK_T_OUT, spec.VIRTIO_BLK_T_WRITE_ZEROES):
                     self.image.flush()
+                    flushed = True
+                flushed |= request.kind == spec.VIRTIO_BLK_T_FLUSH
         except OSError as error:
             status, written, failure = IOERR, 1, error
         except BaseException as error:  # raised again where it ends the process
             self.trouble = error
-        self.finished.append((request, status, written, failure))
+        self.finished.append((request, status, written, failure, flushed))
 
     def _work_batch(self, batch: "list[tuple[Request, int, int]]") -> None:
         """Flush for all of a batch; on a worker's thread."""
@@ -482,7 +517,7 @@ class Vioblk:
         except BaseException as error:  # as above
             self.trouble = error
         for request, status, written in batch:
-            self.finished.append((request, IOERR if failure else status, written, failure))
+            self.finished.append((request, IOERR if failure else status, written, failure, failure is None))
 
     def on_done(self) -> None:
         """Workers have finished something."""
@@ -503,9 +538,13 @@ class Vioblk:
         # Workers append while we look; what comes after the exchange is found in the new list's turn.
         count = len(self.finished)
         batch, self.finished[:count] = self.finished[:count], []
-        for request, status, written, failure in batch:
+        for request, status, written, failure, flushed in batch:
             self.in_flight -= 1
             self.in_flight_bytes -= request.length
-            if failure is not None:
+            if isinstance(failure, FlushFailed):
+                self._note_flush(failure)
+            elif flushed:
+                self._note_flush(None)
+            elif failure is not None:
                 self.complain(f"request {request.kind}", failure)
             self._give_back(request, status, written)

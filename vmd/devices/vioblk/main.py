@@ -40,6 +40,7 @@ def open_disk(host: "Host") -> "Image":
             path=name,
             format="qcow2" if note & devmsg.RESOURCE_QCOW2 else "raw",
             guessed=bool(note & devmsg.RESOURCE_GUESSED),
+            discard_granularity=(note >> devmsg.RESOURCE_DISCARD_SHIFT) * spec.SECTOR,
         )
         for fd, note, name in zip(host.resources, host.notes, host.names, strict=True)
     ]

@@ -1,0 +1,190 @@
+"""What a disk may hold: for each sector the values that reading it may give now, or after its process was killed.
+
+A value is a number: START is what the sector held when the model was made, ZERO is zeroes, ANY are bytes of which
+nothing is known, anything above is the write of that number, whose bytes differ from those of all others.
+"""
+
+import bisect
+import math
+import struct
+from collections.abc import Iterator, Sequence
+
+SECTOR = 512
+ANY, START, ZERO = -2, -1, 0
+WORD = 16  # a write that failed may have been done in part; what is compared then are words of this size
+
+_words = struct.Struct("<QQ")
+
+
+def written(number: int, sector: int, count: int = 1) -> bytes:
+    """Return what a write puts into some sectors."""
+    numbers = range(number << 40 | sector, (number << 40 | sector) + count)
+    return b"".join([_words.pack(word, ~word & (1 << 64) - 1) * (SECTOR // WORD) for word in numbers])
+
+
+class Change:
+    """One request that changes sectors to a value.  Until it has succeeded it may or may not have been done."""
+
+    __slots__ = ("certain_at", "durable", "value")
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        self.certain_at = math.inf  # when the driver saw that it was done
+        self.durable = False  # ... and that meant: on storage
+
+
+class DiskModel:
+    """The sectors of one disk, and the changes made to each of them in their order.
+
+    Requests that overlap are never in flight together, so the order is known.  A discard never becomes certain: the
+    sector has its old value or zeroes.  A read makes certain what it has seen: what was undecided stays as it was read.
+    """
+
+    def __init__(self, start: bytes) -> None:
+        self.start = start
+        self.sectors = len(start) // SECTOR
+        # Sectors from cuts[n] up to cuts[n + 1] have had the same changes.
+        self.cuts = [0, self.sectors]
+        self.changes: list[list[Change]] = [[], []]
+        self.now = 0
+        self.flushed_at = -1  # when the last flush that succeeded was asked for
+        self.held = bytearray(self.sectors)  # 1: the sector held data of a write when the model was made
+
+    def tick(self) -> int:
+        """Return the next moment."""
+        self.now += 1
+        return self.now
+
+    # -- parts of the disk
+
+    def _cut(self, sector: int) -> int:
+        """Have a part begin at a sector; return its number."""
+        at = bisect.bisect_left(self.cuts, sector)
+        if self.cuts[at] != sector:
+            self.cuts.insert(at, sector)
+            self.changes.insert(at, list(self.changes[at - 1]))
+        return at
+
+    def parts(self, first: int, count: int) -> Iterator[tuple[int, int, list[Change]]]:
+        """Yield start, end and changes of all parts of a range."""
+        at = bisect.bisect_right(self.cuts, first) - 1
+        while first < self.sectors and count > 0:
+            end = min(self.cuts[at + 1], first + count)
+            yield first, end, self.changes[at]
+            count -= end - first
+            first = end
+            at += 1
+
+    # -- what happens
+
+    def begin(self, value: int, ranges: Sequence[tuple[int, int]]) -> Change:
+        """A change of (sector, sectors) is asked for."""
+        change = Change(value)
+        for first, count in ranges:
+            if count:
+                start = self._cut(first)
+                for at in range(start, self._cut(first + count)):
+                    self.changes[at].append(change)
+        return change
+
+    def succeed(self, change: Change, *, durable: bool = False) -> None:
+        """The driver has seen that a write is done."""
+        change.certain_at = self.tick()
+        change.durable = durable
+
+    def flush_succeeded(self, asked_at: int) -> None:
+        """The driver has seen that a flush is done, which covers all that was done before it was asked for."""
+        self.flushed_at = max(self.flushed_at, asked_at)
+
+    # -- what is allowed
+
+    def _values(self, changes: Sequence[Change], *, killed: bool = False) -> set[int]:
+        """Return the values that sectors with these changes may have."""
+        values = set()
+        for change in reversed(changes):
+            values.add(change.value)
+            if change.durable or (change.certain_at < self.flushed_at if killed else change.certain_at < math.inf):
+                return values
+        values.add(START)
+        return values
+
+    def allowed(self, sector: int, *, killed: bool = False) -> set[int]:
+        """Return the values that a sector may have, now or after a kill."""
+        return next(self._values(changes, killed=killed) for _, _, changes in self.parts(sector, 1))
+
+    def content(self, value: int, first: int, count: int = 1) -> bytes:
+        """Return the bytes that sectors have with a value."""
+        if value == START:
+            return self.start[first * SECTOR : (first + count) * SECTOR]
+        assert value != ANY
+        return written(value, first, count) if value else bytes(count * SECTOR)
+
+    def _is_one_of(self, values: set[int], sector: int, data: bytes) -> bool:
+        """Return whether bytes are what a sector has with one of some values."""
+        if ANY in values:
+            return True
+        candidates = [self.content(value, sector) for value in values]
+        if data in candidates:
+            return True
+        # Of several values each word may have any: that of a write that stopped in the middle.
+        return len(candidates) > 1 and all(
+            any(data[at : at + WORD] == candidate[at : at + WORD] for candidate in candidates)
+            for at in range(0, SECTOR, WORD)
+        )
+
+    def holds_data(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Return whether each of some sectors certainly holds data of a write, so that it has its place on storage."""
+        for first, count in ranges:
+            for start, end, changes in self.parts(first, count):
+                values = self._values(changes)
+                value = values.pop()
+                if values or value == ZERO or (value == START and 0 in self.held[start:end]):
+                    return False
+        return True
+
+    # -- what is found
+
+    def read(self, first: int, data: bytes) -> int | None:
+        """Compare what a read has given; return the first sector that is wrong."""
+        seen: list[tuple[int, int]] = []
+        for start, end, changes in self.parts(first, len(data) // SECTOR):
+            values = self._values(changes)
+            there = data[(start - first) * SECTOR : (end - first) * SECTOR]
+            if len(values) == 1 and there == self.content(next(iter(values)), start, end - start):
+                continue
+            for sector in range(start, end):
+                found = data[(sector - first) * SECTOR : (sector - first + 1) * SECTOR]
+                if not self._is_one_of(values, sector, found):
+                    return sector
+                if ANY in values:
+                    continue
+                matching = [value for value in values if self.content(value, sector) == found]
+                if len(matching) == 1:
+                    seen.append((sector, matching[0]))
+        for sector, value in seen:
+            self.succeed(self.begin(value, [(sector, 1)]))
+        return None
+
+    def compare(self, data: bytes, *, killed: bool = False) -> Iterator[int]:
+        """Compare all of the disk; yield the sectors that are wrong."""
+        for start, end, changes in self.parts(0, self.sectors):
+            values = self._values(changes, killed=killed)
+            found = data[start * SECTOR : end * SECTOR]
+            if ANY in values or found == self.content(max(values), start, end - start):
+                continue
+            for sector in range(start, end):
+                if not self._is_one_of(values, sector, data[sector * SECTOR : (sector + 1) * SECTOR]):
+                    yield sector
+
+    def settled(self, data: bytes) -> "DiskModel":
+        """Return the model of the disk's next life, from what it was found to hold."""
+        after = DiskModel(data)
+        for start, end, changes in self.parts(0, min(self.sectors, after.sectors)):
+            values = self._values(changes)
+            if ANY in values:
+                after.begin(ANY, [(start, end - start)])
+            elif max(values) > 0 and len(values) == 1:
+                after.held[start:end] = b"\1" * (end - start)
+            elif values == {START}:
+                after.held[start:end] = self.held[start:end]
+        return after

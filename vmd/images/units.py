@@ -1,0 +1,58 @@
+"""The units in which metadata of a qcow2 image is written: 4 KiB, or a cluster where that is less.
+
+A unit lies in one cluster, and a file system gives it storage as a whole.
+"""
+
+from vmd.images.hostfile import read_bytes, write_bytes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UNIT_MAX = 4096
+
+
+def unit_bytes(cluster_size: int) -> int:
+    """Return the size of a unit."""
+    return min(cluster_size, UNIT_MAX)
+
+
+def runs(units: int) -> "Iterator[tuple[int, int]]":
+    """Yield the runs (first, end) of units in a set, which is a number with their bits."""
+    first = 0
+    while units:
+        skip = (units & -units).bit_length() - 1
+        units >>= skip
+        first += skip
+        length = (~units & units + 1).bit_length() - 1
+        yield first, first + length
+        units >>= length
+        first += length
+
+
+class Prepared:
+    """Knows which units can be written later, whatever else happens to the file.
+
+    They were written as they are: they have storage then, and are inside every limit.
+    """
+
+    def __init__(self, fd: int, cluster_size: int) -> None:
+        self.fd = fd
+        self.unit_bytes = unit_bytes(cluster_size)
+        self.known: set[int] = set()
+
+    def prepare(self, offset: int, length: int) -> None:
+        """Make sure of the units of some metadata, which nobody else may write meanwhile.  Raises OSError."""
+        size = self.unit_bytes
+        first, last = offset // size, (offset + length - 1) // size
+        if first == last and first in self.known:  # nearly always
+            return
+        for unit in range(first, last + 1):
+            if unit not in self.known:
+                write_bytes(self.fd, read_bytes(self.fd, size, unit * size), unit * size)
+                self.known.add(unit)
+
+    def write(self, data: "bytes | bytearray", offset: int) -> None:
+        """Write whole units, which are known from then on.  Raises OSError."""
+        write_bytes(self.fd, data, offset)
+        self.known.update(range(offset // self.unit_bytes, (offset + len(data)) // self.unit_bytes))
