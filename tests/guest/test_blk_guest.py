@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_disk_is_in_the_status(tmp_path: Path) -> None:
         (stopped,) = json.loads(vmd.must("status", "-v", "--json"))["vms"]
         log = vmd.log
 
-    text = f"is {SECTORS * SECTOR + 5} bytes long: zeroes complete its last sector of 512"
+    text = f"its {SECTORS * SECTOR + 5} bytes are no multiple of 512; its last sector is padded with zeroes"
     assert [(trouble["device"], trouble["text"]) for trouble in row["troubles"]] == [("disk0", text)]
     assert f"blk disk0: {text} (since " in shown
     assert stopped["troubles"] == []

@@ -10,11 +10,12 @@ import errno
 import os
 import stat
 
+from vmd.ipc.foreign import SECTOR
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SECTOR = 512  # a disk is a number of these (virtio.spec.SECTOR; vmctl does not import that)
 IOV_MAX = 1024  # Linux' UIO_MAXIOV
 STORAGE_GRANULARITY = 4096  # of storage that does not say which it has
 GRANULARITY_MAX = 1 << 30  # more than this is a mistake
@@ -32,11 +33,6 @@ _fallocate.restype = ctypes.c_int
 def padding(length: int) -> int:
     """Return the number of zeroes that complete the last sector of a disk of `length` bytes."""
     return -length % SECTOR
-
-
-def padded(length: int) -> str:
-    """Return what is to be said about a disk of `length` bytes that ends inside a sector, or ""."""
-    return f"is {length} bytes long: zeroes complete its last sector of {SECTOR}" if length % SECTOR else ""
 
 
 def is_device(fd: int) -> bool:

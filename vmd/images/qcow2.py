@@ -43,7 +43,6 @@ from vmd.images.hostfile import (
     data_span,
     fallocate,
     is_device,
-    padded,
     padding,
     read_bytes,
     read_views,
@@ -55,6 +54,7 @@ from vmd.images.hostfile import (
 from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage, Refcounts
 from vmd.images.units import Prepared, runs, unit_bytes
 from vmd.images.words import big_endian, native, zeroes
+from vmd.ipc.foreign import left_dirty, odd_length
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Qcow2Image:
         self.untouched = True
         self.failed = ""  # how the image contradicts itself, which forbids to write it
         self.stable = StableStorage(fd, path)
-        self.remark = padded(header.size)
+        self.remark = odd_length(header.size)
 
         try:
             self.device = is_device(fd)
@@ -206,10 +206,7 @@ class Qcow2Image:
             refcounts.floor = self._end_of_use(refcounts, file_bytes)
             if refcounts.floor > len(table) * refcounts.per_block:
                 raise ImageError(self.path, f"is dirty, and clusters in use have no refcount; {REPAIR}")
-            self.remark = (
-                "was not closed by its last writer (dirty): clusters that are in use now are never freed;"
-                " repair it with qemu-img check -r all"
-            )
+            self.remark = left_dirty(self.path)
         return refcounts
 
     def _end_of_use(self, refcounts: Refcounts, file_bytes: int) -> int:

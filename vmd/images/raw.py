@@ -19,7 +19,6 @@ from vmd.images.hostfile import (
     clear,
     data_span,
     fallocate,
-    padded,
     padding,
     read_views,
     storage_granularity,
@@ -27,6 +26,7 @@ from vmd.images.hostfile import (
     write_views,
     write_zeroes,
 )
+from vmd.ipc.foreign import odd_length
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class RawImage:
         self.stable = StableStorage(fd, path)
         self.granularity = BLOCK if stat.S_ISBLK(status.st_mode) else 1  # of fallocate
         self.discard_granularity = storage_granularity(status, discard_granularity)
-        self.remark = padded(self.file_bytes)
+        self.remark = odd_length(self.file_bytes)
 
     def check(self, offset: int, length: int) -> None:
         """Raise OSError unless a range is inside the disk."""

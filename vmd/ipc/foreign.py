@@ -167,9 +167,19 @@ def warning(found: str, raw: str) -> str:
     return f"begins as if it were {what}, and is used as raw; {raw} says that this is meant"
 
 
-def odd_length(size: int, unit: int, called: str) -> str:
-    """Return what is said of a disk or disc whose length is not one of whole units."""
+def odd_length(size: int, unit: int = SECTOR, called: str = "sector") -> str:
+    """Return what is said of a disk or disc whose length is not one of whole units; "" of others."""
+    if size % unit == 0:
+        return ""
     return f"its {size} bytes are no multiple of {unit}; its last {called} is padded with zeroes"
+
+
+def left_dirty(path: str) -> str:
+    """Return what is said of a qcow2 image whose last writer kept refcounts in memory and did not write them."""
+    return (
+        "was not closed by its last writer (dirty), and clusters in use now are never freed;"
+        f" qemu-img check -r all {quoted(path)} repairs it"
+    )
 
 
 def named_format(path: str) -> str:

@@ -14,7 +14,7 @@ from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.images.locks import lock
 from vmd.ipc import foreign
-from vmd.ipc.foreign import DISC_CONTENT, SECTOR, given_as, named_format, odd_length, quoted
+from vmd.ipc.foreign import DISC_CONTENT, given_as, left_dirty, named_format, odd_length, quoted
 from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import (
     ANSWER_MAX,
@@ -219,10 +219,8 @@ def unfit(probe: Probe, path: str) -> str:
 
 def warnings_of_disk(probe: Probe, path: str) -> list[str]:
     """Return what is said of an image that is written to."""
-    notes = [odd_length(probe.size, SECTOR, "sector")] if probe.size % SECTOR else []
-    if DIRTY in probe.notes:
-        notes.append(f"was not closed by its last writer; `qemu-img check -r all {quoted(path)}` repairs it")
-    return notes
+    notes = (odd_length(probe.size), left_dirty(path) if DIRTY in probe.notes else "")
+    return [note for note in notes if note]
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
@@ -275,10 +273,8 @@ def examine_disc(fd: int, path: str, name: str, prober: "Prober") -> list[str]:
     probe = _ask(fd, path, name, DISC, prober)
     if probe.looks and probe.looks not in DISC_CONTENT:
         raise OperatorError(errno.EINVAL, f"{name}: {foreign.refusal(probe.looks, path, '', disc=True)}")
-    notes = [foreign.warning(probe.looks, "")] if probe.looks else []
-    if probe.size % DISC_BLOCK:
-        notes.append(odd_length(probe.size, DISC_BLOCK, "block"))
-    return [f"{name}: {note}" for note in notes]
+    looks = foreign.warning(probe.looks, "") if probe.looks else ""
+    return [f"{name}: {note}" for note in (looks, odd_length(probe.size, DISC_BLOCK, "block")) if note]
 
 
 def open_image(

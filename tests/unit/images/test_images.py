@@ -30,6 +30,7 @@ from vmd.images.create import MAX_SIZE, convert, create
 from vmd.images.files import OpenedChain
 from vmd.images.hostfile import total
 from vmd.images.signatures import QCOW_MAGIC, SIGNATURES
+from vmd.ipc import foreign
 from vmd.ipc.foreign import FOREIGN
 from vmd.virtio import spec
 
@@ -189,7 +190,7 @@ def test_no_flush_succeeds_beside_one_that_fails(raw: Path, monkeypatch: pytest.
 
 def test_sector_is_that_of_virtio() -> None:
     """Who speaks of sectors means the same."""
-    assert hostfile.SECTOR == spec.SECTOR
+    assert foreign.SECTOR == spec.SECTOR
 
 
 def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
@@ -198,7 +199,7 @@ def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
     image = opened(raw, writable=True, formats=("raw",))
 
     assert image.size == 1024
-    assert "is 1000 bytes long" in image.remark
+    assert "its 1000 bytes are no multiple of 512" in image.remark
     assert read(image, 512, 512) == b"a" * 488 + bytes(24)
     assert image.span(0) == (True, 1000)
     assert image.span(1000) == (True, 24)

@@ -144,7 +144,6 @@ class Vioblk:
         self.nowait = os.RWF_NOWAIT
         services.watch(workers.done, self.on_done)
         if image.remark:
-            log.warn(self._named(image.remark))
             services.report(image.remark)
 
     # --- configuration ---------------------------------------------------------------------------------------
