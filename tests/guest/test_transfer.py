@@ -3,11 +3,13 @@
 *cat. 4.7*, DESIGN 8, hostile-input 26 and 55.
 """
 
+import errno
 import os
 import random
 import re
 import select
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import churn
+from tests.support import churn, fusefile
 from tests.support.blkdisk import Disk
 from tests.support.clocks import Clocks
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.fusefile import FuseFile
 from tests.support.guests import guest
 from tests.support.transfers import (
     Footprint,
@@ -938,3 +941,40 @@ def test_a_viewer_sees_the_end(busy: Daemon, tmp_path: Path) -> None:
         to_file(busy, "a", tmp_path / "stream")
         viewer.drain(DEADLINE_S)
     assert busy.status("a")["text"] == "sent"
+
+
+# --- disks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_cannot_be_flushed_keeps_its_vm_here(tmp_path: Path) -> None:
+    """What the guest was told is written would be missing where it goes on; so it stays, and is told why."""
+    folder = tmp_path / "mnt"
+    folder.mkdir()
+    with FuseFile(bytes(1 << 20), for_all=True) as file, attached(file, folder) as path:
+        conf = block("a", "demo", "", f'disk "{path}" format raw')
+        with Daemon(tmp_path, conf) as vmd:
+            vmd.must("start", "a")
+            with vmd.console("a") as console:
+                console.expect(PROMPT, DEADLINE_S)
+            file.rule(fusefile.FSYNC, errno.EIO)
+
+            status, said = ended(vmctl(vmd, "send", "a"))
+
+            assert (status, said) == (
+                1,
+                "vmctl: send vm command failed: vm a was not sent, and is as before: disk0: what the guest has written"
+                " cannot be brought to stable storage; `vmctl status -v` and the log say why\n",
+            )
+            assert "disk0: flush fails: data was lost: Input/output error (since " in vmd.must("status", "-v", "a")
+            assert f"vm/a/vioblk0: flush fails: {path}: data was lost: Input/output error" in vmd.log
+            answers(vmd, "a")
+            vmd.must("stop", "-fw", "a")
+
+
+@contextmanager
+def attached(file: FuseFile, folder: Path) -> Iterator[Path]:
+    """Have a FUSE file system at a place."""
+    try:
+        yield file.attach(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)

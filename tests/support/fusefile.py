@@ -41,7 +41,7 @@ BUFFER_BYTES = MAX_WRITE + (1 << 16)
 
 SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 429, 430, 431, 432
 AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH = -100, 4
-FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
+FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
 HELD = -1  # an outcome: no answer until `release`
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -56,12 +56,14 @@ def call(number: int, *arguments: object) -> int:
     return result
 
 
-def mount(device: int, user: int) -> int:
-    """Return the descriptor of a mount of a user's that is attached nowhere."""
+def mount(device: int, user: int, *, for_all: bool) -> int:
+    """Return the descriptor of a mount of a user's that is attached nowhere; with `for_all` others may use it too."""
     context = call(SYS_FSOPEN, b"fuse", 1)
     try:
         for key, value in (("fd", device), ("rootmode", "40000"), ("user_id", user), ("group_id", user)):
             call(SYS_FSCONFIG, context, FSCONFIG_SET_STRING, key.encode(), str(value).encode(), 0)
+        if for_all:
+            call(SYS_FSCONFIG, context, FSCONFIG_SET_FLAG, b"allow_other", None, 0)
         call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
         return call(SYS_FSMOUNT, context, 1, 0)
     finally:
@@ -89,8 +91,8 @@ class Rule(NamedTuple):
 class FuseFile:
     """The file system and its one file, of which `content` is the storage; `fd` is an open descriptor of it."""
 
-    def __init__(self, content: bytes, *, user: int = 0) -> None:
-        """`user` has mounted it; the kernel lets nobody else in."""
+    def __init__(self, content: bytes, *, user: int = 0, for_all: bool = False) -> None:
+        """`user` has mounted it; the kernel lets nobody else in, unless it is `for_all`."""
         self.content = bytearray(content)
         self.room = 1 << 40  # the file gets no larger than this
         self.log: list[Operation] = []
@@ -100,7 +102,7 @@ class FuseFile:
         self._device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         self._stop, self._stopped = os.pipe()
         self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._mount = mount(self._device, user)
+        self._mount = mount(self._device, user, for_all=for_all)
         self._thread.start()
         # The first close is answered ENOSYS, and no later one asks: a child that closes what it has inherited, while
         # its parent waits for it, would wait for our thread for ever.

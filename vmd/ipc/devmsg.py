@@ -119,6 +119,11 @@ COUNTER_NAMES = (
 )  # fmt: skip
 COUNTERS_BODY = Struct(f"<I4x{len(COUNTER_NAMES)}Q")
 
+# SETTLE: to a disk that stands still: is everything that was acknowledged on stable storage?  The first SETTLE after
+#   a PAUSE begins to bring it there.  Answered SETTLE with a status; after SETTLED_NOT_YET the VM asks again.
+SETTLE = 10
+SETTLED, SETTLED_FAILED, SETTLED_NOT_YET = 0, 1, 2
+
 # --- async -----------------------------------------------------------------------------------------------
 
 # ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  Sent on sync too, as the answer to

@@ -71,7 +71,7 @@ SPAWN = frozenset({
 # Files and devices behind descriptors.
 BLOCK = frozenset({
     "preadv", "preadv2", "pwritev", "pwritev2", "pread64", "pwrite64",  # CPython's os.preadv is preadv2
-    "fsync", "fdatasync", "ftruncate", "fallocate", "fadvise64",        # flush, growth of qcow2, discard
+    "fsync", "fdatasync", "fallocate", "fadvise64",                     # flush, discard
 })  # fmt: skip
 NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ

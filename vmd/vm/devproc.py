@@ -176,6 +176,14 @@ class DeviceProcess:
             raise PeerError(self.title, f"EXPORT of {count} queues in {len(answer)} bytes", answer)
         return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)]
 
+    def settle(self) -> int:
+        """Of a disk that stands still: bring it to stable storage, and return how far that is, devmsg.SETTLED_*."""
+        answer = self.ask(devmsg.TYPE.pack(devmsg.SETTLE))
+        if len(answer) != devmsg.STATUS.size:
+            raise PeerError(self.title, "SETTLE of a wrong length", answer)
+        status: int = devmsg.STATUS.unpack(answer)[1]
+        return status
+
     def counters(self) -> tuple[int, ...]:
         """Return what a network interface has counted, in the order of devmsg.COUNTER_NAMES."""
         answer = self.ask(devmsg.TYPE.pack(devmsg.COUNTERS))

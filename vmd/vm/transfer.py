@@ -6,8 +6,9 @@ Both are made, started and told of by the event thread; `done` and the other cal
 import select
 import threading
 
-from vmd.errors import GuestError, HostError, sentence
+from vmd.errors import GuestError, HostError, VmdError, sentence
 from vmd.guestmem import GuestMemory
+from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
 from vmd.vm import state
 from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamReader, StreamWriter
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.vm.clocks import Clocks
     from vmd.vm.machine import Machine
+
+SETTLE_LOOK_S = 0.05  # between two looks at whether the disks are on stable storage
 
 
 class Sender:
@@ -41,8 +44,14 @@ class Sender:
         self._header = pack(state.header(machine, one_shot=one_shot))
         self._state = pack(state.save(machine, clocks))
         self._memory = machine.memory
+        self._disks = [
+            function.process
+            for slot, function in zip(machine.slots, machine.virtio, strict=True)
+            if slot.kind == "blk"
+        ]
         self._loop = loop
         self._done = done
+        self._cancelled = threading.Event()
         self.pipe = Pipe(fd, select.POLLOUT)
         self.total_bytes = len(self._header) + len(self._state) + machine.memory.resident_bytes()
         self._thread = threading.Thread(target=self._run, name="send", daemon=True)
@@ -54,6 +63,7 @@ class Sender:
     def cancel(self) -> None:
         """Have it fail soon, unless it is about to be done."""
         self.pipe.cancelled = True
+        self._cancelled.set()
 
     def _run(self) -> None:
         text = "internal error while it was sent"  # where an exception passes by: it is shown, and the guest lives
@@ -68,6 +78,8 @@ class Sender:
             text = f"the stream {error}"
         except OSError as error:
             text = f"its memory cannot be read: {sentence(error)}"
+        except VmdError as error:
+            text = str(error)
         else:
             text = ""
         finally:
@@ -75,14 +87,32 @@ class Sender:
 
     def _write(self, writer: StreamWriter) -> None:
         try:
+            for disk in self._disks:
+                disk.settle()  # begins; it goes on beside the rest
             writer.header(self._header)
             for region in self._memory.regions:
                 for gpa, offset, length in self._memory.touched_runs(region):
                     writer.memory(gpa, self._memory.memory[offset : offset + length])
             writer.state(self._state)
+            self._wait_settled()
             writer.end()
         finally:
             writer.hasher.close()
+
+    def _wait_settled(self) -> None:
+        """Wait until the disks hold what the guest has written.  After the end of the stream none of them can refuse.
+
+        Raises VmdError.
+        """
+        for disk in self._disks:
+            while (state := disk.settle()) == devmsg.SETTLED_NOT_YET:
+                if self._cancelled.wait(SETTLE_LOOK_S):
+                    raise Cancelled("cancelled")
+            if state != devmsg.SETTLED:
+                raise VmdError(
+                    f"{disk.label}: what the guest has written cannot be brought to stable storage;"
+                    " `vmctl status -v` and the log say why"
+                )
 
 
 class Receiver:

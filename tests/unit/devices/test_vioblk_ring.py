@@ -1,6 +1,7 @@
 """The hot loop of vioblk does what the slow walk does, on any ring."""
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -30,7 +31,9 @@ from vmd.devices.vioblk.device import Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory
+from vmd.images.hostfile import FlushFailed
 from vmd.images.raw import RawImage
+from vmd.ipc import devmsg
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
@@ -422,6 +425,58 @@ def test_pause_while_requests_were_left_in_the_ring() -> None:
         assert ring.avail_event == 2
         device.quiesce(forget=True)
         del queue  # its views on memory
+    os.close(workers.done)
+
+
+def settle(device: Vioblk, workers: Held) -> list[int]:
+    """Ask a disk that stands still whether all is on stable storage, until it says so or that it cannot be."""
+    said = [device.settle(), device.settle()]
+    workers.release()
+    device.on_done()
+    return [*said, device.settle()]
+
+
+def test_a_disk_is_settled_once_in_each_pause() -> None:
+    """By one flush, however often it is asked; what is written after the pause needs another one."""
+    workers, image = Held(), MemoryDisk(writable=True)
+    device = Vioblk(image, Services(), workers)
+    not_yet, done = devmsg.SETTLED_NOT_YET, devmsg.SETTLED
+    for _ in range(2):
+        device.quiesce(forget=False)
+
+        assert settle(device, workers) == [not_yet, not_yet, done]
+        assert device.settle() == done
+    os.close(workers.done)
+
+
+def test_a_disk_that_cannot_be_settled_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure is told once; whoever asks again begins another flush."""
+    workers, image = Held(), MemoryDisk(writable=True)
+    device = Vioblk(image, Services(), workers)
+    device.quiesce(forget=False)
+
+    def full() -> None:
+        raise FlushFailed(errno.ENOSPC, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image, "flush", full)
+        assert settle(device, workers)[-1] == devmsg.SETTLED_FAILED
+    assert settle(device, workers)[-1] == devmsg.SETTLED
+    os.close(workers.done)
+
+
+def test_a_flush_of_our_own_does_not_hold_up_a_pause() -> None:
+    """It may take as long as storage takes, and touches no ring; it does not count for the next pause."""
+    workers = Held()
+    device = Vioblk(MemoryDisk(writable=True), Services(), workers)
+    device.quiesce(forget=False)
+    assert device.settle() == devmsg.SETTLED_NOT_YET
+
+    device.quiesce(forget=False)
+
+    assert device.in_flight == 1
+    assert settle(device, workers) == [devmsg.SETTLED_NOT_YET] * 3
+    assert settle(device, workers)[-1] == devmsg.SETTLED
     os.close(workers.done)
 
 

@@ -5,12 +5,13 @@ import random
 import select
 import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
 from tests.support import saved
 from vmd.guestmem import PAGE, GuestMemory, RegionSpec
+from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
 from vmd.ipc.loop import Loop
 from vmd.vm import state
@@ -44,11 +45,33 @@ def loop() -> Iterator[Loop]:
     made.close()
 
 
+class Disk:
+    """A disk's process, which answers so when it is asked whether all is on stable storage."""
+
+    label = "disk0"
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers)
+
+    def settle(self) -> int:
+        """Give the next answer, and the last one for ever."""
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+class Part(NamedTuple):
+    """A slot, and the function that is in it."""
+
+    kind: str
+    process: Any = None
+
+
 class Machine:
     """What a sender needs of a machine."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
+        self.disk = Disk(devmsg.SETTLED)
+        self.slots = self.virtio = [Part("rng"), Part("blk", self.disk)]
 
 
 @pytest.fixture
@@ -135,6 +158,49 @@ def test_what_cannot_be_sent_is_told_once(loop: Loop, machine: Machine) -> None:
 
     assert told == ["the stream was closed by its reader"]
     assert sender.pipe.fd == -1
+
+
+def test_the_stream_ends_when_the_disks_are_on_stable_storage(loop: Loop, machine: Machine) -> None:
+    """A disk is asked until it is done."""
+    machine.disk.answers = [devmsg.SETTLED_NOT_YET] * 3 + [devmsg.SETTLED]
+    file = os.memfd_create("stream", os.MFD_CLOEXEC)
+
+    _, told = send(loop, machine, file)
+    loop.run()
+
+    assert told == [""]
+    assert machine.disk.answers == [devmsg.SETTLED]
+
+
+@pytest.mark.parametrize("answers", [(devmsg.SETTLED_FAILED,), (devmsg.SETTLED_NOT_YET, devmsg.SETTLED_FAILED)])
+def test_a_disk_that_cannot_keep_what_it_was_given(loop: Loop, machine: Machine, answers: tuple[int, ...]) -> None:
+    """The stream has no end, so that no receiver goes on without what was written."""
+    machine.disk.answers = list(answers)
+    file = os.memfd_create("stream", os.MFD_CLOEXEC)
+    ours = os.dup(file)
+
+    _, told = send(loop, machine, file)
+    loop.run()
+
+    assert told == [
+        "disk0: what the guest has written cannot be brought to stable storage; `vmctl status -v` and the log say why"
+    ]
+    os.lseek(ours, 0, os.SEEK_SET)
+    with GuestMemory.create(REGIONS) as theirs:
+        receiver = Told(loop, ours, theirs)
+        loop.run()
+        assert [each for each in receiver.failures if "before its end" in each]
+
+
+def test_cancelled_while_a_disk_takes_its_time(loop: Loop, machine: Machine) -> None:
+    """Storage may never answer."""
+    machine.disk.answers = [devmsg.SETTLED_NOT_YET]
+
+    sender, told = send(loop, machine, os.memfd_create("stream", os.MFD_CLOEXEC))
+    sender.cancel()
+    loop.run()
+
+    assert told == ["sending was interrupted"]
 
 
 def test_cancelled(loop: Loop, machine: Machine) -> None:

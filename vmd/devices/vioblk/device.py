@@ -18,6 +18,7 @@ from vmd.devices.vioblk.request import HEADER, REQUEST_MAX_BYTES, Limits, Reques
 from vmd.errors import GuestError, HostError
 from vmd.images.hostfile import DataLost, FlushFailed
 from vmd.images.raw import RawImage
+from vmd.ipc import devmsg
 from vmd.log import RateLimit, log
 from vmd.virtio import spec
 from vmd.virtio.queue import DESC, U16
@@ -137,7 +138,9 @@ class Vioblk:
         self.cancelled = False
         self.stalled = False  # requests were left in the ring because enough are in flight
         self.unflushed: list[tuple[Request, int, int]] = []  # written through, but for the flush
-        self.settling = False  # a flush of our own is in flight
+        self.pauses = 0  # how often we have come to stand still
+        self.settling: int | None = None  # while a flush of our own is in flight: `pauses` when it began
+        self.settled = (0, False)  # `pauses` when the last one began, and whether it succeeded
         self.workers_until_s = 0.0
         self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
@@ -192,11 +195,31 @@ class Vioblk:
         before = self.write_through
         flush = bool(self.negotiated >> spec.VIRTIO_BLK_F_FLUSH & 1)
         self.write_through = not (flush and self.space[WRITEBACK])
-        if self.write_through and not before and not self.settling:
+        if self.write_through and not before and self.settling is None:
             # What the guest took for done may no longer be lost from here on.  Not one for each change of mode: the
             # driver does not wait for it, so nothing would bound their number.
-            self.settling = True
-            self._hand_over(Request(OURS, spec.VIRTIO_BLK_T_FLUSH, 0))
+            self._flush_for_ourselves()
+
+    def _flush_for_ourselves(self) -> None:
+        self.settling = self.pauses
+        self._hand_over(Request(OURS, spec.VIRTIO_BLK_T_FLUSH, 0))
+
+    def settle(self) -> int:
+        """Bring what was acknowledged to stable storage while the machine stands still, and say how far that is.
+
+        It may take longer than any answer may, so whoever asks comes again until it is no longer SETTLED_NOT_YET.
+        """
+        if not self.image.writable:
+            return devmsg.SETTLED
+        pauses, succeeded = self.settled
+        if pauses == self.pauses:
+            if succeeded:
+                return devmsg.SETTLED
+            self.settled = (0, False)  # the next who asks has it tried again
+            return devmsg.SETTLED_FAILED
+        if self.settling is None:
+            self._flush_for_ourselves()
+        return devmsg.SETTLED_NOT_YET
 
     # --- life --------------------------------------------------------------------------------------------------
 
@@ -213,13 +236,16 @@ class Vioblk:
         self._choose_mode()
 
     def quiesce(self, *, forget: bool) -> None:
-        """Wait for the workers; with `forget` they skip what they have not begun.  Raises HostError."""
+        """Wait for the guest's requests; with `forget` workers skip what they have not begun.  Raises HostError.
+
+        A flush of our own touches no ring, and may go on.
+        """
         self.cancelled = forget
         deadline_s = time.monotonic() + QUIESCE_TIMEOUT_S
         wait = select.poll()
         wait.register(self.workers.done, select.POLLIN)
         self._collect()
-        while self.in_flight:
+        while self.in_flight > (self.settling is not None):
             if time.monotonic() > deadline_s:
                 raise HostError(f"{self.image.path}: requests did not end in {QUIESCE_TIMEOUT_S:.0f} s", errno.EIO)
             if wait.poll(100):
@@ -227,6 +253,7 @@ class Vioblk:
                 self._collect()
         self._announce()
         self.stalled = False  # nothing is in flight whose end would have us look at the ring again
+        self.pauses += 1
         if forget:
             self.queue = None
             self.cancelled = False
@@ -454,7 +481,8 @@ class Vioblk:
         """Put a finished request into the used ring."""
         queue = self.queue
         if request.head == OURS:
-            self.settling = False
+            assert self.settling is not None
+            self.settled, self.settling = (self.settling, status == OK), None
         elif queue is not None:
             queue.memory.memory[request.status] = status
             queue.put(request.head, written)

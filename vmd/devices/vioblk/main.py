@@ -6,6 +6,7 @@ Holds    guest memory, one queue's eventfds, and the disk's image chain, the dis
 """
 
 from vmd.devices import process
+from vmd.devices.process import Process, exact
 from vmd.devices.vioblk.device import WORKERS_MAX, Vioblk, Workers
 from vmd.errors import ImageError, PeerError
 from vmd.images.chain import Link, open_chain
@@ -15,16 +16,29 @@ from vmd.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.devices.process import Host, Process
+    from vmd.devices.process import Host
     from vmd.images.image import Image
+
+
+class VioblkProcess(Process):
+    """A process that is asked whether its disk is on stable storage."""
+
+    device: Vioblk
+
+    def on_settle(self, packet: bytes) -> bytes:
+        """Bring the disk to stable storage, for somebody else to open it."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.SETTLE, self.device.settle())
+
+    QUESTIONS = Process.QUESTIONS | {devmsg.SETTLE: on_settle}
 
 
 def main() -> int:
     """Run the process."""
-    return process.main(VIOBLK, make)
+    return process.main(VIOBLK, make, VioblkProcess)
 
 
-def make(services: "Process") -> Vioblk:
+def make(services: VioblkProcess) -> Vioblk:
     """Open the disk and start the threads.  Raises ImageError or PeerError."""
     host = services.host
     return Vioblk(open_disk(host), services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
