@@ -27,14 +27,22 @@ from vmd.ipc.messages import (
 )
 from vmd.record import RecordType
 from vmd.vm.state import read_header, read_machine
+from vmd.vm.stream import OLDEST, VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 ROUNDS = 10
-VERSIONS = (2,)
 PARTIAL = (ConsoleOutput, TransferProgress)  # how many of them come differs from time to time
 
-each_version = pytest.mark.parametrize("version", VERSIONS)
+
+def each(*names: str) -> pytest.MarkDecorator:
+    """Run a test with every recorded stream, or with those of these names."""
+    return pytest.mark.parametrize(("version", "name"), golden.streams(*names))
+
+
+def test_every_version_is_recorded() -> None:
+    """The present one, too: when it changes, what it was is here."""
+    assert {version for version, _ in golden.streams()} == set(range(OLDEST, VERSION + 1))
 
 
 @contextlib.contextmanager
@@ -51,8 +59,7 @@ def received(version: int, name: str, *options: str) -> Iterator[NetDaemon]:
             yield vmd
 
 
-@each_version
-@pytest.mark.parametrize("name", ["churn", "legacy"])
+@each("churn", "legacy")
 def test_a_disk_goes_on(version: int, name: str) -> None:
     """The guest finds its disk, its interrupts and its clock as it left them; and can be sent once more."""
     with received(version, name) as vmd:
@@ -67,10 +74,10 @@ def test_a_disk_goes_on(version: int, name: str) -> None:
         assert (vmd.directory / "disk").stat().st_size == SECTORS * SECTOR
 
 
-@each_version
-def test_a_network_interface_goes_on(version: int) -> None:
+@each("net")
+def test_a_network_interface_goes_on(version: int, name: str) -> None:
     """The guest hears of its link, by an interrupt, and its frames pass."""
-    with received(version, "net") as vmd, vmd.console("golden") as console:
+    with received(version, name) as vmd, vmd.console("golden") as console:
         tap = Interface(vmd.network, vmd.interfaces("golden")[0]["tap"])
         with Peer(tap):
             for _ in range(2):
@@ -81,10 +88,10 @@ def test_a_network_interface_goes_on(version: int) -> None:
             console.expect("ready", DEADLINE_S)
 
 
-@each_version
-def test_clocks_go_on(version: int) -> None:
+@each("clocks")
+def test_clocks_go_on(version: int, name: str) -> None:
     """All of them move, and a guest's time that was recorded long ago has not run meanwhile."""
-    with received(version, "clocks") as vmd, vmd.console("golden") as console:
+    with received(version, name) as vmd, vmd.console("golden") as console:
         first = Clocks.ask(console)
         later = Clocks.ask_until(console, lambda now: now.beats > first.beats + 10)
     assert later.kvmclock > first.kvmclock
@@ -93,8 +100,7 @@ def test_clocks_go_on(version: int) -> None:
     assert (first.tsc - first.up) / first.tsc < 1  # it came up before it was sent
 
 
-@each_version
-@pytest.mark.parametrize("name", golden.KINDS)
+@each()
 def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> None:
     """BARs, capabilities and all else of PCI are where its drivers found them; it has not run in between."""
     with received(version, name, "-p") as vmd:

@@ -19,7 +19,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ from tests.support.hostnet import NetDaemon
 from tests.support.netpeer import Peer
 from tests.support.network import Interface, Network
 from tests.support.transfers import ended, to_file, vmctl
-from vmd.kvmapi.abi import kvm_cpuid_entry2
 from vmd.kvmapi.system import System
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -135,9 +134,15 @@ def _make_busy(name: str, vmd: NetDaemon, stack: contextlib.ExitStack) -> None:
         churn.ask_until_rounds(console, 100)
 
 
+def streams(*names: str) -> list[tuple[int, str]]:
+    """Return version and name of every recorded stream, or of those of these names."""
+    found = [path.stem.split("-") for path in sorted(GOLDEN.glob("stream-*.xz"))]
+    return [(int(version), name) for _, version, name in found if name in (names or KINDS)]
+
+
 def stream(version: int, name: str, directory: Path) -> bytes:
     """Return a recorded stream, for files in this directory and for this host's processor."""
-    return ADAPT[version](_recorded(version, name).replace(RECORDED.encode(), str(directory).encode()))
+    return _adapt(_recorded(version, name).replace(RECORDED.encode(), str(directory).encode()), KEYS[version])
 
 
 def _recorded(version: int, name: str) -> bytes:
@@ -193,31 +198,40 @@ def _signed_anew(raw: bytes) -> bytes:
     return Parts(raw).joined()
 
 
-def _adapt_2(raw: bytes) -> bytes:
-    """Put this host's processor into a stream of version 2, whose records are lists in this order.
+class Keys(NamedTuple):
+    """How fields are found: in the header, in the state, and in each vCPU of the state."""
 
-    Header: config, one_shot, firmware_bytes, touched_bytes, xsave_bytes, tsc_khz, cpuid, devices.
-    State: vcpus first, each mp_state, regs, sregs, xsave and more.
-    """
+    named: bool  # whether records are maps, or lists
+    xsave_bytes: int | str
+    tsc_khz: int | str
+    cpuid: int | str
+    vcpus: int | str
+    xsave: int | str
+
+
+KEYS = {2: Keys(False, 4, 5, 6, 0, 3), 3: Keys(True, "xsave_bytes", "tsc_khz", "cpuid", "vcpus", "xsave")}
+LEAF = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
+
+
+def _adapt(raw: bytes, keys: Keys) -> bytes:
+    """Put this host's processor into a stream whose records have these keys."""
     parts = Parts(raw)
     here = _processor()
     header = msgpack.unpackb(parts.header, unicode_errors="surrogateescape")
-    header[4], header[5], header[6] = here.xsave_bytes, here.tsc_khz, here.cpuid
+    header[keys.xsave_bytes], header[keys.tsc_khz] = here.xsave_bytes, here.tsc_khz
+    header[keys.cpuid] = [dict(zip(LEAF, leaf, strict=True)) if keys.named else leaf for leaf in here.cpuid]
     parts.header = msgpack.packb(header, unicode_errors="surrogateescape")
 
     def adapted(body: bytes) -> bytes:
         state = msgpack.unpackb(body)
         length = max(here.xsave_bytes, 4096)
-        for vcpu in state[0]:
-            vcpu[3] = vcpu[3][:length].ljust(length, b"\0")
+        for vcpu in state[keys.vcpus]:
+            vcpu[keys.xsave] = vcpu[keys.xsave][:length].ljust(length, b"\0")
         packed: bytes = msgpack.packb(state)
         return packed
 
     parts.sections = [(kind, adapted(body) if kind == STATE else body) for kind, body in parts.sections]
     return parts.joined()
-
-
-ADAPT: dict[int, Callable[[bytes], bytes]] = {2: _adapt_2}
 
 
 class Processor(NamedTuple):
@@ -236,8 +250,7 @@ def _processor() -> Processor:
         stack.callback(vm.close)
         vcpu = vm.create_vcpu(0)
         stack.callback(vcpu.close)
-        names = [field[0] for field in kvm_cpuid_entry2._fields_[:7]]  # the rest is padding
-        table = [[getattr(leaf, name) for name in names] for leaf in system.supported_cpuid()]
+        table = [[getattr(leaf, name) for name in LEAF] for leaf in system.supported_cpuid()]
         return Processor(vcpu.xsave_bytes, vcpu.get_tsc_khz(), table)
 
 
