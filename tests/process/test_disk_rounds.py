@@ -131,7 +131,7 @@ def test_write_that_failed_or_was_discarded_is_undecided_until_it_is_read() -> N
     model.begin(ZERO, [(1, 1)])
     assert model.allowed(0) == {1, 2}
     assert model.allowed(1) == {ZERO, 1}
-    half = written(2, 0)[:256] + written(1, 0)[256:]
+    half = written(2, 0)[:255] + written(1, 0)[255:]
     assert model.read(0, half + bytes(SECTOR)) is None
     assert model.read(0, bytes(SECTOR)) == 0
     assert model.read(0, written(2, 0)) is None
@@ -151,6 +151,10 @@ def test_overwriting_what_is_there_needs_no_room() -> None:
     model = model.settled(written(1, 0) + written(1, 1) + bytes(2 * SECTOR))
     assert model.holds_data([(0, 2)])
     model.begin(ZERO, [(1, 1)])
+    assert not DiskModel(bytes(SECTOR)).holds_data([(0, 1)])
+    lost = DiskModel(bytes(SECTOR))
+    lost.succeed(lost.begin(1, [(0, 1)]))
+    assert not lost.settled(bytes(SECTOR), killed=True).holds_data([(0, 1)])
 
     assert model.holds_data([(0, 1)])
     assert not model.holds_data([(1, 1)])

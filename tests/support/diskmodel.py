@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 SECTOR = 512
 ANY, START, ZERO = -2, -1, 0
-WORD = 16  # a write that failed may have been done in part; what is compared then are words of this size
 
 _words = struct.Struct("<QQ")
 
@@ -19,7 +18,7 @@ _words = struct.Struct("<QQ")
 def written(number: int, sector: int, count: int = 1) -> bytes:
     """Return what a write puts into some sectors."""
     numbers = range(number << 40 | sector, (number << 40 | sector) + count)
-    return b"".join([_words.pack(word, ~word & (1 << 64) - 1) * (SECTOR // WORD) for word in numbers])
+    return b"".join([_words.pack(word, ~word & (1 << 64) - 1) * (SECTOR // _words.size) for word in numbers])
 
 
 class Change:
@@ -126,10 +125,9 @@ class DiskModel:
         candidates = [self.content(value, sector) for value in values]
         if data in candidates:
             return True
-        # Of several values each word may have any: that of a write that stopped in the middle.
+        # Of several values each byte may be of any: a write may have stopped in the middle.
         return len(candidates) > 1 and all(
-            any(data[at : at + WORD] == candidate[at : at + WORD] for candidate in candidates)
-            for at in range(0, SECTOR, WORD)
+            byte in bytes_there for byte, *bytes_there in zip(data, *candidates, strict=True)
         )
 
     def holds_data(self, ranges: Sequence[tuple[int, int]]) -> bool:
@@ -176,11 +174,11 @@ class DiskModel:
                 if not self._is_one_of(values, sector, data[sector * SECTOR : (sector + 1) * SECTOR]):
                     yield sector
 
-    def settled(self, data: bytes) -> "DiskModel":
+    def settled(self, data: bytes, *, killed: bool = False) -> "DiskModel":
         """Return the model of the disk's next life, from what it was found to hold."""
         after = DiskModel(data)
         for start, end, changes in self.parts(0, min(self.sectors, after.sectors)):
-            values = self._values(changes)
+            values = self._values(changes, killed=killed)
             if ANY in values:
                 after.begin(ANY, [(start, end - start)])
             elif max(values) > 0 and len(values) == 1:

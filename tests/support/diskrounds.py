@@ -479,7 +479,7 @@ class Run:
         for sector in self.model.compare(found, killed=killed):
             data = found[sector * SECTOR : (sector + 1) * SECTOR]
             raise self._wrong("after the end", sector, data, killed=killed)
-        self.model = self.model.settled(found)
+        self.model = self.model.settled(found, killed=killed)
 
     def _read_back(self) -> bytes:
         """Return what the disk holds: what QEMU reads, which has to be what our own code reads."""
@@ -581,6 +581,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cell", default="", help="leave out what has not this word in its cell's name")
     chosen = parser.parse_args(arguments)
     if chosen.shrink:
+        if not fails(chosen.seed, frozenset(step.number for step in Plan(chosen.seed).steps)):
+            print(f"seed {chosen.seed} does not fail")
+            return 0
         steps = sorted(shrink(chosen.seed))
         print(fails(chosen.seed, frozenset(steps)))
         print(f"fewest steps: {chosen.seed} --only {','.join(map(str, steps))}")

@@ -13,7 +13,6 @@ from tests.support.images import KIB, MIB
 
 SECTOR = 512
 PAGE = 4 * KIB
-WORD = 16  # the model tells half-done writes apart in steps of so many bytes
 GARBAGE = b"\xdb"
 AMPLE = 512 * MIB  # more than a sequence ever writes; nothing of it is allocated before
 
@@ -157,8 +156,8 @@ class LimitedFile(Storage):
         super().place(made, room)
         length = self.path.stat().st_size
         self.limit = self.choice.randrange(length // 2, length + max(1, room - length) // 2)
-        self.limit -= self.limit % self.choice.choice((WORD, SECTOR, PAGE))
-        self.limit = max(self.limit, -(-length // WORD) * WORD if length < room else 0)
+        self.limit -= self.limit % self.choice.choice((1, SECTOR, PAGE))
+        self.limit = max(self.limit, length if length < room else 0)
 
     def confine(self, pid: int) -> None:
         """See Storage."""
