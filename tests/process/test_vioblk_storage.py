@@ -233,7 +233,7 @@ def test_failed_flush_is_said_once_for_each_change_whatever_else_is_logged_33(
 
 
 def test_flush_that_fails_at_the_end_is_said_and_tried_again_33(start: Callable[..., Rig], tmp_path: Path) -> None:
-    """Hostile input 33: whoever looks for a write that is gone finds why in the log; nothing is damaged."""
+    """Hostile input 33: the log says why a write is gone.  Nothing is damaged."""
     rig = start(empty_qcow2(tmp_path), devmsg.RESOURCE_QCOW2)
     assert write_cluster(rig, 0) == OK
     assert rig.disk.request(FLUSH)[0] == OK

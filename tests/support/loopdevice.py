@@ -42,7 +42,7 @@ class LoopDevice:
             file.write(image.read_bytes())
 
     def resize(self, size: int) -> None:
-        """Make the device longer or shorter, whoever uses it."""
+        """Make the device longer or shorter, while it is in use, too."""
         if size > self.size:
             self._lengthen(size)
         else:

@@ -183,7 +183,7 @@ def left_dirty(path: str) -> str:
 
 
 def named_format(path: str) -> str:
-    """Return "qcow2" for a file that is called *.qcow2: whoever gave it that name has said what it is, as no guest can.
+    """Return "qcow2" for a file that is called *.qcow2.  Its operator gave it that name; a guest cannot.
 
     Other names say nothing for sure.
     """

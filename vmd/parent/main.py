@@ -366,7 +366,7 @@ class Parent(Process):
         vm.one_shot_boot = once or config.boot_device in ONE_SHOT_DEVICES
 
     def note(self, vm: Vm, config: VmConfig, notes: list[str]) -> None:
-        """Log what should be known of a start, and keep it for whoever waits for that."""
+        """Log what should be known of a start, and keep it for the clients that wait for that start."""
         vm.notes = brief_notes(notes)
         where = f"{config.origin}: " if config.origin else ""
         for note in vm.notes:
@@ -786,7 +786,7 @@ class Parent(Process):
         self.network.on_failed(message)
 
     def serve_nics(self, message: NicsRequest, _caller: Caller, envelope: Envelope) -> None:
-        """Describe the devices of a VM; whoever may open the socket sees them, as they see the list."""
+        """Describe the devices of a VM.  Every user of the socket may see them, as they may see the list."""
         self.network.serve(self.vms.get(message.vmid, message.name), envelope.peerid)
 
     def on_devices_reported(self, message: DevicesReported, _envelope: Envelope, _channel: Channel) -> None:

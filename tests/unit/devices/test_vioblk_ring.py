@@ -450,7 +450,7 @@ def test_a_disk_is_settled_once_in_each_pause() -> None:
 
 
 def test_a_disk_that_cannot_be_settled_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The failure is told once; whoever asks again begins another flush."""
+    """The failure is told once.  The next question begins another flush."""
     workers, image = Held(), MemoryDisk(writable=True)
     device = Vioblk(image, Services(), workers)
     device.quiesce(forget=False)

@@ -194,7 +194,7 @@ def test_sector_is_that_of_virtio() -> None:
 
 
 def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
-    """Zeroes complete the sector, for whoever reads it; behind what the file had at first there is nothing else."""
+    """A reader finds zeroes behind the file's last byte, up to the end of the sector."""
     raw.write_bytes(b"a" * 1000)
     image = opened(raw, writable=True, formats=("raw",))
 

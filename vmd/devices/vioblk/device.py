@@ -207,7 +207,7 @@ class Vioblk:
     def settle(self) -> int:
         """Bring what was acknowledged to stable storage while the machine stands still, and say how far that is.
 
-        It may take longer than any answer may, so whoever asks comes again until it is no longer SETTLED_NOT_YET.
+        It may take longer than an answer may.  The VM asks again until the answer is not SETTLED_NOT_YET.
         """
         if not self.image.writable:
             return devmsg.SETTLED
