@@ -340,6 +340,13 @@ class Device:
             if life == self.activations:
                 return packet[devmsg.NEEDS_RESET_HEAD.size :].decode()
 
+    def troubles(self) -> list[str]:
+        """Wait for TROUBLES; return the sentences."""
+        self.wait_for(self.informs.fileno())
+        packet = self.informs.recv(devmsg.PACKET_MAX)
+        assert packet[: devmsg.TYPE.size] == devmsg.TYPE.pack(devmsg.TROUBLES)
+        return packet[devmsg.TYPE.size :].decode().split("\0")
+
     def error(self, channel: socket.socket) -> tuple[int, str]:
         """Return errno and sentence of an ERROR."""
         packet = channel.recv(devmsg.PACKET_MAX)
