@@ -37,6 +37,7 @@ SAMPLES = 9  # at most, of which the quickest counts
 QUICK_NS = 1_500  # quick enough for no other try
 PROMPT_NS = 100_000  # the same, for a timer that is set
 STALE_NS = 5_000_000  # how late a thread may notice that its vCPU has left the guest
+LATE_TRIES, LATE_S = 20, 0.001  # for a host to notice that a timer was due
 NS = 10**9
 MASK_64 = (1 << 64) - 1
 
@@ -115,6 +116,11 @@ class ApicTimer:
         return self[LAPIC_TIMER] & TIMER_MODE == TIMER_PERIODIC
 
     @property
+    def overdue(self) -> bool:
+        """Whether a period is over and no other one has begun: the host is late, and does not say by how much."""
+        return self.periodic and self[LAPIC_INITIAL] > 0 and not self[LAPIC_CURRENT]
+
+    @property
     def tick_ns(self) -> int:
         """How long it takes to count down by one."""
         code = self[LAPIC_DIVIDE]
@@ -137,7 +143,7 @@ class ApicTimer:
         initial, left = self[LAPIC_INITIAL], self[LAPIC_CURRENT]
         if not initial or (not left and not self.periodic):
             return False
-        if not left:  # it waits for the vCPU to run before it begins anew
+        if self.overdue:  # it waits for the vCPU to run before it begins anew
             self[LAPIC_CURRENT] = initial
             return True
         left += span_ns // self.tick_ns
@@ -289,6 +295,11 @@ def _vcpu_clocks(thread: "VcpuThread", moment_ns: int, asked_ns: int) -> tuple[V
 
     tsc = Sample(read_tsc)
     page = Sample(read_page)
+    for _ in range(LATE_TRIES):
+        if not ApicTimer(pages[page.value]).overdue:
+            break
+        time.sleep(LATE_S)
+        page = Sample(read_page)
     deadline = vcpu.get_msrs((MSR_TSC_DEADLINE,)).get(MSR_TSC_DEADLINE)
     later = Sample(read_tsc)
     khz = vcpu.get_tsc_khz()

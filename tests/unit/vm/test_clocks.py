@@ -33,6 +33,7 @@ NS = 10**9
 VECTOR = 0x45
 BY_1, BY_16 = 0x0B, 0x03
 SLOW_NS = 5_000_000  # when the host runs something else in between
+LATE_NS = 7_000_000
 CLOSE_NS = 30_000  # what the quickest readings may be wrong by, several of them together
 
 
@@ -51,6 +52,10 @@ class Host:
     def spend(self) -> None:
         """Do something for a while."""
         self.now_ns += SLOW_NS if self.random.random() < self.busy else self.random.randrange(200, 2000)
+
+    def sleep(self, seconds: float) -> None:
+        """Let it be later."""
+        self.now_ns += round(seconds * NS)
 
     def tsc(self) -> int:
         """Return the host's TSC."""
@@ -201,6 +206,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     """A host."""
     made = Host()
     monkeypatch.setattr(time, "monotonic_ns", made.monotonic_ns)
+    monkeypatch.setattr(time, "sleep", made.sleep)
     return made
 
 
@@ -224,6 +230,39 @@ def test_all_clocks_stop_and_go_on_together(host: Host, seed: int, has_tsc_offse
     assert NS <= spans[1] < 4 * NS  # ten tenths of a second, and what the host spent
     for span in spans if has_tsc_offset else spans[:2]:
         assert abs(span - spans[1]) < 10 * (CLOSE_NS if span in spans[:4] else SLOW_NS)
+
+
+class LateVcpu(Vcpu):
+    """A vCPU whose host takes its time to notice that the timer was due, and says meanwhile that nothing is left."""
+
+    notices_ns = 0
+
+    def get_lapic(self) -> bytes:
+        """Read; KVM computes what is left, in a period that has begun."""
+        timer = ApicTimer(super().get_lapic())
+        if self.target_ns <= self.host.now_ns < self.notices_ns:
+            timer[LAPIC_CURRENT] = 0
+        return bytes(timer.page)
+
+
+@pytest.mark.parametrize(("late_ns", "lost"), [(LATE_NS, False), (1 << 62, True)])
+def test_a_timer_that_the_host_is_late_with(host: Host, late_ns: int, lost: bool) -> None:
+    """It is waited for; where the host never notices, because only the vCPU would, a period begins anew."""
+    host.busy = 0.0
+    vcpu = LateVcpu(host, 0)
+    vcpu.set_timer(TIMER_PERIODIC, 10_000_000)
+    machine = Machine(host, [vcpu])
+    host.now_ns = vcpu.target_ns + 2_000_000
+    vcpu.notices_ns = host.now_ns + late_ns
+    before = host.now_ns - vcpu.target_ns
+
+    taken = machine.stop()
+    stopped_ns = host.now_ns
+    machine.go_on(taken)
+
+    spent_ns = host.now_ns - stopped_ns
+    phase_ns = (host.now_ns - vcpu.target_ns - before) % 10_000_000
+    assert (min(phase_ns, 10_000_000 - phase_ns) > 1_000_000 + spent_ns) is lost
 
 
 def test_processors_stay_in_step(host: Host) -> None:
