@@ -54,7 +54,7 @@ def check(report: str, *interfaces: str) -> None:
     (("virtio legacy",), ("legacy",), ""),
     (("virtio modern",), ("modern",), ""),
     (("virtio memory",), ("modern",), ""),
-    (("virtio transitional",), ("modern",), "mapped"),
+    pytest.param(("virtio transitional",), ("modern",), "mapped", marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_raw_disk(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str, ...], cmdline: str) -> None:
     """All requests, both interfaces, polling, INTx and MSI-X, chains and tables, flags and event indices.

@@ -35,9 +35,12 @@ ROUNDS = 10
 PARTIAL = (ConsoleOutput, TransferProgress)  # how many of them come differs from time to time
 
 
-def each(*names: str) -> pytest.MarkDecorator:
-    """Run a test with every recorded stream, or with those of these names."""
-    return pytest.mark.parametrize(("version", "name"), golden.streams(*names))
+def each(*names: str, deep: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    """Run a test with every recorded stream, or with those of these names; with some in the long rounds only."""
+    return pytest.mark.parametrize(("version", "name"), [
+        pytest.param(version, name, marks=[pytest.mark.deep] if name in deep else [])
+        for version, name in golden.streams(*names)
+    ])  # fmt: skip
 
 
 def test_every_version_is_recorded() -> None:
@@ -100,7 +103,7 @@ def test_clocks_go_on(version: int, name: str) -> None:
     assert (first.tsc - first.up) / first.tsc < 1  # it came up before it was sent
 
 
-@each()
+@each(deep=("clocks", "net"))  # whose devices are those of the others, or none
 def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> None:
     """BARs, capabilities and all else of PCI are where its drivers found them; it has not run in between."""
     with received(version, name, "-p") as vmd:
