@@ -51,8 +51,8 @@ def check(report: str, *interfaces: str) -> None:
 
 @pytest.mark.parametrize(("lines", "interfaces", "cmdline"), [
     (("vcpus 2",), ("modern", "legacy"), ""),
-    (("virtio legacy",), ("legacy",), ""),
-    (("virtio modern",), ("modern",), ""),
+    pytest.param(("virtio legacy",), ("legacy",), "", marks=pytest.mark.deep),
+    pytest.param(("virtio modern",), ("modern",), "", marks=pytest.mark.deep),
     (("virtio memory",), ("modern",), ""),
     pytest.param(("virtio transitional",), ("modern",), "mapped", marks=pytest.mark.deep),
 ])  # fmt: skip

@@ -7,10 +7,12 @@ paths.  Nothing written in there comes back, but for what goes to `/l1`, which i
     python -m tests.l1.machine COMMAND [ARGUMENT ...]      runs a command in it; exits with its status
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +34,9 @@ QEMU = (
     "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm",
     "-display", "none", "-vga", "none", "-nic", "none", "-no-reboot", "-nodefaults", "-no-user-config",
 )  # fmt: skip
-# Once in a few dozen starts the emulator loses an interrupt, and a processor waits for the other for ever; the
-# machine's own kernel notices that and ends it.  (If it was a timer's, it notices nothing: see `stuck`.)  The times
-# are long enough for a busy host.
+# The emulator loses an interrupt now and then.  If it was a timer's, the machine sleeps for ever, unless another
+# interrupt makes the emulator look again (see `_wake`).  If it was one between two processors, the machine's own kernel
+# notices it and ends the machine.  The times are long enough for a busy host.
 WATCHDOGS = "softlockup_panic=1 watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
 # A kernel with one processor trusts the emulated TSC, measures it a second time, and KVM then gives guests no timer if
 # the second result is the higher one (`virtual_tsc_khz` stays 0).
@@ -42,6 +44,7 @@ APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable {WA
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")
 HEARTBEAT = "heartbeat"  # inside the shared folder; touched again and again while all is well
+WAKE_S = 30.0
 STUCK_S = 180.0
 TAIL_LINES = 60
 
@@ -61,23 +64,35 @@ class Machine:
             Path(out, name).unlink(missing_ok=True)
         Path(out, "command").write_text(_script(command))
         Path(out, HEARTBEAT).touch()
+        self.wakes = 0
         self.qemu = self._start(prepare())
+        threading.Thread(target=self._wake, daemon=True).start()
 
     def _start(self, files: tuple[Kernel, Path]) -> subprocess.Popen[bytes]:
         kernel, initrd = files
-        with open(self.out / "qemu-errors", "wb") as errors:
+        with open(self.out / "qemu-errors", "wb") as errors, open(self.out / "output", "wb") as output:
             return subprocess.Popen(
                 [
                     *PRIORITY, "timeout", "--kill-after=5", str(self.limit_s), *QEMU,
                     "-smp", str(VCPUS), "-m", str(MEMORY_MIB),
                     "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", APPEND,
-                    "-serial", f"file:{self.out}/console", "-serial", f"file:{self.out}/output",
+                    "-serial", f"file:{self.out}/console", "-serial", "stdio",
                     "-virtfs", _share("host", Path("/"), "readonly=on,multidevs=remap"),
                     "-virtfs", _share("modules", kernel.root / "lib/modules", "readonly=on"),
                     "-virtfs", _share("out", self.out, "multidevs=remap"),
                 ],
-                stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+                stdin=subprocess.PIPE, stdout=output, stderr=errors,
             )  # fmt: skip
+
+    def _wake(self) -> None:
+        """Send the machine an interrupt, a character on its second serial port, whenever it has been silent."""
+        assert self.qemu.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.qemu.stdin as line:
+            while not self.ended(WAKE_S / 4):
+                if self.silent_s() > WAKE_S:
+                    line.write(b"\0")
+                    line.flush()
+                    self.wakes += 1
 
     def ended(self, timeout_s: float) -> bool:
         """Wait at most so long; return whether the machine is off."""
@@ -87,9 +102,13 @@ class Machine:
             return False
         return True
 
+    def silent_s(self) -> float:
+        """Return how long ago the machine, which still runs, has given a sign of life."""
+        return time.time() - Path(self.out, HEARTBEAT).stat().st_mtime
+
     def stuck(self) -> bool:
-        """Return whether the machine, which still runs, has given no sign of life for long."""
-        return time.time() - Path(self.out, HEARTBEAT).stat().st_mtime > STUCK_S
+        """Return whether that was too long ago."""
+        return self.silent_s() > STUCK_S
 
     def status(self) -> int:
         """Return the exit status of the command, once the machine is off; L1Error if it has none."""

@@ -73,6 +73,7 @@ class OutsideL1:
         self.machine: Machine | None = None
         self.failure = ""
         self.restarts: list[str] = []  # why
+        self.wakes = 0  # of machines that are off
         self.over = False  # nothing more will be reported
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -128,6 +129,7 @@ class OutsideL1:
         rest = [nodeid for nodeid in wanted if not self._complete(nodeid)]
         reports = self._read()
         spoilt = [nodeid for nodeid in rest if _broken(reports.get(nodeid, []))]
+        self.wakes += self.machine.wakes
         if not rest or len(self.restarts) == RESTARTS or not (spoilt or stuck or self.machine.died()):
             return True
         why = "it was stuck" if stuck else "it died"
@@ -144,6 +146,9 @@ class OutsideL1:
         for why in self.restarts:
             terminalreporter.section("THE EMULATED MACHINE WAS STARTED AGAIN", "!", red=True, bold=True)
             terminalreporter.write_line(why)
+        if self.wakes:
+            terminalreporter.section("the emulated machine")
+            terminalreporter.write_line(f"fell asleep with work to do, and was woken by {self.wakes} interrupts")
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind when the run was interrupted."""

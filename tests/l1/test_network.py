@@ -272,6 +272,7 @@ def test_switches_and_their_sizes(lab: Lab) -> None:
         assert {counts[name] for name in ("FragCreates", "ReasmReqds")} == {"0"}
 
 
+@pytest.mark.deep
 def test_a_locked_guest_that_changes_its_address(lab: Lab) -> None:
     """Nothing that it says is heard, and it hears nothing that is not for it; with its own address all is well."""
     guest, other = lab.new, lab.old
@@ -301,6 +302,7 @@ def test_a_locked_guest_that_changes_its_address(lab: Lab) -> None:
     assert guest.tried(ping)[1] == 0
 
 
+@pytest.mark.deep
 def test_figures_are_true(lab: Lab) -> None:
     """What vmctl counts is what the guest counts, in packets and bytes."""
     for guest in lab.guests:
@@ -316,6 +318,7 @@ def test_figures_are_true(lab: Lab) -> None:
         assert third["rx_packets"] - second["rx_packets"] >= 20
 
 
+@pytest.mark.deep
 def test_frames_are_finished_by_the_host_or_not(lab: Lab) -> None:
     """TCP in frames of up to 64 KiB and, with `csum=0 gso=0` for the driver, in those that a wire takes; both right."""
     for guest, size in ((lab.old, SMALL), (lab.new, LARGE)):
@@ -369,6 +372,7 @@ def ipxe_script(name: str, *commands: str) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
+@pytest.mark.deep
 def test_ipxe(tmp_path: Path) -> None:
     """A driver that is not Linux's boots from the network, by either registers: a lease, TFTP and HTTP."""
     first = ipxe_script(

@@ -155,7 +155,8 @@ def test_grub_on_a_raw_disk(media: Bootable, tmp_path: Path) -> None:
         assert vmd.wait_state("raw", "stopped")["text"] == "powered off by the guest"
 
 
-@pytest.mark.parametrize("mode", ["transitional", pytest.param("memory", marks=pytest.mark.deep)])
+@pytest.mark.deep
+@pytest.mark.parametrize("mode", ["transitional", "memory"])
 def test_grub_on_a_cd(mode: str, media: Bootable, tmp_path: Path) -> None:
     """`boot device cdrom` prefers the disc to a disk, which is there all the same; a reboot ends the VM.
 
@@ -181,6 +182,7 @@ def test_grub_on_a_cd(mode: str, media: Bootable, tmp_path: Path) -> None:
         assert vmd.wait_state("cd", "stopped")["text"] == "reset by the guest"
 
 
+@pytest.mark.deep
 def test_linux_modern_with_msix(media: Bootable, linux: LinuxGuest, tmp_path: Path) -> None:
     """Modern registers, MSI-X: a raw disk with ext4 survives a kill, the CD and the entropy device are read.
 
@@ -215,6 +217,7 @@ def test_linux_modern_with_msix(media: Bootable, linux: LinuxGuest, tmp_path: Pa
     assert md5(ext4.read(disk, "/kept")) == digest
 
 
+@pytest.mark.deep
 def test_grub_and_linux_on_a_qcow2_chain_with_all_slots_full(media: Bootable, tmp_path: Path) -> None:
     """Legacy registers, INTx: GRUB and the kernel it loads find their files in three layers, among every other device.
 

@@ -163,6 +163,7 @@ vm "a" {{
         assert ours(host) == []
 
 
+@pytest.mark.deep
 def test_a_guest_at_work_is_sent(traveller: Traveller) -> None:
     """`vmctl pause a`, `vmctl unpause a`, `vmctl send a | vmctl receive b`."""
     for command in ("pause", "unpause"):

@@ -33,6 +33,7 @@ def routes(network: Network, table: int) -> str:
     )
 
 
+@pytest.mark.deep
 def test_a_vrf_is_made_and_removed(network: Network) -> None:
     """It is shared, ends in "unreachable", holds the interface's routes, and goes with its last user."""
     with Priv(network) as priv:
@@ -120,6 +121,7 @@ def test_what_a_killed_priv_left(network: Network) -> None:
                 assert "unreachable" not in routes(network, 3) + routes(network, 7)
 
 
+@pytest.mark.deep
 def test_the_whole_way_from_vm_conf(network: Network, linux: LinuxGuest, tmp_path: Path) -> None:
     """`rdomain` of an interface and of a switch, NAT switched on, and everything gone at the end."""
     conf = f"""

@@ -20,7 +20,7 @@ from vmd.privsep.spawn import Child, spawn
 from vmd.virtio import spec
 
 KIB, MIB = 1 << 10, 1 << 20
-DEADLINE_S = 20.0  # a watchdog; nothing is expected to take so long
+DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 INDIRECT_DESC, EVENT_IDX = 1 << spec.VIRTIO_F_RING_INDIRECT_DESC, 1 << spec.VIRTIO_F_RING_EVENT_IDX

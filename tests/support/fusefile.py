@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 DEVICE = "/dev/fuse"
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, RELEASE, FSYNC = 1, 2, 3, 4, 14, 15, 16, 18, 20
 INIT, INTERRUPT, FALLOCATE, BATCH_FORGET = 26, 36, 43, 42

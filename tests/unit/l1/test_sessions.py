@@ -18,6 +18,7 @@ class BrokenMachine(Machine):
 
     def __init__(self) -> None:
         self.looked = 0
+        self.wakes = 0
 
     def ended(self, timeout_s: float) -> bool:
         """It is off."""
@@ -233,3 +234,20 @@ def test_a_machine_without_a_sign_of_life_is_stuck(tmp_path: Path) -> None:
     os.utime(beat, (0, time.time() - STUCK_S - 1))
 
     assert Machine.stuck(machine)
+
+
+def test_a_silent_machine_is_sent_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the machine is a program that ends at the first character it gets."""
+    monkeypatch.setattr("tests.l1.machine.WAKE_S", 0.04)
+    machine = BrokenMachine()
+    machine.out = tmp_path
+    (tmp_path / HEARTBEAT).touch()
+    os.utime(tmp_path / HEARTBEAT, (0, time.time() - 1))
+    with open(tmp_path / "got", "wb") as got:
+        machine.qemu = subprocess.Popen(["head", "-c1"], stdin=subprocess.PIPE, stdout=got)
+    monkeypatch.setattr(machine, "ended", lambda timeout_s: Machine.ended(machine, timeout_s))
+
+    machine._wake()
+
+    assert (tmp_path / "got").read_bytes() == b"\0"
+    assert machine.wakes >= 1
