@@ -21,8 +21,8 @@ COMPLAINTS = "stall|lockup|unstable|i/o error|lost|hung|call trace|oops"
 # Written, and read back from the disk; what differs is noted.
 WORK = (
     "(i=0; while [ ! -e /stop ]; do i=$((i+1)); dd if=/dev/urandom of=/d/file bs=64k count=8; a=$(md5sum </d/file);"
-    ' sync; echo 3 >/proc/sys/vm/drop_caches; [ "$a" = "$(md5sum </d/file)" ] || echo $i >>/bad; echo $i >/now; mv /now /done; done)'
-    " >/dev/null 2>&1 &"
+    ' sync; echo 3 >/proc/sys/vm/drop_caches; [ "$a" = "$(md5sum </d/file)" ] || echo $i >>/bad;'
+    " echo $i >/now; mv /now /done; done) >/dev/null 2>&1 &"
 )
 
 

@@ -30,6 +30,7 @@ NAME = "files.world.example"
 SINK_PORT = 9
 
 SMALL, LARGE = 5, 100  # MiB
+TRIES = 5
 MTUS = {"eth1": 1500, "eth2": 9000, "eth3": 16384}
 IPXE = Path("/usr/lib/ipxe/ipxe.iso")
 OLD, NEW = 1, 2  # vm ids, and last bytes of addresses
@@ -323,10 +324,14 @@ def test_frames_are_finished_by_the_host_or_not(lab: Lab) -> None:
     """TCP in frames of up to 64 KiB and, with `csum=0 gso=0` for the driver, in those that a wire takes; both right."""
     for guest, size in ((lab.old, SMALL), (lab.new, LARGE)):
         guest.leases()
-        received, sent = guest.moves(size)
-        print(f"{guest.name}: on average {received:.0f} bytes in a received frame, {sent:.0f} in a sent one")
-        assert received > 1514
-        assert sent > 1514
+        longest_received = longest_sent = 0.0
+        for _ in range(TRIES):  # a sender that is slowed down makes short frames
+            received, sent = guest.moves(size)
+            print(f"{guest.name}: on average {received:.0f} bytes in a received frame, {sent:.0f} in a sent one")
+            longest_received, longest_sent = max(longest_received, received), max(longest_sent, sent)
+            if min(longest_received, longest_sent) > 1514:
+                break
+        assert min(longest_received, longest_sent) > 1514
         guest.run("rmmod virtio_net && insmod /modules/virtio_net.ko csum=0 gso=0")
         guest.leases()
         received, sent = guest.moves(SMALL)
