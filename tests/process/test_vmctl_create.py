@@ -1,5 +1,6 @@
 """vmctl create as its user sees it: the real program, on a terminal, interrupted, and on a disk that is full."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "vmctl", "create"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 DEADLINE_S = 60.0
+SETTLED_MS = 100
 
 
 @pytest.fixture
@@ -49,11 +51,13 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         if full:
             os.set_blocking(slave, False)
-            try:
-                while True:
-                    os.write(slave, b"#")
-            except BlockingIOError:
-                os.set_blocking(slave, True)  # whoever writes next waits until somebody reads
+            room = select.poll()
+            room.register(slave, select.POLLOUT)
+            while room.poll(SETTLED_MS):  # the kernel passes on what was written, and has room once more
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(slave, b"#")
+            os.set_blocking(slave, True)  # whoever writes next waits until somebody reads
         self.program = subprocess.Popen(
             [*COMMAND, *arguments], cwd=folder, env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave
         )
