@@ -44,8 +44,8 @@ APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable {WA
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")
 HEARTBEAT = "heartbeat"  # inside the shared folder; touched again and again while all is well
-WAKE_S = 30.0
-STUCK_S = 180.0
+WAKE_S = 30.0  # without a touch: it may be asleep
+STUCK_S = 180.0  # ... and nothing wakes it
 TAIL_LINES = 60
 
 
@@ -107,7 +107,7 @@ class Machine:
         return time.time() - Path(self.out, HEARTBEAT).stat().st_mtime
 
     def stuck(self) -> bool:
-        """Return whether that was too long ago."""
+        """Return whether the machine, which still runs, has given no sign of life for too long."""
         return self.silent_s() > STUCK_S
 
     def status(self) -> int:

@@ -148,7 +148,7 @@ class OutsideL1:
             terminalreporter.write_line(why)
         if self.wakes:
             terminalreporter.section("the emulated machine")
-            terminalreporter.write_line(f"fell asleep with work to do, and was woken by {self.wakes} interrupts")
+            terminalreporter.write_line(f"it was silent for long, and was sent {self.wakes} interrupts to wake it")
 
     def pytest_unconfigure(self) -> None:
         """Leave nothing behind when the run was interrupted."""

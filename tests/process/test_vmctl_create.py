@@ -57,7 +57,7 @@ class Terminal:
                 with contextlib.suppress(BlockingIOError):
                     while True:
                         os.write(slave, b"#")
-            os.set_blocking(slave, True)  # whoever writes next waits until somebody reads
+            os.set_blocking(slave, True)  # the next write waits until the other side is read
         self.program = subprocess.Popen(
             [*COMMAND, *arguments], cwd=folder, env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave
         )

@@ -295,7 +295,7 @@ def _vcpu_clocks(thread: "VcpuThread", moment_ns: int, asked_ns: int) -> tuple[V
 
     tsc = Sample(read_tsc)
     page = Sample(read_page)
-    for _ in range(LATE_TRIES):
+    for _ in range(LATE_TRIES):  # KVM has no file that would tell when it has noticed
         if not ApicTimer(pages[page.value]).overdue:
             break
         time.sleep(LATE_S)
