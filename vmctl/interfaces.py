@@ -22,6 +22,19 @@ SEND_DROPS = (
     ("tx_link_down", "while the link was down"),
     ("tx_busy", "the host was busy"),
 )
+# Why requests of DHCP were not answered.
+UNANSWERED = (
+    ("dhcp_other_server", "for another server"),
+    ("dhcp_other_address", "about another address"),
+    ("dhcp_other_client", "from another Ethernet address"),
+    ("dhcp_declines", "to decline the address: the guest says that somebody else has it"),
+    ("dhcp_no_address", "without an address"),
+    ("dhcp_unknown_type", "of unknown type"),
+    ("dhcp_malformed", "malformed"),
+    ("dhcp_relayed", "through a relay"),
+    ("dhcp_wants_file", "for a boot file"),
+    ("dhcp_too_long", "with too long a client identifier"),
+)
 
 
 def describe(vm_name: str, nic: NicInfo) -> list[str]:
@@ -47,6 +60,9 @@ def describe(vm_name: str, nic: NicInfo) -> list[str]:
         return [*lines, "    no counters: its process has not answered"]
     if nic.local:
         lines.append(f"    {lease_words(figures)}")
+        unanswered = counted_words(figures, UNANSWERED)
+        if unanswered:
+            lines.append(f"    DHCP requests not answered: {unanswered}")
     lines.append(f"    received {traffic_words(figures, 'rx', RECEIVE_DROPS)}")
     lines.append(f"    sent {traffic_words(figures, 'tx', SEND_DROPS)}")
     return lines
@@ -65,7 +81,7 @@ def address_words(nic: NicInfo) -> str:
 def lease_words(figures: dict[str, int]) -> str:
     """Return whether the guest has got its address from us."""
     if not figures["lease_s"]:
-        return "no lease given"
+        return "lease released" if figures.get("dhcp_releases") else "no lease given"
     try:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(figures["lease_s"]))
     except (OverflowError, ValueError, OSError):
@@ -76,8 +92,13 @@ def lease_words(figures: dict[str, int]) -> str:
 def traffic_words(figures: dict[str, int], direction: str, drops: tuple[tuple[str, str], ...]) -> str:
     """Return what went one way, and what was dropped on it."""
     words = f"{figures[direction + '_packets']} packets, {figures[direction + '_bytes']} bytes"
-    dropped = [f"{figures[name]} {why}" for name, why in drops if figures[name]]
-    return f"{words}; dropped {', '.join(dropped)}" if dropped else words
+    dropped = counted_words(figures, drops)
+    return f"{words}; dropped {dropped}" if dropped else words
+
+
+def counted_words(figures: dict[str, int], reasons: tuple[tuple[str, str], ...]) -> str:
+    """Return how often each of these happened, and nothing of what did not."""
+    return ", ".join(f"{figures[name]} {why}" for name, why in reasons if figures.get(name))
 
 
 def as_json(nic: NicInfo) -> dict[str, object]:

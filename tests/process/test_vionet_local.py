@@ -31,6 +31,7 @@ from tests.support.packets import (
     ACK,
     ALL4,
     ANY4,
+    DECLINE,
     DISCOVER,
     GUEST4,
     HOST4,
@@ -38,6 +39,7 @@ from tests.support.packets import (
     LLADDR,
     NAK,
     OFFER,
+    RELEASE,
     REQUEST,
     Answer,
     any_frame,
@@ -50,6 +52,7 @@ from tests.support.packets import (
     solicitation,
     udp,
 )
+from vmd.devices.vionet.dhcp import REASONS
 from vmd.ipc import devmsg
 from vmd.virtio import spec
 
@@ -163,9 +166,27 @@ def test_guest_gets_its_lease(nic: Nic, features: int) -> None:
     assert {name: after[name] - before[name] for name in after if name.startswith(("dhcp", "tx"))} == {
         "tx_packets": 0, "tx_bytes": 0, "tx_short": 0, "tx_long": 0, "tx_spoofed": 0, "tx_refused": 0,
         "tx_link_down": 0, "tx_busy": 0, "tx_answered": 5,
-        "dhcp_offers": 1, "dhcp_acks": 2, "dhcp_naks": 1, "dhcp_bootp": 1,
+        "dhcp_offers": 1, "dhcp_acks": 2, "dhcp_naks": 1, "dhcp_bootp": 1, **dict.fromkeys(REASONS, 0),
     }  # fmt: skip
     assert abs(after["lease_s"] - time.time()) < 3600
+
+
+def test_requests_that_are_not_answered_are_counted(nic: Nic) -> None:
+    """By their reasons; they go on to the host, and a guest that gives its address back has none."""
+    ask(nic, dhcp(REQUEST))
+    before = nic.driver.counters()
+    frames = (
+        dhcp(REQUEST, requested=GUEST4, more=option(54, bytes((10, 0, 0, 1)))), dhcp(DECLINE, requested=GUEST4),
+        dhcp(99), request(bootp(b"\x0c\xff", size=0) + bytes(50)), dhcp(RELEASE, ciaddr=GUEST4),
+    )  # fmt: skip
+    assert all(passed(nic, frame) for frame in frames)
+
+    after = nic.driver.counters()
+    assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {
+        "dhcp_other_server": 1, "dhcp_declines": 1, "dhcp_unknown_type": 1, "dhcp_malformed": 1, "dhcp_releases": 1,
+        "tx_packets": 10, "tx_bytes": after["tx_bytes"] - before["tx_bytes"],
+        "lease_s": -before["lease_s"],
+    }  # fmt: skip
 
 
 def test_lease_record_says_what_was_asked_for(nic: Nic) -> None:

@@ -78,10 +78,12 @@ def request(body: bytes, *, source: bytes = ANY4, destination: bytes = ALL4) -> 
     return ethernet(ipv4(udp(body, source, destination), 17, source, destination), 0x0800)
 
 
-def dhcp(kind: int, *, requested: bytes = b"", more: bytes = b"", ciaddr: bytes = ANY4, flags: int = 0) -> bytes:
+def dhcp(
+    kind: int, *, requested: bytes = b"", more: bytes = b"", ciaddr: bytes = ANY4, flags: int = 0, size: int = 300
+) -> bytes:
     """Return a DHCP request's frame."""
     options = option(53, bytes((kind,))) + (option(50, requested) if requested else b"") + more + b"\xff"
-    return request(bootp(options, ciaddr=ciaddr, flags=flags))
+    return request(bootp(options, ciaddr=ciaddr, flags=flags, size=size))
 
 
 class Answer:

@@ -116,6 +116,18 @@ COUNTER_NAMES = (
     "tx_answered",             # taken by DHCP or router advertisement
     "dhcp_offers", "dhcp_acks", "dhcp_naks", "dhcp_bootp", "ra_sent",
     "lease_s", "lease_requested",
+    # requests of DHCP and BOOTP that were not answered, and went on to the tap:
+    "dhcp_other_server",       # for another server
+    "dhcp_other_address",      # about an address that is not the guest's
+    "dhcp_other_client",       # from another Ethernet address
+    "dhcp_declines",           # DECLINE: the guest has found somebody else with its address
+    "dhcp_releases",           # RELEASE
+    "dhcp_no_address",         # INFORM that says no address
+    "dhcp_unknown_type",       # of a type that no client sends
+    "dhcp_malformed",          # wrong sums, lengths or options
+    "dhcp_relayed",            # came through a relay
+    "dhcp_wants_file",         # BOOTP for a certain boot file
+    "dhcp_too_long",           # the answer would be longer than the client takes
 )  # fmt: skip
 COUNTERS_BODY = Struct(f"<I4x{len(COUNTER_NAMES)}Q")
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmd.devices.vionet.dhcp import REASONS, RELEASED
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.messages import End, Failed, ListRequest, NicInfo, NicsRequest, TroubleInfo, VmInfo
 
@@ -251,6 +252,21 @@ def test_a_lease(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     assert "    lease given 1970-01-0" in vmctl("show", "-v")[1]
     with_nics(daemon, nic(local=True, counters=counters(lease_s=(1 << 64) - 1)))
     assert "    lease given\n" in vmctl("show", "-v")[1]
+    with_nics(daemon, nic(local=True, counters=counters(dhcp_releases=1)))
+    assert "    lease released\n" in vmctl("show", "-v")[1]
+
+
+def test_requests_of_dhcp_that_were_not_answered(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Each reason has its words, and the line is there only if there were such."""
+    reasons = {name: number for number, name in enumerate(REASONS, 1) if name != RELEASED}
+    with_nics(daemon, nic(local=True, counters=counters(**reasons)))
+    shown = vmctl("show", "-v")[1]
+
+    (line,) = [line for line in shown.splitlines() if "not answered" in line]
+    assert line.startswith("    DHCP requests not answered: 1 for another server, ")
+    assert line.count(", ") == len(reasons) - 1
+    with_nics(daemon, nic(local=True, counters=counters()))
+    assert "not answered" not in vmctl("show", "-v")[1]
 
 
 def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:

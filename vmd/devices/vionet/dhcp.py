@@ -1,12 +1,13 @@
-"""The DHCP and BOOTP server of a `local interface`: one guest, one address, no state (*cat. 7.3*; RFC 951, 2131).
+"""The DHCP and BOOTP server of a `local interface`: one guest, one address, no state (RFC 951, 2131, 3396, 6842).
 
-Bytes in, bytes or None out.  A packet is checked as a whole, link layer to last option, before any of it is believed;
-what is not a client's request to us goes on to the tap.
+Bytes in; an answer out, or the reason why there is none.  A packet is checked as a whole, link layer to last option,
+before any of it is believed; what is not answered goes on to the tap.
 
-Unlike vmd: a client that renews its lease, and so says which address it has, is answered too; the address that counts
-then is the one it has.  What a client can only hear as a broadcast, because it asked for that or because its address
-is refused, is one for IP.  Nothing that came through a relay is for us.  A request may be shorter than BOOTP's 300
-bytes: clients of today do not pad.
+What is answered depends on four things: the message type, ciaddr (an address that the client uses already), option 50
+(an address that it asks for) and option 54 (the server that it means).  RFC 2131 has the rules in table 4 and section
+4.3.  Unlike the RFC, a request that names no address at all gets the one that there is: vmd (*cat. 7.3*) does so too.
+
+A request may be shorter than BOOTP's 300 bytes: clients of today do not pad.
 """
 
 from struct import Struct
@@ -22,7 +23,7 @@ from vmd.devices.vionet.ethernet import (
     checksum,
     sum_is_right,
 )
-from vmd.devices.vionet.interface import MTU_USUAL
+from vmd.devices.vionet.interface import MTU_USUAL, given
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,146 +44,242 @@ LOW_DELAY, TTL = 0x10, 16
 EVERYWHERE = b"\xff" * 4
 
 PAD, MASK, ROUTER, DNS, HOST_NAME, INTERFACE_MTU = 0, 1, 3, 6, 12, 26
-REQUESTED_ADDRESS, LEASE_TIME, MESSAGE_TYPE, SERVER_ID, END = 50, 51, 53, 54, 255
-DISCOVER, OFFER, REQUEST, ACK, NAK = 1, 2, 3, 5, 6
+REQUESTED_ADDRESS, LEASE_TIME, OVERLOAD, MESSAGE_TYPE, SERVER_ID = 50, 51, 52, 53, 54
+MESSAGE, MAX_MESSAGE, CLIENT_ID, END = 56, 57, 61, 255
+OVERLOAD_FILE, OVERLOAD_SNAME = 1, 2  # bits of OVERLOAD: that field has options, too
+DISCOVER, OFFER, REQUEST, DECLINE, ACK, NAK, RELEASE, INFORM = range(1, 9)
+BOOTP_TYPE = 0  # stands for the message type that BOOTP does not have
 NETMASK = bytes((255, 255, 255, 254))
 FOR_EVER = b"\xff" * 4
 BOOT_FILE = b"auto_install"
 HOST_NAME_MAX, LABEL_MAX = 255, 63
+OPTION_MAX = 255  # bytes of one option; a longer value is several (RFC 3396)
+DATAGRAM_MIN = 576  # bytes of an IP datagram that every client takes (RFC 2131, 2)
+NAK_TEXT = b"this network has another address for you"
+
+# Why a request is not answered; these are names of `devmsg.COUNTER_NAMES`.
+OTHER_SERVER = "dhcp_other_server"
+OTHER_ADDRESS = "dhcp_other_address"
+OTHER_CLIENT = "dhcp_other_client"
+DECLINED = "dhcp_declines"
+RELEASED = "dhcp_releases"
+NO_ADDRESS = "dhcp_no_address"
+UNKNOWN_TYPE = "dhcp_unknown_type"
+MALFORMED = "dhcp_malformed"
+RELAYED = "dhcp_relayed"
+WANTS_FILE = "dhcp_wants_file"
+TOO_LONG = "dhcp_too_long"
+REASONS = (
+    OTHER_SERVER, OTHER_ADDRESS, OTHER_CLIENT, DECLINED, RELEASED, NO_ADDRESS, UNKNOWN_TYPE, MALFORMED, RELAYED,
+    WANTS_FILE, TOO_LONG,
+)  # fmt: skip
 
 
-class Reply:
-    """An answer: `kind` is OFFER, ACK, NAK or 0 for BOOTP; `requested` the address the client wanted, or nothing."""
+class Unanswered(Exception):
+    """A request that gets no answer; `reason` is one of REASONS."""
 
-    __slots__ = ("frame", "kind", "requested")
-
-    def __init__(self, kind: int, requested: bytes, frame: bytes) -> None:
-        self.kind = kind
-        self.requested = requested
-        self.frame = frame
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class Request:
     """What counts of a checked request."""
 
-    __slots__ = ("ciaddr", "flags", "kind", "requested", "xid")
+    __slots__ = ("ciaddr", "client_id", "flags", "kind", "limit", "requested", "server", "source", "xid")
 
-    def __init__(self, xid: int, flags: int, ciaddr: bytes, kind: int, requested: bytes) -> None:
+    def __init__(self, xid: int, flags: int, ciaddr: bytes, source: bytes, options: dict[int, bytes]) -> None:
+        """`source` is the sender's IP address.  Raises Unanswered: an option has an impossible length."""
+        for code, lengths in ((MESSAGE_TYPE, (1,)), (REQUESTED_ADDRESS, (4,)), (SERVER_ID, (4,)), (MAX_MESSAGE, (2,))):
+            if code in options and len(options[code]) not in lengths:
+                raise Unanswered(MALFORMED)
         self.xid = xid
         self.flags = flags
-        self.ciaddr = ciaddr
-        self.kind = kind  # 0: BOOTP
-        self.requested = requested
+        self.ciaddr = given(ciaddr)
+        self.source = given(source)
+        self.kind = options[MESSAGE_TYPE][0] if MESSAGE_TYPE in options else BOOTP_TYPE
+        if MESSAGE_TYPE in options and self.kind == BOOTP_TYPE:
+            raise Unanswered(UNKNOWN_TYPE)
+        self.requested = given(options.get(REQUESTED_ADDRESS, b""))
+        self.server = options.get(SERVER_ID, b"")
+        self.client_id = options.get(CLIENT_ID, b"")
+        self.limit = max(DATAGRAM_MIN, int.from_bytes(options.get(MAX_MESSAGE, b""), "big"))
+
+    @property
+    def wanted(self) -> bytes:
+        """The address that the client asks for or uses; empty: any."""
+        return self.requested or self.ciaddr
+
+
+class Reply:
+    """An answer: `kind` is OFFER, ACK, NAK or BOOTP_TYPE; `requested` the address that the client wanted, or nothing.
+
+    `lease`: the guest has its address now.
+    """
+
+    __slots__ = ("frame", "kind", "lease", "requested")
+
+    def __init__(self, request: Request, kind: int, interface: "Interface") -> None:
+        """Raises Unanswered: the answer would be longer than the client can take."""
+        self.kind = kind
+        self.lease = kind in (ACK, BOOTP_TYPE) and request.kind != INFORM
+        self.requested = request.wanted
+        self.frame = build(request, kind, interface)
 
 
 def answer(frame: bytes, interface: "Interface", *, sum_missing: bool = False) -> Reply | None:
-    """Return the answer to an Ethernet frame of the guest, or None if it is not for us.
+    """Return the answer to an Ethernet frame of the guest, or None if it is no DHCP or BOOTP.
 
     `sum_missing`: the guest has left the UDP checksum to its device (VIRTIO_NET_HDR_F_NEEDS_CSUM).
+
+    Raises:
+        Unanswered: it is, and gets no answer.
     """
     request = parse(frame, interface, sum_missing=sum_missing)
-    if request is None:
-        return None
-    kind, requested = decide(request, interface)
-    return Reply(kind, requested, build(request, kind, interface))
+    return None if request is None else Reply(request, decide(request, interface), interface)
 
 
 # --- the request -------------------------------------------------------------------------------------------------
 
 
 def parse(frame: bytes, interface: "Interface", *, sum_missing: bool) -> Request | None:
-    """Check a frame from outside to inside; None if anything about it is wrong, or not a client's."""
+    """Check a frame from outside to inside; None if it is nothing from a client's to a server's port.
+
+    Raises Unanswered.
+    """
     if not HEADER_BYTES <= len(frame) <= FRAME_MAX or frame[TYPE] != IPV4:
         return None
-    if frame[DESTINATION] not in (BROADCAST, interface.host_lladdr) or frame[SOURCE] != interface.lladdr:
+    if frame[DESTINATION] not in (BROADCAST, interface.host_lladdr):
         return None
-    body = unwrap(frame[HEADER_BYTES:], interface, sum_missing=sum_missing)
-    if body is None or len(body) < BOOTP.size:
+    unwrapped = unwrap(frame[HEADER_BYTES:], interface, sum_missing=sum_missing)
+    if unwrapped is None:
         return None
-    op, htype, hlen, hops, xid, _, flags, ciaddr, _, _, giaddr, chaddr, _, file = BOOTP.unpack_from(body)
-    if op != BOOTREQUEST or htype != HTYPE_ETHERNET or hlen != 6 or chaddr[:6] != interface.lladdr:
-        return None
-    if hops or any(giaddr) or file[0]:
-        return None
-    options = parse_options(body[BOOTP.size :])
-    if options is None:
-        return None
-    message, requested = options.get(MESSAGE_TYPE, b""), options.get(REQUESTED_ADDRESS, b"")
-    if len(message) > 1 or (MESSAGE_TYPE in options and not message) or len(requested) not in (0, 4):
-        return None
-    kind = message[0] if message else 0
-    if any(ciaddr) and kind != REQUEST:
-        return None  # it has its address, and wants something that is not ours to give
-    return Request(xid, flags, ciaddr, kind, requested)
+    source, body = unwrapped
+    if frame[SOURCE] != interface.lladdr:
+        raise Unanswered(OTHER_CLIENT)
+    if len(body) < BOOTP.size:
+        raise Unanswered(MALFORMED)
+    op, htype, hlen, hops, xid, _, flags, ciaddr, _, _, giaddr, chaddr, sname, file = BOOTP.unpack_from(body)
+    if op != BOOTREQUEST or htype != HTYPE_ETHERNET or hlen != 6:
+        raise Unanswered(MALFORMED)
+    if hops or any(giaddr):
+        raise Unanswered(RELAYED)
+    if chaddr[:6] != interface.lladdr:
+        raise Unanswered(OTHER_CLIENT)
+    request = Request(xid, flags, ciaddr, source, parse_options(body[BOOTP.size :], file, sname))
+    if request.kind == BOOTP_TYPE and file[0]:
+        raise Unanswered(WANTS_FILE)  # RFC 951: a server that does not have the file says nothing
+    return request
 
 
-def unwrap(packet: bytes, interface: "Interface", *, sum_missing: bool) -> bytes | None:
-    """Return what an IP packet carries from the client's to the server's port."""
+def unwrap(packet: bytes, interface: "Interface", *, sum_missing: bool) -> tuple[bytes, bytes] | None:
+    """Return the sender of an IP packet, and what it carries from the client's to the server's port.
+
+    None if it carries something else, or only a part.  Raises Unanswered.
+    """
     if len(packet) < IP.size:
         return None
     version, _, total, _, fragment, _, protocol, _, source, destination = IP.unpack_from(packet)
     header = (version & 15) * 4
-    if version >> 4 != 4 or header < IP.size or not header + UDP.size <= total <= len(packet):
+    if version >> 4 != 4 or header < IP.size or len(packet) < header + UDP.size:
         return None
-    if not sum_is_right(packet[:header]) or fragment & MORE_FRAGMENTS_OR_OFFSET or protocol != IP_UDP:
+    if protocol != IP_UDP or fragment & MORE_FRAGMENTS_OR_OFFSET:
         return None
-    if destination not in (EVERYWHERE, interface.host4):
+    from_port, to_port, length, udp_sum = UDP.unpack_from(packet, header)
+    if (from_port, to_port) != (CLIENT_PORT, SERVER_PORT):
         return None
+    if not header + UDP.size <= total <= len(packet) or not sum_is_right(packet[:header]):
+        raise Unanswered(MALFORMED)
     datagram = packet[header:total]
-    from_port, to_port, length, udp_sum = UDP.unpack_from(datagram)
-    if (from_port, to_port) != (CLIENT_PORT, SERVER_PORT) or not UDP.size <= length <= len(datagram):
-        return None
+    if not UDP.size <= length <= len(datagram):
+        raise Unanswered(MALFORMED)
     pseudo = source + destination + bytes((0, IP_UDP)) + length.to_bytes(2, "big")
     if udp_sum and not sum_missing and not sum_is_right(pseudo + datagram[:length]):
-        return None
-    return datagram[UDP.size : length]
+        raise Unanswered(MALFORMED)
+    if destination not in (EVERYWHERE, interface.host4):
+        raise Unanswered(OTHER_SERVER)
+    return source, datagram[UDP.size : length]
 
 
-def parse_options(field: bytes) -> dict[int, bytes] | None:
-    """Return the options by their codes; None if one runs past the end, or is there twice.
+def parse_options(field: bytes, file: bytes, sname: bytes) -> dict[int, bytes]:
+    """Return the options by their codes; parts of a long one, wherever they stand, are put together (RFC 3396).
 
-    Without the magic cookie there are none.  Clients of old leave END out.
+    Without the magic cookie there are none.  Raises Unanswered if one runs past the end of its field.
     """
     options: dict[int, bytes] = {}
     if field[: len(COOKIE)] != COOKIE:
         return options
-    at = len(COOKIE)
+    collect_options(field[len(COOKIE) :], options)
+    overload = options.get(OVERLOAD, b"\0")
+    if len(overload) != 1:
+        raise Unanswered(MALFORMED)
+    if overload[0] & OVERLOAD_FILE:
+        collect_options(file, options)
+    if overload[0] & OVERLOAD_SNAME:
+        collect_options(sname, options)
+    return options
+
+
+def collect_options(field: bytes, options: dict[int, bytes]) -> None:
+    """Add the options of one field, which old clients do not end with END.  Raises Unanswered."""
+    at = 0
     while at < len(field) and field[at] != END:
         if field[at] == PAD:
             at += 1
             continue
         if at + 2 > len(field):
-            return None
+            raise Unanswered(MALFORMED)
         code, length = field[at], field[at + 1]
         at += 2
-        if at + length > len(field) or code in options:
-            return None
-        options[code] = field[at : at + length]
+        if at + length > len(field):
+            raise Unanswered(MALFORMED)
+        options[code] = options.get(code, b"") + field[at : at + length]
         at += length
-    return options
 
 
 # --- the answer ----------------------------------------------------------------------------------------------------
 
 
-def decide(request: Request, interface: "Interface") -> tuple[int, bytes]:
-    """Return the type of the answer, 0 for BOOTP, and the address that was asked for."""
-    wanted = request.requested or (request.ciaddr if any(request.ciaddr) else b"")
-    if request.kind == 0:
-        return 0, wanted
-    if request.kind == DISCOVER:
-        return OFFER, wanted
-    has_other = any(request.ciaddr) and request.ciaddr != interface.guest4
-    if request.kind == REQUEST and wanted in (b"", interface.guest4) and not has_other:
-        return ACK, wanted
-    return NAK, wanted
+def decide(request: Request, interface: "Interface") -> int:
+    """Return the type of the answer.  Raises Unanswered."""
+    kind, ours = request.kind, interface.guest4
+    if kind == BOOTP_TYPE:
+        if request.ciaddr not in (b"", ours):
+            raise Unanswered(OTHER_ADDRESS)
+        return BOOTP_TYPE
+    if kind == DISCOVER:
+        return OFFER
+    if kind == INFORM:
+        if not (request.ciaddr or request.source):
+            raise Unanswered(NO_ADDRESS)
+        return ACK
+    if kind not in (REQUEST, DECLINE, RELEASE):
+        raise Unanswered(UNKNOWN_TYPE)
+    if request.server not in (b"", interface.host4):
+        raise Unanswered(OTHER_SERVER)  # RFC 2131, 4.3.2: so the client tells all other servers that it declines
+    right = request.requested in (b"", ours) and request.ciaddr in (b"", ours)
+    if kind == REQUEST:
+        return ACK if right else NAK
+    if not right:
+        raise Unanswered(OTHER_ADDRESS)
+    raise Unanswered(DECLINED if kind == DECLINE else RELEASED)
+
+
+def destination_of(request: Request, kind: int, interface: "Interface") -> bytes:
+    """Return the IP address that an answer is for (RFC 2131, 4.1 and 4.3.5)."""
+    if request.kind == INFORM:
+        return request.ciaddr or request.source
+    if kind == NAK:
+        return EVERYWHERE
+    if request.ciaddr:
+        return request.ciaddr
+    return EVERYWHERE if request.flags & BROADCAST_FLAG else interface.guest4
 
 
 def build(request: Request, kind: int, interface: "Interface") -> bytes:
-    """Return the answer's frame."""
-    broadcast = kind == NAK or request.flags & BROADCAST_FLAG
-    destination = EVERYWHERE if broadcast else interface.guest4
-    boot_file = BOOT_FILE if interface.pxe else b""
+    """Return the answer's frame (RFC 2131, table 3).  Raises Unanswered if the client cannot take so much."""
+    destination = destination_of(request, kind, interface)
+    gives = kind != NAK
     body = BOOTP.pack(
         BOOTREPLY,
         HTYPE_ETHERNET,
@@ -191,15 +288,17 @@ def build(request: Request, kind: int, interface: "Interface") -> bytes:
         request.xid,
         0,
         request.flags,
-        request.ciaddr if kind == ACK else bytes(4),
-        interface.guest4,
-        interface.host4,
-        bytes(4),
+        request.ciaddr if kind in (ACK, BOOTP_TYPE) else b"",
+        interface.guest4 if gives and request.kind != INFORM else b"",
+        interface.host4 if gives else b"",
+        b"",
         interface.lladdr,
         b"",
-        boot_file,
+        BOOT_FILE if gives and interface.pxe else b"",
     )
-    body = (body + COOKIE + build_options(kind, interface)).ljust(BOOTP_MIN, b"\0")
+    body = (body + COOKIE + build_options(request, kind, interface)).ljust(BOOTP_MIN, b"\0")
+    if IP.size + UDP.size + len(body) > min(request.limit, FRAME_MAX - HEADER_BYTES):
+        raise Unanswered(TOO_LONG)
     udp = UDP.pack(SERVER_PORT, CLIENT_PORT, UDP.size + len(body), 0)
     pseudo = interface.host4 + destination + bytes((0, IP_UDP)) + (UDP.size + len(body)).to_bytes(2, "big")
     udp_sum = checksum(pseudo + udp + body) or 0xFFFF
@@ -210,24 +309,32 @@ def build(request: Request, kind: int, interface: "Interface") -> bytes:
     return interface.lladdr + source + IPV4 + IP.pack(*fields) + datagram
 
 
-def build_options(kind: int, interface: "Interface") -> bytes:
-    """Return the options, in upstream's order."""
+def build_options(request: Request, kind: int, interface: "Interface") -> bytes:
+    """Return the options, in upstream's order; then the client's identifier, as it came (RFC 6842)."""
     options = b""
-    if kind:
+    if kind != BOOTP_TYPE:
         options += option(MESSAGE_TYPE, bytes((kind,)))
-        options += option(LEASE_TIME, FOR_EVER) + option(SERVER_ID, interface.host4)
-    options += option(MASK, NETMASK) + option(ROUTER, interface.host4)
-    options += option(DNS, b"".join(interface.dns4) or interface.host4)
-    if interface.pxe and is_host_name(interface.host_name):
-        options += option(HOST_NAME, interface.host_name.encode())
-    if interface.mtu not in (0, MTU_USUAL):
-        options += option(INTERFACE_MTU, interface.mtu.to_bytes(2, "big"))
+        if kind != NAK and request.kind != INFORM:
+            options += option(LEASE_TIME, FOR_EVER)
+        options += option(SERVER_ID, interface.host4)
+    if kind == NAK:
+        options += option(MESSAGE, NAK_TEXT)
+    else:
+        options += option(MASK, NETMASK) + option(ROUTER, interface.host4)
+        options += option(DNS, b"".join(interface.dns4) or interface.host4)
+        if interface.pxe and is_host_name(interface.host_name):
+            options += option(HOST_NAME, interface.host_name.encode())
+        if interface.mtu not in (0, MTU_USUAL):
+            options += option(INTERFACE_MTU, interface.mtu.to_bytes(2, "big"))
+    if request.client_id:
+        options += option(CLIENT_ID, request.client_id)
     return options + bytes((END,))
 
 
 def option(code: int, data: bytes) -> bytes:
-    """Return one option."""
-    return bytes((code, len(data))) + data
+    """Return an option, in as many parts as it needs (RFC 3396)."""
+    parts = [data[at : at + OPTION_MAX] for at in range(0, len(data), OPTION_MAX)]
+    return b"".join(bytes((code, len(part))) + part for part in parts)
 
 
 def is_host_name(name: str) -> bool:

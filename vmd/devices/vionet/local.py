@@ -42,7 +42,8 @@ class LocalNetwork:
         self.call_after = call_after
         self.initial = 0
         self.life = 0
-        self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, 0: 0}
+        self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, dhcp.BOOTP_TYPE: 0}
+        self.unanswered = dict.fromkeys(dhcp.REASONS, 0)
         self.lease_s = self.lease_requested = 0
         self.solicited = self.unsolicited = 0
 
@@ -75,11 +76,17 @@ class LocalNetwork:
             self.solicited += 1
             self.inject(ra.advertisement(interface))
             return True
-        reply = dhcp.answer(frame, interface, sum_missing=sum_missing)
+        try:
+            reply = dhcp.answer(frame, interface, sum_missing=sum_missing)
+        except dhcp.Unanswered as unanswered:
+            self.unanswered[unanswered.reason] += 1
+            if unanswered.reason in (dhcp.RELEASED, dhcp.DECLINED):
+                self.lease_s = self.lease_requested = 0
+            return False
         if reply is None:
             return False
         self.answered[reply.kind] += 1
-        if reply.kind in (dhcp.ACK, 0):
+        if reply.lease:
             self.lease_s = int(time.time())
             self.lease_requested = int.from_bytes(reply.requested, "big")
         self.inject(reply.frame)
@@ -117,8 +124,9 @@ class LocalNetwork:
             "dhcp_offers": self.answered[dhcp.OFFER],
             "dhcp_acks": self.answered[dhcp.ACK],
             "dhcp_naks": self.answered[dhcp.NAK],
-            "dhcp_bootp": self.answered[0],
+            "dhcp_bootp": self.answered[dhcp.BOOTP_TYPE],
             "ra_sent": self.solicited + self.unsolicited,
             "lease_s": self.lease_s,
             "lease_requested": self.lease_requested,
+            **self.unanswered,
         }
