@@ -634,6 +634,84 @@ def test_what_others_decide_meanwhile_stays(network: Network, priv: Priv) -> Non
     assert setting(network, "ipv4/ip_forward") == "0"
 
 
+def with_nat(network: Network) -> Priv:
+    """Return a priv whose configuration has NAT."""
+    priv = Priv(network)
+    assert priv.configure() == ()
+    return priv
+
+
+def give_address(network: Network, name: str, address: str, *kind: str) -> None:
+    """Make an interface with an address, as some other program does."""
+    network.run("ip", "link", "add", name, "type", *(kind or ("bridge",)))
+    network.run("ip", "address", "add", address, "dev", name, *(("nodad",) if ":" in address else ()))
+    network.run("ip", "link", "set", name, "up")
+
+
+def test_forwarding_that_others_may_rely_on_stays(network: Network) -> None:
+    """Docker, libvirt and WireGuard find it on, and leave it so: vmd's end is not to cut them off.
+
+    It is said once for each family, with how to switch it off.
+    """
+    with with_nat(network) as priv, priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
+        give_address(network, "eth0", "192.0.2.7/24", "veth", "peer", "name", "wire")
+        give_address(network, "docker0", "172.17.0.1/16")
+        give_address(network, "wg0", "fd77::1/64")  # one alone forwards nothing
+        priv.quit()
+
+        assert setting(network, "ipv4/ip_forward") == "1"
+        assert setting(network, "ipv6/conf/all/forwarding") == "0"
+        (line,) = [line for line in priv.log.splitlines() if "stays on" in line]
+        assert "IPv4 forwarding stays on, since others may rely on it: eth0, docker0; " in line
+        network.run(*line.partition("to switch it off: ")[2].split())
+    assert setting(network, "ipv4/ip_forward") == "0"
+
+
+@pytest.mark.parametrize("family", ["ip", "inet"])
+def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str) -> None:
+    """Whatever interfaces there are, such as with services of Kubernetes on a host with one."""
+    network.run("nft", f"add table {family} kube-proxy")
+    hook = "{ type nat hook prerouting priority dstnat; }"
+    with with_nat(network) as priv, priv.make(nic(host4=HOST4)):
+        network.run("nft", f"add chain {family} kube-proxy nodeports {hook}")
+        priv.quit()
+        assert f"nftables chain {family} kube-proxy nodeports; " in priv.log
+    assert setting(network, "ipv4/ip_forward") == "1"
+
+
+def test_forwarding_is_not_interrupted_by_a_daemon_that_recovers(network: Network) -> None:
+    """It stays on through crash and start, and is put back by the one that ends when nobody else is left."""
+    with with_nat(network) as first, first.make(nic(host4=HOST4, prefix6=PREFIX6)):
+        for name, number in (("docker0", 1), ("virbr0", 2)):
+            give_address(network, name, f"172.17.{number}.1/24")
+            network.run("ip", "address", "add", f"fd77:{number}::1/64", "dev", name, "nodad")
+        os.kill(first.child.pid, signal.SIGKILL)
+        first.wait()
+        with Priv(network) as second:
+            assert "IPv4 forwarding stays on" in second.log
+            assert "IPv6 forwarding stays on" in second.log
+            assert " again" not in second.log  # nothing was put back, not even for a moment
+            assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "1"
+            assert setting(network, "ipv6/conf/lo/accept_ra") == "2"
+            network.run("ip", "link", "delete", "docker0")
+            network.run("ip", "link", "delete", "virbr0")
+    assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
+    assert setting(network, "ipv6/conf/lo/accept_ra") == "1"
+
+
+def test_interfaces_that_appear_meanwhile_do_not_keep_our_settings(network: Network) -> None:
+    """They take over accept_ra 2 from the default; one that the administrator gave it keeps it."""
+    network.run("ip", "link", "add", "mine", "type", "bridge")
+    network.write("/proc/sys/net/ipv6/conf/mine/accept_ra", "2")
+    network.run("ip", "link", "add", "deaf", "type", "bridge")
+    network.write("/proc/sys/net/ipv6/conf/deaf/accept_ra", "0")
+    with with_nat(network) as priv, priv.make(nic(prefix6=PREFIX6)):
+        network.run("ip", "link", "add", "late", "type", "bridge")
+        assert setting(network, "ipv6/conf/late/accept_ra") == "2"
+    names = ("late", "mine", "deaf", "default")
+    assert [setting(network, f"ipv6/conf/{name}/accept_ra") for name in names] == ["1", "2", "0", "1"]
+
+
 def test_nat_disabled(network: Network, priv: Priv) -> None:
     """`local nat disable`: addresses, and nothing else."""
     priv.configure(nat=False)

@@ -37,6 +37,7 @@ HOST_TABLES = (253, 254, 255)  # default, main, local
 MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
 HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives
 HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
+LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
 RETRY_S = 0.05
 
@@ -118,7 +119,7 @@ class Network:
             log.warn(f"what an earlier vmd has left could not be removed: {error}")
         if removed:
             log.info(f"removed what an earlier vmd has left: {', '.join(removed)}")
-        self.kept.put_back()
+        self.put_back()
 
     def close(self) -> None:
         """Remove everything of ours."""
@@ -132,7 +133,7 @@ class Network:
                 attempt()
             except (OperatorError, HostError) as error:
                 log.error(str(error))
-        self.kept.put_back()
+        self.put_back()
         self.kept.close()
 
     # --- switches ----------------------------------------------------------------------------------------
@@ -417,8 +418,8 @@ class Network:
         """Say once who keeps guests from the world: what another table drops, ours cannot let through."""
         networks = [network for member in self.members() for network in member.networks]
         families = {"ip6" if rules.v6(network) else "ip" for network in networks}
-        for chain in self.nft.dropping_chains():
-            if chain.partition(" ")[0] in families | {"inet"}:
+        for chain in self.nft.chains():
+            if (chain.hook, chain.policy) == ("forward", "drop") and any(map(chain.concerns, families)):
                 remedy = f"nft insert rule {chain} {{}} 'tap*' accept"
                 self.say_dropped(f"nftables chain {chain}", remedy, "iifname", "oifname")
         for family in legacy.FAMILIES:
@@ -446,8 +447,12 @@ class Network:
             # A router does not listen to routers, unless told so: the host shall not lose its own way out.
             for name in sysctl.entries("ipv6/conf"):
                 setting = f"ipv6/conf/{name}/accept_ra"
-                if name != "all" and sysctl.read(setting) == "1":
+                if name == "all":
+                    continue
+                if sysctl.read(setting) == "1":
                     self.kept.change(setting, "2")
+                else:
+                    self.kept.remember(setting)  # to know it from one that takes over our default
             self.remember_forwarding("ipv6")
             if self.kept.change("ipv6/conf/all/forwarding", "1"):
                 log.info("switched IPv6 forwarding on, for local interfaces with NAT")
@@ -458,6 +463,43 @@ class Network:
             setting = f"{family}/conf/{name}/forwarding"
             if name != "all" and sysctl.read(setting) == "1":
                 self.kept.remember(setting)
+
+    def put_back(self) -> None:
+        """Undo changed settings, but for forwarding that others may rely on."""
+        left = []
+        for family, words, switch in (
+            ("ipv4", "IPv4", "net.ipv4.ip_forward"), ("ipv6", "IPv6", "net.ipv6.conf.all.forwarding"),
+        ):  # fmt: skip
+            users = self.users_of_forwarding(family) if self.kept.changes(family) else []
+            if users:
+                left.append(family)
+                self.say_once(
+                    f"{words} forwarding stays on, since others may rely on it: {', '.join(users)}; "
+                    f"to switch it off: sysctl {switch}=0"
+                )
+        self.kept.put_back(left)
+
+    def users_of_forwarding(self, family: str) -> list[str]:
+        """Return what, besides us, packets may be forwarded for: two interfaces with addresses, or somebody's NAT.
+
+        What cannot be found out counts as such.
+        """
+        size, nft_family = (4, "ip") if family == "ipv4" else (16, "ip6")
+        try:
+            addressed = {
+                index for index, address in self.links.addresses()
+                if len(address) == size and not ipaddress.ip_address(address).is_link_local
+            }  # fmt: skip
+            names = [
+                link.name for link in self.links.all()
+                if link.up and link.index in addressed and link.name != LOOPBACK
+                if not (is_tap(link) or is_bridge(link) or is_vrf(link))
+            ]  # fmt: skip
+            chains = self.nft.chains() if self.nft.path is not None else []
+        except (OperatorError, HostError) as error:
+            return [f"who does is not known ({error})"]
+        nat = [f"nftables chain {chain}" for chain in chains if chain.kind == "nat" and chain.concerns(nft_family)]
+        return [*names, *nat] if len(names) > 1 or nat else []
 
     def say_once(self, sentence: str) -> None:
         """Warn of something that will not change."""

@@ -38,6 +38,24 @@ class Member(Record):
     networks: tuple[tuple[bytes, int], ...] = ()  # of those that have NAT
 
 
+class Chain(Record):
+    """A chain of somebody else's, as `nft list chains` has it; only a base chain has the last three."""
+
+    table: str  # with its family: "ip filter"
+    name: str
+    kind: str = ""
+    hook: str = ""
+    policy: str = ""
+
+    def concerns(self, family: str) -> bool:
+        """Return whether packets of `family`, "ip" or "ip6", come by here."""
+        return self.table.partition(" ")[0] in (family, "inet")
+
+    def __str__(self) -> str:
+        """Return its name as nft takes it."""
+        return f"{self.table} {self.name}"
+
+
 def needed(members: "Iterable[Member]") -> bool:
     """Return whether there is anything to have a table for."""
     return any(member.groups or member.networks for member in members)
@@ -119,19 +137,24 @@ class Nft:
         """Delete our table."""
         self.apply(f"add table {TABLE}\ndelete table {TABLE}\n")
 
-    def dropping_chains(self) -> list[str]:
-        """Return the chains, but for ours, that drop forwarded packets unless told otherwise: "chain ip filter X"."""
+    def chains(self) -> "list[Chain]":
+        """Return the chains of others."""
         listing = self._run("-j", "list", "chains")
         try:
-            chains = [entry["chain"] for entry in json.loads(listing)["nftables"] if "chain" in entry]
-            return [
-                f"{chain['family']} {chain['table']} {chain['name']}"
-                for chain in chains
-                if chain.get("hook") == "forward" and chain.get("policy") == "drop"
-                if f"{chain['family']} {chain['table']}" != TABLE
+            found = [entry["chain"] for entry in json.loads(listing)["nftables"] if "chain" in entry]
+            chains = [
+                Chain(
+                    table=f"{chain['family']} {chain['table']}",
+                    name=chain["name"],
+                    kind=chain.get("type", ""),
+                    hook=chain.get("hook", ""),
+                    policy=chain.get("policy", ""),
+                )
+                for chain in found
             ]
         except (ValueError, KeyError, TypeError, AttributeError):
             return []  # a version of nft that speaks otherwise
+        return [chain for chain in chains if chain.table != TABLE]
 
     def _run(self, *arguments: str, given: str = "") -> str:
         if self.path is None:

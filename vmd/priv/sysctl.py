@@ -3,6 +3,9 @@
 Old values are on disk before a new one is set, in a file of /run/vmd that belongs to this network namespace; so a
 daemon that is killed leaves behind what its successor needs.  The file only grows until all is put back: a line of
 JSON each, [name, old value, our value].  It is locked: of two daemons on one host only the first has its network.
+
+Forwarding is a switch for all programs of a host.  Nobody can tell who relies on it: who finds it on leaves it on.  So
+it stays on where others may need it, and with it what follows from it (`FORWARDING`).
 """
 
 import contextlib
@@ -15,10 +18,16 @@ import socket
 from vmd.errors import HostError
 from vmd.log import log
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 SYS = "/proc/sys/net"
 DIRECTORY = "/run/vmd"
 SO_NETNS_COOKIE = 71
 STATE_MAX = 1 << 20
+FORWARDING = ("/ip_forward", "/forwarding", "/accept_redirects", "/accept_ra")  # what is changed for it
+DEFAULT_ACCEPT_RA = "ipv6/conf/default/accept_ra"
 
 
 def read(name: str) -> str | None:
@@ -104,9 +113,23 @@ class Kept:
         if value is not None:
             self._keep(name, value, value)
 
-    def put_back(self) -> None:
-        """Undo every change that is still as we made it; failures are logged."""
-        for name, (old, ours) in reversed(self.values.items()):
+    def changes(self, family: str) -> bool:
+        """Return whether we have switched forwarding of `family` on ("ipv4" or "ipv6")."""
+        return any(name.startswith(f"{family}/") and old != ours for name, (old, ours) in self.values.items())
+
+    def put_back(self, left: "Collection[str]" = ()) -> None:
+        """Undo every change that is still as we made it; failures are logged.
+
+        Forwarding of the families in `left` stays as it is, and its old settings stay on record.
+        """
+        stay = {
+            name: kept
+            for name, kept in self.values.items()
+            if name.endswith(FORWARDING) and name.partition("/")[0] in left
+        }
+        back = {name: kept for name, kept in self.values.items() if name not in stay}
+        inherited = self._inherited() if DEFAULT_ACCEPT_RA in back else ()
+        for name, (old, ours) in (*inherited, *reversed(back.items())):
             now = read(name)
             if now in (None, old) or (now != ours and old != ours):
                 continue  # gone, or as it was, or somebody else has decided since
@@ -119,6 +142,15 @@ class Kept:
         self.size = 0
         with contextlib.suppress(OSError):
             os.ftruncate(self.fd, 0)
+        for name, (old, ours) in stay.items():
+            with contextlib.suppress(HostError):
+                self._keep(name, old, ours)
+
+    def _inherited(self) -> list[tuple[str, tuple[str, str]]]:
+        """Return the settings of interfaces that appeared after us, and have our value by default."""
+        old, ours = self.values[DEFAULT_ACCEPT_RA]
+        names = (f"ipv6/conf/{name}/accept_ra" for name in entries("ipv6/conf") if name != "all")
+        return [(name, (old, ours)) for name in names if old != ours and name not in self.values]
 
     def close(self) -> None:
         """Let go of the network."""

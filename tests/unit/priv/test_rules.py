@@ -103,7 +103,7 @@ def test_what_nft_cannot_do(monkeypatch: pytest.MonkeyPatch, result: object, wor
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"nftables": 3}', '{"nftables": [{"chain": {}}]}'])
 def test_listings_that_are_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """A version of nft that speaks otherwise costs a warning, not the start."""
-    assert run_as(monkeypatch, subprocess.CompletedProcess([], 0, text, "")).dropping_chains() == []
+    assert run_as(monkeypatch, subprocess.CompletedProcess([], 0, text, "")).chains() == []
 
 
 # --- what is ours --------------------------------------------------------------------------------------------
