@@ -12,7 +12,7 @@ import pytest
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.images import MIB, qemu
-from tests.support.users import public_folder
+from tests.support.users import as_uid, public_folder
 from vmctl.commands.start import Wanted
 from vmd.config.check import load
 from vmd.config.model import VmConfig
@@ -30,9 +30,10 @@ NOBODY = 65534
 
 def check(conf: Path, user: int | None = None) -> tuple[int, list[str]]:
     """Run `vmd -n`; return its exit status and its lines."""
+    command: list[str | Path] = [sys.executable, "-m", "vmd", "-n", "-f", conf]
     done = subprocess.run(
-        [sys.executable, "-m", "vmd", "-n", "-f", conf], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=DEADLINE_S, user=user, group=user, extra_groups=None if user is None else [],
+        command if user is None else as_uid(user, *command),
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=DEADLINE_S,
     )  # fmt: skip
     assert done.stdout == ""
     return done.returncode, done.stderr.splitlines()

@@ -416,11 +416,11 @@ def test_what_is_not_supported_is_said(tmp_path: Path, option: str, words: str) 
         assert f"vm demo: {words}: not supported" in refused.stderr
 
 
-def run_vmd(*arguments: str | Path, user: int | None = None) -> subprocess.CompletedProcess[str]:
+def run_vmd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a vmd that is not expected to stay."""
     return subprocess.run(
         [sys.executable, "-m", "vmd", *arguments],
-        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False, user=user,
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
     )  # fmt: skip
 
 

@@ -41,6 +41,26 @@ mount --bind "$0/etc" /etc
 echo ready
 exec cat
 """
+# Hides the first folder above the checkout that is its owner's alone, and puts the checkout into the new one.
+ENTERABLE = """
+exec 9<"$0"
+mount -t tmpfs -o mode=755 none "$1"
+mkdir -p "$0"
+mount --no-canonicalize --bind /proc/self/fd/9 "$0"
+exec 9<&-
+cd "$0"
+shift
+exec "$@"
+"""
+
+
+def as_uid(uid: int, *command: str | Path) -> list[str | Path]:
+    """Return what runs a program of this checkout as a user without groups, wherever the checkout lies."""
+    dropped: list[str | Path] = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--", *command]
+    above = [folder for folder in ROOT.parents if not folder.stat().st_mode & 0o001]
+    if not above:
+        return dropped
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-e", "-c", ENTERABLE, ROOT, above[-1], *dropped]
 
 
 @contextlib.contextmanager

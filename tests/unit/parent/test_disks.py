@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB
+from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, Owner
 from vmd.errors import ImageError, OperatorError
 from vmd.images.create import create
@@ -70,12 +71,10 @@ def opens() -> Iterator[Open]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder() -> Iterator[Path]:
     """Give a folder that every user may enter."""
-    for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == os.geteuid() and path != Path("/tmp"):
-            path.chmod(path.stat().st_mode | 0o111)
-    return tmp_path
+    with public_folder() as folder:
+        yield folder
 
 
 def refusal(path: Path | str, image_format: str = "", user: Owner | None = None) -> OperatorError:
