@@ -33,7 +33,7 @@ def test_installed_programs_run_and_are_removed(tmp_path: Path) -> None:
     )  # fmt: skip
 
     assert (checked.returncode, checked.stderr) == (0, "configuration OK\n")
-    assert (asked.returncode, asked.stdout) == (1, "")
+    assert (asked.returncode, asked.stdout) == (3, "")
     assert f"{tmp_path}/none" in asked.stderr
     unit = (tmp_path / "lib/systemd/system/vmd.service").read_text()
     assert f"ExecStart={tmp_path}/sbin/vmd\n" in unit

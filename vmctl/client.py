@@ -7,7 +7,7 @@ import select
 import socket
 import types
 
-from vmctl.errors import CommandError, Refused
+from vmctl.errors import CommandError, NoDaemon, Refused
 from vmctl.output import warn
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     R = TypeVar("R", bound=Record)
 
+NOBODY = (errno.ENOENT, errno.ECONNREFUSED)  # what a connection fails with that nobody waits for
 PEER = "vmd"  # whose fault it is when the protocol breaks
 ROUTE = (Proc.CONTROL, Proc.CLIENT)
+SUN_PATH_MAX = 107  # unix(7), less the NUL
 LOOK_UP_MS = 500  # how often a wait is left for a signal that came just before it, and could not end it
 NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 
@@ -39,7 +41,10 @@ class Client:
             self._sock.connect(path)
         except OSError as error:
             self._sock.close()
-            raise CommandError(f"connect: {path}: {connect_trouble(path, error)}", error.errno) from None
+            sentence = f"connect: {path}: {connect_trouble(path, error)}"
+            if error.errno in NOBODY:
+                raise NoDaemon(sentence, error.errno) from None
+            raise CommandError(sentence, error.errno) from None
         self._note(f"connected to {path}")
 
     def close(self) -> None:
@@ -78,9 +83,9 @@ class Client:
                 # The daemon closed without reading our last request; its last words come after this error.
                 packet = self._sock.recv(MAX_MESSAGE)
         except OSError as error:
-            raise CommandError("pipe closed", error.errno) from None
+            raise NoDaemon("pipe closed", error.errno) from None
         if not packet:
-            raise CommandError("pipe closed", errno.EPIPE)
+            raise NoDaemon("pipe closed", errno.EPIPE)
         message = decode(packet, [], PEER).message
         name = type(message).__name__
         if ROUTE not in BY_CLASS[type(message)].routes:
@@ -136,9 +141,10 @@ def failed_text(message: Failed) -> str:
 def connect_trouble(path: str, error: OSError) -> str:
     """Return why there is no connection, and what to look at."""
     if error.errno is None:
-        return str(error)  # Python's own: the path does not fit a socket address
+        # Python's own: the path does not fit a socket address.
+        return f"the path of a socket has at most {SUN_PATH_MAX} bytes, and this one has {len(os.fsencode(path))}"
     reason = os.strerror(error.errno)
-    if error.errno in (errno.ENOENT, errno.ECONNREFUSED):
+    if error.errno in NOBODY:
         return f"{reason}: is vmd running?"
     if error.errno == errno.EACCES:
         return reason + socket_owner(path)

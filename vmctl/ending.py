@@ -3,7 +3,7 @@
 import errno
 
 from vmctl.client import Client
-from vmctl.errors import Refused
+from vmctl.errors import CommandError, NoSuchVm, Refused
 from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef
@@ -79,10 +79,10 @@ def conclude(session: Session, result: Result, *, forced: bool = False) -> None:
     if result.result == FAILED:
         assert result.code is not None
         words = REFUSALS.get(result.code, f"failed: {result.text}")
-    elif result.result == REQUESTED:
-        words = f"requested to shutdown vm {result.vmid}"
     elif forced:
         words = f"forced to terminate vm {result.vmid}"
+    elif result.result == REQUESTED:
+        words = f"requested to shutdown vm {result.vmid}"
     else:
         words = f"terminated vm {result.vmid}"
     notice(f"{clean(words)}\n")
@@ -94,4 +94,7 @@ def finish(session: Session, results: list[Result]) -> int:
     """Print the document of --json; return the exit status."""
     if session.json:
         put_json({"vms": [result.as_json() for result in results]})
-    return 1 if any(result.result == FAILED for result in results) else 0
+    failed = [result for result in results if result.result == FAILED]
+    if failed and all(result.code == errno.ENOENT for result in failed):
+        return NoSuchVm.exit_status
+    return CommandError.exit_status if failed else 0

@@ -1,36 +1,104 @@
-"""Command line options, as getopt(3) takes them.
+"""Reads a command line as the table has it, much as getopt(3) does.
 
 Our own: the module `getopt` imports `gettext`, and that `re`, which is a third of a status command's time.
 Unlike vmd's, options may follow operands, as everywhere on Linux; `--` ends them.
 """
 
 from vmctl.errors import UsageError
+from vmctl.table import COMMANDS, HELP, Command, Operand, Option
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
-def parse_options(
-    arguments: list[str], short: str = "", long: tuple[str, ...] = (), *, permute: bool = True
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return ([(option, value)], operands); `short` as in getopt(3), `long` are words without a value.
+class Given:
+    """What was typed after a command: options in their order, each with its value, and the operand.
 
-    With no `short` options at all a word like `-x` is an operand: commands that take an id say what is
-    wrong with it.  Without `permute` the first operand ends the options.
+    `operand` is "" where it is optional and was not given.
+    """
+
+    def __init__(self, options: list[tuple[str, str]], operand: str = "") -> None:
+        self.options = options
+        self.operand = operand
+
+    def has(self, name: str) -> bool:
+        """Return whether an option was given."""
+        return any(option == name for option, _ in self.options)
+
+    def value(self, name: str) -> str | None:
+        """Return the last value that an option was given; None without one."""
+        values = [value for option, value in self.options if option == name]
+        return values[-1] if values else None
+
+    @property
+    def wants_help(self) -> bool:
+        """Whether the command is to be explained, not run."""
+        return any(self.has(option.name) for option in HELP)
+
+
+def find_command(word: str) -> Command:
+    """Return the command that `word` is, or the only one that it abbreviates.  Raises UsageError."""
+    found = [command for command in COMMANDS if command.name.startswith(word)]
+    exact = [command for command in found if command.name == word]
+    if len(found) > 1 and not exact:
+        raise UsageError(f"ambiguous argument: {word}: {alternatives([command.name for command in found])}")
+    if not found:
+        raise UsageError(f"unknown argument: {word}{meant(word, [command.name for command in COMMANDS])}")
+    return (exact or found)[0]
+
+
+def parse(command: Command, words: list[str]) -> Given:
+    """Return what `words` say.
 
     Raises:
-        UsageError: an option is unknown or lacks its value.
+        UsageError: an option is unknown, lacks its value or does not go with another; a word is missing, too many, or
+            none of those that there are.
     """
+    given, operands = split(words, (*command.options, *HELP))
+    found = Given(given)
+    if found.wants_help:
+        return found
+    for option in command.options:
+        if option.instead_of.startswith("-") and found.has(option.name) and found.has(option.instead_of):
+            raise UsageError(f"conflicting {option.instead_of} and {option.name} arguments")
+    operand = command.operand
+    replaced = any(
+        operand and option.instead_of == operand.name and found.has(option.name) for option in command.options
+    )
+    room = 1 if operand and not replaced else 0
+    if len(operands) > room:
+        raise UsageError(f"unexpected argument: {operands[room]}")
+    if operand and operands:
+        if not operands[0]:
+            raise UsageError(f"empty argument: {operand.name}")
+        found.operand = one_of(operand, operands[0])
+    elif operand and not operand.optional and not replaced:
+        raise UsageError(f"missing argument: {operand.name}")
+    return found
+
+
+def split(
+    words: list[str], options: tuple[Option, ...], *, permute: bool = True
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return ([(option, value)], operands).  Without `permute` the first operand ends the options.
+
+    Raises UsageError: an option is unknown or lacks its value.
+    """
+    known = {option.name: option for option in options}
     given: list[tuple[str, str]] = []
     operands: list[str] = []
-    rest = list(arguments)
+    rest = list(words)
     while rest:
         word = rest.pop(0)
         if word == "--":
             return given, operands + rest
         if word.startswith("--"):
-            if word[2:] not in long:
-                raise UsageError(f"unknown option -- {word[2:]}")
+            if word not in known:
+                raise UsageError(f"unknown option -- {word[2:]}{meant(word, known)}")
             given.append((word, ""))
-        elif word.startswith("-") and word != "-" and short:
-            _take_short(word[1:], rest, short, given)
+        elif word.startswith("-") and word != "-":
+            take_letters(word[1:], rest, known, given)
         elif permute:
             operands.append(word)
         else:
@@ -38,26 +106,43 @@ def parse_options(
     return given, operands
 
 
-def _take_short(letters: str, rest: list[str], short: str, given: list[tuple[str, str]]) -> None:
+def take_letters(letters: str, rest: list[str], known: dict[str, Option], given: list[tuple[str, str]]) -> None:
     """Split `-cLm 1G` into its options; a value is the rest of the word, or else the next word."""
     for index, letter in enumerate(letters):
-        at = short.find(letter)
-        if at < 0 or letter == ":":
+        option = known.get(f"-{letter}")
+        if option is None:
             raise UsageError(f"unknown option -- {letter}")
-        if short[at + 1 : at + 2] != ":":
-            given.append((f"-{letter}", ""))
+        if not option.value:
+            given.append((option.name, ""))
             continue
         value = letters[index + 1 :]
         if not value:
             if not rest:
                 raise UsageError(f"option requires an argument -- {letter}")
             value = rest.pop(0)
-        given.append((f"-{letter}", value))
+        given.append((option.name, value))
         return
 
 
-def operand(operands: list[str]) -> str:
-    """Return the only operand.  Raises UsageError if there is none, or more."""
-    if len(operands) != 1:
-        raise UsageError
-    return operands[0]
+def one_of(operand: Operand, word: str) -> str:
+    """Return the word of an operand that can be only one of some.  Raises UsageError."""
+    if not operand.words or word in operand.words:
+        return word
+    if operand.abbreviated and word:
+        for known in operand.words:
+            if known.startswith(word.lower()):
+                return known
+    raise UsageError(f"unknown argument: {word}{meant(word, operand.words) or f': {alternatives(operand.words)}'}")
+
+
+def meant(word: str, known: "Iterable[str]") -> str:
+    """Return the end of a sentence that asks for the known word that is close to `word`, if there is one."""
+    from vmd.nearest import nearest  # only a mistake needs it
+
+    found = nearest(word, known)
+    return f": did you mean {found}?" if found else ""
+
+
+def alternatives(words: "Sequence[str]") -> str:
+    """Return `a, b or c`."""
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

@@ -318,7 +318,7 @@ def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
         assert answer.code == errno.ENOENT
     assert "\x1b" not in vmd.log
     done = vmd.vmctl_as(EVE, "stop", "--", name)
-    assert done.returncode == 1
+    assert done.returncode in (2, 4)  # 2: it can be no VM's
     assert not any(ord(c) < 32 and c != "\n" for c in done.stderr.expandtabs()), done.stderr
 
 

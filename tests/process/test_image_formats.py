@@ -14,6 +14,7 @@ import pytest
 from tests.support.foreign import NAMES, SAMPLES, Make, archive, compressed, luks, odd, whole_sectors
 from tests.support.images import MIB, opened, qemu, read, write
 from vmctl.commands.create import run
+from vmctl.options import find_command, parse
 from vmctl.session import Session
 from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError, VmdError
@@ -23,6 +24,8 @@ from vmd.images.identify import probe
 from vmd.ipc.foreign import FOREIGN, command
 from vmd.ipc.probemsg import Probe
 from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
+
+CREATE = find_command("create")
 
 every_sample = pytest.mark.parametrize(
     ("name", "make"), [pytest.param(name, make, id=label) for name, label, make in SAMPLES]
@@ -141,9 +144,9 @@ def test_copy_is_refused_by_name(
     content = Path("a").read_bytes()
 
     with pytest.raises(VmdError) as refused:
-        run(Session(), ["-i", "a", "b"])
+        run(Session(), parse(CREATE, ["-i", "a", "b"]))
     assert not Path("b").exists()
-    assert run(Session(), ["-i", "raw:a", "b"]) == 0
+    assert run(Session(), parse(CREATE, ["-i", "raw:a", "b"])) == 0
 
     words = f"failed to open source image file: a: is {FOREIGN[name].what}; convert it: {command(name, 'a')}"
     assert str(refused.value).startswith(words)
@@ -384,7 +387,7 @@ def test_what_vmctl_made_vmctl_copies(tmp_path: Path, monkeypatch: pytest.Monkey
     """A derived image by its name, without a prefix."""
     monkeypatch.chdir(tmp_path)
     for arguments in (["-s", "2M", "base.qcow2"], ["-b", "base.qcow2", "top.qcow2"], ["-i", "top.qcow2", "copy.raw"]):
-        assert run(Session(), arguments) == 0
+        assert run(Session(), parse(CREATE, arguments)) == 0
 
     assert Path("copy.raw").read_bytes() == bytes(2 * MIB)
 

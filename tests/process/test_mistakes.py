@@ -42,9 +42,9 @@ def vmctl(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
     """Check for failure, exactly one line, and that it has these words."""
-    assert done.returncode == 1
+    assert done.returncode == status
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     for word in words:
         assert word in done.stderr
@@ -83,7 +83,7 @@ def test_vmd_does_not_start(directory: Path, mistake: str, words: tuple[str, ...
 
 def test_no_daemon(directory: Path) -> None:
     """The vmctl names the socket and asks the right question."""
-    one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?")
+    one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?", status=3)
 
 
 def test_dead_daemon(directory: Path) -> None:
@@ -92,7 +92,7 @@ def test_dead_daemon(directory: Path) -> None:
         assert vmd.process is not None
         vmd.process.kill()
         vmd.process.wait()
-        one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?")
+        one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?", status=3)
 
 
 def test_socket_not_permitted(directory: Path) -> None:
@@ -109,9 +109,12 @@ def test_socket_not_permitted(directory: Path) -> None:
 def test_unknown_vm(directory: Path) -> None:
     """A name or id that nobody has is named."""
     with Daemon(directory):
-        for arguments in (("start", "nobody"), ("start", "17"), ("stop", "nobody"), ("wait", "17")):
+        for arguments in (
+            ("console", "nobody"), ("pause", "nobody"), ("send", "nobody"), ("start", "nobody"), ("start", "17"),
+            ("status", "nobody"), ("stop", "nobody"), ("unpause", "17"), ("wait", "17"),
+        ):  # fmt: skip
             done = vmctl(directory, *arguments)
-            assert done.returncode == 1
+            assert done.returncode == 4
             assert "not found" in done.stderr or arguments[1] in done.stderr
 
 

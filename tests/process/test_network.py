@@ -121,7 +121,7 @@ def test_status_says_it_in_words(network: Network, tmp_path: Path) -> None:
         assert f"db1 interface 1: tap0, local, lladdr {tap['lladdr']}, mtu 1500" in shown
         assert "host 100.64.1.4, guest 100.64.1.5, prefix fd42:1:2:5::/64" in shown
         assert set(addresses(links(network)["tap0"])) >= {"100.64.1.4/31", "fd42:1:2:5::1/64"}
-        assert vmd.vmctl("status", "-v", "nobody").returncode == 1
+        assert vmd.vmctl("status", "-v", "nobody").returncode == 4
 
 
 def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import errno
 import os
 
 from vmctl.client import Client
-from vmctl.errors import CommandError, Refused
+from vmctl.errors import NoDaemon, Refused, refused
 from vmctl.line import Ending, Relay, open_line
-from vmctl.options import operand, parse_options
+from vmctl.options import Given
 from vmctl.output import clean, put, warn
 from vmctl.session import Session
 from vmctl.terminal import RawTerminal
@@ -21,10 +21,10 @@ STDIN = 0
 SPEED = 115200
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Attach to the console of a VM."""
-    _, operands = parse_options(arguments)
-    return attach(session.client, parse_vmref(operand(operands)))
+    ref = parse_vmref(given.operand)
+    return attach(session.client, ref)
 
 
 def attach(client: Client, ref: VmRef) -> int:
@@ -43,7 +43,7 @@ def attach(client: Client, ref: VmRef) -> int:
     finally:
         os.close(line)
     if ending is Ending.DAEMON_LOST:
-        raise CommandError("pipe closed: vmd has ended, and the console with it", errno.EPIPE)
+        raise NoDaemon("pipe closed: vmd has ended, and the console with it", errno.EPIPE)
     if ending is Ending.VM_ENDED:
         warn(f"vm {attached.name} has ended")
     return 0
@@ -60,7 +60,7 @@ def request_console(client: Client, ref: VmRef) -> tuple[ConsoleAttached, bytes]
             answer = client.answer(ConsoleOutput, ConsoleAttached)
     except Refused as error:
         if error.code in (errno.ENOENT, errno.ESRCH):
-            raise CommandError(f"console not found: {error.text}", error.code) from None
+            raise refused("console not found", error) from None
         raise
     assert isinstance(answer, ConsoleAttached)
     return answer, bytes(backlog)

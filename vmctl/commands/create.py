@@ -8,8 +8,8 @@ import signal
 from types import FrameType
 
 from vmctl.bar import Bar
-from vmctl.errors import CommandError, UsageError
-from vmctl.options import operand, parse_options
+from vmctl.errors import ArgumentError, CommandError, UsageError
+from vmctl.options import Given
 from vmctl.output import warn
 from vmctl.session import Session
 from vmd.config.model import MIB
@@ -20,8 +20,6 @@ from vmd.images.files import OpenedChain
 from vmd.ipc.foreign import FOREIGN, given_as, named
 from vmd.ipc.probemsg import FORMATS, NOT_QCOW2
 from vmd.scaled import fmt_scaled, scan_scaled
-
-OPTIONS = "b:i:s:"
 
 
 class Target:
@@ -69,9 +67,9 @@ def disk_size(text: str) -> int:
     try:
         size = scan_scaled(text)
     except ValueError:
-        raise CommandError(f"invalid disk size: {text}") from None
+        raise ArgumentError(f"invalid disk size: {text}") from None
     if size < MIB:
-        raise CommandError("disk size must be at least 1MB")
+        raise ArgumentError("disk size must be at least 1MB")
     return size
 
 
@@ -174,17 +172,14 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Create the image; the daemon is not asked."""
-    given, operands = parse_options(arguments, OPTIONS)
-    target = Target(operand(operands))
+    target = Target(given.operand)
     values: dict[str, str] = {}
-    for option, value in given:
+    for option, value in given.options:
         if option in values:
-            raise CommandError(f"option {option} specified multiple times")
+            raise ArgumentError(f"option {option} specified multiple times")
         values[option] = value
-    if "-b" in values and "-i" in values:
-        raise UsageError("conflicting -b and -i arguments")
     size = disk_size(values["-s"]) if "-s" in values else None
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it

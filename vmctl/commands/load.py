@@ -4,18 +4,16 @@ import os
 
 from vmctl.commands.reload import show_notes
 from vmctl.errors import CommandError
-from vmctl.options import operand, parse_options
+from vmctl.options import Given
 from vmctl.session import Session
 from vmd.ipc.messages import LoadRequest, Ok
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Send the path; the daemon opens it, and its working directory is not ours."""
-    _, operands = parse_options(arguments)
-    name = operand(operands)
     try:
-        path = os.path.abspath(name)
+        path = os.path.abspath(given.operand)
     except OSError as error:  # our directory has been removed
-        raise CommandError(f"{name}: {os.strerror(error.errno or 0)}", error.errno) from None
+        raise CommandError(f"{given.operand}: {os.strerror(error.errno or 0)}", error.errno) from None
     show_notes(session.client.ask(LoadRequest(path=path), Ok))
     return 0

@@ -1,7 +1,6 @@
 """vmctl reload: have the daemon read its main configuration file again."""
 
-from vmctl.errors import UsageError
-from vmctl.options import parse_options
+from vmctl.options import Given
 from vmctl.output import warn
 from vmctl.session import Session
 from vmd.ipc.messages import Ok, ReloadRequest
@@ -13,10 +12,7 @@ def show_notes(done: Ok) -> None:
         warn(note)
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Ask, and show what the daemon has to say about it."""
-    _, operands = parse_options(arguments)
-    if operands:
-        raise UsageError
     show_notes(session.client.ask(ReloadRequest(), Ok))
     return 0

@@ -5,8 +5,8 @@ import sys
 
 from vmctl.bar import Bar
 from vmctl.client import Client
-from vmctl.errors import CommandError, Refused
-from vmctl.options import operand, parse_options
+from vmctl.errors import CommandError, Refused, refused
+from vmctl.options import Given
 from vmctl.output import warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
@@ -22,18 +22,17 @@ if TYPE_CHECKING:
     A = TypeVar("A", VmSent, VmReceived)
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Send; with -k the VM goes on here, and the stream is a snapshot of it."""
-    given, operands = parse_options(arguments, "k")
-    ref = parse_vmref(operand(operands))
+    ref = parse_vmref(given.operand)
     fd = sys.stdout.fileno()
     if os.isatty(fd):
         raise CommandError("standard output is a terminal: redirect it to a file, or into a pipe")
-    request = SendRequest(vmid=ref.vmid, name=ref.name, keep=bool(given))
+    request = SendRequest(vmid=ref.vmid, name=ref.name, keep=given.has("-k"))
     try:
         sent = transfer(session.client, request, VmSent, fd, str(ref))
     except Refused as error:
-        raise CommandError(f"send vm command failed: {error.text}", error.code) from None
+        raise refused("send vm command failed", error) from None
     warn(f"sent vm {sent.vmid} successfully ({fmt_scaled(sent.sent_bytes)})")
     return 0
 

@@ -9,8 +9,8 @@ import os
 import stat
 
 from vmctl.commands.console import attach
-from vmctl.errors import CommandError, Refused
-from vmctl.options import operand, parse_options
+from vmctl.errors import ArgumentError, CommandError, NoSuchVm, Refused
+from vmctl.options import Given, meant
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
@@ -31,6 +31,7 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
+from vmd.errors import VmdError
 from vmd.ipc.foreign import typed_format
 from vmd.ipc.messages import (
     VMD_BIOS_MISSING,
@@ -43,7 +44,6 @@ from vmd.ipc.messages import (
 )
 from vmd.scaled import fmt_scaled, scan_scaled
 
-OPTIONS = "B:b:cd:I:i:k:Lm:n:p:r:t:"
 BOOT_DEVICES = {"cdrom": BootDevice.CDROM, "disk": BootDevice.DISK, "net": BootDevice.NET}
 DISK_FORMATS = ("raw", "qcow2")
 COUNT_MAX = 0x7FFFFFFF  # beyond it a count is no number any more, for vmd
@@ -63,7 +63,6 @@ class Wanted:
     def __init__(self) -> None:
         self.given = VmFlag(0)
         self.console = False
-        self.json = False
         self.boot_device = BootDevice.AUTO
         self.kernel = ""
         self.initrd = ""
@@ -77,10 +76,8 @@ class Wanted:
         self.template = ""
 
     def take(self, option: str, value: str) -> None:
-        """Take one option.  Raises CommandError."""
+        """Take one option.  Raises ArgumentError, CommandError."""
         match option:
-            case "--json":
-                self.json = True
             case "-B":
                 self.set_boot_device(value)
             case "-b":
@@ -96,7 +93,7 @@ class Wanted:
                 self.initrd = real_path(value, "initrd path")
             case "-i":
                 if self.nic_count is not None:
-                    raise CommandError("interfaces specified multiple times")
+                    raise ArgumentError("interfaces specified multiple times")
                 self.nic_count = count(value, "count", MAX_NICS, "too many network interfaces")
                 self.given |= VmFlag.NETWORK
             case "-k":
@@ -105,16 +102,16 @@ class Wanted:
                 self.add_nic(NicConfig(local=True))
             case "-m":
                 if self.given & VmFlag.MEMORY:
-                    raise CommandError("memory specified multiple times")
+                    raise ArgumentError("memory specified multiple times")
                 self.memory_bytes = memory_size(value)
                 self.given |= VmFlag.MEMORY
             case "-n":
                 if not 0 < len(value) <= NAME_MAX:
-                    raise CommandError(f"invalid switch name: {value}")
+                    raise ArgumentError(f"invalid switch name: {value}")
                 self.add_nic(NicConfig(switch=value))
             case "-p":
                 if self.given & VmFlag.CPU:
-                    raise CommandError("vcpus specified multiple times")
+                    raise ArgumentError("vcpus specified multiple times")
                 self.vcpus = count(value, "vcpus", MAX_VCPUS, f"too many vcpus (limit is {MAX_VCPUS})")
                 self.given |= VmFlag.CPU
             case "-r":
@@ -123,32 +120,32 @@ class Wanted:
                 self.given |= VmFlag.CDROM
             case "-t":
                 if not 0 < len(value) <= NAME_MAX:
-                    raise CommandError(f"instance vm name too {'long' if value else 'short'}: {value}")
+                    raise ArgumentError(f"instance vm name too {'long' if value else 'short'}: {value}")
                 self.template = value
                 self.given |= VmFlag.INSTANCE
 
     def set_boot_device(self, name: str) -> None:
         """-B."""
         if self.boot_device is not BootDevice.AUTO:
-            raise CommandError("boot device specified multiple times")
+            raise ArgumentError("boot device specified multiple times")
         device = BOOT_DEVICES.get(name)
         if device is None:
-            raise CommandError(f"unknown boot device {name}")
+            raise ArgumentError(f"unknown boot device {name}{meant(name, BOOT_DEVICES)}")
         self.boot_device = device
 
     def set_cmdline(self, text: str) -> None:
         """-k."""
         if self.cmdline is not None:
-            raise CommandError("kernel command line specified multiple times")
+            raise ArgumentError("kernel command line specified multiple times")
         length = len(text.encode("utf-8", "surrogateescape"))
         if length > CMDLINE_MAX:
-            raise CommandError(f"kernel command line too long: {length} bytes (limit is {CMDLINE_MAX})")
+            raise ArgumentError(f"kernel command line too long: {length} bytes (limit is {CMDLINE_MAX})")
         self.cmdline = text
 
     def add_disk(self, value: str) -> None:
         """-d; without a format the daemon tells it from the file."""
         if len(self.disks) == MAX_DISKS:
-            raise CommandError(f"too many disks (limit is {MAX_DISKS})")
+            raise ArgumentError(f"too many disks (limit is {MAX_DISKS})")
         prefix, colon, path = value.partition(":")
         disk_format = prefix if colon and prefix in DISK_FORMATS else ""
         typed = path if disk_format else value
@@ -160,7 +157,7 @@ class Wanted:
     def add_nic(self, nic: NicConfig) -> None:
         """-L or -n."""
         if len(self.nics) == MAX_NICS:
-            raise CommandError(f"too many network interfaces (limit is {MAX_NICS})")
+            raise ArgumentError(f"too many network interfaces (limit is {MAX_NICS})")
         self.nics.append(nic)
         self.given |= VmFlag.NETWORK
 
@@ -187,22 +184,21 @@ class Wanted:
         )
 
     def require_bootable(self) -> None:
-        """Check a new VM that stands for itself; warn of what it lacks (*cat. 3.4*).  Raises CommandError."""
+        """Check a new VM that stands for itself (*cat. 3.4*).  Raises ArgumentError.
+
+        Unlike vmd: a VM without disks or interfaces is what was asked for, and no reason for a warning.
+        """
         if not self.given & (VmFlag.KERNEL | VmFlag.DISK | VmFlag.CDROM):
-            raise CommandError("no kernel or disk/cdrom specified")
+            raise ArgumentError("no kernel or disk/cdrom specified")
         for text, option in ((self.initrd, "-I"), (self.cmdline, "-k")):
             if text and not self.kernel:
-                raise CommandError(f"option {option} needs a kernel to boot (-b)")
-        if not self.disks:
-            warn("starting without disks")
-        if not self.nics and not self.nic_count:
-            warn("starting without network interfaces")
+                raise ArgumentError(f"option {option} needs a kernel to boot (-b)")
 
 
 def once(value: str, what: str) -> None:
-    """Raise CommandError if an option has been given before."""
+    """Raise ArgumentError if an option has been given before."""
     if value:
-        raise CommandError(f"{what} specified multiple times")
+        raise ArgumentError(f"{what} specified multiple times")
 
 
 def real_path(path: str, what: str) -> str:
@@ -224,13 +220,13 @@ def count(text: str, what: str, limit: int, too_many: str) -> int:
     """Return a number from 1 to `limit`; what is none is refused in strtonum(3)'s words."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()):
-        raise CommandError(f"{what} is invalid: {text}")
+        raise ArgumentError(f"{what} is invalid: {text}")
     if text.startswith("-") or not digits.strip("0"):
-        raise CommandError(f"{what} is too small: {text}")
+        raise ArgumentError(f"{what} is too small: {text}")
     if len(digits.lstrip("0")) > len(str(COUNT_MAX)) or int(digits) > COUNT_MAX:
-        raise CommandError(f"{what} is too large: {text}")
+        raise ArgumentError(f"{what} is too large: {text}")
     if int(digits) > limit:
-        raise CommandError(too_many)
+        raise ArgumentError(too_many)
     return int(digits)
 
 
@@ -239,11 +235,11 @@ def memory_size(text: str) -> int:
     try:
         size = scan_scaled(text)
     except ValueError:
-        raise CommandError(f"invalid memory size: {text}") from None
+        raise ArgumentError(f"invalid memory size: {text}") from None
     if size < MIN_MEMORY_BYTES:
-        raise CommandError("memory size must be at least 1MB")
+        raise ArgumentError("memory size must be at least 1MB")
     if size > MAX_MEMORY_BYTES:
-        raise CommandError(f"memory size too large (limit is {fmt_scaled(MAX_MEMORY_BYTES)})")
+        raise ArgumentError(f"memory size too large (limit is {fmt_scaled(MAX_MEMORY_BYTES)})")
     rounded = size - size % MIB
     if rounded != size:
         warn(f"memory size rounded to {fmt_scaled(rounded)}")
@@ -270,8 +266,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
     """Decide whether a known VM is meant or a new one, and build the request.  Raises CommandError."""
     known = wanted.only_boot
     if not wanted.template and VmFlag.KERNEL in wanted.given:
-        vms = session.client.list_vms()
-        exists = any(vm.vmid == ref.vmid if ref.vmid else vm.name == ref.name for vm in vms)
+        exists = any(ref.means(vm) for vm in session.client.list_vms())
         if exists and not wanted.only_boot:
             raise CommandError(
                 f"start vm command failed: vm {ref} already exists: only -B, -b, -I and -k may change one boot of it",
@@ -281,7 +276,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
     if known:
         return StartRequest(vmid=ref.vmid, name=ref.name, boot_device=wanted.boot_device, cmdline=wanted.cmdline)
     if not ref.name:
-        raise CommandError(f"start vm command failed: vm {ref} not found: a new one needs a name", errno.ENOENT)
+        raise NoSuchVm(f"start vm command failed: vm {ref} not found: a new one needs a name")
     if not wanted.template:
         wanted.require_bootable()
     return StartRequest(
@@ -289,11 +284,23 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
     )
 
 
-def refusal(error: Refused) -> CommandError:
-    """Return the daemon's answer after upstream's words for it."""
+def is_known(session: Session, ref: VmRef) -> bool:
+    """Return whether the daemon knows a VM; it does as long as it does not say that it does not."""
+    try:
+        return any(ref.means(vm) for vm in session.client.list_vms())
+    except VmdError:
+        return True
+
+
+def refusal(session: Session, error: Refused, ref: VmRef, *, known: bool) -> CommandError:
+    """Return the daemon's answer after upstream's words for it.  `known`: the VM is one that the daemon should know."""
     words = REFUSALS.get(error.code)
     if words is None:
-        return CommandError(f"start vm command failed: {error.text}", error.code)
+        sentence = f"start vm command failed: {error.text}"
+        # A file that is missing has the same errno.
+        if known and error.code == errno.ENOENT and not is_known(session, ref):
+            return NoSuchVm(sentence)
+        return CommandError(sentence, error.code)
     return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}", error.code)
 
 
@@ -304,29 +311,29 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
         for name, path in (("kernel", wanted.kernel), ("initrd", wanted.initrd)):
             if path:
                 fds[name] = [open_boot_file(path, name)]
-        return session.client.ask(request_for(session, wanted, ref), VmStarted, fds=fds)
-    except Refused as error:
-        raise refusal(error) from None
+        request = request_for(session, wanted, ref)
+        try:
+            return session.client.ask(request, VmStarted, fds=fds)
+        except Refused as error:
+            raise refusal(session, error, ref, known=request.config is None) from None
     finally:
         for opened in fds.values():
             os.close(opened[0])
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Start the VM and, with -c, stay on its console."""
-    given, operands = parse_options(arguments, OPTIONS, ("json",))
-    ref = parse_vmref(operand(operands))
-    session.json = ("--json", "") in given
+    ref = parse_vmref(given.operand)
     wanted = Wanted()
-    for option, value in given:
+    for option, value in given.options:
         wanted.take(option, value)
-    if wanted.json and wanted.console:
-        raise CommandError("--json and -c cannot be used together")
+    if session.json and wanted.console:
+        raise ArgumentError("--json and -c cannot be used together")
     started = start(session, wanted, ref)
     for note in started.notes:
         warn(f"warning: {note}")
     warn(f"started vm {started.vmid} successfully, tty {started.tty}")
-    if wanted.json:
+    if session.json:
         document = {"id": started.vmid, "name": clean(started.name), "pid": started.pid, "tty": clean(started.tty)}
         put_json(document)
     if wanted.console:

@@ -2,11 +2,11 @@
 
 import errno
 
-from vmctl.errors import CommandError, Refused, UsageError
-from vmctl.options import parse_options
+from vmctl.errors import NoSuchVm, Refused
+from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
-from vmctl.vmref import VmRef, parse_vmref
+from vmctl.vmref import parse_vmref
 from vmd.ipc.messages import NicInfo, TroubleInfo, VmInfo
 from vmd.scaled import fmt_scaled
 
@@ -15,19 +15,15 @@ ROW = "{:>5} {:>5} {:>5} {:>7} {:>7} {:>7} {:>12} {:>8} {}".format
 HEADER = ROW("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Fetch the list and show all of it, what runs, or one VM."""
-    given, operands = parse_options(arguments, "rv", ("json",))
-    if len(operands) > 1:
-        raise UsageError
-    session.json = ("--json", "") in given
-    wanted = parse_vmref(operands[0]) if operands else None
+    wanted = parse_vmref(given.operand) if given.operand else None
     vms = session.client.list_vms()
-    found = [vm for vm in vms if wanted is None or matches(vm, wanted)]
+    found = [vm for vm in vms if wanted is None or wanted.means(vm)]
     if wanted is not None and not found and session.json:
-        raise CommandError(f"vm {wanted} not found", errno.ENOENT)
-    shown = [vm for vm in found if vm.pid != 0 or ("-r", "") not in given]
-    detailed = ("-v", "") in given
+        raise NoSuchVm(f"vm {wanted} not found")
+    shown = [vm for vm in found if vm.pid != 0 or not given.has("-r")]
+    detailed = given.has("-v")
     rows, lines = [as_json(vm) for vm in shown], [HEADER, *(row(vm) for vm in shown)]
     if detailed:
         from vmctl import interfaces, troubles  # most runs do without
@@ -43,7 +39,7 @@ def run(session: Session, arguments: list[str]) -> int:
         return 0
     put_lines(lines)
     if wanted is not None and not found:
-        raise CommandError(f"vm {wanted} not found", errno.ENOENT)
+        raise NoSuchVm(f"vm {wanted} not found")
     if session.verbose or detailed:
         for vm in shown:
             if vm.text:
@@ -59,11 +55,6 @@ def devices_of(session: Session, vm: VmInfo) -> tuple[list[NicInfo], list[Troubl
         if error.code == errno.ENOENT:
             return [], []
         raise
-
-
-def matches(vm: VmInfo, wanted: VmRef) -> bool:
-    """Return whether this is the VM that was asked for."""
-    return vm.vmid == wanted.vmid if wanted.vmid else vm.name == wanted.name
 
 
 def row(vm: VmInfo) -> str:

@@ -4,8 +4,7 @@ import errno
 
 from vmctl.client import Client
 from vmctl.ending import FAILED, REQUESTED, TERMINATED, Result, announce, ask_end, conclude, finish
-from vmctl.errors import UsageError
-from vmctl.options import parse_options
+from vmctl.options import Given
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, StopRequest, VmInfo, WaitRequest
@@ -16,19 +15,12 @@ STOPPED, STOPPING = "stopped", "stopping"  # states of VmInfo
 GONE = (errno.ENOENT, errno.EINVAL, VMD_VM_STOP_INVALID)
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Stop what was named."""
-    given, operands = parse_options(arguments, "afw", ("json",))
-    options = {option for option, _ in given}
-    session.json = "--json" in options
-    force, wait = "-f" in options, "-w" in options
-    if "-a" in options:
-        if operands:
-            raise UsageError
+    force, wait = given.has("-f"), given.has("-w")
+    if given.has("-a"):
         return stop_all(session, force=force, wait=wait)
-    if len(operands) != 1:
-        raise UsageError
-    ref = parse_vmref(operands[0])
+    ref = parse_vmref(given.operand)
     result = ask_end(session.client, ref, stop_request(ref, force=force, wait=wait), "stopping")
     conclude(session, result, forced=force and not wait)
     return finish(session, [result])

@@ -1,9 +1,10 @@
 """vmctl unpause: let a paused VM go on."""
 
 from vmctl.commands.pause import change
+from vmctl.options import Given
 from vmctl.session import Session
 
 
-def run(session: Session, arguments: list[str]) -> int:
+def run(session: Session, given: Given) -> int:
     """Unpause."""
-    return change(session, arguments, paused=False)
+    return change(session, given, paused=False)

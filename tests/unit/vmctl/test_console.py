@@ -256,7 +256,7 @@ def test_end_of_the_daemon(daemon: FakeDaemon, operator: Operator) -> None:
     daemon.hang_up()
 
     operator.sees("vmctl: pipe closed: vmd has ended, and the console with it\r\n")
-    assert operator.ended() == 1
+    assert operator.ended() == 3
     assert operator.mode() == operator.before
 
 
@@ -395,7 +395,7 @@ def test_refused(vmctl: Vmctl, daemon: FakeDaemon, code: int, text: str, sentenc
     """Upstream's words where it has some; the holder is named."""
     daemon.answers(Failed(code=code, text=text))
 
-    assert vmctl("console", "web") == (1, "", f"vmctl: {sentence}\n")
+    assert vmctl("console", "web") == (4 if code == errno.ENOENT else 1, "", f"vmctl: {sentence}\n")
 
 
 def test_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:

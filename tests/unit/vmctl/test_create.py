@@ -12,12 +12,15 @@ from tests.support.images import MIB, opened, read, write
 from vmctl.bar import Bar
 from vmctl.commands.create import run
 from vmctl.errors import CommandError, UsageError
+from vmctl.options import find_command, parse
 from vmctl.session import Session
 from vmd.errors import VmdError
 from vmd.images.create import create
 from vmd.images.identify import probe
 from vmd.images.locks import lock
 from vmd.ipc.probemsg import Probe
+
+CREATE = find_command("create")
 
 Create = Callable[..., str]
 
@@ -35,7 +38,7 @@ def vmctl_create(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Cr
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
 
     def create_it(*arguments: str) -> str:
-        assert run(Session(), list(arguments)) == 0
+        assert run(Session(), parse(CREATE, list(arguments))) == 0
         output, errors = capfd.readouterr()
         assert output == ""
         return errors
@@ -117,9 +120,9 @@ def test_size_is_whole_megabytes(folder: Path, vmctl_create: Create) -> None:
     [
         (("a.qcow2",), "could not create a.qcow2: missing size argument"),
         (("-b", "b", "-i", "c", "a"), "conflicting -b and -i arguments"),
-        (("-s", "1G"), ""),
-        (("-s", "1G", "a", "b"), ""),
-        (("-s", "1G", ""), "disk without a name"),
+        (("-s", "1G"), "missing argument: disk"),
+        (("-s", "1G", "a", "b"), "unexpected argument: b"),
+        (("-s", "1G", ""), "empty argument: disk"),
         (("-s", "1G", "qcow2:"), "disk without a name"),
         (("-x", "a"), "unknown option -- x"),
     ],

@@ -52,7 +52,7 @@ def test_stop_asks_for_what_was_said(
     ("arguments", "answer", "status", "line"),
     [
         (("web",), ACCEPTED, 0, "stopping vm web: requested to shutdown vm 3\n"),
-        (("-f", "web"), ACCEPTED, 0, "stopping vm web: requested to shutdown vm 3\n"),
+        (("-f", "web"), ACCEPTED, 0, "stopping vm web: forced to terminate vm 3\n"),
         (("3",), ACCEPTED, 0, "stopping vm: requested to shutdown vm 3\n"),
         (("-w", "web"), TERMINATED, 0, "stopping vm web: terminated vm 3\n"),
         (("-fw", "3"), TERMINATED, 0, "stopping vm: terminated vm 3\n"),
@@ -63,7 +63,7 @@ def test_stop_asks_for_what_was_said(
             1,
             "stopping vm web: cannot stop vm that is not running\n",
         ),
-        (("web",), Failed(code=errno.ENOENT, text="vm web not found"), 1, "stopping vm web: vm not found\n"),
+        (("web",), Failed(code=errno.ENOENT, text="vm web not found"), 4, "stopping vm web: vm not found\n"),
         (("web",), Failed(code=errno.EINTR, text=""), 1, "stopping vm web: interrupted call\n"),
         (
             ("web",),
@@ -89,7 +89,7 @@ def test_stop_says_how_it_went(
     [
         ("web", TERMINATED, 0, "waiting for vm web: terminated vm 3\n"),
         ("3", TERMINATED, 0, "waiting for vm: terminated vm 3\n"),
-        ("web", Failed(code=errno.ENOENT, text="vm web not found"), 1, "waiting for vm web: vm not found\n"),
+        ("web", Failed(code=errno.ENOENT, text="vm web not found"), 4, "waiting for vm web: vm not found\n"),
         (
             "web",
             Failed(code=errno.EINVAL, text="vm web is not running"),
@@ -106,10 +106,10 @@ def test_wait(vmctl: Vmctl, daemon: FakeDaemon, word: str, answer: Record, statu
     assert isinstance(daemon.requests[0], WaitRequest)
 
 
-@pytest.mark.parametrize("command", [("wait",), ("stop", "--")])
+@pytest.mark.parametrize("command", [("wait", "--"), ("stop", "--")])
 def test_leading_dash_is_no_id(vmctl: Vmctl, daemon: FakeDaemon, command: tuple[str, ...]) -> None:
     """A name never starts so."""
-    assert vmctl(*command, "-x") == (1, "", "vmctl: invalid id: -x\n")
+    assert vmctl(*command, "-x") == (2, "", "vmctl: invalid id: -x\n")
     assert daemon.requests == []
 
 
@@ -117,7 +117,7 @@ def test_daemon_that_dies_while_we_wait(vmctl: Vmctl, daemon: FakeDaemon) -> Non
     """The begun line is ended first."""
     daemon.script = lambda _request: None
 
-    assert vmctl("wait", "web") == (1, "", "waiting for vm web: \nvmctl: pipe closed\n")
+    assert vmctl("wait", "web") == (3, "", "waiting for vm web: \nvmctl: pipe closed\n")
 
 
 def test_verbose_says_how_the_vm_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None:
@@ -154,7 +154,7 @@ def test_interrupted(daemon: FakeDaemon, arguments: tuple[str, ...], begun: str)
         ),
         (
             Failed(code=errno.ENOENT, text="vm web not found"),
-            1,
+            4,
             {"id": None, "name": "web", "result": "failed", "text": "vm web not found", "code": errno.ENOENT},
         ),
     ],

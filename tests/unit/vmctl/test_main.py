@@ -14,8 +14,10 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, FakeDaemon, spawn, vm_info
-from vmctl.__main__ import COMMANDS, main
+from vmctl.__main__ import main
 from vmctl.client import Client, socket_owner
+from vmctl.options import find_command
+from vmctl.table import COMMANDS
 from vmd.ipc.imsg import HEADER, encode
 from vmd.ipc.messages import (
     End,
@@ -38,69 +40,113 @@ USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
 
 def test_no_command_is_answered_with_usage(capfd: pytest.CaptureFixture[str]) -> None:
     """The first line is upstream's; every command has a line."""
-    assert main([]) == 1
+    assert main([]) == 2
 
     output, errors = capfd.readouterr()
     assert output == ""
     assert errors.startswith(USAGE)
-    assert [line.split()[1] for line in errors.splitlines()[1 : 1 + len(COMMANDS)]] == [c.name for c in COMMANDS]
+    assert [line.split()[1] for line in errors.splitlines()[1:-1]] == [c.name for c in COMMANDS]
 
 
-def test_unknown_command(capfd: pytest.CaptureFixture[str]) -> None:
-    """It is named, then comes the usage."""
-    assert main(["frobnicate"]) == 1
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("frobnicate", "unknown argument: frobnicate\n"),
+        ("stauts", "unknown argument: stauts: did you mean status?\n"),
+        ("Start", "unknown argument: Start: did you mean start?\n"),
+        ("st", "ambiguous argument: st: start, status or stop\n"),
+        ("s", "ambiguous argument: s: send, show, start, status or stop\n"),
+        ("re", "ambiguous argument: re: receive, reload or reset\n"),
+        ("l", "ambiguous argument: l: load or log\n"),
+        ("sta", "ambiguous argument: sta: start or status\n"),
+    ],
+)
+def test_word_that_is_no_command(capfd: pytest.CaptureFixture[str], word: str, sentence: str) -> None:
+    """It is named with what it may have been meant to be, and the usage is one line."""
+    assert main([word]) == 2
 
-    assert capfd.readouterr().err.startswith(f"unknown argument: frobnicate\n{USAGE}")
-
-
-@pytest.mark.parametrize("word", ["st", "s", "re", "l", "sta", ""])
-def test_ambiguous_command(capfd: pytest.CaptureFixture[str], word: str) -> None:
-    """A prefix of several commands is none of them."""
-    assert main([word]) == 1
-
-    assert capfd.readouterr().err.startswith(f"ambiguous argument: {word}\n{USAGE}")
+    assert capfd.readouterr() == ("", f"{sentence}{USAGE}Try 'vmctl help'.\n")
 
 
 def test_unknown_option_before_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     """As getopt(3) says it."""
-    assert main(["-x", "status"]) == 1
+    assert main(["-x", "status"]) == 2
 
     assert capfd.readouterr().err.startswith(f"vmctl: unknown option -- x\n{USAGE}")
 
 
+UPSTREAM = (
+    "console", "create", "load", "log", "pause", "receive", "reload", "reset", "send", "show", "start", "status",
+    "stop", "unpause", "wait",
+)  # fmt: skip
+ABBREVIATIONS = [
+    (name[:length], name)
+    for name in UPSTREAM
+    for length in range(1, len(name) + 1)
+    if [other for other in UPSTREAM if other.startswith(name[:length])] == [name] or length == len(name)
+]
+
+
+@pytest.mark.parametrize(("word", "name"), ABBREVIATIONS)
+def test_abbreviations_of_upstream(word: str, name: str) -> None:
+    """No command of ours may take one away; what is a whole name is that command."""
+    assert find_command(word).name == name
+
+
 @pytest.mark.parametrize(
-    ("arguments", "usage"),
+    ("arguments", "sentence", "usage"),
     [
-        (["console"], "console id"),
-        (["console", "a", "b"], "console id"),
-        (["load"], "load filename"),
-        (["log"], "log brief | verbose"),
-        (["log", "loud"], "log brief | verbose"),
-        (["log", ""], "log brief | verbose"),
-        (["reload", "now"], "reload"),
-        (["reset", "everything"], "reset [all | switches | vms]"),
-        (["reset", "vms", "all"], "reset [all | switches | vms]"),
-        (["status", "a", "b"], "status [-rv] [--json] [id]"),
-        (["show", "a", "b"], "show [-rv] [--json] [id]"),
-        (["stop"], "stop [-fw] [--json] [id | -a]"),
-        (["stop", "-a", "web"], "stop [-fw] [--json] [id | -a]"),
-        (["stop", "a", "b"], "stop [-fw] [--json] [id | -a]"),
-        (["wait"], "wait [--json] id"),
+        (["console"], "missing argument: id", "console id"),
+        (["console", "a", "b"], "unexpected argument: b", "console id"),
+        (["console", ""], "empty argument: id", "console id"),
+        (["load"], "missing argument: filename", "load filename"),
+        (["log"], "missing argument: brief | verbose", "log brief | verbose"),
+        (["log", "loud"], "unknown argument: loud: brief or verbose", "log brief | verbose"),
+        (["log", "verbsoe"], "unknown argument: verbsoe: did you mean verbose?", "log brief | verbose"),
+        (["log", ""], "empty argument: brief | verbose", "log brief | verbose"),
+        (["reload", "now"], "unexpected argument: now", "reload"),
+        (["reset", "everything"], "unknown argument: everything: all, switches or vms", "reset [all | switches | vms]"),
+        (["reset", "vms", "all"], "unexpected argument: all", "reset [all | switches | vms]"),
+        (["status", "a", "b"], "unexpected argument: b", "status [-rv] [--json] [id]"),
+        (["show", "a", "b"], "unexpected argument: b", "show [-rv] [--json] [id]"),
+        (["stop"], "missing argument: id", "stop [-fw] [--json] [id | -a]"),
+        (["stop", "-a", "web"], "unexpected argument: web", "stop [-fw] [--json] [id | -a]"),
+        (["stop", "a", "b"], "unexpected argument: b", "stop [-fw] [--json] [id | -a]"),
+        (["wait"], "missing argument: id", "wait [--json] id"),
+        (["help", "a", "b"], "unexpected argument: b", "help [command]"),
+        (["create"], "missing argument: disk", "create [-b base | -i disk] [-s size] disk"),
     ],
 )
 def test_wrong_arguments_are_answered_with_the_usage_of_the_command(
-    vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], usage: str
+    vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], sentence: str, usage: str
 ) -> None:
-    """And the daemon is not bothered."""
-    assert vmctl(*arguments) == (1, "", f"usage:\tvmctl [-v] {usage}\n")
+    """One sentence and one line, and the daemon is not bothered."""
+    assert vmctl(*arguments) == (2, "", f"vmctl: {sentence}\nusage:\tvmctl [-v] {usage}\n")
     assert daemon.requests == []
+
+
+def test_wrong_arguments_are_found_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
+    """Nobody is called before it is clear what to say."""
+    for command in COMMANDS:
+        status, output, errors = vmctl(command.name, "a", "b", socket=str(tmp_path / "none"))
+
+        assert (status, output) == (2, "")
+        assert errors.startswith("vmctl: unexpected argument: ")
+
+
+def test_wrong_arguments_are_a_document_with_json(vmctl: Vmctl) -> None:
+    """A program that calls us reads standard output, whatever is wrong."""
+    status, output, errors = vmctl("status", "--json", "a", "b")
+
+    assert (status, json.loads(output)) == (2, {"error": "unexpected argument: b", "code": None})
+    assert errors.startswith("vmctl: unexpected argument: b\nusage:")
 
 
 def test_usage_of_start_lists_every_option(vmctl: Vmctl) -> None:
     """Upstream's and ours."""
     status, _, errors = vmctl("start")
 
-    assert status == 1
+    assert status == 2
     for letter in "cLBbdIikmnprt":
         assert f"[-{letter}" in errors or letter in "cL"
     assert "[-cL]" in errors
@@ -113,6 +159,7 @@ def test_usage_of_start_lists_every_option(vmctl: Vmctl) -> None:
         (["stop", "-x", "web"], "unknown option -- x"),
         (["start", "-m"], "option requires an argument -- m"),
         (["status", "--yaml"], "unknown option -- yaml"),
+        (["status", "--jsno"], "unknown option -- jsno: did you mean --json?"),
         (["start", "-:", "web"], "unknown option -- :"),
     ],
 )
@@ -120,7 +167,7 @@ def test_wrong_option_is_named(vmctl: Vmctl, arguments: list[str], sentence: str
     """One sentence, then the usage of the command."""
     status, _, errors = vmctl(*arguments)
 
-    assert status == 1
+    assert status == 2
     assert errors.startswith(f"vmctl: {sentence}\nusage:\tvmctl [-v] {arguments[0]} ")
 
 
@@ -150,8 +197,8 @@ def test_simple_command(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], 
     status, output, errors = vmctl(*arguments)
 
     if request_ is None:
-        assert status == 1
-        assert errors.startswith("ambiguous argument: lo\n")
+        assert status == 2
+        assert errors.startswith("ambiguous argument: lo: load or log\n")
     else:
         assert (status, output, errors) == (0, "", "")
         assert daemon.requests == [request_]
@@ -210,7 +257,7 @@ def test_no_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
 
     status = vmctl("status", socket=path)
 
-    assert status == (1, "", f"vmctl: connect: {path}: No such file or directory: is vmd running?\n")
+    assert status == (3, "", f"vmctl: connect: {path}: No such file or directory: is vmd running?\n")
 
 
 def test_stale_socket(vmctl: Vmctl, tmp_path: Path) -> None:
@@ -219,14 +266,15 @@ def test_stale_socket(vmctl: Vmctl, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
         stale.bind(path)
 
-    assert vmctl("status", socket=path) == (1, "", f"vmctl: connect: {path}: Connection refused: is vmd running?\n")
+    assert vmctl("status", socket=path) == (3, "", f"vmctl: connect: {path}: Connection refused: is vmd running?\n")
 
 
 def test_path_too_long_for_a_socket(vmctl: Vmctl) -> None:
     """The kernel's limit is 107 bytes."""
     path = "/tmp/" + "x" * 200
 
-    assert vmctl("status", socket=path) == (1, "", f"vmctl: connect: {path}: AF_UNIX path too long\n")
+    sentence = "the path of a socket has at most 107 bytes, and this one has 205"
+    assert vmctl("status", socket=path) == (1, "", f"vmctl: connect: {path}: {sentence}\n")
 
 
 @pytest.mark.root
@@ -263,7 +311,7 @@ def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """Upstream's words."""
     daemon.script = lambda _request: None
 
-    assert vmctl("reload") == (1, "", "vmctl: pipe closed\n")
+    assert vmctl("reload") == (3, "", "vmctl: pipe closed\n")
 
 
 def test_last_words_of_a_daemon_that_turns_us_away(tmp_path: Path) -> None:
@@ -323,7 +371,7 @@ def test_failure_is_a_document_with_json(vmctl: Vmctl, tmp_path: Path) -> None:
     """Programs read standard output; people read the sentence."""
     status, output, errors = vmctl("status", "--json", socket=str(tmp_path / "none.sock"))
 
-    assert status == 1
+    assert status == 3
     assert errors != ""
     document = json.loads(output)
     assert document["code"] == errno.ENOENT

@@ -57,7 +57,7 @@ def test_json(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None
 
     daemon.answers(Failed(code=errno.ENOENT, text="vm web not found"))
     status, output, _ = vmctl(word, "--json", "web")
-    assert status == 1
+    assert status == 4
     assert json.loads(output) == {"error": f"{word} vm command failed: vm web not found", "code": errno.ENOENT}
 
 
@@ -69,5 +69,5 @@ def test_wrong_arguments(
     """Answered with the usage; the daemon is not bothered."""
     status, output, errors = vmctl(word, *operands)
 
-    assert (status, output, daemon.requests) == (1, "", [])
+    assert (status, output, daemon.requests) == (2, "", [])
     assert errors.endswith(f"usage:\tvmctl [-v] {word} [--json] id\n")

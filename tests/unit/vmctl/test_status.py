@@ -60,26 +60,25 @@ def test_running_only_of_one_that_is_stopped(vmctl: Vmctl, two: FakeDaemon) -> N
 
 def test_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
     """The header, as ever, and a failure."""
-    assert vmctl("status", "web") == (1, HEADER, "vmctl: vm web not found\n")
+    assert vmctl("status", "web") == (4, HEADER, "vmctl: vm web not found\n")
 
 
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("", "invalid id: "),
         ("0", "invalid id: 0"),
         ("x" * 64, "name too long: " + "x" * 64),
     ],
 )
 def test_what_can_be_no_vm(vmctl: Vmctl, two: FakeDaemon, word: str, sentence: str) -> None:
     """It is refused before the daemon is asked."""
-    assert vmctl("status", word) == (1, "", f"vmctl: {sentence}\n")
+    assert vmctl("status", word) == (2, "", f"vmctl: {sentence}\n")
     assert two.requests == []
 
 
 def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, two: FakeDaemon) -> None:
     """As is a number that strtonum(3) would not take."""
-    assert vmctl("status", "4294967296") == (1, HEADER, "vmctl: vm 4294967296 not found\n")
+    assert vmctl("status", "4294967296") == (4, HEADER, "vmctl: vm 4294967296 not found\n")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_json_of_an_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
     """One document, which is the failure."""
     status, output, errors = vmctl("status", "--json", "web")
 
-    assert (status, errors) == (1, "vmctl: vm web not found\n")
+    assert (status, errors) == (4, "vmctl: vm web not found\n")
     assert json.loads(output) == {"error": "vm web not found", "code": errno.ENOENT}
 
 

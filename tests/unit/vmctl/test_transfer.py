@@ -96,7 +96,7 @@ def test_daemon_that_goes(daemon: FakeDaemon, tmp_path: Path, command: str) -> N
     """Whatever became of the VM, nobody is left to tell."""
     daemon.script = lambda _request: None
 
-    assert {"send": send, "receive": receive}[command](daemon, tmp_path, "web") == (1, "vmctl: pipe closed\n")
+    assert {"send": send, "receive": receive}[command](daemon, tmp_path, "web") == (3, "vmctl: pipe closed\n")
 
 
 @pytest.mark.parametrize("command", ["send", "receive"])
@@ -130,13 +130,13 @@ def test_terminals_are_refused(daemon: FakeDaemon, command: str, what: str) -> N
 def test_wrong_arguments(daemon: FakeDaemon, arguments: tuple[str, ...], usage: str) -> None:
     """Answered with the usage; the daemon is not bothered."""
     status, errors = run(daemon, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    assert (status, daemon.requests) == (1, [])
+    assert (status, daemon.requests) == (2, [])
     assert errors.endswith(f"usage:\tvmctl [-v] {usage}\n")
 
 
 def test_a_number_is_no_name(daemon: FakeDaemon, tmp_path: Path) -> None:
     """The VM has none yet, and a name that looks like one could never be asked for."""
-    assert receive(daemon, tmp_path, "7") == (1, "vmctl: invalid vm name\n")
+    assert receive(daemon, tmp_path, "7") == (2, "vmctl: invalid vm name\n")
     assert daemon.requests == []
 
 

@@ -1,0 +1,149 @@
+"""Help, version and the manual: each has every command and option of the table."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import ROOT, FakeDaemon
+from vmctl.__main__ import main
+from vmctl.table import COMMANDS, HELP, Command
+from vmctl.usage import synopsis
+from vmd.version import VERSION
+
+every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["--help"], ["-h"], ["-v", "-h"], ["help", "--help"]])
+def test_help(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    """It was asked for, so it is no error and comes on standard output; it fits a terminal."""
+    assert main(arguments) == 0
+
+    output, errors = capfd.readouterr()
+    assert errors == ""
+    if arguments != ["help", "--help"]:
+        for command in COMMANDS:
+            assert f"\n  {command.name} " in output
+    assert max(map(len, output.splitlines())) < 80
+
+
+@every_command
+def test_help_of_a_command(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -> None:
+    """However it is asked for, also with the rest of a command line; nothing is done."""
+    status, output, errors = vmctl("help", command.name)
+
+    assert (status, errors) == (0, "")
+    assert " ".join(output.split("\n\n")[0].split()) == f"usage: vmctl {synopsis(command)}"
+    for option in (*command.options, *HELP):
+        assert option.name in output.split("\n\n", 1)[1]
+    for line in output.splitlines():
+        assert len(line) < 80
+    for words in (["--help"], ["-h"], ["web", "--help"], ["a", "b", "-h"]):
+        assert vmctl(command.name, *words) == (0, output, "")
+    assert vmctl("--help", command.name) == (0, output, "")
+    assert daemon.requests == []
+
+
+def test_help_of_what_does_not_exist(vmctl: Vmctl) -> None:
+    """It is a mistake like any other."""
+    assert vmctl("help", "stat")[0] == 0
+    assert vmctl("help", "st") == (
+        2, "", "vmctl: ambiguous argument: st: start, status or stop\nusage:\tvmctl [-v] help [command]\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--version"], ["-V"]])
+def test_version(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    """The first line is vmctl's own."""
+    assert main(arguments) == 0
+
+    output, errors = capfd.readouterr()
+    assert (output.splitlines()[0], errors) == (f"vmctl {VERSION}", "")
+
+
+def test_version_is_that_of_the_packages() -> None:
+    """Number and change log speak of the same program."""
+    released = re.findall(r"^## (\S+), \d{4}-\d\d-\d\d$", Path(ROOT, "CHANGELOG.md").read_text(), re.M)
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", VERSION)
+    assert VERSION in released or ".dev" in VERSION
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["help", "start"], ["version"], ["status", "-h"]])
+def test_help_that_cannot_be_written(arguments: list[str]) -> None:
+    """A full disk is a failure, as of every other command."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vmctl", *arguments],
+            cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (1, "vmctl: standard output: No space left on device\n")
+
+
+def test_every_command_is_in_the_table() -> None:
+    """A module that the table does not name could not be run."""
+    modules = {path.stem for path in Path(ROOT, "vmctl/commands").glob("*.py")} - {"__init__"}
+
+    assert {command.module for command in COMMANDS} == modules
+
+
+# --- the manual ------------------------------------------------------------------------------------------
+
+
+def items(page: str) -> list[str]:
+    """Return the heads of the list items of a manual page as they are read."""
+    found = []
+    for several, one in re.findall(r"^\.It (?:Xo\b ?(.*?)\n\.Xc$|([^\n]*)$)", page, flags=re.M | re.S):
+        lines = several.split("\n") if several else [one]
+        found.append(" ".join(filter(None, (plain(line.removeprefix(".")) for line in lines))))
+    return found
+
+
+def plain(macros: str) -> str:
+    """Return a line of mdoc(7) macros as it is read."""
+    words: list[str] = []
+    flag = optional = False
+    for word in shlex.split(macros):
+        if word in ("Cm", "Ar", "Fl", "Ns", "Nm"):
+            flag = word == "Fl"
+        elif word in ("Op", "Oo"):
+            optional = optional or word == "Op"
+            words.append("[")
+        elif word == "Oc":
+            words.append("]")
+        else:
+            words.append(f"-{word}" if flag and word != "|" else word)
+    return " ".join([*words, *("]" if optional else "")]).replace("[ ", "[").replace(" ]", "]")
+
+
+def heads() -> dict[str, list[str]]:
+    """Return, for each command of vmctl(8), its synopsis and the options that are described below it."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for item in items(Path(ROOT, "man/vmctl.8").read_text()):
+        if item.split(" ")[0] in {command.name for command in COMMANDS}:
+            name = item.split(" ")[0]
+            found[name] = [item]
+        elif name and item.startswith("-"):
+            found[name].append(item)
+    return found
+
+
+@every_command
+def test_manual_has_the_synopsis(command: Command) -> None:
+    """What vmctl(8) shows is what the table has."""
+    assert heads()[command.name][0] == synopsis(command)
+
+
+@every_command
+def test_manual_explains_every_option(command: Command) -> None:
+    """But for those that all commands share, and of another name of the same command."""
+    described = {word.split()[0] for word in heads()[command.name][1:]}
+
+    if command.name != "show":
+        assert {option.name for option in command.options} - {"--json"} <= described

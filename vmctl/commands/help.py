@@ -1,0 +1,65 @@
+"""vmctl help: what there is, or one command with its options, from the table."""
+
+import textwrap
+
+from vmctl.options import Given, find_command
+from vmctl.output import put
+from vmctl.session import Session
+from vmctl.table import COMMANDS, GLOBAL, HELP, Command, Option
+from vmctl.usage import synopsis
+
+WIDTH = 79
+INDENT = 20
+TOGETHER = "\N{NO-BREAK SPACE}"  # keeps an option and its value on one line
+
+
+def run(session: Session, given: Given) -> int:
+    """Show it; the daemon is not asked."""
+    show(given.operand)
+    return 0
+
+
+def show(word: str = "") -> None:
+    """Explain the command that `word` is or abbreviates, or all of vmctl.  Raises UsageError, CommandError."""
+    text = explain(find_command(word)) if word else overview()
+    put(text.encode())
+
+
+def overview() -> str:
+    """Return the help for vmctl as a whole."""
+    commands = [row(command.name, command.help) for command in COMMANDS]
+    return (
+        "usage: vmctl [-v] [-s socket] command [arg ...]\n\nCommands:\n"
+        + "".join(commands)
+        + "\nOptions before the command:\n"
+        + "".join(rows(GLOBAL))
+        + "\nA command may be shortened to any beginning that no other command shares.\n"
+        "'vmctl help command' shows its options; vmctl(8) has the rest.\n"
+    )
+
+
+def explain(command: Command) -> str:
+    """Return the help for one command."""
+    usage = f"usage: vmctl {synopsis(command, TOGETHER)}"
+    usage = textwrap.fill(usage, WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False)
+    sentence = f"{command.help[0].upper()}{command.help[1:]}."
+    parts = [usage.replace(TOGETHER, " "), textwrap.fill(sentence, WIDTH), "".join(rows((*command.options, *HELP)))]
+    return "\n\n".join(parts)
+
+
+def rows(options: tuple[Option, ...]) -> list[str]:
+    """Return a row for each option; two names of one option that follow each other share a row."""
+    found: list[tuple[str, str]] = []
+    for option in options:
+        name = f"{option.name} {option.value}".rstrip()
+        if found and found[-1][1] == option.help:
+            found[-1] = f"{found[-1][0]}, {name}", option.help
+        else:
+            found.append((name, option.help))
+    return [row(name, text) for name, text in found]
+
+
+def row(name: str, text: str) -> str:
+    """Return a name and what it stands for, in two columns."""
+    filled = textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{INDENT - 2}}", subsequent_indent=" " * INDENT)
+    return f"{filled}\n"

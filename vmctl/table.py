@@ -1,0 +1,165 @@
+"""The commands of vmctl with their options.
+
+Parser, usage, help and completions are made from this table, so a new command, option or word is written down here and
+in vmctl(8), and nowhere else.
+"""
+
+from vmd.record import Record
+
+# What a word of the command line names; completion looks there for candidates.
+TEXT, VM, SWITCH, FILE, COMMAND = "text", "vm", "switch", "file", "command"
+
+
+class Option(Record):
+    """One option: `-f`, or `--json`."""
+
+    name: str
+    help: str
+    value: str = ""  # what its value is called; options without a name for it take none
+    kind: str = TEXT  # of the value
+    words: tuple[str, ...] = ()  # all values that there are, if they can be listed
+    instead_of: str = ""  # the option or operand that it excludes
+
+
+class Operand(Record):
+    """The word that a command is about; no command takes more than one."""
+
+    name: str
+    kind: str = TEXT
+    words: tuple[str, ...] = ()
+    abbreviated: bool = False  # whether the beginning of one of `words` will do, in any case
+    optional: bool = False
+
+
+class Command(Record):
+    """One command: `module` of vmctl.commands has `run(session, given) -> exit status`."""
+
+    name: str
+    module: str
+    help: str
+    options: tuple[Option, ...] = ()
+    operand: Operand | None = None
+
+
+HELP = (
+    Option(name="-h", help="show this help"),
+    Option(name="--help", help="show this help"),
+)
+# What stands before the command.
+GLOBAL = (
+    Option(name="-s", value="socket", kind=FILE, help="talk to the daemon at another socket than /run/vmd.sock"),
+    Option(name="-v", help="say more: which messages are exchanged, and how or why a VM has ended"),
+    Option(name="-V", help="show the version of vmctl"),
+    Option(name="--version", help="show the version of vmctl"),
+    *HELP,
+)
+
+JSON = Option(name="--json", help="print one JSON document")
+ID = Operand(name="id", kind=VM)
+STATUS = Command(
+    name="status",
+    module="status",
+    help="show all VMs, or one",
+    options=(
+        Option(name="-r", help="only those that run"),
+        Option(name="-v", help="add network interfaces, and what is wrong with devices"),
+        JSON,
+    ),
+    operand=Operand(name="id", kind=VM, optional=True),
+)
+
+COMMANDS = (
+    Command(name="console", module="console", help="use the serial line of a VM; ~. leaves, ~? helps", operand=ID),
+    Command(
+        name="create",
+        module="create",
+        help="make a disk image: raw, or qcow2 if its name ends in .qcow2",
+        options=(
+            Option(name="-b", value="base", kind=FILE, help="store only what differs from this qcow2 image"),
+            Option(name="-i", value="disk", kind=FILE, instead_of="-b", help="copy this image"),
+            Option(name="-s", value="size", help="the size, such as 20G; with -b or -i it need not be given"),
+        ),
+        operand=Operand(name="disk", kind=FILE),
+    ),
+    Command(
+        name="help",
+        module="help",
+        help="show what vmctl can do, or more of one command",
+        operand=Operand(name="command", kind=COMMAND, optional=True),
+    ),
+    Command(
+        name="load",
+        module="load",
+        help="read a further configuration file",
+        operand=Operand(name="filename", kind=FILE),
+    ),
+    Command(
+        name="log",
+        module="log",
+        help="set how much the daemon logs",
+        operand=Operand(name="brief | verbose", words=("brief", "verbose"), abbreviated=True),
+    ),
+    Command(
+        name="pause", module="pause", help="have a VM stand still until unpause", options=(JSON,), operand=ID
+    ),
+    Command(
+        name="receive",
+        module="receive",
+        help="read a VM that send has written from standard input, and let it go on under this name",
+        options=(Option(name="-p", help="leave it paused"),),
+        operand=Operand(name="name", kind=VM),
+    ),
+    Command(name="reload", module="reload", help="read the main configuration file again; running VMs go on"),
+    Command(
+        name="reset",
+        module="reset",
+        help="forget VMs after terminating them, or switches, or all",
+        operand=Operand(name="all | switches | vms", words=("all", "switches", "vms"), optional=True),
+    ),
+    Command(
+        name="send",
+        module="send",
+        help="write a running VM to standard output, for receive; it is gone then",
+        options=(Option(name="-k", help="keep it: it goes on when it has been written"),),
+        operand=ID,
+    ),
+    STATUS.replace(name="show"),
+    Command(
+        name="start",
+        module="start",
+        help="start a VM of vm.conf, or one that the options describe",
+        options=(
+            Option(name="-c", help="go on to its console"),
+            Option(name="-L", help="add a local interface: an address by DHCP, and NAT"),
+            Option(name="-B", value="device", words=("cdrom", "disk", "net"), help="boot from cdrom, disk or net"),
+            Option(name="-b", value="path", kind=FILE, help="boot this kernel, or BIOS image"),
+            Option(name="-d", value="disk", kind=FILE, help="add a disk; raw: or qcow2: before it says its format"),
+            Option(name="-I", value="initrd", kind=FILE, help="hand the kernel this initial RAM disk"),
+            Option(name="-i", value="count", help="have this many network interfaces"),
+            Option(name="-k", value="cmdline", help="hand the kernel this command line"),
+            Option(name="-m", value="size", help="have this much memory, such as 512M (the default) or 1.5G"),
+            Option(name="-n", value="switch", kind=SWITCH, help="add an interface that is attached to this switch"),
+            Option(name="-p", value="vcpus", help="have this many virtual CPUs"),
+            Option(name="-r", value="path", kind=FILE, help="put this ISO image into the CD drive"),
+            Option(name="-t", value="name", kind=VM, help="make an instance of this VM"),
+            JSON,
+        ),
+        operand=Operand(name="id | name", kind=VM),
+    ),
+    STATUS,
+    Command(
+        name="stop",
+        module="stop",
+        help="ask a guest to shut down; its VM is killed if it has not done so after two minutes",
+        options=(
+            Option(name="-f", help="kill the VM; the guest is not asked"),
+            Option(name="-w", help="wait until the VM is gone"),
+            Option(name="-a", instead_of="id", help="stop all VMs that run or wait for their start"),
+            JSON,
+        ),
+        operand=ID,
+    ),
+    Command(name="unpause", module="unpause", help="let a paused VM go on", options=(JSON,), operand=ID),
+    Command(name="version", module="version", help="show which version this is"),
+    Command(name="wait", module="wait", help="wait until a VM is gone", options=(JSON,), operand=ID),
+)

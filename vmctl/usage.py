@@ -1,0 +1,52 @@
+"""How the commands are used, in one line each, from the table."""
+
+from vmctl.table import COMMANDS, Command
+
+GENERAL = "usage:\tvmctl [-v] command [arg ...]\n"
+
+
+def synopsis(command: Command, together: str = " ") -> str:
+    """Return a command with its options and operand, as vmctl(8) shows it.
+
+    `together` is the space within what brackets hold.
+    """
+    parts = [command.name, *option_words(command), *operand_words(command)]
+    return " ".join(part.replace(" ", together) for part in parts)
+
+
+def option_words(command: Command) -> list[str]:
+    """Return the options: letters without values together, the others one by one."""
+    by_name = {option.name: option for option in command.options}
+    letters = ""
+    valued, long = [], []
+    for option in command.options:
+        if option.instead_of:
+            continue  # it stands where the other one does
+        if option.value:
+            also = [other for other in by_name.values() if other.instead_of == option.name]
+            valued.append(f"[{' | '.join(f'{one.name} {one.value}' for one in (option, *also))}]")
+        elif option.name.startswith("--"):
+            long.append(f"[{option.name}]")
+        else:
+            letters += option.name[1:]
+    return [*([f"[-{letters}]"] if letters else []), *valued, *long]
+
+
+def operand_words(command: Command) -> list[str]:
+    """Return the operand, with the options that may stand in its place."""
+    operand = command.operand
+    if operand is None:
+        return []
+    words = " | ".join([operand.name, *(one.name for one in command.options if one.instead_of == operand.name)])
+    return [f"[{words}]" if operand.optional or words != operand.name else words]
+
+
+def usage_of(command: Command) -> str:
+    """Return the line for a command that was used wrongly."""
+    return f"usage:\tvmctl [-v] {synopsis(command)}\n"
+
+
+def usage() -> str:
+    """Return what vmctl takes, command by command."""
+    lines = [f"\tvmctl {synopsis(command)}\n" for command in COMMANDS]
+    return GENERAL + "".join(lines) + "Try 'vmctl help' for what they do.\n"
