@@ -56,7 +56,7 @@ SHARED = {
 HARMLESS = {"parent": {"vmd.images", "vmd.images.locks"}}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.images", "vmd.errors", "vmd.record", "vmd.log", "vmd.scaled",
-    "vmd.nearest", "vmd.version",
+    "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 # Each costs every VM milliseconds of start-up or megabytes of memory.
 TOO_HEAVY = {"argparse", "asyncio", "ast", "dataclasses", "inspect", "logging", "re", "subprocess", "typing"}

@@ -85,3 +85,15 @@ def test_package_files_are_empty() -> None:
     markers = files("vmd", "vmctl", suffix="__init__.py")
     assert markers
     assert [str(path.relative_to(ROOT)) for path in markers if path.read_bytes()] == []
+
+
+def test_errors_are_told_in_words() -> None:
+    """An OSError may be without a number, and `strerror(0)` is "Success": `vmd.errors.sentence` knows."""
+    bad = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files("vmd", "vmctl", suffix=".py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"strerror\([^)]*\bor\b", line)
+    ]
+
+    assert bad == []

@@ -9,6 +9,7 @@ from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import DEFAULT_SOCKET, Session
 from vmctl.table import GLOBAL, Command
 from vmctl.usage import GENERAL, usage, usage_of
+from vmd import stdio
 from vmd.errors import VmdError
 
 
@@ -57,6 +58,7 @@ def explain(word: str = "") -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run vmctl; return the exit status."""
+    stdio.fill()
     try:
         options, rest = split(sys.argv[1:] if arguments is None else arguments, GLOBAL, permute=False)
     except UsageError as error:

@@ -1,11 +1,11 @@
 """How far something has come, for whoever waits for it at a terminal."""
 
 import os
-import sys
 import time
 
-from vmctl.output import STDERR, notice
+from vmctl.output import notice
 from vmd.scaled import fmt_scaled
+from vmd.stdio import STDERR
 
 BAR_WIDTH = 40
 MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
@@ -20,7 +20,7 @@ class Bar:
     def __init__(self, name: str, *, rate: bool = False) -> None:
         self.rate = rate
         self.began_s = time.monotonic()
-        self.shown = sys.stderr.isatty()
+        self.shown = os.isatty(STDERR)
         columns = os.get_terminal_size(STDERR).columns if self.shown else 0
         # One column stays free: what fills a line to its end is followed by another.
         fixed = len(f" 100% || {fmt_scaled(0):>6}") + (len(self._pace(0, 1)) if rate else 0)

@@ -9,7 +9,8 @@ import types
 
 from vmctl.errors import CommandError, NoDaemon, Refused
 from vmctl.output import warn
-from vmd.errors import PeerError
+from vmd.config.model import SOCKET_PATH_MAX
+from vmd.errors import PeerError, sentence
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, NicInfo, NicsRequest, Proc, TroubleInfo, VmInfo
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 NOBODY = (errno.ENOENT, errno.ECONNREFUSED)  # what a connection fails with that nobody waits for
 PEER = "vmd"  # whose fault it is when the protocol breaks
 ROUTE = (Proc.CONTROL, Proc.CLIENT)
-SUN_PATH_MAX = 107  # unix(7), less the NUL
 LOOK_UP_MS = 500  # how often a wait is left for a signal that came just before it, and could not end it
 NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 
@@ -68,7 +68,7 @@ class Client:
         except (BrokenPipeError, ConnectionResetError):
             return  # turned away: the reason can still be received
         except OSError as error:
-            raise CommandError(f"{self.path}: {os.strerror(error.errno or errno.EIO)}", error.errno) from None
+            raise CommandError(f"{self.path}: {sentence(error)}", error.errno) from None
 
     def receive(self) -> "Record":
         """Return the next message.  Raises PeerError if it is none that a daemon sends."""
@@ -142,7 +142,7 @@ def connect_trouble(path: str, error: OSError) -> str:
     """Return why there is no connection, and what to look at."""
     if error.errno is None:
         # Python's own: the path does not fit a socket address.
-        return f"the path of a socket has at most {SUN_PATH_MAX} bytes, and this one has {len(os.fsencode(path))}"
+        return f"it has {len(os.fsencode(path))} bytes, and at most {SOCKET_PATH_MAX} are possible"
     reason = os.strerror(error.errno)
     if error.errno in NOBODY:
         return f"{reason}: is vmd running?"

@@ -12,6 +12,7 @@ from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
 from vmctl.output import clean, notice, put
 from vmctl.terminal import RawTerminal
+from vmd.errors import sentence
 from vmd.ipc.messages import ConsoleAttached, ConsoleBreak, Failed
 
 READ_MAX = 16384
@@ -31,7 +32,7 @@ class Ending(Enum):
 
 def failed(what: str, error: OSError) -> CommandError:
     """Return a failed call as a sentence."""
-    return CommandError(f"{what}: {os.strerror(error.errno or errno.EIO)}", error.errno)
+    return CommandError(f"{what}: {sentence(error)}", error.errno)
 
 
 def open_line(path: str) -> int:

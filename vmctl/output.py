@@ -5,13 +5,12 @@ has gone is noticed at once.  Everything but a console's bytes is cleaned of con
 sentences come from the daemon, and through it from others.
 """
 
-import errno
 import os
 import select
 
 from vmctl.errors import CommandError
-
-STDOUT, STDERR = 1, 2
+from vmd.errors import sentence
+from vmd.stdio import STDERR, STDOUT
 
 
 def clean(text: str) -> str:
@@ -49,7 +48,7 @@ def put(data: bytes) -> None:
     try:
         write_all(STDOUT, data)
     except OSError as error:
-        raise CommandError(f"standard output: {os.strerror(error.errno or errno.EIO)}", error.errno) from None
+        raise CommandError(f"standard output: {sentence(error)}", error.errno) from None
 
 
 def put_lines(lines: "list[str]") -> None:

@@ -2,11 +2,13 @@
 
 import sys
 
+from vmd import stdio
 from vmd.log import log
 
 
 def main() -> int:
     """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`."""
+    stdio.fill()
     arguments = sys.argv[1:]
     if len(arguments) == 3 and arguments[0] in ("control", "priv", "vmm", "vm"):
         name, form, verbosity = arguments

@@ -79,12 +79,18 @@ class HostError(VmdError):
     def __init__(self, tried: str, error: OSError | int) -> None:
         self.tried = tried
         self.errno = error if isinstance(error, int) else (error.errno or 0)
+        self.reason = os.strerror(self.errno) if self.errno else str(error)
         super().__init__(tried, self.errno)
 
     def __str__(self) -> str:
-        return f"{self.tried}: {os.strerror(self.errno)}"
+        return f"{self.tried}: {self.reason}"
 
 
 def sentence(error: Exception) -> str:
-    """Return what a failure is, for people: an OSError without its number."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    """Return what a failure is, for people: an OSError without its number.
+
+    Python raises some that have no number, for which strerror(3) would have "Success".
+    """
+    if not isinstance(error, OSError):
+        return str(error)
+    return error.strerror or (os.strerror(error.errno) if error.errno else str(error))

@@ -459,8 +459,8 @@ def test_configuration_check(tmp_path: Path) -> None:
 def test_usage() -> None:
     """A wrong option is named and the usage shown."""
     refused = run_vmd("-Z")
-    assert refused.returncode == 1
-    assert "usage: vmd [-dnv]" in refused.stderr
+    assert refused.returncode == 2
+    assert "usage: vmd [-dhnVv]" in refused.stderr
 
 
 def test_malformed_packets_do_not_disturb_others(vmd: Daemon) -> None:
@@ -555,3 +555,19 @@ def test_a_user_may_look_but_not_touch(vmd: Daemon, request_: Request) -> None:
     assert isinstance(refusal, Failed)
     assert refusal.code == errno.EPERM
     assert vmd.status("demo")["state"] == "running"
+
+
+def test_started_without_descriptors(tmp_path: Path) -> None:
+    """Standard input, output and error of the daemon and of every process of a VM are the null device, nothing else."""
+    without = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    with Daemon(tmp_path, demo(), prefix=without) as vmd:
+        vmd.must("start", "demo")
+
+        held = {
+            (title, number): os.readlink(f"/proc/{pid}/fd/{number}")
+            for title, pid in {"vmd": vmd.pid, **vmd.processes()}.items()
+            for number in range(3)
+        }
+
+    assert {place: what for place, what in held.items() if what != "/dev/null"} == {}
+    assert len(held) >= 3 * len(("vmd", "priv", "control", "vmm", "vm/demo", "vm/demo/viornd0"))

@@ -16,8 +16,8 @@ from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
 from vmd.ipc.messages import ConsoleAttached, ConsoleOutput, ConsoleRequest
+from vmd.stdio import STDIN
 
-STDIN = 0
 SPEED = 115200
 
 

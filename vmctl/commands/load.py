@@ -6,6 +6,7 @@ from vmctl.commands.reload import show_notes
 from vmctl.errors import CommandError
 from vmctl.options import Given
 from vmctl.session import Session
+from vmd.errors import sentence
 from vmd.ipc.messages import LoadRequest, Ok
 
 
@@ -14,6 +15,6 @@ def run(session: Session, given: Given) -> int:
     try:
         path = os.path.abspath(given.operand)
     except OSError as error:  # our directory has been removed
-        raise CommandError(f"{given.operand}: {os.strerror(error.errno or 0)}", error.errno) from None
+        raise CommandError(f"{given.operand}: {sentence(error)}", error.errno) from None
     show_notes(session.client.ask(LoadRequest(path=path), Ok))
     return 0

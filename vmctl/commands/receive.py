@@ -1,15 +1,15 @@
 """vmctl receive: read a VM from standard input, and let it go on (*cat. 4.7*)."""
 
 import os
-import sys
 
-from vmctl.commands.send import transfer
+from vmctl.commands.send import access_mode, transfer
 from vmctl.errors import ArgumentError, CommandError, Refused
 from vmctl.options import Given
 from vmctl.output import warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.ipc.messages import ReceiveRequest, VmReceived
+from vmd.stdio import STDIN
 
 
 def run(session: Session, given: Given) -> int:
@@ -17,12 +17,13 @@ def run(session: Session, given: Given) -> int:
     ref = parse_vmref(given.operand)
     if not ref.name:
         raise ArgumentError("invalid vm name")
-    fd = sys.stdin.fileno()
-    if os.isatty(fd):
+    if os.isatty(STDIN):
         raise CommandError("standard input is a terminal: redirect it from a file, or from a pipe")
+    if access_mode(STDIN) == os.O_WRONLY:
+        raise CommandError("standard input is not open for reading: redirect it from a file, or from a pipe")
     request = ReceiveRequest(name=ref.name, paused=given.has("-p"))
     try:
-        received = transfer(session.client, request, VmReceived, fd, ref.name)
+        received = transfer(session.client, request, VmReceived, STDIN, ref.name)
     except Refused as error:
         raise CommandError(f"receive vm command failed: {error.text}", error.code) from None
     state = ", paused" if received.paused else ""

@@ -1,7 +1,7 @@
 """vmctl send: write a VM to standard output, to go on elsewhere (*cat. 4.7*)."""
 
+import fcntl
 import os
-import sys
 
 from vmctl.bar import Bar
 from vmctl.client import Client
@@ -12,6 +12,7 @@ from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.ipc.messages import SendRequest, TransferProgress, VmReceived, VmSent
 from vmd.scaled import fmt_scaled
+from vmd.stdio import STDOUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,19 +23,31 @@ if TYPE_CHECKING:
     A = TypeVar("A", VmSent, VmReceived)
 
 
+NULL_DEVICE = os.makedev(1, 3)  # /dev/null
+
+
 def run(session: Session, given: Given) -> int:
     """Send; with -k the VM goes on here, and the stream is a snapshot of it."""
     ref = parse_vmref(given.operand)
-    fd = sys.stdout.fileno()
-    if os.isatty(fd):
+    keep = given.has("-k")
+    if os.isatty(STDOUT):
         raise CommandError("standard output is a terminal: redirect it to a file, or into a pipe")
-    request = SendRequest(vmid=ref.vmid, name=ref.name, keep=given.has("-k"))
+    if access_mode(STDOUT) == os.O_RDONLY:
+        raise CommandError("standard output is closed, or not open for writing: redirect it to a file, or into a pipe")
+    if not keep and os.fstat(STDOUT).st_rdev == NULL_DEVICE:
+        raise CommandError(f"standard output is {os.devnull}: the VM would be lost")
+    request = SendRequest(vmid=ref.vmid, name=ref.name, keep=keep)
     try:
-        sent = transfer(session.client, request, VmSent, fd, str(ref))
+        sent = transfer(session.client, request, VmSent, STDOUT, str(ref))
     except Refused as error:
         raise refused("send vm command failed", error) from None
     warn(f"sent vm {sent.vmid} successfully ({fmt_scaled(sent.sent_bytes)})")
     return 0
+
+
+def access_mode(fd: int) -> int:
+    """Return O_RDONLY, O_WRONLY or O_RDWR."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 def transfer(

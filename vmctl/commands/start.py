@@ -31,7 +31,7 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
-from vmd.errors import VmdError
+from vmd.errors import VmdError, sentence
 from vmd.ipc.foreign import typed_format
 from vmd.ipc.messages import (
     VMD_BIOS_MISSING,
@@ -208,7 +208,7 @@ def real_path(path: str, what: str) -> str:
     try:
         real = os.path.realpath(path, strict=True)
     except OSError as error:
-        raise CommandError(f"invalid {what}: {path}: {os.strerror(error.errno or 0)}", error.errno) from None
+        raise CommandError(f"invalid {what}: {path}: {sentence(error)}", error.errno) from None
     except ValueError:
         raise CommandError(f"invalid {what}: {path}") from None
     if len(os.fsencode(real)) > PATH_MAX:
@@ -254,7 +254,7 @@ def open_boot_file(path: str, what: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = os.strerror(error.errno or 0)
+        reason = sentence(error)
         raise CommandError(f"cannot open {what} '{path}': {reason}", error.errno) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

@@ -1,13 +1,12 @@
 """Reads a configuration: parses a file, then applies the rules that span its objects."""
 
 import ipaddress
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
 from vmd.config.model import Config, Globals, SwitchConfig, VmConfig
-from vmd.errors import VmdError
+from vmd.errors import VmdError, sentence
 from vmd.scaled import fmt_scaled
 
 MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
@@ -65,7 +64,7 @@ def load(
             warn(f"warning: {path} does not exist, going on without it")
         return Config(settings=settings)
     except OSError as error:
-        raise ConfigErrors([VmdError(f"{path}: {os.strerror(error.errno or 0)}")]) from error
+        raise ConfigErrors([VmdError(f"{path}: {sentence(error)}")]) from error
     except VmdError as error:
         raise ConfigErrors([VmdError(f"{path}: {error}")]) from error
     config = Grammar().parse(lexer, warn, settings)

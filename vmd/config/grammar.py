@@ -21,6 +21,7 @@ from vmd.config.model import (
     MIN_MEMORY_BYTES,
     PATH_MAX,
     ROOT,
+    SOCKET_PATH_MAX,
     AgentxConfig,
     AllowInstance,
     BootDevice,
@@ -38,7 +39,6 @@ from vmd.ipc.foreign import typed_format
 from vmd.log import log
 
 AGENTX_CONTEXT_MAX = 32
-AGENTX_PATH_MAX = 107  # sun_path of unix(7) less its NUL
 COUNT_MAX = (1 << 31) - 1
 
 T = TypeVar("T")
@@ -251,7 +251,7 @@ class Grammar:
             self.error("agentx context too large")
         elif p[2] == "path" and not p[3].startswith("/"):
             self.error("agentx path is not absolute")
-        elif p[2] == "path" and values.too_long(p[3], AGENTX_PATH_MAX):
+        elif p[2] == "path" and values.too_long(p[3], SOCKET_PATH_MAX):
             self.error("agentx path too large")
         else:
             p[0][p[2]] = p[3]

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 
-from vmd.errors import ConfigError, VmdError
+from vmd.errors import ConfigError, VmdError, sentence
 
 INPUT_MAX = 16 << 20  # bytes of a file, what it includes and macros, counted each time they are read
 INCLUDE_MAX = 16  # files open within each other
@@ -225,7 +225,7 @@ class Lexer:
         try:
             self.open(beside if os.path.lexists(beside) else name)
         except OSError as error:
-            self.error(f"failed to include file {shown(name)}: {os.strerror(error.errno or 0)}")
+            self.error(f"failed to include file {shown(name)}: {sentence(error)}")
         except VmdError as error:
             self.error(f"failed to include file {shown(name)}: {error}")
 

@@ -23,6 +23,7 @@ MAX_CHAIN = 4  # images in one backing chain
 NAME_MAX = 63  # VM and switch names
 IFNAME_MAX = 15
 GROUP_MAX = 15
+SOCKET_PATH_MAX = 107  # bytes; sun_path of unix(7) less its NUL
 PATH_MAX = 1023  # *cat. 2.5*: "disk path too long"
 CMDLINE_MAX = 2047  # Linux, x86 COMMAND_LINE_SIZE less its NUL
 

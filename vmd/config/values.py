@@ -29,6 +29,7 @@ from vmd.config.model import (
     valid_serial,
     valid_vm_name,
 )
+from vmd.errors import sentence
 from vmd.scaled import fmt_scaled, scan_scaled
 
 DISK_FORMATS = ("raw", "qcow2")
@@ -200,7 +201,7 @@ def resolve(path: str, *, strict: bool = True) -> str:
 
 def reason(error: OSError) -> str:
     """Return the kernel's words for an error."""
-    return os.strerror(error.errno or 0)
+    return sentence(error)
 
 
 def owner(text: str) -> Owner:

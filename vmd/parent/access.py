@@ -8,7 +8,7 @@ import pwd
 import stat
 
 from vmd.config.model import Owner
-from vmd.errors import HostError, OperatorError
+from vmd.errors import HostError, OperatorError, sentence
 from vmd.ipc.messages import Caller
 from vmd.privsep import linux
 
@@ -56,7 +56,7 @@ def require_readable(fd: int, path: str, caller: Caller) -> None:
     try:
         status = os.fstat(fd)
     except OSError as error:  # a user's own FUSE mount may refuse even root
-        raise OperatorError(error.errno or errno.EIO, f"{path}: {os.strerror(error.errno or 0)}") from None
+        raise OperatorError(error.errno or errno.EIO, f"{path}: {sentence(error)}") from None
     mode = status.st_mode
     if status.st_uid == caller.uid:
         allowed = mode & stat.S_IRUSR

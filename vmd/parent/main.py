@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config, VmConfig
-from vmd.errors import HostError, OperatorError, PeerError, VmdError
+from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
@@ -548,7 +548,7 @@ class Parent(Process):
         except (ValueError, OverflowError) as error:  # a path with a NUL, an id beyond 32 bits; from root only
             self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
         except OSError as error:  # the host has run out of something, and this client has to hear of it
-            what = os.strerror(error.errno or 0)
+            what = sentence(error)
             log.error(f"{type(message).__name__}: {what}")
             self.answer_failure(envelope.peerid, error.errno or errno.EIO, what)
 

@@ -6,14 +6,34 @@ from collections.abc import Sequence
 
 from vmd.errors import VmdError
 from vmd.record import Record
+from vmd.version import VERSION
 
-USAGE = "usage: vmd [-dnv] [-D macro=value] [-f file] [-s socket]"
+USAGE = "usage: vmd [-dhnVv] [-D macro=value] [-f file] [-s socket]"
+HELP = f"""{USAGE}
+
+Runs the virtual machines that vm.conf describes.
+
+  -D macro=value    define a macro for the configuration file
+  -d                do not go to the background, and log to standard error
+  -f file           read this file instead of /etc/vm.conf
+  -h, --help        show this help
+  -n                check the configuration file and exit
+  -s socket         serve this socket instead of /run/vmd.sock
+  -V, --version     show the version
+  -v                log more; twice, log every detail
+
+vmd(8) and vm.conf(5) have the rest.  vmctl(8) drives a running vmd.
+"""
 DEFAULT_CONF = "/etc/vm.conf"
 DEFAULT_SOCKET = "/run/vmd.sock"
 
 
 class UsageError(VmdError):
     """The command line is wrong; `str` is what to print."""
+
+
+class Shown(VmdError):
+    """Nothing is to be started: `str` is the text that was asked for."""
 
 
 class Options(Record):
@@ -29,10 +49,10 @@ class Options(Record):
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """Return the options; raises UsageError."""
+    """Return the options.  Raises UsageError, Shown."""
     options = Options()
     try:
-        given, rest = getopt.getopt(list(arguments), "dD:f:ns:v")
+        given, rest = getopt.getopt(list(arguments), "dD:f:hns:Vv", ("help", "version"))
     except getopt.GetoptError as error:
         raise UsageError(f"vmd: {error.msg}\n{USAGE}") from None
     if rest:
@@ -46,10 +66,14 @@ def parse(arguments: Sequence[str]) -> Options:
             case "-f":
                 # Absolute: a daemon changes its directory, and reload reads the file again.
                 options = options.replace(conf_path=os.path.abspath(value), conf_given=True)
+            case "-h" | "--help":
+                raise Shown(HELP)
             case "-n":
                 options = options.replace(check_only=True)
             case "-s":
                 options = options.replace(socket_path=os.path.abspath(value))
+            case "-V" | "--version":
+                raise Shown(f"vmd {VERSION}\n")
             case "-v":
                 options = options.replace(verbosity=min(2, options.verbosity + 1))
     return options

@@ -14,7 +14,7 @@ import tty
 from collections.abc import Sequence
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import HostError, OperatorError
+from vmd.errors import HostError, OperatorError, sentence
 from vmd.ipc.messages import VMD_BIOS_MISSING
 from vmd.parent.disks import open_image
 
@@ -137,7 +137,7 @@ def require_regular(fd: int, name: str) -> None:
         mode = os.fstat(fd).st_mode
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     except OSError as error:
-        raise OperatorError(error.errno or errno.EIO, f"{name}: {os.strerror(error.errno or 0)}") from None
+        raise OperatorError(error.errno or errno.EIO, f"{name}: {sentence(error)}") from None
     if not stat.S_ISREG(mode):
         advice = " but a block device: give it as disk" if stat.S_ISBLK(mode) else ""
         raise OperatorError(errno.EINVAL, f"{name}: not a regular file{advice}")

@@ -9,8 +9,8 @@ import socket
 import stat
 from collections.abc import Callable
 
-from vmd.config.model import Owner
-from vmd.errors import HostError, OperatorError
+from vmd.config.model import SOCKET_PATH_MAX, Owner
+from vmd.errors import HostError, OperatorError, sentence
 from vmd.log import JOURNAL, STDERR, SYSLOG, log
 
 USER = "_vmd"
@@ -44,7 +44,7 @@ def open_kvm() -> int:
             errno.ENODEV: "the processor or its firmware settings offer no virtualisation",
             errno.ENOTTY: "this is something else",
         }.get(error.errno or 0, "check the permissions of the device")
-        raise OperatorError(error.errno or 0, f"/dev/kvm: {os.strerror(error.errno or 0)}: {advice}") from None
+        raise OperatorError(error.errno or 0, f"/dev/kvm: {sentence(error)}: {advice}") from None
     if version != KVM_API_VERSION:
         raise OperatorError(errno.ENOTSUP, f"/dev/kvm: version {version} of its interface, not {KVM_API_VERSION}")
     return fd
@@ -65,6 +65,11 @@ def listen(path: str, owner: Owner) -> socket.socket:
 
     Raises OperatorError or HostError naming the path.
     """
+    length = len(os.fsencode(path))
+    if length > SOCKET_PATH_MAX:
+        raise OperatorError(
+            errno.ENAMETOOLONG, f"control socket {path}: has {length} bytes, and at most {SOCKET_PATH_MAX} are possible"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
             probe.connect(path)
@@ -96,7 +101,7 @@ def own_socket(path: str, owner: Owner) -> None:
         os.chown(path, owner.uid, owner.gid if owner.gid is not None else 0)
         os.chmod(path, SOCKET_MODE)
     except OSError as error:
-        log.error(f"control socket {path}: {os.strerror(error.errno or 0)}")
+        log.error(f"control socket {path}: {sentence(error)}")
 
 
 def remove_socket(path: str) -> None:

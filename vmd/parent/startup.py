@@ -1,19 +1,19 @@
 """From a command line to a running daemon: checks, configuration, processes, in an order that fails early."""
 
 import os
-import sys
 from collections.abc import Callable
 
 from vmd.config import check
 from vmd.config.model import Config
-from vmd.errors import VmdError
+from vmd.errors import HostError, VmdError
 from vmd.log import STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
 from vmd.parent.examine import check_images
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
-from vmd.parent.options import Options, UsageError, parse
+from vmd.parent.options import Options, Shown, UsageError, parse
+from vmd.stdio import say, show
 
 CHILD_EXIT_TIMEOUT_S = 5.0
 
@@ -23,19 +23,31 @@ def run(arguments: list[str]) -> int:
     try:
         options = parse(arguments)
     except UsageError as error:
-        print(error, file=sys.stderr)
-        return 1
+        say(f"{error}\n")
+        return 2
+    except Shown as asked:
+        return shown(str(asked))
     log.setup("vmd", STDERR, options.verbosity)
     try:
         if options.check_only:
             check_images(read_config(options), log.warn)
-            print("configuration OK", file=sys.stderr)
+            say("configuration OK\n")
             return 0
         return serve(options)
     except VmdError as error:
         for line in str(error).splitlines():
             log.crit(line)
         return 1
+
+
+def shown(text: str) -> int:
+    """Show on standard output what was asked for; return the exit status."""
+    try:
+        show(text)
+    except HostError as error:
+        say(f"vmd: {error}\n")
+        return 1
+    return 0
 
 
 def read_config(options: Options, path: str | None = None, known: Config | None = None) -> Config:

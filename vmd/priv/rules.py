@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 
-from vmd.errors import OperatorError
+from vmd.errors import OperatorError, sentence
 from vmd.record import Record
 
 TYPE_CHECKING = False
@@ -167,7 +167,7 @@ class Nft:
         except subprocess.TimeoutExpired:
             raise OperatorError(errno.ETIMEDOUT, f"nft does not answer for {NFT_TIMEOUT_S:.0f} s") from None
         except OSError as error:
-            raise OperatorError(error.errno or errno.EIO, f"nft: {os.strerror(error.errno or 0)}") from None
+            raise OperatorError(error.errno or errno.EIO, f"nft: {sentence(error)}") from None
         if done.returncode:
             said = done.stderr.strip().splitlines()
             reason = said[0] if said else f"exit status {done.returncode}"

@@ -5,7 +5,7 @@ import fcntl
 import os
 from struct import Struct
 
-from vmd.errors import HostError, OperatorError
+from vmd.errors import HostError, OperatorError, sentence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def make(name: str, reserved: "Collection[str]" = ()) -> tuple[int, str]:
     try:
         fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        reason = os.strerror(error.errno or 0)
+        reason = sentence(error)
         raise OperatorError(error.errno or errno.EIO, f"{TUN}: {reason}: load the kernel module tun") from None
     try:
         if name:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 
-from vmd.errors import HostError, OperatorError, PeerError
+from vmd.errors import HostError, OperatorError, PeerError, sentence
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.log import FORMS, log
@@ -201,7 +201,7 @@ class DeviceProcess:
             except ConnectionError:  # it is gone and has not even read the question
                 answer = b""
             except OSError as error:
-                reason = "no answer in 10 s" if isinstance(error, TimeoutError) else os.strerror(error.errno or 0)
+                reason = "no answer in 10 s" if isinstance(error, TimeoutError) else sentence(error)
                 raise PeerError(self.title, f"message {wanted}: {reason}") from error
         if not answer:
             raise PeerError(self.title, self._how_it_ended())

@@ -24,7 +24,7 @@ import stat
 import threading
 from struct import Struct
 
-from vmd.errors import VmdError
+from vmd.errors import VmdError, sentence
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Pipe:
             except BrokenPipeError:
                 raise StreamError("was closed by its reader") from None
             except OSError as error:
-                raise StreamError(f"cannot be written: {os.strerror(error.errno or 0)}") from error
+                raise StreamError(f"cannot be written: {sentence(error)}") from error
             self.moved_bytes += done
             while pending and done >= len(pending[0]):
                 done -= len(pending.pop(0))
@@ -166,7 +166,7 @@ class Pipe:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise StreamError(f"cannot be read: {os.strerror(error.errno or 0)}") from error
+                raise StreamError(f"cannot be read: {sentence(error)}") from error
             if not done:
                 raise StreamError(f"ends after {self.moved_bytes} bytes, before its end")
             self.moved_bytes += done
@@ -185,7 +185,7 @@ class Pipe:
             try:
                 os.close(fd)
             except OSError as error:
-                raise StreamError(f"cannot be closed: {os.strerror(error.errno or 0)}") from error
+                raise StreamError(f"cannot be closed: {sentence(error)}") from error
 
 
 class StreamWriter:

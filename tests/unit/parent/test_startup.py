@@ -1,0 +1,79 @@
+"""The command line of vmd, and what it says before it serves."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmd.config.model import Owner
+from vmd.errors import HostError, OperatorError, sentence
+from vmd.parent import service
+from vmd.version import VERSION
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(line: str) -> tuple[int, str, str]:
+    """Run `vmd` with the words and redirections of a shell's command line."""
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m vmd {line}"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_version() -> None:
+    """On standard output, in both spellings."""
+    assert run("-V") == run("--version") == (0, f"vmd {VERSION}\n", "")
+
+
+def test_help() -> None:
+    """On standard output, with every option; it was asked for, so it is no error."""
+    status, output, errors = run("--help")
+
+    assert (status, errors) == (0, "")
+    for option in "DdfhnsVv":
+        assert f"\n  -{option}" in output
+    assert run("-h") == (0, output, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "errors"),
+    [
+        ("-V >&-", "vmd: standard output: Bad file descriptor\n"),
+        ("-h <&- >/dev/full", "vmd: standard output: No space left on device\n"),
+    ],
+)
+def test_output_that_cannot_be_written_is_a_failure(line: str, errors: str) -> None:
+    """As of every program."""
+    assert run(line) == (1, "", errors)
+
+
+@pytest.mark.parametrize("redirections", ["2>&-", "<&- 2>/dev/full"])
+def test_check_without_a_place_for_errors(tmp_path: Path, redirections: str) -> None:
+    """The exit status tells, and nothing is said where nobody would look for it."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    good.touch()
+    bad.write_text("vm\n")
+
+    assert run(f"-n -f {bad} {redirections}")[:2] == (1, "")
+    assert run(f"-n -f {good} {redirections}")[:2] == (0, "")
+
+
+def test_path_of_the_socket_is_too_long() -> None:
+    """The kernel's limit is 107 bytes."""
+    path = "/tmp/" + "x" * 103
+
+    with pytest.raises(OperatorError) as refused:
+        service.listen(path, Owner())
+
+    assert str(refused.value) == f"control socket {path}: has 108 bytes, and at most 107 are possible"
+
+
+def test_errors_without_a_number() -> None:
+    """They are never a "Success"."""
+    assert str(HostError("bind", OSError("AF_UNIX path too long"))) == "bind: AF_UNIX path too long"
+    assert sentence(OSError("timed out")) == "timed out"
+    assert sentence(OSError(errno.ENOENT, "")) == "No such file or directory"
