@@ -137,10 +137,9 @@ def one_of(operand: Operand, word: str) -> str:
 
 def meant(word: str, known: "Iterable[str]") -> str:
     """Return the end of a sentence that asks for the known word that is close to `word`, if there is one."""
-    from vmd.nearest import nearest  # only a mistake needs it
+    from vmd import nearest  # only a mistake needs it
 
-    found = nearest(word, known)
-    return f": did you mean {found}?" if found else ""
+    return nearest.meant(word, known)
 
 
 def alternatives(words: "Sequence[str]") -> str:

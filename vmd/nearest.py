@@ -5,7 +5,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LONGEST = 32  # letters; a longer word is no mistyped keyword
-PER_MISTAKE = 3  # letters that a word must have for each mistake in it
+PER_MISTAKE = 3  # letters that a word has to have for each mistake in it
 
 
 def nearest(word: str, choices: "Iterable[str]") -> str:
@@ -21,8 +21,16 @@ def nearest(word: str, choices: "Iterable[str]") -> str:
     beginning = [choice for choice in known if choice.lower().startswith(word)]
     if len(beginning) == 1:
         return beginning[0]
-    mistakes, best = min(((mistakes_in(word, choice.lower()), choice) for choice in known), default=(LONGEST, ""))
-    return best if mistakes <= len(word) // PER_MISTAKE else ""
+    allowed = len(word) // PER_MISTAKE
+    alike = [choice for choice in known if abs(len(choice) - len(word)) <= allowed]
+    mistakes, best = min(((mistakes_in(word, choice.lower()), choice) for choice in alike), default=(0, ""))
+    return best if mistakes <= allowed else ""
+
+
+def meant(word: str, choices: "Iterable[str]") -> str:
+    """Return the end of a sentence that asks for the choice that is close to `word`; "" if none is."""
+    found = nearest(word, choices)
+    return f": did you mean {found}?" if found else ""
 
 
 def mistakes_in(typed: str, meant: str) -> int:

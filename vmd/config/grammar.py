@@ -37,7 +37,9 @@ from vmd.config.model import (
 )
 from vmd.ipc.foreign import typed_format
 from vmd.log import log
+from vmd.nearest import nearest
 
+KEYWORDS = frozenset(lexer.TOKENS) - {"NL", "NUMBER", "STRING"}
 AGENTX_CONTEXT_MAX = 32
 COUNT_MAX = (1 << 31) - 1
 
@@ -132,8 +134,22 @@ class Grammar:
             return
         if token.type != "ERROR":
             quoted = token.text if token.type == "NL" else f'"{shown(token.text)}"'
-            self.error(f"syntax error at {quoted}")
+            self.error(f"syntax error at {quoted}{self.meant(token)}")
         self.lexer.skip_line(token)
+
+    def meant(self, token: Token) -> str:
+        """Return the end of a sentence that asks for the keyword that was probably meant, if one is close."""
+        state = self.parser.statestack[-1]
+        last = self.parser.symstack[-1]
+        if last.type == "macro_name":  # a word that begins a line, and no `=` follows: it may be meant for a keyword
+            found = nearest(last.value, self.keywords(self.parser.statestack[-2]))
+            return f': did you mean "{found}" instead of "{shown(last.value)}"?' if found else ""
+        found = nearest(token.text, self.keywords(state)) if token.type == "STRING" else ""
+        return f': did you mean "{found}"?' if found else ""
+
+    def keywords(self, state: int) -> list[str]:
+        """Return the keywords that the parser takes in a state."""
+        return [kind.lower() for kind in self.parser.action[state] if kind in KEYWORDS]
 
     # Lines
 

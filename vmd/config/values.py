@@ -30,6 +30,7 @@ from vmd.config.model import (
     valid_vm_name,
 )
 from vmd.errors import sentence
+from vmd.nearest import meant
 from vmd.scaled import fmt_scaled, scan_scaled
 
 DISK_FORMATS = ("raw", "qcow2")
@@ -137,13 +138,14 @@ def virtio_mode(text: str) -> VirtioMode:
     for mode in VirtioMode:
         if mode.name.lower() == text:
             return mode
-    raise ValueError(f"unrecognized virtio mode {shown(text)}")
+    known = [mode.name.lower() for mode in VirtioMode]
+    raise ValueError(f"unrecognized virtio mode {shown(text)}{meant(text, known)}")
 
 
 def disk_format(text: str) -> str:
     """Return the format of a disk image."""
     if text.lower() not in DISK_FORMATS:
-        raise ValueError(f"unrecognized disk format {shown(text)}")
+        raise ValueError(f"unrecognized disk format {shown(text)}{meant(text, DISK_FORMATS)}")
     return text.lower()
 
 

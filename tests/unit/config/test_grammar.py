@@ -441,7 +441,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("vcpus 17", "invalid number of vcpus: 17 (limit is 16)"),
         ("vcpus 1\nvcpus 1", "vcpus specified more than once"),
         ("virtio 2.0", "unrecognized virtio mode 2.0"),
-        ("virtio Modern", "unrecognized virtio mode Modern"),
+        ("virtio Modern", "unrecognized virtio mode Modern: did you mean modern?"),
         ("disk no/where", "failed to parse disks: no/where: No such file or directory"),
         ("disk ''", "failed to parse disks: : No such file or directory"),
         ("disk IMAGE\n" * 5, "too many disks"),
@@ -962,3 +962,32 @@ def test_prefix_records(conf: Loader) -> None:
     config = conf.load("local prefix 10/8\nlocal prefix 11/8\n").settings
 
     assert config.local_prefix == Prefix(address=bytes([11, 0, 0, 0]), length=8)
+
+
+MISTYPED = [
+    ('vmm "x" {\n}', 'syntax error at "x": did you mean "vm" instead of "vmm"?'),
+    ('swtich "a" {\n interface br0\n}', 'syntax error at "a": did you mean "switch" instead of "swtich"?'),
+    ("lcoal prefix 10.0.0.0/8", 'syntax error at "prefix": did you mean "local" instead of "lcoal"?'),
+    ("inlcude", 'syntax error at end of line: did you mean "include" instead of "inlcude"?'),
+    ("local natt disable", 'syntax error at "natt": did you mean "nat"?'),
+    ("socket onwer :x", 'syntax error at "onwer": did you mean "owner"?'),
+    ("limit memry 1G", 'syntax error at "memry": did you mean "memory"?'),
+    ("vm x {\n memroy 1G\n}", 'syntax error at "memroy": did you mean "memory"?'),
+    ("vm x { vcpu 2 }", 'syntax error at "vcpu": did you mean "vcpus"?'),
+    ("vm x {\n boot device dsk\n}", 'syntax error at "dsk": did you mean "disk"?'),
+    ("vm x {\n interface {\n  swich lan\n }\n}", 'syntax error at "swich": did you mean "switch"?'),
+    ("vm x {\n allow instance { bot }\n}", 'syntax error at "bot": did you mean "boot"?'),
+    ("switch x {\n interfcae br0\n}", 'syntax error at "interfcae": did you mean "interface"?'),
+    ("vm x {\n virtio moden\n}", "unrecognized virtio mode moden: did you mean modern?"),
+    ("vm x {\n disk /a format qcow\n}", "unrecognized disk format qcow: did you mean qcow2?"),
+    # Near to a keyword that cannot be there, or to none.
+    ("switch x {\n memroy 1G\n interface br0\n}", 'syntax error at "memroy"'),
+    ('vm x {\n kernel "/bsd"\n}', 'syntax error at "kernel"'),
+]
+
+
+def test_mistyped_keyword(conf: Loader) -> None:
+    """The keyword that was probably meant is named, of those that could have been there."""
+    errors = conf.errors("".join(f"{text}\n" for text, _ in MISTYPED))
+
+    assert [error.partition(": ")[2] for error in errors] == [error for _, error in MISTYPED]

@@ -1,0 +1,49 @@
+"""The word that was meant."""
+
+import pytest
+
+from vmd.nearest import mistakes_in, nearest
+
+WORDS = ("boot", "cdrom", "disk", "interface", "interfaces", "local", "memory", "vcpus", "vm")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("memroy", "memory"),
+        ("memori", "memory"),
+        ("emmory", "memory"),
+        ("Memory", "memory"),
+        ("mem", "memory"),  # only one begins so
+        ("dsik", "disk"),
+        ("dis", "disk"),
+        ("vmm", "vm"),
+        ("interfcae", "interface"),
+        ("interfacess", "interfaces"),
+        ("vcpu", "vcpus"),
+        ("inter", ""),  # two begin so, and it is far from both
+        ("vx", ""),  # two letters have no room for a mistake
+        ("size", ""),
+        ("kernel", ""),
+        ("", ""),
+        ("m" * 1000, ""),
+    ],
+)
+def test_nearest(typed: str, meant: str) -> None:
+    """A suggestion is close, or none is made."""
+    assert nearest(typed, WORDS) == meant
+
+
+def test_nothing_to_choose_from() -> None:
+    """No word is close to none."""
+    assert nearest("memory", ()) == ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant", "mistakes"),
+    [("", "", 0), ("abc", "abc", 0), ("acb", "abc", 1), ("ab", "abc", 1), ("abcd", "abc", 1), ("axc", "abc", 1),
+     ("xyz", "abc", 3), ("", "abc", 3), ("abc", "", 3), ("ca", "abc", 3)],
+)  # fmt: skip
+def test_mistakes(typed: str, meant: str, mistakes: int) -> None:
+    """A swap of neighbours is one mistake; a pair that was swapped is not changed again."""
+    assert mistakes_in(typed, meant) == mistakes
