@@ -132,6 +132,7 @@ class Parent(Process):
         self.prober: Prober
         self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
         self.retired: dict[str, RetiredConsole] = {}  # by name of the VM
+        self.listener: socket.socket | None = None  # until clients can be served
         self.batch_timer: Timer | None = None
         self.resetting: list[int] = []  # clients that wait for the last of the VMs that they want forgotten
         self.ending = False
@@ -149,7 +150,7 @@ class Parent(Process):
             theirs.close()
             self.peers[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
         self.peers[Proc.VMM].send(KvmFd(), fds={"kvm": [kvm_fd]})
-        self.peers[Proc.CONTROL].send(Listen(), fds={"listener": [listener.detach()]})
+        self.listener = listener
         self.loop.on_signal(signal.SIGTERM, self.on_terminate)
         self.loop.on_signal(signal.SIGINT, self.on_terminate)
         self.loop.on_signal(signal.SIGHUP, self.on_hangup)
@@ -157,7 +158,7 @@ class Parent(Process):
             self.loop.on_signal(signum, lambda: None)
 
     def on_process_ready(self, message: Ready, _envelope: Envelope, channel: Channel) -> None:
-        """A child is confined; with the last one the daemon is up and VMs start."""
+        """A child is confined.  After the last one, priv is told what the network is to be."""
         for warning in set(message.warnings) - self.warned:
             self.warned.add(warning)  # once, not by each process
             log.warn(warning)
@@ -165,10 +166,15 @@ class Parent(Process):
             raise PeerError(channel.label, "is ready twice")
         self.ready.add(channel.peer)
         if len(self.ready) == len(self.peers):
-            log.info("startup")
             self.network.configure(self.config)
-            self.on_ready()
-            self.start_batch()
+
+    def serve(self, listener: socket.socket) -> None:
+        """Serve clients and start VMs: every process has been told what it needs for that."""
+        self.listener = None
+        self.peers[Proc.CONTROL].send(Listen(), fds={"listener": [listener.detach()]})
+        log.info("startup")
+        self.on_ready()
+        self.start_batch()
 
     def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
         """A child process has died or cannot be trusted: the daemon cannot go on without it (*cat. 9.2*)."""
@@ -210,6 +216,8 @@ class Parent(Process):
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us."""
         self.ending = True
+        if self.listener is not None:
+            self.listener.close()
         for channel in self.peers.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -245,6 +253,8 @@ class Parent(Process):
 
     def start_batch(self) -> None:
         """Start as many waiting VMs as one round allows, and come back for the rest (*cat. 2.9*)."""
+        if self.listener is not None:
+            return  # `serve` will
         if self.batch_timer is not None:
             self.batch_timer.cancel()
             self.batch_timer = None
@@ -774,8 +784,10 @@ class Parent(Process):
             raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {vm.name}")
 
     def on_network_configured(self, message: NetworkConfigured, _envelope: Envelope, _channel: Channel) -> None:
-        """Hear what switches could not be had."""
+        """Hear what switches could not be had.  With the first answer of priv the daemon is up."""
         self.network.on_configured(message)
+        if self.listener is not None and len(self.ready) == len(self.peers):
+            self.serve(self.listener)
 
     def on_nics_made(self, message: NicsMade, envelope: Envelope, _channel: Channel) -> None:
         """A VM has its interfaces."""

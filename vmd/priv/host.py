@@ -45,12 +45,13 @@ RETRY_S = 0.05
 class Nic:
     """A tap of ours."""
 
-    def __init__(self, vmid: int, link: Link, fd: int, member: Member, bridge: str = "") -> None:
+    def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
         self.vmid = vmid
         self.link = link
-        self.bridge = bridge
+        self.bridge = request.bridge
         self.fd = fd  # until the parent has it
-        self.member = member
+        self.groups = request.groups
+        self.networks = networks_of(request)
         self.link_local = b""
 
     def take_fd(self) -> int:
@@ -153,7 +154,11 @@ class Network:
                 self.ensure_bridge(switch)
             except (OperatorError, HostError) as error:
                 problems.append(str(error))
-        self.tidy()  # the rules, too: whoever restarts his firewall flushes ours along with it
+        self.tidy()  # the rules, too: a firewall that is restarted flushes ours along with its own
+        try:
+            self.forward()  # for interfaces that were made while there was no NAT
+        except HostError as error:
+            problems.append(str(error))
         return problems
 
     def ensure_bridge(self, switch: "SwitchRequest") -> Link:
@@ -299,8 +304,7 @@ class Network:
             # such, or a host whose uplink is in the bridge would change its own.
             self.links.set_lladdr(link, HIGHEST + link.lladdr[1:])
             link = self.links.get(name)
-            networks = networks_of(request) if self.nat else ()
-            nic = Nic(vmid, link, fd, Member(name=name, groups=request.groups, networks=networks), request.bridge)
+            nic = Nic(vmid, link, fd, request)
             self.configure_tap(nic, request, bridge)
             nic.link = self.links.get(name)
         except (OperatorError, HostError):
@@ -381,7 +385,11 @@ class Network:
 
     def members(self) -> list[Member]:
         """Return what the rules are about."""
-        return [nic.member for nics in self.nics.values() for nic in nics]
+        return [
+            Member(name=nic.link.name, groups=nic.groups, networks=nic.networks if self.nat else ())
+            for nics in self.nics.values()
+            for nic in nics
+        ]
 
     def write_rules(self) -> None:
         """Make our table fit the interfaces there are; without need for one, remove it.

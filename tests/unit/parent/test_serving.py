@@ -1,0 +1,81 @@
+"""When the daemon begins to serve its clients."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmd.config.model import Config, SwitchConfig
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import ConfigureNetwork, Listen, NetworkConfigured, Proc, Ready
+from vmd.parent.main import Parent
+from vmd.parent.options import Options
+from vmd.record import Record
+
+
+class Peer:
+    """A process that is told things; closes what goes along."""
+
+    def __init__(self, proc: Proc) -> None:
+        self.peer = proc
+        self.label = proc.name.lower()
+        self.told: list[Record] = []
+
+    def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
+        """Note a message."""
+        assert peerid == 0
+        self.told.append(message)
+        for each in (fds or {}).values():
+            for fd in each:
+                os.close(fd)
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[Parent]:
+    """Give a parent that waits for its three processes, with a listener."""
+    config = Config(switches=(SwitchConfig(name="lan", interface="br7"),))
+    parent = Parent(Options(socket_path=str(tmp_path / "vmd.sock")), config, lambda _path, _known: config)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        parent.listener = listener
+        parent.peers = {proc: Peer(proc) for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM)}  # type: ignore[misc]
+        yield parent
+
+
+def hear(parent: Parent, proc: Proc, message: Record) -> None:
+    """Have the parent take a message of a process."""
+    Parent.HANDLERS[proc, type(message)](parent, message, Envelope(message, 0, 0, {}), parent.peers[proc])
+
+
+def told(parent: Parent, proc: Proc) -> list[type[Record]]:
+    """Return what kinds of messages a process has got."""
+    return [type(message) for message in parent.peers[proc].told]  # type: ignore[attr-defined]
+
+
+def test_clients_wait_until_priv_has_its_configuration(parent: Parent) -> None:
+    """Whatever the order in which processes get ready: a VM of an early client would have no switch and no NAT."""
+    said: list[str] = []
+    parent.on_ready = lambda: said.append("ready")
+    for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV):
+        hear(parent, proc, Ready())
+    assert (told(parent, Proc.PRIV), told(parent, Proc.CONTROL), said) == ([ConfigureNetwork], [], [])
+
+    hear(parent, Proc.PRIV, NetworkConfigured())
+    assert (told(parent, Proc.CONTROL), said) == ([Listen], ["ready"])
+
+    hear(parent, Proc.PRIV, NetworkConfigured(problems=("of a reload",)))
+    assert (told(parent, Proc.CONTROL), said) == ([Listen], ["ready"])
+
+
+def test_a_hangup_before_that(parent: Parent) -> None:
+    """The answer to an early reload is not the beginning: other processes may not be there yet."""
+    hear(parent, Proc.PRIV, Ready())
+    parent.on_hangup()
+    hear(parent, Proc.PRIV, NetworkConfigured())
+    assert told(parent, Proc.CONTROL) == []
+
+    for proc in (Proc.CONTROL, Proc.VMM):
+        hear(parent, proc, Ready())
+    hear(parent, Proc.PRIV, NetworkConfigured())
+    assert told(parent, Proc.CONTROL) == [Listen]
