@@ -17,11 +17,12 @@ import pytest
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting, state_file
-from tests.support.network import Network
+from tests.support.network import Host, Interface, Network
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 PROMPT = "vmd-demo> "
+RARP = b"\x80\x35"
 SWITCH = 'switch "lan" {\n    interface br7\n    group lab\n    locked lladdr\n}\n'
 
 
@@ -361,7 +362,9 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
     ):
         sender.must("start", "db1")
         wanted = sender.interfaces("db1")
-        host_addresses = addresses(links(network)["tap1"])
+        here_links = links(network)
+        host_addresses = addresses(here_links["tap1"])
+        on_switch = Host(Interface(other, "br7"))
         move(sender, receiver, "db1")
 
         moved = receiver.interfaces("db1")
@@ -370,6 +373,12 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
         assert addresses(links(other)["tap1"])[:2] == host_addresses[:2]
         assert addresses(links(other)["tap1"])[0] == "100.64.2.4/31"
         assert links(other)["tap0"]["master"] == "br7"
+        for tap in ("tap0", "tap1"):
+            assert links(other)[tap]["address"] == here_links[tap]["address"]
+        frame = on_switch.receive()  # by which the switches there learn where it is
+        while frame[12:14] != RARP:
+            frame = on_switch.receive()
+        assert frame[6:12].hex(":") == moved[0]["lladdr"]
         wait_for_links(sender, {"lo", "br7"})
 
 

@@ -253,10 +253,22 @@ def test_a_bridge_keeps_the_address_of_its_uplink(network: Network, priv: Priv) 
     assert links(network)["uplink"]["address"] == "f4:ce:46:00:00:01"
     priv.configure(switch("uplink"))
 
-    with priv.make(*(nic(bridge="uplink") for _ in range(4))) as made:
+    guests = [bytes.fromhex(f"f0000000000{number}") for number in range(4)]
+    with priv.make(*(nic(bridge="uplink", lladdr=guest) for guest in guests)) as made:
         assert links(network)["uplink"]["address"] == "f4:ce:46:00:00:01"
         assert [links(network)[tap.name]["address"] for tap in made.nics] == [tap.lladdr.hex(":") for tap in made.nics]
-        assert len({tap.lladdr for tap in made.nics}) == 4
+        assert len({tap.lladdr for tap in made.nics} - set(guests)) == 4
+
+
+def test_the_tap_of_a_guest_has_the_same_address_every_time(network: Network, priv: Priv) -> None:
+    """Its guest knows it, and may come back, or come from another host, with what it knows."""
+    guest = bytes.fromhex("525400123456")
+    with priv.make(nic(lladdr=guest)) as made:
+        before = made.nics[0].lladdr
+    priv.remove()
+    with Network() as elsewhere, Priv(elsewhere) as other, other.make(nic("tap7", lladdr=guest)) as made:
+        assert made.nics[0].lladdr == before
+        assert links(elsewhere)["tap7"]["address"] == before.hex(":")
 
 
 def test_jumbo_frames_where_the_bridge_has_them(network: Network, priv: Priv) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.support.hostnet import addresses, links, load_modules
 from tests.support.killing import die_after
 from tests.support.network import Network
+from tests.support.packets import LLADDR
 from tests.support.privdriver import RUN_DIRECTORY
 from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
 from vmd.priv import host
@@ -44,10 +45,10 @@ def hand_over(holder: socket.socket, nics: list[host.Nic]) -> None:
 
 def life(network: host.Network, holder: socket.socket) -> None:
     """Do what priv does, a bit of everything, hand the taps to `holder`, and end."""
-    lan = NicRequest(name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
-    local = NicRequest(name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
-    office = NicRequest(name="tap7", alias="vm1-if2-db", bridge="office")
-    alone = NicRequest(name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)))
+    lan = NicRequest(lladdr=LLADDR, name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
+    local = NicRequest(lladdr=LLADDR, name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
+    office = NicRequest(lladdr=LLADDR, name="tap7", alias="vm1-if2-db", bridge="office")
+    alone = NicRequest(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)))
     network.own()
     switches = (
         SwitchRequest(interface="br0", alias="switch1-lan"),
@@ -62,7 +63,7 @@ def life(network: host.Network, holder: socket.socket) -> None:
 
 def life_in_routing_domains(network: host.Network, holder: socket.socket) -> None:
     """Do the same with a switch and an interface in VRFs, and nothing else."""
-    alone = NicRequest(name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9)
+    alone = NicRequest(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9)
     network.own()
     switches = (SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3),)
     network.configure(ConfigureNetwork(nat=False, switches=switches))

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from tests.support.network import Network
+from tests.support.packets import LLADDR
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.messages import (
     ConfigureNetwork,
@@ -181,7 +182,7 @@ class Priv:
 
 def nic(name: str = "", **fields: object) -> NicRequest:
     """Return a request for a tap."""
-    return NicRequest(**{"name": name, "alias": "vm1-if0-a", **fields})  # type: ignore[arg-type]
+    return NicRequest(**{"name": name, "alias": "vm1-if0-a", "lladdr": LLADDR, **fields})  # type: ignore[arg-type]
 
 
 def switch(interface: str = "br0", **fields: object) -> SwitchRequest:

@@ -156,6 +156,7 @@ HOSTMAC_BODY = Struct("<I6s2x")
 #   CONFIG_CHANGED, as it is when the tap itself goes down, comes up or vanishes.
 LINK = 22
 LINK_BODY = Struct("<II")
+ANNOUNCE = 24  # VM -> network device: TYPE; the guest goes on at another place, let switches and the guest know
 # TROUBLES: device -> VM: type; then everything that is wrong with the device now, as up to TROUBLES_MAX sentences in
 #   UTF-8 of up to TROUBLE_MAX bytes, with a NUL between them; none: nothing is.  Sent after READY whenever it changes.
 TROUBLES = 23

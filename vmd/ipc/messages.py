@@ -695,6 +695,7 @@ class NicRequest(Record):
     up: bool = True
     host4: bytes = b""  # an address in a /31
     prefix6: bytes = b""  # a /64; the host is its ::1
+    lladdr: bytes = b""  # the guest's
 
 
 class NicMade(Record):

@@ -441,6 +441,7 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
         up=nic.up,
         host4=plan.host4(index) if nic.local else b"",
         prefix6=plan.network6(index) if nic.local else b"",
+        lladdr=nic.lladdr,
     )
 
 

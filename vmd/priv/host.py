@@ -8,6 +8,7 @@ Every request is checked here once more: whoever has taken over the parent shall
 """
 
 import errno
+import hashlib
 import ipaddress
 import os
 import re
@@ -35,6 +36,7 @@ TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
 VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
 HOST_TABLES = (253, 254, 255)  # default, main, local
 MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
+LLADDR_BYTES = 6
 HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives
 HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
 LOOPBACK = "lo"
@@ -300,9 +302,7 @@ class Network:
         try:
             link = self.links.get(name)
             self.links.set_alias(link, request.alias)
-            # A bridge takes over the lowest address of its ports, if nobody has given it one: a tap's must be none
-            # such, or a host whose uplink is in the bridge would change its own.
-            self.links.set_lladdr(link, HIGHEST + link.lladdr[1:])
+            self.links.set_lladdr(link, opposite(request.lladdr))
             link = self.links.get(name)
             nic = Nic(vmid, link, fd, request)
             self.configure_tap(nic, request, bridge)
@@ -572,6 +572,8 @@ def check_request(message: "MakeNics") -> None:
             raise refuse(f"rdomain {nic.rdomain}")
         if len(nic.host4) not in (0, 4) or len(nic.prefix6) not in (0, 16) or any(nic.prefix6[8:]):
             raise refuse("that is no address")
+        if len(nic.lladdr) != LLADDR_BYTES:
+            raise refuse("that is no address")
 
 
 def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
@@ -595,6 +597,16 @@ def inside(address: bytes, network: bytes, length: int) -> bool:
 def link_local(lladdr: bytes) -> bytes:
     """Return the IPv6 address that an Ethernet address has on its own link (RFC 4291, appendix A)."""
     return b"\xfe\x80" + bytes(6) + bytes((lladdr[0] ^ 2,)) + lladdr[1:3] + b"\xff\xfe" + lladdr[3:]
+
+
+def opposite(guest: bytes) -> bytes:
+    """Return the Ethernet address of the host's side of a link, from that of the guest's side.
+
+    It is part of what the guest knows, so it is the same in every life and on every host.
+    """
+    # A bridge takes over the lowest address of its ports, if nobody has given it one: a tap's must be none such, or a
+    # host whose uplink is in the bridge would change its own.
+    return HIGHEST + hashlib.sha256(b"vmd tap " + guest).digest()[: LLADDR_BYTES - 1]
 
 
 def keep_to_itself(name: str) -> None:

@@ -218,6 +218,10 @@ class DeviceProcess:
         """Log more or less."""
         self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
 
+    def announce(self) -> None:
+        """Have a network interface say that its guest goes on at another place."""
+        self._tell(devmsg.TYPE.pack(devmsg.ANNOUNCE))
+
     def shut_down(self) -> None:
         """Ask for the end; `reap` waits for it."""
         self._tell(devmsg.TYPE.pack(devmsg.SHUTDOWN))

@@ -264,6 +264,12 @@ class Machine:
         """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`.  Raises PeerError."""
         return [device.counters() for device in self.devices.running if device.kind == "net"]
 
+    def announce(self) -> None:
+        """Have the network learn that the guest goes on here, and was somewhere else before."""
+        for device in self.devices.running:
+            if device.kind == "net":
+                device.announce()
+
     def troubles(self) -> list[Trouble]:
         """Return what the devices say is wrong with them now."""
         return [

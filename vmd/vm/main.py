@@ -116,6 +116,7 @@ class VmProcess(Process):
         self.on_sender_gone: Callable[[], None] = lambda: None
         self.receiver: Receiver | None = None
         self.received: Received | None = None
+        self.arrived = False  # from another place, and the network has not been told
         self.ending = False
         self.stopping = False
 
@@ -247,6 +248,10 @@ class VmProcess(Process):
         except (VmdError, OSError) as error:
             self.end(Outcome.FAILED, sentence(error))
             return sentence(error)
+        if self.arrived:
+            assert self.machine is not None
+            self.machine.announce()
+            self.arrived = False
         return ""
 
     # --- sending and receiving ---------------------------------------------------------------------------------
@@ -406,7 +411,7 @@ class VmProcess(Process):
                 cpuid=cpuid_of(received.header),
             )
             clocks = self.machine.become(received.machine, received.header.devices)
-            self.received = None
+            self.received, self.arrived = None, True
             close_resources(slots)
             confine(CONFINEMENT)
             self.pause = Pause(self.machine, self.loop)

@@ -2,6 +2,7 @@
 
 from struct import Struct
 
+from vmd.devices.vionet import announce
 from vmd.devices.vionet import tap as taps
 from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
@@ -160,6 +161,24 @@ class Vionet:
         self.interface = self.interface.replace(host_lladdr=given(lladdr))
         if self.local is not None:
             self.local.interface = self.interface
+
+    # --- at another place ----------------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """The guest goes on here and was somewhere else before: tell those that look for it there."""
+        if self.local is not None:
+            interface = self.interface
+            if interface.host_lladdr:  # which an earlier version may have given it otherwise
+                self.receiver.inject(announce.router_address(interface.host_lladdr, interface.host4))
+            return
+        self._announce(0)
+
+    def _announce(self, number: int) -> None:
+        if self.link_up:
+            self.tap.send(announce.reverse_request(self.interface.lladdr))
+        if number + 1 < len(announce.ROUNDS_S):
+            delay_s = announce.ROUNDS_S[number + 1] - announce.ROUNDS_S[number]
+            self.services.call_after(delay_s, lambda: self._announce(number + 1))
 
     # --- the link ------------------------------------------------------------------------------------------------
 

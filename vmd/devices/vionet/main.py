@@ -29,13 +29,22 @@ class NetProcess(ThreadedProcess):
         """The operator takes the link down, or up."""
         self.device.set_link(bool(exact(devmsg.LINK_BODY, packet)[1]))
 
+    def on_announce(self, packet: bytes) -> None:
+        """The guest goes on at another place."""
+        exact(devmsg.TYPE, packet)
+        self.device.announce()
+
     def on_counters(self, packet: bytes) -> bytes:
         """Say what has happened."""
         exact(devmsg.TYPE, packet)
         figures = self.device.counters()
         return devmsg.COUNTERS_BODY.pack(devmsg.COUNTERS, *(figures.get(name, 0) for name in devmsg.COUNTER_NAMES))
 
-    INFORMS = ThreadedProcess.INFORMS | {devmsg.HOSTMAC: on_host_lladdr, devmsg.LINK: on_link}
+    INFORMS = ThreadedProcess.INFORMS | {
+        devmsg.HOSTMAC: on_host_lladdr,
+        devmsg.LINK: on_link,
+        devmsg.ANNOUNCE: on_announce,
+    }
     QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.COUNTERS: on_counters}
 
 

@@ -29,6 +29,7 @@ class Tap:
         """Raises HostError if it is none."""
         self.fd = fd
         self.name = name
+        self.header = 10  # bytes before each frame
         os.set_blocking(fd, False)
         self.offloads = 0  # that it can take from the network for the guest
         for offloads in (
@@ -37,7 +38,7 @@ class Tap:
             if self._accepts(offloads):
                 self.offloads = offloads
                 break
-        self.configure(10, 0)
+        self.configure(self.header, 0)
 
     def _accepts(self, offloads: int) -> bool:
         try:
@@ -62,9 +63,18 @@ class Tap:
         """
         try:
             self._set_header(header)
+            self.header = header
             self._set_offload(offloads)
         except OSError as error:
             raise HostError(self.name, error) from error
+
+    def send(self, frame: bytes) -> bool:
+        """Send a frame of ours, as if it came from the guest; False if the tap does not take it."""
+        try:
+            os.write(self.fd, bytes(self.header) + frame)
+        except OSError:
+            return False
+        return True
 
     def forget_frames(self) -> None:
         """Throw away what waits: it was meant for another driver, and may be segmented as only that one can take."""
