@@ -43,6 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(OutsideL1(config), "outside-l1")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let no daemon of ours keep anything where the one of this host does."""
+    os.environ["STATE_DIRECTORY"] = str(tmp_path_factory.mktemp("state"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what was not asked for, skip what cannot run, and put the real guests last."""
     soak, deep = config.getoption("--soak"), config.getoption("--deep")

@@ -66,7 +66,8 @@ def daemon(conf: Path) -> Iterator[list[str]]:
         log = stack.enter_context(open(LOG, "wb"))
         vmd = subprocess.Popen(
             [VMD, "-d", "-f", conf, "-s", control],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify", "STATE_DIRECTORY": f"{folder}/state"},
             start_new_session=True,  # an interrupt at the terminal is for us; it is told by us
         )  # fmt: skip
         try:

@@ -51,7 +51,7 @@ def wait_for_links(vmd: NetDaemon, wanted: set[str]) -> None:
 def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) -> None:
     """Made before the guest runs, described by `status -v`, gone when the VM is; addresses stay the same."""
     conf = SWITCH + block("db1", 'interface switch "lan"', "local interface", "interfaces 3")
-    with NetDaemon(tmp_path, network, conf) as vmd:
+    with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:
         wait_for_links(vmd, {"lo", "br7"})
         lladdrs = [nic["lladdr"] for nic in vmd.interfaces("db1")]
 
@@ -111,7 +111,7 @@ def test_status_says_it_in_words(network: Network, tmp_path: Path) -> None:
     """One VM by name, or all of them."""
     conf = "local inet6 prefix fd42:1:2::/48\n" + SWITCH
     conf += block("db1", 'interface tap5 { switch "lan", lladdr fe:e1:ba:0:0:9, down }', "local interface")
-    with NetDaemon(tmp_path, network, conf) as vmd:
+    with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:
         stopped = vmd.must("show", "-v", "db1")
         vmd.must("start", "db1")
         shown = vmd.must("status", "-v")
@@ -181,12 +181,12 @@ def test_addresses_beyond_the_prefix(network: Network, tmp_path: Path) -> None:
     """A /60 has room for three VMs."""
     conf = "local inet6 prefix fd42:1:2::/60\n"
     conf += "".join(block(f"vm{number}", "local interface") for number in range(1, 5))
-    with NetDaemon(tmp_path, network, conf) as vmd:
+    with NetDaemon(tmp_path, network, conf, numbers={"vm1": 1, "vm2": 2, "vm3": 3}) as vmd:
         vmd.must("start", "vm3")
         refused = vmd.vmctl("start", "vm4")
 
         assert addresses(links(network)["tap0"])[1] == "fd42:1:2:c::1/64"
-        assert "vm vm4: inet6 prefix exhausted, vm id 4 interface 0" in refused.stderr
+        assert "vm vm4: no addresses are left for its local interfaces" in refused.stderr
 
 
 def test_reload_load_and_reset_of_switches(network: Network, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_reload_load_and_reset_of_switches(network: Network, tmp_path: Path) -> 
 
 def test_a_vm_is_stopped_while_its_interfaces_are_made(network: Network, tmp_path: Path) -> None:
     """It ends at once, and priv's late answer changes nothing."""
-    with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
+    with NetDaemon(tmp_path, network, block("db1", "local interface"), numbers={"db1": 1}) as vmd:
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
         with subprocess.Popen(
@@ -247,7 +247,7 @@ def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
 def test_the_configuration_changes_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
     """The VM gets what was asked for: its switch, its locked address, and the addresses that the tap has."""
     conf = SWITCH + block("db1", 'interface switch "lan"', "local interface")
-    with NetDaemon(tmp_path, network, conf) as vmd:
+    with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:
         with starting(vmd, "db1") as waiting:
             vmd.must("reset", "switches")
             vmd.conf.write_text("local prefix 10.0.0.0/16\n" + block("other"))
@@ -350,17 +350,22 @@ def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[s
 
 
 def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path: Path) -> None:
-    """The guest has a lease for months: id, prefix and IPv6 prefix are the sender's, whatever the receiver's are."""
+    """The guest has a lease for months: number, prefix and IPv6 prefix are the sender's, whatever the receiver's are.
+
+    A VM there that has the same id has addresses of its own.
+    """
     conf = SWITCH + block("first") + block("db1", 'interface switch "lan"', "local interface")
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
     with (
         Network() as other,
-        NetDaemon(here, network, "local inet6\n" + conf) as sender,
-        NetDaemon(there, other, "local prefix 10.0.0.0/8\n" + SWITCH) as receiver,
+        NetDaemon(here, network, "local inet6\n" + conf, numbers={"first": 1, "db1": 2}) as sender,
+        NetDaemon(there, other, SWITCH + block("one") + block("resident", "local interface")) as receiver,
     ):
         sender.must("start", "db1")
+        receiver.must("start", "resident")
+        assert receiver.status("resident")["id"] == sender.status("db1")["id"] == 2
         wanted = sender.interfaces("db1")
         here_links = links(network)
         host_addresses = addresses(here_links["tap1"])
@@ -370,15 +375,17 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
         moved = receiver.interfaces("db1")
         for key in ("lladdr", "host4", "guest4", "prefix6", "locked"):
             assert [nic[key] for nic in moved] == [nic[key] for nic in wanted]
-        assert addresses(links(other)["tap1"])[:2] == host_addresses[:2]
-        assert addresses(links(other)["tap1"])[0] == "100.64.2.4/31"
-        assert links(other)["tap0"]["master"] == "br7"
-        for tap in ("tap0", "tap1"):
-            assert links(other)[tap]["address"] == here_links[tap]["address"]
+        assert addresses(links(other)["tap2"])[:2] == host_addresses[:2]
+        assert addresses(links(other)["tap2"])[0] == "100.64.2.4/31"
+        assert links(other)["tap1"]["master"] == "br7"
+        assert [nic["tap"] for nic in moved] == ["tap1", "tap2"]
+        for tap, before in (("tap1", "tap0"), ("tap2", "tap1")):
+            assert links(other)[tap]["address"] == here_links[before]["address"]
         frame = on_switch.receive()  # by which the switches there learn where it is
         while frame[12:14] != RARP:
             frame = on_switch.receive()
         assert frame[6:12].hex(":") == moved[0]["lladdr"]
+        on_switch.socket.close()
         wait_for_links(sender, {"lo", "br7"})
 
 
@@ -389,15 +396,15 @@ def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tm
     there.mkdir()
     with (
         Network() as other,
-        NetDaemon(here, network, block("db1", "local interface")) as sender,
-        NetDaemon(there, other, block("resident", "local interface")) as receiver,
+        NetDaemon(here, network, block("db1", "local interface"), numbers={"db1": 9}) as sender,
+        NetDaemon(there, other, block("resident", "local interface"), numbers={"resident": 9}) as receiver,
     ):
         sender.must("start", "db1")
         receiver.must("start", "resident")
 
         said = move(sender, receiver, "db1", fails=True)
 
-        assert "its local interfaces have the addresses of vm id 1, which are in use here by vm resident" in said
+        assert "its local interfaces have addresses that vm resident has here, such as 100.64.9.2" in said
         assert sender.wait_state("db1", "running")
         assert set(links(other)) == {"lo", "tap0"}
 

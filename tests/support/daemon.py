@@ -32,6 +32,7 @@ class Daemon:
         self.conf = directory / "vm.conf"
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"
+        self.state = directory / "state"
         self.notices = directory / "vmctl-console.log"  # what it says besides the guest's words
         self.process: subprocess.Popen[bytes] | None = None
         self.conf.write_text(conf)
@@ -61,7 +62,7 @@ class Daemon:
                 self.process = subprocess.Popen(
                     [*self.prefix, sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
                     cwd=self.code, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env={**os.environ, "NOTIFY_SOCKET": str(notify_path)},
+                    env={**os.environ, "NOTIFY_SOCKET": str(notify_path), "STATE_DIRECTORY": str(self.state)},
                 )  # fmt: skip
             deadline = time.monotonic() + START_DEADLINE_S
             while True:

@@ -4,12 +4,13 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.support.daemon import Daemon
 from tests.support.network import Network
+from vmd.parent.identity import FILE, Identities
 from vmd.priv.sysctl import state_path
 
 MODULES = ("vrf", "tun", "bridge", "veth", "overlay", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
@@ -26,10 +27,23 @@ class NetDaemon(Daemon):
     """A daemon whose host's network is this one, and whose name servers are these, if they are given."""
 
     def __init__(
-        self, directory: Path, network: Network, conf: str = "", *, name_servers: Sequence[str] = ()
+        self,
+        directory: Path,
+        network: Network,
+        conf: str = "",
+        *,
+        name_servers: Sequence[str] = (),
+        numbers: Mapping[str, int] | None = None,
     ) -> None:
+        """`numbers` are those that local addresses of root's VMs follow from, as if an earlier daemon had left them."""
         super().__init__(directory, conf, prefix=with_name_servers(directory, name_servers) if name_servers else ())
         self.network = network
+        if numbers:
+            identities = Identities()
+            for name, number in numbers.items():
+                identities.of((name, 0)).number = number
+            self.state.mkdir()
+            (self.state / FILE).write_bytes(identities.encode())
 
     def start(self) -> None:
         """Start it in there."""

@@ -22,7 +22,7 @@ RESOLV_CONF_MAX = 1 << 16
 class Plan(Record):
     """What the addresses of a VM's `local` interfaces follow from."""
 
-    vmid: int
+    number: int  # of the VM, among those that have such interfaces
     prefix4: Prefix
     prefix6: Prefix | None = None
 
@@ -33,9 +33,9 @@ class Plan(Record):
             OperatorError: the prefix has no room for this VM.
         """
         start = int.from_bytes(self.prefix4.address, "big")
-        host = start + (self.vmid << 8) + (nic + 1) * 2
-        if nic >= PLAN_NICS or self.vmid <= 0 or host - start >= 1 << (32 - self.prefix4.length):
-            raise OperatorError(errno.ERANGE, f"dhcp address range exceeded, vm id {self.vmid} interface {nic}")
+        host = start + (self.number << 8) + (nic + 1) * 2
+        if nic >= PLAN_NICS or self.number <= 0 or host - start >= 1 << (32 - self.prefix4.length):
+            raise OperatorError(errno.ERANGE, f"dhcp address range exceeded, vm number {self.number} interface {nic}")
         return host.to_bytes(4, "big")
 
     def guest4(self, nic: int) -> bytes:
@@ -52,11 +52,19 @@ class Plan(Record):
         """
         if self.prefix6 is None:
             return b""
-        subnet = self.vmid * MAX_NICS + nic
-        if nic >= MAX_NICS or self.vmid <= 0 or subnet >= 1 << (SUBNET_BITS - self.prefix6.length):
-            raise OperatorError(errno.ERANGE, f"inet6 prefix exhausted, vm id {self.vmid} interface {nic}")
+        subnet = self.number * MAX_NICS + nic
+        if nic >= MAX_NICS or self.number <= 0 or subnet >= 1 << (SUBNET_BITS - self.prefix6.length):
+            raise OperatorError(errno.ERANGE, f"inet6 prefix exhausted, vm number {self.number} interface {nic}")
         start = int.from_bytes(self.prefix6.address, "big")
         return (start | subnet << SUBNET_BITS).to_bytes(16, "big")
+
+
+def room(prefix4: Prefix, prefix6: Prefix | None) -> int:
+    """Return one more than the highest number that a VM can have; the lowest is 1."""
+    end = 1 << (32 - 8 - prefix4.length)
+    if prefix6 is not None:
+        end = min(end, (1 << (SUBNET_BITS - prefix6.length)) // MAX_NICS)
+    return end
 
 
 def random_ula() -> Prefix:

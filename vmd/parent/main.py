@@ -84,6 +84,7 @@ from vmd.log import log
 from vmd.parent import instances, reload, service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
+from vmd.parent.identity import StateFile
 from vmd.parent.limits import require_files, require_room
 from vmd.parent.media import Media
 from vmd.parent.network import Network
@@ -118,13 +119,21 @@ LoadConfig = Callable[[str | None, Config | None], Config]
 class Parent(Process):
     """The daemon's state and its reactions to messages."""
 
-    def __init__(self, options: Options, config: Config, load_config: LoadConfig) -> None:
+    def __init__(
+        self, options: Options, config: Config, load_config: LoadConfig, state: StateFile | None = None
+    ) -> None:
+        """`state`, if there is one, is where identities are kept; ours from here on."""
         super().__init__(Proc.PARENT)
         self.options = options
         self.config = config
         self.load_config = load_config
         self.verbosity = options.verbosity
+        self.state = state
+        self.saving: Timer | None = None
         self.vms = VmTable()
+        if state is not None:
+            state.load(self.vms.identities)
+            self.vms.identities.on_change = self.save_soon
         self.network = Network(self)
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
@@ -138,6 +147,17 @@ class Parent(Process):
         self.ending = False
         self.on_ready: Callable[[], None] = lambda: None
         self.register_config(config)
+
+    def save_soon(self) -> None:
+        """Have identities written before the next message is looked at; many changes are written once."""
+        if self.saving is None:
+            self.saving = self.loop.call_later(0, self.save)
+
+    def save(self) -> None:
+        """Write identities."""
+        self.saving = None
+        if self.state is not None:
+            self.state.save(self.vms.identities)
 
     # --- start-up and end --------------------------------------------------------------------------------
 
@@ -226,6 +246,10 @@ class Parent(Process):
         for console in self.retired.values():
             console.pty.close()
         self.network.close()
+        if self.state is not None:
+            if self.saving is not None:
+                self.save()
+            self.state.close()
 
     # --- configuration -----------------------------------------------------------------------------------
 

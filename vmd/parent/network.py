@@ -6,6 +6,7 @@ outlive a reboot of the guest, with their names.
 """
 
 import errno
+import ipaddress
 import os
 from collections.abc import Callable, Iterable
 
@@ -38,7 +39,7 @@ from vmd.ipc.messages import (
     brief,
 )
 from vmd.log import log
-from vmd.parent.addresses import Plan, random_ula, resolvers
+from vmd.parent.addresses import Plan, random_ula, resolvers, room
 from vmd.parent.resources import copy_all
 from vmd.parent.vmtable import Vm
 
@@ -113,7 +114,6 @@ class Network:
 
     def __init__(self, parent: "Parent") -> None:
         self.parent = parent
-        self.ula: Prefix | None = None
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
@@ -143,25 +143,70 @@ class Network:
         for problem in message.problems:
             log.error(f"switch: {problem}")
 
-    def plan_of(self, vmid: int, config: VmConfig) -> Plan:
-        """Return what the addresses of a VM follow from: its own id, or another host's for one that was sent."""
+    def prefix6(self) -> "Prefix | None":
+        """Return the range of this host's local interfaces for IPv6, if they have that."""
         settings = self.parent.config.settings
-        prefix6 = settings.local_inet6_prefix
-        if settings.local_inet6 and prefix6 is None:
-            self.ula = prefix6 = self.ula or random_ula()
         if not settings.local_inet6:
-            prefix6 = None
+            return None
+        if settings.local_inet6_prefix is not None:
+            return settings.local_inet6_prefix
+        identities = self.parent.vms.identities
+        if identities.ula is None:
+            identities.ula = random_ula()
+            identities.on_change()
+        return identities.ula
+
+    def plan_of(self, vm: Vm, config: VmConfig) -> Plan:
+        """Return what the addresses of a VM follow from: its own number, or what one that was sent had elsewhere.
+
+        Raises:
+            OperatorError: no number is free.
+        """
         if config.plan_id and config.plan_prefix4 is not None:
-            return Plan(vmid=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
-        return Plan(vmid=config.plan_id or vmid, prefix4=settings.local_prefix, prefix6=prefix6)
+            return Plan(number=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
+        plan = Plan(number=0, prefix4=self.parent.config.settings.local_prefix, prefix6=self.prefix6())
+        if any(nic.local for nic in config.nics):
+            plan = plan.replace(number=self.number(vm, config, plan))
+        return plan
+
+    def number(self, vm: Vm, config: VmConfig, plan: Plan) -> int:
+        """Return the number of a VM: what it had, or, if another VM that runs has its addresses, a free one.
+
+        Raises OperatorError if none is free.
+        """
+        identities = self.parent.vms.identities
+        key = config.name, config.owner.uid
+        identity = identities.of(key)
+        free = lambda number: self.user_of(vm, config, plan.replace(number=number)) is None  # noqa: E731
+        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.parent.vms.present())
+        if not chosen:
+            raise OperatorError(
+                errno.ERANGE,
+                f"vm {config.name}: no addresses are left for its local interfaces; see `local prefix` and "
+                "`local inet6 prefix`",
+            )
+        if identity.number and identity.number != chosen:
+            log.info(f"vm {config.name}: its local interfaces have other addresses than before, which are not free")
+        if identity.number != chosen:
+            identity.number = chosen
+            identities.on_change()
+        return chosen
 
     def check(self, vm: Vm, config: VmConfig) -> None:
         """Raise OperatorError if this VM's interfaces cannot be had here and now."""
-        plan = self.plan_of(vm.vmid, config)
-        for index, nic in enumerate(config.nics):
+        plan = self.plan_of(vm, config)
+        try:
+            user = self.user_of(vm, config, plan)
+        except OperatorError as error:
+            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
+        if user is not None:
+            raise OperatorError(
+                errno.EADDRINUSE,
+                f"vm {config.name}: its local interfaces have addresses that vm {self.name_of(user[0])} has here, "
+                f"such as {user[1]}",
+            )
+        for nic in config.nics:
             self.switch_of(config, nic)
-            if nic.local:
-                self.check_free(vm, config, index, plan)
             if nic.tap not in AUTOMATIC:
                 for vmid, taps in self.taps.items():
                     if vmid != vm.vmid and any(link.name == nic.tap for link in taps.links):
@@ -170,22 +215,19 @@ class Network:
                             f"vm {config.name}: interface {nic.tap} is in use by vm {self.name_of(vmid)}",
                         )
 
-    def check_free(self, vm: Vm, config: VmConfig, index: int, plan: Plan) -> None:
-        """Raise OperatorError if the addresses of a `local` interface do not exist, or are another VM's."""
-        try:
-            host4, network6 = plan.host4(index), plan.network6(index)
-        except OperatorError as error:
-            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
+    def user_of(self, vm: Vm, config: VmConfig, plan: Plan) -> tuple[int, str] | None:
+        """Return which other VM has an address that this one would have, and which; None if there is none.
+
+        Raises OperatorError if the addresses do not exist.
+        """
+        indices = [index for index, nic in enumerate(config.nics) if nic.local]
+        wanted = {plan.host4(index) for index in indices} | {plan.network6(index) for index in indices} - {b""}
         for vmid, taps in self.taps.items():
-            if vmid == vm.vmid:
-                continue
-            for link in taps.links:
-                if link.local and (link.host4 == host4 or (network6 and link.prefix6 == network6)):
-                    raise OperatorError(
-                        errno.EADDRINUSE,
-                        f"vm {config.name}: its local interfaces have the addresses of vm id {plan.vmid}, "
-                        f"which are in use here by vm {self.name_of(vmid)}",
-                    )
+            for link in taps.links if vmid != vm.vmid else ():
+                for address in (link.host4, link.prefix6):
+                    if address in wanted:
+                        return vmid, str(ipaddress.ip_address(address))
+        return None
 
     def switch_of(self, config: VmConfig, nic: NicConfig) -> SwitchConfig | None:
         """Return the switch of an interface, if it has one.  Raises OperatorError if there is no such."""
@@ -222,7 +264,7 @@ class Network:
             if config.nics:
                 self.check(vm, config)
             held = self.taps.get(vm.vmid)
-            plan = self.plan_of(vm.vmid, config)
+            plan = self.plan_of(vm, config)
             if config.nics and held is not None and (held.nics, held.plan) == (config.nics, plan):
                 self._send(launch, held)
                 return
@@ -284,7 +326,7 @@ class Network:
             if any(nic.local for nic in config.nics):
                 plan = taps.plan
                 config = config.replace(
-                    plan_id=plan.vmid, plan_prefix4=plan.prefix4, plan_prefix6=plan.prefix6
+                    plan_id=plan.number, plan_prefix4=plan.prefix4, plan_prefix6=plan.prefix6
                 )
             message = message.replace(nics=taps.links, config=config)
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")

@@ -10,6 +10,7 @@ from vmd.log import STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
 from vmd.parent.examine import check_images
+from vmd.parent.identity import StateFile, state_directory
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.options import Options, Shown, UsageError, parse
@@ -77,7 +78,8 @@ def serve(options: Options) -> int:
         log.setup("vmd", form, options.verbosity)
         service.make_run_directory()
         children = Children(uid, gid)
-        parent = Parent(options, config, lambda path, known: read_config(options, path, known))
+        state = StateFile(state_directory())
+        parent = Parent(options, config, lambda path, known: read_config(options, path, known), state)
         parent.on_ready = ready
         parent.start(children, listener, kvm_fd)
         parent.loop.run()

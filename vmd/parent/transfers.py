@@ -266,6 +266,8 @@ def on_received_running(parent: "Parent", vm: Vm, pid: int, *, paused: bool) -> 
     assert receiving is not None
     assert vm.pty is not None
     vm.pid, vm.text = pid, ""
+    if receiving.config is not None:
+        parent.vms.adopt(vm, receiving.config, parent.config.settings.local_prefix)
     if vm.state is State.RECEIVING:  # or it is already to stop
         vm.state = State.PAUSED if paused else State.RUNNING
     log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")

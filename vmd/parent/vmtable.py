@@ -1,16 +1,16 @@
 """Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
 
 import errno
-import itertools
 import os
 import time
 from collections.abc import Iterator
 from enum import Enum
 
-from vmd.config.model import NicConfig, VmConfig
+from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
 from vmd.parent.addresses import random_lladdr
+from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
 
@@ -33,7 +33,6 @@ class State(Enum):
 
 
 LOCKS_LINGER_S = 1.0
-REMEMBERED_MAX = 64  # names of VMs that no configuration has: numbers are few where `local` interfaces need them
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
 
 
@@ -194,18 +193,11 @@ class RetiredConsole:
 
 
 class VmTable:
-    """VMs by name and id.
+    """VMs by name and id; ids and link-layer addresses are those of their identities."""
 
-    Ids and link-layer addresses belong to a (name, owner) pair for the daemon's lifetime.  Unlike vmd, those of VMs
-    that are in no configuration are given to others when many have come after: a user who may make instances must
-    not be able to use up all numbers.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, identities: Identities | None = None) -> None:
+        self.identities = identities or Identities()
         self._by_name: dict[str, Vm] = {}
-        self._ids: dict[tuple[str, int], int] = {}
-        self._lladdrs: dict[tuple[str, int], dict[int, bytes]] = {}  # found for (name, owner), by number of interface
-        self._remembered: dict[tuple[str, int], None] = {}  # in no configuration, and not here, oldest first
 
     def __iter__(self) -> Iterator[Vm]:
         """All VMs, by id."""
@@ -218,13 +210,12 @@ class VmTable:
         """Register a VM; OperatorError(EEXIST) if the name is taken."""
         if config.name in self._by_name:
             raise OperatorError(errno.EEXIST, f"vm {config.name} already exists")
-        key = config.name, config.owner.uid
-        self._remembered.pop(key, None)
-        if key not in self._ids:
-            taken = set(self._ids.values())
-            self._ids[key] = next(number for number in itertools.count(1) if number not in taken)
+        identity = self.identities.of((config.name, config.owner.uid))
+        if from_config and not identity.configured:
+            identity.configured = True
+            self.identities.on_change()
         config = self.named(config)
-        vm = self._by_name[config.name] = Vm(self._ids[key], config, from_config=from_config)
+        vm = self._by_name[config.name] = Vm(identity.vmid, config, from_config=from_config)
         return vm
 
     def named(self, config: VmConfig) -> VmConfig:
@@ -232,29 +223,53 @@ class VmTable:
         if all(nic.lladdr for nic in config.nics):
             return config
         taken = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics}
-        taken.update(*(found.values() for found in self._lladdrs.values()))
-        ours = self._lladdrs.setdefault((config.name, config.owner.uid), {})
+        taken.update(self.identities.lladdrs())
+        ours = self.identities.of((config.name, config.owner.uid)).lladdrs
         nics = []
         for index, nic in enumerate(config.nics):
             if not nic.lladdr:
                 if index not in ours:
                     ours[index] = random_lladdr(index, taken)
+                    self.identities.on_change()
                 nic = nic.replace(lladdr=ours[index])
             nics.append(nic)
         return config.replace(nics=tuple(nics))
 
+    def adopt(self, vm: Vm, config: VmConfig, prefix4: Prefix) -> None:
+        """A VM that came from elsewhere goes on: what its guest knows is its own from now on, if nobody else has it.
+
+        `config` is what it is now, and `prefix4` the range of this host's local interfaces.
+        """
+        identity = self.identities.of(vm.key)
+        others = [other for other in self._by_name.values() if other is not vm]
+        taken = {nic.lladdr for other in others for nic in other.nics()}
+        taken |= {lladdr for other in self.identities.others(vm.key) for lladdr in other.lladdrs.values()}
+        nics = list(vm.config.nics)
+        for index, nic in enumerate(config.nics):
+            known = nics[index].lladdr if index < len(nics) else b""
+            if nic.lladdr in taken or known != identity.lladdrs.get(index, b""):  # which vm.conf has given it
+                continue
+            identity.lladdrs[index] = nic.lladdr
+            if known:
+                nics[index] = nics[index].replace(lladdr=nic.lladdr)
+        vm.config = vm.config.replace(nics=tuple(nics))
+        numbers = {other.number for other in self.identities.others(vm.key)}
+        if config.plan_id and config.plan_prefix4 == prefix4 and config.plan_id not in numbers:
+            identity.number = config.plan_id
+        self.identities.on_change()
+
     def remove(self, vm: Vm) -> None:
-        """Forget a VM; its id stays reserved for its name, for ever if it is a name of the configuration."""
+        """Forget a VM, but not whose its id and its addresses are."""
         vm.drop_pty()
         vm.drop_files()
         self._by_name.pop(vm.name, None)
-        if vm.from_config:
-            return
-        self._remembered[vm.key] = None
-        while len(self._remembered) > REMEMBERED_MAX:
-            oldest = next(iter(self._remembered))
-            del self._remembered[oldest], self._ids[oldest]
-            self._lladdrs.pop(oldest, None)
+        self.identities.leave(vm.key, self.present)
+
+    def present(self) -> "set[tuple[str, int]]":
+        """Return whose identities are in use."""
+        configs = ((vm.config, vm.next_config, vm.running_config) for vm in self._by_name.values())
+        used = {(config.name, config.owner.uid) for each in configs for config in each if config is not None}
+        return used | {vm.key for vm in self._by_name.values()}
 
     def find(self, vmid: int, name: str) -> Vm | None:
         """Return the VM with this id or, with id 0, this name."""
@@ -272,6 +287,4 @@ class VmTable:
     def forget_ids(self) -> None:
         """Start numbering from 1 again, for `reset vms`; only an empty table may."""
         if not self._by_name:
-            self._ids.clear()
-            self._lladdrs.clear()
-            self._remembered.clear()
+            self.identities.forget_ids()

@@ -7,7 +7,7 @@ import pytest
 
 from vmd.config.model import MAX_NICS, NicConfig, Owner, Prefix, VmConfig
 from vmd.errors import OperatorError
-from vmd.parent.addresses import Plan, name_servers, random_lladdr, random_ula, resolvers
+from vmd.parent.addresses import Plan, name_servers, random_lladdr, random_ula, resolvers, room
 from vmd.parent.vmtable import VmTable
 
 DEFAULT = Prefix(address=bytes((100, 64, 0, 0)), length=10)
@@ -25,8 +25,8 @@ def v4(address: bytes) -> str:
 
 
 def test_the_example_of_the_catalogue() -> None:
-    """Cat. 7.2: vmid 3, interface 1, default prefix."""
-    plan = Plan(vmid=3, prefix4=DEFAULT)
+    """Cat. 7.2: number 3, interface 1, default prefix."""
+    plan = Plan(number=3, prefix4=DEFAULT)
 
     assert (v4(plan.host4(1)), v4(plan.guest4(1))) == ("100.64.3.4", "100.64.3.5")
     assert plan.network6(1) == b""
@@ -41,34 +41,35 @@ def test_the_example_of_the_catalogue() -> None:
     ],
 )
 def test_the_last_vm_that_a_prefix_has_room_for(text: str, last: int, host: str) -> None:
-    """The next one is told so, with its id and interface."""
-    assert v4(Plan(vmid=last, prefix4=prefix(text)).host4(0)) == host
-    with pytest.raises(OperatorError, match=f"dhcp address range exceeded, vm id {last + 1} interface 2"):
-        Plan(vmid=last + 1, prefix4=prefix(text)).host4(2)
+    """The next one is told so, with its number and interface."""
+    assert room(prefix(text), None) == last + 1
+    assert v4(Plan(number=last, prefix4=prefix(text)).host4(0)) == host
+    with pytest.raises(OperatorError, match=f"dhcp address range exceeded, vm number {last + 1} interface 2"):
+        Plan(number=last + 1, prefix4=prefix(text)).host4(2)
 
 
 def test_the_last_interface() -> None:
     """127 fit; the addresses end before the next VM's begin."""
-    plan = Plan(vmid=1, prefix4=DEFAULT)
+    plan = Plan(number=1, prefix4=DEFAULT)
 
     assert v4(plan.guest4(126)) == "100.64.1.255"
     with pytest.raises(OperatorError, match="interface 127"):
         plan.host4(127)
 
 
-@pytest.mark.parametrize("vmid", [0, -1])
-def test_there_is_no_vm_0(vmid: int) -> None:
+@pytest.mark.parametrize("number", [0, -1])
+def test_there_is_no_vm_0(number: int) -> None:
     """A plan that came from elsewhere is checked as well."""
     with pytest.raises(OperatorError):
-        Plan(vmid=vmid, prefix4=DEFAULT).host4(0)
+        Plan(number=number, prefix4=DEFAULT).host4(0)
     with pytest.raises(OperatorError):
-        Plan(vmid=vmid, prefix4=DEFAULT, prefix6=prefix("fd00::/48")).network6(0)
+        Plan(number=number, prefix4=DEFAULT, prefix6=prefix("fd00::/48")).network6(0)
 
 
 def test_no_two_interfaces_share_addresses() -> None:
     """Every interface of every VM has a /31 and a /64 of its own, inside the prefixes."""
     wide6 = prefix("fd42:1:2::/48")
-    plans = [Plan(vmid=vmid, prefix4=DEFAULT, prefix6=wide6) for vmid in (*range(1, 300), 16383)]
+    plans = [Plan(number=number, prefix4=DEFAULT, prefix6=wide6) for number in (*range(1, 300), 16383)]
     hosts = [plan.host4(index) for plan in plans for index in range(MAX_NICS)]
     networks = [plan.network6(index) for plan in plans for index in range(MAX_NICS)]
 
@@ -83,9 +84,10 @@ def test_a_60_has_room_for_three_vms() -> None:
     """Vm.conf takes none that is smaller."""
     small = prefix("fd42:1:2:70::/60")
 
-    assert v4(Plan(vmid=3, prefix4=DEFAULT, prefix6=small).network6(3)) == "fd42:1:2:7f::"
-    with pytest.raises(OperatorError, match="inet6 prefix exhausted, vm id 4 interface 0"):
-        Plan(vmid=4, prefix4=DEFAULT, prefix6=small).network6(0)
+    assert room(DEFAULT, small) == 4
+    assert v4(Plan(number=3, prefix4=DEFAULT, prefix6=small).network6(3)) == "fd42:1:2:7f::"
+    with pytest.raises(OperatorError, match="inet6 prefix exhausted, vm number 4 interface 0"):
+        Plan(number=4, prefix4=DEFAULT, prefix6=small).network6(0)
 
 
 def test_a_range_of_our_own() -> None:

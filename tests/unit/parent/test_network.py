@@ -110,6 +110,8 @@ def parent() -> Iterator[FakeParent]:
 def launch(parent: FakeParent, config: VmConfig) -> tuple[Vm, list[tuple[int, str]]]:
     """Begin to start a VM; the list is what its failure is reported to."""
     vm = parent.vms.find(0, config.name) or parent.vms.add(config, from_config=True)
+    identity = parent.vms.identities.of(vm.key)
+    identity.number = identity.number or vm.vmid  # so that one knows which it is
     failures: list[tuple[int, str]] = []
     message = StartVm(vmid=vm.vmid, config=vm.config, boot_name="bsd", verbosity=0)
     fds = {"boot": [os.open("/dev/null", os.O_RDONLY)]}
@@ -204,7 +206,7 @@ def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) 
 
     message = started(parent)
     on_switch, local, locked = message.nics
-    prefix6 = parent.network.ula
+    prefix6 = parent.vms.identities.ula
     assert prefix6 is not None
     assert [link.lladdr for link in message.nics] == [nic.lladdr for nic in message.config.nics]
     assert (on_switch.locked, on_switch.local, on_switch.pxe, on_switch.mtu) == (True, False, True, 9000)
@@ -319,17 +321,45 @@ def test_a_vm_from_elsewhere_keeps_its_addresses(parent: FakeParent) -> None:
     assert started(parent).config.plan_id == 77
 
 
-def test_addresses_that_are_taken(parent: FakeParent) -> None:
-    """By a VM that runs here; in both directions."""
+def test_a_vm_from_elsewhere_whose_addresses_a_vm_has(parent: FakeParent) -> None:
+    """Both run: only one can have them."""
     launch(parent, VmConfig(name="resident", nics=(NicConfig(local=True),)))
     made(parent)
-    with pytest.raises(OperatorError, match="have the addresses of vm id 1, which are in use here by vm resident"):
+    with pytest.raises(OperatorError, match=r"vm guest: .* addresses that vm resident has here, such as 100\.64\.1\.2"):
         launch(parent, received(1))
 
-    launch(parent, received(4).replace(name="third"))
+
+def test_a_vm_whose_addresses_one_from_elsewhere_has(parent: FakeParent) -> None:
+    """It gets others, and keeps them: nobody knows the old ones while it does not run."""
+    resident = VmConfig(name="resident", nics=(NicConfig(local=True),))
+    launch(parent, received(2))
     made(parent)
-    with pytest.raises(OperatorError, match=r"vm fourth: its local .* of vm id 4, .* by vm third"):
-        launch(parent, VmConfig(name="fourth", nics=(NicConfig(local=True),)))
+    vm, _ = launch(parent, resident)
+    made(parent)
+
+    number = started(parent).config.plan_id
+    assert (vm.vmid, number in (0, 2), parent.vms.identities.of(vm.key).number) == (2, False, number)
+    start = int.from_bytes(bytes((100, 64, 0, 2)), "big")
+    assert started(parent).nics[0].host4 == (start + number * 256).to_bytes(4, "big")
+
+
+def test_no_addresses_are_left(parent: FakeParent) -> None:
+    """A /60 has room for three VMs; one that is not there any more gives its number up."""
+    prefix6 = Prefix(address=b"\xfd" + bytes(15), length=60)
+    parent.config = parent.config.replace(settings=Globals(local_inet6=True, local_inet6_prefix=prefix6))
+    for name in ("a", "b", "c"):
+        launch(parent, VmConfig(name=name, nics=(NicConfig(local=True),)))
+        made(parent)
+    fourth = VmConfig(name="d", nics=(NicConfig(local=True),))
+    with pytest.raises(OperatorError, match="vm d: no addresses are left for its local interfaces; see `local prefix`"):
+        launch(parent, fourth)
+
+    vm = parent.vms.get(0, "b")
+    parent.network.release(vm.vmid)
+    parent.vms.remove(vm)
+    launch(parent, fourth)
+    made(parent)
+    assert started(parent).config.plan_id == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import BootDevice, DiskConfig, Owner, VmConfig
+from vmd.config.model import BootDevice, Config, DiskConfig, Owner, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -87,6 +87,7 @@ class Parent:
     """What transfers need of the parent."""
 
     def __init__(self) -> None:
+        self.config = Config()
         self.vms = VmTable()
         self.vmm = Peers()
         self.peers = {Proc.VMM: self.vmm}

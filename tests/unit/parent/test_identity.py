@@ -1,0 +1,301 @@
+"""Whose id and addresses are whose, in memory and in the file, whatever that says."""
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vmd.config.model import NicConfig, Owner, Prefix, VmConfig
+from vmd.parent.identity import ABSENT_MAX, FILE, Identities, LaterVersionError, StateFile
+from vmd.parent.vmtable import VmTable
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "identities-1"
+DEFAULT4 = Prefix(address=bytes((100, 64, 0, 0)), length=10)
+RECEIVED = bytes.fromhex("fee1bbd10007"), bytes.fromhex("fee1bbd20007")
+
+
+def loaded(raw: bytes) -> Identities:
+    """Return what bytes say."""
+    identities = Identities()
+    identities.decode(raw)
+    return identities
+
+
+# --- the format ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_version_1() -> None:
+    """Every later version reads it, and writes the same as long as it has the same version."""
+    raw = GOLDEN.read_bytes()
+    identities = loaded(raw)
+
+    web, db1, scratch = identities.known.values()
+    assert list(identities.known) == [("web", 0), ("db1", 1000), ("scratch-7", 1000)]
+    assert identities.ula == Prefix(address=bytes.fromhex("fd1783a299c0") + bytes(10), length=48)
+    assert (web.vmid, web.number, web.configured) == (1, 4711, True)
+    assert web.lladdrs == {0: bytes.fromhex("fee1bbd15c0e"), 2: bytes.fromhex("fee1bbd3009a")}
+    assert (db1.vmid, db1.number, db1.lladdrs) == (3, 0, {})
+    assert (scratch.vmid, scratch.number, scratch.configured) == (2, 16383, False)
+    assert identities.encode() == raw
+
+
+def test_fields_travel_by_name() -> None:
+    """What is missing has its default; what is unknown is ignored."""
+    raw = b'{"version": 1, "colour": "red", "vms": [{"name": "a", "owner": 7, "shape": []}]}'
+    identities = loaded(raw)
+
+    assert (identities.ula, list(identities.known)) == (None, [("a", 7)])
+    assert identities.of(("a", 7)).vmid == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": true}',
+        '{"version": 0}',
+        '{"version": "1"}',
+        '{"version": 1, "ula": 7}',
+        '{"version": 1, "ula": "fd00::/40"}',
+        '{"version": 1, "ula": "2001:db8::/48"}',
+        '{"version": 1, "vms": {}}',
+        '{"version": 1, "vms": [7]}',
+        '{"version": 1, "vms": [{"name": "a"}]}',
+        '{"version": 1, "vms": [{"name": "../a", "owner": 0}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": -1}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "id": -1}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "id": 1e3}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "number": 2147483648}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "lladdrs": {"4": "fe:e1:bb:d1:00:00"}}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "lladdrs": {"x": "fe:e1:bb:d1:00:00"}}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "lladdrs": {"0": "ff:e1:bb:d1:00:00"}}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "lladdrs": {"0": "fe:e1:bb:d1:00"}}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0}, {"name": "a", "owner": 0}]}',
+        '{"version": 1, "vms": [{"name": "a", "owner": 0, "id": 5}, {"name": "b", "owner": 0, "id": 5}]}',
+        "[" * 100_000,
+    ],
+)
+def test_a_file_that_makes_no_sense(text: str) -> None:
+    """Nothing of it is taken over."""
+    identities = loaded(GOLDEN.read_bytes())
+    with pytest.raises(ValueError, match=r"."):
+        identities.decode(text.encode())
+    assert identities.encode() == GOLDEN.read_bytes()
+
+
+def test_a_file_that_is_torn_or_scribbled_on() -> None:
+    """It is understood, or refused, and nothing else happens."""
+    raw = GOLDEN.read_bytes()
+    chance = random.Random(1)
+    for length in range(len(raw) - 2):
+        with pytest.raises(ValueError, match=r"."):
+            loaded(raw[:length])
+    for _ in range(2000):
+        damaged = bytearray(raw)
+        for _ in range(chance.randint(1, 4)):
+            damaged[chance.randrange(len(raw))] = chance.randrange(256)
+        try:
+            loaded(bytes(damaged))
+        except (ValueError, LaterVersionError):
+            continue
+
+
+# --- on disk -------------------------------------------------------------------------------------------------
+
+
+Said = pytest.CaptureFixture[str]
+
+
+def kept_in(directory: Path) -> tuple[StateFile, Identities]:
+    """Return what a daemon has that begins with this directory."""
+    state, identities = StateFile(str(directory)), Identities()
+    state.load(identities)
+    return state, identities
+
+
+def test_identities_outlive_a_daemon(tmp_path: Path, capfd: Said) -> None:
+    """In a directory that is made; only root reads it."""
+    state, identities = kept_in(tmp_path / "vmd")
+    identities.of(("a", 7)).lladdrs[0] = RECEIVED[0]
+    state.save(identities)
+    state.close()
+
+    state, again = kept_in(tmp_path / "vmd")
+    state.close()
+    assert again.encode() == identities.encode()
+    assert [path.name for path in (tmp_path / "vmd").iterdir()] == [FILE]
+    assert (tmp_path / "vmd" / FILE).stat().st_mode & 0o777 == 0o600
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", GOLDEN.read_bytes()[:200], bytes(100)], ids=len)
+def test_a_damaged_file_is_put_aside(tmp_path: Path, capfd: Said, raw: bytes) -> None:
+    """With a sentence that names it; the next one is written in its place."""
+    (tmp_path / FILE).write_bytes(raw)
+    state, identities = kept_in(tmp_path)
+    assert f"{tmp_path}/{FILE} is damaged (" in capfd.readouterr().err
+    assert identities.known == {}
+
+    identities.of(("a", 0))
+    state.save(identities)
+    state.close()
+    assert (tmp_path / f"{FILE}.damaged").read_bytes() == raw
+    assert loaded((tmp_path / FILE).read_bytes()).of(("a", 0)).vmid == 1
+
+
+def test_the_file_of_a_later_version_is_left_alone(tmp_path: Path, capfd: Said) -> None:
+    """Whoever goes back to an older vmd finds everything again when they return."""
+    (tmp_path / FILE).write_text('{"version": 2, "vms": "in a form of its own"}')
+    state, identities = kept_in(tmp_path)
+    assert "was written by a later vmd (version 2) and is left alone" in capfd.readouterr().err
+    identities.of(("a", 0))
+    state.save(identities)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert "in a form" in (tmp_path / FILE).read_text()
+
+
+def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Said) -> None:
+    """The second one goes on without."""
+    first, identities = kept_in(tmp_path)
+    second, others = kept_in(tmp_path)
+    assert f"{tmp_path} is used by another vmd" in capfd.readouterr().err
+    for name in ("a", "b"):
+        others.of((name, 0))
+    second.save(others)
+    assert list(tmp_path.iterdir()) == []
+    identities.of(("c", 0))
+    first.save(identities)
+    first.close()
+    third, again = kept_in(tmp_path)
+    third.close()
+    assert list(again.known) == [("c", 0)]
+
+
+def test_a_directory_that_cannot_be(tmp_path: Path, capfd: Said) -> None:
+    """A sentence with the reason; ids and addresses are there all the same."""
+    (tmp_path / "file").touch()
+    state, identities = kept_in(tmp_path / "file" / "vmd")
+    assert f"{tmp_path}/file/vmd/{FILE}: Not a directory" in capfd.readouterr().err
+    assert identities.of(("a", 0)).vmid == 1
+    state.save(identities)
+
+
+@pytest.mark.root
+def test_a_full_disk(tmp_path: Path, capfd: Said) -> None:
+    """What was there stays; it is said once, and once when there is room again."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], check=True)
+    try:
+        state, identities = kept_in(tmp_path)
+        identities.of(("a", 0))
+        state.save(identities)
+        before = (tmp_path / FILE).read_bytes()
+        with (tmp_path / "full").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, os.statvfs(tmp_path).f_bfree * 4096)
+        for name in ("b", "c"):
+            identities.of((name, 0))
+            state.save(identities)
+        said = capfd.readouterr().err
+        assert said.count("No space left on device: ids and addresses of VMs are not kept") == 1
+        assert (tmp_path / FILE).read_bytes() == before
+
+        (tmp_path / "full").unlink()
+        state.save(identities)
+        state.close()
+        assert "are kept again" in capfd.readouterr().err
+        assert len(loaded((tmp_path / FILE).read_bytes()).known) == 3
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+# --- whose is what -------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_chosen_where_nobody_has_one() -> None:
+    """The one that a VM has, if it is free and in the range; else any other."""
+    identities = Identities()
+    keys = [(name, 0) for name in "abc"]
+    for key, number in zip(keys, (1, 2, 300), strict=True):
+        identities.of(key).number = number
+
+    anything = lambda _number: True  # noqa: E731
+    assert identities.choose_number(keys[0], 4, anything, keys) == 1
+    assert identities.choose_number(keys[2], 4, anything, keys) == 3
+    assert identities.choose_number(keys[0], 4, lambda number: number != 1, keys) == 3
+    assert identities.choose_number(("d", 0), 3, anything, keys) == 0
+    assert identities.choose_number(("d", 0), 3, anything, keys[1:]) == 1
+    assert identities.of(keys[0]).number == 0
+
+
+def test_two_hosts_seldom_choose_the_same_number() -> None:
+    """Their VMs could not be sent to one another."""
+    numbers = [Identities().choose_number(("a", 0), 16384, lambda _number: True, ()) for _ in range(50)]
+    assert len(set(numbers)) > 40
+
+
+def test_many_names_are_remembered_and_not_all() -> None:
+    """Those of instances cannot push out those of vm.conf, nor a VM that is there."""
+    table = VmTable()
+    table.remove(table.add(VmConfig(name="configured"), from_config=True))
+    there = table.add(VmConfig(name="there"), from_config=False)
+    for number in range(ABSENT_MAX[False] + 5):
+        table.remove(table.add(VmConfig(name=f"vm{number}", owner=Owner(uid=7)), from_config=False))
+
+    names = [name for name, _ in table.identities.known]
+    assert names[:3] == ["configured", "there", "vm5"]
+    assert len(names) == 2 + ABSENT_MAX[False]
+    assert table.identities.of(there.key).vmid == there.vmid == 2
+    assert table.add(VmConfig(name="configured"), from_config=True).vmid == 1
+
+
+def test_addresses_stay_when_ids_are_counted_anew() -> None:
+    """`vmctl reset` is about ids; guests and neighbours know the rest."""
+    table = VmTable()
+    table.add(VmConfig(name="a"), from_config=True)
+    config = table.add(VmConfig(name="b", nics=(NicConfig(),)), from_config=True).config
+    for vm in list(table):
+        table.remove(vm)
+    table.forget_ids()
+
+    again = table.add(VmConfig(name="b", nics=(NicConfig(),)), from_config=True)
+    assert (again.vmid, again.config) == (1, config)
+
+
+# --- VMs that come from elsewhere ------------------------------------------------------------------------------
+
+
+def came(nics: tuple[NicConfig, ...], plan_id: int = 77) -> VmConfig:
+    """Return what a stream says of a VM, with two interfaces."""
+    nics = tuple(nic.replace(lladdr=nic.lladdr or lladdr) for nic, lladdr in zip(nics, RECEIVED, strict=True))
+    return VmConfig(name="db1", nics=nics, plan_id=plan_id, plan_prefix4=DEFAULT4)
+
+
+def test_what_a_guest_knows_stays_its_own() -> None:
+    """Also when it is started anew, from this host's vm.conf; but what that gives explicitly counts."""
+    given = bytes.fromhex("020000000001")
+    conf = VmConfig(name="db1", nics=(NicConfig(local=True), NicConfig(lladdr=given)))
+    table = VmTable()
+    vm = table.add(conf, from_config=True)
+    table.adopt(vm, came(conf.nics), DEFAULT4)
+
+    assert [nic.lladdr for nic in vm.config.nics] == [RECEIVED[0], given]
+    assert table.identities.of(vm.key).number == 77
+    assert table.named(conf) == vm.config
+
+
+def test_what_somebody_has_is_not_taken_over() -> None:
+    """Neither an Ethernet address nor a number; nor one of another range."""
+    table = VmTable()
+    other = table.add(VmConfig(name="other", nics=(NicConfig(lladdr=RECEIVED[0]),)), from_config=True)
+    table.identities.of(other.key).number = 77
+    conf = VmConfig(name="db1", nics=(NicConfig(), NicConfig()))
+    vm = table.add(conf, from_config=True)
+    before = vm.config.nics[0].lladdr
+    table.adopt(vm, came(conf.nics), DEFAULT4)
+    table.adopt(vm, came(conf.nics, 78), DEFAULT4.replace(length=16))
+
+    assert [nic.lladdr for nic in vm.config.nics] == [before, RECEIVED[1]]
+    assert table.identities.of(vm.key).number == 0

@@ -1,0 +1,321 @@
+"""What a VM and those that talk to it know it by: its id, its Ethernet addresses, the addresses of local interfaces.
+
+All of this belongs to a (name, owner), not to a place in vm.conf, and outlives the daemon in a file:
+
+    {"version": 1, "ula": "fd..::/48",
+     "vms": [{"name": ..., "owner": uid, "configured": bool, "id": n, "number": n, "lladdrs": {"0": "fe:e1:..."}}]}
+
+Fields that are missing have their defaults, and unknown ones are ignored.  Without the file, or with one that cannot be
+used, VMs get new numbers and addresses, and the log says so.
+"""
+
+import errno
+import fcntl
+import ipaddress
+import itertools
+import json
+import os
+
+from vmd.config.model import MAX_NICS, NAME_MAX, Prefix, valid_vm_name
+from vmd.errors import HostError, VmdError, sentence
+from vmd.log import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from typing import Any
+
+    Key = tuple[str, int]  # name of a VM, and uid of its owner
+
+VERSION = 1
+DIRECTORY = "/var/lib/vmd"
+FILE = "identities"
+FILE_MAX = 1 << 24  # bytes
+# Of VMs that are not there now: many of those that vm.conf once had, and few of those that users have made.
+ABSENT_MAX = {True: 4096, False: 64}
+VMID_MAX = (1 << 31) - 1
+ULA_BITS = 48
+LLADDR_BYTES = 6
+GROUP = 1  # in the first byte of an Ethernet address
+
+
+class Identity:
+    """What belongs to one (name, owner)."""
+
+    def __init__(self) -> None:
+        self.vmid = 0  # 0: none yet
+        self.number = 0  # that the addresses of its local interfaces follow from; 0: none yet
+        self.lladdrs: dict[int, bytes] = {}  # by number of the interface; only those that vm.conf does not give
+        self.configured = False  # by a vm.conf, at any time
+
+
+class Identities:
+    """Every identity that is known; the one that was used last is the last."""
+
+    def __init__(self) -> None:
+        self.known: dict[Key, Identity] = {}
+        self.ula: Prefix | None = None  # of the local interfaces of this host (RFC 4193)
+        self.on_change: Callable[[], None] = lambda: None
+
+    def of(self, key: "Key") -> Identity:
+        """Return the identity of a VM, which is a new one if it has none."""
+        identity = self.known.setdefault(key, Identity())
+        if not identity.vmid:
+            taken = {other.vmid for other in self.known.values()}
+            identity.vmid = next(number for number in itertools.count(1) if number not in taken)
+            self.on_change()
+        return identity
+
+    def leave(self, key: "Key", present: "Callable[[], set[Key]]") -> None:
+        """A VM is no longer there: remember it, and forget the oldest ones that are not `present` if too many are not.
+
+        Unlike vmd, which remembers all: a user who may make instances must not be able to fill memory and disk.
+        """
+        identity = self.known.pop(key, None)
+        if identity is None:
+            return
+        self.known[key] = identity
+        kind = identity.configured
+        alike = [other for other, each in self.known.items() if each.configured is kind]
+        if len(alike) > ABSENT_MAX[kind]:
+            there = present()
+            absent = [other for other in alike if other not in there]
+            for oldest in absent[: max(0, len(absent) - ABSENT_MAX[kind])]:
+                del self.known[oldest]
+        self.on_change()
+
+    def choose_number(
+        self, key: "Key", end: int, free: "Callable[[int], bool]", present: "Collection[Key]"
+    ) -> int:
+        """Return a number from 1 to `end` - 1 for the local interfaces of a VM; 0 if none is left.
+
+        It is what the VM has, if that is `free` and in the range; else any that no other VM has, so that VMs of
+        different hosts seldom have the same; else one of a VM that is not `present`, which loses it.
+        """
+        own = self.of(key).number
+        if 0 < own < end and free(own):
+            return own
+        others = {each.number: other for other, each in self.known.items() if each.number and other != key}
+        count = end - 1
+        first = int.from_bytes(os.urandom(8), "big") % count
+        for reserved in (set(others), {number for number, other in others.items() if other in present}):
+            for step in range(count):
+                number = 1 + (first + step) % count
+                if number not in reserved and free(number):
+                    if number in others:
+                        self.known[others[number]].number = 0
+                    return number
+        return 0
+
+    def others(self, key: "Key") -> "Iterator[Identity]":
+        """Return every identity but one."""
+        return (identity for other, identity in self.known.items() if other != key)
+
+    def lladdrs(self) -> "Iterator[bytes]":
+        """Return every Ethernet address that belongs to somebody."""
+        for identity in self.known.values():
+            yield from identity.lladdrs.values()
+
+    def forget_ids(self) -> None:
+        """Have ids count from 1 again; addresses stay."""
+        for identity in self.known.values():
+            identity.vmid = 0
+        self.on_change()
+
+    # --- as bytes ----------------------------------------------------------------------------------------
+
+    def encode(self) -> bytes:
+        """Return what the file says."""
+        rows = [
+            {
+                "name": name,
+                "owner": uid,
+                "configured": identity.configured,
+                "id": identity.vmid,
+                "number": identity.number,
+                "lladdrs": {str(index): lladdr.hex(":") for index, lladdr in identity.lladdrs.items()},
+            }
+            for (name, uid), identity in self.known.items()
+        ]
+        head = {"version": VERSION, "ula": prefix_text(self.ula)}
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        return f'{json.dumps(head)[:-1]}, "vms": [\n{lines}\n]}}\n'.encode()
+
+    def decode(self, raw: bytes) -> None:
+        """Take over what a file says.
+
+        Raises:
+            LaterVersionError: a later version of vmd has written it.
+            ValueError: it is damaged; nothing was taken over.
+        """
+        try:
+            found = json.loads(raw)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        version = checked(checked(found, dict).get("version"), int)
+        if version < 1:
+            raise ValueError(f"version {version}")
+        if version > VERSION:
+            raise LaterVersionError(version)
+        ula = parse_ula(found.get("ula", ""))
+        known: dict[Key, Identity] = {}
+        ids: set[int] = set()
+        for row in checked(found.get("vms", []), list):
+            key, identity = parse_row(row)
+            if key in known or identity.vmid in ids:
+                raise ValueError(f"vm {key[0]}, id {identity.vmid}, is there twice")
+            ids.update({identity.vmid} - {0})
+            known[key] = identity
+        self.known, self.ula = known, ula
+
+
+class LaterVersionError(VmdError):
+    """The file has a version that is not known here."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(version)
+        self.version = version
+
+
+def parse_row(row: "Any") -> "tuple[Key, Identity]":  # noqa: ANN401 - of a file
+    """Return one VM of the file.  Raises ValueError."""
+    row = checked(row, dict)
+    name, uid = checked(row.get("name"), str), checked(row.get("owner"), int)
+    if not valid_vm_name(name) or not 0 <= uid < 1 << 32:
+        raise ValueError(f"no vm: {name[:NAME_MAX]!r}, owner {uid}")
+    identity = Identity()
+    identity.vmid, identity.number = (checked(row.get(field, 0), int) for field in ("id", "number"))
+    identity.configured = checked(row.get("configured", False), bool)
+    if not 0 <= identity.vmid <= VMID_MAX or not 0 <= identity.number <= VMID_MAX:
+        raise ValueError(f"vm {name}: id {identity.vmid}, number {identity.number}")
+    for index, text in checked(row.get("lladdrs", {}), dict).items():
+        lladdr = bytes.fromhex(checked(text, str).replace(":", ""))
+        if not 0 <= int(index) < MAX_NICS or len(lladdr) != LLADDR_BYTES or lladdr[0] & GROUP or not any(lladdr):
+            raise ValueError(f"vm {name}: interface {index}: {text}")
+        identity.lladdrs[int(index)] = lladdr
+    return (name, uid), identity
+
+
+def checked(value: "Any", kind: "type[Any]") -> "Any":  # noqa: ANN401 - of a file
+    """Return a value that has a type.  Raises ValueError if it has another one."""
+    if type(value) is not kind:
+        raise ValueError(f"{str(value)[:40]!r} is no {kind.__name__}")
+    return value
+
+
+def prefix_text(prefix: Prefix | None) -> str:
+    """Return a range as people write it; empty for none."""
+    return f"{ipaddress.ip_address(prefix.address)}/{prefix.length}" if prefix is not None else ""
+
+
+def parse_ula(text: "Any") -> Prefix | None:  # noqa: ANN401 - of a file
+    """Return a range of the kind that `random_ula` makes.  Raises ValueError."""
+    if not checked(text, str):
+        return None
+    network = ipaddress.IPv6Network(text)
+    if network.prefixlen != ULA_BITS or network.network_address.packed[0] != 0xFD:
+        raise ValueError(f"{text} is no range for local interfaces")
+    return Prefix(address=network.network_address.packed, length=ULA_BITS)
+
+
+# --- on disk -------------------------------------------------------------------------------------------------
+
+
+class StateFile:
+    """The file, and what is said of it when it cannot be used; one daemon at a time has it."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.path = os.path.join(directory, FILE)
+        self.fd = -1  # of the directory, locked
+        self.failed = False
+
+    def load(self, identities: Identities) -> None:
+        """Take over what the file says, and have every change written to it from now on, as far as possible."""
+        try:
+            if not self._open():
+                log.warn(f"{self.directory} is used by another vmd: ids and addresses of VMs are not kept")
+                return
+            raw = self._read()
+        except OSError as error:
+            self._cannot_keep(error)
+            return
+        try:
+            if raw is not None:
+                identities.decode(raw)
+        except LaterVersionError as error:
+            self.close()
+            log.warn(
+                f"{self.path} was written by a later vmd (version {error.version}) and is left alone: "
+                "VMs have new ids and addresses, which are not kept"
+            )
+        except (ValueError, OverflowError) as error:
+            self._put_aside(str(error))
+
+    def save(self, identities: Identities) -> None:
+        """Write the file; a failure is said once, until it has been written again."""
+        if self.fd < 0:
+            return
+        temporary = f"{FILE}.new"  # of which a failure, or a kill, leaves a part at most
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+            with open(fd, "wb") as file:
+                file.write(identities.encode())
+            # Without waiting for the disk: what a power failure can take is what was new in the last seconds, or, on
+            # some file systems, all numbers.  The daemon must not stand still for slow storage.
+            os.rename(temporary, FILE, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            if not self.failed:
+                self._cannot_keep(error)
+            self.failed = True
+            return
+        if self.failed:
+            log.info(f"{self.path}: ids and addresses of VMs are kept again")
+        self.failed = False
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _open(self) -> bool:
+        """Lock the directory, which is made if it is not there; False if another daemon has it.  Raises OSError."""
+        os.makedirs(self.directory, 0o755, exist_ok=True)
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                os.close(fd)
+                return False
+            # A file system without locks is used without.
+        self.fd = fd
+        return True
+
+    def _read(self) -> bytes | None:
+        """Return what is there; None if there is nothing.  Raises OSError."""
+        try:
+            fd = os.open(FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.fd)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            return file.read(FILE_MAX)
+
+    def _put_aside(self, why: str) -> None:
+        """Keep a damaged file for whoever wants to look at it."""
+        aside = f"{FILE}.damaged"
+        try:
+            os.rename(FILE, aside, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as error:
+            log.error(str(HostError(f"rename {self.path}", error)))
+        log.warn(f"{self.path} is damaged ({why}): VMs have new ids and addresses; what it said is in {aside}")
+
+    def _cannot_keep(self, error: OSError) -> None:
+        reason = sentence(error)
+        log.warn(f"{self.path}: {reason}: ids and addresses of VMs are not kept when vmd ends")
+
+
+def state_directory() -> str:
+    """Return where the file is: where systemd says (systemd.exec(5), StateDirectory=), or the usual place."""
+    return os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or DIRECTORY
