@@ -12,6 +12,8 @@ from vmctl.usage import GENERAL, usage, usage_of
 from vmd import stdio
 from vmd.errors import VmdError
 
+COMPLETE = "--complete"  # what the completions of shells ask with
+
 
 def fail(session: Session, error: VmdError) -> int:
     """Say what went wrong; return the exit status."""
@@ -59,8 +61,13 @@ def explain(word: str = "") -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run vmctl; return the exit status."""
     stdio.fill()
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == [COMPLETE]:
+        from vmctl import completion
+
+        return completion.answer(words[1:])
     try:
-        options, rest = split(sys.argv[1:] if arguments is None else arguments, GLOBAL, permute=False)
+        options, rest = split(words, GLOBAL, permute=False)
     except UsageError as error:
         warn(str(error))
         notice(usage())

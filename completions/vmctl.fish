@@ -1,0 +1,20 @@
+# Completion of vmctl(8) for fish: vmctl itself says what can come next.
+
+function __vmctl_complete
+    set -l words (commandline -opc)
+    set -l typed (commandline -ct)
+    set -l vmctl $words[1]
+    set -e words[1]
+    set -l lines ($vmctl --complete $words "$typed" 2>/dev/null)
+    if test "$lines[1]" = files
+        set -l prefix (string match -r '^(?:raw|qcow2):' -- "$typed")
+        for path in (__fish_complete_path (string replace -r '^(?:raw|qcow2):' '' -- "$typed"))
+            echo -- "$prefix$path"
+        end
+        return
+    end
+    set -e lines[1]
+    printf '%s\n' $lines
+end
+
+complete -c vmctl -f -a '(__vmctl_complete)'
