@@ -40,6 +40,7 @@ class Loop:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
+        self._added: set[int] = set()  # since this round's events were found
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -52,6 +53,7 @@ class Loop:
         """Call `callback(ready events)` whenever `fd` is ready; hang-up and error are always reported."""
         self._epoll.register(fd, events)
         self._callbacks[fd] = callback
+        self._added.add(fd)
 
     def modify(self, fd: int, events: int) -> None:
         """Change what is waited for; 0 leaves hang-up and error only."""
@@ -93,9 +95,15 @@ class Loop:
         self._running = True
         while self._goes_on():
             self._run_timers()
-            for fd, events in self._epoll.poll(self._timeout_s()) if self._goes_on() else ():
+            if not self._goes_on():
+                break
+            ready = self._epoll.poll(self._timeout_s())
+            self._added.clear()
+            for fd, events in ready:
                 callback = self._callbacks.get(fd)
-                if callback is not None:  # an earlier callback of this round may have removed it
+                # An earlier callback of this round may have removed `fd` and closed it. The number may even belong
+                # to a new descriptor: then these events are not its own. epoll reports it again in the next round.
+                if callback is not None and fd not in self._added:
                     callback(events)
                 if not self._goes_on():
                     break

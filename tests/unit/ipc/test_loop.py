@@ -1,6 +1,7 @@
 """The event loop: order of timers, removal during a round, calls from threads, signals."""
 
 import os
+import select
 import signal
 import threading
 
@@ -41,6 +42,64 @@ def test_a_callback_removed_in_the_same_round_is_not_called() -> None:
     loop.run()
 
     assert len(calls) == 1
+    loop.close()
+    for pipe in pipes:
+        for fd in pipe:
+            os.close(fd)
+
+
+def test_an_event_of_a_closed_descriptor_is_not_given_to_a_new_one_of_the_same_number() -> None:
+    """Two ready descriptors; whichever comes first closes the other, and a new, silent pipe gets its number."""
+    loop = Loop()
+    pipes = [os.pipe(), os.pipe()]
+    silent = os.pipe()
+    calls: list[int] = []
+    strays: list[int] = []
+
+    def ready(mine: int, other: int) -> None:
+        calls.append(mine)
+        loop.remove(mine)
+        loop.remove(other)
+        os.dup2(silent[0], other)
+        loop.add(other, strays.append)
+        loop.call_later(0, loop.stop)  # at the next round
+
+    loop.add(pipes[0][0], lambda _events: ready(pipes[0][0], pipes[1][0]))
+    loop.add(pipes[1][0], lambda _events: ready(pipes[1][0], pipes[0][0]))
+    for _, writer in pipes:
+        os.write(writer, b"x")
+
+    loop.run()
+
+    assert len(calls) == 1
+    assert strays == []
+    loop.close()
+    for pipe in (*pipes, silent):
+        for fd in pipe:
+            os.close(fd)
+
+
+def test_a_descriptor_added_in_a_round_is_served_in_the_next() -> None:
+    """What is ready when it is added is not forgotten."""
+    loop = Loop()
+    pipes = [os.pipe(), os.pipe()]
+    calls: list[int] = []
+
+    def first(_events: int) -> None:
+        loop.remove(pipes[0][0])
+        loop.add(pipes[1][0], second)
+
+    def second(events: int) -> None:
+        calls.append(events)
+        loop.stop()
+
+    loop.add(pipes[0][0], first)
+    for _, writer in pipes:
+        os.write(writer, b"x")
+
+    loop.run()
+
+    assert calls == [select.EPOLLIN]
     loop.close()
     for pipe in pipes:
         for fd in pipe:
