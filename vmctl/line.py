@@ -10,7 +10,7 @@ from enum import Enum
 from vmctl.client import Client, failed_text
 from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
-from vmctl.output import clean, notice, put
+from vmctl.output import clean, notice
 from vmctl.terminal import RawTerminal
 from vmd.errors import sentence
 from vmd.ipc.messages import ConsoleAttached, ConsoleBreak, Failed
@@ -112,7 +112,7 @@ class Relay:
             raise failed(f"console {self.attached.tty}", error) from None
         if not data:  # the other side is closed
             return False
-        put(data)
+        self.terminal.screen.show(data)
         return True
 
     def _flush(self) -> bool:

@@ -7,6 +7,7 @@ import termios
 import tty
 
 from vmctl.errors import CommandError
+from vmctl.screen import Screen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 
 class RawTerminal:
-    """A context in which `fd` is in raw mode; anything else than a terminal is left alone.
+    """A context in which `fd` is in raw mode and `screen` shows a guest; anything else than a terminal is left alone.
 
     In it a signal that ends us raises CommandError, so that the terminal is restored on every way out, and
     SIGTSTP restores it for as long as we are stopped.
@@ -25,12 +26,13 @@ class RawTerminal:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.is_tty = os.isatty(fd)
+        self.screen = Screen(fd if self.is_tty else None)
         self._saved = termios.tcgetattr(fd) if self.is_tty else []
         self._handlers: dict[signal.Signals, object] = {}
         self._ended = False
 
     def __enter__(self) -> "RawTerminal":
-        if self.is_tty:
+        if self.is_tty or self.screen.is_tty:
             try:
                 for signum in ENDING:
                     self._handlers[signum] = signal.signal(signum, self._on_end)
@@ -44,8 +46,6 @@ class RawTerminal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
     ) -> None:
-        if not self.is_tty:
-            return
         try:
             self._ended = True
         finally:
@@ -59,13 +59,17 @@ class RawTerminal:
         os.kill(0, signal.SIGTSTP)  # returns when SIGCONT has come
         signal.signal(signal.SIGTSTP, handler)
         self._set_raw()
+        self.screen.again()
 
     def _set_raw(self) -> None:
-        tty.setraw(self.fd, termios.TCSADRAIN)
+        if self.is_tty:
+            tty.setraw(self.fd, termios.TCSADRAIN)
 
     def _restore(self) -> None:
-        with contextlib.suppress(termios.error):  # a terminal that hung up has no mode to restore
-            termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
+        self.screen.put_back()
+        if self.is_tty:
+            with contextlib.suppress(termios.error):  # a terminal that hung up has no mode to restore
+                termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
 
     def _give_back(self) -> None:
         self._restore()

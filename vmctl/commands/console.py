@@ -11,7 +11,7 @@ from vmctl.client import Client
 from vmctl.errors import NoDaemon, Refused, refused
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
-from vmctl.output import clean, put, warn
+from vmctl.output import clean, warn
 from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
@@ -37,8 +37,9 @@ def attach(client: Client, ref: VmRef) -> int:
             relay.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
             if terminal.is_tty:
                 relay.say("Type ~. at the start of a line to leave, ~? for help.\n")
-            put(backlog)
+            terminal.screen.replay(backlog)
             ending = relay.run()
+            terminal.screen.put_back()
             relay.say("\n[EOT]\n")
     finally:
         os.close(line)

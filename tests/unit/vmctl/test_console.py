@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -91,6 +92,10 @@ class Operator:
     def mode(self) -> list[object]:
         """Return the settings of the terminal."""
         return list(termios.tcgetattr(self.slave))
+
+    def waiting(self) -> int:
+        """Return how many bytes are typed and not read."""
+        return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def close(self) -> None:
         """Clean up."""
@@ -302,6 +307,81 @@ def test_line_that_echoes_is_made_raw(daemon: FakeDaemon, line: Line) -> None:
         assert line.gets("x") == "x"
     finally:
         operator.close()
+
+
+# --- what guests do to terminals -------------------------------------------------------------------------
+
+
+def test_backlog_does_not_act_on_the_terminal(daemon: FakeDaemon, line: Line) -> None:
+    """What SeaBIOS and others printed is text when it is shown again; what is cut off in it ends with live output."""
+    attached = line.answers[-1]
+    replayed = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r\n\x1b[6n\x1b[c\x05\x1b]0;guest\x07ready\r\n\x1b]2;ti"
+    line.answers = (ConsoleOutput(data=replayed[:30]), ConsoleOutput(data=replayed[30:]), attached)
+    operator = Operator(daemon)
+    try:
+        operator.sees("for help.\r\n")
+        assert operator.sees("ready\r\n") == "\x1b[0mSeaBIOS\r\nready\r\n"
+        line.prints(b"tle\x07live")
+        assert operator.sees("live") == "live"
+    finally:
+        operator.close()
+
+
+@pytest.mark.parametrize("way", ["leave", "end", "signal", "daemon"])
+def test_terminal_is_given_back_as_it_was(daemon: FakeDaemon, line: Line, operator: Operator, way: str) -> None:
+    """Whatever the guest printed, a sequence without an end included, and however we end."""
+    line.prints(b"\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[?1002h\x1b[?2004h\x1b(0\x1b[31mlogin\x1b]0;unended")
+    operator.sees("unended")
+
+    match way:
+        case "leave":
+            operator.types(b"~.")
+        case "end":
+            line.end()
+        case "signal":
+            operator.process.send_signal(signal.SIGTERM)
+        case "daemon":
+            daemon.hang_up()
+
+    undone = operator.sees("\x1b[m")
+    assert undone == "\x18\x1b\\\x1b[?1049l\x1b[?7h\x1b[?25h\x1b[?1002l\x1b[?2004l\x1b(B\x1b[m"
+    operator.sees("\x1b[5n")  # reports of the mouse may still be on their way
+    operator.types(b"\x1b[<35;1;1M\x1b[0n")
+    operator.ended()
+    assert operator.waiting() == 0  # for a shell
+
+
+def test_plain_output_leaves_nothing_to_undo(line: Line, operator: Operator) -> None:
+    """Nor does a guest that has cleaned up."""
+    line.prints(b"\x1b[?1049h\x1b[31mx\x1b[m\x1b[?1049ltext")
+    operator.sees("text")
+    operator.types(b"~.")
+
+    assert operator.sees("[EOT]") == "\r\n[EOT]"
+
+
+def test_late_answers_are_not_typed_into_the_shell(line: Line, operator: Operator) -> None:
+    """The guest asks where the cursor is, and is left."""
+    line.prints(b"\x1b[6n")
+    operator.sees("\x1b[6n")
+    operator.types(b"~.")
+
+    operator.sees("\x1b[5n")
+    operator.types(b"\x1b[3;4R\x1b[0n")
+    operator.ended()
+    assert operator.waiting() == 0
+
+
+def test_suspending_gives_the_terminal_back_for_a_while(line: Line, operator: Operator) -> None:
+    """The guest's modes come again with us."""
+    line.prints(b"\x1b[?25l\x1b[31mred")
+    operator.sees("red")
+    operator.types(b"~\x1a")
+
+    operator.sees("\x1b[?25h\x1b[m")
+    os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
+    os.kill(operator.process.pid, signal.SIGCONT)
+    operator.sees("\x1b[?25l\x1b[31m")
 
 
 # --- without a terminal ----------------------------------------------------------------------------------

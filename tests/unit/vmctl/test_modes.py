@@ -1,0 +1,123 @@
+"""What a guest changes of a terminal is undone, and nothing else is touched."""
+
+import random
+
+import pytest
+
+from vmctl.modes import Modes, asks
+from vmctl.vt import Parser
+
+# what a guest prints -> what undoes it
+CHANGES = {
+    b"\x1b[?7l": b"\x1b[?7h",
+    b"\x1b[?25l": b"\x1b[?25h",
+    b"\x1b[?8l": b"\x1b[?8h",
+    b"\x1b[?5h": b"\x1b[?5l",
+    b"\x1b[?1h": b"\x1b[?1l",
+    b"\x1b[?1000;1006h": b"\x1b[?1000l\x1b[?1006l",
+    b"\x1b[?1004h": b"\x1b[?1004l",
+    b"\x1b[?2004h": b"\x1b[?2004l",
+    b"\x1b[?6h": b"\x1b[?6l\x1b[999;1H",
+    b"\x1b[?2l": b"\x1b<",
+    b"\x1b[4h": b"\x1b[4l",
+    b"\x1b[2h": b"\x1b[2l",
+    b"\x1b[20h": b"\x1b[20l",
+    b"\x1b[12l": b"\x1b[12h",
+    b"\x1b[31;1m": b"\x1b[m",
+    b"\x1b[48;2;0;0;0m": b"\x1b[m",
+    b"\x1b(0": b"\x1b(B",
+    b"\x1b)0\x0e": b"\x1b)B\x0f",
+    b"\x1b-A": b"\x1b)B",
+    b"\x1bn": b"\x0f",
+    b"\x1b%@": b"\x1b%G",
+    b"\x1b G": b"\x1b F",
+    b"\x1b=": b"\x1b>",
+    b"\x1b[2;5r": b"\x1b[r\x1b[999;1H",
+    b"\x1b[3 q": b"\x1b[0 q",
+    b"\x1b[1q": b"\x1b[0q",
+    b'\x1b[1"q': b'\x1b[0"q',
+    b"\x1b[>4;2m": b"\x1b[>4m",
+    b"\x1b[>1u": b"\x1b[<99u",
+    b"\x1b[=5u": b"\x1b[=0u",
+    b"\x1b[?17c": b"\x1b[?0c",
+    b"\x1b]4;1;red\x07": b"\x1b]104\x1b\\",
+    b"\x1b]11;#000\x1b\\": b"\x1b]111\x1b\\",
+    b"\x1b]8;;http://a\x07": b"\x1b]8;;\x1b\\",
+    b"\xc2\x9b?25l": b"\x1b[?25h",
+    # VT52 mode first, then the screen, whose end brings colours back
+    b"\x1b[31m\x1b[?1049h\x1b[?2l": b"\x1b<\x1b[?1049l\x1b[m",
+}
+TIDY = {
+    "nothing": b"text\r\n\ttext",
+    "an editor": b"\x1b[?1049h\x1b[?1h\x1b=\x1b[?25l\x1b[1;24r\x1b[31mx\x1b[m\x1b[r\x1b[?25h\x1b[?1l\x1b>\x1b[?1049l",
+    "another way out of the screen": b"\x1b[?47h\x1b[?1049l",
+    "reset": b"\x1b[?7l\x1b[4h\x1b(0\x1bc",
+    "line drawing": b"\x1b(0qqq\x1b(B",
+    "shell": b"\x1b[?2004h\x1b[?1034h$ exit\x1b[?2004l",
+    "colours": b"\x1b]4;1;red\x07\x1b]104\x07\x1b]10;red\x07\x1b]110\x07",
+    "question": b"\x1b]11;?\x07\x1b[6n",
+    "link": b"\x1b]8;id=1;http://a\x07text\x1b]8;;\x07",
+}
+
+
+def after(raw: bytes) -> Modes:
+    """Return what follows some output."""
+    modes, parser = Modes(), Parser()
+    for item in parser.feed(raw):
+        modes.follow(item)
+    return modes
+
+
+@pytest.mark.parametrize(("raw", "undo"), CHANGES.items())
+def test_changes_are_undone(raw: bytes, undo: bytes) -> None:
+    """And when they are undone nothing is left to do; made again, they are what they were."""
+    modes = after(raw)
+
+    assert modes.undo() == undo
+    assert after(raw + undo).undo() in (b"", undo)  # what has no usual state, such as a key protocol, may stay
+    assert after(modes.again()).undo() == undo
+
+
+@pytest.mark.parametrize("raw", TIDY.values(), ids=TIDY.keys())
+def test_a_guest_that_cleans_up(raw: bytes) -> None:
+    """Leaves nothing to do."""
+    assert after(raw).undo() == b""
+
+
+def test_title_is_kept_before_it_is_changed() -> None:
+    """Nothing tells what it was; a terminal can put it aside."""
+    modes, parser = Modes(), Parser()
+
+    assert [modes.follow(item) for item in parser.feed(b"\x1b]0;guest\x07\x1b]2;more\x07")] == [b"\x1b[22;0t", b""]
+    assert modes.undo() == b"\x1b[23;0t"
+
+
+def test_tabs() -> None:
+    """Eight apart."""
+    modes, parser = Modes(columns=20), Parser()
+    for item in parser.feed(b"\x1b[3g"):
+        modes.follow(item)
+
+    assert modes.undo() == b"\x1b[3g\x1b[9G\x1bH\x1b[17G\x1bH\r"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x05", b"\x1bZ", b"\x1b[c", b"\x1b[>c", b"\x1b[5n", b"\x1b[?6n", b"\x1b[18t", b"\x1b[?25$p", b"\x1b[>q",
+        b"\x1b[?u", b"\x1bP$qm\x1b\\", b"\x1b]11;?\x07", b"\x1b]4;1;?\x07", b"\x1b]52;c;?\x07", b"\x1b_Gi=1;AA\x1b\\",
+    ],
+)  # fmt: skip
+def test_questions(raw: bytes) -> None:
+    """A terminal answers to each."""
+    assert any(asks(item) for item in Parser().feed(raw))
+
+
+def test_noise_is_bounded() -> None:
+    """A guest cannot make us remember, or print, much."""
+    noise = random.Random(21)
+    raw = b"".join(b"\x1b[?%dh\x1b[%dm" % (noise.randrange(99999), noise.randrange(1, 99)) for _ in range(5000))
+
+    modes = after(raw + noise.randbytes(20_000))
+
+    assert len(modes.undo()) + len(modes.again()) < 20_000
