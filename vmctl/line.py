@@ -7,7 +7,7 @@ import termios
 import tty
 from enum import Enum
 
-from vmctl.client import Client, failed_text
+from vmctl.client import LOOK_UP_MS, Client, failed_text
 from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
 from vmctl.output import clean, notice
@@ -88,7 +88,7 @@ class Relay:
         poll.register(self.line, select.POLLIN | (select.POLLOUT if self.typed else 0))
         if not self.leaving and len(self.typed) < TYPED_MAX:
             poll.register(self.terminal.fd, select.POLLIN)
-        return {fd for fd, _ in poll.poll()}
+        return {fd for fd, _ in poll.poll(LOOK_UP_MS)}
 
     def _on_daemon(self) -> bool:
         """Take a message that came unasked; False if the daemon is gone."""

@@ -7,9 +7,10 @@ import sys
 import time
 
 from vmctl.modes import Modes, asks
-from vmctl.output import STDOUT, put, write_all
+from vmctl.output import put, write_all
 from vmctl.replay import Replay
 from vmctl.vt import Parser
+from vmd.stdio import STDOUT
 
 # Without any of these bytes output is plain text.
 MARKS = bytes((0x05, 0x0E, 0x0F, 0x1B)) + bytes(range(0x80, 0xA0)) + b"\xc2"
