@@ -11,8 +11,21 @@ from vmctl.errors import CommandError, NoDaemon, Refused
 from vmctl.output import warn
 from vmd.config.model import SOCKET_PATH_MAX
 from vmd.errors import PeerError, sentence
-from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import BY_CLASS, End, Failed, ListRequest, NicInfo, NicsRequest, Proc, TroubleInfo, VmInfo
+from vmd.ipc.imsg import MAX_MESSAGE, Form, UnknownMessage, decode, encode
+from vmd.ipc.messages import (
+    BY_CLASS,
+    PROTOCOL,
+    End,
+    Failed,
+    Hello,
+    ListRequest,
+    NicInfo,
+    NicsRequest,
+    Proc,
+    TroubleInfo,
+    VmInfo,
+)
+from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,21 +44,43 @@ NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 
 
 class Client:
-    """One connection.  Raises CommandError when there is, or is left, no daemon to talk to."""
+    """One connection.  Raises CommandError when there is, or is left, no daemon to talk to.
+
+    `daemon` is what the daemon said of itself.  It is None for a daemon that was started before there was a Hello:
+    such a one hangs up on it, and is spoken to as its own vmctl did.
+    """
 
     def __init__(self, path: str, *, verbose: bool = False) -> None:
+        """Connect.  Raises CommandError; Refused, if this client is turned away."""
         self.path = path
         self.verbose = verbose
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.daemon: Hello | None = None
+        self._form = Form.NAMED
+        self._sock = self._connect()
         try:
-            self._sock.connect(path)
-        except OSError as error:
+            self.send(Hello(version=PROTOCOL, program=VERSION))
+            self.daemon = self.answer(Hello)
+        except HungUp:
             self._sock.close()
-            sentence = f"connect: {path}: {connect_trouble(path, error)}"
+            self._form = Form.FIRST
+            self._sock = self._connect()
+            self._note("this vmd is older than vmctl")
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(self.path)
+        except OSError as error:
+            sock.close()
+            sentence = f"connect: {self.path}: {connect_trouble(self.path, error)}"
             if error.errno in NOBODY:
                 raise NoDaemon(sentence, error.errno) from None
             raise CommandError(sentence, error.errno) from None
-        self._note(f"connected to {path}")
+        self._note(f"connected to {self.path}")
+        return sock
 
     def close(self) -> None:
         """Hang up; whatever the daemon kept for us, such as a console, it takes back."""
@@ -58,7 +93,7 @@ class Client:
     def send(self, message: "Record", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
         """Send a message; descriptors stay the caller's."""
         try:
-            packet, order = encode(message, pid=os.getpid(), fds=fds)
+            packet, order = encode(message, pid=os.getpid(), fds=fds, form=self._form)
         except ValueError:
             raise CommandError(f"{type(message).__name__} is too long for one message") from None
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", order))] if order else []
@@ -83,15 +118,23 @@ class Client:
                 # The daemon closed without reading our last request; its last words come after this error.
                 packet = self._sock.recv(MAX_MESSAGE)
         except OSError as error:
-            raise NoDaemon("pipe closed", error.errno) from None
+            raise self._hung_up(error.errno) from None
         if not packet:
-            raise NoDaemon("pipe closed", errno.EPIPE)
-        message = decode(packet, [], PEER).message
+            raise self._hung_up(errno.EPIPE)
+        try:
+            message = decode(packet, [], PEER).message
+        except UnknownMessage as error:
+            theirs = f" {self.daemon.program}" if self.daemon else ""
+            raise PeerError(f"{PEER}{theirs}", f"{error.what}, which vmctl {VERSION} does not know") from None
         name = type(message).__name__
         if ROUTE not in BY_CLASS[type(message)].routes:
             raise PeerError(PEER, f"sent {name}, which is not for clients")
         self._note(f"received {name}")
         return message
+
+    def _hung_up(self, number: int | None) -> "HungUp":
+        older = ": this vmd is older than vmctl, and may not know the request" if self._form is Form.FIRST else ""
+        return HungUp(f"pipe closed{older}", number)
 
     def answer(self, *expected: "type[R]") -> "R":
         """Return the next message if it is one of those expected.  Raises Refused, PeerError."""
@@ -131,6 +174,10 @@ class Client:
     def _note(self, text: str) -> None:
         if self.verbose:
             warn(text)
+
+
+class HungUp(NoDaemon):
+    """The daemon has closed the connection."""
 
 
 def failed_text(message: Failed) -> str:

@@ -19,15 +19,17 @@ from tests.support.guests import guest
 from tests.support.network import Network
 from tests.support.users import Users, UsersDaemon
 from vmd.control.clients import MAX_CLIENTS_PER_USER, MAX_UNANSWERED
-from vmd.ipc.imsg import HEADER, MAX_MESSAGE, decode, encode
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
 from vmd.ipc.messages import (
     BY_CODE,
+    PROTOCOL,
     Caller,
     ConsoleAttached,
     ConsoleOutput,
     ConsoleRequest,
     End,
     Failed,
+    Hello,
     ListRequest,
     NicsRequest,
     PauseRequest,
@@ -39,6 +41,7 @@ from vmd.ipc.messages import (
     WaitRequest,
 )
 from vmd.record import Record
+from vmd.version import VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -267,13 +270,37 @@ def test_messages_that_are_none_of_a_client_s(vmd: UsersDaemon) -> None:
                 assert cut_off(client)
 
 
+def test_a_request_that_no_vmd_knows_yet(vmd: UsersDaemon) -> None:
+    """A later vmctl is told which vmd it talks to."""
+    packet = bytearray(encode(ListRequest(), form=Form.NAMED)[0])
+    packet[:4] = (0x4242).to_bytes(4, "little")
+    with vmd.connect_as(EVE) as client:
+        client.send(encode(Hello(version=99, program="later"), form=Form.NAMED)[0])
+        assert isinstance(receive(client), Hello)
+        client.send(packet)
+        answer = receive(client)
+        assert answer == Failed(code=errno.ENOSYS, text=f"vmd {VERSION} knows no request 0x4242; a later one may")
+        assert cut_off(client)
+
+
+def test_answers_go_in_the_form_that_the_client_speaks(vmd: UsersDaemon) -> None:
+    """By name after a Hello, as the first release had them without one."""
+    for greeting, named in ((b"", False), (encode(Hello(version=2), form=Form.NAMED)[0], True)):
+        with vmd.connect_as(EVE) as client:
+            if greeting:
+                client.send(greeting)
+                assert receive(client) == Hello(version=PROTOCOL, program=VERSION)
+            send(client, ListRequest())
+            assert (b"memory_bytes" in client.recv(MAX_MESSAGE)) is named
+
+
 def test_random_changes_of_real_requests(vmd: UsersDaemon) -> None:
     """With a fixed seed: each is served, refused or cut off; no process minds."""
     chance = random.Random(56)
     requests = [ListRequest(), StopRequest(name="other", wait=True), StartRequest(name="x")]
     client = vmd.connect_as(EVE)
     for _ in range(200):
-        packet = bytearray(encode(chance.choice(requests))[0])
+        packet = bytearray(encode(chance.choice(requests), form=chance.choice((Form.FIRST, Form.NAMED)))[0])
         for _ in range(chance.randrange(1, 4)):
             packet[chance.randrange(len(packet))] = chance.randrange(256)
         packet = packet[: chance.choice((len(packet), chance.randrange(len(packet))))]

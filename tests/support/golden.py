@@ -34,6 +34,7 @@ from tests.support.hostnet import NetDaemon
 from tests.support.netpeer import Peer
 from tests.support.network import Interface, Network
 from tests.support.transfers import ended, to_file, vmctl
+from vmd.ipc.messages import PROTOCOL
 from vmd.kvmapi.system import System
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -324,7 +325,7 @@ def record_transcript(where: Path) -> None:
                 sessions.append({"command": command, "packets": packets})
             vmd.socket = real
     text = "[\n" + ",\n".join(json.dumps(session) for session in sessions) + "\n]\n"
-    (where / "transcript-1.json").write_text(text)
+    (where / f"transcript-{PROTOCOL}.json").write_text(text)
 
 
 def _elsewhere(data: bytes, directory: Path) -> bytes:

@@ -11,14 +11,17 @@ import socket
 
 from vmd.control.clients import ALLOWED_TO_ALL, MAX_QUEUE, MAX_UNANSWERED, Client, Clients, peer_credentials
 from vmd.errors import PeerError
+from vmd.ipc import first
 from vmd.ipc.channel import Channel
-from vmd.ipc.imsg import Envelope
+from vmd.ipc.imsg import Envelope, Form, UnknownMessage
 from vmd.ipc.messages import (
     ANSWERS,
+    PROTOCOL,
     REQUESTS,
     ClientGone,
     ConsoleOutput,
     Failed,
+    Hello,
     Listen,
     NicInfo,
     Proc,
@@ -34,6 +37,7 @@ from vmd.ipc.process import Process
 from vmd.log import RateLimit, log
 from vmd.privsep.confine import CONTROL, confine
 from vmd.record import Record
+from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,6 +92,8 @@ class Control(Process):
             on_lost=lambda channel, error: self.on_client_lost(client, error),
             queue_limit=MAX_QUEUE,
         )
+        client.channel.form = Form.FIRST  # until it says Hello
+        client.channel.on_unknown = lambda error: self.on_unknown_request(client, error)
         if refusal is not None:
             self.complaints.warn(f"refused a client: {refusal[1]}")
             self.turn_away(client, Failed(code=refusal[0], text=refusal[1]))
@@ -100,6 +106,17 @@ class Control(Process):
         channel.finish()
         self.loop.call_later(LAST_WORDS_S, channel.close)  # whether it has read them or not
         self.forget(client)
+
+    def on_hello(self, _message: Hello, _envelope: Envelope, channel: Channel) -> None:
+        """A client of this version or a later one: everything goes by name from now on."""
+        channel.form = Form.NAMED
+        channel.send(Hello(version=PROTOCOL, program=VERSION))
+
+    def on_unknown_request(self, client: Client, error: UnknownMessage) -> None:
+        """A request that a later version has, or nobody."""
+        self.complaints.warn(str(error))
+        text = f"vmd {VERSION} knows no request {error.code:#x}; a later one may"
+        self.turn_away(client, Failed(code=errno.ENOSYS, text=text))
 
     def on_client_lost(self, client: Client, error: PeerError | None) -> None:
         """A client is gone, or sent what no client sends."""
@@ -138,7 +155,12 @@ class Control(Process):
             return  # it has left meanwhile
         if not isinstance(message, PARTIAL):
             client.unanswered -= 1
-        client.channel.send(message)
+        if client.channel.form is Form.FIRST and not first.knows(type(message)):
+            return  # one of many
+        try:
+            client.channel.send(message)
+        except ValueError as error:  # it just fitted the packet from the parent, and does not with names in it
+            client.channel.send(Failed(code=errno.EMSGSIZE, text=str(error)))
 
     def client_of(self, channel: Channel) -> Client | None:
         """Return the client on a channel."""
@@ -157,6 +179,7 @@ class Control(Process):
         (Proc.PARENT, Listen): on_listen,
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,
+        (Proc.CLIENT, Hello): on_hello,
         **dict.fromkeys(((Proc.PARENT, answer) for answer in ANSWERS), on_answer),
         **dict.fromkeys(((Proc.CLIENT, request) for request in REQUESTS), on_request),
     }

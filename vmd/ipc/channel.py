@@ -8,7 +8,7 @@ import types
 from collections import deque
 
 from vmd.errors import PeerError
-from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
+from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import READ, WRITE
 from vmd.ipc.messages import BY_CLASS, Proc
 
@@ -37,6 +37,8 @@ class Channel:
     does not take are closed when it returns.  `on_lost(channel, error)` is called once, when the peer is
     gone (None) or has broken the protocol (PeerError); the channel is closed by then.
     `queue_limit` bounds what waits for a peer that does not read: beyond it a peer is cut off.
+    `form` is how records leave, and may be changed.  Where `on_unknown(error)` is set, it is called for a message of a
+    type that no process here knows, instead of cutting the peer off.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Channel:
         self.label = label
         self.queue_limit = queue_limit
         self.closed = False
+        self.form = Form.INSIDE
+        self.on_unknown: Callable[[UnknownMessage], None] | None = None
         self._sock = sock
         self._loop = loop
         self._on_message = on_message
@@ -77,7 +81,7 @@ class Channel:
             if (self.me, self.peer) not in BY_CLASS[type(message)].routes:
                 route = f"{self.me.name} to {self.peer.name}"
                 raise AssertionError(f"{type(message).__name__} may not go from {route}")
-            packet, order = encode(message, peerid=peerid, pid=os.getpid(), fds=fds)
+            packet, order = encode(message, peerid=peerid, pid=os.getpid(), fds=fds, form=self.form)
         except ValueError:
             _close_all(order)
             raise
@@ -210,7 +214,10 @@ class Channel:
                     raise PeerError(self.label, f"may not send {type(envelope.message).__name__}", packet)
             except PeerError as error:
                 _close_all(fds)
-                self._lose(error)
+                if self.on_unknown is not None and isinstance(error, UnknownMessage):
+                    self.on_unknown(error)
+                else:
+                    self._lose(error)
                 return
             yield envelope
 

@@ -3,9 +3,12 @@
     type u32   len u16   flags u16   peerid u32   pid u32      little-endian, as imsg(3)'s (*cat. 1.7*)
 
 `flags` is the number of descriptors.  The sockets are SOCK_SEQPACKET, so a message and its descriptors
-arrive together or not at all and a peer cannot trickle half a header.  The body is a list: the counts of
-the descriptors by name, then the fields.  Decoding believes nothing: every field is checked against the
-declared type before a record is built.
+arrive together or not at all and a peer cannot trickle half a header.  The body is a list, in one of these forms:
+
+    [[count, ...], field, ...]                     between our own processes: in order of declaration
+    [{descriptor: count}, {field: value, ...}]     on the control socket: by name, for programs of other versions
+
+Decoding believes nothing: every field is checked against the declared type before a record is built.
 
 What outlives this process, or leaves this host, has no header and carries its fields by name (`pack`).
 """
@@ -17,12 +20,13 @@ from enum import Enum
 import msgpack
 
 from vmd.errors import PeerError
+from vmd.ipc import first
 from vmd.ipc.messages import BY_CLASS, BY_CODE, MessageInfo
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any, TypeVar
 
     R = TypeVar("R", bound=Record)
@@ -32,6 +36,22 @@ HEADER = struct.Struct("<IHHII")
 MAX_MESSAGE = 16384
 MAX_FDS = 64
 PLAIN = (int, str, bytes, bool, float)
+
+
+class Form(Enum):
+    """How the fields of a message travel."""
+
+    INSIDE = 0  # in order of declaration
+    NAMED = 1  # by name
+    FIRST = 2  # in order of declaration, and only what protocol 1 had
+
+
+class UnknownMessage(PeerError):
+    """A packet whose type this program does not know; another version may."""
+
+    def __init__(self, peer: str, code: int, raw: bytes) -> None:
+        super().__init__(peer, f"unknown message type {code:#x}", raw)
+        self.code = code
 
 
 class Envelope:
@@ -65,6 +85,7 @@ def encode(
     peerid: int = 0,
     pid: int = 0,
     fds: "Mapping[str, Sequence[int]]" = types.MappingProxyType({}),
+    form: Form = Form.INSIDE,
 ) -> "tuple[bytes, list[int]]":
     """Return the packet of a message and its descriptors in the order in which they must ride along.
 
@@ -79,7 +100,12 @@ def encode(
     if unknown:
         raise AssertionError(f"{type(message).__name__} carries no descriptors {unknown}")
     order = [fd for name in info.fds for fd in fds.get(name.rstrip("?*"), ())]
-    body: bytes = msgpack.packb([counts, *_plain(message)], unicode_errors="surrogateescape")
+    if form is Form.NAMED:
+        names = (name.rstrip("?*") for name in info.fds)
+        values = [dict(zip(names, counts, strict=True)), _by_name(message)]
+    else:
+        values = [counts, *_plain(message, first.fields if form is Form.FIRST else _all_fields)]
+    body: bytes = msgpack.packb(values, unicode_errors="surrogateescape")
     length = HEADER.size + len(body)
     if length > MAX_MESSAGE:
         raise ValueError(f"{type(message).__name__} of {length} bytes exceeds {MAX_MESSAGE}")
@@ -89,7 +115,7 @@ def encode(
 def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
     """Turn a packet and the descriptors that came with it into a checked message.
 
-    Raises PeerError, with the descriptors still the caller's to close.
+    Raises PeerError, with the descriptors still the caller's to close; UnknownMessage for a type that is none here.
     """
     if len(packet) < HEADER.size:
         raise PeerError(peer, f"packet of {len(packet)} bytes has no header", packet)
@@ -98,20 +124,24 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
         raise PeerError(peer, f"header says {length} bytes, packet has {len(packet)}", packet)
     info = BY_CODE.get(code)
     if info is None:
-        raise PeerError(peer, f"unknown message type {code:#x}", packet)
+        raise UnknownMessage(peer, code, packet)
     name = info.cls.__name__
     if flags != len(fds):
         raise PeerError(peer, f"{name} announces {flags} descriptors, {len(fds)} came", packet)
     try:
-        # Depth and counts are bounded by the packet; only maps and extension types need refusing.
+        # Depth and counts are bounded by the packet; only extension types need refusing, and maps where none may be.
         body = msgpack.unpackb(packet[HEADER.size :], unicode_errors="surrogateescape", use_list=True)
     except (ValueError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors
         raise PeerError(peer, f"{name}: body is not msgpack: {error}", packet) from error
-    if not isinstance(body, list) or not body or not isinstance(body[0], list):
+    if not isinstance(body, list) or not body or not isinstance(body[0], list | dict):
         raise PeerError(peer, f"{name}: body is not a list of fields", packet)
     try:
-        named = _name_fds(info, body[0], fds)
-        message = _record(info.cls, body[1:], name)
+        if isinstance(body[0], dict):
+            named = _name_fds(info, [body[0].get(each.rstrip("?*"), 0) for each in info.fds], fds)
+            message = _named_record(info.cls, body[1] if len(body) == 2 else None, name)
+        else:
+            named = _name_fds(info, body[0], fds)
+            message = _record(info.cls, body[1:], name)
     except (ValueError, TypeError, RecursionError) as error:
         raise PeerError(peer, str(error), packet) from error
     return Envelope(message, peerid, pid, named)
@@ -163,11 +193,16 @@ def _name_fds(info: MessageInfo, counts: "list[Any]", fds: "list[int]") -> "dict
     return named
 
 
-def _plain(value: "Any") -> "Any":
+def _all_fields(cls: RecordType) -> "Iterable[str]":
+    return cls.fields
+
+
+def _plain(value: "Any", fields: "Callable[[RecordType], Iterable[str]]" = _all_fields) -> "Any":
+    """Return a value as msgpack knows it, a record as a list of these fields."""
     if isinstance(value, Record):
-        return [_plain(getattr(value, field)) for field in type(value).fields]
+        return [_plain(getattr(value, field), fields) for field in fields(type(value))]
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, fields) for item in value]
     if isinstance(value, Enum):
         return value.value
     return value

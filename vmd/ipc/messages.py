@@ -1,8 +1,9 @@
 """Every message between any two processes, and who may send which (*cat. 1.8*).
 
 A message is a frozen record.  Its code number is explicit and never reused; its fields travel in order of
-declaration; the descriptors that ride along are named in the decorator:  `"tty"` must be there, `"kernel?"`
-may be, `"disks*"` is any number.  A process accepts exactly what stands in its HANDLERS table.
+declaration, or by name on the control socket (`Hello`); the descriptors that ride along are named in the decorator:
+`"tty"` must be there, `"kernel?"` may be, `"disks*"` is any number.  A process accepts exactly what stands in its
+HANDLERS table.
 
 Requests of vmctl go client -> control -> parent as the same message.  `caller` is whatever the client
 wrote until control replaces it by the credentials of the socket; the header's `peerid` is control's number
@@ -85,6 +86,23 @@ ASK = ((Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.PARENT))
 ANSWER = ((Proc.PARENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT))
 TO_VM = ((Proc.PARENT, Proc.VMM), (Proc.VMM, Proc.VM))
 FROM_VM = ((Proc.VM, Proc.VMM), (Proc.VMM, Proc.PARENT))
+
+
+# --- how a connection to the control socket begins -------------------------------------------------------
+
+PROTOCOL = 2  # what Hello says; 1 is what was spoken before there was a Hello
+
+
+@message(0x01, (Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT))
+class Hello(Record):
+    """The first packet each way on the control socket; all records on that connection travel by name.
+
+    A field that one side does not know is ignored, and one that it misses takes its default.  So a field that is added
+    has a default that says what was so before.  A client without Hello is served as in protocol 1 (`vmd.ipc.first`).
+    """
+
+    version: int  # PROTOCOL
+    program: str = ""  # the release, for people
 
 
 # --- what vmctl asks -------------------------------------------------------------------------------------
@@ -223,7 +241,7 @@ class NicsRequest(VmRequest):
 
 
 # Everything above; control relays these, the parent serves them.
-REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[0] in info.routes)
+REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[1] in info.routes)
 
 
 # --- what vmctl is answered ------------------------------------------------------------------------------

@@ -10,8 +10,22 @@ from hypothesis import strategies as st
 
 from vmd.config.model import AllowInstance, BootDevice, DiskConfig, NicConfig, Owner, VmConfig, VmFlag
 from vmd.errors import PeerError
-from vmd.ipc.imsg import HEADER, MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import BY_CODE, Caller, Failed, Ok, Proc, StartRequest, StartVm, StopVm, VmTerminated
+from vmd.ipc import first
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
+from vmd.ipc.messages import (
+    ANSWERS,
+    BY_CODE,
+    REQUESTS,
+    Caller,
+    Failed,
+    Ok,
+    Proc,
+    StartRequest,
+    StartVm,
+    StopVm,
+    VmStarted,
+    VmTerminated,
+)
 from vmd.record import Record
 
 CONFIG = VmConfig(
@@ -45,6 +59,76 @@ def test_round_trip_with_nested_records_and_fds() -> None:
     assert envelope.take_fd("kernel") == 40
     assert envelope.take_fd("kernel") is None
     assert envelope.untaken() == [41]
+
+
+def test_round_trip_by_name() -> None:
+    """The same message, records in it and descriptors included."""
+    packet, order = encode(START, peerid=9, pid=77, fds={"initrd": [41]}, form=Form.NAMED)
+
+    envelope = decode(packet, order, "peer")
+
+    assert envelope.message == START
+    assert b"memory_bytes" in packet
+    assert (envelope.take_fds("kernel"), envelope.take_fds("initrd")) == ([], [41])
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ([{}, {"code": "1", "text": "a"}], "Failed.code: str is not int"),
+        ([{}, {"code": 1}], "Failed: no text"),
+        ([{}, [1, "a"]], "Failed: list has no fields"),
+        ([{}, {"code": 1, "text": "a"}, 2], "has no fields"),
+        ([{}], "has no fields"),
+        ([{"tty": 1}, {"code": 1, "text": "a"}], "announces"),
+        ([[], {"code": 1, "text": "a"}], "wrong number of fields"),
+    ],
+)
+def test_broken_bodies_by_name_are_refused(fields: list[object], complaint: str) -> None:
+    """Every field is checked as in the other form, and the two are not mixed."""
+    with pytest.raises(PeerError, match=complaint):
+        decode(body(0x31, fields, nfds=1 if complaint == "announces" else 0), [], "vmd")
+
+
+def test_by_name_what_is_unknown_is_ignored_and_what_is_missing_has_its_default() -> None:
+    """So programs of different versions understand each other."""
+    packet = body(0x34, [{"new": 0}, {"name": "a", "color": {"r": [1]}, "vmid": 1}])
+
+    assert decode(packet, [], "vmd").message == VmTerminated(vmid=1, name="a", text="")
+
+
+def test_descriptors_by_name_have_to_be_known() -> None:
+    """One that nobody takes would stay open."""
+    with pytest.raises(PeerError, match="counts name 0 descriptors, 1 came"):
+        decode(body(0x31, [{"new": 1}, {"code": 1, "text": ""}], nfds=1), [5], "vmd")
+
+
+def test_every_prefix_of_a_packet_by_name_is_refused() -> None:
+    """As in the other form."""
+    packet = encode(START, form=Form.NAMED)[0]
+    for length in range(HEADER.size, len(packet)):
+        cut = HEADER.pack(0x10, length, 0, 0, 0) + packet[HEADER.size : length]
+        with pytest.raises(PeerError):
+            decode(cut, [], "client")
+
+
+def test_programs_of_protocol_1_get_what_they_know() -> None:
+    """They refuse a record that is longer than theirs, also one in another."""
+    started = VmStarted(vmid=1, name="a", pid=2, tty="/dev/pts/0", notes=("odd",))
+    now = encode(START, form=Form.FIRST)[0]
+    disk = DiskConfig(path="/a", serial="x")
+    then = encode(START.replace(config=CONFIG.replace(disks=(disk, CONFIG.disks[1]))), form=Form.FIRST)[0]
+
+    assert msgpack.unpackb(encode(started, form=Form.FIRST)[0][HEADER.size :]) == [[], 1, "a", 2, "/dev/pts/0"]
+    assert then == now
+
+
+def test_protocol_1_had_every_first_field_that_has_no_default() -> None:
+    """Records grow at their end, by fields with defaults: what protocol 1 had is still there, and is enough."""
+    messages = {cls.__name__: cls for cls in (*REQUESTS, *ANSWERS)}
+    for name, count in first.FIELDS.items():
+        cls = messages.get(name)
+        assert cls is None or cls.least <= count <= len(cls.fields), name
 
 
 def test_every_message_has_a_route_and_a_docstring() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vmd.ipc.channel import FD_SPACE
-from vmd.ipc.imsg import MAX_MESSAGE, Envelope, decode, encode
-from vmd.ipc.messages import VmInfo
+from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, decode, encode
+from vmd.ipc.messages import PROTOCOL, Hello, VmInfo
 from vmd.record import Record
 
 DEADLINE_S = 20.0
@@ -28,10 +28,15 @@ def nothing(_request: Record) -> Answers:
 
 
 class FakeDaemon:
-    """Serves one client after the other; `script` answers each request, in the order of arrival."""
+    """Serves one client after the other; `script` answers each request, in the order of arrival.
 
-    def __init__(self, path: Path) -> None:
+    An `older` one knows no Hello.
+    """
+
+    def __init__(self, path: Path, *, older: bool = False) -> None:
         self.path = path
+        self.older = older
+        self.form = Form.FIRST if older else Form.NAMED
         self.script: Script = nothing
         self.requests: list[Record] = []
         self.files: list[dict[str, bytes]] = []  # for each request, what its descriptors could read
@@ -59,7 +64,7 @@ class FakeDaemon:
     def send(self, message: Record) -> None:
         """Send a message that was not asked for."""
         assert self._client is not None
-        self._client.send(encode(message)[0])
+        self._client.send(encode(message, form=self.form)[0])
 
     def send_raw(self, packet: bytes) -> None:
         """Send what no daemon would."""
@@ -106,11 +111,16 @@ class FakeDaemon:
             for _level, _kind, data in rights:
                 fds.frombytes(data)
             envelope = decode(packet, list(fds), "vmctl")
+            if isinstance(envelope.message, Hello):
+                if self.older:
+                    return
+                self.send(Hello(version=PROTOCOL, program="9.9"))
+                continue
             self.files.append(read_files(envelope))
             self.requests.append(envelope.message)
             answers = self.script(envelope.message)
             for message in answers or ():
-                client.send(encode(message)[0])
+                self.send(message)
             self._arrived.put(envelope.message)
             if answers is None:
                 return

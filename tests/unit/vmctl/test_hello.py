@@ -1,0 +1,164 @@
+"""How a connection begins (DESIGN 13): Hello both ways, and daemons that were started before there was one."""
+
+import errno
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import golden
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmctl.__main__ import main
+from vmctl.client import Client
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
+from vmd.ipc.messages import PROTOCOL, End, Failed, Hello, ListRequest, Ok, StopAccepted
+from vmd.version import VERSION
+
+# Commands that open what only a real daemon has: a pty, or a stream.
+NEED_MORE = ("console", "send", "receive")
+
+
+def test_both_sides_say_hello(daemon: FakeDaemon) -> None:
+    """vmctl's comes first; the daemon's says which release it is of."""
+    client = Client(str(daemon.path))
+
+    assert client.daemon == Hello(version=PROTOCOL, program="9.9")
+    client.close()
+
+
+def test_the_first_packet_is_hello_by_name(tmp_path: Path) -> None:
+    """Whatever its program becomes, this packet is found by name and number."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=lambda: main(["-s", str(tmp_path / "s"), "status"]))
+        thread.start()
+        with listener.accept()[0] as theirs:
+            packet = theirs.recv(MAX_MESSAGE)
+            theirs.send(encode(Failed(code=1, text="enough"))[0])
+        thread.join()
+
+    assert HEADER.unpack_from(packet)[0] == 1
+    assert b"\xa7version\x02" in packet
+    assert b"\xa7program" + bytes([0xA0 + len(VERSION)]) + VERSION.encode() in packet
+
+
+def test_a_client_that_is_turned_away_is_told_why(vmctl: Vmctl, tmp_path: Path) -> None:
+    """The daemon refuses it before it has read anything, and then does not know how it wants its records."""
+    path = str(tmp_path / "busy.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def turn_away() -> None:
+            theirs, _ = listener.accept()
+            theirs.send(encode(Failed(code=errno.EUSERS, text="too many connections"), form=Form.FIRST)[0])
+            theirs.close()
+
+        thread = threading.Thread(target=turn_away)
+        thread.start()
+        assert vmctl("reload", socket=path) == (1, "", "vmctl: command failed: too many connections\n")
+        thread.join()
+
+
+def test_what_a_later_daemon_says_is_named_with_its_release(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """It may know more than we do; the sentence says whom to look at."""
+    packet = bytearray(encode(Ok(), form=Form.NAMED)[0])
+    packet[:2] = (0x777).to_bytes(2, "little")
+    daemon.script = lambda _request: daemon.send_raw(bytes(packet))
+
+    status, _, errors = vmctl("reload")
+
+    assert status == 1
+    assert errors == f"vmctl: vmd 9.9: unknown message type 0x777, which vmctl {VERSION} does not know\n"
+
+
+# --- daemons of before -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Iterator[FakeDaemon]:
+    """Give a daemon that knows no Hello, and hangs up on it."""
+    fake = FakeDaemon(tmp_path / "older.sock", older=True)
+    yield fake
+    fake.close()
+
+
+def test_an_older_daemon_is_listed_and_stopped(vmctl: Vmctl, older: FakeDaemon) -> None:
+    """An upgrade of the programs does not end the daemon that runs: its VMs can be seen and ended."""
+    older.script = lambda request: (
+        (vm_info("web"), End()) if isinstance(request, ListRequest) else (StopAccepted(vmid=1, name="web"),)
+    )
+
+    status, output, _ = vmctl("status", socket=str(older.path))
+    assert status == 0
+    assert "web" in output
+    assert vmctl("stop", "web", socket=str(older.path))[0] == 0
+
+
+def test_an_older_daemon_that_hangs_up_on_a_request(vmctl: Vmctl, older: FakeDaemon) -> None:
+    """The likely reason is said."""
+    older.script = lambda _request: None
+
+    sentence = "vmctl: pipe closed: this vmd is older than vmctl, and may not know the request\n"
+    assert vmctl("reload", socket=str(older.path)) == (1, "", sentence)
+
+
+class Recorded:
+    """A daemon of the first release: it answers what was recorded, if it is asked what was asked then, to the byte."""
+
+    def __init__(self, path: Path, session: golden.Session) -> None:
+        self.session = session
+        self.mistakes: list[str] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._listener.accept()[0] as client:
+            assert isinstance(decode(client.recv(MAX_MESSAGE), [], "vmctl").message, Hello)
+        with self._listener.accept()[0] as client:
+            for packet in self.session.packets:
+                if not packet.asked:
+                    client.send(packet.data)
+                    continue
+                asked, fds, _, _ = socket.recv_fds(client, MAX_MESSAGE, 4)
+                for fd in fds:
+                    socket.close(fd)
+                if (_without_pid(asked), len(fds)) != (_without_pid(packet.data), packet.fds):
+                    self.mistakes.append(f"{asked.hex()}, recorded: {packet.data.hex()}")
+                    return
+
+    def join(self) -> None:
+        """Wait for the end of the talk."""
+        self._thread.join(60)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+
+def _without_pid(packet: bytes) -> bytes:
+    return packet[:12] + packet[16:]
+
+
+def test_the_first_release_is_spoken_to_as_its_own_vmctl_did(capfd: pytest.CaptureFixture[str]) -> None:
+    """Every recorded command: the same requests to the byte, and every answer understood."""
+    with golden.place() as directory:
+        for name in ("kernel", "disk", "more.conf"):
+            (directory / name).write_bytes(bytes(512))
+        sessions = [each for each in golden.transcript(1, directory) if each.command[0] not in NEED_MORE]
+        assert len(sessions) > 25
+        for number, session in enumerate(sessions):
+            path = directory / f"{number}.sock"
+            recorded = Recorded(path, session)
+            status = main(["-s", str(path), *session.command])
+            recorded.join()
+            answer = decode(session.packets[-1].data, [], "vmd").message
+            errors = capfd.readouterr().err
+            assert recorded.mistakes == [], session.command
+            assert status == (1 if isinstance(answer, Failed) else 0), (session.command, errors)
+            assert "Traceback" not in errors

@@ -1,0 +1,31 @@
+"""Protocol 1 of the control socket, which was spoken before there was a Hello: what its records had.
+
+Its programs refuse a record with more fields, and know no other message.  A client without Hello is one of them.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.record import RecordType
+
+# How many fields each record had; they are the first ones still.
+FIELDS = {
+    "StartRequest": 7, "StopRequest": 5, "WaitRequest": 3, "ListRequest": 1, "LoadRequest": 2, "ReloadRequest": 1,
+    "ResetRequest": 3, "LogRequest": 2, "ConsoleRequest": 3, "ConsoleBreak": 3, "PauseRequest": 4, "SendRequest": 4,
+    "ReceiveRequest": 3, "NicsRequest": 3,
+    "Ok": 1, "Failed": 2, "VmStarted": 4, "StopAccepted": 2, "VmTerminated": 3, "VmInfo": 12, "End": 0,
+    "ConsoleOutput": 1, "ConsoleAttached": 3, "VmPaused": 3, "TransferProgress": 2, "VmSent": 3, "VmReceived": 5,
+    "NicInfo": 12,
+    # in others
+    "Caller": 3, "VmConfig": 23, "DiskConfig": 2, "NicConfig": 8, "AllowInstance": 2, "Owner": 2, "Prefix": 2,
+    "Rights": 3,
+}  # fmt: skip
+
+
+def knows(cls: "RecordType") -> bool:
+    """Return whether protocol 1 had such a message."""
+    return cls.__name__ in FIELDS
+
+
+def fields(cls: "RecordType") -> list[str]:
+    """Return the fields that protocol 1 had of a record."""
+    return [*cls.fields][: FIELDS[cls.__name__]]
