@@ -27,6 +27,7 @@ class Result(Record):
     result: str
     text: str
     code: int | None = None
+    how: str = ""
 
     @property
     def interrupted(self) -> bool:
@@ -39,6 +40,7 @@ class Result(Record):
             "id": self.vmid or None,
             "name": clean(self.name) or None,
             "result": self.result,
+            "how": clean(self.how) or None,
             "text": clean(self.text),
             "code": self.code,
         }
@@ -69,7 +71,7 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
             notice("\n")
         raise
     if isinstance(answer, VmTerminated):
-        return Result(vmid=answer.vmid, name=answer.name, result=TERMINATED, text=answer.text)
+        return Result(vmid=answer.vmid, name=answer.name, result=TERMINATED, text=answer.text, how=answer.how)
     assert isinstance(answer, StopAccepted)
     return Result(vmid=answer.vmid, name=answer.name, result=REQUESTED, text="")
 

@@ -12,6 +12,8 @@ from vmctl.errors import CommandError
 from vmd.errors import sentence
 from vmd.stdio import STDERR, STDOUT
 
+SCHEMA_VERSION = 1  # of docs/vmctl.schema.json
+
 
 def clean(text: str) -> str:
     """Return `text` with everything visible that a terminal would not simply show."""
@@ -60,4 +62,5 @@ def put_json(document: "dict[str, object]") -> None:
     """Write the one JSON document of a command.  Raises CommandError."""
     import json  # reads `re`, half of our start-up time; few runs need it
 
+    document = {"schema": SCHEMA_VERSION, **document}
     put((json.dumps(document, indent=2) + "\n").encode())

@@ -334,8 +334,13 @@ def run(session: Session, given: Given) -> int:
         warn(f"warning: {note}")
     warn(f"started vm {started.vmid} successfully, tty {started.tty}")
     if session.json:
-        document = {"id": started.vmid, "name": clean(started.name), "pid": started.pid, "tty": clean(started.tty)}
-        put_json(document)
+        put_json({
+            "id": started.vmid,
+            "name": clean(started.name),
+            "pid": started.pid,
+            "tty": clean(started.tty),
+            "notes": [clean(note) for note in started.notes],
+        })  # fmt: skip
     if wanted.console:
         return attach(session.client, VmRef(vmid=started.vmid, name=started.name))
     return 0

@@ -24,7 +24,7 @@ def run(session: Session, given: Given) -> int:
         raise NoSuchVm(f"vm {wanted} not found")
     shown = [vm for vm in found if vm.pid != 0 or not given.has("-r")]
     detailed = given.has("-v")
-    rows, lines = [as_json(vm) for vm in shown], [HEADER, *(row(vm) for vm in shown)]
+    rows, lines = [as_json(vm) if session.json else {} for vm in shown], [HEADER, *(row(vm) for vm in shown)]
     if detailed:
         from vmctl import interfaces, troubles  # most runs do without
 
@@ -75,7 +75,9 @@ def row(vm: VmInfo) -> str:
 
 def as_json(vm: VmInfo) -> dict[str, object]:
     """Return a VM under keys that stay; null is what does not apply."""
-    running = vm.pid != 0
+    from vmctl import interfaces  # most runs do without
+
+    running, files, end = vm.pid != 0, vm.files, vm.ended
     return {
         "id": vm.vmid,
         "name": clean(vm.name),
@@ -89,4 +91,14 @@ def as_json(vm: VmInfo) -> dict[str, object]:
         "uid": vm.uid,
         "gid": vm.gid,
         "text": clean(vm.text),
+        "since": vm.since_s or None,
+        "started": vm.started_s or None,
+        "restarts": vm.restarts,
+        "autostart": vm.autostart,
+        "boot_image": clean(files.boot_image) or None if files else None,
+        "initrd": clean(files.initrd) or None if files else None,
+        "disks": [{"path": clean(disk.path), "format": disk.format or None} for disk in files.disks] if files else None,
+        "cdrom": clean(files.cdrom) or None if files else None,
+        "interfaces": [interfaces.as_json(nic) for nic in vm.nics],
+        "ended": {"at": end.at_s, "how": clean(end.how), "text": clean(end.text)} if end else None,
     }

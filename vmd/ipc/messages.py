@@ -45,10 +45,10 @@ VMD_PARENT_INVALID = 1007
 TEXT_BYTES_MAX = 4000  # of a sentence; with all else a message has it fits a packet
 
 
-def brief(text: str) -> str:
+def brief(text: str, bytes_max: int = TEXT_BYTES_MAX) -> str:
     """Return a sentence cut to what a message has room for: names and reasons may come from anybody."""
     raw = text.encode("utf-8", "surrogateescape")
-    return text if len(raw) <= TEXT_BYTES_MAX else raw[:TEXT_BYTES_MAX].decode("utf-8", "ignore") + " ..."
+    return text if len(raw) <= bytes_max else raw[:bytes_max].decode("utf-8", "ignore") + " ..."
 
 
 NO_CLIENT = 0xFFFFFFFF  # peerid of what the parent started by itself
@@ -283,29 +283,12 @@ class StopAccepted(Record):
 
 @message(0x34, *ANSWER)
 class VmTerminated(Record):
-    """The VM is gone; `text` says how it ended."""
+    """The VM is gone; `text` says how it ended, and `how` does in one word (`LifeEnd`)."""
 
     vmid: int
     name: str
     text: str = ""
-
-
-@message(0x35, *ANSWER)
-class VmInfo(Record):
-    """One row of `vmctl status` (*cat. 3.3*)."""
-
-    vmid: int
-    name: str
-    pid: int  # 0: not running
-    vcpus: int
-    memory_bytes: int
-    resident_bytes: int
-    tty: str
-    uid: int
-    gid: int | None
-    owner: str  # "user" or "user:group", numeric where there is no name
-    state: str
-    text: str = ""  # why it is not running, if that is known
+    how: str = ""
 
 
 @message(0x36, *ANSWER)
@@ -382,6 +365,55 @@ class NicInfo(Record):
     host4: bytes = b""
     prefix6: bytes = b""
     counters: tuple[int, ...] = ()  # devmsg.COUNTER_NAMES; none: its process has not answered
+
+
+class DiskFile(Record):
+    """A disk of a VM, for `vmctl status --json`."""
+
+    path: str
+    format: str  # "": found out from its first bytes, or its name
+
+
+class VmFiles(Record):
+    """The files that a VM uses; "" is none."""
+
+    boot_image: str = ""  # "": the default firmware
+    initrd: str = ""
+    disks: tuple[DiskFile, ...] = ()
+    cdrom: str = ""
+
+
+class LifeEnd(Record):
+    """How a VM ended last; `how` is one of the words of `vmd.parent.endings`."""
+
+    at_s: int  # seconds since 1970
+    how: str
+    text: str = ""
+
+
+@message(0x35, *ANSWER)
+class VmInfo(Record):
+    """One row of `vmctl status` (*cat. 3.3*).  Times are seconds since 1970."""
+
+    vmid: int
+    name: str
+    pid: int  # 0: not running
+    vcpus: int
+    memory_bytes: int
+    resident_bytes: int
+    tty: str
+    uid: int
+    gid: int | None
+    owner: str  # "user" or "user:group", numeric where there is no name
+    state: str
+    text: str = ""  # why it is not running, if that is known
+    since_s: int = 0  # when it came into this state; 0: not known
+    started_s: int = 0  # when this life began; 0: it does not run
+    restarts: int = 0  # how often its guest has reset itself in this life
+    autostart: bool = False  # it starts with the daemon
+    files: VmFiles | None = None  # None: for others than those who may control the VM
+    nics: tuple[NicInfo, ...] = ()  # without counters
+    ended: LifeEnd | None = None  # None: not as long as this daemon knows it
 
 
 @message(0x40, *ANSWER)
@@ -477,9 +509,12 @@ class StartVm(Record):
     nics: tuple[NicLink, ...] = ()
 
 
-@message(0x61, *FROM_VM)
+@message(0x61, *FROM_VM, fds=("memory?",))
 class VmRunning(Record):
-    """The guest executes."""
+    """The guest executes.
+
+    fds: `memory` is the guest's memory; the parent looks at how much of it there is, and at nothing in it.
+    """
 
     vmid: int
     pid: int
@@ -515,6 +550,7 @@ class Outcome(IntEnum):
 
     POWER_OFF = 0  # by the guest, or on request
     REBOOT = 11  # the guest reset itself: start it again (upstream's EAGAIN)
+    ENDED = 3  # without its guest: by force, or because that did not shut down
     FAILED = 1  # the VM could not go on; VmEnding has said why
     KILLED = 2  # by a signal, or without a word
 

@@ -70,7 +70,6 @@ from vmd.ipc.messages import (
     TransferProgress,
     VmExited,
     VmFailed,
-    VmInfo,
     VmPaused,
     VmRequest,
     VmRunning,
@@ -81,7 +80,7 @@ from vmd.ipc.messages import (
 )
 from vmd.ipc.process import Process
 from vmd.log import log
-from vmd.parent import instances, reload, service, transfers
+from vmd.parent import endings, instances, reload, service, transfers
 from vmd.parent.access import may_control, owner_text, require_readable, require_root
 from vmd.parent.children import Children
 from vmd.parent.identity import StateFile
@@ -89,8 +88,8 @@ from vmd.parent.limits import require_files, require_room
 from vmd.parent.media import Media
 from vmd.parent.network import Network
 from vmd.parent.options import Options
+from vmd.parent.report import describe
 from vmd.parent.requests import (
-    ONE_SHOT_DEVICES,
     checked_request,
     described,
     one_shot_config,
@@ -98,7 +97,7 @@ from vmd.parent.requests import (
     require_boot_device,
 )
 from vmd.parent.resources import Pty, open_boot_files
-from vmd.parent.usage import resident_bytes
+from vmd.parent.usage import is_memory
 from vmd.parent.vmtable import RetiredConsole, State, Vm, VmTable
 from vmd.record import Record, RecordType
 
@@ -229,7 +228,7 @@ class Parent(Process):
     def stop_process(self, vm: Vm, mode: StopMode) -> None:
         """End a VM's process; one that has none yet, for it waits for its interfaces, has ended with that."""
         if self.network.give_up(vm) and vm.receiving is None:
-            self.vm_is_gone(vm, "stopped before its guest began")
+            self.vm_is_gone(vm, "stopped before its guest began", endings.KILLED)
         else:
             self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=mode))
 
@@ -359,7 +358,6 @@ class Parent(Process):
         then as it was.
         """
         config = config or vm.config
-        # What only this start had cannot be had again: such a VM stops where others reboot (*cat. 4.4*).
         once = vm.from_config and (config != vm.config or given_boot is not None or given_initrd is not None)
         files = open_boot_files(config, given_boot, given_initrd)
         media = Media()
@@ -372,7 +370,7 @@ class Parent(Process):
                 vm.pty = Pty()
             try:
                 vm.pty.give_to(uid, vm.config.owner.gid)
-                vm.begin_start()
+                vm.begin_start(again=again)
                 began = True
                 if not again:  # its guest has changed nothing of what these say
                     self.note(vm, config, media.notes)
@@ -397,7 +395,7 @@ class Parent(Process):
             files.close()
             media.close()
         vm.uid = uid
-        vm.one_shot_boot = once or config.boot_device in ONE_SHOT_DEVICES
+        vm.once_because = endings.ONCE.get(config.boot_device, endings.ONLY_THAT_START if once else "")
 
     def note(self, vm: Vm, config: VmConfig, notes: list[str]) -> None:
         """Log what should be known of a start, and keep it for the clients that wait for that start."""
@@ -421,9 +419,15 @@ class Parent(Process):
         others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
         require_room(config, others, self.config.settings)
 
-    def on_vm_running(self, message: VmRunning, _envelope: Envelope, _channel: Channel) -> None:
+    def on_vm_running(self, message: VmRunning, envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""
         vm = self.known(message.vmid)
+        memory = envelope.take_fd("memory")
+        if memory is not None and is_memory(memory):
+            vm.take_memory(memory)
+        elif memory is not None:
+            os.close(memory)
+            log.warn(f"vm {vm.name}: its process does not show how much memory it uses")
         if vm.receiving is not None:
             transfers.on_received_running(self, vm, message.pid, paused=message.paused)
             return
@@ -443,14 +447,21 @@ class Parent(Process):
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
         vm = self.known(message.vmid)
         text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
-        goes_on = vm.state is not State.STOPPING and vm.receiving is None and not vm.one_shot_boot
-        if message.outcome is Outcome.REBOOT and goes_on:
+        asked = vm.state is State.STOPPING
+        how = endings.how_it_ended(message.outcome, asked=asked, sent=vm.sent is not None)
+        if vm.receiving is not None and vm.receiving.failure:
+            how = endings.FAILED
+        elif how == endings.STOPPED and message.outcome is Outcome.REBOOT:
+            text = endings.AS_ASKED
+        elif how == endings.REBOOTED and vm.receiving is None:
             uid = vm.uid
-            vm.state, vm.pid = State.STOPPED, 0
-            if not vm.restarts.may_restart():
+            if vm.once_because:
+                text = endings.not_again(vm.once_because)
+            elif not vm.restarts.may_restart():
                 text = "restarted too quickly"
                 log.error(f"vm {vm.vmid} {text}")
             else:
+                vm.state, vm.pid = State.STOPPED, 0
                 log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
                 try:
                     boot, initrd = vm.kept_files()
@@ -459,28 +470,29 @@ class Parent(Process):
                     )
                 except VmdError as error:
                     vm.uid = uid  # whose console it still is
-                    text = f"cannot reboot: {error}"
+                    how, text = endings.FAILED, f"cannot reboot: {error}"
                     log.error(f"vm {vm.name}: {text}")
                 else:
-                    vm.one_shot_boot = False
+                    vm.once_because = ""
+                    vm.guest_resets += 1
                     self.attach_pending(vm.vmid, vm.name, vm.pty)
                     self.network.answer_counted(vm.vmid)
                     self.answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
                     return
         self.network.give_up(vm)  # it was being received, and waited for its interfaces
         self.network.release(vm.vmid)
-        self.vm_is_gone(vm, text)
+        self.vm_is_gone(vm, text, how)
 
-    def vm_is_gone(self, vm: Vm, text: str) -> None:
+    def vm_is_gone(self, vm: Vm, text: str, how: str = endings.FAILED) -> None:
         """Forget what a VM held, and tell those who wait for it."""
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         for client in vm.waiting_clients:
-            self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
+            self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how))
         vm.waiting_clients.clear()
         self.network.answer_counted(vm.vmid)
         uid, pty = vm.uid, vm.take_pty()
         self.attach_pending(vm.vmid, vm.name, pty)
-        vm.ended(text)
+        vm.ended(text, how)
         if pty is not None:
             self.retire_console(RetiredConsole(vm, uid, pty))
         vm.drop_files()  # a life that begins from the configuration boots what that names
@@ -690,10 +702,10 @@ class Parent(Process):
             raise OperatorError(errno.EALREADY, f"vm {vm.name} is already waited for")
         vm.waiting_clients.add(envelope.peerid)
 
-    def serve_list(self, _message: ListRequest, _caller: Caller, envelope: Envelope) -> None:
+    def serve_list(self, _message: ListRequest, caller: Caller, envelope: Envelope) -> None:
         """Describe every VM; whoever may open the socket sees them all (*cat. 3.3*)."""
         for vm in self.vms:
-            self.answer(envelope.peerid, describe(vm))
+            self.answer(envelope.peerid, describe(vm, self.network.infos(vm), caller))
         self.answer(envelope.peerid, End())
 
     def serve_load(self, message: LoadRequest, caller: Caller, envelope: Envelope) -> None:
@@ -872,22 +884,3 @@ def brief_notes(notes: list[str]) -> tuple[str, ...]:
     """Return notes as far as they fit a message."""
     shown = [brief(note) for note in notes[:NOTES_MAX]]
     return (*shown, f"and {len(notes) - NOTES_MAX} more; see the log") if len(notes) > NOTES_MAX else tuple(shown)
-
-
-def describe(vm: Vm) -> VmInfo:
-    """Return the status row of a VM (*cat. 3.3*): running ones show who started them."""
-    gid = vm.config.owner.gid
-    return VmInfo(
-        vmid=vm.vmid,
-        name=vm.name,
-        pid=vm.pid,
-        vcpus=(vm.running_config or vm.config).vcpus,
-        memory_bytes=(vm.running_config or vm.config).memory_bytes,
-        resident_bytes=resident_bytes(vm.pid) if vm.pid else 0,
-        tty=vm.pty.path if vm.pty else "",
-        uid=vm.uid,
-        gid=gid,
-        owner=owner_text(vm.uid, gid),
-        state=vm.state.value,
-        text=vm.text,
-    )

@@ -387,8 +387,20 @@ class Network:
         vm = self.parent.vms.find(vmid, "")
         if vm is None:
             return
+        for info in self.infos(vm):
+            values = counted[info.index].values if info.index < len(counted) else ()
+            plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
+            self.parent.answer(client, info.replace(counters=values) if info.tap and plausible else info)
+        for trouble in troubles[:TROUBLES_MAX]:  # a VM process may say what it likes
+            text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
+            self.parent.answer(client, text)
+        self.parent.answer(client, End())
+
+    def infos(self, vm: Vm) -> tuple[NicInfo, ...]:
+        """Return the interfaces of a VM, or those that it is to have, without counters."""
         config = vm.running_config or vm.config
-        taps = self.taps.get(vmid)
+        taps = self.taps.get(vm.vmid)
+        found = []
         for index, nic in enumerate(taps.nics if taps else config.nics):
             info = NicInfo(
                 index=index,
@@ -401,8 +413,6 @@ class Network:
             )
             if taps is not None:
                 link = taps.links[index]
-                values = counted[index].values if index < len(counted) else ()
-                plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
                 info = info.replace(
                     tap=link.name,
                     locked=link.locked,
@@ -410,13 +420,9 @@ class Network:
                     guest4=link.guest4,
                     host4=link.host4,
                     prefix6=link.prefix6,
-                    counters=values if plausible else (),
                 )
-            self.parent.answer(client, info)
-        for trouble in troubles[:TROUBLES_MAX]:  # a VM process may say what it likes
-            text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
-            self.parent.answer(client, text)
-        self.parent.answer(client, End())
+            found.append(info)
+        return tuple(found)
 
     # --- ending ------------------------------------------------------------------------------------------
 

@@ -28,10 +28,6 @@ from vmd.errors import OperatorError
 from vmd.ipc.messages import StartRequest
 
 VMID_MAX = (1 << 31) - 1
-# Booting from these is for installing: a guest that resets itself is done, and must not begin anew (*cat. 4.4*).
-# Unlike vmd, where `boot device disk` stops as well.
-ONE_SHOT_DEVICES = (BootDevice.CDROM, BootDevice.NET)
-
 
 def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) -> VmConfig:
     """Return what a client says of a new VM, and only what it has to say: of what is there, not of what it claims.

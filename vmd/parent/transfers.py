@@ -39,10 +39,11 @@ from vmd.ipc.messages import (
     brief,
 )
 from vmd.log import log
+from vmd.parent import endings
 from vmd.parent.access import require_root
 from vmd.parent.limits import require_files
 from vmd.parent.media import Media
-from vmd.parent.requests import ONE_SHOT_DEVICES, check_paths, checked_request
+from vmd.parent.requests import check_paths, checked_request
 from vmd.parent.resources import Pty
 from vmd.parent.vmtable import State, Vm
 
@@ -92,7 +93,7 @@ def serve_send(parent: "Parent", message: SendRequest, caller: Caller, envelope:
     vm.sending = Sending(envelope.peerid, keep=message.keep, state=vm.state)
     vm.state = State.SENDING
     parent.peers[Proc.VMM].send(
-        SendVm(vmid=vm.vmid, keep=message.keep, one_shot=vm.one_shot_boot), fds={"stream": [stream]}
+        SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because)), fds={"stream": [stream]}
     )
     log.info(f"{vm.name}: sending vm {vm.vmid}")
 
@@ -150,9 +151,10 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
             raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
         try:
             vm.begin_receive(Receiving(envelope.peerid, paused=message.paused))
-            vm.uid = caller.uid
+            # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
+            vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
             vm.pty = vm.pty or Pty()
-            vm.pty.give_to(caller.uid, vm.config.owner.gid)
+            vm.pty.give_to(vm.uid, vm.config.owner.gid)
             tty = vm.pty.copies()
         except VmdError as error:
             vm.drop_pty()
@@ -186,7 +188,8 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         give_up(parent, vm, code_of(error), sentence(error))
         return
     vm.running_config = receiving.config
-    vm.one_shot_boot = message.one_shot or receiving.config.boot_device in ONE_SHOT_DEVICES
+    once = endings.ONLY_THAT_START if message.one_shot else ""
+    vm.once_because = endings.ONCE.get(receiving.config.boot_device, once)
     parent.peers[Proc.VMM].send(ReceiveMemory(vmid=vm.vmid))
 
 

@@ -1,14 +1,47 @@
-"""What a VM costs the host, from /proc; only the parent can see it."""
+"""What a VM costs the host: the memory that its guest has used, and that of its processes.
 
+Only files of /proc that need no right to look into other processes are read: not every vmd has CAP_SYS_PTRACE.
+"""
+
+import fcntl
 import os
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+BLOCK_BYTES = 512  # st_blocks, whatever the file system
 
 
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process, guest memory included; 0 if it is gone."""
+def is_memory(fd: int) -> bool:
+    """Return whether this is memory, which alone can have seals: any other file could keep us waiting."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
+
+
+def used_bytes(memory: int | None, pid: int) -> int:
+    """Return the memory that a VM uses: what its guest has touched, and what is its processes' own.
+
+    `memory` is the guest's; `pid` the VM's process, whose children are its devices.
+    """
+    guest = os.fstat(memory).st_blocks * BLOCK_BYTES if memory is not None else 0
+    return guest + sum(private_bytes(each) for each in (pid, *children(pid)))
+
+
+def private_bytes(pid: int) -> int:
+    """Return the memory that a process shares with no file and no other process; 0 if it is gone."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * PAGE_BYTES
-    except (OSError, IndexError, ValueError):
+            _, resident, shared, *_ = statm.read().split()
+            return (int(resident) - int(shared)) * PAGE_BYTES
+    except (OSError, ValueError):
         return 0
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that the first thread of a process has started."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as listing:
+            return [int(word) for word in listing.read().split()]
+    except (OSError, ValueError):
+        return []

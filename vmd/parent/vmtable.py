@@ -8,7 +8,8 @@ from enum import Enum
 
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, VmSent
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, LifeEnd, VmSent
+from vmd.parent import endings
 from vmd.parent.addresses import random_lladdr
 from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
@@ -44,7 +45,12 @@ class Vm:
         self.key = config.name, config.owner.uid  # to which the table has given the id
         self.config = config
         self.from_config = from_config  # survives a stop; the others are forgotten
-        self.state = State.STOPPED
+        self._state = State.STOPPED
+        self.since_s = time.time()  # when it came into this state
+        self.started_s = 0.0  # when this life began
+        self.guest_resets = 0  # in this life
+        self.last_end: LifeEnd | None = None
+        self.memory: int | None = None  # the guest's, for its size
         self.uid = config.owner.uid  # running: who started it
         self.pid = 0
         self.pty: Pty | None = None
@@ -65,13 +71,23 @@ class Vm:
         self.pause_clients: list[int] = []  # wait for VmPaused, in the order in which they asked
         self.console_client: int | None = None
         self.console_user = ""
-        self.one_shot_boot = False  # booted from what only that start had
+        self.once_because = ""  # why it ends where others reboot
         self._kept: tuple[int | None, int | None] = (None, None)  # boot image and initrd of a client
 
     @property
     def name(self) -> str:
         """The name, unique in the table."""
         return self.config.name
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life."""
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        if state is not self._state:
+            self._state, self.since_s = state, time.time()
 
     @property
     def alive(self) -> bool:
@@ -84,10 +100,12 @@ class Vm:
             state = "already running" if self.state is State.RUNNING else self.state.value
             raise OperatorError(errno.EALREADY, f"vm {self.name} is {state}")
 
-    def begin_start(self) -> None:
-        """STOPPED or WAITING -> STARTING."""
+    def begin_start(self, *, again: bool = False) -> None:
+        """STOPPED or WAITING -> STARTING, `again` after a reset by its guest."""
         self.require_startable()
         self.state = State.STARTING
+        if not again:
+            self.started_s, self.guest_resets = time.time(), 0
         self.text, self.code = "", errno.EIO
 
     def begin_run(self, pid: int) -> None:
@@ -99,6 +117,7 @@ class Vm:
     def begin_receive(self, receiving: "Receiving") -> None:
         """STOPPED or WAITING -> RECEIVING."""
         self.state = State.RECEIVING
+        self.started_s, self.guest_resets = time.time(), 0
         self.text, self.code = "", errno.EIO
         self.receiving = receiving
 
@@ -126,16 +145,18 @@ class Vm:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is being sent; interrupt that, or stop it by force")
         self.state = State.STOPPING
 
-    def ended(self, text: str) -> None:
+    def ended(self, text: str, how: str = endings.FAILED) -> None:
         """Any state with a process -> STOPPED."""
         if self.next_config is not None:
             self.config, self.next_config = self.next_config, None
         self.state = State.STOPPED
         self.pid = 0
         self.text = text
+        self.last_end = LifeEnd(at_s=int(self.since_s), how=how, text=text)
+        self.take_memory(None)
         self.ended_s = time.monotonic()
         self.uid = self.config.owner.uid
-        self.one_shot_boot = False
+        self.once_because = ""
         self.running_config = None
 
     def nics(self) -> "Iterator[NicConfig]":
@@ -161,6 +182,12 @@ class Vm:
             if fd is not None:
                 os.close(fd)
         self._kept = (None, None)
+
+    def take_memory(self, fd: int | None) -> None:
+        """Take the guest's memory instead of what there was; the descriptor is ours."""
+        if self.memory is not None:
+            os.close(self.memory)
+        self.memory = fd
 
     def take_pty(self) -> Pty | None:
         """Give up the console, at the end of the VM; the pty is the caller's to close."""

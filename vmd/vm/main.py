@@ -155,7 +155,12 @@ class VmProcess(Process):
         except (VmdError, OSError) as error:
             self.fail(error)
             return
-        channel.send(VmRunning(vmid=message.vmid, pid=os.getpid()))
+        self.report_running(self.machine)
+
+    def report_running(self, machine: Machine, *, paused: bool = False) -> None:
+        """Say that the guest executes, or waits to be unpaused."""
+        memory = os.dup(machine.memory.fd)
+        self.vmm.send(VmRunning(vmid=self.vmid, pid=os.getpid(), paused=paused), fds={"memory": [memory]})
 
     def watch_clock(self, machine: Machine) -> None:
         """Tell the guest when its clock needs a look at the real-time clock."""
@@ -170,11 +175,11 @@ class VmProcess(Process):
     def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:
         """Ask by vmmci, or press the power button; a guest with a driver for neither is ended at once (*cat. 4.4*)."""
         if message.mode is StopMode.KILL:
-            self.end(Outcome.POWER_OFF, "stopped by force")
+            self.end(Outcome.ENDED, "stopped by force")
         if self.stopping or self.ending:
             return
         if self.machine is None or self.pause is None:
-            self.end(Outcome.POWER_OFF, "stopped while it was being received")
+            self.end(Outcome.ENDED, "stopped while it was being received")
             return
         if self.sender is not None:
             self.sender.cancel()
@@ -196,11 +201,11 @@ class VmProcess(Process):
         elif machine.pm.power_button_enabled:
             wanted, ask = "the power button", machine.pm.power_button
         else:
-            self.end(Outcome.POWER_OFF, "stopped; the guest has no driver for the power button")
+            self.end(Outcome.ENDED, "stopped; the guest has no driver for the power button")
             return
         deadline = self.loop.call_later(
             ACK_TIMEOUT_S,
-            lambda: self.end(Outcome.POWER_OFF, f"did not notice {wanted} in {ACK_TIMEOUT_S:.0f} s"),
+            lambda: self.end(Outcome.ENDED, f"did not notice {wanted} in {ACK_TIMEOUT_S:.0f} s"),
         )
 
         def acknowledged_on_vcpu(command: int = vmmci.REBOOT) -> None:
@@ -213,7 +218,7 @@ class VmProcess(Process):
             deadline.cancel()
             self.loop.call_later(
                 SHUTDOWN_TIMEOUT_S,
-                lambda: self.end(Outcome.POWER_OFF, f"did not shut down in {SHUTDOWN_TIMEOUT_S:.0f} s"),
+                lambda: self.end(Outcome.ENDED, f"did not shut down in {SHUTDOWN_TIMEOUT_S:.0f} s"),
             )
 
         machine.on_acknowledged = machine.pm.on_button_acknowledged = acknowledged_on_vcpu
@@ -425,7 +430,7 @@ class VmProcess(Process):
             self.fail(error)
             return
         if message.paused or not self.go_on():
-            channel.send(VmRunning(vmid=self.vmid, pid=os.getpid(), paused=message.paused))
+            self.report_running(self.machine, paused=message.paused)
 
     # --- the console, and the rest -----------------------------------------------------------------------------
 

@@ -144,6 +144,6 @@ def judge(code: int, status: int) -> tuple[Outcome, str]:
     """Return what the end of a VM process means, from waitid's si_code and si_status."""
     if code != os.CLD_EXITED:
         return Outcome.KILLED, f"vm process was killed by {signal_name(status)}"
-    if status in (Outcome.POWER_OFF, Outcome.REBOOT):
+    if status in (Outcome.POWER_OFF, Outcome.REBOOT, Outcome.ENDED):
         return Outcome(status), ""
     return Outcome.FAILED, f"vm process exited with status {status}"

@@ -176,7 +176,7 @@ class Vmm(Process):
             fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
             child.channel.send(message, peerid=envelope.peerid, fds=fds)
 
-    def on_from_vm(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
+    def on_from_vm(self, message: Record, envelope: Envelope, channel: Channel) -> None:
         """Relay to the parent, under the VM's own number whatever it claims."""
         child = self.child_of(channel)
         if not child.account(message):
@@ -187,7 +187,8 @@ class Vmm(Process):
             message = message.replace(vmid=child.vmid, text=brief(message.text))
         elif isinstance(message, ReceivedHeader | ReceivedMachine | DevicesReported):
             message = message.replace(vmid=child.vmid)
-        self.parent.send(message, peerid=child.vmid)
+        fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        self.parent.send(message, peerid=child.vmid, fds=fds)
 
     def on_vm_ending(self, message: VmEnding, _envelope: Envelope, channel: Channel) -> None:
         """Keep a VM's last words until it is gone."""

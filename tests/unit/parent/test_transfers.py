@@ -195,7 +195,7 @@ def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) ->
     """Begin to send a VM."""
     vm: Vm = parent.vms.get(0, "a")
     transfers.serve_send(parent, SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
-    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep, one_shot=vm.one_shot_boot)]
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep, one_shot=bool(vm.once_because))]
     assert vm.state is State.SENDING
     parent.vmm.sent.clear()
     return vm
@@ -656,14 +656,14 @@ def test_one_shot_boots_stay_so(
     """A guest that is being installed does not begin anew when it resets itself (cat. 4.4)."""
     vm = receive(parent, stream)
     header(parent, vm, boot_device=device)
-    assert vm.one_shot_boot is once
+    assert bool(vm.once_because) is once
     header(parent, vm, boot_device=device, one_shot=True)
-    assert vm.one_shot_boot
+    assert vm.once_because
     vm.drop_pty()
 
 
 @pytest.mark.parametrize("once", [False, True])
 def test_one_shot_boots_are_sent_as_such(parent: AnyParent, stream: Callable[[], int], once: bool) -> None:
     """What only that start had is not to be had on the other side either."""
-    running(parent).one_shot_boot = once
+    running(parent).once_because = "it was so" if once else ""
     send(parent, stream)

@@ -146,16 +146,30 @@ def test_interrupted(daemon: FakeDaemon, arguments: tuple[str, ...], begun: str)
 @pytest.mark.parametrize(
     ("answer", "status", "document"),
     [
-        (ACCEPTED, 0, {"id": 3, "name": "web", "result": "requested", "text": "", "code": None}),
+        (ACCEPTED, 0, {"id": 3, "name": "web", "result": "requested", "how": None, "text": "", "code": None}),
         (
             TERMINATED,
             0,
-            {"id": 3, "name": "web", "result": "terminated", "text": "powered off by the guest", "code": None},
+            {
+                "id": 3,
+                "name": "web",
+                "result": "terminated",
+                "how": None,
+                "text": "powered off by the guest",
+                "code": None,
+            },
         ),
         (
             Failed(code=errno.ENOENT, text="vm web not found"),
             4,
-            {"id": None, "name": "web", "result": "failed", "text": "vm web not found", "code": errno.ENOENT},
+            {
+                "id": None,
+                "name": "web",
+                "result": "failed",
+                "how": None,
+                "text": "vm web not found",
+                "code": errno.ENOENT,
+            },
         ),
     ],
 )
@@ -165,7 +179,7 @@ def test_json(vmctl: Vmctl, daemon: FakeDaemon, answer: Record, status: int, doc
 
     for command in ("stop", "wait"):
         done, output, _ = vmctl(command, "--json", "web")
-        assert (done, json.loads(output)) == (status, {"vms": [document]})
+        assert (done, json.loads(output)) == (status, {"schema": 1, "vms": [document]})
 
 
 # --- all of them -----------------------------------------------------------------------------------------
@@ -301,7 +315,7 @@ def test_stop_all_with_nothing_to_stop(vmctl: Vmctl, daemon: FakeDaemon) -> None
     daemon.answers(vm_info(running=False), End())
 
     assert vmctl("stop", "-a") == (0, "", "")
-    assert json.loads(vmctl("stop", "-a", "--json")[1]) == {"vms": []}
+    assert json.loads(vmctl("stop", "-a", "--json")[1]) == {"schema": 1, "vms": []}
 
 
 @pytest.mark.parametrize(("options", "at"), [("-a", StopRequest), ("-aw", StopRequest), ("-aw", WaitRequest)])

@@ -53,12 +53,13 @@ def test_json(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None
     daemon.answers(VmPaused(vmid=3, name="web\n", paused=paused))
     status, output, _ = vmctl(word, "--json", "web")
     assert status == 0
-    assert json.loads(output) == {"id": 3, "name": "web\\x0a", "paused": paused}
+    assert json.loads(output) == {"schema": 1, "id": 3, "name": "web\\x0a", "paused": paused}
 
     daemon.answers(Failed(code=errno.ENOENT, text="vm web not found"))
     status, output, _ = vmctl(word, "--json", "web")
     assert status == 4
-    assert json.loads(output) == {"error": f"{word} vm command failed: vm web not found", "code": errno.ENOENT}
+    text = f"{word} vm command failed: vm web not found"
+    assert json.loads(output) == {"schema": 1, "error": text, "code": errno.ENOENT}
 
 
 @WORDS

@@ -426,7 +426,9 @@ def test_json(vmctl: Vmctl, known: FakeDaemon) -> None:
     status, output, errors = vmctl("start", "--json", "web")
 
     assert (status, errors) == (0, SUCCESS)
-    assert json.loads(output) == {"id": 3, "name": "web", "pid": 40211, "tty": "/dev/pts/7"}
+    assert json.loads(output) == {
+        "schema": 1, "id": 3, "name": "web", "pid": 40211, "tty": "/dev/pts/7", "notes": [],
+    }  # fmt: skip
 
 
 def test_json_of_a_refusal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
@@ -436,4 +438,5 @@ def test_json_of_a_refusal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     status, output, _ = vmctl("start", "--json", "web")
 
     assert status == 1
-    assert json.loads(output) == {"error": "could not open disk image(s): /vm/a: no such file", "code": 1002}
+    text = "could not open disk image(s): /vm/a: no such file"
+    assert json.loads(output) == {"schema": 1, "error": text, "code": 1002}

@@ -9,11 +9,33 @@ from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmd.devices.vionet.dhcp import REASONS, RELEASED
 from vmd.ipc.devmsg import COUNTER_NAMES
-from vmd.ipc.messages import End, Failed, ListRequest, NicInfo, NicsRequest, TroubleInfo, VmInfo
+from vmd.ipc.messages import (
+    DiskFile,
+    End,
+    Failed,
+    LifeEnd,
+    ListRequest,
+    NicInfo,
+    NicsRequest,
+    TroubleInfo,
+    VmFiles,
+    VmInfo,
+)
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tty="/dev/ttyp3", owner="anna:ops")
-TMPL = vm_info("tmpl", vmid=2, running=False, text="powered off by the guest")
+DB1 = DB1.replace(
+    since_s=1790000000,
+    started_s=1780000000,
+    files=VmFiles(disks=(DiskFile(path="/vm/a\n", format=""),), cdrom="/vm/cd.iso"),
+)
+TMPL = vm_info(
+    "tmpl",
+    vmid=2,
+    running=False,
+    text="powered off by the guest",
+    ended=LifeEnd(at_s=1790000001, how="powered off", text="powered off by the guest"),
+)
 
 
 @pytest.fixture
@@ -128,6 +150,7 @@ def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
 
     assert (status, errors) == (0, "")
     assert json.loads(output) == {
+        "schema": 1,
         "vms": [
             {
                 "id": 1,
@@ -142,6 +165,16 @@ def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
                 "uid": 0,
                 "gid": None,
                 "text": "",
+                "since": 1790000000,
+                "started": 1780000000,
+                "restarts": 0,
+                "autostart": False,
+                "boot_image": None,
+                "initrd": None,
+                "disks": [{"path": "/vm/a\\x0a", "format": None}],
+                "cdrom": "/vm/cd.iso",
+                "interfaces": [],
+                "ended": None,
             },
             {
                 "id": 2,
@@ -156,6 +189,16 @@ def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
                 "uid": 0,
                 "gid": None,
                 "text": "powered off by the guest",
+                "since": None,
+                "started": None,
+                "restarts": 0,
+                "autostart": False,
+                "boot_image": None,
+                "initrd": None,
+                "disks": None,
+                "cdrom": None,
+                "interfaces": [],
+                "ended": {"at": 1790000001, "how": "powered off", "text": "powered off by the guest"},
             },
         ]
     }
@@ -172,7 +215,7 @@ def test_json_of_an_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
     status, output, errors = vmctl("status", "--json", "web")
 
     assert (status, errors) == (4, "vmctl: vm web not found\n")
-    assert json.loads(output) == {"error": "vm web not found", "code": errno.ENOENT}
+    assert json.loads(output) == {"schema": 1, "error": "vm web not found", "code": errno.ENOENT}
 
 
 def test_list_refused(vmctl: Vmctl, daemon: FakeDaemon) -> None:

@@ -1,0 +1,135 @@
+"""What the daemon says of a VM besides its state: its files, since when, how it ended, whose it is, what it uses."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.process.test_daemon import PROMPT
+from tests.support import schema
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.guests import guest
+from tests.support.transfers import from_file, to_file
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+NOBODY = 65534
+BLOCK = """
+vm "demo" {{
+    disable
+    memory 256M
+    boot "{kernel}"
+    disk "{directory}/disk.raw" format raw
+    cdrom "{directory}/disc.iso"
+    interface {{ switch "lan" }}
+    owner nobody
+}}
+switch "lan" {{ interface br9 }}
+"""
+WITHOUT_PTRACE = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[Daemon]:
+    """Give a daemon that may not look into other processes, with a VM that has all sorts of things."""
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    (tmp_path / "disc.iso").write_bytes(bytes(4096))
+    conf = BLOCK.format(kernel=guest("demo"), directory=tmp_path)
+    with Daemon(tmp_path, conf, prefix=WITHOUT_PTRACE) as daemon:
+        yield daemon
+
+
+def described(vmd: Daemon, *options: str) -> dict[str, Any]:
+    """Return the row of the VM, which is as the schema says."""
+    (row,) = schema.check(vmd.must("status", "--json", *options, "demo"), "status")["vms"]
+    found: dict[str, Any] = row
+    return found
+
+
+def test_one_life(vmd: Daemon, tmp_path: Path) -> None:
+    """Before, while it runs, after a reset by its guest, and after its end."""
+    before_s = int(time.time())
+    row = described(vmd)
+    assert (row["state"], row["started"], row["ended"], row["autostart"]) == ("stopped", None, None, False)
+    assert row["boot_image"] == str(guest("demo"))
+    assert row["disks"] == [{"path": str(tmp_path / "disk.raw"), "format": "raw"}]
+    assert row["cdrom"] == str(tmp_path / "disc.iso")
+    assert (row["interfaces"][0]["switch"], row["interfaces"][0]["tap"]) == ("lan", None)
+
+    vmd.must("start", "demo")
+    row = described(vmd, "-v")
+    assert before_s <= row["started"] <= row["since"] <= time.time()
+    assert row["restarts"] == 0
+    (nic,) = row["interfaces"]
+    assert nic["tap"].startswith("tap")
+    assert nic["counters"] is not None
+    assert described(vmd)["interfaces"] == [{**nic, "counters": None}]
+
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.answer("reset", PROMPT)
+        again = described(vmd)
+        assert (again["started"], again["restarts"], again["ended"]) == (row["started"], 1, None)
+        assert again["since"] >= row["since"]
+        console.type("off\r")
+        console.drain(DEADLINE_S)
+    row = vmd.wait_state("demo", "stopped")
+    assert row["ended"] == {"at": row["since"], "how": "powered off", "text": "powered off by the guest"}
+    assert (row["started"], row["restarts"]) == (None, 1)
+
+    vmd.must("start", "demo")
+    assert described(vmd)["ended"] == row["ended"]
+    (ended,) = schema.check(vmd.vmctl("stop", "-fw", "--json", "demo").stdout, "stop")["vms"]
+    assert (ended["how"], ended["text"]) == ("killed", "stopped by force")
+    assert described(vmd)["ended"]["how"] == "killed"
+
+
+def test_a_received_vm(vmd: Daemon, tmp_path: Path) -> None:
+    """It is its owner's, as is its console; and the memory that its stream has brought is counted.
+
+    Its own process has not touched that memory; nothing else than blocks of a file says that it is there.
+    """
+    vmd.must("start", "demo")
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+    before = described(vmd)["resident_bytes"]
+    to_file(vmd, "demo", tmp_path / "stream")
+    assert described(vmd)["ended"]["how"] == "sent"
+    assert from_file(vmd, "demo", tmp_path / "stream")[0] == 0
+    row = described(vmd)
+    tty = os.stat(row["tty"])
+    assert (row["owner"], row["uid"], tty.st_uid) == ("nobody", NOBODY, NOBODY)
+    memory = guest_memory(row["pid"])
+    assert memory > 1 << 20
+    assert row["resident_bytes"] >= memory + private(row["pid"])
+    assert abs(row["resident_bytes"] - before) < before // 2
+    vmd.must("stop", "-fw", "demo")
+    assert described(vmd)["resident_bytes"] is None
+    assert guest_memories(vmd.pid) == []  # what is not used any more is not held
+
+
+def guest_memories(pid: int) -> list[int]:
+    """Return how much there is of each guest's memory that a process has open."""
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        if "guest-memory" in os.readlink(fd):
+            found.append(fd.stat().st_blocks * 512)
+    return found
+
+
+def guest_memory(pid: int) -> int:
+    """Return how much there is of the guest's memory, by its VM's process."""
+    (found,) = guest_memories(pid)
+    return found
+
+
+def private(pid: int) -> int:
+    """Return what a process has for itself."""
+    rollup = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", rollup)
+    assert found is not None
+    return int(found[1]) << 10

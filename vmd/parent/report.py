@@ -1,0 +1,56 @@
+"""What clients are told of a VM (*cat. 3.3*)."""
+
+from vmd.ipc.messages import Caller, DiskFile, NicInfo, VmFiles, VmInfo, brief
+from vmd.parent.access import may_control, owner_text
+from vmd.parent.usage import used_bytes
+from vmd.parent.vmtable import Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.config.model import VmConfig
+
+PATH_BYTES_MAX = 1023  # a longer one is cut: all that a VM has must fit a message
+
+
+def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
+    """Return the status row of a VM: running ones show who started them.
+
+    Its files are shown to those who may control it; all else to everybody who may open the socket.
+    """
+    config = vm.running_config or vm.config
+    gid = vm.config.owner.gid
+    return VmInfo(
+        vmid=vm.vmid,
+        name=vm.name,
+        pid=vm.pid,
+        vcpus=config.vcpus,
+        memory_bytes=config.memory_bytes,
+        resident_bytes=used_bytes(vm.memory, vm.pid) if vm.pid else 0,
+        tty=vm.pty.path if vm.pty else "",
+        uid=vm.uid,
+        gid=gid,
+        owner=owner_text(vm.uid, gid),
+        state=vm.state.value,
+        text=vm.text,
+        since_s=int(vm.since_s),
+        started_s=int(vm.started_s) if vm.alive else 0,
+        restarts=vm.guest_resets,
+        autostart=vm.from_config and vm.config.enabled,
+        files=files_of(config) if may_control(caller, vm.uid, gid) else None,
+        nics=nics,
+        ended=vm.last_end,
+    )
+
+
+def files_of(config: "VmConfig") -> VmFiles:
+    """Return the files that a VM uses."""
+
+    def shown(path: str) -> str:
+        return brief(path, PATH_BYTES_MAX)
+
+    return VmFiles(
+        boot_image=shown(config.kernel),
+        initrd=shown(config.initrd),
+        disks=tuple(DiskFile(path=shown(disk.path), format=disk.format) for disk in config.disks),
+        cdrom=shown(config.cdrom),
+    )
