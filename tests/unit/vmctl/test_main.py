@@ -138,7 +138,10 @@ def test_wrong_arguments_are_a_document_with_json(vmctl: Vmctl) -> None:
     """A program that calls us reads standard output, whatever is wrong."""
     status, output, errors = vmctl("status", "--json", "a", "b")
 
-    assert (status, json.loads(output)) == (2, {"error": "unexpected argument: b", "code": None})
+    assert (status, json.loads(output)) == (
+        2,
+        {"schema": 1, "error": "unexpected argument: b", "code": None},
+    )
     assert errors.startswith("vmctl: unexpected argument: b\nusage:")
 
 
