@@ -13,6 +13,8 @@ from tests.process.test_daemon import PROMPT
 from tests.support import schema
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
 from tests.support.transfers import from_file, to_file
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -47,8 +49,11 @@ def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     (tmp_path / "disc.iso").write_bytes(bytes(4096))
     conf = CONF.format(kernel=guest("demo"), directory=tmp_path, fill=guest("fill"), filled_mib=FILLED_MIB)
-    with Daemon(tmp_path, conf, prefix=WITHOUT_PTRACE) as daemon:
-        yield daemon
+    with Network() as network:
+        daemon = NetDaemon(tmp_path, network, conf)
+        daemon.prefix = [*WITHOUT_PTRACE]
+        with daemon:
+            yield daemon
 
 
 def described(vmd: Daemon, *options: str, name: str = "demo") -> dict[str, Any]:
