@@ -3,6 +3,7 @@
 import sys
 
 from vmd import stdio
+from vmd.errors import HostError
 from vmd.log import log
 
 
@@ -30,7 +31,11 @@ def run_process(name: str) -> int:
             from vmd.vmm.main import main as process_main
         case _:
             from vmd.vm.main import main as process_main
-    return process_main()
+    try:
+        return process_main()
+    except HostError as error:  # while it starts: it says so where there is nobody to answer yet
+        log.crit(str(error))
+        return 1
 
 
 if __name__ == "__main__":

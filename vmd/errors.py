@@ -11,7 +11,10 @@ VmdError            anything that is answered with a sentence instead of a trace
 `__str__` is a lower-case sentence without a full stop that names the thing and the value.
 """
 
+import errno
 import os
+
+NO_CALL = ": this kernel, or the container or unit that vmd runs in, does not let it make the system call"
 
 
 class VmdError(Exception):
@@ -83,7 +86,7 @@ class HostError(VmdError):
         super().__init__(tried, self.errno)
 
     def __str__(self) -> str:
-        return f"{self.tried}: {self.reason}"
+        return f"{self.tried}: {self.reason}{NO_CALL if self.errno == errno.ENOSYS else ''}"
 
 
 def sentence(error: Exception) -> str:

@@ -51,33 +51,36 @@ def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: in
 
 
 @pytest.mark.parametrize(
-    ("mistake", "words"),
+    ("mistake", "status", "words"),
     [
         (
             # Imported first: another user need not be able to read this checkout.
             f"{sys.executable} -c 'import os, sys; from vmd.parent.startup import run; os.setuid(65534);"
             " sys.exit(run(sys.argv[1:]))' -d -s $DIR/vmd.sock -f $DIR/vm.conf",
+            1,
             ("need root privileges", "run vmd as root"),
         ),
         (
             "mount -t tmpfs none /mnt; mknod -m 666 /mnt/null c 1 3; mknod -m 666 /mnt/urandom c 1 9;"
             f" mount --bind /mnt /dev; {VMD}",
+            69,
             ("/dev/kvm", "No such file or directory", "load the module"),
         ),
-        (f"mount --bind /dev/null /dev/kvm; {VMD}", ("/dev/kvm", "this is something else")),
+        (f"mount --bind /dev/null /dev/kvm; {VMD}", 69, ("/dev/kvm", "this is something else")),
         (
             "grep -v ^_vmd /etc/passwd > $DIR/passwd; mount --bind $DIR/passwd /etc/passwd;" + VMD,
+            1,
             ("unknown user _vmd", "useradd"),
         ),
-        (f"echo 'vm' > $DIR/vm.conf; {VMD}", ("vm.conf:1: syntax error",)),
-        (f"{sys.executable} -m vmd -d -s $DIR/nowhere/vmd.sock -f $DIR/vm.conf", ("nowhere/vmd.sock", "No such file")),
-        (f"{sys.executable} -m vmd -d -s $DIR/vmd.sock -f $DIR/vm.conf -D x", ("macro definition x",)),
+        (f"echo 'vm' > $DIR/vm.conf; {VMD}", 78, ("vm.conf:1: syntax error",)),
+        (VMD.replace("vmd.sock", "nowhere/vmd.sock"), 1, ("nowhere/vmd.sock", "No such file")),
+        (f"{sys.executable} -m vmd -d -s $DIR/vmd.sock -f $DIR/vm.conf -D x", 2, ("macro definition x",)),
     ],
     ids=["not root", "no kvm", "kvm is not kvm", "no user", "bad configuration", "bad socket path", "bad macro"],
 )
-def test_vmd_does_not_start(directory: Path, mistake: str, words: tuple[str, ...]) -> None:
+def test_vmd_does_not_start(directory: Path, mistake: str, status: int, words: tuple[str, ...]) -> None:
     """The daemon says why, once, and leaves no socket."""
-    one_sentence(shell(mistake, directory), *words)
+    one_sentence(shell(mistake, directory), *words, status=status)
     assert not (directory / "vmd.sock").exists()
 
 

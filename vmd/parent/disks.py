@@ -296,7 +296,7 @@ def open_image(
     doing = ""
     try:
         with acting_as(user):
-            place = linux.openat2(raw, os.O_PATH | os.O_CLOEXEC, linux.RESOLVE_NO_MAGICLINKS)
+            place = linux.open_place(raw)
             try:
                 mode = require_image(place, name, invalid)
                 flags = os.O_RDWR if writable else os.O_RDONLY

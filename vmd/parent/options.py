@@ -4,6 +4,7 @@ import getopt
 import os
 from collections.abc import Sequence
 
+from vmd.config.check import parse_macro_definition
 from vmd.errors import VmdError
 from vmd.record import Record
 from vmd.version import VERSION
@@ -42,7 +43,7 @@ class Options(Record):
     debug: bool = False  # -d: stay in the foreground, log to stderr
     check_only: bool = False  # -n
     verbosity: int = 0
-    macros: tuple[str, ...] = ()
+    macros: tuple[tuple[str, str], ...] = ()  # -D: name and value
     conf_path: str = DEFAULT_CONF
     conf_given: bool = False
     socket_path: str = DEFAULT_SOCKET
@@ -62,7 +63,7 @@ def parse(arguments: Sequence[str]) -> Options:
             case "-d":
                 options = options.replace(debug=True)
             case "-D":
-                options = options.replace(macros=(*options.macros, value))
+                options = options.replace(macros=(*options.macros, _macro(value)))
             case "-f":
                 # Absolute: a daemon changes its directory, and reload reads the file again.
                 options = options.replace(conf_path=os.path.abspath(value), conf_given=True)
@@ -77,3 +78,11 @@ def parse(arguments: Sequence[str]) -> Options:
             case "-v":
                 options = options.replace(verbosity=min(2, options.verbosity + 1))
     return options
+
+
+def _macro(text: str) -> tuple[str, str]:
+    """Return name and value of a macro definition.  Raises UsageError."""
+    try:
+        return parse_macro_definition(text)
+    except VmdError as error:
+        raise UsageError(f"vmd: {error}") from None

@@ -7,6 +7,7 @@ import os
 import pwd
 import socket
 import stat
+import time
 from collections.abc import Callable
 
 from vmd.config.model import SOCKET_PATH_MAX, Owner
@@ -20,6 +21,13 @@ RUN_DIRECTORY = "/run/vmd"
 SYSLOG_SOCKET = "/dev/log"
 KVM_GET_API_VERSION = 0xAE00  # <linux/kvm.h>; what else KVM can do is not the parent's business
 KVM_API_VERSION = 12
+KVM = "/dev/kvm"
+KVM_WAIT_S = 30.0  # at boot: until udev has loaded the module
+KVM_POLL_S = 0.1
+
+
+class NoKvm(OperatorError):
+    """This host has no KVM that can be used."""
 
 
 def lookup_user() -> tuple[int, int]:
@@ -33,10 +41,26 @@ def lookup_user() -> tuple[int, int]:
     return user.pw_uid, user.pw_gid
 
 
+def wait_for_kvm(timeout_s: float) -> int:
+    """Open /dev/kvm as soon as it is there.  Raises NoKvm."""
+    deadline_s = time.monotonic() + timeout_s
+    said = False
+    while True:
+        try:
+            return open_kvm()
+        except NoKvm as error:
+            if error.code not in (errno.ENOENT, errno.ENODEV, errno.ENXIO) or time.monotonic() >= deadline_s:
+                raise
+        if not said:
+            log.info(f"waiting up to {timeout_s:.0f} s for {KVM}: no driver has made it yet")
+            said = True
+        time.sleep(KVM_POLL_S)
+
+
 def open_kvm() -> int:
-    """Open /dev/kvm; OperatorError says what to do when that fails."""
+    """Open /dev/kvm; NoKvm says what to do when that fails."""
     try:
-        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
         version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
     except OSError as error:
         advice = {
@@ -44,9 +68,9 @@ def open_kvm() -> int:
             errno.ENODEV: "the processor or its firmware settings offer no virtualisation",
             errno.ENOTTY: "this is something else",
         }.get(error.errno or 0, "check the permissions of the device")
-        raise OperatorError(error.errno or 0, f"/dev/kvm: {sentence(error)}: {advice}") from None
+        raise NoKvm(error.errno or 0, f"{KVM}: {sentence(error)}: {advice}") from None
     if version != KVM_API_VERSION:
-        raise OperatorError(errno.ENOTSUP, f"/dev/kvm: version {version} of its interface, not {KVM_API_VERSION}")
+        raise NoKvm(errno.ENOTSUP, f"{KVM}: version {version} of its interface, not {KVM_API_VERSION}")
     return fd
 
 
@@ -120,7 +144,7 @@ def choose_log(debug: bool) -> str:
     """Return the form of our log lines, with fd 2 made what that form needs."""
     if debug:
         return STDERR
-    if os.environ.get("JOURNAL_STREAM"):
+    if on_journal():
         return JOURNAL
     sink = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
@@ -131,6 +155,12 @@ def choose_log(debug: bool) -> str:
     sink.setblocking(False)
     os.dup2(sink.detach(), 2)
     return SYSLOG
+
+
+def on_journal() -> bool:
+    """Return whether fd 2 is the stream that systemd made for us, and not inherited from another service's shell."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def notify(state: str) -> None:

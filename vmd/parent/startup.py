@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 
 from vmd.config import check
+from vmd.config.check import ConfigErrors
 from vmd.config.model import Config
 from vmd.errors import HostError, VmdError
-from vmd.log import STDERR, log
+from vmd.log import JOURNAL, STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
 from vmd.parent.examine import check_images
@@ -14,9 +15,13 @@ from vmd.parent.identity import StateFile, state_directory
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.options import Options, Shown, UsageError, parse
+from vmd.privsep import landlock
 from vmd.stdio import say, show
 
 CHILD_EXIT_TIMEOUT_S = 5.0
+# Exit statuses (vmd(8), <sysexits.h>).  The unit does not start the daemon again after the last two: a new start
+# would end in the same way.
+EX_FAILED, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 1, 2, 69, 78
 
 
 def run(arguments: list[str]) -> int:
@@ -25,10 +30,10 @@ def run(arguments: list[str]) -> int:
         options = parse(arguments)
     except UsageError as error:
         say(f"{error}\n")
-        return 2
+        return EX_USAGE
     except Shown as asked:
         return shown(str(asked))
-    log.setup("vmd", STDERR, options.verbosity)
+    log.setup("vmd", JOURNAL if service.on_journal() and not options.debug else STDERR, options.verbosity)
     try:
         if options.check_only:
             check_images(read_config(options), log.warn)
@@ -38,7 +43,14 @@ def run(arguments: list[str]) -> int:
     except VmdError as error:
         for line in str(error).splitlines():
             log.crit(line)
-        return 1
+        return exit_status(error, options)
+
+
+def exit_status(error: VmdError, options: Options) -> int:
+    """Return the exit status that belongs to a reason not to start."""
+    if isinstance(error, service.NoKvm):
+        return EX_UNAVAILABLE
+    return EX_CONFIG if isinstance(error, ConfigErrors) and not options.check_only else EX_FAILED
 
 
 def shown(text: str) -> int:
@@ -55,7 +67,7 @@ def read_config(options: Options, path: str | None = None, known: Config | None 
     """Read the main configuration file or, on top of what is `known`, an additional one.  Raises ConfigErrors."""
     return check.load(
         path or options.conf_path,
-        macros=dict(check.parse_macro_definition(text) for text in options.macros),
+        macros=dict(options.macros),
         explicit=path is not None or options.conf_given,
         warn=log.warn,
         settings=known.settings if known else None,
@@ -68,14 +80,16 @@ def serve(options: Options) -> int:
     if os.geteuid() != 0:
         raise VmdError("need root privileges: run vmd as root")
     uid, gid = service.lookup_user()
-    kvm_fd = service.open_kvm()
-    config = read_config(options)
+    config = read_config(options)  # first: a mistake is to be heard of at once
+    kvm_fd = service.wait_for_kvm(0 if options.debug else service.KVM_WAIT_S)
     raise_file_limit(config.settings.limit_vms)
     listener = service.listen(options.socket_path, config.settings.socket_owner)
     try:
         ready = announce(options)
         form = service.choose_log(options.debug)
         log.setup("vmd", form, options.verbosity)
+        for line in landlock.limits(landlock.abi()):
+            log.debug(line)  # once, and not by each process
         service.make_run_directory()
         children = Children(uid, gid)
         state = StateFile(state_directory())

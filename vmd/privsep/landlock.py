@@ -33,25 +33,33 @@ MISSING_SINCE = (
     (5, "ioctl on devices"),
     (6, "abstract unix sockets and signals"),
 )
+NONE = (
+    "no landlock: files are kept away by namespaces and system call filters only; boot a kernel that has it with"
+    " lsm=landlock,..., or let the container use it"
+)
 CREATE_RULESET_VERSION = 1
 RULE_PATH_BENEATH = 1
 
 
 def abi() -> int:
-    """Return the version of the kernel's Landlock; 0 if it has none or it is switched off at boot."""
+    """Return the version of the kernel's Landlock; 0 if it has none, it is switched off at boot, or refused to us."""
     try:
         return linux.syscall("ask for landlock", linux.SYS_LANDLOCK_CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
     except HostError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in (*linux.REFUSED, errno.EOPNOTSUPP):
             return 0
         raise
 
 
 def missing(version: int) -> list[str]:
-    """Return what this version cannot restrict, as sentences for the log."""
-    if version == 0:
-        return ["kernel without landlock: files are kept away by namespaces and system call filters only"]
-    return [f"landlock {version} cannot restrict {what}" for since, what in MISSING_SINCE if version < since]
+    """Return what the operator should be warned of."""
+    return [NONE] if version == 0 else []
+
+
+def limits(version: int) -> list[str]:
+    """Return what this version cannot restrict, as a sentence for whoever wants to know.  Only a newer kernel can."""
+    what = [what for since, what in MISSING_SINCE if version < since]
+    return [f"landlock {version} of this kernel cannot restrict {', '.join(what)}"] if version and what else []
 
 
 def file_rights(version: int) -> int:
@@ -74,7 +82,7 @@ def ruleset(version: int) -> bytes:
 
 
 def restrict(files: tuple[tuple[str, int], ...]) -> list[str]:
-    """Deny everything but the given (path, rights); returns what the kernel is too old to deny.
+    """Deny everything but the given (path, rights); returns what the operator should be warned of.
 
     Paths that do not exist are passed over.  The caller has set no_new_privs.  Raises HostError.
     """

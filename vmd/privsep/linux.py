@@ -1,12 +1,20 @@
 """System calls that Python 3.11 does not offer, each a thin function that raises HostError.
 
+Containers, and some settings of a systemd unit, refuse calls that are newer than their filters (`REFUSED`): those that
+can be done without have a fallback here.
+
 The constants keep their C names.  Standard library only: every process imports this.
 """
 
 import ctypes
 import errno
+import os
 
 from vmd.errors import HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -33,9 +41,9 @@ MNT_DETACH = 2
 SIGKILL = 9  # `signal` makes enums of its numbers: 3 ms and 800 KiB in every process that imports it
 AT_FDCWD = -100
 RESOLVE_NO_MAGICLINKS = 2
-
-AT_FDCWD = -100
-RESOLVE_NO_MAGICLINKS = 2
+# What is answered instead of a call that the kernel has not, or that a filter of the unit or container that we run in
+# does not know.  Both occur for the same call, depending on who wrote the filter.
+REFUSED = (errno.ENOSYS, errno.EPERM)
 
 CLOCK_REALTIME = 0
 TFD_NONBLOCK, TFD_CLOEXEC = 0o4000, 0o2000000
@@ -44,6 +52,7 @@ FAR_FUTURE_S = 1 << 33
 
 CLOSE_RANGE_CLOEXEC = 4
 FD_MAX = 0x7FFFFFFF
+DESCRIPTORS = "/proc/self/fd"
 
 CAP_SETPCAP = 8
 CAP_NET_ADMIN = 12
@@ -144,8 +153,26 @@ def pivot_root(new_root: str, put_old: str) -> None:
 
 def close_on_exec_from(first: int, last: int = FD_MAX) -> None:
     """Mark a range of descriptors close-on-exec; unused numbers are no error."""
-    if first <= last:
+    if first > last:
+        return
+    try:
         syscall("close_range", SYS_CLOSE_RANGE, first, last, CLOSE_RANGE_CLOEXEC)
+    except HostError as error:
+        if error.errno not in REFUSED:
+            raise
+        for fd in open_descriptors(first, last):
+            try:
+                os.set_inheritable(fd, False)
+            except OSError:  # not open, or the directory that was listed
+                continue
+
+
+def open_descriptors(first: int, last: int) -> "Iterable[int]":
+    """Return the numbers in a range that are open; without /proc, as in a cell, those that can be."""
+    try:
+        return [fd for fd in map(int, os.listdir(DESCRIPTORS)) if first <= fd <= last]
+    except OSError:
+        return range(first, min(last + 1, os.sysconf("SC_OPEN_MAX")))
 
 
 def timerfd_create(clock: int, flags: int) -> int:
@@ -207,6 +234,33 @@ def openat2(path: bytes, flags: int, resolve: int) -> int:
     how = open_how(flags, 0, resolve)
     tried = f"open {path.decode('utf-8', 'backslashreplace')}"
     return syscall(tried, SYS_OPENAT2, AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how))
+
+
+def open_place(path: bytes) -> int:
+    """Return a descriptor (O_PATH) of a file that is reached by names alone, never by somebody's open descriptor.
+
+    The links below /proc/PID/fd lead to files that the user may not be able to reach by any name.
+    Raises HostError or OSError; ELOOP for such a link.
+    """
+    try:
+        return openat2(path, os.O_PATH | os.O_CLOEXEC, RESOLVE_NO_MAGICLINKS)
+    except HostError as error:
+        if error.errno not in REFUSED:
+            raise
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        # Its proper name has no links in it.  If that leads to the same file, the user could have given it instead.
+        proper = os.open(os.readlink(f"{DESCRIPTORS}/{place}"), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if os.path.sameopenfile(place, proper):
+                return os.dup(place)
+        finally:
+            os.close(proper)
+    except FileNotFoundError:
+        pass  # it has no name any more, or none here
+    finally:
+        os.close(place)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 def file_system_type(fd: int) -> int:

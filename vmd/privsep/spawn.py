@@ -64,7 +64,7 @@ class Child:
         except OSError as error:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            raise HostError(f"watch {title}", error) from error
+            raise HostError(f"watch {title} by pidfd_open(2)", error) from error
 
     def fileno(self) -> int:
         """Return the pidfd, for select and friends."""

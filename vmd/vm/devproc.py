@@ -356,8 +356,8 @@ class DeviceProcesses:
         """Start what every VM has, before there is one; the kernel has these processes wait with ours."""
         try:
             self.reserve = [DeviceProcess(kind) for kind in RESERVE]
-        except HostError as error:
-            log.debug(str(error))  # the VM tries again, and fails if it has to
+        except (HostError, OSError) as error:
+            log.debug(sentence(error))  # the VM tries again, and fails if it has to
 
     def start(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
         """Have a process for each slot, at work or starting; `wait_ready` of each comes later.

@@ -1,11 +1,13 @@
 """What is asked of kernels of different age; whether they keep it is for tests/process."""
 
+import errno
 import os
 import struct
 import subprocess
 
 import pytest
 
+from vmd.errors import HostError
 from vmd.privsep import landlock, linux
 
 
@@ -35,16 +37,32 @@ def test_ruleset_grows_with_the_kernel(version: int, words: tuple[int, ...]) -> 
     assert landlock.ruleset(version) == struct.pack(f"={len(words)}Q", *words)
 
 
-def test_old_kernels_are_named() -> None:
-    """Each feature that is missing has a sentence; a kernel without Landlock has one in all."""
-    assert landlock.missing(0) == [
-        "kernel without landlock: files are kept away by namespaces and system call filters only"
+def test_only_what_can_be_changed_is_warned_of() -> None:
+    """Landlock that is missing is; an older one is not, and has one sentence for all that it lacks."""
+    (warning,) = landlock.missing(0)
+    assert "lsm=landlock" in warning
+    assert [landlock.missing(version) for version in (1, 4, 6)] == [[], [], []]
+
+    assert landlock.limits(2) == [
+        "landlock 2 of this kernel cannot restrict truncating files, TCP, ioctl on devices,"
+        " abstract unix sockets and signals"
     ]
-    assert landlock.missing(4) == [
-        "landlock 4 cannot restrict ioctl on devices",
-        "landlock 4 cannot restrict abstract unix sockets and signals",
+    assert landlock.limits(4) == [
+        "landlock 4 of this kernel cannot restrict ioctl on devices, abstract unix sockets and signals"
     ]
-    assert landlock.missing(6) == []
+    assert landlock.limits(6) == landlock.limits(0) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP])
+def test_refused_landlock_is_none(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A container that does not know the call answers either of the first two."""
+
+    def refuse(tried: str, *_: object) -> int:
+        raise HostError(tried, number)
+
+    monkeypatch.setattr(linux, "syscall", refuse)
+
+    assert landlock.abi() == 0
 
 
 def test_directory_rights_on_a_file_are_left_out() -> None:

@@ -1,0 +1,158 @@
+"""Surroundings that refuse system calls (containers, settings of units, old kernels): done without, or named."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from tests.support.images import MIB
+from tests.support.refusing import refusing
+from vmd.errors import HostError
+from vmd.privsep import linux
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+FIRST_RECENT = 424  # Linux 5.1; everything from here on is newer than some filters
+PIDFD_SEND_SIGNAL, PIDFD_OPEN = 424, 434
+NEEDED = (PIDFD_SEND_SIGNAL, PIDFD_OPEN)  # no other call says of a process that it has ended, without a race
+MOUNT, PIVOT_ROOT, UNSHARE, SETNS, SECCOMP, MEMFD_CREATE = 165, 155, 272, 308, 317, 319
+FILTER_ERRORS = (errno.ENOSYS, errno.EPERM)  # either is seen, whoever wrote the filter
+
+
+def conf(disk: Path) -> str:
+    """Return a VM with a disk."""
+    return f'vm "demo" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n disk "{disk}" format raw\n}}\n'
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Give a disk."""
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(MIB)
+    return path
+
+
+@pytest.mark.parametrize("number", FILTER_ERRORS, ids=["ENOSYS", "EPERM"])
+def test_recent_calls_have_a_substitute(tmp_path: Path, disk: Path, number: int) -> None:
+    """A VM with a disk runs and ends without openat2, clone3, close_range, landlock and all that is newer."""
+    prefix = refusing(number, FIRST_RECENT, known=NEEDED)
+    with Daemon(tmp_path, conf(disk), prefix=prefix) as vmd:
+        vmd.must("start", "demo")
+        vmd.must("stop", "-w", "demo")
+        said = vmd.status("demo")["text"]
+        log = vmd.log
+
+    assert said == "powered off by the guest"
+    assert log.count("no landlock: ") == 1
+
+
+@pytest.mark.parametrize("number", FILTER_ERRORS, ids=["ENOSYS", "EPERM"])
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (PIDFD_OPEN, "pidfd_open(2)"),
+        (MOUNT, "build the cell: mount "),
+        (UNSHARE, "build the cell: make namespaces"),
+        (PIVOT_ROOT, "build the cell: pivot_root"),
+        (SETNS, "enter a namespace"),
+        (SECCOMP, "install the system call filter"),
+    ],
+)
+def test_needed_calls_are_named(tmp_path: Path, call: int, words: str, number: int) -> None:
+    """The daemon ends with one sentence, which says what was refused and, where that is certain, by whom."""
+    conf = tmp_path / "vm.conf"
+    conf.touch()
+    done = subprocess.run(
+        [*refusing(number, call, call), sys.executable, "-m", "vmd", "-d", "-s", tmp_path / "sock", "-f", conf],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("the container or unit that vmd runs in" in done.stderr) == (number == errno.ENOSYS)
+
+
+def test_memory_that_cannot_be_made(tmp_path: Path, disk: Path) -> None:
+    """What only a VM needs is that VM's failure, and the daemon goes on."""
+    with Daemon(tmp_path, conf(disk), prefix=refusing(errno.ENOSYS, MEMFD_CREATE, MEMFD_CREATE)) as vmd:
+        done = vmd.vmctl("start", "demo")
+        assert vmd.status("demo")["state"] == "stopped"
+        log = vmd.log
+
+    assert done.returncode == 1
+    assert "memory file for the guest: Function not implemented: " in done.stderr
+    assert "Traceback" not in done.stderr + log
+
+
+# --- the substitutes, each by itself -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have calls by number refused."""
+
+    def refuse(tried: str, *_: object) -> int:
+        raise HostError(tried, errno.ENOSYS)
+
+    monkeypatch.setattr(linux, "syscall", refuse)
+
+
+@pytest.mark.usefixtures("refused")
+def test_place_of_a_file(tmp_path: Path) -> None:
+    """By its name, by links and by odd ways there, it is the same file."""
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "link").symlink_to("file")
+    for name in ("file", "link", "../" + tmp_path.name + "/./link"):
+        place = linux.open_place(os.fsencode(tmp_path / name))
+        assert os.path.samestat(os.fstat(place), file.stat())
+        os.close(place)
+
+
+@pytest.mark.parametrize("with_openat2", [True, False])
+@pytest.mark.parametrize("name", ["file", "link to it"])
+def test_descriptors_of_others_are_no_places(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str, with_openat2: bool
+) -> None:
+    """What has no name that leads to it cannot be had by the name of an open descriptor."""
+    if not with_openat2:
+        request.getfixturevalue("refused")
+    path = tmp_path / "file"
+    with path.open("w") as file:
+        path.unlink()
+        descriptor = f"/proc/self/fd/{file.fileno()}"
+        (tmp_path / "link to it").symlink_to(descriptor)
+        wanted = descriptor if name == "file" else tmp_path / name
+
+        with pytest.raises((OSError, HostError)) as raised:
+            linux.open_place(os.fsencode(wanted))
+
+    assert getattr(raised.value, "errno", 0) == errno.ELOOP
+
+
+@pytest.mark.usefixtures("refused")
+@pytest.mark.parametrize("listed", [True, False], ids=["with proc", "without"])
+def test_descriptors_are_closed_on_exec(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
+    """Those of a range, and no others, also where nothing lists them."""
+    if not listed:
+        monkeypatch.setattr(linux, "DESCRIPTORS", "/nowhere")
+    fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
+    for fd in fds:
+        os.set_inheritable(fd, True)
+
+    linux.close_on_exec_from(fds[1], fds[1])
+    middle = [os.get_inheritable(fd) for fd in fds]
+    linux.close_on_exec_from(fds[0])
+    after = [os.get_inheritable(fd) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+
+    assert middle == [True, False, True]
+    assert after == [False, False, False]

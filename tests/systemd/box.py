@@ -1,0 +1,215 @@
+"""A host with a systemd of its own, without a machine: Debian's, as pid 1 in fresh namespaces.
+
+The root file system is an overlay: nothing that happens in there comes back.  Network, processes, mounts, control
+groups, devices and the host's name are its own, too; the kernel with its KVM is this host's.
+"""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+INSIDE = Path(__file__).with_name("inside")
+ROOT = Path("/")
+DEADLINE_S = 100.0  # a watchdog; a box is up in a second
+POLL_S = 0.02
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NODES = ("null", "zero", "full", "random", "urandom", "tty", "net/tun")
+KVM = "kvm"
+NO_FILES: Mapping[str, str] = MappingProxyType({})
+# Units that would change what belongs to the whole host, or look for devices that are not there.
+MASKED = (
+    "proc-sys-fs-binfmt_misc.automount", "systemd-binfmt.service", "systemd-modules-load.service",
+    "systemd-journald-audit.socket", "systemd-pstore.service", "systemd-sysctl.service", "systemd-timesyncd.service",
+    "systemd-udevd.service", "systemd-udev-trigger.service",
+    "systemd-udevd-control.socket", "systemd-udevd-kernel.socket",
+)  # fmt: skip
+TARGET = """[Unit]
+AllowIsolate=yes
+Requires=sysinit.target
+After=sysinit.target
+"""
+
+
+class Box:
+    """A running systemd; a context manager that ends it with all that it has started."""
+
+    def __init__(
+        self,
+        tree: Path | None = None,
+        *,
+        root: Path = ROOT,
+        files: Mapping[str, str] = NO_FILES,
+        wants: Sequence[str] = (),
+        kvm: bool = True,
+    ) -> None:
+        """A `tree` of files lies over the host's `root`, and `files` (path: text) over both.
+
+        Units in `wants` start with the box; without `kvm` there is no /dev/kvm.
+        """
+        self.tree = tree or ""
+        self.root = root
+        self.files = {
+            "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
+            "etc/systemd/system/box.target": TARGET + "".join(f"Wants={unit}\n" for unit in wants),
+            **files,
+        }
+        self.nodes = (*NODES, KVM) if kvm else NODES
+        self.pid = 0  # of its pid 1, here
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmd-box-")))
+            self._lay_out()
+            group = make_control_group(self.scratch.name)
+            stack.callback(remove_control_group, group)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                notify.bind(str(self.scratch / "notify/socket"))
+                self.process = stack.enter_context(self._start(group))
+                stack.callback(self.process.kill)
+                self._wait_until_up(notify)
+            self._leave = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            print(f"--- journal of the box\n{self.run('journalctl', '--no-pager', '-o', 'short-monotonic').stdout}---")
+        self._leave.close()
+
+    def _lay_out(self) -> None:
+        for name in ("layer", "files", "notify"):
+            (self.scratch / name).mkdir()
+        for name, text in self.files.items():
+            path = self.scratch / "files" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        for unit in MASKED:
+            (self.scratch / "files/etc/systemd/system" / unit).symlink_to("/dev/null")
+
+    def _start(self, group: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [
+                "sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', group,
+                "unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "--uts", "--ipc", "--cgroup",
+                "--propagation", "private", INSIDE, self.scratch, self.root, self.tree, *self.nodes,
+            ],
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def _wait_until_up(self, notify: socket.socket) -> None:
+        notify.settimeout(0.2)
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            with contextlib.suppress(TimeoutError):
+                if b"READY=1" in notify.recv(4096).splitlines():
+                    break
+            assert self.process.poll() is None, "the box ended while it started"
+            assert time.monotonic() < deadline, f"the box is not up after {DEADLINE_S} s"
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        self.pid = int(children)
+
+    # --- from outside --------------------------------------------------------------------------------------
+
+    def path(self, name: str | Path) -> Path:
+        """Return where a file of the box is for us."""
+        return Path(f"/proc/{self.pid}/root", str(name).removeprefix("/"))
+
+    def copy(self, source: Path, name: str) -> str:
+        """Copy a file into the box; returns its name there."""
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, self.path(name))
+        return name
+
+    def plug_in_kvm(self) -> None:
+        """Let /dev/kvm appear, as when its module has been loaded."""
+        status = os.stat("/dev/kvm")
+        os.mknod(self.path("/dev/kvm"), status.st_mode, status.st_rdev)
+
+    def unplug_kvm(self) -> None:
+        """Take /dev/kvm away, for those who have not opened it yet."""
+        self.path("/dev/kvm").unlink()
+
+    # --- in there ------------------------------------------------------------------------------------------
+
+    def command(self, *command: str | Path) -> list[str | Path]:
+        """Return what runs a program in there."""
+        enter = ["nsenter", "--target", str(self.pid), "--all", "--root", "--wd"]
+        return [*enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "SYSTEMD_PAGER=", *command]
+
+    def run(self, *command: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
+        """Run a program in there to its end."""
+        return subprocess.run(
+            self.command(*command),
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
+        )  # fmt: skip
+
+    def must(self, *command: str | Path) -> str:
+        """Run a program that has to succeed; returns what it printed."""
+        done = self.run(*command)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.unit_log()}"
+        return done.stdout
+
+    def wait_for(self, condition: Callable[[], bool], otherwise: str) -> None:
+        """Wait until something is so."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"{otherwise}\n{self.unit_log()}"
+            pause()
+
+    def properties(self, unit: str) -> dict[str, str]:
+        """Return what `systemctl show` says of a unit."""
+        lines = self.must("systemctl", "show", unit).splitlines()
+        return dict(line.split("=", 1) for line in lines if "=" in line)
+
+    def wait_property(self, unit: str, name: str, value: str) -> dict[str, str]:
+        """Wait until a property of a unit has a value; returns all of them."""
+        self.wait_for(lambda: self.properties(unit)[name] == value, f"{name} of {unit} does not become {value}")
+        return self.properties(unit)
+
+    def journal(self, unit: str = "vmd.service") -> list[dict[str, Any]]:
+        """Return the journal of a unit, an entry each."""
+        self.must("journalctl", "--sync")
+        lines = self.must("journalctl", "--no-pager", "-o", "json", "-u", unit).splitlines()
+        return [json.loads(line) for line in lines]
+
+    def unit_log(self, unit: str = "vmd.service") -> str:
+        """Return the journal of a unit as text, for people."""
+        return self.run("journalctl", "--no-pager", "-o", "short-monotonic", "-u", unit).stdout
+
+
+def pause() -> None:
+    """Let others run before something is looked at again."""
+    select.select([], [], [], POLL_S)
+
+
+def make_control_group(name: str) -> Path:
+    """Make a control group (version 2) below our own."""
+    mounts = [line.split(" - ") for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    above = next(Path(before.split()[4]) for before, after in mounts if after.startswith("cgroup2 "))
+    own = next(
+        line.removeprefix("0::/") for line in Path("/proc/self/cgroup").read_text().splitlines() if line[0] == "0"
+    )
+    group = above / own / name
+    group.mkdir()
+    return group
+
+
+def remove_control_group(group: Path) -> None:
+    """Remove a group with all below it, as soon as the last process is gone."""
+    deadline = time.monotonic() + DEADLINE_S
+    while "populated 1" in (group / "cgroup.events").read_text():
+        assert time.monotonic() < deadline, f"processes are left in {group}"
+        pause()
+    for folder, _, _ in os.walk(group, topdown=False):
+        os.rmdir(folder)

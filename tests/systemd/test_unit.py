@@ -1,0 +1,268 @@
+"""The shipped unit under a real systemd: what it starts works, and it ends as it should."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.daemon import Terminal
+from tests.support.guests import guest
+from tests.systemd.box import Box
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+DISK = "/srv/disk.img"
+DISK_BYTES = 1 << 20
+EX_UNAVAILABLE, EX_CONFIG = "69", "78"
+CRIT = "2"
+EXPOSURE_MAX = 5.4  # of `systemd-analyze security`: 0 is no way to do harm, 10 is all of them
+
+
+def conf(*more: str) -> str:
+    """Return a vm.conf with a switch, and a VM that has one of everything and ends when it is asked to."""
+    return "\n".join((
+        'switch "lan" { interface br0 }',
+        'vm "demo" {', " memory 32M", f' boot "{guest("demo")}"', f' disk "{DISK}" format raw',
+        ' interface switch "lan"', " local interface", "}", *more, "",
+    ))  # fmt: skip
+
+
+class Unit:
+    """The unit vmd.service in a box."""
+
+    def __init__(self, box: Box) -> None:
+        self.box = box
+
+    def configure(self, text: str) -> None:
+        """Write vm.conf."""
+        self.box.path("/etc/vm.conf").write_text(text)
+
+    def start(self) -> None:
+        """Start it; that ends when the daemon serves, and has given its VMs to be started."""
+        self.box.must("systemctl", "start", "vmd")
+
+    def status(self, name: str, *, verbose: bool = False) -> dict[str, Any]:
+        """Return what `vmctl status` says of a VM."""
+        options = ("-v",) if verbose else ()
+        rows = json.loads(self.box.must("vmctl", "status", *options, "--json"))["vms"]
+        (row,) = [row for row in rows if row["name"] == name]
+        found: dict[str, Any] = row
+        return found
+
+    def wait_running(self, name: str) -> dict[str, Any]:
+        """Wait until a VM runs."""
+        self.box.wait_for(lambda: self.status(name)["state"] == "running", f"vm {name} does not run")
+        return self.status(name)
+
+    def said(self) -> list[dict[str, Any]]:
+        """Return the journal of the present or last run of the daemon, as far as it wrote it itself."""
+        entries = [entry for entry in self.box.journal() if entry["_TRANSPORT"] == "stdout"]
+        last = entries[-1]["_SYSTEMD_INVOCATION_ID"] if entries else ""
+        run = self.box.properties("vmd.service").get("InvocationID", last)  # systemd forgets a unit that has ended
+        return [entry for entry in entries if entry["_SYSTEMD_INVOCATION_ID"] == run]
+
+    def wait_said(self, text: str) -> dict[str, Any]:
+        """Wait until the journal of this run has an entry with a text; returns the first."""
+        found: list[dict[str, Any]] = []
+
+        def look() -> bool:
+            found.extend(entry for entry in self.said() if text in entry["MESSAGE"])
+            return bool(found)
+
+        self.box.wait_for(look, f"no {text!r} in the journal")
+        return found[0]
+
+    def links(self) -> set[str]:
+        """Return the names of all network interfaces."""
+        return {link["ifname"] for link in json.loads(self.box.must("ip", "-j", "link"))}
+
+    def processes(self) -> list[str]:
+        """Return every process of ours."""
+        return [line for line in self.box.must("ps", "-eo", "args").splitlines() if line.startswith("vmd: ")]
+
+
+@pytest.fixture(scope="module")
+def box(installed: Path) -> Iterator[Box]:
+    """Give a host with the program installed."""
+    with Box(installed, files={"etc/vm.conf": conf()}) as running:
+        with open(running.path(DISK), "wb") as disk:
+            disk.truncate(DISK_BYTES)
+        yield running
+
+
+@pytest.fixture
+def unit(box: Box) -> Iterator[Unit]:
+    """Give the unit, stopped, with a good vm.conf; it is stopped again afterwards."""
+    unit = Unit(box)
+    unit.configure(conf())
+    box.run("systemctl", "reset-failed", "vmd")
+    yield unit
+    box.must("systemctl", "stop", "vmd")
+
+
+def test_vm_with_disk_switch_and_local_interface(unit: Unit) -> None:
+    """It runs, has what vm.conf says, and the guest reads its disk."""
+    reader = ('vm "blk" {', " memory 64M", f' boot "{guest("blk")}" cmdline "bench"', ' disk "/srv/blk.img"', "}")
+    with open(unit.box.path("/srv/blk.img"), "wb") as disk:
+        disk.truncate(DISK_BYTES)
+    unit.configure(conf(*reader))
+    unit.start()
+
+    row = unit.wait_running("demo")
+    with Terminal(str(unit.box.path(unit.wait_running("blk")["tty"]))) as console:
+        said = console.answer("read bytes=4096 depth=1 count=8", "requests")
+    unit.box.must("vmctl", "stop", "-f", "-w", "blk")  # it knows no power button
+
+    assert row["text"] == ""
+    assert "done 8 requests" in said
+    taps = [nic["tap"] for nic in unit.status("demo", verbose=True)["interfaces"]]
+    assert {"br0", *taps} <= unit.links()
+    assert "master br0" in unit.box.must("ip", "link", "show", taps[0])
+    assert "masquerade" in unit.box.must("nft", "list", "table", "inet", "vmd")
+    assert unit.box.must("cat", "/proc/sys/net/ipv4/ip_forward") == "1\n"
+
+
+def test_stop_with_a_running_guest(unit: Unit) -> None:
+    """The guest is asked to power off; then nothing is left of it, of the daemon and of its network."""
+    unit.start()
+    unit.wait_running("demo")
+    assert unit.processes()
+
+    unit.box.must("systemctl", "stop", "vmd")
+
+    after = unit.box.properties("vmd.service")
+    assert (after["ActiveState"], after["Result"], after["ExecMainStatus"]) == ("inactive", "success", "0")
+    said = [entry["MESSAGE"] for entry in unit.said()]
+    assert any("powered off by the guest" in line for line in said), said
+    assert unit.processes() == []
+    assert unit.links() == {"lo"}
+    assert "table inet vmd" not in unit.box.must("nft", "list", "tables")
+
+
+def test_killed_daemon_is_started_again(unit: Unit) -> None:
+    """With its VMs, and without what the first one has left."""
+    unit.start()
+    first = unit.wait_running("demo")
+    links = unit.links()
+    main = unit.box.properties("vmd.service")["MainPID"]
+
+    unit.box.must("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vmd")
+    unit.box.wait_for(
+        lambda: unit.box.properties("vmd.service")["MainPID"] not in ("0", main), "no daemon takes its place"
+    )
+    unit.box.wait_property("vmd.service", "ActiveState", "active")
+
+    assert unit.wait_running("demo")["pid"] != first["pid"]
+    assert unit.box.properties("vmd.service")["NRestarts"] == "1"
+    assert len(unit.links()) == len(links)
+
+
+def test_mistake_is_no_reason_to_start_again(unit: Unit) -> None:
+    """An exit status of its own, and the line of the file in the journal as what it is, an error."""
+    unit.configure(conf("vm lots {"))
+
+    started = unit.box.run("systemctl", "start", "vmd")
+
+    after = unit.box.wait_property("vmd.service", "ActiveState", "failed")
+    assert started.returncode != 0
+    assert (after["ExecMainStatus"], after["NRestarts"]) == (EX_CONFIG, "0")
+    entry = unit.wait_said("/etc/vm.conf:")
+    assert re.match(r"vmd: /etc/vm.conf:\d+: ", entry["MESSAGE"])
+    assert entry["PRIORITY"] == CRIT
+
+
+def test_reload(unit: Unit) -> None:
+    """A mistake fails and changes nothing; what is right takes effect."""
+    unit.start()
+    first = unit.wait_running("demo")
+
+    unit.configure(conf("vm lots {"))
+    refused = unit.box.run("systemctl", "reload", "vmd")
+    unit.configure(conf('vm "second" {', " memory 32M", f' boot "{guest("demo")}"', "}"))
+    unit.box.must("systemctl", "reload", "vmd")
+
+    assert refused.returncode != 0
+    assert unit.wait_running("second")["state"] == "running"
+    assert unit.status("demo")["pid"] == first["pid"]
+
+
+def test_kvm_that_comes_late(unit: Unit) -> None:
+    """At boot the unit may be started before udev has loaded the module."""
+    unit.box.unplug_kvm()
+    unit.box.must("systemctl", "start", "--no-block", "vmd")
+    try:
+        unit.wait_said("waiting up to 30 s for /dev/kvm")
+        assert unit.box.properties("vmd.service")["ActiveState"] == "activating"
+    finally:
+        unit.box.plug_in_kvm()
+
+    unit.box.wait_property("vmd.service", "ActiveState", "active")
+    unit.wait_running("demo")
+
+
+def test_kvm_that_may_not_be_used(unit: Unit) -> None:
+    """That is final: the unit fails, with the daemon's sentence, and is not started again."""
+    unit.box.unplug_kvm()
+    os.mknod(unit.box.path("/dev/kvm"), 0o600 | 0o020000, os.makedev(1, 3))  # /dev/null's number
+    try:
+        started = unit.box.run("systemctl", "start", "vmd")
+    finally:
+        unit.box.unplug_kvm()
+        unit.box.plug_in_kvm()
+
+    after = unit.box.wait_property("vmd.service", "ActiveState", "failed")
+    assert started.returncode != 0
+    assert (after["ExecMainStatus"], after["NRestarts"]) == (EX_UNAVAILABLE, "0")
+    assert unit.wait_said("/dev/kvm: ")["PRIORITY"] == CRIT
+
+
+def test_journal(unit: Unit) -> None:
+    """Every line has its severity, its unit and its process's name; a start in good order warns of nothing."""
+    unit.start()
+    unit.wait_running("demo")
+
+    entries = unit.said()
+
+    assert any(entry["MESSAGE"] == "vmd: startup" for entry in entries)
+    assert {entry["SYSLOG_IDENTIFIER"] for entry in entries} == {"vmd"}
+    for entry in entries:
+        assert re.match(r"(vmd|priv|control|vmm|vm/demo\S*): ", entry["MESSAGE"])
+        assert int(entry["PRIORITY"]) >= 6, entry["MESSAGE"]
+
+
+def test_unit_waits_for_remote_file_systems(box: Box) -> None:
+    """Disks may be on them."""
+    assert "remote-fs.target" in box.properties("vmd.service")["After"].split()
+
+
+def test_state_directory_is_the_daemons_own(unit: Unit) -> None:
+    """It is made before the daemon starts, and nobody else reads it."""
+    unit.start()
+
+    status = unit.box.path("/var/lib/vmd").stat()
+
+    assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
+
+
+def test_fence_around_the_daemon(installed: Path) -> None:
+    """How much systemd takes away does not become less unnoticed."""
+    path = installed / "usr/local/lib/systemd/system/vmd.service"
+    table = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--no-pager", path],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+    (figure,) = re.findall(r"Overall exposure level for vmd.service: ([\d.]+)", table)
+    assert float(figure) <= EXPOSURE_MAX, table
+
+
+def test_unit_has_no_mistake(box: Box) -> None:
+    """Every line is one that systemd knows."""
+    done = box.run("systemd-analyze", "verify", "--man=no", "vmd.service")
+
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
