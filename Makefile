@@ -10,6 +10,8 @@ MAN     = $(PREFIX)/share/man
 EXAMPLE = $(PREFIX)/share/doc/vmd
 UNITS   = $(PREFIX)/lib/systemd/system
 USERS   = $(PREFIX)/lib/sysusers.d
+PLACES  = '$(DESTDIR)' 'library=$(LIBRARY)' 'sbin=$(SBIN)' 'bin=$(BIN)' 'man=$(MAN)' 'doc=$(EXAMPLE)' \
+    'units=$(UNITS)' 'sysusers=$(USERS)'
 
 PYTHON  = .venv/bin/python
 SECONDS = 30
@@ -59,23 +61,13 @@ need-root:
 	@test "$$(id -u)" = 0 || { echo 'make: this needs root (namespaces, /dev/kvm, network interfaces):' \
 	    'sudo make $(MAKECMDGOALS)' >&2; exit 1; }
 
+# With DESTDIR nothing outside it is touched or looked for: that is for packages.
 install:
-	@tools/setup packages run venv
-	tools/install-package '$(DESTDIR)' '$(LIBRARY)' '$(SBIN)/vmd' '$(BIN)/vmctl'
-	install -d '$(DESTDIR)$(MAN)/man5' '$(DESTDIR)$(MAN)/man8' '$(DESTDIR)$(EXAMPLE)'
-	install -m 644 man/*.5 '$(DESTDIR)$(MAN)/man5'
-	install -m 644 man/*.8 '$(DESTDIR)$(MAN)/man8'
-	install -m 644 vm.conf.example '$(DESTDIR)$(EXAMPLE)'
-	install -d '$(DESTDIR)$(UNITS)' '$(DESTDIR)$(USERS)'
-	sed -e 's|@SBINDIR@|$(SBIN)|' -e 's|@BINDIR@|$(BIN)|' etc/vmd.service > '$(DESTDIR)$(UNITS)/vmd.service'
-	install -m 644 etc/vmd.sysusers '$(DESTDIR)$(USERS)/vmd.conf'
-	@$(if $(DESTDIR),,tools/setup user)
+	@$(if $(DESTDIR),,tools/setup modules user)
+	@"$$(tools/setup interpreter)" -I tools/install.py install $(PLACES)
 
 uninstall:
-	rm -rf '$(DESTDIR)$(LIBRARY)' '$(DESTDIR)$(EXAMPLE)'
-	rm -f '$(DESTDIR)$(SBIN)/vmd' '$(DESTDIR)$(BIN)/vmctl' '$(DESTDIR)$(UNITS)/vmd.service' \
-	    '$(DESTDIR)$(USERS)/vmd.conf' $(foreach page,$(wildcard man/*.[58]), \
-	    '$(DESTDIR)$(MAN)/man$(subst .,,$(suffix $(page)))/$(notdir $(page))')
+	@"$$(tools/setup interpreter)" -I tools/install.py uninstall $(PLACES)
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,42 +1,125 @@
-"""`make install` leaves programs that run from where it put them."""
+"""`make install` leaves programs that run from where it put them, and needs nothing for it that it does not have."""
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon, ours
+from tests.support.network import Network
+
 ROOT = Path(__file__).resolve().parent.parent
+# What an installation did once, and is not to do again where the three modules are there.
+UNWANTED = ("apt-get", "pip", "pip3", "pipx", "sudo", "gcc", "cc", "git", "curl")
 
-pytestmark = [pytest.mark.deep, pytest.mark.root, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 
-def make(rule: str, prefix: Path) -> None:
-    """Run a rule with everything below one folder."""
-    done = subprocess.run(["make", rule, f"PREFIX={prefix}"], cwd=ROOT, capture_output=True, text=True, check=False)
+def make(rule: str, *variables: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
+    """Run a rule of this checkout's Makefile."""
+    # MAKEFLAGS and its like would carry the options of a make that runs the tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "VIRT"))}
+    return subprocess.run(
+        ["make", rule, *variables], cwd=ROOT, env={**environment, "PATH": path, "LC_ALL": "C"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def must(rule: str, *variables: str) -> None:
+    """Run a rule that has to succeed."""
+    done = make(rule, *variables)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def run(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run an installed program far from the checkout."""
+    return subprocess.run(
+        [program, *arguments], cwd="/", env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False
+    )
+
+
 def test_installed_programs_run_and_are_removed(tmp_path: Path) -> None:
-    """Nothing of the checkout is needed to read a configuration, and uninstall takes back every file."""
-    make("install", tmp_path)
+    """Neither pip, nor apt, nor the checkout is needed, and uninstall takes back every file."""
+    tripwires = tmp_path / "bin"
+    tripwires.mkdir()
+    for name in UNWANTED:
+        (tripwires / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/called\nexit 1\n")
+        (tripwires / name).chmod(0o755)
+    prefix = tmp_path / "prefix"
+
+    done = make("install", f"PREFIX={prefix}", path=f"{tripwires}:{os.environ['PATH']}")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "called").exists(), (tmp_path / "called").read_text()
     conf = tmp_path / "vm.conf"
     conf.write_text('vm "a" {\n\tmemory 64M\n\tboot "/dev/null"\n}\n')
-    environment = {"PATH": os.environ["PATH"]}
-
-    checked = subprocess.run(
-        [tmp_path / "sbin/vmd", "-n", "-f", conf], cwd="/", env=environment, capture_output=True, text=True, check=False
-    )
-    asked = subprocess.run(
-        [tmp_path / "bin/vmctl", "-s", tmp_path / "none", "status"],
-        cwd="/", env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-    assert (checked.returncode, checked.stderr) == (0, "configuration OK\n")
+    checked = run(prefix / "sbin/vmd", "-n", "-f", conf)
+    asked = run(prefix / "bin/vmctl", "-s", tmp_path / "none", "status")
+    assert (checked.returncode, checked.stdout) == (0, "")
+    assert checked.stderr.endswith("configuration OK\n")
     assert (asked.returncode, asked.stdout) == (3, "")
     assert f"{tmp_path}/none" in asked.stderr
-    unit = (tmp_path / "lib/systemd/system/vmd.service").read_text()
-    assert f"ExecStart={tmp_path}/sbin/vmd\n" in unit
-    conf.unlink()
-    make("uninstall", tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    unit = (prefix / "lib/systemd/system/vmd.service").read_text()
+    assert f"ExecStart={prefix}/sbin/vmd\n" in unit
+    assert f"ExecReload={prefix}/bin/vmctl reload\n" in unit
+    must("uninstall", f"PREFIX={prefix}")
+    assert [path for path in prefix.rglob("*") if path.is_file()] == []
+
+
+def test_installation_for_a_package_stays_below_destdir(tmp_path: Path) -> None:
+    """Nothing names the staging directory, and a failure leaves none of it."""
+    (tmp_path / "full").touch()
+
+    failed = make("install", "PREFIX=/usr", f"DESTDIR={tmp_path}/full")
+    must("install", "PREFIX=/usr", f"DESTDIR={tmp_path}/staged")
+
+    assert failed.returncode != 0
+    assert failed.stderr.startswith(f"install: {tmp_path}/full: File exists; nothing was changed\n")
+    files = {path for path in (tmp_path / "staged").rglob("*") if path.is_file()}
+    assert tmp_path / "staged/usr/lib/vmd/vmd.zip" in files
+    assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
+
+
+class InstalledDaemon(NetDaemon):
+    """A daemon that `make install` has put below a prefix."""
+
+    def __init__(self, directory: Path, network: Network, conf: str, prefix: Path) -> None:
+        super().__init__(directory, network, conf)
+        self.vmd = [prefix / "sbin/vmd"]
+        self.client = [prefix / "bin/vmctl"]
+        self.code = Path("/")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Give an empty network; afterwards nothing of ours is left in it."""
+    with Network() as made:
+        yield made
+        assert ours(made) == []
+
+
+@pytest.mark.deep
+@pytest.mark.kvm
+def test_an_installation_does_not_touch_a_daemon_that_runs(network: Network, tmp_path: Path) -> None:
+    """It goes on with the code it has loaded, starts VMs, and is served by the new vmctl; so after an uninstall."""
+    prefix = tmp_path / "prefix"
+    must("install", f"PREFIX={prefix}")
+    vm = f'vm "%s" {{\n\tdisable\n\tmemory 32M\n\tboot "{guest("demo")}"\n\tlocal interface\n}}\n'
+    with InstalledDaemon(tmp_path, network, vm % "a" + vm % "b" + vm % "c", prefix) as vmd:
+        vmd.must("start", "a")
+        (prefix / "lib/vmd/vmd.zip").write_bytes(b"an earlier version")
+        must("install", f"PREFIX={prefix}")
+        vmd.must("start", "b")
+        assert [vmd.status(name)["state"] for name in "abc"] == ["running", "running", "stopped"]
+
+        must("uninstall", f"PREFIX={prefix}")
+        vmd.client = NetDaemon.client
+        vmd.code = ROOT
+        vmd.must("start", "c")
+        vmd.must("reload")
+
+        assert [vmd.status(name)["state"] for name in "abc"] == ["running"] * 3
+        assert "Traceback" not in vmd.log

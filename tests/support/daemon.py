@@ -24,6 +24,9 @@ DEADLINE_S = 100.0  # a watchdog; nothing is expected to take so long, but on a 
 class Daemon:
     """A running `vmd -d`; a context manager that ends it and checks that it leaves nothing behind."""
 
+    vmd: Sequence[str | Path] = (sys.executable, "-m", "vmd")
+    client: Sequence[str | Path] = (sys.executable, "-m", "vmctl")
+
     def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT, prefix: Sequence[str] = ()) -> None:
         """`prefix` is a program that runs another one, in whose surroundings the daemon is to be."""
         self.directory = directory
@@ -60,7 +63,7 @@ class Daemon:
             notify.settimeout(0.2)
             with self.log_path.open("ab") as log:
                 self.process = subprocess.Popen(
-                    [*self.prefix, sys.executable, "-m", "vmd", "-d", "-s", self.socket, "-f", self.conf],
+                    [*self.prefix, *self.vmd, "-d", "-s", self.socket, "-f", self.conf],
                     cwd=self.code, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     env={**os.environ, "NOTIFY_SOCKET": str(notify_path), "STATE_DIRECTORY": str(self.state)},
                 )  # fmt: skip
@@ -127,7 +130,7 @@ class Daemon:
     def vmctl(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
         """Run vmctl to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "vmctl", "-s", self.socket, *arguments],
+            [*self.client, "-s", self.socket, *arguments],
             cwd=self.code, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
@@ -170,7 +173,7 @@ class Daemon:
     def run_to_end(self, name: str) -> str:
         """Start a VM with its console attached; returns all it said until it ended by itself."""
         with subprocess.Popen(
-            [sys.executable, "-m", "vmctl", "-s", self.socket, "start", "-c", name],
+            [*self.client, "-s", self.socket, "start", "-c", name],
             cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         ) as process:  # fmt: skip
             assert process.stdout is not None
@@ -182,7 +185,7 @@ class Daemon:
     def attached(self, name: str) -> Iterator["Attached"]:
         """Attach with `vmctl console`: what was said before comes first."""
         with self.notices.open("ab") as notices, subprocess.Popen(
-            [sys.executable, "-m", "vmctl", "-s", self.socket, "console", name],
+            [*self.client, "-s", self.socket, "console", name],
             cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notices,
         ) as process:  # fmt: skip
             assert process.stdin is not None

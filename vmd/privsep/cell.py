@@ -9,9 +9,9 @@ network and host name namespaces besides.
     /etc/ld.so.cache  /dev/null                                      bind mounts
     /vmd                                                             a copy of vmd and msgpack
 
-Our code is copied, not mounted: so it can come from a checkout of mode 0700 with files of mode 0600, which `_vmd`
-could not read; and a daemon whose files are replaced under it by an upgrade starts all its later processes from the
-same code as itself.
+Our code is copied, not mounted: so it can come from an archive, or from a checkout of mode 0700 with files of mode
+0600, which `_vmd` could not read; and a daemon whose files are replaced under it by an upgrade starts all its later
+processes from the same code as itself.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ import marshal
 import os
 import socket
 import sys
+import zipfile
+import zipimport
 
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
@@ -31,6 +33,8 @@ from vmd.privsep.spawn import FD_TARGETS, INTERPRETER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import CodeType
     from typing import NoReturn
 
 CODE = "/vmd"  # where our packages are, in the cell
@@ -131,42 +135,69 @@ class Network:
 
 
 def import_path(packages: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the directories that these packages are imported from, each once."""
+    """Return the directories or archives that these packages are imported from, each once."""
     return tuple(dict.fromkeys(os.path.dirname(package_directory(package)) for package in packages))
 
 
-def package_directory(package: str) -> str:
-    """Return the directory of a package, without importing it.  Raises VmdError."""
+def package_spec(package: str) -> "tuple[ModuleSpec, str]":
+    """Return what is known of a package without importing it, and its directory.  Raises VmdError."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise VmdError(f"python package {package} is not installed")
-    return os.path.abspath(spec.submodule_search_locations[0])
+    return spec, os.path.abspath(spec.submodule_search_locations[0])
+
+
+def package_directory(package: str) -> str:
+    """Return the directory of a package, which may be inside an archive.  Raises VmdError."""
+    return package_spec(package)[1]
 
 
 def package_files(package: str) -> list[tuple[str, bytes]]:
     """Return (path in the cell, content) of a package's modules, byte code included.  Raises HostError."""
-    top = package_directory(package)
-    files = []
+    spec, top = package_spec(package)
+    archive = getattr(spec.loader, "archive", None)  # zipimport's loaders have it
     try:
-        for directory, subdirectories, names in os.walk(top):
-            subdirectories[:] = sorted(name for name in subdirectories if name != "__pycache__")
-            inside = os.path.join(CODE, package, os.path.relpath(directory, top))
-            for name in sorted(names):
-                path = os.path.join(directory, name)
-                target = os.path.normpath(os.path.join(inside, name))
-                if name.endswith(".py"):
-                    files += module_files(path, target)
-                elif is_extension(name):
-                    files.append((target, read(path)))
+        return directory_files(package, top) if archive is None else archived_files(package, archive)
     except OSError as error:
         raise HostError(f"read {error.filename or top}", error) from error
+    except (zipimport.ZipImportError, zipfile.BadZipFile) as error:
+        raise VmdError(f"read {top}: {error}") from error
+
+
+def directory_files(package: str, top: str) -> list[tuple[str, bytes]]:
+    """Return the files of a package that is a directory.  Raises OSError."""
+    files = []
+    for directory, subdirectories, names in os.walk(top):
+        subdirectories[:] = sorted(name for name in subdirectories if name != "__pycache__")
+        inside = os.path.join(CODE, package, os.path.relpath(directory, top))
+        for name in sorted(names):
+            path = os.path.join(directory, name)
+            target = os.path.normpath(os.path.join(inside, name))
+            if name.endswith(".py"):
+                code = importlib.machinery.SourceFileLoader("", path).get_code("")  # the host's __pycache__ if it can
+                files += module_files(target, read(path), code)
+            elif is_extension(name):
+                files.append((target, read(path)))
     return files
 
 
-def module_files(path: str, target: str) -> list[tuple[str, bytes]]:
+def archived_files(package: str, path: str) -> list[tuple[str, bytes]]:
+    """Return the files of a package in an archive, which may hold byte code of this interpreter, or of another.
+
+    Raises OSError, zipimport.ZipImportError or zipfile.BadZipFile.
+    """
+    files = []
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if name.startswith(f"{package}/") and name.endswith(".py"):
+                directory, _, module = name.rpartition("/")
+                code = zipimport.zipimporter(f"{path}/{directory}").get_code(module.removesuffix(".py"))
+                files += module_files(f"{CODE}/{name}", archive.read(name), code)
+    return files
+
+
+def module_files(target: str, source: bytes, code: "CodeType | None") -> list[tuple[str, bytes]]:
     """Return a module's source, and its byte code so that no process has to compile it again."""
-    source = read(path)
-    code = importlib.machinery.SourceFileLoader("", path).get_code("")  # from the host's __pycache__ if it is there
     header = importlib.util.MAGIC_NUMBER + PYC_UNCHECKED_HASH.to_bytes(4, "little")
     pyc = header + importlib.util.source_hash(source) + marshal.dumps(code)
     return [(target, source), (importlib.util.cache_from_source(target), pyc)]

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
             """Move this process there and drop privileges; called in the child.  Raises HostError."""
 
 
-# -I: no environment variables, no user site; -S: no site-packages, so that what can be imported is what we say.
+# -I: no environment variables, no user site; -S: no site-packages, so that what can be imported is what we say.  Our
+# path comes last: it may be a directory of the distribution's, where nothing is to hide the standard library.
 LAUNCH = (
-    "import sys; sys.path[:0] = {path!r}; "
+    "import sys; sys.path += {path!r}; "
     "from vmd.privsep.start import begin; begin({title!r}, {parent}); "
     "from {module} import {function}; sys.exit({function}())"
 )

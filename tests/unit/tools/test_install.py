@@ -1,0 +1,206 @@
+"""An installation that fails, or is killed, at any of its steps leaves the old version whole."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.install import ARCHIVE, PLACES, STAGED, File, InstallError, install, plan, read_places, uninstall
+
+STEPS = ("chmod", "fchmod", "fsync", "mkdir", "open", "replace", "unlink")
+OLD = {"lib/vmd/vmd.zip": "old program", "bin/vmctl": "old script", "man/man8/vmd.8": "old page"}
+NEW = {"lib/vmd/vmd.zip": "new program", "bin/vmctl": "new script", "man/man8/vmd.8": "new page", "new/file": "new"}
+WHOLE = {item for version in (OLD, NEW) for item in version.items()}
+
+
+def files(version: dict[str, str]) -> list[File]:
+    """Return a version's files."""
+    return [File(f"/{name}", text.encode) for name, text in version.items()]
+
+
+def tree(top: Path) -> dict[str, str]:
+    """Return what is there."""
+    return {str(path.relative_to(top)): path.read_text() for path in sorted(top.rglob("*")) if path.is_file()}
+
+
+def directories(top: Path) -> set[str]:
+    """Return which directories are there."""
+    return {str(path.relative_to(top)) for path in top.rglob("*") if path.is_dir()}
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Where the old version is installed."""
+    install(files(OLD), str(tmp_path))
+    return tmp_path
+
+
+class Steps:
+    """Stands before the calls that change something, and acts at one of them, counted from 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, turn: int, act: Callable[[], None]) -> None:
+        self.turn = turn
+        self.act = act
+        self.count = 0
+        self.names: list[str] = []
+        for name in STEPS:
+            monkeypatch.setattr(os, name, self.before(name, getattr(os, name)))
+
+    def before(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the call with us before it."""
+
+        def counted(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it stands in for whatever it wraps
+            self.count += 1
+            self.names.append(name)
+            if self.count == self.turn + 1:
+                self.act()
+            return call(*arguments, **options)
+
+        return counted
+
+
+def no_space() -> None:
+    """Fail as on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+def steps_of_an_installation(top: Path) -> list[str]:
+    """Return the names of the calls that installing the new version makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps(patch, -1, no_space)
+        install(files(NEW), str(top))
+    return steps.names
+
+
+def turns() -> Iterator[int]:
+    """Every step of an installation, and one more."""
+    yield from range(40)
+
+
+def test_a_full_disk_changes_nothing(installed: Path) -> None:
+    """Whichever write fails: until the first file is exchanged all is undone, directories included."""
+    before = tree(installed), directories(installed)
+    failed = 0
+    for turn in turns():
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(patch, turn, no_space)
+            with pytest.raises(InstallError) as caught:
+                install(files(NEW), str(installed))
+        assert "No space left on device; " in str(caught.value)
+        if "nothing was changed" not in str(caught.value):
+            break
+        assert (tree(installed), directories(installed)) == before, steps.names
+        failed += 1
+
+    assert steps.names.count("replace") == 2  # the first exchange was the program's, and the second failed
+    assert failed == 3 * len(NEW) + 3  # open, fchmod and fsync; the new directory's mkdir and chmod; the first replace
+    assert "lib/vmd/vmd.zip" in str(caught.value)
+    assert tree(installed) == {**OLD, "lib/vmd/vmd.zip": "new program"}
+
+
+def test_a_kill_leaves_every_file_whole(installed: Path) -> None:
+    """The program is the old or the new one, and the next installation puts all in order."""
+    programs = []
+    for turn in turns():
+        pid = os.fork()
+        if pid == 0:
+            with pytest.MonkeyPatch.context() as patch:
+                Steps(patch, turn, lambda: os._exit(9))
+                install(files(NEW), str(installed))
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        found = {name: text for name, text in tree(installed).items() if not name.endswith(STAGED)}
+        assert all((name, text) in WHOLE for name, text in found.items())
+        assert set(found) >= set(OLD)
+        programs.append(found["lib/vmd/vmd.zip"])
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+        if found != OLD:
+            install(files(OLD), str(installed))
+            (installed / "new/file").unlink(missing_ok=True)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert tree(installed) == NEW
+    assert programs == sorted(programs, reverse=True)  # "old", then "new"
+    assert set(programs) == {"old program", "new program"}
+
+
+def test_what_is_there_already_is_not_written_again(installed: Path) -> None:
+    """A second `make install` neither writes nor renames."""
+    install(files(NEW), str(installed))
+    (installed / "lib/vmd/vmd.zip").chmod(0o600)
+
+    assert [name for name in steps_of_an_installation(installed) if name == "replace"] == ["replace"]
+    assert "replace" not in steps_of_an_installation(installed)
+    assert (installed / "lib/vmd/vmd.zip").stat().st_mode & 0o777 == 0o644
+
+
+def test_directories_are_for_all_to_read(tmp_path: Path) -> None:
+    """Whatever root's umask is."""
+    before = os.umask(0o077)
+    try:
+        install(files(NEW), str(tmp_path))
+    finally:
+        os.umask(before)
+
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_dir()} == {0o755}
+
+
+def test_the_tree_of_the_first_release_is_replaced(tmp_path: Path) -> None:
+    """Its modules were files beside each other where the archive is now."""
+    for name in ("vmd/__main__.py", "msgpack/__init__.py", "vmd-0.1.0.dist-info/METADATA"):
+        Path(tmp_path, "lib/vmd", name).parent.mkdir(parents=True)
+        Path(tmp_path, "lib/vmd", name).write_text("old")
+
+    install(files(NEW), str(tmp_path))
+
+    assert tree(tmp_path) == NEW
+    assert directories(tmp_path) == {"lib", "lib/vmd", "bin", "man", "man/man8", "new"}
+
+
+def places(**others: str) -> list[str]:
+    """Return the words of a good command line, with some places changed."""
+    usual = {place: f"/x/{place}" for place in PLACES} | {"library": "/x/lib/vmd", "doc": "/x/doc/vmd"}
+    return [f"{place}={path}" for place, path in (usual | others).items()]
+
+
+def test_uninstall_removes_what_a_killed_install_has_left(tmp_path: Path) -> None:
+    """Every file of the plan, its staged form, and our own directories."""
+    given = read_places(places())
+    planned = plan(given)
+    for file in planned:
+        path = Path(f"{tmp_path}{file.path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        Path(f"{path}{STAGED}").touch()
+
+    uninstall(planned, given, str(tmp_path))
+    uninstall(planned, given, str(tmp_path))  # nothing is there any more, and that is no error
+
+    assert tree(tmp_path) == {}
+    assert not directories(tmp_path) & {"x/lib/vmd", "x/doc/vmd"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (places()[:-1], "is given once"),
+        ([*places(), "bin=/y"], "is given once"),
+        (places(bin="usr/bin"), "bin: not a plain absolute path: usr/bin"),
+        (places(bin='/usr/"bin'), "bin: not a plain absolute path"),
+        (places(library="/usr/lib"), "library: is cleared by us, so its name must be vmd: /usr/lib"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_places_are_refused(words: list[str], said: str) -> None:
+    """Before anything is touched: a directory of the system's would be cleared, else."""
+    with pytest.raises(InstallError, match=said):
+        read_places(words)
+
+
+def test_the_program_is_exchanged_first() -> None:
+    """The scripts that run it come after it."""
+    assert plan(read_places(places()))[0].path == f"/x/lib/vmd/{ARCHIVE}"

@@ -1,0 +1,262 @@
+"""Installs and removes the program (`make install`, `make uninstall`).
+
+    python3 tools/install.py install|uninstall DESTDIR PLACE=PATH ...
+
+The program is one file, `vmd.zip`, and two short scripts that run it.  It holds the byte code of the interpreter that
+runs this module, and the sources, so that it also runs, with a slower start, from another version of Python.
+
+Every file is first written, and brought to storage, beside the one that it replaces.  Only when all are there are they
+renamed, the program by a single rename.  So a disk that is full, a kill or a power cut leaves the old version whole.
+A daemon that runs is not touched, and goes on with the code that it has loaded.
+"""
+
+import contextlib
+import importlib.util
+import io
+import marshal
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ("vmd", "vmctl")  # each is also the name of its package
+PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers")
+OWN = ("library", "doc")  # nothing but our files is in these
+ARCHIVE = "vmd.zip"
+STAGED = ".vmd-new"  # appended to the name of a file that is not in its place yet
+PYC_UNCHECKED_HASH = 1  # PEP 552: the source is not looked at
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the archive depends on its content only
+
+# Started with -S: .pth files, which may run anything, are not read.
+SCRIPT = """\
+#!{interpreter} -IS
+import sys
+from site import getsitepackages
+
+sys.path += ["{archive}", *getsitepackages()]
+from {program}.__main__ import main
+
+sys.exit(main())
+"""
+
+
+class InstallError(Exception):
+    """A step failed; the text says which, and what has become of the installation."""
+
+
+class File(NamedTuple):
+    """A file to install; `content` is called when it is needed."""
+
+    path: str
+    content: Callable[[], bytes]
+    mode: int = 0o644
+
+
+def plan(places: dict[str, str]) -> list[File]:
+    """Return everything that is installed.  The program comes first, for the scripts need it."""
+    archive = f"{places['library']}/{ARCHIVE}"
+
+    def script(program: str) -> bytes:
+        return SCRIPT.format(interpreter=sys.executable, archive=archive, program=program).encode()
+
+    def unit() -> bytes:
+        text = Path(ROOT, "etc/vmd.service").read_text()
+        return text.replace("@SBINDIR@", places["sbin"]).replace("@BINDIR@", places["bin"]).encode()
+
+    return [
+        File(archive, lambda: program_archive(archive)),
+        File(f"{places['bin']}/vmctl", lambda: script("vmctl"), 0o755),
+        File(f"{places['sbin']}/vmd", lambda: script("vmd"), 0o755),
+        *(File(f"{places['man']}/man{page.suffix[1:]}/{page.name}", page.read_bytes) for page in manual_pages()),
+        File(f"{places['doc']}/vm.conf.example", Path(ROOT, "vm.conf.example").read_bytes),
+        File(f"{places['units']}/vmd.service", unit),
+        File(f"{places['sysusers']}/vmd.conf", Path(ROOT, "etc/vmd.sysusers").read_bytes),
+    ]
+
+
+def manual_pages() -> list[Path]:
+    """Return the manual pages of the checkout."""
+    return sorted(Path(ROOT, "man").glob("*.[1-9]"))
+
+
+def program_archive(path: str) -> bytes:
+    """Return the archive of all modules, which is to be installed as `path`."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # stored: an import is a read and no more
+        for program in PROGRAMS:
+            for module in sorted(Path(ROOT, program).rglob("*.py")):
+                name = str(module.relative_to(ROOT))
+                source = module.read_bytes()
+                archive.writestr(zipfile.ZipInfo(name, EPOCH), source)
+                archive.writestr(zipfile.ZipInfo(name + "c", EPOCH), byte_code(source, f"{path}/{name}"))
+    return packed.getvalue()
+
+
+def byte_code(source: bytes, path: str) -> bytes:
+    """Return what a .pyc file of this interpreter holds, for a module that is imported from `path`."""
+    code = compile(source, path, "exec", dont_inherit=True, optimize=0)
+    header = importlib.util.MAGIC_NUMBER + PYC_UNCHECKED_HASH.to_bytes(4, "little")
+    return header + importlib.util.source_hash(source) + marshal.dumps(code)
+
+
+def install(files: Sequence[File], destdir: str) -> None:
+    """Put every file in its place, or leave all as they were.  Raises InstallError."""
+    made: list[str] = []  # directories
+    staged: list[str] = []  # targets
+    try:
+        for file in files:
+            target, content = destdir + file.path, file.content()
+            if not holds(target, content, file.mode):
+                make_directories(os.path.dirname(target), made)
+                staged.append(target)
+                write(target + STAGED, content, file.mode)
+    except BaseException as error:
+        take_back(staged, made)
+        if isinstance(error, OSError):
+            raise InstallError(f"{error.filename}: {error.strerror}; nothing was changed") from error
+        raise
+    done: list[str] = []
+    try:
+        for target in staged:
+            os.replace(target + STAGED, target)
+            done.append(target)
+        for directory in sorted({os.path.dirname(target) for target in staged}):
+            synchronise(directory)
+        if staged:
+            remove_others(os.path.dirname(destdir + files[0].path))
+    except OSError as error:
+        take_back([target for target in staged if target not in done], [] if done else made)
+        state = f"replaced already: {' '.join(done)}" if done else "nothing was changed"
+        raise InstallError(f"{error.filename}: {error.strerror}; {state}") from error
+
+
+def holds(path: str, content: bytes, mode: int) -> bool:
+    """Return whether a file is there, as it is to be."""
+    try:
+        with open(path, "rb") as file:
+            return file.read() == content and os.fstat(file.fileno()).st_mode & 0o7777 == mode
+    except OSError:
+        return False
+
+
+def make_directories(path: str, made: list[str]) -> None:
+    """Make a directory and those above it, whatever the umask; add those that were missing to `made`."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for directory in reversed(missing):
+        os.mkdir(directory)
+        made.append(directory)
+        os.chmod(directory, 0o755)
+
+
+def write(path: str, content: bytes, mode: int) -> None:
+    """Write a file and bring it to storage; what an earlier attempt has left is overwritten."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb", buffering=0) as file:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def synchronise(directory: str) -> None:
+    """Bring the names in a directory to storage."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def take_back(staged: Sequence[str], made: Sequence[str]) -> None:
+    """Remove files that did not get to their places, and directories that were made for them."""
+    for target in staged:
+        with contextlib.suppress(OSError):
+            os.unlink(target + STAGED)
+    for directory in sorted(made, key=len, reverse=True):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+
+
+def remove_others(library: str) -> None:
+    """Remove what is in the library beside the archive: version 0.1.0 had a directory tree there."""
+    with os.scandir(library) as entries:
+        others = [entry for entry in entries if entry.name != ARCHIVE]
+    for entry in others:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def uninstall(files: Sequence[File], places: dict[str, str], destdir: str) -> None:
+    """Remove every file, and the directories that are ours alone.  Raises InstallError."""
+    try:
+        for path in (destdir + file.path for file in files):
+            for name in (path, path + STAGED):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    os.unlink(name)
+        for place in OWN:
+            if os.path.lexists(destdir + places[place]):
+                shutil.rmtree(destdir + places[place])
+    except OSError as error:
+        raise InstallError(f"{error.filename}: {error.strerror}") from error
+
+
+def read_places(words: Sequence[str]) -> dict[str, str]:
+    """Return place -> path from PLACE=PATH words.  Raises InstallError."""
+    places = dict(word.split("=", 1) for word in words if "=" in word)
+    wrong = set(places) ^ set(PLACES)
+    if wrong or len(places) != len(words):
+        raise InstallError(f"each of {' '.join(PLACES)} is given once, as PLACE=PATH; got: {' '.join(words)}")
+    for place, path in places.items():
+        if not path.startswith("/") or set(path) & set("\"\\\n"):
+            raise InstallError(f"{place}: not a plain absolute path: {path}")
+    for place in OWN:
+        if os.path.basename(places[place]) != "vmd":
+            raise InstallError(f"{place}: is cleared by us, so its name must be vmd: {places[place]}")
+    return places
+
+
+def advice() -> Iterator[str]:
+    """Say what the daemon would miss on this host."""
+    search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    if not shutil.which("nft", path=search):
+        yield "nft is not here (package nftables): VMs with interfaces need it"
+    if not any(os.path.exists(f"/usr/share/{name}") for name in ("seabios", "qemu/bios-256k.bin", "qemu/bios.bin")):
+        yield "SeaBIOS is not here (package seabios): VMs that boot from a disk or a disc need it"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a rule of the Makefile; return the exit status."""
+    try:
+        if len(arguments) < 2 or arguments[0] not in ("install", "uninstall"):
+            raise InstallError("usage: install.py install|uninstall DESTDIR PLACE=PATH ...")
+        rule, destdir, *words = arguments
+        places = read_places(words)
+        files = plan(places)
+        if rule == "uninstall":
+            uninstall(files, places, destdir)
+            return 0
+        install(files, destdir)
+    except InstallError as error:
+        print(f"install: {error}", file=sys.stderr)
+        return 1
+    if not destdir:
+        for line in advice():
+            print(f"install: {line}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
