@@ -1,41 +1,22 @@
 """priv, the real one, in network namespaces that end with their tests."""
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
-import select
-import shlex
 import signal
 import socket
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
-from tests.support.network import Network, checksum
+from tests.support.network import Network
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
-from vmd.errors import HostError
+from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.ipc.messages import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
-from vmd.priv.legacy import (
-    DROP,
-    ENTRIES,
-    FAMILIES,
-    HOOK_FORWARD,
-    INFO,
-    OFFSETS,
-    SO_GET_ENTRIES,
-    SO_GET_INFO,
-    TABLE,
-    TARGET,
-    VERDICT,
-    Family,
-    drops,
-)
 from vmd.priv.rules import NFT_PATHS
 from vmd.privsep import linux
 
@@ -44,12 +25,8 @@ pytestmark = pytest.mark.root
 TUNGETIFF = 0x800454D2
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_PERSIST = 0x0002, 0x1000, 0x4000, 0x0800
 SO_SET_REPLACE, ACCEPT = 64, -2  # iptables: setsockopt, and -NF_ACCEPT - 1
-HOST4, GUEST4 = bytes((100, 64, 1, 2)), bytes((100, 64, 1, 3))
-PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
-HOST6, GUEST6 = PREFIX6[:8] + bytes(7) + b"\1", PREFIX6[:8] + bytes(7) + b"\x22"
 OTHER_PREFIX6 = bytes.fromhex("fd42004200420008") + bytes(8)
 OTHER6 = OTHER_PREFIX6[:8] + bytes(7) + b"\x22"
-VNET_HEADER = bytes(10)
 
 
 @pytest.fixture
@@ -434,72 +411,6 @@ def test_addresses_that_the_host_uses_are_refused(
     assert set(links(network)) == {"lo"}
 
 
-class World:
-    """What is beyond the host: a network of its own at the other end of a cable; a context manager."""
-
-    def __init__(self, host: Network) -> None:
-        self.network = Network()
-        host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "world")
-        with host.inside():
-            os.system(f"ip link set world netns /proc/{os.getpid()}/fd/{self.network.fd}")
-        for network, name, addresses_ in (
-            (host, "uplink", ("192.0.2.1/24", "2001:db8::1/64")),
-            (self.network, "world", ("192.0.2.2/24", "2001:db8::2/64")),
-        ):
-            for address in addresses_:
-                flags = ("nodad",) if ":" in address else ()
-                network.run("ip", "addr", "add", address, "dev", name, *flags)
-            network.run("ip", "link", "set", name, "up")
-
-    def __enter__(self) -> "World":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.network.__exit__(None, None, None)
-
-
-def udp4(source: bytes, target: bytes, payload: bytes) -> bytes:
-    """Return an IPv4 packet from port 5000 to port 7000."""
-    udp = struct.pack("!HHHH", 5000, 7000, 8 + len(payload), 0) + payload
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, source, target)
-    return head[:10] + checksum(head).to_bytes(2, "big") + head[12:] + udp
-
-
-def udp6(source: bytes, target: bytes, payload: bytes) -> bytes:
-    """Return an IPv6 packet from port 5000 to port 7000."""
-    length = 8 + len(payload)
-    pseudo = source + target + struct.pack("!II", length, 17)
-    udp = struct.pack("!HHHH", 5000, 7000, length, 0) + payload
-    udp = udp[:6] + checksum(pseudo + udp).to_bytes(2, "big") + udp[8:]
-    return struct.pack("!IHBB", 6 << 28, length, 17, 64) + source + target + udp
-
-
-class Guest:
-    """A guest on a tap that knows nothing but to send and receive frames."""
-
-    lladdr = bytes.fromhex("fee1bbd10001")
-
-    def __init__(self, network: Network, made: Made) -> None:
-        self.fd = made.fds[0]
-        self.tap = made.nics[0]
-        for address in ("100.64.1.3", "fd42:42:42:4::22"):
-            with network.inside():
-                os.system(f"ip neigh replace {address} lladdr {self.lladdr.hex(':')} dev {self.tap.name} 2>/dev/null")
-
-    def send(self, kind: int, packet: bytes) -> None:
-        """Send a packet through the host."""
-        os.write(self.fd, VNET_HEADER + self.tap.lladdr + self.lladdr + kind.to_bytes(2, "big") + packet)
-
-    def receive(self, wanted: bytes) -> bytes:
-        """Return the next packet for us with these bytes in it."""
-        while True:
-            ready, _, _ = select.select([self.fd], [], [], DEADLINE_S)
-            assert ready, "nothing came"
-            frame = os.read(self.fd, 1 << 16)[len(VNET_HEADER) :]
-            if wanted in frame:
-                return frame
-
-
 @pytest.mark.parametrize(
     ("family", "kind", "ours_", "guest4", "target", "seen"),
     [
@@ -742,74 +653,6 @@ def test_the_table_goes_with_the_last_interface_that_needs_it(network: Network, 
             assert "elements = { 100.64.1.2/31, 100.64.1.4/31 }" in rules(network)
         priv.remove()
         assert ours(network) == []
-
-
-def test_a_forward_chain_that_drops_is_named_once(network: Network, priv: Priv) -> None:
-    """Docker's and ufw's way; what another table drops ours cannot let through."""
-    network.run("nft", "add table ip filter")
-    network.run("nft", "add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
-    for vmid in (1, 2):
-        with priv.make(nic(host4=bytes((100, 64, vmid, 2))), vmid=vmid):
-            pass
-    (line,) = [line for line in priv.log.splitlines() if "drops forwarded packets" in line]
-    assert "nftables chain ip filter FORWARD" in line
-    for command in line.partition("to let them through: ")[2].split("; "):
-        network.run(*shlex.split(command))  # what is advised can be done
-    assert 'iifname "tap*" accept' in network.run("nft", "list", "chain", "ip", "filter", "FORWARD")
-
-
-def test_chains_that_do_not_concern_guests_are_not_named(network: Network, priv: Priv) -> None:
-    """Of a family that no interface has; of bridges; or another way than through the host."""
-    for family, hook in (("ip6", "forward"), ("bridge", "forward"), ("ip", "input")):
-        network.run("nft", f"add table {family} t")
-        network.run("nft", f"add chain {family} t c {{ type filter hook {hook} priority 0; policy drop; }}")
-    with priv.make(nic(host4=HOST4)):
-        assert "drops" not in priv.log
-    with priv.make(nic(prefix6=PREFIX6), vmid=2):
-        assert "nftables chain ip6 t c drops" in priv.log
-        assert "bridge" not in priv.log
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
-def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Family) -> None:
-    """What nft does not list; and tables that nobody has loaded are left so."""
-    with network.inside():
-        assert not drops(family)
-        loaded = Path(f"/proc/net/{family.name}_tables_names")
-        assert not loaded.exists() or loaded.read_text() == ""
-        try:
-            set_policy(family, "ACCEPT")
-        except HostError as error:
-            if error.errno != errno.ENOPROTOOPT:
-                raise
-            pytest.skip(f"this kernel has no old {family.program}")
-        assert loaded.read_text() == "filter\n"
-        assert not drops(family)
-        set_policy(family, "DROP")
-        assert drops(family)
-    with priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
-        (line,) = [line for line in priv.log.splitlines() if "drops forwarded packets" in line]
-    assert f"the old {family.program} drops forwarded packets" in line
-    assert f"{family.program} -I FORWARD -i tap+ -j ACCEPT; {family.program} -I FORWARD -o tap+ -j ACCEPT" in line
-
-
-def set_policy(family: Family, policy: str) -> None:
-    """Do what `iptables -P FORWARD` does, which loads the table if need be (struct ipt_replace)."""
-    with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as any_socket:
-        fd = any_socket.fileno()
-        info = linux.getsockopt(fd, family.level, SO_GET_INFO, INFO.pack(TABLE, *bytes(13)))
-        size, count = INFO.unpack(info)[13], INFO.unpack(info)[12]
-        request = ENTRIES.pack(TABLE, size) + bytes(size)
-        entries = bytearray(linux.getsockopt(fd, family.level, SO_GET_ENTRIES, request)[ENTRIES.size :])
-        forward = INFO.unpack(info)[7 + HOOK_FORWARD]
-        target = forward + OFFSETS.unpack_from(entries, forward + family.offsets_at)[0]
-        entries[target + TARGET.size : target + TARGET.size + VERDICT.size] = VERDICT.pack(
-            DROP if policy == "DROP" else ACCEPT
-        )
-        counters = ctypes.create_string_buffer(16 * count)
-        replace = struct.pack("=32sIII20s20sIQ", TABLE, 0x0E, count, size, info[36:56], info[56:76], count,
-                              ctypes.addressof(counters))  # fmt: skip
-        any_socket.setsockopt(family.level, SO_SET_REPLACE, replace + entries)
 
 
 # --- ends and beginnings -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ for the client, and answers come back under it.
 
 from enum import IntEnum
 
-from vmd.config.model import BootDevice, VmConfig
+from vmd.config.model import BootDevice, Prefix, VmConfig
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
@@ -769,6 +769,7 @@ class ConfigureNetwork(Record):
     """
 
     nat: bool
+    local_prefixes: tuple[Prefix, ...] = ()  # that `local` interfaces are from, for sentences
     switches: tuple[SwitchRequest, ...] = ()
     more: bool = False  # further switches follow in another message, and the answer after that
 
@@ -814,3 +815,18 @@ class RemoveNics(Record):
     """The VM is gone, or will not be: remove its interfaces, whatever there is of them."""
 
     vmid: int
+
+
+@message(0x88, (Proc.PARENT, Proc.PRIV))
+class AskDrops(Record):
+    """Say what other firewalls drop of this VM's packets.  Answered by DropsReported."""
+
+    vmid: int
+
+
+@message(0x89, (Proc.PRIV, Proc.PARENT))
+class DropsReported(Record):
+    """What is dropped now, as something that is wrong with an interface."""
+
+    vmid: int
+    troubles: tuple[Trouble, ...] = ()

@@ -32,6 +32,7 @@ from vmd.ipc.messages import (
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
+    DropsReported,
     End,
     Failed,
     KvmFd,
@@ -837,6 +838,10 @@ class Parent(Process):
         """Describe the devices of a VM.  Every user of the socket may see them, as they may see the list."""
         self.network.serve(self.vms.get(message.vmid, message.name), envelope.peerid)
 
+    def on_drops_reported(self, message: DropsReported, _envelope: Envelope, _channel: Channel) -> None:
+        """Take what priv says of packets that were dropped."""
+        self.network.on_drops(message)
+
     def on_devices_reported(self, message: DevicesReported, _envelope: Envelope, _channel: Channel) -> None:
         """A VM has told what its interfaces have done, and what is wrong."""
         self.network.on_reported(message)
@@ -855,6 +860,7 @@ class Parent(Process):
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.PRIV, NetworkConfigured): on_network_configured,
+        (Proc.PRIV, DropsReported): on_drops_reported,
         (Proc.PRIV, NicsMade): on_nics_made,
         (Proc.PRIV, NicsFailed): on_nics_failed,
         (Proc.CONTROL, ClientGone): on_client_gone,

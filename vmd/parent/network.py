@@ -17,8 +17,10 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     NO_CLIENT,
     AskDevices,
+    AskDrops,
     ConfigureNetwork,
     DevicesReported,
+    DropsReported,
     End,
     MakeNics,
     NetworkConfigured,
@@ -94,6 +96,16 @@ class Count:
         self.timer: Timer | None = None
 
 
+class Counting:
+    """What was asked about a VM, and what has been answered so far: by its process, and by priv."""
+
+    def __init__(self) -> None:
+        self.clients: list[Count] = []
+        self.asked = 0  # answers that are to come
+        self.nics: tuple[NicCounters, ...] = ()
+        self.troubles: tuple[Trouble, ...] = ()
+
+
 class Taps:
     """The interfaces of a VM, from priv's answer to the end of the VM."""
 
@@ -117,7 +129,7 @@ class Network:
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
-        self.counting: dict[int, list[Count]] = {}  # by vmid, of VMs that have been asked: who waits for the answer
+        self.counting: dict[int, Counting] = {}  # by vmid, of VMs that have been asked
 
     # --- the configuration -------------------------------------------------------------------------------
 
@@ -132,11 +144,13 @@ class Network:
             )
             for number, switch in enumerate(enabled_switches(config), 1)
         ]
-        nat = config.settings.local_nat
+        settings = config.settings
+        prefixes = (settings.local_prefix, *((settings.local_inet6_prefix,) if settings.local_inet6_prefix else ()))
+        message = ConfigureNetwork(nat=settings.local_nat, local_prefixes=prefixes)
         while len(switches) > SWITCHES_MAX:
-            self._tell_priv(ConfigureNetwork(nat=nat, switches=tuple(switches[:SWITCHES_MAX]), more=True))
+            self._tell_priv(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]
-        self._tell_priv(ConfigureNetwork(nat=nat, switches=tuple(switches)))
+        self._tell_priv(message.replace(switches=tuple(switches)))
 
     def on_configured(self, message: NetworkConfigured) -> None:
         """Log what cannot be; a VM that needs it will be told the same."""
@@ -350,34 +364,54 @@ class Network:
             self._answer(vm.vmid, client)
             return
         count = Count(client)
-        asked = vm.vmid in self.counting
-        waiting = self.counting.setdefault(vm.vmid, [])
-        waiting.append(count)
+        counting = self.counting.get(vm.vmid)
+        if counting is None:
+            counting = self.counting[vm.vmid] = Counting()
+            counting.asked = 1
+            self.parent.peers[Proc.VMM].send(AskDevices(vmid=vm.vmid))
+            if vm.vmid in self.taps and Proc.PRIV in self.parent.peers:
+                counting.asked += 1
+                self._tell_priv(AskDrops(vmid=vm.vmid))
+        counting.clients.append(count)
 
         def give_up() -> None:
-            waiting.remove(count)
-            self._answer(vm.vmid, count.client)
+            counting.clients.remove(count)
+            self._answer(vm.vmid, count.client, counting.nics, counting.troubles)
 
         count.timer = self.parent.loop.call_later(COUNT_TIMEOUT_S, give_up)
-        if not asked:
-            self.parent.peers[Proc.VMM].send(AskDevices(vmid=vm.vmid))
 
     def on_reported(self, message: DevicesReported) -> None:
-        """Answer all who wait for that."""
-        self.answer_counted(message.vmid, message.nics, message.troubles)
+        """Take what the VM says, which may be anything."""
+        self._take(message.vmid, message.nics, message.troubles[:TROUBLES_MAX])
 
-    def answer_counted(
-        self, vmid: int, nics: tuple[NicCounters, ...] = (), troubles: tuple[Trouble, ...] = ()
-    ) -> None:
-        """Answer all who wait: the VM has said what there is, or will say nothing more."""
-        for count in self.counting.pop(vmid, ()):
+    def on_drops(self, message: DropsReported) -> None:
+        """Take what priv says."""
+        self._take(message.vmid, (), message.troubles)
+
+    def _take(self, vmid: int, nics: tuple[NicCounters, ...], troubles: tuple[Trouble, ...]) -> None:
+        """Take an answer; with the last one all who wait are answered."""
+        counting = self.counting.get(vmid)
+        if counting is None:
+            return
+        counting.nics = nics or counting.nics
+        counting.troubles += troubles
+        counting.asked -= 1
+        if not counting.asked:
+            self.answer_counted(vmid)
+
+    def answer_counted(self, vmid: int) -> None:
+        """Answer all who wait: everything has been said, or the VM is gone and will say nothing more."""
+        counting = self.counting.pop(vmid, None)
+        for count in counting.clients if counting is not None else ():
             if count.timer is not None:
                 count.timer.cancel()
-            self._answer(vmid, count.client, nics, troubles)
+            assert counting is not None
+            self._answer(vmid, count.client, counting.nics, counting.troubles)
 
     def on_client_gone(self, vmid: int, client: int) -> None:
         """Nobody waits for this answer any more."""
-        for count in self.counting.get(vmid, ()):
+        counting = self.counting.get(vmid)
+        for count in counting.clients if counting is not None else ():
             if count.client == client:
                 count.client = NO_CLIENT  # its place is kept until the answer, or its time, has come
 
@@ -391,7 +425,7 @@ class Network:
             values = counted[info.index].values if info.index < len(counted) else ()
             plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
             self.parent.answer(client, info.replace(counters=values) if info.tap and plausible else info)
-        for trouble in troubles[:TROUBLES_MAX]:  # a VM process may say what it likes
+        for trouble in troubles:
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
             self.parent.answer(client, text)
         self.parent.answer(client, End())
@@ -459,7 +493,7 @@ class Network:
         self.launches.clear()
         self.taps.clear()
 
-    def _tell_priv(self, message: ConfigureNetwork | MakeNics | RemoveNics) -> None:
+    def _tell_priv(self, message: ConfigureNetwork | MakeNics | RemoveNics | AskDrops) -> None:
         priv = self.parent.peers.get(Proc.PRIV)
         if priv is not None:
             priv.send(message)

@@ -17,7 +17,8 @@ import time
 from vmd.config.model import IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
 from vmd.errors import HostError, OperatorError
 from vmd.log import log
-from vmd.priv import groups, legacy, rules, sysctl, tap
+from vmd.priv import drops, groups, legacy, rules, sysctl, tap
+from vmd.priv.firewalls import Chain, Guests, advice
 from vmd.priv.ifconfig import UNFINISHED, Link, Links
 from vmd.priv.rules import Member, Nft
 
@@ -81,6 +82,9 @@ class Network:
         self.groups_seen: set[str] = set()  # have a set of nftables
         self.has_table = False
         self.said: set[str] = set()
+        self.watch = drops.Watch()
+        self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
+        self.local_prefixes: tuple[str, ...] = ()  # of all `local` interfaces, as text
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
 
@@ -144,6 +148,7 @@ class Network:
     def configure(self, message: "ConfigureNetwork") -> list[str]:
         """Take over a configuration; returns a sentence for each thing that could not be done."""
         self.nat = message.nat
+        self.local_prefixes = tuple(rules.text(prefix.address, prefix.length) for prefix in message.local_prefixes)
         if not message.switches and self.kept.fd < 0:
             return []  # a daemon without networks does not mind another that has one
         self.require_ownership()
@@ -381,14 +386,13 @@ class Network:
             except HostError as error:
                 log.error(str(error))
 
-    # --- rules and forwarding ----------------------------------------------------------------------------
+    # --- rules -------------------------------------------------------------------------------------------
 
     def members(self) -> list[Member]:
         """Return what the rules are about."""
         return [
             Member(name=nic.link.name, groups=nic.groups, networks=nic.networks if self.nat else ())
-            for nics in self.nics.values()
-            for nic in nics
+            for nic in self.all_nics()
         ]
 
     def write_rules(self) -> None:
@@ -396,25 +400,27 @@ class Network:
 
         A host without nftables cannot have NAT, but groups: Linux's own.
         """
+        self.count()  # for the counters begin again
         members = self.members()
-        if not rules.needed(members):
+        bridges = self.judged_bridges()
+        self.watched = bridges | {member.name for member in members if member.networks}
+        self.watch.restart(self.watched)
+        if not rules.needed(members, bridges):
             if self.has_table and not self.groups_seen:
                 self.remove_rules()
             elif self.has_table:
                 self.nft.apply(rules.ruleset([], self.groups_seen))
             return
-        nat = any(member.networks for member in members)
         try:
-            self.nft.apply(rules.ruleset(members, self.groups_seen))
+            self.nft.apply(rules.ruleset(members, self.groups_seen, bridges))
         except OperatorError as error:
-            if nat:
+            if any(member.networks for member in members):
                 raise OperatorError(error.code, f"NAT for local interfaces: {error}") from None
-            self.say_once(f"groups have no sets in nftables: {error}")
+            if any(member.groups for member in members):
+                self.say_once(f"groups have no sets in nftables: {error}")
             return
         self.has_table = True
         self.groups_seen.update(group for member in members for group in member.groups)
-        if nat:
-            self.look_for_drops()
 
     def remove_rules(self) -> None:
         """Delete our table."""
@@ -422,26 +428,83 @@ class Network:
             self.nft.delete_table()
             self.has_table = False
 
-    def look_for_drops(self) -> None:
-        """Say once who keeps guests from the world: what another table drops, ours cannot let through."""
-        networks = [network for member in self.members() for network in member.networks]
-        families = {"ip6" if rules.v6(network) else "ip" for network in networks}
-        for chain in self.nft.chains():
-            if (chain.hook, chain.policy) == ("forward", "drop") and any(map(chain.concerns, families)):
-                remedy = f"nft insert rule {chain} {{}} 'tap*' accept"
-                self.say_dropped(f"nftables chain {chain}", remedy, "iifname", "oifname")
-        for family in legacy.FAMILIES:
-            if family.name in families and legacy.drops(family):
-                remedy = f"{family.program} -I FORWARD {{}} tap+ -j ACCEPT"
-                self.say_dropped(f"the old {family.program}", remedy, "-i", "-o")
+    # --- what other firewalls drop -----------------------------------------------------------------------
 
-    def say_dropped(self, who: str, remedy: str, *directions: str) -> None:
-        """Warn of one of them, with what to do about it."""
-        remedies = "; ".join(remedy.format(direction) for direction in directions)
-        self.say_once(
-            f"{who} drops forwarded packets (Docker and ufw do that), those of guests with local interfaces too; "
-            f"to let them through: {remedies}"
-        )
+    def judged_bridges(self) -> set[str]:
+        """Return the bridges of VMs whose frames go through a firewall of the host (br_netfilter)."""
+        bridges = {nic.bridge for nics in self.nics.values() for nic in nics if nic.bridge}
+        if not bridges or self.nft.path is None:
+            return set()
+        if "1" not in (sysctl.read(f"bridge/bridge-nf-call-{tables}") for tables in ("iptables", "ip6tables")):
+            return set()
+        return bridges if any(chain.hook == "forward" for chain in self.other_chains()) else set()
+
+    def other_chains(self) -> list[Chain]:
+        """Return the chains of others, the old iptables' among them; none if they cannot be listed."""
+        try:
+            chains = self.nft.chains()
+        except OperatorError:
+            chains = []
+        return chains + [chain for family in legacy.FAMILIES for chain in legacy.chains(family)]
+
+    def count(self) -> bool:
+        """Read the counters; False if they are gone."""
+        if not self.has_table or not self.watched:
+            return True
+        try:
+            self.watch.take(self.nft.counters(), time.time())
+        except OperatorError:
+            return False
+        return True
+
+    def look(self) -> None:
+        """Read the counters, and log what is dropped of guests' packets; puts our table back if somebody removed it."""
+        if not self.nics:
+            return
+        if not self.count():
+            log.warn(f"the nftables table {rules.TABLE} was removed by another program: it is written again")
+            self.tidy()
+        elif self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
+            self.tidy()  # a firewall has come, or gone
+        for loss in self.watch.to_log(time.monotonic()):
+            log.warn(self.sentence(loss))
+
+    def losses(self, vmid: int) -> list[tuple[int, drops.Loss]]:
+        """Return what is dropped now of a VM's packets, each with the number of the interface."""
+        return [
+            (index, loss)
+            for index, nic in enumerate(self.nics.get(vmid, ()))
+            for loss in self.watch.losses(nic.link.name, nic.bridge)
+        ]
+
+    def sentence(self, loss: drops.Loss) -> str:
+        """Return what there is to say of packets that were dropped: how many, by whom, and what to do."""
+        networks = [
+            rules.text(*network) for nic in self.all_nics() if nic.link.name == loss.name
+            for network in nic.networks
+        ]  # fmt: skip
+        wider = [self.wider(network) for network in networks]
+        guests = Guests(networks=tuple(wider), bridge=loss.name if loss.place == drops.SWITCH else "")
+        sentences = advice(loss, self.other_chains(), guests)
+        if guests.bridge:
+            sentences.append(
+                "frames of bridges go through the firewall because of br_netfilter: if nobody needs that: "
+                "sysctl net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0"
+            )
+        return ". ".join([str(loss), *(sentences or ["`nft list ruleset` shows its rules"])])
+
+    def wider(self, network: str) -> str:
+        """Return the range that a network of a `local` interface is from, if it is of this host's."""
+        for prefix in self.local_prefixes:
+            if (":" in prefix) == (":" in network) and contains(prefix, network):
+                return prefix
+        return network
+
+    def all_nics(self) -> "list[Nic]":
+        """Return the interfaces of all VMs."""
+        return [nic for nics in self.nics.values() for nic in nics]
+
+    # --- forwarding --------------------------------------------------------------------------------------
 
     def forward(self) -> None:
         """Switch forwarding on, if an interface needs it and it is off."""
@@ -506,7 +569,7 @@ class Network:
             chains = self.nft.chains() if self.nft.path is not None else []
         except (OperatorError, HostError) as error:
             return [f"who does is not known ({error})"]
-        nat = [f"nftables chain {chain}" for chain in chains if chain.kind == "nat" and chain.concerns(nft_family)]
+        nat = [f"nftables chain {chain}" for chain in chains if chain.kind == "nat" and chain.concerns({nft_family})]
         return [*names, *nat] if len(names) > 1 or nat else []
 
     def say_once(self, sentence: str) -> None:
@@ -592,6 +655,12 @@ def inside(address: bytes, network: bytes, length: int) -> bool:
         return False
     different = int.from_bytes(address, "big") ^ int.from_bytes(network, "big")
     return not different >> (8 * len(address) - length)
+
+
+def contains(prefix: str, network: str) -> bool:
+    """Return whether a network lies in another one of its family, both as text."""
+    outer, inner = ipaddress.ip_network(prefix), ipaddress.ip_network(network)
+    return inside(inner.network_address.packed, outer.network_address.packed, outer.prefixlen)
 
 
 def link_local(lladdr: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Tables of the old iptables, which nft(8) does not show: whether they drop forwarded packets.
+"""Tables of the old iptables, which nft(8) does not show: which chains there are.
 
     getsockopt(SO_GET_INFO)     struct ipt_getinfo      where each chain begins, and its last entry: the policy
     getsockopt(SO_GET_ENTRIES)  struct ipt_get_entries  all entries (<linux/netfilter_ipv4/ip_tables.h>, and v6's)
@@ -10,8 +10,13 @@ import socket
 from struct import Struct
 
 from vmd.errors import HostError
+from vmd.priv.firewalls import Chain
 from vmd.privsep import linux
 from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LOADED = "/proc/net/{}_tables_names"
 SO_GET_INFO, SO_GET_ENTRIES = 64, 65
@@ -21,6 +26,9 @@ ENTRIES = Struct("=32sI4x")  # name, size; then the entries
 OFFSETS = Struct("=HH")  # target_offset, next_offset
 TARGET = Struct("=H29sB")  # size, name, revision of xt_entry_target; then, with an empty name, a verdict
 VERDICT = Struct("=i")
+CHAIN_TARGET = b"ERROR"  # begins a chain of the user's, whose name follows
+CHAIN_NAME = Struct("=30s")
+HOOKS = {1: "INPUT", 2: "FORWARD"}
 HOOK_FORWARD = 2
 DROP = -1  # -NF_DROP - 1
 
@@ -41,31 +49,62 @@ FAMILIES = (
 )
 
 
-def drops(family: Family) -> bool:
-    """Return whether the policy of FORWARD is DROP; no table, or one that cannot be read, drops nothing."""
+def chains(family: Family) -> list[Chain]:
+    """Return the chains of the table `filter`; none of a table that is not there, or cannot be read."""
     try:
         with open(LOADED.format(family.name), "rb") as file:
             if TABLE not in file.read().split():
-                return False
+                return []
         with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as any_socket:
             request = INFO.pack(TABLE, *bytes(13))
             info = INFO.unpack(linux.getsockopt(any_socket.fileno(), family.level, SO_GET_INFO, request))
             valid_hooks, underflow, size = info[1], info[7:12], info[13]
-            if not valid_hooks & 1 << HOOK_FORWARD:
-                return False
             request = ENTRIES.pack(TABLE, size) + bytes(size)
             entries = linux.getsockopt(any_socket.fileno(), family.level, SO_GET_ENTRIES, request)[ENTRIES.size :]
     except (OSError, HostError):
-        return False  # none, or changed between the two questions: the next interface asks again
-    return policy(entries, underflow[HOOK_FORWARD], family.offsets_at) == DROP
+        return []  # none, or changed between the two questions
+    table = f"{family.name} filter"
+    bases = [
+        Chain(
+            table=table,
+            name=name,
+            hook=name.lower(),
+            policy="drop" if policy(entries, underflow[hook], family.offsets_at) == DROP else "accept",
+            old=True,
+        )
+        for hook, name in HOOKS.items()
+        if valid_hooks & 1 << hook
+    ]
+    return bases + [Chain(table=table, name=name, old=True) for name in names(entries, family.offsets_at)]
 
 
 def policy(entries: bytes, start: int, offsets_at: int) -> int | None:
     """Return the verdict of the entry that is at `start`; None if it has none."""
-    if start + offsets_at + OFFSETS.size > len(entries):
-        return None
-    target = start + OFFSETS.unpack_from(entries, start + offsets_at)[0]
-    if target + TARGET.size + VERDICT.size > len(entries):
+    target = target_of(entries, start, offsets_at)
+    if target is None or target + TARGET.size + VERDICT.size > len(entries):
         return None
     _, name, _ = TARGET.unpack_from(entries, target)
     return int(VERDICT.unpack_from(entries, target + TARGET.size)[0]) if not name.strip(b"\0") else None
+
+
+def names(entries: bytes, offsets_at: int) -> "Iterator[str]":
+    """Yield the names of the chains that users have made."""
+    start = 0
+    while (target := target_of(entries, start, offsets_at)) is not None:
+        if TARGET.unpack_from(entries, target)[1].rstrip(b"\0") == CHAIN_TARGET:
+            raw = entries[target + TARGET.size : target + TARGET.size + CHAIN_NAME.size]
+            name = raw.partition(b"\0")[0].decode("ascii", "replace")
+            if name != CHAIN_TARGET.decode():  # the end of the table looks like a chain
+                yield name
+        following = OFFSETS.unpack_from(entries, start + offsets_at)[1]
+        if following < offsets_at + OFFSETS.size:
+            return
+        start += following
+
+
+def target_of(entries: bytes, start: int, offsets_at: int) -> int | None:
+    """Return where the target of the entry at `start` is; None if not all of it is there."""
+    if start + offsets_at + OFFSETS.size > len(entries):
+        return None
+    target: int = start + OFFSETS.unpack_from(entries, start + offsets_at)[0]
+    return target if target + TARGET.size <= len(entries) else None

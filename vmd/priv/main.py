@@ -14,7 +14,9 @@ from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    AskDrops,
     ConfigureNetwork,
+    DropsReported,
     MakeNics,
     NetworkConfigured,
     NicMade,
@@ -26,6 +28,7 @@ from vmd.ipc.messages import (
     RemoveNics,
     SetVerbosity,
     SwitchRequest,
+    Trouble,
     brief,
 )
 from vmd.ipc.process import Process
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 SWITCHES_MAX = 10_000  # more than a host can have bridges for
 PROBLEMS_MAX = 3  # in one message; more are in the log only
+DROPS_MAX, DROP_MAX = 8, 1500  # sentences in one message, and characters of one
+LOOK_S = 30.0  # between two looks at what other firewalls drop
 
 
 class Priv(Process):
@@ -49,6 +54,15 @@ class Priv(Process):
         self.parent = self.attach_parent(Proc.PARENT)
         self.network = Network()
         self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
+        self.loop.call_later(LOOK_S, self.look)
+
+    def look(self) -> None:
+        """Look at what other firewalls drop, again and again."""
+        try:
+            self.network.look()
+        except (OperatorError, HostError) as error:
+            log.warn(str(error))
+        self.loop.call_later(LOOK_S, self.look)
 
     def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
         """Make the bridges of switches, once all of them are known."""
@@ -92,6 +106,19 @@ class Priv(Process):
         except (OperatorError, HostError) as error:
             log.error(str(error))
 
+    def on_ask_drops(self, message: AskDrops, _envelope: Envelope, channel: Channel) -> None:
+        """Say what is dropped now of a VM's packets."""
+        troubles: tuple[Trouble, ...] = ()
+        try:
+            self.network.look()
+            troubles = tuple(
+                Trouble(device=f"interface{index}", text=self.network.sentence(loss)[:DROP_MAX], since_s=loss.since_s)
+                for index, loss in self.network.losses(message.vmid)[:DROPS_MAX]
+            )
+        except (OperatorError, HostError) as error:
+            log.warn(str(error))
+        channel.send(DropsReported(vmid=message.vmid, troubles=troubles))
+
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""
         log.verbosity = message.verbosity
@@ -104,6 +131,7 @@ class Priv(Process):
         (Proc.PARENT, ConfigureNetwork): on_configure_network,
         (Proc.PARENT, MakeNics): on_make_nics,
         (Proc.PARENT, RemoveNics): on_remove_nics,
+        (Proc.PARENT, AskDrops): on_ask_drops,
         (Proc.PARENT, SetVerbosity): on_set_verbosity,
         (Proc.PARENT, Quit): on_quit,
     }

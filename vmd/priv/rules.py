@@ -4,7 +4,12 @@
     set local            names of `local` interfaces
     set nat4, nat6       their networks, which are hidden behind the host's addresses
     set source4, source6 which of these belongs to which interface
-    chain forward        lets through what comes from `local` interfaces or goes to them
+    set from_first, from_last, to_first, to_last, host_first, host_last, switch_first, switch_last
+                         `local` interfaces, and bridges of switches, with counters (`drops`)
+    chain forward        drops what a guest says is from somebody else; counts what others are to judge
+    chain forwarded      counts what others have let through
+    chain input, received
+                         count packets for the host itself
     chain postrouting    masquerades
 
 Chains that somebody else put into the table stay as long as it does; it goes with the last need for it, or with
@@ -18,6 +23,8 @@ import os
 import subprocess
 
 from vmd.errors import OperatorError, sentence
+from vmd.priv import drops
+from vmd.priv.firewalls import Chain
 from vmd.record import Record
 
 TYPE_CHECKING = False
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 
 NFT_PATHS = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft", "/usr/local/sbin/nft")
 NFT_TIMEOUT_S = 10.0
+BEFORE, BEHIND = -500, 1000  # priorities: before any firewall's, and behind it
 TABLE = "inet vmd"
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
@@ -38,33 +46,18 @@ class Member(Record):
     networks: tuple[tuple[bytes, int], ...] = ()  # of those that have NAT
 
 
-class Chain(Record):
-    """A chain of somebody else's, as `nft list chains` has it; only a base chain has the last three."""
-
-    table: str  # with its family: "ip filter"
-    name: str
-    kind: str = ""
-    hook: str = ""
-    policy: str = ""
-
-    def concerns(self, family: str) -> bool:
-        """Return whether packets of `family`, "ip" or "ip6", come by here."""
-        return self.table.partition(" ")[0] in (family, "inet")
-
-    def __str__(self) -> str:
-        """Return its name as nft takes it."""
-        return f"{self.table} {self.name}"
-
-
-def needed(members: "Iterable[Member]") -> bool:
+def needed(members: "Iterable[Member]", bridges: "Iterable[str]" = ()) -> bool:
     """Return whether there is anything to have a table for."""
-    return any(member.groups or member.networks for member in members)
+    return any(bridges) or any(member.groups or member.networks for member in members)
 
 
-def ruleset(members: "Sequence[Member]", kept_groups: "Iterable[str]" = ()) -> str:
+def ruleset(
+    members: "Sequence[Member]", kept_groups: "Iterable[str]" = (), bridges: "Iterable[str]" = ()
+) -> str:
     """Return what nft is told so that the table is as these interfaces need it, in one transaction.
 
-    Sets of `kept_groups` stay, empty: a rule of the administrator's may name them.
+    Sets of `kept_groups` stay, empty: a rule of the administrator's may name them.  Packets between the ports of
+    `bridges` are counted.
     """
     groups: dict[str, list[str]] = {group: [] for group in kept_groups}
     for member in members:
@@ -81,23 +74,43 @@ def ruleset(members: "Sequence[Member]", kept_groups: "Iterable[str]" = ()) -> s
     lines += of_set("nat6", "ipv6_addr; flags interval", [text(*network) for network in networks if v6(network)])
     lines += of_set("source4", "ifname . ipv4_addr; flags interval", [source for source, is6 in sources if not is6])
     lines += of_set("source6", "ifname . ipv6_addr; flags interval", [source for source, is6 in sources if is6])
-    lines += [
-        f"add chain {TABLE} forward {{ type filter hook forward priority filter; policy accept; }}",
-        f"flush chain {TABLE} forward",
-        f"add chain {TABLE} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}",
-        f"flush chain {TABLE} postrouting",
-    ]
+    interfaces = [f'"{member.name}"' for member in nat]
+    pairs = [f'"{bridge}" . "{bridge}"' for bridge in sorted(bridges)]
+    for ending in (drops.FIRST, drops.LAST):  # in the order in which they are to be read
+        for place in (drops.FROM, drops.TO, drops.HOST):
+            lines += of_set(place + ending, "ifname; counter", interfaces)
+        lines += of_set(drops.SWITCH + ending, "ifname . ifname; counter", pairs)
+    for chain, kind, hook, priority in (
+        ("forward", "filter", "forward", BEFORE),
+        ("forwarded", "filter", "forward", BEHIND),
+        ("input", "filter", "input", BEFORE),
+        ("received", "filter", "input", BEHIND),
+        ("postrouting", "nat", "postrouting", "srcnat"),
+    ):
+        lines += [
+            f"add chain {TABLE} {chain} {{ type {kind} hook {hook} priority {priority}; policy accept; }}",
+            f"flush chain {TABLE} {chain}",
+        ]
     if nat:
         lines += [
             # A guest may only send from what it was given.  IPv6 has no rp_filter, and hosts that set the one of
             # IPv4 to "loose" for all interfaces have none for a single one.
             f"add rule {TABLE} forward iifname @local meta nfproto ipv4 iifname . ip saddr != @source4 drop",
             f"add rule {TABLE} forward iifname @local meta nfproto ipv6 iifname . ip6 saddr != @source6 drop",
-            f"add rule {TABLE} forward iifname @local accept",
-            f"add rule {TABLE} forward oifname @local accept",
             f"add rule {TABLE} postrouting ip saddr @nat4 oifname != @local masquerade",
             f"add rule {TABLE} postrouting ip6 saddr @nat6 oifname != @local masquerade",
         ]
+    for ending, forward, receive in ((drops.FIRST, "forward", "input"), (drops.LAST, "forwarded", "received")):
+        if nat:
+            # What belongs to no connection is dropped by most firewalls, and rightly.
+            lines += [
+                f"add rule {TABLE} {forward} iifname @local ct state != invalid iifname @{drops.FROM}{ending}",
+                f"add rule {TABLE} {forward} oifname @local ct state != invalid oifname @{drops.TO}{ending}",
+                f"add rule {TABLE} {receive} iifname @local ct state != invalid meta pkttype host "
+                f"iifname @{drops.HOST}{ending}",
+            ]
+        if pairs:
+            lines.append(f"add rule {TABLE} {forward} iifname . oifname @{drops.SWITCH}{ending}")
     return "\n".join(lines) + "\n"
 
 
@@ -155,6 +168,25 @@ class Nft:
         except (ValueError, KeyError, TypeError, AttributeError):
             return []  # a version of nft that speaks otherwise
         return [chain for chain in chains if chain.table != TABLE]
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Return what the sets of our table have counted: set -> interface -> packets.
+
+        Raises OperatorError: the table is gone, too.
+        """
+        listing = self._run("-j", "list", "table", *TABLE.split())
+        counted: dict[str, dict[str, int]] = {}
+        try:
+            for entry in json.loads(listing)["nftables"]:
+                for element in entry.get("set", {}).get("elem", ()):
+                    inner = element.get("elem", {}) if isinstance(element, dict) else {}
+                    if "counter" in inner:
+                        value = inner["val"]
+                        name = value["concat"][0] if isinstance(value, dict) else value
+                        counted.setdefault(entry["set"]["name"], {})[name] = inner["counter"]["packets"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return {}  # a version of nft that speaks otherwise
+        return counted
 
     def _run(self, *arguments: str, given: str = "") -> str:
         if self.path is None:

@@ -13,8 +13,10 @@ from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
     AskDevices,
+    AskDrops,
     ConfigureNetwork,
     DevicesReported,
+    DropsReported,
     MakeNics,
     NicCounters,
     NicInfo,
@@ -422,6 +424,13 @@ def questions(parent: FakeParent) -> int:
 VALUES = tuple(range(len(COUNTER_NAMES)))
 
 
+def report(parent: FakeParent, message: DevicesReported, *drops: Trouble) -> None:
+    """Have the VM answer, and priv if it was asked."""
+    parent.network.on_reported(message)
+    if message.vmid in parent.network.counting:
+        parent.network.on_drops(DropsReported(vmid=message.vmid, troubles=drops))
+
+
 def test_counters_come_from_the_vm(parent: FakeParent) -> None:
     """It is asked once, however many want to know."""
     vm = running(parent)
@@ -429,7 +438,7 @@ def test_counters_come_from_the_vm(parent: FakeParent) -> None:
         parent.network.serve(vm, client)
     assert parent.answers == []
     assert questions(parent) == 1
-    parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
+    report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     for client in range(1, 4):
         assert [info.counters for info in infos(parent, client)] == [VALUES]
@@ -442,7 +451,7 @@ def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> 
     """A VM process may say what it likes."""
     vm = running(parent)
     parent.network.serve(vm, 1)
-    parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
+    report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
 
@@ -460,11 +469,35 @@ def test_troubles_come_from_the_vm(parent: FakeParent) -> None:
     for client, count in ((1, 1), (2, 0), (3, 1000)):
         parent.network.serve(vm, client)
         troubles = (Trouble(device="disk0", text="flush fails: No space left on device", since_s=5),) * count
-        parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(), troubles=troubles))
+        report(parent, DevicesReported(vmid=vm.vmid, nics=(), troubles=troubles))
 
     assert wrong(parent, 1) == [TroubleInfo(device="disk0", text="flush fails: No space left on device", since_s=5)]
     assert wrong(parent, 2) == []
     assert len(wrong(parent, 3)) == TROUBLES_MAX
+
+
+def test_what_firewalls_drop_comes_from_priv(parent: FakeParent) -> None:
+    """It is asked once, of a VM with interfaces; the client waits for both answers, whichever is first."""
+    vm = running(parent)
+    drop = Trouble(device="interface0", text="another firewall has dropped 3 of 3", since_s=7)
+    devices = DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),))
+    for client in (1, 2):
+        parent.network.serve(vm, client)
+    assert [message for message in parent.peers[Proc.PRIV].sent if isinstance(message, AskDrops)] == [
+        AskDrops(vmid=vm.vmid)
+    ]
+    parent.network.on_drops(DropsReported(vmid=vm.vmid, troubles=(drop,)))
+    assert parent.answers == []
+    parent.network.on_reported(devices)
+    for client in (1, 2):
+        assert wrong(parent, client) == [TroubleInfo(device="interface0", text=drop.text, since_s=7)]
+        assert [info.counters for info in infos(parent, client)] == [VALUES]
+
+    parent.network.serve(vm, 3)
+    parent.network.on_reported(devices)
+    assert wrong(parent, 3) == []
+    parent.loop.timers[-1].callback()  # priv does not answer: what the VM has said is known
+    assert [info.counters for info in infos(parent, 3)] == [VALUES]
 
 
 def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
@@ -474,7 +507,7 @@ def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
     parent.loop.timers[0].callback()
     parent.network.serve(vm, 2)
     assert questions(parent) == 1
-    parent.network.on_reported(DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
+    report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
     assert [info.counters for info in infos(parent, 2)] == [VALUES]

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from vmd.priv.legacy import DROP, FAMILIES, OFFSETS, TARGET, VERDICT, Family, policy
+from vmd.priv.legacy import CHAIN_NAME, DROP, FAMILIES, OFFSETS, TARGET, VERDICT, Family, names, policy
 
 HEADER = 24  # behind OFFSETS: comefrom, and two counters of 64 bits
 
@@ -29,6 +29,26 @@ def test_the_policy_is_the_verdict_of_a_chains_last_entry(family: Family) -> Non
     assert {after - before for before, after in pairwise(starts)} == {len(entries[0])}
 
 
+def chain_entry(family: Family, name: bytes) -> bytes:
+    """Return the entry that begins a chain of the user's."""
+    offset = family.offsets_at + OFFSETS.size + HEADER - 4
+    body = TARGET.pack(TARGET.size + CHAIN_NAME.size, b"ERROR", 0) + CHAIN_NAME.pack(name) + bytes(2)
+    return bytes(family.offsets_at) + OFFSETS.pack(offset, offset + len(body)) + bytes(HEADER - 4) + body
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
+def test_the_names_of_chains(family: Family) -> None:
+    """By them other programs are known; the end of a table looks like one, and is none."""
+    chains = (b"DOCKER-USER", b"ts-input", b"ERROR")
+    entries = entry(family, -2) + b"".join(chain_entry(family, name) for name in chains)
+
+    assert list(names(entries, family.offsets_at)) == ["DOCKER-USER", "ts-input"]
+    for length in range(len(entries)):
+        assert set(names(entries[:length], family.offsets_at)) <= {"DOCKER-USER", "ts-input"} | {
+            name[:end] for name in ("DOCKER-USER", "ts-input", "ERROR") for end in range(len(name))
+        }
+
+
 def test_every_truncation_and_nonsense() -> None:
     """There is no policy in what has no room for one."""
     family = FAMILIES[0]
@@ -38,3 +58,4 @@ def test_every_truncation_and_nonsense() -> None:
     source = random.Random(4711)
     for _ in range(2000):
         policy(source.randbytes(source.randrange(300)), source.randrange(400), family.offsets_at)
+        list(names(source.randbytes(source.randrange(300)), family.offsets_at))

@@ -18,6 +18,7 @@ def test_no_table_without_need() -> None:
     assert not needed([Member(name="tap0")])
     assert needed([Member(name="tap0", groups=("a",))])
     assert needed([Member(name="tap0", networks=(NET4,))])
+    assert needed([Member(name="tap0")], ["br0"])
 
 
 def test_the_whole_text() -> None:
@@ -27,7 +28,7 @@ def test_the_whole_text() -> None:
         Member(name="tap1", groups=("lab",), networks=(NET4, NET6)),
     ]
 
-    assert ruleset(members, ["old"]) == (
+    assert ruleset(members, ["old"], ["br0"]) == (
         "add table inet vmd\n"
         "add set inet vmd vmd_lab { type ifname; }\n"
         "flush set inet vmd vmd_lab\n"
@@ -52,16 +53,52 @@ def test_the_whole_text() -> None:
         "add set inet vmd source6 { type ifname . ipv6_addr; flags interval; }\n"
         "flush set inet vmd source6\n"
         'add element inet vmd source6 { "tap1" . fd00::/64 }\n'
-        "add chain inet vmd forward { type filter hook forward priority filter; policy accept; }\n"
+        "add set inet vmd from_first { type ifname; counter; }\n"
+        "flush set inet vmd from_first\n"
+        'add element inet vmd from_first { "tap1" }\n'
+        "add set inet vmd to_first { type ifname; counter; }\n"
+        "flush set inet vmd to_first\n"
+        'add element inet vmd to_first { "tap1" }\n'
+        "add set inet vmd host_first { type ifname; counter; }\n"
+        "flush set inet vmd host_first\n"
+        'add element inet vmd host_first { "tap1" }\n'
+        "add set inet vmd switch_first { type ifname . ifname; counter; }\n"
+        "flush set inet vmd switch_first\n"
+        'add element inet vmd switch_first { "br0" . "br0" }\n'
+        "add set inet vmd from_last { type ifname; counter; }\n"
+        "flush set inet vmd from_last\n"
+        'add element inet vmd from_last { "tap1" }\n'
+        "add set inet vmd to_last { type ifname; counter; }\n"
+        "flush set inet vmd to_last\n"
+        'add element inet vmd to_last { "tap1" }\n'
+        "add set inet vmd host_last { type ifname; counter; }\n"
+        "flush set inet vmd host_last\n"
+        'add element inet vmd host_last { "tap1" }\n'
+        "add set inet vmd switch_last { type ifname . ifname; counter; }\n"
+        "flush set inet vmd switch_last\n"
+        'add element inet vmd switch_last { "br0" . "br0" }\n'
+        "add chain inet vmd forward { type filter hook forward priority -500; policy accept; }\n"
         "flush chain inet vmd forward\n"
+        "add chain inet vmd forwarded { type filter hook forward priority 1000; policy accept; }\n"
+        "flush chain inet vmd forwarded\n"
+        "add chain inet vmd input { type filter hook input priority -500; policy accept; }\n"
+        "flush chain inet vmd input\n"
+        "add chain inet vmd received { type filter hook input priority 1000; policy accept; }\n"
+        "flush chain inet vmd received\n"
         "add chain inet vmd postrouting { type nat hook postrouting priority srcnat; policy accept; }\n"
         "flush chain inet vmd postrouting\n"
         "add rule inet vmd forward iifname @local meta nfproto ipv4 iifname . ip saddr != @source4 drop\n"
         "add rule inet vmd forward iifname @local meta nfproto ipv6 iifname . ip6 saddr != @source6 drop\n"
-        "add rule inet vmd forward iifname @local accept\n"
-        "add rule inet vmd forward oifname @local accept\n"
         "add rule inet vmd postrouting ip saddr @nat4 oifname != @local masquerade\n"
         "add rule inet vmd postrouting ip6 saddr @nat6 oifname != @local masquerade\n"
+        "add rule inet vmd forward iifname @local ct state != invalid iifname @from_first\n"
+        "add rule inet vmd forward oifname @local ct state != invalid oifname @to_first\n"
+        "add rule inet vmd input iifname @local ct state != invalid meta pkttype host iifname @host_first\n"
+        "add rule inet vmd forward iifname . oifname @switch_first\n"
+        "add rule inet vmd forwarded iifname @local ct state != invalid iifname @from_last\n"
+        "add rule inet vmd forwarded oifname @local ct state != invalid oifname @to_last\n"
+        "add rule inet vmd received iifname @local ct state != invalid meta pkttype host iifname @host_last\n"
+        "add rule inet vmd forwarded iifname . oifname @switch_last\n"
     )
 
 
@@ -90,7 +127,7 @@ def run_as(monkeypatch: pytest.MonkeyPatch, result: object) -> Nft:
         (subprocess.CompletedProcess([], 1, "", "Error: cache\nmore\n"), "nftables cannot be used: Error: cache"),
         (subprocess.CompletedProcess([], 3, "", ""), "nftables cannot be used: exit status 3"),
         (subprocess.TimeoutExpired([], 10), "nft does not answer for 10 s"),
-        (PermissionError(13, "denied"), "nft: Permission denied"),
+        (PermissionError(13, "Permission denied"), "nft: Permission denied"),
     ],
     ids=repr,
 )
@@ -100,10 +137,15 @@ def test_what_nft_cannot_do(monkeypatch: pytest.MonkeyPatch, result: object, wor
         run_as(monkeypatch, result).apply("")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"nftables": 3}', '{"nftables": [{"chain": {}}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"nftables": 3}', '{"nftables": [{"chain": {}}]}', '{"nftables": [7]}']
+)
 def test_listings_that_are_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """A version of nft that speaks otherwise costs a warning, not the start."""
-    assert run_as(monkeypatch, subprocess.CompletedProcess([], 0, text, "")).chains() == []
+    nft = run_as(monkeypatch, subprocess.CompletedProcess([], 0, text, ""))
+
+    assert nft.chains() == []
+    assert nft.counters() == {}
 
 
 # --- what is ours --------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""Other firewalls of the host: which of them may have dropped a guest's packet, and what its user can do.
+
+Programs are known by their tables and chains.  A rule of theirs that accepts cannot be had from our table: each
+chain of a hook judges for itself.
+"""
+
+import ipaddress
+
+from vmd.priv import drops
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+TAILSCALE = ipaddress.ip_network("100.64.0.0/10")  # from here it takes packets on its own interface only
+FAMILIES = {"ip": "iptables", "ip6": "ip6tables"}
+
+
+class Chain(Record):
+    """A chain of somebody else's; only a base chain has a kind, a hook and a policy.
+
+    `old`: it is one of the old iptables', which nft does not know.
+    """
+
+    table: str  # with its family: "ip filter"
+    name: str
+    kind: str = ""
+    hook: str = ""
+    policy: str = ""
+    old: bool = False
+
+    @property
+    def family(self) -> str:
+        """Its address family as nft calls it."""
+        return self.table.partition(" ")[0]
+
+    def concerns(self, families: "Iterable[str]") -> bool:
+        """Return whether packets of one of these, "ip" or "ip6", come by here."""
+        return self.family == "inet" or self.family in families
+
+    def __str__(self) -> str:
+        """Return its name as nft takes it."""
+        return f"{self.table} {self.name}"
+
+
+class Guests(Record):
+    """Whose packets were dropped: networks as text, such as 100.64.0.0/10, or with none a bridge."""
+
+    networks: tuple[str, ...] = ()
+    bridge: str = ""
+
+    @property
+    def families(self) -> set[str]:
+        """Which packets they send."""
+        if self.bridge:
+            return {"ip", "ip6"}
+        return {"ip6" if ":" in network else "ip" for network in self.networks}
+
+
+def advice(loss: drops.Loss, chains: "Sequence[Chain]", guests: Guests) -> list[str]:
+    """Return a sentence for each firewall that can have dropped these packets, with what lets them through."""
+    hook = "input" if loss.place == drops.HOST else "forward"
+    bases = [chain for chain in chains if chain.hook == hook and chain.concerns(guests.families)]
+    found: list[str] = []
+    unknown: list[Chain] = []
+    for base in bases:
+        names = [chain.name for chain in chains if (chain.table, chain.old) == (base.table, base.old)]
+        sentences = known(base, names, guests, hook)
+        found += [sentence for sentence in sentences if sentence not in found]
+        if not sentences:
+            unknown.append(base)
+    strict = [chain for chain in unknown if chain.policy == "drop"]
+    found += [f"{describe(chain)} can let them through: {'; '.join(accepts(chain, guests, hook))}" for chain in strict]
+    if found:
+        return found
+    return [f"it may be {describe(chain)}: {'; '.join(accepts(chain, guests, hook))}" for chain in unknown]
+
+
+def known(base: Chain, names: "Sequence[str]", guests: Guests, hook: str) -> list[str]:
+    """Return what is to be said of programs that have rules in this chain; none: nobody knows whose it is."""
+    found = []
+    interface = guests.bridge or "tap+"
+    networks = [text for text in guests.networks if base.family == "inet" or (":" in text) == (base.family == "ip6")]
+    if base.table.endswith(" firewalld"):
+        commands = [f"firewall-cmd --permanent --zone=trusted --add-interface={interface}", "firewall-cmd --reload"]
+        found.append(f"firewalld lets them through after: {'; '.join(commands)}")
+    if hook == "forward" and "DOCKER-USER" in names:
+        chain = base.replace(name="DOCKER-USER", old=True)  # Docker's own way, whatever its rules are made of
+        found.append(f"Docker lets them through after: {'; '.join(accepts(chain, guests, hook))}")
+    if any(name.startswith(("ufw-", "ufw6-")) for name in names):
+        if guests.bridge:
+            commands = [f"ufw route allow in on {guests.bridge} out on {guests.bridge}"]
+        elif hook == "input":
+            commands = [f"ufw allow from {network}" for network in networks]
+        else:
+            commands = [f"ufw route allow {way} {network}" for network in networks for way in ("from", "to")]
+        found.append(f"ufw lets them through after: {'; '.join(commands)}")
+    if f"ts-{hook}" in names and any(is_tailscales(network) for network in networks):
+        found.append(
+            f"Tailscale takes all of {TAILSCALE} for its own network: give guests other addresses in vm.conf, "
+            f"such as `local prefix 10.64.0.0/16`"
+        )
+    return found
+
+
+def accepts(chain: Chain, guests: Guests, hook: str) -> list[str]:
+    """Return the commands that put rules for guests at the beginning of a chain."""
+    if chain.old:
+        program = FAMILIES.get(chain.family, "iptables")
+        start, ways, end = f"{program} -I {chain.name}", ("-i", "-o"), "-j ACCEPT"
+        interface = guests.bridge or "tap+"
+    else:
+        start, ways, end = f"nft insert rule {chain}", ("iifname", "oifname"), "accept"
+        interface = f"'{guests.bridge or 'tap*'}'"
+    matches = [f"{way} {interface}" for way in ways]
+    if guests.bridge:
+        matches = [" ".join(matches)]
+    elif hook == "input":
+        matches = matches[:1]
+    return [f"{start} {match} {end}" for match in matches]
+
+
+def describe(chain: Chain) -> str:
+    """Return the name of a chain for people."""
+    return f"chain {chain.name} of the old {FAMILIES[chain.family]}" if chain.old else f"nftables chain {chain}"
+
+
+def is_tailscales(text: str) -> bool:
+    """Return whether a network lies in what Tailscale claims."""
+    network = ipaddress.ip_network(text)
+    return isinstance(network, ipaddress.IPv4Network) and network.overlaps(TAILSCALE)
