@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from vmctl.errors import CommandError, UsageError
+from vmctl.errors import CommandError, NoSuchVm, UsageError
 from vmctl.options import Given, find_command, parse, split
 from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import DEFAULT_SOCKET, Session
@@ -26,6 +26,7 @@ def fail(session: Session, error: VmdError) -> int:
 
 def run_command(session: Session, command: Command, words: list[str]) -> int:
     """Run one command, or explain it; return the exit status."""
+    given = Given([])
     try:
         try:
             session.json = "--json" in words  # also of a command line that cannot be read
@@ -39,6 +40,8 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
             status = fail(session, error)
             notice(usage_of(command))
             return status
+        except NoSuchVm as error:
+            return fail(session, NoSuchVm(f"{error}{session.meant(given.operand)}"))
         except VmdError as error:
             return fail(session, error)
     except CommandError as error:

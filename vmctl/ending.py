@@ -81,6 +81,8 @@ def conclude(session: Session, result: Result, *, forced: bool = False) -> None:
     if result.result == FAILED:
         assert result.code is not None
         words = REFUSALS.get(result.code, f"failed: {result.text}")
+        if result.code == errno.ENOENT:
+            words += session.meant(result.name)
     elif forced:
         words = f"forced to terminate vm {result.vmid}"
     elif result.result == REQUESTED:

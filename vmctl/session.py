@@ -1,6 +1,7 @@
 """What one run of vmctl was asked, besides the command."""
 
 from vmctl.client import Client
+from vmd.errors import VmdError
 
 DEFAULT_SOCKET = "/run/vmd.sock"
 
@@ -20,6 +21,15 @@ class Session:
         if self._client is None:
             self._client = Client(self.socket_path, verbose=self.verbose)
         return self._client
+
+    def meant(self, name: str) -> str:
+        """Return the end of a sentence that asks for the VM whose name is close to one that no VM has."""
+        from vmctl.options import meant  # only a mistake needs it
+
+        try:
+            return meant(name, [vm.name for vm in self.client.list_vms()])
+        except VmdError:
+            return ""
 
     def close(self) -> None:
         """Hang up, if we ever called."""

@@ -180,7 +180,7 @@ def daemonize() -> Callable[[], None]:
         os.close(writer)
         if os.read(reader, 1):
             os._exit(0)
-        os.write(2, b"vmd: not started; the reason is in the system log\n")
+        os.write(2, b"vmd: not started; the log says why\n")
         os._exit(1)
     os.close(reader)
     os.setsid()

@@ -1,5 +1,6 @@
 """Help, version and the manual: each has every command and option of the table."""
 
+import errno
 import re
 import shlex
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
-from tests.unit.vmctl.fake import ROOT, FakeDaemon
+from tests.unit.vmctl.fake import ROOT, FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.table import COMMANDS, HELP, Command
 from vmctl.usage import synopsis
+from vmd.ipc.messages import End, Failed, ListRequest
 from vmd.version import VERSION
 
 every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -133,3 +135,25 @@ def test_manual_explains_every_option(command: Command) -> None:
 
     if command.name != "show":
         assert {option.name for option in command.options} - {"--json"} <= described
+
+
+@pytest.mark.parametrize(
+    ("arguments", "errors"),
+    [
+        (["status", "wbe"], "vmctl: vm wbe not found: did you mean web?\n"),
+        (["pause", "wbe"], "vmctl: pause vm command failed: vm wbe not found: did you mean web?\n"),
+        (["start", "WEB"], "vmctl: start vm command failed: vm WEB not found: did you mean web?\n"),
+        (["stop", "wbe"], "stopping vm wbe: vm not found: did you mean web?\n"),
+        (["wait", "we"], "waiting for vm we: vm not found: did you mean web?\n"),
+        (["status", "mail"], "vmctl: vm mail not found\n"),
+        (["status", "17"], "vmctl: vm 17 not found\n"),
+    ],
+)
+def test_mistyped_vm(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], errors: str) -> None:
+    """The one that was probably meant is named; nothing is done to it."""
+    missing = Failed(code=errno.ENOENT, text=f"vm {arguments[-1]} not found")
+    daemon.script = lambda request: (vm_info("web"), End()) if isinstance(request, ListRequest) else (missing,)
+
+    status, _, said = vmctl(*arguments)
+
+    assert (status, said) == (4, errors)
