@@ -78,7 +78,7 @@ def test_output_without_a_place_for_errors(serving: FakeDaemon) -> None:
     assert serving.requests == [ListRequest()]
 
 
-@pytest.mark.parametrize("redirections", ["<&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirections", ["2>&-", "<&- 2>/dev/full"])
 def test_what_a_command_does_not_need_may_be_closed(serving: FakeDaemon, redirections: str) -> None:
     """A list is a list."""
     status, output, errors = run(serving, f"-v status {redirections}")
