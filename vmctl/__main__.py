@@ -61,6 +61,17 @@ def explain(word: str = "") -> int:
     return 0
 
 
+def show_version() -> int:
+    """Show the version of vmctl; return the exit status."""
+    from vmctl.commands import version
+
+    try:
+        return version.show()
+    except CommandError as error:
+        warn(str(error))
+        return error.exit_status
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run vmctl; return the exit status."""
     stdio.fill()
@@ -80,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.wants_help:
         rest = ["help", *rest]
     elif given.has("-V") or given.has("--version"):
-        rest = ["version"]
+        return show_version()
     if not rest:
         notice(usage())
         return UsageError.exit_status

@@ -160,6 +160,6 @@ COMMANDS = (
         operand=ID,
     ),
     Command(name="unpause", module="unpause", help="let a paused VM go on", options=(JSON,), operand=ID),
-    Command(name="version", module="version", help="show which version this is"),
+    Command(name="version", module="version", help="show the versions of vmctl and of the daemon"),
     Command(name="wait", module="wait", help="wait until a VM is gone", options=(JSON,), operand=ID),
 )

@@ -56,13 +56,33 @@ def test_help_of_what_does_not_exist(vmctl: Vmctl) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [["version"], ["--version"], ["-V"]])
-def test_version(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    """The first line is vmctl's own."""
-    assert main(arguments) == 0
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version_of_vmctl(capfd: pytest.CaptureFixture[str], option: str) -> None:
+    """Without a daemon; what follows does not count."""
+    assert main([option]) == main([option, "status"]) == 0
 
-    output, errors = capfd.readouterr()
-    assert (output.splitlines()[0], errors) == (f"vmctl {VERSION}", "")
+    assert capfd.readouterr() == (f"vmctl {VERSION}\n" * 2, "")
+
+
+def test_version(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The daemon's, too: it goes on with its own code when the programs are replaced."""
+    assert vmctl("version") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
+
+
+def test_version_of_a_daemon_that_does_not_say(vmctl: Vmctl, tmp_path: Path) -> None:
+    """It is of the release before versions were said."""
+    older = FakeDaemon(tmp_path / "older.sock", older=True)
+
+    assert vmctl("version", socket=str(older.path)) == (0, f"vmctl {VERSION}\nvmd older than 0.2.0\n", "")
+    older.close()
+
+
+def test_version_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
+    """What is known comes first."""
+    status, output, errors = vmctl("version", socket=str(tmp_path / "none"))
+
+    assert (status, output) == (3, f"vmctl {VERSION}\n")
+    assert "is vmd running?" in errors
 
 
 def test_version_is_that_of_the_packages() -> None:
