@@ -10,8 +10,11 @@ MAN     = $(PREFIX)/share/man
 EXAMPLE = $(PREFIX)/share/doc/vmd
 UNITS   = $(PREFIX)/lib/systemd/system
 USERS   = $(PREFIX)/lib/sysusers.d
+BASH    = $(PREFIX)/share/bash-completion/completions
+ZSH     = $(PREFIX)/share/zsh/site-functions
+FISH    = $(PREFIX)/share/fish/vendor_completions.d
 PLACES  = '$(DESTDIR)' 'library=$(LIBRARY)' 'sbin=$(SBIN)' 'bin=$(BIN)' 'man=$(MAN)' 'doc=$(EXAMPLE)' \
-    'units=$(UNITS)' 'sysusers=$(USERS)'
+    'units=$(UNITS)' 'sysusers=$(USERS)' 'bash=$(BASH)' 'zsh=$(ZSH)' 'fish=$(FISH)'
 
 PYTHON  = .venv/bin/python
 SECONDS = 30

@@ -24,8 +24,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("vmd", "vmctl")  # each is also the name of its package
-PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers")
+PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers", "bash", "zsh", "fish")
 OWN = ("library", "doc")  # nothing but our files is in these
+COMPLETIONS = (  # place, the name that the shell looks for, and our file
+    ("bash", "vmctl", ROOT / "completions/vmctl.bash"),
+    ("zsh", "_vmctl", ROOT / "completions/_vmctl"),
+    ("fish", "vmctl.fish", ROOT / "completions/vmctl.fish"),
+)
 ARCHIVE = "vmd.zip"
 STAGED = ".vmd-new"  # appended to the name of a file that is not in its place yet
 PYC_UNCHECKED_HASH = 1  # PEP 552: the source is not looked at
@@ -74,6 +79,7 @@ def plan(places: dict[str, str]) -> list[File]:
         *(File(f"{places['man']}/man{page.suffix[1:]}/{page.name}", page.read_bytes) for page in manual_pages()),
         File(f"{places['doc']}/vm.conf.example", Path(ROOT, "vm.conf.example").read_bytes),
         File(f"{places['units']}/vmd.service", unit),
+        *(File(f"{places[shell]}/{name}", source.read_bytes) for shell, name, source in COMPLETIONS),
         File(f"{places['sysusers']}/vmd.conf", Path(ROOT, "etc/vmd.sysusers").read_bytes),
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tools.install import ARCHIVE, PLACES, STAGED, File, InstallError, install, plan, read_places, uninstall
+from tools.install import ARCHIVE, PLACES, ROOT, STAGED, File, InstallError, install, plan, read_places, uninstall
 
 STEPS = ("chmod", "fchmod", "fsync", "mkdir", "open", "replace", "unlink")
 OLD = {"lib/vmd/vmd.zip": "old program", "bin/vmctl": "old script", "man/man8/vmd.8": "old page"}
@@ -199,6 +199,16 @@ def test_bad_places_are_refused(words: list[str], said: str) -> None:
     """Before anything is touched: a directory of the system's would be cleared, else."""
     with pytest.raises(InstallError, match=said):
         read_places(words)
+
+
+def test_completions_are_installed() -> None:
+    """Each under the name that its shell looks for; none is forgotten."""
+    sources = {path.read_bytes() for path in (ROOT / "completions").iterdir()}
+
+    planned = {file.path: file.content() for file in plan(read_places(places()))}
+
+    found = {planned[path] for path in ("/x/bash/vmctl", "/x/zsh/_vmctl", "/x/fish/vmctl.fish")}
+    assert found == sources
 
 
 def test_the_program_is_exchanged_first() -> None:
