@@ -1,5 +1,6 @@
 """A VM's network is what vm.conf says, however early the VM is started, and again after a reload."""
 
+import ipaddress
 import subprocess
 import sys
 import threading
@@ -66,6 +67,31 @@ def test_nat_that_is_switched_on_and_off(network: Network, tmp_path: Path) -> No
         vmd.conf.write_text("local nat disable\n" + conf)
         vmd.must("reload")
         wait_for(lambda: "inet vmd" not in network.run("nft", "list", "tables"))
+
+
+def test_a_range_that_covers_the_network_of_the_host(network: Network, tmp_path: Path) -> None:
+    """It is warned of with its line, at the start and by `vmd -n`; no guest gets addresses out of that network."""
+    network.run("ip", "link", "add", "lan0", "up", "type", "bridge")
+    for address in ("10.9.0.1/17", "10.9.128.1/18", "10.9.192.1/19", "10.9.224.1/20"):
+        network.run("ip", "addr", "add", address, "dev", "lan0")
+    conf = "# ours\nlocal prefix 10.9.0.0/16\n" + block("db1", "local interface")
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "db1")
+        guest = ipaddress.ip_address(vmd.interfaces("db1")[0]["guest4"])
+        assert guest in ipaddress.ip_network("10.9.240.0/20")
+
+        warning = f"{vmd.conf}:2: local prefix 10.9.0.0/16 overlaps 10.9.0.0/17, which this host reaches by lan0"
+        assert f"{warning}: VMs get no addresses out of it" in vmd.log
+        with network.inside():
+            command = [sys.executable, "-m", "vmd", "-n", "-f", str(vmd.conf)]
+            checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert warning in checked.stderr
+
+        network.run("ip", "addr", "add", "10.9.0.2/15", "dev", "lan0")
+        assert "no VM can have a local interface" in vmd.must("reload")
+        vmd.must("stop", "-fw", "db1")
+        refused = vmd.vmctl("start", "db1").stderr
+        assert "vm db1: all addresses of `local prefix` are in 10.8.0.0/15, which this host reaches by lan0" in refused
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -412,6 +412,42 @@ def test_addresses_that_the_host_uses_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("commands", "words"),
+    [
+        (["addr add 100.64.0.1/10 dev wire"], "100.64.0.0/10 by wire"),
+        (["addr add 192.0.2.1/24 dev wire", "route add 100.64.1.3 via 192.0.2.2"], "100.64.1.3/32 by wire"),
+        (["route add 100.64.1.2 dev wire table 52", "rule add pref 5270 lookup 52"], "100.64.1.2/32 by wire"),
+        (["-6 route add fd42:42:42::/48 dev wire"], "fd42:42:42::/48 by wire"),
+    ],
+)
+def test_networks_that_the_host_reaches_are_refused(
+    network: Network, priv: Priv, commands: list[str], words: str
+) -> None:
+    """By whatever table: a VPN's is seldom the main one."""
+    network.run("ip", "link", "add", "wire", "up", "type", "bridge")
+    for command in commands:
+        network.run("ip", *command.split())
+
+    failed = priv.refuse(nic(host4=HOST4, prefix6=PREFIX6))
+
+    assert failed.code == errno.EADDRINUSE
+    assert f" is in use: the host reaches {words}; see `local prefix`" in failed.text
+    assert set(links(network)) == {"lo", "wire"}
+
+
+def test_default_routes_are_no_networks(network: Network, priv: Priv) -> None:
+    """Nor their halves, which VPNs make so that they come first; nor what leads nowhere."""
+    network.run("ip", "link", "add", "wire", "up", "type", "bridge")
+    for command in ("default", "0.0.0.0/1", "128.0.0.0/1", "-6 default", "-6 2000::/3"):
+        family = command.split()[:-1]
+        network.run("ip", *family, "route", "add", command.split()[-1], "dev", "wire")
+    network.run("ip", "route", "add", "blackhole", "100.64.0.0/16")
+
+    with priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
+        assert "100.64.1.2/31" in addresses(links(network)["tap0"])
+
+
+@pytest.mark.parametrize(
     ("family", "kind", "ours_", "guest4", "target", "seen"),
     [
         (socket.AF_INET, 0x0800, udp4, GUEST4, "192.0.2.2", "192.0.2.1"),

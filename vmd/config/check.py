@@ -121,14 +121,19 @@ def check_bridges(switches: Iterable[SwitchConfig], warn: Warn) -> None:
 
 def check_prefixes(settings: Globals, warn: Warn) -> None:
     """Warn of addresses that no interface can have, by the example of the first one."""
-    for what, prefix in (("prefix", settings.local_prefix), ("inet6 prefix", settings.local_inet6_prefix)):
+    ranges = (
+        ("prefix", settings.local_prefix, settings.local_prefix_origin),
+        ("inet6 prefix", settings.local_inet6_prefix, settings.local_inet6_prefix_origin),
+    )
+    for what, prefix, origin in ranges:
         if prefix is None:
             continue
         start = ipaddress.ip_address(prefix.address)
         first = start + (1 << 8 if start.version == 4 else 1 << 66)
         nowhere = first.is_reserved or (first.version == 4 and first.packed[0] == 0)
         if first.is_loopback or first.is_multicast or first.is_link_local or nowhere:
-            warn(f"local {what} {start}/{prefix.length}: guests cannot have addresses such as {first}")
+            where = f"{origin}: " if origin else ""
+            warn(f"{where}local {what} {start}/{prefix.length}: guests cannot have addresses such as {first}")
 
 
 def check_boot(vm: VmConfig, warn: Warn) -> None:

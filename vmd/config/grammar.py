@@ -225,7 +225,7 @@ class Grammar:
     def p_local_prefix(self, p: Production) -> None:
         """local : LOCAL PREFIX range"""
         prefix = self.value(values.prefix4, p[3], self.settings.local_prefix)
-        self.settings = self.settings.replace(local_prefix=prefix)
+        self.settings = self.settings.replace(local_prefix=prefix, local_prefix_origin=self.lexer.where)
 
     def p_local_inet6(self, p: Production) -> None:
         """local : LOCAL INET6"""
@@ -234,7 +234,9 @@ class Grammar:
     def p_local_inet6_prefix(self, p: Production) -> None:
         """local : LOCAL INET6 PREFIX range"""
         prefix = self.value(values.prefix6, p[4], None)
-        self.settings = self.settings.replace(local_inet6=True, local_inet6_prefix=prefix)
+        self.settings = self.settings.replace(
+            local_inet6=True, local_inet6_prefix=prefix, local_inet6_prefix_origin=self.lexer.where
+        )
 
     def p_local_nat(self, p: Production) -> None:
         """local : LOCAL NAT enabled"""

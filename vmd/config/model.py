@@ -30,6 +30,9 @@ CMDLINE_MAX = 2047  # Linux, x86 COMMAND_LINE_SIZE less its NUL
 MAX_RDOMAIN = 255
 MAX_INET6_PREFIX = 60  # leaves subnet ids for the four interfaces of three VMs; a /64 has none
 
+# Up to this length a route is a default route, perhaps in halves, as VPNs make it: every address is inside it.
+DEFAULT_ROUTES = {4: 1, 16: 3}  # by size of an address in bytes
+
 ROOT = 0
 
 
@@ -192,6 +195,8 @@ class Globals(Record):
     local_prefix: Prefix = Prefix(address=bytes([100, 64, 0, 0]), length=10)
     local_inet6: bool = False
     local_inet6_prefix: Prefix | None = None  # None: a random ULA, chosen once per daemon
+    local_prefix_origin: str = ""  # "file:line", for messages; "" is the default range
+    local_inet6_prefix_origin: str = ""
     local_nat: bool = True
     socket_owner: Owner = Owner(uid=0, gid=0)
     agentx: AgentxConfig | None = None

@@ -33,6 +33,7 @@ FILE = "identities"
 FILE_MAX = 1 << 24  # bytes
 # Of VMs that are not there now: many of those that vm.conf once had, and few of those that users have made.
 ABSENT_MAX = {True: 4096, False: 64}
+RANDOM_TRIES, ORDERLY_TRIES = 64, 8192  # more than there are VMs
 VMID_MAX = (1 << 31) - 1
 ULA_BITS = 48
 LLADDR_BYTES = 6
@@ -96,11 +97,8 @@ class Identities:
         if 0 < own < end and free(own):
             return own
         others = {each.number: other for other, each in self.known.items() if each.number and other != key}
-        count = end - 1
-        first = int.from_bytes(os.urandom(8), "big") % count
         for reserved in (set(others), {number for number, other in others.items() if other in present}):
-            for step in range(count):
-                number = 1 + (first + step) % count
+            for number in candidates(end):
                 if number not in reserved and free(number):
                     if number in others:
                         self.known[others[number]].number = 0
@@ -167,6 +165,13 @@ class Identities:
             ids.update({identity.vmid} - {0})
             known[key] = identity
         self.known, self.ula = known, ula
+
+
+def candidates(end: int) -> "Iterator[int]":
+    """Return numbers from 1 to `end` - 1 to choose from: some at random, then all, or the first of a long range."""
+    for _ in range(RANDOM_TRIES):
+        yield 1 + int.from_bytes(os.urandom(8), "big") % (end - 1)
+    yield from range(1, min(end, ORDERLY_TRIES))
 
 
 class LaterVersionError(VmdError):

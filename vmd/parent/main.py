@@ -304,18 +304,18 @@ class Parent(Process):
         Returns what is worth telling the operator.  Raises ConfigErrors.
         """
         config = self.load_config(None, None)
-        self.network.configure(config)
+        warnings = self.network.configure(config)
         vms, problems = self.resolved(config)
         notes = reload.replace_all(self.vms, vms)
         self.take_effect(config)
         for note in notes:
             log.info(note)
-        return problems + notes
+        return warnings + problems + notes
 
     def apply(self, config: Config) -> list[str]:
         """Make what a further file says part of the configuration in force; returns what is worth telling of it."""
-        self.network.configure(config)
-        problems = self.register_config(config)
+        warnings = self.network.configure(config)
+        problems = warnings + self.register_config(config)
         self.take_effect(config)
         return problems
 

@@ -42,15 +42,17 @@ from vmd.ipc.messages import (
 )
 from vmd.log import log
 from vmd.parent.addresses import Plan, random_ula, resolvers, room
+from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping, prefix_warnings
 from vmd.parent.resources import copy_all
 from vmd.parent.vmtable import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from vmd.config.model import Prefix
     from vmd.ipc.loop import Timer
+    from vmd.parent.hostroutes import HostRoute, IpNetwork
     from vmd.parent.main import Parent
 
 COUNT_TIMEOUT_S = 5.0
@@ -133,8 +135,8 @@ class Network:
 
     # --- the configuration -------------------------------------------------------------------------------
 
-    def configure(self, config: Config) -> None:
-        """Have priv make what the switches of a configuration need."""
+    def configure(self, config: Config) -> list[str]:
+        """Have priv make what the switches of a configuration need.  Returns what the operator should know."""
         switches = [
             SwitchRequest(
                 interface=switch.interface,
@@ -151,6 +153,10 @@ class Network:
             self._tell_priv(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]
         self._tell_priv(message.replace(switches=tuple(switches)))
+        warnings = prefix_warnings(config, host_routes())
+        for warning in warnings:
+            log.warn(warning)
+        return warnings
 
     def on_configured(self, message: NetworkConfigured) -> None:
         """Log what cannot be; a VM that needs it will be told the same."""
@@ -191,7 +197,22 @@ class Network:
         identities = self.parent.vms.identities
         key = config.name, config.owner.uid
         identity = identities.of(key)
-        free = lambda number: self.user_of(vm, config, plan.replace(number=number)) is None  # noqa: E731
+        if self.holds(vm, plan.replace(number=identity.number)):
+            return identity.number
+        routes = host_routes()
+        for what, prefix in (("local prefix", plan.prefix4), ("local inet6 prefix", plan.prefix6)):
+            route = covering(prefix, routes)
+            if route is not None:
+                raise OperatorError(
+                    errno.EADDRINUSE,
+                    f"vm {config.name}: all addresses of `{what}` are in {route.network}, which this host reaches by "
+                    f"{route.interface}",
+                )
+
+        def free(number: int) -> bool:
+            candidate = plan.replace(number=number)
+            return not self.user_of(vm, config, candidate) and not self.route_to(config, candidate, routes)
+
         chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.parent.vms.present())
         if not chosen:
             raise OperatorError(
@@ -209,16 +230,8 @@ class Network:
     def check(self, vm: Vm, config: VmConfig) -> None:
         """Raise OperatorError if this VM's interfaces cannot be had here and now."""
         plan = self.plan_of(vm, config)
-        try:
-            user = self.user_of(vm, config, plan)
-        except OperatorError as error:
-            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
-        if user is not None:
-            raise OperatorError(
-                errno.EADDRINUSE,
-                f"vm {config.name}: its local interfaces have addresses that vm {self.name_of(user[0])} has here, "
-                f"such as {user[1]}",
-            )
+        if not self.holds(vm, plan):
+            self.check_addresses(vm, config, plan)
         for nic in config.nics:
             self.switch_of(config, nic)
             if nic.tap not in AUTOMATIC:
@@ -228,6 +241,50 @@ class Network:
                             errno.EBUSY,
                             f"vm {config.name}: interface {nic.tap} is in use by vm {self.name_of(vmid)}",
                         )
+
+    def holds(self, vm: Vm, plan: Plan) -> bool:
+        """Return whether a VM has the addresses of a plan: its guest resets itself and keeps them."""
+        held = self.taps.get(vm.vmid)
+        return held is not None and held.plan == plan
+
+    def check_addresses(self, vm: Vm, config: VmConfig, plan: Plan) -> None:
+        """Raise OperatorError if addresses of local interfaces do not exist, or another VM or a network has them."""
+        try:
+            user = self.user_of(vm, config, plan)
+            taken = self.route_to(config, plan, host_routes())
+        except OperatorError as error:
+            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
+        if user is not None:
+            raise OperatorError(
+                errno.EADDRINUSE,
+                f"vm {config.name}: its local interfaces have addresses that vm {self.name_of(user[0])} has here, "
+                f"such as {user[1]}",
+            )
+        if taken is not None:
+            network, route = taken
+            raise OperatorError(
+                errno.EADDRINUSE,
+                f"vm {config.name}: its local interfaces have addresses out of {route.network}, which this host "
+                f"reaches by {route.interface}, such as {network}",
+            )
+
+    def route_to(
+        self, config: VmConfig, plan: Plan, routes: "Sequence[HostRoute]"
+    ) -> "tuple[IpNetwork, HostRoute] | None":
+        """Return which network of a VM's local interfaces the host reaches already, and how; None for none of them.
+
+        Raises OperatorError if the addresses do not exist.
+        """
+        for index, nic in enumerate(config.nics):
+            if not nic.local or nic.rdomain:  # which has routes of its own
+                continue
+            networks = [network_of(plan.host4(index), 31)]
+            if plan.prefix6 is not None:
+                networks.append(network_of(plan.network6(index), 64))
+            for network in networks:
+                for route in overlapping(network, routes):
+                    return network, route
+        return None
 
     def user_of(self, vm: Vm, config: VmConfig, plan: Plan) -> tuple[int, str] | None:
         """Return which other VM has an address that this one would have, and which; None if there is none.

@@ -11,6 +11,7 @@ from vmd.log import JOURNAL, STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
 from vmd.parent.examine import check_images
+from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.identity import StateFile, state_directory
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
@@ -36,7 +37,10 @@ def run(arguments: list[str]) -> int:
     log.setup("vmd", JOURNAL if service.on_journal() and not options.debug else STDERR, options.verbosity)
     try:
         if options.check_only:
-            check_images(read_config(options), log.warn)
+            config = read_config(options)
+            for sentence in prefix_warnings(config, host_routes()):
+                log.warn(sentence)
+            check_images(config, log.warn)
             say("configuration OK\n")
             return 0
         return serve(options)

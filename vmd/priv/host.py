@@ -14,7 +14,7 @@ import os
 import re
 import time
 
-from vmd.config.model import IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
+from vmd.config.model import DEFAULT_ROUTES, IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
 from vmd.errors import HostError, OperatorError
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
@@ -335,6 +335,7 @@ class Network:
         elif request.rdomain:
             self.links.set_master(link, self.ensure_vrf(request.rdomain))
         self.require_free(link, networks_of(request))
+        self.require_no_route(link, request)
         if request.host4:
             sysctl.write(f"ipv4/conf/{link.name}/rp_filter", "1")  # the guest sends from its own address
             self.links.add_address(link, request.host4, 31)
@@ -357,6 +358,25 @@ class Network:
                         f"interface {link.name}: {rules.text(network, length)} is in use: the host has "
                         f"{ipaddress.ip_address(address)} on another interface; see `local prefix`",
                     )
+
+    def require_no_route(self, link: Link, request: "NicRequest") -> None:
+        """Raise OperatorError if the host reaches one of the addresses of a `local` interface by another one.
+
+        With addresses of its own network on a tap a host would lose its way, perhaps to its own router.
+        """
+        vrf = self.links.find(f"vrf{request.rdomain}") if request.rdomain else None
+        for network, length in networks_of(request):
+            first = int.from_bytes(network, "big") & ~((1 << (8 * len(network) - length)) - 1)
+            for number in (first, first + 1):  # of IPv6, the network itself and the host
+                route = self.links.route_to(number.to_bytes(len(network), "big"), vrf.index if vrf else 0)
+                if route is None or route.index == link.index or route.length <= DEFAULT_ROUTES[len(network)]:
+                    continue
+                taken = f"{rules.text(route.network, route.length)} by {self.links.name_of(route.index)}"
+                raise OperatorError(
+                    errno.EADDRINUSE,
+                    f"interface {link.name}: {rules.text(network, length)} is in use: the host reaches {taken}; "
+                    "see `local prefix`",
+                )
 
     def join_group(self, link: Link, names: "Sequence[str]") -> None:
         """Put an interface into the first group that the host knows; the others are sets of nftables only."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 IFF_UP = 1
+RTM_F_CLONED, RTM_F_FIB_MATCH = 0x0200, 0x2000
 IFA_F_NODAD = 0x02  # the link is a cable to one guest: nothing to detect, and nothing to wait for
 RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
 RTPROT_OURS = 0x76  # marks routes that we made, for whoever cleans up after us
@@ -44,6 +45,14 @@ class Link(Record):
     up: bool
     table: int = 0  # of a VRF
     group: int = 0
+
+
+class Route(Record):
+    """By which the host reaches a network: its packed address, its prefix length, the index of an interface."""
+
+    network: bytes
+    length: int
+    index: int
 
 
 class Links:
@@ -170,6 +179,33 @@ class Links:
             (message["index"], message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")) for message in found
         )
         return [(index, ipaddress.ip_address(text).packed) for index, text in pairs if text]
+
+    def route_to(self, address: bytes, inside: int = 0) -> Route | None:
+        """Return the route by which the host would reach an address, with the routing rules of all tables.
+
+        `inside` is the index of a VRF, or 0.  None if there is no way, or the kernel does not say which way it is.
+        """
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        wanted: dict[str, Any] = {"dst": str(ipaddress.ip_address(address)), "family": family}
+        if inside:
+            wanted["oif"] = inside
+        try:
+            with trying(f"look up the route to {wanted['dst']}"):
+                found = list(self.netlink.route("get", flags=RTM_F_FIB_MATCH, **wanted))
+        except HostError:
+            return None  # "unreachable" is said by an error, too
+        if not found or found[0]["flags"] & RTM_F_CLONED:  # before Linux 4.13, and 5.6 for IPv6: not the route itself
+            return None
+        network = found[0].get_attr("RTA_DST")
+        return Route(
+            network=ipaddress.ip_address(network).packed if network else bytes(len(address)),
+            length=found[0]["dst_len"],
+            index=found[0].get_attr("RTA_OIF") or 0,
+        )
+
+    def name_of(self, index: int) -> str:
+        """Return the name of an interface; its number if it has gone."""
+        return next((link.name for link in self.all() if link.index == index), str(index))
 
     def end_table(self, table: int) -> None:
         """Let a routing table end in "unreachable", so that what it does not know is not looked for in the next."""

@@ -140,7 +140,7 @@ def test_prefixes_of_no_use(conf: Loader, prefix: str, warning: str) -> None:
     """Their addresses mean something else."""
     conf.load(f"local {prefix}\n")
 
-    assert conf.warnings == [warning]
+    assert conf.warnings == [f"{conf.path}:1: {warning}"]
 
 
 @pytest.mark.parametrize("prefix", ["prefix 10/8", "inet6 prefix fd00::/48", "inet6 prefix 2000::/8"])

@@ -1,6 +1,7 @@
 """What the parent asks priv for, and what it tells a VM, without any process."""
 
 import errno
+import ipaddress
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from vmd.ipc.messages import (
     Trouble,
     TroubleInfo,
 )
+from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import TROUBLES_MAX, Network, alias
 from vmd.parent.requests import checked_request
 from vmd.parent.vmtable import State, Vm, VmTable
@@ -343,6 +345,26 @@ def test_a_vm_whose_addresses_one_from_elsewhere_has(parent: FakeParent) -> None
     assert (vm.vmid, number in (0, 2), parent.vms.identities.of(vm.key).number) == (2, False, number)
     start = int.from_bytes(bytes((100, 64, 0, 2)), "big")
     assert started(parent).nics[0].host4 == (start + number * 256).to_bytes(4, "big")
+
+
+def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused while its sender still has it; a VM that has its addresses already keeps them when it resets."""
+    vm, _ = launch(parent, received(5))
+    made(parent)
+    vpn = HostRoute(network=ipaddress.ip_network("100.64.0.0/16"), interface="vpn0")
+    monkeypatch.setattr("vmd.parent.network.host_routes", lambda: [vpn])
+
+    words = r"vm guest: .* out of 100\.64\.0\.0/16, which this host reaches by vpn0, such as 100\.64\.7\.2/31"
+    with pytest.raises(OperatorError, match=words):
+        parent.network.check(parent.vms.add(VmConfig(name="other"), from_config=True), received(7))
+    launch(parent, vm.config)
+    assert started(parent).config.plan_id == 5
+
+    local, _ = launch(parent, VmConfig(name="local", nics=(NicConfig(local=True),)))
+    made(parent)
+    assert parent.vms.identities.of(local.key).number >= 256
 
 
 def test_no_addresses_are_left(parent: FakeParent) -> None:
