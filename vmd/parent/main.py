@@ -86,7 +86,7 @@ from vmd.parent.access import may_control, owner_text, require_readable, require
 from vmd.parent.children import Children
 from vmd.parent.identity import StateFile
 from vmd.parent.limits import require_files, require_room
-from vmd.parent.media import Media
+from vmd.parent.media import Media, replaced
 from vmd.parent.network import Network
 from vmd.parent.options import Options
 from vmd.parent.report import describe
@@ -375,6 +375,10 @@ class Parent(Process):
                 began = True
                 if not again:  # its guest has changed nothing of what these say
                     self.note(vm, config, media.notes)
+                files_now = media.files()
+                for what in replaced(vm.files, files_now) if again else ():
+                    log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
+                vm.files = files_now
                 tty = vm.pty.copies()
                 message = StartVm(
                     vmid=vm.vmid,

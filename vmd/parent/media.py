@@ -8,11 +8,13 @@ import time
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import DiskImages, ImageLink
-from vmd.parent.disks import OpenDisk, discard_granularity, open_cdrom, open_disk
+from vmd.parent.disks import OpenDisk, discard_granularity, identity, open_cdrom, open_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.parent.disks import Prober
+
+    Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> what tells files apart
 
 NAME_MAX_BYTES = 240  # of a path, in what other processes log; sixteen images fit one message
 RETRY_S = 0.02
@@ -24,6 +26,7 @@ class Media:
     def __init__(self) -> None:
         self.disks: list[OpenDisk] = []
         self.cdrom: int | None = None
+        self.cdrom_path = ""
         self.notes: list[str] = []  # sentences that the operator should read
 
     @classmethod
@@ -43,6 +46,7 @@ class Media:
                 for disk in config.disks:
                     media.disks.append(open_disk(disk, config.rights.disks, prober, in_conf=bool(config.origin)))
                     media.notes += media.disks[-1].notes
+                media.cdrom_path = config.cdrom
                 if config.cdrom:
                     media.cdrom, notes = open_cdrom(config.cdrom, config.rights.cdrom, prober)
                     media.notes += notes
@@ -56,6 +60,18 @@ class Media:
                 raise
             else:
                 return media
+
+    def files(self) -> "Files":
+        """Return which file each image and the disc is; before they are taken."""
+        found = {}
+        for disk in self.disks:
+            for link in disk.links:
+                top = disk.links[0].path
+                what = f"disk {top}" if link.path == top else f"disk {top}: backing file {link.path}"
+                found[what] = identity(os.fstat(link.fd))
+        if self.cdrom is not None:
+            found[f"cdrom {self.cdrom_path}"] = identity(os.fstat(self.cdrom))
+        return found
 
     def describe(self) -> tuple[DiskImages, ...]:
         """Return what a VM process is told of its disks."""
@@ -89,6 +105,11 @@ class Media:
         with contextlib.ExitStack() as stack:
             for fd in (*self.take_disks(), *self.take_cdrom()):
                 stack.callback(os.close, fd)
+
+
+def replaced(before: "Files", now: "Files") -> list[str]:
+    """Return what has the name that it had, and is another file: moved, restored or made anew."""
+    return [what for what, file in now.items() if before.get(what, file) != file]
 
 
 def shortened(path: str) -> str:

@@ -226,6 +226,7 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
         stay_paused(parent, vm, code_of(error), sentence(error))
         return
     parent.note(vm, receiving.config, media.notes)
+    vm.files = media.files()
     try:
         message = ResumeReceived(
             vmid=vm.vmid, config=receiving.config, paused=receiving.paused, disks=media.describe()

@@ -17,6 +17,7 @@ from vmd.parent.resources import Pty, copy_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmd.parent.media import Files
     from vmd.parent.transfers import Receiving, Sending
 
 
@@ -62,6 +63,7 @@ class Vm:
         self.next_config: VmConfig | None = None  # takes effect when this life is over
         self.doomed = False  # `vmctl reset` has killed it: as good as forgotten
         self.successor: VmConfig | None = None  # ... and what has its name when it is gone
+        self.files: Files = {}  # its images and its disc
         self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
         self.sending: Sending | None = None
         self.sent: tuple[int, VmSent] | None = None  # the client to be told when the VM is gone
