@@ -145,7 +145,7 @@ def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:
             'vm db1: switch "off" is disabled',
         ),
         ('switch "s" { interface wire\n}\n' + block("db1", 'interface switch "s"'), "wire is not a bridge but veth"),
-        (block("db1", "interface tap6"), "interface tap6 exists already"),
+        (block("db1", "interface tap6"), "interface tap6 exists already, and is not a tap"),
         (block("db1", "interface rdomain 254"), "rdomain 254: the host's own routing table has that number"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_vm_that_cannot_have_its_interfaces_says_why(
 ) -> None:
     """The client has the sentence, nothing of the VM is left, and the daemon goes on."""
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
-    network.run("ip", "tuntap", "add", "tap6", "mode", "tap")
+    network.run("ip", "tuntap", "add", "tap6", "mode", "tun")
     with NetDaemon(tmp_path, network, conf + block("other", "interface")) as vmd:
         failed = vmd.vmctl("start", "db1")
 

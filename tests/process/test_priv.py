@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
-from tests.support.network import Network
+from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.ipc.messages import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
@@ -72,16 +72,124 @@ def test_the_next_free_name_is_taken(network: Network, priv: Priv) -> None:
         assert made.names == ["tap1", "tap9", "tap3"]
 
 
-@pytest.mark.parametrize("kind", [("tuntap", "add", "tap4", "mode", "tap"), ("link", "add", "tap4", "type", "bridge")])
-def test_a_name_that_is_taken_is_refused(network: Network, priv: Priv, kind: tuple[str, ...]) -> None:
-    """An interface of somebody else's is not used, even if it is a tap that nobody has open."""
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (("link", "add", "tap4", "type", "bridge"), "and is not a tap"),
+        (("tuntap", "add", "tap4", "mode", "tun"), "and is not a tap of one queue: ip tuntap add tap4 mode tap"),
+        (("tuntap", "add", "tap4", "mode", "tap", "multi_queue"), "and is not a tap of one queue: ip tuntap"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(
+    network: Network, priv: Priv, kind: tuple[str, ...], reason: str
+) -> None:
+    """An interface that is no tap, or one that several could use at a time, is neither used nor changed."""
     network.run("ip", *kind)
     before = links(network)["tap4"]
 
     failed = priv.refuse(nic("tap4"))
 
-    assert (failed.code, failed.text) == (errno.EBUSY, "interface tap4 exists already")
+    assert f"interface tap4 exists already, {reason}" in failed.text
     assert links(network)["tap4"] == before
+
+
+def test_a_tap_that_is_in_use_is_refused(network: Network, priv: Priv) -> None:
+    """By another program, or a VM of ours."""
+    with TapInterface(network, "tap4"), priv.make(nic("tap5", alias="vm2-if0-web"), vmid=2):
+        assert priv.refuse(nic("tap4")).text == "interface tap4 exists already, and another program uses it"
+        assert priv.refuse(nic("tap5")).text == "interface tap5 exists already: vm2-if0-web"
+
+
+def settled(network: Network, name: str) -> dict[str, Any]:
+    """Return what somebody has set of an interface."""
+    link = links(network)[name]
+    keys = ("ifindex", "mtu", "group", "master", "ifalias", "address")
+    given = [text for text in addresses(link) if not text.startswith("fe80")]
+    return {key: link.get(key) for key in keys} | {"up": "UP" in link["flags"], "addresses": given}
+
+
+def test_a_tap_that_is_there_is_used_and_left(network: Network, priv: Priv) -> None:
+    """It keeps its name, alias and addresses; frames pass; and afterwards it is as it was, and can be used again."""
+    network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
+    network.run("ip", "link", "set", "tap4", "alias", "the accountants", "address", "0a:00:00:00:00:04", "mtu", "1400")
+    network.run("ip", "address", "add", "10.9.0.1/24", "dev", "tap4")
+    before = settled(network, "tap4")
+
+    for _ in range(2):
+        with priv.make(nic("tap4")) as made:
+            (tap,) = made.nics
+            assert (tap.name, tap.mtu, tap.lladdr.hex(":")) == ("tap4", 1400, "0a:00:00:00:00:04")
+            assert settled(network, "tap4") == before | {"up": True}
+            network.run("ip", "neigh", "replace", "10.9.0.2", "lladdr", "02:00:00:00:00:02", "dev", "tap4")
+            with network.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.sendto(b"hello", ("10.9.0.2", 7000))
+            assert b"hello" in Guest(network, made).receive(b"hello")
+            priv.remove()
+        assert settled(network, "tap4") == before
+
+
+def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, priv: Priv) -> None:
+    """It joins the bridge with its MTU, and leaves it; a bridge of the administrator's that it is in it stays in."""
+    network.run("ip", "link", "add", "mine", "type", "bridge")
+    network.run("ip", "link", "add", "wire", "mtu", "9000", "type", "veth", "peer", "name", "other")
+    network.run("ip", "link", "set", "wire", "master", "mine")
+    for name in ("tap4", "tap5", "tap6"):
+        network.run("ip", "tuntap", "add", name, "mode", "tap")
+    network.run("ip", "link", "set", "tap5", "master", "mine", "mtu", "9000")
+    before = [settled(network, name) for name in ("tap4", "tap5", "tap6")]
+    priv.configure(switch("br0"), switch("mine"))
+
+    with priv.make(nic("tap4", bridge="br0", groups=("7",)), nic("tap5", bridge="mine"), nic("tap6", bridge="mine")):
+        there = links(network)
+        assert [there[name]["master"] for name in ("tap4", "tap5", "tap6")] == ["br0", "mine", "mine"]
+        assert (there["tap4"]["group"], there["tap6"]["mtu"], there["mine"]["mtu"]) == ("7", 9000, 9000)
+        assert priv.configure(switch("mine")) == ()  # br0 goes with its last tap, which tap4 is
+        assert "br0" in links(network)
+        priv.remove()
+    assert [settled(network, name) for name in ("tap4", "tap5", "tap6")] == before
+    assert "br0" not in links(network)
+    priv.configure(switch("br0"))
+    assert "is in another bridge or VRF than br0" in priv.refuse(nic("tap5", bridge="br0")).text
+    assert settled(network, "tap5") == before[1]
+
+
+def test_a_tap_that_is_there_as_a_local_interface(network: Network, priv: Priv) -> None:
+    """It has our addresses, besides its own, for as long as its VM has it."""
+    priv.configure()
+    network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
+    network.run("ip", "address", "add", "10.9.0.1/24", "dev", "tap4")
+    before = settled(network, "tap4")
+    rp_filter = setting(network, "ipv4/conf/tap4/rp_filter")
+
+    with World(network) as world, priv.make(nic("tap4", host4=HOST4, prefix6=PREFIX6)) as made, world.network.socket(
+        socket.AF_INET, socket.SOCK_DGRAM
+    ) as server:
+        assert {"10.9.0.1/24", "100.64.1.2/31", "fd42:42:42:4::1/64"} <= set(addresses(links(network)["tap4"]))
+        server.bind(("192.0.2.2", 7000))
+        server.settimeout(DEADLINE_S)
+        Guest(network, made).send(0x0800, udp4(GUEST4, socket.inet_aton("192.0.2.2"), b"hello"))
+        assert server.recvfrom(100)[0] == b"hello"
+        priv.remove()
+    assert settled(network, "tap4") == before
+    priv.quit()
+    assert setting(network, "ipv4/conf/tap4/rp_filter") == rp_filter
+
+
+def test_a_tap_that_was_in_use_when_priv_was_killed(network: Network) -> None:
+    """It is still there, as is the bridge that it is in, and both serve the next daemon as they served the first."""
+    network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
+    before = settled(network, "tap4")
+    with Priv(network) as first:
+        first.configure(switch("br0"))
+        with first.make(nic("tap4", bridge="br0")):
+            os.kill(first.child.pid, signal.SIGKILL)
+            first.wait()
+    with Priv(network) as second:
+        assert second.configure(switch("br0")) == ()
+        with second.make(nic("tap4", bridge="br0")):
+            assert links(network)["tap4"]["master"] == "br0"
+    assert set(links(network)) == {"lo", "tap4"}
+    assert settled(network, "tap4") | {"up": False} == before
 
 
 def test_a_tap_may_be_down(network: Network, priv: Priv) -> None:
@@ -102,7 +210,7 @@ def test_removing_does_not_wait_for_the_descriptor(network: Network, priv: Priv)
 
 def test_all_interfaces_of_a_vm_or_none(network: Network, priv: Priv) -> None:
     """What was made before the one that cannot be is gone again, and the next request succeeds."""
-    network.run("ip", "tuntap", "add", "tap9", "mode", "tap")
+    network.run("ip", "link", "add", "tap9", "type", "bridge")
 
     failed = priv.refuse(nic(host4=HOST4), nic("tap9"))
 

@@ -2,7 +2,7 @@
 
 Interfaces of ours carry an alias that nobody else gives:  switch<id>-<name>, vm<id>-if<n>-<name>, rdomain<n>.
 By it what a daemon has left that was killed is found again.  Whatever has no such alias, or was there before us, is
-never changed.
+never changed; but for a tap that vm.conf names, which its VM uses, and which is given back as it was (`Attached`).
 
 Every request is checked here once more: whoever has taken over the parent shall not get to other interfaces.
 """
@@ -67,6 +67,15 @@ class Nic:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class Attached(Nic):
+    """A tap that somebody else has made, and what of it we have changed."""
+
+    def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
+        super().__init__(vmid, link, fd, request)
+        self.before = link
+        self.added: list[tuple[bytes, int]] = []  # addresses
 
 
 class Network:
@@ -204,8 +213,8 @@ class Network:
 
     def ports(self, bridge: str) -> "list[Nic]":
         """Return the interfaces of VMs that belong into a bridge, as far as they are there and in no other."""
-        free = {link.index for link in self.links.all() if is_tap(link) and not link.master}
-        return [nic for nics in self.nics.values() for nic in nics if nic.bridge == bridge and nic.link.index in free]
+        free = {link.index for link in self.links.all() if not link.master}
+        return [nic for nic in self.all_nics() if nic.bridge == bridge and nic.link.index in free]
 
     def require_rdomain(self, bridge: Link, rdomain: int) -> None:
         """Raise OperatorError unless a bridge that we did not make is in a routing domain."""
@@ -254,9 +263,11 @@ class Network:
 
     def foreign_members(self, link: Link) -> list[str]:
         """Return the names of interfaces in a bridge or VRF that are not ours."""
+        attached = {nic.link.index for nic in self.all_nics()}
         return [
-            member.name for member in self.links.members(link) if not (is_tap(member) or is_bridge(member))
-        ]
+            member.name for member in self.links.members(link)
+            if not (is_tap(member) or is_bridge(member) or member.index in attached)
+        ]  # fmt: skip
 
     # --- interfaces of VMs -------------------------------------------------------------------------------
 
@@ -302,6 +313,9 @@ class Network:
                     f"rdomain {request.rdomain}: an interface on a switch is in that of the switch, "
                     f"{switch.rdomain or 0}",
                 )
+        existing = self.links.find(request.name) if request.name else None
+        if existing is not None:
+            return self.attach(vmid, existing, request, bridge)
         fd, name = tap.make(request.name, reserved)
         link: Link | None = None
         try:
@@ -316,6 +330,78 @@ class Network:
             os.close(fd)  # and with it the tap is gone
             raise
         return nic
+
+    def attach(self, vmid: int, link: Link, request: "NicRequest", bridge: Link | None) -> Attached:
+        """Take a tap that is there: it keeps its addresses and its name, and gets what the request says besides."""
+        if is_tap(link):
+            raise OperatorError(errno.EBUSY, f"interface {link.name} exists already: {link.alias}")
+        if link.kind != "tun":
+            raise OperatorError(errno.EBUSY, f"interface {link.name} exists already, and is not a tap")
+        nic = Attached(vmid, link, tap.attach(link.name), request)
+        try:
+            self.configure_attached(nic, request, bridge)
+            nic.link = self.links.get(link.name)
+        except (OperatorError, HostError):
+            nic.close()
+            self.give_back(nic)
+            raise
+        return nic
+
+    def configure_attached(self, nic: Attached, request: "NicRequest", bridge: Link | None) -> None:
+        """Change of a tap that is there what the request says, and nothing else."""
+        link = nic.link
+        master = bridge
+        if master is None and request.rdomain:
+            master = self.ensure_vrf(request.rdomain)
+        if master is not None and link.master not in (0, master.index):
+            raise OperatorError(
+                errno.EBUSY, f"interface {link.name} exists already, and is in another bridge or VRF than {master.name}"
+            )
+        self.join_group(link, request.groups)
+        if master is not None and not link.master:
+            if bridge is not None:
+                self.links.set_mtu(link, min(bridge.mtu, MTU_MAX))  # as for taps of ours
+            self.links.set_master(link, master)
+        self.require_free(link, networks_of(request))
+        if request.host4:
+            self.kept.change(f"ipv4/conf/{link.name}/rp_filter", "1")
+            self.lend_address(nic, request.host4, 31)
+        if request.prefix6:
+            if not sysctl.entries("ipv6/conf"):
+                raise OperatorError(errno.EAFNOSUPPORT, f"interface {link.name}: local inet6: this kernel has no IPv6")
+            self.kept.change(f"ipv6/conf/{link.name}/disable_ipv6", "0")
+            nic.link_local = link_local(link.lladdr)
+            self.lend_address(nic, nic.link_local, 64)
+            self.lend_address(nic, request.prefix6[:8] + HOST6, 64)
+        if request.up:
+            self.links.set_up(link, up=True)
+
+    def lend_address(self, nic: Attached, address: bytes, length: int) -> None:
+        """Give a tap of somebody else's an address, unless it has it."""
+        if (nic.link.index, address) not in self.links.addresses():
+            self.links.add_address(nic.link, address, length)
+            nic.added.append((address, length))
+
+    def give_back(self, nic: Attached) -> None:
+        """Undo what was changed of a tap of somebody else's; failures are logged."""
+        try:
+            link, before = self.links.find(nic.link.name), nic.before
+            if link is None or link.index != before.index:
+                return
+            for address, length in nic.added:
+                self.links.delete_address(link, address, length)
+            # A bridge of ours it leaves in any case: a daemon that was killed may have put it there.
+            ours = any(other.index == link.master and (is_bridge(other) or is_vrf(other)) for other in self.links.all())
+            if link.master and (link.master != before.master or ours):
+                self.links.leave_master(link)
+            if link.mtu != before.mtu:
+                self.links.set_mtu(link, before.mtu)
+            if link.group != before.group:
+                self.links.set_group(link, before.group)
+            if link.up and not before.up:
+                self.links.set_up(link, up=False)
+        except HostError as error:
+            log.error(str(error))
 
     def configure_tap(self, nic: Nic, request: "NicRequest", bridge: Link | None) -> None:
         """Give a tap its group, master and addresses, and switch it on."""
@@ -396,9 +482,15 @@ class Network:
         self.tidy()
 
     def drop(self, nics: "Sequence[Nic]") -> None:
-        """Delete taps.  A descriptor that somebody still holds does not keep them; failures are logged."""
+        """Delete our taps, give back those of others.
+
+        A descriptor that somebody still holds does not keep them; failures are logged.
+        """
         for nic in nics:
             nic.close()
+            if isinstance(nic, Attached):
+                self.give_back(nic)
+                continue
             try:
                 link = self.links.find(nic.link.name)
                 if link is not None and link.index == nic.link.index and is_tap(link):

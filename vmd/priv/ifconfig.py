@@ -172,6 +172,17 @@ class Links:
         with trying(f"give interface {link.name} address {text}/{length}"):
             self.netlink.addr("add", index=link.index, address=text, prefixlen=length, **options)
 
+    def delete_address(self, link: Link, address: bytes, length: int) -> None:
+        """Take an address from an interface; one that is gone is none to delete."""
+        text = str(ipaddress.ip_address(address))
+        family = {"family": socket.AF_INET6} if len(address) == 16 else {}
+        try:
+            with trying(f"take address {text}/{length} from interface {link.name}"), absent_is_fine():
+                self.netlink.addr("del", index=link.index, address=text, prefixlen=length, **family)
+        except HostError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+
     def addresses(self) -> list[tuple[int, bytes]]:
         """Return (index of the interface, packed address) of every address of the host."""
         found = listed("list addresses", self.netlink.get_addr)

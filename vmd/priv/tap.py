@@ -27,11 +27,7 @@ def make(name: str, reserved: "Collection[str]" = ()) -> tuple[int, str]:
     Raises:
         OperatorError: the name is taken, or this host has no taps.
     """
-    try:
-        fd = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = sentence(error)
-        raise OperatorError(error.errno or errno.EIO, f"{TUN}: {reason}: load the kernel module tun") from None
+    fd = open_tun()
     try:
         if name:
             return fd, claim(fd, name)
@@ -47,6 +43,36 @@ def make(name: str, reserved: "Collection[str]" = ()) -> tuple[int, str]:
     except BaseException:
         os.close(fd)
         raise
+
+
+def attach(name: str) -> int:
+    """Return a descriptor, non-blocking, of a tap that somebody else has made; it stays when that is closed.
+
+    Raises:
+        OperatorError: another program uses it, or it is no such tap.
+    """
+    fd = open_tun()
+    try:
+        fcntl.ioctl(fd, TUNSETIFF, IFREQ.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EBUSY:
+            raise OperatorError(errno.EBUSY, f"interface {name} exists already, and another program uses it") from None
+        if error.errno == errno.EINVAL:
+            reason = f"interface {name} exists already, and is not a tap of one queue: ip tuntap add {name} mode tap"
+            raise OperatorError(errno.EINVAL, reason) from None
+        failed = HostError(f"attach to interface {name}", error)
+        raise OperatorError(failed.errno, str(failed)) from None
+    return fd
+
+
+def open_tun() -> int:
+    """Open what taps are made from.  Raises OperatorError."""
+    try:
+        return os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        reason = sentence(error)
+        raise OperatorError(error.errno or errno.EIO, f"{TUN}: {reason}: load the kernel module tun") from None
 
 
 def claim(fd: int, name: str) -> str:
