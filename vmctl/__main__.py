@@ -1,5 +1,7 @@
 """vmctl(8): asks a running vmd to do things, and shows what it answers."""
 
+import contextlib
+import errno
 import importlib
 import sys
 
@@ -11,17 +13,23 @@ from vmctl.table import GLOBAL, Command
 from vmctl.usage import GENERAL, usage, usage_of
 from vmd import stdio
 from vmd.errors import VmdError
+from vmd.stdio import STDERR, STDOUT
 
 COMPLETE = "--complete"  # what the completions of shells ask with
 
 
 def fail(session: Session, error: VmdError) -> int:
     """Say what went wrong; return the exit status."""
-    if str(error):
+    if str(error) and not session.quiet:
         warn(str(error))
     if session.json:
-        put_json({"error": clean(str(error)), "code": getattr(error, "code", None)})
+        put_error(str(error), getattr(error, "code", None), session.json_fd)
     return error.exit_status if isinstance(error, CommandError) else 1
+
+
+def put_error(text: str, code: int | None, fd: int = STDOUT) -> None:
+    """Write the document of a failure.  Raises CommandError."""
+    put_json({"error": clean(text), "code": code}, fd)
 
 
 def run_command(session: Session, command: Command, words: list[str]) -> int:
@@ -30,6 +38,7 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
     try:
         try:
             session.json = "--json" in words  # also of a command line that cannot be read
+            session.json_fd = STDERR if command.writes_data else STDOUT
             given = parse(command, words)
             session.json = given.has("--json")
             if given.wants_help:
@@ -38,7 +47,8 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
             return status
         except UsageError as error:
             status = fail(session, error)
-            notice(usage_of(command))
+            if not session.quiet:
+                notice(usage_of(command))
             return status
         except NoSuchVm as error:
             return fail(session, NoSuchVm(f"{error}{session.meant(given.operand)}"))
@@ -47,10 +57,16 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
     except CommandError as error:
         return error.exit_status  # standard output is gone, which may be the very failure
     except KeyboardInterrupt:
-        warn(f"{command.name}: interrupted")
-        return 1
+        return interrupted(session, command)
     finally:
         session.close()
+
+
+def interrupted(session: Session, command: Command) -> int:
+    """Say that ^C has ended a command; return the exit status."""
+    with contextlib.suppress(CommandError):
+        return fail(session, CommandError(f"{command.name}: interrupted", errno.EINTR))
+    return CommandError.exit_status
 
 
 def explain(word: str = "") -> int:
@@ -72,6 +88,14 @@ def show_version() -> int:
         return error.exit_status
 
 
+def no_command(words: list[str], error: UsageError) -> int:
+    """Return the exit status of a command line that names no command; programs get a document, too."""
+    if "--json" in words:
+        with contextlib.suppress(CommandError):
+            put_error(str(error), None)
+    return error.exit_status
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run vmctl; return the exit status."""
     stdio.fill()
@@ -85,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         warn(str(error))
         notice(usage())
-        return error.exit_status
+        return no_command(words, error)
     given = Given(options)
     session = Session(given.value("-s") or DEFAULT_SOCKET, verbose=given.has("-v"))
     if given.wants_help:
@@ -99,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = find_command(rest[0])
     except UsageError as error:
         notice(f"{clean(str(error))}\n{GENERAL}Try 'vmctl help'.\n")
-        return error.exit_status
+        return no_command(rest, error)
     return run_command(session, command, rest[1:])
 
 

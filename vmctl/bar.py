@@ -17,10 +17,10 @@ SETTLED_S = 1.0  # a rate of less time says nothing of what remains
 class Bar:
     """Name, percentage, bar, size and, where asked for, rate and remaining time; redrawn in place."""
 
-    def __init__(self, name: str, *, rate: bool = False) -> None:
+    def __init__(self, name: str, *, rate: bool = False, shown: bool = True) -> None:
         self.rate = rate
         self.began_s = time.monotonic()
-        self.shown = os.isatty(STDERR)
+        self.shown = shown and os.isatty(STDERR)
         columns = os.get_terminal_size(STDERR).columns if self.shown else 0
         # One column stays free: what fills a line to its end is followed by another.
         fixed = len(f" 100% || {fmt_scaled(0):>6}") + (len(self._pace(0, 1)) if rate else 0)

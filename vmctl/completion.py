@@ -13,7 +13,7 @@ from vmctl.errors import UsageError
 from vmctl.options import find_command
 from vmctl.output import clean, put
 from vmctl.session import DEFAULT_SOCKET, Session
-from vmctl.table import COMMAND, COMMANDS, FILE, GLOBAL, HELP, SWITCH, VM, Command, Operand, Option
+from vmctl.table import COMMAND, COMMANDS, COMMON, FILE, GLOBAL, SWITCH, VM, Command, Operand, Option
 from vmd.errors import VmdError
 
 DEADLINE_S = 2  # a daemon that is not so fast must not hold up somebody who types
@@ -51,7 +51,7 @@ class Place:
     def _take_operand(self, word: str) -> None:
         if self.command is None:
             self.command = find_command(word)
-            self.options = (*self.command.options, *HELP)
+            self.options = (*self.command.options, *COMMON)
         else:
             self.operands += 1
 

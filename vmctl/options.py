@@ -5,7 +5,7 @@ Unlike vmd's, options may follow operands, as everywhere on Linux; `--` ends the
 """
 
 from vmctl.errors import UsageError
-from vmctl.table import COMMANDS, HELP, Command, Operand, Option
+from vmctl.table import COMMANDS, COMMON, HELP, Command, Operand, Option
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def parse(command: Command, words: list[str]) -> Given:
         UsageError: an option is unknown, lacks its value or does not go with another; a word is missing, too many, or
             none of those that there are.
     """
-    given, operands = split(words, (*command.options, *HELP))
+    given, operands = split(words, (*command.options, *COMMON))
     found = Given(given)
     if found.wants_help:
         return found

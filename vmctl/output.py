@@ -12,6 +12,10 @@ from vmctl.errors import CommandError
 from vmd.errors import sentence
 from vmd.stdio import STDERR, STDOUT
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 SCHEMA_VERSION = 1  # of docs/vmctl.schema.json
 
 
@@ -45,12 +49,13 @@ def notice(text: str) -> None:
         return
 
 
-def put(data: bytes) -> None:
-    """Write to standard output.  Raises CommandError."""
+def put(data: bytes, fd: int = STDOUT) -> None:
+    """Write to standard output, or to standard error what must arrive.  Raises CommandError."""
     try:
-        write_all(STDOUT, data)
+        write_all(fd, data)
     except OSError as error:
-        raise CommandError(f"standard output: {sentence(error)}", error.errno) from None
+        name = "output" if fd == STDOUT else "error"
+        raise CommandError(f"standard {name}: {sentence(error)}", error.errno) from None
 
 
 def put_lines(lines: "list[str]") -> None:
@@ -58,9 +63,9 @@ def put_lines(lines: "list[str]") -> None:
     put("".join(f"{clean(line)}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
-def put_json(document: "dict[str, object]") -> None:
+def put_json(document: "Mapping[str, object]", fd: int = STDOUT) -> None:
     """Write the one JSON document of a command.  Raises CommandError."""
     import json  # reads `re`, half of our start-up time; few runs need it
 
     document = {"schema": SCHEMA_VERSION, **document}
-    put((json.dumps(document, indent=2) + "\n").encode())
+    put((json.dumps(document, indent=2) + "\n").encode(), fd)

@@ -2,6 +2,7 @@
 
 from vmctl.client import Client
 from vmd.errors import VmdError
+from vmd.stdio import STDERR, STDOUT
 
 DEFAULT_SOCKET = "/run/vmd.sock"
 
@@ -12,7 +13,8 @@ class Session:
     def __init__(self, socket_path: str = DEFAULT_SOCKET, *, verbose: bool = False) -> None:
         self.socket_path = socket_path
         self.verbose = verbose
-        self.json = False  # set by the command's own --json; failures are then a document, too
+        self.json = False  # set by --json; failures are then a document, too
+        self.json_fd = STDOUT  # where that goes
         self._client: Client | None = None
 
     @property
@@ -30,6 +32,11 @@ class Session:
             return meant(name, [vm.name for vm in self.client.list_vms()])
         except VmdError:
             return ""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether standard error is for the document alone."""
+        return self.json and self.json_fd == STDERR
 
     def close(self) -> None:
         """Hang up, if we ever called."""

@@ -39,12 +39,15 @@ class Command(Record):
     help: str
     options: tuple[Option, ...] = ()
     operand: Operand | None = None
+    writes_data: bool = False  # to standard output, where its document then has no place
 
 
 HELP = (
     Option(name="-h", help="show this help"),
     Option(name="--help", help="show this help"),
 )
+# What every command takes.
+COMMON = (Option(name="--json", help="print one JSON document, for programs"), *HELP)
 # What stands before the command.
 GLOBAL = (
     Option(name="-s", value="socket", kind=FILE, help="talk to the daemon at another socket than /run/vmd.sock"),
@@ -54,7 +57,6 @@ GLOBAL = (
     *HELP,
 )
 
-JSON = Option(name="--json", help="print one JSON document")
 ID = Operand(name="id", kind=VM)
 STATUS = Command(
     name="status",
@@ -63,7 +65,6 @@ STATUS = Command(
     options=(
         Option(name="-r", help="only those that run"),
         Option(name="-v", help="add network interfaces, and what is wrong with devices"),
-        JSON,
     ),
     operand=Operand(name="id", kind=VM, optional=True),
 )
@@ -100,7 +101,7 @@ COMMANDS = (
         operand=Operand(name="brief | verbose", words=("brief", "verbose"), abbreviated=True),
     ),
     Command(
-        name="pause", module="pause", help="have a VM stand still until unpause", options=(JSON,), operand=ID
+        name="pause", module="pause", help="have a VM stand still until unpause", operand=ID
     ),
     Command(
         name="receive",
@@ -120,6 +121,7 @@ COMMANDS = (
         name="send",
         module="send",
         help="write a running VM to standard output, for receive; it is gone then",
+        writes_data=True,
         options=(Option(name="-k", help="keep it: it goes on when it has been written"),),
         operand=ID,
     ),
@@ -142,7 +144,6 @@ COMMANDS = (
             Option(name="-p", value="vcpus", help="have this many virtual CPUs"),
             Option(name="-r", value="path", kind=FILE, help="put this ISO image into the CD drive"),
             Option(name="-t", value="name", kind=VM, help="make an instance of this VM"),
-            JSON,
         ),
         operand=Operand(name="id | name", kind=VM),
     ),
@@ -155,11 +156,10 @@ COMMANDS = (
             Option(name="-f", help="kill the VM; the guest is not asked"),
             Option(name="-w", help="wait until the VM is gone"),
             Option(name="-a", instead_of="id", help="stop all VMs that run or wait for their start"),
-            JSON,
         ),
         operand=ID,
     ),
-    Command(name="unpause", module="unpause", help="let a paused VM go on", options=(JSON,), operand=ID),
+    Command(name="unpause", module="unpause", help="let a paused VM go on", operand=ID),
     Command(name="version", module="version", help="show the versions of vmctl and of the daemon"),
-    Command(name="wait", module="wait", help="wait until a VM is gone", options=(JSON,), operand=ID),
+    Command(name="wait", module="wait", help="wait until a VM is gone", operand=ID),
 )

@@ -1,11 +1,14 @@
 """What the daemon says of a VM besides its state: its files, since when, how it ended, whose it is, what it uses."""
 
+import errno
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -16,6 +19,8 @@ from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
 from tests.support.transfers import from_file, to_file
+from vmctl.table import COMMANDS
+from vmd.version import VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -121,6 +126,53 @@ def test_a_received_vm(vmd: Daemon, tmp_path: Path) -> None:
     vmd.must("stop", "-fw", "full")
     assert described(vmd, name="full")["resident_bytes"] is None
     assert guest_memories(vmd.pid) == []  # what is not used any more is not held
+
+
+def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) -> None:
+    """Of a real daemon, and when it fails; standard output has the document and nothing else."""
+    (tmp_path / "more.conf").write_text('vm "more" { disable\n disk "/nonexistent/disk" }\n')
+    (tmp_path / "broken.conf").write_text("nonsense\n")
+    asked: set[str] = set()
+
+    def ask(
+        *words: str | Path, name: str = "", status: int = 0, stdin: int | IO[bytes] = subprocess.DEVNULL,
+        stdout: int | IO[bytes] = subprocess.PIPE,
+    ) -> dict[str, Any]:  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "vmctl", "-s", vmd.socket, *words, "--json"],
+            cwd=vmd.code, timeout=DEADLINE_S, check=False, text=True,
+            stdin=stdin, stdout=stdout, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert done.returncode == status, (words, done.stdout, done.stderr)
+        asked.add(str(words[0]))
+        return schema.check(done.stdout or done.stderr, name or ("error" if status else str(words[0])))
+
+    assert ask("version")["vmd"] == VERSION
+    assert len(ask("help")["commands"]) == len(COMMANDS)
+    made = ask("create", "-s", "1500K", tmp_path / "new.qcow2")
+    assert (made["format"], made["size_bytes"], made["notes"]) == ("qcow2", 1 << 20, ["disk size rounded to 1.0M"])
+    assert ask("status")["vms"] == ask("show")["vms"]
+    started = ask("start", "demo")
+    assert ask("console", "demo")["tty"] == started["tty"]
+    assert ask("pause", "demo")["paused"] is True
+    assert ask("unpause", "demo")["paused"] is False
+    with (tmp_path / "stream").open("wb") as stream:
+        sent = ask("send", "demo", stdout=stream)
+    assert sent["sent_bytes"] == (tmp_path / "stream").stat().st_size
+    with (tmp_path / "stream").open("rb") as source:
+        assert ask("receive", "-p", "demo", stdin=source)["paused"] is True
+    assert ask("stop", "-fw", "demo")["vms"][0]["how"] == "killed"
+    ask("log", "verbose")
+    ask("log", "brief")
+    assert ask("load", tmp_path / "more.conf")["notes"] == []
+    ask("reload")
+    ask("reset", "switches")
+    (ended,) = ask("wait", "nobody", status=4, name="wait")["vms"]  # which says VM by VM what has failed
+    assert (ended["result"], ended["code"]) == ("failed", errno.ENOENT)
+    assert "broken.conf:1: " in ask("load", tmp_path / "broken.conf", status=1)["error"]
+    with (tmp_path / "stream").open("wb") as stream:
+        assert "not found" in ask("send", "nobody", status=4, stdout=stream)["error"]
+    assert {each.name for each in COMMANDS} <= asked
 
 
 def guest_memories(pid: int) -> list[int]:

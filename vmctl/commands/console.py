@@ -8,10 +8,10 @@ import errno
 import os
 
 from vmctl.client import Client
-from vmctl.errors import NoDaemon, Refused, refused
+from vmctl.errors import CommandError, NoDaemon, NoSuchVm, Refused, refused
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
-from vmctl.output import clean, warn
+from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
@@ -22,9 +22,22 @@ SPEED = 115200
 
 
 def run(session: Session, given: Given) -> int:
-    """Attach to the console of a VM."""
+    """Attach to the console of a VM; or only tell a program where it is."""
     ref = parse_vmref(given.operand)
+    if session.json:
+        return tell(session, ref)
     return attach(session.client, ref)
+
+
+def tell(session: Session, ref: VmRef) -> int:
+    """Print where the console of a VM is, and leave it to whoever has it.  Raises CommandError."""
+    for vm in session.client.list_vms():
+        if ref.means(vm):
+            if not vm.tty:
+                raise CommandError(f"console not found: vm {vm.name} is not running", errno.ESRCH)
+            put_json({"id": vm.vmid, "name": clean(vm.name), "tty": clean(vm.tty)})
+            return 0
+    raise NoSuchVm(f"console not found: vm {ref} not found")
 
 
 def attach(client: Client, ref: VmRef) -> int:

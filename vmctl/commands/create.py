@@ -10,7 +10,7 @@ from types import FrameType
 from vmctl.bar import Bar
 from vmctl.errors import ArgumentError, CommandError, UsageError
 from vmctl.options import Given
-from vmctl.output import warn
+from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmd.config.model import MIB
 from vmd.errors import ImageError, VmdError
@@ -35,6 +35,7 @@ class Target:
             raise UsageError("disk without a name")
         suggested = os.path.splitext(self.path)[1].removeprefix(".").lower()
         self.suggests = suggested if suggested in FORMATS else named(self.path)
+        self.notes: list[str] = []  # what the user was told besides
         if not self.format:
             if self.suggests and self.suggests not in FORMATS:
                 raise CommandError(
@@ -44,10 +45,15 @@ class Target:
                 )
             self.format = self.suggests or "raw"
 
+    def note(self, text: str, before: str = "") -> None:
+        """Say something that is worth knowing."""
+        warn(f"{before}{text}")
+        self.notes.append(clean(text))
+
     def done(self) -> None:
         """Say what was made, and what nobody would expect of its name."""
         if self.suggests not in ("", self.format):
-            warn(f"warning: {self.path} is {self.format}, which its name does not say: {self.advice()}")
+            self.note(f"{self.path} is {self.format}, which its name does not say: {self.advice()}", "warning: ")
         warn(f"{self.format} imagefile created")
 
     def advice(self) -> str:
@@ -73,21 +79,17 @@ def disk_size(text: str) -> int:
     return size
 
 
-def whole_megabytes(size: int) -> int:
-    """Return a size without what exceeds whole megabytes, and say so."""
+def create_empty(target: Target, size: int) -> int:
+    """Make an empty disk of whole megabytes; return its size.  Raises VmdError."""
     rounded = size - size % MIB
     if rounded != size:
-        warn(f"disk size rounded to {fmt_scaled(rounded)}")
+        target.note(f"disk size rounded to {fmt_scaled(rounded)}")
+    create(target.path, target.format, rounded)
     return rounded
 
 
-def create_empty(target: Target, size: int) -> None:
-    """Make an empty disk.  Raises VmdError."""
-    create(target.path, target.format, whole_megabytes(size))
-
-
-def create_overlay(target: Target, word: str, size: int | None) -> None:
-    """Make a disk that shows a base until it is written to.
+def create_overlay(target: Target, word: str, size: int | None) -> int:
+    """Make a disk that shows a base until it is written to; return its size.
 
     Refuses what no VM could be started with: a base that is missing where the disk will look for it, or too
     many of them.  Raises VmdError.
@@ -117,6 +119,7 @@ def create_overlay(target: Target, word: str, size: int | None) -> None:
             f"base size does not match requested size: {base_size} bytes are not {size}; it need not be given"
         )
     create(target.path, "qcow2", base_size, base, "qcow2")
+    return base_size
 
 
 def base_path(target: Target, base: str) -> str:
@@ -137,8 +140,8 @@ def base_path(target: Target, base: str) -> str:
     return found
 
 
-def create_copy(target: Target, word: str, size: int | None) -> None:
-    """Make a disk with the content of another image.  Raises VmdError."""
+def create_copy(target: Target, word: str, size: int | None) -> int:
+    """Make a disk with the content of another image; return its size.  Raises VmdError."""
     source_format, path = split_format(word)
     try:
         chain = OpenedChain(path, source_format)
@@ -146,7 +149,7 @@ def create_copy(target: Target, word: str, size: int | None) -> None:
     except VmdError as error:
         raise CommandError(f"failed to open source image file: {error}") from None
     for note in chain.notes:
-        warn(f"warning: {note}")
+        target.note(note, "warning: ")
     try:
         rounded_up = -(-source.size // MIB) * MIB
         wanted = max(rounded_up, MIB) if size is None else size
@@ -157,7 +160,7 @@ def create_copy(target: Target, word: str, size: int | None) -> None:
         # Unlike vmd: -s is bytes here as everywhere, not bytes times a megabyte.
         whole = max(wanted - wanted % MIB, rounded_up)
         if whole != wanted:
-            warn(f"disk size rounded to {fmt_scaled(whole)}")
+            target.note(f"disk size rounded to {fmt_scaled(whole)}")
         bar = Bar(os.path.basename(target.path))
         try:
             convert(source, target.path, target.format, whole, bar.show)
@@ -165,6 +168,7 @@ def create_copy(target: Target, word: str, size: int | None) -> None:
             bar.end()
     finally:
         source.close()
+    return whole
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -185,12 +189,14 @@ def run(session: Session, given: Given) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
             signal.signal(number, interrupt)
     if "-b" in values:
-        create_overlay(target, values["-b"], size)
+        made = create_overlay(target, values["-b"], size)
     elif "-i" in values:
-        create_copy(target, values["-i"], size)
+        made = create_copy(target, values["-i"], size)
     elif size is None:
         raise UsageError(f"could not create {target.path}: missing size argument")
     else:
-        create_empty(target, size)
+        made = create_empty(target, size)
     target.done()
+    if session.json:
+        put_json({"path": clean(target.path), "format": target.format, "size_bytes": made, "notes": target.notes})
     return 0

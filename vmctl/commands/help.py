@@ -3,9 +3,9 @@
 import textwrap
 
 from vmctl.options import Given, find_command
-from vmctl.output import put
+from vmctl.output import put, put_json
 from vmctl.session import Session
-from vmctl.table import COMMANDS, GLOBAL, HELP, Command, Option
+from vmctl.table import COMMANDS, COMMON, GLOBAL, Command, Option
 from vmctl.usage import synopsis
 
 WIDTH = 79
@@ -15,8 +15,28 @@ TOGETHER = "\N{NO-BREAK SPACE}"  # keeps an option and its value on one line
 
 def run(session: Session, given: Given) -> int:
     """Show it; the daemon is not asked."""
-    show(given.operand)
+    if session.json:
+        put_json({"commands": [described(each) for each in commands(given.operand)]})
+    else:
+        show(given.operand)
     return 0
+
+
+def commands(word: str) -> tuple[Command, ...]:
+    """Return the command that `word` is or abbreviates, or all.  Raises UsageError."""
+    return (find_command(word),) if word else COMMANDS
+
+
+def described(command: Command) -> dict[str, object]:
+    """Return a command under keys that stay."""
+    return {
+        "name": command.name,
+        "help": command.help,
+        "usage": synopsis(command),
+        "options": [
+            {"name": option.name, "value": option.value or None, "help": option.help} for option in command.options
+        ],
+    }
 
 
 def show(word: str = "") -> None:
@@ -43,7 +63,7 @@ def explain(command: Command) -> str:
     usage = f"usage: vmctl {synopsis(command, TOGETHER)}"
     usage = textwrap.fill(usage, WIDTH, subsequent_indent=" " * 8, break_on_hyphens=False)
     sentence = f"{command.help[0].upper()}{command.help[1:]}."
-    parts = [usage.replace(TOGETHER, " "), textwrap.fill(sentence, WIDTH), "".join(rows((*command.options, *HELP)))]
+    parts = [usage.replace(TOGETHER, " "), textwrap.fill(sentence, WIDTH), "".join(rows((*command.options, *COMMON)))]
     return "\n\n".join(parts)
 
 

@@ -16,5 +16,5 @@ def run(session: Session, given: Given) -> int:
         path = os.path.abspath(given.operand)
     except OSError as error:  # our directory has been removed
         raise CommandError(f"{given.operand}: {sentence(error)}", error.errno) from None
-    show_notes(session.client.ask(LoadRequest(path=path), Ok))
+    show_notes(session, session.client.ask(LoadRequest(path=path), Ok))
     return 0

@@ -10,5 +10,5 @@ LEVELS = {"brief": 0, "verbose": 2}
 
 def run(session: Session, given: Given) -> int:
     """Send the verbosity."""
-    show_notes(session.client.ask(LogRequest(verbosity=LEVELS[given.operand]), Ok))
+    show_notes(session, session.client.ask(LogRequest(verbosity=LEVELS[given.operand]), Ok))
     return 0

@@ -5,7 +5,7 @@ import os
 from vmctl.commands.send import access_mode, transfer
 from vmctl.errors import ArgumentError, CommandError, Refused
 from vmctl.options import Given
-from vmctl.output import warn
+from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.ipc.messages import ReceiveRequest, VmReceived
@@ -23,9 +23,17 @@ def run(session: Session, given: Given) -> int:
         raise CommandError("standard input is not open for reading: redirect it from a file, or from a pipe")
     request = ReceiveRequest(name=ref.name, paused=given.has("-p"))
     try:
-        received = transfer(session.client, request, VmReceived, STDIN, ref.name)
+        received = transfer(session, request, VmReceived, STDIN, ref.name)
     except Refused as error:
         raise CommandError(f"receive vm command failed: {error.text}", error.code) from None
     state = ", paused" if received.paused else ""
     warn(f"received vm {received.vmid} successfully, tty {received.tty}{state}")
+    if session.json:
+        put_json({
+            "id": received.vmid,
+            "name": clean(received.name),
+            "pid": received.pid,
+            "tty": clean(received.tty),
+            "paused": received.paused,
+        })  # fmt: skip
     return 0

@@ -14,5 +14,5 @@ WHAT = {
 
 def run(session: Session, given: Given) -> int:
     """Send what is to be forgotten: all, unless told otherwise."""
-    show_notes(session.client.ask(WHAT[given.operand or "all"], Ok))
+    show_notes(session, session.client.ask(WHAT[given.operand or "all"], Ok))
     return 0

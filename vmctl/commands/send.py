@@ -4,10 +4,9 @@ import fcntl
 import os
 
 from vmctl.bar import Bar
-from vmctl.client import Client
 from vmctl.errors import CommandError, Refused, refused
 from vmctl.options import Given
-from vmctl.output import warn
+from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.ipc.messages import SendRequest, TransferProgress, VmReceived, VmSent
@@ -38,10 +37,13 @@ def run(session: Session, given: Given) -> int:
         raise CommandError(f"standard output is {os.devnull}: the VM would be lost")
     request = SendRequest(vmid=ref.vmid, name=ref.name, keep=keep)
     try:
-        sent = transfer(session.client, request, VmSent, STDOUT, str(ref))
+        sent = transfer(session, request, VmSent, STDOUT, str(ref))
     except Refused as error:
         raise refused("send vm command failed", error) from None
-    warn(f"sent vm {sent.vmid} successfully ({fmt_scaled(sent.sent_bytes)})")
+    if session.json:
+        put_json({"id": sent.vmid, "name": clean(sent.name), "sent_bytes": sent.sent_bytes}, session.json_fd)
+    else:
+        warn(f"sent vm {sent.vmid} successfully ({fmt_scaled(sent.sent_bytes)})")
     return 0
 
 
@@ -51,11 +53,12 @@ def access_mode(fd: int) -> int:
 
 
 def transfer(
-    client: Client, request: "SendRequest | ReceiveRequest", expected: "type[A]", fd: int, name: str
+    session: Session, request: "SendRequest | ReceiveRequest", expected: "type[A]", fd: int, name: str
 ) -> "A":
     """Have the daemon use our descriptor, and show how far it is.  Raises Refused, PeerError."""
+    client = session.client
     client.send(request, {"stream": [fd]})
-    bar = Bar(name, rate=True)
+    bar = Bar(name, rate=True, shown=not session.quiet)
     try:
         while True:
             answer = client.answer(TransferProgress, expected)

@@ -1,7 +1,7 @@
 """vmctl version: which versions of vmctl and of the daemon meet here."""
 
 from vmctl.options import Given
-from vmctl.output import put_lines
+from vmctl.output import clean, put_json, put_lines
 from vmctl.session import Session
 from vmd.version import VERSION
 
@@ -10,6 +10,10 @@ OLDER = "older than 0.2.0"  # said no Hello
 
 def run(session: Session, given: Given) -> int:
     """Show both; that of vmctl also where there is no daemon."""
+    if session.json:
+        daemon = session.client.daemon
+        put_json({"vmctl": VERSION, "vmd": clean(daemon.program) if daemon else None})
+        return 0
     show()
     daemon = session.client.daemon
     put_lines([f"vmd {daemon.program if daemon else OLDER}"])

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, FakeDaemon, vm_info
 from vmctl.__main__ import main
-from vmctl.table import COMMANDS, HELP, Command
+from vmctl.table import COMMANDS, COMMON, Command
 from vmctl.usage import synopsis
 from vmd.ipc.messages import End, Failed, ListRequest
 from vmd.version import VERSION
@@ -38,7 +38,7 @@ def test_help_of_a_command(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -
 
     assert (status, errors) == (0, "")
     assert " ".join(output.split("\n\n")[0].split()) == f"usage: vmctl {synopsis(command)}"
-    for option in (*command.options, *HELP):
+    for option in (*command.options, *COMMON):
         assert option.name in output.split("\n\n", 1)[1]
     for line in output.splitlines():
         assert len(line) < 80

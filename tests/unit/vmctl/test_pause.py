@@ -71,4 +71,4 @@ def test_wrong_arguments(
     status, output, errors = vmctl(word, *operands)
 
     assert (status, output, daemon.requests) == (2, "", [])
-    assert errors.endswith(f"usage:\tvmctl [-v] {word} [--json] id\n")
+    assert errors.endswith(f"usage:\tvmctl [-v] {word} id\n")

@@ -1,0 +1,77 @@
+"""--json of commands that fail: one document, whatever the mistake, and every command takes the option."""
+
+import errno
+
+import pytest
+
+from tests.support import schema
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmctl.options import parse
+from vmctl.output import SCHEMA_VERSION
+from vmctl.table import COMMANDS, Command
+from vmd.ipc.messages import End, Failed, ListRequest
+
+every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+
+
+def test_the_version_is_that_of_the_description() -> None:
+    """A program compares the key with what it was written for."""
+    assert schema.definition("schema")["const"] == SCHEMA_VERSION
+
+
+@every_command
+def test_every_command_is_described(command: Command) -> None:
+    """A new command needs a definition of its own name in docs/vmctl.schema.json."""
+    assert schema.definition(command.name)
+    assert parse(command, ["--json", "--help"]).has("--json")
+
+
+@every_command
+def test_a_wrong_command_line(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -> None:
+    """The document says what is wrong; that of `send` is alone on standard error."""
+    status, output, errors = vmctl(command.name, "--json", "a", "b")
+
+    assert status == 2
+    assert schema.check(errors if command.writes_data else output, "error")["error"].startswith("un")
+    assert daemon.requests == []
+
+
+@pytest.mark.parametrize("words", [["nonsense", "--json"], ["s", "--json"], ["-x", "status", "--json"]])
+def test_no_command_at_all(vmctl: Vmctl, words: list[str]) -> None:
+    """Nor is there one to ask for its options."""
+    status, output, _ = vmctl(*words)
+
+    assert status == 2
+    assert schema.check(output, "error")["code"] is None
+
+
+@pytest.mark.parametrize("command", ["status", "start", "pause", "unpause", "console"])
+def test_no_such_vm(vmctl: Vmctl, daemon: FakeDaemon, command: str) -> None:
+    """The code is an errno."""
+    missing = Failed(code=errno.ENOENT, text="vm nobody not found")
+    daemon.script = lambda request: (vm_info(), End()) if isinstance(request, ListRequest) else (missing,)
+
+    status, output, _ = vmctl(command, "nobody", "--json")
+
+    assert status == 4
+    assert schema.check(output, "error")["code"] == errno.ENOENT
+
+
+def test_the_console_of_a_vm_that_does_not_run(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """It has none; that of one that does is told and not taken."""
+    daemon.answers(vm_info("web", running=False), vm_info("db", vmid=2), End())
+
+    status, output, _ = vmctl("console", "web", "--json")
+    assert (status, schema.check(output, "error")["error"]) == (1, "console not found: vm web is not running")
+    status, output, _ = vmctl("console", "2", "--json")
+    assert (status, schema.check(output, "console")["tty"]) == (0, "/dev/pts/3")
+    assert daemon.requests == [ListRequest(), ListRequest()]
+
+
+def test_an_image_that_cannot_be_made(vmctl: Vmctl) -> None:
+    """Without the daemon it is the same."""
+    status, output, _ = vmctl("create", "-s", "1M", "/nonexistent/x.raw", "--json")
+
+    assert status == 1
+    assert schema.check(output, "error")["error"] != ""
