@@ -59,7 +59,7 @@ def config(data: bytes) -> None:
     """Read a vm.conf."""
     fd = file_of(data)
     try:
-        check.load(f"/proc/self/fd/{fd}", explicit=True, warn=lambda _text: None)
+        check.load(f"/proc/self/fd/{fd}", warn=lambda _text: None)
     except check.ConfigErrors as errors:
         said(errors)
     finally:

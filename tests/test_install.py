@@ -55,7 +55,7 @@ def test_installed_programs_run_and_are_removed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "called").exists(), (tmp_path / "called").read_text()
     conf = tmp_path / "vm.conf"
-    conf.write_text('vm "a" {\n\tmemory 64M\n\tboot "/dev/null"\n}\n')
+    conf.write_text('vm "a" {\n\tmemory 64M\n\tboot "vm.conf"\n}\n')
     checked = run(prefix / "sbin/vmd", "-n", "-f", conf)
     asked = run(prefix / "bin/vmctl", "-s", tmp_path / "none", "status")
     assert (checked.returncode, checked.stdout) == (0, "")

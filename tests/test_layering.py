@@ -55,8 +55,8 @@ SHARED = {
 # ... and the parts of it that harm nobody, for they read nothing.
 HARMLESS = {"parent": {"vmd.images", "vmd.images.locks"}}
 VMCTL_MAY_HOLD = (
-    "vmctl", "vmd.ipc", "vmd.config.model", "vmd.images", "vmd.errors", "vmd.record", "vmd.log", "vmd.scaled",
-    "vmd.nearest", "vmd.stdio", "vmd.version",
+    "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.record",
+    "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 # Each costs every VM milliseconds of start-up or megabytes of memory.
 TOO_HEAVY = {"argparse", "asyncio", "ast", "dataclasses", "inspect", "logging", "re", "subprocess", "typing"}

@@ -21,7 +21,8 @@ COMPLETE = "--complete"  # what the completions of shells ask with
 def fail(session: Session, error: VmdError) -> int:
     """Say what went wrong; return the exit status."""
     if str(error) and not session.quiet:
-        warn(str(error))
+        for line in str(error).split("\n"):  # a configuration has a line for each mistake
+            warn(line)
     if session.json:
         put_error(str(error), getattr(error, "code", None), session.json_fd)
     return error.exit_status if isinstance(error, CommandError) else 1
@@ -29,7 +30,7 @@ def fail(session: Session, error: VmdError) -> int:
 
 def put_error(text: str, code: int | None, fd: int = STDOUT) -> None:
     """Write the document of a failure.  Raises CommandError."""
-    put_json({"error": clean(text), "code": code}, fd)
+    put_json({"error": "\n".join(map(clean, text.split("\n"))), "code": code}, fd)
 
 
 def run_command(session: Session, command: Command, words: list[str]) -> int:

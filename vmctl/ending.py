@@ -48,7 +48,7 @@ class Result(Record):
 
 def announce(doing: str, ref: VmRef) -> None:
     """Begin the line of a VM."""
-    notice(f"{doing} vm{' ' + clean(ref.name) if ref.name else ''}: ")
+    notice(f"{doing} vm{' ' + clean(ref.sure_name) if ref.sure_name else ''}: ")
 
 
 def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doing: str = "") -> Result:
@@ -63,9 +63,9 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
     try:
         answer = client.ask(request, StopAccepted, VmTerminated)
     except Refused as error:
-        return Result(vmid=ref.vmid, name=ref.name, result=FAILED, text=error.text, code=error.code)
+        return Result(vmid=ref.vmid, name=ref.sure_name, result=FAILED, text=error.text, code=error.code)
     except KeyboardInterrupt:
-        return Result(vmid=ref.vmid, name=ref.name, result=FAILED, text="interrupted call", code=errno.EINTR)
+        return Result(vmid=ref.vmid, name=ref.sure_name, result=FAILED, text="interrupted call", code=errno.EINTR)
     except VmdError:
         if doing:
             notice("\n")

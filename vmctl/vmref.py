@@ -1,4 +1,8 @@
-"""How a command line refers to a VM: a number is an id, all else a name (*cat. 3.1*)."""
+"""How a command line refers to a VM: a number is an id, all else a name (*cat. 3.1*).
+
+Unlike vmd's, a number is also the name of a VM that is called so, which comes first: `stop -f 2` must not end another
+one.
+"""
 
 from vmctl.errors import ArgumentError
 from vmd.config.model import NAME_MAX
@@ -6,13 +10,15 @@ from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vmd.ipc.messages import VmInfo
 
 ID_MAX = 0xFFFFFFFF
 
 
 class VmRef(Record):
-    """A VM by id or, with id 0, by name."""
+    """A VM by id or, with id 0, by name; both, if one word can be either."""
 
     vmid: int = 0
     name: str = ""
@@ -20,9 +26,20 @@ class VmRef(Record):
     def __str__(self) -> str:
         return self.name or str(self.vmid)
 
-    def means(self, vm: "VmInfo") -> bool:
-        """Return whether this is the VM."""
-        return vm.vmid == self.vmid if self.vmid else vm.name == self.name
+    @property
+    def sure_name(self) -> str:
+        """The name, unless the word may be an id."""
+        return "" if self.vmid else self.name
+
+    def find(self, vms: "Iterable[VmInfo]") -> "VmInfo | None":
+        """Return the VM that is meant, as the daemon would find it."""
+        found = None
+        for vm in vms:
+            if self.name and vm.name == self.name:
+                return vm
+            if self.vmid and vm.vmid == self.vmid:
+                found = vm
+        return found
 
 
 def parse_vmref(word: str) -> VmRef:
@@ -36,7 +53,7 @@ def parse_vmref(word: str) -> VmRef:
         # Unlike vmd, where 0 is silently "no id": no VM has it.
         if not digits:
             raise ArgumentError(f"invalid id: {word}")
-        return VmRef(vmid=int(digits))
+        return VmRef(vmid=int(digits), name=word)
     if not word or word.startswith("-"):
         raise ArgumentError(f"invalid id: {word}")
     if len(word.encode("utf-8", "surrogateescape")) > NAME_MAX:

@@ -12,6 +12,7 @@ import pytest
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.images import MIB, qemu
+from tests.support.network import Network
 from tests.support.users import as_uid, public_folder
 from vmctl.commands.start import Wanted
 from vmd.config.check import load
@@ -99,7 +100,7 @@ def test_check_says_what_the_start_says(images: Path) -> None:
     conf = images / "check.conf"
     conf.write_text(text)
     warnings: list[str] = []
-    config = load(str(conf), explicit=True, warn=warnings.append)
+    config = load(str(conf), warn=warnings.append)
     cell = Cell.build(*lookup_user())
     prober = ImageProber(cell)
 
@@ -183,6 +184,120 @@ def test_link_that_is_called_qcow2_states_the_format(images: Path) -> None:
     assert lines == [
         f'vmd: {images}/check.conf:13: vm "v2": disk {images}/odd.raw: not a qcow2 image', "configuration OK",
     ]  # fmt: skip
-    config = load(str(images / "check.conf"), explicit=True, warn=lambda _text: None)
+    config = load(str(images / "check.conf"), warn=lambda _text: None)
     assert wanted.disks == [disk for vm in config.vms for disk in vm.disks]
     assert [disk.format for disk in wanted.disks] == ["qcow2", "", "qcow2"]
+
+
+# --- what keeps a VM from starting, besides its images --------------------------------------------------------
+
+DEMO = f'boot "{guest("demo")}"'
+SAID: list[tuple[str, list[str]]] = [
+    ("interface", ["no kernel, disk or cdrom to boot from"]),
+    (f"{DEMO}\nsev", ["encrypted memory (sev): not supported by this version of vmd"]),
+    (f"{DEMO}\nboot device cdrom", ["boot device cdrom: it has no cdrom"]),
+    ("boot /nowhere/kernel", ["kernel /nowhere/kernel: No such file or directory"]),
+    ("boot kernel", ["kernel {here}/kernel: No such file or directory"]),
+    (f"{DEMO} initrd /dev/null", ["initrd /dev/null: not a regular file"]),
+    (
+        "boot device disk\nboot /nowhere",
+        ["boot device disk: it has no disk", "kernel /nowhere: No such file or directory"],
+    ),
+    (f"{DEMO}\ndisk good.raw\ndisk good.raw", ["disk {here}/good.raw is given twice"]),
+    (DEMO, []),
+]
+
+
+def test_what_a_check_accepts_starts_or_was_warned_of(tmp_path: Path) -> None:
+    """By file and line; and the start of each says the first of its sentences."""
+    (tmp_path / "good.raw").write_bytes(bytes(MIB))
+    blocks = [f"vm v{number} {{\ndisable\nmemory 32M\n{options}\n}}\n" for number, (options, _) in enumerate(SAID)]
+    conf = tmp_path / "vm.conf"
+    conf.write_text("".join(blocks))
+    lines = [1 + sum(block.count("\n") for block in blocks[:number]) for number in range(len(blocks))]
+    expected = [
+        f'vmd: {conf}:{lines[number]}: vm "v{number}": {sentence.format(here=tmp_path)}'
+        for number, (_, sentences) in enumerate(SAID)
+        for sentence in sentences
+    ]
+
+    assert check(conf) == (0, [*expected, "configuration OK"])
+
+    with Daemon(tmp_path, conf.read_text()) as vmd:
+        for number, (_, sentences) in enumerate(SAID):
+            started = vmd.vmctl("start", f"v{number}")
+            assert (started.returncode != 0) == bool(sentences), started.stderr
+            assert any(sentence.format(here=tmp_path) in started.stderr for sentence in sentences) == bool(sentences)
+
+
+def test_vms_that_cannot_run_together(tmp_path: Path) -> None:
+    """Those that are started with the daemon: a disk that two of them have, and limits."""
+    (tmp_path / "disk.raw").write_bytes(bytes(MIB))
+    conf = tmp_path / "vm.conf"
+    conf.write_text(
+        f"limit vcpus 4\nswitch s {{ interface lo1 }}\n"
+        f"vm a {{\n{DEMO}\ndisk disk.raw\n}}\nvm b {{\n{DEMO}\ndisk disk.raw\nvcpus 3\n}}\n"
+        f"vm c {{\n{DEMO}\nvcpus 1\n}}\nvm d {{\ndisable\n{DEMO}\ndisk disk.raw\n}}\n"
+    )
+
+    status, lines = check(conf)
+
+    assert (status, lines[-1]) == (0, "configuration OK")
+    assert lines[:-1] == [
+        f'vmd: {conf}:7: vm "b": disk {tmp_path}/disk.raw is used by vm a as well: only one of them can run',
+        f'vmd: {conf}:12: vm "c": not started with those before it: with its 1 there would be 5 vcpus, and there is a '
+        "limit of 4 (limit vcpus)",
+    ]
+
+
+def test_a_switch_that_is_no_bridge(tmp_path: Path) -> None:
+    """Is seen before its first VM starts."""
+    with Network() as network:
+        check_switches(network, tmp_path)
+
+
+def check_switches(network: Network, tmp_path: Path) -> None:
+    """Of three, one is no bridge."""
+    network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    network.run("ip", "link", "add", "br5", "type", "bridge")
+    conf = tmp_path / "vm.conf"
+    conf.write_text("switch a { interface br5 }\nswitch b { interface wire }\nswitch c { interface br6 }\n")
+
+    with network.inside():
+        status, lines = check(conf)
+
+    assert (status, lines) == (0, [
+        f'vmd: {conf}:2: switch "b": interface wire is not a bridge: switches need one', "configuration OK",
+    ])  # fmt: skip
+
+
+def test_what_a_host_does_not_have_stops_nobody_else(tmp_path: Path) -> None:
+    """The daemon starts, each VM that cannot says why, the others run; a check and a reload take it for an error."""
+    late = tmp_path / "late"
+    conf = f"socket owner nobody-here\ninclude more.conf\nvm lost {{\n memory 32M\n {DEMO}\n owner nobody-here\n}}\n"
+    conf += f"vm late {{\n memory 32M\n boot late\n}}\nvm good {{\n memory 32M\n {DEMO}\n}}\n"
+    with Daemon(tmp_path, conf) as vmd:
+        vmd.wait_state("good", "running")
+        assert vmd.wait_state("lost", "stopped")["text"] == "failed to get user: nobody-here"
+        assert f"kernel {late}: No such file or directory" in vmd.wait_state("late", "stopped")["text"]
+        assert "failed to get user: nobody-here" in vmd.vmctl("start", "lost").stderr
+        for line, what in [
+            (1, "failed to get user: nobody-here: only root may use the control socket"),
+            (2, "failed to include file more.conf: No such file or directory: going on without it"),
+            (3, 'vm "lost": failed to get user: nobody-here: it is not started'),
+        ]:
+            assert f"vmd: {vmd.conf}:{line}: {what}\n" in vmd.log
+        status, lines = check(vmd.conf)
+        refused = vmd.vmctl("reload")
+        assert (status, len(lines)) == (1, 3)
+        assert [line.removeprefix("vmctl: ") for line in refused.stderr.splitlines()[:-1]] == [
+            line.removeprefix("vmd: ") for line in lines
+        ]
+        assert vmd.status("good")["state"] == "running"
+
+        late.write_bytes(Path(guest("demo")).read_bytes())
+        (tmp_path / "more.conf").touch()
+        vmd.conf.write_text(conf.replace("nobody-here", "daemon"))
+        vmd.must("reload")
+        for name in ("lost", "late"):
+            vmd.wait_state(name, "running")

@@ -139,14 +139,12 @@ def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("conf", "words"),
     [
-        (block("db1", 'interface switch "nope"'), 'vm db1: switch "nope" not found'),
-        (
-            'switch "off" {\n disable\n interface br0\n}\n' + block("db1", 'interface switch "off"'),
-            'vm db1: switch "off" is disabled',
-        ),
         ('switch "s" { interface wire\n}\n' + block("db1", 'interface switch "s"'), "wire is not a bridge but veth"),
         (block("db1", "interface tap6"), "interface tap6 exists already, and is not a tap"),
-        (block("db1", "interface rdomain 254"), "rdomain 254: the host's own routing table has that number"),
+        (
+            'switch "s" { interface br0\n}\n' + block("db1", "interface { switch s rdomain 3 }"),
+            "rdomain 3: an interface on a switch is in that of the switch, 0",
+        ),
     ],
 )
 def test_a_vm_that_cannot_have_its_interfaces_says_why(
@@ -163,6 +161,28 @@ def test_a_vm_that_cannot_have_its_interfaces_says_why(
         assert vmd.status("db1")["state"] == "stopped"
         vmd.must("start", "other")
         assert "tap0" in links(network)
+
+
+@pytest.mark.parametrize(
+    ("switch", "state"), [("", "not found"), ('switch "gone" {\n disable\n interface br0\n}\n', "is disabled")]
+)
+def test_a_switch_that_is_not_there(network: Network, tmp_path: Path, switch: str, state: str) -> None:
+    """The VM starts without it, as upstream; who starts it is told, and so is whoever looks later."""
+    with NetDaemon(tmp_path, network, switch + block("db1", 'interface switch "gone"', "interface")) as vmd:
+        what = f'switch "gone" {state}: the interface is connected to nothing'
+        assert f"vmctl: warning: interface 0: {what}\n" in vmd.vmctl("start", "db1").stderr
+        assert f"{vmd.conf}:1: vm db1: interface 0: {what}".replace(":1:", f":{switch.count(chr(10)) + 1}:") in vmd.log
+        (trouble,) = json.loads(vmd.must("status", "-v", "--json", "db1"))["vms"][0]["troubles"]
+        assert (trouble["device"], trouble["text"]) == ("vionet0", what)
+        assert f"db1 vionet0: {what} (since " in vmd.must("status", "-v", "db1")
+        assert "master" not in links(network)["tap0"]
+
+        vmd.conf.write_text('switch "gone" {\n interface br5\n}\n' + vmd.conf.read_text().removeprefix(switch))
+        vmd.must("reload")
+        vmd.must("stop", "-fw", "db1")
+        vmd.must("start", "db1")
+        assert "vionet0" not in vmd.must("status", "-v", "db1")
+        assert links(network)["tap0"]["master"] == "br5"
 
 
 def test_a_tap_that_another_vm_has(network: Network, tmp_path: Path) -> None:

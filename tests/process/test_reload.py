@@ -52,7 +52,7 @@ def reload(vmd: Daemon, conf: str) -> str:
         'vm "c" {\n memory lots\n}\n',
         'vm "c" {\n memory 32M\n',
         "socket owner nobody-of-that-name\n",
-        'vm "c" {\n disk "nowhere/at/all"\n}\n',
+        'vm "c" {\n disk ""\n}\n',
         'include "/nowhere/at/all"\n',
         "local prefix 10.0.0.1/8\n",
         'switch "s" {\n up\n}\n',
@@ -72,24 +72,53 @@ def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon, broken: str) ->
     loaded = vmd.vmctl("load", vmd.conf)
     assert vmd.process is not None
     vmd.process.send_signal(signal.SIGHUP)
-    vmd.wait_log("configuration not reloaded: ")
+    vmd.wait_log("vmd: 1 error, configuration unchanged\n", times=3)
 
     for done in (refused, loaded):
         assert done.returncode == 1
-        assert f"{vmd.conf}:" in done.stderr
-    assert f"configuration not reloaded: {vmd.conf}:" in vmd.log
+        error, summary = done.stderr.splitlines()
+        assert error.startswith(f"vmctl: {vmd.conf}:")
+        assert error.removeprefix("vmctl: ") in vmd.log
+        assert summary == "vmctl: 1 error, configuration unchanged"
     after = vmd.rows()
     assert [{**row, "resident_bytes": 0} for row in after] == [{**row, "resident_bytes": 0} for row in before]
     socket_after = vmd.socket.stat()
     assert (socket_after.st_uid, socket_after.st_gid) == (socket_before.st_uid, socket_before.st_gid)
 
 
-def test_a_file_that_is_gone_is_an_empty_one(vmd: Daemon) -> None:
-    """As at start; what runs goes on."""
+def test_a_file_that_is_gone_changes_nothing(vmd: Daemon) -> None:
+    """It is no empty one: a path that was mistyped, or not mounted, forgets no VM."""
+    text = vmd.conf.read_text()
     vmd.conf.unlink()
-    said = vmd.must("reload")
-    assert "vm a is no longer configured; it is forgotten when it stops" in said
-    assert states(vmd) == {"a": "running"}
+    for done in (vmd.vmctl("reload"), vmd.vmctl("load", vmd.conf)):
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"vmctl: {vmd.conf}: No such file or directory\nvmctl: 1 error, configuration unchanged\n"
+        )
+    assert states(vmd) == {"a": "running", "b": "stopped"}
+    vmd.conf.write_text(text)
+    assert vmd.must("reload") == ""
+
+
+def test_every_error_has_its_line(vmd: Daemon) -> None:
+    """On the screen and in the log, as far as they fit; and then what follows from them."""
+    vmd.conf.write_text("".join(f"memory lots {'x' * 60}\n" for _ in range(99)) + "# é\r\n")
+    done = vmd.vmctl("reload")
+    lines = done.stderr.splitlines()
+    where = [line.partition(": syntax error")[0] for line in lines[:40]]
+    assert where == [f"vmctl: {vmd.conf}:{number}" for number in range(1, 41)]
+    assert lines[-1] == "vmctl: 99 errors, configuration unchanged"
+    assert "\\x" not in done.stderr
+    assert [f"vmd: {vmd.conf}:{number}: syntax error" in vmd.log for number in range(1, 100)] == [True] * 99
+
+
+def test_relative_paths_are_those_of_the_file(vmd: Daemon) -> None:
+    """The daemon's own directory is another one at a reload than at the start."""
+    (vmd.directory / "kernel").write_bytes(Path(guest("demo")).read_bytes())
+    (vmd.directory / "more.conf").write_text('vm "c" {\n disable\n memory 32M\n boot kernel\n}\n')
+    assert reload(vmd, vmd.conf.read_text() + "include more.conf\n") == ""
+    vmd.must("start", "c")
+    assert states(vmd)["c"] == "running"
 
 
 # --- VMs that run ----------------------------------------------------------------------------------------

@@ -163,10 +163,10 @@ class Daemon:
                 return row
             assert time.monotonic() < deadline, f"vm {name} is {row['state']}, not {state}\n{self.log}"
 
-    def wait_log(self, text: str, timeout_s: float = DEADLINE_S) -> None:
+    def wait_log(self, text: str, timeout_s: float = DEADLINE_S, *, times: int = 1) -> None:
         """Wait until the log has a text."""
         deadline = time.monotonic() + timeout_s
-        while text not in self.log:
+        while self.log.count(text) < times:
             assert time.monotonic() < deadline, f"no {text!r} in the log:\n{self.log}"
             select.select([], [], [], 0.02)
 

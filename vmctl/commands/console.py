@@ -31,13 +31,13 @@ def run(session: Session, given: Given) -> int:
 
 def tell(session: Session, ref: VmRef) -> int:
     """Print where the console of a VM is, and leave it to whoever has it.  Raises CommandError."""
-    for vm in session.client.list_vms():
-        if ref.means(vm):
-            if not vm.tty:
-                raise CommandError(f"console not found: vm {vm.name} is not running", errno.ESRCH)
-            put_json({"id": vm.vmid, "name": clean(vm.name), "tty": clean(vm.tty)})
-            return 0
-    raise NoSuchVm(f"console not found: vm {ref} not found")
+    vm = ref.find(session.client.list_vms())
+    if vm is None:
+        raise NoSuchVm(f"console not found: vm {ref} not found")
+    if not vm.tty:
+        raise CommandError(f"console not found: vm {vm.name} is not running", errno.ESRCH)
+    put_json({"id": vm.vmid, "name": clean(vm.name), "tty": clean(vm.tty)})
+    return 0
 
 
 def attach(client: Client, ref: VmRef) -> int:

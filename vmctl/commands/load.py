@@ -2,12 +2,12 @@
 
 import os
 
-from vmctl.commands.reload import show_notes
+from vmctl.commands.reload import read_configuration
 from vmctl.errors import CommandError
 from vmctl.options import Given
 from vmctl.session import Session
 from vmd.errors import sentence
-from vmd.ipc.messages import LoadRequest, Ok
+from vmd.ipc.messages import LoadRequest
 
 
 def run(session: Session, given: Given) -> int:
@@ -16,5 +16,5 @@ def run(session: Session, given: Given) -> int:
         path = os.path.abspath(given.operand)
     except OSError as error:  # our directory has been removed
         raise CommandError(f"{given.operand}: {sentence(error)}", error.errno) from None
-    show_notes(session, session.client.ask(LoadRequest(path=path), Ok))
+    read_configuration(session, LoadRequest(path=path))
     return 0

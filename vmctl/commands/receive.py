@@ -15,7 +15,7 @@ from vmd.stdio import STDIN
 def run(session: Session, given: Given) -> int:
     """Receive; with -p the VM waits to be unpaused."""
     ref = parse_vmref(given.operand)
-    if not ref.name:
+    if ref.vmid:
         raise ArgumentError("invalid vm name")
     if os.isatty(STDIN):
         raise CommandError("standard input is a terminal: redirect it from a file, or from a pipe")

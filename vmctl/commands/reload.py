@@ -1,9 +1,10 @@
 """vmctl reload: have the daemon read its main configuration file again."""
 
+from vmctl.errors import CommandError, Refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
-from vmd.ipc.messages import Ok, ReloadRequest
+from vmd.ipc.messages import LoadRequest, Ok, ReloadRequest
 
 
 def show_notes(session: Session, done: Ok) -> None:
@@ -14,7 +15,18 @@ def show_notes(session: Session, done: Ok) -> None:
         put_json({"notes": [clean(note) for note in done.notes]})
 
 
+def read_configuration(session: Session, request: ReloadRequest | LoadRequest) -> None:
+    """Have the daemon read a file, and say what it has to say about that.  Raises Refused, or CommandError."""
+    try:
+        done = session.client.ask(request, Ok)
+    except Refused as error:
+        if "\n" not in error.text:
+            raise
+        raise CommandError(error.text, error.code) from None  # a line for each mistake in the file
+    show_notes(session, done)
+
+
 def run(session: Session, given: Given) -> int:
     """Ask, and show what the daemon has to say about it."""
-    show_notes(session, session.client.ask(ReloadRequest(), Ok))
+    read_configuration(session, ReloadRequest())
     return 0

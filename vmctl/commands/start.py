@@ -14,15 +14,10 @@ from vmctl.options import Given, meant
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd.config import rules
 from vmd.config.model import (
-    CMDLINE_MAX,
     DEFAULT_MEMORY_BYTES,
-    MAX_DISKS,
-    MAX_MEMORY_BYTES,
-    MAX_NICS,
-    MAX_VCPUS,
     MIB,
-    MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
     BootDevice,
@@ -44,8 +39,14 @@ from vmd.ipc.messages import (
 )
 from vmd.scaled import fmt_scaled, scan_scaled
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
 BOOT_DEVICES = {"cdrom": BootDevice.CDROM, "disk": BootDevice.DISK, "net": BootDevice.NET}
-DISK_FORMATS = ("raw", "qcow2")
 COUNT_MAX = 0x7FFFFFFF  # beyond it a count is no number any more, for vmd
 
 REFUSALS = {
@@ -94,7 +95,7 @@ class Wanted:
             case "-i":
                 if self.nic_count is not None:
                     raise ArgumentError("interfaces specified multiple times")
-                self.nic_count = count(value, "count", MAX_NICS, "too many network interfaces")
+                self.nic_count = ruled(rules.nic_count, count(value, "count"))
                 self.given |= VmFlag.NETWORK
             case "-k":
                 self.set_cmdline(value)
@@ -106,13 +107,11 @@ class Wanted:
                 self.memory_bytes = memory_size(value)
                 self.given |= VmFlag.MEMORY
             case "-n":
-                if not 0 < len(value) <= NAME_MAX:
-                    raise ArgumentError(f"invalid switch name: {value}")
-                self.add_nic(NicConfig(switch=value))
+                self.add_nic(NicConfig(switch=ruled(rules.switch_name, value)))
             case "-p":
                 if self.given & VmFlag.CPU:
                     raise ArgumentError("vcpus specified multiple times")
-                self.vcpus = count(value, "vcpus", MAX_VCPUS, f"too many vcpus (limit is {MAX_VCPUS})")
+                self.vcpus = ruled(rules.vcpus, count(value, "vcpus"))
                 self.given |= VmFlag.CPU
             case "-r":
                 once(self.cdrom, "iso image")
@@ -137,17 +136,13 @@ class Wanted:
         """-k."""
         if self.cmdline is not None:
             raise ArgumentError("kernel command line specified multiple times")
-        length = len(text.encode("utf-8", "surrogateescape"))
-        if length > CMDLINE_MAX:
-            raise ArgumentError(f"kernel command line too long: {length} bytes (limit is {CMDLINE_MAX})")
-        self.cmdline = text
+        self.cmdline = ruled(rules.cmdline, text)
 
     def add_disk(self, value: str) -> None:
         """-d; without a format the daemon tells it from the file."""
-        if len(self.disks) == MAX_DISKS:
-            raise ArgumentError(f"too many disks (limit is {MAX_DISKS})")
+        ruled(rules.disk_count, len(self.disks) + 1)
         prefix, colon, path = value.partition(":")
-        disk_format = prefix if colon and prefix in DISK_FORMATS else ""
+        disk_format = prefix if colon and prefix in rules.DISK_FORMATS else ""
         typed = path if disk_format else value
         path = real_path(typed, "disk path")
         disk_format = disk_format or typed_format(typed, path)
@@ -156,8 +151,7 @@ class Wanted:
 
     def add_nic(self, nic: NicConfig) -> None:
         """-L or -n."""
-        if len(self.nics) == MAX_NICS:
-            raise ArgumentError(f"too many network interfaces (limit is {MAX_NICS})")
+        ruled(rules.nic_count, len(self.nics) + 1)
         self.nics.append(nic)
         self.given |= VmFlag.NETWORK
 
@@ -195,6 +189,14 @@ class Wanted:
                 raise ArgumentError(f"option {option} needs a kernel to boot (-b)")
 
 
+def ruled(rule: "Callable[[T], T]", value: "T") -> "T":
+    """Return a value that a VM may have.  Raises ArgumentError with the rule's sentence."""
+    try:
+        return rule(value)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
 def once(value: str, what: str) -> None:
     """Raise ArgumentError if an option has been given before."""
     if value:
@@ -216,8 +218,8 @@ def real_path(path: str, what: str) -> str:
     return real
 
 
-def count(text: str, what: str, limit: int, too_many: str) -> int:
-    """Return a number from 1 to `limit`; what is none is refused in strtonum(3)'s words."""
+def count(text: str, what: str) -> int:
+    """Return a number from 1; what is none is refused in strtonum(3)'s words."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()):
         raise ArgumentError(f"{what} is invalid: {text}")
@@ -225,8 +227,6 @@ def count(text: str, what: str, limit: int, too_many: str) -> int:
         raise ArgumentError(f"{what} is too small: {text}")
     if len(digits.lstrip("0")) > len(str(COUNT_MAX)) or int(digits) > COUNT_MAX:
         raise ArgumentError(f"{what} is too large: {text}")
-    if int(digits) > limit:
-        raise ArgumentError(too_many)
     return int(digits)
 
 
@@ -236,10 +236,7 @@ def memory_size(text: str) -> int:
         size = scan_scaled(text)
     except ValueError:
         raise ArgumentError(f"invalid memory size: {text}") from None
-    if size < MIN_MEMORY_BYTES:
-        raise ArgumentError("memory size must be at least 1MB")
-    if size > MAX_MEMORY_BYTES:
-        raise ArgumentError(f"memory size too large (limit is {fmt_scaled(MAX_MEMORY_BYTES)})")
+    ruled(rules.memory_bytes, size)
     rounded = size - size % MIB
     if rounded != size:
         warn(f"memory size rounded to {fmt_scaled(rounded)}")
@@ -266,7 +263,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
     """Decide whether a known VM is meant or a new one, and build the request.  Raises CommandError."""
     known = wanted.only_boot
     if not wanted.template and VmFlag.KERNEL in wanted.given:
-        exists = any(ref.means(vm) for vm in session.client.list_vms())
+        exists = ref.find(session.client.list_vms()) is not None
         if exists and not wanted.only_boot:
             raise CommandError(
                 f"start vm command failed: vm {ref} already exists: only -B, -b, -I and -k may change one boot of it",
@@ -275,7 +272,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
         known = exists
     if known:
         return StartRequest(vmid=ref.vmid, name=ref.name, boot_device=wanted.boot_device, cmdline=wanted.cmdline)
-    if not ref.name:
+    if ref.vmid:
         raise NoSuchVm(f"start vm command failed: vm {ref} not found: a new one needs a name")
     if not wanted.template:
         wanted.require_bootable()
@@ -287,7 +284,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
 def is_known(session: Session, ref: VmRef) -> bool:
     """Return whether the daemon knows a VM; it does as long as it does not say that it does not."""
     try:
-        return any(ref.means(vm) for vm in session.client.list_vms())
+        return ref.find(session.client.list_vms()) is not None
     except VmdError:
         return True
 

@@ -19,7 +19,7 @@ def run(session: Session, given: Given) -> int:
     """Fetch the list and show all of it, what runs, or one VM."""
     wanted = parse_vmref(given.operand) if given.operand else None
     vms = session.client.list_vms()
-    found = [vm for vm in vms if wanted is None or wanted.means(vm)]
+    found = vms if wanted is None else [vm for vm in [wanted.find(vms)] if vm is not None]
     if wanted is not None and not found and session.json:
         raise NoSuchVm(f"vm {wanted} not found")
     shown = [vm for vm in found if vm.pid != 0 or not given.has("-r")]

@@ -1,11 +1,13 @@
 """Reads a configuration: parses a file, then applies the rules that span its objects."""
 
+import grp
 import ipaddress
+import pwd
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
-from vmd.config.model import Config, Globals, SwitchConfig, VmConfig
+from vmd.config.model import ROOT, WHEEL, Config, Globals, SwitchConfig, VmConfig
 from vmd.errors import VmdError, sentence
 from vmd.scaled import fmt_scaled
 
@@ -15,14 +17,29 @@ Warn = Callable[[str], None]
 
 
 class ConfigErrors(VmdError):
-    """A configuration cannot be used; `errors` says why, in the order of the file."""
+    """A configuration cannot be used; `errors` says why, in the order of the file.
+
+    Its text has a line for each: whatever else is in there, such as the end of a line in the name of a file, is shown
+    as an escape.
+    """
 
     def __init__(self, errors: Iterable[VmdError]) -> None:
         self.errors = tuple(errors)
         super().__init__(*self.errors)
 
     def __str__(self) -> str:
-        return "\n".join(str(error) for error in self.errors)
+        return "\n".join(map(printable, self.errors))
+
+    @property
+    def summary(self) -> str:
+        """What this means for a daemon that runs."""
+        count = len(self.errors)
+        return f"{count} error{'s' if count > 1 else ''}, configuration unchanged"
+
+
+def printable(error: VmdError) -> str:
+    """Return the sentence of an error as one line."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(error))
 
 
 def parse_macro_definition(text: str) -> tuple[str, str]:
@@ -41,16 +58,18 @@ def load(
     path: str,
     *,
     macros: Mapping[str, str] | None = None,
-    explicit: bool,
+    may_be_missing: bool = False,
+    starting: bool = False,
     warn: Warn,
     settings: Globals | None = None,
-    known_switches: Collection[str] = (),
+    known_switches: Collection[SwitchConfig] = (),
 ) -> Config:
     """Return what a vm.conf says.
 
-    `macros` win over assignments in the file.  A file that does not exist is an empty one, with a warning
-    if it was asked for by name (`explicit`).  `settings` and `known_switches` are what the daemon has
-    already when a further file is loaded: global statements change them, interfaces may name them.
+    `macros` win over assignments in the file.  A file that does not exist and `may_be_missing` is an empty one, with a
+    warning.  For a daemon that is `starting`, owners and included files that are not there cost only what they belong
+    to, with a warning.  `settings` and `known_switches` are what the daemon has already when a further file is loaded:
+    global statements change them, interfaces may name them.
 
     Raises:
         ConfigErrors: the file cannot be read, or has errors; all of them, up to a limit.
@@ -59,15 +78,14 @@ def load(
     settings = settings or Globals()
     try:
         lexer.open(path)
-    except FileNotFoundError:
-        if explicit:
-            warn(f"warning: {path} does not exist, going on without it")
-        return Config(settings=settings)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and may_be_missing:
+            warn(f"warning: {path} does not exist, going on without it")
+            return Config(settings=settings)
         raise ConfigErrors([VmdError(f"{path}: {sentence(error)}")]) from error
     except VmdError as error:
         raise ConfigErrors([VmdError(f"{path}: {error}")]) from error
-    config = Grammar().parse(lexer, warn, settings)
+    config = Grammar().parse(lexer, warn, settings, starting=starting)
     for name in lexer.unused:
         warn(f"warning: macro '{name}' not used")
     if lexer.errors:
@@ -75,35 +93,31 @@ def load(
     return check(config, warn, known_switches)
 
 
-def check(config: Config, warn: Warn, known_switches: Collection[str] = ()) -> Config:
+def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] = ()) -> Config:
     """Warn of what cannot work as written; return the configuration without second switches of a name.
 
     Upstream keeps those and finds the first, so that the second gets a bridge nobody can use.
     """
-    switches = {}
+    switches: dict[str, SwitchConfig] = {}
     for switch in config.switches:
-        if switch.name in switches:
+        if switches.setdefault(switch.name, switch) is not switch:
             warn(f'{switch.origin}: switch "{switch.name}" skipped (already exists)')
-        else:
-            switches[switch.name] = switch
     check_bridges(switches.values(), warn)
     check_prefixes(config.settings, warn)
-    usable = {name for name, switch in switches.items() if switch.enabled}.union(known_switches)
+    usable = {switch.name: switch for switch in (*switches.values(), *known_switches) if switch.enabled}
     taps: dict[str, str] = {}
     lladdrs: dict[str, str] = {}
     for vm in config.vms:
         check_boot(vm, warn)
+        check_name(vm, warn)
+        check_allow(vm, warn)
         check_limit(vm, config.settings, warn)
-        for nic in vm.nics:
-            if nic.switch and nic.switch not in usable:
-                state = "is disabled" if nic.switch in switches else "not found"
-                warn(f'{vm.origin}: vm "{vm.name}": switch "{nic.switch}" {state}')
+        for index, nic in enumerate(vm.nics):
+            check_connection(vm, index, usable, switches, warn)
             if nic.tap not in ("", "tap"):
                 check_unique(vm, f"interface {nic.tap}", taps, warn)
             if nic.lladdr:
                 check_unique(vm, f"lladdr {nic.lladdr.hex(':')}", lladdrs, warn)
-            if nic.lladdr and nic.lladdr[0] & 1:
-                warn(f'{vm.origin}: vm "{vm.name}": lladdr {nic.lladdr.hex(":")} is a multicast address')
     return config.replace(switches=tuple(switches.values()))
 
 
@@ -143,6 +157,49 @@ def check_boot(vm: VmConfig, warn: Warn) -> None:
     for field in ("initrd", "cmdline"):
         if getattr(vm, field):
             warn(f'{vm.origin}: vm "{vm.name}": {field} is of no use without boot')
+
+
+def check_connection(
+    vm: VmConfig, index: int, usable: Mapping[str, SwitchConfig], named: Collection[str], warn: Warn
+) -> None:
+    """Warn of an interface that will not be, or cannot be, connected to its switch."""
+    nic = vm.nics[index]
+    switch = usable.get(nic.switch)
+    what = f'{vm.origin}: vm "{vm.name}": interface {index}'
+    if nic.switch and switch is None:
+        state = "is disabled" if nic.switch in named else "not found"
+        warn(f'{what}: switch "{nic.switch}" {state}: it is connected to nothing')
+    if switch is not None and nic.rdomain not in (None, switch.rdomain or 0):
+        warn(
+            f"{what}: rdomain {nic.rdomain}: an interface on a switch is in that of the switch, "
+            f"{switch.rdomain or 0}: this vm cannot start"
+        )
+
+
+def check_name(vm: VmConfig, warn: Warn) -> None:
+    """Warn of a name that vmctl could take for an id."""
+    if vm.name.isdigit():
+        warn(f'{vm.origin}: vm "{vm.name}": a name that is a number: vmctl takes it for this vm before an id')
+
+
+def check_allow(vm: VmConfig, warn: Warn) -> None:
+    """Warn of a template that nobody can make instances of but root, who needs no leave for it."""
+    if vm.allow is None or vm.allow.owner != WHEEL or has_members(ROOT):
+        return
+    warn(
+        f'{vm.origin}: vm "{vm.name}": allow instance: it is for group 0, which nobody but root is in; '
+        "name an owner in it"
+    )
+
+
+def has_members(gid: int) -> bool:
+    """Return whether anybody but root is in a group."""
+    try:
+        members = set(grp.getgrgid(gid).gr_mem)
+    except KeyError:
+        members = set()
+    members.update(user.pw_name for user in pwd.getpwall() if user.pw_gid == gid)
+    return bool(members - {pwd.getpwuid(ROOT).pw_name})
 
 
 def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:

@@ -10,18 +10,14 @@ from typing import Any, Protocol, TypeVar
 
 from ply import yacc
 
-from vmd.config import lexer, values
-from vmd.config.lexer import Lexer, Token, shown
+from vmd.config import lexer, rules, values
+from vmd.config.lexer import Lexer, Token
 from vmd.config.model import (
-    CMDLINE_MAX,
-    MAX_DISKS,
-    MAX_NICS,
-    MAX_VCPUS,
     MIB,
     MIN_MEMORY_BYTES,
-    PATH_MAX,
     ROOT,
     SOCKET_PATH_MAX,
+    WHEEL,
     AgentxConfig,
     AllowInstance,
     BootDevice,
@@ -35,6 +31,7 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
+from vmd.config.rules import shown
 from vmd.ipc.foreign import typed_format
 from vmd.log import log
 from vmd.nearest import nearest
@@ -83,6 +80,7 @@ class Draft:
         self.disks: list[DiskConfig] = []
         self.nics: list[NicConfig] = []
         self.nics_min: int | None = None
+        self.faults: list[str] = []  # what keeps it, and only it, from starting
 
 
 class Grammar:
@@ -106,9 +104,11 @@ class Grammar:
             if self.parser.productions[-action].len or state == 0
         }
 
-    def begin(self, source: Lexer, warn: Warn, settings: Globals) -> None:
+    def begin(self, source: Lexer, warn: Warn, settings: Globals, *, starting: bool) -> None:
         """Forget the file before."""
+        self.starting = starting
         self.lexer = source
+        self.lexer.on_missing = warn if starting else None
         self.warn = warn
         self.settings = settings
         self.switches: list[SwitchConfig] = []
@@ -118,9 +118,12 @@ class Grammar:
         self.allow = VmFlag(0)
         self.allow_owner: Owner | None = None
 
-    def parse(self, source: Lexer, warn: Warn, settings: Globals) -> Config:
-        """Return what an open file says, on top of `settings`; meaningless if `source` has errors then."""
-        self.begin(source, warn, settings)
+    def parse(self, source: Lexer, warn: Warn, settings: Globals, *, starting: bool = False) -> Config:
+        """Return what an open file says, on top of `settings`; meaningless if `source` has errors then.
+
+        `starting`: what this host does not have, or not yet, costs only what it belongs to.
+        """
+        self.begin(source, warn, settings, starting=starting)
         self.parser.parse(lexer=source)
         return Config(settings=self.settings, switches=tuple(self.switches), vms=tuple(self.vms.values()))
 
@@ -251,8 +254,9 @@ class Grammar:
 
     def p_socket(self, p: Production) -> None:
         """socket : SOCKET OWNER owner"""
-        owner = p[3] if p[3].gid is not None else p[3].replace(gid=ROOT)
-        self.settings = self.settings.replace(socket_owner=owner)
+        where = self.lexer.where
+        owner = self.owner(p[3], lambda what: self.warn(f"{where}: {what}: only root may use the control socket"))
+        self.settings = self.settings.replace(socket_owner=owner.replace(gid=owner.gid or ROOT))
 
     def p_agentx(self, p: Production) -> None:
         """agentx : AGENTX agentx_options"""
@@ -265,11 +269,11 @@ class Grammar:
         p[0] = p[1] if len(p) > 1 else {}
         if len(p) == 1:
             return
-        if p[2] == "context" and values.too_long(p[3], AGENTX_CONTEXT_MAX):
+        if p[2] == "context" and rules.too_long(p[3], AGENTX_CONTEXT_MAX):
             self.error("agentx context too large")
         elif p[2] == "path" and not p[3].startswith("/"):
             self.error("agentx path is not absolute")
-        elif p[2] == "path" and values.too_long(p[3], SOCKET_PATH_MAX):
+        elif p[2] == "path" and rules.too_long(p[3], SOCKET_PATH_MAX):
             self.error("agentx path too large")
         else:
             p[0][p[2]] = p[3]
@@ -310,7 +314,7 @@ class Grammar:
 
     def p_switch_name(self, p: Production) -> None:
         """switch_name : SWITCH string"""
-        self.draft = Draft(self.value(values.switch_name, p[2], ""), "", self.lexer)
+        self.draft = Draft(self.value(rules.switch_name, p[2], ""), "", self.lexer)
 
     def p_switch_body(self, p: Production) -> None:
         """switch_body : switch_option
@@ -339,11 +343,11 @@ class Grammar:
 
     def p_switch_group(self, p: Production) -> None:
         """switch_option : GROUP string"""
-        self.draft.fields["group"] = self.value(values.group_name, p[2], "")
+        self.draft.fields["group"] = self.value(rules.group_name, p[2], "")
 
     def p_switch_interface(self, p: Production) -> None:
         """switch_option : INTERFACE string"""
-        self.draft.fields["interface"] = self.value(values.switch_interface, p[2], "")
+        self.draft.fields["interface"] = self.value(rules.bridge_name, p[2], "")
 
     def p_switch_locked(self, p: Production) -> None:
         """switch_option : LOCKED LLADDR"""
@@ -351,7 +355,7 @@ class Grammar:
 
     def p_switch_rdomain(self, p: Production) -> None:
         """switch_option : RDOMAIN NUMBER"""
-        self.draft.fields["rdomain"] = self.value(values.rdomain, p[2], 0)
+        self.draft.fields["rdomain"] = self.value(rules.rdomain, p[2], 0)
 
     def p_switch_updown(self, p: Production) -> None:
         """switch_option : updown"""
@@ -366,6 +370,9 @@ class Grammar:
             # A second one is no error upstream either, so that files can be loaded one over another.
             self.warn(f'{draft.where}: vm "{shown(draft.name)}" skipped (already exists)')
             return
+        if draft.faults:
+            draft.fields["fault"] = draft.faults[0]
+            self.warn(f'{draft.where}: vm "{shown(draft.name)}": {draft.faults[0]}: it is not started')
         missing = max(0, (draft.nics_min or 0) - len(draft.nics))
         self.vms[draft.name] = VmConfig(
             **draft.fields,
@@ -378,7 +385,7 @@ class Grammar:
         """vm_name : VM string
                    | VM string INSTANCE string"""
         parent = self.value(values.parent_name, p[2], "") if len(p) > 3 else ""
-        name = self.value(values.vm_name, p[len(p) - 1], "")
+        name = self.value(rules.vm_name, p[len(p) - 1], "")
         self.draft = Draft(name, parent, self.lexer)
 
     def p_vm_body(self, p: Production) -> None:
@@ -415,10 +422,8 @@ class Grammar:
         serial = options.get("serial", "")
         if serial and serial in [disk.serial for disk in self.draft.disks]:
             self.error(f"serial {shown(serial)} is another disk's of this vm")
-        if len(self.draft.disks) == MAX_DISKS:
-            self.error("too many disks")
-        else:
-            path = self.value(values.disk_path, p[2], "")
+        if self.value(rules.disk_count, len(self.draft.disks) + 1, 0):
+            path = self.value(values.disk_path, self.lexer.beside(p[2]), "")
             options["format"] = options.get("format") or typed_format(p[2], path)
             self.draft.disks.append(DiskConfig(path=path, **options))
 
@@ -429,17 +434,17 @@ class Grammar:
 
     def p_disk_format(self, p: Production) -> None:
         """disk_option : FORMAT string"""
-        p[0] = "format", self.value(values.disk_format, p[2], "")
+        p[0] = "format", self.value(rules.disk_format, p[2], "")
 
     def p_disk_serial(self, p: Production) -> None:
         """disk_option : SERIAL string"""
-        p[0] = "serial", self.value(values.disk_serial, p[2], "")
+        p[0] = "serial", self.value(rules.disk_serial, p[2], "")
 
     def p_vm_boot(self, p: Production) -> None:
         """vm_option : BOOT string boot_options"""
         self.draft.given |= VmFlag.KERNEL
         if self.once("kernel"):
-            self.draft.fields["kernel"] = self.value(values.kernel_path, p[2], "")
+            self.draft.fields["kernel"] = self.value(values.kernel_path, self.lexer.beside(p[2]), "")
 
     def p_vm_boot_device(self, p: Production) -> None:
         """vm_option : BOOT DEVICE CDROM
@@ -457,34 +462,26 @@ class Grammar:
     def p_boot_initrd(self, p: Production) -> None:
         """boot_option : INITRD string"""
         if self.once("initrd"):
-            self.draft.fields["initrd"] = self.value(values.initrd_path, p[2], "")
+            self.draft.fields["initrd"] = self.value(values.initrd_path, self.lexer.beside(p[2]), "")
 
     def p_boot_cmdline(self, p: Production) -> None:
         """boot_option : CMDLINE string"""
         if self.once("cmdline"):
-            self.draft.fields["cmdline"] = p[2]
-            if values.too_long(p[2], CMDLINE_MAX):
-                self.error(f"cmdline too long (limit is {CMDLINE_MAX})")
+            self.draft.fields["cmdline"] = self.value(rules.cmdline, p[2], "")
 
     def p_vm_cdrom(self, p: Production) -> None:
         """vm_option : CDROM string"""
         self.draft.given |= VmFlag.CDROM
         if self.once("cdrom"):
-            self.draft.fields["cdrom"] = p[2]
-            if values.too_long(p[2], PATH_MAX):
-                self.error("cdrom name too long")
+            self.draft.fields["cdrom"] = self.value(values.cdrom_path, self.lexer.beside(p[2]), "")
 
     def p_vm_interfaces(self, p: Production) -> None:
         """vm_option : INTERFACES NUMBER"""
         self.draft.given |= VmFlag.NETWORK
         if self.draft.nics_min is not None:
             self.error("interfaces specified more than once")
-        elif p[2] > MAX_NICS:
-            self.error(f"too many interfaces: {p[2]}")
-        elif p[2] < 0:
-            self.error(f"invalid number of interfaces: {p[2]}")
         else:
-            self.draft.nics_min = p[2]
+            self.draft.nics_min = self.value(rules.nic_count, p[2], 0)
 
     def p_vm_memory(self, p: Production) -> None:
         """vm_option : MEMORY NUMBER
@@ -498,7 +495,7 @@ class Grammar:
 
     def p_vm_owner(self, p: Production) -> None:
         """vm_option : OWNER owner"""
-        self.draft.fields["owner"] = p[2]
+        self.draft.fields["owner"] = self.owner(p[2], self.draft.faults.append)
 
     def p_vm_sev(self, p: Production) -> None:
         """vm_option : SEV"""
@@ -512,9 +509,7 @@ class Grammar:
         """vm_option : VCPUS NUMBER"""
         self.draft.given |= VmFlag.CPU
         if self.once("vcpus"):
-            self.draft.fields["vcpus"] = p[2]
-            if not 1 <= p[2] <= MAX_VCPUS:
-                self.error(f"invalid number of vcpus: {p[2]} (limit is {MAX_VCPUS})")
+            self.draft.fields["vcpus"] = self.value(rules.vcpus, p[2], 1)
 
     def p_vm_virtio(self, p: Production) -> None:
         """vm_option : VIRTIO string
@@ -527,17 +522,14 @@ class Grammar:
         """vm_option : nic_name
                      | nic_name nic_row
                      | nic_name '{' nic_body '}'"""
-        count = len(self.draft.nics) + 1
-        if count > MAX_NICS:
-            self.error(f"too many interfaces: {count}")
-        else:
+        if self.value(rules.nic_count, len(self.draft.nics) + 1, 0):
             self.draft.nics.append(NicConfig(**self.nic))
 
     def p_nic_name(self, p: Production) -> None:
         """nic_name : INTERFACE optional_string
                     | LOCAL INTERFACE optional_string"""
         self.draft.given |= VmFlag.NETWORK
-        tap = self.value(values.tap_name, p[len(p) - 1], "")
+        tap = self.value(rules.tap_name, p[len(p) - 1], "")
         self.nic = {"tap": tap, "local": p[1] == "local"}
 
     def p_optional_string(self, p: Production) -> None:
@@ -572,11 +564,11 @@ class Grammar:
 
     def p_nic_switch(self, p: Production) -> None:
         """nic_option : SWITCH string"""
-        self.nic["switch"] = self.value(values.switch_name, p[2], "")
+        self.nic["switch"] = self.value(rules.switch_name, p[2], "")
 
     def p_nic_group(self, p: Production) -> None:
         """nic_option : GROUP string"""
-        self.nic["group"] = self.value(values.group_name, p[2], "")
+        self.nic["group"] = self.value(rules.group_name, p[2], "")
 
     def p_nic_lladdr(self, p: Production) -> None:
         """nic_option : LLADDR optional_string
@@ -588,7 +580,7 @@ class Grammar:
 
     def p_nic_rdomain(self, p: Production) -> None:
         """nic_option : RDOMAIN NUMBER"""
-        self.nic["rdomain"] = self.value(values.rdomain, p[2], 0)
+        self.nic["rdomain"] = self.value(rules.rdomain, p[2], 0)
 
     def p_nic_updown(self, p: Production) -> None:
         """nic_option : updown"""
@@ -601,7 +593,7 @@ class Grammar:
                      | ALLOW INSTANCE '{' flag_body '}'"""
         allow = self.draft.fields.get("allow", AllowInstance())
         self.draft.fields["allow"] = AllowInstance(
-            flags=allow.flags | self.allow, owner=self.allow_owner or allow.owner
+            flags=allow.flags | self.allow, owner=self.allow_owner or allow.owner or WHEEL
         )
         self.allow, self.allow_owner = VmFlag(0), None
 
@@ -642,17 +634,26 @@ class Grammar:
 
     def p_flag_owner(self, p: Production) -> None:
         """flag : OWNER owner"""
-        self.allow_owner = p[2]
+        self.allow_owner = self.owner(p[2], self.draft.faults.append)
 
     # values
 
-    def p_owner_uid(self, p: Production) -> None:
-        """owner : NUMBER"""
-        p[0] = self.value(values.owner, str(p[1]), Owner())
+    def p_owner(self, p: Production) -> None:
+        """owner : NUMBER
+                 | string"""
+        p[0] = str(p[1])
 
-    def p_owner_name(self, p: Production) -> None:
-        """owner : string"""
-        p[0] = self.value(values.owner, p[1], Owner())
+    def owner(self, text: str, unknown: Callable[[str], None]) -> Owner:
+        """Return a user and group.
+
+        One that this host does not know is an error of the file, which whoever checks or reloads it will read.  A
+        daemon that starts goes on, and `unknown` is told: all other VMs have to run.
+        """
+        try:
+            return values.owner(text)
+        except values.UnknownError as error:
+            (unknown if self.starting else self.error)(str(error))
+            return Owner()
 
     def once(self, field: str, what: str = "") -> bool:
         """Return whether a field of the VM has not been given yet; report it if it has."""

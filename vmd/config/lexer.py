@@ -7,10 +7,12 @@ It also knows where lines and braces are, which lets `skip_line` go on behind a 
 taking the rest of a block for nonsense.
 """
 
+import codecs
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from vmd.config.rules import shown
 from vmd.errors import ConfigError, VmdError, sentence
 
 INPUT_MAX = 16 << 20  # bytes of a file, what it includes and macros, counted each time they are read
@@ -18,7 +20,6 @@ INCLUDE_MAX = 16  # files open within each other
 TOKEN_MAX = 8095  # characters
 ERRORS_MAX = 100  # what follows is mostly noise, and no file may fill memory or log with it
 INT64 = range(-(1 << 63), 1 << 63)
-SHOWN_MAX = 80  # characters of a token in a message
 
 RESERVED = frozenset({
     "add", "agentx", "allow", "boot", "cdrom", "context", "delay", "device", "disable", "disk", "down",
@@ -54,11 +55,6 @@ _MACRO_NAME = _ALNUM | {"_"}
 _WORD_START = _ALNUM | set(":_/")
 _WORD = _ALNUM | set("\"$%&'*+-./:;<>?@[\\]^_`|~")
 _NUMBER_END = frozenset(" \t\n\v\f\r),/}=")
-
-
-def shown(text: str) -> str:
-    """Return a text as messages quote it: cut if long."""
-    return text if len(text) <= SHOWN_MAX else text[: SHOWN_MAX - 3] + "..."
 
 
 class Token:
@@ -162,7 +158,11 @@ def read_regular(path: str, limit: int) -> tuple[tuple[int, int], str]:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise VmdError(f"more than {INPUT_MAX >> 20} MiB of configuration")
-    return (status.st_dev, status.st_ino), content.decode("utf-8", "surrogateescape")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise VmdError("its text is UTF-16; save it as UTF-8")
+    # What editors of other systems leave: a mark at the beginning, and two characters at the end of a line.
+    text = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape")
+    return (status.st_dev, status.st_ino), text
 
 
 class Lexer:
@@ -178,6 +178,7 @@ class Lexer:
         self.sources: list[Source] = []
         self.budget = INPUT_MAX
         self.errors: list[VmdError] = []
+        self.on_missing: Callable[[str], None] | None = None  # is told of included files that are not there
         self.path = ""
         self.line = 0
         self.pending: list[Token] = []
@@ -215,17 +216,24 @@ class Lexer:
             self.path = path
         self.sources.append(Source(path, identity, text))
 
-    def include(self, name: str) -> None:
-        """Carry out an `include` statement.
+    def beside(self, name: str) -> str:
+        """Return the path of a file that the present one names.
 
-        A relative name is looked for beside the including file first.  Unlike vmd(8), which knows only the
+        A relative name is looked for in the directory of the file that has it.  Unlike vmd(8), which looks in the
         working directory: a daemon's is /, so a reload would not find what the start found.
         """
-        beside = os.path.join(os.path.dirname(self.path), name)
+        return os.path.join(os.path.dirname(self.path), name) if name else ""
+
+    def include(self, name: str) -> None:
+        """Carry out an `include` statement."""
         try:
-            self.open(beside if os.path.lexists(beside) else name)
+            self.open(self.beside(name))
         except OSError as error:
-            self.error(f"failed to include file {shown(name)}: {sentence(error)}")
+            what = f"failed to include file {shown(name)}: {sentence(error)}"
+            if self.on_missing is not None:
+                self.on_missing(f"{self.where}: {what}: going on without it")
+            else:
+                self.error(what)
         except VmdError as error:
             self.error(f"failed to include file {shown(name)}: {error}")
 

@@ -1,7 +1,7 @@
 """What a vm.conf says, as frozen records; also the form in which a VM travels between processes.
 
 Sizes are bytes, times are seconds, MAC addresses are 6 bytes.  Limits are those of *cat. 9.4* where the
-host does not need others.  Rules that span objects are in `check.py`.
+host does not need others.  What a VM may be is in `rules.py`, and what spans objects in `check.py`.
 """
 
 from enum import IntEnum, IntFlag
@@ -34,15 +34,6 @@ MAX_INET6_PREFIX = 60  # leaves subnet ids for the four interfaces of three VMs;
 DEFAULT_ROUTES = {4: 1, 16: 3}  # by size of an address in bytes
 
 ROOT = 0
-
-
-NAME_FIRST = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
-NAME_OTHER = NAME_FIRST | set(".-_")
-
-
-def valid_vm_name(name: str) -> bool:
-    """Return whether a VM may be called so (*cat. 2.5*): no name escapes a directory, or a message."""
-    return 0 < len(name) <= NAME_MAX and name[0] in NAME_FIRST and NAME_OTHER.issuperset(name)
 
 
 class BootDevice(IntEnum):
@@ -82,13 +73,8 @@ class Owner(Record):
     gid: int | None = None
 
 
+WHEEL = Owner(uid=ROOT, gid=ROOT)  # who may make instances where nobody is named
 SERIAL_MAX = 20  # bytes; what virtio-blk has room for
-SERIAL_BYTES = frozenset(map(chr, range(0x20, 0x7F)))
-
-
-def valid_serial(text: str) -> bool:
-    """Return whether a disk may tell its guest that this is its serial number."""
-    return 0 < len(text) <= SERIAL_MAX and SERIAL_BYTES.issuperset(text)
 
 
 class DiskConfig(Record):
@@ -167,6 +153,7 @@ class VmConfig(Record):
     plan_prefix4: Prefix | None = None
     plan_prefix6: Prefix | None = None
     rights: Rights = Rights()
+    fault: str = ""  # why it cannot be started as it is written, such as an owner that this host does not know
 
 
 class SwitchConfig(Record):

@@ -1,65 +1,147 @@
-"""What `vmd -n` says of the images that a configuration names: what a start would say, in the same sentences.
+"""What `vmd -n` says of the VMs of a configuration: what a start would say, in the same sentences.
 
 Nothing is locked or opened for writing, so that the images of VMs that run can be looked at.
 """
 
+import array
+import errno
+import fcntl
 import os
+import socket
+import struct
 import time
 
+from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.parent import instances, service
 from vmd.parent.disks import ImageProber, Use, follow, open_cdrom
+from vmd.parent.limits import require_room
+from vmd.parent.resources import open_boot_files
 from vmd.privsep.cell import Cell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from vmd.config.model import Config, DiskConfig, Owner, VmConfig
+    from vmd.config.model import Config, DiskConfig, Globals, Owner, VmConfig
     from vmd.parent.disks import Prober
 
+SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
+ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, and what is of no interest here
+IFREQ = struct.Struct("=16sQ16x")  # struct ifreq: ifr_name, ifr_data
 TIME_S = 60.0  # for all of them: storage may hang, and a configuration has hundreds of images
 
 
-def check_images(config: "Config", warn: "Callable[[str], None]") -> None:
-    """Warn of every image that a VM could not be started with, and of what is odd about the others.
+def check_vms(config: "Config", warn: "Callable[[str], None]") -> None:
+    """Warn of every VM that could not be started as it is written, and of what is odd about the others.
 
-    An image that is not there is only warned of, too: it may be mounted later.
+    A file that is not there is only warned of, too: it may be mounted later.
     """
     vms, problems = instances.resolve(config.vms, lambda _name: None)
     for problem in problems:
         warn(problem)
-    if not any(vm.disks or vm.cdrom for vm in vms):
-        return
+    for switch in config.switches:
+        if switch.enabled and (what := of_bridge(switch.interface)):
+            warn(f'{switch.origin}: switch "{switch.name}": {what}')
+    prober, cell = None, None
+    if any(vm.disks or vm.cdrom for vm in vms):
+        try:
+            cell = Cell.build(*service.lookup_user()) if os.geteuid() == 0 else None
+            prober = ImageProber(cell)
+        except (OperatorError, HostError, VmdError) as error:
+            warn(f"warning: images are not examined: {error}")
     try:
-        cell = Cell.build(*service.lookup_user()) if os.geteuid() == 0 else None
-    except (OperatorError, HostError, VmdError) as error:
-        warn(f"warning: images are not examined: {error}")
-        return
-    try:
-        examine(vms, ImageProber(cell), warn, time.monotonic() + TIME_S)
+        Examination(vms, config.settings, prober, time.monotonic() + TIME_S).run(warn)
     finally:
         if cell is not None:
             cell.close()
 
 
-def examine(vms: "list[VmConfig]", prober: "Prober", warn: "Callable[[str], None]", deadline_s: float) -> None:
-    """Say of each VM what is to be said of its disks and its disc; what several VMs share is looked at once."""
-    said: dict[tuple[DiskConfig | str, Owner | None], list[str]] = {}
-    left = 0
-    for vm in vms:
-        keys: list[tuple[DiskConfig | str, Owner | None]] = [(disk, vm.rights.disks) for disk in vm.disks]
-        for key in [*keys, (vm.cdrom, vm.rights.cdrom)] if vm.cdrom else keys:
-            if key not in said:
-                if time.monotonic() > deadline_s:
-                    left += 1
-                    continue
-                image, user = key
-                said[key] = of_disc(image, user, prober) if isinstance(image, str) else of_disk(image, user, prober)
-            for sentence in said[key]:
-                warn(f'{vm.origin}: vm "{vm.name}": {sentence}')
-    if left:
-        warn(f"warning: {left} images are not examined: the others took more than {TIME_S:g} seconds")
+class Examination:
+    """All VMs of a configuration, in the order of the file; what several of them share is looked at once.
+
+    Without `prober` images are left alone.
+    """
+
+    def __init__(
+        self, vms: "list[VmConfig]", settings: "Globals", prober: "Prober | None", deadline_s: float
+    ) -> None:
+        self.vms = vms
+        self.settings = settings
+        self.prober = prober
+        self.deadline_s = deadline_s
+        self.images: dict[tuple[DiskConfig | str, Owner | None], list[str]] = {}
+        self.left = 0  # images for which there was no time
+        self.starting: list[VmConfig] = []  # those that are started with the daemon, so far
+        self.users: dict[str, str] = {}  # by path of a disk: who of those has it
+
+    def run(self, warn: "Callable[[str], None]") -> None:
+        """Say what there is to be said."""
+        for vm in self.vms:
+            for what in self.of_vm(vm):
+                warn(f'{vm.origin}: vm "{vm.name}": {what}')
+        if self.left:
+            warn(f"warning: {self.left} images are not examined: the others took more than {TIME_S:g} seconds")
+
+    def of_vm(self, vm: "VmConfig") -> "Iterator[str]":
+        """Give what a start would say of a VM, and what stands in its way when those before it run."""
+        for _, what in rules.obstacles(vm):
+            yield what
+        yield from of_boot_files(vm)
+        for disk in vm.disks:
+            yield from self.of_image(disk, vm.rights.disks)
+        if vm.cdrom:
+            yield from self.of_image(vm.cdrom, vm.rights.cdrom)
+        if vm.enabled:
+            yield from self.beside_others(vm)
+
+    def of_image(self, image: "DiskConfig | str", user: "Owner | None") -> list[str]:
+        """Return what a start would say of a disk or a disc."""
+        if self.prober is None:
+            return []
+        if (image, user) not in self.images:
+            if time.monotonic() > self.deadline_s:
+                self.left += 1
+                return []
+            found = of_disc(image, user, self.prober) if isinstance(image, str) else of_disk(image, user, self.prober)
+            self.images[image, user] = found
+        return self.images[image, user]
+
+    def beside_others(self, vm: "VmConfig") -> "Iterator[str]":
+        """Give what keeps a VM from being started with the daemon when those before it have been."""
+        for disk in vm.disks:
+            if (user := self.users.setdefault(disk.path, vm.name)) != vm.name:
+                yield f"disk {disk.path} is used by vm {user} as well: only one of them can run"
+        try:
+            require_room(vm, (), self.settings)
+            require_room(vm, self.starting, self.settings)
+        except OperatorError as error:
+            yield f"not started with those before it: {str(error).removeprefix(f'vm {vm.name}: ')}"
+        else:
+            self.starting.append(vm)
+
+
+def of_bridge(name: str) -> str:
+    """Return why an interface of the host cannot be a switch, if it cannot."""
+    driver = array.array("B", ETHTOOL_DRVINFO.pack(ETHTOOL_GDRVINFO, b""))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
+        try:
+            fcntl.ioctl(any_socket, SIOCETHTOOL, IFREQ.pack(name.encode(), driver.buffer_info()[0]))
+        except OSError as error:
+            if error.errno == errno.ENODEV:  # it will be made
+                return ""
+    if ETHTOOL_DRVINFO.unpack(driver)[1].rstrip(b"\0") == b"bridge":
+        return ""
+    return f"interface {name} is not a bridge: switches need one"
+
+
+def of_boot_files(vm: "VmConfig") -> list[str]:
+    """Return what a start would say of a boot image, the initrd or, without them, the firmware."""
+    try:
+        open_boot_files(vm, None, None).close()
+    except OperatorError as error:
+        return [str(error)]
+    return []
 
 
 def of_disk(config: "DiskConfig", user: "Owner | None", prober: "Prober") -> list[str]:

@@ -16,7 +16,9 @@ import itertools
 import json
 import os
 
-from vmd.config.model import MAX_NICS, NAME_MAX, Prefix, valid_vm_name
+from vmd.config import rules
+from vmd.config.model import MAX_NICS, Prefix
+from vmd.config.rules import VMID_MAX
 from vmd.errors import HostError, VmdError, sentence
 from vmd.log import log
 
@@ -34,7 +36,6 @@ FILE_MAX = 1 << 24  # bytes
 # Of VMs that are not there now: many of those that vm.conf once had, and few of those that users have made.
 ABSENT_MAX = {True: 4096, False: 64}
 RANDOM_TRIES, ORDERLY_TRIES = 64, 8192  # more than there are VMs
-VMID_MAX = (1 << 31) - 1
 ULA_BITS = 48
 LLADDR_BYTES = 6
 GROUP = 1  # in the first byte of an Ethernet address
@@ -186,8 +187,8 @@ def parse_row(row: "Any") -> "tuple[Key, Identity]":  # noqa: ANN401 - of a file
     """Return one VM of the file.  Raises ValueError."""
     row = checked(row, dict)
     name, uid = checked(row.get("name"), str), checked(row.get("owner"), int)
-    if not valid_vm_name(name) or not 0 <= uid < 1 << 32:
-        raise ValueError(f"no vm: {name[:NAME_MAX]!r}, owner {uid}")
+    rules.vm_name(name)
+    rules.user_number(uid)
     identity = Identity()
     identity.vmid, identity.number = (checked(row.get(field, 0), int) for field in ("id", "number"))
     identity.configured = checked(row.get("configured", False), bool)

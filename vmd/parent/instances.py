@@ -59,6 +59,7 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
         virtio=wanted.virtio or template.virtio,
         sev=wanted.sev or template.sev,
         sev_es=wanted.sev_es or template.sev_es,
+        fault=wanted.fault or template.fault,
         rights=Rights(
             boot=rights if VmFlag.KERNEL in given else template.rights.boot,
             disks=rights,
@@ -107,7 +108,9 @@ def require_permission(template: VmConfig, wanted: VmConfig, caller: Caller) -> 
     allow = template.allow or NOBODY
     if allow.owner is None or not may_control(caller, allow.owner.uid, allow.owner.gid):
         raise OperatorError(
-            errno.EPERM, f"uid {caller.uid} has no permission to create instances of vm {template.name}"
+            errno.EPERM,
+            f"uid {caller.uid} has no permission to create instances of vm {template.name}: "
+            "`allow instance { owner ... }` in its vm block gives it",
         )
     for flag, what in ASPECTS:
         if flag in wanted.given and flag not in allow.flags:

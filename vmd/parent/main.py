@@ -94,8 +94,7 @@ from vmd.parent.requests import (
     checked_request,
     described,
     one_shot_config,
-    refuse_unsupported,
-    require_boot_device,
+    require_startable,
 )
 from vmd.parent.resources import Pty, open_boot_files
 from vmd.parent.usage import is_memory
@@ -110,6 +109,7 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
 NOTES_MAX = 30
+ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a message has room for
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 
 # (path, what is known) -> the file as a configuration; None is the main file, read for itself
@@ -295,8 +295,8 @@ class Parent(Process):
                 self.start_vm(vm, uid=vm.config.owner.uid)
             except VmdError as error:
                 vm.state = State.STOPPED
-                vm.text = str(error)
-                log.error(f"vm {vm.name}: {error}")
+                vm.text = str(error).removeprefix(f"vm {vm.name}: ")
+                log.error(f"vm {vm.name}: {vm.text}")
 
     def reload(self) -> list[str]:
         """Read the main file anew; a file that does not parse changes nothing.
@@ -338,6 +338,8 @@ class Parent(Process):
         """SIGHUP reloads."""
         try:
             self.reload()
+        except ConfigErrors as errors:
+            log_errors(errors)
         except VmdError as error:
             log.error(f"configuration not reloaded: {error}")
 
@@ -363,8 +365,8 @@ class Parent(Process):
         files = open_boot_files(config, given_boot, given_initrd)
         media = Media()
         try:
+            require_startable(config, bootable=given_boot is not None or again)
             self.check_startable(vm, config, again=again)
-            require_boot_device(config)
             media = Media.open(config, self.prober, patience_s=vm.patience_s())
             fresh_pty, began = vm.pty is None, False
             if vm.pty is None:
@@ -374,7 +376,7 @@ class Parent(Process):
                 vm.begin_start(again=again)
                 began = True
                 if not again:  # its guest has changed nothing of what these say
-                    self.note(vm, config, media.notes)
+                    self.note(vm, config, media.notes + self.network.notes(config))
                 files_now = media.files()
                 for what in replaced(vm.files, files_now) if again else ():
                     log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
@@ -417,7 +419,6 @@ class Parent(Process):
 
     def check_startable(self, vm: Vm, config: VmConfig, *, again: bool = False) -> None:
         """Raise OperatorError if this host cannot, or may not, run such a VM; one that runs stays within the limits."""
-        refuse_unsupported(config)
         require_files()
         if again:
             return
@@ -594,8 +595,9 @@ class Parent(Process):
             self.answer_failure(envelope.peerid, error.code, str(error))
         except HostError as error:
             self.answer_failure(envelope.peerid, error.errno, str(error))
-        except ConfigErrors as error:
-            self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
+        except ConfigErrors as errors:
+            log_errors(errors)
+            self.answer(envelope.peerid, Failed(code=errno.EINVAL, text=brief_errors(errors)))
         except (ValueError, OverflowError) as error:  # a path with a NUL, an id beyond 32 bits; from root only
             self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
         except OSError as error:  # the host has run out of something, and this client has to hear of it
@@ -894,3 +896,24 @@ def brief_notes(notes: list[str]) -> tuple[str, ...]:
     """Return notes as far as they fit a message."""
     shown = [brief(note) for note in notes[:NOTES_MAX]]
     return (*shown, f"and {len(notes) - NOTES_MAX} more; see the log") if len(notes) > NOTES_MAX else tuple(shown)
+
+
+def log_errors(errors: ConfigErrors) -> None:
+    """Log why a configuration was not taken, error by error."""
+    for line in str(errors).splitlines():
+        log.error(line)
+    log.error(errors.summary)
+
+
+def brief_errors(errors: ConfigErrors) -> str:
+    """Return errors as far as they fit a message, a line for each, and what follows from them."""
+    lines = [brief(line) for line in str(errors).splitlines()]
+    shown: list[str] = []
+    room = ERRORS_BYTES_MAX
+    for line in lines:
+        room -= len(os.fsencode(line)) + 1
+        if room < 0 and shown:
+            shown.append(f"and {len(lines) - len(shown)} more; see the log")
+            break
+        shown.append(line)
+    return "\n".join((*shown, errors.summary))

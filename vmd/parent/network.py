@@ -8,6 +8,7 @@ outlive a reboot of the guest, with their names.
 import errno
 import ipaddress
 import os
+import time
 from collections.abc import Callable, Iterable
 
 from vmd.config.model import IFNAME_MAX, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
@@ -82,6 +83,7 @@ class Launch:
         # What priv was asked for; by the time of its answer the configuration may be another.
         self.plan: Plan | None = None
         self.switches: list[SwitchConfig | None] = []
+        self.lacking: dict[int, str] = {}
 
     def close(self) -> None:
         """Close everything that was to go along."""
@@ -111,11 +113,18 @@ class Counting:
 class Taps:
     """The interfaces of a VM, from priv's answer to the end of the VM."""
 
-    def __init__(self, nics: tuple[NicConfig, ...], plan: Plan, links: tuple[NicLink, ...], fds: list[int]) -> None:
-        self.nics = nics
-        self.plan = plan
+    def __init__(self, launch: Launch, links: tuple[NicLink, ...], fds: list[int]) -> None:
+        assert launch.plan is not None
+        self.nics = launch.message.config.nics
+        self.plan = launch.plan
+        self.lacking = launch.lacking  # what is wrong with an interface, by its number
+        self.since_s = int(time.time())
         self.links = links
         self.fds = fds
+
+    def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
+        """Return whether a guest that boots again goes on with these: a switch that was not there may be there now."""
+        return (self.nics, self.plan) == (nics, plan) and self.lacking.keys() <= lacking.keys()
 
     def close(self) -> None:
         """Let go of our descriptors."""
@@ -233,7 +242,6 @@ class Network:
         if not self.holds(vm, plan):
             self.check_addresses(vm, config, plan)
         for nic in config.nics:
-            self.switch_of(config, nic)
             if nic.tap not in AUTOMATIC:
                 for vmid, taps in self.taps.items():
                     if vmid != vm.vmid and any(link.name == nic.tap for link in taps.links):
@@ -300,16 +308,34 @@ class Network:
                         return vmid, str(ipaddress.ip_address(address))
         return None
 
-    def switch_of(self, config: VmConfig, nic: NicConfig) -> SwitchConfig | None:
-        """Return the switch of an interface, if it has one.  Raises OperatorError if there is no such."""
-        if not nic.switch:
-            return None
+    def switch_of(self, nic: NicConfig) -> SwitchConfig | None:
+        """Return the switch of an interface, if it has one that is there.
+
+        As with vmd(8), an interface of an unknown switch, or of one that is disabled, is connected to nothing.
+        """
         for switch in self.parent.config.switches:
             if switch.name == nic.switch:
-                if not switch.enabled:
-                    raise OperatorError(errno.ENODEV, f'vm {config.name}: switch "{nic.switch}" is disabled')
-                return switch
-        raise OperatorError(errno.ENOENT, f'vm {config.name}: switch "{nic.switch}" not found')
+                return switch if switch.enabled else None
+        return None
+
+    def unconnected(self, nics: tuple[NicConfig, ...]) -> dict[int, str]:
+        """Return a sentence for each interface whose switch is not there, by its number."""
+        disabled = {switch.name for switch in self.parent.config.switches if not switch.enabled}
+        return {
+            index: f'switch "{nic.switch}" {"is disabled" if nic.switch in disabled else "not found"}: '
+            "the interface is connected to nothing"
+            for index, nic in enumerate(nics)
+            if nic.switch and self.switch_of(nic) is None
+        }
+
+    def notes(self, config: VmConfig) -> list[str]:
+        """Return what should be known of a start of a VM with such interfaces."""
+        return [f"interface {index}: {what}" for index, what in self.unconnected(config.nics).items()]
+
+    def require_switches(self, config: VmConfig) -> None:
+        """Raise OperatorError if a VM that is still connected elsewhere would not be so here."""
+        for note in self.notes(config):
+            raise OperatorError(errno.ENOENT, f"vm {config.name}: {note}")
 
     def name_of(self, vmid: int) -> str:
         """Return the name of a VM, for sentences."""
@@ -336,7 +362,8 @@ class Network:
                 self.check(vm, config)
             held = self.taps.get(vm.vmid)
             plan = self.plan_of(vm, config)
-            if config.nics and held is not None and (held.nics, held.plan) == (config.nics, plan):
+            launch.lacking = self.unconnected(config.nics)
+            if held is not None and config.nics and held.serve(config.nics, plan, launch.lacking):
                 self._send(launch, held)
                 return
             self.release(vm.vmid)
@@ -344,7 +371,7 @@ class Network:
                 self._send(launch, None)
                 return
             launch.plan = plan
-            launch.switches = [self.switch_of(config, nic) for nic in config.nics]
+            launch.switches = [self.switch_of(nic) for nic in config.nics]
             requests = tuple(request(vm, launch, index) for index in range(len(config.nics)))
         except (OperatorError, HostError):
             launch.close()
@@ -373,7 +400,7 @@ class Network:
         vm, config, plan = launch.vm, launch.message.config, launch.plan
         assert plan is not None
         links = describe(config, plan, message.nics, launch.switches)
-        taps = self.taps[vm.vmid] = Taps(config.nics, plan, links, fds)
+        taps = self.taps[vm.vmid] = Taps(launch, links, fds)
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
         try:
             self._send(launch, taps)
@@ -482,6 +509,10 @@ class Network:
             values = counted[info.index].values if info.index < len(counted) else ()
             plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
             self.parent.answer(client, info.replace(counters=values) if info.tap and plausible else info)
+        taps = self.taps.get(vmid)
+        if taps is not None:
+            for index, what in taps.lacking.items():
+                self.parent.answer(client, TroubleInfo(device=f"vionet{index}", text=what, since_s=taps.since_s))
         for trouble in troubles:
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
             self.parent.answer(client, text)

@@ -10,7 +10,7 @@ from vmd.errors import HostError, VmdError
 from vmd.log import JOURNAL, STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
-from vmd.parent.examine import check_images
+from vmd.parent.examine import check_vms
 from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.identity import StateFile, state_directory
 from vmd.parent.limits import raise_file_limit
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
             config = read_config(options)
             for sentence in prefix_warnings(config, host_routes()):
                 log.warn(sentence)
-            check_images(config, log.warn)
+            check_vms(config, log.warn)
             say("configuration OK\n")
             return 0
         return serve(options)
@@ -67,15 +67,21 @@ def shown(text: str) -> int:
     return 0
 
 
-def read_config(options: Options, path: str | None = None, known: Config | None = None) -> Config:
-    """Read the main configuration file or, on top of what is `known`, an additional one.  Raises ConfigErrors."""
+def read_config(
+    options: Options, path: str | None = None, known: Config | None = None, *, starting: bool = False
+) -> Config:
+    """Read the main configuration file or, on top of what is `known`, an additional one.  Raises ConfigErrors.
+
+    `starting`: this is for a daemon that begins, which needs no file where none was given to it.
+    """
     return check.load(
         path or options.conf_path,
         macros=dict(options.macros),
-        explicit=path is not None or options.conf_given,
+        may_be_missing=starting and not options.conf_given,
+        starting=starting,
         warn=log.warn,
         settings=known.settings if known else None,
-        known_switches=[switch.name for switch in known.switches] if known else (),
+        known_switches=known.switches if known else (),
     )
 
 
@@ -84,7 +90,7 @@ def serve(options: Options) -> int:
     if os.geteuid() != 0:
         raise VmdError("need root privileges: run vmd as root")
     uid, gid = service.lookup_user()
-    config = read_config(options)  # first: a mistake is to be heard of at once
+    config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
     kvm_fd = service.wait_for_kvm(0 if options.debug else service.KVM_WAIT_S)
     raise_file_limit(config.settings.limit_vms)
     listener = service.listen(options.socket_path, config.settings.socket_owner)

@@ -182,6 +182,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
         check_paths(config)  # what it boots from is opened only when its guest resets itself
         receiving.config = checked_request(config, bootable=True)
         parent.check_startable(vm, receiving.config)
+        parent.network.require_switches(receiving.config)
         parent.network.check(vm, receiving.config)
         require_disks(parent, receiving.config)
     except FAILURES as error:

@@ -301,10 +301,14 @@ class VmTable:
         return used | {vm.key for vm in self._by_name.values()}
 
     def find(self, vmid: int, name: str) -> Vm | None:
-        """Return the VM with this id or, with id 0, this name."""
-        if vmid:
-            return next((vm for vm in self._by_name.values() if vm.vmid == vmid), None)
-        return self._by_name.get(name)
+        """Return the VM with this id or, with id 0, this name.
+
+        A name of digits that comes with the id that it could be is what somebody has typed: a VM of that name is meant.
+        """
+        named = self._by_name.get(name)
+        if not vmid or (named is not None and name.isdigit()):
+            return named
+        return next((vm for vm in self._by_name.values() if vm.vmid == vmid), None)
 
     def get(self, vmid: int, name: str = "") -> Vm:
         """Return the VM, or raise OperatorError(ENOENT) naming what was asked for."""

@@ -15,6 +15,7 @@ import re
 import time
 
 from vmd.config.model import DEFAULT_ROUTES, IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
+from vmd.config.rules import HOST_TABLES
 from vmd.errors import HostError, OperatorError
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
@@ -35,7 +36,6 @@ ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
 TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
 VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
-HOST_TABLES = (253, 254, 255)  # default, main, local
 MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
 LLADDR_BYTES = 6
 HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives

@@ -7,7 +7,8 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 
 import struct
 
-from vmd.config.model import VmConfig, valid_serial
+from vmd.config.model import VmConfig
+from vmd.config.rules import valid_serial
 from vmd.ipc.imsg import unpack
 from vmd.kvmapi import abi
 from vmd.record import Part, Record

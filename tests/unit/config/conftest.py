@@ -22,7 +22,7 @@ class Loader:
     def load(self, text: str | bytes, **macros: str) -> Config:
         """Return what a text says."""
         self.path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load(str(self.path), macros=macros, explicit=True, warn=self.warnings.append)
+        return load(str(self.path), macros=macros, warn=self.warnings.append)
 
     def vm(self, options: str) -> VmConfig:
         """Return the VM that a block's options describe."""

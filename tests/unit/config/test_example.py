@@ -28,7 +28,7 @@ def example(tmp_path: Path) -> Config:
     for name in re.findall(r"\$images/(\S+)", EXAMPLE.read_text()):
         (tmp_path / name).touch()
     warnings: list[str] = []
-    config = load(str(EXAMPLE), macros={"images": str(tmp_path)}, explicit=True, warn=warnings.append)
+    config = load(str(EXAMPLE), macros={"images": str(tmp_path)}, warn=warnings.append)
     assert warnings == []
     return config
 
@@ -85,7 +85,7 @@ def test_example_of_the_manual(tmp_path: Path) -> None:
     warnings: list[str] = []
 
     config = load(
-        str(tmp_path / "vm.conf"), macros={"images": str(tmp_path)}, explicit=True, warn=warnings.append
+        str(tmp_path / "vm.conf"), macros={"images": str(tmp_path)}, warn=warnings.append
     )
 
     assert warnings == []

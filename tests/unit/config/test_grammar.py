@@ -3,6 +3,7 @@
 import os
 import pwd
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from vmd.config.check import check
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import RESERVED, Lexer
 from vmd.config.model import (
+    WHEEL,
     AgentxConfig,
     AllowInstance,
     BootDevice,
@@ -248,13 +250,13 @@ def test_staggered_start_errors(conf: Loader, text: str, error: str) -> None:
 def test_switch(conf: Loader) -> None:
     """All options, and the defaults of those not given."""
     config = conf.load(
-        "switch all {\n interface veb0\n disable\n group lab\n locked lladdr\n rdomain 255\n down\n}\n"
+        "switch all {\n interface veb0\n disable\n group lab\n locked lladdr\n rdomain 252\n down\n}\n"
         "switch 'one line' { interface br-lan }\n"
     )
 
     assert config.switches == (
         SwitchConfig(
-            name="all", interface="veb0", enabled=False, group="lab", locked=True, rdomain=255, up=False,
+            name="all", interface="veb0", enabled=False, group="lab", locked=True, rdomain=252, up=False,
             origin=f"{conf.path}:1",
         ),
         SwitchConfig(name="one line", interface="br-lan", origin=f"{conf.path}:9"),
@@ -287,6 +289,10 @@ def test_switch_interface_errors(conf: Loader, name: str) -> None:
         ("switch 'a\tb' {\n interface br0\n}", "1: invalid switch name: a\tb"),
         ("switch s {\n interface br0\n rdomain 256\n}", "3: invalid rdomain: 256"),
         ("switch s {\n interface br0\n rdomain -1\n}", "3: invalid rdomain: -1"),
+        (
+            "switch s {\n interface br0\n rdomain 254\n}",
+            "3: invalid rdomain: 254 is a routing table of the host itself",
+        ),
         ("switch s {\n interface br0\n group a1\n}", "3: invalid group name: a1"),
         (f"switch s {{\n interface br0\n group {'g' * 16}\n}}", f"3: invalid group name: {'g' * 16}"),
         ("switch s {\n interface br0\n group 'a b'\n}", "3: invalid group name: a b"),
@@ -362,12 +368,13 @@ def test_vm_with_everything(conf: Loader) -> None:
             NicConfig(),
             NicConfig(),
         ),
-        "cdrom": "install.iso",
+        "cdrom": f"{conf.directory}/install.iso",
         "owner": Owner(uid=0, gid=1),
         "allow": AllowInstance(flags=VmFlag(0x7F), owner=Owner(uid=0, gid=1)),
         "virtio": VirtioMode.MODERN,
         "sev": True,
         "sev_es": True,
+        "fault": "",
         "origin": f"{conf.path}:1",
         "plan_id": 0,
         "plan_prefix4": None,
@@ -442,9 +449,8 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("vcpus 1\nvcpus 1", "vcpus specified more than once"),
         ("virtio 2.0", "unrecognized virtio mode 2.0"),
         ("virtio Modern", "unrecognized virtio mode Modern: did you mean modern?"),
-        ("disk no/where", "failed to parse disks: no/where: No such file or directory"),
         ("disk ''", "failed to parse disks: : No such file or directory"),
-        ("disk IMAGE\n" * 5, "too many disks"),
+        ("disk IMAGE\n" * 5, "too many disks: 5 (limit is 4)"),
         ("disk IMAGE format vmdk", "unrecognized disk format vmdk"),
         ("disk IMAGE format raw format raw", "an option of the disk is given twice"),
         ("disk IMAGE serial a format raw serial a", "an option of the disk is given twice"),
@@ -455,20 +461,20 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         (f"disk /{'d' * 1023}", "disk path too long"),
         (f"cdrom /{'c' * 1023}", "cdrom name too long"),
         ("cdrom a\ncdrom b", "cdrom specified more than once"),
-        ("boot /nowhere", "kernel path not found: No such file or directory: /nowhere"),
+        ("boot ''", "kernel path not found: No such file or directory: "),
         (f"boot /{'b' * 1023}", f"kernel path not found: File name too long: /{'b' * 76}..."),
         (f"boot /{'b' * 256}", f"kernel path not found: File name too long: /{'b' * 76}..."),
         ("boot IMAGE\nboot IMAGE", "kernel specified more than once"),
-        ("boot IMAGE initrd /nowhere", "initrd path not found: No such file or directory: /nowhere"),
+        (f"boot IMAGE initrd /{'i' * 256}", f"initrd path not found: File name too long: /{'i' * 76}..."),
         ("boot IMAGE initrd IMAGE initrd IMAGE", "initrd specified more than once"),
         ("boot IMAGE cmdline a cmdline b", "cmdline specified more than once"),
-        (f"boot IMAGE\ncmdline '{'c' * 2048}'", "cmdline too long (limit is 2047)"),
+        (f"boot IMAGE\ncmdline '{'c' * 2048}'", "cmdline too long: 2048 bytes (limit is 2047)"),
         ("boot device floppy", 'syntax error at "floppy"'),
         ("interface em0", "invalid interface: em0"),
         ("interface tap0x", "invalid interface: tap0x"),
         ("interface tap1234567890123", "invalid interface: tap1234567890123"),
-        ("interface\n" * 5, "too many interfaces: 5"),
-        ("interfaces 5", "too many interfaces: 5"),
+        ("interface\n" * 5, "too many interfaces: 5 (limit is 4)"),
+        ("interfaces 5", "too many interfaces: 5 (limit is 4)"),
         ("interfaces -1", "invalid number of interfaces: -1"),
         ("interfaces 0\ninterfaces 1", "interfaces specified more than once"),
         ("interface lladdr 00:11", "invalid address: 00:11"),
@@ -510,14 +516,35 @@ def test_memory_rounding_is_a_debug_message(
     assert conf.warnings == []
 
 
-def test_paths_are_resolved(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Links and relative paths mean what they mean now; a CD is looked for when it is needed."""
+def test_paths_are_resolved(conf: Loader) -> None:
+    """Links mean what they mean now; a CD is looked for when it is needed."""
     (conf.directory / "link").symlink_to("disk.img")
-    monkeypatch.chdir(conf.directory)
 
-    vm = conf.vm("disk link\nboot './link'\ncdrom link")
+    vm = conf.vm(f"disk '{conf.directory}/link'\nboot '{conf.directory}/./link'\ncdrom '{conf.directory}/link'")
 
-    assert (vm.disks[0].path, vm.kernel, vm.cdrom) == (str(conf.image), str(conf.image), "link")
+    assert (vm.disks[0].path, vm.kernel, vm.cdrom) == (str(conf.image), str(conf.image), f"{conf.directory}/link")
+
+
+def test_relative_paths(conf: Loader, write: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are in the directory of the file that has them, wherever the daemon is at the moment."""
+    write("sub/inner.conf", "vm b {\n disk b.img\n boot './../kernel' initrd './initrd'\n cdrom b.iso\n}\n")
+    monkeypatch.chdir("/")
+
+    a, b = conf.load("vm a { disk a.img }\ninclude sub/inner.conf\nvm c { cdrom c.iso }\n").vms[:2]
+
+    here = os.path.realpath(conf.directory)
+    assert a.disks[0].path == f"{here}/a.img"
+    assert (b.disks[0].path, b.kernel, b.initrd) == (f"{here}/sub/b.img", f"{here}/kernel", f"{here}/sub/initrd")
+    assert b.cdrom == f"{conf.directory}/sub/b.iso"
+
+
+def test_files_need_not_be_there(conf: Loader) -> None:
+    """They may be mounted later, and until then only their VM does without."""
+    vm = conf.vm("disk /nowhere/disk.img\nboot /nowhere/kernel initrd /nowhere/initrd\ncdrom /nowhere/disc.iso")
+
+    assert (vm.disks[0].path, vm.kernel, vm.initrd, vm.cdrom) == (
+        "/nowhere/disk.img", "/nowhere/kernel", "/nowhere/initrd", "/nowhere/disc.iso",
+    )  # fmt: skip
 
 
 def test_paths_may_be_no_utf8(conf: Loader) -> None:
@@ -585,18 +612,19 @@ def test_interfaces_is_a_minimum(conf: Loader, number: int, count: int) -> None:
 @pytest.mark.parametrize(
     ("statement", "allow"),
     [
-        ("allow instance disk", AllowInstance(flags=VmFlag.DISK)),
+        ("allow instance disk", AllowInstance(flags=VmFlag.DISK, owner=WHEEL)),
         ("allow instance owner root", AllowInstance(owner=Owner(uid=0))),
-        ("allow instance { disk }", AllowInstance(flags=VmFlag.DISK)),
-        ("allow instance { disk, memory }", AllowInstance(flags=VmFlag.DISK | VmFlag.MEMORY)),
-        ("allow instance { disk memory }", AllowInstance(flags=VmFlag.DISK | VmFlag.MEMORY)),
-        ("allow instance {\ndisk\n\nmemory,\nboot\n}", AllowInstance(flags=VmFlag(0x16))),
+        ("allow instance { disk }", AllowInstance(flags=VmFlag.DISK, owner=WHEEL)),
+        ("allow instance { disk, memory }", AllowInstance(flags=VmFlag.DISK | VmFlag.MEMORY, owner=WHEEL)),
+        ("allow instance { disk memory }", AllowInstance(flags=VmFlag.DISK | VmFlag.MEMORY, owner=WHEEL)),
+        ("allow instance {\ndisk\n\nmemory,\nboot\n}", AllowInstance(flags=VmFlag(0x16), owner=WHEEL)),
         ("allow instance { owner daemon, disk }", AllowInstance(flags=VmFlag.DISK, owner=Owner(uid=1))),
-        ("allow instance disk\nallow instance memory", AllowInstance(flags=VmFlag(0x14))),
+        ("allow instance disk\nallow instance memory", AllowInstance(flags=VmFlag(0x14), owner=WHEEL)),
+        ("allow instance disk\nallow instance owner daemon", AllowInstance(flags=VmFlag.DISK, owner=Owner(uid=1))),
     ],
 )
 def test_allow_instance(conf: Loader, statement: str, allow: AllowInstance) -> None:
-    """One flag, or a block of them; several statements add up."""
+    """One flag, or a block of them; several statements add up.  It is for group 0 if nobody is named."""
     assert conf.vm(statement).allow == allow
 
 
@@ -606,7 +634,7 @@ def test_allow_instance_does_not_leak_into_the_next_vm(conf: Loader) -> None:
     config = conf.load("vm a { allow instance disk }\nvm b { allow instance memory }\n")
 
     assert errors == ['2: syntax error at "foo"', "4: memory size must be at least 1MB"]
-    assert config.vms[1].allow == AllowInstance(flags=VmFlag.MEMORY)
+    assert config.vms[1].allow == AllowInstance(flags=VmFlag.MEMORY, owner=WHEEL)
 
 
 @pytest.mark.parametrize(
@@ -659,10 +687,8 @@ OUR_WORDS = [
 
 
 @pytest.mark.parametrize("word", OUR_WORDS)
-def test_our_words_are_still_words(conf: Loader, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_words_are_still_words(conf: Loader, word: str) -> None:
     """Wherever upstream takes a word, it may be one of our keywords."""
-    monkeypatch.chdir(conf.directory)
-    (conf.directory / word).touch()
     config = conf.load(
         f"""
         {word} = {word}
@@ -682,8 +708,8 @@ def test_our_words_are_still_words(conf: Loader, word: str, monkeypatch: pytest.
     )
 
     (vm, _) = config.vms
-    assert (vm.name, vm.cdrom, vm.nics[0].switch, vm.nics[0].group) == (word, word, word, word)
-    assert [disk.path for disk in vm.disks] == [vm.kernel] * 2 == [str(conf.directory / word)] * 2
+    assert (vm.name, vm.nics[0].switch, vm.nics[0].group) == (word, word, word)
+    assert [vm.cdrom, *(disk.path for disk in vm.disks)] == [vm.kernel] * 3 == [str(conf.directory / word)] * 3
     assert (config.switches[0].name, config.switches[0].interface) == (word, word)
 
 
@@ -789,7 +815,7 @@ socket owner nobody-here
         "19: memory size must be at least 1MB",
         '21: syntax error at "corge"',
         "23: memory size must be at least 1MB",
-        "25: too many interfaces: 7",
+        "25: too many interfaces: 7 (limit is 4)",
         '26: syntax error at "}"',
         "27: failed to get user: nobody-here",
     ]

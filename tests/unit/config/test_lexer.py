@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.config.conftest import Loader
+from vmd.config.check import ConfigErrors, load
 from vmd.config.lexer import ERRORS_MAX, RESERVED, TOKENS, Lexer
 
 
@@ -148,11 +149,11 @@ def test_unused_macros_are_told(conf: Loader) -> None:
         ("a = b!\n", '1: syntax error at "!"'),
         ("memory = 1G\n", '1: syntax error at "memory"'),
         ("local prefix é\n", '1: syntax error at "é"'),
-        ("a = b\r\n", '1: syntax error at "\r"'),
+        ("a = b\r\r\n", '1: syntax error at "\r"'),
         ("include 'nowhere'\n", "1: failed to include file nowhere: No such file or directory"),
         ("include '/'\n", "1: failed to include file /: not a regular file"),
         ("include '/dev/zero'\n", "1: failed to include file /dev/zero: not a regular file"),
-        ("include ''\n", "1: failed to include file : not a regular file"),
+        ("include ''\n", "1: failed to include file : No such file or directory"),
     ],
 )
 def test_lexical_errors(conf: Loader, text: str, error: str) -> None:
@@ -189,13 +190,13 @@ def test_include_is_relative_to_the_including_file(conf: Loader, write: Callable
     assert [vm.name for vm in conf.load("include sub/one.conf\n").vms] == ["two"]
 
 
-def test_include_falls_back_to_the_working_directory(
+def test_include_is_not_looked_for_elsewhere(
     conf: Loader, write: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is all that upstream knows."""
+    """A daemon is in another directory when it reloads than when it was started."""
     monkeypatch.chdir(Path(write("elsewhere/one.conf", "vm one { disable }\n")).parent)
 
-    assert [vm.name for vm in conf.load("include 'one.conf'\n").vms] == ["one"]
+    assert conf.errors("include 'one.conf'\n") == ["1: failed to include file one.conf: No such file or directory"]
 
 
 def test_error_in_an_included_file_names_that_file(conf: Loader, write: Callable[[str, str], str]) -> None:
@@ -275,3 +276,48 @@ def test_number_of_errors_is_bounded(conf: Loader) -> None:
 def test_every_reserved_word_is_a_token_or_means_nothing() -> None:
     """So that a word added to one list is not forgotten in the other."""
     assert {word.upper() for word in RESERVED} - set(TOKENS) == {"ADD", "ID", "SIZE"}
+
+
+# what editors leave
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
+def test_ends_of_lines_and_mark(conf: Loader, mark: bytes, end: bytes) -> None:
+    """Files that were written elsewhere say the same; lines are counted as they are seen."""
+    lines = [b'ram = "1G"  # comment', b"vm a {", b"memory \\", b"$ram", b'cmdline "a', b'b"', b"boot '/k'", b"}", b""]
+
+    (vm,) = conf.load(mark + end.join(lines)).vms
+
+    assert (vm.memory_bytes, vm.cmdline, vm.kernel, vm.origin) == (1 << 30, "ab", "/k", f"{conf.path}:2")
+
+
+def test_marks_of_included_files(conf: Loader) -> None:
+    """Each may have one; elsewhere it is a character that no word begins with."""
+    (conf.directory / "inner.conf").write_bytes(b"\xef\xbb\xbfvm a { disable }\r\n")
+
+    assert [vm.name for vm in conf.load("include inner.conf\n").vms] == ["a"]
+    assert conf.errors("\n\ufeffvm a { disable }\n") == ['2: syntax error at "\ufeff"']
+
+
+@pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_named(conf: Loader, coding: str) -> None:
+    """Instead of an error in each of its lines."""
+    text = "\ufeffvm a {\r\n disable\r\n}\r\n".encode(coding)
+
+    with pytest.raises(ConfigErrors, match=r"/vm\.conf: its text is UTF-16; save it as UTF-8$"):
+        conf.load(text)
+
+
+def test_an_error_is_one_line(conf: Loader) -> None:
+    """Whatever is in a name of its file."""
+    path = conf.directory / "a\nb.conf"
+    path.write_text("vm a { memory lots }\nfoo\n")
+
+    with pytest.raises(ConfigErrors) as refused:
+        load(str(path), warn=conf.warnings.append)
+
+    first, second = str(refused.value).split("\n")
+    assert first == f"{conf.directory}/a\\x0ab.conf:1: failed to parse size: lots"
+    assert second.startswith(f"{conf.directory}/a\\x0ab.conf:2: syntax error")
+    assert refused.value.summary == "2 errors, configuration unchanged"

@@ -290,16 +290,51 @@ def test_the_end_of_priv_is_the_end_of_waiting(parent: FakeParent) -> None:
 @pytest.mark.parametrize(
     ("nic", "words"),
     [
-        (NicConfig(switch="nope"), 'vm a: switch "nope" not found'),
-        (NicConfig(switch="off"), 'vm a: switch "off" is disabled'),
+        (NicConfig(switch="nope"), 'switch "nope" not found: the interface is connected to nothing'),
+        (NicConfig(switch="off"), 'switch "off" is disabled: the interface is connected to nothing'),
     ],
 )
-def test_switches_that_cannot_be_used(parent: FakeParent, nic: NicConfig, words: str) -> None:
-    """The sentence names VM and switch; descriptors are closed."""
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(OperatorError, match=words):
-        launch(parent, VmConfig(name="a", nics=(nic,)))
-    assert len(os.listdir("/proc/self/fd")) == before
+def test_switches_that_are_not_there(parent: FakeParent, nic: NicConfig, words: str) -> None:
+    """As upstream, the VM starts, its interface in no bridge; that can be seen for as long as it is so."""
+    config = VmConfig(name="a", nics=(NicConfig(), nic))
+    vm, failures = launch(parent, config)
+    request = parent.peers[Proc.PRIV].sent[-1]
+    made(parent)
+    vm.begin_run(0)
+    parent.network.serve(vm, 7)
+
+    assert failures == []
+    assert isinstance(request, MakeNics)
+    assert [each.bridge for each in request.nics] == ["", ""]
+    assert [link.name for link in started(parent).nics] == ["tap0", "tap1"]
+    assert parent.network.notes(config) == [f"interface 1: {words}"]
+    troubles = [message for _, message in parent.answers if isinstance(message, TroubleInfo)]
+    assert [(each.device, each.text) for each in troubles] == [("vionet1", words)]
+
+
+def test_a_switch_that_has_come(parent: FakeParent) -> None:
+    """A guest that boots again is connected; one whose switch has gone meanwhile stays where it is."""
+    config = VmConfig(name="a", nics=(NicConfig(switch="new"), NicConfig(switch="lan")))
+    launch(parent, config)
+    made(parent)
+    asked = len(parent.peers[Proc.PRIV].sent)
+
+    parent.config = Config()
+    launch(parent, config)
+    assert len(parent.peers[Proc.PRIV].sent) == asked
+
+    parent.config = Config(switches=(SwitchConfig(name="new", interface="br5"),))
+    launch(parent, config)
+    request = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(request, MakeNics)
+    assert [each.bridge for each in request.nics] == ["br5", ""]
+
+
+def test_a_switch_that_a_received_vm_needs(parent: FakeParent) -> None:
+    """Its sender still has it, connected."""
+    parent.network.require_switches(VmConfig(name="a", nics=(NicConfig(switch="lan"), NicConfig())))
+    with pytest.raises(OperatorError, match='vm a: interface 0: switch "nope" not found'):
+        parent.network.require_switches(VmConfig(name="a", nics=(NicConfig(switch="nope"),)))
 
 
 def received(plan_id: int, **fields: object) -> VmConfig:

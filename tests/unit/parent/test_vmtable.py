@@ -37,6 +37,17 @@ def test_ids_stay_with_name_and_owner(table: VmTable) -> None:
     assert [vm.vmid for vm in table] == [1, 3]
 
 
+def test_a_word_that_is_a_name_and_an_id(table: VmTable) -> None:
+    """Whose name it is comes first; what only knows the id finds that."""
+    table.add(VmConfig(name="1"), from_config=True)
+    assert (table.get(1, "1").name, table.get(1).name, table.get(2, "2").name) == ("1", "a", "b")
+    assert (table.get(3, "1").name, table.get(0, "1").name) == ("1", "1")
+    table.add(VmConfig(name="02"), from_config=True)
+    assert table.get(2, "02").name == "02"
+    with pytest.raises(OperatorError, match="vm 9 not found"):
+        table.get(9, "9")
+
+
 def test_numbering_starts_again_only_when_nobody_is_left(table: VmTable) -> None:
     """`reset vms` restarts the counter (cat. 2.8)."""
     table.forget_ids()

@@ -4,8 +4,9 @@ import subprocess
 
 import pytest
 
+from vmd.config.rules import HOST_TABLES
 from vmd.errors import OperatorError
-from vmd.priv.host import HOST_TABLES, inside, is_bridge, is_tap, is_vrf, link_local
+from vmd.priv.host import inside, is_bridge, is_tap, is_vrf, link_local
 from vmd.priv.ifconfig import Link
 from vmd.priv.rules import Member, Nft, needed, ruleset
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig, valid_serial
+from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig
+from vmd.config.rules import valid_serial
 from vmd.ipc import devmsg
 from vmd.ipc.messages import DiskImages, ImageLink, NicLink
 from vmd.vm.slots import Slot, boot_paths, kinds, plan, with_serials

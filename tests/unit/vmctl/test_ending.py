@@ -34,7 +34,7 @@ TERMINATED = VmTerminated(vmid=3, name="web", text="powered off by the guest")
         (("-fw", "web"), StopRequest(name="web", force=True, wait=True)),
         (("web", "-w", "-f"), StopRequest(name="web", force=True, wait=True)),
         (("--", "web"), StopRequest(name="web")),
-        (("3",), StopRequest(vmid=3)),
+        (("3",), StopRequest(vmid=3, name="3")),
     ],
 )
 def test_stop_asks_for_what_was_said(

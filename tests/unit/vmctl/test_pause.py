@@ -27,7 +27,7 @@ def test_by_number(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) ->
     daemon.answers(VmPaused(vmid=3, name="web", paused=paused))
 
     assert vmctl(word, "3")[0] == 0
-    assert daemon.requests == [PauseRequest(vmid=3, paused=paused)]
+    assert daemon.requests == [PauseRequest(vmid=3, name="3", paused=paused)]
 
 
 @pytest.mark.parametrize("name", ["4294967296", "9" * 63, "0" * 22 + "9" * 30])

@@ -86,7 +86,9 @@ def new_config(daemon: FakeDaemon) -> VmConfig:
 # --- a VM the daemon knows -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("word", "request_"), [("web", StartRequest(name="web")), ("3", StartRequest(vmid=3))])
+@pytest.mark.parametrize(
+    ("word", "request_"), [("web", StartRequest(name="web")), ("3", StartRequest(vmid=3, name="3"))]
+)
 def test_known_vm(vmctl: Vmctl, known: FakeDaemon, word: str, request_: StartRequest) -> None:
     """Without options nothing has to be asked first."""
     assert vmctl("start", word) == (0, "", SUCCESS)
@@ -109,7 +111,7 @@ def test_kernel_for_once(vmctl: Vmctl, known: FakeDaemon, files: Files, word: st
 
     assert status == (0, "", SUCCESS)
     request = start_request(known)
-    assert (request.vmid, request.name) == ((3, "") if word == "3" else (0, "web"))
+    assert (request.vmid, request.name) == ((3, "3") if word == "3" else (0, "web"))
     assert (request.config, request.cmdline) == (None, "single")
     assert known.files[-1] == {"kernel": b"kernel!", "initrd": b"initrd!"}
 
@@ -265,7 +267,7 @@ def test_instance_with_its_own_kernel(vmctl: Vmctl, known: FakeDaemon, files: Fi
         (["-d", "{none}"], "invalid disk path: {none}: No such file or directory"),
         (["-d", "raw:{none}"], "invalid disk path: {none}: No such file or directory"),
         (["-d", "qcow2:"], "invalid disk path: "),
-        (["-d", "{disk}"] * 5, "too many disks (limit is 4)"),
+        (["-d", "{disk}"] * 5, "too many disks: 5 (limit is 4)"),
         (["-I", "{none}"], "invalid initrd path: {none}: No such file or directory"),
         (["-I", "{initrd}", "-I", "{initrd}"], "initrd specified multiple times"),
         (["-b", "{kernel}", "-I", "{folder}"], "initrd must be a regular file: {folder}"),
@@ -275,13 +277,13 @@ def test_instance_with_its_own_kernel(vmctl: Vmctl, known: FakeDaemon, files: Fi
         (["-i", "many"], "count is invalid: many"),
         (["-i", "99999999999999999999"], "count is too large: 99999999999999999999"),
         (["-i", "9" * 6000], "count is too large: " + "9" * 6000),
-        (["-i", "5"], "too many network interfaces"),
-        (["-L"] * 5, "too many network interfaces (limit is 4)"),
-        (["-L", "-n", "a", "-n", "b", "-n", "c", "-n", "d"], "too many network interfaces (limit is 4)"),
+        (["-i", "5"], "too many interfaces: 5 (limit is 4)"),
+        (["-L"] * 5, "too many interfaces: 5 (limit is 4)"),
+        (["-L", "-n", "a", "-n", "b", "-n", "c", "-n", "d"], "too many interfaces: 5 (limit is 4)"),
         (["-n", ""], "invalid switch name: "),
-        (["-n", "s" * 64], "invalid switch name: " + "s" * 64),
+        (["-n", "s" * 64], "switch name too long"),
         (["-k", "a", "-k", "b"], "kernel command line specified multiple times"),
-        (["-k", "x" * 2048], "kernel command line too long: 2048 bytes (limit is 2047)"),
+        (["-k", "x" * 2048], "cmdline too long: 2048 bytes (limit is 2047)"),
         (["-m", "1G", "-m", "1G"], "memory specified multiple times"),
         (["-m", "lots"], "invalid memory size: lots"),
         (["-m", ""], "invalid memory size: "),
@@ -289,7 +291,7 @@ def test_instance_with_its_own_kernel(vmctl: Vmctl, known: FakeDaemon, files: Fi
         (["-m", "-1G"], "memory size must be at least 1MB"),
         (["-m", "1025G"], "memory size too large (limit is 1.0T)"),
         (["-p", "2", "-p", "2"], "vcpus specified multiple times"),
-        (["-p", "17"], "too many vcpus (limit is 16)"),
+        (["-p", "17"], "invalid number of vcpus: 17 (limit is 16)"),
         (["-p", "0"], "vcpus is too small: 0"),
         (["-p", "two"], "vcpus is invalid: two"),
         (["-r", "{none}"], "invalid iso image path: {none}: No such file or directory"),

@@ -49,6 +49,14 @@ ROW_DB1 = "    1 40211     1    2.0G    1.1G   ttyp3     anna:ops  running db1\n
 ROW_TMPL = "    2     -     1    512M       -       -         root  stopped tmpl\n"
 
 
+def test_a_word_that_is_a_name_and_an_id(daemon: FakeDaemon, vmctl: Vmctl) -> None:
+    """The VM of that name is shown, wherever it stands in the list."""
+    for vms in ([vm_info("2", vmid=1), vm_info("b", vmid=2)], [vm_info("b", vmid=2), vm_info("2", vmid=7)]):
+        daemon.answers(*vms, End())
+        status, out, _ = vmctl("status", "2")
+        assert (status, [line.split()[-1] for line in out.splitlines()[1:]]) == (0, ["2"])
+
+
 @pytest.mark.parametrize("command", ["status", "show", "stat", "sh"])
 def test_table(vmctl: Vmctl, two: FakeDaemon, command: str) -> None:
     """Header and rows; both names of the command and their abbreviations."""

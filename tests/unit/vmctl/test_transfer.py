@@ -61,7 +61,7 @@ def test_send_and_keep(daemon: FakeDaemon, tmp_path: Path) -> None:
     """A snapshot; by number."""
     daemon.answers(SENT)
     assert send(daemon, tmp_path, "-k", "3")[0] == 0
-    assert daemon.requests == [SendRequest(vmid=3, keep=True)]
+    assert daemon.requests == [SendRequest(vmid=3, name="3", keep=True)]
 
 
 def test_receive_gives_standard_input_away(daemon: FakeDaemon, tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""What a VM may be is the same for vm.conf, for clients and streams, and for vmctl: one rule, one sentence."""
+
+import errno
+import re
+from typing import Any
+
+import pytest
+
+from tests.unit.config.conftest import Loader
+from vmctl.commands.start import Wanted
+from vmctl.errors import CommandError
+from vmd.config import rules
+from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, Rights, VmConfig
+from vmd.errors import OperatorError
+from vmd.parent.requests import checked_request, require_startable
+
+DISK = DiskConfig(path="/x")
+# (what vm.conf says, the same as a description, the same on a command line if there is a way, the sentence)
+BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
+    "memory": ("memory 1B", {"memory_bytes": 1}, ("-m", "1B"), "memory size must be at least 1MB"),
+    "much memory": (
+        "memory 2T", {"memory_bytes": 2 << 40}, ("-m", "2T"), "memory size too large (limit is 1.0T)",
+    ),
+    "vcpus": ("vcpus 17", {"vcpus": 17}, ("-p", "17"), "invalid number of vcpus: 17 (limit is 16)"),
+    "disks": (
+        "disk /x\n" * 5, {"disks": (DISK,) * 5}, ("-d", "/dev/null") * 5, "too many disks: 5 (limit is 4)",
+    ),
+    "format": ("disk /x format vdi", {"disks": (DISK.replace(format="vdi"),)}, None, "unrecognized disk format vdi"),
+    "disk path": (f"disk /{'d' * 1023}", {"disks": (DISK.replace(path="/" + "d" * 1023),)}, None, "disk path too long"),
+    "cdrom path": (f"cdrom /{'c' * 1023}", {"cdrom": "/" + "c" * 1023}, None, "cdrom name too long"),
+    "serial": (
+        f"disk /x serial {'s' * 21}", {"disks": (DISK.replace(serial="s" * 21),)}, None,
+        f"a serial number is 1 to 20 printable ASCII characters, not '{'s' * 21}'",
+    ),
+    "cmdline": (
+        f"cmdline '{'c' * 2048}'", {"cmdline": "c" * 2048}, ("-k", "c" * 2048),
+        "cmdline too long: 2048 bytes (limit is 2047)",
+    ),
+    "interfaces": (
+        "interface\n" * 5, {"nics": (NicConfig(),) * 5}, ("-L", "") * 5, "too many interfaces: 5 (limit is 4)",
+    ),
+    "interface count": (
+        "interfaces 5", {"nics": (NicConfig(),) * 5}, ("-i", "5"), "too many interfaces: 5 (limit is 4)",
+    ),
+    "tap": ("interface eth0", {"nics": (NicConfig(tap="eth0"),)}, None, "invalid interface: eth0"),
+    "long tap": ("interface tap1234567890123", {"nics": (NicConfig(tap="tap1234567890123"),)}, None,
+                 "invalid interface: tap1234567890123"),
+    "group": ("interface group lab1", {"nics": (NicConfig(group="lab1"),)}, None, "invalid group name: lab1"),
+    "switch": (
+        f"interface switch {'s' * 64}", {"nics": (NicConfig(switch="s" * 64),)}, ("-n", "s" * 64),
+        "switch name too long",
+    ),
+    "rdomain": ("interface rdomain 256", {"nics": (NicConfig(rdomain=256),)}, None, "invalid rdomain: 256"),
+    "host's rdomain": (
+        "interface rdomain 254", {"nics": (NicConfig(rdomain=254),)}, None,
+        "invalid rdomain: 254 is a routing table of the host itself",
+    ),
+    "multicast": (
+        "interface lladdr 1:0:5e:0:0:1", {"nics": (NicConfig(lladdr=b"\1\0\x5e\0\0\1"),)}, None,
+        "invalid address: 01:00:5e:00:00:01 is a multicast address, from which nothing can be sent",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_one_rule_one_sentence(conf: Loader, case: str) -> None:
+    """Whoever says it, and however."""
+    text, fields, arguments, sentence = BROKEN[case]
+
+    assert sentence in [error.partition(": ")[2] for error in conf.errors(f"vm a {{\n{text}\n}}\n")]
+    with pytest.raises(OperatorError, match=f"^vm a: {re.escape(sentence)}$"):
+        checked_request(VmConfig(name="a", **fields), bootable=True)
+    if arguments is not None:
+        with pytest.raises(CommandError, match=f"^{re.escape(sentence)}$"):
+            take(arguments)
+
+
+def take(arguments: tuple[str, ...]) -> None:
+    """Give options to `vmctl start`."""
+    wanted = Wanted()
+    for option, value in zip(arguments[::2], arguments[1::2], strict=True):
+        wanted.take(option, value)
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a/b", "a" * 64, "a b"])
+def test_name(conf: Loader, name: str) -> None:
+    """Too."""
+    (error,) = conf.errors(f"vm '{name}' {{ disable }}\n")
+    with pytest.raises(OperatorError) as refused:
+        checked_request(VmConfig(name=name), bootable=True)
+
+    assert error == f"1: {refused.value}"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"owner": Owner(uid=1 << 32)},
+        {"owner": Owner(uid=1, gid=-1)},
+        {"rights": Rights(disks=Owner(uid=0xFFFFFFFF))},
+        {"cmdline": "a\0b"},
+        {"kernel": "/" * 1024},
+        {"initrd": "/" * 1024},
+        {"disks": (DISK.replace(serial="s"), DISK.replace(path="/y", serial="s"))},
+    ],
+    ids=repr,
+)
+def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
+    """Is refused where it can be said."""
+    with pytest.raises(ValueError, match=r"^\w"):
+        rules.check_vm(VmConfig(name="a", **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "bootable", "found"),
+    [
+        ({}, False, [(errno.EINVAL, "no kernel, disk or cdrom to boot from")]),
+        ({}, True, []),
+        ({"kernel": "/k"}, False, []),
+        ({"cdrom": "/c"}, False, []),
+        ({"disks": (DISK,)}, False, []),
+        ({"disks": (DISK, DISK)}, False, [(errno.EBUSY, "disk /x is given twice")]),
+        (
+            {"disks": (DISK,), "boot_device": BootDevice.CDROM}, False,
+            [(errno.ENODEV, "boot device cdrom: it has no cdrom")],
+        ),
+        ({"cdrom": "/c", "boot_device": BootDevice.DISK}, False, [(errno.ENODEV, "boot device disk: it has no disk")]),
+        ({"boot_device": BootDevice.DISK}, True, []),
+        (
+            {"kernel": "/k", "sev": True}, False,
+            [(errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd")],
+        ),
+        ({"kernel": "/k", "fault": "failed to get user: u"}, True, [(errno.EINVAL, "failed to get user: u")]),
+    ],
+)  # fmt: skip
+def test_obstacles(fields: dict[str, Any], bootable: bool, found: list[tuple[int, str]]) -> None:
+    """Each is known before anything is opened, and the first is the answer to a start."""
+    config = VmConfig(name="a", **fields)
+
+    assert list(rules.obstacles(config, bootable=bootable)) == found
+    rules.check_vm(config)  # none of them is a value that no VM may have
+    for code, what in found[:1]:
+        with pytest.raises(OperatorError) as refused:
+            require_startable(config, bootable=bootable)
+        assert (refused.value.code, str(refused.value)) == (code, f"vm a: {what}")

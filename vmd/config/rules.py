@@ -1,0 +1,309 @@
+"""What a VM may be: the rules that vm.conf, requests of clients, streams and vmctl have in common.
+
+A rule takes a value and returns it, or raises ValueError with a sentence for whoever gave it.  The sentences are those
+of *cat. 2.3 - 2.5* where upstream has one.  `check_vm` applies every rule to a whole VM; `obstacles` says why a VM that
+keeps all of them still cannot be started.
+
+vmctl and VM processes load this, so it imports little.
+"""
+
+import errno
+import os
+
+from vmd.config.model import (
+    CMDLINE_MAX,
+    GROUP_MAX,
+    IFNAME_MAX,
+    MAX_DISKS,
+    MAX_INET6_PREFIX,
+    MAX_MEMORY_BYTES,
+    MAX_NICS,
+    MAX_RDOMAIN,
+    MAX_VCPUS,
+    MIN_MEMORY_BYTES,
+    NAME_MAX,
+    PATH_MAX,
+    SERIAL_MAX,
+    BootDevice,
+    Prefix,
+    VmConfig,
+)
+from vmd.nearest import meant
+from vmd.scaled import fmt_scaled
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vmd.config.model import DiskConfig, NicConfig
+
+DISK_FORMATS = ("raw", "qcow2")
+UID_MAX = (1 << 32) - 2  # the next one means "no change" to chown(2)
+VMID_MAX = (1 << 31) - 1
+LOCAL_PREFIX_BITS = 16  # at most, and by default: VM id and NIC live in the other half of the address
+LLADDR_BYTES = 6
+HOST_TABLES = (253, 254, 255)  # routing tables default, main and local: no VRF can have them
+SHOWN_MAX = 80  # characters of a value in a sentence
+
+DIGITS = frozenset("0123456789")
+LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+NAME_FIRST = LETTERS | DIGITS
+NAME_OTHER = NAME_FIRST | set(".-_")
+GROUP_CHARS = NAME_FIRST | set("_.-")
+# What Linux takes for the name of an interface, but for patterns such as br%d.
+BRIDGE_CHARS = frozenset(map(chr, range(0x21, 0x7F))) - set("%/:")
+NO_BRIDGES = (".", "..", "lo", "all", "default")  # Linux takes the last two for all interfaces, and new ones
+SERIAL_CHARS = frozenset(map(chr, range(0x20, 0x7F)))
+
+
+def shown(text: str) -> str:
+    """Return a text as sentences quote it: cut if long."""
+    return text if len(text) <= SHOWN_MAX else text[: SHOWN_MAX - 3] + "..."
+
+
+def too_long(text: str, limit: int) -> bool:
+    """Return whether a text has more bytes than a limit."""
+    return len(os.fsencode(text)) > limit
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+def vm_name(name: str) -> str:
+    """Return the name of a VM (*cat. 2.5*): no name escapes a directory, or a message."""
+    if too_long(name, NAME_MAX):
+        raise ValueError("vm name too long")
+    if not name or name[0] not in NAME_FIRST or not NAME_OTHER.issuperset(name):
+        raise ValueError(f"invalid VM name: {shown(name)}")
+    return name
+
+
+def switch_name(name: str) -> str:
+    """Return the name of a switch."""
+    if too_long(name, NAME_MAX):
+        raise ValueError("switch name too long")
+    if not name or not name.isprintable():
+        raise ValueError(f"invalid switch name: {shown(name)}")
+    return name
+
+
+def bridge_name(name: str) -> str:
+    """Return the name of a switch's bridge; unlike vmd's, Linux's have no fixed pattern."""
+    usable = 0 < len(name) <= IFNAME_MAX and BRIDGE_CHARS.issuperset(name) and name not in NO_BRIDGES
+    if not usable or is_tap(name):
+        raise ValueError(f"invalid switch interface: {shown(name)}")
+    return name
+
+
+def tap_name(name: str) -> str:
+    """Return the name of a VM's own interface; "" and "tap" leave the choice to us."""
+    if name and not (is_tap(name) and len(name) <= IFNAME_MAX):
+        raise ValueError(f"invalid interface: {shown(name)}")
+    return name
+
+
+def is_tap(name: str) -> bool:
+    """Return whether a name is `tap`, or `tap` and a number."""
+    return name.startswith("tap") and DIGITS.issuperset(name.removeprefix("tap"))
+
+
+def group_name(name: str) -> str:
+    """Return the name of an interface group; a digit at its end would make it an interface."""
+    if name and (len(name) > GROUP_MAX or not GROUP_CHARS.issuperset(name) or name[-1] in DIGITS):
+        raise ValueError(f"invalid group name: {shown(name)}")
+    return name
+
+
+# --- sizes and numbers ---------------------------------------------------------------------------------------
+
+
+def memory_bytes(size: int) -> int:
+    """Return a size of memory."""
+    if size < MIN_MEMORY_BYTES:
+        raise ValueError("memory size must be at least 1MB")
+    if size > MAX_MEMORY_BYTES:
+        raise ValueError(f"memory size too large (limit is {fmt_scaled(MAX_MEMORY_BYTES)})")
+    return size
+
+
+def vcpus(number: int) -> int:
+    """Return a number of processors."""
+    if not 1 <= number <= MAX_VCPUS:
+        raise ValueError(f"invalid number of vcpus: {number} (limit is {MAX_VCPUS})")
+    return number
+
+
+def disk_count(number: int) -> int:
+    """Return a number of disks."""
+    if number > MAX_DISKS:
+        raise ValueError(f"too many disks: {number} (limit is {MAX_DISKS})")
+    return number
+
+
+def nic_count(number: int) -> int:
+    """Return a number of network interfaces."""
+    if number > MAX_NICS:
+        raise ValueError(f"too many interfaces: {number} (limit is {MAX_NICS})")
+    if number < 0:
+        raise ValueError(f"invalid number of interfaces: {number}")
+    return number
+
+
+def rdomain(number: int) -> int:
+    """Return a routing domain; unlike OpenBSD's, the last three numbers are the host's own tables."""
+    if not 0 <= number <= MAX_RDOMAIN:
+        raise ValueError(f"invalid rdomain: {number}")
+    if number in HOST_TABLES:
+        raise ValueError(f"invalid rdomain: {number} is a routing table of the host itself")
+    return number
+
+
+def user_number(number: int) -> int:
+    """Return the number of a user or group: cut to 32 bits another one might be root's."""
+    if not 0 <= number <= UID_MAX:
+        raise ValueError(f"invalid user: {number}")
+    return number
+
+
+# --- what it boots and stores --------------------------------------------------------------------------------
+
+
+def path(what: str, name: str) -> str:
+    """Return the path of a file, which is looked for when the VM starts."""
+    if too_long(name, PATH_MAX):
+        raise ValueError(f"{what} too long")
+    return name
+
+
+def cmdline(text: str) -> str:
+    """Return a kernel's command line."""
+    raw = os.fsencode(text)
+    if len(raw) > CMDLINE_MAX:
+        raise ValueError(f"cmdline too long: {len(raw)} bytes (limit is {CMDLINE_MAX})")
+    if b"\0" in raw:
+        raise ValueError("cmdline contains a NUL byte")
+    return text
+
+
+def disk_format(text: str) -> str:
+    """Return the format of a disk image."""
+    if text.lower() not in DISK_FORMATS:
+        raise ValueError(f"unrecognized disk format {shown(text)}{meant(text, DISK_FORMATS)}")
+    return text.lower()
+
+
+def valid_serial(text: str) -> bool:
+    """Return whether a disk may tell its guest that this is its serial number."""
+    return 0 < len(text) <= SERIAL_MAX and SERIAL_CHARS.issuperset(text)
+
+
+def disk_serial(text: str) -> str:
+    """Return the serial number of a disk."""
+    if not valid_serial(text):
+        raise ValueError(f"a serial number is 1 to {SERIAL_MAX} printable ASCII characters, not {shown(text)!r}")
+    return text
+
+
+def disks(given: "Sequence[DiskConfig]") -> None:
+    """Check all disks of a VM: each must be told from the others by its serial number."""
+    disk_count(len(given))
+    serials = [disk.serial for disk in given if disk.serial]
+    for disk in given:
+        path("disk path", disk.path)
+        if disk.format:
+            disk_format(disk.format)
+    for serial in serials:
+        disk_serial(serial)
+        if serials.count(serial) > 1:
+            raise ValueError(f"two disks have the serial number {serial}")
+
+
+# --- network -------------------------------------------------------------------------------------------------
+
+
+def lladdr(address: bytes) -> bytes:
+    """Return the Ethernet address of an interface."""
+    text = address[:LLADDR_BYTES].hex(":")
+    if len(address) != LLADDR_BYTES or not any(address):
+        raise ValueError(f"invalid address: {text}")
+    if address[0] & 1:
+        raise ValueError(f"invalid address: {text} is a multicast address, from which nothing can be sent")
+    return address
+
+
+def nics(given: "Sequence[NicConfig]") -> None:
+    """Check all network interfaces of a VM."""
+    nic_count(len(given))
+    for nic in given:
+        tap_name(nic.tap)
+        group_name(nic.group)
+        if nic.switch:
+            switch_name(nic.switch)
+        if nic.lladdr:
+            lladdr(nic.lladdr)
+        if nic.rdomain is not None:
+            rdomain(nic.rdomain)
+
+
+def is_prefix(prefix: Prefix, size: int, most: int) -> bool:
+    """Return whether a range is one of addresses of `size` bytes, with `most` bits given at most."""
+    if len(prefix.address) != size or not 0 <= prefix.length <= most:
+        return False
+    return not has_host_bits(prefix.address, prefix.length)
+
+
+def has_host_bits(address: bytes, length: int) -> bool:
+    """Return whether bits are set behind a prefix."""
+    bits = len(address) * 8 - length
+    return int.from_bytes(address, "big") & ((1 << bits) - 1) != 0
+
+
+def plan(config: VmConfig) -> None:
+    """Check that from which the addresses of `local` interfaces follow."""
+    prefix4, prefix6 = config.plan_prefix4, config.plan_prefix6
+    if not 0 <= config.plan_id <= VMID_MAX or not (
+        (prefix4 is None or is_prefix(prefix4, 4, LOCAL_PREFIX_BITS))
+        and (prefix6 is None or is_prefix(prefix6, 16, MAX_INET6_PREFIX))
+    ):
+        raise ValueError("invalid addresses of local interfaces")
+
+
+# --- a whole VM ----------------------------------------------------------------------------------------------
+
+
+def check_vm(config: VmConfig) -> None:
+    """Raise ValueError, naming the first thing that is wrong, unless a VM keeps every rule above."""
+    vm_name(config.name)
+    memory_bytes(config.memory_bytes)
+    vcpus(config.vcpus)
+    path("boot image path", config.kernel)
+    path("initrd path", config.initrd)
+    path("cdrom name", config.cdrom)
+    cmdline(config.cmdline)
+    disks(config.disks)
+    nics(config.nics)
+    plan(config)
+    for user in (config.owner, config.rights.boot, config.rights.disks, config.rights.cdrom):
+        if user is not None:
+            user_number(user.uid)
+            user_number(user.gid or 0)
+
+
+def obstacles(config: VmConfig, *, bootable: bool = False) -> "Iterator[tuple[int, str]]":
+    """Give every reason why such a VM cannot be started, on whatever host: an errno and a sentence.
+
+    `bootable`: it has something to boot that is not in its description.
+    """
+    if config.fault:
+        yield errno.EINVAL, config.fault
+    if config.sev or config.sev_es:
+        yield errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd"
+    if not (bootable or config.kernel or config.disks or config.cdrom):
+        yield errno.EINVAL, "no kernel, disk or cdrom to boot from"
+    paths = [disk.path for disk in config.disks]
+    for again in sorted({name for name in paths if paths.count(name) > 1}):
+        yield errno.EBUSY, f"disk {again} is given twice"
+    for device, there in ((BootDevice.CDROM, config.cdrom), (BootDevice.DISK, config.disks)):
+        if config.boot_device is device and not there and not bootable:
+            name = device.name.lower()
+            yield errno.ENODEV, f"boot device {name}: it has no {name}"
