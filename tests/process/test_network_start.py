@@ -14,6 +14,9 @@ from tests.process.test_network import SWITCH, block
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting, state_file
 from tests.support.network import Network
+from vmctl.client import Client
+from vmctl.errors import CommandError
+from vmd.ipc.messages import StartRequest, VmStarted
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -28,10 +31,16 @@ def network() -> Iterator[Network]:
 
 
 def start_early(vmd: NetDaemon, name: str, stop: threading.Event) -> None:
-    """Try to start a VM from before the daemon listens until it has been started."""
-    command = [sys.executable, "-m", "vmctl", "-s", str(vmd.socket), "start", name]
-    while not stop.is_set() and subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode:
-        pass
+    """Ask for a VM as soon as there is a socket to connect to."""
+    while not stop.is_set():
+        try:
+            client = Client(str(vmd.socket))
+        except CommandError:
+            continue
+        client.send(StartRequest(name=name))
+        client.answer(VmStarted)
+        client.close()
+        return
 
 
 def test_a_client_that_comes_while_the_daemon_starts(network: Network, tmp_path: Path) -> None:
