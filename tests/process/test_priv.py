@@ -461,6 +461,16 @@ def test_no_vrf_in_this_kernel_is_said(network: Network, priv: Priv) -> None:
     assert set(links(network)) == {"lo"}
 
 
+def test_a_table_that_packets_of_the_host_go_to_is_no_rdomain_either(network: Network, priv: Priv) -> None:
+    """A VPN's, say: a routing domain ends its table, so that the host would not find its way any further."""
+    network.run("ip", "rule", "add", "pref", "5270", "lookup", "52")
+    network.run("ip", "-6", "rule", "add", "fwmark", "1", "lookup", "51")
+    for rdomain in (52, 51):
+        failed = priv.refuse(nic(rdomain=rdomain))
+        assert failed.code == errno.EBUSY
+        assert f"rdomain {rdomain}: packets of this host go to routing table {rdomain}, too" in failed.text
+
+
 @pytest.mark.parametrize("rdomain", [253, 254, 255])
 def test_the_hosts_own_tables_are_no_rdomains(priv: Priv, rdomain: int) -> None:
     """Main, local and default are the host's."""

@@ -235,6 +235,12 @@ class Network:
             return link
         if rdomain in HOST_TABLES:
             raise OperatorError(errno.EINVAL, f"rdomain {rdomain}: the host's own routing table has that number")
+        if self.links.shared_table(rdomain):  # its end would be the end of the host's way
+            raise OperatorError(
+                errno.EBUSY,
+                f"rdomain {rdomain}: packets of this host go to routing table {rdomain}, too, as `ip rule` shows; "
+                "choose another number",
+            )
         try:
             link = self.links.add_vrf(name, rdomain, f"rdomain{rdomain}")
         except HostError as error:

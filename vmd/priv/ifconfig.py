@@ -218,6 +218,19 @@ class Links:
         """Return the name of an interface; its number if it has gone."""
         return next((link.name for link in self.all() if link.index == index), str(index))
 
+    def shared_table(self, table: int) -> bool:
+        """Return whether a routing rule sends packets of any interface to this table."""
+        rules = [
+            rule
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for rule in listed("list routing rules", self.netlink.get_rules, family=family)
+        ]
+        return any(
+            (rule.get_attr("FRA_TABLE") or rule["table"]) == table
+            and not (rule.get_attr("FRA_IIFNAME") or rule.get_attr("FRA_OIFNAME") or rule.get_attr("FRA_L3MDEV"))
+            for rule in rules
+        )
+
     def end_table(self, table: int) -> None:
         """Let a routing table end in "unreachable", so that what it does not know is not looked for in the next."""
         for family, everything in ((socket.AF_INET, "0.0.0.0/0"), (socket.AF_INET6, "::/0")):
