@@ -13,8 +13,11 @@ USERS   = $(PREFIX)/lib/sysusers.d
 BASH    = $(PREFIX)/share/bash-completion/completions
 ZSH     = $(PREFIX)/share/zsh/site-functions
 FISH    = $(PREFIX)/share/fish/vendor_completions.d
+DEB     = build/deb
 PLACES  = '$(DESTDIR)' 'library=$(LIBRARY)' 'sbin=$(SBIN)' 'bin=$(BIN)' 'man=$(MAN)' 'doc=$(EXAMPLE)' \
     'units=$(UNITS)' 'sysusers=$(USERS)' 'bash=$(BASH)' 'zsh=$(ZSH)' 'fish=$(FISH)'
+# What a package is made from.
+SOURCES = debian etc man docs completions tools vmd vmctl Makefile README.md CHANGELOG.md LICENSE vm.conf.example
 
 PYTHON  = .venv/bin/python
 SECONDS = 30
@@ -23,7 +26,7 @@ SEED    = $(shell date +%s)
 # Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
-.PHONY: help run test test-deep soak bench fuzz install uninstall clean need-root
+.PHONY: help run test test-deep soak bench fuzz install uninstall deb clean need-root
 
 help:
 	@echo 'make run         start the daemon with one VM and attach to its console'
@@ -33,6 +36,7 @@ help:
 	@echo 'make bench       compare with QEMU; prints one table'
 	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
+	@echo 'make deb         a Debian package, into $(DEB)'
 	@echo 'make clean       remove what the rules above left in this checkout'
 
 run:
@@ -71,6 +75,16 @@ install:
 
 uninstall:
 	@"$$(tools/setup interpreter)" -I tools/install.py uninstall $(PLACES)
+
+# The build is dpkg-buildpackage's, which writes beside its directory.  What it would check, tools/setup has installed.
+deb:
+	@tools/setup packages deb
+	@rm -rf '$(DEB)'
+	@mkdir -p '$(DEB)/vmd'
+	@tar -c --exclude=__pycache__ $(SOURCES) | tar -x -C '$(DEB)/vmd'
+	@cd '$(DEB)/vmd' && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps >../log 2>&1 || { cat ../log >&2; exit 1; }
+	@rm -rf '$(DEB)/vmd'
+	@ls '$(DEB)'/*.deb
 
 clean:
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -78,6 +78,7 @@ def plan(places: dict[str, str]) -> list[File]:
         File(f"{places['sbin']}/vmd", lambda: script("vmd"), 0o755),
         *(File(f"{places['man']}/man{page.suffix[1:]}/{page.name}", page.read_bytes) for page in manual_pages()),
         File(f"{places['doc']}/vm.conf.example", Path(ROOT, "vm.conf.example").read_bytes),
+        File(f"{places['doc']}/vmctl.schema.json", Path(ROOT, "docs/vmctl.schema.json").read_bytes),
         File(f"{places['units']}/vmd.service", unit),
         *(File(f"{places[shell]}/{name}", source.read_bytes) for shell, name, source in COMPLETIONS),
         File(f"{places['sysusers']}/vmd.conf", Path(ROOT, "etc/vmd.sysusers").read_bytes),

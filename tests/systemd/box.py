@@ -147,10 +147,12 @@ class Box:
         enter = ["nsenter", "--target", str(self.pid), "--all", "--root", "--wd"]
         return [*enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "SYSTEMD_PAGER=", *command]
 
-    def run(self, *command: str | Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess[str]:
-        """Run a program in there to its end."""
+    def run(
+        self, *command: str | Path, timeout_s: float = DEADLINE_S, under: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program in there to its end; `under` is a program out here that runs another one."""
         return subprocess.run(
-            self.command(*command),
+            [*under, *self.command(*command)],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 

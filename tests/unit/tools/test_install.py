@@ -8,7 +8,20 @@ from typing import Any
 
 import pytest
 
-from tools.install import ARCHIVE, PLACES, ROOT, STAGED, File, InstallError, install, plan, read_places, uninstall
+from tools.install import (
+    ARCHIVE,
+    PLACES,
+    PROGRAMS,
+    ROOT,
+    STAGED,
+    File,
+    InstallError,
+    install,
+    plan,
+    read_places,
+    uninstall,
+)  # fmt: skip
+from vmd.version import VERSION
 
 STEPS = ("chmod", "fchmod", "fsync", "mkdir", "open", "replace", "unlink")
 OLD = {"lib/vmd/vmd.zip": "old program", "bin/vmctl": "old script", "man/man8/vmd.8": "old page"}
@@ -214,3 +227,19 @@ def test_completions_are_installed() -> None:
 def test_the_program_is_exchanged_first() -> None:
     """The scripts that run it come after it."""
     assert plan(read_places(places()))[0].path == f"/x/lib/vmd/{ARCHIVE}"
+
+
+def test_the_package_has_the_version_of_the_program() -> None:
+    """A version is written in vmd/version.py, and again in debian/changelog, in Debian's form."""
+    first = Path(ROOT, "debian/changelog").read_text().splitlines()[0]
+
+    assert first.split()[1] == f"({VERSION.replace('.dev', '~dev')})"
+
+
+def test_everything_that_is_installed_goes_into_a_package_build() -> None:
+    """Sources of `make deb` that were left out would be missed on somebody else's machine only."""
+    makefile = Path(ROOT, "Makefile").read_text()
+    (sources,) = [line.split()[2:] for line in makefile.splitlines() if line.startswith("SOURCES = ")]
+
+    assert all(Path(ROOT, name).exists() for name in sources)
+    assert {"debian", "tools", "etc", "man", "completions", "docs", *PROGRAMS} <= set(sources)

@@ -1,0 +1,116 @@
+"""The Debian package of this checkout, and a small Debian system to install it in."""
+
+import contextlib
+import fcntl
+import hashlib
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from tools.debian_kernel import cache_dir
+
+CHECKOUT = Path(__file__).parents[2]
+NEWER = "99.0"
+SUITE = "bookworm"
+MIRROR = "http://deb.debian.org/debian"
+INSTALLED = ("iproute2", "procps", "systemd", "systemd-sysv")
+DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-ply", "python3-pyroute2", "seabios")
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+
+
+class DebianError(Exception):
+    """A program that makes a package or a system has failed; the text is what it said."""
+
+
+def run(*command: str | Path, cwd: Path = CHECKOUT) -> str:
+    """Run a program to its end; return what it said.  Raises DebianError."""
+    done = subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise DebianError(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def made_once(path: Path) -> Iterator[Path | None]:
+    """Give a new directory that becomes `path` at the end, or None where that is there; one process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="new-", ignore_cleanup_errors=True) as folder:
+            fresh = Path(folder, "made")
+            fresh.mkdir()
+            yield fresh
+            fresh.rename(path)
+
+
+@cache
+def built_deb() -> Path:
+    """Return the package of this checkout, built once for each state of it.  Raises DebianError."""
+    found = CHECKOUT / "build" / "deb-cache" / _digest()
+    with made_once(found) as fresh:
+        if fresh:
+            run("unshare", "--net", "make", "-s", "deb", f"DEB={fresh}")
+    (deb,) = found.glob("*.deb")
+    return deb
+
+
+def _digest() -> str:
+    """Return a name for this state of everything that goes into the package."""
+    makefile = Path(CHECKOUT, "Makefile").read_text()
+    sources = next(line for line in makefile.splitlines() if line.startswith("SOURCES = ")).split()[2:]
+    names = [Path(CHECKOUT, name) for name in sources]
+    paths = [path for name in names for path in ([name] if name.is_file() else sorted(name.rglob("*")))]
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(f"{path.relative_to(CHECKOUT)}\0{path.stat().st_mode}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def newer_deb(folder: Path, *, depends: str = "") -> Path:
+    """Return a package like ours of version NEWER, perhaps with one more dependency, in a folder."""
+    tree = folder / "newer"
+    run("dpkg-deb", "-R", built_deb(), tree)
+    control = tree / "DEBIAN/control"
+    lines = [f"Version: {NEWER}" if line.startswith("Version:") else line for line in control.read_text().splitlines()]
+    if depends:
+        lines = [f"{line}, {depends}" if line.startswith("Depends:") else line for line in lines]
+    control.write_text("\n".join(lines) + "\n")
+    archive = tree / "usr/lib/vmd/vmd.zip"
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(folder / "vmd.zip", "w") as new:
+        for info in old.infolist():
+            if info.filename == "vmd/version.py":
+                new.writestr(info, f'VERSION = "{NEWER}"\n')
+            elif info.filename != "vmd/version.pyc":
+                new.writestr(info, old.read(info))
+    shutil.copyfile(folder / "vmd.zip", archive)
+    deb = folder / f"vmd_{NEWER}.deb"
+    run("dpkg-deb", "--root-owner-group", "-Znone", "-b", tree, deb)
+    shutil.rmtree(tree)
+    return deb
+
+
+@cache
+def debian_root() -> Path:
+    """Return a small Debian system that can be a box, for overlays only: it is never to be changed.
+
+    It is made once (debootstrap, from the network), and kept with the other things that tests have from there.  What
+    the package depends on is not installed, but waits in its package cache.  Raises DebianError.
+    """
+    name = hashlib.sha256(repr((SUITE, INSTALLED, DOWNLOADED)).encode()).hexdigest()[:12]
+    root = cache_dir() / f"debian-{SUITE}-{name}"
+    with made_once(root) as fresh:
+        if fresh:
+            run("debootstrap", "--variant=minbase", f"--include={','.join(INSTALLED)}", SUITE, fresh, MIRROR)
+            run("chroot", fresh, "apt-get", "-q", "-y", "--download-only", "install", *DOWNLOADED)
+    return root

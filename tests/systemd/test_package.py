@@ -1,0 +1,153 @@
+"""The Debian package in a clean Debian, with its systemd and without a network."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.debian import NEWER, built_deb, debian_root, newer_deb
+from tests.support.guests import guest
+from tests.systemd.box import Box
+from vmd.version import VERSION
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.deep, pytest.mark.timeout(900)]
+
+DEB, NEW_DEB = "/root/vmd.deb", "/root/newer.deb"
+INSTALL = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "install")
+STRACE = ("strace", "-f", "-qq", "-o", "/dev/null")
+CONF = 'vm "demo" {\n\tmemory 32M\n\tboot "/root/demo.elf"\n\tlocal interface\n}\n'
+NOT_OURS = ("/var/cache", "/var/lib/apt", "/var/lib/dpkg", "/var/log", "/etc/ld.so.cache", "/root", "/etc/machine-id")
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package of a later version."""
+    return newer_deb(tmp_path_factory.mktemp("newer"))
+
+
+@pytest.fixture
+def box() -> Iterator[Box]:
+    """A Debian with nothing of ours but the package's file, and a guest."""
+    with Box(root=debian_root()) as box:
+        box.copy(built_deb(), DEB)
+        box.copy(guest("demo"), "/root/demo.elf")
+        yield box
+
+
+def version(box: Box) -> str:
+    """Return what vmctl says it is."""
+    return box.must("vmctl", "--version").split()[1]
+
+
+def state(box: Box, name: str) -> str:
+    """Return the state of a VM, as this vmctl understands the daemon that runs."""
+    (row,) = [row for row in json.loads(box.must("vmctl", "status", "--json"))["vms"] if row["name"] == name]
+    return str(row["state"])
+
+
+def files(box: Box) -> dict[str, str]:
+    """Return every file of the disk that is not a log or a package manager's, with a digest."""
+    top = box.path("/")
+    found = {}
+    for directory, subdirectories, names in os.walk(top):
+        inside = "/" + os.path.relpath(directory, top).removeprefix(".")
+        subdirectories[:] = [
+            name for name in subdirectories
+            if not os.path.ismount(f"{directory}/{name}") and not f"{inside.rstrip('/')}/{name}".startswith(NOT_OURS)
+        ]  # fmt: skip
+        found[inside] = "directory"
+        for name in names:
+            path = Path(directory, name)
+            if not f"{inside.rstrip('/')}/{name}".startswith(NOT_OURS):
+                content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+                found[f"{inside.rstrip('/')}/{name}"] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
+    """As an operator does it: apt, a guest, apt again while it runs, a restart, and away with it."""
+    box.path("/etc/vm.conf").write_text(CONF)
+    box.must(*INSTALL, "nftables", "seabios", "python3-msgpack", "python3-ply", "python3-pyroute2")
+    before = files(box)
+
+    box.must(*INSTALL, DEB)
+
+    first = box.wait_property("vmd.service", "ActiveState", "active")
+    box.wait_for(lambda: state(box, "demo") == "running", "the VM of vm.conf does not run")
+    assert first["UnitFileState"] == "enabled"
+    assert version(box) == VERSION
+    assert box.must("vmd", "-n") == ""
+    assert box.path("/usr/share/bash-completion/completions/vmctl").exists()
+
+    box.copy(newer, NEW_DEB)
+    done = box.run(*INSTALL, NEW_DEB)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert "vmd: the daemon was not restarted, for its guests would end: it goes on with the version" in said
+    assert box.properties("vmd.service")["MainPID"] == first["MainPID"]
+    assert version(box) == NEWER
+    assert state(box, "demo") == "running"
+    box.must("vmctl", "stop", "-fw", "demo")
+    box.must("vmctl", "start", "demo")
+    assert state(box, "demo") == "running"
+
+    box.must("systemctl", "stop", "vmd")
+    box.must(*INSTALL, "--reinstall", NEW_DEB)
+    assert box.properties("vmd.service")["ActiveState"] == "inactive"  # what an operator has stopped stays so
+    box.must("systemctl", "start", "vmd")
+    box.must("apt-get", "-q", "-y", "remove", "vmd")
+    assert box.run("systemctl", "is-active", "vmd").stdout == "inactive\n"
+    assert box.run("pgrep", "-f", "vmd: ").stdout == ""
+    box.must("apt-get", "-q", "-y", "purge", "vmd")
+
+    after = files(box)
+    left = {name for name in after if before.get(name) != after[name]}
+    # The user _vmd stays, as is Debian's custom.
+    assert left <= {"/etc/passwd", "/etc/passwd-", "/etc/group", "/etc/group-", "/etc/shadow", "/etc/shadow-",
+                    "/etc/gshadow", "/etc/gshadow-", "/etc/.pwd.lock"}  # fmt: skip
+    assert set(before) <= set(after)
+
+
+def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, tmp_path: Path) -> None:
+    """Whether something cannot be fetched, the disk is full, or dpkg is killed at any of its renames."""
+    box.path("/etc/vm.conf").write_text(CONF)
+    box.must(*INSTALL, DEB)
+    box.wait_for(lambda: state(box, "demo") == "running", "the VM of vm.conf does not run")
+    pid = box.properties("vmd.service")["MainPID"]
+
+    box.copy(newer_deb(tmp_path, depends="python3-yaml"), NEW_DEB)
+    unfetched = box.run(*INSTALL, NEW_DEB)
+    assert unfetched.returncode != 0
+    assert version(box) == VERSION
+    assert state(box, "demo") == "running"
+
+    box.copy(newer_deb(tmp_path), NEW_DEB)
+    size = box.path("/usr/lib/vmd/vmd.zip").stat().st_size
+    mount = f"mount -t tmpfs -o size={size * 3 // 2} small /small"
+    box.must("sh", "-ec", f"mkdir /small; {mount}; cp /usr/lib/vmd/* /small; mount --bind /small /usr/lib/vmd")
+    full = box.run(*INSTALL, NEW_DEB)
+    assert full.returncode != 0
+    assert "No space left on device" in full.stdout + full.stderr
+    assert version(box) == VERSION
+    assert state(box, "demo") == "running"
+    box.must("umount", "/usr/lib/vmd")
+
+    versions = []
+    for turn in range(1, 200, 4):
+        inject = f"inject=rename:signal=KILL:when={turn}"
+        killed = box.run("dpkg", "-i", NEW_DEB, under=[*STRACE, "-e", "trace=rename", "-e", inject])
+        versions.append(version(box))
+        assert state(box, "demo") == "running"
+        if killed.returncode == 0:
+            break
+    assert killed.returncode == 0
+    assert len(versions) > 5
+    assert versions == sorted(versions)  # the old one, then the newer one
+    assert set(versions) == {VERSION, NEWER}
+    assert box.properties("vmd.service")["MainPID"] == pid
+    box.must("dpkg", "--audit")
+    box.must(*INSTALL, NEW_DEB)
