@@ -22,6 +22,8 @@ from vmd.ipc.messages import (
     NicInfo,
     NicsRequest,
     Proc,
+    SwitchesRequest,
+    SwitchInfo,
     TroubleInfo,
     VmInfo,
 )
@@ -158,6 +160,14 @@ class Client:
         while isinstance(row := self.answer(VmInfo, End), VmInfo):
             vms.append(row)
         return vms
+
+    def list_switches(self) -> list[SwitchInfo]:
+        """Return every switch of the configuration.  Raises Refused, PeerError."""
+        self.send(SwitchesRequest())
+        switches: list[SwitchInfo] = []
+        while isinstance(row := self.answer(SwitchInfo, End), SwitchInfo):
+            switches.append(row)
+        return switches
 
     def list_devices(self, vmid: int) -> tuple[list[NicInfo], list[TroubleInfo]]:
         """Return the network interfaces of a VM, and what is wrong with its devices.  Raises Refused, PeerError."""

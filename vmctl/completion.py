@@ -134,10 +134,5 @@ def vms(session: Session) -> Candidates:
 
 
 def switches(session: Session) -> Candidates:
-    """Return the switches that VMs are attached to, with these VMs.  Raises VmdError."""
-    users: dict[str, list[str]] = {}
-    for vm in session.client.list_vms():
-        nics, _ = session.client.list_devices(vm.vmid)
-        for name in dict.fromkeys(nic.switch for nic in nics if nic.switch):
-            users.setdefault(name, []).append(vm.name)
-    return [(name, ", ".join(found)) for name, found in users.items()]
+    """Return the switches of the configuration, with their bridges.  Raises VmdError."""
+    return [(switch.name, switch.interface) for switch in session.client.list_switches()]

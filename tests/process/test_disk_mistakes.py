@@ -177,7 +177,7 @@ def test_too_many(vmd: Daemon, tmp_path: Path) -> None:
     more = tmp_path / "more.conf"
     more.write_text('vm "many" {\n' + "".join(f' disk "{disk}"\n' for disk in disks) + "}\n")
 
-    refused(vmd, *options, words=("too many disks (limit is 4)",))
+    refused(vmd, *options, words=("too many disks: 5 (limit is 4)",))
     loaded = vmd.vmctl("load", more)
     assert loaded.returncode == 1
     assert f"{more}:6: too many disks" in loaded.stderr

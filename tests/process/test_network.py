@@ -18,6 +18,8 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting, state_file
 from tests.support.network import Host, Interface, Network
+from vmctl.client import Client
+from vmd.ipc.messages import SwitchInfo
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -46,6 +48,20 @@ def wait_for_links(vmd: NetDaemon, wanted: set[str]) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while set(links(vmd.network)) != wanted:
         assert time.monotonic() < deadline_s, f"{sorted(links(vmd.network))}, not {sorted(wanted)}"
+
+
+def test_switches_are_named(network: Network, tmp_path: Path) -> None:
+    """To whoever may open the socket, such as the completion of a shell; those that no VM uses, too."""
+    with NetDaemon(tmp_path, network, SWITCH + 'switch "dmz" { interface br8 }\n') as vmd:
+        client = Client(str(vmd.socket))
+        lan, dmz = SwitchInfo(name="lan", interface="br7"), SwitchInfo(name="dmz", interface="br8")
+
+        assert client.list_switches() == [lan, dmz]
+        assert client.list_vms() == []
+
+        vmd.must("reset", "switches")
+        assert client.list_switches() == []
+        client.close()
 
 
 def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from vmd.ipc.messages import (
     PauseRequest,
     StartRequest,
     StopRequest,
+    SwitchesRequest,
     WaitRequest,
 )
 from vmd.record import RecordType
@@ -27,7 +28,8 @@ MAX_QUEUE = 4096  # messages waiting for a client that reads slowly; `status` of
 
 # What anybody who can open the socket may ask; the parent decides about each VM (*cat. 1.9*).
 ALLOWED_TO_ALL: frozenset[RecordType] = frozenset({
-    ListRequest, NicsRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest, ConsoleBreak,
+    ListRequest, SwitchesRequest, NicsRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest,
+    ConsoleBreak,
 })  # fmt: skip
 
 

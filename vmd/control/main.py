@@ -29,6 +29,7 @@ from vmd.ipc.messages import (
     Ready,
     Request,
     SetVerbosity,
+    SwitchInfo,
     TransferProgress,
     TroubleInfo,
     VmInfo,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
-PARTIAL = (VmInfo, NicInfo, TroubleInfo, ConsoleOutput, TransferProgress)  # answers after which more follow
+PARTIAL = (VmInfo, SwitchInfo, NicInfo, TroubleInfo, ConsoleOutput, TransferProgress)  # more follow after these
 
 
 class Control(Process):

@@ -240,6 +240,11 @@ class NicsRequest(VmRequest):
     """Answered by a NicInfo per network interface, a TroubleInfo per trouble of a device, and End; or Failed."""
 
 
+@message(0x20, *ASK)
+class SwitchesRequest(Request):
+    """Answered by one SwitchInfo per switch of the configuration and End."""
+
+
 # Everything above; control relays these, the parent serves them.
 REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[1] in info.routes)
 
@@ -423,6 +428,14 @@ class TroubleInfo(Record):
     device: str  # such as disk0
     text: str
     since_s: int  # seconds since 1970
+
+
+@message(0x41, *ANSWER)
+class SwitchInfo(Record):
+    """A switch of the configuration."""
+
+    name: str
+    interface: str
 
 
 # Everything above; control passes these on to the client that asked.

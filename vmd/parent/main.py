@@ -68,6 +68,8 @@ from vmd.ipc.messages import (
     StopMode,
     StopRequest,
     StopVm,
+    SwitchesRequest,
+    SwitchInfo,
     TransferProgress,
     VmExited,
     VmFailed,
@@ -715,6 +717,12 @@ class Parent(Process):
             self.answer(envelope.peerid, describe(vm, self.network.infos(vm), caller))
         self.answer(envelope.peerid, End())
 
+    def serve_switches(self, _message: SwitchesRequest, _caller: Caller, envelope: Envelope) -> None:
+        """Name every switch; whoever may open the socket sees them all."""
+        for switch in self.config.switches:
+            self.answer(envelope.peerid, SwitchInfo(name=switch.name, interface=switch.interface))
+        self.answer(envelope.peerid, End())
+
     def serve_load(self, message: LoadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read a further file; VMs it names again are left as they are."""
         require_root(caller, "load a configuration")
@@ -882,6 +890,7 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
     SendRequest: transfers.serve_send,
     ReceiveRequest: transfers.serve_receive,
     ListRequest: Parent.serve_list,
+    SwitchesRequest: Parent.serve_switches,
     NicsRequest: Parent.serve_nics,
     LoadRequest: Parent.serve_load,
     ReloadRequest: Parent.serve_reload,

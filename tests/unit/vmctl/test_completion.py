@@ -12,19 +12,11 @@ from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.table import COMMANDS
-from vmd.ipc.messages import End, ListRequest, NicInfo, NicsRequest
+from vmd.ipc.messages import End, ListRequest, SwitchesRequest, SwitchInfo
 from vmd.record import Record
 
 NAMES = [command.name for command in COMMANDS]
-SWITCH_USERS = {1: ("lan",), 2: ("lan", "dmz")}
-
-
-def nic(switch: str) -> NicInfo:
-    """Return an interface on a switch."""
-    return NicInfo(
-        index=0, tap="tap0", switch=switch, lladdr=bytes(6), mtu=1500, up=True, locked=False, local=False,
-        guest4=b"", host4=b"", prefix6=b"", counters=(),
-    )  # fmt: skip
+SWITCHES = (SwitchInfo(name="lan", interface="br0"), SwitchInfo(name="dmz", interface="br1"))
 
 
 @pytest.fixture
@@ -34,8 +26,8 @@ def busy(daemon: FakeDaemon) -> FakeDaemon:
     def script(request: Record) -> Answers:
         if isinstance(request, ListRequest):
             return (vm_info("web", vmid=1), vm_info("mail", vmid=2, running=False), End())
-        assert isinstance(request, NicsRequest)
-        return (*(nic(switch) for switch in SWITCH_USERS[request.vmid]), End())
+        assert isinstance(request, SwitchesRequest)
+        return (*SWITCHES, End())
 
     daemon.script = script
     return daemon
