@@ -30,13 +30,13 @@ bool same_bytes(const uint8_t *a, const uint8_t *b, uint32_t length)
     return length < 8 && memcmp(a, b, length) == 0;
 }
 
-static void put16(uint8_t *at, uint32_t value)
+void put16(uint8_t *at, uint32_t value)
 {
     at[0] = (uint8_t)(value >> 8);
     at[1] = (uint8_t)value;
 }
 
-static uint32_t get16(const uint8_t *at)
+uint32_t get16(const uint8_t *at)
 {
     return (uint32_t)at[0] << 8 | at[1];
 }

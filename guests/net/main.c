@@ -65,6 +65,8 @@ static void obey(const char *line)
         test();
     else if (word_is(line, "link"))
         watch_link(line);
+    else if (word_is(line, "dhcp"))
+        ask_dhcp(line);
     else if (word_is(line, "frames"))
         pass_frames(line);
     else

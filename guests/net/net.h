@@ -4,6 +4,7 @@
  *     link [legacy] [intx]   tell of each change of the link, until it was down twice
  *     frames count=N         N frames to the peer and back, asleep between them, by MSI-X
  *     pass, ping, beat       measure (bench.c)
+ *     dhcp                   ask for addresses (dhcp.c)
  *     off                    switch the machine off
  *
  * On the command line:
@@ -152,6 +153,9 @@ struct frame_head {
     uint64_t stamp;
 } __attribute__((packed));
 
+/* Numbers as they are on the wire. */
+void put16(uint8_t *at, uint32_t value);
+uint32_t get16(const uint8_t *at);
 /* What the payload of a frame with this number is, from some place of it on. */
 const uint8_t *pattern(uint32_t number, uint32_t from);
 bool same_bytes(const uint8_t *a, const uint8_t *b, uint32_t length);
@@ -166,6 +170,9 @@ bool is_data(const uint8_t *frame, uint32_t length);
 /* The payload of a TCP segment of `number` if all its headers and sums are right, and the payload, too; 0 if not. */
 uint32_t good_segment(const struct net_header *header, const uint8_t *frame, uint32_t length, bool ipv6,
                       uint32_t number, uint32_t from);
+
+/* dhcp.c */
+void ask_dhcp(const char *line);
 
 /* traffic.c */
 void test_traffic(const char *name, const struct way *way);

@@ -42,6 +42,7 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
         Console(master, slave, loop),
         loop,
         lambda _outcome, text: pytest.fail(text),
+        lambda: None,
     )
 
     answering = {port for port in range(0x10000) if port in machine.bus._ports}

@@ -189,15 +189,15 @@ def test_a_switch_that_is_not_there(network: Network, tmp_path: Path, switch: st
         assert f"vmctl: warning: interface 0: {what}\n" in vmd.vmctl("start", "db1").stderr
         assert f"{vmd.conf}:1: vm db1: interface 0: {what}".replace(":1:", f":{switch.count(chr(10)) + 1}:") in vmd.log
         (trouble,) = json.loads(vmd.must("status", "-v", "--json", "db1"))["vms"][0]["troubles"]
-        assert (trouble["device"], trouble["text"]) == ("vionet0", what)
-        assert f"db1 vionet0: {what} (since " in vmd.must("status", "-v", "db1")
+        assert (trouble["device"], trouble["text"]) == ("interface0", what)
+        assert f"db1 interface0: {what} (since " in vmd.must("status", "-v", "db1")
         assert "master" not in links(network)["tap0"]
 
         vmd.conf.write_text('switch "gone" {\n interface br5\n}\n' + vmd.conf.read_text().removeprefix(switch))
         vmd.must("reload")
         vmd.must("stop", "-fw", "db1")
         vmd.must("start", "db1")
-        assert "vionet0" not in vmd.must("status", "-v", "db1")
+        assert "interface0" not in vmd.must("status", "-v", "db1")
         assert links(network)["tap0"]["master"] == "br5"
 
 

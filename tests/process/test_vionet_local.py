@@ -53,6 +53,7 @@ from tests.support.packets import (
     udp,
 )
 from vmd.devices.vionet.dhcp import REASONS
+from vmd.devices.vionet.local import WAITING_MAX
 from vmd.ipc import devmsg
 from vmd.virtio import spec
 
@@ -187,6 +188,50 @@ def test_requests_that_are_not_answered_are_counted(nic: Nic) -> None:
         "tx_packets": 10, "tx_bytes": after["tx_bytes"] - before["tx_bytes"],
         "lease_s": -before["lease_s"],
     }  # fmt: skip
+
+
+def test_name_servers_are_asked_for_when_the_guest_asks(make: Callable[..., Nic]) -> None:
+    """One question to the VM for all that wait; the answers wait for its answer, which may be that nothing is new."""
+    nic = make(local_net(devmsg.NET_ASKS))
+    other4, other6 = bytes((192, 0, 2, 53)), bytes(15) + b"\x35"
+
+    nic.driver.send(dhcp(DISCOVER))
+    nic.driver.send(dhcp(REQUEST, requested=GUEST4))
+    asked(nic)
+    nic.driver.counters()
+    assert not any(frame.frame[12:14] == b"\x08\x00" for frame in iter(nic.driver.try_receive, None))
+    nic.device.informs.send(devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, other4, other6))
+    for kind in (OFFER, ACK):
+        answer = Answer(next_of(nic, 0x0800))
+        assert (answer.kind, answer.options[6]) == (kind, other4)
+    nic.driver.send(solicitation())
+    asked(nic)
+    nic.device.informs.send(devmsg.TYPE.pack(devmsg.SAME_RESOLVERS))
+    assert other6 in advertised(nic)
+    nic.driver.send(dhcp(DISCOVER))
+    asked(nic)
+    nic.device.informs.send(devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, b"", b""))
+    assert Answer(next_of(nic, 0x0800)).options[6] == HOST4
+    assert nic.driver.counters()["dhcp_offers"] == 2
+
+
+def asked(nic: Nic) -> None:
+    """Wait until the process asks the VM for name servers, once."""
+    nic.device.wait_for(nic.device.informs.fileno())
+    assert nic.device.informs.recv(devmsg.PACKET_MAX) == devmsg.TYPE.pack(devmsg.ASK_RESOLVERS)
+
+
+def test_a_guest_that_never_stops_asking(make: Callable[..., Nic]) -> None:
+    """What waits is bounded, and a driver that goes away takes it along."""
+    nic = make(local_net(devmsg.NET_ASKS))
+    for _ in range(100):
+        nic.driver.send(dhcp(DISCOVER))
+    asked(nic)
+    nic.driver.counters()
+    nic.device.informs.send(devmsg.TYPE.pack(devmsg.SAME_RESOLVERS))
+    Answer(next_of(nic, 0x0800))
+    nic.driver.counters()
+    assert nic.driver.counters()["dhcp_offers"] <= WAITING_MAX
 
 
 def test_lease_record_says_what_was_asked_for(nic: Nic) -> None:

@@ -47,6 +47,7 @@ class Disk(BothHalves):
             on_failed=self.machine.failures.append,
             on_needs_reset=function.on_needs_reset,
             on_config=function.on_config,
+            on_ask_resolvers=lambda: None,
         )
         self.loop.add(function.config_resample, function.on_config_resample)
 

@@ -245,6 +245,11 @@ class Grammar:
         """local : LOCAL NAT enabled"""
         self.settings = self.settings.replace(local_nat=p[3])
 
+    def p_local_dns(self, p: Production) -> None:
+        """local : LOCAL DNS strings"""
+        kept = self.settings.local_dns
+        self.settings = self.settings.replace(local_dns=self.value(values.name_servers, p[3], kept))
+
     def p_range(self, p: Production) -> None:
         """range : string
                  | NUMBER
@@ -662,7 +667,7 @@ class Grammar:
             return False
         return True
 
-    def value(self, read: Callable[[Any], T], text: int | str, default: T) -> T:
+    def value(self, read: Callable[[Any], T], text: int | str | list[str], default: T) -> T:
         """Return a value of `values.py`; a bad one is reported and replaced, so that parsing goes on."""
         try:
             return read(text)

@@ -28,6 +28,7 @@ PATH_MAX = 1023  # *cat. 2.5*: "disk path too long"
 CMDLINE_MAX = 2047  # Linux, x86 COMMAND_LINE_SIZE less its NUL
 
 MAX_RDOMAIN = 255
+MAX_NAME_SERVERS = 3  # of each family
 MAX_INET6_PREFIX = 60  # leaves subnet ids for the four interfaces of three VMs; a /64 has none
 
 # Up to this length a route is a default route, perhaps in halves, as VPNs make it: every address is inside it.
@@ -185,6 +186,7 @@ class Globals(Record):
     local_prefix_origin: str = ""  # "file:line", for messages; "" is the default range
     local_inet6_prefix_origin: str = ""
     local_nat: bool = True
+    local_dns: tuple[bytes, ...] = ()  # ours: name servers for guests of `local` interfaces; none: the host's
     socket_owner: Owner = Owner(uid=0, gid=0)
     agentx: AgentxConfig | None = None
     start_parallel: int | None = None  # None: number of online CPUs

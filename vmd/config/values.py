@@ -13,7 +13,17 @@ import re
 from collections.abc import Callable
 
 from vmd.config import rules
-from vmd.config.model import MAX_INET6_PREFIX, MIN_MEMORY_BYTES, NAME_MAX, PATH_MAX, ROOT, Owner, Prefix, VirtioMode
+from vmd.config.model import (
+    MAX_INET6_PREFIX,
+    MAX_NAME_SERVERS,
+    MIN_MEMORY_BYTES,
+    NAME_MAX,
+    PATH_MAX,
+    ROOT,
+    Owner,
+    Prefix,
+    VirtioMode,
+)
 from vmd.config.rules import shown
 from vmd.errors import sentence
 from vmd.nearest import meant
@@ -145,6 +155,24 @@ def identity(what: str, text: str, look_up: Callable[[str], int]) -> int:
         if what == "group" and text == WHEEL:
             return ROOT
         raise UnknownError(f"failed to get {what}: {shown(text)}") from error
+
+
+def name_servers(texts: list[str]) -> tuple[bytes, ...]:
+    """Return the addresses of name servers for guests."""
+    found: list[bytes] = []
+    for text in texts:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError as error:
+            raise ValueError(f"invalid name server: {shown(text)}: an IPv4 or IPv6 address is needed") from error
+        if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
+            raise ValueError(f"invalid name server: {shown(text)}: guests cannot reach it")
+        if address.packed not in found:
+            found.append(address.packed)
+    for size, family in ((4, "IPv4"), (16, "IPv6")):
+        if sum(len(address) == size for address in found) > MAX_NAME_SERVERS:
+            raise ValueError(f"more than {MAX_NAME_SERVERS} {family} name servers")
+    return tuple(found)
 
 
 def prefix4(text: str) -> Prefix:

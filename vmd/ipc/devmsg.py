@@ -68,6 +68,7 @@ RESOURCE_DISCARD_MAX = (1 << 24) - 1
 NET = Struct("<6s6sHH4s4s16s16s12s48s")
 NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer address and sees what is for it
 NET_LOCAL = 2  # `local interface`: the guest is given its addresses
+NET_ASKS = 8  # the VM is asked for name servers before the guest is answered (ASK_RESOLVERS)
 NET_PXE = 4  # it boots from this interface: DHCP names it, and a boot file
 DNS_MAX = 3
 
@@ -162,3 +163,10 @@ ANNOUNCE = 24  # VM -> network device: TYPE; the guest goes on at another place,
 TROUBLES = 23
 TROUBLES_MAX = 3
 TROUBLE_MAX = 200
+# ASK_RESOLVERS: network device -> VM: TYPE; a guest wants to know name servers.  Answered soon, whatever happens, by
+#   RESOLVERS with DNS_MAX name servers of either family (those not needed are zero), or SAME_RESOLVERS (TYPE) if
+#   nobody knows more than before.
+ASK_RESOLVERS = 25
+RESOLVERS = 26
+RESOLVERS_BODY = Struct("<I12s48s")
+SAME_RESOLVERS = 27

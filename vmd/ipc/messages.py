@@ -729,6 +729,22 @@ class DevicesReported(Record):
     troubles: tuple[Trouble, ...] = ()
 
 
+@message(0x7E, *FROM_VM)
+class AskResolvers(Record):
+    """Which name servers are there now?  Answered by Resolvers, unless that is asked too often."""
+
+    vmid: int
+
+
+@message(0x7F, *TO_VM)
+class Resolvers(Record):
+    """The name servers for guests; none: the host itself."""
+
+    vmid: int
+    dns4: tuple[bytes, ...] = ()
+    dns6: tuple[bytes, ...] = ()
+
+
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))
 class KvmFd(Record):
     """/dev/kvm, opened by the parent: no other process can."""

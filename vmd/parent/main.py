@@ -23,6 +23,7 @@ from vmd.ipc.messages import (
     NO_CLIENT,
     REQUESTS,
     VMD_PARENT_INVALID,
+    AskResolvers,
     Caller,
     ClientGone,
     ConsoleAttached,
@@ -852,6 +853,10 @@ class Parent(Process):
         """Describe the devices of a VM.  Every user of the socket may see them, as they may see the list."""
         self.network.serve(self.vms.get(message.vmid, message.name), envelope.peerid)
 
+    def on_ask_resolvers(self, message: AskResolvers, _envelope: Envelope, _channel: Channel) -> None:
+        """A guest wants to know name servers."""
+        self.network.on_ask_resolvers(message)
+
     def on_drops_reported(self, message: DropsReported, _envelope: Envelope, _channel: Channel) -> None:
         """Take what priv says of packets that were dropped."""
         self.network.on_drops(message)
@@ -871,6 +876,7 @@ class Parent(Process):
         (Proc.VMM, ReceivedHeader): transfers.on_received_header,
         (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
         (Proc.VMM, DevicesReported): on_devices_reported,
+        (Proc.VMM, AskResolvers): on_ask_resolvers,
         (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.PRIV, NetworkConfigured): on_network_configured,

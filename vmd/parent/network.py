@@ -19,6 +19,7 @@ from vmd.ipc.messages import (
     NO_CLIENT,
     AskDevices,
     AskDrops,
+    AskResolvers,
     ConfigureNetwork,
     DevicesReported,
     DropsReported,
@@ -34,6 +35,7 @@ from vmd.ipc.messages import (
     NicsMade,
     Proc,
     RemoveNics,
+    Resolvers,
     ResumeReceived,
     StartVm,
     SwitchRequest,
@@ -42,7 +44,8 @@ from vmd.ipc.messages import (
     brief,
 )
 from vmd.log import log
-from vmd.parent.addresses import Plan, random_ula, resolvers, room
+from vmd.parent import nameservers
+from vmd.parent.addresses import Plan, random_ula, room
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping, prefix_warnings
 from vmd.parent.resources import copy_all
 from vmd.parent.vmtable import Vm
@@ -140,6 +143,7 @@ class Network:
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
+        self.unresolved_s = 0  # since when guests cannot be told a name server, in seconds since 1970; 0: they can
         self.counting: dict[int, Counting] = {}  # by vmid, of VMs that have been asked
 
     # --- the configuration -------------------------------------------------------------------------------
@@ -399,9 +403,12 @@ class Network:
             return
         vm, config, plan = launch.vm, launch.message.config, launch.plan
         assert plan is not None
-        links = describe(config, plan, message.nics, launch.switches)
+        links = describe(config, plan, message.nics, launch.switches, self.name_servers())
         taps = self.taps[vm.vmid] = Taps(launch, links, fds)
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
+        for text in dict.fromkeys(self.name_server_problems(taps).values()):
+            log.warn(f"vm {vm.name}: {text}")
+            vm.notes = (*vm.notes, brief(text))
         try:
             self._send(launch, taps)
         except (OperatorError, HostError) as error:
@@ -434,6 +441,29 @@ class Network:
         except ValueError as error:
             raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
         self.parent.repeat_snapshots(vm)
+
+    # --- name servers ------------------------------------------------------------------------------------
+
+    def name_servers(self) -> nameservers.Servers:
+        """Return the name servers that guests are to be told now."""
+        return nameservers.servers(self.parent.config.settings.local_dns)
+
+    def on_ask_resolvers(self, message: AskResolvers) -> None:
+        """A guest of this VM asks for its addresses, and is told the name servers along with them."""
+        dns4, dns6 = self.name_servers()
+        self.parent.peers[Proc.VMM].send(Resolvers(vmid=message.vmid, dns4=dns4, dns6=dns6))
+
+    def name_server_problems(self, taps: Taps) -> dict[int, str]:
+        """Return why guests will not get answers from name servers, by number of the interface."""
+        found = self.name_servers()
+        problems = {
+            index: nameservers.problem(found, link.host4, link.prefix6)
+            for index, link in enumerate(taps.links)
+            if link.local and link.host4
+        }
+        problems = {index: text for index, text in problems.items() if text}
+        self.unresolved_s = (self.unresolved_s or int(time.time())) if problems else 0
+        return problems
 
     # --- counters ----------------------------------------------------------------------------------------
 
@@ -512,7 +542,10 @@ class Network:
         taps = self.taps.get(vmid)
         if taps is not None:
             for index, what in taps.lacking.items():
-                self.parent.answer(client, TroubleInfo(device=f"vionet{index}", text=what, since_s=taps.since_s))
+                self.parent.answer(client, TroubleInfo(device=f"interface{index}", text=what, since_s=taps.since_s))
+            for index, sentence in self.name_server_problems(taps).items():
+                trouble_info = TroubleInfo(device=f"interface{index}", text=brief(sentence), since_s=self.unresolved_s)
+                self.parent.answer(client, trouble_info)
         for trouble in troubles:
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
             self.parent.answer(client, text)
@@ -628,10 +661,14 @@ def fits(message: NicsMade, launch: Launch, taps: int) -> bool:
 
 
 def describe(
-    config: VmConfig, plan: Plan, made: tuple[NicMade, ...], switches: list[SwitchConfig | None]
+    config: VmConfig,
+    plan: Plan,
+    made: tuple[NicMade, ...],
+    switches: list[SwitchConfig | None],
+    name_servers: nameservers.Servers,
 ) -> tuple[NicLink, ...]:
     """Return what a VM is told of its interfaces."""
-    dns4, dns6 = resolvers() if any(nic.local for nic in config.nics) else ((), ())
+    dns4, dns6 = name_servers
     links = []
     for index, (nic, tap, switch) in enumerate(zip(config.nics, made, switches, strict=True)):
         link = NicLink(

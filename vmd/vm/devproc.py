@@ -86,6 +86,7 @@ class DeviceProcess:
         self._on_failed: Callable[[str], None] = log.error
         self._on_needs_reset: Callable[[str, int], None] = lambda text, _life: log.warn(text)
         self._on_config: Callable[[bytes], object] = len
+        self._on_ask_resolvers: Callable[[], None] = lambda: None
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
         fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_INTERRUPTS: self.interrupts.fd}
@@ -139,9 +140,11 @@ class DeviceProcess:
         on_failed: "Callable[[str], None]",
         on_needs_reset: "Callable[[str, int], None]",
         on_config: "Callable[[bytes], object]",
+        on_ask_resolvers: "Callable[[], None]",
     ) -> None:
         """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on."""
         self._on_failed, self._on_needs_reset, self._on_config = on_failed, on_needs_reset, on_config
+        self._on_ask_resolvers = on_ask_resolvers
         loop.add(self._async.fileno(), lambda _events: self._on_async(loop))
 
     # --- questions -------------------------------------------------------------------------------------------
@@ -222,6 +225,14 @@ class DeviceProcess:
         """Have a network interface say that its guest goes on at another place."""
         self._tell(devmsg.TYPE.pack(devmsg.ANNOUNCE))
 
+    def tell_resolvers(self, servers: "tuple[tuple[bytes, ...], tuple[bytes, ...]] | None") -> None:
+        """Tell a network interface the IPv4 and IPv6 name servers; None: nobody knows of others."""
+        if servers is None:
+            self._tell(devmsg.TYPE.pack(devmsg.SAME_RESOLVERS))
+            return
+        dns4, dns6 = (b"".join(each[: devmsg.DNS_MAX]) for each in servers)
+        self._tell(devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, dns4, dns6))
+
     def shut_down(self) -> None:
         """Ask for the end; `reap` waits for it."""
         self._tell(devmsg.TYPE.pack(devmsg.SHUTDOWN))
@@ -283,6 +294,8 @@ class DeviceProcess:
                 self._on_config(self._ready(packet)[1])
             case devmsg.TROUBLES:
                 self._take_troubles(packet[devmsg.TYPE.size :])
+            case devmsg.ASK_RESOLVERS if self.kind == "net":
+                self._on_ask_resolvers()
             case devmsg.ERROR:
                 raise PeerError(self.title, self._error(packet)[1])
             case kind:

@@ -96,6 +96,7 @@ class Machine:
         console: Console,
         loop: "Loop",
         end: "Callable[[Outcome, str], None]",
+        on_ask_resolvers: "Callable[[], None]",
         *,
         memory: GuestMemory | None = None,
         cpuid: "list[abi.kvm_cpuid_entry2] | None" = None,
@@ -107,6 +108,7 @@ class Machine:
         self.loop = loop
         self.end = end
         self.console = console
+        self.on_ask_resolvers = on_ask_resolvers
         self.listening = True
 
         with System(kvm_fd) as system:
@@ -270,6 +272,12 @@ class Machine:
             if device.kind == "net":
                 device.announce()
 
+    def tell_resolvers(self, servers: "tuple[tuple[bytes, ...], tuple[bytes, ...]] | None") -> None:
+        """Tell the network interfaces which name servers there are; None: nobody knows of others."""
+        for device in self.devices.running:
+            if device.kind == "net":
+                device.tell_resolvers(servers)
+
     def troubles(self) -> list[Trouble]:
         """Return what the devices say is wrong with them now."""
         return [
@@ -293,7 +301,11 @@ class Machine:
                 slot.layout,
             )
             device.serve(
-                self.loop, on_failed=self._fail, on_needs_reset=function.on_needs_reset, on_config=function.on_config
+                self.loop,
+                on_failed=self._fail,
+                on_needs_reset=function.on_needs_reset,
+                on_config=function.on_config,
+                on_ask_resolvers=self.on_ask_resolvers,
             )
             self.loop.add(function.config_resample, function.on_config_resample)
             self.virtio.append(function)

@@ -20,6 +20,7 @@ from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     AskDevices,
+    AskResolvers,
     CancelTransfer,
     ConsoleOutput,
     ConsoleSnapshot,
@@ -35,6 +36,7 @@ from vmd.ipc.messages import (
     ReceivedMachine,
     ReceiveMemory,
     ReceiveVm,
+    Resolvers,
     ResumeReceived,
     SendBreak,
     SendDone,
@@ -70,6 +72,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vmd.ipc.loop import Timer
     from vmd.ipc.process import Handlers
     from vmd.vm.slots import Slot
 
@@ -97,6 +100,7 @@ SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting f
 ACK_TIMEOUT_S = 3.0  # for the guest to notice the power button (*cat. 4.4*)
 SHUTDOWN_TIMEOUT_S = 120.0  # for it to be done
 LAST_WORDS_TIMEOUT_S = 1.0
+RESOLVERS_TIMEOUT_S = 1.0  # a guest that waits for its DHCP server asks again after some seconds
 PROGRESS_S = 0.5
 
 
@@ -108,6 +112,7 @@ class VmProcess(Process):
         self.vmm = self.attach_parent(Proc.VMM)
         self.vmid = 0
         self.machine: Machine | None = None
+        self.asking: Timer | None = None  # for name servers
         self.pause: Pause | None = None
         self.devices = DeviceProcesses()
         self.console: Console | None = None
@@ -144,6 +149,7 @@ class VmProcess(Process):
                 self.console,
                 self.loop,
                 self.end_from_thread,
+                self.ask_resolvers,
             )
             self.machine.boot(images)
             images.close()
@@ -412,6 +418,7 @@ class VmProcess(Process):
                 self.console,
                 self.loop,
                 self.end_from_thread,
+                self.ask_resolvers,
                 memory=received.memory,
                 cpuid=cpuid_of(received.header),
             )
@@ -457,6 +464,24 @@ class VmProcess(Process):
         nics = tuple(NicCounters(values=values) for values in counters)
         channel.send(DevicesReported(vmid=self.vmid, nics=nics, troubles=tuple(troubles)))
 
+    def ask_resolvers(self) -> None:
+        """Ask which name servers there are, for a guest; the devices go on in any case."""
+        if self.asking is None:
+            self.asking = self.loop.call_later(RESOLVERS_TIMEOUT_S, lambda: self.tell_resolvers(None))
+            self.vmm.send(AskResolvers(vmid=self.vmid))
+
+    def on_resolvers(self, message: Resolvers, _envelope: Envelope, _channel: Channel) -> None:
+        """These are the name servers."""
+        self.tell_resolvers((message.dns4, message.dns6))
+
+    def tell_resolvers(self, servers: tuple[tuple[bytes, ...], tuple[bytes, ...]] | None) -> None:
+        """Tell the network interfaces; None: nobody has answered in time."""
+        if self.asking is not None:
+            self.asking.cancel()
+            self.asking = None
+        if self.machine is not None:
+            self.machine.tell_resolvers(servers)
+
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""
         log.verbosity = message.verbosity
@@ -497,6 +522,7 @@ class VmProcess(Process):
         (Proc.VMM, ConsoleSnapshot): on_console_snapshot,
         (Proc.VMM, SendBreak): on_send_break,
         (Proc.VMM, AskDevices): on_ask_devices,
+        (Proc.VMM, Resolvers): on_resolvers,
         (Proc.VMM, SetVerbosity): on_set_verbosity,
         (Proc.VMM, Quit): on_quit,
     }

@@ -150,7 +150,8 @@ def vmmci_slot(slots: "Sequence[Slot]") -> int:
 
 def net_fields(nic: "NicLink") -> bytes:
     """Return what the process of a network interface is told of it."""
-    flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_LOCAL * nic.local | devmsg.NET_PXE * nic.pxe
+    flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_PXE * nic.pxe
+    flags |= (devmsg.NET_LOCAL | devmsg.NET_ASKS) * nic.local
     return devmsg.NET.pack(
         nic.lladdr,
         nic.host_mac,

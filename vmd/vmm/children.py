@@ -8,6 +8,7 @@ from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages import (
     AskDevices,
+    AskResolvers,
     ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from vmd.record import Record, RecordType
 
 PROGRESS_MIN_S = 0.1  # what comes faster is not passed on
+ASKS_MAX, ASKS_PER_S = 16.0, 4.0  # for name servers: at once, and then; what is more is not passed on
 SNAPSHOT_PIECES_MAX = 16  # 64 KiB come in eight
 
 
@@ -53,6 +55,8 @@ class VmChild:
         self.reports = 0  # of devices, as well
         self.receiving: list[RecordType] = []  # what it has to say of the stream that it reads
         self.progress_s = 0.0  # when it last told of progress
+        self.asks = ASKS_MAX  # for name servers, that it may have at once
+        self.asked_s = 0.0
         self.last_words = ""
 
     def kill(self) -> None:
@@ -92,6 +96,13 @@ class VmChild:
             if not self.reports:
                 self.unasked("a report of its devices")
             self.reports -= 1
+        elif isinstance(message, AskResolvers):
+            now_s = time.monotonic()
+            self.asks = min(ASKS_MAX, self.asks + (now_s - self.asked_s) * ASKS_PER_S)
+            self.asked_s = now_s
+            if self.asks < 1:
+                return False
+            self.asks -= 1
         elif isinstance(message, TransferProgress):
             now_s = time.monotonic()
             if now_s < self.progress_s + PROGRESS_MIN_S:

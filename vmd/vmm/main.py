@@ -16,6 +16,7 @@ from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     AskDevices,
+    AskResolvers,
     CancelTransfer,
     ConsoleOutput,
     ConsoleSnapshot,
@@ -32,6 +33,7 @@ from vmd.ipc.messages import (
     ReceivedMachine,
     ReceiveMemory,
     ReceiveVm,
+    Resolvers,
     ResumeReceived,
     SendBreak,
     SendDone,
@@ -59,10 +61,13 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 # What is relayed as it is: requests of the parent to a VM, and what VMs report.
-TO_VM = (ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived, AskDevices)
+TO_VM = (
+    ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived, AskDevices,
+    Resolvers,
+)  # fmt: skip
 FROM_VM = (
     VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine, ConsoleOutput,
-    ConsoleSnapshotEnd, DevicesReported,
+    ConsoleSnapshotEnd, DevicesReported, AskResolvers,
 )  # fmt: skip
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
@@ -185,7 +190,7 @@ class Vmm(Process):
             message = message.replace(vmid=child.vmid, pid=child.pid)
         elif isinstance(message, VmFailed | PauseDone | SendDone):
             message = message.replace(vmid=child.vmid, text=brief(message.text))
-        elif isinstance(message, ReceivedHeader | ReceivedMachine | DevicesReported):
+        elif isinstance(message, ReceivedHeader | ReceivedMachine | DevicesReported | AskResolvers):
             message = message.replace(vmid=child.vmid)
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         self.parent.send(message, peerid=child.vmid, fds=fds)

@@ -129,6 +129,35 @@ def test_local_nat(conf: Loader, word: str, expected: bool) -> None:
     assert conf.load(f"local nat {word}\n").settings.local_nat is expected
 
 
+def test_local_dns(conf: Loader) -> None:
+    """Ours; addresses of either family, each once; the last line counts; `dns` is a word like others elsewhere."""
+    nine, one, six = bytes((9, 9, 9, 9)), bytes((1, 1, 1, 1)), bytes.fromhex("26200000000000000000000000fe00fe")
+    assert conf.load("").settings.local_dns == ()
+    assert conf.load("local dns 9.9.9.9\n").settings.local_dns == (nine,)
+    assert conf.load('local dns 9.9.9.9 2620::fe:fe "1.1.1.1" 9.9.9.9\n').settings.local_dns == (nine, six, one)
+    assert conf.load("local dns 9.9.9.9\nlocal dns 1.1.1.1\n").settings.local_dns == (one,)
+    assert conf.load('dns = "1.1.1.1"\nlocal dns $dns\nswitch dns { interface br0\n}\n').settings.local_dns == (one,)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("example.org", "invalid name server: example.org: an IPv4 or IPv6 address is needed"),
+        ("9.9.9", "invalid name server: 9.9.9: an IPv4 or IPv6 address is needed"),
+        ("127.0.0.53", "invalid name server: 127.0.0.53: guests cannot reach it"),
+        ("::1", "invalid name server: ::1: guests cannot reach it"),
+        ("fe80::1", "invalid name server: fe80::1: guests cannot reach it"),
+        ("0.0.0.0", "invalid name server: 0.0.0.0: guests cannot reach it"),
+        ("224.0.0.1", "invalid name server: 224.0.0.1: guests cannot reach it"),
+        ("1.0.0.1 1.0.0.2 1.0.0.3 1.0.0.4", "more than 3 IPv4 name servers"),
+        ("fd00::1 fd00::2 fd00::3 fd00::4", "more than 3 IPv6 name servers"),
+    ],
+)
+def test_local_dns_errors(conf: Loader, text: str, error: str) -> None:
+    """What no guest could use is refused where it is written."""
+    assert conf.errors(f"local dns {text}\n") == [f"1: {error}"]
+
+
 @pytest.mark.parametrize(
     ("text", "owner"),
     [
@@ -682,7 +711,7 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
 # what is ours must not get in the way
 
 OUR_WORDS = [
-    "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "limit", "vms", "legacy", "modern", "transitional",
+    "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "limit", "vms", "legacy", "modern", "transitional",
 ]  # fmt: skip
 
 
@@ -873,6 +902,7 @@ images = "/"
 local prefix 10.77.0.0/16
 local inet6 prefix fd00::/48
 local nat disable
+local dns 9.9.9.9 2620:fe::fe
 limit memory 8G
 limit vms 3
 limit vcpus 12

@@ -285,6 +285,18 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends) -> None:
         del queue
 
 
+class NoServices:
+    """What a frame that is not answered does not need."""
+
+    def post(self, _job: object) -> None:
+        """Refuse it."""
+        raise AssertionError
+
+    def call_after(self, _delay_s: float, _job: object) -> None:
+        """Refuse it."""
+        raise AssertionError
+
+
 def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hostile input 20, 40: a guest that changes the source, or what DHCP has seen, between the look and the write."""
     frame = any_frame(400)
@@ -295,7 +307,7 @@ def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.Monk
         queue = queue_of(memory, ring)
         worker = ends.transmitter()
         worker.allowed = LLADDR
-        worker.answers = LocalNetwork(LOCAL, never, lambda _delay, _job: None)
+        worker.answers = LocalNetwork(LOCAL, never, NoServices(), never)
         write = os.writev
 
         def change_and_write(fd: int, views: Sequence[bytes | memoryview]) -> int:

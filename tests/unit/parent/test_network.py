@@ -15,6 +15,7 @@ from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
     AskDevices,
     AskDrops,
+    AskResolvers,
     ConfigureNetwork,
     DevicesReported,
     DropsReported,
@@ -26,6 +27,7 @@ from vmd.ipc.messages import (
     NicsMade,
     Proc,
     RemoveNics,
+    Resolvers,
     StartVm,
     Trouble,
     TroubleInfo,
@@ -202,7 +204,7 @@ def test_what_priv_is_asked_for(parent: FakeParent) -> None:
 def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything its devices need; its configuration says where the addresses come from."""
     dns4, dns6 = (bytes((192, 0, 2, 1)),), (bytes(15) + b"\7",)
-    monkeypatch.setattr("vmd.parent.network.resolvers", lambda: (dns4, dns6))
+    monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: (dns4, dns6))
     parent.config = parent.config.replace(settings=Globals(local_inet6=True))
     nics = (NicConfig(switch="lan"), NicConfig(local=True), NicConfig(locked=True))
     launch(parent, VmConfig(name="a", nics=nics, boot_device=BootDevice.NET))
@@ -226,11 +228,47 @@ def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) 
 
 def test_name_servers_of_ipv6_are_for_ipv6(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest without an address of that family could not reach them."""
-    monkeypatch.setattr("vmd.parent.network.resolvers", lambda: ((), (bytes(15) + b"\7",)))
+    monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: ((), (bytes(15) + b"\7",)))
     launch(parent, VmConfig(name="a", nics=(NicConfig(local=True),)))
     made(parent)
 
     assert started(parent).nics[0].dns6 == ()
+
+
+def test_name_servers_are_looked_up_when_a_guest_asks(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of vm.conf as it is by then, else the host's as they are by then."""
+    found: list[tuple[tuple[bytes, ...], tuple[bytes, ...]]] = [((b"aaaa",), ()), ((b"bbbb",), (bytes(16),))]
+    monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: found.pop(0))
+
+    def asked() -> Record:
+        parent.network.on_ask_resolvers(AskResolvers(vmid=7))
+        return parent.peers[Proc.VMM].sent[-1]
+
+    assert asked() == Resolvers(vmid=7, dns4=(b"aaaa",))
+    assert asked() == Resolvers(vmid=7, dns4=(b"bbbb",), dns6=(bytes(16),))
+    parent.config = parent.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)), bytes(15) + b"\5")))
+    assert asked() == Resolvers(vmid=7, dns4=(bytes((9, 9, 9, 9)),), dns6=(bytes(15) + b"\5",))
+
+
+def test_a_host_without_name_servers_for_guests_is_warned_of(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, and in the status for as long as it is so; not if vm.conf has some."""
+    monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: ((), ()))
+    monkeypatch.setattr("vmd.parent.nameservers.host_answers", lambda _host4: False)
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(local=True), NicConfig(local=True))))
+    made(parent)
+    assert len(vm.notes) == 2
+    assert vm.notes[0].endswith("on 100.64.1.4: write `local dns ADDRESS` in vm.conf")
+
+    parent.network.serve(vm, 1)
+    assert [(trouble.device, trouble.text) for trouble in wrong(parent, 1)] == [
+        ("interface1", vm.notes[0]), ("interface2", vm.notes[1]),
+    ]  # fmt: skip
+    assert all(trouble.since_s for trouble in wrong(parent, 1))
+    parent.config = parent.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
+    parent.network.serve(vm, 2)
+    assert wrong(parent, 2) == []
 
 
 def test_a_second_start_has_the_same_taps(parent: FakeParent) -> None:
@@ -309,7 +347,7 @@ def test_switches_that_are_not_there(parent: FakeParent, nic: NicConfig, words: 
     assert [link.name for link in started(parent).nics] == ["tap0", "tap1"]
     assert parent.network.notes(config) == [f"interface 1: {words}"]
     troubles = [message for _, message in parent.answers if isinstance(message, TroubleInfo)]
-    assert [(each.device, each.text) for each in troubles] == [("vionet1", words)]
+    assert [(each.device, each.text) for each in troubles] == [("interface1", words)]
 
 
 def test_a_switch_that_has_come(parent: FakeParent) -> None:

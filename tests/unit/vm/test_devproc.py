@@ -119,11 +119,13 @@ class Ears:
         self.failures: list[str] = []
         self.resets: list[tuple[str, int]] = []
         self.configs: list[bytes] = []
+        self.asked: list[bool] = []
         process.serve(
             self.loop,
             on_failed=self.fail,
             on_needs_reset=lambda text, life: self.resets.append((text, life)),
             on_config=self.configs.append,
+            on_ask_resolvers=lambda: self.asked.append(True),
         )
 
     def fail(self, text: str) -> None:
@@ -302,6 +304,19 @@ def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
     assert (ears.resets, ears.configs, ears.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
 
 
+def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+    """Its VM is told, and tells it what there is, with zeroes for what there is not; or that nothing is new."""
+    running.kind = "net"
+    impostor.informs.send(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
+    ears.listen()
+    running.tell_resolvers(((b"aaaa", b"bbbb"), (bytes(16),)))
+    running.tell_resolvers(None)
+
+    assert (ears.asked, ears.failures) == ([True], [])
+    assert impostor.informs.recv(200) == devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, b"aaaabbbb", b"")
+    assert impostor.informs.recv(200) == devmsg.TYPE.pack(devmsg.SAME_RESOLVERS)
+
+
 def troubles(*texts: bytes) -> bytes:
     """Return TROUBLES."""
     return devmsg.TYPE.pack(devmsg.TROUBLES) + b"\0".join(texts)
@@ -346,6 +361,7 @@ BAD_NEWS = {
     "unknown": devmsg.TYPE.pack(0xFFFFFFFF),
     "question": devmsg.TYPE.pack(devmsg.RESET),
     "ready-again": READY,
+    "asks-for-name-servers": devmsg.TYPE.pack(devmsg.ASK_RESOLVERS),
     "short-needs-reset": devmsg.TYPE.pack(devmsg.NEEDS_RESET),
     "short-configuration": devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + bytes(59),
     "large-configuration": devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 4000) + bytes(4000),

@@ -77,7 +77,7 @@ class Vionet:
             self.receiver.accepted = self.transmitter.allowed = interface.lladdr
         self.local: LocalNetwork | None = None
         if interface.local:
-            self.local = LocalNetwork(interface, self.receiver.inject, services.call_after)
+            self.local = LocalNetwork(interface, self.receiver.inject, services, services.tell)
             self.transmitter.answers = self.local
         self._set_links()
         if not self.tap_up:
@@ -179,6 +179,12 @@ class Vionet:
         if number + 1 < len(announce.ROUNDS_S):
             delay_s = announce.ROUNDS_S[number + 1] - announce.ROUNDS_S[number]
             self.services.call_after(delay_s, lambda: self._announce(number + 1))
+
+    def set_resolvers(self, dns4: tuple[bytes, ...], dns6: tuple[bytes, ...]) -> None:
+        """Take the name servers that the guest is to be told, and answer what has waited for them."""
+        self.interface = self.interface.replace(dns4=dns4, dns6=dns6)
+        if self.local is not None:
+            self.local.go_on(self.interface)
 
     # --- the link ------------------------------------------------------------------------------------------------
 

@@ -117,11 +117,12 @@ class Reply:
     `lease`: the guest has its address now.
     """
 
-    __slots__ = ("frame", "kind", "lease", "requested")
+    __slots__ = ("frame", "kind", "lease", "request", "requested")
 
     def __init__(self, request: Request, kind: int, interface: "Interface") -> None:
         """Raises Unanswered: the answer would be longer than the client can take."""
         self.kind = kind
+        self.request = request
         self.lease = kind in (ACK, BOOTP_TYPE) and request.kind != INFORM
         self.requested = request.wanted
         self.frame = build(request, kind, interface)

@@ -20,6 +20,7 @@ class Interface(Record):
     locked: bool = False
     local: bool = False
     pxe: bool = False
+    asks: bool = False  # for name servers, before it answers
     mtu: int = 0  # 0: nothing is said about it
     guest4: bytes = b""
     host4: bytes = b""
@@ -48,6 +49,7 @@ class Interface(Record):
             locked=bool(flags & devmsg.NET_LOCKED),
             local=bool(flags & devmsg.NET_LOCAL),
             pxe=bool(flags & devmsg.NET_PXE),
+            asks=bool(flags & devmsg.NET_ASKS),
             mtu=mtu,
             guest4=given(guest4),
             host4=given(host4),

@@ -1,16 +1,30 @@
-"""What a `local interface` answers its guest itself: DHCP and router solicitations; and when it speaks up unasked."""
+"""What a `local interface` answers its guest itself: DHCP and router solicitations; and when it speaks up unasked.
+
+The name servers of a host change.  So the VM is asked for them when a guest asks us, and the answer waits for that.
+"""
 
 import os
 import time
 
 from vmd.devices.vionet import dhcp, ra
 from vmd.devices.vionet.ethernet import HEADER_BYTES, IP_ICMPV6, IP_UDP, IPV4, IPV6, TYPE
+from vmd.ipc import devmsg
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from vmd.devices.vionet.interface import Interface
+
+    class Services(Protocol):
+        """What of the process is used here."""
+
+        def post(self, job: Callable[[], None]) -> None:
+            """Have something done on the main thread."""
+
+        def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
+            """Set the timer."""
 
 IP_PROTOCOL = HEADER_BYTES + 9
 IP_VERSION = HEADER_BYTES
@@ -19,6 +33,7 @@ UDP_PORTS = slice(HEADER_BYTES + 20, HEADER_BYTES + 24)
 CLIENT_TO_SERVER = b"\0\x44\0\x43"
 IPV6_NEXT = HEADER_BYTES + 6
 ICMPV6_TYPE = HEADER_BYTES + 40
+WAITING_MAX = 8  # answers; a guest asks again
 
 
 class LocalNetwork:
@@ -34,12 +49,16 @@ class LocalNetwork:
         self,
         interface: "Interface",
         inject: "Callable[[bytes], None]",
-        call_after: "Callable[[float, Callable[[], None]], None]",
+        services: "Services",
+        tell: "Callable[[bytes], None]",
     ) -> None:
-        """`inject` sends a frame to the guest."""
+        """`inject` sends a frame to the guest, `tell` a message to the VM."""
         self.interface = interface
         self.inject = inject
-        self.call_after = call_after
+        self.services = services
+        self.tell = tell
+        self.waiting: list[Callable[[], None]] = []  # answers that wait for name servers
+        self.asked = False
         self.initial = 0
         self.life = 0
         self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, dhcp.BOOTP_TYPE: 0}
@@ -73,8 +92,7 @@ class LocalNetwork:
         if frame[TYPE] == IPV6:
             if not self.routes or not ra.is_solicitation(frame, interface, sum_missing=sum_missing):
                 return False
-            self.solicited += 1
-            self.inject(ra.advertisement(interface))
+            self._when_known(self._advertise_solicited)
             return True
         try:
             reply = dhcp.answer(frame, interface, sum_missing=sum_missing)
@@ -85,14 +103,56 @@ class LocalNetwork:
             return False
         if reply is None:
             return False
+        request = reply.request
+        self._when_known(lambda: self._reply(request))
+        return True
+
+    def _when_known(self, job: "Callable[[], None]") -> None:
+        """Do something as soon as the name servers are known."""
+        if self.interface.asks:
+            self.services.post(lambda: self._wait(job))
+        else:
+            job()
+
+    # --- on either thread ----------------------------------------------------------------------------------------
+
+    def _reply(self, request: dhcp.Request) -> None:
+        """Answer a request; it has been found before that it gets an answer."""
+        reply = dhcp.Reply(request, dhcp.decide(request, self.interface), self.interface)
         self.answered[reply.kind] += 1
         if reply.lease:
             self.lease_s = int(time.time())
             self.lease_requested = int.from_bytes(reply.requested, "big")
         self.inject(reply.frame)
-        return True
+
+    def _advertise_solicited(self) -> None:
+        self.solicited += 1
+        self.inject(ra.advertisement(self.interface))
 
     # --- on the main thread --------------------------------------------------------------------------------------
+
+    def _wait(self, job: "Callable[[], None]") -> None:
+        """Ask the VM for name servers, if that is not under way; what it tells is for all who wait."""
+        if len(self.waiting) < WAITING_MAX:
+            self.waiting.append(job)
+        if not self.asked:
+            self.asked = True
+            self.tell(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
+
+    def go_on(self, interface: "Interface") -> None:
+        """Answer what has waited."""
+        changed = interface.dns6 != self.interface.dns6
+        self.interface = interface
+        self.asked = False
+        waiting, self.waiting = self.waiting, []
+        for job in waiting:
+            try:
+                job()
+            except dhcp.Unanswered as unanswered:  # with one more name server it is too long
+                self.unanswered[unanswered.reason] += 1
+        if changed and self.routes:
+            self.unsolicited += 1
+            self.inject(ra.advertisement(interface))
 
     def begin(self) -> None:
         """A driver has begun: tell it soon, whether it asks or not (RFC 4861, 6.2.4)."""
@@ -103,10 +163,11 @@ class LocalNetwork:
     def end(self) -> None:
         """There is no driver any more."""
         self.life += 1
+        self.waiting = []
 
     def _plan(self, delay_s: float) -> None:
         life = self.life
-        self.call_after(delay_s, lambda: self._advertise() if life == self.life else None)
+        self.services.call_after(delay_s, lambda: self._advertise() if life == self.life else None)
 
     def _advertise(self) -> None:
         if self.routes:

@@ -9,7 +9,7 @@ Threads  main (the channels), one for each queue
 from vmd.devices import process
 from vmd.devices.process import ThreadedProcess, exact
 from vmd.devices.vionet.device import Vionet
-from vmd.devices.vionet.interface import Interface
+from vmd.devices.vionet.interface import Interface, servers
 from vmd.devices.vionet.tap import Tap
 from vmd.errors import PeerError
 from vmd.ipc import devmsg
@@ -34,6 +34,16 @@ class NetProcess(ThreadedProcess):
         exact(devmsg.TYPE, packet)
         self.device.announce()
 
+    def on_resolvers(self, packet: bytes) -> None:
+        """These are the name servers now."""
+        _, dns4, dns6 = exact(devmsg.RESOLVERS_BODY, packet)
+        self.device.set_resolvers(servers(dns4, 4), servers(dns6, 16))
+
+    def on_same_resolvers(self, packet: bytes) -> None:
+        """Nobody knows of other name servers."""
+        exact(devmsg.TYPE, packet)
+        self.device.set_resolvers(self.device.interface.dns4, self.device.interface.dns6)
+
     def on_counters(self, packet: bytes) -> bytes:
         """Say what has happened."""
         exact(devmsg.TYPE, packet)
@@ -44,6 +54,8 @@ class NetProcess(ThreadedProcess):
         devmsg.HOSTMAC: on_host_lladdr,
         devmsg.LINK: on_link,
         devmsg.ANNOUNCE: on_announce,
+        devmsg.RESOLVERS: on_resolvers,
+        devmsg.SAME_RESOLVERS: on_same_resolvers,
     }
     QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.COUNTERS: on_counters}
 

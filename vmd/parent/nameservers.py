@@ -1,0 +1,64 @@
+"""Name servers that guests of `local` interfaces are told: those of vm.conf, else the host's, else the host itself.
+
+Looked up anew whenever a guest asks: a host's name servers change with its network.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+
+from vmd.parent.addresses import RESOLV_CONF_MAX, RESOLV_CONFS, resolvers
+
+Servers = tuple[tuple[bytes, ...], tuple[bytes, ...]]  # IPv4, IPv6
+
+UDP_SOCKETS = "/proc/net/udp"  # of proc(5): the second column is address and port
+PORT = ":0035"  # 53
+ANY4 = "00000000"
+SHOWN_MAX = 3
+
+
+def servers(local_dns: Sequence[bytes], paths: Sequence[str] = RESOLV_CONFS) -> Servers:
+    """Return the name servers for guests; none: the host itself."""
+    if local_dns:
+        return tuple(each for each in local_dns if len(each) == 4), tuple(each for each in local_dns if len(each) == 16)
+    return resolvers(paths)
+
+
+def problem(found: Servers, host4: bytes, prefix6: bytes, paths: Sequence[str] = RESOLV_CONFS) -> str:
+    """Return why a guest will not get answers, with what to do; empty if it will, as far as can be seen.
+
+    `host4` is the host's address on the guest's interface, which the guest asks if there is nobody else.
+    """
+    dns4, dns6 = found
+    if dns4 or (dns6 and prefix6) or host_answers(host4):
+        return ""
+    named = named_servers(paths[0])
+    why = f"it has {', '.join(named[:SHOWN_MAX])} in {paths[0]}" if named else f"{paths[0]} has none"
+    return (
+        f"the host has no name server that guests can reach ({why}), and answers no questions itself on "
+        f"{ipaddress.ip_address(host4)}: write `local dns ADDRESS` in vm.conf"
+    )
+
+
+def named_servers(path: str) -> list[str]:
+    """Return what a resolv.conf(5) calls name servers, whatever it is."""
+    try:
+        with open(path, "rb") as file:
+            lines = file.read(RESOLV_CONF_MAX).decode("ascii", "replace").splitlines()
+    except OSError:
+        return []
+    rows = [line.split() for line in lines]
+    return [words[1] for words in rows if len(words) > 1 and words[0] == "nameserver"]
+
+
+def host_answers(host4: bytes) -> bool:
+    """Return whether something on this host listens for questions on an address: on it, or on all."""
+    ours = host4[::-1].hex().upper()  # the kernel prints the 32 bits as a number of this machine
+    wanted = {ours + PORT, ANY4 + PORT}
+    try:
+        with open(UDP_SOCKETS) as file:
+            if any(words[1] in wanted for words in map(str.split, file) if len(words) > 1):
+                return True
+        with open(f"{UDP_SOCKETS}6") as file:
+            return any(words[1] == ANY4 * 4 + PORT for words in map(str.split, file) if len(words) > 1)
+    except OSError:
+        return False
