@@ -210,6 +210,15 @@ def _copies(boot: int | None, initrd: int | None) -> tuple[int | None, int | Non
     return copies.pop(0) if boot is not None else None, copies.pop(0) if initrd is not None else None
 
 
+def with_lladdrs(config: VmConfig, before: dict[int, bytes], now: dict[int, bytes]) -> VmConfig:
+    """Return a VM whose interfaces have other link-layer addresses where they had been found for them."""
+    nics = (
+        nic.replace(lladdr=now[index]) if index in before and nic.lladdr == before[index] else nic
+        for index, nic in enumerate(config.nics)
+    )
+    return config.replace(nics=tuple(nics))
+
+
 class RetiredConsole:
     """The console of a VM that has ended, for whoever wants to read its last words; owns the pty."""
 
@@ -273,15 +282,13 @@ class VmTable:
         others = [other for other in self._by_name.values() if other is not vm]
         taken = {nic.lladdr for other in others for nic in other.nics()}
         taken |= {lladdr for other in self.identities.others(vm.key) for lladdr in other.lladdrs.values()}
-        nics = list(vm.config.nics)
+        before = dict(identity.lladdrs)
+        given = {index for index, nic in enumerate(vm.config.nics) if nic.lladdr != before.get(index)}  # by vm.conf
         for index, nic in enumerate(config.nics):
-            known = nics[index].lladdr if index < len(nics) else b""
-            if nic.lladdr in taken or known != identity.lladdrs.get(index, b""):  # which vm.conf has given it
-                continue
-            identity.lladdrs[index] = nic.lladdr
-            if known:
-                nics[index] = nics[index].replace(lladdr=nic.lladdr)
-        vm.config = vm.config.replace(nics=tuple(nics))
+            if index not in given and nic.lladdr not in taken:
+                identity.lladdrs[index] = nic.lladdr
+        vm.config = with_lladdrs(vm.config, before, identity.lladdrs)
+        vm.next_config = vm.next_config and with_lladdrs(vm.next_config, before, identity.lladdrs)
         numbers = {other.number for other in self.identities.others(vm.key)}
         if config.plan_id and config.plan_prefix4 == prefix4 and config.plan_id not in numbers:
             identity.number = config.plan_id

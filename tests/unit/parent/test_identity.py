@@ -279,11 +279,26 @@ def test_what_a_guest_knows_stays_its_own() -> None:
     conf = VmConfig(name="db1", nics=(NicConfig(local=True), NicConfig(lladdr=given)))
     table = VmTable()
     vm = table.add(conf, from_config=True)
+    vm.next_config = table.named(conf.replace(memory_bytes=1 << 28))
     table.adopt(vm, came(conf.nics), DEFAULT4)
 
     assert [nic.lladdr for nic in vm.config.nics] == [RECEIVED[0], given]
+    assert vm.next_config.nics == vm.config.nics
     assert table.identities.of(vm.key).number == 77
     assert table.named(conf) == vm.config
+
+
+def test_a_vm_without_a_configuration_comes_back() -> None:
+    """Whatever there was under its name before: what its guest knows now counts."""
+    table = VmTable()
+    nics = NicConfig(), NicConfig()
+    table.remove(table.add(VmConfig(name="db1", nics=nics), from_config=False))
+    vm = table.add(VmConfig(name="db1"), from_config=False)
+    table.adopt(vm, came(nics), DEFAULT4)
+    table.remove(vm)
+
+    again = table.add(VmConfig(name="db1", nics=nics), from_config=False)
+    assert tuple(nic.lladdr for nic in again.config.nics) == RECEIVED
 
 
 def test_what_somebody_has_is_not_taken_over() -> None:
