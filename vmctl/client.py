@@ -11,6 +11,7 @@ from vmctl.errors import CommandError, NoDaemon, Refused
 from vmctl.output import warn
 from vmd.config.model import SOCKET_PATH_MAX
 from vmd.errors import PeerError, sentence
+from vmd.ipc import first
 from vmd.ipc.imsg import MAX_MESSAGE, Form, UnknownMessage, decode, encode
 from vmd.ipc.messages import (
     BY_CLASS,
@@ -93,7 +94,10 @@ class Client:
         return self._sock.fileno()
 
     def send(self, message: "Record", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
-        """Send a message; descriptors stay the caller's."""
+        """Send a message; descriptors stay the caller's.  Raises CommandError, also for what is new to this daemon."""
+        unknown = first.unknown_in(message) if self._form is Form.FIRST else ""
+        if unknown:
+            raise CommandError(f"{self.path}: this vmd is older than vmctl, and knows no {unknown}", errno.ENOSYS)
         try:
             packet, order = encode(message, pid=os.getpid(), fds=fds, form=self._form)
         except ValueError:

@@ -5,7 +5,7 @@ Its programs refuse a record with more fields, and know no other message.  A cli
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.record import RecordType
+    from vmd.record import Record, RecordType
 
 # How many fields each record had; they are the first ones still.
 FIELDS = {
@@ -24,6 +24,15 @@ FIELDS = {
 def knows(cls: "RecordType") -> bool:
     """Return whether protocol 1 had such a message."""
     return cls.__name__ in FIELDS
+
+
+def unknown_in(message: "Record") -> str:
+    """Return what protocol 1 has no word for in a message: its name, or that of a field; "" for nothing."""
+    cls = type(message)
+    if not knows(cls):
+        return cls.__name__
+    later = (field for field in cls.fields if field not in fields(cls))
+    return next((field for field in later if getattr(message, field) != cls.defaults[field]), "")
 
 
 def fields(cls: "RecordType") -> list[str]:

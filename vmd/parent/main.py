@@ -112,6 +112,7 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_ROUND_S = 0.02
 NOTES_MAX = 30
+NOTES_BYTES_MAX = 12288  # of all together
 ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a message has room for
 LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 
@@ -909,8 +910,15 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
 
 def brief_notes(notes: list[str]) -> tuple[str, ...]:
     """Return notes as far as they fit a message."""
-    shown = [brief(note) for note in notes[:NOTES_MAX]]
-    return (*shown, f"and {len(notes) - NOTES_MAX} more; see the log") if len(notes) > NOTES_MAX else tuple(shown)
+    shown: list[str] = []
+    room = NOTES_BYTES_MAX
+    for note in map(brief, notes[:NOTES_MAX]):
+        room -= len(os.fsencode(note))
+        if room < 0:
+            break
+        shown.append(note)
+    left = len(notes) - len(shown)
+    return (*shown, f"and {left} more; see the log") if left else tuple(shown)
 
 
 def log_errors(errors: ConfigErrors) -> None:

@@ -13,8 +13,10 @@ from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.client import Client
+from vmctl.errors import CommandError
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
-from vmd.ipc.messages import PROTOCOL, End, Failed, Hello, ListRequest, Ok, StopAccepted
+from vmd.ipc.messages import PROTOCOL, End, Failed, Hello, ListRequest, Ok, Request, StopAccepted, StopRequest
+from vmd.record import Record
 from vmd.version import VERSION
 
 # Commands that open what only a real daemon has: a pty, or a stream.
@@ -105,6 +107,32 @@ def test_an_older_daemon_that_hangs_up_on_a_request(vmctl: Vmctl, older: FakeDae
 
     sentence = "vmctl: pipe closed: this vmd is older than vmctl, and may not know the request\n"
     assert vmctl("reload", socket=str(older.path)) == (3, "", sentence)
+
+
+class Later(Request):
+    """A request that the first release did not have."""
+
+
+class LaterStop(StopRequest):
+    """One that it had with fewer fields, under the name that it had."""
+
+    politely: bool = False
+
+
+LaterStop.__name__ = "StopRequest"
+
+
+@pytest.mark.parametrize(
+    ("request_", "unknown"), [(Later(), "Later"), (LaterStop(name="web", politely=True), "politely")]
+)
+def test_what_an_older_daemon_cannot_know_is_not_sent(older: FakeDaemon, request_: Record, unknown: str) -> None:
+    """It would be refused without a word, or done in another way than was asked."""
+    client = Client(str(older.path))
+
+    with pytest.raises(CommandError, match=f"this vmd is older than vmctl, and knows no {unknown}$"):
+        client.send(request_)
+    client.close()
+    assert older.requests == []
 
 
 class Recorded:

@@ -1,0 +1,59 @@
+"""What control does with an answer on its way to a client."""
+
+import errno
+import socket
+
+from vmd.control.clients import Clients
+from vmd.control.main import Control
+from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Envelope, Form, decode, encode
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages import Caller, Failed, Ok, Proc, TroubleInfo
+from vmd.record import Record
+
+NOTE_BYTES = MAX_MESSAGE - HEADER.size - 6  # with it an Ok fills a packet
+TROUBLE = TroubleInfo(device="disk0", text="full", since_s=0)
+
+
+def passed_on(form: Form, *answers: Record) -> list[Record]:
+    """Return what a client is sent for these answers of the parent."""
+    loop = Loop()
+    ours, theirs = socketpair()
+    control = Control.__new__(Control)  # without a parent
+    control.clients = Clients()
+    client = control.clients.add(Caller(uid=0, gid=0, pid=1))
+    client.channel = Channel(
+        ours, me=Proc.CONTROL, peer=Proc.CLIENT, label="client 1", loop=loop,
+        on_message=lambda _channel, _envelope: None, on_lost=lambda _channel, _error: None,
+    )  # fmt: skip
+    client.channel.form = form
+    for answer in answers:
+        control.on_answer(answer, Envelope(answer, client.number, 0, {}), client.channel)
+    client.channel.close()
+    with theirs:
+        return list(received(theirs))
+
+
+def received(sock: socket.socket) -> list[Record]:
+    """Return all messages up to the end of the connection."""
+    found = []
+    while packet := sock.recv(MAX_MESSAGE):
+        found.append(decode(packet, [], "vmd").message)
+    return found
+
+
+def test_an_answer_that_fits_its_packet_only_without_names() -> None:
+    """The client is told so; it must not be the end of the process that serves everybody."""
+    longest = Ok(notes=("x" * NOTE_BYTES,))
+    assert len(encode(longest)[0]) == MAX_MESSAGE
+
+    assert passed_on(Form.FIRST, longest) == [longest]
+    (failed,) = passed_on(Form.NAMED, longest)
+    assert isinstance(failed, Failed)
+    assert failed.code == errno.EMSGSIZE
+
+
+def test_what_the_first_release_did_not_know_is_left_out() -> None:
+    """Troubles came later; its vmctl would not understand the message."""
+    assert passed_on(Form.FIRST, TROUBLE, Ok()) == [Ok()]
+    assert passed_on(Form.NAMED, TROUBLE, Ok()) == [TROUBLE, Ok()]
