@@ -10,7 +10,7 @@ from vmctl.options import Given, find_command, parse, split
 from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import DEFAULT_SOCKET, Session
 from vmctl.table import GLOBAL, Command
-from vmctl.usage import GENERAL, usage, usage_of
+from vmctl.usage import HINT, usage, usage_of
 from vmd import stdio
 from vmd.errors import VmdError
 from vmd.stdio import STDERR, STDOUT
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         options, rest = split(words, GLOBAL, permute=False)
     except UsageError as error:
         warn(str(error))
-        notice(usage())
+        notice(HINT)
         return no_command(words, error)
     given = Given(options)
     session = Session(given.value("-s") or DEFAULT_SOCKET, verbose=given.has("-v"))
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = find_command(rest[0])
     except UsageError as error:
-        notice(f"{clean(str(error))}\n{GENERAL}Try 'vmctl help'.\n")
+        notice(f"{clean(str(error))}\n{HINT}")
         return no_command(rest, error)
     return run_command(session, command, rest[1:])
 

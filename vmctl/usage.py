@@ -3,6 +3,7 @@
 from vmctl.table import COMMANDS, Command
 
 GENERAL = "usage:\tvmctl [-v] command [arg ...]\n"
+HINT = f"{GENERAL}Try 'vmctl help'.\n"
 
 
 def synopsis(command: Command, together: str = " ") -> str:

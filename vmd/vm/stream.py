@@ -168,7 +168,8 @@ class Pipe:
             except OSError as error:
                 raise StreamError(f"cannot be read: {sentence(error)}") from error
             if not done:
-                raise StreamError(f"ends after {self.moved_bytes} bytes, before its end")
+                what = f"ends after {self.moved_bytes} bytes, before its end" if self.moved_bytes else "is empty"
+                raise StreamError(what)
             self.moved_bytes += done
             at += done
 

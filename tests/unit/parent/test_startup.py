@@ -1,6 +1,7 @@
 """The command line of vmd, and what it says before it serves."""
 
 import errno
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,16 @@ def test_version() -> None:
 
 
 def test_help() -> None:
-    """On standard output, with every option; it was asked for, so it is no error."""
+    """On standard output, with every option of the manual and the usage; it was asked for, so it is no error."""
     status, output, errors = run("--help")
 
     assert (status, errors) == (0, "")
-    for option in "DdfhnsVv":
-        assert f"\n  -{option}" in output
     assert run("-h") == (0, output, "")
+    explained = re.findall(r"^  -(\w)", output, re.M)
+    usage = "".join(re.findall(r"\[-(\w+)", output.splitlines()[0]))
+    manual = re.findall(r"^\.It Fl (\w)", Path(ROOT, "man/vmd.8").read_text(), re.M)
+    assert explained == manual
+    assert sorted(usage) == sorted(explained)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, FakeDaemon, vm_info
 from vmctl.__main__ import main
-from vmctl.table import COMMANDS, COMMON, Command
+from vmctl.table import COMMANDS, COMMON, GLOBAL, Command
 from vmctl.usage import synopsis
 from vmd.ipc.messages import End, Failed, ListRequest
 from vmd.version import VERSION
@@ -125,7 +125,7 @@ def plain(macros: str) -> str:
         elif word == "Oc":
             words.append("]")
         else:
-            words.append(f"-{word}" if flag and word != "|" else word)
+            words.append(f"-{word}" if flag and word not in "|," else word)
     return " ".join([*words, *("]" if optional else "")]).replace("[ ", "[").replace(" ]", "]")
 
 
@@ -177,3 +177,12 @@ def test_mistyped_vm(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], err
     status, _, said = vmctl(*arguments)
 
     assert (status, said) == (4, errors)
+
+
+def test_manual_explains_every_option_before_the_command() -> None:
+    """With all their names."""
+    page = Path(ROOT, "man/vmctl.8").read_text()
+    heads = items(page[: page.index("The commands are")])
+    described = {word for head in heads for word in head.replace(",", "").split() if word.startswith("-")}
+
+    assert described == {option.name for option in GLOBAL}
