@@ -110,8 +110,8 @@ def byte_code(source: bytes, path: str) -> bytes:
     return header + importlib.util.source_hash(source) + marshal.dumps(code)
 
 
-def install(files: Sequence[File], destdir: str) -> None:
-    """Put every file in its place, or leave all as they were.  Raises InstallError."""
+def install(files: Sequence[File], destdir: str) -> bool:
+    """Put every file in its place, or leave all as they were; return whether any was new.  Raises InstallError."""
     made: list[str] = []  # directories
     staged: list[str] = []  # targets
     try:
@@ -139,6 +139,7 @@ def install(files: Sequence[File], destdir: str) -> None:
         take_back([target for target in staged if target not in done], [] if done else made)
         state = f"replaced already: {' '.join(done)}" if done else "nothing was changed"
         raise InstallError(f"{error.filename}: {error.strerror}; {state}") from error
+    return bool(staged)
 
 
 def holds(path: str, content: bytes, mode: int) -> bool:
@@ -235,6 +236,14 @@ def read_places(words: Sequence[str]) -> dict[str, str]:
     return places
 
 
+def result(places: dict[str, str], changed: bool) -> str:
+    """Say what was done, and what is left to the operator."""
+    programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
+    if not changed:
+        return f"{programs} are up to date"
+    return f"{programs} are installed; a vmd that runs goes on with its version until it is restarted"
+
+
 def advice() -> Iterator[str]:
     """Say what the daemon would miss on this host."""
     search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -255,12 +264,12 @@ def main(arguments: Sequence[str]) -> int:
         if rule == "uninstall":
             uninstall(files, places, destdir)
             return 0
-        install(files, destdir)
+        changed = install(files, destdir)
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1
     if not destdir:
-        for line in advice():
+        for line in (*advice(), result(places, changed)):
             print(f"install: {line}", file=sys.stderr)
     return 0
 

@@ -1,7 +1,9 @@
 """An installation that fails, or is killed, at any of its steps leaves the old version whole."""
 
 import errno
+import importlib
 import os
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,15 @@ def test_everything_that_is_installed_goes_into_a_package_build() -> None:
 
     assert all(Path(ROOT, name).exists() for name in sources)
     assert {"debian", "tools", "etc", "man", "completions", "docs", *PROGRAMS} <= set(sources)
+
+
+def test_pip_would_find_every_module() -> None:
+    """setuptools leaves out directories without __init__.py, and does not check the names that it makes programs of."""
+    project = tomllib.loads(Path(ROOT, "pyproject.toml").read_text())
+    modules = [path for program in PROGRAMS for path in Path(ROOT, program).rglob("*.py")]
+
+    assert [str(path) for path in modules if not path.with_name("__init__.py").exists()] == []
+    assert set(project["project"]["scripts"]) == set(PROGRAMS)
+    for entry in project["project"]["scripts"].values():
+        module, _, function = entry.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))

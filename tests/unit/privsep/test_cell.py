@@ -1,0 +1,89 @@
+"""What goes into the cell is the same wherever our code comes from."""
+
+import importlib
+import importlib.util
+import marshal
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools.install import byte_code
+from vmd.errors import VmdError
+from vmd.privsep.cell import import_path, package_files
+
+MODULES = {"__init__.py": "", "main.py": "NAME = __name__\n", "deep/__init__.py": "", "deep/down.py": "WHERE = 2\n"}
+FOREIGN = b"\x01\x02\r\n" + bytes(12) + marshal.dumps(compile("WHERE = 'another Python'\n", "x", "exec"))
+
+
+def archive(path: Path, package: str, *, byte_code_too: bool) -> None:
+    """Pack the package, without byte code or with that of another version of Python."""
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, text in MODULES.items():
+            packed.writestr(f"{package}/{name}", text)
+            if byte_code_too:
+                packed.writestr(f"{package}/{name}c", FOREIGN)
+
+
+def run(pyc: bytes) -> dict[str, object]:
+    """Run byte code; return what it has defined."""
+    assert pyc[:4] == importlib.util.MAGIC_NUMBER
+    found: dict[str, object] = {"__name__": "it"}
+    exec(marshal.loads(pyc[16:]), found)
+    return found
+
+
+@pytest.mark.parametrize("byte_code_too", [False, True], ids=["sources only", "byte code of another Python"])
+def test_an_archive_gives_what_a_directory_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_code_too: bool
+) -> None:
+    """The same modules at the same places, with byte code that this interpreter runs."""
+    package = f"packed{byte_code_too}"
+    for name, text in MODULES.items():
+        path = tmp_path / "plain" / package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    archive(tmp_path / "code.zip", package, byte_code_too=byte_code_too)
+    found = []
+    for source in ("plain", "code.zip"):
+        monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / source)])
+        found.append(dict(package_files(package)))
+        assert import_path((package,)) == (str(tmp_path / source),)
+        sys.path.pop()
+        importlib.invalidate_caches()
+
+    plain, packed = found
+    assert set(packed) == set(plain)
+    sources = {name for name in plain if name.endswith(".py")}
+    assert {name: packed[name] for name in sources} == {name: plain[name] for name in sources}
+    (down,) = [name for name in packed if "down." in name and name.endswith(".pyc")]
+    assert run(packed[down])["WHERE"] == run(plain[down])["WHERE"] == 2
+
+
+def test_byte_code_of_an_archive_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling would be most of the daemon's start."""
+    with zipfile.ZipFile(tmp_path / "code.zip", "w") as packed:
+        packed.writestr("compiled/__init__.py", "")
+        packed.writestr("compiled/main.py", "WHO = 'source'\n")
+        packed.writestr("compiled/main.pyc", byte_code(b"WHO = 'byte code'\n", "x"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "code.zip")])
+
+    files = dict(package_files("compiled"))
+
+    (pyc,) = [content for name, content in files.items() if name.startswith("/vmd/compiled/__pycache__/main.")]
+    assert run(pyc)["WHO"] == "byte code"
+
+
+def test_an_archive_that_was_replaced_under_us_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that starts while another version is installed does not go on with half of each."""
+    archive(tmp_path / "code.zip", "replaced", byte_code_too=False)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "code.zip")])
+    package_files("replaced")  # now zipimport knows where each module is
+    with zipfile.ZipFile(tmp_path / "code.zip", "w") as other:
+        other.writestr("a comment that moves everything", "x" * 1000)
+        for name, text in MODULES.items():
+            other.writestr(f"replaced/{name}", text)
+
+    with pytest.raises(VmdError, match=r"^read .*/code.zip"):
+        package_files("replaced")
