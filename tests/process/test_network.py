@@ -425,6 +425,30 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
         wait_for_links(sender, {"lo", "br7"})
 
 
+@pytest.mark.deep
+def test_a_guest_that_stays_paused_is_announced_when_it_goes_on(network: Network, tmp_path: Path) -> None:
+    """Not before: it may yet go on where it came from."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    with (
+        Network() as other,
+        NetDaemon(here, network, SWITCH + block("db1", 'interface switch "lan"')) as sender,
+        NetDaemon(there, other, SWITCH) as receiver,
+    ):
+        sender.must("start", "db1")
+        on_switch = Host(Interface(other, "br7"))
+        move(sender, receiver, "-p", "db1")
+        assert receiver.status("db1")["state"] == "paused"
+        while (frame := on_switch.try_receive()) is not None:
+            assert frame[12:14] != RARP
+
+        receiver.must("unpause", "db1")
+        while on_switch.receive()[12:14] != RARP:
+            pass
+        on_switch.socket.close()
+
+
 def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tmp_path: Path) -> None:
     """The sentence says by whom; the sender's VM goes on."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -484,14 +508,14 @@ def test_a_switch_that_the_receiver_has_not(network: Network, tmp_path: Path) ->
         assert sender.wait_state("db1", "running")
 
 
-def move(sender: Daemon, receiver: Daemon, name: str, *, fails: bool = False) -> str:
-    """Send a VM through a pipe; return what the receiver said."""
+def move(sender: Daemon, receiver: Daemon, *arguments: str, fails: bool = False) -> str:
+    """Send a VM, whose name comes last, through a pipe; return what the receiver said."""
     command = [sys.executable, "-m", "vmctl", "-s"]
     with subprocess.Popen(
-        [*command, sender.socket, "send", name], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*command, sender.socket, "send", arguments[-1]], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as sending:
         received = subprocess.run(
-            [*command, receiver.socket, "receive", name],
+            [*command, receiver.socket, "receive", *arguments],
             cwd=ROOT, stdin=sending.stdout, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
         assert sending.stdout is not None
