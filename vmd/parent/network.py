@@ -212,7 +212,8 @@ class Network:
         identity = identities.of(key)
         if self.holds(vm, plan.replace(number=identity.number)):
             return identity.number
-        routes = host_routes()
+        # An interface in a routing domain has routes of its own.
+        routes = host_routes() if any(nic.local and not nic.rdomain for nic in config.nics) else []
         for what, prefix in (("local prefix", plan.prefix4), ("local inet6 prefix", plan.prefix6)):
             route = covering(prefix, routes)
             if route is not None:
@@ -288,7 +289,7 @@ class Network:
         Raises OperatorError if the addresses do not exist.
         """
         for index, nic in enumerate(config.nics):
-            if not nic.local or nic.rdomain:  # which has routes of its own
+            if not nic.local or nic.rdomain:
                 continue
             networks = [network_of(plan.host4(index), 31)]
             if plan.prefix6 is not None:

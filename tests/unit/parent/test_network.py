@@ -439,6 +439,12 @@ def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
     made(parent)
     assert parent.vms.identities.of(local.key).number >= 256
 
+    inside = Prefix(address=bytes((100, 64, 0, 0)), length=16)
+    parent.config = parent.config.replace(settings=Globals(local_prefix=inside))
+    with pytest.raises(OperatorError, match=r"vm whole: all addresses of `local prefix` are in 100\.64\.0\.0/16"):
+        launch(parent, VmConfig(name="whole", nics=(NicConfig(local=True),)))
+    launch(parent, VmConfig(name="apart", nics=(NicConfig(local=True, rdomain=9),)))  # has routes of its own
+
 
 def test_no_addresses_are_left(parent: FakeParent) -> None:
     """A /60 has room for three VMs; one that is not there any more gives its number up."""
