@@ -6,6 +6,7 @@ Nothing is locked or opened for writing, so that the images of VMs that run can 
 import array
 import errno
 import fcntl
+import functools
 import os
 import socket
 import struct
@@ -23,11 +24,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmd.config.model import Config, DiskConfig, Globals, Owner, VmConfig
+    from vmd.config.model import Config, DiskConfig, Owner, VmConfig
     from vmd.parent.disks import Prober
 
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
 ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, and what is of no interest here
+NLMSGHDR = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
+RTATTR = struct.Struct("=HH")  # struct rtattr: length, type
+IFINFOMSG_BYTES = 16
+RTM_NEWLINK, IFLA_LINKINFO, IFLA_INFO_KIND = 16, 18, 1
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 1, 4, 0x200, 0x400
 IFREQ = struct.Struct("=16sQ16x")  # struct ifreq: ifr_name, ifr_data
 TIME_S = 60.0  # for all of them: storage may hang, and a configuration has hundreds of images
 
@@ -51,7 +57,7 @@ def check_vms(config: "Config", warn: "Callable[[str], None]") -> None:
         except (OperatorError, HostError, VmdError) as error:
             warn(f"warning: images are not examined: {error}")
     try:
-        Examination(vms, config.settings, prober, time.monotonic() + TIME_S).run(warn)
+        Examination(vms, config, prober, time.monotonic() + TIME_S).run(warn)
     finally:
         if cell is not None:
             cell.close()
@@ -64,10 +70,11 @@ class Examination:
     """
 
     def __init__(
-        self, vms: "list[VmConfig]", settings: "Globals", prober: "Prober | None", deadline_s: float
+        self, vms: "list[VmConfig]", config: "Config", prober: "Prober | None", deadline_s: float
     ) -> None:
         self.vms = vms
-        self.settings = settings
+        self.settings = config.settings
+        self.switches = {switch.name: switch for switch in config.switches if switch.enabled}
         self.prober = prober
         self.deadline_s = deadline_s
         self.images: dict[tuple[DiskConfig | str, Owner | None], list[str]] = {}
@@ -87,6 +94,7 @@ class Examination:
         """Give what a start would say of a VM, and what stands in its way when those before it run."""
         for _, what in rules.obstacles(vm):
             yield what
+        yield from self.of_rdomains(vm)
         yield from of_boot_files(vm)
         for disk in vm.disks:
             yield from self.of_image(disk, vm.rights.disks)
@@ -94,6 +102,14 @@ class Examination:
             yield from self.of_image(vm.cdrom, vm.rights.cdrom)
         if vm.enabled:
             yield from self.beside_others(vm)
+
+    def of_rdomains(self, vm: "VmConfig") -> "Iterator[str]":
+        """Give what a start would say of routing domains on a host that has none."""
+        for index, nic in enumerate(vm.nics):
+            switch = self.switches.get(nic.switch)
+            number = switch.rdomain if switch is not None else nic.rdomain
+            if number and not has_vrfs():
+                yield f"interface {index}: rdomain {number}: this kernel has no VRFs: load the module vrf"
 
     def of_image(self, image: "DiskConfig | str", user: "Owner | None") -> list[str]:
         """Return what a start would say of a disk or a disc."""
@@ -119,6 +135,23 @@ class Examination:
             yield f"not started with those before it: {str(error).removeprefix(f'vm {vm.name}: ')}"
         else:
             self.starting.append(vm)
+
+
+@functools.cache
+def has_vrfs() -> bool:
+    """Return whether this host can have a VRF; True if only root can know.
+
+    The kernel is asked for one without its routing table, which it refuses with EINVAL if it knows what a VRF is.
+    """
+    kind = b"vrf\0"
+    info = RTATTR.pack(RTATTR.size + len(kind), IFLA_INFO_KIND) + kind
+    attributes = RTATTR.pack(RTATTR.size + len(info), IFLA_LINKINFO) + info
+    flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_EXCL | NLM_F_CREATE
+    request = NLMSGHDR.pack(NLMSGHDR.size + IFINFOMSG_BYTES + len(attributes), RTM_NEWLINK, flags, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.send(request + bytes(IFINFOMSG_BYTES) + attributes)
+        answer = netlink.recv(4096)
+    return int.from_bytes(answer[NLMSGHDR.size :][:4], "little", signed=True) != -errno.EOPNOTSUPP
 
 
 def of_bridge(name: str) -> str:
