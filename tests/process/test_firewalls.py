@@ -15,9 +15,8 @@ from tests.support.hostnet import NetDaemon, ours, rules, setting, state_file
 from tests.support.network import Network
 from tests.support.privdriver import DEADLINE_S, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
-from vmd.config.model import Prefix
 from vmd.errors import HostError
-from vmd.ipc.messages import AskDrops, ConfigureNetwork, DropsReported, NetworkConfigured, Trouble
+from vmd.ipc.messages import AskDrops, DropsReported, Trouble
 from vmd.priv.legacy import (
     DROP,
     ENTRIES,
@@ -40,7 +39,6 @@ pytestmark = pytest.mark.root
 RULE_SETS = Path(__file__).resolve().parents[1] / "data/firewalls"
 WORLD4 = socket.inet_aton("192.0.2.2")
 NEIGHBOUR4, NEIGHBOUR = bytes((10, 0, 0, 2)), bytes.fromhex("fee1bbd10002")
-LOCAL_PREFIX = Prefix(address=bytes((100, 64, 0, 0)), length=10)
 SO_SET_REPLACE, ACCEPT = 64, -2  # iptables: setsockopt, and -NF_ACCEPT - 1
 TAPS = "-i tap+ -j ACCEPT", "-o tap+ -j ACCEPT"
 
@@ -56,10 +54,9 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture
 def priv(network: Network) -> Iterator[Priv]:
-    """Give a priv for that network, with NAT and the usual range."""
+    """Give a priv for that network, with NAT and a switch."""
     with Priv(network) as running:
-        running.send(ConfigureNetwork(nat=True, local_prefixes=(LOCAL_PREFIX,), switches=(switch("br0"),)))
-        assert running.receive(NetworkConfigured).problems == ()
+        assert running.configure(switch("br0")) == ()
         yield running
 
 
@@ -87,11 +84,11 @@ FORWARDING = {
     "firewalld": (
         f"firewalld lets them through after: {TRUSTED}",
         # what firewalld does for that
-        ["nft insert rule inet firewalld filter_FORWARD_IN_ZONES iifname tap* accept"],
+        ["nft insert rule inet firewalld filter_FORWARD_ZONES iifname tap* accept"],
     ),
     "ufw": (
-        "ufw lets them through after: ufw route allow from 100.64.0.0/10; ufw route allow to 100.64.0.0/10",
-        ["nft insert rule ip filter ufw-user-forward ip saddr 100.64.0.0/10 accept"],
+        "ufw lets them through after: ufw route allow in on tap+; ufw route allow out on tap+",
+        ["nft insert rule ip filter ufw-user-forward iifname tap* accept"],
     ),
     "docker": (
         f"Docker lets them through after: iptables -I DOCKER-USER {TAPS[0]}; iptables -I DOCKER-USER {TAPS[1]}",
@@ -143,7 +140,7 @@ def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv:
     ("name", "words"),
     [
         ("firewalld", f"firewalld lets them through after: {TRUSTED}"),
-        ("ufw", "ufw lets them through after: ufw allow from 100.64.0.0/10"),
+        ("ufw", "ufw lets them through after: ufw allow in on tap+"),
         ("tailscale", "Tailscale takes all of 100.64.0.0/10 for its own network"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.daemon import ROOT
 from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
 from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
@@ -744,16 +745,26 @@ def test_forwarding_that_others_may_rely_on_stays(network: Network) -> None:
     assert setting(network, "ipv4/ip_forward") == "0"
 
 
-@pytest.mark.parametrize("family", ["ip", "inet"])
-def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str) -> None:
+@pytest.mark.parametrize(("family", "rule"), [("ip", "masquerade"), ("inet", "tcp dport 80 dnat ip to 10.0.0.2")])
+def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str, rule: str) -> None:
     """Whatever interfaces there are, such as with services of Kubernetes on a host with one."""
-    network.run("nft", f"add table {family} kube-proxy")
-    hook = "{ type nat hook prerouting priority dstnat; }"
+    hook, priority = ("postrouting", "srcnat") if rule == "masquerade" else ("prerouting", "dstnat")
     with with_nat(network) as priv, priv.make(nic(host4=HOST4)):
-        network.run("nft", f"add chain {family} kube-proxy nodeports {hook}")
+        network.run("nft", f"add table {family} kube-proxy")
+        network.run("nft", f"add chain {family} kube-proxy x {{ type nat hook {hook} priority {priority}; }}")
+        network.run("nft", f"add rule {family} kube-proxy x {rule}")
         priv.quit()
-        assert f"nftables chain {family} kube-proxy nodeports; " in priv.log
+        assert f"nftables table {family} kube-proxy; " in priv.log
     assert setting(network, "ipv4/ip_forward") == "1"
+
+
+def test_forwarding_is_put_back_where_a_firewall_only_could_translate(network: Network) -> None:
+    """firewalld has chains for that on every host, and no rules in them on most."""
+    network.run("nft", "-f", str(ROOT / "tests/data/firewalls/firewalld.nft"))
+    give_address(network, "eth0", "192.0.2.7/24", "veth", "peer", "name", "wire")
+    with with_nat(network) as priv, priv.make(nic(host4=HOST4)):
+        assert setting(network, "ipv4/ip_forward") == "1"
+    assert setting(network, "ipv4/ip_forward") == "0"
 
 
 def test_forwarding_is_not_interrupted_by_a_daemon_that_recovers(network: Network) -> None:

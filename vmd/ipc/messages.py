@@ -12,7 +12,7 @@ for the client, and answers come back under it.
 
 from enum import IntEnum
 
-from vmd.config.model import BootDevice, Prefix, VmConfig
+from vmd.config.model import BootDevice, VmConfig
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
@@ -798,7 +798,6 @@ class ConfigureNetwork(Record):
     """
 
     nat: bool
-    local_prefixes: tuple[Prefix, ...] = ()  # that `local` interfaces are from, for sentences
     switches: tuple[SwitchRequest, ...] = ()
     more: bool = False  # further switches follow in another message, and the answer after that
 

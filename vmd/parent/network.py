@@ -160,9 +160,7 @@ class Network:
             )
             for number, switch in enumerate(enabled_switches(config), 1)
         ]
-        settings = config.settings
-        prefixes = (settings.local_prefix, *((settings.local_inet6_prefix,) if settings.local_inet6_prefix else ()))
-        message = ConfigureNetwork(nat=settings.local_nat, local_prefixes=prefixes)
+        message = ConfigureNetwork(nat=config.settings.local_nat)
         while len(switches) > SWITCHES_MAX:
             self._tell_priv(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]

@@ -45,7 +45,7 @@ class Chain(Record):
 
 
 class Guests(Record):
-    """Whose packets were dropped: networks as text, such as 100.64.0.0/10, or with none a bridge."""
+    """Whose packets were dropped: networks as text, such as 100.64.1.2/31, or with none a bridge."""
 
     networks: tuple[str, ...] = ()
     bridge: str = ""
@@ -81,7 +81,6 @@ def known(base: Chain, names: "Sequence[str]", guests: Guests, hook: str) -> lis
     """Return what is to be said of programs that have rules in this chain; none: nobody knows whose it is."""
     found = []
     interface = guests.bridge or "tap+"
-    networks = [text for text in guests.networks if base.family == "inet" or (":" in text) == (base.family == "ip6")]
     if base.table.endswith(" firewalld"):
         commands = [f"firewall-cmd --permanent --zone=trusted --add-interface={interface}", "firewall-cmd --reload"]
         found.append(f"firewalld lets them through after: {'; '.join(commands)}")
@@ -92,11 +91,11 @@ def known(base: Chain, names: "Sequence[str]", guests: Guests, hook: str) -> lis
         if guests.bridge:
             commands = [f"ufw route allow in on {guests.bridge} out on {guests.bridge}"]
         elif hook == "input":
-            commands = [f"ufw allow from {network}" for network in networks]
+            commands = ["ufw allow in on tap+"]
         else:
-            commands = [f"ufw route allow {way} {network}" for network in networks for way in ("from", "to")]
+            commands = [f"ufw route allow {way} on tap+" for way in ("in", "out")]
         found.append(f"ufw lets them through after: {'; '.join(commands)}")
-    if f"ts-{hook}" in names and any(is_tailscales(network) for network in networks):
+    if f"ts-{hook}" in names and any(map(is_tailscales, guests.networks)):
         found.append(
             f"Tailscale takes all of {TAILSCALE} for its own network: give guests other addresses in vm.conf, "
             f"such as `local prefix 10.64.0.0/16`"

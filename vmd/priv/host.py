@@ -92,8 +92,8 @@ class Network:
         self.has_table = False
         self.said: set[str] = set()
         self.watch = drops.Watch()
+        self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
-        self.local_prefixes: tuple[str, ...] = ()  # of all `local` interfaces, as text
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
 
@@ -157,7 +157,6 @@ class Network:
     def configure(self, message: "ConfigureNetwork") -> list[str]:
         """Take over a configuration; returns a sentence for each thing that could not be done."""
         self.nat = message.nat
-        self.local_prefixes = tuple(rules.text(prefix.address, prefix.length) for prefix in message.local_prefixes)
         if not message.switches and self.kept.fd < 0:
             return []  # a daemon without networks does not mind another that has one
         self.require_ownership()
@@ -530,7 +529,7 @@ class Network:
                 self.nft.apply(rules.ruleset([], self.groups_seen))
             return
         try:
-            self.nft.apply(rules.ruleset(members, self.groups_seen, bridges))
+            self.apply(members, bridges)
         except OperatorError as error:
             if any(member.networks for member in members):
                 raise OperatorError(error.code, f"NAT for local interfaces: {error}") from None
@@ -539,6 +538,21 @@ class Network:
             return
         self.has_table = True
         self.groups_seen.update(group for member in members for group in member.groups)
+
+    def apply(self, members: "Sequence[Member]", bridges: "Collection[str]") -> None:
+        """Have our table written, without counters where this host has none for sets."""
+        if self.counts:
+            try:
+                self.nft.apply(rules.ruleset(members, self.groups_seen, bridges))
+                return
+            except OperatorError as error:
+                if not any(member.networks or member.groups for member in members):
+                    raise
+                failed = error
+        self.nft.apply(rules.ruleset(members, self.groups_seen, counted=False))
+        if self.counts:
+            self.counts = False
+            self.say_once(f"what other firewalls drop of guests' packets cannot be counted: {failed}")
 
     def remove_rules(self) -> None:
         """Delete our table."""
@@ -551,7 +565,7 @@ class Network:
     def judged_bridges(self) -> set[str]:
         """Return the bridges of VMs whose frames go through a firewall of the host (br_netfilter)."""
         bridges = {nic.bridge for nics in self.nics.values() for nic in nics if nic.bridge}
-        if not bridges or self.nft.path is None:
+        if not bridges or self.nft.path is None or not self.counts:
             return set()
         if "1" not in (sysctl.read(f"bridge/bridge-nf-call-{tables}") for tables in ("iptables", "ip6tables")):
             return set()
@@ -567,7 +581,7 @@ class Network:
 
     def count(self) -> bool:
         """Read the counters; False if they are gone."""
-        if not self.has_table or not self.watched:
+        if not self.has_table or not self.watched or not self.counts:
             return True
         try:
             self.watch.take(self.nft.counters(), time.time())
@@ -579,7 +593,7 @@ class Network:
         """Read the counters, and log what is dropped of guests' packets; puts our table back if somebody removed it."""
         if not self.nics:
             return
-        if not self.count():
+        if not self.count() and not self.nft.has_table():
             log.warn(f"the nftables table {rules.TABLE} was removed by another program: it is written again")
             self.tidy()
         elif self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
@@ -601,8 +615,7 @@ class Network:
             rules.text(*network) for nic in self.all_nics() if nic.link.name == loss.name
             for network in nic.networks
         ]  # fmt: skip
-        wider = [self.wider(network) for network in networks]
-        guests = Guests(networks=tuple(wider), bridge=loss.name if loss.place == drops.SWITCH else "")
+        guests = Guests(networks=tuple(networks), bridge=loss.name if loss.place == drops.SWITCH else "")
         sentences = advice(loss, self.other_chains(), guests)
         if guests.bridge:
             sentences.append(
@@ -610,13 +623,6 @@ class Network:
                 "sysctl net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0"
             )
         return ". ".join([str(loss), *(sentences or ["`nft list ruleset` shows its rules"])])
-
-    def wider(self, network: str) -> str:
-        """Return the range that a network of a `local` interface is from, if it is of this host's."""
-        for prefix in self.local_prefixes:
-            if (":" in prefix) == (":" in network) and contains(prefix, network):
-                return prefix
-        return network
 
     def all_nics(self) -> "list[Nic]":
         """Return the interfaces of all VMs."""
@@ -685,9 +691,10 @@ class Network:
                 if not (is_tap(link) or is_bridge(link) or is_vrf(link))
             ]  # fmt: skip
             chains = self.nft.chains() if self.nft.path is not None else []
+            tables = {chain.table for chain in chains if chain.kind == "nat" and chain.concerns({nft_family})}
+            nat = [f"nftables table {table}" for table in sorted(tables) if self.nft.translates(table)]
         except (OperatorError, HostError) as error:
             return [f"who does is not known ({error})"]
-        nat = [f"nftables chain {chain}" for chain in chains if chain.kind == "nat" and chain.concerns({nft_family})]
         return [*names, *nat] if len(names) > 1 or nat else []
 
     def say_once(self, sentence: str) -> None:
@@ -773,12 +780,6 @@ def inside(address: bytes, network: bytes, length: int) -> bool:
         return False
     different = int.from_bytes(address, "big") ^ int.from_bytes(network, "big")
     return not different >> (8 * len(address) - length)
-
-
-def contains(prefix: str, network: str) -> bool:
-    """Return whether a network lies in another one of its family, both as text."""
-    outer, inner = ipaddress.ip_network(prefix), ipaddress.ip_network(network)
-    return inside(inner.network_address.packed, outer.network_address.packed, outer.prefixlen)
 
 
 def link_local(lladdr: bytes) -> bytes:

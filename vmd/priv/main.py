@@ -44,6 +44,7 @@ SWITCHES_MAX = 10_000  # more than a host can have bridges for
 PROBLEMS_MAX = 3  # in one message; more are in the log only
 DROPS_MAX, DROP_MAX = 8, 1500  # sentences in one message, and characters of one
 LOOK_S = 30.0  # between two looks at what other firewalls drop
+SWEEP_S = 0.25  # one look is enough for all VMs that are asked about within so long
 
 
 class Priv(Process):
@@ -54,6 +55,8 @@ class Priv(Process):
         self.parent = self.attach_parent(Proc.PARENT)
         self.network = Network()
         self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
+        self.told: set[int] = set()  # vmids that had their answer since the last look
+        self.looked_s = -SWEEP_S
         self.loop.call_later(LOOK_S, self.look)
 
     def look(self) -> None:
@@ -110,7 +113,12 @@ class Priv(Process):
         """Say what is dropped now of a VM's packets."""
         troubles: tuple[Trouble, ...] = ()
         try:
-            self.network.look()
+            now_s = time.monotonic()
+            if message.vmid in self.told or now_s - self.looked_s > SWEEP_S:
+                self.looked_s = now_s
+                self.told.clear()
+                self.network.look()
+            self.told.add(message.vmid)
             troubles = tuple(
                 Trouble(device=f"interface{index}", text=self.network.sentence(loss)[:DROP_MAX], since_s=loss.since_s)
                 for index, loss in self.network.losses(message.vmid)[:DROPS_MAX]

@@ -20,6 +20,7 @@ import errno
 import ipaddress
 import json
 import os
+import re
 import subprocess
 
 from vmd.errors import OperatorError, sentence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 NFT_PATHS = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft", "/usr/local/sbin/nft")
 NFT_TIMEOUT_S = 10.0
+# As nft writes statements, and those of iptables that it does not know; not `ct status dnat` or `nd-redirect`.
+TRANSLATES = re.compile(r"(?<![-\w])(masquerade|redirect|[sd]nat\b[^,}\n]* to)\b", re.IGNORECASE)
 BEFORE, BEHIND = -500, 1000  # priorities: before any firewall's, and behind it
 TABLE = "inet vmd"
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -52,12 +55,13 @@ def needed(members: "Iterable[Member]", bridges: "Iterable[str]" = ()) -> bool:
 
 
 def ruleset(
-    members: "Sequence[Member]", kept_groups: "Iterable[str]" = (), bridges: "Iterable[str]" = ()
-) -> str:
+    members: "Sequence[Member]", kept_groups: "Iterable[str]" = (), bridges: "Iterable[str]" = (), *,
+    counted: bool = True,
+) -> str:  # fmt: skip
     """Return what nft is told so that the table is as these interfaces need it, in one transaction.
 
     Sets of `kept_groups` stay, empty: a rule of the administrator's may name them.  Packets between the ports of
-    `bridges` are counted.
+    `bridges` are counted.  Without `counted` nothing is: sets have counters since Linux 5.7 and nftables 0.9.5.
     """
     groups: dict[str, list[str]] = {group: [] for group in kept_groups}
     for member in members:
@@ -76,7 +80,7 @@ def ruleset(
     lines += of_set("source6", "ifname . ipv6_addr; flags interval", [source for source, is6 in sources if is6])
     interfaces = [f'"{member.name}"' for member in nat]
     pairs = [f'"{bridge}" . "{bridge}"' for bridge in sorted(bridges)]
-    for ending in (drops.FIRST, drops.LAST):  # in the order in which they are to be read
+    for ending in (drops.FIRST, drops.LAST) if counted else ():  # in the order in which they are to be read
         for place in (drops.FROM, drops.TO, drops.HOST):
             lines += of_set(place + ending, "ifname; counter", interfaces)
         lines += of_set(drops.SWITCH + ending, "ifname . ifname; counter", pairs)
@@ -101,6 +105,8 @@ def ruleset(
             f"add rule {TABLE} postrouting ip6 saddr @nat6 oifname != @local masquerade",
         ]
     for ending, forward, receive in ((drops.FIRST, "forward", "input"), (drops.LAST, "forwarded", "received")):
+        if not counted:
+            break
         if nat:
             # What belongs to no connection is dropped by most firewalls, and rightly.
             lines += [
@@ -168,6 +174,13 @@ class Nft:
         except (ValueError, KeyError, TypeError, AttributeError):
             return []  # a version of nft that speaks otherwise
         return [chain for chain in chains if chain.table != TABLE]
+
+    def translates(self, table: str) -> bool:
+        """Return whether a table of somebody else's has rules that translate addresses; many have empty chains for it.
+
+        Raises OperatorError.
+        """
+        return TRANSLATES.search(self._run("list", "table", *table.split(" ", 1))) is not None
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Return what the sets of our table have counted: set -> interface -> packets.

@@ -8,7 +8,7 @@ from vmd.config.rules import HOST_TABLES
 from vmd.errors import OperatorError
 from vmd.priv.host import inside, is_bridge, is_tap, is_vrf, link_local
 from vmd.priv.ifconfig import Link
-from vmd.priv.rules import Member, Nft, needed, ruleset
+from vmd.priv.rules import TRANSLATES, Member, Nft, needed, ruleset
 
 NET4, NET6 = (bytes((100, 64, 3, 4)), 31), (b"\xfd" + bytes(15), 64)
 
@@ -106,6 +106,31 @@ def test_the_whole_text() -> None:
 def test_nothing_is_forwarded_for_groups_alone() -> None:
     """Without NAT the chains are empty."""
     assert "add rule" not in ruleset([Member(name="tap0", groups=("lab",))])
+
+
+def test_a_host_whose_sets_have_no_counters() -> None:
+    """NAT does not depend on them."""
+    text = ruleset([Member(name="tap1", networks=(NET4,))], bridges=["br0"], counted=False)
+
+    assert "counter" not in text
+    assert "first" not in text
+    assert "last" not in text
+    assert "masquerade" in text
+
+
+@pytest.mark.parametrize(
+    ("rule", "translates"),
+    [
+        ("oifname eth0 masquerade", True), ("tcp dport 80 dnat to 10.0.0.2:80", True), ("snat ip to 192.0.2.1", True),
+        ("tcp dport 80 redirect to :8080", True), ("counter packets 0 bytes 0 XT target MASQUERADE not found", True),
+        ("dnat ip to tcp dport map { 80 : 10.0.0.2 }", True), ("ct status dnat accept", False),
+        ("ct status { snat, dnat } accept", False), ("icmpv6 type nd-redirect accept", False),
+        ("goto nat_POST_public", False),
+    ],
+)  # fmt: skip
+def test_rules_that_translate(rule: str, translates: bool) -> None:
+    """Those that only ask whether it was done, or are about something else, do not."""
+    assert bool(TRANSLATES.search(f"chain x {{\n\t\t{rule}\n\t}}\n")) is translates
 
 
 def run_as(monkeypatch: pytest.MonkeyPatch, result: object) -> Nft:
