@@ -97,3 +97,15 @@ def test_errors_are_told_in_words() -> None:
     ]
 
     assert bad == []
+
+
+def test_programs_do_not_count_on_python_s_files() -> None:
+    """`sys.stdout` and its like are None where a descriptor was closed, and `print` then says nothing."""
+    bad = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files("vmd", "vmctl", suffix=".py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\bsys\.std(in|out|err)\b|\bprint\(", line)
+    ]
+
+    assert bad == []

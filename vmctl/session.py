@@ -29,9 +29,10 @@ class Session:
         from vmctl.options import meant  # only a mistake needs it
 
         try:
-            return meant(name, [vm.name for vm in self.client.list_vms()])
+            names = [vm.name for vm in self.client.list_vms()]
         except VmdError:
             return ""
+        return "" if name in names else meant(name, names)
 
     @property
     def quiet(self) -> bool:

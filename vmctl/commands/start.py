@@ -289,16 +289,17 @@ def is_known(session: Session, ref: VmRef) -> bool:
         return True
 
 
-def refusal(session: Session, error: Refused, ref: VmRef, *, known: bool) -> CommandError:
-    """Return the daemon's answer after upstream's words for it.  `known`: the VM is one that the daemon should know."""
+def refusal(session: Session, error: Refused, ref: VmRef, request: StartRequest) -> CommandError:
+    """Return the daemon's answer after upstream's words for it."""
+    close = session.meant(request.template) if error.code == VMD_PARENT_INVALID else ""
     words = REFUSALS.get(error.code)
     if words is None:
         sentence = f"start vm command failed: {error.text}"
         # A file that is missing has the same errno.
-        if known and error.code == errno.ENOENT and not is_known(session, ref):
+        if request.config is None and error.code == errno.ENOENT and not is_known(session, ref):
             return NoSuchVm(sentence)
         return CommandError(sentence, error.code)
-    return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}", error.code)
+    return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}{close}", error.code)
 
 
 def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
@@ -312,7 +313,7 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
         try:
             return session.client.ask(request, VmStarted, fds=fds)
         except Refused as error:
-            raise refusal(session, error, ref, known=request.config is None) from None
+            raise refusal(session, error, ref, request) from None
     finally:
         for opened in fds.values():
             os.close(opened[0])

@@ -9,6 +9,7 @@ from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
 from vmd.config.model import ROOT, WHEEL, Config, Globals, SwitchConfig, VmConfig
 from vmd.errors import VmdError, sentence
+from vmd.nearest import meant
 from vmd.scaled import fmt_scaled
 
 MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
@@ -168,7 +169,8 @@ def check_connection(
     what = f'{vm.origin}: vm "{vm.name}": interface {index}'
     if nic.switch and switch is None:
         state = "is disabled" if nic.switch in named else "not found"
-        warn(f'{what}: switch "{nic.switch}" {state}: it is connected to nothing')
+        close = "" if nic.switch in named else meant(nic.switch, named)
+        warn(f'{what}: switch "{nic.switch}" {state}: it is connected to nothing{close}')
     if switch is not None and nic.rdomain not in (None, switch.rdomain or 0):
         warn(
             f"{what}: rdomain {nic.rdomain}: an interface on a switch is in that of the switch, "

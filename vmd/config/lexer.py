@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 from vmd.config.rules import shown
 from vmd.errors import ConfigError, VmdError, sentence
+from vmd.nearest import meant
 
 INPUT_MAX = 16 << 20  # bytes of a file, what it includes and macros, counted each time they are read
 INCLUDE_MAX = 16  # files open within each other
@@ -313,7 +314,7 @@ class Lexer:
             self.error("string too long")
             return False
         if name not in self.macros:
-            self.error(f"macro '{shown(name)}' not defined")
+            self.error(f"macro '{shown(name)}' not defined{meant(name, self.macros)}")
             return False
         self.unused.pop(name, None)
         self.budget -= len(self.macros[name])

@@ -5,6 +5,7 @@ import errno
 from vmd.config.model import AllowInstance, NicConfig, Owner, Rights, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_PARENT_INVALID, Caller
+from vmd.nearest import meant
 from vmd.parent.access import may_control, rights_of
 
 TYPE_CHECKING = False
@@ -99,7 +100,8 @@ def _resolved(
     if vm.parent in by_name:
         template = _resolved(by_name[vm.parent], by_name, known, (*above, vm.name))
     if template is None:
-        raise OperatorError(VMD_PARENT_INVALID, f"vm {vm.name}: template {vm.parent} not found")
+        what = f"vm {vm.name}: template {vm.parent} not found{meant(vm.parent, by_name)}"
+        raise OperatorError(VMD_PARENT_INVALID, what)
     return derive(template, vm, None)
 
 

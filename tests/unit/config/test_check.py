@@ -177,12 +177,14 @@ def test_unknown_and_disabled_switches(conf: Loader) -> None:
     """Order in the file does not matter."""
     conf.load(
         "vm a { interface switch late }\nvm b { interface switch off }\nvm c { interface switch no }\n"
+        "vm d { interface switch laet }\n"
         "switch late { interface br0 }\nswitch off { interface br1\n disable\n}\n"
     )
 
     assert conf.warnings == [
         f'{conf.path}:2: vm "b": interface 0: switch "off" is disabled: it is connected to nothing',
         f'{conf.path}:3: vm "c": interface 0: switch "no" not found: it is connected to nothing',
+        f'{conf.path}:4: vm "d": interface 0: switch "laet" not found: it is connected to nothing: did you mean late?',
     ]
 
 

@@ -1036,6 +1036,7 @@ MISTYPED = [
     ("switch x {\n interfcae br0\n}", 'syntax error at "interfcae": did you mean "interface"?'),
     ("vm x {\n virtio moden\n}", "unrecognized virtio mode moden: did you mean modern?"),
     ("vm x {\n disk /a format qcow\n}", "unrecognized disk format qcow: did you mean qcow2?"),
+    ('disks = "/x"\nvm x {\n disk $diks\n}', "macro 'diks' not defined: did you mean disks?"),
     # Near to a keyword that cannot be there, or to none.
     ("switch x {\n memroy 1G\n interface br0\n}", 'syntax error at "memroy"'),
     ('vm x {\n kernel "/bsd"\n}', 'syntax error at "kernel"'),

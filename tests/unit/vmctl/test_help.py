@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
-from tests.unit.vmctl.fake import ROOT, FakeDaemon, vm_info
+from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.table import COMMANDS, COMMON, GLOBAL, Command
 from vmctl.usage import synopsis
-from vmd.ipc.messages import End, Failed, ListRequest
+from vmd.ipc.messages import VMD_PARENT_INVALID, End, Failed, ListRequest, StartRequest
+from vmd.record import Record
 from vmd.version import VERSION
 
 every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -165,18 +166,28 @@ def test_manual_explains_every_option(command: Command) -> None:
         (["start", "WEB"], "vmctl: start vm command failed: vm WEB not found: did you mean web?\n"),
         (["stop", "wbe"], "stopping vm wbe: vm not found: did you mean web?\n"),
         (["wait", "we"], "waiting for vm we: vm not found: did you mean web?\n"),
+        (["start", "-t", "wbe", "new"], "vmctl: invalid template: template wbe not found: did you mean web?\n"),
+        (["start", "-t", "web", "new"], "vmctl: invalid template: it may not be\n"),
         (["status", "mail"], "vmctl: vm mail not found\n"),
         (["status", "17"], "vmctl: vm 17 not found\n"),
     ],
 )
 def test_mistyped_vm(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], errors: str) -> None:
     """The one that was probably meant is named; nothing is done to it."""
-    missing = Failed(code=errno.ENOENT, text=f"vm {arguments[-1]} not found")
-    daemon.script = lambda request: (vm_info("web"), End()) if isinstance(request, ListRequest) else (missing,)
+
+    def answer(request: Record) -> Answers:
+        if isinstance(request, ListRequest):
+            return (vm_info("web"), End())
+        if isinstance(request, StartRequest) and request.template:
+            what = "it may not be" if request.template == "web" else f"template {request.template} not found"
+            return (Failed(code=VMD_PARENT_INVALID, text=what),)
+        return (Failed(code=errno.ENOENT, text=f"vm {arguments[-1]} not found"),)
+
+    daemon.script = answer
 
     status, _, said = vmctl(*arguments)
 
-    assert (status, said) == (4, errors)
+    assert (status, said) == (1 if "-t" in arguments else 4, errors)
 
 
 def test_manual_explains_every_option_before_the_command() -> None:
