@@ -30,7 +30,7 @@ def shell(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["unshare", "--mount", "sh", "-e", "-c", script],
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
-        env={"DIR": str(directory), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        env={"DIR": str(directory), "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "STATE_DIRECTORY": f"{directory}/state"},
     )  # fmt: skip
 
 

@@ -287,7 +287,7 @@ class StateFile:
 
     def _open(self) -> bool:
         """Lock the directory, which is made if it is not there; False if another daemon has it.  Raises OSError."""
-        os.makedirs(self.directory, 0o755, exist_ok=True)
+        os.makedirs(self.directory, 0o700, exist_ok=True)
         fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
