@@ -81,7 +81,7 @@ deb:
 	@tools/setup packages deb
 	@rm -rf '$(DEB)'
 	@mkdir -p '$(DEB)/vmd'
-	@tar -c --exclude=__pycache__ $(SOURCES) | tar -x -C '$(DEB)/vmd'
+	@cp -R $(SOURCES) '$(DEB)/vmd'
 	@cd '$(DEB)/vmd' && dpkg-buildpackage --build=binary --no-sign --no-check-builddeps >../log 2>&1 || { cat ../log >&2; exit 1; }
 	@rm -rf '$(DEB)/vmd'
 	@ls '$(DEB)'/*.deb

@@ -137,7 +137,7 @@ def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, tmp_path: Path) 
     box.must("umount", "/usr/lib/vmd")
 
     versions = []
-    for turn in range(1, 200, 4):
+    for turn in range(1, 200, 5):
         inject = f"inject=rename:signal=KILL:when={turn}"
         killed = box.run("dpkg", "-i", NEW_DEB, under=[*STRACE, "-e", "trace=rename", "-e", inject])
         versions.append(version(box))

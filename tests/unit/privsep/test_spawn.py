@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,13 @@ def test_extensions_of_other_interpreters_are_not_ours() -> None:
     assert [cell.is_extension(name) for name in (ours, "_c.abi3.so", "_c.so")] == [True, True, True]
     assert not cell.is_extension("_c.cpython-36m-x86_64-linux-gnu.so")
     assert not cell.is_extension("libc.so.6")
+
+
+def test_what_lies_beside_our_packages_does_not_hide_the_standard_library(tmp_path: Path) -> None:
+    """Our path may be a directory of the distribution's with anything in it: a back-port of a module, say."""
+    (tmp_path / "bisect.py").write_text("import os\nos._exit(3)\n")
+    (tmp_path / "probe.py").write_text("import bisect\n\n\ndef main():\n    return bisect.bisect([1, 2], 3)\n")
+
+    child = spawn.spawn("probe", import_path=(str(tmp_path), *cell.import_path(("vmd",))), entry="probe:main")
+
+    assert child.reap(60) == 2
