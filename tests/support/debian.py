@@ -19,6 +19,7 @@ SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
 INSTALLED = ("iproute2", "procps", "systemd", "systemd-sysv")
 DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-ply", "python3-pyroute2", "seabios")
+OF_A_MACHINE = ("kmod", "udev")
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 
 
@@ -113,4 +114,21 @@ def debian_root() -> Path:
         if fresh:
             run("debootstrap", "--variant=minbase", f"--include={','.join(INSTALLED)}", SUITE, fresh, MIRROR)
             run("chroot", fresh, "apt-get", "-q", "-y", "--download-only", "install", *DOWNLOADED)
+    return root
+
+
+@cache
+def debian_host() -> Path:
+    """Return a Debian system that lacks nothing of what the package needs but the package; not to be changed, either.
+
+    With udev and the means to load modules it can be a machine's, too.  Raises DebianError.
+    """
+    name = hashlib.sha256(repr((SUITE, INSTALLED, DOWNLOADED, OF_A_MACHINE)).encode()).hexdigest()[:12]
+    root = cache_dir() / f"debian-host-{SUITE}-{name}"
+    with made_once(root) as fresh:
+        if fresh:
+            run("cp", "-a", f"{debian_root()}/.", fresh)
+            install = ("apt-get", "-q", "-y", "--no-install-recommends", "install")
+            run("chroot", fresh, *install, *DOWNLOADED, *OF_A_MACHINE)
+            run("chroot", fresh, "apt-get", "clean")
     return root

@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -23,12 +24,12 @@ ROOT = Path("/")
 DEADLINE_S = 100.0  # a watchdog; a box is up in a second
 POLL_S = 0.02
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NODES = ("null", "zero", "full", "random", "urandom", "tty", "net/tun")
-KVM = "kvm"
+NODES = ("null", "zero", "full", "random", "urandom", "tty", "net/tun", "kvm")
 NO_FILES: Mapping[str, str] = MappingProxyType({})
 # Units that would change what belongs to the whole host, or look for devices that are not there.
 MASKED = (
-    "proc-sys-fs-binfmt_misc.automount", "systemd-binfmt.service", "systemd-modules-load.service",
+    "e2scrub_reap.service", "proc-sys-fs-binfmt_misc.automount", "systemd-binfmt.service",
+    "systemd-modules-load.service",
     "systemd-journald-audit.socket", "systemd-pstore.service", "systemd-sysctl.service", "systemd-timesyncd.service",
     "systemd-udevd.service", "systemd-udev-trigger.service",
     "systemd-udevd-control.socket", "systemd-udevd-kernel.socket",
@@ -40,43 +41,40 @@ After=sysinit.target
 """
 
 
+# Holds what is to be there over several boots of a box, and boots it for each line with a control group's path.
+KEEPER = """
+scratch=$1; shift
+mount -t tmpfs -o mode=755 box "$scratch/layer"
+while read -r group; do
+    sh -c 'echo 0 >"$0/cgroup.procs" && exec "$@"' "$group" setpriv --pdeathsig KILL \\
+        unshare --fork --kill-child --pid --mount --net --uts --ipc --cgroup --propagation private "$@" </dev/null || :
+done
+"""
+
+
 class Box:
     """A running systemd; a context manager that ends it with all that it has started."""
 
-    def __init__(
-        self,
-        tree: Path | None = None,
-        *,
-        root: Path = ROOT,
-        files: Mapping[str, str] = NO_FILES,
-        wants: Sequence[str] = (),
-        kvm: bool = True,
-    ) -> None:
-        """A `tree` of files lies over the host's `root`, and `files` (path: text) over both.
-
-        Units in `wants` start with the box; without `kvm` there is no /dev/kvm.
-        """
-        self.tree = tree or ""
+    def __init__(self, *, root: Path = ROOT, files: Mapping[str, str] = NO_FILES, target: str = "box.target") -> None:
+        """`files` (path: text) lie over the system in `root`; `target` is what is started."""
         self.root = root
         self.files = {
             "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
-            "etc/systemd/system/box.target": TARGET + "".join(f"Wants={unit}\n" for unit in wants),
+            "etc/systemd/system/box.target": TARGET,
             **files,
         }
-        self.nodes = (*NODES, KVM) if kvm else NODES
+        self.target = target
         self.pid = 0  # of its pid 1, here
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             self.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmd-box-")))
             self._lay_out()
-            group = make_control_group(self.scratch.name)
-            stack.callback(remove_control_group, group)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-                notify.bind(str(self.scratch / "notify/socket"))
-                self.process = stack.enter_context(self._start(group))
-                stack.callback(self.process.kill)
-                self._wait_until_up(notify)
+            self.keeper = stack.enter_context(self._keeper())
+            stack.callback(self.keeper.kill)
+            self.group: Path | None = None
+            stack.callback(self._end)
+            self.boot()
             self._leave = stack.pop_all()
         return self
 
@@ -97,29 +95,57 @@ class Box:
         for unit in MASKED:
             (self.scratch / "files/etc/systemd/system" / unit).symlink_to("/dev/null")
 
-    def _start(self, group: Path) -> subprocess.Popen[bytes]:
+    def _keeper(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [
-                "sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', group,
-                "unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "--uts", "--ipc", "--cgroup",
-                "--propagation", "private", INSIDE, self.scratch, self.root, self.tree, *self.nodes,
+                "unshare", "--mount", "--propagation", "private", "sh", "-e", "-c", KEEPER, "keeper", self.scratch,
+                INSIDE, self.scratch, self.root, self.target, *NODES,
             ],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def _wait_until_up(self, notify: socket.socket) -> None:
-        notify.settimeout(0.2)
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            with contextlib.suppress(TimeoutError):
-                if b"READY=1" in notify.recv(4096).splitlines():
-                    break
-            assert self.process.poll() is None, "the box ended while it started"
-            assert time.monotonic() < deadline, f"the box is not up after {DEADLINE_S} s"
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        self.pid = int(children)
+    def _end(self) -> None:
+        """Take the power away."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        self.pid = 0
+        if self.group is not None:
+            remove_control_group(self.group)
+        self.group = None
 
     # --- from outside --------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Switch it on, and wait until it is up."""
+        self.group = make_control_group(self.scratch.name)
+        path = self.scratch / "notify/socket"
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(str(path))
+            notify.settimeout(0.2)
+            assert self.keeper.stdin is not None
+            self.keeper.stdin.write(f"{self.group}\n")
+            self.keeper.stdin.flush()
+            deadline = time.monotonic() + DEADLINE_S
+            up = False
+            while not up:
+                with contextlib.suppress(TimeoutError):
+                    up = b"READY=1" in notify.recv(4096).splitlines()
+                assert self.keeper.poll() is None, "the box ended while it started"
+                assert time.monotonic() < deadline, f"the box is not up after {DEADLINE_S} s"
+        (unshare,) = children(self.keeper.pid)
+        (self.pid,) = children(unshare)
+
+    def power_off(self) -> None:
+        """Have it switch itself off, and wait until it has."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            self.must("systemctl", "poweroff")
+            assert select.select([pidfd], [], [], DEADLINE_S)[0], "the box does not switch itself off"
+        finally:
+            os.close(pidfd)
+        self._end()
 
     def path(self, name: str | Path) -> Path:
         """Return where a file of the box is for us."""
@@ -193,6 +219,11 @@ class Box:
 def pause() -> None:
     """Let others run before something is looked at again."""
     select.select([], [], [], POLL_S)
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def make_control_group(name: str) -> Path:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import pytest
 
 from tests.support.daemon import Terminal
+from tests.support.debian import built_deb, debian_host
 from tests.support.guests import guest
 from tests.systemd.box import Box
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
-DISK = "/srv/disk.img"
+DEMO, BLK = Path("/srv/demo.elf"), Path("/srv/blk.elf")
+DISK, DISC = "/srv/disk.img", "/srv/cd.iso"
 DISK_BYTES = 1 << 20
 EX_UNAVAILABLE, EX_CONFIG = "69", "78"
 CRIT = "2"
@@ -27,7 +28,7 @@ def conf(*more: str) -> str:
     """Return a vm.conf with a switch, and a VM that has one of everything and ends when it is asked to."""
     return "\n".join((
         'switch "lan" { interface br0 }',
-        'vm "demo" {', " memory 32M", f' boot "{guest("demo")}"', f' disk "{DISK}" format raw',
+        'vm "demo" {', " memory 32M", f' boot "{DEMO}"', f' disk "{DISK}" format raw', f' cdrom "{DISC}"',
         ' interface switch "lan"', " local interface", "}", *more, "",
     ))  # fmt: skip
 
@@ -87,11 +88,15 @@ class Unit:
 
 
 @pytest.fixture(scope="module")
-def box(installed: Path) -> Iterator[Box]:
-    """Give a host with the program installed."""
-    with Box(installed, files={"etc/vm.conf": conf()}) as running:
-        with open(running.path(DISK), "wb") as disk:
-            disk.truncate(DISK_BYTES)
+def box() -> Iterator[Box]:
+    """Give a Debian with the package installed."""
+    with Box(root=debian_host(), target="multi-user.target") as running:
+        for name in (DISK, DISC):
+            running.path(name).write_bytes(bytes(DISK_BYTES))
+        for path in (DEMO, BLK):
+            running.copy(guest(path.stem), str(path))
+        running.must("dpkg", "--install", running.copy(built_deb(), "/root/vmd.deb"))
+        running.must("systemctl", "stop", "vmd")  # a first installation has started it
         yield running
 
 
@@ -107,9 +112,8 @@ def unit(box: Box) -> Iterator[Unit]:
 
 def test_vm_with_disk_switch_and_local_interface(unit: Unit) -> None:
     """It runs, has what vm.conf says, and the guest reads its disk."""
-    reader = ('vm "blk" {', " memory 64M", f' boot "{guest("blk")}" cmdline "bench"', ' disk "/srv/blk.img"', "}")
-    with open(unit.box.path("/srv/blk.img"), "wb") as disk:
-        disk.truncate(DISK_BYTES)
+    reader = ('vm "blk" {', " memory 64M", f' boot "{BLK}" cmdline "bench"', ' disk "/srv/blk.img"', "}")
+    unit.box.path("/srv/blk.img").write_bytes(bytes(DISK_BYTES))
     unit.configure(conf(*reader))
     unit.start()
 
@@ -142,6 +146,22 @@ def test_stop_with_a_running_guest(unit: Unit) -> None:
     assert unit.processes() == []
     assert unit.links() == {"lo"}
     assert "table inet vmd" not in unit.box.must("nft", "list", "tables")
+
+
+def test_power_off_and_the_next_boot(unit: Unit) -> None:
+    """A host that goes off asks its guests first, and waits for them; what is enabled runs when it is up again."""
+    unit.start()
+    unit.wait_running("demo")
+    run = unit.box.properties("vmd.service")["InvocationID"]
+
+    unit.box.power_off()
+    unit.box.boot()
+
+    assert unit.box.properties("vmd.service")["ActiveState"] == "active"
+    unit.wait_running("demo")
+    said = [entry["MESSAGE"] for entry in unit.box.journal() if entry.get("_SYSTEMD_INVOCATION_ID") == run]
+    assert any("powered off by the guest" in line for line in said), said
+    assert "vmd: terminating" in said
 
 
 def test_killed_daemon_is_started_again(unit: Unit) -> None:
@@ -183,7 +203,7 @@ def test_reload(unit: Unit) -> None:
 
     unit.configure(conf("vm lots {"))
     refused = unit.box.run("systemctl", "reload", "vmd")
-    unit.configure(conf('vm "second" {', " memory 32M", f' boot "{guest("demo")}"', "}"))
+    unit.configure(conf('vm "second" {', " memory 32M", f' boot "{DEMO}"', "}"))
     unit.box.must("systemctl", "reload", "vmd")
 
     assert refused.returncode != 0
@@ -249,13 +269,10 @@ def test_state_directory_is_the_daemons_own(unit: Unit) -> None:
     assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
 
 
-def test_fence_around_the_daemon(installed: Path) -> None:
+def test_fence_around_the_daemon(box: Box) -> None:
     """How much systemd takes away does not become less unnoticed."""
-    path = installed / "usr/local/lib/systemd/system/vmd.service"
-    table = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--no-pager", path],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    path = box.properties("vmd.service")["FragmentPath"]
+    table = box.must("systemd-analyze", "security", "--offline=true", path)
 
     (figure,) = re.findall(r"Overall exposure level for vmd.service: ([\d.]+)", table)
     assert float(figure) <= EXPOSURE_MAX, table
