@@ -24,6 +24,7 @@ from vmd.parent.disks import ImageProber
 from vmd.parent.media import Media
 from vmd.parent.service import lookup_user
 from vmd.privsep.cell import Cell
+from vmd.vm.boot.image import WRONG_KIND
 
 pytestmark = pytest.mark.root
 NOBODY = 65534
@@ -191,6 +192,7 @@ def test_link_that_is_called_qcow2_states_the_format(images: Path) -> None:
 
 # --- what keeps a VM from starting, besides its images --------------------------------------------------------
 
+NO_NOTE = "it has no PVH note, which tells where an ELF kernel is entered"
 DEMO = f'boot "{guest("demo")}"'
 SAID: list[tuple[str, list[str]]] = [
     ("interface", ["no kernel, disk or cdrom to boot from"]),
@@ -204,13 +206,34 @@ SAID: list[tuple[str, list[str]]] = [
         ["boot device disk: it has no disk", "kernel /nowhere: No such file or directory"],
     ),
     (f"{DEMO}\ndisk good.raw\ndisk good.raw", ["disk {here}/good.raw is given twice"]),
+    ("boot text", ["{here}/text: " + WRONG_KIND]),
+    ("boot program", ["{here}/program: is a user program, not a kernel: " + NO_NOTE]),
+    ("boot program.gz", ["{here}/program.gz: is a user program, not a kernel: " + NO_NOTE]),
+    ("boot kernel.gz cmdline quiet", []),
     (DEMO, []),
 ]
+
+
+def test_a_boot_image_and_its_initrd(tmp_path: Path) -> None:
+    """Are examined together, by root and by others; each pair once."""
+    (tmp_path / "empty").touch()
+    conf = tmp_path / "vm.conf"
+    vms = "".join(f"vm v{number} {{\n{DEMO} initrd empty\n}}\n" for number in range(2))
+    conf.write_text(vms + f"vm v2 {{\n{DEMO} initrd vm.conf\n}}\n")
+
+    assert check(conf) == (0, [
+        *(f'vmd: {conf}:{line}: vm "v{number}": {guest("demo")}: initrd is empty' for number, line in ((0, 1), (1, 4))),
+        "configuration OK",
+    ])  # fmt: skip
 
 
 def test_what_a_check_accepts_starts_or_was_warned_of(tmp_path: Path) -> None:
     """By file and line; and the start of each says the first of its sentences."""
     (tmp_path / "good.raw").write_bytes(bytes(MIB))
+    (tmp_path / "text").write_text("hello\n")
+    (tmp_path / "program").write_bytes(Path("/bin/true").read_bytes())
+    (tmp_path / "program.gz").write_bytes(gzip.compress(Path("/bin/true").read_bytes()))
+    (tmp_path / "kernel.gz").write_bytes(gzip.compress(Path(guest("demo")).read_bytes()))
     blocks = [f"vm v{number} {{\ndisable\nmemory 32M\n{options}\n}}\n" for number, (options, _) in enumerate(SAID)]
     conf = tmp_path / "vm.conf"
     conf.write_text("".join(blocks))

@@ -14,7 +14,7 @@ from vmd.ipc import foreign
 from vmd.ipc.foreign import FOREIGN, quoted, refused
 from vmd.record import Record
 
-FD_ANSWER, FD_IMAGE = 3, 4  # a pipe's writing end; the image, for reading
+FD_ANSWER, FD_IMAGE, FD_INITRD = 3, 4, 5  # a pipe's writing end; files, for reading; the last is bootprobe's
 ANSWER_MAX = 8192  # bytes of the line
 SENTENCE_MAX = 4000  # bytes of a sentence
 BACKING_MAX = 1023  # bytes of a path; the format's own limit

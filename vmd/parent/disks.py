@@ -40,6 +40,7 @@ from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Protocol
 
     from vmd.privsep.spawn import Place
@@ -335,21 +336,32 @@ def require_image(fd: int, name: str, invalid: int) -> int:
 
 
 class ImageProber:
-    """Starts an imgprobe for each image, and waits for its answer."""
+    """Starts an imgprobe, or another probe, for each image, and waits for its answer."""
 
-    def __init__(self, place: "Place | None", timeout_s: float = PROBE_TIMEOUT_S, entry: str = IMGPROBE_ENTRY) -> None:
-        """`place` is the cell; None, where there is none, leaves imgprobe its own confinement."""
+    def __init__(
+        self,
+        place: "Place | None",
+        timeout_s: float = PROBE_TIMEOUT_S,
+        entry: str = IMGPROBE_ENTRY,
+        title: str = "imgprobe",
+    ) -> None:
+        """`place` is the cell; None, where there is none, leaves the probe its own confinement."""
         self.place = place
         self.timeout_s = timeout_s
         self.entry = entry
+        self.title = title
         self.ending: list[Child] = []  # killed, but not gone: they wait for storage
 
     def probe(self, fd: int, name: str, format_hint: str) -> Probe:
         """Return what the image behind `fd` says; see Prober."""
+        return self.ask([fd], name, [format_hint] if format_hint else [])
+
+    def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
+        """Return what a probe says of these files.  Raises OperatorError with its sentence behind the name."""
         self.ending = [child for child in self.ending if child.reap() is None]
         deadline_s = time.monotonic() + self.timeout_s
         try:
-            reader, child = self._start(fd, format_hint)
+            reader, child = self._start(files, arguments)
         except OSError as error:
             raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be examined: {error.strerror}") from None
         except VmdError as error:
@@ -370,29 +382,29 @@ class ImageProber:
         try:
             answer = unpack(line)
         except ValueError as error:
-            why = f"imgprobe ended with status {status}" if status else f"imgprobe answered nonsense: {error}"
+            why = f"{self.title} ended with status {status}" if status else f"{self.title} answered nonsense: {error}"
             raise OperatorError(errno.EIO, f"{name}: cannot be examined: {why}") from None
         if isinstance(answer, str):
             raise OperatorError(errno.EINVAL, f"{name}: {answer}")
         return answer
 
-    def _start(self, fd: int, format_hint: str) -> tuple[int, Child]:
-        """Start an imgprobe; return where its answer can be read, and the process.  Raises OSError, VmdError."""
-        # An open file of its own: for reading only, without our lock and, on a block device, our claim.
-        image = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    def _start(self, files: "Sequence[int]", arguments: "Sequence[str]") -> tuple[int, Child]:
+        """Start a probe; return where its answer can be read, and the process.  Raises OSError, VmdError."""
+        fds: dict[int, int] = {}
         try:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
+            for number, fd in enumerate(files, FD_IMAGE):
+                # An open file of its own: for reading only, without our lock and, on a block device, our claim.
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                fds[number] = os.open(f"/proc/self/fd/{fd}", flags)
+            reader, fds[FD_ANSWER] = os.pipe2(os.O_CLOEXEC)
             try:
-                arguments = [format_hint] if format_hint else []
-                fds = {FD_ANSWER: writer, FD_IMAGE: image}
-                return reader, spawn("imgprobe", arguments, fds=fds, place=self.place, entry=self.entry)
+                return reader, spawn(self.title, arguments, fds=fds, place=self.place, entry=self.entry)
             except BaseException:
                 os.close(reader)
                 raise
-            finally:
-                os.close(writer)
         finally:
-            os.close(image)
+            for fd in fds.values():
+                os.close(fd)
 
     def _end(self, child: Child) -> None:
         """Have a process end, if it has not."""

@@ -4,6 +4,7 @@ Nothing is locked or opened for writing, so that the images of VMs that run can 
 """
 
 import array
+import contextlib
 import errno
 import fcntl
 import functools
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from vmd.config.model import Config, DiskConfig, Owner, VmConfig
     from vmd.parent.disks import Prober
+    from vmd.parent.resources import BootFiles
 
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
 ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, and what is of no interest here
@@ -35,6 +37,7 @@ IFINFOMSG_BYTES = 16
 RTM_NEWLINK, IFLA_LINKINFO, IFLA_INFO_KIND = 16, 18, 1
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 1, 4, 0x200, 0x400
 IFREQ = struct.Struct("=16sQ16x")  # struct ifreq: ifr_name, ifr_data
+BOOTPROBE_ENTRY = "vmd.vm.bootprobe:main"
 TIME_S = 60.0  # for all of them: storage may hang, and a configuration has hundreds of images
 
 
@@ -49,15 +52,15 @@ def check_vms(config: "Config", warn: "Callable[[str], None]") -> None:
     for switch in config.switches:
         if switch.enabled and (what := of_bridge(switch.interface)):
             warn(f'{switch.origin}: switch "{switch.name}": {what}')
-    prober, cell = None, None
-    if any(vm.disks or vm.cdrom for vm in vms):
+    probers, cell = None, None
+    if any(vm.disks or vm.cdrom or vm.kernel for vm in vms):
         try:
             cell = Cell.build(*service.lookup_user()) if os.geteuid() == 0 else None
-            prober = ImageProber(cell)
+            probers = ImageProber(cell), ImageProber(cell, entry=BOOTPROBE_ENTRY, title="bootprobe")
         except (OperatorError, HostError, VmdError) as error:
             warn(f"warning: images are not examined: {error}")
     try:
-        Examination(vms, config, prober, time.monotonic() + TIME_S).run(warn)
+        Examination(vms, config, probers, time.monotonic() + TIME_S).run(warn)
     finally:
         if cell is not None:
             cell.close()
@@ -66,18 +69,18 @@ def check_vms(config: "Config", warn: "Callable[[str], None]") -> None:
 class Examination:
     """All VMs of a configuration, in the order of the file; what several of them share is looked at once.
 
-    Without `prober` images are left alone.
+    Without `probers`, one for images and one for what VMs boot, these are left alone.
     """
 
     def __init__(
-        self, vms: "list[VmConfig]", config: "Config", prober: "Prober | None", deadline_s: float
+        self, vms: "list[VmConfig]", config: "Config", probers: "tuple[Prober, ImageProber] | None", deadline_s: float
     ) -> None:
         self.vms = vms
         self.settings = config.settings
         self.switches = {switch.name: switch for switch in config.switches if switch.enabled}
-        self.prober = prober
+        self.probers = probers
         self.deadline_s = deadline_s
-        self.images: dict[tuple[DiskConfig | str, Owner | None], list[str]] = {}
+        self.said: dict[object, list[str]] = {}
         self.left = 0  # images for which there was no time
         self.starting: list[VmConfig] = []  # those that are started with the daemon, so far
         self.users: dict[str, str] = {}  # by path of a disk: who of those has it
@@ -95,11 +98,13 @@ class Examination:
         for _, what in rules.obstacles(vm):
             yield what
         yield from self.of_rdomains(vm)
-        yield from of_boot_files(vm)
-        for disk in vm.disks:
-            yield from self.of_image(disk, vm.rights.disks)
-        if vm.cdrom:
-            yield from self.of_image(vm.cdrom, vm.rights.cdrom)
+        yield from self.of_boot_files(vm)
+        if self.probers is not None:
+            images = self.probers[0]
+            for disk in vm.disks:
+                yield from self.once(of_disk, disk, vm.rights.disks, images)
+            if vm.cdrom:
+                yield from self.once(of_disc, vm.cdrom, vm.rights.cdrom, images)
         if vm.enabled:
             yield from self.beside_others(vm)
 
@@ -111,17 +116,27 @@ class Examination:
             if number and not has_vrfs():
                 yield f"interface {index}: rdomain {number}: this kernel has no VRFs: load the module vrf"
 
-    def of_image(self, image: "DiskConfig | str", user: "Owner | None") -> list[str]:
-        """Return what a start would say of a disk or a disc."""
-        if self.prober is None:
-            return []
-        if (image, user) not in self.images:
+    def of_boot_files(self, vm: "VmConfig") -> list[str]:
+        """Return what a start would say of a boot image and its initrd or, without them, of the firmware."""
+        try:
+            files = open_boot_files(vm, None, None)
+        except OperatorError as error:
+            return [str(error)]
+        with contextlib.closing(files):
+            if not vm.kernel or self.probers is None:
+                return []
+            wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes, vm.rights.boot
+            prober = self.probers[1]
+            return self.once(lambda *_: of_kernel(vm, files, prober), *wanted)
+
+    def once(self, look: "Callable[..., list[str]]", *what: object) -> list[str]:
+        """Return what there is to say of an image, which is looked at the first time, if there is time."""
+        if what not in self.said:
             if time.monotonic() > self.deadline_s:
                 self.left += 1
                 return []
-            found = of_disc(image, user, self.prober) if isinstance(image, str) else of_disk(image, user, self.prober)
-            self.images[image, user] = found
-        return self.images[image, user]
+            self.said[what] = look(*what)
+        return self.said[what]
 
     def beside_others(self, vm: "VmConfig") -> "Iterator[str]":
         """Give what keeps a VM from being started with the daemon when those before it have been."""
@@ -168,10 +183,12 @@ def of_bridge(name: str) -> str:
     return f"interface {name} is not a bridge: switches need one"
 
 
-def of_boot_files(vm: "VmConfig") -> list[str]:
-    """Return what a start would say of a boot image, the initrd or, without them, the firmware."""
+def of_kernel(vm: "VmConfig", files: "BootFiles", prober: "ImageProber") -> list[str]:
+    """Return what a start would say of an open boot image and its initrd."""
+    given = [fd for fd in (files.boot, files.initrd) if fd is not None]
+    arguments = [str(vm.memory_bytes), os.fsencode(vm.cmdline).hex(), *(["initrd"] if files.initrd is not None else [])]
     try:
-        open_boot_files(vm, None, None).close()
+        prober.ask(given, files.boot_name, arguments)
     except OperatorError as error:
         return [str(error)]
     return []

@@ -108,6 +108,9 @@ LEAF = Confinement(syscalls=BASE | CHANNEL)  # viornd, and the start of any othe
 VIOBLK = Confinement(syscalls=BASE | CHANNEL | BLOCK)
 VIOSCSI = VIOBLK  # an ISO is a disk image that is only read
 IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
+BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
+    syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
+)
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
 CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=4096)  # vmctl's connections
 
