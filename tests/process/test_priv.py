@@ -533,10 +533,16 @@ def test_addresses_that_the_host_uses_are_refused(
 @pytest.mark.parametrize(
     ("commands", "words"),
     [
-        (["addr add 100.64.0.1/10 dev wire"], "100.64.0.0/10 by wire"),
-        (["addr add 192.0.2.1/24 dev wire", "route add 100.64.1.3 via 192.0.2.2"], "100.64.1.3/32 by wire"),
-        (["route add 100.64.1.2 dev wire table 52", "rule add pref 5270 lookup 52"], "100.64.1.2/32 by wire"),
-        (["-6 route add fd42:42:42::/48 dev wire"], "fd42:42:42::/48 by wire"),
+        (["addr add 100.64.0.1/10 dev wire"], "100.64.0.0/10 by wire; see `local prefix`"),
+        (
+            ["addr add 192.0.2.1/24 dev wire", "route add 100.64.1.3 via 192.0.2.2"],
+            "100.64.1.3/32 by wire; see `local prefix`",
+        ),
+        (
+            ["route add 100.64.1.2 dev wire table 52", "rule add pref 5270 lookup 52"],
+            "100.64.1.2/32 by wire; see `local prefix`",
+        ),
+        (["-6 route add fd42:42:42::/48 dev wire"], "fd42:42:42::/48 by wire; see `local inet6 prefix`"),
     ],
 )
 def test_networks_that_the_host_reaches_are_refused(
@@ -550,7 +556,7 @@ def test_networks_that_the_host_reaches_are_refused(
     failed = priv.refuse(nic(host4=HOST4, prefix6=PREFIX6))
 
     assert failed.code == errno.EADDRINUSE
-    assert f" is in use: the host reaches {words}; see `local prefix`" in failed.text
+    assert failed.text.endswith(f" is in use: the host reaches {words}")
     assert set(links(network)) == {"lo", "wire"}
 
 

@@ -39,6 +39,7 @@ VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
 MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
 LLADDR_BYTES = 6
 HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives
+INET6_BYTES = 16
 HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
 LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
@@ -444,11 +445,8 @@ class Network:
         for index, address in self.links.addresses():
             for network, length in networks:
                 if index != link.index and inside(address, network, length):
-                    raise OperatorError(
-                        errno.EADDRINUSE,
-                        f"interface {link.name}: {rules.text(network, length)} is in use: the host has "
-                        f"{ipaddress.ip_address(address)} on another interface; see `local prefix`",
-                    )
+                    why = f"the host has {ipaddress.ip_address(address)} on another interface"
+                    raise in_use(link, network, length, why)
 
     def require_no_route(self, link: Link, request: "NicRequest") -> None:
         """Raise OperatorError if the host reaches one of the addresses of a `local` interface by another one.
@@ -462,12 +460,8 @@ class Network:
                 route = self.links.route_to(number.to_bytes(len(network), "big"), vrf.index if vrf else 0)
                 if route is None or route.index == link.index or route.length <= DEFAULT_ROUTES[len(network)]:
                     continue
-                taken = f"{rules.text(route.network, route.length)} by {self.links.name_of(route.index)}"
-                raise OperatorError(
-                    errno.EADDRINUSE,
-                    f"interface {link.name}: {rules.text(network, length)} is in use: the host reaches {taken}; "
-                    "see `local prefix`",
-                )
+                reached = f"{rules.text(route.network, route.length)} by {self.links.name_of(route.index)}"
+                raise in_use(link, network, length, f"the host reaches {reached}")
 
     def join_group(self, link: Link, names: "Sequence[str]") -> None:
         """Put an interface into the first group that the host knows; the others are sets of nftables only."""
@@ -733,6 +727,13 @@ def is_unfinished(link: Link) -> bool:
 def refuse(what: str) -> OperatorError:
     """Return what a request gets that no honest parent makes."""
     return OperatorError(errno.EPERM, f"refused: {what}")
+
+
+def in_use(link: Link, network: bytes, length: int, why: str) -> OperatorError:
+    """Return what a `local` interface gets whose network the host has a use for."""
+    keyword = "local inet6 prefix" if len(network) == INET6_BYTES else "local prefix"
+    text = rules.text(network, length)
+    return OperatorError(errno.EADDRINUSE, f"interface {link.name}: {text} is in use: {why}; see `{keyword}`")
 
 
 def check_switch(switch: "SwitchRequest") -> None:
