@@ -101,7 +101,9 @@ FORWARDING = {
 }
 
 
-@pytest.mark.parametrize("name", FORWARDING)
+@pytest.mark.parametrize(
+    "name", ["firewalld", "docker", *(pytest.param(name, marks=pytest.mark.deep) for name in ("ufw", "tailscale"))]
+)
 def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv: Priv, name: str) -> None:
     """With numbers, the program and its remedy; until a packet gets through, however the rules look then."""
     words, remedy = FORWARDING[name]

@@ -73,6 +73,11 @@ def test_the_next_free_name_is_taken(network: Network, priv: Priv) -> None:
         assert made.names == ["tap1", "tap9", "tap3"]
 
 
+def existing(name: str, **fields: object) -> NicRequest:
+    """Return a request for a tap that may be there already."""
+    return nic(name, existing=True, **fields)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -88,17 +93,27 @@ def test_a_name_that_is_taken_is_refused(
     network.run("ip", *kind)
     before = links(network)["tap4"]
 
-    failed = priv.refuse(nic("tap4"))
+    failed = priv.refuse(existing("tap4"))
 
     assert f"interface tap4 exists already, {reason}" in failed.text
     assert links(network)["tap4"] == before
 
 
+def test_a_tap_that_is_there_is_refused_to_those_who_may_not_have_it(network: Network, priv: Priv) -> None:
+    """Such as a user who names it for an instance: it may lead where they may not go."""
+    network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
+    before = settled(network, "tap4")
+
+    assert priv.refuse(nic("tap4")).text == "interface tap4 exists already"
+    assert settled(network, "tap4") == before
+
+
+@pytest.mark.deep
 def test_a_tap_that_is_in_use_is_refused(network: Network, priv: Priv) -> None:
     """By another program, or a VM of ours."""
     with TapInterface(network, "tap4"), priv.make(nic("tap5", alias="vm2-if0-web"), vmid=2):
-        assert priv.refuse(nic("tap4")).text == "interface tap4 exists already, and another program uses it"
-        assert priv.refuse(nic("tap5")).text == "interface tap5 exists already: vm2-if0-web"
+        assert priv.refuse(existing("tap4")).text == "interface tap4 exists already, and another program uses it"
+        assert priv.refuse(existing("tap5")).text == "interface tap5 exists already: vm2-if0-web"
 
 
 def settled(network: Network, name: str) -> dict[str, Any]:
@@ -117,7 +132,7 @@ def test_a_tap_that_is_there_is_used_and_left(network: Network, priv: Priv) -> N
     before = settled(network, "tap4")
 
     for _ in range(2):
-        with priv.make(nic("tap4")) as made:
+        with priv.make(existing("tap4")) as made:
             (tap,) = made.nics
             assert (tap.name, tap.mtu, tap.lladdr.hex(":")) == ("tap4", 1400, "0a:00:00:00:00:04")
             assert settled(network, "tap4") == before | {"up": True}
@@ -140,7 +155,8 @@ def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, priv: 
     before = [settled(network, name) for name in ("tap4", "tap5", "tap6")]
     priv.configure(switch("br0"), switch("mine"))
 
-    with priv.make(nic("tap4", bridge="br0", groups=("7",)), nic("tap5", bridge="mine"), nic("tap6", bridge="mine")):
+    on_mine = (existing(name, bridge="mine") for name in ("tap5", "tap6"))
+    with priv.make(existing("tap4", bridge="br0", groups=("7",)), *on_mine):
         there = links(network)
         assert [there[name]["master"] for name in ("tap4", "tap5", "tap6")] == ["br0", "mine", "mine"]
         assert (there["tap4"]["group"], there["tap6"]["mtu"], there["mine"]["mtu"]) == ("7", 9000, 9000)
@@ -150,10 +166,11 @@ def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, priv: 
     assert [settled(network, name) for name in ("tap4", "tap5", "tap6")] == before
     assert "br0" not in links(network)
     priv.configure(switch("br0"))
-    assert "is in another bridge or VRF than br0" in priv.refuse(nic("tap5", bridge="br0")).text
+    assert "is in another bridge or VRF than br0" in priv.refuse(existing("tap5", bridge="br0")).text
     assert settled(network, "tap5") == before[1]
 
 
+@pytest.mark.deep
 def test_a_tap_that_is_there_as_a_local_interface(network: Network, priv: Priv) -> None:
     """It has our addresses, besides its own, for as long as its VM has it."""
     priv.configure()
@@ -162,9 +179,12 @@ def test_a_tap_that_is_there_as_a_local_interface(network: Network, priv: Priv) 
     before = settled(network, "tap4")
     rp_filter = setting(network, "ipv4/conf/tap4/rp_filter")
 
-    with World(network) as world, priv.make(nic("tap4", host4=HOST4, prefix6=PREFIX6)) as made, world.network.socket(
-        socket.AF_INET, socket.SOCK_DGRAM
-    ) as server:
+    local = existing("tap4", host4=HOST4, prefix6=PREFIX6)
+    with (
+        World(network) as world,
+        priv.make(local) as made,
+        world.network.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+    ):
         assert {"10.9.0.1/24", "100.64.1.2/31", "fd42:42:42:4::1/64"} <= set(addresses(links(network)["tap4"]))
         server.bind(("192.0.2.2", 7000))
         server.settimeout(DEADLINE_S)
@@ -176,18 +196,19 @@ def test_a_tap_that_is_there_as_a_local_interface(network: Network, priv: Priv) 
     assert setting(network, "ipv4/conf/tap4/rp_filter") == rp_filter
 
 
+@pytest.mark.deep
 def test_a_tap_that_was_in_use_when_priv_was_killed(network: Network) -> None:
     """It is still there, as is the bridge that it is in, and both serve the next daemon as they served the first."""
     network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
     before = settled(network, "tap4")
     with Priv(network) as first:
         first.configure(switch("br0"))
-        with first.make(nic("tap4", bridge="br0")):
+        with first.make(existing("tap4", bridge="br0")):
             os.kill(first.child.pid, signal.SIGKILL)
             first.wait()
     with Priv(network) as second:
         assert second.configure(switch("br0")) == ()
-        with second.make(nic("tap4", bridge="br0")):
+        with second.make(existing("tap4", bridge="br0")):
             assert links(network)["tap4"]["master"] == "br0"
     assert set(links(network)) == {"lo", "tap4"}
     assert settled(network, "tap4") | {"up": False} == before
@@ -751,6 +772,7 @@ def test_forwarding_that_others_may_rely_on_stays(network: Network) -> None:
     assert setting(network, "ipv4/ip_forward") == "0"
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("family", "rule"), [("ip", "masquerade"), ("inet", "tcp dport 80 dnat ip to 10.0.0.2")])
 def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str, rule: str) -> None:
     """Whatever interfaces there are, such as with services of Kubernetes on a host with one."""
@@ -764,6 +786,7 @@ def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str, 
     assert setting(network, "ipv4/ip_forward") == "1"
 
 
+@pytest.mark.deep
 def test_forwarding_is_put_back_where_a_firewall_only_could_translate(network: Network) -> None:
     """firewalld has chains for that on every host, and no rules in them on most."""
     network.run("nft", "-f", str(ROOT / "tests/data/firewalls/firewalld.nft"))

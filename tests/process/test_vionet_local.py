@@ -221,6 +221,7 @@ def asked(nic: Nic) -> None:
     assert nic.device.informs.recv(devmsg.PACKET_MAX) == devmsg.TYPE.pack(devmsg.ASK_RESOLVERS)
 
 
+@pytest.mark.deep
 def test_a_guest_that_never_stops_asking(make: Callable[..., Nic]) -> None:
     """What waits is bounded, and a driver that goes away takes it along."""
     nic = make(local_net(devmsg.NET_ASKS))

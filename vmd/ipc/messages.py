@@ -771,6 +771,7 @@ class NicRequest(Record):
     """A tap that must be made."""
 
     name: str  # "": the next free one
+    existing: bool = False  # a tap of that name that is there is used; else that is an error
     alias: str  # vm<id>-if<n>-<name>, which marks it as ours
     bridge: str = ""  # of a switch that was configured before
     groups: tuple[str, ...] = ()  # the first is the one that Linux knows; the rest are sets of nftables

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 
-from vmd.config.model import IFNAME_MAX, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
+from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import Envelope
@@ -663,6 +663,7 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
     groups = (nic.group, switch.group if switch else "")
     return NicRequest(
         name="" if nic.tap in AUTOMATIC else nic.tap,
+        existing=nic.tap not in AUTOMATIC and is_operators(vm, nic.tap),
         alias=alias(f"vm{vm.vmid}-if{index}-{config.name}"),
         bridge=switch.interface if switch else "",
         groups=tuple(dict.fromkeys(group for group in groups if group)),
@@ -672,6 +673,16 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
         prefix6=plan.network6(index) if nic.local else b"",
         lladdr=nic.lladdr,
     )
+
+
+def is_operators(vm: Vm, tap: str) -> bool:
+    """Return whether root has given a tap to a VM, in vm.conf or by starting a VM of root's.
+
+    Others, who name what they like for an instance or in a stream, do not get into somebody else's networks that way.
+    """
+    if vm.from_config:
+        return any(nic.tap == tap for nic in vm.config.nics)
+    return vm.uid == vm.config.owner.uid == ROOT
 
 
 def fits(message: NicsMade, launch: Launch, taps: int) -> bool:

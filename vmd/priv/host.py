@@ -320,7 +320,7 @@ class Network:
                     f"{switch.rdomain or 0}",
                 )
         existing = self.links.find(request.name) if request.name else None
-        if existing is not None:
+        if existing is not None and request.existing:
             return self.attach(vmid, existing, request, bridge)
         fd, name = tap.make(request.name, reserved)
         link: Link | None = None

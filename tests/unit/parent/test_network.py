@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vmd.config.model import BootDevice, Config, Globals, NicConfig, Prefix, SwitchConfig, VmConfig
+from vmd.config.model import BootDevice, Config, Globals, NicConfig, Owner, Prefix, SwitchConfig, VmConfig
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
@@ -269,6 +269,29 @@ def test_a_host_without_name_servers_for_guests_is_warned_of(
     parent.config = parent.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
     parent.network.serve(vm, 2)
     assert wrong(parent, 2) == []
+
+
+def test_taps_that_are_there_are_for_who_may_have_them(parent: FakeParent) -> None:
+    """Those that vm.conf names for this VM, and those of VMs that root makes; not what a user or a stream says."""
+
+    def asked(vm: Vm, tap: str) -> bool:
+        message = StartVm(
+            vmid=vm.vmid, config=vm.config.replace(nics=(NicConfig(tap=tap),)), boot_name="bsd", verbosity=0
+        )
+        parent.network.launch(vm, message, {}, lambda _code, _text: None)
+        sent = parent.peers[Proc.PRIV].sent[-1]
+        assert isinstance(sent, MakeNics)
+        parent.network.give_up(vm)
+        return sent.nics[0].existing
+
+    configured = parent.vms.add(VmConfig(name="a", nics=(NicConfig(tap="tap5"),)), from_config=True)
+    roots = parent.vms.add(VmConfig(name="b"), from_config=False)
+    users = parent.vms.add(VmConfig(name="c", owner=Owner(uid=1000)), from_config=False)
+    received = parent.vms.add(VmConfig(name="d"), from_config=False)
+    received.uid = 1000
+
+    assert [asked(configured, tap) for tap in ("tap5", "tap6", "", "tap")] == [True, False, False, False]
+    assert [asked(vm, "tap5") for vm in (roots, users, received)] == [True, False, False]
 
 
 def test_a_second_start_has_the_same_taps(parent: FakeParent) -> None:
