@@ -10,10 +10,10 @@ from enum import Enum
 from vmctl.client import LOOK_UP_MS, Client, failed_text
 from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
-from vmctl.output import clean, notice
+from vmctl.output import clean
 from vmctl.terminal import RawTerminal
 from vmd.errors import sentence
-from vmd.ipc.messages import ConsoleAttached, ConsoleBreak, Failed
+from vmd.ipc.messages import VMD_CONSOLE_TAKEN, ConsoleAttached, ConsoleBreak, Failed
 
 READ_MAX = 16384
 # What waits for a guest that does not read; beyond it we do not read the operator either.  Large, since an
@@ -28,6 +28,7 @@ class Ending(Enum):
     LEFT = 0
     VM_ENDED = 1
     DAEMON_LOST = 2
+    TAKEN = 3  # by another viewer
 
 
 def failed(what: str, error: OSError) -> CommandError:
@@ -64,10 +65,7 @@ class Relay:
         self.escapes = Escapes()
         self.typed = bytearray()  # not yet taken by the line
         self.leaving = False
-
-    def say(self, text: str) -> None:
-        """Tell the operator something; in raw mode a line feed does not return the carriage."""
-        notice(text.replace("\n", "\r\n") if self.terminal.is_tty else text)
+        self.last_words = ""  # of the daemon
 
     def run(self) -> Ending:
         """Relay until the operator leaves, the VM has ended or the daemon is gone."""
@@ -75,8 +73,10 @@ class Relay:
             if self.leaving and not self.typed:
                 return Ending.LEFT
             ready = self._poll()
-            if self.client.fileno() in ready and not self._on_daemon():
-                return Ending.DAEMON_LOST
+            if self.client.fileno() in ready:
+                ending = self._on_daemon()
+                if ending is not None:
+                    return ending
             if self.line in ready and not (self._flush() and self._on_output()):
                 return Ending.VM_ENDED
             if self.terminal.fd in ready:
@@ -90,15 +90,18 @@ class Relay:
             poll.register(self.terminal.fd, select.POLLIN)
         return {fd for fd, _ in poll.poll(LOOK_UP_MS)}
 
-    def _on_daemon(self) -> bool:
-        """Take a message that came unasked; False if the daemon is gone."""
+    def _on_daemon(self) -> Ending | None:
+        """Take a message that came unasked; return what it ends."""
         try:
             message = self.client.receive()
         except CommandError:
-            return False
+            return Ending.DAEMON_LOST
         if isinstance(message, Failed):
-            self.say(f"\n[{clean(failed_text(message))}]\n")
-        return True
+            self.last_words = failed_text(message)
+            if message.code == VMD_CONSOLE_TAKEN:
+                return Ending.TAKEN
+            self.terminal.say(f"\n[{clean(self.last_words)}]\n")
+        return None
 
     def _on_output(self) -> bool:
         """Show what the guest printed; False if the line is no more."""
@@ -157,7 +160,7 @@ class Relay:
         elif action is Action.BREAK:
             self.client.send(ConsoleBreak(vmid=self.attached.vmid, name=self.attached.name))
         elif action is Action.HELP:
-            self.say(f"~?\n{HELP}")
+            self.terminal.say(f"~?\n{HELP}")
         else:
-            self.say("~^Z\n")
+            self.terminal.say("~^Z\n")
             self.terminal.suspend()

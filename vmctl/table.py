@@ -70,7 +70,16 @@ STATUS = Command(
 )
 
 COMMANDS = (
-    Command(name="console", module="console", help="use the serial line of a VM; ~. leaves, ~? helps", operand=ID),
+    Command(
+        name="console",
+        module="console",
+        help="use the serial line of a VM; ~. leaves, ~? helps",
+        options=(
+            Option(name="-f", help="take it over from whoever uses it"),
+            Option(name="-r", instead_of="-f", help="watch what the guest prints, without typing"),
+        ),
+        operand=ID,
+    ),
     Command(
         name="create",
         module="create",

@@ -7,6 +7,7 @@ import termios
 import tty
 
 from vmctl.errors import CommandError
+from vmctl.output import notice
 from vmctl.screen import Screen
 
 TYPE_CHECKING = False
@@ -51,6 +52,10 @@ class RawTerminal:
         finally:
             # Not interrupted by a signal: `_on_end` raises at most once, before or at the line above.
             self._give_back()
+
+    def say(self, text: str) -> None:
+        """Tell the operator something; in raw mode a line feed does not return the carriage."""
+        notice(text.replace("\n", "\r\n") if self.is_tty else text)
 
     def suspend(self) -> None:
         """Stop, with everybody else in our pipeline, until we are continued; for a terminal only."""

@@ -23,9 +23,9 @@ def option_words(command: Command) -> list[str]:
     for option in command.options:
         if option.instead_of:
             continue  # it stands where the other one does
-        if option.value:
-            also = [other for other in by_name.values() if other.instead_of == option.name]
-            valued.append(f"[{' | '.join(f'{one.name} {one.value}' for one in (option, *also))}]")
+        also = [other for other in by_name.values() if other.instead_of == option.name]
+        if option.value or also:
+            valued.append(f"[{' | '.join(f'{one.name} {one.value}'.strip() for one in (option, *also))}]")
         elif option.name.startswith("--"):
             long.append(f"[{option.name}]")
         else:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from vmd.backlog import Backlog, BacklogWriter
 from vmd.config.model import VmConfig
 from vmd.ipc.loop import Loop
 from vmd.vm.console import Console
@@ -39,7 +40,7 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
         0,
         [],
         DeviceProcesses(),
-        Console(master, slave, loop),
+        Console(master, slave, BacklogWriter(Backlog.create().fd), loop),
         loop,
         lambda _outcome, text: pytest.fail(text),
         lambda: None,

@@ -1,6 +1,7 @@
 """Clients of the control socket that mean harm (hostile 48, 56, 58): they hurt themselves, and nobody else."""
 
 import array
+import contextlib
 import errno
 import os
 import random
@@ -27,6 +28,8 @@ from vmd.ipc.messages import (
     ConsoleAttached,
     ConsoleOutput,
     ConsoleRequest,
+    ConsoleWatch,
+    ConsoleWatched,
     End,
     Failed,
     Hello,
@@ -338,6 +341,7 @@ def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
     """Whatever a name has in it, it comes back to whoever asked, and goes nowhere else."""
     for request in (
         StartRequest(name=name), StopRequest(name=name), WaitRequest(name=name), ConsoleRequest(name=name),
+        ConsoleWatch(name=name),
         PauseRequest(name=name, paused=True), NicsRequest(name=name),
     ):  # fmt: skip
         answer = vmd.ask_as(EVE, request)
@@ -384,6 +388,46 @@ def test_many_viewers_at_a_time(vmd: UsersDaemon) -> None:
         client.close()
     assert outcomes.count(ConsoleAttached) == 1
     assert outcomes.count(Failed) == 9
+
+
+def test_viewers_take_a_console_from_each_other(vmd: UsersDaemon) -> None:
+    """Again and again: the last one has it, each other one is told, and no descriptor is left."""
+    before = len(os.listdir(f"/proc/{vmd.pid}/fd"))
+    clients = [vmd.connect_as(EVE) for _ in range(10)]
+    for client in clients:
+        send(client, ConsoleRequest(name="hers", force=True))
+    for client in clients:
+        while isinstance(answer := receive(client), ConsoleOutput):
+            pass
+        if client is not clients[-1] and isinstance(answer, ConsoleAttached):
+            answer = receive(client)  # that it is taken may come before or after
+        assert isinstance(answer, ConsoleAttached if client is clients[-1] else Failed | ConsoleAttached)
+    for client in clients:
+        client.close()
+    deadline = time.monotonic() + DEADLINE_S
+    while len(os.listdir(f"/proc/{vmd.pid}/fd")) > before:
+        assert time.monotonic() < deadline
+        vmd.must("status")
+
+
+def test_watchers_that_see_more_than_there_is(vmd: UsersDaemon) -> None:
+    """Numbers that nobody was told, and more requests at a time than anybody has."""
+    greeting = encode(Hello(version=PROTOCOL), form=Form.NAMED)[0]
+    for since in (-1, -(1 << 63)):
+        with vmd.connect_as(EVE) as client:
+            client.send(greeting)
+            assert isinstance(receive(client), Hello)
+            client.send(encode(ConsoleWatch(name="hers", since=since), form=Form.NAMED)[0])
+            while isinstance(answer := receive(client), ConsoleOutput):
+                pass
+            assert isinstance(answer, ConsoleWatched)
+            assert answer.running
+    with vmd.connect_as(EVE) as client:
+        with contextlib.suppress(ConnectionError):  # it is cut off
+            for _ in range(100):
+                send(client, ConsoleWatch(name="hers", since=1 << 62))
+        assert cut_off(client)
+    vmd.must("status")
 
 
 def test_the_pty_is_its_owner_s(vmd: UsersDaemon) -> None:

@@ -253,6 +253,23 @@ def test_unpause(running: UsersDaemon, person: str, allowed: bool) -> None:
 
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
+def test_look_at_a_console(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """Whoever may use it may watch it, take it over, and read it when its VM has ended."""
+    for arguments, refusal in ((("console", "-f", "demo"), "attach to"), (("console", "-r", "demo"), "watch")):
+        if allowed and "-r" in arguments:
+            running.must("stop", "-fw", "demo")  # which ends the watching
+        done = running.vmctl_as(person, *arguments)
+        if allowed:
+            assert done.returncode == 0, done.stderr
+        else:
+            refused_last(done, person, f"may not {refusal} vm demo")
+    running.vmctl("stop", "-fw", "demo")
+    done = running.vmctl_as(person, "console", "demo")
+    assert done.returncode == (0 if allowed else 1)
+    assert ("vmd demo guest" in done.stdout) is allowed
+
+
+@cells(ROOT, MEMBER, PRIMARY, STARTER)
 def test_console(running: UsersDaemon, person: str, allowed: bool) -> None:
     """The daemon and the mode of the pty say the same."""
     with subprocess.Popen(

@@ -12,21 +12,25 @@ from vmctl.errors import CommandError, NoDaemon, NoSuchVm, Refused, refused
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
+from vmctl.screen import Screen
 from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
-from vmd.ipc.messages import ConsoleAttached, ConsoleOutput, ConsoleRequest
+from vmctl.watch import Watch
+from vmd.ipc.messages import VMD_CONSOLE_TAKEN, ConsoleAttached, ConsoleOutput, ConsoleRequest
 from vmd.stdio import STDIN
 
 SPEED = 115200
 
 
 def run(session: Session, given: Given) -> int:
-    """Attach to the console of a VM; or only tell a program where it is."""
+    """Attach to the console of a VM, or watch it; or only tell a program where it is."""
     ref = parse_vmref(given.operand)
     if session.json:
         return tell(session, ref)
-    return attach(session.client, ref)
+    if given.has("-r"):
+        return watch(session.client, ref)
+    return attach(session.client, ref, force=given.has("-f"))
 
 
 def tell(session: Session, ref: VmRef) -> int:
@@ -40,41 +44,81 @@ def tell(session: Session, ref: VmRef) -> int:
     return 0
 
 
-def attach(client: Client, ref: VmRef) -> int:
+def attach(client: Client, ref: VmRef, *, force: bool = False) -> int:
     """Relay; the console is ours as long as the connection lasts.  Raises CommandError."""
-    attached, backlog = request_console(client, ref)
+    attached, backlog = request_console(client, ref, force=force)
+    if attached is None:
+        return 0
     line = open_line(attached.tty)
     try:
         with RawTerminal(STDIN) as terminal:
             relay = Relay(client, attached, line, terminal)
-            relay.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
+            terminal.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
             if terminal.is_tty:
-                relay.say("Type ~. at the start of a line to leave, ~? for help.\n")
+                terminal.say("Type ~. at the start of a line to leave, ~? for help.\n")
             terminal.screen.replay(backlog)
             ending = relay.run()
             terminal.screen.put_back()
-            relay.say("\n[EOT]\n")
+            terminal.say("\n[EOT]\n")
     finally:
         os.close(line)
-    if ending is Ending.DAEMON_LOST:
-        raise NoDaemon("pipe closed: vmd has ended, and the console with it", errno.EPIPE)
-    if ending is Ending.VM_ENDED:
-        warn(f"vm {attached.name} has ended")
-    return 0
+    if ending is Ending.TAKEN:
+        raise CommandError(relay.last_words, VMD_CONSOLE_TAKEN)
+    return tell_end(ending, attached.name)
 
 
-def request_console(client: Client, ref: VmRef) -> tuple[ConsoleAttached, bytes]:
-    """Return the console and what it showed last.  Raises CommandError, Refused."""
+def request_console(client: Client, ref: VmRef, *, force: bool) -> tuple[ConsoleAttached | None, bytes]:
+    """Return the console and what it showed last.
+
+    The console of a VM that does not run is only shown, here: there is none to attach to then.
+    Raises CommandError, Refused.
+    """
     backlog = bytearray()
     try:
-        request = ConsoleRequest(vmid=ref.vmid, name=ref.name)
+        request = ConsoleRequest(vmid=ref.vmid, name=ref.name, force=force)
         answer = client.ask(request, ConsoleOutput, ConsoleAttached)
         while isinstance(answer, ConsoleOutput):
             backlog += answer.data
             answer = client.answer(ConsoleOutput, ConsoleAttached)
     except Refused as error:
+        if error.code == errno.ESRCH and backlog:
+            show(bytes(backlog))
+            warn(f"{error.text}; this is what its console showed last")
+            return None, b""
         if error.code in (errno.ENOENT, errno.ESRCH):
             raise refused("console not found", error) from None
         raise
     assert isinstance(answer, ConsoleAttached)
     return answer, bytes(backlog)
+
+
+def show(backlog: bytes) -> None:
+    """Show what a console showed last.  Raises CommandError."""
+    screen = Screen()
+    try:
+        screen.replay(backlog)
+    finally:
+        screen.put_back()
+
+
+def watch(client: Client, ref: VmRef) -> int:
+    """Show what the guest prints, and what it printed last.  Raises CommandError."""
+    watcher = Watch(client, ref)
+    watcher.begin()
+    with RawTerminal(STDIN) as terminal:
+        terminal.say(f"Watching the console of vm {clean(watcher.name)}\n")
+        if terminal.is_tty:
+            terminal.say("Type ^C, or ~. at the start of a line, to leave.\n")
+        ending = watcher.run(terminal)
+        terminal.screen.put_back()
+        terminal.say("\n[EOT]\n")
+    return tell_end(ending, watcher.name)
+
+
+def tell_end(ending: Ending, name: str) -> int:
+    """Say why a console is no longer shown; return the exit status.  Raises NoDaemon."""
+    if ending is Ending.DAEMON_LOST:
+        raise NoDaemon("pipe closed: vmd has ended, and the console with it", errno.EPIPE)
+    if ending is Ending.VM_ENDED:
+        warn(f"vm {name} has ended")
+    return 0

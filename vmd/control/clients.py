@@ -9,6 +9,7 @@ from vmd.ipc.messages import (
     Caller,
     ConsoleBreak,
     ConsoleRequest,
+    ConsoleWatch,
     ListRequest,
     NicsRequest,
     PauseRequest,
@@ -29,6 +30,7 @@ MAX_QUEUE = 4096  # messages waiting for a client that reads slowly; `status` of
 # What anybody who can open the socket may ask; the parent decides about each VM (*cat. 1.9*).
 ALLOWED_TO_ALL: frozenset[RecordType] = frozenset({
     ListRequest, SwitchesRequest, NicsRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest,
+    ConsoleWatch,
     ConsoleBreak,
 })  # fmt: skip
 

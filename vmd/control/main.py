@@ -155,7 +155,7 @@ class Control(Process):
         if client is None or client.channel is None:
             return  # it has left meanwhile
         if not isinstance(message, PARTIAL):
-            client.unanswered -= 1
+            client.unanswered = max(0, client.unanswered - 1)  # a lost console is told of unasked
         if client.channel.form is Form.FIRST and not first.knows(type(message)):
             return  # one of many
         try:

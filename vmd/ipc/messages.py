@@ -41,6 +41,7 @@ VMD_VM_STOP_INVALID = 1004
 VMD_CDROM_MISSING = 1005
 VMD_CDROM_INVALID = 1006
 VMD_PARENT_INVALID = 1007
+VMD_CONSOLE_TAKEN = 1008
 
 TEXT_BYTES_MAX = 4000  # of a sentence; with all else a message has it fits a packet
 
@@ -193,10 +194,13 @@ class LogRequest(Request):
 
 @message(0x18, *ASK)
 class ConsoleRequest(VmRequest):
-    """Attach to a console.
+    """Attach to a console, with `force` instead of whoever has it.
 
-    Answered by ConsoleOutput (the backlog, in pieces) and ConsoleAttached, or Failed.
+    Answered by ConsoleOutput (the backlog, in pieces) and ConsoleAttached, or Failed.  Where the VM does not run,
+    Failed with ESRCH comes after what its console showed last.  Failed with VMD_CONSOLE_TAKEN comes later, unasked.
     """
+
+    force: bool = False
 
 
 @message(0x19, *ASK)
@@ -243,6 +247,17 @@ class NicsRequest(VmRequest):
 @message(0x20, *ASK)
 class SwitchesRequest(Request):
     """Answered by one SwitchInfo per switch of the configuration and End."""
+
+
+@message(0x22, *ASK)
+class ConsoleWatch(VmRequest):
+    """Look at a console without having it.
+
+    Answered by ConsoleOutput, in pieces, and ConsoleWatched, or Failed: at once for a new viewer, and for one who has
+    seen the first `since` bytes when there are more, or the VM has ended.
+    """
+
+    since: int | None = None
 
 
 # Everything above; control relays these, the parent serves them.
@@ -301,7 +316,7 @@ class End(Record):
     """The end of a list."""
 
 
-@message(0x37, *ANSWER, *FROM_VM)
+@message(0x37, *ANSWER)
 class ConsoleOutput(Record):
     """A piece of what a console showed last."""
 
@@ -438,6 +453,17 @@ class SwitchInfo(Record):
     interface: str
 
 
+@message(0x42, *ANSWER)
+class ConsoleWatched(Record):
+    """All output up to byte `end` of it; `lost` bytes in between were not kept so long."""
+
+    vmid: int
+    name: str
+    end: int
+    lost: int
+    running: bool
+
+
 # Everything above; control passes these on to the client that asked.
 ANSWERS = tuple(cls for cls, info in BY_CLASS.items() if ANSWER[0] in info.routes)
 
@@ -505,11 +531,12 @@ class NicLink(Record):
     pxe: bool = False  # `boot device net`: DHCP tells the VM's name, and a boot file
 
 
-@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave", "disks*", "cdrom?", "taps*"))
+@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave", "shown", "disks*", "cdrom?", "taps*"))
 class StartVm(Record):
     """Start the VM.  Answered by VmRunning or VmFailed; VmExited follows in either case.
 
     fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console;
+    `shown` what it has shown (vmd.backlog);
     `disks` the images of all disks, one disk after the other, each in the order of `disks`; `cdrom` the disc;
     `taps` one for each of `nics`.
     """
@@ -585,11 +612,11 @@ class VmExited(Record):
     text: str
 
 
-@message(0x66, *TO_VM)
+@message(0x66, *TO_VM, fds=("tty?", "tty_slave?"))
 class ConsoleSnapshot(Record):
-    """Send what the console showed last, and drop what waits in the pty.
+    """Drop what waits in the pty: the backlog has it, too.  With `tty` and `tty_slave`, go on on that pty.
 
-    Answered by ConsoleOutput, in pieces, and ConsoleSnapshotEnd.
+    Answered by ConsoleSnapshotEnd.
     """
 
     vmid: int
@@ -597,7 +624,9 @@ class ConsoleSnapshot(Record):
 
 @message(0x67, *FROM_VM)
 class ConsoleSnapshotEnd(Record):
-    """The snapshot is complete."""
+    """The pty has nothing of the first `end` bytes of output, and all that comes after them."""
+
+    end: int
 
 
 @message(0x68, *TO_VM)
@@ -645,7 +674,7 @@ class SendDone(Record):
     text: str = ""
 
 
-@message(0x6F, *TO_VM, fds=("stream", "tty", "tty_slave"))
+@message(0x6F, *TO_VM, fds=("stream", "tty", "tty_slave", "shown"))
 class ReceiveVm(Record):
     """Become the VM that `stream` has.
 

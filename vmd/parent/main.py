@@ -26,12 +26,10 @@ from vmd.ipc.messages import (
     AskResolvers,
     Caller,
     ClientGone,
-    ConsoleAttached,
     ConsoleBreak,
-    ConsoleOutput,
     ConsoleRequest,
-    ConsoleSnapshot,
     ConsoleSnapshotEnd,
+    ConsoleWatch,
     DevicesReported,
     DropsReported,
     End,
@@ -59,7 +57,6 @@ from vmd.ipc.messages import (
     ReloadRequest,
     Request,
     ResetRequest,
-    SendBreak,
     SendDone,
     SendRequest,
     SetVerbosity,
@@ -85,8 +82,9 @@ from vmd.ipc.messages import (
 from vmd.ipc.process import Process
 from vmd.log import log
 from vmd.parent import endings, instances, reload, service, transfers
-from vmd.parent.access import may_control, owner_text, require_readable, require_root
+from vmd.parent.access import may_control, require_readable, require_root
 from vmd.parent.children import Children
+from vmd.parent.consoles import Consoles
 from vmd.parent.identity import StateFile
 from vmd.parent.limits import require_files, require_room
 from vmd.parent.media import Media, replaced
@@ -99,9 +97,9 @@ from vmd.parent.requests import (
     one_shot_config,
     require_startable,
 )
-from vmd.parent.resources import Pty, open_boot_files
+from vmd.parent.resources import open_boot_files
 from vmd.parent.usage import is_memory
-from vmd.parent.vmtable import RetiredConsole, State, Vm, VmTable
+from vmd.parent.vmtable import State, Vm, VmTable
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
@@ -110,11 +108,10 @@ if TYPE_CHECKING:
     from vmd.parent.disks import Prober
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
-LAST_OUTPUT_ROUND_S = 0.02
+LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
 NOTES_MAX = 30
 NOTES_BYTES_MAX = 12288  # of all together
 ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a message has room for
-LAST_OUTPUT_ROUNDS = 50  # one second for a viewer to read what the guest printed last
 
 # (path, what is known) -> the file as a configuration; None is the main file, read for itself
 LoadConfig = Callable[[str | None, Config | None], Config]
@@ -143,8 +140,7 @@ class Parent(Process):
         self.warned: set[str] = set()
         self.peers: dict[Proc, Channel] = {}
         self.prober: Prober
-        self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest vmm is answering
-        self.retired: dict[str, RetiredConsole] = {}  # by name of the VM
+        self.consoles = Consoles(self)
         self.listener: socket.socket | None = None  # until clients can be served
         self.batch_timer: Timer | None = None
         self.resetting: list[int] = []  # clients that wait for the last of the VMs that they want forgotten
@@ -218,7 +214,8 @@ class Parent(Process):
         """End the daemon: guests are asked to shut down; a second signal, or 120 s, kills them."""
         alive = [vm for vm in self.vms if vm.alive]
         if not alive:
-            self.loop.stop()
+            self.ending = True
+            self.end_if_over()
             return
         mode = StopMode.KILL if self.ending else StopMode.GRACEFUL
         if not self.ending:
@@ -245,10 +242,7 @@ class Parent(Process):
         for channel in self.peers.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
-        for vm in list(self.vms):
-            vm.drop_pty()
-        for console in self.retired.values():
-            console.pty.close()
+        self.consoles.close()
         self.network.close()
         if self.state is not None:
             if self.saving is not None:
@@ -372,9 +366,8 @@ class Parent(Process):
             require_startable(config, bootable=given_boot is not None or again)
             self.check_startable(vm, config, again=again)
             media = Media.open(config, self.prober, patience_s=vm.patience_s())
-            fresh_pty, began = vm.pty is None, False
-            if vm.pty is None:
-                vm.pty = Pty()
+            fresh_console, began = vm.open_console(), False
+            assert vm.pty is not None
             try:
                 vm.pty.give_to(uid, vm.config.owner.gid)
                 vm.begin_start(again=again)
@@ -385,7 +378,7 @@ class Parent(Process):
                 for what in replaced(vm.files, files_now) if again else ():
                     log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
                 vm.files = files_now
-                tty = vm.pty.copies()
+                console = vm.console_fds()
                 message = StartVm(
                     vmid=vm.vmid,
                     config=config,
@@ -393,13 +386,13 @@ class Parent(Process):
                     verbosity=self.verbosity,
                     disks=media.describe(),
                 )
-                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), "tty": tty[:1], "tty_slave": tty[1:]}
+                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), **console}
                 fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
                 self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
             except (VmdError, ValueError, OverflowError) as error:
                 if began:
                     vm.ended(brief(str(error)))
-                if fresh_pty:
+                if fresh_console:
                     vm.drop_pty()
                 raise
         finally:
@@ -485,7 +478,6 @@ class Parent(Process):
                 else:
                     vm.once_because = ""
                     vm.guest_resets += 1
-                    self.attach_pending(vm.vmid, vm.name, vm.pty)
                     self.network.answer_counted(vm.vmid)
                     self.answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
                     return
@@ -500,11 +492,8 @@ class Parent(Process):
             self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how))
         vm.waiting_clients.clear()
         self.network.answer_counted(vm.vmid)
-        uid, pty = vm.uid, vm.take_pty()
-        self.attach_pending(vm.vmid, vm.name, pty)
+        self.consoles.on_ended(vm)
         vm.ended(text, how)
-        if pty is not None:
-            self.retire_console(RetiredConsole(vm, uid, pty))
         vm.drop_files()  # a life that begins from the configuration boots what that names
         if not vm.from_config:
             self.vms.remove(vm)
@@ -513,8 +502,16 @@ class Parent(Process):
         # Last, so that a client that tries again at once finds everything free.
         self.answer_overtaken(vm, vm.code, text or "has ended meanwhile")
         self.answer_start(vm, Failed(code=vm.code, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
-        if self.ending and not any(other.alive for other in self.vms):
+        self.end_if_over()
+
+    def end_if_over(self) -> None:
+        """End with the last VM, when its viewer has seen how it ended or does not look."""
+        if not self.ending or any(vm.alive for vm in self.vms):
+            return
+        if not self.consoles.leaving:
             self.loop.stop()
+        else:
+            self.loop.call_later(LAST_OUTPUT_S, self.loop.stop)
 
     def reset_done(self, vm: Vm) -> None:
         """A VM that was reset is gone: its name is free for who has asked for it, and with the last one all ids."""
@@ -534,33 +531,6 @@ class Parent(Process):
             self.answer_failure(client, code, f"vm {vm.name}: {text}")
         vm.pause_clients.clear()
         transfers.on_exited(self, vm, code, text)
-
-    def attach_pending(self, vmid: int, name: str, pty: Pty | None) -> None:
-        """Answer viewers whose backlog was asked of a VM process that has ended; the pty is what is left of it."""
-        for client in self.snapshots.pop(vmid, []):
-            if pty is not None:
-                self.answer(client, ConsoleAttached(vmid=vmid, name=name, tty=pty.path))
-
-    def retire_console(self, console: RetiredConsole) -> None:
-        """Keep the console of a VM that has ended until a viewer has read the last words, or one second.
-
-        So `vmctl start -c` shows what a guest said that was over before anybody could look.
-        """
-        old = self.retired.pop(console.name, None)
-        if old is not None:
-            old.pty.close()
-        self.retired[console.name] = console
-        self.loop.call_later(LAST_OUTPUT_ROUND_S, lambda: self.check_retired(console, LAST_OUTPUT_ROUNDS))
-
-    def check_retired(self, console: RetiredConsole, rounds: int) -> None:
-        """Close a retired console if it has been read or waited long enough."""
-        if self.retired.get(console.name) is not console:
-            return
-        if rounds and console.pty.unread_bytes():
-            self.loop.call_later(LAST_OUTPUT_ROUND_S, lambda: self.check_retired(console, rounds - 1))
-        else:
-            del self.retired[console.name]
-            console.pty.close()
 
     # --- requests of vmctl -------------------------------------------------------------------------------
 
@@ -772,55 +742,29 @@ class Parent(Process):
         self.answer(envelope.peerid, Ok())
 
     def serve_console(self, message: ConsoleRequest, caller: Caller, envelope: Envelope) -> None:
-        """Hand the console to a client, if nobody else has it."""
-        vm = self.vms.find(message.vmid, message.name)
-        retired = self.retired.get(vm.name if vm else message.name)
-        if retired is not None and not (vm and vm.alive):
-            if not may_control(caller, retired.uid, retired.gid):
-                raise OperatorError(errno.EPERM, f"uid {caller.uid} may not attach to vm {retired.name}")
-            attached = ConsoleAttached(vmid=retired.vmid, name=retired.name, tty=retired.pty.path)
-            self.answer(envelope.peerid, attached)
-            return
-        vm = self.vms.get(message.vmid, message.name)
-        if not vm.alive or vm.pty is None:
-            raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
-        self.require_control(caller, vm, "attach to")
-        if vm.console_client is not None:
-            raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
-        vm.console_client = envelope.peerid
-        vm.console_user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
-        self.snapshots.setdefault(vm.vmid, []).append(envelope.peerid)
-        self.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
+        """Hand a console to a client."""
+        self.consoles.serve(message, caller, envelope.peerid)
 
-    def repeat_snapshots(self, vm: Vm) -> None:
-        """Ask again for what viewers want to see: they came before the VM had a process."""
-        for _ in self.snapshots.get(vm.vmid, ()):
-            self.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
+    def serve_watch(self, message: ConsoleWatch, caller: Caller, envelope: Envelope) -> None:
+        """Show a console to a client."""
+        self.consoles.serve_watch(message, caller, envelope.peerid)
 
     def serve_break(self, message: ConsoleBreak, _caller: Caller, envelope: Envelope) -> None:
         """Send a BREAK, if the client holds the console."""
-        vm = self.vms.get(message.vmid, message.name)
-        if vm.console_client != envelope.peerid:
-            raise OperatorError(errno.EPERM, f"the console of vm {vm.name} is not attached here")
-        self.peers[Proc.VMM].send(SendBreak(vmid=vm.vmid))
-        self.answer(envelope.peerid, Ok())
+        self.consoles.serve_break(message, envelope.peerid)
 
-    def on_console_output(self, message: ConsoleOutput, envelope: Envelope, _channel: Channel) -> None:
-        """Relay a piece of the backlog."""
-        clients = self.snapshots.get(envelope.peerid)
-        if clients:
-            self.answer(clients[0], message)
+    def repeat_snapshots(self, vm: Vm) -> None:
+        """A VM process has its VM: let viewers in that came before."""
+        self.consoles.repeat_snapshots(vm)
 
-    def on_console_snapshot_end(self, _message: ConsoleSnapshotEnd, envelope: Envelope, _channel: Channel) -> None:
-        """The backlog is complete: the client may open the pty."""
-        clients = self.snapshots.get(envelope.peerid)
-        vm = self.vms.find(envelope.peerid, "")
-        if clients and vm is not None and vm.pty is not None:
-            self.answer(clients.pop(0), ConsoleAttached(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
+    def on_console_snapshot_end(self, message: ConsoleSnapshotEnd, envelope: Envelope, _channel: Channel) -> None:
+        """A VM process has let a viewer in."""
+        self.consoles.on_snapshot_end(message, envelope.peerid)
 
     def on_client_gone(self, _message: ClientGone, envelope: Envelope, _channel: Channel) -> None:
         """A client has disconnected: nothing waits for it any more, and its console is free."""
         self.resetting = [client for client in self.resetting if client != envelope.peerid]
+        self.consoles.on_client_gone(envelope.peerid)
         for vm in self.vms:
             vm.waiting_clients.discard(envelope.peerid)
             vm.pause_clients = [NO_CLIENT if client == envelope.peerid else client for client in vm.pause_clients]
@@ -828,8 +772,6 @@ class Parent(Process):
             self.network.on_client_gone(vm.vmid, envelope.peerid)
             if vm.start_client == envelope.peerid:
                 vm.start_client = None
-            if vm.console_client == envelope.peerid:
-                vm.console_client = None
 
     def require_control(self, caller: Caller, vm: Vm, what: str) -> None:
         """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
@@ -878,7 +820,6 @@ class Parent(Process):
         (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
         (Proc.VMM, DevicesReported): on_devices_reported,
         (Proc.VMM, AskResolvers): on_ask_resolvers,
-        (Proc.VMM, ConsoleOutput): on_console_output,
         (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
         (Proc.PRIV, NetworkConfigured): on_network_configured,
         (Proc.PRIV, DropsReported): on_drops_reported,
@@ -904,6 +845,7 @@ SERVES: Mapping[RecordType, Callable[..., None]] = {
     ResetRequest: Parent.serve_reset,
     LogRequest: Parent.serve_log,
     ConsoleRequest: Parent.serve_console,
+    ConsoleWatch: Parent.serve_watch,
     ConsoleBreak: Parent.serve_break,
 }
 

@@ -122,7 +122,6 @@ class Taps:
         self.plan = launch.plan
         self.lacking = launch.lacking  # what is wrong with an interface, by its number
         self.since_s = int(time.time())
-        self.covered_s: dict[str, int] = {}  # networks of the host, in a sentence, that these are in; noticed when
         self.links = links
         self.fds = fds
 
@@ -165,10 +164,7 @@ class Network:
             self._tell_priv(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]
         self._tell_priv(message.replace(switches=tuple(switches)))
-        routes = host_routes()
-        warnings = prefix_warnings(config, routes)
-        for vmid, taps in self.taps.items():
-            warnings += [f"vm {self.name_of(vmid)}: {text}" for _, text in covered(taps, routes)]
+        warnings = prefix_warnings(config, host_routes())
         for warning in warnings:
             log.warn(warning)
         return warnings
@@ -549,12 +545,6 @@ class Network:
             for index, sentence in self.name_server_problems(taps).items():
                 trouble_info = TroubleInfo(device=f"interface{index}", text=brief(sentence), since_s=self.unresolved_s)
                 self.parent.answer(client, trouble_info)
-            now_s = int(time.time())
-            found = covered(taps, host_routes())
-            taps.covered_s = {sentence: taps.covered_s.get(sentence, now_s) for _, sentence in found}
-            for index, sentence in found:
-                since_s = taps.covered_s[sentence]
-                self.parent.answer(client, TroubleInfo(device=f"interface{index}", text=sentence, since_s=since_s))
         for trouble in troubles:
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
             self.parent.answer(client, text)
@@ -627,23 +617,6 @@ class Network:
         priv = self.parent.peers.get(Proc.PRIV)
         if priv is not None:
             priv.send(message)
-
-
-def covered(taps: Taps, routes: "Sequence[HostRoute]") -> list[tuple[int, str]]:
-    """Return a number of a local interface, and a sentence, for each network of the host that has its addresses.
-
-    None had them when the VM was started; it has come later.
-    """
-    found = []
-    for index, (nic, link) in enumerate(zip(taps.nics, taps.links, strict=True)):
-        networks = [network_of(link.host4, 31)] if link.local and not nic.rdomain else []
-        if networks and link.prefix6:
-            networks.append(network_of(link.prefix6, 64))
-        for network in networks:
-            for route in overlapping(network, routes):
-                reached = f"this host reaches {route.network} by {route.interface}"
-                found.append((index, f"{reached}, but not {network} out of it, which is the guest's"))
-    return found
 
 
 def enabled_switches(config: Config) -> Iterable[SwitchConfig]:

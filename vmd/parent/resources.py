@@ -28,7 +28,7 @@ FIRMWARE_PATHS = (
 
 
 class Pty:
-    """The console of a VM: both sides of a pty in raw mode, kept over guest reboots.
+    """The console of a VM: both sides of a pty in raw mode, kept over guest reboots.  Its master does not block.
 
     The slave stays open here, else a console nobody looks at would hang up and turn output into input.
     """
@@ -39,6 +39,7 @@ class Pty:
         except OSError as error:
             raise HostError("open a pty for the console", error) from error
         tty.setraw(self.slave)
+        os.set_blocking(self.master, False)
         self.path = os.ttyname(self.slave)
 
     def give_to(self, uid: int, gid: int | None) -> None:
@@ -56,9 +57,17 @@ class Pty:
         except OSError as error:
             raise HostError(f"change the owner of {self.path}", error) from error
 
-    def copies(self) -> list[int]:
-        """Return copies of master and slave, which are the caller's.  Raises HostError."""
-        return copy_all([self.master, self.slave], f"hand over {self.path}")
+    def fds(self) -> dict[str, list[int]]:
+        """Return copies of master and slave for a VM process, which are the caller's.  Raises HostError."""
+        master, slave = copy_all([self.master, self.slave], f"hand over {self.path}")
+        return {"tty": [master], "tty_slave": [slave]}
+
+    def write(self, data: bytes) -> int:
+        """Return how much of `data` the pty takes."""
+        try:
+            return os.write(self.master, data)
+        except OSError:  # full
+            return 0
 
     def unread_bytes(self) -> int:
         """Return how much output a viewer has not read yet; a hang-up would lose it."""

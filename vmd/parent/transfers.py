@@ -44,7 +44,6 @@ from vmd.parent.access import require_root
 from vmd.parent.limits import require_files
 from vmd.parent.media import Media
 from vmd.parent.requests import check_paths, checked_request
-from vmd.parent.resources import Pty
 from vmd.parent.vmtable import State, Vm
 
 TYPE_CHECKING = False
@@ -153,9 +152,10 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
             vm.begin_receive(Receiving(envelope.peerid, paused=message.paused))
             # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
             vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
-            vm.pty = vm.pty or Pty()
+            vm.open_console()
+            assert vm.pty is not None
             vm.pty.give_to(vm.uid, vm.config.owner.gid)
-            tty = vm.pty.copies()
+            console = vm.console_fds()
         except VmdError as error:
             vm.drop_pty()
             vm.receiving = None
@@ -167,7 +167,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
         os.close(stream)
         raise
     start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=parent.verbosity)
-    parent.peers[Proc.VMM].send(start, fds={"stream": [stream], "tty": tty[:1], "tty_slave": tty[1:]})
+    parent.peers[Proc.VMM].send(start, fds={"stream": [stream], **console})
     log.info(f"{vm.name}: receiving vm {vm.vmid}")
 
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from enum import Enum
 
+from vmd.backlog import Backlog, Output
 from vmd.config.model import NicConfig, Prefix, VmConfig
-from vmd.errors import OperatorError
+from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, LifeEnd, VmSent
 from vmd.parent import endings
 from vmd.parent.addresses import random_lladdr
@@ -35,6 +36,7 @@ class State(Enum):
 
 
 LOCKS_LINGER_S = 1.0
+SHOWN_MAX = 1 << 48  # a number that a VM process has made up must not be too large for its next life
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
 
 
@@ -55,6 +57,8 @@ class Vm:
         self.uid = config.owner.uid  # running: who started it
         self.pid = 0
         self.pty: Pty | None = None
+        self.backlog: Backlog | None = None  # what the console showed last; there as long as the pty
+        self.shown_before = 0  # bytes that its console has shown in earlier lives
         self.restarts = RestartLimit()
         self.notes: tuple[str, ...] = ()  # what its operator should know of how it started
         self.text = ""  # why it stopped
@@ -191,17 +195,46 @@ class Vm:
             os.close(self.memory)
         self.memory = fd
 
-    def take_pty(self) -> Pty | None:
-        """Give up the console, at the end of the VM; the pty is the caller's to close."""
-        pty, self.pty = self.pty, None
+    def open_console(self) -> bool:
+        """Have a pty and a backlog; return whether they are new.  Raises HostError."""
+        if self.pty is not None:
+            return False
+        pty = Pty()
+        try:
+            self.backlog = Backlog.create(self.shown_before)
+        except OSError as error:
+            pty.close()
+            raise HostError("keep what the console shows", error) from error
+        self.pty = pty
+        return True
+
+    def console_fds(self) -> dict[str, list[int]]:
+        """Return copies of what a VM process needs for its console, which are the caller's.  Raises HostError."""
+        assert self.pty is not None
+        assert self.backlog is not None
+        shown = copy_all([self.backlog.fd], "hand over what the console has shown")
+        try:
+            return {**self.pty.fds(), "shown": shown}
+        except HostError:
+            os.close(shown[0])
+            raise
+
+    def take_console(self) -> tuple[Pty, Output] | None:
+        """Give up the console, at the end of the VM: the pty is the caller's to close."""
+        pty, backlog, self.pty, self.backlog = self.pty, self.backlog, None, None
         self.console_client = None
-        return pty
+        if pty is None or backlog is None:
+            return None
+        output = backlog.read()
+        backlog.close()
+        self.shown_before = output.end % SHOWN_MAX
+        return pty, output
 
     def drop_pty(self) -> None:
         """Give up the console and close it at once."""
-        pty = self.take_pty()
-        if pty is not None:
-            pty.close()
+        console = self.take_console()
+        if console is not None:
+            console[0].close()
 
 
 def _copies(boot: int | None, initrd: int | None) -> tuple[int | None, int | None]:
@@ -217,17 +250,6 @@ def with_lladdrs(config: VmConfig, before: dict[int, bytes], now: dict[int, byte
         for index, nic in enumerate(config.nics)
     )
     return config.replace(nics=tuple(nics))
-
-
-class RetiredConsole:
-    """The console of a VM that has ended, for whoever wants to read its last words; owns the pty."""
-
-    def __init__(self, vm: Vm, uid: int, pty: Pty) -> None:
-        self.name = vm.name
-        self.vmid = vm.vmid
-        self.uid = uid
-        self.gid = vm.config.owner.gid
-        self.pty = pty
 
 
 class VmTable:

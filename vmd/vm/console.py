@@ -1,8 +1,9 @@
 """The console of a VM: UART on one side, pty on the other, and a memory of what was shown last.
 
-The guest never waits for a viewer.  Output goes to the backlog and to the pty; while nobody reads the pty,
-the newest 64 KiB are kept for it and older ones dropped.  Input is taken from the pty only as fast as the
-guest reads its UART, so that a flood from a viewer stays in the viewer's pty.
+The guest never waits for a viewer.  Output goes to the backlog, and from there to the pty; while nobody reads the
+pty, the newest 64 KiB are kept for it and older ones dropped.  What waits at the end of the VM is the parent's.
+Input is taken from the pty only as fast as the guest reads its UART, so that a flood from a viewer stays in the
+viewer's pty.
 """
 
 import os
@@ -15,10 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmd.backlog import BacklogWriter
     from vmd.ipc.loop import Loop
 
-BACKLOG_BYTES = 64 * 1024
-TRIM_AT_BYTES = 2 * BACKLOG_BYTES  # trimming in large steps makes it cost nothing per byte
 INPUT_BYTES = 256  # read from the pty at once
 WRITE_BYTES = 4096
 # Bytes that follow one another faster than this leave together: each write wakes a viewer, which on a small
@@ -33,18 +33,18 @@ class Console:
     how many bytes it accepted and calls `resume_input` (from any thread) once it has room again.
     """
 
-    def __init__(self, master: int, slave: int, loop: "Loop") -> None:
-        os.set_blocking(master, False)
+    def __init__(self, master: int, slave: int, backlog: "BacklogWriter", loop: "Loop") -> None:
+        """Own both sides of the pty.  `master` does not block."""
         self._master = master
         self._slave = slave
         self._loop = loop
         self._lock = threading.Lock()
-        self._backlog = bytearray()
-        self._pending = bytearray()  # waits for room in the pty
+        self._backlog = backlog
         self._input = b""  # waits for room in the UART
         self._receive: Callable[[bytes], int] = len
         self._written_s = 0.0
         loop.add(master, self._on_pty)
+        self._watch()  # the guest's last life may have left something for the pty
 
     def connect(self, receive: "Callable[[bytes], int]") -> None:
         """Say where input goes."""
@@ -53,43 +53,38 @@ class Console:
     def send(self, data: bytes) -> None:
         """Show output of the guest."""
         with self._lock:
-            backlog = self._backlog
-            backlog += data
-            if len(backlog) > TRIM_AT_BYTES:
-                del backlog[:-BACKLOG_BYTES]
-            if self._pending:
-                self._pend(data)
-                return
+            waited = self._backlog.waiting
+            self._backlog.write(data)
+            if waited:
+                return  # for room in the pty, or for its batch
             now_s = time.monotonic()
             if now_s - self._written_s < BATCH_S:
-                self._pend(data)
                 self._loop.schedule(BATCH_S, self._flush)
                 return
             self._written_s = now_s
-            self._pend(data)
-            self._write_pending()
-            if self._pending:
+            self._write_waiting()
+            if self._backlog.waiting:
                 self._loop.call_from_thread(self._flush)
 
     def resume_input(self) -> None:
         """The UART has room: deliver what waits and read on.  From any thread."""
         self._loop.call_from_thread(self._deliver)
 
-    def snapshot(self) -> bytes:
-        """Return the last 64 KiB shown; what waits in the pty is in them and is dropped there."""
+    def snapshot(self) -> int:
+        """Drop what waits in the pty and for it; return how much of the output that leaves for other ways."""
         with self._lock:
             termios.tcflush(self._slave, termios.TCIFLUSH)
-            self._pending.clear()
-            return bytes(self._backlog[-BACKLOG_BYTES:])
+            return self._backlog.pass_all()
 
-    def drain(self) -> None:
-        """Give the pty what it takes of what waits, at the end of the VM."""
-        self._flush()
-
-    def _pend(self, data: bytes) -> None:
-        self._pending += data
-        if len(self._pending) > TRIM_AT_BYTES:
-            del self._pending[:-BACKLOG_BYTES]
+    def move(self, master: int, slave: int) -> None:
+        """Go on on another pty, whose sides are ours from now on."""
+        with self._lock:
+            self._loop.remove(self._master)
+            os.close(self._master)
+            os.close(self._slave)
+            self._master, self._slave = master, slave
+            self._loop.add(master, self._on_pty)
+        self._watch()
 
     def _on_pty(self, events: int) -> None:
         if events & select.EPOLLOUT:
@@ -110,20 +105,20 @@ class Console:
     def _flush(self) -> None:
         with self._lock:
             self._written_s = time.monotonic()
-            self._write_pending()
+            self._write_waiting()
         self._watch()
 
-    def _write_pending(self) -> None:
-        while self._pending:
+    def _write_waiting(self) -> None:
+        while self._backlog.waiting:
             try:
-                written = os.write(self._master, self._pending[:WRITE_BYTES])
+                written = os.write(self._master, self._backlog.next_piece(WRITE_BYTES))
             except OSError:  # full, or nobody has it open any more
                 return
-            del self._pending[:written]
+            self._backlog.pass_on(written)
 
     def _watch(self) -> None:
         with self._lock:
             events = 0 if self._input else select.EPOLLIN
-            if self._pending:
+            if self._backlog.waiting:
                 events |= select.EPOLLOUT
             self._loop.modify(self._master, events)

@@ -14,6 +14,7 @@ import gc
 import os
 import sys
 
+from vmd.backlog import BacklogWriter
 from vmd.errors import OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.channel import Channel
@@ -22,7 +23,6 @@ from vmd.ipc.messages import (
     AskDevices,
     AskResolvers,
     CancelTransfer,
-    ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
@@ -95,7 +95,6 @@ CONFINEMENT = VM.replace(
 )  # fmt: skip
 
 KVM_FD = 4  # where vmm leaves /dev/kvm
-SNAPSHOT_PIECE = 8192  # bytes of backlog in one message
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
 ACK_TIMEOUT_S = 3.0  # for the guest to notice the power button (*cat. 4.4*)
 SHUTDOWN_TIMEOUT_S = 120.0  # for it to be done
@@ -130,15 +129,12 @@ class VmProcess(Process):
         self.vmid = message.vmid
         log.setup(f"vm/{message.config.name}", log.form, message.verbosity)
         set_title(log.title)
-        master, slave = envelope.take_fd("tty"), envelope.take_fd("tty_slave")
         boot, initrd = envelope.take_fd("boot"), envelope.take_fd("initrd")
-        assert master is not None
-        assert slave is not None
         assert boot is not None
         images = BootImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
         slots = slots_of(message, envelope)
         try:
-            self.console = Console(master, slave, self.loop)
+            self.console = self.open_console(envelope)
             firmware_bytes = loader.firmware_bytes(boot, message.boot_name)
             self.machine = Machine(
                 message.config,
@@ -348,11 +344,9 @@ class VmProcess(Process):
         self.vmid = message.vmid
         log.setup(f"vm/{message.name}", log.form, message.verbosity)
         set_title(log.title)
-        master, slave, stream = (envelope.take_fd(name) for name in ("tty", "tty_slave", "stream"))
-        assert master is not None
-        assert slave is not None
+        stream = envelope.take_fd("stream")
         assert stream is not None
-        self.console = Console(master, slave, self.loop)
+        self.console = self.open_console(envelope)
         self.receiver = Receiver(
             stream,
             self.loop,
@@ -441,12 +435,22 @@ class VmProcess(Process):
 
     # --- the console, and the rest -----------------------------------------------------------------------------
 
+    def open_console(self, envelope: Envelope) -> Console:
+        """Return the console whose descriptors came with a message."""
+        master, slave, shown = (envelope.take_fd(name) for name in ("tty", "tty_slave", "shown"))
+        assert master is not None
+        assert slave is not None
+        assert shown is not None
+        return Console(master, slave, BacklogWriter(shown), self.loop)
+
     def on_console_snapshot(self, _message: ConsoleSnapshot, envelope: Envelope, channel: Channel) -> None:
-        """Send the backlog."""
-        backlog = self.console.snapshot() if self.console else b""
-        for start in range(0, len(backlog), SNAPSHOT_PIECE):
-            channel.send(ConsoleOutput(data=backlog[start : start + SNAPSHOT_PIECE]), peerid=envelope.peerid)
-        channel.send(ConsoleSnapshotEnd(), peerid=envelope.peerid)
+        """Let a new viewer begin with the backlog, and perhaps on another pty."""
+        if self.console is None:
+            return  # how the VM ends is the answer
+        master, slave = envelope.take_fd("tty"), envelope.take_fd("tty_slave")
+        if master is not None and slave is not None:
+            self.console.move(master, slave)
+        channel.send(ConsoleSnapshotEnd(end=self.console.snapshot()), peerid=envelope.peerid)
 
     def on_send_break(self, _message: SendBreak, _envelope: Envelope, _channel: Channel) -> None:
         """Let the guest see a BREAK."""
@@ -504,8 +508,6 @@ class VmProcess(Process):
         if self.machine is not None and not self.machine.stop():
             log.error("a vcpu does not come back from the kernel; ending without it")
         self.devices.end()
-        if self.console is not None:
-            self.console.drain()
         self.vmm.send(VmEnding(text=brief(text)))
         self.vmm.flush_blocking(LAST_WORDS_TIMEOUT_S)
         self.loop.stop()

@@ -9,7 +9,6 @@ from vmd.ipc.channel import Channel
 from vmd.ipc.messages import (
     AskDevices,
     AskResolvers,
-    ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 PROGRESS_MIN_S = 0.1  # what comes faster is not passed on
 ASKS_MAX, ASKS_PER_S = 16.0, 4.0  # for name servers: at once, and then; what is more is not passed on
-SNAPSHOT_PIECES_MAX = 16  # 64 KiB come in eight
 
 
 class VmChild:
@@ -49,7 +47,6 @@ class VmChild:
         self.gone = False
         self.reported = False  # how its start went
         self.snapshots = 0  # of its console, asked for and not complete
-        self.pieces = 0  # of the snapshot at hand
         self.pauses = 0  # asked for, or their ends, and not answered
         self.sends = 0  # as well
         self.reports = 0  # of devices, as well
@@ -75,15 +72,10 @@ class VmChild:
 
     def account(self, message: "Record") -> bool:
         """Return whether a message is worth passing on; PeerError for what nobody asked this VM process to say."""
-        if isinstance(message, ConsoleOutput):
-            self.pieces += 1
-            if not self.snapshots or self.pieces > SNAPSHOT_PIECES_MAX:
-                self.unasked("console output")
-        elif isinstance(message, ConsoleSnapshotEnd):
+        if isinstance(message, ConsoleSnapshotEnd):
             if not self.snapshots:
-                self.unasked("console output")
+                self.unasked("a console")
             self.snapshots -= 1
-            self.pieces = 0
         elif isinstance(message, PauseDone):
             if not self.pauses:
                 self.unasked("a pause")

@@ -18,7 +18,6 @@ from vmd.ipc.messages import (
     AskDevices,
     AskResolvers,
     CancelTransfer,
-    ConsoleOutput,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
@@ -66,7 +65,7 @@ TO_VM = (
     Resolvers,
 )  # fmt: skip
 FROM_VM = (
-    VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine, ConsoleOutput,
+    VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine,
     ConsoleSnapshotEnd, DevicesReported, AskResolvers,
 )  # fmt: skip
 

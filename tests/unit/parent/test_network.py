@@ -469,26 +469,6 @@ def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
     launch(parent, VmConfig(name="apart", nics=(NicConfig(local=True, rdomain=9),)))  # has routes of its own
 
 
-def test_a_network_that_the_host_reaches_later(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A VPN, or a lease: nobody could know.  It is warned of at a reload, and in `status -v` since it was noticed."""
-    config = parent.config.replace(vms=(VmConfig(name="a"),))
-    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(local=True))))
-    made(parent)
-    assert parent.network.configure(config) == []
-    parent.network.serve(vm, 1)
-    assert not any(isinstance(message, TroubleInfo) for _, message in parent.answers)
-
-    vpn = HostRoute(network=ipaddress.ip_network("100.64.0.0/16"), interface="vpn0")
-    monkeypatch.setattr("vmd.parent.network.host_routes", lambda: [vpn])
-    text = "this host reaches 100.64.0.0/16 by vpn0, but not 100.64.1.4/31 out of it, which is the guest's"
-    assert parent.network.configure(config) == [f"vm a: {text}"]
-    for now_s in (1000, 2000):
-        monkeypatch.setattr("vmd.parent.network.time.time", lambda now_s=now_s: now_s)
-        parent.network.serve(vm, now_s)
-    troubles = [message for _, message in parent.answers if isinstance(message, TroubleInfo)]
-    assert troubles == [TroubleInfo(device="interface1", text=text, since_s=1000)] * 2
-
-
 def test_no_addresses_are_left(parent: FakeParent) -> None:
     """A /60 has room for three VMs; one that is not there any more gives its number up."""
     prefix6 = Prefix(address=b"\xfd" + bytes(15), length=60)

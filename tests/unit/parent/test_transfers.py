@@ -34,7 +34,7 @@ from vmd.ipc.messages import (
     VmReceived,
     VmSent,
 )
-from vmd.parent import transfers
+from vmd.parent import transfers, vmtable
 from vmd.parent.media import Media
 from vmd.parent.vmtable import State, Vm, VmTable
 from vmd.record import Record
@@ -476,7 +476,7 @@ def test_without_a_console(parent: AnyParent, stream: Callable[[], int], monkeyp
     def no_room() -> None:
         raise HostError("open a pty for the console", errno.EMFILE)
 
-    monkeypatch.setattr(transfers, "Pty", no_room)
+    monkeypatch.setattr(vmtable, "Pty", no_room)
     with pytest.raises(HostError, match="open a pty"):
         transfers.serve_receive(parent, ReceiveRequest(name="a"), ROOT, envelope(stream()))
 

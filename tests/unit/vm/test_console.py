@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from vmd.backlog import BACKLOG_BYTES, Backlog, BacklogWriter
 from vmd.ipc.loop import Loop
 from vmd.parent.resources import Pty
-from vmd.vm.console import BACKLOG_BYTES, Console
+from vmd.vm.console import Console
 
 DEADLINE_S = 20.0
 
@@ -19,10 +20,17 @@ class Rig:
     def __init__(self) -> None:
         self.loop = Loop()
         self.pty = Pty()
-        self.console = Console(self.pty.master, self.pty.slave, self.loop)
+        self.backlog = Backlog.create()
+        self.console = self.attach()
         self.received = b""
         self.room = 1 << 30
         self.console.connect(self.receive)
+
+    def attach(self) -> Console:
+        """Return the console of a VM process that begins."""
+        fds = self.pty.fds()
+        writer = BacklogWriter(os.dup(self.backlog.fd))
+        return Console(fds["tty"][0], fds["tty_slave"][0], writer, self.loop)
 
     def receive(self, data: bytes) -> int:
         """Be the UART."""
@@ -47,6 +55,7 @@ class Rig:
         """Release everything."""
         self.loop.close()
         self.pty.close()
+        self.backlog.close()
 
 
 @pytest.fixture
@@ -83,7 +92,8 @@ def test_output_reaches_a_viewer_in_order(rig: Rig) -> None:
     os.close(viewer)
 
     assert bytes(seen) == text
-    assert rig.console.snapshot() == text
+    assert rig.console.snapshot() == len(text)
+    assert rig.backlog.read().data == text
 
 
 def test_a_flood_without_a_viewer_is_bounded(rig: Rig) -> None:
@@ -93,7 +103,8 @@ def test_a_flood_without_a_viewer_is_bounded(rig: Rig) -> None:
         rig.console.send(b"%05d" % number + line)
     rig.run_for(0.05)
 
-    backlog = rig.console.snapshot()
+    rig.console.snapshot()
+    backlog = rig.backlog.read().data
 
     assert len(backlog) == BACKLOG_BYTES
     assert backlog.endswith(b"39999" + line)
@@ -119,3 +130,50 @@ def test_pty_is_raw(rig: Rig) -> None:
     rig.run()
     assert rig.received == b"a\r\n\x03\x04\x7f"
     assert rig.pty.unread_bytes() == 0  # no echo
+
+
+def test_what_had_no_room_is_passed_on_in_the_next_life(rig: Rig) -> None:
+    """The guest resets itself with output that its viewer has not read; nothing of it is lost or repeated."""
+    text = b"".join(b"line %05d\r\n" % number for number in range(4000))  # more than a pty takes
+    rig.console.send(text)
+    rig.loop.close()
+    rig.loop = Loop()
+
+    rig.console = rig.attach()
+    rig.console.send(b"again\r\n")
+    text += b"again\r\n"
+    seen = bytearray()
+    viewer = os.open(rig.pty.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+
+    def view(_events: int) -> None:
+        seen.extend(os.read(viewer, 4096))
+        if len(seen) >= len(text):
+            rig.loop.stop()
+
+    rig.loop.add(viewer, view)
+    rig.run()
+    os.close(viewer)
+    assert bytes(seen) == text
+
+
+def test_moving_to_another_pty(rig: Rig) -> None:
+    """The old one hangs up, whoever has it open; the new one has what comes from now on, and input."""
+    old = os.open(rig.pty.path, os.O_RDWR | os.O_NOCTTY)
+    rig.console.send(b"before")
+    rig.pty.close()
+    rig.pty = Pty()
+    fds = rig.pty.fds()
+
+    rig.console.move(fds["tty"][0], fds["tty_slave"][0])
+    assert rig.console.snapshot() == len(b"before")
+    rig.console.send(b"after")
+    os.write(rig.pty.slave, b"typed")
+    rig.run()
+    assert rig.received == b"typed"
+    rig.loop.add(rig.pty.slave, lambda _events: rig.loop.stop())
+    rig.run()
+
+    assert os.read(rig.pty.slave, 100) == b"after"
+    with pytest.raises(OSError, match="Input/output error"):
+        os.write(old, b"x")
+    os.close(old)

@@ -19,10 +19,13 @@ from tests.support.console import Console
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, spawn
 from vmd.ipc.messages import (
+    VMD_CONSOLE_TAKEN,
     ConsoleAttached,
     ConsoleBreak,
     ConsoleOutput,
     ConsoleRequest,
+    ConsoleWatch,
+    ConsoleWatched,
     Failed,
     StartRequest,
     VmStarted,
@@ -453,6 +456,108 @@ def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
     assert process.stdin is not None
     process.stdin.close()
     process.stderr.close()
+
+
+# --- taking over, watching, looking back -----------------------------------------------------------------
+
+
+def test_taking_over(daemon: FakeDaemon, line: Line) -> None:
+    """Asked for with -f."""
+    process = spawn(daemon, "console", "-f", "web")
+    process.communicate(timeout=DEADLINE_S)
+
+    assert process.returncode == 0
+    assert daemon.requested() == ConsoleRequest(name="web", force=True)
+
+
+def test_being_taken_over(daemon: FakeDaemon, operator: Operator) -> None:
+    """A sentence, a terminal as it was, and a failure."""
+    daemon.send(Failed(code=VMD_CONSOLE_TAKEN, text="the console of vm web was taken over by root (pid 9)"))
+
+    operator.sees("[EOT]\r\nvmctl: the console of vm web was taken over by root (pid 9)\r\n")
+    assert operator.ended() == 1
+    assert operator.mode() == operator.before
+
+
+class Printed:
+    """The output of a guest, as a daemon tells it to those who watch."""
+
+    def __init__(self, daemon: FakeDaemon) -> None:
+        self.pieces = [BACKLOG]
+        daemon.script = self._answer
+        self.daemon = daemon
+
+    def _answer(self, request: Record) -> tuple[Record, ...]:
+        assert isinstance(request, ConsoleWatch)
+        if request.since is None:
+            return ConsoleOutput(data=BACKLOG[:9]), ConsoleOutput(data=BACKLOG[9:]), self.seen(len(BACKLOG))
+        return ()
+
+    def seen(self, end: int, *, lost: int = 0, running: bool = True) -> ConsoleWatched:
+        """Return what ends an answer."""
+        return ConsoleWatched(vmid=3, name="web", end=end, lost=lost, running=running)
+
+
+def test_watching(daemon: FakeDaemon) -> None:
+    """The backlog as text, then what comes, to the end; nothing is typed and no pty opened."""
+    printed = Printed(daemon)
+    operator = Operator(daemon, "console", "-r", "web")
+    try:
+        operator.sees("Watching the console of vm web\r\nType ^C, or ~. at the start of a line, to leave.\r\n")
+        operator.sees("ready\x1b[0m\r\n")
+        operator.types(b"typed in vain\r")
+        assert daemon.requested() == ConsoleWatch(name="web")
+        assert daemon.requested() == ConsoleWatch(vmid=3, name="web", since=len(BACKLOG))
+        daemon.send(ConsoleOutput(data=b"\x1b[31mmore"))
+        daemon.send(printed.seen(70_000, lost=5))
+        operator.sees("\x1b[31mmore\r\n[5 bytes were printed too fast to be seen]\r\n")
+        assert daemon.requested() == ConsoleWatch(vmid=3, name="web", since=70_000)
+        daemon.send(ConsoleOutput(data=b"bye"))
+        daemon.send(printed.seen(70_003, running=False))
+        operator.sees("bye\x1b[m\r\n[EOT]\r\nvmctl: vm web has ended\r\n")
+        assert operator.ended() == 0
+        assert operator.mode() == operator.before
+    finally:
+        operator.close()
+
+
+@pytest.mark.parametrize("keys", [b"\x03", b"~."])
+def test_leaving_while_watching(daemon: FakeDaemon, keys: bytes) -> None:
+    """^C has nothing else to end."""
+    Printed(daemon)
+    operator = Operator(daemon, "console", "-r", "web")
+    try:
+        operator.sees("ready")
+        operator.types(keys)
+        operator.sees("[EOT]\r\n")
+        assert operator.ended() == 0
+        assert operator.mode() == operator.before
+    finally:
+        operator.close()
+
+
+def test_watching_into_a_file(daemon: FakeDaemon) -> None:
+    """Without a keyboard it goes on until the VM ends."""
+    printed = Printed(daemon)
+    process = spawn(daemon, "console", "-r", "web")
+    assert daemon.requested() == ConsoleWatch(name="web")
+    assert daemon.requested() == ConsoleWatch(vmid=3, name="web", since=len(BACKLOG))
+    daemon.send(ConsoleOutput(data=b"\x1b[2Jmore"))
+    daemon.send(printed.seen(40, running=False))
+    output, _ = process.communicate(timeout=DEADLINE_S)
+
+    assert (process.returncode, output.encode()) == (0, (BACKLOG + b"\x1b[2Jmore").replace(b"\r\n", b"\n"))
+
+
+def test_a_vm_that_does_not_run(daemon: FakeDaemon) -> None:
+    """What its console showed last, and a sentence."""
+    refusal = Failed(code=errno.ESRCH, text="vm web is not running")
+    daemon.answers(ConsoleOutput(data=b"panic: "), ConsoleOutput(data=b"out of luck\r\n"), refusal)
+    process = spawn(daemon, "console", "web")
+    output, errors = process.communicate(timeout=DEADLINE_S)
+
+    assert (process.returncode, output) == (0, "panic: out of luck\n")
+    assert errors == "vmctl: vm web is not running; this is what its console showed last\n"
 
 
 # --- no console ------------------------------------------------------------------------------------------

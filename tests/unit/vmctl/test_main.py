@@ -96,9 +96,9 @@ def test_abbreviations_of_upstream(word: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence", "usage"),
     [
-        (["console"], "missing argument: id", "console id"),
-        (["console", "a", "b"], "unexpected argument: b", "console id"),
-        (["console", ""], "empty argument: id", "console id"),
+        (["console"], "missing argument: id", "console [-f | -r] id"),
+        (["console", "a", "b"], "unexpected argument: b", "console [-f | -r] id"),
+        (["console", ""], "empty argument: id", "console [-f | -r] id"),
         (["load"], "missing argument: filename", "load filename"),
         (["log"], "missing argument: brief | verbose", "log brief | verbose"),
         (["log", "loud"], "unknown argument: loud: brief or verbose", "log brief | verbose"),

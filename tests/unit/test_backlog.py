@@ -1,0 +1,94 @@
+"""What a console showed last, in memory that a VM process writes and the parent reads."""
+
+import os
+import random
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from vmd.backlog import BACKLOG_BYTES, BEGUN, COUNTERS, PASSED, SHOWN, Backlog, BacklogWriter
+
+
+@pytest.fixture
+def backlog() -> Iterator[Backlog]:
+    """Give a new file."""
+    backlog = Backlog.create()
+    yield backlog
+    backlog.close()
+
+
+def writer_of(backlog: Backlog) -> BacklogWriter:
+    """Return a VM process's side."""
+    return BacklogWriter(os.dup(backlog.fd))
+
+
+def test_random_output_is_kept_and_passed_on(backlog: Backlog) -> None:
+    """Against a plain record of it, over many turns of the ring and over changes of the writer."""
+    noise = random.Random(3)
+    writer = writer_of(backlog)
+    printed, passed = b"", 0
+    for step in range(400):
+        data = noise.randbytes(noise.choice((1, 1, 7, 300, 5000, BACKLOG_BYTES + 5 if step % 50 == 0 else 2)))
+        printed += data
+        writer.write(data)
+        passed = max(passed, len(printed) - BACKLOG_BYTES)
+        assert writer.waiting == len(printed) - passed
+        if noise.random() < 0.5:
+            piece = writer.next_piece(4096)
+            assert bytes(piece) == printed[passed : passed + len(piece)]
+            assert len(piece) > 0
+            writer.pass_on(len(piece))
+            passed += len(piece)
+        if step % 37 == 0:
+            writer = writer_of(backlog)  # the guest has reset itself
+        output = backlog.read()
+        assert output.data == printed[-BACKLOG_BYTES:]
+        assert (output.end, output.passed) == (len(printed), passed)
+        before = noise.randrange(len(printed) + 1)
+        assert output.since(before) == printed[max(before, len(printed) - BACKLOG_BYTES) :]
+        assert backlog.read(before).data == printed[max(0, len(printed) - BACKLOG_BYTES) : before]
+
+
+def test_a_later_life_goes_on_counting() -> None:
+    """Positions in the output mean one thing in all lives of a VM; what was before is not there."""
+    backlog = Backlog.create(100_000)
+    writer = writer_of(backlog)
+    writer.write(b"hello")
+
+    output = backlog.read()
+
+    assert (output.data, output.end) == (b"hello", 100_005)
+    assert (output.since(100_002), output.since(7)) == (b"llo", b"hello")
+    assert writer.pass_all() == 100_005
+    assert writer.waiting == 0
+    backlog.close()
+
+
+def test_its_size_is_sealed(backlog: Backlog) -> None:
+    """A VM process can neither grow it nor take the ground from under a reader."""
+    for size in (0, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(backlog.fd, size)
+
+
+def test_any_counters_are_survived(backlog: Backlog) -> None:
+    """A VM process that was taken over may write what it likes."""
+    noise = random.Random(4)
+    values = (0, 1, BACKLOG_BYTES, 1 << 32, (1 << 63) - 1, (1 << 64) - 1)
+    for _ in range(300):
+        counters = [noise.choice((*values, noise.getrandbits(64))) for _ in (SHOWN, PASSED, BEGUN)]
+        os.pwrite(backlog.fd, COUNTERS.pack(*counters), 0)
+        for upto in (None, 0, -5, 10, 1 << 63):
+            output = backlog.read(upto)
+            assert len(output.data) <= BACKLOG_BYTES
+            assert output.end - len(output.data) <= output.passed <= output.end
+            assert len(output.since(noise.getrandbits(64))) <= BACKLOG_BYTES
+
+
+def test_a_file_that_is_none(tmp_path: str) -> None:
+    """The writer refuses what is too short for it."""
+    fd = os.memfd_create("short")
+    os.write(fd, struct.pack("<Q", 1))
+    with pytest.raises(ValueError, match="length"):
+        BacklogWriter(fd)

@@ -1,0 +1,281 @@
+"""The consoles of all VMs: who has one, who looks at one, and what is left of one when its VM has ended.
+
+A console belongs to one client, who reads and types on its pty.  What it showed last is in its backlog (vmd.backlog)
+and is sent to that client first.  Others may look: they are sent the backlog, and then ask again and again for what
+has come since.  When a VM has ended, its viewer is handed what the pty had no room for, and the backlog is kept until
+the VM's next start.
+"""
+
+import errno
+import time
+
+from vmd.errors import OperatorError
+from vmd.ipc.messages import (
+    VMD_CONSOLE_TAKEN,
+    ConsoleAttached,
+    ConsoleBreak,
+    ConsoleOutput,
+    ConsoleRequest,
+    ConsoleSnapshot,
+    ConsoleSnapshotEnd,
+    ConsoleWatch,
+    ConsoleWatched,
+    Ok,
+    Proc,
+    SendBreak,
+)
+from vmd.log import log
+from vmd.parent.access import may_control, owner_text
+from vmd.parent.resources import Pty
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.backlog import Output
+    from vmd.ipc.loop import Timer
+    from vmd.ipc.messages import Caller
+    from vmd.parent.main import Parent
+    from vmd.parent.vmtable import Vm
+
+PIECE_BYTES = 8192  # of output in one message
+ROUND_S = 0.02  # between two looks at a pty whose VM has ended
+QUIET_ROUNDS = 3  # what is on its way within the kernel's pty is not counted for a moment
+PATIENCE_S = 1.0  # without a byte read; for a viewer that nobody knows of
+VIEWER_PATIENCE_S = 60.0  # ... and for one that is connected
+WATCH_ROUND_S = 0.05  # between two looks for those who watch
+FORGOTTEN_MAX = 16  # VMs that are not known any more, and whose last output is
+
+
+class Kept:
+    """What the console of a VM showed last that does not run now, and who may see it."""
+
+    def __init__(self, vm: "Vm", output: "Output") -> None:
+        self.vmid = vm.vmid
+        self.name = vm.name
+        self.uid = vm.uid
+        self.gid = vm.config.owner.gid
+        self.output = output
+
+
+class Leaving:
+    """A pty without a VM: closed when its viewer has read all there is, or does not read."""
+
+    def __init__(self, consoles: "Consoles", pty: Pty, rest: bytes, client: int | None) -> None:
+        self.client = client
+        self._consoles = consoles
+        self._pty = pty
+        self._rest = rest  # what has found no room in the pty yet
+        self._unread = -1
+        self._quiet = 0
+        self._progress_s = time.monotonic()
+        self._look()
+
+    def _look(self) -> None:
+        written = self._pty.write(self._rest) if self._rest else 0
+        self._rest = self._rest[written:]
+        unread = self._pty.unread_bytes()
+        if written or unread != self._unread:
+            self._unread, self._progress_s = unread, time.monotonic()
+        self._quiet = 0 if self._rest or unread else self._quiet + 1
+        patience_s = PATIENCE_S if self.client is None or self._consoles.ending else VIEWER_PATIENCE_S
+        if self._quiet == QUIET_ROUNDS or time.monotonic() > self._progress_s + patience_s:
+            self._pty.close()
+            self._consoles.has_left(self)
+        else:
+            self._consoles.call_later(ROUND_S, self._look)
+
+
+class Watcher:
+    """A client that waits for more output than it has seen."""
+
+    def __init__(self, client: int, vm: "Vm", since: int) -> None:
+        self.client = client
+        self.vm = vm
+        self.since = since
+
+
+class Consoles:
+    """The parent's."""
+
+    def __init__(self, parent: "Parent") -> None:
+        self.parent = parent
+        self.call_later = parent.loop.call_later
+        self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest its process is answering
+        self.kept: dict[str, Kept] = {}  # by name, oldest first
+        self.leaving: set[Leaving] = set()
+        self.watchers: list[Watcher] = []
+        self._watch_timer: Timer | None = None
+
+    @property
+    def ending(self) -> bool:
+        """Whether the daemon is, and waits for viewers no longer than it has to."""
+        return self.parent.ending
+
+    # --- requests ----------------------------------------------------------------------------------------
+
+    def serve(self, message: ConsoleRequest, caller: "Caller", client: int) -> None:
+        """Hand the console to a client; what a VM showed that does not run is only shown.  Raises OperatorError."""
+        vm = self.parent.vms.find(message.vmid, message.name)
+        if vm is None or not vm.alive:
+            kept = self._kept_for(message, vm, caller)
+            if kept is not None:
+                self._send(client, kept.output.data)
+                raise OperatorError(errno.ESRCH, f"vm {kept.name} is not running")
+        vm = self.parent.vms.get(message.vmid, message.name)
+        if not vm.alive or vm.pty is None:
+            raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
+        self.parent.require_control(caller, vm, "attach to")
+        user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
+        if vm.console_client is not None and not message.force:
+            raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
+        fds = self._take_over(vm, user) if message.force else {}
+        vm.console_client, vm.console_user = client, user
+        self.snapshots.setdefault(vm.vmid, []).append(client)
+        self.parent.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid, fds=fds)
+
+    def _take_over(self, vm: "Vm", user: str) -> dict[str, list[int]]:
+        """Take a console from whoever has it, by moving it to another pty; return that for the VM process.
+
+        So it is also taken from who has opened the pty without asking us.  Raises HostError.
+        """
+        assert vm.pty is not None
+        fds: dict[str, list[int]] = {}
+        old = None
+        if vm.pid:  # else its process may still be on its way, with the old pty
+            pty = Pty()
+            try:
+                pty.give_to(vm.uid, vm.config.owner.gid)
+                fds = pty.fds()
+            except BaseException:
+                pty.close()
+                raise
+            old, vm.pty = vm.pty, pty
+        if vm.console_client is not None:
+            text = f"the console of vm {vm.name} was taken over by {user}"
+            self.parent.answer_failure(vm.console_client, VMD_CONSOLE_TAKEN, text)
+        if old is not None:
+            log.info(f"{vm.name}: console taken over by {user}, now tty {vm.pty.path}")
+            # A little later: its viewer is to read first why.
+            self.call_later(PATIENCE_S, old.close)
+        return fds
+
+    def serve_watch(self, message: ConsoleWatch, caller: "Caller", client: int) -> None:
+        """Show a console to somebody who does not have it.  Raises OperatorError."""
+        vm = self.parent.vms.find(message.vmid, message.name)
+        if vm is None or not vm.alive:
+            kept = self._kept_for(message, vm, caller)
+            if kept is not None:
+                self._answer_watch(client, kept.vmid, kept.name, kept.output, message.since, running=False)
+                return
+        vm = self.parent.vms.get(message.vmid, message.name)
+        if not vm.alive or vm.backlog is None:
+            raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
+        self.parent.require_control(caller, vm, "watch")
+        if message.since is None or vm.backlog.shown() > message.since:
+            self._answer_watch(client, vm.vmid, vm.name, vm.backlog.read(), message.since, running=True)
+            return
+        self.watchers.append(Watcher(client, vm, message.since))
+        self._look_later()
+
+    def serve_break(self, message: ConsoleBreak, client: int) -> None:
+        """Send a BREAK, if the client holds the console.  Raises OperatorError."""
+        vm = self.parent.vms.get(message.vmid, message.name)
+        if vm.console_client != client:
+            raise OperatorError(errno.EPERM, f"the console of vm {vm.name} is not attached here")
+        self.parent.peers[Proc.VMM].send(SendBreak(vmid=vm.vmid))
+        self.parent.answer(client, Ok())
+
+    def _kept_for(self, message: ConsoleRequest | ConsoleWatch, vm: "Vm | None", caller: "Caller") -> Kept | None:
+        """Return what is left of the console of a VM that does not run, if there is any and the caller may see it."""
+        name = vm.name if vm else message.name
+        kept = self.kept.get(name) or next((k for k in self.kept.values() if k.vmid == message.vmid and not name), None)
+        return kept if kept is not None and may_control(caller, kept.uid, kept.gid) else None
+
+    # --- what VM processes say ---------------------------------------------------------------------------
+
+    def repeat_snapshots(self, vm: "Vm") -> None:
+        """Ask again for what viewers want to see: they came before the VM had a process, or its last one has ended."""
+        for _ in self.snapshots.get(vm.vmid, ()):
+            self.parent.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
+
+    def on_snapshot_end(self, message: ConsoleSnapshotEnd, vmid: int) -> None:
+        """All further output comes down the pty: the client is sent what was before, and may open it."""
+        clients = self.snapshots.get(vmid)
+        vm = self.parent.vms.find(vmid, "")
+        if clients and vm is not None and vm.pty is not None and vm.backlog is not None:
+            client = clients.pop(0)
+            self._send(client, vm.backlog.read(message.end).data)
+            self.parent.answer(client, ConsoleAttached(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
+
+    def on_ended(self, vm: "Vm") -> None:
+        """A VM has ended: its viewers get the rest, and everybody may see the last of it later."""
+        client = vm.console_client
+        ran = bool(vm.pid)
+        console = vm.take_console()
+        if console is None:
+            return
+        pty, output = console
+        self.leaving.add(Leaving(self, pty, output.since(output.passed), client))
+        if ran or output.data:
+            self.kept.pop(vm.name, None)
+            self.kept[vm.name] = Kept(vm, output)
+            self._forget()
+        for waiting in self.snapshots.pop(vm.vmid, []):
+            self._send(waiting, output.data)
+            self.parent.answer_failure(waiting, errno.ESRCH, f"vm {vm.name} is not running")
+        for watcher in [each for each in self.watchers if each.vm is vm]:
+            self.watchers.remove(watcher)
+            self._answer_watch(watcher.client, vm.vmid, vm.name, output, watcher.since, running=False)
+
+    def _forget(self) -> None:
+        """Keep what was shown by few of the VMs that are not known any more."""
+        forgotten = [name for name in self.kept if self.parent.vms.find(0, name) is None]
+        for name in forgotten[:-FORGOTTEN_MAX]:
+            del self.kept[name]
+
+    # --- clients -----------------------------------------------------------------------------------------
+
+    def on_client_gone(self, client: int) -> None:
+        """A client has disconnected: its console is free, and nothing has to wait for it."""
+        self.watchers = [watcher for watcher in self.watchers if watcher.client != client]
+        for leaving in self.leaving:
+            if leaving.client == client:
+                leaving.client = None
+        for vm in self.parent.vms:
+            if vm.console_client == client:
+                vm.console_client = None
+
+    def has_left(self, leaving: Leaving) -> None:
+        """A pty without a VM is closed."""
+        self.leaving.discard(leaving)
+        self.parent.end_if_over()
+
+    def close(self) -> None:
+        """End: what is not read by now is lost."""
+        for vm in self.parent.vms:
+            vm.drop_pty()
+
+    def _look_later(self) -> None:
+        if self.watchers and (self._watch_timer is None or self._watch_timer.callback is None):
+            self._watch_timer = self.call_later(WATCH_ROUND_S, self._look)
+
+    def _look(self) -> None:
+        """Answer those for whom there is more to see."""
+        for watcher in list(self.watchers):
+            vm = watcher.vm
+            if vm.backlog is not None and vm.backlog.shown() > watcher.since:
+                self.watchers.remove(watcher)
+                output = vm.backlog.read()
+                self._answer_watch(watcher.client, vm.vmid, vm.name, output, watcher.since, running=True)
+        self._look_later()
+
+    def _answer_watch(
+        self, client: int, vmid: int, name: str, output: "Output", since: int | None, *, running: bool
+    ) -> None:
+        data = output.data if since is None else output.since(since)
+        lost = 0 if since is None else max(0, output.end - len(data) - max(0, since))
+        self._send(client, data)
+        self.parent.answer(client, ConsoleWatched(vmid=vmid, name=name, end=output.end, lost=lost, running=running))
+
+    def _send(self, client: int, data: bytes) -> None:
+        for start in range(0, len(data), PIECE_BYTES):
+            self.parent.answer(client, ConsoleOutput(data=data[start : start + PIECE_BYTES]))
