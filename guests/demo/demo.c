@@ -8,12 +8,13 @@
 #include "guest.h"
 
 #define LINE_MAX 120
-#define INPUT_MAX 256 /* a power of two */
+#define INPUT_MAX 1024 /* a power of two */
 
 enum { CTRL_C = 3, BACKSPACE = 8, CTRL_U = 21, ESCAPE = 27, DELETE = 127 };
 
 static volatile char input[INPUT_MAX];
 static volatile unsigned input_head, input_tail;
+static volatile bool full; /* no interrupts of the UART: input waits there, and behind it */
 static volatile bool running, interrupted, pressed;
 static bool interactive;
 static uint32_t started;
@@ -22,15 +23,20 @@ static void on_receive(void)
 {
     inb(UART_IIR);
     while (inb(UART_LSR) & LSR_READY) {
-        char c = (char)inb(UART_DATA);
+        char c;
 
+        if (input_head - input_tail == INPUT_MAX) { /* a paste: what we do not read is not lost */
+            full = true;
+            outb(UART_IER, 0);
+            return;
+        }
+        c = (char)inb(UART_DATA);
         if (c == CTRL_C && running) { /* ends the command, with what was typed ahead of it */
             interrupted = true;
             input_tail = input_head;
             continue;
         }
-        if (input_head - input_tail < INPUT_MAX)
-            input[input_head++ % INPUT_MAX] = c;
+        input[input_head++ % INPUT_MAX] = c;
     }
 }
 
@@ -55,6 +61,10 @@ static char read_char(void)
     for (;;) {
         if (pressed)
             switch_off();
+        if (full && input_head - input_tail <= INPUT_MAX / 2) {
+            full = false;
+            outb(UART_IER, IER_RECEIVE); /* interrupts at once if something waits */
+        }
         if (input_head != input_tail)
             return input[input_tail++ % INPUT_MAX];
         wait_for_interrupt();
