@@ -112,7 +112,7 @@ def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
     assert set(before) <= set(after)
 
 
-def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, tmp_path: Path) -> None:
+def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, newer: Path, tmp_path: Path) -> None:
     """Whether something cannot be fetched, the disk is full, or dpkg is killed at any of its renames."""
     box.path("/etc/vm.conf").write_text(CONF)
     box.must(*INSTALL, DEB)
@@ -125,7 +125,7 @@ def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, tmp_path: Path) 
     assert version(box) == VERSION
     assert state(box, "demo") == "running"
 
-    box.copy(newer_deb(tmp_path), NEW_DEB)
+    box.copy(newer, NEW_DEB)
     size = box.path("/usr/lib/vmd/vmd.zip").stat().st_size
     mount = f"mount -t tmpfs -o size={size * 3 // 2} small /small"
     box.must("sh", "-ec", f"mkdir /small; {mount}; cp /usr/lib/vmd/* /small; mount --bind /small /usr/lib/vmd")
