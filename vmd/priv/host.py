@@ -14,8 +14,8 @@ import os
 import re
 import time
 
-from vmd.config.model import DEFAULT_ROUTES, IFNAME_MAX, MAX_NICS, MAX_RDOMAIN
-from vmd.config.rules import HOST_TABLES
+from vmd.config.model import DEFAULT_ROUTES, MAX_NICS, MAX_RDOMAIN
+from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
@@ -25,13 +25,10 @@ from vmd.priv.rules import Member, Nft
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
 
-TAP_NAME = re.compile(rf"tap[0-9]{{1,{IFNAME_MAX - len('tap')}}}")
-BRIDGE_NAME = re.compile(rf"(?!\.\.?$|lo$|all$|default$|tap[0-9]*$)[!-$&-.0-9;-~]{{1,{IFNAME_MAX}}}")
-GROUP_NAME = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
 TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
@@ -705,7 +702,7 @@ class Network:
 
 def is_tap(link: Link) -> bool:
     """Return whether an interface is a tap of ours."""
-    return link.kind == "tun" and bool(TAP_NAME.fullmatch(link.name)) and bool(TAP_ALIAS.match(link.alias))
+    return link.kind == "tun" and is_tap_name(link.name) and bool(TAP_ALIAS.match(link.alias))
 
 
 def is_bridge(link: Link) -> bool:
@@ -731,6 +728,20 @@ def refuse(what: str) -> OperatorError:
     return OperatorError(errno.EPERM, f"refused: {what}")
 
 
+def keeps(rule: "Callable[[str], str]", value: str) -> bool:
+    """Return whether a value is one that a configuration can have."""
+    try:
+        rule(value)
+    except ValueError:
+        return False
+    return True
+
+
+def is_tap_name(name: str) -> bool:
+    """Return whether an interface can be one of a VM."""
+    return name not in ("", "tap") and keeps(tap_name, name)
+
+
 def in_use(link: Link, network: bytes, length: int, why: str) -> OperatorError:
     """Return what a `local` interface gets whose network the host has a use for."""
     keyword = "local inet6 prefix" if len(network) == INET6_BYTES else "local prefix"
@@ -740,7 +751,7 @@ def in_use(link: Link, network: bytes, length: int, why: str) -> OperatorError:
 
 def check_switch(switch: "SwitchRequest") -> None:
     """Raise OperatorError unless a switch is one that a configuration can have."""
-    if not BRIDGE_NAME.fullmatch(switch.interface):
+    if not keeps(bridge_name, switch.interface):
         raise refuse("that is no name of a bridge")
     if not ALIAS.fullmatch(switch.alias) or not SWITCH_ALIAS.match(switch.alias):
         raise refuse(f"bridge {switch.interface} with an alias that is not a switch's")
@@ -753,11 +764,11 @@ def check_request(message: "MakeNics") -> None:
     if message.vmid <= 0 or not 0 < len(message.nics) <= MAX_NICS:
         raise refuse(f"{len(message.nics)} interfaces for vm {message.vmid}")
     for nic in message.nics:
-        if nic.name and not TAP_NAME.fullmatch(nic.name):
+        if nic.name and not is_tap_name(nic.name):
             raise refuse("an interface of a VM that is not called tap<n>")
         if not ALIAS.fullmatch(nic.alias) or not TAP_ALIAS.match(nic.alias):
             raise refuse("an interface with an alias that is not a VM's")
-        if len(nic.groups) > 2 or not all(GROUP_NAME.fullmatch(group) for group in nic.groups):
+        if len(nic.groups) > 2 or not all(group and keeps(group_name, group) for group in nic.groups):
             raise refuse("that is no name of a group")
         if nic.rdomain is not None and not 0 <= nic.rdomain <= MAX_RDOMAIN:
             raise refuse(f"rdomain {nic.rdomain}")

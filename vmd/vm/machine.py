@@ -7,7 +7,8 @@ of the process, which is what a failure leads to.
 import os
 import time
 
-from vmd.config.model import MAX_MEMORY_BYTES, MAX_VCPUS, MIN_MEMORY_BYTES, BootDevice
+from vmd.config import rules
+from vmd.config.model import BootDevice
 from vmd.errors import sentence
 from vmd.guestmem import PAGE as PAGE_BYTES
 from vmd.guestmem import GuestMemory, RegionSpec
@@ -359,10 +360,9 @@ class Machine:
 def check_host(header: "state.Header", kvm_fd: int) -> None:
     """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
     config, firmware = header.config, header.firmware_bytes
-    if not MIN_MEMORY_BYTES <= config.memory_bytes <= MAX_MEMORY_BYTES or config.memory_bytes % PAGE_BYTES:
+    if rules.memory_bytes(config.memory_bytes) % PAGE_BYTES:
         raise ValueError(f"it has {config.memory_bytes} bytes of memory")
-    if not 1 <= config.vcpus <= MAX_VCPUS:
-        raise ValueError(f"it has {config.vcpus} vcpus")
+    rules.vcpus(config.vcpus)
     if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE_BYTES:
         raise ValueError(f"it has firmware of {firmware} bytes")
     state.check_devices(header)

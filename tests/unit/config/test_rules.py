@@ -1,7 +1,9 @@
 """What a VM may be is the same for vm.conf, for clients and streams, and for vmctl: one rule, one sentence."""
 
+import ast
 import errno
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +145,28 @@ def test_obstacles(fields: dict[str, Any], bootable: bool, found: list[tuple[int
         with pytest.raises(OperatorError) as refused:
             require_startable(config, bootable=bootable)
         assert (refused.value.code, str(refused.value)) == (code, f"vm a: {what}")
+
+
+LIMITS = {
+    "CMDLINE_MAX", "GROUP_MAX", "MAX_DISKS", "MAX_MEMORY_BYTES", "MAX_RDOMAIN", "MAX_VCPUS", "MIN_MEMORY_BYTES",
+    "SERIAL_MAX",
+}  # fmt: skip
+ASK_THEMSELVES = {"vmd/priv/host.py": {"MAX_RDOMAIN"}}  # ... which must not trust who asks it, nor say more than that
+
+
+def test_limits_are_compared_in_one_place() -> None:
+    """Whoever else wants to know whether a VM may be so asks a rule, and has its sentence."""
+    root = Path(__file__).resolve().parents[3]
+    found = {}
+    for path in sorted([*root.glob("vmd/**/*.py"), *root.glob("vmctl/**/*.py")]):
+        name = str(path.relative_to(root))
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module == "vmd.config.model"
+            for alias in node.names
+        }
+        if not name.startswith("vmd/config/") and names & LIMITS != ASK_THEMSELVES.get(name, set()):
+            found[name] = names & LIMITS
+
+    assert found == {}
