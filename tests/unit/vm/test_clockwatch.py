@@ -136,9 +136,10 @@ def test_a_host_without_such_timers_is_named(monkeypatch: pytest.MonkeyPatch, lo
 
     ClockWatch(loop, loop.stop)
 
-    assert written == [
-        "guests will not hear of it when this host has slept: timerfd_create: Function not implemented"
-    ]
+    assert len(written) == 1
+    assert written[0].startswith(
+        "guests will not hear of it when this host has slept: timerfd_create: Function not implemented: this kernel, or"
+    )
 
 
 def test_the_kernel_takes_the_timer(loop: Loop) -> None:
