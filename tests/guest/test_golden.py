@@ -148,6 +148,10 @@ def test_old_requests_are_answered(number: int) -> None:
                 replay(vmd, session)
 
 
+# Sentences that have become others since.
+REWORDED = {"vm x: the stream ends after 0 bytes, before its end": "vm x: the stream is empty"}
+
+
 def replay(vmd: NetDaemon, session: Session) -> None:
     """Send what was asked, and compare what is answered with what was."""
     command = " ".join(session.command)
@@ -208,4 +212,4 @@ def assert_has(now: object, then: object, where: str, *, exact: bool) -> None:
     elif isinstance(now, str) and isinstance(then, str) and then.startswith("/dev/pts/"):
         assert now.startswith("/dev/pts/"), where
     elif isinstance(then, str | bool) or exact:
-        assert now == then, where
+        assert now == (REWORDED.get(then, then) if isinstance(then, str) else then), where
