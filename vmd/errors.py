@@ -3,6 +3,7 @@
 VmdError            anything that is answered with a sentence instead of a traceback
   ConfigError       the operator, in a configuration file; carries file and line
   OperatorError     the operator or a client, in a request; carries an errno or one of *cat. 1.10*
+    InUse           ... for somebody else has a file; carries which
   ImageError        a kernel, firmware or disk image that cannot be used
   GuestError        the guest; ends a request, a device or at most its own VM
   PeerError         a process on the other side of a channel broke the protocol
@@ -44,6 +45,20 @@ class OperatorError(VmdError):
 
     def __str__(self) -> str:
         return self.what
+
+
+class InUse(OperatorError):
+    """A file cannot be had because somebody else has it; `status` is what stat(2) says of it."""
+
+    def __init__(self, name: str, status: os.stat_result, *, by: str = "another process", doing: str = "") -> None:
+        super().__init__(errno.EBUSY, f"{name}: is in use by {by}{doing}")
+        self.name = name
+        self.status = status
+        self.doing = doing
+
+    def held_by(self, who: str) -> "InUse":
+        """Return the same, with who has it."""
+        return InUse(self.name, self.status, by=who, doing=self.doing)
 
 
 class ImageError(VmdError):

@@ -198,6 +198,13 @@ def test_format_guessed(vmd: Daemon, tmp_path: Path) -> None:
     refused(vmd, "-d", top, words=(f"disk {top}", "has backing file layer0", f"give it as qcow2:{top}"))
 
 
+def threads_of(vmd: Daemon, title: str) -> set[str]:
+    """Return under which names ps -L shows the threads of a process."""
+    tasks = Path(f"/proc/{vmd.processes()[f'vmd: {title}']}/task")
+    names = {(task / "comm").read_text().rstrip("\n") for task in tasks.iterdir()}
+    return {name for name in names if not name.startswith("kvm-")}  # the kernel's own, which works for the VM
+
+
 def test_in_use(vmd: Daemon, tmp_path: Path) -> None:
     """By another VM, by the same one twice, and by QEMU; as a disk's base by a VM that writes to it."""
     disk, kernel = raw(tmp_path / "disk"), guest("demo")
@@ -207,12 +214,11 @@ def test_in_use(vmd: Daemon, tmp_path: Path) -> None:
     for option, path in ((f"raw:{disk}", disk), (f"qcow2:{top}", base)):
         done = vmd.vmctl("start", "-m", "32M", "-d", option, "second")
         assert done.returncode == 1
-        assert str(path) in done.stderr
-        assert "is in use by another process" in done.stderr
+        assert f"{path}: is in use by vm first, which writes to it" in done.stderr
     twin = raw(tmp_path / "twin")
     done = vmd.vmctl("start", "-m", "32M", "-d", f"raw:{twin}", "-d", f"raw:{twin}", "third")
     assert done.returncode == 1
-    assert f"disk {twin}: is in use by another process" in done.stderr
+    assert f"disk {twin} is given twice" in done.stderr
     vmd.must("stop", "-fw", "first")
     with writer(disk):
         refused(vmd, "-d", f"raw:{disk}", words=(f"disk {disk}", "is in use by another process, which writes to it"))
@@ -275,7 +281,7 @@ def test_killed_device_ends_its_vm_only(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_status_tells_of_disks(vmd: Daemon, tmp_path: Path) -> None:
-    """The processes of a VM's devices are named after them."""
+    """The processes of a VM's devices are named after them, and threads after what they do."""
     disk = raw(tmp_path / "disk")
     disc = raw(tmp_path / "disc")
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "-d", disk, "-r", disc, "full")
@@ -283,4 +289,7 @@ def test_status_tells_of_disks(vmd: Daemon, tmp_path: Path) -> None:
     names = {title for title in vmd.processes() if "vm/full/" in title}
     assert names == {f"vmd: vm/full/{device}" for device in ("viornd0", "vioblk0", "vioscsi0")}
     assert json.loads(vmd.must("status", "--json", "full"))["vms"][0]["state"] == "running"
+    assert threads_of(vmd, "vm/full") == {"event", "vcpu0"}
+    assert threads_of(vmd, "vm/full/vioblk0") == {"event", "io"}
+    assert threads_of(vmd, "vm/full/viornd0") == {"vm/full/viornd0"[-15:]}
     vmd.must("stop", "-fw", "full")

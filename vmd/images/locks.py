@@ -11,7 +11,7 @@ import fcntl
 import os
 import struct
 
-from vmd.errors import OperatorError
+from vmd.errors import InUse, OperatorError
 
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)  # QEMU's BLK_PERM_* as bit numbers
 USES, DENIES = 100, 200
@@ -26,7 +26,8 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
     """Lock an image for one writer or any number of readers, for as long as the open file lives.
 
     Raises:
-        OperatorError: somebody else uses it in a way that excludes ours, or the file system has no locks.
+        InUse: somebody else uses it in a way that excludes ours.
+        OperatorError: the file system has no locks.
     """
     uses, denies = WRITER if writable else READER
     marks = [USES + n for n in uses] + [DENIES + n for n in denies]
@@ -38,12 +39,12 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
     except OSError as error:
         unlock(fd)
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise OperatorError(errno.EBUSY, f"{path}: is in use by another process") from None
+            raise InUse(path, os.fstat(fd)) from None
         raise OperatorError(error.errno or errno.EIO, f"{path}: cannot be locked: {error.strerror}") from None
     if taken:
         unlock(fd)
         doing = ", which writes to it" if USES + WRITE in taken else ""
-        raise OperatorError(errno.EBUSY, f"{path}: is in use by another process{doing}")
+        raise InUse(path, os.fstat(fd), doing=doing)
 
 
 def _held_by_others(fd: int, byte: int) -> bool:

@@ -11,7 +11,7 @@ import stat
 import time
 
 from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
-from vmd.errors import HostError, OperatorError, VmdError
+from vmd.errors import HostError, InUse, OperatorError, VmdError
 from vmd.images.locks import lock
 from vmd.ipc import foreign
 from vmd.ipc.foreign import DISC_CONTENT, given_as, left_dirty, named_format, odd_length, quoted
@@ -306,12 +306,14 @@ def open_image(
                 doing = "cannot be opened for writing: " if writable else ""
                 # The file that was looked at, whatever the path leads to by now.
                 return os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno == errno.EBUSY:
+                    raise InUse(name, os.fstat(place), by="another process, or mounted") from None
+                raise
             finally:
                 os.close(place)
     except (OSError, HostError) as error:
         number = error.errno or errno.EIO
-        if number == errno.EBUSY:
-            raise OperatorError(number, f"{name}: is in use by another process, or mounted") from None
         if number in (errno.EACCES, errno.EPERM) and user is not None and user.uid:
             why = explained(number, path, f"uid {user.uid}").partition(": ")[2]
             why = f": {why}" if why else ""

@@ -13,7 +13,6 @@ import socket
 import struct
 import time
 
-from vmd import hostpaths
 from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.parent import instances, service
@@ -98,7 +97,7 @@ class Examination:
         """Give what a start would say of a VM, and what stands in its way when those before it run."""
         for _, what in rules.obstacles(vm):
             yield what
-        yield from self.of_networks(vm)
+        yield from self.of_rdomains(vm)
         yield from self.of_boot_files(vm)
         if self.probers is not None:
             images = self.probers[0]
@@ -109,15 +108,8 @@ class Examination:
         if vm.enabled:
             yield from self.beside_others(vm)
 
-    def of_networks(self, vm: "VmConfig") -> "Iterator[str]":
-        """Give what a start would say of interfaces on a host that lacks what they are made of."""
-        if vm.nics and not os.path.exists(hostpaths.TUN):
-            yield f"{hostpaths.TUN}: no such file: load the kernel module tun"
-        if any(nic.local for nic in vm.nics):
-            if self.settings.local_nat and not any(os.access(path, os.X_OK) for path in hostpaths.NFT_PATHS):
-                yield f"NAT for local interfaces: {hostpaths.NO_NFT}"
-            if self.settings.local_inet6 and not os.path.exists(hostpaths.IPV6):
-                yield "local inet6: this kernel has no IPv6"
+    def of_rdomains(self, vm: "VmConfig") -> "Iterator[str]":
+        """Give what a start would say of routing domains on a host that has none."""
         for index, nic in enumerate(vm.nics):
             switch = self.switches.get(nic.switch)
             number = switch.rdomain if switch is not None else nic.rdomain

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config, VmConfig
-from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
+from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError, sentence
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
@@ -87,7 +87,7 @@ from vmd.parent.children import Children
 from vmd.parent.consoles import Consoles
 from vmd.parent.identity import StateFile
 from vmd.parent.limits import require_files, require_room
-from vmd.parent.media import Media, replaced
+from vmd.parent.media import Media, holder, replaced
 from vmd.parent.network import Network
 from vmd.parent.options import Options
 from vmd.parent.report import describe
@@ -365,7 +365,10 @@ class Parent(Process):
         try:
             require_startable(config, bootable=given_boot is not None or again)
             self.check_startable(vm, config, again=again)
-            media = Media.open(config, self.prober, patience_s=vm.patience_s())
+            try:
+                media = Media.open(config, self.prober, patience_s=vm.patience_s())
+            except InUse as error:
+                raise holder(error, vm, self.vms) from None
             fresh_console, began = vm.open_console(), False
             assert vm.pty is not None
             try:

@@ -14,7 +14,7 @@ import os
 import time
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import OperatorError, VmdError, sentence
+from vmd.errors import InUse, OperatorError, VmdError, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -42,7 +42,7 @@ from vmd.log import log
 from vmd.parent import endings
 from vmd.parent.access import require_root
 from vmd.parent.limits import require_files
-from vmd.parent.media import Media
+from vmd.parent.media import Media, holder
 from vmd.parent.requests import check_paths, checked_request
 from vmd.parent.vmtable import State, Vm
 
@@ -224,7 +224,8 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
         if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
             parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm, receiving))
             return
-        stay_paused(parent, vm, code_of(error), sentence(error))
+        why = holder(error, vm, parent.vms) if isinstance(error, InUse) else error
+        stay_paused(parent, vm, code_of(error), sentence(why))
         return
     parent.note(vm, receiving.config, media.notes)
     vm.files = media.files()
