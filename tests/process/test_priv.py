@@ -17,8 +17,8 @@ from tests.support.hostnet import addresses, links, ours, rules, setting, state_
 from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
-from vmd.hostpaths import NFT_PATHS
 from vmd.ipc.messages import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
+from vmd.priv.rules import NFT_PATHS
 from vmd.privsep import linux
 
 pytestmark = pytest.mark.root

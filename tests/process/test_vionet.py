@@ -126,6 +126,13 @@ def make(network: Network) -> Iterator[Make]:
         one.close()
 
 
+def test_threads_are_told_apart(nic: Nic) -> None:
+    """By ps -L and top -H: who waits for events, who receives, who sends."""
+    tasks = Path(f"/proc/{nic.device.child.pid}/task")
+
+    assert {(task / "comm").read_text() for task in tasks.iterdir()} == {"event\n", "rx\n", "tx\n"}
+
+
 # --- good frames ---------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,6 @@ class Nic:
         self.link = link
         self.bridge = request.bridge
         self.fd = fd  # until the parent has it
-        self.alias = request.alias
         self.groups = request.groups
         self.networks = networks_of(request)
         self.link_local = b""
@@ -591,8 +590,7 @@ class Network:
         elif self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
             self.tidy()  # a firewall has come, or gone
         for loss in self.watch.to_log(time.monotonic()):
-            whose = [nic.alias for nic in self.all_nics() if nic.link.name == loss.name]
-            log.warn(": ".join([*whose, self.sentence(loss)]))
+            log.warn(self.sentence(loss))
 
     def losses(self, vmid: int) -> list[tuple[int, drops.Loss]]:
         """Return what is dropped now of a VM's packets, each with the number of the interface."""

@@ -24,7 +24,6 @@ import re
 import subprocess
 
 from vmd.errors import OperatorError, sentence
-from vmd.hostpaths import NFT_PATHS, NO_NFT
 from vmd.priv import drops
 from vmd.priv.firewalls import Chain
 from vmd.record import Record
@@ -33,6 +32,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+NFT_PATHS = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft", "/usr/local/sbin/nft")
 NFT_TIMEOUT_S = 10.0
 # As nft writes statements, and those of iptables that it does not know; not `ct status dnat` or `nd-redirect`.
 TRANSLATES = re.compile(r"(?<![-\w])(masquerade|redirect|[sd]nat\b[^,}\n]* to)\b", re.IGNORECASE)
@@ -203,7 +203,7 @@ class Nft:
 
     def _run(self, *arguments: str, given: str = "") -> str:
         if self.path is None:
-            raise OperatorError(errno.ENOENT, NO_NFT)
+            raise OperatorError(errno.ENOENT, "nft was not found: install nftables, or write `local nat disable`")
         try:
             done = subprocess.run(
                 [self.path, *arguments], input=given, capture_output=True, text=True, errors="replace",

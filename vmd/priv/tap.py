@@ -6,12 +6,12 @@ import os
 from struct import Struct
 
 from vmd.errors import HostError, OperatorError, sentence
-from vmd.hostpaths import TUN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+TUN = "/dev/net/tun"
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 IFF_TUN_EXCL = 0x8000  # never attach to one that is there already

@@ -6,6 +6,7 @@ import sys
 
 from vmd.privsep import linux
 
+EVENT = "event"  # the thread that waits for events, where a process has others beside it
 COMM_MAX = 15  # bytes the kernel keeps of PR_SET_NAME
 STACK_STRINGS_MAX = 1 << 20  # arguments and environment are far smaller
 
@@ -21,6 +22,12 @@ def set_title(title: str) -> None:
     # A last byte that is not NUL tells the kernel that this is one string, ending at its first NUL
     # (proc_pid_cmdline(5)); otherwise ps would show the padding as blanks.
     ctypes.memmove(start, shown.ljust(size - 1, b"\0") + b"\1", size)
+
+
+def name_thread(name: str) -> None:
+    """Show the calling thread under a name of its own, for `ps -L` and `top -H`; ps shows the process by its title."""
+    comm = ctypes.create_string_buffer(name.encode()[:COMM_MAX])
+    linux.prctl("name a thread", linux.PR_SET_NAME, ctypes.addressof(comm))
 
 
 def argument_area() -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ Runs as  _vmd, in vmm's cell; narrowed to KVM requests and its open descriptors 
 Peers    vmm; its device processes, which it starts
 Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
          disks and the disc only until their processes have them
-Threads  main: the event thread; vcpu-<n>: one for each vCPU
+Threads  event: the main thread; vcpu<n>: one for each vCPU; send, receive and hasher while it is sent or received
 
 It is started before there is a VM for it, imports what a VM needs, and waits (vmm keeps one in reserve).
 """
@@ -56,7 +56,7 @@ from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
 from vmd.privsep.confine import VM, confine
-from vmd.privsep.title import set_title
+from vmd.privsep.title import EVENT, name_thread, set_title
 from vmd.vm import vmmci
 from vmd.vm.boot import loader
 from vmd.vm.clockwatch import ClockWatch
@@ -161,6 +161,7 @@ class VmProcess(Process):
 
     def report_running(self, machine: Machine, *, paused: bool = False) -> None:
         """Say that the guest executes, or waits to be unpaused."""
+        name_thread(EVENT)
         memory = os.dup(machine.memory.fd)
         self.vmm.send(VmRunning(vmid=self.vmid, pid=os.getpid(), paused=paused), fds={"memory": [memory]})
 

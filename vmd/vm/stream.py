@@ -25,6 +25,7 @@ import threading
 from struct import Struct
 
 from vmd.errors import VmdError, sentence
+from vmd.privsep.title import name_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Hasher:
         self._thread.join()
 
     def _run(self) -> None:
+        name_thread("hasher")
         while True:
             self._go.acquire()
             work = self._work

@@ -10,6 +10,7 @@ from vmd.errors import GuestError, HostError, VmdError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
+from vmd.privsep.title import name_thread
 from vmd.vm import state
 from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamReader, StreamWriter
 
@@ -66,6 +67,7 @@ class Sender:
         self._cancelled.set()
 
     def _run(self) -> None:
+        name_thread("send")
         text = "internal error while it was sent"  # where an exception passes by: it is shown, and the guest lives
         try:
             try:
@@ -152,6 +154,7 @@ class Receiver:
         self._proceed.set()
 
     def _run(self) -> None:
+        name_thread("receive")
         try:
             try:
                 machine = self._read(StreamReader(self.pipe))

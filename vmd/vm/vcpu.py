@@ -25,6 +25,7 @@ from vmd.kvmapi.exits import (
     SystemEvent,
 )
 from vmd.log import log
+from vmd.privsep.title import name_thread
 from vmd.vm.boot.start import Mode, Start
 
 TYPE_CHECKING = False
@@ -100,7 +101,7 @@ class VcpuThread:
         self._parking = threading.Condition()
         self._on_parked: Callable[[], None] | None = None  # while it is to stand still, or does
         self.left_ns = 0  # by CLOCK_MONOTONIC: when it left the guest to stand still
-        self._thread = threading.Thread(target=self._run, name=f"vcpu-{number}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
 
     def start(self) -> None:
         """Let the guest execute."""
@@ -132,6 +133,7 @@ class VcpuThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        name_thread(f"vcpu{self.number}")
         self.vcpu.bind_thread()
         try:
             self._loop()

@@ -20,6 +20,7 @@ from vmd.images.hostfile import DataLost, FlushFailed
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
 from vmd.log import RateLimit, log
+from vmd.privsep.title import name_thread
 from vmd.virtio import spec
 from vmd.virtio.queue import DESC, U16
 
@@ -101,6 +102,7 @@ class Workers:
         self.jobs.put(job)
 
     def _work(self) -> None:
+        name_thread("io")
         get, done, rest = self.jobs.get, self.done, self.idle.append
         while True:
             get()()

@@ -12,6 +12,7 @@ from vmd.errors import ImageError, PeerError
 from vmd.images.chain import Link, open_chain
 from vmd.ipc import devmsg
 from vmd.privsep.confine import VIOBLK
+from vmd.privsep.title import EVENT, name_thread
 from vmd.virtio import spec
 
 TYPE_CHECKING = False
@@ -41,6 +42,7 @@ def main() -> int:
 def make(services: VioblkProcess) -> Vioblk:
     """Open the disk and start the threads.  Raises ImageError or PeerError."""
     host = services.host
+    name_thread(EVENT)
     return Vioblk(open_disk(host), services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
 
 

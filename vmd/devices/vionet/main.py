@@ -14,6 +14,7 @@ from vmd.devices.vionet.tap import Tap
 from vmd.errors import PeerError
 from vmd.ipc import devmsg
 from vmd.privsep.confine import VIONET
+from vmd.privsep.title import EVENT, name_thread
 
 
 class NetProcess(ThreadedProcess):
@@ -75,4 +76,5 @@ def make(services: NetProcess) -> Vionet:
     except ValueError as error:
         raise PeerError(process.VM, str(error)) from None
     tap = Tap(host.resources[0], host.names[0])
+    name_thread(EVENT)
     return Vionet(interface, tap, host.kicks, services)

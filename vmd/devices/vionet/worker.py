@@ -12,6 +12,7 @@ import select
 
 from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.errors import GuestError, HostError
+from vmd.privsep.title import name_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 
 POLLIN = select.POLLIN
+THREADS = ("rx", "tx")  # by number of the queue
 
 
 class Worker:
@@ -97,6 +99,7 @@ class Worker:
             self.services.interrupt(self.number)
 
     def _run(self) -> None:
+        name_thread(THREADS[self.number])
         try:
             while True:
                 self._stand()
