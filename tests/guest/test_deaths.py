@@ -146,7 +146,7 @@ def test_death_of_vmm(vmd: Daemon, state: str) -> None:
         return
     with starting(vmd, "vm") if state == "starting" else stopping(vmd) as (client, _):
         end_by_vmm(vmd)
-        assert ended(client)[0] == 1
+        assert ended(client)[0] == 3
 
 
 def end_by_vmm(vmd: Daemon) -> None:
