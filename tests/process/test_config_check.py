@@ -299,6 +299,7 @@ def test_what_a_host_does_not_have_stops_nobody_else(tmp_path: Path) -> None:
     late = tmp_path / "late"
     conf = f"socket owner nobody-here\ninclude more.conf\nvm lost {{\n memory 32M\n {DEMO}\n owner nobody-here\n}}\n"
     conf += f"vm late {{\n memory 32M\n boot late\n}}\nvm good {{\n memory 32M\n {DEMO}\n}}\n"
+    conf += "staggered start parallel 8 delay 0\n"
     with Daemon(tmp_path, conf) as vmd:
         vmd.wait_state("good", "running")
         assert vmd.wait_state("lost", "stopped")["text"] == "failed to get user: nobody-here"

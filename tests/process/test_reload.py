@@ -371,3 +371,27 @@ def test_a_vm_that_cannot_start_does_not_hold_up_the_others(tmp_path: Path) -> N
         row = vmd.status("a")
         assert row["state"] == "stopped"
         assert "nothing: No such file or directory" in row["text"]
+
+
+# --- names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.deep
+def test_a_name_that_is_a_number(tmp_path: Path) -> None:
+    """Whoever types it means the VM that is called so, and never the one that happens to have this id."""
+    with Daemon(tmp_path, block("2") + block("b") + block("c")) as vmd:
+        ids = {row["name"]: row["id"] for row in vmd.rows()}
+        assert ids == {"2": 1, "b": 2, "c": 3}
+        assert f'vmd: {vmd.conf}:1: vm "2": a name that is a number' in vmd.log
+        for name in ("2", "b", "3"):  # the last is an id: nobody is called so
+            vmd.must("start", name)
+        assert states(vmd) == {"2": "running", "b": "running", "c": "running"}
+        vmd.must("pause", "2")
+        assert states(vmd) == {"2": "paused", "b": "running", "c": "running"}
+        vmd.must("stop", "-fw", "2")
+        assert states(vmd) == {"2": "stopped", "b": "running", "c": "running"}
+        refused = vmd.vmctl("stop", "-f", "2")
+        assert refused.returncode == 1
+        assert states(vmd) == {"2": "stopped", "b": "running", "c": "running"}
+        vmd.must("stop", "-fw", "3")
+        assert states(vmd)["c"] == "stopped"
