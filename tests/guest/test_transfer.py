@@ -424,7 +424,7 @@ def test_a_disk_that_somebody_has(busy: Daemon, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "stays paused" in refused.stderr
     assert busy.must("pause", "c").endswith("successfully\n")
-    assert "still waits for its disks" in ended(vmctl(busy, "send", "c"))[1]
+    assert "still waits for its disks" in ended(vmctl(busy, "send", "-k", "c"))[1]
     assert busy.status("a")["state"] == "paused"
     busy.must("stop", "-fw", "a")
     assert busy.must("unpause", "c").endswith("successfully\n")
@@ -809,7 +809,7 @@ def test_sending_meanwhile(busy: Daemon) -> None:
 def test_receiving_meanwhile(busy: Daemon, options: tuple[str, ...]) -> None:
     """What else is asked is refused, with the state; stopping ends it, and the client is told."""
     with stuck(busy, "receive") as transfer:
-        for words in (("pause", "c"), ("unpause", "c"), ("send", "c")):
+        for words in (("pause", "c"), ("unpause", "c"), ("send", "-k", "c")):
             assert "vm c is receiving" in ended(vmctl(busy, *words))[1]
         assert "vm c exists, and is receiving" in from_file(busy, "c", busy.conf)[1]
 
@@ -958,7 +958,8 @@ def test_a_disk_that_cannot_be_flushed_keeps_its_vm_here(tmp_path: Path) -> None
                 console.expect(PROMPT, DEADLINE_S)
             file.rule(fusefile.FSYNC, errno.EIO)
 
-            status, said = ended(vmctl(vmd, "send", "a"))
+            with (tmp_path / "stream").open("wb") as stream:
+                status, said = ended(vmctl(vmd, "send", "a", stdout=stream.fileno()))
 
             assert (status, said) == (
                 1,
