@@ -330,6 +330,22 @@ def test_backlog_does_not_act_on_the_terminal(daemon: FakeDaemon, line: Line) ->
         operator.close()
 
 
+def test_backlog_alone_at_a_terminal(daemon: FakeDaemon, line: Line) -> None:
+    """Only the screen is a terminal: it is what matters."""
+    daemon.answers(ConsoleOutput(data=b"\x1bc\x1b[?7l\x1b[6n\x1b[31mred"), line.answers[-1])
+    master, slave = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "console", "web"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=slave, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        os.close(slave)
+        screen = Console(master)
+        screen.drain(DEADLINE_S)
+        assert process.wait(DEADLINE_S) == 0
+    os.close(master)
+    assert screen.said == b"\x1b[31mred\x1b[m"
+
+
 @pytest.mark.parametrize("way", ["leave", "end", "signal", "daemon"])
 def test_terminal_is_given_back_as_it_was(daemon: FakeDaemon, line: Line, operator: Operator, way: str) -> None:
     """Whatever the guest printed, a sequence without an end included, and however we end."""
