@@ -8,7 +8,7 @@ import errno
 import os
 
 from vmctl.client import Client
-from vmctl.errors import CommandError, NoDaemon, NoSuchVm, Refused, refused
+from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, refused
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
@@ -27,6 +27,8 @@ def run(session: Session, given: Given) -> int:
     """Attach to the console of a VM, or watch it; or only tell a program where it is."""
     ref = parse_vmref(given.operand)
     if session.json:
+        if given.has("-f") or given.has("-r"):
+            raise ArgumentError("--json only tells where the console is, and cannot be used with -f or -r")
         return tell(session, ref)
     if given.has("-r"):
         return watch(session.client, ref)

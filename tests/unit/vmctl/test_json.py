@@ -1,6 +1,7 @@
 """--json of commands that fail: one document, whatever the mistake, and every command takes the option."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,23 @@ def test_the_console_of_a_vm_that_does_not_run(vmctl: Vmctl, daemon: FakeDaemon)
     status, output, _ = vmctl("console", "2", "--json")
     assert (status, schema.check(output, "console")["tty"]) == (0, "/dev/pts/3")
     assert daemon.requests == [ListRequest(), ListRequest()]
+
+
+@pytest.mark.parametrize("option", ["-f", "-r"])
+def test_a_console_is_not_attached_to(vmctl: Vmctl, daemon: FakeDaemon, option: str) -> None:
+    """What would attach is refused, before anything is asked."""
+    status, output, _ = vmctl("console", option, "web", "--json")
+
+    assert status == 2
+    assert option in schema.check(output, "error")["error"]
+    assert daemon.requests == []
+
+
+def test_versions(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """Both, or why that of the daemon cannot be had."""
+    assert schema.check(vmctl("version", "--json")[1], "version")["vmd"] == "9.9"
+    status, output, _ = vmctl("version", "--json", socket=str(tmp_path / "none.sock"))
+    assert (status, schema.check(output, "error")["code"]) == (3, errno.ENOENT)
 
 
 def test_an_image_that_cannot_be_made(vmctl: Vmctl) -> None:
