@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from tests.support.daemon import ROOT
 from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
 from tests.support.network import Network, TapInterface
-from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Made, Poor, Priv, nic, switch
+from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Grouped, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.ipc.messages import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
 from vmd.priv.rules import NFT_PATHS
@@ -144,7 +145,7 @@ def test_a_tap_that_is_there_is_used_and_left(network: Network, priv: Priv) -> N
         assert settled(network, "tap4") == before
 
 
-def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, priv: Priv) -> None:
+def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, tmp_path: Path) -> None:
     """It joins the bridge with its MTU, and leaves it; a bridge of the administrator's that it is in it stays in."""
     network.run("ip", "link", "add", "mine", "type", "bridge")
     network.run("ip", "link", "add", "wire", "mtu", "9000", "type", "veth", "peer", "name", "other")
@@ -153,21 +154,22 @@ def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, priv: 
         network.run("ip", "tuntap", "add", name, "mode", "tap")
     network.run("ip", "link", "set", "tap5", "master", "mine", "mtu", "9000")
     before = [settled(network, name) for name in ("tap4", "tap5", "tap6")]
-    priv.configure(switch("br0"), switch("mine"))
+    with Priv(network, Grouped(tmp_path)) as priv:
+        priv.configure(switch("br0"), switch("mine"))
 
-    on_mine = (existing(name, bridge="mine") for name in ("tap5", "tap6"))
-    with priv.make(existing("tap4", bridge="br0", groups=("7",)), *on_mine):
-        there = links(network)
-        assert [there[name]["master"] for name in ("tap4", "tap5", "tap6")] == ["br0", "mine", "mine"]
-        assert (there["tap4"]["group"], there["tap6"]["mtu"], there["mine"]["mtu"]) == ("7", 9000, 9000)
-        assert priv.configure(switch("mine")) == ()  # br0 goes with its last tap, which tap4 is
-        assert "br0" in links(network)
-        priv.remove()
-    assert [settled(network, name) for name in ("tap4", "tap5", "tap6")] == before
-    assert "br0" not in links(network)
-    priv.configure(switch("br0"))
-    assert "is in another bridge or VRF than br0" in priv.refuse(existing("tap5", bridge="br0")).text
-    assert settled(network, "tap5") == before[1]
+        on_mine = (existing(name, bridge="mine") for name in ("tap5", "tap6"))
+        with priv.make(existing("tap4", bridge="br0", groups=("web",)), *on_mine):
+            there = links(network)
+            assert [there[name]["master"] for name in ("tap4", "tap5", "tap6")] == ["br0", "mine", "mine"]
+            assert (there["tap4"]["group"], there["tap6"]["mtu"], there["mine"]["mtu"]) == ("7", 9000, 9000)
+            assert priv.configure(switch("mine")) == ()  # br0 goes with its last tap, which tap4 is
+            assert "br0" in links(network)
+            priv.remove()
+        assert [settled(network, name) for name in ("tap4", "tap5", "tap6")] == before
+        assert "br0" not in links(network)
+        priv.configure(switch("br0"))
+        assert "is in another bridge or VRF than br0" in priv.refuse(existing("tap5", bridge="br0")).text
+        assert settled(network, "tap5") == before[1]
 
 
 @pytest.mark.deep
@@ -273,13 +275,16 @@ def test_a_vm_asks_once(priv: Priv) -> None:
         assert priv.refuse(nic()).code == errno.EEXIST
 
 
-def test_linux_group_and_nftables_sets(network: Network, priv: Priv) -> None:
+def test_linux_group_and_nftables_sets(network: Network, tmp_path: Path) -> None:
     """The first group that the host knows is Linux's; both are sets of nftables."""
-    with priv.make(nic(groups=("lab", "7")), nic(groups=("7",))):
+    with (
+        Priv(network, Grouped(tmp_path)) as priv,
+        priv.make(nic(groups=("lab", "web")), nic(groups=("web",))),
+    ):
         assert [links(network)[name]["group"] for name in ("tap0", "tap1")] == ["7", "7"]
         assert 'set vmd_lab { type ifname elements = { "tap0" } }' in rules(network)
-        assert 'set vmd_7 { type ifname elements = { "tap0", "tap1" } }' in rules(network)
-    assert priv.log.count("group lab is not in /etc/iproute2/group") == 1
+        assert 'set vmd_web { type ifname elements = { "tap0", "tap1" } }' in rules(network)
+        assert priv.log.count("group lab is not in /etc/iproute2/group") == 1
 
 
 def test_rules_of_the_administrator_stay(network: Network, priv: Priv) -> None:
@@ -915,15 +920,15 @@ def test_a_host_without_tun(network: Network) -> None:
     assert failed.text == "/dev/net/tun: No such file or directory: load the kernel module tun"
 
 
-def test_a_host_without_nftables(network: Network) -> None:
+def test_a_host_without_nftables(network: Network, tmp_path: Path) -> None:
     """NAT is what cannot be had; everything else can, and groups are Linux's own."""
-    with Priv(network, Poor(*NFT_PATHS)) as priv:
+    with Priv(network, Grouped(tmp_path, *NFT_PATHS)) as priv:
         priv.configure(switch("br0"))
         failed = priv.refuse(nic(host4=HOST4))
         assert failed.text == (
             "NAT for local interfaces: nft was not found: install nftables, or write `local nat disable`"
         )
-        with priv.make(nic(bridge="br0", groups=("7",))):
+        with priv.make(nic(bridge="br0", groups=("web",))):
             assert links(network)["tap0"]["group"] == "7"
         assert priv.log.count("groups have no sets in nftables: nft was not found") == 1
         priv.remove()
