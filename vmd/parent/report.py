@@ -9,7 +9,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.config.model import VmConfig
 
-PATH_BYTES_MAX = 1023  # a longer one is cut: all that a VM has must fit a message
+# What is longer is cut: all that a VM has must fit a message, or nobody sees any VM.
+PATH_BYTES_MAX = 1023
+REASON_BYTES_MAX = 1500
 
 
 def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
@@ -18,7 +20,7 @@ def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
     Its files are shown to those who may control it; all else to everybody who may open the socket.
     """
     config = vm.running_config or vm.config
-    gid = vm.config.owner.gid
+    gid, end = vm.config.owner.gid, vm.last_end
     return VmInfo(
         vmid=vm.vmid,
         name=vm.name,
@@ -31,14 +33,14 @@ def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
         gid=gid,
         owner=owner_text(vm.uid, gid),
         state=vm.state.value,
-        text=vm.text,
+        text=brief(vm.text, REASON_BYTES_MAX),
         since_s=int(vm.since_s),
         started_s=int(vm.started_s) if vm.alive else 0,
         restarts=vm.guest_resets,
         autostart=vm.from_config and vm.config.enabled,
         files=files_of(config) if may_control(caller, vm.uid, gid) else None,
         nics=nics,
-        ended=vm.last_end,
+        ended=end.replace(text=brief(end.text, REASON_BYTES_MAX)) if end is not None else None,
     )
 
 
