@@ -121,6 +121,18 @@ def test_relative_paths_are_those_of_the_file(vmd: Daemon) -> None:
     assert states(vmd)["c"] == "running"
 
 
+def test_what_is_odd_is_said_to_who_reloads(vmd: Daemon, tmp_path: Path) -> None:
+    """The warnings of `vmd -n` that need no look at the host; and the same of a file that is loaded."""
+    text = 'unused = "x"\n' + block("c", 'interface switch "nope"')
+    (tmp_path / "more.conf").write_text(text.replace('"c"', '"d"'))
+    said = [reload(vmd, vmd.conf.read_text() + text), vmd.must("load", tmp_path / "more.conf")]
+    for each in said:
+        assert "vmctl: warning: macro 'unused' not used\n" in each
+        assert 'interface 0: switch "nope" not found: it is connected to nothing\n' in each
+    assert said[0].count("\n") == said[1].count("\n") == 2
+    assert states(vmd) == {"a": "running", "b": "stopped", "c": "stopped", "d": "stopped"}
+
+
 # --- VMs that run ----------------------------------------------------------------------------------------
 
 

@@ -113,8 +113,8 @@ NOTES_MAX = 30
 NOTES_BYTES_MAX = 12288  # of all together
 ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a message has room for
 
-# (path, what is known) -> the file as a configuration; None is the main file, read for itself
-LoadConfig = Callable[[str | None, Config | None], Config]
+# (path, what is known, whom to warn) -> the file as a configuration; None is the main file, read for itself
+LoadConfig = Callable[[str | None, Config | None, Callable[[str], None]], Config]
 
 
 class Parent(Process):
@@ -301,14 +301,24 @@ class Parent(Process):
 
         Returns what is worth telling the operator.  Raises ConfigErrors.
         """
-        config = self.load_config(None, None)
-        warnings = self.network.configure(config)
+        config, warnings = self.load(None, None)
+        warnings += self.network.configure(config)
         vms, problems = self.resolved(config)
         notes = reload.replace_all(self.vms, vms)
         self.take_effect(config)
         for note in notes:
             log.info(note)
         return warnings + problems + notes
+
+    def load(self, path: str | None, known: Config | None) -> tuple[Config, list[str]]:
+        """Return what a file says, and what is odd about it, which is logged, too.  Raises ConfigErrors."""
+        warnings: list[str] = []
+
+        def warn(text: str) -> None:
+            log.warn(text)
+            warnings.append(text)
+
+        return self.load_config(path, known, warn), warnings
 
     def apply(self, config: Config) -> list[str]:
         """Make what a further file says part of the configuration in force; returns what is worth telling of it."""
@@ -701,8 +711,8 @@ class Parent(Process):
     def serve_load(self, message: LoadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read a further file; VMs it names again are left as they are."""
         require_root(caller, "load a configuration")
-        loaded = self.load_config(message.path, self.config)
-        notes = self.apply(loaded.replace(switches=(*self.config.switches, *loaded.switches)))
+        loaded, warnings = self.load(message.path, self.config)
+        notes = warnings + self.apply(loaded.replace(switches=(*self.config.switches, *loaded.switches)))
         self.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
 
     def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: Envelope) -> None:

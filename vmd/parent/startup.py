@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 from vmd.config import check
 from vmd.config.check import ConfigErrors
@@ -68,7 +69,12 @@ def shown(text: str) -> int:
 
 
 def read_config(
-    options: Options, path: str | None = None, known: Config | None = None, *, starting: bool = False
+    options: Options,
+    path: str | None = None,
+    known: Config | None = None,
+    warn: Callable[[str], None] = log.warn,
+    *,
+    starting: bool = False,
 ) -> Config:
     """Read the main configuration file or, on top of what is `known`, an additional one.  Raises ConfigErrors.
 
@@ -79,7 +85,7 @@ def read_config(
         macros=dict(options.macros),
         may_be_missing=starting and not options.conf_given,
         starting=starting,
-        warn=log.warn,
+        warn=warn,
         settings=known.settings if known else None,
         known_switches=known.switches if known else (),
     )
@@ -103,7 +109,7 @@ def serve(options: Options) -> int:
         service.make_run_directory()
         children = Children(uid, gid)
         state = StateFile(state_directory())
-        parent = Parent(options, config, lambda path, known: read_config(options, path, known), state)
+        parent = Parent(options, config, partial(read_config, options), state)
         parent.on_ready = ready
         parent.start(children, listener, kvm_fd)
         parent.loop.run()

@@ -36,7 +36,8 @@ class Peer:
 def parent(tmp_path: Path) -> Iterator[Parent]:
     """Give a parent that waits for its three processes, with a listener."""
     config = Config(switches=(SwitchConfig(name="lan", interface="br7"),))
-    parent = Parent(Options(socket_path=str(tmp_path / "vmd.sock")), config, lambda _path, _known: config)
+    options = Options(socket_path=str(tmp_path / "vmd.sock"))
+    parent = Parent(options, config, lambda _path, _known, _warn: config)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         parent.listener = listener
         parent.peers = {proc: Peer(proc) for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM)}  # type: ignore[misc]
