@@ -2,7 +2,8 @@
 
 Runs as  root; the only process that sees the host's file system
 Peers    control (requests of vmctl), vmm (VM processes), priv (network); all started here
-Holds    the configuration, the VM table, the file of identities, consoles; a VM's boot files only until vmm has them
+Holds    the configuration, the VM table, the file of identities, consoles; a VM's boot files only until vmm has them;
+         descriptors of guests' memory, which it neither maps nor reads, for how much of it there is
 Parses   vm.conf, its own file of identities, and checked messages; never a byte a guest or an image wrote
 """
 
