@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import zlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,8 +16,17 @@ from vmd.vm.boot import loader
 from vmd.vm.boot.image import Image, Kind, unpack
 
 
+@pytest.fixture(autouse=True)
+def opened() -> Iterator[None]:
+    """Close the images that a test has opened, if it has not done so."""
+    before = open_descriptors()
+    yield
+    for number in set(open_descriptors()) - set(before):
+        os.close(int(number))
+
+
 def open_image(data: bytes) -> Image:
-    """Return an image of these bytes; its descriptor lives until the test's process ends."""
+    """Return an image of these bytes, which is open until the test ends."""
     return Image(memfd(data), "/bsd")
 
 
