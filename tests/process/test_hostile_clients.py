@@ -402,6 +402,7 @@ def test_viewers_take_a_console_from_each_other(vmd: UsersDaemon) -> None:
         if client is not clients[-1] and isinstance(answer, ConsoleAttached):
             answer = receive(client)  # that it is taken may come before or after
         assert isinstance(answer, ConsoleAttached if client is clients[-1] else Failed | ConsoleAttached)
+    assert len(os.listdir(f"/proc/{vmd.pid}/fd")) <= before + 4  # the pty that was taken last, for a moment
     for client in clients:
         client.close()
     deadline = time.monotonic() + DEADLINE_S

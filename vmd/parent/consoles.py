@@ -42,6 +42,7 @@ QUIET_ROUNDS = 3  # what is on its way within the kernel's pty is not counted fo
 PATIENCE_S = 1.0  # without a byte read; for a viewer that nobody knows of
 VIEWER_PATIENCE_S = 60.0  # ... and for one that is connected
 WATCH_ROUND_S = 0.05  # between two looks for those who watch
+PENDING_MAX = 16  # requests for one console that its VM process has not answered
 FORGOTTEN_MAX = 16  # VMs that are not known any more, and whose last output is
 
 
@@ -103,6 +104,7 @@ class Consoles:
         self.kept: dict[str, Kept] = {}  # by name, oldest first
         self.leaving: set[Leaving] = set()
         self.watchers: list[Watcher] = []
+        self._taken: dict[int, Pty] = {}  # vmid -> the pty that its console had before
         self._watch_timer: Timer | None = None
 
     @property
@@ -127,6 +129,8 @@ class Consoles:
         user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
         if vm.console_client is not None and not message.force:
             raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
+        if len(self.snapshots.get(vm.vmid, ())) >= PENDING_MAX:
+            raise OperatorError(errno.EAGAIN, f"vm {vm.name} does not answer its {PENDING_MAX} viewers")
         fds = self._take_over(vm, user) if message.force else {}
         vm.console_client, vm.console_user = client, user
         self.snapshots.setdefault(vm.vmid, []).append(client)
@@ -154,9 +158,22 @@ class Consoles:
             self.parent.answer_failure(vm.console_client, VMD_CONSOLE_TAKEN, text)
         if old is not None:
             log.info(f"{vm.name}: console taken over by {user}, now tty {vm.pty.path}")
-            # A little later: its viewer is to read first why.
-            self.call_later(PATIENCE_S, old.close)
+            self._close_later(vm.vmid, old)
         return fds
+
+    def _close_later(self, vmid: int, pty: Pty) -> None:
+        """Close a pty that was taken from its viewer, who is to read first why; one of a VM at a time."""
+        before = self._taken.pop(vmid, None)
+        if before is not None:
+            before.close()
+        self._taken[vmid] = pty
+
+        def close() -> None:
+            if self._taken.get(vmid) is pty:
+                del self._taken[vmid]
+                pty.close()
+
+        self.call_later(PATIENCE_S, close)
 
     def serve_watch(self, message: ConsoleWatch, caller: "Caller", client: int) -> None:
         """Show a console to somebody who does not have it.  Raises OperatorError."""
