@@ -53,23 +53,19 @@ class L1Error(Exception):
     """The machine did not run its command to the end; the text tells why."""
 
 
-class Machine:
-    """One run of one command; `out` is the folder that the machine sees as `/l1`."""
+class Emulated:
+    """A machine that boots a kernel with some devices; `out` is a folder that it sees as the share `out`."""
 
-    def __init__(self, out: Path, command: Sequence[str], limit_s: int) -> None:
+    def __init__(self, out: Path, kernel: Kernel, initrd: Path, devices: Sequence[str], limit_s: int) -> None:
         self.out = out
         self.limit_s = limit_s
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("status", "console", "output"):
-            Path(out, name).unlink(missing_ok=True)
-        Path(out, "command").write_text(_script(command))
         Path(out, HEARTBEAT).touch()
         self.wakes = 0
-        self.qemu = self._start(prepare())
+        self.qemu = self._start(kernel, initrd, devices)
         threading.Thread(target=self._wake, daemon=True).start()
 
-    def _start(self, files: tuple[Kernel, Path]) -> subprocess.Popen[bytes]:
-        kernel, initrd = files
+    def _start(self, kernel: Kernel, initrd: Path, devices: Sequence[str]) -> subprocess.Popen[bytes]:
         with open(self.out / "qemu-errors", "wb") as errors, open(self.out / "output", "wb") as output:
             return subprocess.Popen(
                 [
@@ -77,9 +73,9 @@ class Machine:
                     "-smp", str(VCPUS), "-m", str(MEMORY_MIB),
                     "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", APPEND,
                     "-serial", f"file:{self.out}/console", "-serial", "stdio",
-                    "-virtfs", _share("host", Path("/"), "readonly=on,multidevs=remap"),
-                    "-virtfs", _share("modules", kernel.root / "lib/modules", "readonly=on"),
-                    "-virtfs", _share("out", self.out, "multidevs=remap"),
+                    "-virtfs", share("modules", kernel.root / "lib/modules", "readonly=on"),
+                    "-virtfs", share("out", self.out, "multidevs=remap"),
+                    *devices,
                 ],
                 stdin=subprocess.PIPE, stdout=output, stderr=errors,
             )  # fmt: skip
@@ -110,22 +106,6 @@ class Machine:
         """Return whether the machine, which still runs, has given no sign of life for too long."""
         return self.silent_s() > STUCK_S
 
-    def status(self) -> int:
-        """Return the exit status of the command, once the machine is off; L1Error if it has none."""
-        written = self.out / "status"
-        if written.exists():
-            return int(written.read_text())
-        if self.qemu.returncode in (124, 137):
-            raise L1Error(f"the emulated machine was not done after {self.limit_s} s\n{self.tail()}")
-        raise L1Error(f"the emulated machine ended before its command did\n{self.tail()}")
-
-    def died(self) -> bool:
-        """Return whether the machine, now off, has reset itself in the middle of its command: no test's fault.
-
-        Its kernel found itself stuck, or its memory other than it was; or all handlers of faults faulted.
-        """
-        return self.qemu.returncode == 0 and not Path(self.out, "status").exists()
-
     def tail(self) -> str:
         """Return the ends of all that the machine said."""
         parts = []
@@ -143,6 +123,35 @@ class Machine:
         self.qemu.wait()
 
 
+class Machine(Emulated):
+    """One run of one command on this host's root file system."""
+
+    def __init__(self, out: Path, command: Sequence[str], limit_s: int) -> None:
+        kernel, initrd = prepare()
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("status", "console", "output"):
+            Path(out, name).unlink(missing_ok=True)
+        Path(out, "command").write_text(_script(command))
+        root = ("-virtfs", share("host", Path("/"), "readonly=on,multidevs=remap"))
+        super().__init__(out, kernel, initrd, root, limit_s)
+
+    def status(self) -> int:
+        """Return the exit status of the command, once the machine is off; L1Error if it has none."""
+        written = self.out / "status"
+        if written.exists():
+            return int(written.read_text())
+        if self.qemu.returncode in (124, 137):
+            raise L1Error(f"the emulated machine was not done after {self.limit_s} s\n{self.tail()}")
+        raise L1Error(f"the emulated machine ended before its command did\n{self.tail()}")
+
+    def died(self) -> bool:
+        """Return whether the machine, now off, has reset itself in the middle of its command: no test's fault.
+
+        Its kernel found itself stuck, or its memory other than it was; or all handlers of faults faulted.
+        """
+        return self.qemu.returncode == 0 and not Path(self.out, "status").exists()
+
+
 def prepare() -> tuple[Kernel, Path]:
     """Return kernel and initramfs of the machine, fetched or built when needed; L1Error if that fails."""
     try:
@@ -158,7 +167,8 @@ def _script(command: Sequence[str]) -> str:
     return f"{exports}cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}\n"
 
 
-def _share(tag: str, folder: Path, options: str) -> str:
+def share(tag: str, folder: Path, options: str) -> str:
+    """Return the option of QEMU that shows a folder to the machine."""
     return f"local,mount_tag={tag},path={folder},security_model=none,{options}"
 
 
