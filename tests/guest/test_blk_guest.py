@@ -50,7 +50,7 @@ def check(report: str, *interfaces: str) -> None:
 
 
 @pytest.mark.parametrize(("lines", "interfaces", "cmdline"), [
-    (("vcpus 2",), ("modern", "legacy"), ""),
+    pytest.param(("vcpus 2",), ("modern", "legacy"), "", marks=pytest.mark.deep),
     pytest.param(("virtio legacy",), ("legacy",), "", marks=pytest.mark.deep),
     pytest.param(("virtio modern",), ("modern",), "", marks=pytest.mark.deep),
     (("virtio memory",), ("modern",), ""),
@@ -101,6 +101,7 @@ def test_what_is_wrong_with_a_disk_is_in_the_status(tmp_path: Path) -> None:
     assert log.count(text) == 1
 
 
+@pytest.mark.deep
 def test_the_second_disk_is_another(tmp_path: Path) -> None:
     """A guest that works on its second disk leaves the first one alone."""
     first, second = Disk(tmp_path / "first"), Disk(tmp_path / "second")

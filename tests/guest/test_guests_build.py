@@ -213,6 +213,7 @@ def test_selftest_under_qemu() -> None:
     assert report[-1] == f"selftest: {sum(line.startswith('ok ') for line in report)} ok, 0 failed"
 
 
+@pytest.mark.deep
 @pytest.mark.kvm
 def test_blk_under_qemu(tmp_path: Path) -> None:
     """A disk of QEMU's passes, and what QEMU does in another way is left out by name."""

@@ -93,6 +93,7 @@ def check(report: str, *interfaces: str) -> None:
     assert f"address {LLADDR}\n" in report
 
 
+@pytest.mark.deep
 def test_frames(tmp_path: Path) -> None:
     """Every byte both ways: all registers, interrupts, buffers and offloads, chains and tables, flags and events."""
     with running(tmp_path, conf("vcpus 2")) as net:

@@ -62,16 +62,9 @@ def pause_often(tmp_path: Path, times: int, cmdline: str, *lines: str) -> None:
     assert report.rounds >= times * ROUNDS
 
 
-LOADS = [
-    ("smp", ("vcpus 2",)),
-    ("smp intx-ioapic", ("vcpus 2",)),
-    ("intx-pic legacy", ("virtio legacy",)),
-    ("polled flags", ("virtio modern",)),
-]
-WAYS = pytest.mark.parametrize(("cmdline", "lines"), LOADS, ids=[cmdline for cmdline, _ in LOADS])
 
 
-@WAYS
+@churn.WAYS
 def test_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
     """No interrupt and no request is lost, by MSI-X, by INTx through either controller, and without."""
     pause_often(tmp_path, TIMES, cmdline, *lines)
@@ -79,10 +72,10 @@ def test_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...])
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@WAYS
+@churn.WAYS
 def test_many_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
     """A thousand of them; as the other ways differ in interrupts only, a tenth of that there."""
-    pause_often(tmp_path, TIMES_DEEP if (cmdline, lines) == LOADS[0] else TIMES_DEEP // 10, cmdline, *lines)
+    pause_often(tmp_path, TIMES_DEEP if (cmdline, lines) == churn.LOADS[0] else TIMES_DEEP // 10, cmdline, *lines)
 
 
 def test_a_paused_machine_does_nothing(tmp_path: Path) -> None:
@@ -137,6 +130,7 @@ def test_clocks_stand_still(tmp_path: Path) -> None:
     assert after.rtc - before.rtc >= 3
 
 
+@pytest.mark.deep
 def test_a_guest_at_its_firmware_can_be_paused(tmp_path: Path) -> None:
     """In real mode, whatever it does: upstream would wait for it to halt."""
     firmware = "/usr/share/seabios/bios-256k.bin"
@@ -213,7 +207,9 @@ def test_a_daemon_that_ends_lets_paused_machines_shut_down(demo: Daemon) -> None
     assert "terminated vm 1: powered off by the guest" in demo.log
 
 
-@pytest.mark.parametrize("victim", ["vm/busy", "vm/busy/vioblk0", "vm/busy/viornd0"])
+@pytest.mark.parametrize("victim", [
+    "vm/busy", "vm/busy/vioblk0", pytest.param("vm/busy/viornd0", marks=pytest.mark.deep),
+])  # fmt: skip
 def test_death_while_paused(tmp_path: Path, victim: str) -> None:
     """The VM is over, with the reason; whoever unpauses it is told, and it can be started again."""
     with busy(tmp_path, "smp", "vcpus 2") as (vmd, _console):

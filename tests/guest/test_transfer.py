@@ -45,13 +45,6 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 PROMPT = "vmd-demo> "
 ROUNDS = 10
 CPUID_MAX = 256  # leaves that KVM takes
-LOADS = [
-    ("smp", ("vcpus 2",)),
-    ("smp intx-ioapic", ("vcpus 2",)),
-    ("intx-pic legacy", ("virtio legacy",)),
-    ("polled flags", ("virtio modern",)),
-]
-WAYS = pytest.mark.parametrize(("cmdline", "lines"), LOADS, ids=[cmdline for cmdline, _ in LOADS])
 
 
 def block(name: str, kernel: str, cmdline: str = "", *lines: str) -> str:
@@ -119,7 +112,7 @@ def move_often(tmp_path: Path, times: int, cmdline: str, lines: tuple[str, ...])
             console.drain(DEADLINE_S)
 
 
-@WAYS
+@churn.WAYS
 def test_moving_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
     """Three times, under a new name and back into the configured VM: no request or interrupt is lost."""
     move_often(tmp_path, 3, cmdline, lines)
@@ -127,7 +120,7 @@ def test_moving_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...])
 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
-@WAYS
+@churn.WAYS
 def test_moving_often_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
     """A hundred times in a row."""
     move_often(tmp_path, 100, cmdline, lines)
@@ -353,6 +346,7 @@ HEADERS: list[tuple[str, Callable[[Header], Record], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.deep
 def test_refused_by_its_header(busy: Daemon) -> None:
     """The receiver says why, before it has read any memory; the sender's VM goes on as if nothing had been."""
     before = Footprint(busy)
@@ -393,6 +387,7 @@ def test_a_reader_that_leaves(busy: Daemon) -> None:
     works(busy, "a")
 
 
+@pytest.mark.deep
 def test_a_disk_that_somebody_has(busy: Daemon, tmp_path: Path) -> None:
     """After all was read the receiver has the VM: it stays paused until the disk is free, and says so.
 
@@ -624,6 +619,7 @@ BAD_STATES: list[tuple[str, Callable[[MachineState], Record], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.deep
 def test_states_that_no_machine_has(demo: Daemon, snapshot: Stream) -> None:
     """Each is refused in its own sentence, by the VM's process, which ends; nothing else does (hostile-input 26)."""
     before = Footprint(demo)
@@ -671,6 +667,7 @@ ODD_STATES: list[tuple[str, Callable[[MachineState], Record]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.deep
 def test_states_that_no_driver_makes(demo: Daemon, snapshot: Stream) -> None:
     """They are a guest's own business: it may run or not, and be refused with a sentence; its host goes on."""
     before = Footprint(demo)
@@ -910,6 +907,7 @@ def test_a_sender_whose_reader_dies_goes_on(busy: Daemon) -> None:
     works(busy, "a")
 
 
+@pytest.mark.deep
 def test_two_at_once(tmp_path: Path) -> None:
     """Two VMs change places."""
     disks = [Disk(tmp_path / name) for name in "xy"]

@@ -83,6 +83,7 @@ def test_guest_that_lingers_can_be_forced(tmp_path: Path) -> None:
         assert vmd.status("mci")["text"] == "stopped by force"
 
 
+@pytest.mark.deep
 def test_guest_that_acknowledges_for_ever(tmp_path: Path) -> None:
     """Once is enough: its VM's process neither grows nor stops listening (hostile-input 48)."""
     with running(tmp_path, "flood") as (vmd, console):
@@ -111,7 +112,7 @@ def exits(vmd: Daemon) -> int:
     return (int(fields[11]) + int(fields[12])) * 500  # ticks of 10 ms
 
 
-@pytest.mark.parametrize("what", ["announce", "announce-flood"])
+@pytest.mark.parametrize("what", ["announce", pytest.param("announce-flood", marks=pytest.mark.deep)])
 def test_guest_that_announces_its_end(tmp_path: Path, what: str) -> None:
     """Three seconds later it is switched off, for it may not know how (cat. 4.4)."""
     with running(tmp_path, what) as (vmd, console):
@@ -144,6 +145,7 @@ def check_clock(found: "re.Match[str] | None") -> None:
     assert abs(int(found[2]) + RTC_EPOCH - int(found[1])) <= 1
 
 
+@pytest.mark.deep
 def test_clock_after_a_long_pause(tmp_path: Path) -> None:
     """The guest is told that its own is wrong, and reads the host's (cat. 4.6); a short pause is not worth it."""
     with running(tmp_path, "") as (vmd, console):

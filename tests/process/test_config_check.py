@@ -227,6 +227,7 @@ def test_a_boot_image_and_its_initrd(tmp_path: Path) -> None:
     ])  # fmt: skip
 
 
+@pytest.mark.deep
 def test_what_a_check_accepts_starts_or_was_warned_of(tmp_path: Path) -> None:
     """By file and line; and the start of each says the first of its sentences."""
     (tmp_path / "good.raw").write_bytes(bytes(MIB))
@@ -294,6 +295,7 @@ def check_switches(network: Network, tmp_path: Path) -> None:
     ])  # fmt: skip
 
 
+@pytest.mark.deep
 def test_what_a_host_does_not_have_stops_nobody_else(tmp_path: Path) -> None:
     """The daemon starts, each VM that cannot says why, the others run; a check and a reload take it for an error."""
     late = tmp_path / "late"

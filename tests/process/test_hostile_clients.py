@@ -205,6 +205,7 @@ def test_as_many_connections_as_there_are(vmd: UsersDaemon) -> None:
             client.close()
 
 
+@pytest.mark.deep
 def test_connections_that_come_and_go(vmd: UsersDaemon) -> None:
     """Hundreds of them, some in the middle of a request."""
     for number in range(150):

@@ -325,6 +325,7 @@ def test_a_directory_that_is_closed_closes_what_is_in_it(vmd: UsersDaemon, place
     link.unlink()
 
 
+@pytest.mark.deep
 def test_a_link_that_changes_while_it_is_looked_at(vmd: UsersDaemon, place: Place) -> None:
     """Whichever file a start finds is one that the user may have: the kernel judges it as it opens it."""
     mine, secret, link = place.file("mine.img"), place.root / "secret", place.home / "swapped"
@@ -584,6 +585,7 @@ def test_a_descriptor_has_to_be_a_file(vmd: UsersDaemon, place: Place, kind: str
     assert "not a regular file" in failed.text
 
 
+@pytest.mark.deep
 def test_many_refusals_leave_nothing_behind(vmd: UsersDaemon) -> None:
     """Case 60: names that never ran take no numbers from others, and no descriptor stays open."""
     before = len(os.listdir(f"/proc/{vmd.pid}/fd"))

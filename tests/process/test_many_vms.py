@@ -32,6 +32,7 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.deep
 def test_fifty_vms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All run at once, sleep, and obey the power button; figures are printed."""
     conf = f"staggered start parallel {PARALLEL} delay 1\n" + "".join(

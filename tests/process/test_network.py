@@ -110,6 +110,7 @@ def test_a_guest_that_reboots_keeps_its_taps(network: Network, tmp_path: Path) -
         assert [links(network)[name]["ifindex"] for name in ("tap0", "tap1")] == indices
 
 
+@pytest.mark.deep
 def test_counters_of_an_interface_that_has_died(network: Network, tmp_path: Path) -> None:
     """The VM ends, and says whose fault it is, also where it notices that by asking."""
     with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
@@ -201,6 +202,7 @@ def test_a_switch_that_is_not_there(network: Network, tmp_path: Path, switch: st
         assert links(network)["tap0"]["master"] == "br5"
 
 
+@pytest.mark.deep
 def test_a_tap_that_another_vm_has(network: Network, tmp_path: Path) -> None:
     """Explicit names are kept for who asks for them; a second one is told who has it."""
     conf = block("any", "interface") + block("one", "interface tap0") + block("two", "interface tap0")
@@ -350,7 +352,9 @@ def test_priv_is_killed_while_interfaces_are_made(network: Network, tmp_path: Pa
         vmd.start()
 
 
-@pytest.mark.parametrize("victims", [("vmd: priv",), ("parent",), ("parent", "vmd: priv")])
+@pytest.mark.parametrize("victims", [
+    ("vmd: priv",), pytest.param(("parent",), marks=pytest.mark.deep), ("parent", "vmd: priv"),
+])  # fmt: skip
 def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[str, ...]) -> None:
     """Whatever is killed: the next daemon begins with a clean network, and leaves one."""
     network.run("ip", "link", "add", "office", "type", "bridge")
@@ -469,6 +473,7 @@ def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tm
         assert set(links(other)) == {"lo", "tap0"}
 
 
+@pytest.mark.deep
 def test_a_vm_is_stopped_while_it_is_received(network: Network, tmp_path: Path) -> None:
     """All was read and its interfaces are being made: priv's late answer changes nothing."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -493,6 +498,7 @@ def test_a_vm_is_stopped_while_it_is_received(network: Network, tmp_path: Path) 
         assert links(other)["tap0"]["ifalias"].endswith("-other")
 
 
+@pytest.mark.deep
 def test_a_switch_that_the_receiver_has_not(network: Network, tmp_path: Path) -> None:
     """The sentence names it; the sender's VM goes on."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -524,6 +530,7 @@ def move(sender: Daemon, receiver: Daemon, *arguments: str, fails: bool = False)
     return received.stderr
 
 
+@pytest.mark.deep
 def test_a_second_daemon_in_the_same_network(network: Network, tmp_path: Path) -> None:
     """It works, but for interfaces, and says why."""
     here, there = tmp_path / "here", tmp_path / "there"

@@ -897,6 +897,7 @@ def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> Non
     assert "vmd2" in network.run("nft", "list", "tables")
 
 
+@pytest.mark.deep
 def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) -> None:
     """The second removes nothing of the first, makes nothing, and says why; and takes over when the first is gone."""
     with everything(priv), Priv(network) as second:

@@ -87,7 +87,7 @@ def test_memory_that_cannot_be_made(tmp_path: Path, disk: Path) -> None:
         log = vmd.log
 
     assert done.returncode == 1
-    assert "memory file for the guest: Function not implemented: " in done.stderr
+    assert "keep what the console shows: Function not implemented: " in done.stderr
     assert "Traceback" not in done.stderr + log
 
 

@@ -372,11 +372,12 @@ def vm() -> Iterator[tuple[BothHalves, FuseFile]]:
         made.close()
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("kind", "opcode", "sentence"),
     [
         pytest.param(FLUSH, fusefile.FSYNC, "/vm/image: requests did not end in 9 s", id="worker"),
-        pytest.param(OUT, fusefile.WRITE, "no answer in 10 s", id="main-thread", marks=pytest.mark.deep),
+        pytest.param(OUT, fusefile.WRITE, "no answer in 10 s", id="main-thread"),
     ],
 )
 def test_dead_storage_ends_the_vm_with_a_sentence(

@@ -1133,6 +1133,7 @@ def test_pause_under_traffic(nic: Nic) -> None:
     assert nic.works()
 
 
+@pytest.mark.deep
 def test_receiving_goes_on_while_sending_is_saturated(nic: Nic) -> None:
     """Two queues, two threads: a full transmit ring at all times keeps no frame from the guest."""
     nic.driver.post(32)

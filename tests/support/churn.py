@@ -4,12 +4,26 @@ import re
 import time
 from typing import NamedTuple
 
+import pytest
+
 from tests.support.daemon import DEADLINE_S, Attached
 
 LINE = re.compile(
     r"churn: rounds=(\d+) errors=(\d+) lost=(\d+) silent=(\d+) interrupts=(\d+) spurious=(\d+) beats=(\d+)"
     r" backwards=(\d+)\r\n"
 )
+# What the guest is told to use, and lines of its VM.
+LOADS = [
+    ("smp", ("vcpus 2",)),
+    ("smp intx-ioapic", ("vcpus 2",)),
+    ("intx-pic legacy", ("virtio legacy",)),
+    ("polled flags", ("virtio modern",)),
+]
+FAST = ("smp", "intx-pic legacy")  # the others are between these two
+WAYS = pytest.mark.parametrize(("cmdline", "lines"), [
+    pytest.param(cmdline, lines, id=cmdline, marks=() if cmdline in FAST else pytest.mark.deep)
+    for cmdline, lines in LOADS
+])  # fmt: skip
 
 
 class Report(NamedTuple):
