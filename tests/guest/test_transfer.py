@@ -855,12 +855,13 @@ def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["send", "pause"])
-def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, command: str) -> None:
+def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, tmp_path: Path, command: str) -> None:
     """The VM that waits for its answer is over, and the client hears why; not that all is as before."""
     processes = busy.processes()
     waiting = Path(f"/proc/{processes['vmd: vm/a']}/wchan")
     os.kill(processes["vmd: vm/a/vioblk0"], signal.SIGSTOP)
-    client = vmctl(busy, command, "a")
+    with (tmp_path / "stream").open("wb") as stream:
+        client = vmctl(busy, command, "a", stdout=stream.fileno())
     deadline = time.monotonic() + DEADLINE_S
     while not re.search("sys_poll|poll_schedule", waiting.read_text()):  # for one answer; the event loop is another
         assert time.monotonic() < deadline
