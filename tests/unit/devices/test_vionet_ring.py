@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.support.fakedriver import (
@@ -19,6 +19,7 @@ from tests.support.fakedriver import (
     INDIRECT_DESC,
     LAYOUT,
     NEXT,
+    RING_BASE,
     ROM,
     WRITE,
     Desc,
@@ -410,6 +411,7 @@ def test_receive_loop_does_what_the_walk_does(
     rings: Chains, lengths: list[int], layout: tuple[int, bool], sums: bool
 ) -> None:
     """The same memory, used elements and sentence."""
+    assume(not any(covers_ring(gpa, length) for parts, _ in rings for gpa, length, _, _ in parts))
     header, mergeable = layout
     frames = [random.Random(n).randbytes(header + length) for n, length in enumerate(lengths)]
     outcomes = []
@@ -443,6 +445,11 @@ def test_receive_loop_does_what_the_walk_does(
             release(queue)
             del queue, worker
     assert outcomes[0] == outcomes[1]
+
+
+def covers_ring(gpa: int | None, length: int) -> bool:
+    """Return whether a buffer reaches into the ring: what is read of it then depends on when it is read."""
+    return gpa == 0 and RING_BASE < length < DATA
 
 
 def is_apart(memory: GuestMemory, ring: Ring) -> bool:
