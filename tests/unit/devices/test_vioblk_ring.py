@@ -27,7 +27,7 @@ from tests.support.fakedriver import (
     Desc,
     Ring,
 )
-from vmd.devices.vioblk.device import Vioblk, Workers
+from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory
@@ -367,6 +367,48 @@ def test_hot_loop_does_what_the_walk_does(
             outcomes.append((error, used, error or queue.next_avail, disk.content(), guest))
         disk.close()
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["reads", "writes"])
+def test_the_guest_hears_of_each_round_before_the_next_is_served(kind: int) -> None:
+    """It works on one meanwhile.  What waits for a flush waits for one of all rounds."""
+    heard: list[int] = []  # by request served: how many the guest has been told of
+    flushes = []
+
+    class Watched(MemoryDisk):
+        def preadv(self, offset: int, views: Sequence[memoryview]) -> None:
+            heard.append(ring_used())
+            super().preadv(offset, views)
+
+        def pwritev(self, offset: int, views: Sequence[memoryview]) -> None:
+            heard.append(ring_used())
+            super().pwritev(offset, views)
+
+        def flush(self) -> None:
+            flushes.append(len(heard))
+
+    features = INDIRECT_DESC | EVENT_IDX
+    data = NEXT if kind else NEXT | WRITE
+    parts: list[Row] = [(None, 16, NEXT, None), (None, 512, data, None), (None, 1, WRITE, None)]
+    with rings([((parts, kind, number), True, 0) for number in range(SIZE)], features) as (memory, ring, queue):
+        def ring_used() -> int:
+            number: int = struct.unpack_from("<H", memory.memory, ring.used + 2)[0]
+            return number
+
+        device = Vioblk(Watched(writable=True), Services(), Now())
+        device.activate(features, [queue])  # without FLUSHES: writes are written through
+
+        while device.on_notify(0):
+            pass
+        device.on_done()
+
+        assert len(ring.reap()) == SIZE
+    os.close(device.workers.done)
+    if kind:
+        assert flushes == [SIZE]
+    else:
+        assert heard == [number // ROUND * ROUND for number in range(SIZE)]
+        assert heard[-1] > 0
 
 
 def offer_two_reads(memory: GuestMemory, ring: Ring) -> None:
