@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guests import guest as guest_image
-from tests.support.hostnet import NetDaemon, ours, rules, setting, state_file
+from tests.support.hostnet import NetDaemon, rules, setting
 from tests.support.network import Network
 from tests.support.privdriver import DEADLINE_S, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
@@ -41,15 +41,6 @@ WORLD4 = socket.inet_aton("192.0.2.2")
 NEIGHBOUR4, NEIGHBOUR = bytes((10, 0, 0, 2)), bytes.fromhex("fee1bbd10002")
 SO_SET_REPLACE, ACCEPT = 64, -2  # iptables: setsockopt, and -NF_ACCEPT - 1
 TAPS = "-i tap+ -j ACCEPT", "-o tap+ -j ACCEPT"
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
-    with Network() as made:
-        yield made
-        assert ours(made) == []
-        assert not state_file(made).exists()
 
 
 @pytest.fixture

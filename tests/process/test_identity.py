@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,13 @@ import pytest
 
 from tests.process.test_network import block
 from tests.support.daemon import DEADLINE_S
-from tests.support.hostnet import NetDaemon, ours, state_file
+from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 WHAT_A_GUEST_KNOWS = ("lladdr", "guest4", "host4", "prefix6")
 VM = block("db1", "interface", "local interface")
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it."""
-    with Network() as made:
-        yield made
-        assert ours(made) == []
-        assert not state_file(made).exists()
 
 
 def identity(vmd: NetDaemon) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
-from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting, state_file
+from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
 from tests.support.network import Host, Interface, Network
 from vmctl.client import Client
 from vmd.ipc.messages import SwitchInfo
@@ -32,15 +32,6 @@ def block(name: str, *lines: str, boot: bool = True) -> str:
     """Return a vm block of the demonstration guest."""
     options = ["disable", "memory 32M", *((f'boot "{guest("demo")}"',) if boot else ()), *lines]
     return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it."""
-    with Network() as made:
-        yield made
-        assert ours(made) == []
-        assert not state_file(made).exists()
 
 
 def wait_for_links(vmd: NetDaemon, wanted: set[str]) -> None:

@@ -5,29 +5,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.process.test_network import SWITCH, block
 from tests.support.daemon import DEADLINE_S, ROOT
-from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting, state_file
+from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
 from vmctl.client import Client
 from vmctl.errors import CommandError
 from vmd.ipc.messages import StartRequest, VmStarted
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it."""
-    with Network() as made:
-        yield made
-        assert ours(made) == []
-        assert not state_file(made).exists()
 
 
 def start_early(vmd: NetDaemon, name: str, stop: threading.Event) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.daemon import ROOT
-from tests.support.hostnet import addresses, links, ours, rules, setting, state_file
+from tests.support.hostnet import addresses, links, ours, rules, setting
 from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Grouped, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
@@ -29,15 +29,6 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, IFF_PERSIST = 0x0002, 0x1000, 0x4000, 0x0800
 SO_SET_REPLACE, ACCEPT = 64, -2  # iptables: setsockopt, and -NF_ACCEPT - 1
 OTHER_PREFIX6 = bytes.fromhex("fd42004200420008") + bytes(8)
 OTHER6 = OTHER_PREFIX6[:8] + bytes(7) + b"\x22"
-
-
-@pytest.fixture
-def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
-    with Network() as made:
-        yield made
-        assert ours(made) == []
-        assert not state_file(made).exists()
 
 
 @pytest.fixture

@@ -1,0 +1,17 @@
+"""What tests of whole processes begin with."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.hostnet import ours, state_file
+from tests.support.network import Network
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
+    with Network() as made:
+        yield made
+        assert ours(made) == []
+        assert not state_file(made).exists()
