@@ -191,19 +191,20 @@ def test_requests_that_are_not_answered_are_counted(nic: Nic) -> None:
 
 
 def test_name_servers_are_asked_for_when_the_guest_asks(make: Callable[..., Nic]) -> None:
-    """One question to the VM for all that wait; the answers wait for its answer, which may be that nothing is new."""
+    """The answer waits for the VM's, which may be that nothing is new."""
     nic = make(local_net(devmsg.NET_ASKS))
     other4, other6 = bytes((192, 0, 2, 53)), bytes(15) + b"\x35"
 
     nic.driver.send(dhcp(DISCOVER))
-    nic.driver.send(dhcp(REQUEST, requested=GUEST4))
     asked(nic)
-    nic.driver.counters()
     assert not any(frame.frame[12:14] == b"\x08\x00" for frame in iter(nic.driver.try_receive, None))
     nic.device.informs.send(devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, other4, other6))
-    for kind in (OFFER, ACK):
-        answer = Answer(next_of(nic, 0x0800))
-        assert (answer.kind, answer.options[6]) == (kind, other4)
+    offer = Answer(next_of(nic, 0x0800))
+    nic.driver.send(dhcp(REQUEST, requested=GUEST4))
+    asked(nic)
+    nic.device.informs.send(devmsg.TYPE.pack(devmsg.SAME_RESOLVERS))
+    acknowledgement = Answer(next_of(nic, 0x0800))
+    assert [(each.kind, each.options[6]) for each in (offer, acknowledgement)] == [(OFFER, other4), (ACK, other4)]
     nic.driver.send(solicitation())
     asked(nic)
     nic.device.informs.send(devmsg.TYPE.pack(devmsg.SAME_RESOLVERS))
