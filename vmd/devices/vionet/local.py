@@ -108,9 +108,10 @@ class LocalNetwork:
         return True
 
     def _when_known(self, job: "Callable[[], None]") -> None:
-        """Do something as soon as the name servers are known."""
+        """Do something as soon as the name servers are known, unless the driver is gone by then."""
         if self.interface.asks:
-            self.services.post(lambda: self._wait(job))
+            life = self.life  # does not change while a thread serves
+            self.services.post(lambda: self._wait(job) if life == self.life else None)
         else:
             job()
 
