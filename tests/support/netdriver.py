@@ -197,6 +197,15 @@ class NetDriver:
             assert time.monotonic() < deadline_s, f"{name} stays {value}"
         return value
 
+    def settle(self) -> None:
+        """Wait until the process has handled every message sent to it, and every job that its threads have posted.
+
+        It looks at all its channels in each turn, in any order.  So a question may be answered before what was there
+        earlier, but a second question is not.
+        """
+        for _ in range(2):
+            self.counters()
+
     def link(self) -> bool:
         """Wait for the next change of configuration; return whether the link is up then."""
         self.device.wait_for(self.device.informs.fileno())
