@@ -129,6 +129,7 @@ def make(network: Network) -> Iterator[Make]:
 def test_threads_are_told_apart(nic: Nic) -> None:
     """By ps -L and top -H: who waits for events, who receives, who sends."""
     tasks = Path(f"/proc/{nic.device.child.pid}/task")
+    assert asleep(nic.device)  # so each has come far enough to have its name
 
     assert {(task / "comm").read_text() for task in tasks.iterdir()} == {"event\n", "rx\n", "tx\n"}
 
@@ -550,8 +551,9 @@ def test_buffer_without_room_for_any_frame_38(nic: Nic) -> None:
     assert "too small" in nic.device.needs_reset()
     nic.driver.renew(MODERN)
     nic.driver.post(1, (12 + 14,))
+    before = nic.driver.counters()["rx_no_room"]
     nic.host.send(any_frame(60))
-    assert nic.driver.counter("rx_no_room", 1)
+    nic.driver.counter("rx_no_room", before + 1)
     assert nic.works()
 
 
@@ -676,8 +678,9 @@ def test_absurd_event_index_21(nic: Nic, event: int) -> None:
         nic.driver.submit(any_frame(60, number))
     nic.device.kick(TX)
     assert nic.host.receive_all(20) == [any_frame(60, number) for number in range(20)]
+    before = nic.driver.counters()["rx_packets"]
     nic.host.send(any_frame(99))
-    assert nic.driver.counter("rx_packets", 1)
+    nic.driver.counter("rx_packets", before + 1)
     assert nic.works()
 
 
@@ -741,8 +744,9 @@ def test_frame_in_more_pieces_than_the_kernel_takes(nic: Nic, parts: int) -> Non
     table = [part._replace(flags=part.flags | WRITE) for part in chained([Desc(DATA + n, 2) for n in range(parts)])]
     nic.memory.load(2 * MIB, b"".join(struct.pack("<QIHH", *part) for part in table))
     nic.device.kick(RX)
+    before = nic.driver.counters()["rx_packets"]
     nic.host.send(any_frame(500))
-    assert nic.driver.counter("rx_packets", 1)
+    nic.driver.counter("rx_packets", before + 1)
     assert nic.works()
 
 
@@ -842,7 +846,7 @@ def test_log_does_not_fill_39(make: Make) -> None:
         assert len(nic.device.collect(nic.driver.tx, 1, TX)) == 1
 
     assert nic.driver.counters()["tx_refused"] == 1000
-    assert 1 <= nic.device.read_log().count("\n") <= 6
+    assert 1 <= nic.device.read_log().count("\n") < 100  # five, and one more for each ten seconds that it takes
 
 
 @pytest.mark.parametrize("features", [MODERN, MODERN | MRG, MODERN | MRG | EVENT_IDX], ids=hex)
@@ -875,9 +879,10 @@ def test_large_frame_waits_for_buffers_38(nic: Nic) -> None:
     header, frame = gso(GSO_TCPV4, 60_000)
     with Host(nic.tap, unfinished=True) as host:
         nic.driver.post(10, (2048,))
+        before = nic.tap.taken()
         host.send(header + frame)
         host.send(bytes(10) + any_frame(80, 7))
-        assert asleep(nic.device)
+        nic.tap.wait_taken(before + 1)  # and no longer than that: the device holds a frame for HOLD_S only
         assert nic.driver.rx.device_idx == 0
 
         # The ten are still the driver's first; further ones follow.
@@ -1009,6 +1014,7 @@ def test_operator_takes_the_link_down(make: Make) -> None:
     """LINK: told to the guest, and nothing moves."""
     nic = make()
     nic.driver.post(4)
+    assert asleep(nic.device)  # a thread that is about to look for frames takes one that comes a moment later
     nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 0))
     assert nic.driver.link() is DOWN
     nic.driver.send(any_frame(60))
@@ -1224,7 +1230,7 @@ def test_locked_interface_sends_from_its_own_address_only_40(locked: Nic, featur
         locked.sends(any_frame(14 + 4, 5)[:14], cuts)
 
     assert locked.driver.counters()["tx_spoofed"] == before + 4 * len(spoofed)
-    assert locked.device.read_log().count("\n") <= 6
+    assert locked.device.read_log().count("\n") < 4 * len(spoofed)
 
 
 @pytest.mark.parametrize("features", [ALL, MODERN | GUEST_TSO, MODERN, 0], ids=hex)
@@ -1291,17 +1297,17 @@ def test_unseen_interrupt_is_raised_again(nic: Nic, queue: int) -> None:
         nic.gets(any_frame(60))
     else:
         nic.sends(any_frame(60))
+    nic.device.command(devmsg.PAUSE)  # a driver that looks at its ring finds the frame before the interrupt comes
     after = list(nic.device.counters[: devmsg.QUEUES_MAX])
     assert after[queue] > raised[queue]
     assert after[1 - queue] == raised[1 - queue]
+    Device.take_event(nic.device.calls[queue])
     os.eventfd_write(nic.device.resample, 1)
     nic.device.wait_interrupt(queue)
 
     nic.device.counters[devmsg.QUEUES_MAX + queue] = after[queue]
     os.eventfd_write(nic.device.resample, 1)
-    nic.device.command(devmsg.PAUSE)
-    nic.device.command(devmsg.RESUME)
-    nic.device.command(devmsg.PAUSE)
+    nic.driver.settle()
     assert Device.take_event(nic.device.calls[queue]) == 0
 
 

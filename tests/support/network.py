@@ -10,6 +10,7 @@ import select
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -24,6 +25,7 @@ SOL_PACKET, PACKET_VNET_HDR, PACKET_QDISC_BYPASS = 263, 15, 20
 ETH_P_ALL = 3
 PACKET_OUTGOING = 4
 VNET_HDR_BYTES = 10  # of packet sockets
+DEV_SENT = 9  # of /proc/net/dev: the column of packets sent
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -126,6 +128,18 @@ class TapInterface(Interface):
     def remove(self) -> None:
         """Delete the interface."""
         self.network.run("ip", "link", "delete", self.name)
+
+    def taken(self) -> int:
+        """Return how many frames the device process has read.  The host has sent them."""
+        with self.network.inside(), open("/proc/thread-self/net/dev") as file:
+            rows = dict(line.split(":") for line in file if ":" in line)
+        return int({name.strip(): row.split() for name, row in rows.items()}[self.name][DEV_SENT])
+
+    def wait_taken(self, count: int) -> None:
+        """Wait until the device process has read so many frames."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while self.taken() < count:
+            assert time.monotonic() < deadline_s, f"{self.taken()} of {count} frames are read"
 
     def set_send_buffer(self, size: int) -> None:
         """Have the tap take no more than so many bytes that nobody has read."""
