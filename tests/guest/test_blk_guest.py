@@ -17,7 +17,7 @@ from tests.support.guests import guest
 from tests.support.images import problems, qemu
 from tests.support.transfers import Stream, from_file, to_file
 from vmd.config.model import DiskConfig, VmConfig
-from vmd.vm.slots import disk_serial
+from vmd.vm.kinds import disk_serial
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 

@@ -35,7 +35,8 @@ from vmd.kvmapi.system import System
 from vmd.kvmapi.vcpu import KICK_SIGNAL, install_kick_handler
 from vmd.vm import virtio
 from vmd.vm.devproc import DeviceProcess
-from vmd.vm.slots import QUEUES, Slot
+from vmd.vm.kinds import ENTROPY
+from vmd.vm.slots import Slot
 
 pytestmark = [
     pytest.mark.kvm,
@@ -46,7 +47,7 @@ NOTIFY, ISR = MODERN + virtio.NOTIFY, MODERN + virtio.ISR
 SAW, TOLD = 0x500, 0x502  # ports on which a guest says what ISR was, and that it has an interrupt
 MAY_READ_ISR = 0x2000  # a byte in its memory
 RINGS, LEGACY_USED = 0x4000, 0x5000
-(SIZE,) = QUEUES["rng"]
+(SIZE,) = ENTROPY.queues
 BUFFER = 0x6000
 END_TIMEOUT_S = 20.0
 IRQ10_VECTOR = 0x2A
@@ -106,10 +107,10 @@ class Rng:
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
-        self.process = DeviceProcess("rng")
-        self.process.begin("vm/test", Slot(kind="rng", index=0, number=1), guest.memory)
+        self.process = DeviceProcess(ENTROPY)
+        self.process.begin("vm/test", Slot(kind=ENTROPY, index=0, number=1), guest.memory)
         self.process.wait_ready()
-        self.machine = Machine(guest.vm, self.process, kind="rng", queues=(SIZE,))
+        self.machine = Machine(guest.vm, self.process)
         self.ring = Ring(guest.memory, SIZE, RINGS)
         self.ring.used = LEGACY_USED
 

@@ -24,6 +24,7 @@ from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.images.create import new_file, write_empty
 from vmd.ipc import devmsg
 from vmd.virtio import spec
+from vmd.vm.kinds import DISK
 
 pytestmark = [
     pytest.mark.root,
@@ -366,7 +367,7 @@ def vm() -> Iterator[tuple[BothHalves, FuseFile]]:
     """A disk on storage that is in the test's hands, seen from its VM."""
     ram = [RegionSpec(gpa=0, size=16 * MIB, name="ram")]
     with GuestMemory.create(ram) as memory, FuseFile(content(BYTES)) as storage:
-        made = BothHalves("blk", memory, storage.fd)
+        made = BothHalves(DISK, memory, storage.fd)
         yield made, storage
         storage.release()
         made.close()

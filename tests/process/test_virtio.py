@@ -28,6 +28,7 @@ from vmd.ipc.loop import Loop
 from vmd.log import log
 from vmd.virtio import spec
 from vmd.vm import virtio
+from vmd.vm.kinds import DISK
 
 pytestmark = pytest.mark.root
 
@@ -39,7 +40,7 @@ class Disk(BothHalves):
     """A raw disk, and whoever listens to its process."""
 
     def __init__(self, memory: GuestMemory, fd: int) -> None:
-        super().__init__("blk", memory, fd)
+        super().__init__(DISK, memory, fd)
         self.loop = Loop()
         function = self.machine.function
         self.process.serve(
@@ -158,7 +159,7 @@ def test_disk_tells_its_serial_number(tmp_path: Path, serial: bytes, told: bytes
     path = tmp_path / "disk"
     path.write_bytes(bytes(512))
     with GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")]) as memory, path.open("rb+") as file:
-        disk = BothHalves("blk", memory, file.fileno(), serial=serial)
+        disk = BothHalves(DISK, memory, file.fileno(), serial=serial)
         disk.start()
         memory.write(DATA, struct.pack("<IIQ", spec.VIRTIO_BLK_T_GET_ID, 0, 0) + b"\xee")
         disk.ring.add([Desc(DATA, 16), Desc(BUFFER, 20, WRITE), Desc(DATA + 16, 1, WRITE)])

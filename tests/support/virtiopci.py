@@ -20,10 +20,10 @@ from vmd.virtio import spec
 from vmd.vm import layout, virtio
 from vmd.vm.bus import Bus
 from vmd.vm.devproc import DeviceProcess, Interrupts
+from vmd.vm.kinds import DISK, Kind
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
 from vmd.vm.slots import LAYOUT, Slot
-from vmd.vm.slots import QUEUES as SIZES
 from vmd.vm.virtio import VirtioFunction
 
 MEMORY = 128 * layout.MIB
@@ -110,7 +110,8 @@ class Kvm:
 class Process:
     """A device process that notes what it is asked; `failing` makes it break the protocol."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = DISK) -> None:
+        self.kind = kind.replace(queues=QUEUES)
         self.title = "vm/test/vioblk0"
         self.name = "vioblk0"
         self.features = FEATURES
@@ -183,7 +184,7 @@ class Machine:
 
     def __init__(
         self, kvm: Any, process: Any, mode: VirtioMode = VirtioMode.TRANSITIONAL,  # noqa: ANN401
-        kind: str = "blk", queues: tuple[int, ...] = QUEUES, function_layout: int = LAYOUT,
+        function_layout: int = LAYOUT,
     ) -> None:  # fmt: skip
         self.mapped = mode is VirtioMode.MEMORY  # whether the driver has mapped the structures, and uses no ports
         self.kvm = kvm
@@ -194,9 +195,7 @@ class Machine:
         self.pci.complaints.burst = 0
         self.bus.add_pio(ADDRESS, 8, self.pci)
         self.pci.add(0, HostBridge())
-        self.function = VirtioFunction(
-            kind, process, queues, kvm, Routing(kvm), mode, self.failures.append, function_layout
-        )
+        self.function = VirtioFunction(process, kvm, Routing(kvm), mode, self.failures.append, function_layout)
         self.pci.add(SLOT, self.function)
         for index, base in ((0, LEGACY), (1, TABLE), (2, MODERN), (4, MAPPED)):
             if index in self.function.bars:
@@ -398,19 +397,19 @@ class BothHalves:
 
     RING = 0x10000
 
-    def __init__(self, kind: str, memory: GuestMemory, *fds: int, serial: bytes = b"") -> None:
+    def __init__(self, kind: Kind, memory: GuestMemory, *fds: int, serial: bytes = b"") -> None:
         names = ("/vm/image",) * len(fds)
         self.memory = memory
         self.process = DeviceProcess(kind)
         slot = Slot(kind=kind, index=0, number=SLOT, fds=fds, notes=(0,) * len(fds), names=names, serial=serial)
         self.process.begin("vm/test", slot, memory)
         self.process.wait_ready()
-        self.machine = Machine(Kvm(), self.process, kind=kind, queues=SIZES[kind])
+        self.machine = Machine(Kvm(), self.process)
         self.renew()
 
     def renew(self) -> None:
         """Have an empty ring."""
-        self.ring = Ring(self.memory, SIZES[self.process.kind][0], self.RING)
+        self.ring = Ring(self.memory, self.process.kind.queues[0], self.RING)
 
     def start(self, features: int = VERSION_1) -> None:
         """Come up with one queue."""

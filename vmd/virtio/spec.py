@@ -33,8 +33,6 @@ LEGACY_ONLY = 1 << VIRTIO_F_NOTIFY_ON_EMPTY | 1 << VIRTIO_F_ANY_LAYOUT  # to oth
 
 # 4.1 PCI
 VENDOR = 0x1AF4
-DEVICE_LEGACY = {"net": 0x1000, "blk": 0x1001, "scsi": 0x1004, "rng": 0x1005}
-DEVICE_TYPE = {"net": 1, "blk": 2, "rng": 4, "scsi": 8}
 DEVICE_MODERN_BASE = 0x1040
 SUBSYSTEM_MODERN_BASE = 0x40  # 4.1.2.1: of devices without legacy registers; edk2 binds to no others
 SUBSYSTEM_VENDOR = 0x0B5D  # as OpenBSD's vmd (*cat. 6.1*)

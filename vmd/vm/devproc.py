@@ -13,7 +13,7 @@ from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.log import FORMS, log
 from vmd.privsep.spawn import signal_name, spawn
-from vmd.vm.slots import PROCESSES, QUEUES
+from vmd.vm.kinds import INTERFACE, KINDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from vmd.guestmem import GuestMemory
     from vmd.ipc.loop import Loop
+    from vmd.vm.kinds import Kind
     from vmd.vm.slots import Slot
 
-RESERVE = ("rng",)
 START_TIMEOUT_S = 30.0  # a host that starts fifty VMs at once is slow; a device that hangs is still found out
 END_TIMEOUT_S = 60.0  # a disk writes back what the host has of it in memory
 LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
@@ -67,12 +67,12 @@ class DeviceProcess:
         HostError: it cannot be started.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: "Kind") -> None:
         self.kind = kind
         self.begun = False
-        self.title = self.name = self.label = PROCESSES[kind]
+        self.title = self.name = self.label = kind.process
         self.troubles: dict[str, int] = {}  # what the device says is wrong with it, and since when (seconds since 1970)
-        queues = len(QUEUES[kind])
+        queues = len(kind.queues)
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
         self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -93,7 +93,7 @@ class DeviceProcess:
         fds[devmsg.FD_RESAMPLE] = self.resample
         fds |= dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE))
         try:
-            entry = f"vmd.devices.{PROCESSES[kind]}.main:main"
+            entry = f"vmd.devices.{kind.process}.main:main"
             self.child = spawn(self.title, channel=their_sync, fds=fds, entry=entry)
         finally:
             their_sync.close()
@@ -294,7 +294,7 @@ class DeviceProcess:
                 self._on_config(self._ready(packet)[1])
             case devmsg.TROUBLES:
                 self._take_troubles(packet[devmsg.TYPE.size :])
-            case devmsg.ASK_RESOLVERS if self.kind == "net":
+            case devmsg.ASK_RESOLVERS if self.kind is INTERFACE:
                 self._on_ask_resolvers()
             case devmsg.ERROR:
                 raise PeerError(self.title, self._error(packet)[1])
@@ -343,7 +343,7 @@ def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
         log.verbosity,
         FORMS.index(log.form),
         slot.index,
-        len(QUEUES[slot.kind]),
+        len(slot.kind.queues),
         len(slot.fds),
         slot.flags | (devmsg.START_SERIAL if slot.serial else 0),
         len(memory.regions),
@@ -368,7 +368,7 @@ class DeviceProcesses:
     def fill_reserve(self) -> None:
         """Start what every VM has, before there is one; the kernel has these processes wait with ours."""
         try:
-            self.reserve = [DeviceProcess(kind) for kind in RESERVE]
+            self.reserve = [DeviceProcess(kind) for kind in KINDS if kind.spare]
         except (HostError, OSError) as error:
             log.debug(sentence(error))  # the VM tries again, and fails if it has to
 
@@ -378,7 +378,7 @@ class DeviceProcesses:
         Raises HostError or PeerError.
         """
         for slot in slots:
-            spare = next((process for process in self.reserve if process.kind == slot.kind), None)
+            spare = next((process for process in self.reserve if process.kind is slot.kind), None)
             if spare is not None:
                 self.reserve.remove(spare)
             self.running.append(spare or DeviceProcess(slot.kind))

@@ -28,11 +28,12 @@ from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.clocks import MachineClock
 from vmd.vm.console import Console
 from vmd.vm.cpuid import for_vcpu
-from vmd.vm.devproc import DeviceProcesses
+from vmd.vm.devproc import DeviceProcess, DeviceProcesses
+from vmd.vm.kinds import INTERFACE
 from vmd.vm.pause import HeldTimers
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
-from vmd.vm.slots import QUEUES, SLOT_HOST_BRIDGE, boot_paths, vmmci_slot
+from vmd.vm.slots import SLOT_HOST_BRIDGE, boot_paths, vmmci_slot
 from vmd.vm.vcpu import VcpuThread, apply_start, set_boot_msrs
 from vmd.vm.virtio import VirtioFunction
 from vmd.vm.vmmci import Vmmci
@@ -265,19 +266,20 @@ class Machine:
 
     def nic_counters(self) -> list[tuple[int, ...]]:
         """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`.  Raises PeerError."""
-        return [device.counters() for device in self.devices.running if device.kind == "net"]
+        return [device.counters() for device in self._interfaces()]
 
     def announce(self) -> None:
         """Have the network learn that the guest goes on here, and was somewhere else before."""
-        for device in self.devices.running:
-            if device.kind == "net":
-                device.announce()
+        for device in self._interfaces():
+            device.announce()
 
     def tell_resolvers(self, servers: "tuple[tuple[bytes, ...], tuple[bytes, ...]] | None") -> None:
         """Tell the network interfaces which name servers there are; None: nobody knows of others."""
-        for device in self.devices.running:
-            if device.kind == "net":
-                device.tell_resolvers(servers)
+        for device in self._interfaces():
+            device.tell_resolvers(servers)
+
+    def _interfaces(self) -> list[DeviceProcess]:
+        return [device for device in self.devices.running if device.kind is INTERFACE]
 
     def troubles(self) -> list[Trouble]:
         """Return what the devices say is wrong with them now."""
@@ -292,9 +294,7 @@ class Machine:
         for slot, device in zip(self.slots, self.devices.running, strict=True):
             device.wait_ready()
             function = VirtioFunction(
-                slot.kind,
                 device,
-                QUEUES[slot.kind],
                 self.kvm,
                 self.routing,
                 self.config.virtio,

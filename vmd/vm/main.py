@@ -62,6 +62,7 @@ from vmd.vm.boot import loader
 from vmd.vm.clockwatch import ClockWatch
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
+from vmd.vm.kinds import Given
 from vmd.vm.machine import BootImages, Machine, check_host, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.slots import plan
@@ -549,7 +550,15 @@ def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slo
     disks, cdrom, taps = envelope.take_fds("disks"), envelope.take_fd("cdrom"), envelope.take_fds("taps")
     if len(taps) != len(message.nics) or len(disks) != sum(len(disk.images) for disk in message.disks):
         raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps that nobody describes")
-    return plan(message.config, message.disks, disks, cdrom, message.nics, taps)
+    given = Given(
+        config=message.config,
+        disks=message.disks,
+        disk_fds=tuple(disks),
+        cdrom_fd=cdrom,
+        nics=message.nics,
+        tap_fds=tuple(taps),
+    )
+    return plan(given)
 
 
 def close_resources(slots: "Sequence[Slot]") -> None:

@@ -14,7 +14,8 @@ from vmd.kvmapi import abi
 from vmd.record import Part, Record
 from vmd.vm import stream_v2
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
-from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, kinds, with_serials
+from vmd.vm.kinds import kinds
+from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, with_serials
 from vmd.vm.virtio import VirtioState
 
 TYPE_CHECKING = False
@@ -164,7 +165,7 @@ def header(machine: "Machine", *, one_shot: bool) -> Header:
         ),
         devices=tuple(
             DeviceHead(
-                kind=slot.kind,
+                kind=slot.kind.name,
                 slot=slot.number,
                 features=function.process.features,
                 layout=slot.layout,
@@ -229,7 +230,7 @@ def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
 
 def check_devices(theirs: Header) -> None:
     """Raise ValueError unless the devices are those that such a configuration has."""
-    found, wanted = [device.kind for device in theirs.devices], kinds(theirs.config)
+    found, wanted = [device.kind for device in theirs.devices], [kind.name for kind in kinds(theirs.config)]
     if found != wanted:
         raise ValueError(f"{len(found)} devices, which are not the {len(wanted)} that it is configured with")
     for device in theirs.devices:

@@ -45,11 +45,7 @@ class Sender:
         self._header = pack(state.header(machine, one_shot=one_shot))
         self._state = pack(state.save(machine, clocks))
         self._memory = machine.memory
-        self._disks = [
-            function.process
-            for slot, function in zip(machine.slots, machine.virtio, strict=True)
-            if slot.kind == "blk"
-        ]
+        self._disks = [function.process for function in machine.virtio if function.process.kind.settles]
         self._loop = loop
         self._done = done
         self._cancelled = threading.Event()

@@ -59,10 +59,6 @@ MEMORY_BYTES = 0x1000  # a page, which a driver can map by itself
 MEMORY_NOTIFY = 0x800
 NOTIFY_STEP = 4  # between the words of two queues, where each has its own
 
-CLASS = {"net": 0x020000, "blk": 0x010000, "scsi": 0x010000, "rng": 0x00FF00}
-
-CONFIG_MAY_DIFFER = ("net",)  # between hosts: whether there is a link, for one; drivers expect that to change
-
 # virtio_pci_cap after id and next pointer: length, type, bar, id, padding, offset, length (virtio 1.2, 4.1.4)
 CAP_BYTES = 16
 PCI_CFG_DATA = 14  # in the body of the PCI_CFG capability: pci_cfg_data, behind the cap's own fields
@@ -120,9 +116,7 @@ class VirtioFunction(PciFunction):
 
     def __init__(
         self,
-        kind: str,
         process: DeviceProcess,
-        queue_sizes: tuple[int, ...],
         kvm: "Vm",
         routing: "Routing",
         mode: VirtioMode,
@@ -130,14 +124,14 @@ class VirtioFunction(PciFunction):
         function_layout: int = LAYOUT,
     ) -> None:
         modern_only = mode in (VirtioMode.MODERN, VirtioMode.MEMORY)
-        device_type = spec.DEVICE_TYPE[kind]
+        kind = process.kind
         subsystem_base = spec.SUBSYSTEM_MODERN_BASE if modern_only and function_layout > LAYOUT_FIRST else 0
         super().__init__(
             vendor=spec.VENDOR,
-            device=spec.DEVICE_MODERN_BASE + device_type if modern_only else spec.DEVICE_LEGACY[kind],
-            class_code=CLASS[kind],
+            device=spec.DEVICE_MODERN_BASE + kind.device_type if modern_only else kind.legacy_id,
+            class_code=kind.class_code,
             subsystem_vendor=spec.SUBSYSTEM_VENDOR,
-            subsystem=subsystem_base + device_type,
+            subsystem=subsystem_base + kind.device_type,
             revision=1 if modern_only else 0,
             interrupt_pin=1,
         )
@@ -148,9 +142,9 @@ class VirtioFunction(PciFunction):
         self.fail = fail
         self.complaints = RateLimit()
         self.remarks = RateLimit()  # of its own, so that they keep no complaint out of the log
-        vectors = len(queue_sizes) + 1
+        vectors = len(kind.queues) + 1
         apart = mode is VirtioMode.MEMORY
-        self.transport = Transport(process.features, queue_sizes, process.config, vectors, self, notify_apart=apart)
+        self.transport = Transport(process.features, kind.queues, process.config, vectors, self, notify_apart=apart)
         self.config_call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.config_resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.config_pending = False
@@ -478,7 +472,7 @@ class VirtioFunction(PciFunction):
                     (q.size, q.enabled, q.desc, q.avail, q.used, q.next_avail, q.next_used) for q in state.queues
                 ]
                 usable = self.process.activate(registers.negotiated(modern=modern), rows)
-                if usable and registers.config != state.config and self.process.kind not in CONFIG_MAY_DIFFER:
+                if usable and registers.config != state.config and not self.process.kind.config_may_differ:
                     raise ValueError(f"{self.process.name} is another one here, such as a disk of another size")
                 self._place_notifications()
                 if not usable:

@@ -15,6 +15,7 @@ from vmd.ipc.loop import Loop
 from vmd.log import log
 from vmd.vm import devproc
 from vmd.vm.devproc import DeviceProcess, start_packet
+from vmd.vm.kinds import DISK, INTERFACE
 from vmd.vm.slots import Slot
 
 CONFIG = bytes(60)
@@ -91,9 +92,9 @@ def impostor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Impostor]:
 @pytest.fixture
 def process(impostor: Impostor) -> Iterator[DeviceProcess]:
     """The VM's side, told what it is."""
-    made = DeviceProcess("blk")
+    made = DeviceProcess(DISK)
     with GuestMemory.create([RegionSpec(gpa=0, size=4096, name="ram")]) as memory:
-        slot = Slot(kind="blk", index=0, number=1, fds=(memory.fd,), notes=(devmsg.RESOURCE_QCOW2,), names=("/a",))
+        slot = Slot(kind=DISK, index=0, number=1, fds=(memory.fd,), notes=(devmsg.RESOURCE_QCOW2,), names=("/a",))
         made.begin("vm/test", slot, memory)
     yield made
     made._sync.close()
@@ -170,7 +171,7 @@ def test_start_has_room_for_a_serial_number() -> None:
     """With zeroes behind it; without one nothing is in its place."""
     with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
         plain, given = (
-            start_packet("t", Slot(kind="blk", index=0, number=2, flags=1, serial=serial), memory)
+            start_packet("t", Slot(kind=DISK, index=0, number=2, flags=1, serial=serial), memory)
             for serial in (b"", b"abc")
         )
 
@@ -306,7 +307,7 @@ def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
 
 def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
     """Its VM is told, and tells it what there is, with zeroes for what there is not; or that nothing is new."""
-    running.kind = "net"
+    running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
     ears.listen()
     running.tell_resolvers(((b"aaaa", b"bbbb"), (bytes(16),)))

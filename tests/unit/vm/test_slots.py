@@ -6,7 +6,8 @@ from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig
 from vmd.config.rules import valid_serial
 from vmd.ipc import devmsg
 from vmd.ipc.messages import DiskImages, ImageLink, NicLink
-from vmd.vm.slots import Slot, boot_paths, kinds, plan, with_serials
+from vmd.vm.kinds import DISK, Given, kinds
+from vmd.vm.slots import Slot, boot_paths, plan, with_serials
 
 DISK1, DISK2, DISC = "/pci@i0cf8/*@3", "/pci@i0cf8/*@4", "/pci@i0cf8/*@5/*@0/*@0,0"
 
@@ -23,7 +24,9 @@ def slots() -> list[Slot]:
         DiskImages(images=(ImageLink(path="/c", format="raw", discard_granularity=65536),), read_only=True),
     )
     nic = NicLink(name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=False, mtu=1500)
-    return plan(CONFIG, images, [10, 11, 12], 13, [nic], [14])
+    return plan(
+        Given(config=CONFIG, disks=images, disk_fds=(10, 11, 12), cdrom_fd=13, nics=(nic,), tap_fds=(14,))
+    )
 
 
 def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
@@ -45,7 +48,8 @@ def serials(name: str = "a", uid: int = 0, given: str = "") -> list[bytes]:
     disks = (DiskConfig(path="/a", serial=given), DiskConfig(path="/c"))
     config = VmConfig(name=name, owner=Owner(uid=uid), disks=disks)
     images = (DiskImages(images=(ImageLink(path=disk.path, format="raw"),)) for disk in config.disks)
-    return [slot.serial for slot in plan(config, tuple(images), [10, 11]) if slot.kind == "blk"]
+    parts = Given(config=config, disks=tuple(images), disk_fds=(10, 11))
+    return [slot.serial for slot in plan(parts) if slot.kind is DISK]
 
 
 def test_serial_numbers_are_the_same_each_time_and_others_in_every_vm() -> None:
@@ -71,7 +75,7 @@ def test_configuration_takes_serial_numbers_along() -> None:
     devices = slots()
     taken = with_serials(CONFIG.replace(name="other"), devices)
 
-    assert [disk.serial.encode() for disk in taken.disks] == [slot.serial for slot in devices if slot.kind == "blk"]
+    assert [disk.serial.encode() for disk in taken.disks] == [slot.serial for slot in devices if slot.kind is DISK]
     assert with_serials(CONFIG, [slot.replace(serial=b"") for slot in devices]) == CONFIG
 
 

@@ -18,6 +18,7 @@ from vmd.virtio import spec
 from vmd.vm import state
 from vmd.vm.chips.mc146818 import Mc146818
 from vmd.vm.chips.ns8250 import Uart
+from vmd.vm.kinds import Given
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, plan
 from vmd.vm.state import DeviceHead, MachineState, Register
 
@@ -160,7 +161,6 @@ class Device(Machine):
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """A function of two queues that was just built."""
     made = Device.fake()
-    made.process.kind = "blk"
     made.process.commands = []
     made.process.command = made.process.commands.append
     yield made
@@ -391,7 +391,7 @@ def test_a_guest_keeps_what_it_has_seen_of_its_devices() -> None:
         DeviceHead(kind="rng", slot=1, features=0, layout=7),
         DeviceHead(kind="blk", slot=2, features=0, layout=1, serial=b"a disk"),
     )
-    slots = state.as_sent(plan(config(disks=(DISK,)), [DiskImages(images=())]), heads)
+    slots = state.as_sent(plan(Given(config=config(disks=(DISK,)), disks=(DiskImages(images=()),))), heads)
     assert [(slot.layout, slot.serial) for slot in slots] == [(7, b""), (1, b"a disk")]
 
 

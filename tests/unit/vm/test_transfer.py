@@ -15,6 +15,7 @@ from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
 from vmd.ipc.loop import Loop
 from vmd.vm import state
+from vmd.vm.kinds import DISK, ENTROPY
 from vmd.vm.state import Header, MachineState
 from vmd.vm.stream import Pipe, StreamWriter
 from vmd.vm.transfer import Receiver, Sender
@@ -48,6 +49,7 @@ def loop() -> Iterator[Loop]:
 class Disk:
     """A disk's process, which answers so when it is asked whether all is on stable storage."""
 
+    kind = DISK
     label = "disk0"
 
     def __init__(self, *answers: int) -> None:
@@ -58,11 +60,16 @@ class Disk:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-class Part(NamedTuple):
-    """A slot, and the function that is in it."""
+class Entropy:
+    """A process that nobody may ask this."""
 
-    kind: str
-    process: Any = None
+    kind = ENTROPY
+
+
+class Function(NamedTuple):
+    """A device of the machine."""
+
+    process: Any
 
 
 class Machine:
@@ -71,7 +78,7 @@ class Machine:
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.disk = Disk(devmsg.SETTLED)
-        self.slots = self.virtio = [Part("rng"), Part("blk", self.disk)]
+        self.virtio = [Function(Entropy()), Function(self.disk)]
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ from vmd.config.model import VirtioMode
 from vmd.log import log
 from vmd.virtio import spec
 from vmd.vm import virtio
+from vmd.vm.kinds import KINDS, Kind
 from vmd.vm.slots import LAYOUT_FIRST
 
 NOTIFY = MODERN + virtio.NOTIFY
@@ -137,12 +138,12 @@ def test_each_mode_has_its_ids_and_bars(
     machine.close()
 
 
-@pytest.mark.parametrize("kind", spec.DEVICE_TYPE)
-def test_subsystem_of_every_modern_device_is_beyond_the_legacy_ones(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_subsystem_of_every_modern_device_is_beyond_the_legacy_ones(kind: Kind) -> None:
     """The type itself is what PCI device id and subsystem id have in common (4.1.2.1)."""
-    machine = Machine(Kvm(), Process(), VirtioMode.MODERN, kind=kind)
+    machine = Machine(Kvm(), Process(kind), VirtioMode.MODERN)
 
-    assert machine.config_read(0x2E, 2) == 0x40 + spec.DEVICE_TYPE[kind] == machine.config_read(2, 2) - 0x1000
+    assert machine.config_read(0x2E, 2) == 0x40 + kind.device_type == machine.config_read(2, 2) - 0x1000
     machine.close()
 
 

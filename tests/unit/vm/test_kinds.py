@@ -1,0 +1,49 @@
+"""The table of device kinds against everything else that has to know of one."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from vmd.devices import process
+from vmd.privsep.confine import VMM, Confinement
+from vmd.vm.kinds import KINDS, Kind
+
+ROOT = Path(__file__).resolve().parents[3]
+of_each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def test_every_device_process_is_a_kind() -> None:
+    """A package in vmd/devices has a row, and a row has a package."""
+    assert {main.parent.name for main in ROOT.glob("vmd/devices/*/main.py")} == {kind.process for kind in KINDS}
+
+
+def test_kinds_are_told_apart() -> None:
+    """By all that names one, to streams, to users, in `ps` and to guests."""
+    for field in ("name", "process", "word", "device_type", "legacy_id"):
+        assert len({getattr(kind, field) for kind in KINDS}) == len(KINDS), field
+
+
+@of_each_kind
+def test_a_device_process_may_do_nothing_that_vmm_may_not(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filters are inherited and only narrow: vmm's would kill the process for a call that only its own row names."""
+    confinements: list[Confinement] = []
+    monkeypatch.setattr(process, "main", lambda confinement, *_: confinements.append(confinement))
+
+    importlib.import_module(f"vmd.devices.{kind.process}.main").main()
+
+    (mine,) = confinements
+    assert mine.syscalls is not None
+    assert VMM.syscalls is not None
+    assert mine.syscalls <= VMM.syscalls
+    assert set(mine.ioctls) <= set(VMM.ioctls)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("vmd/vm/*.py")), ids=lambda path: path.stem)
+def test_only_the_table_names_a_kind(path: Path) -> None:
+    """Code that has to tell kinds apart asks for a field of the row, or for the row itself."""
+    names = {name for kind in KINDS for name in (kind.name, kind.process)}
+    words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+
+    assert path.name == "kinds.py" or not words & names

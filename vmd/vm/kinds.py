@@ -1,0 +1,186 @@
+"""The kinds of virtio devices: a row of `KINDS` is all that the VM process knows of one.
+
+To add a kind, add a row here, its package `vmd/devices/<process>` with a `main`, and that process's system calls in
+`vmd/privsep/confine.py`.  If it has a host resource, `ipc/messages.py` says how StartVm brings it.
+"""
+
+import hashlib
+
+from vmd.ipc import devmsg
+from vmd.record import Record
+from vmd.virtio import spec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from vmd.config.model import VmConfig
+    from vmd.ipc.messages import DiskImages, ImageLink, NicLink
+
+SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
+
+
+class Given(Record):
+    """What a VM's devices are made of; `disk_fds` are the images of all disks, chain after chain, top first."""
+
+    config: "VmConfig"
+    disks: "tuple[DiskImages, ...]" = ()
+    disk_fds: tuple[int, ...] = ()
+    cdrom_fd: int | None = None
+    nics: "tuple[NicLink, ...]" = ()
+    tap_fds: tuple[int, ...] = ()
+
+
+class Kind(Record):
+    """One kind.  Class codes and ids are those of PCI (virtio 1.2, 4.1.2 and 5)."""
+
+    name: str  # in streams
+    process: str  # its package in vmd.devices, and with a number the name of its process, such as vioblk0
+    word: str  # what users call it
+    queues: tuple[int, ...]  # their sizes
+    device_type: int
+    legacy_id: int
+    class_code: int
+    count: "Callable[[VmConfig], int]"  # how many a configuration has
+    resources: "Callable[[Given], Iterator[dict[str, Any]]]"  # for each, the fields of its Slot that are its own
+    spare: bool = False  # every VM has one: its process starts before there is a VM
+    config_may_differ: bool = False  # between hosts: drivers expect that to change
+    settles: bool = False  # is brought to stable storage before its VM goes on elsewhere
+
+
+# --- what each is given --------------------------------------------------------------------------------------------
+
+
+def entropy(_given: Given) -> "Iterator[dict[str, Any]]":
+    """It needs nothing."""
+    yield {}
+
+
+def interfaces(given: Given) -> "Iterator[dict[str, Any]]":
+    """Each has a tap."""
+    for nic, fd in zip(given.nics, given.tap_fds, strict=True):
+        yield {
+            "fds": (fd,),
+            "notes": (0,),
+            "names": (nic.name, given.config.name if nic.pxe else ""),
+            "flags": devmsg.START_NET,
+            "net": net_fields(nic),
+        }
+
+
+def disks(given: Given) -> "Iterator[dict[str, Any]]":
+    """Each has its chain of images."""
+    fds = list(given.disk_fds)
+    for index, disk in enumerate(given.disks):
+        count = len(disk.images)
+        yield {
+            "fds": tuple(fds[:count]),
+            "notes": tuple(note(image) for image in disk.images),
+            "names": tuple(image.path for image in disk.images),
+            "flags": devmsg.START_READ_ONLY if disk.read_only else 0,
+            "serial": disk_serial(given.config, index),
+        }
+        del fds[:count]
+
+
+def cdrom(given: Given) -> "Iterator[dict[str, Any]]":
+    """The drive is there if a disc is."""
+    if given.cdrom_fd is not None:
+        yield {"fds": (given.cdrom_fd,), "notes": (0,), "names": (given.config.cdrom,)}
+
+
+def net_fields(nic: "NicLink") -> bytes:
+    """Return what the process of a network interface is told of it."""
+    flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_PXE * nic.pxe
+    flags |= (devmsg.NET_LOCAL | devmsg.NET_ASKS) * nic.local
+    return devmsg.NET.pack(
+        nic.lladdr,
+        nic.host_mac,
+        flags,
+        nic.mtu,
+        nic.guest4,
+        nic.host4,
+        nic.host_ll,
+        nic.prefix6,
+        b"".join(nic.dns4[: devmsg.DNS_MAX]),
+        b"".join(nic.dns6[: devmsg.DNS_MAX]),
+    )
+
+
+def note(image: "ImageLink") -> int:
+    """Return what a disk's process is told of one of its images."""
+    qcow2 = devmsg.RESOURCE_QCOW2 if image.format == "qcow2" else 0
+    sectors = min(image.discard_granularity // spec.SECTOR, devmsg.RESOURCE_DISCARD_MAX)
+    return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0) | sectors << devmsg.RESOURCE_DISCARD_SHIFT
+
+
+def disk_serial(config: "VmConfig", index: int) -> bytes:
+    """Return the serial number that a disk tells its guest.
+
+    Unless it is configured it is made from whose VM it is, so that it is the same after each start, and another one in
+    every VM: a guest may mount by it, and whoever attaches a disk to another VM may see two at a time.
+    """
+    given = config.disks[index].serial
+    if given:
+        return given.encode("ascii")
+    owner = hashlib.sha256(f"{config.owner.uid} {config.name}".encode()).hexdigest()
+    return f"{config.name[:SERIAL_NAME]}-{owner[:SERIAL_DIGITS]}-{index}".encode("ascii")
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+ENTROPY = Kind(
+    name="rng",
+    process="viornd",
+    word="entropy",
+    queues=(64,),
+    device_type=4,
+    legacy_id=0x1005,
+    class_code=0x00FF00,
+    count=lambda _config: 1,
+    resources=entropy,
+    spare=True,
+)
+INTERFACE = Kind(
+    name="net",
+    process="vionet",
+    word="interface",
+    queues=(256, 256),
+    device_type=1,
+    legacy_id=0x1000,
+    class_code=0x020000,
+    count=lambda config: len(config.nics),
+    resources=interfaces,
+    config_may_differ=True,  # whether there is a link, for one
+)
+DISK = Kind(
+    name="blk",
+    process="vioblk",
+    word="disk",
+    queues=(256,),
+    device_type=2,
+    legacy_id=0x1001,
+    class_code=0x010000,
+    count=lambda config: len(config.disks),
+    resources=disks,
+    settles=True,
+)
+CDROM = Kind(
+    name="scsi",
+    process="vioscsi",
+    word="cdrom",
+    queues=(128, 128, 128),
+    device_type=8,
+    legacy_id=0x1004,
+    class_code=0x010000,
+    count=lambda config: int(bool(config.cdrom)),
+    resources=cdrom,
+)
+
+KINDS = (ENTROPY, INTERFACE, DISK, CDROM)  # in the order of their slots, which is upstream's (*cat. 5.4*)
+
+
+def kinds(config: "VmConfig") -> list[Kind]:
+    """Return the kind of each device of a configuration, in the order of their slots."""
+    return [kind for kind in KINDS for _ in range(kind.count(config))]
