@@ -6,10 +6,12 @@ import pytest
 
 from vmd.backlog import Backlog, BacklogWriter
 from vmd.config.model import VmConfig
+from vmd.guestmem import GuestMemory
 from vmd.ipc.loop import Loop
+from vmd.vm import machine as machine_module
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
-from vmd.vm.machine import Machine
+from vmd.vm.machine import Machine, Outside, memory_regions
 
 pytestmark = [
     pytest.mark.kvm,
@@ -27,24 +29,24 @@ PORTS = {
 }
 
 
-def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50() -> None:
+def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA; what is not in this list is not there.
 
     The 8259s, the 8254 with port 61h, and the APICs are KVM's.
     """
     master, slave = os.openpty()
     loop = Loop()
-    machine = Machine(
-        VmConfig(name="bare", memory_bytes=64 << 20),
-        os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC),
-        0,
-        [],
-        DeviceProcesses(),
-        Console(master, slave, BacklogWriter(Backlog.create().fd), loop),
-        loop,
-        lambda _outcome, text: pytest.fail(text),
-        lambda: None,
+    monkeypatch.setattr(machine_module, "KVM_FD", os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    outside = Outside(
+        devices=DeviceProcesses(),
+        console=Console(master, slave, BacklogWriter(Backlog.create().fd), loop),
+        loop=loop,
+        end=lambda _outcome, text: pytest.fail(text),
+        ask_resolvers=lambda: None,
     )
+    config = VmConfig(name="bare", memory_bytes=64 << 20)
+    memory = GuestMemory.create(memory_regions(config.memory_bytes, 0))
+    machine = Machine(config, memory, 0, [], outside)
 
     answering = {port for port in range(0x10000) if port in machine.bus._ports}
     assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}

@@ -31,44 +31,20 @@ if TYPE_CHECKING:
 
 PARK_TIMEOUT_S = 15.0  # a vCPU may be waiting for a device, which has 10 s to answer
 
-class HeldTimers:
-    """The chips' timers: those that are due while the machine stands still are held back until it goes on."""
-
-    def __init__(self, loop: "Loop") -> None:
-        self.loop = loop
-        self.holding = False
-        self.held: list[Callable[[], None]] = []
-
-    def schedule(self, delay_s: float, callback: "Callable[[], None]") -> "Timer":
-        """Do as `Loop.schedule`."""
-        return self.loop.schedule(delay_s, lambda: self._due(callback))
-
-    def _due(self, callback: "Callable[[], None]") -> None:
-        if self.holding:
-            self.held.append(callback)
-        else:
-            callback()
-
-    def hold(self) -> None:
-        """Hold back what comes."""
-        self.holding = True
-
-    def release(self) -> None:
-        """Do what was held back; later ones come on time."""
-        self.holding = False
-        held, self.held = self.held, []
-        for callback in held:
-            callback()
-
 
 class Pause:
-    """One machine's standing still; `paused` once it does."""
+    """One machine's standing still; `paused` once it does.
 
-    def __init__(self, machine: "Machine", loop: "Loop") -> None:
+    One that was received stands still from the start, with the clocks given; its vCPUs park before they have run.
+    """
+
+    def __init__(self, machine: "Machine", loop: "Loop", clocks: Clocks | None = None) -> None:
         self.machine = machine
         self.loop = loop
-        self.paused = False
-        self.clocks: Clocks | None = None
+        self.clocks = clocks
+        self.paused = self._arrived = clocks is not None  # from another place, and the network has not been told
+        if clocks is not None:
+            self._hold_back()
         self._since_s = -2 * JUMP_S  # when it stopped; one that was received, who knows how long ago
         self._round = 0  # of asking vCPUs to park; one that comes too late is of an earlier one
         self._missing = 0  # vCPUs that have yet to park
@@ -111,12 +87,12 @@ class Pause:
         try:
             self._stand_still()
         except PeerError as error:
-            self._end(str(error))
+            self.give_up(str(error))
         except (HostError, OSError) as error:
             try:
                 self._go_on()
             except (PeerError, HostError, OSError) as worse:
-                self._end(sentence(worse))
+                self.give_up(sentence(worse))
             else:
                 self._answer(sentence(error))
         else:
@@ -129,7 +105,7 @@ class Pause:
             thread.unpark()
         self._answer(f"a vcpu did not stop within {PARK_TIMEOUT_S:.0f} s")
 
-    def _end(self, text: str) -> None:
+    def give_up(self, text: str) -> None:
         """Give up a machine that can neither stand still nor go on: a device of it has failed.
 
         Nobody who waits is told: how the VM ends is the answer.
@@ -148,8 +124,7 @@ class Pause:
 
     def _stand_still(self) -> None:
         machine = self.machine
-        machine.timers.hold()
-        machine.listening = False
+        self._hold_back()
         for function in machine.virtio:
             function.process.command(devmsg.PAUSE)
         for function in machine.virtio:
@@ -157,12 +132,9 @@ class Pause:
         self.clocks = Clocks.take(machine.kvm, machine.vcpus, machine.clock, self._asked_ns)
         self.clocks.hold(machine.kvm, [thread.vcpu for thread in machine.vcpus])
 
-    def begin_paused(self, clocks: Clocks) -> None:
-        """A machine that was received stands still from the start; its vCPUs park before they have run."""
+    def _hold_back(self) -> None:
         self.machine.timers.hold()
         self.machine.listening = False
-        self.paused = True
-        self.clocks = clocks
 
     def unpause(self) -> None:
         """Let the machine go on; nothing happens to one that does.  Raises PeerError or OSError: it cannot."""
@@ -171,6 +143,9 @@ class Pause:
             self._go_on()
             if time.monotonic() - self._since_s > JUMP_S:
                 self.machine.vmmci.ask(SYNCRTC)
+            if self._arrived:
+                self._arrived = False
+                self.machine.announce()
 
     def _go_on(self) -> None:
         machine = self.machine

@@ -50,6 +50,7 @@ class Sender:
         self._done = done
         self._cancelled = threading.Event()
         self.pipe = Pipe(fd, select.POLLOUT)
+        self.over = False
         self.total_bytes = len(self._header) + len(self._state) + machine.memory.resident_bytes()
         self._thread = threading.Thread(target=self._run, name="send", daemon=True)
 
@@ -81,6 +82,7 @@ class Sender:
         else:
             text = ""
         finally:
+            self.over = True
             self._loop.call_from_thread(lambda: self._done(text))
 
     def _write(self, writer: StreamWriter) -> None:
@@ -132,6 +134,7 @@ class Receiver:
         self._loop = loop
         self._on_header, self._on_machine, self._on_failed = on_header, on_machine, on_failed
         self.pipe = Pipe(fd, select.POLLIN)
+        self.over = False
         self.total_bytes = 0
         self._memory: GuestMemory | None = None
         self._proceed = threading.Event()
@@ -155,6 +158,7 @@ class Receiver:
             try:
                 machine = self._read(StreamReader(self.pipe))
             finally:
+                self.over = True
                 self.pipe.close()
         except StreamError as error:
             text = f"the stream {error}"

@@ -14,7 +14,8 @@ from vmd.ipc.messages import Outcome
 from vmd.kvmapi.exits import INTERRUPTED, RETRY, Exit
 from vmd.vm import pause as pauses
 from vmd.vm.clocks import Clocks
-from vmd.vm.pause import HeldTimers, Pause
+from vmd.vm.pause import Pause
+from vmd.vm.timers import HeldTimers
 from vmd.vm.vcpu import VcpuThread
 from vmd.vm.vmmci import SYNCRTC
 
@@ -82,6 +83,10 @@ class Machine:
         self.ends: list[tuple[Outcome, str]] = []
         self.kvm = self.clock = self.vmmci = self
         self.clocks_fail = False
+
+    def announce(self) -> None:
+        """Tell the network."""
+        self.events.append("announce")
 
     def listen(self) -> None:
         """Take input."""
@@ -220,18 +225,20 @@ def test_a_long_pause_is_told_to_the_guest(
     assert machine.asked == [SYNCRTC]
 
 
-def test_a_machine_that_was_received_begins_with_standing_still(pause: Pause, machine: Machine) -> None:
-    """Its timers and its input wait like any other's, and nobody knows how long it was away."""
-    pause.begin_paused(cast("Clocks", FakeClocks(machine)))
+def test_a_machine_that_was_received_begins_with_standing_still(machine: Machine, loop: Loop) -> None:
+    """Its timers and its input wait like any other's; nobody knows how long it was away; the network is told once."""
+    pause = Pause(cast("Any", machine), loop, cast("Clocks", FakeClocks(machine)))
     assert pause.paused
     assert machine.timers.holding
     assert not machine.listening
 
     pause.unpause()
 
-    assert machine.events == GOING_ON
+    assert machine.events == [*GOING_ON, "announce"]
+    assert not pause._arrived
     assert machine.asked == [SYNCRTC]
     assert not machine.timers.holding
+
 
 
 def test_timers_wait(machine: Machine, loop: Loop) -> None:

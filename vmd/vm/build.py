@@ -1,0 +1,176 @@
+"""A machine is built by `build`, whatever it begins with: boot images, or what another machine was.
+
+Nothing of a source is read before `build` asks it.
+"""
+
+import errno
+import os
+
+from vmd.config import rules
+from vmd.config.model import BootDevice
+from vmd.errors import OperatorError, sentence
+from vmd.guestmem import PAGE, GuestMemory
+from vmd.kvmapi.system import System
+from vmd.log import log
+from vmd.vm import acpi, layout, state
+from vmd.vm.boot import loader
+from vmd.vm.boot.image import FIRMWARE_MAX
+from vmd.vm.cpuid import for_vcpu
+from vmd.vm.machine import KVM_FD, Machine, Outside, memory_regions
+from vmd.vm.pause import Pause
+from vmd.vm.vcpu import apply_start, set_boot_msrs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Protocol
+
+    from vmd.config.model import VmConfig
+    from vmd.vm.boot.start import Start
+    from vmd.vm.slots import Slot
+    from vmd.vm.state import Header, MachineState
+
+    class Source(Protocol):
+        """What a machine begins with.  Each raises as `build` does."""
+
+        def machine(self, config: VmConfig, slots: Sequence[Slot], outside: Outside) -> Machine:
+            """Return a machine with memory and devices that are starting, and without vCPUs."""
+
+        def fill(self, machine: Machine) -> None:
+            """Put into memory what belongs there."""
+
+        def finish(self, machine: Machine) -> Pause:
+            """Set devices and vCPUs; returns how the machine stands still, or can."""
+
+
+def unusable(error: ValueError | OSError) -> OperatorError:
+    """Return why there is no machine for this host in a stream, though it is whole."""
+    return OperatorError(errno.EINVAL, f"the stream is not usable: {sentence(error)}")
+
+
+def check_host(header: "Header") -> None:
+    """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
+    config, firmware = header.config, header.firmware_bytes
+    if rules.memory_bytes(config.memory_bytes) % PAGE:
+        raise ValueError(f"it has {config.memory_bytes} bytes of memory")
+    rules.vcpus(config.vcpus)
+    if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE:
+        raise ValueError(f"it has firmware of {firmware} bytes")
+    state.check_devices(header)
+    system = System(KVM_FD)
+    state.check_processor(header, system.supported_cpuid())
+    with system.create_vm() as kvm:
+        kvm.create_irqchip()
+        with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # the last one of as many
+            state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
+            if header.xsave_bytes != vcpu.xsave_bytes:
+                raise ValueError(f"its extended state has {header.xsave_bytes} bytes, not {vcpu.xsave_bytes}")
+            try:
+                vcpu.set_cpuid2(for_vcpu(state.cpuid_of(header), config.vcpus - 1, config.vcpus, tsc_deadline=True))
+            except OSError as error:
+                raise ValueError(f"KVM does not take its processor: {sentence(error)}") from error
+
+
+def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Pause:
+    """Return a machine that only has to be started; what its devices were given is theirs.
+
+    Raises:
+        OperatorError: what was received is no such machine.
+        ImageError: a boot image cannot be used.
+        HostError, PeerError, OSError: the host, KVM or a device refuses.
+    """
+    machine = source.machine(config, slots, outside)
+    source.fill(machine)
+    machine.plug_devices()
+    machine.create_vcpus()
+    pause = source.finish(machine)
+    for slot in slots:
+        for fd in slot.fds:
+            os.close(fd)
+    return pause
+
+
+class FromImages:
+    """Open boot images, and the names to call them in messages."""
+
+    def __init__(self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str) -> None:
+        self.boot_fd = boot_fd
+        self.boot_name = boot_name
+        self.initrd_fd = initrd_fd
+        self.initrd_name = initrd_name
+        self.start: Start | None = None
+
+    def machine(self, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+        """Make memory, with room for firmware if that is what the image is."""
+        firmware_bytes = loader.firmware_bytes(self.boot_fd, self.boot_name)
+        memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
+        return Machine(config, memory, firmware_bytes, slots, outside)
+
+    def fill(self, machine: Machine) -> None:
+        """Load the images and close them."""
+        config = machine.config
+        rsdp_gpa = layout.ACPI_TABLES
+        if machine.firmware_bytes:
+            rsdp_gpa = 0  # SeaBIOS places tables, addresses and interrupt lines itself
+        else:
+            machine.memory.write(rsdp_gpa, acpi.build_tables(config.memory_bytes, config.vcpus))
+        from_network = config.boot_device is BootDevice.NET and config.nics
+        self.start = loader.load(
+            machine.memory,
+            self.boot_fd,
+            self.boot_name,
+            memory_bytes=config.memory_bytes,
+            initrd_fd=self.initrd_fd,
+            initrd_name=self.initrd_name,
+            cmdline=os.fsencode(config.cmdline),
+            rsdp_gpa=rsdp_gpa,
+            bootmac=config.nics[0].lladdr if from_network else b"",
+        )
+        log.debug(self.start.text)
+        os.close(self.boot_fd)
+        if self.initrd_fd is not None:
+            os.close(self.initrd_fd)
+
+    def finish(self, machine: Machine) -> Pause:
+        """Let vCPU 0 start where the loader says."""
+        assert self.start is not None
+        if not machine.firmware_bytes:
+            machine.pci.assign_resources()
+        set_boot_msrs([thread.vcpu for thread in machine.vcpus], direct_boot=not machine.firmware_bytes)
+        apply_start(machine.vcpus[0].vcpu, self.start)
+        return Pause(machine, machine.outside.loop)
+
+
+class FromStream:
+    """What came of a stream: its header, then memory, then all the rest."""
+
+    def __init__(self, header: "Header", memory: GuestMemory, saved: "MachineState") -> None:
+        self.header = header
+        self.memory = memory
+        self.saved = saved
+
+    def machine(self, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+        """The guest has to find its processor and its devices as they were."""
+        try:
+            slots = state.as_sent(slots, self.header.devices)
+        except ValueError as error:
+            raise unusable(error) from error
+        cpuid = state.cpuid_of(self.header)
+        machine = Machine(config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
+        machine.clock.stop()  # until it goes on with the others
+        return machine
+
+    def fill(self, machine: Machine) -> None:
+        """The stream has."""
+
+    def finish(self, machine: Machine) -> Pause:
+        """Be what the other machine was, standing still."""
+        try:
+            clocks = state.restore(machine, self.saved, self.header.devices)
+            for function, each in zip(machine.virtio, self.saved.virtio, strict=True):
+                function.restore_rings(each)
+        except OSError as error:
+            raise unusable(ValueError(f"KVM does not take it: {sentence(error)}")) from error
+        except ValueError as error:
+            raise unusable(error) from error
+        return Pause(machine, machine.outside.loop, clocks)

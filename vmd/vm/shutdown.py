@@ -1,0 +1,51 @@
+"""Asking a guest to end itself, by vmmci or by the power button, and ending one that does not (*cat. 4.4*)."""
+
+from vmd.ipc.messages import Outcome
+from vmd.vm import vmmci
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.loop import Loop
+    from vmd.vm.machine import Machine
+
+ACK_TIMEOUT_S = 3.0  # for the guest to notice
+SHUTDOWN_TIMEOUT_S = 120.0  # for it to be done
+
+
+def ask_to_shut_down(machine: "Machine", loop: "Loop", end: "Callable[[Outcome, str], None]") -> None:
+    """Have a guest that runs end itself; one that does not in time is ended, as is one with a driver for neither."""
+    ask: Callable[[], object]
+    if machine.vmmci.driver_is_up:
+        # Not `shutdown`: a guest that cannot switch itself off would wait for a key to be pressed.
+        wanted, ask = "vmmci", lambda: machine.vmmci.ask(vmmci.REBOOT)
+    elif machine.pm.power_button_enabled:
+        wanted, ask = "the power button", machine.pm.power_button
+    else:
+        end(Outcome.ENDED, "stopped; the guest has no driver for the power button")
+        return
+    deadline = loop.call_later(
+        ACK_TIMEOUT_S, lambda: end(Outcome.ENDED, f"did not notice {wanted} in {ACK_TIMEOUT_S:.0f} s")
+    )
+
+    def acknowledged_on_vcpu(command: int = vmmci.REBOOT) -> None:
+        if command == vmmci.REBOOT:  # of whatever it was asked before we do not speak
+            # Once: a guest may say it as often as it likes.
+            machine.on_acknowledged, machine.pm.on_button_acknowledged = ignore, ignore
+            loop.call_from_thread(acknowledged)
+
+    def acknowledged() -> None:
+        deadline.cancel()
+        loop.call_later(
+            SHUTDOWN_TIMEOUT_S, lambda: end(Outcome.ENDED, f"did not shut down in {SHUTDOWN_TIMEOUT_S:.0f} s")
+        )
+
+    machine.on_acknowledged = machine.pm.on_button_acknowledged = acknowledged_on_vcpu
+    ask()
+    if machine.vmmci.driver_is_up and not machine.vmmci.acknowledges:
+        acknowledged()  # it never will
+
+
+def ignore(*_: object) -> None:
+    """Do nothing."""
