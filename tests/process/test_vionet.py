@@ -740,9 +740,9 @@ def test_frame_in_more_pieces_than_the_kernel_takes(nic: Nic, parts: int) -> Non
     assert nic.host.receive() == frame
 
     nic.driver.renew(ALL & ~MRG)
-    nic.driver.rx.add([Desc(2 * MIB, len(raw), INDIRECT)])
     table = [part._replace(flags=part.flags | WRITE) for part in chained([Desc(DATA + n, 2) for n in range(parts)])]
     nic.memory.load(2 * MIB, b"".join(struct.pack("<QIHH", *part) for part in table))
+    nic.driver.rx.add([Desc(2 * MIB, len(raw), INDIRECT)])
     nic.device.kick(RX)
     before = nic.driver.counters()["rx_packets"]
     nic.host.send(any_frame(500))
