@@ -1,6 +1,7 @@
 """What a machine is made of, built on the real /dev/kvm and not started (hostile-input 50)."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -8,6 +9,8 @@ from vmd.backlog import Backlog, BacklogWriter
 from vmd.config.model import VmConfig
 from vmd.guestmem import GuestMemory
 from vmd.ipc.loop import Loop
+from vmd.kvmapi import abi
+from vmd.vm import layout
 from vmd.vm import machine as machine_module
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
@@ -29,11 +32,9 @@ PORTS = {
 }
 
 
-def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA; what is not in this list is not there.
-
-    The 8259s, the 8254 with port 61h, and the APICs are KVM's.
-    """
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Give a machine without devices, as it is before its guest runs."""
     master, slave = os.openpty()
     loop = Loop()
     monkeypatch.setattr(machine_module, "KVM_FD", os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
@@ -47,11 +48,7 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(monkeypatch: pyt
     config = VmConfig(name="bare", memory_bytes=64 << 20)
     memory = GuestMemory.create(memory_regions(config.memory_bytes, 0))
     machine = Machine(config, memory, 0, [], outside)
-
-    answering = {port for port in range(0x10000) if port in machine.bus._ports}
-    assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
-    assert machine.bus._mmio_ranges == ()
-    assert [function.slot for function in machine.pci.functions()] == [0, 1]  # host bridge, vmmci
+    yield machine
     for thread in machine.vcpus:
         thread.vcpu.close()
     machine.kvm.close()
@@ -59,3 +56,27 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(monkeypatch: pyt
     loop.close()
     for fd in (master, slave):
         os.close(fd)
+
+
+def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(machine: Machine) -> None:
+    """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA; what is not in this list is not there.
+
+    The 8259s, the 8254 with port 61h, and the APICs are KVM's.
+    """
+    answering = {port for port in range(0x10000) if port in machine.bus._ports}
+    assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
+    assert machine.bus._mmio_ranges == ()
+    assert [function.slot for function in machine.pci.functions()] == [0, 1]  # host bridge, vmmci
+
+
+def test_lines_of_pci_are_level_triggered_without_a_firmware(machine: Machine) -> None:
+    """A kernel that is entered at once finds the 8259s as SeaBIOS leaves them: each line that PCI can have, and SCI's.
+
+    At an edge-triggered line an interrupt of one device is lost while another device holds the line.
+    """
+    first, second = (
+        machine.kvm.get_irqchip(chip).chip.pic.elcr for chip in (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE)
+    )
+
+    lines = {layout.pci_irq(slot, pin) for slot in range(32) for pin in range(1, 5)} | {layout.IRQ_SCI}
+    assert first | second << 8 == sum(1 << line for line in lines) == 0x0E00

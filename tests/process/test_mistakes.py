@@ -73,11 +73,16 @@ def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: in
             ("unknown user _vmd", "useradd"),
         ),
         (f"echo 'vm' > $DIR/vm.conf; {VMD}", 78, ("vm.conf:1: syntax error",)),
+        (f"rm $DIR/vm.conf; {VMD}", 78, ("vm.conf: No such file or directory",)),
+        (f"rm $DIR/vm.conf; {VMD} -n", 1, ("vm.conf: No such file or directory",)),
         (VMD.replace("vmd.sock", "nowhere/vmd.sock"), 1, ("nowhere/vmd.sock", "No such file")),
         (f"{sys.executable} -m vmd -d -s $DIR/vmd.sock -f $DIR/vm.conf -D x", 2, ("macro definition x",)),
     ],
-    ids=["not root", "no kvm", "kvm is not kvm", "no user", "bad configuration", "bad socket path", "bad macro"],
-)
+    ids=[
+        "not root", "no kvm", "kvm is not kvm", "no user", "bad configuration", "no configuration",
+        "nothing to check", "bad socket path", "bad macro",
+    ],
+)  # fmt: skip
 def test_vmd_does_not_start(directory: Path, mistake: str, status: int, words: tuple[str, ...]) -> None:
     """The daemon says why, once, and leaves no socket."""
     one_sentence(shell(mistake, directory), *words, status=status)

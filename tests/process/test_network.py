@@ -380,6 +380,23 @@ def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[s
     assert set(links(network)) == set(before)
 
 
+def test_a_tap_that_is_there_already(network: Network, tmp_path: Path) -> None:
+    """One that vm.conf names is used, as upstream uses it; when the VM has ended, and vmd too, it is still there."""
+    network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
+    network.run("ip", "link", "set", "tap4", "alias", "the accountants")
+    with NetDaemon(tmp_path, network, SWITCH + block("db1", 'interface tap4 { switch "lan" }', "interface")) as vmd:
+        vmd.must("start", "db1")
+        assert [nic["tap"] for nic in vmd.interfaces("db1")] == ["tap4", "tap0"]
+        there = links(network)["tap4"]
+        assert (there["master"], there["ifalias"]) == ("br7", "the accountants")
+        assert {"UP", "LOWER_UP"} <= set(there["flags"])  # somebody has its other end
+
+        vmd.must("stop", "-fw", "db1")
+        wait_for_links(vmd, {"lo", "br7", "tap4"})
+        assert "master" not in links(network)["tap4"]
+    assert set(links(network)) == {"lo", "tap4"}
+
+
 def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path: Path) -> None:
     """The guest has a lease for months: number, prefix and IPv6 prefix are the sender's, whatever the receiver's are.
 
