@@ -20,6 +20,7 @@ MIRROR = "http://deb.debian.org/debian"
 INSTALLED = ("iproute2", "procps", "systemd", "systemd-sysv")
 DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-ply", "python3-pyroute2", "seabios")
 OF_A_MACHINE = ("kmod", "udev")
+LIMIT_S = 1800  # a watchdog: what comes from the network may take minutes
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 
 
@@ -30,7 +31,8 @@ class DebianError(Exception):
 def run(*command: str | Path, cwd: Path = CHECKOUT) -> str:
     """Run a program to its end; return what it said.  Raises DebianError."""
     done = subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ["timeout", "--kill-after=5", str(LIMIT_S), *command], cwd=cwd, env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:

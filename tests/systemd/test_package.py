@@ -13,7 +13,7 @@ from tests.support.guests import guest
 from tests.systemd.box import Box
 from vmd.version import VERSION
 
-pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.deep, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.deep, pytest.mark.timeout(900, func_only=True)]
 
 DEB, NEW_DEB = "/root/vmd.deb", "/root/newer.deb"
 INSTALL = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "install")

@@ -14,7 +14,8 @@ from tests.support.debian import built_deb, debian_host
 from tests.support.guests import guest
 from tests.systemd.box import Box
 
-pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+# The limit is each test's own: the first one may have to wait until a Debian has been fetched, which has a limit, too.
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240, func_only=True)]
 
 DEMO, BLK = Path("/srv/demo.elf"), Path("/srv/blk.elf")
 DISK, DISC = "/srv/disk.img", "/srv/cd.iso"
