@@ -400,7 +400,7 @@ def test_a_tap_that_is_there_already(network: Network, tmp_path: Path) -> None:
 def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path: Path) -> None:
     """The guest has a lease for months: number, prefix and IPv6 prefix are the sender's, whatever the receiver's are.
 
-    A VM there that has the same id has addresses of its own.
+    A VM there that has the same id, and its local interface at the same place, has addresses of its own.
     """
     conf = SWITCH + block("first") + block("db1", 'interface switch "lan"', "local interface")
     here, there = tmp_path / "here", tmp_path / "there"
@@ -409,7 +409,7 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
     with (
         Network() as other,
         NetDaemon(here, network, "local inet6\n" + conf, numbers={"first": 1, "db1": 2}) as sender,
-        NetDaemon(there, other, SWITCH + block("one") + block("resident", "local interface")) as receiver,
+        NetDaemon(there, other, SWITCH + block("one") + block("resident", "interface", "local interface")) as receiver,
     ):
         sender.must("start", "db1")
         receiver.must("start", "resident")
@@ -423,11 +423,11 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
         moved = receiver.interfaces("db1")
         for key in ("lladdr", "host4", "guest4", "prefix6", "locked"):
             assert [nic[key] for nic in moved] == [nic[key] for nic in wanted]
-        assert addresses(links(other)["tap2"])[:2] == host_addresses[:2]
-        assert addresses(links(other)["tap2"])[0] == "100.64.2.4/31"
-        assert links(other)["tap1"]["master"] == "br7"
-        assert [nic["tap"] for nic in moved] == ["tap1", "tap2"]
-        for tap, before in (("tap1", "tap0"), ("tap2", "tap1")):
+        assert addresses(links(other)["tap3"])[:2] == host_addresses[:2]
+        assert addresses(links(other)["tap3"])[0] == "100.64.2.4/31"
+        assert links(other)["tap2"]["master"] == "br7"
+        assert [nic["tap"] for nic in moved] == ["tap2", "tap3"]
+        for tap, before in (("tap2", "tap0"), ("tap3", "tap1")):
             assert links(other)[tap]["address"] == here_links[before]["address"]
         frame = on_switch.receive()  # by which the switches there learn where it is
         while frame[12:14] != RARP:
@@ -435,6 +435,10 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
         assert frame[6:12].hex(":") == moved[0]["lladdr"]
         on_switch.socket.close()
         wait_for_links(sender, {"lo", "br7"})
+
+        receiver.must("stop", "-fw", "resident")
+        receiver.must("start", "resident")
+        assert receiver.interfaces("resident")[1]["guest4"] != moved[1]["guest4"]
 
 
 @pytest.mark.deep
