@@ -117,7 +117,11 @@ def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> N
     for then, now in zip(sent.functions, again.state.functions, strict=True):
         assert now == then, f"slot {then.slot}"
     assert again.state.pci_address == sent.pci_address
-    assert again.state.virtio == sent.virtio
+    kinds = [device.kind for device in again.header.devices]
+    assert [device.kind for device in again.state.virtio] == kinds  # which the recorded ones did not say
+    assert again.state.virtio == tuple(
+        device.replace(kind=kind) for device, kind in zip(sent.virtio, kinds, strict=True)
+    )
     assert [device.replace(features=0) for device in again.header.devices] == [
         device.replace(features=0) for device in read_header(version, recorded.header).devices
     ]

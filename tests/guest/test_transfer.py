@@ -20,7 +20,7 @@ import pytest
 from tests.support import churn, fusefile
 from tests.support.blkdisk import Disk
 from tests.support.clocks import Clocks
-from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.fusefile import FuseFile
 from tests.support.guests import guest
 from tests.support.transfers import (
@@ -931,6 +931,58 @@ def test_two_at_once(tmp_path: Path) -> None:
         assert [ended(client)[0] for client in clients] == [0, 0, 0, 0]
         for name in "xy":
             works(vmd, f"new-{name}")
+
+
+# What is wrong with each state that a machine is sent as, one after the other; the last one is right.
+BROKEN = '''
+
+_right = save
+_broken = iter([
+    lambda state: state.replace(chips=state.chips[:-1]),
+    lambda state: state.replace(chips=(ChipState(name="uart", registers=tuple(
+        Register(name=each.name, number=0, data=bytes(99)) if each.name == "rx" else each
+        for each in state.chips[0].registers
+    )), *state.chips[1:])),
+    lambda state: state.replace(virtio=(state.virtio[0].replace(status=512), *state.virtio[1:])),
+    lambda state: state.replace(virtio=state.virtio[::-1]),
+    lambda state: state.replace(functions=state.functions[:-1]),
+    lambda state: state.replace(pit=bytes(400_000)),
+    lambda state: state.replace(kvmclock_ns=1 << 70),
+])
+
+def save(machine, clocks):
+    return next(_broken, lambda state: state)(_right(machine, clocks))
+'''
+REFUSALS = (
+    "the state of other chips", "an impossible state of uart: uart: receiver of 99 bytes with 0 error bytes",
+    "512 in the 8 bits of status", "a device of kind 'blk' where viornd0 is", "saved pci slots [0, 1, 2] are not",
+    "a state of ", "Integer value out of range",
+)  # fmt: skip
+
+
+def test_a_machine_that_nobody_could_receive_stays(tmp_path: Path) -> None:
+    """A sender whose program is wrong finds it out before it lets go of the guest, and says what is wrong."""
+    code = tmp_path / "code"
+    code.mkdir()
+    subprocess.run(["cp", "-r", ROOT / "vmd", ROOT / "vmctl", code], check=True)
+    with (code / "vmd" / "vm" / "state.py").open("a") as module:
+        module.write(BROKEN)
+    disk = Disk(tmp_path / "disk")
+    conf = block("a", "demo", "", f'disk "{disk.path}" format raw') + block("b", "demo")
+    with Daemon(tmp_path, conf, code=code) as vmd:
+        vmd.must("start", "a")
+        with vmd.console("a") as console:
+            console.expect(PROMPT, DEADLINE_S)
+        pid = vmd.status("a")["pid"]
+        for reason in REFUSALS:
+            with (tmp_path / "stream").open("wb") as stream:
+                status, said = ended(vmctl(vmd, "send", "a", stdout=stream.fileno()))
+            assert status == 1
+            assert f"vm a was not sent, and is as before: nobody could receive it: {reason}" in said
+            answers(vmd, "a")
+            assert (vmd.status("a")["pid"], vmd.status("a")["state"]) == (pid, "running")
+        move(vmd, "a", "b")
+        answers(vmd, "b")
 
 
 def test_a_viewer_sees_the_end(busy: Daemon, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections import deque
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import READ, WRITE
-from vmd.ipc.messages import BY_CLASS, Proc
+from vmd.ipc.messages import BY_CLASS, BY_NAME, Proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Channel:
         self.label = label
         self.queue_limit = queue_limit
         self.closed = False
-        self.form = Form.INSIDE
+        self.form = Form.NAMED if frozenset((me, peer)) in BY_NAME else Form.INSIDE
         self.on_unknown: Callable[[UnknownMessage], None] | None = None
         self._sock = sock
         self._loop = loop

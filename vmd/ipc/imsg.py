@@ -5,8 +5,8 @@
 `flags` is the number of descriptors.  The sockets are SOCK_SEQPACKET, so a message and its descriptors
 arrive together or not at all and a peer cannot trickle half a header.  The body is a list, in one of these forms:
 
-    [[count, ...], field, ...]                     between our own processes: in order of declaration
-    [{descriptor: count}, {field: value, ...}]     on the control socket: by name, for programs of other versions
+    [[count, ...], field, ...]                     between processes of one version: in order of declaration
+    [{descriptor: count}, {field: value, ...}]     by name, for programs of other versions: control socket, `BY_NAME`
 
 Decoding believes nothing: every field is checked against the declared type before a record is built.
 

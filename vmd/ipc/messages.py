@@ -1,9 +1,9 @@
 """Every message between any two processes, and who may send which (*cat. 1.8*).
 
 A message is a frozen record.  Its code number is explicit and never reused; its fields travel in order of
-declaration, or by name on the control socket (`Hello`); the descriptors that ride along are named in the decorator:
-`"tty"` must be there, `"kernel?"` may be, `"disks*"` is any number.  A process accepts exactly what stands in its
-HANDLERS table.
+declaration, or by name where the two may be of different versions (`Hello`, `BY_NAME`).  The descriptors that ride
+along are named in the decorator: `"tty"` must be there, `"kernel?"` may be, `"disks*"` is any number.  A process
+accepts exactly what stands in its HANDLERS table.
 
 Requests of vmctl go client -> control -> parent as the same message.  `caller` is whatever the client
 wrote until control replaces it by the credentials of the socket; the header's `peerid` is control's number
@@ -82,6 +82,10 @@ def message(code: int, *routes: tuple[Proc, Proc], fds: tuple[str, ...] = ()) ->
 
     return register
 
+
+# Between whom fields travel by name: a vmm and its VMs may be of another version than parent.  What vmm relays keeps
+# its form, and with it its length.
+BY_NAME = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 
 ASK = ((Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.PARENT))
 ANSWER = ((Proc.PARENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT))

@@ -6,15 +6,13 @@ Nothing of a source is read before `build` asks it.
 import errno
 import os
 
-from vmd.config import rules
 from vmd.config.model import BootDevice
 from vmd.errors import OperatorError, sentence
-from vmd.guestmem import PAGE, GuestMemory
+from vmd.guestmem import GuestMemory
 from vmd.kvmapi.system import System
 from vmd.log import log
 from vmd.vm import acpi, layout, state
 from vmd.vm.boot import loader
-from vmd.vm.boot.image import FIRMWARE_MAX
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.machine import KVM_FD, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
@@ -50,13 +48,8 @@ def unusable(error: ValueError | OSError) -> OperatorError:
 
 def check_host(header: "Header") -> None:
     """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
-    config, firmware = header.config, header.firmware_bytes
-    if rules.memory_bytes(config.memory_bytes) % PAGE:
-        raise ValueError(f"it has {config.memory_bytes} bytes of memory")
-    rules.vcpus(config.vcpus)
-    if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE:
-        raise ValueError(f"it has firmware of {firmware} bytes")
-    state.check_devices(header)
+    config = header.config
+    state.check_header(header)
     system = System(KVM_FD)
     state.check_processor(header, system.supported_cpuid())
     with system.create_vm() as kvm:

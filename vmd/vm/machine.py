@@ -7,6 +7,7 @@ of the process, which is what a failure leads to.
 import time
 
 from vmd.guestmem import RegionSpec
+from vmd.ipc.loop import Timer
 from vmd.ipc.messages import Outcome, Trouble
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
@@ -172,6 +173,22 @@ class Machine:
             "fw_cfg": self.fwcfg,
         }
 
+    def spare_chips(self) -> "dict[str, Chip]":
+        """Return chips like those of `chips` that are wired to nothing, to try a state on."""
+
+        def schedule(delay_s: float, callback: "Callable[[], None]") -> Timer:
+            return Timer(delay_s, callback)
+
+        return {
+            "uart": Uart(_nothing, _nothing),
+            "rtc": Mc146818(_nothing, time.time, schedule, self.config.memory_bytes, self.config.vcpus),
+            "pm": AcpiPm(_nothing, _nothing, schedule=schedule),
+            "reset": ResetPort(_nothing),
+            "keyboard": I8042(_nothing),
+            "port 92": SystemControlA(_nothing),
+            "fw_cfg": fwcfg.FwCfg(self.memory),
+        }
+
     def start(self, *, parked: bool = False) -> None:
         """Let the guest execute; application processors wait in the kernel until it wakes them.
 
@@ -281,6 +298,10 @@ class Machine:
 
     def _on_reset(self) -> None:
         self.end(Outcome.REBOOT, "reset by the guest")
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def memory_regions(memory_bytes: int, firmware_bytes: int) -> list[RegionSpec]:

@@ -395,12 +395,8 @@ class PciFunction:
             table = b"" if self.msix is None else bytes(self.msix.table)
             return {"slot": self.slot, "config": bytes(self.config), "msix": table}
 
-    def restore(self, state: "FunctionState") -> None:
-        """Put a saved state back, as if the guest wrote it; `PciBus.restore` places the BARs afterwards.
-
-        Raises:
-            ValueError: it is not the state of a function like this one; nothing was changed.
-        """
+    def check(self, state: "FunctionState") -> None:
+        """Raise ValueError unless this is the state of a function like this one."""
         saved, table = state["config"], state["msix"]
         with self.lock:
             if len(saved) != CONFIG_BYTES:
@@ -412,6 +408,11 @@ class PciFunction:
                     )
             if len(table) != (0 if self.msix is None else len(self.msix.table)):
                 raise ValueError(f"pci slot {self.slot}: msi-x table of {len(table)} bytes")
+
+    def restore(self, state: "FunctionState") -> None:
+        """Put a state that was checked back, as if the guest wrote it; `PciBus.restore` places the BARs afterwards."""
+        saved, table = state["config"], state["msix"]
+        with self.lock:
             command = self.command
             self.config[:] = saved
             # The table first: enabling then tells each vector once, with the message it ends up with.
@@ -611,15 +612,21 @@ class PciBus:
         """Return the address register and every function's state."""
         return {"address": self.address, "functions": [function.state() for function in self.functions()]}
 
+    def check(self, state: "BusState") -> None:
+        """Raise ValueError unless this is the state of a bus with the same functions."""
+        slots = [saved["slot"] for saved in state["functions"]]
+        if slots != [function.slot for function in self.functions()]:
+            raise ValueError(f"saved pci slots {slots} are not those of this machine")
+        for function, saved in zip(self.functions(), state["functions"], strict=True):
+            function.check(saved)
+
     def restore(self, state: "BusState") -> None:
         """Put a saved state back on a bus with the same functions.
 
         Raises:
-            ValueError: the functions are not the same; the VM must not run.
+            ValueError: the functions are not the same; nothing was changed.
         """
-        slots = [saved["slot"] for saved in state["functions"]]
-        if slots != [function.slot for function in self.functions()]:
-            raise ValueError(f"saved pci slots {slots} are not those of this machine")
+        self.check(state)
         for function, saved in zip(self.functions(), state["functions"], strict=True):
             function.restore(saved)
         self.address = state["address"] & 0x80FFFFFC

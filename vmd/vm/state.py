@@ -7,12 +7,15 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 
 import struct
 
+from vmd.config import rules
 from vmd.config.model import VmConfig
-from vmd.config.rules import valid_serial
-from vmd.ipc.imsg import unpack
+from vmd.guestmem import PAGE
+from vmd.ipc.imsg import Form, encode, unpack
+from vmd.ipc.messages import ReceivedHeader
 from vmd.kvmapi import abi
 from vmd.record import Part, Record
-from vmd.vm import stream_v2
+from vmd.vm import stream, stream_v2
+from vmd.vm.boot.image import FIRMWARE_MAX
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
 from vmd.vm.kinds import kinds
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, with_serials
@@ -67,7 +70,7 @@ class DeviceHead(Record):
     serial: bytes = b""  # that a disk tells the guest; none: the name of its process, as before there were serials
 
 
-class Header(Record):
+class Header(Part):
     """What has to be known before the first byte of memory."""
 
     config: VmConfig
@@ -119,8 +122,8 @@ class VcpuState(Part):
     tsc_deadline: int | None  # on a CPU without: None
 
 
-class MachineState(Record):
-    """Everything but memory."""
+class MachineState(Part):
+    """Everything but memory; the parts in here have versions of their own."""
 
     vcpus: tuple[VcpuState, ...]
     irqchips: tuple[bytes, ...]
@@ -228,6 +231,38 @@ def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
 # --- restoring -----------------------------------------------------------------------------------------------
 
 
+def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
+    """Raise ValueError unless a receiver on such a host takes what this machine is about to be sent as.
+
+    The sender asks this of its own stream: a receiver that finds it out has the only copy, and cannot use it.
+    """
+    if len(header_raw) > stream.HEADER_MAX:
+        raise ValueError(f"a header of {len(header_raw)} bytes")
+    theirs = read_header(stream.VERSION, header_raw)
+    check_header(theirs)
+    rules.check_vm(theirs.config)
+    encode(ReceivedHeader(vmid=0, config=theirs.config, one_shot=theirs.one_shot), form=Form.NAMED)
+    check_processor(theirs, machine.cpuid)
+    if len(state_raw) > bytes_max(theirs):
+        raise ValueError(f"a state of {len(state_raw)} bytes")
+    sent = read_machine(stream.VERSION, state_raw)
+    check(machine, sent, theirs.devices)
+    like = machine.chips()
+    for saved, chip in zip(sent.chips, machine.spare_chips().values(), strict=True):
+        _restore_chip(saved, like[saved.name].state(), chip.restore)
+
+
+def check_header(theirs: Header) -> None:
+    """Raise ValueError unless a machine can be like this, on whatever host."""
+    config, firmware = theirs.config, theirs.firmware_bytes
+    if rules.memory_bytes(config.memory_bytes) % PAGE:
+        raise ValueError(f"it has {config.memory_bytes} bytes of memory")
+    rules.vcpus(config.vcpus)
+    if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE:
+        raise ValueError(f"it has firmware of {firmware} bytes")
+    check_devices(theirs)
+
+
 def check_devices(theirs: Header) -> None:
     """Raise ValueError unless the devices are those that such a configuration has."""
     found, wanted = [device.kind for device in theirs.devices], [kind.name for kind in kinds(theirs.config)]
@@ -239,7 +274,7 @@ def check_devices(theirs: Header) -> None:
                 f"the device in PCI slot {device.slot} has layout {device.layout},"
                 f" where this vmd has {LAYOUT_FIRST} to {LAYOUT}"
             )
-        if device.serial and not valid_serial(device.serial.decode("latin-1")):
+        if device.serial and not rules.valid_serial(device.serial.decode("latin-1")):
             raise ValueError(f"the disk in PCI slot {device.slot} has serial number {device.serial!r}")
 
 
@@ -282,10 +317,10 @@ def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
     ]
 
 
-def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ...]) -> Clocks:
-    """Make a machine what another one with these devices was; it is to be let go with the clocks that are returned.
+def check(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ...]) -> None:
+    """Raise ValueError unless this is the state of a machine like this one, with these devices.
 
-    Raises ValueError, or OSError from KVM: the state is not that of such a machine.
+    What the registers of chips hold is checked where they are restored, and what is KVM's by KVM.
     """
     if len(state.vcpus) != len(machine.vcpus):
         raise ValueError(f"the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
@@ -293,28 +328,43 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
         raise ValueError(f"the state of {len(state.irqchips)} interrupt controllers, not {len(PICS)}")
     if not len(state.virtio) == len(machine.virtio) == len(devices):
         raise ValueError(f"the state of {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
-    chips = machine.chips()
-    if [chip.name for chip in state.chips] != list(chips):
+    if [chip.name for chip in state.chips] != list(machine.chips()):
         raise ValueError("the state of other chips")
-    for chip in state.chips:
-        _restore_chip(chip, chips[chip.name].state(), chips[chip.name].restore)
-    functions: list[FunctionState] = [
-        {"slot": each.slot, "config": each.config, "msix": each.msix} for each in state.functions
-    ]
-    bus: BusState = {"address": state.pci_address, "functions": functions}
-    for function in machine.virtio:
-        function.detach_interrupts()  # or what the bus switches on would reach controllers that are not themselves yet
-    machine.pci.restore(bus)
+    machine.pci.check(_bus(state))
     for function, saved, device in zip(machine.virtio, state.virtio, devices, strict=True):
-        missing = saved.driver_features & device.features & ~function.process.features
-        if missing:
-            raise ValueError(f"its driver of {function.process.name} uses features {missing:#x}, which are not here")
-        function.restore_registers(saved)
-    _restore_chip(state.vmmci, machine.vmmci.save(), machine.vmmci.restore_registers)
-    # After the chips, whose restoring moves interrupt lines: from here on the controllers are as they were.
+        function.check_registers(saved, device.features)
     for chip_id, raw in zip(PICS, state.irqchips, strict=True):
         if raw[:4] != chip_id.to_bytes(4, "little"):
             raise ValueError(f"another interrupt controller where number {chip_id} belongs")
+    for vcpu in state.vcpus:
+        if len(vcpu.msrs) % MSR.size:
+            raise ValueError(f"{len(vcpu.msrs)} bytes of MSRs")
+
+
+def _bus(state: MachineState) -> "BusState":
+    functions: list[FunctionState] = [
+        {"slot": each.slot, "config": each.config, "msix": each.msix} for each in state.functions
+    ]
+    return {"address": state.pci_address, "functions": functions}
+
+
+def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ...]) -> Clocks:
+    """Make a machine what another one with these devices was; it is to be let go with the clocks that are returned.
+
+    Raises ValueError, or OSError from KVM: the state is not that of such a machine.
+    """
+    check(machine, state, devices)
+    chips = machine.chips()
+    for chip in state.chips:
+        _restore_chip(chip, chips[chip.name].state(), chips[chip.name].restore)
+    for function in machine.virtio:
+        function.detach_interrupts()  # or what the bus switches on would reach controllers that are not themselves yet
+    machine.pci.restore(_bus(state))
+    for function, saved in zip(machine.virtio, state.virtio, strict=True):
+        function.restore_registers(saved)
+    _restore_chip(state.vmmci, machine.vmmci.save(), machine.vmmci.restore_registers)
+    # After the chips, whose restoring moves interrupt lines: from here on the controllers are as they were.
+    for raw in state.irqchips:
         machine.kvm.set_irqchip(raw)
     for thread, vcpu in zip(machine.vcpus, state.vcpus, strict=True):
         _restore_vcpu(thread.vcpu, vcpu, machine.msr_indices)
@@ -328,8 +378,6 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
 
 
 def _restore_vcpu(vcpu: "Vcpu", state: VcpuState, msr_indices: list[int]) -> None:
-    if len(state.msrs) % MSR.size:
-        raise ValueError(f"{len(state.msrs)} bytes of MSRs")
     known = frozenset(msr_indices)
     vcpu.set_sregs(state.sregs)
     vcpu.set_xcrs(state.xcrs)  # which say what of the next is used

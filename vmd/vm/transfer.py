@@ -41,9 +41,16 @@ class Sender:
         *,
         one_shot: bool,
     ) -> None:
-        """Read the machine's state.  Raises PeerError or OSError, and then leaves the descriptor open."""
-        self._header = pack(state.header(machine, one_shot=one_shot))
-        self._state = pack(state.save(machine, clocks))
+        """Read the machine's state.
+
+        Raises VmdError or OSError, and then leaves the descriptor open; PeerError if a device is gone.
+        """
+        try:
+            self._header = pack(state.header(machine, one_shot=one_shot))
+            self._state = pack(state.save(machine, clocks))
+            state.check_sent(self._header, self._state, machine)
+        except (ValueError, OverflowError) as error:  # the latter is of a number that no record takes
+            raise VmdError(f"nobody could receive it: {error}") from error
         self._memory = machine.memory
         self._disks = [function.process for function in machine.virtio if function.process.kind.settles]
         self._loop = loop

@@ -96,6 +96,7 @@ class QueueState(Record):
 class VirtioState(Part):
     """A saved device: its registers, and where its process was in the rings."""
 
+    kind: str = ""  # of the device; "": as the header says, as before a part named its kind
     status: int
     driver_features: int
     features_locked: bool
@@ -431,6 +432,7 @@ class VirtioFunction(PciFunction):
                 )
             )
             return VirtioState(
+                kind=self.process.kind.name,
                 **{name: getattr(registers, name) for name in REGISTERS},
                 config=registers.config,
                 config_pending=self.config_pending,
@@ -438,18 +440,28 @@ class VirtioFunction(PciFunction):
                 queues=queues,
             )
 
+    def check_registers(self, state: VirtioState, offered: int) -> None:
+        """Raise ValueError unless this is the state of such a device, whose process `offered` these features."""
+        name, queues = self.process.name, self.transport.queues
+        if state.kind not in ("", self.process.kind.name):
+            raise ValueError(f"a device of kind {state.kind!r} where {name} is")
+        if len(state.queues) != len(queues) or len(state.config) != len(self.transport.config):
+            raise ValueError(f"another {name} than this machine has")
+        _check_widths(state, REGISTERS)
+        for queue, saved in zip(queues, state.queues, strict=True):
+            _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
+            if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
+                raise ValueError(f"a queue of {saved.size} in {name}")
+        missing = state.driver_features & offered & ~self.process.features
+        if missing:
+            raise ValueError(f"its driver of {name} uses features {missing:#x}, which are not here")
+
     def restore_registers(self, state: VirtioState) -> None:
-        """Become such a device, standing still; `restore_rings` comes next.  Raises ValueError."""
+        """Become such a device, standing still, of a state that was checked; `restore_rings` comes next."""
         with self.lock:
             registers = self.transport
-            if len(state.queues) != len(registers.queues) or len(state.config) != len(registers.config):
-                raise ValueError(f"another {self.process.name} than this machine has")
-            _check_widths(state, REGISTERS)
             self.detach_interrupts()
             for queue, saved in zip(registers.queues, state.queues, strict=True):
-                _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
-                if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
-                    raise ValueError(f"a queue of {saved.size} in {self.process.name}")
                 for name in QUEUE_REGISTERS:
                     setattr(queue, name, getattr(saved, name))
                 queue.vector = registers.valid_vector(saved.vector)

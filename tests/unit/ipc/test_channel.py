@@ -6,13 +6,26 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import msgpack
 import pytest
 
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import HEADER, MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import ConsoleBreak, Failed, Listen, ListRequest, LoadRequest, Ok, Proc, Quit
+from vmd.ipc.messages import (
+    BY_CLASS,
+    ConsoleBreak,
+    Failed,
+    Listen,
+    ListRequest,
+    LoadRequest,
+    Ok,
+    PauseDone,
+    PauseVm,
+    Proc,
+    Quit,
+)
 from vmd.record import Record
 
 DEADLINE_S = 20.0
@@ -121,6 +134,32 @@ def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop, record
     os.close(reader)
     receiver.close()
     sender.close()
+
+
+@pytest.mark.parametrize("sender", [Proc.PARENT, Proc.VMM])
+def test_processes_that_may_be_of_other_versions_speak_by_name(loop: Loop, recorder: Recorder, sender: Proc) -> None:
+    """What a later version says besides is ignored, and what an earlier one does not say takes its default."""
+    receiver = {Proc.PARENT: Proc.VMM, Proc.VMM: Proc.VM}[sender]
+    ours, theirs = socketpair()
+    channel = Channel(
+        ours, me=sender, peer=receiver, label="peer", loop=loop,
+        on_message=recorder.on_message, on_lost=recorder.on_lost,
+    )  # fmt: skip
+    answer = PauseDone(vmid=7, paused=True)
+    earlier, later = {"vmid": 7, "paused": True}, {**answer.as_dict(), "because": "of something"}
+    recorder.channels.append(channel)
+    recorder.enough = 2
+
+    channel.send(PauseVm(vmid=7, paused=True))
+    sent = theirs.recv(MAX_MESSAGE)
+    assert msgpack.unpackb(sent[HEADER.size :]) == [{}, {"vmid": 7, "paused": True}]
+    for fields in (earlier, later):
+        body = msgpack.packb([{}, fields])
+        theirs.send(HEADER.pack(BY_CLASS[PauseDone].code, HEADER.size + len(body), 0, 0, 0) + body)
+    recorder.run()
+
+    assert recorder.messages == [answer, answer]
+    theirs.close()
 
 
 def test_descriptors_nobody_asked_for_are_closed(loop: Loop, recorder: Recorder) -> None:

@@ -675,13 +675,13 @@ def test_state_of_another_machine_is_refused() -> None:
     with pytest.raises(ValueError, match=r"slots \[0, 1\] are not those"):
         machine.pci.restore({"address": 0, "functions": state["functions"][:2]})
     with pytest.raises(ValueError, match="slot 1: saved byte 0x0 is 0xff, here it is 0xf4"):
-        machine.functions[0].restore({"slot": 1, "config": other_device, "msix": first["msix"]})
+        machine.functions[0].check({"slot": 1, "config": other_device, "msix": first["msix"]})
     with pytest.raises(ValueError, match="slot 1: saved byte 0x10"):
-        machine.functions[0].restore({"slot": 1, "config": other_bar, "msix": first["msix"]})
+        machine.functions[0].check({"slot": 1, "config": other_bar, "msix": first["msix"]})
     with pytest.raises(ValueError, match="slot 1: configuration space of 255 bytes"):
-        machine.functions[0].restore({"slot": 1, "config": first["config"][1:], "msix": first["msix"]})
+        machine.functions[0].check({"slot": 1, "config": first["config"][1:], "msix": first["msix"]})
     with pytest.raises(ValueError, match="slot 1: msi-x table of 31 bytes"):
-        machine.functions[0].restore({"slot": 1, "config": first["config"], "msix": first["msix"][1:]})
+        machine.functions[0].check({"slot": 1, "config": first["config"], "msix": first["msix"][1:]})
     assert machine.pci.state() == state
 
 

@@ -14,6 +14,7 @@ from vmd.config.model import DiskConfig, NicConfig, VmConfig
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack, unpack
 from vmd.ipc.messages import DiskImages
+from vmd.record import Part, Record
 from vmd.virtio import spec
 from vmd.vm import state
 from vmd.vm.chips.mc146818 import Mc146818
@@ -214,9 +215,24 @@ def test_registers_that_no_device_has(device: Device, changes: dict[str, object]
     theirs = saved.device(config=CONFIG).replace(**changes)
 
     with pytest.raises(ValueError, match=r"."):
-        device.function.restore_registers(theirs)
+        device.function.check_registers(theirs, 0)
 
     assert device.process.lives == []
+
+
+def test_a_part_is_of_the_kind_that_it_says(device: Device) -> None:
+    """Of an earlier version, which did not say, it is what the header has in its place."""
+    for kind in ("", "blk"):
+        device.function.check_registers(saved.device(config=CONFIG, kind=kind), 0)
+    with pytest.raises(ValueError, match="a device of kind 'net' where vioblk0 is"):
+        device.function.check_registers(saved.device(config=CONFIG, kind="net"), 0)
+
+
+def test_every_part_of_a_stream_has_a_version() -> None:
+    """What no part has, the parts around it speak for."""
+    for part in (state.Header, MachineState, *(declared.__args__[0] for declared in MachineState.fields.values()
+                 if getattr(declared, "__args__", ()) and issubclass(declared.__args__[0], Record))):  # fmt: skip
+        assert issubclass(part, Part), part
 
 
 @pytest.mark.parametrize("vector", [NO_VECTOR, 3, 0x7FFF])
