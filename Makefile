@@ -46,7 +46,7 @@ run:
 
 test: need-root
 	@tools/setup packages test venv user
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest --two
 
 test-deep: need-root
 	@tools/setup packages test venv user

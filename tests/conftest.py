@@ -1,11 +1,13 @@
 """Which tests run on this host, where, and what is said about those that do not."""
 
+import compileall
 import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from tests import two
 from tests.l1.sessions import InsideL1, OutsideL1
 from tests.support.linux import LinuxGuest, linux_guest
 
@@ -27,8 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--inside-l1", metavar="FILE", help="we are in the emulated machine: run its tests, report to FILE"
     )
+    two.add_options(parser)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Decide where the tests marked `l1` run: here if KVM is the hardware's, else in the emulated machine."""
     config.stash[REAL] = frozenset()
@@ -39,8 +43,19 @@ def pytest_configure(config: pytest.Config) -> None:
     inside = config.getoption("--inside-l1")
     if inside:
         config.pluginmanager.register(InsideL1(config, inside))
-    elif SOFTWARE_KVM.exists() or not KVM.exists():
+        return
+    if emulated() and not config.option.second:
         config.pluginmanager.register(OutsideL1(config), "outside-l1")
+    two.configure(config)
+    if config.option.two and not config.option.second:
+        # Tests of one process copy our sources, where programs of the other one would now write what they compile.
+        for program in ("vmd", "vmctl", "tools"):
+            compileall.compile_dir(config.rootpath / program, quiet=2)
+
+
+def emulated() -> bool:
+    """Return whether the tests marked `l1` run in the emulated machine."""
+    return SOFTWARE_KVM.exists() or not KVM.exists()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,9 +67,11 @@ def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what was not asked for, skip what cannot run, and put the real guests last."""
     soak, deep = config.getoption("--soak"), config.getoption("--deep")
+    apart = emulated() and config.option.second  # the first process answers for the emulated machine
     left_out = []
     for item in list(items):
-        if bool(item.get_closest_marker("soak")) != soak or (item.get_closest_marker("deep") and not deep):
+        marks = {mark.name for mark in item.iter_markers()}
+        if ("soak" in marks) != soak or ("deep" in marks and not deep) or ("l1" in marks and apart):
             items.remove(item)
             left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
@@ -73,7 +90,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
             config.stash[NOT_RUN][reason] = config.stash[NOT_RUN].get(reason, 0) + 1
-    items.sort(key=lambda item: item.nodeid in real)
+    # Two processes begin with what mostly waits: the emulated machine takes a processor for the first minutes.
+    mixed = config.option.two
+    items.sort(key=lambda item: (item.nodeid in real, mixed and item.path.parent.name != "process"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -22,6 +22,7 @@ from tests.l1.faults import TripleFaults
 from tests.l1.machine import HEARTBEAT, L1Error, Machine
 from tests.support.bootable import bootable
 from tests.support.kernels import memtest86, packed_linux, vmlinux
+from tests.support.reports import line_of, report_of
 from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
@@ -55,13 +56,12 @@ class InsideL1:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Append one report."""
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
         module = report.nodeid.partition("::")[0]
         if report.failed and self.faults.count() > self.faults_before:
             self.broken_module = module
-        data[BROKEN] = report.failed and module == self.broken_module
+        broken = report.failed and module == self.broken_module
         with open(self.path, "a", encoding="utf-8") as reports:
-            reports.write(json.dumps(data) + "\n")
+            reports.write(line_of(self.config, report, **{BROKEN: broken}))
 
 
 class OutsideL1:
@@ -183,9 +183,7 @@ class OutsideL1:
                 self._why(), "call", start=began, stop=time.time(), duration=time.time() - began,
             )  # fmt: skip
         for data in reports:
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
-            assert isinstance(report, pytest.TestReport)
-            yield report
+            yield report_of(self.config, data)
 
     def _complete(self, nodeid: str) -> bool:
         """Return whether a test was run to its end, and its result counts."""

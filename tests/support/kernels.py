@@ -1,6 +1,7 @@
 """Kernels that others made, as `boot` images of several kinds; fetched or made once, and kept outside the checkout."""
 
 import gzip
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -56,6 +57,6 @@ def vmlinux() -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     """Write a file that is there only when it is complete."""
-    fresh = path.with_name(f"{path.name}.new")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.write_bytes(data)
     fresh.rename(path)

@@ -1,0 +1,266 @@
+"""Shares the tests between two processes of pytest (`--two`), since many tests mostly wait.
+
+Both collect the same tests, and take one module after the other until none is left.  A module is run by one process
+as a whole, with its fixtures.  The second process writes its reports to a file.  The first one shows them as if they
+were its own, a module at a time, so there is one summary and one exit status.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.reports import line_of, report_of
+
+REPORTS, OUTPUT = "reports", "output"  # names inside the shared folder
+MODULES = "modules"
+END_S = 60.0  # for the second process to put away what its test has made
+POLL_S = 0.2
+TAIL_LINES = 60
+ENDED_WELL = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Add what chooses this."""
+    parser.addoption("--two", action="store_true", help="share the tests between two processes")
+    parser.addoption("--second", metavar="FOLDER", help="we are the second of them, and report to FOLDER")
+
+
+def configure(config: pytest.Config) -> None:
+    """Be the process that the options name; to be called when the terminal's reporter is there."""
+    if config.option.second:
+        config.pluginmanager.register(Second(config, Path(config.option.second)))
+    elif config.option.two and not config.option.collectonly:
+        config.pluginmanager.register(First(config))
+
+
+def module_of(nodeid: str) -> str:
+    """Return the name of the module that a test is in."""
+    return nodeid.partition("::")[0]
+
+
+class Modules:
+    """Which modules are ours: each belongs to the process that makes a file of its name first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ours: dict[str, bool] = {}
+
+    def ask(self, item: pytest.Item) -> bool:
+        """Return whether a test is ours; takes its module if that is free."""
+        module = module_of(item.nodeid)
+        if module not in self.ours:
+            try:
+                (self.folder / f"{module.replace('/', '-')}.taken").touch(exist_ok=False)
+                self.ours[module] = True
+            except FileExistsError:
+                self.ours[module] = False
+        return self.ours[module]
+
+
+def run(session: pytest.Session, items: Iterator[pytest.Item], before: Callable[[pytest.Item], None]) -> None:
+    """Do what pytest's own loop does, with these tests only; `before` is called before each.
+
+    Each test is told which one follows, and leaves the fixtures of modules and folders that both are in.  So a process
+    takes its next module before the last test of the one before.
+    """
+    if session.testsfailed and not session.config.option.continue_on_collection_errors:
+        raise session.Interrupted(f"{session.testsfailed} errors during collection")
+    item = next(items, None)
+    while item is not None:
+        before(item)
+        stop_if_told(session)
+        following = next(items, None)
+        item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+        stop_if_told(session)
+        item = following
+
+
+def stop_if_told(session: pytest.Session) -> None:
+    """Raise what ends a run early, if there were too many failures or someone has asked for it."""
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+    if session.shouldstop:
+        raise session.Interrupted(session.shouldstop)
+
+
+class Second:
+    """Runs its modules, and writes down each report at once."""
+
+    def __init__(self, config: pytest.Config, folder: Path) -> None:
+        self.config = config
+        self.modules = Modules(folder / MODULES)
+        self.reports = folder / REPORTS
+        self.output = (folder / OUTPUT).open("w", encoding="utf-8")
+
+        # Our own account of the run goes to a file; what tests print past the capture is still shown.
+        config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(pytest.TerminalReporter(config, self.output), "terminalreporter")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run what the first process does not run."""
+        run(session, filter(self.modules.ask, session.items), lambda item: None)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Append one report."""
+        with self.reports.open("a", encoding="utf-8") as reports:
+            reports.write(line_of(self.config, report))
+
+    def pytest_unconfigure(self) -> None:
+        """Close what was opened."""
+        self.output.close()
+
+
+class First:
+    """Starts the second process, runs its own modules, and reports on all."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.folder = Path(tempfile.mkdtemp(prefix="vmd-two-"))
+        (self.folder / MODULES).mkdir()
+        (self.folder / REPORTS).touch()
+        self.modules = Modules(self.folder / MODULES)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.items: dict[str, dict[str, pytest.Item]] = {}  # by module and name: what may be the other process's
+        self.lines = (self.folder / REPORTS).open(encoding="utf-8")
+        self.begun = ""  # a line that is not written to its end
+        self.reports: dict[str, list[pytest.TestReport]] = {}  # by test, until they are shown
+        self.complete: dict[str, int] = {}  # by module: how many tests were run to their end
+        self.said = ""  # what the second process said last, if it did not end well
+
+    def pytest_sessionstart(self) -> None:
+        """Start the second process, so that both collect at the same time."""
+        # A process that is killed cannot tell the other one to end, but the kernel does.
+        command = ["setpriv", "--pdeathsig", "INT", sys.executable, "-m", "pytest"]
+        options = [f"--second={self.folder}"]
+        if self.config.option.basetemp:
+            options += [f"--basetemp={self.config.option.basetemp}-second"]  # each empties its own at the start
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        assert capture is not None
+        with capture.global_and_fixture_disabled():
+            self.process = subprocess.Popen(
+                [*command, *self.config.invocation_params.args, *options],
+                cwd=self.config.invocation_params.dir, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Remember what there is to run."""
+        for item in session.items:
+            if not self._elsewhere(item):
+                self.items.setdefault(module_of(item.nodeid), {})[item.nodeid] = item
+
+    def _elsewhere(self, item: pytest.Item) -> bool:
+        """Return whether a test is run by neither process, but in the emulated machine."""
+        return item.get_closest_marker("l1") is not None and self.config.pluginmanager.has_plugin("outside-l1")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run what the second process does not run; show what both have run."""
+        run(session, (item for item in session.items if self._elsewhere(item) or self.modules.ask(item)), self._before)
+        self._finish(session)
+        stop_if_told(session)
+        return True
+
+    def _before(self, item: pytest.Item) -> None:
+        """Show what the second process has done meanwhile."""
+        if self._elsewhere(item):
+            self._finish(item.session)  # they come last
+        else:
+            self._show()
+
+    def pytest_sessionfinish(self) -> None:
+        """End the second process if the run was interrupted."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            if not self._ended(END_S):
+                self.process.kill()
+                self.process.wait()
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Show what the second process said if it did not end well."""
+        if self.said:
+            terminalreporter.section("the second process did not end as it should", "!", red=True, bold=True)
+            terminalreporter.write_line(self.said)
+
+    def pytest_unconfigure(self) -> None:
+        """Leave nothing behind."""
+        self.lines.close()
+        shutil.rmtree(self.folder)
+
+    def _ended(self, timeout_s: float) -> bool:
+        """Wait at most so long; return whether the second process has ended."""
+        assert self.process is not None
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _finish(self, session: pytest.Session) -> None:
+        """Show all that the second process does, to its end; tests that it took and has not run have failed."""
+        assert self.process is not None
+        while not self._ended(POLL_S):
+            self._show()
+            if session.shouldfail:
+                return
+        self._show()
+        if session.shouldfail:
+            return
+        status = self.process.returncode
+        lost = [item for tests in self.items.values() for item in tests.values() if not self.modules.ask(item)]
+        if lost or status not in ENDED_WELL:
+            self.said = (self.folder / OUTPUT).read_text(errors="replace")
+            self.said = "\n".join(self.said.splitlines()[-TAIL_LINES:])
+            session.shouldfail = f"the second process ended with status {status}"
+        for item in lost:
+            why = f"the second process ended with status {status} before it had run this"
+            self._show_test(item, [
+                pytest.TestReport(item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", why, "call")
+            ])  # fmt: skip
+        self.items.clear()
+
+    def _read(self) -> None:
+        """Take up the reports that have been written since."""
+        *lines, self.begun = (self.begun + self.lines.read()).split("\n")
+        for line in lines:
+            report = report_of(self.config, json.loads(line))
+            self.reports.setdefault(report.nodeid, []).append(report)
+            if report.when == "teardown":
+                module = module_of(report.nodeid)
+                self.complete[module] = self.complete.get(module, 0) + 1
+
+    def _show(self) -> None:
+        """Show the modules that the second process has finished, so that the tests of a module stand together.
+
+        Once it has ended, show all tests that it has finished; and with -x, which is to end this process soon.
+        """
+        ended = self._ended(0)
+        self._read()
+        for module, count in list(self.complete.items()):
+            if ended or self.config.option.maxfail or count == len(self.items.get(module, {})):
+                self._show_tests(module)
+
+    def _show_tests(self, module: str) -> None:
+        """Show what there is of a module."""
+        del self.complete[module]
+        tests = self.items.get(module, {})
+        for nodeid, item in list(tests.items()):
+            reports = self.reports.get(nodeid, [])
+            if reports and reports[-1].when == "teardown":
+                self._show_test(item, reports)
+                del tests[nodeid], self.reports[nodeid]
+
+    def _show_test(self, item: pytest.Item, reports: list[pytest.TestReport]) -> None:
+        """Report on one test as if it had run here."""
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in reports:
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
