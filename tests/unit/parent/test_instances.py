@@ -1,7 +1,10 @@
 """What an instance has of its template, what of its own, and what it may not (*cat. 2.6*)."""
 
+from pathlib import Path
+
 import pytest
 
+from vmd.config.check import load
 from vmd.config.model import AllowInstance, DiskConfig, NicConfig, Owner, Rights, VirtioMode, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages import Caller
@@ -91,6 +94,22 @@ def test_only_the_instance_owner_makes_instances() -> None:
         derive(TEMPLATE.replace(allow=AllowInstance(flags=EVERYTHING)), VmConfig(name="i"), USER)
     with pytest.raises(OperatorError, match="no permission"):
         derive(TEMPLATE.replace(allow=None), VmConfig(name="i"), USER)
+
+
+def test_whoever_is_in_group_0_makes_instances_where_nobody_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As upstream has it for an `allow instance` without `owner`; others are told what would help them."""
+    path = tmp_path / "vm.conf"
+    path.write_text("vm tmpl {\n allow instance { boot, disk, memory }\n}\n")
+    (template,) = load(str(path), warn=lambda _text: None).vms
+    monkeypatch.setattr("vmd.parent.access.in_group", lambda uid, gid: (uid, gid) == (USER.uid, 0))
+
+    assert derive(template, VmConfig(name="i"), USER).parent == "tmpl"
+    with pytest.raises(
+        OperatorError, match=r"of vm tmpl: `allow instance \{ owner \.\.\. \}` in its vm block gives it$"
+    ):
+        derive(template, VmConfig(name="i"), OTHER)
 
 
 @pytest.mark.parametrize(
