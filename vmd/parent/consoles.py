@@ -11,6 +11,7 @@ import time
 
 from vmd.errors import OperatorError
 from vmd.ipc.messages import (
+    NO_CLIENT,
     VMD_CONSOLE_TAKEN,
     ConsoleAttached,
     ConsoleBreak,
@@ -26,14 +27,18 @@ from vmd.ipc.messages import (
 )
 from vmd.log import log
 from vmd.parent.access import may_control, owner_text
+from vmd.parent.clients import For
 from vmd.parent.resources import Pty
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmd.backlog import Output
+    from vmd.ipc.imsg import Envelope
     from vmd.ipc.loop import Timer
     from vmd.ipc.messages import Caller
-    from vmd.parent.main import Parent
+    from vmd.parent.core import Core
     from vmd.parent.vmtable import Vm
 
 PIECE_BYTES = 8192  # of output in one message
@@ -60,7 +65,7 @@ class Kept:
 class Leaving:
     """A pty without a VM: closed when its viewer has read all there is, or does not read."""
 
-    def __init__(self, consoles: "Consoles", pty: Pty, rest: bytes, client: int | None) -> None:
+    def __init__(self, consoles: "Consoles", pty: Pty, rest: bytes, client: int) -> None:
         self.client = client
         self._consoles = consoles
         self._pty = pty
@@ -77,7 +82,7 @@ class Leaving:
         if written or unread != self._unread:
             self._unread, self._progress_s = unread, time.monotonic()
         self._quiet = 0 if self._rest or unread else self._quiet + 1
-        patience_s = PATIENCE_S if self.client is None or self._consoles.ending else VIEWER_PATIENCE_S
+        patience_s = PATIENCE_S if self.client == NO_CLIENT or self._consoles.ending else VIEWER_PATIENCE_S
         if self._quiet == QUIET_ROUNDS or time.monotonic() > self._progress_s + patience_s:
             self._pty.close()
             self._consoles.has_left(self)
@@ -85,56 +90,48 @@ class Leaving:
             self._consoles.call_later(ROUND_S, self._look)
 
 
-class Watcher:
-    """A client that waits for more output than it has seen."""
-
-    def __init__(self, client: int, vm: "Vm", since: int) -> None:
-        self.client = client
-        self.vm = vm
-        self.since = since
-
-
 class Consoles:
-    """The parent's."""
+    """The room of consoles."""
 
-    def __init__(self, parent: "Parent") -> None:
-        self.parent = parent
-        self.call_later = parent.loop.call_later
-        self.snapshots: dict[int, list[int]] = {}  # vmid -> clients whose ConsoleRequest its process is answering
+    def __init__(self, core: "Core") -> None:
+        self.core = core
+        self.call_later = core.loop.call_later
         self.kept: dict[str, Kept] = {}  # by name, oldest first
         self.leaving: set[Leaving] = set()
-        self.watchers: list[Watcher] = []
         self._taken: dict[int, Pty] = {}  # vmid -> the pty that its console had before
         self._watch_timer: Timer | None = None
+        self._on_left: Callable[[], None] = lambda: None
 
     @property
     def ending(self) -> bool:
         """Whether the daemon is, and waits for viewers no longer than it has to."""
-        return self.parent.ending
+        return self.core.ending
 
     # --- requests ----------------------------------------------------------------------------------------
 
-    def serve(self, message: ConsoleRequest, caller: "Caller", client: int) -> None:
+    def serve(self, message: ConsoleRequest, caller: "Caller", envelope: "Envelope") -> None:
         """Hand the console to a client; what a VM showed that does not run is only shown.  Raises OperatorError."""
-        vm = self.parent.vms.find(message.vmid, message.name)
+        client, clients = envelope.peerid, self.core.clients
+        vm = self.core.vms.find(message.vmid, message.name)
         if vm is None or not vm.alive:
             kept = self._kept_for(message, vm, caller)
             if kept is not None:
                 self._send(client, kept.output.data)
                 raise OperatorError(errno.ESRCH, f"vm {kept.name} is not running")
-        vm = self.parent.vms.get(message.vmid, message.name)
+        vm = self.core.vms.get(message.vmid, message.name)
         if not vm.alive or vm.pty is None:
             raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
-        self.parent.require_control(caller, vm, "attach to")
+        vm.require_control(caller, "attach to")
         user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
-        if vm.console_client is not None and not message.force:
+        if clients.waiting(For.CONSOLE, vm.vmid) and not message.force:
             raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
-        if len(self.snapshots.get(vm.vmid, ())) >= PENDING_MAX:
+        if len(clients.waiting(For.SNAPSHOT, vm.vmid)) >= PENDING_MAX:
             raise OperatorError(errno.EAGAIN, f"vm {vm.name} does not answer its {PENDING_MAX} viewers")
         fds = self._take_over(vm, user) if message.force else {}
-        vm.console_client, vm.console_user = client, user
-        self.snapshots.setdefault(vm.vmid, []).append(client)
-        self.parent.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid, fds=fds)
+        vm.console_user = user
+        for what in (For.CONSOLE, For.SNAPSHOT):
+            clients.wait(client, what, vm.vmid)
+        self.core.peers.send(Proc.VMM, ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid, fds=fds)
 
     def _take_over(self, vm: "Vm", user: str) -> dict[str, list[int]]:
         """Take a console from whoever has it, by moving it to another pty; return that for the VM process.
@@ -153,9 +150,8 @@ class Consoles:
                 pty.close()
                 raise
             old, vm.pty = vm.pty, pty
-        if vm.console_client is not None:
-            text = f"the console of vm {vm.name} was taken over by {user}"
-            self.parent.answer_failure(vm.console_client, VMD_CONSOLE_TAKEN, text)
+        text = f"the console of vm {vm.name} was taken over by {user}"
+        self.core.clients.fail_all(For.CONSOLE, vm.vmid, VMD_CONSOLE_TAKEN, text)
         if old is not None:
             log.info(f"{vm.name}: console taken over by {user}, now tty {vm.pty.path}")
             self._close_later(vm.vmid, old)
@@ -175,31 +171,33 @@ class Consoles:
 
         self.call_later(PATIENCE_S, close)
 
-    def serve_watch(self, message: ConsoleWatch, caller: "Caller", client: int) -> None:
+    def serve_watch(self, message: ConsoleWatch, caller: "Caller", envelope: "Envelope") -> None:
         """Show a console to somebody who does not have it.  Raises OperatorError."""
-        vm = self.parent.vms.find(message.vmid, message.name)
+        client = envelope.peerid
+        vm = self.core.vms.find(message.vmid, message.name)
         if vm is None or not vm.alive:
             kept = self._kept_for(message, vm, caller)
             if kept is not None:
                 self._answer_watch(client, kept.vmid, kept.name, kept.output, message.since, running=False)
                 return
-        vm = self.parent.vms.get(message.vmid, message.name)
+        vm = self.core.vms.get(message.vmid, message.name)
         if not vm.alive or vm.backlog is None:
             raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
-        self.parent.require_control(caller, vm, "watch")
+        vm.require_control(caller, "watch")
         if message.since is None or vm.backlog.shown() > message.since:
             self._answer_watch(client, vm.vmid, vm.name, vm.backlog.read(), message.since, running=True)
             return
-        self.watchers.append(Watcher(client, vm, message.since))
+        self.core.clients.wait(client, For.OUTPUT, vm.vmid, since=message.since)
         self._look_later()
 
-    def serve_break(self, message: ConsoleBreak, client: int) -> None:
+    def serve_break(self, message: ConsoleBreak, _caller: "Caller", envelope: "Envelope") -> None:
         """Send a BREAK, if the client holds the console.  Raises OperatorError."""
-        vm = self.parent.vms.get(message.vmid, message.name)
-        if vm.console_client != client:
+        client = envelope.peerid
+        vm = self.core.vms.get(message.vmid, message.name)
+        if not self.core.clients.waits(client, For.CONSOLE, vm.vmid):
             raise OperatorError(errno.EPERM, f"the console of vm {vm.name} is not attached here")
-        self.parent.peers[Proc.VMM].send(SendBreak(vmid=vm.vmid))
-        self.parent.answer(client, Ok())
+        self.core.peers.send(Proc.VMM, SendBreak(vmid=vm.vmid))
+        self.core.clients.answer(client, Ok())
 
     def _kept_for(self, message: ConsoleRequest | ConsoleWatch, vm: "Vm | None", caller: "Caller") -> Kept | None:
         """Return what is left of the console of a VM that does not run, if there is any and the caller may see it."""
@@ -211,76 +209,84 @@ class Consoles:
 
     def repeat_snapshots(self, vm: "Vm") -> None:
         """Ask again for what viewers want to see: they came before the VM had a process, or its last one has ended."""
-        for _ in self.snapshots.get(vm.vmid, ()):
-            self.parent.peers[Proc.VMM].send(ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
+        for _ in self.core.clients.waiting(For.SNAPSHOT, vm.vmid):
+            self.core.peers.send(Proc.VMM, ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
 
-    def on_snapshot_end(self, message: ConsoleSnapshotEnd, vmid: int) -> None:
+    def on_snapshot_end(self, message: ConsoleSnapshotEnd, envelope: "Envelope") -> None:
         """All further output comes down the pty: the client is sent what was before, and may open it."""
-        clients = self.snapshots.get(vmid)
-        vm = self.parent.vms.find(vmid, "")
-        if clients and vm is not None and vm.pty is not None and vm.backlog is not None:
-            client = clients.pop(0)
+        vm = self.core.vms.find(envelope.peerid, "")
+        if vm is not None and vm.pty is not None and vm.backlog is not None:
+            client = self.core.clients.take_first(For.SNAPSHOT, vm.vmid)
+            if client == NO_CLIENT:
+                return
             self._send(client, vm.backlog.read(message.end).data)
-            self.parent.answer(client, ConsoleAttached(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
+            self.core.clients.answer(client, ConsoleAttached(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
 
     def on_ended(self, vm: "Vm") -> None:
         """A VM has ended: its viewers get the rest, and everybody may see the last of it later."""
-        client = vm.console_client
+        clients = self.core.clients
+        holder = clients.take_first(For.CONSOLE, vm.vmid)
         ran = bool(vm.pid)
         console = vm.take_console()
         if console is None:
             return
         pty, output = console
-        self.leaving.add(Leaving(self, pty, output.since(output.passed), client))
+        self.leaving.add(Leaving(self, pty, output.since(output.passed), holder))
         if ran or output.data:
             self.kept.pop(vm.name, None)
             self.kept[vm.name] = Kept(vm, output)
             self._forget()
-        for waiting in self.snapshots.pop(vm.vmid, []):
-            self._send(waiting, output.data)
-            self.parent.answer_failure(waiting, errno.ESRCH, f"vm {vm.name} is not running")
-        for watcher in [each for each in self.watchers if each.vm is vm]:
-            self.watchers.remove(watcher)
+        for client in clients.take(For.SNAPSHOT, vm.vmid):
+            self._send(client, output.data)
+            clients.fail(client, errno.ESRCH, f"vm {vm.name} is not running")
+        for watcher in clients.waiting(For.OUTPUT, vm.vmid):
+            clients.done(watcher)
             self._answer_watch(watcher.client, vm.vmid, vm.name, output, watcher.since, running=False)
 
     def _forget(self) -> None:
         """Keep what was shown by few of the VMs that are not known any more."""
-        forgotten = [name for name in self.kept if self.parent.vms.find(0, name) is None]
+        forgotten = [name for name in self.kept if self.core.vms.find(0, name) is None]
         for name in forgotten[:-FORGOTTEN_MAX]:
             del self.kept[name]
 
     # --- clients -----------------------------------------------------------------------------------------
 
     def on_client_gone(self, client: int) -> None:
-        """A client has disconnected: its console is free, and nothing has to wait for it."""
-        self.watchers = [watcher for watcher in self.watchers if watcher.client != client]
+        """A client has disconnected: nothing has to wait for it."""
         for leaving in self.leaving:
             if leaving.client == client:
-                leaving.client = None
-        for vm in self.parent.vms:
-            if vm.console_client == client:
-                vm.console_client = None
+                leaving.client = NO_CLIENT
 
     def has_left(self, leaving: Leaving) -> None:
         """A pty without a VM is closed."""
         self.leaving.discard(leaving)
-        self.parent.end_if_over()
+        if not self.leaving:
+            self._on_left()
+
+    def when_left(self, callback: "Callable[[], None]", timeout_s: float) -> None:
+        """Call when viewers have seen how their VMs ended, or do not look."""
+        if not self.leaving:
+            callback()
+            return
+        self._on_left = callback
+        self.call_later(timeout_s, callback)
 
     def close(self) -> None:
         """End: what is not read by now is lost."""
-        for vm in self.parent.vms:
+        for vm in self.core.vms:
             vm.drop_pty()
 
     def _look_later(self) -> None:
-        if self.watchers and (self._watch_timer is None or self._watch_timer.callback is None):
+        waited_for = self._watch_timer is not None and self._watch_timer.callback is not None
+        if not waited_for and self.core.clients.waiting_anywhere(For.OUTPUT):
             self._watch_timer = self.call_later(WATCH_ROUND_S, self._look)
 
     def _look(self) -> None:
         """Answer those for whom there is more to see."""
-        for watcher in list(self.watchers):
-            vm = watcher.vm
-            if vm.backlog is not None and vm.backlog.shown() > watcher.since:
-                self.watchers.remove(watcher)
+        for watcher in self.core.clients.waiting_anywhere(For.OUTPUT):
+            vm = self.core.vms.find(watcher.vmid, "")
+            if vm is not None and vm.backlog is not None and vm.backlog.shown() > watcher.since:
+                self.core.clients.done(watcher)
                 output = vm.backlog.read()
                 self._answer_watch(watcher.client, vm.vmid, vm.name, output, watcher.since, running=True)
         self._look_later()
@@ -291,8 +297,9 @@ class Consoles:
         data = output.data if since is None else output.since(since)
         lost = 0 if since is None else max(0, output.end - len(data) - max(0, since))
         self._send(client, data)
-        self.parent.answer(client, ConsoleWatched(vmid=vmid, name=name, end=output.end, lost=lost, running=running))
+        watched = ConsoleWatched(vmid=vmid, name=name, end=output.end, lost=lost, running=running)
+        self.core.clients.answer(client, watched)
 
     def _send(self, client: int, data: bytes) -> None:
         for start in range(0, len(data), PIECE_BYTES):
-            self.parent.answer(client, ConsoleOutput(data=data[start : start + PIECE_BYTES]))
+            self.core.clients.answer(client, ConsoleOutput(data=data[start : start + PIECE_BYTES]))

@@ -21,7 +21,6 @@ from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages import (
-    NO_CLIENT,
     REQUESTS,
     VMD_PARENT_INVALID,
     AskResolvers,
@@ -85,7 +84,9 @@ from vmd.log import log
 from vmd.parent import endings, instances, reload, service, transfers
 from vmd.parent.access import may_control, require_readable, require_root
 from vmd.parent.children import Children
+from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles
+from vmd.parent.core import Core
 from vmd.parent.identity import StateFile
 from vmd.parent.limits import require_files, require_room
 from vmd.parent.media import Media, holder, replaced
@@ -100,13 +101,18 @@ from vmd.parent.requests import (
 )
 from vmd.parent.resources import open_boot_files
 from vmd.parent.usage import is_memory
-from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.parent.vmtable import State, Vm
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
     from vmd.ipc.process import Handlers
     from vmd.parent.disks import Prober
+
+    R = TypeVar("R")
+    M = TypeVar("M", bound=Record)
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
@@ -118,6 +124,17 @@ ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a mess
 LoadConfig = Callable[[str | None, Config | None, Callable[[str], None]], Config]
 
 
+def on(
+    room: "type[R]", handler: "Callable[[R, M, Envelope], None]"
+) -> "Callable[[Parent, M, Envelope, Channel], None]":
+    """Return the handler of a message that is for a room of the parent."""
+
+    def handle(parent: "Parent", message: "M", envelope: Envelope, _channel: Channel) -> None:
+        handler(parent.rooms[room], message, envelope)
+
+    return handle
+
+
 class Parent(Process):
     """The daemon's state and its reactions to messages."""
 
@@ -127,25 +144,22 @@ class Parent(Process):
         """`state`, if there is one, is where identities are kept; ours from here on."""
         super().__init__(Proc.PARENT)
         self.options = options
-        self.config = config
         self.load_config = load_config
-        self.verbosity = options.verbosity
         self.state = state
         self.saving: Timer | None = None
-        self.vms = VmTable()
+        self.core = core = Core(self.loop, config, verbosity=options.verbosity)
+        self.vms, self.peers, self.clients = core.vms, core.peers, core.clients
         if state is not None:
             state.load(self.vms.identities)
             self.vms.identities.on_change = self.save_soon
-        self.network = Network(self)
+        self.consoles = Consoles(core)
+        self.network = Network(core, self.consoles.repeat_snapshots)
+        self.rooms: dict[type, Any] = {type(room): room for room in (self, self.consoles, self.network)}
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
-        self.peers: dict[Proc, Channel] = {}
         self.prober: Prober
-        self.consoles = Consoles(self)
         self.listener: socket.socket | None = None  # until clients can be served
         self.batch_timer: Timer | None = None
-        self.resetting: list[int] = []  # clients that wait for the last of the VMs that they want forgotten
-        self.ending = False
         self.on_ready: Callable[[], None] = lambda: None
         self.register_config(config)
 
@@ -169,8 +183,8 @@ class Parent(Process):
             ours, theirs = socketpair()
             children.start(proc, theirs)
             theirs.close()
-            self.peers[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
-        self.peers[Proc.VMM].send(KvmFd(), fds={"kvm": [kvm_fd]})
+            self.peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
+        self.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
         self.loop.on_signal(signal.SIGTERM, self.on_terminate)
         self.loop.on_signal(signal.SIGINT, self.on_terminate)
@@ -186,21 +200,21 @@ class Parent(Process):
         if channel.peer in self.ready:
             raise PeerError(channel.label, "is ready twice")
         self.ready.add(channel.peer)
-        if len(self.ready) == len(self.peers):
-            self.network.configure(self.config)
+        if len(self.ready) == len(self.peers.channels):
+            self.network.configure(self.core.config)
 
     def serve(self, listener: socket.socket) -> None:
         """Serve clients and start VMs: every process has been told what it needs for that."""
         self.listener = None
-        self.peers[Proc.CONTROL].send(Listen(), fds={"listener": [listener.detach()]})
+        self.peers.send(Proc.CONTROL, Listen(), fds={"listener": [listener.detach()]})
         log.info("startup")
         self.on_ready()
         self.start_batch()
 
     def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
         """A child process has died or cannot be trusted: the daemon cannot go on without it (*cat. 9.2*)."""
-        del self.peers[channel.peer]
-        if not self.ending:
+        del self.peers.channels[channel.peer]
+        if not self.core.ending:
             log.crit(str(error) if error else f"lost child: {channel.label}")
             self.exit_status = 1
         if channel.peer is Proc.VMM:
@@ -208,24 +222,24 @@ class Parent(Process):
             return
         if channel.peer is Proc.PRIV:
             self.network.on_priv_lost()
-        if not self.ending:
+        if not self.core.ending:
             self.on_terminate()
 
     def on_terminate(self) -> None:
         """End the daemon: guests are asked to shut down; a second signal, or 120 s, kills them."""
         alive = [vm for vm in self.vms if vm.alive]
         if not alive:
-            self.ending = True
+            self.core.ending = True
             self.end_if_over()
             return
-        mode = StopMode.KILL if self.ending else StopMode.GRACEFUL
-        if not self.ending:
+        mode = StopMode.KILL if self.core.ending else StopMode.GRACEFUL
+        if not self.core.ending:
             log.info(f"stopping {len(alive)} VMs, {STOP_GRACE_S:.0f} s at most")
             service.notify("STOPPING=1")
             self.loop.call_later(STOP_GRACE_S, self.on_terminate)
-        self.ending = True
+        self.core.ending = True
         for vm in alive:
-            vm.state = State.STOPPING
+            vm.begin_stop(force=True)
             self.stop_process(vm, mode)
 
     def stop_process(self, vm: Vm, mode: StopMode) -> None:
@@ -233,14 +247,14 @@ class Parent(Process):
         if self.network.give_up(vm) and vm.receiving is None:
             self.vm_is_gone(vm, "stopped before its guest began", endings.KILLED)
         else:
-            self.peers[Proc.VMM].send(StopVm(vmid=vm.vmid, mode=mode))
+            self.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
 
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us."""
-        self.ending = True
+        self.core.ending = True
         if self.listener is not None:
             self.listener.close()
-        for channel in self.peers.values():
+        for channel in self.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
         self.consoles.close()
@@ -281,10 +295,10 @@ class Parent(Process):
         if self.batch_timer is not None:
             self.batch_timer.cancel()
             self.batch_timer = None
-        settings = self.config.settings
+        settings = self.core.config.settings
         room = settings.start_parallel or os.cpu_count() or 1
         for vm in self.vms:
-            if vm.state is not State.WAITING or self.ending:
+            if vm.state is not State.WAITING or self.core.ending:
                 continue
             if room == 0:
                 self.batch_timer = self.loop.call_later(settings.start_delay_s, self.start_batch)
@@ -293,8 +307,7 @@ class Parent(Process):
             try:
                 self.start_vm(vm, uid=vm.config.owner.uid)
             except VmdError as error:
-                vm.state = State.STOPPED
-                vm.text = str(error).removeprefix(f"vm {vm.name}: ")
+                vm.leave_queue(str(error).removeprefix(f"vm {vm.name}: "))
                 log.error(f"vm {vm.name}: {vm.text}")
 
     def reload(self) -> list[str]:
@@ -333,7 +346,7 @@ class Parent(Process):
 
         Unlike vmd, a reload does not start a batch before its time: the host is as busy as it was.
         """
-        self.config = config
+        self.core.config = config
         service.own_socket(self.options.socket_path, config.settings.socket_owner)
         waited = self.batch_timer
         if waited is None or waited.callback is None:
@@ -397,7 +410,7 @@ class Parent(Process):
                     vmid=vm.vmid,
                     config=config,
                     boot_name=files.boot_name,
-                    verbosity=self.verbosity,
+                    verbosity=self.core.verbosity,
                     disks=media.describe(),
                 )
                 fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), **console}
@@ -434,11 +447,11 @@ class Parent(Process):
         if again:
             return
         others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
-        require_room(config, others, self.config.settings)
+        require_room(config, others, self.core.config.settings)
 
     def on_vm_running(self, message: VmRunning, envelope: Envelope, _channel: Channel) -> None:
         """The guest executes."""
-        vm = self.known(message.vmid)
+        vm = self.vms.alive(message.vmid)
         memory = envelope.take_fd("memory")
         if memory is not None and is_memory(memory):
             vm.take_memory(memory)
@@ -452,17 +465,17 @@ class Parent(Process):
         assert vm.pty is not None
         log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
         started = VmStarted(vmid=vm.vmid, name=vm.name, pid=message.pid, tty=vm.pty.path, notes=vm.notes)
-        self.answer_start(vm, started)
+        self.clients.answer_all(For.START, vm.vmid, started)
 
     def on_vm_failed(self, message: VmFailed, _envelope: Envelope, _channel: Channel) -> None:
         """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""
-        vm = self.known(message.vmid)
+        vm = self.vms.alive(message.vmid)
         vm.text, vm.code = brief(message.text), message.code
         log.error(f"vm {vm.name}: {message.text}")
 
     def on_vm_exited(self, message: VmExited, _envelope: Envelope, _channel: Channel) -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
-        vm = self.known(message.vmid)
+        vm = self.vms.alive(message.vmid)
         text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
         asked = vm.state is State.STOPPING
         how = endings.how_it_ended(message.outcome, asked=asked, sent=vm.sent is not None)
@@ -478,7 +491,7 @@ class Parent(Process):
                 text = "restarted too quickly"
                 log.error(f"vm {vm.vmid} {text}")
             else:
-                vm.state, vm.pid = State.STOPPED, 0
+                vm.begin_reset()
                 log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
                 try:
                     boot, initrd = vm.kept_files()
@@ -502,9 +515,8 @@ class Parent(Process):
     def vm_is_gone(self, vm: Vm, text: str, how: str = endings.FAILED) -> None:
         """Forget what a VM held, and tell those who wait for it."""
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
-        for client in vm.waiting_clients:
-            self.answer(client, VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how))
-        vm.waiting_clients.clear()
+        terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)
+        self.clients.answer_all(For.END, vm.vmid, terminated)
         self.network.answer_counted(vm.vmid)
         self.consoles.on_ended(vm)
         vm.ended(text, how)
@@ -515,25 +527,20 @@ class Parent(Process):
             self.reset_done(vm)
         # Last, so that a client that tries again at once finds everything free.
         self.answer_overtaken(vm, vm.code, text or "has ended meanwhile")
-        self.answer_start(vm, Failed(code=vm.code, text=f"vm {vm.name}: {text or 'ended while it was starting'}"))
+        text = f"vm {vm.name}: {text or 'ended while it was starting'}"
+        self.clients.answer_all(For.START, vm.vmid, Failed(code=vm.code, text=text))
         self.end_if_over()
 
     def end_if_over(self) -> None:
         """End with the last VM, when its viewer has seen how it ended or does not look."""
-        if not self.ending or any(vm.alive for vm in self.vms):
-            return
-        if not self.consoles.leaving:
-            self.loop.stop()
-        else:
-            self.loop.call_later(LAST_OUTPUT_S, self.loop.stop)
+        if self.core.ending and not any(vm.alive for vm in self.vms):
+            self.consoles.when_left(self.loop.stop, LAST_OUTPUT_S)
 
     def reset_done(self, vm: Vm) -> None:
         """A VM that was reset is gone: its name is free for who has asked for it, and with the last one all ids."""
         if not any(other.doomed for other in self.vms):
             self.vms.forget_ids()
-            for client in self.resetting:
-                self.answer(client, Ok())
-            self.resetting.clear()
+            self.clients.answer_all(For.RESET, 0, Ok())
         if vm.successor is not None:
             reload.register(self.vms, [vm.successor])
             if self.batch_timer is None:
@@ -541,35 +548,12 @@ class Parent(Process):
 
     def answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
         """Answer who wanted something of a VM process that has ended instead of doing it."""
-        for client in vm.pause_clients:
-            self.answer_failure(client, code, f"vm {vm.name}: {text}")
-        vm.pause_clients.clear()
-        transfers.on_exited(self, vm, code, text)
+        name = f"vm {vm.name}: "  # which some sentences have already
+        failed = Failed(code=code, text=brief(name + text.removeprefix(name)))
+        self.clients.answer_all(For.PAUSE, vm.vmid, failed)
+        self.clients.answer_all(For.TRANSFER, vm.vmid, vm.drop_transfer() or failed)
 
     # --- requests of vmctl -------------------------------------------------------------------------------
-
-    def answer(self, client: int, message: Record) -> None:
-        """Answer a client through control, if it is still of this world."""
-        control = self.peers.get(Proc.CONTROL)
-        if client != NO_CLIENT and control is not None:
-            control.send(message, peerid=client)
-
-    def answer_failure(self, client: int, code: int, text: str) -> None:
-        """Tell a client what went wrong."""
-        self.answer(client, Failed(code=code, text=brief(text)))
-
-    def known(self, vmid: int) -> Vm:
-        """Return the living VM that vmm speaks of; PeerError if there is none."""
-        vm = self.vms.find(vmid, "")
-        if vm is None or not vm.alive:
-            raise PeerError("vmm", f"speaks of vm {vmid}, which does not run")
-        return vm
-
-    def answer_start(self, vm: Vm, message: Record) -> None:
-        """Answer whoever waits for the start of this VM, once."""
-        if vm.start_client is not None:
-            self.answer(vm.start_client, message)
-            vm.start_client = None
 
     def on_request(self, message: Request, envelope: Envelope, _channel: Channel) -> None:
         """Serve a request of a client; every failure is answered with its sentence."""
@@ -578,24 +562,25 @@ class Parent(Process):
         try:
             if isinstance(message, VmRequest) and len(message.name) > NAME_MAX:
                 raise OperatorError(errno.EINVAL, f"vm name too long: {message.name[:NAME_MAX]}...")
-            SERVES[type(message)](self, message, message.caller, envelope)
+            room, serve = SERVES[type(message)]
+            serve(self.rooms[room], message, message.caller, envelope)
         except OperatorError as error:
-            self.answer_failure(envelope.peerid, error.code, str(error))
+            self.clients.fail(envelope.peerid, error.code, str(error))
         except HostError as error:
-            self.answer_failure(envelope.peerid, error.errno, str(error))
+            self.clients.fail(envelope.peerid, error.errno, str(error))
         except ConfigErrors as errors:
             log_errors(errors)
-            self.answer(envelope.peerid, Failed(code=errno.EINVAL, text=brief_errors(errors)))
+            self.clients.answer(envelope.peerid, Failed(code=errno.EINVAL, text=brief_errors(errors)))
         except (ValueError, OverflowError) as error:  # a path with a NUL, an id beyond 32 bits; from root only
-            self.answer_failure(envelope.peerid, errno.EINVAL, str(error))
+            self.clients.fail(envelope.peerid, errno.EINVAL, str(error))
         except OSError as error:  # the host has run out of something, and this client has to hear of it
             what = sentence(error)
             log.error(f"{type(message).__name__}: {what}")
-            self.answer_failure(envelope.peerid, error.errno or errno.EIO, what)
+            self.clients.fail(envelope.peerid, error.errno or errno.EIO, what)
 
     def serve_start(self, message: StartRequest, caller: Caller, envelope: Envelope) -> None:
         """Start a VM that is known, or register the one described and start that."""
-        if self.ending:
+        if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
         try:
@@ -633,7 +618,7 @@ class Parent(Process):
                 self.vms.remove(vm)
             raise
         vm.restarts.started_by_user()
-        vm.start_client = envelope.peerid
+        self.clients.wait(envelope.peerid, For.START, vm.vmid)
 
     def instance(self, name: str, wanted: VmConfig, caller: Caller) -> VmConfig:
         """Return what an instance of a template is, of which a client has described some.  Raises OperatorError."""
@@ -650,89 +635,90 @@ class Parent(Process):
     def serve_stop(self, message: StopRequest, caller: Caller, envelope: Envelope) -> None:
         """Ask the guest to shut down, or kill the VM."""
         vm = self.vms.get(message.vmid, message.name)
-        self.require_control(caller, vm, "stop")
+        vm.require_control(caller, "stop")
         if vm.state is State.WAITING:
-            vm.state = State.STOPPED  # it will not be started by the batch any more
-            self.answer(envelope.peerid, VmTerminated(vmid=vm.vmid, name=vm.name, text="was waiting for its start"))
+            vm.leave_queue()
+            text = "was waiting for its start"
+            self.clients.answer(envelope.peerid, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
             return
         vm.begin_stop(force=message.force)
-        if message.wait:
-            vm.waiting_clients.add(envelope.peerid)
-        else:
-            self.answer(envelope.peerid, StopAccepted(vmid=vm.vmid, name=vm.name))
+        if not message.wait:
+            self.clients.answer(envelope.peerid, StopAccepted(vmid=vm.vmid, name=vm.name))
+        elif not self.clients.waits(envelope.peerid, For.END, vm.vmid):
+            self.clients.wait(envelope.peerid, For.END, vm.vmid)
         self.stop_process(vm, StopMode.KILL if message.force else StopMode.GRACEFUL)
 
     def serve_pause(self, message: PauseRequest, caller: Caller, envelope: Envelope) -> None:
         """Have a VM stand still, or go on."""
         vm = self.vms.get(message.vmid, message.name)
-        self.require_control(caller, vm, "pause" if message.paused else "unpause")
+        vm.require_control(caller, "pause" if message.paused else "unpause")
         vm.require_pausable()
         if message.paused and vm.receiving is not None:  # it has not even begun to run here
-            self.answer(envelope.peerid, VmPaused(vmid=vm.vmid, name=vm.name, paused=True))
+            self.clients.answer(envelope.peerid, VmPaused(vmid=vm.vmid, name=vm.name, paused=True))
             return
-        vm.pause_clients.append(envelope.peerid)
+        self.clients.wait(envelope.peerid, For.PAUSE, vm.vmid)
         if not message.paused and transfers.unpause(self, vm):
             return
-        self.peers[Proc.VMM].send(PauseVm(vmid=vm.vmid, paused=message.paused))
+        self.peers.send(Proc.VMM, PauseVm(vmid=vm.vmid, paused=message.paused))
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope, _channel: Channel) -> None:
         """A VM stands still, or goes on, or could not do what was asked."""
-        vm = self.known(message.vmid)
+        vm = self.vms.alive(message.vmid)
         vm.pause_changed(paused=message.paused)
-        client = vm.pause_clients.pop(0) if vm.pause_clients else NO_CLIENT
+        client = self.clients.take_first(For.PAUSE, vm.vmid)
         if message.text:
             log.error(f"vm {vm.name}: {message.text}")
-            self.answer_failure(client, errno.EIO, f"vm {vm.name}: {message.text}")
+            self.clients.fail(client, errno.EIO, f"vm {vm.name}: {message.text}")
             return
         log.info(f"{vm.name}: {'paused' if message.paused else 'unpaused'} vm {vm.vmid} successfully")
-        self.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused))
+        self.clients.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused))
 
     def serve_wait(self, message: WaitRequest, caller: Caller, envelope: Envelope) -> None:
         """Answer when the VM is gone."""
         vm = self.vms.get(message.vmid, message.name)
-        self.require_control(caller, vm, "wait for")
+        vm.require_control(caller, "wait for")
         if not vm.alive:
             raise OperatorError(errno.EINVAL, f"vm {vm.name} is not running")
-        if envelope.peerid in vm.waiting_clients:
+        if self.clients.waits(envelope.peerid, For.END, vm.vmid):
             raise OperatorError(errno.EALREADY, f"vm {vm.name} is already waited for")
-        vm.waiting_clients.add(envelope.peerid)
+        self.clients.wait(envelope.peerid, For.END, vm.vmid)
 
     def serve_list(self, _message: ListRequest, caller: Caller, envelope: Envelope) -> None:
         """Describe every VM; whoever may open the socket sees them all (*cat. 3.3*)."""
         for vm in self.vms:
-            self.answer(envelope.peerid, describe(vm, self.network.infos(vm), caller))
-        self.answer(envelope.peerid, End())
+            self.clients.answer(envelope.peerid, describe(vm, self.network.infos(vm), caller))
+        self.clients.answer(envelope.peerid, End())
 
     def serve_switches(self, _message: SwitchesRequest, _caller: Caller, envelope: Envelope) -> None:
         """Name every switch; whoever may open the socket sees them all."""
-        for switch in self.config.switches:
-            self.answer(envelope.peerid, SwitchInfo(name=switch.name, interface=switch.interface))
-        self.answer(envelope.peerid, End())
+        for switch in self.core.config.switches:
+            self.clients.answer(envelope.peerid, SwitchInfo(name=switch.name, interface=switch.interface))
+        self.clients.answer(envelope.peerid, End())
 
     def serve_load(self, message: LoadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read a further file; VMs it names again are left as they are."""
         require_root(caller, "load a configuration")
-        loaded, warnings = self.load(message.path, self.config)
-        notes = warnings + self.apply(loaded.replace(switches=(*self.config.switches, *loaded.switches)))
-        self.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
+        loaded, warnings = self.load(message.path, self.core.config)
+        notes = warnings + self.apply(loaded.replace(switches=(*self.core.config.switches, *loaded.switches)))
+        self.clients.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
 
     def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: Envelope) -> None:
         """Read the main file anew."""
         require_root(caller, "reload the configuration")
-        self.answer(envelope.peerid, Ok(notes=brief_notes(self.reload())))
+        self.clients.answer(envelope.peerid, Ok(notes=brief_notes(self.reload())))
 
     def serve_reset(self, message: ResetRequest, caller: Caller, envelope: Envelope) -> None:
         """Terminate and forget VMs, forget switches."""
         require_root(caller, "reset the configuration")
         if message.switches:
-            self.config = self.config.replace(switches=())
-            self.network.configure(self.config)
+            self.core.config = self.core.config.replace(switches=())
+            self.network.configure(self.core.config)
         if message.vms:
             self.reset_vms()
         if any(vm.doomed for vm in self.vms):
-            self.resetting.append(envelope.peerid)  # a reload that follows finds all of them gone
+            self.clients.wait(envelope.peerid, For.RESET)  # a reload that follows finds all of them gone
         else:
-            self.answer(envelope.peerid, Ok())
+            self.clients.answer(envelope.peerid, Ok())
 
     def reset_vms(self) -> None:
         """Forget every VM, as soon as it has ended where it runs."""
@@ -750,77 +736,23 @@ class Parent(Process):
     def serve_log(self, message: LogRequest, caller: Caller, envelope: Envelope) -> None:
         """Change the verbosity of every process, now and for those to come."""
         require_root(caller, "change the log level")
-        self.verbosity = log.verbosity = max(0, min(2, message.verbosity))
-        for channel in self.peers.values():
-            channel.send(SetVerbosity(verbosity=self.verbosity))
-        self.answer(envelope.peerid, Ok())
-
-    def serve_console(self, message: ConsoleRequest, caller: Caller, envelope: Envelope) -> None:
-        """Hand a console to a client."""
-        self.consoles.serve(message, caller, envelope.peerid)
-
-    def serve_watch(self, message: ConsoleWatch, caller: Caller, envelope: Envelope) -> None:
-        """Show a console to a client."""
-        self.consoles.serve_watch(message, caller, envelope.peerid)
-
-    def serve_break(self, message: ConsoleBreak, _caller: Caller, envelope: Envelope) -> None:
-        """Send a BREAK, if the client holds the console."""
-        self.consoles.serve_break(message, envelope.peerid)
-
-    def repeat_snapshots(self, vm: Vm) -> None:
-        """A VM process has its VM: let viewers in that came before."""
-        self.consoles.repeat_snapshots(vm)
-
-    def on_console_snapshot_end(self, message: ConsoleSnapshotEnd, envelope: Envelope, _channel: Channel) -> None:
-        """A VM process has let a viewer in."""
-        self.consoles.on_snapshot_end(message, envelope.peerid)
+        self.core.verbosity = log.verbosity = max(0, min(2, message.verbosity))
+        self.peers.send_all(SetVerbosity(verbosity=self.core.verbosity))
+        self.clients.answer(envelope.peerid, Ok())
 
     def on_client_gone(self, _message: ClientGone, envelope: Envelope, _channel: Channel) -> None:
         """A client has disconnected: nothing waits for it any more, and its console is free."""
-        self.resetting = [client for client in self.resetting if client != envelope.peerid]
         self.consoles.on_client_gone(envelope.peerid)
-        for vm in self.vms:
-            vm.waiting_clients.discard(envelope.peerid)
-            vm.pause_clients = [NO_CLIENT if client == envelope.peerid else client for client in vm.pause_clients]
-            transfers.on_client_gone(self, vm, envelope.peerid)
-            self.network.on_client_gone(vm.vmid, envelope.peerid)
-            if vm.start_client == envelope.peerid:
-                vm.start_client = None
+        for wait in self.clients.gone(envelope.peerid):
+            vm = self.vms.find(wait.vmid, "")
+            if wait.what is For.TRANSFER and vm is not None:
+                transfers.on_client_gone(self, vm)
 
-    def require_control(self, caller: Caller, vm: Vm, what: str) -> None:
-        """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
-        if not may_control(caller, vm.uid, vm.config.owner.gid):
-            raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {vm.name}")
-
-    def on_network_configured(self, message: NetworkConfigured, _envelope: Envelope, _channel: Channel) -> None:
+    def on_network_configured(self, message: NetworkConfigured, envelope: Envelope, _channel: Channel) -> None:
         """Hear what switches could not be had.  With the first answer of priv the daemon is up."""
-        self.network.on_configured(message)
-        if self.listener is not None and len(self.ready) == len(self.peers):
+        self.network.on_configured(message, envelope)
+        if self.listener is not None and len(self.ready) == len(self.peers.channels):
             self.serve(self.listener)
-
-    def on_nics_made(self, message: NicsMade, envelope: Envelope, _channel: Channel) -> None:
-        """A VM has its interfaces."""
-        self.network.on_made(message, envelope)
-
-    def on_nics_failed(self, message: NicsFailed, _envelope: Envelope, _channel: Channel) -> None:
-        """A VM cannot have its interfaces."""
-        self.network.on_failed(message)
-
-    def serve_nics(self, message: NicsRequest, _caller: Caller, envelope: Envelope) -> None:
-        """Describe the devices of a VM.  Every user of the socket may see them, as they may see the list."""
-        self.network.serve(self.vms.get(message.vmid, message.name), envelope.peerid)
-
-    def on_ask_resolvers(self, message: AskResolvers, _envelope: Envelope, _channel: Channel) -> None:
-        """A guest wants to know name servers."""
-        self.network.on_ask_resolvers(message)
-
-    def on_drops_reported(self, message: DropsReported, _envelope: Envelope, _channel: Channel) -> None:
-        """Take what priv says of packets that were dropped."""
-        self.network.on_drops(message)
-
-    def on_devices_reported(self, message: DevicesReported, _envelope: Envelope, _channel: Channel) -> None:
-        """A VM has told what its interfaces have done, and what is wrong."""
-        self.network.on_reported(message)
 
     HANDLERS: "Handlers" = {
         **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
@@ -832,35 +764,35 @@ class Parent(Process):
         (Proc.VMM, TransferProgress): transfers.on_progress,
         (Proc.VMM, ReceivedHeader): transfers.on_received_header,
         (Proc.VMM, ReceivedMachine): transfers.on_received_machine,
-        (Proc.VMM, DevicesReported): on_devices_reported,
-        (Proc.VMM, AskResolvers): on_ask_resolvers,
-        (Proc.VMM, ConsoleSnapshotEnd): on_console_snapshot_end,
+        (Proc.VMM, DevicesReported): on(Network, Network.on_reported),
+        (Proc.VMM, AskResolvers): on(Network, Network.on_ask_resolvers),
+        (Proc.VMM, ConsoleSnapshotEnd): on(Consoles, Consoles.on_snapshot_end),
         (Proc.PRIV, NetworkConfigured): on_network_configured,
-        (Proc.PRIV, DropsReported): on_drops_reported,
-        (Proc.PRIV, NicsMade): on_nics_made,
-        (Proc.PRIV, NicsFailed): on_nics_failed,
+        (Proc.PRIV, DropsReported): on(Network, Network.on_drops),
+        (Proc.PRIV, NicsMade): on(Network, Network.on_made),
+        (Proc.PRIV, NicsFailed): on(Network, Network.on_failed),
         (Proc.CONTROL, ClientGone): on_client_gone,
         **dict.fromkeys(((Proc.CONTROL, request) for request in REQUESTS), on_request),
     }
 
 
-SERVES: Mapping[RecordType, Callable[..., None]] = {
-    StartRequest: Parent.serve_start,
-    StopRequest: Parent.serve_stop,
-    WaitRequest: Parent.serve_wait,
-    PauseRequest: Parent.serve_pause,
-    SendRequest: transfers.serve_send,
-    ReceiveRequest: transfers.serve_receive,
-    ListRequest: Parent.serve_list,
-    SwitchesRequest: Parent.serve_switches,
-    NicsRequest: Parent.serve_nics,
-    LoadRequest: Parent.serve_load,
-    ReloadRequest: Parent.serve_reload,
-    ResetRequest: Parent.serve_reset,
-    LogRequest: Parent.serve_log,
-    ConsoleRequest: Parent.serve_console,
-    ConsoleWatch: Parent.serve_watch,
-    ConsoleBreak: Parent.serve_break,
+SERVES: Mapping[RecordType, tuple[type, Callable[..., None]]] = {
+    StartRequest: (Parent, Parent.serve_start),
+    StopRequest: (Parent, Parent.serve_stop),
+    WaitRequest: (Parent, Parent.serve_wait),
+    PauseRequest: (Parent, Parent.serve_pause),
+    SendRequest: (Parent, transfers.serve_send),
+    ReceiveRequest: (Parent, transfers.serve_receive),
+    ListRequest: (Parent, Parent.serve_list),
+    SwitchesRequest: (Parent, Parent.serve_switches),
+    NicsRequest: (Network, Network.serve),
+    LoadRequest: (Parent, Parent.serve_load),
+    ReloadRequest: (Parent, Parent.serve_reload),
+    ResetRequest: (Parent, Parent.serve_reset),
+    LogRequest: (Parent, Parent.serve_log),
+    ConsoleRequest: (Consoles, Consoles.serve),
+    ConsoleWatch: (Consoles, Consoles.serve_watch),
+    ConsoleBreak: (Consoles, Consoles.serve_break),
 }
 
 

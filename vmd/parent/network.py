@@ -16,10 +16,10 @@ from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
-    NO_CLIENT,
     AskDevices,
     AskDrops,
     AskResolvers,
+    Caller,
     ConfigureNetwork,
     DevicesReported,
     DropsReported,
@@ -33,6 +33,7 @@ from vmd.ipc.messages import (
     NicRequest,
     NicsFailed,
     NicsMade,
+    NicsRequest,
     Proc,
     RemoveNics,
     Resolvers,
@@ -46,6 +47,7 @@ from vmd.ipc.messages import (
 from vmd.log import log
 from vmd.parent import nameservers
 from vmd.parent.addresses import Plan, random_ula, room
+from vmd.parent.clients import For
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping, prefix_warnings
 from vmd.parent.resources import copy_all
 from vmd.parent.vmtable import Vm
@@ -55,9 +57,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vmd.config.model import Prefix
-    from vmd.ipc.loop import Timer
+    from vmd.parent.core import Core
     from vmd.parent.hostroutes import HostRoute, IpNetwork
-    from vmd.parent.main import Parent
 
 COUNT_TIMEOUT_S = 5.0
 ALIAS_MAX = 255  # IFALIASZ
@@ -95,19 +96,10 @@ class Launch:
                 os.close(fds.pop())
 
 
-class Count:
-    """A client that wants to know what interfaces have done."""
-
-    def __init__(self, client: int) -> None:
-        self.client = client
-        self.timer: Timer | None = None
-
-
 class Counting:
     """What was asked about a VM, and what has been answered so far: by its process, and by priv."""
 
     def __init__(self) -> None:
-        self.clients: list[Count] = []
         self.asked = 0  # answers that are to come
         self.nics: tuple[NicCounters, ...] = ()
         self.troubles: tuple[Trouble, ...] = ()
@@ -138,8 +130,10 @@ class Taps:
 class Network:
     """Interfaces and switches, as the parent knows them."""
 
-    def __init__(self, parent: "Parent") -> None:
-        self.parent = parent
+    def __init__(self, core: "Core", on_sent: Callable[[Vm], None]) -> None:
+        """`on_sent` is called with a VM that vmm has been told of."""
+        self.core = core
+        self.on_sent = on_sent
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
@@ -161,27 +155,27 @@ class Network:
         ]
         message = ConfigureNetwork(nat=config.settings.local_nat)
         while len(switches) > SWITCHES_MAX:
-            self._tell_priv(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
+            self.core.peers.send(Proc.PRIV, message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]
-        self._tell_priv(message.replace(switches=tuple(switches)))
+        self.core.peers.send(Proc.PRIV, message.replace(switches=tuple(switches)))
         warnings = prefix_warnings(config, host_routes())
         for warning in warnings:
             log.warn(warning)
         return warnings
 
-    def on_configured(self, message: NetworkConfigured) -> None:
+    def on_configured(self, message: NetworkConfigured, _envelope: Envelope) -> None:
         """Log what cannot be; a VM that needs it will be told the same."""
         for problem in message.problems:
             log.error(f"switch: {problem}")
 
     def prefix6(self) -> "Prefix | None":
         """Return the range of this host's local interfaces for IPv6, if they have that."""
-        settings = self.parent.config.settings
+        settings = self.core.config.settings
         if not settings.local_inet6:
             return None
         if settings.local_inet6_prefix is not None:
             return settings.local_inet6_prefix
-        identities = self.parent.vms.identities
+        identities = self.core.vms.identities
         if identities.ula is None:
             identities.ula = random_ula()
             identities.on_change()
@@ -195,7 +189,7 @@ class Network:
         """
         if config.plan_id and config.plan_prefix4 is not None:
             return Plan(number=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
-        plan = Plan(number=0, prefix4=self.parent.config.settings.local_prefix, prefix6=self.prefix6())
+        plan = Plan(number=0, prefix4=self.core.config.settings.local_prefix, prefix6=self.prefix6())
         if any(nic.local for nic in config.nics):
             plan = plan.replace(number=self.number(vm, config, plan))
         return plan
@@ -205,7 +199,7 @@ class Network:
 
         Raises OperatorError if none is free.
         """
-        identities = self.parent.vms.identities
+        identities = self.core.vms.identities
         key = config.name, config.owner.uid
         identity = identities.of(key)
         if self.holds(vm, plan.replace(number=identity.number)):
@@ -225,7 +219,7 @@ class Network:
             candidate = plan.replace(number=number)
             return not self.user_of(vm, config, candidate) and not self.route_to(config, candidate, routes)
 
-        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.parent.vms.present())
+        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present())
         if not chosen:
             raise OperatorError(
                 errno.ERANGE,
@@ -316,14 +310,14 @@ class Network:
 
         As with vmd(8), an interface of an unknown switch, or of one that is disabled, is connected to nothing.
         """
-        for switch in self.parent.config.switches:
+        for switch in self.core.config.switches:
             if switch.name == nic.switch:
                 return switch if switch.enabled else None
         return None
 
     def unconnected(self, nics: tuple[NicConfig, ...]) -> dict[int, str]:
         """Return a sentence for each interface whose switch is not there, by its number."""
-        disabled = {switch.name for switch in self.parent.config.switches if not switch.enabled}
+        disabled = {switch.name for switch in self.core.config.switches if not switch.enabled}
         return {
             index: f'switch "{nic.switch}" {"is disabled" if nic.switch in disabled else "not found"}: '
             "the interface is connected to nothing"
@@ -342,7 +336,7 @@ class Network:
 
     def name_of(self, vmid: int) -> str:
         """Return the name of a VM, for sentences."""
-        vm = self.parent.vms.find(vmid, "")
+        vm = self.core.vms.find(vmid, "")
         return vm.name if vm else str(vmid)
 
     # --- starting ----------------------------------------------------------------------------------------
@@ -381,8 +375,8 @@ class Network:
             raise
         self.tickets += 1
         self.launches[self.tickets] = launch
-        reserved = {nic.tap for other in self.parent.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
-        self._tell_priv(
+        reserved = {nic.tap for other in self.core.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
+        self.core.peers.send(Proc.PRIV,
             MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX]))
         )
 
@@ -415,7 +409,7 @@ class Network:
             self.release(vm.vmid)
             launch.on_failed(error.code if isinstance(error, OperatorError) else error.errno, str(error))
 
-    def on_failed(self, message: NicsFailed) -> None:
+    def on_failed(self, message: NicsFailed, _envelope: Envelope) -> None:
         """There will be no such VM."""
         launch = self.launches.pop(message.ticket, None)
         if launch is not None:
@@ -436,21 +430,21 @@ class Network:
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
         fds, launch.fds = launch.fds, {}
         try:
-            self.parent.peers[Proc.VMM].send(message, fds=fds)
+            self.core.peers.send(Proc.VMM, message, fds=fds)
         except ValueError as error:
             raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
-        self.parent.repeat_snapshots(vm)
+        self.on_sent(vm)
 
     # --- name servers ------------------------------------------------------------------------------------
 
     def name_servers(self) -> nameservers.Servers:
         """Return the name servers that guests are to be told now."""
-        return nameservers.servers(self.parent.config.settings.local_dns)
+        return nameservers.servers(self.core.config.settings.local_dns)
 
-    def on_ask_resolvers(self, message: AskResolvers) -> None:
+    def on_ask_resolvers(self, message: AskResolvers, _envelope: Envelope) -> None:
         """A guest of this VM asks for its addresses, and is told the name servers along with them."""
         dns4, dns6 = self.name_servers()
-        self.parent.peers[Proc.VMM].send(Resolvers(vmid=message.vmid, dns4=dns4, dns6=dns6))
+        self.core.peers.send(Proc.VMM, Resolvers(vmid=message.vmid, dns4=dns4, dns6=dns6))
 
     def name_server_problems(self, taps: Taps) -> dict[int, str]:
         """Return why guests will not get answers from name servers, by number of the interface."""
@@ -466,38 +460,39 @@ class Network:
 
     # --- counters ----------------------------------------------------------------------------------------
 
-    def serve(self, vm: Vm, client: int) -> None:
+    def serve(self, message: NicsRequest, _caller: Caller, envelope: Envelope) -> None:
         """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time.
 
-        What is wrong with any of its devices comes with that.
+        What is wrong with any of its devices comes with that.  Every user of the socket may see them, as they may see
+        the list.
 
         A VM is asked one thing at a time: many who want to know must not be a burden to it, or to its owner.
         """
+        vm, client = self.core.vms.get(message.vmid, message.name), envelope.peerid
         if not vm.pid:
             self._answer(vm.vmid, client)
             return
-        count = Count(client)
         counting = self.counting.get(vm.vmid)
         if counting is None:
             counting = self.counting[vm.vmid] = Counting()
             counting.asked = 1
-            self.parent.peers[Proc.VMM].send(AskDevices(vmid=vm.vmid))
-            if vm.vmid in self.taps and Proc.PRIV in self.parent.peers:
+            self.core.peers.send(Proc.VMM, AskDevices(vmid=vm.vmid))
+            if vm.vmid in self.taps and Proc.PRIV in self.core.peers.channels:
                 counting.asked += 1
-                self._tell_priv(AskDrops(vmid=vm.vmid))
-        counting.clients.append(count)
+                self.core.peers.send(Proc.PRIV, AskDrops(vmid=vm.vmid))
+        wait = self.core.clients.wait(client, For.DEVICES, vm.vmid)
 
         def give_up() -> None:
-            counting.clients.remove(count)
-            self._answer(vm.vmid, count.client, counting.nics, counting.troubles)
+            if self.core.clients.done(wait):
+                self._answer(vm.vmid, client, counting.nics, counting.troubles)
 
-        count.timer = self.parent.loop.call_later(COUNT_TIMEOUT_S, give_up)
+        self.core.loop.call_later(COUNT_TIMEOUT_S, give_up)
 
-    def on_reported(self, message: DevicesReported) -> None:
+    def on_reported(self, message: DevicesReported, _envelope: Envelope) -> None:
         """Take what the VM says, which may be anything."""
         self._take(message.vmid, message.nics, message.troubles[:TROUBLES_MAX])
 
-    def on_drops(self, message: DropsReported) -> None:
+    def on_drops(self, message: DropsReported, _envelope: Envelope) -> None:
         """Take what priv says."""
         self._take(message.vmid, (), message.troubles)
 
@@ -514,41 +509,32 @@ class Network:
 
     def answer_counted(self, vmid: int) -> None:
         """Answer all who wait: everything has been said, or the VM is gone and will say nothing more."""
-        counting = self.counting.pop(vmid, None)
-        for count in counting.clients if counting is not None else ():
-            if count.timer is not None:
-                count.timer.cancel()
-            assert counting is not None
-            self._answer(vmid, count.client, counting.nics, counting.troubles)
-
-    def on_client_gone(self, vmid: int, client: int) -> None:
-        """Nobody waits for this answer any more."""
-        counting = self.counting.get(vmid)
-        for count in counting.clients if counting is not None else ():
-            if count.client == client:
-                count.client = NO_CLIENT  # its place is kept until the answer, or its time, has come
+        counting = self.counting.pop(vmid, None) or Counting()
+        for client in self.core.clients.take(For.DEVICES, vmid):
+            self._answer(vmid, client, counting.nics, counting.troubles)
 
     def _answer(
         self, vmid: int, client: int, counted: tuple[NicCounters, ...] = (), troubles: tuple[Trouble, ...] = ()
     ) -> None:
-        vm = self.parent.vms.find(vmid, "")
+        vm = self.core.vms.find(vmid, "")
         if vm is None:
             return
         for info in self.infos(vm):
             values = counted[info.index].values if info.index < len(counted) else ()
             plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
-            self.parent.answer(client, info.replace(counters=values) if info.tap and plausible else info)
+            self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
         taps = self.taps.get(vmid)
         if taps is not None:
             for index, what in taps.lacking.items():
-                self.parent.answer(client, TroubleInfo(device=f"interface{index}", text=what, since_s=taps.since_s))
+                trouble_info = TroubleInfo(device=f"interface{index}", text=what, since_s=taps.since_s)
+                self.core.clients.answer(client, trouble_info)
             for index, sentence in self.name_server_problems(taps).items():
                 trouble_info = TroubleInfo(device=f"interface{index}", text=brief(sentence), since_s=self.unresolved_s)
-                self.parent.answer(client, trouble_info)
+                self.core.clients.answer(client, trouble_info)
         for trouble in troubles:
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
-            self.parent.answer(client, text)
-        self.parent.answer(client, End())
+            self.core.clients.answer(client, text)
+        self.core.clients.answer(client, End())
 
     def infos(self, vm: Vm) -> tuple[NicInfo, ...]:
         """Return the interfaces of a VM, or those that it is to have, without counters."""
@@ -586,7 +572,7 @@ class Network:
             if launch.vm is vm:
                 del self.launches[ticket]
                 launch.close()
-                self._tell_priv(RemoveNics(vmid=vm.vmid))
+                self.core.peers.send(Proc.PRIV, RemoveNics(vmid=vm.vmid))
                 return True
         return False
 
@@ -595,7 +581,7 @@ class Network:
         taps = self.taps.pop(vmid, None)
         if taps is not None:
             taps.close()
-            self._tell_priv(RemoveNics(vmid=vmid))
+            self.core.peers.send(Proc.PRIV, RemoveNics(vmid=vmid))
 
     def on_priv_lost(self) -> None:
         """Nobody will answer any more."""
@@ -612,11 +598,6 @@ class Network:
             taps.close()
         self.launches.clear()
         self.taps.clear()
-
-    def _tell_priv(self, message: ConfigureNetwork | MakeNics | RemoveNics | AskDrops) -> None:
-        priv = self.parent.peers.get(Proc.PRIV)
-        if priv is not None:
-            priv.send(message)
 
 
 def enabled_switches(config: Config) -> Iterable[SwitchConfig]:

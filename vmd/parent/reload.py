@@ -5,7 +5,7 @@ no longer names it, it is forgotten when it stops.
 """
 
 from vmd.config.model import VmConfig
-from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.parent.vmtable import Vm, VmTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add(table: VmTable, config: VmConfig) -> None:
     """Add a VM of the configuration, to be started if it is enabled."""
     vm = table.add(config, from_config=True)
     if config.enabled:
-        vm.state = State.WAITING
+        vm.enqueue()
 
 
 def replace_all(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:

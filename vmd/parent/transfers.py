@@ -15,10 +15,8 @@ import time
 
 from vmd.config.model import Owner, VmConfig
 from vmd.errors import InUse, OperatorError, VmdError, sentence
-from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
-    NO_CLIENT,
     Caller,
     CancelTransfer,
     Proc,
@@ -41,10 +39,11 @@ from vmd.ipc.messages import (
 from vmd.log import log
 from vmd.parent import endings
 from vmd.parent.access import require_root
+from vmd.parent.clients import For
 from vmd.parent.limits import require_files
 from vmd.parent.media import Media, holder
 from vmd.parent.requests import check_paths, checked_request
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vmtable import Receiving, State, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,27 +55,6 @@ LOCK_RETRY_S = 0.1
 FAILURES = (VmdError, OSError, ValueError)
 
 
-class Sending:
-    """A VM on its way out."""
-
-    def __init__(self, client: int, *, keep: bool, state: State) -> None:
-        self.client = client
-        self.keep = keep
-        self.state = state  # to which it returns
-
-
-class Receiving:
-    """A VM on its way in."""
-
-    def __init__(self, client: int, *, paused: bool) -> None:
-        self.client = client
-        self.paused = paused
-        self.config: VmConfig | None = None
-        self.complete = False  # all but its disks
-        self.deadline_s = 0.0
-        self.failure = ""  # why it was given up
-
-
 # --- sending -------------------------------------------------------------------------------------------------
 
 
@@ -84,50 +62,46 @@ def serve_send(parent: "Parent", message: SendRequest, caller: Caller, envelope:
     """Have a VM write itself to the client's descriptor."""
     require_root(caller, "send a vm")
     vm = parent.vms.get(message.vmid, message.name)
-    vm.require_pausable()
-    if vm.receiving is not None:
-        raise OperatorError(errno.EBUSY, f"vm {vm.name} still waits for its disks: {vm.text}")
+    vm.begin_send(keep=message.keep)
     stream = envelope.take_fd("stream")
     assert stream is not None
-    vm.sending = Sending(envelope.peerid, keep=message.keep, state=vm.state)
-    vm.state = State.SENDING
-    parent.peers[Proc.VMM].send(
-        SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because)), fds={"stream": [stream]}
+    parent.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
+    parent.core.peers.send(
+        Proc.VMM,
+        SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because)),
+        fds={"stream": [stream]},
     )
     log.info(f"{vm.name}: sending vm {vm.vmid}")
 
 
-def on_progress(parent: "Parent", message: TransferProgress, envelope: Envelope, _channel: Channel) -> None:
+def on_progress(parent: "Parent", message: TransferProgress, envelope: Envelope, _channel: object) -> None:
     """Let the client see how far it is."""
     vm = parent.vms.find(envelope.peerid, "")
-    transfer = vm and (vm.sending or vm.receiving)
-    if transfer:
-        parent.answer(transfer.client, message)
+    if vm is not None and (vm.sending or vm.receiving):
+        for wait in parent.clients.waiting(For.TRANSFER, vm.vmid):
+            parent.clients.answer(wait.client, message)
 
 
-def on_send_done(parent: "Parent", message: SendDone, _envelope: Envelope, _channel: Channel) -> None:
+def on_send_done(parent: "Parent", message: SendDone, _envelope: Envelope, _channel: object) -> None:
     """A stream is complete, or has failed; in the one case the VM ends now, unless it is to be kept."""
-    vm = parent.known(message.vmid)
+    vm = parent.vms.alive(message.vmid)
     sending = vm.sending
     if sending is None:
         return
     text = brief(message.text)
-    if text or sending.keep:
-        vm.sending = None
-        if vm.state is State.SENDING:
-            vm.state = sending.state
     if text:
+        vm.stay()
         log.error(f"vm {vm.name}: not sent: {text}")
-        parent.answer_failure(sending.client, errno.EIO, f"vm {vm.name} was not sent, and is as before: {text}")
+        text = f"vm {vm.name} was not sent, and is as before: {text}"
+        parent.clients.fail_all(For.TRANSFER, vm.vmid, errno.EIO, text)
         return
     log.info(f"{vm.name}: sent vm {vm.vmid}, {message.sent_bytes} bytes")
     sent = VmSent(vmid=vm.vmid, name=vm.name, sent_bytes=message.sent_bytes)
     if sending.keep:
-        parent.answer(sending.client, sent)
+        vm.stay()
+        parent.clients.answer_all(For.TRANSFER, vm.vmid, sent)
     else:
-        vm.sent = (sending.client, sent)  # the client hears of it when the VM has let go of everything
-        vm.sending = None
-        vm.state = State.STOPPING
+        vm.leave(sent)  # the client hears of it when the VM has let go of everything
 
 
 # --- receiving -----------------------------------------------------------------------------------------------
@@ -136,7 +110,7 @@ def on_send_done(parent: "Parent", message: SendDone, _envelope: Envelope, _chan
 def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, envelope: Envelope) -> None:
     """Start a process that reads the client's stream."""
     require_root(caller, "receive a vm")
-    if parent.ending:
+    if parent.core.ending:
         raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
     require_files()
     stream = envelope.take_fd("stream")
@@ -149,7 +123,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
         elif vm.alive or not vm.from_config:
             raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
         try:
-            vm.begin_receive(Receiving(envelope.peerid, paused=message.paused))
+            vm.begin_receive(Receiving(paused=message.paused))
             # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
             vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
             vm.open_console()
@@ -158,7 +132,7 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
             console = vm.console_fds()
         except VmdError as error:
             vm.drop_pty()
-            vm.receiving = None
+            vm.drop_transfer()
             vm.ended(brief(str(error)))
             if not vm.from_config:
                 parent.vms.remove(vm)
@@ -166,14 +140,15 @@ def serve_receive(parent: "Parent", message: ReceiveRequest, caller: Caller, env
     except BaseException:
         os.close(stream)
         raise
-    start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=parent.verbosity)
-    parent.peers[Proc.VMM].send(start, fds={"stream": [stream], **console})
+    parent.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
+    start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=parent.core.verbosity)
+    parent.core.peers.send(Proc.VMM, start, fds={"stream": [stream], **console})
     log.info(f"{vm.name}: receiving vm {vm.vmid}")
 
 
-def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Envelope, _channel: Channel) -> None:
+def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Envelope, _channel: object) -> None:
     """Judge what a stream wants to be; the name is ours, and so is the owner."""
-    vm = parent.known(message.vmid)
+    vm = parent.vms.alive(message.vmid)
     receiving = vm.receiving
     if receiving is None:
         return
@@ -191,7 +166,7 @@ def on_received_header(parent: "Parent", message: ReceivedHeader, _envelope: Env
     vm.running_config = receiving.config
     once = endings.ONLY_THAT_START if message.one_shot else ""
     vm.once_because = endings.ONCE.get(receiving.config.boot_device, once)
-    parent.peers[Proc.VMM].send(ReceiveMemory(vmid=vm.vmid))
+    parent.core.peers.send(Proc.VMM, ReceiveMemory(vmid=vm.vmid))
 
 
 def require_disks(parent: "Parent", config: VmConfig) -> None:
@@ -203,9 +178,9 @@ def require_disks(parent: "Parent", config: VmConfig) -> None:
             raise
 
 
-def on_received_machine(parent: "Parent", message: ReceivedMachine, _envelope: Envelope, _channel: Channel) -> None:
+def on_received_machine(parent: "Parent", message: ReceivedMachine, _envelope: Envelope, _channel: object) -> None:
     """All was read: open the disks, or wait for them."""
-    vm = parent.known(message.vmid)
+    vm = parent.vms.alive(message.vmid)
     if vm.receiving is not None:
         vm.receiving.complete = True
         vm.receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S
@@ -222,7 +197,7 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
         media = Media.open(receiving.config, parent.prober)
     except FAILURES as error:
         if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
-            parent.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm, receiving))
+            parent.core.loop.call_later(LOCK_RETRY_S, lambda: resume(parent, vm, receiving))
             return
         why = holder(error, vm, parent.vms) if isinstance(error, InUse) else error
         stay_paused(parent, vm, code_of(error), sentence(why))
@@ -243,46 +218,33 @@ def resume(parent: "Parent", vm: Vm, receiving: Receiving) -> None:
 
 def stay_paused(parent: "Parent", vm: Vm, code: int, why: str) -> None:
     """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had."""
-    receiving = vm.receiving
-    if receiving is None or vm.state is State.STOPPING:
+    if not vm.wait_for_disks(brief(why)):
         return
-    vm.state = State.PAUSED
-    vm.text = brief(why)
     log.error(f"vm {vm.name}: received, but stays paused: {why}")
     text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"
-    for client in (receiving.client, *vm.pause_clients):
-        parent.answer_failure(client, code, text)
-    receiving.client = NO_CLIENT
-    vm.pause_clients.clear()
+    for what in (For.TRANSFER, For.PAUSE):
+        parent.clients.fail_all(what, vm.vmid, code, text)
 
 
 def unpause(parent: "Parent", vm: Vm) -> bool:
     """Try again for the disks of a VM that waits for them; False if it is not such a one."""
     if vm.receiving is None:
         return False
-    vm.receiving.paused = False
-    vm.state = State.RECEIVING
+    vm.try_again(vm.receiving)
     resume(parent, vm, vm.receiving)
     return True
 
 
 def on_received_running(parent: "Parent", vm: Vm, pid: int, *, paused: bool) -> None:
     """The machine goes on here, or stands still as was asked for."""
-    receiving, vm.receiving = vm.receiving, None
-    assert receiving is not None
+    config = vm.end_receive(pid, paused=paused)
     assert vm.pty is not None
-    vm.pid, vm.text = pid, ""
-    if receiving.config is not None:
-        parent.vms.adopt(vm, receiving.config, parent.config.settings.local_prefix)
-    if vm.state is State.RECEIVING:  # or it is already to stop
-        vm.state = State.PAUSED if paused else State.RUNNING
+    if config is not None:
+        parent.vms.adopt(vm, config, parent.core.config.settings.local_prefix)
     log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {vm.pty.path}")
-    parent.answer(
-        receiving.client, VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=vm.pty.path, paused=paused)
-    )
-    for client in vm.pause_clients:
-        parent.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=paused))
-    vm.pause_clients.clear()
+    received = VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=vm.pty.path, paused=paused)
+    parent.clients.answer_all(For.TRANSFER, vm.vmid, received)
+    parent.clients.answer_all(For.PAUSE, vm.vmid, VmPaused(vmid=vm.vmid, name=vm.name, paused=paused))
 
 
 def give_up(parent: "Parent", vm: Vm, code: int, text: str) -> None:
@@ -297,27 +259,12 @@ def code_of(error: Exception) -> int:
     return getattr(error, "code", 0) or getattr(error, "errno", 0) or errno.EINVAL
 
 
-def on_client_gone(parent: "Parent", vm: Vm, client: int) -> None:
+def on_client_gone(parent: "Parent", vm: Vm) -> None:
     """Whoever wanted this VM sent or received has left: a half stream is of no use to anybody.
 
     But a whole one may be all that is left of the VM.
     """
-    if vm.sending is not None and vm.sending.client == client:
-        parent.peers[Proc.VMM].send(CancelTransfer(vmid=vm.vmid))
-    if vm.receiving is not None and vm.receiving.client == client:
-        if vm.receiving.complete:
-            vm.receiving.client = NO_CLIENT
-        else:
-            give_up(parent, vm, errno.ECANCELED, "receiving was interrupted")
-
-
-def on_exited(parent: "Parent", vm: Vm, code: int, text: str) -> None:
-    """A VM process has ended; tell the clients of its transfers."""
-    if vm.sent is not None:
-        parent.answer(*vm.sent)
-        vm.sent = None
-    for transfer in (vm.sending, vm.receiving):
-        if transfer is not None:
-            name = f"vm {vm.name}: "  # which some sentences have already
-            parent.answer_failure(transfer.client, code, name + text.removeprefix(name))
-    vm.sending = vm.receiving = None
+    if vm.sending is not None:
+        parent.core.peers.send(Proc.VMM, CancelTransfer(vmid=vm.vmid))
+    if vm.receiving is not None and not vm.receiving.complete:
+        give_up(parent, vm, errno.ECANCELED, "receiving was interrupted")

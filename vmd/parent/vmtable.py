@@ -8,9 +8,10 @@ from enum import Enum
 
 from vmd.backlog import Backlog, Output
 from vmd.config.model import NicConfig, Prefix, VmConfig
-from vmd.errors import HostError, OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, LifeEnd, VmSent
+from vmd.errors import HostError, OperatorError, PeerError
+from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
 from vmd.parent import endings
+from vmd.parent.access import may_control
 from vmd.parent.addresses import random_lladdr
 from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
@@ -19,7 +20,6 @@ from vmd.parent.resources import Pty, copy_all
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.parent.media import Files
-    from vmd.parent.transfers import Receiving, Sending
 
 
 class State(Enum):
@@ -38,6 +38,25 @@ class State(Enum):
 LOCKS_LINGER_S = 1.0
 SHOWN_MAX = 1 << 48  # a number that a VM process has made up must not be too large for its next life
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
+
+
+class Sending:
+    """A VM on its way out."""
+
+    def __init__(self, *, keep: bool, state: State) -> None:
+        self.keep = keep
+        self.state = state  # to which it returns
+
+
+class Receiving:
+    """A VM on its way in."""
+
+    def __init__(self, *, paused: bool) -> None:
+        self.paused = paused
+        self.config: VmConfig | None = None
+        self.complete = False  # all but its disks
+        self.deadline_s = 0.0
+        self.failure = ""  # why it was given up
 
 
 class Vm:
@@ -70,13 +89,9 @@ class Vm:
         self.files: Files = {}  # its images and its disc
         self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
         self.sending: Sending | None = None
-        self.sent: tuple[int, VmSent] | None = None  # the client to be told when the VM is gone
+        self.sent: VmSent | None = None  # what is told when the VM is gone
         self.receiving: Receiving | None = None
-        self.start_client: int | None = None  # waits for VmStarted
-        self.waiting_clients: set[int] = set()  # wait for VmTerminated
-        self.pause_clients: list[int] = []  # wait for VmPaused, in the order in which they asked
-        self.console_client: int | None = None
-        self.console_user = ""
+        self.console_user = ""  # who has the console, if somebody has
         self.once_because = ""  # why it ends where others reboot
         self._kept: tuple[int | None, int | None] = (None, None)  # boot image and initrd of a client
 
@@ -90,8 +105,7 @@ class Vm:
         """Where it is in its life."""
         return self._state
 
-    @state.setter
-    def state(self, state: State) -> None:
+    def _enter(self, state: State) -> None:
         if state is not self._state:
             self._state, self.since_s = state, time.time()
 
@@ -106,10 +120,34 @@ class Vm:
             state = "already running" if self.state is State.RUNNING else self.state.value
             raise OperatorError(errno.EALREADY, f"vm {self.name} is {state}")
 
+    def require_control(self, caller: Caller, what: str) -> None:
+        """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
+        if not may_control(caller, self.uid, self.config.owner.gid):
+            raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {self.name}")
+
+    def enqueue(self) -> None:
+        """STOPPED -> WAITING."""
+        self.require_startable()
+        self._enter(State.WAITING)
+
+    def leave_queue(self, why: str = "") -> None:
+        """WAITING -> STOPPED: it will not be started, or its start has failed already."""
+        if self._state is State.WAITING:
+            self._enter(State.STOPPED)
+        self.text = why
+
     def begin_start(self, *, again: bool = False) -> None:
         """STOPPED or WAITING -> STARTING, `again` after a reset by its guest."""
+        self._begin(State.STARTING, again=again)
+
+    def begin_receive(self, receiving: Receiving) -> None:
+        """STOPPED or WAITING -> RECEIVING."""
+        self._begin(State.RECEIVING)
+        self.receiving = receiving
+
+    def _begin(self, state: State, *, again: bool = False) -> None:
         self.require_startable()
-        self.state = State.STARTING
+        self._enter(state)
         if not again:
             self.started_s, self.guest_resets = time.time(), 0
         self.text, self.code = "", errno.EIO
@@ -117,45 +155,91 @@ class Vm:
     def begin_run(self, pid: int) -> None:
         """STARTING -> RUNNING; a VM that was told to stop meanwhile stays STOPPING."""
         self.pid = pid
-        if self.state is State.STARTING:
-            self.state = State.RUNNING
+        if self._state is State.STARTING:
+            self._enter(State.RUNNING)
 
-    def begin_receive(self, receiving: "Receiving") -> None:
-        """STOPPED or WAITING -> RECEIVING."""
-        self.state = State.RECEIVING
-        self.started_s, self.guest_resets = time.time(), 0
-        self.text, self.code = "", errno.EIO
-        self.receiving = receiving
+    def begin_reset(self) -> None:
+        """Any state with a process -> STOPPED: its guest has reset itself, and it is started again at once."""
+        assert self.alive
+        self._enter(State.STOPPED)
+        self.pid = 0
 
     def require_pausable(self) -> None:
         """Raise OperatorError unless the guest executes, or is paused."""
-        if self.state not in (State.RUNNING, State.PAUSED):
-            state = "is not running" if not self.alive else f"is {self.state.value}"
+        if self._state not in (State.RUNNING, State.PAUSED):
+            state = "is not running" if not self.alive else f"is {self._state.value}"
             raise OperatorError(errno.EINVAL, f"vm {self.name} {state}")
 
     def pause_changed(self, *, paused: bool) -> None:
         """RUNNING <-> PAUSED; a VM that is being stopped stays so, and one that is being sent until that is over."""
         state = State.PAUSED if paused else State.RUNNING
-        if self.state in (State.RUNNING, State.PAUSED):
-            self.state = state
+        if self._state in (State.RUNNING, State.PAUSED):
+            self._enter(state)
         elif self.sending is not None:
             self.sending.state = state
 
+    def begin_send(self, *, keep: bool) -> None:
+        """RUNNING or PAUSED -> SENDING."""
+        self.require_pausable()
+        if self.receiving is not None:
+            raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
+        self.sending = Sending(keep=keep, state=self._state)
+        self._enter(State.SENDING)
+
+    def stay(self) -> None:
+        """SENDING -> as before: it was not sent, or only a copy of it was."""
+        if self.sending is not None and self._state is State.SENDING:
+            self._enter(self.sending.state)
+        self.sending = None
+
+    def leave(self, sent: VmSent) -> None:
+        """SENDING -> STOPPING: it goes on elsewhere.  A VM that is being stopped meanwhile has been sent, too."""
+        self.sent, self.sending = sent, None
+        self._enter(State.STOPPING)
+
+    def wait_for_disks(self, why: str) -> bool:
+        """RECEIVING -> PAUSED: it has all but what it needs of this host.  False if it is not received any more."""
+        if self.receiving is None or self._state is State.STOPPING:
+            return False
+        self._enter(State.PAUSED)
+        self.text = why
+        return True
+
+    def try_again(self, receiving: Receiving) -> None:
+        """PAUSED, without its disks -> RECEIVING, and then RUNNING."""
+        self.require_pausable()
+        receiving.paused = False
+        self._enter(State.RECEIVING)
+
+    def end_receive(self, pid: int, *, paused: bool) -> VmConfig | None:
+        """RECEIVING -> RUNNING or PAUSED, unless it is already to stop; return what it is."""
+        receiving, self.receiving = self.receiving, None
+        self.pid, self.text = pid, ""
+        if self._state is State.RECEIVING:
+            self._enter(State.PAUSED if paused else State.RUNNING)
+        return receiving.config if receiving is not None else None
+
+    def drop_transfer(self) -> VmSent | None:
+        """Its process has ended, and with that its being sent or received; return what is to be told if it was sent."""
+        sent, self.sent = self.sent, None
+        self.sending = self.receiving = None
+        return sent
+
     def begin_stop(self, *, force: bool) -> None:
-        """STARTING or RUNNING -> STOPPING; force may overtake a graceful stop."""
+        """Any state with a process -> STOPPING; force may overtake a graceful stop."""
         if not self.alive:
             raise OperatorError(VMD_VM_STOP_INVALID, f"vm {self.name} is not running")
-        if self.state is State.STOPPING and not force:
+        if self._state is State.STOPPING and not force:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is already stopping")
-        if self.state is State.SENDING and not force:
+        if self._state is State.SENDING and not force:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is being sent; interrupt that, or stop it by force")
-        self.state = State.STOPPING
+        self._enter(State.STOPPING)
 
     def ended(self, text: str, how: str = endings.FAILED) -> None:
-        """Any state with a process -> STOPPED."""
+        """Any state -> STOPPED: there is no process, or none any more."""
         if self.next_config is not None:
             self.config, self.next_config = self.next_config, None
-        self.state = State.STOPPED
+        self._enter(State.STOPPED)
         self.pid = 0
         self.text = text
         self.last_end = LifeEnd(at_s=int(self.since_s), how=how, text=text)
@@ -222,7 +306,6 @@ class Vm:
     def take_console(self) -> tuple[Pty, Output] | None:
         """Give up the console, at the end of the VM: the pty is the caller's to close."""
         pty, backlog, self.pty, self.backlog = self.pty, self.backlog, None, None
-        self.console_client = None
         if pty is None or backlog is None:
             return None
         output = backlog.read()
@@ -344,6 +427,13 @@ class VmTable:
         vm = self.find(vmid, name)
         if vm is None:
             raise OperatorError(errno.ENOENT, f"vm {vmid or name} not found")
+        return vm
+
+    def alive(self, vmid: int) -> Vm:
+        """Return the living VM that vmm speaks of; PeerError if there is none."""
+        vm = self.find(vmid, "")
+        if vm is None or not vm.alive:
+            raise PeerError("vmm", f"speaks of vm {vmid}, which does not run")
         return vm
 
     def forget_ids(self) -> None:

@@ -4,7 +4,7 @@ import errno
 import ipaddress
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +16,7 @@ from vmd.ipc.messages import (
     AskDevices,
     AskDrops,
     AskResolvers,
+    Caller,
     ConfigureNetwork,
     DevicesReported,
     DropsReported,
@@ -25,6 +26,7 @@ from vmd.ipc.messages import (
     NicMade,
     NicsFailed,
     NicsMade,
+    NicsRequest,
     Proc,
     RemoveNics,
     Resolvers,
@@ -32,10 +34,11 @@ from vmd.ipc.messages import (
     Trouble,
     TroubleInfo,
 )
+from vmd.parent.core import Core
 from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import TROUBLES_MAX, Network, alias
 from vmd.parent.requests import checked_request
-from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.parent.vmtable import Vm
 from vmd.record import Record
 
 SWITCHES = (
@@ -44,6 +47,7 @@ SWITCHES = (
     SwitchConfig(name="lan", interface="br9"),
     SwitchConfig(name="plain", interface="br2", up=False),
 )
+UNUSED = cast("Envelope", None)
 MAC = b"\2\0\0\0\0\1"
 
 
@@ -53,10 +57,12 @@ class Peer:
     def __init__(self) -> None:
         self.sent: list[Record] = []
         self.fds: list[dict[str, int]] = []
+        self.answers: list[tuple[int, Record]] = []
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
         """Note a message."""
         self.sent.append(message)
+        self.answers.append((peerid, message))
         self.fds.append({name: len(each) for name, each in (fds or {}).items()})
         for each in (fds or {}).values():
             for fd in each:
@@ -90,19 +96,13 @@ class FakeParent:
     """As much of the parent as its network needs."""
 
     def __init__(self) -> None:
-        self.config = Config(switches=SWITCHES)
-        self.vms = VmTable()
-        self.peers = {Proc.PRIV: Peer(), Proc.VMM: Peer()}
         self.loop = Loop()
-        self.answers: list[tuple[int, Record]] = []
-        self.network = Network(self)  # type: ignore[arg-type]
-
-    def answer(self, client: int, message: Record) -> None:
-        """Note an answer."""
-        self.answers.append((client, message))
-
-    def repeat_snapshots(self, vm: Vm) -> None:
-        """Nobody watches."""
+        self.core = Core(cast("Any", self.loop), Config(switches=SWITCHES))
+        control = Peer()
+        self.peers = {Proc.PRIV: Peer(), Proc.VMM: Peer()}
+        self.core.peers.channels = cast("Any", {**self.peers, Proc.CONTROL: control})
+        self.answers = control.answers
+        self.network = Network(self.core, lambda vm: None)
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def parent() -> Iterator[FakeParent]:
 
 def launch(parent: FakeParent, config: VmConfig) -> tuple[Vm, list[tuple[int, str]]]:
     """Begin to start a VM; the list is what its failure is reported to."""
-    vm = parent.vms.find(0, config.name) or parent.vms.add(config, from_config=True)
-    identity = parent.vms.identities.of(vm.key)
+    vm = parent.core.vms.find(0, config.name) or parent.core.vms.add(config, from_config=True)
+    identity = parent.core.vms.identities.of(vm.key)
     identity.number = identity.number or vm.vmid  # so that one knows which it is
     failures: list[tuple[int, str]] = []
     message = StartVm(vmid=vm.vmid, config=vm.config, boot_name="bsd", verbosity=0)
@@ -159,7 +159,7 @@ def test_more_switches_than_a_message_has_room_for(parent: FakeParent) -> None:
 
 def test_switches_are_told_once_each(parent: FakeParent) -> None:
     """Disabled ones and second ones of a name are not."""
-    parent.network.configure(parent.config)
+    parent.network.configure(parent.core.config)
 
     (message,) = parent.peers[Proc.PRIV].sent
     assert isinstance(message, ConfigureNetwork)
@@ -179,7 +179,7 @@ def test_a_vm_without_interfaces_starts_at_once(parent: FakeParent) -> None:
 
 def test_what_priv_is_asked_for(parent: FakeParent) -> None:
     """Names, groups of interface and switch, addresses; names that others want are reserved."""
-    other = parent.vms.add(
+    other = parent.core.vms.add(
         VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True
     )
     other.running_config = VmConfig(name="other", nics=(NicConfig(tap="tap5"),))  # it was received, and waits for them
@@ -205,14 +205,14 @@ def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) 
     """Everything its devices need; its configuration says where the addresses come from."""
     dns4, dns6 = (bytes((192, 0, 2, 1)),), (bytes(15) + b"\7",)
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: (dns4, dns6))
-    parent.config = parent.config.replace(settings=Globals(local_inet6=True))
+    parent.core.config = parent.core.config.replace(settings=Globals(local_inet6=True))
     nics = (NicConfig(switch="lan"), NicConfig(local=True), NicConfig(locked=True))
     launch(parent, VmConfig(name="a", nics=nics, boot_device=BootDevice.NET))
     made(parent, mtu=9000)
 
     message = started(parent)
     on_switch, local, locked = message.nics
-    prefix6 = parent.vms.identities.ula
+    prefix6 = parent.core.vms.identities.ula
     assert prefix6 is not None
     assert [link.lladdr for link in message.nics] == [nic.lladdr for nic in message.config.nics]
     assert (on_switch.locked, on_switch.local, on_switch.pxe, on_switch.mtu) == (True, False, True, 9000)
@@ -241,12 +241,13 @@ def test_name_servers_are_looked_up_when_a_guest_asks(parent: FakeParent, monkey
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: found.pop(0))
 
     def asked() -> Record:
-        parent.network.on_ask_resolvers(AskResolvers(vmid=7))
+        parent.network.on_ask_resolvers(AskResolvers(vmid=7), UNUSED)
         return parent.peers[Proc.VMM].sent[-1]
 
     assert asked() == Resolvers(vmid=7, dns4=(b"aaaa",))
     assert asked() == Resolvers(vmid=7, dns4=(b"bbbb",), dns6=(bytes(16),))
-    parent.config = parent.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)), bytes(15) + b"\5")))
+    settings = Globals(local_dns=(bytes((9, 9, 9, 9)), bytes(15) + b"\5"))
+    parent.core.config = parent.core.config.replace(settings=settings)
     assert asked() == Resolvers(vmid=7, dns4=(bytes((9, 9, 9, 9)),), dns6=(bytes(15) + b"\5",))
 
 
@@ -261,13 +262,13 @@ def test_a_host_without_name_servers_for_guests_is_warned_of(
     assert len(vm.notes) == 2
     assert vm.notes[0].endswith("on 100.64.1.4: write `local dns ADDRESS` in vm.conf")
 
-    parent.network.serve(vm, 1)
+    serve(parent, vm, 1)
     assert [(trouble.device, trouble.text) for trouble in wrong(parent, 1)] == [
         ("interface1", vm.notes[0]), ("interface2", vm.notes[1]),
     ]  # fmt: skip
     assert all(trouble.since_s for trouble in wrong(parent, 1))
-    parent.config = parent.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
-    parent.network.serve(vm, 2)
+    parent.core.config = parent.core.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
+    serve(parent, vm, 2)
     assert wrong(parent, 2) == []
 
 
@@ -284,10 +285,10 @@ def test_taps_that_are_there_are_for_who_may_have_them(parent: FakeParent) -> No
         parent.network.give_up(vm)
         return sent.nics[0].existing
 
-    configured = parent.vms.add(VmConfig(name="a", nics=(NicConfig(tap="tap5"),)), from_config=True)
-    roots = parent.vms.add(VmConfig(name="b"), from_config=False)
-    users = parent.vms.add(VmConfig(name="c", owner=Owner(uid=1000)), from_config=False)
-    received = parent.vms.add(VmConfig(name="d"), from_config=False)
+    configured = parent.core.vms.add(VmConfig(name="a", nics=(NicConfig(tap="tap5"),)), from_config=True)
+    roots = parent.core.vms.add(VmConfig(name="b"), from_config=False)
+    users = parent.core.vms.add(VmConfig(name="c", owner=Owner(uid=1000)), from_config=False)
+    received = parent.core.vms.add(VmConfig(name="d"), from_config=False)
     received.uid = 1000
 
     assert [asked(configured, tap) for tap in ("tap5", "tap6", "", "tap")] == [True, False, False, False]
@@ -319,7 +320,7 @@ def test_a_second_start_with_other_interfaces_has_other_taps(parent: FakeParent)
 def test_what_priv_cannot_do_is_reported(parent: FakeParent) -> None:
     """Nothing is left of the start."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
-    parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"))
+    parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"), UNUSED)
 
     assert failures == [(5, "no")]
     assert not parent.network.launches
@@ -334,7 +335,7 @@ def test_a_vm_that_was_stopped_meanwhile_gives_its_taps_back(parent: FakeParent)
     assert not parent.network.give_up(vm)
     parent.peers[Proc.PRIV].sent.append(request)
     made(parent)
-    parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"))
+    parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"), UNUSED)
 
     assert any(isinstance(message, RemoveNics) for message in parent.peers[Proc.PRIV].sent)
     assert (failures, parent.peers[Proc.VMM].sent, parent.network.taps) == ([], [], {})
@@ -362,7 +363,7 @@ def test_switches_that_are_not_there(parent: FakeParent, nic: NicConfig, words: 
     request = parent.peers[Proc.PRIV].sent[-1]
     made(parent)
     vm.begin_run(0)
-    parent.network.serve(vm, 7)
+    serve(parent, vm, 7)
 
     assert failures == []
     assert isinstance(request, MakeNics)
@@ -380,11 +381,11 @@ def test_a_switch_that_has_come(parent: FakeParent) -> None:
     made(parent)
     asked = len(parent.peers[Proc.PRIV].sent)
 
-    parent.config = Config()
+    parent.core.config = Config()
     launch(parent, config)
     assert len(parent.peers[Proc.PRIV].sent) == asked
 
-    parent.config = Config(switches=(SwitchConfig(name="new", interface="br5"),))
+    parent.core.config = Config(switches=(SwitchConfig(name="new", interface="br5"),))
     launch(parent, config)
     request = parent.peers[Proc.PRIV].sent[-1]
     assert isinstance(request, MakeNics)
@@ -412,7 +413,7 @@ def received(plan_id: int, **fields: object) -> VmConfig:
 def test_a_vm_from_elsewhere_keeps_its_addresses(parent: FakeParent) -> None:
     """Whatever this daemon's ranges are."""
     settings = Globals(local_prefix=Prefix(address=bytes((10, 0, 0, 0)), length=8), local_inet6=True)
-    parent.config = parent.config.replace(settings=settings)
+    parent.core.config = parent.core.config.replace(settings=settings)
     launch(parent, received(77))
     made(parent)
 
@@ -438,7 +439,7 @@ def test_a_vm_whose_addresses_one_from_elsewhere_has(parent: FakeParent) -> None
     made(parent)
 
     number = started(parent).config.plan_id
-    assert (vm.vmid, number in (0, 2), parent.vms.identities.of(vm.key).number) == (2, False, number)
+    assert (vm.vmid, number in (0, 2), parent.core.vms.identities.of(vm.key).number) == (2, False, number)
     start = int.from_bytes(bytes((100, 64, 0, 2)), "big")
     assert started(parent).nics[0].host4 == (start + number * 256).to_bytes(4, "big")
 
@@ -454,16 +455,16 @@ def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
 
     words = r"vm guest: .* out of 100\.64\.0\.0/16, which this host reaches by vpn0, such as 100\.64\.7\.2/31"
     with pytest.raises(OperatorError, match=words):
-        parent.network.check(parent.vms.add(VmConfig(name="other"), from_config=True), received(7))
+        parent.network.check(parent.core.vms.add(VmConfig(name="other"), from_config=True), received(7))
     launch(parent, vm.config)
     assert started(parent).config.plan_id == 5
 
     local, _ = launch(parent, VmConfig(name="local", nics=(NicConfig(local=True),)))
     made(parent)
-    assert parent.vms.identities.of(local.key).number >= 256
+    assert parent.core.vms.identities.of(local.key).number >= 256
 
     inside = Prefix(address=bytes((100, 64, 0, 0)), length=16)
-    parent.config = parent.config.replace(settings=Globals(local_prefix=inside))
+    parent.core.config = parent.core.config.replace(settings=Globals(local_prefix=inside))
     with pytest.raises(OperatorError, match=r"vm whole: all addresses of `local prefix` are in 100\.64\.0\.0/16"):
         launch(parent, VmConfig(name="whole", nics=(NicConfig(local=True),)))
     launch(parent, VmConfig(name="apart", nics=(NicConfig(local=True, rdomain=9),)))  # has routes of its own
@@ -472,7 +473,7 @@ def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
 def test_no_addresses_are_left(parent: FakeParent) -> None:
     """A /60 has room for three VMs; one that is not there any more gives its number up."""
     prefix6 = Prefix(address=b"\xfd" + bytes(15), length=60)
-    parent.config = parent.config.replace(settings=Globals(local_inet6=True, local_inet6_prefix=prefix6))
+    parent.core.config = parent.core.config.replace(settings=Globals(local_inet6=True, local_inet6_prefix=prefix6))
     for name in ("a", "b", "c"):
         launch(parent, VmConfig(name=name, nics=(NicConfig(local=True),)))
         made(parent)
@@ -480,9 +481,9 @@ def test_no_addresses_are_left(parent: FakeParent) -> None:
     with pytest.raises(OperatorError, match="vm d: no addresses are left for its local interfaces; see `local prefix`"):
         launch(parent, fourth)
 
-    vm = parent.vms.get(0, "b")
+    vm = parent.core.vms.get(0, "b")
     parent.network.release(vm.vmid)
-    parent.vms.remove(vm)
+    parent.core.vms.remove(vm)
     launch(parent, fourth)
     made(parent)
     assert started(parent).config.plan_id == 2
@@ -531,8 +532,15 @@ def running(parent: FakeParent) -> Vm:
     """Return a VM with one interface that runs."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     made(parent)
-    vm.state, vm.pid = State.RUNNING, 4711
+    vm.begin_start()
+    vm.begin_run(4711)
     return vm
+
+
+def serve(parent: FakeParent, vm: Vm, client: int) -> None:
+    """Let a client ask for the interfaces of a VM."""
+    message = NicsRequest(vmid=vm.vmid)
+    parent.network.serve(message, Caller(uid=0, gid=0, pid=1), Envelope(message, client, 0, {}))
 
 
 def infos(parent: FakeParent, client: int) -> list[NicInfo]:
@@ -550,23 +558,23 @@ VALUES = tuple(range(len(COUNTER_NAMES)))
 
 def report(parent: FakeParent, message: DevicesReported, *drops: Trouble) -> None:
     """Have the VM answer, and priv if it was asked."""
-    parent.network.on_reported(message)
+    parent.network.on_reported(message, UNUSED)
     if message.vmid in parent.network.counting:
-        parent.network.on_drops(DropsReported(vmid=message.vmid, troubles=drops))
+        parent.network.on_drops(DropsReported(vmid=message.vmid, troubles=drops), UNUSED)
 
 
 def test_counters_come_from_the_vm(parent: FakeParent) -> None:
     """It is asked once, however many want to know."""
     vm = running(parent)
     for client in range(1, 4):
-        parent.network.serve(vm, client)
+        serve(parent, vm, client)
     assert parent.answers == []
     assert questions(parent) == 1
     report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
     for client in range(1, 4):
         assert [info.counters for info in infos(parent, client)] == [VALUES]
-    parent.network.serve(vm, 1)
+    serve(parent, vm, 1)
     assert questions(parent) == 2
 
 
@@ -574,7 +582,7 @@ def test_counters_come_from_the_vm(parent: FakeParent) -> None:
 def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> None:
     """A VM process may say what it likes."""
     vm = running(parent)
-    parent.network.serve(vm, 1)
+    serve(parent, vm, 1)
     report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
 
     assert [info.counters for info in infos(parent, 1)] == [()]
@@ -591,7 +599,7 @@ def test_troubles_come_from_the_vm(parent: FakeParent) -> None:
     vm.running_config = vm.config.replace(nics=())
     parent.network.release(vm.vmid)
     for client, count in ((1, 1), (2, 0), (3, 1000)):
-        parent.network.serve(vm, client)
+        serve(parent, vm, client)
         troubles = (Trouble(device="disk0", text="flush fails: No space left on device", since_s=5),) * count
         report(parent, DevicesReported(vmid=vm.vmid, nics=(), troubles=troubles))
 
@@ -606,19 +614,19 @@ def test_what_firewalls_drop_comes_from_priv(parent: FakeParent) -> None:
     drop = Trouble(device="interface0", text="another firewall has dropped 3 of 3", since_s=7)
     devices = DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),))
     for client in (1, 2):
-        parent.network.serve(vm, client)
+        serve(parent, vm, client)
     assert [message for message in parent.peers[Proc.PRIV].sent if isinstance(message, AskDrops)] == [
         AskDrops(vmid=vm.vmid)
     ]
-    parent.network.on_drops(DropsReported(vmid=vm.vmid, troubles=(drop,)))
+    parent.network.on_drops(DropsReported(vmid=vm.vmid, troubles=(drop,)), UNUSED)
     assert parent.answers == []
-    parent.network.on_reported(devices)
+    parent.network.on_reported(devices, UNUSED)
     for client in (1, 2):
         assert wrong(parent, client) == [TroubleInfo(device="interface0", text=drop.text, since_s=7)]
         assert [info.counters for info in infos(parent, client)] == [VALUES]
 
-    parent.network.serve(vm, 3)
-    parent.network.on_reported(devices)
+    serve(parent, vm, 3)
+    parent.network.on_reported(devices, UNUSED)
     assert wrong(parent, 3) == []
     parent.loop.timers[-1].callback()  # priv does not answer: what the VM has said is known
     assert [info.counters for info in infos(parent, 3)] == [VALUES]
@@ -627,9 +635,9 @@ def test_what_firewalls_drop_comes_from_priv(parent: FakeParent) -> None:
 def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
     """The client hears what is known; the late answer is for who has come meanwhile."""
     vm = running(parent)
-    parent.network.serve(vm, 1)
+    serve(parent, vm, 1)
     parent.loop.timers[0].callback()
-    parent.network.serve(vm, 2)
+    serve(parent, vm, 2)
     assert questions(parent) == 1
     report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
 
@@ -641,9 +649,9 @@ def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
 def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
     """Everybody is told what is known."""
     vm = running(parent)
-    parent.network.serve(vm, 1)
-    parent.network.serve(vm, 2)
-    parent.network.on_client_gone(vm.vmid, 2)
+    serve(parent, vm, 1)
+    serve(parent, vm, 2)
+    parent.core.clients.gone(2)
     parent.network.answer_counted(vm.vmid)
 
     assert len(infos(parent, 1)) == 1
@@ -653,8 +661,8 @@ def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
 
 def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:
     """Its interfaces are described as far as they are known."""
-    vm = parent.vms.add(VmConfig(name="a", nics=(NicConfig(switch="lan"),)), from_config=True)
-    parent.network.serve(vm, 1)
+    vm = parent.core.vms.add(VmConfig(name="a", nics=(NicConfig(switch="lan"),)), from_config=True)
+    serve(parent, vm, 1)
 
     (info,) = infos(parent, 1)
     assert (info.tap, info.switch, info.lladdr) == ("", "lan", vm.config.nics[0].lladdr)

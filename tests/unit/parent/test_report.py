@@ -39,7 +39,7 @@ def vm_with_everything() -> Vm:
     )
     vm = Vm(1, config, from_config=True)
     vm.ended(brief(LONG))
-    vm.state, vm.text, vm.pid = State.PAUSED, brief(LONG), os.getpid()
+    vm._state, vm.text, vm.pid = State.PAUSED, brief(LONG), os.getpid()
     return vm
 
 

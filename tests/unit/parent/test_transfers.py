@@ -13,7 +13,6 @@ from vmd.config.model import BootDevice, Config, DiskConfig, Owner, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
-    NO_CLIENT,
     Caller,
     CancelTransfer,
     Failed,
@@ -34,9 +33,11 @@ from vmd.ipc.messages import (
     VmReceived,
     VmSent,
 )
-from vmd.parent import transfers, vmtable
+from vmd.parent import main, transfers, vmtable
+from vmd.parent.clients import For
+from vmd.parent.core import Core
 from vmd.parent.media import Media
-from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.parent.vmtable import State, Vm
 from vmd.record import Record
 
 ROOT = Caller(uid=0, gid=0, pid=1)
@@ -46,16 +47,18 @@ AnyParent = Any  # no vmd.parent.main.Parent, and like one as far as it matters 
 DISKS = (DiskConfig(path="/disk"),)
 
 
-class Peers:
-    """The channel to vmm; notes what is sent, and closes what goes along."""
+class Peer:
+    """The channel to vmm, or to control; notes what is sent, and closes what goes along."""
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
+        self.answers: list[tuple[int, Record]] = []
 
-    def send(self, message: Record, *, fds: dict[str, list[int]] | None = None) -> None:
+    def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
         """Note a message."""
         self.sent.append(message)
-        for fd in (fd for each in (fds or {}).values() for fd in each):
+        self.answers.append((peerid, message))
+        for fd in (fd for each in fds.values() for fd in each):
             os.close(fd)
 
 
@@ -82,44 +85,29 @@ class Network:
             raise self.trouble
         self.on_failed = on_failed
         if not self.later:
-            self.parent.vmm.send(message, fds=fds)
+            self.parent.core.peers.send(Proc.VMM, message, fds=fds)
 
 
 class Parent:
     """What transfers need of the parent."""
 
     def __init__(self) -> None:
-        self.config = Config()
-        self.vms = VmTable()
-        self.vmm = Peers()
-        self.peers = {Proc.VMM: self.vmm}
-        self.answers: list[tuple[int, Record]] = []
-        self.ending = False
-        self.verbosity = 0
+        self.core = Core(cast("Any", self), Config())
+        self.vms, self.clients = self.core.vms, self.core.clients
+        self.vmm, control = Peer(), Peer()
+        self.core.peers.channels = cast("Any", {Proc.VMM: self.vmm, Proc.CONTROL: control})
+        self.answers = control.answers
         self.prober = None
         self.network = Network(self)
-        self.loop = self
         self.later: list[Callable[[], None]] = []
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
         """Be the loop."""
         self.later.append(callback)
 
-    def answer(self, client: int, message: Record) -> None:
-        """Note an answer."""
-        self.answers.append((client, message))
-
-    def answer_failure(self, client: int, code: int, text: str) -> None:
-        """Note another one."""
-        self.answer(client, Failed(code=code, text=text))
-
     def stop_process(self, vm: Vm, mode: StopMode) -> None:
         """Tell vmm."""
-        self.vmm.send(StopVm(vmid=vm.vmid, mode=mode))
-
-    def known(self, vmid: int) -> Vm:
-        """Return a VM."""
-        return self.vms.get(vmid)
+        self.core.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
 
     def note(self, vm: Vm, config: VmConfig, notes: list[str]) -> None:
         """As the real one."""
@@ -188,7 +176,7 @@ def envelope(stream: int, client: int = CLIENT) -> Envelope:
 def running(parent: Parent, state: State = State.RUNNING) -> Vm:
     """Let the VM run."""
     vm = parent.vms.get(0, "a")
-    vm.state, vm.pid = state, 4711
+    vm._state, vm.pid = state, 4711
     return vm
 
 
@@ -207,6 +195,17 @@ def done(parent: AnyParent, vm: Vm, text: str = "") -> None:
     transfers.on_send_done(parent, SendDone(vmid=vm.vmid, sent_bytes=100, text=text), cast("Any", None), cast("Any", 0))
 
 
+def exited(parent: AnyParent, vm: Vm, code: int, text: str) -> None:
+    """Let its process have ended."""
+    main.Parent.answer_overtaken(parent, vm, code, text)
+
+
+def leave(parent: AnyParent, vm: Vm, client: int) -> None:
+    """Let a client leave."""
+    for _ in parent.clients.gone(client):
+        transfers.on_client_gone(parent, vm)
+
+
 # --- sending ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +216,7 @@ def test_sent(parent: AnyParent, stream: Callable[[], int]) -> None:
 
     done(parent, vm)
     assert (vm.state, parent.answers) == (State.STOPPING, [])
-    transfers.on_exited(parent, vm, 0, "sent")
+    exited(parent, vm, 0, "sent")
 
     assert parent.answers == [(CLIENT, VmSent(vmid=vm.vmid, name="a", sent_bytes=100))]
 
@@ -288,10 +287,10 @@ def test_client_that_leaves_cancels(parent: AnyParent, stream: Callable[[], int]
     """Half a stream is of no use; another client's going changes nothing."""
     running(parent)
     vm = send(parent, stream)
-    transfers.on_client_gone(parent, vm, OTHER)
+    leave(parent, vm, OTHER)
     assert parent.vmm.sent == []
 
-    transfers.on_client_gone(parent, vm, CLIENT)
+    leave(parent, vm, CLIENT)
 
     assert parent.vmm.sent == [CancelTransfer(vmid=vm.vmid)]
 
@@ -301,7 +300,7 @@ def test_process_that_dies_while_it_sends(parent: AnyParent, stream: Callable[[]
     running(parent)
     vm = send(parent, stream)
 
-    transfers.on_exited(parent, vm, errno.EIO, "vm process was killed by SIGKILL")
+    exited(parent, vm, errno.EIO, "vm process was killed by SIGKILL")
 
     assert parent.answers == [(CLIENT, Failed(code=errno.EIO, text="vm a: vm process was killed by SIGKILL"))]
     assert vm.sending is None
@@ -425,7 +424,7 @@ def test_refused_before_it_begins(
     parent: AnyParent, stream: Callable[[], int], name: str, caller: Caller, ending: bool, what: str
 ) -> None:
     """Nothing is left of it."""
-    parent.ending = ending
+    parent.core.ending = ending
     cover = envelope(stream())
     with pytest.raises(VmdError, match=what):
         transfers.serve_receive(parent, ReceiveRequest(name=name), caller, cover)
@@ -533,21 +532,20 @@ def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> No
     """In vain, and then not; each time whoever asked is told."""
     for _ in range(2):
         parent.answers.clear()
-        waiting.pause_clients.append(CLIENT)
+        parent.clients.wait(CLIENT, For.PAUSE, waiting.vmid)
         assert transfers.unpause(parent, waiting)
         assert "stays paused" in last_failure(parent).text
-        assert (waiting.state, waiting.pause_clients) == (State.PAUSED, [])
+        assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid)) == (State.PAUSED, [])
 
     disks.trouble.clear()
-    waiting.pause_clients.append(CLIENT)
+    parent.clients.wait(CLIENT, For.PAUSE, waiting.vmid)
     assert transfers.unpause(parent, waiting)
     assert isinstance(parent.vmm.sent[-1], ResumeReceived)
     parent.answers.clear()
     transfers.on_received_running(parent, waiting, 99, paused=False)
 
-    assert parent.answers[1:] == [(CLIENT, VmPaused(vmid=waiting.vmid, name="b", paused=False))]
-    assert parent.answers[0][0] == NO_CLIENT
-    assert (waiting.state, waiting.pause_clients, waiting.text) == (State.RUNNING, [], "")
+    assert parent.answers == [(CLIENT, VmPaused(vmid=waiting.vmid, name="b", paused=False))]
+    assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid), waiting.text) == (State.RUNNING, [], "")
 
 
 def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm, stream: Callable[[], int]) -> None:
@@ -586,7 +584,7 @@ def test_client_that_leaves_too_early(parent: AnyParent, stream: Callable[[], in
     vm = receive(parent, stream)
     header(parent, vm)
 
-    transfers.on_client_gone(parent, vm, CLIENT)
+    leave(parent, vm, CLIENT)
 
     assert parent.vmm.sent[-1] == StopVm(vmid=vm.vmid, mode=StopMode.KILL)
     assert vm.receiving is not None
@@ -601,7 +599,7 @@ def test_client_that_leaves_too_late(parent: AnyParent, stream: Callable[[], int
     header(parent, vm)
     complete(parent, vm)
 
-    transfers.on_client_gone(parent, vm, CLIENT)
+    leave(parent, vm, CLIENT)
 
     assert not any(isinstance(message, StopVm) for message in parent.vmm.sent)
     disks.trouble.clear()
@@ -633,7 +631,7 @@ def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, stream: Callable[
     vm = receive(parent, stream, "a")
     header(parent, vm)
     complete(parent, vm)
-    transfers.on_exited(parent, vm, errno.EIO, "stopped by force")
+    exited(parent, vm, errno.EIO, "stopped by force")
     vm.drop_pty()
     vm.ended("stopped by force")
     disks.trouble.clear()

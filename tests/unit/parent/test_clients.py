@@ -1,0 +1,82 @@
+"""Who waits for what, and who is answered."""
+
+import errno
+from typing import Any, cast
+
+import pytest
+
+from vmd.ipc.messages import NO_CLIENT, Failed, Ok, Proc
+from vmd.parent.clients import IN_ORDER, Clients, For
+from vmd.parent.peers import Peers
+from vmd.record import Record
+
+
+class Control:
+    """The channel to control."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, Record]] = []
+
+    def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
+        """Note an answer."""
+        assert not fds
+        self.answers.append((peerid, message))
+
+
+@pytest.fixture
+def control() -> Control:
+    """Give what the answers go to."""
+    return Control()
+
+
+@pytest.fixture
+def clients(control: Control) -> Clients:
+    """Give the clients of a parent that has a control."""
+    peers = Peers()
+    peers.channels[Proc.CONTROL] = cast("Any", control)
+    return Clients(peers)
+
+
+def test_each_is_answered_once(clients: Clients, control: Control) -> None:
+    """All who wait for the same of the same VM, in the order in which they came, and nobody else."""
+    for client, what, vmid in ((1, For.END, 7), (2, For.END, 8), (3, For.START, 7), (4, For.END, 7)):
+        clients.wait(client, what, vmid)
+
+    clients.answer_all(For.END, 7, Ok())
+    clients.fail_all(For.END, 7, errno.EIO, "nobody hears this")
+
+    assert control.answers == [(1, Ok()), (4, Ok())]
+    clients.fail_all(For.END, 8, errno.EIO, "gone")
+    assert control.answers[2:] == [(2, Failed(code=errno.EIO, text="gone"))]
+    assert clients.waits(3, For.START, 7)
+
+
+@pytest.mark.parametrize("what", For)
+def test_who_has_left_is_not_answered(clients: Clients, control: Control, what: For) -> None:
+    """But has kept its place where the next answer would be the next client's."""
+    for client in (1, 2):
+        clients.wait(client, what, 7)
+
+    assert [(wait.what, wait.vmid) for wait in clients.gone(1)] == [(what, 7)]
+
+    assert [wait.client for wait in clients.waiting(what, 7)] == ([NO_CLIENT, 2] if what in IN_ORDER else [2])
+    clients.answer_all(what, 7, Ok())
+    assert control.answers == [(2, Ok())]
+    assert clients.gone(1) == clients.waiting_anywhere(what) == []
+
+
+def test_a_wait_is_over_once(clients: Clients) -> None:
+    """Whoever would end it by its time finds that out; of two of one client it is that one."""
+    first, second = clients.wait(1, For.DEVICES, 7), clients.wait(1, For.DEVICES, 7)
+
+    assert [clients.done(second), clients.done(second)] == [True, False]
+    assert [clients.take_first(For.DEVICES, 7), clients.take_first(For.DEVICES, 7)] == [1, NO_CLIENT]
+    assert not clients.done(first)
+
+
+def test_without_control_nobody_is_answered() -> None:
+    """It has been killed, and the VMs are stopped: they end as always."""
+    clients = Clients(Peers())
+    clients.wait(1, For.END, 7)
+    clients.answer_all(For.END, 7, Ok())
+    assert not clients.waits(1, For.END, 7)

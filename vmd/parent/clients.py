@@ -1,0 +1,124 @@
+"""What the clients of vmctl wait for, and the way answers go to them.
+
+Every client that waits for something is in one table, so that nobody is forgotten: when a VM ends, when a client
+leaves, and when a question has been answered.
+"""
+
+from enum import Enum
+
+from vmd.ipc.messages import NO_CLIENT, Failed, Proc, brief
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.parent.peers import Peers
+    from vmd.record import Record
+
+
+class For(Enum):
+    """What a client waits for: something of one VM, but for RESET."""
+
+    START = "its start"
+    END = "its end"
+    PAUSE = "its standing still, or going on"  # answered in the order of the requests
+    TRANSFER = "its being sent or received"
+    DEVICES = "what its devices have done"
+    SNAPSHOT = "what its console has shown"  # answered in the order of the requests
+    OUTPUT = "more than that"
+    CONSOLE = "nothing: the client has its console"
+    RESET = "the end of all VMs that are to be forgotten"
+
+
+IN_ORDER = (For.PAUSE, For.SNAPSHOT)
+
+
+class Wait:
+    """A client that waits."""
+
+    def __init__(self, client: int, what: For, vmid: int, since: int) -> None:
+        self.client = client  # NO_CLIENT after it has left, where its place is kept
+        self.what = what
+        self.vmid = vmid
+        self.since = since  # OUTPUT: how much it has seen
+
+
+class Clients:
+    """Clients by what they wait for."""
+
+    def __init__(self, peers: "Peers") -> None:
+        self._peers = peers
+        self._waits: dict[tuple[For, int], list[Wait]] = {}
+
+    # --- answers -----------------------------------------------------------------------------------------
+
+    def answer(self, client: int, message: "Record") -> None:
+        """Answer a client through control, if it is still of this world."""
+        if client != NO_CLIENT:
+            self._peers.send(Proc.CONTROL, message, peerid=client)
+
+    def fail(self, client: int, code: int, text: str) -> None:
+        """Tell a client what went wrong."""
+        self.answer(client, Failed(code=code, text=brief(text)))
+
+    def answer_all(self, what: For, vmid: int, message: "Record") -> None:
+        """Answer all who wait for this; they wait no longer."""
+        for client in self.take(what, vmid):
+            self.answer(client, message)
+
+    def fail_all(self, what: For, vmid: int, code: int, text: str) -> None:
+        """Tell all who wait for this what went wrong; they wait no longer."""
+        self.answer_all(what, vmid, Failed(code=code, text=brief(text)))
+
+    # --- who waits ---------------------------------------------------------------------------------------
+
+    def wait(self, client: int, what: For, vmid: int = 0, *, since: int = 0) -> Wait:
+        """Let a client wait."""
+        wait = Wait(client, what, vmid, since)
+        self._waits.setdefault((what, vmid), []).append(wait)
+        return wait
+
+    def waiting(self, what: For, vmid: int = 0) -> list[Wait]:
+        """Return who waits for this, in the order in which they came."""
+        return list(self._waits.get((what, vmid), ()))
+
+    def waits(self, client: int, what: For, vmid: int) -> bool:
+        """Return whether a client waits for this."""
+        return any(wait.client == client for wait in self._waits.get((what, vmid), ()))
+
+    def waiting_anywhere(self, what: For) -> list[Wait]:
+        """Return who waits for this, of whatever VM."""
+        return [wait for (kind, _), waits in self._waits.items() if kind is what for wait in waits]
+
+    def take(self, what: For, vmid: int = 0) -> list[int]:
+        """Return the clients that wait for this; they wait no longer."""
+        return [wait.client for wait in self._waits.pop((what, vmid), ())]
+
+    def take_first(self, what: For, vmid: int) -> int:
+        """Return the client that has waited longest, and does so no longer; NO_CLIENT if there is none."""
+        waits = self.waiting(what, vmid)
+        if waits:
+            self.done(waits[0])
+        return waits[0].client if waits else NO_CLIENT
+
+    def done(self, wait: Wait) -> bool:
+        """Let a client wait no longer; False if it did not."""
+        key = wait.what, wait.vmid
+        waits = self._waits.get(key, [])
+        if wait not in waits:
+            return False
+        waits.remove(wait)
+        if not waits:
+            del self._waits[key]
+        return True
+
+    def gone(self, client: int) -> list[Wait]:
+        """A client has left: return all that it waited for.
+
+        Where answers come in the order of the questions its place is kept, else the next one would get its answer.
+        """
+        lost = [wait for waits in self._waits.values() for wait in waits if wait.client == client]
+        for wait in lost:
+            if wait.what in IN_ORDER:
+                wait.client = NO_CLIENT
+            else:
+                self.done(wait)
+        return lost

@@ -1,0 +1,37 @@
+"""The channels to the parent's own processes: control, vmm and priv."""
+
+import os
+
+from vmd.ipc.channel import NO_FDS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.messages import Proc
+    from vmd.record import Record
+
+
+class Peers:
+    """Channels by process; what is sent to a process that is gone is dropped."""
+
+    def __init__(self) -> None:
+        self.channels: dict[Proc, Channel] = {}
+
+    def send(
+        self, proc: "Proc", message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
+    ) -> None:
+        """Send a message; its descriptors are not the caller's any more.  Raises ValueError if it is too long."""
+        channel = self.channels.get(proc)
+        if channel is not None:
+            channel.send(message, peerid=peerid, fds=fds)
+            return
+        for each in fds.values():
+            for fd in each:
+                os.close(fd)
+
+    def send_all(self, message: "Record") -> None:
+        """Send a message to every process."""
+        for proc in list(self.channels):
+            self.send(proc, message)
