@@ -487,8 +487,8 @@ def damage(vmd: Daemon, snapshot: Stream, times: int) -> None:
 
 
 def test_damaged_streams(demo: Daemon, snapshot: Stream) -> None:
-    """At fifty places."""
-    damage(demo, snapshot, 13)
+    """At twenty places."""
+    damage(demo, snapshot, 5)
 
 
 @pytest.mark.deep
