@@ -36,6 +36,7 @@ help:
 	@echo 'make bench       compare with QEMU; prints one table'
 	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
+	@echo 'make uninstall   removes what make install has installed'
 	@echo 'make deb         a Debian package, into $(DEB)'
 	@echo 'make clean       remove what the rules above left in this checkout'
 

@@ -65,8 +65,12 @@ def test_installed_programs_run_and_are_removed(tmp_path: Path) -> None:
     unit = (prefix / "lib/systemd/system/vmd.service").read_text()
     assert f"ExecStart={prefix}/sbin/vmd\n" in unit
     assert f"ExecReload={prefix}/bin/vmctl reload\n" in unit
-    must("uninstall", f"PREFIX={prefix}")
+    removed, again = make("uninstall", f"PREFIX={prefix}"), make("uninstall", f"PREFIX={prefix}")
     assert [path for path in prefix.rglob("*") if path.is_file()] == []
+    assert "systemctl enable --now vmd" in done.stderr
+    assert f"{prefix}/sbin/vmd and {prefix}/bin/vmctl are removed" in removed.stderr
+    assert "/etc/vm.conf, /var/lib/vmd and the user _vmd are left" in removed.stderr
+    assert f"{prefix}/sbin/vmd and {prefix}/bin/vmctl are not installed" in again.stderr
 
 
 def test_installation_for_a_package_stays_below_destdir(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ A daemon that runs is not touched, and goes on with the code that it has loaded.
 import contextlib
 import importlib.util
 import io
+import itertools
 import marshal
 import os
 import shutil
@@ -207,8 +208,9 @@ def remove_others(library: str) -> None:
             os.unlink(entry.path)
 
 
-def uninstall(files: Sequence[File], places: dict[str, str], destdir: str) -> None:
-    """Remove every file, and the directories that are ours alone.  Raises InstallError."""
+def uninstall(files: Sequence[File], places: dict[str, str], destdir: str) -> bool:
+    """Remove all files, and the directories that are ours alone; return whether one was there.  Raises InstallError."""
+    found = any(os.path.lexists(destdir + file.path) for file in files)
     try:
         for path in (destdir + file.path for file in files):
             for name in (path, path + STAGED):
@@ -219,6 +221,7 @@ def uninstall(files: Sequence[File], places: dict[str, str], destdir: str) -> No
                 shutil.rmtree(destdir + places[place])
     except OSError as error:
         raise InstallError(f"{error.filename}: {error.strerror}") from error
+    return found
 
 
 def read_places(words: Sequence[str]) -> dict[str, str]:
@@ -236,12 +239,24 @@ def read_places(words: Sequence[str]) -> dict[str, str]:
     return places
 
 
-def result(places: dict[str, str], changed: bool) -> str:
+def result(places: dict[str, str], changed: bool) -> Iterator[str]:
     """Say what was done, and what is left to the operator."""
     programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
     if not changed:
-        return f"{programs} are up to date"
-    return f"{programs} are installed; a vmd that runs goes on with its version until it is restarted"
+        yield f"{programs} are up to date"
+        return
+    yield f"{programs} are installed; a vmd that runs goes on with its version until it is restarted"
+    yield f"{places['doc']}/vm.conf.example shows all of /etc/vm.conf; vmd starts by: systemctl enable --now vmd"
+
+
+def farewell(places: dict[str, str], removed: bool) -> Iterator[str]:
+    """Say what was removed, and what is left to the operator."""
+    programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
+    if not removed:
+        yield f"{programs} are not installed"
+        return
+    yield f"{programs} are removed; a vmd that runs goes on until it is stopped"
+    yield "/etc/vm.conf, /var/lib/vmd and the user _vmd are left"
 
 
 def advice() -> Iterator[str]:
@@ -262,14 +277,14 @@ def main(arguments: Sequence[str]) -> int:
         places = read_places(words)
         files = plan(places)
         if rule == "uninstall":
-            uninstall(files, places, destdir)
-            return 0
-        changed = install(files, destdir)
+            lines = farewell(places, uninstall(files, places, destdir))
+        else:
+            lines = itertools.chain(advice(), result(places, install(files, destdir)))
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1
     if not destdir:
-        for line in (*advice(), result(places, changed)):
+        for line in lines:
             print(f"install: {line}", file=sys.stderr)
     return 0
 

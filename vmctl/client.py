@@ -229,4 +229,4 @@ def socket_owner(path: str) -> str:
         group = grp.getgrgid(status.st_gid).gr_name
     except KeyError:
         group = str(status.st_gid)
-    return f": the socket is for user {user} and group {group}"
+    return f": the socket is for user {user} and group {group}; 'socket owner' in vm.conf changes that"

@@ -95,7 +95,9 @@ def split(
             return given, operands + rest
         if word.startswith("--"):
             if word not in known:
-                raise UsageError(f"unknown option -- {word[2:]}{meant(word, known)}")
+                misplaced = not permute and any(word == option.name for option in COMMON)
+                hint = ": it belongs behind the command" if misplaced else meant(word, known)
+                raise UsageError(f"unknown option -- {word[2:]}{hint}")
             given.append((word, ""))
         elif word.startswith("-") and word != "-":
             take_letters(word[1:], rest, known, given)

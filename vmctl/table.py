@@ -64,7 +64,7 @@ STATUS = Command(
     help="show all VMs, or one",
     options=(
         Option(name="-r", help="only those that run"),
-        Option(name="-v", help="add network interfaces, and what is wrong with devices"),
+        Option(name="-v", help="add interfaces, what is wrong with devices, and why a VM does not run"),
     ),
     operand=Operand(name="id", kind=VM, optional=True),
 )
@@ -119,7 +119,11 @@ COMMANDS = (
         options=(Option(name="-p", help="leave it paused"),),
         operand=Operand(name="name", kind=VM),
     ),
-    Command(name="reload", module="reload", help="read the main configuration file again; running VMs go on"),
+    Command(
+        name="reload",
+        module="reload",
+        help="read the main configuration file again; running VMs go on, others start",
+    ),
     Command(
         name="reset",
         module="reset",

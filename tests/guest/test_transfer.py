@@ -35,6 +35,7 @@ from tests.support.transfers import (
     to_file,
     vmctl,
 )
+from vmd.config import rules
 from vmd.config.model import DiskConfig
 from vmd.record import Record
 from vmd.vm.state import Header, MachineState, Register
@@ -436,7 +437,7 @@ def test_names_that_are_taken(demo: Daemon, tmp_path: Path) -> None:
         1, "vmctl: receive vm command failed: vm a exists, and is running\n"
     )  # fmt: skip
     assert from_file(demo, "../c", tmp_path / "stream") == (
-        1, "vmctl: receive vm command failed: invalid VM name: ../c\n"
+        1, f"vmctl: receive vm command failed: invalid VM name: ../c: {rules.NAME_FORM}\n"
     )  # fmt: skip
     demo.must("stop", "-fw", "a")
     with (tmp_path / "again").open("wb") as file:

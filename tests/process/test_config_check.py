@@ -111,7 +111,7 @@ def test_check_says_what_the_start_says(images: Path) -> None:
 
     assert (status, lines[-1], warnings) == (0, "configuration OK", [])
     expected = [
-        f'vmd: {vm.origin}: vm "{vm.name}": {sentence}'
+        f'vmd: warning: {vm.origin}: vm "{vm.name}": {sentence}'
         for vm, (_, sentences) in zip(config.vms, started, strict=True)
         for sentence in sentences
     ]
@@ -183,7 +183,7 @@ def test_link_that_is_called_qcow2_states_the_format(images: Path) -> None:
         wanted.add_disk(f"{images}/{name}")
 
     assert lines == [
-        f'vmd: {images}/check.conf:13: vm "v2": disk {images}/odd.raw: not a qcow2 image', "configuration OK",
+        f'vmd: warning: {images}/check.conf:13: vm "v2": disk {images}/odd.raw: not a qcow2 image', "configuration OK",
     ]  # fmt: skip
     config = load(str(images / "check.conf"), warn=lambda _text: None)
     assert wanted.disks == [disk for vm in config.vms for disk in vm.disks]
@@ -222,7 +222,10 @@ def test_a_boot_image_and_its_initrd(tmp_path: Path) -> None:
     conf.write_text(vms + f"vm v2 {{\n{DEMO} initrd vm.conf\n}}\n")
 
     assert check(conf) == (0, [
-        *(f'vmd: {conf}:{line}: vm "v{number}": {guest("demo")}: initrd is empty' for number, line in ((0, 1), (1, 4))),
+        *(
+            f'vmd: warning: {conf}:{line}: vm "v{number}": {guest("demo")}: initrd is empty'
+            for number, line in ((0, 1), (1, 4))
+        ),
         "configuration OK",
     ])  # fmt: skip
 
@@ -240,7 +243,7 @@ def test_what_a_check_accepts_starts_or_was_warned_of(tmp_path: Path) -> None:
     conf.write_text("".join(blocks))
     lines = [1 + sum(block.count("\n") for block in blocks[:number]) for number in range(len(blocks))]
     expected = [
-        f'vmd: {conf}:{lines[number]}: vm "v{number}": {sentence.format(here=tmp_path)}'
+        f'vmd: warning: {conf}:{lines[number]}: vm "v{number}": {sentence.format(here=tmp_path)}'
         for number, (_, sentences) in enumerate(SAID)
         for sentence in sentences
     ]
@@ -268,9 +271,9 @@ def test_vms_that_cannot_run_together(tmp_path: Path) -> None:
 
     assert (status, lines[-1]) == (0, "configuration OK")
     assert lines[:-1] == [
-        f'vmd: {conf}:7: vm "b": disk {tmp_path}/disk.raw is used by vm a as well: only one of them can run',
-        f'vmd: {conf}:12: vm "c": not started with those before it: with its 1 there would be 5 vcpus, and there is a '
-        "limit of 4 (limit vcpus)",
+        f'vmd: warning: {conf}:7: vm "b": disk {tmp_path}/disk.raw is used by vm a as well: only one of them can run',
+        f'vmd: warning: {conf}:12: vm "c": not started with those before it: with its 1 there would be 5 vcpus, and '
+        "there is a limit of 4 (limit vcpus)",
     ]
 
 
@@ -291,7 +294,7 @@ def check_switches(network: Network, tmp_path: Path) -> None:
         status, lines = check(conf)
 
     assert (status, lines) == (0, [
-        f'vmd: {conf}:2: switch "b": interface wire is not a bridge: switches need one', "configuration OK",
+        f'vmd: warning: {conf}:2: switch "b": interface wire is not a bridge: switches need one', "configuration OK",
     ])  # fmt: skip
 
 
@@ -312,7 +315,7 @@ def test_what_a_host_does_not_have_stops_nobody_else(tmp_path: Path) -> None:
             (2, "failed to include file more.conf: No such file or directory: going on without it"),
             (3, 'vm "lost": failed to get user: nobody-here: it is not started'),
         ]:
-            assert f"vmd: {vmd.conf}:{line}: {what}\n" in vmd.log
+            assert f"vmd: warning: {vmd.conf}:{line}: {what}\n" in vmd.log
         status, lines = check(vmd.conf)
         refused = vmd.vmctl("reload")
         assert (status, len(lines)) == (1, 3)

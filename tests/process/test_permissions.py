@@ -323,7 +323,7 @@ def test_manage_the_daemon(
     if allowed:
         assert done.returncode == 0, done.stderr
     else:
-        refused(done, person, "Operation not permitted")
+        refused(done, person, "only root may do that")
         assert len(vmd.rows()) == 2
 
 
@@ -344,7 +344,7 @@ def test_send_and_receive(running: UsersDaemon, place: Path, person: str, allowe
     if allowed:
         assert (sent.returncode, received.returncode) == (0, 0), sent.stderr + received.stderr
     else:
-        refused_last(sent, person, "Operation not permitted")
-        refused_last(received, person, "Operation not permitted")
+        refused_last(sent, person, "only root may do that")
+        refused_last(received, person, "only root may do that")
         assert stream.stat().st_size == 0
     assert running.status("demo")["state"] == "running"

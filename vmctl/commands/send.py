@@ -59,12 +59,17 @@ def transfer(
     client = session.client
     client.send(request, {"stream": [fd]})
     bar = Bar(name, rate=True, shown=not session.quiet)
+    total = 0
     try:
         while True:
             answer = client.answer(TransferProgress, expected)
             if isinstance(answer, expected):
+                if total:
+                    bar.show(total, total)
                 return answer
             assert isinstance(answer, TransferProgress)
-            bar.show(answer.done_bytes, answer.total_bytes)
+            total = answer.total_bytes
+            if total:
+                bar.show(answer.done_bytes, total)
     finally:
         bar.end()

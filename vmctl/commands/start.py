@@ -274,6 +274,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
         return StartRequest(vmid=ref.vmid, name=ref.name, boot_device=wanted.boot_device, cmdline=wanted.cmdline)
     if ref.vmid:
         raise NoSuchVm(f"start vm command failed: vm {ref} not found: a new one needs a name")
+    ruled(rules.vm_name, ref.name)
     if not wanted.template:
         wanted.require_bootable()
     return StartRequest(

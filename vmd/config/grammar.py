@@ -132,6 +132,10 @@ class Grammar:
         self.lexer.error(what, line)
 
     def p_error(self, token: Token | None) -> None:
+        if self.lexer.spread is not None:
+            first, last = self.lexer.spread
+            self.error(f"a text in quotes begins here and ends on line {last}: is a quote missing?", first)
+            self.lexer.spread = None
         if token is None:
             self.error("syntax error at end of file")
             return
@@ -146,7 +150,11 @@ class Grammar:
         last = self.parser.symstack[-1]
         if last.type == "macro_name":  # a word that begins a line, and no `=` follows: it may be meant for a keyword
             found = nearest(last.value, self.keywords(self.parser.statestack[-2]))
-            return f': did you mean "{found}" instead of "{shown(last.value)}"?' if found else ""
+            if found:
+                return f': did you mean "{found}" instead of "{shown(last.value)}"?'
+            if token.type != "NL":
+                return f': "{shown(last.value)}" begins no statement, nor does "=" make it a macro'
+            return ""
         found = nearest(token.text, self.keywords(state)) if token.type == "STRING" else ""
         return f': did you mean "{found}"?' if found else ""
 

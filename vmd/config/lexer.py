@@ -187,6 +187,7 @@ class Lexer:
         self.ending: frozenset[str] = frozenset()  # the words that end a string of this statement
         self.depth = 0  # braces open
         self.floor = 0  # lowest depth on the present line
+        self.spread: tuple[int, int] | None = None  # first and last line of a text in quotes on the present line
 
     def error(self, what: str, line: int | None = None) -> None:
         """Report what is wrong with the statement of the last token, or another line of the same file."""
@@ -248,6 +249,8 @@ class Lexer:
 
     def token(self) -> Token | None:
         """Return the next token, None at the end of the outermost file."""
+        if self.previous == "NL":
+            self.spread = None
         token = self.pending.pop(0) if self.pending else self.scan()
         if token is not None:
             self.previous = token.type
@@ -349,7 +352,9 @@ class Lexer:
         """Read a string up to the quote it began with."""
         source.advance()
         text: list[str] = []
+        spread = False
         while (c := source.raw()) != quote:
+            spread = spread or c == "\n"
             if c == "\\" and source.raw_peek() in {quote, " ", "\t", "\n"}:
                 c = source.raw()
             if not c:
@@ -360,6 +365,8 @@ class Lexer:
                 return self.bad()
             if c != "\n" and len(text) <= TOKEN_MAX:
                 text.append(c)
+        if spread and self.spread is None:
+            self.spread = self.line, source.line
         return self.string("".join(text))
 
     def string(self, text: str) -> Token:

@@ -49,6 +49,8 @@ DIGITS = frozenset("0123456789")
 LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 NAME_FIRST = LETTERS | DIGITS
 NAME_OTHER = NAME_FIRST | set(".-_")
+TAP_FORM = "a tap is called tap, tap0, tap1 and so on"
+NAME_FORM = "it has letters, digits, dots, hyphens and underscores, and begins with a letter or digit"
 GROUP_CHARS = NAME_FIRST | set("_.-")
 # What Linux takes for the name of an interface, but for patterns such as br%d.
 BRIDGE_CHARS = frozenset(map(chr, range(0x21, 0x7F))) - set("%/:")
@@ -74,7 +76,7 @@ def vm_name(name: str) -> str:
     if too_long(name, NAME_MAX):
         raise ValueError("vm name too long")
     if not name or name[0] not in NAME_FIRST or not NAME_OTHER.issuperset(name):
-        raise ValueError(f"invalid VM name: {shown(name)}")
+        raise ValueError(f"invalid VM name: {shown(name)}: {NAME_FORM}")
     return name
 
 
@@ -98,7 +100,7 @@ def bridge_name(name: str) -> str:
 def tap_name(name: str) -> str:
     """Return the name of a VM's own interface; "" and "tap" leave the choice to us."""
     if name and not (is_tap(name) and len(name) <= IFNAME_MAX):
-        raise ValueError(f"invalid interface: {shown(name)}")
+        raise ValueError(f"invalid interface: {shown(name)}: {TAP_FORM}")
     return name
 
 

@@ -138,7 +138,7 @@ class Control(Process):
         uid = client.caller.uid
         if uid != 0 and type(message) not in ALLOWED_TO_ALL:
             self.complaints.warn(f"denied request {type(message).__name__} from uid {uid}")
-            self.turn_away(client, Failed(code=errno.EPERM, text=os.strerror(errno.EPERM)))
+            self.turn_away(client, Failed(code=errno.EPERM, text="only root may do that"))
             return
         client.unanswered += 1
         if client.unanswered > MAX_UNANSWERED:

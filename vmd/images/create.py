@@ -65,6 +65,9 @@ def new_file(path: str, creating: str = "could not create", writing: str = "coul
         try:
             new = NewFile(path)
         except OSError as error:
+            folder = os.path.dirname(path)
+            if isinstance(error, FileNotFoundError) and folder and not os.path.isdir(folder):
+                raise HostError(f"{creating} {path}: {folder}", error) from None
             raise HostError(f"{creating} {path}", error) from None
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

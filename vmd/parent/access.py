@@ -40,6 +40,12 @@ def may_control(caller: Caller, owner_uid: int, owner_gid: int | None) -> bool:
     return owner_gid is not None and in_group(caller.uid, owner_gid)
 
 
+def not_allowed(caller: Caller, what: str, owner_uid: int, owner_gid: int | None) -> OperatorError:
+    """Return the refusal of what only root and an owner may do."""
+    owner = owner_text(owner_uid, owner_gid)
+    return OperatorError(errno.EPERM, f"{owner_text(caller.uid, None)} may not {what}: its owner is {owner}")
+
+
 def require_root(caller: Caller, what: str) -> None:
     """Raise OperatorError(EPERM) unless root asks."""
     if caller.uid != 0:

@@ -82,7 +82,7 @@ from vmd.ipc.messages import (
 from vmd.ipc.process import Process
 from vmd.log import log
 from vmd.parent import endings, instances, reload, service, transfers
-from vmd.parent.access import may_control, require_readable, require_root
+from vmd.parent.access import may_control, not_allowed, require_readable, require_root
 from vmd.parent.children import Children
 from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles
@@ -600,7 +600,7 @@ class Parent(Process):
             else:
                 vm = self.vms.get(message.vmid, message.name)
                 if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
-                    raise OperatorError(errno.EPERM, f"uid {caller.uid} may not start vm {vm.name}")
+                    raise not_allowed(caller, f"start vm {vm.name}", vm.config.owner.uid, vm.config.owner.gid)
                 vm.require_startable()
                 for fd in (boot, initrd):
                     if fd is not None:

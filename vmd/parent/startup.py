@@ -40,8 +40,8 @@ def run(arguments: list[str]) -> int:
         if options.check_only:
             config = read_config(options)
             for sentence in prefix_warnings(config, host_routes()):
-                log.warn(sentence)
-            check_vms(config, log.warn)
+                log.warn(as_warning(sentence))
+            check_vms(config, lambda sentence: log.warn(as_warning(sentence)))
             say("configuration OK\n")
             return 0
         return serve(options)
@@ -68,6 +68,11 @@ def shown(text: str) -> int:
     return 0
 
 
+def as_warning(sentence: str) -> str:
+    """Return a sentence about a configuration that is used, so that nobody takes it for an error of the file."""
+    return sentence if sentence.startswith("warning: ") else f"warning: {sentence}"
+
+
 def read_config(
     options: Options,
     path: str | None = None,
@@ -85,7 +90,7 @@ def read_config(
         macros=dict(options.macros),
         may_be_missing=starting and not options.conf_given,
         starting=starting,
-        warn=warn,
+        warn=lambda sentence: warn(as_warning(sentence)),
         settings=known.settings if known else None,
         known_switches=known.switches if known else (),
     )

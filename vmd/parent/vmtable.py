@@ -11,7 +11,7 @@ from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
 from vmd.parent import endings
-from vmd.parent.access import may_control
+from vmd.parent.access import may_control, not_allowed
 from vmd.parent.addresses import random_lladdr
 from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
@@ -123,7 +123,7 @@ class Vm:
     def require_control(self, caller: Caller, what: str) -> None:
         """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
         if not may_control(caller, self.uid, self.config.owner.gid):
-            raise OperatorError(errno.EPERM, f"uid {caller.uid} may not {what} vm {self.name}")
+            raise not_allowed(caller, f"{what} vm {self.name}", self.uid, self.config.owner.gid)
 
     def enqueue(self) -> None:
         """STOPPED -> WAITING."""

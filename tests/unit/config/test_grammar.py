@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ply import yacc
 
 from tests.unit.config.conftest import Loader
+from vmd.config import rules
 from vmd.config.check import check
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import RESERVED, Lexer
@@ -440,14 +441,14 @@ def test_adjacent_strings_concatenate(conf: Loader) -> None:
         (f"vm {'é' * 0}'{'é' * 32}' {{", "vm name too long"),
         (f"vm {NAME64} instance b {{", f"vm {NAME64} name too long"),
         (f"vm a instance {NAME64} {{", "vm name too long"),
-        ("vm '' {", "invalid VM name: "),
-        ("vm '.a' {", "invalid VM name: .a"),
-        ("vm '-a' {", "invalid VM name: -a"),
-        ("vm _a {", "invalid VM name: _a"),
-        ("vm a/../b {", "invalid VM name: a/../b"),
-        ("vm 'a b' {", "invalid VM name: a b"),
-        ("vm 'é' {", "invalid VM name: é"),
-        ("vm a:b instance c {", "invalid VM name: a:b"),
+        ("vm '' {", f"invalid VM name: : {rules.NAME_FORM}"),
+        ("vm '.a' {", f"invalid VM name: .a: {rules.NAME_FORM}"),
+        ("vm '-a' {", f"invalid VM name: -a: {rules.NAME_FORM}"),
+        ("vm _a {", f"invalid VM name: _a: {rules.NAME_FORM}"),
+        ("vm a/../b {", f"invalid VM name: a/../b: {rules.NAME_FORM}"),
+        ("vm 'a b' {", f"invalid VM name: a b: {rules.NAME_FORM}"),
+        ("vm 'é' {", f"invalid VM name: é: {rules.NAME_FORM}"),
+        ("vm a:b instance c {", f"invalid VM name: a:b: {rules.NAME_FORM}"),
     ],
 )
 def test_vm_names_refused(conf: Loader, text: str, error: str) -> None:
@@ -499,9 +500,9 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("boot IMAGE cmdline a cmdline b", "cmdline specified more than once"),
         (f"boot IMAGE\ncmdline '{'c' * 2048}'", "cmdline too long: 2048 bytes (limit is 2047)"),
         ("boot device floppy", 'syntax error at "floppy"'),
-        ("interface em0", "invalid interface: em0"),
-        ("interface tap0x", "invalid interface: tap0x"),
-        ("interface tap1234567890123", "invalid interface: tap1234567890123"),
+        ("interface em0", f"invalid interface: em0: {rules.TAP_FORM}"),
+        ("interface tap0x", f"invalid interface: tap0x: {rules.TAP_FORM}"),
+        ("interface tap1234567890123", f"invalid interface: tap1234567890123: {rules.TAP_FORM}"),
         ("interface\n" * 5, "too many interfaces: 5 (limit is 4)"),
         ("interfaces 5", "too many interfaces: 5 (limit is 4)"),
         ("interfaces -1", "invalid number of interfaces: -1"),
@@ -1024,6 +1025,7 @@ MISTYPED = [
     ('vmm "x" {\n}', 'syntax error at "x": did you mean "vm" instead of "vmm"?'),
     ('swtich "a" {\n interface br0\n}', 'syntax error at "a": did you mean "switch" instead of "swtich"?'),
     ("lcoal prefix 10.0.0.0/8", 'syntax error at "prefix": did you mean "local" instead of "lcoal"?'),
+    ("frobnicate yes", 'syntax error at "yes": "frobnicate" begins no statement, nor does "=" make it a macro'),
     ("inlcude", 'syntax error at end of line: did you mean "include" instead of "inlcude"?'),
     ("local natt disable", 'syntax error at "natt": did you mean "nat"?'),
     ("socket onwer :x", 'syntax error at "onwer": did you mean "owner"?'),
@@ -1048,3 +1050,19 @@ def test_mistyped_keyword(conf: Loader) -> None:
     errors = conf.errors("".join(f"{text}\n" for text, _ in MISTYPED))
 
     assert [error.partition(": ")[2] for error in errors] == [error for _, error in MISTYPED]
+
+
+def test_a_missing_quote_is_said_where_the_text_begins(conf: Loader) -> None:
+    """Everything behind it is read the wrong way round, so the first complaint has to name it."""
+    errors = conf.errors('vm "a" {\n memory 1G\n disk "/srv/a\n}\nvm "b" {\n disk "/srv/b"\n}\n')
+
+    assert errors[0] == "3: a text in quotes begins here and ends on line 5: is a quote missing?"
+    assert errors[1].startswith("5: syntax error at ")
+    assert not any("quote" in error for error in errors[1:])
+
+
+def test_a_text_over_several_lines_is_no_mistake(conf: Loader) -> None:
+    """Neither where nothing is wrong nor where another line is, nor if its line ends are meant."""
+    assert conf.load('place = "/srv\n/a"\nvm "a" { disk $place }\n').vms[0].disks[0].path == "/srv/a"
+    assert conf.errors('place = "/srv\n/a"\nlimit disks 1\n')[0] == '3: syntax error at "disks"'
+    assert conf.errors('limit "a\\\nb" 1\n') == ['1: syntax error at "ab"']

@@ -44,9 +44,9 @@ BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
     "interface count": (
         "interfaces 5", {"nics": (NicConfig(),) * 5}, ("-i", "5"), "too many interfaces: 5 (limit is 4)",
     ),
-    "tap": ("interface eth0", {"nics": (NicConfig(tap="eth0"),)}, None, "invalid interface: eth0"),
+    "tap": ("interface eth0", {"nics": (NicConfig(tap="eth0"),)}, None, f"invalid interface: eth0: {rules.TAP_FORM}"),
     "long tap": ("interface tap1234567890123", {"nics": (NicConfig(tap="tap1234567890123"),)}, None,
-                 "invalid interface: tap1234567890123"),
+                 f"invalid interface: tap1234567890123: {rules.TAP_FORM}"),
     "group": ("interface group lab1", {"nics": (NicConfig(group="lab1"),)}, None, "invalid group name: lab1"),
     "switch": (
         f"interface switch {'s' * 64}", {"nics": (NicConfig(switch="s" * 64),)}, ("-n", "s" * 64),

@@ -142,7 +142,7 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
         (("-s", "1000K", "a"), "disk size must be at least 1MB"),
         (("-s", "1M", "-s", "2M", "a"), "option -s specified multiple times"),
         (("-s", "1M", "there"), "could not create there: File exists"),
-        (("-s", "1M", "no/a"), "could not create no/a: No such file or directory"),
+        (("-s", "1M", "no/a"), "could not create no/a: no: No such file or directory"),
         (("-s", "1000T", "a.qcow2"), "a.qcow2: 1099511627776000 bytes are too large for a qcow2 image"),
         (("-b", "base.qcow2", "a.raw"), "base images require qcow2 disk format; give the disk as qcow2:a.raw"),
         (("-b", "there", "a.qcow2"), "base image is not a qcow2 file: there; vmctl create -i makes one of it"),

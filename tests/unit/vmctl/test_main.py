@@ -281,13 +281,19 @@ def test_path_too_long_for_a_socket(vmctl: Vmctl) -> None:
 
 
 @pytest.mark.root
+def test_an_option_of_commands_before_the_command(capfd: pytest.CaptureFixture[str]) -> None:
+    """It is not unknown, but stands in the wrong place."""
+    assert main(["--json", "status"]) == 2
+    assert capfd.readouterr().err.startswith("vmctl: unknown option -- json: it belongs behind the command\n")
+
+
 def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
     """Who may use it is what an operator has to know."""
     path = tmp_path / "vmd.sock"
     path.touch()
     os.chown(path, 0, 4242424)
 
-    assert socket_owner(str(path)) == ": the socket is for user root and group 4242424"
+    assert socket_owner(str(path)).startswith(": the socket is for user root and group 4242424; ")
     assert socket_owner(str(tmp_path / "none")) == ""
 
 
@@ -307,7 +313,10 @@ def test_permission_denied(open_folder: Path) -> None:
     )  # fmt: skip
 
     assert done.returncode == 1
-    assert done.stderr == (f"vmctl: connect: {path}: Permission denied: the socket is for user root and group root\n")
+    assert done.stderr == (
+        f"vmctl: connect: {path}: Permission denied: the socket is for user root and group root; "
+        "'socket owner' in vm.conf changes that\n"
+    )
 
 
 def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:

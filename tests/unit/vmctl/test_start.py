@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
+from vmd.config import rules
 from vmd.config.model import BootDevice, DiskConfig, NicConfig, VmConfig, VmFlag
 from vmd.ipc.messages import (
     VMD_BIOS_MISSING,
@@ -84,6 +85,14 @@ def new_config(daemon: FakeDaemon) -> VmConfig:
 
 
 # --- a VM the daemon knows -------------------------------------------------------------------------------
+
+
+def test_a_new_vm_with_a_name_that_none_can_have(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """It is a wrong command line, and the daemon is not asked for the start."""
+    status, _, errors = vmctl("start", "-b", files.kernel, "../a")
+
+    assert (status, errors) == (2, f"vmctl: invalid VM name: ../a: {rules.NAME_FORM}\n")
+    assert not any(isinstance(request, StartRequest) for request in known.requests)
 
 
 @pytest.mark.parametrize(

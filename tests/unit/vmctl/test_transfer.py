@@ -188,3 +188,20 @@ def test_progress_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second.startswith(f"web 100% |{'*' * 37}")
     assert second.endswith("00:00:00")
     assert left == "\n"
+
+
+def test_a_transfer_that_is_done_is_shown_as_done(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """However little of it was reported on the way."""
+    master, slave = pty.openpty()
+    daemon.answers(TransferProgress(done_bytes=0, total_bytes=4 * MIB), SENT)
+    with (tmp_path / "stream").open("w+b") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "send", "web"],
+            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=slave, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+    shown = Console(master).expect("successfully", DEADLINE_S)
+    os.close(slave)
+    os.close(master)
+
+    assert done.returncode == 0
+    assert "100% |" in shown.split("\r\n")[0]
