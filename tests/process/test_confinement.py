@@ -32,7 +32,7 @@ PACKAGES = ("vmd", "msgpack", "insider")
 USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
-LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "CONTROL")
+LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL")
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
 # Python of a test of its own, because it dies, moves to other namespaces, or runs other code.
@@ -195,12 +195,28 @@ VMM_KILLS = (
 
 
 @pytest.mark.parametrize("attempt", KILLS)
-@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "CONTROL", "VM"])
+@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "VM"])
 def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS."""
     run = try_inside(cell, kind, attempt)
 
     assert (run.answers, run.status) == ([], KILLED)
+
+
+@pytest.mark.parametrize("attempt", KILLS)
+def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell, attempt: str) -> None:
+    """It may ask KVM for what a machine needs, and give that up later: that is all it may do more."""
+    if attempt in ("kvm_ioctl", "another_filter"):
+        run = try_inside(cell, "VM_BUILDING", "narrow_requests", attempt)
+        assert (run.answers, run.status) == (["narrow_requests done None"], KILLED)
+    else:
+        run = try_inside(cell, "VM_BUILDING", attempt)
+        assert (run.answers, run.status) == ([], KILLED)
+
+
+def test_a_vm_signals_nobody(cell: Cell) -> None:
+    """Whatever pidfd it holds, its devices' included."""
+    assert try_inside(cell, "VM_BUILDING", "kill_victim").status == KILLED
 
 
 @pytest.mark.parametrize("attempt", VMM_KILLS)

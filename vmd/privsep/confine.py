@@ -3,7 +3,8 @@
     control, imgprobe, devices   nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
-    vm                           like vmm until its devices are ready; then `VM`
+    vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
+                                 what its guest begins with; then `VM`
     priv                         two capabilities, and the files `ip` and `nft` need; no system call filter
 
 A process calls `confine` after its last import, before its first thread and before the first byte from outside.
@@ -84,7 +85,7 @@ MACHINE = frozenset({
     "readv", "writev", "pread64", "pwrite64", "preadv2", "pwritev2",  # boot images into it, state out of it
     "sendfile", "splice",                                      # memory runs leave without being copied
     "tgkill",                                                  # kicks a vCPU thread out of KVM_RUN
-    "waitid", "wait4", "pidfd_send_signal",                    # its devices, which end with it
+    "waitid", "wait4",                                         # its devices, which end with it
     "timerfd_create", "timerfd_settime",                       # notices that the host has slept
 })  # fmt: skip
 
@@ -95,6 +96,7 @@ class Confinement(Record):
     syscalls: frozenset[str] | None
     ioctls: tuple[int, ...] = ()  # requests, beside those of every descriptor; needs the rule "ioctl"
     files: tuple[tuple[str, int], ...] = ()  # (path, rights of `landlock`)
+    scopes: int = landlock.SCOPE_ALL
     capabilities: int = 0  # mask
     open_files: int = 1024
 
@@ -111,14 +113,19 @@ IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_fi
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
+STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
 CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=4096)  # vmctl's connections
 
-VM = Confinement(  # the process adds its KVM requests: `VM.replace(ioctls=...)`
+VM = Confinement(  # and the KVM requests that the process keeps by `narrow_requests`
     syscalls=BASE | CHANNEL | MACHINE,
     ioctls=TTY_IOCTLS,
+    # Signals are kept inside before it starts its devices: here it would be shut off from them, and they would not die
+    # with it.
+    scopes=landlock.SCOPE_SOCKETS,
     open_files=4096,
 )
+VM_BUILDING = VM.replace(syscalls=BASE | CHANNEL | MACHINE | {"ioctl+kvm", "seccomp"})  # until `narrow_requests`
 
 VMM = Confinement(
     syscalls=BASE
@@ -172,7 +179,7 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
     give_up_capabilities(confinement.capabilities)
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
-    warnings = landlock.restrict(confinement.files)
+    warnings = landlock.restrict(confinement.files, confinement.scopes)
     if confinement.syscalls is not None:
         if trap:
             show_refused_calls()
@@ -184,6 +191,11 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
         )
         seccomp.install(program)
     return warnings
+
+
+def narrow_requests(ioctls: tuple[int, ...]) -> None:
+    """Of all requests that are left to this process, keep these, and let nothing change that any more."""
+    seccomp.install(seccomp.assemble_requests(ioctls))
 
 
 def prime() -> None:

@@ -26,7 +26,9 @@ ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # the rest m
 
 ALL_SINCE = ((1, 0x1FFF), (2, 1 << 13), (3, TRUNCATE), (5, IOCTL_DEV))  # file system rights by ABI
 NET_SINCE, NET_TCP = 4, 3  # bind and connect
-SCOPE_SINCE, SCOPE_ALL = 6, 3  # abstract unix sockets and signals
+SCOPE_SINCE = 6
+SCOPE_SOCKETS, SCOPE_SIGNALS = 1, 2  # abstract unix sockets; signals, those at the death of a parent included
+SCOPE_ALL = SCOPE_SOCKETS | SCOPE_SIGNALS
 MISSING_SINCE = (
     (3, "truncating files"),
     (4, "TCP"),
@@ -71,17 +73,17 @@ def file_rights(version: int) -> int:
     return rights
 
 
-def ruleset(version: int) -> bytes:
-    """Return the `landlock_ruleset_attr` that handles, and so denies, all that this version knows."""
+def ruleset(version: int, scopes: int = SCOPE_ALL) -> bytes:
+    """Return the `landlock_ruleset_attr` that handles, and so denies, all that this version knows; of scopes, these."""
     attr = struct.pack("=Q", file_rights(version))
     if version >= NET_SINCE:
         attr += struct.pack("=Q", NET_TCP)
     if version >= SCOPE_SINCE:
-        attr += struct.pack("=Q", SCOPE_ALL)
+        attr += struct.pack("=Q", scopes)
     return attr
 
 
-def restrict(files: tuple[tuple[str, int], ...]) -> list[str]:
+def restrict(files: tuple[tuple[str, int], ...], scopes: int = SCOPE_ALL) -> list[str]:
     """Deny everything but the given (path, rights); returns what the operator should be warned of.
 
     Paths that do not exist are passed over.  The caller has set no_new_privs.  Raises HostError.
@@ -89,7 +91,7 @@ def restrict(files: tuple[tuple[str, int], ...]) -> list[str]:
     version = abi()
     if version == 0:
         return missing(version)
-    attr = ruleset(version)
+    attr = ruleset(version, scopes)
     fd = linux.syscall("make a landlock ruleset", linux.SYS_LANDLOCK_CREATE_RULESET, attr, len(attr), 0)
     try:
         for path, rights in files:
@@ -98,6 +100,21 @@ def restrict(files: tuple[tuple[str, int], ...]) -> list[str]:
     finally:
         os.close(fd)
     return missing(version)
+
+
+def keep_signals_inside() -> None:
+    """Let signals of this thread reach only itself and what it starts from now on, if the kernel knows how.
+
+    The caller has set no_new_privs.  Raises HostError.
+    """
+    if abi() < SCOPE_SINCE:
+        return
+    attr = struct.pack("=QQQ", 0, 0, SCOPE_SIGNALS)
+    fd = linux.syscall("make a landlock ruleset", linux.SYS_LANDLOCK_CREATE_RULESET, attr, len(attr), 0)
+    try:
+        linux.syscall("enter landlock", linux.SYS_LANDLOCK_RESTRICT_SELF, fd, 0)
+    finally:
+        os.close(fd)
 
 
 def allow(ruleset_fd: int, path: str, rights: int) -> None:

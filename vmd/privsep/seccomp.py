@@ -204,6 +204,21 @@ def assemble(
     return b"".join(program)
 
 
+def assemble_requests(ioctls: "Iterable[int]") -> bytes:
+    """Return a program for a process that has a filter already: it leaves ioctl these requests, and no new filter."""
+    (conditions,) = allowed_calls(("ioctl",), ioctls, 0).values()
+    body = b"".join(test(condition) for condition in conditions) + instruction(RET, RET_KILL_PROCESS)
+    program = [
+        instruction(LD_ABS, OFFSET_NR),
+        instruction(JEQ, NUMBERS["seccomp"], 0, 1),
+        instruction(RET, RET_KILL_PROCESS),
+        instruction(JEQ, NUMBERS["ioctl"], 1, 0),
+        instruction(RET, RET_ALLOW),
+        body,
+    ]
+    return b"".join(program)
+
+
 def install(program: bytes) -> None:
     """Bind every thread of this process, and all it will ever exec, to the filter.  Raises HostError.
 

@@ -240,11 +240,9 @@ class DeviceProcess:
             self._sync.close()
 
     def reap(self, timeout_s: float) -> None:
-        """Wait for the process to end; kill it if it does not."""
+        """Wait for the process to end.  One that does not is killed by the kernel when ours ends, which may not."""
         if self._reap(timeout_s) is None:
-            log.warn(f"{self.title} does not end; killing it")
-            self.child.kill()
-            self._reap(timeout_s)
+            log.warn(f"{self.title} does not end; it is killed with its vm")
 
     def _how_it_ended(self) -> str:
         """Return what became of a process whose channel has ended."""
@@ -372,16 +370,16 @@ class DeviceProcesses:
         except (HostError, OSError) as error:
             log.debug(sentence(error))  # the VM tries again, and fails if it has to
 
-    def start(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
-        """Have a process for each slot, at work or starting; `wait_ready` of each comes later.
-
-        Raises HostError or PeerError.
-        """
-        for slot in slots:
-            spare = next((process for process in self.reserve if process.kind is slot.kind), None)
+    def spawn(self, kinds: "Sequence[Kind]") -> None:
+        """Have a process for each device, which is told later what it is.  Raises HostError."""
+        for kind in kinds:
+            spare = next((process for process in self.reserve if process.kind is kind), None)
             if spare is not None:
                 self.reserve.remove(spare)
-            self.running.append(spare or DeviceProcess(slot.kind))
+            self.running.append(spare or DeviceProcess(kind))
+
+    def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
+        """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError."""
         for process, slot in zip(self.running, slots, strict=True):
             process.begin(vm_title, slot, memory)
 

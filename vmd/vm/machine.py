@@ -85,7 +85,7 @@ class Machine:
         *,
         cpuid: "list[abi.kvm_cpuid_entry2] | None" = None,
     ) -> None:
-        """Own `memory`; `firmware_bytes` is 0 for a kernel that is booted directly.  Device processes start."""
+        """Own `memory`; `firmware_bytes` is 0 for a kernel that is booted directly.  Devices are told what they are."""
         self.config = config
         self.memory = memory
         self.firmware_bytes = firmware_bytes
@@ -109,7 +109,7 @@ class Machine:
 
         for region in memory.kvm_slots():
             self.kvm.set_memory_region(*region)
-        outside.devices.start(log.title, slots, memory)  # while the rest is built
+        outside.devices.begin(log.title, slots, memory)  # while the rest is built
 
         self.bus = bus = Bus()
         self.uart = Uart(self._line(layout.IRQ_COM1), outside.console.send, outside.console.resume_input)

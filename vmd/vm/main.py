@@ -1,6 +1,7 @@
 """vm/<name>: one virtual machine, from its first instruction to its last.
 
-Runs as  _vmd, in vmm's cell; narrowed to KVM requests and its open descriptors before the guest runs
+Runs as  _vmd, in vmm's cell; narrowed to KVM requests and its open descriptors before it reads what the guest
+         begins with, and to the requests of a running VM before the guest runs
 Peers    vmm; its device processes, which it starts
 Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
          disks and the disc only until their processes have them
@@ -50,7 +51,8 @@ from vmd.ipc.process import Process
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
-from vmd.privsep.confine import VM, confine
+from vmd.privsep.confine import VM, VM_BUILDING, confine, narrow_requests
+from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
 from vmd.vm import vmmci
 from vmd.vm.build import FromImages, build
@@ -72,25 +74,24 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Timer
     from vmd.ipc.process import Handlers
     from vmd.vm.build import Source
+    from vmd.vm.kinds import Kind
     from vmd.vm.pause import Pause
     from vmd.vm.slots import Slot
 
 
-CONFINEMENT = VM.replace(
-    ioctls=(
-        abi.KVM_RUN,
-        abi.KVM_IRQ_LINE,  # chips raise and lower their lines
-        abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices, where the guest wants them now
-        abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
-        abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
-        abi.KVM_GET_PIT2, abi.KVM_SET_PIT2, abi.KVM_GET_LAPIC, abi.KVM_SET_LAPIC, abi.KVM_GET_TSC_KHZ,
-        abi.KVM_HAS_DEVICE_ATTR, abi.KVM_GET_DEVICE_ATTR, abi.KVM_SET_DEVICE_ATTR,
-        # what is sent:
-        abi.KVM_GET_IRQCHIP, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
-        abi.KVM_GET_XSAVE2, abi.KVM_GET_XCRS, abi.KVM_GET_DEBUGREGS, abi.KVM_GET_VCPU_EVENTS,
-        abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
-        *VM.ioctls,
-    )
+IOCTLS = (  # of a VM that runs
+    abi.KVM_RUN,
+    abi.KVM_IRQ_LINE,  # chips raise and lower their lines
+    abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices, where the guest wants them now
+    abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
+    abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
+    abi.KVM_GET_PIT2, abi.KVM_SET_PIT2, abi.KVM_GET_LAPIC, abi.KVM_SET_LAPIC, abi.KVM_GET_TSC_KHZ,
+    abi.KVM_HAS_DEVICE_ATTR, abi.KVM_GET_DEVICE_ATTR, abi.KVM_SET_DEVICE_ATTR,
+    # what is sent:
+    abi.KVM_GET_IRQCHIP, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
+    abi.KVM_GET_XSAVE2, abi.KVM_GET_XCRS, abi.KVM_GET_DEBUGREGS, abi.KVM_GET_VCPU_EVENTS,
+    abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
+    *VM.ioctls,
 )  # fmt: skip
 
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
@@ -123,6 +124,11 @@ class VmProcess(Process):
         images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
         slots = slots_of(message, envelope)
         self.open_console(envelope)
+        try:
+            self.narrow([slot.kind for slot in slots])
+        except (VmdError, OSError) as error:
+            self.fail(error)
+            return
         self.begin(images, message.config, slots)
 
     def be_called(self, vmid: int, name: str, verbosity: int) -> None:
@@ -130,6 +136,14 @@ class VmProcess(Process):
         self.vmid = vmid
         log.setup(f"vm/{name}", log.form, verbosity)
         set_title(log.title)
+
+    def narrow(self, kinds: "list[Kind]") -> None:
+        """Start the processes of the devices, and give up exec, fork and signals.  Raises HostError or OSError.
+
+        Only then is anything read that comes from outside: a boot image, or the header of a stream.
+        """
+        self.devices.spawn(kinds)
+        confine(VM_BUILDING)  # what this kernel lacks was said by vmm, at the start of the daemon
 
     def begin(self, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", *, paused: bool = False) -> None:
         """Build the VM, give up what only building needs, and let the guest execute."""
@@ -143,7 +157,7 @@ class VmProcess(Process):
         )
         try:
             pause = build(source, config, slots, outside)
-            confine(CONFINEMENT)  # what this kernel lacks was said by vmm, at the start of the daemon
+            narrow_requests(IOCTLS)
             self.pause = pause
             # The guest's clock then needs a look at the real-time clock.
             ClockWatch(self.loop, lambda: pause.machine.vmmci.ask(vmmci.SYNCRTC))
@@ -256,7 +270,10 @@ class VmProcess(Process):
         stream = envelope.take_fd("stream")
         assert stream is not None
         self.open_console(envelope)
-        self.arrival = Arrival(self.vmid, stream, self.loop, self.vmm, self.fail)
+        try:
+            self.arrival = Arrival(self.vmid, stream, self.loop, self.vmm, narrow=self.narrow, fail=self.fail)
+        except (VmdError, OSError) as error:
+            self.fail(error)
 
     def on_receive_memory(self, _message: ReceiveMemory, _envelope: Envelope, channel: Channel) -> None:
         """Read the rest of the stream."""
@@ -390,6 +407,7 @@ def main() -> int:
     process.ignore_terminal_signals()
     install_kick_handler()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    keep_signals_inside()  # and only then start processes, which die with this one
     process.devices.fill_reserve()
     gc.collect()
     gc.freeze()

@@ -5,13 +5,20 @@ Each object is one such way, and its steps are checked: a message that belongs t
 
 import errno
 import os
+import select
 from enum import Enum
 
 from vmd.errors import OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.messages import ReceivedHeader, ReceivedMachine, TransferProgress
+from vmd.log import log
+from vmd.privsep.spawn import spawn
+from vmd.vm import streamprobe
 from vmd.vm.build import FromStream, check_host, unusable
+from vmd.vm.kinds import kinds
 from vmd.vm.machine import memory_regions
+from vmd.vm.state import read_header
+from vmd.vm.stream import Pipe
 from vmd.vm.transfer import Receiver, Sender
 
 TYPE_CHECKING = False
@@ -21,10 +28,12 @@ if TYPE_CHECKING:
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
     from vmd.ipc.messages import SendVm
+    from vmd.vm.kinds import Kind
     from vmd.vm.pause import Pause
     from vmd.vm.state import Header, MachineState
 
 PROGRESS_S = 0.5
+PROBE_END_TIMEOUT_S = 1.0  # between its answer and its end
 
 
 def show_progress(transfer: "Sender | Receiver", loop: "Loop", vmm: "Channel") -> None:
@@ -93,33 +102,47 @@ class Departure:
 class Step(Enum):
     """How far a VM is that is received."""
 
-    HEADER = 1  # is read
+    HEADER = 1  # is read by streamprobe
     ASKED = 2  # whether such a VM may be
     MEMORY = 3  # and all the rest is read
     COMPLETE = 4  # but for its disks, which the sender lets go now
 
 
 class Arrival:
-    """A VM that is received; anything wrong is told to `fail`, and is the end."""
+    """A VM that is received; anything wrong is told to `fail`, and is the end.
+
+    `narrow(kinds)` starts the processes of its devices and confines this one, before a byte of the stream is looked at.
+    """
 
     def __init__(
-        self, vmid: int, stream: int, loop: "Loop", vmm: "Channel", fail: "Callable[[Exception], None]"
+        self,
+        vmid: int,
+        stream: int,
+        loop: "Loop",
+        vmm: "Channel",
+        *,
+        narrow: "Callable[[list[Kind]], None]",
+        fail: "Callable[[Exception], None]",
     ) -> None:
-        """Own `stream`."""
+        """Own `stream`.  Raises HostError or OSError."""
         self.step = Step.HEADER
-        self._vmid, self._vmm, self._fail = vmid, vmm, fail
+        self._vmid, self._stream, self._loop, self._vmm = vmid, stream, loop, vmm
+        self._narrow, self._fail = narrow, fail
+        self._answer = b""
+        self._version = 0
         self._header: Header | None = None
         self._memory: GuestMemory | None = None
         self._machine: MachineState | None = None
-        self._receiver = Receiver(
-            stream,
-            loop,
-            on_header=self._on_header,
-            on_machine=self._on_machine,
-            on_failed=lambda text: fail(OperatorError(errno.EINVAL, text)),
-        )
-        self._receiver.start()
-        show_progress(self._receiver, loop, vmm)
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._probe = spawn(
+                f"{log.title}/streamprobe",
+                fds={streamprobe.FD_ANSWER: writing, streamprobe.FD_STREAM: stream},
+                entry="vmd.vm.streamprobe:main",
+            )
+        finally:
+            os.close(writing)
+        loop.add(reading, lambda _events: self._on_probe(reading))
 
     def _take(self, step: Step, message: str) -> None:
         """Take the next step, because of a message.  Raises PeerError."""
@@ -127,32 +150,69 @@ class Arrival:
             raise PeerError(self._vmm.label, f"unexpected {message}")
         self.step = step
 
-    def _on_header(self, header: "Header") -> None:
-        """Ask whether such a VM may be, once it is clear that it could."""
-        self._header = header
-        self.step = Step.ASKED
-        answer = ReceivedHeader(vmid=self._vmid, config=header.config, one_shot=header.one_shot)
+    def _on_probe(self, fd: int) -> None:
+        """Take the answer, up to its end."""
+        piece = os.read(fd, streamprobe.ANSWER_MAX)
+        self._answer += piece
+        if piece and len(self._answer) <= streamprobe.ANSWER_MAX:
+            return
+        self._loop.remove(fd)
+        os.close(fd)
+        status = self._probe.reap(PROBE_END_TIMEOUT_S)
         try:
+            beginning = streamprobe.unpack(self._answer)
+        except ValueError as error:
+            self._fail(PeerError(self._probe.title, f"{error}, status {status}"))
+            return
+        if isinstance(beginning, str):
+            self._fail(OperatorError(errno.EINVAL, beginning))
+            return
+        try:
+            self._narrow(beginning.kinds)
+        except (VmdError, OSError) as error:
+            self._fail(error)
+            return
+        self._begin(beginning)
+
+    def _begin(self, beginning: streamprobe.Beginning) -> None:
+        """Ask whether such a VM may be, once it is clear that it could."""
+        self.step = Step.ASKED
+        self._version = beginning.version
+        self._pipe = Pipe(self._stream, select.POLLIN, moved_bytes=beginning.read_bytes)
+        try:
+            self._header = header = read_header(beginning.version, beginning.header)
+            if kinds(header.config) != beginning.kinds:
+                raise ValueError("it has other devices than it says")
             check_host(header)
         except (ValueError, OSError) as error:
             self._fail(unusable(error))
             return
         try:
-            self._vmm.send(answer)
+            self._vmm.send(ReceivedHeader(vmid=self._vmid, config=header.config, one_shot=header.one_shot))
         except ValueError:
             self._fail(unusable(ValueError("its configuration is longer than any here can be")))
 
     def read_on(self) -> None:
         """Read the rest of the stream.  Raises PeerError."""
         self._take(Step.MEMORY, "ReceiveMemory")
-        assert self._header is not None
+        header = self._header
+        assert header is not None
         try:
-            regions = memory_regions(self._header.config.memory_bytes, self._header.firmware_bytes)
-            self._memory = GuestMemory.create(regions)
+            self._memory = GuestMemory.create(memory_regions(header.config.memory_bytes, header.firmware_bytes))
         except (VmdError, ValueError) as error:
             self._fail(error)
             return
-        self._receiver.go_on(self._memory)
+        receiver = Receiver(
+            self._pipe,
+            self._version,
+            header,
+            self._memory,
+            self._loop,
+            on_machine=self._on_machine,
+            on_failed=lambda text: self._fail(OperatorError(errno.EINVAL, text)),
+        )
+        receiver.start()
+        show_progress(receiver, self._loop, self._vmm)
 
     def _on_machine(self, machine: "MachineState") -> None:
         """The stream is complete."""

@@ -103,10 +103,10 @@ class Hasher:
 class Pipe:
     """A descriptor that somebody gave us, with whatever it is behind; its flags are not ours to change."""
 
-    def __init__(self, fd: int, direction: int) -> None:
-        """`direction` is select.POLLIN or POLLOUT."""
+    def __init__(self, fd: int, direction: int, moved_bytes: int = 0) -> None:
+        """`direction` is select.POLLIN or POLLOUT; others may have moved the first bytes."""
         self.fd = fd
-        self.moved_bytes = 0
+        self.moved_bytes = moved_bytes
         self.cancelled = False
         self._poll = select.poll()
         self._poll.register(fd, direction)

@@ -123,41 +123,38 @@ class Sender:
 
 
 class Receiver:
-    """Reads a machine from a descriptor, which it closes.
+    """Reads what comes behind a stream's header from a descriptor, which it closes.
 
-    First `on_header(header)` is told; `go_on(memory)` then gives it where memory goes.  At the end `on_machine(state)`
-    is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
+    At the end `on_machine(state)` is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
     """
 
     def __init__(
         self,
-        fd: int,
+        pipe: Pipe,
+        version: int,
+        header: state.Header,
+        memory: GuestMemory,
         loop: "Loop",
         *,
-        on_header: "Callable[[state.Header], None]",
         on_machine: "Callable[[state.MachineState], None]",
         on_failed: "Callable[[str], None]",
     ) -> None:
+        """`version` is the stream's; `memory` is empty."""
         self._loop = loop
-        self._on_header, self._on_machine, self._on_failed = on_header, on_machine, on_failed
-        self.pipe = Pipe(fd, select.POLLIN)
+        self._on_machine, self._on_failed = on_machine, on_failed
+        self.pipe = pipe
         self.over = False
-        self.total_bytes = 0
-        self._memory: GuestMemory | None = None
-        self._proceed = threading.Event()
+        self.total_bytes = header.touched_bytes
+        self._state_max = state.bytes_max(header)
+        self._version = version
+        self._memory = memory
         self._next_offset = 0
         self._machine: state.MachineState | None = None
-        self._version = 0
         self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
 
     def start(self) -> None:
-        """Begin with the header."""
+        """Begin."""
         self._thread.start()
-
-    def go_on(self, memory: GuestMemory) -> None:
-        """Read the rest, into memory that is empty."""
-        self._memory = memory
-        self._proceed.set()
 
     def _run(self) -> None:
         name_thread("receive")
@@ -181,16 +178,7 @@ class Receiver:
 
     def _read(self, reader: StreamReader) -> state.MachineState:
         try:
-            try:
-                raw = reader.header()
-                header = state.read_header(reader.version, raw)
-            except ValueError as error:
-                raise StreamError(f"is not usable: {error}") from error
-            self._version = reader.version
-            self.total_bytes = header.touched_bytes
-            self._loop.call_from_thread(lambda: self._on_header(header))
-            self._proceed.wait()
-            reader.sections_until_end(self._take_memory, self._take_state, state_max=state.bytes_max(header))
+            reader.sections_until_end(self._take_memory, self._take_state, state_max=self._state_max)
         finally:
             reader.hasher.close()
         if self._machine is None:
@@ -200,7 +188,6 @@ class Receiver:
     def _take_memory(self, gpa: int, data: memoryview) -> None:
         """Take a run of memory: they come in ascending order, so none comes twice."""
         memory = self._memory
-        assert memory is not None
         try:
             offset = memory.offset(gpa, len(data))
         except GuestError as error:

@@ -205,6 +205,10 @@ def load_library() -> object:
     return ctypes.CDLL("libm.so.6")
 
 
+def narrow_requests() -> None:
+    confine.narrow_requests(confine.VM.ioctls)
+
+
 # --- what must work ---
 
 

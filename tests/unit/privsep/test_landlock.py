@@ -37,6 +37,11 @@ def test_ruleset_grows_with_the_kernel(version: int, words: tuple[int, ...]) -> 
     assert landlock.ruleset(version) == struct.pack(f"={len(words)}Q", *words)
 
 
+def test_scopes_are_those_that_are_wanted() -> None:
+    """A VM process leaves signals to the ruleset of its start."""
+    assert landlock.ruleset(6, landlock.SCOPE_SOCKETS) == struct.pack("=3Q", 0xFFFF, 3, 1)
+
+
 def test_only_what_can_be_changed_is_warned_of() -> None:
     """Landlock that is missing is; an older one is not, and has one sentence for all that it lacks."""
     (warning,) = landlock.missing(0)

@@ -183,6 +183,16 @@ def test_misspelt_rules_are_errors(rule: str) -> None:
         confine.Confinement(syscalls=frozenset({rule}))
 
 
+def test_requests_can_be_narrowed_later() -> None:
+    """Those named are left, with those of every descriptor; no filter can be added; the rest is the first one's."""
+    program = seccomp.assemble_requests((0xAE80,))
+
+    allowed = (NUMBERS["ioctl"], 5, 0xAE80), (NUMBERS["ioctl"], 5, seccomp.FIONREAD), (NUMBERS["read"],), (9999,)
+    assert {verdict(program, *call) for call in allowed} == {RET_ALLOW}
+    killed = (NUMBERS["ioctl"], 5, 0xAE01), (NUMBERS["ioctl"], 5, 0x5412), (NUMBERS["seccomp"], 1, 1)
+    assert {verdict(program, *call) for call in killed} == {RET_KILL_PROCESS}
+
+
 @pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT))
 def test_vmm_allows_what_its_descendants_need(name: str) -> None:
     """Filters are inherited: what vmm's own kills, no VM or device can do."""

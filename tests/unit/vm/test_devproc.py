@@ -432,11 +432,11 @@ def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: D
 
 
 def test_device_that_does_not_listen_57(impostor: Impostor, running: DeviceProcess) -> None:
-    """Hostile input 57: informing it never blocks, and it is killed when it does not end."""
+    """Hostile input 57: informing it never blocks; one that does not end is the kernel's, for a VM kills nobody."""
     for _ in range(5000):
         running.set_verbosity(1)
     running.shut_down()
     running.reap(0)
 
-    assert impostor.child.killed
-    assert running.status == -9
+    assert not impostor.child.killed
+    assert running.status is None

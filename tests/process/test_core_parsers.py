@@ -1,0 +1,167 @@
+"""Code that runs where a VM process parses what others give it: kernels, headers, states and memory of streams.
+
+The daemon here is a copy of this program in which those functions do first what the guest's command line says.
+"""
+
+import os
+import select
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from tests.support.transfers import ended, from_file, to_file, vmctl
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+PROMPT = "vmd-demo> "
+INTRUDER = '''
+"""What somebody who has taken over a parser of vm b does: `WHERE:WHAT[:PID]` in a guest's command line."""
+import os, signal, sys
+from vmd.log import log
+def fork(_pid):
+    if os.fork() == 0:
+        signal.pause()
+def execute(_pid):
+    done = "import os; os.write(2, b'vm/b has done execute ')"
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", done])
+def spawn(_pid):
+    os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", "import select; select.poll().poll()"], {})
+def signal_pidfd(pid):
+    signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGKILL)
+def signal_thread(pid):
+    import ctypes
+    ctypes.CDLL(None).syscall(234, pid, pid, 9)
+def act(where, cmdline):
+    if log.title == "vm/b":
+        wanted, what, pid, *_ = (*cmdline.split(":"), "0", "0", "0")
+        if wanted == where:
+            os.write(2, f"{log.title} tries {what}\\n".encode())
+            try:
+                globals()[what](int(pid))
+            except OSError as error:
+                os.write(2, f"{log.title} is refused {what}: {error}\\n".encode())
+            else:
+                os.write(2, f"{log.title} has done {what}\\n".encode())
+'''
+HOOKS = {
+    "vm/boot/loader.py": '''
+from vmd.vm import intruder
+_load = load
+def load(*arguments, cmdline=b"", **named):
+    intruder.act("load", cmdline.decode())
+    return _load(*arguments, cmdline=cmdline, **named)
+''',
+    "vm/state.py": '''
+from vmd.vm import intruder
+_read_header, _read_machine = read_header, read_machine
+HEADERS = []
+def read_header(version, raw):
+    header = _read_header(version, raw)
+    HEADERS.append(header)
+    intruder.act("header", header.config.cmdline)
+    return header
+def read_machine(version, raw):
+    intruder.act("state", HEADERS[-1].config.cmdline)
+    return _read_machine(version, raw)
+''',
+}
+ATTACKS = ("fork", "execute", "spawn", "signal_pidfd", "signal_thread")
+
+
+@pytest.fixture(scope="module")
+def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A daemon with such code in it, and a VM of somebody else that runs."""
+    directory = tmp_path_factory.mktemp("parsers")
+    code = directory / "code"
+    for package in ("vmd", "vmctl"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (code / "vmd/vm/intruder.py").write_text(INTRUDER)
+    for path, hook in HOOKS.items():
+        with (code / "vmd" / path).open("a") as file:
+            file.write(hook)
+    conf = f'vm "other" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n}}\n'
+    with Daemon(directory, conf, code=code) as made:
+        made.must("start", "other")
+        with made.console("other") as console:
+            console.expect(PROMPT, DEADLINE_S)
+        yield made
+
+
+def order(vmd: Daemon, where: str, what: str) -> str:
+    """Return a command line; a process that is to be signalled is named as its own kind sees it."""
+    status = Path(f"/proc/{vmd.processes()['vmd: vm/other']}/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("NSpid:"))
+    return f"{where}:{what}:{line.split()[-1]}"
+
+
+def check_nothing_came_of_it(vmd: Daemon, what: str, errors: str, processes: dict[str, int]) -> None:
+    """The process was ended for trying, the other VM answers, and nothing is left of the attack."""
+    log = vmd.log
+    assert f"vm/b tries {what}\n" in log
+    assert f"vm/b has done {what}" not in log
+    assert "SIGSYS" in errors
+    with vmd.console("other") as console:
+        console.answer("", PROMPT)
+    found = with_reserve(vmd)
+    assert found.keys() == processes.keys()
+    assert found["vmd: vm/other"] == processes["vmd: vm/other"]
+
+
+def with_reserve(vmd: Daemon) -> dict[str, int]:
+    """Return what runs once the processes in reserve do."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not {"vmd: vm", "vmd: viornd"} <= (found := vmd.processes()).keys():
+        assert time.monotonic() < deadline_s
+        select.select([], [], [], 0.02)
+    return found
+
+
+@pytest.fixture
+def reserve(vmd: Daemon) -> dict[str, int]:
+    """What runs before an attack."""
+    return with_reserve(vmd)
+
+
+@pytest.mark.parametrize("what", ATTACKS)
+def test_code_in_the_loader_of_a_kernel(vmd: Daemon, reserve: dict[str, int], what: str) -> None:
+    """It starts no process, becomes no other program, and ends no VM."""
+    cmdline = order(vmd, "load", what)
+    status, errors = ended(vmctl(vmd, "start", "-m", "32M", "-b", str(guest("demo")), "-k", cmdline, "b"))
+
+    assert status == 1
+    check_nothing_came_of_it(vmd, what, errors, reserve)
+
+
+@pytest.mark.parametrize(("where", "what"), [("header", "spawn"), ("header", "signal_pidfd"), ("state", "fork")])
+def test_code_in_the_reader_of_a_stream(
+    vmd: Daemon, reserve: dict[str, int], tmp_path: Path, where: str, what: str
+) -> None:
+    """The same of the process that reads what another one was."""
+    vmd.must("start", "-m", "32M", "-b", guest("demo"), "-k", order(vmd, where, what), "a")
+    to_file(vmd, "a", tmp_path / "stream")
+
+    status, errors = from_file(vmd, "b", tmp_path / "stream")
+
+    assert status == 1
+    check_nothing_came_of_it(vmd, what, errors, reserve)
+
+
+def test_a_stopped_device_does_not_outlive_its_vm(vmd: Daemon) -> None:
+    """The signal at the death of its parent reaches it, though both are confined."""
+    vmd.must("start", "-m", "32M", "-b", guest("demo"), "a")
+    device = vmd.processes()["vmd: vm/a/viornd0"]
+    gone = os.pidfd_open(device)
+    os.kill(device, signal.SIGSTOP)
+
+    os.kill(vmd.processes()["vmd: vm/a"], signal.SIGKILL)
+
+    ends = select.poll()
+    ends.register(gone, select.POLLIN)
+    assert ends.poll(DEADLINE_S * 1000)
+    os.close(gone)
