@@ -57,9 +57,13 @@ class L1Error(Exception):
 class Emulated:
     """A machine that boots a kernel with some devices; `out` is a folder that it sees as the share `out`."""
 
-    def __init__(self, out: Path, kernel: Kernel, initrd: Path, devices: Sequence[str], limit_s: int) -> None:
+    def __init__(
+        self, out: Path, kernel: Kernel, initrd: Path, devices: Sequence[str], limit_s: int,
+        memory_mib: int = MEMORY_MIB,
+    ) -> None:  # fmt: skip
         self.out = out
         self.limit_s = limit_s
+        self.memory_mib = memory_mib
         out.mkdir(parents=True, exist_ok=True)
         Path(out, HEARTBEAT).touch()
         self.wakes = 0
@@ -71,7 +75,7 @@ class Emulated:
             return subprocess.Popen(
                 [
                     *PRIORITY, "timeout", "--kill-after=5", str(self.limit_s), *QEMU,
-                    "-smp", str(VCPUS), "-m", str(MEMORY_MIB),
+                    "-smp", str(VCPUS), "-m", str(self.memory_mib),
                     "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", APPEND,
                     "-serial", f"file:{self.out}/console", "-serial", "stdio",
                     "-virtfs", share("modules", kernel.root / "lib/modules", "readonly=on"),

@@ -1,12 +1,20 @@
 """What is done on the emulated host, by its own Python: each step is a function, and what it returns is its result.
 
 Started by a unit at each boot, it goes on with the steps of that boot.  /host/results gets a line of JSON for each:
-{"step", "seen"} or, if it raised something, {"step", "error"}.  Steps that follow a failed one are done all the same.
+{"step", "took_s", "seen"} or, if it raised something, {"step", "took_s", "error"}.  Steps that follow a failed one are
+done all the same.
+
+Every program that is started takes a second in there, and Python's take several: nothing is asked for again and again.
+What the daemon has done is waited for in the journal, and the rest is read from /proc and /sys.
 """
 
+import contextlib
 import json
 import os
+import queue
+import select
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -14,9 +22,13 @@ from pathlib import Path
 from typing import Any
 
 HOST = Path("/host")
+CONF = Path("/etc/vm.conf")
+LINKS = Path("/sys/class/net")
 DEADLINE_S = 300.0  # the machine is some thirty times as slow as what it runs on
-POLL_S = 0.5
 BOOT_COUNT = Path("/var/lib/boots")
+PROMPT = b"vmd-demo> "
+SECOND = 'vm "second" {\n    memory 32M\n    boot "/srv/demo.elf"\n}\n'
+MISTAKE = "vm lots {\n"
 
 
 def run(*command: str) -> tuple[int, str]:
@@ -35,30 +47,45 @@ def must(*command: str) -> str:
     return said
 
 
+class Journal:
+    """What the journal has of the unit since the host started, as it comes: the daemon's lines and systemd's."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def _follow(self) -> None:
+        command = ("journalctl", "-b", "-u", "vmd", "-o", "json", "--follow", "--no-tail")
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as follower:
+            assert follower.stdout is not None
+            for line in follower.stdout:
+                self._lines.put(line)
+
+    def wait(self, *texts: str) -> list[dict[str, Any]]:
+        """Wait until there is an entry for each of the texts; returns what has come since the last wait."""
+        news: list[dict[str, Any]] = []
+        missing = set(texts)
+        deadline = time.monotonic() + DEADLINE_S
+        while missing:
+            try:
+                news.append(json.loads(self._lines.get(timeout=max(0.0, deadline - time.monotonic()))))
+            except queue.Empty:
+                raise RuntimeError(f"not in the journal after {DEADLINE_S} s: {missing}\n{said(news)}") from None
+            missing = {text for text in missing if text not in news[-1]["MESSAGE"]}
+        self.entries += news
+        return news
+
+
+def said(entries: list[dict[str, Any]]) -> list[str]:
+    """Return the texts of entries."""
+    return [entry["MESSAGE"] for entry in entries]
+
+
 def unit(*names: str) -> dict[str, str]:
     """Return properties of the unit."""
     shown = must("systemctl", "show", "vmd", *(f"--property={name}" for name in names))
     return dict(line.split("=", 1) for line in shown.splitlines())
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"{what}: not after {DEADLINE_S} s\n{run('journalctl', '-b', '-u', 'vmd')[1]}")
-        time.sleep(POLL_S)
-
-
-def states() -> dict[str, str]:
-    """Return the state of each VM; nothing while nobody answers."""
-    status, said = run("vmctl", "status", "--json")
-    return {row["name"]: row["state"] for row in json.loads(said)["vms"]} if status == 0 else {}
-
-
-def wait_running(*names: str) -> None:
-    """Wait until these VMs run."""
-    wait_for(lambda: all(states().get(name) == "running" for name in names), f"{names} run")
 
 
 def rows() -> dict[str, Any]:
@@ -66,11 +93,43 @@ def rows() -> dict[str, Any]:
     return {row["name"]: row for row in json.loads(must("vmctl", "status", "-v", "--json"))["vms"]}
 
 
-def journal(*options: str) -> list[dict[str, Any]]:
-    """Return what the daemon has written into the journal since the host started, or as the options say."""
-    must("journalctl", "--sync")
-    lines = must("journalctl", "-o", "json", "-u", "vmd", *(options or ("-b",))).splitlines()
-    return [entry for entry in map(json.loads, lines) if entry.get("_TRANSPORT") == "stdout"]
+def links() -> dict[str, str]:
+    """Return the network interfaces, each with the bridge that it belongs to, or nothing."""
+    return {
+        link.name: (link / "master").resolve().name if (link / "master").exists() else "" for link in LINKS.iterdir()
+    }
+
+
+def processes() -> dict[int, str]:
+    """Return the titles of all processes of ours, by their numbers."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            title = path.read_text()
+            if title.startswith("vmd: "):
+                found[int(path.parent.name)] = title.rstrip("\0")
+    return found
+
+
+def ask(entries: list[dict[str, Any]], name: str, command: str) -> str:
+    """Type a command at the console of a VM, which an entry names; returns what the guest answers."""
+    line = next(text for text in said(entries) if f"started {name} (" in text)
+    fd = os.open(line.rpartition(" ")[2], os.O_RDWR | os.O_NOCTTY)
+    try:
+        os.write(fd, command.encode() + b"\r")
+        console = select.poll()
+        console.register(fd, select.POLLIN)
+        answer = b""
+        while not answer.partition(command.encode())[2].endswith(PROMPT):
+            if not console.poll(DEADLINE_S * 1000):
+                raise RuntimeError(f"vm {name} does not answer to {command}: {answer!r}")
+            answer += os.read(fd, 4096)
+        return answer.decode()
+    finally:
+        os.close(fd)
+
+
+journal: Journal  # of this boot
 
 
 # --- first boot ----------------------------------------------------------------------------------------------------
@@ -78,9 +137,10 @@ def journal(*options: str) -> list[dict[str, Any]]:
 
 def enable() -> dict[str, Any]:
     """Enable and start it, as the README says."""
-    said = must("systemctl", "enable", "--now", "vmd")
-    wait_running("full")
-    return {"said": said, "rows": rows(), "devices": os.listdir("/dev"), "links": json.loads(must("ip", "-j", "link"))}
+    must("systemctl", "enable", "--now", "vmd")
+    entries = journal.wait("started full (")
+    answer = ask(entries, "full", "pci")
+    return {"rows": rows(), "devices": os.listdir("/dev"), "links": links(), "answer": answer}
 
 
 def control_group() -> dict[str, Any]:
@@ -90,15 +150,44 @@ def control_group() -> dict[str, Any]:
 
 def journal_fields() -> dict[str, Any]:
     """Look at its journal."""
-    return {"entries": journal()}
+    return {"entries": [entry for entry in journal.entries if entry["_TRANSPORT"] == "stdout"]}
+
+
+def reload() -> dict[str, Any]:
+    """Reload a file with a mistake, then one with another VM."""
+    before = processes()
+    right = CONF.read_text()
+    CONF.write_text(right + MISTAKE)
+    refused, _ = run("systemctl", "reload", "vmd")
+    complaint = said(journal.wait("vmctl: 1 error, configuration unchanged"))
+    CONF.write_text(right + SECOND)
+    must("systemctl", "reload", "vmd")
+    answer = ask(journal.wait("started second ("), "second", "mem")
+    CONF.write_text(right)
+    return {"refused": refused, "complaint": complaint, "before": before, "after": processes(), "answer": answer}
 
 
 def upgrade() -> dict[str, Any]:
-    """Install a newer version while a guest runs."""
-    before = unit("MainPID")
-    said = must("apt-get", "-q", "-y", "install", "/host/newer.deb")
-    version = must("vmctl", "--version")
-    return {"said": said, "before": before, "after": unit("MainPID"), "states": states(), "version": version}
+    """Install a newer version while guests run."""
+    unit_before, before = unit("MainPID"), processes()
+    text = must("apt-get", "-q", "-y", "install", "/host/newer.deb")
+    return {
+        "said": text, "before": before, "after": processes(), "unit_before": unit_before, "unit": unit("MainPID"),
+        "version": must("vmctl", "--version"),
+    }  # fmt: skip
+
+
+def kill() -> dict[str, Any]:
+    """Kill the daemon without a warning, and wait for what systemd starts in its place."""
+    unit_before, before, links_before = unit("MainPID"), processes(), links()
+    must("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vmd")
+    entries = journal.wait("started full (")
+    answer = ask(entries, "full", "pci")
+    return {
+        "said": said(entries), "before": before, "after": processes(), "links_before": links_before, "links": links(),
+        "answer": answer, "unit_before": unit_before, "unit": unit("MainPID", "ActiveState", "NRestarts"),
+        "version": must("vmctl", "version"),
+    }  # fmt: skip
 
 
 # --- second boot ---------------------------------------------------------------------------------------------------
@@ -106,23 +195,49 @@ def upgrade() -> dict[str, Any]:
 
 def previous() -> dict[str, Any]:
     """Look at how the host's power-off went for the guest."""
-    return {"said": [entry["MESSAGE"] for entry in journal("-b", "-1")][-20:]}
+    return {"said": must("journalctl", "-b", "-1", "-u", "vmd", "-o", "cat", "-n", "40").splitlines()}
 
 
 def again() -> dict[str, Any]:
     """Wait until what is enabled runs, without being asked to."""
-    wait_running("full")
-    return {"unit": unit("ActiveState", "NRestarts"), "said": [entry["MESSAGE"] for entry in journal()]}
+    entries = journal.wait("started full (")
+    answer = ask(entries, "full", "pci")
+    return {"said": said(entries), "answer": answer, "unit": unit("ActiveState", "NRestarts")}
+
+
+def stop() -> dict[str, Any]:
+    """Stop it while a guest runs."""
+    before = processes()
+    must("systemctl", "stop", "vmd")
+    return {
+        "before": before, "after": processes(), "links": links(), "tables": must("nft", "list", "tables"),
+        "said": said(journal.wait("vmd: terminating")), "unit": unit("ActiveState", "Result", "ExecMainStatus"),
+    }  # fmt: skip
+
+
+def mistake() -> dict[str, Any]:
+    """Start it with a mistake in its file."""
+    with CONF.open("a") as conf:
+        conf.write(MISTAKE)
+    status, text = run("systemctl", "start", "vmd")
+    entries = journal.wait("/etc/vm.conf:")
+    _, shown = run("systemctl", "status", "--no-pager", "--full", "vmd")
+    return {
+        "status": status, "said": text, "shown": shown, "entries": entries,
+        "unit": unit("ActiveState", "ExecMainStatus", "NRestarts"), "processes": processes(),
+    }  # fmt: skip
 
 
 BOOTS: tuple[tuple[Callable[[], dict[str, Any]], ...], ...] = (
-    (enable, control_group, journal_fields, upgrade),
-    (previous, again),
+    (enable, control_group, journal_fields, reload, upgrade, kill),
+    (previous, again, stop, mistake),
 )
 
 
 def main() -> None:
-    """Do the steps of this boot, and switch the host off with its guests running."""
+    """Do the steps of this boot, and switch the host off; at the end of the first one with a running guest."""
+    global journal
+    journal = Journal()
     number = int(BOOT_COUNT.read_text()) if BOOT_COUNT.exists() else 0
     BOOT_COUNT.write_text(str(number + 1))
     for step in BOOTS[number]:
