@@ -87,19 +87,13 @@ class GuestMemory:
             offset += spec.size
         _check_disjoint(regions)
         try:
-            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = sealed_file(name, offset)
         except OSError as error:
-            raise HostError("memory file for the guest", error) from error
+            raise HostError(f"{offset} bytes of guest memory", error) from error
         try:
-            os.ftruncate(fd, offset)
-            # A process that got the descriptor can no longer shrink the file under the others' feet, which
-            # would end them by SIGBUS.
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             return cls(fd, regions)
-        except BaseException as error:
+        except BaseException:
             os.close(fd)
-            if isinstance(error, OSError):
-                raise HostError(f"{offset} bytes of guest memory", error) from error
             raise
 
     @classmethod
@@ -284,6 +278,21 @@ class GuestMemory:
 
     def _base(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+
+def sealed_file(name: str, size: int) -> int:
+    """Return a memory file, all zero, the caller's to close.  Raises OSError.
+
+    A process that gets the descriptor can no longer shrink it under the others' feet, which would end them by SIGBUS.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _check_disjoint(regions: "Sequence[RegionSpec]") -> None:

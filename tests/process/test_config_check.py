@@ -24,7 +24,7 @@ from vmd.parent.disks import ImageProber
 from vmd.parent.media import Media
 from vmd.parent.service import lookup_user
 from vmd.privsep.cell import Cell
-from vmd.vm.boot.image import WRONG_KIND
+from vmd.vm.boot.kind import WRONG_KIND
 
 pytestmark = pytest.mark.root
 NOBODY = 65534

@@ -9,6 +9,7 @@ import threading
 import time
 
 from vmd.errors import HostError, OperatorError, PeerError, sentence
+from vmd.guestmem import PAGE, sealed_file
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.log import FORMS, log
@@ -27,15 +28,13 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 30.0  # a host that starts fifty VMs at once is slow; a device that hangs is still found out
 END_TIMEOUT_S = 60.0  # a disk writes back what the host has of it in memory
 LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
-PAGE = 4096
 
 
 class Interrupts:
     """The page of counters that says which queue's INTx interrupt the guest has not seen (`devmsg`)."""
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("interrupts", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, PAGE)
+        self.fd = sealed_file("interrupts", PAGE)
         self._words = memoryview(mmap.mmap(self.fd, PAGE)).cast("I")
 
     def pending(self, queue: int) -> bool:

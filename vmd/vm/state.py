@@ -15,7 +15,7 @@ from vmd.ipc.messages import ReceivedHeader
 from vmd.kvmapi import abi
 from vmd.record import Part, Record
 from vmd.vm import stream, stream_v2
-from vmd.vm.boot.image import FIRMWARE_MAX
+from vmd.vm.boot.kind import FIRMWARE_MAX
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
 from vmd.vm.kinds import kinds
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, with_serials

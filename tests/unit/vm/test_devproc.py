@@ -235,6 +235,14 @@ def test_device_that_cannot_start_says_why(impostor: Impostor, process: DevicePr
     assert failed.value.code == 12
 
 
+@pytest.mark.parametrize("size", [0, PAGE - 1, PAGE + 1])
+def test_what_a_device_shares_with_its_vm_keeps_its_size(process: DeviceProcess, size: int) -> None:
+    """Else the VM process would be ended by SIGBUS for looking at the page of interrupts."""
+    with pytest.raises(PermissionError):
+        os.ftruncate(process.interrupts.fd, size)
+    assert not process.interrupts.pending(0)
+
+
 # --- questions ---------------------------------------------------------------------------------------------------
 
 QUESTIONS: dict[str, Callable[[DeviceProcess], object]] = {

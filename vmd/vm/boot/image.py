@@ -1,4 +1,4 @@
-"""The file a VM boots from: what kind it is, by its own bytes, and reads that cannot go wrong quietly.
+"""The file a VM boots from, read and unpacked in ways that cannot go wrong quietly.
 
 The parent opened it with its owner's rights; here is only the descriptor.  The file may change while it is
 read, so sizes are checked by what a read returns, not by what `fstat` once said.
@@ -6,12 +6,10 @@ read, so sizes are checked by what a read returns, not by what `fstat` once said
 
 import os
 import zlib
-from enum import IntEnum
 from stat import S_ISREG
 
 from vmd.errors import HostError, ImageError
 from vmd.log import log
-from vmd.vm.boot import unbootable
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -22,30 +20,6 @@ CHUNK_OUT = 1 * MIB
 MEMBERS_MAX = 1 << 16  # of a gzip file; programs that cut a file into members make them of 64 KiB or more
 
 GZIP_MAGIC = b"\x1f\x8b\x08"  # with the only compression method there is (RFC 1952, 2.3.1)
-ELF_MAGIC = b"\x7fELF"
-LINUX_MAGIC = b"HdrS"
-LINUX_MAGIC_AT = 0x202
-
-FIRMWARE_UNIT = 64 * KIB
-FIRMWARE_MAX = 16 * MIB  # more would reach down to KVM's own pages, see vmd.vm.layout
-RESET_VECTOR_BYTES = 16  # a CPU starts in the last paragraph below 4 GiB
-# There is no room but for a jump; a few instructions without operands may stand before it.
-BEFORE_JUMP = (b"\x90", b"\xfa", b"\xfc", b"\x66", b"\x0f\x08", b"\x0f\x09")  # nop cli cld data32 invd wbinvd
-JUMPS = (b"\xe9", b"\xea", b"\xeb")
-
-WRONG_KIND = (
-    "is neither a kernel (ELF or Linux bzImage, either may be gzip-compressed) nor a firmware image "
-    "(a multiple of 64 KiB up to 16 MiB that ends in a reset vector, a jump)"
-)
-
-
-class Kind(IntEnum):
-    """What a boot image is."""
-
-    GZIP = 0
-    ELF = 1
-    LINUX = 2
-    FIRMWARE = 3
 
 
 class Image:
@@ -97,35 +71,6 @@ class Image:
             if got == 0:
                 raise self.error(f"became shorter while it was read: {what} ends at byte {offset + done}")
             done += got
-
-    def kind(self) -> Kind:
-        """Tell what this file is.
-
-        Raises:
-            ImageError: it is nothing that a VM can boot.
-        """
-        start = self.read(0, min(self.size, LINUX_MAGIC_AT + len(LINUX_MAGIC)), "its beginning")
-        if start.startswith(GZIP_MAGIC):
-            return Kind.GZIP
-        if start.startswith(ELF_MAGIC):
-            return Kind.ELF
-        if start[LINUX_MAGIC_AT:] == LINUX_MAGIC:
-            return Kind.LINUX
-        # The magic numbers come before the reset vector, which is the weaker sign.
-        if what := unbootable.by_magic(self):
-            raise self.error(what)
-        if self._is_firmware():
-            return Kind.FIRMWARE
-        raise self.error(unbootable.by_weak_magic(self) or WRONG_KIND)
-
-    def _is_firmware(self) -> bool:
-        """Return whether the file has the size of a firmware, and a jump where the CPU starts."""
-        if self.size % FIRMWARE_UNIT or self.size > FIRMWARE_MAX:
-            return False
-        vector = self.read(self.size - RESET_VECTOR_BYTES, RESET_VECTOR_BYTES, "its reset vector")
-        while vector.startswith(BEFORE_JUMP):
-            vector = vector[2 if vector.startswith(b"\x0f") else 1 :]
-        return vector.startswith(JUMPS)
 
 
 def unpack(image: Image, limit_bytes: int) -> int:

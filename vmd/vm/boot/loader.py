@@ -1,13 +1,14 @@
 """Loads what a VM boots from, whatever it is; its kind is told from its own bytes (DESIGN 4, "Boot").
 
-Runs before the VM process narrows its filter: unpacking a compressed kernel makes a memfd.
+Runs when the VM process has started its devices and can start nothing else.
 """
 
 import os
 
 from vmd.errors import ImageError
 from vmd.vm.boot import elf, firmware, linux, openbsd, pvh, unbootable
-from vmd.vm.boot.image import UNPACKED_MAX, Image, Kind, unpack
+from vmd.vm.boot.image import UNPACKED_MAX, Image, unpack
+from vmd.vm.boot.kind import Kind, kind_of
 from vmd.vm.boot.start import Boot
 
 TYPE_CHECKING = False
@@ -23,7 +24,7 @@ def firmware_bytes(fd: int, name: str) -> int:
         HostError: it cannot be read.
     """
     image = Image(fd, name)
-    return image.size if image.kind() is Kind.FIRMWARE else 0
+    return image.size if kind_of(image) is Kind.FIRMWARE else 0
 
 
 def load(
@@ -50,7 +51,7 @@ def load(
     image = Image(kernel_fd, name)
     initrd = Image(initrd_fd, initrd_name) if initrd_fd is not None else None
     boot = Boot(memory_bytes=memory_bytes, cmdline=cmdline, initrd=initrd, rsdp_gpa=rsdp_gpa, bootmac=bootmac)
-    kind = image.kind()
+    kind = kind_of(image)
     if kind is not Kind.GZIP:
         return _load_plain(memory, image, kind, boot)
     # A kernel that is larger than its guest cannot be loaded, so there is no need to unpack more.
@@ -67,7 +68,7 @@ def _unpacked_kernel(fd: int, image: Image) -> tuple[Image, Kind]:
     no_kernel = "is gzip-compressed, but does not hold a kernel: what it holds"
     try:
         inner = Image(fd, image.name)
-        kind = inner.kind()
+        kind = kind_of(inner)
     except ImageError as error:
         raise image.error(f"{no_kernel} {error.what}") from None
     if kind is Kind.FIRMWARE:

@@ -13,7 +13,8 @@ from tests.support.descriptors import open_descriptors
 from tests.unit.vm.boot.samples import MIB, FakeMemory, bzimage, load, memfd, openbsd, pvh, seabios
 from vmd.errors import HostError, ImageError
 from vmd.vm.boot import loader
-from vmd.vm.boot.image import Image, Kind, unpack
+from vmd.vm.boot.image import Image, unpack
+from vmd.vm.boot.kind import Kind, kind_of
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def open_image(data: bytes) -> Image:
 )
 def test_kind_is_told_from_the_bytes(data: bytes, kind: Kind) -> None:
     """The name of a file plays no part."""
-    assert open_image(data).kind() is kind
+    assert kind_of(open_image(data)) is kind
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_kind_is_told_from_the_bytes(data: bytes, kind: Kind) -> None:
 def test_other_files_are_refused_with_the_kinds_that_are_taken(data: bytes) -> None:
     """hostile 54: what is no boot image gets a sentence that says what would be one."""
     with pytest.raises(ImageError, match=r"^/bsd: is neither a kernel .* nor a firmware image .*64 KiB"):
-        open_image(data).kind()
+        kind_of(open_image(data))
 
 
 def test_directory_pipe_and_device_are_refused() -> None:
@@ -289,14 +290,14 @@ def test_firmware_ends_in_a_jump(case: str) -> None:
     """A reset vector has room for little else."""
     firmware = bytes(65536 - 16) + FIRMWARE_ENDS[case].ljust(16, b"\0")
 
-    assert open_image(firmware).kind() is Kind.FIRMWARE
+    assert kind_of(open_image(firmware)) is Kind.FIRMWARE
 
 
 @pytest.mark.parametrize("end", [b"text for humans\n", b"\x0f" * 16, bytes(15) + b"\xea", b"\x90" * 16])
 def test_file_of_the_size_of_a_firmware_is_not_taken_for_one(end: bytes) -> None:
     """The size alone is no sign: many files are a multiple of 64 KiB."""
     with pytest.raises(ImageError, match=r"^/bsd: is neither a kernel"):
-        open_image(bytes(65536 - 16) + end).kind()
+        kind_of(open_image(bytes(65536 - 16) + end))
 
 
 def test_memfd_of_a_refused_kernel_is_closed() -> None:
