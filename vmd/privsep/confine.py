@@ -117,7 +117,7 @@ STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
 CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=4096)  # vmctl's connections
 
-VM = Confinement(  # and the KVM requests that the process keeps by `narrow_requests`
+VM = Confinement(  # and the KVM requests that the process names
     syscalls=BASE | CHANNEL | MACHINE,
     ioctls=TTY_IOCTLS,
     # Signals are kept inside before it starts its devices: here it would be shut off from them, and they would not die
@@ -125,7 +125,7 @@ VM = Confinement(  # and the KVM requests that the process keeps by `narrow_requ
     scopes=landlock.SCOPE_SOCKETS,
     open_files=4096,
 )
-VM_BUILDING = VM.replace(syscalls=BASE | CHANNEL | MACHINE | {"ioctl+kvm", "seccomp"})  # until `narrow_requests`
+VM_BUILDING = VM.replace(syscalls=BASE | CHANNEL | MACHINE | {"seccomp"})  # until `narrow_requests`
 
 VMM = Confinement(
     syscalls=BASE

@@ -93,6 +93,14 @@ IOCTLS = (  # of a VM that runs
     abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
     *VM.ioctls,
 )  # fmt: skip
+BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed as soon as there is a VM
+    abi.KVM_GET_API_VERSION, abi.KVM_CHECK_EXTENSION, abi.KVM_GET_VCPU_MMAP_SIZE, abi.KVM_GET_SUPPORTED_CPUID,
+    abi.KVM_GET_MSR_INDEX_LIST, abi.KVM_CREATE_VM,
+    abi.KVM_SET_TSS_ADDR, abi.KVM_SET_IDENTITY_MAP_ADDR, abi.KVM_CREATE_IRQCHIP, abi.KVM_CREATE_PIT2,
+    abi.KVM_SET_IRQCHIP, abi.KVM_SET_USER_MEMORY_REGION,
+    abi.KVM_CREATE_VCPU, abi.KVM_SET_CPUID2, abi.KVM_SET_REGS, abi.KVM_SET_SREGS,
+    abi.KVM_SET_XCRS, abi.KVM_SET_XSAVE, abi.KVM_SET_DEBUGREGS, abi.KVM_SET_VCPU_EVENTS, abi.KVM_SET_MP_STATE,
+)  # fmt: skip
 
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
 LAST_WORDS_TIMEOUT_S = 1.0
@@ -143,7 +151,8 @@ class VmProcess(Process):
         Only then is anything read that comes from outside: a boot image, or the header of a stream.
         """
         self.devices.spawn(kinds)
-        confine(VM_BUILDING)  # what this kernel lacks was said by vmm, at the start of the daemon
+        # What this kernel lacks was said by vmm, at the start of the daemon.
+        confine(VM_BUILDING.replace(ioctls=IOCTLS + BUILDING_IOCTLS))
 
     def begin(self, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", *, paused: bool = False) -> None:
         """Build the VM, give up what only building needs, and let the guest execute."""
