@@ -6,16 +6,13 @@ import os
 import time
 
 from vmd.config.model import VmConfig
-from vmd.errors import InUse, OperatorError
+from vmd.errors import OperatorError
 from vmd.ipc.messages import DiskImages, ImageLink
 from vmd.parent.disks import OpenDisk, discard_granularity, identity, open_cdrom, open_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vmd.parent.disks import Prober
-    from vmd.parent.vmtable import Vm
 
     Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> what tells files apart
 
@@ -108,15 +105,6 @@ class Media:
         with contextlib.ExitStack() as stack:
             for fd in (*self.take_disks(), *self.take_cdrom()):
                 stack.callback(os.close, fd)
-
-
-def holder(error: InUse, vm: "Vm", vms: "Iterable[Vm]") -> InUse:
-    """Return why a VM cannot have a file: with the other VM of ours that has it, if it is one."""
-    file = identity(error.status)
-    for other in vms:
-        if other is not vm and other.alive and file in other.files.values():
-            return error.held_by(f"vm {other.name}")
-    return error
 
 
 def replaced(before: "Files", now: "Files") -> list[str]:

@@ -1,6 +1,10 @@
-"""What clients are told of a VM (*cat. 3.3*)."""
+"""What clients are told of VMs (*cat. 3.3*) and of configurations, as far as it fits a message."""
 
+import os
+
+from vmd.config.check import ConfigErrors
 from vmd.ipc.messages import Caller, DiskFile, NicInfo, VmFiles, VmInfo, brief
+from vmd.log import log
 from vmd.parent.access import may_control, owner_text
 from vmd.parent.usage import used_bytes
 from vmd.parent.vmtable import Vm
@@ -12,6 +16,9 @@ if TYPE_CHECKING:
 # What is longer is cut: all that a VM has must fit a message, or nobody sees any VM.
 PATH_BYTES_MAX = 1023
 REASON_BYTES_MAX = 1500
+NOTES_MAX = 30
+NOTES_BYTES_MAX = 12288  # of all together
+ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a message has room for
 
 
 def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
@@ -56,3 +63,37 @@ def files_of(config: "VmConfig") -> VmFiles:
         disks=tuple(DiskFile(path=shown(disk.path), format=disk.format) for disk in config.disks),
         cdrom=shown(config.cdrom),
     )
+
+
+def brief_notes(notes: list[str]) -> tuple[str, ...]:
+    """Return notes as far as they fit a message."""
+    shown: list[str] = []
+    room = NOTES_BYTES_MAX
+    for note in map(brief, notes[:NOTES_MAX]):
+        room -= len(os.fsencode(note))
+        if room < 0:
+            break
+        shown.append(note)
+    left = len(notes) - len(shown)
+    return (*shown, f"and {left} more; see the log") if left else tuple(shown)
+
+
+def log_errors(errors: ConfigErrors) -> None:
+    """Log why a configuration was not taken, error by error."""
+    for line in str(errors).splitlines():
+        log.error(line)
+    log.error(errors.summary)
+
+
+def brief_errors(errors: ConfigErrors) -> str:
+    """Return errors as far as they fit a message, a line for each, and what follows from them."""
+    lines = [brief(line) for line in str(errors).splitlines()]
+    shown: list[str] = []
+    room = ERRORS_BYTES_MAX
+    for line in lines:
+        room -= len(os.fsencode(line)) + 1
+        if room < 0 and shown:
+            shown.append(f"and {len(lines) - len(shown)} more; see the log")
+            break
+        shown.append(line)
+    return "\n".join((*shown, errors.summary))

@@ -8,11 +8,12 @@ from enum import Enum
 
 from vmd.backlog import Backlog, Output
 from vmd.config.model import NicConfig, Prefix, VmConfig
-from vmd.errors import HostError, OperatorError, PeerError
+from vmd.errors import HostError, InUse, OperatorError, PeerError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed
 from vmd.parent.addresses import random_lladdr
+from vmd.parent.disks import identity
 from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
@@ -428,6 +429,19 @@ class VmTable:
         if vm is None:
             raise OperatorError(errno.ENOENT, f"vm {vmid or name} not found")
         return vm
+
+    def template(self, name: str) -> VmConfig | None:
+        """Return the description of a VM that is known."""
+        vm = self.find(0, name)
+        return vm.config if vm and not vm.doomed else None
+
+    def holder(self, error: InUse, vm: Vm) -> InUse:
+        """Return why a VM cannot have a file: with the other VM that has it, if it is one of ours."""
+        file = identity(error.status)
+        for other in self:
+            if other is not vm and other.alive and file in other.files.values():
+                return error.held_by(f"vm {other.name}")
+        return error
 
     def alive(self, vmid: int) -> Vm:
         """Return the living VM that vmm speaks of; PeerError if there is none."""

@@ -4,7 +4,7 @@ import pytest
 
 from vmd.ipc.imsg import Form, encode
 from vmd.ipc.messages import Ok, VmStarted
-from vmd.parent.main import NOTES_MAX, brief_notes
+from vmd.parent.report import NOTES_MAX, brief_notes
 
 
 @pytest.mark.parametrize("length", [10, 500, 1100, 3999, 4001, 100_000])

@@ -40,18 +40,18 @@ def parent(tmp_path: Path) -> Iterator[Parent]:
     parent = Parent(options, config, lambda _path, _known, _warn: config)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         parent.listener = listener
-        parent.peers.channels = {proc: Peer(proc) for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM)}  # type: ignore[misc]
+        parent.core.peers.channels = {proc: Peer(proc) for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM)}  # type: ignore[misc]
         yield parent
 
 
 def hear(parent: Parent, proc: Proc, message: Record) -> None:
     """Have the parent take a message of a process."""
-    Parent.HANDLERS[proc, type(message)](parent, message, Envelope(message, 0, 0, {}), parent.peers.channels[proc])
+    Parent.HANDLERS[proc, type(message)](parent, message, Envelope(message, 0, 0, {}), parent.core.peers.channels[proc])
 
 
 def told(parent: Parent, proc: Proc) -> list[type[Record]]:
     """Return what kinds of messages a process has got."""
-    return [type(message) for message in parent.peers.channels[proc].told]  # type: ignore[attr-defined]
+    return [type(message) for message in parent.core.peers.channels[proc].told]  # type: ignore[attr-defined]
 
 
 def test_clients_wait_until_priv_has_its_configuration(parent: Parent) -> None:
@@ -72,7 +72,7 @@ def test_clients_wait_until_priv_has_its_configuration(parent: Parent) -> None:
 def test_a_hangup_before_that(parent: Parent) -> None:
     """The answer to an early reload is not the beginning: other processes may not be there yet."""
     hear(parent, Proc.PRIV, Ready())
-    parent.on_hangup()
+    parent.configuration.on_hangup()
     hear(parent, Proc.PRIV, NetworkConfigured())
     assert told(parent, Proc.CONTROL) == []
 

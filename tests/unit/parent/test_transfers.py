@@ -16,6 +16,7 @@ from vmd.ipc.messages import (
     Caller,
     CancelTransfer,
     Failed,
+    PauseRequest,
     Proc,
     ReceivedHeader,
     ReceivedMachine,
@@ -31,12 +32,16 @@ from vmd.ipc.messages import (
     TransferProgress,
     VmPaused,
     VmReceived,
+    VmRunning,
     VmSent,
 )
-from vmd.parent import main, transfers, vmtable
+from vmd.parent import vmtable
 from vmd.parent.clients import For
+from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
+from vmd.parent.life import Life
 from vmd.parent.media import Media
+from vmd.parent.transfers import Transfers
 from vmd.parent.vmtable import State, Vm
 from vmd.record import Record
 
@@ -44,6 +49,7 @@ ROOT = Caller(uid=0, gid=0, pid=1)
 USER = Caller(uid=1000, gid=1000, pid=2)
 CLIENT, OTHER = 7, 8
 AnyParent = Any  # no vmd.parent.main.Parent, and like one as far as it matters here
+UNUSED = cast("Any", None)
 DISKS = (DiskConfig(path="/disk"),)
 
 
@@ -65,8 +71,8 @@ class Peer:
 class Network:
     """Interfaces that can be had, unless `trouble` says otherwise: on being asked, or later."""
 
-    def __init__(self, parent: "Parent") -> None:
-        self.parent = parent
+    def __init__(self, core: Core) -> None:
+        self.core = core
         self.trouble: Exception | None = None
         self.on_failed: Callable[[int, str], None] | None = None
         self.later = False
@@ -77,6 +83,10 @@ class Network:
     def require_switches(self, _config: VmConfig) -> None:
         """Find all of them."""
 
+    def give_up(self, _vm: Vm) -> bool:
+        """Wait for nothing."""
+        return False
+
     def launch(
         self, _vm: Vm, message: Record, fds: dict[str, list[int]], on_failed: Callable[[int, str], None]
     ) -> None:
@@ -85,36 +95,27 @@ class Network:
             raise self.trouble
         self.on_failed = on_failed
         if not self.later:
-            self.parent.core.peers.send(Proc.VMM, message, fds=fds)
+            self.core.peers.send(Proc.VMM, message, fds=fds)
 
 
 class Parent:
-    """What transfers need of the parent."""
+    """The rooms that matter here, and what they tell others."""
 
     def __init__(self) -> None:
+        self.later: list[Callable[[], None]] = []
         self.core = Core(cast("Any", self), Config())
+        self.core.prober = cast("Any", None)
         self.vms, self.clients = self.core.vms, self.core.clients
         self.vmm, control = Peer(), Peer()
         self.core.peers.channels = cast("Any", {Proc.VMM: self.vmm, Proc.CONTROL: control})
         self.answers = control.answers
-        self.prober = None
-        self.network = Network(self)
-        self.later: list[Callable[[], None]] = []
+        self.network = Network(self.core)
+        self.life = Life(self.core, Consoles(self.core), cast("Any", self.network))
+        self.transfers = Transfers(self.core, self.life, cast("Any", self.network))
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
         """Be the loop."""
         self.later.append(callback)
-
-    def stop_process(self, vm: Vm, mode: StopMode) -> None:
-        """Tell vmm."""
-        self.core.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
-
-    def note(self, vm: Vm, config: VmConfig, notes: list[str]) -> None:
-        """As the real one."""
-        vm.notes = tuple(notes)
-
-    def check_startable(self, _vm: Vm, _config: VmConfig) -> None:
-        """There is room on this host."""
 
 
 class Disks:
@@ -183,7 +184,7 @@ def running(parent: Parent, state: State = State.RUNNING) -> Vm:
 def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) -> Vm:
     """Begin to send a VM."""
     vm: Vm = parent.vms.get(0, "a")
-    transfers.serve_send(parent, SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
+    parent.transfers.serve_send(SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
     assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep, one_shot=bool(vm.once_because))]
     assert vm.state is State.SENDING
     parent.vmm.sent.clear()
@@ -192,18 +193,29 @@ def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) ->
 
 def done(parent: AnyParent, vm: Vm, text: str = "") -> None:
     """Let the VM process say that it is done."""
-    transfers.on_send_done(parent, SendDone(vmid=vm.vmid, sent_bytes=100, text=text), cast("Any", None), cast("Any", 0))
+    parent.transfers.on_send_done(SendDone(vmid=vm.vmid, sent_bytes=100, text=text), UNUSED)
 
 
 def exited(parent: AnyParent, vm: Vm, code: int, text: str) -> None:
     """Let its process have ended."""
-    main.Parent.answer_overtaken(parent, vm, code, text)
+    parent.life._answer_overtaken(vm, code, text)
 
 
-def leave(parent: AnyParent, vm: Vm, client: int) -> None:
+def leave(parent: AnyParent, client: int) -> None:
     """Let a client leave."""
-    for _ in parent.clients.gone(client):
-        transfers.on_client_gone(parent, vm)
+    for wait in parent.clients.gone(client):
+        parent.transfers.on_client_gone(wait.vmid)
+
+
+def unpause(parent: AnyParent, vm: Vm) -> None:
+    """Let a client want it to go on."""
+    message = PauseRequest(vmid=vm.vmid, paused=False)
+    parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
+
+
+def goes_on(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
+    """Let its process say that it runs."""
+    parent.life.on_running(VmRunning(vmid=vm.vmid, pid=99, paused=paused), Envelope(UNUSED, 0, 0, {}))
 
 
 # --- sending ---------------------------------------------------------------------------------------------------------
@@ -268,7 +280,7 @@ def test_only_what_runs_or_is_paused_is_sent(parent: AnyParent, stream: Callable
     running(parent, state)
     given = stream()
     with pytest.raises(OperatorError, match="vm a is"):
-        transfers.serve_send(parent, SendRequest(name="a"), ROOT, envelope(given))
+        parent.transfers.serve_send(SendRequest(name="a"), ROOT, envelope(given))
     assert parent.vmm.sent == []
     os.close(given)  # which the caller does with what nobody took
 
@@ -278,7 +290,7 @@ def test_sending_is_for_root(parent: AnyParent, stream: Callable[[], int]) -> No
     running(parent)
     given = stream()
     with pytest.raises(OperatorError) as refused:
-        transfers.serve_send(parent, SendRequest(name="a"), USER, envelope(given))
+        parent.transfers.serve_send(SendRequest(name="a"), USER, envelope(given))
     assert refused.value.code == errno.EPERM
     os.close(given)
 
@@ -287,10 +299,10 @@ def test_client_that_leaves_cancels(parent: AnyParent, stream: Callable[[], int]
     """Half a stream is of no use; another client's going changes nothing."""
     running(parent)
     vm = send(parent, stream)
-    leave(parent, vm, OTHER)
+    leave(parent, OTHER)
     assert parent.vmm.sent == []
 
-    leave(parent, vm, CLIENT)
+    leave(parent, CLIENT)
 
     assert parent.vmm.sent == [CancelTransfer(vmid=vm.vmid)]
 
@@ -312,13 +324,13 @@ def test_progress_goes_to_who_waits(parent: AnyParent, stream: Callable[[], int]
     vm = send(parent, stream)
     message = TransferProgress(done_bytes=1, total_bytes=2)
     cover = Envelope(message, vm.vmid, 0, {})
-    transfers.on_progress(parent, message, cover, cast("Any", None))
+    parent.transfers.on_progress(message, cover)
     assert parent.answers == [(CLIENT, message)]
 
     done(parent, vm)
     parent.answers.clear()
-    transfers.on_progress(parent, message, cover, cast("Any", None))
-    transfers.on_progress(parent, message, Envelope(message, 99, 0, {}), cast("Any", None))
+    parent.transfers.on_progress(message, cover)
+    parent.transfers.on_progress(message, Envelope(message, 99, 0, {}))
     assert parent.answers == []
 
 
@@ -327,7 +339,7 @@ def test_progress_goes_to_who_waits(parent: AnyParent, stream: Callable[[], int]
 
 def receive(parent: AnyParent, stream: Callable[[], int], name: str = "b", *, paused: bool = False) -> Vm:
     """Begin to receive a VM."""
-    transfers.serve_receive(parent, ReceiveRequest(name=name, paused=paused), ROOT, envelope(stream()))
+    parent.transfers.serve_receive(ReceiveRequest(name=name, paused=paused), ROOT, envelope(stream()))
     vm: Vm = parent.vms.get(0, name)
     assert parent.vmm.sent == [ReceiveVm(vmid=vm.vmid, name=name, verbosity=0)]
     assert vm.state is State.RECEIVING
@@ -339,12 +351,12 @@ def header(parent: AnyParent, vm: Vm, *, one_shot: bool = False, **changes: obje
     """Let the process say what it reads."""
     config = VmConfig(name="sent", memory_bytes=128 << 20, vcpus=2, disks=DISKS).replace(**changes)
     message = ReceivedHeader(vmid=vm.vmid, config=config, one_shot=one_shot)
-    transfers.on_received_header(parent, message, cast("Any", 0), cast("Any", 0))
+    parent.transfers.on_received_header(message, UNUSED)
 
 
 def complete(parent: AnyParent, vm: Vm) -> None:
     """Let the process have read all."""
-    transfers.on_received_machine(parent, ReceivedMachine(vmid=vm.vmid), cast("Any", None), cast("Any", None))
+    parent.transfers.on_received_machine(ReceivedMachine(vmid=vm.vmid), UNUSED)
 
 
 def last_failure(parent: AnyParent) -> Failed:
@@ -369,7 +381,7 @@ def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) ->
     assert (resumed.config.name, resumed.config.owner, resumed.config.vcpus) == ("b", Owner(), 2)
     assert disks.opened == 2
     assert vm.notes == ("disk a: is odd",)
-    transfers.on_received_running(parent, vm, 99, paused=False)
+    goes_on(parent, vm, paused=False)
 
     assert (vm.state, vm.pid) == (State.RUNNING, 99)
     assert vm.running_config == resumed.config
@@ -386,7 +398,7 @@ def test_received_and_paused(parent: AnyParent, stream: Callable[[], int], disks
     header(parent, vm)
     complete(parent, vm)
     assert parent.vmm.sent[-1].paused
-    transfers.on_received_running(parent, vm, 99, paused=True)
+    goes_on(parent, vm, paused=True)
     assert vm.state is State.PAUSED
     assert vm.receiving is None
     vm.drop_pty()
@@ -412,7 +424,7 @@ def test_not_into_one_that_lives(parent: AnyParent, stream: Callable[[], int], s
     """Nor twice."""
     running(parent, state)
     with pytest.raises(OperatorError, match=f"vm a exists, and is {state.value}"):
-        transfers.serve_receive(parent, ReceiveRequest(name="a"), ROOT, envelope(stream()))
+        parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, envelope(stream()))
     assert parent.vmm.sent == []
 
 
@@ -427,7 +439,7 @@ def test_refused_before_it_begins(
     parent.core.ending = ending
     cover = envelope(stream())
     with pytest.raises(VmdError, match=what):
-        transfers.serve_receive(parent, ReceiveRequest(name=name), caller, cover)
+        parent.transfers.serve_receive(ReceiveRequest(name=name), caller, cover)
     for fd in cover.untaken():
         os.close(fd)
     assert [vm.name for vm in parent.vms] == ["a"]
@@ -477,7 +489,7 @@ def test_without_a_console(parent: AnyParent, stream: Callable[[], int], monkeyp
 
     monkeypatch.setattr(vmtable, "Pty", no_room)
     with pytest.raises(HostError, match="open a pty"):
-        transfers.serve_receive(parent, ReceiveRequest(name="a"), ROOT, envelope(stream()))
+        parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, envelope(stream()))
 
     vm = parent.vms.get(0, "a")
     assert (vm.state, vm.receiving) == (State.STOPPED, None)
@@ -532,17 +544,15 @@ def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> No
     """In vain, and then not; each time whoever asked is told."""
     for _ in range(2):
         parent.answers.clear()
-        parent.clients.wait(CLIENT, For.PAUSE, waiting.vmid)
-        assert transfers.unpause(parent, waiting)
+        unpause(parent, waiting)
         assert "stays paused" in last_failure(parent).text
         assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid)) == (State.PAUSED, [])
 
     disks.trouble.clear()
-    parent.clients.wait(CLIENT, For.PAUSE, waiting.vmid)
-    assert transfers.unpause(parent, waiting)
+    unpause(parent, waiting)
     assert isinstance(parent.vmm.sent[-1], ResumeReceived)
     parent.answers.clear()
-    transfers.on_received_running(parent, waiting, 99, paused=False)
+    goes_on(parent, waiting, paused=False)
 
     assert parent.answers == [(CLIENT, VmPaused(vmid=waiting.vmid, name="b", paused=False))]
     assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid), waiting.text) == (State.RUNNING, [], "")
@@ -552,7 +562,7 @@ def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm, stream: C
     """It has no machine yet."""
     given = stream()
     with pytest.raises(OperatorError, match="vm b still waits for its disks: disk /disk is in use"):
-        transfers.serve_send(parent, SendRequest(name="b"), ROOT, envelope(given))
+        parent.transfers.serve_send(SendRequest(name="b"), ROOT, envelope(given))
     os.close(given)
 
 
@@ -573,8 +583,8 @@ def test_interfaces_that_cannot_be_had(
     assert (vm.state, vm.text) == (State.PAUSED, "tap7 is in use")
     assert last_failure(parent).code == errno.EADDRINUSE
     assert "stays paused: tap7 is in use" in last_failure(parent).text
-    parent.network = Network(parent)
-    assert transfers.unpause(parent, vm)
+    parent.network.trouble, parent.network.later = None, False
+    unpause(parent, vm)
     assert isinstance(parent.vmm.sent[-1], ResumeReceived)
     vm.drop_pty()
 
@@ -584,7 +594,7 @@ def test_client_that_leaves_too_early(parent: AnyParent, stream: Callable[[], in
     vm = receive(parent, stream)
     header(parent, vm)
 
-    leave(parent, vm, CLIENT)
+    leave(parent, CLIENT)
 
     assert parent.vmm.sent[-1] == StopVm(vmid=vm.vmid, mode=StopMode.KILL)
     assert vm.receiving is not None
@@ -599,7 +609,7 @@ def test_client_that_leaves_too_late(parent: AnyParent, stream: Callable[[], int
     header(parent, vm)
     complete(parent, vm)
 
-    leave(parent, vm, CLIENT)
+    leave(parent, CLIENT)
 
     assert not any(isinstance(message, StopVm) for message in parent.vmm.sent)
     disks.trouble.clear()
@@ -615,11 +625,11 @@ def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: 
     vm.begin_stop(force=False)
     disks.trouble = [OperatorError(errno.ENOENT, "disk /disk: No such file or directory")]
     complete(parent, vm)
-    transfers.stay_paused(parent, vm, errno.EIO, "no interfaces")
+    parent.transfers.stay_paused(vm, errno.EIO, "no interfaces")
     assert vm.state is State.STOPPING
     assert parent.answers == []
 
-    transfers.on_received_running(parent, vm, 99, paused=False)
+    goes_on(parent, vm, paused=False)
 
     assert vm.state is State.STOPPING
     vm.drop_pty()

@@ -1,0 +1,142 @@
+"""The configuration in force: read at the start, read anew, added to, and thrown away (*cat. 2.8*)."""
+
+from collections.abc import Callable
+
+from vmd.config.check import ConfigErrors
+from vmd.config.model import Config, VmConfig
+from vmd.errors import VmdError
+from vmd.ipc.messages import Caller, LoadRequest, LogRequest, Ok, ReloadRequest, ResetRequest, SetVerbosity
+from vmd.log import log
+from vmd.parent import instances, reload, service
+from vmd.parent.access import require_root
+from vmd.parent.clients import For
+from vmd.parent.report import brief_notes, log_errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.imsg import Envelope
+    from vmd.parent.core import Core
+    from vmd.parent.life import Life
+    from vmd.parent.network import Network
+
+    # (path, what is known, whom to warn) -> the file as a configuration; None is the main file, read for itself
+    Load = Callable[[str | None, Config | None, Callable[[str], None]], Config]
+
+
+class Configuration:
+    """The room of vm.conf."""
+
+    def __init__(self, core: "Core", life: "Life", network: "Network", load: "Load", socket_path: str) -> None:
+        self.core = core
+        self.life = life
+        self.network = network
+        self.load_config = load
+        self.socket_path = socket_path
+        self.register(core.config)
+
+    # --- requests ----------------------------------------------------------------------------------------
+
+    def serve_load(self, message: LoadRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Read a further file; VMs it names again are left as they are."""
+        require_root(caller, "load a configuration")
+        loaded, notes = self.load(message.path, self.core.config)
+        config = loaded.replace(switches=(*self.core.config.switches, *loaded.switches))
+        notes += self.network.configure(config)
+        notes += self.register(config)
+        self.take_effect(config)
+        self.core.clients.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
+
+    def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Read the main file anew."""
+        require_root(caller, "reload the configuration")
+        self.core.clients.answer(envelope.peerid, Ok(notes=brief_notes(self.reload())))
+
+    def serve_reset(self, message: ResetRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Terminate and forget VMs, forget switches."""
+        require_root(caller, "reset the configuration")
+        if message.switches:
+            self.core.config = self.core.config.replace(switches=())
+            self.network.configure(self.core.config)
+        if message.vms:
+            self.reset_vms()
+        if any(vm.doomed for vm in self.core.vms):
+            self.core.clients.wait(envelope.peerid, For.RESET)  # a reload that follows finds all of them gone
+        else:
+            self.core.clients.answer(envelope.peerid, Ok())
+
+    def serve_log(self, message: LogRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Change the verbosity of every process, now and for those to come."""
+        require_root(caller, "change the log level")
+        self.core.verbosity = log.verbosity = max(0, min(2, message.verbosity))
+        self.core.peers.send_all(SetVerbosity(verbosity=self.core.verbosity))
+        self.core.clients.answer(envelope.peerid, Ok())
+
+    def on_hangup(self) -> None:
+        """SIGHUP reloads."""
+        try:
+            self.reload()
+        except ConfigErrors as errors:
+            log_errors(errors)
+        except VmdError as error:
+            log.error(f"configuration not reloaded: {error}")
+
+    # --- what they do ------------------------------------------------------------------------------------
+
+    def register(self, config: Config) -> list[str]:
+        """Add the VMs of a configuration; names already known are left alone (*cat. 2.5*).
+
+        Returns what is worth telling the operator.
+        """
+        vms, problems = self.resolved(config)
+        for note in reload.register(self.core.vms, vms):
+            log.debug(note)
+        return problems
+
+    def resolved(self, config: Config) -> tuple[list[VmConfig], list[str]]:
+        """Return the VMs of a configuration with what instances inherit, and why some cannot be."""
+        vms, problems = instances.resolve(config.vms, self.core.vms.template)
+        for problem in problems:
+            log.error(problem)
+        return vms, problems
+
+    def reload(self) -> list[str]:
+        """Read the main file anew; a file that does not parse changes nothing.
+
+        Returns what is worth telling the operator.  Raises ConfigErrors.
+        """
+        config, warnings = self.load(None, None)
+        warnings += self.network.configure(config)
+        vms, problems = self.resolved(config)
+        notes = reload.replace_all(self.core.vms, vms)
+        self.take_effect(config)
+        for note in notes:
+            log.info(note)
+        return warnings + problems + notes
+
+    def load(self, path: str | None, known: Config | None) -> tuple[Config, list[str]]:
+        """Return what a file says, and what is odd about it, which is logged, too.  Raises ConfigErrors."""
+        warnings: list[str] = []
+
+        def warn(text: str) -> None:
+            log.warn(text)
+            warnings.append(text)
+
+        return self.load_config(path, known, warn), warnings
+
+    def take_effect(self, config: Config) -> None:
+        """Let the global settings of a configuration count, and start what waits."""
+        self.core.config = config
+        service.own_socket(self.socket_path, config.settings.socket_owner)
+        self.life.start_batch_in_time()
+
+    def reset_vms(self) -> None:
+        """Forget every VM, as soon as it has ended where it runs."""
+        for vm in self.core.vms:
+            vm.from_config, vm.next_config, vm.successor = False, None, None
+            vm.doomed = vm.alive
+        for vm in list(self.core.vms):
+            if vm.doomed:
+                self.life.kill(vm)
+            else:
+                self.core.vms.remove(vm)
+        self.core.vms.forget_ids()

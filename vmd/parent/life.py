@@ -1,0 +1,422 @@
+"""The lives of VMs: how they start, run, stop and end, and how those of vm.conf start a few at a time.
+
+A VM that is received begins in `transfers`, and goes on here.
+"""
+
+import errno
+import os
+import time
+
+from vmd.errors import HostError, InUse, OperatorError, VmdError
+from vmd.ipc.messages import (
+    VMD_PARENT_INVALID,
+    Caller,
+    Failed,
+    Ok,
+    Outcome,
+    Proc,
+    StartRequest,
+    StartVm,
+    StopAccepted,
+    StopMode,
+    StopRequest,
+    StopVm,
+    VmExited,
+    VmFailed,
+    VmPaused,
+    VmReceived,
+    VmRunning,
+    VmStarted,
+    VmTerminated,
+    WaitRequest,
+    brief,
+)
+from vmd.log import log
+from vmd.parent import endings, instances, reload, service
+from vmd.parent.access import may_control, not_allowed, require_readable, require_root
+from vmd.parent.clients import For
+from vmd.parent.limits import require_files, require_room
+from vmd.parent.media import Media, replaced
+from vmd.parent.report import brief_notes
+from vmd.parent.requests import checked_request, described, one_shot_config, require_startable
+from vmd.parent.resources import open_boot_files
+from vmd.parent.usage import is_memory
+from vmd.parent.vmtable import State, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.config.model import VmConfig
+    from vmd.ipc.imsg import Envelope
+    from vmd.ipc.loop import Timer
+    from vmd.parent.consoles import Consoles
+    from vmd.parent.core import Core
+    from vmd.parent.network import Network
+
+STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
+LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
+
+
+class Life:
+    """The room of starts and ends."""
+
+    def __init__(self, core: "Core", consoles: "Consoles", network: "Network") -> None:
+        self.core = core
+        self.vms = core.vms
+        self.clients = core.clients
+        self.consoles = consoles
+        self.network = network
+        self.batch_timer: Timer | None = None
+
+    # --- starting ----------------------------------------------------------------------------------------
+
+    def serve_start(self, message: StartRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Start a VM that is known, or register the one described and start that."""
+        if self.core.ending:
+            raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+        boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
+        try:
+            if message.template or message.config is not None:
+                vm = self._described(message, caller, boot, initrd)
+            else:
+                vm = self.vms.get(message.vmid, message.name)
+                if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
+                    raise not_allowed(caller, f"start vm {vm.name}", vm.config.owner.uid, vm.config.owner.gid)
+                vm.require_startable()
+                for fd in (boot, initrd):
+                    if fd is not None:
+                        require_readable(fd, "boot image", caller)
+        except BaseException:
+            for fd in (boot, initrd):
+                if fd is not None:
+                    os.close(fd)
+            raise
+        config = one_shot_config(vm.config, message)
+        try:
+            self.start(vm, uid=caller.uid, config=config, given_boot=boot, given_initrd=initrd)
+        except (VmdError, ValueError, OverflowError):
+            if not vm.from_config:
+                self.vms.remove(vm)
+            raise
+        vm.restarts.started_by_user()
+        self.clients.wait(envelope.peerid, For.START, vm.vmid)
+
+    def _described(self, message: StartRequest, caller: Caller, boot: int | None, initrd: int | None) -> Vm:
+        """Register the VM that a client describes.  Raises OperatorError, HostError."""
+        wanted = described(message, given_boot=boot is not None, given_initrd=initrd is not None)
+        if message.template:
+            wanted = self._instance(message.template, wanted, caller)
+        else:
+            require_root(caller, "start a VM that vm.conf does not describe")
+            wanted = checked_request(wanted, bootable=boot is not None)
+        vm = self.vms.add(wanted, from_config=False)
+        try:
+            vm.keep_files(boot, initrd)
+        except HostError:
+            self.vms.remove(vm)
+            raise
+        return vm
+
+    def _instance(self, name: str, wanted: "VmConfig", caller: Caller) -> "VmConfig":
+        """Return what an instance of a template is, of which a client has described some.  Raises OperatorError."""
+        template = self.vms.template(name)
+        if template is None:
+            raise OperatorError(VMD_PARENT_INVALID, f"vm {wanted.name}: template {name} not found")
+        if self.vms.find(0, wanted.name) is not None:
+            raise OperatorError(errno.EEXIST, f"vm {wanted.name} already exists")
+        config = instances.derive(template, wanted, caller)
+        if caller.uid:
+            instances.require_free(self.vms, wanted)
+        return checked_request(config, bootable=bool(config.kernel)).replace(parent=template.name)
+
+    def start(
+        self,
+        vm: Vm,
+        *,
+        uid: int,
+        config: "VmConfig | None" = None,
+        given_boot: int | None = None,
+        given_initrd: int | None = None,
+        again: bool = False,
+    ) -> None:
+        """Open what the VM needs and have vmm start it, `again` after a reset.  Owns the given descriptors.
+
+        `config` differs from the VM's own for a one-shot boot.  Raises OperatorError or HostError; the VM is
+        then as it was.
+        """
+        config = config or vm.config
+        once = vm.from_config and (config != vm.config or given_boot is not None or given_initrd is not None)
+        files = open_boot_files(config, given_boot, given_initrd)
+        media = Media()
+        try:
+            require_startable(config, bootable=given_boot is not None or again)
+            self.require_room(vm, config, again=again)
+            try:
+                media = Media.open(config, self.core.prober, patience_s=vm.patience_s())
+            except InUse as error:
+                raise self.vms.holder(error, vm) from None
+            fresh_console, began = vm.open_console(), False
+            assert vm.pty is not None
+            try:
+                vm.pty.give_to(uid, vm.config.owner.gid)
+                vm.begin_start(again=again)
+                began = True
+                if not again:  # its guest has changed nothing of what these say
+                    self.note(vm, config, media.notes + self.network.notes(config))
+                files_now = media.files()
+                for what in replaced(vm.files, files_now) if again else ():
+                    log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
+                vm.files = files_now
+                console = vm.console_fds()
+                message = StartVm(
+                    vmid=vm.vmid,
+                    config=config,
+                    boot_name=files.boot_name,
+                    verbosity=self.core.verbosity,
+                    disks=media.describe(),
+                )
+                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), **console}
+                fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
+                self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
+            except (VmdError, ValueError, OverflowError) as error:
+                if began:
+                    vm.ended(brief(str(error)))
+                if fresh_console:
+                    vm.drop_pty()
+                raise
+        finally:
+            files.close()
+            media.close()
+        vm.uid = uid
+        vm.once_because = endings.ONCE.get(config.boot_device, endings.ONLY_THAT_START if once else "")
+
+    def require_room(self, vm: Vm, config: "VmConfig", *, again: bool = False) -> None:
+        """Raise OperatorError if this host cannot, or may not, run such a VM; one that runs stays within the limits."""
+        require_files()
+        if again:
+            return
+        others = (other.running_config or other.config for other in self.vms if other.alive and other is not vm)
+        require_room(config, others, self.core.config.settings)
+
+    def note(self, vm: Vm, config: "VmConfig", notes: list[str]) -> None:
+        """Log what should be known of a start, and keep it for the clients that wait for that start."""
+        vm.notes = brief_notes(notes)
+        where = f"{config.origin}: " if config.origin else ""
+        for note in vm.notes:
+            log.warn(f"{where}vm {vm.name}: {note}")
+
+    def start_failed(self, vm: Vm, code: int, text: str) -> None:
+        """A VM could not get its interfaces: it ends, as if vmm had said that it did."""
+        vm.code = code
+        log.error(f"vm {vm.name}: {text}")
+        self.is_gone(vm, brief(text))
+
+    def start_batch(self) -> None:
+        """Start as many waiting VMs as one round allows, and come back for the rest (*cat. 2.9*)."""
+        if not self.core.serving:
+            return  # with that it begins
+        if self.batch_timer is not None:
+            self.batch_timer.cancel()
+            self.batch_timer = None
+        settings = self.core.config.settings
+        room = settings.start_parallel or os.cpu_count() or 1
+        for vm in self.vms:
+            if vm.state is not State.WAITING or self.core.ending:
+                continue
+            if room == 0:
+                self.batch_timer = self.core.loop.call_later(settings.start_delay_s, self.start_batch)
+                return
+            room -= 1
+            try:
+                self.start(vm, uid=vm.config.owner.uid)
+            except VmdError as error:
+                vm.leave_queue(str(error).removeprefix(f"vm {vm.name}: "))
+                log.error(f"vm {vm.name}: {vm.text}")
+
+    def start_batch_in_time(self) -> None:
+        """Start what waits by a configuration that is new.
+
+        Unlike vmd, a reload does not start a batch before its time: the host is as busy as it was.
+        """
+        waited = self.batch_timer
+        if waited is None or waited.callback is None:
+            self.start_batch()
+            return
+        waited.cancel()
+        left_s = min(self.core.config.settings.start_delay_s, max(0.0, waited.due_s - time.monotonic()))
+        self.batch_timer = self.core.loop.call_later(left_s, self.start_batch)
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    def on_running(self, message: VmRunning, envelope: "Envelope") -> None:
+        """The guest executes; that of a VM that was received goes on, or stands still as was asked for."""
+        vm = self.vms.alive(message.vmid)
+        memory = envelope.take_fd("memory")
+        if memory is not None and is_memory(memory):
+            vm.take_memory(memory)
+        elif memory is not None:
+            os.close(memory)
+            log.warn(f"vm {vm.name}: its process does not show how much memory it uses")
+        assert vm.pty is not None
+        tty, pid, paused = vm.pty.path, message.pid, message.paused
+        if vm.receiving is None:
+            vm.begin_run(pid)
+            log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {tty}")
+            started = VmStarted(vmid=vm.vmid, name=vm.name, pid=pid, tty=tty, notes=vm.notes)
+            self.clients.answer_all(For.START, vm.vmid, started)
+            return
+        config = vm.end_receive(pid, paused=paused)
+        if config is not None:
+            self.vms.adopt(vm, config, self.core.config.settings.local_prefix)
+        log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {tty}")
+        received = VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=tty, paused=paused)
+        self.clients.answer_all(For.TRANSFER, vm.vmid, received)
+        self.clients.answer_all(For.PAUSE, vm.vmid, VmPaused(vmid=vm.vmid, name=vm.name, paused=paused))
+
+    # --- stopping ----------------------------------------------------------------------------------------
+
+    def serve_stop(self, message: StopRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Ask the guest to shut down, or kill the VM."""
+        vm = self.vms.get(message.vmid, message.name)
+        vm.require_control(caller, "stop")
+        if vm.state is State.WAITING:
+            vm.leave_queue()
+            text = "was waiting for its start"
+            self.clients.answer(envelope.peerid, VmTerminated(vmid=vm.vmid, name=vm.name, text=text))
+            return
+        vm.begin_stop(force=message.force)
+        if not message.wait:
+            self.clients.answer(envelope.peerid, StopAccepted(vmid=vm.vmid, name=vm.name))
+        elif not self.clients.waits(envelope.peerid, For.END, vm.vmid):
+            self.clients.wait(envelope.peerid, For.END, vm.vmid)
+        self.stop_process(vm, StopMode.KILL if message.force else StopMode.GRACEFUL)
+
+    def serve_wait(self, message: WaitRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Answer when the VM is gone."""
+        vm = self.vms.get(message.vmid, message.name)
+        vm.require_control(caller, "wait for")
+        if not vm.alive:
+            raise OperatorError(errno.EINVAL, f"vm {vm.name} is not running")
+        if self.clients.waits(envelope.peerid, For.END, vm.vmid):
+            raise OperatorError(errno.EALREADY, f"vm {vm.name} is already waited for")
+        self.clients.wait(envelope.peerid, For.END, vm.vmid)
+
+    def stop_process(self, vm: Vm, mode: StopMode) -> None:
+        """Stop a VM.  One that still waits for its interfaces has no process yet; giving up the wait ends it."""
+        if self.network.give_up(vm) and vm.receiving is None:
+            self.is_gone(vm, "stopped before its guest began", endings.KILLED)
+        else:
+            self.core.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
+
+    def kill(self, vm: Vm) -> None:
+        """Stop a VM without asking its guest."""
+        vm.begin_stop(force=True)
+        self.stop_process(vm, StopMode.KILL)
+
+    def stop_all(self) -> None:
+        """Stop all VMs, for the daemon ends: guests are asked to shut down; the second time, or after 120 s, killed."""
+        alive = [vm for vm in self.vms if vm.alive]
+        mode = StopMode.KILL if self.core.ending else StopMode.GRACEFUL
+        if alive and not self.core.ending:
+            log.info(f"stopping {len(alive)} VMs, {STOP_GRACE_S:.0f} s at most")
+            service.notify("STOPPING=1")
+            self.core.loop.call_later(STOP_GRACE_S, self.stop_all)
+        self.core.ending = True
+        for vm in alive:
+            vm.begin_stop(force=True)
+            self.stop_process(vm, mode)
+        self.end_if_over()
+
+    # --- ending ------------------------------------------------------------------------------------------
+
+    def on_failed(self, message: VmFailed, _envelope: "Envelope") -> None:
+        """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""
+        vm = self.vms.alive(message.vmid)
+        vm.text, vm.code = brief(message.text), message.code
+        log.error(f"vm {vm.name}: {message.text}")
+
+    def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
+        """The VM process is gone: start it again after a guest reset, else forget what it held."""
+        vm = self.vms.alive(message.vmid)
+        text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
+        asked = vm.state is State.STOPPING
+        how = endings.how_it_ended(message.outcome, asked=asked, sent=vm.sent is not None)
+        if vm.receiving is not None and vm.receiving.failure:
+            how = endings.FAILED
+        elif how == endings.STOPPED and message.outcome is Outcome.REBOOT:
+            text = endings.AS_ASKED
+        elif how == endings.REBOOTED and vm.receiving is None:
+            if vm.once_because:
+                text = endings.not_again(vm.once_because)
+            elif not vm.restarts.may_restart():
+                text = "restarted too quickly"
+                log.error(f"vm {vm.vmid} {text}")
+            else:
+                why = self._start_again(vm)
+                if not why:
+                    return
+                how, text = endings.FAILED, why
+        self.network.give_up(vm)  # it was being received, and waited for its interfaces
+        self.network.release(vm.vmid)
+        self.is_gone(vm, text, how)
+
+    def _start_again(self, vm: Vm) -> str:
+        """Start a VM whose guest has reset itself; return why it cannot be, or nothing."""
+        uid = vm.uid
+        vm.begin_reset()
+        log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
+        try:
+            boot, initrd = vm.kept_files()
+            self.start(vm, uid=uid, config=vm.running_config, given_boot=boot, given_initrd=initrd, again=True)
+        except VmdError as error:
+            vm.uid = uid  # whose console it still is
+            log.error(f"vm {vm.name}: cannot reboot: {error}")
+            return f"cannot reboot: {error}"
+        vm.once_because = ""
+        vm.guest_resets += 1
+        self.network.answer_counted(vm.vmid)
+        self._answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
+        return ""
+
+    def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED) -> None:
+        """Forget what a VM held, and tell those who wait for it."""
+        log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
+        terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)
+        self.clients.answer_all(For.END, vm.vmid, terminated)
+        self.network.answer_counted(vm.vmid)
+        self.consoles.on_ended(vm)
+        vm.ended(text, how)
+        vm.drop_files()  # a life that begins from the configuration boots what that names
+        if not vm.from_config:
+            self.vms.remove(vm)
+        if vm.doomed:
+            self._reset_done(vm)
+        # Last, so that a client that tries again at once finds everything free.
+        self._answer_overtaken(vm, vm.code, text or "has ended meanwhile")
+        text = f"vm {vm.name}: {text or 'ended while it was starting'}"
+        self.clients.answer_all(For.START, vm.vmid, Failed(code=vm.code, text=text))
+        self.end_if_over()
+
+    def _answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
+        """Answer who wanted something of a VM process that has ended instead of doing it."""
+        name = f"vm {vm.name}: "  # which some sentences have already
+        failed = Failed(code=code, text=brief(name + text.removeprefix(name)))
+        self.clients.answer_all(For.PAUSE, vm.vmid, failed)
+        self.clients.answer_all(For.TRANSFER, vm.vmid, vm.drop_transfer() or failed)
+
+    def _reset_done(self, vm: Vm) -> None:
+        """A VM killed by `vmctl reset` has ended: start its successor, if any.
+
+        After the last one, answer the resets and number from 1 again.
+        """
+        if not any(other.doomed for other in self.vms):
+            self.vms.forget_ids()
+            self.clients.answer_all(For.RESET, 0, Ok())
+        if vm.successor is not None:
+            reload.register(self.vms, [vm.successor])
+            if self.batch_timer is None:
+                self.start_batch()
+
+    def end_if_over(self) -> None:
+        """End with the last VM, when its viewer has seen how it ended or does not look."""
+        if self.core.ending and not any(vm.alive for vm in self.vms):
+            self.consoles.when_left(self.core.loop.stop, LAST_OUTPUT_S)
