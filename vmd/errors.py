@@ -112,3 +112,9 @@ def sentence(error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error)
     return error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+
+
+def number(error: Exception) -> int:
+    """Return the code of a failure for those who are told of it: an errno, or one of *cat. 1.10*."""
+    found: int | None = getattr(error, "code", None) or getattr(error, "errno", None)
+    return found or (errno.EIO if isinstance(error, OSError) else errno.EINVAL)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from vmd.parent.consoles import Consoles
     from vmd.parent.core import Core
     from vmd.parent.network import Network
+    from vmd.parent.status import Status
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
@@ -59,12 +60,13 @@ LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
 class Life:
     """The room of starts and ends."""
 
-    def __init__(self, core: "Core", consoles: "Consoles", network: "Network") -> None:
+    def __init__(self, core: "Core", consoles: "Consoles", network: "Network", status: "Status") -> None:
         self.core = core
         self.vms = core.vms
         self.clients = core.clients
         self.consoles = consoles
         self.network = network
+        self.status = status
         self.batch_timer: Timer | None = None
 
     # --- starting ----------------------------------------------------------------------------------------
@@ -373,7 +375,7 @@ class Life:
             return f"cannot reboot: {error}"
         vm.once_because = ""
         vm.guest_resets += 1
-        self.network.answer_counted(vm.vmid)
+        self.status.answer_devices(vm.vmid)
         self._answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
         return ""
 
@@ -382,7 +384,7 @@ class Life:
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)
         self.clients.answer_all(For.END, vm.vmid, terminated)
-        self.network.answer_counted(vm.vmid)
+        self.status.answer_devices(vm.vmid)
         self.consoles.on_ended(vm)
         vm.ended(text, how)
         vm.drop_files()  # a life that begins from the configuration boots what that names

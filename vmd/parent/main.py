@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config
-from vmd.errors import HostError, OperatorError, PeerError, sentence
+from vmd.errors import HostError, OperatorError, PeerError, number, sentence
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
@@ -124,12 +124,11 @@ class Parent(Process):
             core.vms.identities.on_change = self.save_soon
         self.consoles = Consoles(core)
         self.network = Network(core, self.consoles.repeat_snapshots)
-        self.life = Life(core, self.consoles, self.network)
+        status = Status(core, self.network)
+        self.life = Life(core, self.consoles, self.network, status)
         self.transfers = Transfers(core, self.life, self.network)
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
-        rooms = (
-            self.consoles, self.network, self.life, self.transfers, self.configuration, Status(core, self.network)
-        )  # fmt: skip
+        rooms = (self.consoles, self.network, status, self.life, self.transfers, self.configuration)
         self.rooms: dict[type, Any] = {type(room): room for room in rooms}
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
@@ -233,19 +232,14 @@ class Parent(Process):
                 raise OperatorError(errno.EINVAL, f"vm name too long: {message.name[:NAME_MAX]}...")
             room, serve = SERVES[type(message)]
             serve(self.rooms[room], message, message.caller, envelope)
-        except OperatorError as error:
-            clients.fail(client, error.code, str(error))
-        except HostError as error:
-            clients.fail(client, error.errno, str(error))
         except ConfigErrors as errors:
             log_errors(errors)
             clients.answer(client, Failed(code=errno.EINVAL, text=brief_errors(errors)))
-        except (ValueError, OverflowError) as error:  # a path with a NUL, an id beyond 32 bits; from root only
-            clients.fail(client, errno.EINVAL, str(error))
-        except OSError as error:  # the host has run out of something, and this client has to hear of it
-            what = sentence(error)
-            log.error(f"{type(message).__name__}: {what}")
-            clients.fail(client, error.errno or errno.EIO, what)
+        except (OperatorError, HostError, ValueError, OverflowError, OSError) as error:
+            # A path with a NUL and an id beyond 32 bits are ValueErrors; from root only.
+            if isinstance(error, OSError):  # the host has run out of something
+                log.error(f"{type(message).__name__}: {sentence(error)}")
+            clients.fail(client, number(error), sentence(error))
 
     def on_client_gone(self, _message: ClientGone, envelope: Envelope, _channel: Channel) -> None:
         """A client has disconnected: nothing waits for it any more, and its console is free."""
@@ -264,11 +258,11 @@ class Parent(Process):
         (Proc.VMM, TransferProgress): on(Transfers, Transfers.on_progress),
         (Proc.VMM, ReceivedHeader): on(Transfers, Transfers.on_received_header),
         (Proc.VMM, ReceivedMachine): on(Transfers, Transfers.on_received_machine),
-        (Proc.VMM, DevicesReported): on(Network, Network.on_reported),
+        (Proc.VMM, DevicesReported): on(Status, Status.on_reported),
         (Proc.VMM, AskResolvers): on(Network, Network.on_ask_resolvers),
         (Proc.VMM, ConsoleSnapshotEnd): on(Consoles, Consoles.on_snapshot_end),
         (Proc.PRIV, NetworkConfigured): on_network_configured,
-        (Proc.PRIV, DropsReported): on(Network, Network.on_drops),
+        (Proc.PRIV, DropsReported): on(Status, Status.on_drops),
         (Proc.PRIV, NicsMade): on(Network, Network.on_made),
         (Proc.PRIV, NicsFailed): on(Network, Network.on_failed),
         (Proc.CONTROL, ClientGone): on_client_gone,
@@ -285,7 +279,7 @@ SERVES: Mapping[RecordType, tuple[type, Callable[..., None]]] = {
     ReceiveRequest: (Transfers, Transfers.serve_receive),
     ListRequest: (Status, Status.serve_list),
     SwitchesRequest: (Status, Status.serve_switches),
-    NicsRequest: (Network, Network.serve),
+    NicsRequest: (Status, Status.serve_nics),
     LoadRequest: (Configuration, Configuration.serve_load),
     ReloadRequest: (Configuration, Configuration.serve_reload),
     ResetRequest: (Configuration, Configuration.serve_reset),

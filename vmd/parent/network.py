@@ -6,34 +6,23 @@ outlive a reboot of the guest, with their names.
 """
 
 import errno
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterable
 
 from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
-from vmd.errors import HostError, OperatorError, PeerError
-from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
-    AskDevices,
-    AskDrops,
     AskResolvers,
-    Caller,
     ConfigureNetwork,
-    DevicesReported,
-    DropsReported,
-    End,
     MakeNics,
     NetworkConfigured,
-    NicCounters,
-    NicInfo,
     NicLink,
     NicMade,
     NicRequest,
     NicsFailed,
     NicsMade,
-    NicsRequest,
     Proc,
     RemoveNics,
     Resolvers,
@@ -41,28 +30,24 @@ from vmd.ipc.messages import (
     StartVm,
     SwitchRequest,
     Trouble,
-    TroubleInfo,
     brief,
 )
 from vmd.log import log
 from vmd.parent import nameservers
-from vmd.parent.addresses import Plan, random_ula, room
-from vmd.parent.clients import For
-from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping, prefix_warnings
+from vmd.parent.addresses import Plan
+from vmd.parent.hostroutes import host_routes, prefix_warnings
+from vmd.parent.plans import AUTOMATIC, Plans, Taps
 from vmd.parent.resources import copy_all
 from vmd.parent.vmtable import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from vmd.config.model import Prefix
     from vmd.parent.core import Core
-    from vmd.parent.hostroutes import HostRoute, IpNetwork
 
 COUNT_TIMEOUT_S = 5.0
 ALIAS_MAX = 255  # IFALIASZ
-AUTOMATIC = ("", "tap")  # any name will do
 LLADDR_BYTES = 6
 MTU_MAX = 0xFFFF  # what virtio has room for
 RESERVED_MAX = 512  # names that fit one message
@@ -96,37 +81,6 @@ class Launch:
                 os.close(fds.pop())
 
 
-class Counting:
-    """What was asked about a VM, and what has been answered so far: by its process, and by priv."""
-
-    def __init__(self) -> None:
-        self.asked = 0  # answers that are to come
-        self.nics: tuple[NicCounters, ...] = ()
-        self.troubles: tuple[Trouble, ...] = ()
-
-
-class Taps:
-    """The interfaces of a VM, from priv's answer to the end of the VM."""
-
-    def __init__(self, launch: Launch, links: tuple[NicLink, ...], fds: list[int]) -> None:
-        assert launch.plan is not None
-        self.nics = launch.message.config.nics
-        self.plan = launch.plan
-        self.lacking = launch.lacking  # what is wrong with an interface, by its number
-        self.since_s = int(time.time())
-        self.links = links
-        self.fds = fds
-
-    def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
-        """Return whether a guest that boots again goes on with these: a switch that was not there may be there now."""
-        return (self.nics, self.plan) == (nics, plan) and self.lacking.keys() <= lacking.keys()
-
-    def close(self) -> None:
-        """Let go of our descriptors."""
-        while self.fds:
-            os.close(self.fds.pop())
-
-
 class Network:
     """Interfaces and switches, as the parent knows them."""
 
@@ -137,8 +91,8 @@ class Network:
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
+        self.plans = Plans(core, self.taps)
         self.unresolved_s = 0  # since when guests cannot be told a name server, in seconds since 1970; 0: they can
-        self.counting: dict[int, Counting] = {}  # by vmid, of VMs that have been asked
 
     # --- the configuration -------------------------------------------------------------------------------
 
@@ -167,143 +121,6 @@ class Network:
         """Log what cannot be; a VM that needs it will be told the same."""
         for problem in message.problems:
             log.error(f"switch: {problem}")
-
-    def prefix6(self) -> "Prefix | None":
-        """Return the range of this host's local interfaces for IPv6, if they have that."""
-        settings = self.core.config.settings
-        if not settings.local_inet6:
-            return None
-        if settings.local_inet6_prefix is not None:
-            return settings.local_inet6_prefix
-        identities = self.core.vms.identities
-        if identities.ula is None:
-            identities.ula = random_ula()
-            identities.on_change()
-        return identities.ula
-
-    def plan_of(self, vm: Vm, config: VmConfig) -> Plan:
-        """Return what the addresses of a VM follow from: its own number, or what one that was sent had elsewhere.
-
-        Raises:
-            OperatorError: no number is free.
-        """
-        if config.plan_id and config.plan_prefix4 is not None:
-            return Plan(number=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
-        plan = Plan(number=0, prefix4=self.core.config.settings.local_prefix, prefix6=self.prefix6())
-        if any(nic.local for nic in config.nics):
-            plan = plan.replace(number=self.number(vm, config, plan))
-        return plan
-
-    def number(self, vm: Vm, config: VmConfig, plan: Plan) -> int:
-        """Return the number of a VM: what it had, or, if another VM that runs has its addresses, a free one.
-
-        Raises OperatorError if none is free.
-        """
-        identities = self.core.vms.identities
-        key = config.name, config.owner.uid
-        identity = identities.of(key)
-        if self.holds(vm, plan.replace(number=identity.number)):
-            return identity.number
-        # An interface in a routing domain has routes of its own.
-        routes = host_routes() if any(nic.local and not nic.rdomain for nic in config.nics) else []
-        for what, prefix in (("local prefix", plan.prefix4), ("local inet6 prefix", plan.prefix6)):
-            route = covering(prefix, routes)
-            if route is not None:
-                raise OperatorError(
-                    errno.EADDRINUSE,
-                    f"vm {config.name}: all addresses of `{what}` are in {route.network}, which this host reaches by "
-                    f"{route.interface}",
-                )
-
-        def free(number: int) -> bool:
-            candidate = plan.replace(number=number)
-            return not self.user_of(vm, config, candidate) and not self.route_to(config, candidate, routes)
-
-        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present())
-        if not chosen:
-            raise OperatorError(
-                errno.ERANGE,
-                f"vm {config.name}: no addresses are left for its local interfaces; see `local prefix` and "
-                "`local inet6 prefix`",
-            )
-        if identity.number and identity.number != chosen:
-            log.info(f"vm {config.name}: its local interfaces have other addresses than before, which are not free")
-        if identity.number != chosen:
-            identity.number = chosen
-            identities.on_change()
-        return chosen
-
-    def check(self, vm: Vm, config: VmConfig) -> None:
-        """Raise OperatorError if this VM's interfaces cannot be had here and now."""
-        plan = self.plan_of(vm, config)
-        if not self.holds(vm, plan):
-            self.check_addresses(vm, config, plan)
-        for nic in config.nics:
-            if nic.tap not in AUTOMATIC:
-                for vmid, taps in self.taps.items():
-                    if vmid != vm.vmid and any(link.name == nic.tap for link in taps.links):
-                        raise OperatorError(
-                            errno.EBUSY,
-                            f"vm {config.name}: interface {nic.tap} is in use by vm {self.name_of(vmid)}",
-                        )
-
-    def holds(self, vm: Vm, plan: Plan) -> bool:
-        """Return whether a VM has the addresses of a plan: its guest resets itself and keeps them."""
-        held = self.taps.get(vm.vmid)
-        return held is not None and held.plan == plan
-
-    def check_addresses(self, vm: Vm, config: VmConfig, plan: Plan) -> None:
-        """Raise OperatorError if addresses of local interfaces do not exist, or another VM or a network has them."""
-        try:
-            user = self.user_of(vm, config, plan)
-            taken = self.route_to(config, plan, host_routes())
-        except OperatorError as error:
-            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
-        if user is not None:
-            raise OperatorError(
-                errno.EADDRINUSE,
-                f"vm {config.name}: its local interfaces have addresses that vm {self.name_of(user[0])} has here, "
-                f"such as {user[1]}",
-            )
-        if taken is not None:
-            network, route = taken
-            raise OperatorError(
-                errno.EADDRINUSE,
-                f"vm {config.name}: its local interfaces have addresses out of {route.network}, which this host "
-                f"reaches by {route.interface}, such as {network}",
-            )
-
-    def route_to(
-        self, config: VmConfig, plan: Plan, routes: "Sequence[HostRoute]"
-    ) -> "tuple[IpNetwork, HostRoute] | None":
-        """Return which network of a VM's local interfaces the host reaches already, and how; None for none of them.
-
-        Raises OperatorError if the addresses do not exist.
-        """
-        for index, nic in enumerate(config.nics):
-            if not nic.local or nic.rdomain:
-                continue
-            networks = [network_of(plan.host4(index), 31)]
-            if plan.prefix6 is not None:
-                networks.append(network_of(plan.network6(index), 64))
-            for network in networks:
-                for route in overlapping(network, routes):
-                    return network, route
-        return None
-
-    def user_of(self, vm: Vm, config: VmConfig, plan: Plan) -> tuple[int, str] | None:
-        """Return which other VM has an address that this one would have, and which; None if there is none.
-
-        Raises OperatorError if the addresses do not exist.
-        """
-        indices = [index for index, nic in enumerate(config.nics) if nic.local]
-        wanted = {plan.host4(index) for index in indices} | {plan.network6(index) for index in indices} - {b""}
-        for vmid, taps in self.taps.items():
-            for link in taps.links if vmid != vm.vmid else ():
-                for address in (link.host4, link.prefix6):
-                    if address in wanted:
-                        return vmid, str(ipaddress.ip_address(address))
-        return None
 
     def switch_of(self, nic: NicConfig) -> SwitchConfig | None:
         """Return the switch of an interface, if it has one that is there.
@@ -334,11 +151,6 @@ class Network:
         for note in self.notes(config):
             raise OperatorError(errno.ENOENT, f"vm {config.name}: {note}")
 
-    def name_of(self, vmid: int) -> str:
-        """Return the name of a VM, for sentences."""
-        vm = self.core.vms.find(vmid, "")
-        return vm.name if vm else str(vmid)
-
     # --- starting ----------------------------------------------------------------------------------------
 
     def launch(
@@ -356,9 +168,9 @@ class Network:
         try:
             config = message.config
             if config.nics:
-                self.check(vm, config)
+                self.plans.check(vm, config)
             held = self.taps.get(vm.vmid)
-            plan = self.plan_of(vm, config)
+            plan = self.plans.plan_of(vm, config)
             launch.lacking = self.unconnected(config.nics)
             if held is not None and config.nics and held.serve(config.nics, plan, launch.lacking):
                 self._send(launch, held)
@@ -397,7 +209,7 @@ class Network:
         vm, config, plan = launch.vm, launch.message.config, launch.plan
         assert plan is not None
         links = describe(config, plan, message.nics, launch.switches, self.name_servers())
-        taps = self.taps[vm.vmid] = Taps(launch, links, fds)
+        taps = self.taps[vm.vmid] = Taps(config.nics, plan, launch.lacking, links, fds)
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
         for text in dict.fromkeys(self.name_server_problems(taps).values()):
             log.warn(f"vm {vm.name}: {text}")
@@ -407,7 +219,7 @@ class Network:
         except (OperatorError, HostError) as error:
             launch.close()
             self.release(vm.vmid)
-            launch.on_failed(error.code if isinstance(error, OperatorError) else error.errno, str(error))
+            launch.on_failed(number(error), str(error))
 
     def on_failed(self, message: NicsFailed, _envelope: Envelope) -> None:
         """There will be no such VM."""
@@ -458,111 +270,15 @@ class Network:
         self.unresolved_s = (self.unresolved_s or int(time.time())) if problems else 0
         return problems
 
-    # --- counters ----------------------------------------------------------------------------------------
-
-    def serve(self, message: NicsRequest, _caller: Caller, envelope: Envelope) -> None:
-        """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time.
-
-        What is wrong with any of its devices comes with that.  Every user of the socket may see them, as they may see
-        the list.
-
-        A VM is asked one thing at a time: many who want to know must not be a burden to it, or to its owner.
-        """
-        vm, client = self.core.vms.get(message.vmid, message.name), envelope.peerid
-        if not vm.pid:
-            self._answer(vm.vmid, client)
-            return
-        counting = self.counting.get(vm.vmid)
-        if counting is None:
-            counting = self.counting[vm.vmid] = Counting()
-            counting.asked = 1
-            self.core.peers.send(Proc.VMM, AskDevices(vmid=vm.vmid))
-            if vm.vmid in self.taps and Proc.PRIV in self.core.peers.channels:
-                counting.asked += 1
-                self.core.peers.send(Proc.PRIV, AskDrops(vmid=vm.vmid))
-        wait = self.core.clients.wait(client, For.DEVICES, vm.vmid)
-
-        def give_up() -> None:
-            if self.core.clients.done(wait):
-                self._answer(vm.vmid, client, counting.nics, counting.troubles)
-
-        self.core.loop.call_later(COUNT_TIMEOUT_S, give_up)
-
-    def on_reported(self, message: DevicesReported, _envelope: Envelope) -> None:
-        """Take what the VM says, which may be anything."""
-        self._take(message.vmid, message.nics, message.troubles[:TROUBLES_MAX])
-
-    def on_drops(self, message: DropsReported, _envelope: Envelope) -> None:
-        """Take what priv says."""
-        self._take(message.vmid, (), message.troubles)
-
-    def _take(self, vmid: int, nics: tuple[NicCounters, ...], troubles: tuple[Trouble, ...]) -> None:
-        """Take an answer; with the last one all who wait are answered."""
-        counting = self.counting.get(vmid)
-        if counting is None:
-            return
-        counting.nics = nics or counting.nics
-        counting.troubles += troubles
-        counting.asked -= 1
-        if not counting.asked:
-            self.answer_counted(vmid)
-
-    def answer_counted(self, vmid: int) -> None:
-        """Answer all who wait: everything has been said, or the VM is gone and will say nothing more."""
-        counting = self.counting.pop(vmid, None) or Counting()
-        for client in self.core.clients.take(For.DEVICES, vmid):
-            self._answer(vmid, client, counting.nics, counting.troubles)
-
-    def _answer(
-        self, vmid: int, client: int, counted: tuple[NicCounters, ...] = (), troubles: tuple[Trouble, ...] = ()
-    ) -> None:
-        vm = self.core.vms.find(vmid, "")
-        if vm is None:
-            return
-        for info in self.infos(vm):
-            values = counted[info.index].values if info.index < len(counted) else ()
-            plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
-            self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
+    def troubles(self, vmid: int) -> list[Trouble]:
+        """Return what is wrong with the interfaces of a VM, as far as we know."""
         taps = self.taps.get(vmid)
-        if taps is not None:
-            for index, what in taps.lacking.items():
-                trouble_info = TroubleInfo(device=f"interface{index}", text=what, since_s=taps.since_s)
-                self.core.clients.answer(client, trouble_info)
-            for index, sentence in self.name_server_problems(taps).items():
-                trouble_info = TroubleInfo(device=f"interface{index}", text=brief(sentence), since_s=self.unresolved_s)
-                self.core.clients.answer(client, trouble_info)
-        for trouble in troubles:
-            text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
-            self.core.clients.answer(client, text)
-        self.core.clients.answer(client, End())
-
-    def infos(self, vm: Vm) -> tuple[NicInfo, ...]:
-        """Return the interfaces of a VM, or those that it is to have, without counters."""
-        config = vm.running_config or vm.config
-        taps = self.taps.get(vm.vmid)
-        found = []
-        for index, nic in enumerate(taps.nics if taps else config.nics):
-            info = NicInfo(
-                index=index,
-                tap="",
-                switch=nic.switch,
-                lladdr=nic.lladdr,
-                up=nic.up,
-                locked=nic.locked,
-                local=nic.local,
-            )
-            if taps is not None:
-                link = taps.links[index]
-                info = info.replace(
-                    tap=link.name,
-                    locked=link.locked,
-                    mtu=link.mtu,
-                    guest4=link.guest4,
-                    host4=link.host4,
-                    prefix6=link.prefix6,
-                )
-            found.append(info)
-        return tuple(found)
+        if taps is None:
+            return []
+        unresolved = self.name_server_problems(taps)
+        found = [(index, what, taps.since_s) for index, what in taps.lacking.items()]
+        found += [(index, what, self.unresolved_s) for index, what in unresolved.items()]
+        return [Trouble(device=f"interface{index}", text=what, since_s=since_s) for index, what, since_s in found]
 
     # --- ending ------------------------------------------------------------------------------------------
 

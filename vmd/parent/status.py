@@ -1,7 +1,27 @@
-"""What there is: the list of VMs, and that of switches."""
+"""What there is: the list of VMs, that of switches, and the interfaces of a VM with what its devices say."""
 
-from vmd.ipc.messages import Caller, End, ListRequest, SwitchesRequest, SwitchInfo
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.messages import (
+    AskDevices,
+    AskDrops,
+    Caller,
+    DevicesReported,
+    DropsReported,
+    End,
+    ListRequest,
+    NicCounters,
+    NicInfo,
+    NicsRequest,
+    Proc,
+    SwitchesRequest,
+    SwitchInfo,
+    Trouble,
+    TroubleInfo,
+    brief,
+)
+from vmd.parent.clients import For
 from vmd.parent.report import describe
+from vmd.parent.vmtable import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,17 +30,31 @@ if TYPE_CHECKING:
     from vmd.parent.network import Network
 
 
+COUNT_TIMEOUT_S = 5.0
+TROUBLES_MAX = 32  # of the devices of a VM, as far as they are shown
+
+
+class Counting:
+    """What was asked about a VM, and what has been answered so far: by its process, and by priv."""
+
+    def __init__(self) -> None:
+        self.asked = 0  # answers that are to come
+        self.nics: tuple[NicCounters, ...] = ()
+        self.troubles: tuple[Trouble, ...] = ()
+
+
 class Status:
     """The room of those who look."""
 
     def __init__(self, core: "Core", network: "Network") -> None:
         self.core = core
         self.network = network
+        self.counting: dict[int, Counting] = {}  # by vmid, of VMs that have been asked
 
     def serve_list(self, _message: ListRequest, caller: Caller, envelope: "Envelope") -> None:
         """Describe every VM; whoever may open the socket sees them all (*cat. 3.3*)."""
         for vm in self.core.vms:
-            self.core.clients.answer(envelope.peerid, describe(vm, self.network.infos(vm), caller))
+            self.core.clients.answer(envelope.peerid, describe(vm, self.infos(vm), caller))
         self.core.clients.answer(envelope.peerid, End())
 
     def serve_switches(self, _message: SwitchesRequest, _caller: Caller, envelope: "Envelope") -> None:
@@ -28,3 +62,99 @@ class Status:
         for switch in self.core.config.switches:
             self.core.clients.answer(envelope.peerid, SwitchInfo(name=switch.name, interface=switch.interface))
         self.core.clients.answer(envelope.peerid, End())
+
+    def serve_nics(self, message: NicsRequest, _caller: Caller, envelope: "Envelope") -> None:
+        """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time.
+
+        What is wrong with any of its devices comes with that.  Every user of the socket may see them, as they may see
+        the list.
+
+        A VM is asked one thing at a time: many who want to know must not be a burden to it, or to its owner.
+        """
+        vm, client = self.core.vms.get(message.vmid, message.name), envelope.peerid
+        if not vm.pid:
+            self._answer(vm.vmid, client)
+            return
+        counting = self.counting.get(vm.vmid)
+        if counting is None:
+            counting = self.counting[vm.vmid] = Counting()
+            counting.asked = 1
+            self.core.peers.send(Proc.VMM, AskDevices(vmid=vm.vmid))
+            if vm.vmid in self.network.taps and Proc.PRIV in self.core.peers.channels:
+                counting.asked += 1
+                self.core.peers.send(Proc.PRIV, AskDrops(vmid=vm.vmid))
+        wait = self.core.clients.wait(client, For.DEVICES, vm.vmid)
+
+        def give_up() -> None:
+            if self.core.clients.done(wait):
+                self._answer(vm.vmid, client, counting.nics, counting.troubles)
+
+        self.core.loop.call_later(COUNT_TIMEOUT_S, give_up)
+
+    def on_reported(self, message: DevicesReported, _envelope: "Envelope") -> None:
+        """Take what the VM says, which may be anything."""
+        self._take(message.vmid, message.nics, message.troubles[:TROUBLES_MAX])
+
+    def on_drops(self, message: DropsReported, _envelope: "Envelope") -> None:
+        """Take what priv says."""
+        self._take(message.vmid, (), message.troubles)
+
+    def _take(self, vmid: int, nics: tuple[NicCounters, ...], troubles: tuple[Trouble, ...]) -> None:
+        """Take an answer; with the last one all who wait are answered."""
+        counting = self.counting.get(vmid)
+        if counting is None:
+            return
+        counting.nics = nics or counting.nics
+        counting.troubles += troubles
+        counting.asked -= 1
+        if not counting.asked:
+            self.answer_devices(vmid)
+
+    def answer_devices(self, vmid: int) -> None:
+        """Answer all who wait: everything has been said, or the VM is gone and will say nothing more."""
+        counting = self.counting.pop(vmid, None) or Counting()
+        for client in self.core.clients.take(For.DEVICES, vmid):
+            self._answer(vmid, client, counting.nics, counting.troubles)
+
+    def _answer(
+        self, vmid: int, client: int, counted: tuple[NicCounters, ...] = (), troubles: tuple[Trouble, ...] = ()
+    ) -> None:
+        vm = self.core.vms.find(vmid, "")
+        if vm is None:
+            return
+        for info in self.infos(vm):
+            values = counted[info.index].values if info.index < len(counted) else ()
+            plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
+            self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
+        for trouble in (*self.network.troubles(vmid), *troubles):
+            text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
+            self.core.clients.answer(client, text)
+        self.core.clients.answer(client, End())
+
+    def infos(self, vm: Vm) -> tuple[NicInfo, ...]:
+        """Return the interfaces of a VM, or those that it is to have, without counters."""
+        config = vm.running_config or vm.config
+        taps = self.network.taps.get(vm.vmid)
+        found = []
+        for index, nic in enumerate(taps.nics if taps else config.nics):
+            info = NicInfo(
+                index=index,
+                tap="",
+                switch=nic.switch,
+                lladdr=nic.lladdr,
+                up=nic.up,
+                locked=nic.locked,
+                local=nic.local,
+            )
+            if taps is not None:
+                link = taps.links[index]
+                info = info.replace(
+                    tap=link.name,
+                    locked=link.locked,
+                    mtu=link.mtu,
+                    guest4=link.guest4,
+                    host4=link.host4,
+                    prefix6=link.prefix6,
+                )
+            found.append(info)
+        return tuple(found)

@@ -14,7 +14,7 @@ import os
 import time
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import InUse, OperatorError, VmdError, sentence
+from vmd.errors import InUse, OperatorError, VmdError, number, sentence
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     Caller,
@@ -195,10 +195,10 @@ class Transfers:
             receiving.config = checked_request(config, bootable=True)
             self.life.require_room(vm, receiving.config)
             self.network.require_switches(receiving.config)
-            self.network.check(vm, receiving.config)
+            self.network.plans.check(vm, receiving.config)
             self.require_disks(receiving.config)
         except FAILURES as error:
-            self.give_up(vm, code_of(error), sentence(error))
+            self.give_up(vm, number(error), sentence(error))
             return
         vm.running_config = receiving.config
         once = endings.ONLY_THAT_START if message.one_shot else ""
@@ -230,11 +230,11 @@ class Transfers:
         try:
             media = Media.open(receiving.config, self.core.prober)
         except FAILURES as error:
-            if code_of(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
+            if number(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
                 self.core.loop.call_later(LOCK_RETRY_S, lambda: self.resume(vm, receiving))
                 return
             why = self.vms.holder(error, vm) if isinstance(error, InUse) else error
-            self.stay_paused(vm, code_of(error), sentence(why))
+            self.stay_paused(vm, number(error), sentence(why))
             return
         self.life.note(vm, receiving.config, media.notes)
         vm.files = media.files()
@@ -245,7 +245,7 @@ class Transfers:
             fds = {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
             self.network.launch(vm, message, fds, lambda code, text: self.stay_paused(vm, code, text))
         except FAILURES as error:
-            self.stay_paused(vm, code_of(error), sentence(error))
+            self.stay_paused(vm, number(error), sentence(error))
         finally:
             media.close()
 
@@ -276,8 +276,3 @@ class Transfers:
             self.core.peers.send(Proc.VMM, CancelTransfer(vmid=vm.vmid))
         if vm.receiving is not None and not vm.receiving.complete:
             self.give_up(vm, errno.ECANCELED, "receiving was interrupted")
-
-
-def code_of(error: Exception) -> int:
-    """Return what a client is told of one of FAILURES besides its sentence."""
-    return getattr(error, "code", 0) or getattr(error, "errno", 0) or errno.EINVAL

@@ -36,8 +36,9 @@ from vmd.ipc.messages import (
 )
 from vmd.parent.core import Core
 from vmd.parent.hostroutes import HostRoute
-from vmd.parent.network import TROUBLES_MAX, Network, alias
+from vmd.parent.network import Network, alias
 from vmd.parent.requests import checked_request
+from vmd.parent.status import TROUBLES_MAX, Status
 from vmd.parent.vmtable import Vm
 from vmd.record import Record
 
@@ -103,6 +104,7 @@ class FakeParent:
         self.core.peers.channels = cast("Any", {**self.peers, Proc.CONTROL: control})
         self.answers = control.answers
         self.network = Network(self.core, lambda vm: None)
+        self.status = Status(self.core, self.network)
 
 
 @pytest.fixture
@@ -451,11 +453,11 @@ def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
     vm, _ = launch(parent, received(5))
     made(parent)
     vpn = HostRoute(network=ipaddress.ip_network("100.64.0.0/16"), interface="vpn0")
-    monkeypatch.setattr("vmd.parent.network.host_routes", lambda: [vpn])
+    monkeypatch.setattr("vmd.parent.plans.host_routes", lambda: [vpn])
 
     words = r"vm guest: .* out of 100\.64\.0\.0/16, which this host reaches by vpn0, such as 100\.64\.7\.2/31"
     with pytest.raises(OperatorError, match=words):
-        parent.network.check(parent.core.vms.add(VmConfig(name="other"), from_config=True), received(7))
+        parent.network.plans.check(parent.core.vms.add(VmConfig(name="other"), from_config=True), received(7))
     launch(parent, vm.config)
     assert started(parent).config.plan_id == 5
 
@@ -540,7 +542,7 @@ def running(parent: FakeParent) -> Vm:
 def serve(parent: FakeParent, vm: Vm, client: int) -> None:
     """Let a client ask for the interfaces of a VM."""
     message = NicsRequest(vmid=vm.vmid)
-    parent.network.serve(message, Caller(uid=0, gid=0, pid=1), Envelope(message, client, 0, {}))
+    parent.status.serve_nics(message, Caller(uid=0, gid=0, pid=1), Envelope(message, client, 0, {}))
 
 
 def infos(parent: FakeParent, client: int) -> list[NicInfo]:
@@ -558,9 +560,9 @@ VALUES = tuple(range(len(COUNTER_NAMES)))
 
 def report(parent: FakeParent, message: DevicesReported, *drops: Trouble) -> None:
     """Have the VM answer, and priv if it was asked."""
-    parent.network.on_reported(message, UNUSED)
-    if message.vmid in parent.network.counting:
-        parent.network.on_drops(DropsReported(vmid=message.vmid, troubles=drops), UNUSED)
+    parent.status.on_reported(message, UNUSED)
+    if message.vmid in parent.status.counting:
+        parent.status.on_drops(DropsReported(vmid=message.vmid, troubles=drops), UNUSED)
 
 
 def test_counters_come_from_the_vm(parent: FakeParent) -> None:
@@ -618,15 +620,15 @@ def test_what_firewalls_drop_comes_from_priv(parent: FakeParent) -> None:
     assert [message for message in parent.peers[Proc.PRIV].sent if isinstance(message, AskDrops)] == [
         AskDrops(vmid=vm.vmid)
     ]
-    parent.network.on_drops(DropsReported(vmid=vm.vmid, troubles=(drop,)), UNUSED)
+    parent.status.on_drops(DropsReported(vmid=vm.vmid, troubles=(drop,)), UNUSED)
     assert parent.answers == []
-    parent.network.on_reported(devices, UNUSED)
+    parent.status.on_reported(devices, UNUSED)
     for client in (1, 2):
         assert wrong(parent, client) == [TroubleInfo(device="interface0", text=drop.text, since_s=7)]
         assert [info.counters for info in infos(parent, client)] == [VALUES]
 
     serve(parent, vm, 3)
-    parent.network.on_reported(devices, UNUSED)
+    parent.status.on_reported(devices, UNUSED)
     assert wrong(parent, 3) == []
     parent.loop.timers[-1].callback()  # priv does not answer: what the VM has said is known
     assert [info.counters for info in infos(parent, 3)] == [VALUES]
@@ -643,7 +645,7 @@ def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
 
     assert [info.counters for info in infos(parent, 1)] == [()]
     assert [info.counters for info in infos(parent, 2)] == [VALUES]
-    assert not parent.network.counting
+    assert not parent.status.counting
 
 
 def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
@@ -652,11 +654,11 @@ def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
     serve(parent, vm, 1)
     serve(parent, vm, 2)
     parent.core.clients.gone(2)
-    parent.network.answer_counted(vm.vmid)
+    parent.status.answer_devices(vm.vmid)
 
     assert len(infos(parent, 1)) == 1
     assert infos(parent, 2) == []
-    assert not parent.network.counting
+    assert not parent.status.counting
 
 
 def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:

@@ -73,6 +73,7 @@ class Network:
 
     def __init__(self, core: Core) -> None:
         self.core = core
+        self.plans = self
         self.trouble: Exception | None = None
         self.on_failed: Callable[[int, str], None] | None = None
         self.later = False
@@ -110,7 +111,7 @@ class Parent:
         self.core.peers.channels = cast("Any", {Proc.VMM: self.vmm, Proc.CONTROL: control})
         self.answers = control.answers
         self.network = Network(self.core)
-        self.life = Life(self.core, Consoles(self.core), cast("Any", self.network))
+        self.life = Life(self.core, Consoles(self.core), cast("Any", self.network), UNUSED)
         self.transfers = Transfers(self.core, self.life, cast("Any", self.network))
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:

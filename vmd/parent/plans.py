@@ -1,0 +1,201 @@
+"""Whose addresses are whose: the plan that a VM's `local` interfaces follow, and what else on this host has them."""
+
+import errno
+import ipaddress
+import os
+import time
+
+from vmd.config.model import NicConfig, Prefix, VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.messages import NicLink
+from vmd.log import log
+from vmd.parent.addresses import Plan, random_ula, room
+from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping
+from vmd.parent.vmtable import Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vmd.parent.core import Core
+    from vmd.parent.hostroutes import HostRoute, IpNetwork
+
+AUTOMATIC = ("", "tap")  # any name will do
+
+
+class Taps:
+    """The interfaces of a VM, from priv's answer to the end of the VM."""
+
+    def __init__(
+        self,
+        nics: tuple[NicConfig, ...],
+        plan: Plan,
+        lacking: dict[int, str],
+        links: tuple[NicLink, ...],
+        fds: list[int],
+    ) -> None:
+        self.nics = nics
+        self.plan = plan
+        self.lacking = lacking  # what is wrong with an interface, by its number
+        self.since_s = int(time.time())
+        self.links = links
+        self.fds = fds
+
+    def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
+        """Return whether a guest that boots again goes on with these: a switch that was not there may be there now."""
+        return (self.nics, self.plan) == (nics, plan) and self.lacking.keys() <= lacking.keys()
+
+    def close(self) -> None:
+        """Let go of our descriptors."""
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Plans:
+    """The plans of all VMs."""
+
+    def __init__(self, core: "Core", taps: "Mapping[int, Taps]") -> None:
+        self.core = core
+        self.taps = taps  # of the VMs that have some, by vmid
+
+    def prefix6(self) -> "Prefix | None":
+        """Return the range of this host's local interfaces for IPv6, if they have that."""
+        settings = self.core.config.settings
+        if not settings.local_inet6:
+            return None
+        if settings.local_inet6_prefix is not None:
+            return settings.local_inet6_prefix
+        identities = self.core.vms.identities
+        if identities.ula is None:
+            identities.ula = random_ula()
+            identities.on_change()
+        return identities.ula
+
+    def plan_of(self, vm: Vm, config: VmConfig) -> Plan:
+        """Return what the addresses of a VM follow from: its own number, or what one that was sent had elsewhere.
+
+        Raises:
+            OperatorError: no number is free.
+        """
+        if config.plan_id and config.plan_prefix4 is not None:
+            return Plan(number=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
+        plan = Plan(number=0, prefix4=self.core.config.settings.local_prefix, prefix6=self.prefix6())
+        if any(nic.local for nic in config.nics):
+            plan = plan.replace(number=self.number(vm, config, plan))
+        return plan
+
+    def number(self, vm: Vm, config: VmConfig, plan: Plan) -> int:
+        """Return the number of a VM: what it had, or, if another VM that runs has its addresses, a free one.
+
+        Raises OperatorError if none is free.
+        """
+        identities = self.core.vms.identities
+        key = config.name, config.owner.uid
+        identity = identities.of(key)
+        if self.holds(vm, plan.replace(number=identity.number)):
+            return identity.number
+        # An interface in a routing domain has routes of its own.
+        routes = host_routes() if any(nic.local and not nic.rdomain for nic in config.nics) else []
+        for what, prefix in (("local prefix", plan.prefix4), ("local inet6 prefix", plan.prefix6)):
+            route = covering(prefix, routes)
+            if route is not None:
+                raise OperatorError(
+                    errno.EADDRINUSE,
+                    f"vm {config.name}: all addresses of `{what}` are in {route.network}, which this host reaches by "
+                    f"{route.interface}",
+                )
+
+        def free(number: int) -> bool:
+            candidate = plan.replace(number=number)
+            return not self.user_of(vm, config, candidate) and not self.route_to(config, candidate, routes)
+
+        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present())
+        if not chosen:
+            raise OperatorError(
+                errno.ERANGE,
+                f"vm {config.name}: no addresses are left for its local interfaces; see `local prefix` and "
+                "`local inet6 prefix`",
+            )
+        if identity.number and identity.number != chosen:
+            log.info(f"vm {config.name}: its local interfaces have other addresses than before, which are not free")
+        if identity.number != chosen:
+            identity.number = chosen
+            identities.on_change()
+        return chosen
+
+    def check(self, vm: Vm, config: VmConfig) -> None:
+        """Raise OperatorError if this VM's interfaces cannot be had here and now."""
+        plan = self.plan_of(vm, config)
+        if not self.holds(vm, plan):
+            self.check_addresses(vm, config, plan)
+        for nic in config.nics:
+            if nic.tap not in AUTOMATIC:
+                for vmid, taps in self.taps.items():
+                    if vmid != vm.vmid and any(link.name == nic.tap for link in taps.links):
+                        raise OperatorError(
+                            errno.EBUSY,
+                            f"vm {config.name}: interface {nic.tap} is in use by vm {self.name_of(vmid)}",
+                        )
+
+    def holds(self, vm: Vm, plan: Plan) -> bool:
+        """Return whether a VM has the addresses of a plan: its guest resets itself and keeps them."""
+        held = self.taps.get(vm.vmid)
+        return held is not None and held.plan == plan
+
+    def check_addresses(self, vm: Vm, config: VmConfig, plan: Plan) -> None:
+        """Raise OperatorError if addresses of local interfaces do not exist, or another VM or a network has them."""
+        try:
+            user = self.user_of(vm, config, plan)
+            taken = self.route_to(config, plan, host_routes())
+        except OperatorError as error:
+            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
+        if user is not None:
+            raise OperatorError(
+                errno.EADDRINUSE,
+                f"vm {config.name}: its local interfaces have addresses that vm {self.name_of(user[0])} has here, "
+                f"such as {user[1]}",
+            )
+        if taken is not None:
+            network, route = taken
+            raise OperatorError(
+                errno.EADDRINUSE,
+                f"vm {config.name}: its local interfaces have addresses out of {route.network}, which this host "
+                f"reaches by {route.interface}, such as {network}",
+            )
+
+    def route_to(
+        self, config: VmConfig, plan: Plan, routes: "Sequence[HostRoute]"
+    ) -> "tuple[IpNetwork, HostRoute] | None":
+        """Return which network of a VM's local interfaces the host reaches already, and how; None for none of them.
+
+        Raises OperatorError if the addresses do not exist.
+        """
+        for index, nic in enumerate(config.nics):
+            if not nic.local or nic.rdomain:
+                continue
+            networks = [network_of(plan.host4(index), 31)]
+            if plan.prefix6 is not None:
+                networks.append(network_of(plan.network6(index), 64))
+            for network in networks:
+                for route in overlapping(network, routes):
+                    return network, route
+        return None
+
+    def user_of(self, vm: Vm, config: VmConfig, plan: Plan) -> tuple[int, str] | None:
+        """Return which other VM has an address that this one would have, and which; None if there is none.
+
+        Raises OperatorError if the addresses do not exist.
+        """
+        indices = [index for index, nic in enumerate(config.nics) if nic.local]
+        wanted = {plan.host4(index) for index in indices} | {plan.network6(index) for index in indices} - {b""}
+        for vmid, taps in self.taps.items():
+            for link in taps.links if vmid != vm.vmid else ():
+                for address in (link.host4, link.prefix6):
+                    if address in wanted:
+                        return vmid, str(ipaddress.ip_address(address))
+        return None
+
+    def name_of(self, vmid: int) -> str:
+        """Return the name of a VM, for sentences."""
+        vm = self.core.vms.find(vmid, "")
+        return vm.name if vm else str(vmid)
