@@ -112,16 +112,10 @@ class Consoles:
     def serve(self, message: ConsoleRequest, caller: "Caller", envelope: "Envelope") -> None:
         """Hand the console to a client; what a VM showed that does not run is only shown.  Raises OperatorError."""
         client, clients = envelope.peerid, self.core.clients
-        vm = self.core.vms.find(message.vmid, message.name)
-        if vm is None or not vm.alive:
-            kept = self._kept_for(message, vm, caller)
-            if kept is not None:
-                self._send(client, kept.output.data)
-                raise OperatorError(errno.ESRCH, f"vm {kept.name} is not running")
-        vm = self.core.vms.get(message.vmid, message.name)
-        if not vm.alive or vm.pty is None:
+        vm = self._running_or_kept(message, caller, "attach to")
+        if isinstance(vm, Kept):
+            self._send(client, vm.output.data)
             raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
-        vm.require_control(caller, "attach to")
         user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
         if clients.waiting(For.CONSOLE, vm.vmid) and not message.force:
             raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
@@ -174,16 +168,11 @@ class Consoles:
     def serve_watch(self, message: ConsoleWatch, caller: "Caller", envelope: "Envelope") -> None:
         """Show a console to somebody who does not have it.  Raises OperatorError."""
         client = envelope.peerid
-        vm = self.core.vms.find(message.vmid, message.name)
-        if vm is None or not vm.alive:
-            kept = self._kept_for(message, vm, caller)
-            if kept is not None:
-                self._answer_watch(client, kept.vmid, kept.name, kept.output, message.since, running=False)
-                return
-        vm = self.core.vms.get(message.vmid, message.name)
-        if not vm.alive or vm.backlog is None:
-            raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
-        vm.require_control(caller, "watch")
+        vm = self._running_or_kept(message, caller, "watch")
+        if isinstance(vm, Kept):
+            self._answer_watch(client, vm.vmid, vm.name, vm.output, message.since, running=False)
+            return
+        assert vm.backlog is not None
         if message.since is None or vm.backlog.shown() > message.since:
             self._answer_watch(client, vm.vmid, vm.name, vm.backlog.read(), message.since, running=True)
             return
@@ -199,11 +188,22 @@ class Consoles:
         self.core.peers.send(Proc.VMM, SendBreak(vmid=vm.vmid))
         self.core.clients.answer(client, Ok())
 
-    def _kept_for(self, message: ConsoleRequest | ConsoleWatch, vm: "Vm | None", caller: "Caller") -> Kept | None:
-        """Return what is left of the console of a VM that does not run, if there is any and the caller may see it."""
-        name = vm.name if vm else message.name
-        kept = self.kept.get(name) or next((k for k in self.kept.values() if k.vmid == message.vmid and not name), None)
-        return kept if kept is not None and may_control(caller, kept.uid, kept.gid) else None
+    def _running_or_kept(self, message: ConsoleRequest | ConsoleWatch, caller: "Caller", what: str) -> "Vm | Kept":
+        """Return the VM, or what is left of the console of one that does not run.
+
+        Raises OperatorError if there is neither, or the caller may not do this.
+        """
+        vm = self.core.vms.find(message.vmid, message.name)
+        if vm is None or not vm.alive:
+            name, kept = vm.name if vm else message.name, self.kept
+            last = kept.get(name) or next((k for k in kept.values() if k.vmid == message.vmid and not name), None)
+            if last is not None and may_control(caller, last.uid, last.gid):
+                return last
+        vm = self.core.vms.get(message.vmid, message.name)
+        if not vm.alive or vm.pty is None:
+            raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
+        vm.require_control(caller, what)
+        return vm
 
     # --- what VM processes say ---------------------------------------------------------------------------
 

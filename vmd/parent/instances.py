@@ -123,23 +123,10 @@ def require_permission(template: VmConfig, wanted: VmConfig, caller: Caller) -> 
 
 def require_own(template: VmConfig, wanted: VmConfig) -> None:
     """Raise OperatorError(EBUSY) if an instance wants what only one VM can have, and the template has it."""
-    theirs = {disk.path for disk in template.disks}
-    for disk in wanted.disks:
-        if disk.path in theirs:
-            raise OperatorError(
-                errno.EBUSY, f"vm {wanted.name}: disk {disk.path} of vm {template.name} cannot be reused"
-            )
-    taps = {nic.tap for nic in template.nics} - {"", "tap"}
-    lladdrs = {nic.lladdr for nic in template.nics} - {b""}
-    for nic in wanted.nics:
-        if nic.tap in taps:
-            raise OperatorError(
-                errno.EBUSY, f"vm {wanted.name}: interface {nic.tap} of vm {template.name} cannot be reused"
-            )
-        if nic.lladdr in lladdrs:
-            raise OperatorError(
-                errno.EBUSY, f"vm {wanted.name}: lladdr {nic.lladdr.hex(':')} of vm {template.name} cannot be reused"
-            )
+    paths = {disk.path for disk in template.disks}
+    taken = [f"disk {disk.path}" for disk in wanted.disks if disk.path in paths]
+    for what in taken + both_have(wanted.nics, template.nics):
+        raise OperatorError(errno.EBUSY, f"vm {wanted.name}: {what} of vm {template.name} cannot be reused")
 
 
 def require_free(vms: "Iterable[Vm]", wanted: VmConfig) -> None:
@@ -148,15 +135,20 @@ def require_free(vms: "Iterable[Vm]", wanted: VmConfig) -> None:
     The operator may set up two VMs that cannot run at the same time; a user must not take what is another's.
     """
     for vm in vms:
-        for theirs in vm.nics():
-            for ours in wanted.nics:
-                if ours.lladdr and ours.lladdr == theirs.lladdr:
-                    what = f"lladdr {ours.lladdr.hex(':')}"
-                elif ours.tap not in ("", "tap") and ours.tap == theirs.tap:
-                    what = f"interface {ours.tap}"
-                else:
-                    continue
-                raise OperatorError(errno.EBUSY, f"vm {wanted.name}: {what} is that of another vm")
+        for what in both_have(wanted.nics, vm.nics()):
+            raise OperatorError(errno.EBUSY, f"vm {wanted.name}: {what} is that of another vm")
+
+
+def both_have(ours: "Iterable[NicConfig]", theirs: "Iterable[NicConfig]") -> list[str]:
+    """Return what some interfaces have in common that only one can have, in words."""
+    others = list(theirs)
+    taps = {nic.tap for nic in others} - {"", "tap"}
+    lladdrs = {nic.lladdr for nic in others} - {b""}
+    found = []
+    for nic in ours:
+        found += [f"interface {nic.tap}"] * (nic.tap in taps)
+        found += [f"lladdr {nic.lladdr.hex(':')}"] * (nic.lladdr in lladdrs)
+    return found
 
 
 def fresh(nic: NicConfig) -> NicConfig:

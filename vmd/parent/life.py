@@ -75,25 +75,20 @@ class Life:
         """Start a VM that is known, or register the one described and start that."""
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
-        boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
-        try:
-            if message.template or message.config is not None:
-                vm = self._described(message, caller, boot, initrd)
-            else:
-                vm = self.vms.get(message.vmid, message.name)
-                if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
-                    raise not_allowed(caller, f"start vm {vm.name}", vm.config.owner.uid, vm.config.owner.gid)
-                vm.require_startable()
-                for fd in (boot, initrd):
-                    if fd is not None:
-                        require_readable(fd, "boot image", caller)
-        except BaseException:
+        boot, initrd = (next(iter(envelope.fds.get(name, ())), None) for name in ("kernel", "initrd"))
+        if message.template or message.config is not None:
+            vm = self._described(message, caller, boot, initrd)
+        else:
+            vm = self.vms.get(message.vmid, message.name)
+            if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
+                raise not_allowed(caller, f"start vm {vm.name}", vm.config.owner.uid, vm.config.owner.gid)
+            vm.require_startable()
             for fd in (boot, initrd):
                 if fd is not None:
-                    os.close(fd)
-            raise
-        config = one_shot_config(vm.config, message)
+                    require_readable(fd, "boot image", caller)
         try:
+            config = one_shot_config(vm.config, message)
+            boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
             self.start(vm, uid=caller.uid, config=config, given_boot=boot, given_initrd=initrd)
         except (VmdError, ValueError, OverflowError):
             if not vm.from_config:

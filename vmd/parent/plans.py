@@ -99,11 +99,8 @@ class Plans:
         for what, prefix in (("local prefix", plan.prefix4), ("local inet6 prefix", plan.prefix6)):
             route = covering(prefix, routes)
             if route is not None:
-                raise OperatorError(
-                    errno.EADDRINUSE,
-                    f"vm {config.name}: all addresses of `{what}` are in {route.network}, which this host reaches by "
-                    f"{route.interface}",
-                )
+                why = f"are in {route.network}, which this host reaches by {route.interface}"
+                raise OperatorError(errno.EADDRINUSE, f"vm {config.name}: all addresses of `{what}` {why}")
 
         def free(number: int) -> bool:
             candidate = plan.replace(number=number)
@@ -111,11 +108,8 @@ class Plans:
 
         chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present())
         if not chosen:
-            raise OperatorError(
-                errno.ERANGE,
-                f"vm {config.name}: no addresses are left for its local interfaces; see `local prefix` and "
-                "`local inet6 prefix`",
-            )
+            text = "no addresses are left for its local interfaces; see `local prefix` and `local inet6 prefix`"
+            raise OperatorError(errno.ERANGE, f"vm {config.name}: {text}")
         if identity.number and identity.number != chosen:
             log.info(f"vm {config.name}: its local interfaces have other addresses than before, which are not free")
         if identity.number != chosen:
@@ -128,14 +122,11 @@ class Plans:
         plan = self.plan_of(vm, config)
         if not self.holds(vm, plan):
             self.check_addresses(vm, config, plan)
+        used = {link.name: vmid for vmid, taps in self.taps.items() if vmid != vm.vmid for link in taps.links}
         for nic in config.nics:
-            if nic.tap not in AUTOMATIC:
-                for vmid, taps in self.taps.items():
-                    if vmid != vm.vmid and any(link.name == nic.tap for link in taps.links):
-                        raise OperatorError(
-                            errno.EBUSY,
-                            f"vm {config.name}: interface {nic.tap} is in use by vm {self.name_of(vmid)}",
-                        )
+            if nic.tap not in AUTOMATIC and nic.tap in used:
+                what = f"interface {nic.tap} is in use by vm {self.name_of(used[nic.tap])}"
+                raise OperatorError(errno.EBUSY, f"vm {config.name}: {what}")
 
     def holds(self, vm: Vm, plan: Plan) -> bool:
         """Return whether a VM has the addresses of a plan: its guest resets itself and keeps them."""
@@ -150,18 +141,13 @@ class Plans:
         except OperatorError as error:
             raise OperatorError(error.code, f"vm {config.name}: {error}") from None
         if user is not None:
-            raise OperatorError(
-                errno.EADDRINUSE,
-                f"vm {config.name}: its local interfaces have addresses that vm {self.name_of(user[0])} has here, "
-                f"such as {user[1]}",
-            )
-        if taken is not None:
+            where = f"that vm {self.name_of(user[0])} has here, such as {user[1]}"
+        elif taken is not None:
             network, route = taken
-            raise OperatorError(
-                errno.EADDRINUSE,
-                f"vm {config.name}: its local interfaces have addresses out of {route.network}, which this host "
-                f"reaches by {route.interface}, such as {network}",
-            )
+            where = f"out of {route.network}, which this host reaches by {route.interface}, such as {network}"
+        else:
+            return
+        raise OperatorError(errno.EADDRINUSE, f"vm {config.name}: its local interfaces have addresses {where}")
 
     def route_to(
         self, config: VmConfig, plan: Plan, routes: "Sequence[HostRoute]"

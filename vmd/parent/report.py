@@ -67,33 +67,28 @@ def files_of(config: "VmConfig") -> VmFiles:
 
 def brief_notes(notes: list[str]) -> tuple[str, ...]:
     """Return notes as far as they fit a message."""
-    shown: list[str] = []
-    room = NOTES_BYTES_MAX
-    for note in map(brief, notes[:NOTES_MAX]):
-        room -= len(os.fsencode(note))
-        if room < 0:
-            break
-        shown.append(note)
-    left = len(notes) - len(shown)
-    return (*shown, f"and {left} more; see the log") if left else tuple(shown)
+    return tuple(fitting(notes, NOTES_MAX, NOTES_BYTES_MAX))
 
 
 def log_errors(errors: ConfigErrors) -> None:
     """Log why a configuration was not taken, error by error."""
-    for line in str(errors).splitlines():
+    for line in (*str(errors).splitlines(), errors.summary):
         log.error(line)
-    log.error(errors.summary)
 
 
 def brief_errors(errors: ConfigErrors) -> str:
     """Return errors as far as they fit a message, a line for each, and what follows from them."""
-    lines = [brief(line) for line in str(errors).splitlines()]
+    lines = str(errors).splitlines()
+    return "\n".join((*fitting(lines, len(lines), ERRORS_BYTES_MAX), errors.summary))
+
+
+def fitting(lines: list[str], lines_max: int, bytes_max: int) -> list[str]:
+    """Return the first lines, each cut and at least one, and how many there are besides."""
     shown: list[str] = []
-    room = ERRORS_BYTES_MAX
-    for line in lines:
-        room -= len(os.fsencode(line)) + 1
-        if room < 0 and shown:
-            shown.append(f"and {len(lines) - len(shown)} more; see the log")
+    for line in map(brief, lines[:lines_max]):
+        bytes_max -= len(os.fsencode(line)) + 1
+        if bytes_max < 0 and shown:
             break
         shown.append(line)
-    return "\n".join((*shown, errors.summary))
+    left = len(lines) - len(shown)
+    return [*shown, f"and {left} more; see the log"] if left else shown

@@ -133,28 +133,15 @@ class Status:
 
     def infos(self, vm: Vm) -> tuple[NicInfo, ...]:
         """Return the interfaces of a VM, or those that it is to have, without counters."""
-        config = vm.running_config or vm.config
         taps = self.network.taps.get(vm.vmid)
-        found = []
-        for index, nic in enumerate(taps.nics if taps else config.nics):
+        infos = []
+        for index, nic in enumerate(taps.nics if taps else (vm.running_config or vm.config).nics):
             info = NicInfo(
-                index=index,
-                tap="",
-                switch=nic.switch,
-                lladdr=nic.lladdr,
-                up=nic.up,
-                locked=nic.locked,
-                local=nic.local,
+                index=index, tap="", switch=nic.switch, lladdr=nic.lladdr, up=nic.up, locked=nic.locked, local=nic.local
             )
             if taps is not None:
                 link = taps.links[index]
-                info = info.replace(
-                    tap=link.name,
-                    locked=link.locked,
-                    mtu=link.mtu,
-                    guest4=link.guest4,
-                    host4=link.host4,
-                    prefix6=link.prefix6,
-                )
-            found.append(info)
-        return tuple(found)
+                shown = {name: getattr(link, name) for name in ("locked", "mtu", "guest4", "host4", "prefix6")}
+                info = info.replace(tap=link.name, **shown)
+            infos.append(info)
+        return tuple(infos)

@@ -10,7 +10,6 @@ received goes through these steps, each a message of its process:
 """
 
 import errno
-import os
 import time
 
 from vmd.config.model import Owner, VmConfig
@@ -105,14 +104,9 @@ class Transfers:
         require_root(caller, "send a vm")
         vm = self.vms.get(message.vmid, message.name)
         vm.begin_send(keep=message.keep)
-        stream = envelope.take_fd("stream")
-        assert stream is not None
         self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
-        self.core.peers.send(
-            Proc.VMM,
-            SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because)),
-            fds={"stream": [stream]},
-        )
+        send = SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because))
+        self.core.peers.send(Proc.VMM, send, fds={"stream": envelope.take_fds("stream")})
         log.info(f"{vm.name}: sending vm {vm.vmid}")
 
     def on_progress(self, message: TransferProgress, envelope: Envelope) -> None:
@@ -151,36 +145,30 @@ class Transfers:
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         require_files()
-        stream = envelope.take_fd("stream")
-        assert stream is not None
         vm = self.vms.find(0, message.name)
+        if vm is None:
+            # As small as a VM can be, until its stream says more.
+            vm = self.vms.add(checked_request(VmConfig(name=message.name), bootable=True), from_config=False)
+        elif vm.alive or not vm.from_config:
+            raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
         try:
-            if vm is None:
-                # As small as a VM can be, until its stream says more.
-                vm = self.vms.add(checked_request(VmConfig(name=message.name), bootable=True), from_config=False)
-            elif vm.alive or not vm.from_config:
-                raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
-            try:
-                vm.begin_receive(Receiving(paused=message.paused))
-                # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
-                vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
-                vm.open_console()
-                assert vm.pty is not None
-                vm.pty.give_to(vm.uid, vm.config.owner.gid)
-                console = vm.console_fds()
-            except VmdError as error:
-                vm.drop_pty()
-                vm.drop_transfer()
-                vm.ended(brief(str(error)))
-                if not vm.from_config:
-                    self.vms.remove(vm)
-                raise
-        except BaseException:
-            os.close(stream)
+            vm.begin_receive(Receiving(paused=message.paused))
+            # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
+            vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
+            vm.open_console()
+            assert vm.pty is not None
+            vm.pty.give_to(vm.uid, vm.config.owner.gid)
+            console = vm.console_fds()
+        except VmdError as error:
+            vm.drop_pty()
+            vm.drop_transfer()
+            vm.ended(brief(str(error)))
+            if not vm.from_config:
+                self.vms.remove(vm)
             raise
         self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
         start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity)
-        self.core.peers.send(Proc.VMM, start, fds={"stream": [stream], **console})
+        self.core.peers.send(Proc.VMM, start, fds={"stream": envelope.take_fds("stream"), **console})
         log.info(f"{vm.name}: receiving vm {vm.vmid}")
 
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vmd.config.model import Config, SwitchConfig
+from vmd.config.model import CMDLINE_MAX, Config, SwitchConfig, VmConfig
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import ConfigureNetwork, Listen, NetworkConfigured, Proc, Ready
+from vmd.ipc.messages import Caller, ConfigureNetwork, Failed, Listen, NetworkConfigured, Proc, Ready, StartRequest
 from vmd.parent.main import Parent
 from vmd.parent.options import Options
 from vmd.record import Record
@@ -25,7 +25,7 @@ class Peer:
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
         """Note a message."""
-        assert peerid == 0
+        assert peerid == 0 or self.peer is Proc.CONTROL
         self.told.append(message)
         for each in (fds or {}).values():
             for fd in each:
@@ -80,3 +80,26 @@ def test_a_hangup_before_that(parent: Parent) -> None:
         hear(parent, proc, Ready())
     hear(parent, Proc.PRIV, NetworkConfigured())
     assert told(parent, Proc.CONTROL) == [Listen]
+
+
+def test_what_comes_with_a_start_that_is_refused(parent: Parent, tmp_path: Path) -> None:
+    """Its descriptors are left to the channel, which closes them, however far it has got; and no VM is left."""
+    parent.core.vms.add(VmConfig(name="a"), from_config=True)
+    kernel = tmp_path / "kernel"
+    kernel.touch()
+    root, user = Caller(uid=0, gid=0, pid=1), Caller(uid=12345, gid=12345, pid=1)
+    requests = (
+        StartRequest(caller=root, name="a", cmdline="x" * (CMDLINE_MAX + 1)),
+        StartRequest(caller=user, name="a"),
+        StartRequest(caller=user, name="b", config=VmConfig(name="b")),
+        StartRequest(caller=root, name="b", template="c"),
+    )
+    for request in requests:
+        fd = os.open(kernel, os.O_RDONLY)
+        envelope = Envelope(request, 7, 0, {"kernel": [fd]})
+        Parent.HANDLERS[Proc.CONTROL, StartRequest](parent, request, envelope, parent.core.peers.channels[Proc.CONTROL])
+        assert envelope.untaken() == [fd]
+        os.close(fd)
+
+    assert told(parent, Proc.CONTROL) == [Failed] * len(requests)
+    assert [vm.name for vm in parent.core.vms] == ["a"]
