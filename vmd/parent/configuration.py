@@ -59,7 +59,7 @@ class Configuration:
             self.network.configure(self.core.config)
         if message.vms:
             self.reset_vms()
-        if any(vm.doomed for vm in self.core.vms):
+        if any(vm.resetting for vm in self.core.vms):
             self.core.clients.wait(envelope.peerid, For.RESET)  # a reload that follows finds all of them gone
         else:
             self.core.clients.answer(envelope.peerid, Ok())
@@ -133,9 +133,9 @@ class Configuration:
         """Forget every VM, as soon as it has ended where it runs."""
         for vm in self.core.vms:
             vm.from_config, vm.next_config, vm.successor = False, None, None
-            vm.doomed = vm.alive
+            vm.resetting = vm.alive
         for vm in list(self.core.vms):
-            if vm.doomed:
+            if vm.resetting:
                 self.life.kill(vm)
             else:
                 self.core.vms.remove(vm)

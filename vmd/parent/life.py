@@ -246,7 +246,7 @@ class Life:
 
     def on_running(self, message: VmRunning, envelope: "Envelope") -> None:
         """The guest executes; that of a VM that was received goes on, or stands still as was asked for."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         memory = envelope.take_fd("memory")
         if memory is not None and is_memory(memory):
             vm.take_memory(memory)
@@ -327,13 +327,13 @@ class Life:
 
     def on_failed(self, message: VmFailed, _envelope: "Envelope") -> None:
         """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         vm.text, vm.code = brief(message.text), message.code
         log.error(f"vm {vm.name}: {message.text}")
 
     def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
         asked = vm.state is State.STOPPING
         how = endings.how_it_ended(message.outcome, asked=asked, sent=vm.sent is not None)
@@ -348,7 +348,7 @@ class Life:
                 text = "restarted too quickly"
                 log.error(f"vm {vm.vmid} {text}")
             else:
-                why = self._start_again(vm)
+                why = self._reboot(vm)
                 if not why:
                     return
                 how, text = endings.FAILED, why
@@ -356,10 +356,10 @@ class Life:
         self.network.release(vm.vmid)
         self.is_gone(vm, text, how)
 
-    def _start_again(self, vm: Vm) -> str:
+    def _reboot(self, vm: Vm) -> str:
         """Start a VM whose guest has reset itself; return why it cannot be, or nothing."""
         uid = vm.uid
-        vm.begin_reset()
+        vm.begin_reboot()
         log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
         try:
             boot, initrd = vm.kept_files()
@@ -385,7 +385,7 @@ class Life:
         vm.drop_files()  # a life that begins from the configuration boots what that names
         if not vm.from_config:
             self.vms.remove(vm)
-        if vm.doomed:
+        if vm.resetting:
             self._reset_done(vm)
         # Last, so that a client that tries again at once finds everything free.
         self._answer_overtaken(vm, vm.code, text or "has ended meanwhile")
@@ -405,7 +405,7 @@ class Life:
 
         After the last one, answer the resets and number from 1 again.
         """
-        if not any(other.doomed for other in self.vms):
+        if not any(other.resetting for other in self.vms):
             self.vms.forget_ids()
             self.clients.answer_all(For.RESET, 0, Ok())
         if vm.successor is not None:

@@ -17,7 +17,7 @@ def register(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
     notes = []
     for config in vms:
         known = table.find(0, config.name)
-        if known is not None and known.doomed and known.successor is None:
+        if known is not None and known.resetting and known.successor is None:
             known.successor = config
         elif known is not None:
             notes.append(f"{config.origin}: vm {config.name} skipped (already exists)")
@@ -39,7 +39,7 @@ def replace_all(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
     wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two with one name the first counts
     for vm in list(table):
         config = wanted.get(vm.name)
-        if vm.doomed:
+        if vm.resetting:
             vm.successor = wanted.pop(vm.name, None)
         elif vm.alive:
             wanted.pop(vm.name, None)

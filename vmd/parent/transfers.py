@@ -87,7 +87,7 @@ class Transfers:
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope) -> None:
         """A VM stands still, or goes on, or could not do what was asked."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         vm.pause_changed(paused=message.paused)
         client = self.clients.take_first(For.PAUSE, vm.vmid)
         if message.text:
@@ -118,7 +118,7 @@ class Transfers:
 
     def on_send_done(self, message: SendDone, _envelope: Envelope) -> None:
         """A stream is complete, or has failed; in the one case the VM ends now, unless it is to be kept."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         sending = vm.sending
         if sending is None:
             return
@@ -173,7 +173,7 @@ class Transfers:
 
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:
         """Judge what a stream wants to be; the name is ours, and so is the owner."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         receiving = vm.receiving
         if receiving is None:
             return
@@ -203,7 +203,7 @@ class Transfers:
 
     def on_received_machine(self, message: ReceivedMachine, _envelope: Envelope) -> None:
         """All was read: open the disks, or wait for them."""
-        vm = self.vms.alive(message.vmid)
+        vm = self.vms.living(message.vmid)
         if vm.receiving is not None:
             vm.receiving.complete = True
             vm.receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S

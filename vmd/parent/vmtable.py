@@ -85,7 +85,7 @@ class Vm:
         self.code = errno.EIO  # ... as an errno
         self.ended_s = -LOCKS_LINGER_S
         self.next_config: VmConfig | None = None  # takes effect when this life is over
-        self.doomed = False  # `vmctl reset` has killed it: as good as forgotten
+        self.resetting = False  # `vmctl reset` has killed it: as good as forgotten
         self.successor: VmConfig | None = None  # ... and what has its name when it is gone
         self.files: Files = {}  # its images and its disc
         self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
@@ -159,7 +159,7 @@ class Vm:
         if self._state is State.STARTING:
             self._enter(State.RUNNING)
 
-    def begin_reset(self) -> None:
+    def begin_reboot(self) -> None:
         """Any state with a process -> STOPPED: its guest has reset itself, and it is started again at once."""
         assert self.alive
         self._enter(State.STOPPED)
@@ -433,7 +433,7 @@ class VmTable:
     def template(self, name: str) -> VmConfig | None:
         """Return the description of a VM that is known."""
         vm = self.find(0, name)
-        return vm.config if vm and not vm.doomed else None
+        return vm.config if vm and not vm.resetting else None
 
     def holder(self, error: InUse, vm: Vm) -> InUse:
         """Return why a VM cannot have a file: with the other VM that has it, if it is one of ours."""
@@ -443,7 +443,7 @@ class VmTable:
                 return error.held_by(f"vm {other.name}")
         return error
 
-    def alive(self, vmid: int) -> Vm:
+    def living(self, vmid: int) -> Vm:
         """Return the living VM that vmm speaks of; PeerError if there is none."""
         vm = self.find(vmid, "")
         if vm is None or not vm.alive:
