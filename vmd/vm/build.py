@@ -1,20 +1,16 @@
-"""A machine is built by `build`, whatever it begins with: boot images, or what another machine was.
+"""A machine is built by `build`, whatever it begins with: boot images, or what another machine was (`vm/arrival.py`).
 
 Nothing of a source is read before `build` asks it.
 """
 
-import errno
 import os
 
 from vmd.config.model import BootDevice
-from vmd.errors import OperatorError, sentence
 from vmd.guestmem import GuestMemory
-from vmd.kvmapi.system import System
 from vmd.log import log
-from vmd.vm import acpi, layout, state
+from vmd.vm import acpi, layout
 from vmd.vm.boot import loader
-from vmd.vm.cpuid import for_vcpu
-from vmd.vm.machine import KVM_FD, Machine, Outside, memory_regions
+from vmd.vm.machine import Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.vcpu import apply_start, set_boot_msrs
 
@@ -26,7 +22,6 @@ if TYPE_CHECKING:
     from vmd.config.model import VmConfig
     from vmd.vm.boot.start import Start
     from vmd.vm.slots import Slot
-    from vmd.vm.state import Header, MachineState
 
     class Source(Protocol):
         """What a machine begins with.  Each raises as `build` does."""
@@ -39,29 +34,6 @@ if TYPE_CHECKING:
 
         def finish(self, machine: Machine) -> Pause:
             """Set devices and vCPUs; returns how the machine stands still, or can."""
-
-
-def unusable(error: ValueError | OSError) -> OperatorError:
-    """Return why there is no machine for this host in a stream, though it is whole."""
-    return OperatorError(errno.EINVAL, f"the stream is not usable: {sentence(error)}")
-
-
-def check_host(header: "Header") -> None:
-    """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
-    config = header.config
-    state.check_header(header)
-    system = System(KVM_FD)
-    state.check_processor(header, system.supported_cpuid())
-    with system.create_vm() as kvm:
-        kvm.create_irqchip()
-        with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # the last one of as many
-            state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
-            if header.xsave_bytes != vcpu.xsave_bytes:
-                raise ValueError(f"its extended state has {header.xsave_bytes} bytes, not {vcpu.xsave_bytes}")
-            try:
-                vcpu.set_cpuid2(for_vcpu(state.cpuid_of(header), config.vcpus - 1, config.vcpus, tsc_deadline=True))
-            except OSError as error:
-                raise ValueError(f"KVM does not take its processor: {sentence(error)}") from error
 
 
 def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Pause:
@@ -132,38 +104,3 @@ class FromImages:
         set_boot_msrs([thread.vcpu for thread in machine.vcpus], direct_boot=not machine.firmware_bytes)
         apply_start(machine.vcpus[0].vcpu, self.start)
         return Pause(machine, machine.outside.loop)
-
-
-class FromStream:
-    """What came of a stream: its header, then memory, then all the rest."""
-
-    def __init__(self, header: "Header", memory: GuestMemory, saved: "MachineState") -> None:
-        self.header = header
-        self.memory = memory
-        self.saved = saved
-
-    def machine(self, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
-        """The guest has to find its processor and its devices as they were."""
-        try:
-            slots = state.as_sent(slots, self.header.devices)
-        except ValueError as error:
-            raise unusable(error) from error
-        cpuid = state.cpuid_of(self.header)
-        machine = Machine(config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
-        machine.clock.stop()  # until it goes on with the others
-        return machine
-
-    def fill(self, machine: Machine) -> None:
-        """The stream has."""
-
-    def finish(self, machine: Machine) -> Pause:
-        """Be what the other machine was, standing still."""
-        try:
-            clocks = state.restore(machine, self.saved, self.header.devices)
-            for function, each in zip(machine.virtio, self.saved.virtio, strict=True):
-                function.restore_rings(each)
-        except OSError as error:
-            raise unusable(ValueError(f"KVM does not take it: {sentence(error)}")) from error
-        except ValueError as error:
-            raise unusable(error) from error
-        return Pause(machine, machine.outside.loop, clocks)

@@ -55,14 +55,15 @@ from vmd.privsep.confine import VM, VM_BUILDING, confine, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
 from vmd.vm import vmmci
+from vmd.vm.arrival import Arrival
 from vmd.vm.build import FromImages, build
 from vmd.vm.clockwatch import ClockWatch
 from vmd.vm.console import Console
+from vmd.vm.departure import Departure
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.kinds import Given
 from vmd.vm.life import Life, State
 from vmd.vm.machine import Machine, Outside
-from vmd.vm.moving import Arrival, Departure
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
 

@@ -15,10 +15,11 @@ from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
 from vmd.ipc.loop import Loop
 from vmd.vm import state, streamprobe
+from vmd.vm.arrival import Receiver
+from vmd.vm.departure import Sender
 from vmd.vm.kinds import DISK, ENTROPY
 from vmd.vm.state import MachineState
 from vmd.vm.stream import Pipe, StreamWriter
-from vmd.vm.transfer import Receiver, Sender
 
 DEADLINE_S = 20.0
 HIGH = 1 << 32

@@ -1,27 +1,39 @@
-"""Sending and receiving a machine: the work of a thread, while the event thread goes on serving.
-
-Both are made, started and told of by the event thread; `done` and the other callbacks come there too.
+"""A VM on its way out: it stands still, and a thread writes what it is while the event thread goes on serving.
 """
 
+import os
 import select
 import threading
 
-from vmd.errors import GuestError, HostError, VmdError, sentence
-from vmd.guestmem import GuestMemory
+from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
+from vmd.ipc.messages import TransferProgress
 from vmd.privsep.title import name_thread
 from vmd.vm import state
-from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamReader, StreamWriter
+from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamWriter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
+    from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
+    from vmd.ipc.messages import SendVm
     from vmd.vm.clocks import Clocks
     from vmd.vm.machine import Machine
+    from vmd.vm.pause import Pause
 
+    class Transfer(Protocol):
+        """A sender or a receiver at work."""
+
+        pipe: Pipe
+        total_bytes: int
+        over: bool
+
+
+PROGRESS_S = 0.5
 SETTLE_LOOK_S = 0.05  # between two looks at whether the disks are on stable storage
 
 
@@ -122,82 +134,64 @@ class Sender:
                 )
 
 
-class Receiver:
-    """Reads what comes behind a stream's header from a descriptor, which it closes.
+def show_progress(transfer: "Transfer", loop: "Loop", vmm: "Channel") -> None:
+    """Tell every now and then how far a transfer is, until it is over."""
+    if not transfer.over:
+        vmm.send(TransferProgress(done_bytes=transfer.pipe.moved_bytes, total_bytes=transfer.total_bytes))
+        loop.call_later(PROGRESS_S, lambda: show_progress(transfer, loop, vmm))
 
-    At the end `on_machine(state)` is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
+
+class Departure:
+    """A VM that is sent: it stands still, and a thread writes what it is.
+
+    `done(why not)` is told once, with everything as before unless it was sent for good.
     """
 
     def __init__(
-        self,
-        pipe: Pipe,
-        version: int,
-        header: state.Header,
-        memory: GuestMemory,
-        loop: "Loop",
-        *,
-        on_machine: "Callable[[state.MachineState], None]",
-        on_failed: "Callable[[str], None]",
+        self, message: "SendVm", stream: int, pause: "Pause", vmm: "Channel", done: "Callable[[Departure, str], None]"
     ) -> None:
-        """`version` is the stream's; `memory` is empty."""
-        self._loop = loop
-        self._on_machine, self._on_failed = on_machine, on_failed
-        self.pipe = pipe
-        self.over = False
-        self.total_bytes = header.touched_bytes
-        self._state_max = state.bytes_max(header)
-        self._version = version
-        self._memory = memory
-        self._next_offset = 0
-        self._machine: state.MachineState | None = None
-        self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
+        self.keep = message.keep
+        self.stays_paused = pause.paused or pause.under_way
+        self.then: Callable[[], None] = lambda: None  # when it is over, and the VM lives
+        self._one_shot = message.one_shot
+        self._pause, self._vmm, self._done = pause, vmm, done
+        self._cancelled = False
+        self._sender: Sender | None = None
+        self._stream = stream
 
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+    def begin(self) -> None:
+        """Have it stand still, and then be sent; the descriptor is closed in any case."""
+        self._pause.pause(self._send)
 
-    def _run(self) -> None:
-        name_thread("receive")
+    @property
+    def sent_bytes(self) -> int:
+        """How far it came."""
+        return self._sender.pipe.moved_bytes if self._sender is not None else 0
+
+    def cancel(self) -> None:
+        """Give up sending, or not even begin."""
+        self._cancelled = True
+        if self._sender is not None:
+            self._sender.cancel()
+
+    def _send(self, text: str) -> None:
+        """The machine stands still, or a text says why not."""
+        pause, stream = self._pause, self._stream
         try:
-            try:
-                machine = self._read(StreamReader(self.pipe))
-            finally:
-                self.over = True
-                self.pipe.close()
-        except StreamError as error:
-            text = f"the stream {error}"
-            self._loop.call_from_thread(lambda: self._on_failed(text))
-        except HostError as error:
-            text = str(error)
-            self._loop.call_from_thread(lambda: self._on_failed(text))
-        except BaseException:
-            self._loop.call_from_thread(lambda: self._on_failed("internal error while the stream was read"))
-            raise
+            if text or self._cancelled:
+                raise VmdError(text or "sending was interrupted")
+            assert pause.clocks is not None
+            sender = Sender(pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot)
+        except PeerError as error:
+            os.close(stream)
+            pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
+        except (VmdError, OSError) as error:
+            os.close(stream)
+            self._finish(sentence(error))
         else:
-            self._loop.call_from_thread(lambda: self._on_machine(machine))
+            self._sender = sender
+            sender.start()
+            show_progress(sender, pause.loop, self._vmm)
 
-    def _read(self, reader: StreamReader) -> state.MachineState:
-        try:
-            reader.sections_until_end(self._take_memory, self._take_state, state_max=self._state_max)
-        finally:
-            reader.hasher.close()
-        if self._machine is None:
-            raise StreamError("has no state of the machine")
-        return self._machine
-
-    def _take_memory(self, gpa: int, data: memoryview) -> None:
-        """Take a run of memory: they come in ascending order, so none comes twice."""
-        memory = self._memory
-        try:
-            offset = memory.offset(gpa, len(data))
-        except GuestError as error:
-            raise ValueError(str(error)) from None
-        if offset < self._next_offset:
-            raise ValueError(f"memory at {gpa:#x} comes again, or out of order")
-        self._next_offset = offset + len(data)
-        memory.fill(offset, data)
-
-    def _take_state(self, body: bytes) -> None:
-        if self._machine is not None:
-            raise ValueError("the state of the machine comes again")
-        self._machine = state.read_machine(self._version, body)
+    def _finish(self, text: str) -> None:
+        self._done(self, text)

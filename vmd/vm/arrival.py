@@ -1,0 +1,305 @@
+"""A VM on its way in: what the event thread does about it, step by step, and the thread that reads what it was."""
+
+import errno
+import os
+import select
+import threading
+from enum import Enum
+
+from vmd.errors import GuestError, HostError, OperatorError, PeerError, VmdError, sentence
+from vmd.guestmem import GuestMemory
+from vmd.ipc.messages import ReceivedHeader, ReceivedMachine
+from vmd.kvmapi.system import System
+from vmd.log import log
+from vmd.privsep.spawn import spawn
+from vmd.privsep.title import name_thread
+from vmd.vm import state, streamprobe
+from vmd.vm.cpuid import for_vcpu
+from vmd.vm.departure import show_progress
+from vmd.vm.kinds import kinds
+from vmd.vm.machine import KVM_FD, Machine, Outside, memory_regions
+from vmd.vm.pause import Pause
+from vmd.vm.stream import Pipe, StreamError, StreamReader
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmd.config.model import VmConfig
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.loop import Loop
+    from vmd.vm.kinds import Kind
+    from vmd.vm.slots import Slot
+    from vmd.vm.state import Header, MachineState
+
+PROBE_END_TIMEOUT_S = 1.0  # between its answer and its end
+
+
+def unusable(error: ValueError | OSError) -> OperatorError:
+    """Return why there is no machine for this host in a stream, though it is whole."""
+    return OperatorError(errno.EINVAL, f"the stream is not usable: {sentence(error)}")
+
+
+def check_host(header: "Header") -> None:
+    """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
+    config = header.config
+    state.check_header(header)
+    system = System(KVM_FD)
+    state.check_processor(header, system.supported_cpuid())
+    with system.create_vm() as kvm:
+        kvm.create_irqchip()
+        with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # the last one of as many
+            state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
+            if header.xsave_bytes != vcpu.xsave_bytes:
+                raise ValueError(f"its extended state has {header.xsave_bytes} bytes, not {vcpu.xsave_bytes}")
+            try:
+                vcpu.set_cpuid2(for_vcpu(state.cpuid_of(header), config.vcpus - 1, config.vcpus, tsc_deadline=True))
+            except OSError as error:
+                raise ValueError(f"KVM does not take its processor: {sentence(error)}") from error
+
+
+class FromStream:
+    """What came of a stream: its header, then memory, then all the rest."""
+
+    def __init__(self, header: "Header", memory: GuestMemory, saved: "MachineState") -> None:
+        self.header = header
+        self.memory = memory
+        self.saved = saved
+
+    def machine(self, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+        """The guest has to find its processor and its devices as they were."""
+        try:
+            slots = state.as_sent(slots, self.header.devices)
+        except ValueError as error:
+            raise unusable(error) from error
+        cpuid = state.cpuid_of(self.header)
+        machine = Machine(config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
+        machine.clock.stop()  # until it goes on with the others
+        return machine
+
+    def fill(self, machine: Machine) -> None:
+        """The stream has."""
+
+    def finish(self, machine: Machine) -> Pause:
+        """Be what the other machine was, standing still."""
+        try:
+            clocks = state.restore(machine, self.saved, self.header.devices)
+            for function, each in zip(machine.virtio, self.saved.virtio, strict=True):
+                function.restore_rings(each)
+        except OSError as error:
+            raise unusable(ValueError(f"KVM does not take it: {sentence(error)}")) from error
+        except ValueError as error:
+            raise unusable(error) from error
+        return Pause(machine, machine.outside.loop, clocks)
+
+
+class Receiver:
+    """Reads what comes behind a stream's header from a descriptor, which it closes.
+
+    At the end `on_machine(state)` is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        version: int,
+        header: state.Header,
+        memory: GuestMemory,
+        loop: "Loop",
+        *,
+        on_machine: "Callable[[state.MachineState], None]",
+        on_failed: "Callable[[str], None]",
+    ) -> None:
+        """`version` is the stream's; `memory` is empty."""
+        self._loop = loop
+        self._on_machine, self._on_failed = on_machine, on_failed
+        self.pipe = pipe
+        self.over = False
+        self.total_bytes = header.touched_bytes
+        self._state_max = state.bytes_max(header)
+        self._version = version
+        self._memory = memory
+        self._next_offset = 0
+        self._machine: state.MachineState | None = None
+        self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        name_thread("receive")
+        try:
+            try:
+                machine = self._read(StreamReader(self.pipe))
+            finally:
+                self.over = True
+                self.pipe.close()
+        except StreamError as error:
+            text = f"the stream {error}"
+            self._loop.call_from_thread(lambda: self._on_failed(text))
+        except HostError as error:
+            text = str(error)
+            self._loop.call_from_thread(lambda: self._on_failed(text))
+        except BaseException:
+            self._loop.call_from_thread(lambda: self._on_failed("internal error while the stream was read"))
+            raise
+        else:
+            self._loop.call_from_thread(lambda: self._on_machine(machine))
+
+    def _read(self, reader: StreamReader) -> state.MachineState:
+        try:
+            reader.sections_until_end(self._take_memory, self._take_state, state_max=self._state_max)
+        finally:
+            reader.hasher.close()
+        if self._machine is None:
+            raise StreamError("has no state of the machine")
+        return self._machine
+
+    def _take_memory(self, gpa: int, data: memoryview) -> None:
+        """Take a run of memory: they come in ascending order, so none comes twice."""
+        memory = self._memory
+        try:
+            offset = memory.offset(gpa, len(data))
+        except GuestError as error:
+            raise ValueError(str(error)) from None
+        if offset < self._next_offset:
+            raise ValueError(f"memory at {gpa:#x} comes again, or out of order")
+        self._next_offset = offset + len(data)
+        memory.fill(offset, data)
+
+    def _take_state(self, body: bytes) -> None:
+        if self._machine is not None:
+            raise ValueError("the state of the machine comes again")
+        self._machine = state.read_machine(self._version, body)
+
+
+class Step(Enum):
+    """How far a VM is that is received."""
+
+    HEADER = 1  # is read by streamprobe
+    ASKED = 2  # whether such a VM may be
+    MEMORY = 3  # and all the rest is read
+    COMPLETE = 4  # but for its disks, which the sender lets go now
+
+
+class Arrival:
+    """A VM that is received; anything wrong is told to `fail`, and is the end.
+
+    `narrow(kinds)` starts the processes of its devices and confines this one, before a byte of the stream is looked at.
+    """
+
+    def __init__(
+        self,
+        vmid: int,
+        stream: int,
+        loop: "Loop",
+        vmm: "Channel",
+        *,
+        narrow: "Callable[[list[Kind]], None]",
+        fail: "Callable[[Exception], None]",
+    ) -> None:
+        """Own `stream`.  Raises HostError or OSError."""
+        self.step = Step.HEADER
+        self._vmid, self._stream, self._loop, self._vmm = vmid, stream, loop, vmm
+        self._narrow, self._fail = narrow, fail
+        self._answer = b""
+        self._version = 0
+        self._header: Header | None = None
+        self._memory: GuestMemory | None = None
+        self._machine: MachineState | None = None
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._probe = spawn(
+                f"{log.title}/streamprobe",
+                fds={streamprobe.FD_ANSWER: writing, streamprobe.FD_STREAM: stream},
+                entry="vmd.vm.streamprobe:main",
+            )
+        finally:
+            os.close(writing)
+        loop.add(reading, lambda _events: self._on_probe(reading))
+
+    def _take(self, step: Step, message: str) -> None:
+        """Take the next step, because of a message.  Raises PeerError."""
+        if self.step.value != step.value - 1:
+            raise PeerError(self._vmm.label, f"unexpected {message}")
+        self.step = step
+
+    def _on_probe(self, fd: int) -> None:
+        """Take the answer, up to its end."""
+        piece = os.read(fd, streamprobe.ANSWER_MAX)
+        self._answer += piece
+        if piece and len(self._answer) <= streamprobe.ANSWER_MAX:
+            return
+        self._loop.remove(fd)
+        os.close(fd)
+        status = self._probe.reap(PROBE_END_TIMEOUT_S)
+        try:
+            beginning = streamprobe.unpack(self._answer)
+        except ValueError as error:
+            self._fail(PeerError(self._probe.title, f"{error}, status {status}"))
+            return
+        if isinstance(beginning, str):
+            self._fail(OperatorError(errno.EINVAL, beginning))
+            return
+        try:
+            self._narrow(beginning.kinds)
+        except (VmdError, OSError) as error:
+            self._fail(error)
+            return
+        self._begin(beginning)
+
+    def _begin(self, beginning: streamprobe.Beginning) -> None:
+        """Ask whether such a VM may be, once it is clear that it could."""
+        self.step = Step.ASKED
+        self._version = beginning.version
+        self._pipe = Pipe(self._stream, select.POLLIN, moved_bytes=beginning.read_bytes)
+        try:
+            self._header = header = state.read_header(beginning.version, beginning.header)
+            if kinds(header.config) != beginning.kinds:
+                raise ValueError("it has other devices than it says")
+            check_host(header)
+        except (ValueError, OSError) as error:
+            self._fail(unusable(error))
+            return
+        try:
+            self._vmm.send(ReceivedHeader(vmid=self._vmid, config=header.config, one_shot=header.one_shot))
+        except ValueError:
+            self._fail(unusable(ValueError("its configuration is longer than any here can be")))
+
+    def read_on(self) -> None:
+        """Read the rest of the stream.  Raises PeerError."""
+        self._take(Step.MEMORY, "ReceiveMemory")
+        header = self._header
+        assert header is not None
+        try:
+            self._memory = GuestMemory.create(memory_regions(header.config.memory_bytes, header.firmware_bytes))
+        except (VmdError, ValueError) as error:
+            self._fail(error)
+            return
+        receiver = Receiver(
+            self._pipe,
+            self._version,
+            header,
+            self._memory,
+            self._loop,
+            on_machine=self._on_machine,
+            on_failed=lambda text: self._fail(OperatorError(errno.EINVAL, text)),
+        )
+        receiver.start()
+        show_progress(receiver, self._loop, self._vmm)
+
+    def _on_machine(self, machine: "MachineState") -> None:
+        """The stream is complete."""
+        self._machine = machine
+        self.step = Step.COMPLETE
+        self._vmm.send(ReceivedMachine(vmid=self._vmid))
+
+    def source(self) -> FromStream:
+        """Return what a machine can be built from.  Raises PeerError."""
+        if self.step is not Step.COMPLETE:
+            raise PeerError(self._vmm.label, "unexpected ResumeReceived")
+        assert self._header is not None
+        assert self._memory is not None
+        assert self._machine is not None
+        return FromStream(self._header, self._memory, self._machine)
