@@ -1,9 +1,8 @@
-"""Addresses of VMs' interfaces: which ones they have, and what else a guest is told (*cat. 2.5, 7.2*)."""
+"""Addresses of VMs' interfaces (*cat. 2.5, 7.2*)."""
 
 import errno
-import ipaddress
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from vmd.config.model import MAX_NICS, Prefix
 from vmd.errors import OperatorError
@@ -14,9 +13,6 @@ LLADDR_NIC = 0xD0  # | number of the interface, from 1
 PLAN_NICS = 127  # addresses of one VM: 256, two for each interface, and the first two are left out
 SUBNET_BITS = 64  # of an IPv6 address, the rest is the interface's
 ULA = 0xFD
-DNS_MAX = 3
-RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")  # the second if the first names a stub
-RESOLV_CONF_MAX = 1 << 16
 
 
 class Plan(Record):
@@ -84,36 +80,3 @@ def random_lladdr(index: int, taken: Collection[bytes]) -> bytes:
         if lladdr not in taken:
             return lladdr
     raise OperatorError(errno.ENOSPC, "no link-layer address is left for another interface")
-
-
-def resolvers(paths: Sequence[str] = RESOLV_CONFS) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    """Return the IPv4 and the IPv6 name servers of this host that others can use too; none are none."""
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                servers = name_servers(file.read(RESOLV_CONF_MAX).decode("ascii", "replace"))
-        except OSError:
-            continue
-        if any(servers):
-            return servers
-    return (), ()
-
-
-def name_servers(resolv_conf: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    """Return the servers of a resolv.conf(5); what is good on this host or this link only is left out."""
-    found4: list[bytes] = []
-    found6: list[bytes] = []
-    for line in resolv_conf.splitlines():
-        words = line.split()
-        if len(words) < 2 or words[0] != "nameserver":
-            continue
-        try:
-            address = ipaddress.ip_address(words[1])
-        except ValueError:
-            continue  # with a scope, or no address at all
-        if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
-            continue
-        found = found4 if address.version == 4 else found6
-        if address.packed not in found and len(found) < DNS_MAX:
-            found.append(address.packed)
-    return tuple(found4), tuple(found6)

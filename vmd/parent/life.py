@@ -261,9 +261,9 @@ class Life:
             started = VmStarted(vmid=vm.vmid, name=vm.name, pid=pid, tty=tty, notes=vm.notes)
             self.clients.answer_all(For.START, vm.vmid, started)
             return
-        config = vm.end_receive(pid, paused=paused)
-        if config is not None:
-            self.vms.adopt(vm, config, self.core.config.settings.local_prefix)
+        vm.end_receive(pid, paused=paused)
+        if vm.running_config is not None:
+            self.vms.adopt(vm, vm.running_config, self.core.config.settings.local_prefix)
         log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {tty}")
         received = VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=tty, paused=paused)
         self.clients.answer_all(For.TRANSFER, vm.vmid, received)

@@ -6,10 +6,11 @@ Looked up anew whenever a guest asks: a host's name servers change with its netw
 import ipaddress
 from collections.abc import Sequence
 
-from vmd.parent.addresses import RESOLV_CONF_MAX, RESOLV_CONFS, resolvers
-
 Servers = tuple[tuple[bytes, ...], tuple[bytes, ...]]  # IPv4, IPv6
 
+RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")  # the second if the first names a stub
+RESOLV_CONF_MAX = 1 << 16
+DNS_MAX = 3  # of each family
 UDP_SOCKETS = "/proc/net/udp"  # of proc(5): the second column is address and port
 PORT = ":0035"  # 53
 ANY4 = "00000000"
@@ -39,8 +40,13 @@ def problem(found: Servers, host4: bytes, prefix6: bytes, paths: Sequence[str] =
     )
 
 
+def resolvers(paths: Sequence[str] = RESOLV_CONFS) -> Servers:
+    """Return the IPv4 and the IPv6 name servers of this host that others can use too; none are none."""
+    return next(filter(any, map(usable, map(named_servers, paths))), ((), ()))
+
+
 def named_servers(path: str) -> list[str]:
-    """Return what a resolv.conf(5) calls name servers, whatever it is."""
+    """Return what a resolv.conf(5) calls name servers, whatever it is; nothing where there is no such file."""
     try:
         with open(path, "rb") as file:
             lines = file.read(RESOLV_CONF_MAX).decode("ascii", "replace").splitlines()
@@ -48,6 +54,22 @@ def named_servers(path: str) -> list[str]:
         return []
     rows = [line.split() for line in lines]
     return [words[1] for words in rows if len(words) > 1 and words[0] == "nameserver"]
+
+
+def usable(named: Sequence[str]) -> Servers:
+    """Return the servers that are good not only on this host or this link."""
+    found: dict[int, list[bytes]] = {4: [], 6: []}
+    for word in named:
+        try:
+            address = ipaddress.ip_address(word)
+        except ValueError:
+            continue  # with a scope, or no address at all
+        if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
+            continue
+        servers = found[address.version]
+        if address.packed not in servers and len(servers) < DNS_MAX:
+            servers.append(address.packed)
+    return tuple(found[4]), tuple(found[6])
 
 
 def host_answers(host4: bytes) -> bool:

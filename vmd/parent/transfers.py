@@ -174,23 +174,22 @@ class Transfers:
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:
         """Judge what a stream wants to be; the name is ours, and so is the owner."""
         vm = self.vms.living(message.vmid)
-        receiving = vm.receiving
-        if receiving is None:
+        if vm.receiving is None:
             return
         config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
         try:
             check_paths(config)  # what it boots from is opened only when its guest resets itself
-            receiving.config = checked_request(config, bootable=True)
-            self.life.require_room(vm, receiving.config)
-            self.network.require_switches(receiving.config)
-            self.network.plans.check(vm, receiving.config)
-            self.require_disks(receiving.config)
+            config = checked_request(config, bootable=True)
+            self.life.require_room(vm, config)
+            self.network.require_switches(config)
+            self.network.plans.check(vm, config)
+            self.require_disks(config)
         except FAILURES as error:
             self.give_up(vm, number(error), sentence(error))
             return
-        vm.running_config = receiving.config
+        vm.running_config = config
         once = endings.ONLY_THAT_START if message.one_shot else ""
-        vm.once_because = endings.ONCE.get(receiving.config.boot_device, once)
+        vm.once_because = endings.ONCE.get(config.boot_device, once)
         self.core.peers.send(Proc.VMM, ReceiveMemory(vmid=vm.vmid))
 
     def require_disks(self, config: VmConfig) -> None:
@@ -211,12 +210,13 @@ class Transfers:
 
     def resume(self, vm: Vm, receiving: Receiving) -> None:
         """Open the disks and have the machine go on; where they are in use come back, or give up for now."""
-        if vm.receiving is not receiving or receiving.config is None:  # it has ended, and may be receiving once more
+        config = vm.running_config
+        if vm.receiving is not receiving or config is None:  # it has ended, and may be receiving once more
             return
         if vm.state is State.STOPPING:  # how it ends is the answer
             return
         try:
-            media = Media.open(receiving.config, self.core.prober)
+            media = Media.open(config, self.core.prober)
         except FAILURES as error:
             if number(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
                 self.core.loop.call_later(LOCK_RETRY_S, lambda: self.resume(vm, receiving))
@@ -224,12 +224,10 @@ class Transfers:
             why = self.vms.holder(error, vm) if isinstance(error, InUse) else error
             self.stay_paused(vm, number(error), sentence(why))
             return
-        self.life.note(vm, receiving.config, media.notes)
+        self.life.note(vm, config, media.notes)
         vm.files = media.files()
         try:
-            message = ResumeReceived(
-                vmid=vm.vmid, config=receiving.config, paused=receiving.paused, disks=media.describe()
-            )
+            message = ResumeReceived(vmid=vm.vmid, config=config, paused=receiving.paused, disks=media.describe())
             fds = {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
             self.network.launch(vm, message, fds, lambda code, text: self.stay_paused(vm, code, text))
         except FAILURES as error:

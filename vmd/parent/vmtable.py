@@ -54,7 +54,6 @@ class Receiving:
 
     def __init__(self, *, paused: bool) -> None:
         self.paused = paused
-        self.config: VmConfig | None = None
         self.complete = False  # all but its disks
         self.deadline_s = 0.0
         self.failure = ""  # why it was given up
@@ -88,7 +87,7 @@ class Vm:
         self.resetting = False  # `vmctl reset` has killed it: as good as forgotten
         self.successor: VmConfig | None = None  # ... and what has its name when it is gone
         self.files: Files = {}  # its images and its disc
-        self.running_config: VmConfig | None = None  # of a VM that was received, if it differs
+        self.running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
         self.sending: Sending | None = None
         self.sent: VmSent | None = None  # what is told when the VM is gone
         self.receiving: Receiving | None = None
@@ -212,13 +211,12 @@ class Vm:
         receiving.paused = False
         self._enter(State.RECEIVING)
 
-    def end_receive(self, pid: int, *, paused: bool) -> VmConfig | None:
-        """RECEIVING -> RUNNING or PAUSED, unless it is already to stop; return what it is."""
-        receiving, self.receiving = self.receiving, None
+    def end_receive(self, pid: int, *, paused: bool) -> None:
+        """RECEIVING -> RUNNING or PAUSED, unless it is already to stop."""
+        self.receiving = None
         self.pid, self.text = pid, ""
         if self._state is State.RECEIVING:
             self._enter(State.PAUSED if paused else State.RUNNING)
-        return receiving.config if receiving is not None else None
 
     def drop_transfer(self) -> VmSent | None:
         """Its process has ended, and with that its being sent or received; return what is to be told if it was sent."""

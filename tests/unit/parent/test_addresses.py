@@ -1,13 +1,12 @@
-"""Addresses of interfaces: arithmetic and its limits, link-layer addresses, name servers."""
+"""Addresses of interfaces: arithmetic and its limits, link-layer addresses."""
 
 import ipaddress
-from pathlib import Path
 
 import pytest
 
 from vmd.config.model import MAX_NICS, NicConfig, Owner, Prefix, VmConfig
 from vmd.errors import OperatorError
-from vmd.parent.addresses import Plan, name_servers, random_lladdr, random_ula, resolvers, room
+from vmd.parent.addresses import Plan, random_lladdr, random_ula, room
 from vmd.parent.vmtable import VmTable
 
 DEFAULT = Prefix(address=bytes((100, 64, 0, 0)), length=10)
@@ -123,41 +122,3 @@ def test_they_stay_with_the_name_for_the_life_of_the_daemon() -> None:
     assert len({nic.lladdr for vm in (again, other) for nic in vm.config.nics}) == 5
     assert all(len(nic.lladdr) == 6 for nic in somebody.config.nics)
     assert table.named(config) == first.config
-
-
-RESOLV_CONF = """
-# made by hand
-search example.org
-nameserver 127.0.0.53
-nameserver 192.0.2.1
-nameserver 192.0.2.1
-options edns0
-nameserver 2001:db8::1
-nameserver fe80::1%eth0
-nameserver fe80::1
-nameserver ::1
-nameserver 0.0.0.0
-nameserver nonsense
-nameserver
-nameserver 192.0.2.2
-nameserver 192.0.2.3
-nameserver 192.0.2.4
-"""
-
-
-def test_name_servers_that_others_can_use() -> None:
-    """Not what is this host's or this link's only; each once, three at most."""
-    four, six = name_servers(RESOLV_CONF)
-
-    assert [v4(address) for address in four] == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
-    assert [v4(address) for address in six] == ["2001:db8::1"]
-
-
-def test_behind_a_stub_resolver_are_the_real_ones(tmp_path: Path) -> None:
-    """systemd-resolved keeps them in a second file; without any the guest asks its gateway."""
-    stub, real = tmp_path / "stub", tmp_path / "real"
-    stub.write_text("nameserver 127.0.0.53\n")
-    assert resolvers((str(stub), str(real))) == ((), ())
-    real.write_text("nameserver 192.0.2.1\n")
-    assert resolvers((str(stub), str(real))) == ((bytes((192, 0, 2, 1)),), ())
-    assert resolvers((str(tmp_path / "none"),)) == ((), ())

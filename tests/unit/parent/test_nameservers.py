@@ -1,11 +1,12 @@
 """Name servers for guests: whose they are, and when there is nobody to ask."""
 
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
 from vmd.parent import nameservers
-from vmd.parent.nameservers import host_answers, problem, servers
+from vmd.parent.nameservers import host_answers, problem, resolvers, servers
 
 HOST4, QUAD9, IPV6 = bytes((100, 64, 1, 2)), bytes((9, 9, 9, 9)), bytes(15) + b"\7"
 HEAD = "   sl  local_address rem_address   st tx_queue rx_queue\n"
@@ -70,3 +71,43 @@ def test_servers_of_vm_conf_come_first(tmp_path: Path) -> None:
     path.write_text("nameserver 192.0.2.1\n")
     assert servers((), [str(path)]) == ((bytes((192, 0, 2, 1)),), ())
     assert servers((QUAD9, IPV6), [str(path)]) == ((QUAD9,), (IPV6,))
+
+
+RESOLV_CONF = """
+# made by hand
+search example.org
+nameserver 127.0.0.53
+nameserver 192.0.2.1
+nameserver 192.0.2.1
+options edns0
+nameserver 2001:db8::1
+nameserver fe80::1%eth0
+nameserver fe80::1
+nameserver ::1
+nameserver 0.0.0.0
+nameserver nonsense
+nameserver
+nameserver 192.0.2.2
+nameserver 192.0.2.3
+nameserver 192.0.2.4
+"""
+
+
+def test_name_servers_that_others_can_use(tmp_path: Path) -> None:
+    """Not what is this host's or this link's only; each once, three at most."""
+    path = tmp_path / "resolv.conf"
+    path.write_text(RESOLV_CONF)
+    four, six = resolvers([str(path)])
+
+    assert [str(ip_address(address)) for address in four] == ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+    assert [str(ip_address(address)) for address in six] == ["2001:db8::1"]
+
+
+def test_behind_a_stub_resolver_are_the_real_ones(tmp_path: Path) -> None:
+    """systemd-resolved keeps them in a second file; without any the guest asks its gateway."""
+    stub, real = tmp_path / "stub", tmp_path / "real"
+    stub.write_text("nameserver 127.0.0.53\n")
+    assert resolvers((str(stub), str(real))) == ((), ())
+    real.write_text("nameserver 192.0.2.1\n")
+    assert resolvers((str(stub), str(real))) == ((bytes((192, 0, 2, 1)),), ())
+    assert resolvers((str(tmp_path / "none"),)) == ((), ())

@@ -486,6 +486,11 @@ def test_disks_that_are_not_here(
     assert vm.receiving is not None
     assert vm.receiving.failure in str(trouble)
     assert vm.receiving.failure
+
+    disks.trouble.clear()
+    complete(parent, vm)  # its process goes on as if nothing were
+    assert disks.opened == 0
+    assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
     vm.drop_pty()
 
 

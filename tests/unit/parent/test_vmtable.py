@@ -4,6 +4,7 @@ import errno
 import grp
 import os
 import pwd
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from vmd.config.model import Owner, VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller
+from vmd.parent import vmtable
 from vmd.parent.access import in_group, may_control, owner_text, require_readable
 from vmd.parent.limits import RESTART_WINDOW_S, RestartLimit
 from vmd.parent.vmtable import State, Vm, VmTable
@@ -89,6 +91,14 @@ def test_transitions(table: VmTable) -> None:
     vm.begin_stop(force=True)
     vm.ended("gone")
     assert (vm.state, vm.pid, vm.text) == (State.STOPPED, 0, "gone")
+
+
+def test_only_a_vm_changes_its_state() -> None:
+    """By its methods, which look at the old one first: nothing else in the parent has a way around them."""
+    folder = Path(vmtable.__file__).parent
+    around = [path.name for path in folder.glob("*.py") if re.search(r"\._(state|enter)\b", path.read_text())]
+    assert around == ["vmtable.py"]
+    assert Vm.state.fset is None  # type: ignore[attr-defined]
 
 
 def test_a_running_vm_belongs_to_who_started_it(table: VmTable) -> None:
