@@ -20,7 +20,7 @@ DEVICE = "/dev/fuse"
 DEADLINE_S = 60.0
 
 LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, RELEASE, FSYNC = 1, 2, 3, 4, 14, 15, 16, 18, 20
-INIT, INTERRUPT, FALLOCATE, BATCH_FORGET = 26, 36, 43, 42
+FLUSH, INIT, INTERRUPT, FALLOCATE, BATCH_FORGET = 25, 26, 36, 43, 42
 IN_HEADER = struct.Struct("<IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 OUT_HEADER = struct.Struct("<IiQ")  # len, error, unique
 INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
@@ -91,8 +91,13 @@ class Rule(NamedTuple):
 class FuseFile:
     """The file system and its one file, of which `content` is the storage; `fd` is an open descriptor of it."""
 
-    def __init__(self, content: bytes, *, user: int = 0, for_all: bool = False) -> None:
-        """`user` has mounted it; the kernel lets nobody else in, unless it is `for_all`."""
+    def __init__(self, content: bytes, *, user: int = 0, for_all: bool = False, flushes: bool = False) -> None:
+        """`user` has mounted it; the kernel lets nobody else in, unless it is `for_all`.
+
+        With `flushes` each close asks us (FLUSH), and nothing is opened yet (`open`): while a test has such a file
+        open, it must start no process.
+        """
+        self.flushes = flushes
         self.content = bytearray(content)
         self.room = 1 << 40  # the file gets no larger than this
         self.log: list[Operation] = []
@@ -107,9 +112,9 @@ class FuseFile:
         # The first close is answered ENOSYS, and no later one asks: a child that closes what it has inherited, while
         # its parent waits for it, would wait for our thread for ever.
         self.fd = -1
-        if user == 0:
-            os.close(self._open())
-            self.fd = self._open()
+        if user == 0 and not flushes:
+            os.close(self.open())
+            self.fd = self.open()
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +141,8 @@ class FuseFile:
         call(SYS_MOVE_MOUNT, self._mount, b"", ctypes.c_long(AT_FDCWD), target, MOVE_MOUNT_F_EMPTY_PATH)
         return folder / "disk"
 
-    def _open(self) -> int:
+    def open(self) -> int:
+        """Open it; the descriptor is the caller's."""
         return os.open("disk", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._mount)
 
     # --- what a test says
@@ -201,7 +207,7 @@ class FuseFile:
                 self._reply(unique, OPEN_OUT.pack(0, FOPEN_DIRECT_IO, 0))
             case _ if opcode == RELEASE:
                 self._reply(unique)
-            case _ if opcode in (READ, WRITE, FSYNC, FALLOCATE, SETATTR):
+            case _ if opcode in (READ, WRITE, FSYNC, FALLOCATE, SETATTR) or (opcode == FLUSH and self.flushes):
                 self._decide(unique, self._operation(opcode, body), body)
             case _:
                 self._reply(unique, error=errno.ENOSYS)

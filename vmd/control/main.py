@@ -13,6 +13,7 @@ from vmd.control.clients import ALLOWED_TO_ALL, MAX_QUEUE, MAX_UNANSWERED, Clien
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.channel import Channel
+from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope, Form, UnknownMessage
 from vmd.ipc.messages import (
     ANSWERS,
@@ -42,6 +43,7 @@ from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
 
 LAST_WORDS_S = 2.0  # for a client to read why it is turned away
@@ -167,6 +169,20 @@ class Control(Process):
         """Return the client on a channel."""
         number = int(channel.label.split()[1])
         return self.clients.get(number)
+
+    # --- what a handler did not expect ------------------------------------------------------------------------
+
+    def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
+        """Everything is for a client."""
+        client = self.client_of(channel) if channel.peer is Proc.CLIENT else self.clients.get(envelope.peerid)
+        return (Proc.CLIENT, client.number) if client is not None else None
+
+    def give_up(self, envelope: Envelope, channel: Channel) -> None:
+        """Turn a client away whose request, or whose answer, is lost."""
+        source = self.source_of(envelope, channel)
+        client = self.clients.get(source[1]) if source is not None else None
+        if client is not None:
+            self.turn_away(client, Failed(code=errno.EIO, text=OUR_FAULT))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""

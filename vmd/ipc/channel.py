@@ -7,6 +7,7 @@ import socket
 import types
 from collections import deque
 
+from vmd.closing import close_all
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import READ, WRITE
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
+OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off whatever is wrong with them
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before the others get their turn
 FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
@@ -83,10 +85,10 @@ class Channel:
                 raise AssertionError(f"{type(message).__name__} may not go from {route}")
             packet, order = encode(message, peerid=peerid, pid=os.getpid(), fds=fds, form=self.form)
         except ValueError:
-            _close_all(order)
+            close_all(order)
             raise
         if self.closed or self._closing:
-            _close_all(order)
+            close_all(order)
             return
         self._queue.append((packet, order))
         if len(self._queue) == 1:
@@ -112,7 +114,7 @@ class Channel:
                 packet, fds = self._queue[0]
                 self._sendmsg(packet, fds)
                 self._queue.popleft()
-                _close_all(fds)
+                close_all(fds)
         except OSError:
             return
         finally:
@@ -134,7 +136,7 @@ class Channel:
         self._loop.remove(self._sock.fileno())
         self._sock.close()
         for _packet, fds in self._queue:
-            _close_all(fds)
+            close_all(fds)
         self._queue.clear()
 
     def _lose(self, error: PeerError | None) -> None:
@@ -159,20 +161,29 @@ class Channel:
                 return
             except OSError as error:
                 for _packet, waiting in self._queue:
-                    _close_all(waiting)
+                    close_all(waiting)
                 self._queue.clear()
                 # A hang-up is reported by the loop; what else the kernel refuses must not pass unnoticed.
                 if error.errno not in HANG_UPS:
                     self._lose_soon(PeerError(self.label, f"cannot be sent to: {error.strerror}"))
                 return
             self._queue.popleft()
-            _close_all(fds)
+            close_all(fds)
         if self._closing:
             self.close()
         else:
             self._loop.modify(self._sock.fileno(), READ)
 
     def _on_ready(self, events: int) -> None:
+        try:
+            self._serve(events)
+        except Exception as error:
+            if self._loop.fence is None or self.peer not in OUTSIDE:
+                raise
+            self._loop.fence.report(f"what {self.label} sent", error)
+            self._lose(PeerError(self.label, "sent what led to an unexpected error"))
+
+    def _serve(self, events: int) -> None:
         if events & WRITE:
             self._flush()
         if self.closed or not events & ~WRITE:
@@ -186,7 +197,7 @@ class Channel:
             except PeerError as error:
                 self._lose(error)
             finally:
-                _close_all(envelope.untaken())
+                close_all(envelope.untaken())
 
     def _received(self) -> "Iterator[Envelope]":
         for _ in range(BATCH):
@@ -203,7 +214,7 @@ class Channel:
                 return
             fds = _rights_to_fds(rights)
             if not packet:
-                _close_all(fds)
+                close_all(fds)
                 self._lose(None)
                 return
             try:
@@ -213,12 +224,15 @@ class Channel:
                 if (self.peer, self.me) not in BY_CLASS[type(envelope.message)].routes:
                     raise PeerError(self.label, f"may not send {type(envelope.message).__name__}", packet)
             except PeerError as error:
-                _close_all(fds)
+                close_all(fds)
                 if self.on_unknown is not None and isinstance(error, UnknownMessage):
                     self.on_unknown(error)
                 else:
                     self._lose(error)
                 return
+            except Exception:
+                close_all(fds)
+                raise
             yield envelope
 
 
@@ -228,8 +242,3 @@ def _rights_to_fds(rights: "list[tuple[int, int, bytes]]") -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return list(fds)
-
-
-def _close_all(fds: "Sequence[int]") -> None:
-    for fd in fds:
-        os.close(fd)

@@ -5,6 +5,7 @@ import socket
 
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
+from vmd.ipc.fence import Fence
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages import Proc
 from vmd.log import log
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    from vmd.ipc.fence import Source
     from vmd.ipc.imsg import Envelope
     from vmd.record import RecordType
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     Handlers = Mapping[tuple[Proc, RecordType], Callable[[Any, Any, Envelope, Channel], None]]
 
 CHANNEL_FD = 3
+CORE = (Proc.PARENT, Proc.CONTROL, Proc.VMM, Proc.PRIV)  # all guests hang on these
 
 
 class Process:
@@ -34,6 +37,8 @@ class Process:
     def __init__(self, me: Proc) -> None:
         self.me = me
         self.loop = Loop()
+        if me in CORE:
+            self.loop.fence = Fence(self.cut_off)
         self.exit_status = 0
 
     def attach_parent(self, peer: Proc) -> Channel:
@@ -69,7 +74,34 @@ class Process:
         handler = type(self).HANDLERS.get((channel.peer, type(message)))
         if handler is None:
             raise PeerError(channel.label, f"unexpected {type(message).__name__}")
-        handler(self, message, envelope, channel)
+        try:
+            handler(self, message, envelope, channel)
+        except PeerError:
+            raise
+        except Exception as error:
+            self.failed(error, envelope, channel)
+
+    def failed(self, error: Exception, envelope: "Envelope", channel: Channel) -> None:
+        """A handler did not expect this: end what it was doing, and go on."""
+        fence = self.loop.fence
+        if fence is None:
+            raise error
+        doing = f"{type(envelope.message).__name__} of {channel.label}"
+        fence.report(doing, error)
+        source = self.source_of(envelope, channel)
+        fence.run(f"the end of {doing}", lambda: self.give_up(envelope, channel))
+        fence.strike(source)
+
+    def source_of(self, envelope: "Envelope", _channel: Channel) -> "Source | None":
+        """Return for which client or VM a message is; None: for neither."""
+        vmid = getattr(envelope.message, "vmid", 0)
+        return (Proc.VM, vmid) if vmid else None
+
+    def give_up(self, envelope: "Envelope", channel: Channel) -> None:
+        """Answer for a handler that has failed, so that nobody waits for what will not come."""
+
+    def cut_off(self, source: "Source") -> None:
+        """End the connection of a client, or a VM."""
 
     def on_parent_lost(self, _channel: Channel, error: PeerError | None) -> None:
         """Our parent is gone, or not to be trusted any more: there is nobody to work for."""

@@ -47,6 +47,7 @@ class Clients:
     def __init__(self, peers: "Peers") -> None:
         self._peers = peers
         self._waits: dict[tuple[For, int], list[Wait]] = {}
+        self.cut_off: set[int] = set()  # served no more: their requests failed in ways that nobody expected
 
     # --- answers -----------------------------------------------------------------------------------------
 
@@ -115,6 +116,7 @@ class Clients:
 
         Where answers come in the order of the questions its place is kept, else the next one would get its answer.
         """
+        self.cut_off.discard(client)
         lost = [wait for waits in self._waits.values() for wait in waits if wait.client == client]
         for wait in lost:
             if wait.what in IN_ORDER:

@@ -65,8 +65,9 @@ class Kept:
 class Leaving:
     """A pty without a VM: closed when its viewer has read all there is, or does not read."""
 
-    def __init__(self, consoles: "Consoles", pty: Pty, rest: bytes, client: int) -> None:
+    def __init__(self, consoles: "Consoles", vmid: int, pty: Pty, rest: bytes, client: int) -> None:
         self.client = client
+        self._source = Proc.VM, vmid
         self._consoles = consoles
         self._pty = pty
         self._rest = rest  # what has found no room in the pty yet
@@ -87,7 +88,7 @@ class Leaving:
             self._pty.close()
             self._consoles.has_left(self)
         else:
-            self._consoles.call_later(ROUND_S, self._look)
+            self._consoles.call_later(ROUND_S, self._look, self._source)
 
 
 class Consoles:
@@ -163,7 +164,7 @@ class Consoles:
                 del self._taken[vmid]
                 pty.close()
 
-        self.call_later(PATIENCE_S, close)
+        self.call_later(PATIENCE_S, close, (Proc.VM, vmid))
 
     def serve_watch(self, message: ConsoleWatch, caller: "Caller", envelope: "Envelope") -> None:
         """Show a console to somebody who does not have it.  Raises OperatorError."""
@@ -231,7 +232,7 @@ class Consoles:
         if console is None:
             return
         pty, output = console
-        self.leaving.add(Leaving(self, pty, output.since(output.passed), holder))
+        self.leaving.add(Leaving(self, vm.vmid, pty, output.since(output.passed), holder))
         if ran or output.data:
             self.kept.pop(vm.name, None)
             self.kept[vm.name] = Kept(vm, output)

@@ -3,6 +3,7 @@
 import errno
 import os
 
+from vmd.closing import close
 from vmd.errors import HostError
 from vmd.privsep import linux
 
@@ -45,7 +46,7 @@ def file_system(path: str) -> int:
         except HostError:
             return 0
         finally:
-            os.close(fd)
+            close(fd)
 
 
 def file_system_of(fd: int) -> int:

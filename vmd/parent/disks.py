@@ -10,6 +10,7 @@ import select
 import stat
 import time
 
+from vmd.closing import close
 from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
 from vmd.errors import HostError, InUse, OperatorError, VmdError
 from vmd.images.locks import lock
@@ -94,7 +95,7 @@ class OpenDisk:
     def close(self) -> None:
         """Close what nobody took."""
         for fd in self.take_fds():
-            os.close(fd)
+            close(fd)
 
 
 class Use(Record):
@@ -153,12 +154,12 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> N
             if wrong:
                 raise OperatorError(errno.EINVAL, f"{name}: {wrong}")
         except OperatorError as error:
-            os.close(fd)
+            close(fd)
             if first and not config.format and error.what.endswith(NOT_QCOW2):
                 raise OperatorError(error.code, f"{error.what}, as its name says; if it is raw, say {raw}") from None
             raise
         except BaseException:
-            os.close(fd)
+            close(fd)
             raise
         # With a hint its answer cannot make the image something else: imgprobe has seen bytes from anybody.
         link = OpenImage(fd=fd, path=path, format=format_hint or probe.format, guessed=not format_hint)
@@ -260,7 +261,7 @@ def open_cdrom(path: str, user: Owner | None, prober: "Prober", *, locked: bool 
             lock(fd, name, writable=False)
         return fd, examine_disc(fd, path, name, prober)
     except BaseException:
-        os.close(fd)
+        close(fd)
         raise
 
 
@@ -311,7 +312,7 @@ def open_image(
                     raise InUse(name, os.fstat(place), by="another process, or mounted") from None
                 raise
             finally:
-                os.close(place)
+                close(place)
     except (OSError, HostError) as error:
         number = error.errno or errno.EIO
         if number in (errno.EACCES, errno.EPERM) and user is not None and user.uid:
@@ -377,7 +378,7 @@ class ImageProber:
             elif len(line) <= ANSWER_MAX:  # else it will not end by itself
                 status = child.reap(max(0.0, deadline_s - time.monotonic()))
         finally:
-            os.close(reader)
+            close(reader)
             self._end(child)
         if line is None or status is None:
             raise OperatorError(errno.ETIMEDOUT, f"{name}: cannot be examined within {self.timeout_s:g} seconds")
@@ -402,11 +403,11 @@ class ImageProber:
             try:
                 return reader, spawn(self.title, arguments, fds=fds, place=self.place, entry=self.entry)
             except BaseException:
-                os.close(reader)
+                close(reader)
                 raise
         finally:
             for fd in fds.values():
-                os.close(fd)
+                close(fd)
 
     def _end(self, child: Child) -> None:
         """Have a process end, if it has not."""

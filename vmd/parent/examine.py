@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 
+from vmd.closing import close
 from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.parent import instances, service
@@ -210,5 +211,5 @@ def of_disc(path: str, user: "Owner | None", prober: "Prober") -> list[str]:
         fd, notes = open_cdrom(path, user, prober, locked=False)
     except OperatorError as error:
         return [str(error)]
-    os.close(fd)
+    close(fd)
     return notes

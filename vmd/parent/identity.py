@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 
+from vmd.closing import close
 from vmd.config import rules
 from vmd.config.model import MAX_NICS, Prefix
 from vmd.config.rules import VMID_MAX
@@ -282,7 +283,7 @@ class StateFile:
     def close(self) -> None:
         """Let go of it."""
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
             self.fd = -1
 
     def _open(self) -> bool:
@@ -293,7 +294,7 @@ class StateFile:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:
-                os.close(fd)
+                close(fd)
                 return False
             # A file system without locks is used without.
         self.fd = fd

@@ -7,14 +7,20 @@ import errno
 import os
 import time
 
+from vmd.closing import close
 from vmd.errors import HostError, InUse, OperatorError, VmdError
+from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import (
     VMD_PARENT_INVALID,
     Caller,
     Failed,
+    NicsFailed,
+    NicsMade,
     Ok,
     Outcome,
     Proc,
+    ReceivedHeader,
+    ReceivedMachine,
     StartRequest,
     StartVm,
     StopAccepted,
@@ -52,8 +58,10 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.network import Network
     from vmd.parent.status import Status
+    from vmd.record import Record
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
+SAID_ONCE = (VmRunning, VmFailed, ReceivedHeader, ReceivedMachine, NicsMade, NicsFailed)  # of a VM, in one life
 LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
 
 
@@ -90,7 +98,7 @@ class Life:
             config = one_shot_config(vm.config, message)
             boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
             self.start(vm, uid=caller.uid, config=config, given_boot=boot, given_initrd=initrd)
-        except (VmdError, ValueError, OverflowError):
+        except Exception:
             if not vm.from_config:
                 self.vms.remove(vm)
             raise
@@ -174,7 +182,7 @@ class Life:
                 fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), **console}
                 fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
                 self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
-            except (VmdError, ValueError, OverflowError) as error:
+            except Exception as error:
                 if began:
                     vm.ended(brief(str(error)))
                 if fresh_console:
@@ -251,7 +259,7 @@ class Life:
         if memory is not None and is_memory(memory):
             vm.take_memory(memory)
         elif memory is not None:
-            os.close(memory)
+            close(memory)
             log.warn(f"vm {vm.name}: its process does not show how much memory it uses")
         assert vm.pty is not None
         tty, pid, paused = vm.pty.path, message.pid, message.paused
@@ -392,6 +400,20 @@ class Life:
         text = f"vm {vm.name}: {text or 'ended while it was starting'}"
         self.clients.answer_all(For.START, vm.vmid, Failed(code=vm.code, text=text))
         self.end_if_over()
+
+    def give_up(self, vmid: int, message: "Record") -> None:
+        """What a message said of a VM is lost: tell those who wait, and end the VM if nobody knows what it is now."""
+        vm = self.vms.find(vmid, "")
+        if vm is None or not vm.alive:
+            return
+        unstarted = isinstance(message, NicsMade | NicsFailed) and vm.receiving is None
+        if isinstance(message, VmExited) or unstarted:  # it has no process any more, or none yet
+            self.network.release(vmid)
+            self.is_gone(vm, OUR_FAULT)
+        elif isinstance(message, SAID_ONCE):
+            self.kill(vm)
+        else:
+            self._answer_overtaken(vm, errno.EIO, OUR_FAULT)
 
     def _answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
         """Answer who wanted something of a VM process that has ended instead of doing it."""

@@ -27,6 +27,7 @@ from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config
 from vmd.errors import HostError, OperatorError, PeerError, number, sentence
 from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages import (
@@ -92,6 +93,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, TypeVar
 
+    from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
     from vmd.parent.configuration import Load
 
@@ -228,6 +230,8 @@ class Parent(Process):
             raise PeerError("control", f"{type(message).__name__} without a caller")
         client, clients = envelope.peerid, self.core.clients
         try:
+            if client in clients.cut_off:
+                raise OperatorError(errno.EIO, OUR_FAULT)
             if isinstance(message, VmRequest) and len(message.name) > NAME_MAX:
                 raise OperatorError(errno.EINVAL, f"vm name too long: {message.name[:NAME_MAX]}...")
             room, serve = SERVES[type(message)]
@@ -247,6 +251,33 @@ class Parent(Process):
         for wait in self.core.clients.gone(envelope.peerid):
             if wait.what is For.TRANSFER:
                 self.transfers.on_client_gone(wait.vmid)
+
+    # --- what a handler did not expect -------------------------------------------------------------------
+
+    def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
+        """What comes from control is for a client, and all else for a VM, if it is for anybody."""
+        if channel.peer is Proc.CONTROL:
+            return Proc.CLIENT, envelope.peerid
+        vmid = getattr(envelope.message, "vmid", envelope.peerid if channel.peer is Proc.VMM else 0)
+        return (Proc.VM, vmid) if vmid else None
+
+    def give_up(self, envelope: Envelope, channel: Channel) -> None:
+        """Answer the client whose request failed, or those who wait for the VM."""
+        source = self.source_of(envelope, channel)
+        if channel.peer is Proc.CONTROL:
+            self.core.clients.fail(envelope.peerid, errno.EIO, OUR_FAULT)
+        elif source is not None:
+            self.life.give_up(source[1], envelope.message)
+
+    def cut_off(self, source: "Source") -> None:
+        """Serve a client no more, or end a VM."""
+        kind, number = source
+        if kind is Proc.CLIENT:
+            self.core.clients.cut_off.add(number)
+            return
+        vm = self.core.vms.find(number, "")
+        if vm is not None and vm.alive:
+            self.life.kill(vm)
 
     HANDLERS: "Handlers" = {
         **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),

@@ -1,10 +1,10 @@
 """The disks and the disc of a VM, from their opening to their being handed over."""
 
-import contextlib
 import errno
 import os
 import time
 
+from vmd.closing import close_all
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import DiskImages, ImageLink
@@ -102,9 +102,7 @@ class Media:
 
     def close(self) -> None:
         """Close what nobody took."""
-        with contextlib.ExitStack() as stack:
-            for fd in (*self.take_disks(), *self.take_cdrom()):
-                stack.callback(os.close, fd)
+        close_all((*self.take_disks(), *self.take_cdrom()))
 
 
 def replaced(before: "Files", now: "Files") -> list[str]:

@@ -6,10 +6,10 @@ outlive a reboot of the guest, with their names.
 """
 
 import errno
-import os
 import time
 from collections.abc import Callable, Iterable
 
+from vmd.closing import close
 from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
@@ -78,7 +78,7 @@ class Launch:
         """Close everything that was to go along."""
         for fds in self.fds.values():
             while fds:
-                os.close(fds.pop())
+                close(fds.pop())
 
 
 class Network:
@@ -204,7 +204,7 @@ class Network:
         fds = envelope.take_fds("taps")
         if launch is None:
             for fd in fds:
-                os.close(fd)
+                close(fd)
             return
         vm, config, plan = launch.vm, launch.message.config, launch.plan
         assert plan is not None

@@ -1,7 +1,7 @@
 """The channels to the parent's own processes: control, vmm and priv."""
 
-import os
 
+from vmd.closing import close
 from vmd.ipc.channel import NO_FDS
 
 TYPE_CHECKING = False
@@ -29,7 +29,7 @@ class Peers:
             return
         for each in fds.values():
             for fd in each:
-                os.close(fd)
+                close(fd)
 
     def send_all(self, message: "Record") -> None:
         """Send a message to every process."""

@@ -2,9 +2,9 @@
 
 import errno
 import ipaddress
-import os
 import time
 
+from vmd.closing import close
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import NicLink
@@ -48,7 +48,7 @@ class Taps:
     def close(self) -> None:
         """Let go of our descriptors."""
         while self.fds:
-            os.close(self.fds.pop())
+            close(self.fds.pop())
 
 
 class Plans:

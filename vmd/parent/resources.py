@@ -13,6 +13,7 @@ import termios
 import tty
 from collections.abc import Sequence
 
+from vmd.closing import close
 from vmd.config.model import Owner, VmConfig
 from vmd.errors import HostError, OperatorError, sentence
 from vmd.ipc.messages import VMD_BIOS_MISSING
@@ -70,13 +71,19 @@ class Pty:
             return 0
 
     def unread_bytes(self) -> int:
-        """Return how much output a viewer has not read yet; a hang-up would lose it."""
-        return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
+        """Return how much output a viewer has not read yet; a hang-up would lose it.
+
+        0 where that cannot be known: whoever may open the pty may give it a line discipline that does not say.
+        """
+        try:
+            return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Let the pty go; whoever has it open sees a hang-up."""
-        os.close(self.master)
-        os.close(self.slave)
+        close(self.master)
+        close(self.slave)
 
 
 def copy_all(fds: Sequence[int], what: str) -> list[int]:
@@ -87,7 +94,7 @@ def copy_all(fds: Sequence[int], what: str) -> list[int]:
             copies.append(os.dup(fd))
     except OSError as error:
         for fd in copies:
-            os.close(fd)
+            close(fd)
         raise HostError(what, error) from error
     return copies
 
@@ -115,7 +122,7 @@ class BootFiles:
         """Close what nobody took."""
         for fd in (self.boot, self.initrd):
             if fd is not None:
-                os.close(fd)
+                close(fd)
         self.boot = self.initrd = None
 
 
@@ -135,7 +142,7 @@ def open_regular(path: str, what: str, user: Owner | None = None) -> int:
     try:
         require_regular(fd, f"{what} {path}")
     except OperatorError:
-        os.close(fd)
+        close(fd)
         raise
     return fd
 

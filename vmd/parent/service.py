@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable
 
+from vmd.closing import close
 from vmd.config.model import SOCKET_PATH_MAX, Owner
 from vmd.errors import HostError, OperatorError, sentence
 from vmd.log import JOURNAL, STDERR, SYSLOG, log
@@ -177,21 +178,21 @@ def daemonize() -> Callable[[], None]:
     """Go to the background.  Our starter waits until the returned function is called, or fails with us."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     if os.fork():
-        os.close(writer)
+        close(writer)
         if os.read(reader, 1):
             os._exit(0)
         os.write(2, b"vmd: not started; the log says why\n")
         os._exit(1)
-    os.close(reader)
+    close(reader)
     os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)
-    os.close(null)
+    close(null)
 
     def ready() -> None:
         os.write(writer, b"1")
-        os.close(writer)
+        close(writer)
 
     return ready

@@ -1,12 +1,12 @@
 """Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
 
 import errno
-import os
 import time
 from collections.abc import Iterator
 from enum import Enum
 
 from vmd.backlog import Backlog, Output
+from vmd.closing import close
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import HostError, InUse, OperatorError, PeerError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
@@ -269,13 +269,13 @@ class Vm:
         """Close the kept files."""
         for fd in self._kept:
             if fd is not None:
-                os.close(fd)
+                close(fd)
         self._kept = (None, None)
 
     def take_memory(self, fd: int | None) -> None:
         """Take the guest's memory instead of what there was; the descriptor is ours."""
         if self.memory is not None:
-            os.close(self.memory)
+            close(self.memory)
         self.memory = fd
 
     def open_console(self) -> bool:
@@ -299,7 +299,7 @@ class Vm:
         try:
             return {**self.pty.fds(), "shown": shown}
         except HostError:
-            os.close(shown[0])
+            close(shown[0])
             raise
 
     def take_console(self) -> tuple[Pty, Output] | None:

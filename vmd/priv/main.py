@@ -8,10 +8,12 @@ Parses   what nft and the kernel say
 Whatever cannot be done is an answer, never the end of this process: with it would go the whole daemon.
 """
 
+import errno
 import time
 
 from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.channel import Channel
+from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     AskDrops,
@@ -61,11 +63,11 @@ class Priv(Process):
 
     def look(self) -> None:
         """Look at what other firewalls drop, again and again."""
+        self.loop.call_later(LOOK_S, self.look)
         try:
             self.network.look()
         except (OperatorError, HostError) as error:
             log.warn(str(error))
-        self.loop.call_later(LOOK_S, self.look)
 
     def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
         """Make the bridges of switches, once all of them are known."""
@@ -126,6 +128,16 @@ class Priv(Process):
         except (OperatorError, HostError) as error:
             log.warn(str(error))
         channel.send(DropsReported(vmid=message.vmid, troubles=troubles))
+
+    def give_up(self, envelope: Envelope, channel: Channel) -> None:
+        """Answer for a handler that has failed."""
+        message = envelope.message
+        if isinstance(message, ConfigureNetwork) and not message.more:
+            channel.send(NetworkConfigured(problems=(OUR_FAULT,)))
+        elif isinstance(message, MakeNics):
+            channel.send(NicsFailed(vmid=message.vmid, ticket=message.ticket, code=errno.EIO, text=OUR_FAULT))
+        elif isinstance(message, AskDrops):
+            channel.send(DropsReported(vmid=message.vmid))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less."""

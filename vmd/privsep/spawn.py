@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 
+from vmd.closing import close
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
 from vmd.privsep.start import CHANNEL_FD
@@ -86,7 +87,7 @@ class Child:
         if not readable.poll(timeout_s * 1000):
             return None
         _, status = os.waitpid(self.pid, 0)
-        os.close(self.pidfd)
+        close(self.pidfd)
         self.pidfd = -1
         return os.waitstatus_to_exitcode(status)
 
@@ -137,7 +138,7 @@ def spawn(
         pid = start_here(title, argv, moved) if place is None else start_in(place, title, argv, moved)
     finally:
         for fd in moved.values():
-            os.close(fd)
+            close(fd)
     return Child(title, pid)
 
 
@@ -153,7 +154,7 @@ def out_of_the_way(source: int | None) -> int:
     try:
         return fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
     finally:
-        os.close(null)
+        close(null)
 
 
 def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
@@ -186,11 +187,11 @@ def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, i
         if pid == 0:
             become(place, argv, moved, parent, failure)
     except OSError as error:
-        os.close(report)
+        close(report)
         raise HostError(f"start {title}", error) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.close(failure)
+        close(failure)
     with open(report, "rb") as reader:
         words = reader.read()
     if words:

@@ -6,6 +6,7 @@ import select
 import threading
 from enum import Enum
 
+from vmd.closing import close
 from vmd.errors import GuestError, HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.messages import ReceivedHeader, ReceivedMachine
@@ -216,7 +217,7 @@ class Arrival:
                 entry="vmd.vm.streamprobe:main",
             )
         finally:
-            os.close(writing)
+            close(writing)
         loop.add(reading, lambda _events: self._on_probe(reading))
 
     def _take(self, step: Step, message: str) -> None:
@@ -232,7 +233,7 @@ class Arrival:
         if piece and len(self._answer) <= streamprobe.ANSWER_MAX:
             return
         self._loop.remove(fd)
-        os.close(fd)
+        close(fd)
         status = self._probe.reap(PROBE_END_TIMEOUT_S)
         try:
             beginning = streamprobe.unpack(self._answer)

@@ -5,6 +5,7 @@ Nothing of a source is read before `build` asks it.
 
 import os
 
+from vmd.closing import close
 from vmd.config.model import BootDevice
 from vmd.guestmem import GuestMemory
 from vmd.log import log
@@ -51,7 +52,7 @@ def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside
     pause = source.finish(machine)
     for slot in slots:
         for fd in slot.fds:
-            os.close(fd)
+            close(fd)
     return pause
 
 
@@ -92,9 +93,9 @@ class FromImages:
             bootmac=config.nics[0].lladdr if from_network else b"",
         )
         log.debug(self.start.text)
-        os.close(self.boot_fd)
+        close(self.boot_fd)
         if self.initrd_fd is not None:
-            os.close(self.initrd_fd)
+            close(self.initrd_fd)
 
     def finish(self, machine: Machine) -> Pause:
         """Let vCPU 0 start where the loader says."""

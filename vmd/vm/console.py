@@ -6,11 +6,14 @@ Input is taken from the pty only as fast as the guest reads its UART, so that a 
 viewer's pty.
 """
 
+import contextlib
 import os
 import select
 import termios
 import threading
 import time
+
+from vmd.closing import close
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,15 +76,17 @@ class Console:
     def snapshot(self) -> int:
         """Drop what waits in the pty and for it; return how much of the output that leaves for other ways."""
         with self._lock:
-            termios.tcflush(self._slave, termios.TCIFLUSH)
+            # Whoever may open the pty may give it a line discipline that does not know this.
+            with contextlib.suppress(termios.error):
+                termios.tcflush(self._slave, termios.TCIFLUSH)
             return self._backlog.pass_all()
 
     def move(self, master: int, slave: int) -> None:
         """Go on on another pty, whose sides are ours from now on."""
         with self._lock:
             self._loop.remove(self._master)
-            os.close(self._master)
-            os.close(self._slave)
+            close(self._master)
+            close(self._slave)
             self._master, self._slave = master, slave
             self._loop.add(master, self._on_pty)
         self._watch()

@@ -1,10 +1,10 @@
 """A VM on its way out: it stands still, and a thread writes what it is while the event thread goes on serving.
 """
 
-import os
 import select
 import threading
 
+from vmd.closing import close
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
@@ -183,10 +183,10 @@ class Departure:
             assert pause.clocks is not None
             sender = Sender(pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot)
         except PeerError as error:
-            os.close(stream)
+            close(stream)
             pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
         except (VmdError, OSError) as error:
-            os.close(stream)
+            close(stream)
             self._finish(sentence(error))
         else:
             self._sender = sender

@@ -15,6 +15,7 @@ import os
 import sys
 
 from vmd.backlog import BacklogWriter
+from vmd.closing import close
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
@@ -246,7 +247,7 @@ class VmProcess(Process):
         stream = envelope.take_fd("stream")
         assert stream is not None
         if self.pause is None or not self.life.is_in(State.LIVE):
-            os.close(stream)
+            close(stream)
             return  # how the VM ends is the answer; two at once the parent does not ask for
         self.life.become(State.LEAVING)
         self.departure = Departure(message, stream, self.pause, self.vmm, self.on_sent)

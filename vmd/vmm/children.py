@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+from vmd.closing import close
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages import (
@@ -136,7 +137,7 @@ class Reaper:
             if result is None:
                 return
             self.loop.remove(child.pidfd)
-            os.close(child.pidfd)
+            close(child.pidfd)
             child.gone = True
             on_exit(child, *judge(result.si_code, result.si_status))
 

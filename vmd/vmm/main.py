@@ -13,6 +13,7 @@ import socket
 
 from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     AskDevices,
@@ -57,6 +58,7 @@ from vmd.vmm.children import Reaper, VmChild
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
 
 # What is relayed as it is: requests of the parent to a VM, and what VMs report.
@@ -139,8 +141,7 @@ class Vmm(Process):
             self.require_files()
             child, self.reserve = self.reserve or self.spawn_vm(), None
         except HostError as error:
-            self.parent.send(VmFailed(vmid=message.vmid, code=error.errno, text=str(error)))
-            self.parent.send(VmExited(vmid=message.vmid, pid=0, outcome=Outcome.FAILED, text=str(error)))
+            self.not_started(message.vmid, error.errno, str(error))
             return
         child.vmid = message.vmid
         child.channel.label = f"vm/{name}"
@@ -227,6 +228,36 @@ class Vmm(Process):
         if self.running.pop(child.vmid, None) is not None:
             words = child.last_words or text
             self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=words))
+
+    # --- what a handler did not expect ------------------------------------------------------------------------
+
+    def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
+        """Everything is for a VM; one in reserve is none yet."""
+        if channel.peer is not Proc.VM:
+            return super().source_of(envelope, channel)
+        vmid = next((child.vmid for child in self.running.values() if child.channel is channel), 0)
+        return (Proc.VM, vmid) if vmid else None
+
+    def give_up(self, envelope: Envelope, channel: Channel) -> None:
+        """End the VM whose message is lost: somebody would wait for what follows from it for ever."""
+        message = envelope.message
+        if isinstance(message, StartVm | ReceiveVm) and message.vmid not in self.running:
+            self.not_started(message.vmid, errno.EIO, OUR_FAULT)
+        elif channel.peer is Proc.VM:
+            self.on_vm_lost(channel, PeerError(channel.label, OUR_FAULT))
+        elif (source := self.source_of(envelope, channel)) is not None:
+            self.cut_off(source)
+
+    def cut_off(self, source: "Source") -> None:
+        """End a VM."""
+        child = self.running.get(source[1])
+        if child is not None:
+            self.kill(child, OUR_FAULT)
+
+    def not_started(self, vmid: int, code: int, text: str) -> None:
+        """Tell the parent that there is no process for a VM."""
+        self.parent.send(VmFailed(vmid=vmid, code=code, text=text))
+        self.parent.send(VmExited(vmid=vmid, pid=0, outcome=Outcome.FAILED, text=text))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
         """Log more or less, here and in every VM; later ones learn it from StartVm."""

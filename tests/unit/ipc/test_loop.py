@@ -4,8 +4,17 @@ import os
 import select
 import signal
 import threading
+import time
+from typing import TYPE_CHECKING
 
-from vmd.ipc.loop import Loop
+import pytest
+
+from vmd.ipc.fence import STRIKES, Fence
+from vmd.ipc.loop import REST_S, Loop
+from vmd.ipc.messages import Proc
+
+if TYPE_CHECKING:
+    from vmd.ipc.fence import Source
 
 
 def test_timers_run_in_order_and_can_be_cancelled() -> None:
@@ -141,3 +150,81 @@ def test_signals_are_handled_in_the_loop() -> None:
     assert seen == [1]
     loop.close()
     signal.signal(signal.SIGUSR2, old)
+
+
+def test_an_exception_ends_the_loop_without_a_fence() -> None:
+    """As in a VM process, whose end costs nobody else."""
+    loop = Loop()
+    loop.call_later(0, fails_at_once)
+
+    with pytest.raises(KeyError):
+        loop.run()
+
+    loop.close()
+
+
+def test_behind_a_fence_the_loop_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    """After timers and descriptors whose callbacks fail; the latter rest, so that the loop does not spin."""
+    loop = Loop()
+    cut_off: list[Source] = []
+    loop.fence = Fence(cut_off.append)
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    calls: list[int] = []
+
+    def fails(events: int) -> None:
+        calls.append(events)
+        if len(calls) == 3:
+            os.read(reader, 1)
+            loop.stop()
+        raise KeyError("a bug")
+
+    loop.add(reader, fails)
+    for _ in range(STRIKES):
+        loop.call_later(0, fails_at_once, (Proc.VM, 7))
+    loop.call_from_thread(fails_at_once)
+    began_s = time.monotonic()
+
+    loop.run()
+
+    assert len(calls) == 3
+    assert time.monotonic() - began_s >= 2 * REST_S  # a rest after each of the first two
+    assert cut_off == [(Proc.VM, 7)]
+    assert "KeyError: 'a bug'" in capfd.readouterr().err
+    loop.remove(reader)
+    loop.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def fails_at_once() -> None:
+    """Do what nobody expected."""
+    raise KeyError("at once")
+
+
+def test_a_resting_descriptor_may_be_changed_and_removed() -> None:
+    """And its number may be used again meanwhile: the rest of the one before does not touch it."""
+    loop = Loop()
+    loop.fence = Fence(lambda _source: None)
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    calls: list[str] = []
+
+    def fails(_events: int) -> None:
+        loop.call_later(0, again)
+        raise KeyError("a bug")
+
+    def again() -> None:
+        loop.modify(reader, 0)
+        loop.remove(reader)
+        loop.add(reader, lambda _events: calls.append("new"), 0)
+        loop.call_later(2 * REST_S, loop.stop)
+
+    loop.add(reader, fails)
+
+    loop.run()
+
+    assert calls == []
+    loop.close()
+    os.close(reader)
+    os.close(writer)

@@ -8,6 +8,7 @@ import os
 import zlib
 from stat import S_ISREG
 
+from vmd.closing import close
 from vmd.errors import HostError, ImageError
 from vmd.log import log
 
@@ -87,10 +88,10 @@ def unpack(image: Image, limit_bytes: int) -> int:
     try:
         Gunzip(image, fd, limit_bytes).run()
     except OSError as error:
-        os.close(fd)
+        close(fd)
         raise HostError(f"unpack {image.name}", error) from error
     except BaseException:
-        os.close(fd)
+        close(fd)
         raise
     return fd
 

@@ -3,8 +3,8 @@
 Runs when the VM process has started its devices and can start nothing else.
 """
 
-import os
 
+from vmd.closing import close
 from vmd.errors import ImageError
 from vmd.vm.boot import elf, firmware, linux, openbsd, pvh, unbootable
 from vmd.vm.boot.image import UNPACKED_MAX, Image, unpack
@@ -60,7 +60,7 @@ def load(
         inner, inner_kind = _unpacked_kernel(fd, image)
         return _load_plain(memory, inner, inner_kind, boot)
     finally:
-        os.close(fd)
+        close(fd)
 
 
 def _unpacked_kernel(fd: int, image: Image) -> tuple[Image, Kind]:

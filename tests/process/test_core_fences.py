@@ -1,0 +1,242 @@
+"""What nobody expected costs the client or the VM that led to it: terminals, files whose close fails, bugs of ours."""
+
+import ast
+import errno
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.bystander import NAME, Bystander, vm_block
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.fusefile import FLUSH, FuseFile
+from tests.support.guests import guest
+from vmd.ipc.fence import OUR_FAULT, STRIKES
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import (
+    ConsoleAttached,
+    ConsoleOutput,
+    ConsoleRequest,
+    ConsoleWatch,
+    Failed,
+    ListRequest,
+    ReceiveRequest,
+    SendRequest,
+    StartRequest,
+    SwitchesRequest,
+    VmInfo,
+    VmStarted,
+)
+from vmd.record import Record
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+NOBODY = 65534
+# A line discipline that knows no request: FIONREAD and TCFLSH fail on this terminal from now on.
+NO_LINE_DISCIPLINE = """
+import fcntl, os, struct, sys
+fd = os.open(sys.argv[1], os.O_WRONLY | os.O_NOCTTY)
+fcntl.ioctl(fd, 0x5423, struct.pack("i", 27))  # TIOCSETD, N_NULL
+"""
+
+
+@pytest.fixture(scope="module")
+def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
+    """Give a VM that must not notice anything, in a daemon with a VM of a user's and one of root's."""
+    conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup") + vm_block("roots")
+    with Daemon(tmp_path_factory.mktemp("fences"), conf) as daemon:
+        yield Bystander(daemon)
+
+
+@pytest.fixture
+def vmd(bystander: Bystander) -> Iterator[Daemon]:
+    """Give that daemon; afterwards it has not noticed anything."""
+    yield bystander.vmd
+    bystander.check()
+
+
+def connect(vmd: Daemon) -> socket.socket:
+    """Return a connection to the control socket."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.settimeout(DEADLINE_S)
+    client.connect(str(vmd.socket))
+    return client
+
+
+def receive(client: socket.socket) -> Record | None:
+    """Return the next answer, None at the end of the connection."""
+    try:
+        packet = client.recv(MAX_MESSAGE)
+    except ConnectionResetError:
+        return None
+    return decode(packet, [], "vmd").message if packet else None
+
+
+# --- terminals -------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_that_knows_no_request(vmd: Daemon) -> None:
+    """Whoever may open a console may give its pty another line discipline; its VM ends as any other."""
+    name = "hers"
+    vmd.must("start", name)
+
+    subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", NO_LINE_DISCIPLINE, vmd.status(name)["tty"]],
+        user=NOBODY, group=NOBODY, extra_groups=[], check=True,
+    )  # fmt: skip
+    with connect(vmd) as client:  # who is shown what was said before, in place of what waits in the terminal
+        client.send(encode(ConsoleRequest(name=name))[0])
+        while isinstance(answer := receive(client), ConsoleOutput):
+            pass
+        assert isinstance(answer, ConsoleAttached)
+    vmd.must("stop", "-fw", name)
+
+    vmd.wait_state(name, "stopped")
+    vmd.must("start", name)
+    assert vmd.status(name)["tty"]
+    assert "unexpected" not in vmd.log
+
+
+# --- files whose close fails -----------------------------------------------------------------------------
+
+
+def test_files_whose_close_fails(vmd: Daemon) -> None:
+    """Storage that answers EIO to each close(2): with requests that carry files, and with those that have none."""
+    requests: tuple[tuple[Record, set[str]], ...] = (
+        (ListRequest(), set()),
+        (StartRequest(name="nowhere"), {"kernel"}),
+        (StartRequest(name=NAME), {"kernel", "initrd"}),
+        (StartRequest(name="roots"), {"kernel"}),
+        (SendRequest(name="nowhere"), {"stream"}),
+        (ReceiveRequest(name=NAME), {"stream"}),
+        (ReceiveRequest(name="received"), {"stream"}),
+    )
+    with FuseFile(guest("demo").read_bytes(), flushes=True, for_all=True) as file:
+        file.rule(FLUSH, errno.EIO)
+        for request, names in requests:
+            with connect(vmd) as client:
+                fd = file.open()
+                packet, order = encode(request, fds={name: [fd] for name in names})
+                socket.send_fds(client, [packet], order or [fd])
+                with pytest.raises(OSError, match="Input/output error"):
+                    os.close(fd)
+                answer = receive(client)
+            expected = VmStarted if request == requests[3][0] else (Failed, type(None))
+            assert isinstance(answer, expected), (request, answer)
+            with connect(vmd) as client:
+                client.send(encode(ListRequest())[0])
+                assert isinstance(receive(client), VmInfo)
+        flushed = file.count(FLUSH)
+    assert flushed > 2 * len(requests)  # not by us alone
+    assert "unexpected" not in vmd.log
+
+
+def test_nothing_but_vmd_closing_closes_a_descriptor() -> None:
+    """In the processes that all guests hang on, and in a VM's, no os.close is left that a file could make fail."""
+    wants_to_know = {ROOT / "vmd/vm/stream.py"}  # of a stream to a file only that tells whether all of it is there
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for package in ("parent", "control", "vmm", "vm", "ipc")
+        for path in sorted((ROOT / "vmd" / package).rglob("*.py"))
+        if path not in wants_to_know
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "close" and ast.unparse(node.value) == "os"
+    ]
+    assert found == [], "use vmd.closing.close"
+
+
+# --- bugs of ours ----------------------------------------------------------------------------------------
+
+# Appended to modules of the program: a handler of each process that fails, and a timer that does.
+BUGS = {
+    "control/main.py": """
+def _bug(*_):
+    raise ZeroDivisionError("a bug of control")
+from vmd.ipc.messages import SwitchesRequest
+Control.HANDLERS[(Proc.CLIENT, SwitchesRequest)] = _bug
+""",
+    "parent/consoles.py": """
+def _bug(*_):
+    raise ZeroDivisionError("a bug of parent")
+Consoles.serve_watch = _bug
+Consoles.has_left = _bug
+""",
+    "parent/main.py": """
+def _bug(*_):
+    raise ZeroDivisionError("a bug of parent")
+Parent.HANDLERS[(Proc.VMM, PauseDone)] = _bug
+""",
+    "vmm/main.py": """
+_begin = Vmm.begin
+def _bug(vmm, message, name, envelope):
+    if name == "hers":
+        raise ZeroDivisionError("a bug of vmm")
+    _begin(vmm, message, name, envelope)
+Vmm.begin = _bug
+""",
+    "priv/main.py": """
+def _bug(*_):
+    raise ZeroDivisionError("a bug of priv")
+Priv.HANDLERS[(Proc.PARENT, MakeNics)] = _bug
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def among_bugs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
+    """Give a VM in a daemon that has these bugs."""
+    directory = tmp_path_factory.mktemp("bugs")
+    code = directory / "code"
+    for package in ("vmd", "vmctl"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for path, bug in BUGS.items():
+        with (code / "vmd" / path).open("a") as file:
+            file.write(bug)
+    conf = vm_block(NAME) + vm_block("hers") + vm_block("roots") + vm_block("networked", "interface tap")
+    with Daemon(directory, conf, code=code) as daemon:
+        yield Bystander(daemon)
+
+
+@pytest.fixture
+def buggy(among_bugs: Bystander) -> Iterator[Daemon]:
+    """Give that daemon; afterwards the VM has not noticed anything."""
+    yield among_bugs.vmd
+    among_bugs.check()
+
+
+def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
+    """Each is answered, each traceback is in the log, each process goes on."""
+    buggy.must("start", "roots")
+
+    with connect(buggy) as client:
+        client.send(encode(SwitchesRequest())[0])
+        assert receive(client) == Failed(code=errno.EIO, text=OUR_FAULT)
+        assert receive(client) is None
+    for command in (("pause", "roots"), ("start", "hers"), ("start", "networked")):
+        done = buggy.vmctl(*command)
+        assert done.returncode == 1
+        assert OUR_FAULT in done.stderr
+    assert buggy.status("hers")["state"] == "stopped"
+    assert buggy.status("networked")["state"] == "stopped"
+    buggy.must("stop", "-fw", "roots")  # its terminal is closed in a timer, which fails
+
+    for process in ("control", "parent", "vmm", "priv"):
+        buggy.wait_log(f"ZeroDivisionError: a bug of {process}")
+    buggy.wait_log("consoles.py:")
+
+
+def test_a_client_that_leads_to_bugs_is_cut_off(buggy: Daemon) -> None:
+    """After so many it is served no more, and others are."""
+    with connect(buggy) as client:
+        for _ in range(STRIKES):
+            client.send(encode(ConsoleWatch(name=NAME))[0])
+            assert receive(client) == Failed(code=errno.EIO, text=OUR_FAULT)
+        client.send(encode(ListRequest())[0])
+        assert receive(client) == Failed(code=errno.EIO, text=OUR_FAULT)
+    with connect(buggy) as client:
+        client.send(encode(ListRequest())[0])
+        assert isinstance(receive(client), VmInfo)
+    buggy.wait_log("is cut off after")
