@@ -8,14 +8,14 @@ Parses   vm.conf, its own file of identities, and checked messages; never a byte
 
 This module puts the rooms together and brings each message to its room.  A `vmctl start`, from room to room:
 
-    vmctl/commands/start.py   asks
-    vmd/control/main.py       says who asks
+    vmctl/commands/start.py   sends StartRequest
+    vmd/control/main.py       adds who asks, by the word of the kernel
     main.py                   `on_request`: every failure from here on is the client's answer
-    life.py                   `serve_start`: which VM, and may they; `start`: what it needs is opened
-    media.py                  ... its disks and its disc, which are locked
-    network.py                `launch`: priv makes its interfaces, `on_made`: and off it goes
-    vmd/vmm/main.py           `on_start_vm`: a process for it
-    vmd/vm/main.py            builds the machine and runs it; VmRunning goes back to life.py, whose `on_running` answers
+    life.py                   `serve_start` finds the VM and asks whether the client may; `start` opens what it needs
+    media.py                  opens and locks its disks and its disc
+    network.py                `launch` has priv make its interfaces; `on_made` sends StartVm to vmm
+    vmd/vmm/main.py           `on_start_vm` starts its process
+    vmd/vm/main.py            builds the machine and runs it; `on_running` in life.py hears of that, and answers
 """
 
 import errno

@@ -1,6 +1,7 @@
 """When the daemon begins to serve its clients."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from vmd.config.model import CMDLINE_MAX, Config, SwitchConfig, VmConfig
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import Caller, ConfigureNetwork, Failed, Listen, NetworkConfigured, Proc, Ready, StartRequest
+from vmd.parent import main
 from vmd.parent.main import Parent
 from vmd.parent.options import Options
 from vmd.record import Record
@@ -103,3 +105,14 @@ def test_what_comes_with_a_start_that_is_refused(parent: Parent, tmp_path: Path)
 
     assert told(parent, Proc.CONTROL) == [Failed] * len(requests)
     assert [vm.name for vm in parent.core.vms] == ["a"]
+
+
+def test_the_way_of_a_start() -> None:
+    """It is written down for strangers: the rooms are there, and no more than they can follow."""
+    doc, here = main.__doc__ or "", Path(main.__file__).parent
+    rows = re.findall(r"^    ([\w/]+\.py) +(.+)$", doc, re.MULTILINE)
+    assert 0 < len(rows) <= 8
+    text = ""
+    for name, what in rows:
+        text += (here / name if "/" not in name else here.parent.parent / name).read_text()
+        assert [word for word in re.findall(r"`(\w+)`", what) if f"def {word}(" not in text] == []
