@@ -20,7 +20,7 @@ import pytest
 from tests.process.insider import DATA_FD, VICTIM_FD
 from vmd.errors import HostError
 from vmd.privsep import landlock
-from vmd.privsep.cell import Cell, import_path
+from vmd.privsep.cell import PRIV_ID, Cell, import_path
 from vmd.privsep.spawn import INTERPRETER, Child, spawn
 
 pytestmark = pytest.mark.root
@@ -340,8 +340,9 @@ stop.set()
 def priv() -> list[str]:
     """Give what priv's confinement answers, in a network namespace of its own."""
     attempts = (
-        "run_nft", "run_ip", "forward", "open_tap", "capabilities",
-        "open_passwd", "write_etc", "mount", "change_root", "give_away", "unshare_net",
+        "run_nft", "run_ip", "forward", "tap_from_descriptor", "identity", "capabilities", "own_directory",
+        "open_passwd", "write_etc", "give_away", "open_tun", "become_root", "connect_unix", "raw_packets",
+        "foreign_ioctl", "clone_namespace", "see_run",
     )  # fmt: skip
     output = run_script(f"""
 import tempfile
@@ -349,7 +350,8 @@ linux.unshare(linux.CLONE_NEWNET)
 place = Network()
 place.import_path = tuple(sys.path[:4])
 with tempfile.TemporaryFile() as data:
-    answers, status = ask(place, "PRIV", *{attempts!r}, fds={{{DATA_FD}: data.fileno()}})
+    tun = os.open("/dev/net/tun", os.O_RDWR)
+    answers, status = ask(place, "PRIV", *{attempts!r}, fds={{{DATA_FD}: data.fileno(), {VICTIM_FD}: tun}})
 print(answers, status, sep="")
 """)
     lines = output.splitlines()
@@ -359,24 +361,46 @@ print(answers, status, sep="")
 
 def test_priv_can_do_its_work(priv: list[str]) -> None:
     """Programs that need the network capabilities run, and sysctls of the network are set."""
-    taps = "open_tap done None" if Path("/dev/net/tun").exists() else f"open_tap errno {errno.ENOENT}"
-
-    assert priv[:4] == ["run_nft done True", "run_ip done True", "forward done 1", taps]
+    assert priv[:4] == ["run_nft done True", "run_ip done True", "forward done 1", "tap_from_descriptor done None"]
 
 
 def test_priv_can_do_nothing_else(priv: list[str]) -> None:
-    """It is root with two capabilities and a small view of the files."""
-    denied = errno.EACCES
+    """It is a user of its own with two capabilities and a small view of the files; it connects to no named socket."""
+    ids = (PRIV_ID, PRIV_ID, PRIV_ID)
+    denied, refused = errno.EACCES, errno.EPERM
 
     assert priv[4:] == [
+        f"identity done {ids} {ids} [] /",
         "capabilities done 3000",
+        "own_directory done None",
         f"open_passwd errno {denied}",
         f"write_etc errno {denied}",
-        f"mount errno {errno.EPERM}",
-        f"change_root errno {errno.EPERM}",
-        f"give_away errno {errno.EPERM}",
-        f"unshare_net errno {errno.EPERM}",
+        f"give_away errno {refused}",
+        f"open_tun errno {denied}",
+        f"become_root errno {refused}",
+        f"connect_unix errno {refused}",
+        f"raw_packets errno {refused}",
+        f"foreign_ioctl errno {refused}",
+        f"clone_namespace errno {refused}",
+        "see_run done ['vmd', 'vmd/priv']",
     ]
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    ["mount", "change_root", "unshare_net", "unshare_user", "bpf", "trace_me", "read_other_memory", "io_uring",
+     "userfault"],
+)  # fmt: skip
+def test_priv_is_killed_for_what_no_program_of_its_does(attempt: str) -> None:
+    """Its filter forgives most calls, but not these."""
+    output = run_script(f"""
+linux.unshare(linux.CLONE_NEWNET)
+place = Network()
+place.import_path = tuple(sys.path[:4])
+print(ask(place, "PRIV", {attempt!r}, "threads"))
+""")
+
+    assert output == repr(("PRIV confined\n", int(KILLED))) + "\n"
 
 
 # --- how processes start ------------------------------------------------------------------------------------------

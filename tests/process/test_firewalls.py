@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import os
 import shlex
 import socket
 import struct
@@ -17,6 +18,7 @@ from tests.support.privdriver import DEADLINE_S, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.errors import HostError
 from vmd.ipc.messages import AskDrops, DropsReported, Trouble
+from vmd.parent.forpriv import open_tables
 from vmd.priv.legacy import (
     DROP,
     ENTRIES,
@@ -30,6 +32,7 @@ from vmd.priv.legacy import (
     TARGET,
     VERDICT,
     Family,
+    Loaded,
     chains,
 )
 from vmd.privsep import linux
@@ -58,7 +61,9 @@ def load(network: Network, name: str) -> None:
 
 def dropped(priv: Priv, vmid: int = 1) -> tuple[Trouble, ...]:
     """Return what priv says is dropped now of a VM's packets."""
-    priv.send(AskDrops(vmid=vmid))
+    with priv.network.inside():
+        tables = open_tables()
+    priv.send(AskDrops(vmid=vmid), tables)
     reported = priv.receive(DropsReported)
     assert reported.vmid == vmid
     return reported.troubles
@@ -288,7 +293,6 @@ def test_status_shows_it(network: Network, tmp_path: Path) -> None:
 def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Family) -> None:
     """What nft does not list; and tables that nobody has loaded are left so."""
     with network.inside():
-        assert chains(family) == []
         loaded = Path(f"/proc/net/{family.name}_tables_names")
         assert not loaded.exists() or loaded.read_text() == ""
         try:
@@ -298,9 +302,15 @@ def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Fam
                 raise
             pytest.skip(f"this kernel has no old {family.program}")
         assert loaded.read_text() == "filter\n"
-        assert [(chain.name, chain.policy) for chain in chains(family)] == [("INPUT", "accept"), ("FORWARD", "accept")]
+        tables = Loaded()
+        assert chains(family, tables) == []  # without the file
+        tables.take(family, os.open(loaded, os.O_RDONLY))
+        seen = chains(family, tables)
+        assert [(chain.name, chain.policy) for chain in seen] == [("INPUT", "accept"), ("FORWARD", "accept")]
         set_policy(family, "DROP")
-        assert [(chain.name, chain.policy) for chain in chains(family)] == [("INPUT", "accept"), ("FORWARD", "drop")]
+        seen = chains(family, tables)
+        assert [(chain.name, chain.policy) for chain in seen] == [("INPUT", "accept"), ("FORWARD", "drop")]
+        tables.take(family, None)
     with World(network), priv.make(nic(host4=HOST4, prefix6=PREFIX6)) as made:
         guest = Guest(network, made)
         if family.name == "ip":

@@ -905,11 +905,16 @@ def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) 
 # --- hosts that lack something ---------------------------------------------------------------------------------
 
 
-def test_a_host_without_tun(network: Network) -> None:
-    """It is said what to load."""
-    with Priv(network, Poor("/dev/net")) as priv:
-        failed = priv.refuse(nic())
-    assert failed.text == "/dev/net/tun: No such file or directory: load the kernel module tun"
+def test_descriptors_that_are_too_few_or_too_many_make_nothing(network: Network) -> None:
+    """A tap is made of a descriptor of the parent's, and none of another one's."""
+    with Priv(network) as priv:
+        for tuns in (0, 1, 3):
+            failed = priv.ask(nic(), nic(), tuns=tuns)
+            assert isinstance(failed, NicsFailed)
+            assert failed.text == f"refused: 2 interfaces out of {tuns} descriptors"
+        assert set(links(network)) == {"lo"}
+        with priv.make(nic(), nic()) as made:
+            assert made.names == ["tap0", "tap1"]
 
 
 def test_a_host_without_nftables(network: Network, tmp_path: Path) -> None:
@@ -943,7 +948,7 @@ def test_a_host_whose_run_directory_cannot_be_written(network: Network) -> None:
     """Without a place for what has to be put back nothing is changed."""
     with Priv(network, Poor(str(RUN_DIRECTORY))) as priv:
         failed = priv.refuse(nic())
-        assert (failed.code, "open /run/vmd/network-" in failed.text) == (errno.EROFS, True)
+        assert (failed.code, "open /run/vmd/priv/network-" in failed.text) == (errno.EROFS, True)
         assert "networks will not work" in priv.log
     assert set(links(network)) == {"lo"}
 

@@ -14,6 +14,7 @@ from tests.support.network import Network
 from tests.support.packets import LLADDR
 from tests.support.privdriver import RUN_DIRECTORY
 from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
+from vmd.parent.forpriv import open_tuns
 from vmd.priv import host
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -25,7 +26,7 @@ PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 @pytest.fixture
 def network() -> Iterator[Network]:
     """Give a network with a bridge, addresses and settings that are not ours."""
-    RUN_DIRECTORY.mkdir(exist_ok=True)
+    RUN_DIRECTORY.mkdir(parents=True, exist_ok=True)
     load_modules()
     with Network() as made:
         made.run("ip", "link", "add", "office", "type", "bridge")
@@ -55,8 +56,8 @@ def life(network: host.Network, holder: socket.socket) -> None:
         SwitchRequest(interface="office", alias="switch2-office"),
     )
     network.configure(ConfigureNetwork(nat=True, switches=switches))
-    hand_over(holder, network.make_nics(MakeNics(vmid=1, ticket=1, nics=(lan, local, office))))
-    hand_over(holder, network.make_nics(MakeNics(vmid=2, ticket=2, nics=(alone,))))
+    hand_over(holder, network.make_nics(MakeNics(vmid=1, ticket=1, nics=(lan, local, office)), open_tuns(3)))
+    hand_over(holder, network.make_nics(MakeNics(vmid=2, ticket=2, nics=(alone,)), open_tuns(1)))
     network.remove_nics(1)
     network.close()
 
@@ -67,7 +68,7 @@ def life_in_routing_domains(network: host.Network, holder: socket.socket) -> Non
     network.own()
     switches = (SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3),)
     network.configure(ConfigureNetwork(nat=False, switches=switches))
-    hand_over(holder, network.make_nics(MakeNics(vmid=2, ticket=2, nics=(alone,))))
+    hand_over(holder, network.make_nics(MakeNics(vmid=2, ticket=2, nics=(alone,)), open_tuns(1)))
     network.close()
 
 

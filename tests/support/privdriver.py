@@ -24,13 +24,14 @@ from vmd.ipc.messages import (
     RemoveNics,
     SwitchRequest,
 )
+from vmd.parent.forpriv import open_tables, open_tuns
 from vmd.privsep import cell, linux
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 
 DEADLINE_S = 60.0
 GROUPS = "/etc/iproute2/group"
-RUN_DIRECTORY = Path("/run/vmd")
+RUN_DIRECTORY = Path("/run/vmd/priv")
 
 R = TypeVar("R", bound=Record)
 
@@ -96,7 +97,7 @@ class Priv:
     """A running priv; a context manager that tells it to quit and reaps it."""
 
     def __init__(self, network: Network, place: cell.Network | None = None) -> None:
-        RUN_DIRECTORY.mkdir(exist_ok=True)
+        RUN_DIRECTORY.parent.mkdir(exist_ok=True)
         self.network = network
         self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -143,10 +144,12 @@ class Priv:
         """Everything logged so far."""
         return os.pread(self.log_file.fileno(), 1 << 20, 0).decode(errors="replace")
 
-    def send(self, message: Record) -> None:
-        """Send a message."""
-        packet, _ = encode(message)
-        self.sock.send(packet)
+    def send(self, message: Record, fds: dict[str, list[int]] | None = None) -> None:
+        """Send a message, with descriptors that are closed here."""
+        packet, order = encode(message, fds=fds or {})
+        socket.send_fds(self.sock, [packet], order)
+        for fd in order:
+            os.close(fd)
 
     def receive_any(self) -> Envelope:
         """Return the next message."""
@@ -165,9 +168,13 @@ class Priv:
         self.send(ConfigureNetwork(nat=nat, switches=switches))
         return self.receive(NetworkConfigured).problems
 
-    def ask(self, *nics: NicRequest, vmid: int = 1, reserved: tuple[str, ...] = ()) -> Made | NicsFailed:
-        """Ask for interfaces."""
-        self.send(MakeNics(vmid=vmid, ticket=7, nics=nics, reserved=reserved))
+    def ask(
+        self, *nics: NicRequest, vmid: int = 1, reserved: tuple[str, ...] = (), tuns: int | None = None
+    ) -> Made | NicsFailed:
+        """Ask for interfaces; give it as many descriptors to make them from, or `tuns`."""
+        with self.network.inside():
+            fds = {"tuns": open_tuns(len(nics) if tuns is None else tuns), **open_tables()}
+        self.send(MakeNics(vmid=vmid, ticket=7, nics=nics, reserved=reserved), fds)
         envelope = self.receive_any()
         message = envelope.message
         assert isinstance(message, NicsMade | NicsFailed), message

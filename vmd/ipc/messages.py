@@ -843,9 +843,13 @@ class NetworkConfigured(Record):
     problems: tuple[str, ...] = ()
 
 
-@message(0x82, (Proc.PARENT, Proc.PRIV))
+@message(0x82, (Proc.PARENT, Proc.PRIV), fds=("tuns*", "tables4?", "tables6?"))
 class MakeNics(Record):
-    """Make all interfaces of a VM, or none.  Answered by NicsMade or NicsFailed, under the same ticket."""
+    """Make all interfaces of a VM, or none.  Answered by NicsMade or NicsFailed, under the same ticket.
+
+    fds: `tuns` are what taps are made from (/dev/net/tun, opened anew for each); `tables4` and `tables6` say which
+    tables of the old iptables are loaded, where this kernel has them.
+    """
 
     vmid: int
     ticket: int
@@ -879,9 +883,12 @@ class RemoveNics(Record):
     vmid: int
 
 
-@message(0x88, (Proc.PARENT, Proc.PRIV))
+@message(0x88, (Proc.PARENT, Proc.PRIV), fds=("tables4?", "tables6?"))
 class AskDrops(Record):
-    """Say what other firewalls drop of this VM's packets.  Answered by DropsReported."""
+    """Say what other firewalls drop of this VM's packets.  Answered by DropsReported.
+
+    fds: as for `MakeNics`.
+    """
 
     vmid: int
 

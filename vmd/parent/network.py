@@ -35,6 +35,7 @@ from vmd.ipc.messages import (
 from vmd.log import log
 from vmd.parent import nameservers
 from vmd.parent.addresses import Plan
+from vmd.parent.forpriv import open_tables, open_tuns
 from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.plans import AUTOMATIC, Plans, Taps
 from vmd.parent.resources import copy_all
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     from vmd.parent.core import Core
 
-COUNT_TIMEOUT_S = 5.0
 ALIAS_MAX = 255  # IFALIASZ
 LLADDR_BYTES = 6
 MTU_MAX = 0xFFFF  # what virtio has room for
@@ -185,11 +185,18 @@ class Network:
         except (OperatorError, HostError):
             launch.close()
             raise
+        try:
+            tuns = open_tuns(len(requests))
+        except OperatorError:
+            launch.close()
+            raise
         self.tickets += 1
         self.launches[self.tickets] = launch
         reserved = {nic.tap for other in self.core.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
-        self.core.peers.send(Proc.PRIV,
-            MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX]))
+        self.core.peers.send(
+            Proc.PRIV,
+            MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX])),
+            fds={"tuns": tuns, **open_tables()},
         )
 
     def on_made(self, message: NicsMade, envelope: Envelope) -> None:

@@ -20,6 +20,7 @@ from vmd.ipc.messages import (
     brief,
 )
 from vmd.parent.clients import For
+from vmd.parent.forpriv import open_tables
 from vmd.parent.report import describe
 from vmd.parent.vmtable import Vm
 
@@ -82,7 +83,7 @@ class Status:
             self.core.peers.send(Proc.VMM, AskDevices(vmid=vm.vmid))
             if vm.vmid in self.network.taps and Proc.PRIV in self.core.peers.channels:
                 counting.asked += 1
-                self.core.peers.send(Proc.PRIV, AskDrops(vmid=vm.vmid))
+                self.core.peers.send(Proc.PRIV, AskDrops(vmid=vm.vmid), fds=open_tables())
         wait = self.core.clients.wait(client, For.DEVICES, vm.vmid)
 
         def give_up() -> None:

@@ -14,6 +14,7 @@ import os
 import re
 import time
 
+from vmd.closing import close
 from vmd.config.model import DEFAULT_ROUTES, MAX_NICS, MAX_RDOMAIN
 from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
@@ -63,7 +64,7 @@ class Nic:
     def close(self) -> None:
         """Close what nobody took."""
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
             self.fd = -1
 
 
@@ -92,6 +93,7 @@ class Network:
         self.watch = drops.Watch()
         self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
+        self.loaded = legacy.Loaded()
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
 
@@ -274,16 +276,18 @@ class Network:
 
     # --- interfaces of VMs -------------------------------------------------------------------------------
 
-    def make_nics(self, message: "MakeNics") -> list[Nic]:
-        """Make all interfaces of a VM, or none."""
+    def make_nics(self, message: "MakeNics", tuns: "list[int]") -> list[Nic]:
+        """Make all interfaces of a VM, or none.  Takes descriptors out of `tuns`, one for each."""
         check_request(message)
+        if len(tuns) != len(message.nics):
+            raise refuse(f"{len(message.nics)} interfaces out of {len(tuns)} descriptors")
         self.require_ownership()
         if message.vmid in self.nics:
             raise OperatorError(errno.EEXIST, f"vm {message.vmid} has interfaces already")
         made: list[Nic] = []
         try:
             for request in message.nics:
-                made.append(self.make_nic(message.vmid, request, message.reserved))
+                made.append(self.make_nic(message.vmid, request, message.reserved, tuns))
             self.nics[message.vmid] = made
             self.write_rules()
             self.forward()
@@ -302,8 +306,8 @@ class Network:
             except (OperatorError, HostError) as error:
                 log.error(str(error))
 
-    def make_nic(self, vmid: int, request: "NicRequest", reserved: "Collection[str]") -> Nic:
-        """Make one tap and put it where it belongs."""
+    def make_nic(self, vmid: int, request: "NicRequest", reserved: "Collection[str]", tuns: "list[int]") -> Nic:
+        """Make one tap and put it where it belongs.  Takes a descriptor out of `tuns`."""
         bridge = None
         if request.bridge:
             switch = self.switches.get(request.bridge)
@@ -318,9 +322,9 @@ class Network:
                 )
         existing = self.links.find(request.name) if request.name else None
         if existing is not None and request.existing:
-            return self.attach(vmid, existing, request, bridge)
-        fd, name = tap.make(request.name, reserved)
-        link: Link | None = None
+            return self.attach(vmid, existing, request, bridge, tuns)
+        name = tap.make(tuns[0], request.name, reserved)
+        fd = tuns.pop(0)
         try:
             link = self.links.get(name)
             self.links.set_alias(link, request.alias)
@@ -330,17 +334,18 @@ class Network:
             self.configure_tap(nic, request, bridge)
             nic.link = self.links.get(name)
         except (OperatorError, HostError):
-            os.close(fd)  # and with it the tap is gone
+            close(fd)  # and with it the tap is gone
             raise
         return nic
 
-    def attach(self, vmid: int, link: Link, request: "NicRequest", bridge: Link | None) -> Attached:
+    def attach(self, vmid: int, link: Link, request: "NicRequest", bridge: Link | None, tuns: "list[int]") -> Attached:
         """Take a tap that is there: it keeps its addresses and its name, and gets what the request says besides."""
         if is_tap(link):
             raise OperatorError(errno.EBUSY, f"interface {link.name} exists already: {link.alias}")
         if link.kind != "tun":
             raise OperatorError(errno.EBUSY, f"interface {link.name} exists already, and is not a tap")
-        nic = Attached(vmid, link, tap.attach(link.name), request)
+        tap.attach(tuns[0], link.name)
+        nic = Attached(vmid, link, tuns.pop(0), request)
         try:
             self.configure_attached(nic, request, bridge)
             nic.link = self.links.get(link.name)
@@ -568,7 +573,7 @@ class Network:
             chains = self.nft.chains()
         except OperatorError:
             chains = []
-        return chains + [chain for family in legacy.FAMILIES for chain in legacy.chains(family)]
+        return chains + [chain for family in legacy.FAMILIES for chain in legacy.chains(family, self.loaded)]
 
     def count(self) -> bool:
         """Read the counters; False if they are gone."""

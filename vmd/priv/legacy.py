@@ -6,9 +6,11 @@
 Only tables that are loaded are looked at: to ask for one that is not would load it.
 """
 
+import os
 import socket
 from struct import Struct
 
+from vmd.closing import close
 from vmd.errors import HostError
 from vmd.priv.firewalls import Chain
 from vmd.privsep import linux
@@ -18,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LOADED = "/proc/net/{}_tables_names"
+NAMES_MAX = 4096  # bytes
 SO_GET_INFO, SO_GET_ENTRIES = 64, 65
 TABLE = b"filter"
 INFO = Struct("=32sI5I5III")  # name, valid_hooks, hook_entry, underflow, num_entries, size
@@ -36,7 +38,7 @@ DROP = -1  # -NF_DROP - 1
 class Family(Record):
     """One of the two."""
 
-    name: str  # in /proc/net
+    name: str
     program: str
     family: int
     level: int
@@ -49,12 +51,31 @@ FAMILIES = (
 )
 
 
-def chains(family: Family) -> list[Chain]:
+class Loaded:
+    """Which tables are loaded.  Only root may open the files that say so: the parent does, and gives them to us."""
+
+    def __init__(self) -> None:
+        self.fds: dict[str, int] = {}  # by the name of the family
+
+    def take(self, family: Family, fd: int | None) -> None:
+        """Use a file from now on, which is ours; None: this kernel has no tables of this family now."""
+        old = self.fds.pop(family.name, None)
+        if old is not None:
+            close(old)
+        if fd is not None:
+            self.fds[family.name] = fd
+
+    def tables(self, family: Family) -> list[bytes]:
+        """Return the names of the tables.  Raises OSError."""
+        fd = self.fds.get(family.name)
+        return os.pread(fd, NAMES_MAX, 0).split() if fd is not None else []
+
+
+def chains(family: Family, loaded: Loaded) -> list[Chain]:
     """Return the chains of the table `filter`; none of a table that is not there, or cannot be read."""
     try:
-        with open(LOADED.format(family.name), "rb") as file:
-            if TABLE not in file.read().split():
-                return []
+        if TABLE not in loaded.tables(family):
+            return []
         with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as any_socket:
             request = INFO.pack(TABLE, *bytes(13))
             info = INFO.unpack(linux.getsockopt(any_socket.fileno(), family.level, SO_GET_INFO, request))

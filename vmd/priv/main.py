@@ -1,8 +1,8 @@
 """priv: the only process that may change the host's network.
 
-Runs as  root, with CAP_NET_ADMIN and CAP_NET_RAW and nothing else; sees nft and /proc/sys/net
+Runs as  an ordinary user of its own, with CAP_NET_ADMIN and CAP_NET_RAW; sees nft and /proc/sys/net, not /run
 Peers    parent
-Holds    a netlink socket; a tap only until it is handed over
+Holds    a netlink socket; a tap, which the parent opened, only until it is handed over
 Parses   what nft and the kernel say
 
 Whatever cannot be done is an answer, never the end of this process: with it would go the whole daemon.
@@ -11,6 +11,7 @@ Whatever cannot be done is an answer, never the end of this process: with it wou
 import errno
 import time
 
+from vmd.closing import close_all
 from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
@@ -35,6 +36,7 @@ from vmd.ipc.messages import (
 )
 from vmd.ipc.process import Process
 from vmd.log import log
+from vmd.priv import legacy
 from vmd.priv.host import Network
 from vmd.privsep.confine import PRIV, confine
 
@@ -85,16 +87,25 @@ class Priv(Process):
             log.error(problem)
         channel.send(NetworkConfigured(problems=tuple(map(brief, problems[:PROBLEMS_MAX]))))
 
-    def on_make_nics(self, message: MakeNics, _envelope: Envelope, channel: Channel) -> None:
+    def take_tables(self, envelope: Envelope) -> None:
+        """Take the files that say which tables of the old iptables there are."""
+        for family, name in zip(legacy.FAMILIES, ("tables4", "tables6"), strict=True):
+            self.network.loaded.take(family, envelope.take_fd(name))
+
+    def on_make_nics(self, message: MakeNics, envelope: Envelope, channel: Channel) -> None:
         """Make the interfaces of a VM."""
         began_s = time.monotonic()
+        self.take_tables(envelope)
+        tuns = envelope.take_fds("tuns")
         try:
-            nics = self.network.make_nics(message)
+            nics = self.network.make_nics(message, tuns)
         except (OperatorError, HostError) as error:
             code = error.code if isinstance(error, OperatorError) else error.errno
             failed = NicsFailed(vmid=message.vmid, ticket=message.ticket, code=code, text=brief(str(error)))
             channel.send(failed)
             return
+        finally:
+            close_all(tuns)
         made = tuple(
             NicMade(name=nic.link.name, lladdr=nic.link.lladdr, link_local=nic.link_local, mtu=nic.link.mtu)
             for nic in nics
@@ -111,8 +122,9 @@ class Priv(Process):
         except (OperatorError, HostError) as error:
             log.error(str(error))
 
-    def on_ask_drops(self, message: AskDrops, _envelope: Envelope, channel: Channel) -> None:
+    def on_ask_drops(self, message: AskDrops, envelope: Envelope, channel: Channel) -> None:
         """Say what is dropped now of a VM's packets."""
+        self.take_tables(envelope)
         troubles: tuple[Trouble, ...] = ()
         try:
             now_s = time.monotonic()

@@ -1,6 +1,6 @@
 """Kernel settings below /proc/sys/net: what we change, and what has to be put back.
 
-Old values are on disk before a new one is set, in a file of /run/vmd that belongs to this network namespace; so a
+Old values are on disk before a new one is set, in a file of /run/vmd/priv that belongs to this network namespace; so a
 daemon that is killed leaves behind what its successor needs.  The file only grows until all is put back: a line of
 JSON each, [name, old value, our value].  It is locked: of two daemons on one host only the first has its network.
 
@@ -15,6 +15,7 @@ import json
 import os
 import socket
 
+from vmd.closing import close
 from vmd.errors import HostError
 from vmd.log import log
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 SYS = "/proc/sys/net"
-DIRECTORY = "/run/vmd"
+DIRECTORY = "/run/vmd/priv"
 SO_NETNS_COOKIE = 71
 STATE_MAX = 1 << 20
 FORWARDING = ("/ip_forward", "/forwarding", "/accept_redirects", "/accept_ra")  # what is changed for it
@@ -58,7 +59,7 @@ def entries(directory: str) -> list[str]:
 
 def state_path() -> str:
     """Return the path of the file for this network namespace, by a number that is never used again."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             cookie = int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
         except OSError:
@@ -88,13 +89,13 @@ class Kept:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                os.close(fd)
+                close(fd)
                 return False
             if os.fstat(fd).st_nlink:
                 self.fd = fd
                 self.values, self.size = parse(os.pread(fd, STATE_MAX, 0))
             else:
-                os.close(fd)  # its owner removed it at this moment
+                close(fd)  # its owner removed it at this moment
         return True
 
     def change(self, name: str, value: str) -> bool:
@@ -157,7 +158,7 @@ class Kept:
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
-            os.close(self.fd)
+            close(self.fd)
             self.fd = -1
 
     def _keep(self, name: str, old: str, ours: str) -> None:

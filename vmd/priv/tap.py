@@ -2,16 +2,14 @@
 
 import errno
 import fcntl
-import os
 from struct import Struct
 
-from vmd.errors import HostError, OperatorError, sentence
+from vmd.errors import HostError, OperatorError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-TUN = "/dev/net/tun"
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 IFF_TUN_EXCL = 0x8000  # never attach to one that is there already
@@ -19,43 +17,36 @@ IFREQ = Struct("=16sH22x")
 NUMBERS = 4096  # tap0 ... : more than any host has VMs for
 
 
-def make(name: str, reserved: "Collection[str]" = ()) -> tuple[int, str]:
+def make(fd: int, name: str, reserved: "Collection[str]" = ()) -> str:
     """Make a tap of this name or, without one, of the first that is neither taken nor reserved.
 
-    Returns its descriptor, non-blocking, whose end is the interface's end too, and its name.
+    `fd` is /dev/net/tun, opened for this tap alone; its end is the interface's end too.  Returns the name.
 
     Raises:
         OperatorError: the name is taken, or this host has no taps.
     """
-    fd = open_tun()
-    try:
-        if name:
-            return fd, claim(fd, name)
-        for number in range(NUMBERS):
-            if f"tap{number}" in reserved:
-                continue
-            try:
-                return fd, claim(fd, f"tap{number}")
-            except OperatorError as error:
-                if error.code != errno.EBUSY:
-                    raise
-        raise OperatorError(errno.ENOSPC, f"tap0 to tap{NUMBERS - 1} are all taken")
-    except BaseException:
-        os.close(fd)
-        raise
+    if name:
+        return claim(fd, name)
+    for number in range(NUMBERS):
+        if f"tap{number}" in reserved:
+            continue
+        try:
+            return claim(fd, f"tap{number}")
+        except OperatorError as error:
+            if error.code != errno.EBUSY:
+                raise
+    raise OperatorError(errno.ENOSPC, f"tap0 to tap{NUMBERS - 1} are all taken")
 
 
-def attach(name: str) -> int:
-    """Return a descriptor, non-blocking, of a tap that somebody else has made; it stays when that is closed.
+def attach(fd: int, name: str) -> None:
+    """Make a descriptor one of a tap that somebody else has made; it stays when that is closed.
 
     Raises:
         OperatorError: another program uses it, or it is no such tap.
     """
-    fd = open_tun()
     try:
         fcntl.ioctl(fd, TUNSETIFF, IFREQ.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
     except OSError as error:
-        os.close(fd)
         if error.errno == errno.EBUSY:
             raise OperatorError(errno.EBUSY, f"interface {name} exists already, and another program uses it") from None
         if error.errno == errno.EINVAL:
@@ -63,16 +54,6 @@ def attach(name: str) -> int:
             raise OperatorError(errno.EINVAL, reason) from None
         failed = HostError(f"attach to interface {name}", error)
         raise OperatorError(failed.errno, str(failed)) from None
-    return fd
-
-
-def open_tun() -> int:
-    """Open what taps are made from.  Raises OperatorError."""
-    try:
-        return os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = sentence(error)
-        raise OperatorError(error.errno or errno.EIO, f"{TUN}: {reason}: load the kernel module tun") from None
 
 
 def claim(fd: int, name: str) -> str:

@@ -9,6 +9,9 @@ network and host name namespaces besides.
     /etc/ld.so.cache  /dev/null                                      bind mounts
     /vmd                                                             a copy of vmd and msgpack
 
+priv sees the host, since it runs nft, but for /run: of that it has only a directory of its own, for what has to be put
+back.  So it reaches no named socket there, neither the daemon's own nor that of another service.
+
 Our code is copied, not mounted: so it can come from an archive, or from a checkout of mode 0700 with files of mode
 0600, which `_vmd` could not read; and a daemon whose files are replaced under it by an upgrade starts all its later
 processes from the same code as itself.
@@ -114,8 +117,14 @@ def out_of_the_way(fd: int) -> int:
         os.close(fd)
 
 
+# priv's user.  Not `_vmd`, which VM processes are: one that was taken over could signal priv.  Above 0x7F000000 is
+# what no host gives to people or services (SSSD and systemd end before), and the 65 536 from there on are for VMs.
+PRIV_ID = 0x7F010000
+PRIV_DIRECTORY = "/run/vmd/priv"  # on the host, and as priv sees it
+
+
 class Network:
-    """Where priv runs: uid 0 on the host, with the capabilities for network interfaces and little else."""
+    """Where priv runs: an ordinary user of the host, with the capabilities for network interfaces and little else."""
 
     # The last two go when priv confines itself.  Until then it must read a checkout that root does not own, and
     # be able to shrink its bounding set.
@@ -127,11 +136,44 @@ class Network:
         self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
 
     def enter(self) -> None:
-        """Give up all other capabilities."""
+        """Hide /run, become the user, and give up all other capabilities."""
         os.chdir("/")
-        os.setgroups([])
+        hide_run()
         linux.limit_bounding_set(self.CAPABILITIES)
-        linux.set_capabilities(linux.permitted_capabilities() & self.CAPABILITIES)
+        linux.become_user(PRIV_ID, PRIV_ID, linux.permitted_capabilities() & self.CAPABILITIES)
+
+
+def hide_run() -> None:
+    """Cover /run with an empty directory that has `PRIV_DIRECTORY` in it, in a mount namespace of our own."""
+    with contextlib.suppress(OSError):  # priv will say that it cannot write there
+        make_priv_directory()
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)  # what the host unmounts is not kept busy here
+    try:
+        own = os.open(PRIV_DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        own = -1
+    flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    linux.mount("vmd", "/run", "tmpfs", flags, "mode=0755,size=64k")
+    if own >= 0:
+        os.umask(0o022)
+        os.makedirs(PRIV_DIRECTORY)
+        os.umask(0o077)
+        linux.mount(f"/proc/self/fd/{own}", PRIV_DIRECTORY, None, linux.MS_BIND)
+        os.close(own)
+    linux.mount(None, "/run", None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | flags)
+
+
+def make_priv_directory() -> None:
+    """Make priv's directory, and move there what an earlier version has left beside it.  Raises OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(PRIV_DIRECTORY, 0o700)
+    os.chown(PRIV_DIRECTORY, PRIV_ID, PRIV_ID)
+    above = os.path.dirname(PRIV_DIRECTORY)
+    for name in os.listdir(above):
+        if name.startswith("network-"):
+            os.rename(f"{above}/{name}", f"{PRIV_DIRECTORY}/{name}")
+            os.chown(f"{PRIV_DIRECTORY}/{name}", PRIV_ID, PRIV_ID)
 
 
 def import_path(packages: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
                                  what its guest begins with; then `VM`
-    priv                         two capabilities, and the files `ip` and `nft` need; no system call filter
+    priv                         two capabilities, and what `nft` needs: files, programs, network sockets
 
 A process calls `confine` after its last import, before its first thread and before the first byte from outside.
 Sets of system calls are written down here and not in the packages that use them because vmm has to be able to name
@@ -91,9 +91,11 @@ MACHINE = frozenset({
 
 
 class Confinement(Record):
-    """What is left to a process.  `syscalls` None: no filter."""
+    """What is left to a process."""
 
-    syscalls: frozenset[str] | None
+    syscalls: frozenset[str]
+    # None: every refused call ends the process.  Otherwise only these do: others fail, and the kernel logs them.
+    deadly: frozenset[str] | None = None
     ioctls: tuple[int, ...] = ()  # requests, beside those of every descriptor; needs the rule "ioctl"
     files: tuple[tuple[str, int], ...] = ()  # (path, rights of `landlock`)
     scopes: int = landlock.SCOPE_ALL
@@ -102,8 +104,7 @@ class Confinement(Record):
 
     def check(self) -> None:
         """Refuse rules that mean nothing."""
-        if self.syscalls is not None:
-            seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
+        seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
 
 
 LEAF = Confinement(syscalls=BASE | CHANNEL)  # viornd, and the start of any other
@@ -143,8 +144,34 @@ VMM = Confinement(
     open_files=16384,  # a pidfd and a channel for each VM, and its files while they pass through
 )
 
+# nft and its libraries come from the host and differ between distributions: a call that is missing here must not end
+# them.  No honest version of them makes one of these.
+NO_PROGRAM_DOES = frozenset({
+    "ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd",  # other processes
+    "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick",
+    "mount_setattr", "unshare", "setns", "open_by_handle_at",                  # another view of the host
+    "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "swapon", "swapoff",
+    "acct", "iopl", "ioperm", "modify_ldt",                                    # the host itself
+    "bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register",
+    "add_key", "request_key", "keyctl",                                        # large, and often attacked
+})  # fmt: skip
+
+TUNSETIFF = 0x400454CA
+SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX = 0x8910, 0x8912, 0x8913, 0x8921, 0x8933
+
 PRIV = Confinement(
-    syscalls=None,  # nft and ip are programs of the host; what they call is not ours to know
+    syscalls=BASE
+    | CHANNEL
+    | STARTUP
+    | SPAWN  # nft
+    | {"socket+network", "bind", "recvmmsg", "sendmmsg", "readv", "writev"}  # netlink; no connect()
+    | {"flock", "ftruncate", "pwrite64", "unlink"}  # its file of settings
+    | {"statfs", "fstatfs", "chdir", "kill", "select", "pselect6", "pause"}
+    | {"getrlimit", "getrusage", "gettimeofday", "time", "times", "getpgrp", "getpgid", "getgroups"}
+    | {"getresuid", "getresgid", "capget", "membarrier", "mincore"}
+    | {"rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend"},
+    deadly=NO_PROGRAM_DOES,
+    ioctls=(TUNSETIFF, SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX),
     capabilities=1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW,
     files=(
         *((path, landlock.RUN) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64")),  # programs, libraries
@@ -152,13 +179,11 @@ PRIV = Confinement(
         ("/etc/iproute2", landlock.READ),  # names of groups and tables
         ("/etc/localtime", landlock.READ),
         ("/dev/null", landlock.WRITE),
-        ("/dev/net/tun", landlock.WRITE | landlock.IOCTL_DEV),  # taps
         ("/proc", landlock.READ),  # interfaces, modules and our own descriptors
         ("/proc/sys/net", landlock.WRITE),  # forwarding, per-interface IPv6
         ("/sys/class/net", landlock.READ),
         ("/sys/devices", landlock.READ),  # what /sys/class/net points to
-        ("/run/vmd", landlock.OWN),  # what has to be put back
-        ("/run/netns", landlock.READ),
+        ("/run/vmd/priv", landlock.OWN),  # what has to be put back
     ),
 )
 
@@ -180,16 +205,18 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
     warnings = landlock.restrict(confinement.files, confinement.scopes)
-    if confinement.syscalls is not None:
-        if trap:
-            show_refused_calls()
-        program = seccomp.assemble(
-            confinement.syscalls,
-            ioctls=confinement.ioctls,
-            pid=os.getpid(),
-            refused=seccomp.RET_TRAP if trap else seccomp.RET_KILL_PROCESS,
-        )
-        seccomp.install(program)
+    refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
+    if trap:
+        show_refused_calls()
+        refused = seccomp.RET_TRAP
+    program = seccomp.assemble(
+        confinement.syscalls,
+        ioctls=confinement.ioctls,
+        pid=os.getpid(),
+        refused=refused,
+        deadly=confinement.deadly or (),
+    )
+    seccomp.install(program, logged=confinement.deadly is not None)
     return warnings
 
 
@@ -232,7 +259,7 @@ def give_up_capabilities(keep: int) -> None:
     if permitted & 1 << linux.CAP_SETPCAP:
         linux.limit_bounding_set(keep)
     if permitted & ~keep:
-        linux.set_capabilities(permitted & keep)
+        linux.set_capabilities(permitted & keep, inheritable=keep)  # what is ambient goes on to programs
 
 
 def show_refused_calls() -> None:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 47, 2
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -36,6 +38,7 @@ MS_REMOUNT = 32
 MS_BIND = 4096
 MS_REC = 16384
 MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
 MNT_DETACH = 2
 
 SIGKILL = 9  # `signal` makes enums of its numbers: 3 ms and 800 KiB in every process that imports it
@@ -208,13 +211,29 @@ def limit_bounding_set(keep: int) -> None:
             prctl(f"drop capability {capability}", PR_CAPBSET_DROP, capability)
 
 
-def set_capabilities(mask: int) -> None:
-    """Set the effective and permitted sets; nothing is inheritable, and so nothing ambient either."""
+def set_capabilities(mask: int, inheritable: int = 0) -> None:
+    """Set the effective and permitted sets.  What is not inheritable is not ambient either."""
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
     data = (cap_user_data * 2)()
-    for half, word in enumerate((mask & 0xFFFFFFFF, mask >> 32)):
-        data[half].effective = data[half].permitted = word
+    for half in range(2):
+        data[half].effective = data[half].permitted = mask >> 32 * half & 0xFFFFFFFF
+        data[half].inheritable = inheritable >> 32 * half & 0xFFFFFFFF
     syscall("capset", SYS_CAPSET, ctypes.byref(header), data)
+
+
+def become_user(uid: int, gid: int, capabilities: int) -> None:
+    """Become a user that keeps these capabilities, over exec as well.  Raises HostError."""
+    prctl("keep capabilities", PR_SET_KEEPCAPS, 1)
+    try:
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    except OSError as error:
+        raise HostError(f"become user {uid} and group {gid}", error) from error
+    set_capabilities(capabilities, inheritable=capabilities)
+    for capability in range(CAP_LAST + 1):
+        if capabilities & 1 << capability:
+            prctl(f"keep capability {capability}", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
 
 
 def set_file_ids(uid: int, gid: int, groups: list[int]) -> None:

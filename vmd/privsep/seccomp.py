@@ -2,7 +2,8 @@
 
 A rule is the name of a system call.  Some names come in two strengths: the plain one lets the call through only
 with harmless arguments, `name+word` with more; `CONDITIONS` says what each means.  What no rule allows ends the
-process, as pledge(2) does, except for the calls in `SOFT`, which fail with an errno.
+process, as pledge(2) does, except for the calls in `SOFT`, which fail with an errno.  A process that runs programs of
+the host has a forgiving filter: every refused call fails with an errno, and only a short list of calls ends it.
 """
 
 import ctypes
@@ -42,6 +43,19 @@ NUMBERS = {
     "statx": 332, "rseq": 334, "pidfd_send_signal": 424, "pidfd_open": 434, "clone3": 435, "close_range": 436,
     "faccessat2": 439, "epoll_pwait2": 441, "landlock_create_ruleset": 444, "landlock_add_rule": 445,
     "landlock_restrict_self": 446,
+    # Of programs of the host.
+    "select": 23, "getrlimit": 97, "gettimeofday": 96, "getrusage": 98, "times": 100, "getpgrp": 111, "getgroups": 115,
+    "getresuid": 118, "getresgid": 120, "getpgid": 121, "statfs": 137, "fstatfs": 138, "time": 201, "pselect6": 270,
+    "flock": 73, "chdir": 80, "unlink": 87, "kill": 62, "socket": 41, "bind": 49, "recvmmsg": 299, "sendmmsg": 307,
+    "membarrier": 324, "mincore": 27, "pause": 34, "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130,
+    # What ends a process that has a forgiving filter.
+    "ptrace": 101, "modify_ldt": 154, "pivot_root": 155, "chroot": 161, "acct": 163, "mount": 165, "umount2": 166,
+    "swapon": 167, "swapoff": 168, "reboot": 169, "iopl": 172, "ioperm": 173, "init_module": 175, "delete_module": 176,
+    "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298,
+    "open_by_handle_at": 304, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312,
+    "finit_module": 313, "kexec_file_load": 320, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425,
+    "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429, "fsopen": 430,
+    "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_getfd": 438, "mount_setattr": 442,
 }
 # fmt: on
 
@@ -68,7 +82,7 @@ CLONE_THREAD = 0x10000
 # NEWTIME (0x80) shares its bit with the low byte of clone's exit signal and exists in clone3 only.
 CLONE_NEW_ANYTHING = 0x7E020000
 AT_EMPTY_PATH = 0x1000
-AF_UNIX = 1
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
 KVMIO = 0xAE
 
 TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX = 0x5401, 0x541B, 0x5421, 0x5450, 0x5451
@@ -87,6 +101,7 @@ CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
     "clone+process": (("none-of", 0, CLONE_NEW_ANYTHING),),
     "prlimit64": (("is", 0, 0),),  # our own limits only
     "socketpair": (("is", 0, AF_UNIX),),
+    "socket+network": tuple(("is", 0, family) for family in (AF_NETLINK, AF_INET, AF_INET6)),  # no named sockets
     "newfstatat": (("any-of", 3, AT_EMPTY_PATH),),  # what glibc's fstat() is; path variants fail softly
     "fcntl": tuple(
         ("is", 1, command)
@@ -114,10 +129,11 @@ UNCONDITIONAL = {
 # Filter programs: <linux/bpf_common.h>, <linux/seccomp.h>
 LD_ABS, JA, JEQ, JGE, JSET, ALU_AND, RET = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
 RET_KILL_PROCESS, RET_TRAP, RET_ERRNO, RET_ALLOW = 0x80000000, 0x00030000, 0x00050000, 0x7FFF0000
+RET_EPERM = RET_ERRNO | errno.EPERM
 AUDIT_ARCH_X86_64 = 0xC000003E
 X32_SYSCALL_BIT = 0x40000000
 OFFSET_NR, OFFSET_ARCH, OFFSET_ARGS = 0, 4, 16
-SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC = 1, 1
+SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, SECCOMP_FILTER_FLAG_LOG = 1, 1, 2
 BPF_MAXINSNS = 4096
 
 
@@ -173,8 +189,11 @@ def assemble(
     ioctls: "Iterable[int]" = (),
     pid: int = 0,
     refused: int = RET_KILL_PROCESS,
+    deadly: "Iterable[str]" = (),
 ) -> bytes:
     """Return the filter program; `pid` is what tgkill may aim at, `refused` what becomes of other calls.
+
+    `deadly` are calls that end the process, whatever becomes of others.
 
     Calls with conditions stand first: the kernel remembers which calls are allowed whatever their arguments
     (since 5.11) and does not run the program for them, so that the length of that list costs nothing.
@@ -200,6 +219,8 @@ def assemble(
     for name, error in SOFT.items():
         if name not in calls:
             program += [instruction(JEQ, NUMBERS[name], 0, 1), instruction(RET, RET_ERRNO | error)]
+    for name in sorted(deadly):
+        program += [instruction(JEQ, NUMBERS[name], 0, 1), instruction(RET, RET_KILL_PROCESS)]
     program.append(instruction(RET, refused))
     return b"".join(program)
 
@@ -219,9 +240,10 @@ def assemble_requests(ioctls: "Iterable[int]") -> bytes:
     return b"".join(program)
 
 
-def install(program: bytes) -> None:
+def install(program: bytes, *, logged: bool = False) -> None:
     """Bind every thread of this process, and all it will ever exec, to the filter.  Raises HostError.
 
+    With `logged` the kernel logs calls that fail.
     The caller has set no_new_privs.  There is no way back, and a second filter can only take more away.
     """
     if os.uname().machine != "x86_64":
@@ -234,7 +256,7 @@ def install(program: bytes) -> None:
         "install the system call filter",
         linux.SYS_SECCOMP,
         SECCOMP_SET_MODE_FILTER,
-        SECCOMP_FILTER_FLAG_TSYNC,
+        SECCOMP_FILTER_FLAG_TSYNC | (SECCOMP_FILTER_FLAG_LOG if logged else 0),
         fprog,
     )
     if stuck:  # the id of a thread that already has a filter of its own

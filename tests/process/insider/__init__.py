@@ -342,9 +342,22 @@ def forward() -> object:
         return file.read().strip()
 
 
-def open_tap() -> None:
-    fd = os.open("/dev/net/tun", os.O_RDWR)
-    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"vmdtest1", 0x1002))
+def tap_from_descriptor() -> None:
+    fcntl.ioctl(VICTIM_FD, 0x400454CA, struct.pack("16sH22x", b"vmdtest1", 0x1002))
+
+
+def open_tun() -> object:
+    return os.open("/dev/net/tun", os.O_RDWR)
+
+
+def own_directory() -> None:
+    path = f"/run/vmd/priv/test-{os.getpid()}"
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    os.unlink(path)
+
+
+def see_run() -> object:
+    return [name for name in ("lock", "vmd", "vmd/priv") if os.path.exists(f"/run/{name}")]
 
 
 def write_etc() -> object:

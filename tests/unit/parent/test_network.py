@@ -4,6 +4,7 @@ import errno
 import ipaddress
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -35,6 +36,7 @@ from vmd.ipc.messages import (
     TroubleInfo,
 )
 from vmd.parent.core import Core
+from vmd.parent.forpriv import open_tuns
 from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import Network, alias
 from vmd.parent.requests import checked_request
@@ -715,3 +717,11 @@ def test_an_answer_without_its_tap(parent: FakeParent) -> None:
 
     with pytest.raises(PeerError):
         parent.network.on_made(message, Envelope(message, 0, 0, {}))
+
+
+def test_a_host_without_tun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is said what to load."""
+    monkeypatch.setattr("vmd.parent.forpriv.TUN", str(tmp_path / "tun"))
+
+    with pytest.raises(OperatorError, match=r"tun: No such file or directory: load the kernel module tun$"):
+        open_tuns(2)

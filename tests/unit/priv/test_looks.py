@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vmd.errors import OperatorError
+from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import AskDrops, DropsReported
 from vmd.priv.host import Network
 from vmd.priv.main import SWEEP_S, Priv
@@ -72,15 +73,18 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     answers: list[DropsReported] = []
     priv: Any = Priv.__new__(Priv)
     priv.told, priv.looked_s = set(), -SWEEP_S
-    priv.network = type("", (), {"look": lambda _self: looks.append(now_s), "losses": lambda _self, _vmid: []})()
+    loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
+    priv.network = type(
+        "", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), "losses": lambda _self, _vmid: []}
+    )()
     channel: Any = type("", (), {"send": lambda _self, message: answers.append(message)})()
 
     for vmid in range(1, 101):
-        priv.on_ask_drops(AskDrops(vmid=vmid), None, channel)
+        priv.on_ask_drops(AskDrops(vmid=vmid), Envelope(AskDrops(vmid=0), 0, 0, {}), channel)
     assert looks == [1000.0]
-    priv.on_ask_drops(AskDrops(vmid=7), None, channel)
+    priv.on_ask_drops(AskDrops(vmid=7), Envelope(AskDrops(vmid=0), 0, 0, {}), channel)
     assert len(looks) == 2
     now_s += 2 * SWEEP_S
-    priv.on_ask_drops(AskDrops(vmid=8), None, channel)
+    priv.on_ask_drops(AskDrops(vmid=8), Envelope(AskDrops(vmid=0), 0, 0, {}), channel)
     assert len(looks) == 3
     assert [answer.vmid for answer in answers] == [*range(1, 101), 7, 8]
