@@ -16,7 +16,6 @@ from vmd.ipc.imsg import MAX_MESSAGE, Form, UnknownMessage, decode, encode
 from vmd.ipc.messages import (
     BY_CLASS,
     PROTOCOL,
-    End,
     Failed,
     Hello,
     ListRequest,
@@ -145,45 +144,46 @@ class Client:
     def answer(self, *expected: "type[R]") -> "R":
         """Return the next message if it is one of those expected.  Raises Refused, PeerError."""
         message = self.receive()
-        if isinstance(message, expected):
-            return message
         if isinstance(message, Failed):
             raise Refused(message.code, failed_text(message))
+        if isinstance(message, expected):
+            return message
         names = " or ".join(each.__name__ for each in expected)
         raise PeerError(PEER, f"sent {type(message).__name__} where {names} was due")
 
     def ask(self, request: "Record", *expected: "type[R]", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> "R":
-        """Send a request and return its answer.  Raises Refused, PeerError."""
+        """Send a request and return its answer, or the first of them.  Raises Refused, PeerError.
+
+        All answers that are declared are to be `expected`, but for Failed; those that are not are not taken.
+        """
+        answers = BY_CLASS[type(request)].answers
+        assert {Failed, *expected} >= set(answers), f"{type(request).__name__} is answered by {answers}, too"
         self.send(request, fds)
-        return self.answer(*expected)
+        return self.answer(*(each for each in expected if each in answers))
+
+    def _rows(self, request: "Record") -> "list[Record]":
+        """Send a request and return all that it is answered by but the last.  Raises Refused, PeerError."""
+        self.send(request)
+        answers: tuple[type[Record], ...] = BY_CLASS[type(request)].answers
+        rows: list[Record] = []
+        while True:
+            row = self.answer(*answers)
+            if not BY_CLASS[type(row)].partial:
+                return rows
+            rows.append(row)
 
     def list_vms(self) -> list[VmInfo]:
         """Return every VM the daemon knows.  Raises Refused, PeerError."""
-        self.send(ListRequest())
-        vms: list[VmInfo] = []
-        while isinstance(row := self.answer(VmInfo, End), VmInfo):
-            vms.append(row)
-        return vms
+        return [row for row in self._rows(ListRequest()) if isinstance(row, VmInfo)]
 
     def list_switches(self) -> list[SwitchInfo]:
         """Return every switch of the configuration.  Raises Refused, PeerError."""
-        self.send(SwitchesRequest())
-        switches: list[SwitchInfo] = []
-        while isinstance(row := self.answer(SwitchInfo, End), SwitchInfo):
-            switches.append(row)
-        return switches
+        return [row for row in self._rows(SwitchesRequest()) if isinstance(row, SwitchInfo)]
 
     def list_devices(self, vmid: int) -> tuple[list[NicInfo], list[TroubleInfo]]:
         """Return the network interfaces of a VM, and what is wrong with its devices.  Raises Refused, PeerError."""
-        self.send(NicsRequest(vmid=vmid))
-        nics: list[NicInfo] = []
-        troubles: list[TroubleInfo] = []
-        while not isinstance(row := self.answer(NicInfo, TroubleInfo, End), End):
-            if isinstance(row, NicInfo):
-                nics.append(row)
-            elif isinstance(row, TroubleInfo):
-                troubles.append(row)
-        return nics, troubles
+        rows = self._rows(NicsRequest(vmid=vmid))
+        return [row for row in rows if isinstance(row, NicInfo)], [row for row in rows if isinstance(row, TroubleInfo)]
 
     def _note(self, text: str) -> None:
         if self.verbose:

@@ -5,20 +5,7 @@ import socket
 import struct
 
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import (
-    Caller,
-    ConsoleBreak,
-    ConsoleRequest,
-    ConsoleWatch,
-    ListRequest,
-    NicsRequest,
-    PauseRequest,
-    StartRequest,
-    StopRequest,
-    SwitchesRequest,
-    WaitRequest,
-)
-from vmd.record import RecordType
+from vmd.ipc.messages import Caller
 
 UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
@@ -26,13 +13,6 @@ MAX_CLIENTS = 256
 MAX_CLIENTS_PER_USER = 64  # root is not counted: a user must not be able to lock the operator out
 MAX_UNANSWERED = 16  # requests of one client that wait for an answer
 MAX_QUEUE = 4096  # messages waiting for a client that reads slowly; `status` of a full host is one burst
-
-# What anybody who can open the socket may ask; the parent decides about each VM (*cat. 1.9*).
-ALLOWED_TO_ALL: frozenset[RecordType] = frozenset({
-    ListRequest, SwitchesRequest, NicsRequest, WaitRequest, StopRequest, StartRequest, PauseRequest, ConsoleRequest,
-    ConsoleWatch,
-    ConsoleBreak,
-})  # fmt: skip
 
 
 class Client:

@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 
-from vmd.control.clients import ALLOWED_TO_ALL, MAX_QUEUE, MAX_UNANSWERED, Client, Clients, peer_credentials
+from vmd.control.clients import MAX_QUEUE, MAX_UNANSWERED, Client, Clients, peer_credentials
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.channel import Channel
@@ -17,25 +17,21 @@ from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope, Form, UnknownMessage
 from vmd.ipc.messages import (
     ANSWERS,
+    BY_CLASS,
     PROTOCOL,
     REQUESTS,
     ClientGone,
-    ConsoleOutput,
     Failed,
     Hello,
     Listen,
-    NicInfo,
     Proc,
     Quit,
     Ready,
     Request,
     SetVerbosity,
-    SwitchInfo,
-    TransferProgress,
-    TroubleInfo,
-    VmInfo,
+    Who,
 )
-from vmd.ipc.process import Process
+from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import RateLimit, log
 from vmd.privsep.confine import CONTROL, confine
 from vmd.record import Record
@@ -48,8 +44,6 @@ if TYPE_CHECKING:
 
 LAST_WORDS_S = 2.0  # for a client to read why it is turned away
 ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
-
-PARTIAL = (VmInfo, SwitchInfo, NicInfo, TroubleInfo, ConsoleOutput, TransferProgress)  # more follow after these
 
 
 class Control(Process):
@@ -138,7 +132,7 @@ class Control(Process):
         if client is None:
             return
         uid = client.caller.uid
-        if uid != 0 and type(message) not in ALLOWED_TO_ALL:
+        if uid != 0 and BY_CLASS[type(message)].who is Who.ROOT:
             self.complaints.warn(f"denied request {type(message).__name__} from uid {uid}")
             self.turn_away(client, Failed(code=errno.EPERM, text="only root may do that"))
             return
@@ -156,7 +150,7 @@ class Control(Process):
         client = self.clients.get(envelope.peerid)
         if client is None or client.channel is None:
             return  # it has left meanwhile
-        if not isinstance(message, PARTIAL):
+        if not BY_CLASS[type(message)].partial:
             client.unanswered = max(0, client.unanswered - 1)  # a lost console is told of unasked
         if client.channel.form is Form.FIRST and not first.knows(type(message)):
             return  # one of many
@@ -193,12 +187,12 @@ class Control(Process):
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
-        (Proc.PARENT, Listen): on_listen,
-        (Proc.PARENT, SetVerbosity): on_set_verbosity,
-        (Proc.PARENT, Quit): on_quit,
-        (Proc.CLIENT, Hello): on_hello,
-        **dict.fromkeys(((Proc.PARENT, answer) for answer in ANSWERS), on_answer),
-        **dict.fromkeys(((Proc.CLIENT, request) for request in REQUESTS), on_request),
+        **handles(Proc.PARENT, Listen, on_listen),
+        **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
+        **handles(Proc.PARENT, Quit, on_quit),
+        **handles_each(Proc.PARENT, ANSWERS, on_answer),
+        **handles(Proc.CLIENT, Hello, on_hello),
+        **handles_each(Proc.CLIENT, REQUESTS, on_request),
     }
 
 

@@ -11,7 +11,8 @@ from vmd.closing import close_all
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import READ, WRITE
-from vmd.ipc.messages import BY_CLASS, BY_NAME, Proc
+from vmd.ipc.messages import BY_CLASS, BY_NAME, TRUSTED, Proc
+from vmd.log import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Channel:
     `on_message(channel, envelope)` gets every well-formed message that may travel this way; descriptors it
     does not take are closed when it returns.  `on_lost(channel, error)` is called once, when the peer is
     gone (None) or has broken the protocol (PeerError); the channel is closed by then.
+    Whoever has started us breaks it only by what is no message: one that does not belong here, or not now, is dropped.
     `queue_limit` bounds what waits for a peer that does not read: beyond it a peer is cut off.
     `form` is how records leave, and may be changed.  Where `on_unknown(error)` is set, it is called for a message of a
     type that no process here knows, instead of cutting the peer off.
@@ -60,6 +62,7 @@ class Channel:
         self.label = label
         self.queue_limit = queue_limit
         self.closed = False
+        self.trusted = TRUSTED.get(me) is peer
         self.form = Form.NAMED if frozenset((me, peer)) in BY_NAME else Form.INSIDE
         self.on_unknown: Callable[[UnknownMessage], None] | None = None
         self._sock = sock
@@ -195,9 +198,16 @@ class Channel:
             try:
                 self._on_message(self, envelope)
             except PeerError as error:
-                self._lose(error)
+                self._refuse(error)
             finally:
                 close_all(envelope.untaken())
+
+    def _refuse(self, error: PeerError) -> None:
+        """Drop a message that is well-formed and does not belong here; a peer that has not started us goes with it."""
+        if self.trusted:
+            log.error(f"dropped: {error}")
+        else:
+            self._lose(error)
 
     def _received(self) -> "Iterator[Envelope]":
         for _ in range(BATCH):
@@ -221,19 +231,21 @@ class Channel:
                 if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                     raise PeerError(self.label, "packet or descriptors too long", packet)
                 envelope = decode(packet, fds, self.label)
-                if (self.peer, self.me) not in BY_CLASS[type(envelope.message)].routes:
-                    raise PeerError(self.label, f"may not send {type(envelope.message).__name__}", packet)
+            except UnknownMessage as error:
+                close_all(fds)
+                (self.on_unknown or self._refuse)(error)
             except PeerError as error:
                 close_all(fds)
-                if self.on_unknown is not None and isinstance(error, UnknownMessage):
-                    self.on_unknown(error)
-                else:
-                    self._lose(error)
-                return
+                self._lose(error)
             except Exception:
                 close_all(fds)
                 raise
-            yield envelope
+            else:
+                if (self.peer, self.me) in BY_CLASS[type(envelope.message)].routes:
+                    yield envelope
+                else:
+                    close_all(fds)
+                    self._refuse(PeerError(self.label, f"may not send {type(envelope.message).__name__}", packet))
 
 
 def _rights_to_fds(rights: "list[tuple[int, int, bytes]]") -> list[int]:

@@ -1,16 +1,20 @@
 """Every message between any two processes, and who may send which (*cat. 1.8*).
 
-A message is a frozen record.  Its code number is explicit and never reused; its fields travel in order of
-declaration, or by name where the two may be of different versions (`Hello`, `BY_NAME`).  The descriptors that ride
-along are named in the decorator: `"tty"` must be there, `"kernel?"` may be, `"disks*"` is any number.  A process
-accepts exactly what stands in its HANDLERS table.
+A message is a frozen record, and all that concerns its way is declared here, once: who sends it, who passes it on and
+who it is for, what it is answered by, and of whom it is served.  What processes relay, wait for and refuse follows from
+that, and a test compares it with what they serve (their HANDLERS).
+
+The code number is explicit and never reused.  Fields travel in order of declaration, or by name where the two may be of
+different versions (`Hello`, `BY_NAME`).  The descriptors that ride along are named in the decorator: `"tty"` must be
+there, `"kernel?"` may be, `"disks*"` is any number.
 
 Requests of vmctl go client -> control -> parent as the same message.  `caller` is whatever the client
 wrote until control replaces it by the credentials of the socket; the header's `peerid` is control's number
 for the client, and answers come back under it.
 """
 
-from enum import IntEnum
+import itertools
+from enum import Enum, IntEnum
 
 from vmd.config.model import BootDevice, VmConfig
 from vmd.record import Record, RecordType
@@ -18,9 +22,10 @@ from vmd.record import Record, RecordType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     M = TypeVar("M", bound=RecordType)
+    Path = tuple["Proc", ...]
 
 
 class Proc(IntEnum):
@@ -55,42 +60,109 @@ def brief(text: str, bytes_max: int = TEXT_BYTES_MAX) -> str:
 NO_CLIENT = 0xFFFFFFFF  # peerid of what the parent started by itself
 
 
+class Who(Enum):
+    """Of whom a request is served."""
+
+    EVERYBODY = 0  # who may open the socket
+    OWNER = 1  # of the VM that it names, or root
+    ROOT = 2
+
+
 class MessageInfo:
-    """What the decorator recorded of one message class."""
+    """What was declared of one message class."""
 
     def __init__(
-        self, code: int, cls: RecordType, routes: tuple[tuple[Proc, Proc], ...], fds: tuple[str, ...]
+        self,
+        code: int,
+        cls: RecordType,
+        paths: "tuple[Path, ...]",
+        fds: tuple[str, ...],
+        answered_by: tuple[str, ...],
+        who: Who | None,
+        *,
+        partial: bool,
     ) -> None:
         self.code = code
         self.cls = cls
-        self.routes = routes
+        self.paths = paths
+        self.routes = tuple(hop for path in paths for hop in itertools.pairwise(path))  # (sender, receiver)
         self.fds = fds
+        self.answered_by = answered_by
+        self.answers: tuple[type[Any], ...] = ()  # those of `answered_by`
+        self.is_answer = False
+        self.partial = partial  # an answer after which more of the same request follow
+        self.who = who  # None: it is no request
 
 
 BY_CODE: dict[int, MessageInfo] = {}
-BY_CLASS: dict[RecordType, MessageInfo] = {}
+BY_CLASS: "dict[type[Any], MessageInfo]" = {}
 
 
-def message(code: int, *routes: tuple[Proc, Proc], fds: tuple[str, ...] = ()) -> "Callable[[M], M]":
-    """Register a record as a message that may travel on `routes`, each (sender, receiver)."""
+def message(
+    code: int,
+    *paths: "Path",
+    fds: tuple[str, ...] = (),
+    answered_by: tuple[str, ...] = (),
+    who: Who | None = None,
+    partial: bool = False,
+) -> "Callable[[M], M]":
+    """Declare a record as a message that travels on `paths`: who sends it, who passes it on, who it is for.
+
+    It is answered by one of the messages of these names, after any number of `partial` ones; by none, if there are
+    none.  All that processes do with messages besides serving them follows from this.
+    """
 
     def register(cls: "M") -> "M":
         if code in BY_CODE:
             raise AssertionError(f"message code {code:#x} is taken by {BY_CODE[code].cls.__name__}")
-        BY_CODE[code] = BY_CLASS[cls] = MessageInfo(code, cls, routes, fds)
+        BY_CODE[code] = BY_CLASS[cls] = MessageInfo(code, cls, paths, fds, answered_by, who, partial=partial)
         return cls
 
     return register
+
+
+def request(code: int, who: Who, *answered_by: str, fds: tuple[str, ...] = ()) -> "Callable[[M], M]":
+    """Declare what a client may ask; each request may be answered by Failed, too."""
+    return message(code, ASK, fds=fds, answered_by=(*answered_by, "Failed"), who=who)
+
+
+def relays(proc: Proc, sender: Proc) -> "tuple[type[Any], ...]":
+    """Return the messages of a sender that a process passes on."""
+    return tuple(
+        cls
+        for cls, info in BY_CLASS.items()
+        if any((sender, proc) in itertools.pairwise(path[:-1]) for path in info.paths)
+    )
+
+
+def accepted(proc: Proc) -> "set[tuple[Proc, type[Any]]]":
+    """Return all that a process is sent, whether for itself or to pass on."""
+    return {(sender, cls) for cls, info in BY_CLASS.items() for sender, receiver in info.routes if receiver is proc}
+
+
+def _resolve() -> None:
+    """Find the answers by their names, once all are declared."""
+    by_name = {cls.__name__: cls for cls in BY_CLASS}
+    for info in BY_CLASS.values():
+        info.answers = tuple(by_name[name] for name in info.answered_by)
+        for answer in info.answers:
+            BY_CLASS[answer].is_answer = True
 
 
 # Between whom fields travel by name: a vmm and its VMs may be of another version than parent.  What vmm relays keeps
 # its form, and with it its length.
 BY_NAME = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 
-ASK = ((Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.PARENT))
-ANSWER = ((Proc.PARENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT))
-TO_VM = ((Proc.PARENT, Proc.VMM), (Proc.VMM, Proc.VM))
-FROM_VM = ((Proc.VM, Proc.VMM), (Proc.VMM, Proc.PARENT))
+# Who has started a process, and is trusted by it more than the other way round.
+TRUSTED = {
+    Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
+    Proc.CLIENT: Proc.CONTROL,
+}  # fmt: skip
+
+ASK = (Proc.CLIENT, Proc.CONTROL, Proc.PARENT)
+ANSWER = (Proc.PARENT, Proc.CONTROL, Proc.CLIENT)
+TO_VM = (Proc.PARENT, Proc.VMM, Proc.VM)
+FROM_VM = (Proc.VM, Proc.VMM, Proc.PARENT)
 
 
 # --- how a connection to the control socket begins -------------------------------------------------------
@@ -98,7 +170,7 @@ FROM_VM = ((Proc.VM, Proc.VMM), (Proc.VMM, Proc.PARENT))
 PROTOCOL = 2  # what Hello says; 1 is what was spoken before there was a Hello
 
 
-@message(0x01, (Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT))
+@message(0x01, (Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT), answered_by=("Hello",))
 class Hello(Record):
     """The first packet each way on the control socket; all records on that connection travel by name.
 
@@ -134,9 +206,9 @@ class VmRequest(Request):
     name: str = ""
 
 
-@message(0x10, *ASK, fds=("kernel?", "initrd?"))
+@request(0x10, Who.OWNER, "VmStarted", fds=("kernel?", "initrd?"))
 class StartRequest(VmRequest):
-    """Start a VM: a known one (`config` None), or the one described.  Answered by VmStarted or Failed.
+    """Start a VM: a known one (`config` None), or the one described.
 
     fds: `kernel` and `initrd` were opened by the client, so that a user may boot what only he can read.
     For a known VM they are a one-shot boot, as is `boot_device`.
@@ -148,40 +220,37 @@ class StartRequest(VmRequest):
     cmdline: str | None = None
 
 
-@message(0x11, *ASK)
+@request(0x11, Who.OWNER, "StopAccepted", "VmTerminated")
 class StopRequest(VmRequest):
-    """Ask the guest to shut down or, with `force`, kill the VM; with `wait` answer when it is gone.
-
-    Answered by StopAccepted or VmTerminated (wait), or Failed.
-    """
+    """Ask the guest to shut down or, with `force`, kill the VM; with `wait` answer when it is gone, by VmTerminated."""
 
     force: bool = False
     wait: bool = False
 
 
-@message(0x12, *ASK)
+@request(0x12, Who.OWNER, "VmTerminated")
 class WaitRequest(VmRequest):
-    """Answer with VmTerminated when the VM is gone."""
+    """Answer when the VM is gone."""
 
 
-@message(0x13, *ASK)
+@request(0x13, Who.EVERYBODY, "VmInfo", "End")
 class ListRequest(Request):
-    """Answered by one VmInfo per VM and End."""
+    """Describe every VM."""
 
 
-@message(0x14, *ASK)
+@request(0x14, Who.ROOT, "Ok")
 class LoadRequest(Request):
     """Read a further configuration file; `path` is absolute."""
 
     path: str
 
 
-@message(0x15, *ASK)
+@request(0x15, Who.ROOT, "Ok")
 class ReloadRequest(Request):
     """Read the main configuration file anew (*cat. 2.8*)."""
 
 
-@message(0x16, *ASK)
+@request(0x16, Who.ROOT, "Ok")
 class ResetRequest(Request):
     """Forget VMs (after terminating them), switches, or both (*cat. 2.8*)."""
 
@@ -189,96 +258,83 @@ class ResetRequest(Request):
     switches: bool
 
 
-@message(0x17, *ASK)
+@request(0x17, Who.ROOT, "Ok")
 class LogRequest(Request):
     """Set the verbosity of every process, 0 or 2."""
 
     verbosity: int
 
 
-@message(0x18, *ASK)
+@request(0x18, Who.OWNER, "ConsoleOutput", "ConsoleAttached")
 class ConsoleRequest(VmRequest):
     """Attach to a console, with `force` instead of whoever has it.
 
-    Answered by ConsoleOutput (the backlog, in pieces) and ConsoleAttached, or Failed.  Where the VM does not run,
-    Failed with ESRCH comes after what its console showed last.  Failed with VMD_CONSOLE_TAKEN comes later, unasked.
+    The backlog comes first, in pieces.  Where the VM does not run, Failed with ESRCH comes after what its console
+    showed last.  Failed with VMD_CONSOLE_TAKEN comes later, unasked.
     """
 
     force: bool = False
 
 
-@message(0x19, *ASK)
+@request(0x19, Who.OWNER, "Ok")
 class ConsoleBreak(VmRequest):
-    """Send a BREAK down the line; from the holder of the console only.  Answered by Ok or Failed."""
+    """Send a BREAK down the line; from the holder of the console only."""
 
 
-@message(0x1A, *ASK)
+@request(0x1A, Who.OWNER, "VmPaused")
 class PauseRequest(VmRequest):
-    """Stop a VM between two instructions, or let it go on; what is so already stays so.
-
-    Answered by VmPaused, or Failed.
-    """
+    """Stop a VM between two instructions, or let it go on; what is so already stays so."""
 
     paused: bool
 
 
-@message(0x1C, *ASK, fds=("stream",))
+@request(0x1C, Who.ROOT, "TransferProgress", "VmSent", fds=("stream",))
 class SendRequest(VmRequest):
-    """Write a VM to `stream`; it is gone then, or with `keep` goes on.
-
-    Answered by TransferProgress, again and again, and VmSent, or Failed; the VM then goes on as before.
-    """
+    """Write a VM to `stream`; it is gone then, or with `keep` goes on.  Where that fails it goes on as before."""
 
     keep: bool = False
 
 
-@message(0x1D, *ASK, fds=("stream",))
+@request(0x1D, Who.ROOT, "TransferProgress", "VmReceived", fds=("stream",))
 class ReceiveRequest(Request):
-    """Read a VM from `stream`, to go on under a name; with `paused` it waits to be unpaused.
-
-    Answered by TransferProgress, again and again, and VmReceived, or Failed.
-    """
+    """Read a VM from `stream`, to go on under a name; with `paused` it waits to be unpaused."""
 
     name: str
     paused: bool = False
 
 
-@message(0x1F, *ASK)
+@request(0x1F, Who.EVERYBODY, "NicInfo", "TroubleInfo", "End")
 class NicsRequest(VmRequest):
-    """Answered by a NicInfo per network interface, a TroubleInfo per trouble of a device, and End; or Failed."""
+    """Describe the network interfaces of a VM, and what is wrong with its devices."""
 
 
-@message(0x20, *ASK)
+@request(0x20, Who.EVERYBODY, "SwitchInfo", "End")
 class SwitchesRequest(Request):
-    """Answered by one SwitchInfo per switch of the configuration and End."""
+    """Describe every switch of the configuration."""
 
 
-@message(0x22, *ASK)
+@request(0x22, Who.OWNER, "ConsoleOutput", "ConsoleWatched")
 class ConsoleWatch(VmRequest):
     """Look at a console without having it.
 
-    Answered by ConsoleOutput, in pieces, and ConsoleWatched, or Failed: at once for a new viewer, and for one who has
-    seen the first `since` bytes when there are more, or the VM has ended.
+    Its output comes in pieces: at once for a new viewer, and for one who has seen the first `since` bytes when there
+    are more, or the VM has ended.
     """
 
     since: int | None = None
 
 
-# Everything above; control relays these, the parent serves them.
-REQUESTS = tuple(cls for cls, info in BY_CLASS.items() if ASK[1] in info.routes)
-
-
 # --- what vmctl is answered ------------------------------------------------------------------------------
 
 
-@message(0x30, *ANSWER)
+@message(0x30, ANSWER)
 class Ok(Record):
     """Done.  `notes` are sentences worth showing, such as what waits for a restart."""
 
     notes: tuple[str, ...] = ()
 
 
-@message(0x31, *ANSWER)
+@message(0x31, ANSWER)
 class Failed(Record):
     """Not done: an errno or VMD_* code, and the sentence that says why."""
 
@@ -286,7 +342,7 @@ class Failed(Record):
     text: str
 
 
-@message(0x32, *ANSWER)
+@message(0x32, ANSWER)
 class VmStarted(Record):
     """The VM runs; its console is `tty`.  `notes` are sentences worth showing, such as of a disk's odd length."""
 
@@ -297,7 +353,7 @@ class VmStarted(Record):
     notes: tuple[str, ...] = ()
 
 
-@message(0x33, *ANSWER)
+@message(0x33, ANSWER)
 class StopAccepted(Record):
     """The guest was asked to shut down, or the VM is being killed."""
 
@@ -305,7 +361,7 @@ class StopAccepted(Record):
     name: str
 
 
-@message(0x34, *ANSWER)
+@message(0x34, ANSWER)
 class VmTerminated(Record):
     """The VM is gone; `text` says how it ended, and `how` does in one word (`LifeEnd`)."""
 
@@ -315,19 +371,19 @@ class VmTerminated(Record):
     how: str = ""
 
 
-@message(0x36, *ANSWER)
+@message(0x36, ANSWER)
 class End(Record):
     """The end of a list."""
 
 
-@message(0x37, *ANSWER)
+@message(0x37, ANSWER, partial=True)
 class ConsoleOutput(Record):
     """A piece of what a console showed last."""
 
     data: bytes
 
 
-@message(0x38, *ANSWER)
+@message(0x38, ANSWER)
 class ConsoleAttached(Record):
     """The console is the client's until it disconnects; it opens `tty` with its own rights."""
 
@@ -336,7 +392,7 @@ class ConsoleAttached(Record):
     tty: str
 
 
-@message(0x39, *ANSWER)
+@message(0x39, ANSWER)
 class VmPaused(Record):
     """The VM stands still, or goes on."""
 
@@ -345,7 +401,7 @@ class VmPaused(Record):
     paused: bool
 
 
-@message(0x3A, *ANSWER, *FROM_VM)
+@message(0x3A, ANSWER, FROM_VM, partial=True)
 class TransferProgress(Record):
     """How much of a VM has been sent or received; `total_bytes` is an estimate, 0 if there is none yet."""
 
@@ -353,7 +409,7 @@ class TransferProgress(Record):
     total_bytes: int
 
 
-@message(0x3B, *ANSWER)
+@message(0x3B, ANSWER)
 class VmSent(Record):
     """The stream is complete."""
 
@@ -362,7 +418,7 @@ class VmSent(Record):
     sent_bytes: int
 
 
-@message(0x3C, *ANSWER)
+@message(0x3C, ANSWER)
 class VmReceived(Record):
     """The VM goes on here, or waits to be unpaused."""
 
@@ -373,7 +429,7 @@ class VmReceived(Record):
     paused: bool
 
 
-@message(0x3F, *ANSWER)
+@message(0x3F, ANSWER, partial=True)
 class NicInfo(Record):
     """A network interface of a VM, for `vmctl status -v`.  Addresses are packed; an empty one is not there."""
 
@@ -415,7 +471,7 @@ class LifeEnd(Record):
     text: str = ""
 
 
-@message(0x35, *ANSWER)
+@message(0x35, ANSWER, partial=True)
 class VmInfo(Record):
     """One row of `vmctl status` (*cat. 3.3*).  Times are seconds since 1970."""
 
@@ -440,7 +496,7 @@ class VmInfo(Record):
     ended: LifeEnd | None = None  # None: not as long as this daemon knows it
 
 
-@message(0x40, *ANSWER)
+@message(0x40, ANSWER, partial=True)
 class TroubleInfo(Record):
     """Something that is wrong with a device of a VM now, for `vmctl status -v`."""
 
@@ -449,7 +505,7 @@ class TroubleInfo(Record):
     since_s: int  # seconds since 1970
 
 
-@message(0x41, *ANSWER)
+@message(0x41, ANSWER, partial=True)
 class SwitchInfo(Record):
     """A switch of the configuration."""
 
@@ -457,7 +513,7 @@ class SwitchInfo(Record):
     interface: str
 
 
-@message(0x42, *ANSWER)
+@message(0x42, ANSWER)
 class ConsoleWatched(Record):
     """All output up to byte `end` of it; `lost` bytes in between were not kept so long."""
 
@@ -466,10 +522,6 @@ class ConsoleWatched(Record):
     end: int
     lost: int
     running: bool
-
-
-# Everything above; control passes these on to the client that asked.
-ANSWERS = tuple(cls for cls, info in BY_CLASS.items() if ANSWER[0] in info.routes)
 
 
 # --- between the daemon's own processes ------------------------------------------------------------------
@@ -535,9 +587,14 @@ class NicLink(Record):
     pxe: bool = False  # `boot device net`: DHCP tells the VM's name, and a boot file
 
 
-@message(0x60, *TO_VM, fds=("boot", "initrd?", "tty", "tty_slave", "shown", "disks*", "cdrom?", "taps*"))
+@message(
+    0x60,
+    TO_VM,
+    fds=("boot", "initrd?", "tty", "tty_slave", "shown", "disks*", "cdrom?", "taps*"),
+    answered_by=("VmRunning", "VmFailed"),
+)
 class StartVm(Record):
-    """Start the VM.  Answered by VmRunning or VmFailed; VmExited follows in either case.
+    """Start the VM; VmExited follows in either case.
 
     fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console;
     `shown` what it has shown (vmd.backlog);
@@ -553,7 +610,7 @@ class StartVm(Record):
     nics: tuple[NicLink, ...] = ()
 
 
-@message(0x61, *FROM_VM, fds=("memory?",))
+@message(0x61, FROM_VM, fds=("memory?",))
 class VmRunning(Record):
     """The guest executes.
 
@@ -565,7 +622,7 @@ class VmRunning(Record):
     paused: bool = False  # received, and to wait
 
 
-@message(0x62, *FROM_VM)
+@message(0x62, FROM_VM)
 class VmFailed(Record):
     """The VM could not be built."""
 
@@ -581,7 +638,7 @@ class StopMode(IntEnum):
     KILL = 1
 
 
-@message(0x63, *TO_VM)
+@message(0x63, TO_VM)
 class StopVm(Record):
     """End the VM; VmExited follows."""
 
@@ -616,39 +673,36 @@ class VmExited(Record):
     text: str
 
 
-@message(0x66, *TO_VM, fds=("tty?", "tty_slave?"))
+@message(0x66, TO_VM, fds=("tty?", "tty_slave?"), answered_by=("ConsoleSnapshotEnd",))
 class ConsoleSnapshot(Record):
-    """Drop what waits in the pty: the backlog has it, too.  With `tty` and `tty_slave`, go on on that pty.
-
-    Answered by ConsoleSnapshotEnd.
-    """
+    """Drop what waits in the pty: the backlog has it, too.  With `tty` and `tty_slave`, go on on that pty."""
 
     vmid: int
 
 
-@message(0x67, *FROM_VM)
+@message(0x67, FROM_VM)
 class ConsoleSnapshotEnd(Record):
     """The pty has nothing of the first `end` bytes of output, and all that comes after them."""
 
     end: int
 
 
-@message(0x68, *TO_VM)
+@message(0x68, TO_VM)
 class SendBreak(Record):
     """Let the guest's UART see a BREAK."""
 
     vmid: int
 
 
-@message(0x6B, *TO_VM)
+@message(0x6B, TO_VM, answered_by=("PauseDone",))
 class PauseVm(Record):
-    """Stand still, or go on.  Answered by PauseDone."""
+    """Stand still, or go on."""
 
     vmid: int
     paused: bool
 
 
-@message(0x6C, *FROM_VM)
+@message(0x6C, FROM_VM)
 class PauseDone(Record):
     """The machine stands still, or goes on; a `text` says why it does not do what was asked."""
 
@@ -657,9 +711,9 @@ class PauseDone(Record):
     text: str = ""
 
 
-@message(0x6D, *TO_VM, fds=("stream",))
+@message(0x6D, TO_VM, fds=("stream",), answered_by=("TransferProgress", "SendDone"))
 class SendVm(Record):
-    """Stand still and write yourself to `stream`.  Answered by SendDone, then VmExited unless `keep`.
+    """Stand still and write yourself to `stream`.  VmExited follows, unless `keep`.
 
     `one_shot`, which goes along: when the guest resets itself, that is its end (*cat. 4.4*).
     """
@@ -669,7 +723,7 @@ class SendVm(Record):
     one_shot: bool
 
 
-@message(0x6E, *FROM_VM)
+@message(0x6E, FROM_VM)
 class SendDone(Record):
     """The stream is complete; or a `text` says why not, and the machine is as before."""
 
@@ -678,7 +732,12 @@ class SendDone(Record):
     text: str = ""
 
 
-@message(0x6F, *TO_VM, fds=("stream", "tty", "tty_slave", "shown"))
+@message(
+    0x6F,
+    TO_VM,
+    fds=("stream", "tty", "tty_slave", "shown"),
+    answered_by=("TransferProgress", "ReceivedHeader", "VmFailed"),
+)
 class ReceiveVm(Record):
     """Become the VM that `stream` has.
 
@@ -691,7 +750,7 @@ class ReceiveVm(Record):
     verbosity: int
 
 
-@message(0x70, *FROM_VM)
+@message(0x70, FROM_VM)
 class ReceivedHeader(Record):
     """What kind of VM it is going to be; nobody has checked the configuration yet."""
 
@@ -700,21 +759,21 @@ class ReceivedHeader(Record):
     one_shot: bool
 
 
-@message(0x71, *TO_VM)
+@message(0x71, TO_VM, answered_by=("TransferProgress", "ReceivedMachine", "VmFailed"))
 class ReceiveMemory(Record):
     """Read on."""
 
     vmid: int
 
 
-@message(0x72, *FROM_VM)
+@message(0x72, FROM_VM)
 class ReceivedMachine(Record):
     """The stream was complete and whole; the sender has let go of the disks, or will soon."""
 
     vmid: int
 
 
-@message(0x73, *TO_VM, fds=("disks*", "cdrom?", "taps*"))
+@message(0x73, TO_VM, fds=("disks*", "cdrom?", "taps*"), answered_by=("VmRunning", "VmFailed"))
 class ResumeReceived(Record):
     """Go on, or with `paused` stand still; descriptors as for StartVm."""
 
@@ -725,7 +784,7 @@ class ResumeReceived(Record):
     nics: tuple[NicLink, ...] = ()
 
 
-@message(0x74, *TO_VM)
+@message(0x74, TO_VM)
 class CancelTransfer(Record):
     """Nobody wants the stream any more."""
 
@@ -746,14 +805,14 @@ class NicCounters(Record):
     values: tuple[int, ...]
 
 
-@message(0x75, *TO_VM)
+@message(0x75, TO_VM, answered_by=("DevicesReported",))
 class AskDevices(Record):
-    """Say what the network interfaces have done, and what is wrong with any device.  Answered by DevicesReported."""
+    """Say what the network interfaces have done, and what is wrong with any device."""
 
     vmid: int
 
 
-@message(0x76, *FROM_VM)
+@message(0x76, FROM_VM)
 class DevicesReported(Record):
     """One entry for each interface, in their order, fewer if some cannot tell; and what is wrong now."""
 
@@ -762,14 +821,14 @@ class DevicesReported(Record):
     troubles: tuple[Trouble, ...] = ()
 
 
-@message(0x7E, *FROM_VM)
+@message(0x7E, FROM_VM, answered_by=("Resolvers",))
 class AskResolvers(Record):
-    """Which name servers are there now?  Answered by Resolvers, unless that is asked too often."""
+    """Which name servers are there now?  Asked too often, it is not answered."""
 
     vmid: int
 
 
-@message(0x7F, *TO_VM)
+@message(0x7F, TO_VM)
 class Resolvers(Record):
     """The name servers for guests; none: the host itself."""
 
@@ -824,12 +883,9 @@ class NicMade(Record):
     mtu: int
 
 
-@message(0x80, (Proc.PARENT, Proc.PRIV))
+@message(0x80, (Proc.PARENT, Proc.PRIV), answered_by=("NetworkConfigured",))
 class ConfigureNetwork(Record):
-    """What the configuration says; bridges of ours that it no longer names go with their last tap.
-
-    Answered by NetworkConfigured.
-    """
+    """What the configuration says; bridges of ours that it no longer names go with their last tap."""
 
     nat: bool
     switches: tuple[SwitchRequest, ...] = ()
@@ -843,9 +899,9 @@ class NetworkConfigured(Record):
     problems: tuple[str, ...] = ()
 
 
-@message(0x82, (Proc.PARENT, Proc.PRIV), fds=("tuns*", "tables4?", "tables6?"))
+@message(0x82, (Proc.PARENT, Proc.PRIV), fds=("tuns*", "tables4?", "tables6?"), answered_by=("NicsMade", "NicsFailed"))
 class MakeNics(Record):
-    """Make all interfaces of a VM, or none.  Answered by NicsMade or NicsFailed, under the same ticket.
+    """Make all interfaces of a VM, or none; the answer has the same ticket.
 
     fds: `tuns` are what taps are made from (/dev/net/tun, opened anew for each); `tables4` and `tables6` say which
     tables of the old iptables are loaded, where this kernel has them.
@@ -883,9 +939,9 @@ class RemoveNics(Record):
     vmid: int
 
 
-@message(0x88, (Proc.PARENT, Proc.PRIV), fds=("tables4?", "tables6?"))
+@message(0x88, (Proc.PARENT, Proc.PRIV), fds=("tables4?", "tables6?"), answered_by=("DropsReported",))
 class AskDrops(Record):
-    """Say what other firewalls drop of this VM's packets.  Answered by DropsReported.
+    """Say what other firewalls drop of this VM's packets.
 
     fds: as for `MakeNics`.
     """
@@ -899,3 +955,8 @@ class DropsReported(Record):
 
     vmid: int
     troubles: tuple[Trouble, ...] = ()
+
+
+_resolve()
+REQUESTS = relays(Proc.CONTROL, Proc.CLIENT)  # what control passes on to the parent
+ANSWERS = relays(Proc.CONTROL, Proc.PARENT)  # ... and to the client that asked

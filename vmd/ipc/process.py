@@ -8,28 +8,57 @@ from vmd.ipc.channel import Channel
 from vmd.ipc.fence import Fence
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages import Proc
-from vmd.log import log
+from vmd.log import RateLimit, log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any, TypeVar
 
     from vmd.ipc.fence import Source
     from vmd.ipc.imsg import Envelope
-    from vmd.record import RecordType
+    from vmd.record import Record, RecordType
 
-    # (who sends, message class) -> method(self, message, envelope, channel)
-    Handlers = Mapping[tuple[Proc, RecordType], Callable[[Any, Any, Envelope, Channel], None]]
+    M = TypeVar("M", bound=Record)
+    Handlers = Mapping[tuple[Proc, RecordType], "Handler"]  # by who sends, and the message
 
 CHANNEL_FD = 3
 CORE = (Proc.PARENT, Proc.CONTROL, Proc.VMM, Proc.PRIV)  # all guests hang on these
 
 
+class Handler:
+    """What serves a message: a method, called with (process, message, envelope, channel).
+
+    Only `handles` and `handles_each` make one, so that type checkers see whether a method takes the message.
+    """
+
+    __slots__ = ("_method",)
+
+    def __init__(self, method: "Callable[[Any, Any, Envelope, Channel], None]") -> None:
+        self._method = method
+
+    def __call__(self, process: "Process", message: "Record", envelope: "Envelope", channel: Channel) -> None:
+        """Serve a message."""
+        self._method(process, message, envelope, channel)
+
+
+def handles(peer: Proc, cls: "type[M]", method: "Callable[[Any, M, Envelope, Channel], None]") -> "Handlers":
+    """Return a row of a HANDLERS table: the method of a process that serves this message of this peer."""
+    return {(peer, cls): Handler(method)}
+
+
+def handles_each(
+    peer: Proc, classes: "Iterable[type[M]]", method: "Callable[[Any, M, Envelope, Channel], None]"
+) -> "Handlers":
+    """Return the rows of a method that serves several messages, such as all that a process relays."""
+    return {(peer, cls): Handler(method) for cls in classes}
+
+
 class Process:
     """A process that serves messages until its parent is gone or tells it to stop.
 
-    HANDLERS is the whole of what peers can make it do; anything else ends the connection.
+    HANDLERS is the whole of what peers can make it do.  A message that is declared and not in there is dropped: nobody
+    has to end because somebody has forgotten it here.
     """
 
     HANDLERS: "Handlers" = {}
@@ -40,6 +69,7 @@ class Process:
         if me in CORE:
             self.loop.fence = Fence(self.cut_off)
         self.exit_status = 0
+        self.unserved = RateLimit()
 
     def attach_parent(self, peer: Proc) -> Channel:
         """Take the channel that our parent left at fd 3."""
@@ -69,11 +99,12 @@ class Process:
         )
 
     def dispatch(self, channel: Channel, envelope: "Envelope") -> None:
-        """Call the handler of a message; PeerError if this process takes no such message from that peer."""
+        """Call the handler of a message, which may raise PeerError."""
         message = envelope.message
         handler = type(self).HANDLERS.get((channel.peer, type(message)))
         if handler is None:
-            raise PeerError(channel.label, f"unexpected {type(message).__name__}")
+            self.unserved.warn(f"{channel.label}: {type(message).__name__} is dropped: nothing here serves it")
+            return
         try:
             handler(self, message, envelope, channel)
         except PeerError:

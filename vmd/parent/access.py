@@ -9,7 +9,7 @@ import stat
 
 from vmd.config.model import Owner
 from vmd.errors import HostError, OperatorError, sentence
-from vmd.ipc.messages import Caller
+from vmd.ipc.messages import BY_CLASS, Caller, Request, Who
 from vmd.privsep import linux
 
 TYPE_CHECKING = False
@@ -44,6 +44,12 @@ def not_allowed(caller: Caller, what: str, owner_uid: int, owner_gid: int | None
     """Return the refusal of what only root and an owner may do."""
     owner = owner_text(owner_uid, owner_gid)
     return OperatorError(errno.EPERM, f"{owner_text(caller.uid, None)} may not {what}: its owner is {owner}")
+
+
+def require_allowed(request: Request, caller: Caller) -> None:
+    """Raise OperatorError(EPERM) for a request that is declared to be root's; owners are asked for with their VM."""
+    if BY_CLASS[type(request)].who is Who.ROOT:
+        require_root(caller, f"ask for a {type(request).__name__}")
 
 
 def require_root(caller: Caller, what: str) -> None:

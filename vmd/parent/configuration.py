@@ -8,7 +8,6 @@ from vmd.errors import VmdError
 from vmd.ipc.messages import Caller, LoadRequest, LogRequest, Ok, ReloadRequest, ResetRequest, SetVerbosity
 from vmd.log import log
 from vmd.parent import instances, reload, service
-from vmd.parent.access import require_root
 from vmd.parent.clients import For
 from vmd.parent.report import brief_notes, log_errors
 
@@ -36,9 +35,8 @@ class Configuration:
 
     # --- requests ----------------------------------------------------------------------------------------
 
-    def serve_load(self, message: LoadRequest, caller: Caller, envelope: "Envelope") -> None:
+    def serve_load(self, message: LoadRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Read a further file; VMs it names again are left as they are."""
-        require_root(caller, "load a configuration")
         loaded, notes = self.load(message.path, self.core.config)
         config = loaded.replace(switches=(*self.core.config.switches, *loaded.switches))
         notes += self.network.configure(config)
@@ -46,14 +44,12 @@ class Configuration:
         self.take_effect(config)
         self.core.clients.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
 
-    def serve_reload(self, _message: ReloadRequest, caller: Caller, envelope: "Envelope") -> None:
+    def serve_reload(self, _message: ReloadRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Read the main file anew."""
-        require_root(caller, "reload the configuration")
         self.core.clients.answer(envelope.peerid, Ok(notes=brief_notes(self.reload())))
 
-    def serve_reset(self, message: ResetRequest, caller: Caller, envelope: "Envelope") -> None:
+    def serve_reset(self, message: ResetRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Terminate and forget VMs, forget switches."""
-        require_root(caller, "reset the configuration")
         if message.switches:
             self.core.config = self.core.config.replace(switches=())
             self.network.configure(self.core.config)
@@ -64,9 +60,8 @@ class Configuration:
         else:
             self.core.clients.answer(envelope.peerid, Ok())
 
-    def serve_log(self, message: LogRequest, caller: Caller, envelope: "Envelope") -> None:
+    def serve_log(self, message: LogRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Change the verbosity of every process, now and for those to come."""
-        require_root(caller, "change the log level")
         self.core.verbosity = log.verbosity = max(0, min(2, message.verbosity))
         self.core.peers.send_all(SetVerbosity(verbosity=self.core.verbosity))
         self.core.clients.answer(envelope.peerid, Ok())

@@ -33,6 +33,7 @@ from vmd.ipc.loop import Timer
 from vmd.ipc.messages import (
     REQUESTS,
     AskResolvers,
+    Caller,
     ClientGone,
     ConsoleBreak,
     ConsoleRequest,
@@ -73,8 +74,9 @@ from vmd.ipc.messages import (
     VmRunning,
     WaitRequest,
 )
-from vmd.ipc.process import Process
+from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import log
+from vmd.parent.access import require_allowed
 from vmd.parent.children import Children
 from vmd.parent.clients import For
 from vmd.parent.configuration import Configuration
@@ -110,6 +112,16 @@ def on(
         handler(parent.rooms[room], message, envelope)
 
     return handle
+
+
+Served = tuple[type, Callable[..., None]]  # a room of the parent, and its method; `serves` has looked at their types
+
+
+def serves(
+    request: "type[M]", room: "type[R]", method: "Callable[[R, M, Caller, Envelope], None]"
+) -> dict[RecordType, Served]:
+    """Return a row of SERVES: the room whose method serves this request of clients."""
+    return {request: (room, method)}
 
 
 class Parent(Process):
@@ -234,6 +246,9 @@ class Parent(Process):
                 raise OperatorError(errno.EIO, OUR_FAULT)
             if isinstance(message, VmRequest) and len(message.name) > NAME_MAX:
                 raise OperatorError(errno.EINVAL, f"vm name too long: {message.name[:NAME_MAX]}...")
+            require_allowed(message, message.caller)
+            if type(message) not in SERVES:
+                raise OperatorError(errno.ENOSYS, f"this vmd does not serve {type(message).__name__}")
             room, serve = SERVES[type(message)]
             serve(self.rooms[room], message, message.caller, envelope)
         except ConfigErrors as errors:
@@ -280,42 +295,44 @@ class Parent(Process):
             self.life.kill(vm)
 
     HANDLERS: "Handlers" = {
-        **dict.fromkeys(((proc, Ready) for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV)), on_process_ready),
-        (Proc.VMM, VmRunning): on(Life, Life.on_running),
-        (Proc.VMM, VmFailed): on(Life, Life.on_failed),
-        (Proc.VMM, VmExited): on(Life, Life.on_exited),
-        (Proc.VMM, PauseDone): on(Transfers, Transfers.on_pause_done),
-        (Proc.VMM, SendDone): on(Transfers, Transfers.on_send_done),
-        (Proc.VMM, TransferProgress): on(Transfers, Transfers.on_progress),
-        (Proc.VMM, ReceivedHeader): on(Transfers, Transfers.on_received_header),
-        (Proc.VMM, ReceivedMachine): on(Transfers, Transfers.on_received_machine),
-        (Proc.VMM, DevicesReported): on(Status, Status.on_reported),
-        (Proc.VMM, AskResolvers): on(Network, Network.on_ask_resolvers),
-        (Proc.VMM, ConsoleSnapshotEnd): on(Consoles, Consoles.on_snapshot_end),
-        (Proc.PRIV, NetworkConfigured): on_network_configured,
-        (Proc.PRIV, DropsReported): on(Status, Status.on_drops),
-        (Proc.PRIV, NicsMade): on(Network, Network.on_made),
-        (Proc.PRIV, NicsFailed): on(Network, Network.on_failed),
-        (Proc.CONTROL, ClientGone): on_client_gone,
-        **dict.fromkeys(((Proc.CONTROL, request) for request in REQUESTS), on_request),
+        **handles(Proc.CONTROL, Ready, on_process_ready),
+        **handles(Proc.VMM, Ready, on_process_ready),
+        **handles(Proc.PRIV, Ready, on_process_ready),
+        **handles(Proc.VMM, VmRunning, on(Life, Life.on_running)),
+        **handles(Proc.VMM, VmFailed, on(Life, Life.on_failed)),
+        **handles(Proc.VMM, VmExited, on(Life, Life.on_exited)),
+        **handles(Proc.VMM, PauseDone, on(Transfers, Transfers.on_pause_done)),
+        **handles(Proc.VMM, SendDone, on(Transfers, Transfers.on_send_done)),
+        **handles(Proc.VMM, TransferProgress, on(Transfers, Transfers.on_progress)),
+        **handles(Proc.VMM, ReceivedHeader, on(Transfers, Transfers.on_received_header)),
+        **handles(Proc.VMM, ReceivedMachine, on(Transfers, Transfers.on_received_machine)),
+        **handles(Proc.VMM, DevicesReported, on(Status, Status.on_reported)),
+        **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
+        **handles(Proc.VMM, ConsoleSnapshotEnd, on(Consoles, Consoles.on_snapshot_end)),
+        **handles(Proc.PRIV, NetworkConfigured, on_network_configured),
+        **handles(Proc.PRIV, DropsReported, on(Status, Status.on_drops)),
+        **handles(Proc.PRIV, NicsMade, on(Network, Network.on_made)),
+        **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
+        **handles(Proc.CONTROL, ClientGone, on_client_gone),
+        **handles_each(Proc.CONTROL, REQUESTS, on_request),
     }
 
 
-SERVES: Mapping[RecordType, tuple[type, Callable[..., None]]] = {
-    StartRequest: (Life, Life.serve_start),
-    StopRequest: (Life, Life.serve_stop),
-    WaitRequest: (Life, Life.serve_wait),
-    PauseRequest: (Transfers, Transfers.serve_pause),
-    SendRequest: (Transfers, Transfers.serve_send),
-    ReceiveRequest: (Transfers, Transfers.serve_receive),
-    ListRequest: (Status, Status.serve_list),
-    SwitchesRequest: (Status, Status.serve_switches),
-    NicsRequest: (Status, Status.serve_nics),
-    LoadRequest: (Configuration, Configuration.serve_load),
-    ReloadRequest: (Configuration, Configuration.serve_reload),
-    ResetRequest: (Configuration, Configuration.serve_reset),
-    LogRequest: (Configuration, Configuration.serve_log),
-    ConsoleRequest: (Consoles, Consoles.serve),
-    ConsoleWatch: (Consoles, Consoles.serve_watch),
-    ConsoleBreak: (Consoles, Consoles.serve_break),
+SERVES: Mapping[RecordType, Served] = {
+    **serves(StartRequest, Life, Life.serve_start),
+    **serves(StopRequest, Life, Life.serve_stop),
+    **serves(WaitRequest, Life, Life.serve_wait),
+    **serves(PauseRequest, Transfers, Transfers.serve_pause),
+    **serves(SendRequest, Transfers, Transfers.serve_send),
+    **serves(ReceiveRequest, Transfers, Transfers.serve_receive),
+    **serves(ListRequest, Status, Status.serve_list),
+    **serves(SwitchesRequest, Status, Status.serve_switches),
+    **serves(NicsRequest, Status, Status.serve_nics),
+    **serves(LoadRequest, Configuration, Configuration.serve_load),
+    **serves(ReloadRequest, Configuration, Configuration.serve_reload),
+    **serves(ResetRequest, Configuration, Configuration.serve_reset),
+    **serves(LogRequest, Configuration, Configuration.serve_log),
+    **serves(ConsoleRequest, Consoles, Consoles.serve),
+    **serves(ConsoleWatch, Consoles, Consoles.serve_watch),
+    **serves(ConsoleBreak, Consoles, Consoles.serve_break),
 }

@@ -34,7 +34,7 @@ from vmd.ipc.messages import (
     Trouble,
     brief,
 )
-from vmd.ipc.process import Process
+from vmd.ipc.process import Process, handles
 from vmd.log import log
 from vmd.priv import legacy
 from vmd.priv.host import Network
@@ -160,12 +160,12 @@ class Priv(Process):
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
-        (Proc.PARENT, ConfigureNetwork): on_configure_network,
-        (Proc.PARENT, MakeNics): on_make_nics,
-        (Proc.PARENT, RemoveNics): on_remove_nics,
-        (Proc.PARENT, AskDrops): on_ask_drops,
-        (Proc.PARENT, SetVerbosity): on_set_verbosity,
-        (Proc.PARENT, Quit): on_quit,
+        **handles(Proc.PARENT, ConfigureNetwork, on_configure_network),
+        **handles(Proc.PARENT, MakeNics, on_make_nics),
+        **handles(Proc.PARENT, RemoveNics, on_remove_nics),
+        **handles(Proc.PARENT, AskDrops, on_ask_drops),
+        **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
+        **handles(Proc.PARENT, Quit, on_quit),
     }
 
 

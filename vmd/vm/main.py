@@ -48,7 +48,7 @@ from vmd.ipc.messages import (
     VmRunning,
     brief,
 )
-from vmd.ipc.process import Process
+from vmd.ipc.process import Process, handles
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
@@ -132,9 +132,9 @@ class VmProcess(Process):
         boot, initrd = envelope.take_fd("boot"), envelope.take_fd("initrd")
         assert boot is not None
         images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
-        slots = slots_of(message, envelope)
         self.open_console(envelope)
         try:
+            slots = slots_of(message, envelope)
             self.narrow([slot.kind for slot in slots])
         except (VmdError, OSError) as error:
             self.fail(error)
@@ -297,7 +297,12 @@ class VmProcess(Process):
         if self.arrival is None:
             raise PeerError(channel.label, "unexpected ResumeReceived")
         source, self.arrival = self.arrival.source(), None
-        self.begin(source, message.config, slots_of(message, envelope), paused=message.paused)
+        try:
+            slots = slots_of(message, envelope)
+        except PeerError as error:
+            self.fail(error)
+            return
+        self.begin(source, message.config, slots, paused=message.paused)
 
     # --- the console, and the rest -----------------------------------------------------------------------------
 
@@ -379,25 +384,28 @@ class VmProcess(Process):
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
-        (Proc.VMM, StartVm): on_start_vm,
-        (Proc.VMM, StopVm): on_stop_vm,
-        (Proc.VMM, PauseVm): on_pause_vm,
-        (Proc.VMM, SendVm): on_send_vm,
-        (Proc.VMM, CancelTransfer): on_cancel_transfer,
-        (Proc.VMM, ReceiveVm): on_receive_vm,
-        (Proc.VMM, ReceiveMemory): on_receive_memory,
-        (Proc.VMM, ResumeReceived): on_resume_received,
-        (Proc.VMM, ConsoleSnapshot): on_console_snapshot,
-        (Proc.VMM, SendBreak): on_send_break,
-        (Proc.VMM, AskDevices): on_ask_devices,
-        (Proc.VMM, Resolvers): on_resolvers,
-        (Proc.VMM, SetVerbosity): on_set_verbosity,
-        (Proc.VMM, Quit): on_quit,
+        **handles(Proc.VMM, StartVm, on_start_vm),
+        **handles(Proc.VMM, StopVm, on_stop_vm),
+        **handles(Proc.VMM, PauseVm, on_pause_vm),
+        **handles(Proc.VMM, SendVm, on_send_vm),
+        **handles(Proc.VMM, CancelTransfer, on_cancel_transfer),
+        **handles(Proc.VMM, ReceiveVm, on_receive_vm),
+        **handles(Proc.VMM, ReceiveMemory, on_receive_memory),
+        **handles(Proc.VMM, ResumeReceived, on_resume_received),
+        **handles(Proc.VMM, ConsoleSnapshot, on_console_snapshot),
+        **handles(Proc.VMM, SendBreak, on_send_break),
+        **handles(Proc.VMM, AskDevices, on_ask_devices),
+        **handles(Proc.VMM, Resolvers, on_resolvers),
+        **handles(Proc.VMM, SetVerbosity, on_set_verbosity),
+        **handles(Proc.VMM, Quit, on_quit),
     }
 
 
 def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slot]":
-    """Return the devices that a message describes; their descriptors are ours from now on."""
+    """Return the devices that a message describes; their descriptors are ours from now on.
+
+    Raises PeerError, with which the VM fails: dropped, the message would have no answer.
+    """
     disks, cdrom, taps = envelope.take_fds("disks"), envelope.take_fd("cdrom"), envelope.take_fds("taps")
     if len(taps) != len(message.nics) or len(disks) != sum(len(disk.images) for disk in message.disks):
         raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps that nobody describes")

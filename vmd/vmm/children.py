@@ -3,38 +3,42 @@
 import os
 import signal
 import time
+from collections import Counter
 
 from vmd.closing import close
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import (
-    AskDevices,
-    AskResolvers,
-    ConsoleSnapshot,
-    ConsoleSnapshotEnd,
-    DevicesReported,
-    Outcome,
-    PauseDone,
-    PauseVm,
-    ReceivedHeader,
-    ReceivedMachine,
-    ReceiveVm,
-    SendDone,
-    SendVm,
-    TransferProgress,
-)
+from vmd.ipc.messages import BY_CLASS, AskResolvers, Outcome, TransferProgress
 from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
+    from typing import Any
 
     from vmd.ipc.loop import Loop
-    from vmd.record import Record, RecordType
+    from vmd.record import Record
 
-PROGRESS_MIN_S = 0.1  # what comes faster is not passed on
-ASKS_MAX, ASKS_PER_S = 16.0, 4.0  # for name servers: at once, and then; what is more is not passed on
+# What a VM process says on its own, or again and again: how much at once, and then in a second.  More is not passed on.
+BUDGETS: "dict[type[Any], tuple[float, float]]" = {AskResolvers: (16.0, 4.0), TransferProgress: (1.0, 10.0)}
+
+
+class Budget:
+    """How much of something there may be."""
+
+    def __init__(self, at_once: float, per_s: float) -> None:
+        self._most, self._per_s = at_once, per_s
+        self._left, self._at_s = at_once, time.monotonic()
+
+    def take(self) -> bool:
+        """Return whether there may be one more now."""
+        now_s = time.monotonic()
+        self._left = min(self._most, self._left + (now_s - self._at_s) * self._per_s)
+        self._at_s = now_s
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 class VmChild:
@@ -46,15 +50,8 @@ class VmChild:
         self.channel = channel
         self.vmid = 0
         self.gone = False
-        self.reported = False  # how its start went
-        self.snapshots = 0  # of its console, asked for and not complete
-        self.pauses = 0  # asked for, or their ends, and not answered
-        self.sends = 0  # as well
-        self.reports = 0  # of devices, as well
-        self.receiving: list[RecordType] = []  # what it has to say of the stream that it reads
-        self.progress_s = 0.0  # when it last told of progress
-        self.asks = ASKS_MAX  # for name servers, that it may have at once
-        self.asked_s = 0.0
+        self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do
+        self.budgets = {cls: Budget(*budget) for cls, budget in BUDGETS.items()}
         self.last_words = ""
 
     def kill(self) -> None:
@@ -64,56 +61,24 @@ class VmChild:
 
     def expect(self, message: "Record") -> None:
         """Note what is going to be answered."""
-        self.snapshots += isinstance(message, ConsoleSnapshot)
-        self.pauses += isinstance(message, PauseVm)
-        self.sends += isinstance(message, SendVm)
-        self.reports += isinstance(message, AskDevices)
-        if isinstance(message, ReceiveVm):
-            self.receiving = [ReceivedHeader, ReceivedMachine]
+        answers = BY_CLASS[type(message)].answers
+        if answers:
+            self.awaited[answers] += 1
 
     def account(self, message: "Record") -> bool:
         """Return whether a message is worth passing on; PeerError for what nobody asked this VM process to say."""
-        if isinstance(message, ConsoleSnapshotEnd):
-            if not self.snapshots:
-                self.unasked("a console")
-            self.snapshots -= 1
-        elif isinstance(message, PauseDone):
-            if not self.pauses:
-                self.unasked("a pause")
-            self.pauses -= 1
-        elif isinstance(message, SendDone):
-            if not self.sends:
-                self.unasked("a stream")
-            self.sends -= 1
-        elif isinstance(message, DevicesReported):
-            if not self.reports:
-                self.unasked("a report of its devices")
-            self.reports -= 1
-        elif isinstance(message, AskResolvers):
-            now_s = time.monotonic()
-            self.asks = min(ASKS_MAX, self.asks + (now_s - self.asked_s) * ASKS_PER_S)
-            self.asked_s = now_s
-            if self.asks < 1:
+        cls = type(message)
+        info = BY_CLASS[cls]
+        if info.is_answer:
+            answers = next((answers for answers, count in self.awaited.items() if count and cls in answers), None)
+            if answers is None and not info.partial:  # which may be late
+                raise PeerError(self.channel.label, f"answers with {cls.__name__}, which was not requested")
+            if answers is None:
                 return False
-            self.asks -= 1
-        elif isinstance(message, TransferProgress):
-            now_s = time.monotonic()
-            if now_s < self.progress_s + PROGRESS_MIN_S:
-                return False
-            self.progress_s = now_s
-        elif isinstance(message, ReceivedHeader | ReceivedMachine):
-            if self.receiving[:1] != [type(message)]:
-                self.unasked("a stream")
-            del self.receiving[0]
-        else:
-            if self.reported:
-                raise PeerError(self.channel.label, "reports its start twice")
-            self.reported = True
-        return True
-
-    def unasked(self, what: str) -> "NoReturn":
-        """Raise PeerError."""
-        raise PeerError(self.channel.label, f"speaks of {what} nobody asked for")
+            if not info.partial:
+                self.awaited[answers] -= 1
+        budget = self.budgets.get(cls)
+        return budget is None or budget.take()
 
     def end(self) -> None:
         """Kill the process and wait for its end, so that nothing is left for init."""

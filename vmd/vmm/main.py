@@ -16,40 +16,23 @@ from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
-    AskDevices,
-    AskResolvers,
-    CancelTransfer,
-    ConsoleSnapshot,
-    ConsoleSnapshotEnd,
-    DevicesReported,
     KvmFd,
     Outcome,
-    PauseDone,
-    PauseVm,
     Proc,
     Quit,
     Ready,
-    ReceivedHeader,
-    ReceivedMachine,
-    ReceiveMemory,
     ReceiveVm,
-    Resolvers,
-    ResumeReceived,
-    SendBreak,
-    SendDone,
-    SendVm,
     SetVerbosity,
     StartVm,
     StopMode,
     StopVm,
-    TransferProgress,
     VmEnding,
     VmExited,
     VmFailed,
-    VmRunning,
     brief,
+    relays,
 )
-from vmd.ipc.process import Process
+from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import log
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
@@ -60,16 +43,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
-
-# What is relayed as it is: requests of the parent to a VM, and what VMs report.
-TO_VM = (
-    ConsoleSnapshot, SendBreak, PauseVm, SendVm, CancelTransfer, ReceiveMemory, ResumeReceived, AskDevices,
-    Resolvers,
-)  # fmt: skip
-FROM_VM = (
-    VmRunning, VmFailed, PauseDone, SendDone, TransferProgress, ReceivedHeader, ReceivedMachine,
-    ConsoleSnapshotEnd, DevicesReported, AskResolvers,
-)  # fmt: skip
 
 KVM_FD = 4  # where a VM process finds /dev/kvm
 FILES_OF_A_VM = 2  # its channel and its pidfd; all else only passes through
@@ -174,24 +147,20 @@ class Vmm(Process):
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""
-        assert isinstance(message, TO_VM)
-        child = self.running.get(message.vmid)
+        child = self.running.get(message.as_dict()["vmid"])
         if child is not None:
             child.expect(message)
             fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
             child.channel.send(message, peerid=envelope.peerid, fds=fds)
 
     def on_from_vm(self, message: Record, envelope: Envelope, channel: Channel) -> None:
-        """Relay to the parent, under the VM's own number whatever it claims."""
+        """Relay to the parent, under the VM's own numbers whatever it claims."""
         child = self.child_of(channel)
         if not child.account(message):
             return
-        if isinstance(message, VmRunning):
-            message = message.replace(vmid=child.vmid, pid=child.pid)
-        elif isinstance(message, VmFailed | PauseDone | SendDone):
-            message = message.replace(vmid=child.vmid, text=brief(message.text))
-        elif isinstance(message, ReceivedHeader | ReceivedMachine | DevicesReported | AskResolvers):
-            message = message.replace(vmid=child.vmid)
+        claimed = message.as_dict()
+        known = {"vmid": child.vmid, "pid": child.pid, "text": brief(claimed.get("text", ""))}
+        message = message.replace(**{field: value for field, value in known.items() if field in claimed})
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         self.parent.send(message, peerid=child.vmid, fds=fds)
 
@@ -270,15 +239,15 @@ class Vmm(Process):
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
-        (Proc.PARENT, KvmFd): on_kvm_fd,
-        (Proc.PARENT, StartVm): on_start_vm,
-        (Proc.PARENT, StopVm): on_stop_vm,
-        (Proc.PARENT, ReceiveVm): on_receive_vm,
-        **dict.fromkeys(((Proc.PARENT, request) for request in TO_VM), on_to_vm),
-        (Proc.PARENT, SetVerbosity): on_set_verbosity,
-        (Proc.PARENT, Quit): on_quit,
-        (Proc.VM, VmEnding): on_vm_ending,
-        **dict.fromkeys(((Proc.VM, report) for report in FROM_VM), on_from_vm),
+        **handles(Proc.PARENT, KvmFd, on_kvm_fd),
+        **handles_each(Proc.PARENT, relays(Proc.VMM, Proc.PARENT), on_to_vm),
+        **handles(Proc.PARENT, StartVm, on_start_vm),
+        **handles(Proc.PARENT, StopVm, on_stop_vm),
+        **handles(Proc.PARENT, ReceiveVm, on_receive_vm),
+        **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
+        **handles(Proc.PARENT, Quit, on_quit),
+        **handles(Proc.VM, VmEnding, on_vm_ending),
+        **handles_each(Proc.VM, relays(Proc.VMM, Proc.VM), on_from_vm),
     }
 
     def children(self) -> "list[VmChild]":

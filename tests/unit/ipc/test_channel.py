@@ -15,6 +15,7 @@ from vmd.ipc.imsg import HEADER, MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages import (
     BY_CLASS,
+    TRUSTED,
     ConsoleBreak,
     Failed,
     Listen,
@@ -25,6 +26,7 @@ from vmd.ipc.messages import (
     PauseVm,
     Proc,
     Quit,
+    SetVerbosity,
 )
 from vmd.record import Record
 
@@ -199,6 +201,47 @@ def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, recorder: Reco
     assert recorder.messages == []
     assert isinstance(recorder.lost[0], PeerError)
     assert theirs.recv(1) == b""
+    theirs.close()
+
+
+@pytest.mark.parametrize("me", [Proc.CONTROL, Proc.VMM, Proc.PRIV, Proc.VM])
+def test_who_has_started_us_is_not_given_up_for_a_message(
+    loop: Loop, recorder: Recorder, capfd: pytest.CaptureFixture[str], me: Proc
+) -> None:
+    """A message that a later version has, one that is for others, one that comes at a wrong time: dropped and said.
+
+    Their descriptors are closed.  But what is no message ends even that.
+    """
+    ours, theirs = socketpair()
+    handled: list[Record] = []
+
+    def on_message(channel: Channel, envelope: Envelope) -> None:
+        handled.append(envelope.message)
+        if len(handled) == 1:
+            raise PeerError(channel.label, "comes too early")
+        loop.stop()
+
+    channel = Channel(
+        ours, me=me, peer=TRUSTED[me], label="above", loop=loop, on_message=on_message, on_lost=recorder.on_lost,
+    )  # fmt: skip
+    recorder.channels.append(channel)
+    reader, writer = os.pipe()
+    socket.send_fds(theirs, [HEADER.pack(0xDEAD, HEADER.size, 1, 0, 0)], [writer])
+    os.close(writer)
+    for message in (ListRequest(), SetVerbosity(verbosity=1), SetVerbosity(verbosity=2)):
+        theirs.send(encode(message)[0])
+
+    recorder.run()
+
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+    assert (handled, recorder.lost) == ([SetVerbosity(verbosity=1), SetVerbosity(verbosity=2)], [])
+    said = capfd.readouterr().err
+    for what in ("unknown message type 0xdead", "may not send ListRequest", "comes too early"):
+        assert f"dropped: above: {what}" in said
+    theirs.send(b"garbage that is no header at all")
+    recorder.run()
+    assert isinstance(recorder.lost[0], PeerError)
     theirs.close()
 
 

@@ -1,16 +1,31 @@
 """When the daemon begins to serve its clients."""
 
+import errno
 import os
 import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vmd.config.model import CMDLINE_MAX, Config, SwitchConfig, VmConfig
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import Caller, ConfigureNetwork, Failed, Listen, NetworkConfigured, Proc, Ready, StartRequest
+from vmd.ipc.messages import (
+    BY_CLASS,
+    REQUESTS,
+    Caller,
+    ConfigureNetwork,
+    Failed,
+    Listen,
+    NetworkConfigured,
+    Proc,
+    Ready,
+    Request,
+    StartRequest,
+    Who,
+)
 from vmd.parent import main
 from vmd.parent.main import Parent
 from vmd.parent.options import Options
@@ -116,3 +131,23 @@ def test_the_way_of_a_start() -> None:
     for name, what in rows:
         text += (here / name if "/" not in name else here.parent.parent / name).read_text()
         assert [word for word in re.findall(r"`(\w+)`", what) if f"def {word}(" not in text] == []
+
+
+NEEDED: dict[str, Any] = {"path": "/conf", "vms": True, "switches": True, "verbosity": 0, "paused": True, "name": "a"}
+
+
+@pytest.mark.parametrize("cls", REQUESTS)
+def test_a_stranger_is_served_what_is_declared_to_be_everybodys(parent: Parent, cls: type[Request]) -> None:
+    """Whatever control has let pass; all else belongs to root, or to the owner of the VM."""
+    parent.core.vms.add(VmConfig(name="a"), from_config=True)
+    fields = {name: value for name, value in NEEDED.items() if name in cls.fields}
+    request = cls(caller=Caller(uid=12345, gid=12345, pid=1), **fields)
+
+    Parent.HANDLERS[Proc.CONTROL, cls](
+        parent, request, Envelope(request, 7, 0, {}), parent.core.peers.channels[Proc.CONTROL]
+    )
+
+    answers = parent.core.peers.channels[Proc.CONTROL].told  # type: ignore[attr-defined]
+    # That a VM does not run is no secret: `status` says so to everybody.
+    refused = isinstance(answers[0], Failed) and answers[0].code in (errno.EPERM, errno.ESRCH)
+    assert refused is (BY_CLASS[cls].who is not Who.EVERYBODY), answers

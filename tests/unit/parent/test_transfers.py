@@ -292,16 +292,6 @@ def test_only_what_runs_or_is_paused_is_sent(parent: AnyParent, stream: Callable
     os.close(given)  # which the caller does with what nobody took
 
 
-def test_sending_is_for_root(parent: AnyParent, stream: Callable[[], int]) -> None:
-    """*cat. 4.8*."""
-    running(parent)
-    given = stream()
-    with pytest.raises(OperatorError) as refused:
-        parent.transfers.serve_send(SendRequest(name="a"), USER, envelope(given))
-    assert refused.value.code == errno.EPERM
-    os.close(given)
-
-
 def test_client_that_leaves_cancels(parent: AnyParent, stream: Callable[[], int]) -> None:
     """Half a stream is of no use; another client's going changes nothing."""
     running(parent)
@@ -439,7 +429,7 @@ def test_not_into_one_that_lives(parent: AnyParent, stream: Callable[[], int], s
 
 @pytest.mark.parametrize(("name", "caller", "ending", "what"), [
     ("../b", ROOT, False, "invalid VM name"), ("", ROOT, False, "invalid VM name"),
-    ("b" * 64, ROOT, False, "vm name too long"), ("b", USER, False, "root"), ("b", ROOT, True, "vmd is stopping"),
+    ("b" * 64, ROOT, False, "vm name too long"), ("b", ROOT, True, "vmd is stopping"),
 ])  # fmt: skip
 def test_refused_before_it_begins(
     parent: AnyParent, stream: Callable[[], int], name: str, caller: Caller, ending: bool, what: str

@@ -5,18 +5,94 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.ipc.messages import AskResolvers
-from vmd.vmm.children import ASKS_MAX, ASKS_PER_S, VmChild
+from vmd.errors import PeerError
+from vmd.ipc.messages import (
+    BY_CLASS,
+    AskResolvers,
+    Proc,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveMemory,
+    SendDone,
+    SendVm,
+    TransferProgress,
+    VmFailed,
+    VmRunning,
+    relays,
+)
+from vmd.record import Record
+from vmd.vmm.children import BUDGETS, VmChild
+
+PROGRESS = TransferProgress(done_bytes=1, total_bytes=2)
+
+
+class Channel:
+    """All that a child is asked for here."""
+
+    label = "vm/a"
+
+
+@pytest.fixture
+def child() -> VmChild:
+    """A VM process that was asked nothing yet."""
+    return VmChild(1, -1, cast("Any", Channel()))
+
+
+def asked(cls: type[Any]) -> Record:
+    """Return a message of this class; what is in it does not matter to vmm."""
+    made: Record = object.__new__(cls)
+    return made
 
 
 def test_name_servers_are_not_asked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest may ask as fast as it likes: the parent hears of some at once, and then of a few in a second."""
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    child = VmChild(1, -1, cast("Any", None))
+    child = VmChild(1, -1, cast("Any", Channel()))
+    at_once, per_s = BUDGETS[AskResolvers]
 
-    assert sum(child.account(AskResolvers(vmid=1)) for _ in range(1000)) == ASKS_MAX
+    assert sum(child.account(AskResolvers(vmid=1)) for _ in range(1000)) == at_once
     now_s += 1
-    assert sum(child.account(AskResolvers(vmid=1)) for _ in range(1000)) == ASKS_PER_S
+    assert sum(child.account(AskResolvers(vmid=1)) for _ in range(1000)) == per_s
     now_s += 1000
-    assert sum(child.account(AskResolvers(vmid=1)) for _ in range(1000)) == ASKS_MAX
+    assert sum(child.account(AskResolvers(vmid=1)) for _ in range(1000)) == at_once
+
+
+@pytest.mark.parametrize("question", [cls for cls in relays(Proc.VMM, Proc.PARENT) if BY_CLASS[cls].answers])
+def test_each_question_is_answered_once(child: VmChild, question: type[Any]) -> None:
+    """By one of the answers that are declared; before and after that, they end the VM."""
+    for answer in BY_CLASS[question].answers:
+        if BY_CLASS[answer].partial:
+            continue
+        with pytest.raises(PeerError, match=f"vm/a: answers with {answer.__name__}, which was not requested"):
+            child.account(asked(answer))
+        child.expect(asked(question))
+        child.expect(asked(question))
+        assert child.account(asked(answer))
+        assert child.account(asked(answer))
+        with pytest.raises(PeerError, match="which was not requested"):
+            child.account(asked(answer))
+
+
+def test_parts_of_an_answer_come_before_it(child: VmChild) -> None:
+    """Some of them; one that comes late is nobody's fault, and nobody's business."""
+    assert not child.account(PROGRESS)
+    child.expect(asked(SendVm))
+    assert child.account(PROGRESS)
+    assert not child.account(PROGRESS)  # so soon
+    assert child.account(asked(SendDone))
+    with pytest.raises(PeerError, match="SendDone"):
+        child.account(asked(SendDone))
+
+
+def test_steps_of_receiving_are_taken_in_their_order(child: VmChild) -> None:
+    """What was not read yet cannot have been."""
+    with pytest.raises(PeerError, match="ReceivedHeader"):
+        child.account(asked(ReceivedHeader))
+    child.expect(asked(ReceiveMemory))
+    for wrong in (ReceivedHeader, VmRunning):
+        with pytest.raises(PeerError, match=wrong.__name__):
+            child.account(asked(wrong))
+    assert child.account(asked(ReceivedMachine))
+    with pytest.raises(PeerError, match="VmFailed"):
+        child.account(asked(VmFailed))

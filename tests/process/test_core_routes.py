@@ -1,0 +1,135 @@
+"""A message that somebody has forgotten to serve: it is dropped and said, and no process and no guest ends of it.
+
+The message is declared, and sent, by a copy of this program; `tests/unit/ipc/test_routes.py` is what finds such a thing
+before that.
+"""
+
+import errno
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
+from vmd.ipc.messages import PROTOCOL, Failed, Hello
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
+
+PROMPT = "vmd-demo> "
+FORGOTTEN = 0xF3
+MESSAGES = """
+
+@message(0xF0, (Proc.PARENT, Proc.CONTROL), (Proc.PARENT, Proc.VMM), (Proc.PARENT, Proc.PRIV))
+class ForNobody(Record):
+    pass
+
+@message(0xF1, TO_VM)
+class ForNoVm(Record):
+    vmid: int
+
+@message(0xF2, FROM_VM)
+class OfAVm(Record):
+    vmid: int
+
+@request(0xF3, Who.EVERYBODY, "Ok")
+class AskedInVain(Request):
+    pass
+
+"""
+# Before each answer to `vmctl log`.
+PARENT = """
+
+from vmd.ipc.messages import ForNobody, ForNoVm
+
+def _forgetful(start):
+    def wrapped(self, *arguments):
+        start(self, *arguments)
+        room, serve = SERVES[LogRequest]
+        def serve_log(*arguments):
+            for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV):
+                self.core.peers.send(proc, ForNobody())
+            for vm in self.core.vms:
+                if vm.alive:
+                    self.core.peers.send(Proc.VMM, ForNoVm(vmid=vm.vmid))
+            serve(*arguments)
+        SERVES[LogRequest] = (room, serve_log)
+    return wrapped
+
+Parent.start = _forgetful(Parent.start)
+"""
+# Before each answer to `vmctl status -v`.
+VM = """
+
+from vmd.ipc.messages import OfAVm
+
+def _say(self, message, envelope, channel):
+    channel.send(OfAVm(vmid=self.vmid))
+    VmProcess.on_ask_devices(self, message, envelope, channel)
+
+VmProcess.HANDLERS.update(handles(Proc.VMM, AskDevices, _say))
+"""
+
+
+def forgetful(code: Path) -> Path:
+    """Return a copy of the program with messages that nobody serves."""
+    code.mkdir()
+    for package in ("vmd", "vmctl"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    messages = code / "vmd" / "ipc" / "messages.py"
+    head, resolved, tail = messages.read_text().partition("\n_resolve()\n")
+    assert resolved
+    messages.write_text(head + MESSAGES + resolved + tail)
+    for package, more in (("parent", PARENT), ("vm", VM)):
+        with (code / "vmd" / package / "main.py").open("a") as module:
+            module.write(more)
+    return code
+
+
+def block(name: str) -> str:
+    """Return a vm block."""
+    return f'vm "{name}" {{\ndisable\nmemory 64M\nboot "{guest("demo")}"\n}}\n'
+
+
+def test_a_message_that_nobody_serves_ends_nobody(tmp_path: Path) -> None:
+    """Neither one from above nor one from below; both guests go on, and whoever asks is answered."""
+    with Daemon(tmp_path, block("a") + block("b"), code=forgetful(tmp_path / "code")) as vmd:
+        for name in "ab":
+            vmd.must("start", name)
+        with vmd.console("a") as one, vmd.console("b") as other:
+            for console in (one, other):
+                console.expect(PROMPT, DEADLINE_S)
+            before = vmd.processes()
+
+            vmd.must("log", "verbose")
+            vmd.must("status", "-v", "a")
+            vmd.must("status", "-v", "b")
+
+            for console in (one, other):
+                console.answer("echo a" "live", "alive\r\nalive\r\n")
+            assert {row["state"] for row in vmd.rows()} == {"running"}
+            after = vmd.processes()
+            assert {title: after.get(title) for title in before} == before
+            for title, above in (("control", "parent"), ("vmm", "parent"), ("priv", "parent")):
+                assert f"{title}: {above}: ForNobody is dropped: nothing here serves it" in vmd.log
+            for name in "ab":
+                assert f"vm/{name}: vmm: ForNoVm is dropped: nothing here serves it" in vmd.log
+            assert "vmd: vmm: OfAVm is dropped: nothing here serves it" in vmd.log
+        asked_in_vain(vmd.socket)
+        for name in "ab":
+            vmd.must("stop", "-fw", name)
+
+
+def asked_in_vain(path: Path) -> None:
+    """Ask what nobody serves, and be told so."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(str(path))
+        client.send(encode(Hello(version=PROTOCOL), form=Form.NAMED)[0])
+        assert isinstance(decode(client.recv(MAX_MESSAGE), [], "vmd").message, Hello)
+        body = b"\x92\x80\x80"  # [{}, {}]
+        client.send(HEADER.pack(FORGOTTEN, HEADER.size + len(body), 0, 0, 0) + body)
+        answer = decode(client.recv(MAX_MESSAGE), [], "vmd").message
+    assert answer == Failed(code=errno.ENOSYS, text="this vmd does not serve AskedInVain")

@@ -1,0 +1,144 @@
+"""A route is declared once: what the processes serve, relay and refuse is compared with that."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from vmd.control.main import Control
+from vmd.errors import OperatorError
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    ANSWERS,
+    BY_CLASS,
+    REQUESTS,
+    TRUSTED,
+    Caller,
+    PauseDone,
+    Proc,
+    VmRunning,
+    Who,
+    accepted,
+    relays,
+)
+from vmd.ipc.process import Process, handles
+from vmd.parent.access import require_allowed
+from vmd.parent.main import SERVES, Parent
+from vmd.priv.main import Priv
+from vmd.vm.main import VmProcess
+from vmd.vmm.main import Vmm
+
+PROCESSES: dict[Proc, type[Process]] = {
+    Proc.PARENT: Parent,
+    Proc.CONTROL: Control,
+    Proc.VMM: Vmm,
+    Proc.PRIV: Priv,
+    Proc.VM: VmProcess,
+}
+
+
+def test_every_process_is_looked_at() -> None:
+    """Clients have no table."""
+    assert {*PROCESSES, Proc.CLIENT} == set(Proc)
+
+
+@pytest.mark.parametrize("proc", PROCESSES)
+def test_a_process_serves_what_it_is_sent(proc: Proc) -> None:
+    """Each route that ends there, or goes on from there, has a handler, and each handler a route."""
+    sent, served = accepted(proc), set(PROCESSES[proc].HANDLERS)
+    assert {f"{cls.__name__} of {peer.name}" for peer, cls in sent - served} == set(), "nobody serves these"
+    assert {f"{cls.__name__} of {peer.name}" for peer, cls in served - sent} == set(), "nobody sends these"
+
+
+def test_the_parent_serves_every_request() -> None:
+    """What control relays."""
+    assert set(SERVES) == set(REQUESTS)
+
+
+def test_requests_say_whom_they_are_served_to_and_all_can_fail() -> None:
+    """And nothing else does."""
+    for cls, info in BY_CLASS.items():
+        assert (info.who is not None) == (cls in REQUESTS), cls
+        if info.who is not None:
+            assert {answer.__name__ for answer in info.answers} > {"Failed"}, cls
+            assert set(info.answers) <= set(ANSWERS), cls
+            assert [each for each in info.answers if not BY_CLASS[each].partial], cls
+
+
+def test_an_answer_comes_back_the_way_of_its_question() -> None:
+    """From whom it was for to whom has asked."""
+    for info in BY_CLASS.values():
+        for path in info.paths[:1]:  # Hello is its own answer
+            for answer in info.answers:
+                assert path[::-1] in BY_CLASS[answer].paths, f"{info.cls.__name__} and {answer.__name__}"
+
+
+def test_answers_of_clients_belong_to_requests() -> None:
+    """Or none could be waited for."""
+    assert [cls for cls in ANSWERS if not BY_CLASS[cls].is_answer] == []
+
+
+def test_what_is_relayed_to_a_vm_names_it() -> None:
+    """Or vmm could not find the process."""
+    for cls in relays(Proc.VMM, Proc.PARENT):
+        assert cls.fields["vmid"] is int, cls
+
+
+def test_everybody_trusts_who_has_started_them() -> None:
+    """Up to the parent, and nobody trusts back."""
+    assert set(Proc) - set(TRUSTED) == {Proc.PARENT}
+    for proc, above in TRUSTED.items():
+        assert TRUSTED.get(above) is not proc
+
+
+def test_who_may_ask_what() -> None:
+    """As vmctl(8) says; a new request has its place here, too."""
+    found = {who: {cls.__name__ for cls in REQUESTS if BY_CLASS[cls].who is who} for who in Who}
+    assert found == {
+        Who.EVERYBODY: {"ListRequest", "SwitchesRequest", "NicsRequest"},
+        Who.OWNER: {
+            "StartRequest", "StopRequest", "WaitRequest", "PauseRequest", "ConsoleRequest", "ConsoleBreak",
+            "ConsoleWatch",
+        },
+        Who.ROOT: {"LoadRequest", "ReloadRequest", "ResetRequest", "LogRequest", "SendRequest", "ReceiveRequest"},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", [cls for cls in REQUESTS if BY_CLASS[cls].who is Who.ROOT])
+def test_the_parent_refuses_what_is_roots(cls: type[Any]) -> None:
+    """Whatever control has let pass; others' requests are judged with their VM."""
+    request = object.__new__(cls)
+    require_allowed(request, Caller(uid=0, gid=0, pid=1))
+    with pytest.raises(OperatorError, match=r"^only root may ") as refused:
+        require_allowed(request, Caller(uid=1000, gid=0, pid=1))
+    assert refused.value.code == errno.EPERM
+
+
+class Wrong(Process):
+    """A process whose tables type checkers have to refuse: an ignored error that is none is an error of its own."""
+
+    def on_pause_done(self, message: PauseDone, _envelope: Envelope, _channel: Channel) -> None:
+        """Serve something."""
+
+    def on_few(self, message: PauseDone) -> None:
+        """Serve something in another way."""
+
+    HANDLERS = {
+        **handles(Proc.VMM, PauseDone, on_pause_done),
+        **handles(Proc.VMM, VmRunning, on_pause_done),  # type: ignore[arg-type]
+        **handles(Proc.VM, PauseDone, on_few),  # type: ignore[arg-type]
+        (Proc.VM, VmRunning): on_pause_done,  # type: ignore[dict-item]
+    }
+
+
+def test_a_row_is_what_it_was_made_of() -> None:
+    """The method, called for a process."""
+    told: list[Any] = []
+    row = handles(Proc.VMM, PauseDone, lambda process, message, _envelope, _channel: told.append((process, message)))
+    ((key, handler),) = row.items()
+    assert key == (Proc.VMM, PauseDone)
+    message: Any = object()
+    process: Any = object()
+    handler(process, message, Envelope(message, 0, 0, {}), process)
+    assert told == [(process, message)]
