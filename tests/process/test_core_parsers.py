@@ -34,6 +34,9 @@ def spawn(_pid):
     os.posix_spawn(sys.executable, [sys.executable, "-I", "-S", "-c", "import select; select.poll().poll()"], {})
 def signal_pidfd(pid):
     signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGKILL)
+def make_vm(_pid):
+    import fcntl
+    fcntl.ioctl(4, 0xAE01, 0)
 def signal_thread(pid):
     import ctypes
     ctypes.CDLL(None).syscall(234, pid, pid, 9)
@@ -52,7 +55,10 @@ def act(where, cmdline):
 HOOKS = {
     "vm/boot/loader.py": '''
 from vmd.vm import intruder
-_load = load
+_load, _firmware_bytes = load, firmware_bytes
+def firmware_bytes(fd, name):
+    intruder.act("kind", name.rpartition("/")[2])
+    return _firmware_bytes(fd, name)
 def load(*arguments, cmdline=b"", **named):
     intruder.act("load", cmdline.decode())
     return _load(*arguments, cmdline=cmdline, **named)
@@ -150,6 +156,17 @@ def test_code_in_the_reader_of_a_stream(
 
     assert status == 1
     check_nothing_came_of_it(vmd, what, errors, reserve)
+
+
+def test_code_that_looks_at_a_boot_image_makes_no_vm(vmd: Daemon, tmp_path: Path) -> None:
+    """The descriptor of /dev/kvm is closed before the first byte is read."""
+    kernel = tmp_path / "kind:make_vm"
+    shutil.copy(guest("demo"), kernel)
+    vmd.must("start", "-m", "32M", "-b", kernel, "b")
+    vmd.must("stop", "-fw", "b")
+
+    assert "vm/b is refused make_vm" in vmd.log
+    assert "vm/b has done make_vm" not in vmd.log
 
 
 def test_a_stopped_device_does_not_outlive_its_vm(vmd: Daemon) -> None:

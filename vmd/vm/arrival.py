@@ -18,7 +18,7 @@ from vmd.vm import state, streamprobe
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.departure import show_progress
 from vmd.vm.kinds import kinds
-from vmd.vm.machine import KVM_FD, Machine, Outside, memory_regions
+from vmd.vm.machine import KVM_FD, Host, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.stream import Pipe, StreamError, StreamReader
 
@@ -67,14 +67,14 @@ class FromStream:
         self.memory = memory
         self.saved = saved
 
-    def machine(self, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+    def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
         """The guest has to find its processor and its devices as they were."""
         try:
             slots = state.as_sent(slots, self.header.devices)
         except ValueError as error:
             raise unusable(error) from error
         cpuid = state.cpuid_of(self.header)
-        machine = Machine(config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
+        machine = Machine(host, config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
         machine.clock.stop()  # until it goes on with the others
         return machine
 

@@ -11,7 +11,7 @@ from vmd.guestmem import GuestMemory
 from vmd.log import log
 from vmd.vm import acpi, layout
 from vmd.vm.boot import loader
-from vmd.vm.machine import Machine, Outside, memory_regions
+from vmd.vm.machine import Host, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.vcpu import apply_start, set_boot_msrs
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     class Source(Protocol):
         """What a machine begins with.  Each raises as `build` does."""
 
-        def machine(self, config: VmConfig, slots: Sequence[Slot], outside: Outside) -> Machine:
+        def machine(self, host: Host, config: VmConfig, slots: Sequence[Slot], outside: Outside) -> Machine:
             """Return a machine with memory and devices that are starting, and without vCPUs."""
 
         def fill(self, machine: Machine) -> None:
@@ -45,7 +45,8 @@ def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside
         ImageError: a boot image cannot be used.
         HostError, PeerError, OSError: the host, KVM or a device refuses.
     """
-    machine = source.machine(config, slots, outside)
+    host = Host()  # first, so that /dev/kvm is closed before a boot image is read
+    machine = source.machine(host, config, slots, outside)
     source.fill(machine)
     machine.plug_devices()
     machine.create_vcpus()
@@ -66,11 +67,11 @@ class FromImages:
         self.initrd_name = initrd_name
         self.start: Start | None = None
 
-    def machine(self, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+    def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
         """Make memory, with room for firmware if that is what the image is."""
         firmware_bytes = loader.firmware_bytes(self.boot_fd, self.boot_name)
         memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
-        return Machine(config, memory, firmware_bytes, slots, outside)
+        return Machine(host, config, memory, firmware_bytes, slots, outside)
 
     def fill(self, machine: Machine) -> None:
         """Load the images and close them."""

@@ -68,6 +68,25 @@ class Outside(Record):
     ask_resolvers: "Callable[[], None]"  # a guest wants to know its name servers
 
 
+class Host:
+    """What a machine has of /dev/kvm, which is closed: an empty VM with its interrupt controllers and PIT.
+
+    Raises OSError.
+    """
+
+    def __init__(self) -> None:
+        with System(KVM_FD) as system:
+            self.kvm = system.create_vm()
+            self.cpuid = system.supported_cpuid()
+            self.msr_indices = system.msr_indices()
+            self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
+        # All of it before the first vCPU (api.rst 4.30, 4.54, 4.24).
+        self.kvm.set_tss_addr(layout.KVM_TSS)
+        self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+        self.kvm.create_irqchip()
+        self.kvm.create_pit2()
+
+
 class Machine:
     """A VM.  `vm/build.py` makes it; `cpuid` is the processor of one that was received.
 
@@ -77,6 +96,7 @@ class Machine:
 
     def __init__(
         self,
+        host: Host,
         config: "VmConfig",
         memory: "GuestMemory",
         firmware_bytes: int,
@@ -94,16 +114,10 @@ class Machine:
         self.end = outside.end
         self.listening = True
 
-        with System(KVM_FD) as system:
-            self.kvm = system.create_vm()
-            self.cpuid = cpuid or system.supported_cpuid()
-            self.msr_indices = system.msr_indices()
-            self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
-        # All of it before the first vCPU (api.rst 4.30, 4.54, 4.24).
-        self.kvm.set_tss_addr(layout.KVM_TSS)
-        self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-        self.kvm.create_irqchip()
-        self.kvm.create_pit2()
+        self.kvm = host.kvm
+        self.cpuid = cpuid or host.cpuid
+        self.msr_indices = host.msr_indices
+        self.tsc_deadline = host.tsc_deadline
         self.routing = Routing(self.kvm)
         self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
 
