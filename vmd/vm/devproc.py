@@ -99,8 +99,10 @@ class DeviceProcess:
             their_async.close()
 
     def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
-        """Tell the process what it is; what it is given stays the caller's.  Raises PeerError if it is gone."""
-        self.begun = True
+        """Tell the process what it is; what it is given stays the caller's.
+
+        Raises PeerError if it is gone, HostError if descriptors cannot be passed.
+        """
         self.name, self.label = slot.name, slot.label
         self.title = f"{vm_title}/{slot.name}"
         fds = array.array("i", (memory.fd, *slot.fds))
@@ -109,6 +111,9 @@ class DeviceProcess:
             self._sync.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except ConnectionError:
             raise PeerError(self.title, f"{self._how_it_ended()} before it was needed") from None
+        except OSError as error:
+            raise HostError(f"pass {self.title} its descriptors", error) from error
+        self.begun = True
 
     def wait_ready(self) -> None:
         """Wait for READY on both channels.  Raises OperatorError or PeerError with the device's own sentence."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from vmd.errors import OperatorError, PeerError
+from vmd.errors import HostError, OperatorError, PeerError
 from vmd.guestmem import PAGE, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
@@ -164,6 +164,21 @@ def test_start_says_what_the_device_is(impostor: Impostor, process: DeviceProces
     assert len(fds) == 2
     assert process.name == "vioblk0"
     for fd in fds:
+        os.close(fd)
+
+
+def test_a_process_that_cannot_be_told_what_it_is_ends_at_once(impostor: Impostor) -> None:
+    """It listens for START only, and would never hear on the other channel that its VM is over."""
+    made = DeviceProcess(DISK)
+    with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
+        slot = Slot(kind=DISK, index=0, number=1, fds=(1 << 20,), notes=(0,), names=("/a",))
+        with pytest.raises(HostError, match=r"^pass vm/test/vioblk0 its descriptors: Bad file descriptor$"):
+            made.begin("vm/test", slot, memory)
+    made.shut_down()
+
+    assert impostor.sync.recv(1) == b""
+    made._async.close()
+    for fd in (*made.kicks, *made.calls, made.resample, made.interrupts.fd):
         os.close(fd)
 
 
