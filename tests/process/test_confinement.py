@@ -530,6 +530,7 @@ def test_bug_before_exec_is_reported() -> None:
 
     class Broken:
         import_path: tuple[str, ...] = ("/",)
+        own_pids = False
 
         def enter(self) -> None:
             raise ZeroDivisionError("no such number")

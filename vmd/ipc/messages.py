@@ -610,15 +610,15 @@ class StartVm(Record):
     nics: tuple[NicLink, ...] = ()
 
 
-@message(0x61, FROM_VM, fds=("memory?",))
+@message(0x61, FROM_VM, fds=("memory?", "process?"))
 class VmRunning(Record):
     """The guest executes.
 
-    fds: `memory` is the guest's memory; the parent looks at how much of it there is, and at nothing in it.
+    fds: `memory` is the guest's memory; the parent looks at how much of it there is, and at nothing in it.  `process`
+    is a pidfd of the VM process, added by vmm: pids of vmm's namespace mean nothing to the parent.
     """
 
     vmid: int
-    pid: int
     paused: bool = False  # received, and to wait
 
 

@@ -2,10 +2,11 @@
 
 import socket
 
+from vmd.errors import HostError
 from vmd.ipc.messages import Proc
 from vmd.log import log
 from vmd.parent.disks import ImageProber
-from vmd.privsep.cell import Cell, Network
+from vmd.privsep.cell import Cell, Network, VmmCell
 from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False
@@ -19,7 +20,7 @@ class Children:
     def __init__(self, uid: int, gid: int) -> None:
         cell = Cell.build(uid, gid)
         self.prober = ImageProber(cell)
-        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: cell}
+        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm_place(cell)}
         self._children: list[Child] = []
 
     def start(self, proc: Proc, channel: socket.socket) -> None:
@@ -35,3 +36,12 @@ class Children:
                 log.warn(f"{child.title} does not end; killing it")
                 child.kill()
                 child.reap(timeout_s)
+
+
+def vmm_place(cell: Cell) -> Cell:
+    """Return where vmm runs, on a host that lacks something with a warning."""
+    try:
+        return VmmCell(cell)
+    except HostError as error:
+        log.warn(f"{error}: a process below vmm that is stopped can outlive the daemon")
+        return cell

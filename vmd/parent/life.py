@@ -7,7 +7,7 @@ import errno
 import os
 import time
 
-from vmd.closing import close
+from vmd.closing import close, close_all
 from vmd.errors import HostError, InUse, OperatorError, VmdError
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import (
@@ -46,7 +46,7 @@ from vmd.parent.media import Media, replaced
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import checked_request, described, one_shot_config, require_startable
 from vmd.parent.resources import open_boot_files
-from vmd.parent.usage import is_memory
+from vmd.parent.usage import host_pid, is_memory
 from vmd.parent.vmtable import State, Vm
 
 TYPE_CHECKING = False
@@ -262,7 +262,10 @@ class Life:
             close(memory)
             log.warn(f"vm {vm.name}: its process does not show how much memory it uses")
         assert vm.pty is not None
-        tty, pid, paused = vm.pty.path, message.pid, message.paused
+        process = envelope.take_fds("process")
+        pid = host_pid(process[0]) if process else 0
+        close_all(process)
+        tty, paused = vm.pty.path, message.paused
         if vm.receiving is None:
             vm.begin_run(pid)
             log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {tty}")

@@ -19,6 +19,15 @@ def is_memory(fd: int) -> bool:
     return True
 
 
+def host_pid(pidfd: int) -> int:
+    """Return the pid that this host has for the process of a pidfd; 0 if it is gone, or that is no pidfd."""
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as info:
+            return max([0, *(int(line.split()[1]) for line in info if line.startswith("Pid:"))])
+    except (OSError, ValueError):
+        return 0
+
+
 def used_bytes(memory: int | None, pid: int) -> int:
     """Return the memory that a VM uses: what its guest has touched, and what is its processes' own.
 

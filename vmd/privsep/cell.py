@@ -68,6 +68,7 @@ class Cell:
     """A built cell, and the user that lives in it; `close` it when no more children will be started."""
 
     import_path: tuple[str, ...] = (CODE,)
+    own_pids = False
 
     def __init__(self, uid: int, gid: int, namespace_fd: int, root_fd: int) -> None:
         self.uid = uid
@@ -107,6 +108,17 @@ class Cell:
         os.close(self.root_fd)
 
 
+class VmmCell(Cell):
+    """The cell as vmm enters it: with VM processes and devices in a pid namespace, where nothing survives vmm."""
+
+    own_pids = True
+
+    def __init__(self, cell: Cell) -> None:
+        """`cell` stays the caller's to close.  Raises HostError where there is no such namespace to be had."""
+        super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd)
+        linux.old_pids(linux.new_pids())
+
+
 def out_of_the_way(fd: int) -> int:
     """Return a descriptor under a number that a child's own descriptors never get: it enters when it has those."""
     try:
@@ -126,6 +138,7 @@ PRIV_DIRECTORY = "/run/vmd/priv"  # on the host, and as priv sees it
 class Network:
     """Where priv runs: an ordinary user of the host, with the capabilities for network interfaces and little else."""
 
+    own_pids = False
     # The last two go when priv confines itself.  Until then it must read a checkout that root does not own, and
     # be able to shrink its bounding set.
     CAPABILITIES = (

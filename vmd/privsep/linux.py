@@ -28,6 +28,7 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 47, 2
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
+CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_RDONLY = 1
@@ -134,6 +135,28 @@ def setns(fd: int, kind: int) -> None:
     """Enter the namespace behind `fd`."""
     if libc.setns(fd, kind):
         raise HostError("enter a namespace", ctypes.get_errno())
+
+
+def new_pids() -> int:
+    """Have the next child be pid 1 of a new pid namespace; returns what `old_pids` takes back.  Raises HostError."""
+    try:
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError("make a pid namespace", error) from error
+    try:
+        unshare(CLONE_NEWPID)
+    except HostError:
+        os.close(own)
+        raise
+    return own
+
+
+def old_pids(own: int) -> None:
+    """Have children share our pid namespace again."""
+    try:
+        setns(own, CLONE_NEWPID)
+    finally:
+        os.close(own)
 
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int, options: str | None = None) -> None:

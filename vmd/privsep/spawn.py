@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         """What stands between fork and exec of a process that is to have fewer rights than we."""
 
         import_path: tuple[str, ...]
+        own_pids: bool  # the process is pid 1 of a pid namespace: what it starts ends with it
 
         def enter(self) -> None:
             """Move this process there and drop privileges; called in the child.  Raises HostError."""
@@ -126,7 +127,7 @@ def spawn(
     assert all(0 <= target < FD_TARGETS for target in targets)
     path = import_path or (place.import_path if place else OWN_PATH)
     module, _, function = entry.partition(":")
-    launch = LAUNCH.format(path=list(path), title=title, parent=os.getpid(), module=module, function=function)
+    launch = LAUNCH.format(path=list(path), title=title, parent=parent_pid(place), module=module, function=function)
     argv = [INTERPRETER, "-I", "-S", "-c", launch, *arguments]
     moved: dict[int, int] = {}
     try:
@@ -176,19 +177,19 @@ def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
 
 def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
     """Fork, enter the place and exec; what fails on the way is raised here.  Returns the pid."""
-    parent = os.getpid()
+    parent = parent_pid(place)
     try:
         report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
     except OSError as error:
         raise HostError(f"start {title}", error) from error
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        pid = os.fork()
+        pid = fork_in_new_pids() if place.own_pids else os.fork()
         if pid == 0:
             become(place, argv, moved, parent, failure)
-    except OSError as error:
+    except (OSError, HostError) as error:
         close(report)
-        raise HostError(f"start {title}", error) from error
+        raise error if isinstance(error, HostError) else HostError(f"start {title}", error) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         close(failure)
@@ -198,6 +199,24 @@ def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, i
         os.waitpid(pid, 0)
         number, _, what = words.decode().partition(" ")
         raise HostError(f"start {title}: {what}", int(number)) if int(number) else VmdError(f"start {title}: {what}")
+    return pid
+
+
+def parent_pid(place: "Place | None") -> int:
+    """Return our pid as the started process sees it."""
+    return 0 if place is not None and place.own_pids else os.getpid()
+
+
+def fork_in_new_pids() -> int:
+    """Fork a child that is pid 1 of a new pid namespace.  Raises OSError."""
+    own = linux.new_pids()
+    try:
+        pid = os.fork()
+    except OSError:
+        linux.old_pids(own)
+        raise
+    if pid:
+        linux.old_pids(own)
     return pid
 
 

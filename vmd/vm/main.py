@@ -184,7 +184,7 @@ class VmProcess(Process):
         """Say that the guest executes, or waits to be unpaused."""
         name_thread(EVENT)
         memory = os.dup(machine.memory.fd)
-        self.vmm.send(VmRunning(vmid=self.vmid, pid=os.getpid(), paused=paused), fds={"memory": [memory]})
+        self.vmm.send(VmRunning(vmid=self.vmid, paused=paused), fds={"memory": [memory]})
 
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""

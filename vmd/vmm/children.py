@@ -81,7 +81,7 @@ class VmChild:
         return budget is None or budget.take()
 
     def end(self) -> None:
-        """Kill the process and wait for its end, so that nothing is left for init."""
+        """Kill the process and wait for its end, which without a pid namespace our own does not bring."""
         if not self.gone:
             self.kill()
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
@@ -89,24 +89,34 @@ class VmChild:
 
 
 class Reaper:
-    """Collects exit statuses through pidfds, so that no signal is raced."""
+    """Collects exit statuses: of VM processes, and of what they leave behind, whose parent pid 1 becomes."""
 
-    def __init__(self, loop: "Loop") -> None:
-        self.loop = loop
+    def __init__(self, loop: "Loop", on_exit: "Callable[[VmChild, Outcome, str], None]") -> None:
+        """`on_exit(child, outcome, how)` is called once, when a process that is watched is gone and reaped."""
+        self.on_exit = on_exit
+        self.watched: dict[int, VmChild] = {}  # by pid
+        loop.on_signal(signal.SIGCHLD, self.reap)
 
-    def watch(self, child: VmChild, on_exit: "Callable[[VmChild, Outcome, str], None]") -> None:
-        """Call `on_exit(child, outcome, how)` once, when the process is gone and reaped."""
+    def watch(self, child: VmChild) -> None:
+        """Wait for the end of a process that was started since the loop went on."""
+        self.watched[child.pid] = child
 
-        def reap(_events: int) -> None:
-            result = os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOHANG)
-            if result is None:
-                return
-            self.loop.remove(child.pidfd)
-            close(child.pidfd)
-            child.gone = True
-            on_exit(child, *judge(result.si_code, result.si_status))
+    def reap(self) -> None:
+        """Reap whatever has ended; one signal may stand for many."""
+        while (ended := wait_any()) is not None:
+            child = self.watched.pop(ended.si_pid, None)
+            if child is not None:
+                close(child.pidfd)
+                child.gone = True
+                self.on_exit(child, *judge(ended.si_code, ended.si_status))
 
-        self.loop.add(child.pidfd, reap)
+
+def wait_any() -> "os.waitid_result | None":
+    """Reap a child that has ended and return how; None if there is none."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
 
 
 def judge(code: int, status: int) -> tuple[Outcome, str]:

@@ -8,9 +8,11 @@ A started interpreter with our modules imported takes 50 ms to have, so one VM p
 """
 
 import errno
+import os
 import resource
 import socket
 
+from vmd.closing import close_all
 from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.fence import OUR_FAULT
@@ -29,6 +31,7 @@ from vmd.ipc.messages import (
     VmEnding,
     VmExited,
     VmFailed,
+    VmRunning,
     brief,
     relays,
 )
@@ -61,7 +64,7 @@ class Vmm(Process):
         self.kvm_fd = -1
         self.reserve: VmChild | None = None
         self.running: dict[int, VmChild] = {}  # by vmid
-        self.reaper = Reaper(self.loop)
+        self.reaper = Reaper(self.loop, self.on_vm_gone)
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
@@ -93,7 +96,7 @@ class Vmm(Process):
         finally:
             theirs.close()
         child = VmChild(started.pid, started.pidfd, self.attach_vm(ours))
-        self.reaper.watch(child, self.on_vm_gone)
+        self.reaper.watch(child)
         return child
 
     def attach_vm(self, sock: socket.socket) -> Channel:
@@ -159,8 +162,11 @@ class Vmm(Process):
         if not child.account(message):
             return
         claimed = message.as_dict()
-        known = {"vmid": child.vmid, "pid": child.pid, "text": brief(claimed.get("text", ""))}
+        known = {"vmid": child.vmid, "text": brief(claimed.get("text", ""))}
         message = message.replace(**{field: value for field, value in known.items() if field in claimed})
+        if isinstance(message, VmRunning):
+            close_all(envelope.take_fds("process"))
+            envelope.fds["process"] = [os.dup(child.pidfd)]
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         self.parent.send(message, peerid=child.vmid, fds=fds)
 

@@ -222,7 +222,8 @@ def unpause(parent: AnyParent, vm: Vm) -> None:
 
 def goes_on(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
     """Let its process say that it runs."""
-    parent.life.on_running(VmRunning(vmid=vm.vmid, pid=99, paused=paused), Envelope(UNUSED, 0, 0, {}))
+    pidfd = os.pidfd_open(os.getpid())
+    parent.life.on_running(VmRunning(vmid=vm.vmid, paused=paused), Envelope(UNUSED, 0, 0, {"process": [pidfd]}))
 
 
 # --- sending ---------------------------------------------------------------------------------------------------------
@@ -380,11 +381,11 @@ def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) ->
     assert vm.notes == ("disk a: is odd",)
     goes_on(parent, vm, paused=False)
 
-    assert (vm.state, vm.pid) == (State.RUNNING, 99)
+    assert (vm.state, vm.pid) == (State.RUNNING, os.getpid())
     assert vm.running_config == resumed.config
     assert vm.pty is not None
     assert parent.answers == [
-        (CLIENT, VmReceived(vmid=vm.vmid, name="b", pid=99, tty=vm.pty.path, paused=False))
+        (CLIENT, VmReceived(vmid=vm.vmid, name="b", pid=os.getpid(), tty=vm.pty.path, paused=False))
     ]
     vm.drop_pty()
 
