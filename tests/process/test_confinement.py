@@ -203,7 +203,7 @@ def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
     assert (run.answers, run.status) == ([], KILLED)
 
 
-@pytest.mark.parametrize("attempt", KILLS)
+@pytest.mark.parametrize("attempt", [attempt for attempt in KILLS if attempt != "more_descriptors"])
 def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell, attempt: str) -> None:
     """It may narrow its requests to KVM later, once: that is all it may do more."""
     before = ("narrow_requests",) if attempt == "another_filter" else ()
@@ -211,6 +211,14 @@ def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell, attempt: str) -> No
     run = try_inside(cell, "VM_BUILDING", *before, attempt)
 
     assert (run.answers, run.status) == ([f"{name} done None" for name in before], KILLED)
+
+
+def test_a_vm_that_is_built_may_have_fewer_descriptors_later_but_not_more(cell: Cell) -> None:
+    """It may change its limits until the guest exists, in one direction."""
+    run = try_inside(cell, "VM_BUILDING", "more_descriptors")
+
+    assert (run.answers, run.status) == ([], 1)
+    assert "not allowed to raise maximum limit" in run.log
 
 
 def test_a_vm_signals_nobody(cell: Cell) -> None:

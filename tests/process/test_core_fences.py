@@ -207,6 +207,7 @@ def buggy(among_bugs: Bystander) -> Iterator[Daemon]:
     among_bugs.check()
 
 
+@pytest.mark.deep
 def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
     """Each is answered, each traceback is in the log, each process goes on."""
     buggy.must("start", "roots")
@@ -228,6 +229,7 @@ def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
     buggy.wait_log("consoles.py:")
 
 
+@pytest.mark.deep
 def test_a_client_that_leads_to_bugs_is_cut_off(buggy: Daemon) -> None:
     """After so many it is served no more, and others are."""
     with connect(buggy) as client:

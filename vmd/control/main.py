@@ -141,9 +141,20 @@ class Control(Process):
             raise PeerError(channel.label, f"more than {MAX_UNANSWERED} requests without waiting for answers")
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         try:
-            self.parent.send(message.replace(caller=client.caller), peerid=client.number, fds=fds)
+            self.parent.send(
+                message.replace(caller=client.caller),
+                peerid=client.number,
+                fds=fds,
+                refused=lambda: self.on_refused(client),
+            )
         except ValueError as error:  # it just fitted a packet, and no longer does with the caller in it
             self.turn_away(client, Failed(code=errno.EMSGSIZE, text=str(error)))
+
+    def on_refused(self, client: Client) -> None:
+        """A request could not be passed on with its files."""
+        if self.clients.get(client.number) is client:
+            text = f"vmd cannot pass files on: {os.strerror(errno.ETOOMANYREFS)}"
+            self.turn_away(client, Failed(code=errno.ETOOMANYREFS, text=text))
 
     def on_answer(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Pass an answer back."""

@@ -25,6 +25,7 @@ NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off whatever is wrong with them
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before the others get their turn
+DRAIN_BATCHES = 32  # more does not wait for us when a peer has exited, but for what its child sends
 FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -69,15 +70,24 @@ class Channel:
         self._loop = loop
         self._on_message = on_message
         self._on_lost = on_lost
-        self._queue: deque[tuple[bytes, list[int]]] = deque()
+        self._queue: deque[tuple[bytes, list[int], Callable[[], None] | None]] = deque()
         self._closing = False
+        self._read_all = False  # what there was when we last looked
         sock.setblocking(False)
         loop.add(sock.fileno(), self._on_ready)
 
     def send(
-        self, message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
+        self,
+        message: "Record",
+        *,
+        peerid: int = 0,
+        fds: "Mapping[str, Sequence[int]]" = NO_FDS,
+        refused: "Callable[[], None] | None" = None,
     ) -> None:
         """Queue a message; its descriptors are ours from now on and closed when they have left.
+
+        The kernel counts the descriptors that are on their way, by uid.  When somebody of our uid has too many of them,
+        ours are refused: then this message is lost and `refused` is called, or without it the peer is lost.
 
         Raises ValueError if the message does not fit a packet (its descriptors are closed then).
         """
@@ -93,7 +103,7 @@ class Channel:
         if self.closed or self._closing:
             close_all(order)
             return
-        self._queue.append((packet, order))
+        self._queue.append((packet, order, refused))
         if len(self._queue) == 1:
             self._flush()
         if self.queue_limit is not None and len(self._queue) > self.queue_limit:
@@ -114,7 +124,7 @@ class Channel:
         self._sock.settimeout(timeout_s)
         try:
             while self._queue:
-                packet, fds = self._queue[0]
+                packet, fds, _ = self._queue[0]
                 self._sendmsg(packet, fds)
                 self._queue.popleft()
                 close_all(fds)
@@ -124,12 +134,16 @@ class Channel:
             self._sock.setblocking(False)  # or whoever is still receiving, such as our caller, would wait as long
 
     def drain(self) -> None:
-        """Handle what a peer that has exited still left us, up to its end of the line."""
-        while not self._is_closed():
-            self._on_ready(READ)
+        """Handle what a peer that has exited still left us, and close.
 
-    def _is_closed(self) -> bool:
-        return self.closed
+        There may be no end of the line: a child of the peer may have its side, and may even go on sending.
+        """
+        for _ in range(DRAIN_BATCHES):
+            self._read_all = False
+            self._on_ready(READ)
+            if self.closed or self._read_all:
+                break
+        self.close()
 
     def close(self) -> None:
         """Drop the peer without a call of `on_lost`."""
@@ -138,7 +152,7 @@ class Channel:
         self.closed = True
         self._loop.remove(self._sock.fileno())
         self._sock.close()
-        for _packet, fds in self._queue:
+        for _packet, fds, _refused in self._queue:
             close_all(fds)
         self._queue.clear()
 
@@ -156,14 +170,19 @@ class Channel:
 
     def _flush(self) -> None:
         while self._queue:
-            packet, fds = self._queue[0]
+            packet, fds, refused = self._queue[0]
             try:
                 self._sendmsg(packet, fds)
             except (BlockingIOError, InterruptedError):
                 self._loop.modify(self._sock.fileno(), WRITE if self._closing else READ | WRITE)
                 return
             except OSError as error:
-                for _packet, waiting in self._queue:
+                if error.errno == errno.ETOOMANYREFS and refused is not None:
+                    self._queue.popleft()
+                    close_all(fds)
+                    self._loop.call_later(0, refused)  # not while our caller is still sending
+                    continue
+                for _packet, waiting, _refused in self._queue:
                     close_all(waiting)
                 self._queue.clear()
                 # A hang-up is reported by the loop; what else the kernel refuses must not pass unnoticed.
@@ -216,6 +235,7 @@ class Channel:
             try:
                 packet, rights, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
+                self._read_all = True
                 return
             except ConnectionResetError:  # it is gone and has not read all of ours; its last words come after this
                 continue

@@ -89,6 +89,11 @@ MACHINE = frozenset({
     "timerfd_create", "timerfd_settime",                       # notices that the host has slept
 })  # fmt: skip
 
+# How many descriptors a process may have open, and of all descriptors that processes of its uid have on their way to
+# others.  Beyond that it can pass none on.  So whoever may be taken over has less than those who must go on: a VM that
+# has sent itself all it can keeps neither another one from its start, nor control and vmm from their work.
+CORE_FILES, BUILDING_FILES, RUNNING_FILES = 16384, 8192, 4096
+
 
 class Confinement(Record):
     """What is left to a process."""
@@ -116,7 +121,7 @@ BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
 )
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
-CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=4096)  # vmctl's connections
+CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=CORE_FILES)  # vmctl's connections
 
 VM = Confinement(  # and the KVM requests that the process names
     syscalls=BASE | CHANNEL | MACHINE,
@@ -124,9 +129,11 @@ VM = Confinement(  # and the KVM requests that the process names
     # Signals are kept inside before it starts its devices: here it would be shut off from them, and they would not die
     # with it.
     scopes=landlock.SCOPE_SOCKETS,
-    open_files=4096,
+    open_files=RUNNING_FILES,
 )
-VM_BUILDING = VM.replace(syscalls=BASE | CHANNEL | MACHINE | {"seccomp"})  # until `narrow_requests`
+VM_BUILDING = VM.replace(  # until `narrow_requests` and `limit_open_files`
+    syscalls=BASE | CHANNEL | MACHINE | {"seccomp", "prlimit64"}, open_files=BUILDING_FILES
+)
 
 VMM = Confinement(
     syscalls=BASE
@@ -141,7 +148,7 @@ VMM = Confinement(
     | {"ioctl+kvm"},
     ioctls=TUN_IOCTLS + TTY_IOCTLS,
     files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
-    open_files=16384,  # a pidfd and a channel for each VM, and its files while they pass through
+    open_files=CORE_FILES,  # a pidfd and a channel for each VM, and its files while they pass through
 )
 
 # nft and its libraries come from the host and differ between distributions: a call that is missing here must not end
@@ -243,14 +250,23 @@ def prime() -> None:
 
 
 def limit_resources(open_files: int) -> None:
-    """No core dumps, for they hold guest memory; no more descriptors than asked for."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = open_files if hard == resource.RLIM_INFINITY else min(open_files, hard)
+    """No core dumps, for they hold guest memory; no more descriptors than asked for.  Raises HostError."""
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     except OSError as error:
         raise HostError("limit resources", error) from error
+    limit_open_files(open_files)
+
+
+def limit_open_files(most: int) -> None:
+    """Have no more descriptors from now on, nor than the host allows.  Raises HostError."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except OSError as error:
+        raise HostError("limit open files", error) from error
 
 
 def give_up_capabilities(keep: int) -> None:

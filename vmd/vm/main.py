@@ -52,7 +52,7 @@ from vmd.ipc.process import Process, handles
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
-from vmd.privsep.confine import VM, VM_BUILDING, confine, narrow_requests
+from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
 from vmd.vm import vmmci
@@ -179,12 +179,15 @@ class VmProcess(Process):
         self.life.become(State.LIVE)
         if paused or not self.go_on():
             self.report_running(pause.machine, paused=paused)
+            limit_open_files(VM.open_files)  # from now on it has next to nothing to pass on
 
     def report_running(self, machine: Machine, *, paused: bool) -> None:
         """Say that the guest executes, or waits to be unpaused."""
         name_thread(EVENT)
+        running = VmRunning(vmid=self.vmid, paused=paused)
         memory = os.dup(machine.memory.fd)
-        self.vmm.send(VmRunning(vmid=self.vmid, paused=paused), fds={"memory": [memory]})
+        # Without it nobody can say how much memory the guest uses.
+        self.vmm.send(running, fds={"memory": [memory]}, refused=lambda: self.vmm.send(running))
 
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""

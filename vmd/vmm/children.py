@@ -1,6 +1,7 @@
 """The VM processes of vmm: one per VM, and one in reserve."""
 
 import os
+import select
 import signal
 import time
 from collections import Counter
@@ -8,12 +9,12 @@ from collections import Counter
 from vmd.closing import close
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import BY_CLASS, AskResolvers, Outcome, TransferProgress
+from vmd.ipc.messages import BY_CLASS, AskResolvers, Outcome, TransferProgress, VmFailed, VmRunning
 from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from vmd.ipc.loop import Loop
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # What a VM process says on its own, or again and again: how much at once, and then in a second.  More is not passed on.
 BUDGETS: "dict[type[Any], tuple[float, float]]" = {AskResolvers: (16.0, 4.0), TransferProgress: (1.0, 10.0)}
+UNASKED = 64.0, 16.0  # ... of all this and last words together; a process that says more is cut off
 
 
 class Budget:
@@ -52,6 +54,8 @@ class VmChild:
         self.gone = False
         self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do
         self.budgets = {cls: Budget(*budget) for cls, budget in BUDGETS.items()}
+        self.unasked = Budget(*UNASKED)
+        self.reported = False  # how its start went
         self.last_words = ""
 
     def kill(self) -> None:
@@ -66,9 +70,14 @@ class VmChild:
             self.awaited[answers] += 1
 
     def account(self, message: "Record") -> bool:
-        """Return whether a message is worth passing on; PeerError for what nobody asked this VM process to say."""
+        """Return whether a message is worth passing on.
+
+        Raises PeerError for an answer that nobody asked for, and for too much of anything else.
+        """
         cls = type(message)
         info = BY_CLASS[cls]
+        if (info.partial or not info.is_answer) and not self.unasked.take():
+            raise PeerError(self.channel.label, f"sends more than {UNASKED[1]:.0f} messages a second unasked")
         if info.is_answer:
             answers = next((answers for answers, count in self.awaited.items() if count and cls in answers), None)
             if answers is None and not info.partial:  # which may be late
@@ -77,15 +86,22 @@ class VmChild:
                 return False
             if not info.partial:
                 self.awaited[answers] -= 1
+        self.reported |= isinstance(message, VmRunning | VmFailed)
         budget = self.budgets.get(cls)
         return budget is None or budget.take()
 
-    def end(self) -> None:
-        """Kill the process and wait for its end, which without a pid namespace our own does not bring."""
-        if not self.gone:
-            self.kill()
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-            self.gone = True
+
+def end_all(children: "Sequence[VmChild]", timeout_s: float) -> None:
+    """Kill processes and wait for their ends, which without a pid namespace our own does not bring."""
+    for child in children:
+        child.kill()
+    deadline_s = time.monotonic() + timeout_s
+    for child in children:
+        ended = select.poll()
+        ended.register(child.pidfd, select.POLLIN)
+        if not child.gone and ended.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED)
+            child.gone = True
 
 
 class Reaper:

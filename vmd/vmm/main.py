@@ -24,6 +24,7 @@ from vmd.ipc.messages import (
     Quit,
     Ready,
     ReceiveVm,
+    ResumeReceived,
     SetVerbosity,
     StartVm,
     StopMode,
@@ -40,19 +41,23 @@ from vmd.log import log
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
-from vmd.vmm.children import Reaper, VmChild
+from vmd.vmm.children import Reaper, VmChild, end_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
 
+NOT_PASSED_ON = "cannot be given its files"
 KVM_FD = 4  # where a VM process finds /dev/kvm
 FILES_OF_A_VM = 2  # its channel and its pidfd; all else only passes through
 FILES_SPARE = 64
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
 FORCE_GRACE_S = 10.0  # from `stop -f` to being killed (*cat. 4.4*)
 EXIT_GRACE_S = 10.0  # from the end of a VM's channel to its being killed
+START_S = 120.0  # for a VM to be built, from when it has all it needs
+GONE_S = 10.0  # from being killed to being gone; what takes longer waits for storage, perhaps for ever
+END_S = 5.0  # ... when vmm itself ends
 RESERVE_DELAY_S = 0.2  # the VM that has just started needs the processor more than the next one does
 
 
@@ -65,6 +70,7 @@ class Vmm(Process):
         self.reserve: VmChild | None = None
         self.running: dict[int, VmChild] = {}  # by vmid
         self.reaper = Reaper(self.loop, self.on_vm_gone)
+        self.stuck: set[VmChild] = set()  # killed, given up, and not gone
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
@@ -123,7 +129,7 @@ class Vmm(Process):
         child.channel.label = f"vm/{name}"
         child.expect(message)
         self.running[message.vmid] = child
-        child.channel.send(message, fds={name: envelope.take_fds(name) for name in tuple(envelope.fds)})
+        self.pass_on(message, envelope, child)
         self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
 
     def require_files(self) -> None:
@@ -142,19 +148,49 @@ class Vmm(Process):
             # It lets its devices finish, so that no disk is left half written; unless it is stuck.
             self.loop.call_later(FORCE_GRACE_S, lambda: self.kill(child, "stopped by force; it had to be killed"))
 
-    def kill(self, child: VmChild, words: str) -> None:
-        """End a VM process that did not end when it was told to."""
+    def require_report(self, child: VmChild) -> None:
+        """End a VM that has not said by now whether it could be built."""
+        if not child.reported:
+            self.kill(child, f"did not start within {START_S:.0f} s")
+
+    def kill(self, child: VmChild, words: str = "") -> None:
+        """End a VM process that did not end when it was told to, or is not to be trusted; `words` say why."""
         if not child.gone:
-            child.last_words = words
+            child.last_words = words or child.last_words
             child.kill()
+            self.loop.call_later(GONE_S, lambda: self.give_up_on(child))
+
+    def give_up_on(self, child: VmChild) -> None:
+        """A VM process does not end though it was killed: it is in a system call.  Its VM is over all the same."""
+        if child.gone or child in self.stuck:
+            return
+        child.channel.drain()
+        self.stuck.add(child)
+        if self.reserve is child:
+            self.reserve = None
+        if self.running.get(child.vmid) is child:
+            del self.running[child.vmid]
+            words = f"{child.last_words or 'killed'}; its process waits for storage, and has not ended yet"
+            self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=Outcome.KILLED, text=brief(words)))
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""
         child = self.running.get(message.as_dict()["vmid"])
         if child is not None:
             child.expect(message)
-            fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
-            child.channel.send(message, peerid=envelope.peerid, fds=fds)
+            self.pass_on(message, envelope, child)
+
+    def pass_on(self, message: Record, envelope: Envelope, child: VmChild) -> None:
+        """Send a VM what is for it; one that is not up in time after what it begins with is killed."""
+        if isinstance(message, StartVm | ResumeReceived):
+            self.loop.call_later(START_S, lambda: self.require_report(child))
+        fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        child.channel.send(
+            message,
+            peerid=envelope.peerid,
+            fds=fds,
+            refused=lambda: self.kill(child, f"{NOT_PASSED_ON}: {os.strerror(errno.ETOOMANYREFS)}"),
+        )
 
     def on_from_vm(self, message: Record, envelope: Envelope, channel: Channel) -> None:
         """Relay to the parent, under the VM's own numbers whatever it claims."""
@@ -168,11 +204,16 @@ class Vmm(Process):
             close_all(envelope.take_fds("process"))
             envelope.fds["process"] = [os.dup(child.pidfd)]
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
-        self.parent.send(message, peerid=child.vmid, fds=fds)
+        try:
+            self.parent.send(message, peerid=child.vmid, fds=fds, refused=lambda: self.parent.send(message))
+        except ValueError as error:  # it just fitted a packet, and no longer does under the right number
+            raise PeerError(channel.label, str(error)) from None
 
     def on_vm_ending(self, message: VmEnding, _envelope: Envelope, channel: Channel) -> None:
         """Keep a VM's last words until it is gone."""
-        self.child_of(channel).last_words = brief(message.text)
+        child = self.child_of(channel)
+        if child.account(message):
+            child.last_words = brief(message.text)
 
     def child_of(self, channel: Channel) -> VmChild:
         """Return the running VM on a channel; PeerError if it is none, such as one in reserve."""
@@ -183,24 +224,25 @@ class Vmm(Process):
 
     def on_vm_lost(self, channel: Channel, error: PeerError | None) -> None:
         """A VM process closed its channel or broke the protocol: it ends, if it has not yet."""
-        for child in self.children():
-            if child.channel is channel:
-                if error is not None:
-                    log.error(str(error))
-                    child.last_words = f"broke the protocol: {error.what}"
-                    child.kill()
-                else:  # most likely exiting, with a status that matters
-                    self.loop.call_later(EXIT_GRACE_S, child.kill)
-                return
+        child = next((child for child in self.children() if child.channel is channel), None)
+        if child is None:
+            return
+        if error is not None:
+            log.error(str(error))
+            self.kill(child, f"broke the protocol: {error.what}")
+        else:  # most likely exiting, with a status that matters
+            self.loop.call_later(EXIT_GRACE_S, lambda: self.kill(child))
 
     def on_vm_gone(self, child: VmChild, outcome: Outcome, text: str) -> None:
         """A VM process is reaped: tell the parent how it went."""
         child.channel.drain()  # its last words may have come after its death was noticed
+        self.stuck.discard(child)
         if child is self.reserve:
             self.reserve = None
             log.warn(f"reserve: {text or 'exited'}")
             return
-        if self.running.pop(child.vmid, None) is not None:
+        if self.running.get(child.vmid) is child:
+            del self.running[child.vmid]
             words = child.last_words or text
             self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=words))
 
@@ -257,8 +299,8 @@ class Vmm(Process):
     }
 
     def children(self) -> "list[VmChild]":
-        """Return every VM process, the one in reserve included."""
-        return [*self.running.values(), *((self.reserve,) if self.reserve else ())]
+        """Return every VM process, the one in reserve and those that do not end included."""
+        return [*self.running.values(), *((self.reserve,) if self.reserve else ()), *self.stuck]
 
 
 def main() -> int:
@@ -267,6 +309,5 @@ def main() -> int:
     process.ignore_terminal_signals()
     process.parent.send(Ready(warnings=tuple(confine(VMM))))
     process.loop.run()
-    for child in process.children():
-        child.end()
+    end_all(process.children(), END_S)
     return process.exit_status

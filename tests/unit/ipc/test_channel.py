@@ -1,6 +1,7 @@
 """Channels: delivery with descriptors, bounded queues, peers that misbehave (hostile-input 56, 57)."""
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -458,3 +459,53 @@ def test_last_words_do_not_make_a_receiver_wait(loop: Loop) -> None:
     assert theirs.recv(MAX_MESSAGE) == encode(Ok(), pid=os.getpid())[0]
     channel.close()
     theirs.close()
+
+
+def test_drain_ends_with_what_is_there(loop: Loop, recorder: Recorder) -> None:
+    """Though somebody has the other side open and would go on talking."""
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, ours)
+    recorder.enough = 1 << 30
+    for _ in range(40):  # more than one batch
+        theirs.send(encode(ListRequest())[0])
+
+    channel.drain()
+
+    assert len(recorder.messages) == 40
+    assert (channel.closed, recorder.lost) == (True, [])
+    with pytest.raises(BrokenPipeError):
+        theirs.send(encode(ListRequest())[0])
+    theirs.close()
+
+
+def test_descriptors_that_cannot_be_passed_on(
+    loop: Loop, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody of our uid has too many on their way: this message is lost, its sender is told, and all else goes on."""
+    ours, theirs = socketpair()
+    sender = Channel(
+        theirs, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop,
+        on_message=recorder.on_message, on_lost=recorder.on_lost,
+    )  # fmt: skip
+    recorder.channels.append(sender)
+    reader, writer = os.pipe()
+    refused: list[str] = []
+
+    def send_as_the_kernel_would(packet: bytes, fds: list[int]) -> None:
+        if fds:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        theirs.send(packet)
+
+    monkeypatch.setattr(sender, "_sendmsg", send_as_the_kernel_would)
+    sender.send(Listen(), fds={"listener": [writer]}, refused=lambda: refused.append("listener"))
+    sender.send(Quit())
+    loop.call_later(0, loop.stop)
+
+    loop.run()
+
+    assert refused == ["listener"]
+    assert recorder.lost == []
+    assert decode(ours.recv(MAX_MESSAGE), [], "parent").message == Quit()
+    assert os.read(reader, 1) == b""  # nobody has the writing end any more
+    os.close(reader)
+    ours.close()

@@ -1,0 +1,244 @@
+"""VM processes that somebody has taken over, and what vmm does about what they send, keep and park.
+
+The daemon here is a copy of this program in which a VM process does, under its own filter and limits, what its guest's
+command line says.  Another guest must not notice (`Bystander`).
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bystander import NAME, PROMPT, Bystander, vm_block
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.fusefile import HELD, READ, FuseFile
+from tests.support.guests import guest
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import StartRequest, StopRequest, VmTerminated
+from vmd.privsep.confine import RUNNING_FILES
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+INTRUDER = '''
+"""What somebody who has taken over a VM process does."""
+import array, os, select, socket
+from vmd.ipc.imsg import MAX_MESSAGE, Form, encode
+from vmd.ipc.messages import AskResolvers, DevicesReported, Trouble, TransferProgress, VmEnding
+KEPT = []
+def say(text):
+    os.write(2, f"intruder: {text}\\n".encode())
+def flood(process, message):
+    """Send the same again and again, as fast as it goes."""
+    packet = encode(message, form=Form.NAMED)[0]
+    sock = process.vmm._sock
+    sock.setblocking(True)
+    sent = 0
+    try:
+        while True:
+            sock.send(packet)
+            sent += 1
+    except OSError as error:
+        say(f"flood of {sent} ended: {error}")
+def flood_ending(process):
+    flood(process, VmEnding(text="bye"))
+def flood_progress(process):
+    flood(process, TransferProgress(done_bytes=1, total_bytes=2))
+def flood_resolvers(process):
+    flood(process, AskResolvers(vmid=1))
+def park(process):
+    """Send ourselves as many descriptors as the kernel lets us, and never receive them."""
+    parked = 0
+    fds = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [2] * 253))]
+    try:
+        while True:
+            KEPT.append(socket.socketpair())
+            for _ in range(8):
+                KEPT[-1][0].sendmsg([b"x"], fds)
+                parked += 253
+    except OSError as error:
+        say(f"parked {parked}: {error}")
+def long_answer(process):
+    """Answer with a packet that has no room for a longer number of the VM."""
+    def answer(message, envelope, channel):
+        def packet(text):
+            trouble = Trouble(device="disk0", text=text, since_s=1)
+            return encode(DevicesReported(vmid=1, nics=(), troubles=(trouble,)), form=Form.NAMED)[0]
+        text = "x" * 16000
+        text += "x" * (MAX_MESSAGE - len(packet(text)))
+        assert len(packet(text)) == MAX_MESSAGE
+        channel._sock.send(packet(text))
+    from vmd.ipc.messages import AskDevices, Proc
+    type(process).HANDLERS[(Proc.VMM, AskDevices)] = lambda _self, *arguments: answer(*arguments)
+def leave_child(process):
+    """Fork a process that keeps the channel and goes on talking when we are gone."""
+    pid = os.fork()
+    if pid:
+        say(f"child is {pid}")
+        return
+    packet = encode(VmEnding(text="from the grave"), form=Form.NAMED)[0]
+    mother = os.getppid()
+    while True:
+        select.poll().poll(1)
+        try:
+            while os.getppid() != mother:
+                process.vmm._sock.send(packet)
+        except OSError:
+            select.poll().poll()
+EARLY = {"leave_child"}
+'''
+HOOK = '''
+from vmd.vm import intruder
+_begin, _on_start_vm = VmProcess.begin, VmProcess.on_start_vm
+def _early(self, message, envelope, channel):
+    if message.config.cmdline in intruder.EARLY:  # while it may start processes
+        getattr(intruder, message.config.cmdline)(self)
+    _on_start_vm(self, message, envelope, channel)
+def _late(self, source, config, slots, **named):
+    _begin(self, source, config, slots, **named)
+    if hasattr(intruder, config.cmdline) and config.cmdline not in intruder.EARLY:
+        getattr(intruder, config.cmdline)(self)
+VmProcess.begin = _late
+VmProcess.HANDLERS[(Proc.VMM, StartVm)] = _early
+'''
+FLOODS = ("flood_ending", "flood_progress", "flood_resolvers")
+DEEP = [pytest.param(flood, marks=pytest.mark.deep) for flood in FLOODS[1:]]
+MANY = 128  # numbers of VMs from here on take a byte more
+
+
+@pytest.fixture(scope="module")
+def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
+    """Give a VM that must not notice anything, in a daemon with intruders."""
+    directory = tmp_path_factory.mktemp("relays")
+    code = directory / "code"
+    for package in ("vmd", "vmctl"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (code / "vmd/vm/intruder.py").write_text(INTRUDER)
+    with (code / "vmd/vm/main.py").open("a") as file:
+        file.write(HOOK)
+    attacks = (*FLOODS, "park", "leave_child")
+    conf = vm_block(NAME) + vm_block("plain") + "".join(vm_block(name, f'cmdline "{name}"') for name in attacks)
+    conf += "".join(vm_block(f"filler{number}") for number in range(MANY))
+    conf += vm_block("long_answer", 'cmdline "long_answer"')
+    with Daemon(directory, conf, code=code) as daemon:
+        yield Bystander(daemon)
+
+
+@pytest.fixture
+def vmd(bystander: Bystander) -> Iterator[Daemon]:
+    """Give that daemon; afterwards the VM has not noticed anything."""
+    yield bystander.vmd
+    bystander.check()
+
+
+def connect(vmd: Daemon) -> socket.socket:
+    """Return a connection to the control socket."""
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.settimeout(DEADLINE_S)
+    client.connect(str(vmd.socket))
+    return client
+
+
+def processes_of(vmd: Daemon, title: str) -> list[int]:
+    """Return the processes of this title that log where the daemon does, whoever their parent is now."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            named = (path / "cmdline").read_bytes().startswith(title.encode())
+            if named and os.readlink(path / "fd/2") == str(vmd.log_path):
+                found.append(int(path.name))
+    return found
+
+
+@pytest.mark.parametrize("flood", [FLOODS[0], *DEEP])
+def test_a_vm_that_sends_without_end_is_cut_off(vmd: Daemon, flood: str) -> None:
+    """With a sentence, and long before anybody else has to wait for vmm."""
+    vmd.must("start", flood)
+
+    row = vmd.wait_state(flood, "stopped")
+
+    assert "broke the protocol" in row["text"]
+
+
+@pytest.mark.deep
+def test_descriptors_on_their_way_count_against_who_sent_them(vmd: Daemon) -> None:
+    """As many as a VM can have on their way keep nobody from passing on files: a kernel, a disk, a console."""
+    vmd.must("start", "park")
+    vmd.wait_log("intruder: parked")
+    parked = int(vmd.log.rpartition("intruder: parked ")[2].partition(":")[0])
+    assert parked > RUNNING_FILES
+    assert os.strerror(errno.ETOOMANYREFS) in vmd.log
+
+    vmd.must("start", "-b", guest("demo"), "plain")  # vmctl passes the kernel
+    with vmd.attached("plain") as console:
+        console.expect(PROMPT, DEADLINE_S)
+    vmd.must("stop", "-fw", "plain")
+    assert vmd.status("park")["state"] == "running"
+    vmd.must("stop", "-fw", "park")
+
+
+def test_a_packet_that_grows_in_the_relay(vmd: Daemon) -> None:
+    """It just fits until vmm writes the VM's real number into it: the VM is at fault."""
+    vmd.must("start", "long_answer")
+    assert vmd.status("long_answer")["id"] >= MANY
+
+    vmd.vmctl("status", "-v", "long_answer")
+
+    row = vmd.wait_state("long_answer", "stopped")
+    assert "exceeds" in row["text"]
+
+
+def test_a_child_that_keeps_the_channel_of_its_vm(vmd: Daemon) -> None:
+    """vmm does not wait for its end of the line, whatever it goes on saying."""
+    vmd.must("start", "leave_child")
+    vmd.wait_log("intruder: child is")
+    vmd.must("stop", "-fw", "leave_child")
+
+    vmd.must("start", "plain")
+    vmd.must("stop", "-fw", "plain")
+    left = processes_of(vmd, "vmd: vm/leave_child")
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(left) <= 1
+
+
+@pytest.mark.deep
+def test_a_vm_process_that_cannot_be_killed(vmd: Daemon) -> None:
+    """Storage keeps it in a read(2): its VM ends all the same, and may be started again."""
+    with FuseFile(guest("demo").read_bytes(), for_all=True) as file:
+        file.rule(READ, HELD)
+        with connect(vmd) as client:
+            packet, order = encode(StartRequest(name="plain"), fds={"kernel": [file.fd]})
+            socket.send_fds(client, [packet], order)
+            file.wait_held(1)
+            with connect(vmd) as stopping:
+                stopping.send(encode(StopRequest(name="plain", force=True, wait=True))[0])
+                answer = decode(stopping.recv(MAX_MESSAGE), [], "vmd").message
+        assert isinstance(answer, VmTerminated)
+        assert "waits for storage" in answer.text
+        vmd.must("start", "plain")
+        vmd.must("stop", "-fw", "plain")
+        file.release()
+
+
+@pytest.mark.deep
+def test_the_daemon_ends_though_a_vm_process_does_not(tmp_path: Path) -> None:
+    """It is killed, and nobody waits for it longer than for others."""
+    with FuseFile(guest("demo").read_bytes(), for_all=True) as file, Daemon(tmp_path, vm_block("plain")) as vmd:
+        file.rule(READ, HELD)
+        with connect(vmd) as client:
+            packet, order = encode(StartRequest(name="plain"), fds={"kernel": [file.fd]})
+            socket.send_fds(client, [packet], order)
+            file.wait_held(1)
+        os.kill(vmd.pid, signal.SIGTERM)
+        vmd.wait_log("stopping 1 VMs")
+
+        assert vmd.stop() == 0  # asks a second time
+
+        assert "waits for storage" in vmd.log
+        file.release()
