@@ -37,6 +37,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "parent": {"ply", "msgpack"},
     "control": {"msgpack"},
     "priv": {"msgpack", "pyroute2"},
+    "log": {"msgpack"},
     "vmm": {"msgpack"},
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
@@ -50,7 +51,7 @@ SHARED = {
     "vmd.kvmapi": {"vm"},
     "vmd.guestmem": {"vm", "device"},
     "vmd.virtio": {"vm", "device"},
-    "vmd.ipc.imsg": {"parent", "control", "priv", "vmm", "vm", "vmctl"},
+    "vmd.ipc.imsg": {"parent", "control", "log", "priv", "vmm", "vm", "vmctl"},
 }
 # ... and the parts of it that harm nobody, for they read nothing.
 HARMLESS = {"parent": {"vmd.images", "vmd.images.locks"}}
@@ -105,6 +106,7 @@ def processes() -> list[Process]:
     found = [
         Process(name, name, modules_in(f"vmd/{name}")) for name in ("parent", "control", "priv", "vmm", "vm")
     ]
+    found.append(Process("log", "log", modules_in("vmd/logger")))
     found += [
         Process(f"device {main.parent.name}", "device", modules_in(f"vmd/devices/{main.parent.name}"))
         for main in sorted(Path(ROOT, "vmd/devices").glob("*/main.py"))

@@ -32,7 +32,7 @@ PACKAGES = ("vmd", "msgpack", "insider")
 USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
-LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL")
+LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG")
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
 # Python of a test of its own, because it dies, moves to other namespaces, or runs other code.
@@ -195,7 +195,7 @@ VMM_KILLS = (
 
 
 @pytest.mark.parametrize("attempt", KILLS)
-@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "VM"])
+@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG", "VM"])
 def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS."""
     run = try_inside(cell, kind, attempt)

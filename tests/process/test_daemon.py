@@ -560,7 +560,10 @@ def test_a_user_may_look_but_not_touch(vmd: Daemon, request_: Request) -> None:
 
 
 def test_started_without_descriptors(tmp_path: Path) -> None:
-    """Standard input, output and error of the daemon and of every process of a VM are the null device, nothing else."""
+    """Standard input, output and error of the daemon and of every process of a VM are the null device, nothing else.
+
+    But for those whose lines the process "log" writes to it.
+    """
     without = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     with Daemon(tmp_path, demo(), prefix=without) as vmd:
         vmd.must("start", "demo")
@@ -571,5 +574,8 @@ def test_started_without_descriptors(tmp_path: Path) -> None:
             for number in range(3)
         }
 
-    assert {place: what for place, what in held.items() if what != "/dev/null"} == {}
+    others = {place: what for place, what in held.items() if what != "/dev/null"}
+    assert {number for _, number in others} == {2}
+    assert {title for title, _ in others}.isdisjoint({"vmd", "vmd: log"})
+    assert all(what.startswith("socket:") for what in others.values())
     assert len(held) >= 3 * len(("vmd", "priv", "control", "vmm", "vm/demo", "vm/demo/viornd0"))

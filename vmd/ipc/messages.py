@@ -37,6 +37,7 @@ class Proc(IntEnum):
     PRIV = 4
     VM = 5
     CLIENT = 6  # vmctl
+    LOG = 7
 
 
 # Codes of Failed beyond errno (*cat. 1.10*)
@@ -156,7 +157,7 @@ BY_NAME = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 # Who has started a process, and is trusted by it more than the other way round.
 TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
-    Proc.CLIENT: Proc.CONTROL,
+    Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT,
 }  # fmt: skip
 
 ASK = (Proc.CLIENT, Proc.CONTROL, Proc.PARENT)
@@ -536,7 +537,7 @@ class SetVerbosity(Record):
     verbosity: int
 
 
-@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM))
+@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), (Proc.PARENT, Proc.LOG))
 class Quit(Record):
     """End cleanly.  A process that loses its parent ends as well, without being told."""
 
@@ -955,6 +956,41 @@ class DropsReported(Record):
 
     vmid: int
     troubles: tuple[Trouble, ...] = ()
+
+
+# --- the log ---------------------------------------------------------------------------------------------
+
+
+@message(0x90, (Proc.PARENT, Proc.LOG), fds=("source",))
+class LogSource(Record):
+    """Take the lines that come from `source`, a socket of `vmd.ipc.logpair`.
+
+    `name` is the title of the process, or of the process of the VM, which its devices write to, too.
+    """
+
+    name: str
+    vmid: int = 0  # 0: of no VM
+    owner_uid: int = 0
+
+
+@message(0x91, (Proc.PARENT, Proc.LOG), answered_by=("LogPong",))
+class LogPing(Record):
+    """Are you there?  Answered by LogPong."""
+
+
+@message(0x92, (Proc.LOG, Proc.PARENT))
+class LogPong(Record):
+    """Yes."""
+
+
+@message(0x93, (Proc.VMM, Proc.PARENT), fds=("log",))
+class VmLog(Record):
+    """What the process of a VM writes to the log comes out of `log`; sent as soon as it is this VM.
+
+    `vmid` 0: it has ended before it became one.
+    """
+
+    vmid: int
 
 
 _resolve()

@@ -18,16 +18,17 @@ class Children:
     """Starts and finally reaps control, vmm and priv."""
 
     def __init__(self, uid: int, gid: int) -> None:
-        cell = Cell.build(uid, gid)
+        self.cell = cell = Cell.build(uid, gid)
         self.prober = ImageProber(cell)
         self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm_place(cell)}
         self._children: list[Child] = []
 
-    def start(self, proc: Proc, channel: socket.socket) -> None:
-        """Start one child with its end of the channel.  Raises HostError."""
+    def start(self, proc: Proc, channel: socket.socket, log_fd: int) -> None:
+        """Start one child with its end of the channel, and what it writes its lines to.  Raises HostError."""
         name = proc.name.lower()
         arguments = [name, log.form, str(log.verbosity)]
-        self._children.append(spawn(name, arguments, channel=channel, place=self._places[proc]))
+        place = self._places[proc]
+        self._children.append(spawn(name, arguments, channel=channel, log_fd=log_fd, place=place))
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the children to end; kill the ones that do not."""

@@ -353,6 +353,7 @@ class ImageProber:
         self.timeout_s = timeout_s
         self.entry = entry
         self.title = title
+        self.log_fd = 2
         self.ending: list[Child] = []  # killed, but not gone: they wait for storage
 
     def probe(self, fd: int, name: str, format_hint: str) -> Probe:
@@ -401,7 +402,9 @@ class ImageProber:
                 fds[number] = os.open(f"/proc/self/fd/{fd}", flags)
             reader, fds[FD_ANSWER] = os.pipe2(os.O_CLOEXEC)
             try:
-                return reader, spawn(self.title, arguments, fds=fds, place=self.place, entry=self.entry)
+                return reader, spawn(
+                    self.title, arguments, fds=fds, log_fd=self.log_fd, place=self.place, entry=self.entry
+                )
             except BaseException:
                 close(reader)
                 raise

@@ -1,7 +1,7 @@
 """parent ("vmd"): the root process; knows every VM, decides who may do what, opens files.
 
 Runs as  root; the only process that sees the host's file system
-Peers    control (requests of vmctl), vmm (VM processes), priv (network); all started here
+Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (what all write); all started here
 Holds    the configuration, the VM table, the file of identities, consoles; a VM's boot files only until vmm has them;
          descriptors of guests' memory, which it neither maps nor reads, for how much of it there is
 Parses   vm.conf, its own file of identities, and checked messages; never a byte a guest or an image wrote
@@ -46,6 +46,7 @@ from vmd.ipc.messages import (
     Listen,
     ListRequest,
     LoadRequest,
+    LogPong,
     LogRequest,
     NetworkConfigured,
     NicsFailed,
@@ -70,6 +71,7 @@ from vmd.ipc.messages import (
     TransferProgress,
     VmExited,
     VmFailed,
+    VmLog,
     VmRequest,
     VmRunning,
     WaitRequest,
@@ -84,6 +86,7 @@ from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.identity import StateFile
 from vmd.parent.life import Life
+from vmd.parent.logs import Logs
 from vmd.parent.network import Network
 from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
@@ -142,7 +145,8 @@ class Parent(Process):
         self.life = Life(core, self.consoles, self.network, status)
         self.transfers = Transfers(core, self.life, self.network)
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
-        rooms = (self.consoles, self.network, status, self.life, self.transfers, self.configuration)
+        self.logs = Logs(core, self.attach)
+        rooms = (self.logs, self.consoles, self.network, status, self.life, self.transfers, self.configuration)
         self.rooms: dict[type, Any] = {type(room): room for room in rooms}
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
@@ -164,12 +168,14 @@ class Parent(Process):
 
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
         """Start control, vmm and priv and hand them what only root could open."""
+        self.logs.start(children.cell)
         self.core.prober = children.prober
+        children.prober.log_fd = self.logs.open(children.prober.title).detach()
         peers = self.core.peers
         for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM):
             ours, theirs = socketpair()
-            children.start(proc, theirs)
-            theirs.close()
+            with theirs, self.logs.open(proc.name.lower()) as writer:
+                children.start(proc, theirs, writer.fileno())
             peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
         peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
@@ -308,6 +314,8 @@ class Parent(Process):
         **handles(Proc.VMM, ReceivedMachine, on(Transfers, Transfers.on_received_machine)),
         **handles(Proc.VMM, DevicesReported, on(Status, Status.on_reported)),
         **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
+        **handles(Proc.VMM, VmLog, on(Logs, Logs.on_vm_log)),
+        **handles(Proc.LOG, LogPong, on(Logs, Logs.on_pong)),
         **handles(Proc.VMM, ConsoleSnapshotEnd, on(Consoles, Consoles.on_snapshot_end)),
         **handles(Proc.PRIV, NetworkConfigured, on_network_configured),
         **handles(Proc.PRIV, DropsReported, on(Status, Status.on_drops)),

@@ -20,6 +20,7 @@ SOCKET_MODE = 0o660
 SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
 RUN_DIRECTORY = "/run/vmd"
 SYSLOG_SOCKET = "/dev/log"
+JOURNAL_SOCKET = "/run/systemd/journal/socket"
 KVM_GET_API_VERSION = 0xAE00  # <linux/kvm.h>; what else KVM can do is not the parent's business
 KVM_API_VERSION = 12
 KVM = "/dev/kvm"
@@ -162,6 +163,17 @@ def on_journal() -> bool:
     """Return whether fd 2 is the stream that systemd made for us, and not inherited from another service's shell."""
     status = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def journal_socket() -> socket.socket | None:
+    """Return a socket for entries with fields of their own, if the journal takes them."""
+    sink = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sink.connect(JOURNAL_SOCKET)
+    except OSError:
+        sink.close()
+        return None
+    return sink
 
 
 def notify(state: str) -> None:

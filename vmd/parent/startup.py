@@ -116,13 +116,16 @@ def serve(options: Options) -> int:
         state = StateFile(state_directory())
         parent = Parent(options, config, partial(read_config, options), state)
         parent.on_ready = ready
-        parent.start(children, listener, kvm_fd)
-        parent.loop.run()
-        parent.finish()
-        children.reap(CHILD_EXIT_TIMEOUT_S)
+        try:
+            parent.start(children, listener, kvm_fd)
+            parent.loop.run()
+            parent.finish()
+            children.reap(CHILD_EXIT_TIMEOUT_S)
+            log.info("terminating")
+        finally:
+            parent.logs.end()
     finally:
         service.remove_socket(options.socket_path)
-    log.info("terminating")
     return parent.exit_status
 
 

@@ -1,6 +1,7 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
-    control, imgprobe, devices   nothing but the descriptors they hold
+    control, log, imgprobe, devices
+                                 nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
@@ -121,6 +122,7 @@ BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
 )
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
+LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=CORE_FILES)  # vmctl's connections
 
 VM = Confinement(  # and the KVM requests that the process names

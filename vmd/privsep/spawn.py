@@ -111,11 +111,13 @@ def spawn(
     place: "Place | None" = None,
     import_path: "tuple[str, ...] | None" = None,
     entry: str = ENTRY,
+    outlives: bool = False,
 ) -> Child:
     """Start a process that runs `entry` with `sys.argv[1:] == arguments`.
 
     It gets `channel` as fd 3, `fds` (number there -> descriptor here), our log as fd 2, and nothing else; all stay
-    open here.  It leads a session of its own, and is killed when the calling *thread* ends.
+    open here.  It leads a session of its own, and is killed when the calling *thread* ends, unless it `outlives` us,
+    which only a process in a place can.
 
     Raises:
         HostError: the kernel refused a step; says which.
@@ -127,7 +129,9 @@ def spawn(
     assert all(0 <= target < FD_TARGETS for target in targets)
     path = import_path or (place.import_path if place else OWN_PATH)
     module, _, function = entry.partition(":")
-    launch = LAUNCH.format(path=list(path), title=title, parent=parent_pid(place), module=module, function=function)
+    assert place is not None or not outlives
+    parent = None if outlives else parent_pid(place)
+    launch = LAUNCH.format(path=list(path), title=title, parent=parent, module=module, function=function)
     argv = [INTERPRETER, "-I", "-S", "-c", launch, *arguments]
     moved: dict[int, int] = {}
     try:
@@ -136,7 +140,7 @@ def spawn(
                 moved[target] = out_of_the_way(source)
         except OSError as error:
             raise HostError(f"prepare descriptors for {title}", error) from error
-        pid = start_here(title, argv, moved) if place is None else start_in(place, title, argv, moved)
+        pid = start_here(title, argv, moved) if place is None else start_in(place, title, argv, moved, parent)
     finally:
         for fd in moved.values():
             close(fd)
@@ -175,9 +179,8 @@ def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
         raise HostError(f"start {title}", error) from error
 
 
-def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
+def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]", parent: int | None) -> int:
     """Fork, enter the place and exec; what fails on the way is raised here.  Returns the pid."""
-    parent = parent_pid(place)
     try:
         report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
     except OSError as error:
@@ -220,8 +223,13 @@ def fork_in_new_pids() -> int:
     return pid
 
 
-def become(place: "Place", argv: list[str], moved: "Mapping[int, int]", parent: int, failure: int) -> "NoReturn":
-    """Turn the forked child into the new process; on failure say why on `failure` and exit."""
+def become(
+    place: "Place", argv: list[str], moved: "Mapping[int, int]", parent: int | None, failure: int
+) -> "NoReturn":
+    """Turn the forked child into the new process; on failure say why on `failure` and exit.
+
+    It dies with `parent`, unless that is None.
+    """
     try:
         failure = fcntl.fcntl(failure, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
         os.setsid()
@@ -235,9 +243,10 @@ def become(place: "Place", argv: list[str], moved: "Mapping[int, int]", parent: 
             linux.close_on_exec_from(first, last)
         os.umask(0o077)
         place.enter()
-        linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears it
-        if os.getppid() != parent:
-            os._exit(FAILED)
+        if parent is not None:
+            linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears it
+            if os.getppid() != parent:
+                os._exit(FAILED)
         linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
         os.execve(argv[0], argv, ENVIRONMENT)  # noqa: S606 - no shell
     except HostError as error:

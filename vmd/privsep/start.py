@@ -9,13 +9,17 @@ from vmd.privsep.title import set_title
 CHANNEL_FD = 3
 
 
-def begin(title: str, parent_pid: int) -> None:
-    """Take the name `title`, bind our life to our parent's, and keep what we inherited to ourselves."""
+def begin(title: str, parent_pid: int | None) -> None:
+    """Take the name `title`, bind our life to our parent's, and keep what we inherited to ourselves.
+
+    `parent_pid` None: we outlive our parent.
+    """
     # Everything from fd 3 on came over an exec and so would pass over the next one also.
     linux.close_on_exec_from(CHANNEL_FD)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)  # exec had made us traceable again
-    linux.die_with_parent(linux.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the kernel knew that we care
-        sys.exit(1)
+    if parent_pid is not None:
+        linux.die_with_parent(linux.SIGKILL)
+        if os.getppid() != parent_pid:  # it died before the kernel knew that we care
+            sys.exit(1)
     set_title(title)
     sys.argv[0] = "vmd"

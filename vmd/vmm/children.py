@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import socket
 import time
 from collections import Counter
 
@@ -46,10 +47,12 @@ class Budget:
 class VmChild:
     """A VM process; `vmid` is 0 while it waits in reserve."""
 
-    def __init__(self, pid: int, pidfd: int, channel: Channel) -> None:
+    def __init__(self, pid: int, pidfd: int, channel: Channel, log: socket.socket | None = None) -> None:
+        """`log` is what its lines come out of."""
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
+        self.log = log
         self.vmid = 0
         self.gone = False
         self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do

@@ -17,6 +17,7 @@ from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
+from vmd.ipc.logpair import logpair
 from vmd.ipc.messages import (
     KvmFd,
     Outcome,
@@ -32,6 +33,7 @@ from vmd.ipc.messages import (
     VmEnding,
     VmExited,
     VmFailed,
+    VmLog,
     VmRunning,
     brief,
     relays,
@@ -94,14 +96,21 @@ class Vmm(Process):
             ours, theirs = socketpair()
         except OSError as error:
             raise HostError("make a channel for a vm", error) from error
-        try:
-            started = spawn("vm", ["vm", log.form, str(log.verbosity)], channel=theirs, fds={KVM_FD: self.kvm_fd})
-        except HostError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours))
+        with theirs:
+            try:
+                lines, writer = logpair()
+            except OSError as error:
+                ours.close()
+                raise HostError("make a log for a vm", error) from error
+            with writer:
+                arguments, fds = ["vm", log.form, str(log.verbosity)], {KVM_FD: self.kvm_fd}
+                try:
+                    started = spawn("vm", arguments, channel=theirs, fds=fds, log_fd=writer.fileno())
+                except HostError:
+                    ours.close()
+                    lines.close()
+                    raise
+        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours), lines)
         self.reaper.watch(child)
         return child
 
@@ -126,11 +135,17 @@ class Vmm(Process):
             self.not_started(message.vmid, error.number, str(error))
             return
         child.vmid = message.vmid
+        self.pass_log(child)
         child.channel.label = f"vm/{name}"
         child.expect(message)
         self.running[message.vmid] = child
         self.pass_on(message, envelope, child)
         self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
+
+    def pass_log(self, child: VmChild) -> None:
+        """Have the lines of a VM process read, under the name that it has by now."""
+        if child.log is not None:
+            self.parent.send(VmLog(vmid=child.vmid), fds={"log": [child.log.detach()]})
 
     def require_files(self) -> None:
         """Raise HostError(EMFILE) before the descriptors that come with the next message find no room here."""
@@ -240,6 +255,7 @@ class Vmm(Process):
         if child is self.reserve:
             self.reserve = None
             log.warn(f"reserve: {text or 'exited'}")
+            self.pass_log(child)
             return
         if self.running.get(child.vmid) is child:
             del self.running[child.vmid]

@@ -23,6 +23,7 @@ from vmd.ipc.messages import (
     relays,
 )
 from vmd.ipc.process import Process, handles
+from vmd.logger.main import Logger
 from vmd.parent.access import require_allowed
 from vmd.parent.main import SERVES, Parent
 from vmd.priv.main import Priv
@@ -35,6 +36,7 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.VMM: Vmm,
     Proc.PRIV: Priv,
     Proc.VM: VmProcess,
+    Proc.LOG: Logger,
 }
 
 

@@ -1,0 +1,202 @@
+"""The log: a reader that does not read, and processes that have been taken over, cost nobody else their lines.
+
+The attacker has VM `bad`, or its entropy device; the bystander is another VM.
+"""
+
+import os
+import re
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bystander import NAME, Bystander, vm_block
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.logreader import LogReader, borrowed
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+CONF = vm_block(NAME) + vm_block("bad")
+ERRORS = 99  # of one configuration; each of them is a line of the log
+BROKEN = "nonsense\n" * ERRORS
+LOST = re.compile(r"^vmd: (\d+) lines were lost: the log did not take them$")
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[LogReader]:
+    """Give who reads the log."""
+    with LogReader(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def vmd(tmp_path: Path, reader: LogReader) -> Iterator[Daemon]:
+    """Give a daemon whose log leads there."""
+    with Daemon(tmp_path, CONF, prefix=reader.prefix) as daemon:
+        yield daemon
+
+
+def last_words(vmd: Daemon, title: str) -> "socket.socket":
+    """Return what a process of the daemon writes its lines to."""
+    return borrowed(vmd.processes()[title], 2)
+
+
+def test_a_log_that_nobody_reads_stops_nobody(vmd: Daemon, reader: LogReader, tmp_path: Path) -> None:
+    """All goes on, up to the end of the daemon; lines that find no room are counted, and the number is said."""
+    bystander = Bystander(vmd)
+    broken = tmp_path / "broken.conf"
+    broken.write_text(BROKEN)
+    reader.fill(vmd)
+
+    for _ in range(10):
+        assert vmd.vmctl("load", broken).returncode == 1
+    vmd.must("start", "bad")
+    vmd.must("stop", "-fw", "bad")
+    bystander.check()
+
+    reader.wait("lines were lost")
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        arrived = sum(f"{broken}:" in line for line in reader.lines)
+        lost = sum(int(found[1]) for found in map(LOST.match, reader.lines) if found)
+        if arrived + lost >= 10 * ERRORS:
+            break
+        assert time.monotonic() < deadline, reader.lines
+        select.select([], [], [], 0.1)
+    assert 0 < arrived < 10 * ERRORS
+    assert arrived + lost < 10 * ERRORS + 20  # and what is said besides
+    reader.fill(vmd)
+    assert vmd.stop() == 0
+
+
+def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: LogReader) -> None:
+    """shutdown(2) on what it writes its lines to: all others are heard as before, and the log says so."""
+    bystander = Bystander(vmd)
+    vmd.must("start", "bad")
+
+    with last_words(vmd, "vmd: vm/bad/viornd0") as taken:
+        taken.shutdown(socket.SHUT_RDWR)
+
+    reader.wait("vm bad: one of its processes has shut down its log")
+    for title in (f"vmd: vm/{NAME}", f"vmd: vm/{NAME}/viornd0", "vmd: vmm", "vmd: control", "vmd: priv"):
+        with last_words(vmd, title) as own:
+            own.send(b"<6>" + title.removeprefix("vmd: ").encode() + b": is heard")
+    for title in (f"vm/{NAME}", f"vm/{NAME}/viornd0", "vmm", "control", "priv"):
+        reader.wait(f"{title}: is heard")
+    bystander.check()
+    vmd.must("stop", "-fw", "bad")  # which nothing of this hinders
+    vmd.must("start", "bad")
+    with last_words(vmd, "vmd: vm/bad") as own:
+        own.send(b"<6>vm/bad: is heard again")
+    reader.wait("vm/bad: is heard again")
+
+
+def test_every_line_of_a_vm_bears_its_name(vmd: Daemon, reader: LogReader) -> None:
+    """Lines under other titles, several in one, half ones, control characters, empty packets: all are of that VM."""
+    vmd.must("start", NAME)
+    vmd.must("start", "bad")
+    before = len(reader.lines)
+    forged = [
+        b"<2>vmd: forged a", b"<6>vm/bystander: forged b", b"vmd: forged c\n", b"<6>vm/bad: x\nvmd: forged d",
+        b"<6>vm/bad: \x1b[2Jforged e\r", b"", b"vmd: ", b"forged f\n\nvmd: forged g\n", b"<9>vmd: forged h\n",
+        b"<6>vm/badger: forged i", b"<6>vm/bad/vionet0: forged j", b"<6>\xff\xfe vmd: forged k", b"<6>",
+        b"<6>vm/bad/a b: forged l", b"vmd: forged m" + b"m" * 5000, b"<6>vmd: " + b"n" * 5000, b"\nthe last\n",
+    ]  # fmt: skip
+
+    with last_words(vmd, "vmd: vm/bad/viornd0") as taken:
+        for packet in forged:
+            taken.send(packet)
+
+    reader.wait("the last")
+    said = [line for line in reader.lines[before:] if "started vm" not in line]
+    assert [line for line in said if not re.match(r"vm/bad(/[a-z0-9]+)?: ", line)] == []
+    assert [letter for letter in "abcdefghijklm" if not any(f"forged {letter}" in line for line in said)] == []
+    assert all(line.isprintable() and len(line) <= 2100 for line in said)
+
+
+def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReader) -> None:
+    """Another VM's line arrives meanwhile, and the log says who writes too much."""
+    bystander = Bystander(vmd)
+    vmd.must("start", "bad")
+    heard = False
+    with last_words(vmd, "vmd: vm/bad/viornd0") as taken, last_words(vmd, f"vmd: vm/{NAME}") as own:
+        deadline = time.monotonic() + DEADLINE_S
+        for number in range(1 << 30):
+            try:
+                taken.send(b"<6>vm/bad/viornd0: again and again", socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                select.select([], [taken], [], 0.01)
+            if number == 2000:
+                own.send(f"<6>vm/{NAME}: in between".encode())
+            heard = number % 500 == 0 and any("in between" in line for line in reader.lines)
+            if heard:
+                break
+            assert time.monotonic() < deadline
+    reader.wait("log: vm bad writes too many lines")
+    bystander.check()
+
+
+def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogReader) -> None:
+    """What was written while there was none is not lost, and the log says what has happened."""
+    bystander = Bystander(vmd)
+    first = vmd.processes()["vmd: log"]
+    os.kill(first, signal.SIGSTOP)  # so that it has read none of this
+    with last_words(vmd, f"vmd: vm/{NAME}") as own:
+        for number in range(100):
+            own.send(f"<6>vm/{NAME}: line {number};".encode())
+
+    os.kill(first, signal.SIGKILL)
+
+    reader.wait(f"vm/{NAME}: line 99;")
+    reader.wait("vmd: process log was killed by SIGKILL; starting another one")
+    assert [line for line in reader.lines if ": line " in line] == [f"vm/{NAME}: line {n};" for n in range(100)]
+    assert vmd.processes()["vmd: log"] != first
+    bystander.check()
+
+
+@pytest.mark.deep
+def test_a_log_process_that_is_stopped_is_replaced(vmd: Daemon, reader: LogReader) -> None:
+    """It has to answer within a time; nobody waits for it meanwhile, and no line is lost."""
+    bystander = Bystander(vmd)
+    first = vmd.processes()["vmd: log"]
+
+    os.kill(first, signal.SIGSTOP)
+    vmd.must("start", "bad")
+    bystander.check()
+
+    reader.wait("vmd: process log has not answered for 15 s; starting another one")
+    reader.wait("bad: started vm")
+    bystander.check()
+
+
+def test_the_log_goes_on_for_the_last_words_of_a_killed_daemon(vmd: Daemon, reader: LogReader) -> None:
+    """What others had written before the parent was killed is written, and then there is no process left."""
+    vmd.must("start", NAME)
+    process = vmd.process
+    assert process is not None
+    logger = os.pidfd_open(vmd.processes()["vmd: log"])
+    with last_words(vmd, f"vmd: vm/{NAME}") as own:
+        os.kill(vmd.processes()["vmd: log"], signal.SIGSTOP)
+        own.send(f"<6>vm/{NAME}: last words".encode())
+        process.kill()
+        process.wait()
+        signal.pidfd_send_signal(logger, signal.SIGCONT)
+        reader.wait(f"vm/{NAME}: last words")
+    assert select.select([logger], [], [], DEADLINE_S)[0]
+    os.close(logger)
+
+
+def test_the_log_process_holds_nothing_but_sockets(vmd: Daemon) -> None:
+    """It has a filter, an ordinary uid, no capability, and opens nothing."""
+    vmd.must("start", NAME)
+    pid = vmd.processes()["vmd: log"]
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    files = {os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")}
+
+    assert (status["Seccomp"], status["CapEff"], status["NoNewPrivs"]) == ("2", "0" * 16, "1")
+    assert "0" not in status["Uid"].split()
+    assert files <= {"/dev/null", "socket", "anon_inode"}

@@ -1,0 +1,154 @@
+"""log: takes the lines of all other processes and writes them, so that nobody else ever waits for a reader of the log.
+
+Runs as  _vmd, in the cell, without files
+Peers    parent; every process that writes lines, on one socket for each VM and each process of the daemon
+Holds    those sockets; standard error, or what leads to the journal or to syslog
+
+It outlives the daemon for a moment: the last words of the others are written, too.
+"""
+
+import os
+import socket
+import time
+
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import LogPing, LogPong, LogSource, Proc, Quit
+from vmd.ipc.process import Process, handles
+from vmd.log import WARNING, RateLimit, log
+from vmd.logger.sink import Sink
+from vmd.logger.source import Line, Source
+from vmd.privsep.confine import LOG, confine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.process import Handlers
+
+JOURNAL_FD = 4  # a socket that is connected to the journal, if there is one
+BATCH = 32  # lines taken from one source before the others get their turn
+# Lines that are taken from one VM, and from all VMs of one owner: so many at once, and then one in each interval.
+VM_BURST, VM_INTERVAL_S = 500, 0.02
+OWNER_BURST, OWNER_INTERVAL_S = 2000, 0.005
+PAUSE_S = 1.0  # in which a source that writes too much is not read; what it writes meanwhile its socket may lose
+SAY_AGAIN_S = 60.0
+LAST_WORDS_S = 1.5  # for what others wrote last to be written
+
+
+class Logger(Process):
+    """Reads from every source in turn."""
+
+    sink: Sink  # where lines go, once this process is confined: it has a thread
+
+    def __init__(self) -> None:
+        super().__init__(Proc.LOG)
+        self.sources: set[Source] = set()
+        self.owners: dict[int, RateLimit] = {}  # by uid
+        self.told_to_quit = False
+        self.parent = self.attach_parent(Proc.PARENT)
+
+    def on_source(self, message: LogSource, envelope: Envelope, _channel: Channel) -> None:
+        """Read from a further source."""
+        fd = envelope.take_fd("source")
+        assert fd is not None
+        limits: tuple[RateLimit, ...] = ()
+        if message.vmid:
+            owner = self.owners.setdefault(message.owner_uid, RateLimit(OWNER_BURST, OWNER_INTERVAL_S))
+            limits = (RateLimit(VM_BURST, VM_INTERVAL_S), owner)
+        source = Source(socket.socket(fileno=fd), message.name, message.vmid, limits)
+        self.sources.add(source)
+        self.listen(source)
+
+    def listen(self, source: Source) -> None:
+        """Read from a source whenever it has something."""
+        self.loop.add(source.fileno(), lambda _events: self.on_readable(source))
+
+    def on_readable(self, source: Source) -> None:
+        """Take some lines, as many as there is room for and as the source may write."""
+        for _ in range(BATCH):
+            if not self.sink.has_room(source, lambda: self.listen(source)):
+                self.loop.remove(source.fileno())
+                return
+            if not source.allows():
+                self.loop.remove(source.fileno())
+                self.loop.call_later(PAUSE_S, lambda: self.listen(source))
+                self.say_too_much(source)
+                return
+            if not self.take(source):
+                break
+        if source.ended:
+            self.loop.remove(source.fileno())
+            self.forget(source)
+
+    def take(self, source: Source) -> bool:
+        """Pass on what a source has next; return whether there may be more."""
+        lines = source.receive()
+        for line in lines or ():
+            self.sink.put(line)
+        return lines is not None and not source.ended
+
+    def forget(self, source: Source) -> None:
+        """A source has ended: all its processes have, or one of them has shut its socket down."""
+        self.sources.discard(source)
+        source.sock.close()
+
+    def say_too_much(self, source: Source) -> None:
+        """Say that a VM writes more than it may; once in a while."""
+        now_s = time.monotonic()
+        if not source.said_s or now_s >= source.said_s + SAY_AGAIN_S:
+            source.said_s = now_s
+            what = source.name.replace("/", " ", 1)
+            text = f"{log.title}: {what} writes too many lines: not all of them will be here"
+            self.sink.put(Line(source, WARNING, text, os.getpid()))
+
+    def on_ping(self, _message: LogPing, _envelope: Envelope, channel: Channel) -> None:
+        """Show that we are there."""
+        channel.send(LogPong())
+
+    def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
+        """Write what there is, and end."""
+        self.told_to_quit = True
+        self.loop.stop()
+
+    HANDLERS: "Handlers" = {
+        **handles(Proc.PARENT, LogSource, on_source),
+        **handles(Proc.PARENT, LogPing, on_ping),
+        **handles(Proc.PARENT, Quit, on_quit),
+    }
+
+    def finish(self) -> None:
+        """Write everybody's last words, for a moment.
+
+        Who tells us to quit has seen the end of all others.  Without that the parent is gone, and they are ending.
+        """
+        deadline_s = time.monotonic() + LAST_WORDS_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            took = False
+            for source in [source for source in self.sources if source.waiting < BATCH]:
+                while source.waiting < BATCH and self.take(source):
+                    took = True
+                if source.ended:
+                    self.forget(source)
+            written = self.sink.wait_idle(min(0.02, left_s))
+            if written and not took and (self.told_to_quit or not self.sources):
+                return
+
+
+def main() -> int:
+    """Run process log."""
+    journal = socket.socket(fileno=JOURNAL_FD) if has_journal() else None  # before something else has that number
+    process = Logger()
+    process.ignore_terminal_signals()
+    confine(LOG)  # what this kernel lacks is said by others
+    process.sink = Sink(log.form, journal, process.loop.call_from_thread)
+    process.loop.run()
+    process.finish()
+    os._exit(process.exit_status)  # the thread may be waiting to write
+
+
+def has_journal() -> bool:
+    """Return whether we were given a socket that leads to the journal."""
+    try:
+        os.fstat(JOURNAL_FD)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,106 @@
+"""Where lines come from: the processes of one VM, or one process of the daemon, at the other end of one socket.
+
+A packet is a line, `<6>title: text`, or else a piece of what an interpreter writes by itself, such as a traceback.
+Anybody may have written it.  The source says which VM a line is of, whatever the line claims.
+"""
+
+import os
+import socket
+import struct
+
+from vmd.log import ERR, LINE_MAX, RateLimit, visible
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+UCRED = struct.Struct("=3i")  # <sys/socket.h>: pid, uid, gid
+CREDENTIALS_SPACE = socket.CMSG_SPACE(UCRED.size)  # no room for descriptors: the kernel closes them
+TITLE_MAX = 64  # of what follows the name of the VM
+
+
+class Line:
+    """One line of the log; `text` begins with the title of its process."""
+
+    __slots__ = ("pid", "severity", "source", "text")
+
+    def __init__(self, source: "Source", severity: int, text: str, pid: int) -> None:
+        self.source = source
+        self.severity = severity
+        self.text = text
+        self.pid = pid
+
+
+class Source:
+    """A socket that lines come from; `vmid` is 0 if they are of no VM, `limits` how many are taken.
+
+    `waiting` is how many of its lines are not written yet; it belongs to the sink.
+    """
+
+    def __init__(self, sock: socket.socket, name: str, vmid: int, limits: "tuple[RateLimit, ...]" = ()) -> None:
+        self.sock = sock
+        self.name = name
+        self.vmid = vmid
+        self.limits = limits
+        self.ended = False
+        self.waiting = 0
+        self.on_room: Callable[[], None] | None = None
+        self.said_s = 0.0  # when it was said last that it writes too much
+        self._unfinished = b""  # of what an interpreter writes
+        sock.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for the loop."""
+        return self.sock.fileno()
+
+    def allows(self) -> bool:
+        """Return whether another line may be taken now."""
+        return all(limit.allow() for limit in self.limits)
+
+    def receive(self) -> "list[Line] | None":
+        """Return the lines of the next packet, or None if there is none now.  At the end `ended` is set, too."""
+        try:
+            packet, credentials, _, _ = self.sock.recvmsg(LINE_MAX + 1, CREDENTIALS_SPACE)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            packet, credentials = b"", []
+        pid = sender(credentials)
+        if packet:
+            return list(self._lines(packet, pid))
+        if pid:  # somebody sent an empty packet
+            return []
+        self.ended = True
+        return [self._raw(self._unfinished, 0)] if self._unfinished else None
+
+    def _lines(self, packet: bytes, pid: int) -> "Iterator[Line]":
+        if packet[:1] == b"<" and packet[2:3] == b">" and packet[1:2] in b"01234567":
+            text = visible(packet[3:].decode("utf-8", "backslashreplace"))
+            yield Line(self, int(packet[1:2]), text if self._is_ours(text) else f"{self.name}: {text}", pid)
+            return
+        *lines, self._unfinished = (self._unfinished + packet).split(b"\n")
+        if len(self._unfinished) > LINE_MAX:
+            lines.append(self._unfinished)
+            self._unfinished = b""
+        for line in lines:
+            yield self._raw(line, pid)
+
+    def _raw(self, line: bytes, pid: int) -> Line:
+        return Line(self, ERR, f"{self.name}: {visible(line.decode('utf-8', 'backslashreplace'))}", pid)
+
+    def _is_ours(self, text: str) -> bool:
+        """Return whether a line begins with a title that a process of this source can have."""
+        title, colon, _ = text.partition(": ")
+        if not colon or not title.startswith(self.name):
+            return False
+        device = title[len(self.name) :]
+        return not device or (device[0] == "/" and device[1:].isalnum() and len(device) <= TITLE_MAX)
+
+
+def sender(ancillary: "list[tuple[int, int, bytes]]") -> int:
+    """Return the pid of who has sent a packet; 0 if nobody has."""
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) == UCRED.size:
+            pid: int = UCRED.unpack(data)[0]
+            return pid or os.getpid()
+    return 0
