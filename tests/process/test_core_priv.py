@@ -2,8 +2,14 @@
 
 import contextlib
 import json
+import os
+import select
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +17,7 @@ import pytest
 from tests.support.console import Console
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.guests import guest
-from tests.support.hostnet import NetDaemon, setting
+from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
 from tests.support.privdriver import Priv, nic
 from vmd.priv.sysctl import state_path
@@ -122,3 +128,99 @@ def test_what_an_earlier_version_has_to_put_back_is_put_back(network: Network) -
         with priv.make(nic()):
             assert new.stat().st_uid == PRIV_ID
     assert not new.exists()
+
+
+# --- ended, and stopped ----------------------------------------------------------------------------------------
+
+
+def another_priv(vmd: NetDaemon, before: int) -> int:
+    """Wait until there is another priv, and it has been told of everything; return its pid."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while vmd.processes().get("vmd: priv", before) == before:
+        assert time.monotonic() < deadline_s
+        select.select([], [], [], 0.02)
+    return vmd.processes()["vmd: priv"]
+
+
+def world(network: Network) -> dict[str, object]:
+    """Return what there is of the network: every interface with its number, master and addresses, and our rules."""
+    there = {
+        name: (link["ifindex"], link.get("master"), link.get("ifalias"), link["operstate"], sorted(addresses(link)))
+        for name, link in links(network).items()
+    }
+    return {**there, "rules": rules(network), "forwarding": setting(network, "ipv4/ip_forward")}
+
+
+def world_without_rules(network: Network) -> dict[str, object]:
+    """Return every interface."""
+    return {name: (link["ifindex"], link.get("master"), addresses(link)) for name, link in links(network).items()}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        select.select([], [], [], 0.05)
+
+
+@contextlib.contextmanager
+def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
+    """Give a client that starts a VM."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", name],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as client:  # fmt: skip
+        yield client
+
+
+def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> None:
+    """Another one goes on with all that it had made; a start that waited is made by it; what nobody needs, goes."""
+    network.run("ip", "tuntap", "add", "tap7", "mode", "tap")
+    before = world_without_rules(network)
+    conf = SWITCH + block("a", 'interface switch "lan"', "local interface", "local interface tap7")
+    conf += block("b", "local interface") + block("c", 'interface switch "lan"')
+    with NetDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "b")
+        with bystander(vmd, "a"):
+            made = world(network)
+            priv = vmd.processes()["vmd: priv"]
+            os.kill(priv, signal.SIGSTOP)
+            with starting(vmd, "c") as client:
+                vmd.wait_state("c", "starting")
+                os.kill(priv, signal.SIGKILL)
+                _, said = client.communicate(timeout=DEADLINE_S)
+            assert client.returncode == 0, said
+            assert another_priv(vmd, priv) != priv
+            assert made.items() <= {**world(network), "rules": made["rules"]}.items()
+            vmd.must("stop", "-fw", "c")
+            wait_for(lambda: world(network) == made)
+            vmd.must("reload")
+            assert world(network) == made
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        vmd.must("stop", "-fw", "b")  # nobody hears of its interface but the next one
+        vmd.must("stop", "-fw", "a")
+        os.kill(priv, signal.SIGKILL)
+        wait_for(lambda: {**before, **world_without_rules(network)} == {**world_without_rules(network), **before})
+        wait_for(lambda: world_without_rules(network).keys() == {*before, "br7"})
+    assert world_without_rules(network) == before
+    assert setting(network, "ipv4/ip_forward") == "0"
+    assert vmd.log.count("lost child: priv: it is started again") == 2
+
+
+@pytest.mark.deep
+def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path) -> None:
+    """SIGSTOP: a start waits no longer than its deadline, root has its status meanwhile, and other guests run."""
+    conf = SWITCH + block("a", 'interface switch "lan"') + block("b", "local interface")
+    with NetDaemon(tmp_path, network, conf) as vmd, bystander(vmd, "b"):
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGSTOP)
+        with starting(vmd, "a") as client:
+            vmd.wait_state("a", "starting")
+            assert vmd.status("b")["state"] == "running"
+            _, said = client.communicate(timeout=DEADLINE_S)
+        assert client.returncode == 0, said
+        assert another_priv(vmd, priv) != priv
+        assert not Path(f"/proc/{priv}").exists()
+    assert "priv: does not answer for 30 s: it is started again" in vmd.log

@@ -325,27 +325,7 @@ def test_terminating_while_interfaces_are_made(network: Network, tmp_path: Path)
             assert vmd.stop() == 0
 
 
-def test_priv_is_killed_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
-    """The client hears of it, and the daemon ends: without priv there is no network to be had."""
-    with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
-        priv = vmd.processes()["vmd: priv"]
-        os.kill(priv, signal.SIGSTOP)
-        with subprocess.Popen(
-            [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", "db1"],
-            cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        ) as starting:  # fmt: skip
-            vmd.wait_state("db1", "starting")
-            os.kill(priv, signal.SIGKILL)
-            _, said = starting.communicate(timeout=DEADLINE_S)
-        assert "its interfaces cannot be made: lost child: priv" in said
-        assert vmd.process is not None
-        assert vmd.process.wait(DEADLINE_S) == 1
-        vmd.start()
-
-
-@pytest.mark.parametrize("victims", [
-    ("vmd: priv",), pytest.param(("parent",), marks=pytest.mark.deep), ("parent", "vmd: priv"),
-])  # fmt: skip
+@pytest.mark.parametrize("victims", [pytest.param(("parent",), marks=pytest.mark.deep), ("parent", "vmd: priv")])
 def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[str, ...]) -> None:
     """Whatever is killed: the next daemon begins with a clean network, and leaves one."""
     network.run("ip", "link", "add", "office", "type", "bridge")

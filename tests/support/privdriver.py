@@ -19,6 +19,7 @@ from vmd.ipc.messages import (
     NicRequest,
     NicsFailed,
     NicsMade,
+    NicsRemoved,
     Quit,
     Ready,
     RemoveNics,
@@ -113,6 +114,7 @@ class Priv:
         theirs.close()
         self.status: int | None = None
         self.receive(Ready)
+        self.configure()
 
     def __enter__(self) -> Self:
         return self
@@ -199,9 +201,7 @@ class Priv:
     def remove(self, vmid: int = 1) -> None:
         """Remove a VM's interfaces, and wait until that is done."""
         self.send(RemoveNics(vmid=vmid))
-        # Requests are served one after the other: when this one is answered the other one was.
-        failed = self.ask(vmid=vmid)
-        assert isinstance(failed, NicsFailed)
+        assert self.receive(NicsRemoved).vmid == vmid
 
 
 def nic(name: str = "", **fields: object) -> NicRequest:

@@ -875,6 +875,23 @@ class NicRequest(Record):
     lladdr: bytes = b""  # the guest's
 
 
+class AddressGiven(Record):
+    """An address that an interface was given."""
+
+    address: bytes
+    length: int  # of its network's prefix
+
+
+class TapBefore(Record):
+    """What was changed of a tap that somebody else has made, for giving it back."""
+
+    master: int  # index of the bridge or VRF that it was in; 0: none
+    mtu: int
+    group: int
+    up: bool
+    added: tuple[AddressGiven, ...] = ()
+
+
 class NicMade(Record):
     """A tap that was made."""
 
@@ -882,6 +899,8 @@ class NicMade(Record):
     lladdr: bytes
     link_local: bytes  # empty without `prefix6`
     mtu: int
+    index: int = 0  # the kernel's number for it
+    before: TapBefore | None = None  # it was there
 
 
 @message(0x80, (Proc.PARENT, Proc.PRIV), answered_by=("NetworkConfigured",))
@@ -891,6 +910,7 @@ class ConfigureNetwork(Record):
     nat: bool
     switches: tuple[SwitchRequest, ...] = ()
     more: bool = False  # further switches follow in another message, and the answer after that
+    again: bool = False  # to a priv that was started again: what is there stays, for guests run on it
 
 
 @message(0x81, (Proc.PRIV, Proc.PARENT))
@@ -923,6 +943,15 @@ class NicsMade(Record):
     nics: tuple[NicMade, ...]
 
 
+@message(0x8A, (Proc.PARENT, Proc.PRIV))
+class AdoptNics(Record):
+    """Interfaces of a VM that runs, which a priv before this one has made; sent before all else."""
+
+    vmid: int
+    nics: tuple[NicRequest, ...]
+    made: tuple[NicMade, ...]
+
+
 @message(0x84, (Proc.PRIV, Proc.PARENT))
 class NicsFailed(Record):
     """Nothing was made: an errno, and the sentence that says why."""
@@ -933,9 +962,16 @@ class NicsFailed(Record):
     text: str
 
 
-@message(0x85, (Proc.PARENT, Proc.PRIV))
+@message(0x85, (Proc.PARENT, Proc.PRIV), answered_by=("NicsRemoved",))
 class RemoveNics(Record):
     """The VM is gone, or will not be: remove its interfaces, whatever there is of them."""
+
+    vmid: int
+
+
+@message(0x8B, (Proc.PRIV, Proc.PARENT))
+class NicsRemoved(Record):
+    """They are gone; the log says what could not be removed."""
 
     vmid: int
 

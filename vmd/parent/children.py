@@ -1,6 +1,7 @@
 """The parent's three children, each in the place it belongs to."""
 
 import socket
+import time
 
 from vmd.errors import HostError
 from vmd.ipc.messages import Proc
@@ -14,6 +15,26 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
 
+CALM_S = 60.0  # what has run for so long may end again
+FIRST_S, LONGEST_S = 0.25, 15.0
+
+
+class Delay:
+    """How long to wait before a process is started again: not at all, but for one that ends again and again."""
+
+    def __init__(self) -> None:
+        self.last_s = -CALM_S
+        self.delay_s = 0.0
+
+    def next_s(self) -> float:
+        """Return the delay of a start that is asked for now, in seconds."""
+        now_s = time.monotonic()
+        quiet = now_s - self.last_s >= CALM_S
+        self.delay_s = 0.0 if quiet else min(max(FIRST_S, 2 * self.delay_s), LONGEST_S)
+        self.last_s = now_s
+        return self.delay_s
+
+
 class Children:
     """Starts and finally reaps control, vmm and priv."""
 
@@ -21,14 +42,23 @@ class Children:
         self.cell = cell = Cell.build(uid, gid)
         self.prober = ImageProber(cell)
         self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm_place(cell)}
-        self._children: list[Child] = []
+        self._present: dict[Proc, Child] = {}
+        self._children: list[Child] = []  # with those that were killed and may not have ended yet
 
     def start(self, proc: Proc, channel: socket.socket, log_fd: int) -> None:
         """Start one child with its end of the channel, and what it writes its lines to.  Raises HostError."""
+        self._children = [child for child in self._children if child.reap() is None]
         name = proc.name.lower()
         arguments = [name, log.form, str(log.verbosity)]
-        place = self._places[proc]
-        self._children.append(spawn(name, arguments, channel=channel, log_fd=log_fd, place=place))
+        child = spawn(name, arguments, channel=channel, log_fd=log_fd, place=self._places[proc])
+        self._present[proc] = child
+        self._children.append(child)
+
+    def kill(self, proc: Proc) -> None:
+        """Kill a child, if it lives."""
+        child = self._present.pop(proc, None)
+        if child is not None:
+            child.kill()
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the children to end; kill the ones that do not."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 
 from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config
-from vmd.errors import HostError, OperatorError, PeerError, number, sentence
+from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, sentence
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
@@ -51,6 +51,7 @@ from vmd.ipc.messages import (
     NetworkConfigured,
     NicsFailed,
     NicsMade,
+    NicsRemoved,
     NicsRequest,
     PauseDone,
     PauseRequest,
@@ -79,7 +80,8 @@ from vmd.ipc.messages import (
 from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import log
 from vmd.parent.access import require_allowed
-from vmd.parent.children import Children
+from vmd.parent.askpriv import ANSWER_S
+from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
 from vmd.parent.configuration import Configuration
 from vmd.parent.consoles import Consoles
@@ -141,7 +143,9 @@ class Parent(Process):
             core.vms.identities.on_change = self.save_soon
         self.consoles = Consoles(core)
         self.network = Network(core, self.consoles.repeat_snapshots)
-        status = Status(core, self.network)
+        self.status = status = Status(core, self.network)
+        self.network.priv.on_silent = self.on_priv_silent
+        self.delays = {Proc.PRIV: Delay()}
         self.life = Life(core, self.consoles, self.network, status)
         self.transfers = Transfers(core, self.life, self.network)
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
@@ -171,13 +175,10 @@ class Parent(Process):
         self.logs.start(children.cell)
         self.core.prober = children.prober
         children.prober.log_fd = self.logs.open(children.prober.title).detach()
-        peers = self.core.peers
+        self.children = children
         for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM):
-            ours, theirs = socketpair()
-            with theirs, self.logs.open(proc.name.lower()) as writer:
-                children.start(proc, theirs, writer.fileno())
-            peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
-        peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
+            self.start_process(proc)
+        self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(signum, self.life.stop_all)
@@ -185,16 +186,40 @@ class Parent(Process):
         for signum in (signal.SIGPIPE, signal.SIGUSR1):
             self.loop.on_signal(signum, lambda: None)
 
+    def start_process(self, proc: Proc) -> None:
+        """Start control, vmm or priv.  Raises HostError or VmdError."""
+        ours, theirs = socketpair()
+        try:
+            with theirs, self.logs.open(proc.name.lower()) as writer:
+                self.children.start(proc, theirs, writer.fileno())
+        except (VmdError, OSError):
+            ours.close()
+            raise
+        self.core.peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
+
+    def start_again(self, proc: Proc) -> None:
+        """Start a process in the place of one that has ended: at once, or later if that was not the first time."""
+        delay_s = self.delays[proc].next_s()
+
+        def start() -> None:
+            try:
+                self.start_process(proc)
+            except (VmdError, OSError) as error:
+                log.error(f"{proc.name.lower()} cannot be started again: {sentence(error)}")
+                self.start_again(proc)
+
+        self.loop.call_later(delay_s, start)
+
     def on_process_ready(self, message: Ready, _envelope: Envelope, channel: Channel) -> None:
-        """A child is confined.  After the last one, priv is told what the network is to be."""
+        """A child is confined.  After the last one, or when it was started again, priv is told what the network is."""
         for warning in set(message.warnings) - self.warned:
             self.warned.add(warning)  # once, not by each process
             log.warn(warning)
         if channel.peer in self.ready:
             raise PeerError(channel.label, "is ready twice")
         self.ready.add(channel.peer)
-        if len(self.ready) == len(self.core.peers.channels):
-            self.network.configure(self.core.config)
+        if len(self.ready) == len(self.core.peers.channels) and (channel.peer is Proc.PRIV or not self.core.serving):
+            self.network.begin()
 
     def on_network_configured(self, message: NetworkConfigured, envelope: Envelope, _channel: Channel) -> None:
         """Hear what switches could not be had.  With the first answer of priv the daemon is up."""
@@ -212,18 +237,35 @@ class Parent(Process):
         self.life.start_batch()
 
     def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
-        """A child process has died or cannot be trusted: the daemon cannot go on without it (*cat. 9.2*)."""
+        """A child process has died or cannot be trusted: the daemon cannot go on without it (*cat. 9.2*), but for priv.
+
+        Guests need priv only when they start, and end.  Unlike vmd: it is started again.
+        """
         del self.core.peers.channels[channel.peer]
+        self.ready.discard(channel.peer)
+        self.children.kill(channel.peer)  # it may live, and not be trusted
+        if channel.peer is Proc.PRIV:
+            self.network.on_priv_lost(for_good=not self.core.serving)
+            self.status.on_priv_lost()
+            if self.core.serving:
+                log.error(f"{error or 'lost child: priv'}: it is started again")
+                self.start_again(Proc.PRIV)
+                return
         if not self.core.ending:
             log.crit(str(error) if error else f"lost child: {channel.label}")
             self.exit_status = 1
         if channel.peer is Proc.VMM:
             self.loop.stop()  # with it went every VM
             return
-        if channel.peer is Proc.PRIV:
-            self.network.on_priv_lost()
         if not self.core.ending:
             self.life.stop_all()
+
+    def on_priv_silent(self) -> None:
+        """It owes an answer, and does not give it: go on with another."""
+        channel = self.core.peers.channels.get(Proc.PRIV)
+        if channel is not None:
+            channel.close()
+            self.on_child_lost(channel, PeerError("priv", f"does not answer for {ANSWER_S:.0f} s"))
 
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us."""
@@ -321,6 +363,7 @@ class Parent(Process):
         **handles(Proc.PRIV, DropsReported, on(Status, Status.on_drops)),
         **handles(Proc.PRIV, NicsMade, on(Network, Network.on_made)),
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
+        **handles(Proc.PRIV, NicsRemoved, on(Network, Network.on_removed)),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
         **handles_each(Proc.CONTROL, REQUESTS, on_request),
     }

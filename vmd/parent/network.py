@@ -9,11 +9,12 @@ import errno
 import time
 from collections.abc import Callable, Iterable
 
-from vmd.closing import close
+from vmd.closing import close, close_all
 from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    AdoptNics,
     AskResolvers,
     ConfigureNetwork,
     MakeNics,
@@ -23,6 +24,7 @@ from vmd.ipc.messages import (
     NicRequest,
     NicsFailed,
     NicsMade,
+    NicsRemoved,
     Proc,
     RemoveNics,
     Resolvers,
@@ -35,6 +37,7 @@ from vmd.ipc.messages import (
 from vmd.log import log
 from vmd.parent import nameservers
 from vmd.parent.addresses import Plan
+from vmd.parent.askpriv import AskPriv
 from vmd.parent.forpriv import open_tables, open_tuns
 from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.plans import AUTOMATIC, Plans, Taps
@@ -45,6 +48,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vmd.ipc.loop import Timer
     from vmd.parent.core import Core
 
 ALIAS_MAX = 255  # IFALIASZ
@@ -52,7 +56,10 @@ LLADDR_BYTES = 6
 MTU_MAX = 0xFFFF  # what virtio has room for
 RESERVED_MAX = 512  # names that fit one message
 SWITCHES_MAX = 40  # as well
-TROUBLES_MAX = 32  # of the devices of a VM, as far as they are shown
+LAUNCH_S = 60.0  # for all that priv may need, the start of another one included
+TRIES_MAX = 3
+SILENT = "its interfaces cannot be made: priv does not answer"
+ENDED = f"its interfaces cannot be made: priv has ended {TRIES_MAX} times while it made them"
 
 
 class Launch:
@@ -69,16 +76,25 @@ class Launch:
         self.message = message
         self.fds = dict(fds)
         self.on_failed = on_failed
-        # What priv was asked for; by the time of its answer the configuration may be another.
+        self.tries = 0  # how often priv was asked: it may end over it
+        self.deadline: Timer | None = None
+        # What priv is asked for; by the time of its answer the configuration may be another.
+        self.requests: tuple[NicRequest, ...] = ()
         self.plan: Plan | None = None
         self.switches: list[SwitchConfig | None] = []
         self.lacking: dict[int, str] = {}
 
     def close(self) -> None:
         """Close everything that was to go along."""
+        self.answered()
         for fds in self.fds.values():
             while fds:
                 close(fds.pop())
+
+    def answered(self) -> None:
+        """It waits no more."""
+        if self.deadline is not None:
+            self.deadline.cancel()
 
 
 class Network:
@@ -88,16 +104,38 @@ class Network:
         """`on_sent` is called with a VM that vmm has been told of."""
         self.core = core
         self.on_sent = on_sent
+        self.priv = AskPriv(core)
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
+        self.left: list[AdoptNics] = []  # interfaces that are to be removed, and are not yet
         self.plans = Plans(core, self.taps)
         self.unresolved_s = 0  # since when guests cannot be told a name server, in seconds since 1970; 0: they can
 
     # --- the configuration -------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Tell a priv that has just started what there is, and ask it again for what its predecessor did not answer."""
+        for known in (*self.left, *(taps.known for taps in self.taps.values())):
+            self.priv.send(known)
+        self._tell(self.core.config)
+        self.priv.up = True
+        for known in self.left:
+            self.priv.ask(RemoveNics(vmid=known.vmid))
+        for ticket in list(self.launches):
+            self._ask(ticket)
+
     def configure(self, config: Config) -> list[str]:
         """Have priv make what the switches of a configuration need.  Returns what the operator should know."""
+        if self.priv.up:
+            self._tell(config)
+        warnings = prefix_warnings(config, host_routes())
+        for warning in warnings:
+            log.warn(warning)
+        return warnings
+
+    def _tell(self, config: Config) -> None:
+        """Tell priv what a configuration needs."""
         switches = [
             SwitchRequest(
                 interface=switch.interface,
@@ -107,18 +145,15 @@ class Network:
             )
             for number, switch in enumerate(enabled_switches(config), 1)
         ]
-        message = ConfigureNetwork(nat=config.settings.local_nat)
+        message = ConfigureNetwork(nat=config.settings.local_nat, again=self.core.serving)
         while len(switches) > SWITCHES_MAX:
-            self.core.peers.send(Proc.PRIV, message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
+            self.priv.send(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]
-        self.core.peers.send(Proc.PRIV, message.replace(switches=tuple(switches)))
-        warnings = prefix_warnings(config, host_routes())
-        for warning in warnings:
-            log.warn(warning)
-        return warnings
+        self.priv.ask(message.replace(switches=tuple(switches)))
 
     def on_configured(self, message: NetworkConfigured, _envelope: Envelope) -> None:
         """Log what cannot be; a VM that needs it will be told the same."""
+        self.priv.answered()
         for problem in message.problems:
             log.error(f"switch: {problem}")
 
@@ -181,23 +216,48 @@ class Network:
                 return
             launch.plan = plan
             launch.switches = [self.switch_of(nic) for nic in config.nics]
-            requests = tuple(request(vm, launch, index) for index in range(len(config.nics)))
+            launch.requests = tuple(request(vm, launch, index) for index in range(len(config.nics)))
+            close_all(open_tuns(1))  # a host without taps is known to be one at once
         except (OperatorError, HostError):
             launch.close()
             raise
-        try:
-            tuns = open_tuns(len(requests))
-        except OperatorError:
-            launch.close()
-            raise
         self.tickets += 1
-        self.launches[self.tickets] = launch
+        ticket = self.tickets
+        self.launches[ticket] = launch
+        launch.deadline = self.core.loop.call_later(LAUNCH_S, lambda: self._fail(ticket, errno.ETIMEDOUT, SILENT))
+        if self.priv.up:
+            self._ask(ticket)
+
+    def _ask(self, ticket: int) -> None:
+        """Ask priv for the interfaces of a VM."""
+        launch = self.launches[ticket]
+        launch.tries += 1
+        if launch.tries > TRIES_MAX:
+            self._fail(ticket, errno.EPIPE, ENDED)
+            return
+        try:
+            fds = {"tuns": open_tuns(len(launch.requests)), **open_tables()}
+        except OperatorError as error:
+            self._fail(ticket, error.code, str(error))
+            return
         reserved = {nic.tap for other in self.core.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
-        self.core.peers.send(
-            Proc.PRIV,
-            MakeNics(vmid=vm.vmid, ticket=self.tickets, nics=requests, reserved=tuple(sorted(reserved)[:RESERVED_MAX])),
-            fds={"tuns": tuns, **open_tables()},
+        self.priv.ask(
+            MakeNics(
+                vmid=launch.vm.vmid,
+                ticket=ticket,
+                nics=launch.requests,
+                reserved=tuple(sorted(reserved)[:RESERVED_MAX]),
+            ),
+            fds,
         )
+
+    def _fail(self, ticket: int, code: int, text: str) -> None:
+        """Give up a VM that waits for its interfaces, and say so."""
+        launch = self.launches.pop(ticket, None)
+        if launch is not None:
+            launch.close()
+            self._remove(launch.vm.vmid)
+            launch.on_failed(code, text)
 
     def on_made(self, message: NicsMade, envelope: Envelope) -> None:
         """Send a VM on its way with its taps; if it was stopped meanwhile they go back.
@@ -207,16 +267,19 @@ class Network:
         launch = self.launches.get(message.ticket)
         if launch is not None and not fits(message, launch, len(envelope.fds.get("taps", ()))):
             raise PeerError("priv", f"made other interfaces than vm {launch.vm.name} has")
+        self.priv.answered()
         self.launches.pop(message.ticket, None)
         fds = envelope.take_fds("taps")
         if launch is None:
             for fd in fds:
                 close(fd)
             return
+        launch.answered()
         vm, config, plan = launch.vm, launch.message.config, launch.plan
         assert plan is not None
         links = describe(config, plan, message.nics, launch.switches, self.name_servers())
-        taps = self.taps[vm.vmid] = Taps(config.nics, plan, launch.lacking, links, fds)
+        known = AdoptNics(vmid=vm.vmid, nics=launch.requests, made=message.nics)
+        taps = self.taps[vm.vmid] = Taps(config.nics, plan, launch.lacking, links, fds, known)
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
         for text in dict.fromkeys(self.name_server_problems(taps).values()):
             log.warn(f"vm {vm.name}: {text}")
@@ -230,6 +293,7 @@ class Network:
 
     def on_failed(self, message: NicsFailed, _envelope: Envelope) -> None:
         """There will be no such VM."""
+        self.priv.answered()
         launch = self.launches.pop(message.ticket, None)
         if launch is not None:
             launch.close()
@@ -295,7 +359,7 @@ class Network:
             if launch.vm is vm:
                 del self.launches[ticket]
                 launch.close()
-                self.core.peers.send(Proc.PRIV, RemoveNics(vmid=vm.vmid))
+                self._remove(vm.vmid)
                 return True
         return False
 
@@ -304,14 +368,27 @@ class Network:
         taps = self.taps.pop(vmid, None)
         if taps is not None:
             taps.close()
-            self.core.peers.send(Proc.PRIV, RemoveNics(vmid=vmid))
+            self.left.append(taps.known)
+            self._remove(vmid)
 
-    def on_priv_lost(self) -> None:
-        """Nobody will answer any more."""
-        launches, self.launches = self.launches, {}
-        for launch in launches.values():
-            launch.close()
-            launch.on_failed(errno.EPIPE, "its interfaces cannot be made: lost child: priv")
+    def _remove(self, vmid: int) -> None:
+        """Have priv remove what there is of a VM's interfaces; one that starts later is told by `begin`."""
+        if self.priv.up:
+            self.priv.ask(RemoveNics(vmid=vmid))
+
+    def on_removed(self, message: NicsRemoved, _envelope: Envelope) -> None:
+        """They are gone."""
+        self.priv.answered()
+        done = next((known for known in self.left if known.vmid == message.vmid), None)
+        if done is not None:
+            self.left.remove(done)
+
+    def on_priv_lost(self, *, for_good: bool) -> None:
+        """Nobody answers until priv was started again, or, `for_good`, any more."""
+        self.priv.lost()
+        if for_good:
+            for ticket in list(self.launches):
+                self._fail(ticket, errno.EPIPE, "its interfaces cannot be made: lost child: priv")
 
     def close(self) -> None:
         """Let go of everything, at the end; priv removes what it made."""

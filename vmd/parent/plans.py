@@ -7,7 +7,7 @@ import time
 from vmd.closing import close
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import NicLink
+from vmd.ipc.messages import AdoptNics, NicLink
 from vmd.log import log
 from vmd.parent.addresses import Plan, random_ula, room
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping
@@ -33,6 +33,7 @@ class Taps:
         lacking: dict[int, str],
         links: tuple[NicLink, ...],
         fds: list[int],
+        known: AdoptNics,
     ) -> None:
         self.nics = nics
         self.plan = plan
@@ -40,6 +41,7 @@ class Taps:
         self.since_s = int(time.time())
         self.links = links
         self.fds = fds
+        self.known = known  # what a priv that is started again has to know
 
     def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
         """Return whether a guest that boots again goes on with these: a switch that was not there may be there now."""
@@ -139,7 +141,7 @@ class Plans:
             user = self.user_of(vm, config, plan)
             taken = self.route_to(config, plan, host_routes())
         except OperatorError as error:
-            raise OperatorError(error.number, f"vm {config.name}: {error}") from None
+            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
         if user is not None:
             where = f"that vm {self.name_of(user[0])} has here, such as {user[1]}"
         elif taken is not None:

@@ -40,6 +40,7 @@ class Counting:
 
     def __init__(self) -> None:
         self.asked = 0  # answers that are to come
+        self.asks_priv = False  # one of them is priv's
         self.nics: tuple[NicCounters, ...] = ()
         self.troubles: tuple[Trouble, ...] = ()
 
@@ -81,9 +82,10 @@ class Status:
             counting = self.counting[vm.vmid] = Counting()
             counting.asked = 1
             self.core.peers.send(Proc.VMM, AskDevices(vmid=vm.vmid))
-            if vm.vmid in self.network.taps and Proc.PRIV in self.core.peers.channels:
+            if vm.vmid in self.network.taps and self.network.priv.up:
                 counting.asked += 1
-                self.core.peers.send(Proc.PRIV, AskDrops(vmid=vm.vmid), fds=open_tables())
+                counting.asks_priv = True
+                self.network.priv.ask(AskDrops(vmid=vm.vmid), open_tables())
         wait = self.core.clients.wait(client, For.DEVICES, vm.vmid)
 
         def give_up() -> None:
@@ -98,7 +100,19 @@ class Status:
 
     def on_drops(self, message: DropsReported, _envelope: "Envelope") -> None:
         """Take what priv says."""
+        self.network.priv.answered()
+        counting = self.counting.get(message.vmid)
+        if counting is None or not counting.asks_priv:
+            return
+        counting.asks_priv = False
         self._take(message.vmid, (), message.troubles)
+
+    def on_priv_lost(self) -> None:
+        """Wait for priv no more."""
+        for vmid, counting in list(self.counting.items()):
+            if counting.asks_priv:
+                counting.asks_priv = False
+                self._take(vmid, (), ())
 
     def _take(self, vmid: int, nics: tuple[NicCounters, ...], troubles: tuple[Trouble, ...]) -> None:
         """Take an answer; with the last one all who wait are answered."""

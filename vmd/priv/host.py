@@ -18,6 +18,7 @@ from vmd.closing import close
 from vmd.config.model import DEFAULT_ROUTES, MAX_NICS, MAX_RDOMAIN
 from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
+from vmd.ipc.messages import AddressGiven, TapBefore
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
 from vmd.priv.firewalls import Chain, Guests, advice
@@ -28,7 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
+    from vmd.ipc.messages import AdoptNics, ConfigureNetwork, MakeNics, NicMade, NicRequest, SwitchRequest
 
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
@@ -61,6 +62,10 @@ class Nic:
         fd, self.fd = self.fd, -1
         return fd
 
+    def as_it_was(self) -> TapBefore | None:
+        """Return what the tap was before; None: there was none."""
+        return None
+
     def close(self) -> None:
         """Close what nobody took."""
         if self.fd >= 0:
@@ -74,7 +79,14 @@ class Attached(Nic):
     def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
         super().__init__(vmid, link, fd, request)
         self.before = link
-        self.added: list[tuple[bytes, int]] = []  # addresses
+        self.added: list[AddressGiven] = []
+
+    def as_it_was(self) -> TapBefore:
+        """Return what the tap was before, as far as it may be changed."""
+        before = self.before
+        return TapBefore(
+            master=before.master, mtu=before.mtu, group=before.group, up=before.up, added=tuple(self.added)
+        )  # fmt: skip
 
 
 class Network:
@@ -94,11 +106,15 @@ class Network:
         self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
         self.loaded = legacy.Loaded()
+        self.adopting = False  # what a priv before us has made stays
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
 
     def own(self) -> bool:
-        """Become the owner of the network and remove what is left of one before us; False if there is another."""
+        """Become the owner of the network and remove what is left of one before us; False if there is another.
+
+        What has been adopted stays, and with it bridges, rules and settings: the configuration that follows tidies up.
+        """
         if self.kept.fd >= 0:
             return True
         if not self.kept.lock():
@@ -117,8 +133,12 @@ class Network:
     def remove_leftovers(self) -> None:
         """Remove what has our aliases, our table, and undo changed settings; failures are logged."""
         removed = []
+        kept = {nic.link.index for nic in self.all_nics()}
         try:
-            links = self.links.all()
+            links = [link for link in self.links.all() if link.index not in kept]
+            if self.adopting:
+                self.has_table = self.nft.has_table()
+                links = [link for link in links if is_tap(link) or is_unfinished(link)]
             for link in links:
                 if is_tap(link) or is_unfinished(link) or (is_vrf(link) and not self.foreign_members(link)):
                     self.links.delete(link)
@@ -127,15 +147,17 @@ class Network:
                 if is_bridge(link) and not self.foreign_members(link):
                     self.links.delete(link)
                     removed.append(link.name)
-            self.links.forget_routes()
-            if self.nft.has_table():
+            if not self.adopting:
+                self.links.forget_routes()
+            if not self.adopting and self.nft.has_table():
                 self.nft.delete_table()
                 removed.append(f"table {rules.TABLE}")
         except (OperatorError, HostError) as error:
             log.warn(f"what an earlier vmd has left could not be removed: {error}")
         if removed:
             log.info(f"removed what an earlier vmd has left: {', '.join(removed)}")
-        self.put_back()
+        if not self.adopting:
+            self.put_back()
 
     def close(self) -> None:
         """Remove everything of ours."""
@@ -157,7 +179,7 @@ class Network:
     def configure(self, message: "ConfigureNetwork") -> list[str]:
         """Take over a configuration; returns a sentence for each thing that could not be done."""
         self.nat = message.nat
-        if not message.switches and self.kept.fd < 0:
+        if not message.switches and not self.nics and self.kept.fd < 0:
             return []  # a daemon without networks does not mind another that has one
         self.require_ownership()
         problems = []
@@ -188,7 +210,7 @@ class Network:
             try:
                 link = self.links.add_bridge(name, switch.alias)
             except HostError as error:
-                raise OperatorError(error.number, lacking(error, f"make bridge {name}", "bridge")) from None
+                raise OperatorError(error.errno, lacking(error, f"make bridge {name}", "bridge")) from None
         try:
             if made:
                 keep_to_itself(name)
@@ -243,7 +265,7 @@ class Network:
         try:
             link = self.links.add_vrf(name, rdomain, f"rdomain{rdomain}")
         except HostError as error:
-            raise OperatorError(error.number, lacking(error, f"rdomain {rdomain}: make VRF {name}", "vrf")) from None
+            raise OperatorError(error.errno, lacking(error, f"rdomain {rdomain}: make VRF {name}", "vrf")) from None
         try:
             self.links.end_table(rdomain)
             self.links.set_up(link, up=True)
@@ -297,6 +319,15 @@ class Network:
             self.tidy()
             raise
         return made
+
+    def adopt(self, message: "AdoptNics") -> None:
+        """Go on with the interfaces of a VM that a priv before us has made."""
+        check_request(message)
+        if len(message.made) != len(message.nics) or message.vmid in self.nics:
+            raise refuse(f"to adopt {len(message.made)} interfaces of vm {message.vmid}")
+        self.nics[message.vmid] = [
+            adopted(message.vmid, request, made) for request, made in zip(message.nics, message.made, strict=True)
+        ]
 
     def tidy(self) -> None:
         """Let nothing remain of interfaces that are gone, but what others need; failures are logged."""
@@ -388,7 +419,7 @@ class Network:
         """Give a tap of somebody else's an address, unless it has it."""
         if (nic.link.index, address) not in self.links.addresses():
             self.links.add_address(nic.link, address, length)
-            nic.added.append((address, length))
+            nic.added.append(AddressGiven(address=address, length=length))
 
     def give_back(self, nic: Attached) -> None:
         """Undo what was changed of a tap of somebody else's; failures are logged."""
@@ -396,8 +427,8 @@ class Network:
             link, before = self.links.find(nic.link.name), nic.before
             if link is None or link.index != before.index:
                 return
-            for address, length in nic.added:
-                self.links.delete_address(link, address, length)
+            for given in nic.added:
+                self.links.delete_address(link, given.address, given.length)
             # A bridge of ours it leaves in any case: a daemon that was killed may have put it there.
             ours = any(other.index == link.master and (is_bridge(other) or is_vrf(other)) for other in self.links.all())
             if link.master and (link.master != before.master or ours):
@@ -528,7 +559,7 @@ class Network:
             self.apply(members, bridges)
         except OperatorError as error:
             if any(member.networks for member in members):
-                raise OperatorError(error.number, f"NAT for local interfaces: {error}") from None
+                raise OperatorError(error.code, f"NAT for local interfaces: {error}") from None
             if any(member.groups for member in members):
                 self.say_once(f"groups have no sets in nftables: {error}")
             return
@@ -762,7 +793,24 @@ def check_switch(switch: "SwitchRequest") -> None:
         raise refuse(f"bridge {switch.interface} in rdomain {switch.rdomain}")
 
 
-def check_request(message: "MakeNics") -> None:
+def adopted(vmid: int, request: "NicRequest", made: "NicMade") -> Nic:
+    """Return an interface as whoever made it knew it."""
+    link = Link(
+        index=made.index, name=made.name, kind="tun", alias=request.alias, master=0, mtu=made.mtu, lladdr=made.lladdr,
+        up=request.up,
+    )  # fmt: skip
+    before = made.before
+    if before is None:
+        nic = Nic(vmid, link, -1, request)
+    else:
+        was = link.replace(alias="", master=before.master, mtu=before.mtu, group=before.group, up=before.up)
+        nic = lent = Attached(vmid, was, -1, request)
+        lent.link, lent.added = link, list(before.added)
+    nic.link_local = made.link_local
+    return nic
+
+
+def check_request(message: "MakeNics | AdoptNics") -> None:
     """Raise OperatorError unless a request is one that a configuration can lead to."""
     if message.vmid <= 0 or not 0 < len(message.nics) <= MAX_NICS:
         raise refuse(f"{len(message.nics)} interfaces for vm {message.vmid}")
@@ -822,6 +870,6 @@ def keep_to_itself(name: str) -> None:
 
 def lacking(error: HostError, tried: str, module: str) -> str:
     """Return why an interface of some kind cannot be made, with what to do about it."""
-    if error.number == errno.EOPNOTSUPP:
+    if error.errno == errno.EOPNOTSUPP:
         return f"{tried}: this kernel has no such interfaces: load the module {module}"
-    return f"{tried}: {os.strerror(error.number)}"
+    return f"{tried}: {os.strerror(error.errno)}"

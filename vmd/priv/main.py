@@ -17,6 +17,7 @@ from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
+    AdoptNics,
     AskDrops,
     ConfigureNetwork,
     DropsReported,
@@ -25,6 +26,7 @@ from vmd.ipc.messages import (
     NicMade,
     NicsFailed,
     NicsMade,
+    NicsRemoved,
     Proc,
     Quit,
     Ready,
@@ -58,6 +60,7 @@ class Priv(Process):
         super().__init__(Proc.PRIV)
         self.parent = self.attach_parent(Proc.PARENT)
         self.network = Network()
+        self.began = False
         self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
         self.told: set[int] = set()  # vmids that had their answer since the last look
         self.looked_s = -SWEEP_S
@@ -75,10 +78,14 @@ class Priv(Process):
         """Make the bridges of switches, once all of them are known."""
         self.switches += message.switches
         if len(self.switches) > SWITCHES_MAX:
-            raise PeerError(channel.label, f"wants {len(self.switches)} switches")
+            count, self.switches = len(self.switches), []
+            raise PeerError(channel.label, f"wants {count} switches")
         if message.more:
             return
         switches, self.switches = tuple(self.switches), []
+        if not self.began:
+            self.began = True
+            self.begin(again=message.again)
         try:
             problems = self.network.configure(message.replace(switches=switches))
         except (OperatorError, HostError) as error:
@@ -92,6 +99,21 @@ class Priv(Process):
         for family, name in zip(legacy.FAMILIES, ("tables4", "tables6"), strict=True):
             self.network.loaded.take(family, envelope.take_fd(name))
 
+    def begin(self, *, again: bool) -> None:
+        """Take what there is: remove it, or go on with it."""
+        self.network.adopting = again
+        try:
+            self.network.own()
+        except HostError as error:
+            log.warn(f"networks will not work: {error}")
+
+    def on_adopt_nics(self, message: AdoptNics, _envelope: Envelope, _channel: Channel) -> None:
+        """Go on with the interfaces of a VM that runs."""
+        try:
+            self.network.adopt(message)
+        except (OperatorError, HostError) as error:
+            log.error(str(error))
+
     def on_make_nics(self, message: MakeNics, envelope: Envelope, channel: Channel) -> None:
         """Make the interfaces of a VM."""
         began_s = time.monotonic()
@@ -100,14 +122,21 @@ class Priv(Process):
         try:
             nics = self.network.make_nics(message, tuns)
         except (OperatorError, HostError) as error:
-            code = error.number
+            code = error.code if isinstance(error, OperatorError) else error.errno
             failed = NicsFailed(vmid=message.vmid, ticket=message.ticket, code=code, text=brief(str(error)))
             channel.send(failed)
             return
         finally:
             close_all(tuns)
         made = tuple(
-            NicMade(name=nic.link.name, lladdr=nic.link.lladdr, link_local=nic.link_local, mtu=nic.link.mtu)
+            NicMade(
+                name=nic.link.name,
+                lladdr=nic.link.lladdr,
+                link_local=nic.link_local,
+                mtu=nic.link.mtu,
+                index=nic.link.index,
+                before=nic.as_it_was(),
+            )
             for nic in nics
         )
         answer = NicsMade(vmid=message.vmid, ticket=message.ticket, nics=made)
@@ -115,12 +144,13 @@ class Priv(Process):
         names = ", ".join(nic.name for nic in made)
         log.debug(f"vm {message.vmid}: made {names} in {(time.monotonic() - began_s) * 1000:.0f} ms")
 
-    def on_remove_nics(self, message: RemoveNics, _envelope: Envelope, _channel: Channel) -> None:
+    def on_remove_nics(self, message: RemoveNics, _envelope: Envelope, channel: Channel) -> None:
         """Remove the interfaces of a VM."""
         try:
             self.network.remove_nics(message.vmid)
         except (OperatorError, HostError) as error:
             log.error(str(error))
+        channel.send(NicsRemoved(vmid=message.vmid))
 
     def on_ask_drops(self, message: AskDrops, envelope: Envelope, channel: Channel) -> None:
         """Say what is dropped now of a VM's packets."""
@@ -161,6 +191,7 @@ class Priv(Process):
 
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, ConfigureNetwork, on_configure_network),
+        **handles(Proc.PARENT, AdoptNics, on_adopt_nics),
         **handles(Proc.PARENT, MakeNics, on_make_nics),
         **handles(Proc.PARENT, RemoveNics, on_remove_nics),
         **handles(Proc.PARENT, AskDrops, on_ask_drops),
@@ -174,10 +205,6 @@ def main() -> int:
     process = Priv()
     process.ignore_terminal_signals()
     warnings = confine(PRIV)
-    try:
-        process.network.own()
-    except HostError as error:
-        log.warn(f"networks will not work: {error}")
     process.parent.send(Ready(warnings=tuple(warnings)))
     process.loop.run()
     process.network.close()

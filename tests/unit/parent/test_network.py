@@ -14,6 +14,7 @@ from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages import (
+    AdoptNics,
     AskDevices,
     AskDrops,
     AskResolvers,
@@ -106,6 +107,7 @@ class FakeParent:
         self.core.peers.channels = cast("Any", {**self.peers, Proc.CONTROL: control})
         self.answers = control.answers
         self.network = Network(self.core, lambda vm: None)
+        self.network.priv.up = True
         self.status = Status(self.core, self.network)
 
 
@@ -345,12 +347,84 @@ def test_a_vm_that_was_stopped_meanwhile_gives_its_taps_back(parent: FakeParent)
     assert (failures, parent.peers[Proc.VMM].sent, parent.network.taps) == ([], [], {})
 
 
-def test_the_end_of_priv_is_the_end_of_waiting(parent: FakeParent) -> None:
+def test_the_end_of_priv_for_good_is_the_end_of_waiting(parent: FakeParent) -> None:
     """A start that waits has failed."""
     _, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
-    parent.network.on_priv_lost()
+    parent.network.on_priv_lost(for_good=True)
 
     assert "lost child: priv" in failures[0][1]
+
+
+def test_another_priv_is_told_what_there_is(parent: FakeParent) -> None:
+    """First of interfaces that guests run on, then of the configuration, then of what is not answered yet."""
+    parent.core.serving = True
+    running, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    asked = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(asked, MakeNics)
+    made(parent)
+    _, failures = launch(parent, VmConfig(name="b", nics=(NicConfig(),)))
+    waiting = parent.peers[Proc.PRIV].sent[-1]
+    parent.network.on_priv_lost(for_good=False)
+    parent.peers[Proc.PRIV].sent.clear()
+    parent.network.configure(parent.core.config)
+    launch(parent, VmConfig(name="c", nics=(NicConfig(),)))
+    assert parent.peers[Proc.PRIV].sent == []  # it would take guests' interfaces for what somebody has left
+
+    parent.network.begin()
+
+    adopt, configure, again, last = parent.peers[Proc.PRIV].sent
+    assert isinstance(adopt, AdoptNics)
+    assert (adopt.vmid, adopt.nics, adopt.made[0].name) == (running.vmid, asked.nics, "tap0")
+    assert isinstance(configure, ConfigureNetwork)
+    assert configure.again
+    assert again == waiting
+    assert isinstance(last, MakeNics)
+    assert failures == []
+
+
+def test_a_request_over_which_priv_ends_is_not_made_for_ever(parent: FakeParent) -> None:
+    """Its VM is told of it, and others go on."""
+    _, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    for _ in range(3):
+        assert failures == []
+        parent.network.on_priv_lost(for_good=False)
+        parent.network.begin()
+
+    assert failures == [(errno.EPIPE, "its interfaces cannot be made: priv has ended 3 times while it made them")]
+
+
+def test_a_start_waits_for_priv_no_longer_than_its_deadline(parent: FakeParent) -> None:
+    """Its client gets a sentence, and a late answer changes nothing."""
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    asked = parent.peers[Proc.PRIV].sent[-1]
+    for timer in list(parent.loop.timers):
+        timer.callback()
+
+    assert failures == [(errno.ETIMEDOUT, "its interfaces cannot be made: priv does not answer")]
+    assert parent.peers[Proc.PRIV].sent[-1] == RemoveNics(vmid=vm.vmid)
+    parent.peers[Proc.PRIV].sent.append(asked)
+    made(parent)
+    assert (parent.peers[Proc.VMM].sent, parent.network.taps) == ([], {})
+
+
+def test_priv_is_silent_when_it_owes_an_answer_for_too_long(parent: FakeParent) -> None:
+    """Each answer gives it as much time again; who owes nothing may be silent for ever."""
+    silent: list[bool] = []
+    priv: Any = parent.network.priv
+    priv.on_silent = lambda: silent.append(True)
+    for name in ("a", "b"):
+        launch(parent, VmConfig(name=name, nics=(NicConfig(),)))
+    first = priv.timer
+    parent.network.on_failed(NicsFailed(vmid=1, ticket=1, code=5, text="no"), UNUSED)
+    assert priv.timer not in (None, first)
+    parent.network.on_failed(NicsFailed(vmid=2, ticket=2, code=5, text="no"), UNUSED)
+    assert not priv.timer
+    first.callback()
+    assert silent == []
+
+    launch(parent, VmConfig(name="c", nics=(NicConfig(),)))
+    priv.timer.callback()
+    assert silent == [True]
 
 
 @pytest.mark.parametrize(
@@ -640,7 +714,7 @@ def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
     """The client hears what is known; the late answer is for who has come meanwhile."""
     vm = running(parent)
     serve(parent, vm, 1)
-    parent.loop.timers[0].callback()
+    parent.loop.timers[-1].callback()
     serve(parent, vm, 2)
     assert questions(parent) == 1
     report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),)))
@@ -703,7 +777,7 @@ def test_an_answer_that_does_not_fit(parent: FakeParent, wrong: dict[str, object
 
     assert envelope.untaken() == [tap]
     os.close(tap)
-    parent.network.on_priv_lost()
+    parent.network.on_priv_lost(for_good=True)
     assert [code for code, _ in failures] == [errno.EPIPE]
 
 
