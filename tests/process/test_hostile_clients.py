@@ -19,7 +19,7 @@ from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
 from tests.support.network import Network
 from tests.support.users import Users, UsersDaemon
-from vmd.control.clients import MAX_CLIENTS_PER_USER, MAX_UNANSWERED
+from vmd.control.clients import MAX_UNANSWERED
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
 from vmd.ipc.messages import (
     BY_CODE,
@@ -43,6 +43,7 @@ from vmd.ipc.messages import (
     VmTerminated,
     WaitRequest,
 )
+from vmd.parent.connections import MAX_CLIENTS_PER_USER
 from vmd.record import Record
 from vmd.version import VERSION
 
@@ -164,14 +165,16 @@ def test_requests_without_reading_answers(vmd: UsersDaemon) -> None:
 
 def test_requests_that_wait(vmd: UsersDaemon) -> None:
     """So many at a time; one more ends the connection, and all of them are forgotten with it."""
-    os.kill(vmd.pid, signal.SIGSTOP)  # nobody answers
-    try:
-        with vmd.connect_as(EVE) as client:
+    with vmd.connect_as(EVE) as client:
+        send(client, NicsRequest(name="hers"))
+        assert isinstance(receive(client), End)
+        os.kill(vmd.pid, signal.SIGSTOP)  # nobody answers
+        try:
             for _ in range(MAX_UNANSWERED + 1):
                 send(client, NicsRequest(name="hers"))
             assert cut_off(client)
-    finally:
-        os.kill(vmd.pid, signal.SIGCONT)
+        finally:
+            os.kill(vmd.pid, signal.SIGCONT)
 
 
 def test_waiting_twice(vmd: UsersDaemon) -> None:

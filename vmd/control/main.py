@@ -1,15 +1,15 @@
-"""control: the clients of the control socket, and nothing they could break.
+"""control: the clients of one user, and nothing they could break.
 
 Runs as  _vmd; sees no files, no network; no exec, no fork
-Peers    parent (requests out, answers back); any number of vmctl
-Holds    the listening control socket and one socket per client
+Peers    parent (requests out, answers back); any number of vmctl of that user
+Holds    one socket per client, which the parent has accepted; while it passes on a request, the files that came with it
 """
 
 import errno
 import os
 import socket
 
-from vmd.control.clients import MAX_QUEUE, MAX_UNANSWERED, Client, Clients, peer_credentials
+from vmd.control.clients import MAX_QUEUE, MAX_UNANSWERED, Client
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.channel import Channel
@@ -23,17 +23,19 @@ from vmd.ipc.messages import (
     ClientGone,
     Failed,
     Hello,
-    Listen,
+    NewClient,
     Proc,
     Quit,
     Ready,
     Request,
+    ServeUser,
     SetVerbosity,
     Who,
 )
 from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import RateLimit, log
 from vmd.privsep.confine import CONTROL, confine
+from vmd.privsep.title import set_title
 from vmd.record import Record
 from vmd.version import VERSION
 
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 LAST_WORDS_S = 2.0  # for a client to read why it is turned away
-ACCEPT_PAUSE_S = 1.0  # after running out of descriptors (*cat. 1.9*)
 
 
 class Control(Process):
@@ -51,49 +52,31 @@ class Control(Process):
 
     def __init__(self) -> None:
         super().__init__(Proc.CONTROL)
-        self.clients = Clients()
-        self.listener: socket.socket | None = None
+        self.clients: dict[int, Client] = {}  # by the number under which the parent knows them
         self.complaints = RateLimit()
         self.parent = self.attach_parent(Proc.PARENT)
 
-    def on_listen(self, _message: Listen, envelope: Envelope, _channel: Channel) -> None:
-        """Start serving."""
-        fd = envelope.take_fd("listener")
-        assert fd is not None
-        self.listener = socket.socket(fileno=fd)
-        self.listener.setblocking(False)
-        self.loop.add(fd, self.on_connection)
+    def on_serve_user(self, message: ServeUser, _envelope: Envelope, _channel: Channel) -> None:
+        """Leave the reserve."""
+        log.title = message.title
+        set_title(message.title)
 
-    def on_connection(self, _events: int) -> None:
-        """Take a new client."""
-        assert self.listener is not None
-        try:
-            sock, _ = self.listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                raise
-            listener = self.listener
-            self.loop.remove(listener.fileno())
-            self.loop.call_later(ACCEPT_PAUSE_S, lambda: self.loop.add(listener.fileno(), self.on_connection))
-            self.complaints.warn(f"no new clients for {ACCEPT_PAUSE_S:.0f} s: {os.strerror(error.errno)}")
-            return
-        caller = peer_credentials(sock)
-        refusal = self.clients.refusal(caller)
-        client = self.clients.add(caller)
+    def on_new_client(self, message: NewClient, envelope: Envelope, _channel: Channel) -> None:
+        """Serve a client, or turn it away."""
+        fd = envelope.take_fd("client")
+        assert fd is not None
+        client = self.clients[envelope.peerid] = Client(envelope.peerid, message.uid)
         client.channel = self.attach(
-            sock,
+            socket.socket(fileno=fd),
             Proc.CLIENT,
-            f"client {client.number} (uid {caller.uid})",
+            f"client {client.number} (uid {client.uid})",
             on_lost=lambda channel, error: self.on_client_lost(client, error),
             queue_limit=MAX_QUEUE,
         )
         client.channel.form = Form.FIRST  # until it says Hello
         client.channel.on_unknown = lambda error: self.on_unknown_request(client, error)
-        if refusal is not None:
-            self.complaints.warn(f"refused a client: {refusal[1]}")
-            self.turn_away(client, Failed(code=refusal[0], text=refusal[1]))
+        if message.text:
+            self.turn_away(client, Failed(code=message.code, text=message.text))
 
     def turn_away(self, client: Client, answer: Failed) -> None:
         """Answer a client and close."""
@@ -123,17 +106,16 @@ class Control(Process):
 
     def forget(self, client: Client) -> None:
         """Tell the parent that nobody waits under this number any more."""
-        self.clients.remove(client)
-        self.parent.send(ClientGone(), peerid=client.number)
+        if self.clients.pop(client.number, None) is not None:
+            self.parent.send(ClientGone(), peerid=client.number)
 
     def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
-        """Pass a request on, under the name of whoever really asks."""
+        """Pass a request on, under the number of whoever asks."""
         client = self.client_of(channel)
         if client is None:
             return
-        uid = client.caller.uid
-        if uid != 0 and BY_CLASS[type(message)].who is Who.ROOT:
-            self.complaints.warn(f"denied request {type(message).__name__} from uid {uid}")
+        if client.uid != 0 and BY_CLASS[type(message)].who is Who.ROOT:
+            self.complaints.warn(f"denied request {type(message).__name__} from uid {client.uid}")
             self.turn_away(client, Failed(code=errno.EPERM, text="only root may do that"))
             return
         client.unanswered += 1
@@ -142,12 +124,12 @@ class Control(Process):
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         try:
             self.parent.send(
-                message.replace(caller=client.caller),
+                message.replace(caller=None),
                 peerid=client.number,
                 fds=fds,
                 refused=lambda: self.on_refused(client),
             )
-        except ValueError as error:  # it just fitted a packet, and no longer does with the caller in it
+        except ValueError as error:  # it just fitted a packet, and no longer does with what later versions added
             self.turn_away(client, Failed(code=errno.EMSGSIZE, text=str(error)))
 
     def on_refused(self, client: Client) -> None:
@@ -198,7 +180,8 @@ class Control(Process):
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
-        **handles(Proc.PARENT, Listen, on_listen),
+        **handles(Proc.PARENT, ServeUser, on_serve_user),
+        **handles(Proc.PARENT, NewClient, on_new_client),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
         **handles(Proc.PARENT, Quit, on_quit),
         **handles_each(Proc.PARENT, ANSWERS, on_answer),

@@ -9,8 +9,8 @@ different versions (`Hello`, `BY_NAME`).  The descriptors that ride along are na
 there, `"kernel?"` may be, `"disks*"` is any number.
 
 Requests of vmctl go client -> control -> parent as the same message.  `caller` is whatever the client
-wrote until control replaces it by the credentials of the socket; the header's `peerid` is control's number
-for the client, and answers come back under it.
+wrote, and nobody believes it: the parent has accepted the connection and knows whose it is.  The header's `peerid` is
+the parent's number for the connection, and answers come back under it.
 """
 
 import itertools
@@ -843,9 +843,23 @@ class KvmFd(Record):
     """/dev/kvm, opened by the parent: no other process can."""
 
 
-@message(0x6A, (Proc.PARENT, Proc.CONTROL), fds=("listener",))
-class Listen(Record):
-    """The control socket, bound and listening."""
+@message(0xB0, (Proc.PARENT, Proc.CONTROL))
+class ServeUser(Record):
+    """The connections that follow are of one user.  `title` is the process's name from now on."""
+
+    title: str
+
+
+@message(0xB1, (Proc.PARENT, Proc.CONTROL), fds=("client",))
+class NewClient(Record):
+    """A connection to the control socket: its number is the peerid, its user `uid`.
+
+    With a `text` it is to be turned away, as with Failed.  fds: `client` is the connection.
+    """
+
+    uid: int
+    code: int = 0
+    text: str = ""
 
 
 # --- between parent and priv -----------------------------------------------------------------------------

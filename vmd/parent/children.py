@@ -1,13 +1,13 @@
-"""The parent's three children, each in the place it belongs to."""
+"""The parent's children, each in the place it belongs to."""
 
 import socket
 import time
 
 from vmd.errors import HostError
-from vmd.ipc.messages import Proc
+from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
 from vmd.parent.disks import ImageProber
-from vmd.privsep.cell import Cell, Network, VmmCell
+from vmd.privsep.cell import PRIV_ID, Cell, Network, VmmCell
 from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False
@@ -36,29 +36,39 @@ class Delay:
 
 
 class Children:
-    """Starts and finally reaps control, vmm and priv."""
+    """Starts and finally reaps controls, vmm and priv."""
 
     def __init__(self, uid: int, gid: int) -> None:
+        self._uid = uid
         self.cell = cell = Cell.build(uid, gid)
         self.prober = ImageProber(cell)
         self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm_place(cell)}
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
 
-    def start(self, proc: Proc, channel: socket.socket, log_fd: int) -> None:
+    def start(self, proc: Proc, channel: socket.socket, log_fd: int, title: str = "") -> Child:
         """Start one child with its end of the channel, and what it writes its lines to.  Raises HostError."""
-        self._children = [child for child in self._children if child.reap() is None]
+        self.bury()
         name = proc.name.lower()
         arguments = [name, log.form, str(log.verbosity)]
-        child = spawn(name, arguments, channel=channel, log_fd=log_fd, place=self._places[proc])
+        child = spawn(title or name, arguments, channel=channel, log_fd=log_fd, place=self._places[proc])
         self._present[proc] = child
         self._children.append(child)
+        return child
+
+    def bury(self) -> None:
+        """Reap those that have ended."""
+        self._children = [child for child in self._children if child.reap() is None]
 
     def kill(self, proc: Proc) -> None:
         """Kill a child, if it lives."""
         child = self._present.pop(proc, None)
         if child is not None:
             child.kill()
+
+    def are_ours(self, caller: Caller) -> bool:
+        """Return whether a client is a process of the daemon's own: those have another way to talk to us."""
+        return caller.uid in (self._uid, PRIV_ID) or any(child.pid == caller.pid for child in self._children)
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the children to end; kill the ones that do not."""

@@ -43,7 +43,6 @@ from vmd.ipc.messages import (
     DropsReported,
     Failed,
     KvmFd,
-    Listen,
     ListRequest,
     LoadRequest,
     LogPong,
@@ -84,6 +83,7 @@ from vmd.parent.askpriv import ANSWER_S
 from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
 from vmd.parent.configuration import Configuration
+from vmd.parent.connections import Connections
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.identity import StateFile
@@ -150,6 +150,8 @@ class Parent(Process):
         self.transfers = Transfers(core, self.life, self.network)
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
         self.logs = Logs(core, self.attach)
+        self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
+        core.peers.channels[Proc.CONTROL] = self.connections
         rooms = (self.logs, self.consoles, self.network, status, self.life, self.transfers, self.configuration)
         self.rooms: dict[type, Any] = {type(room): room for room in rooms}
         self.ready: set[Proc] = set()
@@ -171,13 +173,14 @@ class Parent(Process):
     # --- start-up and end --------------------------------------------------------------------------------
 
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
-        """Start control, vmm and priv and hand them what only root could open."""
+        """Start root's control, vmm and priv and hand them what only root could open."""
         self.logs.start(children.cell)
         self.core.prober = children.prober
         children.prober.log_fd = self.logs.open(children.prober.title).detach()
         self.children = children
-        for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM):
+        for proc in (Proc.PRIV, Proc.VMM):
             self.start_process(proc)
+        self.connections.start(children, self.logs.open)
         self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -187,7 +190,7 @@ class Parent(Process):
             self.loop.on_signal(signum, lambda: None)
 
     def start_process(self, proc: Proc) -> None:
-        """Start control, vmm or priv.  Raises HostError or VmdError."""
+        """Start vmm or priv.  Raises HostError or VmdError."""
         ours, theirs = socketpair()
         try:
             with theirs, self.logs.open(proc.name.lower()) as writer:
@@ -215,7 +218,10 @@ class Parent(Process):
         for warning in set(message.warnings) - self.warned:
             self.warned.add(warning)  # once, not by each process
             log.warn(warning)
-        if channel.peer in self.ready:
+        if channel.peer is Proc.CONTROL:
+            if not self.connections.on_ready(channel) or self.core.serving:
+                return
+        elif channel.peer in self.ready:
             raise PeerError(channel.label, "is ready twice")
         self.ready.add(channel.peer)
         if len(self.ready) == len(self.core.peers.channels) and (channel.peer is Proc.PRIV or not self.core.serving):
@@ -231,7 +237,7 @@ class Parent(Process):
         """Serve clients and start VMs: every process has been told what it needs for that."""
         self.listener = None
         self.core.serving = True
-        self.core.peers.send(Proc.CONTROL, Listen(), fds={"listener": [listener.detach()]})
+        self.connections.listen(listener)
         log.info("startup")
         self.on_ready()
         self.life.start_batch()
@@ -241,7 +247,7 @@ class Parent(Process):
 
         Guests need priv only when they start, and end.  Unlike vmd: it is started again.
         """
-        del self.core.peers.channels[channel.peer]
+        self.core.peers.channels.pop(channel.peer, None)
         self.ready.discard(channel.peer)
         self.children.kill(channel.peer)  # it may live, and not be trusted
         if channel.peer is Proc.PRIV:
@@ -263,7 +269,7 @@ class Parent(Process):
     def on_priv_silent(self) -> None:
         """It owes an answer, and does not give it: go on with another."""
         channel = self.core.peers.channels.get(Proc.PRIV)
-        if channel is not None:
+        if isinstance(channel, Channel):
             channel.close()
             self.on_child_lost(channel, PeerError("priv", f"does not answer for {ANSWER_S:.0f} s"))
 
@@ -272,6 +278,7 @@ class Parent(Process):
         self.core.ending = True
         if self.listener is not None:
             self.listener.close()
+        self.connections.close()
         for channel in self.core.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -284,21 +291,20 @@ class Parent(Process):
 
     # --- messages ----------------------------------------------------------------------------------------
 
-    def on_request(self, message: Request, envelope: Envelope, _channel: Channel) -> None:
+    def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
         """Have a request of a client served; every failure is answered with its sentence."""
-        if message.caller is None:
-            raise PeerError("control", f"{type(message).__name__} without a caller")
         client, clients = envelope.peerid, self.core.clients
+        caller = self.connections.caller(client, channel)
         try:
             if client in clients.cut_off:
                 raise OperatorError(errno.EIO, OUR_FAULT)
             if isinstance(message, VmRequest) and len(message.name) > NAME_MAX:
                 raise OperatorError(errno.EINVAL, f"vm name too long: {message.name[:NAME_MAX]}...")
-            require_allowed(message, message.caller)
+            require_allowed(message, caller)
             if type(message) not in SERVES:
                 raise OperatorError(errno.ENOSYS, f"this vmd does not serve {type(message).__name__}")
             room, serve = SERVES[type(message)]
-            serve(self.rooms[room], message, message.caller, envelope)
+            serve(self.rooms[room], message, caller, envelope)
         except ConfigErrors as errors:
             log_errors(errors)
             clients.answer(client, Failed(code=errno.EINVAL, text=brief_errors(errors)))
@@ -308,10 +314,14 @@ class Parent(Process):
                 log.error(f"{type(message).__name__}: {sentence(error)}")
             clients.fail(client, number(error), sentence(error))
 
-    def on_client_gone(self, _message: ClientGone, envelope: Envelope, _channel: Channel) -> None:
-        """A client has disconnected: nothing waits for it any more, and its console is free."""
-        self.consoles.on_client_gone(envelope.peerid)
-        for wait in self.core.clients.gone(envelope.peerid):
+    def on_client_gone(self, _message: ClientGone, envelope: Envelope, channel: Channel) -> None:
+        """A client has disconnected."""
+        self.connections.on_client_gone(envelope.peerid, channel)
+
+    def forget_client(self, client: int) -> None:
+        """Let nothing wait any more for a client that is gone; its console is free."""
+        self.consoles.on_client_gone(client)
+        for wait in self.core.clients.gone(client):
             if wait.what is For.TRANSFER:
                 self.transfers.on_client_gone(wait.vmid)
 

@@ -1,5 +1,4 @@
-"""The channels to the parent's own processes: control, vmm and priv."""
-
+"""The channels to the parent's own processes: controls, vmm and priv."""
 
 from vmd.closing import close
 from vmd.ipc.channel import NO_FDS
@@ -7,17 +6,28 @@ from vmd.ipc.channel import NO_FDS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Protocol
 
-    from vmd.ipc.channel import Channel
     from vmd.ipc.messages import Proc
     from vmd.record import Record
+
+    class Peer(Protocol):
+        """A channel, or what finds one of several for the client that a message is for."""
+
+        def send(
+            self, message: Record, *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
+        ) -> None:
+            """Send a message; its descriptors are not the caller's any more."""
+
+        def flush_blocking(self, timeout_s: float) -> None:
+            """Send what is queued before we end."""
 
 
 class Peers:
     """Channels by process; what is sent to a process that is gone is dropped."""
 
     def __init__(self) -> None:
-        self.channels: dict[Proc, Channel] = {}
+        self.channels: dict[Proc, Peer] = {}
 
     def send(
         self, proc: "Proc", message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS

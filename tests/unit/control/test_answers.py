@@ -3,12 +3,12 @@
 import errno
 import socket
 
-from vmd.control.clients import Clients
+from vmd.control.clients import Client
 from vmd.control.main import Control
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Envelope, Form, decode, encode
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Caller, Failed, Ok, Proc, TroubleInfo
+from vmd.ipc.messages import Failed, Ok, Proc, TroubleInfo
 from vmd.record import Record
 
 NOTE_BYTES = MAX_MESSAGE - HEADER.size - 6  # with it an Ok fills a packet
@@ -20,8 +20,8 @@ def passed_on(form: Form, *answers: Record) -> list[Record]:
     loop = Loop()
     ours, theirs = socketpair()
     control = Control.__new__(Control)  # without a parent
-    control.clients = Clients()
-    client = control.clients.add(Caller(uid=0, gid=0, pid=1))
+    client = Client(1, 0)
+    control.clients = {client.number: client}
     client.channel = Channel(
         ours, me=Proc.CONTROL, peer=Proc.CLIENT, label="client 1", loop=loop,
         on_message=lambda _channel, _envelope: None, on_lost=lambda _channel, _error: None,

@@ -19,9 +19,9 @@ from vmd.ipc.messages import (
     TRUSTED,
     ConsoleBreak,
     Failed,
-    Listen,
     ListRequest,
     LoadRequest,
+    NewClient,
     Ok,
     PauseDone,
     PauseVm,
@@ -48,8 +48,8 @@ class Recorder:
     def on_message(self, _channel: Channel, envelope: Envelope) -> None:
         """Note a message."""
         self.messages.append(envelope.message)
-        if "listener" in envelope.fds:
-            fd = envelope.take_fd("listener")
+        if "client" in envelope.fds:
+            fd = envelope.take_fd("client")
             assert fd is not None
             self.fds.append(fd)
         if len(self.messages) >= self.enough:
@@ -126,7 +126,7 @@ def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop, record
         on_message=recorder.on_message, on_lost=recorder.on_lost,
     )  # fmt: skip
     reader, writer = os.pipe()
-    sender.send(Listen(), fds={"listener": [writer]})
+    sender.send(NewClient(uid=0), fds={"client": [writer]})
 
     recorder.run()
 
@@ -412,7 +412,7 @@ def test_last_words_wait_for_room_and_keep_their_order(loop: Loop, recorder: Rec
     reader, writer = os.pipe()
     for number in range(NUMBERED):
         channel.send(numbered(number))
-    channel.send(Listen(), fds={"listener": [writer]})
+    channel.send(NewClient(uid=0), fds={"client": [writer]})
     seen: list[Record] = []
 
     def read() -> None:
@@ -428,7 +428,7 @@ def test_last_words_wait_for_room_and_keep_their_order(loop: Loop, recorder: Rec
     channel.flush_blocking(DEADLINE_S)
     thread.join(DEADLINE_S)
 
-    assert seen == [*(numbered(number) for number in range(NUMBERED)), Listen()]
+    assert seen == [*(numbered(number) for number in range(NUMBERED)), NewClient(uid=0)]
     assert os.read(reader, 2) == b"!"
     assert os.read(reader, 2) == b""  # our own copy is closed
     channel.close()
@@ -497,13 +497,13 @@ def test_descriptors_that_cannot_be_passed_on(
         theirs.send(packet)
 
     monkeypatch.setattr(sender, "_sendmsg", send_as_the_kernel_would)
-    sender.send(Listen(), fds={"listener": [writer]}, refused=lambda: refused.append("listener"))
+    sender.send(NewClient(uid=0), fds={"client": [writer]}, refused=lambda: refused.append("client"))
     sender.send(Quit())
     loop.call_later(0, loop.stop)
 
     loop.run()
 
-    assert refused == ["listener"]
+    assert refused == ["client"]
     assert recorder.lost == []
     assert decode(ours.recv(MAX_MESSAGE), [], "parent").message == Quit()
     assert os.read(reader, 1) == b""  # nobody has the writing end any more

@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -18,7 +18,6 @@ from vmd.ipc.messages import (
     Caller,
     ConfigureNetwork,
     Failed,
-    Listen,
     NetworkConfigured,
     Proc,
     Ready,
@@ -49,72 +48,104 @@ class Peer:
                 os.close(fd)
 
 
+class Connections(Peer):
+    """Stands in for the controls; client 7 is root's, client 8 a user's."""
+
+    def __init__(self) -> None:
+        super().__init__(Proc.CONTROL)
+        self.listens = 0
+
+    def on_ready(self, channel: Peer) -> bool:
+        """It is root's."""
+        assert channel is self
+        return True
+
+    def listen(self, _listener: socket.socket) -> None:
+        """Note that clients are accepted."""
+        self.listens += 1
+
+    def caller(self, number: int, channel: Peer) -> Caller:
+        """Return whose a connection is."""
+        assert channel is self
+        return {7: Caller(uid=0, gid=0, pid=1), 8: Caller(uid=12345, gid=12345, pid=1)}[number]
+
+
 @pytest.fixture
-def parent(tmp_path: Path) -> Iterator[Parent]:
+def controls() -> Connections:
+    """Give the controls."""
+    return Connections()
+
+
+@pytest.fixture
+def parent(tmp_path: Path, controls: Connections) -> Iterator[Parent]:
     """Give a parent that waits for its three processes, with a listener."""
     config = Config(switches=(SwitchConfig(name="lan", interface="br7"),))
     options = Options(socket_path=str(tmp_path / "vmd.sock"))
     parent = Parent(options, config, lambda _path, _known, _warn: config)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         parent.listener = listener
-        parent.core.peers.channels = {proc: Peer(proc) for proc in (Proc.PRIV, Proc.CONTROL, Proc.VMM)}  # type: ignore[misc]
+        parent.connections = cast("Any", controls)
+        peers = {Proc.PRIV: Peer(Proc.PRIV), Proc.CONTROL: controls, Proc.VMM: Peer(Proc.VMM)}
+        parent.core.peers.channels = cast("Any", peers)
         yield parent
 
 
 def hear(parent: Parent, proc: Proc, message: Record) -> None:
     """Have the parent take a message of a process."""
-    Parent.HANDLERS[proc, type(message)](parent, message, Envelope(message, 0, 0, {}), parent.core.peers.channels[proc])
+    Parent.HANDLERS[proc, type(message)](
+        parent, message, Envelope(message, 0, 0, {}), cast("Any", parent.core.peers.channels[proc])
+    )
 
 
 def told(parent: Parent, proc: Proc) -> list[type[Record]]:
     """Return what kinds of messages a process has got."""
-    return [type(message) for message in parent.core.peers.channels[proc].told]  # type: ignore[attr-defined]
+    return [type(message) for message in cast("Peer", parent.core.peers.channels[proc]).told]
 
 
-def test_clients_wait_until_priv_has_its_configuration(parent: Parent) -> None:
+def test_clients_wait_until_priv_has_its_configuration(parent: Parent, controls: Connections) -> None:
     """Whatever the order in which processes get ready: a VM of an early client would have no switch and no NAT."""
     said: list[str] = []
     parent.on_ready = lambda: said.append("ready")
     for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV):
         hear(parent, proc, Ready())
-    assert (told(parent, Proc.PRIV), told(parent, Proc.CONTROL), said) == ([ConfigureNetwork], [], [])
+    assert (told(parent, Proc.PRIV), controls.listens, said) == ([ConfigureNetwork], 0, [])
 
     hear(parent, Proc.PRIV, NetworkConfigured())
-    assert (told(parent, Proc.CONTROL), said) == ([Listen], ["ready"])
+    assert (controls.listens, said) == (1, ["ready"])
 
     hear(parent, Proc.PRIV, NetworkConfigured(problems=("of a reload",)))
-    assert (told(parent, Proc.CONTROL), said) == ([Listen], ["ready"])
+    assert (controls.listens, said) == (1, ["ready"])
 
 
-def test_a_hangup_before_that(parent: Parent) -> None:
+def test_a_hangup_before_that(parent: Parent, controls: Connections) -> None:
     """The answer to an early reload is not the beginning: other processes may not be there yet."""
     hear(parent, Proc.PRIV, Ready())
     parent.configuration.on_hangup()
     hear(parent, Proc.PRIV, NetworkConfigured())
-    assert told(parent, Proc.CONTROL) == []
+    assert controls.listens == 0
 
     for proc in (Proc.CONTROL, Proc.VMM):
         hear(parent, proc, Ready())
     hear(parent, Proc.PRIV, NetworkConfigured())
-    assert told(parent, Proc.CONTROL) == [Listen]
+    assert controls.listens == 1
 
 
-def test_what_comes_with_a_start_that_is_refused(parent: Parent, tmp_path: Path) -> None:
+def test_what_comes_with_a_start_that_is_refused(parent: Parent, controls: Connections, tmp_path: Path) -> None:
     """Its descriptors are left to the channel, which closes them, however far it has got; and no VM is left."""
     parent.core.vms.add(VmConfig(name="a"), from_config=True)
     kernel = tmp_path / "kernel"
     kernel.touch()
-    root, user = Caller(uid=0, gid=0, pid=1), Caller(uid=12345, gid=12345, pid=1)
+    root, user = 7, 8
     requests = (
-        StartRequest(caller=root, name="a", cmdline="x" * (CMDLINE_MAX + 1)),
-        StartRequest(caller=user, name="a"),
-        StartRequest(caller=user, name="b", config=VmConfig(name="b")),
-        StartRequest(caller=root, name="b", template="c"),
+        (root, StartRequest(name="a", cmdline="x" * (CMDLINE_MAX + 1))),
+        (user, StartRequest(caller=controls.caller(root, controls), name="a")),  # nobody believes that
+        (user, StartRequest(name="b", config=VmConfig(name="b"))),
+        (root, StartRequest(name="b", template="c")),
     )
-    for request in requests:
+    for client, request in requests:
         fd = os.open(kernel, os.O_RDONLY)
-        envelope = Envelope(request, 7, 0, {"kernel": [fd]})
-        Parent.HANDLERS[Proc.CONTROL, StartRequest](parent, request, envelope, parent.core.peers.channels[Proc.CONTROL])
+        envelope = Envelope(request, client, 0, {"kernel": [fd]})
+        Parent.HANDLERS[Proc.CONTROL, StartRequest](parent, request, envelope, cast("Any", controls))
         assert envelope.untaken() == [fd]
         os.close(fd)
 
@@ -137,17 +168,17 @@ NEEDED: dict[str, Any] = {"path": "/conf", "vms": True, "switches": True, "verbo
 
 
 @pytest.mark.parametrize("cls", REQUESTS)
-def test_a_stranger_is_served_what_is_declared_to_be_everybodys(parent: Parent, cls: type[Request]) -> None:
+def test_a_stranger_is_served_what_is_declared_to_be_everybodys(
+    parent: Parent, controls: Connections, cls: type[Request]
+) -> None:
     """Whatever control has let pass; all else belongs to root, or to the owner of the VM."""
     parent.core.vms.add(VmConfig(name="a"), from_config=True)
     fields = {name: value for name, value in NEEDED.items() if name in cls.fields}
-    request = cls(caller=Caller(uid=12345, gid=12345, pid=1), **fields)
+    request = cls(**fields)
 
-    Parent.HANDLERS[Proc.CONTROL, cls](
-        parent, request, Envelope(request, 7, 0, {}), parent.core.peers.channels[Proc.CONTROL]
-    )
+    Parent.HANDLERS[Proc.CONTROL, cls](parent, request, Envelope(request, 8, 0, {}), cast("Any", controls))
 
-    answers = parent.core.peers.channels[Proc.CONTROL].told  # type: ignore[attr-defined]
+    answers = controls.told
     # That a VM does not run is no secret: `status` says so to everybody.
     refused = isinstance(answers[0], Failed) and answers[0].code in (errno.EPERM, errno.ESRCH)
     assert refused is (BY_CLASS[cls].who is not Who.EVERYBODY), answers

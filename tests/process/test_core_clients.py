@@ -1,0 +1,279 @@
+"""What clients, and the controls that serve them, do to others: nothing.  One `control` for each user; root's goes on.
+
+The controls and priv here run a copy of this program in which they do what somebody does who has taken them over: under
+their real confinement, with their real channels.
+"""
+
+import contextlib
+import errno
+import os
+import pwd
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bystander import NAME, Bystander, vm_block
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.guests import guest
+from tests.support.users import public_folder
+from vmd.config.model import DiskConfig, VmConfig, VmFlag
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import (
+    Caller,
+    End,
+    Failed,
+    ListRequest,
+    NicsRequest,
+    StartRequest,
+    StopRequest,
+    VmInfo,
+    WaitRequest,
+)
+from vmd.parent.connections import MAX_CLIENTS_PER_USER
+from vmd.record import Record
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+EVE, BOB = 65534, 40001  # nobody, and a number without a name
+# What a control does that was taken over: a request whose VM is named so is the intruder's word.
+TAKEN_OVER_CONTROL = """
+_on_request = Control.on_request
+def _intruder(control, message, envelope, channel):
+    what, _, rest = getattr(message, "name", "").partition(":")
+    number = control.client_of(channel).number
+    if what == "as-root":  # what the client has sent, as if root had asked
+        fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        control.parent.send(message.replace(name=rest), peerid=number, fds=fds)
+    elif what == "as-others":  # the same under the numbers of other clients
+        for other in range(1, number):
+            control.parent.send(message.replace(name=rest), peerid=other)
+    elif what == "die":
+        os.kill(os.getpid(), 9)
+    else:
+        _on_request(control, message, envelope, channel)
+import os
+from vmd.ipc.messages import StartRequest, StopRequest
+for _request in (StartRequest, StopRequest):
+    Control.HANDLERS[(Proc.CLIENT, _request)] = _intruder
+"""
+TAKEN_OVER_PRIV = """
+import os, socket
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import ConfigureNetwork, ListRequest
+_on_configure = Priv.HANDLERS[(Proc.PARENT, ConfigureNetwork)]
+_times = []
+def _intruder(priv, message, envelope, channel):
+    _times.append(message)
+    if len(_times) == 1:  # nobody is served before that
+        _on_configure(priv, message, envelope, channel)
+        return
+    os.write(2, b"priv tries to be a client\\n")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+            client.connect({path!r})
+            client.send(encode(ListRequest())[0])
+            answer = decode(client.recv(MAX_MESSAGE), [], "vmd").message
+        os.write(2, f"priv is answered {{answer!r}}\\n".encode())
+    except OSError as error:
+        os.write(2, f"priv is refused: {{error}}\\n".encode())
+    _on_configure(priv, message, envelope, channel)
+"""
+AND_SO = "Priv.HANDLERS[(Proc.PARENT, ConfigureNetwork)] = _intruder\n"
+
+
+@pytest.fixture(scope="module")
+def bystander() -> Iterator[Bystander]:
+    """Give a VM that must not notice anything, in a daemon whose socket everybody may open."""
+    with public_folder() as directory:
+        code = directory / "code"
+        for package in ("vmd", "vmctl"):
+            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        with (code / "vmd/control/main.py").open("a") as file:
+            file.write(TAKEN_OVER_CONTROL)
+        with (code / "vmd/priv/main.py").open("a") as file:
+            file.write(TAKEN_OVER_PRIV.format(path=str(directory / "vmd.sock")) + AND_SO)
+        conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup") + vm_block("roots")
+        with Daemon(directory, conf, code=code) as daemon:
+            yield Bystander(daemon)
+
+
+@pytest.fixture
+def vmd(bystander: Bystander) -> Iterator[Daemon]:
+    """Give that daemon; afterwards its guest has not noticed anything, and root is served by the same processes."""
+    yield bystander.vmd
+    bystander.check()
+
+
+def connect(vmd: Daemon, uid: int = 0) -> socket.socket:
+    """Return a connection to the control socket that the kernel says is a user's."""
+    vmd.socket.chmod(0o666)  # a reload gives it back to its owner
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                    client.connect(str(vmd.socket))
+                    socket.send_fds(theirs, [b"x"], [client.fileno()])
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        theirs.close()
+        ours.settimeout(DEADLINE_S)
+        client = socket.socket(fileno=socket.recv_fds(ours, 1, 1)[1][0])
+    client.settimeout(DEADLINE_S)
+    return client
+
+
+def receive(client: socket.socket) -> Record | None:
+    """Return the next answer, None at the end of the connection."""
+    try:
+        packet = client.recv(MAX_MESSAGE)
+    except ConnectionResetError:
+        return None
+    return decode(packet, [], "vmd").message if packet else None
+
+
+def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
+    """Send a request and return its first answer."""
+    packet, order = encode(request, fds={name: [fd] for name, fd in fds.items()})
+    with contextlib.suppress(BrokenPipeError):
+        socket.send_fds(client, [packet], order)
+    return receive(client)
+
+
+def serves(client: socket.socket) -> bool:
+    """Return whether a client is answered."""
+    return isinstance(ask(client, NicsRequest(name="hers")), End)
+
+
+def control_of(vmd: Daemon, uid: int) -> int:
+    """Return the pid of a user's control."""
+    return vmd.processes()["vmd: control" if uid == 0 else f"vmd: control/{uid}"]
+
+
+# --- a control that was taken over -----------------------------------------------------------------------
+
+
+def test_a_control_speaks_for_its_user_only(vmd: Daemon, tmp_path: Path) -> None:
+    """It writes that root asks; the parent knows who does, and opens nothing of the host for it."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(1 << 20))
+    secret.chmod(0o600)
+    root = Caller(uid=0, gid=0, pid=1)
+    config = VmConfig(
+        name="stolen", kernel=str(guest("demo")), disks=(DiskConfig(path=str(secret)),),
+        given=VmFlag.KERNEL | VmFlag.DISK,
+    )  # fmt: skip
+    with connect(vmd, EVE) as client, guest("demo").open("rb") as kernel:
+        for request, fds in (
+            (StartRequest(name="as-root:stolen", config=config, caller=root), {"kernel": kernel.fileno()}),
+            (StartRequest(name="as-root:roots", caller=root), {}),
+            (StopRequest(name=f"as-root:{NAME}", force=True, caller=root), {}),
+        ):
+            answer = ask(client, request, **fds)
+            assert isinstance(answer, Failed)
+            assert answer.code == errno.EPERM, answer
+        assert serves(client)
+    assert [row["name"] for row in vmd.rows()] == [NAME, "hers", "roots"]
+    assert vmd.status("roots")["state"] == "stopped"
+
+
+def test_a_control_speaks_for_its_own_clients_only(vmd: Daemon) -> None:
+    """Under the number of another user's connection it is ended; nothing was done, and that one does not notice."""
+    with connect(vmd) as root, connect(vmd, BOB) as bob, connect(vmd, EVE) as eve:
+        assert serves(root)
+        assert serves(bob)
+        assert ask(eve, StopRequest(name=f"as-others:{NAME}", force=True)) is None
+        assert serves(root)
+        assert serves(bob)
+    vmd.wait_log(f"control/{EVE}: speaks for client ")
+    with connect(vmd, EVE) as eve:  # it was started again
+        assert serves(eve)
+
+
+def test_the_daemon_s_own_processes_are_no_clients(vmd: Daemon) -> None:
+    """One that was taken over has nothing to ask of the parent as somebody else: priv is root, others are _vmd."""
+    before = vmd.log.count("priv tries to be a client")
+    vmd.must("reload")
+    assert vmd.log.count("priv tries to be a client") > before
+    assert "priv is answered Failed" in vmd.log or "priv is refused" in vmd.log
+    assert "priv is answered VmInfo" not in vmd.log
+
+    with connect(vmd, pwd.getpwnam("_vmd").pw_uid) as client:
+        answer = receive(client)
+        assert isinstance(answer, Failed)
+        assert (answer.code, "one of vmd's own" in answer.text) == (errno.EPERM, True)
+        assert receive(client) is None
+
+
+# --- a control that dies ---------------------------------------------------------------------------------
+
+
+def test_a_control_that_dies_costs_its_user_s_connections(vmd: Daemon) -> None:
+    """Their next one is served; others do not notice."""
+    with connect(vmd) as root, connect(vmd, BOB) as bob, connect(vmd, EVE) as eve, connect(vmd, EVE) as other:
+        for client in (root, bob, other):
+            assert serves(client)
+        assert ask(eve, StopRequest(name="die:")) is None
+        assert receive(other) is None
+        assert serves(root)
+        assert serves(bob)
+        with connect(vmd, EVE) as again:
+            assert serves(again)
+    assert f"lost control/{EVE}" in vmd.log
+
+
+def test_root_s_control_is_started_again(tmp_path: Path) -> None:
+    """At once; and so is the one in reserve.  Guests run on, and who waited is told that the connection ended."""
+    with Daemon(tmp_path, vm_block(NAME) + vm_block("hers")) as vmd:
+        bystander = Bystander(vmd)
+        for title in ("vmd: control", "vmd: control/reserve"):
+            deadline_s = time.monotonic() + DEADLINE_S
+            while title not in (found := vmd.processes()):
+                assert time.monotonic() < deadline_s
+            with connect(vmd) as client:
+                client.send(encode(WaitRequest(name=NAME))[0])
+                assert serves(client)
+                os.kill(found[title], signal.SIGKILL)
+                if title == "vmd: control":
+                    assert receive(client) is None
+                vmd.must("status")
+                while vmd.processes().get(title, found[title]) == found[title]:
+                    assert time.monotonic() < deadline_s
+        bystander.core = bystander.core_now()
+        bystander.check()
+
+
+# --- as many as there are --------------------------------------------------------------------------------
+
+
+def test_a_user_s_share_of_connections(vmd: Daemon) -> None:
+    """The next one is told so; other users and root are served meanwhile."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(vmd, EVE)) for _ in range(MAX_CLIENTS_PER_USER)]
+        for client in clients:
+            assert serves(client)
+        more = stack.enter_context(connect(vmd, EVE))
+        assert receive(more) == Failed(
+            code=errno.EUSERS, text=f"too many connections of uid {EVE} ({MAX_CLIENTS_PER_USER})"
+        )
+        assert receive(more) is None
+        assert serves(stack.enter_context(connect(vmd, BOB)))
+        vmd.must("status")
+    assert control_of(vmd, EVE) != control_of(vmd, BOB)
+
+
+def test_a_list_is_the_same_for_everybody(vmd: Daemon) -> None:
+    """Each control is told what the others are."""
+    with connect(vmd, BOB) as client:
+        rows = [ask(client, ListRequest()), *(receive(client) for _ in range(3))]
+    assert [type(row) for row in rows] == [VmInfo, VmInfo, VmInfo, End]
