@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 CONF = vm_block(NAME) + vm_block("bad")
 ERRORS = 99  # of one configuration; each of them is a line of the log
 BROKEN = "nonsense\n" * ERRORS
+# A journal of the test's own, for a daemon that does not log to standard error.
+WITH_JOURNAL = """
+mount -t tmpfs none /run && mkdir -p /run/systemd/journal && mount --bind "$0" /run/systemd/journal && exec "$@"
+"""
+NO_DEBUG = "import os, sys; a = [a for a in sys.argv[1:] if a != '-d']; os.execvp(a[0], a)"
 LOST = re.compile(r"^vmd: (\d+) lines were lost: the log did not take them$")
 
 
@@ -118,6 +124,7 @@ def test_every_line_of_a_vm_bears_its_name(vmd: Daemon, reader: LogReader) -> No
     assert all(line.isprintable() and len(line) <= 2100 for line in said)
 
 
+@pytest.mark.deep
 def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReader) -> None:
     """Another VM's line arrives meanwhile, and the log says who writes too much."""
     bystander = Bystander(vmd)
@@ -140,6 +147,7 @@ def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReade
     bystander.check()
 
 
+@pytest.mark.deep
 def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogReader) -> None:
     """What was written while there was none is not lost, and the log says what has happened."""
     bystander = Bystander(vmd)
@@ -158,6 +166,34 @@ def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogR
     bystander.check()
 
 
+def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogReader) -> None:
+    """With its name and id; lines of the daemon have none."""
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    prefix = ["unshare", "-m", "sh", "-c", WITH_JOURNAL, str(journal), *reader.prefix, sys.executable, "-c", NO_DEBUG]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as entries:
+        entries.bind(str(journal / "socket"))
+        entries.settimeout(DEADLINE_S)
+        with Daemon(tmp_path, CONF, prefix=prefix) as vmd:
+            vmd.must("start", NAME)
+            with last_words(vmd, f"vmd: vm/{NAME}/viornd0") as own:
+                own.send(f"<4>vm/{NAME}/viornd0: hears\nVM_NAME=bad".encode())
+            pid, vmid = vmd.processes()[f"vmd: vm/{NAME}"], vmd.status(NAME)["id"]
+            found: list[dict[str, str]] = []
+            while not any("hears" in entry["MESSAGE"] for entry in found):
+                lines = entries.recv(8192).decode().splitlines()
+                found.append(dict(line.split("=", 1) for line in lines))
+    started = next(entry for entry in found if "started" in entry["MESSAGE"])
+    assert started.keys().isdisjoint({"VM_NAME", "VM_ID"})
+    assert started["PRIORITY"] == "6"
+    heard = found[-1]
+    assert heard.pop("SYSLOG_PID") == str(os.getpid()) != str(pid)  # the test has written it
+    assert heard == {
+        "PRIORITY": "4", "SYSLOG_FACILITY": "3", "SYSLOG_IDENTIFIER": "vmd", "VM_NAME": NAME, "VM_ID": str(vmid),
+        "MESSAGE": f"vm/{NAME}/viornd0: hears\\x0aVM_NAME=bad",
+    }  # fmt: skip
+
+
 @pytest.mark.deep
 def test_a_log_process_that_is_stopped_is_replaced(vmd: Daemon, reader: LogReader) -> None:
     """It has to answer within a time; nobody waits for it meanwhile, and no line is lost."""
@@ -169,10 +205,11 @@ def test_a_log_process_that_is_stopped_is_replaced(vmd: Daemon, reader: LogReade
     bystander.check()
 
     reader.wait("vmd: process log has not answered for 15 s; starting another one")
-    reader.wait("bad: started vm")
+    reader.wait("vmd: started bad")
     bystander.check()
 
 
+@pytest.mark.deep
 def test_the_log_goes_on_for_the_last_words_of_a_killed_daemon(vmd: Daemon, reader: LogReader) -> None:
     """What others had written before the parent was killed is written, and then there is no process left."""
     vmd.must("start", NAME)
@@ -190,6 +227,7 @@ def test_the_log_goes_on_for_the_last_words_of_a_killed_daemon(vmd: Daemon, read
     os.close(logger)
 
 
+@pytest.mark.deep
 def test_the_log_process_holds_nothing_but_sockets(vmd: Daemon) -> None:
     """It has a filter, an ordinary uid, no capability, and opens nothing."""
     vmd.must("start", NAME)

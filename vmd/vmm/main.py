@@ -135,8 +135,8 @@ class Vmm(Process):
             self.not_started(message.vmid, error.errno, str(error))
             return
         child.vmid = message.vmid
-        self.pass_log(child)
         child.channel.label = f"vm/{name}"
+        self.pass_log(child)
         child.expect(message)
         self.running[message.vmid] = child
         self.pass_on(message, envelope, child)
@@ -145,7 +145,9 @@ class Vmm(Process):
     def pass_log(self, child: VmChild) -> None:
         """Have the lines of a VM process read, under the name that it has by now."""
         if child.log is not None:
-            self.parent.send(VmLog(vmid=child.vmid), fds={"log": [child.log.detach()]})
+            why = f"{child.channel.label}: its log is not read: {os.strerror(errno.ETOOMANYREFS)}"
+            fds = {"log": [child.log.detach()]}
+            self.parent.send(VmLog(vmid=child.vmid), fds=fds, refused=lambda: log.warn(why))
 
     def require_files(self) -> None:
         """Raise HostError(EMFILE) before the descriptors that come with the next message find no room here."""
