@@ -224,3 +224,39 @@ def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path)
         assert another_priv(vmd, priv) != priv
         assert not Path(f"/proc/{priv}").exists()
     assert "priv: does not answer for 30 s: it is started again" in vmd.log
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------
+
+
+def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: Path) -> None:
+    """A bridge, an address and the rules are there again within seconds; of a tap, `status -v` says that it is gone."""
+    conf = SWITCH + block("a", 'interface switch "lan"', "local interface") + block("b", "local interface")
+
+    def told(name: str, words: str) -> bool:
+        return words in vmd.must("status", "-v", name)
+
+    with NetDaemon(tmp_path, network, conf) as vmd, bystander(vmd, "b"):
+        vmd.must("start", "a")
+        on_switch, local = (nic["tap"] for nic in vmd.interfaces("a"))
+        (host4,) = (address for address in addresses(links(network)[local]) if address.startswith("100."))
+
+        network.run("ip", "link", "delete", "br7")
+        wait_for(lambda: links(network)[on_switch].get("master") == "br7")
+        network.run("ip", "addr", "del", host4, "dev", local)
+        wait_for(lambda: host4 in addresses(links(network)[local]))
+        network.run("nft", "flush", "ruleset")
+        wait_for(lambda: "table inet vmd" in network.run("nft", "list", "tables"))
+        assert "masquerade" in rules(network)
+        network.run("ip", "link", "delete", on_switch)
+
+        wait_for(lambda: told("a", f"{on_switch} was deleted by another program"))
+        assert told("a", "bridge br7 was deleted by another program: it was made again")
+        assert told("a", f"was taken from {local} by another program: it was given back")
+        assert told("b", "the nftables table inet vmd was removed by another program: it was written again")
+        assert not told("b", "br7")
+        assert vmd.interfaces("b")
+        assert "Traceback" not in vmd.log
+        vmd.must("stop", "-fw", "a")
+        vmd.must("start", "a")
+        assert not told("a", f"{on_switch} was deleted")

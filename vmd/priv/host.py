@@ -24,6 +24,7 @@ from vmd.priv import drops, groups, legacy, rules, sysctl, tap
 from vmd.priv.firewalls import Chain, Guests, advice
 from vmd.priv.ifconfig import UNFINISHED, Link, Links
 from vmd.priv.rules import Member, Nft
+from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
 LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
 RETRY_S = 0.05
+DAMAGE_MAX = 1000  # notes
+REPAIRED_S = 600.0  # for so long it is shown that something was repaired
 
 
 class Nic:
@@ -56,6 +59,13 @@ class Nic:
         self.groups = request.groups
         self.networks = networks_of(request)
         self.link_local = b""
+
+    def addresses(self) -> list[tuple[bytes, int]]:
+        """Return what addresses the host has on it, with the lengths of their networks."""
+        found = [(self.link_local, 64)] if self.link_local else []
+        for network, length in self.networks:
+            found.append((network[:8] + HOST6 if len(network) == INET6_BYTES else network, length))
+        return found
 
     def take_fd(self) -> int:
         """Return the descriptor, which is the caller's from now on."""
@@ -89,6 +99,15 @@ class Attached(Nic):
         )  # fmt: skip
 
 
+class Damage(Record):
+    """Something of ours that another program has changed, in words, and when that was noticed."""
+
+    text: str
+    since_s: int
+    names: frozenset[str]  # of interfaces and bridges that it concerns
+    lasting: bool = False  # it cannot be repaired
+
+
 class Network:
     """The host's network, as far as it is ours.  Methods raise OperatorError or HostError."""
 
@@ -106,6 +125,7 @@ class Network:
         self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
         self.loaded = legacy.Loaded()
+        self.damage: list[Damage] = []
         self.adopting = False  # what a priv before us has made stays
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
@@ -511,6 +531,8 @@ class Network:
         if nics is None:
             return
         self.drop(nics)
+        names = {nic.link.name for nic in nics}
+        self.damage = [damage for damage in self.damage if not (damage.lasting and damage.names & names)]
         self.tidy()
 
     def drop(self, nics: "Sequence[Nic]") -> None:
@@ -529,6 +551,57 @@ class Network:
                     self.links.delete(link)
             except HostError as error:
                 log.error(str(error))
+
+    # --- damage ------------------------------------------------------------------------------------------
+
+    def repair(self) -> None:
+        """Put right what others have deleted of ours under VMs that run.  Raises OperatorError or HostError."""
+        if not self.nics:
+            return
+        there = {link.name for link in self.links.all()}
+        for name in sorted({nic.bridge for nic in self.all_nics()} - there):
+            if name in self.switches:
+                self.ensure_bridge(self.switches[name])
+                self.note(f"bridge {name} was deleted by another program: it was made again", {name})
+        indices = {link.index for link in self.links.all()}
+        addressed = set(self.links.addresses())
+        for nic in self.all_nics():
+            name = nic.link.name
+            if nic.link.index not in indices:
+                self.note(f"{name} was deleted by another program: it is there again when the VM is started anew",
+                          {name}, lasting=True)  # fmt: skip
+                continue
+            for address, length in nic.addresses():
+                if (nic.link.index, address) not in addressed:
+                    self.links.add_address(nic.link, address, length)
+                    text = f"{ipaddress.ip_address(address)} was taken from {name} by another program"
+                    self.note(f"{text}: it was given back", {name})
+        if self.has_table and not self.nft.has_table():
+            self.write_again()
+
+    def write_again(self) -> None:
+        """Write our table again."""
+        self.tidy()
+        names = {nic.link.name for nic in self.all_nics()}
+        self.note(f"the nftables table {rules.TABLE} was removed by another program: it was written again", names)
+
+    def note(self, text: str, names: "Collection[str]", *, lasting: bool = False) -> None:
+        """Keep damage for those who ask, and log it."""
+        if any(damage.text == text and damage.lasting for damage in self.damage):
+            return
+        log.warn(text)
+        new = Damage(text=text, since_s=int(time.time()), names=frozenset(names), lasting=lasting)
+        self.damage = [*(damage for damage in self.damage if damage.text != text), new][-DAMAGE_MAX:]
+
+    def damages(self, vmid: int) -> list[tuple[int, Damage]]:
+        """Return what was damaged of a VM's interfaces not long ago, each with the number of the interface."""
+        recent_s = time.time() - REPAIRED_S
+        return [
+            (index, damage)
+            for index, nic in enumerate(self.nics.get(vmid, ()))
+            for damage in self.damage
+            if damage.names & {nic.link.name, nic.bridge} and (damage.lasting or damage.since_s > recent_s)
+        ]
 
     # --- rules -------------------------------------------------------------------------------------------
 
@@ -621,8 +694,7 @@ class Network:
         if not self.nics:
             return
         if not self.count() and not self.nft.has_table():
-            log.warn(f"the nftables table {rules.TABLE} was removed by another program: it is written again")
-            self.tidy()
+            self.write_again()
         elif self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
             self.tidy()  # a firewall has come, or gone
         for loss in self.watch.to_log(time.monotonic()):

@@ -39,16 +39,19 @@ from vmd.ipc.messages import (
 from vmd.ipc.process import Process, handles
 from vmd.log import log
 from vmd.priv import legacy
+from vmd.priv.changes import Changes
 from vmd.priv.host import Network
 from vmd.privsep.confine import PRIV, confine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmd.ipc.loop import Timer
     from vmd.ipc.process import Handlers
 
 SWITCHES_MAX = 10_000  # more than a host can have bridges for
 PROBLEMS_MAX = 3  # in one message; more are in the log only
 DROPS_MAX, DROP_MAX = 8, 1500  # sentences in one message, and characters of one
+REPAIR_S = 0.5  # from a change to a look at what may be damaged
 LOOK_S = 30.0  # between two looks at what other firewalls drop
 SWEEP_S = 0.25  # one look is enough for all VMs that are asked about within so long
 
@@ -65,6 +68,33 @@ class Priv(Process):
         self.told: set[int] = set()  # vmids that had their answer since the last look
         self.looked_s = -SWEEP_S
         self.loop.call_later(LOOK_S, self.look)
+        self.changes: Changes | None = None
+        self.repairing: Timer | None = None
+
+    def listen(self) -> None:
+        """Hear of changes of the network, of which some may be damage."""
+        try:
+            self.changes = Changes()
+        except HostError as error:
+            log.warn(f"damage to networks will not be repaired: {error}")
+            return
+        for each in self.changes.sockets:
+            self.loop.add(each.fileno(), self.on_change)
+
+    def on_change(self, _events: int) -> None:
+        """Look soon, and once for many changes."""
+        assert self.changes is not None
+        self.changes.forget()
+        if self.repairing is None:
+            self.repairing = self.loop.call_later(REPAIR_S, self.repair)
+
+    def repair(self) -> None:
+        """Put right what others have damaged."""
+        self.repairing = None
+        try:
+            self.network.repair()
+        except (OperatorError, HostError) as error:
+            log.error(str(error))
 
     def look(self) -> None:
         """Look at what other firewalls drop, again and again."""
@@ -167,6 +197,10 @@ class Priv(Process):
                 Trouble(device=f"interface{index}", text=self.network.sentence(loss)[:DROP_MAX], since_s=loss.since_s)
                 for index, loss in self.network.losses(message.vmid)[:DROPS_MAX]
             )
+            troubles += tuple(
+                Trouble(device=f"interface{index}", text=damage.text[:DROP_MAX], since_s=damage.since_s)
+                for index, damage in self.network.damages(message.vmid)[:DROPS_MAX]
+            )
         except (OperatorError, HostError) as error:
             log.warn(str(error))
         channel.send(DropsReported(vmid=message.vmid, troubles=troubles))
@@ -205,6 +239,7 @@ def main() -> int:
     process = Priv()
     process.ignore_terminal_signals()
     warnings = confine(PRIV)
+    process.listen()
     process.parent.send(Ready(warnings=tuple(warnings)))
     process.loop.run()
     process.network.close()

@@ -74,9 +74,8 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     priv: Any = Priv.__new__(Priv)
     priv.told, priv.looked_s = set(), -SWEEP_S
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
-    priv.network = type(
-        "", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), "losses": lambda _self, _vmid: []}
-    )()
+    nothing: dict[str, Any] = {"losses": lambda _self, _vmid: [], "damages": lambda _self, _vmid: []}
+    priv.network = type("", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), **nothing})()
     channel: Any = type("", (), {"send": lambda _self, message: answers.append(message)})()
 
     for vmid in range(1, 101):

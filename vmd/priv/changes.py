@@ -1,0 +1,41 @@
+"""The kernel's word that something of the network has changed: interfaces, addresses, nftables.
+
+What exactly is not read: our own changes are among it, and whoever looks finds what is not as it should be.
+"""
+
+import socket
+
+from vmd.errors import HostError
+
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
+NFNLGRP_NFTABLES = 7
+PIECE, PIECES_MAX = 65536, 64
+
+
+class Changes:
+    """Two sockets that become readable."""
+
+    def __init__(self) -> None:
+        """Raises HostError."""
+        self.sockets: list[socket.socket] = []
+        try:
+            for family, groups in (
+                (NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR),
+                (NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1),
+            ):
+                self.sockets.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, family))
+                self.sockets[-1].bind((0, groups))
+        except OSError as error:
+            raise HostError("listen for changes of the network", error) from error
+
+    def forget(self) -> None:
+        """Read what there is to read; that more has happened than there was room for (ENOBUFS) makes no difference."""
+        for each in self.sockets:
+            for _ in range(PIECES_MAX):
+                try:
+                    each.recv(PIECE)
+                except BlockingIOError:
+                    break
+                except OSError:
+                    continue
