@@ -4,7 +4,6 @@ The daemon here is a copy of this program in which a VM process does, under its 
 command line says.  Another guest must not notice (`Bystander`).
 """
 
-import contextlib
 import errno
 import os
 import shutil
@@ -76,7 +75,7 @@ def long_answer(process):
     from vmd.ipc.messages import AskDevices, Proc
     type(process).HANDLERS[(Proc.VMM, AskDevices)] = lambda _self, *arguments: answer(*arguments)
 def leave_child(process):
-    """Fork a process that keeps the channel and goes on talking when we are gone."""
+    """Fork a process that keeps the channel and talks when we are gone, for as long as somebody listens."""
     pid = os.fork()
     if pid:
         say(f"child is {pid}")
@@ -89,7 +88,7 @@ def leave_child(process):
             while os.getppid() != mother:
                 process.vmm._sock.send(packet)
         except OSError:
-            select.poll().poll()
+            os._exit(0)
 EARLY = {"leave_child"}
 '''
 HOOK = '''
@@ -144,17 +143,6 @@ def connect(vmd: Daemon) -> socket.socket:
     return client
 
 
-def processes_of(vmd: Daemon, title: str) -> list[int]:
-    """Return the processes of this title that log where the daemon does, whoever their parent is now."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            named = (path / "cmdline").read_bytes().startswith(title.encode())
-            if named and os.readlink(path / "fd/2") == str(vmd.log_path):
-                found.append(int(path.name))
-    return found
-
-
 @pytest.mark.parametrize("flood", [FLOODS[0], *DEEP])
 def test_a_vm_that_sends_without_end_is_cut_off(vmd: Daemon, flood: str) -> None:
     """With a sentence, and long before anybody else has to wait for vmm."""
@@ -201,10 +189,6 @@ def test_a_child_that_keeps_the_channel_of_its_vm(vmd: Daemon) -> None:
 
     vmd.must("start", "plain")
     vmd.must("stop", "-fw", "plain")
-    left = processes_of(vmd, "vmd: vm/leave_child")
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert len(left) <= 1
 
 
 @pytest.mark.deep
