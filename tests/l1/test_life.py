@@ -45,7 +45,7 @@ def test_pauses_and_moves(linux: LinuxGuest, tmp_path: Path) -> None:
     disk.touch()
     os.truncate(disk, 64 * MIB)
     subprocess.run(["mkfs.ext4", "-q", disk], check=True, env={"PATH": ext4.PATH})
-    append = "console=ttyS0 quiet panic=-1 vmdtest=shell"
+    append = "console=ttyS0 quiet panic=-1 nowatchdog vmdtest=shell"
     conf = f"""
 vm "a" {{
     disable

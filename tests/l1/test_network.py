@@ -133,7 +133,7 @@ def bridge_address(interface: str) -> str:
 
 def block(name: str, linux: LinuxGuest, append: str, *lines: str) -> str:
     """Return a vm block that boots the stock kernel to a shell."""
-    append = f"console=ttyS0 quiet panic=-1 vmdtest=shell {append}"
+    append = f"console=ttyS0 quiet panic=-1 nowatchdog vmdtest=shell {append}"
     options = ("disable", f'boot "{linux.kernel}" initrd "{linux.initrd}" cmdline "{append}"', "memory 384M", *lines)
     return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
 

@@ -35,7 +35,7 @@ def block(name: str, *lines: str) -> str:
 
 def linux_block(name: str, linux: LinuxGuest, append: str, *lines: str) -> str:
     """Return a vm block that boots the stock kernel directly, to a shell."""
-    append = f"console=ttyS0 quiet panic=-1 vmdtest=shell {append}"
+    append = f"console=ttyS0 quiet panic=-1 nowatchdog vmdtest=shell {append}"
     return block(name, f'boot "{linux.kernel}" initrd "{linux.initrd}" cmdline "{append}"', "memory 256M", *lines)
 
 

@@ -132,7 +132,7 @@ def traveller(linux: LinuxGuest, tmp_path: Path) -> Iterator[Traveller]:
     load_modules()
     disk, stream = tmp_path / "disk", Stream()
     disk.write_bytes(b"".join(servers.noise(CONSTANT)) + bytes(WRITTEN * MIB))
-    append = "console=ttyS0 quiet panic=-1 vmdtest=shell"
+    append = "console=ttyS0 quiet panic=-1 nowatchdog vmdtest=shell"
     conf = f"""
 switch "lan" {{
     interface lan
