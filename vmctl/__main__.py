@@ -24,7 +24,7 @@ def fail(session: Session, error: VmdError) -> int:
         for line in str(error).split("\n"):  # a configuration has a line for each mistake
             warn(line)
     if session.json:
-        put_error(str(error), getattr(error, "code", None), session.json_fd)
+        put_error(str(error), (error.number or None) if isinstance(error, CommandError) else None, session.json_fd)
     return error.exit_status if isinstance(error, CommandError) else 1
 
 

@@ -63,7 +63,7 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
     try:
         answer = client.ask(request, StopAccepted, VmTerminated)
     except Refused as error:
-        return Result(vmid=ref.vmid, name=ref.sure_name, result=FAILED, text=error.text, code=error.code)
+        return Result(vmid=ref.vmid, name=ref.sure_name, result=FAILED, text=error.text, code=error.number)
     except KeyboardInterrupt:
         return Result(vmid=ref.vmid, name=ref.sure_name, result=FAILED, text="interrupted call", code=errno.EINTR)
     except VmdError:

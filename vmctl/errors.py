@@ -13,14 +13,14 @@ from vmd.errors import VmdError
 
 
 class CommandError(VmdError):
-    """The command cannot be done; `code` is an errno or a VMD_* code where there is one."""
+    """The command cannot be done; `number` is 0 where nobody gave one."""
 
     exit_status = 1
 
-    def __init__(self, what: str, code: int | None = None) -> None:
-        super().__init__(what, code)
+    def __init__(self, what: str, number: int | None = None) -> None:
+        super().__init__(what, number)
         self.what = what
-        self.code = code
+        self.number = number or 0
 
     def __str__(self) -> str:
         return self.what
@@ -56,13 +56,12 @@ class NoSuchVm(CommandError):
 class Refused(CommandError):
     """The daemon answered Failed; commands put their own words before its sentence."""
 
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(f"command failed: {text}", code)
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(f"command failed: {text}", number)
         self.text = text
-        self.code: int = code
 
 
 def refused(words: str, error: Refused) -> CommandError:
     """Return a refusal of something that was asked for one VM: after the command's words, the daemon's sentence."""
     sentence = f"{words}: {error.text}"
-    return NoSuchVm(sentence) if error.code == errno.ENOENT else CommandError(sentence, error.code)
+    return NoSuchVm(sentence) if error.number == errno.ENOENT else CommandError(sentence, error.number)

@@ -2,12 +2,12 @@
 
 VmdError            anything that is answered with a sentence instead of a traceback
   ConfigError       the operator, in a configuration file; carries file and line
-  OperatorError     the operator or a client, in a request; carries an errno or one of *cat. 1.10*
+  OperatorError     the operator or a client, in a request; its number is an errno or one of *cat. 1.10*
     InUse           ... for somebody else has a file; carries which
   ImageError        a kernel, firmware or disk image that cannot be used
   GuestError        the guest; ends a request, a device or at most its own VM
   PeerError         a process on the other side of a channel broke the protocol
-  HostError         the kernel refused something; carries errno and what was tried
+  HostError         the kernel refused something; its number is the errno; carries what was tried
 
 `__str__` is a lower-case sentence without a full stop that names the thing and the value.
 """
@@ -19,7 +19,12 @@ NO_CALL = ": this kernel, or the container or unit that vmd runs in, does not le
 
 
 class VmdError(Exception):
-    """Base of everything that has a sentence for its user."""
+    """Base of everything that has a sentence for its user.
+
+    `number` is for programs: an errno, or a VMD_* code of `vmd.ipc.messages`; 0 is none.
+    """
+
+    number: int = errno.EINVAL
 
 
 class ConfigError(VmdError):
@@ -36,11 +41,11 @@ class ConfigError(VmdError):
 
 
 class OperatorError(VmdError):
-    """A request cannot be done; `code` is an errno or a VMD_* code of `vmd.ipc.messages`."""
+    """A request cannot be done."""
 
-    def __init__(self, code: int, what: str) -> None:
-        super().__init__(code, what)
-        self.code = code
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(number, what)
+        self.number = number
         self.what = what
 
     def __str__(self) -> str:
@@ -80,6 +85,8 @@ class GuestError(VmdError):
 class PeerError(VmdError):
     """A peer process broke the protocol; `raw` keeps the first bytes of what it sent."""
 
+    number = errno.EPROTO
+
     def __init__(self, peer: str, what: str, raw: bytes = b"") -> None:
         super().__init__(peer, what, raw)
         self.peer = peer
@@ -96,12 +103,12 @@ class HostError(VmdError):
 
     def __init__(self, tried: str, error: OSError | int) -> None:
         self.tried = tried
-        self.errno = error if isinstance(error, int) else (error.errno or 0)
-        self.reason = os.strerror(self.errno) if self.errno else str(error)
-        super().__init__(tried, self.errno)
+        self.number = error if isinstance(error, int) else (error.errno or 0)
+        self.reason = os.strerror(self.number) if self.number else str(error)
+        super().__init__(tried, self.number)
 
     def __str__(self) -> str:
-        return f"{self.tried}: {self.reason}{NO_CALL if self.errno == errno.ENOSYS else ''}"
+        return f"{self.tried}: {self.reason}{NO_CALL if self.number == errno.ENOSYS else ''}"
 
 
 def sentence(error: Exception) -> str:
@@ -115,6 +122,6 @@ def sentence(error: Exception) -> str:
 
 
 def number(error: Exception) -> int:
-    """Return the code of a failure for those who are told of it: an errno, or one of *cat. 1.10*."""
-    found: int | None = getattr(error, "code", None) or getattr(error, "errno", None)
-    return found or (errno.EIO if isinstance(error, OSError) else errno.EINVAL)
+    """Return the number of a failure for those who are told of it, whatever it is; never 0."""
+    found = error.number if isinstance(error, VmdError) else getattr(error, "errno", None)
+    return found or (errno.EIO if isinstance(error, OSError | HostError) else errno.EINVAL)

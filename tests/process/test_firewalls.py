@@ -299,7 +299,7 @@ def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Fam
         try:
             set_policy(family, "ACCEPT")
         except HostError as error:
-            if error.errno != errno.ENOPROTOOPT:
+            if error.number != errno.ENOPROTOOPT:
                 raise
             pytest.skip(f"this kernel has no old {family.program}")
         assert loaded.read_text() == "filter\n"

@@ -83,11 +83,11 @@ def request_console(client: Client, ref: VmRef, *, force: bool) -> tuple[Console
             backlog += answer.data
             answer = client.answer(ConsoleOutput, ConsoleAttached)
     except Refused as error:
-        if error.code == errno.ESRCH and backlog:
+        if error.number == errno.ESRCH and backlog:
             show(bytes(backlog))
             warn(f"{error.text}; this is what its console showed last")
             return None, b""
-        if error.code in (errno.ENOENT, errno.ESRCH):
+        if error.number in (errno.ENOENT, errno.ESRCH):
             raise refused("console not found", error) from None
         raise
     assert isinstance(answer, ConsoleAttached)

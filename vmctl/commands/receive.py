@@ -25,7 +25,7 @@ def run(session: Session, given: Given) -> int:
     try:
         received = transfer(session, request, VmReceived, STDIN, ref.name)
     except Refused as error:
-        raise CommandError(f"receive vm command failed: {error.text}", error.code) from None
+        raise CommandError(f"receive vm command failed: {error.text}", error.number) from None
     state = ", paused" if received.paused else ""
     warn(f"received vm {received.vmid} successfully, tty {received.tty}{state}")
     if session.json:

@@ -22,7 +22,7 @@ def read_configuration(session: Session, request: ReloadRequest | LoadRequest) -
     except Refused as error:
         if "\n" not in error.text:
             raise
-        raise CommandError(error.text, error.code) from None  # a line for each mistake in the file
+        raise CommandError(error.text, error.number) from None  # a line for each mistake in the file
     show_notes(session, done)
 
 

@@ -292,15 +292,15 @@ def is_known(session: Session, ref: VmRef) -> bool:
 
 def refusal(session: Session, error: Refused, ref: VmRef, request: StartRequest) -> CommandError:
     """Return the daemon's answer after upstream's words for it."""
-    close = session.meant(request.template) if error.code == VMD_PARENT_INVALID else ""
-    words = REFUSALS.get(error.code)
+    close = session.meant(request.template) if error.number == VMD_PARENT_INVALID else ""
+    words = REFUSALS.get(error.number)
     if words is None:
         sentence = f"start vm command failed: {error.text}"
         # A file that is missing has the same errno.
-        if request.config is None and error.code == errno.ENOENT and not is_known(session, ref):
+        if request.config is None and error.number == errno.ENOENT and not is_known(session, ref):
             return NoSuchVm(sentence)
-        return CommandError(sentence, error.code)
-    return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}{close}", error.code)
+        return CommandError(sentence, error.number)
+    return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}{close}", error.number)
 
 
 def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:

@@ -52,7 +52,7 @@ def devices_of(session: Session, vm: VmInfo) -> tuple[list[NicInfo], list[Troubl
     try:
         return session.client.list_devices(vm.vmid)
     except Refused as error:
-        if error.code == errno.ENOENT:
+        if error.number == errno.ENOENT:
             return [], []
         raise
 

@@ -14,7 +14,7 @@ import sys
 import time
 from _queue import Empty, SimpleQueue
 
-from vmd.errors import GuestError, PeerError, VmdError, sentence
+from vmd.errors import GuestError, HostError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
 from vmd.log import FORMS, RateLimit, log
@@ -524,7 +524,7 @@ def receive_start(sync: _socket.socket) -> tuple[bytes, list[int]]:
 
 def error_packet(error: Exception) -> bytes:
     """Return ERROR."""
-    number = getattr(error, "errno", None) or 0
+    number = error.number if isinstance(error, HostError) else getattr(error, "errno", None) or 0
     return devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000]
 
 

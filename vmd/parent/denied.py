@@ -54,7 +54,7 @@ def file_system_of(fd: int) -> int:
     try:
         return linux.file_system_type(fd) & 0xFFFFFFFF
     except HostError as error:
-        if error.errno != errno.ENOSYS:  # which only a FUSE server answers that has not thought of it
+        if error.number != errno.ENOSYS:  # which only a FUSE server answers that has not thought of it
             raise
         return FUSE
 

@@ -156,7 +156,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> N
         except OperatorError as error:
             close(fd)
             if first and not config.format and error.what.endswith(NOT_QCOW2):
-                raise OperatorError(error.code, f"{error.what}, as its name says; if it is raw, say {raw}") from None
+                raise OperatorError(error.number, f"{error.what}, as its name says; if it is raw, say {raw}") from None
             raise
         except BaseException:
             close(fd)
@@ -192,7 +192,7 @@ def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober") -> Probe:
         if not number:
             raise
         words = error.what.removesuffix(os.strerror(number)) + explained(number, path, f"user {service.USER}")
-        raise OperatorError(error.code, words) from None
+        raise OperatorError(error.number, words) from None
 
 
 def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober") -> Probe:
@@ -314,7 +314,7 @@ def open_image(
             finally:
                 close(place)
     except (OSError, HostError) as error:
-        number = error.errno or errno.EIO
+        number = (error.number if isinstance(error, HostError) else error.errno) or errno.EIO
         if number in (errno.EACCES, errno.EPERM) and user is not None and user.uid:
             why = explained(number, path, f"uid {user.uid}").partition(": ")[2]
             why = f": {why}" if why else ""
@@ -330,7 +330,7 @@ def require_image(fd: int, name: str, invalid: int) -> int:
     except OSError:
         raise  # which its caller explains
     except HostError as error:
-        raise OperatorError(invalid, f"{name}: {os.strerror(error.errno)}") from None
+        raise OperatorError(invalid, f"{name}: {os.strerror(error.number)}") from None
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise OperatorError(invalid, f"{name}: neither a regular file nor a block device")
     if kind is not None:
@@ -369,7 +369,7 @@ class ImageProber:
         except OSError as error:
             raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be examined: {error.strerror}") from None
         except VmdError as error:
-            code = error.errno if isinstance(error, HostError) else errno.EIO
+            code = error.number if isinstance(error, HostError) else errno.EIO
             raise OperatorError(code, f"{name}: cannot be examined: {error}") from None
         try:
             line = read_line(reader, deadline_s)

@@ -52,7 +52,7 @@ class Media:
                     media.notes += notes
             except OperatorError as error:
                 media.close()
-                if error.code != errno.EBUSY or time.monotonic() > deadline_s:
+                if error.number != errno.EBUSY or time.monotonic() > deadline_s:
                     raise
                 time.sleep(RETRY_S)
             except BaseException:

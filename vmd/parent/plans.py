@@ -141,7 +141,7 @@ class Plans:
             user = self.user_of(vm, config, plan)
             taken = self.route_to(config, plan, host_routes())
         except OperatorError as error:
-            raise OperatorError(error.code, f"vm {config.name}: {error}") from None
+            raise OperatorError(error.number, f"vm {config.name}: {error}") from None
         if user is not None:
             where = f"that vm {self.name_of(user[0])} has here, such as {user[1]}"
         elif taken is not None:

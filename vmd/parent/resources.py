@@ -168,7 +168,7 @@ def open_firmware() -> tuple[int, str]:
         try:
             return open_regular(path, "firmware"), path
         except OperatorError as error:
-            if error.code not in (errno.ENOENT, errno.ENOTDIR):
+            if error.number not in (errno.ENOENT, errno.ENOTDIR):
                 raise
     raise OperatorError(
         VMD_BIOS_MISSING,

@@ -51,7 +51,7 @@ def wait_for_kvm(timeout_s: float) -> int:
         try:
             return open_kvm()
         except NoKvm as error:
-            if error.code not in (errno.ENOENT, errno.ENODEV, errno.ENXIO) or time.monotonic() >= deadline_s:
+            if error.number not in (errno.ENOENT, errno.ENODEV, errno.ENXIO) or time.monotonic() >= deadline_s:
                 raise
         if not said:
             log.info(f"waiting up to {timeout_s:.0f} s for {KVM}: no driver has made it yet")

@@ -194,7 +194,7 @@ class Transfers:
         try:
             Media.open(config, self.core.prober).close()
         except OperatorError as error:
-            if error.code != errno.EBUSY:
+            if error.number != errno.EBUSY:
                 raise
 
     def on_received_machine(self, message: ReceivedMachine, _envelope: Envelope) -> None:

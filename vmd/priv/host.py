@@ -230,7 +230,7 @@ class Network:
             try:
                 link = self.links.add_bridge(name, switch.alias)
             except HostError as error:
-                raise OperatorError(error.errno, lacking(error, f"make bridge {name}", "bridge")) from None
+                raise OperatorError(error.number, lacking(error, f"make bridge {name}", "bridge")) from None
         try:
             if made:
                 keep_to_itself(name)
@@ -285,7 +285,7 @@ class Network:
         try:
             link = self.links.add_vrf(name, rdomain, f"rdomain{rdomain}")
         except HostError as error:
-            raise OperatorError(error.errno, lacking(error, f"rdomain {rdomain}: make VRF {name}", "vrf")) from None
+            raise OperatorError(error.number, lacking(error, f"rdomain {rdomain}: make VRF {name}", "vrf")) from None
         try:
             self.links.end_table(rdomain)
             self.links.set_up(link, up=True)
@@ -632,7 +632,7 @@ class Network:
             self.apply(members, bridges)
         except OperatorError as error:
             if any(member.networks for member in members):
-                raise OperatorError(error.code, f"NAT for local interfaces: {error}") from None
+                raise OperatorError(error.number, f"NAT for local interfaces: {error}") from None
             if any(member.groups for member in members):
                 self.say_once(f"groups have no sets in nftables: {error}")
             return
@@ -942,6 +942,6 @@ def keep_to_itself(name: str) -> None:
 
 def lacking(error: HostError, tried: str, module: str) -> str:
     """Return why an interface of some kind cannot be made, with what to do about it."""
-    if error.errno == errno.EOPNOTSUPP:
+    if error.number == errno.EOPNOTSUPP:
         return f"{tried}: this kernel has no such interfaces: load the module {module}"
-    return f"{tried}: {os.strerror(error.errno)}"
+    return f"{tried}: {os.strerror(error.number)}"

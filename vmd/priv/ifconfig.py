@@ -74,7 +74,7 @@ class Links:
             with trying(f"look up interface {name}"):
                 found = list(self.netlink.link("get", ifname=name))
         except HostError as error:
-            if error.errno == errno.ENODEV:
+            if error.number == errno.ENODEV:
                 return None
             raise
         return parse(found[0]) if found else None
@@ -180,7 +180,7 @@ class Links:
             with trying(f"take address {text}/{length} from interface {link.name}"), absent_is_fine():
                 self.netlink.addr("del", index=link.index, address=text, prefixlen=length, **family)
         except HostError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
+            if error.number != errno.EADDRNOTAVAIL:
                 raise
 
     def addresses(self) -> list[tuple[int, bytes]]:
@@ -241,8 +241,8 @@ class Links:
                         priority=LAST_RESORT, proto=RTPROT_OURS,
                     )  # fmt: skip
             except HostError as error:
-                no_family = family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
-                if error.errno != errno.EEXIST and not no_family:
+                no_family = family == socket.AF_INET6 and error.number in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP)
+                if error.number != errno.EEXIST and not no_family:
                     raise
 
     def forget_routes(self, table: int | None = None) -> None:

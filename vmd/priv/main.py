@@ -152,7 +152,7 @@ class Priv(Process):
         try:
             nics = self.network.make_nics(message, tuns)
         except (OperatorError, HostError) as error:
-            code = error.code if isinstance(error, OperatorError) else error.errno
+            code = error.number
             failed = NicsFailed(vmid=message.vmid, ticket=message.ticket, code=code, text=brief(str(error)))
             channel.send(failed)
             return

@@ -33,7 +33,7 @@ def make(fd: int, name: str, reserved: "Collection[str]" = ()) -> str:
         try:
             return claim(fd, f"tap{number}")
         except OperatorError as error:
-            if error.code != errno.EBUSY:
+            if error.number != errno.EBUSY:
                 raise
     raise OperatorError(errno.ENOSPC, f"tap0 to tap{NUMBERS - 1} are all taken")
 
@@ -53,7 +53,7 @@ def attach(fd: int, name: str) -> None:
             reason = f"interface {name} exists already, and is not a tap of one queue: ip tuntap add {name} mode tap"
             raise OperatorError(errno.EINVAL, reason) from None
         failed = HostError(f"attach to interface {name}", error)
-        raise OperatorError(failed.errno, str(failed)) from None
+        raise OperatorError(failed.number, str(failed)) from None
 
 
 def claim(fd: int, name: str) -> str:
@@ -65,5 +65,5 @@ def claim(fd: int, name: str) -> str:
         if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):  # EINVAL: there is one, and it is no tap
             raise OperatorError(errno.EBUSY, f"interface {name} exists already") from None
         failed = HostError(f"make interface {name}", error)
-        raise OperatorError(failed.errno, str(failed)) from None
+        raise OperatorError(failed.number, str(failed)) from None
     return name

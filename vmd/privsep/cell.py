@@ -366,7 +366,7 @@ def run_builder(
         build_root(mounts, code)
         report = BUILT
     except HostError as error:
-        report = f"{error.errno} {error.tried}"
+        report = f"{error.number} {error.tried}"
     except OSError as error:
         report = f"{error.errno} {error.filename}"
     except BaseException as error:

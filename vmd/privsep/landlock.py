@@ -48,7 +48,7 @@ def abi() -> int:
     try:
         return linux.syscall("ask for landlock", linux.SYS_LANDLOCK_CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
     except HostError as error:
-        if error.errno in (*linux.REFUSED, errno.EOPNOTSUPP):
+        if error.number in (*linux.REFUSED, errno.EOPNOTSUPP):
             return 0
         raise
 

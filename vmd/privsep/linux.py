@@ -184,7 +184,7 @@ def close_on_exec_from(first: int, last: int = FD_MAX) -> None:
     try:
         syscall("close_range", SYS_CLOSE_RANGE, first, last, CLOSE_RANGE_CLOEXEC)
     except HostError as error:
-        if error.errno not in REFUSED:
+        if error.number not in REFUSED:
             raise
         for fd in open_descriptors(first, last):
             try:
@@ -287,7 +287,7 @@ def open_place(path: bytes) -> int:
     try:
         return openat2(path, os.O_PATH | os.O_CLOEXEC, RESOLVE_NO_MAGICLINKS)
     except HostError as error:
-        if error.errno not in REFUSED:
+        if error.number not in REFUSED:
             raise
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:

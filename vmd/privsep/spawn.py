@@ -250,7 +250,7 @@ def become(
         linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
         os.execve(argv[0], argv, ENVIRONMENT)  # noqa: S606 - no shell
     except HostError as error:
-        words = f"{error.errno} {error.tried}"
+        words = f"{error.number} {error.tried}"
     except OSError as error:
         words = f"{error.errno} {error.filename or 'prepare the process'}"
     except BaseException as error:

@@ -16,7 +16,7 @@ import sys
 
 from vmd.backlog import BacklogWriter
 from vmd.closing import close
-from vmd.errors import PeerError, VmdError, sentence
+from vmd.errors import PeerError, VmdError, number, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -191,8 +191,7 @@ class VmProcess(Process):
 
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""
-        code = getattr(error, "errno", None) or getattr(error, "code", None) or 0
-        self.vmm.send(VmFailed(vmid=self.vmid, code=code, text=brief(sentence(error))))
+        self.vmm.send(VmFailed(vmid=self.vmid, code=number(error), text=brief(sentence(error))))
         self.end(Outcome.FAILED, sentence(error))
 
     def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:

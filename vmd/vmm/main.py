@@ -132,7 +132,7 @@ class Vmm(Process):
             self.require_files()
             child, self.reserve = self.reserve or self.spawn_vm(), None
         except HostError as error:
-            self.not_started(message.vmid, error.errno, str(error))
+            self.not_started(message.vmid, error.number, str(error))
             return
         child.vmid = message.vmid
         child.channel.label = f"vm/{name}"

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 
-from vmd.errors import HostError
+from vmd.errors import HostError, number
 from vmd.privsep import confine, linux
 from vmd.privsep.spawn import spawn
 
@@ -430,6 +430,6 @@ def main() -> int:
         try:
             answer = f"done {ATTEMPTS[name]()}"
         except (OSError, HostError) as error:
-            answer = f"errno {error.errno}"
+            answer = f"errno {number(error)}"
         channel.sendall(f"{name} {answer}\n".encode())
     return 0

@@ -144,7 +144,7 @@ def test_obstacles(fields: dict[str, Any], bootable: bool, found: list[tuple[int
     for code, what in found[:1]:
         with pytest.raises(OperatorError) as refused:
             require_startable(config, bootable=bootable)
-        assert (refused.value.code, str(refused.value)) == (code, f"vm a: {what}")
+        assert (refused.value.number, str(refused.value)) == (code, f"vm a: {what}")
 
 
 LIMITS = {

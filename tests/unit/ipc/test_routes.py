@@ -114,7 +114,7 @@ def test_the_parent_refuses_what_is_roots(cls: type[Any]) -> None:
     require_allowed(request, Caller(uid=0, gid=0, pid=1))
     with pytest.raises(OperatorError, match=r"^only root may ") as refused:
         require_allowed(request, Caller(uid=1000, gid=0, pid=1))
-    assert refused.value.code == errno.EPERM
+    assert refused.value.number == errno.EPERM
 
 
 class Wrong(Process):

@@ -126,7 +126,7 @@ def test_guessed_disk_gets_no_backing_file(tmp_path: Path) -> None:
 
     refused = refusal(tmp_path / "disk")
 
-    assert refused.code == errno.EINVAL
+    assert refused.number == errno.EINVAL
     assert str(refused) == (
         f"disk {tmp_path}/disk: has backing file /etc/shadow, but only its first bytes say that it is qcow2;"
         " configure it with `format qcow2`"
@@ -265,12 +265,12 @@ def test_file_that_is_no_disk(tmp_path: Path, name: str, code: int, words: str, 
 
     refused = refusal(f"{tmp_path}/{name}", image_format)
 
-    assert (refused.code, str(refused)) == (code, f"disk {tmp_path}/{name}: {words}")
+    assert (refused.number, str(refused)) == (code, f"disk {tmp_path}/{name}: {words}")
 
 
 def test_empty_path_is_no_disk() -> None:
     """vm.conf's grammar does not let it through, a client might."""
-    assert refusal("").code == VMD_DISK_MISSING
+    assert refusal("").number == VMD_DISK_MISSING
 
 
 def test_disk_in_use_is_refused_53(tmp_path: Path, opens: Open) -> None:
@@ -282,7 +282,7 @@ def test_disk_in_use_is_refused_53(tmp_path: Path, opens: Open) -> None:
     refused = refusal(tmp_path / "again")
 
     words = f"disk {tmp_path}/again: is in use by another process, which writes to it"
-    assert (refused.code, str(refused)) == (errno.EBUSY, words)
+    assert (refused.number, str(refused)) == (errno.EBUSY, words)
 
 
 def test_base_is_shared_and_stays_as_it_is_53(tmp_path: Path, opens: Open) -> None:
@@ -313,7 +313,7 @@ def test_lock_lasts_as_long_as_a_copy_of_the_descriptor(tmp_path: Path) -> None:
     os.close(fd)
     disk.close()
 
-    assert refusal(path).code == errno.EBUSY
+    assert refusal(path).number == errno.EBUSY
     os.close(copy)
 
     open_disk(DiskConfig(path=str(path)), None, InProcess()).close()
@@ -333,7 +333,7 @@ def test_immutable_file_is_no_disk(tmp_path: Path) -> None:
     finally:
         subprocess.run(["chattr", "-i", f"{tmp_path}/disk"], check=True)
 
-    assert refused.code == VMD_DISK_MISSING
+    assert refused.number == VMD_DISK_MISSING
     assert str(refused) == f"disk {tmp_path}/disk: cannot be opened for writing: Operation not permitted"
 
 
@@ -358,7 +358,7 @@ def test_disk_of_a_user(folder: Path, opens: Open, uid: int, gid: int, mode: int
     else:
         refused = refusal(path, "", USER)
         words = f"disk {path}: cannot be opened for writing: uid {USER.uid} has no permission"
-        assert (refused.code, str(refused)) == (errno.EACCES, words)
+        assert (refused.number, str(refused)) == (errno.EACCES, words)
     opens(path, "", ROOT).close()
 
 
@@ -372,7 +372,7 @@ def test_base_of_a_user_has_to_be_readable(folder: Path, opens: Open) -> None:
 
     refused = refusal(folder / "disk", "qcow2", USER)
     words = f"disk {folder}/disk: backing file {folder}/base: uid {USER.uid} has no permission"
-    assert (refused.code, str(refused)) == (errno.EACCES, words)
+    assert (refused.number, str(refused)) == (errno.EACCES, words)
 
     (folder / "base").chmod(0o644)
     assert len(opens(folder / "disk", "qcow2", USER).links) == 2
@@ -389,9 +389,9 @@ def test_user_does_not_reach_into_a_closed_directory(folder: Path) -> None:
     create(str(folder / "disk"), "qcow2", MIB, "closed/base", "raw")
     os.chown(folder / "disk", USER.uid, NOBODY.pw_gid)
 
-    assert refusal(folder / "disk", "qcow2", USER).code == errno.EACCES
-    assert refusal(closed / "base", "raw", USER).code == errno.EACCES
-    assert refusal(closed / "missing", "raw", USER).code == errno.EACCES  # nor learns what is in there
+    assert refusal(folder / "disk", "qcow2", USER).number == errno.EACCES
+    assert refusal(closed / "base", "raw", USER).number == errno.EACCES
+    assert refusal(closed / "missing", "raw", USER).number == errno.EACCES  # nor learns what is in there
 
 
 @pytest.mark.root
@@ -434,7 +434,7 @@ def test_block_device_is_a_disk_once(block_device: Path, tmp_path: Path, opens: 
     disk = opens(block_device)
 
     assert shown(disk) == [(block_device.name, "raw", True)]
-    assert refusal(block_device).code == errno.EBUSY
+    assert refusal(block_device).number == errno.EBUSY
     assert str(refusal(node)) == f"disk {node}: is in use by another process, or mounted"
 
 
@@ -462,7 +462,7 @@ def test_cdrom_is_shared(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.pwrite(fds[0], b"x", 0)
-    assert refusal(path).code == errno.EBUSY
+    assert refusal(path).number == errno.EBUSY
     for fd in fds:
         os.close(fd)
 
@@ -485,7 +485,7 @@ def test_file_that_is_no_cdrom(tmp_path: Path, name: str, code: int, words: str)
         with pytest.raises(OperatorError) as refused:
             open_cdrom(f"{tmp_path}/{name}", None, InProcess())
 
-    assert (refused.value.code, str(refused.value)) == (code, f"cdrom {tmp_path}/{name}: {words}")
+    assert (refused.value.number, str(refused.value)) == (code, f"cdrom {tmp_path}/{name}: {words}")
 
 
 @pytest.mark.root
@@ -500,7 +500,7 @@ def test_cdrom_of_a_user(folder: Path) -> None:
     os.close(open_cdrom(str(folder / "iso"), USER, InProcess())[0])
 
     words = f"cdrom {folder}/iso: uid {USER.uid} has no permission"
-    assert (refused.value.code, str(refused.value)) == (errno.EACCES, words)
+    assert (refused.value.number, str(refused.value)) == (errno.EACCES, words)
 
 
 @pytest.mark.root

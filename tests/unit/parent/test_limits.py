@@ -27,7 +27,7 @@ def test_number_of_vms() -> None:
     """As many as the limit, and not one more; by default as many as vmm(4) has room for."""
     require_room(SMALL, [SMALL] * 511, Globals())
     refused = refusal(SMALL, [SMALL] * 512, Globals(limit_vcpus=1000))
-    assert refused.code == errno.EAGAIN
+    assert refused.number == errno.EAGAIN
     assert str(refused) == "vm small: 512 VMs are running, and there is a limit of 512 (limit vms)"
     assert "limit of 0" in str(refusal(SMALL, [], Globals(limit_vms=0)))
 
@@ -37,7 +37,7 @@ def test_number_of_vcpus() -> None:
     large = VmConfig(name="large", vcpus=16)
     require_room(SMALL, [large] * 2, Globals(limit_vcpus=33))
     refused = refusal(large, [large, SMALL], Globals(limit_vcpus=32))
-    assert refused.code == errno.EAGAIN
+    assert refused.number == errno.EAGAIN
     assert str(refused) == "vm large: with its 16 there would be 33 vcpus, and there is a limit of 32 (limit vcpus)"
 
 
@@ -46,7 +46,7 @@ def test_memory() -> None:
     large = VmConfig(name="large", memory_bytes=3 * GIB)
     require_room(large, [large], Globals(limit_memory_bytes=6 * GIB))
     refused = refusal(large, [large, SMALL], Globals(limit_memory_bytes=6 * GIB))
-    assert refused.code == errno.ENOMEM
+    assert refused.number == errno.ENOMEM
     assert str(refused) == (
         "vm large: with its 3.0G guests would have 6.0G of memory, and there is a limit of 6.0G (limit memory)"
     )
@@ -114,4 +114,4 @@ def test_not_even_a_descriptor_to_count_them_with(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "listdir", listdir)
     with pytest.raises(OperatorError, match="no room for another vm") as refused:
         require_files()
-    assert refused.value.code == errno.EMFILE
+    assert refused.value.number == errno.EMFILE

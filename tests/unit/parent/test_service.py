@@ -40,7 +40,7 @@ def test_kvm_that_is_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(service.NoKvm) as raised:
         service.wait_for_kvm(60)
 
-    assert raised.value.code == errno.ENOTTY
+    assert raised.value.number == errno.ENOTTY
 
 
 def test_journal_is_told_from_an_inherited_name(monkeypatch: pytest.MonkeyPatch) -> None:

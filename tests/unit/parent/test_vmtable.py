@@ -76,18 +76,18 @@ def test_transitions(table: VmTable) -> None:
     vm = table.get(1)
     with pytest.raises(OperatorError) as refused:
         vm.begin_stop(force=True)
-    assert refused.value.code == VMD_VM_STOP_INVALID
+    assert refused.value.number == VMD_VM_STOP_INVALID
     vm.begin_start()
     with pytest.raises(OperatorError) as refused:
         vm.begin_start()
-    assert refused.value.code == errno.EALREADY
+    assert refused.value.number == errno.EALREADY
     assert str(refused.value) == "vm a is starting"
     vm.begin_stop(force=False)
     vm.begin_run(4711)
     assert vm.state is State.STOPPING  # it was told to stop before it ran
     with pytest.raises(OperatorError) as refused:
         vm.begin_stop(force=False)
-    assert refused.value.code == errno.EALREADY
+    assert refused.value.number == errno.EALREADY
     vm.begin_stop(force=True)
     vm.ended("gone")
     assert (vm.state, vm.pid, vm.text) == (State.STOPPED, 0, "gone")

@@ -38,7 +38,7 @@ def test_a_list_that_never_stands_still() -> None:
     with pytest.raises(HostError, match="list interfaces while others change them") as failed:
         listed("list interfaces", dump(*[[NLM_F_DUMP_INTR]] * DUMPS_MAX))
 
-    assert failed.value.errno == errno.EAGAIN
+    assert failed.value.number == errno.EAGAIN
 
 
 def test_a_list_that_is_refused_is_not_read_again() -> None:
@@ -46,7 +46,7 @@ def test_a_list_that_is_refused_is_not_read_again() -> None:
     with pytest.raises(HostError) as failed:
         listed("list routes", dump(NetlinkError(errno.EPERM)))
 
-    assert failed.value.errno == errno.EPERM
+    assert failed.value.number == errno.EPERM
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_failures_are_ours(error: Exception, code: int) -> None:
     with pytest.raises(HostError, match="make bridge br0") as failed, trying("make bridge br0"):
         raise error
 
-    assert failed.value.errno == code
+    assert failed.value.number == code
 
 
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ESRCH, errno.ENOENT])

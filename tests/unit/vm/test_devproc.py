@@ -247,7 +247,7 @@ def test_device_that_cannot_start_says_why(impostor: Impostor, process: DevicePr
 
     with pytest.raises(OperatorError, match=f"^{TITLE}: map guest memory: Cannot allocate memory$") as failed:
         process.wait_ready()
-    assert failed.value.code == 12
+    assert failed.value.number == 12
 
 
 @pytest.mark.parametrize("size", [0, PAGE - 1, PAGE + 1])

@@ -1,0 +1,36 @@
+"""Every failure has a number for programs, under one name."""
+
+import errno
+
+import pytest
+
+from vmctl.errors import NoSuchVm, Refused
+from vmd.errors import ConfigError, GuestError, HostError, ImageError, InUse, OperatorError, PeerError, VmdError, number
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (ConfigError("vm.conf", 3, "no such switch"), errno.EINVAL),
+    (OperatorError(errno.EBUSY, "in use"), errno.EBUSY),
+    (OperatorError(1002, "no disk"), 1002),
+    (ImageError("/kernel", "is empty"), errno.EINVAL),
+    (GuestError("a chain that does not end"), errno.EINVAL),
+    (PeerError("vm/a", "no header"), errno.EPROTO),
+    (HostError("open", OSError(errno.ENOENT, "")), errno.ENOENT),
+    (HostError("open", OSError("without a number")), errno.EIO),
+    (NoSuchVm("vm a not found"), errno.ENOENT),
+    (Refused(errno.EPERM, "not yours"), errno.EPERM),
+    (OSError(errno.EMFILE, "too many"), errno.EMFILE),
+    (OSError("without a number"), errno.EIO),
+    (OverflowError("too large"), errno.EINVAL),
+])  # fmt: skip
+def test_a_failure_has_a_number(error: Exception, expected: int) -> None:
+    """Which is never 0, for that would be success."""
+    assert number(error) == expected
+
+
+def test_there_is_one_name_for_it() -> None:
+    """In the whole family; an errno of an OSError is the kernel's word."""
+    family = [OperatorError(1, ""), HostError("", 1), PeerError("", ""), InUse.__new__(InUse), Refused(1, "")]
+    for error in family:
+        assert isinstance(error, VmdError)
+        assert not {"code", "errno"} & set(dir(error)), type(error)
