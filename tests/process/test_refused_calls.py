@@ -12,7 +12,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.images import MIB
 from tests.support.refusing import refusing
-from vmd.errors import HostError
+from vmd.errors import HostError, number
 from vmd.privsep import linux
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -134,7 +134,7 @@ def test_descriptors_of_others_are_no_places(
         with pytest.raises((OSError, HostError)) as raised:
             linux.open_place(os.fsencode(wanted))
 
-    assert getattr(raised.value, "errno", 0) == errno.ELOOP
+    assert number(raised.value) == errno.ELOOP
 
 
 @pytest.mark.usefixtures("refused")

@@ -238,7 +238,7 @@ class Network:
         try:
             fds = {"tuns": open_tuns(len(launch.requests)), **open_tables()}
         except OperatorError as error:
-            self._fail(ticket, error.code, str(error))
+            self._fail(ticket, error.number, str(error))
             return
         reserved = {nic.tap for other in self.core.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
         self.priv.ask(
