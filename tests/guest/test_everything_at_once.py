@@ -24,10 +24,10 @@ from tests.support.network import Network
 from tests.support.transfers import Footprint
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.ipc.messages import (
-    ConsoleOutput,
+    ANSWERS,
+    BY_CLASS,
     ConsoleRequest,
     ListRequest,
-    NicInfo,
     NicsRequest,
     PauseRequest,
     ReceiveRequest,
@@ -35,8 +35,6 @@ from vmd.ipc.messages import (
     SendRequest,
     StartRequest,
     StopRequest,
-    TransferProgress,
-    VmInfo,
     WaitRequest,
 )
 from vmd.record import Record
@@ -45,7 +43,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(600)]
 
 CONFIGURED = ("a", "b", "c")
 NAMES = (*CONFIGURED, "x")  # which is there only when it was received
-PARTIAL = (VmInfo, NicInfo, ConsoleOutput, TransferProgress)
+PARTIAL = tuple(cls for cls in ANSWERS if BY_CLASS[cls].partial)
 CLIENTS = 3
 LEAVES = 0.1  # how many do so before their answer
 

@@ -961,11 +961,12 @@ REFUSALS = (
 )  # fmt: skip
 
 
+@pytest.mark.deep
 def test_a_machine_that_nobody_could_receive_stays(tmp_path: Path) -> None:
     """A sender whose program is wrong finds it out before it lets go of the guest, and says what is wrong."""
     code = tmp_path / "code"
     code.mkdir()
-    subprocess.run(["cp", "-r", ROOT / "vmd", ROOT / "vmctl", code], check=True)
+    subprocess.run(["cp", "-a", ROOT / "vmd", ROOT / "vmctl", code], check=True)
     with (code / "vmd" / "vm" / "state.py").open("a") as module:
         module.write(BROKEN)
     disk = Disk(tmp_path / "disk")

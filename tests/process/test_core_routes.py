@@ -77,7 +77,8 @@ def forgetful(code: Path) -> Path:
     """Return a copy of the program with messages that nobody serves."""
     code.mkdir()
     for package in ("vmd", "vmctl"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+        # With what is compiled: the processes cannot keep it, and each would compile everything for itself.
+        shutil.copytree(ROOT / package, code / package)
     messages = code / "vmd" / "ipc" / "messages.py"
     head, resolved, tail = messages.read_text().partition("\n_resolve()\n")
     assert resolved

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from tests.support import saved
+from vmd.errors import VmdError
 from vmd.guestmem import PAGE, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
@@ -134,6 +135,28 @@ def send(loop: Loop, machine: Any, fd: int) -> tuple[Sender, list[str]]:  # noqa
     sender = Sender(machine, cast("Any", None), fd, loop, done, one_shot=True)
     sender.start()
     return sender, told
+
+
+def test_a_machine_that_nobody_could_receive_is_not_sent(
+    loop: Loop, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written, and the descriptor stays its caller's; a number that no record takes is such a thing, too."""
+    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def refuse(_header: bytes, _state: bytes, _machine: object) -> None:
+        raise ValueError("the state of other chips")
+
+    monkeypatch.setattr(state, "check_sent", refuse)
+    with pytest.raises(VmdError, match=r"^nobody could receive it: the state of other chips$"):
+        send(loop, machine, writing)
+    monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state().replace(kvmclock_ns=1 << 70))
+    with pytest.raises(VmdError, match=r"^nobody could receive it: Integer value out of range$"):
+        send(loop, machine, writing)
+
+    with pytest.raises(BlockingIOError):
+        os.read(reading, 1)
+    os.close(writing)
+    os.close(reading)
 
 
 def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
