@@ -222,7 +222,7 @@ def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path)
             _, said = client.communicate(timeout=DEADLINE_S)
         assert client.returncode == 0, said
         assert another_priv(vmd, priv) != priv
-        assert not Path(f"/proc/{priv}").exists()
+        wait_for(lambda: not Path(f"/proc/{priv}").exists())
     assert "priv: does not answer for 30 s: it is started again" in vmd.log
 
 
