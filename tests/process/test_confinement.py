@@ -189,7 +189,7 @@ KILLS = (
 )  # fmt: skip
 VMM_KILLS = (
     "connect_inet", "connect_unix", "raw_packets", "clone_namespace", "trace_me", "read_other_memory", "io_uring",
-    "bpf", "userfault", "foreign_ioctl", "mount", "change_root", "become_root", "unshare_net", "unshare_user",
+    "bpf", "userfault", "foreign_ioctl", "mount", "change_root", "unshare_net", "unshare_user",
     "kill_parent", "x32", "limit_others",
 )  # fmt: skip
 
@@ -256,13 +256,14 @@ def test_file_names_lead_nowhere(cell: Cell, kind: str) -> None:
 
 def test_vmm_reads_its_cell_and_writes_nothing(cell: Cell) -> None:
     """vmm's file system is the cell, for reading and running."""
-    run = try_inside(cell, "VMM", "open_passwd", "write_code", "create_file", "become_traceable")
+    run = try_inside(cell, "VMM", "open_passwd", "write_code", "create_file", "become_traceable", "become_root")
 
     assert run.answers == [
         f"open_passwd errno {errno.ENOENT}",
         f"write_code errno {errno.EACCES}",
         f"create_file errno {errno.EROFS}",
         "become_traceable done 0",  # its children have to set this flag, so its filter knows the call
+        f"become_root errno {errno.EPERM}",  # they become other users; the cell's user namespace says which there are
     ]
 
 
@@ -539,6 +540,9 @@ def test_bug_before_exec_is_reported() -> None:
     class Broken:
         import_path: tuple[str, ...] = ("/",)
         own_pids = False
+
+        def prepare(self) -> None:
+            """Nothing."""
 
         def enter(self) -> None:
             raise ZeroDivisionError("no such number")

@@ -1,5 +1,7 @@
 """The cell of vmm and the VMs: what is below vmm ends with it, and is told apart by the host."""
 
+import ast
+import errno
 import os
 import pwd
 import select
@@ -15,7 +17,9 @@ import pytest
 from tests.process.insider import DATA_FD
 from tests.support.bystander import vm_block
 from tests.support.daemon import DEADLINE_S, Daemon
+from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
+from vmd.privsep.ids import FIRST_ID, IDS, TASKS_MAX, Ids, ids_in_use, user_namespace
 from vmd.privsep.spawn import spawn
 
 pytestmark = pytest.mark.root
@@ -23,6 +27,21 @@ pytestmark = pytest.mark.root
 HERE = Path(__file__).resolve().parent
 USER = pwd.getpwnam("nobody")
 PACKAGES = ("vmd", "msgpack", "insider")
+SYS_UNSHARE = 272
+
+NO_USER_NAMESPACES = f"""
+import errno, os, sys
+from vmd.privsep.linux import CLONE_NEWUSER
+from vmd.privsep.seccomp import (
+    JEQ, LD_ABS, OFFSET_ARGS, OFFSET_NR, RET, RET_ALLOW, RET_ERRNO, install, instruction
+)
+install(b"".join([
+    instruction(LD_ABS, OFFSET_NR), instruction(JEQ, {SYS_UNSHARE}, 0, 3),
+    instruction(LD_ABS, OFFSET_ARGS), instruction(JEQ, CLONE_NEWUSER, 0, 1),
+    instruction(RET, RET_ERRNO | errno.ENOSPC), instruction(RET, RET_ALLOW),
+]))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +89,7 @@ def test_nothing_survives_vmm(cell: Cell) -> None:
     with ours:
         vmm = spawn(
             "insider", ["VMM", "hide_a_process", "wait"],
-            channel=theirs, fds={DATA_FD: writer}, place=VmmCell(cell), entry="insider:main",
+            channel=theirs, fds={DATA_FD: writer}, place=VmmCell(cell, None, own_pids=True), entry="insider:main",
         )  # fmt: skip
         theirs.close()
         os.close(writer)
@@ -82,6 +101,91 @@ def test_nothing_survives_vmm(cell: Cell) -> None:
 
     assert hangs_up(reader)
     os.close(reader)
+
+
+def test_a_vm_can_do_nothing_to_another(cell: Cell) -> None:
+    """Under vmm each has an id of its own: it can neither signal the other, nor become it, nor use up its tasks."""
+    place = VmmCell(cell, user_namespace(), own_pids=True)
+    place.ids = Ids(FIRST_ID + 1000, 1)
+    ours, theirs = socket.socketpair()
+    with ours:
+        vmm = spawn("insider", ["VMM", "vms_of_one_vmm"], channel=theirs, place=place, entry="insider:main")
+        theirs.close()
+        with ours.makefile() as answers:
+            confined, result = answers.read().splitlines()
+        vmm.reap(DEADLINE_S)
+
+    said, lived, status = ast.literal_eval(result.removeprefix("vms_of_one_vmm done "))
+    assert confined == "VMM confined"
+    assert said[:2] == [f"kill_victim errno {errno.EPERM}", f"become_other errno {errno.EPERM}"]
+    assert int(said[2].removeprefix("many_threads done ")) < TASKS_MAX
+    assert said[3:] == ["capabilities done 0"]
+    assert lived
+    assert status == -signal.SIGKILL  # vmm may
+
+
+def test_an_id_that_has_a_process_is_not_given_again() -> None:
+    """After the last the first comes again, without those whose processes are still there, such as stuck ones."""
+    ours, theirs = socket.socketpair()
+    ids = Ids(FIRST_ID + 2000, 4)
+    first = ids.take()
+    with ours:
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            os.setresuid(first, first, first)
+            theirs.send(b"!")
+            theirs.recv(1)
+            os._exit(0)
+        theirs.close()
+        ours.recv(1)
+        assert first in ids_in_use()
+
+        assert [ids.take() - first for _ in range(5)] == [1, 2, 3, 1, 2]
+
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.kvm
+def test_who_is_who_on_the_host(tmp_path: Path) -> None:
+    """Every VM has an id of its own, which its devices share; nothing that lasts but the parent is root."""
+    with Daemon(tmp_path, vm_block("a") + vm_block("b")) as vmd:
+        vmd.must("start", "a")
+        vmd.must("start", "b")
+        wait_for(lambda: {"vmd: vm", "vmd: viornd"} <= vmd.processes().keys())
+        processes = {title.removeprefix("vmd: "): pid for title, pid in vmd.processes().items()}
+        users = {title: {*field(pid, "Uid").split(), *field(pid, "Gid").split()} for title, pid in processes.items()}
+        capabilities = {title: int(field(pid, "CapPrm"), 16) for title, pid in processes.items()}
+        namespaces = {title: os.readlink(f"/proc/{pid}/ns/user") for title, pid in processes.items()}
+        limits = Path(f"/proc/{processes['vm/a/viornd0']}/limits").read_text()
+        log = vmd.log
+
+    ids = {title: int(user) for title, (user,) in ((title, tuple(found)) for title, found in users.items())}
+    assert set(ids) >= {"priv", "control", "vmm", "vm", "vm/a", "vm/b", "vm/a/viornd0", "vm/b/viornd0"}
+    assert all(FIRST_ID <= ids[title] < FIRST_ID + IDS for title in ids if title != "priv")
+    assert len({ids[title] for title in ("priv", "control", "vmm", "vm", "vm/a", "vm/b")}) == 6
+    for name in ("a", "b"):
+        assert ids[f"vm/{name}"] == ids[f"vm/{name}/viornd0"]
+    assert ids["vm"] == ids["viornd"]
+    assert capabilities.pop("vmm") == 1 << linux.CAP_KILL | 1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID
+    assert capabilities.pop("priv") == 1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW
+    assert not any(capabilities.values())
+    assert namespaces["vmm"] == namespaces["vm/a"] != os.readlink("/proc/self/ns/user")
+    assert any(line.split()[:4] == ["Max", "processes", str(TASKS_MAX), str(TASKS_MAX)] for line in limits.splitlines())
+    assert "user namespace" not in log
+
+
+@pytest.mark.kvm
+def test_a_host_without_user_namespaces(tmp_path: Path) -> None:
+    """One warning, and all VMs run as `_vmd`, as ever."""
+    with Daemon(tmp_path, vm_block("a"), prefix=(sys.executable, "-c", NO_USER_NAMESPACES)) as vmd:
+        vmd.must("start", "a")
+        processes = vmd.processes()
+        user = pwd.getpwnam("_vmd").pw_uid
+
+        assert vmd.log.count("make a user namespace: ") == 1
+        for title in ("vmm", "vm/a", "vm/a/viornd0", "control"):
+            assert field(processes[f"vmd: {title}"], "Uid").split() == [str(user)] * 4
 
 
 @pytest.mark.kvm

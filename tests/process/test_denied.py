@@ -53,7 +53,7 @@ def test_fuse_without_allow_other(mounted: tuple[Path, int], prober: ImageProber
     with pytest.raises(OperatorError) as refused:
         open_disk(DiskConfig(path=str(path), format=image_format), None, prober)
 
-    who = "root" if user else "user _vmd"
+    who = "root" if user else "the user of its VM"
     doing = "" if user else "cannot be read: "
     assert str(refused.value).startswith(f"disk {path}: {doing}Permission denied: {who} may not use it: {FUSE_WORDS}")
 
@@ -66,7 +66,7 @@ def test_disc_on_fuse_without_allow_other(mounted: tuple[Path, int], prober: Ima
         open_cdrom(str(path), None, prober)
 
     assert str(refused.value).startswith(f"cdrom {path}: ")
-    assert f"{'root' if user else 'user _vmd'} may not use it: {FUSE_WORDS}" in str(refused.value)
+    assert f"{'root' if user else 'the user of its VM'} may not use it: {FUSE_WORDS}" in str(refused.value)
 
 
 def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober: ImageProber) -> None:
@@ -81,7 +81,7 @@ def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober
         open_disk(DiskConfig(path=str(path)), somebody, prober)
 
     assert str(refused.value).startswith(f"disk {path}: ")
-    who = "uid 12345 has no permission: uid 12345" if user else "user _vmd"
+    who = "uid 12345 has no permission: uid 12345" if user else "the user of its VM"
     assert f"{who} may not use it: {FUSE_WORDS}" in str(refused.value)
 
 
@@ -95,7 +95,7 @@ def test_vmctl_says_so(mounted: tuple[Path, int], tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert f"disk {path}: " in done.stderr
-    assert f"{'root' if user else 'user _vmd'} may not use it: {FUSE_WORDS}" in done.stderr
+    assert f"{'root' if user else 'the user of its VM'} may not use it: {FUSE_WORDS}" in done.stderr
     assert "vioblk" not in done.stderr
 
 

@@ -1,6 +1,6 @@
 """control: the clients of one user, and nothing they could break.
 
-Runs as  _vmd; sees no files, no network; no exec, no fork
+Runs as  an id of its own; sees no files, no network; no exec, no fork
 Peers    parent (requests out, answers back); any number of vmctl of that user
 Holds    one socket per client, which the parent has accepted; while it passes on a request, the files that came with it
 """

@@ -1,6 +1,6 @@
 """The start-up that all device processes share: confinement, handshake, memory, loop.
 
-Runs as  _vmd, inside its VM's cell; standard library only; filtered before the first byte from outside is read
+Runs as  its VM's id, inside its VM's cell; standard library only; filtered before the first byte from outside is read
 Peers    its VM process, on two channels (`ipc/devmsg.py` has messages and descriptor numbers)
 Holds    guest memory, its queues' eventfds, and the descriptors of its one host resource
 """

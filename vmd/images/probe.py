@@ -1,6 +1,6 @@
 """imgprobe: reads what an image says about itself, for a parent that must not.
 
-Runs as  _vmd, in the cell, confined to its descriptors before it reads the first byte; for a moment
+Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for a moment
 Peers    parent (starts it, reads one line of `ipc/probemsg.py`, kills it if that takes too long)
 Holds    one image, for reading, and a pipe's writing end
 """

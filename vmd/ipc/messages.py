@@ -609,6 +609,7 @@ class StartVm(Record):
     verbosity: int
     disks: tuple[DiskImages, ...] = ()
     nics: tuple[NicLink, ...] = ()
+    uid: int = 0  # of the VM process that is started next
 
 
 @message(0x61, FROM_VM, fds=("memory?", "process?"))
@@ -749,6 +750,7 @@ class ReceiveVm(Record):
     vmid: int
     name: str
     verbosity: int
+    uid: int = 0  # of the VM process that is started next
 
 
 @message(0x70, FROM_VM)
@@ -841,6 +843,8 @@ class Resolvers(Record):
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))
 class KvmFd(Record):
     """/dev/kvm, opened by the parent: no other process can."""
+
+    uid: int = 0  # of the VM process in reserve; 0: that of vmm
 
 
 @message(0xB0, (Proc.PARENT, Proc.CONTROL))

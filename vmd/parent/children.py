@@ -7,7 +7,9 @@ from vmd.errors import HostError
 from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
 from vmd.parent.disks import ImageProber
+from vmd.privsep import linux
 from vmd.privsep.cell import PRIV_ID, Cell, Network, VmmCell
+from vmd.privsep.ids import FIRST_ID, IDS, Ids, user_namespace
 from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False
@@ -41,8 +43,10 @@ class Children:
     def __init__(self, uid: int, gid: int) -> None:
         self._uid = uid
         self.cell = cell = Cell.build(uid, gid)
+        vmm = vmm_place(cell)
+        self.ids = cell.ids
         self.prober = ImageProber(cell)
-        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm_place(cell)}
+        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm}
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
 
@@ -68,7 +72,8 @@ class Children:
 
     def are_ours(self, caller: Caller) -> bool:
         """Return whether a client is a process of the daemon's own: those have another way to talk to us."""
-        return caller.uid in (self._uid, PRIV_ID) or any(child.pid == caller.pid for child in self._children)
+        ours = caller.uid in (self._uid, PRIV_ID) or FIRST_ID <= caller.uid < FIRST_ID + IDS
+        return ours or any(child.pid == caller.pid for child in self._children)
 
     def reap(self, timeout_s: float) -> None:
         """Wait for the children to end; kill the ones that do not."""
@@ -80,9 +85,16 @@ class Children:
 
 
 def vmm_place(cell: Cell) -> Cell:
-    """Return where vmm runs, on a host that lacks something with a warning."""
+    """Return where vmm runs, and give the cell ids; on a host that lacks something with a warning."""
+    users_fd, own_pids = None, True
     try:
-        return VmmCell(cell)
+        users_fd = user_namespace()
+        cell.ids = Ids()
     except HostError as error:
-        log.warn(f"{error}: a process below vmm that is stopped can outlive the daemon")
-        return cell
+        log.warn(f"{error}: all VMs run as one user of the host, and their processes could signal each other")
+    try:
+        linux.old_pids(linux.new_pids())
+    except HostError as error:
+        log.warn(f"{error}: what runs below vmm could outlive the daemon")
+        own_pids = False
+    return VmmCell(cell, users_fd, own_pids=own_pids)

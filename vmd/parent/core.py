@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.parent.disks import Prober
     from vmd.parent.identity import Identities
+    from vmd.privsep.ids import Ids
 
 
 class Core:
@@ -28,6 +29,11 @@ class Core:
         self.vms = VmTable(identities)
         self.peers = Peers()
         self.clients = Clients(self.peers)
+        self.ids: Ids | None = None  # for VM processes, on a host where they have their own
         self.prober: Prober  # there from the moment that processes are started
         self.serving = False  # clients are served, and VMs started
         self.ending = False  # the daemon is
+
+    def take_id(self) -> int:
+        """Return a user id for the next VM process; 0 for that of vmm.  Raises HostError."""
+        return self.ids.take() if self.ids is not None else 0

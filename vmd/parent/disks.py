@@ -32,7 +32,6 @@ from vmd.ipc.probemsg import (
     unpack,
     warnings,
 )
-from vmd.parent import service
 from vmd.parent.access import acting_as
 from vmd.parent.denied import DENIALS, explained, file_system_of, on_fuse
 from vmd.privsep import linux
@@ -191,7 +190,7 @@ def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober") -> Probe:
         number = next((number for number in DENIALS if error.what.endswith(os.strerror(number))), 0)
         if not number:
             raise
-        words = error.what.removesuffix(os.strerror(number)) + explained(number, path, f"user {service.USER}")
+        words = error.what.removesuffix(os.strerror(number)) + explained(number, path, "the user of its VM")
         raise OperatorError(error.number, words) from None
 
 

@@ -177,13 +177,13 @@ class Parent(Process):
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
         """Start root's control, vmm and priv and hand them what only root could open."""
         self.logs.start(children.cell)
-        self.core.prober = children.prober
+        self.core.prober, self.core.ids = children.prober, children.ids
         children.prober.log_fd = self.logs.open(children.prober.title).detach()
         self.children = children
         for proc in (Proc.PRIV, Proc.VMM):
             self.start_process(proc)
         self.connections.start(children, self.logs.open)
-        self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
+        self.core.peers.send(Proc.VMM, KvmFd(uid=self.core.take_id()), fds={"kvm": [kvm_fd]})
         self.listener = listener
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(signum, self.life.stop_all)

@@ -32,6 +32,7 @@ import zipimport
 
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
+from vmd.privsep.ids import Ids, limit_tasks
 from vmd.privsep.spawn import FD_TARGETS, INTERPRETER
 
 TYPE_CHECKING = False
@@ -70,7 +71,9 @@ class Cell:
     import_path: tuple[str, ...] = (CODE,)
     own_pids = False
 
-    def __init__(self, uid: int, gid: int, namespace_fd: int, root_fd: int) -> None:
+    def __init__(self, uid: int, gid: int, namespace_fd: int, root_fd: int, ids: Ids | None = None) -> None:
+        """Each process has an id of `ids`; without them all are that user."""
+        self.ids = ids
         self.uid = uid
         self.gid = gid
         self.namespace_fd = namespace_fd
@@ -85,22 +88,27 @@ class Cell:
         namespace, root = (out_of_the_way(fd) for fd in build_in_namespace(mounts, code))
         return cls(uid, gid, namespace, root)
 
+    def prepare(self) -> None:
+        """Choose the id of the next process."""
+        if self.ids is not None:
+            self.uid = self.gid = self.ids.take()
+
     def enter(self) -> None:
         """Go in and become the user; there is no way back."""
+        self.leave_host()
+        linux.limit_bounding_set(0)
+        linux.become_user(self.uid, self.gid, 0)
+
+    def leave_host(self) -> None:
+        """Go in."""
+        if self.ids is not None:
+            limit_tasks()
         linux.setns(self.namespace_fd, linux.CLONE_NEWNS)
         # Where vmd itself runs in a chroot, the namespace's own root is not the one that pivot_root replaced.
         os.fchdir(self.root_fd)
         os.chroot(".")
         linux.unshare(linux.CLONE_NEWIPC | linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
         os.chdir("/")
-        linux.limit_bounding_set(0)
-        try:
-            os.setgroups([])
-            os.setresgid(self.gid, self.gid, self.gid)
-            os.setresuid(self.uid, self.uid, self.uid)
-        except OSError as error:
-            raise HostError(f"become user {self.uid} and group {self.gid}", error) from error
-        linux.set_capabilities(0)
 
     def close(self) -> None:
         """Let go of the root; processes inside keep it alive."""
@@ -109,14 +117,30 @@ class Cell:
 
 
 class VmmCell(Cell):
-    """The cell as vmm enters it: with VM processes and devices in a pid namespace, where nothing survives vmm."""
+    """The cell as vmm enters it: with VM processes and devices in a pid namespace, where nothing survives vmm.
 
-    own_pids = True
+    Where there are ids, also in a user namespace that has only those: vmm may give each VM process one, and signal it.
+    """
 
-    def __init__(self, cell: Cell) -> None:
-        """`cell` stays the caller's to close.  Raises HostError where there is no such namespace to be had."""
-        super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd)
-        linux.old_pids(linux.new_pids())
+    CAPABILITIES = 1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL  # in the user namespace
+
+    def __init__(self, cell: Cell, users_fd: int | None, *, own_pids: bool) -> None:
+        """`cell` stays the caller's to close; `users_fd` is ours from now on."""
+        super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, cell.ids)
+        self.own_pids = own_pids
+        self.users_fd = None if users_fd is None else out_of_the_way(users_fd)
+
+    def enter(self) -> None:
+        """Go in, and become a user who has capabilities only over those ids."""
+        if self.users_fd is None:
+            super().enter()
+            return
+        self.leave_host()
+        linux.setns(self.users_fd, linux.CLONE_NEWUSER)
+        # What is inheritable stays when no exec can bring it any more.
+        linux.set_capabilities(linux.permitted_capabilities(), inheritable=self.CAPABILITIES)
+        linux.limit_bounding_set(0)
+        linux.become_user(self.uid, self.gid, self.CAPABILITIES)
 
 
 def out_of_the_way(fd: int) -> int:
@@ -147,6 +171,9 @@ class Network:
 
     def __init__(self) -> None:
         self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
+
+    def prepare(self) -> None:
+        """Nothing."""
 
     def enter(self) -> None:
         """Hide /run, become the user, and give up all other capabilities."""

@@ -147,9 +147,11 @@ VMM = Confinement(
     | MACHINE
     | BLOCK
     | NET
-    | {"ioctl+kvm"},
+    | {"ioctl+kvm"}
+    | {"setgroups", "setresgid", "setresuid", "capset"},  # each VM process becomes another user
     ioctls=TUN_IOCTLS + TTY_IOCTLS,
     files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
+    capabilities=1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL,  # over ids of VMs; see `VmmCell`
     open_files=CORE_FILES,  # a pidfd and a channel for each VM, and its files while they pass through
 )
 

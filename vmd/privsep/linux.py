@@ -28,6 +28,7 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 47, 2
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
@@ -58,6 +59,9 @@ CLOSE_RANGE_CLOEXEC = 4
 FD_MAX = 0x7FFFFFFF
 DESCRIPTORS = "/proc/self/fd"
 
+CAP_KILL = 5
+CAP_SETGID = 6
+CAP_SETUID = 7
 CAP_SETPCAP = 8
 CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
@@ -246,7 +250,8 @@ def set_capabilities(mask: int, inheritable: int = 0) -> None:
 
 def become_user(uid: int, gid: int, capabilities: int) -> None:
     """Become a user that keeps these capabilities, over exec as well.  Raises HostError."""
-    prctl("keep capabilities", PR_SET_KEEPCAPS, 1)
+    if capabilities:
+        prctl("keep capabilities", PR_SET_KEEPCAPS, 1)
     try:
         os.setgroups([])
         os.setresgid(gid, gid, gid)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
         import_path: tuple[str, ...]
         own_pids: bool  # the process is pid 1 of a pid namespace: what it starts ends with it
 
+        def prepare(self) -> None:
+            """Called in the process that starts it, before the fork.  Raises HostError."""
+
         def enter(self) -> None:
             """Move this process there and drop privileges; called in the child.  Raises HostError."""
 
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 # path comes last: it may be a directory of the distribution's, where nothing is to hide the standard library.
 LAUNCH = (
     "import sys; sys.path += {path!r}; "
-    "from vmd.privsep.start import begin; begin({title!r}, {parent}); "
+    "from vmd.privsep.start import begin; begin({title!r}, {parent}, {uid}); "
     "from {module} import {function}; sys.exit({function}())"
 )
 ENTRY = "vmd.__main__:main"
@@ -112,12 +115,14 @@ def spawn(
     import_path: "tuple[str, ...] | None" = None,
     entry: str = ENTRY,
     outlives: bool = False,
+    uid: int = 0,
 ) -> Child:
     """Start a process that runs `entry` with `sys.argv[1:] == arguments`.
 
     It gets `channel` as fd 3, `fds` (number there -> descriptor here), our log as fd 2, and nothing else; all stay
     open here.  It leads a session of its own, and is killed when the calling *thread* ends, unless it `outlives` us,
-    which only a process in a place can.
+    which only a process in a place can.  With `uid` it becomes that user and group before all else, and has no
+    capability.
 
     Raises:
         HostError: the kernel refused a step; says which.
@@ -131,7 +136,7 @@ def spawn(
     module, _, function = entry.partition(":")
     assert place is not None or not outlives
     parent = None if outlives else parent_pid(place)
-    launch = LAUNCH.format(path=list(path), title=title, parent=parent, module=module, function=function)
+    launch = LAUNCH.format(path=list(path), title=title, parent=parent, uid=uid, module=module, function=function)
     argv = [INTERPRETER, "-I", "-S", "-c", launch, *arguments]
     moved: dict[int, int] = {}
     try:
@@ -181,6 +186,7 @@ def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
 
 def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]", parent: int | None) -> int:
     """Fork, enter the place and exec; what fails on the way is raised here.  Returns the pid."""
+    place.prepare()
     try:
         report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
     except OSError as error:

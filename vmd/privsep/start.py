@@ -9,11 +9,13 @@ from vmd.privsep.title import set_title
 CHANNEL_FD = 3
 
 
-def begin(title: str, parent_pid: int | None) -> None:
+def begin(title: str, parent_pid: int | None, uid: int = 0) -> None:
     """Take the name `title`, bind our life to our parent's, and keep what we inherited to ourselves.
 
-    `parent_pid` None: we outlive our parent.
+    `parent_pid` None: we outlive our parent.  With `uid`, become that user first: the rest is undone by that.
     """
+    if uid:
+        linux.become_user(uid, uid, 0)
     # Everything from fd 3 on came over an exec and so would pass over the next one also.
     linux.close_on_exec_from(CHANNEL_FD)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)  # exec had made us traceable again

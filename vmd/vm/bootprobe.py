@@ -1,6 +1,6 @@
 """bootprobe: says whether a file can be booted, for `vmd -n`, which must not read it.
 
-Runs as  _vmd, in the cell, confined to its descriptors before it reads the first byte; for a moment
+Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for a moment
 Peers    vmd -n (starts it, reads one line of `ipc/probemsg.py`, kills it if that takes too long)
 Holds    a boot image and perhaps an initrd, for reading, and a pipe's writing end
 

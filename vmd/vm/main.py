@@ -1,7 +1,7 @@
 """vm/<name>: one virtual machine, from its first instruction to its last.
 
-Runs as  _vmd, in vmm's cell; narrowed to KVM requests and its open descriptors before it reads what the guest
-         begins with, and to the requests of a running VM before the guest runs
+Runs as  an id of its own, in vmm's cell; narrowed to KVM requests and its open descriptors before it reads what the
+         guest begins with, and to the requests of a running VM before the guest runs
 Peers    vmm; its device processes, which it starts
 Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
          disks and the disc only until their processes have them

@@ -1,6 +1,6 @@
 """streamprobe: reads the beginning of a stream, for a VM process that can still start others and so must not.
 
-Runs as  _vmd, in the cell, confined to its descriptors before it reads the first byte; for a moment
+Runs as  its VM's id, in the cell, confined to its descriptors before it reads the first byte; for a moment
 Peers    its VM process (starts it, and reads one answer)
 Holds    a stream, for reading, and a pipe's writing end
 

@@ -47,12 +47,15 @@ class Budget:
 class VmChild:
     """A VM process; `vmid` is 0 while it waits in reserve."""
 
-    def __init__(self, pid: int, pidfd: int, channel: Channel, log: socket.socket | None = None) -> None:
-        """`log` is what its lines come out of."""
+    def __init__(
+        self, pid: int, pidfd: int, channel: Channel, log: socket.socket | None = None, uid: int = 0
+    ) -> None:
+        """`log` is what its lines come out of, `uid` its own; 0: ours."""
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
         self.log = log
+        self.uid = uid
         self.vmid = 0
         self.gone = False
         self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do

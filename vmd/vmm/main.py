@@ -1,6 +1,6 @@
 """vmm: one vm process per virtual machine, and the relay between them and parent.
 
-Runs as  _vmd; sees only the interpreter and our own code, read-only; no network
+Runs as  an id of its own; sees only the interpreter and our own code, read-only; no network
 Peers    parent (VM configs and fds in, exits out); one vm/<name> per running VM
 Holds    /dev/kvm; a VM's fds only while it passes them on
 
@@ -69,22 +69,24 @@ class Vmm(Process):
     def __init__(self) -> None:
         super().__init__(Proc.VMM)
         self.kvm_fd = -1
+        self.uids: list[int] = []  # for the next VM processes, each once; 0: our own
         self.reserve: VmChild | None = None
         self.running: dict[int, VmChild] = {}  # by vmid
         self.reaper = Reaper(self.loop, self.on_vm_gone)
         self.stuck: set[VmChild] = set()  # killed, given up, and not gone
         self.parent = self.attach_parent(Proc.PARENT)
 
-    def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
+    def on_kvm_fd(self, message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
         """Keep /dev/kvm; from now on VM processes can be had."""
         fd = envelope.take_fd("kvm")
         assert fd is not None
         self.kvm_fd = fd
+        self.uids.append(message.uid)
         self.fill_reserve()
 
     def fill_reserve(self) -> None:
         """Have one VM process ready for the next start."""
-        if self.reserve is None:
+        if self.reserve is None and self.uids:
             try:
                 self.reserve = self.spawn_vm()
             except HostError as error:
@@ -96,6 +98,7 @@ class Vmm(Process):
             ours, theirs = socketpair()
         except OSError as error:
             raise HostError("make a channel for a vm", error) from error
+        uid = self.uids[0]
         with theirs:
             try:
                 lines, writer = logpair()
@@ -105,12 +108,13 @@ class Vmm(Process):
             with writer:
                 arguments, fds = ["vm", log.form, str(log.verbosity)], {KVM_FD: self.kvm_fd}
                 try:
-                    started = spawn("vm", arguments, channel=theirs, fds=fds, log_fd=writer.fileno())
+                    started = spawn("vm", arguments, channel=theirs, fds=fds, log_fd=writer.fileno(), uid=uid)
                 except HostError:
                     ours.close()
                     lines.close()
                     raise
-        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours), lines)
+        del self.uids[0]
+        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours), lines, uid)
         self.reaper.watch(child)
         return child
 
@@ -128,6 +132,7 @@ class Vmm(Process):
 
     def begin(self, message: StartVm | ReceiveVm, name: str, envelope: Envelope) -> None:
         """Give a VM process its VM."""
+        self.uids.append(message.uid)
         try:
             self.require_files()
             child, self.reserve = self.reserve or self.spawn_vm(), None
@@ -256,6 +261,7 @@ class Vmm(Process):
         self.stuck.discard(child)
         if child is self.reserve:
             self.reserve = None
+            self.uids.append(child.uid)  # it has seen nothing of any VM
             log.warn(f"reserve: {text or 'exited'}")
             self.pass_log(child)
             return

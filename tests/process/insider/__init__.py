@@ -6,6 +6,8 @@
 # ruff: noqa: D103 - the names of the attempts say what is tried
 
 import _socket
+import _thread
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -22,11 +24,14 @@ import traceback
 
 from vmd.errors import HostError, number
 from vmd.privsep import confine, linux
+from vmd.privsep.ids import FIRST_ID
 from vmd.privsep.spawn import spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vmd.privsep.spawn import Child
 
 libc = ctypes.CDLL(None, use_errno=True)
 VICTIM_FD = 7  # somebody else's pidfd
@@ -305,6 +310,48 @@ def hide_a_process() -> None:
             announce_and_wait()
         os._exit(0)
     os.wait()
+
+
+def start_two_vms(first: int, second: int) -> "tuple[Child, Child, socket.socket]":
+    """Start two processes as vmm does, with these ids; the second tries to end the first, and has a channel."""
+    idle, ours_of_idle = socket.socketpair()
+    KEPT.append(ours_of_idle)
+    victim = spawn("vm/victim", ["-", "wait"], channel=idle, uid=first, entry="insider:main")
+    assert ours_of_idle.recv(100) == b"- confined\n"
+    theirs, ours = socket.socketpair()
+    attempts = ("kill_victim", "become_other", "many_threads", "capabilities", "wait")
+    attacker = spawn(
+        "vm/attacker", ["-", *attempts], channel=theirs, fds={VICTIM_FD: victim.pidfd}, uid=second, entry="insider:main"
+    )
+    theirs.close()
+    return victim, attacker, ours
+
+
+def vms_of_one_vmm() -> object:
+    """Return what one VM can do to another, and that it lives until vmm ends it."""
+    victim, attacker, channel = start_two_vms(FIRST_ID + 1001, FIRST_ID + 1002)
+    with channel.makefile() as answers:
+        said = [answers.readline().strip() for _ in range(5)][1:]
+    attacker.kill()  # it has many threads to wind up
+    attacker.reap(30)
+    lived = victim.reap() is None
+    victim.kill()
+    return said, lived, victim.reap(30)
+
+
+def become_other() -> None:
+    os.setresuid(FIRST_ID + 1001, FIRST_ID + 1001, FIRST_ID + 1001)
+
+
+def many_threads() -> object:
+    """Start threads without end; how many there were."""
+    threading.stack_size(1 << 18)
+    wanted = 4000
+    with contextlib.suppress(RuntimeError):
+        for count in range(wanted):
+            _thread.start_new_thread(select.poll().poll, ())
+            wanted = count + 1
+    return wanted
 
 
 def announce_and_wait() -> None:

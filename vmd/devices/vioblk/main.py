@@ -1,6 +1,6 @@
 """vioblk: a disk, one queue of 256.
 
-Runs as  _vmd, in its VM's cell, with file calls on descriptors only
+Runs as  its VM's id, in its VM's cell, with file calls on descriptors only
 Peers    its VM process
 Holds    guest memory, one queue's eventfds, and the disk's image chain, the disk itself first
 """

@@ -1,6 +1,6 @@
 """vionet: a network interface, queues of 256 for receiving and for transmitting.
 
-Runs as  _vmd, in its VM's cell, with two requests on its tap and no other use of networks
+Runs as  its VM's id, in its VM's cell, with two requests on its tap and no other use of networks
 Peers    its VM process
 Holds    guest memory, two queues' eventfds, and the tap
 Threads  main (the channels), one for each queue

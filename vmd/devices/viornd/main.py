@@ -1,6 +1,6 @@
 """viornd: a virtio entropy device, one queue of 64.
 
-Runs as  _vmd, in its VM's cell, with no system call beyond those of any leaf
+Runs as  its VM's id, in its VM's cell, with no system call beyond those of any leaf
 Peers    its VM process
 Holds    guest memory, one queue's eventfds; the random bytes come from getrandom(2)
 """

@@ -1,6 +1,6 @@
 """vioscsi: a CD-ROM drive behind a SCSI controller, three queues of 128.
 
-Runs as  _vmd, in its VM's cell, with file calls on descriptors only
+Runs as  its VM's id, in its VM's cell, with file calls on descriptors only
 Peers    its VM process
 Holds    guest memory, three queues' eventfds, and the disc, read-only, if there is one
 """

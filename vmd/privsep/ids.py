@@ -1,0 +1,111 @@
+"""User ids that belong to nobody on the host, for processes that are to be strangers to each other.
+
+Two processes with one user id can signal each other, and count against the same limits.  So each VM with its devices
+has an id of its own, and so have vmm, control and every probe.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import socket
+from collections import deque
+
+from vmd.errors import HostError
+from vmd.privsep import linux
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import NoReturn
+
+# Above what SSSD and systemd give to people, services and containers.
+FIRST_ID = 0x7F000000
+IDS = 0x10000
+LATELY = 256  # ids that may have been given to a process that is still on its way
+# Threads and processes that one id may have: a VM with as many vCPUs, disks and interfaces as there can be has 600.
+TASKS_MAX = 1024
+
+
+class Ids:
+    """Hands out one id after the other, and begins anew after the last: no id that still has a process is given again.
+
+    Such a process waits for storage that does not answer, and cannot be killed.
+    """
+
+    def __init__(self, first: int = FIRST_ID, count: int = IDS) -> None:
+        self._all = range(first, first + count)
+        self._lap: Iterator[int] = iter(())
+        self._lately: deque[int] = deque(maxlen=min(LATELY, count // 2))
+
+    def take(self) -> int:
+        """Return an id that no process has.  Raises HostError."""
+        uid = next(self._lap, 0)
+        if not uid:
+            busy = ids_in_use().union(self._lately)
+            self._lap = (each for each in self._all if each not in busy)
+            uid = next(self._lap, 0)
+            if not uid:
+                raise HostError("have a user id for another process", errno.EAGAIN)
+        self._lately.append(uid)
+        return uid
+
+
+def ids_in_use() -> set[int]:
+    """Return the user ids of all processes; /proc shows root as the owner of the directories of many."""
+    found: set[int] = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/status", encoding="utf-8", errors="replace") as file:
+                found.update(int(word) for line in file if line.startswith("Uid:") for word in line.split()[1:])
+    return found
+
+
+def user_namespace() -> int:
+    """Return a descriptor of a new user namespace, in which our ids have the same numbers and no others exist.
+
+    Raises HostError where there is none to be had, or where we ourselves are in one that lacks these ids.
+    """
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        hold_user_namespace(ours, theirs)
+    theirs.close()
+    try:
+        report = int(ours.recv(16) or b"-1")
+        if report:
+            raise HostError("make a user namespace", report)
+        for name in ("uid_map", "gid_map"):
+            with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
+                file.write(f"{FIRST_ID} {FIRST_ID} {IDS}\n")
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError("make a user namespace", error) from error
+    finally:
+        ours.close()  # which lets the child go
+        os.waitpid(pid, 0)
+
+
+def hold_user_namespace(ours: socket.socket, theirs: socket.socket) -> "NoReturn":
+    """Make a user namespace, report 0 or an errno, and stay until the parent has it."""
+    try:
+        ours.close()
+        # The limit of who makes it is one for all in it together.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        try:
+            linux.unshare(linux.CLONE_NEWUSER)
+            theirs.send(b"0")
+        except HostError as error:
+            theirs.send(b"%d" % error.number)
+        theirs.recv(1)
+    finally:
+        os._exit(0)
+
+
+def limit_tasks() -> None:
+    """Let our id, which has this process only, have no more tasks than a VM needs.  Raises HostError."""
+    try:
+        resource.setrlimit(resource.RLIMIT_NPROC, (TASKS_MAX, TASKS_MAX))
+    except OSError as error:
+        raise HostError("limit threads", error) from error
