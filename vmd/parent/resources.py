@@ -5,7 +5,6 @@ Nothing here reads what a file says: kinds and headers are told apart by process
 
 import errno
 import fcntl
-import grp
 import os
 import stat
 import sys
@@ -44,14 +43,11 @@ class Pty:
         self.path = os.ttyname(self.slave)
 
     def give_to(self, uid: int, gid: int | None) -> None:
-        """Set owner and mode: the group of the VM, else group tty, else nobody besides the owner (*cat. 4.3*)."""
-        if gid is not None:
-            group, mode = gid, 0o660
-        else:
-            try:
-                group, mode = grp.getgrnam("tty").gr_gid, 0o620
-            except KeyError:
-                group, mode = -1, 0o600
+        """Set owner and mode: nobody else opens it but the group of the VM, where it has one.
+
+        Unlike vmd, group tty may not write to it (*cat. 4.3*): who may open a terminal may change how it works.
+        """
+        group, mode = (-1, 0o600) if gid is None else (gid, 0o660)
         try:
             os.fchown(self.slave, uid, group)
             os.fchmod(self.slave, mode)
