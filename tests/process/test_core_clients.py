@@ -19,6 +19,7 @@ import pytest
 
 from tests.support.bystander import NAME, Bystander, vm_block
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.fusefile import FLUSH, HELD, FuseFile
 from tests.support.guests import guest
 from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, VmConfig, VmFlag
@@ -34,7 +35,7 @@ from vmd.ipc.messages import (
     VmInfo,
     WaitRequest,
 )
-from vmd.parent.connections import MAX_CLIENTS_PER_USER
+from vmd.parent.connections import MAX_CLIENTS_PER_USER, STUCK_MAX
 from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -251,6 +252,54 @@ def test_root_s_control_is_started_again(tmp_path: Path) -> None:
                     assert time.monotonic() < deadline_s
         bystander.core = bystander.core_now()
         bystander.check()
+
+
+# --- a control that hangs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.deep
+def test_files_whose_close_never_returns() -> None:
+    """They keep the control of who has passed them, SIGKILL or not: others and root do not notice, and it is replaced.
+
+    A user who does so again and again is served no more until their storage answers.  The daemon ends all the same.
+    """
+    conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup")
+    with public_folder() as directory, Daemon(directory, conf) as vmd:
+        bystander = Bystander(vmd)
+        with FuseFile(bytes(4096), flushes=True, for_all=True) as file, connect(vmd, BOB) as bob:
+            file.rule(FLUSH, HELD)
+            senders = []
+            for times in range(1, STUCK_MAX + 1):
+                senders.append(pass_and_wait(vmd, file))
+                file.wait_held(times)
+                assert serves(bob)
+                vmd.must("status")
+                vmd.wait_log(f"control/{EVE}: does not answer for ", times=times)
+            with connect(vmd, EVE) as eve:
+                answer = receive(eve)
+                assert isinstance(answer, Failed)
+                assert answer.code == errno.EBUSY
+            assert serves(bob)
+            bystander.check()
+            assert vmd.stop() == 0
+            file.release()
+            for pid in senders:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def pass_and_wait(vmd: Daemon, file: FuseFile) -> int:
+    """Pass a file with a request that has none, in another process: who closes the file waits.  Return its pid."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            eve = connect(vmd, EVE)
+            socket.send_fds(eve, [encode(ListRequest())[0]], [file.open()])
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
+    return pid
 
 
 # --- as many as there are --------------------------------------------------------------------------------

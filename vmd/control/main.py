@@ -21,6 +21,8 @@ from vmd.ipc.messages import (
     PROTOCOL,
     REQUESTS,
     ClientGone,
+    ControlPing,
+    ControlPong,
     Failed,
     Hello,
     NewClient,
@@ -77,6 +79,10 @@ class Control(Process):
         client.channel.on_unknown = lambda error: self.on_unknown_request(client, error)
         if message.text:
             self.turn_away(client, Failed(code=message.code, text=message.text))
+
+    def on_ping(self, _message: ControlPing, _envelope: Envelope, _channel: Channel) -> None:
+        """Say that no file of a client keeps us."""
+        self.parent.send(ControlPong())
 
     def turn_away(self, client: Client, answer: Failed) -> None:
         """Answer a client and close."""
@@ -182,6 +188,7 @@ class Control(Process):
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, ServeUser, on_serve_user),
         **handles(Proc.PARENT, NewClient, on_new_client),
+        **handles(Proc.PARENT, ControlPing, on_ping),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
         **handles(Proc.PARENT, Quit, on_quit),
         **handles_each(Proc.PARENT, ANSWERS, on_answer),

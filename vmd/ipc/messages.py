@@ -854,6 +854,16 @@ class ServeUser(Record):
     title: str
 
 
+@message(0xB2, (Proc.PARENT, Proc.CONTROL), answered_by=("ControlPong",))
+class ControlPing(Record):
+    """Are you there?"""
+
+
+@message(0xB3, (Proc.CONTROL, Proc.PARENT))
+class ControlPong(Record):
+    """Yes."""
+
+
 @message(0xB1, (Proc.PARENT, Proc.CONTROL), fds=("client",))
 class NewClient(Record):
     """A connection to the control socket: its number is the peerid, its user `uid`.

@@ -76,12 +76,15 @@ class Children:
         return ours or any(child.pid == caller.pid for child in self._children)
 
     def reap(self, timeout_s: float) -> None:
-        """Wait for the children to end; kill the ones that do not."""
-        for child in self._children:
-            if child.reap(timeout_s) is None:
-                log.warn(f"{child.title} does not end; killing it")
-                child.kill()
-                child.reap(timeout_s)
+        """Wait for the children to end, all together so long; kill the ones that do not, and wait once more."""
+        deadline_s = time.monotonic() + timeout_s
+        late = [child for child in self._children if child.reap(max(0.0, deadline_s - time.monotonic())) is None]
+        for child in late:
+            log.warn(f"{child.title} does not end; killing it")
+            child.kill()
+        deadline_s = time.monotonic() + timeout_s
+        for child in late:
+            child.reap(max(0.0, deadline_s - time.monotonic()))  # one that its storage keeps is left to it
 
 
 def vmm_place(cell: Cell) -> Cell:

@@ -7,6 +7,10 @@ asks for its own user only.  Nothing is read from a client here.
 Root's control is always there.  One of another user comes with that user's first connection, and goes some time after
 the last.  One more is in reserve, so that nobody waits for an interpreter.  A control that dies costs the connections
 of its user: root's is started again at once, those of others with their next connection.
+
+A file that a client passes can keep a control for ever: close(2) of it asks its storage.  SIGKILL does not end that,
+nor does anything then say that the process is lost.  So a control that has clients is asked whether it is there, and
+given up when it does not answer; a user with several that were given up and have not ended gets no more of them.
 """
 
 import errno
@@ -16,7 +20,7 @@ import time
 
 from vmd.errors import HostError, PeerError, VmdError, sentence
 from vmd.ipc.channel import NO_FDS, socketpair
-from vmd.ipc.messages import NO_CLIENT, Caller, NewClient, Proc, Quit, ServeUser
+from vmd.ipc.messages import NO_CLIENT, Caller, ControlPing, NewClient, Proc, Quit, ServeUser
 from vmd.log import RateLimit, log
 
 TYPE_CHECKING = False
@@ -58,6 +62,9 @@ IDLE_S = 30.0  # how long a control stays without a connection
 RESERVE_DELAY_S = 0.2  # whoever has just come needs the processor more than the next one does
 QUICK_S = 5.0  # a control that dies so soon after its start ...
 AGAIN_S = 2.0  # ... is started again only after this
+LOOK_S = 4.0  # between two questions to a control whether it is there
+SILENT_MAX, SILENT_AT_START_MAX = 4, 20  # so many without an answer, and it is given up
+STUCK_MAX = 4  # controls of a user that were given up and have not ended
 OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
@@ -82,6 +89,8 @@ class Control:
         self.ready = False
         self.idle: Timer | None = None  # runs while it has no connections
         self.ending = False  # it was told to
+        self.silent = 0  # how often it was asked, since it has said something
+        self.look: Timer | None = None  # runs while it has connections
 
 
 class Connections:
@@ -106,6 +115,7 @@ class Connections:
         self.ending = False
         self.complaints = RateLimit()
         self._all: dict[Channel, Control] = {}
+        self._stuck: dict[int, list[Child]] = {}  # by user: given up, and perhaps not ended
         self._listener: socket.socket | None = None
         self._next = 1
 
@@ -174,6 +184,39 @@ class Connections:
             del self.controls[control.user]
         control.ending = True
         control.channel.send(Quit())
+
+    def _ask_later(self, control: Control) -> None:
+        if control.look is None and control.numbers:
+            control.look = self.loop.call_later(LOOK_S, lambda: self._ask(control))
+
+    def _ask(self, control: Control) -> None:
+        """Ask a control with connections whether it is there; one that does not answer is given up."""
+        control.look = None
+        if control.channel.closed or not control.numbers:
+            return
+        most = SILENT_MAX if control.ready else SILENT_AT_START_MAX
+        if control.silent >= most:
+            control.channel.close()
+            assert control.user is not None
+            self._stuck.setdefault(control.user, []).append(control.child)
+            silent = PeerError(control.channel.label, f"does not answer for {most * LOOK_S:.0f} s")
+            self._on_lost(control.channel, silent)
+            return
+        control.silent += 1
+        control.channel.send(ControlPing())
+        self._ask_later(control)
+
+    def on_pong(self, channel: "Channel") -> None:
+        """A control is there."""
+        self._all[channel].silent = 0
+
+    def _count_stuck(self, user: int) -> int:
+        """Return how many controls of a user were given up and have not ended."""
+        self.children.bury()
+        left = [child for child in self._stuck.pop(user, ()) if child.pidfd >= 0]
+        if left:
+            self._stuck[user] = left
+        return len(left)
 
     def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:
         """A control has ended, or is not to be trusted any more: its user's connections are gone."""
@@ -259,6 +302,7 @@ class Connections:
         self.known[number] = Connection(number, caller, control)
         control.numbers.add(number)
         self._look_idle(control)
+        self._ask_later(control)
         new = NewClient(uid=caller.uid, code=code, text=text)
         control.channel.send(new, peerid=number, fds={"client": [sock.detach()]})
 
@@ -274,6 +318,9 @@ class Connections:
             return None
         if sum(1 for each in self.known.values() if each.caller.uid != ROOT) >= MAX_CLIENTS:
             return errno.EUSERS, f"too many connections to vmd ({MAX_CLIENTS})"
+        if caller.uid not in self.controls and self._count_stuck(caller.uid) >= STUCK_MAX:
+            what = f"{STUCK_MAX} processes for uid {caller.uid} hang in files that were passed to vmd"
+            return errno.EBUSY, f"{what}: their storage does not answer"
         if caller.uid not in self.controls and len(self.controls.keys() - {ROOT, DOORMAN}) >= MAX_USERS:
             return errno.EUSERS, f"too many users of vmd at a time ({MAX_USERS})"
         return None
@@ -291,6 +338,7 @@ class Connections:
         known = self.known.get(number)
         if known is None or known.control.channel is not channel:
             raise PeerError(channel.label, f"speaks for client {number}, which it does not have")
+        known.control.silent = 0
         return known.caller
 
     def on_client_gone(self, number: int, channel: "Channel") -> None:

@@ -39,6 +39,7 @@ from vmd.ipc.messages import (
     ConsoleRequest,
     ConsoleSnapshotEnd,
     ConsoleWatch,
+    ControlPong,
     DevicesReported,
     DropsReported,
     Failed,
@@ -321,6 +322,10 @@ class Parent(Process):
         """A client has disconnected."""
         self.connections.on_client_gone(envelope.peerid, channel)
 
+    def on_control_pong(self, _message: ControlPong, _envelope: Envelope, channel: Channel) -> None:
+        """A control answers."""
+        self.connections.on_pong(channel)
+
     def forget_client(self, client: int) -> None:
         """Let nothing wait any more for a client that is gone; its console is free."""
         self.consoles.on_client_gone(client)
@@ -378,6 +383,7 @@ class Parent(Process):
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
         **handles(Proc.PRIV, NicsRemoved, on(Network, Network.on_removed)),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
+        **handles(Proc.CONTROL, ControlPong, on_control_pong),
         **handles_each(Proc.CONTROL, REQUESTS, on_request),
     }
 
