@@ -120,6 +120,8 @@ class Network:
             self.priv.send(known)
         self._tell(self.core.config)
         self.priv.up = True
+        if not self.core.serving:
+            self._warn(self.core.config)
         for known in self.left:
             self.priv.ask(RemoveNics(vmid=known.vmid))
         for ticket in list(self.launches):
@@ -129,6 +131,10 @@ class Network:
         """Have priv make what the switches of a configuration need.  Returns what the operator should know."""
         if self.priv.up:
             self._tell(config)
+        return self._warn(config)
+
+    def _warn(self, config: Config) -> list[str]:
+        """Return, and log, what this host's routes make of a configuration."""
         warnings = prefix_warnings(config, host_routes())
         for warning in warnings:
             log.warn(warning)
