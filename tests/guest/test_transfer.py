@@ -596,7 +596,7 @@ BAD_STATES: list[tuple[str, Callable[[MachineState], Record], str]] = [
     ("no devices", lambda state: state.replace(virtio=()), "the state of 0 virtio devices, not 2"),
     ("devices twice", lambda state: state.replace(virtio=state.virtio * 2), "the state of 4 virtio devices, not 2"),
     ("devices swapped", lambda state: state.replace(virtio=state.virtio[::-1]),
-     "another viornd0 than this machine has"),
+     "a device of kind 'blk' where viornd0 is"),
     ("status", disk(status=1 << 20), "1048576 in the 8 bits of status"),
     ("features", disk(driver_features=-1), "-1 in the 64 bits of driver_features"),
     ("selected queue", disk(queue_select=-5), "-5 in the 16 bits of queue_select"),
