@@ -63,7 +63,7 @@ class Unit:
 
     def said(self) -> list[dict[str, Any]]:
         """Return the journal of the present or last run of the daemon, as far as it wrote it itself."""
-        entries = [entry for entry in self.box.journal() if entry["_TRANSPORT"] == "stdout"]
+        entries = [entry for entry in self.box.journal() if entry["_TRANSPORT"] in ("stdout", "journal")]
         last = entries[-1]["_SYSTEMD_INVOCATION_ID"] if entries else ""
         run = self.box.properties("vmd.service").get("InvocationID", last)  # systemd forgets a unit that has ended
         return [entry for entry in entries if entry["_SYSTEMD_INVOCATION_ID"] == run]
