@@ -11,7 +11,8 @@ import pytest
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import End, ListRequest, VmInfo
+from vmd.ipc.messages import End, Failed, ListRequest, ReloadRequest, VmInfo
+from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -55,6 +56,18 @@ def limit(pid: int, what: str, number: int | str) -> str:
     ).stdout.strip()  # fmt: skip
     subprocess.run([*prlimit[:-1], f"--{what}={number}:"], user=uid, group=gid, extra_groups=[], check=True)
     return old
+
+
+def received(client: socket.socket) -> Record:
+    """Return the next answer."""
+    return decode(client.recv(MAX_MESSAGE), [], "vmd").message
+
+
+def listed(client: socket.socket) -> None:
+    """Read the answers to a ListRequest."""
+    while isinstance(answer := received(client), VmInfo):
+        pass
+    assert isinstance(answer, End)
 
 
 def refused(vmd: Daemon, name: str, *words: str) -> None:
@@ -151,9 +164,7 @@ def test_descriptors_for_clients(vmd: Daemon) -> None:
         vmd.wait_log("no new clients for 1 s: Too many open files")
         limit(vmd.pid, "nofile", old)
         for client in clients:
-            while isinstance(answer := decode(client.recv(MAX_MESSAGE), [], "vmd").message, VmInfo):
-                pass
-            assert isinstance(answer, End)
+            listed(client)
     finally:
         for client in clients:
             client.close()
@@ -161,10 +172,16 @@ def test_descriptors_for_clients(vmd: Daemon) -> None:
 
 def test_descriptors_for_a_reload(vmd: Daemon) -> None:
     """A reload of a file that cannot be read for want of a descriptor changes nothing."""
-    old = limit(vmd.pid, "nofile", 3)
-    done = vmd.vmctl("reload")
-    limit(vmd.pid, "nofile", old)
-    assert done.returncode == 1
-    assert "Too many open files" in done.stderr
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(DEADLINE_S)
+        client.connect(str(vmd.socket))
+        client.send(encode(ListRequest())[0])
+        listed(client)  # so that it has been accepted, which takes a descriptor, too
+        old = limit(vmd.pid, "nofile", 3)
+        client.send(encode(ReloadRequest())[0])
+        answer = received(client)
+        limit(vmd.pid, "nofile", old)
+    assert isinstance(answer, Failed)
+    assert "Too many open files" in answer.text
     assert len(vmd.rows()) == 3
     vmd.must("reload")
