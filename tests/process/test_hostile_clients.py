@@ -76,7 +76,11 @@ def daemon() -> Iterator[UsersDaemon]:
         conf = CONF.format(group=MAY_CONNECT, kernel=guest("demo"), eve=EVE)
         with UsersDaemon(Path(name), users, network, conf) as daemon:
             daemon.must_as(EVE, "start", "hers")
-            yield daemon
+            with daemon.connect_as(EVE):  # so that her control stays
+                deadline = time.monotonic() + DEADLINE_S
+                while "vmd: control/reserve" not in daemon.processes():
+                    assert time.monotonic() < deadline, daemon.log
+                yield daemon
 
 
 @pytest.fixture
@@ -190,7 +194,7 @@ def test_waiting_twice(vmd: UsersDaemon) -> None:
 
 def test_as_many_connections_as_there_are(vmd: UsersDaemon) -> None:
     """A user has a share of them; the next one is told so, and others are served meanwhile."""
-    clients = [vmd.connect_as(EVE) for _ in range(MAX_CLIENTS_PER_USER)]
+    clients = [vmd.connect_as(EVE) for _ in range(MAX_CLIENTS_PER_USER - 1)]  # she has one more (`daemon`)
     try:
         for client in clients:
             send(client, NicsRequest(name="hers"))
