@@ -185,3 +185,12 @@ def test_descriptors_for_a_reload(vmd: Daemon) -> None:
     assert "Too many open files" in answer.text
     assert len(vmd.rows()) == 3
     vmd.must("reload")
+
+
+def test_an_end_without_descriptors(tmp_path: Path) -> None:
+    """A daemon that cannot even tell systemd ends its guests and itself."""
+    with Daemon(tmp_path, f'vm "a" {{\n memory 32M\n boot "{guest("demo")}"\n}}\n') as daemon:
+        daemon.wait_state("a", "running")
+        limit(daemon.pid, "nofile", 3)
+        assert daemon.stop() == 0
+    assert "Traceback" not in daemon.log

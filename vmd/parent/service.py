@@ -177,12 +177,12 @@ def journal_socket() -> socket.socket | None:
 
 
 def notify(state: str) -> None:
-    """Tell systemd, if it is listening (sd_notify(3))."""
+    """Tell systemd, if it is listening (sd_notify(3)); what cannot be told is no reason to stop what we are at."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return
     address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         sender.sendto(state.encode(), address)
 
 
