@@ -115,7 +115,7 @@ class Daemon:
         while family:
             for number, title in children.get(family.pop(), []):
                 family.append(number)
-                found[title] = number
+                found.setdefault(title, number)  # a child has its parent's until it runs its own program
         return found
 
     def threads(self) -> str:
