@@ -132,7 +132,7 @@ class RateLimit:
         self.suppressed = 0
 
     def allow(self) -> bool:
-        """Return whether the event may be logged now."""
+        """Return whether the event may pass now."""
         now_s = time.monotonic()
         self.tokens = min(self.burst, self.tokens + (now_s - self.last_s) / self.interval_s)
         self.last_s = now_s

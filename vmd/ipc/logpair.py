@@ -3,7 +3,7 @@
 import os
 import socket
 
-LOG_FD = 2  # where a process has the end that it writes to
+JOURNAL_FD = 4  # where the process "log" has a socket that is connected to the journal, if there is one
 
 
 def logpair() -> tuple[socket.socket, socket.socket]:

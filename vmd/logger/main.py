@@ -13,6 +13,7 @@ import time
 
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
+from vmd.ipc.logpair import JOURNAL_FD
 from vmd.ipc.messages import LogPing, LogPong, LogSource, Proc, Quit
 from vmd.ipc.process import Process, handles
 from vmd.log import WARNING, RateLimit, log
@@ -24,7 +25,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
-JOURNAL_FD = 4  # a socket that is connected to the journal, if there is one
 BATCH = 32  # lines taken from one source before the others get their turn
 # Lines that are taken from one VM, and from all VMs of one owner: so many at once, and then one in each interval.
 VM_BURST, VM_INTERVAL_S = 500, 0.02

@@ -6,15 +6,14 @@ Anybody may have written it.  The source says which VM a line is of, whatever th
 
 import os
 import socket
-import struct
 
 from vmd.log import ERR, LINE_MAX, RateLimit, visible
+from vmd.privsep.linux import UCRED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-UCRED = struct.Struct("=3i")  # <sys/socket.h>: pid, uid, gid
 CREDENTIALS_SPACE = socket.CMSG_SPACE(UCRED.size)  # no room for descriptors: the kernel closes them
 TITLE_MAX = 64  # of what follows the name of the VM
 

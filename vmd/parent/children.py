@@ -4,6 +4,7 @@ import socket
 import time
 
 from vmd.errors import HostError
+from vmd.ipc.channel import socketpair
 from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
 from vmd.parent.disks import ImageProber
@@ -14,6 +15,8 @@ from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmd.privsep.spawn import Place
 
 
@@ -50,15 +53,30 @@ class Children:
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
 
-    def start(self, proc: Proc, channel: socket.socket, log_fd: int, title: str = "") -> Child:
-        """Start one child with its end of the channel, and what it writes its lines to.  Raises HostError."""
+    def start(
+        self, proc: Proc, open_log: "Callable[[str], socket.socket]", title: str = ""
+    ) -> tuple[Child, socket.socket]:
+        """Start one child; return it, and our end of its channel.  Raises HostError or VmdError.
+
+        `open_log` makes what a process of that name writes its lines to.
+        """
         self.bury()
         name = proc.name.lower()
         arguments = [name, log.form, str(log.verbosity)]
-        child = spawn(title or name, arguments, channel=channel, log_fd=log_fd, place=self._places[proc])
+        try:
+            ours, theirs = socketpair()
+        except OSError as error:
+            raise HostError(f"make a channel to {name}", error) from error
+        try:
+            with theirs, open_log(name) as writer:
+                place = self._places[proc]
+                child = spawn(title or name, arguments, channel=theirs, log_fd=writer.fileno(), place=place)
+        except BaseException:
+            ours.close()
+            raise
         self._present[proc] = child
         self._children.append(child)
-        return child
+        return child, ours
 
     def bury(self) -> None:
         """Reap those that have ended."""

@@ -15,13 +15,13 @@ given up when it does not answer; a user with several that were given up and hav
 
 import errno
 import socket
-import struct
 import time
 
-from vmd.errors import HostError, PeerError, VmdError, sentence
-from vmd.ipc.channel import NO_FDS, socketpair
+from vmd.errors import PeerError, VmdError, sentence
+from vmd.ipc.channel import NO_FDS
 from vmd.ipc.messages import NO_CLIENT, Caller, ControlPing, NewClient, Proc, Quit, ServeUser
 from vmd.log import RateLimit, log
+from vmd.privsep import linux
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
             """Serve a peer."""
 
 
-UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 ROOT = 0
 RESERVE = "control/reserve"  # the title of one that has no user yet
 DOORMAN = -1  # the user of the control that turns away those who get none of their own
@@ -137,17 +136,8 @@ class Connections:
 
     def _new(self) -> Control:
         """Start a control.  Raises HostError."""
-        try:
-            ours, theirs = socketpair()
-        except OSError as error:
-            raise HostError("make a channel to control", error) from error
-        with theirs:
-            try:
-                with self._open_log("control") as writer:
-                    control = Control(self.children.start(Proc.CONTROL, theirs, writer.fileno(), RESERVE))
-            except BaseException:
-                ours.close()
-                raise
+        child, ours = self.children.start(Proc.CONTROL, self._open_log, RESERVE)
+        control = Control(child)
         control.channel = self.attach(ours, Proc.CONTROL, RESERVE, on_lost=self._on_lost)
         self._all[control.channel] = control
         return control
@@ -270,7 +260,7 @@ class Connections:
             self._pause(sentence(error))
             return
         sock.setblocking(False)
-        pid, uid, gid = UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        pid, uid, gid = linux.UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, linux.UCRED.size))
         self._take(sock, Caller(uid=uid, gid=gid, pid=pid))
 
     def _pause(self, why: str) -> None:

@@ -14,7 +14,7 @@ from vmd.closing import close
 from vmd.errors import HostError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.logpair import logpair
+from vmd.ipc.logpair import JOURNAL_FD, logpair
 from vmd.ipc.messages import LogPing, LogPong, LogSource, Proc, Quit, VmLog
 from vmd.log import JOURNAL, LEAF, log
 from vmd.parent import service
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.privsep.spawn import Place
 
-JOURNAL_FD = 4  # where the process finds a socket that is connected to the journal
 PING_S = 5.0
 PINGS_MAX = 3  # not answered: then it is stuck
 AGAIN_S = 5.0  # between two starts, at least

@@ -9,8 +9,8 @@ Parses   vm.conf, its own file of identities, and checked messages; never a byte
 This module puts the rooms together and brings each message to its room.  A `vmctl start`, from room to room:
 
     vmctl/commands/start.py   sends StartRequest
-    vmd/control/main.py       adds who asks, by the word of the kernel
-    main.py                   `on_request`: every failure from here on is the client's answer
+    vmd/control/main.py       passes it on, under the number of the connection
+    main.py                   `on_request` knows whose that is; every failure from here on is the client's answer
     life.py                   `serve_start` finds the VM and asks whether the client may; `start` opens what it needs
     media.py                  opens and locks its disks and its disc
     network.py                `launch` has priv make its interfaces; `on_made` sends StartVm to vmm
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, sentence
-from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
@@ -194,13 +194,7 @@ class Parent(Process):
 
     def start_process(self, proc: Proc) -> None:
         """Start vmm or priv.  Raises HostError or VmdError."""
-        ours, theirs = socketpair()
-        try:
-            with theirs, self.logs.open(proc.name.lower()) as writer:
-                self.children.start(proc, theirs, writer.fileno())
-        except (VmdError, OSError):
-            ours.close()
-            raise
+        _, ours = self.children.start(proc, self.logs.open)
         self.core.peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
 
     def start_again(self, proc: Proc) -> None:

@@ -208,10 +208,8 @@ class Network:
         launch = Launch(vm, message, fds, on_failed)
         try:
             config = message.config
-            if config.nics:
-                self.plans.check(vm, config)
+            plan = self.plans.check(vm, config) if config.nics else self.plans.plan_of(vm, config)
             held = self.taps.get(vm.vmid)
-            plan = self.plans.plan_of(vm, config)
             launch.lacking = self.unconnected(config.nics)
             if held is not None and config.nics and held.serve(config.nics, plan, launch.lacking):
                 self._send(launch, held)
@@ -277,8 +275,7 @@ class Network:
         self.launches.pop(message.ticket, None)
         fds = envelope.take_fds("taps")
         if launch is None:
-            for fd in fds:
-                close(fd)
+            close_all(fds)
             return
         launch.answered()
         vm, config, plan = launch.vm, launch.message.config, launch.plan

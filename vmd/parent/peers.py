@@ -1,6 +1,6 @@
 """The channels to the parent's own processes: controls, vmm and priv."""
 
-from vmd.closing import close
+from vmd.closing import close_all
 from vmd.ipc.channel import NO_FDS
 
 TYPE_CHECKING = False
@@ -38,8 +38,7 @@ class Peers:
             channel.send(message, peerid=peerid, fds=fds)
             return
         for each in fds.values():
-            for fd in each:
-                close(fd)
+            close_all(each)
 
     def send_all(self, message: "Record") -> None:
         """Send a message to every process."""

@@ -119,8 +119,8 @@ class Plans:
             identities.on_change()
         return chosen
 
-    def check(self, vm: Vm, config: VmConfig) -> None:
-        """Raise OperatorError if this VM's interfaces cannot be had here and now."""
+    def check(self, vm: Vm, config: VmConfig) -> Plan:
+        """Return the plan of a VM's interfaces.  Raises OperatorError if these cannot be had here and now."""
         plan = self.plan_of(vm, config)
         if not self.holds(vm, plan):
             self.check_addresses(vm, config, plan)
@@ -129,6 +129,7 @@ class Plans:
             if nic.tap not in AUTOMATIC and nic.tap in used:
                 what = f"interface {nic.tap} is in use by vm {self.name_of(used[nic.tap])}"
                 raise OperatorError(errno.EBUSY, f"vm {config.name}: {what}")
+        return plan
 
     def holds(self, vm: Vm, plan: Plan) -> bool:
         """Return whether a VM has the addresses of a plan: its guest resets itself and keeps them."""

@@ -9,6 +9,7 @@ The constants keep their C names.  Standard library only: every process imports 
 import ctypes
 import errno
 import os
+import struct
 
 from vmd.errors import HostError
 
@@ -24,6 +25,8 @@ PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE = 47, 2
+
+UCRED = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000

@@ -1,5 +1,4 @@
-"""A VM on its way out: it stands still, and a thread writes what it is while the event thread goes on serving.
-"""
+"""A VM on its way out: it stands still, and a thread writes what it is while the event thread goes on serving."""
 
 import select
 import threading

@@ -11,6 +11,7 @@ from vmd.closing import close
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages import BY_CLASS, AskResolvers, Outcome, TransferProgress, VmFailed, VmRunning
+from vmd.log import RateLimit
 from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
@@ -22,26 +23,8 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 # What a VM process says on its own, or again and again: how much at once, and then in a second.  More is not passed on.
-BUDGETS: "dict[type[Any], tuple[float, float]]" = {AskResolvers: (16.0, 4.0), TransferProgress: (1.0, 10.0)}
-UNASKED = 64.0, 16.0  # ... of all this and last words together; a process that says more is cut off
-
-
-class Budget:
-    """How much of something there may be."""
-
-    def __init__(self, at_once: float, per_s: float) -> None:
-        self._most, self._per_s = at_once, per_s
-        self._left, self._at_s = at_once, time.monotonic()
-
-    def take(self) -> bool:
-        """Return whether there may be one more now."""
-        now_s = time.monotonic()
-        self._left = min(self._most, self._left + (now_s - self._at_s) * self._per_s)
-        self._at_s = now_s
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+BUDGETS: "dict[type[Any], tuple[int, float]]" = {AskResolvers: (16, 4.0), TransferProgress: (1, 10.0)}
+UNASKED = 64, 16.0  # ... of all this and last words together; a process that says more is cut off
 
 
 class VmChild:
@@ -59,8 +42,8 @@ class VmChild:
         self.vmid = 0
         self.gone = False
         self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do
-        self.budgets = {cls: Budget(*budget) for cls, budget in BUDGETS.items()}
-        self.unasked = Budget(*UNASKED)
+        self.budgets = {cls: RateLimit(at_once, 1 / per_s) for cls, (at_once, per_s) in BUDGETS.items()}
+        self.unasked = RateLimit(UNASKED[0], 1 / UNASKED[1])
         self.reported = False  # how its start went
         self.last_words = ""
 
@@ -82,7 +65,7 @@ class VmChild:
         """
         cls = type(message)
         info = BY_CLASS[cls]
-        if (info.partial or not info.is_answer) and not self.unasked.take():
+        if (info.partial or not info.is_answer) and not self.unasked.allow():
             raise PeerError(self.channel.label, f"sends more than {UNASKED[1]:.0f} messages a second unasked")
         if info.is_answer:
             answers = next((answers for answers, count in self.awaited.items() if count and cls in answers), None)
@@ -94,7 +77,7 @@ class VmChild:
                 self.awaited[answers] -= 1
         self.reported |= isinstance(message, VmRunning | VmFailed)
         budget = self.budgets.get(cls)
-        return budget is None or budget.take()
+        return budget is None or budget.allow()
 
 
 def end_all(children: "Sequence[VmChild]", timeout_s: float) -> None:
