@@ -3,14 +3,12 @@
 import contextlib
 import errno
 import os
-import pwd
 import re
 import select
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.process.insider import DATA_FD, VICTIM_FD
+from tests.support.cells import HERE, PACKAGES, USER, insider_cell
 from vmd.errors import HostError
 from vmd.privsep import landlock
 from vmd.privsep.cell import PRIV_ID, Cell, import_path
@@ -25,11 +24,8 @@ from vmd.privsep.spawn import INTERPRETER, Child, spawn
 
 pytestmark = pytest.mark.root
 
-HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENTRY = "insider:main"
-PACKAGES = ("vmd", "msgpack", "insider")
-USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
 LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG")
@@ -55,9 +51,7 @@ def ask(place, *arguments, fds=None, import_path=None):
 @pytest.fixture(scope="module")
 def cell() -> Iterator[Cell]:
     """Give a cell that holds the insider besides vmd."""
-    sys.path.insert(0, str(HERE))
-    built = Cell.build(USER.pw_uid, USER.pw_gid, PACKAGES)
-    sys.path.remove(str(HERE))
+    built = insider_cell()
     yield built
     built.close()
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.process.insider import DATA_FD
 from tests.support.bystander import vm_block
+from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
@@ -24,9 +25,6 @@ from vmd.privsep.spawn import spawn
 
 pytestmark = pytest.mark.root
 
-HERE = Path(__file__).resolve().parent
-USER = pwd.getpwnam("nobody")
-PACKAGES = ("vmd", "msgpack", "insider")
 SYS_UNSHARE = 272
 
 NO_USER_NAMESPACES = f"""
@@ -47,9 +45,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 @pytest.fixture(scope="module")
 def cell() -> Iterator[Cell]:
     """Give a cell that holds the insider besides vmd."""
-    sys.path.insert(0, str(HERE))
-    built = Cell.build(USER.pw_uid, USER.pw_gid, PACKAGES)
-    sys.path.remove(str(HERE))
+    built = insider_cell()
     yield built
     built.close()
 

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import pwd
-import shutil
 import signal
 import socket
 import time
@@ -18,12 +17,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.bystander import NAME, Bystander, vm_block
-from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.clients import connect_as, receive
+from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.fusefile import FLUSH, HELD, FuseFile
 from tests.support.guests import guest
+from tests.support.program import changed_program
 from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, VmConfig, VmFlag
-from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.imsg import encode
 from vmd.ipc.messages import (
     Caller,
     End,
@@ -91,13 +92,9 @@ AND_SO = "Priv.HANDLERS[(Proc.PARENT, ConfigureNetwork)] = _intruder\n"
 def bystander() -> Iterator[Bystander]:
     """Give a VM that must not notice anything, in a daemon whose socket everybody may open."""
     with public_folder() as directory:
-        code = directory / "code"
-        for package in ("vmd", "vmctl"):
-            shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-        with (code / "vmd/control/main.py").open("a") as file:
-            file.write(TAKEN_OVER_CONTROL)
-        with (code / "vmd/priv/main.py").open("a") as file:
-            file.write(TAKEN_OVER_PRIV.format(path=str(directory / "vmd.sock")) + AND_SO)
+        taken_over_priv = TAKEN_OVER_PRIV.format(path=str(directory / "vmd.sock")) + AND_SO
+        more = {"vmd/control/main.py": TAKEN_OVER_CONTROL, "vmd/priv/main.py": taken_over_priv}
+        code = changed_program(directory / "code", more)
         conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup") + vm_block("roots")
         with Daemon(directory, conf, code=code) as daemon:
             yield Bystander(daemon)
@@ -113,34 +110,7 @@ def vmd(bystander: Bystander) -> Iterator[Daemon]:
 def connect(vmd: Daemon, uid: int = 0) -> socket.socket:
     """Return a connection to the control socket that the kernel says is a user's."""
     vmd.socket.chmod(0o666)  # a reload gives it back to its owner
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-                    client.connect(str(vmd.socket))
-                    socket.send_fds(theirs, [b"x"], [client.fileno()])
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        theirs.close()
-        ours.settimeout(DEADLINE_S)
-        client = socket.socket(fileno=socket.recv_fds(ours, 1, 1)[1][0])
-    client.settimeout(DEADLINE_S)
-    return client
-
-
-def receive(client: socket.socket) -> Record | None:
-    """Return the next answer, None at the end of the connection."""
-    try:
-        packet = client.recv(MAX_MESSAGE)
-    except ConnectionResetError:
-        return None
-    return decode(packet, [], "vmd").message if packet else None
+    return connect_as(vmd.socket, uid, uid)
 
 
 def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:

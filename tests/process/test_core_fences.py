@@ -3,7 +3,6 @@
 import ast
 import errno
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -11,11 +10,13 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.bystander import NAME, Bystander, vm_block
-from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.clients import connect, receive
+from tests.support.daemon import ROOT, Daemon
 from tests.support.fusefile import FLUSH, FuseFile
 from tests.support.guests import guest
+from tests.support.program import changed_program
 from vmd.ipc.fence import OUR_FAULT, STRIKES
-from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.imsg import encode
 from vmd.ipc.messages import (
     ConsoleAttached,
     ConsoleOutput,
@@ -58,23 +59,6 @@ def vmd(bystander: Bystander) -> Iterator[Daemon]:
     bystander.check()
 
 
-def connect(vmd: Daemon) -> socket.socket:
-    """Return a connection to the control socket."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    client.settimeout(DEADLINE_S)
-    client.connect(str(vmd.socket))
-    return client
-
-
-def receive(client: socket.socket) -> Record | None:
-    """Return the next answer, None at the end of the connection."""
-    try:
-        packet = client.recv(MAX_MESSAGE)
-    except ConnectionResetError:
-        return None
-    return decode(packet, [], "vmd").message if packet else None
-
-
 # --- terminals -------------------------------------------------------------------------------------------
 
 
@@ -87,7 +71,7 @@ def test_a_terminal_that_knows_no_request(vmd: Daemon) -> None:
         ["/usr/bin/python3", "-I", "-c", NO_LINE_DISCIPLINE, vmd.status(name)["tty"]],
         user=NOBODY, group=NOBODY, extra_groups=[], check=True,
     )  # fmt: skip
-    with connect(vmd) as client:  # who is shown what was said before, in place of what waits in the terminal
+    with connect(vmd.socket) as client:  # who is shown what was said before, in place of what waits in the terminal
         client.send(encode(ConsoleRequest(name=name))[0])
         while isinstance(answer := receive(client), ConsoleOutput):
             pass
@@ -117,7 +101,7 @@ def test_files_whose_close_fails(vmd: Daemon) -> None:
     with FuseFile(guest("demo").read_bytes(), flushes=True, for_all=True) as file:
         file.rule(FLUSH, errno.EIO)
         for request, names in requests:
-            with connect(vmd) as client:
+            with connect(vmd.socket) as client:
                 fd = file.open()
                 packet, order = encode(request, fds={name: [fd] for name in names})
                 socket.send_fds(client, [packet], order or [fd])
@@ -126,7 +110,7 @@ def test_files_whose_close_fails(vmd: Daemon) -> None:
                 answer = receive(client)
             expected = VmStarted if request == requests[3][0] else (Failed, type(None))
             assert isinstance(answer, expected), (request, answer)
-            with connect(vmd) as client:
+            with connect(vmd.socket) as client:
                 client.send(encode(ListRequest())[0])
                 assert isinstance(receive(client), VmInfo)
         flushed = file.count(FLUSH)
@@ -189,12 +173,7 @@ Priv.HANDLERS[(Proc.PARENT, MakeNics)] = _bug
 def among_bugs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     """Give a VM in a daemon that has these bugs."""
     directory = tmp_path_factory.mktemp("bugs")
-    code = directory / "code"
-    for package in ("vmd", "vmctl"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for path, bug in BUGS.items():
-        with (code / "vmd" / path).open("a") as file:
-            file.write(bug)
+    code = changed_program(directory / "code", {f"vmd/{path}": bug for path, bug in BUGS.items()})
     conf = vm_block(NAME) + vm_block("hers") + vm_block("roots") + vm_block("networked", "interface tap")
     with Daemon(directory, conf, code=code) as daemon:
         yield Bystander(daemon)
@@ -212,7 +191,7 @@ def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
     """Each is answered, each traceback is in the log, each process goes on."""
     buggy.must("start", "roots")
 
-    with connect(buggy) as client:
+    with connect(buggy.socket) as client:
         client.send(encode(SwitchesRequest())[0])
         assert receive(client) == Failed(code=errno.EIO, text=OUR_FAULT)
         assert receive(client) is None
@@ -232,13 +211,13 @@ def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
 @pytest.mark.deep
 def test_a_client_that_leads_to_bugs_is_cut_off(buggy: Daemon) -> None:
     """After so many it is served no more, and others are."""
-    with connect(buggy) as client:
+    with connect(buggy.socket) as client:
         for _ in range(STRIKES):
             client.send(encode(ConsoleWatch(name=NAME))[0])
             assert receive(client) == Failed(code=errno.EIO, text=OUR_FAULT)
         client.send(encode(ListRequest())[0])
         assert receive(client) == Failed(code=errno.EIO, text=OUR_FAULT)
-    with connect(buggy) as client:
+    with connect(buggy.socket) as client:
         client.send(encode(ListRequest())[0])
         assert isinstance(receive(client), VmInfo)
     buggy.wait_log("is cut off after")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
+from tests.support.program import changed_program
 from tests.support.transfers import ended, from_file, to_file, vmctl
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -84,13 +85,8 @@ ATTACKS = ("fork", "execute", "spawn", "signal_pidfd", "signal_thread")
 def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """A daemon with such code in it, and a VM of somebody else that runs."""
     directory = tmp_path_factory.mktemp("parsers")
-    code = directory / "code"
-    for package in ("vmd", "vmctl"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (code / "vmd/vm/intruder.py").write_text(INTRUDER)
-    for path, hook in HOOKS.items():
-        with (code / "vmd" / path).open("a") as file:
-            file.write(hook)
+    hooks = {f"vmd/{path}": hook for path, hook in HOOKS.items()}
+    code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, **hooks})
     conf = f'vm "other" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n}}\n'
     with Daemon(directory, conf, code=code) as made:
         made.must("start", "other")

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
 from tests.support.privdriver import Priv, nic
+from tests.support.program import changed_program
 from vmd.priv.sysctl import state_path
 from vmd.privsep.cell import PRIV_ID
 
@@ -80,15 +80,10 @@ Network.make_nics = _made
 
 def test_a_taken_over_priv_is_not_root_to_the_daemon(network: Network, tmp_path: Path) -> None:
     """It does not reach the control socket: not with its filter, and not with its user alone."""
-    code = tmp_path / "code"
-    for package in ("vmd", "vmctl"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
     conf = SWITCH + block("a", 'interface switch "lan"') + block("b")
     vmd = NetDaemon(tmp_path, network, conf)
-    vmd.code = code
+    vmd.code = changed_program(tmp_path / "code", {"vmd/priv/main.py": INTRUDER.format(path=vmd.socket)})
     vmd.directory.chmod(0o755)
-    with (code / "vmd/priv/main.py").open("a") as file:
-        file.write(INTRUDER.format(path=vmd.socket))
     with vmd, bystander(vmd, "b"):
         vmd.must("start", "a")
         log = vmd.log

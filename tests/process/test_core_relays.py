@@ -6,7 +6,6 @@ command line says.  Another guest must not notice (`Bystander`).
 
 import errno
 import os
-import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -15,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.bystander import NAME, PROMPT, Bystander, vm_block
-from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.clients import connect
+from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.fusefile import HELD, READ, FuseFile
 from tests.support.guests import guest
+from tests.support.program import changed_program
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.ipc.messages import StartRequest, StopRequest, VmTerminated
 from vmd.privsep.confine import RUNNING_FILES
@@ -114,12 +115,7 @@ MANY = 128  # numbers of VMs from here on take a byte more
 def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     """Give a VM that must not notice anything, in a daemon with intruders."""
     directory = tmp_path_factory.mktemp("relays")
-    code = directory / "code"
-    for package in ("vmd", "vmctl"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (code / "vmd/vm/intruder.py").write_text(INTRUDER)
-    with (code / "vmd/vm/main.py").open("a") as file:
-        file.write(HOOK)
+    code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, "vmd/vm/main.py": HOOK})
     attacks = (*FLOODS, "park", "leave_child")
     conf = vm_block(NAME) + vm_block("plain") + "".join(vm_block(name, f'cmdline "{name}"') for name in attacks)
     conf += "".join(vm_block(f"filler{number}") for number in range(MANY))
@@ -133,14 +129,6 @@ def vmd(bystander: Bystander) -> Iterator[Daemon]:
     """Give that daemon; afterwards the VM has not noticed anything."""
     yield bystander.vmd
     bystander.check()
-
-
-def connect(vmd: Daemon) -> socket.socket:
-    """Return a connection to the control socket."""
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    client.settimeout(DEADLINE_S)
-    client.connect(str(vmd.socket))
-    return client
 
 
 @pytest.mark.parametrize("flood", [FLOODS[0], *DEEP])
@@ -196,11 +184,11 @@ def test_a_vm_process_that_cannot_be_killed(vmd: Daemon) -> None:
     """Storage keeps it in a read(2): its VM ends all the same, and may be started again."""
     with FuseFile(guest("demo").read_bytes(), for_all=True) as file:
         file.rule(READ, HELD)
-        with connect(vmd) as client:
+        with connect(vmd.socket) as client:
             packet, order = encode(StartRequest(name="plain"), fds={"kernel": [file.fd]})
             socket.send_fds(client, [packet], order)
             file.wait_held(1)
-            with connect(vmd) as stopping:
+            with connect(vmd.socket) as stopping:
                 stopping.send(encode(StopRequest(name="plain", force=True, wait=True))[0])
                 answer = decode(stopping.recv(MAX_MESSAGE), [], "vmd").message
         assert isinstance(answer, VmTerminated)
@@ -215,7 +203,7 @@ def test_the_daemon_ends_though_a_vm_process_does_not(tmp_path: Path) -> None:
     """It is killed, and nobody waits for it longer than for others."""
     with FuseFile(guest("demo").read_bytes(), for_all=True) as file, Daemon(tmp_path, vm_block("plain")) as vmd:
         file.rule(READ, HELD)
-        with connect(vmd) as client:
+        with connect(vmd.socket) as client:
             packet, order = encode(StartRequest(name="plain"), fds={"kernel": [file.fd]})
             socket.send_fds(client, [packet], order)
             file.wait_held(1)

@@ -5,14 +5,14 @@ before that.
 """
 
 import errno
-import shutil
-import socket
 from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.clients import connect
+from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
+from tests.support.program import changed_program
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
 from vmd.ipc.messages import PROTOCOL, Failed, Hello
 
@@ -75,17 +75,11 @@ VmProcess.HANDLERS.update(handles(Proc.VMM, AskDevices, _say))
 
 def forgetful(code: Path) -> Path:
     """Return a copy of the program with messages that nobody serves."""
-    code.mkdir()
-    for package in ("vmd", "vmctl"):
-        # With what is compiled: the processes cannot keep it, and each would compile everything for itself.
-        shutil.copytree(ROOT / package, code / package)
+    changed_program(code, {"vmd/parent/main.py": PARENT, "vmd/vm/main.py": VM})
     messages = code / "vmd" / "ipc" / "messages.py"
     head, resolved, tail = messages.read_text().partition("\n_resolve()\n")
     assert resolved
     messages.write_text(head + MESSAGES + resolved + tail)
-    for package, more in (("parent", PARENT), ("vm", VM)):
-        with (code / "vmd" / package / "main.py").open("a") as module:
-            module.write(more)
     return code
 
 
@@ -125,9 +119,7 @@ def test_a_message_that_nobody_serves_ends_nobody(tmp_path: Path) -> None:
 
 def asked_in_vain(path: Path) -> None:
     """Ask what nobody serves, and be told so."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(DEADLINE_S)
-        client.connect(str(path))
+    with connect(path) as client:
         client.send(encode(Hello(version=PROTOCOL), form=Form.NAMED)[0])
         assert isinstance(decode(client.recv(MAX_MESSAGE), [], "vmd").message, Hello)
         body = b"\x92\x80\x80"  # [{}, {}]

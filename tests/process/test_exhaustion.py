@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.clients import connect, receive
+from tests.support.daemon import Daemon
 from tests.support.guests import guest
-from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.imsg import encode
 from vmd.ipc.messages import End, Failed, ListRequest, ReloadRequest, VmInfo
-from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -58,14 +58,9 @@ def limit(pid: int, what: str, number: int | str) -> str:
     return old
 
 
-def received(client: socket.socket) -> Record:
-    """Return the next answer."""
-    return decode(client.recv(MAX_MESSAGE), [], "vmd").message
-
-
 def listed(client: socket.socket) -> None:
     """Read the answers to a ListRequest."""
-    while isinstance(answer := received(client), VmInfo):
+    while isinstance(answer := receive(client), VmInfo):
         pass
     assert isinstance(answer, End)
 
@@ -156,9 +151,7 @@ def test_descriptors_for_clients(vmd: Daemon) -> None:
     clients = []
     try:
         for _ in range(8):
-            client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            client.settimeout(DEADLINE_S)
-            client.connect(str(vmd.socket))
+            client = connect(vmd.socket)
             client.send(encode(ListRequest())[0])
             clients.append(client)
         vmd.wait_log("no new clients for 1 s: Too many open files")
@@ -172,14 +165,12 @@ def test_descriptors_for_clients(vmd: Daemon) -> None:
 
 def test_descriptors_for_a_reload(vmd: Daemon) -> None:
     """A reload of a file that cannot be read for want of a descriptor changes nothing."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(DEADLINE_S)
-        client.connect(str(vmd.socket))
+    with connect(vmd.socket) as client:
         client.send(encode(ListRequest())[0])
         listed(client)  # so that it has been accepted, which takes a descriptor, too
         old = limit(vmd.pid, "nofile", 3)
         client.send(encode(ReloadRequest())[0])
-        answer = received(client)
+        answer = receive(client)
         limit(vmd.pid, "nofile", old)
     assert isinstance(answer, Failed)
     assert "Too many open files" in answer.text

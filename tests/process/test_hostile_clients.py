@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients import receive
 from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
 from tests.support.network import Network
 from tests.support.users import Users, UsersDaemon
 from vmd.control.clients import MAX_UNANSWERED
-from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
+from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, encode
 from vmd.ipc.messages import (
     BY_CODE,
     PROTOCOL,
@@ -114,15 +115,6 @@ def resident_kib(pid: int) -> int:
     """Return the memory of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
-
-
-def receive(client: socket.socket) -> Record | None:
-    """Return the next answer, None at the end of the connection."""
-    try:
-        packet = client.recv(MAX_MESSAGE)
-    except ConnectionResetError:
-        return None
-    return decode(packet, [], "vmd").message if packet else None
 
 
 def send(client: socket.socket, request: Record) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
 
+from tests.support.clients import connect_as
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
@@ -147,24 +148,7 @@ class UsersDaemon(NetDaemon):
         """Return a connection to the daemon that the kernel says is this user's, for messages no vmctl would send."""
         uid, gid = (int(self.users.run("id", option, user)) for option in ("-u", "-g"))
         groups = [int(number) for number in self.users.run("id", "-G", user).split()]
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    os.setgroups(groups)
-                    os.setresgid(gid, gid, gid)
-                    os.setresuid(uid, uid, uid)
-                    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-                        client.connect(str(self.socket))
-                        socket.send_fds(theirs, [b"x"], [client.fileno()])
-                finally:
-                    os._exit(0)
-            os.waitpid(pid, 0)
-            ours.settimeout(DEADLINE_S)
-            client = socket.socket(fileno=socket.recv_fds(ours, 1, 1)[1][0])
-        client.settimeout(DEADLINE_S)
-        return client
+        return connect_as(self.socket, uid, gid, groups)
 
     def ask_as(self, user: str, request: Record, fds: Mapping[str, Sequence[int]] = NO_FDS) -> Record:
         """Send a message as this user; returns the answer."""
