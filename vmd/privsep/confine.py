@@ -123,7 +123,7 @@ BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
-CONTROL = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, open_files=CORE_FILES)  # vmctl's connections
+CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
 VM = Confinement(  # and the KVM requests that the process names
     syscalls=BASE | CHANNEL | MACHINE,
