@@ -2,7 +2,8 @@
 
 Both collect the same tests, and take one module after the other until none is left.  A module is run by one process
 as a whole, with its fixtures.  The second process writes its reports to a file.  The first one shows them as if they
-were its own, a module at a time, so there is one summary and one exit status.
+were its own, a module at a time, so there is one summary and one exit status.  Tests are told apart by their places in
+the collection: the name of a parameter may differ between two processes, if the time is in it, for example.
 """
 
 import json
@@ -43,6 +44,11 @@ def configure(config: pytest.Config) -> None:
 def module_of(nodeid: str) -> str:
     """Return the name of the module that a test is in."""
     return nodeid.partition("::")[0]
+
+
+def function_of(nodeid: str) -> str:
+    """Return the name of a test without its parameters."""
+    return nodeid.partition("[")[0]
 
 
 class Modules:
@@ -97,6 +103,7 @@ class Second:
         self.config = config
         self.modules = Modules(folder / MODULES)
         self.reports = folder / REPORTS
+        self.places: dict[str, int] = {}  # by test: which of all it is
         self.output = (folder / OUTPUT).open("w", encoding="utf-8")
 
         # Our own account of the run goes to a file; what tests print past the capture is still shown.
@@ -106,13 +113,14 @@ class Second:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run what the first process does not run."""
+        self.places = {item.nodeid: place for place, item in enumerate(session.items)}
         run(session, filter(self.modules.ask, session.items), lambda item: None)
         return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Append one report."""
         with self.reports.open("a", encoding="utf-8") as reports:
-            reports.write(line_of(self.config, report))
+            reports.write(line_of(self.config, report, place=self.places[report.nodeid]))
 
     def pytest_unconfigure(self) -> None:
         """Close what was opened."""
@@ -129,6 +137,7 @@ class First:
         (self.folder / REPORTS).touch()
         self.modules = Modules(self.folder / MODULES)
         self.process: subprocess.Popen[bytes] | None = None
+        self.all: list[pytest.Item] = []
         self.items: dict[str, dict[str, pytest.Item]] = {}  # by module and name: what may be the other process's
         self.lines = (self.folder / REPORTS).open(encoding="utf-8")
         self.begun = ""  # a line that is not written to its end
@@ -153,6 +162,7 @@ class First:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Remember what there is to run."""
+        self.all = session.items
         for item in session.items:
             if not self._elsewhere(item):
                 self.items.setdefault(module_of(item.nodeid), {})[item.nodeid] = item
@@ -231,11 +241,20 @@ class First:
         """Take up the reports that have been written since."""
         *lines, self.begun = (self.begun + self.lines.read()).split("\n")
         for line in lines:
-            report = report_of(self.config, json.loads(line))
-            self.reports.setdefault(report.nodeid, []).append(report)
+            data = json.loads(line)
+            report = report_of(self.config, data)
+            nodeid = self._here(data["place"], report.nodeid)
+            self.reports.setdefault(nodeid, []).append(report)
             if report.when == "teardown":
-                module = module_of(report.nodeid)
+                module = module_of(nodeid)
                 self.complete[module] = self.complete.get(module, 0) + 1
+
+    def _here(self, place: int, name: str) -> str:
+        """Return the name that the test at this place has in this process.  Raises UsageError if it is another one."""
+        here = self.all[place].nodeid if place < len(self.all) else "nothing"
+        if function_of(here) != function_of(name):
+            raise pytest.UsageError(f"the two processes collect different tests: {here} here, {name} there")
+        return here
 
     def _show(self) -> None:
         """Show the modules that the second process has finished, so that the tests of a module stand together.

@@ -178,6 +178,39 @@ def test_the_second_one_is_killed(tmp_path: Path) -> None:
     assert "test_c.py::test_later PASSED" in output
 
 
+def test_names_that_differ_between_the_two(tmp_path: Path) -> None:
+    """A parameter may be called otherwise in each process: the tests are the same."""
+    project = Project(tmp_path, """
+        @pytest.mark.parametrize("number", [os.getpid(), os.urandom(8)])
+        def test_of_both(met, second, number):
+            assert second or isinstance(number, bytes)
+    """)
+
+    status, output = project.run()
+
+    assert (status, count(output)) == (1, "1 failed, 3 passed"), output
+
+
+def test_tests_that_differ_between_the_two(tmp_path: Path) -> None:
+    """What one of them does not know cannot be shown, which is said."""
+    project = Project(tmp_path, """
+        if "--second" in " ".join(__import__("sys").argv):
+            def test_of_one():
+                pass
+
+        def test_of_both(met):
+            pass
+
+        def test_more():
+            pass
+    """)
+
+    status, output = project.run()
+
+    assert status == pytest.ExitCode.USAGE_ERROR, output
+    assert "the two processes collect different tests" in output
+
+
 def test_fixtures_of_folders_end_with_the_last_test_of_the_process(tmp_path: Path) -> None:
     """The test that follows a module is not that of the other process, which may be in the same folder."""
     project = Project(tmp_path, """
