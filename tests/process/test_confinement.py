@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import select
@@ -75,7 +76,7 @@ class Run:
 def try_inside(place: Cell | None, kind: str, *attempts: str, paths: tuple[str, ...] | None = None) -> Run:
     """Run a process with that confinement through its attempts; it also holds a victim's pidfd and a file."""
     ours, theirs = socket.socketpair()
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as data, ours:
+    with lines_of_a_process() as (log, writer), tempfile.TemporaryFile() as data, ours:
         data.write(b"hello")
         data.flush()
         victim = os.pidfd_open(os.getpid())
@@ -84,18 +85,26 @@ def try_inside(place: Cell | None, kind: str, *attempts: str, paths: tuple[str, 
             [kind, *attempts],
             channel=theirs,
             fds={VICTIM_FD: victim, DATA_FD: data.fileno()},
-            log_fd=log.fileno(),
+            log_fd=writer.fileno(),
             place=place,
             import_path=paths,
             entry=ENTRY,
         )
         os.close(victim)
         theirs.close()
+        writer.close()
         with ours.makefile() as reader:
             answers = reader.read()
         status = child.reap(DEADLINE_S)
-        log.seek(0)
         return Run(answers, status, log.read().decode())
+
+
+@contextlib.contextmanager
+def lines_of_a_process() -> Iterator[tuple[io.FileIO, io.FileIO]]:
+    """Give both ends of a pipe: some processes may write no file, and log what they say to a socket."""
+    reader, writer = os.pipe()
+    with open(reader, "rb", 0) as log, open(writer, "wb", 0) as lines:
+        yield log, lines
 
 
 def run_script(body: str, path: list[str] | None = None, interpreter: str = INTERPRETER) -> str:
@@ -286,6 +295,15 @@ def test_own_work_goes_on(cell: Cell, kind: str, attempts: tuple[str, ...]) -> N
     run = try_inside(cell, kind, *attempts)
 
     assert run.answers == [f"{name} done None" for name in attempts]
+    assert run.status == 0
+
+
+@pytest.mark.parametrize("kind", ["LEAF", "VIONET", "VIOSCSI"])
+def test_a_device_without_a_disk_writes_no_file(cell: Cell, kind: str) -> None:
+    """Not even through a descriptor that may be written to."""
+    run = try_inside(cell, kind, "write_data")
+
+    assert run.answers == [f"write_data errno {errno.EFBIG}"]
     assert run.status == 0
 
 

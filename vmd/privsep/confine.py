@@ -107,21 +107,22 @@ class Confinement(Record):
     scopes: int = landlock.SCOPE_ALL
     capabilities: int = 0  # mask
     open_files: int = 1024
+    writes_files: bool = True  # else none can be written, even if it comes as a descriptor that may be
 
     def check(self) -> None:
         """Refuse rules that mean nothing."""
         seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
 
 
-LEAF = Confinement(syscalls=BASE | CHANNEL)  # viornd, and the start of any other
+LEAF = Confinement(syscalls=BASE | CHANNEL, writes_files=False)  # viornd
 VIOBLK = Confinement(syscalls=BASE | CHANNEL | BLOCK)
-VIOSCSI = VIOBLK  # an ISO is a disk image that is only read
+VIOSCSI = VIOBLK.replace(writes_files=False)  # an ISO is a disk image that is only read
 IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
-VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS)
+VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS, writes_files=False)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
@@ -211,7 +212,7 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
     if _thread._count():
         raise RuntimeError("confine must be called before the first thread is started")
     prime()
-    limit_resources(confinement.open_files)
+    limit_resources(confinement.open_files, writes_files=confinement.writes_files)
     give_up_capabilities(confinement.capabilities)
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
@@ -253,10 +254,15 @@ def prime() -> None:
         return  # other C libraries do without
 
 
-def limit_resources(open_files: int) -> None:
-    """No core dumps, for they hold guest memory; no more descriptors than asked for.  Raises HostError."""
+def limit_resources(open_files: int, *, writes_files: bool) -> None:
+    """No core dumps, for they hold guest memory; no more descriptors than asked for, nor files written.
+
+    Raises HostError.
+    """
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if not writes_files:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     except OSError as error:
         raise HostError("limit resources", error) from error
     limit_open_files(open_files)

@@ -206,6 +206,10 @@ def memfd() -> None:
         view[0] = 1
 
 
+def write_data() -> object:
+    return os.write(DATA_FD, b"!")
+
+
 def load_library() -> object:
     return ctypes.CDLL("libm.so.6")
 
