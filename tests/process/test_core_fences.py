@@ -48,8 +48,8 @@ fcntl.ioctl(fd, 0x5423, struct.pack("i", 27))  # TIOCSETD, N_NULL
 def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     """Give a VM that must not notice anything, in a daemon with a VM of a user's and one of root's."""
     conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup") + vm_block("roots")
-    with Daemon(tmp_path_factory.mktemp("fences"), conf) as daemon:
-        yield Bystander(daemon)
+    with Daemon(tmp_path_factory.mktemp("fences"), conf) as daemon, Bystander(daemon) as made:
+        yield made
 
 
 @pytest.fixture
@@ -175,8 +175,8 @@ def among_bugs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     directory = tmp_path_factory.mktemp("bugs")
     code = changed_program(directory / "code", {f"vmd/{path}": bug for path, bug in BUGS.items()})
     conf = vm_block(NAME) + vm_block("hers") + vm_block("roots") + vm_block("networked", "interface tap")
-    with Daemon(directory, conf, code=code) as daemon:
-        yield Bystander(daemon)
+    with Daemon(directory, conf, code=code) as daemon, Bystander(daemon) as made:
+        yield made
 
 
 @pytest.fixture

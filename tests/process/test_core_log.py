@@ -46,6 +46,13 @@ def vmd(tmp_path: Path, reader: LogReader) -> Iterator[Daemon]:
         yield daemon
 
 
+@pytest.fixture
+def bystander(vmd: Daemon) -> Iterator[Bystander]:
+    """Give a VM that must not notice what is done to another one."""
+    with Bystander(vmd) as made:
+        yield made
+
+
 def last_words(vmd: Daemon, title: str) -> "socket.socket":
     """Return what a process of the daemon writes its lines to."""
     return borrowed(vmd.processes()[title], 2)
@@ -53,16 +60,15 @@ def last_words(vmd: Daemon, title: str) -> "socket.socket":
 
 def test_a_log_that_nobody_reads_stops_nobody(vmd: Daemon, reader: LogReader, tmp_path: Path) -> None:
     """All goes on, up to the end of the daemon; lines that find no room are counted, and the number is said."""
-    bystander = Bystander(vmd)
     broken = tmp_path / "broken.conf"
     broken.write_text(BROKEN)
-    reader.fill(vmd)
+    with Bystander(vmd):
+        reader.fill(vmd)
 
-    for _ in range(10):
-        assert vmd.vmctl("load", broken).returncode == 1
-    vmd.must("start", "bad")
-    vmd.must("stop", "-fw", "bad")
-    bystander.check()
+        for _ in range(10):
+            assert vmd.vmctl("load", broken).returncode == 1
+        vmd.must("start", "bad")
+        vmd.must("stop", "-fw", "bad")
 
     reader.wait("lines were lost")
     deadline = time.monotonic() + DEADLINE_S
@@ -79,9 +85,9 @@ def test_a_log_that_nobody_reads_stops_nobody(vmd: Daemon, reader: LogReader, tm
     assert vmd.stop() == 0
 
 
+@pytest.mark.usefixtures("bystander")
 def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: LogReader) -> None:
     """shutdown(2) on what it writes its lines to: all others are heard as before, and the log says so."""
-    bystander = Bystander(vmd)
     vmd.must("start", "bad")
 
     with last_words(vmd, "vmd: vm/bad/viornd0") as taken:
@@ -93,7 +99,6 @@ def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: 
             own.send(b"<6>" + title.removeprefix("vmd: ").encode() + b": is heard")
     for title in (f"vm/{NAME}", f"vm/{NAME}/viornd0", "vmm", "control", "priv"):
         reader.wait(f"{title}: is heard")
-    bystander.check()
     vmd.must("stop", "-fw", "bad")  # which nothing of this hinders
     vmd.must("start", "bad")
     with last_words(vmd, "vmd: vm/bad") as own:
@@ -125,9 +130,9 @@ def test_every_line_of_a_vm_bears_its_name(vmd: Daemon, reader: LogReader) -> No
 
 
 @pytest.mark.deep
+@pytest.mark.usefixtures("bystander")
 def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReader) -> None:
     """Another VM's line arrives meanwhile, and the log says who writes too much."""
-    bystander = Bystander(vmd)
     vmd.must("start", "bad")
     heard = False
     with last_words(vmd, "vmd: vm/bad/viornd0") as taken, last_words(vmd, f"vmd: vm/{NAME}") as own:
@@ -144,13 +149,12 @@ def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReade
                 break
             assert time.monotonic() < deadline
     reader.wait("log: vm bad writes too many lines")
-    bystander.check()
 
 
 @pytest.mark.deep
+@pytest.mark.usefixtures("bystander")
 def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogReader) -> None:
     """What was written while there was none is not lost, and the log says what has happened."""
-    bystander = Bystander(vmd)
     first = vmd.processes()["vmd: log"]
     os.kill(first, signal.SIGSTOP)  # so that it has read none of this
     with last_words(vmd, f"vmd: vm/{NAME}") as own:
@@ -163,7 +167,6 @@ def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogR
     reader.wait("vmd: process log was killed by SIGKILL; starting another one")
     assert [line for line in reader.lines if ": line " in line] == [f"vm/{NAME}: line {n};" for n in range(100)]
     assert vmd.processes()["vmd: log"] != first
-    bystander.check()
 
 
 def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogReader) -> None:
@@ -195,18 +198,16 @@ def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogRea
 
 
 @pytest.mark.deep
+@pytest.mark.usefixtures("bystander")
 def test_a_log_process_that_is_stopped_is_replaced(vmd: Daemon, reader: LogReader) -> None:
     """It has to answer within a time; nobody waits for it meanwhile, and no line is lost."""
-    bystander = Bystander(vmd)
     first = vmd.processes()["vmd: log"]
 
     os.kill(first, signal.SIGSTOP)
     vmd.must("start", "bad")
-    bystander.check()
 
     reader.wait("vmd: process log has not answered for 15 s; starting another one")
     reader.wait("vmd: started bad")
-    bystander.check()
 
 
 @pytest.mark.deep

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.bystander import Bystander, vm_block
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.program import changed_program
@@ -20,7 +21,6 @@ from tests.support.transfers import ended, from_file, to_file, vmctl
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-PROMPT = "vmd-demo> "
 INTRUDER = '''
 """What somebody who has taken over a parser of vm b does: `WHERE:WHAT[:PID]` in a guest's command line."""
 import os, signal, sys
@@ -82,17 +82,20 @@ ATTACKS = ("fork", "execute", "spawn", "signal_pidfd", "signal_thread")
 
 
 @pytest.fixture(scope="module")
-def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A daemon with such code in it, and a VM of somebody else that runs."""
+def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
+    """Give a VM of somebody else that runs, in a daemon with such code in it."""
     directory = tmp_path_factory.mktemp("parsers")
     hooks = {f"vmd/{path}": hook for path, hook in HOOKS.items()}
     code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, **hooks})
-    conf = f'vm "other" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n}}\n'
-    with Daemon(directory, conf, code=code) as made:
-        made.must("start", "other")
-        with made.console("other") as console:
-            console.expect(PROMPT, DEADLINE_S)
-        yield made
+    with Daemon(directory, vm_block("other"), code=code) as made, Bystander(made, "other") as found:
+        yield found
+
+
+@pytest.fixture
+def vmd(bystander: Bystander) -> Iterator[Daemon]:
+    """Give that daemon; afterwards the other VM has not noticed anything."""
+    yield bystander.vmd
+    bystander.check()
 
 
 def order(vmd: Daemon, where: str, what: str) -> str:
@@ -103,13 +106,11 @@ def order(vmd: Daemon, where: str, what: str) -> str:
 
 
 def check_nothing_came_of_it(vmd: Daemon, what: str, errors: str, processes: dict[str, int]) -> None:
-    """The process was ended for trying, the other VM answers, and nothing is left of the attack."""
+    """The process was ended for trying, and nothing is left of the attack."""
     log = vmd.log
     assert f"vm/b tries {what}\n" in log
     assert f"vm/b has done {what}" not in log
     assert "SIGSYS" in errors
-    with vmd.console("other") as console:
-        console.answer("", PROMPT)
     found = with_reserve(vmd)
     assert found.keys() == processes.keys()
     assert found["vmd: vm/other"] == processes["vmd: vm/other"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.console import Console
+from tests.support.bystander import Bystander
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
@@ -25,7 +25,6 @@ from vmd.privsep.cell import PRIV_ID
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-PROMPT = "vmd-demo> "
 SWITCH = 'switch "lan" {\n    interface br7\n}\n'
 
 
@@ -33,18 +32,6 @@ def block(name: str, *lines: str) -> str:
     """Return a vm block of the demonstration guest."""
     options = ["disable", "memory 32M", f'boot "{guest("demo")}"', *lines]
     return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
-
-
-@contextlib.contextmanager
-def bystander(vmd: NetDaemon, name: str) -> Iterator[Console]:
-    """Start a guest that must not notice what happens meanwhile: it answers before and after."""
-    vmd.must("start", name)
-    pid = vmd.status(name)["pid"]
-    with vmd.console(name) as console:
-        console.expect(PROMPT, DEADLINE_S)
-        yield console
-        console.answer("", PROMPT)
-    assert vmd.status(name)["pid"] == pid
 
 
 # --- taken over ------------------------------------------------------------------------------------------------
@@ -84,7 +71,7 @@ def test_a_taken_over_priv_is_not_root_to_the_daemon(network: Network, tmp_path:
     vmd = NetDaemon(tmp_path, network, conf)
     vmd.code = changed_program(tmp_path / "code", {"vmd/priv/main.py": INTRUDER.format(path=vmd.socket)})
     vmd.directory.chmod(0o755)
-    with vmd, bystander(vmd, "b"):
+    with vmd, Bystander(vmd, "b"):
         vmd.must("start", "a")
         log = vmd.log
 
@@ -96,7 +83,7 @@ def test_a_taken_over_priv_is_not_root_to_the_daemon(network: Network, tmp_path:
 
 def test_priv_is_no_root_and_has_a_filter(network: Network, tmp_path: Path) -> None:
     """Its user is its own, no VM's and nobody's on the host."""
-    with NetDaemon(tmp_path, network, block("b")) as vmd, bystander(vmd, "b"):
+    with NetDaemon(tmp_path, network, block("b")) as vmd, Bystander(vmd, "b"):
         people = {title: Path(f"/proc/{pid}/status").read_text() for title, pid in vmd.processes().items()}
     status = {
         title: dict(line.partition(":\t")[::2] for line in text.splitlines()) for title, text in people.items()
@@ -177,7 +164,7 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
     conf += block("b", "local interface") + block("c", 'interface switch "lan"')
     with NetDaemon(tmp_path, network, conf) as vmd:
         vmd.must("start", "b")
-        with bystander(vmd, "a"):
+        with Bystander(vmd, "a") as bystander:
             made = world(network)
             priv = vmd.processes()["vmd: priv"]
             os.kill(priv, signal.SIGSTOP)
@@ -192,6 +179,7 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
             wait_for(lambda: world(network) == made)
             vmd.must("reload")
             assert world(network) == made
+            bystander.core = bystander.core_now()
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
         vmd.must("stop", "-fw", "b")  # nobody hears of its interface but the next one
@@ -208,7 +196,7 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
 def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path) -> None:
     """SIGSTOP: a start waits no longer than its deadline, root has its status meanwhile, and other guests run."""
     conf = SWITCH + block("a", 'interface switch "lan"') + block("b", "local interface")
-    with NetDaemon(tmp_path, network, conf) as vmd, bystander(vmd, "b"):
+    with NetDaemon(tmp_path, network, conf) as vmd, Bystander(vmd, "b") as bystander:
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
         with starting(vmd, "a") as client:
@@ -218,6 +206,7 @@ def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path)
         assert client.returncode == 0, said
         assert another_priv(vmd, priv) != priv
         wait_for(lambda: not Path(f"/proc/{priv}").exists())
+        bystander.core = bystander.core_now()
     assert "priv: does not answer for 30 s: it is started again" in vmd.log
 
 
@@ -231,7 +220,7 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
     def told(name: str, words: str) -> bool:
         return words in vmd.must("status", "-v", name)
 
-    with NetDaemon(tmp_path, network, conf) as vmd, bystander(vmd, "b"):
+    with NetDaemon(tmp_path, network, conf) as vmd, Bystander(vmd, "b"):
         vmd.must("start", "a")
         on_switch, local = (nic["tap"] for nic in vmd.interfaces("a"))
         (host4,) = (address for address in addresses(links(network)[local]) if address.startswith("100."))

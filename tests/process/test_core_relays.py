@@ -120,8 +120,8 @@ def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     conf = vm_block(NAME) + vm_block("plain") + "".join(vm_block(name, f'cmdline "{name}"') for name in attacks)
     conf += "".join(vm_block(f"filler{number}") for number in range(MANY))
     conf += vm_block("long_answer", 'cmdline "long_answer"')
-    with Daemon(directory, conf, code=code) as daemon:
-        yield Bystander(daemon)
+    with Daemon(directory, conf, code=code) as daemon, Bystander(daemon) as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,10 +1,19 @@
 """A guest that must not notice what is done to another one, and a daemon that serves root all the while."""
 
-from tests.support.daemon import DEADLINE_S, Daemon
+import json
+import select
+import subprocess
+import sys
+from types import TracebackType
+from typing import ClassVar, Self
+
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
+from tests.support.watcher import Longest
 
 PROMPT = "vmd-demo> "
 NAME = "bystander"
+GUEST_S = 30.0
 
 
 def vm_block(name: str, *more: str) -> str:
@@ -14,16 +23,48 @@ def vm_block(name: str, *more: str) -> str:
 
 
 class Bystander:
-    """The guest, from its start to the end of a test."""
+    """The guest, and root's questions, from the beginning of a test to its end; a context manager.
 
-    def __init__(self, vmd: Daemon) -> None:
-        """Start it."""
+    All the while another process asks for the status, and the guest for its prompt (`watcher`).  No status may take
+    longer than `status_s`, as far as that is the daemon's doing.
+    """
+
+    status_s: ClassVar[float] = 30.0  # 1 s where the long rounds run, see tests/process/conftest.py
+
+    def __init__(self, vmd: Daemon, name: str = NAME) -> None:
+        """Start the guest."""
         self.vmd = vmd
-        vmd.must("start", NAME)
-        self.pid = vmd.status(NAME)["pid"]
+        self.name = name
+        vmd.must("start", name)
+        row = vmd.status(name)
+        self.pid = row["pid"]
         self.core = self.core_now()
-        with vmd.console(NAME) as console:
-            console.expect(PROMPT, DEADLINE_S)
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.watcher", vmd.socket, row["tty"], str(vmd.pid)],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        try:
+            self.ask_watcher()  # it has seen the guest's first words
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.check()
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Ask no more."""
+        self._watcher.kill()
+        self._watcher.communicate()
 
     def core_now(self) -> dict[str, int]:
         """Return the processes that all guests hang on."""
@@ -31,10 +72,24 @@ class Bystander:
 
     def check(self) -> None:
         """It runs on in the same process and answers what is typed; root is answered, by the same processes."""
-        row = self.vmd.status(NAME)
+        longest = self.ask_watcher()
+        assert longest.status_s <= self.status_s, f"root has waited for a status: {longest}\n{self.vmd.log}"
+        assert longest.guest_s <= GUEST_S, f"the guest said nothing: {longest}\n{self.vmd.log}"
+        row = self.vmd.status(self.name)
         assert (row["state"], row["pid"]) == ("running", self.pid), self.vmd.log
-        with self.vmd.console(NAME) as console:
-            console.answer("", PROMPT)
         now = self.core_now()
         for title in ("vmd: control", "vmd: vmm", "vmd: priv"):
             assert now.get(title) == self.core.get(title), self.vmd.log
+
+    def ask_watcher(self) -> Longest:
+        """Wait until both are answered once more; return what took longest so far."""
+        watcher = self._watcher
+        assert watcher.stdin is not None
+        assert watcher.stdout is not None
+        watcher.stdin.write("?\n")
+        watcher.stdin.flush()
+        answered = select.select([watcher.stdout], [], [], DEADLINE_S)[0]
+        assert answered, f"root or the guest is not answered for {DEADLINE_S} s\n{self.vmd.log}"
+        line = watcher.stdout.readline()
+        assert line, f"the guest or the daemon has gone\n{self.vmd.log}"
+        return Longest(*json.loads(line))
