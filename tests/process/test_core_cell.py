@@ -7,6 +7,7 @@ import pwd
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from tests.process.insider import DATA_FD
 from tests.support.bystander import vm_block
 from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
+from vmd.errors import HostError
+from vmd.parent import groups
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
 from vmd.privsep.ids import FIRST_ID, IDS, TASKS_MAX, Ids, ids_in_use, user_namespace
@@ -26,6 +29,17 @@ from vmd.privsep.spawn import spawn
 pytestmark = pytest.mark.root
 
 SYS_UNSHARE = 272
+
+
+def can_have_groups() -> bool:
+    """Return whether a daemon that runs here can have control groups."""
+    try:
+        return os.access(groups.directory_of(os.getpid()), os.W_OK)
+    except HostError:
+        return False
+
+
+needs_groups = pytest.mark.skipif(not can_have_groups(), reason="no control groups of version 2 here")
 
 NO_USER_NAMESPACES = f"""
 import errno, os, sys
@@ -204,3 +218,48 @@ def test_what_a_vm_leaves_behind_is_buried(tmp_path: Path) -> None:
 
         wait_for(lambda: all(not state.startswith("Z") for state in states_below(vmm).values()))
         assert vmd.status("b")["state"] == "running"
+
+
+@needs_groups
+@pytest.mark.kvm
+def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
+    """Its devices are in it, and nothing else; what is left in it ends with the VM, and so does the group."""
+    with Daemon(tmp_path, vm_block("a") + vm_block("b")) as vmd:
+        vmd.must("start", "a")
+        vmd.must("start", "b")
+        processes = {title.removeprefix("vmd: "): pid for title, pid in vmd.processes().items()}
+        group = {title: Path(groups.directory_of(pid)) for title, pid in processes.items()}
+        top = group["vmm"].parent
+        assert len({group["vmm"], group["vm/a"], group["vm/b"], group["control"]}) == 4
+        assert group["vm/a/viornd0"] == group["vm/a"]
+        assert group["vm/a"].parent == top
+        assert groups.CONTROLLER not in (top / "cgroup.controllers").read_text() or (
+            (group["vm/a"] / "pids.max").read_text() == f"{TASKS_MAX}\n"
+        )
+
+        with subprocess.Popen(["sleep", "infinity"]) as left:
+            groups.move(left.pid, str(group["vm/a"]))
+            vmd.must("stop", "-f", "-w", "a")
+            assert left.wait(DEADLINE_S) == -signal.SIGKILL
+        wait_for(lambda: not group["vm/a"].exists())
+        assert group["vm/b"].exists()
+        assert vmd.status("b")["state"] == "running"
+
+    assert not top.exists()
+
+
+@needs_groups
+@pytest.mark.kvm
+@pytest.mark.deep
+def test_control_groups_of_a_killed_daemon(tmp_path: Path) -> None:
+    """The next one removes them when they are empty."""
+    with Daemon(tmp_path, vm_block("a")) as vmd:
+        vmd.must("start", "a")
+        lost = vmd.processes()["vmd: vm/a"]
+        top = Path(groups.directory_of(lost)).parent
+        os.kill(vmd.pid, signal.SIGKILL)
+        wait_for(lambda: "populated 0" in (top / "cgroup.events").read_text())
+        (top / "left").mkdir()
+        vmd.stop()
+        vmd.start()
+        assert not (top / "left").exists()

@@ -609,7 +609,6 @@ class StartVm(Record):
     verbosity: int
     disks: tuple[DiskImages, ...] = ()
     nics: tuple[NicLink, ...] = ()
-    uid: int = 0  # of the VM process that is started next
 
 
 @message(0x61, FROM_VM, fds=("memory?", "process?"))
@@ -750,7 +749,6 @@ class ReceiveVm(Record):
     vmid: int
     name: str
     verbosity: int
-    uid: int = 0  # of the VM process that is started next
 
 
 @message(0x70, FROM_VM)
@@ -844,7 +842,23 @@ class Resolvers(Record):
 class KvmFd(Record):
     """/dev/kvm, opened by the parent: no other process can."""
 
-    uid: int = 0  # of the VM process in reserve; 0: that of vmm
+
+@message(0xC0, (Proc.PARENT, Proc.VMM), fds=("group?",))
+class VmSlot(Record):
+    """What a VM process is going to have; with each VM comes one for the process that is then kept in reserve.
+
+    fds: what it writes 0 to in order to be in its control group.
+    """
+
+    uid: int = 0  # 0: that of vmm
+    group: int = 0  # the parent's number of the group; 0: none
+
+
+@message(0xC1, (Proc.VMM, Proc.PARENT))
+class VmSlotOver(Record):
+    """The process is reaped, or there will be none."""
+
+    group: int
 
 
 @message(0xB0, (Proc.PARENT, Proc.CONTROL))

@@ -3,10 +3,11 @@
 import socket
 import time
 
-from vmd.errors import HostError
+from vmd.errors import HostError, VmdError
 from vmd.ipc.channel import socketpair
 from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
+from vmd.parent import groups
 from vmd.parent.disks import ImageProber
 from vmd.privsep import linux
 from vmd.privsep.cell import PRIV_ID, Cell, Network, VmmCell
@@ -45,6 +46,8 @@ class Children:
 
     def __init__(self, uid: int, gid: int) -> None:
         self._uid = uid
+        self._groups_place = group_place()
+        self.groups: groups.Groups | None = None  # of VMs, once vmm is there
         self.cell = cell = Cell.build(uid, gid)
         vmm = vmm_place(cell)
         self.ids = cell.ids
@@ -76,7 +79,23 @@ class Children:
             raise
         self._present[proc] = child
         self._children.append(child)
+        if proc is Proc.VMM:
+            self.make_groups(child.pid)
         return child, ours
+
+    def make_groups(self, vmm: int) -> None:
+        """Have control groups for VMs, where that is possible."""
+        if self._groups_place is None:
+            return
+        try:
+            self.groups = self._groups_place.groups(vmm)
+        except VmdError as error:
+            warn_of_groups(error)
+            return
+        if not self.groups.limited:
+            # The limit of a user id holds instead.
+            say = log.info if self.ids is not None else log.warn
+            say(f"{self.groups.top}: has no controller {groups.CONTROLLER}: tasks of VMs are not limited by it")
 
     def bury(self) -> None:
         """Reap those that have ended."""
@@ -103,6 +122,22 @@ class Children:
         deadline_s = time.monotonic() + timeout_s
         for child in late:
             child.reap(max(0.0, deadline_s - time.monotonic()))  # one that its storage keeps is left to it
+        if self._groups_place is not None:
+            self._groups_place.close()
+
+
+def group_place() -> "groups.Scope | groups.Below | None":
+    """Return what can make control groups; None, with a warning, on a host where nothing can."""
+    try:
+        return groups.place()
+    except HostError as error:
+        warn_of_groups(error)
+        return None
+
+
+def warn_of_groups(error: VmdError) -> None:
+    """Say that there are no control groups."""
+    log.warn(f"{error}: VMs have no control groups of their own")
 
 
 def vmm_place(cell: Cell) -> Cell:

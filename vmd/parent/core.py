@@ -6,6 +6,7 @@ given this and those of the others that they call; `main` makes them all, and kn
 
 from vmd.parent.clients import Clients
 from vmd.parent.peers import Peers
+from vmd.parent.slots import Slots
 from vmd.parent.vmtable import VmTable
 
 TYPE_CHECKING = False
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.parent.disks import Prober
     from vmd.parent.identity import Identities
-    from vmd.privsep.ids import Ids
 
 
 class Core:
@@ -29,11 +29,7 @@ class Core:
         self.vms = VmTable(identities)
         self.peers = Peers()
         self.clients = Clients(self.peers)
-        self.ids: Ids | None = None  # for VM processes, on a host where they have their own
+        self.slots = Slots(loop, self.peers)
         self.prober: Prober  # there from the moment that processes are started
         self.serving = False  # clients are served, and VMs started
         self.ending = False  # the daemon is
-
-    def take_id(self) -> int:
-        """Return a user id for the next VM process; 0 for that of vmm.  Raises HostError."""
-        return self.ids.take() if self.ids is not None else 0

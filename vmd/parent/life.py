@@ -178,7 +178,6 @@ class Life:
                     boot_name=files.boot_name,
                     verbosity=self.core.verbosity,
                     disks=media.describe(),
-                    uid=self.core.take_id(),
                 )
                 fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), **console}
                 fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}

@@ -75,6 +75,7 @@ from vmd.ipc.messages import (
     VmLog,
     VmRequest,
     VmRunning,
+    VmSlotOver,
     WaitRequest,
 )
 from vmd.ipc.process import Process, handles, handles_each
@@ -93,6 +94,7 @@ from vmd.parent.logs import Logs
 from vmd.parent.network import Network
 from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
+from vmd.parent.slots import Slots
 from vmd.parent.status import Status
 from vmd.parent.transfers import Transfers
 from vmd.record import Record, RecordType
@@ -156,7 +158,7 @@ class Parent(Process):
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
         core.peers.channels[Proc.CONTROL] = self.connections
         rooms = (self.logs, self.consoles, self.network, status, self.life, self.transfers, self.configuration)
-        self.rooms: dict[type, Any] = {type(room): room for room in rooms}
+        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, core.slots)}
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.listener: socket.socket | None = None  # until clients can be served
@@ -178,13 +180,15 @@ class Parent(Process):
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
         """Start root's control, vmm and priv and hand them what only root could open."""
         self.logs.start(children.cell)
-        self.core.prober, self.core.ids = children.prober, children.ids
+        self.core.prober, self.core.slots.ids = children.prober, children.ids
         children.prober.log_fd = self.logs.open(children.prober.title).detach()
         self.children = children
         for proc in (Proc.PRIV, Proc.VMM):
             self.start_process(proc)
+        self.core.slots.groups = children.groups
         self.connections.start(children, self.logs.open)
-        self.core.peers.send(Proc.VMM, KvmFd(uid=self.core.take_id()), fds={"kvm": [kvm_fd]})
+        self.core.slots.give()
+        self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(signum, self.life.stop_all)
@@ -360,6 +364,7 @@ class Parent(Process):
         **handles(Proc.PRIV, Ready, on_process_ready),
         **handles(Proc.VMM, VmRunning, on(Life, Life.on_running)),
         **handles(Proc.VMM, VmFailed, on(Life, Life.on_failed)),
+        **handles(Proc.VMM, VmSlotOver, on(Slots, Slots.on_over)),
         **handles(Proc.VMM, VmExited, on(Life, Life.on_exited)),
         **handles(Proc.VMM, PauseDone, on(Transfers, Transfers.on_pause_done)),
         **handles(Proc.VMM, SendDone, on(Transfers, Transfers.on_send_done)),

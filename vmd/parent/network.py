@@ -314,6 +314,8 @@ class Network:
                 )
             message = message.replace(nics=taps.links, config=config)
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
+        if isinstance(message, StartVm):
+            self.core.slots.give()
         fds, launch.fds = launch.fds, {}
         try:
             self.core.peers.send(Proc.VMM, message, fds=fds)

@@ -149,7 +149,7 @@ class Transfers:
         elif vm.alive or not vm.from_config:
             raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
         try:
-            uid = self.core.take_id()
+            self.core.slots.give()
             vm.begin_receive(Receiving(paused=message.paused))
             # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
             vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
@@ -165,7 +165,7 @@ class Transfers:
                 self.vms.remove(vm)
             raise
         self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
-        start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity, uid=uid)
+        start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity)
         self.core.peers.send(Proc.VMM, start, fds={"stream": envelope.take_fds("stream"), **console})
         log.info(f"{vm.name}: receiving vm {vm.vmid}")
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # path comes last: it may be a directory of the distribution's, where nothing is to hide the standard library.
 LAUNCH = (
     "import sys; sys.path += {path!r}; "
-    "from vmd.privsep.start import begin; begin({title!r}, {parent}, {uid}); "
+    "from vmd.privsep.start import begin; begin({title!r}, {parent}, {uid}, {group}); "
     "from {module} import {function}; sys.exit({function}())"
 )
 ENTRY = "vmd.__main__:main"
@@ -116,13 +116,14 @@ def spawn(
     entry: str = ENTRY,
     outlives: bool = False,
     uid: int = 0,
+    group: int = -1,
 ) -> Child:
     """Start a process that runs `entry` with `sys.argv[1:] == arguments`.
 
     It gets `channel` as fd 3, `fds` (number there -> descriptor here), our log as fd 2, and nothing else; all stay
     open here.  It leads a session of its own, and is killed when the calling *thread* ends, unless it `outlives` us,
     which only a process in a place can.  With `uid` it becomes that user and group before all else, and has no
-    capability.
+    capability.  `group` is the number of that one of `fds` that leads to the control group it is in.
 
     Raises:
         HostError: the kernel refused a step; says which.
@@ -136,7 +137,9 @@ def spawn(
     module, _, function = entry.partition(":")
     assert place is not None or not outlives
     parent = None if outlives else parent_pid(place)
-    launch = LAUNCH.format(path=list(path), title=title, parent=parent, uid=uid, module=module, function=function)
+    launch = LAUNCH.format(
+        path=list(path), title=title, parent=parent, uid=uid, group=group, module=module, function=function
+    )
     argv = [INTERPRETER, "-I", "-S", "-c", launch, *arguments]
     moved: dict[int, int] = {}
     try:

@@ -27,18 +27,34 @@ BUDGETS: "dict[type[Any], tuple[int, float]]" = {AskResolvers: (16, 4.0), Transf
 UNASKED = 64, 16.0  # ... of all this and last words together; a process that says more is cut off
 
 
+class Slot:
+    """What a VM process is given before it exists: a user id, and a control group."""
+
+    def __init__(self, uid: int = 0, group: int = 0, group_fd: int = -1) -> None:
+        """`uid` 0: ours.  `group` is the parent's number; `group_fd` leads into the group, and is ours to close."""
+        self.uid = uid
+        self.group = group
+        self.group_fd = group_fd
+
+    def close(self) -> None:
+        """Be of no use for another process."""
+        if self.group_fd >= 0:
+            close(self.group_fd)
+            self.group_fd = -1
+
+
 class VmChild:
     """A VM process; `vmid` is 0 while it waits in reserve."""
 
     def __init__(
-        self, pid: int, pidfd: int, channel: Channel, log: socket.socket | None = None, uid: int = 0
+        self, pid: int, pidfd: int, channel: Channel, log: socket.socket | None = None, slot: Slot | None = None
     ) -> None:
-        """`log` is what its lines come out of, `uid` its own; 0: ours."""
+        """`log` is what its lines come out of."""
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
         self.log = log
-        self.uid = uid
+        self.slot = slot or Slot()
         self.vmid = 0
         self.gone = False
         self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do

@@ -35,6 +35,8 @@ from vmd.ipc.messages import (
     VmFailed,
     VmLog,
     VmRunning,
+    VmSlot,
+    VmSlotOver,
     brief,
     relays,
 )
@@ -43,7 +45,7 @@ from vmd.log import log
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
-from vmd.vmm.children import Reaper, VmChild, end_all
+from vmd.vmm.children import Reaper, Slot, VmChild, end_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 NOT_PASSED_ON = "cannot be given its files"
-KVM_FD = 4  # where a VM process finds /dev/kvm
+KVM_FD, GROUP_FD = 4, 5  # where a VM process finds /dev/kvm, and the way into its control group
+SLOTS_MAX = 8  # that wait for a process; starts that failed have left them
 FILES_OF_A_VM = 2  # its channel and its pidfd; all else only passes through
 FILES_SPARE = 64
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
@@ -69,24 +72,36 @@ class Vmm(Process):
     def __init__(self) -> None:
         super().__init__(Proc.VMM)
         self.kvm_fd = -1
-        self.uids: list[int] = []  # for the next VM processes, each once; 0: our own
+        self.slots: list[Slot] = []  # for the next VM processes, each once
         self.reserve: VmChild | None = None
         self.running: dict[int, VmChild] = {}  # by vmid
         self.reaper = Reaper(self.loop, self.on_vm_gone)
         self.stuck: set[VmChild] = set()  # killed, given up, and not gone
         self.parent = self.attach_parent(Proc.PARENT)
 
-    def on_kvm_fd(self, message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
+    def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
         """Keep /dev/kvm; from now on VM processes can be had."""
         fd = envelope.take_fd("kvm")
         assert fd is not None
         self.kvm_fd = fd
-        self.uids.append(message.uid)
         self.fill_reserve()
+
+    def on_slot(self, message: VmSlot, envelope: Envelope, _channel: Channel) -> None:
+        """Have a slot for another VM process."""
+        fd = envelope.take_fd("group")
+        self.slots.append(Slot(message.uid, message.group, -1 if fd is None else fd))
+        while len(self.slots) > SLOTS_MAX:
+            self.slot_over(self.slots.pop(0))
+
+    def slot_over(self, slot: Slot) -> None:
+        """Give a slot back that has no process, and will have none."""
+        slot.close()
+        if slot.group:
+            self.parent.send(VmSlotOver(group=slot.group))
 
     def fill_reserve(self) -> None:
         """Have one VM process ready for the next start."""
-        if self.reserve is None and self.uids:
+        if self.reserve is None and self.slots:
             try:
                 self.reserve = self.spawn_vm()
             except HostError as error:
@@ -98,7 +113,11 @@ class Vmm(Process):
             ours, theirs = socketpair()
         except OSError as error:
             raise HostError("make a channel for a vm", error) from error
-        uid = self.uids[0]
+        if not self.slots:
+            ours.close()
+            theirs.close()
+            raise HostError("have a user id for another vm", errno.EAGAIN)
+        slot = self.slots[0]
         with theirs:
             try:
                 lines, writer = logpair()
@@ -106,15 +125,19 @@ class Vmm(Process):
                 ours.close()
                 raise HostError("make a log for a vm", error) from error
             with writer:
-                arguments, fds = ["vm", log.form, str(log.verbosity)], {KVM_FD: self.kvm_fd}
+                arguments, fds, group = ["vm", log.form, str(log.verbosity)], {KVM_FD: self.kvm_fd}, -1
+                if slot.group_fd >= 0:
+                    fds[GROUP_FD], group = slot.group_fd, GROUP_FD
                 try:
-                    started = spawn("vm", arguments, channel=theirs, fds=fds, log_fd=writer.fileno(), uid=uid)
+                    started = spawn(
+                        "vm", arguments, channel=theirs, fds=fds, log_fd=writer.fileno(), uid=slot.uid, group=group
+                    )
                 except HostError:
                     ours.close()
                     lines.close()
                     raise
-        del self.uids[0]
-        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours), lines, uid)
+        del self.slots[0]
+        child = VmChild(started.pid, started.pidfd, self.attach_vm(ours), lines, slot)
         self.reaper.watch(child)
         return child
 
@@ -132,13 +155,13 @@ class Vmm(Process):
 
     def begin(self, message: StartVm | ReceiveVm, name: str, envelope: Envelope) -> None:
         """Give a VM process its VM."""
-        self.uids.append(message.uid)
         try:
             self.require_files()
             child, self.reserve = self.reserve or self.spawn_vm(), None
         except HostError as error:
             self.not_started(message.vmid, error.number, str(error))
             return
+        child.slot.close()  # it is used up
         child.vmid = message.vmid
         child.channel.label = f"vm/{name}"
         self.pass_log(child)
@@ -261,10 +284,11 @@ class Vmm(Process):
         self.stuck.discard(child)
         if child is self.reserve:
             self.reserve = None
-            self.uids.append(child.uid)  # it has seen nothing of any VM
+            self.slots.append(child.slot)  # it has seen nothing of any VM
             log.warn(f"reserve: {text or 'exited'}")
             self.pass_log(child)
             return
+        self.slot_over(child.slot)
         if self.running.get(child.vmid) is child:
             del self.running[child.vmid]
             words = child.last_words or text
@@ -313,6 +337,7 @@ class Vmm(Process):
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, KvmFd, on_kvm_fd),
         **handles_each(Proc.PARENT, relays(Proc.VMM, Proc.PARENT), on_to_vm),
+        **handles(Proc.PARENT, VmSlot, on_slot),
         **handles(Proc.PARENT, StartVm, on_start_vm),
         **handles(Proc.PARENT, StopVm, on_stop_vm),
         **handles(Proc.PARENT, ReceiveVm, on_receive_vm),

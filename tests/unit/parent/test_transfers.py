@@ -34,6 +34,7 @@ from vmd.ipc.messages import (
     VmReceived,
     VmRunning,
     VmSent,
+    VmSlot,
 )
 from vmd.parent import vmtable
 from vmd.parent.clients import For
@@ -61,9 +62,10 @@ class Peer:
         self.answers: list[tuple[int, Record]] = []
 
     def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
-        """Note a message."""
-        self.sent.append(message)
-        self.answers.append((peerid, message))
+        """Note a message, but for the slots that come with VMs."""
+        if not isinstance(message, VmSlot):
+            self.sent.append(message)
+            self.answers.append((peerid, message))
         for fd in (fd for each in fds.values() for fd in each):
             os.close(fd)
 

@@ -1,0 +1,235 @@
+"""Control groups (cgroups(7), version 2): each VM has one with all its devices, to be bounded and ended as a whole.
+
+They are below one directory, which is not below that of the daemon's unit: systemd cannot start a unit again while
+guests are in there.
+
+    vmd-guests-N.scope/    a transient unit of systemd's; without systemd vmd-guests-N, below the daemon's own group
+        vmm/               vmm: where groups have controllers, the one above has no processes of its own
+        vm-1/ vm-2/ ...    one for each VM process, made before the process is there
+
+N is the lowest number that is free.  The scope ends with its last process.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import select
+import subprocess
+
+from vmd.errors import HostError, VmdError
+from vmd.privsep.ids import TASKS_MAX
+from vmd.privsep.spawn import ENVIRONMENT
+
+SYSTEMD = "/run/systemd/system"  # there where systemd runs the host (sd_booted(3))
+PREFIX = "vmd-guests-"
+CORE = "core"
+SCOPE_S = 30.0  # for systemd to make a scope
+SCOPES_MAX = 64  # of other daemons, which run or are about to be gone
+TAKEN = "already"  # what systemd says of a unit that is there
+CONTROLLER = "pids"
+
+
+def directory_of(pid: int) -> str:
+    """Return the directory of a process's group.  Raises HostError."""
+    tried = "find the control groups of version 2"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            mounts = [line.split(" - ") for line in file]
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            group = next(line[3:].rstrip("\n") for line in file if line.startswith("0::"))
+        root, top = next(before.split()[3:5] for before, after in mounts if after.startswith("cgroup2 "))
+    except OSError as error:
+        raise HostError(tried, error) from error
+    except StopIteration:
+        raise HostError(tried, errno.ENODEV) from None
+    return os.path.normpath(f"{top}/{group.removeprefix(root.rstrip('/'))}")
+
+
+def write(path: str, text: str) -> None:
+    """Write to a file of a group.  Raises HostError."""
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        raise HostError(f"write {text} to {path}", error) from error
+
+
+def move(pid: int, group: str) -> None:
+    """Move a process to a group, which is made if need be.  Raises HostError."""
+    try:
+        os.makedirs(group, 0o755, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"make {group}", error) from error
+    write(f"{group}/cgroup.procs", str(pid))
+
+
+def give_controller(group: str) -> bool:
+    """Let groups in a group have a limit for tasks; False where the host has no such controller.  Raises HostError."""
+    try:
+        with open(f"{group}/cgroup.controllers", encoding="ascii") as file:
+            known = file.read().split()
+    except OSError as error:
+        raise HostError(f"read {error.filename}", error) from error
+    if CONTROLLER in known:
+        write(f"{group}/cgroup.subtree_control", f"+{CONTROLLER}")
+    return CONTROLLER in known
+
+
+class Groups:
+    """The groups of one daemon's VMs."""
+
+    def __init__(self, top: str, *, limited: bool) -> None:
+        """`limited`: tasks can be; HostError of `make` says otherwise what is missing."""
+        self.top = top
+        self.limited = limited
+        self._numbers = itertools.count(1)
+        self._over: set[int] = set()  # killed, and perhaps not empty yet
+
+    def make(self) -> tuple[int, int]:
+        """Make a group for a VM process; return its number, and what a process writes 0 to in order to be in it.
+
+        Raises HostError.
+        """
+        number = next(self._numbers)
+        path = self._path(number)
+        try:
+            os.mkdir(path, 0o755)
+            if self.limited:
+                write(f"{path}/pids.max", str(TASKS_MAX))
+            return number, os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"make {path}", error) from error
+
+    def end(self, number: int) -> None:
+        """Kill what is left in a group of ours, and have it removed."""
+        with contextlib.suppress(HostError):  # before Linux 5.14 there is no such file
+            write(f"{self._path(number)}/cgroup.kill", "1")
+        self._over.add(number)
+
+    def remove(self) -> bool:
+        """Remove the groups that are over; return whether some are left, with processes that have not ended yet."""
+        for number in tuple(self._over):
+            try:
+                os.rmdir(self._path(number))
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue
+            self._over.discard(number)
+        return bool(self._over)
+
+    def _path(self, number: int) -> str:
+        return f"{self.top}/vm-{number}"
+
+
+class Scope:
+    """Where systemd runs the host: a unit of its own for our guests."""
+
+    def groups(self, vmm: int) -> Groups:
+        """Return the groups below a new unit, with vmm in one of them.  Raises VmdError."""
+        own = directory_of(os.getpid())
+        for number in range(SCOPES_MAX):
+            groups = self._make(f"{PREFIX}{number}.scope", own, vmm)
+            if groups is not None:
+                return groups
+        raise VmdError(f"make a control group: there are {SCOPES_MAX} units {PREFIX}N.scope")
+
+    def _make(self, unit: str, own: str, vmm: int) -> Groups | None:
+        """Make one unit; return None if there is one of this name.  Raises VmdError."""
+        above, name = os.path.split(own)
+        options = ["Delegate=yes", "TasksMax=infinity"]
+        if name.endswith(".service"):
+            # Whoever limits the daemon's slice means its guests, too.  At the host's end the daemon stops its guests.
+            options += [f"Before={name}", f"Slice={os.path.basename(above)}"]
+        command = ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={unit}", "--description=Guests of vmd"]
+        command += [f"--property={option}" for option in options]
+        tried = f"make {unit} by systemd-run"
+        try:
+            # systemd makes no unit without a process.  This one is in it as soon as it answers.
+            holder = subprocess.Popen(
+                [*command, "cat"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, bufsize=0,
+            )  # fmt: skip
+        except OSError as error:
+            raise HostError(tried, error) from error
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stderr is not None
+        with holder:
+            try:
+                with contextlib.suppress(OSError):  # it has failed, and says why
+                    holder.stdin.write(b"\n")
+                if not select.select([holder.stdout], [], [], SCOPE_S)[0]:
+                    raise HostError(tried, errno.ETIMEDOUT)
+                if not holder.stdout.read(1):
+                    words = holder.stderr.read().decode(errors="replace").strip()
+                    if TAKEN in words:
+                        return None
+                    raise VmdError(f"{tried}: {words}")
+                top = directory_of(holder.pid)
+                for pid in (vmm, holder.pid):
+                    move(pid, f"{top}/vmm")
+                return Groups(top, limited=give_controller(top))
+            finally:
+                holder.kill()
+
+    def close(self) -> None:
+        """Nothing: the unit ends with its last process."""
+
+
+class Below:
+    """Where there is no systemd: below our own group, which is not to have processes of its own then."""
+
+    def __init__(self) -> None:
+        """Move ourselves out of the way, before we have children.  Raises HostError."""
+        self.own = directory_of(os.getpid())
+        self.top = ""
+        move(os.getpid(), f"{self.own}/{CORE}")
+        try:
+            give_controller(self.own)
+        except HostError:  # others are in there, too
+            with contextlib.suppress(HostError, OSError):
+                move(os.getpid(), self.own)
+                os.rmdir(f"{self.own}/{CORE}")
+            raise
+
+    def groups(self, vmm: int) -> Groups:
+        """Remove what killed daemons have left; return groups below a new one, with vmm in one of them.
+
+        Raises HostError.
+        """
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.own):
+                if name.startswith(PREFIX):
+                    remove_if_empty(f"{self.own}/{name}")
+        for number in itertools.count():
+            self.top = f"{self.own}/{PREFIX}{number}"
+            try:
+                os.mkdir(self.top, 0o755)
+                break
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise HostError(f"make {self.top}", error) from error
+        move(vmm, f"{self.top}/vmm")
+        return Groups(self.top, limited=give_controller(self.top))
+
+    def close(self) -> None:
+        """Remove all groups; vmm has ended."""
+        remove_if_empty(self.top)
+
+
+def remove_if_empty(top: str) -> None:
+    """Remove a group with all in it, unless there are processes."""
+    with contextlib.suppress(OSError):
+        with open(f"{top}/cgroup.events", encoding="ascii") as file:
+            if "populated 0" not in file.read():
+                return
+        for directory, _, _ in os.walk(top, topdown=False):
+            os.rmdir(directory)
+
+
+def place() -> Scope | Below:
+    """Return what can make groups here; called before the first child is there.  Raises HostError."""
+    return Scope() if os.path.isdir(SYSTEMD) else Below()
