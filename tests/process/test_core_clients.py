@@ -36,7 +36,7 @@ from vmd.ipc.messages import (
     VmInfo,
     WaitRequest,
 )
-from vmd.parent.connections import MAX_CLIENTS_PER_USER, STUCK_MAX
+from vmd.parent.connections import MAX_CLIENTS_PER_USER, MAX_REFUSED, STUCK_MAX
 from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -56,8 +56,18 @@ def _intruder(control, message, envelope, channel):
             control.parent.send(message.replace(name=rest), peerid=other)
     elif what == "die":
         os.kill(os.getpid(), 9)
+    elif what == "peak":  # how many messages have waited for the parent at a time
+        control.client_of(channel).channel.send(Failed(code=1, text=str(_peak)))
     else:
         _on_request(control, message, envelope, channel)
+_peak = 0
+_append = Channel.send
+def _counted(self, message, **more):
+    global _peak
+    _append(self, message, **more)
+    if self.peer is Proc.PARENT:
+        _peak = max(_peak, len(self._queue))
+Channel.send = _counted
 import os
 from vmd.ipc.messages import StartRequest, StopRequest
 for _request in (StartRequest, StopRequest):
@@ -173,9 +183,9 @@ def test_a_control_speaks_for_its_own_clients_only(vmd: Daemon) -> None:
 
 def test_the_daemon_s_own_processes_are_no_clients(vmd: Daemon) -> None:
     """One that was taken over has nothing to ask of the parent as somebody else: priv is root, others are _vmd."""
-    before = vmd.log.count("priv tries to be a client")
+    before = vmd.log.count("priv is ")
     vmd.must("reload")
-    assert vmd.log.count("priv tries to be a client") > before
+    vmd.wait_log("priv is ", times=before + 1)
     assert "priv is answered Failed" in vmd.log or "priv is refused" in vmd.log
     assert "priv is answered VmInfo" not in vmd.log
 
@@ -272,6 +282,50 @@ def pass_and_wait(vmd: Daemon, file: FuseFile) -> int:
     return pid
 
 
+# --- more than can be served ------------------------------------------------------------------------------
+
+
+def test_what_a_user_asks_is_not_queued(vmd: Daemon) -> None:
+    """While the parent does not read, a control does not read its clients: what they ask waits with them.
+
+    All of it is answered later, but for what those have asked who have left meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(vmd, EVE)) for _ in range(MAX_CLIENTS_PER_USER - 1)]
+        for client in clients:
+            assert serves(client)
+        pid = control_of(vmd, EVE)
+        sent = dict.fromkeys(clients, 0)
+        os.kill(vmd.pid, signal.SIGSTOP)
+        try:
+            for client in clients:
+                client.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    for _ in range(16):
+                        client.send(encode(StopRequest(name="nobody"))[0])
+                        sent[client] += 1
+            wait_asleep(pid)  # it has done what it could
+            for client in clients[::2]:
+                client.close()
+        finally:
+            os.kill(vmd.pid, signal.SIGCONT)
+        for client in clients[1::2]:
+            client.settimeout(DEADLINE_S)
+            for _ in range(sent[client]):
+                assert isinstance(receive(client), Failed)
+        answer = ask(clients[1], StopRequest(name="peak:"))
+        assert isinstance(answer, Failed)
+        assert sum(sent.values()) > 500
+        assert int(answer.text) <= MAX_CLIENTS_PER_USER  # that so many have left is said all the same
+
+
+def wait_asleep(pid: int) -> None:
+    """Wait until a process has nothing to do."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "S":
+        assert time.monotonic() < deadline_s
+
+
 # --- as many as there are --------------------------------------------------------------------------------
 
 
@@ -289,6 +343,25 @@ def test_a_user_s_share_of_connections(vmd: Daemon) -> None:
         assert serves(stack.enter_context(connect(vmd, BOB)))
         vmd.must("status")
     assert control_of(vmd, EVE) != control_of(vmd, BOB)
+
+
+def test_refusals_that_wait(vmd: Daemon) -> None:
+    """A control that does not take connections costs the parent a bounded number of descriptors."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(vmd, EVE)) for _ in range(MAX_CLIENTS_PER_USER)]
+        for client in clients:
+            assert serves(client)
+        before = len(os.listdir(f"/proc/{vmd.pid}/fd"))
+        pid = control_of(vmd, EVE)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            more = [stack.enter_context(connect(vmd, EVE)) for _ in range(3 * MAX_REFUSED)]
+            vmd.must("status")
+            assert len(os.listdir(f"/proc/{vmd.pid}/fd")) <= before + MAX_REFUSED
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        told = [receive(client) for client in more]
+        assert sum(isinstance(answer, Failed) for answer in told) == MAX_REFUSED
 
 
 def test_a_list_is_the_same_for_everybody(vmd: Daemon) -> None:

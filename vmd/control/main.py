@@ -1,5 +1,8 @@
 """control: the clients of one user, and nothing they could break.
 
+Nothing is read that could not be passed on at once.  A client waits that has asked enough and one that does not read
+what it is answered, and all of them wait while the parent has not read what they have asked.
+
 Runs as  an id of its own; sees no files, no network; no exec, no fork
 Peers    parent (requests out, answers back); any number of vmctl of that user
 Holds    one socket per client, which the parent has accepted; while it passes on a request, the files that came with it
@@ -9,7 +12,7 @@ import errno
 import os
 import socket
 
-from vmd.control.clients import MAX_QUEUE, MAX_UNANSWERED, Client
+from vmd.control.clients import MAX_QUEUE, Client
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.channel import Channel
@@ -57,6 +60,7 @@ class Control(Process):
         self.clients: dict[int, Client] = {}  # by the number under which the parent knows them
         self.complaints = RateLimit()
         self.parent = self.attach_parent(Proc.PARENT)
+        self.parent.on_sent = self.read_all
 
     def on_serve_user(self, message: ServeUser, _envelope: Envelope, _channel: Channel) -> None:
         """Leave the reserve."""
@@ -74,9 +78,11 @@ class Control(Process):
             f"client {client.number} (uid {client.uid})",
             on_lost=lambda channel, error: self.on_client_lost(client, error),
             queue_limit=MAX_QUEUE,
+            in_step=True,
         )
         client.channel.form = Form.FIRST  # until it says Hello
         client.channel.on_unknown = lambda error: self.on_unknown_request(client, error)
+        self.read(client)
         if message.text:
             self.turn_away(client, Failed(code=message.code, text=message.text))
 
@@ -124,9 +130,7 @@ class Control(Process):
             self.complaints.warn(f"denied request {type(message).__name__} from uid {client.uid}")
             self.turn_away(client, Failed(code=errno.EPERM, text="only root may do that"))
             return
-        client.unanswered += 1
-        if client.unanswered > MAX_UNANSWERED:
-            raise PeerError(channel.label, f"more than {MAX_UNANSWERED} requests without waiting for answers")
+        client.asks(message)
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         try:
             self.parent.send(
@@ -137,6 +141,20 @@ class Control(Process):
             )
         except ValueError as error:  # it just fitted a packet, and no longer does with what later versions added
             self.turn_away(client, Failed(code=errno.EMSGSIZE, text=str(error)))
+        if self.parent.waiting:
+            self.read_all()
+        else:
+            self.read(client)
+
+    def read(self, client: Client) -> None:
+        """Read what a client asks, or nothing while it may ask nothing."""
+        assert client.channel is not None
+        client.channel.hold(held=self.parent.waiting > 0 or not client.may_ask)
+
+    def read_all(self) -> None:
+        """Go on, or stop, with every client."""
+        for client in list(self.clients.values()):
+            self.read(client)
 
     def on_refused(self, client: Client) -> None:
         """A request could not be passed on with its files."""
@@ -149,8 +167,8 @@ class Control(Process):
         client = self.clients.get(envelope.peerid)
         if client is None or client.channel is None:
             return  # it has left meanwhile
-        if not BY_CLASS[type(message)].partial:
-            client.unanswered = max(0, client.unanswered - 1)  # a lost console is told of unasked
+        client.is_answered(message)
+        self.read(client)
         if client.channel.form is Form.FIRST and not first.knows(type(message)):
             return  # one of many
         try:

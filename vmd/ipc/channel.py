@@ -10,7 +10,7 @@ from collections import deque
 from vmd.closing import close_all
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
-from vmd.ipc.loop import READ, WRITE
+from vmd.ipc.loop import HANG_UP, READ, WRITE
 from vmd.ipc.messages import BY_CLASS, BY_NAME, TRUSTED, Proc
 from vmd.log import log
 
@@ -42,8 +42,11 @@ class Channel:
     gone (None) or has broken the protocol (PeerError); the channel is closed by then.
     Whoever has started us breaks it only by what is no message: one that does not belong here, or not now, is dropped.
     `queue_limit` bounds what waits for a peer that does not read: beyond it a peer is cut off.
+    `in_step`: nothing is read from the peer while something waits for it.  So a peer that asks and does not read costs
+    no memory.  The two ends of a channel must not both do so.  `hold` stops reading for other reasons.
+    `batch` is how many messages are taken from the peer before others get their turn.
     `form` is how records leave, and may be changed.  Where `on_unknown(error)` is set, it is called for a message of a
-    type that no process here knows, instead of cutting the peer off.
+    type that no process here knows, instead of cutting the peer off.  `on_sent` is called when nothing waits any more.
     """
 
     def __init__(
@@ -57,21 +60,28 @@ class Channel:
         on_message: "Callable[[Channel, Envelope], None]",
         on_lost: "Callable[[Channel, PeerError | None], None]",
         queue_limit: int | None = None,
+        in_step: bool = False,
+        batch: int = BATCH,
     ) -> None:
         self.me = me
         self.peer = peer
         self.label = label
         self.queue_limit = queue_limit
+        self.in_step = in_step
+        self.batch = batch
         self.closed = False
         self.trusted = TRUSTED.get(me) is peer
         self.form = Form.NAMED if frozenset((me, peer)) in BY_NAME else Form.INSIDE
         self.on_unknown: Callable[[UnknownMessage], None] | None = None
+        self.on_sent: Callable[[], None] | None = None
         self._sock = sock
         self._loop = loop
         self._on_message = on_message
         self._on_lost = on_lost
         self._queue: deque[tuple[bytes, list[int], Callable[[], None] | None]] = deque()
         self._closing = False
+        self._held = False
+        self._events = READ  # what we wait for
         self._read_all = False  # what there was when we last looked
         sock.setblocking(False)
         loop.add(sock.fileno(), self._on_ready)
@@ -106,8 +116,19 @@ class Channel:
         self._queue.append((packet, order, refused))
         if len(self._queue) == 1:
             self._flush()
+            self._wait()
         if self.queue_limit is not None and len(self._queue) > self.queue_limit:
             self._lose(PeerError(self.label, f"does not read: {len(self._queue)} messages wait for it"))
+
+    @property
+    def waiting(self) -> int:
+        """How many messages wait for the peer to read."""
+        return len(self._queue)
+
+    def hold(self, *, held: bool) -> None:
+        """Read nothing from the peer, or read on.  A peer that leaves meanwhile is lost, with all it has sent."""
+        self._held = held
+        self._wait()
 
     def finish(self) -> None:
         """Close as soon as everything queued has left; nothing more is received."""
@@ -115,7 +136,18 @@ class Channel:
         if not self._queue:
             self.close()
         else:
-            self._loop.modify(self._sock.fileno(), WRITE)
+            self._wait()
+
+    @property
+    def _reads(self) -> bool:
+        return not (self.closed or self._closing or self._held or (self.in_step and self._queue))
+
+    def _wait(self) -> None:
+        """Wait for what there is to do."""
+        events = (READ if self._reads else 0) | (WRITE if self._queue else 0)
+        if events != self._events and not self.closed:
+            self._events = events
+            self._loop.modify(self._sock.fileno(), events)
 
     def flush_blocking(self, timeout_s: float) -> None:
         """Send what is queued before a process ends; gives up at the first packet that takes too long."""
@@ -174,7 +206,6 @@ class Channel:
             try:
                 self._sendmsg(packet, fds)
             except (BlockingIOError, InterruptedError):
-                self._loop.modify(self._sock.fileno(), WRITE if self._closing else READ | WRITE)
                 return
             except OSError as error:
                 if error.errno == errno.ETOOMANYREFS and refused is not None:
@@ -193,8 +224,6 @@ class Channel:
             close_all(fds)
         if self._closing:
             self.close()
-        else:
-            self._loop.modify(self._sock.fileno(), READ)
 
     def _on_ready(self, events: int) -> None:
         try:
@@ -208,10 +237,16 @@ class Channel:
     def _serve(self, events: int) -> None:
         if events & WRITE:
             self._flush()
+            self._wait()
+            if not self._queue and not self.closed and self.on_sent is not None:
+                self.on_sent()
         if self.closed or not events & ~WRITE:
             return
         if self._closing:  # waiting to send our last words to a peer that is gone
             self.close()
+            return
+        if not self._reads and events & HANG_UP:
+            self._lose(None)
             return
         for envelope in self._received():
             try:
@@ -229,8 +264,8 @@ class Channel:
             self._lose(error)
 
     def _received(self) -> "Iterator[Envelope]":
-        for _ in range(BATCH):
-            if self.closed or self._closing:
+        for _ in range(self.batch):
+            if not self._reads:
                 return
             try:
                 packet, rights, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)

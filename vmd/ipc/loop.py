@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
+HANG_UP = select.EPOLLHUP | select.EPOLLERR  # always waited for
 REST_S = 0.1  # for a descriptor whose callback has failed: what made it fail may still be there
 
 

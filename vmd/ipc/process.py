@@ -4,7 +4,7 @@ import signal
 import socket
 
 from vmd.errors import PeerError
-from vmd.ipc.channel import Channel
+from vmd.ipc.channel import BATCH, Channel
 from vmd.ipc.fence import Fence
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages import Proc
@@ -85,6 +85,8 @@ class Process:
         *,
         on_lost: "Callable[[Channel, PeerError | None], None]",
         queue_limit: int | None = None,
+        in_step: bool = False,
+        batch: int = BATCH,
     ) -> Channel:
         """Serve a peer."""
         return Channel(
@@ -96,6 +98,8 @@ class Process:
             on_message=self.dispatch,
             on_lost=on_lost,
             queue_limit=queue_limit,
+            in_step=in_step,
+            batch=batch,
         )
 
     def dispatch(self, channel: Channel, envelope: "Envelope") -> None:

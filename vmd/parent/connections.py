@@ -11,6 +11,9 @@ of its user: root's is started again at once, those of others with their next co
 A file that a client passes can keep a control for ever: close(2) of it asks its storage.  SIGKILL does not end that,
 nor does anything then say that the process is lost.  So a control that has clients is asked whether it is there, and
 given up when it does not answer; a user with several that were given up and have not ended gets no more of them.
+
+What a user asks is not queued here.  A few requests of a control are looked at before it is the turn of others, and
+none while that control has not read what was answered; then it stops reading its clients.
 """
 
 import errno
@@ -19,7 +22,7 @@ import time
 
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc.channel import NO_FDS
-from vmd.ipc.messages import NO_CLIENT, Caller, ControlPing, NewClient, Proc, Quit, ServeUser
+from vmd.ipc.messages import BY_CLASS, NO_CLIENT, Caller, ControlPing, NewClient, Proc, Quit, ServeUser
 from vmd.log import RateLimit, log
 from vmd.privsep import linux
 
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
             label: str,
             *,
             on_lost: "Callable[[Channel, PeerError | None], None]",
+            in_step: bool,
+            batch: int,
         ) -> Channel:
             """Serve a peer."""
 
@@ -56,6 +61,9 @@ MAX_CLIENTS = 256  # root is not counted here: users must not be able to lock th
 MAX_CLIENTS_PER_USER = 64
 MAX_CLIENTS_OF_ROOT = 1024
 MAX_USERS = 32  # with a control each, besides root
+MAX_REFUSED = 32  # connections that are being told why they are refused; more are just closed
+MAX_UNANSWERED = 64  # requests of one connection; its control passes on fewer
+TURN = 4  # requests of a control, before it is the turn of others
 ACCEPT_PAUSE_S = 1.0  # after the host has run out of something (*cat. 1.9*)
 IDLE_S = 30.0  # how long a control stays without a connection
 RESERVE_DELAY_S = 0.2  # whoever has just come needs the processor more than the next one does
@@ -70,10 +78,12 @@ OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 class Connection:
     """A connection, whose it is, and who serves it."""
 
-    def __init__(self, number: int, caller: Caller, control: "Control") -> None:
+    def __init__(self, number: int, caller: Caller, control: "Control", *, refused: bool) -> None:
         self.number = number
         self.caller = caller
         self.control = control
+        self.refused = refused
+        self.unanswered = 0  # requests
 
 
 class Control:
@@ -138,7 +148,7 @@ class Connections:
         """Start a control.  Raises HostError."""
         child, ours = self.children.start(Proc.CONTROL, self._open_log, RESERVE)
         control = Control(child)
-        control.channel = self.attach(ours, Proc.CONTROL, RESERVE, on_lost=self._on_lost)
+        control.channel = self.attach(ours, Proc.CONTROL, RESERVE, on_lost=self._on_lost, in_step=True, batch=TURN)
         self._all[control.channel] = control
         return control
 
@@ -281,6 +291,9 @@ class Connections:
         user = caller.uid if refusal is None or caller.uid in self.controls else DOORMAN
         if refusal is not None:
             self.complaints.warn(f"refused a client: {refusal[1]}")
+            if sum(1 for each in self.known.values() if each.refused) >= MAX_REFUSED:
+                sock.close()  # their control does not come to it
+                return
         code, text = refusal or (0, "")
         try:
             control = self.controls.get(user) or self._assign(user)
@@ -289,7 +302,7 @@ class Connections:
             self._pause(str(error))
             return
         number = self._number()
-        self.known[number] = Connection(number, caller, control)
+        self.known[number] = Connection(number, caller, control, refused=refusal is not None)
         control.numbers.add(number)
         self._look_idle(control)
         self._ask_later(control)
@@ -331,6 +344,15 @@ class Connections:
         known.control.silent = 0
         return known.caller
 
+    def asker(self, number: int, channel: "Channel") -> Caller:
+        """Return who has sent a request, and count it.  Raises PeerError as `caller`, and if there are too many."""
+        caller = self.caller(number, channel)
+        known = self.known[number]
+        known.unanswered += 1
+        if known.unanswered > MAX_UNANSWERED:
+            raise PeerError(channel.label, f"has more than {MAX_UNANSWERED} requests of client {number} to be answered")
+        return caller
+
     def on_client_gone(self, number: int, channel: "Channel") -> None:
         """A control has lost a client, or turned it away.  Raises PeerError if that was none of its clients."""
         self.caller(number, channel)
@@ -351,6 +373,8 @@ class Connections:
         if peerid:
             known = self.known.get(peerid)
             if known is not None:
+                if not BY_CLASS[type(message)].partial:
+                    known.unanswered = max(0, known.unanswered - 1)  # a lost console is told of unasked
                 known.control.channel.send(message, peerid=peerid)
             return
         for channel in list(self._channels()):

@@ -296,7 +296,7 @@ class Parent(Process):
     def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
         """Have a request of a client served; every failure is answered with its sentence."""
         client, clients = envelope.peerid, self.core.clients
-        caller = self.connections.caller(client, channel)
+        caller = self.connections.asker(client, channel)
         try:
             if client in clients.cut_off:
                 raise OperatorError(errno.EIO, OUR_FAULT)

@@ -26,6 +26,7 @@ def passed_on(form: Form, *answers: Record) -> list[Record]:
         ours, me=Proc.CONTROL, peer=Proc.CLIENT, label="client 1", loop=loop,
         on_message=lambda _channel, _envelope: None, on_lost=lambda _channel, _error: None,
     )  # fmt: skip
+    control.parent = client.channel  # which is never full here
     client.channel.form = form
     for answer in answers:
         control.on_answer(answer, Envelope(answer, client.number, 0, {}), client.channel)

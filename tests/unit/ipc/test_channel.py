@@ -258,6 +258,122 @@ def test_a_client_that_does_not_read_is_cut_off(loop: Loop, recorder: Recorder) 
     theirs.close()
 
 
+LONG = 50  # answers to a request
+
+
+def answering_channel(
+    loop: Loop, recorder: Recorder, sock: socket.socket, *, in_step: bool = False, batch: int = 32
+) -> Channel:
+    """Return control's side of a connection on which every request has a long answer."""
+
+    def on_message(channel: Channel, envelope: Envelope) -> None:
+        recorder.messages.append(envelope.message)
+        for _ in range(LONG):
+            channel.send(Ok(notes=("x" * 1000,)))
+
+    channel = Channel(
+        sock, me=Proc.CONTROL, peer=Proc.CLIENT, label="client 1", loop=loop, on_message=on_message,
+        on_lost=recorder.on_lost, in_step=in_step, batch=batch,
+    )  # fmt: skip
+    recorder.channels.append(channel)
+    return channel
+
+
+def run_once(loop: Loop) -> None:
+    """Have everything looked at that is ready."""
+
+    def then() -> None:
+        loop.call_later(0, loop.stop)
+
+    loop.call_later(0, then)
+    loop.run()
+
+
+def ask_as_much_as_possible(loop: Loop, client: socket.socket) -> int:
+    """Send requests until the other side does not read any more; return how many were sent."""
+    client.setblocking(False)
+    sent = 0
+    for _ in range(10_000):
+        try:
+            while True:
+                client.send(encode(ListRequest())[0])
+                sent += 1
+        except BlockingIOError:
+            before = sent
+        run_once(loop)
+        with contextlib.suppress(BlockingIOError):
+            client.send(encode(ListRequest())[0])
+            sent += 1
+        if sent == before:
+            return sent
+    pytest.fail("a peer may fill us for ever")
+
+
+def test_who_does_not_read_is_not_read(loop: Loop, recorder: Recorder) -> None:
+    """Requests stay where they are until the answers to those before have left; each is answered once."""
+    ours, theirs = socketpair()
+    channel = answering_channel(loop, recorder, ours, in_step=True)
+    sent = ask_as_much_as_possible(loop, theirs)
+
+    assert 0 < channel.waiting <= LONG
+    assert len(recorder.messages) < sent / 2
+
+    seen = 0
+
+    def on_answer(_events: int) -> None:
+        nonlocal seen
+        theirs.recv(MAX_MESSAGE)
+        seen += 1
+        assert channel.waiting <= LONG
+        if seen == sent * LONG:
+            loop.stop()
+
+    loop.add(theirs.fileno(), on_answer)
+    recorder.run()
+    assert (len(recorder.messages), recorder.lost) == (sent, [])
+    loop.remove(theirs.fileno())
+    theirs.close()
+
+
+def test_a_peer_that_is_held(loop: Loop, recorder: Recorder) -> None:
+    """Nothing of it is read; with `hold` taken off it all is.  One that leaves before is lost with what it has sent."""
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, ours)
+    channel.hold(held=True)
+    theirs.send(encode(ListRequest())[0])
+    run_once(loop)
+    assert recorder.messages == []
+
+    channel.hold(held=False)
+    recorder.run()
+    assert recorder.messages == [ListRequest()]
+
+    channel.hold(held=True)
+    theirs.send(encode(ListRequest())[0])
+    theirs.close()
+    recorder.run()
+    assert (recorder.messages, recorder.lost) == ([ListRequest()], [None])
+
+
+def test_a_peer_has_its_turn(loop: Loop, recorder: Recorder) -> None:
+    """One with many messages does not keep us from another for longer than `batch` of them."""
+    many, few = socketpair(), socketpair()
+    order: list[str] = []
+    for name, (ours, theirs) in (("many", many), ("few", few)):
+        channel = Channel(
+            ours, me=Proc.CONTROL, peer=Proc.CLIENT, label=name, loop=loop, on_lost=recorder.on_lost, batch=4,
+            on_message=lambda channel, _envelope: order.append(channel.label),
+        )  # fmt: skip
+        recorder.channels.append(channel)
+        for _ in range(20 if name == "many" else 1):
+            theirs.send(encode(ListRequest())[0])
+    run_once(loop)
+
+    assert order.index("few") <= 4
+    for _, theirs in (many, few):
+        theirs.close()
+
+
 def test_hang_up_is_reported_once(loop: Loop, recorder: Recorder) -> None:
     """A peer that goes away is lost without an error."""
     ours, theirs = socketpair()

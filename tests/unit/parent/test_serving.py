@@ -64,7 +64,7 @@ class Connections(Peer):
         """Note that clients are accepted."""
         self.listens += 1
 
-    def caller(self, number: int, channel: Peer) -> Caller:
+    def asker(self, number: int, channel: Peer) -> Caller:
         """Return whose a connection is."""
         assert channel is self
         return {7: Caller(uid=0, gid=0, pid=1), 8: Caller(uid=12345, gid=12345, pid=1)}[number]
@@ -138,7 +138,7 @@ def test_what_comes_with_a_start_that_is_refused(parent: Parent, controls: Conne
     root, user = 7, 8
     requests = (
         (root, StartRequest(name="a", cmdline="x" * (CMDLINE_MAX + 1))),
-        (user, StartRequest(caller=controls.caller(root, controls), name="a")),  # nobody believes that
+        (user, StartRequest(caller=controls.asker(root, controls), name="a")),  # nobody believes that
         (user, StartRequest(name="b", config=VmConfig(name="b"))),
         (root, StartRequest(name="b", template="c")),
     )
