@@ -21,14 +21,17 @@ from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
 from vmd.errors import HostError
 from vmd.parent import groups
+from vmd.parent.oom import CORE_SCORE
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
+from vmd.privsep.confine import PARENT_CAPABILITIES
 from vmd.privsep.ids import FIRST_ID, IDS, TASKS_MAX, Ids, ids_in_use, user_namespace
 from vmd.privsep.spawn import spawn
 
 pytestmark = pytest.mark.root
 
 SYS_UNSHARE = 272
+FILTERED = "2"  # SECCOMP_MODE_FILTER
 
 
 def can_have_groups() -> bool:
@@ -76,6 +79,11 @@ def field(pid: int, name: str) -> str:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith(f"{name}:"))
     return line.partition(":")[2].strip()
+
+
+def score(pid: int) -> int:
+    """Return how much rather than others a process is ended when memory runs out."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 def states_below(pid: int) -> dict[int, str]:
@@ -168,6 +176,9 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
         capabilities = {title: int(field(pid, "CapPrm"), 16) for title, pid in processes.items()}
         namespaces = {title: os.readlink(f"/proc/{pid}/ns/user") for title, pid in processes.items()}
         limits = Path(f"/proc/{processes['vm/a/viornd0']}/limits").read_text()
+        filters = {title: field(pid, "Seccomp") for title, pid in processes.items()}
+        scores = {title: score(pid) for title, pid in (*processes.items(), ("parent", vmd.pid))}
+        parent = [int(field(vmd.pid, name), 16) for name in ("CapEff", "CapPrm", "CapBnd")]
         log = vmd.log
 
     ids = {title: int(user) for title, (user,) in ((title, tuple(found)) for title, found in users.items())}
@@ -183,6 +194,11 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     assert namespaces["vmm"] == namespaces["vm/a"] != os.readlink("/proc/self/ns/user")
     assert any(line.split()[:4] == ["Max", "processes", str(TASKS_MAX), str(TASKS_MAX)] for line in limits.splitlines())
     assert "user namespace" not in log
+    assert set(filters.values()) == {FILTERED}
+    own = linux.permitted_capabilities()
+    assert parent == [sum(1 << capability for capability in PARENT_CAPABILITIES) & own] * 3
+    assert {scores.pop(title) for title in ("vm/a", "vm/b", "vm/a/viornd0", "vm/b/viornd0")} == {score(os.getpid())}
+    assert set(scores.values()) == {CORE_SCORE if own & 1 << linux.CAP_SYS_RESOURCE else score(os.getpid())}
 
 
 @pytest.mark.kvm

@@ -148,6 +148,26 @@ def control_group() -> dict[str, Any]:
     return unit("MemoryCurrent", "TasksCurrent", "ControlGroup")
 
 
+def who_is_who() -> dict[str, Any]:
+    """Look at the rights and the control group of each of its processes."""
+    found = {}
+    for pid, title in processes().items():
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        group = Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition("0::")[2]
+        found[title.removeprefix("vmd: ")] = {
+            "uids": status["Uid"], "filter": status["Seccomp"][0], "capabilities": status["CapPrm"][0],
+            "score": int(Path(f"/proc/{pid}/oom_score_adj").read_text()), "group": group,
+            "tasks_max": Path(f"/sys/fs/cgroup{group}/pids.max").read_text().strip(),
+        }  # fmt: skip
+    main = int(unit("MainPID")["MainPID"])
+    parent = [line.split() for line in Path(f"/proc/{main}/status").read_text().splitlines()]
+    bounds = {words[0]: words[1] for words in parent if words[0] in ("CapPrm:", "CapBnd:")}
+    return {
+        "processes": found, "parent": bounds, "score": int(Path(f"/proc/{main}/oom_score_adj").read_text())
+    }  # fmt: skip
+
+
 def journal_fields() -> dict[str, Any]:
     """Look at its journal."""
     return {"entries": [entry for entry in journal.entries if entry["_TRANSPORT"] == "stdout"]}
@@ -229,7 +249,7 @@ def mistake() -> dict[str, Any]:
 
 
 BOOTS: tuple[tuple[Callable[[], dict[str, Any]], ...], ...] = (
-    (enable, control_group, journal_fields, reload, upgrade, kill),
+    (enable, control_group, who_is_who, journal_fields, reload, upgrade, kill),
     (previous, again, stop, mistake),
 )
 

@@ -9,6 +9,9 @@ import pytest
 from tests.l1.machine import L1Error
 from tests.support.debian import NEWER, built_deb, debian_host, newer_deb
 from tests.systemd import host
+from vmd.parent.oom import CORE_SCORE
+from vmd.privsep.confine import PARENT_CAPABILITIES
+from vmd.privsep.ids import FIRST_ID, TASKS_MAX
 
 pytestmark = [pytest.mark.root, pytest.mark.deep, pytest.mark.timeout(2400)]
 
@@ -59,6 +62,30 @@ def test_control_group(seen: dict[str, Any]) -> None:
     assert seen["ControlGroup"] == "/system.slice/vmd.service"
     assert int(seen["MemoryCurrent"]) > 0
     assert int(seen["TasksCurrent"]) > len(("vmd", "priv", "control", "vmm", "vm/full"))
+
+
+def test_who_is_who(seen: dict[str, Any]) -> None:
+    """Nothing that lasts but the parent is root or unconfined; each VM is a user and a control group of its own."""
+    processes = seen["processes"]
+    assert processes.keys() >= {"priv", "control", "log", "vmm", "vm", "vm/full", "vm/full/vioblk0", "vm/full/vioscsi0"}
+    assert {process["filter"] for process in processes.values()} == {"2"}
+    ids = {title: uid for title, process in processes.items() for uid in process["uids"]}
+    assert all(set(process["uids"]) == {ids[title]} for title, process in processes.items())
+    assert all(int(uid) >= FIRST_ID for uid in ids.values())
+    assert len({ids[title] for title in ("priv", "control", "log", "vmm", "vm", "vm/full")}) == 6
+    mask = sum(1 << capability for capability in PARENT_CAPABILITIES)
+    assert {int(value, 16) for value in seen["parent"].values()} == {mask}
+
+    whole = {title: process for title, process in processes.items() if f"{title}/".startswith("vm/full/")}
+    assert {ids[title] for title in whole} == {ids["vm/full"]}
+    ((group, tasks_max),) = {(process["group"], process["tasks_max"]) for process in whole.values()}
+    assert re.fullmatch(r"/system\.slice/vmd-guests-0\.scope/vm-\d+", group)
+    assert tasks_max == str(TASKS_MAX)
+    assert group not in {process["group"] for title, process in processes.items() if title not in whole}
+    assert {process["score"] for process in whole.values()} == {0}
+    assert {seen["score"], *(process["score"] for title, process in processes.items() if title not in whole)} == {
+        CORE_SCORE
+    }
 
 
 def test_journal_fields(seen: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from vmd.parent.consoles import Consoles
     from vmd.parent.core import Core
     from vmd.parent.network import Network
+    from vmd.parent.oom import OomScores
     from vmd.parent.status import Status
     from vmd.record import Record
 
@@ -76,6 +77,7 @@ class Life:
         self.network = network
         self.status = status
         self.batch_timer: Timer | None = None
+        self.scores: OomScores | None = None
 
     # --- starting ----------------------------------------------------------------------------------------
 
@@ -265,6 +267,8 @@ class Life:
         process = envelope.take_fds("process")
         pid = host_pid(process[0]) if process else 0
         close_all(process)
+        if self.scores is not None:
+            self.scores.give_usual(pid)
         tty, paused = vm.pty.path, message.paused
         if vm.receiving is None:
             vm.begin_run(pid)

@@ -16,8 +16,10 @@ from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.identity import StateFile, state_directory
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
+from vmd.parent.oom import OomScores
 from vmd.parent.options import Options, Shown, UsageError, parse
 from vmd.privsep import landlock
+from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
 from vmd.stdio import say, show
 
 CHILD_EXIT_TIMEOUT_S = 5.0
@@ -100,6 +102,7 @@ def serve(options: Options) -> int:
     """Start the daemon and serve until it is told to stop.  Raises VmdError if it cannot start."""
     if os.geteuid() != 0:
         raise VmdError("need root privileges: run vmd as root")
+    give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
     uid, gid = service.lookup_user()
     config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
     kvm_fd = service.wait_for_kvm(0 if options.debug else service.KVM_WAIT_S)
@@ -112,10 +115,12 @@ def serve(options: Options) -> int:
         for line in landlock.limits(landlock.abi()):
             log.debug(line)  # once, and not by each process
         service.make_run_directory()
+        scores = OomScores()
         children = Children(uid, gid)
         state = StateFile(state_directory())
         parent = Parent(options, config, partial(read_config, options), state)
         parent.on_ready = ready
+        parent.life.scores = scores
         try:
             parent.start(children, listener, kvm_fd)
             parent.loop.run()

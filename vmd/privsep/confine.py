@@ -1,5 +1,6 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
+    parent                       root's capabilities of `PARENT_CAPABILITIES`
     control, log, imgprobe, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
@@ -168,6 +169,22 @@ NO_PROGRAM_DOES = frozenset({
     "add_key", "request_key", "keyctl",                                        # large, and often attacked
 })  # fmt: skip
 
+PARENT_CAPABILITIES = (  # docs/security.md says what for
+    linux.CAP_CHOWN,
+    linux.CAP_DAC_OVERRIDE,
+    linux.CAP_DAC_READ_SEARCH,
+    linux.CAP_FOWNER,
+    linux.CAP_KILL,
+    linux.CAP_SETGID,
+    linux.CAP_SETUID,
+    linux.CAP_SETPCAP,
+    linux.CAP_NET_ADMIN,
+    linux.CAP_NET_RAW,
+    linux.CAP_SYS_CHROOT,
+    linux.CAP_SYS_ADMIN,
+    linux.CAP_SYS_RESOURCE,
+)
+
 TUNSETIFF = 0x400454CA
 SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX = 0x8910, 0x8912, 0x8913, 0x8921, 0x8933
 
@@ -285,7 +302,7 @@ def give_up_capabilities(keep: int) -> None:
     if permitted & 1 << linux.CAP_SETPCAP:
         linux.limit_bounding_set(keep)
     if permitted & ~keep:
-        linux.set_capabilities(permitted & keep, inheritable=keep)  # what is ambient goes on to programs
+        linux.set_capabilities(permitted & keep, inheritable=permitted & keep)  # what is ambient goes on to programs
 
 
 def show_refused_calls() -> None:

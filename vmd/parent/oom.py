@@ -1,0 +1,42 @@
+"""Whom the kernel ends when memory runs out: rather a VM than one of the processes that all VMs depend on."""
+
+import contextlib
+import os
+
+from vmd.errors import HostError
+from vmd.log import log
+from vmd.parent.usage import children
+
+CORE_SCORE = -500  # of the parent and, inherited, of its children: above what a host cannot do without
+SCORE = "oom_score_adj"  # proc_pid_oom_score_adj(5)
+
+
+class OomScores:
+    """The scores of the core and of VMs."""
+
+    def __init__(self) -> None:
+        """Make the core less likely to be killed.  A VM gets what the daemon was started with."""
+        self.usual: int | None = None
+        pid = os.getpid()
+        try:
+            with open(f"/proc/{pid}/{SCORE}", encoding="ascii") as file:
+                usual = int(file.read())
+            if usual > CORE_SCORE:
+                set_score(pid, CORE_SCORE)
+                self.usual = usual
+        except OSError as error:
+            log.info(f"{HostError(f'lower {SCORE}', error)}: when memory runs out, the kernel may end all VMs")
+
+    def give_usual(self, vm: int) -> None:
+        """Let the process of a VM, and its devices, be as likely to be killed as any program.  0: it has ended."""
+        if self.usual is None or not vm:
+            return
+        for pid in (vm, *children(vm)):
+            with contextlib.suppress(OSError):  # it has just ended
+                set_score(pid, self.usual)
+
+
+def set_score(pid: int, score: int) -> None:
+    """Set the score of a process.  Raises OSError."""
+    with open(f"/proc/{pid}/{SCORE}", "w", encoding="ascii") as file:
+        file.write(str(score))
