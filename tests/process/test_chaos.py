@@ -1,0 +1,50 @@
+"""Everything goes wrong at once: processes killed and stopped, hostile clients, storage, log, rules and taps.
+
+8 VMs of 3 users run meanwhile.  Nobody loses a guest that was not attacked itself.  `tests/support/chaos.py` says what
+is done; `--seed` chooses what is drawn, though not in which order it meets.
+"""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.chaos import Chaos, StallingLog, configuration
+from tests.support.fusefile import FuseFile
+from tests.support.hostnet import NetDaemon, ours
+from tests.support.network import Network
+from tests.support.users import public_folder
+
+Say = Callable[[str, object], None]
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(600)]
+
+
+def run(directory: Path, seed: int, duration_s: float) -> str:
+    """Run a round in a new daemon, which leaves nothing behind; return what was done."""
+    print(f"seed {seed}")
+    folder = directory / "storage"
+    folder.mkdir()
+    with Network() as network, FuseFile(bytes(1 << 20), for_all=True) as storage:
+        vmd = NetDaemon(directory, network, configuration(directory, storage.attach(folder)))
+        try:
+            with StallingLog(vmd) as log, vmd:
+                vmd.socket.chmod(0o666)
+                said = Chaos(vmd, log, storage, seed, duration_s).run()
+                assert vmd.stop() == 0
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+        assert ours(network) == []
+        assert "Traceback" not in vmd.log
+        assert "unexpected" not in vmd.log
+    return said
+
+
+@pytest.mark.parametrize(
+    "duration_s", [20, pytest.param(480, marks=[pytest.mark.deep, pytest.mark.timeout(1800)])]
+)
+def test_nobody_else_loses_a_guest(duration_s: float, request: pytest.FixtureRequest, record_property: Say) -> None:
+    """The number of lost guests is printed: 0."""
+    with public_folder() as directory:
+        record_property("done", run(directory, request.config.getoption("--seed"), duration_s))

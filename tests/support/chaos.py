@@ -1,0 +1,533 @@
+"""All that can go wrong, at once and at random, for some time; and the guests that none of it was meant for.
+
+A life is a VM from its start to its end, in one process.  A life that was attacked itself, or that its owner ended, is
+excused.  Each other one has to last to the end: it answers at its console all the while, and is never lost.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.support.bystander import PROMPT, vm_block
+from tests.support.clients import connect_as
+from tests.support.daemon import Terminal
+from tests.support.fusefile import HELD, READ, FuseFile
+from tests.support.hostile import KINDS, hostile
+from tests.support.hostnet import ALIAS, NetDaemon, links
+from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
+from vmd.ipc.messages import (
+    Failed,
+    ListRequest,
+    PauseRequest,
+    StartRequest,
+    StopRequest,
+    VmInfo,
+    VmPaused,
+    VmStarted,
+    VmTerminated,
+)
+from vmd.record import Record
+
+OWNERS = {40001: ("a1", "a2", "a3"), 40002: ("b1", "b2", "b3"), 40003: ("c1", "c2")}
+STRANGER = 65534  # who has no VM
+NAMES = tuple(itertools.chain.from_iterable(OWNERS.values()))
+ANSWER_S = 300.0  # a watchdog: a VM that is not built is given up after 120 s, and so is its successor
+TRY_AGAIN_S = 0.2
+ON_STORAGE = "c2"  # the VM whose disk may hang
+BRIDGE = "br7"
+LONG_S = 60.0  # a round that takes longer also leaves processes stopped for good
+
+
+class Life:
+    """A VM in one process, from its start to its end; `excused` says why it may have ended."""
+
+    def __init__(self, name: str, pid: int, tty: str) -> None:
+        self.name = name
+        self.pid = pid
+        self.excused = ""
+        self.beats = 0
+        self.pidfd = os.pidfd_open(pid)
+        self.terminal = Terminal(tty)  # from now on: a later VM may have a pty of the same name
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return bool(select.select([self.pidfd], [], [], 0)[0])
+
+    def beat(self) -> None:
+        """Have the guest answer once more.  Raises AssertionError or OSError."""
+        self.beats += 1
+        self.terminal.answer(f"echo beat {self.beats}", f"beat {self.beats}\r\nbeat {self.beats}\r\n{PROMPT}")
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.pidfd)
+        os.close(self.terminal.fd)
+
+
+class StallingLog:
+    """What reads a daemon's log, into its file, and does not while it is told not to."""
+
+    def __init__(self, vmd: NetDaemon) -> None:
+        self.path = vmd.directory / "log.fifo"
+        os.mkfifo(self.path)
+        vmd.prefix = ["sh", "-c", 'exec "$@" 2>"$0"', str(self.path)]
+        self.log_path = vmd.log_path
+        self.reads = threading.Event()
+        self.reads.set()
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+        self.thread = threading.Thread(target=self._run)
+        self.over = False
+        self.lock = threading.Lock()
+        self.began_s = time.monotonic()
+
+    def __enter__(self) -> "StallingLog":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        self.reads.set()
+        self.thread.join()
+        os.close(self.fd)
+
+    def note(self, what: str) -> None:
+        """Add a line of our own, with the time since the start, as each line gets it."""
+        with self.lock, self.log_path.open("a") as log:
+            for line in what.splitlines():
+                log.write(f"{time.monotonic() - self.began_s:7.2f} {line}\n")
+
+    def _run(self) -> None:
+        rest = ""
+        while True:
+            self.reads.wait()
+            select.select([self.fd], [], [], 0.1)
+            with contextlib.suppress(BlockingIOError):
+                data = os.read(self.fd, 1 << 16)
+                if not data and self.over:  # the daemon is gone
+                    return
+                if not data:
+                    select.select([], [], [], 0.1)
+                lines, _, rest = (rest + data.decode(errors="replace")).rpartition("\n")
+                self.note(lines)
+
+
+class Chaos:
+    """The daemon, the lives of its VMs, and what is done to them."""
+
+    def __init__(self, vmd: NetDaemon, log: StallingLog, storage: FuseFile, seed: int, duration_s: float) -> None:
+        """`storage` is that of VM ON_STORAGE."""
+        self.vmd = vmd
+        self.network = vmd.network
+        self.log = log
+        self.storage = storage
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.duration_s = duration_s
+        self.done: Counter[str] = Counter()
+        self.lives: list[Life] = []
+        self.over = threading.Event()
+        self.faults: list[str] = []
+        self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
+        self._lock = threading.Lock()
+        self._later: list[tuple[float, Callable[[], None]]] = []  # what ends an attack, and when
+
+    def life_of(self, name: str) -> Life | None:
+        """Return the last life of a VM."""
+        return next((life for life in reversed(self.lives) if life.name == name), None)
+
+    def fault(self, what: str) -> None:
+        """Note something that must not be, and end the round."""
+        self.faults.append(f"{what} (after {self.done.total()} attacks)")
+        self.over.set()
+
+    # --- what users do, in a thread each
+
+    def ask(self, uid: int, request: Record) -> Record | None:
+        """Return the last answer to a request of a user's; None if the connection ended without one."""
+        with connect_as(self.vmd.socket, uid, uid) as client:
+            client.settimeout(ANSWER_S)
+            answer: Record | None = None
+            try:
+                client.send(encode(request)[0])
+                while packet := client.recv(MAX_MESSAGE):
+                    answer = decode(packet, [], "vmd").message
+                    if not isinstance(answer, VmInfo):
+                        return answer
+            except (BrokenPipeError, ConnectionResetError):
+                return None
+            except TimeoutError:
+                self.fault(f"no answer within {ANSWER_S:.0f} s to {request} of uid {uid}")
+            return None
+
+    def rows(self) -> list[VmInfo]:
+        """Return what root is told of all VMs; a control that has gone meanwhile is asked for once more."""
+        while True:
+            with connect_as(self.vmd.socket, 0, 0) as client:
+                client.settimeout(ANSWER_S)
+                with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                    client.send(encode(ListRequest())[0])
+                    rows: list[VmInfo] = []
+                    while packet := client.recv(MAX_MESSAGE):
+                        message = decode(packet, [], "vmd").message
+                        if not isinstance(message, VmInfo):
+                            return rows
+                        rows.append(message)
+            select.select([], [], [], TRY_AGAIN_S)
+
+    def renew(self, uid: int, name: str) -> None:
+        """Have a VM start anew, whatever state it is in, and however often that takes."""
+        deadline_s = time.monotonic() + ANSWER_S
+        if (old := self.life_of(name)) is not None:
+            old.excused = old.excused or "was ended by its owner"
+        while True:
+            stopped = self.ask(uid, StopRequest(name=name, force=True, wait=True))
+            struck = self._struck[name]
+            if isinstance(stopped, VmTerminated) or (isinstance(stopped, Failed) and "not running" in stopped.text):
+                started = self.ask(uid, StartRequest(name=name))
+                if isinstance(started, VmStarted):
+                    break
+                stopped = started
+            if time.monotonic() > deadline_s:
+                self.fault(f"vm {name} does not start: {stopped}")
+            if self.faults:
+                return
+            select.select([], [], [], TRY_AGAIN_S)
+        try:
+            life = Life(name, started.pid, started.tty)
+        except OSError:
+            if self._struck[name] == struck:
+                self.fault(f"vm {name} was started, and is gone")
+            return
+        with self._lock:
+            if self._struck[name] != struck:
+                life.excused = "was attacked"
+            self.lives.append(life)
+
+    def own(self, uid: int, seed: int) -> None:
+        """Be the owner of some VMs: whatever ends is started, and some are stopped or paused for no reason."""
+        chance = random.Random(seed)
+        while not self.over.wait(chance.uniform(0.1, 1.0)):
+            name = chance.choice(OWNERS[uid])
+            life = self.life_of(name)
+            if life is None or life.ended or life.excused or chance.random() < 0.04:
+                self.renew(uid, name)
+            elif chance.random() < 0.5:
+                self.pause(uid, name)
+            else:
+                self.ask(uid, ListRequest())
+
+    def pause(self, uid: int, name: str) -> None:
+        """Have a VM stand still for a moment."""
+        self.ask(uid, PauseRequest(name=name, paused=True))
+        while not self.faults:
+            answer = self.ask(uid, PauseRequest(name=name, paused=False))
+            if isinstance(answer, VmPaused) or (isinstance(answer, Failed) and not self._passes(answer)):
+                return
+            select.select([], [], [], TRY_AGAIN_S)
+
+    @staticmethod
+    def _passes(failed: Failed) -> bool:
+        """Return whether a refusal is for what goes by: a crowd of the same user, storage that hangs."""
+        return "too many" in failed.text or "hang in files" in failed.text
+
+    def watch(self) -> None:
+        """See that guests go on."""
+        while not self.over.wait(0.05):
+            for life in [each for each in self.lives if not each.excused]:
+                self.look_at(life)
+
+    def look_at(self, life: Life) -> None:
+        """Have a guest answer, and complain if it does not."""
+        try:
+            life.beat()
+        except (AssertionError, OSError) as error:
+            if not life.excused:
+                self.fault(f"vm {life.name} (process {life.pid}{', ended' if life.ended else ''}): {error}")
+
+    # --- what is done to them
+
+    def strike(self, title: str) -> None:
+        """A process is attacked: if it is of a VM, that one is excused."""
+        part, _, rest = title.removeprefix("vmd: ").partition("/")
+        if part != "vm" or not rest:
+            return
+        name = rest.partition("/")[0]
+        with self._lock:
+            self._struck[name] += 1
+            if (life := self.life_of(name)) is not None:
+                life.excused = life.excused or "was attacked"
+
+    def victims(self) -> list[tuple[str, int]]:
+        """Return titles and pids of all processes of the daemon but the first."""
+        found, family = [], [self.vmd.pid]
+        while family:
+            for pid in children_of(family.pop()):
+                family.append(pid)
+                found.append((title_of(pid), pid))
+        return sorted((title, pid) for title, pid in found if title.startswith("vmd: "))
+
+    def pick(self, wanted: Callable[[str], bool]) -> tuple[str, int] | None:
+        """Stop a process with SIGSTOP; return its title, which does not change any more, and its pidfd."""
+        victims = [(title, pid) for title, pid in self.victims() if wanted(title)]
+        if not victims:
+            return None
+        kinds = sorted({kind_of(title) for title, _ in victims})  # one of many is as likely as the only one
+        kind = self.random.choice(kinds)
+        title, pid = self.random.choice([victim for victim in victims if kind_of(victim[0]) == kind])
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        try:
+            if title_of(pid) != title or not is_below(pid, self.vmd.pid):
+                raise ProcessLookupError
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            title = title_of(pid)
+        except ProcessLookupError:
+            os.close(pidfd)
+            return None
+        self.strike(title)
+        return title, pidfd
+
+    def kill(self, wanted: Callable[[str], bool]) -> str:
+        """Kill a process."""
+        picked = self.pick(wanted)
+        if picked is None:
+            return ""
+        title, pidfd = picked
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        return f"kill {kind_of(title)}"
+
+    def stop(self, wanted: Callable[[str], bool], most_s: float = 3.0, *, for_good: bool = True) -> str:
+        """Stop a process, for some time or for good."""
+        picked = self.pick(wanted)
+        if picked is None:
+            return ""
+        title, pidfd = picked
+
+        def go_on() -> None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+            os.close(pidfd)
+
+        if for_good and self.duration_s >= LONG_S and self.random.random() < 0.3:
+            os.close(pidfd)
+            return f"stop {kind_of(title)} for good"
+        self.later(most_s, go_on)
+        return f"stop {kind_of(title)}"
+
+    def later(self, most_s: float, end: Callable[[], None]) -> None:
+        """Have an attack end within so long."""
+        self._later.append((time.monotonic() + self.random.uniform(0.1, most_s), end))
+
+    def be_hostile(self) -> str:
+        """Let a client do harm for a while."""
+        uid, kind = self.random.choice((STRANGER, 40003)), self.random.choice(list(KINDS))
+        stack = contextlib.ExitStack()
+        process = stack.enter_context(hostile(self.vmd.socket, uid, kind, self.random.randrange(1 << 30), self.network))
+
+        def end() -> None:
+            if process.poll() is not None:
+                self.fault(f"the hostile client ({kind}) has ended by itself")
+            stack.close()
+
+        self.later(5.0 if self.duration_s < LONG_S else 25.0, end)
+        return kind
+
+    def stall_log(self) -> str:
+        """Let nobody read the log for a while."""
+        self.log.reads.clear()
+        self.later(4.0, self.log.reads.set)
+        return "stall log"
+
+    def hang_storage(self) -> str:
+        """Let a disk not answer for a while: whatever becomes of its VM, it is that VM's alone."""
+        self.strike(f"vmd: vm/{ON_STORAGE}")
+        self.storage.rule(READ, HELD)
+        self.later(5.0 if self.duration_s < LONG_S else 25.0, self.storage.release)
+        return "hang storage"
+
+    def flush_rules(self) -> str:
+        """Remove all rules of the host."""
+        self.network.run("nft", "flush", "ruleset")
+        return "flush nftables"
+
+    def delete_link(self) -> str:
+        """Remove an interface, whose guest is to run on without."""
+        ours = [
+            name for name, link in links(self.network).items() if ALIAS.match(link.get("ifalias", "")) or name == BRIDGE
+        ]
+        if not ours:
+            return ""
+        name = self.random.choice(sorted(ours))
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self.network.run("ip", "link", "delete", name)
+        return "delete bridge" if name == BRIDGE else "delete tap"
+
+    ATTACKS: Sequence[tuple[int, Callable[["Chaos"], str]]] = (
+        (20, lambda chaos: chaos.kill(is_core)),
+        (14, lambda chaos: chaos.stop(is_core)),
+        (2, lambda chaos: chaos.kill(is_of_a_vm)),
+        (2, lambda chaos: chaos.stop(is_of_a_vm)),
+        (3, lambda chaos: chaos.stop(lambda title: title == "vmd: vmm", for_good=False)),
+        (6, be_hostile),
+        (3, stall_log),
+        (3, hang_storage),
+        (5, flush_rules),
+        (5, delete_link),
+    )
+
+    def attack(self) -> None:
+        """Do one thing, and end those whose time is over."""
+        (thing,) = self.random.choices([thing for _, thing in self.ATTACKS], [weight for weight, _ in self.ATTACKS])
+        done = thing(self)
+        if done:
+            self.done[done] += 1
+            self.log.note(f"--- {done}")
+        self.end_attacks(time.monotonic())
+
+    def end_attacks(self, until_s: float = float("inf")) -> None:
+        """End attacks whose time comes before that."""
+        due = [each for each in self._later if each[0] <= until_s]
+        self._later = [each for each in self._later if each[0] > until_s]
+        for _, end in due:
+            end()
+
+    # --- a round
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Start all VMs, and let owners and the watchman work."""
+        with ThreadPoolExecutor(len(OWNERS)) as pool:
+            list(pool.map(self.begin, OWNERS))
+        threads = [threading.Thread(target=self.watch, daemon=True)]
+        for number, uid in enumerate(OWNERS):
+            threads.append(threading.Thread(target=self.own, args=(uid, self.seed + number), daemon=True))
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self.over.set()
+            self.end_attacks()
+            for thread in threads:
+                thread.join(2 * ANSWER_S)
+                assert not thread.is_alive()
+
+    def begin(self, uid: int) -> None:
+        """Start the VMs of a user."""
+        for name in OWNERS[uid]:
+            self.renew(uid, name)
+
+    def run(self) -> str:
+        """Do it all; return what was done.  Raises AssertionError if a guest was lost."""
+        with self.at_work():
+            end_s = time.monotonic() + self.duration_s
+            while time.monotonic() < end_s and not self.over.wait(self.random.uniform(0.05, 0.5)):
+                self.attack()
+        spared = [life for life in self.lives if not life.excused]
+        self.log.note("--- the end")
+        rows = {row.name: row for row in self.rows()}
+        for life in spared:
+            self.look_at(life)
+        lost = [life.name for life in spared if life.ended or not is_running(rows[life.name], life)]
+        for uid, names in OWNERS.items():
+            for name in names:
+                if not self.faults and all(life.name != name for life in spared):
+                    self.renew(uid, name)
+                    self.look_at(self.lives[-1])
+        for life in self.lives:
+            life.close()
+        said = (
+            f"seed {self.seed}: {self.done.total()} attacks in {self.duration_s:.0f} s"
+            f" ({', '.join(f'{what} {count}' for what, count in sorted(self.done.items()))});"
+            f" {len(self.lives)} lives, {len(spared)} to the end, which answered {sum(life.beats for life in spared)}"
+            " times;"
+            f" lost guests: {len(lost)}"
+        )
+        assert not self.faults, f"{self.faults}; {said}\n{self.vmd.log}"
+        assert not lost, f"{lost}; {said}\n{self.vmd.log}"
+        return said
+
+
+def is_running(row: VmInfo, life: Life) -> bool:
+    """Return whether a VM runs, in the process that it has always had."""
+    return (row.state, row.pid) == ("running", life.pid)
+
+
+def is_core(title: str) -> bool:
+    """Return whether a process is no VM's, and not vmm, with which all guests would go."""
+    return title != "vmd: vmm" and not is_of_a_vm(title)
+
+
+def is_of_a_vm(title: str) -> bool:
+    """Return whether a process is of a VM that has a name."""
+    return title.startswith("vmd: vm/")
+
+
+def kind_of(title: str) -> str:
+    """Return what kind of process it is."""
+    words = title.removeprefix("vmd: ").split("/")
+    if words[0] == "vm" and len(words) > 1:
+        return f"vm/*/{words[2].rstrip('0123456789')}" if len(words) > 2 else "vm/*"
+    if words[0] == "control" and len(words) > 1 and words[1].isdecimal():
+        return "control/*"
+    return "/".join(words)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the children of a process, or of its threads."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def title_of(pid: int) -> str:
+    """Return the title of a process, or nothing."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def is_below(pid: int, ancestor: int) -> bool:
+    """Return whether a process descends from another one."""
+    while pid > 1:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            return False
+        if pid == ancestor:
+            return True
+    return False
+
+
+def configuration(directory: Path, storage: Path) -> str:
+    """Return 8 VMs of 3 users, each with a disk, and interfaces of one kind, the other, both or none.
+
+    That of ON_STORAGE is the file `storage`, whose format is to be found out.
+    """
+    conf = [f'switch "lan" {{\n    interface {BRIDGE}\n}}\n']
+    nics = (("local interface",), ('interface switch "lan"',), ('interface switch "lan"', "local interface"), ())
+    for number, (uid, name) in enumerate((uid, name) for uid, names in OWNERS.items() for name in names):
+        image = directory / f"{name}.img"
+        image.write_bytes(bytes(1 << 20))
+        disk = f'disk "{storage}"' if name == ON_STORAGE else f'disk "{image}" format raw'
+        conf.append(vm_block(name, f"owner {uid}", disk, *nics[number % len(nics)]))
+    return "".join(conf)
