@@ -18,9 +18,10 @@ import pytest
 
 from tests.process.insider import DATA_FD, VICTIM_FD
 from tests.support.cells import HERE, PACKAGES, USER, insider_cell
+from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.privsep import landlock
-from vmd.privsep.cell import PRIV_ID, Cell, import_path
+from vmd.privsep.cell import Cell, import_path
 from vmd.privsep.spawn import INTERPRETER, Child, spawn
 
 pytestmark = pytest.mark.root
@@ -387,7 +388,7 @@ def test_priv_can_do_its_work(priv: list[str]) -> None:
 
 def test_priv_can_do_nothing_else(priv: list[str]) -> None:
     """It is a user of its own with two capabilities and a small view of the files; it connects to no named socket."""
-    ids = (PRIV_ID, PRIV_ID, PRIV_ID)
+    ids = (DEFAULT_FIRST_ID + IDS,) * 3
     denied, refused = errno.EACCES, errno.EPERM
 
     assert priv[4:] == [

@@ -19,18 +19,20 @@ from tests.process.insider import DATA_FD
 from tests.support.bystander import vm_block
 from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
+from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.parent import groups
 from vmd.parent.oom import CORE_SCORE
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
 from vmd.privsep.confine import PARENT_CAPABILITIES
-from vmd.privsep.ids import FIRST_ID, IDS, TASKS_MAX, Ids, ids_in_use, user_namespace
+from vmd.privsep.ids import TASKS_MAX, Ids, ids_in_use, user_namespace
 from vmd.privsep.spawn import spawn
 
 pytestmark = pytest.mark.root
 
 SYS_UNSHARE = 272
+FIRST_ID = DEFAULT_FIRST_ID - 2 * IDS  # not the default, nor near it
 FILTERED = "2"  # SECCOMP_MODE_FILTER
 
 
@@ -124,7 +126,7 @@ def test_nothing_survives_vmm(cell: Cell) -> None:
 def test_a_vm_can_do_nothing_to_another(cell: Cell) -> None:
     """Under vmm each has an id of its own: it can neither signal the other, nor become it, nor use up its tasks."""
     place = VmmCell(cell, user_namespace(), own_pids=True)
-    place.ids = Ids(FIRST_ID + 1000, 1)
+    place.ids = Ids(DEFAULT_FIRST_ID + 1000, 1)
     ours, theirs = socket.socketpair()
     with ours:
         vmm = spawn("insider", ["VMM", "vms_of_one_vmm"], channel=theirs, place=place, entry="insider:main")
@@ -145,7 +147,7 @@ def test_a_vm_can_do_nothing_to_another(cell: Cell) -> None:
 def test_an_id_that_has_a_process_is_not_given_again() -> None:
     """After the last the first comes again, without those whose processes are still there, such as stuck ones."""
     ours, theirs = socket.socketpair()
-    ids = Ids(FIRST_ID + 2000, 4)
+    ids = Ids(DEFAULT_FIRST_ID + 2000, 4)
     first = ids.take()
     with ours:
         pid = os.fork()
@@ -167,7 +169,7 @@ def test_an_id_that_has_a_process_is_not_given_again() -> None:
 @pytest.mark.kvm
 def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     """Every VM has an id of its own, which its devices share; nothing that lasts but the parent is root."""
-    with Daemon(tmp_path, vm_block("a") + vm_block("b")) as vmd:
+    with Daemon(tmp_path, f"ids {FIRST_ID}\n" + vm_block("a") + vm_block("b")) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
         wait_for(lambda: {"vmd: vm", "vmd: viornd"} <= vmd.processes().keys())
@@ -183,8 +185,9 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
 
     ids = {title: int(user) for title, (user,) in ((title, tuple(found)) for title, found in users.items())}
     assert set(ids) >= {"priv", "control", "vmm", "vm", "vm/a", "vm/b", "vm/a/viornd0", "vm/b/viornd0"}
-    assert all(FIRST_ID <= ids[title] < FIRST_ID + IDS for title in ids if title != "priv")
-    assert len({ids[title] for title in ("priv", "control", "vmm", "vm", "vm/a", "vm/b")}) == 6
+    assert ids.pop("priv") == FIRST_ID + IDS
+    assert all(FIRST_ID <= uid < FIRST_ID + IDS for uid in ids.values())
+    assert len({ids[title] for title in ("control", "vmm", "vm", "vm/a", "vm/b")}) == 5
     for name in ("a", "b"):
         assert ids[f"vm/{name}"] == ids[f"vm/{name}/viornd0"]
     assert ids["vm"] == ids["viornd"]

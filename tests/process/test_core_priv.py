@@ -20,8 +20,8 @@ from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
 from tests.support.privdriver import Priv, nic
 from tests.support.program import changed_program
+from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.priv.sysctl import state_path
-from vmd.privsep.cell import PRIV_ID
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -108,7 +108,7 @@ def test_what_an_earlier_version_has_to_put_back_is_put_back(network: Network) -
         assert setting(network, "ipv4/ip_forward") == "0"
         assert not old.exists()
         with priv.make(nic()):
-            assert new.stat().st_uid == PRIV_ID
+            assert new.stat().st_uid == DEFAULT_FIRST_ID + IDS
     assert not new.exists()
 
 

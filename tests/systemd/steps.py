@@ -170,7 +170,7 @@ def who_is_who() -> dict[str, Any]:
 
 def journal_fields() -> dict[str, Any]:
     """Look at its journal."""
-    return {"entries": [entry for entry in journal.entries if entry["_TRANSPORT"] == "stdout"]}
+    return {"entries": [entry for entry in journal.entries if entry["_TRANSPORT"] in ("stdout", "journal")]}
 
 
 def reload() -> dict[str, Any]:

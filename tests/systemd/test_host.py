@@ -9,9 +9,10 @@ import pytest
 from tests.l1.machine import L1Error
 from tests.support.debian import NEWER, built_deb, debian_host, newer_deb
 from tests.systemd import host
+from vmd.config.model import DEFAULT_FIRST_ID
 from vmd.parent.oom import CORE_SCORE
 from vmd.privsep.confine import PARENT_CAPABILITIES
-from vmd.privsep.ids import FIRST_ID, TASKS_MAX
+from vmd.privsep.ids import TASKS_MAX
 
 pytestmark = [pytest.mark.root, pytest.mark.deep, pytest.mark.timeout(2400)]
 
@@ -71,7 +72,7 @@ def test_who_is_who(seen: dict[str, Any]) -> None:
     assert {process["filter"] for process in processes.values()} == {"2"}
     ids = {title: uid for title, process in processes.items() for uid in process["uids"]}
     assert all(set(process["uids"]) == {ids[title]} for title, process in processes.items())
-    assert all(int(uid) >= FIRST_ID for uid in ids.values())
+    assert all(int(uid) >= DEFAULT_FIRST_ID for uid in ids.values())
     assert len({ids[title] for title in ("priv", "control", "log", "vmm", "vm", "vm/full")}) == 6
     mask = sum(1 << capability for capability in PARENT_CAPABILITIES)
     assert {int(value, 16) for value in seen["parent"].values()} == {mask}

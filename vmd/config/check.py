@@ -1,18 +1,22 @@
 """Reads a configuration: parses a file, then applies the rules that span its objects."""
 
+import contextlib
 import grp
 import ipaddress
 import pwd
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
-from vmd.config.model import ROOT, WHEEL, Config, Globals, SwitchConfig, VmConfig
+from vmd.config.model import IDS, ROOT, WHEEL, Config, Globals, SwitchConfig, VmConfig
 from vmd.errors import VmdError, sentence
 from vmd.nearest import meant
 from vmd.scaled import fmt_scaled
 
 MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
+
+RANGES = ("/etc/subuid", "/etc/subgid")
+USERS = ("/etc/passwd", "/etc/group", *RANGES)
 
 Warn = Callable[[str], None]
 
@@ -82,6 +86,7 @@ def load(
     except OSError as error:
         if isinstance(error, FileNotFoundError) and may_be_missing:
             warn(f"warning: {path} does not exist, going on without it")
+            require_ids(settings)
             return Config(settings=settings)
         raise ConfigErrors([VmdError(f"{path}: {sentence(error)}")]) from error
     except VmdError as error:
@@ -91,6 +96,7 @@ def load(
         warn(f"warning: macro '{name}' not used")
     if lexer.errors:
         raise ConfigErrors(lexer.errors)
+    require_ids(config.settings)
     return check(config, warn, known_switches)
 
 
@@ -202,6 +208,33 @@ def has_members(gid: int) -> bool:
         members = set()
     members.update(user.pw_name for user in pwd.getpwall() if user.pw_gid == gid)
     return bool(members - {pwd.getpwuid(ROOT).pw_name})
+
+
+def require_ids(settings: Globals) -> None:
+    """Raise ConfigErrors if a user, a group, or containers of a user have one of the ids of VMs.
+
+    Only the files of this host are looked at: to ask all servers of users takes long, and most do not answer.
+    """
+    ours = range(settings.first_id, settings.first_id + IDS + 1)
+    for path in USERS:
+        for name, taken in ids_in(path):
+            if taken.start < ours.stop and ours.start < taken.stop:
+                where = settings.first_id_origin and f"{settings.first_id_origin}: "
+                first = max(ours.start, taken.start)
+                raise ConfigErrors([VmdError(f"{where}ids {settings.first_id}: {first} is of {name} in {path}")])
+
+
+def ids_in(path: str) -> Iterator[tuple[str, range]]:
+    """Yield who has which ids by a file of users, groups, or ids that belong to them (subuid(5))."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            rows = [line.rstrip("\n").split(":") for line in file]
+    except OSError:
+        return
+    for row in rows:
+        with contextlib.suppress(ValueError, IndexError):  # a line that others do not understand either
+            first, count = (int(row[1]), int(row[2])) if path in RANGES else (int(row[2]), 1)
+            yield printable(VmdError(row[0])), range(first, first + count)
 
 
 def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:

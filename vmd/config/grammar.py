@@ -182,6 +182,7 @@ class Grammar:
                      | local
                      | socket
                      | agentx
+                     | ids
                      | limit
                      | staggered
                      | switch
@@ -230,6 +231,7 @@ class Grammar:
 
     def p_macro_name(self, p: Production) -> None:
         """macro_name : STRING
+                      | IDS
                       | LIMIT"""
         p[0] = p[1]
 
@@ -299,6 +301,11 @@ class Grammar:
             self.error(f"invalid delay: {p[6]}")
         else:
             self.settings = self.settings.replace(start_parallel=p[4], start_delay_s=p[6])
+
+    def p_ids(self, p: Production) -> None:
+        """ids : IDS NUMBER"""
+        first = self.value(values.first_id, p[2], self.settings.first_id)
+        self.settings = self.settings.replace(first_id=first, first_id_origin=self.lexer.where)
 
     def p_limit_memory(self, p: Production) -> None:
         """limit : LIMIT MEMORY NUMBER

@@ -38,15 +38,15 @@ STRING_FOLLOWS = frozenset({
     "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "MEMORY",
     "OWNER", "SERIAL", "STRING", "SWITCH", "VIRTIO",
 })  # fmt: skip
-# ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, what may be limited.
+# ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids and what is limited.
 LOCAL_WORDS = frozenset({"dns", "nat"})
-LIMIT_WORD = "limit"
+LINE_WORDS = frozenset({"ids", "limit"})
 LIMITED_WORDS = frozenset({"vcpus", "vms"})  # besides `memory`
 
 TOKENS = (
     *(word.upper() for word in sorted(RESERVED - {"add", "id", "size"})),  # those three mean nothing yet
     *(word.upper() for word in sorted(BLOCK_WORDS)),
-    "DNS", "LIMIT", "NAT", "NL", "NUMBER", "STRING", "VMS",
+    "DNS", "IDS", "LIMIT", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
 LITERALS = "{},="
 
@@ -410,7 +410,7 @@ class Lexer:
         elif self.depth == 0:
             if (
                 (text in LOCAL_WORDS and self.previous == "LOCAL")
-                or (text == LIMIT_WORD and self.previous == "NL")
+                or (text in LINE_WORDS and self.previous == "NL")
                 or (text in LIMITED_WORDS and self.previous == "LIMIT")
             ):
                 kind = text.upper()

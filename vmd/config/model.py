@@ -17,6 +17,11 @@ MAX_MEMORY_BYTES = 1024 * GIB
 MAX_VCPUS = 16
 DEFAULT_LIMIT_VMS = 512  # at a time; what vmm(4) has room for
 DEFAULT_LIMIT_VCPUS = 512  # of all VMs together
+# The ids of VMs are so many, and that of priv comes after them.  By default they are above what SSSD and systemd give
+# to people, services and containers; none may be one of those that every Linux system gives.
+IDS = 0x10000
+DEFAULT_FIRST_ID = 0x7F000000
+FIRST_IDS = range(0x10000, 0xFFFFFFFE - IDS + 1)
 MAX_DISKS = 4
 MAX_NICS = 4
 MAX_CHAIN = 4  # images in one backing chain
@@ -195,6 +200,8 @@ class Globals(Record):
     limit_memory_bytes: int | None = None  # None: twice what the host has
     limit_vms: int = DEFAULT_LIMIT_VMS
     limit_vcpus: int = DEFAULT_LIMIT_VCPUS
+    first_id: int = DEFAULT_FIRST_ID  # ours
+    first_id_origin: str = ""  # "file:line", for messages; "" is the default
 
 
 class Config(Record):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from vmd.config import rules
 from vmd.config.model import (
+    FIRST_IDS,
     MAX_INET6_PREFIX,
     MAX_NAME_SERVERS,
     MIN_MEMORY_BYTES,
@@ -50,6 +51,13 @@ def lladdr(text: str) -> bytes:
         raise ValueError(f"invalid address: {shown(text)}")
     address = bytes(int(byte, 16) for byte in text.split(":"))
     return rules.lladdr(address) if any(address) else b""
+
+
+def first_id(number: int) -> int:
+    """Return the first user id of VMs."""
+    if number not in FIRST_IDS:
+        raise ValueError(f"ids {number}: must be from {FIRST_IDS[0]} to {FIRST_IDS[-1]}")
+    return number
 
 
 def memory_limit(size: int | str) -> int:

@@ -3,6 +3,7 @@
 import socket
 import time
 
+from vmd.config.model import IDS
 from vmd.errors import HostError, VmdError
 from vmd.ipc.channel import socketpair
 from vmd.ipc.messages import Caller, Proc
@@ -10,8 +11,8 @@ from vmd.log import log
 from vmd.parent import groups
 from vmd.parent.disks import ImageProber
 from vmd.privsep import linux
-from vmd.privsep.cell import PRIV_ID, Cell, Network, VmmCell
-from vmd.privsep.ids import FIRST_ID, IDS, Ids, user_namespace
+from vmd.privsep.cell import Cell, Network, VmmCell
+from vmd.privsep.ids import Ids, user_namespace
 from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False
@@ -44,15 +45,18 @@ class Delay:
 class Children:
     """Starts and finally reaps controls, vmm and priv."""
 
-    def __init__(self, uid: int, gid: int) -> None:
+    def __init__(self, uid: int, gid: int, first_id: int) -> None:
+        """Children have ids from `first_id` on; where the host has no user namespaces, all but priv are that user."""
         self._uid = uid
+        self._own_ids = range(first_id, first_id + IDS + 1)
+        priv = Network(first_id + IDS)
         self._groups_place = group_place()
         self.groups: groups.Groups | None = None  # of VMs, once vmm is there
         self.cell = cell = Cell.build(uid, gid)
-        vmm = vmm_place(cell)
+        vmm = vmm_place(cell, first_id)
         self.ids = cell.ids
         self.prober = ImageProber(cell)
-        self._places: dict[Proc, Place] = {Proc.PRIV: Network(), Proc.CONTROL: cell, Proc.VMM: vmm}
+        self._places: dict[Proc, Place] = {Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm}
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
 
@@ -109,7 +113,7 @@ class Children:
 
     def are_ours(self, caller: Caller) -> bool:
         """Return whether a client is a process of the daemon's own: those have another way to talk to us."""
-        ours = caller.uid in (self._uid, PRIV_ID) or FIRST_ID <= caller.uid < FIRST_ID + IDS
+        ours = caller.uid == self._uid or caller.uid in self._own_ids
         return ours or any(child.pid == caller.pid for child in self._children)
 
     def reap(self, timeout_s: float) -> None:
@@ -140,12 +144,12 @@ def warn_of_groups(error: VmdError) -> None:
     log.warn(f"{error}: VMs have no control groups of their own")
 
 
-def vmm_place(cell: Cell) -> Cell:
+def vmm_place(cell: Cell, first_id: int) -> Cell:
     """Return where vmm runs, and give the cell ids; on a host that lacks something with a warning."""
     users_fd, own_pids = None, True
     try:
-        users_fd = user_namespace()
-        cell.ids = Ids()
+        users_fd = user_namespace(first_id)
+        cell.ids = Ids(first_id)
     except HostError as error:
         log.warn(f"{error}: all VMs run as one user of the host, and their processes could signal each other")
     try:

@@ -116,7 +116,10 @@ class Configuration:
             log.warn(text)
             warnings.append(text)
 
-        return self.load_config(path, known, warn), warnings
+        config = self.load_config(path, known, warn)
+        if config.settings.first_id != self.core.config.settings.first_id:
+            warn(f"{config.settings.first_id_origin}: ids {config.settings.first_id} count when vmd is started again")
+        return config, warnings
 
     def take_effect(self, config: Config) -> None:
         """Let the global settings of a configuration count, and start what waits."""

@@ -116,7 +116,7 @@ def serve(options: Options) -> int:
             log.debug(line)  # once, and not by each process
         service.make_run_directory()
         scores = OomScores()
-        children = Children(uid, gid)
+        children = Children(uid, gid, config.settings.first_id)
         state = StateFile(state_directory())
         parent = Parent(options, config, partial(read_config, options), state)
         parent.on_ready = ready

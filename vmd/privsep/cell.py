@@ -26,10 +26,12 @@ import importlib.util
 import marshal
 import os
 import socket
+import stat
 import sys
 import zipfile
 import zipimport
 
+from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
 from vmd.privsep.ids import Ids, limit_tasks
@@ -153,9 +155,6 @@ def out_of_the_way(fd: int) -> int:
         os.close(fd)
 
 
-# priv's user.  Not `_vmd`, which VM processes are: one that was taken over could signal priv.  Above 0x7F000000 is
-# what no host gives to people or services (SSSD and systemd end before), and the 65 536 from there on are for VMs.
-PRIV_ID = 0x7F010000
 PRIV_DIRECTORY = "/run/vmd/priv"  # on the host, and as priv sees it
 
 
@@ -169,8 +168,10 @@ class Network:
         1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW | 1 << linux.CAP_DAC_READ_SEARCH | 1 << linux.CAP_SETPCAP
     )
 
-    def __init__(self) -> None:
+    def __init__(self, uid: int = DEFAULT_FIRST_ID + IDS) -> None:
+        """`uid` is priv's user.  Not `_vmd`, which VM processes may be: one that was taken over could signal priv."""
         self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
+        self.uid = uid
 
     def prepare(self) -> None:
         """Nothing."""
@@ -178,15 +179,15 @@ class Network:
     def enter(self) -> None:
         """Hide /run, become the user, and give up all other capabilities."""
         os.chdir("/")
-        hide_run()
+        hide_run(self.uid)
         linux.limit_bounding_set(self.CAPABILITIES)
-        linux.become_user(PRIV_ID, PRIV_ID, linux.permitted_capabilities() & self.CAPABILITIES)
+        linux.become_user(self.uid, self.uid, linux.permitted_capabilities() & self.CAPABILITIES)
 
 
-def hide_run() -> None:
+def hide_run(uid: int) -> None:
     """Cover /run with an empty directory that has `PRIV_DIRECTORY` in it, in a mount namespace of our own."""
     with contextlib.suppress(OSError):  # priv will say that it cannot write there
-        make_priv_directory()
+        make_priv_directory(uid)
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)  # what the host unmounts is not kept busy here
     try:
@@ -204,16 +205,32 @@ def hide_run() -> None:
     linux.mount(None, "/run", None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | flags)
 
 
-def make_priv_directory() -> None:
-    """Make priv's directory, and move there what an earlier version has left beside it.  Raises OSError."""
+def make_priv_directory(uid: int) -> None:
+    """Make the directory of priv, which is that user now, with all that it has left there.
+
+    What an earlier version has left beside it is moved there.  Raises OSError.
+    """
     with contextlib.suppress(FileExistsError):
         os.mkdir(PRIV_DIRECTORY, 0o700)
-    os.chown(PRIV_DIRECTORY, PRIV_ID, PRIV_ID)
     above = os.path.dirname(PRIV_DIRECTORY)
     for name in os.listdir(above):
         if name.startswith("network-"):
             os.rename(f"{above}/{name}", f"{PRIV_DIRECTORY}/{name}")
-            os.chown(f"{PRIV_DIRECTORY}/{name}", PRIV_ID, PRIV_ID)
+    # Nobody else can put a file there.  A link that a taken-over priv has made is not followed.
+    os.chown(PRIV_DIRECTORY, uid, uid)
+    for name in os.listdir(PRIV_DIRECTORY):
+        give_file(f"{PRIV_DIRECTORY}/{name}", uid)
+
+
+def give_file(path: str, uid: int) -> None:
+    """Give a file to a user, if it is reached by this name alone.  Raises OSError."""
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{fd}", uid, uid)
+    finally:
+        os.close(fd)
 
 
 def import_path(packages: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import resource
 import socket
 from collections import deque
 
+from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.privsep import linux
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import NoReturn
 
-# Above what SSSD and systemd give to people, services and containers.
-FIRST_ID = 0x7F000000
-IDS = 0x10000
 LATELY = 256  # ids that may have been given to a process that is still on its way
 # Threads and processes that one id may have: a VM with as many vCPUs, disks and interfaces as there can be has 600.
 TASKS_MAX = 1024
@@ -33,7 +31,7 @@ class Ids:
     Such a process waits for storage that does not answer, and cannot be killed.
     """
 
-    def __init__(self, first: int = FIRST_ID, count: int = IDS) -> None:
+    def __init__(self, first: int = DEFAULT_FIRST_ID, count: int = IDS) -> None:
         self._all = range(first, first + count)
         self._lap: Iterator[int] = iter(())
         self._lately: deque[int] = deque(maxlen=min(LATELY, count // 2))
@@ -61,7 +59,7 @@ def ids_in_use() -> set[int]:
     return found
 
 
-def user_namespace() -> int:
+def user_namespace(first: int = DEFAULT_FIRST_ID) -> int:
     """Return a descriptor of a new user namespace, in which our ids have the same numbers and no others exist.
 
     Raises HostError where there is none to be had, or where we ourselves are in one that lacks these ids.
@@ -77,7 +75,7 @@ def user_namespace() -> int:
             raise HostError("make a user namespace", report)
         for name in ("uid_map", "gid_map"):
             with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
-                file.write(f"{FIRST_ID} {FIRST_ID} {IDS}\n")
+                file.write(f"{first} {first} {IDS}\n")
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise HostError("make a user namespace", error) from error

@@ -22,9 +22,9 @@ import threading
 import time
 import traceback
 
+from vmd.config.model import DEFAULT_FIRST_ID as FIRST_ID
 from vmd.errors import HostError, number
 from vmd.privsep import confine, linux
-from vmd.privsep.ids import FIRST_ID
 from vmd.privsep.spawn import spawn
 
 TYPE_CHECKING = False

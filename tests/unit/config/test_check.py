@@ -12,6 +12,7 @@ import pytest
 from tests.unit.config.conftest import Loader
 from vmd.config.check import ConfigErrors, load, parse_macro_definition
 from vmd.config.model import (
+    IDS,
     NAME_MAX,
     AllowInstance,
     Config,
@@ -422,3 +423,30 @@ def test_group_wheel(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert (config.settings.socket_owner, config.vms[0].owner) == (Owner(uid=0, gid=0), Owner(uid=1, gid=0))
     assert (with_wheel.settings.socket_owner.gid, with_wheel.vms[0].owner.gid) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "who"),
+    [
+        ("passwd", "bob:x:{first}:100::/:/bin/sh", "bob"),
+        ("group", "staff:x:{last}:", "staff"),
+        ("subuid", "eve:{before}:65537", "eve"),
+        ("subgid", "eve:{last}:65536", "eve"),
+    ],
+)
+def test_ids_that_somebody_has(
+    conf: Loader, monkeypatch: pytest.MonkeyPatch, name: str, line: str, who: str
+) -> None:
+    """By the files of this host; VMs could do to that user's processes what they like."""
+    first, last = 1 << 20, (1 << 20) + IDS
+    path = conf.path.with_name(name)
+    path.write_text(f"# comment\n\n{line.format(first=first, last=last, before=first - 65536)}\n")
+    monkeypatch.setattr("vmd.config.check.USERS", (str(path),))
+    monkeypatch.setattr("vmd.config.check.RANGES", (str(path),) if name.startswith("sub") else ())
+
+    common = last if "{last}" in line else first
+    with pytest.raises(ConfigErrors) as refused:
+        conf.load(f"\nids {first}\n")
+    assert str(refused.value) == f"{conf.path}:2: ids {first}: {common} is of {who} in {path}"
+    beside = first + IDS + 1 if common == first else first - IDS - 1
+    assert conf.load(f"ids {beside}\n").settings.first_id == beside

@@ -17,6 +17,7 @@ from vmd.config.check import check
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import RESERVED, Lexer
 from vmd.config.model import (
+    IDS,
     WHEEL,
     AgentxConfig,
     AllowInstance,
@@ -250,6 +251,19 @@ def test_limit_errors(conf: Loader, text: str, error: str) -> None:
     """Nothing below zero, nothing that does not exist, and only outside of blocks."""
     line = 2 if "{" in text else 1
     assert conf.errors(text + "\n")[0] == f"{line}: {error}"
+
+
+def test_ids(conf: Loader) -> None:
+    """Ours; where the user ids of VMs begin."""
+    assert conf.load("ids 65536\n").settings.first_id == 0x10000
+    assert conf.load("ids 4294901758\n").settings.first_id + IDS == 0xFFFFFFFE
+    assert conf.load("").settings.first_id == 0x7F000000
+
+
+@pytest.mark.parametrize("first", [-1, 0, 65535, 4294901759])
+def test_ids_that_are_not_for_vms(conf: Loader, first: int) -> None:
+    """A system's own, or what a user id cannot be."""
+    assert conf.errors(f"ids {first}\n") == [f"1: ids {first}: must be from 65536 to 4294901758"]
 
 
 def test_staggered_start(conf: Loader) -> None:
@@ -712,7 +726,8 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
 # what is ours must not get in the way
 
 OUR_WORDS = [
-    "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "limit", "vms", "legacy", "modern", "transitional",
+    "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "ids", "limit", "vms", "legacy", "modern",
+    "transitional",
 ]  # fmt: skip
 
 
@@ -904,6 +919,7 @@ local prefix 10.77.0.0/16
 local inet6 prefix fd00::/48
 local nat disable
 local dns 9.9.9.9 2620:fe::fe
+ids 1000000000
 limit memory 8G
 limit vms 3
 limit vcpus 12
@@ -975,8 +991,8 @@ def test_random_bytes(conf: Loader, grammar: Grammar) -> None:
 
 
 WORDS = (
-    *sorted(RESERVED), "{", "}", "\n", ",", "=", "$m", "1", "-1", "1G", "'", "x", "vcpus", "nat", "limit", "vms",
-    "initrd", "\\\n",
+    *sorted(RESERVED), "{", "}", "\n", ",", "=", "$m", "1", "-1", "1G", "'", "x", "vcpus", "nat", "ids", "limit",
+    "vms", "initrd", "\\\n",
 )  # fmt: skip
 
 
