@@ -24,11 +24,11 @@ from vmd.ipc.messages import (
     PROTOCOL,
     REQUESTS,
     ClientGone,
-    ControlPing,
-    ControlPong,
     Failed,
     Hello,
     NewClient,
+    Ping,
+    Pong,
     Proc,
     Quit,
     Ready,
@@ -86,9 +86,9 @@ class Control(Process):
         if message.text:
             self.turn_away(client, Failed(code=message.code, text=message.text))
 
-    def on_ping(self, _message: ControlPing, _envelope: Envelope, _channel: Channel) -> None:
+    def on_ping(self, _message: Ping, _envelope: Envelope, _channel: Channel) -> None:
         """Say that no file of a client keeps us."""
-        self.parent.send(ControlPong())
+        self.parent.send(Pong())
 
     def turn_away(self, client: Client, answer: Failed) -> None:
         """Answer a client and close."""
@@ -206,7 +206,7 @@ class Control(Process):
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, ServeUser, on_serve_user),
         **handles(Proc.PARENT, NewClient, on_new_client),
-        **handles(Proc.PARENT, ControlPing, on_ping),
+        **handles(Proc.PARENT, Ping, on_ping),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
         **handles(Proc.PARENT, Quit, on_quit),
         **handles_each(Proc.PARENT, ANSWERS, on_answer),

@@ -868,13 +868,15 @@ class ServeUser(Record):
     title: str
 
 
-@message(0xB2, (Proc.PARENT, Proc.CONTROL), answered_by=("ControlPong",))
-class ControlPing(Record):
+@message(
+    0xB2, (Proc.PARENT, Proc.CONTROL), (Proc.PARENT, Proc.VMM), (Proc.PARENT, Proc.LOG), answered_by=("Pong",)
+)
+class Ping(Record):
     """Are you there?"""
 
 
-@message(0xB3, (Proc.CONTROL, Proc.PARENT))
-class ControlPong(Record):
+@message(0xB3, (Proc.CONTROL, Proc.PARENT), (Proc.VMM, Proc.PARENT), (Proc.LOG, Proc.PARENT))
+class Pong(Record):
     """Yes."""
 
 
@@ -1049,16 +1051,6 @@ class LogSource(Record):
     name: str
     vmid: int = 0  # 0: of no VM
     owner_uid: int = 0
-
-
-@message(0x91, (Proc.PARENT, Proc.LOG), answered_by=("LogPong",))
-class LogPing(Record):
-    """Are you there?  Answered by LogPong."""
-
-
-@message(0x92, (Proc.LOG, Proc.PARENT))
-class LogPong(Record):
-    """Yes."""
 
 
 @message(0x93, (Proc.VMM, Proc.PARENT), fds=("log",))

@@ -14,7 +14,7 @@ import time
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import JOURNAL_FD
-from vmd.ipc.messages import LogPing, LogPong, LogSource, Proc, Quit
+from vmd.ipc.messages import LogSource, Ping, Pong, Proc, Quit
 from vmd.ipc.process import Process, handles
 from vmd.log import WARNING, RateLimit, log
 from vmd.logger.sink import Sink
@@ -100,9 +100,9 @@ class Logger(Process):
             text = f"{log.title}: {what} writes too many lines: not all of them will be here"
             self.sink.put(Line(source, WARNING, text, os.getpid()))
 
-    def on_ping(self, _message: LogPing, _envelope: Envelope, channel: Channel) -> None:
+    def on_ping(self, _message: Ping, _envelope: Envelope, channel: Channel) -> None:
         """Show that we are there."""
-        channel.send(LogPong())
+        channel.send(Pong())
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
         """Write what there is, and end."""
@@ -111,7 +111,7 @@ class Logger(Process):
 
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, LogSource, on_source),
-        **handles(Proc.PARENT, LogPing, on_ping),
+        **handles(Proc.PARENT, Ping, on_ping),
         **handles(Proc.PARENT, Quit, on_quit),
     }
 

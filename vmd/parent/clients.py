@@ -10,6 +10,8 @@ from vmd.ipc.messages import NO_CLIENT, Failed, Proc, brief
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vmd.parent.peers import Peers
     from vmd.record import Record
 
@@ -69,6 +71,14 @@ class Clients:
         """Tell all who wait for this what went wrong; they wait no longer."""
         self.answer_all(what, vmid, Failed(code=code, text=brief(text)))
 
+    def fail_waiting(self, kinds: "Iterable[For]", code: int, text: str) -> list[Wait]:
+        """Tell all who wait for something of these kinds what went wrong; they wait no longer, and are returned."""
+        lost = [wait for kind in kinds for wait in self.waiting_anywhere(kind)]
+        for wait in lost:
+            self.fail(wait.client, code, text)
+            self._leave(wait)
+        return lost
+
     # --- who waits ---------------------------------------------------------------------------------------
 
     def wait(self, client: int, what: For, vmid: int = 0, *, since: int = 0) -> Wait:
@@ -112,15 +122,19 @@ class Clients:
         return True
 
     def gone(self, client: int) -> list[Wait]:
-        """A client has left: return all that it waited for.
-
-        Where answers come in the order of the questions its place is kept, else the next one would get its answer.
-        """
+        """A client has left: return all that it waited for."""
         self.cut_off.discard(client)
         lost = [wait for waits in self._waits.values() for wait in waits if wait.client == client]
         for wait in lost:
-            if wait.what in IN_ORDER:
-                wait.client = NO_CLIENT
-            else:
-                self.done(wait)
+            self._leave(wait)
         return lost
+
+    def _leave(self, wait: Wait) -> None:
+        """Let a client wait no longer.
+
+        Where answers come in the order of the questions its place is kept, else the next one would get its answer.
+        """
+        if wait.what in IN_ORDER:
+            wait.client = NO_CLIENT
+        else:
+            self.done(wait)

@@ -22,7 +22,7 @@ import time
 
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc.channel import NO_FDS
-from vmd.ipc.messages import BY_CLASS, NO_CLIENT, Caller, ControlPing, NewClient, Proc, Quit, ServeUser
+from vmd.ipc.messages import BY_CLASS, NO_CLIENT, Caller, NewClient, Ping, Proc, Quit, ServeUser
 from vmd.log import RateLimit, log
 from vmd.privsep import linux
 
@@ -203,7 +203,7 @@ class Connections:
             self._on_lost(control.channel, silent)
             return
         control.silent += 1
-        control.channel.send(ControlPing())
+        control.channel.send(Ping())
         self._ask_later(control)
 
     def on_pong(self, channel: "Channel") -> None:

@@ -15,7 +15,7 @@ from vmd.errors import HostError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import JOURNAL_FD, logpair
-from vmd.ipc.messages import LogPing, LogPong, LogSource, Proc, Quit, VmLog
+from vmd.ipc.messages import LogSource, Ping, Pong, Proc, Quit, VmLog
 from vmd.log import JOURNAL, LEAF, log
 from vmd.parent import service
 from vmd.privsep.spawn import Child, signal_name, spawn
@@ -158,9 +158,9 @@ class Logs:
             return
         self._unanswered += 1
         if self._channel is not None:
-            self._channel.send(LogPing())
+            self._channel.send(Ping())
 
-    def on_pong(self, _message: LogPong, _envelope: Envelope) -> None:
+    def on_pong(self, _message: Pong, _envelope: Envelope) -> None:
         """It works."""
         self._unanswered = 0
 

@@ -39,14 +39,12 @@ from vmd.ipc.messages import (
     ConsoleRequest,
     ConsoleSnapshotEnd,
     ConsoleWatch,
-    ControlPong,
     DevicesReported,
     DropsReported,
     Failed,
     KvmFd,
     ListRequest,
     LoadRequest,
-    LogPong,
     LogRequest,
     NetworkConfigured,
     NicsFailed,
@@ -55,6 +53,7 @@ from vmd.ipc.messages import (
     NicsRequest,
     PauseDone,
     PauseRequest,
+    Pong,
     Proc,
     Quit,
     Ready,
@@ -82,6 +81,7 @@ from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import log
 from vmd.parent.access import require_allowed
 from vmd.parent.askpriv import ANSWER_S
+from vmd.parent.askvmm import SILENT, LineToVmm
 from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
 from vmd.parent.configuration import Configuration
@@ -105,6 +105,7 @@ if TYPE_CHECKING:
 
     from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
+    from vmd.parent.clients import Wait
     from vmd.parent.configuration import Load
 
     R = TypeVar("R")
@@ -122,6 +123,7 @@ def on(
     return handle
 
 
+WAIT_FOR_VMM = (For.START, For.END, For.PAUSE, For.TRANSFER, For.SNAPSHOT, For.RESET)  # all that has no deadline
 BURY_S = 1.0  # for one that was killed to end
 
 Served = tuple[type, Callable[..., None]]  # a room of the parent, and its method; `serves` has looked at their types
@@ -199,7 +201,9 @@ class Parent(Process):
     def start_process(self, proc: Proc) -> None:
         """Start vmm or priv.  Raises HostError or VmdError."""
         _, ours = self.children.start(proc, self.logs.open)
-        self.core.peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
+        channel = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
+        line = LineToVmm(self.loop, channel, self.on_vmm_silent) if proc is Proc.VMM else channel
+        self.core.peers.channels[proc] = line
 
     def start_again(self, proc: Proc) -> None:
         """Start a process in the place of one that has ended: at once, or later if that was not the first time."""
@@ -275,6 +279,15 @@ class Parent(Process):
             channel.close()
             self.on_child_lost(channel, PeerError("priv", f"does not answer for {ANSWER_S:.0f} s"))
 
+    def on_vmm_silent(self) -> None:
+        """It does not answer: whoever waits for it is told.  If the daemon is to end, it ends without vmm."""
+        if self.core.ending:
+            self.exit_status = 1
+            self.children.kill(Proc.VMM)
+            self.loop.stop()
+        else:
+            self.stop_waiting(self.core.clients.fail_waiting(WAIT_FOR_VMM, errno.ETIMEDOUT, SILENT))
+
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us."""
         self.core.ending = True
@@ -320,14 +333,24 @@ class Parent(Process):
         """A client has disconnected."""
         self.connections.on_client_gone(envelope.peerid, channel)
 
-    def on_control_pong(self, _message: ControlPong, _envelope: Envelope, channel: Channel) -> None:
+    def on_control_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
         """A control answers."""
         self.connections.on_pong(channel)
+
+    def on_vmm_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
+        """vmm answers."""
+        line = self.core.peers.channels.get(Proc.VMM)
+        if isinstance(line, LineToVmm) and line.channel is channel:
+            line.on_pong()
 
     def forget_client(self, client: int) -> None:
         """Let nothing wait any more for a client that is gone; its console is free."""
         self.consoles.on_client_gone(client)
-        for wait in self.core.clients.gone(client):
+        self.stop_waiting(self.core.clients.gone(client))
+
+    def stop_waiting(self, waits: "list[Wait]") -> None:
+        """Clients wait no longer: what only they wanted is cancelled."""
+        for wait in waits:
             if wait.what is For.TRANSFER:
                 self.transfers.on_client_gone(wait.vmid)
 
@@ -374,7 +397,7 @@ class Parent(Process):
         **handles(Proc.VMM, DevicesReported, on(Status, Status.on_reported)),
         **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
         **handles(Proc.VMM, VmLog, on(Logs, Logs.on_vm_log)),
-        **handles(Proc.LOG, LogPong, on(Logs, Logs.on_pong)),
+        **handles(Proc.LOG, Pong, on(Logs, Logs.on_pong)),
         **handles(Proc.VMM, ConsoleSnapshotEnd, on(Consoles, Consoles.on_snapshot_end)),
         **handles(Proc.PRIV, NetworkConfigured, on_network_configured),
         **handles(Proc.PRIV, DropsReported, on(Status, Status.on_drops)),
@@ -382,7 +405,8 @@ class Parent(Process):
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
         **handles(Proc.PRIV, NicsRemoved, on(Network, Network.on_removed)),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
-        **handles(Proc.CONTROL, ControlPong, on_control_pong),
+        **handles(Proc.CONTROL, Pong, on_control_pong),
+        **handles(Proc.VMM, Pong, on_vmm_pong),
         **handles_each(Proc.CONTROL, REQUESTS, on_request),
     }
 

@@ -21,6 +21,8 @@ from vmd.ipc.logpair import logpair
 from vmd.ipc.messages import (
     KvmFd,
     Outcome,
+    Ping,
+    Pong,
     Proc,
     Quit,
     Ready,
@@ -330,6 +332,10 @@ class Vmm(Process):
         for child in self.running.values():
             child.channel.send(message)
 
+    def on_ping(self, _message: Ping, _envelope: Envelope, _channel: Channel) -> None:
+        """Show that what came before this was served."""
+        self.parent.send(Pong())
+
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
         """End; VM processes that still live end with us."""
         self.loop.stop()
@@ -342,6 +348,7 @@ class Vmm(Process):
         **handles(Proc.PARENT, StopVm, on_stop_vm),
         **handles(Proc.PARENT, ReceiveVm, on_receive_vm),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
+        **handles(Proc.PARENT, Ping, on_ping),
         **handles(Proc.PARENT, Quit, on_quit),
         **handles(Proc.VM, VmEnding, on_vm_ending),
         **handles_each(Proc.VM, relays(Proc.VMM, Proc.VM), on_from_vm),
