@@ -42,6 +42,7 @@ from vmd.record import Record
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 EVE, BOB = 65534, 40001  # nobody, and a number without a name
+ROOT = Caller(uid=0, gid=0, pid=1)  # whom a control that was taken over claims to speak for
 # What a control does that was taken over: a request whose VM is named so is the intruder's word.
 TAKEN_OVER_CONTROL = """
 _on_request = Control.on_request
@@ -149,16 +150,15 @@ def test_a_control_speaks_for_its_user_only(vmd: Daemon, tmp_path: Path) -> None
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(1 << 20))
     secret.chmod(0o600)
-    root = Caller(uid=0, gid=0, pid=1)
     config = VmConfig(
         name="stolen", kernel=str(guest("demo")), disks=(DiskConfig(path=str(secret)),),
         given=VmFlag.KERNEL | VmFlag.DISK,
     )  # fmt: skip
     with connect(vmd, EVE) as client, guest("demo").open("rb") as kernel:
         for request, fds in (
-            (StartRequest(name="as-root:stolen", config=config, caller=root), {"kernel": kernel.fileno()}),
-            (StartRequest(name="as-root:roots", caller=root), {}),
-            (StopRequest(name=f"as-root:{NAME}", force=True, caller=root), {}),
+            (StartRequest(name="as-root:stolen", config=config, caller=ROOT), {"kernel": kernel.fileno()}),
+            (StartRequest(name="as-root:roots", caller=ROOT), {}),
+            (StopRequest(name=f"as-root:{NAME}", force=True, caller=ROOT), {}),
         ):
             answer = ask(client, request, **fds)
             assert isinstance(answer, Failed)
@@ -173,7 +173,7 @@ def test_a_control_speaks_for_its_own_clients_only(vmd: Daemon) -> None:
     with connect(vmd) as root, connect(vmd, BOB) as bob, connect(vmd, EVE) as eve:
         assert serves(root)
         assert serves(bob)
-        assert ask(eve, StopRequest(name=f"as-others:{NAME}", force=True)) is None
+        assert ask(eve, StopRequest(name=f"as-others:{NAME}", force=True, caller=ROOT)) is None
         assert serves(root)
         assert serves(bob)
     vmd.wait_log(f"control/{EVE}: speaks for client ")

@@ -93,12 +93,12 @@ def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: 
     with last_words(vmd, "vmd: vm/bad/viornd0") as taken:
         taken.shutdown(socket.SHUT_RDWR)
 
-    reader.wait("vm bad: one of its processes has shut down its log")
     for title in (f"vmd: vm/{NAME}", f"vmd: vm/{NAME}/viornd0", "vmd: vmm", "vmd: control", "vmd: priv"):
         with last_words(vmd, title) as own:
             own.send(b"<6>" + title.removeprefix("vmd: ").encode() + b": is heard")
     for title in (f"vm/{NAME}", f"vm/{NAME}/viornd0", "vmm", "control", "priv"):
         reader.wait(f"{title}: is heard")
+    reader.wait("vm bad: one of its processes has shut down its log")
     vmd.must("stop", "-fw", "bad")  # which nothing of this hinders
     vmd.must("start", "bad")
     with last_words(vmd, "vmd: vm/bad") as own:

@@ -91,6 +91,7 @@ def test_priv_is_no_root_and_has_a_filter(network: Network, tmp_path: Path) -> N
     own = set(status["vmd: priv"]["Uid"].split())
 
     assert len(own) == 1
+    assert own != {"0"}
     assert all(own.isdisjoint(lines["Uid"].split()) for title, lines in status.items() if title != "vmd: priv")
     assert (status["vmd: priv"]["Seccomp"], status["vmd: priv"]["Groups"].strip()) == ("2", "")
     assert int(status["vmd: priv"]["CapEff"], 16) == int(status["vmd: priv"]["CapBnd"], 16) == 1 << 12 | 1 << 13
