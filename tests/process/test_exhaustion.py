@@ -1,5 +1,6 @@
 """A host that runs out of something (hostile 60): one start fails with a sentence, and nothing else happens."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -8,31 +9,34 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.clients import connect, receive
+from tests.support.clients import connect, connect_as, receive
 from tests.support.daemon import Daemon
 from tests.support.guests import guest
+from tests.support.users import public_folder
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages import End, Failed, ListRequest, ReloadRequest, VmInfo
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 PROMPT = "vmd-demo> "
+NOBODY, OTHER = 65534, 40001
 
 
 @pytest.fixture
-def vmd(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon with a VM that runs, `a`, and two that do not; `b` has a disk."""
-    (tmp_path / "disk").write_bytes(bytes(1 << 20))
-    conf = f'images = "{tmp_path}"\n' + "".join(
-        f'vm "{name}" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n{more}}}\n'
-        for name, more in (("a", ""), ("b", " disk $images/disk format raw\n"), ("c", ""))
-    )
-    with Daemon(tmp_path, conf) as daemon:
-        daemon.must("start", "a")
-        yield daemon
-        assert daemon.status("a")["state"] == "running"
-        with daemon.console("a") as console:
-            console.answer("", PROMPT)
+def vmd() -> Iterator[Daemon]:
+    """Give a daemon with a VM that runs, `a`, and two that do not; `b` has a disk.  All may reach its socket."""
+    with public_folder() as directory:
+        (directory / "disk").write_bytes(bytes(1 << 20))
+        conf = f'images = "{directory}"\n' + "".join(
+            f'vm "{name}" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n{more}}}\n'
+            for name, more in (("a", ""), ("b", " disk $images/disk format raw\n"), ("c", ""))
+        )
+        with Daemon(directory, conf) as daemon:
+            daemon.must("start", "a")
+            yield daemon
+            assert daemon.status("a")["state"] == "running"
+            with daemon.console("a") as console:
+                console.answer("", PROMPT)
 
 
 def descriptors(pid: int) -> int:
@@ -146,7 +150,7 @@ def test_memory_of_a_guest(vmd: Daemon) -> None:
 
 
 def test_descriptors_for_clients(vmd: Daemon) -> None:
-    """Clients wait, and are served when there is room again; nobody is thrown out."""
+    """Without the one in reserve, too, clients wait, and are served when there is room; nobody is thrown out."""
     old = limit(vmd.pid, "nofile", 3)
     clients = []
     try:
@@ -161,6 +165,36 @@ def test_descriptors_for_clients(vmd: Daemon) -> None:
     finally:
         for client in clients:
             client.close()
+
+
+def test_no_descriptors_left(vmd: Daemon) -> None:
+    """Root is served all the same, any number of times, and starts nothing; somebody without a control is told why."""
+    vmd.socket.chmod(0o666)
+    while "vmd: control/reserve" not in vmd.processes():
+        vmd.must("status")
+    with connect(vmd.socket) as waiting:
+        waiting.send(encode(ListRequest())[0])
+        listed(waiting)
+        used = {int(name) for name in os.listdir(f"/proc/{vmd.pid}/fd")}
+        old = limit(vmd.pid, "nofile", min(set(range(max(used) + 2)) - used))
+        for _ in range(3):
+            with connect(vmd.socket) as client:
+                client.send(encode(ListRequest())[0])
+                listed(client)
+        refused(vmd, "b")
+        with connect_as(vmd.socket, NOBODY, NOBODY) as first, connect_as(vmd.socket, OTHER, OTHER) as second:
+            first.send(encode(ListRequest())[0])
+            listed(first)  # by the control in reserve
+            answer = receive(second)
+            assert isinstance(answer, Failed)
+            assert answer.code == errno.EMFILE
+            assert receive(second) is None
+        vmd.must("stop", "-fw", "a")
+        limit(vmd.pid, "nofile", old)
+    with connect_as(vmd.socket, OTHER, OTHER) as client:
+        client.send(encode(ListRequest())[0])
+        listed(client)
+    vmd.must("start", "a")
 
 
 def test_descriptors_for_a_reload(vmd: Daemon) -> None:

@@ -14,15 +14,22 @@ given up when it does not answer; a user with several that were given up and hav
 
 What a user asks is not queued here.  A few requests of a control are looked at before it is the turn of others, and
 none while that control has not read what was answered; then it stops reading its clients.
+
+One descriptor is kept for the time when there are no others: it is given up for each connection that is accepted then,
+and passed on.  So root is heard, and who cannot be served is told so.
 """
 
+import contextlib
 import errno
+import os
 import socket
 import time
 
-from vmd.errors import PeerError, VmdError, sentence
+from vmd.closing import close
+from vmd.errors import HostError, PeerError, VmdError, sentence
 from vmd.ipc.channel import NO_FDS
-from vmd.ipc.messages import BY_CLASS, NO_CLIENT, Caller, NewClient, Ping, Proc, Quit, ServeUser
+from vmd.ipc.imsg import Form, encode
+from vmd.ipc.messages import BY_CLASS, NO_CLIENT, Caller, Failed, NewClient, Ping, Proc, Quit, ServeUser
 from vmd.log import RateLimit, log
 from vmd.privsep import linux
 
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
 
 ROOT = 0
 RESERVE = "control/reserve"  # the title of one that has no user yet
+NONE = -1
 DOORMAN = -1  # the user of the control that turns away those who get none of their own
 
 MAX_CLIENTS = 256  # root is not counted here: users must not be able to lock the operator out
@@ -73,6 +81,7 @@ LOOK_S = 4.0  # between two questions to a control whether it is there
 SILENT_MAX, SILENT_AT_START_MAX = 4, 20  # so many without an answer, and it is given up
 STUCK_MAX = 4  # controls of a user that were given up and have not ended
 OUT_OF = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class Connection:
@@ -126,6 +135,7 @@ class Connections:
         self._all: dict[Channel, Control] = {}
         self._stuck: dict[int, list[Child]] = {}  # by user: given up, and perhaps not ended
         self._listener: socket.socket | None = None
+        self._spare = NONE  # a descriptor
         self._next = 1
 
     # --- processes ---------------------------------------------------------------------------------------
@@ -254,21 +264,40 @@ class Connections:
     def listen(self, listener: socket.socket) -> None:
         """Accept clients from now on."""
         self._listener = listener
+        self._keep_spare()
         listener.setblocking(False)
         self.loop.add(listener.fileno(), self._on_connection)
 
     def _on_connection(self, _events: int) -> None:
         """Accept a client.  Neither this nor to ask who it is waits for it."""
-        assert self._listener is not None
         try:
-            sock, _ = self._listener.accept()
+            try:
+                self._accept()
+            except OSError as error:
+                if error.errno not in OUT_OF_FILES or self._spare == NONE:
+                    raise
+                self.complaints.warn(f"a client takes the last descriptor: {sentence(error)}")
+                close(self._spare)
+                self._spare = NONE
+                self._accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
             if error.errno not in OUT_OF:
                 raise
             self._pause(sentence(error))
-            return
+        finally:
+            self._keep_spare()
+
+    def _keep_spare(self) -> None:
+        if self._spare == NONE:
+            with contextlib.suppress(OSError):  # somebody has it; it is tried again with the next client
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _accept(self) -> None:
+        """Accept a client.  Raises OSError."""
+        assert self._listener is not None
+        sock, _ = self._listener.accept()
         sock.setblocking(False)
         pid, uid, gid = linux.UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, linux.UCRED.size))
         self._take(sock, Caller(uid=uid, gid=gid, pid=pid))
@@ -297,9 +326,10 @@ class Connections:
         code, text = refusal or (0, "")
         try:
             control = self.controls.get(user) or self._assign(user)
+            if self._spare == NONE and control.channel.waiting:  # the last descriptor would be kept
+                raise HostError(f"serve uid {caller.uid}", errno.EMFILE)
         except VmdError as error:
-            sock.close()
-            self._pause(str(error))
+            self._send_away(sock, error)
             return
         number = self._number()
         self.known[number] = Connection(number, caller, control, refused=refusal is not None)
@@ -308,6 +338,12 @@ class Connections:
         self._ask_later(control)
         new = NewClient(uid=caller.uid, code=code, text=text)
         control.channel.send(new, peerid=number, fds={"client": [sock.detach()]})
+
+    def _send_away(self, sock: socket.socket, error: VmdError) -> None:
+        """Tell a client that no control can be had for it."""
+        self.complaints.warn(f"refused a client: {error}")
+        with sock, contextlib.suppress(OSError):
+            sock.send(encode(Failed(code=error.number, text=str(error)), form=Form.FIRST)[0])
 
     def _refusal(self, caller: Caller) -> tuple[int, str] | None:
         """Return why a connection cannot be had, as errno and sentence."""
@@ -395,6 +431,8 @@ class Connections:
         if listener is not None:
             self.loop.remove(listener.fileno())
             listener.close()
+            if self._spare != NONE:
+                close(self._spare)
 
 
 def title_of(user: int) -> str:
