@@ -32,6 +32,7 @@ from vmd.privsep.spawn import spawn
 pytestmark = pytest.mark.root
 
 SYS_UNSHARE = 272
+APART = ("ipc", "mnt", "net", "uts")  # namespaces of the cell
 FIRST_ID = DEFAULT_FIRST_ID - 2 * IDS  # not the default, nor near it
 FILTERED = "2"  # SECCOMP_MODE_FILTER
 
@@ -86,6 +87,11 @@ def field(pid: int, name: str) -> str:
 def score(pid: int) -> int:
     """Return how much rather than others a process is ended when memory runs out."""
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def namespaces_of(pid: int) -> set[str]:
+    """Return the namespaces that a process is in, of those that the cell has of its own."""
+    return {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in APART}
 
 
 def states_below(pid: int) -> dict[int, str]:
@@ -144,6 +150,25 @@ def test_a_vm_can_do_nothing_to_another(cell: Cell) -> None:
     assert status == -signal.SIGKILL  # vmm may
 
 
+def test_each_process_of_the_cell_has_an_id_of_its_own(cell: Cell) -> None:
+    """One after the other, such as probes."""
+    ids = Ids(DEFAULT_FIRST_ID + 3000, 10)
+    place = Cell(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, ids)
+    found = []
+    for _ in range(2):
+        ours, theirs = socket.socketpair()
+        with ours:
+            probe = spawn("insider", ["-", "identity"], channel=theirs, place=place, entry="insider:main")
+            theirs.close()
+            with ours.makefile() as answers:
+                found.append(answers.read().splitlines()[1])
+            assert probe.reap(DEADLINE_S) == 0
+
+    for number, said in enumerate(found):
+        uid = DEFAULT_FIRST_ID + 3000 + number
+        assert said == f"identity done {(uid,) * 3} {(uid,) * 3} [] /"
+
+
 def test_an_id_that_has_a_process_is_not_given_again() -> None:
     """After the last the first comes again, without those whose processes are still there, such as stuck ones."""
     ours, theirs = socket.socketpair()
@@ -177,6 +202,7 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
         users = {title: {*field(pid, "Uid").split(), *field(pid, "Gid").split()} for title, pid in processes.items()}
         capabilities = {title: int(field(pid, "CapPrm"), 16) for title, pid in processes.items()}
         namespaces = {title: os.readlink(f"/proc/{pid}/ns/user") for title, pid in processes.items()}
+        apart = {title: namespaces_of(pid) - namespaces_of(os.getpid()) for title, pid in processes.items()}
         limits = Path(f"/proc/{processes['vm/a/viornd0']}/limits").read_text()
         filters = {title: field(pid, "Seccomp") for title, pid in processes.items()}
         scores = {title: score(pid) for title, pid in (*processes.items(), ("parent", vmd.pid))}
@@ -195,6 +221,8 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     assert capabilities.pop("priv") == 1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW
     assert not any(capabilities.values())
     assert namespaces["vmm"] == namespaces["vm/a"] != os.readlink("/proc/self/ns/user")
+    assert len(apart.pop("priv")) == 1  # it sees no /run
+    assert {len(own) for own in apart.values()} == {len(APART)}
     assert any(line.split()[:4] == ["Max", "processes", str(TASKS_MAX), str(TASKS_MAX)] for line in limits.splitlines())
     assert "user namespace" not in log
     assert set(filters.values()) == {FILTERED}
@@ -255,6 +283,10 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
         assert groups.CONTROLLER not in (top / "cgroup.controllers").read_text() or (
             (group["vm/a"] / "pids.max").read_text() == f"{TASKS_MAX}\n"
         )
+
+        for title in ("vm", "vm/a", "vm/a/viornd0"):  # the first has read nothing so far
+            held = os.listdir(f"/proc/{processes[title]}/fd")
+            assert not any("cgroup" in os.readlink(f"/proc/{processes[title]}/fd/{fd}") for fd in held)
 
         with subprocess.Popen(["sleep", "infinity"]) as left:
             groups.move(left.pid, str(group["vm/a"]))

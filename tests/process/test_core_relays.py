@@ -20,7 +20,7 @@ from tests.support.fusefile import HELD, READ, FuseFile
 from tests.support.guests import guest
 from tests.support.program import changed_program
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import StartRequest, StopRequest, VmTerminated
+from vmd.ipc.messages import Failed, StartRequest, StopRequest, VmTerminated
 from vmd.privsep.confine import RUNNING_FILES
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -90,6 +90,10 @@ def leave_child(process):
                 process.vmm._sock.send(packet)
         except OSError:
             os._exit(0)
+def build_more(process):
+    """Ask for what a machine is built with."""
+    import fcntl
+    fcntl.ioctl(0, 0xAE41, 0)  # KVM_CREATE_VCPU
 EARLY = {"leave_child"}
 '''
 HOOK = '''
@@ -116,7 +120,7 @@ def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     """Give a VM that must not notice anything, in a daemon with intruders."""
     directory = tmp_path_factory.mktemp("relays")
     code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, "vmd/vm/main.py": HOOK})
-    attacks = (*FLOODS, "park", "leave_child")
+    attacks = (*FLOODS, "park", "leave_child", "build_more")
     conf = vm_block(NAME) + vm_block("plain") + "".join(vm_block(name, f'cmdline "{name}"') for name in attacks)
     conf += "".join(vm_block(f"filler{number}") for number in range(MANY))
     conf += vm_block("long_answer", 'cmdline "long_answer"')
@@ -169,6 +173,15 @@ def test_a_packet_that_grows_in_the_relay(vmd: Daemon) -> None:
     assert "exceeds" in row["text"]
 
 
+def test_a_vm_that_runs_builds_nothing_more(vmd: Daemon) -> None:
+    """What KVM was asked for while the machine was built is not asked for any more."""
+    vmd.must("start", "build_more")
+
+    row = vmd.wait_state("build_more", "stopped")
+
+    assert "SIGSYS" in row["text"]
+
+
 def test_a_child_that_keeps_the_channel_of_its_vm(vmd: Daemon) -> None:
     """vmm does not wait for its end of the line, whatever it goes on saying."""
     vmd.must("start", "leave_child")
@@ -195,6 +208,25 @@ def test_a_vm_process_that_cannot_be_killed(vmd: Daemon) -> None:
         assert "waits for storage" in answer.text
         vmd.must("start", "plain")
         vmd.must("stop", "-fw", "plain")
+        file.release()
+
+
+@pytest.mark.deep
+def test_a_vm_that_is_not_built_in_time(tmp_path: Path) -> None:
+    """Its storage answers some other day: the start fails, and says why.  The time is 120 s, and here 3 s."""
+    code = changed_program(tmp_path / "code", {"vmd/vmm/main.py": "\nSTART_S = 3.0\n"})
+    with (
+        FuseFile(guest("demo").read_bytes(), for_all=True) as file,
+        Daemon(tmp_path, vm_block("plain") + vm_block(NAME), code=code) as vmd,
+        Bystander(vmd),
+    ):
+        file.rule(READ, HELD)
+        with connect(vmd.socket) as client:
+            packet, order = encode(StartRequest(name="plain"), fds={"kernel": [file.fd]})
+            socket.send_fds(client, [packet], order)
+            answer = decode(client.recv(MAX_MESSAGE), [], "vmd").message
+        assert isinstance(answer, Failed)
+        assert "did not start within 3 s" in answer.text
         file.release()
 
 

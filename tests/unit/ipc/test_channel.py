@@ -205,6 +205,34 @@ def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, recorder: Reco
     theirs.close()
 
 
+@pytest.mark.parametrize(
+    ("me", "peer", "foreign"),
+    [
+        (Proc.PARENT, Proc.CONTROL, SetVerbosity(verbosity=0)), (Proc.PARENT, Proc.VMM, SetVerbosity(verbosity=0)),
+        (Proc.PARENT, Proc.PRIV, SetVerbosity(verbosity=0)), (Proc.PARENT, Proc.LOG, Quit()),
+        (Proc.VMM, Proc.VM, SetVerbosity(verbosity=0)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("garbage", [True, False])
+def test_a_process_that_breaks_the_protocol_is_cut_off(
+    loop: Loop, recorder: Recorder, me: Proc, peer: Proc, foreign: Record, *, garbage: bool
+) -> None:
+    """By whoever has started it: for what is no message, and for what is not its to say."""
+    ours, theirs = socketpair()
+    channel = Channel(
+        ours, me=me, peer=peer, label="peer", loop=loop,
+        on_message=recorder.on_message, on_lost=recorder.on_lost,
+    )  # fmt: skip
+    recorder.channels.append(channel)
+    theirs.send(b"garbage that is no header at all" if garbage else encode(foreign, form=channel.form)[0])
+
+    recorder.run()
+
+    assert recorder.messages == []
+    assert isinstance(recorder.lost[0], PeerError)
+    theirs.close()
+
+
 @pytest.mark.parametrize("me", [Proc.CONTROL, Proc.VMM, Proc.PRIV, Proc.VM])
 def test_who_has_started_us_is_not_given_up_for_a_message(
     loop: Loop, recorder: Recorder, capfd: pytest.CaptureFixture[str], me: Proc

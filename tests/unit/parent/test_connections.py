@@ -9,7 +9,19 @@ from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages import Caller, Failed, VmInfo
-from vmd.parent.connections import MAX_UNANSWERED, TURN, Connection, Connections, Control
+from vmd.parent.connections import (
+    DOORMAN,
+    MAX_CLIENTS,
+    MAX_CLIENTS_OF_ROOT,
+    MAX_CLIENTS_PER_USER,
+    MAX_UNANSWERED,
+    MAX_USERS,
+    ROOT,
+    TURN,
+    Connection,
+    Connections,
+    Control,
+)
 from vmd.record import Record
 
 CLIENT = 7
@@ -38,6 +50,13 @@ class FakeChildren:
     def start(self, *_arguments: object) -> tuple[Any, Any]:
         """Return what is as good as a child."""
         return None, None
+
+    def are_ours(self, _caller: Caller) -> bool:
+        """They are not."""
+        return False
+
+    def bury(self) -> None:
+        """Nobody has ended."""
 
 
 @pytest.fixture
@@ -79,3 +98,39 @@ def test_requests_that_are_answered(connections: Connections) -> None:
         connections.send(Failed(code=1, text="no such vm"), peerid=CLIENT)
     for _ in range(MAX_UNANSWERED):
         connections.asker(CLIENT, channel)
+
+
+def refused(connections: Connections, uid: int) -> str:
+    """Return why a user gets no connection now."""
+    refusal = connections._refusal(Caller(uid=uid, gid=uid, pid=1))
+    return refusal[1] if refusal is not None else ""
+
+
+def fill(connections: Connections, uid: int, count: int) -> None:
+    """Let a user have so many connections."""
+    for number in range(len(connections.known) + 100, len(connections.known) + 100 + count):
+        known = connections.known[CLIENT]
+        connections.known[number] = Connection(number, Caller(uid=uid, gid=uid, pid=1), known.control, refused=False)
+
+
+def test_the_shares_of_each_user_and_of_all(connections: Connections) -> None:
+    """Those of a user, and those of all users; root's are counted apart."""
+    fill(connections, 2000, MAX_CLIENTS_PER_USER)
+    assert refused(connections, 2000) == f"too many connections of uid 2000 ({MAX_CLIENTS_PER_USER})"
+    for uid in range(3000, 3000 + MAX_CLIENTS // MAX_CLIENTS_PER_USER - 1):
+        fill(connections, uid, MAX_CLIENTS_PER_USER)
+    assert refused(connections, 4000) == f"too many connections to vmd ({MAX_CLIENTS})"
+    assert refused(connections, ROOT) == ""
+    fill(connections, ROOT, MAX_CLIENTS_OF_ROOT)
+    assert refused(connections, ROOT) == f"too many connections of uid 0 ({MAX_CLIENTS_OF_ROOT})"
+
+
+def test_as_many_users_as_there_are(connections: Connections) -> None:
+    """Each costs a process, so that only so many have one at a time; root and the doorman are none of them."""
+    control = connections.known[CLIENT].control
+    connections.controls |= dict.fromkeys((ROOT, DOORMAN, *range(2000, 2000 + MAX_USERS - 1)), control)
+    assert refused(connections, 5000) == ""
+    connections.controls[5000] = control
+    assert refused(connections, 5001) == f"too many users of vmd at a time ({MAX_USERS})"
+    assert refused(connections, 5000) == ""
+    assert refused(connections, ROOT) == ""
