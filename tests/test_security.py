@@ -1,0 +1,40 @@
+"""docs/security.md: a test stands behind each statement, and all that are named are there."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DOCUMENT = HERE.parent / "docs" / "security.md"
+NAMED = re.compile(r"`(test_\w+(?:\.py)?)`")
+IN_A_FILE = re.compile(r"`(test_\w+\.py)`: ((?:`test_\w+`(?:, )?)+)")  # which names stand behind that of a file
+DEFINED = re.compile(r"^def (test_\w+)\(", re.MULTILINE)
+
+
+def defined() -> dict[str, set[str]]:
+    """Return the tests of each file."""
+    return {path.name: set(DEFINED.findall(path.read_text())) for path in sorted(HERE.rglob("test_*.py"))}
+
+
+def statements() -> Iterator[str]:
+    """Give each point of a list, and each row of a table whose last column is for tests."""
+    for block in re.split(r"\n\n|\n(?=\* )", DOCUMENT.read_text()):
+        if block.startswith("* "):
+            yield " ".join(block.split())
+        elif block.startswith("| ") and "| test |" in block.splitlines()[0]:
+            yield from block.splitlines()[2:]
+
+
+def test_the_tests_that_are_named_are_there() -> None:
+    """Each of them, and in the file that is named before them."""
+    text, found = " ".join(DOCUMENT.read_text().split()), defined()
+    known = {*found, *(name for names in found.values() for name in names)}
+    assert [name for name in NAMED.findall(text) if name not in known] == []
+    placed = [(file, name) for file, names in IN_A_FILE.findall(text) for name in NAMED.findall(names)]
+    assert placed
+    assert [(file, name) for file, name in placed if name not in found[file]] == []
+
+
+def test_each_statement_has_a_test() -> None:
+    """One that nothing holds is a wish."""
+    assert [statement for statement in statements() if not NAMED.search(statement)] == []
