@@ -38,6 +38,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "control": {"msgpack"},
     "priv": {"msgpack", "pyroute2"},
     "log": {"msgpack"},
+    "opener": {"msgpack"},
     "vmm": {"msgpack"},
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
@@ -48,15 +49,16 @@ SHARED = {
     "vmd.config.lexer": {"parent"},
     "vmd.config.grammar": {"parent"},
     "vmd.images": {"device", "imgprobe", "vmctl"},
+    "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`
     "vmd.kvmapi": {"vm"},
     "vmd.guestmem": {"vm", "device"},
     "vmd.virtio": {"vm", "device"},
-    "vmd.ipc.imsg": {"parent", "control", "log", "priv", "vmm", "vm", "vmctl"},
+    "vmd.ipc.imsg": {"parent", "control", "log", "opener", "priv", "vmm", "vm", "vmctl"},
 }
 # ... and the parts of it that harm nobody, for they read nothing.
-HARMLESS = {"parent": {"vmd.images", "vmd.images.locks"}}
+HARMLESS = {name: {"vmd.images", "vmd.images.locks"} for name in ("opener", "parent")}
 VMCTL_MAY_HOLD = (
-    "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.record",
+    "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
     "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 # Each costs every VM milliseconds of start-up or megabytes of memory.
@@ -104,7 +106,7 @@ def modules_in(folder: str) -> tuple[str, ...]:
 def processes() -> list[Process]:
     """Return every process whose code is there."""
     found = [
-        Process(name, name, modules_in(f"vmd/{name}")) for name in ("parent", "control", "priv", "vmm", "vm")
+        Process(name, name, modules_in(f"vmd/{name}")) for name in ("parent", "control", "opener", "priv", "vmm", "vm")
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))
     found += [

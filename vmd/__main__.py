@@ -11,7 +11,7 @@ def main() -> int:
     """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`."""
     stdio.fill()
     arguments = sys.argv[1:]
-    if len(arguments) == 3 and arguments[0] in ("control", "log", "priv", "vmm", "vm"):
+    if len(arguments) == 3 and arguments[0] in ("control", "log", "opener", "priv", "vmm", "vm"):
         name, form, verbosity = arguments
         log.setup(name, form, int(verbosity))
         return run_process(name)
@@ -27,6 +27,8 @@ def run_process(name: str) -> int:
             from vmd.control.main import main as process_main
         case "log":
             from vmd.logger.main import main as process_main
+        case "opener":
+            from vmd.opener.main import main as process_main
         case "priv":
             from vmd.priv.main import main as process_main
         case "vmm":

@@ -15,6 +15,10 @@ VmdError            anything that is answered with a sentence instead of a trace
 import errno
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.fileid import FileId
+
 NO_CALL = ": this kernel, or the container or unit that vmd runs in, does not let it make the system call"
 
 
@@ -53,17 +57,18 @@ class OperatorError(VmdError):
 
 
 class InUse(OperatorError):
-    """A file cannot be had because somebody else has it; `status` is what stat(2) says of it."""
+    """A file cannot be had because somebody else has it; `file` says which file that is."""
 
-    def __init__(self, name: str, status: os.stat_result, *, by: str = "another process", doing: str = "") -> None:
+    def __init__(self, name: str, file: "FileId", *, by: str = "another process", doing: str = "") -> None:
         super().__init__(errno.EBUSY, f"{name}: is in use by {by}{doing}")
         self.name = name
-        self.status = status
+        self.file = file
+        self.by = by
         self.doing = doing
 
     def held_by(self, who: str) -> "InUse":
         """Return the same, with who has it."""
-        return InUse(self.name, self.status, by=who, doing=self.doing)
+        return InUse(self.name, self.file, by=who, doing=self.doing)
 
 
 class ImageError(VmdError):

@@ -18,10 +18,10 @@ from vmctl.commands.start import Wanted
 from vmd.config.check import load
 from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
+from vmd.files.media import Media
+from vmd.files.prober import ImageProber
 from vmd.images.create import create
 from vmd.images.locks import lock
-from vmd.parent.disks import ImageProber
-from vmd.parent.media import Media
 from vmd.parent.service import lookup_user
 from vmd.privsep.cell import Cell
 from vmd.vm.boot.kind import WRONG_KIND
@@ -85,7 +85,7 @@ def block(number: int, options: str) -> str:
 def start_says(vm: VmConfig, prober: ImageProber) -> tuple[bool, list[str]]:
     """Return whether a start gets the disks and discs of a VM, and what it says of them."""
     try:
-        media = Media.open(vm, prober)
+        media = Media.open(vm.disks, vm.cdrom, prober)
     except OperatorError as error:
         return False, [str(error)]
     media.close()
@@ -146,7 +146,7 @@ def test_check_by_a_user(images: Path) -> None:
     assert (status, lines[-1]) == (0, "configuration OK")
     assert [line.partition(": vm ")[2][:60] for line in lines[:2]] == [
         f'"v0": disk {images}/a.vmdk: is a VMDK image; convert it: qemu-'[:60],
-        f'"v1": disk {images}/disk.gz: Permission denied'[:60],
+        f'"v1": disk {images}/disk.gz: uid {NOBODY} has no permission'[:60],
     ]
     assert lines[1].endswith("disk.gz: Permission denied")
     assert lines[2:] == ["configuration OK"]

@@ -22,6 +22,7 @@ from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.privsep import landlock
 from vmd.privsep.cell import Cell, import_path
+from vmd.privsep.hostfiles import HostFiles
 from vmd.privsep.spawn import INTERPRETER, Child, spawn
 
 pytestmark = pytest.mark.root
@@ -74,7 +75,7 @@ class Run:
         return self.lines[1:]
 
 
-def try_inside(place: Cell | None, kind: str, *attempts: str, paths: tuple[str, ...] | None = None) -> Run:
+def try_inside(place: Cell | HostFiles | None, kind: str, *attempts: str, paths: tuple[str, ...] | None = None) -> Run:
     """Run a process with that confinement through its attempts; it also holds a victim's pidfd and a file."""
     ours, theirs = socket.socketpair()
     with lines_of_a_process() as (log, writer), tempfile.TemporaryFile() as data, ours:
@@ -236,6 +237,31 @@ def test_forbidden_call_kills_vmm(cell: Cell, attempt: str) -> None:
     run = try_inside(cell, "VMM", attempt)
 
     assert (run.answers, run.status) == ([], KILLED)
+
+
+OPENER_KILLS = (
+    "connect_inet", "connect_unix", "raw_packets", "execute", "fork", "trace_me", "bpf", "foreign_ioctl", "mount",
+    "change_root", "unshare_user", "kill_parent", "another_filter", "become_traceable", "remove_outside",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("attempt", OPENER_KILLS)
+def test_an_opener_does_nothing_but_open_files(attempt: str) -> None:
+    """Even where it is root."""
+    run = try_inside(HostFiles(), "OPENER", attempt, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+
+    assert (run.answers, run.status) == ([], KILLED)
+
+
+def test_an_opener_opens_files_and_nothing_else() -> None:
+    """It makes none, and lists no directory."""
+    attempts = ("open_passwd", "create_outside", "list_root")
+
+    run = try_inside(HostFiles(), "OPENER", *attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+
+    assert re.match(r"open_passwd done \d+$", run.answers[0])
+    refused = [f"{name} errno {errno.EACCES}" for name in ("create_outside", "list_root")] if landlock.abi() else []
+    assert run.answers[1:] == refused or not refused
 
 
 @pytest.mark.parametrize("kind", [*NARROWED, "VMM"])

@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,39 @@ def test_code_in_the_reader_of_a_stream(
 
     assert status == 1
     check_nothing_came_of_it(vmd, what, errors, reserve)
+
+
+@pytest.mark.deep
+def test_a_streamprobe_that_does_not_answer(tmp_path: Path) -> None:
+    """The VM process gives it up, with a sentence, and is gone; one that waits for its stream is not given up for that.
+
+    In this copy of the program it takes seconds where it takes a minute.
+    """
+    code = changed_program(tmp_path / "code", {"vmd/vm/arrival.py": "\nPROBE_LOOK_S = 3.0\n"})
+    with Daemon(tmp_path, vm_block("other"), code=code) as vmd, Bystander(vmd, "other"):
+        vmd.must("start", "-m", "32M", "-b", guest("demo"), "a")
+        to_file(vmd, "a", tmp_path / "stream")
+        reading, writing = os.pipe()
+        receiver = vmctl(vmd, "receive", "b", stdin=reading)
+        os.close(reading)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while "vmd: vm/b/streamprobe" not in (found := vmd.processes()):
+            assert time.monotonic() < deadline_s
+        probe = os.pidfd_open(found["vmd: vm/b/streamprobe"])
+        with pytest.raises(subprocess.TimeoutExpired):
+            receiver.wait(10.0)
+        signal.pidfd_send_signal(probe, signal.SIGSTOP)
+        os.write(writing, (tmp_path / "stream").read_bytes()[:4096])
+        status, errors = ended(receiver)
+        os.close(writing)
+
+        assert status == 1
+        assert "vm/b/streamprobe does not read the stream: Connection timed out" in errors
+        ends = select.poll()
+        ends.register(probe, select.POLLIN)
+        assert ends.poll(DEADLINE_S * 1000)
+        os.close(probe)
+        assert from_file(vmd, "b", tmp_path / "stream")[0] == 0
 
 
 def test_code_that_looks_at_a_boot_image_makes_no_vm(vmd: Daemon, tmp_path: Path) -> None:

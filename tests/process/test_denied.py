@@ -12,11 +12,12 @@ from tests.support.daemon import Daemon
 from tests.support.fusefile import FuseFile
 from tests.support.guests import guest
 from tests.support.images import MIB
-from tests.support.users import public_folder
+from tests.support.users import acting_as, public_folder
 from vmd.config.model import DiskConfig, Owner
 from vmd.errors import OperatorError
-from vmd.parent import denied
-from vmd.parent.disks import ImageProber, open_cdrom, open_disk
+from vmd.files import denied
+from vmd.files.images import open_cdrom, open_disk
+from vmd.files.prober import ImageProber
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell
 
@@ -51,7 +52,7 @@ def test_fuse_without_allow_other(mounted: tuple[Path, int], prober: ImageProber
     path, user = mounted
 
     with pytest.raises(OperatorError) as refused:
-        open_disk(DiskConfig(path=str(path), format=image_format), None, prober)
+        open_disk(DiskConfig(path=str(path), format=image_format), prober)
 
     who = "root" if user else "the user of its VM"
     doing = "" if user else "cannot be read: "
@@ -63,26 +64,22 @@ def test_disc_on_fuse_without_allow_other(mounted: tuple[Path, int], prober: Ima
     path, user = mounted
 
     with pytest.raises(OperatorError) as refused:
-        open_cdrom(str(path), None, prober)
+        open_cdrom(str(path), prober)
 
     assert str(refused.value).startswith(f"cdrom {path}: ")
     assert f"{'root' if user else 'the user of its VM'} may not use it: {FUSE_WORDS}" in str(refused.value)
 
 
 def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober: ImageProber) -> None:
-    """An instance's disk is opened with its user's rights; what the kernel lets root in to, it lets root's threads.
-
-    Then who serves the disk is not let in, so no user gets at what root has mounted for itself.
-    """
-    path, user = mounted
+    """An instance's disk is opened by a process that is its user, who gets at nothing that another has mounted."""
+    path, _ = mounted
     somebody = Owner(uid=12345, gid=12345)
 
-    with pytest.raises(OperatorError) as refused:
-        open_disk(DiskConfig(path=str(path)), somebody, prober)
+    with pytest.raises(OperatorError) as refused, acting_as(somebody):
+        open_disk(DiskConfig(path=str(path)), prober)
 
     assert str(refused.value).startswith(f"disk {path}: ")
-    who = "uid 12345 has no permission: uid 12345" if user else "the user of its VM"
-    assert f"{who} may not use it: {FUSE_WORDS}" in str(refused.value)
+    assert f"uid 12345 has no permission: uid 12345 may not use it: {FUSE_WORDS}" in str(refused.value)
 
 
 @pytest.mark.kvm

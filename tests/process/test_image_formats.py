@@ -18,12 +18,12 @@ from vmctl.options import find_command, parse
 from vmctl.session import Session
 from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError, VmdError
+from vmd.files.images import OpenDisk, Use, open_cdrom, open_disk
 from vmd.images.create import create
 from vmd.images.files import OpenedChain
 from vmd.images.identify import probe
 from vmd.ipc.foreign import FOREIGN, command
 from vmd.ipc.probemsg import Probe
-from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
 
 CREATE = find_command("create")
 
@@ -48,7 +48,7 @@ class InProcess:
 
 def disk(path: Path, image_format: str = "", *, in_conf: bool = True) -> OpenDisk:
     """Open a disk as the parent does."""
-    return open_disk(DiskConfig(path=str(path), format=image_format), None, InProcess(), in_conf=in_conf)
+    return open_disk(DiskConfig(path=str(path), format=image_format), InProcess(), Use(in_conf=in_conf))
 
 
 def refusal(path: Path, image_format: str = "", *, in_conf: bool = True) -> str:
@@ -107,7 +107,7 @@ def test_disc_is_refused_by_name(tmp_path: Path, name: str, make: Make) -> None:
     make(tmp_path / "disc")
 
     with pytest.raises(OperatorError) as refused:
-        open_cdrom(str(tmp_path / "disc"), None, InProcess())
+        open_cdrom(str(tmp_path / "disc"), InProcess())
 
     done = command(name, f"{tmp_path}/disc", disc=True)
     assert str(refused.value) == f"cdrom {tmp_path}/disc: is {FOREIGN[name].what}; convert it: {done}"
@@ -231,7 +231,7 @@ def test_tar_archive(tmp_path: Path) -> None:
 
     found = disk(tmp_path / "a.img")
     found.close()
-    fd, notes = open_cdrom(str(tmp_path / "a.img"), None, InProcess())
+    fd, notes = open_cdrom(str(tmp_path / "a.img"), InProcess())
     os.close(fd)
 
     assert "begins as if it were a tar archive" in found.notes[0]
@@ -317,7 +317,7 @@ def test_qcow2_is_no_disc(tmp_path: Path) -> None:
     create(str(tmp_path / "a.iso"), "qcow2", MIB)
 
     with pytest.raises(OperatorError) as refused:
-        open_cdrom(str(tmp_path / "a.iso"), None, InProcess())
+        open_cdrom(str(tmp_path / "a.iso"), InProcess())
 
     made = f"qemu-img convert -f qcow2 -O raw {tmp_path}/a.iso {tmp_path}/a.iso.iso"
     assert str(refused.value) == f"cdrom {tmp_path}/a.iso: is a qcow2 image; convert it: {made}"
@@ -335,7 +335,7 @@ def test_iso_image_is_a_disc_and_a_disk(tmp_path: Path) -> None:
     for first in (b"", b"\x1f\x8b\x08", b"QFI\xfb", b"\x33\xc0"):
         with iso.open("r+b") as file:
             file.write(first)
-        fd, notes = open_cdrom(str(iso), None, InProcess())
+        fd, notes = open_cdrom(str(iso), InProcess())
         os.close(fd)
         assert notes == []
     found = disk(iso)
@@ -348,7 +348,7 @@ def test_dump_of_cd_sectors_is_no_disc(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes((b"\0" + b"\xff" * 10 + b"\0" + bytes(2340)) * 20)
 
     with pytest.raises(OperatorError, match="is a dump of CD sectors of 2352 bytes; convert it: bchunk"):
-        open_cdrom(str(tmp_path / "a.bin"), None, InProcess())
+        open_cdrom(str(tmp_path / "a.bin"), InProcess())
 
 
 # --- *.qcow2 ------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from tests.support.images import (
 )
 from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError
+from vmd.files.images import OpenDisk, open_disk
 from vmd.images import qcow2
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
@@ -38,7 +39,6 @@ from vmd.images.identify import probe
 from vmd.images.locks import lock
 from vmd.ipc import devmsg
 from vmd.ipc.probemsg import Probe
-from vmd.parent.disks import OpenDisk, open_disk
 
 SCRIBBLES = [
     pytest.param(f"cluster_size={size},{more}", levels, id=f"{size}-{more}-{levels}")
@@ -488,7 +488,7 @@ class Recorded:
 
 def disk_of(path: Path) -> OpenDisk:
     """Open a disk as the parent does."""
-    return open_disk(DiskConfig(path=str(path), format="qcow2"), None, Recorded())
+    return open_disk(DiskConfig(path=str(path), format="qcow2"), Recorded())
 
 
 def refused_by_qemu(*command: object) -> str:

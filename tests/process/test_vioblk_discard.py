@@ -12,7 +12,7 @@ import pytest
 from tests.support.blkdriver import DISCARD, OK, SECTOR, WRITE_ZEROES, BlockDriver
 from tests.support.diskstorage import run
 from tests.support.images import KIB, MIB, problems, qemu
-from vmd.parent.disks import discard_granularity
+from vmd.files.images import discard_granularity
 
 LIMITS_AT = 36
 SMALL, LARGE = 4 * MIB, 12 * MIB  # disks; the large one is for the largest clusters

@@ -106,7 +106,8 @@ class Daemon:
     def processes(self) -> dict[str, int]:
         """Return titles and pids of everything it started."""
         listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(None, 2) for line in listing.splitlines()]
+        # What has ended, and will be reaped soon, is no process any more.
+        rows = [line.split(None, 2) for line in listing.splitlines() if not line.endswith("<defunct>")]
         children: dict[int, list[tuple[int, str]]] = {}
         for pid, ppid, args in rows:
             children.setdefault(int(ppid), []).append((int(pid), args.strip()))

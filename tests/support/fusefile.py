@@ -203,11 +203,9 @@ class FuseFile:
                 self._reply(unique, ENTRY_OUT.pack(FILE, 0, 0, 0, 0, 0) + self._attributes(FILE))
             case _ if opcode == GETATTR:
                 self._reply(unique, ATTR_OUT.pack(0, 0, 0) + self._attributes(nodeid))
-            case _ if opcode == OPEN:
-                self._reply(unique, OPEN_OUT.pack(0, FOPEN_DIRECT_IO, 0))
             case _ if opcode == RELEASE:
                 self._reply(unique)
-            case _ if opcode in (READ, WRITE, FSYNC, FALLOCATE, SETATTR) or (opcode == FLUSH and self.flushes):
+            case _ if opcode in (OPEN, READ, WRITE, FSYNC, FALLOCATE, SETATTR) or (opcode == FLUSH and self.flushes):
                 self._decide(unique, self._operation(opcode, body), body)
             case _:
                 self._reply(unique, error=errno.ENOSYS)
@@ -239,7 +237,9 @@ class FuseFile:
 
     def _answer(self, unique: int, operation: Operation, body: bytes, most: int = 1 << 30) -> None:
         opcode, offset, length = operation
-        if opcode == READ:
+        if opcode == OPEN:
+            self._reply(unique, OPEN_OUT.pack(0, FOPEN_DIRECT_IO, 0))
+        elif opcode == READ:
             self._reply(unique, bytes(self.content[offset : offset + min(length, most)]))
         elif opcode == WRITE:
             length = min(length, most, self.room - offset)

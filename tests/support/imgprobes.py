@@ -3,7 +3,8 @@
 import os
 import signal
 
-from vmd.ipc.probemsg import ANSWER_MAX, FD_ANSWER, FD_IMAGE, Probe, pack_image
+from vmd.ipc.probemsg import ANSWER_MAX, Probe, pack_image
+from vmd.ipc.probing import serve
 
 GOOD = pack_image(Probe(format="raw", size=1))
 
@@ -16,33 +17,22 @@ def hang() -> int:
 
 def stay() -> int:
     """Answer, and do not end."""
-    os.write(FD_ANSWER, GOOD)
-    return hang()
-
-
-def close_and_stay() -> int:
-    """Answer completely, and do not end."""
-    os.write(FD_ANSWER, GOOD)
-    os.close(FD_ANSWER)
-    return hang()
+    return serve(lambda _arguments, _files: GOOD) or hang()
 
 
 def trickle() -> int:
     """Stop in the middle."""
-    os.write(FD_ANSWER, GOOD[:5])
-    return hang()
+    return serve(lambda _arguments, _files: GOOD[:5])
 
 
 def flood() -> int:
-    """Answer without an end."""
-    while True:
-        os.write(FD_ANSWER, b"x" * ANSWER_MAX)
+    """Answer with more than a line has."""
+    return serve(lambda _arguments, _files: b"x" * (2 * ANSWER_MAX))
 
 
 def nonsense() -> int:
     """Answer something else."""
-    os.write(FD_ANSWER, b"image\0vmdk\0" + GOOD)
-    return 0
+    return serve(lambda _arguments, _files: b"image\0vmdk\0" + GOOD)
 
 
 def die() -> int:
@@ -51,17 +41,24 @@ def die() -> int:
 
 
 def be_killed() -> int:
-    """End as the filter ends processes."""
-    signal.signal(signal.SIGSYS, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGSYS)
-    return 0
+    """End as the filter ends processes, in the middle of a question."""
+
+    def answer(_arguments: list[str], _files: list[int]) -> bytes:
+        signal.signal(signal.SIGSYS, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGSYS)
+        return GOOD
+
+    return serve(answer)
 
 
 def write_image() -> int:
     """Try to change the image; answer whether that was possible as its size."""
-    try:
-        size = os.pwrite(FD_IMAGE, b"x", 0)
-    except OSError:
-        size = 0
-    os.write(FD_ANSWER, pack_image(Probe(format="raw", size=size)))
-    return 0
+
+    def answer(_arguments: list[str], files: list[int]) -> bytes:
+        try:
+            size = os.pwrite(files[0], b"x", 0)
+        except OSError:
+            size = 0
+        return pack_image(Probe(format="raw", size=size))
+
+    return serve(answer)

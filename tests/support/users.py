@@ -15,6 +15,7 @@ from tests.support.clients import connect_as
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
+from vmd.config.model import Owner
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.record import Record
 
@@ -156,3 +157,21 @@ class UsersDaemon(NetDaemon):
             packet, order = encode(request, fds=fds)
             socket.send_fds(client, [packet], order)
             return decode(client.recv(MAX_MESSAGE), [], "vmd").message
+
+
+@contextlib.contextmanager
+def acting_as(user: Owner | None) -> Iterator[None]:
+    """Within the block this process has the rights of a user, as an opener has; None changes nothing."""
+    if user is None or not user.uid:
+        yield
+        return
+    groups, gid = os.getgroups(), os.getegid()
+    os.setgroups([])
+    os.setegid(user.gid if user.gid is not None else 65534)
+    os.seteuid(user.uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(gid)
+        os.setgroups(groups)

@@ -12,6 +12,7 @@ import os
 import struct
 
 from vmd.errors import InUse, OperatorError
+from vmd.fileid import file_id
 
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)  # QEMU's BLK_PERM_* as bit numbers
 USES, DENIES = 100, 200
@@ -39,12 +40,12 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
     except OSError as error:
         unlock(fd)
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise InUse(path, os.fstat(fd)) from None
+            raise InUse(path, file_id(os.fstat(fd))) from None
         raise OperatorError(error.errno or errno.EIO, f"{path}: cannot be locked: {error.strerror}") from None
     if taken:
         unlock(fd)
         doing = ", which writes to it" if USES + WRITE in taken else ""
-        raise InUse(path, os.fstat(fd), doing=doing)
+        raise InUse(path, file_id(os.fstat(fd)), doing=doing)
 
 
 def _held_by_others(fd: int, byte: int) -> bool:

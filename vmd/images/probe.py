@@ -1,16 +1,14 @@
-"""imgprobe: reads what an image says about itself, for a parent that must not.
+"""imgprobe: reads what images say about themselves, for an opener that must not.
 
-Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for a moment
-Peers    parent (starts it, reads one line of `ipc/probemsg.py`, kills it if that takes too long)
-Holds    one image, for reading, and a pipe's writing end
+Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one start
+Peers    an opener, which asks it (`ipc/probing.py`); the parent starts it, and kills it with the opener
+Holds    its socket, and one image at a time, for reading
 """
-
-import os
-import sys
 
 from vmd.errors import ImageError
 from vmd.images.identify import probe
-from vmd.ipc.probemsg import FD_ANSWER, FD_IMAGE, pack_error, pack_image
+from vmd.ipc.probemsg import pack_error, pack_image
+from vmd.ipc.probing import serve
 from vmd.privsep.confine import IMGPROBE, confine
 
 
@@ -23,10 +21,6 @@ def answer(fd: int, format_hint: str) -> bytes:
 
 
 def main() -> int:
-    """Answer and be gone; the one argument, if there is one, is the format that the image has to have."""
-    format_hint = sys.argv[1] if len(sys.argv) > 1 else ""
+    """Answer until nobody asks; the one argument is the format that the image has to have, or nothing."""
     confine(IMGPROBE)  # what the kernel lacks, others have said
-    line = memoryview(answer(FD_IMAGE, format_hint))
-    while line:
-        line = line[os.write(FD_ANSWER, line) :]
-    return 0
+    return serve(lambda arguments, files: answer(files[0], arguments[0]))

@@ -16,12 +16,13 @@ the parent's number for the connection, and answers come back under it.
 import itertools
 from enum import Enum, IntEnum
 
-from vmd.config.model import BootDevice, VmConfig
+from vmd.config.model import BootDevice, DiskConfig, VmConfig
+from vmd.fileid import FileId
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, TypeVar
 
     M = TypeVar("M", bound=RecordType)
@@ -38,6 +39,7 @@ class Proc(IntEnum):
     VM = 5
     CLIENT = 6  # vmctl
     LOG = 7
+    OPENER = 8
 
 
 # Codes of Failed beyond errno (*cat. 1.10*)
@@ -56,6 +58,18 @@ def brief(text: str, bytes_max: int = TEXT_BYTES_MAX) -> str:
     """Return a sentence cut to what a message has room for: names and reasons may come from anybody."""
     raw = text.encode("utf-8", "surrogateescape")
     return text if len(raw) <= bytes_max else raw[:bytes_max].decode("utf-8", "ignore") + " ..."
+
+
+def fitting(lines: "Sequence[str]", lines_max: int, bytes_max: int) -> list[str]:
+    """Return the first lines, each cut and at least one, and how many there are besides."""
+    shown: list[str] = []
+    for line in map(brief, lines[:lines_max]):
+        bytes_max -= len(line.encode("utf-8", "surrogateescape")) + 1
+        if bytes_max < 0 and shown:
+            break
+        shown.append(line)
+    left = len(lines) - len(shown)
+    return [*shown, f"and {left} more; see the log"] if left else shown
 
 
 NO_CLIENT = 0xFFFFFFFF  # peerid of what the parent started by itself
@@ -157,7 +171,7 @@ BY_NAME = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 # Who has started a process, and is trusted by it more than the other way round.
 TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
-    Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT,
+    Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT, Proc.OPENER: Proc.PARENT,
 }  # fmt: skip
 
 ASK = (Proc.CLIENT, Proc.CONTROL, Proc.PARENT)
@@ -591,16 +605,17 @@ class NicLink(Record):
 @message(
     0x60,
     TO_VM,
-    fds=("boot", "initrd?", "tty", "tty_slave", "shown", "disks*", "cdrom?", "taps*"),
+    fds=("couriers*", "boot?", "initrd?", "tty", "tty_slave", "shown", "taps*"),
     answered_by=("VmRunning", "VmFailed"),
 )
 class StartVm(Record):
     """Start the VM; VmExited follows in either case.
 
-    fds: `boot` is the kernel or firmware, read-only; `tty` and `tty_slave` the two sides of the console;
-    `shown` what it has shown (vmd.backlog);
-    `disks` the images of all disks, one disk after the other, each in the order of `disks`; `cdrom` the disc;
-    `taps` one for each of `nics`.
+    fds: what the VM uses comes over the `couriers` (vmd.ipc.courier): `boot`, the kernel or firmware, read-only;
+    `initrd`; `disks`, the images of all disks, one disk after the other, each in the order of `disks`; `cdrom`.
+    `boot` and `initrd` come with this instead where the parent has kept them.
+    `tty` and `tty_slave` are the two sides of the console; `shown` is what it has shown (vmd.backlog); `taps` are one
+    for each of `nics`.
     """
 
     vmid: int
@@ -774,7 +789,7 @@ class ReceivedMachine(Record):
     vmid: int
 
 
-@message(0x73, TO_VM, fds=("disks*", "cdrom?", "taps*"), answered_by=("VmRunning", "VmFailed"))
+@message(0x73, TO_VM, fds=("couriers*", "taps*"), answered_by=("VmRunning", "VmFailed"))
 class ResumeReceived(Record):
     """Go on, or with `paused` stand still; descriptors as for StartVm."""
 
@@ -1036,6 +1051,70 @@ class DropsReported(Record):
 
     vmid: int
     troubles: tuple[Trouble, ...] = ()
+
+
+# --- between parent and an opener ------------------------------------------------------------------------
+
+
+class OpenedFile(Record):
+    """A file that is used: what it is, in words, and which."""
+
+    what: str
+    file: FileId
+
+
+@message(
+    0xA0, (Proc.PARENT, Proc.OPENER), fds=("courier", "probe?"), answered_by=("OpenerAt", "FilesOpened", "NotOpened")
+)
+class OpenFiles(Record):
+    """Become this user for good, and open what a VM uses.
+
+    fds: the files leave by the `courier`, as soon as its other end asks for them; `probe` leads to an imgprobe.
+    """
+
+    name: str  # of the VM
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    disks: tuple[DiskConfig, ...] = ()
+    cdrom: str = ""
+    boots: bool = False  # `kernel`, or else the firmware of this host, and `initrd`
+    kernel: str = ""
+    initrd: str = ""
+    in_conf: bool = True  # whether advice is for who writes a vm.conf
+    patience_s: float = 0.0  # for locks that somebody is about to let go
+
+
+@message(0xA1, (Proc.OPENER, Proc.PARENT), partial=True)
+class OpenerAt(Record):
+    """This is opened next."""
+
+    what: str
+
+
+@message(0xA2, (Proc.OPENER, Proc.PARENT))
+class FilesOpened(Record):
+    """All is open, and locked; it stays so until the courier has it, or is closed."""
+
+    disks: tuple[DiskImages, ...] = ()
+    files: tuple[OpenedFile, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences that the operator should read
+    boot_name: str = ""  # of the kernel or firmware, for messages
+
+
+@message(0xA3, (Proc.OPENER, Proc.PARENT))
+class NotOpened(Record):
+    """Nothing is open.
+
+    Where somebody else has a lock, `file` is the file, `what` its name, and `by` and `doing` are of the sentence.
+    """
+
+    code: int
+    text: str
+    file: FileId | None = None
+    what: str = ""
+    by: str = ""
+    doing: str = ""
 
 
 # --- the log ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""What imgprobe is asked and answers: descriptors, arguments, and one line in a form that its reader need not parse.
+"""What imgprobe is asked and answers: a word, and one line in a form that its reader need not parse.
 
-    imgprobe [FORMAT]     the image is fd 4; without FORMAT it is told from the image's bytes; `disc`: a CD-ROM's
-    fd 3                  `image` NUL format NUL size NUL guessed NUL backing NUL backing format NUL looks NUL notes LF
+    FORMAT                raw or qcow2; "": told from the image's bytes; `disc`: a CD-ROM's
+    answer                `image` NUL format NUL size NUL guessed NUL backing NUL backing format NUL looks NUL notes LF
                           `error` NUL sentence LF
 
 The sentence does not name the image: imgprobe does not know what it is called.  So whatever has a remedy that names
@@ -14,7 +14,6 @@ from vmd.ipc import foreign
 from vmd.ipc.foreign import FOREIGN, quoted, refused
 from vmd.record import Record
 
-FD_ANSWER, FD_IMAGE, FD_INITRD = 3, 4, 5  # a pipe's writing end; files, for reading; the last is bootprobe's
 ANSWER_MAX = 8192  # bytes of the line
 SENTENCE_MAX = 4000  # bytes of a sentence
 BACKING_MAX = 1023  # bytes of a path; the format's own limit

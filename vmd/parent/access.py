@@ -1,6 +1,5 @@
 """Who may do what (*cat. 4.8*); decided in the parent only, on ids that the kernel vouches for."""
 
-import contextlib
 import errno
 import grp
 import os
@@ -8,13 +7,8 @@ import pwd
 import stat
 
 from vmd.config.model import Owner
-from vmd.errors import HostError, OperatorError, sentence
+from vmd.errors import OperatorError, sentence
 from vmd.ipc.messages import BY_CLASS, Caller, Request, Who
-from vmd.privsep import linux
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 NOGROUP = 65534
 
@@ -91,27 +85,6 @@ def groups_of(uid: int, gid: int) -> list[int]:
         return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
     except KeyError:
         return [gid]
-
-
-@contextlib.contextmanager
-def acting_as(user: Owner | None) -> "Iterator[None]":
-    """Within the block, and in this thread, files are opened with the user's rights and no more.
-
-    The kernel judges, directories on the way and access lists included.  None, and root, change nothing.
-    """
-    if user is None or user.uid == 0:
-        yield
-        return
-    ours = os.getgroups()
-    gid = user.gid if user.gid is not None else NOGROUP
-    try:
-        linux.set_file_ids(user.uid, gid, groups_of(user.uid, gid))
-        yield
-    finally:
-        try:
-            linux.set_file_ids(0, 0, ours)
-        except HostError as error:  # nothing that is done half as somebody else may go on
-            raise RuntimeError("cannot become root again") from error
 
 
 def owner_text(uid: int, gid: int | None) -> str:

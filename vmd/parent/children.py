@@ -5,13 +5,14 @@ import time
 
 from vmd.config.model import IDS
 from vmd.errors import HostError, VmdError
-from vmd.ipc.channel import socketpair
+from vmd.files.prober import start_probe
+from vmd.ipc.channel import refuse_files, socketpair
 from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
 from vmd.parent import groups
-from vmd.parent.disks import ImageProber
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, Network, VmmCell
+from vmd.privsep.hostfiles import HostFiles
 from vmd.privsep.ids import Ids, user_namespace
 from vmd.privsep.spawn import Child, spawn
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
 
+SEND_NO_FILES = (Proc.OPENER,)  # to us
 CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
 
@@ -43,7 +45,7 @@ class Delay:
 
 
 class Children:
-    """Starts and finally reaps controls, vmm and priv."""
+    """Starts and finally reaps controls, openers and probes, vmm and priv."""
 
     def __init__(self, uid: int, gid: int, first_id: int) -> None:
         """Children have ids from `first_id` on; where the host has no user namespaces, all but priv are that user."""
@@ -55,8 +57,9 @@ class Children:
         self.cell = cell = Cell.build(uid, gid)
         vmm = vmm_place(cell, first_id)
         self.ids = cell.ids
-        self.prober = ImageProber(cell)
-        self._places: dict[Proc, Place] = {Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm}
+        self._places: dict[Proc, Place] = {
+            Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm, Proc.OPENER: HostFiles()
+        }  # fmt: skip
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
 
@@ -74,6 +77,8 @@ class Children:
             ours, theirs = socketpair()
         except OSError as error:
             raise HostError(f"make a channel to {name}", error) from error
+        if proc in SEND_NO_FILES:
+            refuse_files(ours)
         try:
             with theirs, open_log(name) as writer:
                 place = self._places[proc]
@@ -100,6 +105,14 @@ class Children:
             # The limit of a user id holds instead.
             say = log.info if self.ids is not None else log.warn
             say(f"{self.groups.top}: has no controller {groups.CONTROLLER}: tasks of VMs are not limited by it")
+
+    def start_probe(self, open_log: "Callable[[str], socket.socket]") -> tuple[Child, socket.socket]:
+        """Start an imgprobe; return it, and our end of its socket.  Raises HostError or VmdError."""
+        self.bury()
+        with open_log("imgprobe") as writer:
+            child, ours = start_probe(self.cell, writer.fileno())
+        self._children.append(child)
+        return child, ours
 
     def bury(self) -> None:
         """Reap those that have ended."""

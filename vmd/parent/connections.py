@@ -54,8 +54,8 @@ if TYPE_CHECKING:
             label: str,
             *,
             on_lost: "Callable[[Channel, PeerError | None], None]",
-            in_step: bool,
-            batch: int,
+            in_step: bool = ...,
+            batch: int = ...,
         ) -> Channel:
             """Serve a peer."""
 

@@ -13,7 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.config.model import Config
     from vmd.ipc.loop import Loop
-    from vmd.parent.disks import Prober
     from vmd.parent.identity import Identities
 
 
@@ -30,6 +29,5 @@ class Core:
         self.peers = Peers()
         self.clients = Clients(self.peers)
         self.slots = Slots(loop, self.peers)
-        self.prober: Prober  # there from the moment that processes are started
         self.serving = False  # clients are served, and VMs started
         self.ending = False  # the daemon is

@@ -16,19 +16,20 @@ import time
 from vmd.closing import close
 from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
+from vmd.files.boot import open_boot_files
+from vmd.files.images import Use, open_cdrom, open_disk
+from vmd.files.prober import ImageProber
 from vmd.parent import instances, service
-from vmd.parent.disks import ImageProber, Use, follow, open_cdrom
 from vmd.parent.limits import require_room
-from vmd.parent.resources import open_boot_files
 from vmd.privsep.cell import Cell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmd.config.model import Config, DiskConfig, Owner, VmConfig
-    from vmd.parent.disks import Prober
-    from vmd.parent.resources import BootFiles
+    from vmd.config.model import Config, DiskConfig, VmConfig
+    from vmd.files.boot import BootFiles
+    from vmd.files.prober import Prober
 
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
 ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, and what is of no interest here
@@ -103,9 +104,9 @@ class Examination:
         if self.probers is not None:
             images = self.probers[0]
             for disk in vm.disks:
-                yield from self.once(of_disk, disk, vm.rights.disks, images)
+                yield from self.once(of_disk, disk, images)
             if vm.cdrom:
-                yield from self.once(of_disc, vm.cdrom, vm.rights.cdrom, images)
+                yield from self.once(of_disc, vm.cdrom, images)
         if vm.enabled:
             yield from self.beside_others(vm)
 
@@ -120,13 +121,13 @@ class Examination:
     def of_boot_files(self, vm: "VmConfig") -> list[str]:
         """Return what a start would say of a boot image and its initrd or, without them, of the firmware."""
         try:
-            files = open_boot_files(vm, None, None)
+            files = open_boot_files(vm.kernel, vm.initrd)
         except OperatorError as error:
             return [str(error)]
         with contextlib.closing(files):
             if not vm.kernel or self.probers is None:
                 return []
-            wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes, vm.rights.boot
+            wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes
             prober = self.probers[1]
             return self.once(lambda *_: of_kernel(vm, files, prober), *wanted)
 
@@ -187,28 +188,27 @@ def of_bridge(name: str) -> str:
 def of_kernel(vm: "VmConfig", files: "BootFiles", prober: "ImageProber") -> list[str]:
     """Return what a start would say of an open boot image and its initrd."""
     given = [fd for fd in (files.boot, files.initrd) if fd is not None]
-    arguments = [str(vm.memory_bytes), os.fsencode(vm.cmdline).hex(), *(["initrd"] if files.initrd is not None else [])]
     try:
-        prober.ask(given, files.boot_name, arguments)
+        prober.ask(given, files.boot_name, [str(vm.memory_bytes), os.fsencode(vm.cmdline).hex()])
     except OperatorError as error:
         return [str(error)]
     return []
 
 
-def of_disk(config: "DiskConfig", user: "Owner | None", prober: "Prober") -> list[str]:
+def of_disk(config: "DiskConfig", prober: "Prober") -> list[str]:
     """Return what a start would say of a disk."""
     try:
-        disk = follow(config, Use(user=user, locked=False), prober)
+        disk = open_disk(config, prober, Use(locked=False))
     except OperatorError as error:
         return [str(error)]
     disk.close()
     return disk.notes
 
 
-def of_disc(path: str, user: "Owner | None", prober: "Prober") -> list[str]:
+def of_disc(path: str, prober: "Prober") -> list[str]:
     """Return what a start would say of a disc."""
     try:
-        fd, notes = open_cdrom(path, user, prober, locked=False)
+        fd, notes = open_cdrom(path, prober, locked=False)
     except OperatorError as error:
         return [str(error)]
     close(fd)

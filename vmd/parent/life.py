@@ -8,7 +8,8 @@ import os
 import time
 
 from vmd.closing import close, close_all
-from vmd.errors import HostError, InUse, OperatorError, VmdError
+from vmd.errors import HostError, OperatorError, VmdError, number
+from vmd.files.boot import require_regular
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import (
     VMD_PARENT_INVALID,
@@ -42,10 +43,9 @@ from vmd.parent import endings, instances, reload, service
 from vmd.parent.access import may_control, not_allowed, require_readable, require_root
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files, require_room
-from vmd.parent.media import Media, replaced
+from vmd.parent.opening import replaced
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import checked_request, described, one_shot_config, require_startable
-from vmd.parent.resources import open_boot_files
 from vmd.parent.usage import host_pid, is_memory
 from vmd.parent.vmtable import State, Vm
 
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.network import Network
     from vmd.parent.oom import OomScores
+    from vmd.parent.opening import Opened, Openings
     from vmd.parent.status import Status
     from vmd.record import Record
 
@@ -69,11 +70,14 @@ LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
 class Life:
     """The room of starts and ends."""
 
-    def __init__(self, core: "Core", consoles: "Consoles", network: "Network", status: "Status") -> None:
+    def __init__(
+        self, core: "Core", consoles: "Consoles", openings: "Openings", network: "Network", status: "Status"
+    ) -> None:
         self.core = core
         self.vms = core.vms
         self.clients = core.clients
         self.consoles = consoles
+        self.openings = openings
         self.network = network
         self.status = status
         self.batch_timer: Timer | None = None
@@ -145,56 +149,81 @@ class Life:
         given_initrd: int | None = None,
         again: bool = False,
     ) -> None:
-        """Open what the VM needs and have vmm start it, `again` after a reset.  Owns the given descriptors.
+        """Begin to open what the VM needs, and then have vmm start it, `again` after a reset.  Owns the descriptors.
 
         `config` differs from the VM's own for a one-shot boot.  Raises OperatorError or HostError; the VM is
-        then as it was.
+        then as it was.  What fails later is told to those who wait for its start.
         """
         config = config or vm.config
         once = vm.from_config and (config != vm.config or given_boot is not None or given_initrd is not None)
-        files = open_boot_files(config, given_boot, given_initrd)
-        media = Media()
+        given = {"boot": given_boot, "initrd": given_initrd}
+        fds = {name: [fd] for name, fd in given.items() if fd is not None}
         try:
+            if given_boot is not None:
+                require_regular(given_boot, config.kernel or "boot image")
+            if given_initrd is not None:
+                require_regular(given_initrd, config.initrd or "initrd")
             require_startable(config, bootable=given_boot is not None or again)
             self.require_room(vm, config, again=again)
+            self.openings.require_answers(uid)
+            fresh_console = vm.open_console()
             try:
-                media = Media.open(config, self.core.prober, patience_s=vm.patience_s())
-            except InUse as error:
-                raise self.vms.holder(error, vm) from None
-            fresh_console, began = vm.open_console(), False
-            assert vm.pty is not None
-            try:
+                assert vm.pty is not None
                 vm.pty.give_to(uid, vm.config.owner.gid)
-                vm.begin_start(again=again)
-                began = True
-                if not again:  # its guest has changed nothing of what these say
-                    self.note(vm, config, media.notes + self.network.notes(config))
-                files_now = media.files()
-                for what in replaced(vm.files, files_now) if again else ():
-                    log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
-                vm.files = files_now
-                console = vm.console_fds()
-                message = StartVm(
-                    vmid=vm.vmid,
-                    config=config,
-                    boot_name=files.boot_name,
-                    verbosity=self.core.verbosity,
-                    disks=media.describe(),
-                )
-                fds = {"boot": [files.take_boot()], "initrd": files.take_initrd(), **console}
-                fds |= {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
-                self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
-            except Exception as error:
-                if began:
-                    vm.ended(brief(str(error)))
+            except HostError:
                 if fresh_console:
                     vm.drop_pty()
                 raise
-        finally:
-            files.close()
-            media.close()
-        vm.uid = uid
+        except Exception:
+            for each in fds.values():
+                close_all(each)
+            raise
+        vm.begin_start(uid, again=again)
         vm.once_because = endings.ONCE.get(config.boot_device, endings.ONLY_THAT_START if once else "")
+        self.openings.open(
+            vm,
+            config.replace(initrd="") if given_initrd is not None else config,
+            uid,
+            lambda opened: self._opened(vm, config, opened, again=again),
+            lambda error: self.not_started(vm, error, again=again),
+            boots=given_boot is None,
+            given=fds,
+            patience_s=vm.patience_s(),
+        )
+
+    def _opened(self, vm: Vm, config: "VmConfig", opened: "Opened", *, again: bool) -> None:
+        """All that a VM uses is open: give that to vmm, with the interfaces of the VM."""
+        try:
+            if not again:  # its guest has changed nothing of what these say
+                self.note(vm, config, [*opened.notes, *self.network.notes(config)])
+            for what in replaced(vm.files, opened.files) if again else ():
+                log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
+            vm.files = opened.files
+            message = StartVm(
+                vmid=vm.vmid,
+                config=config,
+                boot_name=opened.boot_name or config.kernel or "boot image",
+                verbosity=self.core.verbosity,
+                disks=opened.disks,
+            )
+            console = vm.console_fds()
+            fds = {**opened.take(), **console}
+            self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
+        except VmdError as error:
+            opened.close()
+            self.not_started(vm, error, again=again)
+
+    def not_started(self, vm: Vm, error: VmdError, *, again: bool) -> None:
+        """A VM cannot have what it needs: it ends, and who wanted to start it hears the same as others would."""
+        self.network.release(vm.vmid)
+        text = brief(str(error))
+        if again:
+            log.error(f"vm {vm.name}: cannot reboot: {text}")
+            self.is_gone(vm, f"cannot reboot: {text}")
+            return
+        vm.code = number(error)
+        log.error(f"vm {vm.name}: {text.removeprefix(f'vm {vm.name}: ')}")
+        self.is_gone(vm, text.removeprefix(f"vm {vm.name}: "), failed=Failed(code=vm.code, text=text))
 
     def require_room(self, vm: Vm, config: "VmConfig", *, again: bool = False) -> None:
         """Raise OperatorError if this host cannot, or may not, run such a VM; one that runs stays within the limits."""
@@ -313,8 +342,10 @@ class Life:
         self.clients.wait(envelope.peerid, For.END, vm.vmid)
 
     def stop_process(self, vm: Vm, mode: StopMode) -> None:
-        """Stop a VM.  One that still waits for its interfaces has no process yet; giving up the wait ends it."""
-        if self.network.give_up(vm) and vm.receiving is None:
+        """Stop a VM.  One that still waits for files or interfaces has no process yet; giving up the wait ends it."""
+        waited = self.openings.give_up(vm) or self.network.give_up(vm)
+        if waited and vm.receiving is None:
+            self.network.release(vm.vmid)  # those that its guest had before it was reset
             self.is_gone(vm, "stopped before its guest began", endings.KILLED)
         else:
             self.core.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
@@ -367,7 +398,8 @@ class Life:
                 if not why:
                     return
                 how, text = endings.FAILED, why
-        self.network.give_up(vm)  # it was being received, and waited for its interfaces
+        self.openings.give_up(vm)  # it was being received, and waited for its files, or for its interfaces
+        self.network.give_up(vm)
         self.network.release(vm.vmid)
         self.is_gone(vm, text, how)
 
@@ -380,7 +412,6 @@ class Life:
             boot, initrd = vm.kept_files()
             self.start(vm, uid=uid, config=vm.running_config, given_boot=boot, given_initrd=initrd, again=True)
         except VmdError as error:
-            vm.uid = uid  # whose console it still is
             log.error(f"vm {vm.name}: cannot reboot: {error}")
             return f"cannot reboot: {error}"
         vm.once_because = ""
@@ -389,8 +420,8 @@ class Life:
         self._answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
         return ""
 
-    def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED) -> None:
-        """Forget what a VM held, and tell those who wait for it."""
+    def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED, *, failed: Failed | None = None) -> None:
+        """Forget what a VM held, and tell those who wait for it; those who wait for its start that it has `failed`."""
         log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)
         self.clients.answer_all(For.END, vm.vmid, terminated)
@@ -405,7 +436,7 @@ class Life:
         # Last, so that a client that tries again at once finds everything free.
         self._answer_overtaken(vm, vm.code, text or "has ended meanwhile")
         text = f"vm {vm.name}: {text or 'ended while it was starting'}"
-        self.clients.answer_all(For.START, vm.vmid, Failed(code=vm.code, text=text))
+        self.clients.answer_all(For.START, vm.vmid, failed or Failed(code=vm.code, text=text))
         self.end_if_over()
 
     def give_up(self, vmid: int, message: "Record") -> None:

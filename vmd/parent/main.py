@@ -1,21 +1,22 @@
 """parent ("vmd"): the root process; knows every VM, decides who may do what, opens files.
 
-Runs as  root; the only process that sees the host's file system
-Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (what all write); all started here
+Runs as  root; opens no file that others have named
+Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (what all write), openers (files of VMs);
+         all started here
 Holds    the configuration, the VM table, the file of identities, consoles; a VM's boot files only until vmm has them;
          descriptors of guests' memory, which it neither maps nor reads, for how much of it there is
 Parses   vm.conf, its own file of identities, and checked messages; never a byte a guest or an image wrote
 
 This module puts the rooms together and brings each message to its room.  A `vmctl start`, from room to room:
 
-    vmctl/commands/start.py   sends StartRequest
-    vmd/control/main.py       passes it on, under the number of the connection
+    vmd/control/main.py       passes on the StartRequest of vmctl, under the number of the connection
     main.py                   `on_request` knows whose that is; every failure from here on is the client's answer
-    life.py                   `serve_start` finds the VM and asks whether the client may; `start` opens what it needs
-    media.py                  opens and locks its disks and its disc
+    life.py                   `serve_start` finds the VM and asks whether the client may; `start` has its files opened
+    opening.py                gives that to an opener
+    vmd/opener/main.py        opens and locks them; with its answer `_opened` in life.py goes on
     network.py                `launch` has priv make its interfaces; `on_made` sends StartVm to vmm
     vmd/vmm/main.py           `on_start_vm` starts its process
-    vmd/vm/main.py            builds the machine and runs it; `on_running` in life.py hears of that, and answers
+    vmd/vm/main.py            fetches its files, builds the machine and runs it; `on_running` in life.py answers
 """
 
 import errno
@@ -42,6 +43,7 @@ from vmd.ipc.messages import (
     DevicesReported,
     DropsReported,
     Failed,
+    FilesOpened,
     KvmFd,
     ListRequest,
     LoadRequest,
@@ -51,6 +53,8 @@ from vmd.ipc.messages import (
     NicsMade,
     NicsRemoved,
     NicsRequest,
+    NotOpened,
+    OpenerAt,
     PauseDone,
     PauseRequest,
     Pong,
@@ -92,6 +96,7 @@ from vmd.parent.identity import StateFile
 from vmd.parent.life import Life
 from vmd.parent.logs import Logs
 from vmd.parent.network import Network
+from vmd.parent.opening import Openings
 from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
 from vmd.parent.slots import Slots
@@ -153,8 +158,9 @@ class Parent(Process):
         self.status = status = Status(core, self.network)
         self.network.priv.on_silent = self.on_priv_silent
         self.delays = {Proc.PRIV: Delay()}
-        self.life = Life(core, self.consoles, self.network, status)
-        self.transfers = Transfers(core, self.life, self.network)
+        self.openings = Openings(core, self.attach)
+        self.life = Life(core, self.consoles, self.openings, self.network, status)
+        self.transfers = Transfers(core, self.life, self.openings, self.network)
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
         self.logs = Logs(core, self.attach)
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
@@ -182,13 +188,13 @@ class Parent(Process):
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
         """Start root's control, vmm and priv and hand them what only root could open."""
         self.logs.start(children.cell)
-        self.core.prober, self.core.slots.ids = children.prober, children.ids
-        children.prober.log_fd = self.logs.open(children.prober.title).detach()
+        self.core.slots.ids = children.ids
         self.children = children
         for proc in (Proc.PRIV, Proc.VMM):
             self.start_process(proc)
         self.core.slots.groups = children.groups
         self.connections.start(children, self.logs.open)
+        self.openings.start(children, self.logs.open)
         self.core.slots.give()
         self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
@@ -294,6 +300,7 @@ class Parent(Process):
         if self.listener is not None:
             self.listener.close()
         self.connections.close()
+        self.openings.close()
         for channel in self.core.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -343,6 +350,18 @@ class Parent(Process):
         if isinstance(line, LineToVmm) and line.channel is channel:
             line.on_pong()
 
+    def on_opener_at(self, message: OpenerAt, _envelope: Envelope, channel: Channel) -> None:
+        """An opener goes on."""
+        self.openings.on_at(message, channel)
+
+    def on_files_opened(self, message: FilesOpened, _envelope: Envelope, channel: Channel) -> None:
+        """An opener has everything."""
+        self.openings.on_opened(message, channel)
+
+    def on_not_opened(self, message: NotOpened, _envelope: Envelope, channel: Channel) -> None:
+        """An opener has failed."""
+        self.openings.on_not_opened(message, channel)
+
     def forget_client(self, client: int) -> None:
         """Let nothing wait any more for a client that is gone; its console is free."""
         self.consoles.on_client_gone(client)
@@ -360,7 +379,10 @@ class Parent(Process):
         """What comes from control is for a client, and all else for a VM, if it is for anybody."""
         if channel.peer is Proc.CONTROL:
             return Proc.CLIENT, envelope.peerid
-        vmid = getattr(envelope.message, "vmid", envelope.peerid if channel.peer is Proc.VMM else 0)
+        if channel.peer is Proc.OPENER:
+            vmid = self.openings.vm_of(channel)
+        else:
+            vmid = getattr(envelope.message, "vmid", envelope.peerid if channel.peer is Proc.VMM else 0)
         return (Proc.VM, vmid) if vmid else None
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
@@ -404,6 +426,9 @@ class Parent(Process):
         **handles(Proc.PRIV, NicsMade, on(Network, Network.on_made)),
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
         **handles(Proc.PRIV, NicsRemoved, on(Network, Network.on_removed)),
+        **handles(Proc.OPENER, OpenerAt, on_opener_at),
+        **handles(Proc.OPENER, FilesOpened, on_files_opened),
+        **handles(Proc.OPENER, NotOpened, on_not_opened),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
         **handles(Proc.CONTROL, Pong, on_control_pong),
         **handles(Proc.VMM, Pong, on_vmm_pong),

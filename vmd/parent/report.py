@@ -1,9 +1,7 @@
 """What clients are told of VMs (*cat. 3.3*) and of configurations, as far as it fits a message."""
 
-import os
-
 from vmd.config.check import ConfigErrors
-from vmd.ipc.messages import Caller, DiskFile, NicInfo, VmFiles, VmInfo, brief
+from vmd.ipc.messages import Caller, DiskFile, NicInfo, VmFiles, VmInfo, brief, fitting
 from vmd.log import log
 from vmd.parent.access import may_control, owner_text
 from vmd.parent.usage import used_bytes
@@ -80,15 +78,3 @@ def brief_errors(errors: ConfigErrors) -> str:
     """Return errors as far as they fit a message, a line for each, and what follows from them."""
     lines = str(errors).splitlines()
     return "\n".join((*fitting(lines, len(lines), ERRORS_BYTES_MAX), errors.summary))
-
-
-def fitting(lines: list[str], lines_max: int, bytes_max: int) -> list[str]:
-    """Return the first lines, each cut and at least one, and how many there are besides."""
-    shown: list[str] = []
-    for line in map(brief, lines[:lines_max]):
-        bytes_max -= len(os.fsencode(line)) + 1
-        if bytes_max < 0 and shown:
-            break
-        shown.append(line)
-    left = len(lines) - len(shown)
-    return [*shown, f"and {left} more; see the log"] if left else shown

@@ -13,7 +13,7 @@ import errno
 import time
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import InUse, OperatorError, VmdError, number, sentence
+from vmd.errors import OperatorError, VmdError, number, sentence
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     Caller,
@@ -41,7 +41,6 @@ from vmd.log import log
 from vmd.parent import endings
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files
-from vmd.parent.media import Media
 from vmd.parent.requests import check_paths, checked_request
 from vmd.parent.vmtable import Receiving, State, Vm
 
@@ -50,21 +49,21 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.life import Life
     from vmd.parent.network import Network
+    from vmd.parent.opening import Opened, Openings
 
 LOCK_PATIENCE_S = 10.0  # for the sender to let go of the disks
-LOCK_RETRY_S = 0.1
-# What opening files may raise that a stream has named: a path with a NUL is a ValueError.
-FAILURES = (VmdError, OSError, ValueError)
+FAILURES = (VmdError, OSError, ValueError)  # of what a stream has said
 
 
 class Transfers:
     """The room of VMs that pause, leave and arrive."""
 
-    def __init__(self, core: "Core", life: "Life", network: "Network") -> None:
+    def __init__(self, core: "Core", life: "Life", openings: "Openings", network: "Network") -> None:
         self.core = core
         self.vms = core.vms
         self.clients = core.clients
         self.life = life
+        self.openings = openings
         self.network = network
 
     # --- standing still --------------------------------------------------------------------------------
@@ -181,22 +180,25 @@ class Transfers:
             self.life.require_room(vm, config)
             self.network.require_switches(config)
             self.network.plans.check(vm, config)
-            self.require_disks(config)
         except FAILURES as error:
             self.give_up(vm, number(error), sentence(error))
             return
-        vm.running_config = config
         once = endings.ONLY_THAT_START if message.one_shot else ""
         vm.once_because = endings.ONCE.get(config.boot_device, once)
-        self.core.peers.send(Proc.VMM, ReceiveMemory(vmid=vm.vmid))
 
-    def require_disks(self, config: VmConfig) -> None:
-        """Raise one of FAILURES if disks could not be opened even when nobody uses them: the sender still does."""
-        try:
-            Media.open(config, self.core.prober).close()
-        except OperatorError as error:
-            if error.number != errno.EBUSY:
-                raise
+        def judged(error: VmdError | None) -> None:
+            if error is not None and number(error) != errno.EBUSY:  # the sender still has them
+                self.give_up(vm, number(error), sentence(error))
+                return
+            vm.running_config = config
+            self.core.peers.send(Proc.VMM, ReceiveMemory(vmid=vm.vmid))
+
+        def found(opened: "Opened") -> None:
+            opened.close()
+            judged(None)
+
+        # Whether its disks are here is to be known while the sender still has the VM.
+        self.openings.open(vm, config, vm.uid, found, judged, boots=False)
 
     def on_received_machine(self, message: ReceivedMachine, _envelope: Envelope) -> None:
         """All was read: open the disks, or wait for them."""
@@ -207,31 +209,31 @@ class Transfers:
             self.resume(vm, vm.receiving)
 
     def resume(self, vm: Vm, receiving: Receiving) -> None:
-        """Open the disks and have the machine go on; where they are in use come back, or give up for now."""
+        """Open the disks and have the machine go on; where they are in use for too long, give up for now."""
         config = vm.running_config
         if vm.receiving is not receiving or config is None:  # it has ended, and may be receiving once more
             return
         if vm.state is State.STOPPING:  # how it ends is the answer
             return
+        self.openings.open(
+            vm,
+            config,
+            vm.uid,
+            lambda opened: self._opened(vm, config, receiving, opened),
+            lambda error: self.stay_paused(vm, number(error), sentence(error)),
+            boots=False,
+            patience_s=max(0.0, receiving.deadline_s - time.monotonic()),
+        )
+
+    def _opened(self, vm: Vm, config: VmConfig, receiving: Receiving, opened: "Opened") -> None:
+        """Its disks are there: have the machine go on."""
+        self.life.note(vm, config, list(opened.notes))
+        vm.files = opened.files
+        message = ResumeReceived(vmid=vm.vmid, config=config, paused=receiving.paused, disks=opened.disks)
         try:
-            media = Media.open(config, self.core.prober)
-        except FAILURES as error:
-            if number(error) == errno.EBUSY and time.monotonic() < receiving.deadline_s:
-                self.core.loop.call_later(LOCK_RETRY_S, lambda: self.resume(vm, receiving))
-                return
-            why = self.vms.holder(error, vm) if isinstance(error, InUse) else error
-            self.stay_paused(vm, number(error), sentence(why))
-            return
-        self.life.note(vm, config, media.notes)
-        vm.files = media.files()
-        try:
-            message = ResumeReceived(vmid=vm.vmid, config=config, paused=receiving.paused, disks=media.describe())
-            fds = {"disks": media.take_disks(), "cdrom": media.take_cdrom()}
-            self.network.launch(vm, message, fds, lambda code, text: self.stay_paused(vm, code, text))
-        except FAILURES as error:
+            self.network.launch(vm, message, opened.take(), lambda code, text: self.stay_paused(vm, code, text))
+        except VmdError as error:
             self.stay_paused(vm, number(error), sentence(error))
-        finally:
-            media.close()
 
     def stay_paused(self, vm: Vm, code: int, why: str) -> None:
         """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had."""

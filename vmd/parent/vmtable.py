@@ -13,14 +13,13 @@ from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed
 from vmd.parent.addresses import random_lladdr
-from vmd.parent.disks import identity
 from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.parent.media import Files
+    Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> `FileId.key`
 
 
 class State(Enum):
@@ -136,9 +135,10 @@ class Vm:
             self._enter(State.STOPPED)
         self.text = why
 
-    def begin_start(self, *, again: bool = False) -> None:
-        """STOPPED or WAITING -> STARTING, `again` after a reset by its guest."""
+    def begin_start(self, uid: int, *, again: bool = False) -> None:
+        """STOPPED or WAITING -> STARTING for a user, `again` after a reset by its guest."""
         self._begin(State.STARTING, again=again)
+        self.uid = uid
 
     def begin_receive(self, receiving: Receiving) -> None:
         """STOPPED or WAITING -> RECEIVING."""
@@ -435,9 +435,8 @@ class VmTable:
 
     def holder(self, error: InUse, vm: Vm) -> InUse:
         """Return why a VM cannot have a file: with the other VM that has it, if it is one of ours."""
-        file = identity(error.status)
         for other in self:
-            if other is not vm and other.alive and file in other.files.values():
+            if other is not vm and other.alive and error.file.key in other.files.values():
                 return error.held_by(f"vm {other.name}")
         return error
 

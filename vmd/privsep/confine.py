@@ -7,6 +7,7 @@
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
                                  what its guest begins with; then `VM`
+    opener                       to open files of the host, once it is who has named them
     priv                         two capabilities, and what `nft` needs: files, programs, network sockets
 
 A process calls `confine` after its last import, before its first thread and before the first byte from outside.
@@ -126,6 +127,19 @@ STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS, writes_files=False)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
+
+OPENER = Confinement(
+    syscalls=BASE
+    | CHANNEL
+    | {"openat", "openat2", "newfstatat+path", "readlink", "fstatfs"}  # nothing is made, renamed or removed
+    | {"setgroups", "setresgid", "setresuid"},
+    # No program is run, and nothing listed.  What a device process may do with a file later is decided now.
+    files=(("/", landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV),),
+    capabilities=1 << linux.CAP_DAC_OVERRIDE
+    | 1 << linux.CAP_DAC_READ_SEARCH
+    | 1 << linux.CAP_SETUID
+    | 1 << linux.CAP_SETGID,
+)
 
 VM = Confinement(  # and the KVM requests that the process names
     syscalls=BASE | CHANNEL | MACHINE,

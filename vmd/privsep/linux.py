@@ -79,7 +79,6 @@ CAP_LAST = 63  # what the kernel's masks have room for
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 SYS_PIVOT_ROOT = 155
-SYS_SETGROUPS = 116
 SYS_CAPGET = 125
 SYS_CAPSET = 126
 SYS_SECCOMP = 317
@@ -271,18 +270,6 @@ def become_user(uid: int, gid: int, capabilities: int) -> None:
     for capability in range(CAP_LAST + 1):
         if capabilities & 1 << capability:
             prctl(f"keep capability {capability}", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
-
-
-def set_file_ids(uid: int, gid: int, groups: list[int]) -> None:
-    """Set what the kernel checks accesses to files with, for this thread only (credentials(7)).
-
-    A uid that is not 0 puts the capabilities out of force that override file permissions.  Raises HostError.
-    """
-    syscall("set groups", SYS_SETGROUPS, len(groups), (ctypes.c_uint32 * len(groups))(*groups))
-    for tried, call, wanted in (("set file gid", libc.setfsgid, gid), ("set file uid", libc.setfsuid, uid)):
-        call(ctypes.c_uint32(wanted))
-        if call(ctypes.c_uint32(0xFFFFFFFF)) != wanted:  # it returns no error, and -1 changes nothing
-            raise HostError(tried, errno.EPERM)
 
 
 def openat2(path: bytes, flags: int, resolve: int) -> int:

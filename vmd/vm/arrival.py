@@ -4,6 +4,7 @@ import errno
 import os
 import select
 import threading
+import time
 from enum import Enum
 
 from vmd.closing import close
@@ -20,7 +21,7 @@ from vmd.vm.departure import show_progress
 from vmd.vm.kinds import kinds
 from vmd.vm.machine import KVM_FD, Host, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
-from vmd.vm.stream import Pipe, StreamError, StreamReader
+from vmd.vm.stream import IDLE_TIMEOUT_S, Pipe, StreamError, StreamReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from vmd.vm.slots import Slot
     from vmd.vm.state import Header, MachineState
 
+PROBE_LOOK_S = 30.0  # between two looks whether streamprobe does anything
+PROBE_BEHIND_MAX = 2  # so many looks at which there was something for it to read, and it is given up
 PROBE_END_TIMEOUT_S = 1.0  # between its answer and its end
 
 
@@ -219,6 +222,9 @@ class Arrival:
         finally:
             close(writing)
         loop.add(reading, lambda _events: self._on_probe(reading))
+        self._behind = 0
+        self._probe_end_s = time.monotonic() + IDLE_TIMEOUT_S + PROBE_LOOK_S
+        self._look = loop.call_later(PROBE_LOOK_S, lambda: self._look_at_probe(reading))
 
     def _take(self, step: Step, message: str) -> None:
         """Take the next step, because of a message.  Raises PeerError."""
@@ -232,8 +238,7 @@ class Arrival:
         self._answer += piece
         if piece and len(self._answer) <= streamprobe.ANSWER_MAX:
             return
-        self._loop.remove(fd)
-        close(fd)
+        self._end_probe(fd)
         status = self._probe.reap(PROBE_END_TIMEOUT_S)
         try:
             beginning = streamprobe.unpack(self._answer)
@@ -249,6 +254,25 @@ class Arrival:
             self._fail(error)
             return
         self._begin(beginning)
+
+    def _end_probe(self, fd: int) -> None:
+        """Listen to it no more."""
+        self._look.cancel()
+        self._loop.remove(fd)
+        close(fd)
+
+    def _look_at_probe(self, fd: int) -> None:
+        """Give streamprobe up if it does not read what there is, or not even say that nothing comes."""
+        stream = select.poll()
+        stream.register(self._stream, select.POLLIN)
+        self._behind = self._behind + 1 if stream.poll(0) else 0
+        if self._behind < PROBE_BEHIND_MAX and time.monotonic() < self._probe_end_s:
+            self._look = self._loop.call_later(PROBE_LOOK_S, lambda: self._look_at_probe(fd))
+            return
+        self._end_probe(fd)
+        self._probe.kill()
+        self._probe.reap(PROBE_END_TIMEOUT_S)
+        self._fail(HostError(f"{self._probe.title} does not read the stream", errno.ETIMEDOUT))
 
     def _begin(self, beginning: streamprobe.Beginning) -> None:
         """Ask whether such a VM may be, once it is clear that it could."""

@@ -1,20 +1,20 @@
 """bootprobe: says whether a file can be booted, for `vmd -n`, which must not read it.
 
 Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for a moment
-Peers    vmd -n (starts it, reads one line of `ipc/probemsg.py`, kills it if that takes too long)
-Holds    a boot image and perhaps an initrd, for reading, and a pipe's writing end
+Peers    vmd -n, which starts it, asks it (`ipc/probing.py`), and kills it
+Holds    its socket, a boot image and perhaps an initrd, for reading
 
-    bootprobe MEMORY_BYTES CMDLINE [initrd]     the image is fd 4, the initrd fd 5; CMDLINE is in hexadecimal
+It is asked with MEMORY_BYTES and CMDLINE, the latter in hexadecimal.
 
 The loaders of VM processes do the work, so that the sentences are those of a start; what they load is thrown away.
 """
 
 import mmap
 import os
-import sys
 
 from vmd.errors import HostError, ImageError
-from vmd.ipc.probemsg import FD_ANSWER, FD_IMAGE, FD_INITRD, Probe, pack_error, pack_image
+from vmd.ipc.probemsg import Probe, pack_error, pack_image
+from vmd.ipc.probing import serve
 from vmd.privsep.confine import BOOTPROBE, confine
 from vmd.vm.boot import loader
 
@@ -35,15 +35,15 @@ class NoMemory:
         return memoryview(mmap.mmap(-1, size))
 
 
-def answer(memory_bytes: int, cmdline: bytes, *, has_initrd: bool) -> bytes:
-    """Return the line about an open boot image."""
+def answer(memory_bytes: int, cmdline: bytes, files: list[int]) -> bytes:
+    """Return the line about an open boot image and, if there is another file, its initrd."""
     try:
         loader.load(
             NoMemory(),
-            FD_IMAGE,
+            files[0],
             IMAGE,
             memory_bytes=memory_bytes,
-            initrd_fd=FD_INITRD if has_initrd else None,
+            initrd_fd=files[1] if len(files) > 1 else None,
             initrd_name=INITRD,
             cmdline=cmdline,
         )
@@ -51,14 +51,10 @@ def answer(memory_bytes: int, cmdline: bytes, *, has_initrd: bool) -> bytes:
         return pack_error(f"{INITRD} {error.what}" if error.path == INITRD else error.what)
     except HostError as error:
         return pack_error(str(error))
-    return pack_image(Probe(format="raw", size=os.fstat(FD_IMAGE).st_size))
+    return pack_image(Probe(format="raw", size=os.fstat(files[0]).st_size))
 
 
 def main() -> int:
-    """Answer and be gone."""
-    memory_bytes, cmdline = int(sys.argv[1]), bytes.fromhex(sys.argv[2])
+    """Answer until nobody asks."""
     confine(BOOTPROBE)
-    line = memoryview(answer(memory_bytes, cmdline, has_initrd=len(sys.argv) > 3))
-    while line:
-        line = line[os.write(FD_ANSWER, line) :]
-    return 0
+    return serve(lambda arguments, files: answer(int(arguments[0]), bytes.fromhex(arguments[1]), files))

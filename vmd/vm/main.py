@@ -12,11 +12,13 @@ It is started before there is a VM for it, imports what a VM needs, and waits (v
 
 import gc
 import os
+import socket
 import sys
 
 from vmd.backlog import BacklogWriter
 from vmd.closing import close
 from vmd.errors import PeerError, VmdError, number, sentence
+from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -129,11 +131,13 @@ class VmProcess(Process):
         if not self.life.is_in(State.SPARE):
             raise PeerError(channel.label, "unexpected StartVm")
         self.be_called(message.vmid, message.config.name, message.verbosity)
-        boot, initrd = envelope.take_fd("boot"), envelope.take_fd("initrd")
-        assert boot is not None
-        images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
         self.open_console(envelope)
         try:
+            fetch_files(envelope)
+            boot, initrd = envelope.take_fd("boot"), envelope.take_fd("initrd")
+            if boot is None:
+                raise PeerError("vmm", "nothing came to boot from")
+            images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
             slots = slots_of(message, envelope)
             self.narrow([slot.kind for slot in slots])
         except (VmdError, OSError) as error:
@@ -300,8 +304,9 @@ class VmProcess(Process):
             raise PeerError(channel.label, "unexpected ResumeReceived")
         source, self.arrival = self.arrival.source(), None
         try:
+            fetch_files(envelope)
             slots = slots_of(message, envelope)
-        except PeerError as error:
+        except (PeerError, OSError) as error:
             self.fail(error)
             return
         self.begin(source, message.config, slots, paused=message.paused)
@@ -401,6 +406,23 @@ class VmProcess(Process):
         **handles(Proc.VMM, SetVerbosity, on_set_verbosity),
         **handles(Proc.VMM, Quit, on_quit),
     }
+
+
+def fetch_files(envelope: Envelope) -> None:
+    """Add to what came with a message the files that come over its couriers.
+
+    Raises OSError; PeerError if they do not come.
+    """
+    for fd in envelope.take_fds("couriers"):
+        with socket.socket(fileno=fd) as sock:
+            try:
+                files = courier.fetch(sock)
+            except ValueError as error:
+                raise PeerError("opener", str(error)) from None
+            if not files:
+                raise PeerError("opener", "its files did not come")
+            for name, fds in files.items():
+                envelope.fds.setdefault(name, []).extend(fds)
 
 
 def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slot]":

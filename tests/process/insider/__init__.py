@@ -77,6 +77,14 @@ def create_file() -> object:
     return os.open("/vmd/new", os.O_CREAT | os.O_WRONLY)
 
 
+def create_outside() -> object:
+    return os.open("/tmp/vmd-insider-made-this", os.O_CREAT | os.O_WRONLY)
+
+
+def remove_outside() -> None:
+    os.unlink("/tmp/vmd-insider-made-this")
+
+
 def connect_inet() -> None:
     sock = _socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.connect(("192.0.2.1", 80))

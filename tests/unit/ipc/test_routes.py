@@ -24,6 +24,7 @@ from vmd.ipc.messages import (
 )
 from vmd.ipc.process import Process, handles
 from vmd.logger.main import Logger
+from vmd.opener.main import Opener
 from vmd.parent.access import require_allowed
 from vmd.parent.main import SERVES, Parent
 from vmd.priv.main import Priv
@@ -37,6 +38,7 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.PRIV: Priv,
     Proc.VM: VmProcess,
     Proc.LOG: Logger,
+    Proc.OPENER: Opener,
 }
 
 

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from vmd.errors import OperatorError
-from vmd.parent import resources
+from vmd.files import boot
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_only_regular_files_are_booted(kind: int, sentence: str, monkeypatch: py
     monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((kind | 0o600, *[0] * 9)))
     try:
         with pytest.raises(OperatorError) as refused:
-            resources.require_regular(fd, "kernel /dev/vda")
+            boot.require_regular(fd, "kernel /dev/vda")
     finally:
         os.close(fd)
 

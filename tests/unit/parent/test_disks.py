@@ -12,15 +12,15 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB
-from tests.support.users import public_folder
+from tests.support.users import acting_as, public_folder
 from vmd.config.model import DiskConfig, Owner
 from vmd.errors import ImageError, OperatorError
+from vmd.files.images import OpenDisk, open_cdrom, open_disk
 from vmd.images.create import create
 from vmd.images.identify import probe
 from vmd.images.locks import lock
 from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import Probe
-from vmd.parent.disks import OpenDisk, open_cdrom, open_disk
 
 NOBODY = pwd.getpwnam("nobody")
 USER = Owner(uid=NOBODY.pw_uid, gid=NOBODY.pw_gid)
@@ -62,7 +62,8 @@ def opens() -> Iterator[Open]:
     opened: list[OpenDisk] = []
 
     def open_it(path: Path | str, image_format: str = "", user: Owner | None = None) -> OpenDisk:
-        opened.append(open_disk(DiskConfig(path=str(path), format=image_format), user, InProcess()))
+        with acting_as(user):
+            opened.append(open_disk(DiskConfig(path=str(path), format=image_format), InProcess()))
         return opened[-1]
 
     yield open_it
@@ -80,8 +81,8 @@ def folder() -> Iterator[Path]:
 def refusal(path: Path | str, image_format: str = "", user: Owner | None = None) -> OperatorError:
     """Return why a disk is refused, having seen that no descriptor is left."""
     before = open_descriptors()
-    with pytest.raises(OperatorError) as refused:
-        open_disk(DiskConfig(path=str(path), format=image_format), user, InProcess())
+    with pytest.raises(OperatorError) as refused, acting_as(user):
+        open_disk(DiskConfig(path=str(path), format=image_format), InProcess())
     assert open_descriptors() == before
     return refused.value
 
@@ -106,7 +107,7 @@ def test_raw_disk_by_configuration_is_not_looked_at(tmp_path: Path) -> None:
     create(str(tmp_path / "disk"), "qcow2", MIB, "/etc/shadow", "raw")
     prober = InProcess()
 
-    disk = open_disk(DiskConfig(path=str(tmp_path / "disk"), format="raw"), None, prober)
+    disk = open_disk(DiskConfig(path=str(tmp_path / "disk"), format="raw"), prober)
 
     assert shown(disk) == [("disk", "raw", False)]
     assert prober.asked == []
@@ -232,11 +233,11 @@ def test_imgprobe_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "disk").write_bytes(bytes(MIB))
     config = DiskConfig(path=str(tmp_path / "disk"))
 
-    disk = open_disk(config, None, Says(Probe(format="raw", size=0, backing="/etc/shadow")))
+    disk = open_disk(config, Says(Probe(format="raw", size=0, backing="/etc/shadow")))
     assert shown(disk) == [("disk", "raw", True)]
     disk.close()
     with pytest.raises(OperatorError, match="only its first bytes say"):
-        open_disk(config, None, Says(Probe(format="qcow2", size=0, backing="/etc/shadow", backing_format="raw")))
+        open_disk(config, Says(Probe(format="qcow2", size=0, backing="/etc/shadow", backing_format="raw")))
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_lock_lasts_as_long_as_a_copy_of_the_descriptor(tmp_path: Path) -> None:
     """The device process holds it when we have closed ours."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))
-    disk = open_disk(DiskConfig(path=str(path)), None, InProcess())
+    disk = open_disk(DiskConfig(path=str(path)), InProcess())
     (fd,) = disk.take_fds()
     copy = os.dup(fd)
     os.close(fd)
@@ -316,7 +317,7 @@ def test_lock_lasts_as_long_as_a_copy_of_the_descriptor(tmp_path: Path) -> None:
     assert refusal(path).number == errno.EBUSY
     os.close(copy)
 
-    open_disk(DiskConfig(path=str(path)), None, InProcess()).close()
+    open_disk(DiskConfig(path=str(path)), InProcess()).close()
 
 
 # --- rights -------------------------------------------------------------------------------------------------------
@@ -458,7 +459,7 @@ def test_cdrom_is_shared(tmp_path: Path) -> None:
     path = tmp_path / "iso"
     path.write_bytes(bytes(MIB))
 
-    fds = [open_cdrom(str(path), None, InProcess())[0] for _ in range(2)]
+    fds = [open_cdrom(str(path), InProcess())[0] for _ in range(2)]
 
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.pwrite(fds[0], b"x", 0)
@@ -483,7 +484,7 @@ def test_file_that_is_no_cdrom(tmp_path: Path, name: str, code: int, words: str)
         lock(busy.fileno(), "busy", writable=True)
 
         with pytest.raises(OperatorError) as refused:
-            open_cdrom(f"{tmp_path}/{name}", None, InProcess())
+            open_cdrom(f"{tmp_path}/{name}", InProcess())
 
     assert (refused.value.number, str(refused.value)) == (code, f"cdrom {tmp_path}/{name}: {words}")
 
@@ -494,10 +495,11 @@ def test_cdrom_of_a_user(folder: Path) -> None:
     (folder / "iso").write_bytes(bytes(MIB))
     (folder / "iso").chmod(0o600)
 
-    with pytest.raises(OperatorError) as refused:
-        open_cdrom(str(folder / "iso"), USER, InProcess())
+    with pytest.raises(OperatorError) as refused, acting_as(USER):
+        open_cdrom(str(folder / "iso"), InProcess())
     (folder / "iso").chmod(0o604)
-    os.close(open_cdrom(str(folder / "iso"), USER, InProcess())[0])
+    with acting_as(USER):
+        os.close(open_cdrom(str(folder / "iso"), InProcess())[0])
 
     words = f"cdrom {folder}/iso: uid {USER.uid} has no permission"
     assert (refused.value.number, str(refused.value)) == (errno.EACCES, words)
@@ -506,4 +508,4 @@ def test_cdrom_of_a_user(folder: Path) -> None:
 @pytest.mark.root
 def test_drive_is_a_cdrom(block_device: Path) -> None:
     """/dev/sr0, and any other block device."""
-    os.close(open_cdrom(str(block_device), None, InProcess())[0])
+    os.close(open_cdrom(str(block_device), InProcess())[0])

@@ -610,7 +610,7 @@ def running(parent: FakeParent) -> Vm:
     """Return a VM with one interface that runs."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     made(parent)
-    vm.begin_start()
+    vm.begin_start(0)
     vm.begin_run(4711)
     return vm
 

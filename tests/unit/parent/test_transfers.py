@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -41,8 +40,8 @@ from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.life import Life
-from vmd.parent.media import Media
-from vmd.parent.transfers import Transfers
+from vmd.parent.opening import Opened
+from vmd.parent.transfers import LOCK_PATIENCE_S, Transfers
 from vmd.parent.vmtable import State, Vm
 from vmd.record import Record
 
@@ -101,42 +100,74 @@ class Network:
             self.core.peers.send(Proc.VMM, message, fds=fds)
 
 
+class Disks:
+    """Stands in for the room where files are opened; `trouble` is what becomes of that, until there is none.
+
+    With `slow` it takes until `answer`.
+    """
+
+    def __init__(self) -> None:
+        self.trouble: list[VmdError] = []
+        self.notes: tuple[str, ...] = ()
+        self.opened = 0
+        self.patience_s = 0.0
+        self.slow = False
+        self.answer: Callable[[], None] | None = None
+
+    def open(
+        self,
+        _vm: Vm,
+        _config: VmConfig,
+        _user: int,
+        on_opened: Callable[[Opened], None],
+        on_failed: Callable[[VmdError], None],
+        *,
+        boots: bool,
+        patience_s: float = 0.0,
+    ) -> None:
+        """Open nothing."""
+        assert not boots
+        self.patience_s = patience_s
+
+        def answer() -> None:
+            self.answer = None
+            if self.trouble:
+                on_failed(self.trouble[0])
+                return
+            self.opened += 1
+            opened = Opened()
+            opened.notes = self.notes
+            on_opened(opened)
+
+        self.answer = answer
+        if not self.slow:
+            answer()
+
+    def give_up(self, _vm: Vm) -> bool:
+        """Forget what is asked for."""
+        waited, self.answer = self.answer is not None, None
+        return waited
+
+
 class Parent:
     """The rooms that matter here, and what they tell others."""
 
     def __init__(self) -> None:
         self.later: list[Callable[[], None]] = []
         self.core = Core(cast("Any", self), Config())
-        self.core.prober = cast("Any", None)
         self.vms, self.clients = self.core.vms, self.core.clients
         self.vmm, control = Peer(), Peer()
         self.core.peers.channels = cast("Any", {Proc.VMM: self.vmm, Proc.CONTROL: control})
         self.answers = control.answers
         self.network = Network(self.core)
-        self.life = Life(self.core, Consoles(self.core), cast("Any", self.network), UNUSED)
-        self.transfers = Transfers(self.core, self.life, cast("Any", self.network))
+        self.disks = Disks()
+        openings = cast("Any", self.disks)
+        self.life = Life(self.core, Consoles(self.core), openings, cast("Any", self.network), UNUSED)
+        self.transfers = Transfers(self.core, self.life, openings, cast("Any", self.network))
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
         """Be the loop."""
         self.later.append(callback)
-
-
-class Disks:
-    """Stands in for Media.open; `trouble` is what it raises, one after the other, until there is none."""
-
-    def __init__(self) -> None:
-        self.trouble: list[Exception] = []
-        self.notes: list[str] = []
-        self.opened = 0
-
-    def open(self, _config: VmConfig, _prober: object) -> Media:
-        """Open nothing."""
-        if self.trouble:
-            raise self.trouble[0]
-        self.opened += 1
-        media = Media()
-        media.notes = self.notes
-        return media
 
 
 @pytest.fixture
@@ -148,11 +179,10 @@ def parent() -> AnyParent:
 
 
 @pytest.fixture
-def disks(monkeypatch: pytest.MonkeyPatch) -> Disks:
+def disks(parent: AnyParent) -> Disks:
     """Disks that can be opened."""
-    made = Disks()
-    monkeypatch.setattr(Media, "open", made.open)
-    return made
+    found: Disks = parent.disks
+    return found
 
 
 @pytest.fixture
@@ -373,7 +403,7 @@ def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) ->
     header(parent, vm, owner=Owner(uid=5), memory_bytes=256 << 20)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
     assert disks.opened == 1  # to see whether they are there, while the sender still has the VM
-    disks.notes = ["disk a: is odd"]
+    disks.notes = ("disk a: is odd",)
     complete(parent, vm)
 
     resumed = parent.vmm.sent[-1]
@@ -466,10 +496,10 @@ def test_descriptions_that_are_no_vm(
 
 @pytest.mark.parametrize("trouble", [
     OperatorError(errno.ENOENT, "disk /disk: No such file or directory"),
-    HostError("open disk", errno.EMFILE), ValueError("embedded null byte"), OSError(errno.EIO, "Input/output error"),
+    HostError("open disk", errno.EMFILE),
 ])  # fmt: skip
 def test_disks_that_are_not_here(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, trouble: Exception
+    parent: AnyParent, stream: Callable[[], int], disks: Disks, trouble: VmdError
 ) -> None:
     """As early as that."""
     disks.trouble = [trouble]
@@ -504,18 +534,19 @@ def test_without_a_console(parent: AnyParent, stream: Callable[[], int], monkeyp
 
 
 def test_disks_that_its_sender_still_has(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
-    """Are no trouble yet; later they are tried again until he lets go."""
+    """Are no trouble yet; later they are waited for until the sender lets go."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
     vm = receive(parent, stream)
     header(parent, vm)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
+    disks.slow = True
     complete(parent, vm)
-    assert len(parent.later) == 1
+    assert (vm.state, disks.answer is None) == (State.RECEIVING, False)
+    assert 0 < disks.patience_s <= LOCK_PATIENCE_S
 
-    parent.later.pop()()
-    assert (len(parent.later), vm.state) == (1, State.RECEIVING)
     disks.trouble.clear()
-    parent.later.pop()()
+    assert disks.answer is not None
+    disks.answer()
 
     assert isinstance(parent.vmm.sent[-1], ResumeReceived)
     vm.drop_pty()
@@ -529,9 +560,7 @@ def waiting(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> Itera
     header(parent, vm)
     complete(parent, vm)
     assert vm.receiving is not None
-    assert vm.receiving.deadline_s > time.monotonic()
     vm.receiving.deadline_s = 0.0
-    parent.later.pop()()
     parent.vmm.sent.clear()
     yield vm
     vm.drop_pty()
@@ -545,7 +574,6 @@ def test_disks_that_somebody_else_has(parent: AnyParent, waiting: Vm) -> None:
     assert last_failure(parent).text == (
         "vm b was received and stays paused: disk /disk is in use; `vmctl unpause b` tries again"
     )
-    assert parent.later == []
 
 
 def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> None:
@@ -553,6 +581,7 @@ def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> No
     for _ in range(2):
         parent.answers.clear()
         unpause(parent, waiting)
+        assert disks.patience_s == 0
         assert "stays paused" in last_failure(parent).text
         assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid)) == (State.PAUSED, [])
 
@@ -615,13 +644,15 @@ def test_client_that_leaves_too_late(parent: AnyParent, stream: Callable[[], int
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
     vm = receive(parent, stream)
     header(parent, vm)
+    disks.slow = True
     complete(parent, vm)
 
     leave(parent, CLIENT)
 
     assert not any(isinstance(message, StopVm) for message in parent.vmm.sent)
     disks.trouble.clear()
-    parent.later.pop()()
+    assert disks.answer is not None
+    disks.answer()
     assert isinstance(parent.vmm.sent[-1], ResumeReceived)
     vm.drop_pty()
 
@@ -645,22 +676,16 @@ def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: 
 
 def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
     """One that is received under the same name at once is not resumed before it is complete."""
-    disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
     vm = receive(parent, stream, "a")
     header(parent, vm)
+    disks.slow = True
     complete(parent, vm)
-    exited(parent, vm, errno.EIO, "stopped by force")
-    vm.drop_pty()
-    vm.ended("stopped by force")
-    disks.trouble.clear()
-    parent.vmm.sent.clear()
+    assert disks.answer is not None
 
-    receive(parent, stream, "a")
-    header(parent, vm)
-    parent.vmm.sent.clear()
-    parent.later.pop()()
+    parent.life.kill(vm)
 
-    assert parent.vmm.sent == []
+    assert not disks.give_up(vm)
+    assert parent.vmm.sent[-1] == StopVm(vmid=vm.vmid, mode=StopMode.KILL)  # it has a process
     vm.drop_pty()
 
 

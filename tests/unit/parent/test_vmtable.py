@@ -77,9 +77,9 @@ def test_transitions(table: VmTable) -> None:
     with pytest.raises(OperatorError) as refused:
         vm.begin_stop(force=True)
     assert refused.value.number == VMD_VM_STOP_INVALID
-    vm.begin_start()
+    vm.begin_start(0)
     with pytest.raises(OperatorError) as refused:
-        vm.begin_start()
+        vm.begin_start(0)
     assert refused.value.number == errno.EALREADY
     assert str(refused.value) == "vm a is starting"
     vm.begin_stop(force=False)
@@ -104,7 +104,7 @@ def test_only_a_vm_changes_its_state() -> None:
 def test_a_running_vm_belongs_to_who_started_it(table: VmTable) -> None:
     """... and to its owner again when it has ended (cat. 3.3)."""
     vm: Vm = table.get(2)
-    vm.begin_start()
+    vm.begin_start(0)
     vm.uid = 1234
     vm.ended("")
     assert vm.uid == 7

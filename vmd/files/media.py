@@ -5,23 +5,24 @@ import os
 import time
 
 from vmd.closing import close_all
-from vmd.config.model import VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import DiskImages, ImageLink
-from vmd.parent.disks import OpenDisk, discard_granularity, identity, open_cdrom, open_disk
+from vmd.fileid import file_id
+from vmd.files.images import OpenDisk, Use, discard_granularity, open_cdrom, open_disk
+from vmd.ipc.messages import DiskImages, ImageLink, OpenedFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.parent.disks import Prober
+    from collections.abc import Callable, Sequence
 
-    Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> what tells files apart
+    from vmd.config.model import DiskConfig
+    from vmd.files.prober import Prober
 
 NAME_MAX_BYTES = 240  # of a path, in what other processes log; sixteen images fit one message
 RETRY_S = 0.02
 
 
 class Media:
-    """Open files; a context manager that closes what nobody took."""
+    """Open files; `close` closes what nobody took."""
 
     def __init__(self) -> None:
         self.disks: list[OpenDisk] = []
@@ -30,25 +31,36 @@ class Media:
         self.notes: list[str] = []  # sentences that the operator should read
 
     @classmethod
-    def open(cls, config: VmConfig, prober: "Prober", *, patience_s: float = 0) -> "Media":
-        """Open and lock everything, each with the rights of whoever named it; all or nothing.
+    def open(
+        cls,
+        disks: "Sequence[DiskConfig]",
+        cdrom: str,
+        prober: "Prober",
+        *,
+        in_conf: bool = True,
+        patience_s: float = 0,
+        at: "Callable[[str], None]" = lambda _what: None,
+    ) -> "Media":
+        """Open and lock everything; all or nothing.  `at` is told what is next.
 
-        `patience_s` is for a VM that has just been killed: its device processes hold the locks until the kernel
-        has ended them.
+        `patience_s` is for a VM that has just been killed, or is about to let go: its device processes hold the locks
+        until the kernel has ended them.
 
         Raises:
             OperatorError: a file cannot be had, or is in use.
         """
         deadline_s = time.monotonic() + patience_s
+        use = Use(in_conf=in_conf)
         while True:
             media = cls()
             try:
-                for disk in config.disks:
-                    media.disks.append(open_disk(disk, config.rights.disks, prober, in_conf=bool(config.origin)))
+                for disk in disks:
+                    media.disks.append(open_disk(disk, prober, use, at))
                     media.notes += media.disks[-1].notes
-                media.cdrom_path = config.cdrom
-                if config.cdrom:
-                    media.cdrom, notes = open_cdrom(config.cdrom, config.rights.cdrom, prober)
+                media.cdrom_path = cdrom
+                if cdrom:
+                    at(f"cdrom {cdrom}")
+                    media.cdrom, notes = open_cdrom(cdrom, prober)
                     media.notes += notes
             except OperatorError as error:
                 media.close()
@@ -61,17 +73,17 @@ class Media:
             else:
                 return media
 
-    def files(self) -> "Files":
+    def files(self) -> tuple[OpenedFile, ...]:
         """Return which file each image and the disc is; before they are taken."""
-        found = {}
+        found = []
         for disk in self.disks:
             for link in disk.links:
                 top = disk.links[0].path
                 what = f"disk {top}" if link.path == top else f"disk {top}: backing file {link.path}"
-                found[what] = identity(os.fstat(link.fd))
+                found.append(OpenedFile(what=shortened(what), file=file_id(os.fstat(link.fd))))
         if self.cdrom is not None:
-            found[f"cdrom {self.cdrom_path}"] = identity(os.fstat(self.cdrom))
-        return found
+            found.append(OpenedFile(what=shortened(f"cdrom {self.cdrom_path}"), file=file_id(os.fstat(self.cdrom))))
+        return tuple(found)
 
     def describe(self) -> tuple[DiskImages, ...]:
         """Return what a VM process is told of its disks."""
@@ -103,11 +115,6 @@ class Media:
     def close(self) -> None:
         """Close what nobody took."""
         close_all((*self.take_disks(), *self.take_cdrom()))
-
-
-def replaced(before: "Files", now: "Files") -> list[str]:
-    """Return what has the name that it had, and is another file: moved, restored or made anew."""
-    return [what for what, file in now.items() if before.get(what, file) != file]
 
 
 def shortened(path: str) -> str:

@@ -1,61 +1,43 @@
-"""Opens disks and ISO images on behalf of VMs; root's half, which looks at no byte of them (*cat. 4.3, 8*).
+"""Opens disks and ISO images, with the rights that this process has, and looks at no byte of them (*cat. 4.3, 8*).
 
 What a file is gets checked before it is opened: opening a device can have an effect, such as arming a watchdog.
-What an image says of itself, imgprobe reads; root takes from it, at most, the path of a backing file.
+What an image says of itself, imgprobe reads; what is taken from it, at most, is the path of a backing file.
 """
 
 import errno
 import os
-import select
 import stat
-import time
 
 from vmd.closing import close
-from vmd.config.model import MAX_CHAIN, DiskConfig, Owner
-from vmd.errors import HostError, InUse, OperatorError, VmdError
+from vmd.config.model import MAX_CHAIN, DiskConfig
+from vmd.errors import HostError, InUse, OperatorError
+from vmd.fileid import file_id
+from vmd.files.denied import DENIALS, explained, file_system_of, on_fuse
 from vmd.images.locks import lock
 from vmd.ipc import foreign
 from vmd.ipc.foreign import DISC_CONTENT, given_as, left_dirty, named_format, odd_length, quoted
 from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import (
-    ANSWER_MAX,
     CORRUPT,
     DIRTY,
     DISC,
-    FD_ANSWER,
-    FD_IMAGE,
     NOT_QCOW2,
     Probe,
     how_to_record,
     recording,
     refusal,
-    unpack,
     warnings,
 )
-from vmd.parent.access import acting_as
-from vmd.parent.denied import DENIALS, explained, file_system_of, on_fuse
 from vmd.privsep import linux
-from vmd.privsep.spawn import Child, spawn
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from typing import Protocol
+    from collections.abc import Callable
 
-    from vmd.privsep.spawn import Place
+    from vmd.files.prober import Prober
 
-    class Prober(Protocol):
-        """Finds out what an image says about itself."""
-
-        def probe(self, fd: int, name: str, format_hint: str) -> Probe:
-            """Return it; the format is told from the bytes if no hint is given.  Raises OperatorError."""
-
-
-PROBE_TIMEOUT_S = 8.0  # an image on storage that does not answer must not hold up the daemon for ever
-END_TIMEOUT_S = 1.0
 DISC_BLOCK = 2048
-IMGPROBE_ENTRY = "vmd.images.probe:main"
 
 # File systems whose files are the kernel, or processes: a backing file there could be root's own memory.
 KERNEL_FILE_SYSTEMS = {
@@ -100,35 +82,34 @@ class OpenDisk:
 class Use(Record):
     """How images are opened."""
 
-    user: Owner | None = None  # with whose rights; None, and root: root's
     in_conf: bool = True  # whether advice is for who writes a vm.conf, else for who types a command
     locked: bool = True  # as for a VM; else for reading only, for who just wants to know
 
 
-def open_disk(config: DiskConfig, user: Owner | None, prober: "Prober", *, in_conf: bool = True) -> OpenDisk:
-    """Open and lock a disk, for writing, and the images it is based on, for reading.
+FOR_A_VM = Use()
 
-    With a `user` that is not root, his own rights decide (vm.conf(5), instances).
+
+def open_disk(
+    config: DiskConfig, prober: "Prober", use: Use = FOR_A_VM, at: "Callable[[str], None]" = lambda _what: None
+) -> OpenDisk:
+    """Open and lock a disk, for writing, and the images it is based on, for reading: each is named by the one before.
+
+    `at` is told what is opened next.
 
     Raises:
-        OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if somebody uses it, EACCES if the
+        OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if somebody uses it, EACCES if this
             user may not, else what is wrong with it.
     """
-    return follow(config, Use(user=user, in_conf=in_conf), prober)
-
-
-def follow(config: DiskConfig, use: Use, prober: "Prober") -> OpenDisk:
-    """Open image after image, each named by the one before.  Raises OperatorError as `open_disk` does."""
     disk = OpenDisk()
     try:
-        _follow(disk, config, use, prober)
+        _follow(disk, config, use, prober, at)
     except BaseException:
         disk.close()
         raise
     return disk
 
 
-def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> None:
+def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: "Callable[[str], None]") -> None:
     path = config.path
     # The name is the operator's, or of the user with whose rights all of this is opened; no guest can change it.
     format_hint = config.format or named_format(path)
@@ -140,9 +121,10 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober") -> N
         if len(disk.links) == MAX_CHAIN:
             raise OperatorError(errno.EINVAL, f"{top}: backing chain is longer than {MAX_CHAIN} images")
         first = not disk.links
-        fd = open_image(path, name, use.user, writable=first and use.locked)
+        at(name)
+        fd = open_image(path, name, writable=first and use.locked)
         try:
-            found = identity(os.fstat(fd))
+            found = file_id(os.fstat(fd)).key
             if found in seen:
                 raise OperatorError(errno.ELOOP, f"{top}: backing chain comes back to {path}")
             seen.add(found)
@@ -224,11 +206,6 @@ def warnings_of_disk(probe: Probe, path: str) -> list[str]:
     return [note for note in notes if note]
 
 
-def identity(status: os.stat_result) -> tuple[int, int]:
-    """Return what tells whether two descriptors are the same file, or the same device."""
-    return (-1, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
-
-
 def discard_granularity(fd: int) -> int:
     """Return in which pieces a block device gives room back, in bytes; 0 if it is none, or does not say.
 
@@ -247,14 +224,14 @@ def discard_granularity(fd: int) -> int:
     return 0
 
 
-def open_cdrom(path: str, user: Owner | None, prober: "Prober", *, locked: bool = True) -> tuple[int, list[str]]:
+def open_cdrom(path: str, prober: "Prober", *, locked: bool = True) -> tuple[int, list[str]]:
     """Open and lock an ISO image, or a drive, for reading; also return sentences that its operator should read.
 
     Raises OperatorError: VMD_CDROM_MISSING if it cannot be opened, VMD_CDROM_INVALID if it is neither a regular
     file nor a block device; else like `open_disk`.
     """
     name = f"cdrom {path}"
-    fd = open_image(path, name, user, writable=False, missing=VMD_CDROM_MISSING, invalid=VMD_CDROM_INVALID)
+    fd = open_image(path, name, writable=False, missing=VMD_CDROM_MISSING, invalid=VMD_CDROM_INVALID)
     try:
         if locked:
             lock(fd, name, writable=False)
@@ -281,13 +258,12 @@ def examine_disc(fd: int, path: str, name: str, prober: "Prober") -> list[str]:
 def open_image(
     path: str,
     name: str,
-    user: Owner | None,
     *,
     writable: bool,
     missing: int = VMD_DISK_MISSING,
     invalid: int = errno.EINVAL,
 ) -> int:
-    """Open a regular file or block device with the user's rights.
+    """Open a regular file or block device.
 
     Raises OperatorError with code `missing` or `invalid`, or EACCES; `name` begins its sentence.
     """
@@ -296,28 +272,28 @@ def open_image(
         raise OperatorError(missing, f"{name}: not a path")
     doing = ""
     try:
-        with acting_as(user):
-            place = linux.open_place(raw)
-            try:
-                mode = require_image(place, name, invalid)
-                flags = os.O_RDWR if writable else os.O_RDONLY
-                if writable and stat.S_ISBLK(mode):
-                    flags |= os.O_EXCL  # not while it is mounted
-                doing = "cannot be opened for writing: " if writable else ""
-                # The file that was looked at, whatever the path leads to by now.
-                return os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno == errno.EBUSY:
-                    raise InUse(name, os.fstat(place), by="another process, or mounted") from None
-                raise
-            finally:
-                close(place)
+        place = linux.open_place(raw)
+        try:
+            mode = require_image(place, name, invalid)
+            flags = os.O_RDWR if writable else os.O_RDONLY
+            if writable and stat.S_ISBLK(mode):
+                flags |= os.O_EXCL  # not while it is mounted
+            doing = "cannot be opened for writing: " if writable else ""
+            # The file that was looked at, whatever the path leads to by now.
+            return os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise InUse(name, file_id(os.fstat(place)), by="another process, or mounted") from None
+            raise
+        finally:
+            close(place)
     except (OSError, HostError) as error:
         number = (error.number if isinstance(error, HostError) else error.errno) or errno.EIO
-        if number in (errno.EACCES, errno.EPERM) and user is not None and user.uid:
-            why = explained(number, path, f"uid {user.uid}").partition(": ")[2]
+        user = os.geteuid()
+        if number in (errno.EACCES, errno.EPERM) and user:
+            why = explained(number, path, f"uid {user}").partition(": ")[2]
             why = f": {why}" if why else ""
-            raise OperatorError(number, f"{name}: {doing}uid {user.uid} has no permission{why}") from None
+            raise OperatorError(number, f"{name}: {doing}uid {user} has no permission{why}") from None
         raise OperatorError(missing, f"{name}: {doing}{explained(number, path, 'root')}") from None
 
 
@@ -335,100 +311,3 @@ def require_image(fd: int, name: str, invalid: int) -> int:
     if kind is not None:
         raise OperatorError(invalid, f"{name}: a file of {kind} is no image")
     return mode
-
-
-class ImageProber:
-    """Starts an imgprobe, or another probe, for each image, and waits for its answer."""
-
-    def __init__(
-        self,
-        place: "Place | None",
-        timeout_s: float = PROBE_TIMEOUT_S,
-        entry: str = IMGPROBE_ENTRY,
-        title: str = "imgprobe",
-    ) -> None:
-        """`place` is the cell; None, where there is none, leaves the probe its own confinement."""
-        self.place = place
-        self.timeout_s = timeout_s
-        self.entry = entry
-        self.title = title
-        self.log_fd = 2
-        self.ending: list[Child] = []  # killed, but not gone: they wait for storage
-
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
-        """Return what the image behind `fd` says; see Prober."""
-        return self.ask([fd], name, [format_hint] if format_hint else [])
-
-    def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
-        """Return what a probe says of these files.  Raises OperatorError with its sentence behind the name."""
-        self.ending = [child for child in self.ending if child.reap() is None]
-        deadline_s = time.monotonic() + self.timeout_s
-        try:
-            reader, child = self._start(files, arguments)
-        except OSError as error:
-            raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be examined: {error.strerror}") from None
-        except VmdError as error:
-            code = error.number if isinstance(error, HostError) else errno.EIO
-            raise OperatorError(code, f"{name}: cannot be examined: {error}") from None
-        try:
-            line = read_line(reader, deadline_s)
-            status: int | None = 0
-            if line is None:
-                status = None
-            elif len(line) <= ANSWER_MAX:  # else it will not end by itself
-                status = child.reap(max(0.0, deadline_s - time.monotonic()))
-        finally:
-            close(reader)
-            self._end(child)
-        if line is None or status is None:
-            raise OperatorError(errno.ETIMEDOUT, f"{name}: cannot be examined within {self.timeout_s:g} seconds")
-        try:
-            answer = unpack(line)
-        except ValueError as error:
-            why = f"{self.title} ended with status {status}" if status else f"{self.title} answered nonsense: {error}"
-            raise OperatorError(errno.EIO, f"{name}: cannot be examined: {why}") from None
-        if isinstance(answer, str):
-            raise OperatorError(errno.EINVAL, f"{name}: {answer}")
-        return answer
-
-    def _start(self, files: "Sequence[int]", arguments: "Sequence[str]") -> tuple[int, Child]:
-        """Start a probe; return where its answer can be read, and the process.  Raises OSError, VmdError."""
-        fds: dict[int, int] = {}
-        try:
-            for number, fd in enumerate(files, FD_IMAGE):
-                # An open file of its own: for reading only, without our lock and, on a block device, our claim.
-                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                fds[number] = os.open(f"/proc/self/fd/{fd}", flags)
-            reader, fds[FD_ANSWER] = os.pipe2(os.O_CLOEXEC)
-            try:
-                return reader, spawn(
-                    self.title, arguments, fds=fds, log_fd=self.log_fd, place=self.place, entry=self.entry
-                )
-            except BaseException:
-                close(reader)
-                raise
-        finally:
-            for fd in fds.values():
-                close(fd)
-
-    def _end(self, child: Child) -> None:
-        """Have a process end, if it has not."""
-        if child.pidfd >= 0:
-            child.kill()
-            if child.reap(END_TIMEOUT_S) is None:
-                self.ending.append(child)
-
-
-def read_line(fd: int, deadline_s: float) -> bytes | None:
-    """Return all that comes down a pipe, a byte more than ANSWER_MAX at most; None if it takes too long."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    line = b""
-    while len(line) <= ANSWER_MAX:
-        if not poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
-            return None
-        part = os.read(fd, ANSWER_MAX + 1 - len(line))
-        if not part:
-            break
-        line += part
-    return line

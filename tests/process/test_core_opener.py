@@ -1,0 +1,151 @@
+"""Files are opened by processes that may be lost: whatever storage does, only the VM whose file it is notices.
+
+The storage is a real FUSE file system that does not answer.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.bystander import NAME, Bystander, vm_block
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.fusefile import HELD, OPEN, READ, FuseFile
+from tests.support.images import MIB
+from tests.support.users import public_folder
+from vmd.privsep.confine import OPENER
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+
+@pytest.fixture(scope="module")
+def file() -> Iterator[FuseFile]:
+    """Give a file whose storage does what a test says."""
+    with FuseFile(bytes(MIB), for_all=True) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bystander(file: FuseFile) -> Iterator[Bystander]:
+    """Give a VM that must not notice anything; `slow` and `probed` are on that storage."""
+    with public_folder() as directory:
+        folder = directory / "mnt"
+        folder.mkdir()
+        path = file.attach(folder)
+        try:
+            conf = vm_block(NAME) + vm_block("other")
+            conf += vm_block("slow", f'disk "{path}" format raw') + vm_block("probed", f'disk "{path}"')
+            with Daemon(directory, conf) as daemon, Bystander(daemon) as made:
+                yield made
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture
+def vmd(bystander: Bystander, file: FuseFile) -> Iterator[Daemon]:
+    """Give that daemon; afterwards its guest has not noticed anything."""
+    yield bystander.vmd
+    file.release()
+    bystander.check()
+
+
+def wait_for(what: Callable[[], object], vmd: Daemon) -> None:
+    """Wait until something is so."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not what():
+        assert time.monotonic() < deadline_s, vmd.log
+        os.sched_yield()
+
+
+def begin(vmd: Daemon, *command: str) -> "subprocess.Popen[str]":
+    """Run vmctl, and do not wait for it."""
+    arguments = [*vmd.client, "-s", str(vmd.socket), *command]
+    return subprocess.Popen(arguments, cwd=vmd.code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_disk_that_does_not_open_is_stopped(vmd: Daemon, file: FuseFile) -> None:
+    """Its start waits; root is served meanwhile, and `stop` ends it at once, whether its opener ends or not."""
+    file.rule(OPEN, HELD)
+    starting = begin(vmd, "start", "slow")
+    file.wait_held(1)
+    assert vmd.status("slow")["state"] == "starting"
+
+    vmd.must("stop", "-fw", "slow")
+
+    _, said = starting.communicate(timeout=DEADLINE_S)
+    assert "stopped before its guest began" in said
+    assert vmd.status("slow")["state"] == "stopped"
+
+
+def test_others_start_meanwhile(vmd: Daemon, file: FuseFile) -> None:
+    """Root's starts wait for nobody's storage."""
+    file.rule(OPEN, HELD)
+    starting = begin(vmd, "start", "slow")
+    file.wait_held(1)
+
+    vmd.must("start", "other")
+
+    assert vmd.status("slow")["state"] == "starting"
+    vmd.must("stop", "-fw", "slow")
+    vmd.must("stop", "-fw", "other")
+    starting.communicate(timeout=DEADLINE_S)
+
+
+@pytest.mark.deep
+def test_a_disk_that_does_not_open_is_named(vmd: Daemon, file: FuseFile) -> None:
+    """After a while its start is given up."""
+    file.rule(OPEN, HELD)
+
+    done = vmd.vmctl("start", "slow")
+
+    assert done.returncode == 1
+    assert "disk " in done.stderr
+    assert ": does not answer" in done.stderr
+    assert vmd.status("slow")["state"] == "stopped"
+
+
+@pytest.mark.deep
+def test_a_disk_that_cannot_be_read_is_named(vmd: Daemon, file: FuseFile) -> None:
+    """Its format is to be found out."""
+    file.rule(READ, HELD)
+
+    done = vmd.vmctl("start", "probed")
+
+    assert done.returncode == 1
+    assert "cannot be examined within 8 seconds" in done.stderr
+
+
+def test_the_daemon_ends_though_a_disk_does_not_open(tmp_path: Path) -> None:
+    """SIGTERM waits for no storage."""
+    with public_folder() as folder, FuseFile(bytes(MIB)) as file:
+        path = file.attach(folder)
+        try:
+            file.rule(OPEN, HELD)
+            with Daemon(tmp_path, vm_block("slow", f'disk "{path}" format raw')) as vmd:
+                starting = begin(vmd, "start", "slow")
+                file.wait_held(1)
+                assert vmd.stop() == 0
+                starting.communicate(timeout=DEADLINE_S)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_an_opener_in_reserve_has_only_its_channel(vmd: Daemon) -> None:
+    """It is root, for it does not know yet whom it will open files for; and it can do little else."""
+    wait_for(lambda: "vmd: opener" in vmd.processes(), vmd)
+    pid = vmd.processes()["vmd: opener"]
+
+    def status() -> dict[str, str]:
+        text = Path(f"/proc/{pid}/status").read_text()
+        return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+    wait_for(lambda: status()["Seccomp"] == "2", vmd)
+    found = status()
+    assert found["Uid"].split() == ["0"] * 4
+    assert [int(found[name], 16) for name in ("CapEff", "CapPrm", "CapBnd")] == [OPENER.capabilities] * 3
+    held = {int(name): os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+    assert {number for number, name in held.items() if name.startswith("/") and name != "/dev/null"} == set()
+    assert held[3].startswith("socket:")

@@ -1,0 +1,115 @@
+"""Opens what a VM boots: a kernel and its initrd, or firmware.
+
+Nothing here reads what a file says: that is for a process without privileges.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+
+from vmd.closing import close
+from vmd.errors import OperatorError, sentence
+from vmd.files.images import open_image
+from vmd.ipc.messages import VMD_BIOS_MISSING
+
+# Where distributions put SeaBIOS: Debian's package seabios, Fedora's seabios-bin, Arch's seabios, QEMU's own.
+FIRMWARE_PATHS = (
+    "/usr/share/seabios/bios-256k.bin",
+    "/usr/share/seabios/bios.bin",
+    "/usr/share/qemu/bios-256k.bin",
+    "/usr/local/share/qemu/bios-256k.bin",
+)
+
+
+class BootFiles:
+    """Descriptors a VM boots from, until they are handed over; closes what was not."""
+
+    def __init__(self) -> None:
+        self.boot: int | None = None
+        self.boot_name = ""
+        self.initrd: int | None = None
+
+    def take_boot(self) -> int:
+        """Return the kernel or firmware, which is the caller's from now on."""
+        boot, self.boot = self.boot, None
+        assert boot is not None
+        return boot
+
+    def take_initrd(self) -> list[int]:
+        """Return the initrd, if there is one; it is the caller's from now on."""
+        initrd, self.initrd = self.initrd, None
+        return [initrd] if initrd is not None else []
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        for fd in (self.boot, self.initrd):
+            if fd is not None:
+                close(fd)
+        self.boot = self.initrd = None
+
+
+def open_regular(path: str, what: str) -> int:
+    """Open a regular file for reading; that of a user only by names that lead to it.
+
+    Raises OperatorError naming `what` and the path.  O_NONBLOCK: a FIFO would keep us waiting.
+    """
+    if os.geteuid():
+        fd = open_image(path, f"{what} {path}", writable=False, missing=errno.ENOENT)
+    else:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            raise OperatorError(number, f"{what} {path}: {os.strerror(number)}") from None
+    try:
+        require_regular(fd, f"{what} {path}")
+    except OperatorError:
+        close(fd)
+        raise
+    return fd
+
+
+def require_regular(fd: int, name: str) -> None:
+    """Raise OperatorError unless the descriptor is a regular file, open for reading."""
+    try:
+        mode = os.fstat(fd).st_mode
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{name}: {sentence(error)}") from None
+    if not stat.S_ISREG(mode):
+        advice = " but a block device: give it as disk" if stat.S_ISBLK(mode) else ""
+        raise OperatorError(errno.EINVAL, f"{name}: not a regular file{advice}")
+    # One that was opened as a mere place proves that somebody could name the file, not that he may read it.
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+        raise OperatorError(errno.EACCES, f"{name}: not open for reading")
+
+
+def open_firmware() -> tuple[int, str]:
+    """Open the BIOS image of the distribution; OperatorError(VMD_BIOS_MISSING) if there is none."""
+    for path in FIRMWARE_PATHS:
+        try:
+            return open_regular(path, "firmware"), path
+        except OperatorError as error:
+            if error.number not in (errno.ENOENT, errno.ENOTDIR):
+                raise
+    raise OperatorError(
+        VMD_BIOS_MISSING,
+        f"no BIOS image at {' or '.join(FIRMWARE_PATHS)}; install package seabios or boot a kernel",
+    )
+
+
+def open_boot_files(kernel: str, initrd: str) -> BootFiles:
+    """Open a kernel and its initrd, if it has one; without a kernel this host's firmware.  Raises OperatorError."""
+    files = BootFiles()
+    try:
+        if kernel:
+            files.boot, files.boot_name = open_regular(kernel, "kernel"), kernel
+        else:
+            files.boot, files.boot_name = open_firmware()
+        if initrd:
+            files.initrd = open_regular(initrd, "initrd")
+    except BaseException:
+        files.close()
+        raise
+    return files

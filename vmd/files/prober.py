@@ -1,0 +1,127 @@
+"""Asks a probe what a file is: imgprobe of images, bootprobe of what is booted.
+
+A probe reads what anybody may have written, and has nothing to lose: it runs in the cell, under an id of its own.
+"""
+
+import errno
+import os
+import socket
+
+from vmd.closing import close_all
+from vmd.errors import HostError, OperatorError, VmdError
+from vmd.ipc.probemsg import Probe, unpack
+from vmd.ipc.probing import ask
+from vmd.privsep.spawn import Child, spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Protocol
+
+    from vmd.privsep.spawn import Place
+
+    class Prober(Protocol):
+        """Finds out what an image says about itself."""
+
+        def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+            """Return it; the format is told from the bytes if no hint is given.  Raises OperatorError."""
+
+
+PROBE_TIMEOUT_S = 8.0  # an image on storage that does not answer must not hold up its start for ever
+END_TIMEOUT_S = 1.0
+IMGPROBE_ENTRY = "vmd.images.probe:main"
+
+
+class ProbeSocket:
+    """A probe that somebody has started, at the other end of a socket."""
+
+    def __init__(self, sock: socket.socket, title: str = "imgprobe", timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        self.sock = sock
+        self.title = title
+        self.timeout_s = timeout_s
+
+    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+        """Return what the image behind `fd` says; see Prober."""
+        return self.ask([fd], name, [format_hint])
+
+    def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
+        """Return what the probe says of these files.  Raises OperatorError with its sentence behind the name."""
+        copies: list[int] = []
+        try:
+            for fd in files:
+                # An open file of its own: for reading only, without our lock and, on a block device, our claim.
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                copies.append(os.open(f"/proc/self/fd/{fd}", flags))
+            line = ask(self.sock, arguments, copies, self.timeout_s)
+        except OSError as error:
+            raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be examined: {error.strerror}") from None
+        finally:
+            close_all(copies)
+        if line is None:
+            raise OperatorError(errno.ETIMEDOUT, f"{name}: cannot be examined within {self.timeout_s:g} seconds")
+        if not line:
+            raise OperatorError(errno.EIO, f"{name}: cannot be examined: {self.title} has ended")
+        try:
+            answer = unpack(line)
+        except ValueError as error:
+            why = f"{self.title} answered nonsense: {error}"
+            raise OperatorError(errno.EIO, f"{name}: cannot be examined: {why}") from None
+        if isinstance(answer, str):
+            raise OperatorError(errno.EINVAL, f"{name}: {answer}")
+        return answer
+
+
+def start_probe(
+    place: "Place | None", log_fd: int = 2, *, entry: str = IMGPROBE_ENTRY, title: str = "imgprobe"
+) -> tuple[Child, socket.socket]:
+    """Start a probe; return it and our end of its socket.  Raises HostError, VmdError.
+
+    `place` is the cell; None, where there is none, leaves the probe its own confinement.
+    """
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise HostError(f"make a channel to {title}", error) from error
+    try:
+        with theirs:
+            return spawn(title, channel=theirs, log_fd=log_fd, place=place, entry=entry), ours
+    except BaseException:
+        ours.close()
+        raise
+
+
+class ImageProber:
+    """Starts a probe for each question, and waits for its answer."""
+
+    def __init__(
+        self,
+        place: "Place | None",
+        timeout_s: float = PROBE_TIMEOUT_S,
+        entry: str = IMGPROBE_ENTRY,
+        title: str = "imgprobe",
+    ) -> None:
+        self.place = place
+        self.timeout_s = timeout_s
+        self.entry = entry
+        self.title = title
+        self.ending: list[Child] = []  # killed, but not gone: they wait for storage
+
+    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+        """Return what the image behind `fd` says; see Prober."""
+        return self.ask([fd], name, [format_hint])
+
+    def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
+        """Return what a probe says of these files.  Raises OperatorError with its sentence behind the name."""
+        self.ending = [child for child in self.ending if child.reap() is None]
+        try:
+            child, sock = start_probe(self.place, entry=self.entry, title=self.title)
+        except VmdError as error:
+            code = error.number if isinstance(error, HostError) else errno.EIO
+            raise OperatorError(code, f"{name}: cannot be examined: {error}") from None
+        try:
+            with sock:
+                return ProbeSocket(sock, self.title, self.timeout_s).ask(files, name, arguments)
+        finally:
+            child.kill()
+            if child.reap(END_TIMEOUT_S) is None:
+                self.ending.append(child)

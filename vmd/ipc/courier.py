@@ -1,0 +1,81 @@
+"""The courier: a pair of sockets over which files go straight from who has opened them to who uses them.
+
+The parent makes the pair and gives both ends away, so no descriptor that others chose passes through it, or through
+any other process that all guests hang on.  The kernel closes what is still on its way in the name of whoever closes
+the socket last, and that may wait for ever.  So nothing is sent before the other end has asked for it: until then
+nothing is on its way, and from then on its receiver holds that end.
+
+The files travel in one packet, which names each: `boot disks disks cdrom`.
+"""
+
+import array
+import select
+import socket
+import time
+
+from vmd.closing import close_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+ASK = b"files"
+NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel")
+FILES_MAX = 32  # four disks of four images, and what a VM boots from
+PACKET_MAX = 1024
+PATIENCE_S = 30.0  # for files that are open already
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a courier.  Raises OSError."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def give(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> bool:
+    """Wait until the other end asks, send the files, and return whether they have left; they stay open here.
+
+    Raises OSError.
+    """
+    if sock.recv(len(ASK)) != ASK:
+        return False
+    send(sock, files)
+    return True
+
+
+def send(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> None:
+    """Send files to who has asked.  Raises OSError."""
+    names = " ".join(name for name, fds in files.items() for _ in fds)
+    fds = array.array("i", (fd for each in files.values() for fd in each))
+    sock.sendmsg([names.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)], socket.MSG_NOSIGNAL)
+
+
+def ask(sock: socket.socket) -> None:
+    """Ask for the files.  Raises OSError."""
+    sock.send(ASK, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+def take(sock: socket.socket) -> "dict[str, list[int]]":
+    """Return the files that have come, by name.  Raises OSError; ValueError for anything but files."""
+    packet, fds, flags, _ = socket.recv_fds(sock, PACKET_MAX, FILES_MAX, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+    names = packet.decode("ascii", "replace").split()
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(names) != len(fds) or not set(names) <= set(NAMES):
+        close_all(fds)
+        raise ValueError("something else came than files")
+    files: dict[str, list[int]] = {}
+    for name, fd in zip(names, fds, strict=True):
+        files.setdefault(name, []).append(fd)
+    return files
+
+
+def fetch(sock: socket.socket, timeout_s: float = PATIENCE_S) -> "dict[str, list[int]]":
+    """Ask for the files and wait for them; {} if they do not come.  Raises OSError; ValueError as `take`."""
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        ask(sock)
+    except (BrokenPipeError, ConnectionResetError):
+        return {}
+    readable = select.poll()
+    readable.register(sock, select.POLLIN)
+    if not readable.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+        return {}
+    return take(sock)

@@ -1,0 +1,50 @@
+"""How a probe is asked: over a socket at its fd 3, one question after the other, each with the files that it is about.
+
+A question is a packet of arguments, each with a NUL behind it; its files ride along, open for reading.  The answer is
+one line of `ipc/probemsg.py`.
+"""
+
+import array
+import select
+import socket
+import time
+
+from vmd.closing import close_all
+from vmd.ipc.probemsg import ANSWER_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CHANNEL_FD = 3
+QUESTION_MAX = 65536  # bytes: a kernel's command line, in hexadecimal
+FILES_MAX = 2
+
+
+def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
+    """Be a probe: answer until nobody asks any more; the files are closed after each answer."""
+    sock = socket.socket(fileno=CHANNEL_FD)
+    while True:
+        question, files, _, _ = socket.recv_fds(sock, QUESTION_MAX, FILES_MAX, socket.MSG_CMSG_CLOEXEC)
+        if not question:
+            return 0
+        try:
+            sock.send(answer(question.decode("utf-8", "surrogateescape").split("\0")[:-1], files))
+        finally:
+            close_all(files)
+
+
+def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]", timeout_s: float) -> bytes | None:
+    """Return the line that a probe answers, b"" if it has ended; None if it takes too long.  Raises OSError."""
+    deadline_s = time.monotonic() + timeout_s
+    question = "".join(f"{each}\0" for each in arguments).encode("utf-8", "surrogateescape") or b"\0"
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+    try:
+        sock.sendmsg([question], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        readable = select.poll()
+        readable.register(sock, select.POLLIN)
+        if not readable.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+            return None
+        return sock.recv(ANSWER_MAX + 1, socket.MSG_DONTWAIT)
+    except (BrokenPipeError, ConnectionResetError):
+        return b""

@@ -1,0 +1,127 @@
+"""opener: opens the files of one VM, as whoever has named them, and hands them to its process.
+
+Runs as  root, with the rights to open files and to become somebody else, until it has its one job; from then on for
+         good as the user of that job.  It sees the host's files, makes no sockets, and starts nothing
+Peers    parent (one job, one answer); an imgprobe, which it asks; at the other end of a courier the process of a VM
+Holds    what it opens, until that has left or is not wanted any more
+
+Storage may keep it for ever: then the parent goes on without it.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+
+from vmd.errors import HostError, InUse, OperatorError, number, sentence
+from vmd.files.boot import BootFiles, open_boot_files
+from vmd.files.media import Media
+from vmd.files.prober import ProbeSocket
+from vmd.ipc import courier
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc, brief, fitting
+from vmd.ipc.process import Process, handles
+from vmd.privsep.confine import OPENER, confine
+from vmd.privsep.title import set_title
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.files.prober import Prober
+    from vmd.ipc.probemsg import Probe
+    from vmd.ipc.process import Handlers
+
+LAST_WORDS_S = 5.0
+NAME_BYTES_MAX = 1000  # of a file, where it is told what is opened
+NOTES_MAX, NOTES_BYTES_MAX = 30, 5000  # with the names of seventeen files they fit one message
+
+
+class NoProbe:
+    """What is asked where nothing is to be asked."""
+
+    def probe(self, _fd: int, name: str, _format_hint: str) -> "Probe":
+        """Refuse."""
+        raise OperatorError(errno.EIO, f"{name}: cannot be examined: nobody was asked to")
+
+
+class Opener(Process):
+    """Does one job, and ends."""
+
+    def __init__(self) -> None:
+        super().__init__(Proc.OPENER)
+        self.parent = self.attach_parent(Proc.PARENT)
+        self.said: set[str] = set()
+
+    def on_open(self, message: OpenFiles, envelope: Envelope, _channel: Channel) -> None:
+        """Do the job; from here on this process may be kept by storage at any point."""
+        fd = envelope.take_fd("courier")
+        assert fd is not None
+        probe = envelope.take_fd("probe")
+        set_title(f"opener/{message.name}")
+        self.loop.stop()
+        try:
+            become(message)
+            files, opened = self.open(message, probe)
+            self.parent.send(opened)
+        except InUse as error:
+            in_use = NotOpened(code=error.number, text=brief(str(error)), file=error.file, what=brief(error.name))
+            self.parent.send(in_use.replace(by=error.by, doing=error.doing))
+        except (OperatorError, HostError, OSError, ValueError) as error:  # a path with a NUL is a ValueError
+            self.parent.send(NotOpened(code=number(error), text=brief(sentence(error))))
+        else:
+            with socket.socket(fileno=fd) as ours, contextlib.suppress(OSError):  # nobody wants them any more
+                courier.give(ours, files)
+        self.parent.flush_blocking(LAST_WORDS_S)
+
+    def open(self, message: OpenFiles, probe: int | None) -> tuple[dict[str, list[int]], FilesOpened]:
+        """Open everything; return the files, and what to say of them.  Raises OperatorError."""
+        prober: Prober = ProbeSocket(socket.socket(fileno=probe)) if probe is not None else NoProbe()
+        boot = BootFiles()
+        if message.boots:
+            self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
+            boot = open_boot_files(message.kernel, message.initrd)
+        media = Media.open(
+            message.disks,
+            message.cdrom,
+            prober,
+            in_conf=message.in_conf,
+            patience_s=message.patience_s,
+            at=self.at,
+        )
+        opened = FilesOpened(
+            disks=media.describe(),
+            files=media.files(),
+            notes=tuple(fitting(media.notes, NOTES_MAX, NOTES_BYTES_MAX)),
+            boot_name=boot.boot_name,
+        )
+        boots = [boot.take_boot()] if message.boots else []
+        files = {"boot": boots, "initrd": boot.take_initrd(), "disks": media.take_disks(), "cdrom": media.take_cdrom()}
+        return files, opened
+
+    def at(self, what: str) -> None:
+        """Say what is opened next: if that never ends, it is to be named."""
+        if what in self.said:  # one more try
+            return
+        self.said.add(what)
+        self.parent.send(OpenerAt(what=brief(what, NAME_BYTES_MAX)))
+
+    HANDLERS: "Handlers" = {**handles(Proc.PARENT, OpenFiles, on_open)}
+
+
+def become(message: OpenFiles) -> None:
+    """Become the user of a job, for good.  Raises HostError."""
+    try:
+        os.setgroups(message.groups)
+        os.setresgid(message.gid, message.gid, message.gid)
+        os.setresuid(message.uid, message.uid, message.uid)
+    except OSError as error:
+        raise HostError(f"become user {message.uid}", error) from error
+
+
+def main() -> int:
+    """Run process opener."""
+    process = Opener()
+    process.ignore_terminal_signals()
+    confine(OPENER)  # what the kernel lacks, others have said
+    process.loop.run()
+    return process.exit_status

@@ -1,0 +1,408 @@
+"""The files of VMs, opened by processes that may be lost (`vmd/opener`).
+
+Whatever is done with a path or a file that others chose may wait for storage for ever, SIGKILL or not.  So nothing of
+that is done here: an opener does it, for one VM and with the rights of one user, and answers with words and numbers.
+The files go over a courier to the process of the VM.  What is opened with the rights of two users takes two openers.
+
+An opening ends with the answers of its openers, or when none of them has been heard of for too long: then it is over,
+without waiting for them.  One opener and one imgprobe are in reserve, so that no start waits for an interpreter.
+"""
+
+import errno
+import time
+
+from vmd.closing import close_all
+from vmd.config.model import Owner
+from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
+from vmd.ipc import courier
+from vmd.ipc.channel import NO_FDS
+from vmd.ipc.fence import OUR_FAULT
+from vmd.ipc.messages import FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc
+from vmd.log import log
+from vmd.parent.access import NOGROUP, groups_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
+
+    from vmd.config.model import VmConfig
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.loop import Timer
+    from vmd.ipc.messages import DiskImages
+    from vmd.parent.children import Children
+    from vmd.parent.connections import Attach
+    from vmd.parent.core import Core
+    from vmd.parent.vmtable import Files, Vm
+    from vmd.privsep.spawn import Child
+
+ANSWER_S = 30.0  # for the next file to be opened
+HAND_OVER_S = 300.0  # for a VM to fetch its files: it waits for its interfaces, and then for its process
+SOON_S = 0.1  # for one that was killed to be gone
+AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was killed is buried
+RESERVE_DELAY_S = 0.2  # the VM that is being started needs the processor more than the next one does
+AT_A_TIME = 4  # openings of users
+STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
+
+
+class Opened:
+    """What a VM was found to have; whoever has this owns its descriptors."""
+
+    def __init__(self, given: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
+        """`given` is what goes to the VM process besides, by name."""
+        self.disks: tuple[DiskImages, ...] = ()
+        self.files: Files = {}
+        self.notes: tuple[str, ...] = ()
+        self.boot_name = ""
+        self._fds: dict[str, list[int]] = {"couriers": [], **{name: list(fds) for name, fds in given.items()}}
+
+    def add_courier(self, fd: int) -> None:
+        """Take an end of a courier."""
+        self._fds["couriers"].append(fd)
+
+    def take(self) -> dict[str, list[int]]:
+        """Return what goes to the VM process, by name; it is the caller's from now on."""
+        fds, self._fds = self._fds, {}
+        return fds
+
+    def close(self) -> None:
+        """Let everything go; the files, too."""
+        for fds in self.take().values():
+            close_all(fds)
+
+
+def replaced(before: "Files", now: "Files") -> list[str]:
+    """Return what has the name that it had, and is another file: moved, restored or made anew."""
+    return [what for what, file in now.items() if before.get(what, file) != file]
+
+
+class Opener:
+    """A process that opens files, and what it is at."""
+
+    def __init__(self, child: "Child") -> None:
+        self.child = child
+        self.channel: Channel
+        self.probe: Child | None = None
+        self.opening: Opening | None = None  # until it has answered
+        self.user = 0  # who has asked for that
+        self.at = "its files"
+        self.deadline: Timer | None = None
+
+
+class Opening:
+    """The files of one VM, while they are opened.
+
+    `on_opened` or `on_failed` is called, once and not before `Openings.open` has returned, unless it is given up.
+    """
+
+    def __init__(
+        self,
+        vm: "Vm",
+        user: int,
+        jobs: list[OpenFiles],
+        opened: Opened,
+        on_opened: "Callable[[Opened], None]",
+        on_failed: "Callable[[VmdError], None]",
+    ) -> None:
+        self.vm = vm
+        self.user = user  # who has asked for it
+        self.jobs = jobs
+        self.on_opened = on_opened
+        self.on_failed = on_failed
+        self.openers: list[Opener] = []  # that have not answered
+        self.opened = opened
+
+
+class Openings:
+    """The room where files are opened."""
+
+    def __init__(self, core: "Core", attach: "Attach") -> None:
+        self.core = core
+        self.loop = core.loop
+        self.attach = attach
+        self.children: Children
+        self.open_log: Callable[[str], socket.socket]
+        self.by_vm: dict[Vm, Opening] = {}
+        self.waiting: list[Opening] = []  # for their turn
+        self.reserve: Opener | None = None
+        self.probe: tuple[Child, socket.socket] | None = None  # in reserve
+        self._all: dict[Channel, Opener] = {}
+        self._ended: dict[int, list[tuple[Child, float]]] = {}  # by user: given up, when, and perhaps not gone
+
+    # --- processes ---------------------------------------------------------------------------------------
+
+    def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
+        """Have processes in reserve; `open_log` makes what one writes its lines to."""
+        self.children, self.open_log = children, open_log
+        self._fill_reserve()
+
+    def _fill_reserve(self) -> None:
+        if self.core.ending:
+            return
+        try:
+            if self.reserve is None:
+                self.reserve = self._new()
+            if self.probe is None:
+                self.probe = self.children.start_probe(self.open_log)
+        except VmdError as error:  # they are started when they are needed
+            log.warn(f"no opener in reserve: {error}")
+
+    def _new(self) -> Opener:
+        """Start an opener.  Raises HostError."""
+        child, ours = self.children.start(Proc.OPENER, self.open_log)
+        opener = Opener(child)
+        opener.channel = self.attach(ours, Proc.OPENER, "opener", on_lost=self._on_lost)
+        self._all[opener.channel] = opener
+        return opener
+
+    def _take_probe(self) -> "tuple[Child, socket.socket]":
+        """Return an imgprobe that lives, and our end of its socket.  Raises HostError."""
+        self.children.bury()
+        probe, self.probe = self.probe, None
+        if probe is not None and probe[0].pidfd >= 0:
+            return probe
+        if probe is not None:
+            probe[1].close()
+        return self.children.start_probe(self.open_log)
+
+    # --- openings ----------------------------------------------------------------------------------------
+
+    def require_answers(self, user: int) -> None:
+        """Raise OperatorError if openers of a user hang already, so that one more would, too."""
+        self.children.bury()
+        now_s = time.monotonic()
+        left = [(child, since_s) for child, since_s in self._ended.pop(user, ()) if child.pidfd >= 0]
+        if left:
+            self._ended[user] = left
+        stuck = sum(1 for _, since_s in left if now_s - since_s > AGAIN_S)
+        if stuck >= (STUCK_MAX if user else STUCK_MAX_OF_ROOT):
+            what = f"{stuck} processes that were to open files for uid {user} do not end"
+            raise OperatorError(errno.EBUSY, f"{what}: their storage does not answer")
+
+    def open(
+        self,
+        vm: "Vm",
+        config: "VmConfig",
+        user: int,
+        on_opened: "Callable[[Opened], None]",
+        on_failed: "Callable[[VmdError], None]",
+        *,
+        boots: bool,
+        given: "Mapping[str, Sequence[int]]" = NO_FDS,
+        patience_s: float = 0.0,
+    ) -> None:
+        """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
+
+        `given` is what goes to its process besides, and ours.  `patience_s` is for locks of somebody who is about to
+        let go.
+        """
+        self.give_up(vm)
+        jobs = jobs_of(config, boots=boots, patience_s=patience_s)
+        opening = self.by_vm[vm] = Opening(vm, user, jobs, Opened(given), on_opened, on_failed)
+        self.waiting.append(opening)
+        self.loop.call_later(0, self._begin)
+
+    def _begin(self) -> None:
+        """Begin what may begin: of a user one at a time, of users so many; root waits for nobody."""
+        at_work = {opening.user for opening in self.by_vm.values() if opening not in self.waiting} - {0}
+        for opening in list(self.waiting):
+            if not opening.user or (opening.user not in at_work and len(at_work) < AT_A_TIME):
+                at_work.add(opening.user)
+                at_work.discard(0)
+                self.waiting.remove(opening)
+                self._begin_one(opening)
+
+    def _begin_one(self, opening: Opening) -> None:
+        try:
+            self.require_answers(opening.user)
+            for job in opening.jobs:
+                self._begin_job(opening, job)
+        except VmdError as error:
+            self._fail(opening, error)
+        except OSError as error:
+            self._fail(opening, HostError("make a courier", error))
+        except ValueError as error:  # a packet has no room for it
+            self._fail(opening, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
+        else:
+            self._go_on(opening)
+
+    def _begin_job(self, opening: Opening, job: OpenFiles) -> None:
+        """Give a job to an opener.  Raises HostError, OSError."""
+        opener, self.reserve = self.reserve or self._new(), None
+        opener.user = opening.user
+        self.loop.call_later(RESERVE_DELAY_S, self._fill_reserve)
+        opener.opening = opening
+        opening.openers.append(opener)
+        fds: dict[str, list[int]] = {}
+        if job.disks or job.cdrom:
+            opener.probe, probe = self._take_probe()
+            fds["probe"] = [probe.detach()]
+        ours, theirs = courier.pair()
+        opening.opened.add_courier(ours.detach())
+        self._watch(opener, ANSWER_S + job.patience_s)
+        opener.channel.label = f"opener/{job.name}"
+        opener.channel.send(job, fds={"courier": [theirs.detach()], **fds})
+
+    def _watch(self, opener: Opener, seconds: float) -> None:
+        """Give up an opener that is not heard of for so long."""
+        if opener.deadline is not None:
+            opener.deadline.cancel()
+        opener.deadline = self.loop.call_later(seconds, lambda: self._give_up_on(opener))
+
+    def _give_up_on(self, opener: Opener) -> None:
+        """An opener does not answer, or its files are not fetched."""
+        opening = opener.opening
+        self._end(opener)
+        if opening is not None:
+            self._fail(opening, OperatorError(errno.ETIMEDOUT, f"{opener.at}: does not answer"))
+
+    def _end(self, opener: Opener) -> None:
+        """Be done with an opener, whether it ends or not."""
+        if self._all.pop(opener.channel, None) is None:
+            return
+        opener.channel.close()
+        self._ended.setdefault(opener.user, []).append((opener.child, time.monotonic()))
+        if opener.deadline is not None:
+            opener.deadline.cancel()
+        for child in (opener.child, opener.probe):
+            if child is not None:
+                child.kill()
+        for delay_s in (SOON_S, AGAIN_S):
+            self.loop.call_later(delay_s, self.children.bury)
+
+    def _over(self, opening: Opening) -> None:
+        """An opening is over: the next one may begin."""
+        if self.by_vm.get(opening.vm) is opening:
+            del self.by_vm[opening.vm]
+        if opening in self.waiting:
+            self.waiting.remove(opening)
+        self.loop.call_later(0, self._begin)
+
+    def _drop(self, opening: Opening) -> None:
+        """Let go of everything that an opening has."""
+        self._over(opening)
+        for opener in opening.openers:
+            self._end(opener)
+        opening.opened.close()
+
+    def _fail(self, opening: Opening, error: VmdError) -> None:
+        """There will be no files; and nobody waits for the openers."""
+        if self.by_vm.get(opening.vm) is opening:
+            self._drop(opening)
+            opening.on_failed(error)
+
+    def give_up(self, vm: "Vm") -> bool:
+        """Nobody wants the files of a VM any more; return whether they were being opened."""
+        opening = self.by_vm.get(vm)
+        if opening is not None:
+            self._drop(opening)
+        return opening is not None
+
+    def close(self) -> None:
+        """End everything: the daemon does."""
+        for opener in list(self._all.values()):
+            self._end(opener)
+        if self.probe is not None:
+            self.probe[0].kill()
+
+    # --- messages ----------------------------------------------------------------------------------------
+
+    def on_at(self, message: OpenerAt, channel: "Channel") -> None:
+        """An opener goes on."""
+        opener = self._of(channel)
+        assert opener.opening is not None
+        opener.at = message.what
+        self._watch(opener, ANSWER_S + max(job.patience_s for job in opener.opening.jobs))
+
+    def on_opened(self, message: FilesOpened, channel: "Channel") -> None:
+        """An opener has everything; after the last one the VM goes on."""
+        opener = self._of(channel)
+        opening, opener.opening = opener.opening, None
+        assert opening is not None
+        opening.openers.remove(opener)
+        self._watch(opener, HAND_OVER_S)
+        opened = opening.opened
+        opened.disks += message.disks
+        opened.files |= {each.what: each.file.key for each in message.files}
+        opened.notes += message.notes
+        opened.boot_name = opened.boot_name or message.boot_name
+        self._go_on(opening)
+
+    def _go_on(self, opening: Opening) -> None:
+        """Have the VM go on if all its openers have answered."""
+        if opening.openers:
+            return
+        self._over(opening)
+        try:
+            opening.on_opened(opening.opened)
+        except Exception:  # nobody expected that, and the VM must not wait for ever
+            opening.opened.close()
+            opening.on_failed(OperatorError(errno.EIO, OUR_FAULT))
+            raise
+
+    def on_not_opened(self, message: NotOpened, channel: "Channel") -> None:
+        """An opener has failed, and with that the opening.
+
+        Where somebody else has a lock, the sentence names the VM that is theirs.
+        """
+        opening = self._of(channel).opening
+        assert opening is not None
+        error = OperatorError(message.code, message.text)
+        if message.file is not None:
+            in_use = InUse(message.what, message.file, by=message.by, doing=message.doing)
+            error = self.core.vms.holder(in_use, opening.vm)
+        self._fail(opening, error)
+
+    def _of(self, channel: "Channel") -> Opener:
+        """Return an opener that is at work.  Raises PeerError."""
+        opener = self._all.get(channel)
+        if opener is None or opener.opening is None:
+            raise PeerError(channel.label, "answers what it was not asked")
+        return opener
+
+    def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:
+        """An opener has ended, as each does in the end."""
+        opener = self._all[channel]
+        opening = opener.opening
+        self._end(opener)
+        if opener is self.reserve:
+            self.reserve = None
+            self.loop.call_later(AGAIN_S, self._fill_reserve)
+        elif opening is not None:
+            log.error(str(error) if error else f"lost {channel.label}")
+            self._fail(opening, HostError(f"{opener.at}: its opener has ended", errno.EIO))
+
+    def vm_of(self, channel: "Channel") -> int:
+        """Return for which VM an opener is at work; 0 for none."""
+        opener = self._all.get(channel)
+        return opener.opening.vm.vmid if opener is not None and opener.opening is not None else 0
+
+
+def jobs_of(config: "VmConfig", *, boots: bool, patience_s: float) -> list[OpenFiles]:
+    """Return what is to be opened, with the rights of each user who has named some of it."""
+    jobs: dict[Owner | None, OpenFiles] = {}
+
+    def job(user: Owner | None) -> OpenFiles:
+        """Return what this user has named so far."""
+        return jobs.get(user) or OpenFiles(
+            **identity(user), name=config.name, in_conf=bool(config.origin), patience_s=patience_s
+        )
+
+    rights = config.rights
+    if boots:
+        user = rights.boot if config.kernel else None
+        jobs[user] = job(user).replace(boots=True, kernel=config.kernel, initrd=config.initrd)
+    if config.disks:
+        jobs[rights.disks] = job(rights.disks).replace(disks=config.disks)
+    if config.cdrom:
+        jobs[rights.cdrom] = job(rights.cdrom).replace(cdrom=config.cdrom)
+    return list(jobs.values())
+
+
+def identity(user: Owner | None) -> "dict[str, Any]":
+    """Return who opens files, as fields of OpenFiles."""
+    if user is None or not user.uid:
+        return {"uid": 0, "gid": 0, "groups": ()}
+    gid = user.gid if user.gid is not None else NOGROUP
+    return {"uid": user.uid, "gid": gid, "groups": tuple(groups_of(user.uid, gid))}
