@@ -280,6 +280,9 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
         assert len({group["vmm"], group["vm/a"], group["vm/b"], group["control"]}) == 4
         assert group["vm/a/viornd0"] == group["vm/a"]
         assert group["vm/a"].parent == top
+        for title in ("vmm", "vm/a", "vm/a/viornd0", "vm", "viornd"):  # vmm only has the way into that of the reserve
+            files = [os.readlink(path) for path in Path(f"/proc/{processes[title]}/fd").iterdir()]
+            assert len([file for file in files if "cgroup" in file]) == (title == "vmm")
         assert groups.CONTROLLER not in (top / "cgroup.controllers").read_text() or (
             (group["vm/a"] / "pids.max").read_text() == f"{TASKS_MAX}\n"
         )
@@ -297,6 +300,19 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
         assert vmd.status("b")["state"] == "running"
 
     assert not top.exists()
+
+
+@pytest.mark.kvm
+@pytest.mark.deep
+def test_a_host_without_control_groups(tmp_path: Path) -> None:
+    """One warning, and VMs run all the same."""
+    hidden = "umount -a -t cgroup2; exec \"$@\""
+    with Daemon(tmp_path, vm_block("a"), prefix=("unshare", "-m", "sh", "-c", hidden, "sh")) as vmd:
+        vmd.must("start", "a")
+        vmd.must("stop", "-f", "-w", "a")
+        vmd.must("start", "a")
+
+        assert vmd.log.count("VMs have no control groups of their own") == 1
 
 
 @needs_groups

@@ -113,6 +113,31 @@ def test_what_an_earlier_version_has_to_put_back_is_put_back(network: Network) -
     assert not new.exists()
 
 
+def test_what_a_priv_of_another_id_has_to_put_back_is_put_back(network: Network, tmp_path: Path) -> None:
+    """vm.conf may have said other ids then.  A link that it left gives away nothing."""
+    target = tmp_path / "root-s"
+    target.touch()
+    with network.inside():
+        kept = Path(state_path())
+    network.write("/proc/sys/net/ipv4/ip_forward", "1")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(["ipv4/ip_forward", "0", "1"]) + "\n")
+    kept.chmod(0o600)
+    os.chown(kept, DEFAULT_FIRST_ID - 1, DEFAULT_FIRST_ID - 1)
+    links = [kept.with_name(f"{kept.name}-{kind}") for kind in ("symbolic", "hard")]
+    links[0].symlink_to(target)
+    links[1].touch()
+    kept.with_name(f"{kept.name}-other").hardlink_to(links[1])
+    try:
+        with Priv(network):
+            assert setting(network, "ipv4/ip_forward") == "0"
+            assert target.stat().st_uid == 0
+            assert links[1].stat().st_uid == 0
+    finally:
+        for path in (*links, kept.with_name(f"{kept.name}-other")):
+            path.unlink()
+
+
 # --- ended, and stopped ----------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,13 @@ def reload(vmd: Daemon, conf: str) -> str:
     return vmd.must("reload")
 
 
+def test_ids_change_with_the_next_start_only(vmd: Daemon) -> None:
+    """Processes that run have the old ones; the warning says so."""
+    said = reload(vmd, "\nids 1879048192\n" + block("a"))
+
+    assert said == f"vmctl: warning: {vmd.conf}:2: ids 1879048192 count when vmd is started again\n"
+
+
 # --- files that cannot be used ---------------------------------------------------------------------------
 
 

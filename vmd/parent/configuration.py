@@ -117,8 +117,10 @@ class Configuration:
             warnings.append(text)
 
         config = self.load_config(path, known, warn)
-        if config.settings.first_id != self.core.config.settings.first_id:
-            warn(f"{config.settings.first_id_origin}: ids {config.settings.first_id} count when vmd is started again")
+        settings = config.settings
+        if settings.first_id != self.core.config.settings.first_id:
+            where = f"{settings.first_id_origin}: " if settings.first_id_origin else ""
+            warn(f"warning: {where}ids {settings.first_id} count when vmd is started again")
         return config, warnings
 
     def take_effect(self, config: Config) -> None:
