@@ -111,15 +111,13 @@ class Vmm(Process):
 
     def spawn_vm(self) -> VmChild:
         """Start a VM process that waits for its StartVm.  Raises HostError."""
+        if not self.slots:
+            raise HostError("have a slot for another vm", errno.EAGAIN)
+        slot = self.slots[0]
         try:
             ours, theirs = socketpair()
         except OSError as error:
             raise HostError("make a channel for a vm", error) from error
-        if not self.slots:
-            ours.close()
-            theirs.close()
-            raise HostError("have a user id for another vm", errno.EAGAIN)
-        slot = self.slots[0]
         with theirs:
             try:
                 lines, writer = logpair()
