@@ -25,7 +25,7 @@ from vmd.parent import groups
 from vmd.parent.oom import CORE_SCORE
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
-from vmd.privsep.confine import PARENT_CAPABILITIES
+from vmd.privsep.confine import OPENER, PARENT_CAPABILITIES
 from vmd.privsep.ids import TASKS_MAX, Ids, ids_in_use, user_namespace
 from vmd.privsep.spawn import spawn
 
@@ -193,11 +193,12 @@ def test_an_id_that_has_a_process_is_not_given_again() -> None:
 
 @pytest.mark.kvm
 def test_who_is_who_on_the_host(tmp_path: Path) -> None:
-    """Every VM has an id of its own, which its devices share; nothing that lasts but the parent is root."""
+    """Every VM has an id of its own, which its devices share; nothing that lasts but parent and opener is root."""
     with Daemon(tmp_path, f"ids {FIRST_ID}\n" + vm_block("a") + vm_block("b")) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
-        wait_for(lambda: {"vmd: vm", "vmd: viornd"} <= vmd.processes().keys())
+        wait_for(lambda: {"vmd: vm", "vmd: viornd", "vmd: opener"} <= vmd.processes().keys())
+        wait_for(lambda: field(vmd.processes()["vmd: opener"], "Seccomp") == FILTERED)  # it has just been started
         processes = {title.removeprefix("vmd: "): pid for title, pid in vmd.processes().items()}
         users = {title: {*field(pid, "Uid").split(), *field(pid, "Gid").split()} for title, pid in processes.items()}
         capabilities = {title: int(field(pid, "CapPrm"), 16) for title, pid in processes.items()}
@@ -212,6 +213,7 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     ids = {title: int(user) for title, (user,) in ((title, tuple(found)) for title, found in users.items())}
     assert set(ids) >= {"priv", "control", "vmm", "vm", "vm/a", "vm/b", "vm/a/viornd0", "vm/b/viornd0"}
     assert ids.pop("priv") == FIRST_ID + IDS
+    assert ids.pop("opener") == 0  # in reserve; test_core_opener.py says what it can do
     assert all(FIRST_ID <= uid < FIRST_ID + IDS for uid in ids.values())
     assert len({ids[title] for title in ("control", "vmm", "vm", "vm/a", "vm/b")}) == 5
     for name in ("a", "b"):
@@ -219,9 +221,11 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     assert ids["vm"] == ids["viornd"]
     assert capabilities.pop("vmm") == 1 << linux.CAP_KILL | 1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID
     assert capabilities.pop("priv") == 1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW
+    assert capabilities.pop("opener") == OPENER.capabilities
     assert not any(capabilities.values())
     assert namespaces["vmm"] == namespaces["vm/a"] != os.readlink("/proc/self/ns/user")
     assert len(apart.pop("priv")) == 1  # it sees no /run
+    assert not apart.pop("opener")
     assert {len(own) for own in apart.values()} == {len(APART)}
     assert any(line.split()[:4] == ["Max", "processes", str(TASKS_MAX), str(TASKS_MAX)] for line in limits.splitlines())
     assert "user namespace" not in log
@@ -274,6 +278,7 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
     with Daemon(tmp_path, vm_block("a") + vm_block("b")) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
+        wait_for(lambda: {"vmd: vm", "vmd: viornd"} <= vmd.processes().keys())
         processes = {title.removeprefix("vmd: "): pid for title, pid in vmd.processes().items()}
         group = {title: Path(groups.directory_of(pid)) for title, pid in processes.items()}
         top = group["vmm"].parent

@@ -11,7 +11,7 @@ from tests.support.debian import NEWER, built_deb, debian_host, newer_deb
 from tests.systemd import host
 from vmd.config.model import DEFAULT_FIRST_ID
 from vmd.parent.oom import CORE_SCORE
-from vmd.privsep.confine import PARENT_CAPABILITIES
+from vmd.privsep.confine import OPENER, PARENT_CAPABILITIES
 from vmd.privsep.ids import TASKS_MAX
 
 pytestmark = [pytest.mark.root, pytest.mark.deep, pytest.mark.timeout(2400)]
@@ -66,8 +66,13 @@ def test_control_group(seen: dict[str, Any]) -> None:
 
 
 def test_who_is_who(seen: dict[str, Any]) -> None:
-    """Nothing that lasts but the parent is root or unconfined; each VM is a user and a control group of its own."""
+    """Nothing but the parent is unconfined, nor root; but for an opener in reserve.
+
+    Each VM is a user and a control group of its own.
+    """
     processes = seen["processes"]
+    opener = processes.pop("opener")
+    assert (opener["filter"], int(opener["capabilities"], 16)) == ("2", OPENER.capabilities)
     assert processes.keys() >= {"priv", "control", "log", "vmm", "vm", "vm/full", "vm/full/vioblk0", "vm/full/vioscsi0"}
     assert {process["filter"] for process in processes.values()} == {"2"}
     ids = {title: uid for title, process in processes.items() for uid in process["uids"]}

@@ -57,17 +57,11 @@ def write(path: str, text: str) -> None:
 
 def move(pid: int, group: str) -> None:
     """Move a process to a group, which is made if need be.  Raises HostError."""
-    for again in (True, False):  # another daemon that ends may remove it before there is a process in it
-        try:
-            os.makedirs(group, 0o755, exist_ok=True)
-            write(f"{group}/cgroup.procs", str(pid))
-        except OSError as error:
-            raise HostError(f"make {group}", error) from error
-        except HostError as error:
-            if error.number != errno.ENOENT or not again:
-                raise
-        else:
-            return
+    try:
+        os.makedirs(group, 0o755, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"make {group}", error) from error
+    write(f"{group}/cgroup.procs", str(pid))
 
 
 def give_controller(group: str) -> bool:
@@ -195,7 +189,9 @@ class Below:
         try:
             give_controller(self.own)
         except HostError:  # others are in there, too
-            self._move_back()
+            with contextlib.suppress(HostError, OSError):
+                move(os.getpid(), self.own)
+                os.rmdir(f"{self.own}/{CORE}")
             raise
 
     def groups(self, vmm: int) -> Groups:
@@ -220,16 +216,8 @@ class Below:
         return Groups(self.top, limited=give_controller(self.top))
 
     def close(self) -> None:
-        """Remove all groups; vmm has ended, and so have our other children."""
+        """Remove all groups but `core`, where the log still is; vmm has ended."""
         remove_if_empty(self.top)
-        with contextlib.suppress(HostError):  # another daemon has groups there, too
-            write(f"{self.own}/cgroup.subtree_control", f"-{CONTROLLER}")
-        self._move_back()
-
-    def _move_back(self) -> None:
-        with contextlib.suppress(HostError, OSError):
-            move(os.getpid(), self.own)
-            os.rmdir(f"{self.own}/{CORE}")
 
 
 def remove_if_empty(top: str) -> None:
