@@ -211,6 +211,20 @@ def test_guests_are_in_a_unit_of_their_own(unit: Unit) -> None:
     unit.box.wait_for(lambda: not unit.box.path(f"/sys/fs/cgroup{above}").exists(), f"{above} does not end")
 
 
+def test_a_unit_of_guests_that_is_there_already(unit: Unit) -> None:
+    """Such as that of a daemon whose last guest is about to end: the next number is taken."""
+    hold = "systemd-run --scope --quiet --unit=vmd-guests-0 sleep infinity >/dev/null 2>&1 </dev/null &"
+    unit.box.must("sh", "-c", hold)
+    try:
+        unit.box.wait_property("vmd-guests-0.scope", "ActiveState", "active")
+        unit.start()
+        unit.wait_running("demo")
+
+        assert unit.groups()["vmd: vmm"] == "/system.slice/vmd-guests-1.scope/vmm"
+    finally:
+        unit.box.must("systemctl", "stop", "vmd-guests-0.scope")
+
+
 def test_mistake_is_no_reason_to_start_again(unit: Unit) -> None:
     """An exit status of its own, and the line of the file in the journal as what it is, an error."""
     unit.configure(conf("vm lots {"))
