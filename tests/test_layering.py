@@ -56,7 +56,7 @@ SHARED = {
     "vmd.ipc.imsg": {"parent", "control", "log", "opener", "priv", "vmm", "vm", "vmctl"},
 }
 # ... and the parts of it that harm nobody, for they read nothing.
-HARMLESS = {name: {"vmd.images", "vmd.images.locks"} for name in ("opener", "parent")}
+HARMLESS = {name: {"vmd.images", "vmd.images.locks"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
     "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
@@ -106,7 +106,8 @@ def modules_in(folder: str) -> tuple[str, ...]:
 def processes() -> list[Process]:
     """Return every process whose code is there."""
     found = [
-        Process(name, name, modules_in(f"vmd/{name}")) for name in ("parent", "control", "opener", "priv", "vmm", "vm")
+        Process(name, name, modules_in(f"vmd/{name}"))
+        for name in ("parent", "control", "opener", "lockholder", "priv", "vmm", "vm")
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))
     found += [

@@ -20,8 +20,8 @@ from tests.process.insider import DATA_FD, VICTIM_FD
 from tests.support.cells import HERE, PACKAGES, USER, insider_cell
 from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
-from vmd.privsep import landlock
-from vmd.privsep.cell import Cell, import_path
+from vmd.privsep import landlock, linux
+from vmd.privsep.cell import Cell, LockholderCell, import_path
 from vmd.privsep.hostfiles import HostFiles
 from vmd.privsep.spawn import INTERPRETER, Child, spawn
 
@@ -200,7 +200,7 @@ VMM_KILLS = (
 
 
 @pytest.mark.parametrize("attempt", KILLS)
-@pytest.mark.parametrize("kind", ["VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG", "VM"])
+@pytest.mark.parametrize("kind", [*LEAVES[1:], "VM", "LOCKHOLDER"])
 def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS."""
     run = try_inside(cell, kind, attempt)
@@ -282,6 +282,16 @@ def test_file_names_lead_nowhere(cell: Cell, kind: str) -> None:
     assert run.answers[:4] == refused
     assert run.answers[5:] == ["late_import done None"]
     assert run.status == 0
+
+
+def test_lockholder_reads_and_has_one_capability(cell: Cell) -> None:
+    """Nothing can be opened for writing, not even what belongs to other processes."""
+    place = LockholderCell(cell)
+    run = try_inside(place, "LOCKHOLDER", "list_root", "write_code", "create_file")
+
+    assert try_inside(place, "-", "capabilities").answers == [f"capabilities done {1 << linux.CAP_SYS_PTRACE:x}"]
+    assert run.answers[0].startswith("list_root done ")
+    assert run.answers[1:] == [f"write_code errno {errno.EPERM}", f"create_file errno {errno.EPERM}"]
 
 
 def test_vmm_reads_its_cell_and_writes_nothing(cell: Cell) -> None:

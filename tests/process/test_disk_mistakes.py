@@ -221,7 +221,7 @@ def test_in_use(vmd: Daemon, tmp_path: Path) -> None:
     assert f"disk {twin} is given twice" in done.stderr
     vmd.must("stop", "-fw", "first")
     with writer(disk):
-        refused(vmd, "-d", f"raw:{disk}", words=(f"disk {disk}", "is in use by another process, which writes to it"))
+        refused(vmd, "-d", f"raw:{disk}", words=('is in use by "qemu-io" (pid ', "), which writes to it"))
     vmd.must("start", "-m", "32M", "-b", kernel, "-d", f"raw:{disk}", "first")
     vmd.must("stop", "-fw", "first")
 

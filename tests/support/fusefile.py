@@ -6,6 +6,7 @@ gone with that descriptor.  Every read and write of the file comes here, for not
 
 import ctypes
 import errno
+import fcntl
 import os
 import select
 import stat
@@ -20,13 +21,16 @@ DEVICE = "/dev/fuse"
 DEADLINE_S = 60.0
 
 LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, RELEASE, FSYNC = 1, 2, 3, 4, 14, 15, 16, 18, 20
-FLUSH, INIT, INTERRUPT, FALLOCATE, BATCH_FORGET = 25, 26, 36, 43, 42
+FLUSH, INIT, GETLK, SETLK, INTERRUPT, FALLOCATE, BATCH_FORGET = 25, 26, 31, 32, 36, 43, 42
+OF_A_NODE = (LOOKUP, GETATTR, SETLK)
+FUSE_POSIX_LOCKS = 1 << 1
 IN_HEADER = struct.Struct("<IIQQIIIHH")  # len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding
 OUT_HEADER = struct.Struct("<IiQ")  # len, error, unique
 INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
 ENTRY_OUT = struct.Struct("<QQQQII")
 ATTR_OUT = struct.Struct("<QII")
+LK_OUT = struct.Struct("<QQII")  # start, end, type, pid
 OPEN_OUT = struct.Struct("<QII")
 READ_IN = struct.Struct("<QQIIQII")
 WRITE_IN = struct.Struct("<QQIIQII")
@@ -71,7 +75,7 @@ def mount(device: int, user: int, *, for_all: bool) -> int:
 
 
 class Operation(NamedTuple):
-    """What the kernel asked for; offset and length are 0 for what has none."""
+    """What the kernel asked for; offset and length are 0 for what has none, but for OF_A_NODE the first is its node."""
 
     opcode: int
     offset: int
@@ -91,13 +95,16 @@ class Rule(NamedTuple):
 class FuseFile:
     """The file system and its one file, of which `content` is the storage; `fd` is an open descriptor of it."""
 
-    def __init__(self, content: bytes, *, user: int = 0, for_all: bool = False, flushes: bool = False) -> None:
-        """`user` has mounted it; the kernel lets nobody else in, unless it is `for_all`.
+    def __init__(
+        self, content: bytes, *, user: int = 0, for_all: bool = False, flushes: bool = False, locks: bool = False
+    ) -> None:
+        """`user` has mounted it; the kernel lets nobody else in, unless it is `for_all`.  With `locks` they come here.
 
         With `flushes` each close asks us (FLUSH), and nothing is opened yet (`open`): while a test has such a file
         open, it must start no process.
         """
         self.flushes = flushes
+        self.locks = locks
         self.content = bytearray(content)
         self.room = 1 << 40  # the file gets no larger than this
         self.log: list[Operation] = []
@@ -160,7 +167,10 @@ class FuseFile:
             self.rules.clear()
             held, self.held = self.held, []
         for unique, operation, body in held:
-            self._answer(unique, operation, body)
+            if operation.opcode in OF_A_NODE:
+                self._handle(unique, operation.opcode, operation.offset, body)
+            else:
+                self._answer(unique, operation, body)
 
     def wait_held(self, count: int) -> list[Operation]:
         """Wait until so many operations are held; return them."""
@@ -197,12 +207,19 @@ class FuseFile:
         match opcode:
             case _ if opcode in (FORGET, BATCH_FORGET, INTERRUPT):
                 return
+            case _ if opcode in OF_A_NODE and any(rule.opcode == opcode for rule in self.rules):
+                self._decide(unique, Operation(opcode, nodeid, 0), body)
             case _ if opcode == INIT:
-                self._reply(unique, INIT_OUT.pack(7, 31, 0, 0, 16, 12, MAX_WRITE, 1, 0, 0, 0))
+                flags = FUSE_POSIX_LOCKS if self.locks else 0
+                self._reply(unique, INIT_OUT.pack(7, 31, 0, flags, 16, 12, MAX_WRITE, 1, 0, 0, 0))
             case _ if opcode == LOOKUP:
                 self._reply(unique, ENTRY_OUT.pack(FILE, 0, 0, 0, 0, 0) + self._attributes(FILE))
             case _ if opcode == GETATTR:
                 self._reply(unique, ATTR_OUT.pack(0, 0, 0) + self._attributes(nodeid))
+            case _ if opcode == GETLK and self.locks:
+                self._reply(unique, LK_OUT.pack(0, 0, fcntl.F_UNLCK, 0))  # whoever asks may have what they like
+            case _ if opcode == SETLK and self.locks:
+                self._reply(unique)
             case _ if opcode == RELEASE:
                 self._reply(unique)
             case _ if opcode in (OPEN, READ, WRITE, FSYNC, FALLOCATE, SETATTR) or (opcode == FLUSH and self.flushes):

@@ -20,6 +20,8 @@ from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc
 from vmd.log import log
 from vmd.parent.access import NOGROUP, groups_of
+from vmd.parent.holders import Holders, in_words
+from vmd.privsep.cell import LockholderCell
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from vmd.config.model import VmConfig
     from vmd.ipc.channel import Channel
+    from vmd.ipc.holdermsg import Holder
     from vmd.ipc.loop import Timer
     from vmd.ipc.messages import DiskImages
     from vmd.parent.children import Children
@@ -104,12 +107,15 @@ class Opening:
         opened: Opened,
         on_opened: "Callable[[Opened], None]",
         on_failed: "Callable[[VmdError], None]",
+        *,
+        names_holder: bool,
     ) -> None:
         self.vm = vm
         self.user = user  # who has asked for it
         self.jobs = jobs
         self.on_opened = on_opened
         self.on_failed = on_failed
+        self.names_holder = names_holder  # if somebody else has a lock, the error says who
         self.openers: list[Opener] = []  # that have not answered
         self.opened = opened
 
@@ -123,6 +129,7 @@ class Openings:
         self.attach = attach
         self.children: Children
         self.open_log: Callable[[str], socket.socket]
+        self.holders: Holders
         self.by_vm: dict[Vm, Opening] = {}
         self.waiting: list[Opening] = []  # for their turn
         self.reserve: Opener | None = None
@@ -135,6 +142,7 @@ class Openings:
     def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
         """Have processes in reserve; `open_log` makes what one writes its lines to."""
         self.children, self.open_log = children, open_log
+        self.holders = Holders(self.loop, LockholderCell(children.cell), open_log)
         self._fill_reserve()
 
     def _fill_reserve(self) -> None:
@@ -191,6 +199,7 @@ class Openings:
         boots: bool,
         given: "Mapping[str, Sequence[int]]" = NO_FDS,
         patience_s: float = 0.0,
+        names_holder: bool = True,
     ) -> None:
         """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
 
@@ -199,7 +208,9 @@ class Openings:
         """
         self.give_up(vm)
         jobs = jobs_of(config, boots=boots, patience_s=patience_s)
-        opening = self.by_vm[vm] = Opening(vm, user, jobs, Opened(given), on_opened, on_failed)
+        opening = self.by_vm[vm] = Opening(
+            vm, user, jobs, Opened(given), on_opened, on_failed, names_holder=names_holder
+        )
         self.waiting.append(opening)
         self.loop.call_later(0, self._begin)
 
@@ -344,7 +355,7 @@ class Openings:
     def on_not_opened(self, message: NotOpened, channel: "Channel") -> None:
         """An opener has failed, and with that the opening.
 
-        Where somebody else has a lock, the sentence names the VM that is theirs.
+        Where somebody else has a lock, the sentence names them: a VM of ours, or another program.
         """
         opening = self._of(channel).opening
         assert opening is not None
@@ -352,7 +363,22 @@ class Openings:
         if message.file is not None:
             in_use = InUse(message.what, message.file, by=message.by, doing=message.doing)
             error = self.core.vms.holder(in_use, opening.vm)
+            if error is in_use and opening.names_holder:
+                self._find_holder(opening, in_use)
+                return
         self._fail(opening, error)
+
+    def _find_holder(self, opening: Opening, in_use: InUse) -> None:
+        """Have the opening fail with the name of who has the file, if there is somebody to name."""
+        for opener in opening.openers:
+            self._end(opener)
+        opening.openers.clear()
+
+        def fail(holder: "Holder | None") -> None:
+            error = in_use.held_by(in_words(holder, opening.user)) if holder is not None else in_use
+            self._fail(opening, error)
+
+        self.holders.ask(in_use.file.device, in_use.file.inode, fail)
 
     def _of(self, channel: "Channel") -> Opener:
         """Return an opener that is at work.  Raises PeerError."""

@@ -198,7 +198,7 @@ class Transfers:
             judged(None)
 
         # Whether its disks are here is to be known while the sender still has the VM.
-        self.openings.open(vm, config, vm.uid, found, judged, boots=False)
+        self.openings.open(vm, config, vm.uid, found, judged, boots=False, names_holder=False)
 
     def on_received_machine(self, message: ReceivedMachine, _envelope: Envelope) -> None:
         """All was read: open the disks, or wait for them."""

@@ -145,6 +145,22 @@ class VmmCell(Cell):
         linux.become_user(self.uid, self.gid, self.CAPABILITIES)
 
 
+class LockholderCell(Cell):
+    """The cell as lockholder enters it: a stranger there, too, but one whom the kernel shows other users' locks."""
+
+    CAPABILITIES = 1 << linux.CAP_SYS_PTRACE
+
+    def __init__(self, cell: Cell) -> None:
+        """`cell` stays the caller's to close."""
+        super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, cell.ids)
+
+    def enter(self) -> None:
+        """Go in, and become a user who has nothing but that capability."""
+        self.leave_host()
+        linux.limit_bounding_set(self.CAPABILITIES)
+        linux.become_user(self.uid, self.gid, self.CAPABILITIES)
+
+
 def out_of_the_way(fd: int) -> int:
     """Return a descriptor under a number that a child's own descriptors never get: it enters when it has those."""
     try:

@@ -8,6 +8,7 @@
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
                                  what its guest begins with; then `VM`
     opener                       to open files of the host, once it is who has named them
+    lockholder                   what /proc says of all processes, for reading, and one capability for that
     priv                         two capabilities, and what `nft` needs: files, programs, network sockets
 
 A process calls `confine` after its last import, before its first thread and before the first byte from outside.
@@ -110,6 +111,7 @@ class Confinement(Record):
     capabilities: int = 0  # mask
     open_files: int = 1024
     writes_files: bool = True  # else none can be written, even if it comes as a descriptor that may be
+    sees_others: bool = False  # looks at processes of others, which Landlock keeps everybody from
 
     def check(self) -> None:
         """Refuse rules that mean nothing."""
@@ -124,6 +126,12 @@ BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
+LOCKHOLDER = IMGPROBE.replace(
+    syscalls=BASE | CHANNEL | {"openat+reading", "getdents64"},
+    capabilities=1 << linux.CAP_SYS_PTRACE,
+    writes_files=False,
+    sees_others=True,
+)
 VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS, writes_files=False)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
@@ -195,6 +203,7 @@ PARENT_CAPABILITIES = (  # docs/security.md says what for
     linux.CAP_NET_ADMIN,
     linux.CAP_NET_RAW,
     linux.CAP_SYS_CHROOT,
+    linux.CAP_SYS_PTRACE,
     linux.CAP_SYS_ADMIN,
     linux.CAP_SYS_RESOURCE,
 )
@@ -247,7 +256,7 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
     give_up_capabilities(confinement.capabilities)
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
-    warnings = landlock.restrict(confinement.files, confinement.scopes)
+    warnings = [] if confinement.sees_others else landlock.restrict(confinement.files, confinement.scopes)
     refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
     if trap:
         show_refused_calls()

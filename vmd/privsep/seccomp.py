@@ -103,6 +103,7 @@ CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
     "prlimit64": (("is", 0, 0),),  # our own limits only
     "socketpair": (("is", 0, AF_UNIX),),
     "socket+network": tuple(("is", 0, family) for family in (AF_NETLINK, AF_INET, AF_INET6)),  # no named sockets
+    "openat+reading": (("none-of", 2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC),),
     "newfstatat": (("any-of", 3, AT_EMPTY_PATH),),  # what glibc's fstat() is; path variants fail softly
     "fcntl": tuple(
         ("is", 1, command)

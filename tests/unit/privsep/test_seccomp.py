@@ -1,6 +1,7 @@
 """Filter programs are interpreted here, instruction by instruction, as the kernel does."""
 
 import errno
+import os
 import socket
 import struct
 import subprocess
@@ -141,6 +142,16 @@ def test_file_names_fail_softly() -> None:
     assert verdict(program, NUMBERS["newfstatat"], 3, 0, 0, seccomp.AT_EMPTY_PATH) == RET_ALLOW
 
 
+def test_files_can_be_opened_for_reading_only() -> None:
+    """Whatever the other flags are."""
+    program = assemble({"openat+reading"})
+    reading, writing = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY, (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)
+
+    assert verdict(program, NUMBERS["openat"], 4, 0, reading) == RET_ALLOW
+    for flag in writing:
+        assert verdict(program, NUMBERS["openat"], 4, 0, reading | flag) == RET_ERRNO | errno.EPERM
+
+
 def test_ioctl_by_number() -> None:
     """Only given requests, and those any descriptor answers, pass; long lists too."""
     requests = range(0xAE00, 0xAE00 + 200)
@@ -194,7 +205,7 @@ def test_requests_can_be_narrowed_later() -> None:
     assert {verdict(program, *call) for call in killed} == {RET_KILL_PROCESS}
 
 
-@pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT.keys() - {"PRIV", "OPENER"}))  # which are not below vmm
+@pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT.keys() - {"PRIV", "OPENER", "LOCKHOLDER"}))  # not below it
 def test_vmm_allows_what_its_descendants_need(name: str) -> None:
     """Filters are inherited: what vmm's own kills, no VM or device can do."""
     ours = EVERY_CONFINEMENT[name]

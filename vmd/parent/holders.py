@@ -1,0 +1,102 @@
+"""Who has a file that a VM cannot have: asked of lockholder, which may look at the locks of all processes."""
+
+import os
+import select
+
+from vmd.closing import close
+from vmd.errors import VmdError
+from vmd.ipc.holdermsg import FD_ANSWER, FD_PROC, HOLDER, Holder, unpack
+from vmd.log import log
+from vmd.parent.access import owner_text
+from vmd.privsep.spawn import Child, spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from vmd.ipc.loop import Loop
+    from vmd.privsep.spawn import Place
+
+    Done = Callable[[Holder | None], None]
+
+ANSWER_S = 10.0  # thousands of processes are looked at within one; whoever waits is told then that it is somebody
+AT_A_TIME = 8
+TITLE = "lockholder"
+LOCKHOLDER_ENTRY = "vmd.lockholder.main:main"
+
+
+def in_words(holder: Holder, caller: int) -> str:
+    """Return who that is; its pid is told to root only, who has a use for it."""
+    pid = f"pid {holder.pid}, " if caller == 0 else ""
+    return f'"{holder.program}" ({pid}user {owner_text(holder.uid, None)})'
+
+
+class Holders:
+    """Starts a lockholder for each question; nobody waits for it longer than that."""
+
+    def __init__(
+        self,
+        loop: "Loop",
+        place: "Place | None",
+        open_log: "Callable[[str], socket.socket]",
+        *,
+        entry: str = LOCKHOLDER_ENTRY,
+    ) -> None:
+        """`place` is a `LockholderCell`; None, where there is none, leaves it its own confinement.
+
+        `open_log` makes what a process of that name writes its lines to.
+        """
+        self.loop = loop
+        self.place = place
+        self.open_log = open_log
+        self.entry = entry
+        self.at_work: list[Child] = []
+        self.ending: list[Child] = []  # killed, and perhaps not gone
+
+    def ask(self, device: int, inode: int, done: "Done") -> None:
+        """Have `done` called once, after this has returned: with who has a lock on the file, or None if nobody says."""
+        self.ending = [child for child in self.ending if child.reap() is None]
+        try:
+            if len(self.at_work) >= AT_A_TIME:
+                raise VmdError(f"{AT_A_TIME} of {TITLE} are at work already")
+            reader, child = self._start(device, inode)
+        except (VmdError, OSError) as error:
+            log.warn(f"cannot find out who uses a file: {error}")
+            self.loop.call_later(0, lambda: done(None))
+            return
+        self.at_work.append(child)
+
+        def finish() -> None:
+            """Take what there is."""
+            timer.cancel()
+            self.loop.remove(reader)
+            self.at_work.remove(child)
+            answer = os.read(reader, HOLDER.size + 1) if select.select([reader], [], [], 0)[0] else b""
+            close(reader)
+            child.kill()
+            self.ending.append(child)
+            done(unpack(answer))
+
+        timer = self.loop.call_later(ANSWER_S, finish)
+        self.loop.add(reader, lambda _events: finish())
+
+    def _start(self, device: int, inode: int) -> tuple[int, Child]:
+        """Start a lockholder; return where its answer can be read, and the process.  Raises OSError, VmdError."""
+        arguments = [str(device), str(inode)]
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fds = {FD_ANSWER: writer, FD_PROC: proc}
+                with self.open_log(TITLE) as lines:
+                    return reader, spawn(
+                        TITLE, arguments, fds=fds, log_fd=lines.fileno(), place=self.place, entry=self.entry
+                    )
+            finally:
+                close(proc)
+        except BaseException:
+            close(reader)
+            raise
+        finally:
+            close(writer)
