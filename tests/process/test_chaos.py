@@ -30,7 +30,6 @@ def run(directory: Path, seed: int, duration_s: float) -> str:
         vmd = NetDaemon(directory, network, configuration(directory, storage.attach(folder)))
         try:
             with StallingLog(vmd) as log, vmd:
-                vmd.socket.chmod(0o666)
                 said = Chaos(vmd, log, storage, seed, duration_s).run()
                 assert vmd.stop() == 0
         finally:

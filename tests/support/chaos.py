@@ -10,6 +10,7 @@ import os
 import random
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -26,9 +27,14 @@ from tests.support.hostile import KINDS, hostile
 from tests.support.hostnet import ALIAS, NetDaemon, links
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.ipc.messages import (
+    ANSWERS,
+    BY_CLASS,
+    End,
     Failed,
     ListRequest,
     PauseRequest,
+    ReloadRequest,
+    SendRequest,
     StartRequest,
     StopRequest,
     VmInfo,
@@ -39,8 +45,10 @@ from vmd.ipc.messages import (
 from vmd.record import Record
 
 OWNERS = {40001: ("a1", "a2", "a3"), 40002: ("b1", "b2", "b3"), 40003: ("c1", "c2")}
-STRANGER = 65534  # who has no VM
+ROOT, STRANGER = 0, 65534  # who has no VM
+MAY_CONNECT = 40000  # a group
 NAMES = tuple(itertools.chain.from_iterable(OWNERS.values()))
+PARTIAL = tuple(cls for cls in ANSWERS if BY_CLASS[cls].partial)
 ANSWER_S = 300.0  # a watchdog: a VM that is not built is given up after 120 s, and so is its successor
 TRY_AGAIN_S = 0.2
 ON_STORAGE = "c2"  # the VM whose disk may hang
@@ -136,6 +144,7 @@ class Chaos:
         self.duration_s = duration_s
         self.done: Counter[str] = Counter()
         self.lives: list[Life] = []
+        self.longest_s = 0.0  # that root had to wait for a status
         self.over = threading.Event()
         self.faults: list[str] = []
         self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
@@ -153,37 +162,38 @@ class Chaos:
 
     # --- what users do, in a thread each
 
-    def ask(self, uid: int, request: Record) -> Record | None:
-        """Return the last answer to a request of a user's; None if the connection ended without one."""
-        with connect_as(self.vmd.socket, uid, uid) as client:
+    def ask(self, uid: int, request: Record, stream: int | None = None) -> list[Record]:
+        """Return the answers to a request of a user's; the last of them is missing if the connection ended early."""
+        answers: list[Record] = []
+        with connect_as(self.vmd.socket, uid, uid, [MAY_CONNECT]) as client:
             client.settimeout(ANSWER_S)
-            answer: Record | None = None
+            packet, fds = encode(request, fds={"stream": [stream]} if stream is not None else {})
             try:
-                client.send(encode(request)[0])
-                while packet := client.recv(MAX_MESSAGE):
-                    answer = decode(packet, [], "vmd").message
-                    if not isinstance(answer, VmInfo):
-                        return answer
+                socket.send_fds(client, [packet], fds)
+                while not answers or isinstance(answers[-1], PARTIAL):
+                    packet = client.recv(MAX_MESSAGE)
+                    if not packet:
+                        break
+                    answers.append(decode(packet, [], "vmd").message)
             except (BrokenPipeError, ConnectionResetError):
-                return None
+                pass
             except TimeoutError:
                 self.fault(f"no answer within {ANSWER_S:.0f} s to {request} of uid {uid}")
-            return None
+        return answers
 
-    def rows(self) -> list[VmInfo]:
-        """Return what root is told of all VMs; a control that has gone meanwhile is asked for once more."""
+    def answer(self, uid: int, request: Record, stream: int | None = None) -> Record | None:
+        """Return the last answer to a request; None if the connection ended without one."""
+        answers = self.ask(uid, request, stream)
+        return answers[-1] if answers and not isinstance(answers[-1], PARTIAL) else None
+
+    def rows(self, uid: int = 0) -> dict[str, VmInfo]:
+        """Return what a user is told of all VMs; a control that has gone meanwhile is asked for once more."""
         while True:
-            with connect_as(self.vmd.socket, 0, 0) as client:
-                client.settimeout(ANSWER_S)
-                with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-                    client.send(encode(ListRequest())[0])
-                    rows: list[VmInfo] = []
-                    while packet := client.recv(MAX_MESSAGE):
-                        message = decode(packet, [], "vmd").message
-                        if not isinstance(message, VmInfo):
-                            return rows
-                        rows.append(message)
+            answers = self.ask(uid, ListRequest())
+            if self.faults or (answers and isinstance(answers[-1], End)):
+                break
             select.select([], [], [], TRY_AGAIN_S)
+        return {row.name: row for row in answers if isinstance(row, VmInfo)}
 
     def renew(self, uid: int, name: str) -> None:
         """Have a VM start anew, whatever state it is in, and however often that takes."""
@@ -191,10 +201,10 @@ class Chaos:
         if (old := self.life_of(name)) is not None:
             old.excused = old.excused or "was ended by its owner"
         while True:
-            stopped = self.ask(uid, StopRequest(name=name, force=True, wait=True))
+            stopped = self.answer(uid, StopRequest(name=name, force=True, wait=True))
             struck = self._struck[name]
             if isinstance(stopped, VmTerminated) or (isinstance(stopped, Failed) and "not running" in stopped.text):
-                started = self.ask(uid, StartRequest(name=name))
+                started = self.answer(uid, StartRequest(name=name))
                 if isinstance(started, VmStarted):
                     break
                 stopped = started
@@ -203,8 +213,12 @@ class Chaos:
             if self.faults:
                 return
             select.select([], [], [], TRY_AGAIN_S)
+        self.bear(name, started.pid, started.tty, struck)
+
+    def bear(self, name: str, pid: int, tty: str, struck: int) -> None:
+        """A life begins, of a VM that had been attacked so often when that was asked for."""
         try:
-            life = Life(name, started.pid, started.tty)
+            life = Life(name, pid, tty)
         except OSError:
             if self._struck[name] == struck:
                 self.fault(f"vm {name} was started, and is gone")
@@ -222,24 +236,52 @@ class Chaos:
             life = self.life_of(name)
             if life is None or life.ended or life.excused or chance.random() < 0.04:
                 self.renew(uid, name)
+            elif chance.random() < 0.1:
+                self.reset(uid, life)
             elif chance.random() < 0.5:
-                self.pause(uid, name)
+                self.pause(uid, life)
             else:
-                self.ask(uid, ListRequest())
+                self.rows(uid)
 
-    def pause(self, uid: int, name: str) -> None:
-        """Have a VM stand still for a moment."""
-        self.ask(uid, PauseRequest(name=name, paused=True))
+    def reset(self, uid: int, old: Life) -> None:
+        """Have a guest reset itself: its VM goes on in another process, or ends with a reason."""
+        old.excused = "was reset"
+        struck = self._struck[old.name]
+        old.terminal.type("\rreset\r")
+        deadline_s = time.monotonic() + ANSWER_S
         while not self.faults:
-            answer = self.ask(uid, PauseRequest(name=name, paused=False))
-            if isinstance(answer, VmPaused) or (isinstance(answer, Failed) and not self._passes(answer)):
+            row = self.rows(uid)[old.name]
+            if row.state == "running" and row.pid != old.pid:
+                self.bear(row.name, row.pid, row.tty, struck)
+                return
+            if row.state == "stopped" or self._struck[old.name] != struck:
+                return
+            if time.monotonic() > deadline_s:
+                self.fault(f"vm {old.name} does not come back from a reset: {row}")
+            select.select([], [], [], TRY_AGAIN_S)
+
+    def pause(self, uid: int, life: Life) -> None:
+        """Have a VM stand still for a moment."""
+        self.ask(uid, PauseRequest(name=life.name, paused=True))
+        while not self.faults and not life.excused:
+            if isinstance(self.answer(uid, PauseRequest(name=life.name, paused=False)), VmPaused):
                 return
             select.select([], [], [], TRY_AGAIN_S)
 
-    @staticmethod
-    def _passes(failed: Failed) -> bool:
-        """Return whether a refusal is for what goes by: a crowd of the same user, storage that hangs."""
-        return "too many" in failed.text or "hang in files" in failed.text
+    def be_root(self, seed: int) -> None:
+        """Look at all VMs, read the configuration again, and write copies of VMs that run on."""
+        chance = random.Random(seed)
+        with (self.vmd.directory / "stream").open("wb") as stream:
+            while not self.over.wait(chance.uniform(0.1, 1.0)):
+                began_s = time.monotonic()
+                if chance.random() < 0.1:
+                    self.ask(ROOT, ReloadRequest())
+                elif chance.random() < 0.2:
+                    stream.seek(0)
+                    self.ask(ROOT, SendRequest(name=chance.choice(NAMES), keep=True), stream.fileno())
+                else:
+                    self.rows()
+                    self.longest_s = max(self.longest_s, time.monotonic() - began_s)
 
     def watch(self) -> None:
         """See that guests go on."""
@@ -337,7 +379,8 @@ class Chaos:
         """Let a client do harm for a while."""
         uid, kind = self.random.choice((STRANGER, 40003)), self.random.choice(list(KINDS))
         stack = contextlib.ExitStack()
-        process = stack.enter_context(hostile(self.vmd.socket, uid, kind, self.random.randrange(1 << 30), self.network))
+        seed = self.random.randrange(1 << 30)
+        process = stack.enter_context(hostile(self.vmd.socket, uid, MAY_CONNECT, kind, seed, self.network))
 
         def end() -> None:
             if process.poll() is not None:
@@ -413,9 +456,11 @@ class Chaos:
         """Start all VMs, and let owners and the watchman work."""
         with ThreadPoolExecutor(len(OWNERS)) as pool:
             list(pool.map(self.begin, OWNERS))
-        threads = [threading.Thread(target=self.watch, daemon=True)]
-        for number, uid in enumerate(OWNERS):
-            threads.append(threading.Thread(target=self.own, args=(uid, self.seed + number), daemon=True))
+        threads = [
+            threading.Thread(target=self.watch, daemon=True),
+            threading.Thread(target=self.be_root, args=(self.seed,), daemon=True),
+            *(threading.Thread(target=self.own, args=(uid, self.seed + uid), daemon=True) for uid in OWNERS),
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -440,7 +485,7 @@ class Chaos:
                 self.attack()
         spared = [life for life in self.lives if not life.excused]
         self.log.note("--- the end")
-        rows = {row.name: row for row in self.rows()}
+        rows = self.rows()
         for life in spared:
             self.look_at(life)
         lost = [life.name for life in spared if life.ended or not is_running(rows[life.name], life)]
@@ -455,7 +500,7 @@ class Chaos:
             f"seed {self.seed}: {self.done.total()} attacks in {self.duration_s:.0f} s"
             f" ({', '.join(f'{what} {count}' for what, count in sorted(self.done.items()))});"
             f" {len(self.lives)} lives, {len(spared)} to the end, which answered {sum(life.beats for life in spared)}"
-            " times;"
+            f" times; root waited {self.longest_s:.1f} s for a status at most;"
             f" lost guests: {len(lost)}"
         )
         assert not self.faults, f"{self.faults}; {said}\n{self.vmd.log}"
@@ -523,7 +568,7 @@ def configuration(directory: Path, storage: Path) -> str:
 
     That of ON_STORAGE is the file `storage`, whose format is to be found out.
     """
-    conf = [f'switch "lan" {{\n    interface {BRIDGE}\n}}\n']
+    conf = [f"socket owner :{MAY_CONNECT}\n", f'switch "lan" {{\n    interface {BRIDGE}\n}}\n']
     nics = (("local interface",), ('interface switch "lan"',), ('interface switch "lan"', "local interface"), ())
     for number, (uid, name) in enumerate((uid, name) for uid, names in OWNERS.items() for name in names):
         image = directory / f"{name}.img"

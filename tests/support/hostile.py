@@ -1,6 +1,6 @@
 """A program that means harm to a daemon: it connects as some user and does one thing again and again.
 
-    python -m tests.support.hostile SOCKET UID KIND SEED
+    python -m tests.support.hostile SOCKET UID GROUP KIND SEED
 
 It ends with its standard input.  The files of poison are served by a process that has none of them open, and the
 client's process ends with it: else the last close of each, at the client's end, would wait for its own server.
@@ -159,9 +159,9 @@ USUAL = (
 )  # fmt: skip
 
 
-def attack(client: Client, uid: int, kind: str) -> None:
+def attack(client: Client, uid: int, group: int, kind: str) -> None:
     """Become the user, and do it."""
-    os.setgroups([])
+    os.setgroups([group])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # which changing the user has cleared
@@ -176,9 +176,11 @@ def attack(client: Client, uid: int, kind: str) -> None:
 
 
 @contextlib.contextmanager
-def hostile(path: Path, uid: int, kind: str, seed: int, network: Network) -> Iterator["subprocess.Popen[bytes]"]:
-    """Have such a client for some time, on a host with this network."""
-    command = [sys.executable, "-m", "tests.support.hostile", str(path), str(uid), kind, str(seed)]
+def hostile(
+    path: Path, uid: int, group: int, kind: str, seed: int, network: Network
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Have such a client for some time, on a host with this network; members of `group` may use the socket."""
+    command = [sys.executable, "-m", "tests.support.hostile", str(path), str(uid), str(group), kind, str(seed)]
     with network.inside():
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
     with process:
@@ -190,14 +192,14 @@ def hostile(path: Path, uid: int, kind: str, seed: int, network: Network) -> Ite
 
 def main() -> None:
     """Start the client's process, and serve its files."""
-    path, uid, kind, seed = sys.argv[1:]
+    path, uid, group, kind, seed = sys.argv[1:]
     with FuseFile(bytes(4096), for_all=True, flushes=True) as file:
         file.rule(FLUSH, HELD if kind == "poison that waits" else errno.EIO)
         pid = os.fork()
         if pid == 0:
             try:
                 os.close(file._device)
-                attack(Client(Path(path), int(seed), file), int(uid), kind)
+                attack(Client(Path(path), int(seed), file), int(uid), int(group), kind)
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             os._exit(1)
