@@ -14,6 +14,7 @@ from tests.support.chaos import Chaos, StallingLog, configuration
 from tests.support.fusefile import FuseFile
 from tests.support.hostnet import NetDaemon, ours
 from tests.support.network import Network
+from tests.support.transfers import Footprint
 from tests.support.users import public_folder
 
 Say = Callable[[str, object], None]
@@ -30,7 +31,12 @@ def run(directory: Path, seed: int, duration_s: float) -> str:
         vmd = NetDaemon(directory, network, configuration(directory, storage.attach(folder)))
         try:
             with StallingLog(vmd) as log, vmd:
-                said = Chaos(vmd, log, storage, seed, duration_s).run()
+                chaos = Chaos(vmd, log, storage, seed, duration_s)
+                before = footprint(vmd) if chaos.is_long else None
+                said = chaos.run()
+                if before is not None:
+                    vmd.must("stop", "-afw")
+                    before.check(vmd)
                 assert vmd.stop() == 0
         finally:
             subprocess.run(["umount", "--lazy", folder], check=True)
@@ -38,6 +44,13 @@ def run(directory: Path, seed: int, duration_s: float) -> str:
         assert "Traceback" not in vmd.log
         assert "unexpected" not in vmd.log
     return said
+
+
+def footprint(vmd: NetDaemon) -> Footprint:
+    """Return what a daemon has before all: priv keeps two files of the first start of a VM with interfaces."""
+    vmd.must("start", "a1")
+    vmd.must("stop", "-fw", "a1")
+    return Footprint(vmd)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.support.bystander import PROMPT, vm_block
 from tests.support.clients import connect_as
-from tests.support.daemon import Terminal
+from tests.support.daemon import DEADLINE_S, Terminal
 from tests.support.fusefile import HELD, READ, FuseFile
 from tests.support.hostile import KINDS, hostile
 from tests.support.hostnet import ALIAS, NetDaemon, links
@@ -74,6 +74,8 @@ class Life:
 
     def beat(self) -> None:
         """Have the guest answer once more.  Raises AssertionError or OSError."""
+        if self.beats == 0:  # what is typed before its UART is set up is lost
+            self.terminal.expect(PROMPT, DEADLINE_S)
         self.beats += 1
         self.terminal.answer(f"echo beat {self.beats}", f"beat {self.beats}\r\nbeat {self.beats}\r\n{PROMPT}")
 
@@ -142,6 +144,7 @@ class Chaos:
         self.seed = seed
         self.random = random.Random(seed)
         self.duration_s = duration_s
+        self.is_long = duration_s >= LONG_S
         self.done: Counter[str] = Counter()
         self.lives: list[Life] = []
         self.longest_s = 0.0  # that root had to wait for a status
@@ -150,6 +153,7 @@ class Chaos:
         self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
         self._lock = threading.Lock()
         self._later: list[tuple[float, Callable[[], None]]] = []  # what ends an attack, and when
+        self._for_good: list[Callable[[], None]] = []  # ... and for what has no end within the round
 
     def life_of(self, name: str) -> Life | None:
         """Return the last life of a VM."""
@@ -365,8 +369,8 @@ class Chaos:
                 signal.pidfd_send_signal(pidfd, signal.SIGCONT)
             os.close(pidfd)
 
-        if for_good and self.duration_s >= LONG_S and self.random.random() < 0.3:
-            os.close(pidfd)
+        if for_good and self.is_long and self.random.random() < 0.3:
+            self._for_good.append(go_on)
             return f"stop {kind_of(title)} for good"
         self.later(most_s, go_on)
         return f"stop {kind_of(title)}"
@@ -387,7 +391,7 @@ class Chaos:
                 self.fault(f"the hostile client ({kind}) has ended by itself")
             stack.close()
 
-        self.later(5.0 if self.duration_s < LONG_S else 25.0, end)
+        self.later(25.0 if self.is_long else 5.0, end)
         return kind
 
     def stall_log(self) -> str:
@@ -400,7 +404,7 @@ class Chaos:
         """Let a disk not answer for a while: whatever becomes of its VM, it is that VM's alone."""
         self.strike(f"vmd: vm/{ON_STORAGE}")
         self.storage.rule(READ, HELD)
-        self.later(5.0 if self.duration_s < LONG_S else 25.0, self.storage.release)
+        self.later(25.0 if self.is_long else 5.0, self.storage.release)
         return "hang storage"
 
     def flush_rules(self) -> str:
@@ -428,7 +432,7 @@ class Chaos:
         (3, lambda chaos: chaos.stop(lambda title: title == "vmd: vmm", for_good=False)),
         (6, be_hostile),
         (3, stall_log),
-        (3, hang_storage),
+        (2, hang_storage),
         (5, flush_rules),
         (5, delete_link),
     )
@@ -480,8 +484,8 @@ class Chaos:
     def run(self) -> str:
         """Do it all; return what was done.  Raises AssertionError if a guest was lost."""
         with self.at_work():
-            end_s = time.monotonic() + self.duration_s
-            while time.monotonic() < end_s and not self.over.wait(self.random.uniform(0.05, 0.5)):
+            end_s, longest_s = time.monotonic() + self.duration_s, 1.0 if self.is_long else 0.5
+            while time.monotonic() < end_s and not self.over.wait(self.random.uniform(0.05, longest_s)):
                 self.attack()
         spared = [life for life in self.lives if not life.excused]
         self.log.note("--- the end")
@@ -496,6 +500,8 @@ class Chaos:
                     self.look_at(self.lives[-1])
         for life in self.lives:
             life.close()
+        for go_on in self._for_good:
+            go_on()
         said = (
             f"seed {self.seed}: {self.done.total()} attacks in {self.duration_s:.0f} s"
             f" ({', '.join(f'{what} {count}' for what, count in sorted(self.done.items()))});"
