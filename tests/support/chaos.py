@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.support.bystander import PROMPT, vm_block
 from tests.support.clients import connect_as
 from tests.support.daemon import DEADLINE_S, Terminal
-from tests.support.fusefile import HELD, READ, FuseFile
+from tests.support.fusefile import HELD, OPEN, READ, FuseFile
 from tests.support.hostile import KINDS, hostile
 from tests.support.hostnet import ALIAS, NetDaemon, links
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
@@ -64,6 +64,7 @@ class Life:
         self.pid = pid
         self.excused = ""
         self.beats = 0
+        self.lock = threading.Lock()  # of who looks at its console
         self.pidfd = os.pidfd_open(pid)
         self.terminal = Terminal(tty)  # from now on: a later VM may have a pty of the same name
 
@@ -249,7 +250,8 @@ class Chaos:
 
     def reset(self, uid: int, old: Life) -> None:
         """Have a guest reset itself: its VM goes on in another process, or ends with a reason."""
-        old.excused = "was reset"
+        with old.lock:  # what its guest says from now on, a later life is to read
+            old.excused = "was reset"
         struck = self._struck[old.name]
         old.terminal.type("\rreset\r")
         deadline_s = time.monotonic() + ANSWER_S
@@ -296,7 +298,9 @@ class Chaos:
     def look_at(self, life: Life) -> None:
         """Have a guest answer, and complain if it does not."""
         try:
-            life.beat()
+            with life.lock:
+                if not life.excused:
+                    life.beat()
         except (AssertionError, OSError) as error:
             if not life.excused:
                 self.fault(f"vm {life.name} (process {life.pid}{', ended' if life.ended else ''}): {error}")
@@ -403,7 +407,8 @@ class Chaos:
     def hang_storage(self) -> str:
         """Let a disk not answer for a while: whatever becomes of its VM, it is that VM's alone."""
         self.strike(f"vmd: vm/{ON_STORAGE}")
-        self.storage.rule(READ, HELD)
+        for operation in self.random.choice(((READ,), (OPEN,), (OPEN, READ))):
+            self.storage.rule(operation, HELD)
         self.later(25.0 if self.is_long else 5.0, self.storage.release)
         return "hang storage"
 
@@ -534,8 +539,8 @@ def kind_of(title: str) -> str:
     words = title.removeprefix("vmd: ").split("/")
     if words[0] == "vm" and len(words) > 1:
         return f"vm/*/{words[2].rstrip('0123456789')}" if len(words) > 2 else "vm/*"
-    if words[0] == "control" and len(words) > 1 and words[1].isdecimal():
-        return "control/*"
+    if len(words) > 1 and words[1] != "reserve":
+        return f"{words[0]}/*"
     return "/".join(words)
 
 

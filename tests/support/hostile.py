@@ -106,7 +106,7 @@ class Client:
                     client.recv(MAX_MESSAGE)
 
     def poison(self) -> None:
-        """Pass files whose close fails or waits, and others that nobody expects, with requests that have none."""
+        """Pass files whose close fails or waits, and others that nobody expects, as boot images or as nothing."""
         if not self.kept:
             self.kept = [
                 self.file.open(), os.memfd_create("m"), os.open("/", os.O_RDONLY), os.pidfd_open(os.getpid()),
@@ -115,13 +115,22 @@ class Client:
         with connect(self.path) as client:
             client.settimeout(WAIT_S)
             for fd in (*self.random.sample(self.kept, len(self.kept)), client.fileno()):
-                socket.send_fds(client, [encode(ListRequest())[0]], [fd])
+                self.give(client, fd)
                 client.recv(MAX_MESSAGE)
+        with connect(self.path) as client:
+            client.settimeout(WAIT_S)
             lingering, peer = lingering_pair()
             with peer:
                 with lingering:  # the last close is to be theirs
-                    socket.send_fds(client, [encode(ListRequest())[0]], [lingering.fileno()])
+                    self.give(client, lingering.fileno())
                 client.recv(MAX_MESSAGE)
+
+    def give(self, client: socket.socket, fd: int) -> None:
+        """Pass a file."""
+        as_kernel = self.random.random() < 0.5
+        request = StartRequest(name=self.random.choice(("c1", *OTHERS))) if as_kernel else ListRequest()
+        packet, order = encode(request, fds={"kernel": [fd]} if as_kernel else {})
+        socket.send_fds(client, [packet], order or [fd])
 
 
 def lingering_pair() -> tuple[socket.socket, socket.socket]:
