@@ -43,6 +43,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 EVE, BOB = 65534, 40001  # nobody, and a number without a name
 ROOT = Caller(uid=0, gid=0, pid=1)  # whom a control that was taken over claims to speak for
+VISITS = 6000
 # What a control does that was taken over: a request whose VM is named so is the intruder's word.
 TAKEN_OVER_CONTROL = """
 _on_request = Control.on_request
@@ -317,6 +318,31 @@ def test_what_a_user_asks_is_not_queued(vmd: Daemon) -> None:
         assert isinstance(answer, Failed)
         assert sum(sent.values()) > 500
         assert int(answer.text) <= MAX_CLIENTS_PER_USER  # that so many have left is said all the same
+
+
+@pytest.mark.deep
+def test_a_user_who_asks_and_leaves(vmd: Daemon) -> None:
+    """Thousands of times, without a look at the answers: root does not wait behind what nobody wants to know."""
+    vmd.must("status")
+    vmd.socket.chmod(0o666)
+    packet = encode(ListRequest())[0]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(EVE, EVE, EVE)
+            os.setresuid(EVE, EVE, EVE)
+            for _ in range(VISITS):
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+                    client.connect(str(vmd.socket))
+                    client.setblocking(False)
+                    with contextlib.suppress(BlockingIOError, ConnectionError):
+                        for _ in range(16):
+                            client.send(packet)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def wait_asleep(pid: int) -> None:
