@@ -14,6 +14,7 @@ import pytest
 from tests.support.bystander import NAME, Bystander, vm_block
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.fusefile import HELD, OPEN, READ, FuseFile
+from tests.support.guests import guest
 from tests.support.images import MIB
 from tests.support.users import public_folder
 from vmd.privsep.confine import OPENER
@@ -92,6 +93,21 @@ def test_others_start_meanwhile(vmd: Daemon, file: FuseFile) -> None:
     vmd.must("stop", "-fw", "slow")
     vmd.must("stop", "-fw", "other")
     starting.communicate(timeout=DEADLINE_S)
+
+
+def test_nobody_but_the_processes_of_the_vm_has_its_files(vmd: Daemon) -> None:
+    """Neither its disk nor what it boots: those who opened them have ended, and nobody else was given them."""
+    vmd.must("start", "slow")
+    wait_for(lambda: "vmd: opener/slow" not in vmd.processes(), vmd)
+    processes = {**vmd.processes(), "parent": vmd.pid}
+    held = {
+        title: {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        for title, pid in processes.items() if "slow" in title or title.count("/") == 0
+    }  # fmt: skip
+    assert {"parent", "vmd: control", "vmd: vmm", "vmd: priv", "vmd: log", "vmd: vm"} <= held.keys()
+    its = {str(guest("demo")), *(name for names in held.values() for name in names if name.endswith("/disk"))}
+    assert {title for title, names in held.items() if names & its} == {"vmd: vm/slow/vioblk0"}
+    vmd.must("stop", "-fw", "slow")
 
 
 @pytest.mark.deep

@@ -1,0 +1,67 @@
+"""The courier: files travel only when whoever is to have them has asked, and nothing but files does."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from vmd.ipc import courier
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Give both ends of a courier."""
+    ours, theirs = courier.pair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def test_files_that_were_asked_for(ends: tuple[socket.socket, socket.socket]) -> None:
+    """By name, in their order; they stay open where they come from."""
+    ours, theirs = ends
+    reader, writer = os.pipe()
+    courier.ask(theirs)
+    assert courier.give(ours, {"boot": [reader], "disks": [writer, reader]})
+    files = courier.take(theirs)
+    assert {name: [os.fstat(fd).st_ino for fd in fds] for name, fds in files.items()} == {
+        "boot": [os.fstat(reader).st_ino], "disks": [os.fstat(writer).st_ino, os.fstat(reader).st_ino],
+    }  # fmt: skip
+    for fd in (reader, writer, *files["boot"], *files["disks"]):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("said", [b"", b"file", b"other"])
+def test_nothing_leaves_unasked(ends: tuple[socket.socket, socket.socket], said: bytes) -> None:
+    """Whoever closes a socket last closes what is on its way there; so nothing is before that is somebody's."""
+    ours, theirs = ends
+    if said:
+        theirs.send(said)
+    else:
+        theirs.shutdown(socket.SHUT_WR)
+    assert not courier.give(ours, {"boot": [0]})
+    ours.close()
+    assert socket.recv_fds(theirs, 100, 10)[:2] == (b"", [])
+
+
+@pytest.mark.parametrize(
+    ("packet", "count"), [(b"boot", 2), (b"boot disks", 1), (b"", 1), (b"passwd", 1), (b"\xff", 1)]
+)
+def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: bytes, count: int) -> None:
+    """It is refused, and closed: an opener may have been taken over."""
+    ours, theirs = ends
+    reader, writer = os.pipe()
+    socket.send_fds(ours, [packet], [writer] * count)
+    os.close(writer)
+    with pytest.raises(ValueError, match="something else came than files"):
+        courier.take(theirs)
+    assert os.read(reader, 1) == b""  # every copy of the other end is closed
+    os.close(reader)
+
+
+def test_files_that_do_not_come(ends: tuple[socket.socket, socket.socket]) -> None:
+    """There are none: whoever is to open them has ended, or does not answer in time."""
+    ours, theirs = ends
+    assert courier.fetch(theirs, timeout_s=0) == {}
+    ours.close()
+    assert courier.fetch(theirs) == {}
