@@ -35,15 +35,25 @@ def directory_of(pid: int) -> str:
     tried = "find the control groups of version 2"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            mounts = [line.split(" - ") for line in file]
+            mounts = file.read()
         with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-            group = next(line[3:].rstrip("\n") for line in file if line.startswith("0::"))
-        root, top = next(before.split()[3:5] for before, after in mounts if after.startswith("cgroup2 "))
+            found = located(mounts, file.read())
     except OSError as error:
         raise HostError(tried, error) from error
-    except StopIteration:
-        raise HostError(tried, errno.ENODEV) from None
-    return os.path.normpath(f"{top}/{group.removeprefix(root.rstrip('/'))}")
+    if found is None:
+        raise HostError(tried, errno.ENODEV)
+    return found
+
+
+def located(mountinfo: str, cgroup: str) -> str | None:
+    """Return the directory of the group in a /proc/PID/cgroup; None if no mount shows it (proc_pid_mountinfo(5))."""
+    group = next((line[3:] for line in cgroup.splitlines() if line.startswith("0::")), "")
+    for before, _, after in (line.partition(" - ") for line in mountinfo.splitlines()):
+        if after.startswith("cgroup2 ") and group:
+            root, top = before.split()[3:5]
+            inside = f"{group}/".startswith(f"{root.rstrip('/')}/") and "/.." not in group  # of our cgroup namespace
+            return f"{top}{group.removeprefix(root.rstrip('/'))}".rstrip("/") if inside else None
+    return None
 
 
 def write(path: str, text: str) -> None:
@@ -138,7 +148,8 @@ class Scope:
     def _make(self, unit: str, own: str, vmm: int) -> Groups | None:
         """Make one unit; return None if there is one of this name.  Raises VmdError."""
         above, name = os.path.split(own)
-        options = ["Delegate=yes", "TasksMax=infinity"]
+        # With MemoryAccounting=yes, systemd before 253 stops all guests when the kernel kills one for its memory.
+        options = ["Delegate=yes", "TasksMax=infinity", "MemoryAccounting=no"]
         if name.endswith(".service"):
             # Whoever limits the daemon's slice means its guests, too.  At the host's end the daemon stops its guests.
             options += [f"Before={name}", f"Slice={os.path.basename(above)}"]
