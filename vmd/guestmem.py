@@ -15,6 +15,7 @@ import mmap
 import os
 
 from vmd.errors import GuestError, HostError
+from vmd.memfile import FIXED, memory_file, seal
 from vmd.record import Record
 
 TYPE_CHECKING = False
@@ -25,7 +26,6 @@ PAGE = 4096
 KVM_MEM_READONLY = 1 << 1  # device processes use this module and must not import kvmapi
 
 _MAP_NORESERVE = 0x4000  # mmap has no name for it before Python 3.13
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class RegionSpec(Record):
@@ -73,8 +73,10 @@ class GuestMemory:
         self.memory = memoryview(self._mapping)
 
     @classmethod
-    def create(cls, layout: "Sequence[RegionSpec]", name: str = "guest-memory") -> "GuestMemory":
-        """Make new memory, all zero; the descriptor is ours until `close`.
+    def create(
+        cls, layout: "Sequence[RegionSpec]", name: str = "guest-memory", fd: int | None = None
+    ) -> "GuestMemory":
+        """Make new memory, all zero, of an empty memory file or of a new one; the descriptor is ours until `close`.
 
         Raises:
             ValueError: the layout is empty or overlaps itself.
@@ -87,7 +89,7 @@ class GuestMemory:
             offset += spec.size
         _check_disjoint(regions)
         try:
-            fd = sealed_file(name, offset)
+            fd = sealed_file(name, offset, fd)
         except OSError as error:
             raise HostError(f"{offset} bytes of guest memory", error) from error
         try:
@@ -111,7 +113,7 @@ class GuestMemory:
             if region.offset < 0 or region.offset % PAGE or region.offset + region.size > size:
                 raise ValueError(f"memory region {region.name}: outside a file of {size} bytes")
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        if seals & _SEALS != _SEALS:
+        if seals & FIXED != FIXED:
             raise ValueError(f"memory file is not sealed: {seals:#x}")
         return cls(fd, regions)
 
@@ -280,15 +282,17 @@ class GuestMemory:
         return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
 
-def sealed_file(name: str, size: int) -> int:
-    """Return a memory file, all zero, the caller's to close.  Raises OSError.
+def sealed_file(name: str, size: int, fd: int | None = None) -> int:
+    """Return a memory file, all zero, the caller's to close: a new one, or what an empty one has become.
+
+    Raises OSError, and closes the empty one then.
 
     A process that gets the descriptor can no longer shrink it under the others' feet, which would end them by SIGBUS.
     """
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = memory_file(name) if fd is None else fd
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        seal(fd, FIXED)
     except BaseException:
         os.close(fd)
         raise

@@ -24,6 +24,7 @@ from tests.support.guests import guest
 from tests.support.program import changed_program
 from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, VmConfig, VmFlag
+from vmd.ipc.channel import SO_PASSRIGHTS
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages import (
     Caller,
@@ -51,12 +52,20 @@ def _intruder(control, message, envelope, channel):
     what, _, rest = getattr(message, "name", "").partition(":")
     number = control.client_of(channel).number
     if what == "as-root":  # what the client has sent, as if root had asked
-        fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
-        control.parent.send(message.replace(name=rest), peerid=number, fds=fds)
+        files = control.client_of(channel).files = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        if isinstance(message, StartRequest):
+            message = message.replace(files=tuple(name for name, fds in files.items() if fds))
+        control.parent.send(message.replace(name=rest), peerid=number)
     elif what == "as-others":  # the same under the numbers of other clients
         for other in range(1, number):
             control.parent.send(message.replace(name=rest), peerid=other)
     elif what == "die":
+        os.kill(os.getpid(), 9)
+    elif what == "send-up":
+        try:
+            control.parent._sendmsg(b"any", [0])
+        except OSError as error:
+            os.write(2, f"control sends a descriptor up: {error}\\n".encode())
         os.kill(os.getpid(), 9)
     elif what == "peak":  # how many messages have waited for the parent at a time
         control.client_of(channel).channel.send(Failed(code=1, text=str(_peak)))
@@ -269,13 +278,48 @@ def test_files_whose_close_never_returns() -> None:
             os.waitpid(pid, 0)
 
 
-def pass_and_wait(vmd: Daemon, file: FuseFile) -> int:
-    """Pass a file with a request that has none, in another process: who closes the file waits.  Return its pid."""
+def test_a_boot_image_whose_close_never_returns(vmd: Daemon) -> None:
+    """It keeps the control of who has passed it, and the opener that looks at it: nobody else ever has it."""
+    with FuseFile(bytes(4096), flushes=True, for_all=True) as file, connect(vmd, BOB) as bob:
+        file.rule(FLUSH, HELD)
+        sender = pass_and_wait(vmd, file, StartRequest(name="hers"))
+        file.wait_held(2)
+        assert serves(bob)
+        assert vmd.status("hers")["state"] == "stopped"
+        vmd.must("start", "roots")
+        vmd.must("stop", "-fw", "roots")
+        file.release()
+        os.kill(sender, signal.SIGKILL)
+        os.waitpid(sender, 0)
+
+
+def test_no_descriptor_goes_up(vmd: Daemon) -> None:
+    """The kernel refuses what a control that was taken over sends to the parent besides its words."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as any_socket:
+        try:
+            any_socket.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError:
+            pytest.skip("a kernel before Linux 6.16")
+    with connect(vmd, EVE) as eve:
+        assert ask(eve, StopRequest(name="send-up:")) is None
+    vmd.wait_log("control sends a descriptor up: [Errno 1]")
+
+
+def pass_and_wait(vmd: Daemon, file: FuseFile, request: Record | None = None) -> int:
+    """Pass a file with a request, in another process: who closes the file waits.  Return its pid.
+
+    By default it is a request that takes no file.
+    """
     pid = os.fork()
     if pid == 0:
         try:
             eve = connect(vmd, EVE)
-            socket.send_fds(eve, [encode(ListRequest())[0]], [file.open()])
+            fd = file.open()
+            if request is None:
+                socket.send_fds(eve, [encode(ListRequest())[0]], [fd])
+            else:
+                packet, order = encode(request, fds={"kernel": [fd]})
+                socket.send_fds(eve, [packet], order)
             while True:
                 signal.pause()
         finally:

@@ -1,5 +1,6 @@
 """The clients of the control socket: what they may ask, how much."""
 
+from vmd.closing import close_all
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages import BY_CLASS, End, Failed
 from vmd.record import Record
@@ -17,6 +18,7 @@ class Client:
         self.unanswered = 0
         self.listing = False  # a list is under way to it, which may be long
         self.channel: Channel | None = None
+        self.files: dict[str, list[int]] = {}  # that came with a request, until somebody asks for them
 
     def asks(self, request: Record) -> None:
         """Count a request."""
@@ -28,6 +30,17 @@ class Client:
         if not BY_CLASS[type(answer)].partial:
             self.unanswered = max(0, self.unanswered - 1)
             self.listing &= not isinstance(answer, End | Failed)
+            if not self.unanswered:
+                self.drop_files()
+
+    def take_files(self) -> dict[str, list[int]]:
+        """Return the files of the last request that had some, which are the caller's from now on."""
+        files, self.files = self.files, {}
+        return files
+
+    def drop_files(self) -> None:
+        """Close files that nobody has asked for."""
+        close_all(fd for fds in self.take_files().values() for fd in fds)
 
     @property
     def may_ask(self) -> bool:

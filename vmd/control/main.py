@@ -5,16 +5,18 @@ what it is answered, and all of them wait while the parent has not read what the
 
 Runs as  an id of its own; sees no files, no network; no exec, no fork
 Peers    parent (requests out, answers back); any number of vmctl of that user
-Holds    one socket per client, which the parent has accepted; while it passes on a request, the files that came with it
+Holds    one socket per client, which the parent has accepted; the files that came with a request, until an opener, or
+         the process of a VM, asks for them over a courier
 """
 
+import contextlib
 import errno
-import os
 import socket
 
+from vmd.closing import close_all
 from vmd.control.clients import MAX_QUEUE, Client
 from vmd.errors import PeerError
-from vmd.ipc import first
+from vmd.ipc import courier, first
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope, Form, UnknownMessage
@@ -27,6 +29,7 @@ from vmd.ipc.messages import (
     Failed,
     Hello,
     NewClient,
+    PassFiles,
     Ping,
     Pong,
     Proc,
@@ -35,6 +38,7 @@ from vmd.ipc.messages import (
     Request,
     ServeUser,
     SetVerbosity,
+    StartRequest,
     Who,
 )
 from vmd.ipc.process import Process, handles, handles_each
@@ -120,6 +124,7 @@ class Control(Process):
         """Tell the parent that nobody waits under this number any more."""
         if self.clients.pop(client.number, None) is not None:
             self.parent.send(ClientGone(), peerid=client.number)
+        client.drop_files()
 
     def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
         """Pass a request on, under the number of whoever asks."""
@@ -131,14 +136,15 @@ class Control(Process):
             self.turn_away(client, Failed(code=errno.EPERM, text="only root may do that"))
             return
         client.asks(message)
-        fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        if any(envelope.fds.values()):
+            if client.files:
+                raise PeerError(channel.label, "passes more files before those of its last request were used")
+            client.files = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        message = message.replace(caller=None)
+        if isinstance(message, StartRequest):
+            message = message.replace(files=tuple(name for name, fds in client.files.items() if fds))
         try:
-            self.parent.send(
-                message.replace(caller=None),
-                peerid=client.number,
-                fds=fds,
-                refused=lambda: self.on_refused(client),
-            )
+            self.parent.send(message, peerid=client.number)
         except ValueError as error:  # it just fitted a packet, and no longer does with what later versions added
             self.turn_away(client, Failed(code=errno.EMSGSIZE, text=str(error)))
         if self.parent.waiting:
@@ -156,11 +162,21 @@ class Control(Process):
         for client in list(self.clients.values()):
             self.read(client)
 
-    def on_refused(self, client: Client) -> None:
-        """A request could not be passed on with its files."""
-        if self.clients.get(client.number) is client:
-            text = f"vmd cannot pass files on: {os.strerror(errno.ETOOMANYREFS)}"
-            self.turn_away(client, Failed(code=errno.ETOOMANYREFS, text=text))
+    def on_pass_files(self, _message: PassFiles, envelope: Envelope, _channel: Channel) -> None:
+        """Give a client's files to who asks at the other end of a courier; the parent has none of them."""
+        fd = envelope.take_fd("courier")
+        assert fd is not None
+        client = self.clients.get(envelope.peerid)
+        files = client.take_files() if client is not None else {}
+        sock = socket.socket(fileno=fd)
+
+        def on_asked(_events: int) -> None:
+            self.loop.remove(fd)
+            with sock, contextlib.suppress(OSError):  # nobody wants them any more, or too many are on their way
+                courier.give(sock, files)
+            close_all(each for fds in files.values() for each in fds)
+
+        self.loop.add(fd, on_asked)
 
     def on_answer(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Pass an answer back."""
@@ -207,6 +223,7 @@ class Control(Process):
         **handles(Proc.PARENT, ServeUser, on_serve_user),
         **handles(Proc.PARENT, NewClient, on_new_client),
         **handles(Proc.PARENT, Ping, on_ping),
+        **handles(Proc.PARENT, PassFiles, on_pass_files),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
         **handles(Proc.PARENT, Quit, on_quit),
         **handles_each(Proc.PARENT, ANSWERS, on_answer),

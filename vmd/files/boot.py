@@ -1,6 +1,6 @@
-"""Opens what a VM boots: a kernel and its initrd, or firmware.
+"""What a VM boots: a kernel and its initrd, or firmware, opened here or by a client.
 
-Nothing here reads what a file says: that is for a process without privileges.
+Nothing here looks at what a file says: that is for a process without privileges.
 """
 
 import errno
@@ -12,7 +12,13 @@ from vmd.closing import close
 from vmd.errors import OperatorError, sentence
 from vmd.files.images import open_image
 from vmd.ipc.messages import VMD_BIOS_MISSING
+from vmd.memfile import CONSTANT, seal
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+PIECE = 1 << 20
 # Where distributions put SeaBIOS: Debian's package seabios, Fedora's seabios-bin, Arch's seabios, QEMU's own.
 FIRMWARE_PATHS = (
     "/usr/share/seabios/bios-256k.bin",
@@ -83,6 +89,46 @@ def require_regular(fd: int, name: str) -> None:
     # One that was opened as a mere place proves that somebody could name the file, not that he may read it.
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise OperatorError(errno.EACCES, f"{name}: not open for reading")
+
+
+def require_readable(fd: int, name: str, groups: "Sequence[int]") -> None:
+    """Raise OperatorError unless this user, who has these groups, may read the open file, by its own mode bits.
+
+    The check is made on the descriptor that will be used, so that no path can be swapped in between.
+    """
+    user = os.geteuid()
+    if user == 0:
+        return
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{name}: {sentence(error)}") from None
+    if status.st_uid == user:
+        allowed = status.st_mode & stat.S_IRUSR
+    elif status.st_gid in groups:
+        allowed = status.st_mode & stat.S_IRGRP
+    else:
+        allowed = status.st_mode & stat.S_IROTH
+    if not allowed:
+        raise OperatorError(errno.EACCES, f"{name}: uid {user} may not read it")
+
+
+def copy_to_memory(fd: int, memory: int, name: str, bytes_max: int, on_piece: "Callable[[], None]") -> None:
+    """Copy a file into an empty memory file, which nothing changes any more then.
+
+    `on_piece` is called again and again.  Raises OperatorError.
+    """
+    done = 0
+    try:
+        while piece := os.pread(fd, PIECE, done):
+            done += len(piece)
+            if done > bytes_max:
+                raise OperatorError(errno.EFBIG, f"{name}: larger than {bytes_max >> 20} MiB, so that no copy is kept")
+            os.write(memory, piece)
+            on_piece()
+        seal(memory, CONSTANT)
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be copied: {sentence(error)}") from None
 
 
 def open_firmware() -> tuple[int, str]:

@@ -5,7 +5,7 @@ any other process that all guests hang on.  The kernel closes what is still on i
 the socket last, and that may wait for ever.  So nothing is sent before the other end has asked for it: until then
 nothing is on its way, and from then on its receiver holds that end.
 
-The files travel in one packet, which names each: `boot disks disks cdrom`.
+The files travel in one packet, which names each: `files boot disks disks cdrom`.
 """
 
 import array
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ASK = b"files"
+HEAD = "files"  # with which a packet begins, for there may be none in it
 NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel")
 FILES_MAX = 32  # four disks of four images, and what a VM boots from
 PACKET_MAX = 1024
@@ -44,9 +45,10 @@ def give(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> bool:
 
 def send(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> None:
     """Send files to who has asked.  Raises OSError."""
-    names = " ".join(name for name, fds in files.items() for _ in fds)
+    names = " ".join((HEAD, *(name for name, fds in files.items() for _ in fds)))
     fds = array.array("i", (fd for each in files.values() for fd in each))
-    sock.sendmsg([names.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)], socket.MSG_NOSIGNAL)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+    sock.sendmsg([names.encode()], rights, socket.MSG_NOSIGNAL)
 
 
 def ask(sock: socket.socket) -> None:
@@ -55,10 +57,13 @@ def ask(sock: socket.socket) -> None:
 
 
 def take(sock: socket.socket) -> "dict[str, list[int]]":
-    """Return the files that have come, by name.  Raises OSError; ValueError for anything but files."""
+    """Return the files that have come, by name.  Raises OSError, if none will come; ValueError for anything else."""
     packet, fds, flags, _ = socket.recv_fds(sock, PACKET_MAX, FILES_MAX, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
-    names = packet.decode("ascii", "replace").split()
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(names) != len(fds) or not set(names) <= set(NAMES):
+    if not packet and not fds:
+        raise ConnectionResetError
+    head, *names = packet.decode("ascii", "replace").split() or [""]
+    fits = head == HEAD and len(names) == len(fds) and set(names) <= set(NAMES)
+    if not fits or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(fds)
         raise ValueError("something else came than files")
     files: dict[str, list[int]] = {}
@@ -68,14 +73,11 @@ def take(sock: socket.socket) -> "dict[str, list[int]]":
 
 
 def fetch(sock: socket.socket, timeout_s: float = PATIENCE_S) -> "dict[str, list[int]]":
-    """Ask for the files and wait for them; {} if they do not come.  Raises OSError; ValueError as `take`."""
+    """Ask for the files and wait for them.  Raises OSError if they do not come; ValueError as `take`."""
     deadline_s = time.monotonic() + timeout_s
-    try:
-        ask(sock)
-    except (BrokenPipeError, ConnectionResetError):
-        return {}
+    ask(sock)
     readable = select.poll()
     readable.register(sock, select.POLLIN)
     if not readable.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
-        return {}
+        raise TimeoutError
     return take(sock)

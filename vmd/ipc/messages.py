@@ -226,13 +226,15 @@ class StartRequest(VmRequest):
     """Start a VM: a known one (`config` None), or the one described.
 
     fds: `kernel` and `initrd` were opened by the client, so that a user may boot what only he can read.
-    For a known VM they are a one-shot boot, as is `boot_device`.
+    For a known VM they are a one-shot boot, as is `boot_device`.  Control keeps them until `PassFiles`, and says in
+    `files` which there are; what a client says there counts for nothing.
     """
 
     config: VmConfig | None = None
     template: str = ""
     boot_device: BootDevice = BootDevice.AUTO
     cmdline: str | None = None
+    files: tuple[str, ...] = ()
 
 
 @request(0x11, Who.OWNER, "StopAccepted", "VmTerminated")
@@ -303,16 +305,22 @@ class PauseRequest(VmRequest):
     paused: bool
 
 
-@request(0x1C, Who.ROOT, "TransferProgress", "VmSent", fds=("stream",))
+@request(0x1C, Who.ROOT, "TransferProgress", "VmSent", fds=("stream?",))
 class SendRequest(VmRequest):
-    """Write a VM to `stream`; it is gone then, or with `keep` goes on.  Where that fails it goes on as before."""
+    """Write a VM to `stream`; it is gone then, or with `keep` goes on.  Where that fails it goes on as before.
+
+    fds: `stream` is the client's; control keeps it until `PassFiles`.
+    """
 
     keep: bool = False
 
 
-@request(0x1D, Who.ROOT, "TransferProgress", "VmReceived", fds=("stream",))
+@request(0x1D, Who.ROOT, "TransferProgress", "VmReceived", fds=("stream?",))
 class ReceiveRequest(Request):
-    """Read a VM from `stream`, to go on under a name; with `paused` it waits to be unpaused."""
+    """Read a VM from `stream`, to go on under a name; with `paused` it waits to be unpaused.
+
+    fds: as for SendRequest.
+    """
 
     name: str
     paused: bool = False
@@ -605,7 +613,7 @@ class NicLink(Record):
 @message(
     0x60,
     TO_VM,
-    fds=("couriers*", "boot?", "initrd?", "tty", "tty_slave", "shown", "taps*"),
+    fds=("couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*"),
     answered_by=("VmRunning", "VmFailed"),
 )
 class StartVm(Record):
@@ -613,7 +621,8 @@ class StartVm(Record):
 
     fds: what the VM uses comes over the `couriers` (vmd.ipc.courier): `boot`, the kernel or firmware, read-only;
     `initrd`; `disks`, the images of all disks, one disk after the other, each in the order of `disks`; `cdrom`.
-    `boot` and `initrd` come with this instead where the parent has kept them.
+    `boot` and `initrd` come with this instead where the parent has copies of what a client has opened.
+    `memory` is an empty memory file: the guest's.
     `tty` and `tty_slave` are the two sides of the console; `shown` is what it has shown (vmd.backlog); `taps` are one
     for each of `nics`.
     """
@@ -626,12 +635,11 @@ class StartVm(Record):
     nics: tuple[NicLink, ...] = ()
 
 
-@message(0x61, FROM_VM, fds=("memory?", "process?"))
+@message(0x61, FROM_VM, fds=("process?",))
 class VmRunning(Record):
     """The guest executes.
 
-    fds: `memory` is the guest's memory; the parent looks at how much of it there is, and at nothing in it.  `process`
-    is a pidfd of the VM process, added by vmm: pids of vmm's namespace mean nothing to the parent.
+    fds: `process` is a pidfd of the VM process, added by vmm: pids of vmm's namespace mean nothing to the parent.
     """
 
     vmid: int
@@ -727,9 +735,9 @@ class PauseDone(Record):
     text: str = ""
 
 
-@message(0x6D, TO_VM, fds=("stream",), answered_by=("TransferProgress", "SendDone"))
+@message(0x6D, TO_VM, fds=("courier",), answered_by=("TransferProgress", "SendDone"))
 class SendVm(Record):
-    """Stand still and write yourself to `stream`.  VmExited follows, unless `keep`.
+    """Stand still and write yourself to the `stream` that comes over `courier`.  VmExited follows, unless `keep`.
 
     `one_shot`, which goes along: when the guest resets itself, that is its end (*cat. 4.4*).
     """
@@ -751,11 +759,11 @@ class SendDone(Record):
 @message(
     0x6F,
     TO_VM,
-    fds=("stream", "tty", "tty_slave", "shown"),
+    fds=("courier", "memory", "tty", "tty_slave", "shown"),
     answered_by=("TransferProgress", "ReceivedHeader", "VmFailed"),
 )
 class ReceiveVm(Record):
-    """Become the VM that `stream` has.
+    """Become the VM that the `stream` has that comes over `courier`; other descriptors as for StartVm.
 
     In four steps, for what the stream says has to be judged and its disks opened: ReceivedHeader, ReceiveMemory,
     ReceivedMachine, ResumeReceived; then VmRunning.  VmFailed at any time.
@@ -905,6 +913,11 @@ class NewClient(Record):
     uid: int
     code: int = 0
     text: str = ""
+
+
+@message(0xB4, (Proc.PARENT, Proc.CONTROL), fds=("courier",))
+class PassFiles(Record):
+    """Give the files of the last request of this client to who asks at the other end of `courier` (vmd.ipc.courier)."""
 
 
 # --- between parent and priv -----------------------------------------------------------------------------
@@ -1064,12 +1077,17 @@ class OpenedFile(Record):
 
 
 @message(
-    0xA0, (Proc.PARENT, Proc.OPENER), fds=("courier", "probe?"), answered_by=("OpenerAt", "FilesOpened", "NotOpened")
+    0xA0,
+    (Proc.PARENT, Proc.OPENER),
+    fds=("courier", "probe?", "client?", "kernel_copy?", "initrd_copy?"),
+    answered_by=("OpenerAt", "FilesOpened", "NotOpened"),
 )
 class OpenFiles(Record):
     """Become this user for good, and open what a VM uses.
 
     fds: the files leave by the `courier`, as soon as its other end asks for them; `probe` leads to an imgprobe.
+    `client` is a courier from the client's control, for what it has `given`.  That is copied to `kernel_copy` and
+    `initrd_copy`, memory files, where there are such, instead of leaving by the courier.
     """
 
     name: str  # of the VM
@@ -1079,8 +1097,11 @@ class OpenFiles(Record):
     disks: tuple[DiskConfig, ...] = ()
     cdrom: str = ""
     boots: bool = False  # `kernel`, or else the firmware of this host, and `initrd`
-    kernel: str = ""
+    kernel: str = ""  # these are also what to call what is given
     initrd: str = ""
+    given: tuple[str, ...] = ()  # kernel, initrd
+    check_given: bool = False  # whether the user may read it, by its mode
+    copy_max: int = 0  # bytes
     in_conf: bool = True  # whether advice is for who writes a vm.conf
     patience_s: float = 0.0  # for locks that somebody is about to let go
 

@@ -12,9 +12,10 @@ import contextlib
 import errno
 import os
 import socket
+import time
 
 from vmd.errors import HostError, InUse, OperatorError, number, sentence
-from vmd.files.boot import BootFiles, open_boot_files
+from vmd.files.boot import BootFiles, copy_to_memory, open_boot_files, require_readable, require_regular
 from vmd.files.media import Media
 from vmd.files.prober import ProbeSocket
 from vmd.ipc import courier
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 LAST_WORDS_S = 5.0
+SAY_S = 5.0  # between two signs of life while a large file is copied
 NAME_BYTES_MAX = 1000  # of a file, where it is told what is opened
 NOTES_MAX, NOTES_BYTES_MAX = 30, 5000  # with the names of seventeen files they fit one message
 
@@ -51,17 +53,17 @@ class Opener(Process):
         super().__init__(Proc.OPENER)
         self.parent = self.attach_parent(Proc.PARENT)
         self.said: set[str] = set()
+        self.last, self.said_s = "", 0.0
 
     def on_open(self, message: OpenFiles, envelope: Envelope, _channel: Channel) -> None:
         """Do the job; from here on this process may be kept by storage at any point."""
         fd = envelope.take_fd("courier")
         assert fd is not None
-        probe = envelope.take_fd("probe")
         set_title(f"opener/{message.name}")
         self.loop.stop()
         try:
             become(message)
-            files, opened = self.open(message, probe)
+            files, opened = self.open(message, envelope)
             self.parent.send(opened)
         except InUse as error:
             in_use = NotOpened(code=error.number, text=brief(str(error)), file=error.file, what=brief(error.name))
@@ -73,13 +75,15 @@ class Opener(Process):
                 courier.give(ours, files)
         self.parent.flush_blocking(LAST_WORDS_S)
 
-    def open(self, message: OpenFiles, probe: int | None) -> tuple[dict[str, list[int]], FilesOpened]:
+    def open(self, message: OpenFiles, envelope: Envelope) -> tuple[dict[str, list[int]], FilesOpened]:
         """Open everything; return the files, and what to say of them.  Raises OperatorError."""
+        given = self.take_given(message, envelope)
+        probe = envelope.take_fd("probe")
         prober: Prober = ProbeSocket(socket.socket(fileno=probe)) if probe is not None else NoProbe()
         boot = BootFiles()
         if message.boots:
             self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
-            boot = open_boot_files(message.kernel, message.initrd)
+            boot = open_boot_files(message.kernel, "" if "initrd" in message.given else message.initrd)
         media = Media.open(
             message.disks,
             message.cdrom,
@@ -94,16 +98,55 @@ class Opener(Process):
             notes=tuple(fitting(media.notes, NOTES_MAX, NOTES_BYTES_MAX)),
             boot_name=boot.boot_name,
         )
-        boots = [boot.take_boot()] if message.boots else []
-        files = {"boot": boots, "initrd": boot.take_initrd(), "disks": media.take_disks(), "cdrom": media.take_cdrom()}
+        files = {
+            "boot": [*given.get("kernel", ()), *([boot.take_boot()] if message.boots else [])],
+            "initrd": [*given.get("initrd", ()), *boot.take_initrd()],
+            "disks": media.take_disks(),
+            "cdrom": media.take_cdrom(),
+        }
         return files, opened
+
+    def take_given(self, message: OpenFiles, envelope: Envelope) -> dict[str, list[int]]:
+        """Return what a client has opened, by name, but for what was copied.  Raises OperatorError."""
+        fd = envelope.take_fd("client")
+        if fd is None:
+            return {}
+        self.at("what the client has opened")
+        try:
+            with socket.socket(fileno=fd) as client:
+                files = courier.fetch(client)
+        except (OSError, ValueError):
+            files = {}
+        if sorted(name for name, fds in files.items() for _ in fds) != sorted(message.given):
+            raise OperatorError(errno.EPIPE, f"vm {message.name}: what the client has opened did not come")
+        for name, (file,) in list(files.items()):
+            path = (message.kernel or "boot image") if name == "kernel" else (message.initrd or "initrd")
+            self.at(path)
+            require_regular(file, path)
+            if message.check_given:
+                require_readable(file, "boot image", (message.gid, *message.groups))
+            copy = envelope.take_fd(f"{name}_copy")
+            if copy is not None:
+                copy_to_memory(file, copy, path, message.copy_max, self.go_on)
+                del files[name]
+        return files
+
+    def go_on(self) -> None:
+        """Say now and then that something large is under way."""
+        if time.monotonic() >= self.said_s + SAY_S:
+            self.say(self.last)
+
+    def say(self, what: str) -> None:
+        """Say what this is at."""
+        self.last, self.said_s = what, time.monotonic()
+        self.parent.send(OpenerAt(what=brief(what, NAME_BYTES_MAX)))
 
     def at(self, what: str) -> None:
         """Say what is opened next: if that never ends, it is to be named."""
         if what in self.said:  # one more try
             return
         self.said.add(what)
-        self.parent.send(OpenerAt(what=brief(what, NAME_BYTES_MAX)))
+        self.say(what)
 
     HANDLERS: "Handlers" = {**handles(Proc.PARENT, OpenFiles, on_open)}
 

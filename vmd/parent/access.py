@@ -4,10 +4,9 @@ import errno
 import grp
 import os
 import pwd
-import stat
 
 from vmd.config.model import Owner
-from vmd.errors import OperatorError, sentence
+from vmd.errors import OperatorError
 from vmd.ipc.messages import BY_CLASS, Caller, Request, Who
 
 NOGROUP = 65534
@@ -50,28 +49,6 @@ def require_root(caller: Caller, what: str) -> None:
     """Raise OperatorError(EPERM) unless root asks."""
     if caller.uid != 0:
         raise OperatorError(errno.EPERM, f"only root may {what}")
-
-
-def require_readable(fd: int, path: str, caller: Caller) -> None:
-    """Raise OperatorError unless the caller may read the open file, by its own mode bits.
-
-    The check is made on the descriptor that will be used, so that no path can be swapped in between.
-    """
-    if caller.uid == 0:
-        return
-    try:
-        status = os.fstat(fd)
-    except OSError as error:  # a user's own FUSE mount may refuse even root
-        raise OperatorError(error.errno or errno.EIO, f"{path}: {sentence(error)}") from None
-    mode = status.st_mode
-    if status.st_uid == caller.uid:
-        allowed = mode & stat.S_IRUSR
-    elif caller.gid == status.st_gid or in_group(caller.uid, status.st_gid):
-        allowed = mode & stat.S_IRGRP
-    else:
-        allowed = mode & stat.S_IROTH
-    if not allowed:
-        raise OperatorError(errno.EACCES, f"{path}: uid {caller.uid} may not read it")
 
 
 def rights_of(caller: Caller | None) -> Owner | None:

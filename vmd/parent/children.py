@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
 
-SEND_NO_FILES = (Proc.OPENER,)  # to us
+SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER)  # to us
 CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
 

@@ -6,7 +6,9 @@ leaves, and when a question has been answered.
 
 from enum import Enum
 
-from vmd.ipc.messages import NO_CLIENT, Failed, Proc, brief
+from vmd.errors import HostError
+from vmd.ipc import courier
+from vmd.ipc.messages import NO_CLIENT, Failed, PassFiles, Proc, brief
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,6 +80,18 @@ class Clients:
             self.fail(wait.client, code, text)
             self._leave(wait)
         return lost
+
+    def courier(self, client: int) -> int:
+        """Return where the files of a client's last request can be asked for, a socket of the caller's.
+
+        Raises HostError.
+        """
+        try:
+            ours, theirs = courier.pair()
+        except OSError as error:
+            raise HostError("make a courier", error) from error
+        self._peers.send(Proc.CONTROL, PassFiles(), peerid=client, fds={"courier": [theirs.detach()]})
+        return ours.detach()
 
     # --- who waits ---------------------------------------------------------------------------------------
 

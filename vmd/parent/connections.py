@@ -25,7 +25,7 @@ import os
 import socket
 import time
 
-from vmd.closing import close
+from vmd.closing import close, close_all
 from vmd.errors import HostError, PeerError, VmdError, sentence
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.imsg import Form, encode
@@ -404,14 +404,17 @@ class Connections:
     # --- as a channel ------------------------------------------------------------------------------------
 
     def send(self, message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
-        """Send an answer to the client of a number, if it is still there, and with number 0 to every control."""
-        assert not fds
+        """Send what is for the client of a number, if it is still there, and with number 0 to every control."""
         if peerid:
             known = self.known.get(peerid)
-            if known is not None:
-                if not BY_CLASS[type(message)].partial:
+            if known is None:
+                for each in fds.values():
+                    close_all(each)
+            else:
+                info = BY_CLASS[type(message)]
+                if info.is_answer and not info.partial:
                     known.unanswered = max(0, known.unanswered - 1)  # a lost console is told of unasked
-                known.control.channel.send(message, peerid=peerid)
+                known.control.channel.send(message, peerid=peerid, fds=fds)
             return
         for channel in list(self._channels()):
             channel.send(message)

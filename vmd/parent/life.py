@@ -7,9 +7,9 @@ import errno
 import os
 import time
 
-from vmd.closing import close, close_all
+from vmd.closing import close_all
+from vmd.config.model import Owner
 from vmd.errors import HostError, OperatorError, VmdError, number
-from vmd.files.boot import require_regular
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import (
     VMD_PARENT_INVALID,
@@ -40,13 +40,13 @@ from vmd.ipc.messages import (
 )
 from vmd.log import log
 from vmd.parent import endings, instances, reload, service
-from vmd.parent.access import may_control, not_allowed, require_readable, require_root
+from vmd.parent.access import may_control, not_allowed, require_root
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files, require_room
-from vmd.parent.opening import replaced
+from vmd.parent.opening import Given, replaced
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import checked_request, described, one_shot_config, require_startable
-from vmd.parent.usage import host_pid, is_memory
+from vmd.parent.usage import host_pid
 from vmd.parent.vmtable import State, Vm
 
 TYPE_CHECKING = False
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 SAID_ONCE = (VmRunning, VmFailed, ReceivedHeader, ReceivedMachine, NicsMade, NicsFailed)  # of a VM, in one life
+COPY_MAX = 1 << 30  # bytes of a boot image that is kept, or as much as its guest has memory
 LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
 
 
@@ -89,21 +90,30 @@ class Life:
         """Start a VM that is known, or register the one described and start that."""
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
-        boot, initrd = (next(iter(envelope.fds.get(name, ())), None) for name in ("kernel", "initrd"))
-        if message.template or message.config is not None:
-            vm = self._described(message, caller, boot, initrd)
+        names = message.files
+        described = message.template or message.config is not None
+        if described:
+            vm = self._described(message, caller)
         else:
             vm = self.vms.get(message.vmid, message.name)
             if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
                 raise not_allowed(caller, f"start vm {vm.name}", vm.config.owner.uid, vm.config.owner.gid)
             vm.require_startable()
-            for fd in (boot, initrd):
-                if fd is not None:
-                    require_readable(fd, "boot image", caller)
         try:
             config = one_shot_config(vm.config, message)
-            boot, initrd = envelope.take_fd("kernel"), envelope.take_fd("initrd")
-            self.start(vm, uid=caller.uid, config=config, given_boot=boot, given_initrd=initrd)
+            given = None
+            if names:
+                if described:
+                    vm.keep_files(names)
+                given = Given(
+                    client=envelope.peerid,
+                    user=Owner(uid=caller.uid, gid=caller.gid),
+                    names=names,
+                    check_mode=not described,
+                    copies=tuple(vm.kept.values()),
+                    copy_max=max(config.memory_bytes, COPY_MAX),
+                )
+            self.start(vm, uid=caller.uid, config=config, given=given)
         except Exception:
             if not vm.from_config:
                 self.vms.remove(vm)
@@ -111,21 +121,16 @@ class Life:
         vm.restarts.started_by_user()
         self.clients.wait(envelope.peerid, For.START, vm.vmid)
 
-    def _described(self, message: StartRequest, caller: Caller, boot: int | None, initrd: int | None) -> Vm:
-        """Register the VM that a client describes.  Raises OperatorError, HostError."""
-        wanted = described(message, given_boot=boot is not None, given_initrd=initrd is not None)
+    def _described(self, message: StartRequest, caller: Caller) -> Vm:
+        """Register the VM that a client describes.  Raises OperatorError."""
+        boot = "kernel" in message.files
+        wanted = described(message, given_boot=boot, given_initrd="initrd" in message.files)
         if message.template:
             wanted = self._instance(message.template, wanted, caller)
         else:
             require_root(caller, "start a VM that vm.conf does not describe")
-            wanted = checked_request(wanted, bootable=boot is not None)
-        vm = self.vms.add(wanted, from_config=False)
-        try:
-            vm.keep_files(boot, initrd)
-        except HostError:
-            self.vms.remove(vm)
-            raise
-        return vm
+            wanted = checked_request(wanted, bootable=boot)
+        return self.vms.add(wanted, from_config=False)
 
     def _instance(self, name: str, wanted: "VmConfig", caller: Caller) -> "VmConfig":
         """Return what an instance of a template is, of which a client has described some.  Raises OperatorError."""
@@ -145,49 +150,38 @@ class Life:
         *,
         uid: int,
         config: "VmConfig | None" = None,
-        given_boot: int | None = None,
-        given_initrd: int | None = None,
+        given: Given | None = None,
         again: bool = False,
     ) -> None:
-        """Begin to open what the VM needs, and then have vmm start it, `again` after a reset.  Owns the descriptors.
+        """Begin to open what the VM needs, and then have vmm start it, `again` after a reset.
 
         `config` differs from the VM's own for a one-shot boot.  Raises OperatorError or HostError; the VM is
         then as it was.  What fails later is told to those who wait for its start.
         """
         config = config or vm.config
-        once = vm.from_config and (config != vm.config or given_boot is not None or given_initrd is not None)
-        given = {"boot": given_boot, "initrd": given_initrd}
-        fds = {name: [fd] for name, fd in given.items() if fd is not None}
+        once = vm.from_config and (config != vm.config or given is not None)
+        kernel = "kernel" in (given.names if given is not None else vm.kept)
+        require_startable(config, bootable=kernel or again)
+        self.require_room(vm, config, again=again)
+        self.openings.require_answers(uid)
+        fresh_console = vm.open_console()
         try:
-            if given_boot is not None:
-                require_regular(given_boot, config.kernel or "boot image")
-            if given_initrd is not None:
-                require_regular(given_initrd, config.initrd or "initrd")
-            require_startable(config, bootable=given_boot is not None or again)
-            self.require_room(vm, config, again=again)
-            self.openings.require_answers(uid)
-            fresh_console = vm.open_console()
-            try:
-                assert vm.pty is not None
-                vm.pty.give_to(uid, vm.config.owner.gid)
-            except HostError:
-                if fresh_console:
-                    vm.drop_pty()
-                raise
-        except Exception:
-            for each in fds.values():
-                close_all(each)
+            assert vm.pty is not None
+            vm.pty.give_to(uid, vm.config.owner.gid)
+        except HostError:
+            if fresh_console:
+                vm.drop_pty()
             raise
         vm.begin_start(uid, again=again)
         vm.once_because = endings.ONCE.get(config.boot_device, endings.ONLY_THAT_START if once else "")
         self.openings.open(
             vm,
-            config.replace(initrd="") if given_initrd is not None else config,
+            config,
             uid,
             lambda opened: self._opened(vm, config, opened, again=again),
             lambda error: self.not_started(vm, error, again=again),
-            boots=given_boot is None,
-            given=fds,
+            boots=not kernel,
+            given=given,
             patience_s=vm.patience_s(),
         )
 
@@ -206,8 +200,7 @@ class Life:
                 verbosity=self.core.verbosity,
                 disks=opened.disks,
             )
-            console = vm.console_fds()
-            fds = {**opened.take(), **console}
+            fds = {**vm.process_fds(), "couriers": opened.take_couriers()}
             self.network.launch(vm, message, fds, lambda code, text: self.start_failed(vm, code, text))
         except VmdError as error:
             opened.close()
@@ -286,12 +279,6 @@ class Life:
     def on_running(self, message: VmRunning, envelope: "Envelope") -> None:
         """The guest executes; that of a VM that was received goes on, or stands still as was asked for."""
         vm = self.vms.living(message.vmid)
-        memory = envelope.take_fd("memory")
-        if memory is not None and is_memory(memory):
-            vm.take_memory(memory)
-        elif memory is not None:
-            close(memory)
-            log.warn(f"vm {vm.name}: its process does not show how much memory it uses")
         assert vm.pty is not None
         process = envelope.take_fds("process")
         pid = host_pid(process[0]) if process else 0
@@ -409,8 +396,7 @@ class Life:
         vm.begin_reboot()
         log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
         try:
-            boot, initrd = vm.kept_files()
-            self.start(vm, uid=uid, config=vm.running_config, given_boot=boot, given_initrd=initrd, again=True)
+            self.start(vm, uid=uid, config=vm.running_config, again=True)
         except VmdError as error:
             log.error(f"vm {vm.name}: cannot reboot: {error}")
             return f"cannot reboot: {error}"

@@ -3,8 +3,8 @@
 Runs as  root; opens no file that others have named
 Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (what all write), openers (files of VMs);
          all started here
-Holds    the configuration, the VM table, the file of identities, consoles; a VM's boot files only until vmm has them;
-         descriptors of guests' memory, which it neither maps nor reads, for how much of it there is
+Holds    the configuration, the VM table, the file of identities, consoles; copies of what clients have opened to boot;
+         the files of guests' memory, which it neither maps nor reads, for how much of it there is
 Parses   vm.conf, its own file of identities, and checked messages; never a byte a guest or an image wrote
 
 This module puts the rooms together and brings each message to its room.  A `vmctl start`, from room to room:

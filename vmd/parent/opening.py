@@ -9,24 +9,25 @@ without waiting for them.  One opener and one imgprobe are in reserve, so that n
 """
 
 import errno
+import os
 import time
 
 from vmd.closing import close_all
 from vmd.config.model import Owner
 from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
-from vmd.ipc.channel import NO_FDS
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc
 from vmd.log import log
 from vmd.parent.access import NOGROUP, groups_of
 from vmd.parent.holders import Holders, in_words
 from vmd.privsep.cell import LockholderCell
+from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
     from typing import Any
 
     from vmd.config.model import VmConfig
@@ -41,38 +42,44 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Child
 
 ANSWER_S = 30.0  # for the next file to be opened
+LONGEST_S = 300.0  # for all of them: there are users who wait for their turn
 HAND_OVER_S = 300.0  # for a VM to fetch its files: it waits for its interfaces, and then for its process
 SOON_S = 0.1  # for one that was killed to be gone
 AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was killed is buried
 RESERVE_DELAY_S = 0.2  # the VM that is being started needs the processor more than the next one does
-AT_A_TIME = 4  # openings of users
+AT_A_TIME = 8  # openings of users
 STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
 
 
-class Opened:
-    """What a VM was found to have; whoever has this owns its descriptors."""
+class Given(Record):
+    """What a client has opened for a start: a kernel, an initrd, or both."""
 
-    def __init__(self, given: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
-        """`given` is what goes to the VM process besides, by name."""
+    client: int  # who keeps them, until they are asked for
+    user: Owner  # whose rights they are taken with
+    names: tuple[str, ...]  # kernel, initrd
+    check_mode: bool  # whether the user may read them, by their modes
+    copies: tuple[int, ...] = ()  # empty memory files that they are copied to, in the order of `names`; not ours
+    copy_max: int = 0  # bytes
+
+
+class Opened:
+    """What a VM was found to have; whoever has this owns its couriers."""
+
+    def __init__(self) -> None:
         self.disks: tuple[DiskImages, ...] = ()
         self.files: Files = {}
         self.notes: tuple[str, ...] = ()
         self.boot_name = ""
-        self._fds: dict[str, list[int]] = {"couriers": [], **{name: list(fds) for name, fds in given.items()}}
+        self.couriers: list[int] = []  # ends for the VM process
 
-    def add_courier(self, fd: int) -> None:
-        """Take an end of a courier."""
-        self._fds["couriers"].append(fd)
-
-    def take(self) -> dict[str, list[int]]:
-        """Return what goes to the VM process, by name; it is the caller's from now on."""
-        fds, self._fds = self._fds, {}
+    def take_couriers(self) -> list[int]:
+        """Return what leads the VM process to its files; it is the caller's from now on."""
+        fds, self.couriers = self.couriers, []
         return fds
 
     def close(self) -> None:
         """Let everything go; the files, too."""
-        for fds in self.take().values():
-            close_all(fds)
+        close_all(self.take_couriers())
 
 
 def replaced(before: "Files", now: "Files") -> list[str]:
@@ -104,7 +111,7 @@ class Opening:
         vm: "Vm",
         user: int,
         jobs: list[OpenFiles],
-        opened: Opened,
+        given: Given | None,
         on_opened: "Callable[[Opened], None]",
         on_failed: "Callable[[VmdError], None]",
         *,
@@ -117,7 +124,9 @@ class Opening:
         self.on_failed = on_failed
         self.names_holder = names_holder  # if somebody else has a lock, the error says who
         self.openers: list[Opener] = []  # that have not answered
-        self.opened = opened
+        self.given = given
+        self.opened = Opened()
+        self.began_s = 0.0
 
 
 class Openings:
@@ -197,19 +206,18 @@ class Openings:
         on_failed: "Callable[[VmdError], None]",
         *,
         boots: bool,
-        given: "Mapping[str, Sequence[int]]" = NO_FDS,
+        given: Given | None = None,
         patience_s: float = 0.0,
         names_holder: bool = True,
     ) -> None:
         """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
 
-        `given` is what goes to its process besides, and ours.  `patience_s` is for locks of somebody who is about to
-        let go.
+        A client may have opened some of that: `given`.  `patience_s` is for locks of somebody who is about to let go.
         """
         self.give_up(vm)
-        jobs = jobs_of(config, boots=boots, patience_s=patience_s)
+        jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s)
         opening = self.by_vm[vm] = Opening(
-            vm, user, jobs, Opened(given), on_opened, on_failed, names_holder=names_holder
+            vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder
         )
         self.waiting.append(opening)
         self.loop.call_later(0, self._begin)
@@ -225,6 +233,7 @@ class Openings:
                 self._begin_one(opening)
 
     def _begin_one(self, opening: Opening) -> None:
+        opening.began_s = time.monotonic()
         try:
             self.require_answers(opening.user)
             for job in opening.jobs:
@@ -235,6 +244,9 @@ class Openings:
             self._fail(opening, HostError("make a courier", error))
         except ValueError as error:  # a packet has no room for it
             self._fail(opening, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
+        except Exception:  # nobody expected that, and the VM must not wait for ever
+            self._fail(opening, OperatorError(errno.EIO, OUR_FAULT))
+            raise
         else:
             self._go_on(opening)
 
@@ -249,8 +261,13 @@ class Openings:
         if job.disks or job.cdrom:
             opener.probe, probe = self._take_probe()
             fds["probe"] = [probe.detach()]
+        if job.given:
+            assert opening.given is not None
+            fds["client"] = [self.core.clients.courier(opening.given.client)]
+            for name, fd in zip(opening.given.names, opening.given.copies, strict=False):
+                fds[f"{name}_copy"] = [os.dup(fd)]
         ours, theirs = courier.pair()
-        opening.opened.add_courier(ours.detach())
+        opening.opened.couriers.append(ours.detach())
         self._watch(opener, ANSWER_S + job.patience_s)
         opener.channel.label = f"opener/{job.name}"
         opener.channel.send(job, fds={"courier": [theirs.detach()], **fds})
@@ -324,7 +341,8 @@ class Openings:
         opener = self._of(channel)
         assert opener.opening is not None
         opener.at = message.what
-        self._watch(opener, ANSWER_S + max(job.patience_s for job in opener.opening.jobs))
+        left_s = opener.opening.began_s + LONGEST_S - time.monotonic()
+        self._watch(opener, min(left_s, ANSWER_S + max(job.patience_s for job in opener.opening.jobs)))
 
     def on_opened(self, message: FilesOpened, channel: "Channel") -> None:
         """An opener has everything; after the last one the VM goes on."""
@@ -347,7 +365,7 @@ class Openings:
         self._over(opening)
         try:
             opening.on_opened(opening.opened)
-        except Exception:  # nobody expected that, and the VM must not wait for ever
+        except Exception:  # as in `_begin_one`
             opening.opened.close()
             opening.on_failed(OperatorError(errno.EIO, OUR_FAULT))
             raise
@@ -405,24 +423,32 @@ class Openings:
         return opener.opening.vm.vmid if opener is not None and opener.opening is not None else 0
 
 
-def jobs_of(config: "VmConfig", *, boots: bool, patience_s: float) -> list[OpenFiles]:
+def jobs_of(config: "VmConfig", *, boots: bool, given: Given | None, patience_s: float) -> list[OpenFiles]:
     """Return what is to be opened, with the rights of each user who has named some of it."""
     jobs: dict[Owner | None, OpenFiles] = {}
 
     def job(user: Owner | None) -> OpenFiles:
         """Return what this user has named so far."""
         return jobs.get(user) or OpenFiles(
-            **identity(user), name=config.name, in_conf=bool(config.origin), patience_s=patience_s
+            **identity(user),
+            name=config.name,
+            kernel=config.kernel,
+            initrd=config.initrd,
+            in_conf=bool(config.origin),
+            patience_s=patience_s,
         )
 
     rights = config.rights
     if boots:
         user = rights.boot if config.kernel else None
-        jobs[user] = job(user).replace(boots=True, kernel=config.kernel, initrd=config.initrd)
+        jobs[user] = job(user).replace(boots=True)
     if config.disks:
         jobs[rights.disks] = job(rights.disks).replace(disks=config.disks)
     if config.cdrom:
         jobs[rights.cdrom] = job(rights.cdrom).replace(cdrom=config.cdrom)
+    if given is not None:
+        user = given.user if given.user.uid else None
+        jobs[user] = job(user).replace(given=given.names, check_given=given.check_mode, copy_max=given.copy_max)
     return list(jobs.values())
 
 

@@ -12,8 +12,9 @@ received goes through these steps, each a message of its process:
 import errno
 import time
 
+from vmd.closing import close
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import OperatorError, VmdError, number, sentence
+from vmd.errors import HostError, OperatorError, VmdError, number, sentence
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     Caller,
@@ -101,9 +102,14 @@ class Transfers:
         """Have a VM write itself to the client's descriptor."""
         vm = self.vms.get(message.vmid, message.name)
         vm.begin_send(keep=message.keep)
+        try:
+            stream = self.clients.courier(envelope.peerid)
+        except HostError:
+            vm.stay()
+            raise
         self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
         send = SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because))
-        self.core.peers.send(Proc.VMM, send, fds={"stream": envelope.take_fds("stream")})
+        self.core.peers.send(Proc.VMM, send, fds={"courier": [stream]})
         log.info(f"{vm.name}: sending vm {vm.vmid}")
 
     def on_progress(self, message: TransferProgress, envelope: Envelope) -> None:
@@ -147,6 +153,7 @@ class Transfers:
             vm = self.vms.add(checked_request(VmConfig(name=message.name), bootable=True), from_config=False)
         elif vm.alive or not vm.from_config:
             raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
+        stream = self.clients.courier(envelope.peerid)
         try:
             self.core.slots.give()
             vm.begin_receive(Receiving(paused=message.paused))
@@ -155,8 +162,9 @@ class Transfers:
             vm.open_console()
             assert vm.pty is not None
             vm.pty.give_to(vm.uid, vm.config.owner.gid)
-            console = vm.console_fds()
+            fds = vm.process_fds()
         except VmdError as error:
+            close(stream)
             vm.drop_pty()
             vm.drop_transfer()
             vm.ended(brief(str(error)))
@@ -165,7 +173,7 @@ class Transfers:
             raise
         self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
         start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity)
-        self.core.peers.send(Proc.VMM, start, fds={"stream": envelope.take_fds("stream"), **console})
+        self.core.peers.send(Proc.VMM, start, fds={"courier": [stream], **fds})
         log.info(f"{vm.name}: receiving vm {vm.vmid}")
 
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:
@@ -231,7 +239,8 @@ class Transfers:
         vm.files = opened.files
         message = ResumeReceived(vmid=vm.vmid, config=config, paused=receiving.paused, disks=opened.disks)
         try:
-            self.network.launch(vm, message, opened.take(), lambda code, text: self.stay_paused(vm, code, text))
+            fds = {"couriers": opened.take_couriers()}
+            self.network.launch(vm, message, fds, lambda code, text: self.stay_paused(vm, code, text))
         except VmdError as error:
             self.stay_paused(vm, number(error), sentence(error))
 

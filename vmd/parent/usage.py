@@ -3,20 +3,10 @@
 Only files of /proc that need no right to look into other processes are read: not every vmd has CAP_SYS_PTRACE.
 """
 
-import fcntl
 import os
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 BLOCK_BYTES = 512  # st_blocks, whatever the file system
-
-
-def is_memory(fd: int) -> bool:
-    """Return whether this is memory, which alone can have seals: any other file could keep us waiting."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        return False
-    return True
 
 
 def host_pid(pidfd: int) -> int:

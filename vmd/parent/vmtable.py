@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from enum import Enum
 
 from vmd.backlog import Backlog, Output
-from vmd.closing import close
+from vmd.closing import close, close_all
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import HostError, InUse, OperatorError, PeerError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
+from vmd.memfile import is_constant, memory_file
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed
 from vmd.parent.addresses import random_lladdr
@@ -19,6 +20,8 @@ from vmd.parent.resources import Pty, copy_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> `FileId.key`
 
 
@@ -92,7 +95,7 @@ class Vm:
         self.receiving: Receiving | None = None
         self.console_user = ""  # who has the console, if somebody has
         self.once_because = ""  # why it ends where others reboot
-        self._kept: tuple[int | None, int | None] = (None, None)  # boot image and initrd of a client
+        self.kept: dict[str, int] = {}  # copies of the kernel and initrd of a client, which nobody changes any more
 
     @property
     def name(self) -> str:
@@ -257,20 +260,21 @@ class Vm:
         """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""
         return max(0.0, self.ended_s + LOCKS_LINGER_S - time.monotonic())
 
-    def keep_files(self, boot: int | None, initrd: int | None) -> None:
-        """Keep copies of what a client opened: a VM without a configuration reboots from them.  Raises HostError."""
-        self._kept = _copies(boot, initrd)
+    def keep_files(self, names: "Sequence[str]") -> None:
+        """Have empty memory files for copies of a kernel and an initrd that a client has opened.  Raises HostError.
 
-    def kept_files(self) -> tuple[int | None, int | None]:
-        """Return copies of the kept boot image and initrd, which are the caller's.  Raises HostError."""
-        return _copies(*self._kept)
+        A VM without a configuration reboots from them.
+        """
+        try:
+            for name in names:
+                self.kept[name] = memory_file(name)
+        except OSError as error:
+            raise HostError("keep the boot image of a client", error) from error
 
     def drop_files(self) -> None:
         """Close the kept files."""
-        for fd in self._kept:
-            if fd is not None:
-                close(fd)
-        self._kept = (None, None)
+        close_all(self.kept.values())
+        self.kept.clear()
 
     def take_memory(self, fd: int | None) -> None:
         """Take the guest's memory instead of what there was; the descriptor is ours."""
@@ -291,16 +295,30 @@ class Vm:
         self.pty = pty
         return True
 
-    def console_fds(self) -> dict[str, list[int]]:
-        """Return copies of what a VM process needs for its console, which are the caller's.  Raises HostError."""
+    def process_fds(self) -> dict[str, list[int]]:
+        """Return what a new VM process is given of this, as the caller's.  Raises HostError.
+
+        That is its console, an empty file for the guest's memory, and copies of what it boots from, if there are some.
+        """
         assert self.pty is not None
         assert self.backlog is not None
-        shown = copy_all([self.backlog.fd], "hand over what the console has shown")
         try:
-            return {**self.pty.fds(), "shown": shown}
-        except HostError:
-            close(shown[0])
-            raise
+            if not all(map(is_constant, self.kept.values())):
+                raise HostError("keep the boot image of a client", errno.EBADF)
+            self.take_memory(memory_file("guest-memory"))
+        except OSError as error:
+            raise HostError("make a file for the guest's memory", error) from error
+        assert self.memory is not None
+        names = {"kernel": "boot", "initrd": "initrd"}
+        ours = {
+            "tty": self.pty.master,
+            "tty_slave": self.pty.slave,
+            "shown": self.backlog.fd,
+            "memory": self.memory,
+            **{names[name]: fd for name, fd in self.kept.items()},
+        }
+        copies = copy_all(list(ours.values()), f"hand over {self.pty.path}, and what else vm {self.name} begins with")
+        return {name: [fd] for name, fd in zip(ours, copies, strict=True)}
 
     def take_console(self) -> tuple[Pty, Output] | None:
         """Give up the console, at the end of the VM: the pty is the caller's to close."""
@@ -317,12 +335,6 @@ class Vm:
         console = self.take_console()
         if console is not None:
             console[0].close()
-
-
-def _copies(boot: int | None, initrd: int | None) -> tuple[int | None, int | None]:
-    given = [fd for fd in (boot, initrd) if fd is not None]
-    copies = copy_all(given, "keep the boot image of a client")
-    return copies.pop(0) if boot is not None else None, copies.pop(0) if initrd is not None else None
 
 
 def with_lladdrs(config: VmConfig, before: dict[int, bytes], now: dict[int, bytes]) -> VmConfig:

@@ -139,7 +139,7 @@ CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socke
 OPENER = Confinement(
     syscalls=BASE
     | CHANNEL
-    | {"openat", "openat2", "newfstatat+path", "readlink", "fstatfs"}  # nothing is made, renamed or removed
+    | {"openat", "openat2", "newfstatat+path", "readlink", "fstatfs", "pread64"}  # nothing is made, renamed or removed
     | {"setgroups", "setresgid", "setresuid"},
     # No program is run, and nothing listed.  What a device process may do with a file later is decided now.
     files=(("/", landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV),),

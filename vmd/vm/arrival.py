@@ -197,15 +197,17 @@ class Arrival:
         self,
         vmid: int,
         stream: int,
+        memory_fd: int,
         loop: "Loop",
         vmm: "Channel",
         *,
         narrow: "Callable[[list[Kind]], None]",
         fail: "Callable[[Exception], None]",
     ) -> None:
-        """Own `stream`.  Raises HostError or OSError."""
+        """Own `stream`, and the empty file that becomes the guest's memory.  Raises HostError or OSError."""
         self.step = Step.HEADER
         self._vmid, self._stream, self._loop, self._vmm = vmid, stream, loop, vmm
+        self._memory_fd = memory_fd
         self._narrow, self._fail = narrow, fail
         self._answer = b""
         self._version = 0
@@ -298,7 +300,8 @@ class Arrival:
         header = self._header
         assert header is not None
         try:
-            self._memory = GuestMemory.create(memory_regions(header.config.memory_bytes, header.firmware_bytes))
+            regions = memory_regions(header.config.memory_bytes, header.firmware_bytes)
+            self._memory = GuestMemory.create(regions, fd=self._memory_fd)
         except (VmdError, ValueError) as error:
             self._fail(error)
             return

@@ -60,17 +60,21 @@ def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside
 class FromImages:
     """Open boot images, and the names to call them in messages."""
 
-    def __init__(self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str) -> None:
+    def __init__(
+        self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str, memory_fd: int
+    ) -> None:
+        """`memory_fd` is the empty file that becomes the guest's memory."""
         self.boot_fd = boot_fd
         self.boot_name = boot_name
         self.initrd_fd = initrd_fd
         self.initrd_name = initrd_name
+        self.memory_fd = memory_fd
         self.start: Start | None = None
 
     def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
         """Make memory, with room for firmware if that is what the image is."""
         firmware_bytes = loader.firmware_bytes(self.boot_fd, self.boot_name)
-        memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes))
+        memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes), fd=self.memory_fd)
         return Machine(host, config, memory, firmware_bytes, slots, outside)
 
     def fill(self, machine: Machine) -> None:

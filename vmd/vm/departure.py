@@ -10,6 +10,7 @@ from vmd.ipc.imsg import pack
 from vmd.ipc.messages import TransferProgress
 from vmd.privsep.title import name_thread
 from vmd.vm import state
+from vmd.vm.fetch import fetch_stream
 from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamWriter
 
 TYPE_CHECKING = False
@@ -147,8 +148,9 @@ class Departure:
     """
 
     def __init__(
-        self, message: "SendVm", stream: int, pause: "Pause", vmm: "Channel", done: "Callable[[Departure, str], None]"
+        self, message: "SendVm", courier: int, pause: "Pause", vmm: "Channel", done: "Callable[[Departure, str], None]"
     ) -> None:
+        """`courier` is what the stream comes over; ours."""
         self.keep = message.keep
         self.stays_paused = pause.paused or pause.under_way
         self.then: Callable[[], None] = lambda: None  # when it is over, and the VM lives
@@ -156,10 +158,19 @@ class Departure:
         self._pause, self._vmm, self._done = pause, vmm, done
         self._cancelled = False
         self._sender: Sender | None = None
-        self._stream = stream
+        self._courier = courier
+        self._stream = -1
 
     def begin(self) -> None:
-        """Have it stand still, and then be sent; the descriptor is closed in any case."""
+        """Fetch the stream, have the machine stand still, and then be sent; the stream is closed in any case."""
+        fetch_stream(self._pause.loop, self._courier, self._go)
+
+    def _go(self, stream: int | None) -> None:
+        """The stream is there, or does not come."""
+        if stream is None:
+            self._finish("the stream did not come")
+            return
+        self._stream = stream
         self._pause.pause(self._send)
 
     @property

@@ -11,14 +11,10 @@ It is started before there is a VM for it, imports what a VM needs, and waits (v
 """
 
 import gc
-import os
-import socket
 import sys
 
 from vmd.backlog import BacklogWriter
-from vmd.closing import close
 from vmd.errors import PeerError, VmdError, number, sentence
-from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -64,9 +60,10 @@ from vmd.vm.clockwatch import ClockWatch
 from vmd.vm.console import Console
 from vmd.vm.departure import Departure
 from vmd.vm.devproc import DeviceProcesses
+from vmd.vm.fetch import fetch_files, fetch_stream
 from vmd.vm.kinds import Given
 from vmd.vm.life import Life, State
-from vmd.vm.machine import Machine, Outside
+from vmd.vm.machine import Outside
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
 
@@ -134,10 +131,11 @@ class VmProcess(Process):
         self.open_console(envelope)
         try:
             fetch_files(envelope)
-            boot, initrd = envelope.take_fd("boot"), envelope.take_fd("initrd")
+            boot, initrd, memory = (envelope.take_fd(name) for name in ("boot", "initrd", "memory"))
             if boot is None:
                 raise PeerError("vmm", "nothing came to boot from")
-            images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd")
+            assert memory is not None
+            images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd", memory)
             slots = slots_of(message, envelope)
             self.narrow([slot.kind for slot in slots])
         except (VmdError, OSError) as error:
@@ -182,16 +180,13 @@ class VmProcess(Process):
             return
         self.life.become(State.LIVE)
         if paused or not self.go_on():
-            self.report_running(pause.machine, paused=paused)
+            self.report_running(paused=paused)
             limit_open_files(VM.open_files)  # from now on it has next to nothing to pass on
 
-    def report_running(self, machine: Machine, *, paused: bool) -> None:
+    def report_running(self, *, paused: bool) -> None:
         """Say that the guest executes, or waits to be unpaused."""
         name_thread(EVENT)
-        running = VmRunning(vmid=self.vmid, paused=paused)
-        memory = os.dup(machine.memory.fd)
-        # Without it nobody can say how much memory the guest uses.
-        self.vmm.send(running, fds={"memory": [memory]}, refused=lambda: self.vmm.send(running))
+        self.vmm.send(VmRunning(vmid=self.vmid, paused=paused))
 
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""
@@ -250,13 +245,12 @@ class VmProcess(Process):
 
     def on_send_vm(self, message: SendVm, envelope: Envelope, _channel: Channel) -> None:
         """Stand still, and have a thread write what we are."""
-        stream = envelope.take_fd("stream")
-        assert stream is not None
         if self.pause is None or not self.life.is_in(State.LIVE):
-            close(stream)
             return  # how the VM ends is the answer; two at once the parent does not ask for
+        courier = envelope.take_fd("courier")
+        assert courier is not None
         self.life.become(State.LEAVING)
-        self.departure = Departure(message, stream, self.pause, self.vmm, self.on_sent)
+        self.departure = Departure(message, courier, self.pause, self.vmm, self.on_sent)
         self.departure.begin()
 
     def on_sent(self, departure: Departure, text: str) -> None:
@@ -284,11 +278,21 @@ class VmProcess(Process):
             raise PeerError(channel.label, "unexpected ReceiveVm")
         self.be_called(message.vmid, message.name, message.verbosity)
         self.life.become(State.ARRIVING)
-        stream = envelope.take_fd("stream")
-        assert stream is not None
+        courier, memory = envelope.take_fd("courier"), envelope.take_fd("memory")
+        assert courier is not None
+        assert memory is not None
         self.open_console(envelope)
+        fetch_stream(self.loop, courier, lambda stream: self.arrive(stream, memory))
+
+    def arrive(self, stream: int | None, memory: int) -> None:
+        """The stream is there, or does not come."""
+        if self.life.is_in(State.ENDED):
+            return
+        if stream is None:
+            self.fail(VmdError("the stream did not come"))
+            return
         try:
-            self.arrival = Arrival(self.vmid, stream, self.loop, self.vmm, narrow=self.narrow, fail=self.fail)
+            self.arrival = Arrival(self.vmid, stream, memory, self.loop, self.vmm, narrow=self.narrow, fail=self.fail)
         except (VmdError, OSError) as error:
             self.fail(error)
 
@@ -406,23 +410,6 @@ class VmProcess(Process):
         **handles(Proc.VMM, SetVerbosity, on_set_verbosity),
         **handles(Proc.VMM, Quit, on_quit),
     }
-
-
-def fetch_files(envelope: Envelope) -> None:
-    """Add to what came with a message the files that come over its couriers.
-
-    Raises OSError; PeerError if they do not come.
-    """
-    for fd in envelope.take_fds("couriers"):
-        with socket.socket(fileno=fd) as sock:
-            try:
-                files = courier.fetch(sock)
-            except ValueError as error:
-                raise PeerError("opener", str(error)) from None
-            if not files:
-                raise PeerError("opener", "its files did not come")
-            for name, fds in files.items():
-                envelope.fds.setdefault(name, []).extend(fds)
 
 
 def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slot]":

@@ -14,7 +14,7 @@ import socket
 
 from vmd.closing import close_all
 from vmd.errors import HostError, PeerError
-from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.channel import Channel, refuse_files, socketpair
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import logpair
@@ -118,6 +118,7 @@ class Vmm(Process):
             ours, theirs = socketpair()
         except OSError as error:
             raise HostError("make a channel for a vm", error) from error
+        refuse_files(ours)
         with theirs:
             try:
                 lines, writer = logpair()

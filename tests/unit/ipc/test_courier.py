@@ -45,8 +45,12 @@ def test_nothing_leaves_unasked(ends: tuple[socket.socket, socket.socket], said:
 
 
 @pytest.mark.parametrize(
-    ("packet", "count"), [(b"boot", 2), (b"boot disks", 1), (b"", 1), (b"passwd", 1), (b"\xff", 1)]
-)
+    ("packet", "count"),
+    [
+        (b"files boot", 2), (b"files boot disks", 1), (b"", 1), (b"boot", 1), (b"files passwd", 1), (b"files \xff", 1),
+        (b"boot", 0),
+    ],
+)  # fmt: skip
 def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: bytes, count: int) -> None:
     """It is refused, and closed: an opener may have been taken over."""
     ours, theirs = ends
@@ -62,6 +66,16 @@ def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: byt
 def test_files_that_do_not_come(ends: tuple[socket.socket, socket.socket]) -> None:
     """There are none: whoever is to open them has ended, or does not answer in time."""
     ours, theirs = ends
-    assert courier.fetch(theirs, timeout_s=0) == {}
+    with pytest.raises(TimeoutError):
+        courier.fetch(theirs, timeout_s=0)
     ours.close()
-    assert courier.fetch(theirs) == {}
+    with pytest.raises(OSError):  # noqa: PT011 - whichever
+        courier.fetch(theirs)
+
+
+def test_none_are_files_too(ends: tuple[socket.socket, socket.socket]) -> None:
+    """An opener may have nothing to give but copies."""
+    ours, theirs = ends
+    courier.ask(theirs)
+    assert courier.give(ours, {"boot": []})
+    assert courier.take(theirs) == {}

@@ -1,12 +1,20 @@
 """What may be opened to boot from."""
 
 import os
+import pwd
 import stat
+from pathlib import Path
 
 import pytest
 
+from tests.support.users import acting_as
+from vmd.config.model import Owner
 from vmd.errors import OperatorError
 from vmd.files import boot
+from vmd.files.boot import require_readable
+from vmd.memfile import is_constant, memory_file
+
+NOBODY = pwd.getpwnam("nobody")
 
 
 @pytest.mark.parametrize(
@@ -28,3 +36,51 @@ def test_only_regular_files_are_booted(kind: int, sentence: str, monkeypatch: py
         os.close(fd)
 
     assert str(refused.value) == sentence
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid", "allowed"),
+    [
+        (0o400, 0, 0, False),
+        (0o404, 0, 0, True),
+        (0o400, NOBODY.pw_uid, 0, True),
+        (0o040, 0, NOBODY.pw_gid, True),
+        (0o004, NOBODY.pw_uid, 0, False),  # the owner's bits decide for the owner, and only they
+        (0o004, 0, NOBODY.pw_gid, False),
+    ],
+)
+def test_readable_is_judged_on_the_open_file(tmp_path: Path, mode: int, uid: int, gid: int, allowed: bool) -> None:
+    """Mode bits of the file that was opened, as the kernel would apply them to the caller."""
+    path = tmp_path / "image"
+    path.touch()
+    os.chown(path, uid, gid)
+    path.chmod(mode)
+    groups = (NOBODY.pw_gid,)
+    with path.open("rb") as file:
+        with acting_as(Owner(uid=NOBODY.pw_uid, gid=NOBODY.pw_gid)):
+            if allowed:
+                require_readable(file.fileno(), str(path), groups)
+            else:
+                with pytest.raises(OperatorError, match=str(path)):
+                    require_readable(file.fileno(), str(path), groups)
+        require_readable(file.fileno(), str(path), ())
+
+
+def test_a_copy_that_nobody_changes_any_more(tmp_path: Path) -> None:
+    """Of all that is in a file; one that is too large is not copied."""
+    content = os.urandom((2 << 20) + 5)
+    (tmp_path / "image").write_bytes(content)
+    with (tmp_path / "image").open("rb") as file, os.fdopen(memory_file("kernel"), "w+b") as copy:
+        with pytest.raises(OperatorError, match="image: larger than 1 MiB"):
+            boot.copy_to_memory(file.fileno(), copy.fileno(), "image", 1 << 20, lambda: None)
+        assert not is_constant(copy.fileno())
+        os.ftruncate(copy.fileno(), 0)
+        os.lseek(copy.fileno(), 0, os.SEEK_SET)
+
+        boot.copy_to_memory(file.fileno(), copy.fileno(), "image", 3 << 20, lambda: None)
+
+        assert is_constant(copy.fileno())
+        assert os.pread(copy.fileno(), 4 << 20, 0) == content
+        with pytest.raises(PermissionError):
+            os.pwrite(copy.fileno(), b"x", 0)

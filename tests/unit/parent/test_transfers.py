@@ -3,7 +3,6 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -15,6 +14,7 @@ from vmd.ipc.messages import (
     Caller,
     CancelTransfer,
     Failed,
+    PassFiles,
     PauseRequest,
     Proc,
     ReceivedHeader,
@@ -124,8 +124,10 @@ class Disks:
         *,
         boots: bool,
         patience_s: float = 0.0,
+        names_holder: bool = True,
     ) -> None:
         """Open nothing."""
+        assert names_holder or not self.slow  # nobody is told who has it while that is no trouble yet
         assert not boots
         self.patience_s = patience_s
 
@@ -185,32 +187,9 @@ def disks(parent: AnyParent) -> Disks:
     return found
 
 
-@pytest.fixture
-def stream(tmp_path: Path) -> Iterator[Callable[[], int]]:
-    """Give descriptors; afterwards all of them have been closed."""
-    given: list[tuple[int, Path]] = []
-
-    def give() -> int:
-        path = tmp_path / f"stream{len(given)}"
-        path.touch()
-        given.append((os.open(path, os.O_RDWR | os.O_CLOEXEC), path))
-        return given[-1][0]
-
-    yield give
-    for fd, path in given:
-        link = Path(f"/proc/self/fd/{fd}")
-        assert not link.exists() or os.readlink(link) != str(path), f"{path.name} is still open"
-
-
-def envelope(stream: int, client: int = CLIENT) -> Envelope:
-    """Return the cover of a client's request."""
-    return Envelope(ReceiveRequest(name="x"), client, 0, {"stream": [stream]})
-
-
-def drop(cover: Envelope) -> None:
-    """Close what nobody took, as a channel does."""
-    for fd in cover.untaken():
-        os.close(fd)
+def envelope(client: int = CLIENT) -> Envelope:
+    """Return the cover of a client's request; its stream stays with control."""
+    return Envelope(ReceiveRequest(name="x"), client, 0, {})
 
 
 def running(parent: Parent, state: State = State.RUNNING) -> Vm:
@@ -220,12 +199,13 @@ def running(parent: Parent, state: State = State.RUNNING) -> Vm:
     return vm
 
 
-def send(parent: AnyParent, stream: Callable[[], int], *, keep: bool = False) -> Vm:
+def send(parent: AnyParent, *, keep: bool = False) -> Vm:
     """Begin to send a VM."""
     vm: Vm = parent.vms.get(0, "a")
-    parent.transfers.serve_send(SendRequest(name="a", keep=keep), ROOT, envelope(stream()))
+    parent.transfers.serve_send(SendRequest(name="a", keep=keep), ROOT, envelope())
     assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=keep, one_shot=bool(vm.once_because))]
     assert vm.state is State.SENDING
+    assert parent.answers.pop() == (CLIENT, PassFiles())
     parent.vmm.sent.clear()
     return vm
 
@@ -261,10 +241,10 @@ def goes_on(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
 # --- sending ---------------------------------------------------------------------------------------------------------
 
 
-def test_sent(parent: AnyParent, stream: Callable[[], int]) -> None:
+def test_sent(parent: AnyParent) -> None:
     """The client hears of it when the VM's process has ended, and with that let go of the disks."""
     running(parent)
-    vm = send(parent, stream)
+    vm = send(parent)
 
     done(parent, vm)
     assert (vm.state, parent.answers) == (State.STOPPING, [])
@@ -274,10 +254,10 @@ def test_sent(parent: AnyParent, stream: Callable[[], int]) -> None:
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])
-def test_sent_and_kept(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+def test_sent_and_kept(parent: AnyParent, state: State) -> None:
     """It is as before."""
     running(parent, state)
-    vm = send(parent, stream, keep=True)
+    vm = send(parent, keep=True)
 
     done(parent, vm)
 
@@ -287,10 +267,10 @@ def test_sent_and_kept(parent: AnyParent, stream: Callable[[], int], state: Stat
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])
-def test_not_sent(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+def test_not_sent(parent: AnyParent, state: State) -> None:
     """It is as before, and the client knows that and why."""
     running(parent, state)
-    vm = send(parent, stream)
+    vm = send(parent)
 
     done(parent, vm, "the stream was closed")
 
@@ -300,10 +280,10 @@ def test_not_sent(parent: AnyParent, stream: Callable[[], int], state: State) ->
     ]
 
 
-def test_a_pause_that_was_under_way_holds(parent: AnyParent, stream: Callable[[], int]) -> None:
+def test_a_pause_that_was_under_way_holds(parent: AnyParent) -> None:
     """Asked for before, done while it is being sent: so it stays when that fails."""
     running(parent)
-    vm = send(parent, stream)
+    vm = send(parent)
     vm.pause_changed(paused=True)
     states = [vm.state]
 
@@ -315,20 +295,18 @@ def test_a_pause_that_was_under_way_holds(parent: AnyParent, stream: Callable[[]
 @pytest.mark.parametrize("state", [
     State.STOPPED, State.WAITING, State.STARTING, State.SENDING, State.RECEIVING, State.STOPPING,
 ])  # fmt: skip
-def test_only_what_runs_or_is_paused_is_sent(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+def test_only_what_runs_or_is_paused_is_sent(parent: AnyParent, state: State) -> None:
     """The state is named."""
     running(parent, state)
-    given = stream()
     with pytest.raises(OperatorError, match="vm a is"):
-        parent.transfers.serve_send(SendRequest(name="a"), ROOT, envelope(given))
+        parent.transfers.serve_send(SendRequest(name="a"), ROOT, envelope())
     assert parent.vmm.sent == []
-    os.close(given)  # which the caller does with what nobody took
 
 
-def test_client_that_leaves_cancels(parent: AnyParent, stream: Callable[[], int]) -> None:
+def test_client_that_leaves_cancels(parent: AnyParent) -> None:
     """Half a stream is of no use; another client's going changes nothing."""
     running(parent)
-    vm = send(parent, stream)
+    vm = send(parent)
     leave(parent, OTHER)
     assert parent.vmm.sent == []
 
@@ -337,10 +315,10 @@ def test_client_that_leaves_cancels(parent: AnyParent, stream: Callable[[], int]
     assert parent.vmm.sent == [CancelTransfer(vmid=vm.vmid)]
 
 
-def test_process_that_dies_while_it_sends(parent: AnyParent, stream: Callable[[], int]) -> None:
+def test_process_that_dies_while_it_sends(parent: AnyParent) -> None:
     """The client hears why."""
     running(parent)
-    vm = send(parent, stream)
+    vm = send(parent)
 
     exited(parent, vm, errno.EIO, "vm process was killed by SIGKILL")
 
@@ -348,10 +326,10 @@ def test_process_that_dies_while_it_sends(parent: AnyParent, stream: Callable[[]
     assert vm.sending is None
 
 
-def test_progress_goes_to_who_waits(parent: AnyParent, stream: Callable[[], int]) -> None:
+def test_progress_goes_to_who_waits(parent: AnyParent) -> None:
     """And to nobody once nobody does."""
     running(parent)
-    vm = send(parent, stream)
+    vm = send(parent)
     message = TransferProgress(done_bytes=1, total_bytes=2)
     cover = Envelope(message, vm.vmid, 0, {})
     parent.transfers.on_progress(message, cover)
@@ -367,12 +345,13 @@ def test_progress_goes_to_who_waits(parent: AnyParent, stream: Callable[[], int]
 # --- receiving -------------------------------------------------------------------------------------------------------
 
 
-def receive(parent: AnyParent, stream: Callable[[], int], name: str = "b", *, paused: bool = False) -> Vm:
+def receive(parent: AnyParent, name: str = "b", *, paused: bool = False) -> Vm:
     """Begin to receive a VM."""
-    parent.transfers.serve_receive(ReceiveRequest(name=name, paused=paused), ROOT, envelope(stream()))
+    parent.transfers.serve_receive(ReceiveRequest(name=name, paused=paused), ROOT, envelope())
     vm: Vm = parent.vms.get(0, name)
     assert parent.vmm.sent == [ReceiveVm(vmid=vm.vmid, name=name, verbosity=0)]
     assert vm.state is State.RECEIVING
+    assert parent.answers.pop() == (CLIENT, PassFiles())
     parent.vmm.sent.clear()
     return vm
 
@@ -397,9 +376,9 @@ def last_failure(parent: AnyParent) -> Failed:
     return message
 
 
-def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_received(parent: AnyParent, disks: Disks) -> None:
     """Under a name of its own, with the stream's description and nobody's rights but root's."""
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm, owner=Owner(uid=5), memory_bytes=256 << 20)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
     assert disks.opened == 1  # to see whether they are there, while the sender still has the VM
@@ -422,9 +401,9 @@ def test_received(parent: AnyParent, stream: Callable[[], int], disks: Disks) ->
     vm.drop_pty()
 
 
-def test_received_and_paused(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_received_and_paused(parent: AnyParent, disks: Disks) -> None:
     """As was asked for."""
-    vm = receive(parent, stream, paused=True)
+    vm = receive(parent, paused=True)
     header(parent, vm)
     complete(parent, vm)
     assert parent.vmm.sent[-1].paused
@@ -434,9 +413,9 @@ def test_received_and_paused(parent: AnyParent, stream: Callable[[], int], disks
     vm.drop_pty()
 
 
-def test_into_a_configured_vm(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_into_a_configured_vm(parent: AnyParent, disks: Disks) -> None:
     """Its name and owner stay; the rest is the stream's, for this life."""
-    vm = receive(parent, stream, "a")
+    vm = receive(parent, "a")
     header(parent, vm)
     complete(parent, vm)
     config = parent.vmm.sent[-1].config
@@ -450,13 +429,11 @@ def test_into_a_configured_vm(parent: AnyParent, stream: Callable[[], int], disk
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED, State.STARTING, State.SENDING, State.STOPPING])
-def test_not_into_one_that_lives(parent: AnyParent, stream: Callable[[], int], state: State) -> None:
+def test_not_into_one_that_lives(parent: AnyParent, state: State) -> None:
     """Nor twice."""
     running(parent, state)
-    cover = envelope(stream())
     with pytest.raises(OperatorError, match=f"vm a exists, and is {state.value}"):
-        parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, cover)
-    drop(cover)
+        parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, envelope())
     assert parent.vmm.sent == []
 
 
@@ -465,14 +442,12 @@ def test_not_into_one_that_lives(parent: AnyParent, stream: Callable[[], int], s
     ("b" * 64, ROOT, False, "vm name too long"), ("b", ROOT, True, "vmd is stopping"),
 ])  # fmt: skip
 def test_refused_before_it_begins(
-    parent: AnyParent, stream: Callable[[], int], name: str, caller: Caller, ending: bool, what: str
+    parent: AnyParent, name: str, caller: Caller, ending: bool, what: str
 ) -> None:
     """Nothing is left of it."""
     parent.core.ending = ending
-    cover = envelope(stream())
     with pytest.raises(VmdError, match=what):
-        parent.transfers.serve_receive(ReceiveRequest(name=name), caller, cover)
-    drop(cover)
+        parent.transfers.serve_receive(ReceiveRequest(name=name), caller, envelope())
     assert [vm.name for vm in parent.vms] == ["a"]
 
 
@@ -483,10 +458,10 @@ def test_refused_before_it_begins(
     ({"kernel": "/" * 5000}, "boot image path too long"),
 ])  # fmt: skip
 def test_descriptions_that_are_no_vm(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, changes: dict[str, Any], what: str
+    parent: AnyParent, disks: Disks, changes: dict[str, Any], what: str
 ) -> None:
     """Refused while the sender still has it: the process is ended, and the client is told why."""
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm, **changes)
     assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
     assert vm.receiving is not None
@@ -499,11 +474,11 @@ def test_descriptions_that_are_no_vm(
     HostError("open disk", errno.EMFILE),
 ])  # fmt: skip
 def test_disks_that_are_not_here(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, trouble: VmdError
+    parent: AnyParent, disks: Disks, trouble: VmdError
 ) -> None:
     """As early as that."""
     disks.trouble = [trouble]
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
     assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
     assert vm.receiving is not None
@@ -517,26 +492,24 @@ def test_disks_that_are_not_here(
     vm.drop_pty()
 
 
-def test_without_a_console(parent: AnyParent, stream: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_console(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
     """A configured VM for whose console the host has no room can be started as any other, once there is."""
 
     def no_room() -> None:
         raise HostError("open a pty for the console", errno.EMFILE)
 
     monkeypatch.setattr(vmtable, "Pty", no_room)
-    cover = envelope(stream())
     with pytest.raises(HostError, match="open a pty"):
-        parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, cover)
-    drop(cover)
+        parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, envelope())
 
     vm = parent.vms.get(0, "a")
     assert (vm.state, vm.receiving) == (State.STOPPED, None)
 
 
-def test_disks_that_its_sender_still_has(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_disks_that_its_sender_still_has(parent: AnyParent, disks: Disks) -> None:
     """Are no trouble yet; later they are waited for until the sender lets go."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
     disks.slow = True
@@ -553,10 +526,10 @@ def test_disks_that_its_sender_still_has(parent: AnyParent, stream: Callable[[],
 
 
 @pytest.fixture
-def waiting(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> Iterator[Vm]:
+def waiting(parent: AnyParent, disks: Disks) -> Iterator[Vm]:
     """A VM whose disks nobody has let go."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
     complete(parent, vm)
     assert vm.receiving is not None
@@ -595,20 +568,18 @@ def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> No
     assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid), waiting.text) == (State.RUNNING, [], "")
 
 
-def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm, stream: Callable[[], int]) -> None:
+def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm) -> None:
     """It has no machine yet."""
-    given = stream()
     with pytest.raises(OperatorError, match="vm b still waits for its disks: disk /disk is in use"):
-        parent.transfers.serve_send(SendRequest(name="b"), ROOT, envelope(given))
-    os.close(given)
+        parent.transfers.serve_send(SendRequest(name="b"), ROOT, envelope())
 
 
 @pytest.mark.parametrize("later", [False, True])
 def test_interfaces_that_cannot_be_had(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, later: bool
+    parent: AnyParent, disks: Disks, later: bool
 ) -> None:
     """It stays paused as without its disks: nobody else may have it any more."""
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
     parent.network.later = later
     if not later:
@@ -626,9 +597,9 @@ def test_interfaces_that_cannot_be_had(
     vm.drop_pty()
 
 
-def test_client_that_leaves_too_early(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_client_that_leaves_too_early(parent: AnyParent, disks: Disks) -> None:
     """The sender's VM goes on, and this one ends."""
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
 
     leave(parent, CLIENT)
@@ -639,10 +610,10 @@ def test_client_that_leaves_too_early(parent: AnyParent, stream: Callable[[], in
     vm.drop_pty()
 
 
-def test_client_that_leaves_too_late(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_client_that_leaves_too_late(parent: AnyParent, disks: Disks) -> None:
     """All was read, so that this may be the only copy: it goes on."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
     disks.slow = True
     complete(parent, vm)
@@ -657,9 +628,9 @@ def test_client_that_leaves_too_late(parent: AnyParent, stream: Callable[[], int
     vm.drop_pty()
 
 
-def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_stopped_meanwhile(parent: AnyParent, disks: Disks) -> None:
     """What comes of it then is not believed to run, or to wait."""
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm)
     vm.begin_stop(force=False)
     disks.trouble = [OperatorError(errno.ENOENT, "disk /disk: No such file or directory")]
@@ -674,9 +645,9 @@ def test_stopped_meanwhile(parent: AnyParent, stream: Callable[[], int], disks: 
     vm.drop_pty()
 
 
-def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, stream: Callable[[], int], disks: Disks) -> None:
+def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, disks: Disks) -> None:
     """One that is received under the same name at once is not resumed before it is complete."""
-    vm = receive(parent, stream, "a")
+    vm = receive(parent, "a")
     header(parent, vm)
     disks.slow = True
     complete(parent, vm)
@@ -693,10 +664,10 @@ def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, stream: Callable[
     (BootDevice.AUTO, False), (BootDevice.DISK, False), (BootDevice.CDROM, True), (BootDevice.NET, True),
 ])  # fmt: skip
 def test_one_shot_boots_stay_so(
-    parent: AnyParent, stream: Callable[[], int], disks: Disks, device: BootDevice, once: bool
+    parent: AnyParent, disks: Disks, device: BootDevice, once: bool
 ) -> None:
     """A guest that is being installed does not begin anew when it resets itself (cat. 4.4)."""
-    vm = receive(parent, stream)
+    vm = receive(parent)
     header(parent, vm, boot_device=device)
     assert bool(vm.once_because) is once
     header(parent, vm, boot_device=device, one_shot=True)
@@ -705,7 +676,7 @@ def test_one_shot_boots_stay_so(
 
 
 @pytest.mark.parametrize("once", [False, True])
-def test_one_shot_boots_are_sent_as_such(parent: AnyParent, stream: Callable[[], int], once: bool) -> None:
+def test_one_shot_boots_are_sent_as_such(parent: AnyParent, once: bool) -> None:
     """What only that start had is not to be had on the other side either."""
     running(parent).once_because = "it was so" if once else ""
-    send(parent, stream)
+    send(parent)

@@ -2,7 +2,6 @@
 
 import errno
 import grp
-import os
 import pwd
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from vmd.config.model import Owner, VmConfig
 from vmd.errors import OperatorError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller
 from vmd.parent import vmtable
-from vmd.parent.access import in_group, may_control, owner_text, require_readable
+from vmd.parent.access import in_group, may_control, owner_text
 from vmd.parent.limits import RESTART_WINDOW_S, RestartLimit
 from vmd.parent.vmtable import State, Vm, VmTable
 
@@ -149,31 +148,3 @@ def test_owner_is_shown_by_name() -> None:
     assert owner_text(0, None) == "root"
     assert owner_text(0, 0) == "root:root"
     assert owner_text(4_000_000_000, 4_000_000_001) == "4000000000:4000000001"
-
-
-@pytest.mark.root
-@pytest.mark.parametrize(
-    ("mode", "uid", "gid", "allowed"),
-    [
-        (0o400, 0, 0, False),
-        (0o404, 0, 0, True),
-        (0o400, NOBODY.pw_uid, 0, True),
-        (0o040, 0, NOBODY.pw_gid, True),
-        (0o004, NOBODY.pw_uid, 0, False),  # the owner's bits decide for the owner, and only they
-        (0o004, 0, NOBODY.pw_gid, False),
-    ],
-)
-def test_readable_is_judged_on_the_open_file(tmp_path: Path, mode: int, uid: int, gid: int, allowed: bool) -> None:
-    """Mode bits of the file that was opened, as the kernel would apply them to the caller."""
-    path = tmp_path / "image"
-    path.touch()
-    os.chown(path, uid, gid)
-    path.chmod(mode)
-    caller = Caller(uid=NOBODY.pw_uid, gid=NOBODY.pw_gid, pid=1)
-    with path.open("rb") as file:
-        if allowed:
-            require_readable(file.fileno(), str(path), caller)
-        else:
-            with pytest.raises(OperatorError, match=str(path)):
-                require_readable(file.fileno(), str(path), caller)
-        require_readable(file.fileno(), str(path), Caller(uid=0, gid=0, pid=1))

@@ -1,0 +1,287 @@
+"""What openers answer, and for how long they are waited for, without any process."""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from tests.support.descriptors import open_descriptors
+from vmd.config.model import Config, DiskConfig, Owner, Rights, VmConfig
+from vmd.errors import PeerError, VmdError
+from vmd.fileid import FileId
+from vmd.ipc.messages import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc
+from vmd.parent.core import Core
+from vmd.parent.opening import Given, Opened, Openings, jobs_of, replaced
+from vmd.parent.vmtable import Vm
+from vmd.privsep.cell import Cell
+from vmd.record import Record
+
+ANNA = 1000
+
+
+class Timer:
+    """A timer that somebody has to fire."""
+
+    def __init__(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self.delay_s = delay_s
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Do nothing when fired."""
+        self.callback = None
+
+
+class Loop:
+    """Keeps timers."""
+
+    def __init__(self) -> None:
+        self.timers: list[Timer] = []
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """Note a timer."""
+        self.timers.append(Timer(delay_s, callback))
+        return self.timers[-1]
+
+    def run(self, until_s: float = 0.0) -> None:
+        """Fire what is due."""
+        while due := [timer for timer in self.timers if timer.delay_s <= until_s]:
+            self.timers = [timer for timer in self.timers if timer not in due]
+            for timer in due:
+                if timer.callback is not None:
+                    timer.callback()
+
+
+class Child:
+    """A process; `stuck` ones do not end when they are killed."""
+
+    def __init__(self) -> None:
+        self.pidfd = 5
+        self.killed = False
+
+    def kill(self) -> None:
+        """Note that it is killed."""
+        self.killed = True
+
+
+class Channel:
+    """The channel to an opener; notes what it is sent, and closes what goes along."""
+
+    def __init__(self) -> None:
+        self.peer = Proc.OPENER
+        self.label = "opener"
+        self.jobs: list[OpenFiles] = []
+        self.fds: dict[str, int] = {}
+        self.closed = False
+
+    def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]]) -> None:
+        """Note a job."""
+        assert isinstance(message, OpenFiles)
+        self.jobs.append(message)
+        self.fds = {name: len(each) for name, each in fds.items()}
+        for each in fds.values():
+            for fd in each:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Note that nobody listens any more."""
+        self.closed = True
+
+
+class Holders:
+    """Knows nobody who has a file."""
+
+    def ask(self, _device: int, _inode: int, done: Callable[[None], None]) -> None:
+        """Say so."""
+        done(None)
+
+
+class Children:
+    """Starts nothing."""
+
+    def __init__(self) -> None:
+        self.cell = Cell(12345, 12345, -1, -1)
+        self.openers: list[Child] = []
+        self.stuck = False
+
+    def start(self, proc: Proc, _open_log: object) -> tuple[Child, None]:
+        """Return a new process."""
+        assert proc is Proc.OPENER
+        self.openers.append(Child())
+        return self.openers[-1], None
+
+    def start_probe(self, _open_log: object) -> tuple[Child, socket.socket]:
+        """Return a new probe."""
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        return Child(), ours
+
+    def bury(self) -> None:
+        """All that were killed are gone, unless they are stuck."""
+        for child in self.openers:
+            if child.killed and not self.stuck:
+                child.pidfd = -1
+
+
+class Room:
+    """The room, and what becomes of openings."""
+
+    def __init__(self) -> None:
+        self.loop, self.children = Loop(), Children()
+        self.channels: list[Channel] = []
+        self.core = Core(cast("Any", self.loop), Config())
+        self.openings = Openings(self.core, cast("Any", self.attach))
+        self.openings.start(cast("Any", self.children), cast("Any", None))
+        self.openings.holders = cast("Any", Holders())
+        self.opened: dict[str, Opened] = {}
+        self.failed: dict[str, VmdError] = {}
+
+    def attach(self, _sock: object, _peer: Proc, _label: str, *, on_lost: object) -> Channel:
+        """Be `Process.attach`."""
+        assert on_lost
+        self.channels.append(Channel())
+        return self.channels[-1]
+
+    def begin(self, name: str, user: int = 0, **more: object) -> Vm:
+        """Have the files of a VM opened."""
+        config = VmConfig(name=name, disks=(DiskConfig(path=f"/{name}"),)).replace(**more)
+        vm = self.core.vms.find(0, name) or self.core.vms.add(config, from_config=True)
+        self.openings.open(
+            vm,
+            config,
+            user,
+            lambda opened: self.opened.update({name: opened}),
+            lambda error: self.failed.update({name: error}),
+            boots=True,
+        )
+        self.loop.run()
+        return vm
+
+    def channel(self, name: str) -> Channel:
+        """Return the last opener of a VM."""
+        return [each for each in self.channels if each.jobs and each.jobs[0].name == name][-1]
+
+    @property
+    def at_work(self) -> list[str]:
+        """The VMs whose openers have not answered, and were not given up."""
+        working = [each for each in self.openings._all.values() if each.opening is not None]
+        return sorted({each.opening.vm.name for each in working if each.opening is not None})
+
+    def answer(self, name: str, message: FilesOpened | NotOpened | None = None) -> None:
+        """Let the opener of a VM answer, by default that all is well."""
+        channel = cast("Any", self.channel(name))
+        if isinstance(message, NotOpened):
+            self.openings.on_not_opened(message, channel)
+        else:
+            self.openings.on_opened(message or FilesOpened(boot_name="bsd"), channel)
+        self.loop.run()
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    """Give a room; afterwards it has no descriptors but that of the probe in reserve."""
+    before = open_descriptors()
+    made = Room()
+    yield made
+    for opened in made.opened.values():
+        opened.close()
+    for vm in list(made.openings.by_vm):
+        made.openings.give_up(vm)
+    if made.openings.probe is not None:
+        made.openings.probe[1].close()
+    assert open_descriptors() == before
+
+
+def test_a_vm_has_its_files(room: Room) -> None:
+    """The opener in reserve opens them, with a probe; words and numbers come back, and a courier goes on."""
+    room.begin("a")
+    channel = room.channel("a")
+    assert len(room.children.openers) == 1
+    assert channel.fds == {"courier": 1, "probe": 1}
+
+    file = OpenedFile(what="disk /a", file=FileId(device=1, inode=2))
+    room.answer("a", FilesOpened(files=(file,), notes=("disk /a: is odd",), boot_name="bsd"))
+
+    opened = room.opened["a"]
+    assert (opened.files, opened.notes, opened.boot_name) == ({"disk /a": (1, 2)}, ("disk /a: is odd",), "bsd")
+    assert len(opened.couriers) == 1
+    room.loop.run(0.2)
+    assert len(room.children.openers) == 2  # another one in reserve
+
+
+def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
+    """With its own disks, if it has named some."""
+    given = Given(client=7, user=Owner(uid=ANNA, gid=ANNA), names=("kernel",), check_mode=True)
+    config = VmConfig(name="a", disks=(DiskConfig(path="/a"),), rights=Rights(disks=Owner(uid=ANNA, gid=ANNA)))
+
+    (job,) = jobs_of(config, boots=False, given=given, patience_s=0)
+
+    assert (job.uid, job.given, job.check_given, len(job.disks), job.boots) == (ANNA, ("kernel",), True, 1, False)
+
+
+def test_an_opener_that_fails(room: Room) -> None:
+    """Its sentence is the answer, and the next one has its turn."""
+    room.begin("a1", ANNA)
+    room.begin("a2", ANNA)
+    room.answer("a1", NotOpened(code=errno.ENOENT, text="disk /a1: No such file or directory"))
+    assert str(room.failed["a1"]) == "disk /a1: No such file or directory"
+    assert room.at_work == ["a2"]
+
+
+def test_an_opener_that_does_not_answer_is_given_up(room: Room) -> None:
+    """With the name of what it was at; each sign of life gives it more time, but not for ever."""
+    room.begin("a", ANNA)
+    channel = room.channel("a")
+    room.openings.on_at(OpenerAt(what="disk /a: backing file /b"), cast("Any", channel))
+    assert room.failed == {}
+
+    room.loop.run(60.0)
+
+    assert str(room.failed["a"]) == "disk /a: backing file /b: does not answer"
+    assert (channel.closed, room.children.openers[0].killed) == (True, True)
+    assert room.at_work == []
+
+
+def test_signs_of_life_do_not_help_for_ever(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for their turn."""
+    room.begin("a", ANNA)
+    now_s = time.monotonic()
+    monkeypatch.setattr("vmd.parent.opening.time.monotonic", lambda: now_s + 299.0)
+    room.openings.on_at(OpenerAt(what="kernel"), cast("Any", room.channel("a")))
+
+    room.loop.run(2.0)
+
+    assert "does not answer" in str(room.failed["a"])
+
+
+def test_an_opener_that_was_not_asked_is_cut_off(room: Room) -> None:
+    """Neither the one in reserve, nor one that has answered, has anything to say."""
+    with pytest.raises(PeerError, match="was not asked"):
+        room.openings.on_opened(FilesOpened(), cast("Any", room.channels[0]))
+    room.begin("a")
+    room.answer("a")
+    with pytest.raises(PeerError, match="was not asked"):
+        room.openings.on_at(OpenerAt(what="x"), cast("Any", room.channel("a")))
+
+
+def test_who_has_a_file_is_named_where_it_is_one_of_ours(room: Room) -> None:
+    """By device and inode, as the opener reports them after a failed lock."""
+    other = room.core.vms.add(VmConfig(name="other"), from_config=True)
+    other.begin_start(0)
+    other.files = {"disk /x": (1, 2)}
+    for name, inode, by in (("a", 2, "vm other"), ("b", 3, "another process")):
+        room.begin(name)
+        file = FileId(device=1, inode=inode)
+        text = f"disk /{name}: is in use by another process"
+        room.answer(name, NotOpened(code=errno.EBUSY, text=text, file=file, what=f"disk /{name}", by="another process"))
+        assert str(room.failed[name]) == f"disk /{name}: is in use by {by}"
+
+
+def test_another_file_under_the_same_name_is_found() -> None:
+    """What was not there before is no other file."""
+    assert replaced({"disk a": (1, 2), "disk b": (1, 3)}, {"disk a": (1, 4), "disk b": (1, 3), "disk c": (1, 5)}) == [
+        "disk a"
+    ]

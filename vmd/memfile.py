@@ -1,0 +1,22 @@
+"""Memory files: what several processes share, or keep, and what no storage is behind (memfd_create(2))."""
+
+import fcntl
+import os
+
+FIXED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # what may no longer change: its size
+CONSTANT = FIXED | fcntl.F_SEAL_WRITE  # ... and all it holds
+
+
+def memory_file(name: str) -> int:
+    """Return an empty memory file, which can be sealed.  Raises OSError."""
+    return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def seal(fd: int, seals: int) -> None:
+    """Let nobody change a memory file in these ways any more.  Raises OSError."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+
+
+def is_constant(fd: int) -> bool:
+    """Return whether nobody can change a memory file any more.  Raises OSError."""
+    return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & CONSTANT == CONSTANT

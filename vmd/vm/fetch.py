@@ -1,0 +1,62 @@
+"""What comes to a VM process over a courier: the files that it begins with, and a stream."""
+
+import socket
+
+from vmd.closing import close_all
+from vmd.errors import PeerError
+from vmd.ipc import courier
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.imsg import Envelope
+    from vmd.ipc.loop import Loop
+
+
+def fetch_files(envelope: "Envelope") -> None:
+    """Add to what came with a message the files that come over its couriers.
+
+    Raises PeerError if they do not come.
+    """
+    for fd in envelope.take_fds("couriers"):
+        with socket.socket(fileno=fd) as sock:
+            try:
+                files = courier.fetch(sock)
+            except OSError:
+                raise PeerError("opener", "its files did not come") from None
+            except ValueError as error:
+                raise PeerError("opener", str(error)) from None
+            for name, fds in files.items():
+                envelope.fds.setdefault(name, []).extend(fds)
+
+
+def fetch_stream(loop: "Loop", fd: int, then: "Callable[[int | None], None]") -> None:
+    """Ask for a stream, and call `then` with it, or with None if it does not come; the courier `fd` is ours.
+
+    Others are served meanwhile: it is a client's process that has to give it away.
+    """
+    sock = socket.socket(fileno=fd)
+
+    def over(stream: int | None) -> None:
+        late.cancel()
+        loop.remove(fd)
+        sock.close()
+        then(stream)
+
+    def on_ready(_events: int) -> None:
+        try:
+            files = courier.take(sock)
+        except (OSError, ValueError):
+            files = {}
+        fds = files.pop("stream", [])
+        stream = fds.pop(0) if fds else None
+        close_all((*fds, *(each for others in files.values() for each in others)))
+        over(stream)
+
+    late = loop.call_later(courier.PATIENCE_S, lambda: over(None))
+    loop.add(fd, on_ready)
+    try:
+        courier.ask(sock)
+    except OSError:
+        return  # its other end is closed, which `on_ready` finds out
