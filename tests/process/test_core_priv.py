@@ -257,7 +257,11 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
         wait_for(lambda: host4 in addresses(links(network)[local]))
         network.run("nft", "flush", "ruleset")
         wait_for(lambda: "table inet vmd" in network.run("nft", "list", "tables"))
-        assert "masquerade" in rules(network)
+        wait_for(lambda: "masquerade" in rules(network))
+        network.run("nft", "flush", "table", "inet", "vmd")
+        network.run("ip", "link", "set", on_switch, "nomaster")
+        wait_for(lambda: "masquerade" in rules(network))
+        wait_for(lambda: links(network)[on_switch].get("master") == "br7")
         network.run("ip", "link", "delete", on_switch)
 
         wait_for(lambda: told("a", f"{on_switch} was deleted by another program"))
@@ -266,7 +270,71 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
         assert told("b", "the nftables table inet vmd was removed by another program: it was written again")
         assert not told("b", "br7")
         assert vmd.interfaces("b")
+        assert vmd.log.count("rules or elements of the nftables table") == 1  # what priv has done itself is no damage
         assert "Traceback" not in vmd.log
         vmd.must("stop", "-fw", "a")
         vmd.must("start", "a")
         assert not told("a", f"{on_switch} was deleted")
+
+
+@pytest.mark.deep
+def test_what_others_change_is_put_right_and_said(network: Network, tmp_path: Path) -> None:
+    """Rules and elements of sets one by one, ports, interfaces that are switched off, settings."""
+    lines = 'interface switch "lan"', "local interface"
+    conf = "local inet6\n" + SWITCH + block("a", *lines) + block("b", *lines)
+    with NetDaemon(tmp_path, network, conf) as vmd, Bystander(vmd, "b"):
+        vmd.must("start", "a")
+        tap, local = (nic["tap"] for nic in vmd.interfaces("a"))
+        has = addresses(links(network)[local])
+        network.run("nft", "add chain inet vmd mine; add rule inet vmd mine accept")
+
+        def damage(command: str, is_well: Callable[[], bool]) -> None:
+            assert is_well()
+            network.run("sh", "-c", command)
+            wait_for(is_well)
+
+        def is_up(name: str) -> bool:
+            return "UP" in links(network)[name]["flags"]
+
+        def counts(words: str, times: int) -> Callable[[], bool]:
+            return lambda: rules(network).count(words) == times
+
+        def is_set(setting_name: str) -> Callable[[], bool]:
+            return lambda: setting(network, setting_name) == "1"
+
+        damage("nft flush table inet vmd", counts("masquerade", 2))
+        postrouting = network.run("nft", "-a", "list", "chain", "inet", "vmd", "postrouting")
+        handle = next(line for line in postrouting.splitlines() if "@nat4" in line).split()[-1]
+        damage(f"nft delete rule inet vmd postrouting handle {handle}", counts("saddr @nat4", 1))
+        damage("nft flush set inet vmd source4", counts(f'"{local}" . ', 2))
+        names = rules(network).count(f'"{local}"')
+        damage(f"nft delete element inet vmd local '{{ \"{local}\" }}'", counts(f'"{local}"', names))
+        damage(f"ip link set {tap} nomaster", lambda: links(network)[tap].get("master") == "br7")
+        damage("ip link set br7 down", lambda: is_up("br7"))
+        damage(f"ip link set {tap} down", lambda: is_up(tap))
+        damage(f"ip link set {local} down", lambda: is_up(local) and addresses(links(network)[local]) == has)
+        for name in ("ipv4/ip_forward", f"ipv4/conf/{local}/rp_filter"):
+            damage(f"echo 0 > /proc/sys/net/{name}", is_set(name))
+
+        for words in (
+            "rules or elements of the nftables table inet vmd (chain ",
+            "rules or elements of the nftables table inet vmd (set source4) were deleted by another program",
+            "rules or elements of the nftables table inet vmd (set local) were deleted by another program",
+            f"{tap} was taken out of br7 by another program: it was put back",
+            "bridge br7 was switched off by another program: it was switched on again",
+            f"{tap} was switched off by another program: it was switched on again",
+            f"{local} was switched off by another program: it was switched on again",
+            "IPv4 forwarding was switched off by another program: it was switched on again",
+            f"net/ipv4/conf/{local}/rp_filter was changed by another program: it is 1 again",
+        ):
+            vmd.wait_log(words)
+        assert f"{tap} was taken out of br7" in vmd.must("status", "-v", "a")
+        assert f"{tap} was" not in vmd.must("status", "-v", "b")
+        network.run("ip", "link", "add", "br8", "type", "bridge")
+        network.run("ip", "link", "set", tap, "master", "br8")
+        vmd.wait_log(f"{tap} was put into br8 instead of br7 by another program")
+        network.run("ip", "link", "set", tap, "master", "br7")
+        wait_for(lambda: "br8" not in vmd.must("status", "-v", "a"))
+        assert "chain mine" in rules(network)
+        assert vmd.log.count("rules or elements of the nftables table") == 4
+        assert "Traceback" not in vmd.log

@@ -1,4 +1,4 @@
-"""The kernel's word that something of the network has changed: interfaces, addresses, nftables.
+"""The kernel's word that something of the network has changed: interfaces, addresses, settings, nftables.
 
 What exactly is not read: our own changes are among it, and whoever looks finds what is not as it should be.
 """
@@ -9,6 +9,8 @@ from vmd.errors import HostError
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
+RTMGRP_IPV4_NETCONF, RTMGRP_IPV6_NETCONF = 1 << 23, 1 << 24  # RTNLGRP_IPV4_NETCONF is 24: forwarding, rp_filter
+LINKS = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_NETCONF | RTMGRP_IPV6_NETCONF
 NFNLGRP_NFTABLES = 7
 PIECE, PIECES_MAX = 65536, 64
 
@@ -21,7 +23,7 @@ class Changes:
         self.sockets: list[socket.socket] = []
         try:
             for family, groups in (
-                (NETLINK_ROUTE, RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR),
+                (NETLINK_ROUTE, LINKS),
                 (NETLINK_NETFILTER, 1 << NFNLGRP_NFTABLES - 1),
             ):
                 self.sockets.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, family))

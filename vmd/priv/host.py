@@ -21,10 +21,10 @@ from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages import AddressGiven, TapBefore
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
+from vmd.priv.damage import Damage, Damages
 from vmd.priv.firewalls import Chain, Guests, advice
 from vmd.priv.ifconfig import UNFINISHED, Link, Links
 from vmd.priv.rules import Member, Nft
-from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
 LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
 RETRY_S = 0.05
-DAMAGE_MAX = 1000  # notes
-REPAIRED_S = 600.0  # for so long it is shown that something was repaired
+# IPv6?  In words, and the setting
+FORWARDING = ((False, "IPv4", "ipv4/ip_forward"), (True, "IPv6", "ipv6/conf/all/forwarding"))
 
 
 class Nic:
@@ -58,7 +58,21 @@ class Nic:
         self.fd = fd  # until the parent has it
         self.groups = request.groups
         self.networks = networks_of(request)
+        self.rdomain = request.rdomain
+        self.up = request.up
         self.link_local = b""
+
+    def settings(self) -> list[tuple[str, str]]:
+        """Return what the kernel has to do with its packets, as settings below /proc/sys/net; some may not exist."""
+        name, families = self.link.name, {rules.v6(network) for network in self.networks}
+        found = [
+            to_itself(name),
+            (f"ipv6/conf/{name}/addr_gen_mode", "1"),  # no addresses but what it is given
+            (f"ipv6/conf/{name}/disable_ipv6", "0" if True in families else "1"),
+        ]
+        if False in families:
+            found.append((f"ipv4/conf/{name}/rp_filter", "1"))  # the guest sends from its own address
+        return found
 
     def addresses(self) -> list[tuple[bytes, int]]:
         """Return what addresses the host has on it, with the lengths of their networks."""
@@ -91,21 +105,16 @@ class Attached(Nic):
         self.before = link
         self.added: list[AddressGiven] = []
 
+    def settings(self) -> list[tuple[str, str]]:
+        """They are somebody else's."""
+        return []
+
     def as_it_was(self) -> TapBefore:
         """Return what the tap was before, as far as it may be changed."""
         before = self.before
         return TapBefore(
             master=before.master, mtu=before.mtu, group=before.group, up=before.up, added=tuple(self.added)
         )  # fmt: skip
-
-
-class Damage(Record):
-    """Something of ours that another program has changed, in words, and when that was noticed."""
-
-    text: str
-    since_s: int
-    names: frozenset[str]  # of interfaces and bridges that it concerns
-    lasting: bool = False  # it cannot be repaired
 
 
 class Network:
@@ -125,7 +134,8 @@ class Network:
         self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
         self.loaded = legacy.Loaded()
-        self.damage: list[Damage] = []
+        self.shape: dict[str, int] = {}  # of our table, as we have written it
+        self.damage = Damages(self)
         self.adopting = False  # what a priv before us has made stays
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
@@ -232,8 +242,8 @@ class Network:
             except HostError as error:
                 raise OperatorError(error.number, lacking(error, f"make bridge {name}", "bridge")) from None
         try:
-            if made:
-                keep_to_itself(name)
+            if made and sysctl.entries("ipv6/conf"):
+                sysctl.write(*to_itself(name))
                 for nic in self.ports(name):  # of a bridge that somebody has deleted
                     self.links.set_master(nic.link, link)
             if is_bridge(link):
@@ -469,10 +479,9 @@ class Network:
         ipv6 = bool(request.prefix6)
         if ipv6 and not sysctl.entries("ipv6/conf"):
             raise OperatorError(errno.EAFNOSUPPORT, f"interface {link.name}: local inet6: this kernel has no IPv6")
-        keep_to_itself(link.name)
-        if sysctl.entries("ipv6/conf"):
-            sysctl.write(f"ipv6/conf/{link.name}/addr_gen_mode", "1")  # none but what it is given
-            sysctl.write(f"ipv6/conf/{link.name}/disable_ipv6", "0" if ipv6 else "1")
+        for setting, value in nic.settings():
+            if sysctl.read(setting) is not None:
+                sysctl.write(setting, value)
         if bridge is not None:
             # First the size: a bridge that has not been given one takes the smallest of its ports'.
             self.links.set_mtu(link, min(bridge.mtu, MTU_MAX))
@@ -482,7 +491,6 @@ class Network:
         self.require_free(link, networks_of(request))
         self.require_no_route(link, request)
         if request.host4:
-            sysctl.write(f"ipv4/conf/{link.name}/rp_filter", "1")  # the guest sends from its own address
             self.links.add_address(link, request.host4, 31)
         if request.prefix6:
             nic.link_local = link_local(link.lladdr)
@@ -532,7 +540,7 @@ class Network:
             return
         self.drop(nics)
         names = {nic.link.name for nic in nics}
-        self.damage = [damage for damage in self.damage if not (damage.lasting and damage.names & names)]
+        self.damage.forget(names)
         self.tidy()
 
     def drop(self, nics: "Sequence[Nic]") -> None:
@@ -554,53 +562,40 @@ class Network:
 
     # --- damage ------------------------------------------------------------------------------------------
 
-    def repair(self) -> None:
-        """Put right what others have deleted of ours under VMs that run.  Raises OperatorError or HostError."""
-        if not self.nics:
-            return
-        there = {link.name for link in self.links.all()}
-        for name in sorted({nic.bridge for nic in self.all_nics()} - there):
-            if name in self.switches:
-                self.ensure_bridge(self.switches[name])
-                self.note(f"bridge {name} was deleted by another program: it was made again", {name})
-        indices = {link.index for link in self.links.all()}
-        addressed = set(self.links.addresses())
-        for nic in self.all_nics():
-            name = nic.link.name
-            if nic.link.index not in indices:
-                self.note(f"{name} was deleted by another program: it is there again when the VM is started anew",
-                          {name}, lasting=True)  # fmt: skip
-                continue
-            for address, length in nic.addresses():
-                if (nic.link.index, address) not in addressed:
-                    self.links.add_address(nic.link, address, length)
-                    text = f"{ipaddress.ip_address(address)} was taken from {name} by another program"
-                    self.note(f"{text}: it was given back", {name})
-        if self.has_table and not self.nft.has_table():
-            self.write_again()
+    def is_ours(self, link: Link) -> bool:
+        """Return whether we have made a bridge."""
+        return is_bridge(link)
 
-    def write_again(self) -> None:
-        """Write our table again."""
-        self.tidy()
-        names = {nic.link.name for nic in self.all_nics()}
-        self.note(f"the nftables table {rules.TABLE} was removed by another program: it was written again", names)
+    def bridge_settings(self, name: str) -> list[tuple[str, str]]:
+        """Return the settings that a bridge has to have, if it is one of ours."""
+        link = self.links.find(name)
+        return [to_itself(name)] if link is not None and is_bridge(link) else []
 
-    def note(self, text: str, names: "Collection[str]", *, lasting: bool = False) -> None:
-        """Keep damage for those who ask, and log it."""
-        if any(damage.text == text and damage.lasting for damage in self.damage):
-            return
-        log.warn(text)
-        new = Damage(text=text, since_s=int(time.time()), names=frozenset(names), lasting=lasting)
-        self.damage = [*(damage for damage in self.damage if damage.text != text), new][-DAMAGE_MAX:]
+    def lacks_forwarding(self) -> list[str]:
+        """Return the families that interfaces need forwarding of and that have none, in words."""
+        networks = [network for member in self.members() for network in member.networks]
+        needed = {rules.v6(network) for network in networks}
+        return [words for six, words, setting in FORWARDING if six in needed and sysctl.read(setting) == "0"]
+
+    def lost_rules(self) -> list[str] | None:
+        """Return the chains and sets of our table in which something is missing; None if there is no table any more."""
+        if not self.has_table:
+            return []
+        try:
+            there = self.nft.shape()
+        except OperatorError:
+            return [] if self.nft.has_table() else None
+        return [name for name, count in self.shape.items() if there.get(name, -1) < count] if there else []
+
+    def take_rules_as_they_are(self) -> None:
+        """Miss nothing that is missing now: a version of nft may show sets otherwise than they were written."""
+        for name in self.lost_rules() or ():
+            del self.shape[name]
 
     def damages(self, vmid: int) -> list[tuple[int, Damage]]:
         """Return what was damaged of a VM's interfaces not long ago, each with the number of the interface."""
-        recent_s = time.time() - REPAIRED_S
         return [
-            (index, damage)
-            for index, nic in enumerate(self.nics.get(vmid, ()))
-            for damage in self.damage
-            if damage.names & {nic.link.name, nic.bridge} and (damage.lasting or damage.since_s > recent_s)
+            (index, damage) for index, nic in enumerate(self.nics.get(vmid, ())) for damage in self.damage.of(nic)
         ]
 
     # --- rules -------------------------------------------------------------------------------------------
@@ -626,7 +621,7 @@ class Network:
             if self.has_table and not self.groups_seen:
                 self.remove_rules()
             elif self.has_table:
-                self.nft.apply(rules.ruleset([], self.groups_seen))
+                self.write(rules.ruleset([], self.groups_seen))
             return
         try:
             self.apply(members, bridges)
@@ -643,16 +638,21 @@ class Network:
         """Have our table written, without counters where this host has none for sets."""
         if self.counts:
             try:
-                self.nft.apply(rules.ruleset(members, self.groups_seen, bridges))
+                self.write(rules.ruleset(members, self.groups_seen, bridges))
                 return
             except OperatorError as error:
                 if not any(member.networks or member.groups for member in members):
                     raise
                 failed = error
-        self.nft.apply(rules.ruleset(members, self.groups_seen, counted=False))
+        self.write(rules.ruleset(members, self.groups_seen, counted=False))
         if self.counts:
             self.counts = False
             self.say_once(f"what other firewalls drop of guests' packets cannot be counted: {failed}")
+
+    def write(self, text: str) -> None:
+        """Write our table."""
+        self.nft.apply(text)
+        self.shape = rules.shape(text)
 
     def remove_rules(self) -> None:
         """Delete our table."""
@@ -693,9 +693,9 @@ class Network:
         """Read the counters, and log what is dropped of guests' packets; puts our table back if somebody removed it."""
         if not self.nics:
             return
-        if not self.count() and not self.nft.has_table():
-            self.write_again()
-        elif self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
+        self.damage.repair()  # the kernel does not report each change of a setting
+        self.count()
+        if self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
             self.tidy()  # a firewall has come, or gone
         for loss in self.watch.to_log(time.monotonic()):
             log.warn(self.sentence(loss))
@@ -934,10 +934,9 @@ def opposite(guest: bytes) -> bytes:
     return HIGHEST + hashlib.sha256(b"vmd tap " + guest).digest()[: LLADDR_BYTES - 1]
 
 
-def keep_to_itself(name: str) -> None:
-    """Let an interface of ours take no advice on routes from guests."""
-    if sysctl.entries("ipv6/conf"):
-        sysctl.write(f"ipv6/conf/{name}/accept_ra", "0")
+def to_itself(name: str) -> tuple[str, str]:
+    """Return the setting with which an interface of ours takes no advice on routes from guests."""
+    return f"ipv6/conf/{name}/accept_ra", "0"
 
 
 def lacking(error: HostError, tried: str, module: str) -> str:

@@ -91,10 +91,7 @@ class Priv(Process):
     def repair(self) -> None:
         """Put right what others have damaged."""
         self.repairing = None
-        try:
-            self.network.repair()
-        except (OperatorError, HostError) as error:
-            log.error(str(error))
+        self.network.damage.repair()
 
     def look(self) -> None:
         """Look at what other firewalls drop, again and again."""

@@ -120,6 +120,19 @@ def ruleset(
     return "\n".join(lines) + "\n"
 
 
+def shape(ruleset: str) -> dict[str, int]:
+    """Return how many rules each chain has that a ruleset writes, and how many elements each set, by their names."""
+    found: dict[str, int] = {}
+    for verb, what, _family, _table, *name in (line.split(" ", 5) for line in ruleset.splitlines()):
+        if verb == "add" and what in ("chain", "set"):
+            found.setdefault(f"{what} {name[0]}", 0)
+        elif verb == "add" and what == "rule":
+            found[f"chain {name[0]}"] += 1
+        elif verb == "add" and what == "element":
+            found[f"set {name[0]}"] += name[1].count(", ") + 1
+    return found
+
+
 def of_set(name: str, kind: str, elements: list[str]) -> list[str]:
     """Return the lines that make a set hold these elements and no others."""
     lines = [f"add set {TABLE} {name} {{ type {kind}; }}", f"flush set {TABLE} {name}"]
@@ -181,6 +194,23 @@ class Nft:
         Raises OperatorError.
         """
         return TRANSLATES.search(self._run("list", "table", *table.split(" ", 1))) is not None
+
+    def shape(self) -> dict[str, int]:
+        """Return what `shape` does, of our table as it is.  Raises OperatorError: the table is gone, too."""
+        listing = self._run("-j", "list", "table", *TABLE.split())
+        found: dict[str, int] = {}
+        try:
+            for entry in json.loads(listing)["nftables"]:
+                if "chain" in entry:
+                    found.setdefault(f"chain {entry['chain']['name']}", 0)
+                elif "rule" in entry:
+                    chain = f"chain {entry['rule']['chain']}"
+                    found[chain] = found.get(chain, 0) + 1
+                elif "set" in entry:
+                    found[f"set {entry['set']['name']}"] = len(entry["set"].get("elem", ()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}  # a version of nft that speaks otherwise
+        return found
 
     def counters(self) -> dict[str, dict[str, int]]:
         """Return what the sets of our table have counted: set -> interface -> packets.

@@ -8,7 +8,7 @@ from vmd.config.rules import HOST_TABLES
 from vmd.errors import OperatorError
 from vmd.priv.host import inside, is_bridge, is_tap, is_vrf, link_local
 from vmd.priv.ifconfig import Link
-from vmd.priv.rules import TRANSLATES, Member, Nft, needed, ruleset
+from vmd.priv.rules import TRANSLATES, Member, Nft, needed, ruleset, shape
 
 NET4, NET6 = (bytes((100, 64, 3, 4)), 31), (b"\xfd" + bytes(15), 64)
 
@@ -20,6 +20,20 @@ def test_no_table_without_need() -> None:
     assert needed([Member(name="tap0", groups=("a",))])
     assert needed([Member(name="tap0", networks=(NET4,))])
     assert needed([Member(name="tap0")], ["br0"])
+
+
+def test_the_shape_of_a_text() -> None:
+    """So many rules in each chain, so many elements in each set; what is empty has to be there, too."""
+    members = [Member(name=f"tap{number}", groups=("lab",), networks=(NET4, NET6)[:number]) for number in range(3)]
+
+    found = shape(ruleset(members, ["old"], ["br0"]))
+
+    assert found == found | {
+        "set vmd_lab": 3, "set vmd_old": 0, "set local": 2, "set nat4": 2, "set nat6": 1, "set source6": 1,
+        "set from_first": 2, "set switch_last": 1,
+        "chain forward": 5, "chain forwarded": 3, "chain input": 1, "chain received": 1, "chain postrouting": 2,
+    }  # fmt: skip
+    assert set(shape(ruleset([]))) == set(found) - {"set vmd_lab", "set vmd_old"}
 
 
 def test_the_whole_text() -> None:
