@@ -71,6 +71,17 @@ def test_shared_memory_is_not_stored_to_with_pack_into() -> None:
     assert found == []
 
 
+def test_descriptors_are_not_received_so_that_they_are_inherited() -> None:
+    """`socket.recv_fds` forgets its flags."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files("vmd", "vmctl", suffix=".py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "recv_fds"
+    ]
+    assert found == [], "use vmd.ipc.rights.receive"
+
+
 def test_nothing_is_left_for_later() -> None:
     """What is missing is either done or not in the tree."""
     found = []

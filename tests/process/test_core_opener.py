@@ -21,6 +21,8 @@ from vmd.privsep.confine import OPENER
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
+FILES = {"first": "vioblk0", "second": "vioblk1", "disc.iso": "vioscsi0"}  # of VM `several`, and who serves each
+
 
 @pytest.fixture(scope="module")
 def file() -> Iterator[FuseFile]:
@@ -38,6 +40,10 @@ def bystander(file: FuseFile) -> Iterator[Bystander]:
         path = file.attach(folder)
         try:
             conf = vm_block(NAME) + vm_block("other")
+            for name in FILES:
+                (directory / name).write_bytes(bytes(MIB))
+            disks = (f'{"cdrom" if "disc" in name else "disk"} "{directory / name}"' for name in FILES)
+            conf += vm_block("several", *disks)
             conf += vm_block("slow", f'disk "{path}" format raw') + vm_block("probed", f'disk "{path}"')
             with Daemon(directory, conf) as daemon, Bystander(daemon) as made:
                 yield made
@@ -95,19 +101,21 @@ def test_others_start_meanwhile(vmd: Daemon, file: FuseFile) -> None:
     starting.communicate(timeout=DEADLINE_S)
 
 
-def test_nobody_but_the_processes_of_the_vm_has_its_files(vmd: Daemon) -> None:
-    """Neither its disk nor what it boots: those who opened them have ended, and nobody else was given them."""
-    vmd.must("start", "slow")
-    wait_for(lambda: "vmd: opener/slow" not in vmd.processes(), vmd)
-    processes = {**vmd.processes(), "parent": vmd.pid}
+def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
+    """Those who opened them have ended, and what a VM has booted nobody has any more."""
+    vmd.must("start", "several")
+    wait_for(lambda: "vmd: opener/several" not in vmd.processes(), vmd)
     held = {
         title: {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-        for title, pid in processes.items() if "slow" in title or title.count("/") == 0
-    }  # fmt: skip
+        for title, pid in {**vmd.processes(), "parent": vmd.pid}.items()
+    }
     assert {"parent", "vmd: control", "vmd: vmm", "vmd: priv", "vmd: log", "vmd: vm"} <= held.keys()
-    its = {str(guest("demo")), *(name for names in held.values() for name in names if name.endswith("/disk"))}
-    assert {title for title, names in held.items() if names & its} == {"vmd: vm/slow/vioblk0"}
-    vmd.must("stop", "-fw", "slow")
+    files = {str(vmd.directory / name): device for name, device in FILES.items()}
+    its = {title: names & {*files, str(guest("demo"))} for title, names in held.items()}
+    assert {title: names for title, names in its.items() if names} == {
+        f"vmd: vm/several/{device}": {path} for path, device in files.items()
+    }
+    vmd.must("stop", "-fw", "several")
 
 
 @pytest.mark.deep

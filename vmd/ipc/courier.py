@@ -14,6 +14,7 @@ import socket
 import time
 
 from vmd.closing import close_all
+from vmd.ipc.rights import receive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def ask(sock: socket.socket) -> None:
 
 def take(sock: socket.socket) -> "dict[str, list[int]]":
     """Return the files that have come, by name.  Raises OSError, if none will come; ValueError for anything else."""
-    packet, fds, flags, _ = socket.recv_fds(sock, PACKET_MAX, FILES_MAX, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+    packet, fds, flags = receive(sock, PACKET_MAX, FILES_MAX, socket.MSG_DONTWAIT)
     if not packet and not fds:
         raise ConnectionResetError
     head, *names = packet.decode("ascii", "replace").split() or [""]

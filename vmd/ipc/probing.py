@@ -11,6 +11,7 @@ import time
 
 from vmd.closing import close_all
 from vmd.ipc.probemsg import ANSWER_MAX
+from vmd.ipc.rights import receive
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
     """Be a probe: answer until nobody asks any more; the files are closed after each answer."""
     sock = socket.socket(fileno=CHANNEL_FD)
     while True:
-        question, files, _, _ = socket.recv_fds(sock, QUESTION_MAX, FILES_MAX, socket.MSG_CMSG_CLOEXEC)
+        question, files, _ = receive(sock, QUESTION_MAX, FILES_MAX)
         if not question:
             return 0
         try:
