@@ -170,7 +170,7 @@ def who_is_who() -> dict[str, Any]:
 
 def journal_fields() -> dict[str, Any]:
     """Look at its journal."""
-    return {"entries": [entry for entry in journal.entries if entry["_TRANSPORT"] in ("stdout", "journal")]}
+    return {"entries": [entry for entry in journal.entries if entry["_PID"] != "1"]}  # which says what it does
 
 
 def reload() -> dict[str, Any]:
@@ -179,12 +179,26 @@ def reload() -> dict[str, Any]:
     right = CONF.read_text()
     CONF.write_text(right + MISTAKE)
     refused, _ = run("systemctl", "reload", "vmd")
-    complaint = said(journal.wait("vmctl: 1 error, configuration unchanged"))
+    complaint = said(journal.wait("vmctl: 1 error, configuration unchanged", "vmd: 1 error, configuration unchanged"))
     CONF.write_text(right + SECOND)
     must("systemctl", "reload", "vmd")
     answer = ask(journal.wait("started second ("), "second", "mem")
     CONF.write_text(right)
     return {"refused": refused, "complaint": complaint, "before": before, "after": processes(), "answer": answer}
+
+
+def out_of_memory() -> dict[str, Any]:
+    """Have the kernel end a VM for its memory."""
+    before = processes()
+    pid = next(pid for pid, title in before.items() if title == "vmd: vm/second")
+    group = Path("/sys/fs/cgroup" + Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition("0::")[2])
+    (group.parent / "cgroup.subtree_control").write_text("+memory")
+    (group / "memory.oom.group").write_text("1")
+    (group / "memory.max").write_text("8M")
+    run("sh", "-c", f"echo 0 >{group}/cgroup.procs && exec dd if=/dev/zero of=/dev/null bs=64M count=1")
+    entries = journal.wait("second: terminated")
+    _, answer = run("systemctl", "show", group.parent.name, "--property=ActiveState,Result,MemoryAccounting")
+    return {"before": before, "after": processes(), "said": said(entries), "scope": answer.splitlines()}
 
 
 def upgrade() -> dict[str, Any]:
@@ -249,7 +263,7 @@ def mistake() -> dict[str, Any]:
 
 
 BOOTS: tuple[tuple[Callable[[], dict[str, Any]], ...], ...] = (
-    (enable, control_group, who_is_who, journal_fields, reload, upgrade, kill),
+    (enable, control_group, who_is_who, journal_fields, reload, upgrade, out_of_memory, kill),
     (previous, again, stop, mistake),
 )
 

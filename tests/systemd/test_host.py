@@ -124,6 +124,16 @@ def test_upgrade(seen: dict[str, Any]) -> None:
     assert NEWER in seen["version"]
 
 
+def test_out_of_memory(seen: dict[str, Any]) -> None:
+    """The VM that has too much of it ends, and no other; nobody stops the guests' unit for that."""
+    assert ours(seen["before"], "second")
+    assert ours(seen["after"], "second") == {}
+    assert any("second: terminated" in line and "killed by SIGKILL" in line for line in seen["said"])
+    assert ours(seen["before"], "full")
+    assert ours(seen["after"], "full") == ours(seen["before"], "full")
+    assert set(seen["scope"]) == {"ActiveState=active", "Result=success", "MemoryAccounting=no"}
+
+
 def test_kill(seen: dict[str, Any]) -> None:
     """Another daemon, of the version that is now installed, starts what the file has; nothing is left of the first."""
     assert seen["unit"]["ActiveState"] == "active"

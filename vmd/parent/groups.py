@@ -148,7 +148,8 @@ class Scope:
     def _make(self, unit: str, own: str, vmm: int) -> Groups | None:
         """Make one unit; return None if there is one of this name.  Raises VmdError."""
         above, name = os.path.split(own)
-        # With MemoryAccounting=yes, systemd before 253 stops all guests when the kernel kills one for its memory.
+        # Where systemd watches the memory of a scope it may stop the whole of it when the kernel kills one guest for
+        # its memory (OOMPolicy=stop, since version 253; earlier ones do not take OOMPolicy= for a scope).
         options = ["Delegate=yes", "TasksMax=infinity", "MemoryAccounting=no"]
         if name.endswith(".service"):
             # Whoever limits the daemon's slice means its guests, too.  At the host's end the daemon stops its guests.
