@@ -4,6 +4,7 @@ The storage is a real FUSE file system that does not answer.
 """
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -116,6 +117,17 @@ def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
         f"vmd: vm/several/{device}": {path} for path, device in files.items()
     }
     vmd.must("stop", "-fw", "several")
+
+
+def test_what_a_vm_process_has(bystander: Bystander) -> None:
+    """Its guest, its console, and channels: no file, and no way to make another VM."""
+    pid = bystander.pid
+    held = {re.sub(r"[0-9]+", "N", os.readlink(f"/proc/{pid}/fd/{fd}")) for fd in os.listdir(f"/proc/{pid}/fd")}
+    memory = {f"/memfd:{name} (deleted)" for name in ("guest-memory", "console", "interrupts")}
+    events = {f"anon_inode:[{kind}]" for kind in ("eventfd", "eventpoll", "pidfd", "timerfd")}
+    machine = {"anon_inode:kvm-vm", "anon_inode:kvm-vcpu:N"}
+    assert held <= {"/dev/null", "/dev/ptmx", "/dev/pts/N", "socket:[N]"} | memory | events | machine
+    assert held >= machine
 
 
 @pytest.mark.deep
