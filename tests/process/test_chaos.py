@@ -40,9 +40,9 @@ def run(directory: Path, seed: int, duration_s: float) -> str:
                 assert vmd.stop() == 0
         finally:
             subprocess.run(["umount", "--lazy", folder], check=True)
-        assert ours(network) == []
-        assert "Traceback" not in vmd.log
-        assert "unexpected" not in vmd.log
+        assert ours(network) == [], vmd.log
+        assert "Traceback" not in vmd.log, vmd.log
+        assert "unexpected" not in vmd.log, vmd.log
     return said
 
 
@@ -60,3 +60,13 @@ def test_nobody_else_loses_a_guest(duration_s: float, request: pytest.FixtureReq
     """The number of lost guests is printed: 0."""
     with public_folder() as directory:
         record_property("done", run(directory, request.config.getoption("--seed"), duration_s))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_nobody_else_loses_a_guest_for_ever(request: pytest.FixtureRequest, record_property: Say) -> None:
+    """The same, as many rounds as one likes."""
+    first, count = request.config.getoption("--seed"), request.config.getoption("--sequences")
+    for seed in range(first, first + count):
+        with public_folder() as directory:
+            record_property("done", run(directory, seed, 20))

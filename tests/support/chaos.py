@@ -148,7 +148,6 @@ class Chaos:
         self.is_long = duration_s >= LONG_S
         self.done: Counter[str] = Counter()
         self.lives: list[Life] = []
-        self.longest_s = 0.0  # that root had to wait for a status
         self.over = threading.Event()
         self.faults: list[str] = []
         self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
@@ -279,7 +278,6 @@ class Chaos:
         chance = random.Random(seed)
         with (self.vmd.directory / "stream").open("wb") as stream:
             while not self.over.wait(chance.uniform(0.1, 1.0)):
-                began_s = time.monotonic()
                 if chance.random() < 0.1:
                     self.ask(ROOT, ReloadRequest())
                 elif chance.random() < 0.2:
@@ -287,7 +285,6 @@ class Chaos:
                     self.ask(ROOT, SendRequest(name=chance.choice(NAMES), keep=True), stream.fileno())
                 else:
                     self.rows()
-                    self.longest_s = max(self.longest_s, time.monotonic() - began_s)
 
     def watch(self) -> None:
         """See that guests go on."""
@@ -511,7 +508,7 @@ class Chaos:
             f"seed {self.seed}: {self.done.total()} attacks in {self.duration_s:.0f} s"
             f" ({', '.join(f'{what} {count}' for what, count in sorted(self.done.items()))});"
             f" {len(self.lives)} lives, {len(spared)} to the end, which answered {sum(life.beats for life in spared)}"
-            f" times; root waited {self.longest_s:.1f} s for a status at most;"
+            " times;"
             f" lost guests: {len(lost)}"
         )
         assert not self.faults, f"{self.faults}; {said}\n{self.vmd.log}"
