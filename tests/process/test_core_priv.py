@@ -16,7 +16,7 @@ import pytest
 from tests.support.bystander import Bystander
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.guests import guest
-from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
+from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
 from tests.support.network import Network
 from tests.support.privdriver import Priv, nic
 from tests.support.program import changed_program
@@ -234,6 +234,22 @@ def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path)
         wait_for(lambda: not Path(f"/proc/{priv}").exists())
         bystander.core = bystander.core_now()
     assert "priv: does not answer for 30 s: it is started again" in vmd.log
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.deep)])
+def test_the_daemon_ends_without_its_priv(network: Network, tmp_path: Path, signum: signal.Signals) -> None:
+    """Killed, so that no other one knows the network yet, or stopped for good: nothing is left of it all the same."""
+    before = world_without_rules(network)
+    with NetDaemon(tmp_path, network, SWITCH + block("a", 'interface switch "lan"', "local interface")) as vmd:
+        if signum == signal.SIGSTOP:  # after a kill another one would be up before the guest has shut down
+            vmd.must("start", "a")
+        assert world_without_rules(network) != before
+        os.kill(vmd.processes()["vmd: priv"], signum)
+        assert vmd.stop() == 0
+    assert world_without_rules(network) == before
+    assert ours(network) == []
+    assert setting(network, "ipv4/ip_forward") == "0"
+    assert vmd.log.count("could not remove its interfaces and rules: another one does") == 1
 
 
 # --- damaged ---------------------------------------------------------------------------------------------------

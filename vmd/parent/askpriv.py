@@ -4,8 +4,11 @@ priv may end, or be stopped, while guests run on the taps that it made.  Then it
 is first told of these taps (`Network.begin`), and only after that of anything else.
 """
 
+import socket
+
 from vmd.ipc.channel import NO_FDS
-from vmd.ipc.messages import Proc
+from vmd.ipc.imsg import MAX_MESSAGE, encode
+from vmd.ipc.messages import ConfigureNetwork, Proc, Quit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 ANSWER_S = 30.0  # longer than priv waits for an nft that hangs
+LAST_S = 10.0  # ... when the daemon has to end
 
 
 class AskPriv:
@@ -57,3 +61,14 @@ class AskPriv:
     def _silent(self) -> None:
         self.timer = None
         self.on_silent()
+
+
+def remove_all(sock: socket.socket) -> None:
+    """Have a priv that has just been started remove what its predecessors have made, and end.
+
+    `sock` is our end of its channel.  To be called when nobody is served any more, for this waits.  Raises OSError.
+    """
+    sock.settimeout(LAST_S)
+    for message in (ConfigureNetwork(nat=False), Quit()):
+        sock.recv(MAX_MESSAGE)  # that it is ready, and that it has done so
+        sock.send(encode(message)[0])

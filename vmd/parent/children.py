@@ -124,6 +124,11 @@ class Children:
         if child is not None:
             child.kill()
 
+    def ended_well(self, proc: Proc) -> bool:
+        """Return whether the last child of a kind has ended as it was told to."""
+        child = self._present.get(proc)
+        return child is not None and child.status == 0
+
     def are_ours(self, caller: Caller) -> bool:
         """Return whether a client is a process of the daemon's own: those have another way to talk to us."""
         ours = caller.uid == self._uid or caller.uid in self._own_ids
@@ -137,8 +142,8 @@ class Children:
             log.warn(f"{child.title} does not end; killing it")
             child.kill()
         deadline_s = time.monotonic() + timeout_s
-        for child in late:
-            child.reap(max(0.0, deadline_s - time.monotonic()))  # one that its storage keeps is left to it
+        # One that its storage keeps is left to it.
+        self._children = [child for child in late if child.reap(max(0.0, deadline_s - time.monotonic())) is None]
         if self._groups_place is not None:
             self._groups_place.close()
 

@@ -84,7 +84,7 @@ from vmd.ipc.messages import (
 from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import log
 from vmd.parent.access import require_allowed
-from vmd.parent.askpriv import ANSWER_S
+from vmd.parent.askpriv import ANSWER_S, remove_all
 from vmd.parent.askvmm import SILENT, LineToVmm
 from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
@@ -310,6 +310,18 @@ class Parent(Process):
             if self.saving is not None:
                 self.save()
             self.state.close()
+
+    def clean_up(self) -> None:
+        """After the end of all children: where priv could not remove what it had made, have another one do so."""
+        if not self.core.serving or (self.network.priv.up and self.children.ended_well(Proc.PRIV)):
+            return
+        log.warn("priv could not remove its interfaces and rules: another one does")
+        try:
+            _, ours = self.children.start(Proc.PRIV, self.logs.open)
+            with ours:
+                remove_all(ours)
+        except (VmdError, OSError) as error:
+            log.error(f"interfaces and rules are left: {sentence(error)}; the next start removes them")
 
     # --- messages ----------------------------------------------------------------------------------------
 

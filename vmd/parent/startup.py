@@ -126,6 +126,8 @@ def serve(options: Options) -> int:
             parent.loop.run()
             parent.finish()
             children.reap(CHILD_EXIT_TIMEOUT_S)
+            parent.clean_up()
+            children.reap(CHILD_EXIT_TIMEOUT_S)
             log.info("terminating")
         finally:
             parent.logs.end()

@@ -65,6 +65,7 @@ class Child:
     def __init__(self, title: str, pid: int) -> None:
         self.title = title
         self.pid = pid
+        self.status: int | None = None  # as `reap` has returned it
         try:
             self.pidfd = os.pidfd_open(pid)  # readable once the process has ended
         except OSError as error:
@@ -93,7 +94,8 @@ class Child:
         _, status = os.waitpid(self.pid, 0)
         close(self.pidfd)
         self.pidfd = -1
-        return os.waitstatus_to_exitcode(status)
+        self.status = os.waitstatus_to_exitcode(status)
+        return self.status
 
 
 def signal_name(signum: int) -> str:
