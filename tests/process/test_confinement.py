@@ -589,6 +589,7 @@ def test_bug_before_exec_is_reported() -> None:
     class Broken:
         import_path: tuple[str, ...] = ("/",)
         own_pids = False
+        vital = False
 
         def prepare(self) -> None:
             """Nothing."""

@@ -19,10 +19,10 @@ from tests.process.insider import DATA_FD
 from tests.support.bystander import vm_block
 from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.program import changed_program
 from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.parent import groups
-from vmd.parent.oom import CORE_SCORE
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, VmmCell
 from vmd.privsep.confine import OPENER, PARENT_CAPABILITIES
@@ -206,7 +206,6 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
         apart = {title: namespaces_of(pid) - namespaces_of(os.getpid()) for title, pid in processes.items()}
         limits = Path(f"/proc/{processes['vm/a/viornd0']}/limits").read_text()
         filters = {title: field(pid, "Seccomp") for title, pid in processes.items()}
-        scores = {title: score(pid) for title, pid in (*processes.items(), ("parent", vmd.pid))}
         parent = [int(field(vmd.pid, name), 16) for name in ("CapEff", "CapPrm", "CapBnd")]
         log = vmd.log
 
@@ -232,8 +231,28 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     assert set(filters.values()) == {FILTERED}
     own = linux.permitted_capabilities()
     assert parent == [sum(1 << capability for capability in PARENT_CAPABILITIES) & own] * 3
-    assert {scores.pop(title) for title in ("vm/a", "vm/b", "vm/a/viornd0", "vm/b/viornd0")} == {score(os.getpid())}
-    assert set(scores.values()) == {CORE_SCORE if own & 1 << linux.CAP_SYS_RESOURCE else score(os.getpid())}
+
+
+@pytest.mark.kvm
+@pytest.mark.deep
+def test_who_is_ended_first_when_memory_runs_out(tmp_path: Path) -> None:
+    """A VM, and before what all VMs depend on also what can be started again.
+
+    With other figures than the program's: these need no capability.
+    """
+    more = {"vmd/parent/oom.py": "CORE_SCORE = 100\n", "vmd/privsep/spawn.py": "LEAF_SCORE = 300\n"}
+    high = "echo 500 >/proc/self/oom_score_adj; exec \"$@\""
+    code = changed_program(tmp_path / "code", more)
+    with Daemon(tmp_path, vm_block("a"), code=code, prefix=("sh", "-c", high, "sh")) as vmd:
+        vmd.must("start", "a")
+        wait_for(lambda: {"vmd: vm", "vmd: viornd", "vmd: opener"} <= vmd.processes().keys())
+        scores = {title.removeprefix("vmd: "): score(pid) for title, pid in vmd.processes().items()}
+        assert score(vmd.pid) == 100
+
+    assert {title for title, found in scores.items() if found == 100} == {"vmm", "priv", "vm", "viornd"}
+    assert {title for title, found in scores.items() if found == 500} == {"vm/a", "vm/a/viornd0"}
+    assert {found for found in scores.values() if found not in (100, 500)} == {300}
+    assert {title for title, found in scores.items() if found == 300} >= {"control", "log", "opener"}
 
 
 @pytest.mark.kvm

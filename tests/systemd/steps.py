@@ -169,8 +169,8 @@ def who_is_who() -> dict[str, Any]:
 
 
 def journal_fields() -> dict[str, Any]:
-    """Look at its journal."""
-    return {"entries": [entry for entry in journal.entries if entry["_PID"] != "1"]}  # which says what it does
+    """Look at its journal, but for what systemd says of the unit."""
+    return {"entries": [entry for entry in journal.entries if entry["_PID"] != "1"]}
 
 
 def reload() -> dict[str, Any]:

@@ -7,7 +7,9 @@ from vmd.errors import HostError
 from vmd.log import log
 from vmd.parent.usage import children
 
-CORE_SCORE = -500  # of the parent and, inherited, of its children: above what a host cannot do without
+# Of the parent and, inherited, of vmm and priv; above what a host cannot do without.  Processes that are started again
+# when they have ended, such as those that serve users, are as likely to be killed as any program (`spawn.LEAF_SCORE`).
+CORE_SCORE = -500
 SCORE = "oom_score_adj"  # proc_pid_oom_score_adj(5)
 
 

@@ -72,6 +72,7 @@ class Cell:
 
     import_path: tuple[str, ...] = (CODE,)
     own_pids = False
+    vital = False
 
     def __init__(self, uid: int, gid: int, namespace_fd: int, root_fd: int, ids: Ids | None = None) -> None:
         """Each process has an id of `ids`; without them all are that user."""
@@ -125,6 +126,7 @@ class VmmCell(Cell):
     """
 
     CAPABILITIES = 1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL  # in the user namespace
+    vital = True
 
     def __init__(self, cell: Cell, users_fd: int | None, *, own_pids: bool) -> None:
         """`cell` stays the caller's to close; `users_fd` is ours from now on."""
@@ -178,6 +180,7 @@ class Network:
     """Where priv runs: an ordinary user of the host, with the capabilities for network interfaces and little else."""
 
     own_pids = False
+    vital = True
     # The last two go when priv confines itself.  Until then it must read a checkout that root does not own, and
     # be able to shrink its bounding set.
     CAPABILITIES = (

@@ -11,6 +11,7 @@ class HostFiles:
     """The host's file system; what is left of root's rights goes with the first change of user."""
 
     own_pids = False
+    vital = False
     CAPABILITIES = OPENER.capabilities
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ A process starts either where its parent is (`place` None: vmm and VM processes,
 or in a `Place` that root prepares: `cell.Cell`, or `cell.Network` for priv.
 """
 
+import contextlib
 import fcntl
 import os
 import select
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
         import_path: tuple[str, ...]
         own_pids: bool  # the process is pid 1 of a pid namespace: what it starts ends with it
+        vital: bool  # VMs cannot do without the process; others are ended before it when memory runs out
 
         def prepare(self) -> None:
             """Called in the process that starts it, before the fork.  Raises HostError."""
@@ -56,6 +58,7 @@ ENVIRONMENT = {
 }
 FD_TARGETS = 64  # descriptors are first moved above this, so that placing one never overwrites another
 FAILED = 127
+LEAF_SCORE = 0  # at least, of a process that is not vital; see `parent/oom.py`
 RESET_SIGNALS = [signum for signum in range(1, signal.NSIG) if signum not in (9, 19, 32, 33)]  # 32, 33: glibc's
 
 
@@ -253,6 +256,8 @@ def become(
         for first, last in gaps(sorted(moved)):
             linux.close_on_exec_from(first, last)
         os.umask(0o077)
+        if not place.vital:
+            be_expendable()
         place.enter()
         if parent is not None:
             linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears it
@@ -268,6 +273,14 @@ def become(
         words = f"0 {error!r}"
     os.write(failure, words.encode("utf-8", "backslashreplace"))
     os._exit(FAILED)
+
+
+def be_expendable() -> None:
+    """Be as likely to be killed as any program when memory runs out, where our parent is less so."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+        if int(file.read()) < LEAF_SCORE:
+            file.seek(0)
+            file.write(str(LEAF_SCORE))
 
 
 def gaps(used: list[int]) -> list[tuple[int, int]]:
