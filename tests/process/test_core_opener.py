@@ -80,6 +80,8 @@ def test_a_disk_that_does_not_open_is_stopped(vmd: Daemon, file: FuseFile) -> No
     starting = begin(vmd, "start", "slow")
     file.wait_held(1)
     assert vmd.status("slow")["state"] == "starting"
+    limits = Path(f"/proc/{vmd.processes()['vmd: opener/slow']}/limits").read_text().splitlines()
+    assert [line.split()[3:5] for line in limits if line.startswith("Max file size")] == [["0", "0"]]
 
     vmd.must("stop", "-fw", "slow")
 
@@ -105,7 +107,7 @@ def test_others_start_meanwhile(vmd: Daemon, file: FuseFile) -> None:
 def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
     """Those who opened them have ended, and what a VM has booted nobody has any more."""
     vmd.must("start", "several")
-    wait_for(lambda: "vmd: opener/several" not in vmd.processes(), vmd)
+    wait_for(lambda: "vmd: vm" in (found := vmd.processes()) and "vmd: opener/several" not in found, vmd)
     held = {
         title: {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
         for title, pid in {**vmd.processes(), "parent": vmd.pid}.items()

@@ -1101,7 +1101,7 @@ class OpenFiles(Record):
     initrd: str = ""
     given: tuple[str, ...] = ()  # kernel, initrd
     check_given: bool = False  # whether the user may read it, by its mode
-    copy_max: int = 0  # bytes
+    copy_max: int = 0  # bytes; the opener makes no file larger
     in_conf: bool = True  # whether advice is for who writes a vm.conf
     patience_s: float = 0.0  # for locks that somebody is about to let go
 

@@ -11,6 +11,7 @@ Storage may keep it for ever: then the parent goes on without it.
 import contextlib
 import errno
 import os
+import resource
 import socket
 import time
 
@@ -62,6 +63,7 @@ class Opener(Process):
         set_title(f"opener/{message.name}")
         self.loop.stop()
         try:
+            limit_copies(message.copy_max)
             become(message)
             files, opened = self.open(message, envelope)
             self.parent.send(opened)
@@ -83,7 +85,7 @@ class Opener(Process):
         boot = BootFiles()
         if message.boots:
             self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
-            boot = open_boot_files(message.kernel, "" if "initrd" in message.given else message.initrd)
+            boot = open_boot_files(message.kernel, message.initrd)
         media = Media.open(
             message.disks,
             message.cdrom,
@@ -149,6 +151,14 @@ class Opener(Process):
         self.say(what)
 
     HANDLERS: "Handlers" = {**handles(Proc.PARENT, OpenFiles, on_open)}
+
+
+def limit_copies(bytes_max: int) -> None:
+    """Make no file larger than a copy may be, whoever gives orders here.  Raises HostError."""
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, bytes_max))
+    except OSError as error:
+        raise HostError("limit the size of files", error) from error
 
 
 def become(message: OpenFiles) -> None:

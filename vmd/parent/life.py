@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
 SAID_ONCE = (VmRunning, VmFailed, ReceivedHeader, ReceivedMachine, NicsMade, NicsFailed)  # of a VM, in one life
-COPY_MAX = 1 << 30  # bytes of a boot image that is kept, or as much as its guest has memory
+COPY_MAX, COPY_MAX_OF_ROOT = 1 << 28, 1 << 30  # bytes of a boot image that is kept, or as many as its guest has memory
 LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
 
 
@@ -111,7 +111,7 @@ class Life:
                     names=names,
                     check_mode=not described,
                     copies=tuple(vm.kept.values()),
-                    copy_max=max(config.memory_bytes, COPY_MAX),
+                    copy_max=max(config.memory_bytes, COPY_MAX if caller.uid else COPY_MAX_OF_ROOT) if described else 0,
                 )
             self.start(vm, uid=caller.uid, config=config, given=given)
         except Exception:

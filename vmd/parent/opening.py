@@ -441,7 +441,8 @@ def jobs_of(config: "VmConfig", *, boots: bool, given: Given | None, patience_s:
     rights = config.rights
     if boots:
         user = rights.boot if config.kernel else None
-        jobs[user] = job(user).replace(boots=True)
+        gives = given is not None and "initrd" in given.names
+        jobs[user] = job(user).replace(boots=True, initrd="" if gives else config.initrd)
     if config.disks:
         jobs[rights.disks] = job(rights.disks).replace(disks=config.disks)
     if config.cdrom:

@@ -140,7 +140,7 @@ OPENER = Confinement(
     syscalls=BASE
     | CHANNEL
     | {"openat", "openat2", "newfstatat+path", "readlink", "fstatfs", "pread64"}  # nothing is made, renamed or removed
-    | {"setgroups", "setresgid", "setresuid"},
+    | {"setgroups", "setresgid", "setresuid", "prlimit64"},
     # No program is run, and nothing listed.  What a device process may do with a file later is decided now.
     files=(("/", landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV),),
     capabilities=1 << linux.CAP_DAC_OVERRIDE

@@ -222,6 +222,16 @@ def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
     assert (job.uid, job.given, job.check_given, len(job.disks), job.boots) == (ANNA, ("kernel",), True, 1, False)
 
 
+def test_an_initrd_of_a_client_is_the_only_one() -> None:
+    """Whoever opens the kernel that is configured leaves the configured one alone."""
+    config = VmConfig(name="a", kernel="/vmlinuz", initrd="/initrd")
+    for user, count in ((ANNA, 2), (0, 1)):
+        given = Given(client=7, user=Owner(uid=user, gid=user), names=("initrd",), check_mode=True)
+        jobs = jobs_of(config, boots=True, given=given, patience_s=0)
+        assert [(job.boots, job.kernel, job.initrd) for job in jobs if job.boots] == [(True, "/vmlinuz", "")]
+        assert (len(jobs), [job.given for job in jobs if job.given]) == (count, [("initrd",)])
+
+
 def test_an_opener_that_fails(room: Room) -> None:
     """Its sentence is the answer, and the next one has its turn."""
     room.begin("a1", ANNA)
