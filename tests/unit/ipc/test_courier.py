@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from vmd.ipc import courier
+from vmd.ipc.channel import SO_PASSRIGHTS
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     """Give both ends of a courier."""
-    ours, theirs = courier.pair()
+    theirs, ours = courier.pair()
     with ours, theirs:
         yield ours, theirs
 
@@ -62,6 +63,17 @@ def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: byt
         courier.take(theirs)
     assert os.read(reader, 1) == b""  # every copy of the other end is closed
     os.close(reader)
+
+
+def test_files_travel_one_way(ends: tuple[socket.socket, socket.socket]) -> None:
+    """Whoever gives is given none: it may be root's control, and who asks a VM that was taken over."""
+    gives, asks = ends
+    try:
+        gives.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS)
+    except OSError:
+        pytest.skip("a kernel before Linux 6.16")
+    with pytest.raises(PermissionError):
+        socket.send_fds(asks, [courier.ASK], [0])
 
 
 def test_no_files(ends: tuple[socket.socket, socket.socket]) -> None:
