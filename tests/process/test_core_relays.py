@@ -83,11 +83,16 @@ def leave_child(process):
         return
     packet = encode(VmEnding(text="from the grave"), form=Form.NAMED)[0]
     mother = os.getppid()
+    room = select.poll()
+    room.register(process.vmm._sock, select.POLLOUT)
     while True:
-        select.poll().poll(1)
         try:
-            while os.getppid() != mother:
+            if os.getppid() == mother:
+                select.poll().poll(1)
+            elif room.poll():
                 process.vmm._sock.send(packet)
+        except BlockingIOError:
+            continue
         except OSError:
             os._exit(0)
 def build_more(process):
