@@ -90,6 +90,17 @@ def test_death_while_starting(vmd: Daemon, victim: str) -> None:
     check_usable(vmd, before)
 
 
+@pytest.mark.parametrize("victim", [pytest.param("vm", marks=pytest.mark.deep), "viornd"])
+def test_death_in_reserve(vmd: Daemon, victim: str) -> None:
+    """Of a process that no VM has yet: the next start takes another one."""
+    before = Footprint(vmd)
+    pidfd = os.pidfd_open(vmd.processes()[f"vmd: {victim}"])
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [])
+    os.close(pidfd)
+    check_usable(vmd, before)
+
+
 def test_death_of_vmctl_while_starting(vmd: Daemon) -> None:
     """The VM starts all the same: it was asked for."""
     before = Footprint(vmd)

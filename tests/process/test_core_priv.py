@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bystander import Bystander
+from tests.support.bystander import PROMPT, Bystander
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
@@ -354,3 +354,20 @@ def test_what_others_change_is_put_right_and_said(network: Network, tmp_path: Pa
         assert "chain mine" in rules(network)
         assert vmd.log.count("rules or elements of the nftables table") == 4
         assert "Traceback" not in vmd.log
+
+
+def test_a_guest_whose_tap_was_deleted_resets_itself(network: Network, tmp_path: Path) -> None:
+    """It comes back, and has an interface again."""
+    with NetDaemon(tmp_path, network, SWITCH + block("a", 'interface switch "lan"')) as vmd:
+        vmd.must("start", "a")
+        pid, (nic,) = vmd.status("a")["pid"], vmd.interfaces("a")
+        with vmd.console("a") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            network.run("ip", "link", "delete", nic["tap"])
+            console.type("reset\r")
+            console.expect("resetting", DEADLINE_S)
+            console.expect(PROMPT, DEADLINE_S)
+
+        assert vmd.status("a")["pid"] != pid
+        (nic,) = vmd.interfaces("a")
+        assert links(network)[nic["tap"]]["master"] == "br7"

@@ -1,6 +1,7 @@
 """Whose addresses are whose: the plan that a VM's `local` interfaces follow, and what else on this host has them."""
 
 import errno
+import fcntl
 import ipaddress
 import time
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vmd.parent.hostroutes import HostRoute, IpNetwork
 
 AUTOMATIC = ("", "tap")  # any name will do
+TUNGETIFF, IFREQ_BYTES = 0x800454D2, 40  # <linux/if_tun.h>
 
 
 class Taps:
@@ -44,13 +46,26 @@ class Taps:
         self.known = known  # what a priv that is started again has to know
 
     def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
-        """Return whether a guest that boots again goes on with these: a switch that was not there may be there now."""
-        return (self.nics, self.plan) == (nics, plan) and self.lacking.keys() <= lacking.keys()
+        """Return whether a guest that boots again goes on with these.
+
+        A switch that was not there may be there now, and another program may have deleted a tap.
+        """
+        same = (self.nics, self.plan) == (nics, plan) and self.lacking.keys() <= lacking.keys()
+        return same and all(map(has_interface, self.fds))
 
     def close(self) -> None:
         """Let go of our descriptors."""
         while self.fds:
             close(self.fds.pop())
+
+
+def has_interface(tap: int) -> bool:
+    """Return whether the interface of a tap is still there."""
+    try:
+        fcntl.ioctl(tap, TUNGETIFF, bytes(IFREQ_BYTES))
+    except OSError as error:
+        return error.errno != errno.EBADFD
+    return True
 
 
 class Plans:

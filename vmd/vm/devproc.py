@@ -248,6 +248,10 @@ class DeviceProcess:
         if self._reap(timeout_s) is None:
             log.warn(f"{self.title} does not end; it is killed with its vm")
 
+    def has_ended(self) -> bool:
+        """Return whether the process is gone already."""
+        return self._reap(0) is not None
+
     def _how_it_ended(self) -> str:
         """Return what became of a process whose channel has ended."""
         status = self._reap(LAST_WORDS_TIMEOUT_S)
@@ -377,7 +381,7 @@ class DeviceProcesses:
     def spawn(self, kinds: "Sequence[Kind]") -> None:
         """Have a process for each device, which is told later what it is.  Raises HostError."""
         for kind in kinds:
-            spare = next((process for process in self.reserve if process.kind is kind), None)
+            spare = next((each for each in self.reserve if each.kind is kind and not each.has_ended()), None)
             if spare is not None:
                 self.reserve.remove(spare)
             self.running.append(spare or DeviceProcess(kind))
