@@ -3,8 +3,10 @@
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,18 +18,32 @@ from tests.support import fusefile
 from tests.support.bystander import NAME, PROMPT, Bystander, vm_block
 from tests.support.clients import connect_as, receive
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
-from tests.support.fusefile import HELD, FuseFile
+from tests.support.fusefile import FLUSH, HELD, FuseFile
+from tests.support.guests import guest
+from tests.support.network import Network
 from tests.support.users import public_folder
+from vmd.config.model import MAX_CHAIN, MAX_DISKS, DiskConfig, VmConfig, VmFlag
+from vmd.images.create import create
 from vmd.images.locks import DENIES, WRITE
 from vmd.images.locks import flock as lock_struct
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import Failed, StartRequest
+from vmd.ipc.messages import Failed, ListRequest, ReceiveRequest, StartRequest
 from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-EVE, BOB = 65534, 40001  # nobody, and a number without a name
+EVE = 65534  # nobody
 MIB = 1 << 20
+# What is asked of storage that does not answer; of which word of a vm block.
+HANGS = {
+    "look-up": (fusefile.LOOKUP, "disk"),
+    "attributes": (fusefile.GETATTR, "disk"),
+    "open": (fusefile.OPEN, "disk"),
+    "lock": (fusefile.SETLK, "disk"),
+    "read": (fusefile.READ, "disk"),
+    "disc": (fusefile.OPEN, "cdrom"),
+    "kernel": (fusefile.OPEN, "boot"),
+}
 
 
 @contextlib.contextmanager
@@ -94,6 +110,37 @@ def test_a_disk_that_does_not_answer(tmp_path: Path) -> None:
             assert vmd.stop() == 0
 
 
+@pytest.mark.deep
+@pytest.mark.timeout(300)
+def test_storage_that_does_not_answer(tmp_path: Path) -> None:
+    """Whatever it is asked, and for whatever it is named: a sentence says so in the end, and all can begin anew."""
+    paths = {name: tmp_path / name / "disk" for name in HANGS}
+    conf = vm_block(NAME)
+    for name, path in paths.items():
+        path.parent.mkdir()
+        block = vm_block(name, f'{HANGS[name][1]} "{path}"')
+        conf += block.replace(f'boot "{guest("demo")}"\n  boot', "boot")
+    with Daemon(tmp_path, conf) as vmd, contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context(mounted(path, guest("demo").read_bytes() if name == "kernel" else bytes(MIB)))
+            for name, path in paths.items()
+        }
+        with Bystander(vmd):
+            for name, file in files.items():
+                file.rule(HANGS[name][0], HELD)
+            clients = {name: stack.enter_context(starting(vmd, name)) for name in HANGS}
+            for file in files.values():
+                file.wait_held(1)
+            for name, client in clients.items():
+                said = refused(client)
+                assert f"{HANGS[name][1].replace('boot', 'kernel')} {paths[name]}: " in said
+                assert "not answer" in said or "examined within" in said, said
+            for name, file in files.items():
+                vmd.wait_state(name, "stopped")
+                file.release()
+                vmd.must("start", name)
+
+
 # --- locks of strangers ----------------------------------------------------------------------------------
 
 
@@ -124,13 +171,6 @@ def locked(path: Path, uid: int) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
-    """Send a request and return its first answer."""
-    packet, order = encode(request, fds={name: [fd] for name, fd in fds.items()})
-    socket.send_fds(client, [packet], order)
-    return receive(client)
-
-
 def test_who_has_a_lock_is_named() -> None:
     """Root is told the program, its pid and its user; others are not told the pid."""
     with public_folder() as directory:
@@ -148,3 +188,128 @@ def test_who_has_a_lock_is_named() -> None:
     )  # fmt: skip
     assert isinstance(answer, Failed)
     assert answer.text == f'disk {disk}: is in use by "thief" (user nobody)'
+
+
+# --- starts without end ----------------------------------------------------------------------------------
+
+
+def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
+    """Send a request and return its first answer."""
+    packet, order = encode(request, fds={name: [fd] for name, fd in fds.items()})
+    socket.send_fds(client, [packet], order)
+    return receive(client)
+
+
+def chains(directory: Path) -> tuple[Path, ...]:
+    """Make as many disks as a VM may have, each with as many images below it as there may be; the last has none."""
+    tops = []
+    for number in range(MAX_DISKS):
+        below: Path | None = None
+        for level in range(MAX_CHAIN):
+            path = directory / f"{number}.{level}.qcow2"
+            if below is None:
+                create(str(path), "qcow2", MIB)
+            else:
+                create(str(path), "qcow2", MIB, str(below), "qcow2")
+            path.chmod(0o666)
+            below = path
+        assert below is not None
+        tops.append(below)
+    (directory / f"{MAX_DISKS - 1}.0.qcow2").unlink()
+    return tuple(tops)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(600)
+def test_a_user_who_starts_one_instance_after_the_other() -> None:
+    """128 starts with all the images there can be, of which the last is missing: others do not wait for them."""
+    template = vm_block("template", "allow instance { disk, owner nobody }")
+    with public_folder() as directory, contextlib.ExitStack() as stack:
+        vmd = stack.enter_context(Daemon(directory, vm_block(NAME) + vm_block("roots") + template))
+        disks = tuple(DiskConfig(path=str(path), format="qcow2") for path in chains(directory))
+        with Bystander(vmd):
+            vmd.socket.chmod(0o666)
+            clients = [stack.enter_context(connect_as(vmd.socket, EVE, EVE)) for _ in range(16)]
+            for number in range(128):
+                name = f"instance{number}"
+                config = VmConfig(name=name, disks=disks, given=VmFlag.DISK)
+                client = clients[number % len(clients)]
+                client.send(encode(StartRequest(name=name, template="template", config=config))[0])
+            vmd.must("start", "roots")
+            vmd.must("stop", "-fw", "roots")
+            for number in range(128):
+                answer = receive(clients[number % len(clients)])
+                assert isinstance(answer, Failed), answer
+                assert f"disk {disks[-1].path}: backing file" in answer.text
+
+
+# --- files whose close waits -----------------------------------------------------------------------------
+
+REQUESTS: tuple[tuple[int, Record, tuple[str, ...]], ...] = (
+    (EVE, StartRequest(name="hers"), ("kernel", "initrd")),
+    (40001, ListRequest(), ()),
+    (40002, StartRequest(name="nowhere"), ("kernel",)),
+    (40003, ReceiveRequest(name="received"), ("stream",)),
+)
+
+
+def lingering() -> int:
+    """Return a connection whose close waits for its peer, who does not read, for as long as there may be."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        server.accept()[0].detach()  # stays open
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30000))
+    sender.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sender.send(bytes(1 << 16))
+    return sender.detach()
+
+
+def pass_on(vmd: Daemon, uid: int, request: Record, names: tuple[str, ...], file: FuseFile | None) -> tuple[int, int]:
+    """Pass a file in another process, which is kept if it closes it; return its pid, and what tells of the answer."""
+    answered, done = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with connect_as(vmd.socket, uid, uid) as client:
+                fd = file.open() if file is not None else lingering()  # no process is started from here on
+                packet, order = encode(request, fds={name: [fd] for name in names})
+                socket.send_fds(client, [packet], order or [fd])
+                if file is None:
+                    os.close(fd)  # who is last waits
+                receive(client)
+                os.write(done, b"!")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(done)
+    return pid, answered
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kind", ["never answers", "lingers"])
+def test_files_whose_close_waits(network: Network, kind: str) -> None:
+    """Of requests that take files, and of those that take none: others do not wait, and the daemon ends."""
+    conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup")
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(public_folder())
+        fuse = stack.enter_context(FuseFile(guest("demo").read_bytes(), flushes=True, for_all=True))
+        fuse.rule(FLUSH, HELD)
+        vmd = stack.enter_context(Daemon(directory, conf))
+        with Bystander(vmd):
+            vmd.socket.chmod(0o666)
+            file = fuse if kind == "never answers" else None
+            with network.inside():
+                senders = [pass_on(vmd, *request, file) for request in REQUESTS]
+            if file is not None:
+                file.wait_held(len(REQUESTS) + 1)  # each close waits, through SIGKILL: of four controls, and an opener
+            for _, answered in senders:
+                assert file is not None or select.select([answered], [], [], DEADLINE_S)[0]
+                os.close(answered)
+        assert vmd.stop() == 0
+        fuse.release()
+        for pid, _ in senders:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
