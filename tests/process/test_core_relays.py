@@ -22,6 +22,7 @@ from tests.support.program import changed_program
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.ipc.messages import Failed, StartRequest, StopRequest, VmTerminated
 from vmd.privsep.confine import RUNNING_FILES
+from vmd.privsep.ids import TASKS_MAX
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -99,6 +100,17 @@ def build_more(process):
     """Ask for what a machine is built with."""
     import fcntl
     fcntl.ioctl(0, 0xAE41, 0)  # KVM_CREATE_VCPU
+def many_threads(_process):
+    """Start threads until there are no more."""
+    import _thread
+    _thread.stack_size(1 << 18)
+    count = 0
+    try:
+        for count in range(4000):
+            _thread.start_new_thread(select.poll().poll, ())
+    except RuntimeError:
+        pass
+    say(f"threads: {count}")
 EARLY = {"leave_child"}
 '''
 HOOK = '''
@@ -125,7 +137,7 @@ def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
     """Give a VM that must not notice anything, in a daemon with intruders."""
     directory = tmp_path_factory.mktemp("relays")
     code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, "vmd/vm/main.py": HOOK})
-    attacks = (*FLOODS, "park", "leave_child", "build_more")
+    attacks = (*FLOODS, "park", "leave_child", "build_more", "many_threads")
     conf = vm_block(NAME) + vm_block("plain") + "".join(vm_block(name, f'cmdline "{name}"') for name in attacks)
     conf += "".join(vm_block(f"filler{number}") for number in range(MANY))
     conf += vm_block("long_answer", 'cmdline "long_answer"')
@@ -185,6 +197,16 @@ def test_a_vm_that_runs_builds_nothing_more(vmd: Daemon) -> None:
     row = vmd.wait_state("build_more", "stopped")
 
     assert "SIGSYS" in row["text"]
+
+
+def test_threads_without_end(vmd: Daemon) -> None:
+    """A VM has so many, and its devices share them; then it gets no more."""
+    vmd.must("start", "many_threads")
+    vmd.wait_log("intruder: threads: ")
+    assert int(vmd.log.rpartition("intruder: threads: ")[2].partition("\n")[0]) < TASKS_MAX
+    vmd.must("start", "plain")
+    vmd.must("stop", "-fw", "plain")
+    vmd.must("stop", "-fw", "many_threads")
 
 
 def test_a_child_that_keeps_the_channel_of_its_vm(vmd: Daemon) -> None:
