@@ -74,6 +74,7 @@ MAX_UNANSWERED = 64  # requests of one connection; its control passes on fewer
 TURN = 4  # requests of a control, before it is the turn of others
 ACCEPT_PAUSE_S = 1.0  # after the host has run out of something (*cat. 1.9*)
 IDLE_S = 30.0  # how long a control stays without a connection
+END_S = 10.0  # how long it may take to end then
 RESERVE_DELAY_S = 0.2  # whoever has just come needs the processor more than the next one does
 QUICK_S = 5.0  # a control that dies so soon after its start ...
 AGAIN_S = 2.0  # ... is started again only after this
@@ -194,6 +195,19 @@ class Connections:
             del self.controls[control.user]
         control.ending = True
         control.channel.send(Quit())
+        self.loop.call_later(END_S, lambda: self._end_late(control))
+
+    def _end_late(self, control: Control) -> None:
+        """Give up a control that was told to end and has not: what its last client passed keeps it."""
+        if control.channel in self._all:
+            control.channel.close()
+            self._keep_account_of(control)
+            self._on_lost(control.channel, None)
+
+    def _keep_account_of(self, control: Control) -> None:
+        """Count a control that is given up, until it has ended."""
+        assert control.user is not None
+        self._stuck.setdefault(control.user, []).append(control.child)
 
     def _ask_later(self, control: Control) -> None:
         if control.look is None and control.numbers:
@@ -207,8 +221,7 @@ class Connections:
         most = SILENT_MAX if control.ready else SILENT_AT_START_MAX
         if control.silent >= most:
             control.channel.close()
-            assert control.user is not None
-            self._stuck.setdefault(control.user, []).append(control.child)
+            self._keep_account_of(control)
             silent = PeerError(control.channel.label, f"does not answer for {most * LOOK_S:.0f} s")
             self._on_lost(control.channel, silent)
             return

@@ -8,7 +8,8 @@ import pytest
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Caller, Failed, VmInfo
+from vmd.ipc.messages import Caller, Failed, Quit, VmInfo
+from vmd.parent import connections as rooms
 from vmd.parent.connections import (
     DOORMAN,
     MAX_CLIENTS,
@@ -17,6 +18,7 @@ from vmd.parent.connections import (
     MAX_UNANSWERED,
     MAX_USERS,
     ROOT,
+    STUCK_MAX,
     TURN,
     Connection,
     Connections,
@@ -25,6 +27,7 @@ from vmd.parent.connections import (
 from vmd.record import Record
 
 CLIENT = 7
+LOOP_S = 0.05
 ROW = VmInfo(
     vmid=1, name="a", pid=0, vcpus=1, memory_bytes=1, resident_bytes=0, tty="", uid=0, gid=None, owner="root",
     state="stopped",
@@ -38,6 +41,11 @@ class FakeChannel:
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
+        self.closed = False
+
+    def close(self) -> None:
+        """Be closed."""
+        self.closed = True
 
     def send(self, message: Record, **_more: object) -> None:
         """Take a message."""
@@ -98,6 +106,33 @@ def test_requests_that_are_answered(connections: Connections) -> None:
         connections.send(Failed(code=1, text="no such vm"), peerid=CLIENT)
     for _ in range(MAX_UNANSWERED):
         connections.asker(CLIENT, channel)
+
+
+class StuckChild:
+    """A process that does not end."""
+
+    pidfd = 9
+
+    def kill(self) -> None:
+        """It does not hear of it."""
+
+
+def test_a_control_that_does_not_end_is_counted(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its user has no connection any more, and a file keeps it: as with those that are given up while there is one."""
+    monkeypatch.setattr(rooms, "IDLE_S", 0.0)
+    monkeypatch.setattr(rooms, "END_S", 0.0)
+    monkeypatch.setattr(FakeChildren, "start", lambda *_arguments: (StuckChild(), None))
+    connections.reserve = None
+    for _ in range(STUCK_MAX):
+        assert refused(connections, 1000) == ""
+        channel = connections._assign(1000).channel  # whose only connection has ended
+        connections.loop.call_later(LOOP_S, connections.loop.stop)
+        connections.loop.run()
+        assert isinstance(channel, FakeChannel)
+        assert channel.closed
+        assert any(isinstance(message, Quit) for message in channel.sent)
+        connections.reserve = None
+    assert refused(connections, 1000).startswith(f"{STUCK_MAX} processes for uid 1000 hang in files")
 
 
 def refused(connections: Connections, uid: int) -> str:
