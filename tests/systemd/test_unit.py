@@ -193,6 +193,7 @@ def test_guests_are_in_a_unit_of_their_own(unit: Unit) -> None:
     """Each in a group of its own; the unit outlives nothing, and is there again after the daemon was killed."""
     unit.start()
     unit.wait_running("demo")
+    unit.box.wait_for(lambda: "vmd: vm" in unit.groups(), "there is no VM process in reserve")
 
     groups = unit.groups()
     (scope,) = {group.split("/")[2] for title, group in groups.items() if title.startswith("vmd: vm")}
