@@ -51,6 +51,7 @@ NAMES = tuple(itertools.chain.from_iterable(OWNERS.values()))
 PARTIAL = tuple(cls for cls in ANSWERS if BY_CLASS[cls].partial)
 ANSWER_S = 300.0  # a watchdog: a VM that is not built is given up after 120 s, and so is its successor
 TRY_AGAIN_S = 0.2
+KEPT = ("a1", "b1", "c1")  # VMs that nobody ends: they are to run from the first attack to the last
 ON_STORAGE = "c2"  # the VM whose disk may hang
 BRIDGE = "br7"
 LONG_S = 60.0  # a round that takes longer also leaves processes stopped for good
@@ -151,6 +152,7 @@ class Chaos:
         self.over = threading.Event()
         self.faults: list[str] = []
         self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
+        self._shared = 0  # how often what has no VM yet was attacked, or what starts need
         self._lock = threading.Lock()
         self._later: list[tuple[float, Callable[[], None]]] = []  # what ends an attack, and when
         self._for_good: list[Callable[[], None]] = []  # ... and for what has no end within the round
@@ -238,9 +240,10 @@ class Chaos:
         while not self.over.wait(chance.uniform(0.1, 1.0)):
             name = chance.choice(OWNERS[uid])
             life = self.life_of(name)
-            if life is None or life.ended or life.excused or chance.random() < 0.04:
+            may_end = name not in KEPT
+            if life is None or life.ended or life.excused or (may_end and chance.random() < 0.04):
                 self.renew(uid, name)
-            elif chance.random() < 0.1:
+            elif may_end and chance.random() < 0.1:
                 self.reset(uid, life)
             elif chance.random() < 0.5:
                 self.pause(uid, life)
@@ -248,10 +251,10 @@ class Chaos:
                 self.rows(uid)
 
     def reset(self, uid: int, old: Life) -> None:
-        """Have a guest reset itself: its VM goes on in another process, or ends with a reason."""
+        """Have a guest reset itself: its VM goes on in another process, unless what it needs is attacked meanwhile."""
         with old.lock:  # what its guest says from now on, a later life is to read
             old.excused = "was reset"
-        struck = self._struck[old.name]
+        struck, shared = self._struck[old.name], self._shared
         old.terminal.type("\rreset\r")
         deadline_s = time.monotonic() + ANSWER_S
         while not self.faults:
@@ -259,9 +262,11 @@ class Chaos:
             if row.state == "running" and row.pid != old.pid:
                 self.bear(row.name, row.pid, row.tty, struck)
                 return
-            if row.state == "stopped" or self._struck[old.name] != struck:
+            if self._struck[old.name] != struck or (row.state == "stopped" and self._shared != shared):
                 return
-            if time.monotonic() > deadline_s:
+            if row.state == "stopped" and row.text == "restarted too quickly":
+                return
+            if row.state == "stopped" or time.monotonic() > deadline_s:
                 self.fault(f"vm {old.name} does not come back from a reset: {row}")
             select.select([], [], [], TRY_AGAIN_S)
 
@@ -307,6 +312,8 @@ class Chaos:
     def strike(self, title: str) -> None:
         """A process is attacked: if it is of a VM, that one is excused."""
         part, _, rest = title.removeprefix("vmd: ").partition("/")
+        with self._lock:
+            self._shared += part not in ("control", "log", "vmm")
         if part != "vm" or not rest:
             return
         name = rest.partition("/")[0]
@@ -326,7 +333,7 @@ class Chaos:
 
     def pick(self, wanted: Callable[[str], bool]) -> tuple[str, int] | None:
         """Stop a process with SIGSTOP; return its title, which does not change any more, and its pidfd."""
-        victims = [(title, pid) for title, pid in self.victims() if wanted(title)]
+        victims = [(title, pid) for title, pid in self.victims() if wanted(title) and not is_kept(title)]
         if not victims:
             return None
         kinds = sorted({kind_of(title) for title, _ in victims})  # one of many is as likely as the only one
@@ -507,8 +514,8 @@ class Chaos:
         said = (
             f"seed {self.seed}: {self.done.total()} attacks in {self.duration_s:.0f} s"
             f" ({', '.join(f'{what} {count}' for what, count in sorted(self.done.items()))});"
-            f" {len(self.lives)} lives, {len(spared)} to the end, which answered {sum(life.beats for life in spared)}"
-            " times;"
+            f" {len(self.lives)} lives, which answered {sum(life.beats for life in self.lives)} times,"
+            f" {len(spared)} to the end;"
             f" lost guests: {len(lost)}"
         )
         assert not self.faults, f"{self.faults}; {said}\n{self.vmd.log}"
@@ -529,6 +536,11 @@ def is_core(title: str) -> bool:
 def is_of_a_vm(title: str) -> bool:
     """Return whether a process is of a VM that has a name."""
     return title.startswith("vmd: vm/")
+
+
+def is_kept(title: str) -> bool:
+    """Return whether a process is of a VM that runs from the first attack to the last."""
+    return is_of_a_vm(title) and title.split("/")[1] in KEPT
 
 
 def kind_of(title: str) -> str:
