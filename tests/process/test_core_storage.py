@@ -21,6 +21,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.fusefile import FLUSH, HELD, FuseFile
 from tests.support.guests import guest
 from tests.support.network import Network
+from tests.support.transfers import from_file, to_file
 from tests.support.users import public_folder
 from vmd.config.model import MAX_CHAIN, MAX_DISKS, DiskConfig, VmConfig, VmFlag
 from vmd.images.create import create
@@ -28,6 +29,7 @@ from vmd.images.locks import DENIES, WRITE
 from vmd.images.locks import flock as lock_struct
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages import Failed, ListRequest, ReceiveRequest, StartRequest
+from vmd.parent.opening import STUCK_MAX
 from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -76,6 +78,13 @@ def refused(client: "subprocess.Popen[str]") -> str:
     said, _ = client.communicate(timeout=DEADLINE_S)
     assert client.returncode == 1, said
     return said
+
+
+def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
+    """Send a request and return its first answer."""
+    packet, order = encode(request, fds={name: [fd] for name, fd in fds.items()})
+    socket.send_fds(client, [packet], order)
+    return receive(client)
 
 
 # --- storage that does not answer ------------------------------------------------------------------------
@@ -141,6 +150,58 @@ def test_storage_that_does_not_answer(tmp_path: Path) -> None:
                 vmd.must("start", name)
 
 
+@pytest.mark.deep
+@pytest.mark.timeout(300)
+def test_a_daemon_that_begins_while_storage_does_not_answer(tmp_path: Path) -> None:
+    """It serves, the other VMs that begin with it run, and the one that cannot says why; so does one that arrives."""
+    path = tmp_path / "mnt" / "disk"
+    path.parent.mkdir()
+    hung = vm_block("hung", f'disk "{path}" format raw')
+    conf = vm_block(NAME) + hung + vm_block("other").replace("  disable\n", "")
+    with Daemon(tmp_path, conf) as vmd, mounted(path) as file:
+        vmd.must("start", "hung")
+        to_file(vmd, "hung", tmp_path / "stream")
+        vmd.stop()
+        vmd.conf.write_text(conf.replace(hung, hung.replace("  disable\n", "")))
+        file.rule(fusefile.OPEN, HELD)
+
+        vmd.start()
+
+        file.wait_held(1)
+        vmd.wait_state("other", "running")
+        with Bystander(vmd):
+            row = vmd.wait_state("hung", "stopped")
+            assert row["text"] == f"disk {path}: does not answer"
+            status, said = from_file(vmd, "hung", tmp_path / "stream")
+            assert (status, f"disk {path}: does not answer" in said) == (1, True), said
+
+
+@pytest.mark.deep
+def test_a_user_whose_storage_never_answers() -> None:
+    """As many processes of theirs hang in it, and no more: the next start is refused at once.  Others start theirs."""
+    names = [f"hers{number}" for number in range(STUCK_MAX + 1)]
+    with public_folder() as directory:
+        path = directory / "mnt" / "disk"
+        path.parent.mkdir()
+        conf = "".join(vm_block(name, "owner nobody:nogroup", f'disk "{path}" format raw') for name in names)
+        with Daemon(directory, vm_block(NAME) + vm_block("roots") + conf) as vmd, mounted(path) as file:
+            with Bystander(vmd):
+                vmd.socket.chmod(0o666)
+                file.rule(fusefile.OPEN, HELD)
+                for times, name in enumerate(names[:STUCK_MAX], 1):
+                    with connect_as(vmd.socket, EVE, EVE) as eve:
+                        eve.send(encode(StartRequest(name=name))[0])
+                        file.wait_held(times)
+                        vmd.must("stop", "-fw", name)
+                        assert isinstance(receive(eve), Failed)
+                answer: Record | None = None
+                while not (isinstance(answer, Failed) and "do not end" in answer.text):  # those just killed may yet end
+                    with connect_as(vmd.socket, EVE, EVE) as eve:
+                        answer = ask(eve, StartRequest(name=names[-1]))
+                vmd.must("start", "roots")
+            assert vmd.stop() == 0
+
+
 # --- locks of strangers ----------------------------------------------------------------------------------
 
 
@@ -191,13 +252,6 @@ def test_who_has_a_lock_is_named() -> None:
 
 
 # --- starts without end ----------------------------------------------------------------------------------
-
-
-def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
-    """Send a request and return its first answer."""
-    packet, order = encode(request, fds={name: [fd] for name, fd in fds.items()})
-    socket.send_fds(client, [packet], order)
-    return receive(client)
 
 
 def chains(directory: Path) -> tuple[Path, ...]:
