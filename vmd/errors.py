@@ -57,18 +57,24 @@ class OperatorError(VmdError):
 
 
 class InUse(OperatorError):
-    """A file cannot be had because somebody else has it; `file` says which file that is."""
+    """A file cannot be had because somebody else has it; `file` says which file that is.
 
-    def __init__(self, name: str, file: "FileId", *, by: str = "another process", doing: str = "") -> None:
+    `marks` are the bytes on which somebody else's locks contradict ours (`vmd.images.locks`); none: it may be any.
+    """
+
+    def __init__(
+        self, name: str, file: "FileId", *, by: str = "another process", doing: str = "", marks: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(errno.EBUSY, f"{name}: is in use by {by}{doing}")
         self.name = name
         self.file = file
         self.by = by
         self.doing = doing
+        self.marks = marks
 
     def held_by(self, who: str) -> "InUse":
         """Return the same, with who has it."""
-        return InUse(self.name, self.file, by=who, doing=self.doing)
+        return InUse(self.name, self.file, by=who, doing=self.doing, marks=self.marks)
 
 
 class ImageError(VmdError):

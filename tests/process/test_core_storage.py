@@ -25,7 +25,7 @@ from tests.support.transfers import from_file, to_file
 from tests.support.users import public_folder
 from vmd.config.model import MAX_CHAIN, MAX_DISKS, DiskConfig, VmConfig, VmFlag
 from vmd.images.create import create
-from vmd.images.locks import DENIES, WRITE
+from vmd.images.locks import DENIES, USES, WRITE
 from vmd.images.locks import flock as lock_struct
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages import Failed, ListRequest, ReceiveRequest, StartRequest
@@ -206,8 +206,8 @@ def test_a_user_whose_storage_never_answers() -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, uid: int) -> Iterator[int]:
-    """Have a user who may read a file take a lock by which nobody else may write to it; give the pid."""
+def locked(path: Path, uid: int, byte: int) -> Iterator[int]:
+    """Have a user who may read a file take a lock on a byte by which disks are locked; give the pid."""
     ready, done = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -216,7 +216,7 @@ def locked(path: Path, uid: int) -> Iterator[int]:
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)
             fd = os.open(path, os.O_RDONLY)
-            lock = lock_struct.pack(fcntl.F_RDLCK, os.SEEK_SET, DENIES + WRITE, 1, 0)
+            lock = lock_struct.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0)
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
             os.write(done, b"!")
             signal.pause()
@@ -239,7 +239,7 @@ def test_who_has_a_lock_is_named() -> None:
         disk.write_bytes(bytes(MIB))
         disk.chmod(0o666)
         conf = vm_block("hers", "owner nobody:nogroup", f'disk "{disk}"')
-        with Daemon(directory, conf) as vmd, locked(disk, EVE) as pid:
+        with Daemon(directory, conf) as vmd, locked(disk, EVE, DENIES + WRITE) as pid:
             done = vmd.vmctl("start", "hers")
             vmd.socket.chmod(0o666)
             with connect_as(vmd.socket, EVE, EVE) as eve:
@@ -249,6 +249,25 @@ def test_who_has_a_lock_is_named() -> None:
     )  # fmt: skip
     assert isinstance(answer, Failed)
     assert answer.text == f'disk {disk}: is in use by "thief" (user nobody)'
+
+
+@pytest.mark.deep
+def test_a_vm_that_only_reads_a_file_is_not_blamed() -> None:
+    """Two VMs are based on one image, and a stranger marks it as written to: the second VM's start says who."""
+    with public_folder() as directory:
+        base = directory / "base.qcow2"
+        create(str(base), "qcow2", MIB)
+        conf = ""
+        for name in ("one", "two"):
+            create(str(directory / name), "qcow2", MIB, str(base), "qcow2")
+            conf += vm_block(name, f'disk "{directory / name}" format qcow2')
+        base.chmod(0o644)
+        with Daemon(directory, conf) as vmd:
+            vmd.must("start", "one")
+            with locked(base, EVE, USES + WRITE) as pid:
+                done = vmd.vmctl("start", "two")
+            assert f'file {base}: is in use by "thief" (pid {pid}, user nobody), which writes to it' in done.stderr
+            vmd.must("start", "two")
 
 
 # --- starts without end ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from vmd.fileid import FileId, file_id
 from vmd.images.locks import DENIES, USES, WRITE
 from vmd.images.locks import flock as lock_struct
 from vmd.ipc.holdermsg import HOLDER, Holder, pack, unpack
@@ -90,7 +91,9 @@ def lines_of(_title: str) -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
-def holder(place: LockholderCell | None, path: Path, entry: str = LOCKHOLDER_ENTRY) -> Holder | None:
+def holder(
+    place: LockholderCell | None, path: Path, entry: str = LOCKHOLDER_ENTRY, marks: tuple[int, ...] = ()
+) -> Holder | None:
     """Ask who it is."""
     with contextlib.closing(Loop()) as loop:
         asked = Holders(loop, place, lines_of, entry=entry)
@@ -100,8 +103,7 @@ def holder(place: LockholderCell | None, path: Path, entry: str = LOCKHOLDER_ENT
             answers.append(found)
             loop.stop()
 
-        status = path.stat()
-        asked.ask(status.st_dev, status.st_ino, done)
+        asked.ask(file_id(path.stat()), marks, done)
         assert answers == []
         loop.call_later(TOO_LONG_S, loop.stop)
         loop.run()
@@ -138,6 +140,15 @@ def test_who_has_another_lock_is_not(cell: LockholderCell, image: Path, tmp_path
     assert holder(cell, image) is None
 
 
+def test_who_is_in_the_way_is_named_and_not_who_reads_it_besides(cell: LockholderCell, image: Path) -> None:
+    """Of several who have locks, one of those on the bytes in question."""
+    reader = (ofd(USES), ofd(DENIES + WRITE))
+    with locked(image, *reader), locked(image, ofd(USES + WRITE), flock) as culprit, locked(image, *reader):
+        found = holder(cell, image, marks=(DENIES, USES + WRITE))
+        assert found is not None
+        assert found.pid == culprit
+
+
 def test_nobody_waits_for_one_that_does_not_answer(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is killed at its deadline."""
     monkeypatch.setattr(holders, "ANSWER_S", 0.2)
@@ -162,7 +173,7 @@ def test_a_crowd_is_not_served() -> None:
             loop.stop()
 
         for _ in range(AT_A_TIME + 1):
-            asked.ask(1, 2, done)
+            asked.ask(FileId(device=1, inode=2), (), done)
         loop.call_later(TOO_LONG_S, loop.stop)
         loop.run()
         assert answers == [None]

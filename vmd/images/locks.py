@@ -45,7 +45,7 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
     if taken:
         unlock(fd)
         doing = ", which writes to it" if USES + WRITE in taken else ""
-        raise InUse(path, file_id(os.fstat(fd)), doing=doing)
+        raise InUse(path, file_id(os.fstat(fd)), doing=doing, marks=tuple(taken))
 
 
 def _held_by_others(fd: int, byte: int) -> bool:

@@ -1,7 +1,9 @@
 """What lockholder is asked and answers: descriptors, arguments, and one record.  Standard library only.
 
-    lockholder DEVICE INODE     as stat(2) says them, in decimal digits; the host's /proc is fd 4
-    fd 3                        a `HOLDER`, or nothing: no process of this host has such a lock
+    lockholder DEVICE INODE [BYTE ...]
+                    the file as stat(2) says, and the bytes on which a lock matters, in decimal digits; by default all
+                    that disks are locked with.  The host's /proc is fd 4
+    fd 3            a `HOLDER`, or nothing: no process of this host has such a lock
 """
 
 import struct

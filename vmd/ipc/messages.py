@@ -1127,7 +1127,7 @@ class FilesOpened(Record):
 class NotOpened(Record):
     """Nothing is open.
 
-    Where somebody else has a lock, `file` is the file, `what` its name, and `by` and `doing` are of the sentence.
+    Where somebody else has a lock, `file` is the file, `what` its name, and `by`, `doing` and `marks` are InUse's.
     """
 
     code: int
@@ -1136,6 +1136,7 @@ class NotOpened(Record):
     what: str = ""
     by: str = ""
     doing: str = ""
+    marks: tuple[int, ...] = ()
 
 
 # --- the log ---------------------------------------------------------------------------------------------

@@ -18,30 +18,31 @@ from vmd.privsep.confine import LOCKHOLDER, confine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 READ_MAX = 1 << 16
+OURS = range(USES, DENIES + RESIZE + 1)  # disks are locked with some of these bytes
 
 
 def main() -> int:
     """Answer and be gone."""
-    device, inode = (int(argument) for argument in sys.argv[1:])
+    device, inode, *marks = (int(argument) for argument in sys.argv[1:])
     confine(LOCKHOLDER)  # what the kernel lacks, others have said
-    answer = find(FD_PROC, device, inode)
+    answer = find(FD_PROC, device, inode, marks or OURS)
     if answer:
         os.write(FD_ANSWER, answer)
     return 0
 
 
-def find(proc: int, device: int, inode: int) -> bytes:
-    """Return the first process that has a lock of a kind that disks are locked with, packed; b"" if there is none.
+def find(proc: int, device: int, inode: int, marks: "Sequence[int]") -> bytes:
+    """Return the first process that has a lock on one of these bytes of a file, packed; b"" if there is none.
 
     flock(2) excludes no disk but on file systems of a network, so such a lock counts only where there is no other.
     """
     file = b"%02x:%02x:%d" % (os.major(device), os.minor(device), inode)
     flocked = b""
     for pid in processes(proc):
-        kinds = locks_of(proc, pid, file)
+        kinds = locks_of(proc, pid, file, marks)
         if kinds:
             found = describe(proc, pid)
             if kinds != {b"FLOCK"} and found:
@@ -55,12 +56,12 @@ def processes(proc: int) -> list[int]:
     return sorted(int(name) for name in os.listdir(proc) if name.isdigit())
 
 
-def locks_of(proc: int, pid: int, file: bytes) -> set[bytes]:
-    """Return what kinds of locks a process has on our bytes of a file."""
+def locks_of(proc: int, pid: int, file: bytes, marks: "Sequence[int]") -> set[bytes]:
+    """Return what kinds of locks a process has on these bytes of a file."""
     kinds: set[bytes] = set()
     for info in descriptions(proc, pid):
         if b"\nlock:" in info and file in info:
-            kinds.update(kind for line in info.splitlines() if (kind := conflicting(line, file)))
+            kinds.update(kind for line in info.splitlines() if (kind := kind_of(line, file, marks)))
     return kinds
 
 
@@ -76,8 +77,8 @@ def descriptions(proc: int, pid: int) -> "Iterator[bytes]":
             os.close(folder)
 
 
-def conflicting(line: bytes, file: bytes) -> bytes:
-    """Return the kind of a lock that touches bytes which mark the use of a disk; b"" for another line.
+def kind_of(line: bytes, file: bytes, marks: "Sequence[int]") -> bytes:
+    """Return the kind of a lock that touches one of these bytes; b"" for another line.
 
     `lock:\\t1: OFDLCK ADVISORY  READ -1 fd:01:1234 201 201`; the last may be EOF.
     """
@@ -85,8 +86,8 @@ def conflicting(line: bytes, file: bytes) -> bytes:
     if len(words) < 8 or words[0] != b"lock:" or words[-3] != file:
         return b""
     first, last = int(words[-2]), words[-1]
-    ends_before = last != b"EOF" and int(last) < USES
-    return b"" if first > DENIES + RESIZE or ends_before else words[2]
+    end = int(last) if last != b"EOF" else max(marks)
+    return words[2] if any(first <= mark <= end for mark in marks) else b""
 
 
 def describe(proc: int, pid: int) -> bytes:

@@ -69,7 +69,7 @@ class Opener(Process):
             self.parent.send(opened)
         except InUse as error:
             in_use = NotOpened(code=error.number, text=brief(str(error)), file=error.file, what=brief(error.name))
-            self.parent.send(in_use.replace(by=error.by, doing=error.doing))
+            self.parent.send(in_use.replace(by=error.by, doing=error.doing, marks=error.marks))
         except (OperatorError, HostError, OSError, ValueError) as error:  # a path with a NUL is a ValueError
             self.parent.send(NotOpened(code=number(error), text=brief(sentence(error))))
         else:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from vmd.fileid import FileId
     from vmd.ipc.loop import Loop
     from vmd.privsep.spawn import Place
 
@@ -54,13 +55,16 @@ class Holders:
         self.at_work: list[Child] = []
         self.ending: list[Child] = []  # killed, and perhaps not gone
 
-    def ask(self, device: int, inode: int, done: "Done") -> None:
-        """Have `done` called once, after this has returned: with who has a lock on the file, or None if nobody says."""
+    def ask(self, file: "FileId", marks: tuple[int, ...], done: "Done") -> None:
+        """Have `done` called once, after this has returned: with who has a lock on the file, or None if nobody says.
+
+        `marks` are the bytes that are meant; none: all that disks are locked with.
+        """
         self.ending = [child for child in self.ending if child.reap() is None]
         try:
             if len(self.at_work) >= AT_A_TIME:
                 raise VmdError(f"{AT_A_TIME} of {TITLE} are at work already")
-            reader, child = self._start(device, inode)
+            reader, child = self._start(file, marks)
         except (VmdError, OSError) as error:
             log.warn(f"cannot find out who uses a file: {error}")
             self.loop.call_later(0, lambda: done(None))
@@ -81,9 +85,9 @@ class Holders:
         timer = self.loop.call_later(ANSWER_S, finish)
         self.loop.add(reader, lambda _events: finish())
 
-    def _start(self, device: int, inode: int) -> tuple[int, Child]:
+    def _start(self, file: "FileId", marks: tuple[int, ...]) -> tuple[int, Child]:
         """Start a lockholder; return where its answer can be read, and the process.  Raises OSError, VmdError."""
-        arguments = [str(device), str(inode)]
+        arguments = [str(number) for number in (file.device, file.inode, *marks)]
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

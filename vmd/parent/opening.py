@@ -17,7 +17,7 @@ from vmd.config.model import Owner
 from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
 from vmd.ipc.fence import OUR_FAULT
-from vmd.ipc.messages import FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc
+from vmd.ipc.messages import Caller, FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc
 from vmd.log import log
 from vmd.parent.access import NOGROUP, groups_of
 from vmd.parent.holders import Holders, in_words
@@ -379,11 +379,12 @@ class Openings:
         assert opening is not None
         error = OperatorError(message.code, message.text)
         if message.file is not None:
-            in_use = InUse(message.what, message.file, by=message.by, doing=message.doing)
-            error = self.core.vms.holder(in_use, opening.vm)
-            if error is in_use and opening.names_holder:
+            by, doing, marks = message.by, message.doing, message.marks
+            in_use = InUse(message.what, message.file, by=by, doing=doing, marks=marks)
+            if opening.names_holder:
                 self._find_holder(opening, in_use)
                 return
+            error = in_use
         self._fail(opening, error)
 
     def _find_holder(self, opening: Opening, in_use: InUse) -> None:
@@ -393,10 +394,14 @@ class Openings:
         opening.openers.clear()
 
         def fail(holder: "Holder | None") -> None:
-            error = in_use.held_by(in_words(holder, opening.user)) if holder is not None else in_use
+            error = in_use
+            if holder is None or self.children.are_ours(Caller(uid=holder.uid, gid=holder.uid, pid=holder.pid)):
+                error = self.core.vms.holder(in_use, opening.vm)
+            if error is in_use and holder is not None:
+                error = in_use.held_by(in_words(holder, opening.user))
             self._fail(opening, error)
 
-        self.holders.ask(in_use.file.device, in_use.file.inode, fail)
+        self.holders.ask(in_use.file, in_use.marks, fail)
 
     def _of(self, channel: "Channel") -> Opener:
         """Return an opener that is at work.  Raises PeerError."""
