@@ -231,10 +231,13 @@ class Logs:
             self.loop.call_later(SHUT_S, lambda: self._look_after(source))
 
     def _look_after(self, source: Source) -> None:
-        """Say that a running VM has no log any more."""
+        """Say that a running VM has no log any more.
+
+        One that was ended and is started again has no process yet, or has told us its new log.
+        """
         if self._of_vm.get(source.vmid) is not source:
             return
         del self._of_vm[source.vmid]
         vm = self.core.vms.find(source.vmid, "")
-        if vm is not None and vm.alive:
+        if vm is not None and vm.pid:
             log.warn(f"vm {vm.name}: one of its processes has shut down its log: no more of it until its next start")

@@ -1,0 +1,99 @@
+"""What the parent says of logs that end (DESIGN 12)."""
+
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from vmd.config.model import Config, VmConfig
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import VmLog
+from vmd.parent.core import Core
+from vmd.parent.logs import SHUT_S, Logs
+from vmd.parent.vmtable import Vm
+
+SHUT = "vm a: one of its processes has shut down its log: no more of it until its next start"
+
+
+class Loop:
+    """Files that are ready when a test says so, and timers that it runs."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, Callable[[int], object]] = {}
+        self.timers: list[tuple[float, Callable[[], object]]] = []
+
+    def add(self, fd: int, on_ready: Callable[[int], object], _events: int = 0) -> None:
+        """Serve a file."""
+        self.files[fd] = on_ready
+
+    def remove(self, fd: int) -> None:
+        """Serve it no more."""
+        del self.files[fd]
+
+    def call_later(self, delay_s: float, call: Callable[[], object]) -> None:
+        """Keep a timer."""
+        self.timers.append((delay_s, call))
+
+
+class Rig:
+    """A VM whose process has a log, which ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loop = Loop()
+        self.core = Core(cast("Any", self.loop), Config())
+        self.logs = Logs(self.core, cast("Any", None))
+        self.vm: Vm = self.core.vms.add(VmConfig(name="a"), from_config=True)
+        self.said: list[str] = []
+        monkeypatch.setattr("vmd.parent.logs.log.warn", self.said.append)
+        self.vm.begin_start(0)
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        message = VmLog(vmid=self.vm.vmid)
+        self.logs.on_vm_log(message, Envelope(message, 0, 0, {"log": [ours.detach()]}))
+        self.vm.begin_run(4711)
+
+    def hang_up(self) -> None:
+        """Its log ends."""
+        (on_ready,) = self.loop.files.values()
+        on_ready(0)
+
+    def look(self) -> list[str]:
+        """Let the time pass; return what is said."""
+        ((delay_s, look),) = self.loop.timers
+        assert delay_s == SHUT_S
+        look()
+        return self.said
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """Give one."""
+    made = Rig(monkeypatch)
+    yield made
+    for source in made.logs._ended:  # kept for the next process "log", of which there is none
+        source.sock.close()
+
+
+def test_a_running_vm_without_its_log_is_named(rig: Rig) -> None:
+    """One of its processes has shut it down."""
+    rig.hang_up()
+
+    assert rig.look() == [SHUT]
+
+
+def test_a_vm_that_has_ended_is_not_accused(rig: Rig) -> None:
+    """Its log has ended with it."""
+    rig.hang_up()
+    rig.vm.ended("stopped")
+
+    assert rig.look() == []
+
+
+def test_a_vm_that_takes_its_time_to_start_again_is_not_accused(rig: Rig) -> None:
+    """Its files are still being opened; the log that has ended was of its life before."""
+    rig.hang_up()
+    rig.vm.ended("stopped")
+    rig.vm.begin_start(0)
+
+    assert rig.look() == []
