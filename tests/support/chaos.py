@@ -77,9 +77,22 @@ class Life:
     def beat(self) -> None:
         """Have the guest answer once more.  Raises AssertionError or OSError."""
         if self.beats == 0:  # what is typed before its UART is set up is lost
-            self.terminal.expect(PROMPT, DEADLINE_S)
+            self.expect(PROMPT)
         self.beats += 1
-        self.terminal.answer(f"echo beat {self.beats}", f"beat {self.beats}\r\nbeat {self.beats}\r\n{PROMPT}")
+        self.terminal.type(f"echo beat {self.beats}\r")
+        self.expect(f"beat {self.beats}\r\nbeat {self.beats}\r\n{PROMPT}")
+
+    def expect(self, wanted: str) -> None:
+        """Wait for what the guest says, unless it is excused meanwhile.  Raises AssertionError."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                self.terminal.expect(wanted, 1.0)
+            except AssertionError:
+                if self.excused or self.terminal.ended or time.monotonic() > deadline_s:
+                    raise
+            else:
+                return
 
     def close(self) -> None:
         """Let go of it."""
@@ -258,7 +271,9 @@ class Chaos:
         old.terminal.type("\rreset\r")
         deadline_s = time.monotonic() + ANSWER_S
         while not self.faults:
-            row = self.rows(uid)[old.name]
+            row = self.rows(uid).get(old.name)
+            if row is None:  # the round is over, for another reason
+                return
             if row.state == "running" and row.pid != old.pid:
                 self.bear(row.name, row.pid, row.tty, struck)
                 return
@@ -501,7 +516,7 @@ class Chaos:
         rows = self.rows()
         for life in spared:
             self.look_at(life)
-        lost = [life.name for life in spared if life.ended or not is_running(rows[life.name], life)]
+        lost = [life.name for life in spared if life.ended or not is_running(rows.get(life.name), life)]
         for uid, names in OWNERS.items():
             for name in names:
                 if not self.faults and all(life.name != name for life in spared):
@@ -523,9 +538,9 @@ class Chaos:
         return said
 
 
-def is_running(row: VmInfo, life: Life) -> bool:
+def is_running(row: VmInfo | None, life: Life) -> bool:
     """Return whether a VM runs, in the process that it has always had."""
-    return (row.state, row.pid) == ("running", life.pid)
+    return row is not None and (row.state, row.pid) == ("running", life.pid)
 
 
 def is_core(title: str) -> bool:
