@@ -66,6 +66,8 @@ def open_regular(path: str, what: str) -> int:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except OSError as error:
+            if os.path.isdir(path):  # an opener lists none, so it opens none
+                raise OperatorError(errno.EINVAL, f"{what} {path}: not a regular file") from None
             number = error.errno or errno.EIO
             raise OperatorError(number, f"{what} {path}: {os.strerror(number)}") from None
     try:

@@ -442,6 +442,6 @@ def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
     assert loaded & HEAVY == {"datetime"}  # msgpack's, for its time stamps
     assert {name for name in loaded if name.startswith("vmctl.commands.")} == {"vmctl.commands.status"}
     assert {name for name in loaded if name.startswith("vmd.")} == {
-        "vmd.config", "vmd.config.model", "vmd.errors", "vmd.ipc", "vmd.ipc.first", "vmd.ipc.imsg", "vmd.ipc.messages",
-        "vmd.record", "vmd.scaled", "vmd.stdio", "vmd.version",
+        "vmd.config", "vmd.config.model", "vmd.errors", "vmd.fileid", "vmd.ipc", "vmd.ipc.first", "vmd.ipc.imsg",
+        "vmd.ipc.messages", "vmd.record", "vmd.scaled", "vmd.stdio", "vmd.version",
     }  # fmt: skip
