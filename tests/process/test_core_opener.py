@@ -5,6 +5,7 @@ The storage is a real FUSE file system that does not answer.
 
 import os
 import re
+import select
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,15 +14,20 @@ from pathlib import Path
 import pytest
 
 from tests.support.bystander import NAME, Bystander, vm_block
+from tests.support.clients import connect_as, receive
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.fusefile import HELD, OPEN, READ, FuseFile
 from tests.support.guests import guest
 from tests.support.images import MIB
 from tests.support.users import public_folder
+from vmd.ipc.imsg import encode
+from vmd.ipc.messages import Failed, StartRequest
+from vmd.parent.opening import STUCK_MAX
 from vmd.privsep.confine import OPENER
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
+EVE = 65534  # nobody
 FILES = {"first": "vioblk0", "second": "vioblk1", "disc.iso": "vioscsi0"}  # of VM `several`, and who serves each
 
 
@@ -46,6 +52,7 @@ def bystander(file: FuseFile) -> Iterator[Bystander]:
             disks = (f'{"cdrom" if "disc" in name else "disk"} "{directory / name}"' for name in FILES)
             conf += vm_block("several", *disks)
             conf += vm_block("slow", f'disk "{path}" format raw') + vm_block("probed", f'disk "{path}"')
+            conf += vm_block("hers", f'disk "{path}" format raw', "owner nobody")
             with Daemon(directory, conf) as daemon, Bystander(daemon) as made:
                 yield made
         finally:
@@ -154,6 +161,29 @@ def test_a_disk_that_cannot_be_read_is_named(vmd: Daemon, file: FuseFile) -> Non
 
     assert done.returncode == 1
     assert "cannot be examined within 8 seconds" in done.stderr
+
+
+@pytest.mark.deep
+def test_a_user_whose_openers_do_not_end_is_told_so(vmd: Daemon, file: FuseFile) -> None:
+    """At once, instead of one more that would hang as well; root's VMs start."""
+    file.rule(OPEN, HELD)
+    vmd.socket.chmod(0o666)
+    with connect_as(vmd.socket, EVE, EVE) as eve:
+
+        def start() -> str:
+            """Try to start the VM, which root stops; return why it is not started."""
+            eve.send(encode(StartRequest(name="hers"))[0])
+            wait_for(lambda: select.select([eve], [], [], 0)[0] or vmd.status("hers")["state"] == "starting", vmd)
+            vmd.vmctl("stop", "-fw", "hers")
+            answer = receive(eve)
+            assert isinstance(answer, Failed)
+            return answer.text
+
+        answers = [start() for _ in range(STUCK_MAX)]
+        assert set(answers) == {"vm hers: stopped before its guest began"}
+        wait_for(lambda: start().endswith("their storage does not answer"), vmd)
+    vmd.must("start", "other")
+    vmd.must("stop", "-fw", "other")
 
 
 def test_the_daemon_ends_though_a_disk_does_not_open(tmp_path: Path) -> None:
