@@ -360,6 +360,14 @@ def pass_on(vmd: Daemon, uid: int, request: Record, names: tuple[str, ...], file
     return pid, answered
 
 
+def end(senders: list[tuple[int, int]]) -> None:
+    """End processes that have passed files on."""
+    for pid, answered in senders:
+        os.close(answered)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 @pytest.mark.deep
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["never answers", "lingers"])
@@ -371,18 +379,16 @@ def test_files_whose_close_waits(network: Network, kind: str) -> None:
         fuse = stack.enter_context(FuseFile(guest("demo").read_bytes(), flushes=True, for_all=True))
         fuse.rule(FLUSH, HELD)
         vmd = stack.enter_context(Daemon(directory, conf))
+        senders: list[tuple[int, int]] = []
+        stack.callback(end, senders)
+        stack.callback(fuse.release)
         with Bystander(vmd):
             vmd.socket.chmod(0o666)
             file = fuse if kind == "never answers" else None
             with network.inside():
-                senders = [pass_on(vmd, *request, file) for request in REQUESTS]
+                senders += [pass_on(vmd, *request, file) for request in REQUESTS]
             if file is not None:
                 file.wait_held(len(REQUESTS) + 1)  # each close waits, through SIGKILL: of four controls, and an opener
             for _, answered in senders:
                 assert file is not None or select.select([answered], [], [], DEADLINE_S)[0]
-                os.close(answered)
         assert vmd.stop() == 0
-        fuse.release()
-        for pid, _ in senders:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
