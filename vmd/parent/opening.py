@@ -258,19 +258,24 @@ class Openings:
         opener.opening = opening
         opening.openers.append(opener)
         fds: dict[str, list[int]] = {}
-        if job.disks or job.cdrom:
-            opener.probe, probe = self._take_probe()
-            fds["probe"] = [probe.detach()]
-        if job.given:
-            assert opening.given is not None
-            fds["client"] = [self.core.clients.courier(opening.given.client)]
-            for name, fd in zip(opening.given.names, opening.given.copies, strict=False):
-                fds[f"{name}_copy"] = [os.dup(fd)]
-        ours, theirs = courier.pair()
-        opening.opened.couriers.append(ours.detach())
+        try:
+            if job.disks or job.cdrom:
+                opener.probe, probe = self._take_probe()
+                fds["probe"] = [probe.detach()]
+            if job.given:
+                assert opening.given is not None
+                fds["client"] = [self.core.clients.courier(opening.given.client)]
+                for name, fd in zip(opening.given.names, opening.given.copies, strict=False):
+                    fds[f"{name}_copy"] = [os.dup(fd)]
+            ours, theirs = courier.pair()
+            opening.opened.couriers.append(ours.detach())
+            fds["courier"] = [theirs.detach()]
+        except BaseException:
+            close_all(fd for each in fds.values() for fd in each)
+            raise
         self._watch(opener, ANSWER_S + job.patience_s)
         opener.channel.label = f"opener/{job.name}"
-        opener.channel.send(job, fds={"courier": [theirs.detach()], **fds})
+        opener.channel.send(job, fds=fds)
 
     def _watch(self, opener: Opener, seconds: float) -> None:
         """Give up an opener that is not heard of for so long."""

@@ -232,6 +232,18 @@ def test_an_initrd_of_a_client_is_the_only_one() -> None:
         assert (len(jobs), [job.given for job in jobs if job.given]) == (count, [("initrd",)])
 
 
+def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start fails, and leaves none."""
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("vmd.ipc.courier.pair", pair)
+    room.begin("a", ANNA)
+    assert str(room.failed["a"]) == "make a courier: Too many open files"
+    assert room.at_work == []
+
+
 def test_an_opener_that_fails(room: Room) -> None:
     """Its sentence is the answer, and the next one has its turn."""
     room.begin("a1", ANNA)
