@@ -186,6 +186,7 @@ def test_a_user_whose_openers_do_not_end_is_told_so(vmd: Daemon, file: FuseFile)
     vmd.must("stop", "-fw", "other")
 
 
+@pytest.mark.deep
 def test_the_daemon_ends_though_a_disk_does_not_open(tmp_path: Path) -> None:
     """SIGTERM waits for no storage."""
     with public_folder() as folder, FuseFile(bytes(MIB)) as file:
