@@ -1,17 +1,23 @@
 """A host that runs out of something (hostile 60): one start fails with a sentence, and nothing else happens."""
 
+import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.bystander import Bystander, vm_block
 from tests.support.clients import connect, connect_as, receive
-from tests.support.daemon import Daemon
+from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
+from tests.support.transfers import ended, to_file, vmctl
 from tests.support.users import public_folder
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages import End, Failed, ListRequest, ReloadRequest, VmInfo
@@ -19,6 +25,7 @@ from vmd.ipc.messages import End, Failed, ListRequest, ReloadRequest, VmInfo
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 PROMPT = "vmd-demo> "
+TASKS_ENOUGH = 8  # threads and processes of a VM, its devices and what helps to receive it
 NOBODY, OTHER = 65534, 40001
 RESERVE = {"vmd: control/reserve", "vmd: opener", "vmd: imgprobe", "vmd: vm"}
 
@@ -151,6 +158,126 @@ def test_processes_of_a_vm(vmd: Daemon) -> None:
     limit(reserve(vmd), "nproc", 1)
     refused(vmd, "b", "start vio", "Resource temporarily unavailable")
     vmd.must("start", "b")
+
+
+@pytest.mark.deep
+def test_tasks_run_out_anywhere(vmd: Daemon, tmp_path: Path) -> None:
+    """Of a VM that is started, received or sent: what fails fails with one sentence, and nothing is left half done."""
+    last, ends, failures = 0, set(), set()
+    vmd.must("start", "b")
+    to_file(vmd, "b", tmp_path / "stream")
+    for most in range(1, TASKS_ENOUGH):
+        for arguments, stream in ((("start", "b"), None), (("receive", "b"), tmp_path / "stream")):
+            last = reserve(vmd, without=last)
+            limit(last, "nproc", most)
+            with open(stream or os.devnull, "rb") as file:
+                status, errors = ended(vmctl(vmd, *arguments, stdin=file.fileno()))
+            ends.add((arguments[0], status))
+            if status:
+                failures.add(errors)
+                assert len(errors.strip().splitlines()) == 1, errors
+                assert "Resource temporarily unavailable" in errors, errors
+                vmd.wait_state("b", "stopped")
+            else:
+                vmd.must("stop", "-fw", "b")
+    assert ends == {("start", 0), ("start", 1), ("receive", 0), ("receive", 1)}, failures
+
+    vmd.must("start", "b")
+    limit(vmd.status("b")["pid"], "nproc", 1)
+    with (tmp_path / "again").open("wb") as file:
+        status, errors = ended(vmctl(vmd, "send", "b", stdout=file.fileno()))
+    assert (status, "start thread send: Resource temporarily unavailable" in errors) == (1, True), errors
+    assert vmd.status("b")["state"] == "running"
+    for words in ("Traceback", "unexpected", "internal error"):
+        assert words not in vmd.log
+
+
+class Tasks:
+    """A control group that limits how many tasks some processes, and what they start, have together."""
+
+    def __init__(self) -> None:
+        """Skips the test where this host has none to give away."""
+        above = Path("/sys/fs/cgroup/pids")
+        self.path = above / f"vmd-test-{os.getpid()}"
+        if not above.is_dir():
+            pytest.skip("no control groups of version 1 with the controller pids")
+        self.path.mkdir()
+
+    def take(self, pids: Iterable[int]) -> None:
+        """Have processes in it."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                (self.path / "cgroup.procs").write_text(str(pid))
+
+    def limit(self, more: int | None) -> None:
+        """Let there be so many more than there are; None: any number."""
+        now = int((self.path / "pids.current").read_text())
+        (self.path / "pids.max").write_text("max" if more is None else str(now + more))
+
+    def close(self) -> None:
+        """Be gone, with the last of them."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while (self.path / "cgroup.procs").read_text():
+            assert time.monotonic() < deadline_s
+        self.path.rmdir()
+
+
+@pytest.mark.deep
+def test_tasks_of_the_daemon(tmp_path: Path) -> None:
+    """It starts with a sentence or not at all; when it runs, it says what it cannot do, and goes on."""
+    with contextlib.ExitStack() as stack:
+        tasks = Tasks()
+        stack.callback(tasks.close)
+        vmd = stack.enter_context(Daemon(stack.enter_context(public_folder()), vm_block("a") + vm_block("b")))
+        vmd.socket.chmod(0o666)
+        bystander = stack.enter_context(Bystander(vmd, "a"))
+        while not {"vmd: vm", "vmd: control/reserve"} <= vmd.processes().keys():
+            vmd.must("status")
+        for _ in range(2):  # what is started meanwhile is in there the second time
+            tasks.take([vmd.pid, *vmd.processes().values()])
+        failures = set()
+        for more in range(8):
+            tasks.limit(more)
+            done = vmd.vmctl("start", "b")
+            tasks.limit(None)
+            if done.returncode:
+                failures.add(done.stderr)
+                assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+                assert "Resource temporarily unavailable" in done.stderr
+            vmd.vmctl("stop", "-fw", "b")
+        assert failures
+        tasks.limit(0)
+        os.kill(vmd.processes()["vmd: priv"], signal.SIGKILL)
+        vmd.wait_log("priv: it is started again")
+        answers = []
+        for uid in range(OTHER, OTHER + 4):
+            client = stack.enter_context(connect_as(vmd.socket, uid, uid))
+            with contextlib.suppress(BrokenPipeError):
+                client.send(encode(ListRequest())[0])
+            answers.append(receive(client) or receive(client))  # the first may say that it was hung up on
+        vmd.must("status")
+        tasks.limit(None)
+        assert any(isinstance(each, Failed) and each.code == errno.EAGAIN for each in answers), answers
+        vmd.must("start", "b")
+        while "vmd: priv" not in vmd.processes():
+            vmd.must("status")
+        bystander.core = bystander.core_now()
+        for words in ("Traceback", "unexpected", "internal error"):
+            assert words not in vmd.log
+    (tmp_path / "conf").touch(0o600)
+    for most in (1, 2, 3):
+        tasks = Tasks()
+        tasks.limit(most)
+        with subprocess.Popen(
+            ["sh", "-c", f'echo $$ > {tasks.path}/cgroup.procs; exec "$0" "$@"', sys.executable, "-m", "vmd", "-d",
+             "-s", tmp_path / "socket", "-f", tmp_path / "conf"],
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            said = process.communicate(timeout=DEADLINE_S)[1]
+        assert process.returncode == 1
+        assert "Resource temporarily unavailable" in said
+        assert "Traceback" not in said
+        tasks.close()
 
 
 def test_memory_of_a_guest(vmd: Daemon) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 
 from vmd.log import JOURNAL, LOG_DAEMON, WARNING, shaped
 from vmd.logger.source import Line
+from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,14 +38,17 @@ class Sink:
     """Lines on their way out.  `put` and `idle` belong to the main thread; `call` makes a call there."""
 
     def __init__(self, form: str, journal: socket.socket | None, call: "Callable[[Callable[[], None]], None]") -> None:
-        """Where there is a `journal`, it gets entries with fields, and what it refuses goes to standard error."""
+        """Where there is a `journal`, it gets entries with fields, and what it refuses goes to standard error.
+
+        Raises HostError.
+        """
         self.form = form
         self.journal = journal
         self._call = call
         self._lines: deque[Line] = deque()
         self._changed = threading.Condition()
         self._lost = 0  # for which there is no place any more
-        threading.Thread(target=self._run, name="writer", daemon=True).start()
+        start_thread("writer", threading.Thread(target=self._run, name="writer", daemon=True).start)
 
     def put(self, line: Line) -> bool:
         """Have a line written; return whether another one of its source would have room."""

@@ -14,6 +14,7 @@ from vmd.closing import close
 from vmd.config.model import SOCKET_PATH_MAX, Owner
 from vmd.errors import HostError, OperatorError, sentence
 from vmd.log import JOURNAL, STDERR, SYSLOG, log
+from vmd.tasks import fork
 
 USER = "_vmd"
 SOCKET_MODE = 0o660
@@ -189,7 +190,7 @@ def notify(state: str) -> None:
 def daemonize() -> Callable[[], None]:
     """Go to the background.  Our starter waits until the returned function is called, or fails with us."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    if os.fork():
+    if fork("go to the background"):
         close(writer)
         if os.read(reader, 1):
             os._exit(0)

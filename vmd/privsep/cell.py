@@ -36,6 +36,7 @@ from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
 from vmd.privsep.ids import Ids, limit_tasks
 from vmd.privsep.spawn import FD_TARGETS, INTERPRETER
+from vmd.tasks import fork
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -398,7 +399,7 @@ def link_map_names() -> list[str]:
 def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> tuple[int, int]:
     """Build the root in a child with a mount namespace of its own; returns descriptors of namespace and root."""
     ours, theirs = socket.socketpair()
-    pid = os.fork()
+    pid = fork("build the cell")
     if pid == 0:
         run_builder(mounts, code, ours, theirs)
     theirs.close()

@@ -14,6 +14,7 @@ from collections import deque
 from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.privsep import linux
+from vmd.tasks import fork
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def user_namespace(first: int = DEFAULT_FIRST_ID) -> int:
     Raises HostError where there is none to be had, or where we ourselves are in one that lacks these ids.
     """
     ours, theirs = socket.socketpair()
-    pid = os.fork()
+    pid = fork("make a user namespace")
     if pid == 0:
         hold_user_namespace(ours, theirs)
     theirs.close()

@@ -15,6 +15,7 @@ from vmd.kvmapi.system import System
 from vmd.log import log
 from vmd.privsep.spawn import spawn
 from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
 from vmd.vm import state, streamprobe
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.departure import show_progress
@@ -128,8 +129,8 @@ class Receiver:
         self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin.  Raises HostError."""
+        start_thread("receive", self._thread.start)
 
     def _run(self) -> None:
         name_thread("receive")
@@ -314,7 +315,11 @@ class Arrival:
             on_machine=self._on_machine,
             on_failed=lambda text: self._fail(OperatorError(errno.EINVAL, text)),
         )
-        receiver.start()
+        try:
+            receiver.start()
+        except HostError as error:
+            self._fail(error)
+            return
         show_progress(receiver, self._loop, self._vmm)
 
     def _on_machine(self, machine: "MachineState") -> None:

@@ -9,6 +9,7 @@ from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
 from vmd.ipc.messages import TransferProgress
 from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
 from vmd.vm import state
 from vmd.vm.fetch import fetch_stream
 from vmd.vm.stream import Cancelled, Pipe, StreamError, StreamWriter
@@ -74,8 +75,8 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="send", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin.  Raises HostError."""
+        start_thread("send", self._thread.start)
 
     def cancel(self) -> None:
         """Have it fail soon, unless it is about to be done."""
@@ -192,6 +193,7 @@ class Departure:
                 raise VmdError(text or "sending was interrupted")
             assert pause.clocks is not None
             sender = Sender(pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot)
+            sender.start()
         except PeerError as error:
             close(stream)
             pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
@@ -200,7 +202,6 @@ class Departure:
             self._finish(sentence(error))
         else:
             self._sender = sender
-            sender.start()
             show_progress(sender, pause.loop, self._vmm)
 
     def _finish(self, text: str) -> None:

@@ -26,6 +26,7 @@ from struct import Struct
 
 from vmd.errors import VmdError, sentence
 from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,11 +61,12 @@ class Hasher:
     """One thread that computes digests while its owner waits for I/O."""
 
     def __init__(self) -> None:
+        """Raises HostError."""
         self._work: Callable[[], None] | None = None
         self._digest = b""
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="hasher", daemon=True)
-        self._thread.start()
+        start_thread("hasher", self._thread.start)
 
     def begin(self, parts: "Sequence[bytes | memoryview]") -> None:
         """Hash these, one after the other; `result` waits."""

@@ -13,6 +13,7 @@ import os
 import select
 from struct import Struct
 
+from vmd.errors import HostError
 from vmd.privsep.confine import STREAMPROBE, confine
 from vmd.record import Record
 from vmd.vm import state
@@ -46,7 +47,10 @@ class Beginning(Record):
 
 def probe(pipe: Pipe) -> bytes:
     """Return the answer about a stream."""
-    reader = StreamReader(pipe)
+    try:
+        reader = StreamReader(pipe)
+    except HostError as error:
+        return bytes((ERROR,)) + str(error).encode(errors="replace")
     try:
         raw = reader.header()
         config = state.read_header(reader.version, raw).config

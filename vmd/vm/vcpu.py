@@ -26,6 +26,7 @@ from vmd.kvmapi.exits import (
 )
 from vmd.log import log
 from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
 from vmd.vm.boot.start import Mode, Start
 
 TYPE_CHECKING = False
@@ -104,8 +105,8 @@ class VcpuThread:
         self._thread = threading.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
 
     def start(self) -> None:
-        """Let the guest execute."""
-        self._thread.start()
+        """Let the guest execute.  Raises HostError."""
+        start_thread(self._thread.name, self._thread.start)
 
     def ask_to_stop(self) -> None:
         """Make the thread leave the guest; `join` waits for it."""

@@ -21,6 +21,7 @@ from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
 from vmd.log import RateLimit, log
 from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
 from vmd.virtio import spec
 from vmd.virtio.queue import DESC, U16
 
@@ -84,12 +85,13 @@ class Workers:
     """
 
     def __init__(self, most: int) -> None:
+        """Raises HostError if there cannot be one."""
         self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.missing = most - 1
         # An entry for each thread that waits and has not been counted on.  Only methods that are atomic are used.
         self.idle: list[None] = [None]
-        _thread.start_new_thread(self._work, ())
+        start_thread("io", lambda: _thread.start_new_thread(self._work, ()))
 
     def submit(self, job: "Callable[[], None]") -> None:
         """Have a job done; it raises nothing.  From one thread only."""
@@ -98,8 +100,8 @@ class Workers:
         elif self.missing:
             self.missing -= 1
             try:
-                _thread.start_new_thread(self._work, ())
-            except RuntimeError:  # the host has no room for more
+                start_thread("io", lambda: _thread.start_new_thread(self._work, ()))
+            except HostError:  # those that there are have to do
                 self.missing = 0
         self.jobs.put(job)
 

@@ -13,6 +13,7 @@ import select
 from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.errors import GuestError, HostError
 from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Worker:
         self.bells = {kick, self.control}  # of what is polled, the eventfds
 
     def start(self) -> None:
-        """Start the thread, standing."""
-        _thread.start_new_thread(self._run, ())
+        """Start the thread, standing.  Raises HostError."""
+        start_thread(f"of queue {self.number}", lambda: _thread.start_new_thread(self._run, ()))
 
     def go(self) -> None:
         """Have the thread look at its queue, and go on."""
