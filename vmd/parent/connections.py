@@ -145,6 +145,7 @@ class Connections:
         """Start root's control; `open_log` makes what one writes its lines to.  Raises HostError."""
         self.children = children
         self._open_log = open_log
+        self._keep_spare()
         self._assign(ROOT)
 
     def on_ready(self, channel: "Channel") -> bool:
@@ -277,7 +278,6 @@ class Connections:
     def listen(self, listener: socket.socket) -> None:
         """Accept clients from now on."""
         self._listener = listener
-        self._keep_spare()
         listener.setblocking(False)
         self.loop.add(listener.fileno(), self._on_connection)
 
