@@ -252,6 +252,29 @@ def test_the_daemon_ends_without_its_priv(network: Network, tmp_path: Path, sign
     assert vmd.log.count("could not remove its interfaces and rules: another one does") == 1
 
 
+SLOW = """
+import time
+_close = Network.close
+def _slowly(network):
+    time.sleep(8)
+    _close(network)
+Network.close = _slowly
+"""
+
+
+@pytest.mark.deep
+def test_a_priv_that_takes_its_time_to_end_is_waited_for(network: Network, tmp_path: Path) -> None:
+    """On a busy host, with many interfaces: what it is at, it brings to its end."""
+    vmd = NetDaemon(tmp_path, network, SWITCH)
+    vmd.code = changed_program(tmp_path / "code", {"vmd/priv/main.py": SLOW})
+    with vmd:
+        assert "br7" in links(network)
+        assert vmd.stop() == 0
+    assert ours(network) == []
+    assert "killing it" not in vmd.log
+    assert "another one does" not in vmd.log
+
+
 # --- damaged ---------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 ANSWER_S = 30.0  # longer than priv waits for an nft that hangs
-LAST_S = 10.0  # ... when the daemon has to end
+LAST_S = 20.0  # ... when the daemon has to end
 
 
 class AskPriv:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER)  # to us
 CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
+PRIV_ENDS_S = 20.0  # from being told to end
 
 
 class Delay:
@@ -135,9 +136,17 @@ class Children:
         return ours or any(child.pid == caller.pid for child in self._children)
 
     def reap(self, timeout_s: float) -> None:
-        """Wait for the children to end, all together so long; kill the ones that do not, and wait once more."""
-        deadline_s = time.monotonic() + timeout_s
-        late = [child for child in self._children if child.reap(max(0.0, deadline_s - time.monotonic())) is None]
+        """Wait for the children to end, all together so long; kill the ones that do not, and wait once more.
+
+        priv has work to do before it ends, the more the more VMs there were; on a busy host that takes its time.
+        """
+        began_s = time.monotonic()
+        patience_s = {self._present.get(Proc.PRIV): PRIV_ENDS_S}
+
+        def left_s(child: Child) -> float:
+            return max(0.0, began_s + patience_s.get(child, timeout_s) - time.monotonic())
+
+        late = [child for child in self._children if child.reap(left_s(child)) is None]
         for child in late:
             log.warn(f"{child.title} does not end; killing it")
             child.kill()
