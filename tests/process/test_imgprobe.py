@@ -3,6 +3,8 @@
 import os
 import pwd
 import resource
+import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +145,23 @@ def test_imgprobe_is_asked_again_and_again(cell: Cell, tmp_path: Path) -> None:
     sock.close()
 
     assert child.reap(DEADLINE_S) == 0
+
+
+def test_whoever_has_asked_is_gone(cell: Cell, tmp_path: Path) -> None:
+    """An imgprobe whose opener was given up ends, and says nothing."""
+    reader, writer = os.pipe()
+    child, sock = start_probe(cell, log_fd=writer)
+    os.close(writer)
+    blocked(child)
+    os.kill(child.pid, signal.SIGSTOP)
+    (tmp_path / "image").touch()
+    with sock, (tmp_path / "image").open() as image:
+        socket.send_fds(sock, [b"\0"], [image.fileno()])
+    os.kill(child.pid, signal.SIGCONT)
+
+    assert child.reap(DEADLINE_S) == 0
+    with open(reader, "rb") as log:
+        assert log.read() == b""
 
 
 def bad(function: str, timeout_s: float = DEADLINE_S) -> ImageProber:

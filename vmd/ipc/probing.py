@@ -5,6 +5,7 @@ one line of `ipc/probemsg.py`.
 """
 
 import array
+import contextlib
 import select
 import socket
 import time
@@ -24,15 +25,16 @@ FILES_MAX = 2
 
 def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
     """Be a probe: answer until nobody asks any more; the files are closed after each answer."""
-    sock = socket.socket(fileno=CHANNEL_FD)
-    while True:
-        question, files, _ = receive(sock, QUESTION_MAX, FILES_MAX)
-        if not question:
-            return 0
-        try:
-            sock.send(answer(question.decode("utf-8", "surrogateescape").split("\0")[:-1], files))
-        finally:
-            close_all(files)
+    with socket.socket(fileno=CHANNEL_FD) as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while True:
+            question, files, _ = receive(sock, QUESTION_MAX, FILES_MAX)
+            if not question:
+                break
+            try:
+                sock.send(answer(question.decode("utf-8", "surrogateescape").split("\0")[:-1], files))
+            finally:
+                close_all(files)
+    return 0
 
 
 def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]", timeout_s: float) -> bytes | None:

@@ -30,7 +30,8 @@ def main() -> int:
     confine(LOCKHOLDER)  # what the kernel lacks, others have said
     answer = find(FD_PROC, device, inode, marks or OURS)
     if answer:
-        os.write(FD_ANSWER, answer)
+        with contextlib.suppress(BrokenPipeError):  # who has asked waits no longer
+            os.write(FD_ANSWER, answer)
     return 0
 
 

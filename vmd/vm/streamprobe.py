@@ -9,6 +9,7 @@ devices of each kind there are, which is all that the VM process has to know bef
 the header, for then.
 """
 
+import contextlib
 import os
 import select
 from struct import Struct
@@ -81,10 +82,15 @@ def unpack(answer: bytes) -> Beginning | str:
     return Beginning(version=version, counts=tuple(counts), header=answer[HEAD.size :])
 
 
+def say(answer: bytes, fd: int) -> None:
+    """Write an answer; the VM process that was to read it may have ended."""
+    with contextlib.suppress(BrokenPipeError):
+        while answer:
+            answer = answer[os.write(fd, answer) :]
+
+
 def main() -> int:
     """Answer and be gone."""
     confine(STREAMPROBE)
-    answer = memoryview(probe(Pipe(FD_STREAM, select.POLLIN)))
-    while answer:
-        answer = answer[os.write(FD_ANSWER, answer) :]
+    say(probe(Pipe(FD_STREAM, select.POLLIN)), FD_ANSWER)
     return 0

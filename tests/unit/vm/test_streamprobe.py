@@ -116,3 +116,11 @@ def test_random_answers() -> None:
         except ValueError:
             continue
         assert isinstance(found, str) or len(found.kinds) <= streamprobe.DEVICES_MAX
+
+
+def test_nobody_reads_the_answer() -> None:
+    """The VM process was ended meanwhile, which is no failure of its streamprobe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    streamprobe.say(b"answer", writer)
+    os.close(writer)
