@@ -18,7 +18,7 @@ from vmd.errors import GuestError, HostError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
 from vmd.log import FORMS, RateLimit, log
-from vmd.privsep.confine import Confinement, confine
+from vmd.privsep.confine import Confinement, confine, limit_memory
 from vmd.privsep.title import set_title
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
@@ -85,6 +85,7 @@ RING_FEATURES = (
     | 1 << spec.VIRTIO_F_ANY_LAYOUT
     | 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY
 )
+MEMORY_BESIDES_BYTES = 512 << 20  # beside the guest's, which is mapped: stacks of 16 threads are 128 MiB of it
 QUIESCE_TIMEOUT_S = 9.0  # the VM waits for devmsg.ANSWER_TIMEOUT_S; a sentence beats its time-out
 
 
@@ -158,7 +159,7 @@ class Process:
     """
 
     def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
-        """Raises PeerError or OSError if what the VM said about descriptors and memory is not so."""
+        """Raises PeerError, HostError or OSError if what the VM said about descriptors and memory is not so."""
         self.sync = sync
         self.informs = informs
         self.host = host
@@ -167,6 +168,7 @@ class Process:
             self.memory = GuestMemory.attach(host.memory_fd, host.regions)
         except ValueError as error:
             raise PeerError(VM, str(error)) from None
+        limit_memory(self.memory.mapped_bytes + MEMORY_BESIDES_BYTES)
         words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")
         self.raised = words[: devmsg.QUEUES_MAX]
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]

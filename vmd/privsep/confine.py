@@ -78,6 +78,7 @@ BLOCK = frozenset({
     "preadv", "preadv2", "pwritev", "pwritev2", "pread64", "pwrite64",  # CPython's os.preadv is preadv2
     "fsync", "fdatasync", "fallocate", "fadvise64",                     # flush, discard
 })  # fmt: skip
+LIMITS = frozenset({"prlimit64"})  # of its own, and only to lower them: memory, once the guest's is known
 NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
@@ -118,8 +119,8 @@ class Confinement(Record):
         seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
 
 
-LEAF = Confinement(syscalls=BASE | CHANNEL, writes_files=False)  # viornd
-VIOBLK = Confinement(syscalls=BASE | CHANNEL | BLOCK)
+LEAF = Confinement(syscalls=BASE | CHANNEL | LIMITS, writes_files=False)  # viornd
+VIOBLK = Confinement(syscalls=BASE | CHANNEL | LIMITS | BLOCK)
 VIOSCSI = VIOBLK.replace(writes_files=False)  # an ISO is a disk image that is only read
 IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
@@ -132,7 +133,7 @@ LOCKHOLDER = IMGPROBE.replace(
     writes_files=False,
     sees_others=True,
 )
-VIONET = Confinement(syscalls=BASE | CHANNEL | NET, ioctls=TUN_IOCTLS, writes_files=False)
+VIONET = Confinement(syscalls=BASE | CHANNEL | LIMITS | NET, ioctls=TUN_IOCTLS, writes_files=False)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
@@ -273,7 +274,7 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
 
 
 def narrow_requests(ioctls: tuple[int, ...]) -> None:
-    """Of all requests that are left to this process, keep these, and let nothing change that any more."""
+    """Of all requests that are left to this process, keep these, make no memory files, and let nothing change that."""
     seccomp.install(seccomp.assemble_requests(ioctls))
 
 
@@ -306,6 +307,17 @@ def limit_resources(open_files: int, *, writes_files: bool) -> None:
     except OSError as error:
         raise HostError("limit resources", error) from error
     limit_open_files(open_files)
+
+
+def limit_memory(most_bytes: int) -> None:
+    """Have no more memory mapped from now on, of whatever kind, nor than the host allows.  Raises HostError."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        most_bytes = min(most_bytes, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    except OSError as error:
+        raise HostError("limit memory", error) from error
 
 
 def limit_open_files(most: int) -> None:

@@ -228,12 +228,17 @@ def assemble(
 
 
 def assemble_requests(ioctls: "Iterable[int]") -> bytes:
-    """Return a program for a process that has a filter already: it leaves ioctl these requests, and no new filter."""
+    """Return a program for a process that has a filter already.
+
+    It leaves ioctl these requests, and allows no new filter.  Nor may there be new memory files: what is written to
+    them counts against no limit of the process.
+    """
     (conditions,) = allowed_calls(("ioctl",), ioctls, 0).values()
     body = b"".join(test(condition) for condition in conditions) + instruction(RET, RET_KILL_PROCESS)
     program = [
         instruction(LD_ABS, OFFSET_NR),
-        instruction(JEQ, NUMBERS["seccomp"], 0, 1),
+        instruction(JEQ, NUMBERS["seccomp"], 1, 0),
+        instruction(JEQ, NUMBERS["memfd_create"], 0, 1),
         instruction(RET, RET_KILL_PROCESS),
         instruction(JEQ, NUMBERS["ioctl"], 1, 0),
         instruction(RET, RET_ALLOW),

@@ -50,7 +50,7 @@ from vmd.ipc.process import Process, handles
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log
-from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_open_files, narrow_requests
+from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
 from vmd.vm import vmmci
@@ -105,6 +105,7 @@ BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed as soon a
 
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
 LAST_WORDS_TIMEOUT_S = 1.0
+MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # that a VM process may have mapped beside its guest's
 RESOLVERS_TIMEOUT_S = 1.0  # a guest that waits for its DHCP server asks again after some seconds
 
 
@@ -182,6 +183,7 @@ class VmProcess(Process):
         if paused or not self.go_on():
             self.report_running(paused=paused)
             limit_open_files(VM.open_files)  # from now on it has next to nothing to pass on
+            limit_memory(pause.machine.memory.mapped_bytes + MEMORY_BESIDES_BYTES + STACK_BYTES * config.vcpus)
 
     def report_running(self, *, paused: bool) -> None:
         """Say that the guest executes, or waits to be unpaused."""

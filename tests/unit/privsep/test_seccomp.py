@@ -202,6 +202,7 @@ def test_requests_can_be_narrowed_later() -> None:
     allowed = (NUMBERS["ioctl"], 5, 0xAE80), (NUMBERS["ioctl"], 5, seccomp.FIONREAD), (NUMBERS["read"],), (9999,)
     assert {verdict(program, *call) for call in allowed} == {RET_ALLOW}
     killed = (NUMBERS["ioctl"], 5, 0xAE01), (NUMBERS["ioctl"], 5, 0x5412), (NUMBERS["seccomp"], 1, 1)
+    assert verdict(program, NUMBERS["memfd_create"]) == RET_KILL_PROCESS
     assert {verdict(program, *call) for call in killed} == {RET_KILL_PROCESS}
 
 
