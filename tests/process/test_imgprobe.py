@@ -137,12 +137,13 @@ def test_imgprobe_is_asked_again_and_again(cell: Cell, tmp_path: Path) -> None:
     create(str(tmp_path / "image"), "qcow2", MIB)
     (tmp_path / "base").write_bytes(bytes(MIB))
     child, sock = start_probe(cell)
-    prober = ProbeSocket(sock)
-    for _ in range(3):
-        assert probed(prober, tmp_path / "image", "qcow2").format == "qcow2"
-        assert refusal(prober, tmp_path / "base", "qcow2").endswith("not a qcow2 image")
-    assert sorted(map(int, os.listdir(f"/proc/{child.pid}/fd"))) == [0, 1, 2, 3]
-    sock.close()
+    with sock:
+        prober = ProbeSocket(sock)
+        for _ in range(3):
+            assert probed(prober, tmp_path / "image", "qcow2").format == "qcow2"
+            assert refusal(prober, tmp_path / "base", "qcow2").endswith("not a qcow2 image")
+        blocked(child)  # having closed the last image
+        assert sorted(map(int, os.listdir(f"/proc/{child.pid}/fd"))) == [0, 1, 2, 3]
 
     assert child.reap(DEADLINE_S) == 0
 
