@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Done = Callable[[Holder | None], None]
 
 ANSWER_S = 10.0  # thousands of processes are looked at within one; whoever waits is told then that it is somebody
+GONE_S = 2.0  # for one that was killed to be gone
 AT_A_TIME = 8
 TITLE = "lockholder"
 LOCKHOLDER_ENTRY = "vmd.lockholder.main:main"
@@ -60,7 +61,7 @@ class Holders:
 
         `marks` are the bytes that are meant; none: all that disks are locked with.
         """
-        self.ending = [child for child in self.ending if child.reap() is None]
+        self.bury()
         try:
             if len(self.at_work) >= AT_A_TIME:
                 raise VmdError(f"{AT_A_TIME} of {TITLE} are at work already")
@@ -80,10 +81,15 @@ class Holders:
             close(reader)
             child.kill()
             self.ending.append(child)
+            self.loop.call_later(GONE_S, self.bury)
             done(unpack(answer))
 
         timer = self.loop.call_later(ANSWER_S, finish)
         self.loop.add(reader, lambda _events: finish())
+
+    def bury(self) -> None:
+        """Reap those that have ended."""
+        self.ending = [child for child in self.ending if child.reap() is None]
 
     def _start(self, file: "FileId", marks: tuple[int, ...]) -> tuple[int, Child]:
         """Start a lockholder; return where its answer can be read, and the process.  Raises OSError, VmdError."""
