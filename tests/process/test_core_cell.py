@@ -194,7 +194,10 @@ def test_an_id_that_has_a_process_is_not_given_again() -> None:
 @pytest.mark.kvm
 def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     """Every VM has an id of its own, which its devices share; nothing that lasts but parent and opener is root."""
-    with Daemon(tmp_path, f"ids {FIRST_ID}\n" + vm_block("a") + vm_block("b")) as vmd:
+    conf = f"ids {FIRST_ID}\n" + vm_block("a") + vm_block("b")
+    # In /run/vmd is what priv has to put back, of all daemons of a host; for those of other tests it has another id.
+    own_run = ("unshare", "--mount", "sh", "-ec", 'mkdir -p /run/vmd; mount -t tmpfs run /run/vmd; exec "$@"', "sh")
+    with Daemon(tmp_path, conf, prefix=own_run) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
         wait_for(lambda: {"vmd: vm", "vmd: viornd", "vmd: opener"} <= vmd.processes().keys())
@@ -203,7 +206,7 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
         users = {title: {*field(pid, "Uid").split(), *field(pid, "Gid").split()} for title, pid in processes.items()}
         capabilities = {title: int(field(pid, "CapPrm"), 16) for title, pid in processes.items()}
         namespaces = {title: os.readlink(f"/proc/{pid}/ns/user") for title, pid in processes.items()}
-        apart = {title: namespaces_of(pid) - namespaces_of(os.getpid()) for title, pid in processes.items()}
+        apart = {title: namespaces_of(pid) - namespaces_of(vmd.pid) for title, pid in processes.items()}
         limits = Path(f"/proc/{processes['vm/a/viornd0']}/limits").read_text()
         filters = {title: field(pid, "Seccomp") for title, pid in processes.items()}
         parent = [int(field(vmd.pid, name), 16) for name in ("CapEff", "CapPrm", "CapBnd")]
