@@ -139,7 +139,9 @@ def test_kernel_is_no_file(directory: Path) -> None:
     """A directory, a FIFO or a device in the place of a kernel is refused at once."""
     kernel = directory / "kernel"
     kernel.touch()
-    with Daemon(directory, f'vm "a" {{\n disable\n memory 32M\n boot "{kernel}"\n}}\n'):
+    with Daemon(directory, f'vm "a" {{\n disable\n memory 32M\n boot "{kernel}"\n}}\n') as vmd:
         kernel.unlink()
         kernel.mkdir()
         one_sentence(vmctl(directory, "start", "a"), str(kernel), "not a regular file")
+        said = [line for line in vmd.log.splitlines() if str(kernel) in line]
+        assert len(said) == 1, said

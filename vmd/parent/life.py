@@ -408,7 +408,8 @@ class Life:
 
     def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED, *, failed: Failed | None = None) -> None:
         """Forget what a VM held, and tell those who wait for it; those who wait for its start that it has `failed`."""
-        log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
+        if failed is None:  # else the log has what kept it from starting
+            log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)
         self.clients.answer_all(For.END, vm.vmid, terminated)
         self.status.answer_devices(vm.vmid)

@@ -1,4 +1,4 @@
-"""parent ("vmd"): the root process; knows every VM, decides who may do what, opens files.
+"""parent ("vmd"): the root process; knows every VM, and decides who may do what.
 
 Runs as  root; opens no file that others have named
 Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (what all write), openers (files of VMs);
