@@ -311,24 +311,23 @@ def limit_resources(open_files: int, *, writes_files: bool) -> None:
 
 def limit_memory(most_bytes: int) -> None:
     """Have no more memory mapped from now on, of whatever kind, nor than the host allows.  Raises HostError."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        most_bytes = min(most_bytes, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
-    except OSError as error:
-        raise HostError("limit memory", error) from error
+    lower_limit(resource.RLIMIT_AS, most_bytes, "memory")
 
 
 def limit_open_files(most: int) -> None:
     """Have no more descriptors from now on, nor than the host allows.  Raises HostError."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower_limit(resource.RLIMIT_NOFILE, most, "open files")
+
+
+def lower_limit(number: int, most: int, what: str) -> None:
+    """Set a limit of setrlimit(2) for good, but to no more than the host allows.  Raises HostError."""
+    _, hard = resource.getrlimit(number)
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(number, (most, most))
     except OSError as error:
-        raise HostError("limit open files", error) from error
+        raise HostError(f"limit {what}", error) from error
 
 
 def give_up_capabilities(keep: int) -> None:
