@@ -27,6 +27,7 @@ KVM_API_VERSION = 12
 KVM = "/dev/kvm"
 KVM_WAIT_S = 30.0  # at boot: until udev has loaded the module
 KVM_POLL_S = 0.1
+NOTIFY_S = 2.0  # for systemd to take a message: it may be busy, and must not keep us
 
 
 class NoKvm(OperatorError):
@@ -177,14 +178,28 @@ def journal_socket() -> socket.socket | None:
     return sink
 
 
-def notify(state: str) -> None:
-    """Tell systemd, if it is listening (sd_notify(3)); what cannot be told is no reason to stop what we are at."""
+def notify(state: str, fds: tuple[int, ...] = ()) -> bool:
+    """Tell systemd, if it is listening (sd_notify(3)); return whether there is nobody to tell, or it was told.
+
+    What cannot be told within NOTIFY_S is no reason to stop what we are at.
+    """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
-        return
+        return True
     address = "\0" + path[1:] if path.startswith("@") else path
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-        sender.sendto(state.encode(), address)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(NOTIFY_S)
+            sender.connect(address)
+            socket.send_fds(sender, [state.encode()], list(fds))
+    except OSError:
+        return False
+    return True
+
+
+def notify_ready() -> None:
+    """Tell systemd that the daemon serves."""
+    notify("READY=1")
 
 
 def daemonize() -> Callable[[], None]:

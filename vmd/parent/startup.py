@@ -139,5 +139,5 @@ def serve(options: Options) -> int:
 def announce(options: Options) -> Callable[[], None]:
     """Return what tells our starter that the daemon serves, after going to the background if we should."""
     if options.debug or os.environ.get("NOTIFY_SOCKET"):
-        return lambda: service.notify("READY=1")
+        return service.notify_ready
     return service.daemonize()

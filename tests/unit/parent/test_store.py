@@ -1,0 +1,155 @@
+"""What outlives the daemon lies with the service manager, and comes back by its name."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.keeper import Keeper
+from vmd.parent import service
+from vmd.parent.store import STORE_MAX, Store, inherited
+
+# Says what it was started with, and what its children would be; stores something, and ends.
+PROGRAM = """
+import json, os, sys
+from vmd.parent.store import Store, inherited
+found = inherited()
+left = [name for name in os.environ if name.startswith("LISTEN_")]
+print(json.dumps({
+    "found": {name: os.read(fd, 100).decode() for name, fd in found.items()},
+    "inheritable": [name for name, fd in found.items() if os.get_inheritable(fd)], "left": left,
+}), flush=True)
+store = Store(found)
+reader, writer = os.pipe()
+os.write(writer, b"from " + sys.argv[1].encode())
+os.close(writer)
+store.put(sys.argv[1], reader, poll=False)
+"""
+
+
+@pytest.fixture
+def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
+    """A service manager that serves this process."""
+    with Keeper(tmp_path / "notify") as keeper:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(keeper.path))
+        yield keeper
+
+
+def run(keeper: Keeper, directory: Path, name: str) -> dict[str, object]:
+    """Run PROGRAM, which stores something under a name; return what it says."""
+    log = directory / f"log-{name}"
+    process = keeper.spawn([sys.executable, "-c", PROGRAM, name], log=log, cwd=ROOT, environment=os.environ)
+    assert process.wait(DEADLINE_S) == 0, log.read_text()
+    said: dict[str, object] = json.loads(log.read_text())
+    return said
+
+
+def test_the_next_process_has_what_the_last_one_stored(keeper: Keeper, tmp_path: Path) -> None:
+    """Under its name; no program of its own inherits it, or reads of it in its environment."""
+    first = run(keeper, tmp_path, "state")
+    keeper.wait_names("state")
+    second = run(keeper, tmp_path, "vmm-1")
+    keeper.wait_names("state", "vmm-1")
+
+    assert first == {"found": {}, "inheritable": [], "left": []}
+    assert second == {"found": {"state": "from state"}, "inheritable": [], "left": []}
+
+
+def test_what_has_hung_up_is_not_stored_any_more(keeper: Keeper) -> None:
+    """A channel whose process has ended; but nothing that was stored without polling."""
+    store = Store()
+    channels = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    store.put("vmm-1", channels[0][0].fileno())
+    store.put("log-1", channels[1][0].fileno(), poll=False)
+    keeper.wait_names("log-1", "vmm-1")
+
+    for _, theirs in channels:
+        theirs.close()
+    keeper.wait_names("log-1")
+
+    for ours, _ in channels:
+        ours.close()
+
+
+def test_other_end_sees_the_end_when_it_is_removed(keeper: Keeper) -> None:
+    """And not when the one who stored it has closed it: the store has a duplicate."""
+    store = Store()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(DEADLINE_S)
+    with theirs, ours as channel:
+        store.put("vmm-1", channel.fileno())
+        keeper.wait_names("vmm-1")
+        channel.close()
+        with socket.socket(fileno=store.duplicate("vmm-1")) as again:
+            again.send(b"still here")
+        assert theirs.recv(100) == b"still here"
+
+        store.remove("vmm-1")
+        store.remove("vmm-1")  # nothing is there: nothing happens
+
+        assert theirs.recv(100) == b""
+        keeper.wait_names()
+
+
+def test_a_name_is_stored_once(keeper: Keeper) -> None:
+    """What takes the place of another one is found alone."""
+    store = Store()
+    for text in (b"first", b"second"):
+        reader, writer = os.pipe()
+        os.write(writer, text)
+        os.close(writer)
+        store.put("state", reader, poll=False)
+        os.close(reader)
+    store.put("listener", 0, poll=False)
+    keeper.wait_names("listener", "state")
+
+    assert os.read(keeper.fd("state"), 100) == b"second"
+    assert store.names == ("state", "listener")
+    assert store.room == STORE_MAX - 2
+
+
+def test_descriptors_that_are_for_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables name another process, or make no sense: no descriptor of ours is touched."""
+    before = [os.get_inheritable(fd) for fd in (0, 1, 2)]
+    for pid, count in ((os.getppid(), "2"), (os.getpid(), "two"), (os.getpid(), "-1"), (os.getpid(), "²"), ("", "")):
+        monkeypatch.setenv("LISTEN_PID", str(pid))
+        monkeypatch.setenv("LISTEN_FDS", count)
+        monkeypatch.setenv("LISTEN_FDNAMES", "state:listener")
+
+        assert inherited() == {}
+        assert "LISTEN_FDS" not in os.environ
+    assert [os.get_inheritable(fd) for fd in (0, 1, 2)] == before
+
+
+def test_without_a_service_manager_there_is_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store knows what it was given all the same."""
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    store = Store()
+
+    store.put("state", 0, poll=False)
+
+    assert list(store.names) == ["state"]
+    store.remove("state")
+    assert list(store.names) == []
+
+
+def test_service_manager_that_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is waited for only so long, and the log says what is not stored."""
+    monkeypatch.setattr(service, "NOTIFY_S", 0.01)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(tmp_path / "notify"))
+        filled = 0
+        while service.notify("STATUS=full"):
+            filled += 1
+        Store().put("state", 0, poll=False)
+
+    assert filled > 0
+    assert "the service manager does not store state" in capfd.readouterr().err
