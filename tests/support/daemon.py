@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.support.console import Console
+from vmd.privsep.spawn import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[2]
 START_DEADLINE_S = 300.0  # in an emulated machine beside other work
@@ -104,7 +105,16 @@ class Daemon:
         return self.process.pid
 
     def processes(self) -> dict[str, int]:
-        """Return titles and pids of everything it started."""
+        """Return titles and pids of everything it started, as soon as all have titles of their own."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            found = self.family()
+            if not any(title.startswith(INTERPRETER) for title in found) or time.monotonic() > deadline:
+                return found
+            time.sleep(0.01)
+
+    def family(self) -> dict[str, int]:
+        """Return what the processes that it started, and theirs, are called just now, and their pids."""
         listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
         # What has ended, and will be reaped soon, is no process any more.
         rows = [line.split(None, 2) for line in listing.splitlines() if not line.endswith("<defunct>")]
@@ -123,7 +133,7 @@ class Daemon:
         """Return what each thread of everything it started is at, for people."""
         if self.process is None or self.process.poll() is not None:
             return ""
-        pids = ",".join(str(pid) for pid in (self.pid, *self.processes().values()))
+        pids = ",".join(str(pid) for pid in (self.pid, *self.family().values()))
         columns = "lwp,stat,time,wchan:24,args"
         listing = subprocess.run(["ps", "-L", "-o", columns, "-p", pids], capture_output=True, text=True, check=False)
         return listing.stdout
