@@ -70,10 +70,9 @@ class Place:
         """Return what the word that is being typed is, if it is neither an option nor the command."""
         if self.pending is not None:
             return self.pending
-        operand = self.command.operand if self.command else None
-        if operand is None or self.operands or self._excluded(operand.name):
-            return None
-        return operand
+        operands = self.command.operands if self.command else ()
+        left = [operand for operand in operands if not self._excluded(operand.name)][self.operands :]
+        return left[0] if left else None
 
     def free_options(self) -> list[Option]:
         """Return the options that can still be given; those with a value can be given again."""

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
 
 class Given:
-    """What was typed after a command: options in their order, each with its value, and the operand.
+    """What was typed after a command: options in their order, each with its value, and the operands."""
 
-    `operand` is "" where it is optional and was not given.
-    """
-
-    def __init__(self, options: list[tuple[str, str]], operand: str = "") -> None:
+    def __init__(self, options: list[tuple[str, str]]) -> None:
         self.options = options
-        self.operand = operand
+        self.operands: list[str] = []
+
+    @property
+    def operand(self) -> str:
+        """The first operand; "" where it is optional and was not given."""
+        return self.operands[0] if self.operands else ""
 
     def has(self, name: str) -> bool:
         """Return whether an option was given."""
@@ -38,14 +40,19 @@ class Given:
 
 
 def find_command(word: str) -> Command:
-    """Return the command that `word` is, or the only one that it abbreviates.  Raises UsageError."""
+    """Return the command that `word` is, or the only one that it abbreviates.  Raises UsageError.
+
+    A command that vmd's vmctl does not have takes no abbreviation from those that it has.
+    """
     found = [command for command in COMMANDS if command.name.startswith(word)]
     exact = [command for command in found if command.name == word]
-    if len(found) > 1 and not exact:
+    upstreams = [command for command in found if command.upstream]
+    for meant_ones in (exact, upstreams, found):
+        if len(meant_ones) == 1:
+            return meant_ones[0]
+    if found:
         raise UsageError(f"ambiguous argument: {word}: {alternatives([command.name for command in found])}")
-    if not found:
-        raise UsageError(f"unknown argument: {word}{meant(word, [command.name for command in COMMANDS])}")
-    return (exact or found)[0]
+    raise UsageError(f"unknown argument: {word}{meant(word, [command.name for command in COMMANDS])}")
 
 
 def parse(command: Command, words: list[str]) -> Given:
@@ -62,19 +69,17 @@ def parse(command: Command, words: list[str]) -> Given:
     for option in command.options:
         if option.instead_of.startswith("-") and found.has(option.name) and found.has(option.instead_of):
             raise UsageError(f"conflicting {option.instead_of} and {option.name} arguments")
-    operand = command.operand
-    replaced = any(
-        operand and option.instead_of == operand.name and found.has(option.name) for option in command.options
-    )
-    room = 1 if operand and not replaced else 0
-    if len(operands) > room:
-        raise UsageError(f"unexpected argument: {operands[room]}")
-    if operand and operands:
-        if not operands[0]:
+    replaced = {option.instead_of for option in command.options if found.has(option.name)}
+    wanted = [operand for operand in command.operands if operand.name not in replaced]
+    if len(operands) > len(wanted):
+        raise UsageError(f"unexpected argument: {operands[len(wanted)]}")
+    for operand, word in zip(wanted, operands, strict=False):
+        if not word:
             raise UsageError(f"empty argument: {operand.name}")
-        found.operand = one_of(operand, operands[0])
-    elif operand and not operand.optional and not replaced:
-        raise UsageError(f"missing argument: {operand.name}")
+        found.operands.append(one_of(operand, word))
+    for operand in wanted[len(operands) :]:
+        if not operand.optional:
+            raise UsageError(f"missing argument: {operand.name}")
     return found
 
 

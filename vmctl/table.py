@@ -22,7 +22,7 @@ class Option(Record):
 
 
 class Operand(Record):
-    """The word that a command is about; no command takes more than one."""
+    """A word that a command is about."""
 
     name: str
     kind: str = TEXT
@@ -39,7 +39,14 @@ class Command(Record):
     help: str
     options: tuple[Option, ...] = ()
     operand: Operand | None = None
+    more: tuple[Operand, ...] = ()  # operands behind it
+    upstream: bool = True  # vmd's vmctl has it: what abbreviates it there does so here
     writes_data: bool = False  # to standard output, where its document then has no place
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """All operands, in their order."""
+        return (self.operand, *self.more) if self.operand else ()
 
 
 HELP = (
@@ -94,6 +101,7 @@ COMMANDS = (
     Command(
         name="help",
         module="help",
+        upstream=False,
         help="show what vmctl can do, or more of one command",
         operand=Operand(name="command", kind=COMMAND, optional=True),
     ),
@@ -173,6 +181,8 @@ COMMANDS = (
         operand=ID,
     ),
     Command(name="unpause", module="unpause", help="let a paused VM go on", operand=ID),
-    Command(name="version", module="version", help="show the versions of vmctl and of the daemon"),
+    Command(
+        name="version", module="version", upstream=False, help="show the versions of vmctl and of the daemon"
+    ),
     Command(name="wait", module="wait", help="wait until a VM is gone", operand=ID),
 )

@@ -7,7 +7,7 @@ HINT = f"{GENERAL}Try 'vmctl help'.\n"
 
 
 def synopsis(command: Command, together: str = " ") -> str:
-    """Return a command with its options and operand, as vmctl(8) shows it.
+    """Return a command with its options and operands, as vmctl(8) shows it.
 
     `together` is the space within what brackets hold.
     """
@@ -34,12 +34,12 @@ def option_words(command: Command) -> list[str]:
 
 
 def operand_words(command: Command) -> list[str]:
-    """Return the operand, with the options that may stand in its place."""
-    operand = command.operand
-    if operand is None:
-        return []
-    words = " | ".join([operand.name, *(one.name for one in command.options if one.instead_of == operand.name)])
-    return [f"[{words}]" if operand.optional or words != operand.name else words]
+    """Return the operands, each with the options that may stand in its place."""
+    found = []
+    for operand in command.operands:
+        words = " | ".join([operand.name, *(one.name for one in command.options if one.instead_of == operand.name)])
+        found.append(f"[{words}]" if operand.optional or words != operand.name else words)
+    return found
 
 
 def usage_of(command: Command) -> str:

@@ -16,8 +16,10 @@ from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, FakeDaemon, spawn, vm_info
 from vmctl.__main__ import main
 from vmctl.client import socket_owner
-from vmctl.options import find_command
-from vmctl.table import COMMANDS
+from vmctl.errors import UsageError
+from vmctl.options import find_command, parse
+from vmctl.table import COMMANDS, FILE, VM, Command, Operand, Option
+from vmctl.usage import synopsis
 from vmd.ipc.imsg import HEADER
 from vmd.ipc.messages import (
     End,
@@ -91,6 +93,41 @@ ABBREVIATIONS = [
 def test_abbreviations_of_upstream(word: str, name: str) -> None:
     """No command of ours may take one away; what is a whole name is that command."""
     assert find_command(word).name == name
+
+
+def test_which_commands_are_upstream_s() -> None:
+    """What is not of them takes no abbreviation away: an exact name wins, then one of theirs, then one of ours."""
+    assert tuple(command.name for command in COMMANDS if command.upstream) == UPSTREAM
+    for command in COMMANDS:
+        assert find_command(command.name) is command
+
+
+TWO = Command(
+    name="two",
+    module="two",
+    help="be about two things",
+    options=(Option(name="-e", instead_of="path", help="have none"),),
+    operand=Operand(name="id", kind=VM),
+    more=(Operand(name="path", kind=FILE), Operand(name="tag", optional=True)),
+)
+
+
+def test_a_command_of_several_operands() -> None:
+    """They come in their order, and what stands instead of one leaves its place to the next."""
+    assert synopsis(TWO) == "two id [path | -e] [tag]"
+    assert parse(TWO, ["web", "/a", "x"]).operands == ["web", "/a", "x"]
+    assert parse(TWO, ["web", "/a"]).operands == ["web", "/a"]
+    assert parse(TWO, ["-e", "web", "x"]).operands == ["web", "x"]
+    for words, sentence in (
+        ([], "missing argument: id"),
+        (["web"], "missing argument: path"),
+        (["web", ""], "empty argument: path"),
+        (["web", "/a", "x", "y"], "unexpected argument: y"),
+        (["-e", "web", "x", "y"], "unexpected argument: y"),
+    ):
+        with pytest.raises(UsageError) as wrong:
+            parse(TWO, words)
+        assert str(wrong.value) == sentence
 
 
 @pytest.mark.parametrize(
