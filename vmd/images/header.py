@@ -18,9 +18,11 @@ HEADER_V3 = struct.Struct(">QQQII")  # follows at once
 V2_BYTES, V3_BYTES = HEADER_V2.size, HEADER_V2.size + HEADER_V3.size
 EXTENSION = struct.Struct(">II")
 FEATURE = struct.Struct(">BB46s")
+CONTENT = struct.Struct(">QIIQQIIQ")
 
 # Where single fields are that change in the life of an image.
 AT_REFCOUNT_TABLE = 48
+AT_CONTENT = 24  # from the size of the disk to the snapshot table: together in one sector
 AT_INCOMPATIBLE = 72
 AT_AUTOCLEAR = 88
 

@@ -30,7 +30,7 @@ import os
 import zlib
 
 from vmd.errors import ImageError
-from vmd.images.header import AT_AUTOCLEAR, AT_INCOMPATIBLE, CORRUPT, SNAPSHOT_BYTES, parse_header
+from vmd.images.header import AT_AUTOCLEAR, AT_INCOMPATIBLE, CORRUPT, SNAPSHOT_BYTES, Header, parse_header
 from vmd.images.hostfile import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -52,6 +52,7 @@ from vmd.images.hostfile import (
     write_views,
 )
 from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage, Refcounts
+from vmd.images.snapshots import state_offset
 from vmd.images.units import Prepared, runs, unit_bytes
 from vmd.images.words import big_endian, native, zeroes
 from vmd.ipc.foreign import left_dirty, odd_length
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from vmd.images.image import Image
+    from vmd.images.snapshots import Snapshot
 
     K = TypeVar("K")
 
@@ -82,6 +84,12 @@ WALK_MAX_BYTES = 256 << 20  # of L2 tables that are read to find the end of use:
 REPAIR = "repair it first with qemu-img check -r all"
 
 DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; a hole shows the backing file
+
+
+def at_snapshot(header: Header, one: "Snapshot") -> Header:
+    """Return the header of an image whose disk is what it was at a snapshot; the machine's state is behind it."""
+    size = state_offset(one, header) + one.state_bytes if one.state_bytes else one.size
+    return header.replace(size=size, l1_offset=one.l1_offset, l1_entries=one.l1_entries)
 
 
 class Slice:
@@ -105,9 +113,18 @@ class Qcow2Image:
     """One qcow2 image on top of its backing image, which it owns; see Image."""
 
     def __init__(
-        self, fd: int, path: str, *, writable: bool, backing: "Image | None" = None, discard_granularity: int = 0
+        self,
+        fd: int,
+        path: str,
+        *,
+        writable: bool,
+        backing: "Image | None" = None,
+        discard_granularity: int = 0,
+        snapshot: "Snapshot | None" = None,
     ) -> None:
         """Take the descriptor, which `close` closes; `discard_granularity` is of a device.
+
+        With `snapshot` the image is what its disk was then, with the machine's state behind it: for reading only.
 
         Raises:
             ImageError: the file is no qcow2 image, damaged, or needs what we do not have.
@@ -116,7 +133,11 @@ class Qcow2Image:
         self.path = path
         self.writable = writable
         self.backing = backing
-        self.header = header = parse_header(fd, path)
+        header = parse_header(fd, path)
+        if snapshot is not None:
+            assert not writable
+            header = at_snapshot(header, snapshot)
+        self.header = header
         if header.backing and backing is None:
             raise ImageError(path, f"needs its backing file {header.backing}")
         if backing is not None and not header.backing:
@@ -225,7 +246,7 @@ class Qcow2Image:
                 continue
             for entry in native(raw):
                 if entry & COMPRESSED:
-                    place, length = self._packed_place(entry)
+                    place, length = self.packed_place(entry)
                     used = max(used, place + length - 1 >> self.cluster_bits)
                 elif entry & OFFSET_MASK > used << self.cluster_bits:
                     used = (entry & OFFSET_MASK) >> self.cluster_bits
@@ -410,7 +431,7 @@ class Qcow2Image:
             self.backing.preadv(position, cursor.take(inside))
         clear(cursor.take(length - inside))
 
-    def _packed_place(self, entry: int) -> tuple[int, int]:
+    def packed_place(self, entry: int) -> tuple[int, int]:
         """Return where the bytes of a compressed cluster are: offset and length, of which the last may be padding."""
         offset = entry & ((1 << self.packed_shift) - 1)
         sectors = (entry & (COMPRESSED - 1)) >> self.packed_shift
@@ -422,7 +443,7 @@ class Qcow2Image:
             plain = self.inflated.get(entry)
         if plain is not None:
             return plain
-        offset, length = self._packed_place(entry)
+        offset, length = self.packed_place(entry)
         try:
             plain = zlib.decompressobj(DEFLATE_BITS).decompress(
                 read_bytes(self.fd, length, offset), self.cluster_size
@@ -649,7 +670,7 @@ class Qcow2Image:
         part.units |= 1 << index // self.unit_entries
         self.dirty[number] = part
         if old & COMPRESSED:
-            offset, length = self._packed_place(old)
+            offset, length = self.packed_place(old)
             first = offset >> self.cluster_bits
             # Where the sectors reach over the end of the file they reach over nothing that has a refcount.
             last = min(offset + length - 1 >> self.cluster_bits, self.refcounts.end - 1)
@@ -841,15 +862,55 @@ class Qcow2Image:
             self.waiting -= len(runs)
             for first, count in runs:
                 for free, length in self.refcounts.free(first, count):
-                    self._punch(free, length)
+                    self.punch(free, length)
 
-    def _punch(self, first: int, count: int) -> None:
+    def punch(self, first: int, count: int) -> None:
         """Give the storage of free clusters back to the file system, if it takes it."""
         try:
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             fallocate(self.fd, mode, first << self.cluster_bits, count << self.cluster_bits)
         except OSError:
             return  # they are free in the image all the same
+
+    # -- when the whole image changes (`rewrite`)
+
+    def settle(self) -> None:
+        """Have the file say everything that is in memory, for who rewrites it; no request is under way.
+
+        Raises OSError.
+        """
+        self._check_write(0, 0)
+        self.flush()
+        self._store_freed()
+        if self.limbo or self.retired or self.in_flight:
+            raise OSError(errno.EBUSY, f"{self.path}: requests are under way")
+        self.stable.sync()
+
+    def reload(self) -> None:
+        """Forget what was read: the header names other tables now.  Raises ImageError, OSError."""
+        header = parse_header(self.fd, self.path)
+        l1 = native(self._read_table(header.l1_offset, header.l1_entries * 8))
+        with self.loading:
+            self.header, self.l1 = header, l1
+            self.size = header.size + padding(header.size)
+            self.slices.clear()
+            self.inflated.clear()
+        self.held = None
+        self.prepared = Prepared(self.fd, self.cluster_size)
+        self.refcounts = self._open_refcounts()
+
+    def give_back(self, clusters: "Sequence[int]") -> None:
+        """Give back the storage of clusters that are free."""
+        first = count = 0
+        for cluster in sorted(clusters):
+            if count and cluster == first + count:
+                count += 1
+                continue
+            if count:
+                self.punch(first, count)
+            first, count = cluster, 1
+        if count:
+            self.punch(first, count)
 
     # -- discarding
 
