@@ -10,5 +10,5 @@ _MSGPACK = find_spec("msgpack")
 assert _MSGPACK is not None
 assert _MSGPACK.origin is not None
 PATH = [str(ROOT), os.path.dirname(os.path.dirname(_MSGPACK.origin))]
-LAUNCH = f"import sys; sys.path.extend({PATH!r}); from vmctl.__main__ import main; sys.exit(main())"
+LAUNCH = f"import gc, sys; gc.disable(); sys.path.extend({PATH!r}); from vmctl.__main__ import main; sys.exit(main())"
 VMCTL = (INTERPRETER, "-IS", "-c", LAUNCH)

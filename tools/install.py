@@ -40,9 +40,11 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the archive depends on its content only
 # Started with -S: .pth files, which may run anything, are not read.
 SCRIPT = """\
 #!{interpreter} -IS
+import gc
 import sys
 from site import getsitepackages
 
+gc.disable()  # until all is imported: nothing of that is garbage
 sys.path += ["{archive}", *getsitepackages()]
 from {program}.__main__ import main
 

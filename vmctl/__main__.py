@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import importlib
 import sys
 
@@ -44,7 +45,9 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
             session.json = given.has("--json")
             if given.wants_help:
                 return explain(command.name)
-            status: int = importlib.import_module(f"vmctl.commands.{command.module}").run(session, given)
+            module = importlib.import_module(f"vmctl.commands.{command.module}")
+            gc.enable()
+            status: int = module.run(session, given)
             return status
         except UsageError as error:
             status = fail(session, error)

@@ -1,10 +1,11 @@
 """The connection to vmd: one packet is one message; blocking, since vmctl has nothing else to do."""
 
-import array
+# `socket` itself makes enumerations of all its constants: a tenth of the time of a command.
+import _socket as socket
 import errno
 import os
 import select
-import socket
+import struct
 import types
 
 from vmctl.errors import CommandError, NoDaemon, Refused
@@ -31,7 +32,7 @@ from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import TypeVar
 
     from vmd.record import Record
@@ -101,7 +102,7 @@ class Client:
             packet, order = encode(message, pid=os.getpid(), fds=fds, form=self._form)
         except ValueError:
             raise CommandError(f"{type(message).__name__} is too long for one message") from None
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", order))] if order else []
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(order)}i", *order))] if order else []
         self._note(f"sent {type(message).__name__}")
         try:
             self._sock.sendmsg([packet], rights)
@@ -151,14 +152,23 @@ class Client:
         names = " or ".join(each.__name__ for each in expected)
         raise PeerError(PEER, f"sent {type(message).__name__} where {names} was due")
 
-    def ask(self, request: "Record", *expected: "type[R]", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> "R":
+    def ask(
+        self,
+        request: "Record",
+        *expected: "type[R]",
+        fds: "Mapping[str, Sequence[int]]" = NO_FDS,
+        meanwhile: "Callable[[], object] | None" = None,
+    ) -> "R":
         """Send a request and return its answer, or the first of them.  Raises Refused, PeerError.
 
         All answers that are declared are to be `expected`, but for Failed; those that are not are not taken.
+        `meanwhile` is called while the daemon is at work.
         """
         answers = BY_CLASS[type(request)].answers
         assert {Failed, *expected} >= set(answers), f"{type(request).__name__} is answered by {answers}, too"
         self.send(request, fds)
+        if meanwhile is not None:
+            meanwhile()
         return self.answer(*(each for each in expected if each in answers))
 
     def _rows(self, request: "Record") -> "list[Record]":

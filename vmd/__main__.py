@@ -1,5 +1,6 @@
 """First code of every process: picks a process main, nothing else."""
 
+import gc
 import sys
 
 from vmd import stdio
@@ -17,11 +18,13 @@ def main() -> int:
         return run_process(name)
     from vmd.parent.startup import run
 
+    gc.enable()
     return run(arguments)
 
 
 def run_process(name: str) -> int:
     """Import and run one process: what it does not import, it cannot be made to run."""
+    gc.disable()  # nothing that is imported is garbage
     match name:
         case "control":
             from vmd.control.main import main as process_main
@@ -35,6 +38,7 @@ def run_process(name: str) -> int:
             from vmd.vmm.main import main as process_main
         case _:
             from vmd.vm.main import main as process_main
+    gc.enable()
     try:
         return process_main()
     except HostError as error:  # while it starts: it says so where there is nobody to answer yet

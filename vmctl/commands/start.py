@@ -5,10 +5,10 @@ the daemon is asked first what it knows.  -I, -k and -p are ours.
 """
 
 import errno
+import importlib
 import os
 import stat
 
-from vmctl.commands.console import attach
 from vmctl.errors import ArgumentError, CommandError, NoSuchVm, Refused
 from vmctl.options import Given, meant
 from vmctl.output import clean, put_json, warn
@@ -303,6 +303,11 @@ def refusal(session: Session, error: Refused, ref: VmRef, request: StartRequest)
     return CommandError(f"{words}{'' if words.endswith('.') else ':'} {error.text}{close}", error.number)
 
 
+def load_console() -> None:
+    """Import what is needed once the VM runs, and takes almost as long as starting it."""
+    importlib.import_module("vmctl.commands.console")
+
+
 def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
     """Open the boot files, send the request and return the answer.  Raises CommandError."""
     fds: dict[str, list[int]] = {}
@@ -312,7 +317,7 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
                 fds[name] = [open_boot_file(path, name)]
         request = request_for(session, wanted, ref)
         try:
-            return session.client.ask(request, VmStarted, fds=fds)
+            return session.client.ask(request, VmStarted, fds=fds, meanwhile=load_console if wanted.console else None)
         except Refused as error:
             raise refusal(session, error, ref, request) from None
     finally:
@@ -341,5 +346,7 @@ def run(session: Session, given: Given) -> int:
             "notes": [clean(note) for note in started.notes],
         })  # fmt: skip
     if wanted.console:
+        from vmctl.commands.console import attach
+
         return attach(session.client, VmRef(vmid=started.vmid, name=started.name))
     return 0

@@ -46,7 +46,7 @@ LONGEST_S = 300.0  # for all of them: there are users who wait for their turn
 HAND_OVER_S = 300.0  # for a VM to fetch its files: it waits for its interfaces, and then for its process
 SOON_S = 0.1  # for one that was killed to be gone
 AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was killed is buried
-RESERVE_DELAY_S = 0.2  # the VM that is being started needs the processor more than the next one does
+RESERVE_DELAY_S = 0.03  # from the end of one: the VM that is being started needs the processor first
 AT_A_TIME = 8  # openings of users
 STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
 
@@ -254,7 +254,7 @@ class Openings:
         """Give a job to an opener.  Raises HostError, OSError."""
         opener, self.reserve = self.reserve or self._new(), None
         opener.user = opening.user
-        self.loop.call_later(RESERVE_DELAY_S, self._fill_reserve)
+        self.loop.call_later(AGAIN_S, self._fill_reserve)  # or as soon as this one has ended
         opener.opening = opening
         opening.openers.append(opener)
         fds: dict[str, list[int]] = {}
@@ -303,6 +303,7 @@ class Openings:
                 child.kill()
         for delay_s in (SOON_S, AGAIN_S):
             self.loop.call_later(delay_s, self.children.bury)
+        self.loop.call_later(AGAIN_S if opener is self.reserve else RESERVE_DELAY_S, self._fill_reserve)
 
     def _over(self, opening: Opening) -> None:
         """An opening is over: the next one may begin."""
@@ -422,7 +423,6 @@ class Openings:
         self._end(opener)
         if opener is self.reserve:
             self.reserve = None
-            self.loop.call_later(AGAIN_S, self._fill_reserve)
         elif opening is not None:
             log.error(str(error) if error else f"lost {channel.label}")
             self._fail(opening, HostError(f"{opener.at}: its opener has ended", errno.EIO))

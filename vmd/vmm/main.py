@@ -65,7 +65,8 @@ EXIT_GRACE_S = 10.0  # from the end of a VM's channel to its being killed
 START_S = 120.0  # for a VM to be built, from when it has all it needs
 GONE_S = 10.0  # from being killed to being gone; what takes longer waits for storage, perhaps for ever
 END_S = 5.0  # ... when vmm itself ends
-RESERVE_DELAY_S = 0.2  # the VM that has just started needs the processor more than the next one does
+RESERVE_DELAY_S = 0.03  # from the beginning of a guest, which needs the processor first
+RESERVE_LATEST_S = 2.0  # ... if it does not begin
 
 
 class Vmm(Process):
@@ -169,7 +170,7 @@ class Vmm(Process):
         child.expect(message)
         self.running[message.vmid] = child
         self.pass_on(message, envelope, child)
-        self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
+        self.loop.call_later(RESERVE_LATEST_S, self.fill_reserve)
 
     def pass_log(self, child: VmChild) -> None:
         """Have the lines of a VM process read, under the name that it has by now."""
@@ -247,6 +248,7 @@ class Vmm(Process):
         known = {"vmid": child.vmid, "text": brief(claimed.get("text", ""))}
         message = message.replace(**{field: value for field, value in known.items() if field in claimed})
         if isinstance(message, VmRunning):
+            self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
             close_all(envelope.take_fds("process"))
             envelope.fds["process"] = [os.dup(child.pidfd)]
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}

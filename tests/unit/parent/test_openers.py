@@ -70,7 +70,8 @@ class Child:
 class Channel:
     """The channel to an opener; notes what it is sent, and closes what goes along."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_lost: Callable[..., None]) -> None:
+        self.on_lost = on_lost
         self.peer = Proc.OPENER
         self.label = "opener"
         self.jobs: list[OpenFiles] = []
@@ -139,10 +140,9 @@ class Room:
         self.opened: dict[str, Opened] = {}
         self.failed: dict[str, VmdError] = {}
 
-    def attach(self, _sock: object, _peer: Proc, _label: str, *, on_lost: object) -> Channel:
+    def attach(self, _sock: object, _peer: Proc, _label: str, *, on_lost: Callable[..., None]) -> Channel:
         """Be `Process.attach`."""
-        assert on_lost
-        self.channels.append(Channel())
+        self.channels.append(Channel(on_lost))
         return self.channels[-1]
 
     def begin(self, name: str, user: int = 0, **more: object) -> Vm:
@@ -208,8 +208,11 @@ def test_a_vm_has_its_files(room: Room) -> None:
     opened = room.opened["a"]
     assert (opened.files, opened.notes, opened.boot_name) == ({"disk /a": (1, 2)}, ("disk /a: is odd",), "bsd")
     assert len(opened.couriers) == 1
-    room.loop.run(0.2)
-    assert len(room.children.openers) == 2  # another one in reserve
+    room.loop.run(0.1)
+    assert len(room.children.openers) == 1  # no other one as long as the VM begins
+    channel.on_lost(channel, None)
+    room.loop.run(0.1)
+    assert len(room.children.openers) == 2  # in reserve
 
 
 def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
