@@ -101,6 +101,7 @@ from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
 from vmd.parent.slots import Slots
 from vmd.parent.status import Status
+from vmd.parent.store import Store
 from vmd.parent.transfers import Transfers
 from vmd.record import Record, RecordType
 
@@ -144,11 +145,14 @@ def serves(
 class Parent(Process):
     """The rooms, the processes, and who serves which message."""
 
-    def __init__(self, options: Options, config: Config, load: "Load", state: StateFile | None = None) -> None:
-        """`state`, if there is one, is where identities are kept; ours from here on."""
+    def __init__(
+        self, options: Options, config: Config, load: "Load", state: StateFile | None = None, store: Store | None = None
+    ) -> None:
+        """`state`, if there is one, is where identities are kept; ours from here on.  `store` outlives the daemon."""
         super().__init__(Proc.PARENT)
         self.core = core = Core(self.loop, config, verbosity=options.verbosity)
         self.state = state
+        self.store = store or Store()
         self.saving: Timer | None = None
         if state is not None:
             state.load(core.vms.identities)
@@ -167,6 +171,7 @@ class Parent(Process):
         core.peers.channels[Proc.CONTROL] = self.connections
         rooms = (self.logs, self.consoles, self.network, status, self.life, self.transfers, self.configuration)
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, core.slots)}
+        self.handed_over = False
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.listener: socket.socket | None = None  # until clients can be served
@@ -176,6 +181,11 @@ class Parent(Process):
         """Have identities written before the next message is looked at; many changes are written once."""
         if self.saving is None:
             self.saving = self.loop.call_later(0, self.save)
+
+    def save_now(self) -> None:
+        """Write identities that wait for it."""
+        if self.saving is not None:
+            self.save()
 
     def save(self) -> None:
         """Write identities."""
@@ -201,6 +211,7 @@ class Parent(Process):
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(signum, self.life.stop_all)
         self.loop.on_signal(signal.SIGHUP, self.configuration.on_hangup)
+        self.loop.on_signal(signal.SIGUSR2, self.hand_over)
         for signum in (signal.SIGPIPE, signal.SIGUSR1):
             self.loop.on_signal(signum, lambda: None)
 
@@ -294,6 +305,12 @@ class Parent(Process):
         else:
             self.stop_waiting(self.core.clients.fail_waiting(WAIT_FOR_VMM, errno.ETIMEDOUT, SILENT))
 
+    def hand_over(self) -> None:
+        """End, and leave everything as it is: another daemon is started in our place."""
+        log.info("handing over to the next daemon")
+        self.handed_over = True
+        self.loop.stop()
+
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us."""
         self.core.ending = True
@@ -307,8 +324,7 @@ class Parent(Process):
         self.consoles.close()
         self.network.close()
         if self.state is not None:
-            if self.saving is not None:
-                self.save()
+            self.save_now()
             self.state.close()
 
     def clean_up(self) -> None:

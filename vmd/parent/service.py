@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import faulthandler
 import fcntl
 import os
 import pwd
@@ -16,6 +17,10 @@ from vmd.errors import HostError, OperatorError, sentence
 from vmd.log import JOURNAL, STDERR, SYSLOG, log
 from vmd.tasks import fork
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.loop import Loop
+
 USER = "_vmd"
 SOCKET_MODE = 0o660
 SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
@@ -27,6 +32,7 @@ KVM_API_VERSION = 12
 KVM = "/dev/kvm"
 KVM_WAIT_S = 30.0  # at boot: until udev has loaded the module
 KVM_POLL_S = 0.1
+WATCHDOG_PINGS = 3  # in the time that systemd waits for one
 NOTIFY_S = 2.0  # for systemd to take a message: it may be busy, and must not keep us
 
 
@@ -200,6 +206,26 @@ def notify(state: str, fds: tuple[int, ...] = ()) -> bool:
 def notify_ready() -> None:
     """Tell systemd that the daemon serves."""
     notify("READY=1")
+
+
+def watchdog_s() -> float:
+    """Return how often systemd wants to hear from this process, in seconds (sd_watchdog_enabled(3)); 0: not at all."""
+    pid, period_us = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
+    ours = pid in ("", str(os.getpid()))
+    return int(period_us) / 1e6 if ours and period_us.isascii() and period_us.isdigit() else 0.0
+
+
+def keep_alive(loop: "Loop") -> None:
+    """Tell systemd time and again that the loop runs, if it wants to hear that."""
+    period_s = watchdog_s()
+
+    def tell() -> None:
+        loop.call_later(period_s / WATCHDOG_PINGS, tell)
+        notify("WATCHDOG=1")
+
+    if period_s:
+        faulthandler.enable()  # systemd aborts a daemon that is stuck: where it was is said then
+        tell()
 
 
 def daemonize() -> Callable[[], None]:

@@ -1,7 +1,8 @@
 """From a command line to a running daemon: checks, configuration, processes, in an order that fails early."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from vmd.config import check
@@ -18,6 +19,7 @@ from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.oom import OomScores
 from vmd.parent.options import Options, Shown, UsageError, parse
+from vmd.parent.store import Store, inherited
 from vmd.privsep import landlock
 from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
 from vmd.stdio import say, show
@@ -38,6 +40,7 @@ def run(arguments: list[str]) -> int:
     except Shown as asked:
         return shown(str(asked))
     log.setup("vmd", JOURNAL if service.on_journal() and not options.debug else STDERR, options.verbosity)
+    stored = inherited()
     try:
         if options.check_only:
             config = read_config(options)
@@ -46,15 +49,21 @@ def run(arguments: list[str]) -> int:
             check_vms(config, lambda sentence: log.warn(as_warning(sentence)))
             say("configuration OK\n")
             return 0
-        return serve(options)
+        return serve(options, stored)
     except VmdError as error:
         for line in str(error).splitlines():
             log.crit(line)
-        return exit_status(error, options)
+        return exit_status(error, options, stored)
 
 
-def exit_status(error: VmdError, options: Options) -> int:
-    """Return the exit status that belongs to a reason not to start."""
+def exit_status(error: VmdError, options: Options, stored: Mapping[str, int]) -> int:
+    """Return the exit status that belongs to a reason not to start.
+
+    A unit that is not started again loses what is stored, and with it its guests: what this daemon cannot adopt, the
+    next one can perhaps.
+    """
+    if stored:
+        return EX_FAILED
     if isinstance(error, service.NoKvm):
         return EX_UNAVAILABLE
     return EX_CONFIG if isinstance(error, ConfigErrors) and not options.check_only else EX_FAILED
@@ -98,8 +107,11 @@ def read_config(
     )
 
 
-def serve(options: Options) -> int:
-    """Start the daemon and serve until it is told to stop.  Raises VmdError if it cannot start."""
+def serve(options: Options, stored: Mapping[str, int]) -> int:
+    """Start the daemon and serve until it is told to stop.  Raises VmdError if it cannot start.
+
+    `stored` is what earlier daemons have stored.
+    """
     if os.geteuid() != 0:
         raise VmdError("need root privileges: run vmd as root")
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
@@ -108,8 +120,9 @@ def serve(options: Options) -> int:
     kvm_fd = service.wait_for_kvm(0 if options.debug else service.KVM_WAIT_S)
     raise_file_limit(config.settings.limit_vms)
     listener = service.listen(options.socket_path, config.settings.socket_owner)
-    try:
-        ready = announce(options)
+    with contextlib.ExitStack() as end:
+        end.callback(service.remove_socket, options.socket_path)
+        ready = announce(options, stored)
         form = service.choose_log(options.debug)
         log.setup("vmd", form, options.verbosity)
         for line in landlock.limits(landlock.abi()):
@@ -118,26 +131,30 @@ def serve(options: Options) -> int:
         scores = OomScores()
         children = Children(uid, gid, config.settings.first_id)
         state = StateFile(state_directory())
-        parent = Parent(options, config, partial(read_config, options), state)
+        parent = Parent(options, config, partial(read_config, options), state, Store(stored))
         parent.on_ready = ready
         parent.life.scores = scores
-        try:
-            parent.start(children, listener, kvm_fd)
-            parent.loop.run()
-            parent.finish()
-            children.reap(CHILD_EXIT_TIMEOUT_S)
-            parent.clean_up()
-            children.reap(CHILD_EXIT_TIMEOUT_S)
-            log.info("terminating")
-        finally:
-            parent.logs.end()
-    finally:
-        service.remove_socket(options.socket_path)
+        end.callback(parent.logs.end)
+        service.keep_alive(parent.loop)
+        parent.start(children, listener, kvm_fd)
+        parent.loop.run()
+        if parent.handed_over:
+            parent.save_now()
+            end.pop_all()  # all of that is the next daemon's
+            return 0
+        parent.finish()
+        children.reap(CHILD_EXIT_TIMEOUT_S)
+        parent.clean_up()
+        children.reap(CHILD_EXIT_TIMEOUT_S)
+        log.info("terminating")
     return parent.exit_status
 
 
-def announce(options: Options) -> Callable[[], None]:
-    """Return what tells our starter that the daemon serves, after going to the background if we should."""
-    if options.debug or os.environ.get("NOTIFY_SOCKET"):
+def announce(options: Options, stored: Mapping[str, int]) -> Callable[[], None]:
+    """Return what tells our starter that the daemon serves, after going to the background if we should.
+
+    A daemon that takes the place of another one is where that was.
+    """
+    if options.debug or stored or os.environ.get("NOTIFY_SOCKET"):
         return service.notify_ready
     return service.daemonize()

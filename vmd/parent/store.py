@@ -8,6 +8,8 @@ Each has a name.  The next daemon, after a crash, a restart or an upgrade, is st
     log-N      the channel of parent to the log process of generation N
 
 The store keeps a duplicate.  So the other end of a channel sees its end only after `Store.remove`, too.
+
+A program that takes our place in this very process (`Store.execute`) has them under the numbers that they have here.
 """
 
 import fcntl
@@ -17,9 +19,15 @@ from vmd.closing import close
 from vmd.log import log
 from vmd.parent import service
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import NoReturn
+
 STORE_MAX = 512  # FileDescriptorStoreMax= of the unit: what is beyond it systemd drops, and does not say so
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+OWN_VARIABLE = "VMD_STORED"  # name=descriptor, with spaces between them: what we ourselves have started a program with
 
 
 def inherited() -> dict[str, int]:
@@ -27,30 +35,51 @@ def inherited() -> dict[str, int]:
 
     The environment does not speak of them any more, and programs that we start do not get them.
     """
-    pid, count, names = (os.environ.pop(variable, "") for variable in VARIABLES)
-    if pid != str(os.getpid()) or not count.isascii() or not count.isdigit():
-        return {}  # they are for somebody else, or there are none
     found: dict[str, int] = {}
-    labels = names.split(":")
-    for fd in range(FIRST_FD, FIRST_FD + min(int(count), STORE_MAX)):
-        name = labels[fd - FIRST_FD] if fd - FIRST_FD < len(labels) else ""
+    for name, fd in (*from_ourselves(), *from_service_manager()):
         try:
             os.set_inheritable(fd, False)
         except OSError as error:
-            log.warn(f"the service manager speaks of descriptor {fd} ({name}), which is not there: {error.strerror}")
+            log.warn(f"descriptor {fd} ({name}), which was stored, is not there: {error.strerror}")
             continue
         if name in found:
-            log.warn(f"the service manager has stored {name} twice: the first one is used")
+            log.warn(f"two descriptors were stored as {name}: the first one is used")
             close(fd)
             continue
         found[name] = fd
     return found
 
 
+def from_service_manager() -> list[tuple[str, int]]:
+    """Return what the environment says of descriptors from a service manager (sd_listen_fds(3))."""
+    pid, count, names = (os.environ.pop(variable, "") for variable in VARIABLES)
+    if pid != str(os.getpid()) or not is_number(count):
+        return []  # they are for somebody else, or there are none
+    labels = names.split(":")
+    fds = range(FIRST_FD, FIRST_FD + min(int(count), STORE_MAX))
+    return [(label, fd) for label, fd in zip(labels + [""] * len(fds), fds, strict=False)]
+
+
+def from_ourselves() -> list[tuple[str, int]]:
+    """Return what the environment says of descriptors from an earlier program of this process, or a daemon."""
+    words = (word.rpartition("=") for word in os.environ.pop(OWN_VARIABLE, "").split())
+    return [(name, int(number)) for name, _, number in words if is_number(number)]
+
+
+def environment(fds: "Mapping[str, int]") -> dict[str, str]:
+    """Return an environment that tells a program of ours of descriptors, which it is started with."""
+    return {**os.environ, OWN_VARIABLE: " ".join(f"{name}={fd}" for name, fd in fds.items())}
+
+
+def is_number(text: str) -> bool:
+    """Return whether a text is a number."""
+    return text.isascii() and text.isdigit()
+
+
 class Store:
     """What is in the store of the service manager.  Without a service manager: what would be."""
 
-    def __init__(self, stored: dict[str, int] | None = None) -> None:
+    def __init__(self, stored: "Mapping[str, int] | None" = None) -> None:
         """`stored` is what this process was started with (`inherited`).
 
         Those descriptors stay open, and belong to the store: whoever uses one makes a duplicate.
@@ -91,3 +120,14 @@ class Store:
         if fd is not None:
             close(fd)
             service.notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
+
+    def execute(self, command: list[str]) -> "NoReturn":
+        """Have a program take our place, with all that is stored.  Raises OSError; then nothing has changed."""
+        fds = self._stored.values()
+        try:
+            for fd in fds:
+                os.set_inheritable(fd, True)
+            os.execve(command[0], command, environment(self._stored))  # noqa: S606  our own program
+        finally:
+            for fd in fds:
+                os.set_inheritable(fd, False)

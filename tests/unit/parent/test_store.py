@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ PROGRAM = """
 import json, os, sys
 from vmd.parent.store import Store, inherited
 found = inherited()
-left = [name for name in os.environ if name.startswith("LISTEN_")]
+left = [name for name in os.environ if name.startswith(("LISTEN_", "VMD_"))]
 print(json.dumps({
     "found": {name: os.read(fd, 100).decode() for name, fd in found.items()},
     "inheritable": [name for name, fd in found.items() if os.get_inheritable(fd)], "left": left,
@@ -29,6 +30,23 @@ reader, writer = os.pipe()
 os.write(writer, b"from " + sys.argv[1].encode())
 os.close(writer)
 store.put(sys.argv[1], reader, poll=False)
+"""
+
+# Has PROGRAM take its place, after one that is not there.
+PLACE = """
+import os, sys
+from vmd.parent.store import Store
+store = Store()
+reader, writer = os.pipe()
+os.write(writer, b"from before")
+os.close(writer)
+store.put("vmm-1", reader)
+os.close(reader)
+try:
+    store.execute(["/nonexistent"])
+except FileNotFoundError:
+    assert not os.get_inheritable(store.duplicate("vmm-1"))
+store.execute([sys.executable, "-c", *sys.argv[1:]])
 """
 
 
@@ -58,6 +76,18 @@ def test_the_next_process_has_what_the_last_one_stored(keeper: Keeper, tmp_path:
 
     assert first == {"found": {}, "inheritable": [], "left": []}
     assert second == {"found": {"state": "from state"}, "inheritable": [], "left": []}
+
+
+def test_program_that_takes_our_place_has_what_we_stored() -> None:
+    """In the same process, with or without a service manager; one that cannot be started changes nothing."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PLACE, PROGRAM, "state"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = json.loads(process.stdout.read())
+
+    assert process.wait(DEADLINE_S) == 0
+    assert said == {"found": {"vmm-1": "from before"}, "inheritable": [], "left": []}
 
 
 def test_what_has_hung_up_is_not_stored_any_more(keeper: Keeper) -> None:

@@ -1,0 +1,72 @@
+"""What a service manager wants of the daemon: to end for a restart, to be alive, to fail so that it can go on."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.keeper import Keeper, KeptDaemon
+from vmd.parent.startup import EX_CONFIG, EX_FAILED
+from vmd.parent.store import Store
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[KeptDaemon]:
+    """Give a daemon with a service manager."""
+    with KeptDaemon(tmp_path) as daemon:
+        yield daemon
+
+
+def test_daemon_ends_for_a_restart(vmd: KeptDaemon) -> None:
+    """With success, and with its socket left to the next one, which serves there."""
+    before = vmd.socket.stat().st_ino
+
+    assert vmd.hand_over() == 0
+
+    assert vmd.socket.stat().st_ino == before
+    vmd.start()
+    assert "vmd " in vmd.must("version")
+    assert vmd.log.count("handing over to the next daemon") == 1
+
+
+def test_service_manager_hears_that_it_is_alive(vmd: KeptDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time and again, if it wants to; a daemon that stands still says nothing."""
+    assert "WATCHDOG=1" not in vmd.keeper.said
+    vmd.kill()
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+
+    vmd.start()
+
+    for _ in range(3):
+        said = len(vmd.keeper.said)
+        assert vmd.keeper.wait_said("WATCHDOG=1", after=said)
+    os.kill(vmd.pid, signal.SIGABRT)  # what systemd does to a daemon that it does not hear of
+    assert vmd.process is not None
+    assert vmd.process.wait(DEADLINE_S) == -signal.SIGABRT
+    assert "in run" in vmd.log  # where it was
+
+
+@pytest.mark.parametrize(("stored", "status"), [((), EX_CONFIG), (("other",), EX_FAILED)])
+def test_mistake_in_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: tuple[str, ...], status: int
+) -> None:
+    """It ends the unit for good only where nothing would be lost with that."""
+    conf, log = tmp_path / "vm.conf", tmp_path / "log"
+    conf.write_text("vm lots {\n")
+    with Keeper(tmp_path / "notify") as keeper:
+        monkeypatch.setenv("NOTIFY_SOCKET", str(keeper.path))
+        store = Store()
+        for name in stored:
+            store.put(name, 0, poll=False)
+        keeper.wait_names(*stored)
+
+        command = [*KeptDaemon.vmd, "-d", "-s", tmp_path / "vmd.sock", "-f", conf]
+        process = keeper.spawn(command, log=log, cwd=ROOT, environment=os.environ)
+
+        assert process.wait(DEADLINE_S) == status
+    assert f"{conf}:" in log.read_text()
