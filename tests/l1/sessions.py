@@ -102,8 +102,8 @@ class OutsideL1:
         try:
             # Made and fetched here: there is no network inside, and all is slower.
             bootable()
-            memtest86("x64")
             if deep:
+                memtest86("x64")
                 packed_linux()
                 vmlinux()
             self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)

@@ -10,7 +10,7 @@ from tests.support.daemon import Attached, Daemon
 from tests.support.kernels import memtest86, packed_linux, vmlinux
 from tests.support.linux import LinuxGuest
 
-pytestmark = [pytest.mark.l1, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.l1, pytest.mark.deep, pytest.mark.timeout(400)]
 
 BOOT_S = 150
 PROGRESS_S = 60
@@ -76,13 +76,11 @@ def test_memtest86(tmp_path: Path) -> None:
     run_memtest(tmp_path, "x64", "console=ttyS0 nopause")
 
 
-@pytest.mark.deep
 def test_memtest86_of_32_bits(tmp_path: Path) -> None:
     """Debian's memtest86+ia32.bin, which only has the 32-bit entry."""
     run_memtest(tmp_path, "ia32", "console=ttyS0")
 
 
-@pytest.mark.deep
 @pytest.mark.parametrize("kind", ["bzImage.gz", "vmlinux"])
 def test_stock_kernel_in_other_wrappings(tmp_path: Path, linux: LinuxGuest, kind: str) -> None:
     """Debian's kernel compressed in two members, and as the ELF file within, entered by PVH: both find their initrd."""
