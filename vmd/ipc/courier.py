@@ -14,6 +14,7 @@ import socket
 import time
 
 from vmd.closing import close_all
+from vmd.errors import HostError
 from vmd.ipc.channel import refuse_files
 from vmd.ipc.rights import receive
 
@@ -30,8 +31,11 @@ PATIENCE_S = 30.0  # for files that are open already
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return the two ends of a courier: that of who asks, and that of who gives.  Raises OSError."""
-    asks, gives = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """Return the two ends of a courier: that of who asks, and that of who gives.  Raises HostError."""
+    try:
+        asks, gives = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise HostError("make a courier", error) from error
     refuse_files(gives)  # a VM that was taken over has files, and root's control gives it a stream
     return asks, gives
 

@@ -6,7 +6,6 @@ leaves, and when a question has been answered.
 
 from enum import Enum
 
-from vmd.errors import HostError
 from vmd.ipc import courier
 from vmd.ipc.messages import NO_CLIENT, Failed, PassFiles, Proc, brief
 
@@ -86,10 +85,7 @@ class Clients:
 
         Raises HostError.
         """
-        try:
-            ours, theirs = courier.pair()
-        except OSError as error:
-            raise HostError("make a courier", error) from error
+        ours, theirs = courier.pair()
         self._peers.send(Proc.CONTROL, PassFiles(), peerid=client, fds={"courier": [theirs.detach()]})
         return ours.detach()
 

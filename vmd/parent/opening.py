@@ -241,7 +241,7 @@ class Openings:
         except VmdError as error:
             self._fail(opening, error)
         except OSError as error:
-            self._fail(opening, HostError("make a courier", error))
+            self._fail(opening, HostError("pass on memory for a boot file", error))
         except ValueError as error:  # a packet has no room for it
             self._fail(opening, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
         except Exception:  # nobody expected that, and the VM must not wait for ever

@@ -1,11 +1,13 @@
 """The courier: files travel only when whoever is to have them has asked, and nothing but files does."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
 
 import pytest
 
+from vmd.errors import HostError
 from vmd.ipc import courier
 from vmd.ipc.channel import SO_PASSRIGHTS
 
@@ -16,6 +18,17 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     theirs, ours = courier.pair()
     with ours, theirs:
         yield ours, theirs
+
+
+def test_a_host_without_another_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no courier, and a sentence says so."""
+
+    def socketpair(*_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socketpair", socketpair)
+    with pytest.raises(HostError, match="make a courier: Too many open files"):
+        courier.pair()
 
 
 def test_files_that_were_asked_for(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.config.model import Config, DiskConfig, Owner, Rights, VmConfig
-from vmd.errors import PeerError, VmdError
+from vmd.errors import HostError, PeerError, VmdError
 from vmd.fileid import FileId
 from vmd.ipc.messages import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc
 from vmd.parent.core import Core
@@ -239,7 +239,7 @@ def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.Monke
     """The start fails, and leaves none."""
 
     def pair() -> tuple[socket.socket, socket.socket]:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise HostError("make a courier", OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
 
     monkeypatch.setattr("vmd.ipc.courier.pair", pair)
     room.begin("a", ANNA)
