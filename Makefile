@@ -51,7 +51,7 @@ test: need-root
 
 test-deep: need-root
 	@tools/setup packages test venv user
-	@$(PYTHON) -m pytest --deep
+	@$(PYTHON) -m pytest --deep --two
 
 soak: need-root
 	@tools/setup packages test venv user

@@ -1,5 +1,6 @@
-"""Whose files are opened when, by how many openers, and when nobody opens them any more."""
+"""Whose files are opened when and by how many openers, what these answer, and for how long they are waited for."""
 
+import errno
 import os
 import socket
 import time
@@ -8,189 +9,374 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd.config.model import Config, DiskConfig, Owner, Rights, VmConfig
-from vmd.errors import OperatorError, VmdError
-from vmd.ipc.messages import FilesOpened, OpenFiles, Proc
+from vmd.errors import HostError, PeerError, VmdError
+from vmd.fileid import FileId
+from vmd.ipc.messages import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc
 from vmd.parent.core import Core
-from vmd.parent.opening import AGAIN_S, AT_A_TIME, STUCK_MAX, STUCK_MAX_OF_ROOT, Opened, Openings
+from vmd.parent.opening import (
+    AGAIN_S,
+    AT_A_TIME,
+    STUCK_MAX,
+    STUCK_MAX_OF_ROOT,
+    Given,
+    Opened,
+    Openings,
+    jobs_of,
+    replaced,
+)
 from vmd.parent.vmtable import Vm
+from vmd.privsep.cell import Cell
 from vmd.record import Record
 
-ROOT = 0
+ROOT, ANNA = 0, 1000
+
+
+class Timer:
+    """A timer that somebody has to fire."""
+
+    def __init__(self, delay_s: float, callback: Callable[[], None]) -> None:
+        self.delay_s = delay_s
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Do nothing when fired."""
+        self.callback = None
+
+
+class Loop:
+    """Keeps timers."""
+
+    def __init__(self) -> None:
+        self.timers: list[Timer] = []
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """Note a timer."""
+        self.timers.append(Timer(delay_s, callback))
+        return self.timers[-1]
+
+    def run(self, until_s: float = 0.0) -> None:
+        """Fire what is due."""
+        while due := [timer for timer in self.timers if timer.delay_s <= until_s]:
+            self.timers = [timer for timer in self.timers if timer not in due]
+            for timer in due:
+                if timer.callback is not None:
+                    timer.callback()
 
 
 class Child:
-    """A process that ends when a test says so."""
+    """A process; `stuck` ones do not end when they are killed."""
 
     def __init__(self) -> None:
-        self.pidfd = 7
+        self.pidfd = 5
         self.killed = False
 
     def kill(self) -> None:
-        """Note it."""
+        """Note that it is killed."""
         self.killed = True
 
 
 class Channel:
-    """What leads to an opener."""
+    """The channel to an opener; notes what it is sent, and closes what goes along."""
 
     def __init__(self, on_lost: Callable[..., None]) -> None:
         self.on_lost = on_lost
+        self.peer = Proc.OPENER
         self.label = "opener"
-        self.told: list[OpenFiles] = []
+        self.jobs: list[OpenFiles] = []
+        self.fds: dict[str, int] = {}
         self.closed = False
 
-    def send(self, message: Record, *, fds: dict[str, list[int]]) -> None:
-        """Take a job."""
+    def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]]) -> None:
+        """Note a job."""
         assert isinstance(message, OpenFiles)
-        self.told.append(message)
+        self.jobs.append(message)
+        self.fds = {name: len(each) for name, each in fds.items()}
         for each in fds.values():
             for fd in each:
                 os.close(fd)
 
     def close(self) -> None:
-        """Note it."""
+        """Note that nobody listens any more."""
         self.closed = True
 
 
-class Host:
-    """Stands in for the loop, the children, and the parent; timers run when a test says so."""
+class Holders:
+    """Knows nobody who has a file."""
+
+    def ask(self, _device: int, _inode: int, done: Callable[[None], None]) -> None:
+        """Say so."""
+        done(None)
+
+
+class Children:
+    """Starts nothing."""
 
     def __init__(self) -> None:
-        self.soon: list[Callable[[], None]] = []
-        self.channels: list[Channel] = []
-        self.children: list[Child] = []
-        self.core = Core(cast("Any", self), Config())
-        self.openings = Openings(self.core, cast("Any", self.attach))
-        self.ended: list[tuple[str, VmdError | None]] = []
-        self.openings.children = cast("Any", self)
-
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> "Host":
-        """Keep what is to be done at once."""
-        if delay_s == 0:
-            self.soon.append(callback)
-        return self
-
-    def cancel(self) -> None:
-        """No timer runs."""
-
-    def bury(self) -> None:
-        """Nobody has ended."""
+        self.cell = Cell(12345, 12345, -1, -1)
+        self.openers: list[Child] = []
+        self.stuck = False
 
     def start(self, proc: Proc, _open_log: object) -> tuple[Child, None]:
-        """Start an opener."""
+        """Return a new process."""
         assert proc is Proc.OPENER
-        self.children.append(Child())
-        return self.children[-1], None
+        self.openers.append(Child())
+        return self.openers[-1], None
 
     def start_probe(self, _open_log: object) -> tuple[Child, socket.socket]:
-        """Start an imgprobe."""
+        """Return a new probe."""
         ours, theirs = socket.socketpair()
         theirs.close()
         return Child(), ours
 
-    def attach(self, _sock: object, _proc: Proc, _label: str, *, on_lost: Callable[..., None]) -> Channel:
-        """Serve it."""
+    def bury(self) -> None:
+        """All that were killed are gone, unless they are stuck."""
+        for child in self.openers:
+            if child.killed and not self.stuck:
+                child.pidfd = -1
+
+
+class Room:
+    """The room, and what becomes of openings."""
+
+    def __init__(self) -> None:
+        self.loop, self.children = Loop(), Children()
+        self.channels: list[Channel] = []
+        self.core = Core(cast("Any", self.loop), Config())
+        self.openings = Openings(self.core, cast("Any", self.attach))
+        self.openings.start(cast("Any", self.children), cast("Any", None))
+        self.openings.holders = cast("Any", Holders())
+        self.opened: dict[str, Opened] = {}
+        self.failed: dict[str, VmdError] = {}
+
+    def attach(self, _sock: object, _peer: Proc, _label: str, *, on_lost: Callable[..., None]) -> Channel:
+        """Be `Process.attach`."""
         self.channels.append(Channel(on_lost))
         return self.channels[-1]
 
-    def run(self) -> None:
-        """Do what is to be done at once."""
-        while self.soon:
-            self.soon.pop(0)()
-
-    def open(self, name: str, user: int, rights: Rights = Rights()) -> Vm:  # noqa: B008 - it is frozen
+    def begin(self, name: str, user: int = 0, **more: object) -> Vm:
         """Have the files of a VM opened."""
-        config = VmConfig(name=name, disks=(DiskConfig(path=f"/{name}"),), rights=rights)
-        vm = Vm(1, config, from_config=True)
-
-        def opened(what: Opened) -> None:
-            what.close()
-            self.ended.append((name, None))
-
-        self.openings.open(vm, config, user, opened, lambda error: self.ended.append((name, error)), boots=True)
-        self.run()
+        config = VmConfig(name=name, disks=(DiskConfig(path=f"/{name}"),)).replace(**more)
+        vm = self.core.vms.find(0, name) or self.core.vms.add(config, from_config=True)
+        self.openings.open(
+            vm,
+            config,
+            user,
+            lambda opened: self.opened.update({name: opened}),
+            lambda error: self.failed.update({name: error}),
+            boots=True,
+        )
+        self.loop.run()
         return vm
 
-    def at_work(self) -> list[str]:
-        """Return the VMs whose files are being opened, each as often as by openers."""
-        return [channel.told[0].name for channel in self.channels if channel.told and not channel.closed]
+    def channel(self, name: str) -> Channel:
+        """Return the last opener of a VM."""
+        return [each for each in self.channels if each.jobs and each.jobs[0].name == name][-1]
 
-    def answer(self, name: str) -> None:
-        """Have the files of a VM be open, and fetched."""
-        for channel in self.channels:
-            if channel.told and channel.told[0].name == name and not channel.closed:
-                self.openings.on_opened(FilesOpened(disks=(), files=(), notes=(), boot_name=""), cast("Any", channel))
-                channel.on_lost(channel, None)
-        self.run()
+    @property
+    def at_work(self) -> list[str]:
+        """The VMs whose openers have not answered, and were not given up."""
+        working = [each for each in self.openings._all.values() if each.opening is not None]
+        return sorted({each.opening.vm.name for each in working if each.opening is not None})
+
+    def answer(self, name: str, message: FilesOpened | NotOpened | None = None) -> None:
+        """Let the opener of a VM answer, by default that all is well."""
+        channel = cast("Any", self.channel(name))
+        if isinstance(message, NotOpened):
+            self.openings.on_not_opened(message, channel)
+        else:
+            self.openings.on_opened(message or FilesOpened(boot_name="bsd"), channel)
+        self.loop.run()
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    """Give a parent that opens files."""
-    host = Host()
-    host.openings.open_log = cast("Any", None)
-    yield host
-    host.openings.close()
+def room() -> Iterator[Room]:
+    """Give a room; afterwards it has no descriptors but that of the probe in reserve."""
+    before = open_descriptors()
+    made = Room()
+    yield made
+    for opened in made.opened.values():
+        opened.close()
+    for vm in list(made.openings.by_vm):
+        made.openings.give_up(vm)
+    if made.openings.probe is not None:
+        made.openings.probe[1].close()
+    assert open_descriptors() == before
 
 
-def test_openings_of_a_user_take_turns(host: Host) -> None:
+def test_a_vm_has_its_files(room: Room) -> None:
+    """The opener in reserve opens them, with a probe; words and numbers come back, and a courier goes on."""
+    room.begin("a")
+    channel = room.channel("a")
+    assert len(room.children.openers) == 1
+    assert channel.fds == {"courier": 1, "probe": 1}
+
+    file = OpenedFile(what="disk /a", file=FileId(device=1, inode=2))
+    room.answer("a", FilesOpened(files=(file,), notes=("disk /a: is odd",), boot_name="bsd"))
+
+    opened = room.opened["a"]
+    assert (opened.files, opened.notes, opened.boot_name) == ({"disk /a": (1, 2)}, ("disk /a: is odd",), "bsd")
+    assert len(opened.couriers) == 1
+    room.loop.run(0.1)
+    assert len(room.children.openers) == 1  # no other one as long as the VM begins
+    channel.on_lost(channel, None)
+    room.loop.run(0.1)
+    assert len(room.children.openers) == 2  # in reserve
+
+
+def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
+    """With its own disks, if it has named some."""
+    given = Given(client=7, user=Owner(uid=ANNA, gid=ANNA), names=("kernel",), check_mode=True)
+    config = VmConfig(name="a", disks=(DiskConfig(path="/a"),), rights=Rights(disks=Owner(uid=ANNA, gid=ANNA)))
+
+    (job,) = jobs_of(config, boots=False, given=given, patience_s=0)
+
+    assert (job.uid, job.given, job.check_given, len(job.disks), job.boots) == (ANNA, ("kernel",), True, 1, False)
+
+
+def test_an_initrd_of_a_client_is_the_only_one() -> None:
+    """Whoever opens the kernel that is configured leaves the configured one alone."""
+    config = VmConfig(name="a", kernel="/vmlinuz", initrd="/initrd")
+    for user, count in ((ANNA, 2), (0, 1)):
+        given = Given(client=7, user=Owner(uid=user, gid=user), names=("initrd",), check_mode=True)
+        jobs = jobs_of(config, boots=True, given=given, patience_s=0)
+        assert [(job.boots, job.kernel, job.initrd) for job in jobs if job.boots] == [(True, "/vmlinuz", "")]
+        assert (len(jobs), [job.given for job in jobs if job.given]) == (count, [("initrd",)])
+
+
+def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start fails, and leaves none."""
+
+    def pair() -> tuple[socket.socket, socket.socket]:
+        raise HostError("make a courier", OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+
+    monkeypatch.setattr("vmd.ipc.courier.pair", pair)
+    room.begin("a", ANNA)
+    assert str(room.failed["a"]) == "make a courier: Too many open files"
+    assert room.at_work == []
+
+
+def test_an_opener_that_fails(room: Room) -> None:
+    """Its sentence is the answer, and the next one has its turn."""
+    room.begin("a1", ANNA)
+    room.begin("a2", ANNA)
+    room.answer("a1", NotOpened(code=errno.ENOENT, text="disk /a1: No such file or directory"))
+    assert str(room.failed["a1"]) == "disk /a1: No such file or directory"
+    assert room.at_work == ["a2"]
+
+
+def test_an_opener_that_does_not_answer_is_given_up(room: Room) -> None:
+    """With the name of what it was at; each sign of life gives it more time, but not for ever."""
+    room.begin("a", ANNA)
+    channel = room.channel("a")
+    room.openings.on_at(OpenerAt(what="disk /a: backing file /b"), cast("Any", channel))
+    assert room.failed == {}
+
+    room.loop.run(60.0)
+
+    assert str(room.failed["a"]) == "disk /a: backing file /b: does not answer"
+    assert (channel.closed, room.children.openers[0].killed) == (True, True)
+    assert room.at_work == []
+
+
+def test_signs_of_life_do_not_help_for_ever(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for their turn."""
+    room.begin("a", ANNA)
+    now_s = time.monotonic()
+    monkeypatch.setattr("vmd.parent.opening.time.monotonic", lambda: now_s + 299.0)
+    room.openings.on_at(OpenerAt(what="kernel"), cast("Any", room.channel("a")))
+
+    room.loop.run(2.0)
+
+    assert "does not answer" in str(room.failed["a"])
+
+
+def test_an_opener_that_was_not_asked_is_cut_off(room: Room) -> None:
+    """Neither the one in reserve, nor one that has answered, has anything to say."""
+    with pytest.raises(PeerError, match="was not asked"):
+        room.openings.on_opened(FilesOpened(), cast("Any", room.channels[0]))
+    room.begin("a")
+    room.answer("a")
+    with pytest.raises(PeerError, match="was not asked"):
+        room.openings.on_at(OpenerAt(what="x"), cast("Any", room.channel("a")))
+
+
+def test_who_has_a_file_is_named_where_it_is_one_of_ours(room: Room) -> None:
+    """By device and inode, as the opener reports them after a failed lock."""
+    other = room.core.vms.add(VmConfig(name="other"), from_config=True)
+    other.begin_start(0)
+    other.files = {"disk /x": (1, 2)}
+    for name, inode, by in (("a", 2, "vm other"), ("b", 3, "another process")):
+        room.begin(name)
+        file = FileId(device=1, inode=inode)
+        text = f"disk /{name}: is in use by another process"
+        room.answer(name, NotOpened(code=errno.EBUSY, text=text, file=file, what=f"disk /{name}", by="another process"))
+        assert str(room.failed[name]) == f"disk /{name}: is in use by {by}"
+
+
+def test_another_file_under_the_same_name_is_found() -> None:
+    """What was not there before is no other file."""
+    assert replaced({"disk a": (1, 2), "disk b": (1, 3)}, {"disk a": (1, 4), "disk b": (1, 3), "disk c": (1, 5)}) == [
+        "disk a"
+    ]
+
+
+# --- turns -----------------------------------------------------------------------------------------------
+
+
+def test_openings_of_a_user_take_turns(room: Room) -> None:
     """In the order in which they came; one that is given up keeps nobody."""
-    host.open("a", 1000)
-    second = host.open("b", 1000)
-    host.open("c", 1000)
-    assert host.at_work() == ["a"]
-    assert host.openings.give_up(second)
-    host.answer("a")
-    assert host.at_work() == ["c"]
-    host.answer("c")
-    assert host.ended == [("a", None), ("c", None)]
+    room.begin("a", ANNA)
+    second = room.begin("b", ANNA)
+    room.begin("c", ANNA)
+    assert room.at_work == ["a"]
+    assert room.openings.give_up(second)
+    room.answer("a")
+    assert room.at_work == ["c"]
+    room.answer("c")
+    assert ([*room.opened], room.failed) == (["a", "c"], {})
 
 
-def test_so_many_users_at_a_time_and_root_besides(host: Host) -> None:
+def test_so_many_users_at_a_time_and_root_besides(room: Room) -> None:
     """Root's begin at once, however many there are, and take nobody's place."""
     for number in range(AT_A_TIME + 1):
-        host.open(f"u{number}", 1000 + number)
+        room.begin(f"u{number}", ANNA + number)
     for number in range(5):
-        host.open(f"r{number}", ROOT)
-    users = [f"u{number}" for number in range(AT_A_TIME)]
-    assert host.at_work() == [*users, *(f"r{number}" for number in range(5))]
-    host.answer("r0")
-    assert f"u{AT_A_TIME}" not in host.at_work()
-    host.answer("u0")
-    assert f"u{AT_A_TIME}" in host.at_work()
+        room.begin(f"r{number}", ROOT)
+    assert room.at_work == [*(f"r{number}" for number in range(5)), *(f"u{number}" for number in range(AT_A_TIME))]
+    room.answer("r0")
+    assert f"u{AT_A_TIME}" not in room.at_work
+    room.answer("u0")
+    assert f"u{AT_A_TIME}" in room.at_work
 
 
-def test_what_two_users_have_named_is_opened_by_two_openers(host: Host) -> None:
+def test_what_two_users_have_named_is_opened_by_two_openers(room: Room) -> None:
     """Each is told whose rights to take; the VM goes on after the last."""
-    rights = Rights(disks=Owner(uid=2000, gid=2000))
-    host.open("two", ROOT, rights)
-    jobs = [channel.told[0] for channel in host.channels if channel.told]
+    room.begin("two", ROOT, rights=Rights(disks=Owner(uid=2000, gid=2000)))
+    first, second = (channel for channel in room.channels if channel.jobs)
+    jobs = [*first.jobs, *second.jobs]
     assert [(job.uid, job.boots, len(job.disks)) for job in jobs] == [(0, True, 0), (2000, False, 1)]
-    first = next(channel for channel in host.channels if channel.told)
-    host.openings.on_opened(FilesOpened(disks=(), files=(), notes=(), boot_name=""), cast("Any", first))
-    assert host.ended == []
-    second = [channel for channel in host.channels if channel.told][1]
-    host.openings.on_opened(FilesOpened(disks=(), files=(), notes=(), boot_name=""), cast("Any", second))
-    assert host.ended == [("two", None)]
+    room.openings.on_opened(FilesOpened(), cast("Any", first))
+    assert not room.opened
+    room.openings.on_opened(FilesOpened(), cast("Any", second))
+    assert [*room.opened] == ["two"]
 
 
-@pytest.mark.parametrize(("user", "most"), [(1000, STUCK_MAX), (ROOT, STUCK_MAX_OF_ROOT)])
-def test_openers_that_do_not_end(host: Host, monkeypatch: pytest.MonkeyPatch, user: int, most: int) -> None:
+@pytest.mark.parametrize(("user", "most"), [(ANNA, STUCK_MAX), (ROOT, STUCK_MAX_OF_ROOT)])
+def test_openers_that_do_not_end(room: Room, monkeypatch: pytest.MonkeyPatch, user: int, most: int) -> None:
     """A user with so many of them is told so at once; when one has ended, and for others, files are opened."""
+    room.children.stuck = True
     for number in range(most):
-        assert host.openings.give_up(host.open(f"stuck{number}", user))
-    assert all(child.killed for child in host.children)
+        assert room.openings.give_up(room.begin(f"stuck{number}", user))
+    assert all(child.killed for child in room.children.openers)
     later_s = time.monotonic() + AGAIN_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later_s)
-    host.open("more", user)
-    host.open("other", 3000)
-    ((name, error),) = host.ended
-    assert name == "more"
-    assert isinstance(error, OperatorError)
-    assert str(error) == (
-        f"{most} processes that were to open files for uid {user} do not end: their storage does not answer"
-    )
-    host.children[0].pidfd = -1
-    host.open("again", user)
-    assert host.at_work() == ["other", "again"]
+    room.begin("more", user)
+    room.begin("other", 3000)
+    assert {name: str(error) for name, error in room.failed.items()} == {
+        "more": f"{most} processes that were to open files for uid {user} do not end: their storage does not answer"
+    }
+    room.children.openers[0].pidfd = -1
+    room.begin("again", user)
+    assert room.at_work == ["again", "other"]
