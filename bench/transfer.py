@@ -29,7 +29,7 @@ MIB = 1 << 20
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_PER_S = 1 << 40  # no limit
 DEADLINE_S = 120.0
-GOAL = 1.3
+SEND_GOAL, RECEIVE_GOAL, RECEIVE_FEW_GOAL = 1.3, 1.0, 1.3
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
@@ -67,9 +67,10 @@ def compare(place: Path, kernel: Path, mib: int) -> list[Row]:
                     others.append(their_s * 1024 / mib)
         for path in (ours, theirs):
             path.unlink()
+    receive_goal = RECEIVE_GOAL if mib == TOUCHED_MIB else RECEIVE_FEW_GOAL
     return [
-        Row(f"send, {mib} MiB touched, to a file", "s/GiB", *sent, goal=GOAL),
-        Row(f"receive, {mib} MiB touched, from a file", "s/GiB", *received, goal=GOAL),
+        Row(f"send, {mib} MiB touched, to a file", "s/GiB", *sent, goal=SEND_GOAL),
+        Row(f"receive, {mib} MiB touched, from a file", "s/GiB", *received, goal=receive_goal),
     ]
 
 

@@ -221,7 +221,6 @@ def receive(data: bytes) -> "tuple[state.MachineState, int]":
             place, lambda body: machines.append(state.read_machine(reader.version, body)), state_max=MIB
         )
     finally:
-        reader.hasher.close()
         os.close(fd)
     if len(machines) != 1:
         raise ValueError(f"{len(machines)} machines")

@@ -153,10 +153,7 @@ class Receiver:
             self._loop.call_from_thread(lambda: self._on_machine(machine))
 
     def _read(self, reader: StreamReader) -> state.MachineState:
-        try:
-            reader.sections_until_end(self._take_memory, self._take_state, state_max=self._state_max)
-        finally:
-            reader.hasher.close()
+        reader.sections_until_end(self._take_memory, self._take_state, state_max=self._state_max)
         if self._machine is None:
             raise StreamError("has no state of the machine")
         return self._machine

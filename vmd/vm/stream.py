@@ -9,8 +9,9 @@ STATE and the header the records are `vm/state.py`'s, with their fields by name.
 `vm/stream_v2.py`.)  A new field has a default, which says what was so before.  Where a guest cannot go on without
 what is new, or the form changes, VERSION is raised, so that older readers refuse the stream.
 
-Memory is hashed while it is written, or the next piece is read: on its way out where it lies; on its way in, in one
-of two buffers, for a page that is written with its file costs half of one that comes into being by being touched.
+Memory is hashed while it is written, or the next pieces are read: on its way out where it lies; on its way in, in
+buffers, for a page that is written with its file costs half of one that comes into being by being touched.  To hash it
+takes longer than to read it and to write it, so there are two threads for that on its way in.
 
 Everything here blocks, and runs on a thread of its own, but only in `Pipe.wait`: so that whoever wants it to end is
 heard, and a peer that does nothing for IDLE_TIMEOUT_S is given up.  A StreamError completes "the stream ...".
@@ -22,6 +23,7 @@ import os
 import select
 import stat
 import threading
+from collections import deque
 from struct import Struct
 
 from vmd.errors import VmdError, sentence
@@ -44,6 +46,7 @@ DIGEST_BYTES = 32
 
 HEADER_MAX = 64 << 10  # a configuration fits one message of 16 KiB, and a CPUID table that KVM takes another
 PIECE_BYTES = 8 << 20  # of memory in one section: what one thread hashes while the other one moves the next
+HASHERS = 2  # of a reader
 IDLE_TIMEOUT_S = 300.0
 LOOK_S = 0.2  # for a wish that this end
 ATOMIC_BYTES = select.PIPE_BUF  # what a pipe that poll(2) calls writable takes without waiting
@@ -231,16 +234,50 @@ class StreamWriter:
         self.sections += 1
 
 
+class Checks:
+    """Sections whose digests are computed while more is read, at most HASHERS at a time."""
+
+    def __init__(self) -> None:
+        self._idle: list[Hasher] = []
+        self._busy: deque[tuple[Hasher, bytes]] = deque()  # in the order of their sections, each with what it must find
+
+    def begin(self, parts: "Sequence[bytes | memoryview]", expected: bytes) -> None:
+        """Check one more section; if there are too many, wait for the first.
+
+        Raises StreamError if that is wrong, or HostError for a thread that cannot be had.
+        """
+        if len(self._busy) == HASHERS:
+            self._wait()
+        hasher = self._idle.pop() if self._idle else Hasher()
+        hasher.begin(parts)
+        self._busy.append((hasher, expected))
+
+    def finish(self) -> None:
+        """Wait for all.  Raises StreamError if one is wrong."""
+        while self._busy:
+            self._wait()
+
+    def close(self) -> None:
+        """End the threads."""
+        for hasher in (*self._idle, *(hasher for hasher, _ in self._busy)):
+            hasher.close()
+
+    def _wait(self) -> None:
+        hasher, expected = self._busy.popleft()
+        self._idle.append(hasher)
+        if hasher.result() != expected:
+            raise StreamError("is damaged: the digest of a section is wrong")
+
+
 class StreamReader:
     """Reads a stream, and believes nothing."""
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
-        self.hasher = Hasher()
         self.sections = 0
         self.version = VERSION  # of the format, once the header was read
-        self._expected = b""  # digest of the section that is being hashed, if one is
-        self._buffers = [bytearray(), bytearray()]  # of memory: one is read into while the other one is hashed
+        # Of memory: one is read into while the others are hashed.
+        self._buffers = deque(bytearray() for _ in range(HASHERS + 1))
 
     def header(self) -> bytes:
         """Return the header.  Raises StreamError."""
@@ -270,16 +307,23 @@ class StreamReader:
         `memory(gpa, data)` takes a run of memory, and raises ValueError if it goes nowhere; `state` takes the body of
         a record, which has `state_max` bytes at most.  What was read is good only if this returns.
 
-        Raises StreamError.
+        Raises StreamError, or HostError for a thread that cannot be had.
         """
+        checks = Checks()
         try:
-            while self._section(memory, state, state_max):
+            while self._section(checks, memory, state, state_max):
                 self.sections += 1
         except ValueError as error:
             raise StreamError(f"is not usable: section {self.sections}: {error}") from error
+        finally:
+            checks.close()
 
     def _section(
-        self, memory: "Callable[[int, memoryview], None]", state: "Callable[[bytes], None]", state_max: int
+        self,
+        checks: Checks,
+        memory: "Callable[[int, memoryview], None]",
+        state: "Callable[[bytes], None]",
+        state_max: int,
     ) -> bool:
         head = self.pipe.read(SECTION.size)
         kind, zero, length = SECTION.unpack(head)
@@ -296,12 +340,9 @@ class StreamReader:
             body = self.pipe.read(length)
         else:
             raise StreamError(f"has a section {self.sections} of kind {kind} and length {length}")
-        expected = self.pipe.read(DIGEST_BYTES)
-        self._check_digest()  # of the one before, which was hashed while this one was read
-        self.hasher.begin((head, address, body))
-        self._expected = expected
+        checks.begin((head, address, body), self.pipe.read(DIGEST_BYTES))
         if kind != MEMORY:
-            self._check_digest()
+            checks.finish()
         if kind == STATE:
             state(bytes(body))
         elif kind == END and COUNT.unpack(body)[0] != self.sections:
@@ -310,14 +351,8 @@ class StreamReader:
 
     def _buffer(self, length: int) -> memoryview:
         """Return room that is not being hashed."""
-        self._buffers.reverse()
+        self._buffers.rotate()
         buffer = self._buffers[0]
         if len(buffer) < length:
             buffer = self._buffers[0] = bytearray(length)
         return memoryview(buffer)[:length]
-
-    def _check_digest(self) -> None:
-        if self._expected:
-            expected, self._expected = self._expected, b""
-            if self.hasher.result() != expected:
-                raise StreamError("is damaged: the digest of a section is wrong")

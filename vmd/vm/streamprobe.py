@@ -14,7 +14,6 @@ import os
 import select
 from struct import Struct
 
-from vmd.errors import HostError
 from vmd.privsep.confine import STREAMPROBE, confine
 from vmd.record import Record
 from vmd.vm import state
@@ -48,10 +47,7 @@ class Beginning(Record):
 
 def probe(pipe: Pipe) -> bytes:
     """Return the answer about a stream."""
-    try:
-        reader = StreamReader(pipe)
-    except HostError as error:
-        return bytes((ERROR,)) + str(error).encode(errors="replace")
+    reader = StreamReader(pipe)
     try:
         raw = reader.header()
         config = state.read_header(reader.version, raw).config
@@ -62,8 +58,6 @@ def probe(pipe: Pipe) -> bytes:
         return bytes((ERROR,)) + f"the stream {error}".encode(errors="replace")
     except ValueError as error:
         return bytes((ERROR,)) + f"the stream is not usable: {error}".encode(errors="replace")
-    finally:
-        reader.hasher.close()
     return HEAD.pack(HEADER, reader.version, *counts) + raw
 
 

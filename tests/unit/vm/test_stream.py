@@ -10,17 +10,20 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmd.errors import HostError
 from vmd.vm import stream
 from vmd.vm.stream import (
     COUNT,
     DIGEST_BYTES,
     END,
     GPA,
+    HASHERS,
     HEADER_MAX,
     MAGIC,
     MEMORY,
@@ -37,7 +40,7 @@ from vmd.vm.stream import (
     StreamWriter,
 )
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 MEMORY_BYTES = 4096
 STATE_MAX = 1000
 HEADER, RECORD = b"what it is", b"what it was doing"
@@ -61,11 +64,8 @@ class Sink:
     def read(self, pipe: Pipe) -> None:
         """Read a whole stream."""
         reader = StreamReader(pipe)
-        try:
-            self.header = reader.header()
-            reader.sections_until_end(self.take, self.states.append, state_max=STATE_MAX)
-        finally:
-            reader.hasher.close()
+        self.header = reader.header()
+        reader.sections_until_end(self.take, self.states.append, state_max=STATE_MAX)
 
 
 def source(raw: bytes) -> Pipe:
@@ -262,6 +262,7 @@ def test_foreign_data_is_told_apart(foreign: bytes) -> None:
         read(foreign)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_sections(raw: bytes) -> None:
     """Behind a good header comes nothing but noise."""
@@ -304,6 +305,21 @@ def test_a_record_is_taken_only_when_its_digest_is_right() -> None:
     pipe = source(bytes(raw))
 
     with pytest.raises(StreamError):
+        sink.read(pipe)
+
+    assert sink.states == []
+    pipe.close()
+
+
+@pytest.mark.parametrize("place", range(HASHERS + 2))
+def test_a_record_is_taken_only_when_all_before_it_is_right(place: int) -> None:
+    """Whichever run of memory is damaged, and however many are still being hashed."""
+    runs = tuple((gpa, f"run {gpa}".encode()) for gpa in range(0, (HASHERS + 2) * 16, 16))
+    raw, sink = bytearray(written(runs)), Sink()
+    raw[raw.index(runs[place][1])] ^= 1
+    pipe = source(bytes(raw))
+
+    with pytest.raises(StreamError, match="is damaged: the digest of a section is wrong"):
         sink.read(pipe)
 
     assert sink.states == []
@@ -421,9 +437,61 @@ def test_a_descriptor_of_the_wrong_kind(tmp_path: Path) -> None:
 
 
 def test_digests_do_not_pile_up_threads() -> None:
-    """Each reader and writer ends the one it has, in good times and in bad."""
+    """Each reader and writer ends those it has, in good times and in bad."""
     before = threading.active_count()
     read(written())
     with pytest.raises(StreamError):
         read(written()[:-DIGEST_BYTES])
     assert threading.active_count() == before
+
+
+def test_a_host_without_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it has none for: a sentence, and those that there were have ended."""
+    before = threading.active_count()
+    for there_are in range(HASHERS):
+        started: list[str] = []
+
+        def start(name: str, work: Callable[[], object], started: list[str] = started, most: int = there_are) -> None:
+            if len(started) == most:
+                raise HostError(f"start thread {name}", errno.EAGAIN)
+            started.append(name)
+            work()
+
+        raw = written()
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "start_thread", start)
+            with pytest.raises(HostError, match="start thread hasher"):
+                read(raw)
+
+        assert threading.active_count() == before
+
+
+def test_memory_is_read_while_as_much_is_hashed_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread is done before one more run is there than there are threads; none may lie where another one lay."""
+    generator = random.Random(2)
+    runs = tuple((gpa, generator.randbytes(100)) for gpa in range(0, (HASHERS + 1) * 100, 100))
+    raw, sink, all_there, late = written(runs), Sink(), threading.Event(), []
+
+    class Digest:
+        def __init__(self, data: bytes = b"") -> None:
+            self.digest_of = hashlib.sha256(data)
+            self.digest = self.digest_of.digest
+
+        def update(self, data: bytes) -> None:
+            if not all_there.wait(DEADLINE_S):
+                late.append(data)
+            self.digest_of.update(data)
+
+    def take(gpa: int, data: memoryview) -> None:
+        sink.memory[gpa : gpa + len(data)] = data
+        if gpa == runs[-1][0]:
+            all_there.set()
+
+    monkeypatch.setattr(stream, "hashlib", SimpleNamespace(sha256=Digest))
+    monkeypatch.setattr(sink, "take", take)
+    pipe = source(raw)
+
+    sink.read(pipe)
+
+    assert (sink.states, late) == ([RECORD], [])
+    pipe.close()
