@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.daemon import Daemon
 from tests.support.guests import guest
+from tests.support.pss import pss_kib
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -17,13 +18,6 @@ PARALLEL = 10
 IDLE_S = 2.0
 START_S = 120.0
 BUSY_LIMIT = 0.5  # of one processor, for all together: a VM that spins would take more all by itself
-
-
-def pss_kib(pid: int) -> int:
-    """Return what a process costs beyond guest memory: its share of private and file-backed memory."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    values = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
-    return values["Pss_Anon"] + values["Pss_File"]
 
 
 def cpu_s(pid: int) -> float:
