@@ -39,6 +39,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "priv": {"msgpack", "pyroute2"},
     "log": {"msgpack"},
     "opener": {"msgpack"},
+    "imgwriter": {"msgpack"},
     "vmm": {"msgpack"},
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
@@ -48,15 +49,15 @@ HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/imsg.py", "pyroute2": "vmd/pr
 SHARED = {
     "vmd.config.lexer": {"parent"},
     "vmd.config.grammar": {"parent"},
-    "vmd.images": {"device", "imgprobe", "vmctl"},
+    "vmd.images": {"device", "imgprobe", "imgwriter", "vmctl"},
     "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`
     "vmd.kvmapi": {"vm"},
     "vmd.guestmem": {"vm", "device"},
     "vmd.virtio": {"vm", "device"},
-    "vmd.ipc.imsg": {"parent", "control", "log", "opener", "priv", "vmm", "vm", "vmctl"},
+    "vmd.ipc.imsg": {"parent", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm", "vmctl"},
 }
 # ... and the parts of it that harm nobody, for they read nothing.
-HARMLESS = {name: {"vmd.images", "vmd.images.locks"} for name in ("opener", "parent", "lockholder")}
+HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
     "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
@@ -107,7 +108,7 @@ def processes() -> list[Process]:
     """Return every process whose code is there."""
     found = [
         Process(name, name, modules_in(f"vmd/{name}"))
-        for name in ("parent", "control", "opener", "lockholder", "priv", "vmm", "vm")
+        for name in ("parent", "control", "opener", "imgwriter", "lockholder", "priv", "vmm", "vm")
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))
     found += [

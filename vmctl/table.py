@@ -148,6 +148,19 @@ COMMANDS = (
     ),
     STATUS.replace(name="show"),
     Command(
+        name="snapshot",
+        module="snapshot",
+        upstream=False,
+        help="make a snapshot of the disks of a VM, called by the time if it has no tag",
+        options=(
+            Option(name="-d", help="delete this one"),
+            Option(name="-l", instead_of="-d", help="list them"),
+            Option(name="-r", instead_of="-d", help="go back to this one: what was written since then is lost"),
+        ),
+        operand=ID,
+        more=(Operand(name="tag", optional=True),),
+    ),
+    Command(
         name="start",
         module="start",
         help="start a VM of vm.conf, or one that the options describe",

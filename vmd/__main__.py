@@ -12,7 +12,7 @@ def main() -> int:
     """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`."""
     stdio.fill()
     arguments = sys.argv[1:]
-    if len(arguments) == 3 and arguments[0] in ("control", "log", "opener", "priv", "vmm", "vm"):
+    if len(arguments) == 3 and arguments[0] in ("control", "imgwriter", "log", "opener", "priv", "vmm", "vm"):
         name, form, verbosity = arguments
         log.setup(name, form, int(verbosity))
         return run_process(name)
@@ -28,6 +28,8 @@ def run_process(name: str) -> int:
     match name:
         case "control":
             from vmd.control.main import main as process_main
+        case "imgwriter":
+            from vmd.imgwriter.main import main as process_main
         case "log":
             from vmd.logger.main import main as process_main
         case "opener":

@@ -31,7 +31,7 @@ ROOT = HERE.parents[1]
 ENTRY = "insider:main"
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
-LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG")
+LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG")
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
 # Python of a test of its own, because it dies, moves to other namespaces, or runs other code.
@@ -205,7 +205,7 @@ def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS.  A device may lower its limits, but not raise them."""
     run = try_inside(cell, kind, attempt)
 
-    lowers = kind in ("VIOBLK", "VIONET") and attempt == "more_descriptors"
+    lowers = kind in ("VIOBLK", "VIONET", "IMGWRITER") and attempt == "more_descriptors"
     assert (run.answers, run.status) == ([], 1 if lowers else KILLED)
     assert ("not allowed to raise maximum limit" in run.log) is lowers
 

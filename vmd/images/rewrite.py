@@ -20,9 +20,10 @@ import errno
 from vmd.errors import ImageError
 from vmd.images.header import AT_CONTENT, CONTENT, MAX_TABLE_BYTES
 from vmd.images.hostfile import read_bytes, write_bytes, write_views
+from vmd.images.names import check_name
 from vmd.images.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, REPAIR, Qcow2Image
 from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage
-from vmd.images.snapshots import Snapshot, check_name, find, new_id, pack_snapshots, read_snapshots, tables
+from vmd.images.snapshots import Snapshot, find, new_id, pack_snapshots, read_snapshots, tables
 from vmd.images.words import FORMATS, big_endian, native, zeroes
 
 TYPE_CHECKING = False

@@ -18,8 +18,6 @@ LEAST_EXTRA = 16  # without the last
 MAX_EXTRA = 1024  # QEMU's limit
 MAX_BYTES = 64 << 20  # of the whole table: QEMU's limit
 NOT_COUNTED = (1 << 64) - 1  # instructions, by anything but QEMU's emulation
-MAX_NAME = 64
-NAME_MARKS = "._-+:"
 
 
 class Snapshot(Record):
@@ -35,21 +33,6 @@ class Snapshot(Record):
     clock_ns: int = 0  # how long the machine had run
     state_bytes: int = 0
     raw: bytes = b""  # as it stands in the table; of a new one nothing
-
-
-def check_name(name: str) -> str:
-    """Return the name of a new snapshot.  Raises ValueError.
-
-    A number is none: QEMU takes it for an id.
-    """
-    if not name or len(name) > MAX_NAME:
-        raise ValueError(f"name of a snapshot has 1 to {MAX_NAME} characters, not {len(name)}")
-    wrong = next((one for one in name if not (one.isascii() and (one.isalnum() or one in NAME_MARKS))), "")
-    if wrong:
-        raise ValueError(f"name of a snapshot has letters, digits and {NAME_MARKS} only: {name}")
-    if not name[0].isalnum() or name.isdigit():
-        raise ValueError(f"name of a snapshot begins with a letter or digit and is no number: {name}")
-    return name
 
 
 def find(snapshots: "list[Snapshot]", tag: str) -> "Snapshot | None":

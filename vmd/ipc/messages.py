@@ -40,6 +40,7 @@ class Proc(IntEnum):
     CLIENT = 6  # vmctl
     LOG = 7
     OPENER = 8
+    IMGWRITER = 9
 
 
 # Codes of Failed beyond errno (*cat. 1.10*)
@@ -172,6 +173,7 @@ BY_NAME = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
     Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT, Proc.OPENER: Proc.PARENT,
+    Proc.IMGWRITER: Proc.PARENT,
 }  # fmt: skip
 
 ASK = (Proc.CLIENT, Proc.CONTROL, Proc.PARENT)
@@ -345,6 +347,23 @@ class ConsoleWatch(VmRequest):
     """
 
     since: int | None = None
+
+
+class SnapshotAction(IntEnum):
+    """What can be done with snapshots."""
+
+    LIST = 0
+    CREATE = 1
+    DELETE = 2
+    GO_BACK = 3
+
+
+@request(0xA8, Who.OWNER, "SnapshotInfo", "SnapshotsDone")
+class SnapshotRequest(VmRequest):
+    """Do something with the snapshots of a VM's disks; `tag` is the name of one, "" to list them."""
+
+    action: SnapshotAction = SnapshotAction.LIST
+    tag: str = ""
 
 
 # --- what vmctl is answered ------------------------------------------------------------------------------
@@ -545,6 +564,27 @@ class ConsoleWatched(Record):
     end: int
     lost: int
     running: bool
+
+
+@message(0xA9, ANSWER, (Proc.IMGWRITER, Proc.PARENT), partial=True)
+class SnapshotInfo(Record):
+    """A snapshot of a VM's disks: `disks` of `of_disks` have it."""
+
+    tag: str
+    date_s: int  # seconds since 1970
+    clock_ns: int  # for how long the machine had run
+    state_bytes: int  # of the machine; 0: it did not run
+    disks: int
+    of_disks: int
+
+
+@message(0xAA, ANSWER)
+class SnapshotsDone(Record):
+    """Done; `tag` is the name of the snapshot."""
+
+    vmid: int
+    name: str
+    tag: str = ""
 
 
 # --- between the daemon's own processes ------------------------------------------------------------------
@@ -1137,6 +1177,60 @@ class NotOpened(Record):
     by: str = ""
     doing: str = ""
     marks: tuple[int, ...] = ()
+
+
+# --- between parent and an imgwriter ---------------------------------------------------------------------
+
+
+@message(
+    0xAB,
+    (Proc.PARENT, Proc.IMGWRITER),
+    fds=("couriers*", "stream?"),
+    answered_by=("SnapshotWord", "SnapshotInfo", "SnapshotsReady", "SnapshotsChanged", "SnapshotsFailed"),
+)
+class ChangeSnapshots(Record):
+    """List snapshots, which is answered by SnapshotsChanged, or prepare a change, by SnapshotsReady.
+
+    fds: the disks come over `couriers`, one disk after the other; of `stream` is read what the machine is.
+    """
+
+    name: str  # of the VM
+    action: SnapshotAction
+    tag: str
+    disks: tuple[DiskImages, ...]
+    date_ns: int = 0  # since 1970
+    clock_ns: int = 0  # for how long the machine has run
+
+
+@message(0xAC, (Proc.IMGWRITER, Proc.PARENT), partial=True)
+class SnapshotWord(Record):
+    """This goes on."""
+
+
+@message(0xAD, (Proc.IMGWRITER, Proc.PARENT))
+class SnapshotsReady(Record):
+    """All disks are prepared, and as they were."""
+
+
+@message(0xAE, (Proc.PARENT, Proc.IMGWRITER), answered_by=("SnapshotsChanged", "SnapshotsFailed"))
+class FinishSnapshots(Record):
+    """Make the change, or leave everything as it was; `first_last`: the first disk is changed last."""
+
+    commit: bool
+    first_last: bool = False
+
+
+@message(0xAF, (Proc.IMGWRITER, Proc.PARENT))
+class SnapshotsChanged(Record):
+    """Done."""
+
+
+@message(0xB8, (Proc.IMGWRITER, Proc.PARENT))
+class SnapshotsFailed(Record):
+    """Not done: an errno, and the sentence that says why."""
+
+    code: int
+    text: str
 
 
 # --- the log ---------------------------------------------------------------------------------------------

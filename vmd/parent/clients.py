@@ -24,6 +24,7 @@ class For(Enum):
     END = "its end"
     PAUSE = "its standing still, or going on"  # answered in the order of the requests
     TRANSFER = "its being sent or received"
+    IMAGES = "the snapshots of its disks"
     DEVICES = "what its devices have done"
     SNAPSHOT = "what its console has shown"  # answered in the order of the requests
     OUTPUT = "more than that"

@@ -69,6 +69,12 @@ from vmd.ipc.messages import (
     ResetRequest,
     SendDone,
     SendRequest,
+    SnapshotInfo,
+    SnapshotRequest,
+    SnapshotsChanged,
+    SnapshotsFailed,
+    SnapshotsReady,
+    SnapshotWord,
     StartRequest,
     StopRequest,
     SwitchesRequest,
@@ -100,6 +106,7 @@ from vmd.parent.opening import Openings
 from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
 from vmd.parent.slots import Slots
+from vmd.parent.snapshots import Snapshots
 from vmd.parent.status import Status
 from vmd.parent.store import Store
 from vmd.parent.transfers import Transfers
@@ -165,11 +172,15 @@ class Parent(Process):
         self.openings = Openings(core, self.attach)
         self.life = Life(core, self.consoles, self.openings, self.network, status)
         self.transfers = Transfers(core, self.life, self.openings, self.network)
+        self.snapshots = Snapshots(core, self.openings, self.attach)
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
         self.logs = Logs(core, self.attach)
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
         core.peers.channels[Proc.CONTROL] = self.connections
-        rooms = (self.logs, self.consoles, self.network, status, self.life, self.transfers, self.configuration)
+        rooms = (
+            self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
+            self.configuration,
+        )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, core.slots)}
         self.handed_over = False
         self.ready: set[Proc] = set()
@@ -205,6 +216,7 @@ class Parent(Process):
         self.core.slots.groups = children.groups
         self.connections.start(children, self.logs.open)
         self.openings.start(children, self.logs.open)
+        self.snapshots.start(children, self.logs.open)
         self.core.slots.give()
         self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
@@ -318,6 +330,7 @@ class Parent(Process):
             self.listener.close()
         self.connections.close()
         self.openings.close()
+        self.snapshots.close()
         for channel in self.core.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -390,6 +403,10 @@ class Parent(Process):
         """An opener has failed."""
         self.openings.on_not_opened(message, channel)
 
+    def on_imgwriter(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
+        """An imgwriter says how far it is."""
+        self.snapshots.on_message(message, channel)
+
     def forget_client(self, client: int) -> None:
         """Let nothing wait any more for a client that is gone; its console is free."""
         self.consoles.on_client_gone(client)
@@ -409,6 +426,8 @@ class Parent(Process):
             return Proc.CLIENT, envelope.peerid
         if channel.peer is Proc.OPENER:
             vmid = self.openings.vm_of(channel)
+        elif channel.peer is Proc.IMGWRITER:
+            vmid = self.snapshots.vm_of(channel)
         else:
             vmid = getattr(envelope.message, "vmid", envelope.peerid if channel.peer is Proc.VMM else 0)
         return (Proc.VM, vmid) if vmid else None
@@ -457,6 +476,8 @@ class Parent(Process):
         **handles(Proc.OPENER, OpenerAt, on_opener_at),
         **handles(Proc.OPENER, FilesOpened, on_files_opened),
         **handles(Proc.OPENER, NotOpened, on_not_opened),
+        **handles_each(Proc.IMGWRITER, (SnapshotWord, SnapshotInfo, SnapshotsReady), on_imgwriter),
+        **handles_each(Proc.IMGWRITER, (SnapshotsChanged, SnapshotsFailed), on_imgwriter),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
         **handles(Proc.CONTROL, Pong, on_control_pong),
         **handles(Proc.VMM, Pong, on_vmm_pong),
@@ -471,6 +492,7 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(PauseRequest, Transfers, Transfers.serve_pause),
     **serves(SendRequest, Transfers, Transfers.serve_send),
     **serves(ReceiveRequest, Transfers, Transfers.serve_receive),
+    **serves(SnapshotRequest, Snapshots, Snapshots.serve),
     **serves(ListRequest, Status, Status.serve_list),
     **serves(SwitchesRequest, Status, Status.serve_switches),
     **serves(NicsRequest, Status, Status.serve_nics),

@@ -94,6 +94,7 @@ class Vm:
         self.sent: VmSent | None = None  # what is told when the VM is gone
         self.receiving: Receiving | None = None
         self.console_user = ""  # who has the console, if somebody has
+        self.disk_work = ""  # why it cannot be started, as long as somebody else has its disks
         self.once_because = ""  # why it ends where others reboot
         self.kept: dict[str, int] = {}  # copies of the kernel and initrd of a client, which nobody changes any more
 
@@ -121,6 +122,17 @@ class Vm:
         if self.alive:
             state = "already running" if self.state is State.RUNNING else self.state.value
             raise OperatorError(errno.EALREADY, f"vm {self.name} is {state}")
+        if self.disk_work:
+            raise OperatorError(errno.EBUSY, f"vm {self.name}: {self.disk_work}")
+
+    def begin_disk_work(self, what: str) -> None:
+        """Keep the VM from being started.  Raises OperatorError if it runs, or its disks are worked on already."""
+        self.require_startable()
+        self.disk_work = what
+
+    def end_disk_work(self) -> None:
+        """Let the VM be started again."""
+        self.disk_work = ""
 
     def require_control(self, caller: Caller, what: str) -> None:
         """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""

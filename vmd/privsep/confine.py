@@ -1,7 +1,7 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
     parent                       root's capabilities of `PARENT_CAPABILITIES`
-    control, log, imgprobe, devices
+    control, log, imgprobe, imgwriter, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
@@ -122,6 +122,7 @@ class Confinement(Record):
 LEAF = Confinement(syscalls=BASE | CHANNEL | LIMITS, writes_files=False)  # viornd
 VIOBLK = Confinement(syscalls=BASE | CHANNEL | LIMITS | BLOCK)
 VIOSCSI = VIOBLK.replace(writes_files=False)  # an ISO is a disk image that is only read
+IMGWRITER = Confinement(syscalls=BASE | CHANNEL | LIMITS | BLOCK, open_files=64)  # snapshots
 IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}

@@ -7,6 +7,7 @@ import pytest
 
 from vmd.control.main import Control
 from vmd.errors import OperatorError
+from vmd.imgwriter.main import ImgWriter
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
@@ -39,6 +40,7 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.VM: VmProcess,
     Proc.LOG: Logger,
     Proc.OPENER: Opener,
+    Proc.IMGWRITER: ImgWriter,
 }
 
 
@@ -103,7 +105,7 @@ def test_who_may_ask_what() -> None:
         Who.EVERYBODY: {"ListRequest", "SwitchesRequest", "NicsRequest"},
         Who.OWNER: {
             "StartRequest", "StopRequest", "WaitRequest", "PauseRequest", "ConsoleRequest", "ConsoleBreak",
-            "ConsoleWatch",
+            "ConsoleWatch", "SnapshotRequest",
         },
         Who.ROOT: {"LoadRequest", "ReloadRequest", "ResetRequest", "LogRequest", "SendRequest", "ReceiveRequest"},
     }  # fmt: skip

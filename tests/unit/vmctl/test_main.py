@@ -57,7 +57,7 @@ def test_no_command_is_answered_with_usage(capfd: pytest.CaptureFixture[str]) ->
         ("stauts", "unknown argument: stauts: did you mean status?\n"),
         ("Start", "unknown argument: Start: did you mean start?\n"),
         ("st", "ambiguous argument: st: start, status or stop\n"),
-        ("s", "ambiguous argument: s: send, show, start, status or stop\n"),
+        ("s", "ambiguous argument: s: send, show, snapshot, start, status or stop\n"),
         ("re", "ambiguous argument: re: receive, reload or reset\n"),
         ("l", "ambiguous argument: l: load or log\n"),
         ("sta", "ambiguous argument: sta: start or status\n"),
@@ -165,7 +165,7 @@ def test_wrong_arguments_are_answered_with_the_usage_of_the_command(
 def test_wrong_arguments_are_found_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
     """Nobody is called before it is clear what to say."""
     for command in COMMANDS:
-        status, output, errors = vmctl(command.name, "a", "b", socket=str(tmp_path / "none"))
+        status, output, errors = vmctl(command.name, "a", "b", "c", socket=str(tmp_path / "none"))
 
         assert (status, output) == (2, "")
         assert errors.startswith("vmctl: unexpected argument: ")

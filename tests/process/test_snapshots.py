@@ -1,0 +1,264 @@
+"""vmctl snapshot of VMs that do not run: a real daemon, real disks, QEMU's word for what is in them."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import schema
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.images import MIB, problems, qemu
+
+pytestmark = pytest.mark.root
+
+CONF = """
+vm "web" {{
+    disable
+    disk "{0}/root.qcow2"
+    disk "{0}/data" format qcow2
+}}
+vm "bare" {{
+    disable
+    disk "{0}/plain.raw" format raw
+}}
+vm "none" {{
+    disable
+}}
+"""
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[Daemon]:
+    """Give a daemon with a VM of two qcow2 disks, and one of a raw one."""
+    for name in ("root.qcow2", "data"):
+        qemu("qemu-img", "create", "-qf", "qcow2", tmp_path / name, 4 * MIB)
+    (tmp_path / "plain.raw").write_bytes(bytes(MIB))
+    with Daemon(tmp_path, CONF.format(tmp_path)) as daemon:
+        yield daemon
+
+
+def fill(vmd: Daemon, byte: int) -> None:
+    """Write to both disks."""
+    for name in ("root.qcow2", "data"):
+        qemu("qemu-io", "-f", "qcow2", "-c", f"write -P {byte} 0 1M", vmd.directory / name)
+
+
+def filled(vmd: Daemon) -> list[int]:
+    """Return with what each disk is filled, by QEMU."""
+    found = []
+    for name in ("root.qcow2", "data"):
+        raw = vmd.directory / "content"
+        qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", vmd.directory / name, raw)
+        content = raw.read_bytes()
+        assert content == content[:1] * MIB + bytes(3 * MIB)
+        found.append(content[0])
+        assert problems(vmd.directory / name) == {}
+    return found
+
+
+def listed(vmd: Daemon) -> list[tuple[str, bool]]:
+    """Return the tags, and whether all disks have them."""
+    document = schema.check(vmd.vmctl("snapshot", "-l", "web", "--json").stdout, "snapshot")
+    return [(one["tag"], one["complete"]) for one in document["snapshots"]]
+
+
+def test_snapshots_of_a_stopped_vm(vmd: Daemon) -> None:
+    """Made, listed, gone back to and deleted, on all disks; with QEMU's own in between."""
+    fill(vmd, 1)
+    made = vmd.vmctl("snapshot", "web", "one")
+    assert (made.returncode, made.stderr) == (0, "vmctl: made snapshot one of vm web\n")
+    fill(vmd, 2)
+    named = json.loads(vmd.vmctl("snapshot", "web", "--json").stdout)["tag"]
+    fill(vmd, 3)
+    assert sorted(listed(vmd)) == sorted([("one", True), (named, True)])
+    for name in ("root.qcow2", "data"):
+        qemu("qemu-img", "snapshot", "-c", "theirs", vmd.directory / name)
+        assert "one" in qemu("qemu-img", "snapshot", "-l", vmd.directory / name)
+
+    for tag, byte in ((named, 2), ("one", 1), ("theirs", 3)):
+        vmd.must("snapshot", "-r", "web", tag)
+        assert filled(vmd) == [byte, byte]
+    vmd.must("snapshot", "-d", "web", "one")
+    vmd.must("snapshot", "-d", "web", named)
+
+    assert listed(vmd) == [("theirs", True)]
+    assert filled(vmd) == [3, 3]
+    table = vmd.must("snapshot", "-l", "web").splitlines()
+    assert table[0].split() == ["TAG", "MADE", "MEMORY"]
+    assert table[1].startswith("theirs ")
+    assert "imgwriter" not in " ".join(vmd.processes())
+
+
+MISTAKES = (
+    (("web", "7"), 2, "name of a snapshot begins with a letter or digit and is no number: 7"),
+    (("web", "a b"), 2, "name of a snapshot has letters, digits and ._-+: only: a b"),
+    (("-r", "web", "gone"), 1, "vm web: disk {0}/root.qcow2: has no snapshot gone"),
+    (("-d", "web", "gone"), 1, "vm web: disk {0}/root.qcow2: has no snapshot gone"),
+    (("web", "twice"), 1, "vm web: disk {0}/root.qcow2: has a snapshot twice already"),
+    (("bare", "x"), 1, "vm bare: disk {0}/plain.raw: is raw: only qcow2 images have snapshots"),
+    (("-l", "bare"), 1, "vm bare: disk {0}/plain.raw: is raw: only qcow2 images have snapshots"),
+    (("none", "x"), 1, "vm none has no disks"),
+    (("nobody", "x"), 4, "vm nobody not found"),
+    (("-r", "web"), 2, "missing argument: tag"),
+    (("-l", "web", "x"), 2, "unexpected argument: x"),
+    (("-d", "-l", "web"), 2, "conflicting -d and -l arguments"),
+)
+
+
+def test_mistakes_are_named(vmd: Daemon) -> None:
+    """One sentence with the file or the word, and the disks are as before."""
+    fill(vmd, 1)
+    vmd.must("snapshot", "web", "twice")
+
+    for words, status, sentence in MISTAKES:
+        done = vmd.vmctl("snapshot", *words)
+        assert (words, done.returncode) == (words, status)
+        assert sentence.format(vmd.directory) in done.stderr.splitlines()[0]
+    assert filled(vmd) == [1, 1]
+    assert listed(vmd) == [("twice", True)]
+
+
+@pytest.mark.deep
+def test_incomplete_snapshot_is_shown_and_can_only_be_deleted(vmd: Daemon) -> None:
+    """One that only some disks have is not gone back to."""
+    fill(vmd, 1)
+    qemu("qemu-img", "snapshot", "-c", "half", vmd.directory / "data")
+    fill(vmd, 2)
+
+    assert "incomplete: 1 of 2 disks have it" in vmd.must("snapshot", "-l", "web")
+    done = vmd.vmctl("snapshot", "-r", "web", "half")
+    assert done.returncode == 1
+    assert f"{vmd.directory}/root.qcow2: has no snapshot half, unlike another disk" in done.stderr
+    assert "has a snapshot half already" in vmd.vmctl("snapshot", "web", "half").stderr
+    assert filled(vmd) == [2, 2]
+    vmd.must("snapshot", "-d", "web", "half")
+    assert listed(vmd) == []
+    assert filled(vmd) == [2, 2]
+
+
+@pytest.mark.deep
+def test_disks_that_somebody_else_has_are_refused(vmd: Daemon) -> None:
+    """They are locked as for a start."""
+    with subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", str(vmd.directory / "data")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(b"write 0 4k\n")
+        other.stdin.flush()
+        other.stdout.readline()
+        done = vmd.vmctl("snapshot", "web", "x")
+        other.communicate(b"quit\n", DEADLINE_S)
+    assert done.returncode == 1
+    assert f"disk {vmd.directory}/data: is in use by" in done.stderr
+    vmd.must("snapshot", "web", "x")
+
+
+def imgwriter(vmd: Daemon) -> int:
+    """Return the pid of the imgwriter, or 0."""
+    return next((pid for title, pid in vmd.family().items() if "imgwriter" in title), 0)
+
+
+@contextlib.contextmanager
+def caught(vmd: Daemon, *words: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """Run `vmctl snapshot` until its imgwriter is seen; give both.  The pid is 0 if it was too fast."""
+    with subprocess.Popen(
+        [*vmd.client, "-s", vmd.socket, "snapshot", *words], stderr=subprocess.PIPE, text=True, cwd=vmd.code
+    ) as client:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (pid := imgwriter(vmd)) and client.poll() is None:
+            assert time.monotonic() < deadline
+        yield client, pid
+
+
+@pytest.mark.deep
+def test_imgwriter_has_the_disks_of_one_vm(vmd: Daemon) -> None:
+    """Nothing else of the host, no capability, no other file; as an id of its own, behind a filter."""
+    root = vmd.directory / "root.qcow2"
+    root.unlink()
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "preallocation=metadata", root, 100 << 30)  # takes a while
+    for number in range(20):
+        with caught(vmd, "web", f"s{number}") as (client, pid):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                while pid and look_at(pid)["Seccomp"] == "0":
+                    pass
+                os.kill(pid or (1 << 22), signal.SIGSTOP)
+                inside = look_at(pid)
+                os.kill(pid, signal.SIGKILL)
+            client.communicate(timeout=DEADLINE_S)
+        if client.returncode:
+            break
+    files = {name for name in inside["files"].split("\n") if name.startswith("/") and name != "/dev/null"}
+    assert inside["Seccomp"] == "2"
+    assert inside["CapEff"] == inside["CapPrm"] == "0" * 16
+    assert int(inside["Uid"].split()[0]) >= 1 << 16
+    assert files <= {str(root), str(vmd.directory / "data")}
+
+
+def look_at(pid: int) -> dict[str, str]:
+    """Return what the kernel says of a process."""
+    found = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    found["files"] = "\n".join(os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    return found
+
+
+def test_vm_is_not_started_while_its_disks_change(vmd: Daemon) -> None:
+    """The sentence says why; when the imgwriter is killed, the client is told, the disks are as before."""
+    fill(vmd, 1)
+    for _ in range(20):
+        with caught(vmd, "web", "x") as (client, pid):
+            if not pid:
+                vmd.must("snapshot", "-d", "web", "x")
+                continue
+            os.kill(pid, signal.SIGSTOP)
+            started = vmd.vmctl("start", "web")
+            again = vmd.vmctl("snapshot", "web", "y")
+            os.kill(pid, signal.SIGKILL)
+            _, errors = client.communicate(timeout=DEADLINE_S)
+            break
+
+    for done in (started, again):
+        assert "vm web: its snapshots are in use by another command" in done.stderr
+    assert client.returncode == 1
+    assert "vm web: imgwriter has ended" in errors
+    assert filled(vmd) == [1, 1]
+    assert listed(vmd) == []
+    vmd.must("snapshot", "web", "x")
+
+
+@pytest.mark.deep
+def test_kills_in_the_middle_leave_no_error_and_no_leak(vmd: Daemon, pytestconfig: pytest.Config) -> None:
+    """Rounds of making, going back and deleting, with the imgwriter killed at random: QEMU finds nothing wrong."""
+    rounds = pytestconfig.getoption("--snapshot-rounds")
+    choice = random.Random(rounds)
+    fill(vmd, 1)
+    vmd.must("snapshot", "web", "base")
+    killed = 0
+    for number in range(rounds):
+        fill(vmd, 2 + number % 200)
+        words = choice.choice((("web", f"s{number}"), ("-r", "web", "base"), ("-d", "web", f"s{number}")))
+        if words[0] == "-d":
+            vmd.must("snapshot", "web", f"s{number}")
+        with caught(vmd, *words) as (client, pid):
+            if pid:
+                time.sleep(choice.random() * 0.4)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            client.communicate(timeout=DEADLINE_S)
+        killed += client.returncode != 0
+        for name in ("root.qcow2", "data"):
+            assert problems(vmd.directory / name) == {}
+        for tag, complete in listed(vmd):
+            if tag != "base" or not complete:
+                vmd.must("snapshot", "-d", "web", tag)
+        vmd.must("snapshot", "-r", "web", "base")
+        assert filled(vmd) == [1, 1]
+    print(f"{rounds} rounds, {killed} killed")
+    assert killed

@@ -1,0 +1,87 @@
+"""vmctl snapshot: make, list, delete and go back to snapshots of a VM's disks."""
+
+import time
+
+from vmctl.errors import ArgumentError, Refused, UsageError, refused
+from vmctl.options import Given
+from vmctl.output import clean, put_json, put_lines, warn
+from vmctl.session import Session
+from vmctl.vmref import parse_vmref
+from vmd.images.names import check_name
+from vmd.ipc.messages import SnapshotAction, SnapshotInfo, SnapshotRequest, SnapshotsDone
+from vmd.scaled import fmt_scaled
+
+TAG_NOW = "%Y-%m-%d_%H:%M:%S"
+SHOWN_DATE = "%Y-%m-%d %H:%M:%S"
+SAID = {
+    SnapshotAction.CREATE: "made snapshot",
+    SnapshotAction.DELETE: "deleted snapshot",
+    SnapshotAction.GO_BACK: "went back to snapshot",
+}
+
+
+def run(session: Session, given: Given) -> int:
+    """Do what the option says; without one make a snapshot, which is called by the time if it has no tag."""
+    ref = parse_vmref(given.operand)
+    tag = given.operands[1] if len(given.operands) > 1 else ""
+    action = SnapshotAction.CREATE
+    for option, meant in (("-d", SnapshotAction.DELETE), ("-l", SnapshotAction.LIST), ("-r", SnapshotAction.GO_BACK)):
+        if given.has(option):
+            action = meant
+    if action is SnapshotAction.LIST and tag:
+        raise UsageError(f"unexpected argument: {tag}")
+    if action is SnapshotAction.CREATE:
+        try:
+            tag = check_name(tag or time.strftime(TAG_NOW))
+        except ValueError as error:
+            raise ArgumentError(str(error)) from None
+    elif action is not SnapshotAction.LIST and not tag:
+        raise UsageError("missing argument: tag")
+    found: list[SnapshotInfo] = []
+    try:
+        client = session.client
+        client.send(SnapshotRequest(vmid=ref.vmid, name=ref.name, action=action, tag=tag))
+        while True:
+            answer = client.answer(SnapshotInfo, SnapshotsDone)
+            if isinstance(answer, SnapshotsDone):
+                break
+            assert isinstance(answer, SnapshotInfo)
+            found.append(answer)
+    except Refused as error:
+        raise refused("snapshot vm command failed", error) from None
+    found.sort(key=lambda one: one.date_s)
+    listing = action is SnapshotAction.LIST
+    if not listing:
+        warn(f"{SAID[action]} {answer.tag} of vm {answer.name}")
+    if session.json:
+        put_json({
+            "id": answer.vmid,
+            "name": clean(answer.name),
+            "tag": None if listing else clean(answer.tag),
+            "snapshots": list(map(described, found)) if listing else None,
+        })  # fmt: skip
+    elif listing:
+        put_lines(table(found))
+    return 0
+
+
+def described(one: SnapshotInfo) -> dict[str, object]:
+    """Return a snapshot for programs."""
+    return {
+        "tag": clean(one.tag),
+        "made": one.date_s,
+        "memory_bytes": one.state_bytes,
+        "complete": one.disks == one.of_disks,
+    }
+
+
+def table(found: list[SnapshotInfo]) -> list[str]:
+    """Return a line for each snapshot below a head."""
+    width = max([len("TAG"), *(len(clean(one.tag)) for one in found)])
+    lines = [f"{'TAG':<{width}}  {'MADE':<19}  {'MEMORY':>7}"]
+    for one in found:
+        memory = fmt_scaled(one.state_bytes) if one.state_bytes else "-"
+        made = time.strftime(SHOWN_DATE, time.localtime(one.date_s))
+        partial = "" if one.disks == one.of_disks else f"  incomplete: {one.disks} of {one.of_disks} disks have it"
+        lines.append(f"{clean(one.tag):<{width}}  {made}  {memory:>7}{partial}")
+    return lines

@@ -1,0 +1,247 @@
+"""imgwriter: makes, deletes, lists and goes back to snapshots of one VM's disks.
+
+Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one request
+Peers    parent (starts it, and ends it when that takes too long); at the other end of a courier who has the files: an
+         opener, or, of a VM that runs, the process of a disk, which touches it no more until it is told to
+Holds    the disks, and the reading end of a pipe with a machine's state
+
+All disks are prepared before the first one is changed, and each is changed by one write.  The first disk, which has the
+state of the machine, gets a new snapshot last and loses an old one first: what it has is whole.
+"""
+
+import contextlib
+import socket
+import time
+
+from vmd.errors import ImageError, VmdError, number, sentence
+from vmd.images.chain import Link, open_chain
+from vmd.images.qcow2 import Qcow2Image
+from vmd.images.rewrite import Rewrite
+from vmd.images.snapshots import Snapshot, find, read_snapshots
+from vmd.ipc import courier
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    ChangeSnapshots,
+    FinishSnapshots,
+    Proc,
+    SnapshotAction,
+    SnapshotInfo,
+    SnapshotsChanged,
+    SnapshotsFailed,
+    SnapshotsReady,
+    SnapshotWord,
+    brief,
+)
+from vmd.ipc.process import Process, handles
+from vmd.privsep.confine import IMGWRITER, confine, limit_memory
+from vmd.privsep.title import set_title
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vmd.ipc.messages import DiskImages
+    from vmd.ipc.process import Handlers
+
+LAST_WORDS_S = 5.0
+SAY_S = 5.0
+MEMORY_BYTES = 4 << 30  # refcounts of the largest images are half of it, for a moment
+FILES_S = 60.0  # for a disk to bring to stable storage what its guest has written
+STATE_BYTES = 4 << 20  # whole clusters of every size
+
+
+class ImgWriter(Process):
+    """Does one job, and ends."""
+
+    def __init__(self) -> None:
+        super().__init__(Proc.IMGWRITER)
+        self.parent = self.attach_parent(Proc.PARENT)
+        self.images: list[Qcow2Image] = []
+        self.changes: list[tuple[str, Rewrite]] = []  # by disk
+        self.said_s = time.monotonic()
+
+    def on_change(self, message: ChangeSnapshots, envelope: Envelope, _channel: Channel) -> None:
+        """List the snapshots, or prepare a change."""
+        set_title(f"imgwriter/{message.name}")
+        try:
+            self.open(message, envelope)
+            if message.action is SnapshotAction.LIST:
+                self.list()
+                self.parent.send(SnapshotsChanged())
+                self.be_over()
+                return
+            self.prepare(message, envelope.take_fd("stream"))
+        except (VmdError, OSError, ValueError) as error:
+            self.fail(error)
+        else:
+            self.parent.send(SnapshotsReady())
+
+    def fail(self, error: Exception) -> None:
+        """Leave everything as it was, say why, and end."""
+        for _, change in self.changes:
+            change.abandon()
+        self.parent.send(SnapshotsFailed(code=number(error), text=brief(sentence(error))))
+        self.be_over()
+
+    def be_over(self) -> None:
+        """Let go of the files, and end."""
+        for image in self.images:
+            with contextlib.suppress(OSError):
+                image.close()
+        self.images = []
+        self.parent.flush_blocking(LAST_WORDS_S)
+        self.loop.stop()
+
+    def say(self) -> None:
+        """Say now and then that something large is under way."""
+        if time.monotonic() >= self.said_s + SAY_S:
+            self.said_s = time.monotonic()
+            self.parent.send(SnapshotWord())
+
+    # --- files
+
+    def open(self, message: ChangeSnapshots, envelope: Envelope) -> None:
+        """Fetch and open all disks.  Raises VmdError, OSError."""
+        fds: list[int] = []
+        for fd in envelope.take_fds("couriers"):
+            with socket.socket(fileno=fd) as sock:
+                try:
+                    fds += courier.fetch(sock, FILES_S).get("disks", [])
+                except (OSError, ValueError):
+                    raise VmdError("the disks of the VM did not come") from None
+        for disk in message.disks:
+            self.images.append(self.open_disk(disk, fds, writable=message.action is not SnapshotAction.LIST))
+
+    def open_disk(self, disk: "DiskImages", fds: list[int], *, writable: bool) -> Qcow2Image:
+        """Open a disk, whose files are the first of `fds`.  Raises ImageError."""
+        name = f"disk {disk.images[0].path}"
+        links = []
+        for place, link in enumerate(disk.images):
+            if not fds:
+                raise ImageError(name, "its files did not come")
+            links.append(
+                Link(
+                    fd=fds.pop(0),
+                    path=link.path if place else name,
+                    format=link.format,
+                    guessed=link.guessed,
+                    discard_granularity=link.discard_granularity,
+                )
+            )
+        image = open_chain(links, writable=writable)
+        if isinstance(image, Qcow2Image):
+            return image
+        image.close()
+        raise ImageError(name, f"is {disk.images[0].format}: only qcow2 images have snapshots")
+
+    def snapshots(self) -> "Iterator[list[Snapshot]]":
+        """Give the snapshots of each disk.  Raises ImageError, OSError."""
+        for image in self.images:
+            yield read_snapshots(image.fd, image.header, image.path)
+
+    # --- what can be asked
+
+    def list(self) -> None:
+        """Tell of each snapshot that some disk has, as the first that has it says it is."""
+        tables = list(self.snapshots())
+        told: set[str] = set()
+        for table in tables:
+            for one in table:
+                tag = one.name or one.id
+                if tag in told:
+                    continue
+                told.add(tag)
+                having = sum(1 for other in tables if find(other, tag) is not None)
+                self.parent.send(
+                    SnapshotInfo(
+                        tag=brief(tag, 200),
+                        date_s=one.date_s,
+                        clock_ns=one.clock_ns,
+                        state_bytes=one.state_bytes,
+                        disks=having,
+                        of_disks=len(tables),
+                    )
+                )
+
+    def prepare(self, message: ChangeSnapshots, stream: int | None) -> None:
+        """Prepare a change of every disk that it concerns.  Raises VmdError, OSError."""
+        tag, action = message.tag, message.action
+        has = [find(table, tag) is not None for table in self.snapshots()]
+        if action is SnapshotAction.CREATE:
+            for image, there in zip(self.images, has, strict=True):
+                if there:
+                    raise ImageError(image.path, f"has a snapshot {tag} already")
+        elif not any(has):
+            raise ImageError(self.images[0].path, f"has no snapshot {tag}")
+        elif action is SnapshotAction.GO_BACK and not all(has):
+            raise ImageError(self.images[has.index(False)].path, f"has no snapshot {tag}, unlike another disk")
+        for image, there in zip(self.images, has, strict=True):
+            if action is SnapshotAction.DELETE and not there:
+                continue  # it was left by one that was not completed
+            change = Rewrite(image)
+            self.changes.append((image.path, change))
+            self.say()
+        if stream is not None:
+            self.take_state(stream, self.changes[0][1])
+        for _, change in self.changes:
+            if action is SnapshotAction.CREATE:
+                change.create(tag, date_ns=message.date_ns, clock_ns=message.clock_ns)
+            elif action is SnapshotAction.DELETE:
+                change.delete(tag)
+            else:
+                change.go_back(tag)
+            self.say()
+
+    def take_state(self, stream: int, change: Rewrite) -> None:
+        """Write what comes through a pipe to a disk.  Raises ImageError, OSError."""
+        buffer = memoryview(bytearray(STATE_BYTES))
+        with open(stream, "rb", buffering=0) as pipe:
+            filled = 0
+            while True:
+                got = pipe.readinto(buffer[filled:])
+                filled += got or 0
+                if got and filled < len(buffer):
+                    continue
+                if filled:
+                    change.add_state([buffer[:filled]], filled)
+                    filled = 0
+                self.say()
+                if not got:
+                    return
+
+    def on_finish(self, message: FinishSnapshots, _envelope: Envelope, _channel: Channel) -> None:
+        """Make the change, or leave everything as it was."""
+        if not message.commit:
+            for _, change in self.changes:
+                change.abandon()
+            self.parent.send(SnapshotsChanged())
+            self.be_over()
+            return
+        done = 0
+        order = self.changes[::-1] if message.first_last else self.changes
+        try:
+            for _, change in order:
+                change.commit()
+                done += 1
+        except (VmdError, OSError) as error:
+            text = f"{sentence(error)}; {done} of {len(order)} disks are changed"
+            self.parent.send(SnapshotsFailed(code=number(error), text=brief(text)))
+        else:
+            self.parent.send(SnapshotsChanged())
+        self.be_over()
+
+    HANDLERS: "Handlers" = {
+        **handles(Proc.PARENT, ChangeSnapshots, on_change),
+        **handles(Proc.PARENT, FinishSnapshots, on_finish),
+    }
+
+
+def main() -> int:
+    """Run process imgwriter."""
+    process = ImgWriter()
+    process.ignore_terminal_signals()
+    confine(IMGWRITER)  # what the kernel lacks, others have said
+    limit_memory(MEMORY_BYTES)
+    process.loop.run()
+    return process.exit_status

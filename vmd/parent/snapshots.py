@@ -1,0 +1,262 @@
+"""Snapshots of VMs' disks: whose turn it is, and who hands which file to whom.
+
+Not a byte of a disk is looked at here.  For each request there is one imgwriter, which gets the files over a courier,
+prepares all disks, and changes them when it is told to:
+
+    SnapshotRequest     the VM does not run, and is not started meanwhile
+    FilesOpened         an opener has locked the disks, as for a start: an imgwriter is started and gets them
+    SnapshotsReady      all is prepared: it goes on
+    SnapshotsChanged    the client is answered when the imgwriter has ended, and with that let go of the disks
+"""
+
+import errno
+import time
+
+from vmd.closing import close_all
+from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, sentence
+from vmd.images.names import check_name
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    Caller,
+    ChangeSnapshots,
+    FinishSnapshots,
+    Proc,
+    SnapshotAction,
+    SnapshotInfo,
+    SnapshotRequest,
+    SnapshotsChanged,
+    SnapshotsDone,
+    SnapshotsFailed,
+    SnapshotsReady,
+    brief,
+)
+from vmd.log import log
+from vmd.parent.clients import For
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.loop import Timer
+    from vmd.ipc.messages import DiskImages
+    from vmd.parent.children import Children
+    from vmd.parent.connections import Attach
+    from vmd.parent.core import Core
+    from vmd.parent.opening import Opened, Openings
+    from vmd.parent.vmtable import Vm
+    from vmd.privsep.spawn import Child
+    from vmd.record import Record
+
+SILENT_S = 120.0  # for the next word of an imgwriter
+END_LOOK_S = 0.1  # between looks at whether one has ended
+AT_A_TIME = 8
+DONE = {
+    SnapshotAction.CREATE: "made snapshot",
+    SnapshotAction.DELETE: "deleted snapshot",
+    SnapshotAction.GO_BACK: "went back to snapshot",
+}
+
+
+class Job:
+    """What an imgwriter is at, from the request to its answer."""
+
+    def __init__(self, vm: "Vm", message: SnapshotRequest, user: int) -> None:
+        self.vm = vm
+        self.action = message.action
+        self.tag = message.tag
+        self.user = user
+        self.child: Child | None = None
+        self.channel: Channel | None = None
+        self.deadline: Timer | None = None
+        self.failure: VmdError | None = None
+        self.changed = False
+
+
+class Snapshots:
+    """The room of snapshots."""
+
+    def __init__(self, core: "Core", openings: "Openings", attach: "Attach") -> None:
+        self.core = core
+        self.loop = core.loop
+        self.clients = core.clients
+        self.openings = openings
+        self.attach = attach
+        self.jobs: dict[Channel, Job] = {}
+        self.children: Children
+        self.open_log: Callable[[str], socket.socket]
+
+    def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
+        """Know how processes are started; `open_log` makes what one writes its lines to."""
+        self.children, self.open_log = children, open_log
+
+    def close(self) -> None:
+        """The daemon ends: what is only prepared leaves the disks as they were."""
+        for job in self.jobs.values():
+            if job.child is not None:
+                job.child.kill()
+
+    # --- a request -------------------------------------------------------------------------------------
+
+    def serve(self, message: SnapshotRequest, caller: Caller, envelope: Envelope) -> None:
+        """Do something with the snapshots of a VM that does not run."""
+        if self.core.ending:
+            raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+        vm = self.core.vms.get(message.vmid, message.name)
+        vm.require_control(caller, "use the snapshots of")
+        listing = message.action is SnapshotAction.LIST
+        if message.action is SnapshotAction.CREATE:
+            try:
+                check_name(message.tag)
+            except ValueError as error:
+                raise OperatorError(errno.EINVAL, str(error)) from None
+        elif listing == bool(message.tag):
+            raise OperatorError(errno.EINVAL, "a list has no tag, and everything else has one")
+        if vm.alive:
+            raise OperatorError(errno.EBUSY, f"vm {vm.name} is {vm.state.value}: stop it first")
+        if not vm.config.disks:
+            raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
+        if len(self.jobs) >= AT_A_TIME:
+            raise OperatorError(errno.EBUSY, f"snapshots of {len(self.jobs)} VMs are being changed already")
+        job = Job(vm, message, caller.uid)
+        self.openings.require_answers(caller.uid)
+        vm.begin_disk_work("its snapshots are in use by another command")
+        self.clients.wait(envelope.peerid, For.IMAGES, vm.vmid)
+        self.openings.open(
+            vm,
+            vm.config.replace(cdrom=""),
+            caller.uid,
+            lambda opened: self._opened(job, opened),
+            lambda error: self._fail(job, error),
+            boots=False,
+            patience_s=vm.patience_s(),
+        )
+
+    def _opened(self, job: Job, opened: "Opened") -> None:
+        """The disks are open and locked: give them to an imgwriter."""
+        try:
+            self._begin(job, opened.disks, {"couriers": opened.take_couriers()})
+        except VmdError as error:
+            self._fail(job, error)
+
+    def _begin(self, job: Job, disks: "tuple[DiskImages, ...]", fds: dict[str, list[int]]) -> None:
+        """Start an imgwriter, and tell it what to do; the descriptors are its own from now on.  Raises VmdError."""
+        try:
+            job.child, ours = self.children.start(Proc.IMGWRITER, self.open_log)
+        except BaseException:
+            close_all(fd for each in fds.values() for fd in each)
+            raise
+        channel = job.channel = self.attach(
+            ours, Proc.IMGWRITER, f"imgwriter/{job.vm.name}", on_lost=self._on_lost
+        )
+        self.jobs[channel] = job
+        self._watch(job)
+        message = ChangeSnapshots(
+            name=job.vm.name, action=job.action, tag=job.tag, disks=disks, date_ns=time.time_ns()
+        )
+        try:
+            channel.send(message, fds=fds)
+        except ValueError as error:  # a packet has no room for it
+            self._lose(job, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
+
+    # --- messages --------------------------------------------------------------------------------------
+
+    def on_message(self, message: "Record", channel: "Channel") -> None:
+        """Hear what an imgwriter says."""
+        match message:
+            case SnapshotInfo():
+                self.on_info(message, channel)
+            case SnapshotsReady():
+                self.on_ready(channel)
+            case SnapshotsChanged():
+                self._of(channel).changed = True  # what is left is that it ends
+            case SnapshotsFailed():
+                self._of(channel).failure = OperatorError(message.code, message.text)
+            case _:
+                self._watch(self._of(channel))
+
+    def on_info(self, message: SnapshotInfo, channel: "Channel") -> None:
+        """Show the client a snapshot."""
+        job = self._of(channel)
+        if job.action is not SnapshotAction.LIST:
+            raise PeerError(channel.label, "lists what it was not asked for")
+        self._watch(job)
+        for wait in self.clients.waiting(For.IMAGES, job.vm.vmid):
+            self.clients.answer(wait.client, message)
+
+    def on_ready(self, channel: "Channel") -> None:
+        """All disks are prepared."""
+        job = self._of(channel)
+        self._watch(job)
+        channel.send(FinishSnapshots(commit=True, first_last=job.action is SnapshotAction.CREATE))
+
+    def vm_of(self, channel: "Channel") -> int:
+        """Return for which VM an imgwriter is at work; 0 for none."""
+        job = self.jobs.get(channel)
+        return job.vm.vmid if job is not None else 0
+
+    def _of(self, channel: "Channel") -> Job:
+        """Return what an imgwriter is at.  Raises PeerError."""
+        job = self.jobs.get(channel)
+        if job is None or job.changed or job.failure is not None:
+            raise PeerError(channel.label, "answers what it was not asked")
+        return job
+
+    # --- the end ---------------------------------------------------------------------------------------
+
+    def _watch(self, job: Job) -> None:
+        """Give up an imgwriter that is not heard of for too long."""
+        if job.deadline is not None:
+            job.deadline.cancel()
+        what = f"vm {job.vm.name}: its disks do not answer"
+        job.deadline = self.loop.call_later(
+            SILENT_S, lambda: self._lose(job, OperatorError(errno.ETIMEDOUT, what))
+        )
+
+    def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:
+        """An imgwriter has ended, as each does in the end."""
+        job = self.jobs.get(channel)
+        if job is not None:
+            if error is not None:
+                log.error(str(error))
+            self._lose(job, HostError(f"vm {job.vm.name}: imgwriter has ended", errno.EIO))
+
+    def _lose(self, job: Job, error: VmdError) -> None:
+        """Be done with an imgwriter; its answer counts if there was one, else this error."""
+        if job.channel is None or self.jobs.pop(job.channel, None) is None:
+            return
+        job.channel.close()
+        if job.deadline is not None:
+            job.deadline.cancel()
+        if not job.changed and job.failure is None:
+            job.failure = error
+        assert job.child is not None
+        job.child.kill()
+        self._await_end(job)
+
+    def _await_end(self, job: Job) -> None:
+        """Answer once the process is gone: until then it has the disks, and might write to them."""
+        assert job.child is not None
+        self.children.bury()
+        if job.child.pidfd >= 0:
+            self.loop.call_later(END_LOOK_S, lambda: self._await_end(job))
+        elif job.failure is not None:
+            self._fail(job, job.failure)
+        else:
+            self._done(job)
+
+    def _done(self, job: Job) -> None:
+        vm = job.vm
+        vm.end_disk_work()
+        if job.action in DONE:
+            log.info(f"{vm.name}: {DONE[job.action]} {job.tag}")
+        self.clients.answer_all(For.IMAGES, vm.vmid, SnapshotsDone(vmid=vm.vmid, name=vm.name, tag=job.tag))
+
+    def _fail(self, job: Job, error: VmdError) -> None:
+        vm = job.vm
+        vm.end_disk_work()
+        text = brief(sentence(error))
+        where = "" if text.startswith(f"vm {vm.name}: ") else f"vm {vm.name}: "
+        log.error(f"{where}{text}")
+        self.clients.fail_all(For.IMAGES, vm.vmid, number(error), f"{where}{text}")
