@@ -853,14 +853,17 @@ def everything(priv: Priv) -> Made:
     return priv.make(nic(bridge="br0", groups=("lab",)), nic("tap7", host4=HOST4, prefix6=PREFIX6))
 
 
-def test_a_parent_that_is_gone_ends_it_cleanly(network: Network) -> None:
-    """End of file is as good as Quit."""
+def test_a_parent_that_is_gone_takes_no_interfaces_with_it(network: Network) -> None:
+    """Its guests may go on: priv ends at the end of file, and leaves everything to the next one."""
     with Priv(network) as priv, everything(priv):
+        before = ours(network)
         priv.sock.close()
         assert priv.wait() == 0
-        assert set(links(network)) == {"lo"}
-    assert ours(network) == []
-    assert setting(network, "ipv4/ip_forward") == "0"
+        assert ours(network) == before
+        assert setting(network, "ipv6/conf/all/forwarding") == "1"
+        with Priv(network):
+            assert ours(network) == []
+    assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
 
 
 def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> None:

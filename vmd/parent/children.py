@@ -3,6 +3,7 @@
 import socket
 import time
 
+from vmd.closing import close_all
 from vmd.config.model import IDS
 from vmd.errors import HostError, VmdError
 from vmd.files.prober import start_probe
@@ -20,6 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmd.parent.lifelock import LifeLock
     from vmd.privsep.spawn import Place
 
 
@@ -27,6 +29,7 @@ SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER)  # to us
 CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
 PRIV_ENDS_S = 20.0  # from being told to end
+LOCK_FD = 4  # where vmm has the lock that says that it lives
 
 
 class Delay:
@@ -48,9 +51,12 @@ class Delay:
 class Children:
     """Starts and finally reaps controls, openers and probes, vmm and priv."""
 
-    def __init__(self, uid: int, gid: int, first_id: int) -> None:
-        """Children have ids from `first_id` on; where the host has no user namespaces, all but priv are that user."""
+    def __init__(self, uid: int, gid: int, first_id: int, lock: "LifeLock | None" = None) -> None:
+        """`lock` is what each vmm has a share in.
+
+        Children have ids from `first_id` on; where the host has no user namespaces, all but priv are that user."""
         self._uid = uid
+        self._lock = lock
         self._own_ids = range(first_id, first_id + IDS + 1)
         priv = Network(first_id + IDS)
         self._groups_place = group_place()
@@ -81,13 +87,25 @@ class Children:
             raise HostError(f"make a channel to {name}", error) from error
         if proc in SEND_NO_FILES:
             refuse_files(ours)
+        fds: dict[int, int] = {}
+        if proc is Proc.VMM and self._lock is not None and (lock_fd := self._lock.share()) >= 0:
+            fds[LOCK_FD] = lock_fd
         try:
             with theirs, open_log(name) as writer:
-                place = self._places[proc]
-                child = spawn(title or name, arguments, channel=theirs, log_fd=writer.fileno(), place=place)
+                child = spawn(
+                    title or name,
+                    arguments,
+                    channel=theirs,
+                    fds=fds,
+                    log_fd=writer.fileno(),
+                    place=self._places[proc],
+                    outlives=proc is Proc.VMM,
+                )
         except BaseException:
             ours.close()
             raise
+        finally:
+            close_all(fds.values())
         self._present[proc] = child
         self._children.append(child)
         if proc is Proc.VMM:

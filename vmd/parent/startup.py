@@ -15,6 +15,7 @@ from vmd.parent.children import Children
 from vmd.parent.examine import check_vms
 from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.identity import StateFile, state_directory
+from vmd.parent.lifelock import LifeLock
 from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.oom import OomScores
@@ -119,17 +120,20 @@ def serve(options: Options, stored: Mapping[str, int]) -> int:
     config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
     kvm_fd = service.wait_for_kvm(0 if options.debug else service.KVM_WAIT_S)
     raise_file_limit(config.settings.limit_vms)
+    service.make_run_directory()
+    lock = LifeLock(options.socket_path)
+    lock.wait()
     listener = service.listen(options.socket_path, config.settings.socket_owner)
     with contextlib.ExitStack() as end:
+        end.callback(lock.remove)
         end.callback(service.remove_socket, options.socket_path)
         ready = announce(options, stored)
         form = service.choose_log(options.debug)
         log.setup("vmd", form, options.verbosity)
         for line in landlock.limits(landlock.abi()):
             log.debug(line)  # once, and not by each process
-        service.make_run_directory()
         scores = OomScores()
-        children = Children(uid, gid, config.settings.first_id)
+        children = Children(uid, gid, config.settings.first_id, lock)
         state = StateFile(state_directory())
         parent = Parent(options, config, partial(read_config, options), state, Store(stored))
         parent.on_ready = ready

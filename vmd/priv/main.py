@@ -6,6 +6,8 @@ Holds    a netlink socket; a tap, which the parent opened, only until it is hand
 Parses   what nft and the kernel say
 
 Whatever cannot be done is an answer, never the end of this process: with it would go the whole daemon.
+What it has made it removes when it is told to end.  When the parent is gone it removes nothing: guests may go on, and
+the next daemon goes on with their interfaces, or removes them.
 """
 
 import errno
@@ -64,6 +66,7 @@ class Priv(Process):
         self.parent = self.attach_parent(Proc.PARENT)
         self.network = Network()
         self.began = False
+        self.cleans_up = False  # at its end
         self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
         self.told: set[int] = set()  # vmids that had their answer since the last look
         self.looked_s = -SWEEP_S
@@ -217,7 +220,8 @@ class Priv(Process):
         log.verbosity = message.verbosity
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """End."""
+        """End, with all that was made."""
+        self.cleans_up = True
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
@@ -239,5 +243,6 @@ def main() -> int:
     process.listen()
     process.parent.send(Ready(warnings=tuple(warnings)))
     process.loop.run()
-    process.network.close()
+    if process.cleans_up:
+        process.network.close()
     return process.exit_status

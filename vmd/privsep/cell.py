@@ -123,6 +123,8 @@ class Cell:
 class VmmCell(Cell):
     """The cell as vmm enters it: with VM processes and devices in a pid namespace, where nothing survives vmm.
 
+    It outlives us: with the end of its channel it has its guests shut down.
+
     Where there are ids, also in a user namespace that has only those: vmm may give each VM process one, and signal it.
     """
 

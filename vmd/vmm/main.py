@@ -2,7 +2,10 @@
 
 Runs as  an id of its own; sees only the interpreter and our own code, read-only; no network
 Peers    parent (VM configs and fds in, exits out); one vm/<name> per running VM
-Holds    /dev/kvm; a VM's fds only while it passes them on
+Holds    /dev/kvm; a VM's fds only while it passes them on; a lock that says that it lives (`parent/lifelock.py`)
+
+It does not end with the parent at once.  Guests whose parent is gone, and whom nobody goes on with, are asked to shut
+down; vmm ends with the last of them, or when their time is over.
 
 A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve.
 """
@@ -67,6 +70,7 @@ GONE_S = 10.0  # from being killed to being gone; what takes longer waits for st
 END_S = 5.0  # ... when vmm itself ends
 RESERVE_DELAY_S = 0.03  # from the beginning of a guest, which needs the processor first
 RESERVE_LATEST_S = 2.0  # ... if it does not begin
+ORPHANS_S = 135.0  # for guests to shut down when the parent is gone; each has two minutes once it has noticed
 
 
 class Vmm(Process):
@@ -80,6 +84,7 @@ class Vmm(Process):
         self.running: dict[int, VmChild] = {}  # by vmid
         self.reaper = Reaper(self.loop, self.on_vm_gone)
         self.stuck: set[VmChild] = set()  # killed, given up, and not gone
+        self.orphaned = False  # the parent is gone
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
@@ -104,7 +109,7 @@ class Vmm(Process):
 
     def fill_reserve(self) -> None:
         """Have one VM process ready for the next start."""
-        if self.reserve is None and self.slots:
+        if self.reserve is None and self.slots and not self.orphaned:
             try:
                 self.reserve = self.spawn_vm()
             except HostError as error:
@@ -219,6 +224,7 @@ class Vmm(Process):
             del self.running[child.vmid]
             words = f"{child.last_words or 'killed'}; its process waits for storage, and has not ended yet"
             self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=Outcome.KILLED, text=brief(words)))
+            self.end_if_over()
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""
@@ -296,6 +302,27 @@ class Vmm(Process):
             del self.running[child.vmid]
             words = child.last_words or text
             self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=words))
+            self.end_if_over()
+
+    # --- without the parent -----------------------------------------------------------------------------------
+
+    def on_parent_lost(self, _channel: Channel, error: PeerError | None) -> None:
+        """Nobody goes on with our VMs: have their guests shut down, and end with the last one."""
+        if error is not None:
+            log.crit(str(error))
+            self.exit_status = 1
+        self.orphaned = True
+        if self.running:
+            log.warn(f"the daemon is gone: {len(self.running)} guests are to shut down, {ORPHANS_S:.0f} s at most")
+            self.loop.call_later(ORPHANS_S, self.loop.stop)
+        for child in self.running.values():
+            child.channel.send(StopVm(vmid=child.vmid, mode=StopMode.GRACEFUL))
+        self.end_if_over()
+
+    def end_if_over(self) -> None:
+        """End with the last VM if there is nobody to start another one for."""
+        if self.orphaned and not self.running:
+            self.loop.stop()
 
     # --- what a handler did not expect ------------------------------------------------------------------------
 
