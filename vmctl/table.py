@@ -118,13 +118,30 @@ COMMANDS = (
         operand=Operand(name="brief | verbose", words=("brief", "verbose"), abbreviated=True),
     ),
     Command(
+        name="migrate",
+        module="migrate",
+        upstream=False,
+        help="have a running VM go on at another host, by ssh",
+        options=(
+            Option(name="-e", value="command", help="run this instead of ssh; it may have options of its own"),
+            Option(name="-f", help="the storage does not carry locks: take it on trust that it is the same at both"),
+            Option(name="-v", help="say how far it is"),
+        ),
+        operand=ID,
+        more=(Operand(name="[user@]host[:name]"),),
+    ),
+    Command(
         name="pause", module="pause", help="have a VM stand still until unpause", operand=ID
     ),
     Command(
         name="receive",
         module="receive",
         help="read a VM that send has written from standard input, and let it go on under this name",
-        options=(Option(name="-p", help="leave it paused"),),
+        options=(
+            Option(name="-p", help="leave it paused"),
+            Option(name="-w", instead_of="-p", help="let it go on when the sender says so: what migrate runs"),
+            Option(name="-f", help="with -w: take it on trust that the disks here are the sender's"),
+        ),
         operand=Operand(name="name", kind=VM),
     ),
     Command(
@@ -193,7 +210,13 @@ COMMANDS = (
         ),
         operand=ID,
     ),
-    Command(name="unpause", module="unpause", help="let a paused VM go on", operand=ID),
+    Command(
+        name="unpause",
+        module="unpause",
+        help="let a paused VM go on",
+        options=(Option(name="-f", help="one that is in doubt, too: it does not run elsewhere"),),
+        operand=ID,
+    ),
     Command(
         name="version", module="version", upstream=False, help="show the versions of vmctl and of the daemon"
     ),

@@ -13,12 +13,13 @@ def run(session: Session, given: Given) -> int:
     return change(session, given, paused=True)
 
 
-def change(session: Session, given: Given, *, paused: bool) -> int:
+def change(session: Session, given: Given, *, paused: bool, force: bool = False) -> int:
     """Pause or unpause, and say so in upstream's words.  Raises CommandError."""
     ref = parse_vmref(given.operand)
     word = "pause" if paused else "unpause"
     try:
-        answer = session.client.ask(PauseRequest(vmid=ref.vmid, name=ref.name, paused=paused), VmPaused)
+        request = PauseRequest(vmid=ref.vmid, name=ref.name, paused=paused, force=force)
+        answer = session.client.ask(request, VmPaused)
     except Refused as error:
         raise refused(f"{word} vm command failed", error) from None
     warn(f"{word}d vm {answer.vmid} successfully")

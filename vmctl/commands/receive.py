@@ -21,6 +21,10 @@ def run(session: Session, given: Given) -> int:
         raise CommandError("standard input is a terminal: redirect it from a file, or from a pipe")
     if access_mode(STDIN) == os.O_WRONLY:
         raise CommandError("standard input is not open for reading: redirect it from a file, or from a pipe")
+    if given.has("-w"):
+        from vmctl.carried import receive_in_steps  # which reads `json`
+
+        return receive_in_steps(session, ref.name, force=given.has("-f"))
     request = ReceiveRequest(name=ref.name, paused=given.has("-p"))
     try:
         received = transfer(session, request, VmReceived, STDIN, ref.name)

@@ -7,4 +7,4 @@ from vmctl.session import Session
 
 def run(session: Session, given: Given) -> int:
     """Unpause."""
-    return change(session, given, paused=False)
+    return change(session, given, paused=False, force=given.has("-f"))

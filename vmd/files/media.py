@@ -2,12 +2,14 @@
 
 import errno
 import os
+import stat
 import time
 
 from vmd.closing import close_all
-from vmd.errors import OperatorError
+from vmd.errors import InUse, OperatorError
 from vmd.fileid import file_id
 from vmd.files.images import OpenDisk, Use, discard_granularity, open_cdrom, open_disk
+from vmd.images.locks import USES, WRITE
 from vmd.ipc.messages import DiskImages, ImageLink, OpenedFile
 
 TYPE_CHECKING = False
@@ -29,6 +31,7 @@ class Media:
         self.cdrom: int | None = None
         self.cdrom_path = ""
         self.notes: list[str] = []  # sentences that the operator should read
+        self.in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has, where that may be
 
     @classmethod
     def open(
@@ -40,8 +43,11 @@ class Media:
         in_conf: bool = True,
         patience_s: float = 0,
         at: "Callable[[str], None]" = lambda _what: None,
+        others_have: bool = False,
     ) -> "Media":
         """Open and lock everything; all or nothing.  `at` is told what is next.
+
+        With `others_have` disks are passed over that somebody else writes to: they are `in_use`.
 
         `patience_s` is for a VM that has just been killed, or is about to let go: its device processes hold the locks
         until the kernel has ended them.
@@ -55,8 +61,14 @@ class Media:
             media = cls()
             try:
                 for disk in disks:
-                    media.disks.append(open_disk(disk, prober, use, at))
-                    media.notes += media.disks[-1].notes
+                    try:
+                        media.disks.append(open_disk(disk, prober, use, at))
+                    except InUse as error:
+                        if not others_have or error.name != f"disk {disk.path}" or USES + WRITE not in error.marks:
+                            raise
+                        media.in_use += (OpenedFile(what=shortened(error.name), file=error.file),)
+                    else:
+                        media.notes += media.disks[-1].notes
                 media.cdrom_path = cdrom
                 if cdrom:
                     at(f"cdrom {cdrom}")
@@ -72,6 +84,11 @@ class Media:
                 raise
             else:
                 return media
+
+    def unused(self) -> tuple[str, ...]:
+        """Return the paths of disks that nobody else has, but for devices: their locks are those of this host."""
+        tops = (disk.links[0] for disk in self.disks if not disk.read_only)
+        return tuple(shortened(top.path) for top in tops if not stat.S_ISBLK(os.fstat(top.fd).st_mode))
 
     def files(self) -> tuple[OpenedFile, ...]:
         """Return which file each image and the disc is; before they are taken."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         after the next `flush` has returned; until then either may be lost, never the image's consistency.
         """
 
+        fd: int  # of the image itself
         path: str  # for sentences only; nothing here opens a path
         size: int  # whole sectors
         writable: bool
@@ -43,6 +44,12 @@ if TYPE_CHECKING:
 
         def span(self, offset: int) -> tuple[bool, int]:
             """Return whether there is data at `offset`, and for how many bytes that holds; False: zeroes."""
+
+        def finish(self) -> None:
+            """After a `flush`, and with no request under way: store what `close` would, and make it last.
+
+            Unless something is written to it afterwards, `close` does not change the image then.
+            """
 
         def close(self) -> None:
             """Finish what is to be finished and let the descriptors go.

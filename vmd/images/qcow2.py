@@ -1005,6 +1005,12 @@ class Qcow2Image:
             for _, index, new in changed:
                 self._set(number, part, index, new)
 
+    def finish(self) -> None:
+        """See Image."""
+        if self.writable:
+            self._store_freed()
+            self.stable.sync()
+
     def close(self) -> None:
         """See Image."""
         try:

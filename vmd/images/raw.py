@@ -141,6 +141,9 @@ class RawImage:
         """See Image."""
         return data_span(self.fd, offset, self.size)
 
+    def finish(self) -> None:
+        """See Image."""
+
     def close(self) -> None:
         """See Image."""
         os.close(self.fd)

@@ -137,6 +137,14 @@ COUNTERS_BODY = Struct(f"<I4x{len(COUNTER_NAMES)}Q")
 SETTLE = 10
 SETTLED, SETTLED_FAILED, SETTLED_NOT_YET = 0, 1, 2
 
+# LET_GO: to a disk that stands still and is settled: finish the image and let go of its lock, for the guest may go on
+#   elsewhere.  Answered LET_GO with a status, as STATUS has it.
+# TAKE_BACK: take the lock again.  Answered TAKE_BACK with TAKEN; in all other cases it is not taken: somebody has the
+#   image, or has written to it since it was let go, or it cannot be asked.
+LET_GO = 12
+TAKE_BACK = 13
+TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED = 0, 1, 2, 3
+
 # --- async -----------------------------------------------------------------------------------------------
 
 # ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  Sent on sync too, as the answer to

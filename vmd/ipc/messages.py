@@ -51,6 +51,7 @@ VMD_CDROM_MISSING = 1005
 VMD_CDROM_INVALID = 1006
 VMD_PARENT_INVALID = 1007
 VMD_CONSOLE_TAKEN = 1008
+VMD_IN_DOUBT = 1009  # a VM that was to go on here may have done so
 
 TEXT_BYTES_MAX = 4000  # of a sentence; with all else a message has it fits a packet
 
@@ -302,9 +303,13 @@ class ConsoleBreak(VmRequest):
 
 @request(0x1A, Who.OWNER, "VmPaused")
 class PauseRequest(VmRequest):
-    """Stop a VM between two instructions, or let it go on; what is so already stays so."""
+    """Stop a VM between two instructions, or let it go on; what is so already stays so.
+
+    With `force` one that is in doubt goes on here, by the word of who asks that it does not run elsewhere.
+    """
 
     paused: bool
+    force: bool = False
 
 
 @request(0x1C, Who.ROOT, "TransferProgress", "VmSent", fds=("stream?",))
@@ -364,6 +369,52 @@ class SnapshotRequest(VmRequest):
 
     action: SnapshotAction = SnapshotAction.LIST
     tag: str = ""
+
+
+@request(0xE0, Who.ROOT, "MigrationAt", fds=("stream?",))
+class MigrateRequest(VmRequest):
+    """Write a VM to `stream` that goes on elsewhere only when this client says so.
+
+    Answered when the stream's header is written; the guest runs on.  What follows is asked with `MigrationStep`, by the
+    same client; if it leaves before COMMIT, the VM goes on as before.  fds: as for SendRequest.
+    """
+
+
+@request(0xE1, Who.ROOT, "MigrationAt", fds=("stream?",))
+class MigrateInRequest(Request):
+    """Read a VM from `stream` that goes on under a name when this client says so, and not before.
+
+    Answered when the header has been judged: such a VM can go on here.  The sender has to have its disks in use, for
+    else they are others than those here; with `force` that is taken on trust.  What follows is asked with
+    `MigrationStep`, by the same client; if it leaves before COMMIT, there is no VM.  fds: as for SendRequest.
+    """
+
+    name: str
+    force: bool = False
+
+
+class Step(IntEnum):
+    """What comes next of a VM that goes from one host to another."""
+
+    GO_ON = 1  # memory: write it, until all is written; or read it, until all was read
+    COMMIT = 2  # here: let the disks go; there: take them, and run
+    DONE = 3  # it runs there: end it here
+    BACK = 4  # it does not run there: let it go on here
+
+
+@request(0xE2, Who.ROOT, "TransferProgress", "MigrationAt", "VmSent", "VmReceived")
+class MigrationStep(VmRequest):
+    """Go on with a migration; answered when that is done.
+
+    Failed: there is no migration any more.  After COMMIT at the target, with VMD_IN_DOUBT, the VM may run or have run
+    there; with all else it never did.  BACK is always answered by Failed, with what has become of the VM.
+    """
+
+    step: Step
+    locks_travel: bool = False  # GO_ON here: the target has said so (`MigrationAt`)
+    paused: bool = False  # COMMIT there: it stays paused
+    in_doubt: bool = False  # BACK: nobody knows whether it runs there
+    text: str = ""  # BACK: why
 
 
 # --- what vmctl is answered ------------------------------------------------------------------------------
@@ -458,6 +509,7 @@ class VmSent(Record):
     vmid: int
     name: str
     sent_bytes: int
+    downtime_ms: int = 0  # of a migration: from when it stood still here until it was known to run there
 
 
 @message(0x3C, ANSWER)
@@ -585,6 +637,20 @@ class SnapshotsDone(Record):
     vmid: int
     name: str
     tag: str = ""
+
+
+@message(0xE3, ANSWER)
+class MigrationAt(Record):
+    """A step of a migration is done.
+
+    `locks_travel`, of the first one there: all disks are in use, so who has them here cannot have them there.
+    `paused`, of COMMIT here: the VM was paused, and is to stay so.
+    """
+
+    vmid: int
+    name: str
+    locks_travel: bool = False
+    paused: bool = False
 
 
 # --- between the daemon's own processes ------------------------------------------------------------------
@@ -780,11 +846,13 @@ class SendVm(Record):
     """Stand still and write yourself to the `stream` that comes over `courier`.  VmExited follows, unless `keep`.
 
     `one_shot`, which goes along: when the guest resets itself, that is its end (*cat. 4.4*).
+    `two_way`: HeaderSent follows, and memory only after SendOn; when all is written, stand still until EndSend.
     """
 
     vmid: int
     keep: bool
     one_shot: bool
+    two_way: bool = False
 
 
 @message(0x6E, FROM_VM)
@@ -793,6 +861,62 @@ class SendDone(Record):
 
     vmid: int
     sent_bytes: int
+    text: str = ""
+    stopped_ns: int = 0  # when it came to stand still for that, by CLOCK_MONOTONIC
+
+
+@message(0xE4, FROM_VM)
+class HeaderSent(Record):
+    """The receiver can judge what VM it would be."""
+
+    vmid: int
+
+
+@message(0xE5, TO_VM)
+class SendOn(Record):
+    """The receiver takes it: write the rest.  SendDone follows."""
+
+    vmid: int
+
+
+@message(0xE6, TO_VM, answered_by=("DisksLetGo",))
+class LetDisksGo(Record):
+    """All is written: let the receiver have the disks."""
+
+    vmid: int
+
+
+@message(0xE7, FROM_VM)
+class DisksLetGo(Record):
+    """They are let go; or a `text` says why not, and none is."""
+
+    vmid: int
+    text: str = ""
+
+
+@message(0xE8, TO_VM, answered_by=("SendUndone",))
+class EndSend(Record):
+    """`sent`: the machine runs elsewhere, end.  Else take back the disks and be as before; that is answered."""
+
+    vmid: int
+    sent: bool
+
+
+class TakenBack(IntEnum):
+    """What has become of an attempt to take back the disks of a VM that was to go on elsewhere."""
+
+    DONE = 0  # or they had not been let go
+    IN_USE = 1
+    CHANGED = 2  # since they were let go: the guest has run elsewhere
+    FAILED = 3
+
+
+@message(0xE9, FROM_VM)
+class SendUndone(Record):
+    """The machine is as before; or it stands still without its disks, and a `text` names one of them."""
+
+    vmid: int
+    outcome: TakenBack
     text: str = ""
 
 
@@ -1144,6 +1268,7 @@ class OpenFiles(Record):
     copy_max: int = 0  # bytes; the opener makes no file larger
     in_conf: bool = True  # whether advice is for who writes a vm.conf
     patience_s: float = 0.0  # for locks that somebody is about to let go
+    others_have: bool = False  # disks are in use, and are to be looked at all the same: they say so in `in_use`
 
 
 @message(0xA1, (Proc.OPENER, Proc.PARENT), partial=True)
@@ -1161,6 +1286,8 @@ class FilesOpened(Record):
     files: tuple[OpenedFile, ...] = ()
     notes: tuple[str, ...] = ()  # sentences that the operator should read
     boot_name: str = ""  # of the kernel or firmware, for messages
+    in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has; they are not open
+    unused: tuple[str, ...] = ()  # disks that nobody has, though storage could tell
 
 
 @message(0xA3, (Proc.OPENER, Proc.PARENT))

@@ -93,8 +93,11 @@ class Opener(Process):
             in_conf=message.in_conf,
             patience_s=message.patience_s,
             at=self.at,
+            others_have=message.others_have,
         )
         opened = FilesOpened(
+            in_use=media.in_use,
+            unused=media.unused(),
             disks=media.describe(),
             files=media.files(),
             notes=tuple(fitting(media.notes, NOTES_MAX, NOTES_BYTES_MAX)),

@@ -25,6 +25,7 @@ class For(Enum):
     PAUSE = "its standing still, or going on"  # answered in the order of the requests
     TRANSFER = "its being sent or received"
     IMAGES = "the snapshots of its disks"
+    CARRYING = "nothing: the client carries it to another host, or from there"
     DEVICES = "what its devices have done"
     SNAPSHOT = "what its console has shown"  # answered in the order of the requests
     OUTPUT = "more than that"

@@ -12,6 +12,7 @@ from vmd.config.model import Owner
 from vmd.errors import HostError, OperatorError, VmdError, number
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.messages import (
+    VMD_IN_DOUBT,
     VMD_PARENT_INVALID,
     Caller,
     Failed,
@@ -362,6 +363,8 @@ class Life:
         """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""
         vm = self.vms.living(message.vmid)
         vm.text, vm.code = brief(message.text), message.code
+        if vm.receiving is not None:
+            vm.receiving.unbuilt = True
         log.error(f"vm {vm.name}: {message.text}")
 
     def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
@@ -442,9 +445,12 @@ class Life:
 
     def _answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
         """Answer who wanted something of a VM process that has ended instead of doing it."""
+        if vm.receiving is not None and vm.receiving.resumed and not vm.receiving.unbuilt:
+            code = VMD_IN_DOUBT  # its guest may have begun to run
         name = f"vm {vm.name}: "  # which some sentences have already
         failed = Failed(code=code, text=brief(name + text.removeprefix(name)))
         self.clients.answer_all(For.PAUSE, vm.vmid, failed)
+        self.clients.take(For.CARRYING, vm.vmid)
         self.clients.answer_all(For.TRANSFER, vm.vmid, vm.drop_transfer() or failed)
 
     def _reset_done(self, vm: Vm) -> None:

@@ -41,13 +41,18 @@ from vmd.ipc.messages import (
     ConsoleSnapshotEnd,
     ConsoleWatch,
     DevicesReported,
+    DisksLetGo,
     DropsReported,
     Failed,
     FilesOpened,
+    HeaderSent,
     KvmFd,
     ListRequest,
     LoadRequest,
     LogRequest,
+    MigrateInRequest,
+    MigrateRequest,
+    MigrationStep,
     NetworkConfigured,
     NicsFailed,
     NicsMade,
@@ -69,6 +74,7 @@ from vmd.ipc.messages import (
     ResetRequest,
     SendDone,
     SendRequest,
+    SendUndone,
     SnapshotInfo,
     SnapshotRequest,
     SnapshotsChanged,
@@ -101,6 +107,7 @@ from vmd.parent.core import Core
 from vmd.parent.identity import StateFile
 from vmd.parent.life import Life
 from vmd.parent.logs import Logs
+from vmd.parent.migrations import Migrations
 from vmd.parent.network import Network
 from vmd.parent.opening import Openings
 from vmd.parent.options import Options
@@ -177,11 +184,12 @@ class Parent(Process):
         self.logs = Logs(core, self.attach)
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
         core.peers.channels[Proc.CONTROL] = self.connections
+        migrations = self.transfers.migrations
         rooms = (
             self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
             self.configuration,
         )  # fmt: skip
-        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, core.slots)}
+        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, core.slots)}
         self.handed_over = False
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
@@ -415,7 +423,7 @@ class Parent(Process):
     def stop_waiting(self, waits: "list[Wait]") -> None:
         """Clients wait no longer: what only they wanted is cancelled."""
         for wait in waits:
-            if wait.what is For.TRANSFER:
+            if wait.what in (For.TRANSFER, For.CARRYING):
                 self.transfers.on_client_gone(wait.vmid)
 
     # --- what a handler did not expect -------------------------------------------------------------------
@@ -460,6 +468,9 @@ class Parent(Process):
         **handles(Proc.VMM, VmExited, on(Life, Life.on_exited)),
         **handles(Proc.VMM, PauseDone, on(Transfers, Transfers.on_pause_done)),
         **handles(Proc.VMM, SendDone, on(Transfers, Transfers.on_send_done)),
+        **handles(Proc.VMM, HeaderSent, on(Migrations, Migrations.on_header_sent)),
+        **handles(Proc.VMM, DisksLetGo, on(Migrations, Migrations.on_disks_let_go)),
+        **handles(Proc.VMM, SendUndone, on(Migrations, Migrations.on_undone)),
         **handles(Proc.VMM, TransferProgress, on(Transfers, Transfers.on_progress)),
         **handles(Proc.VMM, ReceivedHeader, on(Transfers, Transfers.on_received_header)),
         **handles(Proc.VMM, ReceivedMachine, on(Transfers, Transfers.on_received_machine)),
@@ -493,6 +504,9 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(SendRequest, Transfers, Transfers.serve_send),
     **serves(ReceiveRequest, Transfers, Transfers.serve_receive),
     **serves(SnapshotRequest, Snapshots, Snapshots.serve),
+    **serves(MigrateRequest, Migrations, Migrations.serve_migrate),
+    **serves(MigrateInRequest, Migrations, Migrations.serve_migrate_in),
+    **serves(MigrationStep, Migrations, Migrations.serve_step),
     **serves(ListRequest, Status, Status.serve_list),
     **serves(SwitchesRequest, Status, Status.serve_switches),
     **serves(NicsRequest, Status, Status.serve_nics),

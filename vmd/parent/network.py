@@ -321,6 +321,8 @@ class Network:
             self.core.peers.send(Proc.VMM, message, fds=fds)
         except ValueError as error:
             raise OperatorError(errno.E2BIG, f"vm {vm.name}: configuration too long: {error}") from error
+        if vm.receiving is not None:
+            vm.receiving.resumed = True
         self.on_sent(vm)
 
     # --- name servers ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from vmd.config.model import Owner
 from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
 from vmd.ipc.fence import OUR_FAULT
-from vmd.ipc.messages import Caller, FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc
+from vmd.ipc.messages import Caller, FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc
 from vmd.log import log
 from vmd.parent.access import NOGROUP, groups_of
 from vmd.parent.holders import Holders, in_words
@@ -70,6 +70,8 @@ class Opened:
         self.files: Files = {}
         self.notes: tuple[str, ...] = ()
         self.boot_name = ""
+        self.in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has
+        self.unused: tuple[str, ...] = ()  # disks that nobody else has, where locks can tell
         self.couriers: list[int] = []  # ends for the VM process
 
     def take_couriers(self) -> list[int]:
@@ -209,13 +211,17 @@ class Openings:
         given: Given | None = None,
         patience_s: float = 0.0,
         names_holder: bool = True,
+        others_have: bool = False,
     ) -> None:
         """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
 
         A client may have opened some of that: `given`.  `patience_s` is for locks of somebody who is about to let go.
+        With `others_have` disks that are in use are looked at and not opened.
         """
         self.give_up(vm)
         jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s)
+        if others_have:
+            jobs = [job.replace(others_have=True) for job in jobs]
         opening = self.by_vm[vm] = Opening(
             vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder
         )
@@ -361,6 +367,8 @@ class Openings:
         opened.disks += message.disks
         opened.files |= {each.what: each.file.key for each in message.files}
         opened.notes += message.notes
+        opened.in_use += message.in_use
+        opened.unused += message.unused
         opened.boot_name = opened.boot_name or message.boot_name
         self._go_on(opening)
 

@@ -42,6 +42,7 @@ from vmd.log import log
 from vmd.parent import endings
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files
+from vmd.parent.migrations import Migrations
 from vmd.parent.requests import check_paths, checked_request
 from vmd.parent.vmtable import Receiving, State, Vm
 
@@ -66,6 +67,7 @@ class Transfers:
         self.life = life
         self.openings = openings
         self.network = network
+        self.migrations = Migrations(core, self)
 
     # --- standing still --------------------------------------------------------------------------------
 
@@ -73,6 +75,9 @@ class Transfers:
         """Have a VM stand still, or go on.  One that was received and waits for its disks tries again to get them."""
         vm = self.vms.get(message.vmid, message.name)
         vm.require_control(caller, "pause" if message.paused else "unpause")
+        if vm.state is State.IN_DOUBT and not message.paused:
+            self.migrations.unpause(vm, envelope.peerid, force=message.force)
+            return
         vm.require_pausable()
         if message.paused and vm.receiving is not None:  # it has not even begun to run here
             self.clients.answer(envelope.peerid, VmPaused(vmid=vm.vmid, name=vm.name, paused=True))
@@ -101,16 +106,20 @@ class Transfers:
     def serve_send(self, message: SendRequest, _caller: Caller, envelope: Envelope) -> None:
         """Have a VM write itself to the client's descriptor."""
         vm = self.vms.get(message.vmid, message.name)
-        vm.begin_send(keep=message.keep)
+        self.begin_send(vm, envelope.peerid, keep=message.keep)
+        log.info(f"{vm.name}: sending vm {vm.vmid}")
+
+    def begin_send(self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False) -> None:
+        """Have a VM write to a client's stream; with `carried` it migrates.  Raises OperatorError, HostError."""
+        vm.begin_send(keep=keep, carried=carried)
         try:
-            stream = self.clients.courier(envelope.peerid)
+            stream = self.clients.courier(client)
         except HostError:
             vm.stay()
             raise
-        self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
-        send = SendVm(vmid=vm.vmid, keep=message.keep, one_shot=bool(vm.once_because))
+        self.clients.wait(client, For.TRANSFER, vm.vmid)
+        send = SendVm(vmid=vm.vmid, keep=keep, one_shot=bool(vm.once_because), two_way=carried)
         self.core.peers.send(Proc.VMM, send, fds={"courier": [stream]})
-        log.info(f"{vm.name}: sending vm {vm.vmid}")
 
     def on_progress(self, message: TransferProgress, envelope: Envelope) -> None:
         """Let the client see how far it is."""
@@ -125,11 +134,16 @@ class Transfers:
         sending = vm.sending
         if sending is None:
             return
-        text = brief(message.text)
+        text = brief(sending.abandoned or message.text) if message.text else ""
+        if sending.carried and not text:
+            self.migrations.on_written(vm, sending, message)
+            return
         if text:
             vm.stay()
+            self.clients.take(For.CARRYING, vm.vmid)
             log.error(f"vm {vm.name}: not sent: {text}")
-            text = f"vm {vm.name} was not sent, and is as before: {text}"
+            verb = "migrated" if sending.carried else "sent"
+            text = f"vm {vm.name} was not {verb}, and is as before: {text}"
             self.clients.fail_all(For.TRANSFER, vm.vmid, errno.EIO, text)
             return
         log.info(f"{vm.name}: sent vm {vm.vmid}, {message.sent_bytes} bytes")
@@ -144,19 +158,23 @@ class Transfers:
 
     def serve_receive(self, message: ReceiveRequest, caller: Caller, envelope: Envelope) -> None:
         """Start a process that reads the client's stream."""
+        self.begin_receive(message.name, Receiving(paused=message.paused), caller, envelope.peerid)
+
+    def begin_receive(self, name: str, receiving: Receiving, caller: Caller, client: int) -> Vm:
+        """Start a process that reads a client's stream.  Raises OperatorError, HostError."""
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         require_files()
-        vm = self.vms.find(0, message.name)
+        vm = self.vms.find(0, name)
         if vm is None:
             # As small as a VM can be, until its stream says more.
-            vm = self.vms.add(checked_request(VmConfig(name=message.name), bootable=True), from_config=False)
+            vm = self.vms.add(checked_request(VmConfig(name=name), bootable=True), from_config=False)
         elif vm.alive or not vm.from_config:
             raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
-        stream = self.clients.courier(envelope.peerid)
+        stream = self.clients.courier(client)
         try:
             self.core.slots.give()
-            vm.begin_receive(Receiving(paused=message.paused))
+            vm.begin_receive(receiving)
             # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
             vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
             vm.open_console()
@@ -171,15 +189,17 @@ class Transfers:
             if not vm.from_config:
                 self.vms.remove(vm)
             raise
-        self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
+        self.clients.wait(client, For.TRANSFER, vm.vmid)
         start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity)
         self.core.peers.send(Proc.VMM, start, fds={"courier": [stream], **fds})
         log.info(f"{vm.name}: receiving vm {vm.vmid}")
+        return vm
 
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:
         """Judge what a stream wants to be; the name is ours, and so is the owner."""
         vm = self.vms.living(message.vmid)
-        if vm.receiving is None:
+        receiving = vm.receiving
+        if receiving is None:
             return
         config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
         try:
@@ -203,18 +223,42 @@ class Transfers:
 
         def found(opened: "Opened") -> None:
             opened.close()
-            judged(None)
+            if not receiving.carried:
+                judged(None)
+                return
+            vm.running_config = config
+            try:
+                self.migrations.on_judged(vm, receiving, opened)
+            except OperatorError as error:
+                self.give_up(vm, error.number, error.what)
+
+        def refused(error: VmdError) -> None:
+            if receiving.carried:
+                self.give_up(vm, number(error), sentence(error))
+            else:
+                judged(error)
 
         # Whether its disks are here is to be known while the sender still has the VM.
-        self.openings.open(vm, config, vm.uid, found, judged, boots=False, names_holder=False)
+        carried = receiving.carried
+        self.openings.open(
+            vm, config, vm.uid, found, refused, boots=False, names_holder=carried, others_have=carried
+        )
 
     def on_received_machine(self, message: ReceivedMachine, _envelope: Envelope) -> None:
         """All was read: open the disks, or wait for them."""
         vm = self.vms.living(message.vmid)
-        if vm.receiving is not None:
-            vm.receiving.complete = True
-            vm.receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S
-            self.resume(vm, vm.receiving)
+        if vm.receiving is None:
+            return
+        if vm.receiving.carried:
+            self.migrations.on_complete(vm, vm.receiving)
+        else:
+            self.begin_resume(vm, vm.receiving)
+
+    def begin_resume(self, vm: Vm, receiving: Receiving) -> None:
+        """Have a machine go on that was read completely."""
+        receiving.complete = True
+        receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S
+        self.resume(vm, receiving)
 
     def resume(self, vm: Vm, receiving: Receiving) -> None:
         """Open the disks and have the machine go on; where they are in use for too long, give up for now."""
@@ -245,7 +289,13 @@ class Transfers:
             self.stay_paused(vm, number(error), sentence(error))
 
     def stay_paused(self, vm: Vm, code: int, why: str) -> None:
-        """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had."""
+        """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had.
+
+        Of one that is carried the sender has it still.
+        """
+        if vm.receiving is not None and vm.receiving.carried:
+            self.give_up(vm, code, why)
+            return
         if not vm.wait_for_disks(brief(why)):
             return
         log.error(f"vm {vm.name}: received, but stays paused: {why}")
@@ -266,6 +316,10 @@ class Transfers:
         """
         vm = self.vms.find(vmid, "")
         if vm is None:
+            return
+        transfer = vm.sending or vm.receiving
+        if transfer is not None and transfer.carried:
+            self.migrations.on_client_gone(vm)
             return
         if vm.sending is not None:
             self.core.peers.send(Proc.VMM, CancelTransfer(vmid=vm.vmid))

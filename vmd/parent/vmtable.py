@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmd.ipc.loop import Timer
+
     Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> `FileId.key`
 
 
@@ -36,26 +38,52 @@ class State(Enum):
     SENDING = "sending"
     RECEIVING = "receiving"
     STOPPING = "stopping"
+    IN_DOUBT = "in doubt"  # it may run elsewhere, and stands still here
 
 
+SEE = "`vmctl unpause -f`"
 LOCKS_LINGER_S = 1.0
 SHOWN_MAX = 1 << 48  # a number that a VM process has made up must not be too large for its next life
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
 
 
+class At(Enum):
+    """How far a migration is; each is followed by the next one (`vmd.parent.migrations`)."""
+
+    BEGINNING = 0
+    ASKED = 1  # the header is written, or read and judged: whoever carries it says when to go on
+    MEMORY = 2  # is written, or read
+    COMPLETE = 3  # all is
+    COMMITTING = 4  # here the disks are let go, there they are taken
+    COMMITTED = 5  # here: whoever carries it knows that they are
+    UNDOING = 6  # here: the disks are taken back
+
+
 class Sending:
     """A VM on its way out."""
 
-    def __init__(self, *, keep: bool, state: State) -> None:
+    def __init__(self, *, keep: bool, state: State, carried: bool = False) -> None:
         self.keep = keep
         self.state = state  # to which it returns
+        self.carried = carried  # it migrates
+        self.at = At.BEGINNING
+        self.locks_travel = False  # who has the disks here cannot have them there
+        self.abandoned = ""  # why it is not to go on, though it is at a step that cannot be cancelled
+        self.sent_bytes = 0
+        self.stopped_ns = 0  # since when it stands still for this, by CLOCK_MONOTONIC
+        self.retry: Timer | None = None  # of taking the disks back
 
 
 class Receiving:
     """A VM on its way in."""
 
-    def __init__(self, *, paused: bool) -> None:
+    def __init__(self, *, paused: bool, carried: bool = False, trusted: bool = False) -> None:
         self.paused = paused
+        self.carried = carried  # it migrates: it goes on only when it is told to
+        self.trusted = trusted  # its disks are the sender's, though nobody has them here
+        self.at = At.BEGINNING
+        self.resumed = False  # its process was told to go on
+        self.unbuilt = False  # ... and has said that it could not
         self.complete = False  # all but its disks
         self.deadline_s = 0.0
         self.failure = ""  # why it was given up
@@ -181,6 +209,8 @@ class Vm:
 
     def require_pausable(self) -> None:
         """Raise OperatorError unless the guest executes, or is paused."""
+        if self._state is State.IN_DOUBT:
+            raise OperatorError(errno.EBUSY, f"vm {self.name} is in doubt: {self.text}; see {SEE}")
         if self._state not in (State.RUNNING, State.PAUSED):
             state = "is not running" if not self.alive else f"is {self._state.value}"
             raise OperatorError(errno.EINVAL, f"vm {self.name} {state}")
@@ -193,23 +223,37 @@ class Vm:
         elif self.sending is not None:
             self.sending.state = state
 
-    def begin_send(self, *, keep: bool) -> None:
+    def begin_send(self, *, keep: bool, carried: bool = False) -> None:
         """RUNNING or PAUSED -> SENDING."""
         self.require_pausable()
         if self.receiving is not None:
             raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
-        self.sending = Sending(keep=keep, state=self._state)
+        self.sending = Sending(keep=keep, state=self._state, carried=carried)
         self._enter(State.SENDING)
 
     def stay(self) -> None:
-        """SENDING -> as before: it was not sent, or only a copy of it was."""
-        if self.sending is not None and self._state is State.SENDING:
+        """SENDING or IN_DOUBT -> as before: it was not sent, or only a copy of it was."""
+        if self.sending is not None and self._state in (State.SENDING, State.IN_DOUBT):
             self._enter(self.sending.state)
+            self.text = ""
+        self._end_sending()
+
+    def _end_sending(self) -> None:
+        if self.sending is not None and self.sending.retry is not None:
+            self.sending.retry.cancel()
         self.sending = None
+
+    def doubt(self, why: str) -> None:
+        """SENDING -> IN_DOUBT: nobody knows whether it runs elsewhere."""
+        if self._state is State.SENDING:
+            self._enter(State.IN_DOUBT)
+        if self._state is State.IN_DOUBT:
+            self.text = why
 
     def leave(self, sent: VmSent) -> None:
         """SENDING -> STOPPING: it goes on elsewhere.  A VM that is being stopped meanwhile has been sent, too."""
-        self.sent, self.sending = sent, None
+        self.sent = sent
+        self._end_sending()
         self._enter(State.STOPPING)
 
     def wait_for_disks(self, why: str) -> bool:
@@ -236,7 +280,8 @@ class Vm:
     def drop_transfer(self) -> VmSent | None:
         """Its process has ended, and with that its being sent or received; return what is to be told if it was sent."""
         sent, self.sent = self.sent, None
-        self.sending = self.receiving = None
+        self._end_sending()
+        self.receiving = None
         return sent
 
     def begin_stop(self, *, force: bool) -> None:
@@ -247,6 +292,8 @@ class Vm:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is already stopping")
         if self._state is State.SENDING and not force:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is being sent; interrupt that, or stop it by force")
+        if self._state is State.IN_DOUBT and not force:
+            raise OperatorError(errno.EBUSY, f"vm {self.name} is in doubt: {self.text}; stop it by force, or see {SEE}")
         self._enter(State.STOPPING)
 
     def ended(self, text: str, how: str = endings.FAILED) -> None:

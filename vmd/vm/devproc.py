@@ -185,9 +185,20 @@ class DeviceProcess:
 
     def settle(self) -> int:
         """Of a disk that stands still: bring it to stable storage, and return how far that is, devmsg.SETTLED_*."""
-        answer = self.ask(devmsg.TYPE.pack(devmsg.SETTLE))
+        return self._disk_status(devmsg.SETTLE)
+
+    def let_go(self) -> bool:
+        """Of a disk that stands still and is settled: let go of its lock; False if it has not."""
+        return self._disk_status(devmsg.LET_GO) == 0
+
+    def take_back(self) -> int:
+        """Of a disk that was let go: take its lock again, and return what became of that, devmsg.TAKEN_*."""
+        return self._disk_status(devmsg.TAKE_BACK)
+
+    def _disk_status(self, kind: int) -> int:
+        answer = self.ask(devmsg.TYPE.pack(kind))
         if len(answer) != devmsg.STATUS.size:
-            raise PeerError(self.title, "SETTLE of a wrong length", answer)
+            raise PeerError(self.title, f"answer to message {kind} of a wrong length", answer)
         status: int = devmsg.STATUS.unpack(answer)[1]
         return status
 

@@ -24,6 +24,9 @@ from vmd.ipc.messages import (
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
+    DisksLetGo,
+    EndSend,
+    LetDisksGo,
     NicCounters,
     Outcome,
     PauseDone,
@@ -36,11 +39,14 @@ from vmd.ipc.messages import (
     ResumeReceived,
     SendBreak,
     SendDone,
+    SendOn,
+    SendUndone,
     SendVm,
     SetVerbosity,
     StartVm,
     StopMode,
     StopVm,
+    TakenBack,
     VmEnding,
     VmFailed,
     VmRunning,
@@ -204,6 +210,11 @@ class VmProcess(Process):
         pause, departure = self.pause, self.departure
         if pause is None:
             self.end(Outcome.ENDED, "stopped while it was being received")
+        elif departure is not None and departure.disks_gone:
+            self.end(Outcome.ENDED, "stopped; it may run elsewhere")
+        elif departure is not None and departure.written:
+            self.stay(departure)
+            self.on_stop_vm(message, envelope, channel)
         elif departure is not None:
             departure.cancel()
             departure.then = lambda: self.on_stop_vm(message, envelope, channel)
@@ -259,15 +270,63 @@ class VmProcess(Process):
         """The stream is complete, or has failed: then, as with `keep`, everything is as before."""
         if self.life.is_in(State.ENDED):
             return
-        self.departure = None
-        self.vmm.send(SendDone(vmid=self.vmid, sent_bytes=departure.sent_bytes, text=brief(text)))
+        self.vmm.send(
+            SendDone(
+                vmid=self.vmid, sent_bytes=departure.sent_bytes, text=brief(text), stopped_ns=departure.stopped_ns
+            )
+        )
+        if departure.written:
+            return  # until it is known to run elsewhere, or not to
         if not text and not departure.keep:
             self.end(Outcome.POWER_OFF, "sent")
             return
+        self.stay(departure)
+
+    def stay(self, departure: Departure) -> None:
+        """It was not sent, or only a copy: everything is as before."""
+        self.departure = None
         self.life.become(State.LIVE)
         if not departure.stays_paused:
             self.go_on()
         departure.then()
+
+    def on_send_on(self, _message: SendOn, _envelope: Envelope, _channel: Channel) -> None:
+        """The receiver takes the machine."""
+        if self.departure is not None:
+            self.departure.go_on()
+
+    def on_let_disks_go(self, _message: LetDisksGo, _envelope: Envelope, channel: Channel) -> None:
+        """Let the receiver have the disks."""
+        departure = self.departure
+        if self.life.is_in(State.ENDED):
+            return  # how the VM ends is the answer
+        if departure is None or not departure.written:
+            raise PeerError(channel.label, "unexpected LetDisksGo")
+        try:
+            text = departure.let_disks_go()
+        except PeerError as error:
+            self.end(Outcome.FAILED, str(error))
+            return
+        channel.send(DisksLetGo(vmid=self.vmid, text=text))
+
+    def on_end_send(self, message: EndSend, _envelope: Envelope, channel: Channel) -> None:
+        """Be gone, for the machine runs elsewhere; or be as before."""
+        departure = self.departure
+        if self.life.is_in(State.ENDED):
+            return  # how the VM ends is the answer
+        if departure is None or not departure.written:
+            raise PeerError(channel.label, "unexpected EndSend")
+        if message.sent:
+            self.end(Outcome.POWER_OFF, "sent")
+            return
+        try:
+            outcome, text = departure.take_disks_back()
+        except PeerError as error:
+            self.end(Outcome.FAILED, str(error))
+            return
+        channel.send(SendUndone(vmid=self.vmid, outcome=outcome, text=text))
+        if outcome is TakenBack.DONE:
+            self.stay(departure)
 
     def on_cancel_transfer(self, _message: CancelTransfer, _envelope: Envelope, _channel: Channel) -> None:
         """Give up sending, or not even begin."""
@@ -401,6 +460,9 @@ class VmProcess(Process):
         **handles(Proc.VMM, StopVm, on_stop_vm),
         **handles(Proc.VMM, PauseVm, on_pause_vm),
         **handles(Proc.VMM, SendVm, on_send_vm),
+        **handles(Proc.VMM, SendOn, on_send_on),
+        **handles(Proc.VMM, LetDisksGo, on_let_disks_go),
+        **handles(Proc.VMM, EndSend, on_end_send),
         **handles(Proc.VMM, CancelTransfer, on_cancel_transfer),
         **handles(Proc.VMM, ReceiveVm, on_receive_vm),
         **handles(Proc.VMM, ReceiveMemory, on_receive_memory),

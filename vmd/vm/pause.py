@@ -53,6 +53,11 @@ class Pause:
         self._watchdog: Timer | None = None
 
     @property
+    def since_ns(self) -> int:
+        """When it stopped, by CLOCK_MONOTONIC."""
+        return int(self._since_s * 1e9)
+
+    @property
     def under_way(self) -> bool:
         """Whether somebody waits for the machine to stand still."""
         return bool(self._waiting)

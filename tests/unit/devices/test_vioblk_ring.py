@@ -58,12 +58,16 @@ class MemoryDisk:
     """A disk in memory."""
 
     def __init__(self, writable: bool) -> None:
+        self.fd = -1
         self.path = "disk"
         self.remark = ""
         self.discard_granularity = 4096
         self.size = DISK
         self.writable = writable
         self.bytes = bytearray(CONTENT)
+
+    def finish(self) -> None:
+        """Leave nothing to be stored later."""
 
     def preadv(self, offset: int, views: Sequence[memoryview]) -> None:
         """Read."""

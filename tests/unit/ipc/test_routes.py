@@ -107,7 +107,10 @@ def test_who_may_ask_what() -> None:
             "StartRequest", "StopRequest", "WaitRequest", "PauseRequest", "ConsoleRequest", "ConsoleBreak",
             "ConsoleWatch", "SnapshotRequest",
         },
-        Who.ROOT: {"LoadRequest", "ReloadRequest", "ResetRequest", "LogRequest", "SendRequest", "ReceiveRequest"},
+        Who.ROOT: {
+            "LoadRequest", "ReloadRequest", "ResetRequest", "LogRequest", "SendRequest", "ReceiveRequest",
+            "MigrateRequest", "MigrateInRequest", "MigrationStep",
+        },
     }  # fmt: skip
 
 

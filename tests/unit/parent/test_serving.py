@@ -23,6 +23,7 @@ from vmd.ipc.messages import (
     Ready,
     Request,
     StartRequest,
+    Step,
     Who,
 )
 from vmd.parent import main
@@ -164,7 +165,10 @@ def test_the_way_of_a_start() -> None:
         assert [word for word in re.findall(r"`(\w+)`", what) if f"def {word}(" not in text] == []
 
 
-NEEDED: dict[str, Any] = {"path": "/conf", "vms": True, "switches": True, "verbosity": 0, "paused": True, "name": "a"}
+NEEDED: dict[str, Any] = {
+    "path": "/conf", "vms": True, "switches": True, "verbosity": 0, "paused": True, "name": "a",
+    "step": Step.DONE,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", REQUESTS)

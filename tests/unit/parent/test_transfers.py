@@ -113,6 +113,7 @@ class Disks:
         self.patience_s = 0.0
         self.slow = False
         self.answer: Callable[[], None] | None = None
+        self.found: Opened | None = None
 
     def open(
         self,
@@ -125,6 +126,7 @@ class Disks:
         boots: bool,
         patience_s: float = 0.0,
         names_holder: bool = True,
+        others_have: bool = False,
     ) -> None:
         """Open nothing."""
         assert names_holder or not self.slow  # nobody is told who has it while that is no trouble yet
@@ -137,7 +139,7 @@ class Disks:
                 on_failed(self.trouble[0])
                 return
             self.opened += 1
-            opened = Opened()
+            opened = self.found or Opened()
             opened.notes = self.notes
             on_opened(opened)
 

@@ -31,7 +31,7 @@ def test_every_command_is_described(command: Command) -> None:
 @every_command
 def test_a_wrong_command_line(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -> None:
     """The document says what is wrong; that of `send` is alone on standard error."""
-    status, output, errors = vmctl(command.name, "--json", "a", "b", "c")
+    status, output, errors = vmctl(command.name, "--json", *["a"] * max(2, len(command.operands) + 1))
 
     assert status == 2
     assert schema.check(errors if command.writes_data else output, "error")["error"].startswith("un")

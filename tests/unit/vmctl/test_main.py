@@ -162,10 +162,15 @@ def test_wrong_arguments_are_answered_with_the_usage_of_the_command(
     assert daemon.requests == []
 
 
+def too_many(command: Command) -> list[str]:
+    """Return more words than a command takes."""
+    return ["a"] * max(2, len(command.operands) + 1)
+
+
 def test_wrong_arguments_are_found_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
     """Nobody is called before it is clear what to say."""
     for command in COMMANDS:
-        status, output, errors = vmctl(command.name, "a", "b", "c", socket=str(tmp_path / "none"))
+        status, output, errors = vmctl(command.name, *too_many(command), socket=str(tmp_path / "none"))
 
         assert (status, output) == (2, "")
         assert errors.startswith("vmctl: unexpected argument: ")

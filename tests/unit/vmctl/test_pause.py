@@ -71,4 +71,5 @@ def test_wrong_arguments(
     status, output, errors = vmctl(word, *operands)
 
     assert (status, output, daemon.requests) == (2, "", [])
-    assert errors.endswith(f"usage:\tvmctl [-v] {word} id\n")
+    options = "" if paused else "[-f] "
+    assert errors.endswith(f"usage:\tvmctl [-v] {word} {options}id\n")

@@ -125,7 +125,7 @@ def test_terminals_are_refused(daemon: FakeDaemon, command: str, what: str) -> N
 
 @pytest.mark.parametrize(("arguments", "usage"), [
     (("send",), "send [-k] id"), (("send", "a", "b"), "send [-k] id"), (("send", "-p", "a"), "send [-k] id"),
-    (("receive",), "receive [-p] name"), (("receive", "-k", "a"), "receive [-p] name"),
+    (("receive",), "receive [-f] [-p | -w] name"), (("receive", "-k", "a"), "receive [-f] [-p | -w] name"),
 ])  # fmt: skip
 def test_wrong_arguments(daemon: FakeDaemon, arguments: tuple[str, ...], usage: str) -> None:
     """Answered with the usage; the daemon is not bothered."""

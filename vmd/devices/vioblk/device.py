@@ -14,6 +14,7 @@ from _queue import SimpleQueue
 
 from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.devices.vioblk import request as requests
+from vmd.devices.vioblk.handover import HandOver
 from vmd.devices.vioblk.request import HEADER, REQUEST_MAX_BYTES, Limits, Request, carry_out, parse
 from vmd.errors import GuestError, HostError
 from vmd.images.hostfile import DataLost, FlushFailed
@@ -120,6 +121,7 @@ class Vioblk:
     def __init__(self, image: "Image", services: "Services", workers: Workers, *, serial: bytes = b"vioblk0") -> None:
         """Take the image, whose owner we are from here on; `serial` answers GET_ID."""
         self.image = image
+        self.hand_over = HandOver(image)
         self.services = services
         self.workers = workers
         self.serial = serial.ljust(spec.VIRTIO_BLK_ID_BYTES, b"\0")

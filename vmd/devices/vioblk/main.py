@@ -31,7 +31,21 @@ class VioblkProcess(Process):
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.SETTLE, self.device.settle())
 
-    QUESTIONS = Process.QUESTIONS | {devmsg.SETTLE: on_settle}
+    def on_let_go(self, packet: bytes) -> bytes:
+        """Let go of the disk's lock, for its guest to go on elsewhere."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.LET_GO, self.device.hand_over.let_go())
+
+    def on_take_back(self, packet: bytes) -> bytes:
+        """Take the lock again: the guest goes on here after all."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.TAKE_BACK, self.device.hand_over.take_back())
+
+    QUESTIONS = Process.QUESTIONS | {
+        devmsg.SETTLE: on_settle,
+        devmsg.LET_GO: on_let_go,
+        devmsg.TAKE_BACK: on_take_back,
+    }
 
 
 def main() -> int:

@@ -1,0 +1,277 @@
+"""vmctl migrate between two daemons: to and fro, refused early, cut at any place (*vmd.parent.migrations*)."""
+
+import random
+import select
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import DONE
+from tests.guest.test_transfer import answers, block, running, works
+from tests.support import migration
+from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.migration import GUEST, PLACES, VICTIMS, Plan
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
+
+DEEP_ROUNDS = 24
+SEED = 13
+STREAM_BYTES = 1 << 20  # of the guest that keeps its disk busy, about
+
+
+class Two(NamedTuple):
+    """Two daemons."""
+
+    here: Daemon
+    there: Daemon
+    folder: Path
+
+    def migrate(self, *arguments: str, back: bool = False, **cut: object) -> tuple[int, str]:
+        """Migrate VM `a`; returns exit status and what was said."""
+        source, target = (self.there, self.here) if back else (self.here, self.there)
+        plan = Plan(self.folder / "plan", target, **cut)
+        done = source.vmctl("migrate", *arguments, "-e", plan.command, "a", "there")
+        return done.returncode, done.stderr
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Two]:
+    """VM `a` keeps its disk busy at one of two daemons."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    with (
+        running(tmp_path / "here", "blk", "churn smp", "vcpus 2", ready="churn: begin") as here,
+        Daemon(tmp_path / "there", 'switch "lan" { interface bridge77 }\n') as there,
+    ):
+        yield Two(here, there, tmp_path)
+
+
+def state(vmd: Daemon, name: str = "a") -> str:
+    """Return the state of a VM, "" if nobody knows it."""
+    return next((str(row["state"]) for row in vmd.rows() if row["name"] == name), "")
+
+
+def wait(what: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not what():
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.02)
+
+
+def test_to_and_fro(two: Two) -> None:
+    """It goes on there with nothing lost, is gone here, and comes back; the sentence has the figures."""
+    before = works(two.here, "a")
+
+    status, said = two.migrate("-v")
+
+    assert (status, state(two.here), state(two.there)) == (0, "stopped", "running"), said
+    assert said.startswith("vmctl: there takes it\nvmctl: there has everything\nvmctl: its disks are let go\n")
+    assert "vmctl: migrated vm 1 to there successfully, id 1 there (" in said
+    assert " downtime " in said
+    assert two.here.status("a")["text"] == "sent"
+    now = works(two.there, "a")
+    assert now.rounds > before.rounds
+    two.there.must("pause", "a")
+    assert two.migrate(back=True)[0] == 0
+    assert (state(two.here), two.there.rows()) == ("paused", [])
+    two.here.must("unpause", "a")
+    assert works(two.here, "a").rounds > now.rounds
+
+
+@pytest.mark.deep
+def test_in_doubt(two: Two) -> None:
+    """A cut behind the commit: it runs there, stands still here, says so, and nothing has it run here as well."""
+    status, said = two.migrate(place="before running", victim=migration.SHELL)
+
+    assert status == 1
+    assert "vm a is in doubt, and stands still: it may run elsewhere: there: the remote command has ended" in said
+    wait(lambda: state(two.there) == "running")
+    row = two.here.status("a")
+    assert row["state"] == "in doubt"
+    assert row["text"].startswith("it may run elsewhere: there: the remote command has ended with status 255")
+    works(two.there, "a")
+    for command in (("unpause", "a"), ("unpause", "-f", "a")):
+        refused = two.here.vmctl(*command)
+        assert refused.returncode == 1
+        assert "vm a stays in doubt: vioblk0 " in refused.stderr or "vm a stays in doubt: disk" in refused.stderr
+    for command in (("pause", "a"), ("stop", "a"), ("send", "a")):
+        assert two.here.vmctl(*command).returncode == 1
+    two.here.must("stop", "-fw", "a")
+    works(two.there, "a")
+
+
+@pytest.mark.deep
+def test_in_doubt_for_ever_if_it_has_run_there(two: Two) -> None:
+    """Its disks are free, and not as they were left."""
+    two.migrate(place="before running", victim=migration.SHELL)
+    wait(lambda: state(two.there) == "running")
+    works(two.there, "a")
+    two.there.must("stop", "-fw", "a")
+    refused = two.here.vmctl("unpause", "-f", "a")
+    assert refused.returncode == 1
+    assert "has been written to since it was let go: its guest has run elsewhere" in refused.stderr
+    row = two.here.status("a")
+    assert (row["state"], "its guest has run elsewhere" in row["text"]) == ("in doubt", True)
+
+
+@pytest.mark.deep
+def test_goes_on_here_when_it_never_ran_there(two: Two) -> None:
+    """The word to run was lost: by itself, as soon as it has its disks again."""
+    before = works(two.here, "a")
+    assert two.migrate(place="before commit", victim=migration.SHELL)[0] == 1
+    wait(lambda: state(two.here) == "running")
+    assert works(two.here, "a").rounds > before.rounds
+    assert two.there.rows() == []
+
+
+@pytest.mark.deep
+def test_without_disks_only_its_operator_knows(tmp_path: Path) -> None:
+    """No lock tells whether it runs there: `unpause -f` is what has it go on."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    with Daemon(tmp_path / "here", block("a", "demo")) as here, Daemon(tmp_path / "there") as there:
+        two = Two(here, there, tmp_path)
+        here.must("start", "a")
+        assert two.migrate(place="before commit", victim=migration.SHELL)[0] == 1
+        assert state(here) == "in doubt"
+        refused = here.vmctl("unpause", "a")
+        assert refused.returncode == 1
+        assert "if it does not run there: `vmctl unpause -f`" in refused.stderr
+        here.must("unpause", "-f", "a")
+        answers(here, "a")
+        assert two.migrate()[0] == 0
+        answers(there, "a")
+
+
+# --- refused, while the guest runs on ------------------------------------------------------------------------------
+
+
+@pytest.mark.deep
+def test_refused_early(two: Two, tmp_path: Path) -> None:
+    """The guest runs on, nothing is left there, and the reason is the target's."""
+    before = works(two.here, "a")
+    two.there.conf.write_text(block("a", "demo"))
+    two.there.must("reload")
+    two.there.must("start", "a")
+    status, said = two.migrate()
+    assert (status, "there: vm a exists, and is running" in said) == (1, True), said
+    two.there.must("stop", "-fw", "a")
+    two.there.conf.write_text("")
+    two.there.must("reload")
+    disk = two.here.directory / "disk"
+    disk.rename(tmp_path / "elsewhere")
+    disk.write_bytes(bytes(1 << 20))
+    status, said = two.migrate()
+    assert status == 1
+    assert f"there: vm a: disk {disk}: nobody has it in use here, so it is not the sender's" in said
+    disk.unlink()
+    status, said = two.migrate()
+    assert (status, f"there: vm a: disk {disk}" in said) == (1, True), said
+    (tmp_path / "elsewhere").rename(disk)
+    assert (state(two.here), state(two.there)) == ("running", "")
+    assert works(two.here, "a").rounds > before.rounds
+    assert two.migrate()[0] == 0
+
+
+# --- cut at any place ----------------------------------------------------------------------------------------------
+
+
+class Counters:
+    """What has become of the rounds."""
+
+    def __init__(self) -> None:
+        self.rounds = self.moved = self.stayed = self.lost = self.two = self.wrong = 0
+        self.in_doubt = self.doubted_early = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rounds} rounds: moved={self.moved} stayed={self.stayed} lost={self.lost} in_doubt={self.in_doubt}"
+            f" two={self.two} wrong bytes={self.wrong} in doubt before the commit={self.doubted_early}"
+        )
+
+
+def rounds(two: Two, count: int, seed: int) -> Counters:
+    """Migrate to and fro, and cut each time at a random place."""
+    choice = random.Random(seed)
+    found = Counters()
+    ends = [two.here, two.there]
+    for number in range(count):
+        place, victim = choice.choice(PLACES), choice.choice(VICTIMS)
+        cut = {"bytes": choice.randrange(STREAM_BYTES), "later_ms": choice.randrange(400)}
+        source, target = ends
+        found.rounds += 1
+        said = two.migrate(back=source is two.there, place=place, victim=victim, **cut)[1]
+        plan = (place, victim, said.strip())
+        doubted = state(source) == "in doubt"
+        found.in_doubt += doubted
+        found.doubted_early += doubted and place in migration.BEFORE_COMMIT
+        winner = settle(two, source, target, found, plan)
+        became = "moved" if winner is target else "stayed" if winner is source else "lost"
+        print(f"{number}: {place}, {victim}: {'doubt, ' if doubted else ''}{became}: {said.strip()}")
+        if winner is None:
+            assert victim == GUEST or place in migration.AROUND_COMMIT, plan
+            found.lost += 1
+            two.here.must("start", "a")
+            with two.here.console("a") as console:
+                console.expect("churn: begin", DEADLINE_S)
+            winner = two.here
+        elif winner is target:
+            found.moved += 1
+        else:
+            found.stayed += 1
+        try:
+            works(winner, "a", 2)
+        except AssertionError as error:
+            found.wrong += 1
+            raise AssertionError(f"{plan}: {error}") from error
+        ends = [winner, two.there if winner is two.here else two.here]
+    return found
+
+
+def settle(two: Two, source: Daemon, target: Daemon, found: Counters, plan: object) -> Daemon | None:
+    """Wait until it is clear where the VM runs; None if it does nowhere, for it was killed there."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        here, there = state(source), state(target)
+        if here == there == "running":
+            found.two += 1
+            raise AssertionError(f"{plan}: two")
+        if there == "running" and here in ("stopped", ""):
+            return target
+        if here == "running" and there in ("stopped", ""):
+            return source
+        if here in ("stopped", "") and there in ("stopped", ""):
+            return None
+        if here == "in doubt" and there == "running":
+            works(target, "a", 1)
+            assert source.vmctl("unpause", "-f", "a").returncode == 1, plan
+            source.must("stop", "-fw", "a")
+        elif here == "in doubt" and "has run elsewhere" in source.status("a")["text"]:
+            source.must("stop", "-fw", "a")
+        assert time.monotonic() < deadline, f"{plan}: {here} and {there}\n{two.here.log}\n{two.there.log}"
+        select.select([], [], [], 0.02)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1200)
+def test_cut_at_random(two: Two, record_property: Callable[[str, object], None]) -> None:
+    """Never two, no wrong byte, and in doubt only behind the commit."""
+    found = rounds(two, DEEP_ROUNDS, SEED)
+    print(found)
+    record_property(DONE, str(found))
+    assert (found.two, found.wrong, found.doubted_early) == (0, 0, 0)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_cut_at_random_for_long(
+    two: Two, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
+) -> None:
+    """The same, as often as is asked for."""
+    found = rounds(two, pytestconfig.getoption("--sequences"), pytestconfig.getoption("--seed"))
+    record_property(DONE, str(found))
+    assert (found.two, found.wrong, found.doubted_early) == (0, 0, 0)

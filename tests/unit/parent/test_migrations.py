@@ -1,0 +1,386 @@
+"""What the parent makes of VMs that are carried from one host to another, message by message, without any process."""
+
+import errno
+from typing import Any
+
+import pytest
+
+from tests.unit.parent.test_transfers import CLIENT, OTHER, ROOT, Parent, envelope, exited, goes_on, leave, running
+from vmd.config.model import DiskConfig, Owner, VmConfig
+from vmd.errors import InUse, OperatorError
+from vmd.fileid import FileId
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    VMD_IN_DOUBT,
+    CancelTransfer,
+    DisksLetGo,
+    EndSend,
+    Failed,
+    HeaderSent,
+    LetDisksGo,
+    MigrateInRequest,
+    MigrateRequest,
+    MigrationAt,
+    MigrationStep,
+    OpenedFile,
+    PassFiles,
+    PauseRequest,
+    ReceivedHeader,
+    ReceivedMachine,
+    ReceiveMemory,
+    ReceiveVm,
+    ResumeReceived,
+    SendDone,
+    SendOn,
+    SendUndone,
+    SendVm,
+    Step,
+    StopMode,
+    StopVm,
+    TakenBack,
+    VmFailed,
+    VmPaused,
+    VmReceived,
+    VmSent,
+)
+from vmd.parent.opening import Opened
+from vmd.parent.vmtable import State, Vm
+from vmd.record import Record
+
+UNUSED: Any = None
+SHARED = OpenedFile(what="disk /disk", file=FileId(device=1, inode=2))
+
+
+@pytest.fixture
+def parent() -> Any:  # noqa: ANN401
+    """A parent that knows a configured VM, `a`, which runs."""
+    made = Parent()
+    made.vms.add(VmConfig(name="a", owner=Owner(uid=5), memory_bytes=64 << 20), from_config=True)
+    running(made)
+    return made
+
+
+def step(parent: Any, what: Step, name: str = "a", *, client: int = CLIENT, **more: Any) -> list[Record]:  # noqa: ANN401
+    """Take a step; returns what vmm is told."""
+    parent.vmm.sent.clear()
+    parent.transfers.migrations.serve_step(MigrationStep(name=name, step=what, **more), ROOT, envelope(client))
+    sent: list[Record] = list(parent.vmm.sent)
+    return sent
+
+
+def answers(parent: Any) -> list[Record]:  # noqa: ANN401
+    """Return what the client was answered since the last look."""
+    found = [message for client, message in parent.answers if client == CLIENT and not isinstance(message, PassFiles)]
+    parent.answers.clear()
+    return found
+
+
+def go_out(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noqa: ANN401
+    """Have VM `a` be carried elsewhere, up to a place."""
+    room = parent.transfers.migrations
+    vm: Vm = parent.vms.get(0, "a")
+    at = MigrationAt(vmid=vm.vmid, name="a", paused=False)
+    room.serve_migrate(MigrateRequest(name="a"), ROOT, envelope())
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=False, one_shot=False, two_way=True)]
+    assert vm.state is State.SENDING
+    if until == "begun":
+        return vm
+    room.on_header_sent(HeaderSent(vmid=vm.vmid), UNUSED)
+    assert answers(parent) == [at]
+    if until == "asked":
+        return vm
+    assert step(parent, Step.GO_ON, locks_travel=locks_travel) == [SendOn(vmid=vm.vmid)]
+    if until == "memory":
+        return vm
+    parent.transfers.on_send_done(SendDone(vmid=vm.vmid, sent_bytes=100, stopped_ns=1), UNUSED)
+    assert answers(parent) == [at]
+    if until == "complete":
+        return vm
+    assert step(parent, Step.COMMIT) == [LetDisksGo(vmid=vm.vmid)]
+    if until == "committing":
+        return vm
+    room.on_disks_let_go(DisksLetGo(vmid=vm.vmid), UNUSED)
+    assert answers(parent) == [at]
+    parent.vmm.sent.clear()
+    return vm
+
+
+def undone(parent: Any, vm: Vm, outcome: TakenBack = TakenBack.DONE, text: str = "") -> None:  # noqa: ANN401
+    """Let the VM process say what became of taking back the disks."""
+    parent.transfers.migrations.on_undone(SendUndone(vmid=vm.vmid, outcome=outcome, text=text), UNUSED)
+
+
+# --- from here -------------------------------------------------------------------------------------------------------
+
+
+def test_gone(parent: Any) -> None:  # noqa: ANN401
+    """It ends when it is known to run there, and the client hears of it then."""
+    vm = go_out(parent, until="committed")
+
+    assert step(parent, Step.DONE) == [EndSend(vmid=vm.vmid, sent=True)]
+    assert (vm.state, answers(parent)) == (State.STOPPING, [])
+    exited(parent, vm, 0, "sent")
+
+    (sent,) = answers(parent)
+    assert isinstance(sent, VmSent)
+    assert (sent.sent_bytes, sent.downtime_ms > 0) == (100, True)
+
+
+@pytest.mark.parametrize("until", ["begun", "asked", "memory"])
+@pytest.mark.parametrize("how", ["it leaves", "it says so"])
+def test_cut_before_all_is_written(parent: Any, until: str, how: str) -> None:  # noqa: ANN401
+    """The VM goes on, and is not in doubt."""
+    vm = go_out(parent, until=until)
+    parent.vmm.sent.clear()
+    if how == "it leaves":
+        leave(parent, CLIENT)
+    else:
+        step(parent, Step.BACK, in_doubt=True, text="there: no")
+    assert set(parent.vmm.sent) == {CancelTransfer(vmid=vm.vmid)}
+
+    parent.transfers.on_send_done(SendDone(vmid=vm.vmid, sent_bytes=1, text="sending was interrupted"), UNUSED)
+
+    assert vm.state is State.RUNNING
+    text = "vm a was not migrated, and is as before: there: no"
+    assert set(answers(parent)) == (set() if how == "it leaves" else {Failed(code=errno.EIO, text=text)})
+
+
+@pytest.mark.parametrize("until", ["memory", "complete", "committing"])
+def test_client_that_leaves_before_it_knows_that_disks_are_let_go(parent: Any, until: str) -> None:  # noqa: ANN401
+    """So nothing there can have been told to run: not in doubt, though all was written, or the disks are free."""
+    vm = go_out(parent, until=until)
+    leave(parent, CLIENT)
+    parent.vmm.sent.clear()
+    if until == "memory":  # it was too late to cancel
+        parent.transfers.on_send_done(SendDone(vmid=vm.vmid, sent_bytes=100), UNUSED)
+    elif until == "committing":
+        parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid), UNUSED)
+    if until != "complete":
+        assert parent.vmm.sent == [EndSend(vmid=vm.vmid, sent=False)]
+    states = [vm.state]
+
+    undone(parent, vm)
+
+    assert [*states, vm.state] == [State.SENDING, State.RUNNING]
+
+
+def test_target_that_never_ran_it(parent: Any) -> None:  # noqa: ANN401
+    """It says so: the VM goes on here, and the client hears why."""
+    vm = go_out(parent, until="committed")
+    assert step(parent, Step.BACK, text="there: no room") == [EndSend(vmid=vm.vmid, sent=False)]
+
+    undone(parent, vm)
+
+    assert vm.state is State.RUNNING
+    text = "vm a was not migrated, and goes on here: there: no room"
+    assert answers(parent) == [Failed(code=errno.EIO, text=text)]
+
+
+@pytest.mark.parametrize("how", ["it leaves", "it does not know"])
+@pytest.mark.parametrize("locks_travel", [False, True])
+def test_in_doubt(parent: Any, how: str, locks_travel: bool) -> None:  # noqa: ANN401
+    """Nothing tells whether it runs there: it stands still; its disks are asked for where that tells."""
+    vm = go_out(parent, until="committed", locks_travel=locks_travel)
+    if how == "it leaves":
+        leave(parent, CLIENT)
+    else:
+        step(parent, Step.BACK, in_doubt=True, text="there: gone")
+        (failed,) = answers(parent)
+        assert isinstance(failed, Failed)
+        assert failed.code == VMD_IN_DOUBT
+
+    assert vm.state is State.IN_DOUBT
+    assert vm.text.startswith("it may run elsewhere: ")
+    assert parent.vmm.sent == []
+    assert len(parent.later) == locks_travel
+    for message in (PauseRequest(name="a", paused=True), PauseRequest(name="a", paused=False)):
+        if not (locks_travel and not message.paused):
+            with pytest.raises(OperatorError, match="in doubt"):
+                parent.transfers.serve_pause(message, ROOT, Envelope(message, OTHER, 0, {}))
+    with pytest.raises(OperatorError, match="in doubt"):
+        vm.begin_stop(force=False)
+
+
+def doubtful(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
+    """Have the VM be in doubt."""
+    vm = go_out(parent, until="committed", locks_travel=locks_travel)
+    leave(parent, CLIENT)
+    assert vm.state is State.IN_DOUBT
+    return vm
+
+
+def test_doubt_ends_with_the_disks(parent: Any) -> None:  # noqa: ANN401
+    """They are asked for again and again; when it has them as they were it goes on."""
+    vm = doubtful(parent, locks_travel=True)
+    for _ in range(3):
+        parent.later.pop()()
+        assert parent.vmm.sent.pop() == EndSend(vmid=vm.vmid, sent=False)
+        undone(parent, vm, TakenBack.IN_USE, "disk0 is in use by somebody else")
+        assert vm.state is State.IN_DOUBT
+    parent.later.pop()()
+
+    undone(parent, vm)
+
+    assert (vm.state, vm.text, vm.sending) == (State.RUNNING, "", None)
+
+
+def test_doubt_does_not_end_with_disks_that_were_written_to(parent: Any) -> None:  # noqa: ANN401
+    """It has run elsewhere: they are not even asked for again, and nobody's word counts."""
+    vm = doubtful(parent, locks_travel=True)
+    parent.later.pop()()
+    undone(parent, vm, TakenBack.CHANGED, "disk0 has been written to")
+
+    assert vm.state is State.IN_DOUBT
+    assert vm.text == "it has run elsewhere: disk0 has been written to"
+    assert parent.later == []
+
+
+def test_doubt_ends_by_its_operators_word(parent: Any) -> None:  # noqa: ANN401
+    """If the disks can be had; the client waits for that."""
+    vm = doubtful(parent, locks_travel=False)
+    parent.answers.clear()
+    message = PauseRequest(name="a", paused=False, force=True)
+    for outcome in (TakenBack.IN_USE, TakenBack.DONE):
+        parent.vmm.sent.clear()
+        parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
+        assert parent.vmm.sent == [EndSend(vmid=vm.vmid, sent=False)]
+        undone(parent, vm, outcome, "disk0 is in use by somebody else" if outcome else "")
+
+    assert answers(parent) == [
+        Failed(code=errno.EBUSY, text="vm a stays in doubt: disk0 is in use by somebody else"),
+        VmPaused(vmid=vm.vmid, name="a", paused=False),
+    ]
+    assert vm.state is State.RUNNING
+
+
+def test_steps_that_are_not_next(parent: Any) -> None:  # noqa: ANN401
+    """Refused, as are those of others than who carries it; nothing is told to anybody."""
+    vm = go_out(parent, until="asked")
+    for what in (Step.COMMIT, Step.DONE):
+        with pytest.raises(OperatorError, match="is not what comes next"):
+            step(parent, what)
+    with pytest.raises(OperatorError, match="is not being migrated by this client"):
+        step(parent, Step.GO_ON, client=OTHER)
+    assert parent.vmm.sent == []
+    assert vm.state is State.SENDING
+
+
+def test_disks_that_cannot_be_let_go(parent: Any) -> None:  # noqa: ANN401
+    """It goes on here."""
+    vm = go_out(parent, until="committing")
+    parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid, text="disk0: no"), UNUSED)
+    undone(parent, vm)
+    text = "vm a was not migrated, and goes on here: disk0: no"
+    assert answers(parent) == [Failed(code=errno.EIO, text=text)]
+
+
+# --- to here ---------------------------------------------------------------------------------------------------------
+
+
+def come_in(parent: Any, *, until: str, force: bool = False, opened: Opened | None = None) -> Vm:  # noqa: ANN401
+    """Have VM `b` be carried to here, up to a place; its disk is the sender's."""
+    room = parent.transfers.migrations
+    room.serve_migrate_in(MigrateInRequest(name="b", force=force), ROOT, envelope())
+    vm: Vm = parent.vms.get(0, "b")
+    assert parent.vmm.sent == [ReceiveVm(vmid=vm.vmid, name="b", verbosity=0)]
+    answers(parent)
+    parent.vmm.sent.clear()
+    if opened is None:
+        opened = Opened()
+        opened.in_use = (SHARED,)
+    parent.disks.found = opened
+    config = VmConfig(name="b", memory_bytes=64 << 20, disks=(DiskConfig(path="/disk"),))
+    parent.transfers.on_received_header(ReceivedHeader(vmid=vm.vmid, config=config, one_shot=False), UNUSED)
+    parent.disks.found = None
+    if until == "asked":
+        return vm
+    assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b", locks_travel=True)]
+    assert step(parent, Step.GO_ON, "b") == [ReceiveMemory(vmid=vm.vmid)]
+    if until == "memory":
+        return vm
+    parent.transfers.on_received_machine(ReceivedMachine(vmid=vm.vmid), UNUSED)
+    assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b")]
+    assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]  # nothing runs before the sender has let go
+    return vm
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_arrived(parent: Any, paused: bool) -> None:  # noqa: ANN401
+    """It takes its disks when it is told to, and runs unless it was paused."""
+    vm = come_in(parent, until="complete")
+    (resume,) = step(parent, Step.COMMIT, "b", paused=paused)
+    assert isinstance(resume, ResumeReceived)
+    assert resume.paused is paused
+
+    goes_on(parent, vm, paused=paused)
+
+    (received,) = answers(parent)
+    assert isinstance(received, VmReceived)
+    assert vm.state is (State.PAUSED if paused else State.RUNNING)
+
+
+@pytest.mark.parametrize("until", ["asked", "memory", "complete"])
+def test_sender_that_leaves_before_the_commit(parent: Any, until: str) -> None:  # noqa: ANN401
+    """There is no VM here, even if all was read: the sender has it."""
+    vm = come_in(parent, until=until)
+    parent.vmm.sent.clear()
+    leave(parent, CLIENT)
+    assert set(parent.vmm.sent) == {StopVm(vmid=vm.vmid, mode=StopMode.KILL)}
+
+
+def test_sender_that_leaves_after_the_commit(parent: Any) -> None:  # noqa: ANN401
+    """It runs: nobody else may."""
+    vm = come_in(parent, until="complete")
+    step(parent, Step.COMMIT, "b")
+    parent.vmm.sent.clear()
+    leave(parent, CLIENT)
+    assert parent.vmm.sent == []
+    goes_on(parent, vm, paused=False)
+    assert vm.state is State.RUNNING
+
+
+def test_disks_that_cannot_be_had(parent: Any) -> None:  # noqa: ANN401
+    """The sender has it still: it ends here, does not wait for them, and is known never to have run."""
+    vm = come_in(parent, until="complete")
+    parent.disks.trouble = [InUse("disk /disk", SHARED.file)]
+    assert step(parent, Step.COMMIT, "b") == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
+    exited(parent, vm, vm.code, vm.receiving.failure if vm.receiving else "")
+    assert answers(parent) == [Failed(code=errno.EBUSY, text="vm b: disk /disk: is in use by another process")]
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_process_that_ends_after_it_was_told_to_run(parent: Any, said: bool) -> None:  # noqa: ANN401
+    """It may have run, unless it has said that it could not."""
+    vm = come_in(parent, until="complete")
+    step(parent, Step.COMMIT, "b")
+    assert vm.receiving is not None
+    vm.receiving.resumed = True  # as the network says with the message
+    if said:
+        parent.life.on_failed(VmFailed(vmid=vm.vmid, code=errno.EINVAL, text="no"), UNUSED)
+    exited(parent, vm, errno.EIO, "no")
+    assert answers(parent) == [Failed(code=errno.EIO if said else VMD_IN_DOUBT, text="vm b: no")]
+
+
+def test_disk_that_nobody_has(parent: Any) -> None:  # noqa: ANN401
+    """It is not the sender's; but by its operator's word it may be."""
+    opened = Opened()
+    opened.unused = ("/disk",)
+    vm = come_in(parent, until="asked", opened=opened)
+    assert vm.receiving is not None
+    assert vm.receiving.failure.startswith("disk /disk: nobody has it in use here, so it is not the sender's; ")
+
+
+def test_disk_that_nobody_has_on_trust(parent: Any) -> None:  # noqa: ANN401
+    """Its locks do not travel."""
+    opened = Opened()
+    opened.unused = ("/disk",)
+    vm = come_in(parent, until="asked", opened=opened, force=True)
+    assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b", locks_travel=False)]
+
+
+def test_disk_that_another_vm_here_has(parent: Any) -> None:  # noqa: ANN401
+    """Whoever that is, it is not the sender."""
+    parent.vms.get(0, "a").files = {"disk /disk": SHARED.file.key}
+    vm = come_in(parent, until="asked")
+    assert vm.receiving is not None
+    assert vm.receiving.failure == "disk /disk: is in use by vm a"

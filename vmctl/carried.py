@@ -1,0 +1,67 @@
+"""vmctl receive -w: the other end of `vmctl migrate`."""
+
+import contextlib
+
+from vmctl import carry
+from vmctl.errors import CommandError, Refused
+from vmctl.output import clean
+from vmctl.session import Session
+from vmd.errors import PeerError, sentence
+from vmd.ipc.messages import (
+    VMD_IN_DOUBT,
+    MigrateInRequest,
+    MigrationAt,
+    MigrationStep,
+    Step,
+    TransferProgress,
+    VmReceived,
+)
+from vmd.stdio import STDIN, STDOUT
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from vmctl.client import Client
+
+    A = TypeVar("A", MigrationAt, VmReceived)
+
+
+def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
+    """Receive for `vmctl migrate` at another host, which is told on standard output how far it is.
+
+    Returns the exit status; all that goes wrong is told.
+    """
+    client = session.client
+    committed = False
+    try:
+        client.send(MigrateInRequest(name=name, force=force), {"stream": [STDIN]})
+        judged = client.answer(MigrationAt)
+        carry.say(STDOUT, carry.TARGET, carry.ASKED, locks_travel=judged.locks_travel)
+        take_step(client, judged, Step.GO_ON, MigrationAt)
+        carry.say(STDOUT, carry.TARGET, carry.COMPLETE)
+        words = carry.Ear(STDIN, carry.SOURCE).hear(carry.COMMIT)
+        if words is None:
+            raise CommandError("the sender has left")
+        committed = True
+        received = take_step(client, judged, Step.COMMIT, VmReceived, paused=words.get("paused") is True)
+    except (CommandError, PeerError) as error:
+        text = error.text if isinstance(error, Refused) else str(error)
+        in_doubt = committed and (not isinstance(error, Refused) or error.number == VMD_IN_DOUBT)
+        with contextlib.suppress(OSError):
+            carry.say(STDOUT, carry.TARGET, carry.FAILED, text=text, in_doubt=in_doubt)
+        return CommandError.exit_status
+    except OSError as error:
+        raise CommandError(f"standard output: {sentence(error)}", error.errno) from None
+    with contextlib.suppress(OSError):  # whatever the sender makes of it, it runs here
+        carry.say(STDOUT, carry.TARGET, carry.RUNNING, id=received.vmid, tty=clean(received.tty))
+    return 0
+
+
+def take_step(client: "Client", judged: MigrationAt, step: Step, expected: "type[A]", *, paused: bool = False) -> "A":
+    """Take a step.  Raises Refused, CommandError, PeerError."""
+    client.send(MigrationStep(vmid=judged.vmid, name=judged.name, step=step, paused=paused))
+    while True:
+        answer = client.answer(TransferProgress, expected)
+        if isinstance(answer, expected):
+            return answer

@@ -1,0 +1,268 @@
+"""vmctl migrate: have a VM go on at another host, which reads it with `vmctl receive -w` (*vmd.parent.migrations*)."""
+
+import contextlib
+import errno
+import shlex
+import signal
+import subprocess
+import time
+
+from vmctl.bar import Bar
+from vmctl.carry import ASKED, COMMIT, COMPLETE, FAILED, RUNNING, SOURCE, TARGET, Ear, say
+from vmctl.errors import ArgumentError, CommandError, NoDaemon, Refused, refused
+from vmctl.options import Given
+from vmctl.output import clean, put_json, warn
+from vmctl.session import Session
+from vmctl.vmref import VmRef, parse_vmref
+from vmd.errors import PeerError, sentence
+from vmd.ipc.messages import (
+    MigrateRequest,
+    MigrationAt,
+    MigrationStep,
+    Step,
+    TransferProgress,
+    VmReceived,
+    VmSent,
+)
+from vmd.scaled import fmt_scaled
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import TypeVar
+
+    from vmctl.carry import Words
+
+    A = TypeVar("A", MigrationAt, VmSent, VmReceived)
+
+SHELL = "ssh"
+END_S = 10.0  # for the remote shell, after the last word
+BETWEEN_MS = 200  # two looks at the one side while the other one is waited for
+
+
+def run(session: Session, given: Given) -> int:
+    """Migrate."""
+    ref = parse_vmref(given.operands[0])
+    host, name = destination(given.operands[1])
+    shell = shell_words(given.value("-e") or SHELL)
+    name = name or name_of(session, ref)
+    begin_s = time.monotonic()
+    command = [*shell, host, "vmctl", "receive", "-w", *(["-f"] if given.has("-f") else []), name]
+    process = started(command)
+    with contextlib.closing(Source(session, ref, host, process, verbose=given.has("-v"))) as source:
+        sent, running = source.run()
+    total_s = time.monotonic() - begin_s
+    if session.json:
+        put_json({
+            "id": sent.vmid,
+            "name": clean(sent.name),
+            "host": clean(host),
+            "sent_bytes": sent.sent_bytes,
+            "downtime_ms": sent.downtime_ms,
+            "total_ms": round(total_s * 1000),
+        })  # fmt: skip
+    else:
+        told = f"{fmt_scaled(sent.sent_bytes)}, downtime {sent.downtime_ms} ms, {total_s:.1f} s in all"
+        warn(f"migrated vm {sent.vmid} to {host} successfully, id {running.get('id')} there ({told})")
+    return 0
+
+
+def started(command: list[str]) -> "subprocess.Popen[bytes]":
+    """Start the remote shell.  Raises CommandError."""
+    # ^C is for us, who know whether it may still be heeded.  The shell keeps the terminal: it may ask for a password.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    except OSError as error:
+        raise CommandError(f"{command[0]}: {sentence(error)}", error.errno) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def destination(word: str) -> tuple[str, str]:
+    """Return the host of `[user@]host[:name]` and the name, "" without one; an IPv6 address may be in brackets.
+
+    Raises ArgumentError.
+    """
+    host, colon, name = word.rpartition(":")
+    if not colon or (word.startswith("[") and word.endswith("]")):
+        host, name = word, ""
+    elif not name:
+        raise ArgumentError(f"invalid destination: {word}: no name behind the colon")
+    elif ":" in host and "[" not in host:
+        raise ArgumentError(f"invalid destination: {word}: an IPv6 address belongs in brackets")
+    user, at, address = host.rpartition("@")
+    if address.startswith("[") and address.endswith("]"):
+        address = address[1:-1]
+    if not address or host.startswith("-") or address.startswith("-") or (at and not user):
+        raise ArgumentError(f"invalid destination: {word}")
+    if name and parse_vmref(name).vmid:
+        raise ArgumentError(f"invalid vm name: {name}")
+    return f"{user}{at}{address}", name
+
+
+def shell_words(text: str) -> list[str]:
+    """Return the command that runs another one at a host.  Raises ArgumentError."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ArgumentError(f"invalid command: {text}: {error}") from None
+    if not words:
+        raise ArgumentError("empty command: -e")
+    return words
+
+
+def name_of(session: Session, ref: VmRef) -> str:
+    """Return the name of the VM that is meant.  Raises CommandError."""
+    if ref.sure_name:
+        return ref.sure_name
+    vm = ref.find(session.client.list_vms())
+    return vm.name if vm is not None else str(ref)
+
+
+class Source:
+    """One migration, from here."""
+
+    def __init__(
+        self, session: Session, ref: VmRef, host: str, process: "subprocess.Popen[bytes]", *, verbose: bool
+    ) -> None:
+        self.session = session
+        self.ref = ref
+        self.host = host
+        self.process = process
+        self.verbose = verbose
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.to_target, self.from_target = process.stdin.fileno(), process.stdout.fileno()
+        self.ear = Ear(self.from_target, TARGET)
+        self.bar = Bar(str(ref), rate=True, shown=not session.quiet)
+
+    def close(self) -> None:
+        """End the other side, which gives up unless it was told to run."""
+        self.bar.end()
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            self.process.wait()
+
+    def run(self) -> "tuple[VmSent, Words]":
+        """Take all steps; returns what each side said in the end.  Raises CommandError."""
+        client = self.session.client
+        try:
+            client.send(MigrateRequest(vmid=self.ref.vmid, name=self.ref.name), {"stream": [self.to_target]})
+            self._answer(MigrationAt)
+        except Refused as error:
+            raise refused("migrate vm command failed", error) from None
+        words = self._hear(ASKED)
+        self._note(f"{self.host} takes it")
+        self._step(Step.GO_ON, MigrationAt, locks_travel=words.get("locks_travel") is True)
+        self.bar.end()
+        self._hear(COMPLETE)
+        self._note(f"{self.host} has everything")
+        with uninterrupted():  # to leave now is to leave the VM in doubt
+            let_go = self._step(Step.COMMIT, MigrationAt)
+            self._note("its disks are let go")
+            try:
+                say(self.to_target, SOURCE, COMMIT, paused=let_go.paused)
+            except OSError as error:
+                self._give_up(f"{self.host}: {sentence(error)}")  # not a byte of it has left
+            running = self._hear(RUNNING, committed=True)
+            return self._end(), running
+
+    def _answer(self, expected: "type[A]") -> "A":
+        """Return the answer of the daemon here, and show how far it is.  Raises Refused, PeerError."""
+        while True:
+            answer = self.session.client.answer(TransferProgress, expected)
+            if isinstance(answer, expected):
+                return answer
+            assert isinstance(answer, TransferProgress)
+            if answer.total_bytes:
+                self.bar.show(answer.done_bytes, answer.total_bytes)
+
+    def _step(self, step: Step, expected: "type[A]", *, locks_travel: bool = False) -> "A":
+        """Take a step here.  Raises CommandError; why the other side has failed says more than that this one has."""
+        message = MigrationStep(vmid=self.ref.vmid, name=self.ref.name, step=step, locks_travel=locks_travel)
+        try:
+            self.session.client.send(message)
+            return self._answer(expected)
+        except Refused as error:
+            words = self._last_words()
+            reason = f"{self.host}: {words}" if words else error.text
+            raise CommandError(f"migrate vm command failed: {reason}", error.number) from None
+
+    def _last_words(self) -> str:
+        """Return why the other side has failed, if it says so now that its stream has ended."""
+        with contextlib.suppress(CommandError):
+            words = self.ear.hear(FAILED, ASKED, COMPLETE) if self.ear.poll(int(END_S * 1000)) else None
+            if words is not None and words["at"] == FAILED:
+                return clean(str(words.get("text")))
+        return ""
+
+    def _hear(self, wanted: str, *, committed: bool = False) -> "Words":
+        """Return what the other side says.  Raises CommandError if it has failed, or is gone."""
+        try:
+            words = self.ear.hear(wanted, FAILED)
+        except CommandError as error:
+            self._give_up(str(error), in_doubt=committed)
+        if words is None:
+            self._give_up(f"{self.host}: {self._how_it_ended()}", in_doubt=committed)
+        elif words["at"] == FAILED:
+            in_doubt = committed and words.get("in_doubt") is not False
+            self._give_up(f"{self.host}: {clean(str(words.get('text')))}", in_doubt=in_doubt)
+        else:
+            return words
+        raise AssertionError("not reached")
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            return "has closed the connection"
+        return f"the remote command was killed by signal {-status}" if status < 0 else (
+            f"the remote command has ended with status {status}"
+        )  # fmt: skip
+
+    def _give_up(self, why: str, *, in_doubt: bool = False) -> None:
+        """Have the VM go on here, or be in doubt.  Raises CommandError."""
+        client = self.session.client
+        client.send(
+            MigrationStep(vmid=self.ref.vmid, name=self.ref.name, step=Step.BACK, in_doubt=in_doubt, text=why)
+        )
+        try:
+            self._answer(MigrationAt)
+        except Refused as error:
+            raise CommandError(f"migrate vm command failed: {error.text}", error.number) from None
+        raise PeerError("vmd", "does not say what has become of the VM")
+
+    def _end(self) -> VmSent:
+        """End it here: it runs there.  Raises CommandError."""
+        try:
+            self.session.client.send(MigrationStep(vmid=self.ref.vmid, name=self.ref.name, step=Step.DONE))
+            return self._answer(VmSent)
+        except (Refused, NoDaemon) as error:
+            text = f"vm {self.ref} runs at {self.host}, but what there is of it here could not be ended: {error}"
+            raise CommandError(text, errno.EIO) from None
+
+    def _note(self, text: str) -> None:
+        if self.verbose:
+            warn(text)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> "Iterator[None]":
+    """Heed ^C no more; a second one counts."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        warn("the VM is just going over; once more, and it is left in doubt")
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

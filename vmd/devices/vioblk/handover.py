@@ -1,0 +1,69 @@
+"""A disk whose guest may go on elsewhere: its lock is let go, and perhaps taken back.
+
+Whoever opens the image next gets everything that was acknowledged, and from then on nothing is written here any more:
+neither by the end of this process.  The lock is taken back only if the image is as it was left.
+"""
+
+import errno
+import os
+import stat
+
+from vmd.errors import OperatorError, VmdError
+from vmd.images.locks import lock, unlock
+from vmd.ipc import devmsg
+from vmd.log import log
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.image import Image
+
+
+class HandOver:
+    """The lock of one disk, which stands still."""
+
+    def __init__(self, image: "Image") -> None:
+        self.image = image
+        self.left: tuple[int, int] | None = None  # length and time of change of the image, since it was let go
+
+    def let_go(self) -> int:
+        """Finish the image and let go of its lock; returns 0, or 1: it cannot be finished, and is as before."""
+        image = self.image
+        if not image.writable or self.left is not None:
+            return 0
+        try:
+            image.flush()
+            image.finish()
+            self.left = mark(image.fd)
+        except OSError as error:
+            log.error(f"{image.path}: cannot be handed over: {error.strerror or error}")
+            return 1
+        unlock(image.fd)
+        return 0
+
+    def take_back(self) -> int:
+        """Take the lock again; returns one of devmsg.TAKEN_*."""
+        image = self.image
+        if self.left is None:
+            return devmsg.TAKEN
+        try:
+            lock(image.fd, image.path, writable=True)
+            if mark(image.fd) != self.left:
+                unlock(image.fd)
+                return devmsg.TAKEN_CHANGED
+        except OperatorError as error:
+            return devmsg.TAKEN_IN_USE if error.number == errno.EBUSY else self._failed(error)
+        except (OSError, VmdError) as error:
+            unlock(image.fd)
+            return self._failed(error)
+        self.left = None
+        return devmsg.TAKEN
+
+    def _failed(self, error: Exception) -> int:
+        log.error(f"{self.image.path}: cannot be taken back: {error}")
+        return devmsg.TAKEN_FAILED
+
+
+def mark(fd: int) -> tuple[int, int]:
+    """Return what tells whether a file was written to; a device does not say.  Raises OSError."""
+    status = os.fstat(fd)
+    return (0, 0) if stat.S_ISBLK(status.st_mode) else (status.st_size, status.st_mtime_ns)
