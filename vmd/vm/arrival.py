@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vmd.config.model import VmConfig
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
+    from vmd.kvmapi.vm import Vm
     from vmd.vm.kinds import Kind
     from vmd.vm.slots import Slot
     from vmd.vm.state import Header, MachineState
@@ -51,7 +52,8 @@ def check_host(header: "Header") -> None:
     state.check_header(header)
     system = System(KVM_FD)
     state.check_processor(header, system.supported_cpuid())
-    with system.create_vm() as kvm:
+    kvm = system.create_vm()
+    try:
         kvm.create_irqchip()
         with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # the last one of as many
             state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
@@ -61,6 +63,16 @@ def check_host(header: "Header") -> None:
                 vcpu.set_cpuid2(for_vcpu(state.cpuid_of(header), config.vcpus - 1, config.vcpus, tsc_deadline=True))
             except OSError as error:
                 raise ValueError(f"KVM does not take its processor: {sentence(error)}") from error
+    finally:
+        close_aside(kvm)
+
+
+def close_aside(kvm: "Vm") -> None:
+    """Close a VM on a thread of its own: the kernel takes its time for that, and somebody waits for our answer."""
+    try:
+        start_thread("closer", threading.Thread(target=kvm.close, name="closer", daemon=True).start)
+    except HostError:
+        kvm.close()
 
 
 class FromStream:

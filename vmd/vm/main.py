@@ -5,7 +5,8 @@ Runs as  an id of its own, in vmm's cell; narrowed to KVM requests and its open 
 Peers    vmm; its device processes, which it starts
 Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
          disks and the disc only until their processes have them
-Threads  event: the main thread; vcpu<n>: one for each vCPU; send, receive and hashers while it is sent or received
+Threads  event: the main thread; vcpu<n>: one for each vCPU; send, receive and hashers while it is sent or received;
+         for a moment one that closes the VM with which it has asked KVM whether it can be received
 
 It is started before there is a VM for it, imports what a VM needs, and waits (vmm keeps one in reserve).
 """

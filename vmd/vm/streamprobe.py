@@ -20,6 +20,10 @@ from vmd.vm import state
 from vmd.vm.kinds import KINDS, Kind
 from vmd.vm.stream import DIGEST_BYTES, HEADER_MAX, PREAMBLE, Pipe, StreamError, StreamReader
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 FD_ANSWER, FD_STREAM = 3, 4
 HEADER, ERROR = 1, 2
 HEAD = Struct(f"<BI{len(KINDS)}B")  # HEADER, version of the format, devices of each kind; the header behind it
@@ -83,8 +87,8 @@ def say(answer: bytes, fd: int) -> None:
             answer = answer[os.write(fd, answer) :]
 
 
-def main() -> int:
-    """Answer and be gone."""
+def main() -> "NoReturn":
+    """Answer and be gone: at once, for somebody waits for that, and there is nothing to put away."""
     confine(STREAMPROBE)
     say(probe(Pipe(FD_STREAM, select.POLLIN)), FD_ANSWER)
-    return 0
+    os._exit(0)

@@ -1,0 +1,46 @@
+"""What a VM on its way in does not wait for."""
+
+import errno
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vmd.errors import HostError
+from vmd.vm import arrival
+from vmd.vm.arrival import close_aside
+
+DEADLINE_S = 60.0
+
+
+def test_a_vm_is_closed_while_others_go_on() -> None:
+    """However long the kernel takes."""
+    go, closed = threading.Event(), threading.Event()
+
+    def close() -> None:
+        assert go.wait(DEADLINE_S)
+        closed.set()
+
+    vm: Any = SimpleNamespace(close=close)
+
+    close_aside(vm)
+
+    assert not closed.is_set()
+    go.set()
+    assert closed.wait(DEADLINE_S)
+
+
+def test_a_vm_is_closed_where_there_is_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever asks."""
+
+    def refuse(name: str, _start: object) -> None:
+        raise HostError(f"start thread {name}", errno.EAGAIN)
+
+    closed: list[bool] = []
+    vm: Any = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr(arrival, "start_thread", refuse)
+
+    close_aside(vm)
+
+    assert closed == [True]
