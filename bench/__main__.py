@@ -8,13 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import devices, disk, memory, net, network, serial, start, transfer
+from bench import devices, disk, memory, migrate, net, network, serial, start, transfer
 from bench.table import Row, show
 from tests.support.guests import guest
 
 MEASUREMENTS = (
     start.measure, serial.measure, devices.measure, network.measure, net.measure, disk.measure, transfer.measure,
-    memory.measure,
+    migrate.measure, memory.measure,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ class Row(NamedTuple):
     qemu: Sequence[float] = ()  # none where QEMU has nothing like it
     goal: float | None = None  # the ratio ours / QEMU that is aimed at
     larger_is_better: bool = False
+    limit: float | None = None  # of ours, where that and not the ratio is aimed at
 
     @property
     def ratio(self) -> float | None:
@@ -23,6 +24,8 @@ class Row(NamedTuple):
     @property
     def verdict(self) -> str:
         """Whether the goal is reached."""
+        if self.limit is not None:
+            return f"{'reached' if median(self.ours) <= self.limit else 'MISSED'} (<= {self.limit:.4g} {self.unit})"
         if self.goal is None or self.ratio is None:
             return ""
         reached = self.ratio >= self.goal if self.larger_is_better else self.ratio <= self.goal

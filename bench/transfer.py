@@ -130,12 +130,12 @@ class Monitor:
         if "error" in answer:
             raise RuntimeError(f"{command}: {answer['error']}")
 
-    def wait(self, event: str, **data: object) -> None:
-        """Wait for an event with this data."""
+    def wait(self, event: str, **data: object) -> float:
+        """Wait for an event with this data; return its time in seconds."""
         while True:
             found = self.events.pop(0) if self.events else json.loads(self.lines.readline())
             if found.get("event") == event and data.items() <= found.get("data", {}).items():
-                return
+                return float(found["timestamp"]["seconds"] + found["timestamp"]["microseconds"] / 1e6)
 
     def send(self, path: Path) -> float:
         """Return the seconds that a stopped machine takes to be written to a file; it goes on then."""
@@ -163,10 +163,11 @@ class Monitor:
 class Qemu:
     """The guest under QEMU."""
 
-    def __init__(self, place: Path, kernel: Path, mib: int) -> None:
+    def __init__(self, place: Path, kernel: Path, mib: int, options: str = "") -> None:
         self.place = place
         self.kernel = kernel
         self.mib = mib
+        self.options = options
 
     @contextlib.contextmanager
     def started(self, name: str, *options: str) -> Iterator[tuple[Monitor, Console]]:
@@ -174,9 +175,8 @@ class Qemu:
         path = self.place / name
         path.unlink(missing_ok=True)
         devices = ("-qmp", f"unix:{path},server=on,wait=off", *options)
-        with qemu(
-            self.kernel, f"mib={self.mib}", memory_mib=self.mib + SPARE_MIB, machine=MICROVM, devices=devices
-        ) as process:
+        words, memory_mib = f"mib={self.mib} {self.options}", self.mib + SPARE_MIB
+        with qemu(self.kernel, words, memory_mib=memory_mib, machine=MICROVM, devices=devices) as process:
             assert process.stdout is not None
             monitor = Monitor(path)
             try:

@@ -1,0 +1,121 @@
+"""How long a VM takes to another host, and how long its guest stands still for that: `vmctl migrate` against QEMU.
+
+Both hosts are this one; what stands in for ssh runs its command.  All of the time is from the command, with which the
+target begins, to the guest's going on there.  The downtime is what either side says: vmd from when the guest stood
+still to when it was known to run at the target, QEMU from STOP at its source to RESUME at its target.  Both aim at
+300 ms, which are their defaults.
+"""
+
+import contextlib
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bench.program import VMCTL
+from bench.table import Row
+from bench.transfer import BYTES_PER_S, DEADLINE_S, SPARE_MIB, Qemu
+from tests.support.daemon import Daemon
+
+ROUNDS = 6  # half of them to, half of them fro
+MIB = 512
+DOWNTIME_MS = 300.0
+LOADS = {"idle": ""}
+
+
+def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
+    """Alternate sides."""
+    return [row for what, options in LOADS.items() for row in compare(directory, guest("fill"), what, options)]
+
+
+def compare(directory: Path, kernel: Path, what: str, options: str) -> list[Row]:
+    """Migrate as often as ROUNDS says, and twice more before that."""
+    totals: tuple[list[float], list[float]] = ([], [])
+    downtimes: tuple[list[float], list[float]] = ([], [])
+    with contextlib.ExitStack() as stack:
+        sides: list[Ours | Theirs] = [
+            stack.enter_context(Ours(directory / what, kernel, options).running()),
+            stack.enter_context(Theirs(directory, kernel, options).running()),
+        ]
+        for counted in (False, False, *[True] * ROUNDS):
+            for index, side in enumerate(sides):
+                total_s, downtime_s = side.migrate()
+                if counted:
+                    totals[index].append(total_s)
+                    downtimes[index].append(downtime_s * 1000)
+    name = f"migrate, {MIB} MiB touched, {what}"
+    return [
+        Row(f"{name}: in all", "s", *totals),
+        Row(f"{name}: downtime", "ms", *downtimes, limit=DOWNTIME_MS),
+    ]
+
+
+class Ours:
+    """Two daemons."""
+
+    def __init__(self, directory: Path, kernel: Path, options: str) -> None:
+        self.directory = directory
+        memory = f"memory {MIB + SPARE_MIB}M"
+        self.conf = f'vm "fill" {{\n disable\n {memory}\n boot "{kernel}" cmdline "mib={MIB} {options}"\n}}\n'
+
+    @contextlib.contextmanager
+    def running(self) -> "Iterator[Ours]":
+        """Run them, and the VM at the first one until it has touched its memory."""
+        here, there = self.directory / "here", self.directory / "there"
+        for path in (here, there):
+            path.mkdir(parents=True)
+        with Daemon(here, self.conf) as self.source, Daemon(there) as self.target:
+            for vmd in (self.source, self.target):
+                vmd.client = VMCTL
+            self.source.must("start", "fill")
+            with self.source.console("fill") as console:
+                console.expect("filled", DEADLINE_S)
+            yield self
+
+    def migrate(self) -> tuple[float, float]:
+        """Return how long it took in all, and for how long the guest stood still, in seconds."""
+        shell = self.directory / "shell"
+        shell.write_text(f'shift 2; exec {shlex.join([*VMCTL, "-s", str(self.target.socket)])} "$@"\n')
+        began_s = time.perf_counter()
+        said = self.source.must("migrate", "--json", "-e", f"sh {shell}", "fill", "there", timeout_s=DEADLINE_S)
+        total_s = time.perf_counter() - began_s
+        self.source, self.target = self.target, self.source
+        return total_s, json.loads(said)["downtime_ms"] / 1000
+
+
+class Theirs:
+    """A QEMU that runs, and one that it goes to."""
+
+    def __init__(self, directory: Path, kernel: Path, options: str) -> None:
+        self.path = directory / "migration"
+        self.machine = Qemu(directory, kernel, MIB, options)
+        self.at = "here"
+
+    @contextlib.contextmanager
+    def running(self) -> "Iterator[Theirs]":
+        """Run the first one until its guest has touched its memory."""
+        self.source = contextlib.ExitStack()
+        try:
+            self.monitor, console = self.source.enter_context(self.machine.started(self.at))
+            console.expect("filled", DEADLINE_S)
+            yield self
+        finally:
+            self.source.close()
+
+    def migrate(self) -> tuple[float, float]:
+        """Return how long it took in all, and for how long the guest stood still, in seconds."""
+        self.at = "there" if self.at == "here" else "here"
+        self.path.unlink(missing_ok=True)
+        with contextlib.ExitStack() as target:
+            began_s = time.perf_counter()
+            monitor, _ = target.enter_context(self.machine.started(self.at, "-incoming", "defer"))
+            monitor.ask("migrate-incoming", uri=f"unix:{self.path}")
+            self.monitor.ask("migrate-set-parameters", **{"max-bandwidth": BYTES_PER_S})
+            self.monitor.ask("migrate", uri=f"unix:{self.path}")
+            goes_on_s = monitor.wait("RESUME")
+            total_s = time.perf_counter() - began_s
+            stops_s = self.monitor.wait("STOP")
+            self.source.close()
+            self.source, self.monitor = target.pop_all(), monitor
+        return total_s, goes_on_s - stops_s
