@@ -6,7 +6,19 @@ import pytest
 
 from tests.support.netdriver import NetDriver, Nic, net_start
 from tests.support.network import Network, TapInterface
-from tests.support.packets import ANY4, BROADCAST, GUEST4, HOST4, HOST_LLADDR, LLADDR
+from tests.support.packets import (
+    ALL_NODES,
+    ANY4,
+    BROADCAST,
+    GUEST4,
+    GUEST_LL,
+    HOST4,
+    HOST_LLADDR,
+    LLADDR,
+    ethernet,
+    icmpv6,
+    ipv6,
+)
 from vmd.devices.vionet.announce import ROUNDS_S
 from vmd.ipc import devmsg
 from vmd.virtio import spec
@@ -44,6 +56,73 @@ def test_switches_learn_where_the_guest_is(network: Network, features: int) -> N
         arp = ETHERNET_IPV4 + b"\0\3" + LLADDR + ANY4 + LLADDR + ANY4
         assert frames == [(BROADCAST + LLADDR + b"\x80\x35" + arp).ljust(60, b"\0")] * 3
         assert len(ROUNDS_S) > 3
+    finally:
+        nic.close()
+
+
+def advertisement(target: bytes, flags: int = 0, *, source: bytes = GUEST_LL, destination: bytes = ALL_NODES) -> bytes:
+    """Return a frame of the guest that says that it has an address."""
+    body = bytes((flags, 0, 0, 0)) + target + b"\x02\x01" + LLADDR
+    return neighbour(136, body, source, destination)
+
+
+def neighbour(kind: int, body: bytes, source: bytes, destination: bytes) -> bytes:
+    """Return a frame of neighbour discovery."""
+    return ethernet(ipv6(icmpv6(kind, body, source, destination), 58, source, destination), 0x86DD)
+
+
+def arp(operation: int, source4: bytes, *, source: bytes = LLADDR) -> bytes:
+    """Return a frame of the guest that asks or answers."""
+    return ethernet(ETHERNET_IPV4 + bytes((0, operation)) + source + source4 + bytes(6) + HOST4, 0x0806)
+
+
+@pytest.mark.parametrize("features", [0, WITHOUT_OFFLOADS], ids=hex)
+def test_neighbours_learn_where_the_guest_is(network: Network, features: int) -> None:
+    """What it has told them of itself, told last or not, and nothing that it has said of others, or too often."""
+    nic = start(network, net_start())
+    try:
+        nic.driver.renew(features)
+        router, other = bytes.fromhex("20010db8" + "00" * 11 + "01"), bytes.fromhex("20010db8" + "00" * 11 + "02")
+        told = [
+            arp(1, ANY4), arp(2, GUEST4), arp(1, GUEST4).ljust(60, b"\0"), advertisement(GUEST_LL, 0xE0),
+            advertisement(GUEST_LL, 0x20), advertisement(router, 0xE0),
+            arp(2, HOST4, source=HOST_LLADDR), advertisement(ALL_NODES), advertisement(bytes(16)),
+            neighbour(135, bytes(4) + other + b"\x01\x01" + LLADDR, other, ALL_NODES),
+            ethernet(bytes(28), 0x0806), ethernet(bytes(72), 0x86DD), ethernet(bytes(64), 0x86DD),
+        ]  # fmt: skip
+        for frame in told:
+            nic.driver.send(frame)
+            nic.host.receive()
+        known = nic.device.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))[devmsg.TYPE.size :]
+        assert [known[at : at + 17] for at in range(0, len(known), 17)] == [
+            b"\7" + router, b"\6" + GUEST_LL, b"\4" + GUEST4 + bytes(12)
+        ]  # fmt: skip
+
+        nic.device.informs.send(ANNOUNCE + known)
+
+        reverse, *frames = nic.host.receive_all(4)
+        assert reverse[12:14] == b"\x80\x35"
+        claim = ETHERNET_IPV4 + b"\0\1" + LLADDR + GUEST4 + bytes(6) + GUEST4
+        all_nodes = bytes.fromhex("333300000001")
+        expected = [
+            all_nodes + advertisement(target, flags, source=target)[6:]
+            for target, flags in ((router, 0xA0), (GUEST_LL, 0x20))
+        ]
+        assert frames == [*expected, (BROADCAST + LLADDR + b"\x08\x06" + claim).ljust(60, b"\0")]
+    finally:
+        nic.close()
+
+
+def test_not_more_addresses_than_are_remembered(network: Network) -> None:
+    """The last ones."""
+    nic = start(network, net_start())
+    try:
+        nic.driver.renew(WITHOUT_OFFLOADS)
+        for number in range(40):
+            nic.driver.send(arp(2, bytes((10, 0, 0, number))))
+            nic.host.receive()
+        known = nic.device.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))[devmsg.TYPE.size :]
+        assert [address[3] for _, address in devmsg.ANNOUNCED.iter_unpack(known)] == list(range(39, 23, -1))
     finally:
         nic.close()
 

@@ -145,6 +145,9 @@ LET_GO = 12
 TAKE_BACK = 13
 TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED = 0, 1, 2, 3
 
+# ADDRESSES: which addresses has the guest told its neighbours?  Answered ADDRESSES with ANNOUNCED each, as of ANNOUNCE.
+ADDRESSES = 14
+
 # --- async -----------------------------------------------------------------------------------------------
 
 # ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  Sent on sync too, as the answer to
@@ -165,7 +168,12 @@ HOSTMAC_BODY = Struct("<I6s2x")
 #   CONFIG_CHANGED, as it is when the tap itself goes down, comes up or vanishes.
 LINK = 22
 LINK_BODY = Struct("<II")
-ANNOUNCE = 24  # VM -> network device: TYPE; the guest goes on at another place, let switches and the guest know
+# ANNOUNCE: VM -> network device: type, then up to ANNOUNCED_MAX times ANNOUNCED; the guest goes on at another place,
+#   let switches and the guest know, and its neighbours that it has these addresses.
+ANNOUNCE = 24
+ANNOUNCED = Struct("<B16s")  # kind; address, of IPv4 the first four bytes
+ANNOUNCED_4, ANNOUNCED_6, ANNOUNCED_ROUTER = 4, 6, 7  # the last: an address of IPv6 of a guest that is a router
+ANNOUNCED_MAX = 16
 # TROUBLES: device -> VM: type; then everything that is wrong with the device now, as up to TROUBLES_MAX sentences in
 #   UTF-8 of up to TROUBLE_MAX bytes, with a NUL between them; none: nothing is.  Sent after READY whenever it changes.
 TROUBLES = 23

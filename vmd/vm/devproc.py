@@ -30,6 +30,14 @@ END_TIMEOUT_S = 60.0  # a disk writes back what the host has of it in memory
 LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
 
 
+def are_addresses(raw: bytes) -> bool:
+    """Return whether these can be the addresses of a guest, devmsg.ANNOUNCED each."""
+    kinds = (devmsg.ANNOUNCED_4, devmsg.ANNOUNCED_6, devmsg.ANNOUNCED_ROUTER)
+    size = devmsg.ANNOUNCED.size
+    fits = not len(raw) % size and len(raw) <= devmsg.ANNOUNCED_MAX * size
+    return fits and all(kind in kinds for kind in raw[::size])
+
+
 class Interrupts:
     """The page of counters that says which queue's INTx interrupt the guest has not seen (`devmsg`)."""
 
@@ -77,6 +85,7 @@ class DeviceProcess:
         self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.interrupts = Interrupts()
         self.features = 0
+        self.arrived_with = b""  # addresses that the guest of an interface had at another place
         self.activations = 0
         self.config = b""
         self.status: int | None = None  # with which the process ended
@@ -202,6 +211,13 @@ class DeviceProcess:
         status: int = devmsg.STATUS.unpack(answer)[1]
         return status
 
+    def addresses(self) -> bytes:
+        """Return which addresses the guest of a network interface has told its neighbours, devmsg.ANNOUNCED each."""
+        answer = self.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))[devmsg.TYPE.size :]
+        if not are_addresses(answer):
+            raise PeerError(self.title, "ADDRESSES of a wrong length", answer)
+        return answer
+
     def counters(self) -> tuple[int, ...]:
         """Return what a network interface has counted, in the order of devmsg.COUNTER_NAMES."""
         answer = self.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
@@ -237,8 +253,8 @@ class DeviceProcess:
         self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
 
     def announce(self) -> None:
-        """Have a network interface say that its guest goes on at another place."""
-        self._tell(devmsg.TYPE.pack(devmsg.ANNOUNCE))
+        """Have a network interface say that its guest goes on at another place, with the addresses it had there."""
+        self._tell(devmsg.TYPE.pack(devmsg.ANNOUNCE) + self.arrived_with)
 
     def tell_resolvers(self, servers: "tuple[tuple[bytes, ...], tuple[bytes, ...]] | None") -> None:
         """Tell a network interface the IPv4 and IPv6 name servers; None: nobody knows of others."""

@@ -32,7 +32,8 @@ from vmd.record import Part, Record
 from vmd.virtio import spec
 from vmd.virtio.transport import Transport
 from vmd.vm import layout
-from vmd.vm.devproc import DeviceProcess, readable
+from vmd.vm.devproc import DeviceProcess, are_addresses, readable
+from vmd.vm.kinds import INTERFACE
 from vmd.vm.pci import COMMAND_INTX_DISABLE, Msix, PciFunction
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST
 
@@ -110,6 +111,7 @@ class VirtioState(Part):
     config_pending: bool
     config_called: bool
     queues: tuple[QueueState, ...]
+    addresses: bytes = b""  # that the guest of an interface has told its neighbours, devmsg.ANNOUNCED each
 
 
 class VirtioFunction(PciFunction):
@@ -438,6 +440,7 @@ class VirtioFunction(PciFunction):
                 config_pending=self.config_pending,
                 config_called=readable(self.config_call),
                 queues=queues,
+                addresses=self.process.addresses() if self.process.kind is INTERFACE else b"",
             )
 
     def check_registers(self, state: VirtioState, offered: int) -> None:
@@ -447,6 +450,8 @@ class VirtioFunction(PciFunction):
             raise ValueError(f"a device of kind {state.kind!r} where {name} is")
         if len(state.queues) != len(queues) or len(state.config) != len(self.transport.config):
             raise ValueError(f"another {name} than this machine has")
+        if not are_addresses(state.addresses):
+            raise ValueError(f"addresses of {name} that no guest has")
         _check_widths(state, REGISTERS)
         for queue, saved in zip(queues, state.queues, strict=True):
             _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
@@ -475,6 +480,7 @@ class VirtioFunction(PciFunction):
         with self.lock:
             registers = self.transport
             self.process.command(PAUSE)
+            self.process.arrived_with = state.addresses
             if state.config != self.process.config:
                 registers.config = self.process.write_config(0, state.config)
                 registers.configured = True

@@ -1,12 +1,16 @@
 """What is said of a guest that goes on at another place: bytes out, nothing in.
 
 To switches: which port its Ethernet address is behind now (RARP, RFC 903: it needs no address of IPv4 or IPv6, and is
-what other hypervisors send).  To the guest of a `local interface`: the Ethernet address of its router (RFC 5227, 3).
+what other hypervisors send).  To its neighbours: the addresses that it has told them itself, by ARP announcements
+(RFC 5227, 3) and unsolicited neighbour advertisements (RFC 4861, 7.2.6).  To the guest of a `local interface`: the
+Ethernet address of its router.
 """
 
 from struct import Struct
 
-from vmd.devices.vionet.ethernet import BROADCAST
+from vmd.devices.vionet.ethernet import BROADCAST, IP_ICMPV6, IPV6, checksum
+from vmd.devices.vionet.ra import ALL_NODES, HOP_LIMIT, IP, MULTICAST_LLADDR, VERSION, pseudo_header
+from vmd.ipc import devmsg
 
 ETHERNET = Struct(">6s6sH")  # destination, source, type
 # Kinds and sizes of the addresses, operation; Ethernet and IPv4 address of the sender, of the target.
@@ -15,6 +19,9 @@ ETHERTYPE_ARP, ETHERTYPE_RARP = 0x0806, 0x8035
 KIND_ETHERNET, KIND_IPV4 = 1, 0x0800
 REQUEST, REVERSE_REQUEST = 1, 3
 FRAME_MIN = 60  # without its checksum
+ADVERTISEMENT = Struct(">BBHI16sBB6s")  # type, code, sum, flags, target; type and length of an option, which is
+ADVERTISEMENT_TYPE, TARGET_LLADDR = 136, 2  # ... the target's link-layer address
+ROUTER, OVERRIDE = 1 << 31, 1 << 29
 
 # Seconds after a guest goes on: more than once, for a bridge may not yet forward, and a frame may be lost.
 ROUNDS_S = (0.0, 0.15, 0.5, 1.5, 4.0)
@@ -25,9 +32,22 @@ def reverse_request(lladdr: bytes) -> bytes:
     return _frame(ETHERTYPE_RARP, REVERSE_REQUEST, lladdr, bytes(4), lladdr, bytes(4))
 
 
-def router_address(lladdr: bytes, address: bytes) -> bytes:
-    """Return a frame of the host that says which Ethernet address its IPv4 address has."""
-    return _frame(ETHERTYPE_ARP, REQUEST, lladdr, address, bytes(6), address)
+def router_address(lladdr: bytes, address4: bytes) -> bytes:
+    """Return a frame that says which Ethernet address an IPv4 address has: the host's, or a guest's own."""
+    return _frame(ETHERTYPE_ARP, REQUEST, lladdr, address4, bytes(6), address4)
+
+
+def address(lladdr: bytes, entry: bytes) -> bytes:
+    """Return a frame of a guest that says it has an address, which is a devmsg.ANNOUNCED."""
+    kind, raw = devmsg.ANNOUNCED.unpack(entry)
+    if kind == devmsg.ANNOUNCED_4:
+        return router_address(lladdr, raw[:4])
+    flags = OVERRIDE | (ROUTER if kind == devmsg.ANNOUNCED_ROUTER else 0)
+    message = ADVERTISEMENT.pack(ADVERTISEMENT_TYPE, 0, 0, flags, raw, TARGET_LLADDR, 1, lladdr)
+    total = checksum(pseudo_header(raw, ALL_NODES, len(message)) + message)
+    message = message[:2] + total.to_bytes(2, "big") + message[4:]
+    packet = IP.pack(VERSION, len(message), IP_ICMPV6, HOP_LIMIT, raw, ALL_NODES) + message
+    return MULTICAST_LLADDR + ALL_NODES[12:] + lladdr + IPV6 + packet
 
 
 def _frame(kind: int, operation: int, source: bytes, source4: bytes, target: bytes, target4: bytes) -> bytes:

@@ -4,6 +4,7 @@ from struct import Struct
 
 from vmd.devices.vionet import announce
 from vmd.devices.vionet import tap as taps
+from vmd.devices.vionet.addresses import Addresses
 from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
@@ -76,6 +77,9 @@ class Vionet:
         if interface.locked:
             self.receiver.accepted = self.transmitter.allowed = interface.lladdr
         self.local: LocalNetwork | None = None
+        self.addresses = Addresses(interface.lladdr)
+        if not interface.local:
+            self.transmitter.addresses = self.addresses
         if interface.local:
             self.local = LocalNetwork(interface, self.receiver.inject, services, services.tell)
             self.transmitter.answers = self.local
@@ -164,18 +168,25 @@ class Vionet:
 
     # --- at another place ----------------------------------------------------------------------------------------
 
-    def announce(self) -> None:
-        """The guest goes on here and was somewhere else before: tell those that look for it there."""
+    def announce(self, addresses: tuple[bytes, ...]) -> None:
+        """The guest goes on here and was somewhere else before: tell those that look for it there.
+
+        `addresses` are those that it has told them itself, each a devmsg.ANNOUNCED.
+        """
         if self.local is not None:
             interface = self.interface
             if interface.host_lladdr:  # which an earlier version may have given it otherwise
                 self.receiver.inject(announce.router_address(interface.host_lladdr, interface.host4))
             return
+        self.addresses.known = addresses
         self._announce(0)
 
     def _announce(self, number: int) -> None:
         if self.link_up:
-            self.tap.send(announce.reverse_request(self.interface.lladdr))
+            lladdr = self.interface.lladdr
+            self.tap.send(announce.reverse_request(lladdr))
+            for entry in self.addresses.known:
+                self.tap.send(announce.address(lladdr, entry))
         if number + 1 < len(announce.ROUNDS_S):
             delay_s = announce.ROUNDS_S[number + 1] - announce.ROUNDS_S[number]
             self.services.call_after(delay_s, lambda: self._announce(number + 1))

@@ -32,8 +32,18 @@ class NetProcess(ThreadedProcess):
 
     def on_announce(self, packet: bytes) -> None:
         """The guest goes on at another place."""
+        raw = packet[devmsg.TYPE.size :]
+        size = devmsg.ANNOUNCED.size
+        entries = tuple(raw[at : at + size] for at in range(0, len(raw), size))
+        kinds = (devmsg.ANNOUNCED_4, devmsg.ANNOUNCED_6, devmsg.ANNOUNCED_ROUTER)
+        if len(raw) % size or len(entries) > devmsg.ANNOUNCED_MAX or any(entry[0] not in kinds for entry in entries):
+            raise PeerError(process.VM, "addresses that cannot be announced", packet)
+        self.device.announce(entries)
+
+    def on_addresses(self, packet: bytes) -> bytes:
+        """Say which addresses the guest has told its neighbours."""
         exact(devmsg.TYPE, packet)
-        self.device.announce()
+        return devmsg.TYPE.pack(devmsg.ADDRESSES) + b"".join(self.device.addresses.known)
 
     def on_resolvers(self, packet: bytes) -> None:
         """These are the name servers now."""
@@ -58,7 +68,7 @@ class NetProcess(ThreadedProcess):
         devmsg.RESOLVERS: on_resolvers,
         devmsg.SAME_RESOLVERS: on_same_resolvers,
     }
-    QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.COUNTERS: on_counters}
+    QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.COUNTERS: on_counters, devmsg.ADDRESSES: on_addresses}
 
 
 def main() -> int:

@@ -2,12 +2,13 @@
 
 A frame goes from the guest's memory straight into the kernel, with the guest's own virtio header before it: the
 kernel reads that once, checks it, and refuses what does not fit the frame.  Only an interface that is `locked` or
-`local` has its frames looked at here.
+`local` has its frames looked at here; of others those that may tell an address of the guest.
 """
 
 import os
 import select
 
+from vmd.devices.vionet.addresses import LENGTHS, LOOK_BYTES
 from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
 from vmd.devices.vionet.worker import POLLIN, Worker
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Protocol
 
+    from vmd.devices.vionet.addresses import Addresses
     from vmd.devices.vionet.tap import Tap
     from vmd.devices.vionet.worker import Services
     from vmd.virtio.queue import Queue
@@ -61,6 +63,7 @@ class Transmitter(Worker):
         self.header = spec.NET_HDR_BYTES_LEGACY
         self.allowed = b""  # of a locked interface: the one address it sends from; empty: any
         self.answers: Answers | None = None
+        self.addresses: Addresses | None = None  # what learns the guest's
         self.busy = False  # the tap takes nothing at the moment
         self.complaints = RateLimit()
         self.packets = self.bytes = 0
@@ -110,6 +113,7 @@ class Transmitter(Worker):
         low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
         least, most = header + HEADER_BYTES, header + FRAME_MAX
         look = bool(self.allowed) or self.answers is not None
+        telling = () if self.addresses is None else tuple(header + length for length in LENGTHS)
         waiting = queue.available()
         left = min(waiting, BUDGET)
         more = waiting > left
@@ -185,6 +189,8 @@ class Transmitter(Worker):
                     self.no_link += 1
                 else:
                     chosen: Sequence[memoryview | bytes] = views
+                    if length in telling:
+                        self._learn(views)
                     if look:
                         chosen = self._look(views, length - header)
                     if chosen:
@@ -241,6 +247,11 @@ class Transmitter(Worker):
             self.refused += 1
             self.complaints.warn(f"{self.tap.name}: frame refused: {error.strerror}")
         return True
+
+    def _learn(self, views: list[memoryview]) -> None:
+        """See whether a frame tells an address of the guest."""
+        assert self.addresses is not None
+        self.addresses.learn(take(views, self.header + LOOK_BYTES)[self.header :])
 
     def _look(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
         """Judge a frame; return what is to be sent, if anything.  What was looked at is what is sent."""
