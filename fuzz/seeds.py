@@ -36,7 +36,7 @@ def small_stream(fd: int) -> None:
     """Write a stream of some memory and a small machine."""
     writer = StreamWriter(Pipe(os.dup(fd), select.POLLOUT))
     writer.header(imsg.pack(saved.header()))
-    writer.memory(0, memoryview(b"memory" * 100))
+    writer.runs(((0, 400), (4096, 100), (0, 100)), memoryview(b"memory" * 100))
     writer.state(imsg.pack(saved.machine_state(virtio=(saved.device(),))))
     writer.end()
     writer.hasher.close()

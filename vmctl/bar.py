@@ -11,27 +11,33 @@ BAR_WIDTH = 40
 MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
 DEFAULT_COLUMNS = 80  # of a terminal that does not know its size
 REDRAW_S = 0.1
+ROUND = " round {:4}"
 SETTLED_S = 1.0  # a rate of less time says nothing of what remains
 
 
 class Bar:
-    """Name, percentage, bar, size and, where asked for, rate and remaining time; redrawn in place."""
+    """Name, percentage, bar, size and, where asked for, rate, remaining time and round; redrawn in place."""
 
-    def __init__(self, name: str, *, rate: bool = False, shown: bool = True) -> None:
+    def __init__(self, name: str, *, rate: bool = False, rounds: bool = False, shown: bool = True) -> None:
         self.rate = rate
+        self.rounds = rounds
         self.began_s = time.monotonic()
         self.shown = shown and os.isatty(STDERR)
         columns = os.get_terminal_size(STDERR).columns if self.shown else 0
         # One column stays free: what fills a line to its end is followed by another.
         fixed = len(f" 100% || {fmt_scaled(0):>6}") + (len(self._pace(0, 1)) if rate else 0)
+        fixed += len(ROUND.format(0)) if rounds else 0
         room = (columns or DEFAULT_COLUMNS) - 1 - fixed
         name = "".join(c if c.isprintable() else "?" for c in name)
         self.width = max(0, min(BAR_WIDTH, room - len(name), room - MIN_NAME))
         self.name = name[: max(0, room - self.width)]
         self.drawn_s = 0.0
 
-    def show(self, done: int, whole: int) -> None:
-        """Draw, but not more often than somebody can read; `whole` may be an estimate, and too small."""
+    def show(self, done: int, whole: int, number: int = 0) -> None:
+        """Draw, but not more often than somebody can read; `whole` may be an estimate, and too small.
+
+        `number` is the round that this is, of what is done in rounds.
+        """
         now_s = time.monotonic()
         if not self.shown or (done < whole and now_s - self.drawn_s < REDRAW_S):
             return
@@ -39,7 +45,8 @@ class Bar:
         whole = max(done, whole, 1)
         filled = "*" * (done * self.width // whole)
         pace = self._pace(done, whole) if self.rate else ""
-        notice(f"\r{self.name} {done * 100 // whole:3}% |{filled:{self.width}}| {fmt_scaled(done):>6}{pace}")
+        turn = ROUND.format(number or "") if self.rounds else ""
+        notice(f"\r{self.name} {done * 100 // whole:3}% |{filled:{self.width}}| {fmt_scaled(done):>6}{pace}{turn}")
 
     def _pace(self, done: int, whole: int) -> str:
         """Return rate and remaining time, always of one width."""

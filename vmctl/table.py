@@ -160,7 +160,12 @@ COMMANDS = (
         module="send",
         help="write a running VM to standard output, for receive; it is gone then",
         writes_data=True,
-        options=(Option(name="-k", help="keep it: it goes on when it has been written"),),
+        options=(
+            Option(name="-k", help="keep it: it goes on when it has been written"),
+            Option(name="-l", help="write it while it runs; it stands still for the rest only"),
+            Option(name="-d", value="ms", help="with -l: let it stand still for this many milliseconds (300)"),
+            Option(name="-r", value="rounds", help="with -l: let it stand still after this many rounds (30)"),
+        ),
         operand=ID,
     ),
     STATUS.replace(name="show"),

@@ -6,6 +6,10 @@ that has to inline the check does so with `ranges` and `memory`.
 The file holds the regions one after another, in the order of their specification, so a region that starts at
 address 0 and comes first has equal addresses and offsets.  Memory that was never touched costs nothing, but a
 mere *read* through the mapping makes its page real: whoever copies or hashes memory asks `touched_runs` first.
+
+The last pages of the file are no memory of the guest's.  They hold a mark for each page before them, one byte: while
+`marking`, whoever stores into memory for the guest, its devices' processes included, marks what it has changed, with
+`mark`, and only then publishes it.  What the guest's processors change is in KVM's log (`vm/dirty.py` reads both).
 """
 
 import ctypes
@@ -56,7 +60,8 @@ class Region(RegionSpec):
 class GuestMemory:
     """The memory of one VM, mapped into this process.
 
-    `ranges` holds (start, end, offset, writable) of every region; `memory` is the whole mapping.
+    `ranges` holds (start, end, offset, writable) of every region; `memory` is the whole mapping; `marks` has a byte for
+    each page of the file before them, which is 0 or anything else.
     """
 
     def __init__(self, fd: int, regions: "Sequence[Region]") -> None:
@@ -68,9 +73,13 @@ class GuestMemory:
         try:
             self._mapping = mmap.mmap(fd, self.mapped_bytes, flags=mmap.MAP_SHARED | _MAP_NORESERVE)
             self._mapping.madvise(mmap.MADV_DONTDUMP)  # a core file shows no guest's secrets
+            at = memory_bytes(os.fstat(fd).st_size)
+            self._marks = mmap.mmap(fd, marks_bytes(at), flags=mmap.MAP_SHARED | _MAP_NORESERVE, offset=at)
         except OSError as error:
             raise HostError(f"map {self.mapped_bytes} bytes of guest memory", error) from error
         self.memory = memoryview(self._mapping)
+        self.marks = memoryview(self._marks)[: at // PAGE]
+        self.marking = False
 
     @classmethod
     def create(
@@ -89,7 +98,7 @@ class GuestMemory:
             offset += spec.size
         _check_disjoint(regions)
         try:
-            fd = sealed_file(name, offset, fd)
+            fd = sealed_file(name, offset + marks_bytes(offset), fd)
         except OSError as error:
             raise HostError(f"{offset} bytes of guest memory", error) from error
         try:
@@ -108,7 +117,7 @@ class GuestMemory:
             ValueError: the file is too small for the regions, or could still be shrunk.
         """
         _check_disjoint(regions)
-        size = os.fstat(fd).st_size
+        size = memory_bytes(os.fstat(fd).st_size)
         for region in regions:
             if region.offset < 0 or region.offset % PAGE or region.offset + region.size > size:
                 raise ValueError(f"memory region {region.name}: outside a file of {size} bytes")
@@ -132,6 +141,8 @@ class GuestMemory:
         if self.fd >= 0:
             self.memory.release()
             self._mapping.close()
+            self.marks.release()
+            self._marks.close()
             os.close(self.fd)
             self.fd = -1
 
@@ -201,6 +212,8 @@ class GuestMemory:
         for window in self.slices(gpa, len(data), write=True):
             window[:] = data[position : position + len(window)]
             position += len(window)
+        if self.marking:
+            self.mark(gpa, len(data))
 
     def load(self, gpa: int, data: "bytes | memoryview") -> None:
         """Fill memory of one region on our own behalf, read-only or not: firmware, a received page.
@@ -218,6 +231,8 @@ class GuestMemory:
             HostError: the kernel gives no memory.
         """
         view = memoryview(data)
+        if offset + len(view) > self.mapped_bytes:
+            raise HostError(f"{len(view)} bytes of guest memory", errno.EFBIG)
         try:
             while view:
                 done = os.pwrite(self.fd, view, offset)
@@ -233,6 +248,23 @@ class GuestMemory:
             GuestError: as `offset`.
         """
         return self._base() + self.offset(gpa, size)
+
+    # ---- what has changed
+
+    def mark(self, gpa: int, size: int) -> None:
+        """Mark what was stored into a range, as far as it has memory."""
+        for start, end, offset, _ in self.ranges:
+            low, high = max(gpa, start), min(gpa + size, end)
+            if low < high:
+                self.mark_file(offset + low - start, high - low)
+
+    def mark_file(self, offset: int, size: int) -> None:
+        """Mark what was stored at a place in `memory`."""
+        first, last = offset // PAGE, (offset + size - 1) // PAGE
+        if first == last:
+            self.marks[first] = 1
+        else:
+            self.marks[first : last + 1] = b"\1" * (last + 1 - first)
 
     # ---- for KVM and the host
 
@@ -280,6 +312,17 @@ class GuestMemory:
 
     def _base(self) -> int:
         return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+
+def marks_bytes(size: int) -> int:
+    """Return how many bytes, in whole pages, hold the marks of so many bytes of memory."""
+    return -(-size // PAGE // PAGE) * PAGE
+
+
+def memory_bytes(file_bytes: int) -> int:
+    """Return how many bytes of a file are memory, and not marks."""
+    pages = file_bytes // PAGE
+    return (pages - -(-pages // (PAGE + 1))) * PAGE
 
 
 def sealed_file(name: str, size: int, fd: int | None = None) -> int:

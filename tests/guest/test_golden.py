@@ -39,7 +39,7 @@ PARTIAL = (ConsoleOutput, TransferProgress)  # how many of them come differs fro
 def each(*names: str, deep: tuple[str, ...] = ()) -> pytest.MarkDecorator:
     """Run a test with every recorded stream, or with those of these names; with some in the long rounds only."""
     return pytest.mark.parametrize(("version", "name"), [
-        pytest.param(version, name, marks=[pytest.mark.deep] if name in deep else [])
+        pytest.param(version, name, marks=[pytest.mark.deep] if {name, f"{version}-{name}"} & {*deep} else [])
         for version, name in golden.streams(*names)
     ])  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_clocks_go_on(version: int, name: str) -> None:
     assert (first.tsc - first.up) / first.tsc < 1  # it came up before it was sent
 
 
-@each(deep=("clocks", "net"))  # whose devices are those of the others, or none
+@each(deep=("clocks", "net", "4-churn"))  # whose devices are those of the others, or none
 def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> None:
     """BARs, capabilities and all else of PCI are where its drivers found them; it has not run in between."""
     with received(version, name, "-p") as vmd:

@@ -11,6 +11,7 @@ adapted to the processor of the host that receives it, field by field as its own
 import array
 import contextlib
 import hashlib
+import itertools
 import json
 import lzma
 import os
@@ -103,14 +104,14 @@ def daemon(directory: Path, text: str = "") -> Iterator[NetDaemon]:
 
 
 def record_streams(where: Path) -> None:
-    """Send each kind of VM into a file of its own."""
-    for name in KINDS:
+    """Send each kind of VM into a file of its own, while it stands still and while it runs."""
+    for name, options in itertools.product(KINDS, ((), ("-l",))):
         with place() as directory:
             furnish(name, directory)
             with daemon(directory, conf(name, directory)) as vmd, contextlib.ExitStack() as stack:
                 vmd.must("start", "golden")
                 _make_busy(name, vmd, stack)
-                to_file(vmd, "golden", directory / "stream")
+                to_file(vmd, "golden", directory / "stream", *options)
             raw = (directory / "stream").read_bytes().replace(str(directory).encode(), RECORDED.encode())
             version = PREAMBLE.unpack_from(raw)[1]
             (where / f"stream-{version}-{name}.xz").write_bytes(lzma.compress(_signed_anew(raw), preset=9))
@@ -210,7 +211,8 @@ class Keys(NamedTuple):
     xsave: int | str
 
 
-KEYS = {2: Keys(False, 4, 5, 6, 0, 3), 3: Keys(True, "xsave_bytes", "tsc_khz", "cpuid", "vcpus", "xsave")}
+BY_NAME = Keys(True, "xsave_bytes", "tsc_khz", "cpuid", "vcpus", "xsave")
+KEYS = {2: Keys(False, 4, 5, 6, 0, 3), 3: BY_NAME, 4: BY_NAME}
 LEAF = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
 
 

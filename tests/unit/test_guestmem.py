@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmd.errors import GuestError, HostError
-from vmd.guestmem import PAGE, GuestMemory, Region, RegionSpec
+from vmd.guestmem import PAGE, GuestMemory, Region, RegionSpec, marks_bytes, memory_bytes
 
 MIB = 1 << 20
 LAYOUT = [
@@ -31,7 +31,8 @@ def memory() -> Iterator[GuestMemory]:
 def test_offsets_follow_the_order_of_the_layout(memory: GuestMemory) -> None:
     """The file holds the regions back to back, firmware last although it is not the highest."""
     assert [region.offset for region in memory.regions] == [0, MIB, 2 * MIB, 3 * MIB]
-    assert os.fstat(memory.fd).st_size == 3 * MIB + 0x40000
+    assert memory.mapped_bytes == 3 * MIB + 0x40000
+    assert os.fstat(memory.fd).st_size == 3 * MIB + 0x40000 + PAGE  # of marks
 
 
 def test_write_is_read_back_through_every_accessor(memory: GuestMemory) -> None:
@@ -106,9 +107,52 @@ def test_fill_reaches_every_byte_of_the_file_and_none_behind(memory: GuestMemory
     size = memory.mapped_bytes
     memory.fill(1, b"x" * (size - 1))
     assert bytes(memory.memory) == b"\0" + b"x" * (size - 1)
-    with pytest.raises(HostError, match="2 bytes of guest memory: "):
-        memory.fill(size, b"yy")
-    assert os.fstat(memory.fd).st_size == size
+    for offset in (size, size - 1):
+        with pytest.raises(HostError, match="2 bytes of guest memory: "):
+            memory.fill(offset, b"yy")
+    assert bytes(memory.memory[-1:]) == b"x"
+    assert not any(memory.marks)
+
+
+@given(st.integers(min_value=1, max_value=1 << 40))
+def test_a_file_of_memory_and_marks_is_told_apart(pages: int) -> None:
+    """By its length alone: a byte for each page, in whole pages."""
+    size = pages * PAGE
+    marks = marks_bytes(size)
+    assert pages <= marks < pages + PAGE
+    assert marks % PAGE == 0
+    assert memory_bytes(size + marks) == size
+
+
+def marked(memory: GuestMemory) -> list[int]:
+    """Return the numbers of the pages that are marked."""
+    return [page for page, mark in enumerate(memory.marks) if mark]
+
+
+def test_what_is_written_is_marked_while_that_is_wanted(memory: GuestMemory) -> None:
+    """Each page of a range, in adjacent regions, too; another process that has the file sees it."""
+    memory.write(0, b"x")
+    assert marked(memory) == []
+
+    memory.marking = True
+    memory.write(5 * PAGE + 100, bytes(PAGE))
+    memory.write(MIB - 1, b"ab")
+    memory.write(1 << 32, b"x")
+    memory.write(7 * PAGE, b"")
+    assert marked(memory) == [5, 6, 255, 256, 512]
+    with GuestMemory.attach(os.dup(memory.fd), memory.regions[:3]) as other:
+        assert marked(other) == [5, 6, 255, 256, 512]
+        other.mark(3 * PAGE, PAGE)
+    assert 3 in marked(memory)
+
+
+def test_a_mark_is_made_as_far_as_there_is_memory(memory: GuestMemory) -> None:
+    """A device has marked what it wrote, whatever else its guest has asked for."""
+    memory.mark(2 * MIB - 1, 1 << 40)
+    assert marked(memory) == [511, *range(512, 832)]
+    memory.mark(1 << 50, 1)
+    memory.mark(0, 0)
+    assert marked(memory) == [511, *range(512, 832)]
 
 
 def test_a_write_that_runs_into_memory_from_read_only_memory_is_refused_whole(memory: GuestMemory) -> None:
@@ -173,7 +217,7 @@ def test_a_region_that_is_not_handed_over_is_not_there(memory: GuestMemory) -> N
 def test_attach_refuses_a_file_that_could_shrink() -> None:
     """An unsealed memfd, or one that is too short, would be a SIGBUS later."""
     fd = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, MIB)
+    os.ftruncate(fd, MIB + PAGE)  # of marks
     region = Region(gpa=0, size=MIB, name="low", offset=0)
 
     with pytest.raises(ValueError, match="not sealed"):

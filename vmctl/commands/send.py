@@ -4,12 +4,13 @@ import fcntl
 import os
 
 from vmctl.bar import Bar
-from vmctl.errors import CommandError, Refused, refused
+from vmctl.errors import CommandError, Refused, UsageError, refused
+from vmctl.numbers import count
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages import SendRequest, TransferProgress, VmReceived, VmSent
+from vmd.ipc.messages import Live, SendRequest, TransferProgress, VmReceived, VmSent
 from vmd.scaled import fmt_scaled
 from vmd.stdio import STDOUT
 
@@ -35,16 +36,31 @@ def run(session: Session, given: Given) -> int:
         raise CommandError("standard output is closed, or not open for writing: redirect it to a file, or into a pipe")
     if not keep and os.fstat(STDOUT).st_rdev == NULL_DEVICE:
         raise CommandError(f"standard output is {os.devnull}: the VM would be lost")
-    request = SendRequest(vmid=ref.vmid, name=ref.name, keep=keep)
+    request = SendRequest(vmid=ref.vmid, name=ref.name, keep=keep, live=live_options(given))
     try:
         sent = transfer(session, request, VmSent, STDOUT, str(ref))
     except Refused as error:
         raise refused("send vm command failed", error) from None
+    live = {"rounds": sent.rounds, "still_ms": sent.still_ms} if sent.rounds else {}
     if session.json:
-        put_json({"id": sent.vmid, "name": clean(sent.name), "sent_bytes": sent.sent_bytes}, session.json_fd)
+        put_json({"id": sent.vmid, "name": clean(sent.name), "sent_bytes": sent.sent_bytes, **live}, session.json_fd)
     else:
-        warn(f"sent vm {sent.vmid} successfully ({fmt_scaled(sent.sent_bytes)})")
+        word = "round" if sent.rounds == 1 else "rounds"
+        rounds = f", {sent.rounds} {word}, stood still for {sent.still_ms} ms" if live else ""
+        warn(f"sent vm {sent.vmid} successfully ({fmt_scaled(sent.sent_bytes)}{rounds})")
     return 0
+
+
+def live_options(given: Given) -> Live | None:
+    """Return how a VM runs while it is sent; None if it does not.  Raises UsageError, ArgumentError."""
+    wanted: dict[str, int] = {}
+    for option, field, what in (("-d", "still_ms", "number of milliseconds"), ("-r", "rounds", "number of rounds")):
+        value = given.value(option)
+        if value is not None:
+            if not given.has("-l"):
+                raise UsageError(f"{option} without -l")
+            wanted[field] = count(value, what)
+    return Live(**wanted) if given.has("-l") else None
 
 
 def access_mode(fd: int) -> int:
@@ -58,7 +74,8 @@ def transfer(
     """Have the daemon use our descriptor, and show how far it is.  Raises Refused, PeerError."""
     client = session.client
     client.send(request, {"stream": [fd]})
-    bar = Bar(name, rate=True, shown=not session.quiet)
+    rounds = isinstance(request, SendRequest) and request.live is not None
+    bar = Bar(name, rate=True, rounds=rounds, shown=not session.quiet)
     total = 0
     try:
         while True:
@@ -70,6 +87,6 @@ def transfer(
             assert isinstance(answer, TransferProgress)
             total = answer.total_bytes
             if total:
-                bar.show(answer.done_bytes, total)
+                bar.show(answer.done_bytes, total, answer.round)
     finally:
         bar.end()

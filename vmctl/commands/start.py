@@ -10,6 +10,7 @@ import os
 import stat
 
 from vmctl.errors import ArgumentError, CommandError, NoSuchVm, Refused
+from vmctl.numbers import count
 from vmctl.options import Given, meant
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 BOOT_DEVICES = {"cdrom": BootDevice.CDROM, "disk": BootDevice.DISK, "net": BootDevice.NET}
-COUNT_MAX = 0x7FFFFFFF  # beyond it a count is no number any more, for vmd
 
 REFUSALS = {
     VMD_BIOS_MISSING: "vmm bios firmware file not found.",
@@ -216,18 +216,6 @@ def real_path(path: str, what: str) -> str:
     if len(os.fsencode(real)) > PATH_MAX:
         raise CommandError(f"invalid {what}: {real}: {os.strerror(errno.ENAMETOOLONG)}", errno.ENAMETOOLONG)
     return real
-
-
-def count(text: str, what: str) -> int:
-    """Return a number from 1; what is none is refused in strtonum(3)'s words."""
-    digits = text.removeprefix("-")
-    if not (digits.isascii() and digits.isdigit()):
-        raise ArgumentError(f"{what} is invalid: {text}")
-    if text.startswith("-") or not digits.strip("0"):
-        raise ArgumentError(f"{what} is too small: {text}")
-    if len(digits.lstrip("0")) > len(str(COUNT_MAX)) or int(digits) > COUNT_MAX:
-        raise ArgumentError(f"{what} is too large: {text}")
-    return int(digits)
 
 
 def memory_size(text: str) -> int:

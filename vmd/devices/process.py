@@ -168,7 +168,7 @@ class Process:
             self.memory = GuestMemory.attach(host.memory_fd, host.regions)
         except ValueError as error:
             raise PeerError(VM, str(error)) from None
-        limit_memory(self.memory.mapped_bytes + MEMORY_BESIDES_BYTES)
+        limit_memory(self.memory.mapped_bytes + len(self.memory.marks) + MEMORY_BESIDES_BYTES)
         words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")
         self.raised = words[: devmsg.QUEUES_MAX]
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
@@ -353,10 +353,18 @@ class Process:
         self.look_at_all()
         return devmsg.STATUS.pack(devmsg.ACTIVATE, 0)
 
+    def quiesce(self, *, forget: bool) -> None:
+        """Have the device touch no ring any more."""
+        self.running = False
+        self.device.quiesce(forget=forget)
+        if self.memory.marking:
+            for queue in self.queues:
+                if queue is not None:
+                    queue.mark_used()
+
     def forget(self) -> None:
         """Be as before the rings came."""
-        self.running = False
-        self.device.quiesce(forget=True)
+        self.quiesce(forget=True)
         self.queues = []
         self.broken = False
 
@@ -370,8 +378,8 @@ class Process:
     def on_pause(self, packet: bytes) -> bytes:
         """Stand still."""
         exact(devmsg.TYPE, packet)
-        self.paused, self.running = True, False
-        self.device.quiesce(forget=False)
+        self.paused = True
+        self.quiesce(forget=False)
         return devmsg.STATUS.pack(devmsg.PAUSE, 0)
 
     def on_resume(self, packet: bytes) -> bytes:
@@ -402,6 +410,12 @@ class Process:
         ]
         return devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, len(rows)) + b"".join(rows)
 
+    def on_mark(self, packet: bytes) -> bytes:
+        """Mark what is changed in memory, or no longer."""
+        kind = exact(devmsg.TYPE, packet)[0]
+        self.memory.marking = kind == devmsg.MARK
+        return devmsg.STATUS.pack(kind, 0)
+
     INFORMS: "dict[int, Callable[[Any, bytes], None]]" = {
         devmsg.SHUTDOWN: on_shutdown,
         devmsg.VERBOSITY: on_verbosity,
@@ -413,6 +427,8 @@ class Process:
         devmsg.RESUME: on_resume,
         devmsg.CONFIG_WRITE: on_config_write,
         devmsg.EXPORT: on_export,
+        devmsg.MARK: on_mark,
+        devmsg.UNMARK: on_mark,
     }
 
     def look_at_all(self) -> None:

@@ -132,10 +132,18 @@ COUNTER_NAMES = (
 )  # fmt: skip
 COUNTERS_BODY = Struct(f"<I4x{len(COUNTER_NAMES)}Q")
 
-# SETTLE: to a disk that stands still: is everything that was acknowledged on stable storage?  The first SETTLE after
-#   a PAUSE begins to bring it there.  Answered SETTLE with a status; after SETTLED_NOT_YET the VM asks again.
+# SETTLE: to a disk: is everything that was acknowledged on stable storage?  The first SETTLE after a PAUSE, or after
+#   SETTLE_AHEAD, begins to bring it there.  Answered SETTLE with a status; after SETTLED_NOT_YET the VM asks again.
 SETTLE = 10
 SETTLED, SETTLED_FAILED, SETTLED_NOT_YET = 0, 1, 2
+
+# MARK, UNMARK: mark from now on what the device has changed in guest memory (`guestmem`), or no longer.  Answered with
+#   status 0.  What is changed after that is marked before the guest hears of it, and rings at the next PAUSE or RESET.
+MARK = 28
+UNMARK = 29
+# SETTLE_AHEAD: to a disk that goes on, before SETTLE, which then waits for what was acknowledged until now.  Answered
+#   with status 0.
+SETTLE_AHEAD = 30
 
 # LET_GO: to a disk that stands still and is settled: finish the image and let go of its lock, for the guest may go on
 #   elsewhere.  Answered LET_GO with a status, as STATUS has it.

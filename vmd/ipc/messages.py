@@ -312,14 +312,24 @@ class PauseRequest(VmRequest):
     force: bool = False
 
 
+class Live(Record):
+    """When a VM that is sent while it runs comes to stand still."""
+
+    still_ms: int = 300  # when what is left takes no longer, at the pace at which it was written until then
+    rounds: int = 30  # after so many in any case
+
+
 @request(0x1C, Who.ROOT, "TransferProgress", "VmSent", fds=("stream?",))
 class SendRequest(VmRequest):
     """Write a VM to `stream`; it is gone then, or with `keep` goes on.  Where that fails it goes on as before.
+
+    With `live` it runs meanwhile, and stands still only for the rest.
 
     fds: `stream` is the client's; control keeps it until `PassFiles`.
     """
 
     keep: bool = False
+    live: Live | None = None
 
 
 @request(0x1D, Who.ROOT, "TransferProgress", "VmReceived", fds=("stream?",))
@@ -496,20 +506,27 @@ class VmPaused(Record):
 
 @message(0x3A, ANSWER, FROM_VM, partial=True)
 class TransferProgress(Record):
-    """How much of a VM has been sent or received; `total_bytes` is an estimate, 0 if there is none yet."""
+    """How much of a VM has been sent or received; `total_bytes` is an estimate, 0 if there is none yet.
+
+    `round`, of a VM that runs while it is sent: its memory is being sent for the first time (1), or what has changed
+    since the round before.
+    """
 
     done_bytes: int
     total_bytes: int
+    round: int = 0
 
 
 @message(0x3B, ANSWER)
 class VmSent(Record):
-    """The stream is complete."""
+    """The stream is complete; of a VM that ran meanwhile, after so many rounds and so long a stand-still."""
 
     vmid: int
     name: str
     sent_bytes: int
     downtime_ms: int = 0  # of a migration: from when it stood still here until it was known to run there
+    rounds: int = 0
+    still_ms: int = 0
 
 
 @message(0x3C, ANSWER)
@@ -847,22 +864,26 @@ class SendVm(Record):
 
     `one_shot`, which goes along: when the guest resets itself, that is its end (*cat. 4.4*).
     `two_way`: HeaderSent follows, and memory only after SendOn; when all is written, stand still until EndSend.
+    `live`: as of SendRequest.
     """
 
     vmid: int
     keep: bool
     one_shot: bool
     two_way: bool = False
+    live: Live | None = None
 
 
 @message(0x6E, FROM_VM)
 class SendDone(Record):
-    """The stream is complete; or a `text` says why not, and the machine is as before."""
+    """The stream is complete; or a `text` says why not, and the machine is as before.  For the rest see VmSent."""
 
     vmid: int
     sent_bytes: int
     text: str = ""
     stopped_ns: int = 0  # when it came to stand still for that, by CLOCK_MONOTONIC
+    rounds: int = 0
+    still_ms: int = 0
 
 
 @message(0xE4, FROM_VM)

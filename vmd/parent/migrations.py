@@ -33,6 +33,7 @@ from vmd.ipc.messages import (
     Failed,
     HeaderSent,
     LetDisksGo,
+    Live,
     MigrateInRequest,
     MigrateRequest,
     MigrationAt,
@@ -64,7 +65,9 @@ if TYPE_CHECKING:
     class Transfers(Protocol):
         """What of the room of transfers is used here."""
 
-        def begin_send(self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False) -> None:
+        def begin_send(
+            self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False, live: Live | None = None
+        ) -> None:
             """Have a VM write to a client's stream."""
 
         def begin_receive(self, name: str, receiving: Receiving, caller: Caller, client: int) -> Vm:
@@ -94,7 +97,7 @@ class Migrations:
     def serve_migrate(self, message: MigrateRequest, _caller: "Caller", envelope: "Envelope") -> None:
         """Have a VM write its header."""
         vm = self.vms.get(message.vmid, message.name)
-        self.transfers.begin_send(vm, envelope.peerid, carried=True)
+        self.transfers.begin_send(vm, envelope.peerid, carried=True, live=Live())
         self.clients.wait(envelope.peerid, For.CARRYING, vm.vmid)
         log.info(f"{vm.name}: migrating vm {vm.vmid}")
 

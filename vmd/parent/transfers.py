@@ -19,6 +19,7 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     Caller,
     CancelTransfer,
+    Live,
     PauseDone,
     PauseRequest,
     PauseVm,
@@ -53,8 +54,17 @@ if TYPE_CHECKING:
     from vmd.parent.network import Network
     from vmd.parent.opening import Opened, Openings
 
+STILL_MS_MAX, ROUNDS_MAX = 3_600_000, 1000  # of a VM that runs while it is sent
 LOCK_PATIENCE_S = 10.0  # for the sender to let go of the disks
 FAILURES = (VmdError, OSError, ValueError)  # of what a stream has said
+
+
+def require_possible(live: Live) -> None:
+    """Raise OperatorError for numbers that nobody can mean."""
+    if not 0 < live.still_ms <= STILL_MS_MAX:
+        raise OperatorError(errno.EINVAL, f"stand-still of {live.still_ms} ms (limit is {STILL_MS_MAX})")
+    if not 0 < live.rounds <= ROUNDS_MAX:
+        raise OperatorError(errno.EINVAL, f"{live.rounds} rounds (limit is {ROUNDS_MAX})")
 
 
 class Transfers:
@@ -106,11 +116,18 @@ class Transfers:
     def serve_send(self, message: SendRequest, _caller: Caller, envelope: Envelope) -> None:
         """Have a VM write itself to the client's descriptor."""
         vm = self.vms.get(message.vmid, message.name)
-        self.begin_send(vm, envelope.peerid, keep=message.keep)
+        self.begin_send(vm, envelope.peerid, keep=message.keep, live=message.live)
         log.info(f"{vm.name}: sending vm {vm.vmid}")
 
-    def begin_send(self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False) -> None:
-        """Have a VM write to a client's stream; with `carried` it migrates.  Raises OperatorError, HostError."""
+    def begin_send(
+        self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False, live: Live | None = None
+    ) -> None:
+        """Have a VM write to a client's stream; with `carried` it migrates.  Raises OperatorError, HostError.
+
+        With `live` it runs meanwhile.
+        """
+        if live is not None:
+            require_possible(live)
         vm.begin_send(keep=keep, carried=carried)
         try:
             stream = self.clients.courier(client)
@@ -118,7 +135,13 @@ class Transfers:
             vm.stay()
             raise
         self.clients.wait(client, For.TRANSFER, vm.vmid)
-        send = SendVm(vmid=vm.vmid, keep=keep, one_shot=bool(vm.once_because), two_way=carried)
+        send = SendVm(
+            vmid=vm.vmid,
+            keep=keep,
+            one_shot=bool(vm.once_because),
+            two_way=carried,
+            live=live,
+        )
         self.core.peers.send(Proc.VMM, send, fds={"courier": [stream]})
 
     def on_progress(self, message: TransferProgress, envelope: Envelope) -> None:
@@ -146,8 +169,15 @@ class Transfers:
             text = f"vm {vm.name} was not {verb}, and is as before: {text}"
             self.clients.fail_all(For.TRANSFER, vm.vmid, errno.EIO, text)
             return
-        log.info(f"{vm.name}: sent vm {vm.vmid}, {message.sent_bytes} bytes")
-        sent = VmSent(vmid=vm.vmid, name=vm.name, sent_bytes=message.sent_bytes)
+        still = f", {message.rounds} rounds, stood still for {message.still_ms} ms" if message.rounds else ""
+        log.info(f"{vm.name}: sent vm {vm.vmid}, {message.sent_bytes} bytes{still}")
+        sent = VmSent(
+            vmid=vm.vmid,
+            name=vm.name,
+            sent_bytes=message.sent_bytes,
+            rounds=message.rounds,
+            still_ms=message.still_ms,
+        )
         if sending.keep:
             vm.stay()
             self.clients.answer_all(For.TRANSFER, vm.vmid, sent)

@@ -81,6 +81,7 @@ class Queue:
         self._avail_event = raw[self.used + 4 + 8 * size : self.used + 6 + 8 * size].cast("H")
         self.next_avail = next_avail & 0xFFFF
         self.next_used = next_used & 0xFFFF
+        self.published = self.next_used  # what the guest can see
         self.signalled_used = self.next_used  # what the guest had been told of when it was last interrupted
 
     # --- taking ------------------------------------------------------------------------------------------
@@ -149,9 +150,31 @@ class Queue:
 
     def publish(self) -> None:
         """Let the guest see everything that was put."""
+        if self.memory.marking:
+            self._mark_given()
         # The elements must be in memory before the index that announces them.  x86 keeps stores in order, so plain
         # stores in this order are enough.
-        self._used_idx[0] = self.next_used
+        self._used_idx[0] = self.published = self.next_used
+
+    def _mark_given(self) -> None:
+        """Mark what was written into the chains that are about to be published.
+
+        A driver that changes a chain it has not got back misleads nobody but itself.
+        """
+        while self.published != self.next_used:
+            element = self.used_ring[self.published & self.mask]
+            self.published = self.published + 1 & 0xFFFF
+            if element >> 32:
+                try:
+                    chain = self.walk(element & 0xFFFFFFFF)
+                except GuestError:
+                    continue
+                for gpa, length in chain.writable:
+                    self.memory.mark(gpa, length)
+
+    def mark_used(self) -> None:
+        """Mark the used ring: we store into it at other times than when we publish, too."""
+        self.memory.mark_file(self.used, 6 + 8 * self.size)
 
     def wants_interrupt(self) -> bool:
         """Return whether the guest is to be told of what was published since it was last told (2.7.7.2)."""

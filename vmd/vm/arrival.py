@@ -22,7 +22,7 @@ from vmd.vm.departure import show_progress
 from vmd.vm.kinds import kinds
 from vmd.vm.machine import KVM_FD, Host, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
-from vmd.vm.stream import IDLE_TIMEOUT_S, Pipe, StreamError, StreamReader
+from vmd.vm.stream import IDLE_TIMEOUT_S, STILL, Pipe, StreamError, StreamReader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class Receiver:
     At the end `on_machine(state)` is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
     """
 
+    round = 0  # only a sender knows
+
     def __init__(
         self,
         pipe: Pipe,
@@ -165,19 +167,20 @@ class Receiver:
             self._loop.call_from_thread(lambda: self._on_machine(machine))
 
     def _read(self, reader: StreamReader) -> state.MachineState:
+        reader.version = self._version
         reader.sections_until_end(self._take_memory, self._take_state, state_max=self._state_max)
         if self._machine is None:
             raise StreamError("has no state of the machine")
         return self._machine
 
     def _take_memory(self, gpa: int, data: memoryview) -> None:
-        """Take a run of memory: they come in ascending order, so none comes twice."""
+        """Take a run of memory.  Of a machine that stood still they come in ascending order, so none comes twice."""
         memory = self._memory
         try:
             offset = memory.offset(gpa, len(data))
         except GuestError as error:
             raise ValueError(str(error)) from None
-        if offset < self._next_offset:
+        if offset < self._next_offset and self._version <= STILL:
             raise ValueError(f"memory at {gpa:#x} comes again, or out of order")
         self._next_offset = offset + len(data)
         memory.fill(offset, data)

@@ -1,18 +1,12 @@
-"""A VM on its way out: it stands still, and a thread writes what it is while the event thread goes on serving."""
-
-import select
-import threading
+"""A VM on its way out: a thread writes what it is (`sender`, or `live` while it runs)."""
 
 from vmd.closing import close
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc import devmsg
-from vmd.ipc.imsg import pack
 from vmd.ipc.messages import HeaderSent, TakenBack, TransferProgress
-from vmd.privsep.title import name_thread
-from vmd.tasks import start_thread
-from vmd.vm import state
 from vmd.vm.fetch import fetch_stream
-from vmd.vm.stream import LOOK_S, Cancelled, Pipe, StreamError, StreamWriter
+from vmd.vm.live import LiveSender
+from vmd.vm.sender import Sender
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,16 +16,16 @@ if TYPE_CHECKING:
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
     from vmd.ipc.messages import SendVm
-    from vmd.vm.clocks import Clocks
     from vmd.vm.devproc import DeviceProcess
-    from vmd.vm.machine import Machine
     from vmd.vm.pause import Pause
+    from vmd.vm.stream import Pipe
 
     class Transfer(Protocol):
         """A sender or a receiver at work."""
 
         pipe: Pipe
         total_bytes: int
+        round: int
         over: bool
 
 
@@ -41,131 +35,18 @@ NOT_TAKEN = {
     devmsg.TAKEN_CHANGED: (TakenBack.CHANGED, "has been written to since it was let go: its guest has run elsewhere"),
     devmsg.TAKEN_FAILED: (TakenBack.FAILED, "cannot be locked; the log says why"),
 }
-SETTLE_LOOK_S = 0.05  # between two looks at whether the disks are on stable storage
-
-
-class Sender:
-    """Writes a machine that stands still to a descriptor, which it closes; `done(why not)` is told once.
-
-    Why not is a sentence.
-    """
-
-    def __init__(
-        self,
-        machine: "Machine",
-        clocks: "Clocks",
-        fd: int,
-        loop: "Loop",
-        done: "Callable[[str], None]",
-        *,
-        one_shot: bool,
-        on_header: "Callable[[], None] | None" = None,
-    ) -> None:
-        """Read the machine's state.  With `on_header` only the header is written until `go_on`.
-
-        Raises VmdError or OSError, and then leaves the descriptor open; PeerError if a device is gone.
-        """
-        try:
-            self._header = pack(state.header(machine, one_shot=one_shot))
-            self._state = pack(state.save(machine, clocks))
-            state.check_sent(self._header, self._state, machine)
-        except (ValueError, OverflowError) as error:  # the latter is of a number that no record takes
-            raise VmdError(f"nobody could receive it: {error}") from error
-        self._memory = machine.memory
-        self._disks = [function.process for function in machine.virtio if function.process.kind.settles]
-        self._loop = loop
-        self._done = done
-        self._cancelled = threading.Event()
-        self._on_header = on_header
-        self._goes_on = threading.Event()
-        self.pipe = Pipe(fd, select.POLLOUT)
-        self.over = False
-        self.total_bytes = len(self._header) + len(self._state) + machine.memory.resident_bytes()
-        self._thread = threading.Thread(target=self._run, name="send", daemon=True)
-
-    def start(self) -> None:
-        """Begin.  Raises HostError."""
-        start_thread("send", self._thread.start)
-
-    def go_on(self) -> None:
-        """Write what follows the header."""
-        self._goes_on.set()
-
-    def cancel(self) -> None:
-        """Have it fail soon, unless it is about to be done."""
-        self.pipe.cancelled = True
-        self._cancelled.set()
-
-    def _run(self) -> None:
-        name_thread("send")
-        text = "internal error while it was sent"  # where an exception passes by: it is shown, and the guest lives
-        try:
-            try:
-                self._write(StreamWriter(self.pipe))
-            finally:
-                self.pipe.close()
-        except Cancelled:
-            text = "sending was interrupted"
-        except StreamError as error:
-            text = f"the stream {error}"
-        except OSError as error:
-            text = f"its memory cannot be read: {sentence(error)}"
-        except VmdError as error:
-            text = str(error)
-        else:
-            text = ""
-        finally:
-            self.over = True
-            self._loop.call_from_thread(lambda: self._done(text))
-
-    def _write(self, writer: StreamWriter) -> None:
-        try:
-            for disk in self._disks:
-                disk.settle()  # begins; it goes on beside the rest
-            writer.header(self._header)
-            self._wait_accepted()
-            for region in self._memory.regions:
-                for gpa, offset, length in self._memory.touched_runs(region):
-                    writer.memory(gpa, self._memory.memory[offset : offset + length])
-            writer.state(self._state)
-            self._wait_settled()
-            writer.end()
-        finally:
-            writer.hasher.close()
-
-    def _wait_accepted(self) -> None:
-        """Wait until the receiver is known to take it, where that is asked for.  Raises Cancelled."""
-        if self._on_header is not None:
-            self._loop.call_from_thread(self._on_header)
-            while not self._goes_on.wait(LOOK_S):
-                if self._cancelled.is_set():
-                    raise Cancelled("cancelled")
-
-    def _wait_settled(self) -> None:
-        """Wait until the disks hold what the guest has written.  After the end of the stream none of them can refuse.
-
-        Raises VmdError.
-        """
-        for disk in self._disks:
-            while (state := disk.settle()) == devmsg.SETTLED_NOT_YET:
-                if self._cancelled.wait(SETTLE_LOOK_S):
-                    raise Cancelled("cancelled")
-            if state != devmsg.SETTLED:
-                raise VmdError(
-                    f"{disk.label}: what the guest has written cannot be brought to stable storage;"
-                    " `vmctl status -v` and the log say why"
-                )
 
 
 def show_progress(transfer: "Transfer", loop: "Loop", vmm: "Channel") -> None:
     """Tell every now and then how far a transfer is, until it is over."""
     if not transfer.over:
-        vmm.send(TransferProgress(done_bytes=transfer.pipe.moved_bytes, total_bytes=transfer.total_bytes))
+        done, total = transfer.pipe.moved_bytes, transfer.total_bytes
+        vmm.send(TransferProgress(done_bytes=done, total_bytes=max(done, total), round=transfer.round))
         loop.call_later(PROGRESS_S, lambda: show_progress(transfer, loop, vmm))
 
 
 class Departure:
-    """A VM that is sent: it stands still, and a thread writes what it is.
+    """A VM that is sent: it stands still, at once or in the end, and a thread writes what it is.
 
     `done(why not)` is told once, with everything as before unless it was sent for good.
     """
@@ -182,6 +63,7 @@ class Departure:
         self.then: Callable[[], None] = lambda: None  # when it is over, and the VM lives
         self._vmid = message.vmid
         self._one_shot = message.one_shot
+        self._live = message.live
         self._pause, self._vmm, self._done = pause, vmm, done
         self._cancelled = False
         self._sender: Sender | None = None
@@ -198,7 +80,10 @@ class Departure:
             self._finish("the stream did not come")
             return
         self._stream = stream
-        self._pause.pause(self._send)
+        if self._live is None or self.stays_paused:
+            self._pause.pause(self._send)
+        else:
+            self._send("")
 
     @property
     def sent_bytes(self) -> int:
@@ -216,19 +101,23 @@ class Departure:
         if self._sender is not None:
             self._sender.cancel()
 
+    @property
+    def round(self) -> int:
+        """How many rounds were made while it ran."""
+        return self._sender.round if self._sender is not None else 0
+
+    @property
+    def still_s(self) -> float:
+        """How long it stood still until all was written, if it was sent while it ran."""
+        return self._sender.still_s if isinstance(self._sender, LiveSender) else 0.0
+
     def _send(self, text: str) -> None:
-        """The machine stands still, or a text says why not."""
+        """The machine stands still, or is sent while it runs, or a text says why not."""
         pause, stream = self._pause, self._stream
         try:
             if text or self._cancelled:
                 raise VmdError(text or "sending was interrupted")
-            assert pause.clocks is not None
-            on_header = self._tell_header if self.two_way else None
-            sender = Sender(
-                pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot,
-                on_header=on_header,
-            )  # fmt: skip
-            sender.start()
+            sender = self._sender = self._begun(stream)
         except PeerError as error:
             close(stream)
             pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
@@ -236,11 +125,32 @@ class Departure:
             close(stream)
             self._finish(sentence(error))
         else:
-            self._sender = sender
             show_progress(sender, pause.loop, self._vmm)
+
+    def _begun(self, stream: int) -> Sender:
+        pause, live = self._pause, self._live
+        on_header = self._tell_header if self.two_way else None
+        sender: Sender
+        if pause.clocks is None:
+            assert live is not None
+            sender = LiveSender(
+                pause, stream, pause.loop, self._finish, one_shot=self._one_shot, on_header=on_header, goal=live
+            )
+        else:
+            sender = Sender(
+                pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot,
+                on_header=on_header,
+            )  # fmt: skip
+        sender.start()
+        return sender
 
     def _tell_header(self) -> None:
         self._vmm.send(HeaderSent(vmid=self._vmid))
+
+    def let_be(self) -> None:
+        """Leave the machine as it was before; it goes on here."""
+        if isinstance(self._sender, LiveSender):
+            self._sender.let_be()
 
     def _finish(self, text: str) -> None:
         self.written = self.two_way and not text

@@ -67,8 +67,8 @@ class Interrupts:
 class DeviceProcess:
     """One device process, started at once, and told later with `begin` what it is.
 
-    `ask` and what is built on it is called on vCPU threads and the event thread, one at a time; everything else on
-    the event thread.
+    `ask` and what is built on it is called on vCPU threads, the event thread and the sender's, one at a time;
+    everything else on the event thread.
 
     Raises:
         HostError: it cannot be started.
@@ -173,7 +173,7 @@ class DeviceProcess:
         return self._status(answer)
 
     def command(self, kind: int) -> bool:
-        """RESET, PAUSE or RESUME; returns when it is done."""
+        """RESET, PAUSE, RESUME, MARK, UNMARK or SETTLE_AHEAD; returns when it is done."""
         return self._status(self.ask(devmsg.TYPE.pack(kind)))
 
     def write_config(self, offset: int, data: bytes) -> bytes:
@@ -193,7 +193,7 @@ class DeviceProcess:
         return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)]
 
     def settle(self) -> int:
-        """Of a disk that stands still: bring it to stable storage, and return how far that is, devmsg.SETTLED_*."""
+        """Of a disk: bring it to stable storage, and return how far that is, devmsg.SETTLED_*."""
         return self._disk_status(devmsg.SETTLE)
 
     def let_go(self) -> bool:

@@ -174,6 +174,7 @@ class Machine:
 
         self.virtio: list[VirtioFunction] = []
         self.vcpus: list[VcpuThread] = []
+        self.tsc_khz = 0
 
     def chips(self) -> "dict[str, Chip]":
         """Return the chips that a stream has the state of, by name."""
@@ -283,6 +284,7 @@ class Machine:
             vcpu = self.kvm.create_vcpu(number)
             vcpu.set_cpuid2(for_vcpu(self.cpuid, number, count, tsc_deadline=self.tsc_deadline))
             self.vcpus.append(VcpuThread(number, vcpu, self.bus, self.memory, self.end))
+        self.tsc_khz = self.vcpus[0].vcpu.get_tsc_khz()  # now: who asks a vCPU that runs waits until it stops
 
     def _line(self, gsi: int) -> "Callable[[bool], None]":
         irq_line = self.kvm.irq_line

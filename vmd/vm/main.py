@@ -98,6 +98,7 @@ IOCTLS = (  # of a VM that runs
     # what is sent:
     abi.KVM_GET_IRQCHIP, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
     abi.KVM_GET_XSAVE2, abi.KVM_GET_XCRS, abi.KVM_GET_DEBUGREGS, abi.KVM_GET_VCPU_EVENTS,
+    abi.KVM_SET_USER_MEMORY_REGION, abi.KVM_GET_DIRTY_LOG,  # ... while it runs
     abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
     *VM.ioctls,
 )  # fmt: skip
@@ -105,7 +106,7 @@ BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed as soon a
     abi.KVM_GET_API_VERSION, abi.KVM_CHECK_EXTENSION, abi.KVM_GET_VCPU_MMAP_SIZE, abi.KVM_GET_SUPPORTED_CPUID,
     abi.KVM_GET_MSR_INDEX_LIST, abi.KVM_CREATE_VM,
     abi.KVM_SET_TSS_ADDR, abi.KVM_SET_IDENTITY_MAP_ADDR, abi.KVM_CREATE_IRQCHIP, abi.KVM_CREATE_PIT2,
-    abi.KVM_SET_IRQCHIP, abi.KVM_SET_USER_MEMORY_REGION,
+    abi.KVM_SET_IRQCHIP,
     abi.KVM_CREATE_VCPU, abi.KVM_SET_CPUID2, abi.KVM_SET_REGS, abi.KVM_SET_SREGS,
     abi.KVM_SET_XCRS, abi.KVM_SET_XSAVE, abi.KVM_SET_DEBUGREGS, abi.KVM_SET_VCPU_EVENTS, abi.KVM_SET_MP_STATE,
 )  # fmt: skip
@@ -190,7 +191,9 @@ class VmProcess(Process):
         if paused or not self.go_on():
             self.report_running(paused=paused)
             limit_open_files(VM.open_files)  # from now on it has next to nothing to pass on
-            limit_memory(pause.machine.memory.mapped_bytes + MEMORY_BESIDES_BYTES + STACK_BYTES * config.vcpus)
+            memory = pause.machine.memory
+            mapped_bytes = memory.mapped_bytes + len(memory.marks)
+            limit_memory(mapped_bytes + MEMORY_BESIDES_BYTES + STACK_BYTES * config.vcpus)
 
     def report_running(self, *, paused: bool) -> None:
         """Say that the guest executes, or waits to be unpaused."""
@@ -258,7 +261,7 @@ class VmProcess(Process):
     # --- sending and receiving ---------------------------------------------------------------------------------
 
     def on_send_vm(self, message: SendVm, envelope: Envelope, _channel: Channel) -> None:
-        """Stand still, and have a thread write what we are."""
+        """Have a thread write what we are, standing still, at once or in the end."""
         if self.pause is None or not self.life.is_in(State.LIVE):
             return  # how the VM ends is the answer; two at once the parent does not ask for
         courier = envelope.take_fd("courier")
@@ -273,7 +276,12 @@ class VmProcess(Process):
             return
         self.vmm.send(
             SendDone(
-                vmid=self.vmid, sent_bytes=departure.sent_bytes, text=brief(text), stopped_ns=departure.stopped_ns
+                vmid=self.vmid,
+                sent_bytes=departure.sent_bytes,
+                text=brief(text),
+                stopped_ns=departure.stopped_ns,
+                rounds=departure.round,
+                still_ms=round(departure.still_s * 1000),
             )
         )
         if departure.written:
@@ -286,6 +294,7 @@ class VmProcess(Process):
     def stay(self, departure: Departure) -> None:
         """It was not sent, or only a copy: everything is as before."""
         self.departure = None
+        departure.let_be()
         self.life.become(State.LIVE)
         if not departure.stays_paused:
             self.go_on()

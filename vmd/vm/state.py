@@ -162,7 +162,7 @@ def header(machine: "Machine", *, one_shot: bool) -> Header:
         firmware_bytes=machine.firmware_bytes,
         touched_bytes=machine.memory.resident_bytes(),
         xsave_bytes=machine.vcpus[0].vcpu.xsave_bytes,
-        tsc_khz=machine.vcpus[0].vcpu.get_tsc_khz(),
+        tsc_khz=machine.tsc_khz,
         cpuid=tuple(
             CpuidLeaf(**{field: getattr(leaf, field) for field in CpuidLeaf.fields}) for leaf in machine.cpuid
         ),
@@ -231,10 +231,10 @@ def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
 # --- restoring -----------------------------------------------------------------------------------------------
 
 
-def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
-    """Raise ValueError unless a receiver on such a host takes what this machine is about to be sent as.
+def check_sent_header(header_raw: bytes, machine: "Machine") -> Header:
+    """Return what a receiver on such a host reads in the header of this machine.
 
-    The sender asks this of its own stream: a receiver that finds it out has the only copy, and cannot use it.
+    Raises ValueError where it would refuse it.
     """
     if len(header_raw) > stream.HEADER_MAX:
         raise ValueError(f"a header of {len(header_raw)} bytes")
@@ -243,6 +243,15 @@ def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
     rules.check_vm(theirs.config)
     encode(ReceivedHeader(vmid=0, config=theirs.config, one_shot=theirs.one_shot), form=Form.NAMED)
     check_processor(theirs, machine.cpuid)
+    return theirs
+
+
+def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
+    """Raise ValueError unless a receiver on such a host takes what this machine is about to be sent as.
+
+    The sender asks this of its own stream: a receiver that finds it out has the only copy, and cannot use it.
+    """
+    theirs = check_sent_header(header_raw, machine)
     if len(state_raw) > bytes_max(theirs):
         raise ValueError(f"a state of {len(state_raw)} bytes")
     sent = read_machine(stream.VERSION, state_raw)

@@ -4,14 +4,20 @@
     section*    kind, zero (u32), length (u64), body; their SHA-256
     END         a section whose body is the number of those before it (u64)
 
-All numbers are little-endian.  The body of MEMORY is a guest-physical address (u64) and the bytes from there on; of
-STATE and the header the records are `vm/state.py`'s, with their fields by name.  (Version 2 had them in order:
+All numbers are little-endian.  The body of MEMORY is a guest-physical address (u64) and the bytes from there on; that
+of RUNS is how many runs of memory it has (u64), address and length of each (u64), and then their bytes.  Of STATE and
+the header the records are `vm/state.py`'s, with their fields by name.  (Version 2 had them in order:
 `vm/stream_v2.py`.)  A new field has a default, which says what was so before.  Where a guest cannot go on without
 what is new, or the form changes, VERSION is raised, so that older readers refuse the stream.
 
-Memory is hashed while it is written, or the next pieces are read: on its way out where it lies; on its way in, in
-buffers, for a page that is written with its file costs half of one that comes into being by being touched.  To hash it
-takes longer than to read it and to write it, so there are two threads for that on its way in.
+Up to version 3, memory comes in ascending order, and none of it twice.  From version 4 on, in which a machine is sent
+that runs meanwhile, it comes in any order, in RUNS, too, and what comes later counts.  A machine that stands still is
+written as version 3: more readers know it.
+
+Memory is hashed while it is written, or the next pieces are read: on its way out where it lies, or of a machine that
+runs in a copy, which does not change; on its way in, in buffers, for a page that is written with its file costs half
+of one that comes into being by being touched.  To hash it takes longer than to read it and to write it, so there are
+two threads for that on its way in.
 
 Everything here blocks, and runs on a thread of its own, but only in `Pipe.wait`: so that whoever wants it to end is
 heard, and a peer that does nothing for IDLE_TIMEOUT_S is given up.  A StreamError completes "the stream ...".
@@ -32,20 +38,24 @@ from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 MAGIC = b"vmdstate"
-VERSION = 3
+VERSION = 4
+STILL = 3  # the version of a machine that stands still
 OLDEST = 2  # that is read
 PREAMBLE = Struct("<8sII")
 SECTION = Struct("<IIQ")
 GPA = Struct("<Q")
 COUNT = Struct("<Q")
-MEMORY, STATE, END = 1, 2, 3
+RUN = Struct("<QQ")  # address, length
+MEMORY, STATE, END, RUNS = 1, 2, 3, 4
 DIGEST_BYTES = 32
 
 HEADER_MAX = 64 << 10  # a configuration fits one message of 16 KiB, and a CPUID table that KVM takes another
 PIECE_BYTES = 8 << 20  # of memory in one section: what one thread hashes while the other one moves the next
+RUNS_MAX = 2048  # in one section: as many pages as it has
+RUNS_BYTES_MAX = COUNT.size + RUNS_MAX * RUN.size + PIECE_BYTES
 HASHERS = 2  # of a reader
 IDLE_TIMEOUT_S = 300.0
 LOOK_S = 0.2  # for a wish that this end
@@ -204,9 +214,9 @@ class StreamWriter:
         self.hasher = Hasher()
         self.sections = 0
 
-    def header(self, body: bytes) -> None:
+    def header(self, body: bytes, version: int = VERSION) -> None:
         """Write the preamble."""
-        raw = PREAMBLE.pack(MAGIC, VERSION, len(body)) + body
+        raw = PREAMBLE.pack(MAGIC, version, len(body)) + body
         self.pipe.write(raw, hashlib.sha256(raw).digest())
 
     def memory(self, gpa: int, view: memoryview) -> None:
@@ -214,6 +224,11 @@ class StreamWriter:
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
             self._section(MEMORY, GPA.pack(gpa + start), piece)
+
+    def runs(self, runs: "Sequence[tuple[int, int]]", data: memoryview) -> None:
+        """Write runs of memory, (address, length) each, RUNS_MAX and PIECE_BYTES at most, whose bytes are in `data`."""
+        table = b"".join(RUN.pack(gpa, length) for gpa, length in runs)
+        self._section(RUNS, COUNT.pack(len(runs)) + table, data)
 
     def state(self, body: bytes) -> None:
         """Write a record."""
@@ -335,13 +350,19 @@ class StreamReader:
             body = self._buffer(length - GPA.size)
             self.pipe.read_into(body)
             memory(GPA.unpack(address)[0], body)
+        elif kind == RUNS and self.version > STILL and COUNT.size <= length <= RUNS_BYTES_MAX:
+            address = b""
+            body = self._buffer(length)
+            self.pipe.read_into(body)
+            for gpa, data in runs_of(body):
+                memory(gpa, data)
         elif (kind == STATE and length <= state_max) or (kind == END and length == COUNT.size):
             address = b""
             body = self.pipe.read(length)
         else:
             raise StreamError(f"has a section {self.sections} of kind {kind} and length {length}")
         checks.begin((head, address, body), self.pipe.read(DIGEST_BYTES))
-        if kind != MEMORY:
+        if kind not in (MEMORY, RUNS):
             checks.finish()
         if kind == STATE:
             state(bytes(body))
@@ -356,3 +377,18 @@ class StreamReader:
         if len(buffer) < length:
             buffer = self._buffers[0] = bytearray(length)
         return memoryview(buffer)[:length]
+
+
+def runs_of(body: memoryview) -> "Iterator[tuple[int, memoryview]]":
+    """Yield address and bytes of each run of memory in the body of RUNS.  Raises ValueError."""
+    (count,) = COUNT.unpack_from(body)
+    if not 0 < count <= RUNS_MAX or COUNT.size + count * RUN.size > len(body):
+        raise ValueError(f"{count} runs of memory in {len(body)} bytes")
+    at = COUNT.size + count * RUN.size
+    for gpa, length in RUN.iter_unpack(body[COUNT.size : at]):
+        if not 0 < length <= len(body) - at:
+            raise ValueError(f"memory at {gpa:#x}: {length} bytes where {len(body) - at} are left")
+        yield gpa, body[at : at + length]
+        at += length
+    if at != len(body):
+        raise ValueError(f"{len(body) - at} bytes behind the last run of memory")

@@ -30,8 +30,13 @@ from vmd.vm.stream import (
     OLDEST,
     PIECE_BYTES,
     PREAMBLE,
+    RUN,
+    RUNS,
+    RUNS_BYTES_MAX,
+    RUNS_MAX,
     SECTION,
     STATE,
+    STILL,
     VERSION,
     Cancelled,
     Pipe,
@@ -44,7 +49,7 @@ DEADLINE_S = 60.0
 MEMORY_BYTES = 4096
 STATE_MAX = 1000
 HEADER, RECORD = b"what it is", b"what it was doing"
-RUNS = ((0, b"first run of memory"), (1024, b"and the second"))
+IN_ORDER = ((0, b"first run of memory"), (1024, b"and the second"))
 
 
 class Sink:
@@ -86,7 +91,7 @@ def read(raw: bytes) -> Sink:
     return sink
 
 
-def write(pipe: Pipe, runs: tuple[tuple[int, bytes], ...] = RUNS) -> None:
+def write(pipe: Pipe, runs: tuple[tuple[int, bytes], ...] = IN_ORDER) -> None:
     """Write a stream with a header, memory, a record and its end."""
     writer = StreamWriter(pipe)
     try:
@@ -99,7 +104,7 @@ def write(pipe: Pipe, runs: tuple[tuple[int, bytes], ...] = RUNS) -> None:
         writer.hasher.close()
 
 
-def written(runs: tuple[tuple[int, bytes], ...] = RUNS) -> bytes:
+def written(runs: tuple[tuple[int, bytes], ...] = IN_ORDER) -> bytes:
     """Return the bytes of a stream."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     pipe = Pipe(fd, select.POLLOUT)
@@ -120,6 +125,12 @@ def section(kind: int, body: bytes, *, flags: int = 0, length: int | None = None
     """Return a section with a good digest."""
     raw = SECTION.pack(kind, flags, len(body) if length is None else length) + body
     return raw + hashlib.sha256(raw).digest()
+
+
+def runs(*runs: tuple[int, int], data: bytes, count: int | None = None) -> bytes:
+    """Return a section of runs of memory with a good digest."""
+    table = b"".join(RUN.pack(gpa, length) for gpa, length in runs)
+    return section(RUNS, COUNT.pack(len(runs) if count is None else count) + table + data)
 
 
 def end(count: int) -> bytes:
@@ -154,7 +165,7 @@ def in_thread(work: Callable[[], None]) -> Callable[[], None]:
 
 def test_form() -> None:
     """Every byte is where the module says."""
-    runs = [section(MEMORY, GPA.pack(gpa) + data) for gpa, data in RUNS]
+    runs = [section(MEMORY, GPA.pack(gpa) + data) for gpa, data in IN_ORDER]
 
     assert written() == preamble() + b"".join(runs) + section(STATE, RECORD) + end(3)
 
@@ -164,8 +175,41 @@ def test_file_holds_a_machine() -> None:
     sink = read(written())
 
     assert (sink.header, sink.states) == (HEADER, [RECORD])
-    for gpa, data in RUNS:
+    for gpa, data in IN_ORDER:
         assert sink.memory[gpa : gpa + len(data)] == data
+
+
+def test_form_of_runs() -> None:
+    """Every byte is where the module says; what comes later counts, in whatever order."""
+    fd = os.memfd_create("stream", os.MFD_CLOEXEC)
+    writer = StreamWriter(Pipe(fd, select.POLLOUT))
+    writer.header(HEADER)
+    writer.runs([(8, 3), (0, 2), (9, 1)], memoryview(b"abcdef"))
+    writer.memory(0, memoryview(b"x"))
+    writer.state(RECORD)
+    writer.end()
+    writer.hasher.close()
+    raw = os.pread(fd, writer.pipe.moved_bytes, 0)
+    writer.pipe.close()
+
+    first = runs((8, 3), (0, 2), (9, 1), data=b"abcdef")
+    assert raw == preamble() + first + section(MEMORY, GPA.pack(0) + b"x") + section(STATE, RECORD) + end(3)
+    assert read(raw).memory[:12] == b"xe" + bytes(6) + b"afc" + bytes(1)
+
+
+def test_as_many_runs_as_a_section_takes() -> None:
+    """And none more."""
+    most = [(each, 1) for each in range(RUNS_MAX - 1)]
+    data = random.Random(2).randbytes(PIECE_BYTES)
+    last = (RUNS_MAX - 1, PIECE_BYTES - RUNS_MAX + 1)
+    raw = preamble() + runs(*most, last, data=data) + section(STATE, RECORD) + end(2)
+    sink, pipe = Sink(PIECE_BYTES), source(raw)
+    sink.read(pipe)
+    pipe.close()
+    assert sink.memory == data
+
+    with pytest.raises(StreamError, match=f"section 0: {RUNS_MAX + 1} runs of memory in"):
+        read(preamble() + runs(*most, (0, 1), (0, 1), data=data[: RUNS_MAX + 1]))
 
 
 def pair_of_pipe() -> tuple[int, int]:
@@ -250,7 +294,7 @@ def test_every_flipped_bit_is_noticed() -> None:
 def test_flips_in_memory_are_damage() -> None:
     """Nothing else could tell."""
     raw = bytearray(written())
-    raw[raw.index(RUNS[1][1])] ^= 1
+    raw[raw.index(IN_ORDER[1][1])] ^= 1
     with pytest.raises(StreamError, match="is damaged: the digest of a section is wrong"):
         read(bytes(raw))
 
@@ -291,11 +335,28 @@ def test_other_version_is_named() -> None:
     ([section(STATE, RECORD), end(0)], "has 1 sections where its end says 0"),
     ([section(MEMORY, GPA.pack(MEMORY_BYTES) + b"x")], "is not usable: section 0: no memory at 0x1000"),
     ([section(MEMORY, GPA.pack((1 << 64) - 1) + b"x")], "is not usable: section 0: no memory"),
+    ([section(RUNS, b"1234567")], "of kind 4 and length 7"),
+    ([section(RUNS, b"", length=RUNS_BYTES_MAX + 1)], "of kind 4 and length"),
+    ([runs(data=b"")], "is not usable: section 0: 0 runs of memory in 8 bytes"),
+    ([runs((0, 1), data=b"x", count=2)], "section 0: 2 runs of memory in 25 bytes"),
+    ([runs((0, 1), data=b"", count=1 << 60)], "section 0: 1152921504606846976 runs of memory in 24 bytes"),
+    ([runs((0, 1), (4, 1), data=b"x")], "section 0: memory at 0x4: 1 bytes where 0 are left"),
+    ([runs((0, 0), data=b"x")], "section 0: memory at 0x0: 0 bytes where 1 are left"),
+    ([runs((0, (1 << 64) - 1), data=b"x")], "section 0: memory at 0x0: 18446744073709551615 bytes where 1 are left"),
+    ([runs((0, 1), data=b"xy")], "section 0: 1 bytes behind the last run of memory"),
+    ([runs((MEMORY_BYTES - 1, 2), data=b"xy")], "section 0: no memory at 0xfff"),
 ])  # fmt: skip
 def test_wrong_sections_are_refused(sections: list[bytes], what: str) -> None:
     """Kinds, lengths, flags, addresses, counts: with good digests."""
     with pytest.raises(StreamError, match=what):
         read(preamble() + b"".join(sections))
+
+
+@pytest.mark.parametrize("version", range(OLDEST, STILL + 1))
+def test_earlier_versions_have_no_runs(version: int) -> None:
+    """Whoever wrote them knew of none."""
+    with pytest.raises(StreamError, match="has a section 0 of kind 4 and length"):
+        read(preamble(version=version) + runs((0, 1), data=b"x"))
 
 
 def test_a_record_is_taken_only_when_its_digest_is_right() -> None:

@@ -17,10 +17,10 @@ from vmd.ipc.imsg import pack
 from vmd.ipc.loop import Loop
 from vmd.vm import state, streamprobe
 from vmd.vm.arrival import Receiver
-from vmd.vm.departure import Sender
 from vmd.vm.kinds import DISK, ENTROPY
+from vmd.vm.sender import Sender
 from vmd.vm.state import MachineState
-from vmd.vm.stream import Pipe, StreamWriter
+from vmd.vm.stream import STILL, VERSION, Pipe, StreamWriter
 
 DEADLINE_S = 20.0
 HIGH = 1 << 32
@@ -132,7 +132,7 @@ def send(loop: Loop, machine: Any, fd: int) -> tuple[Sender, list[str]]:  # noqa
         told.append(text)
         loop.stop()
 
-    sender = Sender(machine, cast("Any", None), fd, loop, done, one_shot=True)
+    sender = Sender(machine, cast("Any", "clocks"), fd, loop, done, one_shot=True)
     sender.start()
     return sender, told
 
@@ -256,7 +256,7 @@ def test_a_mistake_of_ours_is_told_too(
 ) -> None:
     """The guest must not stand still for ever because a thread has died."""
 
-    def broken(_writer: StreamWriter, _body: bytes) -> None:
+    def broken(_writer: StreamWriter, _body: bytes, _version: int) -> None:
         raise RuntimeError("a mistake")
 
     shown: list[threading.ExceptHookArgs] = []
@@ -276,11 +276,11 @@ def test_a_mistake_of_ours_is_told_too(
 # --- streams that lie ---------------------------------------------------------------------------------------------
 
 
-def stream(*runs: Run, states: tuple[bytes, ...] = ()) -> int:
+def stream(*runs: Run, states: tuple[bytes, ...] = (), version: int = STILL) -> int:
     """Return a file with a stream in it, its digests right."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     writer = StreamWriter(Pipe(fd, select.POLLOUT))
-    writer.header(pack(saved.header()))
+    writer.header(pack(saved.header()), version)
     for gpa, data in runs:
         writer.memory(gpa, memoryview(data))
     for body in states:
@@ -326,6 +326,18 @@ def test_impossible_streams(
     assert len(told.failures) == 1
     assert told.failures[0].startswith("the stream ")
     assert what in told.failures[0]
+
+
+def test_memory_of_a_machine_that_ran_comes_again(loop: Loop, memory: GuestMemory) -> None:
+    """In any order; what came last counts."""
+    runs = ((HIGH, b"new"), (PAGE, b"old"), (0, bytes(PAGE)), (PAGE, b"new"))
+    told = Told(loop, stream(*runs, states=(GOOD,), version=VERSION), memory)
+
+    loop.run()
+
+    assert told.failures == []
+    assert len(told.machines) == 1
+    assert (memory.read(PAGE, 3), memory.read(HIGH, 3)) == (b"new", b"new")
 
 
 def test_a_record_may_not_be_longer_than_such_a_machine_needs(loop: Loop, memory: GuestMemory) -> None:

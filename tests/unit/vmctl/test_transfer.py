@@ -16,7 +16,7 @@ from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
 from vmctl.bar import Bar
 from vmctl.client import Client
-from vmd.ipc.messages import Failed, ReceiveRequest, SendRequest, TransferProgress, VmReceived, VmSent
+from vmd.ipc.messages import Failed, Live, ReceiveRequest, SendRequest, TransferProgress, VmReceived, VmSent
 
 MIB = 1 << 20
 SENT = VmSent(vmid=3, name="web", sent_bytes=150 * MIB)
@@ -62,6 +62,36 @@ def test_send_and_keep(daemon: FakeDaemon, tmp_path: Path) -> None:
     daemon.answers(SENT)
     assert send(daemon, tmp_path, "-k", "3")[0] == 0
     assert daemon.requests == [SendRequest(vmid=3, name="3", keep=True)]
+
+
+def test_send_while_it_runs(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """What is said has the rounds, and how long the guest stood still."""
+    daemon.answers(PROGRESS.replace(round=1), SENT.replace(rounds=3, still_ms=87))
+    assert send(daemon, tmp_path, "-l", "web") == (
+        0,
+        "vmctl: sent vm 3 successfully (150M, 3 rounds, stood still for 87 ms)\n",
+    )
+    daemon.answers(SENT.replace(rounds=1, still_ms=2))
+    assert send(daemon, tmp_path, "-kl", "-d", "20", "-r", "7", "web") == (
+        0,
+        "vmctl: sent vm 3 successfully (150M, 1 round, stood still for 2 ms)\n",
+    )
+    assert daemon.requests == [
+        SendRequest(name="web", live=Live()),
+        SendRequest(name="web", keep=True, live=Live(still_ms=20, rounds=7)),
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "what"), [
+    (("-d", "20", "web"), "-d without -l"), (("-r", "20", "web"), "-r without -l"),
+    (("-l", "-d", "0", "web"), "number of milliseconds is too small: 0"),
+    (("-l", "-r", "x", "web"), "number of rounds is invalid: x"),
+])  # fmt: skip
+def test_wrong_goals(daemon: FakeDaemon, tmp_path: Path, arguments: tuple[str, ...], what: str) -> None:
+    """Refused before the daemon is asked."""
+    status, errors = send(daemon, tmp_path, *arguments)
+    assert (status, daemon.requests) == (2, [])
+    assert errors.startswith(f"vmctl: {what}\n")
 
 
 def test_receive_gives_standard_input_away(daemon: FakeDaemon, tmp_path: Path) -> None:
@@ -123,8 +153,12 @@ def test_terminals_are_refused(daemon: FakeDaemon, command: str, what: str) -> N
     os.close(slave)
 
 
+SEND_USAGE = "send [-kl] [-d ms] [-r rounds] id"
+
+
 @pytest.mark.parametrize(("arguments", "usage"), [
-    (("send",), "send [-k] id"), (("send", "a", "b"), "send [-k] id"), (("send", "-p", "a"), "send [-k] id"),
+    (("send",), SEND_USAGE), (("send", "a", "b"), SEND_USAGE), (("send", "-p", "a"), SEND_USAGE),
+    (("send", "-l", "-d"), SEND_USAGE),
     (("receive",), "receive [-f] [-p | -w] name"), (("receive", "-k", "a"), "receive [-f] [-p | -w] name"),
 ])  # fmt: skip
 def test_wrong_arguments(daemon: FakeDaemon, arguments: tuple[str, ...], usage: str) -> None:
@@ -188,6 +222,26 @@ def test_progress_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second.startswith(f"web 100% |{'*' * 37}")
     assert second.endswith("00:00:00")
     assert left == "\n"
+
+
+def test_rounds_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one it is stands at the end of the line, once there is one."""
+    master, slave = pty.openpty()
+    monkeypatch.setattr("vmctl.output.STDERR", slave)
+    monkeypatch.setattr("vmctl.bar.REDRAW_S", 0.0)
+    bar = Bar("web", rate=True, rounds=True)
+    bar.shown = True
+
+    bar.show(0, 400 * MIB)
+    bar.show(100 * MIB, 400 * MIB, 12)
+    bar.end()
+    first, second, _ = Console(master).expect("\n", DEADLINE_S).split("\r")[1:]
+    os.close(slave)
+    os.close(master)
+
+    assert first.endswith(" round     ")
+    assert second.endswith(" round   12")
+    assert len(first) == len(second) < 80
 
 
 def test_a_transfer_that_is_done_is_shown_as_done(daemon: FakeDaemon, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ class Vioblk:
         self.cancelled = False
         self.stalled = False  # requests were left in the ring because enough are in flight
         self.unflushed: list[tuple[Request, int, int]] = []  # written through, but for the flush
-        self.pauses = 0  # how often we have come to stand still
+        self.pauses = 0  # how often we have come to stand still, or what was written until now was to last
         self.settling: int | None = None  # while a flush of our own is in flight: `pauses` when it began
         self.settled = (0, False)  # `pauses` when the last one began, and whether it succeeded
         self.workers_until_s = 0.0
@@ -228,6 +228,10 @@ class Vioblk:
         if self.settling is None:
             self._flush_for_ourselves()
         return devmsg.SETTLED_NOT_YET
+
+    def settle_ahead(self) -> None:
+        """Have the next `settle` flush, though we need not have stood still since the last one."""
+        self.pauses += 1
 
     # --- life --------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,12 @@ class VioblkProcess(Process):
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.SETTLE, self.device.settle())
 
+    def on_settle_ahead(self, packet: bytes) -> bytes:
+        """Have what was written until now brought there, too."""
+        exact(devmsg.TYPE, packet)
+        self.device.settle_ahead()
+        return devmsg.STATUS.pack(devmsg.SETTLE_AHEAD, 0)
+
     def on_let_go(self, packet: bytes) -> bytes:
         """Let go of the disk's lock, for its guest to go on elsewhere."""
         exact(devmsg.TYPE, packet)
@@ -43,6 +49,7 @@ class VioblkProcess(Process):
 
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
+        devmsg.SETTLE_AHEAD: on_settle_ahead,
         devmsg.LET_GO: on_let_go,
         devmsg.TAKE_BACK: on_take_back,
     }

@@ -1,0 +1,303 @@
+"""Sending a machine that runs: what arrives, when it has to stand still, and everything that may stop it."""
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support import saved
+from tests.unit.vm.test_transfer import HIGH, REGIONS, Told
+from vmd.errors import HostError, PeerError
+from vmd.guestmem import PAGE, GuestMemory
+from vmd.ipc import devmsg
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages import Live
+from vmd.vm import dirty, live, state
+from vmd.vm.kinds import DISK, ENTROPY
+from vmd.vm.live import LiveSender
+
+DEADLINE_S = 60.0
+NOT_STABLE = (
+    "disk0: what the guest has written cannot be brought to stable storage; `vmctl status -v` and the log say why"
+)
+
+
+class Kvm:
+    """The logs of slots; nobody stores but through `Machine.store`."""
+
+    def __init__(self) -> None:
+        self.logs = {0: 0, 1: 0}
+        self.logging = False
+
+    def set_memory_region(self, _slot: int, _gpa: int, _size: int, _hva: int, flags: int) -> None:
+        """Begin to note, or end."""
+        self.logging = bool(flags)
+
+    def get_dirty_log(self, slot: int, _size: int) -> bytes:
+        """Return and clear."""
+        log, self.logs[slot] = self.logs[slot], 0
+        return log.to_bytes(8, "little")
+
+
+class Device:
+    """A disk's process, or another one."""
+
+    label = "disk0"
+
+    def __init__(self, kind: Any) -> None:  # noqa: ANN401
+        self.kind = kind
+        self.told: list[int] = []
+        self.answers = [devmsg.SETTLED]
+
+    def command(self, kind: int) -> None:
+        """Note what it is told."""
+        self.told.append(kind)
+
+    def settle(self) -> int:
+        """Give the next answer, and the last one for ever."""
+        self.told.append(devmsg.SETTLE)
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+class Machine:
+    """What a sender needs of a machine, and a guest that stores whenever it is looked at."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.kvm = Kvm()
+        self.disk = Device(DISK)
+        self.entropy = Device(ENTROPY)
+        self.virtio = [SimpleNamespace(process=self.entropy), SimpleNamespace(process=self.disk)]
+
+    def store(self, page: int, data: bytes) -> None:
+        """Be a processor."""
+        self.memory.load(page * PAGE if page < 16 else HIGH + (page - 16) * PAGE, data)
+        self.kvm.logs[page // 16] |= 1 << page % 16
+
+
+class Pause:
+    """A machine that can stand still."""
+
+    def __init__(self, machine: Machine, loop: Loop) -> None:
+        self.machine = machine
+        self.loop = loop
+        self.clocks: Any = None
+        self.refusal = ""
+        self.before: Callable[[], None] = lambda: None
+        self.given_up: list[str] = []
+
+    def pause(self, done: Callable[[str], None]) -> None:
+        """Stand still, or not."""
+        assert threading.current_thread() is threading.main_thread()
+        self.before()
+        if not self.refusal:
+            self.clocks = "clocks"
+        done(self.refusal)
+
+    def give_up(self, text: str) -> None:
+        """Note it."""
+        self.given_up.append(text)
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    """An event loop with a watchdog."""
+    made = Loop()
+    made.call_later(DEADLINE_S, made.stop)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Pause]:
+    """A machine whose records are made up."""
+    monkeypatch.setattr(state, "header", lambda _machine, one_shot: saved.header(one_shot=one_shot))
+    monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())
+    monkeypatch.setattr(state, "check_sent", lambda _header, _state, _machine: None)
+    monkeypatch.setattr(state, "check_sent_header", lambda _header, _machine: None)
+    with GuestMemory.create(REGIONS) as memory:
+        yield Pause(Machine(memory), loop)
+
+
+class Sending:
+    """A sender at work, into a file."""
+
+    def __init__(self, pause: Pause, goal: Live) -> None:
+        self.file = os.memfd_create("stream", os.MFD_CLOEXEC)
+        self.told: list[str] = []
+        loop = pause.loop
+
+        def done(text: str) -> None:
+            self.told.append(text)
+            loop.stop()
+
+        stream = os.dup(self.file)
+        self.sender = LiveSender(pause, stream, loop, done, one_shot=True, goal=goal)  # type: ignore[arg-type]
+        self.sender.start()
+        loop.run()
+
+    def arrives(self, pause: Pause) -> None:
+        """Raise AssertionError unless what was written is the machine."""
+        assert self.told == [""]
+        os.lseek(self.file, 0, os.SEEK_SET)
+        with GuestMemory.create(REGIONS) as theirs:
+            receiver = Told(pause.loop, self.file, theirs)
+            pause.loop.run()
+            assert receiver.failures == []
+            assert receiver.machines == [saved.machine_state()]
+            assert bytes(theirs.memory) == bytes(pause.machine.memory.memory)
+
+
+def goal(still_ms: int = 1_000_000, rounds: int = 5) -> Live:
+    """Return one that is reached at once."""
+    return Live(still_ms=still_ms, rounds=rounds)
+
+
+def test_a_machine_that_stores_all_the_time_arrives(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors, devices and this process, in each round and until it stands still; every region."""
+    machine, memory = pause.machine, pause.machine.memory
+    generator = random.Random(5)
+    memory.load(HIGH - PAGE, b"firmware")
+    for page in (0, 3, 15, 16, 31):
+        machine.store(page, generator.randbytes(PAGE))
+
+    def work() -> None:
+        for _ in range(5):
+            machine.store(generator.randrange(32), generator.randbytes(100))
+        memory.write(generator.randrange(16) * PAGE, b"by us")
+        page = generator.randrange(16)
+        memory.load(HIGH + page * PAGE, b"by a device")
+        memory.mark(HIGH + page * PAGE, 11)
+
+    runs = dirty.runs
+
+    def runs_and_work(pages: bytes) -> Iterator[tuple[int, int]]:
+        for run in runs(pages):
+            yield run
+            work()  # behind each run that was copied
+
+    monkeypatch.setattr(live, "runs", runs_and_work)
+
+    def last() -> None:
+        work()
+        monkeypatch.setattr(live, "runs", runs)
+
+    pause.before = last
+    sending = Sending(pause, goal(still_ms=0))
+
+    assert sending.sender.round == 5
+    assert sending.sender.still_s > 0
+    sending.arrives(pause)
+    assert machine.disk.told[0] == machine.entropy.told[0] == devmsg.MARK
+    assert machine.kvm.logging
+    sending.sender.let_be()
+    assert machine.disk.told[-1] == machine.entropy.told[-1] == devmsg.UNMARK
+    assert not machine.kvm.logging
+
+
+def test_it_stands_still_when_the_rest_fits(pause: Pause) -> None:
+    """After the second round: during the first one the disks had not yet been brought to stable storage."""
+    pause.machine.store(3, b"x")
+    sending = Sending(pause, goal(rounds=100))
+
+    assert sending.sender.round == 2
+    sending.arrives(pause)
+    mark, ahead, settle = devmsg.MARK, devmsg.SETTLE_AHEAD, devmsg.SETTLE
+    assert pause.machine.disk.told == [mark, ahead, settle, ahead, settle, settle, settle]
+
+
+def test_a_long_run_is_cut_into_pieces(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a section has no room for more, in bytes or in runs; regions that touch in the file are two runs."""
+    monkeypatch.setattr(live, "PIECE_BYTES", 3 * PAGE)
+    monkeypatch.setattr(live, "RUNS_MAX", 2)
+    generator = random.Random(1)
+    for page in (1, 3, 5, 7, *range(9, 25)):
+        pause.machine.store(page, generator.randbytes(PAGE))
+
+    Sending(pause, goal()).arrives(pause)
+
+
+@pytest.mark.parametrize(("refusal", "what"), [
+    ("a vcpu did not stop within 15 s", "a vcpu did not stop within 15 s"),
+])  # fmt: skip
+def test_a_machine_that_does_not_stand_still(pause: Pause, refusal: str, what: str) -> None:
+    """Goes on; the stream has no end."""
+    pause.refusal = refusal
+    assert Sending(pause, goal()).told == [what]
+
+
+@pytest.mark.parametrize(("raised", "what", "given_up"), [
+    (ValueError("the state of other chips"), "nobody could receive it: the state of other chips", []),
+    (OSError(errno.EIO, "Input/output error"), "Input/output error", []),
+    (HostError("x", errno.EIO), "x: Input/output error", []),
+    (PeerError("vioblk0", "was killed"), "vioblk0: was killed", ["vioblk0: was killed"]),
+    (RuntimeError("a mistake"), "internal error while its state was read", []),
+])  # fmt: skip
+def test_a_state_that_cannot_be_read(
+    pause: Pause, monkeypatch: pytest.MonkeyPatch, raised: Exception, what: str, given_up: list[str]
+) -> None:
+    """It is told, and nothing is sent that would be taken for the machine."""
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(state, "save", fail)
+    if isinstance(raised, RuntimeError):
+        with pytest.raises(RuntimeError):
+            Sending(pause, goal())
+        pause.loop.run()
+        return
+    assert Sending(pause, goal()).told == [what]
+    assert pause.given_up == given_up
+
+
+def test_a_disk_that_fails_before_the_machine_stands_still(pause: Pause) -> None:
+    """It never does."""
+    pause.machine.disk.answers = [devmsg.SETTLED_NOT_YET, devmsg.SETTLED_FAILED]
+    assert Sending(pause, goal()).told == [NOT_STABLE]
+    assert pause.clocks is None
+
+
+def test_a_disk_that_fails_when_the_machine_stands_still(pause: Pause) -> None:
+    """What it has written at last is missing."""
+    pause.machine.disk.answers = [*[devmsg.SETTLED] * 3, devmsg.SETTLED_NOT_YET, devmsg.SETTLED_FAILED]
+    assert Sending(pause, goal()).told == [NOT_STABLE]
+
+
+def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first round, in a later one, while a disk takes its time, and when the machine stands still."""
+    cancel = LiveSender.cancel
+    write_pages, have_it = LiveSender._write_pages, LiveSender._have_it_stand_still
+    for step in range(4):
+        pause.clocks = None
+        pause.machine.store(3, b"x")
+        pause.machine.disk.answers = [devmsg.SETTLED, devmsg.SETTLED_NOT_YET] if step == 2 else [devmsg.SETTLED]
+
+        def write(sender: LiveSender, writer: Any, pages: bytes, step: int = step) -> None:  # noqa: ANN401
+            if sender.round == step + 1:
+                cancel(sender)
+            pause.machine.store(4, b"y")
+            write_pages(sender, writer, pages)
+
+        def stand(sender: LiveSender, step: int = step) -> None:
+            have_it(sender)
+            if step == 3:
+                cancel(sender)
+
+        monkeypatch.setattr(LiveSender, "_write_pages", write)
+        monkeypatch.setattr(LiveSender, "_have_it_stand_still", stand)
+        if step == 2:
+            pause.loop.call_later(0.1, lambda: threads_sender().cancel())
+        assert Sending(pause, goal(still_ms=0 if step == 1 else 1_000_000)).told == ["sending was interrupted"], step
+        assert (pause.clocks is None) == (step != 3), step
+
+
+def threads_sender() -> LiveSender:
+    """Return the sender whose thread is at work."""
+    (thread,) = [each for each in threading.enumerate() if each.name == "send"]
+    return thread._target.__self__  # type: ignore[attr-defined,no-any-return]

@@ -1,0 +1,17 @@
+"""Numbers on a command line."""
+
+from vmctl.errors import ArgumentError
+
+COUNT_MAX = 0x7FFFFFFF  # beyond it a count is no number any more, for vmd
+
+
+def count(text: str, what: str) -> int:
+    """Return a number from 1; what is none is refused in strtonum(3)'s words."""
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit()):
+        raise ArgumentError(f"{what} is invalid: {text}")
+    if text.startswith("-") or not digits.strip("0"):
+        raise ArgumentError(f"{what} is too small: {text}")
+    if len(digits.lstrip("0")) > len(str(COUNT_MAX)) or int(digits) > COUNT_MAX:
+        raise ArgumentError(f"{what} is too large: {text}")
+    return int(digits)

@@ -1,0 +1,155 @@
+"""Writing what a machine is, on a thread of its own, while the event thread goes on serving."""
+
+import contextlib
+import select
+import threading
+
+from vmd.errors import VmdError, sentence
+from vmd.ipc import devmsg
+from vmd.ipc.imsg import pack
+from vmd.privsep.title import name_thread
+from vmd.tasks import start_thread
+from vmd.vm import state
+from vmd.vm.stream import LOOK_S, STILL, Cancelled, Pipe, StreamError, StreamWriter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vmd.ipc.loop import Loop
+    from vmd.vm.clocks import Clocks
+    from vmd.vm.machine import Machine
+
+SETTLE_LOOK_S = 0.05  # between two looks at whether the disks are on stable storage
+
+
+class Sender:
+    """Writes a machine that stands still to a descriptor, which it closes; `done(why not)` is told once.
+
+    Why not is a sentence.
+    """
+
+    round = 0  # of a machine that runs meanwhile (`live`)
+
+    def __init__(
+        self,
+        machine: "Machine",
+        clocks: "Clocks | None",
+        fd: int,
+        loop: "Loop",
+        done: "Callable[[str], None]",
+        *,
+        one_shot: bool,
+        on_header: "Callable[[], None] | None" = None,
+    ) -> None:
+        """Read the machine's state, if it stands still already and these are its clocks.
+
+        With `on_header` only the header is written until `go_on`.
+        Raises VmdError or OSError, and then leaves the descriptor open; PeerError if a device is gone.
+        """
+        self._machine = machine
+        self._memory = machine.memory
+        self._state = b""
+        with receivable():
+            self._header = pack(state.header(machine, one_shot=one_shot))
+        if clocks is not None:
+            self.freeze(clocks)
+        self._disks = [function.process for function in machine.virtio if function.process.kind.settles]
+        self._loop = loop
+        self._done = done
+        self._cancelled = threading.Event()
+        self._on_header = on_header
+        self._goes_on = threading.Event()
+        self.pipe = Pipe(fd, select.POLLOUT)
+        self.over = False
+        self.total_bytes = len(self._header) + len(self._state) + machine.memory.resident_bytes()
+        self._thread = threading.Thread(target=self._run, name="send", daemon=True)
+
+    def freeze(self, clocks: "Clocks") -> None:
+        """Read the state of the machine, which stands still.  Raises as the constructor does."""
+        with receivable():
+            self._state = pack(state.save(self._machine, clocks))
+            state.check_sent(self._header, self._state, self._machine)
+
+    def start(self) -> None:
+        """Begin.  Raises HostError."""
+        start_thread("send", self._thread.start)
+
+    def go_on(self) -> None:
+        """Write what follows the header."""
+        self._goes_on.set()
+
+    def cancel(self) -> None:
+        """Have it fail soon, unless it is about to be done."""
+        self.pipe.cancelled = True
+        self._cancelled.set()
+
+    def _run(self) -> None:
+        name_thread("send")
+        text = "internal error while it was sent"  # where an exception passes by: it is shown, and the guest lives
+        try:
+            try:
+                writer = StreamWriter(self.pipe)
+                try:
+                    self._write(writer)
+                finally:
+                    writer.hasher.close()
+            finally:
+                self.pipe.close()
+        except Cancelled:
+            text = "sending was interrupted"
+        except StreamError as error:
+            text = f"the stream {error}"
+        except OSError as error:
+            text = f"its memory cannot be read: {sentence(error)}"
+        except VmdError as error:
+            text = str(error)
+        else:
+            text = ""
+        finally:
+            self.over = True
+            self._loop.call_from_thread(lambda: self._done(text))
+
+    def _write(self, writer: StreamWriter) -> None:
+        for disk in self._disks:
+            disk.settle()  # begins; it goes on beside the rest
+        writer.header(self._header, STILL)
+        self._wait_accepted()
+        for region in self._memory.regions:
+            for gpa, offset, length in self._memory.touched_runs(region):
+                writer.memory(gpa, self._memory.memory[offset : offset + length])
+        writer.state(self._state)
+        self._wait_settled()
+        writer.end()
+
+    def _wait_accepted(self) -> None:
+        """Wait until the receiver is known to take it, where that is asked for.  Raises Cancelled."""
+        if self._on_header is not None:
+            self._loop.call_from_thread(self._on_header)
+            while not self._goes_on.wait(LOOK_S):
+                if self._cancelled.is_set():
+                    raise Cancelled("cancelled")
+
+    def _wait_settled(self) -> None:
+        """Wait until the disks hold what the guest has written.  After the end of the stream none of them can refuse.
+
+        Raises VmdError.
+        """
+        for disk in self._disks:
+            while (state := disk.settle()) == devmsg.SETTLED_NOT_YET:
+                if self._cancelled.wait(SETTLE_LOOK_S):
+                    raise Cancelled("cancelled")
+            if state != devmsg.SETTLED:
+                raise VmdError(
+                    f"{disk.label}: what the guest has written cannot be brought to stable storage;"
+                    " `vmctl status -v` and the log say why"
+                )
+
+
+@contextlib.contextmanager
+def receivable() -> "Iterator[None]":
+    """Raise VmdError where what is sent could be no record, or none that a receiver takes."""
+    try:
+        yield
+    except (ValueError, OverflowError) as error:  # the latter is of a number that no record takes
+        raise VmdError(f"nobody could receive it: {error}") from error
