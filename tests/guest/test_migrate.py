@@ -129,6 +129,20 @@ def test_goes_on_here_when_it_never_ran_there(two: Two) -> None:
 
 
 @pytest.mark.deep
+def test_an_interrupt_comes_too_late(two: Two) -> None:
+    """Once the disks are let go the VM is just going over; before, it stays."""
+    status, said = two.migrate(place="after asked", victim=migration.OPERATOR)
+    assert (status, said.splitlines()[-1]) == (1, "vmctl: migrate: interrupted")
+    wait(lambda: state(two.here) == "running" and not two.there.rows())
+
+    status, said = two.migrate(place="after commit", victim=migration.OPERATOR)
+
+    assert status == 0, said
+    assert "vmctl: the VM is just going over; once more, and it is left in doubt\n" in said
+    works(two.there, "a")
+
+
+@pytest.mark.deep
 def test_without_disks_only_its_operator_knows(tmp_path: Path) -> None:
     """No lock tells whether it runs there: `unpause -f` is what has it go on."""
     for name in ("here", "there"):

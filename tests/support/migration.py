@@ -23,8 +23,9 @@ COMMIT = b'"at": "commit"'
 BEFORE_COMMIT = ("stream", "before asked", "after asked", "before complete")
 AROUND_COMMIT = ("after complete", "before commit", "after commit", "later", "before running", "after running")
 PLACES = BEFORE_COMMIT + AROUND_COMMIT
-SHELL, TARGET, SOURCE, GUEST = "shell", "target", "source", "guest"
-VICTIMS = (SHELL, TARGET, SOURCE, GUEST)  # the connection; one of the two vmctl; the VM's process at the target
+SHELL, TARGET, SOURCE, GUEST, OPERATOR = "shell", "target", "source", "guest", "operator"
+# The connection; one of the two vmctl; the VM's process at the target; or nobody, but somebody types ^C.
+VICTIMS = (SHELL, TARGET, SOURCE, GUEST, OPERATOR)
 
 
 class Plan:
@@ -72,10 +73,10 @@ class Shell:
         )
         self.passed_bytes = 0
 
-    def cut(self, place: str) -> None:
-        """End somebody, if this is the place."""
+    def cut(self, place: str) -> bool:
+        """End somebody, if this is the place; return whether that was who has spoken."""
         if self.plan.get("place") != place:
-            return
+            return False
         self.plan["place"] = ""
         victim = self.plan["victim"]
         if victim == SHELL:
@@ -84,11 +85,14 @@ class Shell:
             self.child.kill()
         elif victim == SOURCE:
             os.kill(os.getppid(), signal.SIGKILL)
+        elif victim == OPERATOR:
+            os.kill(os.getppid(), signal.SIGINT)
         else:
             for pid, title in descendants(self.plan["parent"]).items():
                 if title == f"vmd: vm/{self.name}":
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+        return bool(victim == TARGET)
 
     def run(self) -> int:
         """Pass on; returns the exit status of the other side."""
@@ -134,8 +138,10 @@ class Shell:
     def _back(self, data: bytes) -> None:
         for line in data.splitlines(keepends=True):
             at = json.loads(line)["at"]
-            self.cut(f"before {at}")
-            os.write(1, line)
+            if self.cut(f"before {at}"):
+                return  # it has not said that, either
+            with contextlib.suppress(BrokenPipeError):
+                os.write(1, line)
             self.cut(f"after {at}")
 
 

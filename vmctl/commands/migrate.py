@@ -9,7 +9,7 @@ import time
 
 from vmctl.bar import Bar
 from vmctl.carry import ASKED, COMMIT, COMPLETE, FAILED, RUNNING, SOURCE, TARGET, Ear, say
-from vmctl.errors import ArgumentError, CommandError, NoDaemon, Refused, refused
+from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     A = TypeVar("A", MigrationAt, VmSent, VmReceived)
 
 SHELL = "ssh"
+MOVABLE = ("running", "paused")  # states in which a VM can go
 END_S = 10.0  # for the remote shell, after the last word
 BETWEEN_MS = 200  # two looks at the one side while the other one is waited for
 
@@ -45,7 +46,12 @@ def run(session: Session, given: Given) -> int:
     ref = parse_vmref(given.operands[0])
     host, name = destination(given.operands[1])
     shell = shell_words(given.value("-e") or SHELL)
-    name = name or name_of(session, ref)
+    vm = ref.find(session.client.list_vms())
+    if vm is None:
+        raise NoSuchVm(f"migrate vm command failed: vm {ref} not found")
+    if vm.state not in MOVABLE:  # before somebody types a password for nothing
+        raise CommandError(f"migrate vm command failed: vm {vm.name} is {vm.state}", errno.EINVAL)
+    name = name or vm.name
     begin_s = time.monotonic()
     command = [*shell, host, "vmctl", "receive", "-w", *(["-f"] if given.has("-f") else []), name]
     process = started(command)
@@ -110,14 +116,6 @@ def shell_words(text: str) -> list[str]:
     if not words:
         raise ArgumentError("empty command: -e")
     return words
-
-
-def name_of(session: Session, ref: VmRef) -> str:
-    """Return the name of the VM that is meant.  Raises CommandError."""
-    if ref.sure_name:
-        return ref.sure_name
-    vm = ref.find(session.client.list_vms())
-    return vm.name if vm is not None else str(ref)
 
 
 class Source:
