@@ -123,8 +123,10 @@ COMMANDS = (
         upstream=False,
         help="have a running VM go on at another host, by ssh",
         options=(
+            Option(name="-d", value="ms", help="let it stand still for this many milliseconds (300)"),
             Option(name="-e", value="command", help="run this instead of ssh; it may have options of its own"),
             Option(name="-f", help="the storage does not carry locks: take it on trust that it is the same at both"),
+            Option(name="-r", value="rounds", help="let it stand still after this many rounds (30)"),
             Option(name="-v", help="say how far it is"),
         ),
         operand=ID,

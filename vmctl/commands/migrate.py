@@ -9,6 +9,7 @@ import time
 
 from vmctl.bar import Bar
 from vmctl.carry import ASKED, COMMIT, COMPLETE, FAILED, RUNNING, SOURCE, TARGET, Ear, say
+from vmctl.commands.send import live_goal
 from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from vmctl.carry import Words
+    from vmd.ipc.messages import Live
 
     A = TypeVar("A", MigrationAt, VmSent, VmReceived)
 
@@ -45,6 +47,7 @@ def run(session: Session, given: Given) -> int:
     """Migrate."""
     ref = parse_vmref(given.operands[0])
     host, name = destination(given.operands[1])
+    goal = live_goal(given)
     shell = shell_words(given.value("-e") or SHELL)
     vm = ref.find(session.client.list_vms())
     if vm is None:
@@ -55,7 +58,7 @@ def run(session: Session, given: Given) -> int:
     begin_s = time.monotonic()
     command = [*shell, host, "vmctl", "receive", "-w", *(["-f"] if given.has("-f") else []), name]
     process = started(command)
-    with contextlib.closing(Source(session, ref, host, process, verbose=given.has("-v"))) as source:
+    with contextlib.closing(Source(session, ref, host, process, goal, verbose=given.has("-v"))) as source:
         sent, running = source.run()
     total_s = time.monotonic() - begin_s
     if session.json:
@@ -64,11 +67,13 @@ def run(session: Session, given: Given) -> int:
             "name": clean(sent.name),
             "host": clean(host),
             "sent_bytes": sent.sent_bytes,
+            "rounds": sent.rounds,
             "downtime_ms": sent.downtime_ms,
             "total_ms": round(total_s * 1000),
         })  # fmt: skip
     else:
-        told = f"{fmt_scaled(sent.sent_bytes)}, downtime {sent.downtime_ms} ms, {total_s:.1f} s in all"
+        rounds = f"{sent.rounds} round{'s' if sent.rounds != 1 else ''}, " if sent.rounds else ""
+        told = f"{fmt_scaled(sent.sent_bytes)}, {rounds}downtime {sent.downtime_ms} ms, {total_s:.1f} s in all"
         warn(f"migrated vm {sent.vmid} to {host} successfully, id {running.get('id')} there ({told})")
     return 0
 
@@ -122,9 +127,17 @@ class Source:
     """One migration, from here."""
 
     def __init__(
-        self, session: Session, ref: VmRef, host: str, process: "subprocess.Popen[bytes]", *, verbose: bool
+        self,
+        session: Session,
+        ref: VmRef,
+        host: str,
+        process: "subprocess.Popen[bytes]",
+        goal: "Live",
+        *,
+        verbose: bool,
     ) -> None:
         self.session = session
+        self.goal = goal
         self.ref = ref
         self.host = host
         self.process = process
@@ -133,7 +146,7 @@ class Source:
         assert process.stdout is not None
         self.to_target, self.from_target = process.stdin.fileno(), process.stdout.fileno()
         self.ear = Ear(self.from_target, TARGET)
-        self.bar = Bar(str(ref), rate=True, shown=not session.quiet)
+        self.bar = Bar(str(ref), rate=True, rounds=True, shown=not session.quiet)
 
     def close(self) -> None:
         """End the other side, which gives up unless it was told to run."""
@@ -151,7 +164,8 @@ class Source:
         """Take all steps; returns what each side said in the end.  Raises CommandError."""
         client = self.session.client
         try:
-            client.send(MigrateRequest(vmid=self.ref.vmid, name=self.ref.name), {"stream": [self.to_target]})
+            request = MigrateRequest(vmid=self.ref.vmid, name=self.ref.name, live=self.goal)
+            client.send(request, {"stream": [self.to_target]})
             self._answer(MigrationAt)
         except Refused as error:
             raise refused("migrate vm command failed", error) from None
@@ -179,7 +193,7 @@ class Source:
                 return answer
             assert isinstance(answer, TransferProgress)
             if answer.total_bytes:
-                self.bar.show(answer.done_bytes, answer.total_bytes)
+                self.bar.show(answer.done_bytes, answer.total_bytes, answer.round)
 
     def _step(self, step: Step, expected: "type[A]", *, locks_travel: bool = False) -> "A":
         """Take a step here.  Raises CommandError; why the other side has failed says more than that this one has."""

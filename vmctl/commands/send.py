@@ -51,16 +51,21 @@ def run(session: Session, given: Given) -> int:
     return 0
 
 
+LIVE = (("-d", "still_ms", "number of milliseconds"), ("-r", "rounds", "number of rounds"))
+
+
 def live_options(given: Given) -> Live | None:
     """Return how a VM runs while it is sent; None if it does not.  Raises UsageError, ArgumentError."""
-    wanted: dict[str, int] = {}
-    for option, field, what in (("-d", "still_ms", "number of milliseconds"), ("-r", "rounds", "number of rounds")):
-        value = given.value(option)
-        if value is not None:
-            if not given.has("-l"):
-                raise UsageError(f"{option} without -l")
-            wanted[field] = count(value, what)
-    return Live(**wanted) if given.has("-l") else None
+    for option, _, _ in LIVE:
+        if given.has(option) and not given.has("-l"):
+            raise UsageError(f"{option} without -l")
+    return live_goal(given) if given.has("-l") else None
+
+
+def live_goal(given: Given) -> Live:
+    """Return when a VM that runs while it is sent comes to stand still.  Raises ArgumentError."""
+    values = ((field, given.value(option), what) for option, field, what in LIVE)
+    return Live(**{field: count(value, what) for field, value, what in values if value is not None})
 
 
 def access_mode(fd: int) -> int:

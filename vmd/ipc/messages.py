@@ -385,9 +385,12 @@ class SnapshotRequest(VmRequest):
 class MigrateRequest(VmRequest):
     """Write a VM to `stream` that goes on elsewhere only when this client says so.
 
-    Answered when the stream's header is written; the guest runs on.  What follows is asked with `MigrationStep`, by the
-    same client; if it leaves before COMMIT, the VM goes on as before.  fds: as for SendRequest.
+    Answered when the stream's header is written.  What follows is asked with `MigrationStep`, by the same client; if it
+    leaves before COMMIT, the VM goes on as before.  It runs meanwhile, and stands still for the rest, as `live` says.
+    fds: as for SendRequest.
     """
+
+    live: Live = Live()
 
 
 @request(0xE1, Who.ROOT, "MigrationAt", fds=("stream?",))

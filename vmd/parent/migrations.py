@@ -33,7 +33,6 @@ from vmd.ipc.messages import (
     Failed,
     HeaderSent,
     LetDisksGo,
-    Live,
     MigrateInRequest,
     MigrateRequest,
     MigrationAt,
@@ -58,7 +57,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from vmd.ipc.imsg import Envelope
-    from vmd.ipc.messages import Caller, SendDone
+    from vmd.ipc.messages import Caller, Live, SendDone
     from vmd.parent.core import Core
     from vmd.parent.opening import Opened
 
@@ -97,7 +96,7 @@ class Migrations:
     def serve_migrate(self, message: MigrateRequest, _caller: "Caller", envelope: "Envelope") -> None:
         """Have a VM write its header."""
         vm = self.vms.get(message.vmid, message.name)
-        self.transfers.begin_send(vm, envelope.peerid, carried=True, live=Live())
+        self.transfers.begin_send(vm, envelope.peerid, carried=True, live=message.live)
         self.clients.wait(envelope.peerid, For.CARRYING, vm.vmid)
         log.info(f"{vm.name}: migrating vm {vm.vmid}")
 
@@ -167,6 +166,7 @@ class Migrations:
         """All is written; the guest stands still and has its disks."""
         sending.at = At.COMPLETE
         sending.sent_bytes, sending.stopped_ns = message.sent_bytes, message.stopped_ns
+        sending.rounds = message.rounds
         if sending.abandoned:
             self._go_back(vm, sending, sending.abandoned)
         else:
@@ -191,7 +191,11 @@ class Migrations:
         stood_ns = time.monotonic_ns() - sending.stopped_ns if sending.stopped_ns else 0
         log.info(f"{vm.name}: migrated vm {vm.vmid}, {sending.sent_bytes} bytes, downtime {stood_ns // 10**6} ms")
         sent = VmSent(
-            vmid=vm.vmid, name=vm.name, sent_bytes=sending.sent_bytes, downtime_ms=max(1, stood_ns // 10**6)
+            vmid=vm.vmid,
+            name=vm.name,
+            sent_bytes=sending.sent_bytes,
+            rounds=sending.rounds,
+            downtime_ms=stood_ns // 10**6,
         )
         vm.leave(sent)
         self.core.peers.send(Proc.VMM, EndSend(vmid=vm.vmid, sent=True))

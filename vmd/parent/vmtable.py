@@ -69,7 +69,7 @@ class Sending:
         self.at = At.BEGINNING
         self.locks_travel = False  # who has the disks here cannot have them there
         self.abandoned = ""  # why it is not to go on, though it is at a step that cannot be cancelled
-        self.sent_bytes = 0
+        self.sent_bytes = self.rounds = 0
         self.stopped_ns = 0  # since when it stands still for this, by CLOCK_MONOTONIC
         self.retry: Timer | None = None  # of taking the disks back
 

@@ -18,6 +18,7 @@ from vmd.ipc.messages import (
     Failed,
     HeaderSent,
     LetDisksGo,
+    Live,
     MigrateInRequest,
     MigrateRequest,
     MigrationAt,
@@ -81,7 +82,7 @@ def go_out(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noq
     vm: Vm = parent.vms.get(0, "a")
     at = MigrationAt(vmid=vm.vmid, name="a", paused=False)
     room.serve_migrate(MigrateRequest(name="a"), ROOT, envelope())
-    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=False, one_shot=False, two_way=True)]
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=False, one_shot=False, two_way=True, live=Live())]
     assert vm.state is State.SENDING
     if until == "begun":
         return vm
