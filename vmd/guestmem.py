@@ -241,6 +241,22 @@ class GuestMemory:
         except OSError as error:
             raise HostError(f"{len(view)} bytes of guest memory", error) from error
 
+    def copy_into(self, view: memoryview, offset: int) -> None:
+        """Fill a view from an offset of the file: no page comes into being, and other threads go on meanwhile.
+
+        Raises:
+            HostError: the file ends before that, or the kernel does not read it.
+        """
+        try:
+            while view:
+                done = os.preadv(self.fd, [view], offset)
+                if not done:
+                    raise HostError(f"{len(view)} bytes of guest memory at {offset:#x}", errno.ENXIO)
+                offset += done
+                view = view[done:]
+        except OSError as error:
+            raise HostError(f"{len(view)} bytes of guest memory at {offset:#x}", error) from error
+
     def hva(self, gpa: int, size: int = 1) -> int:
         """Return the address in this process of guest memory in one region.
 

@@ -114,6 +114,18 @@ def test_fill_reaches_every_byte_of_the_file_and_none_behind(memory: GuestMemory
     assert not any(memory.marks)
 
 
+def test_a_copy_makes_no_page(memory: GuestMemory) -> None:
+    """What was never touched is read as zeroes, and stays so; behind the end there is nothing."""
+    memory.load(PAGE, b"some")
+    before = memory.resident_bytes()
+    copy = memoryview(bytearray(b"x" * 3 * PAGE))
+    memory.copy_into(copy, 0)
+    assert copy == bytes(PAGE) + b"some".ljust(2 * PAGE, b"\0")
+    assert memory.resident_bytes() == before
+    with pytest.raises(HostError, match="1 bytes of guest memory at 0x"):
+        memory.copy_into(memoryview(bytearray(PAGE + 1)), memory.mapped_bytes)
+
+
 @given(st.integers(min_value=1, max_value=1 << 40))
 def test_a_file_of_memory_and_marks_is_told_apart(pages: int) -> None:
     """By its length alone: a byte for each page, in whole pages."""

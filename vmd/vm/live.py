@@ -105,8 +105,7 @@ class LiveSender(Sender):
                 start, left = first * PAGE, count * PAGE
                 while left:
                     length = min(left, PIECE_BYTES - at)
-                    offset = region.offset + start
-                    copy[at : at + length] = memory.memory[offset : offset + length]
+                    memory.copy_into(copy[at : at + length], region.offset + start)
                     found.append((region.gpa + start, length))
                     at, start, left = at + length, start + length, left - length
                     if at == PIECE_BYTES or len(found) == RUNS_MAX:
