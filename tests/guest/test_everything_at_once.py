@@ -28,6 +28,7 @@ from vmd.ipc.messages import (
     BY_CLASS,
     ConsoleRequest,
     ListRequest,
+    Live,
     NicsRequest,
     PauseRequest,
     ReceiveRequest,
@@ -122,10 +123,15 @@ class Client:
         else:
             request.answer()
 
+    def send_request(self, name: str, keep: float) -> SendRequest:
+        """Return a request to send a VM, half of them while it runs; with a chance to keep it."""
+        live = Live(still_ms=self.random.choice((1, 300)), rounds=3) if self.random.random() < 0.5 else None
+        return SendRequest(name=name, keep=self.random.random() < keep, live=live)
+
     def send(self, name: str) -> None:
         """Into a file."""
         with self.random.choice(self.streams).open("wb") as file:
-            self.ask(SendRequest(name=name, keep=self.random.random() < 0.5), file.fileno())
+            self.ask(self.send_request(name, keep=0.5), file.fileno())
 
     def receive(self, name: str) -> None:
         """From a file, which may be empty, or cut off."""
@@ -136,7 +142,7 @@ class Client:
         """Through a pipe."""
         reading, writing = os.pipe2(os.O_CLOEXEC)
         receiver = Request(self.vmd, ReceiveRequest(name=self.random.choice(NAMES)), reading)
-        sender = Request(self.vmd, SendRequest(name=name, keep=self.random.random() < 0.3), writing)
+        sender = Request(self.vmd, self.send_request(name, keep=0.3), writing)
         os.close(reading)
         os.close(writing)
         for request in self.random.sample((receiver, sender), 2):

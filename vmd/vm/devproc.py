@@ -89,6 +89,7 @@ class DeviceProcess:
         self.activations = 0
         self.config = b""
         self.status: int | None = None  # with which the process ended
+        self._late = 0  # answers that have not come yet, and nobody waits for
         self._lock = threading.Lock()
         self._reaping = threading.Lock()
         self._on_failed: Callable[[str], None] = log.error
@@ -226,17 +227,27 @@ class DeviceProcess:
         return devmsg.COUNTERS_BODY.unpack(answer)[1:]
 
     def ask(self, packet: bytes) -> bytes:
-        """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question."""
+        """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question.
+
+        Whoever can go on without an answer may ask again later: the one that comes late is not taken for another.
+        """
         wanted = self._kind(packet)
         with self._lock:
+            asked = False
             try:
+                while self._late:
+                    self._sync.recv(devmsg.PACKET_MAX)
+                    self._late -= 1
                 self._sync.send(packet)
+                asked = True
                 answer = self._sync.recv(devmsg.PACKET_MAX)
             except ConnectionError:  # it is gone and has not even read the question
                 answer = b""
+            except TimeoutError as error:
+                self._late += asked
+                raise PeerError(self.title, f"message {wanted}: no answer in 10 s") from error
             except OSError as error:
-                reason = "no answer in 10 s" if isinstance(error, TimeoutError) else sentence(error)
-                raise PeerError(self.title, f"message {wanted}: {reason}") from error
+                raise PeerError(self.title, f"message {wanted}: {sentence(error)}") from error
         if not answer:
             raise PeerError(self.title, self._how_it_ended())
         kind = self._kind(answer)

@@ -297,6 +297,20 @@ def test_no_answer_57(running: DeviceProcess, question: Callable[[DeviceProcess]
         question(running)
 
 
+def test_an_answer_that_comes_late_is_not_taken_for_another(impostor: Impostor, running: DeviceProcess) -> None:
+    """Storage did not answer for a while: who has given up asking does not keep others from asking."""
+    for question in (devmsg.MARK, devmsg.UNMARK):
+        with pytest.raises(PeerError, match="no answer in 10 s"):
+            running.command(question)  # of the second one the device has not even heard
+    assert impostor.sync.recv(devmsg.PACKET_MAX)[:4] == devmsg.TYPE.pack(devmsg.START)
+    assert impostor.sync.recv(devmsg.PACKET_MAX) == devmsg.TYPE.pack(devmsg.MARK)
+    impostor.sync.send(devmsg.STATUS.pack(devmsg.MARK, 0))
+    impostor.sync.send(devmsg.STATUS.pack(devmsg.PAUSE, 0))
+
+    assert running.command(devmsg.PAUSE)
+    assert impostor.sync.recv(devmsg.PACKET_MAX) == devmsg.TYPE.pack(devmsg.PAUSE)
+
+
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 def test_device_that_ends_instead_of_answering_57(
     impostor: Impostor, running: DeviceProcess, question: Callable[[DeviceProcess], object]
