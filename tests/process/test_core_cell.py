@@ -19,6 +19,7 @@ from tests.process.insider import DATA_FD
 from tests.support.bystander import Bystander, vm_block
 from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.descriptors import open_files
 from tests.support.program import changed_program
 from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
@@ -306,15 +307,14 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
         assert group["vm/a/viornd0"] == group["vm/a"]
         assert group["vm/a"].parent == top
         for title in ("vmm", "vm/a", "vm/a/viornd0", "vm", "viornd"):  # vmm only has the way into that of the reserve
-            files = [os.readlink(path) for path in Path(f"/proc/{processes[title]}/fd").iterdir()]
+            files = open_files(processes[title]).values()
             assert len([file for file in files if "cgroup" in file]) == (title == "vmm")
         assert groups.CONTROLLER not in (top / "cgroup.controllers").read_text() or (
             (group["vm/a"] / "pids.max").read_text() == f"{TASKS_MAX}\n"
         )
 
         for title in ("vm", "vm/a", "vm/a/viornd0"):  # the first has read nothing so far
-            held = os.listdir(f"/proc/{processes[title]}/fd")
-            assert not any("cgroup" in os.readlink(f"/proc/{processes[title]}/fd/{fd}") for fd in held)
+            assert not any("cgroup" in file for file in open_files(processes[title]).values())
 
         with subprocess.Popen(["sleep", "infinity"]) as left:
             groups.move(left.pid, str(group["vm/a"]))

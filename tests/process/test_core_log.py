@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.bystander import NAME, Bystander, vm_block
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.descriptors import open_files
 from tests.support.logreader import LogReader, borrowed
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -234,7 +235,7 @@ def test_the_log_process_holds_nothing_but_sockets(vmd: Daemon) -> None:
     vmd.must("start", NAME)
     pid = vmd.processes()["vmd: log"]
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    files = {os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")}
+    files = {name.partition(":")[0] for name in open_files(pid).values()}
 
     assert (status["Seccomp"], status["CapEff"], status["NoNewPrivs"]) == ("2", "0" * 16, "1")
     assert "0" not in status["Uid"].split()

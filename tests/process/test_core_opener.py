@@ -16,6 +16,7 @@ import pytest
 from tests.support.bystander import NAME, Bystander, vm_block
 from tests.support.clients import connect_as, receive
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.descriptors import open_files
 from tests.support.fusefile import HELD, OPEN, READ, FuseFile
 from tests.support.guests import guest
 from tests.support.images import MIB
@@ -116,7 +117,7 @@ def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
     vmd.must("start", "several")
     wait_for(lambda: "vmd: vm" in (found := vmd.processes()) and "vmd: opener/several" not in found, vmd)
     held = {
-        title: {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        title: {*open_files(pid).values()}
         for title, pid in {**vmd.processes(), "parent": vmd.pid}.items()
     }
     assert {"parent", "vmd: control", "vmd: vmm", "vmd: priv", "vmd: log", "vmd: vm"} <= held.keys()
@@ -131,7 +132,7 @@ def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
 def test_what_a_vm_process_has(bystander: Bystander) -> None:
     """Its guest, its console, and channels: no file, and no way to make another VM."""
     pid = bystander.pid
-    held = {re.sub(r"[0-9]+", "N", os.readlink(f"/proc/{pid}/fd/{fd}")) for fd in os.listdir(f"/proc/{pid}/fd")}
+    held = {re.sub(r"[0-9]+", "N", name) for name in open_files(pid).values()}
     memory = {f"/memfd:{name} (deleted)" for name in ("guest-memory", "console", "interrupts")}
     events = {f"anon_inode:[{kind}]" for kind in ("eventfd", "eventpoll", "pidfd", "timerfd")}
     machine = {"anon_inode:kvm-vm", "anon_inode:kvm-vcpu:N"}
@@ -215,6 +216,6 @@ def test_an_opener_in_reserve_has_only_its_channel(vmd: Daemon) -> None:
     found = status()
     assert found["Uid"].split() == ["0"] * 4
     assert [int(found[name], 16) for name in ("CapEff", "CapPrm", "CapBnd")] == [OPENER.capabilities] * 3
-    held = {int(name): os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")}
+    held = open_files(pid)
     assert {number for number, name in held.items() if name.startswith("/") and name != "/dev/null"} == set()
     assert held[3].startswith("socket:")

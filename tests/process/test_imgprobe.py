@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.descriptors import open_descriptors
+from tests.support.descriptors import open_descriptors, open_files
 from tests.support.images import MIB, qemu
 from vmd.config.model import DiskConfig
 from vmd.errors import OperatorError
@@ -117,7 +117,7 @@ def test_imgprobe_holds_its_socket_and_nothing_else(cell: Cell) -> None:
     child, sock = start_probe(cell)
     try:
         status = blocked(child)
-        held = {int(name): os.readlink(f"/proc/{child.pid}/fd/{name}") for name in os.listdir(f"/proc/{child.pid}/fd")}
+        held = open_files(child.pid)
         title = Path(f"/proc/{child.pid}/comm").read_text()
     finally:
         child.kill()

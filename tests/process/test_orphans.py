@@ -9,6 +9,7 @@ import pytest
 
 from tests.process.test_daemon import demo, wait_gone
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.descriptors import open_files
 from tests.support.guests import guest
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -113,5 +114,5 @@ def test_only_vmm_has_the_lock(tmp_path: Path) -> None:
     with Daemon(tmp_path, demo()) as vmd:
         vmd.must("start", "demo")
         for title, pid in vmd.processes().items():
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            links = open_files(pid).values()
             assert any("/run/vmd/guests-" in link for link in links) == (title == "vmd: vmm"), title

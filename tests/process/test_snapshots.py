@@ -14,6 +14,7 @@ import pytest
 
 from tests.support import schema
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.descriptors import open_files
 from tests.support.images import MIB, problems, qemu
 
 pytestmark = pytest.mark.root
@@ -205,7 +206,7 @@ def test_imgwriter_has_the_disks_of_one_vm(vmd: Daemon) -> None:
 def look_at(pid: int) -> dict[str, str]:
     """Return what the kernel says of a process."""
     found = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
-    found["files"] = "\n".join(os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    found["files"] = "\n".join(open_files(pid).values())
     return found
 
 

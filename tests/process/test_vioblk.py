@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import pytest
 
+from tests.support.descriptors import open_files
 from tests.support.diskprocess import (
     BUFFER,
     DISCARD,
@@ -843,7 +844,7 @@ def test_process_is_confined(disk: Disk) -> None:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by whatever runs the tests
-    links = {int(entry.name): os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    links = open_files(pid)
     given = {*disk.device.fds, 0, 1, 2, devmsg.FD_SYNC}
     own = [link for fd, link in links.items() if fd not in given and link not in (*leaked, str(disk.path))]
 

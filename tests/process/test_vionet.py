@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.descriptors import open_files
 from tests.support.fakedriver import (
     DATA,
     DEADLINE_S,
@@ -1610,7 +1611,7 @@ def test_process_is_confined(make: Make) -> None:
     pid = device.child.pid
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    links = {int(entry.name): os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    links = open_files(pid)
     given = {*device.fds, 0, 1, 2, devmsg.FD_SYNC}
     leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by whatever runs the tests
     own = [link for fd, link in links.items() if fd not in given and link not in leaked and "memfd:" not in link]

@@ -1,5 +1,6 @@
-"""What this process has open."""
+"""What processes have open."""
 
+import contextlib
 import gc
 import os
 
@@ -9,3 +10,12 @@ def open_descriptors() -> list[str]:
     gc.collect()
     listed = os.listdir("/proc/self/fd")  # also the one that it is listed with, which is closed by now
     return sorted(number for number in listed if os.path.lexists(f"/proc/self/fd/{number}"))
+
+
+def open_files(pid: int) -> dict[int, str]:
+    """Return what a process has open, by number; what it closes meanwhile is left out."""
+    found = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
+    return found
