@@ -22,7 +22,8 @@ COMMIT = b'"at": "commit"'
 # Where it can be cut: in the stream, and before and after each word of either side has been passed on.
 BEFORE_COMMIT = ("stream", "before asked", "after asked", "before complete")
 AROUND_COMMIT = ("after complete", "before commit", "after commit", "later", "before running", "after running")
-PLACES = BEFORE_COMMIT + AROUND_COMMIT
+NOWHERE = "nowhere"
+PLACES = (*BEFORE_COMMIT, *AROUND_COMMIT, *[NOWHERE] * 3)
 SHELL, TARGET, SOURCE, GUEST, OPERATOR = "shell", "target", "source", "guest", "operator"
 # The connection; one of the two vmctl; the VM's process at the target; or nobody, but somebody types ^C.
 VICTIMS = (SHELL, TARGET, SOURCE, GUEST, OPERATOR)

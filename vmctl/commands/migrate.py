@@ -168,7 +168,7 @@ class Source:
             client.send(request, {"stream": [self.to_target]})
             self._answer(MigrationAt)
         except Refused as error:
-            raise refused("migrate vm command failed", error) from None
+            raise self._refused(error) from None
         words = self._hear(ASKED)
         self._note(f"{self.host} takes it")
         self._step(Step.GO_ON, MigrationAt, locks_travel=words.get("locks_travel") is True)
@@ -202,16 +202,24 @@ class Source:
             self.session.client.send(message)
             return self._answer(expected)
         except Refused as error:
-            words = self._last_words()
-            reason = f"{self.host}: {words}" if words else error.text
-            raise CommandError(f"migrate vm command failed: {reason}", error.number) from None
+            raise self._refused(error) from None
+
+    def _refused(self, error: Refused) -> CommandError:
+        """Return why the daemon here has refused; if that was the stream, the other side may know why."""
+        if error.number != errno.EIO:
+            return refused("migrate vm command failed", error)
+        why = self._last_words() or self._how_it_ended()
+        return CommandError(f"migrate vm command failed: {error.text}: {self.host}: {why}", error.number)
 
     def _last_words(self) -> str:
-        """Return why the other side has failed, if it says so now that its stream has ended."""
+        """Return why the other side has failed; "" if it does not say so."""
         with contextlib.suppress(CommandError):
-            words = self.ear.hear(FAILED, ASKED, COMPLETE) if self.ear.poll(int(END_S * 1000)) else None
-            if words is not None and words["at"] == FAILED:
-                return clean(str(words.get("text")))
+            while self.ear.poll(int(END_S * 1000)):
+                words = self.ear.hear(ASKED, COMPLETE, FAILED)
+                if words is None:
+                    break
+                if words["at"] == FAILED:
+                    return clean(str(words.get("text")))
         return ""
 
     def _hear(self, wanted: str, *, committed: bool = False) -> "Words":

@@ -164,8 +164,8 @@ class Transfers:
         if text:
             vm.stay()
             self.clients.take(For.CARRYING, vm.vmid)
-            log.error(f"vm {vm.name}: not sent: {text}")
             verb = "migrated" if sending.carried else "sent"
+            log.error(f"vm {vm.name}: not {verb}: {text}")
             text = f"vm {vm.name} was not {verb}, and is as before: {text}"
             self.clients.fail_all(For.TRANSFER, vm.vmid, errno.EIO, text)
             return
