@@ -1,5 +1,6 @@
 """vmctl migrate between two daemons: to and fro, refused early, cut at any place (*vmd.parent.migrations*)."""
 
+import contextlib
 import random
 import select
 import time
@@ -14,6 +15,7 @@ from tests.guest.test_transfer import answers, block, running, works
 from tests.support import migration
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.migration import GUEST, PLACES, VICTIMS, Plan
+from vmctl.client import Client
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -51,7 +53,8 @@ def two(tmp_path: Path) -> Iterator[Two]:
 
 def state(vmd: Daemon, name: str = "a") -> str:
     """Return the state of a VM, "" if nobody knows it."""
-    return next((str(row["state"]) for row in vmd.rows() if row["name"] == name), "")
+    with contextlib.closing(Client(str(vmd.socket))) as client:
+        return next((row.state for row in client.list_vms() if row.name == name), "")
 
 
 def wait(what: Callable[[], bool]) -> None:

@@ -293,10 +293,16 @@ class Migrations:
         """Such a VM can go on here, but for its disks, which the sender is to have.  Raises OperatorError."""
         config = vm.running_config
         assert config is not None
-        for each in opened.in_use:
-            for other in self.vms:
-                if other is not vm and other.sending is None and each.file.key in other.files.values():
+        others = [other for other in self.vms if other is not vm and other.alive and other.sending is None]
+        for other in others:
+            for each in opened.in_use:
+                if each.file.key in other.files.values():
                     raise OperatorError(errno.EBUSY, f"{each.what}: is in use by vm {other.name}")
+            taken = {nic.lladdr for nic in (other.running_config or other.config).nics}
+            for index, nic in enumerate(config.nics):
+                if nic.lladdr in taken:
+                    what = f"interface {index} has the Ethernet address {nic.lladdr.hex(':')}"
+                    raise OperatorError(errno.EADDRINUSE, f"{what}, which vm {other.name} has here")
         if opened.unused and not receiving.trusted:
             what = f"disk {opened.unused[0]}: nobody has it in use here, so it is not the sender's"
             raise OperatorError(errno.EINVAL, f"{what}; if it is, on storage that does not carry locks, say -f")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.unit.parent.test_transfers import CLIENT, OTHER, ROOT, Parent, envelope, exited, goes_on, leave, running
-from vmd.config.model import DiskConfig, Owner, VmConfig
+from vmd.config.model import DiskConfig, NicConfig, Owner, VmConfig
 from vmd.errors import InUse, OperatorError
 from vmd.fileid import FileId
 from vmd.ipc.imsg import Envelope
@@ -49,6 +49,7 @@ from vmd.parent.vmtable import State, Vm
 from vmd.record import Record
 
 UNUSED: Any = None
+LLADDR = bytes.fromhex("fee1ba000001")
 SHARED = OpenedFile(what="disk /disk", file=FileId(device=1, inode=2))
 
 
@@ -290,7 +291,8 @@ def come_in(parent: Any, *, until: str, force: bool = False, opened: Opened | No
         opened = Opened()
         opened.in_use = (SHARED,)
     parent.disks.found = opened
-    config = VmConfig(name="b", memory_bytes=64 << 20, disks=(DiskConfig(path="/disk"),))
+    nics = (NicConfig(lladdr=LLADDR),)
+    config = VmConfig(name="b", memory_bytes=64 << 20, disks=(DiskConfig(path="/disk"),), nics=nics)
     parent.transfers.on_received_header(ReceivedHeader(vmid=vm.vmid, config=config, one_shot=False), UNUSED)
     parent.disks.found = None
     if until == "asked":
@@ -385,3 +387,19 @@ def test_disk_that_another_vm_here_has(parent: Any) -> None:  # noqa: ANN401
     vm = come_in(parent, until="asked")
     assert vm.receiving is not None
     assert vm.receiving.failure == "disk /disk: is in use by vm a"
+
+
+def test_address_that_another_vm_here_has(parent: Any) -> None:  # noqa: ANN401
+    """Both would be on one network; but the sender may be this very daemon."""
+    other = parent.vms.get(0, "a")
+    other.config = other.config.replace(nics=(NicConfig(lladdr=LLADDR),))
+    vm = come_in(parent, until="asked")
+    assert vm.receiving is not None
+    assert vm.receiving.failure == "interface 0 has the Ethernet address fe:e1:ba:00:00:01, which vm a has here"
+
+
+def test_what_the_sender_has_may_be_here(parent: Any) -> None:  # noqa: ANN401
+    """From one name to another of the same daemon."""
+    go_out(parent, until="asked").files = {"disk /disk": SHARED.file.key}
+    parent.vmm.sent.clear()
+    come_in(parent, until="complete")
