@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--deep", action="store_true", help="also run the long rounds")
     parser.addoption("--soak", action="store_true", help="run the rounds without an end of their own, and nothing else")
     parser.addoption("--sequences", type=int, metavar="N", default=10000, help="how many sequences of each with --soak")
-    parser.addoption("--snapshot-rounds", type=int, metavar="N", default=20, help="how often a snapshot is cut off")
+    parser.addoption("--snapshot-rounds", type=int, metavar="N", default=12, help="how often a snapshot is cut off")
     parser.addoption("--seed", type=int, metavar="N", default=1 << 20, help="the first of them")
     parser.addoption(
         "--inside-l1", metavar="FILE", help="we are in the emulated machine: run its tests, report to FILE"

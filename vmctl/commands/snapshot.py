@@ -2,13 +2,14 @@
 
 import time
 
+from vmctl.bar import Bar
 from vmctl.errors import ArgumentError, Refused, UsageError, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.images.names import check_name
-from vmd.ipc.messages import SnapshotAction, SnapshotInfo, SnapshotRequest, SnapshotsDone
+from vmd.ipc.messages import SnapshotAction, SnapshotInfo, SnapshotRequest, SnapshotsDone, TransferProgress
 from vmd.scaled import fmt_scaled
 
 TAG_NOW = "%Y-%m-%d_%H:%M:%S"
@@ -41,12 +42,18 @@ def run(session: Session, given: Given) -> int:
     try:
         client = session.client
         client.send(SnapshotRequest(vmid=ref.vmid, name=ref.name, action=action, tag=tag))
-        while True:
-            answer = client.answer(SnapshotInfo, SnapshotsDone)
-            if isinstance(answer, SnapshotsDone):
-                break
-            assert isinstance(answer, SnapshotInfo)
-            found.append(answer)
+        bar = Bar(str(ref), rate=True, shown=not session.quiet)
+        try:
+            while True:
+                answer = client.answer(TransferProgress, SnapshotInfo, SnapshotsDone)
+                if isinstance(answer, SnapshotsDone):
+                    break
+                if isinstance(answer, SnapshotInfo):
+                    found.append(answer)
+                elif isinstance(answer, TransferProgress) and answer.total_bytes:
+                    bar.show(answer.done_bytes, answer.total_bytes)
+        finally:
+            bar.end()
     except Refused as error:
         raise refused("snapshot vm command failed", error) from None
     found.sort(key=lambda one: one.date_s)

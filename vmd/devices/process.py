@@ -174,6 +174,7 @@ class Process:
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
         self.queues: list[Queue | None] = []
         self.activations = 0
+        self.passing: list[int] = []  # descriptors that go with the answer; they stay ours
         self.asked = False  # the VM waits for an answer
         self.running = False  # has rings, is not paused, and its driver has not broken them
         self.paused = False
@@ -324,7 +325,13 @@ class Process:
         if answer is None:
             raise PeerError(VM, f"unknown question {kind}", packet)
         self.asked = True
-        self.sync.send(answer(self, packet))
+        text = answer(self, packet)
+        fds, self.passing = self.passing, []
+        if fds:
+            rights = b"".join(fd.to_bytes(4, "little") for fd in fds)
+            self.sync.sendmsg([text], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
+        else:
+            self.sync.send(text)
         self.asked = False
 
     def on_activate(self, packet: bytes) -> bytes:

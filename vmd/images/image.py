@@ -51,6 +51,15 @@ if TYPE_CHECKING:
             Unless something is written to it afterwards, `close` does not change the image then.
             """
 
+        def settle(self) -> None:
+            """Have the file say everything that is in memory; no request is under way."""
+
+        def reload(self) -> None:
+            """Forget what was read: somebody else has written to the file.  Raises ImageError, too.
+
+            After a failure nothing can be written any more.
+            """
+
         def close(self) -> None:
             """Finish what is to be finished and let the descriptors go.
 

@@ -875,19 +875,18 @@ class Qcow2Image:
     # -- when the whole image changes (`rewrite`)
 
     def settle(self) -> None:
-        """Have the file say everything that is in memory, for who rewrites it; no request is under way.
-
-        Raises OSError.
-        """
+        """See Image."""
+        if not self.writable:
+            return
         self._check_write(0, 0)
         self.flush()
-        self._store_freed()
+        self.finish()
         if self.limbo or self.retired or self.in_flight:
             raise OSError(errno.EBUSY, f"{self.path}: requests are under way")
-        self.stable.sync()
 
     def reload(self) -> None:
-        """Forget what was read: the header names other tables now.  Raises ImageError, OSError."""
+        """See Image; nothing of it is in memory only."""
+        before, self.failed = self.failed, "what was written by somebody else cannot be read; open the image again"
         header = parse_header(self.fd, self.path)
         l1 = native(self._read_table(header.l1_offset, header.l1_entries * 8))
         with self.loading:
@@ -897,7 +896,9 @@ class Qcow2Image:
             self.inflated.clear()
         self.held = None
         self.prepared = Prepared(self.fd, self.cluster_size)
-        self.refcounts = self._open_refcounts()
+        if self.writable:
+            self.refcounts = self._open_refcounts()
+        self.failed = before
 
     def give_back(self, clusters: "Sequence[int]") -> None:
         """Give back the storage of clusters that are free."""

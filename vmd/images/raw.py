@@ -144,6 +144,12 @@ class RawImage:
     def finish(self) -> None:
         """See Image."""
 
+    def settle(self) -> None:
+        """See Image: nothing is in memory only."""
+
+    def reload(self) -> None:
+        """See Image."""
+
     def close(self) -> None:
         """See Image."""
         os.close(self.fd)

@@ -497,8 +497,8 @@ class Rewrite:
             image.failed = "a snapshot was begun and not completed; open the image again"
             write_bytes(image.fd, raw, AT_CONTENT)
             image.stable.sync()
-            image.reload()
             image.failed = ""
+            image.reload()
             image.give_back(self.freed)
 
     def abandon(self) -> None:

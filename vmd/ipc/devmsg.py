@@ -152,6 +152,11 @@ SETTLE_AHEAD = 30
 LET_GO = 12
 TAKE_BACK = 13
 TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED = 0, 1, 2, 3
+# LEND: to a disk: give away its open files.  Answered LEND with a status and, with status 0, the descriptors of its
+#   images, the disk itself first.  One that stands still touches them no more until RELOAD.
+# RELOAD: to a disk that stands still: somebody else has written to it.  Answered RELOAD with a status: 1 if it cannot
+#   be used any more.
+LEND, RELOAD = 50, 51
 
 # ADDRESSES: which addresses has the guest told its neighbours?  Answered ADDRESSES with ANNOUNCED each, as of ANNOUNCE.
 ADDRESSES = 14

@@ -373,7 +373,7 @@ class SnapshotAction(IntEnum):
     GO_BACK = 3
 
 
-@request(0xA8, Who.OWNER, "SnapshotInfo", "SnapshotsDone")
+@request(0xA8, Who.OWNER, "TransferProgress", "SnapshotInfo", "SnapshotsDone")
 class SnapshotRequest(VmRequest):
     """Do something with the snapshots of a VM's disks; `tag` is the name of one, "" to list them."""
 
@@ -994,6 +994,43 @@ class ResumeReceived(Record):
     paused: bool
     disks: tuple[DiskImages, ...] = ()
     nics: tuple[NicLink, ...] = ()
+
+
+@message(0xB9, TO_VM, fds=("courier", "stream?"), answered_by=("TransferProgress", "DisksLent"))
+class LendDisks(Record):
+    """Stand still, give your disks to who asks for them over `courier`, and write yourself to `stream`.
+
+    The machine stands still from the answer until TakeDisksBack; not so if the disks are only to be looked at.
+    `one_shot` is as for SendVm.
+    """
+
+    vmid: int
+    one_shot: bool = False
+    look: bool = False
+
+
+@message(0xBA, FROM_VM)
+class DisksLent(Record):
+    """All was given; or a `text` says why not."""
+
+    vmid: int
+    sent_bytes: int = 0
+    text: str = ""
+
+
+@message(0xBB, TO_VM, answered_by=("DisksBack",))
+class TakeDisksBack(Record):
+    """Nobody else has your disks any more: look at them anew, and go on as before."""
+
+    vmid: int
+
+
+@message(0xBC, FROM_VM)
+class DisksBack(Record):
+    """The machine goes on, or stands still as before; a `text` says what is wrong."""
+
+    vmid: int
+    text: str = ""
 
 
 @message(0x74, TO_VM)

@@ -52,6 +52,8 @@ from vmd.parent.vmtable import State, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmd.config.model import VmConfig
     from vmd.ipc.imsg import Envelope
     from vmd.ipc.loop import Timer
@@ -83,6 +85,7 @@ class Life:
         self.network = network
         self.status = status
         self.batch_timer: Timer | None = None
+        self.on_gone: Callable[[Vm], None] = lambda _vm: None  # called when a life has ended
         self.scores: OomScores | None = None
 
     # --- starting ----------------------------------------------------------------------------------------
@@ -193,7 +196,7 @@ class Life:
                 self.note(vm, config, [*opened.notes, *self.network.notes(config)])
             for what in replaced(vm.files, opened.files) if again else ():
                 log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
-            vm.files = opened.files
+            vm.files, vm.disks = opened.files, opened.disks
             message = StartVm(
                 vmid=vm.vmid,
                 config=config,
@@ -445,6 +448,7 @@ class Life:
 
     def _answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
         """Answer who wanted something of a VM process that has ended instead of doing it."""
+        self.on_gone(vm)
         if vm.receiving is not None and vm.receiving.resumed and not vm.receiving.unbuilt:
             code = VMD_IN_DOUBT  # its guest may have begun to run
         name = f"vm {vm.name}: "  # which some sentences have already

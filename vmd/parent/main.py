@@ -41,6 +41,8 @@ from vmd.ipc.messages import (
     ConsoleSnapshotEnd,
     ConsoleWatch,
     DevicesReported,
+    DisksBack,
+    DisksLent,
     DisksLetGo,
     DropsReported,
     Failed,
@@ -143,7 +145,9 @@ def on(
     return handle
 
 
-WAIT_FOR_VMM = (For.START, For.END, For.PAUSE, For.TRANSFER, For.SNAPSHOT, For.RESET)  # all that has no deadline
+WAIT_FOR_VMM = (  # all that has no deadline
+    For.START, For.END, For.PAUSE, For.TRANSFER, For.IMAGES, For.SNAPSHOT, For.RESET,
+)  # fmt: skip
 BURY_S = 1.0  # for one that was killed to end
 
 Served = tuple[type, Callable[..., None]]  # a room of the parent, and its method; `serves` has looked at their types
@@ -180,6 +184,7 @@ class Parent(Process):
         self.life = Life(core, self.consoles, self.openings, self.network, status)
         self.transfers = Transfers(core, self.life, self.openings, self.network)
         self.snapshots = Snapshots(core, self.openings, self.attach)
+        self.life.on_gone = self.snapshots.on_gone
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
         self.logs = Logs(core, self.attach)
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
@@ -425,6 +430,8 @@ class Parent(Process):
         for wait in waits:
             if wait.what in (For.TRANSFER, For.CARRYING):
                 self.transfers.on_client_gone(wait.vmid)
+            elif wait.what is For.IMAGES:
+                self.snapshots.on_client_gone(wait.vmid)
 
     # --- what a handler did not expect -------------------------------------------------------------------
 
@@ -474,6 +481,8 @@ class Parent(Process):
         **handles(Proc.VMM, TransferProgress, on(Transfers, Transfers.on_progress)),
         **handles(Proc.VMM, ReceivedHeader, on(Transfers, Transfers.on_received_header)),
         **handles(Proc.VMM, ReceivedMachine, on(Transfers, Transfers.on_received_machine)),
+        **handles(Proc.VMM, DisksLent, on(Snapshots, Snapshots.on_lent)),
+        **handles(Proc.VMM, DisksBack, on(Snapshots, Snapshots.on_back)),
         **handles(Proc.VMM, DevicesReported, on(Status, Status.on_reported)),
         **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
         **handles(Proc.VMM, VmLog, on(Logs, Logs.on_vm_log)),

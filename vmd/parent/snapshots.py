@@ -7,19 +7,32 @@ prepares all disks, and changes them when it is told to:
     FilesOpened         an opener has locked the disks, as for a start: an imgwriter is started and gets them
     SnapshotsReady      all is prepared: it goes on
     SnapshotsChanged    the client is answered when the imgwriter has ended, and with that let go of the disks
+
+The disks of a VM that runs are its own.  It stands still and lends them:
+
+    LendDisks           the imgwriter gets the disks from the VM and, for a new snapshot, reads what the machine is
+    DisksLent           the machine was written whole: with SnapshotsReady as above
+    TakeDisksBack       once the imgwriter has ended, whatever became of it: the VM goes on
+    DisksBack           the client is answered
 """
 
 import errno
+import os
 import time
 
 from vmd.closing import close_all
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, sentence
 from vmd.images.names import check_name
+from vmd.ipc import courier
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages import (
     Caller,
+    CancelTransfer,
     ChangeSnapshots,
+    DisksBack,
+    DisksLent,
     FinishSnapshots,
+    LendDisks,
     Proc,
     SnapshotAction,
     SnapshotInfo,
@@ -28,10 +41,12 @@ from vmd.ipc.messages import (
     SnapshotsDone,
     SnapshotsFailed,
     SnapshotsReady,
+    TakeDisksBack,
     brief,
 )
 from vmd.log import log
 from vmd.parent.clients import For
+from vmd.parent.vmtable import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,6 +67,7 @@ if TYPE_CHECKING:
 SILENT_S = 120.0  # for the next word of an imgwriter
 END_LOOK_S = 0.1  # between looks at whether one has ended
 AT_A_TIME = 8
+BUSY = "its snapshots are in use by another command"
 DONE = {
     SnapshotAction.CREATE: "made snapshot",
     SnapshotAction.DELETE: "deleted snapshot",
@@ -71,7 +87,12 @@ class Job:
         self.channel: Channel | None = None
         self.deadline: Timer | None = None
         self.failure: VmdError | None = None
-        self.changed = False
+        self.answered = False  # by its imgwriter, which ends then
+        self.ended = False  # its imgwriter is gone
+        self.ready = False  # all disks are prepared
+        self.runs = vm.alive  # and lends its disks
+        self.lent = not self.runs  # the VM has given all
+        self.gone = False  # it has ended meanwhile
 
 
 class Snapshots:
@@ -83,7 +104,8 @@ class Snapshots:
         self.clients = core.clients
         self.openings = openings
         self.attach = attach
-        self.jobs: dict[Channel, Job] = {}
+        self.jobs: dict[Channel, Job] = {}  # whose imgwriter is there
+        self.at_work: list[Job] = []
         self.children: Children
         self.open_log: Callable[[str], socket.socket]
 
@@ -114,14 +136,24 @@ class Snapshots:
         elif listing == bool(message.tag):
             raise OperatorError(errno.EINVAL, "a list has no tag, and everything else has one")
         if vm.alive:
-            raise OperatorError(errno.EBUSY, f"vm {vm.name} is {vm.state.value}: stop it first")
-        if not vm.config.disks:
+            vm.require_pausable()
+            if message.action is SnapshotAction.GO_BACK:
+                raise OperatorError(errno.EBUSY, f"vm {vm.name} is {vm.state.value}: stop it first")
+        if not (vm.disks if vm.alive else vm.config.disks):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
-        if len(self.jobs) >= AT_A_TIME:
-            raise OperatorError(errno.EBUSY, f"snapshots of {len(self.jobs)} VMs are being changed already")
+        if any(job.vm is vm for job in self.at_work):
+            raise OperatorError(errno.EBUSY, f"vm {vm.name}: {BUSY}")
+        if len(self.at_work) >= AT_A_TIME:
+            raise OperatorError(errno.EBUSY, f"snapshots of {len(self.at_work)} VMs are being changed already")
         job = Job(vm, message, caller.uid)
+        if job.runs:
+            self._borrow(job)
+            self.at_work.append(job)
+            self.clients.wait(envelope.peerid, For.IMAGES, vm.vmid)
+            return
         self.openings.require_answers(caller.uid)
-        vm.begin_disk_work("its snapshots are in use by another command")
+        vm.begin_disk_work(BUSY)
+        self.at_work.append(job)
         self.clients.wait(envelope.peerid, For.IMAGES, vm.vmid)
         self.openings.open(
             vm,
@@ -132,6 +164,31 @@ class Snapshots:
             boots=False,
             patience_s=vm.patience_s(),
         )
+
+    def _borrow(self, job: Job) -> None:
+        """Have a VM that runs lend its disks.  Raises VmdError; then all is as before."""
+        vm, look = job.vm, job.action is SnapshotAction.LIST
+        ours: dict[str, list[int]] = {}
+        theirs: dict[str, list[int]] = {}
+        try:
+            asks, gives = courier.pair()
+            ours["couriers"], theirs["courier"] = [asks.detach()], [gives.detach()]
+            if job.action is SnapshotAction.CREATE:
+                reader, writer = os.pipe2(os.O_CLOEXEC)
+                ours["stream"], theirs["stream"] = [reader], [writer]
+        except OSError as error:
+            close_all(fd for fds in (*ours.values(), *theirs.values()) for fd in fds)
+            raise HostError("make a courier", error) from error
+        try:
+            self._begin(job, vm.disks, ours)
+        except BaseException:
+            close_all(fd for fds in theirs.values() for fd in fds)
+            raise
+        if not look:
+            vm.begin_send(keep=True, state=State.SAVING)
+            vm.disk_work = BUSY
+        lend = LendDisks(vmid=vm.vmid, one_shot=bool(vm.once_because), look=look)
+        self.core.peers.send(Proc.VMM, lend, fds=theirs)
 
     def _opened(self, job: Job, opened: "Opened") -> None:
         """The disks are open and locked: give them to an imgwriter."""
@@ -152,8 +209,14 @@ class Snapshots:
         )
         self.jobs[channel] = job
         self._watch(job)
+        now_ns = time.time_ns()
         message = ChangeSnapshots(
-            name=job.vm.name, action=job.action, tag=job.tag, disks=disks, date_ns=time.time_ns()
+            name=job.vm.name,
+            action=job.action,
+            tag=job.tag,
+            disks=disks,
+            date_ns=now_ns,
+            clock_ns=max(0, now_ns - int(job.vm.started_s * 1e9)) if job.runs else 0,
         )
         try:
             channel.send(message, fds=fds)
@@ -170,9 +233,11 @@ class Snapshots:
             case SnapshotsReady():
                 self.on_ready(channel)
             case SnapshotsChanged():
-                self._of(channel).changed = True  # what is left is that it ends
+                self._of(channel).answered = True  # what is left is that it ends
             case SnapshotsFailed():
-                self._of(channel).failure = OperatorError(message.code, message.text)
+                job = self._of(channel)
+                job.answered = True
+                job.failure = OperatorError(message.code, message.text)  # the VM's would follow from it
             case _:
                 self._watch(self._of(channel))
 
@@ -189,7 +254,52 @@ class Snapshots:
         """All disks are prepared."""
         job = self._of(channel)
         self._watch(job)
-        channel.send(FinishSnapshots(commit=True, first_last=job.action is SnapshotAction.CREATE))
+        job.ready = True
+        self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        """Have the change made when all is there that belongs to it, or not if something is missing."""
+        if job.channel in self.jobs and job.ready and job.lent:
+            assert job.channel is not None
+            first_last = job.action is SnapshotAction.CREATE
+            job.channel.send(FinishSnapshots(commit=job.failure is None, first_last=first_last))
+
+    def on_lent(self, message: DisksLent, _envelope: Envelope) -> None:
+        """A VM has given everything, or has not."""
+        vm = self.core.vms.living(message.vmid)
+        job = next((job for job in self.at_work if job.vm is vm), None)
+        if job is None or job.lent:
+            raise PeerError("vmm", f"vm {vm.name} lends what nobody has asked for")
+        job.lent = True
+        if message.text and job.failure is None:
+            job.failure = OperatorError(errno.EIO, message.text)
+        if job.ended:
+            self._give_back(job)
+        else:
+            self._finish(job)
+
+    def on_back(self, message: DisksBack, _envelope: Envelope) -> None:
+        """A VM goes on with its disks."""
+        vm = self.core.vms.living(message.vmid)
+        for job in [job for job in self.at_work if job.vm is vm and job.ended]:
+            if message.text and job.failure is None:
+                job.failure = OperatorError(errno.EIO, message.text)
+            self._answer(job)
+
+    def on_gone(self, vm: "Vm") -> None:
+        """A life of a VM has ended: its snapshot is not made, unless that is being done already."""
+        for job in [job for job in self.at_work if job.vm is vm and job.runs]:
+            job.gone = True
+            if job.ended:
+                self._answer(job)
+            elif not (job.ready and job.lent):
+                self._lose(job, OperatorError(errno.ECANCELED, "has ended meanwhile"))
+
+    def on_client_gone(self, vmid: int) -> None:
+        """Nobody waits for the snapshot of a VM that stands still for it."""
+        for job in self.at_work:
+            if job.vm.vmid == vmid and job.runs and not job.lent:
+                self.core.peers.send(Proc.VMM, CancelTransfer(vmid=vmid))
 
     def vm_of(self, channel: "Channel") -> int:
         """Return for which VM an imgwriter is at work; 0 for none."""
@@ -199,7 +309,7 @@ class Snapshots:
     def _of(self, channel: "Channel") -> Job:
         """Return what an imgwriter is at.  Raises PeerError."""
         job = self.jobs.get(channel)
-        if job is None or job.changed or job.failure is not None:
+        if job is None or job.answered:
             raise PeerError(channel.label, "answers what it was not asked")
         return job
 
@@ -229,7 +339,7 @@ class Snapshots:
         job.channel.close()
         if job.deadline is not None:
             job.deadline.cancel()
-        if not job.changed and job.failure is None:
+        if not job.answered and job.failure is None:
             job.failure = error
         assert job.child is not None
         job.child.kill()
@@ -241,22 +351,40 @@ class Snapshots:
         self.children.bury()
         if job.child.pidfd >= 0:
             self.loop.call_later(END_LOOK_S, lambda: self._await_end(job))
-        elif job.failure is not None:
-            self._fail(job, job.failure)
         else:
-            self._done(job)
+            job.ended = True
+            if job.runs and job.lent and not job.gone:
+                self._give_back(job)
+            elif not job.runs or job.gone:
+                self._answer(job)
 
-    def _done(self, job: Job) -> None:
+    def _give_back(self, job: Job) -> None:
+        """Have a VM go on with its disks."""
+        if job.action is SnapshotAction.LIST:
+            self._answer(job)
+        else:
+            self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=job.vm.vmid))
+
+    def _answer(self, job: Job) -> None:
+        """It is over."""
+        if job not in self.at_work:
+            return
+        self.at_work.remove(job)
         vm = job.vm
         vm.end_disk_work()
-        if job.action in DONE:
-            log.info(f"{vm.name}: {DONE[job.action]} {job.tag}")
-        self.clients.answer_all(For.IMAGES, vm.vmid, SnapshotsDone(vmid=vm.vmid, name=vm.name, tag=job.tag))
-
-    def _fail(self, job: Job, error: VmdError) -> None:
-        vm = job.vm
-        vm.end_disk_work()
-        text = brief(sentence(error))
+        if job.runs and not job.gone:
+            vm.stay()
+        if job.failure is None:
+            if job.action in DONE:
+                log.info(f"{vm.name}: {DONE[job.action]} {job.tag}")
+            self.clients.answer_all(For.IMAGES, vm.vmid, SnapshotsDone(vmid=vm.vmid, name=vm.name, tag=job.tag))
+            return
+        text = brief(sentence(job.failure))
         where = "" if text.startswith(f"vm {vm.name}: ") else f"vm {vm.name}: "
         log.error(f"{where}{text}")
-        self.clients.fail_all(For.IMAGES, vm.vmid, number(error), f"{where}{text}")
+        self.clients.fail_all(For.IMAGES, vm.vmid, number(job.failure), f"{where}{text}")
+
+    def _fail(self, job: Job, error: VmdError) -> None:
+        """There were no disks."""
+        job.failure = error
+        self._answer(job)

@@ -148,8 +148,9 @@ class Transfers:
         """Let the client see how far it is."""
         vm = self.vms.find(envelope.peerid, "")
         if vm is not None and (vm.sending or vm.receiving):
-            for wait in self.clients.waiting(For.TRANSFER, vm.vmid):
-                self.clients.answer(wait.client, message)
+            for what in (For.TRANSFER, For.IMAGES):
+                for wait in self.clients.waiting(what, vm.vmid):
+                    self.clients.answer(wait.client, message)
 
     def on_send_done(self, message: SendDone, _envelope: Envelope) -> None:
         """A stream is complete, or has failed; in the one case the VM ends now, unless it is to be kept."""
@@ -310,7 +311,7 @@ class Transfers:
     def _opened(self, vm: Vm, config: VmConfig, receiving: Receiving, opened: "Opened") -> None:
         """Its disks are there: have the machine go on."""
         self.life.note(vm, config, list(opened.notes))
-        vm.files = opened.files
+        vm.files, vm.disks = opened.files, opened.disks
         message = ResumeReceived(vmid=vm.vmid, config=config, paused=receiving.paused, disks=opened.disks)
         try:
             fds = {"couriers": opened.take_couriers()}

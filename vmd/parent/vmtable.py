@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmd.ipc.loop import Timer
+    from vmd.ipc.messages import DiskImages
 
     Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> `FileId.key`
 
@@ -36,6 +37,7 @@ class State(Enum):
     RUNNING = "running"
     PAUSED = "paused"
     SENDING = "sending"
+    SAVING = "saving"  # it stands still for a snapshot
     RECEIVING = "receiving"
     STOPPING = "stopping"
     IN_DOUBT = "in doubt"  # it may run elsewhere, and stands still here
@@ -117,6 +119,7 @@ class Vm:
         self.resetting = False  # `vmctl reset` has killed it: as good as forgotten
         self.successor: VmConfig | None = None  # ... and what has its name when it is gone
         self.files: Files = {}  # its images and its disc
+        self.disks: tuple[DiskImages, ...] = ()  # of what images they are made; running
         self.running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
         self.sending: Sending | None = None
         self.sent: VmSent | None = None  # what is told when the VM is gone
@@ -223,17 +226,17 @@ class Vm:
         elif self.sending is not None:
             self.sending.state = state
 
-    def begin_send(self, *, keep: bool, carried: bool = False) -> None:
-        """RUNNING or PAUSED -> SENDING."""
+    def begin_send(self, *, keep: bool, carried: bool = False, state: State = State.SENDING) -> None:
+        """RUNNING or PAUSED -> SENDING, or SAVING."""
         self.require_pausable()
         if self.receiving is not None:
             raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
         self.sending = Sending(keep=keep, state=self._state, carried=carried)
-        self._enter(State.SENDING)
+        self._enter(state)
 
     def stay(self) -> None:
-        """SENDING or IN_DOUBT -> as before: it was not sent, or only a copy of it was."""
-        if self.sending is not None and self._state in (State.SENDING, State.IN_DOUBT):
+        """SENDING, SAVING or IN_DOUBT -> as before: it was not sent, or only a copy of it was."""
+        if self.sending is not None and self._state in (State.SENDING, State.SAVING, State.IN_DOUBT):
             self._enter(self.sending.state)
             self.text = ""
         self._end_sending()
@@ -290,8 +293,9 @@ class Vm:
             raise OperatorError(VMD_VM_STOP_INVALID, f"vm {self.name} is not running")
         if self._state is State.STOPPING and not force:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is already stopping")
-        if self._state is State.SENDING and not force:
-            raise OperatorError(errno.EBUSY, f"vm {self.name} is being sent; interrupt that, or stop it by force")
+        if self._state in (State.SENDING, State.SAVING) and not force:
+            doing = "being sent" if self._state is State.SENDING else "standing still for a snapshot"
+            raise OperatorError(errno.EBUSY, f"vm {self.name} is {doing}; interrupt that, or stop it by force")
         if self._state is State.IN_DOUBT and not force:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is in doubt: {self.text}; stop it by force, or see {SEE}")
         self._enter(State.STOPPING)

@@ -8,10 +8,11 @@ import socket
 import threading
 import time
 
-from vmd.errors import HostError, OperatorError, PeerError, sentence
+from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import PAGE, sealed_file
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
+from vmd.ipc.rights import receive
 from vmd.log import FORMS, log
 from vmd.privsep.spawn import signal_name, spawn
 from vmd.vm.kinds import INTERFACE, KINDS
@@ -219,6 +220,17 @@ class DeviceProcess:
             raise PeerError(self.title, "ADDRESSES of a wrong length", answer)
         return answer
 
+    def lend(self) -> list[int]:
+        """Of a disk: return copies of its open files, the caller's.  Raises PeerError; VmdError if it cannot."""
+        fds: list[int] = []
+        if not self._status(self.ask(devmsg.TYPE.pack(devmsg.LEND), fds)):
+            raise VmdError(f"{self.label}: what is in memory of it cannot be written; the log says why")
+        return fds
+
+    def reload(self) -> bool:
+        """Of a disk that somebody else has written to: look at it anew; False if it cannot be used any more."""
+        return self._status(self.ask(devmsg.TYPE.pack(devmsg.RELOAD)))
+
     def counters(self) -> tuple[int, ...]:
         """Return what a network interface has counted, in the order of devmsg.COUNTER_NAMES."""
         answer = self.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
@@ -226,10 +238,11 @@ class DeviceProcess:
             raise PeerError(self.title, "COUNTERS of a wrong length", answer)
         return devmsg.COUNTERS_BODY.unpack(answer)[1:]
 
-    def ask(self, packet: bytes) -> bytes:
+    def ask(self, packet: bytes, fds: "list[int] | None" = None) -> bytes:
         """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question.
 
         Whoever can go on without an answer may ask again later: the one that comes late is not taken for another.
+        Descriptors that come with it are added to `fds`; without that, none are taken.
         """
         wanted = self._kind(packet)
         with self._lock:
@@ -240,7 +253,11 @@ class DeviceProcess:
                     self._late -= 1
                 self._sync.send(packet)
                 asked = True
-                answer = self._sync.recv(devmsg.PACKET_MAX)
+                if fds is None:
+                    answer = self._sync.recv(devmsg.PACKET_MAX)
+                else:
+                    answer, files, _ = receive(self._sync, devmsg.PACKET_MAX, devmsg.RESOURCES_MAX)
+                    fds += files
             except ConnectionError:  # it is gone and has not even read the question
                 answer = b""
             except TimeoutError as error:

@@ -9,7 +9,7 @@ class State(Enum):
     SPARE = "has no virtual machine yet"
     ARRIVING = "receives one"
     LIVE = "has one, which runs or is paused"
-    LEAVING = "sends it"
+    LEAVING = "sends it, or has given its disks away"
     STOPPING = "has asked it to shut down"
     ENDED = "is at its end"
 

@@ -25,8 +25,11 @@ from vmd.ipc.messages import (
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
+    DisksBack,
+    DisksLent,
     DisksLetGo,
     EndSend,
+    LendDisks,
     LetDisksGo,
     NicCounters,
     Outcome,
@@ -47,6 +50,7 @@ from vmd.ipc.messages import (
     StartVm,
     StopMode,
     StopVm,
+    TakeDisksBack,
     TakenBack,
     VmEnding,
     VmFailed,
@@ -69,6 +73,7 @@ from vmd.vm.departure import Departure
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.fetch import fetch_files, fetch_stream
 from vmd.vm.kinds import Given
+from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
 from vmd.vm.machine import Outside
 from vmd.vm.shutdown import ask_to_shut_down
@@ -128,6 +133,7 @@ class VmProcess(Process):
         self.pause: Pause | None = None  # of the machine, once there is one
         self.arrival: Arrival | None = None
         self.departure: Departure | None = None
+        self.lending: Lending | None = None
         self.asking: Timer | None = None  # for name servers
         self.devices = DeviceProcesses()
         self.console: Console | None = None
@@ -211,7 +217,7 @@ class VmProcess(Process):
             self.end(Outcome.ENDED, "stopped by force")
         if self.life.is_in(State.STOPPING, State.ENDED):
             return
-        pause, departure = self.pause, self.departure
+        pause, departure, lending = self.pause, self.departure, self.lending
         if pause is None:
             self.end(Outcome.ENDED, "stopped while it was being received")
         elif departure is not None and departure.disks_gone:
@@ -222,6 +228,9 @@ class VmProcess(Process):
         elif departure is not None:
             departure.cancel()
             departure.then = lambda: self.on_stop_vm(message, envelope, channel)
+        elif lending is not None:
+            lending.cancel()
+            lending.then = lambda: self.on_stop_vm(message, envelope, channel)
         elif pause.under_way:
             pause.pause(lambda _text: self.on_stop_vm(message, envelope, channel))
         else:
@@ -340,8 +349,42 @@ class VmProcess(Process):
 
     def on_cancel_transfer(self, _message: CancelTransfer, _envelope: Envelope, _channel: Channel) -> None:
         """Give up sending, or not even begin."""
-        if self.departure is not None:
-            self.departure.cancel()
+        leaving = self.departure or self.lending
+        if leaving is not None:
+            leaving.cancel()
+
+    def on_lend_disks(self, message: LendDisks, envelope: Envelope, _channel: Channel) -> None:
+        """Stand still, and let somebody else have the disks for a moment."""
+        if self.pause is None or not self.life.is_in(State.LIVE):
+            return  # as for SendVm
+        courier, stream = envelope.take_fd("courier"), envelope.take_fd("stream")
+        assert courier is not None
+        lending = Lending(message, courier, stream, self.pause, self.vmm, self.on_lent)
+        if not message.look:
+            self.life.become(State.LEAVING)
+            self.lending = lending
+        lending.begin()
+
+    def on_lent(self, lending: Lending, text: str) -> None:
+        """The disks are away, or a text says why not; the parent says when they are back, in any case."""
+        if not self.life.is_in(State.ENDED):
+            self.vmm.send(DisksLent(vmid=self.vmid, sent_bytes=lending.sent_bytes, text=brief(text)))
+
+    def on_take_disks_back(self, _message: TakeDisksBack, _envelope: Envelope, channel: Channel) -> None:
+        """Nobody else has the disks any more."""
+        lending, self.lending = self.lending, None
+        if lending is None or self.life.is_in(State.ENDED):
+            return
+        try:
+            text = lending.take_back()
+        except VmdError as error:
+            self.end(Outcome.FAILED, str(error))
+            return
+        self.life.become(State.LIVE)
+        if not lending.stays_paused:
+            text = self.go_on() or text
+        channel.send(DisksBack(vmid=self.vmid, text=brief(text)))
+        lending.then()
 
     def on_receive_vm(self, message: ReceiveVm, envelope: Envelope, channel: Channel) -> None:
         """Be a VM that was sent; it begins with the header of its stream."""
@@ -474,6 +517,8 @@ class VmProcess(Process):
         **handles(Proc.VMM, LetDisksGo, on_let_disks_go),
         **handles(Proc.VMM, EndSend, on_end_send),
         **handles(Proc.VMM, CancelTransfer, on_cancel_transfer),
+        **handles(Proc.VMM, LendDisks, on_lend_disks),
+        **handles(Proc.VMM, TakeDisksBack, on_take_disks_back),
         **handles(Proc.VMM, ReceiveVm, on_receive_vm),
         **handles(Proc.VMM, ReceiveMemory, on_receive_memory),
         **handles(Proc.VMM, ResumeReceived, on_resume_received),

@@ -14,10 +14,11 @@ from vmd.vm.stream import LOOK_S, STILL, Cancelled, Pipe, StreamError, StreamWri
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from vmd.ipc.loop import Loop
     from vmd.vm.clocks import Clocks
+    from vmd.vm.devproc import DeviceProcess
     from vmd.vm.machine import Machine
 
 SETTLE_LOOK_S = 0.05  # between two looks at whether the disks are on stable storage
@@ -135,15 +136,20 @@ class Sender:
 
         Raises VmdError.
         """
-        for disk in self._disks:
-            while (state := disk.settle()) == devmsg.SETTLED_NOT_YET:
-                if self._cancelled.wait(SETTLE_LOOK_S):
-                    raise Cancelled("cancelled")
-            if state != devmsg.SETTLED:
-                raise VmdError(
-                    f"{disk.label}: what the guest has written cannot be brought to stable storage;"
-                    " `vmctl status -v` and the log say why"
-                )
+        settle(self._disks, self._cancelled)
+
+
+def settle(disks: "Sequence[DeviceProcess]", cancelled: threading.Event) -> None:
+    """Wait until disks that stand still hold what the guest has written.  Raises VmdError; Cancelled."""
+    for disk in disks:
+        while (how_far := disk.settle()) == devmsg.SETTLED_NOT_YET:
+            if cancelled.wait(SETTLE_LOOK_S):
+                raise Cancelled("cancelled")
+        if how_far != devmsg.SETTLED:
+            raise VmdError(
+                f"{disk.label}: what the guest has written cannot be brought to stable storage;"
+                " `vmctl status -v` and the log say why"
+            )
 
 
 @contextlib.contextmanager

@@ -66,6 +66,12 @@ class MemoryDisk:
         self.writable = writable
         self.bytes = bytearray(CONTENT)
 
+    def settle(self) -> None:
+        """Nothing is in memory only."""
+
+    def reload(self) -> None:
+        """Nobody else writes to it."""
+
     def finish(self) -> None:
         """Leave nothing to be stored later."""
 

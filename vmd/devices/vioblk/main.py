@@ -8,9 +8,10 @@ Holds    guest memory, one queue's eventfds, and the disk's image chain, the dis
 from vmd.devices import process
 from vmd.devices.process import Process, exact
 from vmd.devices.vioblk.device import WORKERS_MAX, Vioblk, Workers
-from vmd.errors import ImageError, PeerError
+from vmd.errors import ImageError, PeerError, sentence
 from vmd.images.chain import Link, open_chain
 from vmd.ipc import devmsg
+from vmd.log import log
 from vmd.privsep.confine import VIOBLK
 from vmd.privsep.title import EVENT, name_thread
 from vmd.virtio import spec
@@ -47,11 +48,35 @@ class VioblkProcess(Process):
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.TAKE_BACK, self.device.hand_over.take_back())
 
+    def on_lend(self, packet: bytes) -> bytes:
+        """Give the disk away, for somebody else to write to it while the machine stands still, or to look at it."""
+        exact(devmsg.TYPE, packet)
+        try:
+            if self.paused:
+                self.device.image.settle()
+        except OSError as error:
+            log.error(sentence(error))
+            return devmsg.STATUS.pack(devmsg.LEND, 1)
+        self.passing = self.host.resources
+        return devmsg.STATUS.pack(devmsg.LEND, 0)
+
+    def on_reload(self, packet: bytes) -> bytes:
+        """Somebody else has written to the disk."""
+        exact(devmsg.TYPE, packet)
+        try:
+            self.device.image.reload()
+        except (ImageError, OSError) as error:
+            log.error(sentence(error))
+            return devmsg.STATUS.pack(devmsg.RELOAD, 1)
+        return devmsg.STATUS.pack(devmsg.RELOAD, 0)
+
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,
         devmsg.LET_GO: on_let_go,
         devmsg.TAKE_BACK: on_take_back,
+        devmsg.LEND: on_lend,
+        devmsg.RELOAD: on_reload,
     }
 
 
