@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -23,17 +24,20 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 ROUNDS = 10
 
 
+def churning(tmp_path: Path, name: str, disks: tuple[str, str], vcpus: int = 2) -> str:
+    """Return the block of a VM that keeps the first of two disks busy."""
+    lines = (f'disk "{tmp_path}/{disk}" format qcow2\n' for disk in disks)
+    options = f'disable\nmemory 64M\nvcpus {vcpus}\nboot "{guest("blk")}" cmdline "churn smp"\n'
+    return f'vm "{name}" {{\n{options}{"".join(lines)}}}\n'
+
+
 @contextmanager
 def busy(tmp_path: Path) -> Iterator[Daemon]:
     """Run a guest that keeps its qcow2 disk busy as VM `a`."""
     raw = Disk(tmp_path / "raw")
     qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw.path, tmp_path / "disk")
     qemu("qemu-img", "create", "-qf", "qcow2", tmp_path / "second", "1M")
-    conf = (
-        f'vm "a" {{\ndisable\nmemory 64M\nvcpus 2\nboot "{guest("blk")}" cmdline "churn smp"\n'
-        f'disk "{tmp_path}/disk" format qcow2\ndisk "{tmp_path}/second" format qcow2\n}}\n'
-    )
-    with Daemon(tmp_path, conf) as vmd:
+    with Daemon(tmp_path, churning(tmp_path, "a", ("disk", "second"))) as vmd:
         vmd.must("start", "a")
         with vmd.console("a") as console:
             churn.begin(console)
@@ -79,6 +83,82 @@ def test_snapshot_of_a_vm_that_runs(tmp_path: Path) -> None:
         for name in ("disk", "second"):
             assert problems(tmp_path / name) == {}
         assert "two" in qemu("qemu-img", "snapshot", "-l", tmp_path / "disk")
+
+
+def test_going_back_with_the_machine(tmp_path: Path) -> None:
+    """Its disks and its memory are what they were; it goes on from there with nothing lost, under the same console."""
+    with busy(tmp_path) as vmd:
+        works(vmd)
+        vmd.must("snapshot", "a", "then")
+        before = vmd.status("a")
+        later = works(vmd, 50)
+
+        done = vmd.vmctl("snapshot", "-r", "a", "then")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.endswith("vmctl: went back to snapshot then of vm a\n")
+        now = works(vmd, 1)
+        assert now.rounds < later.rounds
+        after = vmd.status("a")
+        assert (after["state"], after["tty"], after["id"]) == ("running", before["tty"], before["id"])
+        works(vmd)
+        vmd.must("pause", "a")
+        vmd.must("snapshot", "-r", "a", "then")
+        assert vmd.status("a")["state"] == "paused"
+        vmd.must("unpause", "a")
+        works(vmd)
+        with vmd.console("a") as console:
+            churn.finish(console)
+        vmd.wait_state("a", "stopped")
+        for name in ("disk", "second"):
+            assert problems(tmp_path / name) == {}
+        assert set(listed(vmd)) == {"then"}
+
+
+def test_going_back_is_refused_and_the_vm_goes_on(tmp_path: Path) -> None:
+    """To what is not there, or has the disks only."""
+    with busy(tmp_path) as vmd:
+        vmd.must("stop", "-fw", "a")
+        vmd.must("snapshot", "a", "cold")
+        vmd.must("start", "a")
+        with vmd.console("a") as console:
+            churn.begin(console)
+        for tag, sentence in (
+            ("cold", "vm a: snapshot cold has the disks only: stop the VM to go back to it"),
+            ("gone", f"vm a: disk {tmp_path}/disk: has no snapshot gone"),
+        ):
+            assert sentence in vmd.vmctl("snapshot", "-r", "a", tag).stderr
+            assert vmd.status("a")["state"] == "running"
+            works(vmd)
+
+
+@pytest.mark.deep
+def test_going_back_takes_only_the_machine_from_the_disks(tmp_path: Path) -> None:
+    """The disks of `c` say that their machine uses those of `a`, which runs; and `d` is another machine."""
+    with busy(tmp_path) as vmd:
+        works(vmd)
+        vmd.must("snapshot", "a", "then")
+        vmd.must("stop", "-fw", "a")
+        for name in ("disk", "second"):
+            for copy in ("c", "d"):
+                shutil.copy(tmp_path / name, tmp_path / f"{copy}-{name}")
+        more = tmp_path / "more.conf"
+        more.write_text(
+            churning(tmp_path, "c", ("c-disk", "c-second")) + churning(tmp_path, "d", ("d-disk", "d-second"), vcpus=1)
+        )
+        vmd.must("load", more)
+        for name in ("a", "c", "d"):
+            vmd.must("start", name)
+            with vmd.console(name) as console:
+                churn.begin(console)
+
+        vmd.must("snapshot", "-r", "c", "then")
+        with vmd.console("c") as console:
+            churn.ask_until_rounds(console, ROUNDS)
+        done = vmd.vmctl("snapshot", "-r", "d", "then")
+        assert done.returncode == 1
+        assert "the snapshot is of a machine with 2 virtual CPUs, and this one has 1" in done.stderr
+        assert vmd.status("d")["state"] == "stopped"
+        works(vmd)
 
 
 def imgwriter(vmd: Daemon) -> int:

@@ -10,14 +10,17 @@ state of the machine, gets a new snapshot last and loses an old one first: what 
 """
 
 import contextlib
+import errno
+import os
 import socket
 import time
 
-from vmd.errors import ImageError, VmdError, number, sentence
+from vmd.errors import ImageError, OperatorError, VmdError, number, sentence
 from vmd.images.chain import Link, open_chain
+from vmd.images.locks import unlock
 from vmd.images.qcow2 import Qcow2Image
 from vmd.images.rewrite import Rewrite
-from vmd.images.snapshots import Snapshot, find, read_snapshots
+from vmd.images.snapshots import Snapshot, find, read_snapshots, state_offset
 from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
@@ -34,6 +37,7 @@ from vmd.ipc.messages import (
     brief,
 )
 from vmd.ipc.process import Process, handles
+from vmd.log import log
 from vmd.privsep.confine import IMGWRITER, confine, limit_memory
 from vmd.privsep.title import set_title
 
@@ -48,6 +52,7 @@ LAST_WORDS_S = 5.0
 SAY_S = 5.0
 MEMORY_BYTES = 4 << 30  # refcounts of the largest images are half of it, for a moment
 FILES_S = 60.0  # for a disk to bring to stable storage what its guest has written
+PIECE_BYTES = 1 << 20
 STATE_BYTES = 4 << 20  # whole clusters of every size
 
 
@@ -59,6 +64,8 @@ class ImgWriter(Process):
         self.parent = self.attach_parent(Proc.PARENT)
         self.images: list[Qcow2Image] = []
         self.changes: list[tuple[str, Rewrite]] = []  # by disk
+        self.tag = ""
+        self.state: int | None = None  # a courier, where the state of the machine is asked for
         self.said_s = time.monotonic()
 
     def on_change(self, message: ChangeSnapshots, envelope: Envelope, _channel: Channel) -> None:
@@ -71,6 +78,7 @@ class ImgWriter(Process):
                 self.parent.send(SnapshotsChanged())
                 self.be_over()
                 return
+            self.tag, self.state = message.tag, envelope.take_fd("state")
             self.prepare(message, envelope.take_fd("stream"))
         except (VmdError, OSError, ValueError) as error:
             self.fail(error)
@@ -176,6 +184,9 @@ class ImgWriter(Process):
             raise ImageError(self.images[0].path, f"has no snapshot {tag}")
         elif action is SnapshotAction.GO_BACK and not all(has):
             raise ImageError(self.images[has.index(False)].path, f"has no snapshot {tag}, unlike another disk")
+        if self.state is not None and not self.saved(tag).state_bytes:
+            what = "has the disks only: stop the VM to go back to it"
+            raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
         for image, there in zip(self.images, has, strict=True):
             if action is SnapshotAction.DELETE and not there:
                 continue  # it was left by one that was not completed
@@ -192,6 +203,12 @@ class ImgWriter(Process):
             else:
                 change.go_back(tag)
             self.say()
+
+    def saved(self, tag: str) -> Snapshot:
+        """Return a snapshot of the first disk, which has the state of the machine."""
+        found = find(next(self.snapshots()), tag)
+        assert found is not None
+        return found
 
     def take_state(self, stream: int, change: Rewrite) -> None:
         """Write what comes through a pipe to a disk.  Raises ImageError, OSError."""
@@ -228,8 +245,39 @@ class ImgWriter(Process):
             text = f"{sentence(error)}; {done} of {len(order)} disks are changed"
             self.parent.send(SnapshotsFailed(code=number(error), text=brief(text)))
         else:
+            if self.state is not None:
+                for image in self.images:
+                    unlock(image.fd)  # of the machine that was; the one that is to be locks them itself
             self.parent.send(SnapshotsChanged())
+            if self.state is not None:
+                self.parent.flush_blocking(LAST_WORDS_S)
+                try:
+                    self.give_state(self.state)
+                except (VmdError, OSError) as error:
+                    log.error(f"the state of the machine cannot be read: {sentence(error)}")
         self.be_over()
+
+    def give_state(self, fd: int) -> None:
+        """Write the state of the machine to a pipe, whose other end is asked for.  Raises ImageError, OSError."""
+        one, first = self.saved(self.tag), self.images[0]
+        image = Qcow2Image(
+            os.dup(first.fd), first.path, writable=False, backing=first.backing, snapshot=one
+        )
+        at, end = state_offset(one, first.header), state_offset(one, first.header) + one.state_bytes
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with socket.socket(fileno=fd) as sock:
+            sock.settimeout(FILES_S)
+            given = courier.give(sock, {"stream": [reader]})
+        os.close(reader)
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        while given and at < end:
+            piece = buffer[: min(len(buffer), end - at)]
+            image.preadv(at, [piece])
+            at += len(piece)
+            while piece:
+                piece = piece[os.write(writer, piece) :]
+            self.say()
+        os.close(writer)
 
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, ChangeSnapshots, on_change),

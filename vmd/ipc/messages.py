@@ -1373,13 +1373,15 @@ class NotOpened(Record):
 @message(
     0xAB,
     (Proc.PARENT, Proc.IMGWRITER),
-    fds=("couriers*", "stream?"),
+    fds=("couriers*", "stream?", "state?"),
     answered_by=("SnapshotWord", "SnapshotInfo", "SnapshotsReady", "SnapshotsChanged", "SnapshotsFailed"),
 )
 class ChangeSnapshots(Record):
     """List snapshots, which is answered by SnapshotsChanged, or prepare a change, by SnapshotsReady.
 
-    fds: the disks come over `couriers`, one disk after the other; of `stream` is read what the machine is.
+    fds: the disks come over `couriers`, one disk after the other; of `stream` is read what the machine is.  To go back
+    with the machine, its state leaves as a stream by the courier `state`, after SnapshotsChanged: by then the disks are
+    locked no more.
     """
 
     name: str  # of the VM

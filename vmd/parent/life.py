@@ -86,6 +86,7 @@ class Life:
         self.status = status
         self.batch_timer: Timer | None = None
         self.on_gone: Callable[[Vm], None] = lambda _vm: None  # called when a life has ended
+        self.on_received: Callable[[Vm], None] = lambda _vm: None  # ... and when a VM that was received goes on
         self.scores: OomScores | None = None
 
     # --- starting ----------------------------------------------------------------------------------------
@@ -301,6 +302,7 @@ class Life:
             self.vms.adopt(vm, vm.running_config, self.core.config.settings.local_prefix)
         log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {tty}")
         received = VmReceived(vmid=vm.vmid, name=vm.name, pid=pid, tty=tty, paused=paused)
+        self.on_received(vm)
         self.clients.answer_all(For.TRANSFER, vm.vmid, received)
         self.clients.answer_all(For.PAUSE, vm.vmid, VmPaused(vmid=vm.vmid, name=vm.name, paused=paused))
 
@@ -373,6 +375,10 @@ class Life:
     def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
         vm = self.vms.living(message.vmid)
+        if vm.revive is not None:
+            revive, vm.revive = vm.revive, None
+            revive()
+            return
         text = brief((vm.receiving.failure if vm.receiving else "") or message.text or vm.text)
         asked = vm.state is State.STOPPING
         how = endings.how_it_ended(message.outcome, asked=asked, sent=vm.sent is not None)

@@ -184,7 +184,8 @@ class Parent(Process):
         self.life = Life(core, self.consoles, self.openings, self.network, status)
         self.transfers = Transfers(core, self.life, self.openings, self.network)
         self.snapshots = Snapshots(core, self.openings, self.attach)
-        self.life.on_gone = self.snapshots.on_gone
+        self.snapshots.life, self.snapshots.transfers = self.life, self.transfers
+        self.life.on_gone, self.life.on_received = self.snapshots.on_gone, self.snapshots.on_received
         self.configuration = Configuration(core, self.life, self.network, load, options.socket_path)
         self.logs = Logs(core, self.attach)
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)

@@ -14,13 +14,17 @@ The disks of a VM that runs are its own.  It stands still and lends them:
     DisksLent           the machine was written whole: with SnapshotsReady as above
     TakeDisksBack       once the imgwriter has ended, whatever became of it: the VM goes on
     DisksBack           the client is answered
+
+To go back with the machine, the VM's process is ended when the disks are what they were, and a new one becomes what the
+imgwriter reads from the first disk, in the way of a VM that is received.  The disks may be their user's: of that stream
+only the machine is taken, nothing that would open a file.
 """
 
 import errno
 import os
 import time
 
-from vmd.closing import close_all
+from vmd.closing import close, close_all
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, sentence
 from vmd.images.names import check_name
 from vmd.ipc import courier
@@ -59,7 +63,9 @@ if TYPE_CHECKING:
     from vmd.parent.children import Children
     from vmd.parent.connections import Attach
     from vmd.parent.core import Core
+    from vmd.parent.life import Life
     from vmd.parent.opening import Opened, Openings
+    from vmd.parent.transfers import Transfers
     from vmd.parent.vmtable import Vm
     from vmd.privsep.spawn import Child
     from vmd.record import Record
@@ -93,6 +99,9 @@ class Job:
         self.runs = vm.alive  # and lends its disks
         self.lent = not self.runs  # the VM has given all
         self.gone = False  # it has ended meanwhile
+        self.state = -1  # a courier: what the machine was is asked for here
+        self.told = False  # its imgwriter, to make the change
+        self.revived = False  # its VM is ending, and goes on as what it was
 
 
 class Snapshots:
@@ -106,6 +115,8 @@ class Snapshots:
         self.attach = attach
         self.jobs: dict[Channel, Job] = {}  # whose imgwriter is there
         self.at_work: list[Job] = []
+        self.life: Life
+        self.transfers: Transfers
         self.children: Children
         self.open_log: Callable[[str], socket.socket]
 
@@ -137,8 +148,6 @@ class Snapshots:
             raise OperatorError(errno.EINVAL, "a list has no tag, and everything else has one")
         if vm.alive:
             vm.require_pausable()
-            if message.action is SnapshotAction.GO_BACK:
-                raise OperatorError(errno.EBUSY, f"vm {vm.name} is {vm.state.value}: stop it first")
         if not (vm.disks if vm.alive else vm.config.disks):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
         if any(job.vm is vm for job in self.at_work):
@@ -176,6 +185,9 @@ class Snapshots:
             if job.action is SnapshotAction.CREATE:
                 reader, writer = os.pipe2(os.O_CLOEXEC)
                 ours["stream"], theirs["stream"] = [reader], [writer]
+            if job.action is SnapshotAction.GO_BACK:
+                asks, gives = courier.pair()
+                job.state, ours["state"] = asks.detach(), [gives.detach()]
         except OSError as error:
             close_all(fd for fds in (*ours.values(), *theirs.values()) for fd in fds)
             raise HostError("make a courier", error) from error
@@ -233,7 +245,10 @@ class Snapshots:
             case SnapshotsReady():
                 self.on_ready(channel)
             case SnapshotsChanged():
-                self._of(channel).answered = True  # what is left is that it ends
+                job = self._of(channel)
+                job.answered = True  # what is left is that it ends
+                if job.told and job.runs and job.action is SnapshotAction.GO_BACK:
+                    self._revive(job)
             case SnapshotsFailed():
                 job = self._of(channel)
                 job.answered = True
@@ -262,6 +277,7 @@ class Snapshots:
         if job.channel in self.jobs and job.ready and job.lent:
             assert job.channel is not None
             first_last = job.action is SnapshotAction.CREATE
+            job.told = job.failure is None
             job.channel.send(FinishSnapshots(commit=job.failure is None, first_last=first_last))
 
     def on_lent(self, message: DisksLent, _envelope: Envelope) -> None:
@@ -290,7 +306,12 @@ class Snapshots:
         """A life of a VM has ended: its snapshot is not made, unless that is being done already."""
         for job in [job for job in self.at_work if job.vm is vm and job.runs]:
             job.gone = True
-            if job.ended:
+            if job.revived:
+                job.failure = job.failure or OperatorError(
+                    vm.code, f"its disks are those of the snapshot, but it did not go on: {vm.text or 'it has ended'}"
+                )
+                self._answer(job)
+            elif job.ended:
                 self._answer(job)
             elif not (job.ready and job.lent):
                 self._lose(job, OperatorError(errno.ECANCELED, "has ended meanwhile"))
@@ -300,6 +321,32 @@ class Snapshots:
         for job in self.at_work:
             if job.vm.vmid == vmid and job.runs and not job.lent:
                 self.core.peers.send(Proc.VMM, CancelTransfer(vmid=vmid))
+
+    def _revive(self, job: Job) -> None:
+        """The disks are what they were: what the machine is now has nothing to do with them any more."""
+        vm, stream = job.vm, job.state
+        job.revived, job.state = True, -1
+        if job.gone:
+            close(stream)
+            return
+        paused = vm.sending is not None and vm.sending.state is State.PAUSED
+
+        def revive() -> None:
+            vm.end_disk_work()
+            try:
+                self.transfers.begin_revival(vm, stream, paused=paused)
+            except VmdError as error:
+                job.failure = error
+                self.life.network.release(vm.vmid)
+                self.life.is_gone(vm, brief(sentence(error)))
+
+        vm.revive = revive
+        self.life.kill(vm)
+
+    def on_received(self, vm: "Vm") -> None:
+        """A VM goes on as what it was."""
+        for job in [job for job in self.at_work if job.vm is vm and job.revived]:
+            self._answer(job)
 
     def vm_of(self, channel: "Channel") -> int:
         """Return for which VM an imgwriter is at work; 0 for none."""
@@ -353,6 +400,8 @@ class Snapshots:
             self.loop.call_later(END_LOOK_S, lambda: self._await_end(job))
         else:
             job.ended = True
+            if job.revived:
+                return  # how the VM goes on is the answer
             if job.runs and job.lent and not job.gone:
                 self._give_back(job)
             elif not job.runs or job.gone:
@@ -362,6 +411,8 @@ class Snapshots:
         """Have a VM go on with its disks."""
         if job.action is SnapshotAction.LIST:
             self._answer(job)
+        elif job.told and job.action is SnapshotAction.GO_BACK:
+            self.life.kill(job.vm)  # some of its disks may be others than its guest has seen
         else:
             self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=job.vm.vmid))
 
@@ -371,6 +422,8 @@ class Snapshots:
             return
         self.at_work.remove(job)
         vm = job.vm
+        if job.state >= 0:
+            close(job.state)
         vm.end_disk_work()
         if job.runs and not job.gone:
             vm.stay()

@@ -226,6 +226,28 @@ class Transfers:
         log.info(f"{vm.name}: receiving vm {vm.vmid}")
         return vm
 
+    def begin_revival(self, vm: Vm, stream: int, *, paused: bool) -> None:
+        """Have a VM whose process has ended go on as what a stream has; `stream` is a courier, the caller's no more.
+
+        It stays what it is: its configuration, its owner and its console.  Raises VmdError; the VM is at its end then.
+        """
+        config, uid = vm.running_config or vm.config, vm.uid
+        vm.begin_reboot()
+        vm.drop_transfer()
+        try:
+            if self.core.ending:
+                raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+            self.core.slots.give()
+            vm.begin_receive(Receiving(paused=paused, config=config), again=True)
+            vm.uid = uid
+            fds = vm.process_fds()
+        except BaseException:
+            close(stream)
+            raise
+        start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity)
+        self.core.peers.send(Proc.VMM, start, fds={"courier": [stream], **fds})
+        log.info(f"{vm.name}: going on as it was at a snapshot (vm {vm.vmid})")
+
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:
         """Judge what a stream wants to be; the name is ours, and so is the owner."""
         vm = self.vms.living(message.vmid)
@@ -234,6 +256,9 @@ class Transfers:
             return
         config = message.config.replace(name=vm.name, owner=vm.config.owner if vm.from_config else Owner(), allow=None)
         try:
+            if receiving.config is not None:
+                require_same(receiving.config, config)
+                config = receiving.config
             check_paths(config)  # what it boots from is opened only when its guest resets itself
             config = checked_request(config, bootable=True)
             self.life.require_room(vm, config)
@@ -330,6 +355,7 @@ class Transfers:
         if not vm.wait_for_disks(brief(why)):
             return
         log.error(f"vm {vm.name}: received, but stays paused: {why}")
+        self.life.on_gone(vm)
         text = f"vm {vm.name} was received and stays paused: {why}; `vmctl unpause {vm.name}` tries again"
         for what in (For.TRANSFER, For.PAUSE):
             self.clients.fail_all(what, vm.vmid, code, text)
@@ -356,3 +382,17 @@ class Transfers:
             self.core.peers.send(Proc.VMM, CancelTransfer(vmid=vm.vmid))
         if vm.receiving is not None and not vm.receiving.complete:
             self.give_up(vm, errno.ECANCELED, "receiving was interrupted")
+
+
+def require_same(ours: VmConfig, theirs: VmConfig) -> None:
+    """Raise OperatorError if a machine of a snapshot is not one that this VM is: its disks may come from anybody."""
+    for what, now, then in (
+        ("virtual CPUs", ours.vcpus, theirs.vcpus),
+        ("bytes of memory", ours.memory_bytes, theirs.memory_bytes),
+        ("disks", len(ours.disks), len(theirs.disks)),
+        ("network interfaces", len(ours.nics), len(theirs.nics)),
+        ("CD drives", int(bool(ours.cdrom)), int(bool(theirs.cdrom))),
+    ):
+        if now != then:
+            text = f"the snapshot is of a machine with {then} {what}, and this one has {now}"
+            raise OperatorError(errno.EINVAL, text)

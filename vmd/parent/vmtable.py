@@ -20,7 +20,7 @@ from vmd.parent.resources import Pty, copy_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vmd.ipc.loop import Timer
     from vmd.ipc.messages import DiskImages
@@ -79,8 +79,11 @@ class Sending:
 class Receiving:
     """A VM on its way in."""
 
-    def __init__(self, *, paused: bool, carried: bool = False, trusted: bool = False) -> None:
+    def __init__(
+        self, *, paused: bool, carried: bool = False, trusted: bool = False, config: VmConfig | None = None
+    ) -> None:
         self.paused = paused
+        self.config = config  # what it is, whatever the stream says: it goes back to a snapshot of its own
         self.carried = carried  # it migrates: it goes on only when it is told to
         self.trusted = trusted  # its disks are the sender's, though nobody has them here
         self.at = At.BEGINNING
@@ -122,6 +125,7 @@ class Vm:
         self.disks: tuple[DiskImages, ...] = ()  # of what images they are made; running
         self.running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
         self.sending: Sending | None = None
+        self.revive: Callable[[], None] | None = None  # what is done instead when its process has ended
         self.sent: VmSent | None = None  # what is told when the VM is gone
         self.receiving: Receiving | None = None
         self.console_user = ""  # who has the console, if somebody has
@@ -186,9 +190,9 @@ class Vm:
         self._begin(State.STARTING, again=again)
         self.uid = uid
 
-    def begin_receive(self, receiving: Receiving) -> None:
-        """STOPPED or WAITING -> RECEIVING."""
-        self._begin(State.RECEIVING)
+    def begin_receive(self, receiving: Receiving, *, again: bool = False) -> None:
+        """STOPPED or WAITING -> RECEIVING, `again` in the life that it has."""
+        self._begin(State.RECEIVING, again=again)
         self.receiving = receiving
 
     def _begin(self, state: State, *, again: bool = False) -> None:
