@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from vmd.backlog import Backlog, Output
-from vmd.closing import close, close_all
+from vmd.closing import close_all
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import HostError, InUse, OperatorError, PeerError
 from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
@@ -14,6 +14,7 @@ from vmd.memfile import is_constant, memory_file
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed
 from vmd.parent.addresses import random_lladdr
+from vmd.parent.freeing import let_go
 from vmd.parent.identity import Identities
 from vmd.parent.limits import RestartLimit
 from vmd.parent.resources import Pty, copy_all
@@ -346,7 +347,7 @@ class Vm:
     def take_memory(self, fd: int | None) -> None:
         """Take the guest's memory instead of what there was; the descriptor is ours."""
         if self.memory is not None:
-            close(self.memory)
+            let_go(self.memory)
         self.memory = fd
 
     def open_console(self) -> bool:

@@ -1,0 +1,111 @@
+"""Guest memory that is closed by somebody else."""
+
+import contextlib
+import errno
+import os
+import select
+import time
+from pathlib import Path
+
+import pytest
+
+from vmd.closing import close_all
+from vmd.errors import HostError
+from vmd.parent import freeing
+from vmd.parent.freeing import let_go
+
+DEADLINE_S = 60.0
+BYTES = 1 << 20
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Memory of a size that counts as large."""
+    monkeypatch.setattr(freeing, "LARGE_BYTES", BYTES)
+    fd = os.memfd_create("of-a-guest-that-is-gone", os.MFD_CLOEXEC)
+    os.write(fd, bytes(BYTES))
+    return fd
+
+
+def holders(inode: int) -> set[int]:
+    """Return the processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.stat().st_ino == inode and "memfd:" in os.readlink(link):
+                found.add(int(link.parts[2]))
+    return found
+
+
+def children() -> set[str]:
+    """Return our children, those that have ended and were not waited for among them."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+@pytest.fixture
+def closing(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """Who has the memory when we close it, besides us."""
+    seen: list[set[int]] = []
+
+    def look(fds: list[int]) -> None:
+        seen.append(holders(os.fstat(fds[0]).st_ino) - {os.getpid()})
+        close_all(fds)
+
+    monkeypatch.setattr(freeing, "close_all", look)
+    return seen
+
+
+@pytest.mark.root
+def test_we_are_not_the_last(memory: int, closing: list[set[int]]) -> None:
+    """One process has it, and nothing else of ours; it ends when it may, and nobody has to wait for it."""
+    inode = os.fstat(memory).st_ino
+    others, theirs = os.pipe2(os.O_CLOEXEC)
+    before = children()
+
+    let_go(memory)
+
+    (last,) = closing
+    assert len(last) == 1
+    os.close(theirs)
+    assert select.select([others], [], [], DEADLINE_S)[0] == [others], "somebody else has it, too"
+    deadline = time.monotonic() + DEADLINE_S
+    while holders(inode):
+        assert time.monotonic() < deadline
+    assert children() == before
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(memory)
+    os.close(others)
+
+
+@pytest.mark.root
+def test_small_memory_is_closed_here(memory: int, closing: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes no longer than to start a process."""
+    monkeypatch.setattr(freeing, "LARGE_BYTES", BYTES + 1)
+
+    let_go(memory)
+
+    assert closing == [set()]
+
+
+def refuse_pipe(*_: object) -> None:
+    """Be a host without descriptors."""
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def refuse_fork(what: str) -> int:
+    """Be a host without processes."""
+    raise HostError(what, errno.EAGAIN)
+
+
+@pytest.mark.parametrize("lack", ["pipe", "process"])
+def test_a_host_without_room(memory: int, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it takes as long as it takes, and leaves nothing."""
+    before = len(os.listdir("/proc/self/fd"))
+    if lack == "pipe":
+        monkeypatch.setattr(os, "pipe2", refuse_pipe)
+    else:
+        monkeypatch.setattr(freeing, "fork", refuse_fork)
+
+    let_go(memory)
+
+    assert len(os.listdir("/proc/self/fd")) == before - 1
