@@ -19,24 +19,26 @@ from bench.transfer import BYTES_PER_S, DEADLINE_S, SPARE_MIB, Qemu
 from tests.support.daemon import Daemon
 
 ROUNDS = 6  # half of them to, half of them fro
-MIB = 512
 DOWNTIME_MS = 300.0
-LOADS = {"idle": ""}
+LOADS = (
+    (512, "touched, idle", ""),
+    (64, "written at 10 Hz", "again rest=100"),
+)
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     """Alternate sides."""
-    return [row for what, options in LOADS.items() for row in compare(directory, guest("fill"), what, options)]
+    return [row for load in LOADS for row in compare(directory, guest("fill"), *load)]
 
 
-def compare(directory: Path, kernel: Path, what: str, options: str) -> list[Row]:
+def compare(directory: Path, kernel: Path, mib: int, what: str, options: str) -> list[Row]:
     """Migrate as often as ROUNDS says, and twice more before that."""
     totals: tuple[list[float], list[float]] = ([], [])
     downtimes: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack:
         sides: list[Ours | Theirs] = [
-            stack.enter_context(Ours(directory / what, kernel, options).running()),
-            stack.enter_context(Theirs(directory, kernel, options).running()),
+            stack.enter_context(Ours(directory / f"{mib}", kernel, mib, options).running()),
+            stack.enter_context(Theirs(directory, kernel, mib, options).running()),
         ]
         for counted in (False, False, *[True] * ROUNDS):
             for index, side in enumerate(sides):
@@ -44,7 +46,7 @@ def compare(directory: Path, kernel: Path, what: str, options: str) -> list[Row]
                 if counted:
                     totals[index].append(total_s)
                     downtimes[index].append(downtime_s * 1000)
-    name = f"migrate, {MIB} MiB touched, {what}"
+    name = f"migrate, {mib} MiB {what}"
     return [
         Row(f"{name}: in all", "s", *totals),
         Row(f"{name}: downtime", "ms", *downtimes, limit=DOWNTIME_MS),
@@ -54,10 +56,10 @@ def compare(directory: Path, kernel: Path, what: str, options: str) -> list[Row]
 class Ours:
     """Two daemons."""
 
-    def __init__(self, directory: Path, kernel: Path, options: str) -> None:
+    def __init__(self, directory: Path, kernel: Path, mib: int, options: str) -> None:
         self.directory = directory
-        memory = f"memory {MIB + SPARE_MIB}M"
-        self.conf = f'vm "fill" {{\n disable\n {memory}\n boot "{kernel}" cmdline "mib={MIB} {options}"\n}}\n'
+        memory = f"memory {mib + SPARE_MIB}M"
+        self.conf = f'vm "fill" {{\n disable\n {memory}\n boot "{kernel}" cmdline "mib={mib} {options}"\n}}\n'
 
     @contextlib.contextmanager
     def running(self) -> "Iterator[Ours]":
@@ -87,9 +89,9 @@ class Ours:
 class Theirs:
     """A QEMU that runs, and one that it goes to."""
 
-    def __init__(self, directory: Path, kernel: Path, options: str) -> None:
+    def __init__(self, directory: Path, kernel: Path, mib: int, options: str) -> None:
         self.path = directory / "migration"
-        self.machine = Qemu(directory, kernel, MIB, options)
+        self.machine = Qemu(directory, kernel, mib, options)
         self.at = "here"
 
     @contextlib.contextmanager
