@@ -11,15 +11,17 @@ from typing import NamedTuple
 import pytest
 
 from tests.conftest import DONE
-from tests.guest.test_transfer import answers, block, running, works
+from tests.guest.test_transfer import answers, block, works
 from tests.support import migration
+from tests.support.blkdisk import Disk
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.images import problems, qemu
 from tests.support.migration import GUEST, PLACES, VICTIMS, Plan
 from vmctl.client import Client
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
-DEEP_ROUNDS = 24
+DEEP_ROUNDS = 12  # with each kind of disk
 SEED = 13
 STREAM_BYTES = 1 << 20  # of the guest that keeps its disk busy, about
 
@@ -40,15 +42,31 @@ class Two(NamedTuple):
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[Two]:
+def kind() -> str:
+    """Give the format of the disk, unless a test says another one."""
+    return "raw"
+
+
+@pytest.fixture
+def two(tmp_path: Path, kind: str) -> Iterator[Two]:
     """VM `a` keeps its disk busy at one of two daemons."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-    with (
-        running(tmp_path / "here", "blk", "churn smp", "vcpus 2", ready="churn: begin") as here,
-        Daemon(tmp_path / "there", 'switch "lan" { interface bridge77 }\n') as there,
-    ):
+    disk = Disk(tmp_path / "disk.raw").path
+    if kind == "qcow2":
+        disk = tmp_path / "disk.qcow2"
+        qemu("convert", "-f", "raw", "-O", kind, tmp_path / "disk.raw", disk)
+    conf = block("a", "blk", "churn smp", f'disk "{disk}" format {kind}', "vcpus 2")
+    with Daemon(tmp_path / "here", conf) as here, Daemon(tmp_path / "there") as there:
+        here.must("start", "a")
+        with here.console("a") as console:
+            console.expect("churn: begin", DEADLINE_S)
         yield Two(here, there, tmp_path)
+        for vmd in (here, there):
+            if state(vmd):
+                vmd.vmctl("stop", "-fw", "a")
+    if kind == "qcow2":
+        assert problems(disk).keys() <= {"leaks"}  # which is all that a killed process may leave
 
 
 def state(vmd: Daemon, name: str = "a") -> str:
@@ -179,7 +197,7 @@ def test_refused_early(two: Two, tmp_path: Path) -> None:
     two.there.must("stop", "-fw", "a")
     two.there.conf.write_text("")
     two.there.must("reload")
-    disk = two.here.directory / "disk"
+    disk = tmp_path / "disk.raw"
     disk.rename(tmp_path / "elsewhere")
     disk.write_bytes(bytes(1 << 20))
     status, said = two.migrate()
@@ -273,8 +291,12 @@ def settle(two: Two, source: Daemon, target: Daemon, found: Counters, plan: obje
         select.select([], [], [], 0.02)
 
 
+KINDS = pytest.mark.parametrize("kind", ["raw", "qcow2"])
+
+
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
+@KINDS
 def test_cut_at_random(two: Two, record_property: Callable[[str, object], None]) -> None:
     """Never two, no wrong byte, and in doubt only behind the commit."""
     found = rounds(two, DEEP_ROUNDS, SEED)
@@ -285,6 +307,7 @@ def test_cut_at_random(two: Two, record_property: Callable[[str, object], None])
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
+@KINDS
 def test_cut_at_random_for_long(
     two: Two, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
 ) -> None:

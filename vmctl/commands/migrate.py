@@ -180,8 +180,8 @@ class Source:
             self._note("its disks are let go")
             try:
                 say(self.to_target, SOURCE, COMMIT, paused=let_go.paused)
-            except OSError as error:
-                self._give_up(f"{self.host}: {sentence(error)}")  # not a byte of it has left
+            except OSError:
+                self._give_up(f"{self.host}: {self._how_it_ended()}")  # not a byte of it has left
             running = self._hear(RUNNING, committed=True)
             return self._end(), running
 
