@@ -78,6 +78,14 @@ STATUS = Command(
 
 COMMANDS = (
     Command(
+        name="clone",
+        module="clone",
+        upstream=False,
+        help="copy the disks of a stopped VM, or of a snapshot, for a new VM, and print its block for vm.conf",
+        operand=Operand(name="id[@tag]", kind=VM),
+        more=(Operand(name="name"),),
+    ),
+    Command(
         name="console",
         module="console",
         help="use the serial line of a VM; ~. leaves, ~? helps",

@@ -162,6 +162,87 @@ def test_disks_that_somebody_else_has_are_refused(vmd: Daemon) -> None:
     vmd.must("snapshot", "web", "x")
 
 
+def raw_of(path: Path) -> bytes:
+    """Return the content of a disk, by QEMU."""
+    raw = path.with_name("raw-content")
+    qemu("qemu-img", "convert", "-O", "raw", path, raw)
+    return raw.read_bytes()
+
+
+def test_clone_of_a_vm_and_of_a_snapshot(vmd: Daemon) -> None:
+    """Its disks are what the other ones are, or were; what is printed is a block that vmd takes."""
+    fill(vmd, 1)
+    vmd.must("snapshot", "web", "one")
+    fill(vmd, 2)
+
+    blocks = []
+    for word, new, byte in (("web", "same", 2), ("web@one", "before", 1)):
+        done = vmd.vmctl("clone", word, new)
+        assert done.returncode == 0, done.stderr
+        assert f"vmctl: cloned vm {word} as {new}: add this to vm.conf" in done.stderr
+        blocks.append(done.stdout)
+        for number in range(2):
+            copy = vmd.directory / f"{new}-disk{number}"
+            assert f'disk "{copy}" format qcow2' in done.stdout
+            assert raw_of(copy) == bytes([byte]) * MIB + bytes(3 * MIB)
+            assert problems(copy) == {}
+            assert copy.stat().st_mode & 0o777 == 0o600
+    more = vmd.directory / "more.conf"
+    more.write_text("".join(blocks).replace("{\n", "{\n    disable\n"))
+    vmd.must("load", more)
+    assert {"same", "before"} <= {row["name"] for row in vmd.rows()}
+    assert [tag for tag, _ in listed(vmd)] == ["one"]
+    document = schema.check(vmd.vmctl("clone", "bare", "plain", "--json").stdout, "clone")
+    assert document["disks"] == [{"path": f"{vmd.directory}/plain-disk0", "format": "raw"}]
+    assert (vmd.directory / "plain-disk0").read_bytes() == (vmd.directory / "plain.raw").read_bytes()
+
+
+CLONING_MISTAKES = (
+    (("web@gone", "new"), 1, "disk {0}/root.qcow2: has no snapshot gone"),
+    (("web@", "new"), 2, "no tag behind the @: web@"),
+    (("bare@one", "new"), 1, "disk {0}/plain.raw: is raw: only qcow2 images have snapshots"),
+    (("none", "new"), 1, "vm none has no disks"),
+    (("nobody", "new"), 4, "vm nobody not found"),
+    (("web", "bare"), 1, "vm bare already exists"),
+    (("web", "a/b"), 2, "invalid VM name: a/b"),
+    (("web", "taken"), 1, "could not create {0}/taken-disk1: File exists"),
+)
+
+
+@pytest.mark.deep
+def test_mistakes_of_cloning_leave_nothing_behind(vmd: Daemon) -> None:
+    """One sentence, and no file."""
+    fill(vmd, 1)
+    (vmd.directory / "taken-disk1").write_bytes(b"")
+    before = sorted(os.listdir(vmd.directory))
+
+    for words, status, sentence in CLONING_MISTAKES:
+        done = vmd.vmctl("clone", *words)
+        assert (words, done.returncode) == (words, status), done.stderr
+        assert sentence.format(vmd.directory) in done.stderr.splitlines()[0]
+    assert sorted(os.listdir(vmd.directory)) == before
+
+
+@pytest.mark.deep
+def test_clone_of_a_disk_with_a_backing_file(vmd: Daemon) -> None:
+    """What shines through is in the clone of a snapshot, which needs no other image."""
+    base = vmd.directory / "base.qcow2"
+    qemu("qemu-img", "create", "-qf", "qcow2", base, 4 * MIB)
+    qemu("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 4M", base)
+    for name in ("root.qcow2", "data"):
+        (vmd.directory / name).unlink()
+        qemu("qemu-img", "create", "-qf", "qcow2", "-F", "qcow2", "-b", "base.qcow2", vmd.directory / name)
+    fill(vmd, 1)
+    vmd.must("snapshot", "web", "one")
+    fill(vmd, 2)
+
+    vmd.must("clone", "web@one", "new")
+    for number in range(2):
+        copy = vmd.directory / f"new-disk{number}"
+        assert raw_of(copy) == b"\1" * MIB + b"\x09" * (3 * MIB)
+        assert "backing" not in qemu("qemu-img", "info", copy)
+
+
 def imgwriter(vmd: Daemon) -> int:
     """Return the pid of the imgwriter, or 0."""
     return next((pid for title, pid in vmd.family().items() if "imgwriter" in title), 0)
@@ -210,6 +291,7 @@ def look_at(pid: int) -> dict[str, str]:
     return found
 
 
+@pytest.mark.deep
 def test_vm_is_not_started_while_its_disks_change(vmd: Daemon) -> None:
     """The sentence says why; when the imgwriter is killed, the client is told, the disks are as before."""
     fill(vmd, 1)

@@ -1,0 +1,194 @@
+"""vmctl clone: copy the disks of a VM, as they are or as they were at a snapshot, for a new VM.
+
+Done here and not by the daemon, with the rights of whoever runs it.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+
+from vmctl.bar import Bar
+from vmctl.commands.create import interrupt
+from vmctl.errors import ArgumentError, CommandError, NoSuchVm
+from vmctl.options import Given
+from vmctl.output import clean, put_json, put_lines, warn
+from vmctl.session import Session
+from vmctl.vmref import parse_vmref
+from vmd.config import rules
+from vmd.errors import HostError, ImageError, VmdError
+from vmd.images.chain import Link, open_chain
+from vmd.images.create import convert, new_file
+from vmd.images.filecopy import copy_file
+from vmd.images.files import OpenedChain
+from vmd.images.identify import probe
+from vmd.images.qcow2 import Qcow2Image
+from vmd.images.snapshots import find, read_snapshots
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.snapshots import Snapshot
+    from vmd.ipc.messages import DiskFile, NicInfo, VmInfo
+
+
+def run(session: Session, given: Given) -> int:
+    """Copy all disks, or none, and print the block of the new VM for vm.conf."""
+    word, new = given.operands
+    vms = session.client.list_vms()
+    old, tag = which(vms, word)
+    try:
+        rules.vm_name(new)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+    if any(vm.name == new for vm in vms):
+        raise CommandError(f"vm {new} already exists", errno.EEXIST)
+    if old.files is None:
+        raise CommandError(f"vm {old.name}: its owner only may see which disks it has", errno.EPERM)
+    if not old.files.disks:
+        raise CommandError(f"vm {old.name} has no disks", errno.EINVAL)
+    if not tag and old.state not in ("stopped", "waiting"):
+        raise CommandError(
+            f"vm {old.name} is {old.state}: stop it, or make a snapshot and clone {old.name}@TAG", errno.EBUSY
+        )
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, interrupt)
+    made: list[tuple[str, str]] = []  # path, format
+    try:
+        for index, disk in enumerate(old.files.disks):
+            target = os.path.join(os.path.dirname(disk.path), f"{new}-disk{index}")
+            image_format = clone_snapshot(disk, tag, target) if tag else clone_file(disk, target)
+            made.append((target, image_format))
+    except BaseException:
+        for path, _ in made:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+    warn(f"cloned vm {word} as {new}: add this to vm.conf, and run vmctl reload")
+    lines = block(old, new, made)
+    if session.json:
+        put_json({
+            "name": clean(new),
+            "disks": [{"path": clean(path), "format": image_format} for path, image_format in made],
+            "conf": "\n".join(lines) + "\n",
+        })  # fmt: skip
+    else:
+        put_lines(lines)
+    return 0
+
+
+def which(vms: "list[VmInfo]", word: str) -> "tuple[VmInfo, str]":
+    """Return the VM and the tag of `vm` or `vm@tag`.  Raises NoSuchVm, ArgumentError."""
+    name, at, tag = word.partition("@")
+    if at and not tag:
+        raise ArgumentError(f"no tag behind the @: {word}")
+    found = parse_vmref(name).find(vms)
+    if found is None:
+        raise NoSuchVm(f"vm {name} not found")
+    return found, tag
+
+
+def clone_file(disk: "DiskFile", target: str) -> str:
+    """Copy the file of a disk; return its format.  Raises CommandError."""
+    try:
+        chain = OpenedChain(disk.path, disk.format)
+    except VmdError as error:
+        raise CommandError(f"disk {error}") from None
+    try:
+        link = chain.links[0]
+        bar = Bar(os.path.basename(target))
+        with new_file(target) as fd:
+            try:
+                copy_file(link.fd, fd, bar.show)
+            finally:
+                bar.end()
+        return link.format
+    except VmdError as error:
+        raise CommandError(str(error)) from None
+    finally:
+        chain.close()
+
+
+def clone_snapshot(disk: "DiskFile", tag: str, target: str) -> str:
+    """Write a disk as it was at a snapshot to an image of its own; return its format.  Raises CommandError.
+
+    Its VM may run: what belongs to a snapshot does not change as long as there is that snapshot.
+    """
+    try:
+        fd = open_disk(disk.path)
+        found = probe(fd, disk.path, disk.format)
+        if found.format != "qcow2":
+            raise ImageError(disk.path, f"is {found.format or 'no image'}: only qcow2 images have snapshots")
+        links: list[Link] = []
+        if found.backing:
+            if not disk.format and not disk.path.endswith(".qcow2"):
+                raise ImageError(disk.path, f"has backing file {found.backing}, but only its first bytes say so")
+            below = OpenedChain(os.path.join(os.path.dirname(disk.path), found.backing), found.backing_format)
+            links, below.links = below.links, []
+        backing = open_chain(links, writable=False) if links else None
+        plain = Qcow2Image(os.dup(fd), disk.path, writable=False, backing=backing)
+        one = snapshot_of(plain, tag)
+        image = Qcow2Image(fd, disk.path, writable=False, backing=backing, snapshot=one.replace(state_bytes=0))
+        bar = Bar(os.path.basename(target))
+        try:
+            convert(image, target, "qcow2", image.size, bar.show)
+        finally:
+            bar.end()
+        again = Qcow2Image(os.dup(fd), disk.path, writable=False, backing=backing)
+        if find(read_snapshots(again.fd, again.header, disk.path), tag) != one:
+            os.unlink(target)
+            raise ImageError(disk.path, f"snapshot {tag} was deleted while it was read")
+    except OSError as error:
+        raise CommandError(f"disk {disk.path}: {error.strerror}", error.errno) from None
+    except VmdError as error:
+        raise CommandError(str(error) if isinstance(error, HostError) else f"disk {error}") from None
+    return "qcow2"
+
+
+def open_disk(path: str) -> int:
+    """Open an image for reading, without a lock.  Raises ImageError."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise ImageError(path, f"cannot be opened: {error.strerror}") from None
+
+
+def snapshot_of(image: Qcow2Image, tag: str) -> "Snapshot":
+    """Return a snapshot of an image.  Raises ImageError, OSError."""
+    one = find(read_snapshots(image.fd, image.header, image.path), tag)
+    if one is None:
+        raise ImageError(image.path, f"has no snapshot {tag}")
+    return one
+
+
+def block(old: "VmInfo", new: str, disks: list[tuple[str, str]]) -> list[str]:
+    """Return the new VM as a block of vm.conf; it has addresses of its own."""
+    assert old.files is not None
+    lines = [f'vm "{new}" {{', f"    memory {old.memory_bytes >> 20}M"]
+    if old.vcpus > 1:
+        lines.append(f"    vcpus {old.vcpus}")
+    if old.files.boot_image:
+        lines.append(f"    boot {quoted(old.files.boot_image)}")
+        lines.append(f"    # its command line, if it has one, is in the block of {old.name}")
+    if old.files.initrd:
+        lines.append(f"    initrd {quoted(old.files.initrd)}")
+    lines += [f"    disk {quoted(path)} format {image_format}" for path, image_format in disks]
+    if old.files.cdrom:
+        lines.append(f"    cdrom {quoted(old.files.cdrom)}")
+    lines += [f"    {interface(nic)}" for nic in old.nics]
+    return [*lines, "}"]
+
+
+def interface(nic: "NicInfo") -> str:
+    """Return an interface like another one."""
+    words = f"{'local ' if nic.local else ''}interface"
+    options = [f'switch "{nic.switch}"'] if nic.switch else []
+    if nic.locked:
+        options.append("locked lladdr")
+    return f"{words} {{ {' '.join(options)} }}" if options else words
+
+
+def quoted(path: str) -> str:
+    """Return a path as vm.conf takes it."""
+    escaped = path.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
