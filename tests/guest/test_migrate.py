@@ -55,7 +55,7 @@ def two(tmp_path: Path, kind: str) -> Iterator[Two]:
     disk = Disk(tmp_path / "disk.raw").path
     if kind == "qcow2":
         disk = tmp_path / "disk.qcow2"
-        qemu("convert", "-f", "raw", "-O", kind, tmp_path / "disk.raw", disk)
+        qemu("qemu-img", "convert", "-f", "raw", "-O", kind, tmp_path / "disk.raw", disk)
     conf = block("a", "blk", "churn smp", f'disk "{disk}" format {kind}', "vcpus 2")
     with Daemon(tmp_path / "here", conf) as here, Daemon(tmp_path / "there") as there:
         here.must("start", "a")
