@@ -180,15 +180,15 @@ def test_a_guest_at_work_is_sent(traveller: Traveller) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(900)
 def test_a_guest_at_work_is_sent_often(traveller: Traveller, tmp_path: Path) -> None:
-    """Back and forth, once while it is paused, and through a file into another life of the daemon."""
+    """Back and forth, mostly while it runs, once paused, and through a file into another life of the daemon."""
     vmd = traveller.vmd
     here, there = "a", "b"
     for turn in range(6):
         if turn == 3:
             vmd.must("pause", here)
         began = time.monotonic()
-        move(vmd, here, there)
-        print(f"turn {turn}: {time.monotonic() - began:.1f} s")
+        said, _ = move(vmd, here, there, send=("-l",) if turn else ())
+        print(f"turn {turn}: {time.monotonic() - began:.1f} s: {said.strip()}")
         traveller.moved(there)
         traveller.works()
         here, there = there, here
