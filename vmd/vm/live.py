@@ -61,6 +61,7 @@ class LiveSender(Sender):
         rest = self._write_while_it_runs(writer)
         began_s = time.monotonic()
         self._have_it_stand_still()
+        self._begin_to_settle()
         self._write_pages(writer, either(rest, self._log.take()))
         writer.state(self._state)
         self._wait_settled()
@@ -91,7 +92,7 @@ class LiveSender(Sender):
         """Have the disks begin to bring what was written until now to stable storage."""
         for disk in self._disks:
             disk.command(devmsg.SETTLE_AHEAD)
-            disk.settle()
+        self._begin_to_settle()
 
     def _write_pages(self, writer: StreamWriter, pages: bytes) -> None:
         """Write a copy of some pages: it does not change while it is hashed and written."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vmd.vm.devproc import DeviceProcess
     from vmd.vm.machine import Machine
 
-SETTLE_LOOK_S = 0.05  # between two looks at whether the disks are on stable storage
+SETTLE_LOOK_S, SETTLE_FIRST_LOOK_S = 0.05, 0.001  # between two looks at whether the disks are on stable storage
 
 
 class Sender:
@@ -112,8 +112,7 @@ class Sender:
             self._loop.call_from_thread(lambda: self._done(text))
 
     def _write(self, writer: StreamWriter) -> None:
-        for disk in self._disks:
-            disk.settle()  # begins; it goes on beside the rest
+        self._begin_to_settle()
         writer.header(self._header, STILL)
         self._wait_accepted()
         for region in self._memory.regions:
@@ -131,6 +130,11 @@ class Sender:
                 if self._cancelled.is_set():
                     raise Cancelled("cancelled")
 
+    def _begin_to_settle(self) -> None:
+        """Have the disks bring what they hold to stable storage; that goes on beside the rest."""
+        for disk in self._disks:
+            disk.settle()
+
     def _wait_settled(self) -> None:
         """Wait until the disks hold what the guest has written.  After the end of the stream none of them can refuse.
 
@@ -140,11 +144,13 @@ class Sender:
 
 
 def settle(disks: "Sequence[DeviceProcess]", cancelled: threading.Event) -> None:
-    """Wait until disks that stand still hold what the guest has written.  Raises VmdError; Cancelled."""
+    """Wait until disks hold what the guest has written.  Raises VmdError; Cancelled."""
     for disk in disks:
+        look_s = SETTLE_FIRST_LOOK_S  # most have next to nothing left to do, and the guest waits
         while (how_far := disk.settle()) == devmsg.SETTLED_NOT_YET:
-            if cancelled.wait(SETTLE_LOOK_S):
+            if cancelled.wait(look_s):
                 raise Cancelled("cancelled")
+            look_s = min(2 * look_s, SETTLE_LOOK_S)
         if how_far != devmsg.SETTLED:
             raise VmdError(
                 f"{disk.label}: what the guest has written cannot be brought to stable storage;"

@@ -208,7 +208,7 @@ def test_it_stands_still_when_the_rest_fits(pause: Pause) -> None:
     assert sending.sender.round == 2
     sending.arrives(pause)
     mark, ahead, settle = devmsg.MARK, devmsg.SETTLE_AHEAD, devmsg.SETTLE
-    assert pause.machine.disk.told == [mark, ahead, settle, ahead, settle, settle, settle]
+    assert pause.machine.disk.told == [mark, ahead, settle, ahead, settle, settle, settle, settle]
 
 
 def test_a_long_run_is_cut_into_pieces(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
