@@ -63,7 +63,7 @@ def received(version: int, name: str, *options: str) -> Iterator[NetDaemon]:
             yield vmd
 
 
-@each("churn", "legacy")
+@each("churn", "legacy", deep=("4-churn",))
 def test_a_disk_goes_on(version: int, name: str) -> None:
     """The guest finds its disk, its interrupts and its clock as it left them; and can be sent once more."""
     with received(version, name) as vmd:

@@ -117,6 +117,7 @@ def test_a_paused_vm_is_sent_as_it_stands(tmp_path: Path) -> None:
         answers(vmd, "a")
 
 
+@pytest.mark.deep
 def test_goals_that_there_cannot_be(tmp_path: Path) -> None:
     """Refused with the limit; the VM goes on.  And what --json says."""
     with running(tmp_path, "demo", "", ready=PROMPT) as vmd:

@@ -14,6 +14,7 @@ from vmd.ipc.messages import (
     Caller,
     CancelTransfer,
     Failed,
+    Live,
     PassFiles,
     PauseRequest,
     Proc,
@@ -266,6 +267,22 @@ def test_sent_and_kept(parent: AnyParent, state: State) -> None:
     assert vm.state is state
     assert vm.sending is None
     assert parent.answers == [(CLIENT, VmSent(vmid=vm.vmid, name="a", sent_bytes=100))]
+
+
+def test_sent_while_it_runs(parent: AnyParent) -> None:
+    """Its process is told when to stand still, and the client how that went; what nobody can mean is refused."""
+    vm = running(parent)
+    for live in (Live(still_ms=0), Live(still_ms=3_600_001), Live(rounds=0), Live(rounds=1001)):
+        with pytest.raises(OperatorError, match=r"\(limit is (3600000|1000)\)"):
+            parent.transfers.serve_send(SendRequest(name="a", live=live), ROOT, envelope())
+    assert (vm.state, parent.vmm.sent) == (State.RUNNING, [])
+
+    live = Live(still_ms=3_600_000, rounds=1000)
+    parent.transfers.serve_send(SendRequest(name="a", keep=True, live=live), ROOT, envelope())
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=True, one_shot=False, live=live)]
+    assert parent.answers.pop() == (CLIENT, PassFiles())
+    parent.transfers.on_send_done(SendDone(vmid=vm.vmid, sent_bytes=100, rounds=3, still_ms=20), UNUSED)
+    assert parent.answers == [(CLIENT, VmSent(vmid=vm.vmid, name="a", sent_bytes=100, rounds=3, still_ms=20))]
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])

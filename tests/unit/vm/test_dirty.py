@@ -27,7 +27,7 @@ REGIONS = (
 PAGES = 30
 MANY = 4096
 WRITERS = 3
-LOOKS = 30
+LOOKS = 15
 
 
 class Kvm:
