@@ -22,6 +22,7 @@ from vmd.ipc import imsg, probemsg
 from vmd.virtio.queue import Queue
 from vmd.vm import state
 from vmd.vm.boot import loader
+from vmd.vm.header import read_header
 from vmd.vm.machine import memory_regions
 from vmd.vm.stream import DIGEST_BYTES, PREAMBLE, SECTION, Pipe, StreamError, StreamReader
 
@@ -215,7 +216,7 @@ def receive(data: bytes) -> "tuple[state.MachineState, int]":
 
     try:
         raw = reader.header()
-        header = state.read_header(reader.version, raw)
+        header = read_header(reader.version, raw)
         state.check_devices(header)
         reader.sections_until_end(
             place, lambda body: machines.append(state.read_machine(reader.version, body)), state_max=MIB

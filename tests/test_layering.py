@@ -183,6 +183,13 @@ def test_device_processes_import_less(process: Process) -> None:
     assert TOO_HEAVY_FOR_DEVICES & set(held.modules) == set()
 
 
+def test_streamprobe_holds_little_of_a_vm() -> None:
+    """A stream may be anybody's, and whoever receives a VM waits until its beginning was read."""
+    held = loaded_by(("vmd.vm.streamprobe",))
+
+    assert held.below("vmd.kvmapi", "vmd.guestmem", "vmd.vm.chips", "vmd.vm.machine", "vmd.vm.state") == set()
+
+
 def test_kvmapi_stands_alone() -> None:
     """It could be lifted out: the standard library and itself."""
     held = loaded_by(modules_in("vmd/kvmapi"))

@@ -27,7 +27,8 @@ from vmd.ipc.messages import (
     TransferProgress,
 )
 from vmd.record import RecordType
-from vmd.vm.state import read_header, read_machine
+from vmd.vm.header import read_header
+from vmd.vm.state import read_machine
 from vmd.vm.stream import OLDEST, VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]

@@ -38,7 +38,8 @@ from tests.support.transfers import (
 from vmd.config import rules
 from vmd.config.model import DiskConfig
 from vmd.record import Record
-from vmd.vm.state import Header, MachineState, Register
+from vmd.vm.header import Header
+from vmd.vm.state import MachineState, Register
 from vmd.vm.stream import MEMORY, OLDEST, STATE, VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]

@@ -2,16 +2,8 @@
 
 from vmd.config.model import DiskConfig, VmConfig
 from vmd.kvmapi import abi
-from vmd.vm.state import (
-    ChipState,
-    CpuidLeaf,
-    DeviceHead,
-    Header,
-    MachineState,
-    PciFunctionState,
-    Register,
-    VcpuState,
-)
+from vmd.vm.header import CpuidLeaf, DeviceHead, Header
+from vmd.vm.state import ChipState, MachineState, PciFunctionState, Register, VcpuState
 from vmd.vm.virtio import QueueState, VirtioState
 
 MIB = 1 << 20
@@ -71,9 +63,7 @@ def chip(name: str, **registers: int | bytes) -> ChipState:
     return ChipState(
         name=name,
         registers=tuple(
-            Register(name=key, number=0, data=value)
-            if isinstance(value, bytes)
-            else Register(name=key, number=value)
+            Register(name=key, number=0, data=value) if isinstance(value, bytes) else Register(name=key, number=value)
             for key, value in registers.items()
         ),
     )

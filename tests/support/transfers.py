@@ -13,7 +13,8 @@ from pathlib import Path
 from tests.support.daemon import DEADLINE_S, Daemon
 from vmd.ipc.imsg import pack, unpack
 from vmd.record import Record
-from vmd.vm.state import Header, MachineState
+from vmd.vm.header import Header
+from vmd.vm.state import MachineState
 from vmd.vm.stream import COUNT, DIGEST_BYTES, END, PREAMBLE, SECTION, STATE
 
 Change = Callable[[Header], Record]

@@ -19,6 +19,7 @@ from vmd.tasks import start_thread
 from vmd.vm import state, streamprobe
 from vmd.vm.cpuid import for_vcpu
 from vmd.vm.departure import show_progress
+from vmd.vm.header import read_header
 from vmd.vm.kinds import kinds
 from vmd.vm.machine import KVM_FD, Host, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
@@ -32,9 +33,10 @@ if TYPE_CHECKING:
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
     from vmd.kvmapi.vm import Vm
+    from vmd.vm.header import Header
     from vmd.vm.kinds import Kind
     from vmd.vm.slots import Slot
-    from vmd.vm.state import Header, MachineState
+    from vmd.vm.state import MachineState
 
 PROBE_LOOK_S = 30.0  # between two looks whether streamprobe does anything
 PROBE_BEHIND_MAX = 2  # so many looks at which there was something for it to read, and it is given up
@@ -122,7 +124,7 @@ class Receiver:
         self,
         pipe: Pipe,
         version: int,
-        header: state.Header,
+        header: "Header",
         memory: GuestMemory,
         loop: "Loop",
         *,
@@ -295,7 +297,7 @@ class Arrival:
         self._version = beginning.version
         self._pipe = Pipe(self._stream, select.POLLIN, moved_bytes=beginning.read_bytes)
         try:
-            self._header = header = state.read_header(beginning.version, beginning.header)
+            self._header = header = read_header(beginning.version, beginning.header)
             if kinds(header.config) != beginning.kinds:
                 raise ValueError("it has other devices than it says")
             check_host(header)

@@ -8,7 +8,6 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 import struct
 
 from vmd.config import rules
-from vmd.config.model import VmConfig
 from vmd.guestmem import PAGE
 from vmd.ipc.imsg import Form, encode, unpack
 from vmd.ipc.messages import ReceivedHeader
@@ -17,6 +16,7 @@ from vmd.record import Part, Record
 from vmd.vm import stream, stream_v2
 from vmd.vm.boot.kind import FIRMWARE_MAX
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
+from vmd.vm.header import CpuidLeaf, DeviceHead, Header, read_header
 from vmd.vm.kinds import kinds
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, with_serials
 from vmd.vm.virtio import VirtioState
@@ -46,41 +46,6 @@ TSC_TOLERANCE_PPM = 250  # KVM's own; beyond it a guest's clock would be wrong
 # How long a MachineState can be: a vCPU's MSRs and APIC, and what else there is, several times over.
 VCPU_BYTES_MAX = 32 << 10
 OTHER_BYTES_MAX = 256 << 10
-
-
-class CpuidLeaf(Record):
-    """One entry of KVM_GET_CPUID2."""
-
-    function: int
-    index: int
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
-
-
-class DeviceHead(Record):
-    """A virtio device that the machine must have."""
-
-    kind: str
-    slot: int
-    features: int  # that its process offers
-    layout: int = LAYOUT_FIRST  # of its PCI function (`slots`): BARs and capabilities stay where the guest found them
-    serial: bytes = b""  # that a disk tells the guest; none: the name of its process, as before there were serials
-
-
-class Header(Part):
-    """What has to be known before the first byte of memory."""
-
-    config: VmConfig
-    one_shot: bool  # it ends where others reboot
-    firmware_bytes: int
-    touched_bytes: int  # of memory, for progress
-    xsave_bytes: int
-    tsc_khz: int
-    cpuid: tuple[CpuidLeaf, ...]  # as KVM offered it to the sender, before each vCPU got its own
-    devices: tuple[DeviceHead, ...]
 
 
 class Register(Record):
@@ -134,11 +99,6 @@ class MachineState(Part):
     functions: tuple[PciFunctionState, ...]
     virtio: tuple[VirtioState, ...]
     vmmci: ChipState
-
-
-def read_header(version: int, raw: bytes) -> Header:
-    """Return the header in a stream of this version.  Raises ValueError."""
-    return unpack(Header, raw, stream_v2.header) if version == stream_v2.VERSION else unpack(Header, raw)
 
 
 def read_machine(version: int, raw: bytes) -> MachineState:

@@ -16,7 +16,7 @@ from struct import Struct
 
 from vmd.privsep.confine import STREAMPROBE, confine
 from vmd.record import Record
-from vmd.vm import state
+from vmd.vm.header import read_header
 from vmd.vm.kinds import KINDS, Kind
 from vmd.vm.stream import DIGEST_BYTES, HEADER_MAX, PREAMBLE, Pipe, StreamError, StreamReader
 
@@ -54,7 +54,7 @@ def probe(pipe: Pipe) -> bytes:
     reader = StreamReader(pipe)
     try:
         raw = reader.header()
-        config = state.read_header(reader.version, raw).config
+        config = read_header(reader.version, raw).config
         counts = [kind.count(config) for kind in KINDS]
         if sum(counts) > DEVICES_MAX:
             raise ValueError(f"it has {sum(counts)} devices")

@@ -19,9 +19,10 @@ from vmd.virtio import spec
 from vmd.vm import state
 from vmd.vm.chips.mc146818 import Mc146818
 from vmd.vm.chips.ns8250 import Uart
+from vmd.vm.header import CpuidLeaf, DeviceHead, Header
 from vmd.vm.kinds import Given
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST, plan
-from vmd.vm.state import DeviceHead, MachineState, Register
+from vmd.vm.state import MachineState, Register
 
 NO_VECTOR = 0xFFFF
 
@@ -45,7 +46,7 @@ def test_more_than_was_there_will_do() -> None:
     (leaf(1, ecx=0xF, edx=0), "cpuid 0x1.0 edx 0xf"),
     (leaf(7, ebx=0x10), "cpuid 0x7.0 ebx 0xe0"),
 ])  # fmt: skip
-def test_missing_feature_is_named(changed: state.CpuidLeaf, what: str) -> None:
+def test_missing_feature_is_named(changed: CpuidLeaf, what: str) -> None:
     """By leaf, register and bits."""
     ours = tuple(changed if each.function == changed.function else each for each in CPUID)
     with pytest.raises(ValueError, match=f"needs processor features that this host lacks: {what}"):
@@ -92,7 +93,7 @@ def test_osxsave_is_the_guests() -> None:
     (), CPUID[1:], (leaf(0, ebx=0x68747541, ecx=0x444D4163, edx=0x69746E65), *CPUID[1:]),
     (leaf(0, ebx=INTEL[0], ecx=INTEL[1], edx=INTEL[2]), *CPUID[1:]),
 ])  # fmt: skip
-def test_other_vendor_is_refused(cpuid: tuple[state.CpuidLeaf, ...]) -> None:
+def test_other_vendor_is_refused(cpuid: tuple[CpuidLeaf, ...]) -> None:
     """Whatever features it has."""
     with pytest.raises(ValueError, match="another vendor"):
         state.check_processor(saved.header(cpuid=cpuid), entries(CPUID))
@@ -230,7 +231,7 @@ def test_a_part_is_of_the_kind_that_it_says(device: Device) -> None:
 
 def test_every_part_of_a_stream_has_a_version() -> None:
     """What no part has, the parts around it speak for."""
-    for part in (state.Header, MachineState, *(declared.__args__[0] for declared in MachineState.fields.values()
+    for part in (Header, MachineState, *(declared.__args__[0] for declared in MachineState.fields.values()
                  if getattr(declared, "__args__", ()) and issubclass(declared.__args__[0], Record))):  # fmt: skip
         assert issubclass(part, Part), part
 
@@ -339,7 +340,7 @@ def test_any_number_fits_some_register(value: int) -> None:
 def test_records_survive() -> None:
     """What is packed is unpacked."""
     assert unpack(MachineState, pack(saved.machine_state())) == saved.machine_state()
-    assert unpack(state.Header, pack(saved.header())) == saved.header()
+    assert unpack(Header, pack(saved.header())) == saved.header()
 
 
 def test_every_prefix_of_a_record_is_refused() -> None:
@@ -347,7 +348,7 @@ def test_every_prefix_of_a_record_is_refused() -> None:
     raw = pack(saved.header())
     for length in range(len(raw)):
         with pytest.raises(ValueError, match=r"."):
-            unpack(state.Header, raw[:length])
+            unpack(Header, raw[:length])
 
 
 def test_registers_that_a_chip_does_not_have_are_ignored() -> None:

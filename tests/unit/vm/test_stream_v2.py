@@ -7,7 +7,8 @@ from tests.support import golden, saved
 from vmd.ipc.imsg import pack
 from vmd.record import Record, RecordType
 from vmd.vm import state, stream_v2
-from vmd.vm.state import Header, MachineState
+from vmd.vm.header import Header, read_header
+from vmd.vm.state import MachineState
 from vmd.vm.virtio import VirtioState
 
 HEADER, MACHINE = stream_v2.HEADER, stream_v2.MACHINE
@@ -55,7 +56,7 @@ def test_fields_that_came_later_have_defaults(cls: RecordType, layout: object) -
 def test_records_of_version_2() -> None:
     """They are read as what they were."""
     header, machine = saved.header(), saved.machine_state(virtio=(saved.device(),))
-    assert state.read_header(2, written(header, HEADER)) == header
+    assert read_header(2, written(header, HEADER)) == header
     assert state.read_machine(2, written(machine, MACHINE)) == machine
 
 
@@ -66,7 +67,7 @@ def test_each_version_is_read_as_what_it_is() -> None:
         (2, pack(header), pack(machine)), (3, written(header, HEADER), written(machine, MACHINE)),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"^Header: "):
-            state.read_header(version, raw_header)
+            read_header(version, raw_header)
         with pytest.raises(ValueError, match=r"^MachineState: "):
             state.read_machine(version, raw_machine)
 
@@ -79,16 +80,16 @@ def test_another_number_of_fields_is_refused() -> None:
         ([[*good[0], 1], *good[1:]], "Header.config"), ([*good[:-1], [[1]]], "Header.devices"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{where}: wrong number of fields$"):
-            state.read_header(2, msgpack.packb(bad))
+            read_header(2, msgpack.packb(bad))
     with pytest.raises(ValueError, match=r"^Header\.cpuid: int is not a list$"):
-        state.read_header(2, msgpack.packb([*good[:-2], 1, good[-1]]))
+        read_header(2, msgpack.packb([*good[:-2], 1, good[-1]]))
 
 
 @pytest.mark.parametrize("name", golden.KINDS)
 def test_recorded_streams(name: str) -> None:
     """What the first release wrote: the order in this program's copy is right, down to the last field."""
     parts = golden.recorded(2, name)
-    header = state.read_header(parts.version, parts.header)
+    header = read_header(parts.version, parts.header)
     (body,) = (body for kind, body in parts.sections if kind == golden.STATE)
     machine = state.read_machine(parts.version, body)
 

@@ -17,6 +17,7 @@ from vmd.ipc.imsg import pack
 from vmd.ipc.loop import Loop
 from vmd.vm import state, streamprobe
 from vmd.vm.arrival import Receiver
+from vmd.vm.header import read_header
 from vmd.vm.kinds import DISK, ENTROPY
 from vmd.vm.sender import Sender
 from vmd.vm.state import MachineState
@@ -101,7 +102,7 @@ class Told:
         self.failures: list[str] = []
         beginning = streamprobe.unpack(streamprobe.probe(Pipe(fd, select.POLLIN)))
         assert isinstance(beginning, streamprobe.Beginning)
-        self.header = state.read_header(beginning.version, beginning.header)
+        self.header = read_header(beginning.version, beginning.header)
         self.receiver = Receiver(
             Pipe(fd, select.POLLIN, moved_bytes=beginning.read_bytes),
             beginning.version,
