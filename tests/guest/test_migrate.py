@@ -140,6 +140,25 @@ def test_in_doubt_for_ever_if_it_has_run_there(two: Two) -> None:
 
 
 @pytest.mark.deep
+def test_in_doubt_for_ever_if_it_has_run_there_and_written_nothing(tmp_path: Path) -> None:
+    """The guest at its prompt does not use its disk; that it has run is known all the same."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    disk = Disk(tmp_path / "disk")
+    conf = block("a", "demo", "", f'disk "{disk.path}" format raw')
+    with Daemon(tmp_path / "here", conf) as here, Daemon(tmp_path / "there") as there:
+        here.must("start", "a")
+        Two(here, there, tmp_path).migrate(place="before running", victim=migration.SHELL)
+        wait(lambda: state(there) == "running")
+        answers(there, "a")
+        there.must("stop", "-fw", "a")
+        refused = here.vmctl("unpause", "-f", "a")
+        assert (refused.returncode, "its guest has run elsewhere" in refused.stderr) == (1, True)
+        here.must("stop", "-fw", "a")
+    disk.check_untouched()
+
+
+@pytest.mark.deep
 def test_goes_on_here_when_it_never_ran_there(two: Two) -> None:
     """The word to run was lost: by itself, as soon as it has its disks again."""
     before = works(two.here, "a")

@@ -158,6 +158,10 @@ TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED = 0, 1, 2, 3
 #   be used any more.
 LEND, RELOAD = 50, 51
 
+# SIGN: to a disk whose guest has come from another place, and is about to run: write to the image without changing it,
+#   and make that last, so that the other place knows if it takes the image back.  Answered SIGN with a status.
+SIGN = 15
+
 # ADDRESSES: which addresses has the guest told its neighbours?  Answered ADDRESSES with ANNOUNCED each, as of ANNOUNCE.
 ADDRESSES = 14
 

@@ -206,6 +206,10 @@ class DeviceProcess:
         """Of a disk that was let go: take its lock again, and return what became of that, devmsg.TAKEN_*."""
         return self._disk_status(devmsg.TAKE_BACK)
 
+    def sign(self) -> None:
+        """Of a disk whose guest has come from another place and is about to run: have it say so, if it can."""
+        self._disk_status(devmsg.SIGN)
+
     def _disk_status(self, kind: int) -> int:
         answer = self.ask(devmsg.TYPE.pack(kind))
         if len(answer) != devmsg.STATUS.size:

@@ -225,6 +225,15 @@ class Machine:
         """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`.  Raises PeerError."""
         return [device.counters() for device in self._interfaces()]
 
+    def sign_disks(self) -> None:
+        """Have the place that the guest has come from know that it has run here.  Raises PeerError.
+
+        Where a disk cannot be written to, its guest will not leave anything on it either.
+        """
+        for device in self.outside.devices.running:
+            if device.kind.settles:
+                device.sign()
+
     def announce(self) -> None:
         """Have the network learn that the guest goes on here, and was somewhere else before."""
         for device in self._interfaces():

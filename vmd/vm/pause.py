@@ -144,6 +144,8 @@ class Pause:
     def unpause(self) -> None:
         """Let the machine go on; nothing happens to one that does.  Raises PeerError or OSError: it cannot."""
         if self.paused:
+            if self._arrived:
+                self.machine.sign_disks()
             self.paused = False
             self._go_on()
             if time.monotonic() - self._since_s > JUMP_S:

@@ -121,3 +121,17 @@ def test_what_is_only_read_is_kept(path: Path, kind: str) -> None:
     assert not is_free(path)
     assert hand_over.take_back() == devmsg.TAKEN
     image.close()
+
+
+def test_its_guest_has_run_elsewhere_and_has_not_written(path: Path, kind: str) -> None:
+    """That is known from the image all the same, which has the bytes that it had."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    hand_over.let_go()
+    content = path.read_bytes()
+    other = opened(path, kind)
+    assert HandOver(other).sign() == 0
+    other.close()
+    assert hand_over.take_back() == devmsg.TAKEN_CHANGED
+    assert path.read_bytes() == content
+    image.close()

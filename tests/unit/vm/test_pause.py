@@ -84,6 +84,10 @@ class Machine:
         self.kvm = self.clock = self.vmmci = self
         self.clocks_fail = False
 
+    def sign_disks(self) -> None:
+        """Note that it is about to run."""
+        self.events.append("sign")
+
     def announce(self) -> None:
         """Tell the network."""
         self.events.append("announce")
@@ -234,7 +238,7 @@ def test_a_machine_that_was_received_begins_with_standing_still(machine: Machine
 
     pause.unpause()
 
-    assert machine.events == [*GOING_ON, "announce"]
+    assert machine.events == ["sign", *GOING_ON, "announce"]
     assert not pause._arrived
     assert machine.asked == [SYNCRTC]
     assert not machine.timers.holding

@@ -1,7 +1,8 @@
 """A disk whose guest may go on elsewhere: its lock is let go, and perhaps taken back.
 
 Whoever opens the image next gets everything that was acknowledged, and from then on nothing is written here any more:
-neither by the end of this process.  The lock is taken back only if the image is as it was left.
+neither by the end of this process.  The lock is taken back only if the image is as it was left.  Where the guest goes
+on the image is written to before it runs, so that this tells whether it has.
 """
 
 import errno
@@ -16,6 +17,9 @@ from vmd.log import log
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.images.image import Image
+
+
+NO_MARK = (0, 0)  # a device has none
 
 
 class HandOver:
@@ -58,6 +62,18 @@ class HandOver:
         self.left = None
         return devmsg.TAKEN
 
+    def sign(self) -> int:
+        """Have whoever has let go of it know that its guest has run here; returns 0, or 1: it cannot be written."""
+        image = self.image
+        try:
+            if image.writable and mark(image.fd) != NO_MARK:
+                os.pwrite(image.fd, os.pread(image.fd, 1, 0), 0)
+                image.flush()
+        except OSError as error:
+            log.error(f"{image.path}: cannot be written: {error.strerror or error}")
+            return 1
+        return 0
+
     def _failed(self, error: Exception) -> int:
         log.error(f"{self.image.path}: cannot be taken back: {error}")
         return devmsg.TAKEN_FAILED
@@ -66,4 +82,4 @@ class HandOver:
 def mark(fd: int) -> tuple[int, int]:
     """Return what tells whether a file was written to; a device does not say.  Raises OSError."""
     status = os.fstat(fd)
-    return (0, 0) if stat.S_ISBLK(status.st_mode) else (status.st_size, status.st_mtime_ns)
+    return NO_MARK if stat.S_ISBLK(status.st_mode) else (status.st_size, status.st_mtime_ns)

@@ -70,11 +70,17 @@ class VioblkProcess(Process):
             return devmsg.STATUS.pack(devmsg.RELOAD, 1)
         return devmsg.STATUS.pack(devmsg.RELOAD, 0)
 
+    def on_sign(self, packet: bytes) -> bytes:
+        """The guest has come from another place, and is about to run."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.SIGN, self.device.hand_over.sign())
+
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,
         devmsg.LET_GO: on_let_go,
         devmsg.TAKE_BACK: on_take_back,
+        devmsg.SIGN: on_sign,
         devmsg.LEND: on_lend,
         devmsg.RELOAD: on_reload,
     }
