@@ -277,3 +277,52 @@ def test_rearming_sees_what_came_meanwhile() -> None:
     pair.queue.take()
     assert not pair.queue.rearm()
     assert pair.ring.avail_event == 1
+
+
+def marked(pair: Pair) -> set[int]:
+    """Return the pages that are marked, and forget them."""
+    marks = pair.memory.marks
+    found = {page for page, mark in enumerate(marks) if mark}
+    marks[:] = bytes(len(marks))
+    return found
+
+
+def test_what_is_given_back_is_marked_before_it_is_published() -> None:
+    """Every part that could be written, of each chain since the last time, also where the index goes round."""
+    pair = Pair(start=0xFFFE)
+    queue, memory = pair.queue, pair.memory
+    for number in range(4):
+        parts = [Desc(DATA, 16), Desc(DATA + (number + 1) * 8192, 4097, WRITE)]
+        pair.ring.describe(2 * number, chained(parts, 2 * number))
+    queue.put(0, 4097)
+    queue.publish()
+    assert marked(pair) == set()  # nobody wants to know
+
+    memory.marking = True
+    queue.put(2, 4097)
+    queue.put(4, 1)
+    queue.put(6, 0)  # nothing was written, whatever the chain has room for
+    before = memory.read(pair.ring.used + 2, 2)
+    queue.publish()
+    first = DATA // 4096
+    assert marked(pair) == {first + 4, first + 5, first + 6, first + 7}
+    assert (before, memory.read(pair.ring.used + 2, 2)) == (b"\xff\xff", b"\x02\x00")
+    queue.publish()
+    assert marked(pair) == set()
+    queue.mark_used()
+    assert marked(pair) == {memory.offset(pair.ring.used, 1) // 4096}
+
+
+@pytest.mark.parametrize("element", [0xFFFF_FFFF_FFFF_FFFF, 1 << 32 | SIZE, 1 << 32 | 1])
+def test_a_driver_that_changes_what_it_has_not_got_back_misleads_itself(element: int) -> None:
+    """Elements and chains are its own to spoil; all is published, and the next one is marked."""
+    pair = Pair()
+    queue, memory = pair.queue, pair.memory
+    memory.marking = True
+    pair.ring.describe(0, [Desc(DATA, 8, WRITE), Desc(DATA, 8, NEXT, 1), Desc(DATA + 8192, 8, WRITE)])
+    queue.put(0, 8)
+    queue.used_ring[0] = element
+    queue.put(2, 8)
+    queue.publish()
+    assert memory.read(pair.ring.used + 2, 2) == b"\x02\x00"
+    assert marked(pair) == {(DATA + 8192) // 4096}
