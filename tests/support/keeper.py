@@ -24,6 +24,7 @@ import fcntl, os, sys
 fds = [fcntl.fcntl(int(word), fcntl.F_DUPFD_CLOEXEC, 3 + len(sys.argv[1])) for word in sys.argv[1].split()]
 for number, fd in enumerate(fds, 3):
     os.dup2(fd, number)
+os.closerange(3 + len(fds), 65536)  # those that it came with; a hang-up is to be seen when the named ones are closed
 if fds:
     os.environ["LISTEN_PID"] = str(os.getpid())
 os.execvp(sys.argv[2], sys.argv[2:])

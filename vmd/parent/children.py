@@ -60,7 +60,6 @@ class Children:
         self._own_ids = range(first_id, first_id + IDS + 1)
         priv = Network(first_id + IDS)
         self._groups_place = group_place()
-        self.groups: groups.Groups | None = None  # of VMs, once vmm is there
         self.cell = cell = Cell.build(uid, gid)
         vmm = vmm_place(cell, first_id)
         self.ids = cell.ids
@@ -106,25 +105,36 @@ class Children:
             raise
         finally:
             close_all(fds.values())
-        self._present[proc] = child
+        if proc is not Proc.VMM:  # of which there may be several
+            self._present[proc] = child
         self._children.append(child)
-        if proc is Proc.VMM:
-            self.make_groups(child.pid)
         return child, ours
 
-    def make_groups(self, vmm: int) -> None:
-        """Have control groups for VMs, where that is possible."""
+    def adopt(self, child: Child) -> None:
+        """Have a process that an earlier daemon has started, and that is to end with us."""
+        self._children.append(child)
+
+    def make_groups(self, vmm: int) -> "groups.Groups | None":
+        """Return control groups for VMs of a vmm; None where that is not possible."""
         if self._groups_place is None:
-            return
+            return None
         try:
-            self.groups = self._groups_place.groups(vmm)
+            made = self._groups_place.groups(vmm)
         except VmdError as error:
             warn_of_groups(error)
-            return
-        if not self.groups.limited:
+            return None
+        if not made.limited:
             # The limit of a user id holds instead.
             say = log.info if self.ids is not None else log.warn
-            say(f"{self.groups.top}: has no controller {groups.CONTROLLER}: tasks of VMs are not limited by it")
+            say(f"{made.top}: has no controller {groups.CONTROLLER}: tasks of VMs are not limited by it")
+        return made
+
+    def adopt_groups(self, top: str, *, limited: bool) -> "groups.Groups | None":
+        """Return those that an earlier daemon has made; None if there are none."""
+        if not top or self._groups_place is None:
+            return None
+        self._groups_place.adopt(top)
+        return groups.Groups(top, limited=limited)
 
     def start_probe(self, open_log: "Callable[[str], socket.socket]") -> tuple[Child, socket.socket]:
         """Start an imgprobe; return it, and our end of its socket.  Raises HostError or VmdError."""

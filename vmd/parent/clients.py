@@ -11,7 +11,7 @@ from vmd.ipc.messages import NO_CLIENT, Failed, PassFiles, Proc, brief
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from vmd.parent.peers import Peers
     from vmd.record import Record
@@ -74,9 +74,14 @@ class Clients:
         """Tell all who wait for this what went wrong; they wait no longer."""
         self.answer_all(what, vmid, Failed(code=code, text=brief(text)))
 
-    def fail_waiting(self, kinds: "Iterable[For]", code: int, text: str) -> list[Wait]:
-        """Tell all who wait for something of these kinds what went wrong; they wait no longer, and are returned."""
-        lost = [wait for kind in kinds for wait in self.waiting_anywhere(kind)]
+    def fail_waiting(
+        self, kinds: "Iterable[For]", code: int, text: str, vms: "Collection[int] | None" = None
+    ) -> list[Wait]:
+        """Tell all who wait for something of these kinds what went wrong; they wait no longer, and are returned.
+
+        With `vms`, only what concerns these VMs.
+        """
+        lost = [wait for kind in kinds for wait in self.waiting_anywhere(kind) if vms is None or wait.vmid in vms]
         for wait in lost:
             self.fail(wait.client, code, text)
             self._leave(wait)

@@ -31,7 +31,8 @@ class Configuration:
         self.network = network
         self.load_config = load
         self.socket_path = socket_path
-        self.register(core.config)
+        if not core.adopts:
+            self.register(core.config)
 
     # --- requests ----------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ It does nothing by itself.  The rooms (`life`, `consoles`, `network`, `transfers
 given this and those of the others that they call; `main` makes them all, and knows which message is whose.
 """
 
+import time
+
 from vmd.parent.clients import Clients
 from vmd.parent.peers import Peers
 from vmd.parent.slots import Slots
@@ -11,6 +13,8 @@ from vmd.parent.vmtable import VmTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmd.config.model import Config
     from vmd.ipc.loop import Loop
     from vmd.parent.identity import Identities
@@ -23,11 +27,33 @@ class Core:
         self, loop: "Loop", config: "Config", *, verbosity: int = 0, identities: "Identities | None" = None
     ) -> None:
         self.loop = loop
-        self.config = config  # in force
+        self.on_change: Callable[[], None] = lambda: None  # another parent is to know it
+        self.write: Callable[[], None] = lambda: None  # ... before what follows can happen
+        self._config = config
         self.verbosity = verbosity
         self.vms = VmTable(identities)
+        self.vms.on_change = self.changed
         self.peers = Peers()
         self.clients = Clients(self.peers)
         self.slots = Slots(loop, self.peers)
         self.serving = False  # clients are served, and VMs started
         self.ending = False  # the daemon is
+        self.adopts = False  # it goes on with VMs of an earlier one
+
+    @property
+    def config(self) -> "Config":
+        """The configuration in force."""
+        return self._config
+
+    @config.setter
+    def config(self, config: "Config") -> None:
+        self._config = config
+        self.changed()
+
+    def changed(self) -> None:
+        """Something has changed that another parent is to know."""
+        self.on_change()
+
+    def now_s(self) -> float:
+        """Return the time, in seconds since 1970."""
+        return time.time()

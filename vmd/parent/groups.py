@@ -21,9 +21,14 @@ from vmd.errors import HostError, VmdError
 from vmd.privsep.ids import TASKS_MAX
 from vmd.privsep.spawn import ENVIRONMENT
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 SYSTEMD = "/run/systemd/system"  # there where systemd runs the host (sd_booted(3))
 PREFIX = "vmd-guests-"
 CORE = "core"
+GROUP = "vm-"
 SCOPE_S = 30.0  # for systemd to make a scope
 SCOPES_MAX = 64  # of other daemons, which run or are about to be gone
 TAKEN = "already"  # what systemd says of a unit that is there
@@ -90,10 +95,13 @@ class Groups:
     """The groups of one daemon's VMs."""
 
     def __init__(self, top: str, *, limited: bool) -> None:
-        """`limited`: tasks can be; HostError of `make` says otherwise what is missing."""
+        """`limited`: tasks can be; HostError of `make` says otherwise what is missing.
+
+        Groups that an earlier daemon has made there are not touched before `keep_only`.
+        """
         self.top = top
         self.limited = limited
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(1 + max(self._there(), default=0))
         self._over: set[int] = set()  # killed, and perhaps not empty yet
 
     def make(self) -> tuple[int, int]:
@@ -129,8 +137,22 @@ class Groups:
             self._over.discard(number)
         return bool(self._over)
 
+    def keep_only(self, numbers: "Sequence[int]") -> None:
+        """Have all but these removed; an earlier daemon has made them, and nobody has them now."""
+        for number in self._there() - set(numbers):
+            self.end(number)
+
+    def _there(self) -> set[int]:
+        """Return the numbers of the groups that are there."""
+        try:
+            names = os.listdir(self.top)
+        except OSError:
+            return set()
+        numbers = (name.removeprefix(GROUP) for name in names if name.startswith(GROUP))
+        return {int(number) for number in numbers if number.isascii() and number.isdigit()}
+
     def _path(self, number: int) -> str:
-        return f"{self.top}/vm-{number}"
+        return f"{self.top}/{GROUP}{number}"
 
 
 class Scope:
@@ -186,6 +208,9 @@ class Scope:
             finally:
                 holder.kill()
 
+    def adopt(self, _top: str) -> None:
+        """Nothing: the unit ends with its last process."""
+
     def close(self) -> None:
         """Nothing: the unit ends with its last process."""
 
@@ -196,7 +221,9 @@ class Below:
     def __init__(self) -> None:
         """Move ourselves out of the way, before we have children.  Raises HostError."""
         self.own = directory_of(os.getpid())
-        self.top = ""
+        if os.path.basename(self.own) == CORE and guests_below(os.path.dirname(self.own)):
+            self.own = os.path.dirname(self.own)  # we have been here before, as another program
+        self.tops: list[str] = []
         move(os.getpid(), f"{self.own}/{CORE}")
         try:
             give_controller(self.own)
@@ -216,20 +243,34 @@ class Below:
                 if name.startswith(PREFIX):
                     remove_if_empty(f"{self.own}/{name}")
         for number in itertools.count():
-            self.top = f"{self.own}/{PREFIX}{number}"
+            top = f"{self.own}/{PREFIX}{number}"
             try:
-                os.mkdir(self.top, 0o755)
+                os.mkdir(top, 0o755)
                 break
             except FileExistsError:
                 continue
             except OSError as error:
-                raise HostError(f"make {self.top}", error) from error
-        move(vmm, f"{self.top}/vmm")
-        return Groups(self.top, limited=give_controller(self.top))
+                raise HostError(f"make {top}", error) from error
+        self.tops.append(top)
+        move(vmm, f"{top}/vmm")
+        return Groups(top, limited=give_controller(top))
+
+    def adopt(self, top: str) -> None:
+        """Remove these, too, when their vmm has ended."""
+        self.tops.append(top)
 
     def close(self) -> None:
-        """Remove all groups but `core`, where the log still is; vmm has ended."""
-        remove_if_empty(self.top)
+        """Remove all groups but `core`, where the log still is; all vmms have ended."""
+        for top in self.tops:
+            remove_if_empty(top)
+
+
+def guests_below(directory: str) -> bool:
+    """Return whether a daemon has had its guests below this group."""
+    try:
+        return any(name.startswith(PREFIX) for name in os.listdir(directory))
+    except OSError:
+        return False
 
 
 def remove_if_empty(top: str) -> None:

@@ -87,6 +87,7 @@ class Life:
         self.batch_timer: Timer | None = None
         self.on_gone: Callable[[Vm], None] = lambda _vm: None  # called when a life has ended
         self.on_received: Callable[[Vm], None] = lambda _vm: None  # ... and when a VM that was received goes on
+        self.on_settled: Callable[[int], None] = lambda vmid: None  # a VM's process is gone, and no other one comes
         self.scores: OomScores | None = None
 
     # --- starting ----------------------------------------------------------------------------------------
@@ -374,6 +375,10 @@ class Life:
 
     def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
         """The VM process is gone: start it again after a guest reset, else forget what it held."""
+        self.go_on_after(message)
+
+    def go_on_after(self, message: VmExited) -> None:
+        """A VM process is gone, now or in the time of an earlier parent.  Raises PeerError."""
         vm = self.vms.living(message.vmid)
         if vm.revive is not None:
             revive, vm.revive = vm.revive, None
@@ -397,6 +402,7 @@ class Life:
                 if not why:
                     return
                 how, text = endings.FAILED, why
+        self.on_settled(vm.vmid)
         self.openings.give_up(vm)  # it was being received, and waited for its files, or for its interfaces
         self.network.give_up(vm)
         self.network.release(vm.vmid)
@@ -420,6 +426,7 @@ class Life:
 
     def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED, *, failed: Failed | None = None) -> None:
         """Forget what a VM held, and tell those who wait for it; those who wait for its start that it has `failed`."""
+        self.on_settled(vm.vmid)
         if failed is None:  # else the log has what kept it from starting
             log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.parent.core import Core
+    from vmd.parent.vmtable import Vm
     from vmd.privsep.spawn import Place
 
 PING_S = 5.0
@@ -183,8 +184,12 @@ class Logs:
             reader, writer = logpair()
         except OSError as error:
             raise HostError(f"make a log for {name}", error) from error
-        self._add(Source(reader, name, 0, 0))
+        self.read_from(reader, name)
         return writer
+
+    def read_from(self, reader: socket.socket, name: str) -> None:
+        """Have what comes out of there read, as what a process of the daemon writes."""
+        self._add(Source(reader, name, 0, 0))
 
     def on_vm_log(self, message: VmLog, envelope: Envelope) -> None:
         """Have what the processes of a VM write read."""
@@ -199,6 +204,10 @@ class Logs:
         if vm is None:
             self._add(Source(sock, "vm", 0, 0))
             return
+        self.read_vm(sock, vm)
+
+    def read_vm(self, sock: socket.socket, vm: "Vm") -> None:
+        """Have what the processes of a VM write read."""
         source = Source(sock, f"vm/{vm.name}", vm.vmid, vm.config.owner.uid)
         self._of_vm[vm.vmid] = source
         self._add(source)

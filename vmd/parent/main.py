@@ -20,6 +20,7 @@ This module puts the rooms together and brings each message to its room.  A `vmc
 """
 
 import errno
+import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -89,15 +90,18 @@ from vmd.ipc.messages import (
     TransferProgress,
     VmExited,
     VmFailed,
+    VmHeld,
     VmLog,
     VmRequest,
     VmRunning,
+    VmsHeld,
     VmSlotOver,
     WaitRequest,
 )
 from vmd.ipc.process import Process, handles, handles_each
 from vmd.log import log
 from vmd.parent.access import require_allowed
+from vmd.parent.adoption import Adoption
 from vmd.parent.askpriv import ANSWER_S, remove_all
 from vmd.parent.askvmm import SILENT, LineToVmm
 from vmd.parent.children import Children, Delay
@@ -106,6 +110,7 @@ from vmd.parent.configuration import Configuration
 from vmd.parent.connections import Connections
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
+from vmd.parent.generations import Generation, Generations
 from vmd.parent.identity import StateFile
 from vmd.parent.life import Life
 from vmd.parent.logs import Logs
@@ -114,12 +119,14 @@ from vmd.parent.network import Network
 from vmd.parent.opening import Openings
 from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
-from vmd.parent.slots import Slots
 from vmd.parent.snapshots import Snapshots
+from vmd.parent.statemem import StateMemory
 from vmd.parent.status import Status
 from vmd.parent.store import Store
 from vmd.parent.transfers import Transfers
+from vmd.parent.truth import Truth, Writer, vm_of, vms_of
 from vmd.record import Record, RecordType
+from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,6 +136,7 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
     from vmd.parent.clients import Wait
     from vmd.parent.configuration import Load
+    from vmd.parent.truth import GenerationKnown, VmKnown
 
     R = TypeVar("R")
     M = TypeVar("M", bound=Record)
@@ -164,21 +172,39 @@ class Parent(Process):
     """The rooms, the processes, and who serves which message."""
 
     def __init__(
-        self, options: Options, config: Config, load: "Load", state: StateFile | None = None, store: Store | None = None
+        self,
+        options: Options,
+        config: Config,
+        load: "Load",
+        state: StateFile | None = None,
+        store: Store | None = None,
+        truth: Truth | None = None,
     ) -> None:
-        """`state`, if there is one, is where identities are kept; ours from here on.  `store` outlives the daemon."""
+        """`state`, if there is one, is where identities are kept; ours from here on.
+
+        `store` is what outlives us, and `truth` what the parent knew whose place we take.
+        """
         super().__init__(Proc.PARENT)
-        self.core = core = Core(self.loop, config, verbosity=options.verbosity)
+        self.core = core = Core(self.loop, config, verbosity=truth.verbosity if truth else options.verbosity)
         self.state = state
         self.store = store or Store()
+        self.truth = truth
+        self.writer: Writer | None = None
         self.saving: Timer | None = None
+        self.writing: Timer | None = None
         if state is not None:
             state.load(core.vms.identities)
-            core.vms.identities.on_change = self.save_soon
+        core.vms.identities.on_change = self.save_soon
+        known = []
+        if truth is not None:
+            core.adopts = True
+            known = self.take_identities(truth)
         self.consoles = Consoles(core)
         self.network = Network(core, self.consoles.repeat_snapshots)
         self.status = status = Status(core, self.network)
         self.network.priv.on_silent = self.on_priv_silent
+        self.generations = Generations(self.on_generation_over)
+        core.peers.channels[Proc.VMM] = self.generations
         self.delays = {Proc.PRIV: Delay()}
         self.openings = Openings(core, self.attach)
         self.life = Life(core, self.consoles, self.openings, self.network, status)
@@ -191,26 +217,63 @@ class Parent(Process):
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
         core.peers.channels[Proc.CONTROL] = self.connections
         migrations = self.transfers.migrations
+        self.life.on_settled = self.generations.settle
+        self.adoption = Adoption(core, self.generations, self.life, self.transfers, self.network, self.logs)
+        self.adoption.known = {each.vmid: each for each in known}
+        self.adoption.on_process = lambda _generation, child: self.children.adopt(child)
+        self.adoption.on_settled = self.on_settled
         rooms = (
             self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
             self.configuration,
         )  # fmt: skip
-        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, core.slots)}
-        self.handed_over = False
+        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations)}
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.listener: socket.socket | None = None  # until clients can be served
         self.on_ready: Callable[[], None] = lambda: None
+        self.handed_over = False
+        self.kvm_fd = -1
+
+    def take_identities(self, truth: Truth) -> "list[VmKnown]":
+        """Take over the VMs of the parent before us, and whose they are; return what was known of them."""
+        core = self.core
+        if truth.identities:
+            try:
+                core.vms.identities.decode(truth.identities)
+            except (VmdError, ValueError) as error:
+                log.error(f"ids and addresses of the vmd before this one cannot be used: {error}")
+        found = []
+        for known in vms_of(truth):
+            if core.vms.find(0, known.config.name) is None:
+                core.vms.take(vm_of(known))
+                found.append(known)
+        return found
+
+    def write_soon(self) -> None:
+        """Have what we know written before the next message is looked at; many changes are written once."""
+        if self.writing is None and self.writer is not None:
+            self.writing = self.loop.call_later(0, self.write)
+
+    def write(self) -> None:
+        """Write what another parent is to know."""
+        if self.writing is not None:
+            self.writing.cancel()
+            self.writing = None
+        if self.writer is not None:
+            generations = [generation.known() for generation in self.generations]
+            self.writer.write(self.network.taps, self.network.left, generations, self.generations.numbers())
 
     def save_soon(self) -> None:
         """Have identities written before the next message is looked at; many changes are written once."""
+        self.write_soon()
         if self.saving is None:
             self.saving = self.loop.call_later(0, self.save)
 
     def save_now(self) -> None:
-        """Write identities that wait for it."""
+        """Write what waits for it."""
         if self.saving is not None:
             self.save()
+        self.write()
 
     def save(self) -> None:
         """Write identities."""
@@ -221,19 +284,23 @@ class Parent(Process):
     # --- start-up and end --------------------------------------------------------------------------------
 
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
-        """Start root's control, vmm and priv and hand them what only root could open."""
+        """Start root's control, vmm and priv and hand them what only root could open.
+
+        A vmm of an earlier daemon is adopted.  Another one is started if none of them is of our version.
+        """
         self.logs.start(children.cell)
         self.core.slots.ids = children.ids
         self.children = children
-        for proc in (Proc.PRIV, Proc.VMM):
-            self.start_process(proc)
-        self.core.slots.groups = children.groups
+        self.kvm_fd = kvm_fd
+        self.keep_state()
+        self.start_process(Proc.PRIV)
+        self.start_vmms()
         self.connections.start(children, self.logs.open)
         self.openings.start(children, self.logs.open)
         self.snapshots.start(children, self.logs.open)
-        self.core.slots.give()
-        self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [kvm_fd]})
         self.listener = listener
+        if "listener" not in self.store.names:
+            self.store.put("listener", listener.fileno(), poll=False)
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(signum, self.life.stop_all)
         self.loop.on_signal(signal.SIGHUP, self.configuration.on_hangup)
@@ -241,12 +308,77 @@ class Parent(Process):
         for signum in (signal.SIGPIPE, signal.SIGUSR1):
             self.loop.on_signal(signum, lambda: None)
 
+    def keep_state(self) -> None:
+        """Have what we know outlive us, from now on.  Raises HostError."""
+        try:
+            if "state" in self.store.names:
+                memory = StateMemory(self.store.duplicate("state"))
+            else:
+                memory = StateMemory.create()
+                self.store.put("state", memory.fd, poll=False)
+        except OSError as error:
+            raise HostError("have a memory file for the state", error) from error
+        self.writer = Writer(memory, self.core)
+        self.core.on_change = self.generations.on_change = self.write_soon
+        self.core.write = self.write
+        self.write_soon()
+
+    def start_vmms(self) -> None:
+        """Adopt every vmm there is; start one unless one of these is of our version.  Raises HostError or VmdError."""
+        adopted = [self.adopt_vmm(known) for known in self.truth.generations] if self.truth is not None else []
+        there = [generation for generation in adopted if generation is not None]
+        for generation in there:
+            self.generations.add(generation)
+        newest = self.generations.newest
+        if newest is None or newest.version != VERSION:
+            self.start_vmm()
+        else:
+            self.ready.add(Proc.VMM)
+            self.core.slots.use(newest.groups, newest=True)
+        for generation in there:
+            if generation is not newest or newest.version != VERSION:
+                self.core.slots.use(generation.groups, newest=False)
+        if self.truth is not None:
+            self.network.left += self.truth.left
+            self.adoption.expect(list(self.adoption.known.values()), there)
+
+    def adopt_vmm(self, known: "GenerationKnown") -> Generation | None:
+        """Return a vmm of an earlier daemon; None if it has ended."""
+        name = f"vmm-{known.number}"
+        try:
+            ours = socket.socket(fileno=self.store.duplicate(name))
+        except KeyError:
+            log.error(f"{name} has ended, and its VMs with it")
+            return None
+        except OSError as error:
+            log.error(f"{name} cannot be adopted: {sentence(error)}")
+            return None
+        groups = self.children.adopt_groups(known.groups, limited=known.limited)
+        return Generation(known.number, known.version, self.line_to_vmm(ours), None, groups)
+
+    def start_vmm(self) -> None:
+        """Start a vmm, to which new VMs are given.  Raises HostError or VmdError."""
+        child, ours = self.children.start(Proc.VMM, self.logs.open)
+        number = max(self.generations.all, default=0) + 1
+        groups = self.children.make_groups(child.pid)
+        generation = Generation(number, VERSION, self.line_to_vmm(ours), child, groups)
+        generation.told = True  # it has no VMs
+        self.generations.add(generation)
+        self.core.slots.use(groups, newest=True)
+        self.store.put(generation.name, ours.fileno())
+        self.core.slots.give()
+        if self.kvm_fd >= 0:
+            self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [os.dup(self.kvm_fd)]})
+
+    def line_to_vmm(self, ours: socket.socket) -> LineToVmm:
+        """Serve a vmm."""
+        channel = self.attach(ours, Proc.VMM, "vmm", on_lost=self.on_vmm_lost)
+        return LineToVmm(self.loop, channel, lambda: self.on_vmm_silent(channel))
+
     def start_process(self, proc: Proc) -> None:
-        """Start vmm or priv.  Raises HostError or VmdError."""
+        """Start priv.  Raises HostError or VmdError."""
         _, ours = self.children.start(proc, self.logs.open)
-        channel = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
-        line = LineToVmm(self.loop, channel, self.on_vmm_silent) if proc is Proc.VMM else channel
-        self.core.peers.channels[proc] = line
+        self.core.peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
 
     def start_again(self, proc: Proc) -> None:
         """Start a process in the place of one that has ended: at once, or later if that was not the first time."""
@@ -273,13 +405,24 @@ class Parent(Process):
         elif channel.peer in self.ready:
             raise PeerError(channel.label, "is ready twice")
         self.ready.add(channel.peer)
-        if len(self.ready) == len(self.core.peers.channels) and (channel.peer is Proc.PRIV or not self.core.serving):
+        if self.all_ready() and (channel.peer is Proc.PRIV or not self.core.serving):
+            self.network.begin()
+
+    def all_ready(self) -> bool:
+        """Return whether every process is confined, and has told what an earlier daemon has left to us."""
+        return len(self.ready) == len(self.core.peers.channels) and not self.adoption.waiting
+
+    def on_settled(self) -> None:
+        """It is known which VMs an earlier daemon has left to us."""
+        if self.core.serving:
+            self.adoption.when_serving()  # a vmm has answered late
+        elif self.all_ready():
             self.network.begin()
 
     def on_network_configured(self, message: NetworkConfigured, envelope: Envelope, _channel: Channel) -> None:
         """Hear what switches could not be had.  With the first answer of priv the daemon is up."""
         self.network.on_configured(message, envelope)
-        if self.listener is not None and len(self.ready) == len(self.core.peers.channels):
+        if self.listener is not None and self.all_ready():
             self.serve(self.listener)
 
     def serve(self, listener: socket.socket) -> None:
@@ -289,10 +432,13 @@ class Parent(Process):
         self.connections.listen(listener)
         log.info("startup")
         self.on_ready()
+        self.adoption.when_serving()
         self.life.start_batch()
+        if self.truth is not None and self.truth.planned:
+            self.configuration.on_hangup()  # restarted on purpose; after a crash nobody may have finished to edit it
 
     def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
-        """A child process has died or cannot be trusted: the daemon cannot go on without it (*cat. 9.2*), but for priv.
+        """Control or priv has died or cannot be trusted: the daemon cannot go on without control (*cat. 9.2*).
 
         Guests need priv only when they start, and end.  Unlike vmd: it is started again.
         """
@@ -309,11 +455,49 @@ class Parent(Process):
         if not self.core.ending:
             log.crit(str(error) if error else f"lost child: {channel.label}")
             self.exit_status = 1
-        if channel.peer is Proc.VMM:
-            self.loop.stop()  # with it went every VM
-            return
         if not self.core.ending:
             self.life.stop_all()
+
+    def on_vmm_lost(self, channel: Channel, error: PeerError | None) -> None:
+        """A vmm has died or cannot be trusted, and every VM that it had dies with it.
+
+        With the last one the daemon ends.  If there are others, their VMs run on, and new ones get another vmm.
+        """
+        generation = self.generations.find(channel)
+        if generation is None:
+            return  # it was sent away
+        if generation.child is not None:
+            generation.child.kill()  # it may live, and not be trusted
+        self.store.remove(generation.name)
+        newest = generation is self.generations.newest
+        lost = self.generations.remove(generation)
+        if self.core.ending and not self.generations.all:
+            self.loop.stop()
+            return
+        log.crit(str(error) if error else f"lost child: {channel.label}")
+        self.exit_status = 1
+        if not self.generations.all:
+            self.loop.stop()  # with it went every VM
+            return
+        self.adoption.lost(generation)
+        for vmid in lost:
+            vm = self.core.vms.find(vmid, "")
+            if vm is not None and vm.alive:
+                self.network.release(vmid)
+                self.life.is_gone(vm, "ended with its vmm")
+        if newest and not self.core.ending:
+            try:
+                self.ready.discard(Proc.VMM)
+                self.start_vmm()
+            except (VmdError, OSError) as failed:
+                log.crit(f"no VM can be started any more: {sentence(failed)}")
+
+    def on_generation_over(self, generation: Generation) -> None:
+        """A vmm has no VM any more and will be given none: it was told to end."""
+        log.info(f"{generation.name}, of version {generation.version}, has no VM any more, and ends")
+        self.store.remove(generation.name)
+        self.generations.remove(generation)
+        generation.channel.finish()
 
     def on_priv_silent(self) -> None:
         """It owes an answer, and does not give it: go on with another."""
@@ -322,24 +506,35 @@ class Parent(Process):
             channel.close()
             self.on_child_lost(channel, PeerError("priv", f"does not answer for {ANSWER_S:.0f} s"))
 
-    def on_vmm_silent(self) -> None:
+    def on_vmm_silent(self, channel: Channel) -> None:
         """It does not answer: whoever waits for it is told.  If the daemon is to end, it ends without vmm."""
+        generation = self.generations.find(channel)
+        if generation is None:
+            return
         if self.core.ending:
             self.exit_status = 1
-            self.children.kill(Proc.VMM)
+            for each in self.generations:
+                if each.child is not None:
+                    each.child.kill()
             self.loop.stop()
         else:
-            self.stop_waiting(self.core.clients.fail_waiting(WAIT_FOR_VMM, errno.ETIMEDOUT, SILENT))
+            vms = None if len(self.generations.all) == 1 else self.generations.vms(generation)
+            self.stop_waiting(self.core.clients.fail_waiting(WAIT_FOR_VMM, errno.ETIMEDOUT, SILENT, vms))
 
     def hand_over(self) -> None:
         """End, and leave everything as it is: another daemon is started in our place."""
-        log.info("handing over to the next daemon")
+        log.info(f"handing over to the next daemon; {sum(vm.alive for vm in self.core.vms)} VMs run on")
         self.handed_over = True
+        if self.writer is not None:
+            self.writer.planned = True
         self.loop.stop()
 
     def finish(self) -> None:
-        """Tell the children to end; whoever does not listen dies with us."""
+        """Tell the children to end; whoever does not listen dies with us, but for vmm."""
         self.core.ending = True
+        self.writer = None
+        for name in self.store.names:
+            self.store.remove(name)
         if self.listener is not None:
             self.listener.close()
         self.connections.close()
@@ -367,6 +562,25 @@ class Parent(Process):
             log.error(f"interfaces and rules are left: {sentence(error)}; the next start removes them")
 
     # --- messages ----------------------------------------------------------------------------------------
+
+    def dispatch(self, channel: Channel, envelope: Envelope) -> None:
+        """Serve a message, unless it was for the parent whose place we take."""
+        if channel.peer is not Proc.VMM or not self.adoption.is_stale(envelope.message, channel):
+            super().dispatch(channel, envelope)
+
+    def on_slot_over(self, message: VmSlotOver, _envelope: Envelope, channel: Channel) -> None:
+        """A VM process has ended, and there is nothing left of it."""
+        generation = self.generations.find(channel)
+        if generation is not None:
+            self.core.slots.over(generation.groups, message.group)
+
+    def on_held(self, message: VmHeld, envelope: Envelope, channel: Channel) -> None:
+        """A vmm tells of a VM that an earlier daemon has started."""
+        self.adoption.on_held(message, envelope, channel)
+
+    def on_all_held(self, message: VmsHeld, envelope: Envelope, channel: Channel) -> None:
+        """A vmm has told of all of them."""
+        self.adoption.on_all_held(message, envelope, channel)
 
     def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
         """Have a request of a client served; every failure is answered with its sentence."""
@@ -401,9 +615,9 @@ class Parent(Process):
 
     def on_vmm_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
         """vmm answers."""
-        line = self.core.peers.channels.get(Proc.VMM)
-        if isinstance(line, LineToVmm) and line.channel is channel:
-            line.on_pong()
+        generation = self.generations.find(channel)
+        if generation is not None:
+            generation.line.on_pong()
 
     def on_opener_at(self, message: OpenerAt, _envelope: Envelope, channel: Channel) -> None:
         """An opener goes on."""
@@ -472,7 +686,9 @@ class Parent(Process):
         **handles(Proc.PRIV, Ready, on_process_ready),
         **handles(Proc.VMM, VmRunning, on(Life, Life.on_running)),
         **handles(Proc.VMM, VmFailed, on(Life, Life.on_failed)),
-        **handles(Proc.VMM, VmSlotOver, on(Slots, Slots.on_over)),
+        **handles(Proc.VMM, VmSlotOver, on_slot_over),
+        **handles(Proc.VMM, VmHeld, on_held),
+        **handles(Proc.VMM, VmsHeld, on_all_held),
         **handles(Proc.VMM, VmExited, on(Life, Life.on_exited)),
         **handles(Proc.VMM, PauseDone, on(Transfers, Transfers.on_pause_done)),
         **handles(Proc.VMM, SendDone, on(Transfers, Transfers.on_send_done)),

@@ -130,6 +130,12 @@ class Migrations:
         elif vm.receiving is not None and vm.receiving.at.value < At.COMMITTING.value:
             self.transfers.give_up(vm, errno.ECANCELED, "migrating was interrupted")
 
+    def abandon(self, vm: Vm, at: At) -> None:
+        """The daemon that was at this step with a VM has ended, and whoever carries the VM has lost it with that."""
+        assert vm.sending is not None
+        vm.sending.at, vm.sending.abandoned = at, GONE
+        self._go_back(vm, vm.sending, GONE, in_doubt=True)
+
     def _answer(self, vm: Vm, message: "MigrationAt | VmSent | Failed") -> None:
         self.clients.answer_all(For.TRANSFER, vm.vmid, message)
 
@@ -153,6 +159,7 @@ class Migrations:
         """Have a VM's process take a step."""
         assert vm.sending is not None
         vm.sending.at = at
+        vm.changed()
         self.core.peers.send(Proc.VMM, message)
 
     def on_header_sent(self, message: HeaderSent, _envelope: "Envelope") -> None:

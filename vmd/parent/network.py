@@ -151,7 +151,8 @@ class Network:
             )
             for number, switch in enumerate(enabled_switches(config), 1)
         ]
-        message = ConfigureNetwork(nat=config.settings.local_nat, again=self.core.serving)
+        again = self.core.serving or self.core.adopts
+        message = ConfigureNetwork(nat=config.settings.local_nat, again=again)
         while len(switches) > SWITCHES_MAX:
             self.priv.send(message.replace(switches=tuple(switches[:SWITCHES_MAX]), more=True))
             del switches[:SWITCHES_MAX]
@@ -283,6 +284,7 @@ class Network:
         links = describe(config, plan, message.nics, launch.switches, self.name_servers())
         known = AdoptNics(vmid=vm.vmid, nics=launch.requests, made=message.nics)
         taps = self.taps[vm.vmid] = Taps(config.nics, plan, launch.lacking, links, fds, known)
+        self.core.changed()
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
         for text in dict.fromkeys(self.name_server_problems(taps).values()):
             log.warn(f"vm {vm.name}: {text}")
@@ -316,6 +318,7 @@ class Network:
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
         if isinstance(message, StartVm):
             self.core.slots.give()
+        self.core.write()  # a vmm that has it, and a parent that does not know of it, would be at odds
         fds, launch.fds = launch.fds, {}
         try:
             self.core.peers.send(Proc.VMM, message, fds=fds)
@@ -376,6 +379,7 @@ class Network:
         if taps is not None:
             taps.close()
             self.left.append(taps.known)
+            self.core.changed()
             self._remove(vmid)
 
     def _remove(self, vmid: int) -> None:
@@ -389,6 +393,7 @@ class Network:
         done = next((known for known in self.left if known.vmid == message.vmid), None)
         if done is not None:
             self.left.remove(done)
+            self.core.changed()
 
     def on_priv_lost(self, *, for_good: bool) -> None:
         """Nobody answers until priv was started again, or, `for_good`, any more."""

@@ -17,14 +17,20 @@ class Pty:
     The slave stays open here, else a console nobody looks at would hang up and turn output into input.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sides: tuple[int, int] | None = None) -> None:
+        """Open one, or take the `sides` of one that is there, which are ours from now on.  Raises HostError."""
         try:
-            self.master, self.slave = os.openpty()
+            self.master, self.slave = sides or os.openpty()
         except OSError as error:
             raise HostError("open a pty for the console", error) from error
-        tty.setraw(self.slave)
-        os.set_blocking(self.master, False)
-        self.path = os.ttyname(self.slave)
+        try:
+            self.path = os.ttyname(self.slave)
+        except OSError as error:
+            self.close()
+            raise HostError("take over the pty of a console", error) from error
+        if sides is None:
+            tty.setraw(self.slave)
+            os.set_blocking(self.master, False)
 
     def give_to(self, uid: int, gid: int | None) -> None:
         """Set owner and mode: nobody else opens it but the group of the VM, where it has one.

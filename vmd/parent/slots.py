@@ -4,12 +4,11 @@ vmm is given one for the process that it keeps in reserve, and one with each VM 
 """
 
 from vmd.errors import HostError
-from vmd.ipc.messages import Proc, VmSlot, VmSlotOver
+from vmd.ipc.messages import Proc, VmSlot
 from vmd.log import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.ipc.imsg import Envelope
     from vmd.ipc.loop import Loop
     from vmd.parent.groups import Groups
     from vmd.parent.peers import Peers
@@ -25,8 +24,16 @@ class Slots:
         self.loop = loop
         self.peers = peers
         self.ids: Ids | None = None  # None: all VM processes have that of vmm
-        self.groups: Groups | None = None  # None: all are in that of vmm
+        self.groups: Groups | None = None  # of the newest vmm; None: all are in that of vmm
+        self.all_groups: list[Groups] = []  # of every vmm
         self.removing = False
+
+    def use(self, groups: "Groups | None", *, newest: bool) -> None:
+        """Have the groups of one more vmm; with `newest` new VMs are given some there, or none."""
+        if newest:
+            self.groups = groups
+        if groups is not None:
+            self.all_groups.append(groups)
 
     def give(self) -> None:
         """Give vmm a slot for the next VM process.  Raises HostError."""
@@ -40,15 +47,18 @@ class Slots:
                 log.warn(f"{error}: the next VM has no control group of its own")
         self.peers.send(Proc.VMM, VmSlot(uid=uid, group=group), fds=fds)
 
-    def on_over(self, message: VmSlotOver, _envelope: "Envelope") -> None:
+    def over(self, groups: "Groups | None", number: int) -> None:
         """A VM process has ended: so does all that it may have left."""
-        if self.groups is not None and message.group:
-            self.groups.end(message.group)
+        if groups is not None and number:
+            groups.end(number)
             self.remove()
 
     def remove(self) -> None:
         """Remove groups that are empty, and come back for the others."""
-        if not self.removing and self.groups is not None and self.groups.remove():
+        if self.removing:
+            return
+        left = [groups.remove() for groups in self.all_groups]
+        if any(left):
             self.removing = True
             self.loop.call_later(REMOVE_S, self.remove_again)
 

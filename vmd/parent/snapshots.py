@@ -278,13 +278,20 @@ class Snapshots:
             assert job.channel is not None
             first_last = job.action is SnapshotAction.CREATE
             job.told = job.failure is None
+            if job.told and job.action is SnapshotAction.GO_BACK:
+                job.vm.going_back = True
+                self.core.write()  # a daemon after us must not let its guest go on
             job.channel.send(FinishSnapshots(commit=job.failure is None, first_last=first_last))
 
     def on_lent(self, message: DisksLent, _envelope: Envelope) -> None:
         """A VM has given everything, or has not."""
         vm = self.core.vms.living(message.vmid)
         job = next((job for job in self.at_work if job.vm is vm), None)
-        if job is None or job.lent:
+        if job is None:
+            if vm.state is State.SAVING:  # for a daemon before us
+                self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=vm.vmid))
+            return
+        if job.lent:
             raise PeerError("vmm", f"vm {vm.name} lends what nobody has asked for")
         job.lent = True
         if message.text and job.failure is None:
@@ -297,6 +304,9 @@ class Snapshots:
     def on_back(self, message: DisksBack, _envelope: Envelope) -> None:
         """A VM goes on with its disks."""
         vm = self.core.vms.living(message.vmid)
+        if vm.state is State.SAVING and not any(job.vm is vm for job in self.at_work):
+            vm.stay()  # a daemon before us has begun this
+            log.warn(f"vm {vm.name}: goes on without the snapshot that was being made: {message.text or 'interrupted'}")
         for job in [job for job in self.at_work if job.vm is vm and job.ended]:
             if message.text and job.failure is None:
                 job.failure = OperatorError(errno.EIO, message.text)

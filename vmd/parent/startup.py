@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from vmd.config import check
 from vmd.config.check import ConfigErrors
 from vmd.config.model import Config
-from vmd.errors import HostError, VmdError
+from vmd.errors import HostError, VmdError, sentence
 from vmd.log import JOURNAL, STDERR, log
 from vmd.parent import service
 from vmd.parent.children import Children
@@ -20,7 +21,9 @@ from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.oom import OomScores
 from vmd.parent.options import Options, Shown, UsageError, parse
+from vmd.parent.statemem import StateMemory
 from vmd.parent.store import Store, inherited
+from vmd.parent.truth import Truth, config_of, read
 from vmd.privsep import landlock
 from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
 from vmd.stdio import say, show
@@ -111,19 +114,24 @@ def read_config(
 def serve(options: Options, stored: Mapping[str, int]) -> int:
     """Start the daemon and serve until it is told to stop.  Raises VmdError if it cannot start.
 
-    `stored` is what earlier daemons have stored.
+    `stored` is what earlier daemons have stored.  A daemon that takes the place of one of them has the configuration of
+    that one: what vm.conf says by now may be wrong, and guests run.
     """
     if os.geteuid() != 0:
         raise VmdError("need root privileges: run vmd as root")
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
     uid, gid = service.lookup_user()
-    config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
-    kvm_fd = service.wait_for_kvm(0 if options.debug else service.KVM_WAIT_S)
+    store = Store(stored)
+    truth, config = former(store)
+    if config is None:
+        config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
+    kvm_fd = open_kvm(options, adopts=truth is not None)
     raise_file_limit(config.settings.limit_vms)
     service.make_run_directory()
     lock = LifeLock(options.socket_path)
-    lock.wait()
-    listener = service.listen(options.socket_path, config.settings.socket_owner)
+    if truth is None:
+        lock.wait()
+    listener = control_socket(options, config, store)
     with contextlib.ExitStack() as end:
         end.callback(lock.remove)
         end.callback(service.remove_socket, options.socket_path)
@@ -135,7 +143,7 @@ def serve(options: Options, stored: Mapping[str, int]) -> int:
         scores = OomScores()
         children = Children(uid, gid, config.settings.first_id, lock)
         state = StateFile(state_directory())
-        parent = Parent(options, config, partial(read_config, options), state, Store(stored))
+        parent = Parent(options, config, partial(read_config, options), state, store, truth)
         parent.on_ready = ready
         parent.life.scores = scores
         end.callback(parent.logs.end)
@@ -152,6 +160,48 @@ def serve(options: Options, stored: Mapping[str, int]) -> int:
         children.reap(CHILD_EXIT_TIMEOUT_S)
         log.info("terminating")
     return parent.exit_status
+
+
+def former(store: Store) -> tuple[Truth | None, Config | None]:
+    """Return what the daemon before us knew, and its configuration; nothing if there was none.
+
+    Where that cannot be used, everything is forgotten that is stored: its guests are asked to shut down then.
+    """
+    if "state" in store.names:
+        try:
+            memory = StateMemory(store.duplicate("state"))
+            try:
+                truth = read(memory)
+                return truth, config_of(truth)
+            finally:
+                memory.close()
+        except (VmdError, OSError) as error:
+            log.crit(f"{sentence(error)}: guests of that one are shut down")
+    for name in store.names:
+        store.remove(name)
+    return None, None
+
+
+def open_kvm(options: Options, *, adopts: bool) -> int:
+    """Return /dev/kvm; -1 where there is none, and VMs run that need it no more.  Raises NoKvm."""
+    try:
+        return service.wait_for_kvm(0 if options.debug or adopts else service.KVM_WAIT_S)
+    except service.NoKvm as error:
+        if not adopts:
+            raise
+        log.error(f"{error}: a VM that is started now may fail")
+        return -1
+
+
+def control_socket(options: Options, config: Config, store: Store) -> socket.socket:
+    """Return the control socket: that of the daemon before us, or a new one.  Raises OperatorError or HostError."""
+    if "listener" in store.names and os.path.exists(options.socket_path):
+        try:
+            return socket.socket(fileno=store.duplicate("listener"))
+        except OSError as error:
+            log.error(f"the control socket of the vmd before this one cannot be used: {sentence(error)}")
+            service.remove_socket(options.socket_path)
+    return service.listen(options.socket_path, config.settings.socket_owner)
 
 
 def announce(options: Options, stored: Mapping[str, int]) -> Callable[[], None]:

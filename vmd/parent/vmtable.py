@@ -96,7 +96,18 @@ class Receiving:
 
 
 class Vm:
-    """One VM; owned by the table."""
+    """One VM; owned by the table.
+
+    Whatever of it changes is counted, and `on_change` called: another parent is to know it.
+    """
+
+    changes = 0
+    on_change: "Callable[[], None]" = staticmethod(lambda: None)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name not in ("changes", "on_change"):
+            self.changed()
 
     def __init__(self, vmid: int, config: VmConfig, *, from_config: bool) -> None:
         self.vmid = vmid
@@ -126,6 +137,7 @@ class Vm:
         self.disks: tuple[DiskImages, ...] = ()  # of what images they are made; running
         self.running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
         self.sending: Sending | None = None
+        self.going_back = False  # its disks may be those of a snapshot already
         self.revive: Callable[[], None] | None = None  # what is done instead when its process has ended
         self.sent: VmSent | None = None  # what is told when the VM is gone
         self.receiving: Receiving | None = None
@@ -147,6 +159,17 @@ class Vm:
     def _enter(self, state: State) -> None:
         if state is not self._state:
             self._state, self.since_s = state, time.time()
+
+    def changed(self) -> None:
+        """Something has changed that another object has for this VM."""
+        self.changes += 1
+        self.on_change()
+
+    def be_in(self, state: State, since_s: float | None = None) -> None:
+        """Be in a state that an earlier parent, or vmm, says it is in."""
+        self._state = state
+        if since_s is not None:
+            self.since_s = since_s
 
     @property
     def alive(self) -> bool:
@@ -198,6 +221,7 @@ class Vm:
 
     def _begin(self, state: State, *, again: bool = False) -> None:
         self.require_startable()
+        self.going_back = False
         self._enter(state)
         if not again:
             self.started_s, self.guest_resets = time.time(), 0
@@ -419,6 +443,7 @@ class VmTable:
 
     def __init__(self, identities: Identities | None = None) -> None:
         self.identities = identities or Identities()
+        self.on_change: Callable[[], None] = lambda: None
         self._by_name: dict[str, Vm] = {}
 
     def __iter__(self) -> Iterator[Vm]:
@@ -437,8 +462,19 @@ class VmTable:
             identity.configured = True
             self.identities.on_change()
         config = self.named(config)
-        vm = self._by_name[config.name] = Vm(identity.vmid, config, from_config=from_config)
+        vm = Vm(identity.vmid, config, from_config=from_config)
+        self.take(vm)
         return vm
+
+    def take(self, vm: Vm) -> None:
+        """Have a VM that somebody else has described."""
+        self._by_name[vm.name] = vm
+        vm.on_change = self.changed
+        self.changed()
+
+    def changed(self) -> None:
+        """Something of some VM has changed."""
+        self.on_change()
 
     def named(self, config: VmConfig) -> VmConfig:
         """Return a VM whose interfaces all have link-layer addresses, each time the same and no other VM's."""
@@ -483,6 +519,7 @@ class VmTable:
         vm.drop_pty()
         vm.drop_files()
         self._by_name.pop(vm.name, None)
+        self.changed()
         self.identities.leave(vm.key, self.present)
 
     def present(self) -> "set[tuple[str, int]]":

@@ -7,16 +7,42 @@ import socket
 import time
 from collections import Counter
 
-from vmd.closing import close
+from vmd.closing import close, close_all
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import BY_CLASS, AskResolvers, Outcome, TransferProgress, VmFailed, VmRunning
-from vmd.log import RateLimit
+from vmd.ipc.messages import (
+    BY_CLASS,
+    AskResolvers,
+    ConsoleSnapshot,
+    DevicesReported,
+    DisksBack,
+    DisksLent,
+    DisksLetGo,
+    EndSend,
+    LendDisks,
+    LetDisksGo,
+    Outcome,
+    PauseDone,
+    ReceivedMachine,
+    ReceiveVm,
+    ResumeReceived,
+    SendDone,
+    SendUndone,
+    SendVm,
+    StopVm,
+    TakeDisksBack,
+    TakenBack,
+    TransferProgress,
+    VmFailed,
+    VmHeld,
+    VmRunning,
+)
+from vmd.log import RateLimit, log
 from vmd.privsep.spawn import signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from vmd.ipc.loop import Loop
@@ -24,6 +50,9 @@ if TYPE_CHECKING:
 
 # What a VM process says on its own, or again and again: how much at once, and then in a second.  More is not passed on.
 BUDGETS: "dict[type[Any], tuple[int, float]]" = {AskResolvers: (16, 4.0), TransferProgress: (1, 10.0)}
+# What another parent is given, if there has to be one: copies stay here as long as the VM is known.
+KEPT = ("tty", "tty_slave", "shown", "memory", "log", "boot", "initrd", "taps")
+OF_A_CLIENT = (BY_CLASS[ConsoleSnapshot].answers, (DevicesReported,))  # answers that only one who has left waits for
 UNASKED = 64, 16.0  # ... of all this and last words together; a process that says more is cut off
 
 
@@ -60,13 +89,75 @@ class VmChild:
         self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do
         self.budgets = {cls: RateLimit(at_once, 1 / per_s) for cls, (at_once, per_s) in BUDGETS.items()}
         self.unasked = RateLimit(UNASKED[0], 1 / UNASKED[1])
+        self.stale: Counter[tuple[type[Any], ...]] = Counter()  # of those: for a parent that is gone
         self.reported = False  # how its start went
         self.last_words = ""
+        self.held = VmHeld(vmid=0)
+        self.kept: dict[str, list[int]] = {}
 
     def kill(self) -> None:
         """End the process without asking it; harmless when it is gone."""
         if not self.gone:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def keep(self, fds: "Mapping[str, Sequence[int]]") -> None:
+        """Keep copies of what it is given, for another parent."""
+        for name in set(KEPT).intersection(fds):
+            if not fds[name]:
+                continue
+            try:
+                copies = [os.dup(fd) for fd in fds[name]]
+            except OSError as error:
+                log.warn(f"{self.channel.label}: {name} is not kept for another daemon: {error.strerror}")
+                continue
+            close_all(self.kept.pop(name, ()))
+            self.kept[name] = copies
+
+    def drop(self, *names: str) -> None:
+        """Close what is kept: these, or all."""
+        for name in names or tuple(self.kept):
+            close_all(self.kept.pop(name, ()))
+
+    def become(self, message: "Record") -> None:
+        """Note what it is told to become, and what it says that it has become."""
+        held = self.held
+        if isinstance(message, ReceiveVm):
+            held = held.replace(arriving=True)
+        elif isinstance(message, ResumeReceived):
+            held = held.replace(resumed=True)
+        elif isinstance(message, SendVm):
+            held = held.replace(
+                sending=True, keep=message.keep, two_way=message.two_way, written=False, let_go=False
+            )
+        elif isinstance(message, LetDisksGo):
+            held = held.replace(letting_go=True)
+        elif isinstance(message, EndSend):
+            held = held.replace(stopping=held.stopping or message.sent, undoing=not message.sent)
+        elif isinstance(message, StopVm):
+            held = held.replace(stopping=True)
+        elif isinstance(message, LendDisks):
+            held = held.replace(lending=held.lending or not message.look)
+        elif isinstance(message, DisksLent):
+            held = held.replace(lent=held.lending)
+        elif isinstance(message, TakeDisksBack):
+            held = held.replace(returning=held.lent)
+        elif isinstance(message, DisksBack):
+            held = held.replace(lending=False, lent=False, returning=False)
+        elif isinstance(message, VmRunning):
+            held = held.replace(running=True, paused=message.paused, arriving=False)
+        elif isinstance(message, PauseDone):
+            held = held.replace(paused=message.paused)
+        elif isinstance(message, SendDone):
+            written = held.two_way and not message.text
+            held = held.replace(sending=written, written=written)
+        elif isinstance(message, DisksLetGo):
+            held = held.replace(letting_go=False, let_go=not message.text)
+        elif isinstance(message, SendUndone):
+            back = message.outcome is TakenBack.DONE
+            held = held.replace(undoing=False, sending=not back, let_go=held.let_go and not back)
+        elif isinstance(message, ReceivedMachine):
+            held = held.replace(complete=True)
+        self.held = held
 
     def expect(self, message: "Record") -> None:
         """Note what is going to be answered."""
@@ -91,9 +182,18 @@ class VmChild:
                 return False
             if not info.partial:
                 self.awaited[answers] -= 1
+                if self.stale[answers]:
+                    self.stale[answers] -= 1
+                    return False
         self.reported |= isinstance(message, VmRunning | VmFailed)
         budget = self.budgets.get(cls)
         return budget is None or budget.allow()
+
+
+    def forget_questions(self) -> None:
+        """Whoever has asked is gone: answers that only they wait for are not passed on."""
+        for answers in OF_A_CLIENT:
+            self.stale[answers] = self.awaited[answers]
 
 
 def end_all(children: "Sequence[VmChild]", timeout_s: float) -> None:

@@ -2,9 +2,11 @@
 
 Runs as  an id of its own; sees only the interpreter and our own code, read-only; no network
 Peers    parent (VM configs and fds in, exits out); one vm/<name> per running VM
-Holds    /dev/kvm; a VM's fds only while it passes them on; a lock that says that it lives (`parent/lifelock.py`)
+Holds    /dev/kvm; of a VM console, log, guest memory and taps, for a parent that takes the place of ours, and all else
+         only while it passes it on; a lock that says that it lives (`parent/lifelock.py`)
 
-It does not end with the parent at once.  Guests whose parent is gone, and whom nobody goes on with, are asked to shut
+It does not end with the parent.  Another one may have its channel from the service manager, and is told of all VMs
+(`on_ask_vms`).  Guests whose parent is gone, and whom nobody goes on with, are asked to shut
 down; vmm ends with the last of them, or when their time is over.
 
 A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve.
@@ -15,13 +17,16 @@ import os
 import resource
 import socket
 
-from vmd.closing import close_all
+from vmd.closing import close, close_all
+from vmd.config.model import MAX_NICS
 from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, refuse_files, socketpair
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import logpair
 from vmd.ipc.messages import (
+    AskVms,
+    EndTaken,
     KvmFd,
     Outcome,
     Ping,
@@ -31,6 +36,7 @@ from vmd.ipc.messages import (
     Ready,
     ReceiveVm,
     ResumeReceived,
+    Retire,
     SetVerbosity,
     StartVm,
     StopMode,
@@ -38,8 +44,10 @@ from vmd.ipc.messages import (
     VmEnding,
     VmExited,
     VmFailed,
+    VmHeld,
     VmLog,
     VmRunning,
+    VmsHeld,
     VmSlot,
     VmSlotOver,
     brief,
@@ -50,7 +58,8 @@ from vmd.log import log
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
-from vmd.vmm.children import Reaper, Slot, VmChild, end_all
+from vmd.version import VERSION
+from vmd.vmm.children import KEPT, Reaper, Slot, VmChild, end_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +69,8 @@ if TYPE_CHECKING:
 NOT_PASSED_ON = "cannot be given its files"
 KVM_FD, GROUP_FD = 4, 5  # where a VM process finds /dev/kvm, and the way into its control group
 SLOTS_MAX = 8  # that wait for a process; starts that failed have left them
-FILES_OF_A_VM = 2  # its channel and its pidfd; all else only passes through
+FILES_OF_A_VM = 2 + len(KEPT) - 1 + MAX_NICS  # its channel, its pidfd, and what is kept for another parent
+REPORT_AGAIN_S = 0.1
 FILES_SPARE = 64
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
 FORCE_GRACE_S = 10.0  # from `stop -f` to being killed (*cat. 4.4*)
@@ -84,7 +94,10 @@ class Vmm(Process):
         self.running: dict[int, VmChild] = {}  # by vmid
         self.reaper = Reaper(self.loop, self.on_vm_gone)
         self.stuck: set[VmChild] = set()  # killed, given up, and not gone
+        self.over: dict[int, VmChild] = {}  # by vmid: ended, and the parent has not taken notice of that
         self.orphaned = False  # the parent is gone
+        self.retired = False  # no VM will start here
+        self.to_report: list[VmChild] | None = None  # to another parent
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
@@ -109,7 +122,7 @@ class Vmm(Process):
 
     def fill_reserve(self) -> None:
         """Have one VM process ready for the next start."""
-        if self.reserve is None and self.slots and not self.orphaned:
+        if self.reserve is None and self.slots and not (self.orphaned or self.retired):
             try:
                 self.reserve = self.spawn_vm()
             except HostError as error:
@@ -169,10 +182,13 @@ class Vmm(Process):
             self.not_started(message.vmid, error.number, str(error))
             return
         child.slot.close()  # it is used up
+        self.forget(message.vmid)
         child.vmid = message.vmid
+        child.held = VmHeld(vmid=message.vmid, group=child.slot.group)
         child.channel.label = f"vm/{name}"
         self.pass_log(child)
         child.expect(message)
+        child.become(message)
         self.running[message.vmid] = child
         self.pass_on(message, envelope, child)
         self.loop.call_later(RESERVE_LATEST_S, self.fill_reserve)
@@ -182,6 +198,8 @@ class Vmm(Process):
         if child.log is not None:
             why = f"{child.channel.label}: its log is not read: {os.strerror(errno.ETOOMANYREFS)}"
             fds = {"log": [child.log.detach()]}
+            if child.vmid:
+                child.keep(fds)
             self.parent.send(VmLog(vmid=child.vmid), fds=fds, refused=lambda: log.warn(why))
 
     def require_files(self) -> None:
@@ -195,6 +213,7 @@ class Vmm(Process):
         child = self.running.get(message.vmid)
         if child is None:
             return  # it has just ended by itself; VmExited is on its way
+        child.become(message)
         child.channel.send(message)
         if message.mode is StopMode.KILL:
             # It lets its devices finish, so that no disk is left half written; unless it is stuck.
@@ -221,16 +240,15 @@ class Vmm(Process):
         if self.reserve is child:
             self.reserve = None
         if self.running.get(child.vmid) is child:
-            del self.running[child.vmid]
             words = f"{child.last_words or 'killed'}; its process waits for storage, and has not ended yet"
-            self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=Outcome.KILLED, text=brief(words)))
-            self.end_if_over()
+            self.exited(child, Outcome.KILLED, brief(words))
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
         """Relay to the VM that the message names."""
         child = self.running.get(message.as_dict()["vmid"])
         if child is not None:
             child.expect(message)
+            child.become(message)
             self.pass_on(message, envelope, child)
 
     def pass_on(self, message: Record, envelope: Envelope, child: VmChild) -> None:
@@ -238,6 +256,7 @@ class Vmm(Process):
         if isinstance(message, StartVm | ResumeReceived):
             self.loop.call_later(START_S, lambda: self.require_report(child))
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        child.keep(fds)
         child.channel.send(
             message,
             peerid=envelope.peerid,
@@ -248,7 +267,9 @@ class Vmm(Process):
     def on_from_vm(self, message: Record, envelope: Envelope, channel: Channel) -> None:
         """Relay to the parent, under the VM's own numbers whatever it claims."""
         child = self.child_of(channel)
-        if not child.account(message):
+        worth_passing_on = child.account(message)
+        child.become(message)
+        if not worth_passing_on:
             return
         claimed = message.as_dict()
         known = {"vmid": child.vmid, "text": brief(claimed.get("text", ""))}
@@ -293,16 +314,89 @@ class Vmm(Process):
         self.stuck.discard(child)
         if child is self.reserve:
             self.reserve = None
+            if self.retired:
+                self.slot_over(child.slot)
+                return
             self.slots.append(child.slot)  # it has seen nothing of any VM
             log.warn(f"reserve: {text or 'exited'}")
             self.pass_log(child)
             return
         self.slot_over(child.slot)
         if self.running.get(child.vmid) is child:
-            del self.running[child.vmid]
-            words = child.last_words or text
-            self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=words))
-            self.end_if_over()
+            self.exited(child, outcome, child.last_words or text)
+
+    def exited(self, child: VmChild, outcome: Outcome, text: str) -> None:
+        """Tell the parent that a VM has ended.  It may be gone itself: then the next one is told."""
+        del self.running[child.vmid]
+        child.drop("memory")
+        child.held = child.held.replace(outcome=outcome, text=text)
+        self.over[child.vmid] = child
+        self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=text))
+        self.end_if_over()
+
+    def forget(self, vmid: int) -> None:
+        """The parent knows that a VM has ended."""
+        child = self.over.pop(vmid, None)
+        if child is not None:
+            child.drop()
+
+    def on_end_taken(self, message: EndTaken, _envelope: Envelope, _channel: Channel) -> None:
+        """Keep nothing more for a VM that has ended."""
+        self.forget(message.vmid)
+
+    # --- another parent ---------------------------------------------------------------------------------------
+
+    def on_ask_vms(self, _message: AskVms, envelope: Envelope, _channel: Channel) -> None:
+        """Tell a parent that takes the place of ours which VMs there are, and give it what belongs to them."""
+        writer = envelope.take_fd("log")
+        assert writer is not None
+        os.dup2(writer, log.fd, inheritable=False)
+        close(writer)
+        for child in self.running.values():
+            child.forget_questions()
+        self.to_report = [*self.running.values(), *self.over.values()]
+        self.parent.on_sent = self.report
+        self.report()
+
+    def report(self) -> None:
+        """Tell of one VM after the other, each when the one before has left: not all descriptors are copied at once."""
+        while self.to_report and not self.parent.waiting:
+            self.report_vm(self.to_report.pop(0))
+        if self.to_report is not None and not self.to_report and not self.parent.waiting:
+            self.to_report, self.parent.on_sent = None, None
+            spare = [*self.slots, *([self.reserve.slot] if self.reserve else ())]
+            groups = {each.slot.group for each in self.children()} | {slot.group for slot in spare}
+            vms = (*self.running, *self.over)
+            held = VmsHeld(version=VERSION, spare=len(spare), groups=tuple(sorted(groups - {0})), vms=vms)
+            self.parent.send(held, fds={"process": [os.pidfd_open(os.getpid())]})
+
+    def report_vm(self, child: VmChild) -> None:
+        """Tell of a VM; again where there is no room for its descriptors on their way."""
+        fds: dict[str, list[int]] = {}
+
+        def again() -> None:
+            self.loop.call_later(REPORT_AGAIN_S, lambda: self.report_vm(child))
+
+        try:
+            for name, kept in child.kept.items():
+                fds[name] = []
+                fds[name] += (os.dup(fd) for fd in kept)
+            if not child.gone:
+                fds["process"] = [os.dup(child.pidfd)]
+        except OSError:
+            for copies in fds.values():
+                close_all(copies)
+            again()
+            return
+        self.parent.send(child.held, fds=fds, refused=again)
+
+    def on_retire(self, _message: Retire, _envelope: Envelope, _channel: Channel) -> None:
+        """Have no process for a VM that will not be."""
+        self.retired = True
+        if self.reserve is not None:
+            self.reserve.kill()
+        while self.slots:
+            self.slot_over(self.slots.pop())
 
     # --- without the parent -----------------------------------------------------------------------------------
 
@@ -375,6 +469,9 @@ class Vmm(Process):
         **handles(Proc.PARENT, StartVm, on_start_vm),
         **handles(Proc.PARENT, StopVm, on_stop_vm),
         **handles(Proc.PARENT, ReceiveVm, on_receive_vm),
+        **handles(Proc.PARENT, AskVms, on_ask_vms),
+        **handles(Proc.PARENT, EndTaken, on_end_taken),
+        **handles(Proc.PARENT, Retire, on_retire),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
         **handles(Proc.PARENT, Ping, on_ping),
         **handles(Proc.PARENT, Quit, on_quit),

@@ -1,0 +1,385 @@
+"""A daemon that is killed or restarted, and the next one, which goes on with its VMs."""
+
+import os
+import select
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.process.test_daemon import demo, wait_gone
+from tests.process.test_network import block
+from tests.support.blkdisk import Disk
+from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon
+from tests.support.keeper import KeptDaemon
+from tests.support.netpeer import Peer
+from tests.support.network import Interface, Network
+from tests.support.transfers import Footprint, ended, vmctl
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(400)]
+
+PROMPT = "vmd-demo> "
+ROUNDS_OF_LEAKS = 12
+LINGERS = f'vm "mci" {{\n disable\n memory 32M\n boot "{guest("vmmci")}" cmdline "linger"\n}}\n'
+OTHER_VERSION = "0.1.99"
+
+
+class NetKeptDaemon(NetDaemon, KeptDaemon):
+    """A daemon with a keeper, in a network of its own."""
+
+
+@pytest.fixture
+def vmd(tmp_path: Path) -> Iterator[KeptDaemon]:
+    """Give a daemon with a keeper that knows two stopped VMs."""
+    with KeptDaemon(tmp_path, demo("a") + demo("b")) as daemon:
+        yield daemon
+
+
+def again(vmd: KeptDaemon) -> None:
+    """Kill the daemon, and start the next one."""
+    vmd.kill()
+    vmd.start()
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not what():
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.02)
+
+
+# --- what goes on --------------------------------------------------------------------------------------------
+
+
+def test_guests_go_on_when_the_daemon_is_killed(vmd: KeptDaemon) -> None:
+    """With their processes, consoles and states; the next daemon can do everything with them."""
+    for name in "ab":
+        vmd.must("start", name)
+    vmd.must("pause", "b")
+    before = {row["name"]: row for row in vmd.rows()}
+    with vmd.console("a") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        again(vmd)
+        assert console.answer("echo still here", "still here\r\n" + PROMPT)
+
+    after = {row["name"]: row for row in vmd.rows()}
+    for name in "ab":
+        assert after[name] == before[name]
+    assert after["b"]["state"] == "paused"
+    vmd.must("unpause", "b")
+    with vmd.attached("b") as console:
+        console.expect(PROMPT, DEADLINE_S)
+    vmd.must("stop", "-w", "a")
+    vmd.must("stop", "-fw", "b")
+    vmd.must("start", "a")
+
+
+@pytest.mark.deep
+def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> None:
+    """Taps, addresses and rules are as before; a guest that resets itself has the same ones, and its disk."""
+    disk = Disk(tmp_path / "disk.raw")
+    conf = block("a", "interface", "local interface", f"disk {disk.path}", "owner nobody")
+    with NetKeptDaemon(tmp_path, network, conf) as vmd:
+        vmd.must("start", "a")
+        with vmd.console("a") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            before, shown = vmd.interfaces("a"), network.run("ip", "address") + network.run("nft", "list", "ruleset")
+            row = vmd.status("a")
+            again(vmd)
+            assert vmd.interfaces("a") == before
+            assert network.run("ip", "address") + network.run("nft", "list", "ruleset") == shown
+            assert vmd.status("a") == row
+
+            console.answer("reset", PROMPT)
+            vmd.wait_log("a: rebooting (vm 1)")
+            assert vmd.wait_state("a", "running")["restarts"] == 1
+            assert vmd.interfaces("a") == before
+            again(vmd)
+            assert vmd.status("a")["restarts"] == 1
+            console.answer("reset", PROMPT)
+            assert vmd.interfaces("a") == before
+        vmd.must("stop", "-fw", "a")
+        assert "tap" not in network.run("ip", "link")
+    disk.check_untouched()
+
+
+@pytest.mark.deep
+def test_a_stop_that_is_under_way_goes_on(tmp_path: Path) -> None:
+    """With its deadline, which is kept by the VM's own process; it can be overtaken by force."""
+    with KeptDaemon(tmp_path, LINGERS + LINGERS.replace("mci", "other", 1)) as vmd:
+        for name in ("mci", "other"):
+            vmd.must("start", name)
+            with vmd.console(name) as console:
+                console.expect("rtc", DEADLINE_S)
+                vmd.must("stop", name)
+                console.expect("acknowledged", DEADLINE_S)
+        again(vmd)
+        assert [row["state"] for row in vmd.rows()] == ["stopping"] * 2
+        assert "already stopping" in vmd.vmctl("stop", "mci").stderr
+        vmd.must("stop", "-fw", "other")
+        vmd.must("wait", "mci", timeout_s=300)
+        assert vmd.status("mci")["text"] == "did not shut down in 120 s"
+
+
+# --- what happens while there is no daemon -------------------------------------------------------------------
+
+
+@pytest.mark.deep
+def test_a_guest_that_resets_itself_meanwhile_boots_again(network: Network, tmp_path: Path) -> None:
+    """As soon as there is a daemon, on the same console and taps."""
+    with NetKeptDaemon(tmp_path, network, block("a", "local interface")) as vmd:
+        vmd.must("start", "a")
+        before = vmd.interfaces("a")
+        with vmd.console("a") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            pid = vmd.status("a")["pid"]
+            vmd.kill()
+            console.type("reset\r")
+            wait_gone([pid])
+            vmd.start()
+            console.expect(PROMPT, DEADLINE_S)
+        assert vmd.wait_state("a", "running")["restarts"] == 1
+        assert vmd.interfaces("a") == before
+
+
+@pytest.mark.deep
+def test_a_guest_that_ends_meanwhile_has_ended(vmd: KeptDaemon) -> None:
+    """How, is said; what it showed last can be seen; and it can be started again."""
+    vmd.must("start", "a")
+    with vmd.console("a") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        pid = vmd.status("a")["pid"]
+        vmd.kill()
+        console.type("off\r")
+        wait_gone([pid])
+    vmd.start()
+    assert vmd.wait_state("a", "stopped")["text"] == "powered off by the guest"
+    assert "switching off" in vmd.vmctl("console", "a").stdout
+    vmd.must("start", "a")
+
+
+@pytest.mark.deep
+def test_a_vm_process_that_is_killed_meanwhile_has_ended(vmd: KeptDaemon) -> None:
+    """The next daemon says so."""
+    vmd.must("start", "a")
+    pid = vmd.status("a")["pid"]
+    vmd.kill()
+    os.kill(pid, signal.SIGKILL)
+    vmd.start()
+    assert "SIGKILL" in vmd.wait_state("a", "stopped")["text"]
+
+
+@pytest.mark.deep
+def test_a_vm_that_is_sent_meanwhile_stays(vmd: KeptDaemon) -> None:
+    """Whoever wanted it sent has gone with the daemon."""
+    vmd.must("start", "a")
+    reader, writer = os.pipe()  # which nobody reads, so that sending takes as long as it likes
+    sender = vmctl(vmd, "send", "a", stdout=writer)
+    os.close(writer)
+    vmd.wait_state("a", "sending")
+    again(vmd)
+    vmd.wait_state("a", "running")
+    os.close(reader)
+    assert ended(sender)[0] != 0
+    with vmd.attached("a") as console:
+        assert console.answer("echo here", "here\r\n" + PROMPT)
+
+
+@pytest.mark.deep
+def test_without_its_vmm_nothing_goes_on(vmd: KeptDaemon) -> None:
+    """VMs whose vmm has died are stopped, and the next daemon starts another vmm."""
+    vmd.must("start", "a")
+    vmm = vmd.processes()["vmd: vmm"]
+    vmd.kill()
+    os.kill(vmm, signal.SIGKILL)
+    vmd.keeper.wait_names("listener", "state")
+    vmd.start()
+    assert vmd.wait_state("a", "stopped")["text"] == "ended while there was no daemon"
+    vmd.must("start", "a")
+
+
+# --- configurations ------------------------------------------------------------------------------------------
+
+
+def test_a_broken_vm_conf_ends_nobody(vmd: KeptDaemon) -> None:
+    """After a crash it is not even read; after a restart its mistakes are said, and what was in force stays so."""
+    vmd.must("start", "a")
+    row = vmd.status("a")
+    vmd.conf.write_text(demo("a") + "nonsense\n")
+    again(vmd)
+    assert vmd.status("a") == row
+    assert "syntax error" not in vmd.log
+
+    vmd.restart()
+    vmd.wait_log("configuration unchanged")
+    assert vmd.status("a") == row
+    assert [each["name"] for each in vmd.rows()] == ["a", "b"]
+    assert vmd.vmctl("reload").returncode != 0
+
+    vmd.conf.write_text(demo("a") + demo("c"))
+    vmd.restart()
+    until(lambda: [each["name"] for each in vmd.rows()] == ["a", "c"])
+    assert vmd.status("a")["pid"] == row["pid"]
+    vmd.must("stop", "-fw", "a")
+
+
+@pytest.mark.deep
+def test_a_vm_that_vm_conf_does_not_name_goes_on(vmd: KeptDaemon) -> None:
+    """One that a client has described, with a kernel of its own, boots again from that."""
+    vmd.must("start", "mine", "-m", "32M", "-b", guest("demo"))
+    again(vmd)
+    with vmd.console("mine") as console:
+        console.answer("echo here", "here\r\n" + PROMPT)
+        console.answer("reset", PROMPT)
+    assert vmd.wait_state("mine", "running")["restarts"] == 1
+    vmd.must("stop", "-fw", "mine")
+    assert "mine" not in [row["name"] for row in vmd.rows()]
+
+
+@pytest.mark.deep
+def test_a_state_that_is_damaged(vmd: KeptDaemon) -> None:
+    """Nobody knows whose these guests are: they are asked to shut down, and the daemon begins anew."""
+    vmd.must("start", "a")
+    with vmd.console("a") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        vmd.kill()
+        os.pwrite(vmd.keeper.fd("state"), bytes(4096), 0)
+        starter = threading.Thread(target=vmd.start)
+        starter.start()
+        console.expect("power button", DEADLINE_S)
+        starter.join(DEADLINE_S)
+        assert not starter.is_alive()
+    assert "guests of that one are shut down" in vmd.log
+    assert vmd.status("a")["state"] == "stopped"
+    vmd.must("start", "a")
+    again(vmd)
+    assert vmd.status("a")["state"] == "running"
+
+
+# --- again and again -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.deep
+def test_nothing_is_left_of_many_daemons(vmd: KeptDaemon) -> None:
+    """No descriptor and no process becomes more, of the daemon and of vmm, with each one that is killed."""
+    vmd.must("start", "a")
+    again(vmd)
+    vmm = family(vmd)["vmd: vmm"]
+    seen = []
+    for number in range(ROUNDS_OF_LEAKS):
+        vmd.must("start", "b")
+        again(vmd)
+        vmd.must("stop", "-fw", "b")
+        files = {"vmm": open_files(vmm), "parent": open_files(vmd.pid)}
+        if number >= ROUNDS_OF_LEAKS // 2:
+            seen.append(files)
+    assert family(vmd)["vmd: vmm"] == vmm
+    print(seen)
+    for each in seen[1:]:
+        assert each["vmm"] <= seen[0]["vmm"] + 2
+        assert each["parent"] <= seen[0]["parent"] + 4
+    assert vmd.keeper.names == ["listener", "state", "vmm-1"]
+
+
+def open_files(pid: int) -> int:
+    """Return how many descriptors a process has."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def family(vmd: KeptDaemon) -> dict[str, int]:
+    """Return the processes of the daemon, and of what it has adopted: vmm is the parent of a VM."""
+    pid = vmd.status("a")["pid"]
+    vmm = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return {**vmd.processes(), "vmd: vmm": vmm}
+
+
+@pytest.mark.deep
+def test_frames_and_sectors_are_not_lost(network: Network, tmp_path: Path) -> None:
+    """While daemons are killed, a guest checks each byte of what it sends and receives, another of what it writes."""
+    for scope in ("all", "default"):
+        network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
+    disk = Disk(tmp_path / "disk.raw")
+    net = f'vm "net" {{\n disable\n memory 64M\n boot "{guest("net")}"\n interface\n}}\n'
+    blk = f'vm "blk" {{\n disable\n memory 64M\n boot "{guest("blk")}"\n disk {disk.path}\n}}\n'
+    with NetKeptDaemon(tmp_path, network, net + blk) as vmd:
+        for name in ("net", "blk"):
+            vmd.must("start", name)
+        with (
+            Peer(Interface(network, vmd.interfaces("net")[0]["tap"])),
+            vmd.console("net") as console,
+            vmd.console("blk") as disks,
+        ):
+            console.expect("ready", DEADLINE_S)
+            console.type("frames count=20000\r")
+            for _ in range(4):
+                again(vmd)
+            assert "frames are through" in console.expect("ready", 3 * DEADLINE_S)
+            disks.drain(3 * DEADLINE_S)
+        assert "blk: " in disks.text()
+        assert " 0 failed" in disks.text()
+        assert vmd.wait_state("blk", "stopped")["text"] == "powered off by the guest"
+        vmd.must("stop", "-fw", "net")
+    disk.check_tested()
+
+
+# --- generations ---------------------------------------------------------------------------------------------
+
+
+def other_version(directory: Path) -> Path:
+    """Return a program that is the same, and calls itself another version."""
+    code = directory / "code"
+    for package in ("vmd", "vmctl"):
+        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (code / "vmd/version.py").write_text(f'"""The version."""\n\nVERSION = "{OTHER_VERSION}"\n')
+    return code
+
+
+@pytest.mark.deep
+def test_a_new_version_starts_new_guests_and_serves_the_old_ones(network: Network, tmp_path: Path) -> None:
+    """Each with the vmm that it has; a guest that resets itself goes on with the newer one, and the older one ends."""
+    with NetKeptDaemon(tmp_path, network, block("a", "local interface") + block("b", "interface")) as vmd:
+        vmd.must("start", "a")
+        old = family(vmd)["vmd: vmm"]
+        nics = vmd.interfaces("a")
+        vmd.code = other_version(tmp_path)
+        vmd.restart()
+        assert vmd.keeper.names == ["listener", "state", "vmm-1", "vmm-2"]
+        assert family(vmd)["vmd: vmm"] == old
+        vmd.must("start", "b")
+        again(vmd)
+        assert [row["state"] for row in vmd.rows()] == ["running"] * 2
+        with vmd.console("a") as a, vmd.console("b") as b:
+            for console in (a, b):
+                console.answer("echo here", "here\r\n" + PROMPT)
+            a.answer("reset", PROMPT)
+        wait_gone([old])
+        assert family(vmd)["vmd: vmm"] != old
+        assert vmd.interfaces("a") == nics
+        vmd.keeper.wait_names("listener", "state", "vmm-2")
+        vmd.wait_log("vmm-1, of version")
+        again(vmd)
+        assert [row["state"] for row in vmd.rows()] == ["running"] * 2
+
+
+@pytest.mark.deep
+def test_a_vmm_of_an_older_version_that_dies_takes_its_guests_only(tmp_path: Path) -> None:
+    """The daemon goes on, and so do those of the other."""
+    with KeptDaemon(tmp_path, demo("a") + demo("b")) as vmd:
+        vmd.must("start", "a")
+        old = family(vmd)["vmd: vmm"]
+        vmd.code = other_version(tmp_path)
+        vmd.restart()
+        vmd.must("start", "b")
+        os.kill(old, signal.SIGKILL)
+        assert vmd.wait_state("a", "stopped")["text"] == "ended with its vmm"
+        assert vmd.status("b")["state"] == "running"
+        vmd.must("start", "a")
+        vmd.must("stop", "-fw", "a")
+        Footprint(vmd)

@@ -1,0 +1,420 @@
+"""What a parent that takes the place of another one makes of what a vmm tells it, message by message."""
+
+import errno
+import os
+from typing import Any, cast
+
+import pytest
+
+from vmd.config.model import VmConfig
+from vmd.errors import PeerError
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages import (
+    AskVms,
+    CancelTransfer,
+    EndSend,
+    EndTaken,
+    Outcome,
+    PauseDone,
+    Proc,
+    Quit,
+    Retire,
+    StartVm,
+    StopVm,
+    TakeDisksBack,
+    VmExited,
+    VmHeld,
+    VmsHeld,
+    VmSlotOver,
+)
+from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adoption
+from vmd.parent.core import Core
+from vmd.parent.generations import Generation, Generations
+from vmd.parent.migrations import Migrations
+from vmd.parent.truth import vm_known
+from vmd.parent.vmtable import At, Receiving, Sending, State, Vm
+from vmd.record import Record
+from vmd.version import VERSION
+
+
+class Line:
+    """The channel to a vmm; notes what is sent."""
+
+    def __init__(self) -> None:
+        self.channel = self
+        self.label = "vmm"
+        self.sent: list[Any] = []
+
+    def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
+        """Note a message."""
+        self.sent.append(message)
+        for fd in (fd for each in (fds or {}).values() for fd in each):
+            os.close(fd)
+
+
+class Room:
+    """Every room that is called; notes what it is told."""
+
+    scores = None
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.calls: list[tuple[Any, ...]] = []
+        self.taps: dict[int, Any] = {}
+        self.left: list[Any] = []
+        self.migrations = Migrations(core, cast("Any", self))
+
+    def is_gone(self, vm: Vm, text: str) -> None:
+        """End a VM."""
+        vm.ended(text)
+        self.calls.append(("gone", vm.name, text))
+
+    def kill(self, vm: Vm) -> None:
+        """End a VM by force."""
+        self.calls.append(("killed", vm.name))
+
+    def go_on_after(self, message: VmExited) -> None:
+        """Take notice of an end."""
+        self.calls.append(("exited", message.vmid, message.outcome))
+
+    def give_up(self, vm: Vm, code: int, _text: str) -> None:
+        """Give up receiving."""
+        self.calls.append(("given up", vm.name, code))
+
+    def stay_paused(self, vm: Vm, code: int, _text: str) -> None:
+        """Have it wait for its disks."""
+        self.calls.append(("paused", vm.name, code))
+
+    def start_batch_in_time(self) -> None:
+        """Start what waits."""
+        self.calls.append(("batch",))
+
+    def read_from(self, reader: Any, _name: str) -> None:  # noqa: ANN401
+        """Read a log."""
+        reader.close()
+
+
+@pytest.fixture
+def room(core: Core) -> Room:
+    """Return all other rooms."""
+    return Room(core)
+
+
+@pytest.fixture
+def core() -> Core:
+    """Return the state of a parent."""
+
+    class Loop:
+        def call_later(self, _delay_s: float, _callback: object, _source: object = None) -> object:
+            return object()
+
+    return Core(cast("Any", Loop()), cast("Any", None))
+
+
+def adoption(core: Core, room: Room, *numbers: int, version: str = VERSION) -> tuple[Adoption, list[Line]]:
+    """Return the room, with vmms of these numbers, and their channels."""
+    over: list[Generation] = []
+    generations = Generations(over.append)
+    core.peers.channels[Proc.VMM] = cast("Any", generations)
+    lines = [Line() for _ in numbers]
+    for number, line in zip(numbers, lines, strict=True):
+        generations.add(Generation(number, version, cast("Any", line), None, None))
+    made = Adoption(core, generations, *cast("Any", (room, room, room, room)))
+    return made, lines
+
+
+def known(core: Core, name: str, state: State, generation: int = 1, **fields: Any) -> Vm:  # noqa: ANN401
+    """Return a VM that the parent before us knew."""
+    vm = core.vms.add(VmConfig(name=name), from_config=True)
+    vm.be_in(state)
+    for field, value in fields.items():
+        setattr(vm, field, value)
+    return vm
+
+
+def expect(room: Adoption, core: Core, generation: int = 1) -> None:
+    """Ask the vmms; all VMs are of the one with this number, but for those that do not run."""
+    vms = [vm_known(vm, generation if vm.alive and vm.state is not State.STARTING else 0, None) for vm in core.vms]
+    for vm in core.vms:  # as they come from the truth
+        vm.sending = vm.receiving = None
+    room.expect(vms, list(room.generations))
+
+
+def hold(room: Adoption, line: Line, message: VmHeld) -> None:
+    """Have a vmm tell of a VM, without what belongs to it."""
+    room.on_held(message, Envelope(message, 0, 0, {}), cast("Any", line))
+
+
+def all_held(room: Adoption, line: Line, *vms: int) -> None:
+    """Have a vmm say that this was all."""
+    message = VmsHeld(version=VERSION, vms=vms, spare=1)
+    fds = {"process": [os.pidfd_open(os.getpid())]}
+    room.on_process = lambda _generation, child: os.close(child.pidfd)
+    room.on_all_held(message, Envelope(message, 0, 0, fds), cast("Any", line))
+
+
+def adopted(core: Core, room: Room, vm: Vm, **held: Any) -> list[Record]:  # noqa: ANN401
+    """Adopt one VM that is held so; return what its vmm was told besides."""
+    made, (line,) = adoption(core, room, 1)
+    expect(made, core)
+    hold(made, line, VmHeld(vmid=vm.vmid, **held))
+    all_held(made, line, vm.vmid)
+    made.when_serving()
+    assert isinstance(line.sent.pop(0), AskVms)
+    return line.sent
+
+
+@pytest.mark.parametrize(("before", "held", "state"), [
+    (State.RUNNING, {"running": True}, State.RUNNING),
+    (State.STARTING, {"running": True}, State.RUNNING),
+    (State.RUNNING, {"running": True, "paused": True}, State.PAUSED),
+    (State.PAUSED, {"running": True}, State.RUNNING),
+    (State.RUNNING, {"running": True, "stopping": True}, State.STOPPING),
+    (State.RUNNING, {}, State.STARTING),
+])  # fmt: skip
+def test_vmm_knows_better_what_a_vm_is_at(
+    core: Core, room: Room, before: State, held: dict[str, bool], state: State
+) -> None:
+    """Since then, if that is not what its parent knew; else as long as before."""
+    vm = known(core, "a", before, since_s=5.0)
+    assert adopted(core, room, vm, **held) == []
+    assert vm.state is state
+    assert (vm.since_s == 5.0) == (before is state)
+    assert room.calls == []
+
+
+def test_a_vm_that_has_ended_meanwhile(core: Core, room: Room) -> None:
+    """Its end is taken notice of when clients are served: its guest may have reset itself."""
+    vm = known(core, "a", State.RUNNING)
+    assert adopted(core, room, vm, running=True, outcome=Outcome.REBOOT) == []
+    assert room.calls == [("exited", vm.vmid, Outcome.REBOOT)]
+    assert vm.alive
+
+
+@pytest.mark.parametrize(("held", "told", "state", "at"), [
+    ({}, CancelTransfer, State.SENDING, At.MEMORY),
+    ({"two_way": True}, CancelTransfer, State.SENDING, At.MEMORY),
+    ({"two_way": True, "written": True}, EndSend, State.SENDING, At.UNDOING),
+    ({"two_way": True, "written": True, "letting_go": True}, None, State.SENDING, At.COMMITTING),
+    ({"two_way": True, "written": True, "let_go": True}, None, State.IN_DOUBT, At.COMMITTED),
+    ({"two_way": True, "written": True, "let_go": True, "undoing": True}, None, State.SENDING, At.UNDOING),
+])  # fmt: skip
+def test_whoever_wanted_a_vm_elsewhere_has_gone(
+    core: Core, room: Room, held: dict[str, bool], told: type[Record] | None, state: State, at: At
+) -> None:
+    """It is as before; once its disks were let go, nobody knows whether it runs elsewhere."""
+    vm = known(core, "a", State.SENDING, sending=Sending(keep=False, state=State.RUNNING, carried=True))
+    sent = adopted(core, room, vm, running=True, sending=True, **held)
+    assert [type(message) for message in sent] == ([told] if told else [])
+    assert vm.state is state
+    assert vm.sending is not None
+    assert vm.sending.at is at
+    assert vm.sending.state is State.RUNNING
+    assert not any(isinstance(message, EndSend) and message.sent for message in sent)
+
+
+@pytest.mark.parametrize(("held", "told"), [
+    ({}, [CancelTransfer]), ({"lent": True}, [TakeDisksBack]), ({"lent": True, "returning": True}, []),
+])  # fmt: skip
+def test_a_vm_that_stood_still_for_a_snapshot(core: Core, room: Room, held: dict[str, bool], told: list[Any]) -> None:
+    """It goes on as soon as it has its disks again."""
+    vm = known(core, "a", State.RUNNING)
+    assert [type(message) for message in adopted(core, room, vm, running=True, lending=True, **held)] == told
+    assert vm.state is State.SAVING
+    vm.stay()
+    assert vm.state.value == "running"
+
+
+def test_a_vm_that_was_going_back_to_a_snapshot(core: Core, room: Room) -> None:
+    """Its disks may be others than its guest has seen: it must not go on."""
+    vm = known(core, "a", State.RUNNING, going_back=True)
+    assert adopted(core, room, vm, running=True, lending=True, lent=True) == []
+    assert room.calls == [("killed", "a")]
+
+
+def test_a_vm_in_doubt_stays_so(core: Core, room: Room) -> None:
+    """And is tried again, if the locks of its disks can tell."""
+    vm = known(core, "a", State.IN_DOUBT)
+    vm.sending = Sending(keep=False, state=State.PAUSED, carried=True)
+    vm.sending.locks_travel = True
+    adopted(core, room, vm, running=True, paused=True, sending=True, two_way=True, written=True, let_go=True)
+    assert vm.state is State.IN_DOUBT
+    assert vm.sending.locks_travel
+    assert vm.sending.retry is not None
+    assert vm.sending.state is State.PAUSED
+
+
+@pytest.mark.parametrize(("held", "judged", "calls"), [
+    ({}, False, [("given up", "a", errno.ECANCELED)]),
+    ({"complete": True}, True, [("paused", "a", errno.EINTR)]),
+    ({"complete": True}, False, [("given up", "a", errno.ECANCELED)]),
+    ({"complete": True, "resumed": True}, True, []),
+])  # fmt: skip
+def test_a_vm_that_was_being_received(
+    core: Core, room: Room, held: dict[str, bool], judged: bool, calls: list[object]
+) -> None:
+    """A half one is of no use; a whole one may be all that is left of it."""
+    vm = known(core, "a", State.RECEIVING, receiving=Receiving(paused=True))
+    if judged:
+        vm.running_config = vm.config
+    adopted(core, room, vm, arriving=True, **held)
+    assert room.calls == calls
+    assert vm.receiving is not None
+    assert vm.receiving.paused
+    assert vm.receiving.resumed == held.get("resumed", False)
+
+
+def test_vms_that_no_vmm_has(core: Core, room: Room) -> None:
+    """One that ran has ended; one that was about to start begins anew; others are as they were."""
+    made, (line,) = adoption(core, room, 1)
+    known(core, "ran", State.RUNNING)
+    known(core, "started", State.STARTING)
+    given = known(core, "given", State.STARTING)
+    given.once_because = "its kernel was given by a client that has gone"
+    known(core, "off", State.STOPPED)
+    known(core, "waiting", State.WAITING)
+    expect(made, core)
+    all_held(made, line)
+    made.when_serving()
+    assert room.calls == [
+        ("gone", "ran", UNSEEN), ("gone", "started", INTERRUPTED), ("batch",), ("gone", "given", INTERRUPTED),
+    ]  # fmt: skip
+    states = [(vm.name, vm.state.value) for vm in core.vms]
+    assert states == [
+        ("ran", "stopped"), ("started", "waiting"), ("given", "stopped"), ("off", "stopped"), ("waiting", "waiting"),
+    ]  # fmt: skip
+    assert made.generations.of == {}
+
+
+def test_a_vmm_that_tells_late_is_waited_for_no_longer(core: Core, room: Room) -> None:
+    """Its VMs are as they were known, and are adopted when it tells of them."""
+    made, (line,) = adoption(core, room, 1)
+    settled: list[int] = []
+    made.on_settled = lambda: settled.append(1)
+    vm = known(core, "a", State.RUNNING)
+    expect(made, core)
+    assert settled == []
+    (generation,) = made.generations
+    made.give_up(generation)
+    assert settled == [1]
+    assert vm.state.value == "running"
+    assert vm.vmid in made.generations.of
+    hold(made, line, VmHeld(vmid=vm.vmid, running=True, paused=True))
+    all_held(made, line, vm.vmid)
+    assert vm.state.value == "paused"
+    assert room.calls == []
+
+
+def test_a_vm_of_which_is_told_after_the_end_of_the_list(core: Core, room: Room) -> None:
+    """There was no room for its descriptors before: it has not ended."""
+    made, (line,) = adoption(core, room, 1)
+    vm = known(core, "a", State.RUNNING)
+    expect(made, core)
+    all_held(made, line, vm.vmid)
+    assert made.waiting
+    hold(made, line, VmHeld(vmid=vm.vmid, running=True))
+    assert not made.waiting
+    made.when_serving()
+    assert room.calls == []
+
+
+def test_without_a_vmm_nothing_is_waited_for(core: Core, room: Room) -> None:
+    """Every vmm has ended with the daemon."""
+    made, _ = adoption(core, room)
+    settled: list[int] = []
+    made.on_settled = lambda: settled.append(1)
+    known(core, "a", State.RUNNING)
+    expect(made, core)
+    made.when_serving()
+    assert settled == [1]
+    assert room.calls == [("gone", "a", UNSEEN)]
+
+
+def test_what_was_said_to_the_parent_before_does_not_count(core: Core, room: Room) -> None:
+    """Until vmm has told of the VM; with that comes what it still means."""
+    made, (line,) = adoption(core, room, 1)
+    vm = known(core, "a", State.RUNNING)
+    exited = VmExited(vmid=vm.vmid, pid=1, outcome=Outcome.REBOOT, text="")
+    expect(made, core)
+    channel = cast("Any", line)
+    assert made.is_stale(exited, channel)
+    assert made.is_stale(PauseDone(vmid=vm.vmid, paused=True), channel)
+    assert not made.is_stale(VmSlotOver(group=1), channel)
+    hold(made, line, VmHeld(vmid=vm.vmid, running=True))
+    assert not made.is_stale(exited, channel)
+
+
+def test_a_vmm_that_tells_of_vms_unasked(core: Core, room: Room) -> None:
+    """Breaks the protocol; so does one that tells of all of them twice."""
+    made, (line,) = adoption(core, room, 1)
+    with pytest.raises(PeerError, match="unasked"):
+        hold(made, line, VmHeld(vmid=1))
+    expect(made, core)
+    all_held(made, line)
+    with pytest.raises(PeerError, match="unasked"):
+        all_held(made, line)
+
+
+def test_a_vm_that_nobody_knows_is_left_alone(core: Core, room: Room) -> None:
+    """It is said, and it runs on."""
+    made, (line,) = adoption(core, room, 1)
+    expect(made, core)
+    hold(made, line, VmHeld(vmid=77, running=True))
+    assert len(core.vms) == 0
+    assert not any(isinstance(message, StopVm) for message in line.sent)
+
+
+# --- generations ---------------------------------------------------------------------------------------------
+
+
+def types(messages: list[Any]) -> list[Any]:
+    """Return what kinds of messages these are."""
+    return [type(message) for message in messages]
+
+
+def start(vmid: int) -> StartVm:
+    """Return a message that starts a VM."""
+    return StartVm(vmid=vmid, config=VmConfig(name="x"), boot_name="", verbosity=0)
+
+
+def test_messages_find_the_vmm_of_their_vm(core: Core, room: Room) -> None:
+    """New VMs go to the newest one; a guest that resets itself moves there, and its older vmm ends with the last."""
+    made, (old, new) = adoption(core, room, 1, 2)
+    generations = made.generations
+    for generation in generations:
+        generation.told = True
+    first = generations.all[1]
+    generations.of = {1: first, 2: first}
+    generations.send(start(3))
+    generations.send(StopVm(vmid=1, mode=cast("Any", 0)))
+    assert types(new.sent) == [StartVm]
+    assert types(old.sent) == [StopVm]
+    generations.send(start(1))
+    expected: list[Any] = [EndTaken, Retire]
+    assert types(old.sent[1:]) == expected
+    generations.settle(2)
+    expected = [EndTaken, Quit]
+    assert types(old.sent[3:]) == expected
+    assert generations.numbers() == {1: 2, 3: 2}
+    generations.remove(first)
+    generations.send(Quit())
+    assert types(new.sent) == [StartVm, StartVm, Quit]
+
+
+def test_the_newest_stays_without_vms(core: Core, room: Room) -> None:
+    """Others are started there."""
+    made, (line,) = adoption(core, room, 1)
+    made.generations.all[1].told = True
+    made.generations.send(start(1))
+    made.generations.settle(1)
+    assert types(line.sent) == [StartVm, EndTaken]
+
+
+def test_a_message_about_no_vm_reaches_nobody(core: Core, room: Room) -> None:
+    """What goes along is closed."""
+    made, (line,) = adoption(core, room, 1)
+    fd = os.memfd_create("x")
+    made.generations.send(StopVm(vmid=9, mode=cast("Any", 0)), fds={"x": [fd]})
+    assert line.sent == []
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)

@@ -1,0 +1,242 @@
+"""What a parent knows comes back as it was, in this version and in later ones."""
+
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from vmd.config.model import Config, DiskConfig, NicConfig, Owner, SwitchConfig, VmConfig
+from vmd.errors import VmdError
+from vmd.ipc.imsg import pack, unpack
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages import AdoptNics, DiskImages, ImageLink, LifeEnd, NicLink
+from vmd.parent.addresses import Plan
+from vmd.parent.core import Core
+from vmd.parent.plans import Taps
+from vmd.parent.statemem import StateMemory
+from vmd.parent.truth import (
+    GenerationKnown,
+    Truth,
+    VmKnown,
+    Writer,
+    config_of,
+    read,
+    taps_known,
+    taps_of,
+    vm_known,
+    vm_of,
+    vms_of,
+)
+from vmd.parent.vmtable import Receiving, Sending, State, Vm
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "state-1.xz"
+CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))
+NOT_KEPT = {  # what vmm knows, what belongs to clients of this parent, and what is not worth keeping
+    "pid", "pty", "backlog", "memory", "kept", "restarts", "ended_s", "sent", "sending", "receiving", "disk_work",
+    "revive", "on_change", "changes", "_state", "vmid", "key", "config", "files",
+}  # fmt: skip
+
+
+@pytest.fixture
+def memory() -> Iterator[StateMemory]:
+    """Return an empty one."""
+    made = StateMemory.create()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def core() -> Iterator[Core]:
+    """Return the state of a parent."""
+    loop = Loop()
+    yield Core(loop, CONFIG, verbosity=2)
+    loop.close()
+
+
+def taps() -> Taps:
+    """Return the interface of a VM."""
+    nic = NicConfig(lladdr=bytes(6), local=True)
+    link = NicLink(name="tap3", lladdr=bytes(6), host_mac=bytes(6), locked=False, local=True, mtu=1500)
+    plan = Plan(number=7, prefix4=CONFIG.settings.local_prefix)
+    return Taps((nic,), plan, {0: "is odd"}, (link,), [], AdoptNics(vmid=1, nics=(), made=()))
+
+
+def full(core: Core) -> Vm:
+    """Return a VM of which nothing is as it is by default."""
+    vm = core.vms.add(VmConfig(name="a", disks=(DiskConfig(path="/a"),), owner=Owner(uid=4, gid=5)), from_config=True)
+    vm.begin_start(7)
+    vm.begin_run(4711)
+    vm.guest_resets, vm.shown_before, vm.code = 3, 99, 12
+    vm.last_end = LifeEnd(at_s=5, how="failed", text="so")
+    vm.notes, vm.text = ("odd",), "why"
+    vm.next_config = vm.config.replace(vcpus=2)
+    vm.successor = vm.config.replace(vcpus=3)
+    vm.running_config = vm.config.replace(vcpus=4)
+    vm.going_back = True
+    vm.resetting, vm.once_because, vm.console_user = True, "once", "root"
+    vm.files = {"disk /a": (8, 15)}
+    vm.disks = (DiskImages(images=(ImageLink(path="/a", format="raw"),)),)
+    return vm
+
+
+def test_a_vm_comes_back_as_it_was(core: Core) -> None:
+    """Every field of it but for those that are known elsewhere; a new one has to be in one of the two."""
+    vm = full(core)
+    back = vm_of(unpack(VmKnown, pack(vm_known(vm, 2, taps()))))
+    assert back.state is State.RUNNING
+    for field in ("vmid", "key", "config", "files", *(set(vars(vm)) - NOT_KEPT)):
+        assert getattr(back, field) == getattr(vm, field), field
+    fresh = Vm(1, vm.config, from_config=False)
+    kept = [field for field in set(vars(vm)) - NOT_KEPT if getattr(vm, field) != getattr(fresh, field)]
+    assert len(kept) >= len(set(vars(vm)) - NOT_KEPT) - 1  # all but those have been given a value here
+
+
+def test_interfaces_come_back_as_they_were() -> None:
+    """With the descriptors that vmm has kept."""
+    known = taps()
+    back = taps_of(taps_known(known), [7])
+    assert back.fds == [7]
+    for field in ("nics", "plan", "lacking", "links", "known"):
+        assert getattr(back, field) == getattr(known, field)
+
+
+@pytest.mark.parametrize("state", State)
+def test_every_state_comes_back(core: Core, state: State) -> None:
+    """By the word that `vmctl status` shows."""
+    vm = full(core)
+    vm.be_in(state)
+    assert vm_of(vm_known(vm, 0, None)).state is state
+
+
+def test_what_a_transfer_was_comes_back(core: Core) -> None:
+    """As far as vmm does not know it."""
+    vm = full(core)
+    vm.sending = Sending(keep=False, state=State.RUNNING, carried=True)
+    vm.sending.locks_travel = True
+    known = vm_known(vm, 0, None).transfer
+    assert known is not None
+    assert (known.carried, known.locks_travel) == (True, True)
+    vm.sending, vm.receiving = None, Receiving(paused=True, carried=True)
+    known = vm_known(vm, 0, None).transfer
+    assert known is not None
+    assert (known.carried, known.paused) == (True, True)
+
+
+def write(writer: Writer, interfaces: dict[int, Taps] | None = None) -> None:
+    """Write what there is."""
+    writer.write(interfaces or {}, (), [GenerationKnown(number=1, version="1")], {1: 1})
+
+
+def test_all_is_written_and_read(core: Core, memory: StateMemory) -> None:
+    """Configuration, VMs, generations, verbosity, and whose ids are whose."""
+    full(core)
+    core.vms.add(VmConfig(name="b"), from_config=False)
+    write(Writer(memory, core), {1: taps()})
+    truth = read(memory)
+    assert config_of(truth) == CONFIG
+    assert truth.verbosity == 2
+    assert truth.identities == core.vms.identities.encode()
+    assert [known.number for known in truth.generations] == [1]
+    first, second = vms_of(truth)
+    assert (first.config.name, first.generation, second.config.name, second.generation) == ("a", 1, "b", 0)
+    assert first.taps is not None
+    assert first.taps.links[0].name == "tap3"
+
+
+def test_what_changes_is_written_anew(core: Core, memory: StateMemory) -> None:
+    """A field of a VM, its interfaces, the configuration; what has not changed is not packed again."""
+    vm = full(core)
+    writer = Writer(memory, core)
+    write(writer)
+    packed = read(memory).vms
+    write(writer)
+    assert read(memory).vms == packed
+    vm.text = "something else"
+    write(writer)
+    assert vms_of(read(memory))[0].text == "something else"
+    write(writer, {1: taps()})
+    assert vms_of(read(memory))[0].taps is not None
+    core.config = CONFIG.replace(switches=())
+    write(writer)
+    assert config_of(read(memory)).switches == ()
+    core.vms.remove(vm)
+    write(writer)
+    assert vms_of(read(memory)) == []
+
+
+def test_every_change_of_a_vm_is_heard(core: Core) -> None:
+    """Of any field, of a VM that comes or goes, and of the configuration."""
+    heard = 0
+
+    def hear() -> None:
+        nonlocal heard
+        heard += 1
+
+    core.on_change = hear
+    vm = full(core)
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: setattr(vm, "text", "x"),
+        lambda: vm.begin_stop(force=True),
+        vm.changed,
+        lambda: setattr(core, "config", CONFIG),
+        lambda: core.vms.remove(vm),
+    )
+    for change in changes:
+        before = heard
+        change()
+        assert heard > before
+
+
+def test_a_vm_that_cannot_be_read_is_left_out(core: Core, memory: StateMemory) -> None:
+    """The others are adopted."""
+    full(core)
+    write(Writer(memory, core))
+    truth = read(memory)
+    for odd in (b"", b"\xc1", pack(LifeEnd(at_s=1, how="x"))):
+        assert [known.config.name for known in vms_of(truth.replace(vms=(odd, *truth.vms)))] == ["a"]
+    strange = unpack(VmKnown, truth.vms[0]).replace(state="upside down")
+    assert vms_of(truth.replace(vms=(pack(strange),))) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xc1", b"\x80", pack(LifeEnd(at_s=1, how="x"))])
+def test_a_state_that_is_none(memory: StateMemory, content: bytes | None) -> None:
+    """One sentence says so."""
+    if content is not None:
+        memory.write(content)
+    with pytest.raises(VmdError, match="the state of the vmd before this one"):
+        read(memory)
+
+
+def test_a_state_of_a_later_version_is_refused(core: Core, memory: StateMemory) -> None:
+    """By its number; fields that are unknown here are ignored."""
+    write(Writer(memory, core))
+    truth = read(memory)
+    later = cast("Any", object.__new__(Truth))
+    for field in Truth.fields:
+        object.__setattr__(later, field, getattr(truth, field))
+    object.__setattr__(later, "version", Truth.VERSION + 1)
+    memory.write(pack(later))
+    with pytest.raises(VmdError, match=f"version {Truth.VERSION + 1}"):
+        read(memory)
+
+
+def test_a_state_of_an_earlier_version_is_read(memory: StateMemory) -> None:
+    """As a daemon has left it whose VM `a` was paused, and whose VM `b` was stopped by force."""
+    memory.write(lzma.decompress(GOLDEN.read_bytes()))
+    truth = read(memory)
+    a, b = vms_of(truth)
+    assert (a.name, a.state, a.generation, a.owner) == ("a", "paused", 1, 65534)
+    assert a.taps is not None
+    assert [(link.name, link.local) for link in a.taps.links] == [("tap0", False), ("tap1", True)]
+    assert a.taps.plan.number > 0
+    assert [each.what.split()[0] for each in a.files] == ["disk"]
+    assert (b.name, b.state, b.generation, b.taps) == ("b", "stopped", 0, None)
+    assert b.last_end is not None
+    assert b.last_end.text == "stopped by force"
+    assert [vm_of(known).name for known in (a, b)] == ["a", "b"]
+    config = config_of(truth)
+    assert [switch.name for switch in config.switches] == ["uplink"]
+    assert config.settings.local_inet6
+    assert [generation.number for generation in truth.generations] == [1]

@@ -1,0 +1,167 @@
+"""The vmms: that which new VMs are given to, and those of earlier daemons, which have the VMs that run there.
+
+A daemon starts a vmm, and finds it again when it was restarted (`adoption`).  A daemon of another version starts one of
+its own besides: the older ones go on with their VMs, with the code that they were started from, and end with the last.
+A guest that resets itself goes on with the newest.
+
+To the others this is the channel to vmm (`Peers`): messages find the vmm of the VM that they are about.
+"""
+
+from vmd.closing import close_all
+from vmd.ipc.channel import NO_FDS
+from vmd.ipc.messages import EndTaken, KvmFd, Quit, ReceiveVm, Retire, StartVm, VmSlot
+from vmd.parent.truth import GenerationKnown
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from vmd.ipc.channel import Channel
+    from vmd.parent.askvmm import LineToVmm
+    from vmd.parent.groups import Groups
+    from vmd.privsep.spawn import Child
+    from vmd.record import Record
+
+
+class Generation:
+    """One vmm."""
+
+    def __init__(
+        self, number: int, version: str, line: "LineToVmm", child: "Child | None", groups: "Groups | None"
+    ) -> None:
+        """`child` is None as long as an adopted one has not said which process it is."""
+        self.number = number
+        self.version = version
+        self.line = line
+        self.child = child
+        self.groups = groups
+        self.awaited: set[int] | None = None  # VMs that it is to tell of; None: nobody has asked, or it has not said
+        self.asked = False  # which VMs it has
+        self.told = False  # ... and has said so
+
+    @property
+    def channel(self) -> "Channel":
+        """Return the channel to it."""
+        return self.line.channel
+
+    @property
+    def name(self) -> str:
+        """Return the name under which its channel is stored."""
+        return f"vmm-{self.number}"
+
+    def known(self) -> GenerationKnown:
+        """Return what another parent has to know of it."""
+        groups = self.groups
+        return GenerationKnown(
+            number=self.number,
+            version=self.version,
+            groups=groups.top if groups is not None else "",
+            limited=groups is not None and groups.limited,
+        )
+
+
+class Generations:
+    """All of them, by number."""
+
+    def __init__(self, on_over: "Callable[[Generation], None]") -> None:
+        """`on_over` is told of one that was sent away, with its last VM."""
+        self.on_over = on_over
+        self.on_change: Callable[[], None] = lambda: None
+        self.all: dict[int, Generation] = {}
+        self.newest: Generation | None = None  # new VMs are given to it
+        self.of: dict[int, Generation] = {}  # by vmid, of VMs that have a process, or whose end is not settled
+
+    def __iter__(self) -> "Iterator[Generation]":
+        """All, the oldest first."""
+        return iter(sorted(self.all.values(), key=lambda generation: generation.number))
+
+    def add(self, generation: Generation) -> None:
+        """Have one more; the one with the highest number is the newest."""
+        self.all[generation.number] = generation
+        self.newest = self.all[max(self.all)]
+        self.on_change()
+
+    def remove(self, generation: Generation) -> list[int]:
+        """Forget one that has ended; return the VMs that it had."""
+        del self.all[generation.number]
+        if self.newest is generation:
+            self.newest = None
+        lost = [vmid for vmid, each in self.of.items() if each is generation]
+        for vmid in lost:
+            del self.of[vmid]
+        self.on_change()
+        return lost
+
+    def find(self, channel: "Channel") -> Generation | None:
+        """Return the one that a channel leads to."""
+        return next((generation for generation in self if generation.channel is channel), None)
+
+    def numbers(self) -> dict[int, int]:
+        """Return the number of the vmm of each VM that has a process."""
+        return {vmid: generation.number for vmid, generation in self.of.items()}
+
+    def vms(self, generation: Generation) -> list[int]:
+        """Return the VMs of one."""
+        return [vmid for vmid, each in self.of.items() if each is generation]
+
+    # --- messages ----------------------------------------------------------------------------------------
+
+    def send(
+        self, message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
+    ) -> None:
+        """Send a message to the vmm that it is for; its descriptors are not the caller's any more."""
+        vmid = getattr(message, "vmid", 0)
+        if isinstance(message, StartVm | ReceiveVm):
+            self._give(message, fds)
+            return
+        if isinstance(message, KvmFd | VmSlot):
+            found = [self.newest] if self.newest is not None else []
+        elif vmid:
+            found = [self.of[vmid]] if vmid in self.of else []
+        else:
+            found = list(self)
+        for generation in found:
+            generation.line.send(message, peerid=peerid, fds=fds)
+        if not found:
+            for each in fds.values():
+                close_all(each)
+
+    def _give(self, message: "StartVm | ReceiveVm", fds: "Mapping[str, Sequence[int]]") -> None:
+        """Give a VM to the newest vmm; if another one had it before its guest reset itself, that is over."""
+        newest = self.newest
+        if newest is None:
+            for each in fds.values():
+                close_all(each)
+            return
+        before = self.of.get(message.vmid)
+        newest.line.send(message, fds=fds)
+        self.of[message.vmid] = newest
+        self.on_change()
+        if before is not None and before is not newest:
+            before.line.send(EndTaken(vmid=message.vmid))
+            self.retire(before)
+
+    def flush_blocking(self, timeout_s: float) -> None:
+        """Send what is queued before we end."""
+        for generation in self:
+            generation.line.flush_blocking(timeout_s)
+
+    # --- ends --------------------------------------------------------------------------------------------
+
+    def settle(self, vmid: int) -> None:
+        """A VM is gone, and will not start again by itself."""
+        generation = self.of.pop(vmid, None)
+        if generation is not None:
+            generation.line.send(EndTaken(vmid=vmid))
+            self.on_change()
+            self.retire(generation)
+
+    def retire(self, generation: Generation) -> None:
+        """Let a vmm go that is not the newest and has no VM any more; one that has some keeps no room for others."""
+        if generation is self.newest or not generation.told:
+            return
+        if self.vms(generation):
+            generation.line.send(Retire())
+        else:
+            generation.line.send(Quit())
+            self.on_over(generation)
