@@ -222,3 +222,35 @@ def test_power_cut_while_refcount_blocks_are_added(tmp_path: Path, monkeypatch: 
             assert consistent(cut), "entries before the entry that makes them count"
         cut.write_bytes(recorder.after_cut(number + 1, lambda one: one == number))  # noqa: B023
         assert consistent(cut), "the entry before its block"
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_power_cut_while_a_disk_grows(tmp_path: Path, based: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has one size or the other, what was in it, and zeroes in what is new; never what a backing file has there."""
+    path, base, cut = tmp_path / "image", tmp_path / "base", tmp_path / "cut"
+    before, after = 1 * MIB, 4 * MIB
+    content = random.Random(1).randbytes(before)
+    base.write_bytes(content + b"b" * before)
+    below = ("-F", "raw", "-b", base) if based else ()
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512", *below, path, before)
+    paths = (path, base) if based else (path,)
+    image = opened(*paths, writable=True, formats=("qcow2", "raw")[: len(paths)])
+    write(image, 0, content)
+    image.flush()
+    recorder = Recorder(path, monkeypatch)
+    image.grow(after)
+    image.close()
+    monkeypatch.undo()
+
+    moments = {moment for barrier in recorder.barriers() for moment in (barrier, barrier + 1)} | {len(recorder.done)}
+    choice = random.Random(2)
+    sizes = set()
+    for at in sorted(moments):
+        for reaches in (lambda _number: True, recorder.any_sectors(max(1, at), choice)):
+            cut.write_bytes(recorder.after_cut(at, reaches))
+            assert consistent(cut)
+            qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", cut, tmp_path / "content")
+            found = (tmp_path / "content").read_bytes()
+            assert found in (content, content + bytes(after - before))
+            sizes.add(len(found))
+    assert sizes == {before, after}

@@ -21,6 +21,8 @@ FEATURE = struct.Struct(">BB46s")
 CONTENT = struct.Struct(">QIIQQIIQ")
 
 # Where single fields are that change in the life of an image.
+AT_SIZE = 24
+AT_L1 = 36  # entries and offset
 AT_REFCOUNT_TABLE = 48
 AT_CONTENT = 24  # from the size of the disk to the snapshot table: together in one sector
 AT_INCOMPATIBLE = 72

@@ -48,6 +48,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(error, os.strerror(error))
 
 
+def require_larger(path: str, size: int, new: int) -> None:
+    """Raise OSError if a disk of `size` bytes would become smaller: nobody knows what its guest has behind that."""
+    if new < size:
+        raise OSError(errno.EINVAL, f"{path}: has {size} bytes, and a disk is never made smaller")
+
+
 class FlushFailed(OSError):
     """What was acknowledged is not on stable storage.  Nothing is forgotten: a later flush may succeed."""
 

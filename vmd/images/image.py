@@ -60,6 +60,12 @@ if TYPE_CHECKING:
             After a failure nothing can be written any more.
             """
 
+        def grow(self, size: int) -> None:
+            """Become larger: `size` bytes, whole sectors, and zeroes in what is new.  It is so on stable storage, then.
+
+            A size that it has already is no error, and one that is smaller is.  If it fails the disk is as it was.
+            """
+
         def close(self) -> None:
             """Finish what is to be finished and let the descriptors go.
 

@@ -27,10 +27,21 @@ under way to its old place must not hit the new owner.
 import _thread
 import errno
 import os
+import struct
 import zlib
 
 from vmd.errors import ImageError
-from vmd.images.header import AT_AUTOCLEAR, AT_INCOMPATIBLE, CORRUPT, SNAPSHOT_BYTES, Header, parse_header
+from vmd.images.header import (
+    AT_AUTOCLEAR,
+    AT_INCOMPATIBLE,
+    AT_L1,
+    AT_SIZE,
+    CORRUPT,
+    MAX_TABLE_BYTES,
+    SNAPSHOT_BYTES,
+    Header,
+    parse_header,
+)
 from vmd.images.hostfile import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -46,13 +57,14 @@ from vmd.images.hostfile import (
     padding,
     read_bytes,
     read_views,
+    require_larger,
     storage_granularity,
     total,
     write_bytes,
     write_views,
 )
 from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage, Refcounts
-from vmd.images.snapshots import state_offset
+from vmd.images.snapshots import ENTRY, LEAST_EXTRA, read_snapshots, state_offset
 from vmd.images.units import Prepared, runs, unit_bytes
 from vmd.images.words import big_endian, native, zeroes
 from vmd.ipc.foreign import left_dirty, odd_length
@@ -72,6 +84,8 @@ COMPRESSED = 1 << 62
 ALL_ZERO = 1  # version 3
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
 DEFLATE_BITS = -15  # no header; QEMU writes windows of 2^12, this reads any
+
+L1_PLACE = struct.Struct(">IQ")
 
 SLICE_BYTES = 1 << 16  # of an L2 table; what is read and cached at once
 CACHE_BYTES = 8 << 20
@@ -1011,6 +1025,116 @@ class Qcow2Image:
         if self.writable:
             self._store_freed()
             self.stable.sync()
+
+    # -- growing
+
+    def grow(self, size: int) -> None:
+        """See Image.  The size in the header comes last: until then everything that is new is behind the disk's end."""
+        self._check_write(0, 0)
+        require_larger(self.path, self.size, size)
+        before = self.size
+        self._require_growable(before, size)
+        try:
+            with self.committing:
+                self._commit()
+                with self.allocating:
+                    self._grow_l1(size)
+            self.size = size  # in memory, so that what is new can be cleared
+            self._clear_new(before, size)
+            self.flush()
+            write_bytes(self.fd, size.to_bytes(8, "big"), AT_SIZE)
+            self.stable.sync()
+        except Damage as damage:
+            self.size = before
+            raise self._give_up(damage) from None
+        except BaseException:
+            self.size = before
+            raise
+        self.header = self.header.replace(size=size)
+        self.remark = left_dirty(self.path) if self.header.dirty else ""
+
+    def _require_growable(self, before: int, size: int) -> None:
+        """Raise OSError unless this image can become so large."""
+        if -(-size >> self.table_shift) * 8 > MAX_TABLE_BYTES:
+            what = f"{size} bytes are too many for its clusters of {self.cluster_size}"
+            raise OSError(errno.EFBIG, f"{self.path}: {what}")
+        below = self.backing.size if self.backing is not None else 0
+        if self.header.version < 3 and before < below and before < size:
+            raise OSError(
+                errno.ENOTSUP, f"{self.path}: its backing file is larger, and qcow2 of version 2 cannot hide the rest"
+            )
+        if size == before or not self.header.snapshots:
+            return
+        try:
+            snapshots = read_snapshots(self.fd, self.header, self.path)
+        except ImageError as error:
+            raise self._damaged(error.what) from None
+        for one in snapshots:
+            if ENTRY.unpack_from(one.raw)[-1] < LEAST_EXTRA:
+                what = f"snapshot {one.name or one.id} in it does not record how large the disk was; delete it first"
+                raise OSError(errno.ENOTSUP, f"{self.path}: {what}")
+
+    def _grow_l1(self, size: int) -> None:
+        """Have L1 entries for so large a disk.  Nothing of the table is in memory only.  Raises OSError, Damage."""
+        header, per_cluster = self.header, self.cluster_size // 8
+        entries = -(-size >> self.table_shift)
+        if entries <= header.l1_entries:
+            return
+        table = zeroes(entries)
+        table[: header.l1_entries] = self.l1
+        offset = header.l1_offset
+        if header.l1_entries and entries <= -(-header.l1_entries // per_cluster) * per_cluster:
+            # The rest of its last cluster is nobody's.
+            at = offset + header.l1_entries * 8
+            write_bytes(self.fd, bytes((entries - header.l1_entries) * 8), at)
+        else:
+            clusters = -(-entries // per_cluster)
+            first = self.refcounts.allocate_together(clusters)
+            self.refcounts.extend(first + clusters)
+            offset = first << self.cluster_bits
+            try:
+                write_bytes(self.fd, big_endian(table).ljust(clusters * self.cluster_size, b"\0"), offset)
+                self.refcounts.write_blocks()
+                self.stable.sync()
+                self.refcounts.publish(set(self.refcounts.unpublished))
+            except OSError:
+                self.refcounts.free(first, clusters)
+                raise
+        self.stable.sync()
+        write_bytes(self.fd, L1_PLACE.pack(entries, offset), AT_L1)
+        self.stable.sync()
+        with self.loading:
+            self.l1 = table
+        self.header = header.replace(l1_entries=entries, l1_offset=offset)
+        self.refcounts.protect(offset, entries * 8)
+        if offset != header.l1_offset and header.l1_entries:
+            first = header.l1_offset >> self.cluster_bits
+            if first >= self.refcounts.floor:
+                self.refcounts.free(first, -(-header.l1_entries // per_cluster))
+
+    def _clear_new(self, before: int, size: int) -> None:
+        """Have what is new read as zeroes.  Raises OSError.
+
+        A backing file may have something there, and so may a table that is left of a disk which was larger once.
+        """
+        below = self.backing.size if self.backing is not None else 0
+        if before < below:
+            self._clear(before, min(size, below))
+        first = before >> self.table_shift
+        for index in range(first, -(-size >> self.table_shift)):
+            if self.l1[index] & OFFSET_MASK:
+                start, end = max(before, below, index << self.table_shift), min(size, (index + 1) << self.table_shift)
+                if start < end:
+                    self._clear(start, end)
+
+    def _clear(self, start: int, end: int) -> None:
+        """Have a range read as zeroes; the end of the disk, or of a table, completes its last cluster."""
+        whole = min(end, -(-start >> self.cluster_bits) << self.cluster_bits)
+        self._write_zero_bytes(start, whole)
+        if self.header.version < 3:
+            self._write_zero_bytes(whole, end)
+        else:
+            self._each_slice(whole, end, self._zeroed)
 
     def close(self) -> None:
         """See Image."""

@@ -19,8 +19,10 @@ from vmd.images.hostfile import (
     clear,
     data_span,
     fallocate,
+    is_device,
     padding,
     read_views,
+    require_larger,
     storage_granularity,
     total,
     write_views,
@@ -149,6 +151,22 @@ class RawImage:
 
     def reload(self) -> None:
         """See Image."""
+
+    def grow(self, size: int) -> None:
+        """See Image.  What others have made larger, such as a logical volume, is only looked at again."""
+        self.check_write(0, 0)
+        found = os.lseek(self.fd, 0, os.SEEK_END)
+        if found < self.file_bytes:
+            raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.file_bytes} bytes")
+        if is_device(self.fd):
+            if found + padding(found) != size:
+                raise OSError(errno.EINVAL, f"{self.path}: is a device of {found} bytes, and so is the disk")
+        else:
+            require_larger(self.path, found, size)
+            os.ftruncate(self.fd, size)
+        self.stable.sync()
+        self.file_bytes, self.size = os.lseek(self.fd, 0, os.SEEK_END), size
+        self.remark = odd_length(self.file_bytes)
 
     def close(self) -> None:
         """See Image."""

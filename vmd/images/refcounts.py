@@ -265,6 +265,48 @@ class Refcounts:
             self.hint = first + stop - start
             return first, stop - start
 
+    def allocate_together(self, count: int) -> int:
+        """Take `count` clusters that follow one another, and return the first.  Raises Damage, OSError."""
+        if count >= self.per_block:
+            return self._allocate_behind_end(count)
+        aside = []  # what was found before, and is too short
+        try:
+            while True:
+                first, found = self.allocate(count)
+                if found == count:
+                    return first
+                aside.append((first, found))
+        finally:
+            for first, found in aside:
+                self.free(first, found)
+
+    def _allocate_behind_end(self, count: int) -> int:
+        """Take more clusters than a refcount block covers: a range of new blocks, which are its first clusters."""
+        blocks = 1
+        while blocks * self.per_block < blocks + count:
+            blocks += 1
+        number = -(-self.end // self.per_block)
+        while number + blocks > len(self.table):
+            self._grow()
+            number = -(-self.end // self.per_block)
+        first = number * self.per_block
+        if any(self.table[number : number + blocks]) or self.metadata & set(range(first, first + blocks + count)):
+            raise Damage(f"what is behind cluster {first} is in use, and behind the end of the file")
+        self.require(first + blocks + count)
+        self.extend(first + blocks + count)
+        for position in range(blocks):
+            block = Block(number + position, (first + position) << self.cluster_bits, bytearray(self.cluster_size))
+            for index in range(min(self.per_block, blocks + count - position * self.per_block)):
+                self._set(block, index, 1)
+            self.prepared.prepare(self.table_offset + block.number * 8, 8)
+            self.prepared.write(block.data, block.offset)
+            block.units = 0
+            self._keep(block)
+            self.table[block.number] = block.offset
+            self.unpublished.add(block.number)
+            self.metadata.add(first + position)
+        return first + blocks
+
     def free(self, first: int, count: int) -> list[tuple[int, int]]:
         """Drop one reference of each cluster of a run; return the runs nobody refers to any more.
 

@@ -1,0 +1,238 @@
+"""Disks that become larger: what was in them stays, what is new is zeroes, and QEMU finds nothing wrong."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import (
+    KIB,
+    MIB,
+    Scribbler,
+    chain_formats,
+    make_chain,
+    opened,
+    opened_qcow2,
+    problems,
+    qemu,
+    read,
+    same,
+    write,
+)
+from tests.support.loopdevice import LoopDevice
+from vmd.images import qcow2
+
+GROWN = [
+    pytest.param(f"cluster_size={size},{more}", levels, id=f"{size}-{more}-{levels}")
+    for size, more, levels in [
+        ("512", "refcount_bits=16", 0),
+        ("512", "refcount_bits=64", 3),
+        ("1k", "refcount_bits=1", 0),
+        ("4k", "compat=0.10", 1),
+        ("64k", "refcount_bits=16", 0),
+        ("64k", "refcount_bits=16", 3),
+        ("64k", "preallocation=metadata", 0),
+        ("2M", "refcount_bits=16", 1),
+    ]
+]
+
+
+def virtual_size(path: Path) -> int:
+    """Return how large the disk in an image is by what QEMU says."""
+    size: int = json.loads(qemu("qemu-img", "info", "--output=json", path))["virtual-size"]
+    return size
+
+
+@pytest.mark.parametrize(("options", "levels"), GROWN)
+def test_a_disk_grows_again_and_again(tmp_path: Path, options: str, levels: int) -> None:
+    """Between requests of all kinds; the tables of small clusters move several times."""
+    size = 2 * MIB + 3 * 512
+    paths, flat = make_chain(tmp_path, options, size, levels)
+    image = opened(*paths, writable=True, formats=chain_formats(paths))
+    scribbler = Scribbler(image, flat, seed=1)
+
+    for larger in (size + 512, 4 * MIB + 512, 4 * MIB + 512, 12 * MIB):
+        scribbler.run(60)
+        image.grow(larger)
+        flat.extend(bytes(larger - len(flat)))
+        assert image.size == larger
+    scribbler.run(60)
+    image.close()
+
+    assert problems(paths[0]) == {}
+    assert virtual_size(paths[0]) == 12 * MIB
+    same(paths[0], flat, tmp_path)
+
+
+@pytest.mark.parametrize("cluster", ["512", "2k", "64k"])
+def test_a_large_table_finds_room_in_a_file_full_of_holes(tmp_path: Path, cluster: str) -> None:
+    """It lies in one piece: in a gap, behind the end, and behind refcount blocks of its own where one is too small."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={cluster}", path, "1M")
+    image = opened_qcow2(path)
+    flat = bytearray(random.Random(1).randbytes(MIB))
+    write(image, 0, bytes(flat))
+    for offset in range(0, MIB, 8 * KIB):
+        image.discard(offset, 4 * KIB)
+        flat[offset : offset + 4 * KIB] = read(image, offset, 4 * KIB)
+    image.flush()
+
+    largest = qcow2.MAX_TABLE_BYTES // 8 << image.table_shift
+    for larger in (largest // 64, largest):
+        image.grow(larger)
+        write(image, larger - 4096, b"e" * 4096)
+        assert read(image, larger - 8192, 8192) == bytes(4096) + b"e" * 4096
+        assert read(image, 0, MIB) == flat
+    with pytest.raises(OSError, match=f"{largest + 512} bytes are too many for its clusters of {image.cluster_size}$"):
+        image.grow(largest + 512)
+    image.close()
+
+    assert problems(path) == {}
+    assert virtual_size(path) == largest
+
+
+@pytest.mark.parametrize("compat", ["1.1", "0.10"])
+def test_a_backing_file_that_is_larger_does_not_come_out(tmp_path: Path, compat: str) -> None:
+    """What it has behind the end of the disk above is not the disk's; version 2 has no way to say so, and is refused."""
+    base, path = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(random.Random(1).randbytes(5 * MIB))
+    size = MIB + 3 * 512
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"compat={compat}", "-F", "raw", "-b", base, path, size)
+    image = opened(path, base, writable=True, formats=("qcow2", "raw"))
+
+    if compat == "0.10":
+        with pytest.raises(OSError, match="its backing file is larger, and qcow2 of version 2 cannot hide the rest$"):
+            image.grow(8 * MIB)
+        assert image.size == size
+    else:
+        image.grow(2 * MIB)
+        image.grow(8 * MIB)
+    image.close()
+
+    flat = base.read_bytes()[:size]
+    same(path, flat if compat == "0.10" else flat + bytes(8 * MIB - size), tmp_path)
+    assert problems(path) == {}
+
+
+def test_what_a_table_has_behind_the_end_of_the_disk_does_not_come_out(tmp_path: Path) -> None:
+    """As left by somebody who has made the disk smaller and its tables not."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", path, "4M")
+    image = opened_qcow2(path)
+    write(image, 0, b"x" * 4 * MIB)
+    image.close()
+    with path.open("rb+") as file:
+        file.seek(24)
+        file.write((MIB + 512).to_bytes(8, "big"))
+
+    image = opened_qcow2(path)
+    image.grow(3 * MIB)
+    image.close()
+
+    same(path, b"x" * (MIB + 512) + bytes(2 * MIB - 512), tmp_path)
+    assert problems(path) == {}
+
+
+def test_snapshots_in_the_image_keep_their_own_size(tmp_path: Path) -> None:
+    """QEMU goes back to one, and the disk is as large and has what it had."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512", path, "1M")
+    image = opened_qcow2(path)
+    before = random.Random(1).randbytes(MIB)
+    write(image, 0, before)
+    image.close()
+    qemu("qemu-img", "snapshot", "-c", "first", path)
+    image = opened_qcow2(path)
+
+    image.grow(4 * MIB)
+    write(image, 512 * KIB, b"y" * MIB)
+    image.close()
+
+    assert problems(path) == {}
+    same(path, before[: 512 * KIB] + b"y" * MIB + bytes(4 * MIB - MIB - 512 * KIB), tmp_path)
+    qemu("qemu-img", "snapshot", "-a", "first", path)
+    same(path, before, tmp_path)
+    assert problems(path) == {}
+
+
+def test_snapshots_that_do_not_say_how_large_the_disk_was(tmp_path: Path) -> None:
+    """Those of version 2: whoever goes back to one would have a disk of the wrong size."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "compat=0.10", path, "1M")
+    qemu("qemu-img", "snapshot", "-c", "first", path)
+    raw = bytearray(path.read_bytes())
+    table = int.from_bytes(raw[64:72], "big")
+    raw[table + 36 : table + 40] = bytes(4)  # as before there was more to say
+    path.write_bytes(raw)
+    image = opened_qcow2(path)
+
+    with pytest.raises(OSError, match="snapshot first in it does not record how large the disk was; delete it first$"):
+        image.grow(4 * MIB)
+
+    image.grow(MIB)  # which it is
+    image.close()
+    assert path.read_bytes() == raw
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_disk_is_never_made_smaller(tmp_path: Path, image_format: str) -> None:
+    """Whatever was asked for, it is as it was."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", image_format, path, "4M")
+    image = opened(path, writable=True, formats=(image_format,))
+
+    with pytest.raises(OSError, match=f"{path}: has {4 * MIB} bytes, and a disk is never made smaller$"):
+        image.grow(4 * MIB - 512)
+
+    assert image.size == 4 * MIB
+    image.close()
+    assert virtual_size(path) == 4 * MIB
+
+
+def test_raw_files(tmp_path: Path) -> None:
+    """One that ends inside a sector, and one that somebody has made longer meanwhile."""
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * 1000)
+    image = opened(path, writable=True, formats=("raw",))
+    assert image.remark
+
+    image.grow(MIB)
+    assert (image.size, image.remark) == (MIB, "")
+    assert path.read_bytes() == b"x" * 1000 + bytes(MIB - 1000)
+    os.truncate(path, 3 * MIB)
+    with pytest.raises(OSError, match="a disk is never made smaller"):
+        image.grow(2 * MIB)
+    image.grow(3 * MIB)
+    write(image, 3 * MIB - 512, b"e" * 512)
+    os.truncate(path, MIB)
+    with pytest.raises(OSError, match=f"the file has become shorter than {3 * MIB} bytes"):
+        image.grow(4 * MIB)
+    assert path.stat().st_size == MIB
+    image.close()
+
+
+def test_a_device_is_as_large_as_it_is(tmp_path: Path) -> None:
+    """A logical volume is made larger by its own tools; then the disk is."""
+    with LoopDevice(tmp_path / "backing", 4 * MIB) as device:
+        image = opened(device.path, writable=True, formats=("raw",))
+        with pytest.raises(OSError, match=f"is a device of {4 * MIB} bytes, and so is the disk$"):
+            image.grow(8 * MIB)
+        device.resize(8 * MIB)
+        image.grow(8 * MIB)
+        write(image, 8 * MIB - 512, b"e" * 512)
+        image.close()
+
+    assert (tmp_path / "backing").read_bytes()[-512:] == b"e" * 512
+
+
+def test_who_only_reads_a_disk_cannot_make_it_larger(tmp_path: Path) -> None:
+    """The image says so, not the kernel."""
+    for image_format in ("raw", "qcow2"):
+        path = tmp_path / image_format
+        qemu("qemu-img", "create", "-qf", image_format, path, "1M")
+        image = opened(path, formats=(image_format,))
+        with pytest.raises(OSError, match="opened for reading only"):
+            image.grow(4 * MIB)
+        image.close()
