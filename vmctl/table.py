@@ -78,6 +78,18 @@ STATUS = Command(
 
 COMMANDS = (
     Command(
+        name="cdrom",
+        module="cdrom",
+        upstream=False,
+        help="put an ISO image into the CD drive of a VM, which may run, or take it out",
+        options=(
+            Option(name="-f", help="do so even though the guest has locked the drive"),
+            Option(name="-e", instead_of="path", help="take the disc out"),
+        ),
+        operand=ID,
+        more=(Operand(name="path", kind=FILE),),
+    ),
+    Command(
         name="clone",
         module="clone",
         upstream=False,
@@ -177,6 +189,14 @@ COMMANDS = (
             Option(name="-r", value="rounds", help="with -l: let it stand still after this many rounds (30)"),
         ),
         operand=ID,
+    ),
+    Command(
+        name="resize",
+        module="resize",
+        upstream=False,
+        help="make a disk of a VM larger, which may run",
+        operand=ID,
+        more=(Operand(name="disk"), Operand(name="size")),
     ),
     STATUS.replace(name="show"),
     Command(

@@ -18,6 +18,7 @@ from vmd.virtio import spec
 pytestmark = [pytest.mark.l1, pytest.mark.timeout(400)]
 
 BOOT_S = 150
+BLOCK = 2048  # of a disc
 PROMPT = "grub> "
 
 
@@ -77,6 +78,43 @@ def check_cd(shell: Shell) -> None:
     shell.run("mkdir -p /cd && mount -t iso9660 -o ro /dev/sr0 /cd")
     assert shell.run("cat /cd/cd.txt").strip() == text_of("cd")
     assert shell.run("md5sum </cd/noise").split()[0] == md5(noise("cd"))
+
+
+def check_changes(vmd: Daemon, name: str, shell: Shell, disc: Path, other: Path) -> None:
+    """While the kernel runs its first disk becomes larger, and its disc is taken out, exchanged and put back.
+
+    The disc is mounted at /cd.  A kernel that polls hears of it without anybody opening the drive.
+    """
+    size = 512 * int(shell.run("cat /sys/block/vda/size")) + 64 * MIB
+    vmd.must("resize", name, "disk0", str(size))
+    shell.wait_for(f"[ $(cat /sys/block/vda/size) = {size // 512} ]")
+    pattern = noise("cd")[:BLOCK]
+    last = f"seek={size // BLOCK - 1} conv=fsync"
+    shell.run(f"dd if=/cd/noise of=/dev/vda bs={BLOCK} count=1 {last} 2>/dev/null")
+    assert shell.run(f"tail -c {BLOCK} /dev/vda | md5sum").split()[0] == md5(pattern)
+    assert shell.run(f"tail -c {2 * BLOCK} /dev/vda | head -c {BLOCK} | md5sum").split()[0] == md5(bytes(BLOCK))
+
+    other.write_bytes(noise("other")[: 300 * BLOCK])
+    locked = vmd.vmctl("cdrom", name, other)
+    assert (locked.returncode, locked.stderr) == (
+        1,
+        f"vmctl: cdrom vm command failed: vm {name}: the guest has locked the drive, as it does while it uses a disc\n",
+    )
+    assert shell.run("cat /cd/cd.txt").strip() == text_of("cd")
+    shell.run("umount /cd")
+    shell.run("cat /dev/sr0 | head -c 1 >/dev/null; echo 200 >/sys/block/sr0/events_poll_msecs")
+    heard = int(shell.run("cat /sys/kernel/uevent_seqnum"))
+    vmd.must("cdrom", "-e", name)
+    shell.wait_for(f"[ $(cat /sys/kernel/uevent_seqnum) -gt {heard} ]")
+    assert "No medium found" in shell.tried("cat /dev/sr0")[0]
+
+    heard = int(shell.run("cat /sys/kernel/uevent_seqnum"))
+    vmd.must("cdrom", name, other)
+    shell.wait_for(f"[ $(cat /sys/kernel/uevent_seqnum) -gt {heard} ]")
+    assert shell.run("md5sum </dev/sr0").split()[0] == md5(other.read_bytes())
+    shell.run("echo 0 >/sys/block/sr0/events_poll_msecs")
+    vmd.must("cdrom", name, disc)
+    check_cd(shell)
 
 
 def check_ports(shell: Shell, *, devices: int) -> None:
@@ -203,6 +241,7 @@ def test_linux_modern_with_msix(media: Bootable, linux: LinuxGuest, tmp_path: Pa
             check_ports(shell, devices=3)
             check_entropy(shell)
             check_cd(shell)
+            check_changes(vmd, "modern", shell, media.cd, tmp_path / "other.iso")
             rebind(shell, "virtio_blk")
             shell.run("mount -t ext4 /dev/vda /mnt")
             digest = write_and_sync(shell, "/mnt")
@@ -308,6 +347,7 @@ def test_all_combinations(
             print(f"shell after {time.monotonic() - began:.1f} s")
             check_entropy(shell)
             check_cd(shell)
+            check_changes(vmd, "guest", shell, media.cd, tmp_path / "other.iso")
             shell.run("umount /cd")
             for driver in ("virtio_blk", "virtio_scsi", "virtio_rng"):
                 rebind(shell, driver)

@@ -31,7 +31,9 @@ ROOT = HERE.parents[1]
 ENTRY = "insider:main"
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
-LEAVES = ("LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG")
+LEAVES = (
+    "LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGRESIZE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG",
+)  # fmt: skip
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
 # Python of a test of its own, because it dies, moves to other namespaces, or runs other code.

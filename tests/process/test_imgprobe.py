@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.descriptors import open_descriptors, open_files
-from tests.support.images import MIB, qemu
+from tests.support.images import MIB, problems, qemu, same
 from vmd.config.model import DiskConfig
 from vmd.errors import OperatorError
 from vmd.files.images import open_disk
 from vmd.files.prober import ImageProber, ProbeSocket, start_probe
+from vmd.files.resizer import resize
 from vmd.images.create import create
 from vmd.images.locks import lock
 from vmd.ipc.probemsg import Probe
+from vmd.parent.opening import RESIZER_ENTRY
 from vmd.privsep.cell import Cell
 from vmd.privsep.spawn import Child
 
@@ -130,6 +132,32 @@ def test_imgprobe_holds_its_socket_and_nothing_else(cell: Cell) -> None:
     assert held[0] == held[1] == "/dev/null"
     assert held[3].startswith("socket:")
     assert title == "imgprobe\n"
+
+
+def test_imgresize_holds_one_disk_and_nothing_else(cell: Cell, tmp_path: Path) -> None:
+    """Its images while it works, and by the time it has answered not even those; it ends when nobody asks any more."""
+    (tmp_path / "base").write_bytes(b"b" * MIB)
+    top = tmp_path / "top"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", tmp_path / "base", top)
+    child, sock = start_probe(cell, entry=RESIZER_ENTRY, title="imgresize")
+    with sock:
+        disk = open_disk(DiskConfig(path=str(top), format="qcow2"), ImageProber(cell))
+        try:
+            resize(sock, disk, 8 * MIB, lambda: None)
+            status = blocked(child)
+            held = sorted(map(int, os.listdir(f"/proc/{child.pid}/fd")))
+            with pytest.raises(OperatorError) as refused:
+                resize(sock, disk, 4 * MIB, lambda: None)
+        finally:
+            disk.close()
+        title = Path(f"/proc/{child.pid}/comm").read_text()
+
+    assert child.reap(DEADLINE_S) == 0
+    assert str(refused.value) == f"disk {top}: has {8 * MIB} bytes, and a disk is never made smaller"
+    assert (status["CapEff"], status["CapBnd"], status["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
+    assert (held, title) == ([0, 1, 2, 3], "imgresize\n")
+    assert problems(top) == {}
+    same(top, b"b" * MIB + bytes(7 * MIB), tmp_path)
 
 
 def test_imgprobe_is_asked_again_and_again(cell: Cell, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The CD-ROM's process, really confined, against a driver that does what it likes (hostile input 10-20, 23, 24)."""
 
+import errno
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -524,3 +526,97 @@ def test_memory_does_not_grow_with_requests(cdrom: Cdrom) -> None:
     ask_a_lot()
 
     assert cdrom.device.pss_kib() < before + 256
+
+
+# --- another disc ------------------------------------------------------------------------------------------------
+
+
+def change(device: Device, fd: int | None, *, force: bool = False) -> tuple[int, str]:
+    """Put a disc in, or take it out; return errno and sentence of the answer."""
+    packet = devmsg.DISC_HEAD.pack(devmsg.DISC, devmsg.DISC_FORCE if force else 0) + (b"" if fd is None else b"other")
+    socket.send_fds(device.informs, [packet], [] if fd is None else [fd])
+    device.wait_for(device.informs.fileno())
+    packet = device.informs.recv(devmsg.PACKET_MAX)
+    kind, number = devmsg.CHANGED_HEAD.unpack_from(packet)
+    assert kind == devmsg.CHANGED
+    return number, packet[devmsg.CHANGED_HEAD.size :].decode()
+
+
+READY, READ_CAPACITY, LOCK, UNLOCK = bytes(6), b"\x25" + bytes(9), b"\x1e\0\0\0\1\0", b"\x1e\0\0\0\0\0"
+
+
+def key_and_code(answer: Answer) -> tuple[int, int]:
+    """Return sense key and additional sense code."""
+    assert answer.status == 2
+    return answer.sense[2], answer.sense[12]
+
+
+def test_a_disc_is_changed_while_the_driver_looks_on(disc: Path, tmp_path: Path) -> None:
+    """It is told once, and has the other disc; then none, and then one that is put into an empty drive."""
+    other = tmp_path / "other.iso"
+    other.write_bytes(b"o" * 7 * BLOCK)
+    with (
+        disc.open("rb") as file,
+        other.open("rb") as second,
+        Device("vioscsi", [file.fileno()], queues=3) as device,
+    ):
+        cdrom = Cdrom(device.start())
+        assert cdrom.works()
+
+        assert change(device, second.fileno()) == (0, "")
+        assert key_and_code(cdrom.ask(READY)) == (6, 0x28)
+        assert cdrom.ask(READ_CAPACITY, 8).data == (6).to_bytes(4, "big") + BLOCK.to_bytes(4, "big")
+        assert cdrom.ask(read10(6, 1), BLOCK).data == b"o" * BLOCK
+        assert key_and_code(cdrom.ask(read10(7, 1), BLOCK)) == (5, 0x21)
+
+        assert change(device, None) == (0, "")
+        assert key_and_code(cdrom.ask(read10(0, 1), BLOCK)) == (2, 0x3A)
+        device.command(devmsg.PAUSE)
+        assert change(device, file.fileno()) == (0, "")
+        device.command(devmsg.RESUME)
+        assert key_and_code(cdrom.ask(READY)) == (6, 0x28)
+        assert cdrom.works()
+        held = [os.readlink(f"/proc/{device.child.pid}/fd/{n}") for n in os.listdir(f"/proc/{device.child.pid}/fd")]
+        assert [Path(link).name for link in held if link.endswith(".iso")] == ["disc.iso"]
+
+
+def test_a_drive_that_is_locked_keeps_its_disc(disc: Path) -> None:
+    """Its guest hears that somebody wants it; force takes it, and with it the lock."""
+    with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
+        cdrom = Cdrom(device.start())
+        events = b"\x4a\1\0\0\x10\0\0\0\x08\0"
+        cdrom.ask(LOCK)
+
+        assert change(device, None) == (
+            errno.EBUSY, "the guest has locked the drive, as it does while it uses a disc"
+        )  # fmt: skip
+        assert cdrom.ask(events, 8).data[4:6] == b"\1\2"
+        assert cdrom.works()
+        assert change(device, None, force=True) == (0, "")
+        assert cdrom.ask(events, 8).data[4:6] == b"\3\0"
+        assert change(device, file.fileno()) == (0, "")
+
+
+def test_a_disc_that_does_not_come_is_not_no_disc(disc: Path) -> None:
+    """Whose descriptor was lost on its way: the drive keeps what it has."""
+    with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
+        cdrom = Cdrom(device.start())
+        device.informs.send(devmsg.DISC_HEAD.pack(devmsg.DISC, 0) + b"other")
+        device.wait_for(device.informs.fileno())
+        assert devmsg.CHANGED_HEAD.unpack_from(device.informs.recv(devmsg.PACKET_MAX)) == (devmsg.CHANGED, errno.EMFILE)
+        assert cdrom.works()
+
+
+def test_what_the_guest_has_not_heard_goes_where_it_goes(disc: Path) -> None:
+    """EXPORT has it behind the indices, and RESTORE tells it another process."""
+    with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
+        cdrom = Cdrom(device.start())
+        assert change(device, file.fileno()) == (0, "")
+        cdrom.ask(b"\x12\0\0\0\x24\0", 36)
+        device.command(devmsg.PAUSE)
+        own = device.ask(devmsg.TYPE.pack(devmsg.EXPORT))[devmsg.EXPORT_HEAD.size + 3 * devmsg.QUEUE.size :]
+    with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
+        cdrom = Cdrom(device.start())
+        assert device.ask(devmsg.TYPE.pack(devmsg.RESTORE) + own) == devmsg.STATUS.pack(devmsg.RESTORE, 0)
+        assert key_and_code(cdrom.ask(READY)) == (6, 0x28)
+        assert cdrom.works()

@@ -160,6 +160,7 @@ class VmConfig(Record):
     plan_prefix6: Prefix | None = None
     rights: Rights = Rights()
     fault: str = ""  # why it cannot be started as it is written, such as an owner that this host does not know
+    drive: bool = False  # it has a CD-ROM drive, even with no disc in it
 
 
 class SwitchConfig(Record):

@@ -305,7 +305,7 @@ def obstacles(config: VmConfig, *, bootable: bool = False) -> "Iterator[tuple[in
     paths = [disk.path for disk in config.disks]
     for again in sorted({name for name in paths if paths.count(name) > 1}):
         yield errno.EBUSY, f"disk {again} is given twice"
-    for device, there in ((BootDevice.CDROM, config.cdrom), (BootDevice.DISK, config.disks)):
+    for device, there in ((BootDevice.CDROM, config.cdrom or config.drive), (BootDevice.DISK, config.disks)):
         if config.boot_device is device and not there and not bootable:
             name = device.name.lower()
             yield errno.ENODEV, f"boot device {name}: it has no {name}"

@@ -6,6 +6,7 @@ Holds    guest memory, its queues' eventfds, and the descriptors of its one host
 """
 
 import _socket
+import errno
 import gc
 import mmap
 import os
@@ -272,6 +273,16 @@ class Process:
         except OSError:
             return
 
+    def changed(self, error: OSError | None = None) -> None:
+        """Answer RESIZE or DISC: it is done, or why it is not."""
+        number = 0 if error is None else error.errno or errno.EIO
+        text = "" if error is None else sentence(error)
+        self.tell(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, number) + text.encode()[:1000])
+
+    def tell_config(self) -> None:
+        """Tell the VM that the device's configuration has changed by itself."""
+        self.tell(devmsg.TYPE.pack(devmsg.CONFIG_CHANGED) + self.ready()[devmsg.TYPE.size :])
+
     def report(self, *troubles: str) -> None:
         """Tell the VM everything that is wrong with the device now; without arguments nothing is."""
         self.troubles = troubles
@@ -300,7 +311,10 @@ class Process:
 
     def on_inform(self) -> None:
         """Take a message of the async channel."""
-        packet = self.informs.recv(devmsg.PACKET_MAX)
+        self.take_inform(self.informs.recv(devmsg.PACKET_MAX))
+
+    def take_inform(self, packet: bytes) -> None:
+        """Do what a message of the async channel says."""
         kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
         handler = self.INFORMS.get(kind)
         if handler is None:
@@ -538,8 +552,12 @@ def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Proc
 
 def receive_start(sync: _socket.socket) -> tuple[bytes, list[int]]:
     """Return the first packet and the descriptors that came with it."""
-    space = _socket.CMSG_SPACE(4 * (1 + devmsg.RESOURCES_MAX))
-    packet, rights, _, _ = sync.recvmsg(devmsg.PACKET_MAX, space, _socket.MSG_CMSG_CLOEXEC)
+    return receive_files(sync, 1 + devmsg.RESOURCES_MAX)
+
+
+def receive_files(sock: _socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """Return a packet and the descriptors that came with it."""
+    packet, rights, _, _ = sock.recvmsg(devmsg.PACKET_MAX, _socket.CMSG_SPACE(4 * most), _socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []
     for level, kind, data in rights:
         if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):

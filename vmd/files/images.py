@@ -260,10 +260,11 @@ def open_image(
     name: str,
     *,
     writable: bool,
+    claim: bool = True,
     missing: int = VMD_DISK_MISSING,
     invalid: int = errno.EINVAL,
 ) -> int:
-    """Open a regular file or block device.
+    """Open a regular file or block device; a device that is to be written is claimed, but for `claim`.
 
     Raises OperatorError with code `missing` or `invalid`, or EACCES; `name` begins its sentence.
     """
@@ -276,7 +277,7 @@ def open_image(
         try:
             mode = require_image(place, name, invalid)
             flags = os.O_RDWR if writable else os.O_RDONLY
-            if writable and stat.S_ISBLK(mode):
+            if writable and claim and stat.S_ISBLK(mode):
                 flags |= os.O_EXCL  # not while it is mounted
             doing = "cannot be opened for writing: " if writable else ""
             # The file that was looked at, whatever the path leads to by now.

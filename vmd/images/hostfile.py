@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 IOV_MAX = 1024  # Linux' UIO_MAXIOV
+FILE_MAX = (1 << 63) - 1 & -SECTOR
 STORAGE_GRANULARITY = 4096  # of storage that does not say which it has
 GRANULARITY_MAX = 1 << 30  # more than this is a mistake
 ZEROES = memoryview(bytes(1 << 16))
@@ -49,7 +50,9 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def require_larger(path: str, size: int, new: int) -> None:
-    """Raise OSError if a disk of `size` bytes would become smaller: nobody knows what its guest has behind that."""
+    """Raise OSError if a disk of `size` bytes cannot have `new`; nobody knows what its guest has at its end."""
+    if new > FILE_MAX:
+        raise OSError(errno.EFBIG, f"{path}: {new} bytes are more than a file can have")
     if new < size:
         raise OSError(errno.EINVAL, f"{path}: has {size} bytes, and a disk is never made smaller")
 

@@ -94,9 +94,12 @@ STATUS = Struct("<II")  # type, status: 0 done, 1 failed
 CONFIG_WRITE = 7
 CONFIG_WRITE_HEAD = Struct("<III")  # type, offset, length; then the bytes
 
-# EXPORT: state for send/receive, while paused.  Answered EXPORT with QUEUE each (indices are what counts).
+# EXPORT: state for send/receive, while paused.  Answered EXPORT with QUEUE each (indices are what counts), and behind
+#   them bytes of the device's own, which RESTORE gives to its like elsewhere: type, bytes.  Answered with status 0.
 EXPORT = 8
 EXPORT_HEAD = Struct("<II")  # type, number of queues
+RESTORE = 43
+OWN_MAX = 64  # of those bytes
 
 # COUNTERS: what a network interface has done since its process was started.  Answered COUNTERS with each number of
 #   COUNTER_NAMES.  The guest's lease is said to have been given at `lease_s` (seconds since 1970, 0: not yet) to one
@@ -203,3 +206,13 @@ ASK_RESOLVERS = 25
 RESOLVERS = 26
 RESOLVERS_BODY = Struct("<I12s48s")
 SAME_RESOLVERS = 27
+# RESIZE: VM -> disk: type, bytes that it is to have.  DISC: VM -> drive: type, flags (DISC_*), name in UTF-8; with the
+#   disc's descriptor, or without one for no disc.  One of them at a time; each is answered by CHANGED: an errno, or 0
+#   when it is done, and a sentence in UTF-8.  A disk that has become larger sends CONFIG_CHANGED first.
+RESIZE = 40
+RESIZE_BODY = Struct("<I4xQ")
+CHANGED = 41
+CHANGED_HEAD = Struct("<II")
+DISC = 42
+DISC_HEAD = Struct("<II")
+DISC_FORCE = 1  # though the guest has locked the drive

@@ -430,6 +430,26 @@ class MigrationStep(VmRequest):
     text: str = ""  # BACK: why
 
 
+@request(0xD0, Who.OWNER, "Resized")
+class ResizeRequest(VmRequest):
+    """Make a disk of a VM larger, whether it runs or not; a user needs to be allowed to write to its image, too."""
+
+    disk: str  # disk0, or 0, or the path of its image
+    size_bytes: int
+
+
+@request(0xD1, Who.OWNER, "DiscInserted")
+class DiscRequest(VmRequest):
+    """Put another disc into the CD-ROM drive of a VM, or with no `path` take it out; the next start has it, too.
+
+    The file is opened with the client's rights.  A drive that its guest has locked keeps its disc unless `force` is
+    given.
+    """
+
+    path: str = ""
+    force: bool = False
+
+
 # --- what vmctl is answered ------------------------------------------------------------------------------
 
 
@@ -671,6 +691,29 @@ class MigrationAt(Record):
     name: str
     locks_travel: bool = False
     paused: bool = False
+
+
+@message(0xD2, ANSWER)
+class Resized(Record):
+    """The disk is so large now."""
+
+    vmid: int
+    name: str
+    disk: str  # such as disk0
+    path: str
+    size_bytes: int
+    running: bool = False  # and its guest has been told
+
+
+@message(0xD3, ANSWER)
+class DiscInserted(Record):
+    """The drive has this disc now, or with no `path` none."""
+
+    vmid: int
+    name: str
+    path: str
+    running: bool = False
+    notes: tuple[str, ...] = ()  # sentences worth showing, such as of an odd length
 
 
 # --- between the daemon's own processes ------------------------------------------------------------------
@@ -1086,6 +1129,42 @@ class Resolvers(Record):
     dns6: tuple[bytes, ...] = ()
 
 
+@message(0xD4, TO_VM, answered_by=("DiskResized",))
+class ResizeDisk(Record):
+    """Make a disk larger."""
+
+    vmid: int
+    index: int
+    size_bytes: int
+
+
+@message(0xD5, FROM_VM)
+class DiskResized(Record):
+    """The disk is so large now, and the guest has been told; or a `text` says why not, and `code` is an errno."""
+
+    vmid: int
+    code: int = 0
+    text: str = ""
+
+
+@message(0xD6, TO_VM, fds=("courier?",), answered_by=("DiscChanged",))
+class ChangeDisc(Record):
+    """Have the disc in the drive that comes over `courier`, or with no `path` none."""
+
+    vmid: int
+    path: str = ""
+    force: bool = False
+
+
+@message(0xD7, FROM_VM)
+class DiscChanged(Record):
+    """The drive has the disc; or a `text` says why not, and it has the one before."""
+
+    vmid: int
+    code: int = 0
+    text: str = ""
+
+
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))
 class KvmFd(Record):
     """/dev/kvm, opened by the parent: no other process can."""
@@ -1372,7 +1451,7 @@ class OpenedFile(Record):
 @message(
     0xA0,
     (Proc.PARENT, Proc.OPENER),
-    fds=("courier", "probe?", "client?", "kernel_copy?", "initrd_copy?"),
+    fds=("courier", "probe?", "client?", "kernel_copy?", "initrd_copy?", "resizer?"),
     answered_by=("OpenerAt", "FilesOpened", "NotOpened"),
 )
 class OpenFiles(Record):
@@ -1381,6 +1460,7 @@ class OpenFiles(Record):
     fds: the files leave by the `courier`, as soon as its other end asks for them; `probe` leads to an imgprobe.
     `client` is a courier from the client's control, for what it has `given`.  That is copied to `kernel_copy` and
     `initrd_copy`, memory files, where there are such, instead of leaving by the courier.
+    `resizer` leads to an imgresize, for the one disk that is to have `resize_bytes`.
     """
 
     name: str  # of the VM
@@ -1398,6 +1478,8 @@ class OpenFiles(Record):
     in_conf: bool = True  # whether advice is for who writes a vm.conf
     patience_s: float = 0.0  # for locks that somebody is about to let go
     others_have: bool = False  # disks are in use, and are to be looked at all the same: they say so in `in_use`
+    only_writable: bool = False  # each disk's own image, and nothing but whether this user may write to it
+    resize_bytes: int = 0
 
 
 @message(0xA1, (Proc.OPENER, Proc.PARENT), partial=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CHANNEL_FD = 3
 QUESTION_MAX = 65536  # bytes: a kernel's command line, in hexadecimal
-FILES_MAX = 2
+FILES_MAX = 4  # a chain of images
 
 
 def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
@@ -39,11 +39,24 @@ def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
 
 def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]", timeout_s: float) -> bytes | None:
     """Return the line that a probe answers, b"" if it has ended; None if it takes too long.  Raises OSError."""
-    deadline_s = time.monotonic() + timeout_s
+    try:
+        send_question(sock, arguments, files)
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
+    return wait_for_answer(sock, timeout_s)
+
+
+def send_question(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]") -> None:
+    """Ask a probe.  Raises OSError."""
     question = "".join(f"{each}\0" for each in arguments).encode("utf-8", "surrogateescape") or b"\0"
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
+    sock.sendmsg([question], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+
+def wait_for_answer(sock: socket.socket, timeout_s: float) -> bytes | None:
+    """Return what `ask` does, of a question that was sent.  Raises OSError."""
+    deadline_s = time.monotonic() + timeout_s
     try:
-        sock.sendmsg([question], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         readable = select.poll()
         readable.register(sock, select.POLLIN)
         if not readable.poll(max(0.0, deadline_s - time.monotonic()) * 1000):

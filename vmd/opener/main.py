@@ -15,14 +15,18 @@ import resource
 import socket
 import time
 
+from vmd.closing import close
 from vmd.errors import HostError, InUse, OperatorError, number, sentence
+from vmd.fileid import file_id
 from vmd.files.boot import BootFiles, copy_to_memory, open_boot_files, require_readable, require_regular
-from vmd.files.media import Media
+from vmd.files.images import open_image
+from vmd.files.media import Media, shortened
 from vmd.files.prober import ProbeSocket
+from vmd.files.resizer import resize
 from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import FilesOpened, NotOpened, OpenerAt, OpenFiles, Proc, brief, fitting
+from vmd.ipc.messages import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc, brief, fitting
 from vmd.ipc.process import Process, handles
 from vmd.privsep.confine import OPENER, confine
 from vmd.privsep.title import set_title
@@ -65,7 +69,7 @@ class Opener(Process):
         try:
             limit_copies(message.copy_max)
             become(message)
-            files, opened = self.open(message, envelope)
+            files, opened = self.do(message, envelope)
             self.parent.send(opened)
         except InUse as error:
             in_use = NotOpened(code=error.number, text=brief(str(error)), file=error.file, what=brief(error.name))
@@ -74,27 +78,49 @@ class Opener(Process):
             self.parent.send(NotOpened(code=number(error), text=brief(sentence(error))))
         else:
             with socket.socket(fileno=fd) as ours, contextlib.suppress(OSError):  # nobody wants them any more
-                courier.give(ours, files)
+                if files is not None:
+                    courier.give(ours, files)
         self.parent.flush_blocking(LAST_WORDS_S)
+
+    def do(self, message: OpenFiles, envelope: Envelope) -> tuple[dict[str, list[int]] | None, FilesOpened]:
+        """Do the job; return the files to be handed over, if any are, and what to say.  Raises OperatorError."""
+        if message.only_writable:
+            return None, FilesOpened(files=self.writable(message))
+        if message.resize_bytes:
+            return None, FilesOpened(files=self.resize(message, envelope))
+        return self.open(message, envelope)
+
+    def writable(self, message: OpenFiles) -> tuple[OpenedFile, ...]:
+        """Return which files the images of disks are, all of which this user may write to.  Raises OperatorError."""
+        found = []
+        for disk in message.disks:
+            name = f"disk {disk.path}"
+            self.at(name)
+            fd = open_image(disk.path, name, writable=True, claim=False)
+            found.append(OpenedFile(what=shortened(name), file=file_id(os.fstat(fd))))
+            close(fd)
+        return tuple(found)
+
+    def resize(self, message: OpenFiles, envelope: Envelope) -> tuple[OpenedFile, ...]:
+        """Have a disk become larger that nobody uses; return which files it is of.  Raises OperatorError."""
+        media = self.open_media(message, envelope)
+        resizer = envelope.take_fd("resizer")
+        assert resizer is not None
+        try:
+            with socket.socket(fileno=resizer) as sock:
+                resize(sock, media.disks[0], message.resize_bytes, self.go_on)
+            return media.files()
+        finally:
+            media.close()  # whoever hears that it is done may start the VM
 
     def open(self, message: OpenFiles, envelope: Envelope) -> tuple[dict[str, list[int]], FilesOpened]:
         """Open everything; return the files, and what to say of them.  Raises OperatorError."""
         given = self.take_given(message, envelope)
-        probe = envelope.take_fd("probe")
-        prober: Prober = ProbeSocket(socket.socket(fileno=probe)) if probe is not None else NoProbe()
         boot = BootFiles()
         if message.boots:
             self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
             boot = open_boot_files(message.kernel, message.initrd)
-        media = Media.open(
-            message.disks,
-            message.cdrom,
-            prober,
-            in_conf=message.in_conf,
-            patience_s=message.patience_s,
-            at=self.at,
-            others_have=message.others_have,
-        )
+        media = self.open_media(message, envelope)
         opened = FilesOpened(
             in_use=media.in_use,
             unused=media.unused(),
@@ -110,6 +136,20 @@ class Opener(Process):
             "cdrom": media.take_cdrom(),
         }
         return files, opened
+
+    def open_media(self, message: OpenFiles, envelope: Envelope) -> Media:
+        """Open and lock disks and disc.  Raises OperatorError."""
+        probe = envelope.take_fd("probe")
+        prober: Prober = ProbeSocket(socket.socket(fileno=probe)) if probe is not None else NoProbe()
+        return Media.open(
+            message.disks,
+            message.cdrom,
+            prober,
+            in_conf=message.in_conf,
+            patience_s=message.patience_s,
+            at=self.at,
+            others_have=message.others_have,
+        )
 
     def take_given(self, message: OpenFiles, envelope: Envelope) -> dict[str, list[int]]:
         """Return what a client has opened, by name, but for what was copied.  Raises OperatorError."""

@@ -6,7 +6,7 @@ import time
 from vmd.closing import close_all
 from vmd.config.model import IDS
 from vmd.errors import HostError, VmdError
-from vmd.files.prober import start_probe
+from vmd.files.prober import IMGPROBE_ENTRY, start_probe
 from vmd.ipc.channel import refuse_files, socketpair
 from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
@@ -136,11 +136,13 @@ class Children:
         self._groups_place.adopt(top)
         return groups.Groups(top, limited=limited)
 
-    def start_probe(self, open_log: "Callable[[str], socket.socket]") -> tuple[Child, socket.socket]:
-        """Start an imgprobe; return it, and our end of its socket.  Raises HostError or VmdError."""
+    def start_probe(
+        self, open_log: "Callable[[str], socket.socket]", *, entry: str = IMGPROBE_ENTRY, title: str = "imgprobe"
+    ) -> tuple[Child, socket.socket]:
+        """Start an imgprobe, or its like; return it, and our end of its socket.  Raises HostError or VmdError."""
         self.bury()
-        with open_log("imgprobe") as writer:
-            child, ours = start_probe(self.cell, writer.fileno())
+        with open_log(title) as writer:
+            child, ours = start_probe(self.cell, writer.fileno(), entry=entry, title=title)
         self._children.append(child)
         return child, ours
 

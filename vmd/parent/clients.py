@@ -26,6 +26,7 @@ class For(Enum):
     TRANSFER = "its being sent or received"
     IMAGES = "the snapshots of its disks"
     CARRYING = "nothing: the client carries it to another host, or from there"
+    CHANGE = "its disk being larger, or its disc another one"
     DEVICES = "what its devices have done"
     SNAPSHOT = "what its console has shown"  # answered in the order of the requests
     OUTPUT = "more than that"

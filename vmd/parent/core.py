@@ -1,7 +1,7 @@
 """What the rooms of the parent share: the VMs, the peers, the clients, and the configuration in force.
 
-It does nothing by itself.  The rooms (`life`, `consoles`, `network`, `transfers`, `configuration`, `status`) are each
-given this and those of the others that they call; `main` makes them all, and knows which message is whose.
+It does nothing by itself.  The rooms (`life`, `consoles`, `network`, `transfers`, `changes`, `configuration`, `status`)
+are each given this and those of the others that they call; `main` makes them all, and knows which message is whose.
 """
 
 import time

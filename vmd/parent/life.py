@@ -466,8 +466,10 @@ class Life:
             code = VMD_IN_DOUBT  # its guest may have begun to run
         name = f"vm {vm.name}: "  # which some sentences have already
         failed = Failed(code=code, text=brief(name + text.removeprefix(name)))
+        vm.changing = None
         self.clients.answer_all(For.PAUSE, vm.vmid, failed)
         self.clients.take(For.CARRYING, vm.vmid)
+        self.clients.answer_all(For.CHANGE, vm.vmid, failed)
         self.clients.answer_all(For.TRANSFER, vm.vmid, vm.drop_transfer() or failed)
 
     def _reset_done(self, vm: Vm) -> None:

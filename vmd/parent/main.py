@@ -42,6 +42,9 @@ from vmd.ipc.messages import (
     ConsoleSnapshotEnd,
     ConsoleWatch,
     DevicesReported,
+    DiscChanged,
+    DiscRequest,
+    DiskResized,
     DisksBack,
     DisksLent,
     DisksLetGo,
@@ -75,6 +78,7 @@ from vmd.ipc.messages import (
     ReloadRequest,
     Request,
     ResetRequest,
+    ResizeRequest,
     SendDone,
     SendRequest,
     SendUndone,
@@ -104,6 +108,7 @@ from vmd.parent.access import require_allowed
 from vmd.parent.adoption import Adoption
 from vmd.parent.askpriv import ANSWER_S, remove_all
 from vmd.parent.askvmm import SILENT, LineToVmm
+from vmd.parent.changes import Changes
 from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
 from vmd.parent.configuration import Configuration
@@ -154,7 +159,7 @@ def on(
 
 
 WAIT_FOR_VMM = (  # all that has no deadline
-    For.START, For.END, For.PAUSE, For.TRANSFER, For.IMAGES, For.SNAPSHOT, For.RESET,
+    For.START, For.END, For.PAUSE, For.TRANSFER, For.IMAGES, For.CHANGE, For.SNAPSHOT, For.RESET,
 )  # fmt: skip
 BURY_S = 1.0  # for one that was killed to end
 
@@ -216,6 +221,7 @@ class Parent(Process):
         self.logs = Logs(core, self.attach)
         self.connections = Connections(self.loop, self.attach, self.forget_client, self.on_child_lost)
         core.peers.channels[Proc.CONTROL] = self.connections
+        self.changes = Changes(core, self.openings)
         migrations = self.transfers.migrations
         self.life.on_settled = self.generations.settle
         self.adoption = Adoption(core, self.generations, self.life, self.transfers, self.network, self.logs)
@@ -224,7 +230,7 @@ class Parent(Process):
         self.adoption.on_settled = self.on_settled
         rooms = (
             self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
-            self.configuration,
+            self.changes, self.configuration,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations)}
         self.ready: set[Proc] = set()
@@ -700,6 +706,8 @@ class Parent(Process):
         **handles(Proc.VMM, ReceivedMachine, on(Transfers, Transfers.on_received_machine)),
         **handles(Proc.VMM, DisksLent, on(Snapshots, Snapshots.on_lent)),
         **handles(Proc.VMM, DisksBack, on(Snapshots, Snapshots.on_back)),
+        **handles(Proc.VMM, DiskResized, on(Changes, Changes.on_disk_resized)),
+        **handles(Proc.VMM, DiscChanged, on(Changes, Changes.on_disc_changed)),
         **handles(Proc.VMM, DevicesReported, on(Status, Status.on_reported)),
         **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
         **handles(Proc.VMM, VmLog, on(Logs, Logs.on_vm_log)),
@@ -733,6 +741,8 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(MigrateRequest, Migrations, Migrations.serve_migrate),
     **serves(MigrateInRequest, Migrations, Migrations.serve_migrate_in),
     **serves(MigrationStep, Migrations, Migrations.serve_step),
+    **serves(ResizeRequest, Changes, Changes.serve_resize),
+    **serves(DiscRequest, Changes, Changes.serve_disc),
     **serves(ListRequest, Status, Status.serve_list),
     **serves(SwitchesRequest, Status, Status.serve_switches),
     **serves(NicsRequest, Status, Status.serve_nics),

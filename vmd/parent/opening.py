@@ -48,6 +48,7 @@ SOON_S = 0.1  # for one that was killed to be gone
 AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was killed is buried
 RESERVE_DELAY_S = 0.03  # from the end of one: the VM that is being started needs the processor first
 AT_A_TIME = 8  # openings of users
+RESIZER_ENTRY = "vmd.images.resize:main"
 STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
 
 
@@ -95,7 +96,7 @@ class Opener:
     def __init__(self, child: "Child") -> None:
         self.child = child
         self.channel: Channel
-        self.probe: Child | None = None
+        self.helpers: list[Child] = []  # whom it asks: an imgprobe, an imgresize
         self.opening: Opening | None = None  # until it has answered
         self.user = 0  # who has asked for that
         self.at = "its files"
@@ -103,7 +104,7 @@ class Opener:
 
 
 class Opening:
-    """The files of one VM, while they are opened.
+    """The files of one VM, or of one change of it, while they are opened.
 
     `on_opened` or `on_failed` is called, once and not before `Openings.open` has returned, unless it is given up.
     """
@@ -118,8 +119,10 @@ class Opening:
         on_failed: "Callable[[VmdError], None]",
         *,
         names_holder: bool,
+        key: object,
     ) -> None:
         self.vm = vm
+        self.key = key  # for what it is: the VM itself, or a change of it
         self.user = user  # who has asked for it
         self.jobs = jobs
         self.on_opened = on_opened
@@ -141,7 +144,7 @@ class Openings:
         self.children: Children
         self.open_log: Callable[[str], socket.socket]
         self.holders: Holders
-        self.by_vm: dict[Vm, Opening] = {}
+        self.by_key: dict[object, Opening] = {}
         self.waiting: list[Opening] = []  # for their turn
         self.reserve: Opener | None = None
         self.probe: tuple[Child, socket.socket] | None = None  # in reserve
@@ -218,19 +221,32 @@ class Openings:
         A client may have opened some of that: `given`.  `patience_s` is for locks of somebody who is about to let go.
         With `others_have` disks that are in use are looked at and not opened.
         """
-        self.give_up(vm)
         jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s)
         if others_have:
             jobs = [job.replace(others_have=True) for job in jobs]
-        opening = self.by_vm[vm] = Opening(
-            vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder
-        )
+        self._add(Opening(vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder, key=vm))
+
+    def open_for(
+        self,
+        change: object,
+        vm: "Vm",
+        user: int,
+        job: OpenFiles,
+        on_opened: "Callable[[Opened], None]",
+        on_failed: "Callable[[VmdError], None]",
+    ) -> None:
+        """Do one job for a change of a VM, whose own files are not touched by that."""
+        self._add(Opening(vm, user, [job], None, on_opened, on_failed, names_holder=True, key=change))
+
+    def _add(self, opening: Opening) -> None:
+        self.give_up(opening.key)
+        self.by_key[opening.key] = opening
         self.waiting.append(opening)
         self.loop.call_later(0, self._begin)
 
     def _begin(self) -> None:
         """Begin what may begin: of a user one at a time, of users so many; root waits for nobody."""
-        at_work = {opening.user for opening in self.by_vm.values() if opening not in self.waiting} - {0}
+        at_work = {opening.user for opening in self.by_key.values() if opening not in self.waiting} - {0}
         for opening in list(self.waiting):
             if not opening.user or (opening.user not in at_work and len(at_work) < AT_A_TIME):
                 at_work.add(opening.user)
@@ -265,9 +281,14 @@ class Openings:
         opening.openers.append(opener)
         fds: dict[str, list[int]] = {}
         try:
-            if job.disks or job.cdrom:
-                opener.probe, probe = self._take_probe()
+            if (job.disks or job.cdrom) and not job.only_writable:
+                child, probe = self._take_probe()
+                opener.helpers.append(child)
                 fds["probe"] = [probe.detach()]
+            if job.resize_bytes:
+                child, resizer = self.children.start_probe(self.open_log, entry=RESIZER_ENTRY, title="imgresize")
+                opener.helpers.append(child)
+                fds["resizer"] = [resizer.detach()]
             if job.given:
                 assert opening.given is not None
                 fds["client"] = [self.core.clients.courier(opening.given.client)]
@@ -304,17 +325,16 @@ class Openings:
         self._ended.setdefault(opener.user, []).append((opener.child, time.monotonic()))
         if opener.deadline is not None:
             opener.deadline.cancel()
-        for child in (opener.child, opener.probe):
-            if child is not None:
-                child.kill()
+        for child in (opener.child, *opener.helpers):
+            child.kill()
         for delay_s in (SOON_S, AGAIN_S):
             self.loop.call_later(delay_s, self.children.bury)
         self.loop.call_later(AGAIN_S if opener is self.reserve else RESERVE_DELAY_S, self._fill_reserve)
 
     def _over(self, opening: Opening) -> None:
         """An opening is over: the next one may begin."""
-        if self.by_vm.get(opening.vm) is opening:
-            del self.by_vm[opening.vm]
+        if self.by_key.get(opening.key) is opening:
+            del self.by_key[opening.key]
         if opening in self.waiting:
             self.waiting.remove(opening)
         self.loop.call_later(0, self._begin)
@@ -328,13 +348,13 @@ class Openings:
 
     def _fail(self, opening: Opening, error: VmdError) -> None:
         """There will be no files; and nobody waits for the openers."""
-        if self.by_vm.get(opening.vm) is opening:
+        if self.by_key.get(opening.key) is opening:
             self._drop(opening)
             opening.on_failed(error)
 
-    def give_up(self, vm: "Vm") -> bool:
-        """Nobody wants the files of a VM any more; return whether they were being opened."""
-        opening = self.by_vm.get(vm)
+    def give_up(self, key: object) -> bool:
+        """Nobody wants the files of a VM, or of a change, any more; return whether they were being opened."""
+        opening = self.by_key.get(key)
         if opening is not None:
             self._drop(opening)
         return opening is not None
@@ -410,7 +430,8 @@ class Openings:
         def fail(holder: "Holder | None") -> None:
             error = in_use
             if holder is None or self.children.are_ours(Caller(uid=holder.uid, gid=holder.uid, pid=holder.pid)):
-                error = self.core.vms.holder(in_use, opening.vm)
+                # To a change its own VM is like any other.
+                error = self.core.vms.holder(in_use, opening.vm if opening.key is opening.vm else None)
             if error is in_use and holder is not None:
                 error = in_use.held_by(in_words(holder, opening.user))
             self._fail(opening, error)

@@ -74,7 +74,7 @@ def differences(old: VmConfig, new: VmConfig) -> list[str]:
     )
     if len(unnamed) == len(new.nics) == len(old.nics):
         old = old.replace(nics=unnamed)
-    ignored = ("origin", "given")
+    ignored = ("origin", "given", "drive", "rights")  # these two follow from the disc, or are told with it
     return [
         field.removesuffix("_bytes")
         for field in VmConfig.fields

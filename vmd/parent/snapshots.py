@@ -148,6 +148,7 @@ class Snapshots:
             raise OperatorError(errno.EINVAL, "a list has no tag, and everything else has one")
         if vm.alive:
             vm.require_pausable()
+        vm.require_unchanging()
         if not (vm.disks if vm.alive else vm.config.disks):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
         if any(job.vm is vm for job in self.at_work):

@@ -95,6 +95,13 @@ class Receiving:
         self.failure = ""  # why it was given up
 
 
+class Change:
+    """Something of a VM that is changed: its disk, or what its drive has."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what  # such as disk0
+
+
 class Vm:
     """One VM; owned by the table.
 
@@ -141,6 +148,7 @@ class Vm:
         self.revive: Callable[[], None] | None = None  # what is done instead when its process has ended
         self.sent: VmSent | None = None  # what is told when the VM is gone
         self.receiving: Receiving | None = None
+        self.changing: Change | None = None
         self.console_user = ""  # who has the console, if somebody has
         self.disk_work = ""  # why it cannot be started, as long as somebody else has its disks
         self.once_because = ""  # why it ends where others reboot
@@ -183,6 +191,7 @@ class Vm:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is {state}")
         if self.disk_work:
             raise OperatorError(errno.EBUSY, f"vm {self.name}: {self.disk_work}")
+        self.require_unchanging()
 
     def begin_disk_work(self, what: str) -> None:
         """Keep the VM from being started.  Raises OperatorError if it runs, or its disks are worked on already."""
@@ -197,6 +206,25 @@ class Vm:
         """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
         if not may_control(caller, self.uid, self.config.owner.gid):
             raise not_allowed(caller, f"{what} vm {self.name}", self.uid, self.config.owner.gid)
+
+    def require_unchanging(self) -> None:
+        """Raise OperatorError if a change of it is under way."""
+        if self.changing is not None:
+            raise OperatorError(errno.EBUSY, f"vm {self.name}: {self.changing.what} is being changed")
+
+    def begin_change(self, change: Change) -> None:
+        """Begin to change something of a VM that is stopped, runs or is paused, and of which nothing else is changed.
+
+        Raises OperatorError.
+        """
+        self.require_unchanging()
+        if self._state not in (State.STOPPED, State.RUNNING, State.PAUSED):
+            raise OperatorError(errno.EBUSY, f"vm {self.name} is {self._state.value}")
+        if self.receiving is not None:
+            raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
+        if self.disk_work:
+            raise OperatorError(errno.EBUSY, f"vm {self.name}: {self.disk_work}")
+        self.changing = change
 
     def enqueue(self) -> None:
         """STOPPED -> WAITING."""
@@ -238,6 +266,7 @@ class Vm:
         assert self.alive
         self._enter(State.STOPPED)
         self.pid = 0
+        self.changing = None
 
     def require_pausable(self) -> None:
         """Raise OperatorError unless the guest executes, or is paused."""
@@ -260,6 +289,7 @@ class Vm:
         self.require_pausable()
         if self.receiving is not None:
             raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
+        self.require_unchanging()
         self.sending = Sending(keep=keep, state=self._state, carried=carried)
         self._enter(state)
 
@@ -342,6 +372,7 @@ class Vm:
         self.uid = self.config.owner.uid
         self.once_because = ""
         self.running_config = None
+        self.changing = None
 
     def nics(self) -> "Iterator[NicConfig]":
         """Return every interface that it has, or is to have."""
@@ -550,8 +581,8 @@ class VmTable:
         vm = self.find(0, name)
         return vm.config if vm and not vm.resetting else None
 
-    def holder(self, error: InUse, vm: Vm) -> InUse:
-        """Return why a VM cannot have a file: with the other VM that has it, if it is one of ours."""
+    def holder(self, error: InUse, vm: Vm | None) -> InUse:
+        """Return why a VM cannot have a file: with the VM other than `vm` that has it, if it is one of ours."""
         for other in self:
             if other is not vm and other.alive and error.file.key in other.files.values():
                 return error.held_by(f"vm {other.name}")

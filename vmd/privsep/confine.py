@@ -77,6 +77,7 @@ SPAWN = frozenset({
 BLOCK = frozenset({
     "preadv", "preadv2", "pwritev", "pwritev2", "pread64", "pwrite64",  # CPython's os.preadv is preadv2
     "fsync", "fdatasync", "fallocate", "fadvise64",                     # flush, discard
+    "ftruncate",                                                        # a disk that becomes larger
 })  # fmt: skip
 LIMITS = frozenset({"prlimit64"})  # of its own, and only to lower them: memory, once the guest's is known
 NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
@@ -127,6 +128,7 @@ IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_fi
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
+IMGRESIZE = IMGPROBE.replace(syscalls=BASE | CHANNEL | BLOCK)
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 LOCKHOLDER = IMGPROBE.replace(
     syscalls=BASE | CHANNEL | {"openat+reading", "getdents64"},

@@ -1,6 +1,7 @@
 """A device process as its VM sees it: started, asked, believed only within limits, ended."""
 
 import array
+import errno
 import mmap
 import os
 import select
@@ -97,6 +98,7 @@ class DeviceProcess:
         self._on_needs_reset: Callable[[str, int], None] = lambda text, _life: log.warn(text)
         self._on_config: Callable[[bytes], object] = len
         self._on_ask_resolvers: Callable[[], None] = lambda: None
+        self._on_changed: Callable[[int, str], None] | None = None  # while RESIZE or DISC is not answered
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
         fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_INTERRUPTS: self.interrupts.fd}
@@ -183,16 +185,21 @@ class DeviceProcess:
         answer = self.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, offset, len(data)) + data)
         return self._ready(answer)[1]
 
-    def export(self) -> list[tuple[int, int]]:
-        """Return (next avail, next used) of each queue of a device that stands still."""
+    def export(self) -> tuple[list[tuple[int, int]], bytes]:
+        """Return (next avail, next used) of each queue of a device that stands still, and what it keeps besides."""
         answer = self.ask(devmsg.TYPE.pack(devmsg.EXPORT))
         if len(answer) < devmsg.EXPORT_HEAD.size:
             raise PeerError(self.title, "EXPORT is too short", answer)
         count = devmsg.EXPORT_HEAD.unpack_from(answer)[1]
-        rows = answer[devmsg.EXPORT_HEAD.size :]
-        if count > len(self.kicks) or len(rows) != count * devmsg.QUEUE.size:
+        length = count * devmsg.QUEUE.size
+        rows, own = answer[devmsg.EXPORT_HEAD.size :][:length], answer[devmsg.EXPORT_HEAD.size + length :]
+        if count > len(self.kicks) or len(rows) != length or len(own) > devmsg.OWN_MAX:
             raise PeerError(self.title, f"EXPORT of {count} queues in {len(answer)} bytes", answer)
-        return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)]
+        return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)], own
+
+    def restore(self, own: bytes) -> bool:
+        """Give a device what its like has kept besides its rings."""
+        return self._status(self.ask(devmsg.TYPE.pack(devmsg.RESTORE) + own))
 
     def settle(self) -> int:
         """Of a disk: bring it to stable storage, and return how far that is, devmsg.SETTLED_*."""
@@ -296,6 +303,27 @@ class DeviceProcess:
         dns4, dns6 = (b"".join(each[: devmsg.DNS_MAX]) for each in servers)
         self._tell(devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, dns4, dns6))
 
+    def resize(self, size: int, then: "Callable[[int, str], None]") -> None:
+        """Have a disk become larger.  `then` is called once: with 0, or an errno and why it has not."""
+        self._change(devmsg.RESIZE_BODY.pack(devmsg.RESIZE, size), (), then)
+
+    def change_disc(self, fd: int | None, name: str, then: "Callable[[int, str], None]", *, force: bool) -> None:
+        """Give a drive another disc, which stays the caller's, or none; `then` as for `resize`."""
+        head = devmsg.DISC_HEAD.pack(devmsg.DISC, devmsg.DISC_FORCE if force else 0)
+        self._change(head + name.encode("utf-8", "surrogateescape"), () if fd is None else (fd,), then)
+
+    def _change(self, packet: bytes, fds: "Sequence[int]", then: "Callable[[int, str], None]") -> None:
+        if self._on_changed is not None:
+            then(errno.EBUSY, "another change is under way")
+            return
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self._async.sendmsg([packet], rights)
+        except OSError as error:
+            then(error.errno or errno.EIO, sentence(error))
+        else:
+            self._on_changed = then
+
     def shut_down(self) -> None:
         """Ask for the end; `reap` waits for it."""
         self._tell(devmsg.TYPE.pack(devmsg.SHUTDOWN))
@@ -357,6 +385,9 @@ class DeviceProcess:
                 self._on_needs_reset(packet[devmsg.NEEDS_RESET_HEAD.size :].decode(errors="replace")[:200], life)
             case devmsg.CONFIG_CHANGED:
                 self._on_config(self._ready(packet)[1])
+            case devmsg.CHANGED if self._on_changed is not None:
+                then, self._on_changed = self._on_changed, None
+                then(*self._error(packet))
             case devmsg.TROUBLES:
                 self._take_troubles(packet[devmsg.TYPE.size :])
             case devmsg.ASK_RESOLVERS if self.kind is INTERFACE:
@@ -395,6 +426,7 @@ class DeviceProcess:
         return features, config
 
     def _error(self, packet: bytes) -> tuple[int, str]:
+        """Return errno and sentence of ERROR or CHANGED, which look the same."""
         if len(packet) < devmsg.ERROR_HEAD.size:
             raise PeerError(self.title, "ERROR is too short", packet)
         number: int = devmsg.ERROR_HEAD.unpack_from(packet)[1]

@@ -31,28 +31,28 @@ def fetch_files(envelope: "Envelope") -> None:
                 envelope.fds.setdefault(name, []).extend(fds)
 
 
-def fetch_stream(loop: "Loop", fd: int, then: "Callable[[int | None], None]") -> None:
-    """Ask for a stream, and call `then` with it, or with None if it does not come; the courier `fd` is ours.
+def fetch_one(loop: "Loop", fd: int, name: str, then: "Callable[[int | None], None]") -> None:
+    """Ask for one file, and call `then` with it, or with None if it does not come; the courier `fd` is ours.
 
     Others are served meanwhile: it is a client's process that has to give it away.
     """
     sock = socket.socket(fileno=fd)
 
-    def over(stream: int | None) -> None:
+    def over(file: int | None) -> None:
         late.cancel()
         loop.remove(fd)
         sock.close()
-        then(stream)
+        then(file)
 
     def on_ready(_events: int) -> None:
         try:
             files = courier.take(sock)
         except (OSError, ValueError):
             files = {}
-        fds = files.pop("stream", [])
-        stream = fds.pop(0) if fds else None
+        fds = files.pop(name, [])
+        file = fds.pop(0) if fds else None
         close_all((*fds, *(each for others in files.values() for each in others)))
-        over(stream)
+        over(file)
 
     late = loop.call_later(courier.PATIENCE_S, lambda: over(None))
     loop.add(fd, on_ready)
@@ -60,3 +60,8 @@ def fetch_stream(loop: "Loop", fd: int, then: "Callable[[int | None], None]") ->
         courier.ask(sock)
     except OSError:
         return  # its other end is closed, which `on_ready` finds out
+
+
+def fetch_stream(loop: "Loop", fd: int, then: "Callable[[int | None], None]") -> None:
+    """Ask for a stream."""
+    fetch_one(loop, fd, "stream", then)

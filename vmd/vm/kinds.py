@@ -85,9 +85,11 @@ def disks(given: Given) -> "Iterator[dict[str, Any]]":
 
 
 def cdrom(given: Given) -> "Iterator[dict[str, Any]]":
-    """The drive is there if a disc is."""
+    """The drive is there if a disc is, or was."""
     if given.cdrom_fd is not None:
         yield {"fds": (given.cdrom_fd,), "notes": (0,), "names": (given.config.cdrom,)}
+    elif given.config.drive:
+        yield {}
 
 
 def net_fields(nic: "NicLink") -> bytes:
@@ -174,7 +176,7 @@ CDROM = Kind(
     device_type=8,
     legacy_id=0x1004,
     class_code=0x010000,
-    count=lambda config: int(bool(config.cdrom)),
+    count=lambda config: int(bool(config.cdrom) or config.drive),
     resources=cdrom,
 )
 

@@ -22,6 +22,7 @@ from vmd.ipc.messages import (
     AskDevices,
     AskResolvers,
     CancelTransfer,
+    ChangeDisc,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
@@ -39,6 +40,7 @@ from vmd.ipc.messages import (
     Quit,
     ReceiveMemory,
     ReceiveVm,
+    ResizeDisk,
     Resolvers,
     ResumeReceived,
     SendBreak,
@@ -64,7 +66,7 @@ from vmd.log import log
 from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
-from vmd.vm import vmmci
+from vmd.vm import changes, vmmci
 from vmd.vm.arrival import Arrival
 from vmd.vm.build import FromImages, build
 from vmd.vm.clockwatch import ClockWatch
@@ -429,6 +431,18 @@ class VmProcess(Process):
             return
         self.begin(source, message.config, slots, paused=message.paused)
 
+    # --- devices that change -----------------------------------------------------------------------------------
+
+    def on_resize_disk(self, message: ResizeDisk, _envelope: Envelope, channel: Channel) -> None:
+        """Make a disk larger."""
+        if self.pause is not None and not self.life.is_in(State.ENDED):  # else how the VM ends is the answer
+            changes.resize(self.pause.machine, message, channel)
+
+    def on_change_disc(self, message: ChangeDisc, envelope: Envelope, channel: Channel) -> None:
+        """Change the disc."""
+        if self.pause is not None and not self.life.is_in(State.ENDED):
+            changes.change_disc(self.pause.machine, message, envelope.take_fd("courier"), channel)
+
     # --- the console, and the rest -----------------------------------------------------------------------------
 
     def open_console(self, envelope: Envelope) -> None:
@@ -522,6 +536,8 @@ class VmProcess(Process):
         **handles(Proc.VMM, ReceiveVm, on_receive_vm),
         **handles(Proc.VMM, ReceiveMemory, on_receive_memory),
         **handles(Proc.VMM, ResumeReceived, on_resume_received),
+        **handles(Proc.VMM, ResizeDisk, on_resize_disk),
+        **handles(Proc.VMM, ChangeDisc, on_change_disc),
         **handles(Proc.VMM, ConsoleSnapshot, on_console_snapshot),
         **handles(Proc.VMM, SendBreak, on_send_break),
         **handles(Proc.VMM, AskDevices, on_ask_devices),

@@ -26,7 +26,7 @@ import os
 
 from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
-from vmd.ipc.devmsg import PAUSE, RESET
+from vmd.ipc.devmsg import OWN_MAX, PAUSE, RESET
 from vmd.log import RateLimit, log
 from vmd.record import Part, Record
 from vmd.virtio import spec
@@ -110,6 +110,7 @@ class VirtioState(Part):
     config: bytes
     config_pending: bool
     config_called: bool
+    own: bytes = b""  # what its process keeps besides its rings
     queues: tuple[QueueState, ...]
     addresses: bytes = b""  # that the guest of an interface has told its neighbours, devmsg.ANNOUNCED each
 
@@ -419,7 +420,7 @@ class VirtioFunction(PciFunction):
         """Return the state of a device that stands still.  Raises PeerError."""
         with self.lock:
             registers = self.transport
-            indices = self.process.export() if registers.active else []
+            indices, own = self.process.export() if registers.active else ([], b"")
             indices += [(0, 0)] * (len(registers.queues) - len(indices))
             queues = tuple(
                 QueueState(
@@ -439,6 +440,7 @@ class VirtioFunction(PciFunction):
                 config=registers.config,
                 config_pending=self.config_pending,
                 config_called=readable(self.config_call),
+                own=own,
                 queues=queues,
                 addresses=self.process.addresses() if self.process.kind is INTERFACE else b"",
             )
@@ -452,6 +454,8 @@ class VirtioFunction(PciFunction):
             raise ValueError(f"another {name} than this machine has")
         if not are_addresses(state.addresses):
             raise ValueError(f"addresses of {name} that no guest has")
+        if len(state.own) > OWN_MAX:
+            raise ValueError(f"{len(state.own)} bytes besides the rings of {name}")
         _check_widths(state, REGISTERS)
         for queue, saved in zip(queues, state.queues, strict=True):
             _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
@@ -495,6 +499,8 @@ class VirtioFunction(PciFunction):
                 self._place_notifications()
                 if not usable:
                     registers.needs_reset()
+                if state.own:
+                    self.process.restore(state.own)
             for number, queue in enumerate(state.queues):
                 if queue.unseen:
                     self.process.interrupts.restore_pending(number)

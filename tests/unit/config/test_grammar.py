@@ -419,6 +419,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         "sev": True,
         "sev_es": True,
         "fault": "",
+        "drive": False,
         "origin": f"{conf.path}:1",
         "plan_id": 0,
         "plan_prefix4": None,

@@ -102,6 +102,9 @@ class MemoryDisk:
         """Data everywhere."""
         return True, DISK - offset
 
+    def grow(self, size: int) -> None:
+        """Nobody asks."""
+
     def content(self) -> bytes:
         """Return all of it."""
         return bytes(self.bytes)
@@ -186,6 +189,12 @@ class Services:
         """Nothing stays behind."""
 
     def report(self, *troubles: str) -> None:
+        """Nobody asks."""
+
+    def tell_config(self) -> None:
+        """Nobody asks."""
+
+    def changed(self, error: OSError | None = None) -> None:
         """Nobody asks."""
 
 

@@ -57,8 +57,10 @@ ANSWERS = {
     ),
     "sessions": ("43000100000000000000", bytes.fromhex("000a0101") + TOC_TRACK, 7, 2),
     "sessions, as Linux asks": ("43000000000000000040", bytes.fromhex("000a0101") + TOC_TRACK, 7, 2),
-    "events": ("4a010000040000000000", bytes.fromhex("0006020400020000"), 7, 2),
-    "events of another class": ("4a010000100000000000", bytes.fromhex("00028004"), 7, 2),
+    "events": ("4a010000040000000000", bytes.fromhex("0006021400020000"), 7, 2),
+    "events of the disc": ("4a010000100000000000", bytes.fromhex("0006041400020000"), 7, 2),
+    "events of both": ("4a010000140000000000", bytes.fromhex("0006021400020000"), 7, 2),
+    "events of another class": ("4a010000400000000000", bytes.fromhex("00028014"), 7, 2),
     "configuration": ("46000000000000000000", CONFIGURATION, 7, 2),
     "configuration from core, current": (
         "46010001000000000000", bytes.fromhex("0000002c0000ffff") + CONFIGURATION[16:], 7, 2,
@@ -217,6 +219,74 @@ def test_lock_follows_what_was_asked() -> None:
         states.append(one.execute(bytes.fromhex("4a010000040000000800")).data[5])
 
     assert states == [1, 1, 2, 2]
+
+
+DISC_EVENT = bytes.fromhex("4a010000100000000800")
+BOTH_EVENTS = bytes.fromhex("4a010000140000000800")
+READY = bytes(6)
+REQUEST_SENSE = bytes.fromhex("030000001200")
+
+
+def test_another_disc_is_told_once_whichever_way_a_driver_looks() -> None:
+    """As unit attention for the first command that may fail, and as an event of the media class before all others."""
+    one = drive()
+    one.change(3 * BLOCK)
+
+    for harmless in ("120000002400", "46000000000000000800", "a00000000000000000100000"):
+        assert one.execute(bytes.fromhex(harmless)).status == GOOD
+    assert one.execute(BOTH_EVENTS).data == bytes.fromhex("0006041402020000")
+    assert one.execute(BOTH_EVENTS).data == bytes.fromhex("0006021400020000")
+    assert one.execute(DISC_EVENT).data == bytes.fromhex("0006041400020000")
+    assert refusal(one.execute(bytes.fromhex("25000000000000000000"))) == (6, 0x28)
+    assert one.execute(READY).status == GOOD
+    assert one.execute(bytes.fromhex("25000000000000000000")).data == bytes.fromhex("0000000200000800")
+
+
+def test_request_sense_takes_the_attention() -> None:
+    """A driver that asks gets it as data."""
+    one = drive()
+    one.change(3 * BLOCK)
+
+    assert one.execute(REQUEST_SENSE).data[2:13] == bytes.fromhex("06 00000000 0a 00000000 28")
+    assert one.execute(READY).status == GOOD
+
+
+def test_no_disc_is_not_ready_at_once() -> None:
+    """Even if nobody has heard of the one before; an empty drive is not asked to be looked at."""
+    one = drive()
+    one.change(3 * BLOCK)
+    one.change(None)
+
+    assert refusal(one.execute(READY)) == (2, 0x3A)
+    assert refusal(one.execute(bytes.fromhex("28000000000000000100"))) == (2, 0x3A)
+    assert one.execute(DISC_EVENT).data == bytes.fromhex("0006041403000000")
+    assert one.execute(DISC_EVENT).data == bytes.fromhex("0006041400000000")
+
+
+def test_a_wish_to_eject_is_an_event() -> None:
+    """The disc stays, and so does the lock."""
+    one = drive()
+    one.execute(bytes((0x1E, 0, 0, 0, 1, 0)))
+    one.ask_to_eject()
+
+    assert one.execute(DISC_EVENT).data == bytes.fromhex("0006041401020000")
+    assert one.locked
+    assert one.execute(READY).status == GOOD
+
+
+@given(state=st.binary(max_size=8))
+def test_what_a_driver_has_not_heard_goes_along(state: bytes) -> None:
+    """From drive to drive; nonsense, or what a later version says, is no error."""
+    one, other, third = drive(), drive(), drive()
+    one.execute(bytes((0x1E, 0, 0, 0, 1, 0)))
+    one.change(3 * BLOCK)
+    other.restore(one.state())
+    third.restore(state)
+
+    for each in (other, third):
+        assert len(each.execute(DISC_EVENT).data) == 8
+    assert refusal(other.execute(READY)) == (6, 0x28)
+    assert other.state() == bytes(3)
 
 
 @given(

@@ -105,7 +105,7 @@ def test_who_may_ask_what() -> None:
         Who.EVERYBODY: {"ListRequest", "SwitchesRequest", "NicsRequest"},
         Who.OWNER: {
             "StartRequest", "StopRequest", "WaitRequest", "PauseRequest", "ConsoleRequest", "ConsoleBreak",
-            "ConsoleWatch", "SnapshotRequest",
+            "ConsoleWatch", "SnapshotRequest", "ResizeRequest", "DiscRequest",
         },
         Who.ROOT: {
             "LoadRequest", "ReloadRequest", "ResetRequest", "LogRequest", "SendRequest", "ReceiveRequest",

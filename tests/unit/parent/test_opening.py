@@ -198,7 +198,7 @@ def room() -> Iterator[Room]:
     yield made
     for opened in made.opened.values():
         opened.close()
-    for vm in list(made.openings.by_vm):
+    for vm in list(made.openings.by_key):
         made.openings.give_up(vm)
     if made.openings.probe is not None:
         made.openings.probe[1].close()

@@ -167,7 +167,7 @@ def test_the_way_of_a_start() -> None:
 
 NEEDED: dict[str, Any] = {
     "path": "/conf", "vms": True, "switches": True, "verbosity": 0, "paused": True, "name": "a",
-    "step": Step.DONE,
+    "step": Step.DONE, "disk": "0", "size_bytes": 512,
 }  # fmt: skip
 
 

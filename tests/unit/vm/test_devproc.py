@@ -1,9 +1,11 @@
 """A device process that lies, as its VM takes it (hostile-input 57); the other ends of its channels are the test's."""
 
+import errno
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
 
@@ -353,6 +355,39 @@ def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: 
     assert (ears.asked, ears.failures) == ([True], [])
     assert impostor.informs.recv(200) == devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, b"aaaabbbb", b"")
     assert impostor.informs.recv(200) == devmsg.TYPE.pack(devmsg.SAME_RESOLVERS)
+
+
+def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, ears: Ears, tmp_path: Path) -> None:
+    """One at a time; a disc's descriptor goes along, and stays the caller's."""
+    answers: list[tuple[int, str]] = []
+
+    def note(number: int, text: str) -> None:
+        answers.append((number, text))
+
+    running.resize(1 << 40, note)
+    running.resize(1 << 41, note)
+    assert answers == [(errno.EBUSY, "another change is under way")]
+    assert impostor.informs.recv(200) == devmsg.RESIZE_BODY.pack(devmsg.RESIZE, 1 << 40)
+    impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, errno.ENOSPC) + b"no room")
+    ears.listen()
+    assert answers[1:] == [(errno.ENOSPC, "no room")]
+
+    (tmp_path / "disc").write_bytes(b"d")
+    fd = os.open(tmp_path / "disc", os.O_RDONLY)
+    running.change_disc(fd, "/disc", note, force=True)
+    os.close(fd)
+    packet, fds, _, _ = socket.recv_fds(impostor.informs, 200, 4)
+    assert packet == devmsg.DISC_HEAD.pack(devmsg.DISC, devmsg.DISC_FORCE) + b"/disc"
+    assert [os.read(each, 9) for each in fds] == [b"d"]
+    os.close(fds[0])
+    impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
+    ears.listen()
+    assert answers[2:] == [(0, "")]
+    assert ears.failures == []
+
+    impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
+    ears.listen()
+    assert [f"unexpected message {devmsg.CHANGED}" in text for text in ears.failures] == [True]
 
 
 def troubles(*texts: bytes) -> bytes:

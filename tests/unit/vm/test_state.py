@@ -430,7 +430,7 @@ def test_a_state_fits_its_limit() -> None:
 
 def test_eventfds_are_left_as_they_were(device: Device) -> None:
     """Saving looks at them and takes nothing."""
-    device.process.export = lambda: [(1, 1), (2, 2)]
+    device.process.export = lambda: ([(1, 1), (2, 2)], b"")
     device.start()
     device.function.detach_interrupts()
     os.eventfd_write(device.process.calls[1], 1)
@@ -440,3 +440,16 @@ def test_eventfds_are_left_as_they_were(device: Device) -> None:
     assert [each.called for each in theirs.queues] == [False, True]
     assert [(each.next_avail, each.next_used) for each in theirs.queues] == [(1, 1), (2, 2)]
     assert os.eventfd_read(device.process.calls[1]) == 1
+
+
+def test_what_a_device_keeps_besides_its_rings(device: Device) -> None:
+    """Goes along as it is, and is not longer than a device's process takes."""
+    device.process.export = lambda: ([(0, 0), (0, 0)], b"own")
+    device.start()
+
+    theirs = device.function.save()
+
+    assert theirs.own == b"own"
+    device.function.check_registers(theirs, 0)
+    with pytest.raises(ValueError, match="65 bytes besides the rings of vioblk0"):
+        device.function.check_registers(theirs.replace(own=bytes(65)), 0)

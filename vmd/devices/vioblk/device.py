@@ -52,6 +52,12 @@ if TYPE_CHECKING:
         def report(self, *troubles: str) -> None:
             """Tell the VM what is wrong now."""
 
+        def tell_config(self) -> None:
+            """Tell the VM what the configuration is now."""
+
+        def changed(self, error: OSError | None = None) -> None:
+            """Tell the VM that the size has changed, or why it has not."""
+
 
 QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
@@ -150,12 +156,14 @@ class Vioblk:
         self.settling: int | None = None  # while a flush of our own is in flight: `pauses` when it began
         self.settled = (0, False)  # `pauses` when the last one began, and whether it succeeded
         self.workers_until_s = 0.0
+        self.grown: list[OSError | None] = []  # how it went, appended to by a worker
         self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
+        self.flush_trouble = ""
         services.watch(workers.done, self.on_done)
         if image.remark:
-            services.report(image.remark)
+            self._report()
 
     # --- configuration ---------------------------------------------------------------------------------------
 
@@ -233,6 +241,32 @@ class Vioblk:
         """Have the next `settle` flush, though we need not have stood still since the last one."""
         self.pauses += 1
 
+    # --- size ------------------------------------------------------------------------------------------------
+
+    def resize(self, size: int) -> None:
+        """Become larger, on a worker: it has to be so on stable storage before the guest hears of it."""
+        self.workers.submit(lambda: self._grow(size))
+
+    def _grow(self, size: int) -> None:
+        """Make the image larger; on a worker's thread."""
+        failure: OSError | None = None
+        try:
+            self.image.grow(size)
+        except OSError as error:
+            failure = error
+        except BaseException as error:  # raised again where it ends the process
+            self.trouble = error
+        self.grown.append(failure)
+
+    def _note_size(self, failure: OSError | None) -> None:
+        """Let the guest have what is new, or say why there is nothing."""
+        if failure is None:
+            self.size = self.limits.size = self.image.size // spec.SECTOR * spec.SECTOR
+            self.space[CAPACITY : CAPACITY + 8] = (self.size // spec.SECTOR).to_bytes(8, "little")
+            self.services.tell_config()
+            self._report()
+        self.services.changed(failure)
+
     # --- life --------------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "list[Queue | None]") -> None:
@@ -297,14 +331,18 @@ class Vioblk:
         if state == self.flushing:
             return
         self.flushing = state
-        troubles = [self.image.remark] if self.image.remark else []
         if failure is None:
+            self.flush_trouble = ""
             log.warn(self._named("flush works again, and nothing was lost"))
         else:
             text = failure.strerror or str(failure)
             log.error(f"flush fails: {self._named(text)}")
-            troubles.insert(0, f"flush fails: {text.removeprefix(f'{self.image.path}: ')}")
-        self.services.report(*troubles)
+            self.flush_trouble = f"flush fails: {text.removeprefix(f'{self.image.path}: ')}"
+        self._report()
+
+    def _report(self) -> None:
+        """Say what is wrong now."""
+        self.services.report(*(text for text in (self.flush_trouble, self.image.remark) if text))
 
     # --- the ring ------------------------------------------------------------------------------------------------
 
@@ -578,6 +616,8 @@ class Vioblk:
         """Give back what workers have finished."""
         if self.trouble is not None:
             raise self.trouble
+        while self.grown:
+            self._note_size(self.grown.pop(0))
         # Workers append while we look; what comes after the exchange is found in the new list's turn.
         count = len(self.finished)
         batch, self.finished[:count] = self.finished[:count], []

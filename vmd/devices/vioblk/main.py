@@ -75,6 +75,11 @@ class VioblkProcess(Process):
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.SIGN, self.device.hand_over.sign())
 
+    def on_resize(self, packet: bytes) -> None:
+        """Make the disk larger; CHANGED says how that went."""
+        self.device.resize(exact(devmsg.RESIZE_BODY, packet)[1])
+
+    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize}
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,

@@ -106,6 +106,24 @@ class Vioscsi:
             self.sense_size, self.cdb_size = SENSE_SIZE, CDB_SIZE
             self.drive.locked = False
 
+    def change(self, fd: int | None, *, force: bool) -> None:
+        """Have another disc, or none; `fd` is ours from here on.  Raises OSError, and then the disc is the one before.
+
+        A drive that the guest has locked, as it does while a disc is mounted, keeps its disc unless `force` is given.
+        """
+        try:
+            if self.drive.locked and not force:
+                self.drive.ask_to_eject()
+                raise OSError(errno.EBUSY, "the guest has locked the drive, as it does while it uses a disc")
+            size = None if fd is None else os.lseek(fd, 0, os.SEEK_END)
+        except OSError:
+            if fd is not None:
+                os.close(fd)
+            raise
+        self.close()
+        self.fd, self.size = fd, size or 0
+        self.drive.change(size)
+
     def close(self) -> None:
         """Let go of the disc."""
         if self.fd is not None:

@@ -5,19 +5,58 @@ Peers    its VM process
 Holds    guest memory, three queues' eventfds, and the disc, read-only, if there is one
 """
 
+import errno
+import os
+
 from vmd.devices import process
+from vmd.devices.process import Process, receive_files, unpack
 from vmd.devices.vioscsi.device import Vioscsi
 from vmd.errors import PeerError
+from vmd.ipc import devmsg
 from vmd.privsep.confine import VIOSCSI
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vmd.devices.process import Process
+
+class VioscsiProcess(Process):
+    """A process that is given other discs."""
+
+    device: Vioscsi
+    disc: "list[int]"  # what came with the message that is served
+
+    def on_inform(self) -> None:
+        """Take a message of the async channel, and a disc that comes with it."""
+        packet, self.disc = receive_files(self.informs, 1)
+        self.take_inform(packet)
+
+    def on_disc(self, packet: bytes) -> None:
+        """Change the disc; CHANGED says how that went."""
+        force = bool(unpack(devmsg.DISC_HEAD, packet)[1] & devmsg.DISC_FORCE)
+        fd = self.disc.pop() if self.disc else None
+        try:
+            if fd is None and packet[devmsg.DISC_HEAD.size :]:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self.device.change(fd, force=force)
+        except OSError as error:
+            self.changed(error)
+        else:
+            self.changed()
+
+    def on_export(self, packet: bytes) -> bytes:
+        """Give away besides what the drive has to tell."""
+        return super().on_export(packet) + self.device.drive.state()
+
+    def on_restore(self, packet: bytes) -> bytes:
+        """Be as another drive was."""
+        unpack(devmsg.TYPE, packet)
+        self.device.drive.restore(packet[devmsg.TYPE.size :])
+        return devmsg.STATUS.pack(devmsg.RESTORE, 0)
+
+    INFORMS = Process.INFORMS | {devmsg.DISC: on_disc}
+    QUESTIONS = Process.QUESTIONS | {devmsg.EXPORT: on_export, devmsg.RESTORE: on_restore}
 
 
 def main() -> int:
     """Run the process."""
-    return process.main(VIOSCSI, make)
+    return process.main(VIOSCSI, make, VioscsiProcess)
 
 
 def make(services: "Process") -> Vioscsi:

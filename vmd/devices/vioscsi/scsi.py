@@ -24,6 +24,7 @@ NO_MEDIUM = (0x2, 0x3A)
 READ_ERROR = (0x3, 0x3A)
 BAD_OPCODE = (0x5, 0x20)
 OUT_OF_RANGE = (0x5, 0x21)
+MEDIUM_CHANGED = (0x6, 0x28)  # unit attention: not ready to ready change, the medium may be another one
 BAD_FIELD = (0x5, 0x24)
 
 SENSE = Struct(">BxB4xB4xBB")  # 70h: current error, fixed format; key; bytes that follow; code, qualifier
@@ -36,7 +37,7 @@ CAPACITY_16 = Struct(">QI20x")
 TOC_HEAD = Struct(">HBB")  # length of what follows, first and last track
 TOC_ROW = Struct(">xBBxI")  # ADR and control, track, address
 EVENT_HEAD = Struct(">HBB")  # length of what follows, class, classes there are
-POWER_EVENT = Struct(">BB2x")  # event, status
+EVENT = Struct(">BB2x")  # event, status
 FEATURES_HEAD = Struct(">I2xH")  # length of what follows, profile
 FEATURE = Struct(">HBB")  # code, version and "current", length of what follows
 
@@ -45,8 +46,11 @@ LEAD_OUT = 0xAA
 MSF_LAST = 255 * 60 * 75 + 59 * 75 + 74  # what fits the three bytes
 
 NO_EVENT_AVAILABLE = 0x80
-POWER_CLASS = 2
+POWER_CLASS, MEDIA_CLASS = 2, 4
+CLASSES = 1 << POWER_CLASS | 1 << MEDIA_CLASS
 POWER_ACTIVE, POWER_IDLE = 1, 2
+NO_CHANGE, EJECT_REQUEST, NEW_MEDIA, MEDIA_REMOVAL = range(4)
+MEDIA_PRESENT = 2
 
 READ_CAPACITY_16 = 0x10  # service action of 9Eh
 PROFILE_NON_CONFORMING = 0xFFFF
@@ -64,6 +68,9 @@ INQUIRY_DATA = (
 )  # fmt: skip
 
 MEDIUM_TYPE = 0x70
+# Commands that are carried out though there is something to say (SPC-3, 5.8; MMC-5, 6.7): what drives are asked first.
+NO_ATTENTION = (0x03, 0x12, 0x46, 0x4A, 0xA0)
+
 MODE_PAGES = {
     0x01: bytes((0x01, 10, 0, 5)) + bytes(8),  # read error recovery: five retries
     0x2A: bytes((0x2A, 30, 0x08)) + bytes(7) + bytes((0, 2)) + bytes(20),  # reads DVD-ROM; two volume levels
@@ -112,12 +119,28 @@ class Drive:
     def __init__(self, size_bytes: int | None) -> None:
         self.blocks = -(-(size_bytes or 0) // BLOCK)
         self.locked = False
+        self.attention = False  # the next command that may fail so says that the disc is another one
+        self.event = NO_CHANGE  # what of the media class has happened and has not been told
+
+    def change(self, size_bytes: int | None) -> None:
+        """Have another disc, or none; drivers hear of it by whichever way they look (SPC-3, 6.5; MMC-5, 6.7)."""
+        self.blocks = -(-(size_bytes or 0) // BLOCK)
+        self.locked = False
+        self.attention = size_bytes is not None
+        self.event = MEDIA_REMOVAL if size_bytes is None else NEW_MEDIA
+
+    def ask_to_eject(self) -> None:
+        """Let the driver know that somebody wants the disc of a drive that it has locked."""
+        self.event = EJECT_REQUEST
 
     def execute(self, cdb: bytes) -> Reply:
         """Carry out a command; every command has a reply."""
         command = self.COMMANDS.get(cdb[0]) if cdb else None
         if command is None:
             return check_condition(BAD_OPCODE)
+        if self.attention and cdb[0] not in NO_ATTENTION:
+            self.attention = False
+            return check_condition(MEDIUM_CHANGED)
         try:
             return command(self, cdb.ljust(CDB_BYTES, b"\0"))
         except Refused as refused:
@@ -148,7 +171,9 @@ class Drive:
         """03h.  Unlike vmd, because SeaBIOS asks this before it believes that there is no disc."""
         if cdb[1] & 1:  # descriptor format
             raise Refused(BAD_FIELD)
-        sense = bytearray(sense_data(*(NO_SENSE if self.blocks else NO_MEDIUM)).ljust(REQUEST_SENSE_BYTES, b"\0"))
+        state = MEDIUM_CHANGED if self.attention else NO_SENSE if self.blocks else NO_MEDIUM
+        self.attention = False
+        sense = bytearray(sense_data(*state).ljust(REQUEST_SENSE_BYTES, b"\0"))
         sense[7] = REQUEST_SENSE_BYTES - SENSE_HEAD
         return Reply(data=bytes(sense[: cdb[4]]))
 
@@ -157,14 +182,18 @@ class Drive:
         return Reply(data=bytes(8)[: int.from_bytes(cdb[8:10], "big")])
 
     def event_status(self, cdb: bytes) -> Reply:
-        """4Ah: when polled, and for power management; no other class has ever an event."""
+        """4Ah: when polled, and of the classes that there are; one that has an event comes first."""
         if not cdb[1] & 1:
             raise Refused(BAD_FIELD)
-        if cdb[4] & 1 << POWER_CLASS:
-            event = POWER_EVENT.pack(0, POWER_ACTIVE if self.locked else POWER_IDLE)
-            data = EVENT_HEAD.pack(2 + len(event), POWER_CLASS, 1 << POWER_CLASS) + event
+        wanted = cdb[4] & CLASSES
+        if wanted & 1 << MEDIA_CLASS and (self.event or wanted == 1 << MEDIA_CLASS):
+            told, event = MEDIA_CLASS, EVENT.pack(self.event, MEDIA_PRESENT if self.blocks else 0)
+            self.event = NO_CHANGE
+        elif wanted:
+            told, event = POWER_CLASS, EVENT.pack(0, POWER_ACTIVE if self.locked else POWER_IDLE)
         else:
-            data = EVENT_HEAD.pack(2, NO_EVENT_AVAILABLE, 1 << POWER_CLASS)
+            told, event = NO_EVENT_AVAILABLE, b""
+        data = EVENT_HEAD.pack(2 + len(event), told, CLASSES) + event
         return Reply(data=data[: int.from_bytes(cdb[7:9], "big")])
 
     # --- what the drive is -----------------------------------------------------------------------------------
@@ -278,6 +307,18 @@ class Drive:
         if count * BLOCK > READ_MAX:
             raise Refused(BAD_FIELD)
         return Reply(offset=lba * BLOCK, length=count * BLOCK)
+
+    # --- for a stream ------------------------------------------------------------------------------------------
+
+    def state(self) -> bytes:
+        """Return what a driver does not know yet, or has said."""
+        return bytes((self.locked, self.attention, self.event))
+
+    def restore(self, state: bytes) -> None:
+        """Be as the drive was that `state` is of; what another version says besides is left out."""
+        locked, attention, event = state.ljust(3, b"\0")[:3]
+        self.locked, self.attention = bool(locked), bool(attention)
+        self.event = event if event <= MEDIA_REMOVAL else NO_CHANGE
 
     COMMANDS: "dict[int, Callable[[Drive, bytes], Reply]]" = {
         0x00: unit_ready,

@@ -1,0 +1,47 @@
+"""vmctl cdrom: put another disc into the drive of a VM, or take it out."""
+
+import os
+
+from vmctl.errors import CommandError, Refused, refused
+from vmctl.options import Given
+from vmctl.output import clean, put_json, warn
+from vmctl.session import Session
+from vmctl.vmref import parse_vmref
+from vmd.errors import sentence
+from vmd.ipc.messages import DiscInserted, DiscRequest
+
+
+def run(session: Session, given: Given) -> int:
+    """Change the disc, and say what the drive has.  Raises CommandError."""
+    ref = parse_vmref(given.operand)
+    request = DiscRequest(vmid=ref.vmid, name=ref.name, path=disc_path(given), force=given.has("-f"))
+    try:
+        answer = session.client.ask(request, DiscInserted)
+    except Refused as error:
+        raise refused("cdrom vm command failed", error) from None
+    for note in answer.notes:
+        warn(f"warning: {note}")
+    disc = f"disc {answer.path}" if answer.path else "no disc"
+    told = "" if answer.running else "; it does not run"
+    warn(f"the drive of vm {answer.vmid} has {disc} now{told}")
+    if session.json:
+        put_json(
+            {
+                "id": answer.vmid,
+                "name": clean(answer.name),
+                "cdrom": clean(answer.path) or None,
+                "running": answer.running,
+                "notes": [clean(note) for note in answer.notes],
+            }
+        )
+    return 0
+
+
+def disc_path(given: Given) -> str:
+    """Return the path of the disc from the root: the daemon is elsewhere; "" with -e.  Raises CommandError."""
+    if given.has("-e"):
+        return ""
+    try:
+        return os.path.abspath(given.operands[1])
+    except OSError as error:
+        raise CommandError(f"{given.operands[1]}: {sentence(error)}", error.errno) from None

@@ -1,0 +1,45 @@
+"""vmctl resize: make a disk of a VM larger."""
+
+from vmctl.errors import ArgumentError, Refused, refused
+from vmctl.options import Given
+from vmctl.output import clean, put_json, warn
+from vmctl.session import Session
+from vmctl.vmref import parse_vmref
+from vmd.ipc.messages import Resized, ResizeRequest
+from vmd.scaled import fmt_scaled, scan_scaled
+
+
+def run(session: Session, given: Given) -> int:
+    """Ask for it, and say how large the disk is.  Raises CommandError."""
+    word, disk, text = given.operands
+    ref = parse_vmref(word)
+    request = ResizeRequest(vmid=ref.vmid, name=ref.name, disk=disk, size_bytes=disk_size(text))
+    try:
+        answer = session.client.ask(request, Resized)
+    except Refused as error:
+        raise refused("resize vm command failed", error) from None
+    told = "" if answer.running else "; it does not run"
+    warn(f"{answer.disk} of vm {answer.vmid} has {fmt_scaled(answer.size_bytes)} now{told}")
+    if session.json:
+        put_json(
+            {
+                "id": answer.vmid,
+                "name": clean(answer.name),
+                "disk": clean(answer.disk),
+                "path": clean(answer.path),
+                "size_bytes": answer.size_bytes,
+                "running": answer.running,
+            }
+        )
+    return 0
+
+
+def disk_size(text: str) -> int:
+    """Return the bytes of a size.  Raises ArgumentError."""
+    try:
+        size = scan_scaled(text)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ArgumentError(f"invalid disk size: {text}")
+    return size

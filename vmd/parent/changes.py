@@ -1,0 +1,268 @@
+"""What is changed of a VM, whether it runs or not: the size of a disk, the disc in its drive.
+
+One change of a VM at a time, and none while it starts, ends, or goes elsewhere.  Whoever asks needs to control the VM,
+and files are opened with their rights, whoever has named them before: an owner has no more of the host's storage
+through vmd than without it.
+
+A VM that runs is told by its process (`vmd/vm/changes.py`).  A disk that nobody uses is changed by an imgresize.  What
+is in the drive is part of the VM's configuration from then on, until vm.conf is read again: a guest that resets itself
+has it.
+"""
+
+import errno
+import os
+
+from vmd.config import rules
+from vmd.errors import OperatorError, VmdError, number, sentence
+from vmd.ipc.foreign import SECTOR
+from vmd.ipc.messages import (
+    Caller,
+    ChangeDisc,
+    DiscChanged,
+    DiscInserted,
+    DiscRequest,
+    DiskResized,
+    OpenFiles,
+    Proc,
+    Resized,
+    ResizeDisk,
+    ResizeRequest,
+    brief,
+)
+from vmd.log import log
+from vmd.parent.access import rights_of
+from vmd.parent.clients import For
+from vmd.parent.opening import identity
+from vmd.parent.report import brief_notes
+from vmd.parent.vmtable import Change, Vm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.config.model import Owner, VmConfig
+    from vmd.ipc.imsg import Envelope
+    from vmd.parent.core import Core
+    from vmd.parent.opening import Opened, Openings
+    from vmd.parent.vmtable import Files
+
+DISK = "disk"
+SIZE_MAX = (1 << 63) - 1
+
+
+class Resize(Change):
+    """A disk that becomes larger."""
+
+    def __init__(self, index: int, size_bytes: int, config: "VmConfig") -> None:
+        super().__init__(f"{DISK}{index}")
+        self.index = index
+        self.size_bytes = size_bytes
+        self.disk = config.disks[index]
+
+
+class Disc(Change):
+    """A disc that is put into the drive, or with no path taken out."""
+
+    def __init__(self, path: str, rights: "Owner | None", *, force: bool) -> None:
+        super().__init__("the disc in its drive")
+        self.path = path
+        self.rights = rights
+        self.force = force
+        self.files: Files = {}
+        self.notes: tuple[str, ...] = ()
+
+
+class Changes:
+    """The room of changes."""
+
+    def __init__(self, core: "Core", openings: "Openings") -> None:
+        self.core = core
+        self.vms = core.vms
+        self.clients = core.clients
+        self.openings = openings
+
+    # --- disks -------------------------------------------------------------------------------------------
+
+    def serve_resize(self, message: ResizeRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Make a disk larger, if whoever asks may write to its image."""
+        vm = self.vms.get(message.vmid, message.name)
+        vm.require_control(caller, "resize a disk of")
+        config = vm.running_config or vm.config
+        change = Resize(disk_index(config, message.disk), message.size_bytes, config)
+        require_size(vm, message.size_bytes)
+        self.begin(vm, change, caller, envelope)
+        job = OpenFiles(**identity(rights_of(caller)), name=vm.name, disks=(change.disk,), only_writable=True)
+        self.open(vm, change, caller, job, lambda opened: self._may_write(vm, change, caller, opened))
+
+    def _may_write(self, vm: Vm, change: Resize, caller: Caller, opened: "Opened") -> None:
+        """It is theirs to write."""
+        opened.close()
+        if vm.alive:
+            for what, file in opened.files.items():
+                if vm.files.get(what, file) != file:
+                    text = f"{what} is not the file that its guest has: it was replaced meanwhile"
+                    self.failed(vm, change, OperatorError(errno.ESTALE, text))
+                    return
+            message = ResizeDisk(vmid=vm.vmid, index=change.index, size_bytes=change.size_bytes)
+            self.core.peers.send(Proc.VMM, message)
+            return
+        job = OpenFiles(
+            **identity(vm.config.rights.disks),
+            name=vm.name,
+            disks=(change.disk,),
+            in_conf=bool(vm.config.origin),
+            patience_s=vm.patience_s(),
+            resize_bytes=change.size_bytes,
+        )
+        self.open(vm, change, caller, job, lambda opened: self._resized(vm, change, opened))
+
+    def _resized(self, vm: Vm, change: Resize, opened: "Opened | None" = None) -> None:
+        """It is done, and whoever hears of it may go on."""
+        if opened is not None:
+            opened.close()
+        vm.changing = None
+        log.info(f"{vm.name}: {change.what} has {change.size_bytes} bytes now")
+        resized = Resized(
+            vmid=vm.vmid,
+            name=vm.name,
+            disk=change.what,
+            path=change.disk.path,
+            size_bytes=change.size_bytes,
+            running=vm.alive,
+        )
+        self.clients.answer_all(For.CHANGE, vm.vmid, resized)
+
+    def on_disk_resized(self, message: DiskResized, _envelope: "Envelope") -> None:
+        """The process of a VM has made a disk larger, or has not."""
+        vm = self.vms.living(message.vmid)
+        change = vm.changing
+        if not isinstance(change, Resize):
+            return
+        if message.code:
+            self.failed(vm, change, OperatorError(message.code, message.text))
+        else:
+            self._resized(vm, change)
+
+    # --- discs -------------------------------------------------------------------------------------------
+
+    def serve_disc(self, message: DiscRequest, caller: Caller, envelope: "Envelope") -> None:
+        """Change the disc, if whoever asks may read that."""
+        vm = self.vms.get(message.vmid, message.name)
+        vm.require_control(caller, "change the disc of")
+        check_path(vm, message.path)
+        config = vm.running_config or vm.config
+        if vm.alive and not (config.cdrom or config.drive):
+            why = "it has one when it is started again after a disc was put in while it did not run"
+            raise OperatorError(errno.ENODEV, f"vm {vm.name} has no cdrom drive: {why}")
+        change = Disc(message.path, rights_of(caller), force=message.force)
+        self.begin(vm, change, caller, envelope)
+        if not change.path:
+            self._put_in(vm, change, None)
+            return
+        job = OpenFiles(**identity(change.rights), name=vm.name, cdrom=change.path, in_conf=False)
+        self.open(vm, change, caller, job, lambda opened: self._put_in(vm, change, opened))
+
+    def _put_in(self, vm: Vm, change: Disc, opened: "Opened | None") -> None:
+        """The disc is open: give it to the process of the VM, if there is one."""
+        couriers = opened.take_couriers() if vm.alive and opened is not None else []
+        if opened is not None:
+            change.files, change.notes = opened.files, tuple(brief_notes(list(opened.notes)))
+            opened.close()
+        if vm.alive:
+            message = ChangeDisc(vmid=vm.vmid, path=change.path, force=change.force)
+            self.core.peers.send(Proc.VMM, message, fds={"courier": couriers} if couriers else {})
+        else:
+            self._has(vm, change)
+
+    def _has(self, vm: Vm, change: Disc) -> None:
+        """The drive has it: so it is from now on."""
+        vm.changing = None
+
+        def changed(config: "VmConfig") -> "VmConfig":
+            return config.replace(
+                cdrom=change.path, drive=True, rights=config.rights.replace(cdrom=change.rights)
+            )
+
+        vm.config = changed(vm.config)
+        vm.running_config = vm.running_config and changed(vm.running_config)
+        vm.next_config = vm.next_config and changed(vm.next_config)
+        if vm.alive:
+            vm.files = {what: file for what, file in vm.files.items() if not what.startswith("cdrom ")} | change.files
+        for note in change.notes:
+            log.warn(f"vm {vm.name}: {note}")
+        log.info(f"{vm.name}: its drive has {f'disc {change.path}' if change.path else 'no disc'} now")
+        inserted = DiscInserted(
+            vmid=vm.vmid, name=vm.name, path=change.path, running=vm.alive, notes=change.notes
+        )
+        self.clients.answer_all(For.CHANGE, vm.vmid, inserted)
+
+    def on_disc_changed(self, message: DiscChanged, _envelope: "Envelope") -> None:
+        """The process of a VM has changed the disc, or has not."""
+        vm = self.vms.living(message.vmid)
+        change = vm.changing
+        if not isinstance(change, Disc):
+            return
+        if message.code:
+            self.failed(vm, change, OperatorError(message.code, message.text))
+        else:
+            self._has(vm, change)
+
+    # --- any ---------------------------------------------------------------------------------------------
+
+    def begin(self, vm: Vm, change: Change, caller: Caller, envelope: "Envelope") -> None:
+        """Begin a change that a client waits for.  Raises OperatorError."""
+        if self.core.ending:
+            raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
+        self.openings.require_answers(caller.uid)
+        vm.begin_change(change)
+        self.clients.wait(envelope.peerid, For.CHANGE, vm.vmid)
+
+    def open(self, vm: Vm, change: Change, caller: Caller, job: OpenFiles, then: "Callable[[Opened], None]") -> None:
+        """Have an opener do something for a change, and go on if the VM is still what it was."""
+
+        def opened(files: "Opened") -> None:
+            if vm.changing is change:
+                then(files)
+            else:  # whoever waited has been told
+                files.close()
+
+        self.openings.open_for(change, vm, caller.uid, job, opened, lambda error: self.failed(vm, change, error))
+
+    def failed(self, vm: Vm, change: Change, error: VmdError) -> None:
+        """A change could not be made: all is as before."""
+        if vm.changing is not change:
+            return
+        vm.changing = None
+        text = brief(sentence(error).removeprefix(f"vm {vm.name}: "))
+        log.error(f"vm {vm.name}: {change.what} was not changed: {text}")
+        self.clients.fail_all(For.CHANGE, vm.vmid, number(error), f"vm {vm.name}: {text}")
+
+
+def disk_index(config: "VmConfig", word: str) -> int:
+    """Return which disk of a VM is meant: by its number, with or without `disk`, or its path.  Raises OperatorError."""
+    digits = word.removeprefix(DISK)
+    if digits.isascii() and digits.isdigit() and len(digits) < len(str(SIZE_MAX)) and int(digits) < len(config.disks):
+        return int(digits)
+    for index, disk in enumerate(config.disks):
+        if disk.path == word:
+            return index
+    have = ", ".join(f"{DISK}{index} ({disk.path})" for index, disk in enumerate(config.disks))
+    raise OperatorError(errno.ENODEV, f"vm {config.name} has no disk {word}: it has {have or 'none'}")
+
+
+def require_size(vm: Vm, size_bytes: int) -> None:
+    """Raise OperatorError for what is the size of no disk."""
+    if not 0 < size_bytes <= SIZE_MAX or size_bytes % SECTOR:
+        what = f"{size_bytes} bytes are not the size of a disk, which has whole sectors of {SECTOR}"
+        raise OperatorError(errno.EINVAL, f"vm {vm.name}: {what}")
+
+
+def check_path(vm: Vm, path: str) -> None:
+    """Raise OperatorError unless a client names a disc as vmctl does, by an absolute path."""
+    raw = os.fsencode(path)
+    if raw and (not raw.startswith(b"/") or b"\\0" in raw):
+        raise OperatorError(errno.EINVAL, f"vm {vm.name}: cdrom: not an absolute path: {path}")
+    try:
+        rules.path("cdrom name", path)
+    except ValueError as error:
+        raise OperatorError(errno.EINVAL, f"vm {vm.name}: {error}") from None

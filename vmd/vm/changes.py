@@ -1,0 +1,63 @@
+"""What is changed of a machine that its guest has: the size of a disk, the disc in its drive.
+
+The device's own process makes the change, and tells the guest; it may stand still meanwhile.
+"""
+
+import errno
+
+from vmd.closing import close
+from vmd.ipc.messages import DiscChanged, DiskResized, brief
+from vmd.vm.fetch import fetch_one
+from vmd.vm.kinds import CDROM, DISK
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.messages import ChangeDisc, ResizeDisk
+    from vmd.vm.devproc import DeviceProcess
+    from vmd.vm.kinds import Kind
+    from vmd.vm.machine import Machine
+
+
+def resize(machine: "Machine", message: "ResizeDisk", vmm: "Channel") -> None:
+    """Make a disk larger, and say how that went."""
+
+    def answer(code: int, text: str) -> None:
+        vmm.send(DiskResized(vmid=message.vmid, code=code, text=brief(text)))
+
+    disk = find(machine, DISK, message.index)
+    if disk is None:
+        answer(errno.ENODEV, f"has no disk{message.index}")
+    else:
+        disk.resize(message.size_bytes, answer)
+
+
+def change_disc(machine: "Machine", message: "ChangeDisc", courier: int | None, vmm: "Channel") -> None:
+    """Change the disc, and say how that went; the courier is ours."""
+
+    def answer(code: int, text: str) -> None:
+        if not code:  # what is sent elsewhere, and what a reset begins with, has this one
+            machine.config = machine.config.replace(cdrom=message.path, drive=True)
+        vmm.send(DiscChanged(vmid=message.vmid, code=code, text=brief(text)))
+
+    def change(disc: int | None) -> None:
+        drive = find(machine, CDROM, 0)
+        if drive is None:
+            answer(errno.ENODEV, "has no cdrom drive")
+        elif message.path and disc is None:
+            answer(errno.EPIPE, f"cdrom {message.path}: it did not come")
+        else:
+            drive.change_disc(disc, message.path, answer, force=message.force)
+        if disc is not None:
+            close(disc)
+
+    if courier is None:
+        change(None)
+    else:
+        fetch_one(machine.outside.loop, courier, "cdrom", change)
+
+
+def find(machine: "Machine", kind: "Kind", index: int) -> "DeviceProcess | None":
+    """Return a device of a machine, if there is one."""
+    devices = [device for device in machine.outside.devices.running if device.kind is kind]
+    return devices[index] if 0 <= index < len(devices) else None
