@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vmd.closing import close_all
 from vmd.ipc.channel import FD_SPACE
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, decode, encode
 from vmd.ipc.messages import PROTOCOL, Hello, VmInfo
@@ -37,6 +38,7 @@ class FakeDaemon:
         self.path = path
         self.older = older
         self.form = Form.FIRST if older else Form.NAMED
+        self.reads_files = True  # else they are closed: they are pipes, of which some end is open for longer
         self.script: Script = nothing
         self.requests: list[Record] = []
         self.files: list[dict[str, bytes]] = []  # for each request, what its descriptors could read
@@ -116,7 +118,8 @@ class FakeDaemon:
                     return
                 self.send(Hello(version=PROTOCOL, program="9.9"))
                 continue
-            self.files.append(read_files(envelope))
+            self.files.append(read_files(envelope) if self.reads_files else {})
+            close_all(fd for name in tuple(envelope.fds) for fd in envelope.take_fds(name))
             self.requests.append(envelope.message)
             answers = self.script(envelope.message)
             for message in answers or ():

@@ -1,13 +1,36 @@
 """vmctl migrate: what its words may be, and what the two ends say to each other."""
 
+import errno
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, vm_info
 from vmctl import carry
 from vmctl.carry import ASKED, COMMIT, FAILED, SOURCE, TARGET, Ear, say
 from vmctl.commands.migrate import destination, shell_words
 from vmctl.errors import ArgumentError, CommandError
+from vmd.ipc.messages import (
+    VMD_IN_DOUBT,
+    End,
+    Failed,
+    ListRequest,
+    Live,
+    MigrateInRequest,
+    MigrateRequest,
+    MigrationAt,
+    MigrationStep,
+    Step,
+    TransferProgress,
+    VmReceived,
+    VmSent,
+)
+from vmd.record import Record
 
 
 @pytest.mark.parametrize(("word", "host", "name"), [
@@ -76,3 +99,142 @@ def test_one_end_does_not_hear_itself() -> None:
     """A shell that sends back what it is sent."""
     assert hear(b'{"vmctl": "migrate", "at": "commit"}\n', COMMIT, FAILED) is None
     assert hear(b'{"vmctl": "migrate", "at": "commit"}\n', COMMIT, who=SOURCE) is not None
+
+
+# --- both ends, with a daemon that is none --------------------------------------------------------------------------
+
+
+AT = MigrationAt(vmid=3, name="web", locks_travel=True, paused=True)
+SENT = VmSent(vmid=3, name="web", sent_bytes=100, rounds=2, downtime_ms=40)
+RECEIVED = VmReceived(vmid=7, name="web", pid=9, tty="/dev/pts/9", paused=True)
+COMMIT_LINE = '{"vmctl": "migrate", "at": "commit", "paused": true}\n'
+
+
+def script(daemon: FakeDaemon, **answers: "Record | None") -> None:
+    """Answer each step, by its name, with this; the others as they go well.  None hangs up."""
+
+    def answer(request: Record) -> "tuple[Record, ...] | None":
+        if isinstance(request, ListRequest):
+            return (vm_info(vmid=3), End())
+        name = request.step.name if isinstance(request, MigrationStep) else "BEGIN"
+        usual = {"DONE": SENT, "BACK": Failed(code=errno.EIO, text="vm web goes on here")}
+        found = answers.get(name, usual.get(name, AT))
+        progress = TransferProgress(done_bytes=1, total_bytes=2)
+        return None if found is None else (progress, found) if name == "GO_ON" else (found,)
+
+    daemon.reads_files = False
+    daemon.script = answer
+
+
+def receive(daemon: FakeDaemon, said: str = COMMIT_LINE) -> tuple[int, list[Any]]:
+    """Run `vmctl receive -w web`, with what comes behind the stream; returns its status and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "receive", "-w", "web"],
+        cwd=ROOT, input=said, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_target_tells_how_far_it_is(daemon: FakeDaemon) -> None:
+    """And runs the VM when it is told to, paused if it was."""
+    script(daemon, COMMIT=RECEIVED)
+    status, said = receive(daemon)
+    assert (status, [words["at"] for words in said]) == (0, ["asked", "complete", "running"])
+    assert said[0]["locks_travel"] is True
+    assert said[2]["tty"] == "/dev/pts/9"
+    assert daemon.requests == [
+        MigrateInRequest(name="web"),
+        MigrationStep(vmid=3, name="web", step=Step.GO_ON),
+        MigrationStep(vmid=3, name="web", step=Step.COMMIT, paused=True),
+    ]
+
+
+@pytest.mark.parametrize(("answers", "said", "in_doubt"), [
+    ({"BEGIN": Failed(code=1, text="no")}, COMMIT_LINE, False),
+    ({"GO_ON": Failed(code=1, text="no")}, COMMIT_LINE, False),
+    ({"GO_ON": None}, COMMIT_LINE, False),
+    ({}, "", False),
+    ({}, '{"vmctl": "migrate", "at": "something"}\n', False),
+    ({"COMMIT": Failed(code=errno.EBUSY, text="no")}, COMMIT_LINE, False),
+    ({"COMMIT": Failed(code=VMD_IN_DOUBT, text="no")}, COMMIT_LINE, True),
+    ({"COMMIT": None}, COMMIT_LINE, True),
+])  # fmt: skip
+def test_the_target_says_whether_it_may_run_there(
+    daemon: FakeDaemon, answers: "dict[str, Record | None]", said: str, in_doubt: bool
+) -> None:
+    """Only after the commit, and if its daemon does not know better."""
+    script(daemon, **answers)
+    status, lines = receive(daemon, said)
+    assert status == 1
+    assert (lines[-1]["at"], lines[-1]["in_doubt"]) == ("failed", in_doubt)
+
+
+def migrate(daemon: FakeDaemon, tmp_path: Path, *lines: str) -> tuple[int, str]:
+    """Run `vmctl migrate web host` with a shell that says these lines, and hears one where `...` is."""
+    said = tmp_path / "said"
+    said.write_text("".join(f"{line}\n" for line in lines if line != "..."))
+    behind = lines.index("...") if "..." in lines else len(lines)
+    program = tmp_path / "shell"
+    hears = "read line" if "..." in lines else ":"
+    program.write_text(f"head -n {behind} {said}; {hears}; tail -n +{behind + 1} {said}; exit 5\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "migrate", "-e", f"sh {program}", "web", "host"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+ASKED_LINE = '{"vmctl": "receive", "at": "asked", "locks_travel": true}'
+COMPLETE_LINE = '{"vmctl": "receive", "at": "complete"}'
+RUNNING_LINE = '{"vmctl": "receive", "at": "running", "id": 7, "tty": "/dev/pts/9"}'
+
+
+def failed_line(*, in_doubt: bool) -> str:
+    """Return the last words of a target that has failed."""
+    return json.dumps({"vmctl": "receive", "at": "failed", "text": "no room", "in_doubt": in_doubt})
+
+
+def test_the_source_takes_its_steps(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """One after the other, each when the target has taken its own."""
+    script(daemon)
+    status, said = migrate(daemon, tmp_path, "Welcome!", ASKED_LINE, COMPLETE_LINE, "...", RUNNING_LINE)
+    assert status == 0, said
+    assert said.startswith("vmctl: migrated vm 3 to host successfully, id 7 there (100B, 2 rounds, downtime 40 ms, ")
+    assert daemon.requests[1:] == [
+        MigrateRequest(vmid=0, name="web", live=Live()),
+        MigrationStep(name="web", step=Step.GO_ON, locks_travel=True),
+        MigrationStep(name="web", step=Step.COMMIT),
+        MigrationStep(name="web", step=Step.DONE),
+    ]
+
+
+@pytest.mark.parametrize(("lines", "in_doubt"), [
+    ((failed_line(in_doubt=True),), False),  # it cannot know: it was not told to run it
+    (("Welcome!",), False),
+    ((ASKED_LINE, failed_line(in_doubt=False)), False),
+    ((ASKED_LINE,), False),
+    ((ASKED_LINE, RUNNING_LINE), False),
+    ((ASKED_LINE, COMPLETE_LINE, "...", failed_line(in_doubt=False)), False),
+    ((ASKED_LINE, COMPLETE_LINE, "...", failed_line(in_doubt=True)), True),
+    ((ASKED_LINE, COMPLETE_LINE, "..."), True),
+    ((ASKED_LINE, COMPLETE_LINE, "...", ASKED_LINE), True),
+    ((ASKED_LINE, COMPLETE_LINE, "...", '{"vmctl": "receive", "at": "failed"}'), True),
+])  # fmt: skip
+def test_the_source_says_whether_it_may_run_there(
+    daemon: FakeDaemon, tmp_path: Path, lines: tuple[str, ...], in_doubt: bool
+) -> None:
+    """Only after the commit, and unless the target has said that it does not."""
+    script(daemon)
+    assert migrate(daemon, tmp_path, *lines) == (1, "vmctl: migrate vm command failed: vm web goes on here\n")
+    back = daemon.requests[-1]
+    assert isinstance(back, MigrationStep)
+    assert (back.step, back.in_doubt) == (Step.BACK, in_doubt)
+    assert back.text.startswith("host: ") or "the other side says" in back.text
+
+
+def test_the_source_cannot_be_ended(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """That it runs there is said first."""
+    script(daemon, DONE=None)
+    status, said = migrate(daemon, tmp_path, ASKED_LINE, COMPLETE_LINE, "...", RUNNING_LINE)
+    assert status == 1
+    assert said.startswith("vmctl: vm web runs at host, but what there is of it here could not be ended: ")
