@@ -27,11 +27,12 @@ class LifeLock:
     """The file, which goes when nobody has the lock any more."""
 
     def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
         digest = hashlib.sha256(os.fsencode(os.path.abspath(socket_path))).hexdigest()
         self.path = f"{service.RUN_DIRECTORY}/guests-{digest[:16]}"
 
     def wait(self, *, notify: "Callable[[str], object]" = service.notify) -> None:
-        """Wait until no vmm of an earlier daemon is left."""
+        """Wait until no vmm of an earlier daemon is left.  Raises OperatorError if that daemon is there, too."""
         said_s = 0.0
         while True:
             fd = self._take(fcntl.LOCK_EX)
@@ -39,6 +40,7 @@ class LifeLock:
                 if fd >= 0:
                     close(fd)
                 break
+            service.is_free(self.socket_path)
             now_s = time.monotonic()
             if not said_s:
                 log.warn("guests of an earlier vmd are still shutting down: waiting for their end")

@@ -94,6 +94,23 @@ def make_run_directory() -> None:
         raise HostError(f"make {RUN_DIRECTORY}", error) from error
 
 
+def is_free(path: str) -> bool:
+    """Return whether there is no socket; False for one that nobody serves.
+
+    Raises OperatorError if another daemon serves it, or HostError.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return True
+        except ConnectionRefusedError:
+            return False
+        except OSError as error:
+            raise HostError(f"control socket {path}", error) from error
+    raise OperatorError(errno.EADDRINUSE, f"another vmd is already serving {path}; stop it or use -s")
+
+
 def listen(path: str, owner: Owner) -> socket.socket:
     """Bind the control socket; a stale one is replaced, a living daemon's is not.
 
@@ -104,17 +121,8 @@ def listen(path: str, owner: Owner) -> socket.socket:
         raise OperatorError(
             errno.ENAMETOOLONG, f"control socket {path}: has {length} bytes, and at most {SOCKET_PATH_MAX} are possible"
         )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            pass
-        except ConnectionRefusedError:
-            _unlink_socket(path)
-        except OSError as error:
-            raise HostError(f"control socket {path}", error) from error
-        else:
-            raise OperatorError(errno.EADDRINUSE, f"another vmd is already serving {path}; stop it or use -s")
+    if not is_free(path):
+        _unlink_socket(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     old_mask = os.umask(0o777 & ~SOCKET_MODE)
     try:
