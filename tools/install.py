@@ -247,7 +247,7 @@ def result(places: dict[str, str], changed: bool) -> Iterator[str]:
     if not changed:
         yield f"{programs} are up to date"
         return
-    yield f"{programs} are installed; a vmd that runs goes on with its version until it is restarted"
+    yield f"{programs} are installed; a vmd that runs goes on with its version until: vmctl upgrade"
     yield f"{places['doc']}/vm.conf.example shows all of /etc/vm.conf; vmd starts by: systemctl enable --now vmd"
 
 

@@ -18,6 +18,8 @@ from vmd.ipc.messages import (
     BY_CLASS,
     PROTOCOL,
     Failed,
+    GenerationInfo,
+    GenerationsRequest,
     Hello,
     ListRequest,
     NicInfo,
@@ -189,6 +191,10 @@ class Client:
     def list_switches(self) -> list[SwitchInfo]:
         """Return every switch of the configuration.  Raises Refused, PeerError."""
         return [row for row in self._rows(SwitchesRequest()) if isinstance(row, SwitchInfo)]
+
+    def list_generations(self) -> list[GenerationInfo]:
+        """Return every generation of VMs, the newest last.  Raises Refused, PeerError."""
+        return [row for row in self._rows(GenerationsRequest()) if isinstance(row, GenerationInfo)]
 
     def list_devices(self, vmid: int) -> tuple[list[NicInfo], list[TroubleInfo]]:
         """Return the network interfaces of a VM, and what is wrong with its devices.  Raises Refused, PeerError."""

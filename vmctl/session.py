@@ -24,6 +24,11 @@ class Session:
             self._client = Client(self.socket_path, verbose=self.verbose)
         return self._client
 
+    def reconnect(self) -> None:
+        """Hang up; the connection is made anew when it is needed."""
+        self.close()
+        self._client = None
+
     def meant(self, name: str) -> str:
         """Return the end of a sentence that asks for the VM whose name is close to one that no VM has."""
         from vmctl.options import meant  # only a mistake needs it

@@ -253,6 +253,13 @@ COMMANDS = (
         operand=ID,
     ),
     Command(
+        name="upgrade",
+        module="upgrade",
+        upstream=False,
+        help="let the version that is installed now take over from the daemon; VMs run on",
+        options=(Option(name="-n", help="only find out whether it can"),),
+    ),
+    Command(
         name="version", module="version", upstream=False, help="show the versions of vmctl and of the daemon"
     ),
     Command(name="wait", module="wait", help="wait until a VM is gone", operand=ID),

@@ -120,7 +120,7 @@ def watch(client: Client, ref: VmRef) -> int:
 def tell_end(ending: Ending, name: str) -> int:
     """Say why a console is no longer shown; return the exit status.  Raises NoDaemon."""
     if ending is Ending.DAEMON_LOST:
-        raise NoDaemon("pipe closed: vmd has ended, and the console with it", errno.EPIPE)
+        raise NoDaemon("pipe closed: vmd has ended or is started again; the guest may run on", errno.EPIPE)
     if ending is Ending.VM_ENDED:
         warn(f"vm {name} has ended")
     return 0

@@ -1,23 +1,43 @@
-"""vmctl version: which versions of vmctl and of the daemon meet here."""
+"""vmctl version: which versions of vmctl and of the daemon meet here, and which others still serve VMs."""
 
+from vmctl.errors import Refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines
 from vmctl.session import Session
+from vmd.ipc.messages import GenerationInfo
 from vmd.version import VERSION
 
 OLDER = "older than 0.2.0"  # said no Hello
 
 
 def run(session: Session, given: Given) -> int:
-    """Show both; that of vmctl also where there is no daemon."""
-    if session.json:
-        daemon = session.client.daemon
-        put_json({"vmctl": VERSION, "vmd": clean(daemon.program) if daemon else None})
-        return 0
-    show()
+    """Show them; that of vmctl also where there is no daemon."""
+    if not session.json:
+        show()
     daemon = session.client.daemon
-    put_lines([f"vmd {daemon.program if daemon else OLDER}"])
+    rows = generations(session)
+    if session.json:
+        rows_json = [{"number": row.number, "version": clean(row.version), "vms": row.vms} for row in rows]
+        program = clean(daemon.program) if daemon else None
+        put_json({"vmctl": VERSION, "vmd": program, "generations": rows_json})
+        return 0
+    put_lines([f"vmd {daemon.program if daemon else OLDER}", *(in_words(row) for row in rows if len(rows) > 1)])
     return 0
+
+
+def generations(session: Session) -> list[GenerationInfo]:
+    """Return the generations of VMs; none where the daemon is older than these.  Raises VmdError."""
+    if session.client.daemon is None:
+        return []
+    try:
+        return session.client.list_generations()
+    except Refused:
+        return []
+
+
+def in_words(row: GenerationInfo) -> str:
+    """Return what a generation is."""
+    return f"generation {row.number}: vmd {row.version}, {row.vms} VM{'' if row.vms == 1 else 's'}"
 
 
 def show() -> int:

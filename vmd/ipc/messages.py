@@ -450,6 +450,21 @@ class DiscRequest(VmRequest):
     force: bool = False
 
 
+@request(0x2E, Who.ROOT, "Ok")
+class UpgradeRequest(Request):
+    """Have the program that is installed now take the daemon's place: it adopts all VMs, which go on meanwhile.
+
+    First it rehearses, and with `rehearse_only` does no more; otherwise the connection ends instead of an answer.
+    """
+
+    rehearse_only: bool = False
+
+
+@request(0x2F, Who.EVERYBODY, "GenerationInfo", "End")
+class GenerationsRequest(Request):
+    """Describe every vmm: those of earlier daemons have the VMs that were started there."""
+
+
 # --- what vmctl is answered ------------------------------------------------------------------------------
 
 
@@ -637,6 +652,15 @@ class TroubleInfo(Record):
     device: str  # such as disk0
     text: str
     since_s: int  # seconds since 1970
+
+
+@message(0x4E, ANSWER, partial=True)
+class GenerationInfo(Record):
+    """A vmm, and with it the program that serves its VMs.  The last one is the newest."""
+
+    number: int
+    version: str
+    vms: int = 0  # how many have a process there
 
 
 @message(0x41, ANSWER, partial=True)

@@ -1,5 +1,6 @@
 """The parent's children, each in the place it belongs to."""
 
+import os
 import socket
 import time
 
@@ -10,7 +11,7 @@ from vmd.files.prober import IMGPROBE_ENTRY, start_probe
 from vmd.ipc.channel import refuse_files, socketpair
 from vmd.ipc.messages import Caller, Proc
 from vmd.log import log
-from vmd.parent import groups
+from vmd.parent import groups, usage
 from vmd.privsep import linux
 from vmd.privsep.cell import Cell, Network, VmmCell
 from vmd.privsep.hostfiles import HostFiles
@@ -59,6 +60,7 @@ class Children:
         self._lock = lock
         self._own_ids = range(first_id, first_id + IDS + 1)
         priv = Network(first_id + IDS)
+        self._left = usage.children(os.getpid())  # by the program that was this process before
         self._groups_place = group_place()
         self.cell = cell = Cell.build(uid, gid)
         vmm = vmm_place(cell, first_id)
@@ -148,6 +150,7 @@ class Children:
 
     def bury(self) -> None:
         """Reap those that have ended."""
+        self._left = [pid for pid in self._left if is_left(pid)]
         self._children = [child for child in self._children if child.reap() is None]
 
     def kill(self, proc: Proc) -> None:
@@ -186,6 +189,14 @@ class Children:
         self._children = [child for child in late if child.reap(max(0.0, deadline_s - time.monotonic())) is None]
         if self._groups_place is not None:
             self._groups_place.close()
+
+
+def is_left(pid: int) -> bool:
+    """Return whether a child runs that another program has started in this process; one that has ended is reaped."""
+    try:
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
 
 
 def group_place() -> "groups.Scope | groups.Below | None":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class For(Enum):
-    """What a client waits for: something of one VM, but for RESET."""
+    """What a client waits for: something of one VM, but for RESET and UPGRADE."""
 
     START = "its start"
     END = "its end"
@@ -32,6 +32,7 @@ class For(Enum):
     OUTPUT = "more than that"
     CONSOLE = "nothing: the client has its console"
     RESET = "the end of all VMs that are to be forgotten"
+    UPGRADE = "whether another version of the daemon could go on"
 
 
 IN_ORDER = (For.PAUSE, For.SNAPSHOT)

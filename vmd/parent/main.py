@@ -51,6 +51,7 @@ from vmd.ipc.messages import (
     DropsReported,
     Failed,
     FilesOpened,
+    GenerationsRequest,
     HeaderSent,
     KvmFd,
     ListRequest,
@@ -92,6 +93,7 @@ from vmd.ipc.messages import (
     StopRequest,
     SwitchesRequest,
     TransferProgress,
+    UpgradeRequest,
     VmExited,
     VmFailed,
     VmHeld,
@@ -130,6 +132,7 @@ from vmd.parent.status import Status
 from vmd.parent.store import Store
 from vmd.parent.transfers import Transfers
 from vmd.parent.truth import Truth, Writer, vm_of, vms_of
+from vmd.parent.upgrade import Upgrade
 from vmd.record import Record, RecordType
 from vmd.version import VERSION
 
@@ -228,11 +231,12 @@ class Parent(Process):
         self.adoption.known = {each.vmid: each for each in known}
         self.adoption.on_process = lambda _generation, child: self.children.adopt(child)
         self.adoption.on_settled = self.on_settled
+        self.upgrade = Upgrade(core, self.generations, self.store, self.execute)
         rooms = (
             self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
             self.changes, self.configuration,
         )  # fmt: skip
-        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations)}
+        self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
         self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.listener: socket.socket | None = None  # until clients can be served
@@ -297,6 +301,7 @@ class Parent(Process):
         self.logs.start(children.cell)
         self.core.slots.ids = children.ids
         self.children = children
+        self.loop.call_later(BURY_S, children.bury)
         self.kvm_fd = kvm_fd
         self.keep_state()
         self.start_process(Proc.PRIV)
@@ -336,13 +341,17 @@ class Parent(Process):
         for generation in there:
             self.generations.add(generation)
         newest = self.generations.newest
-        if newest is None or newest.version != VERSION:
+        other = newest is None or newest.version != VERSION
+        if newest is not None and other and self.store.room < 1:
+            log.warn(f"no room to store another vmm: VMs start with that of vmd {newest.version}")
+            other = False
+        if newest is None or other:
             self.start_vmm()
         else:
             self.ready.add(Proc.VMM)
             self.core.slots.use(newest.groups, newest=True)
         for generation in there:
-            if generation is not newest or newest.version != VERSION:
+            if generation is not newest or other:
                 self.core.slots.use(generation.groups, newest=False)
         if self.truth is not None:
             self.network.left += self.truth.left
@@ -534,6 +543,25 @@ class Parent(Process):
         if self.writer is not None:
             self.writer.planned = True
         self.loop.stop()
+
+    def execute(self) -> None:
+        """Have the program that is installed now take our place.  Raises OSError; then we go on."""
+        assert self.upgrade.program is not None
+        assert self.writer is not None
+        scores = self.life.scores
+        self.writer.planned = True
+        self.save_now()
+        try:
+            os.chdir(self.upgrade.program.directory)
+            if scores is not None:
+                scores.give_back()
+            self.store.execute(self.upgrade.program.command())
+        finally:  # it has failed
+            self.writer.planned = False
+            self.write()
+            os.chdir("/")
+            if scores is not None:
+                scores.lower()
 
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us, but for vmm."""
@@ -750,6 +778,8 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(ReloadRequest, Configuration, Configuration.serve_reload),
     **serves(ResetRequest, Configuration, Configuration.serve_reset),
     **serves(LogRequest, Configuration, Configuration.serve_log),
+    **serves(UpgradeRequest, Upgrade, Upgrade.serve),
+    **serves(GenerationsRequest, Upgrade, Upgrade.serve_generations),
     **serves(ConsoleRequest, Consoles, Consoles.serve),
     **serves(ConsoleWatch, Consoles, Consoles.serve_watch),
     **serves(ConsoleBreak, Consoles, Consoles.serve_break),

@@ -19,6 +19,10 @@ class OomScores:
     def __init__(self) -> None:
         """Make the core less likely to be killed.  A VM gets what the daemon was started with."""
         self.usual: int | None = None
+        self.lower()
+
+    def lower(self) -> None:
+        """Lower the score of the parent."""
         pid = os.getpid()
         try:
             with open(f"/proc/{pid}/{SCORE}", encoding="ascii") as file:
@@ -28,6 +32,11 @@ class OomScores:
                 self.usual = usual
         except OSError as error:
             log.info(f"{HostError(f'lower {SCORE}', error)}: when memory runs out, the kernel may end all VMs")
+
+    def give_back(self) -> None:
+        """Let the parent have the score that it was started with, for who takes its place.  Raises OSError."""
+        if self.usual is not None:
+            set_score(os.getpid(), self.usual)
 
     def give_usual(self, vm: int) -> None:
         """Let the process of a VM, and its devices, be as likely to be killed as any program.  0: it has ended."""

@@ -15,6 +15,7 @@ HELP = f"""{USAGE}
 Runs the virtual machines that vm.conf describes.
 
   -D macro=value    define a macro for the configuration file
+  --check-adopt     see whether this version could take the place of the daemon that runs (vmctl upgrade -n)
   -d                do not go to the background, and log to standard error
   -f file           read this file instead of /etc/vm.conf
   -h, --help        show this help
@@ -42,6 +43,7 @@ class Options(Record):
 
     debug: bool = False  # -d: stay in the foreground, log to stderr
     check_only: bool = False  # -n
+    check_adopt: bool = False  # --check-adopt
     verbosity: int = 0
     macros: tuple[tuple[str, str], ...] = ()  # -D: name and value
     conf_path: str = DEFAULT_CONF
@@ -53,13 +55,15 @@ def parse(arguments: Sequence[str]) -> Options:
     """Return the options.  Raises UsageError, Shown."""
     options = Options()
     try:
-        given, rest = getopt.getopt(list(arguments), "dD:f:hns:Vv", ("help", "version"))
+        given, rest = getopt.getopt(list(arguments), "dD:f:hns:Vv", ("check-adopt", "help", "version"))
     except getopt.GetoptError as error:
         raise UsageError(f"vmd: {error.msg}\n{USAGE}") from None
     if rest:
         raise UsageError(f"vmd: unexpected argument: {rest[0]}\n{USAGE}")
     for option, value in given:
         match option:
+            case "--check-adopt":
+                options = options.replace(check_adopt=True)
             case "-d":
                 options = options.replace(debug=True)
             case "-D":

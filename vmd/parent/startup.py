@@ -21,10 +21,12 @@ from vmd.parent.limits import raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.oom import OomScores
 from vmd.parent.options import Options, Shown, UsageError, parse
+from vmd.parent.program import Program
 from vmd.parent.statemem import StateMemory
 from vmd.parent.store import Store, inherited
-from vmd.parent.truth import Truth, config_of, read
+from vmd.parent.truth import Truth, config_of, read, vms_of
 from vmd.privsep import landlock
+from vmd.privsep.cell import Cell, Network
 from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
 from vmd.stdio import say, show
 
@@ -43,6 +45,7 @@ def run(arguments: list[str]) -> int:
         return EX_USAGE
     except Shown as asked:
         return shown(str(asked))
+    program = Program(arguments)
     log.setup("vmd", JOURNAL if service.on_journal() and not options.debug else STDERR, options.verbosity)
     stored = inherited()
     try:
@@ -53,7 +56,11 @@ def run(arguments: list[str]) -> int:
             check_vms(config, lambda sentence: log.warn(as_warning(sentence)))
             say("configuration OK\n")
             return 0
-        return serve(options, stored)
+        if options.check_adopt:
+            check_adopt(options, Store(stored))
+            say("adoption OK\n")
+            return 0
+        return serve(options, program, stored)
     except VmdError as error:
         for line in str(error).splitlines():
             log.crit(line)
@@ -71,6 +78,23 @@ def exit_status(error: VmdError, options: Options, stored: Mapping[str, int]) ->
     if isinstance(error, service.NoKvm):
         return EX_UNAVAILABLE
     return EX_CONFIG if isinstance(error, ConfigErrors) and not options.check_only else EX_FAILED
+
+
+def check_adopt(options: Options, store: Store) -> None:
+    """See whether this program could take the place of the daemon whose state is stored.  Raises VmdError.
+
+    Nothing is changed.  What this host or an incomplete installation lacks is found here, too, while that daemon runs.
+    """
+    if "state" not in store.names:
+        raise VmdError("--check-adopt: no daemon has handed its state to this program; vmctl upgrade -n makes it do so")
+    need_root()
+    truth, _ = read_state(store)
+    if len(vms_of(truth)) < len(truth.vms):
+        raise VmdError("not every vm could be adopted")
+    config = read_config(options, starting=True)
+    give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
+    Network(config.settings.first_id)
+    Cell.build(*service.lookup_user()).close()
 
 
 def shown(text: str) -> int:
@@ -111,14 +135,13 @@ def read_config(
     )
 
 
-def serve(options: Options, stored: Mapping[str, int]) -> int:
+def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
     """Start the daemon and serve until it is told to stop.  Raises VmdError if it cannot start.
 
     `stored` is what earlier daemons have stored.  A daemon that takes the place of one of them has the configuration of
     that one: what vm.conf says by now may be wrong, and guests run.
     """
-    if os.geteuid() != 0:
-        raise VmdError("need root privileges: run vmd as root")
+    need_root()
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
     uid, gid = service.lookup_user()
     store = Store(stored)
@@ -146,6 +169,7 @@ def serve(options: Options, stored: Mapping[str, int]) -> int:
         parent = Parent(options, config, partial(read_config, options), state, store, truth)
         parent.on_ready = ready
         parent.life.scores = scores
+        parent.upgrade.program = program
         end.callback(parent.logs.end)
         service.keep_alive(parent.loop)
         parent.start(children, listener, kvm_fd)
@@ -162,6 +186,12 @@ def serve(options: Options, stored: Mapping[str, int]) -> int:
     return parent.exit_status
 
 
+def need_root() -> None:
+    """Raise VmdError for other users."""
+    if os.geteuid() != 0:
+        raise VmdError("need root privileges: run vmd as root")
+
+
 def former(store: Store) -> tuple[Truth | None, Config | None]:
     """Return what the daemon before us knew, and its configuration; nothing if there was none.
 
@@ -169,17 +199,22 @@ def former(store: Store) -> tuple[Truth | None, Config | None]:
     """
     if "state" in store.names:
         try:
-            memory = StateMemory(store.duplicate("state"))
-            try:
-                truth = read(memory)
-                return truth, config_of(truth)
-            finally:
-                memory.close()
+            return read_state(store)
         except (VmdError, OSError) as error:
             log.crit(f"{sentence(error)}: guests of that one are shut down")
     for name in store.names:
         store.remove(name)
     return None, None
+
+
+def read_state(store: Store) -> tuple[Truth, Config]:
+    """Return what the daemon before us knew, and its configuration.  Raises VmdError or OSError."""
+    memory = StateMemory(store.duplicate("state"))
+    try:
+        truth = read(memory)
+        return truth, config_of(truth)
+    finally:
+        memory.close()
 
 
 def open_kvm(options: Options, *, adopts: bool) -> int:

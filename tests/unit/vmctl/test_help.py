@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import schema
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.table import COMMANDS, COMMON, GLOBAL, Command
 from vmctl.usage import synopsis
-from vmd.ipc.messages import VMD_PARENT_INVALID, End, Failed, ListRequest, StartRequest
+from vmd.ipc.messages import VMD_PARENT_INVALID, End, Failed, GenerationInfo, ListRequest, StartRequest
 from vmd.record import Record
 from vmd.version import VERSION
 
@@ -67,6 +68,27 @@ def test_version_of_vmctl(capfd: pytest.CaptureFixture[str], option: str) -> Non
 
 def test_version(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """The daemon's, too: it goes on with its own code when the programs are replaced."""
+    daemon.answers(GenerationInfo(number=1, version="9.9", vms=3), End())
+
+    assert vmctl("version") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
+
+
+def test_versions_that_still_serve_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Those of earlier daemons."""
+    rows = [GenerationInfo(number=number, version=f"9.{number}", vms=number) for number in (1, 2)]
+    daemon.answers(*rows, End())
+
+    lines = (f"vmctl {VERSION}", "vmd 9.9", "generation 1: vmd 9.1, 1 VM", "generation 2: vmd 9.2, 2 VMs", "")
+    assert vmctl("version") == (0, "\n".join(lines), "")
+    assert schema.check(vmctl("version", "--json")[1], "version")["generations"] == [
+        {"number": 1, "version": "9.1", "vms": 1}, {"number": 2, "version": "9.2", "vms": 2}
+    ]  # fmt: skip
+
+
+def test_version_of_a_daemon_without_generations(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """It does not know the question."""
+    daemon.answers(Failed(code=errno.ENOSYS, text="vmd 9.9 knows no request 0x2f; a later one may"))
+
     assert vmctl("version") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
 
 

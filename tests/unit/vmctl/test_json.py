@@ -82,6 +82,8 @@ def test_a_console_is_not_attached_to(vmctl: Vmctl, daemon: FakeDaemon, option: 
 
 def test_versions(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
     """Both, or why that of the daemon cannot be had."""
+    daemon.answers(End())
+
     assert schema.check(vmctl("version", "--json")[1], "version")["vmd"] == "9.9"
     status, output, _ = vmctl("version", "--json", socket=str(tmp_path / "none.sock"))
     assert (status, schema.check(output, "error")["code"]) == (3, errno.ENOENT)

@@ -1,0 +1,82 @@
+"""The version that is installed now is tried out before it takes over."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vmd.ipc.loop import Loop
+from vmd.parent import upgrade
+from vmd.parent.program import Program
+from vmd.parent.upgrade import Rehearsal, in_words
+
+
+class Script(Program):
+    """What is installed is a script of the shell."""
+
+    def __init__(self, directory: Path, script: str) -> None:
+        self.directory = str(directory)
+        self.script = script
+
+    def command(self, *options: str) -> list[str]:
+        """Return the script, with its options."""
+        return ["/bin/sh", "-c", self.script, "vmd", *options]
+
+
+def rehearse(directory: Path, script: str) -> str:
+    """Return what a rehearsal ends with, after its process has ended, too."""
+    loop = Loop()
+    ends: list[str] = []
+    state = os.memfd_create("state")
+    os.write(state, b"what is known")
+    before = os.listdir("/proc/self/fd")
+
+    def look() -> None:
+        if ends and len(os.listdir("/proc/self/fd")) == len(before):
+            loop.stop()
+        loop.call_later(0.01, look)
+
+    Rehearsal(loop, Script(directory, script), state, ends.append)
+    look()
+    loop.run()
+    os.close(state)
+    loop.close()
+    (end,) = ends
+    return end
+
+
+def test_program_has_the_state(tmp_path: Path) -> None:
+    """It runs where the daemon was started, and no service manager hears of it."""
+    script = (
+        f'test "$1" = --check-adopt && test "$(pwd)" = {tmp_path} && test -z "$NOTIFY_SOCKET"'
+        ' && grep -q "what is known" /proc/self/fd/${VMD_STORED#state=}'
+    )
+
+    assert rehearse(tmp_path, script) == ""
+
+
+def test_program_that_says_nothing(tmp_path: Path) -> None:
+    """Its status is all there is to tell."""
+    assert rehearse(tmp_path, "exit 3") == "it ended with status 3"
+
+
+def test_program_that_says_too_much(tmp_path: Path) -> None:
+    """The end counts; what it leaves behind with its output open is not waited for."""
+    said = rehearse(tmp_path, "yes | head -c 1000000; echo the end; sleep 3 & exit 1")
+
+    assert said.endswith("\nthe end")
+    assert len(said) <= upgrade.SAID_MAX
+
+
+def test_program_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has so long, and is killed."""
+    monkeypatch.setattr(upgrade, "REHEARSAL_S", 0.2)
+
+    assert "has not come to an end in" in rehearse(tmp_path, "exec sleep 1000")
+
+
+def test_fault_of_the_program_is_told_in_a_line() -> None:
+    """The log has the rest; complaints of vmd are told as they are."""
+    trace = "Traceback (most recent call last):\n  File ...\nSyntaxError: invalid syntax\n"
+    assert in_words(trace, 1) == "SyntaxError: invalid syntax"
+    assert in_words("vmd: /etc/vm.conf:1: no\nvmd: /etc/vm.conf:2: no\n", 1) == "/etc/vm.conf:1: no\n/etc/vm.conf:2: no"
