@@ -14,12 +14,17 @@ from pathlib import Path
 from tools.debian_kernel import cache_dir
 
 CHECKOUT = Path(__file__).parents[2]
-NEWER = "99.0"
+NEWER, BROKEN = "99.0", "98.0"
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
 INSTALLED = ("iproute2", "procps", "systemd", "systemd-sysv")
 DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-ply", "python3-pyroute2", "seabios")
 OF_A_MACHINE = ("kmod", "udev")
+CANNOT_READ = b"""
+
+def read(memory: StateMemory) -> Truth:
+    raise VmdError("this version cannot read it")
+"""
 LIMIT_S = 1800  # a watchdog: what comes from the network may take minutes
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 
@@ -80,12 +85,17 @@ def _digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def newer_deb(folder: Path, *, depends: str = "") -> Path:
-    """Return a package like ours of version NEWER, perhaps with one more dependency, in a folder."""
+def newer_deb(folder: Path, *, depends: str = "", broken: bool = False) -> Path:
+    """Return a package like ours of version NEWER, perhaps with one more dependency, in a folder.
+
+    A `broken` one, of version BROKEN, has a program that cannot take over from ours.
+    """
+    version = BROKEN if broken else NEWER
     tree = folder / "newer"
     run("dpkg-deb", "-R", built_deb(), tree)
     control = tree / "DEBIAN/control"
-    lines = [f"Version: {NEWER}" if line.startswith("Version:") else line for line in control.read_text().splitlines()]
+    lines = control.read_text().splitlines()
+    lines = [f"Version: {version}" if line.startswith("Version:") else line for line in lines]
     if depends:
         lines = [f"{line}, {depends}" if line.startswith("Depends:") else line for line in lines]
     control.write_text("\n".join(lines) + "\n")
@@ -93,11 +103,15 @@ def newer_deb(folder: Path, *, depends: str = "") -> Path:
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(folder / "vmd.zip", "w") as new:
         for info in old.infolist():
             if info.filename == "vmd/version.py":
-                new.writestr(info, f'VERSION = "{NEWER}"\n')
+                new.writestr(info, f'VERSION = "{version}"\n')
+            elif broken and info.filename == "vmd/parent/truth.py":
+                new.writestr(info, old.read(info) + CANNOT_READ)
+            elif broken and info.filename == "vmd/parent/truth.pyc":
+                continue
             elif info.filename != "vmd/version.pyc":
                 new.writestr(info, old.read(info))
     shutil.copyfile(folder / "vmd.zip", archive)
-    deb = folder / f"vmd_{NEWER}.deb"
+    deb = folder / f"vmd_{version}.deb"
     run("dpkg-deb", "--root-owner-group", "-Znone", "-b", tree, deb)
     shutil.rmtree(tree)
     return deb

@@ -7,11 +7,13 @@ goes off for good.  What is done in there is in `steps`, which the machine itsel
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.l1.machine import Emulated, L1Error
 from tests.support.guests import guest
+from tests.support.linux import linux_guest
 from tests.systemd import steps
 from tools import initramfs
 from tools.debian_kernel import cache_dir, fetch
@@ -30,6 +32,12 @@ vm "full" {
     disk "/srv/disk.img" format raw
     cdrom "/srv/cd.iso"
     interface switch "lan"
+    local interface
+}
+vm "linux" {
+    disable
+    memory 128M
+    boot "/srv/vmlinuz" initrd "/srv/initrd" cmdline "console=ttyS0 quiet panic=-1 nowatchdog vmdtest=dhcp,shell"
     local interface
 }
 """
@@ -89,6 +97,9 @@ def make_disk(root: Path, package: Path, scratch: Path) -> Path:
     (files / "etc/hostname").write_text("host\n")
     (files / "etc/machine-id").write_text(MACHINE_ID)
     shutil.copy(guest("demo"), files / "srv/demo.elf")
+    linux = linux_guest()
+    shutil.copy(linux.kernel, files / "srv/vmlinuz")
+    shutil.copy(linux.initrd, files / "srv/initrd")
     for name in ("disk.img", "cd.iso"):
         (files / "srv" / name).write_bytes(bytes(1 << 20))
     disk = scratch / "disk"
@@ -121,15 +132,16 @@ def boot(out: Path, disk: Path) -> None:
         machine.stop()
 
 
-def run(root: Path, package: Path, newer: Path, scratch: Path) -> dict[str, dict[str, Any]]:
+def run(root: Path, package: Path, later: Mapping[str, Path], scratch: Path) -> dict[str, dict[str, Any]]:
     """Boot a host as often as there are steps for; returns their results by their names.
 
-    A `package` is installed before, and a `newer` one in there.  Raises L1Error.
+    A `package` is installed before, and `later` ones, by their names, in there.  Raises L1Error.
     """
     out = scratch / "host"
     out.mkdir()
     shutil.copy(HERE / "steps.py", out)
-    shutil.copy(newer, out / "newer.deb")
+    for name, deb in later.items():
+        shutil.copy(deb, out / f"{name}.deb")
     disk = make_disk(root, package, scratch)
     written = out / "results"
     written.touch()

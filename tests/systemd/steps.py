@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import select
+import socket
 import subprocess
 import threading
 import time
@@ -27,6 +28,7 @@ LINKS = Path("/sys/class/net")
 DEADLINE_S = 300.0  # the machine is some thirty times as slow as what it runs on
 BOOT_COUNT = Path("/var/lib/boots")
 PROMPT = b"vmd-demo> "
+BYTES = 20_000  # sent through a guest, and back
 SECOND = 'vm "second" {\n    memory 32M\n    boot "/srv/demo.elf"\n}\n'
 MISTAKE = "vm lots {\n"
 
@@ -114,22 +116,55 @@ def processes() -> dict[int, str]:
 def ask(entries: list[dict[str, Any]], name: str, command: str) -> str:
     """Type a command at the console of a VM, which an entry names; returns what the guest answers."""
     line = next(text for text in said(entries) if f"started {name} (" in text)
-    fd = os.open(line.rpartition(" ")[2], os.O_RDWR | os.O_NOCTTY)
+    return type_at(line.rpartition(" ")[2], command, PROMPT)
+
+
+def type_at(tty: str, command: str, wanted: bytes) -> str:
+    """Type a command at a terminal; return what the guest answers, up to the wanted text."""
+    fd = os.open(tty, os.O_RDWR | os.O_NOCTTY)
     try:
         os.write(fd, command.encode() + b"\r")
-        console = select.poll()
-        console.register(fd, select.POLLIN)
-        answer = b""
-        while not answer.partition(command.encode())[2].endswith(PROMPT):
-            if not console.poll(DEADLINE_S * 1000):
-                raise RuntimeError(f"vm {name} does not answer to {command}: {answer!r}")
-            answer += os.read(fd, 4096)
-        return answer.decode()
+        return read_until(fd, lambda answer: answer.partition(command.encode())[2].endswith(wanted))
     finally:
         os.close(fd)
 
 
+def wait_at(tty: str, wanted: bytes) -> str:
+    """Wait until a guest says something at its terminal, where nobody else listens; return what it said until then."""
+    fd = os.open(tty, os.O_RDWR | os.O_NOCTTY)
+    try:
+        return read_until(fd, lambda answer: wanted in answer)
+    finally:
+        os.close(fd)
+
+
+def read_until(fd: int, done: Callable[[bytes], bool]) -> str:
+    """Return what comes from a terminal until that is enough."""
+    console = select.poll()
+    console.register(fd, select.POLLIN)
+    answer = b""
+    while not done(answer):
+        if not console.poll(DEADLINE_S * 1000):
+            raise RuntimeError(f"a guest says no more: {answer!r}")
+        answer += os.read(fd, 4096)
+    return answer.decode(errors="replace")
+
+
+def echo(connection: socket.socket, count: int) -> bool:
+    """Send bytes to the guest, which sends them back; return whether they are the same."""
+    sent = bytes(number % 251 for number in range(count))
+    connection.sendall(sent)
+    received = b""
+    while len(received) < count:
+        piece = connection.recv(count - len(received))
+        if not piece:
+            raise RuntimeError(f"the connection has ended after {len(received)} bytes")
+        received += piece
+    return received == sent
+
+
 journal: Journal  # of this boot
+connection: socket.socket  # to the guest that serves TCP
 
 
 # --- first boot ----------------------------------------------------------------------------------------------------
@@ -201,22 +236,54 @@ def out_of_memory() -> dict[str, Any]:
     return {"before": before, "after": processes(), "said": said(entries), "scope": answer.splitlines()}
 
 
+def linux() -> dict[str, Any]:
+    """Start a stock Linux, and have it serve TCP on its local interface."""
+    global connection
+    must("vmctl", "start", "linux")
+    tty = rows()["linux"]["tty"]
+    greeting = wait_at(tty, b"# ")
+    type_at(tty, "nc -ll -p 7 -e cat &", b"# ")
+    address = greeting.partition("dhcp: eth0 ")[2].partition("/")[0]
+    connection = socket.create_connection((address, 7), DEADLINE_S)
+    return {"greeting": greeting, "same": echo(connection, BYTES)}
+
+
+def broken() -> dict[str, Any]:
+    """Install a version that cannot take over."""
+    return install("/host/broken.deb")
+
+
 def upgrade() -> dict[str, Any]:
-    """Install a newer version while guests run."""
-    unit_before, before = unit("MainPID"), processes()
-    text = must("apt-get", "-q", "-y", "install", "/host/newer.deb")
+    """Install a newer version while guests run, and have one of these restart."""
+    seen = install("/host/newer.deb")
+    connection.close()
+    tty = rows()["linux"]["tty"]
+    type_at(tty, "reboot -f", b"\n")
+    seen["greeting"] = wait_at(tty, b"# ")
+    seen["reset"] = must("vmctl", "version")
+    must("vmctl", "stop", "-fw", "linux")
+    return seen
+
+
+def install(package: str) -> dict[str, Any]:
+    """Install a package while guests run, and one of them has a connection."""
+    unit_before, before, before_rows, links_before = unit("MainPID"), processes(), rows(), links()
+    text = must("apt-get", "-q", "-y", "install", package)
+    same = echo(connection, BYTES)
     return {
         "said": text, "before": before, "after": processes(), "unit_before": unit_before, "unit": unit("MainPID"),
-        "version": must("vmctl", "--version"),
+        "version": must("vmctl", "version"), "same": same, "rows_before": before_rows, "rows": rows(),
+        "links_before": links_before, "links": links(),
     }  # fmt: skip
 
 
 def kill() -> dict[str, Any]:
     """Kill the daemon without a warning, and wait for what systemd starts in its place."""
     unit_before, before, links_before = unit("MainPID"), processes(), links()
+    tty = rows()["full"]["tty"]
     must("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vmd")
-    entries = journal.wait("started full (")
-    answer = ask(entries, "full", "pci")
+    entries = journal.wait("vmd: startup")
+    answer = type_at(tty, "pci", PROMPT)
     return {
         "said": said(entries), "before": before, "after": processes(), "links_before": links_before, "links": links(),
         "answer": answer, "unit_before": unit_before, "unit": unit("MainPID", "ActiveState", "NRestarts"),
@@ -263,7 +330,9 @@ def mistake() -> dict[str, Any]:
 
 
 BOOTS: tuple[tuple[Callable[[], dict[str, Any]], ...], ...] = (
-    (enable, control_group, who_is_who, journal_fields, reload, upgrade, out_of_memory, kill),
+    (
+        enable, control_group, who_is_who, journal_fields, reload, linux, broken, upgrade, out_of_memory, kill,
+    ),
     (previous, again, stop, mistake),
 )
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from tests.l1.machine import L1Error
-from tests.support.debian import NEWER, built_deb, debian_host, newer_deb
+from tests.support.debian import BROKEN, NEWER, built_deb, debian_host, newer_deb
 from tests.systemd import host
 from vmd.config.model import DEFAULT_FIRST_ID
 from vmd.parent.oom import CORE_SCORE
 from vmd.privsep.confine import OPENER, PARENT_CAPABILITIES
 from vmd.privsep.ids import TASKS_MAX
+from vmd.version import VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.deep, pytest.mark.timeout(2400)]
 
@@ -24,11 +25,14 @@ Results = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Give what has been seen on the host."""
-    newer = newer_deb(tmp_path_factory.mktemp("newer"))
+    later = {
+        "newer": newer_deb(tmp_path_factory.mktemp("newer")),
+        "broken": newer_deb(tmp_path_factory.mktemp("broken"), broken=True),
+    }
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(L1Error):
-            return host.run(debian_host(), built_deb(), newer, tmp_path_factory.mktemp("host"))
-    return host.run(debian_host(), built_deb(), newer, tmp_path_factory.mktemp("host"))
+            return host.run(debian_host(), built_deb(), later, tmp_path_factory.mktemp("host"))
+    return host.run(debian_host(), built_deb(), later, tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture
@@ -113,14 +117,45 @@ def test_reload(seen: dict[str, Any]) -> None:
     assert "MiB of ram" in seen["answer"]
 
 
-def test_upgrade(seen: dict[str, Any]) -> None:
-    """A newer package leaves the daemon and its guests alone, and says so."""
+def test_linux(seen: dict[str, Any]) -> None:
+    """A stock Linux serves TCP on its local interface."""
+    assert "dhcp: eth0 " in seen["greeting"]
+    assert seen["same"] is True
+
+
+def test_broken(seen: dict[str, Any]) -> None:
+    """A version that cannot take over leaves the daemon and its guests alone, and says why."""
+    assert "the version that is installed now cannot take over" in seen["said"]
     assert "the daemon was not restarted" in seen["said"]
     assert seen["unit"] == seen["unit_before"]
-    for name in ("full", "second"):
+    assert seen["version"].splitlines() == [f"vmctl {BROKEN}", f"vmd {VERSION}"]
+    run_on(seen)
+
+
+def test_upgrade(seen: dict[str, Any]) -> None:
+    """A newer package restarts the daemon; guests run on, and go to the new version when they restart."""
+    assert "the daemon was not restarted" not in seen["said"]
+    assert seen["unit"]["MainPID"] not in ("0", seen["unit_before"]["MainPID"])
+    old = f"generation 1: vmd {VERSION}"
+    new = f"generation 2: vmd {NEWER}"
+    versions = [f"vmctl {NEWER}", f"vmd {NEWER}"]
+    assert seen["version"].splitlines() == [*versions, f"{old}, 3 VMs", f"{new}, 0 VMs"]
+    run_on(seen)
+    assert "guest: userspace is up" in seen["greeting"]
+    assert seen["reset"].splitlines() == [*versions, f"{old}, 2 VMs", f"{new}, 1 VM"]
+
+
+def run_on(seen: dict[str, Any]) -> None:
+    """Raise AssertionError unless guests have their processes, interfaces and connections still."""
+    for name in ("full", "second", "linux"):
         assert ours(seen["before"], name)
         assert ours(seen["after"], name) == ours(seen["before"], name)
-    assert NEWER in seen["version"]
+        before, after = (seen[rows][name] | {"resident_bytes": 0} for rows in ("rows_before", "rows"))
+        for row in (before, after):
+            row["interfaces"] = [{key: nic[key] for key in ("tap", "lladdr")} for nic in row["interfaces"]]
+        assert after == before
+    assert seen["links"] == seen["links_before"]
+    assert seen["same"] is True
 
 
 def test_out_of_memory(seen: dict[str, Any]) -> None:
@@ -134,15 +169,16 @@ def test_out_of_memory(seen: dict[str, Any]) -> None:
 
 
 def test_kill(seen: dict[str, Any]) -> None:
-    """Another daemon, of the version that is now installed, starts what the file has; nothing is left of the first."""
+    """Another daemon goes on with the guests, their interfaces and consoles."""
     assert seen["unit"]["ActiveState"] == "active"
     assert seen["unit"]["NRestarts"] == "1"
     assert seen["unit"]["MainPID"] not in ("0", seen["unit_before"]["MainPID"])
-    assert seen["before"].keys().isdisjoint(seen["after"])
-    assert any("removed what an earlier vmd has left: br0" in line for line in seen["said"])
+    assert ours(seen["before"], "full")
+    assert ours(seen["after"], "full") == ours(seen["before"], "full")
+    assert not any("removed what an earlier vmd has left" in line for line in seen["said"])
     assert "virtio block" in seen["answer"]
-    assert sorted(seen["links"].values()) == sorted(seen["links_before"].values())
-    assert seen["version"].splitlines() == [f"vmctl {NEWER}", f"vmd {NEWER}"]
+    assert seen["links"] == seen["links_before"]
+    assert seen["version"].splitlines()[:2] == [f"vmctl {NEWER}", f"vmd {NEWER}"]
 
 
 def test_previous(seen: dict[str, Any]) -> None:

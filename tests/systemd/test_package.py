@@ -5,10 +5,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.debian import NEWER, built_deb, debian_root, newer_deb
+from tests.support.daemon import Terminal
+from tests.support.debian import BROKEN, NEWER, built_deb, debian_root, newer_deb
 from tests.support.guests import guest
 from tests.systemd.box import Box
 from vmd.version import VERSION
@@ -19,6 +21,7 @@ DEB, NEW_DEB = "/root/vmd.deb", "/root/newer.deb"
 INSTALL = ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "install")
 STRACE = ("strace", "-f", "-qq", "-o", "/dev/null")
 CONF = 'vm "demo" {\n\tmemory 32M\n\tboot "/root/demo.elf"\n\tlocal interface\n}\n'
+PROMPT = "vmd-demo> "
 NOT_OURS = ("/var/cache", "/var/lib/apt", "/var/lib/dpkg", "/var/log", "/etc/ld.so.cache", "/root", "/etc/machine-id")
 
 
@@ -42,10 +45,21 @@ def version(box: Box) -> str:
     return box.must("vmctl", "--version").split()[1]
 
 
-def state(box: Box, name: str) -> str:
-    """Return the state of a VM, as this vmctl understands the daemon that runs."""
+def status(box: Box, name: str) -> dict[str, Any]:
+    """Return what is said of a VM, as this vmctl understands the daemon that runs."""
     (row,) = [row for row in json.loads(box.must("vmctl", "status", "--json"))["vms"] if row["name"] == name]
-    return str(row["state"])
+    found: dict[str, Any] = row
+    return found
+
+
+def state(box: Box, name: str) -> str:
+    """Return the state of a VM."""
+    return str(status(box, name)["state"])
+
+
+def serving(box: Box) -> list[str]:
+    """Return which versions of the daemon serve."""
+    return [line for line in box.must("vmctl", "version").splitlines() if not line.startswith("vmctl ")]
 
 
 def files(box: Box) -> dict[str, str]:
@@ -82,18 +96,21 @@ def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
     assert box.must("vmd", "-n") == ""
     assert box.path("/usr/share/bash-completion/completions/vmctl").exists()
 
-    box.copy(newer, NEW_DEB)
-    done = box.run(*INSTALL, NEW_DEB)
+    before_upgrade = status(box, "demo")
+    with Terminal(str(box.path(before_upgrade["tty"]))) as console:
+        console.answer("", PROMPT)
+        box.copy(newer, NEW_DEB)
+        box.must(*INSTALL, NEW_DEB)
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout + done.stderr
-    assert "vmd: the daemon was not restarted, for its guests would end: it goes on with the version" in said
-    assert box.properties("vmd.service")["MainPID"] == first["MainPID"]
-    assert version(box) == NEWER
-    assert state(box, "demo") == "running"
-    box.must("vmctl", "stop", "-fw", "demo")
-    box.must("vmctl", "start", "demo")
-    assert state(box, "demo") == "running"
+        assert box.properties("vmd.service")["MainPID"] not in ("0", first["MainPID"])
+        assert version(box) == NEWER
+        assert {**status(box, "demo"), "resident_bytes": 0} == {**before_upgrade, "resident_bytes": 0}
+        generations = [f"generation 1: vmd {VERSION}, 1 VM", f"generation 2: vmd {NEWER}, 0 VMs"]
+        assert serving(box) == [f"vmd {NEWER}", *generations]
+        console.answer("", PROMPT)
+        console.answer("reset", PROMPT)
+    assert serving(box) == [f"vmd {NEWER}"]
+    assert status(box, "demo")["tty"] == before_upgrade["tty"]
 
     box.must("systemctl", "stop", "vmd")
     box.must(*INSTALL, "--reinstall", NEW_DEB)
@@ -112,12 +129,35 @@ def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
     assert set(before) <= set(after)
 
 
+def test_version_that_cannot_take_over(box: Box, tmp_path: Path) -> None:
+    """The old daemon goes on, serves the new vmctl, and the package says why."""
+    box.path("/etc/vm.conf").write_text(CONF)
+    box.must(*INSTALL, DEB)
+    box.wait_for(lambda: state(box, "demo") == "running", "the VM of vm.conf does not run")
+    before, main = status(box, "demo"), box.properties("vmd.service")["MainPID"]
+    box.copy(newer_deb(tmp_path, broken=True), NEW_DEB)
+
+    done = box.run(*INSTALL, NEW_DEB)
+
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "vmctl: the version that is installed now cannot take over:\nvmctl: this version cannot read it\n" in said
+    assert "vmd: the daemon was not restarted, for its guests would end: it goes on with the version" in said
+    assert box.properties("vmd.service")["MainPID"] == main
+    assert version(box) == BROKEN
+    assert serving(box) == [f"vmd {VERSION}"]
+    assert status(box, "demo")["pid"] == before["pid"]
+    box.must("vmctl", "stop", "-fw", "demo")
+    box.must("vmctl", "start", "demo")
+    assert state(box, "demo") == "running"
+
+
 def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, newer: Path, tmp_path: Path) -> None:
     """Whether something cannot be fetched, the disk is full, or dpkg is killed at any of its renames."""
     box.path("/etc/vm.conf").write_text(CONF)
     box.must(*INSTALL, DEB)
     box.wait_for(lambda: state(box, "demo") == "running", "the VM of vm.conf does not run")
-    pid = box.properties("vmd.service")["MainPID"]
+    pid, main = status(box, "demo")["pid"], box.properties("vmd.service")["MainPID"]
 
     box.copy(newer_deb(tmp_path, depends="python3-yaml"), NEW_DEB)
     unfetched = box.run(*INSTALL, NEW_DEB)
@@ -141,13 +181,14 @@ def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, newer: Path, tmp
         inject = f"inject=rename:signal=KILL:when={turn}"
         killed = box.run("dpkg", "-i", NEW_DEB, under=[*STRACE, "-e", "trace=rename", "-e", inject])
         versions.append(version(box))
-        assert state(box, "demo") == "running"
+        assert status(box, "demo")["pid"] == pid
         if killed.returncode == 0:
             break
+        assert box.properties("vmd.service")["MainPID"] == main
     assert killed.returncode == 0
     assert len(versions) > 5
     assert versions == sorted(versions)  # the old one, then the newer one
     assert set(versions) == {VERSION, NEWER}
-    assert box.properties("vmd.service")["MainPID"] == pid
+    assert serving(box)[0] == f"vmd {NEWER}"
     box.must("dpkg", "--audit")
     box.must(*INSTALL, NEW_DEB)

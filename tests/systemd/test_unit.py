@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ class Unit:
         """Return the names of all network interfaces."""
         return {link["ifname"] for link in json.loads(self.box.must("ip", "-j", "link"))}
 
+    def network(self) -> list[str]:
+        """Return all interfaces, their addresses but for those that the kernel gives in its time, and all rules."""
+        commands = ("ip -o address show scope global", "ip -o link", "nft --stateless list ruleset")
+        return [line for command in commands for line in self.box.must(*command.split()).splitlines()]
+
+    @property
+    def main(self) -> int:
+        """The daemon's process; 0 if there is none."""
+        return int(self.box.properties("vmd.service")["MainPID"])
+
     def groups(self) -> dict[str, str]:
         """Return the control group of every process of ours, by its title."""
         lines = self.box.must("ps", "-eo", "cgroup:200,args").splitlines()
@@ -92,6 +102,11 @@ class Unit:
     def processes(self) -> list[str]:
         """Return every process of ours."""
         return [line for line in self.box.must("ps", "-eo", "args").splitlines() if line.startswith("vmd: ")]
+
+
+def same(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what does not change of a VM that does nothing but run."""
+    return {key: value for key, value in row.items() if key != "resident_bytes"}
 
 
 @pytest.fixture(scope="module")
@@ -171,22 +186,74 @@ def test_power_off_and_the_next_boot(unit: Unit) -> None:
     assert "vmd: terminating" in said
 
 
-def test_killed_daemon_is_started_again(unit: Unit) -> None:
-    """With its VMs, and without what the first one has left."""
-    unit.start()
-    first = unit.wait_running("demo")
-    links = unit.links()
-    main = unit.box.properties("vmd.service")["MainPID"]
+def restart(unit: Unit) -> None:
+    """Restart the daemon as an operator does."""
+    unit.box.must("systemctl", "restart", "vmd")
 
+
+def kill(unit: Unit) -> None:
+    """Kill the daemon, and wait for the next one."""
+    main = unit.main
     unit.box.must("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vmd")
-    unit.box.wait_for(
-        lambda: unit.box.properties("vmd.service")["MainPID"] not in ("0", main), "no daemon takes its place"
-    )
+    unit.box.wait_for(lambda: unit.main not in (0, main), "no daemon takes its place")
     unit.box.wait_property("vmd.service", "ActiveState", "active")
 
-    assert unit.wait_running("demo")["pid"] != first["pid"]
-    assert unit.box.properties("vmd.service")["NRestarts"] == "1"
-    assert len(unit.links()) == len(links)
+
+@pytest.mark.parametrize(("end", "text"), [
+    pytest.param(restart, conf(), id="restart", marks=pytest.mark.deep),
+    pytest.param(kill, conf(), id="kill"),
+    pytest.param(restart, conf("vm lots {"), id="restart-mistake"),
+    pytest.param(kill, conf("vm lots {"), id="kill-mistake", marks=pytest.mark.deep),
+])  # fmt: skip
+def test_guest_outlives_the_daemon(unit: Unit, end: Callable[[Unit], None], text: str) -> None:
+    """With its process, console and interfaces, whatever the file says by then; a stop ends it as ever."""
+    unit.start()
+    before, main = unit.wait_running("demo"), unit.main
+    network = unit.network()
+    groups = unit.groups()
+    with Terminal(str(unit.box.path(before["tty"]))) as console:
+        console.answer("", "vmd-demo> ")
+        unit.configure(text)
+
+        end(unit)
+
+        console.answer("", "vmd-demo> ")
+    assert unit.main != main
+    assert same(unit.status("demo")) == same(before)
+    assert unit.network() == network
+    assert {title: group for title, group in unit.groups().items() if "vm/" in title or "vmm" in title} == {
+        title: group for title, group in groups.items() if "vm/" in title or "vmm" in title
+    }
+    assert ("/etc/vm.conf:" in unit.box.unit_log()) >= (end is restart and text != conf())
+
+    unit.box.must("systemctl", "stop", "vmd")
+
+    assert any("powered off by the guest" in entry["MESSAGE"] for entry in unit.said())
+    assert unit.processes() == []
+    assert unit.links() == {"lo"}
+    assert unit.box.properties("vmd.service")["NFileDescriptorStore"] == "0"
+
+
+@pytest.mark.deep
+def test_daemon_that_is_stuck_is_replaced(unit: Unit) -> None:
+    """Its guest runs on.  The time is short here."""
+    drop_in = unit.box.path("/run/systemd/system/vmd.service.d/short.conf")
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Service]\nWatchdogSec=4\nTimeoutAbortSec=2\n")
+    try:
+        unit.box.must("systemctl", "daemon-reload")
+        unit.start()
+        before, main = unit.wait_running("demo"), unit.main
+
+        unit.box.must("kill", "-STOP", str(main))
+
+        unit.box.wait_for(lambda: unit.main not in (0, main), "no daemon takes its place")
+        unit.box.wait_property("vmd.service", "ActiveState", "active")
+        assert same(unit.status("demo")) == same(before)
+        unit.box.must("systemctl", "stop", "vmd")
+    finally:
+        drop_in.unlink()
+        unit.box.must("systemctl", "daemon-reload")
 
 
 def test_guests_are_in_a_unit_of_their_own(unit: Unit) -> None:
