@@ -11,9 +11,11 @@ from tests.process.test_images_powercut import Recorder
 from tests.support.images import KIB, MIB, opened, opened_qcow2, problems, qemu, read, small_file_system, write
 from vmd.errors import ImageError
 from vmd.images.header import CONTENT
+from vmd.images.identify import probe
 from vmd.images.qcow2 import Qcow2Image
 from vmd.images.rewrite import Rewrite
 from vmd.images.snapshots import ENTRY, Snapshot, find, read_snapshots, state_offset
+from vmd.ipc.probemsg import GOING_BACK
 
 SIZE = 4 * MIB
 OPTIONS = [
@@ -384,3 +386,26 @@ def test_what_was_written_by_qemu_goes_on_under_it(tmp_path: Path) -> None:
     image.close()
     assert problems(path) == {}
     assert qcow2_content(path, tmp_path / "raw")[:MIB] == b"a" * MIB
+
+
+def test_mark_of_several_disks_goes_with_the_change(tmp_path: Path) -> None:
+    """Until then it is there, also for who looks at the image only; whoever gives up takes it off, as QEMU does."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
+    image = opened_qcow2(path)
+    create(image, "one")
+
+    def marked() -> bool:
+        with path.open("rb") as file:
+            return GOING_BACK in probe(file.fileno(), "image", "qcow2").notes
+
+    for end in (Rewrite.abandon, Rewrite.commit):
+        change = Rewrite(image)
+        change.go_back("one")
+        change.announce()
+        assert marked()
+        assert problems(path) == {}
+        end(change)
+        assert not marked()
+    image.close()
+    assert problems(path) == {}

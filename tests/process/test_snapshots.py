@@ -15,7 +15,8 @@ import pytest
 from tests.support import schema
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.descriptors import open_files
-from tests.support.images import MIB, problems, qemu
+from tests.support.images import MIB, opened_qcow2, problems, qemu
+from vmd.images.rewrite import Rewrite
 
 pytestmark = pytest.mark.root
 
@@ -160,6 +161,32 @@ def test_disks_that_somebody_else_has_are_refused(vmd: Daemon) -> None:
     assert done.returncode == 1
     assert f"disk {vmd.directory}/data: is in use by" in done.stderr
     vmd.must("snapshot", "web", "x")
+
+
+def test_going_back_that_was_cut_off_between_two_disks(vmd: Daemon) -> None:
+    """Nothing is started with disks of two times; to go back again completes it.  QEMU finds nothing wrong."""
+    fill(vmd, 1)
+    vmd.must("snapshot", "web", "one")
+    fill(vmd, 2)
+    images = [opened_qcow2(vmd.directory / name) for name in ("root.qcow2", "data")]
+    changes = [Rewrite(image) for image in images]
+    for change in changes:
+        change.go_back("one")
+    for change in changes:
+        change.announce()
+    changes[0].commit()
+    for image in images:
+        image.close()
+    assert filled(vmd) == [1, 2]
+
+    for words in (("start", "web"), ("snapshot", "web", "two"), ("snapshot", "-d", "web", "one")):
+        done = vmd.vmctl(*words)
+        assert done.returncode == 1
+        assert f"disk {vmd.directory}/data: was going back to a snapshot with other disks" in done.stderr
+    assert listed(vmd) == [("one", True)]
+    vmd.must("snapshot", "-r", "web", "one")
+    assert filled(vmd) == [1, 1]
+    vmd.must("snapshot", "web", "two")
 
 
 def raw_of(path: Path) -> bytes:

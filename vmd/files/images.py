@@ -21,6 +21,7 @@ from vmd.ipc.probemsg import (
     CORRUPT,
     DIRTY,
     DISC,
+    GOING_BACK,
     NOT_QCOW2,
     Probe,
     how_to_record,
@@ -83,6 +84,7 @@ class Use(Record):
     """How images are opened."""
 
     in_conf: bool = True  # whether advice is for who writes a vm.conf, else for who types a command
+    mends: bool = False  # to complete what was cut off in the middle
     locked: bool = True  # as for a VM; else for reading only, for who just wants to know
 
 
@@ -131,7 +133,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
             if use.locked:
                 lock(fd, name, writable=first)
             probe = _examine(fd, path, name, format_hint, prober)
-            wrong = refusal(probe, format_hint, path, raw) or (first and unfit(probe, path)) or ""
+            wrong = refusal(probe, format_hint, path, raw) or (first and unfit(probe, path, use)) or ""
             if wrong:
                 raise OperatorError(errno.EINVAL, f"{name}: {wrong}")
         except OperatorError as error:
@@ -193,10 +195,15 @@ def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober") 
         raise OperatorError(error.errno or errno.EIO, f"{name}: {error.strerror}") from None
 
 
-def unfit(probe: Probe, path: str) -> str:
+def unfit(probe: Probe, path: str, use: Use = FOR_A_VM) -> str:
     """Return why an image cannot be written to as a disk, or ""."""
     if CORRUPT in probe.notes:
         return f"is marked as corrupt; repair it with qemu-img check -r all {quoted(path)}"
+    if GOING_BACK in probe.notes and not use.mends:
+        return (
+            "was going back to a snapshot with other disks when that was cut off, and they may not be of one time:"
+            " do that again with vmctl snapshot -r"
+        )
     return "has no bytes: a disk has one sector at least" if probe.format == "raw" and not probe.size else ""
 
 

@@ -44,6 +44,7 @@ class Media:
         patience_s: float = 0,
         at: "Callable[[str], None]" = lambda _what: None,
         others_have: bool = False,
+        mends: bool = False,
     ) -> "Media":
         """Open and lock everything; all or nothing.  `at` is told what is next.
 
@@ -56,7 +57,7 @@ class Media:
             OperatorError: a file cannot be had, or is in use.
         """
         deadline_s = time.monotonic() + patience_s
-        use = Use(in_conf=in_conf)
+        use = Use(in_conf=in_conf, mends=mends)
         while True:
             media = cls()
             try:

@@ -24,7 +24,7 @@ CONTENT = struct.Struct(">QIIQQIIQ")
 AT_SIZE = 24
 AT_L1 = 36  # entries and offset
 AT_REFCOUNT_TABLE = 48
-AT_CONTENT = 24  # from the size of the disk to the snapshot table: together in one sector
+AT_CONTENT = 24  # from the size of the disk to the snapshot table: in one sector, with what follows in version 3
 AT_INCOMPATIBLE = 72
 AT_AUTOCLEAR = 88
 
@@ -34,6 +34,10 @@ DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit
 FEATURES = {2: "an external data file", 4: "extended L2 entries"}  # those that have a name but not our support
 COMPRESSIONS = {1: "zstd"}
 ENCRYPTIONS = {1: "AES", 2: "LUKS"}
+
+# One that is ours: several disks go back to a snapshot, and some may have done so already.  QEMU takes it off when it
+# writes to the image.
+GOING_BACK = 1 << 58
 
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
 MAX_REFCOUNT_ORDER = 6

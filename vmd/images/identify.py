@@ -6,11 +6,12 @@ import stat
 from vmd.errors import ImageError
 from vmd.images.header import CORRUPT as CORRUPT_BIT
 from vmd.images.header import DIRTY as DIRTY_BIT
+from vmd.images.header import GOING_BACK as GOING_BACK_BIT
 from vmd.images.header import MAGIC, parse_header
 from vmd.images.hostfile import read_bytes
 from vmd.images.signatures import DISC_AT, DISC_DESCRIPTOR, HEAD_BYTES, TAIL_BYTES, recognise, recognise_disc
 from vmd.ipc.foreign import FOREIGN
-from vmd.ipc.probemsg import CORRUPT, DIRTY, DISC, FORMATS, NOT_QCOW2, Probe
+from vmd.ipc.probemsg import CORRUPT, DIRTY, DISC, FORMATS, GOING_BACK, NOT_QCOW2, Probe
 
 
 def probe(fd: int, path: str, format_hint: str = "") -> Probe:
@@ -55,5 +56,8 @@ def probe(fd: int, path: str, format_hint: str = "") -> Probe:
         guessed=not format_hint,
         backing=header.backing,
         backing_format=header.backing_format,
-        notes=tuple(word for bit, word in marks if header.incompatible & bit),
+        notes=(
+            *(word for bit, word in marks if header.incompatible & bit),
+            *((GOING_BACK,) if header.autoclear & GOING_BACK_BIT else ()),
+        ),
     )

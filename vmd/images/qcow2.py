@@ -37,6 +37,7 @@ from vmd.images.header import (
     AT_L1,
     AT_SIZE,
     CORRUPT,
+    GOING_BACK,
     MAX_TABLE_BYTES,
     SNAPSHOT_BYTES,
     Header,
@@ -511,7 +512,7 @@ class Qcow2Image:
         """Before the first change: take off what holds only as long as all who write understand it."""
         with self.allocating:
             if self.untouched and self.header.version > 2 and self.header.autoclear:
-                write_bytes(self.fd, bytes(8), AT_AUTOCLEAR)
+                write_bytes(self.fd, (self.header.autoclear & GOING_BACK).to_bytes(8, "big"), AT_AUTOCLEAR)
                 self.stable.sync()
             self.untouched = False
 

@@ -18,7 +18,7 @@ Refcounts are numbers in one array meanwhile, and L2 tables are taken apart as o
 import errno
 
 from vmd.errors import ImageError
-from vmd.images.header import AT_CONTENT, CONTENT, MAX_TABLE_BYTES
+from vmd.images.header import AT_AUTOCLEAR, AT_CONTENT, AT_INCOMPATIBLE, CONTENT, GOING_BACK, MAX_TABLE_BYTES
 from vmd.images.hostfile import read_bytes, write_bytes, write_views
 from vmd.images.names import check_name
 from vmd.images.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, REPAIR, Qcow2Image
@@ -157,6 +157,7 @@ class Rewrite:
         self.freed: list[int] = []
         self.state: list[int] = []  # clusters
         self.state_bytes = 0
+        self.announced = False
         self._hint = 0
         self.l1, self.l1_offset = image.l1, header.l1_offset
         self.size = header.size
@@ -486,6 +487,16 @@ class Rewrite:
         bits = 1 << self.header.refcount_order
         return ImageError(self.image.path, f"has refcounts of {bits} bits, too few for one more snapshot")
 
+    def announce(self) -> None:
+        """Mark the disk as one of several that go back, until `commit`: they may not be used before all have.
+
+        Raises OSError.  Images of version 2 have no room for that.
+        """
+        if self.header.version > 2:
+            self.announced = True
+            write_bytes(self.image.fd, GOING_BACK.to_bytes(8, "big"), AT_AUTOCLEAR)
+            self.image.stable.sync()
+
     def commit(self) -> None:
         """Make the change that was prepared.  Raises OSError; the image then takes no writes any more."""
         image = self.image
@@ -495,6 +506,8 @@ class Rewrite:
         )  # fmt: skip
         with image.allocating:
             image.failed = "a snapshot was begun and not completed; open the image again"
+            if self.header.version > 2:  # what features it has stays, but for the mark
+                raw += read_bytes(image.fd, AT_AUTOCLEAR - AT_INCOMPATIBLE, AT_INCOMPATIBLE) + bytes(8)
             write_bytes(image.fd, raw, AT_CONTENT)
             image.stable.sync()
             image.failed = ""
@@ -505,6 +518,9 @@ class Rewrite:
         """Leave the image as it is, and give back the room of what was written."""
         self._pending = []
         with self.image.allocating:
+            if self.announced:
+                write_bytes(self.image.fd, bytes(8), AT_AUTOCLEAR)
+                self.announced = False
             for first, count in self.ours:
                 self.image.punch(first, count)
         self.ours = []

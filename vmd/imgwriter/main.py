@@ -17,6 +17,7 @@ import time
 
 from vmd.errors import ImageError, OperatorError, VmdError, number, sentence
 from vmd.images.chain import Link, open_chain
+from vmd.images.header import GOING_BACK
 from vmd.images.locks import unlock
 from vmd.images.qcow2 import Qcow2Image
 from vmd.images.rewrite import Rewrite
@@ -64,13 +65,14 @@ class ImgWriter(Process):
         self.parent = self.attach_parent(Proc.PARENT)
         self.images: list[Qcow2Image] = []
         self.changes: list[tuple[str, Rewrite]] = []  # by disk
-        self.tag = ""
+        self.tag, self.action = "", SnapshotAction.LIST
         self.state: int | None = None  # a courier, where the state of the machine is asked for
         self.said_s = time.monotonic()
 
     def on_change(self, message: ChangeSnapshots, envelope: Envelope, _channel: Channel) -> None:
         """List the snapshots, or prepare a change."""
         set_title(f"imgwriter/{message.name}")
+        self.parent.send(SnapshotWord())
         try:
             self.open(message, envelope)
             if message.action is SnapshotAction.LIST:
@@ -78,7 +80,7 @@ class ImgWriter(Process):
                 self.parent.send(SnapshotsChanged())
                 self.be_over()
                 return
-            self.tag, self.state = message.tag, envelope.take_fd("state")
+            self.tag, self.action, self.state = message.tag, message.action, envelope.take_fd("state")
             self.prepare(message, envelope.take_fd("stream"))
         except (VmdError, OSError, ValueError) as error:
             self.fail(error)
@@ -187,6 +189,10 @@ class ImgWriter(Process):
         if self.state is not None and not self.saved(tag).state_bytes:
             what = "has the disks only: stop the VM to go back to it"
             raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
+        for image in self.images:
+            if image.header.autoclear & GOING_BACK and action is not SnapshotAction.GO_BACK:
+                what = "was going back to a snapshot with other disks when that was cut off: do that again with -r"
+                raise ImageError(image.path, what)
         for image, there in zip(self.images, has, strict=True):
             if action is SnapshotAction.DELETE and not there:
                 continue  # it was left by one that was not completed
@@ -238,10 +244,17 @@ class ImgWriter(Process):
         done = 0
         order = self.changes[::-1] if message.first_last else self.changes
         try:
+            if self.action is SnapshotAction.GO_BACK and len(order) > 1:
+                for _, change in order:
+                    change.announce()
             for _, change in order:
                 change.commit()
                 done += 1
         except (VmdError, OSError) as error:
+            if not done:
+                with contextlib.suppress(OSError):
+                    for _, change in order:
+                        change.abandon()
             text = f"{sentence(error)}; {done} of {len(order)} disks are changed"
             self.parent.send(SnapshotsFailed(code=number(error), text=brief(text)))
         else:

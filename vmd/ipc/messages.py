@@ -1500,6 +1500,7 @@ class OpenFiles(Record):
     check_given: bool = False  # whether the user may read it, by its mode
     copy_max: int = 0  # bytes; the opener makes no file larger
     in_conf: bool = True  # whether advice is for who writes a vm.conf
+    mends: bool = False  # snapshots are changed: disks that no VM could be started with may do
     patience_s: float = 0.0  # for locks that somebody is about to let go
     others_have: bool = False  # disks are in use, and are to be looked at all the same: they say so in `in_use`
     only_writable: bool = False  # each disk's own image, and nothing but whether this user may write to it

@@ -21,8 +21,8 @@ SIZE_DIGITS = len(str(2**63 - 1))
 FORMATS = ("raw", "qcow2")
 DISC = "disc"
 NOT_QCOW2 = "not a qcow2 image"
-DIRTY, CORRUPT = "dirty", "corrupt"
-NOTES = (DIRTY, CORRUPT)
+DIRTY, CORRUPT, GOING_BACK = "dirty", "corrupt", "going-back"
+NOTES = (DIRTY, CORRUPT, GOING_BACK)
 
 IMAGE, ERROR, END = b"image", b"error", b"\n"
 FLAGS = {b"0": False, b"1": True}
@@ -113,7 +113,7 @@ def unpack(line: bytes) -> Probe | str:
     if backing_format.decode("ascii", "replace") not in ("", *FORMATS):
         raise ValueError(f"format {backing_format[:16]!r}")
     words = tuple(notes.decode("ascii", "replace").split())
-    if len(words) > len(NOTES) or not set(words).issubset(NOTES):
+    if len(set(words)) < len(words) or not set(words) <= set(NOTES):
         raise ValueError(f"notes {notes[:32]!r}")
     return Probe(
         format=image_format.decode(),

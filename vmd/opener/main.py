@@ -146,6 +146,7 @@ class Opener(Process):
             message.cdrom,
             prober,
             in_conf=message.in_conf,
+            mends=message.mends,
             patience_s=message.patience_s,
             at=self.at,
             others_have=message.others_have,

@@ -215,15 +215,17 @@ class Openings:
         patience_s: float = 0.0,
         names_holder: bool = True,
         others_have: bool = False,
+        mends: bool = False,
     ) -> None:
         """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
 
         A client may have opened some of that: `given`.  `patience_s` is for locks of somebody who is about to let go.
-        With `others_have` disks that are in use are looked at and not opened.
+        With `others_have` disks that are in use are looked at and not opened.  With `mends` disks will do that no VM
+        could be started with, because a change of their snapshots was cut off.
         """
         jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s)
-        if others_have:
-            jobs = [job.replace(others_have=True) for job in jobs]
+        if others_have or mends:
+            jobs = [job.replace(others_have=others_have, mends=mends) for job in jobs]
         self._add(Opening(vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder, key=vm))
 
     def open_for(

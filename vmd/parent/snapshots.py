@@ -97,6 +97,7 @@ class Job:
         self.ended = False  # its imgwriter is gone
         self.ready = False  # all disks are prepared
         self.runs = vm.alive  # and lends its disks
+        self.lend: tuple[LendDisks, dict[str, list[int]]] | None = None  # until the VM is asked
         self.lent = not self.runs  # the VM has given all
         self.gone = False  # it has ended meanwhile
         self.state = -1  # a courier: what the machine was is asked for here
@@ -173,6 +174,7 @@ class Snapshots:
             lambda error: self._fail(job, error),
             boots=False,
             patience_s=vm.patience_s(),
+            mends=True,
         )
 
     def _borrow(self, job: Job) -> None:
@@ -200,8 +202,7 @@ class Snapshots:
         if not look:
             vm.begin_send(keep=True, state=State.SAVING)
             vm.disk_work = BUSY
-        lend = LendDisks(vmid=vm.vmid, one_shot=bool(vm.once_because), look=look)
-        self.core.peers.send(Proc.VMM, lend, fds=theirs)
+        job.lend = LendDisks(vmid=vm.vmid, one_shot=bool(vm.once_because), look=look), theirs
 
     def _opened(self, job: Job, opened: "Opened") -> None:
         """The disks are open and locked: give them to an imgwriter."""
@@ -255,7 +256,11 @@ class Snapshots:
                 job.answered = True
                 job.failure = OperatorError(message.code, message.text)  # the VM's would follow from it
             case _:
-                self._watch(self._of(channel))
+                job = self._of(channel, answered=True)  # it may have the state of the machine still to give
+                self._watch(job)
+                if job.lend is not None:  # it has begun, and the VM need not stand still before that
+                    (lend, fds), job.lend = job.lend, None
+                    self.core.peers.send(Proc.VMM, lend, fds=fds)
 
     def on_info(self, message: SnapshotInfo, channel: "Channel") -> None:
         """Show the client a snapshot."""
@@ -364,10 +369,10 @@ class Snapshots:
         job = self.jobs.get(channel)
         return job.vm.vmid if job is not None else 0
 
-    def _of(self, channel: "Channel") -> Job:
-        """Return what an imgwriter is at.  Raises PeerError."""
+    def _of(self, channel: "Channel", *, answered: bool = False) -> Job:
+        """Return what an imgwriter is at that may have `answered`.  Raises PeerError."""
         job = self.jobs.get(channel)
-        if job is None or job.answered:
+        if job is None or (job.answered and not answered):
             raise PeerError(channel.label, "answers what it was not asked")
         return job
 
@@ -411,6 +416,9 @@ class Snapshots:
             self.loop.call_later(END_LOOK_S, lambda: self._await_end(job))
         else:
             job.ended = True
+            if job.lend is not None:
+                self._answer(job)  # the VM was not asked
+                return
             if job.revived:
                 return  # how the VM goes on is the answer
             if job.runs and job.lent and not job.gone:
@@ -435,6 +443,8 @@ class Snapshots:
         vm = job.vm
         if job.state >= 0:
             close(job.state)
+        if job.lend is not None:
+            close_all(fd for fds in job.lend[1].values() for fd in fds)
         vm.end_disk_work()
         if job.runs and not job.gone:
             vm.stay()

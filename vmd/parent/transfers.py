@@ -391,7 +391,7 @@ def require_same(ours: VmConfig, theirs: VmConfig) -> None:
         ("bytes of memory", ours.memory_bytes, theirs.memory_bytes),
         ("disks", len(ours.disks), len(theirs.disks)),
         ("network interfaces", len(ours.nics), len(theirs.nics)),
-        ("CD drives", int(bool(ours.cdrom)), int(bool(theirs.cdrom))),
+        ("CD drives", int(bool(ours.cdrom or ours.drive)), int(bool(theirs.cdrom or theirs.drive))),
     ):
         if now != then:
             text = f"the snapshot is of a machine with {then} {what}, and this one has {now}"
