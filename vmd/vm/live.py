@@ -48,7 +48,7 @@ class LiveSender(Sender):
         self._goal = goal
         self._copy = memoryview(bytearray(PIECE_BYTES))
         self._log = DirtyLog(pause.machine)
-        self._written_bytes = 0  # of memory
+        self._written_bytes, self._written_in_s = 0, 0.0  # of memory
 
     def let_be(self) -> None:
         """Look at the machine no more: it goes on here.  On the event thread, when `done` has been told."""
@@ -70,7 +70,6 @@ class LiveSender(Sender):
 
     def _write_while_it_runs(self, writer: StreamWriter) -> bytes:
         """Make rounds; returns the pages that are left."""
-        began_s = time.monotonic()
         settled = False
         self._settle_ahead()
         rest = self._log.touched()
@@ -78,8 +77,8 @@ class LiveSender(Sender):
             self.round += 1
             self._write_pages(writer, rest)
             rest = self._log.take()
-            pace = self._written_bytes / (time.monotonic() - began_s)
-            if rest.count(1) * PAGE <= pace * self._goal.still_ms / 1000:
+            rest_s = rest.count(1) * PAGE * self._written_in_s / (self._written_bytes or 1)
+            if rest_s * 1000 <= self._goal.still_ms:
                 if settled:
                     return rest
                 settled = True
@@ -96,7 +95,7 @@ class LiveSender(Sender):
 
     def _write_pages(self, writer: StreamWriter, pages: bytes) -> None:
         """Write a copy of some pages: it does not change while it is hashed and written."""
-        memory, copy = self._memory, self._copy
+        memory, copy, began_s = self._memory, self._copy, time.monotonic()
         self.total_bytes = self.pipe.moved_bytes + pages.count(1) * PAGE
         found: list[tuple[int, int]] = []
         at = 0
@@ -116,6 +115,7 @@ class LiveSender(Sender):
         if found:
             writer.runs(found, copy[:at])
             self._written_bytes += at
+        self._written_in_s += time.monotonic() - began_s
 
     def _have_it_stand_still(self) -> None:
         """Wait until the machine stands still and its state is read.  Raises VmdError."""
