@@ -17,7 +17,7 @@ from tests.support import churn, schema
 from tests.support.blkdisk import Disk
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
-from tests.support.images import problems, qemu
+from tests.support.images import problems, qemu, small_file_system
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
@@ -160,6 +160,34 @@ def test_going_back_takes_only_the_machine_from_the_disks(tmp_path: Path) -> Non
         assert "the snapshot is of a machine with 2 virtual CPUs, and this one has 1" in done.stderr
         assert vmd.status("d")["state"] == "stopped"
         works(vmd)
+
+
+@pytest.mark.deep
+def test_snapshot_that_finds_no_room(tmp_path: Path) -> None:
+    """The sentence names the disk; the guest goes on, and its disk is not larger than before."""
+    with small_file_system(tmp_path / "small") as folder:
+        qemu("qemu-img", "create", "-qf", "qcow2", folder / "tiny", "1M")
+        (tmp_path / "more.conf").write_text(
+            f'vm "b" {{\ndisable\nmemory 64M\nboot "{guest("demo")}"\ndisk "{folder}/tiny" format qcow2\n}}\n'
+        )
+        with busy(tmp_path) as vmd:
+            vmd.must("load", tmp_path / "more.conf")
+            vmd.must("start", "b")
+            with vmd.console("b") as console:
+                console.expect("vmd-demo> ", DEADLINE_S)
+            with (folder / "filler").open("wb") as file:
+                left = os.statvfs(folder)
+                os.posix_fallocate(file.fileno(), 0, left.f_bavail * left.f_bsize)
+            done = vmd.vmctl("snapshot", "b", "full")
+            assert done.returncode == 1
+            assert f"vm b: disk {folder}/tiny: No space left on device" in done.stderr
+            assert vmd.status("b")["state"] == "running"
+            with vmd.console("b") as console:
+                console.answer("echo a" "live", "alive\r\nalive\r\n")
+            (folder / "filler").unlink()
+            vmd.must("stop", "-fw", "b")
+            assert problems(folder / "tiny") == {}
+            works(vmd)
 
 
 def imgwriter(vmd: Daemon) -> int:

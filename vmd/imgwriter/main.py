@@ -57,6 +57,16 @@ PIECE_BYTES = 1 << 20
 STATE_BYTES = 4 << 20  # whole clusters of every size
 
 
+@contextlib.contextmanager
+def named(path: str) -> "Iterator[None]":
+    """Have an OSError say with which disk it has to do.  Raises OperatorError."""
+    try:
+        yield
+    except OSError as error:
+        text = sentence(error)
+        raise OperatorError(number(error), text if path in text else f"{path}: {text}") from None
+
+
 class ImgWriter(Process):
     """Does one job, and ends."""
 
@@ -196,18 +206,20 @@ class ImgWriter(Process):
         for image, there in zip(self.images, has, strict=True):
             if action is SnapshotAction.DELETE and not there:
                 continue  # it was left by one that was not completed
-            change = Rewrite(image)
-            self.changes.append((image.path, change))
+            with named(image.path):
+                self.changes.append((image.path, Rewrite(image)))
             self.say()
         if stream is not None:
-            self.take_state(stream, self.changes[0][1])
-        for _, change in self.changes:
-            if action is SnapshotAction.CREATE:
-                change.create(tag, date_ns=message.date_ns, clock_ns=message.clock_ns)
-            elif action is SnapshotAction.DELETE:
-                change.delete(tag)
-            else:
-                change.go_back(tag)
+            with named(self.changes[0][0]):
+                self.take_state(stream, self.changes[0][1])
+        for path, change in self.changes:
+            with named(path):
+                if action is SnapshotAction.CREATE:
+                    change.create(tag, date_ns=message.date_ns, clock_ns=message.clock_ns)
+                elif action is SnapshotAction.DELETE:
+                    change.delete(tag)
+                else:
+                    change.go_back(tag)
             self.say()
 
     def saved(self, tag: str) -> Snapshot:
@@ -247,8 +259,9 @@ class ImgWriter(Process):
             if self.action is SnapshotAction.GO_BACK and len(order) > 1:
                 for _, change in order:
                     change.announce()
-            for _, change in order:
-                change.commit()
+            for path, change in order:
+                with named(path):
+                    change.commit()
                 done += 1
         except (VmdError, OSError) as error:
             if not done:

@@ -152,6 +152,10 @@ class Snapshots:
         vm.require_unchanging()
         if not (vm.disks if vm.alive else vm.config.disks):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
+        for disk in vm.disks if vm.alive else ():  # known already, so that the VM need not stand still
+            if disk.images[0].format != "qcow2":
+                what = f"is {disk.images[0].format}: only qcow2 images have snapshots"
+                raise OperatorError(errno.EINVAL, f"vm {vm.name}: disk {disk.images[0].path}: {what}")
         if any(job.vm is vm for job in self.at_work):
             raise OperatorError(errno.EBUSY, f"vm {vm.name}: {BUSY}")
         if len(self.at_work) >= AT_A_TIME:
