@@ -17,6 +17,7 @@ from tests.support import schema
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon
+from tests.support.migration import Plan
 from tests.support.network import Network
 from tests.support.transfers import from_file, to_file
 from vmctl.table import COMMANDS
@@ -130,7 +131,11 @@ def test_a_received_vm(vmd: Daemon, tmp_path: Path) -> None:
 
 def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) -> None:
     """Of a real daemon, and when it fails; standard output has the document and nothing else."""
-    (tmp_path / "more.conf").write_text('vm "more" { disable\n disk "/nonexistent/disk" }\n')
+    image = tmp_path / "new.qcow2"
+    (tmp_path / "more.conf").write_text(
+        f'vm "more" {{ disable\n disk "/nonexistent/disk" }}\nvm "one" {{ disable\n disk "{image}" }}\n'
+    )
+    (tmp_path / "disc.iso").write_bytes(bytes(4096))
     (tmp_path / "broken.conf").write_text("nonsense\n")
     asked: set[str] = set()
 
@@ -149,7 +154,7 @@ def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) 
 
     assert ask("version")["vmd"] == VERSION
     assert len(ask("help")["commands"]) == len(COMMANDS)
-    made = ask("create", "-s", "1500K", tmp_path / "new.qcow2")
+    made = ask("create", "-s", "1500K", image)
     assert (made["format"], made["size_bytes"], made["notes"]) == ("qcow2", 1 << 20, ["disk size rounded to 1.0M"])
     assert ask("status")["vms"] == ask("show")["vms"]
     started = ask("start", "demo")
@@ -165,8 +170,18 @@ def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) 
     ask("log", "verbose")
     ask("log", "brief")
     assert ask("load", tmp_path / "more.conf")["notes"] == []
+    assert ask("snapshot", "one", "first")["tag"] == "first"
+    assert [row["tag"] for row in ask("snapshot", "-l", "one")["snapshots"]] == ["first"]
+    assert ask("clone", "one@first", "two")["disks"] == [{"path": str(tmp_path / "two-disk0"), "format": "qcow2"}]
+    assert ask("resize", "one", "disk0", "3M")["size_bytes"] == 3 << 20
+    assert ask("cdrom", "one", tmp_path / "disc.iso")["cdrom"] == str(tmp_path / "disc.iso")
+    assert ask("cdrom", "-e", "one")["cdrom"] is None
+    ask("start", "full")
+    assert ask("migrate", "-e", Plan(tmp_path / "plan", vmd).command, "full", "here:moved")["host"] == "here"
+    assert ask("stop", "-fw", "moved")["vms"][0]["how"] == "killed"
     ask("reload")
     ask("reset", "switches")
+    assert ask("upgrade")["vmd"] == VERSION
     (ended,) = ask("wait", "nobody", status=4, name="wait")["vms"]  # which says VM by VM what has failed
     assert (ended["result"], ended["code"]) == ("failed", errno.ENOENT)
     assert "broken.conf:1: " in ask("load", tmp_path / "broken.conf", status=1)["error"]

@@ -65,17 +65,21 @@ def load(*arguments, cmdline=b"", **named):
     intruder.act("load", cmdline.decode())
     return _load(*arguments, cmdline=cmdline, **named)
 ''',
-    "vm/state.py": '''
+    "vm/header.py": '''
 from vmd.vm import intruder
-_read_header, _read_machine = read_header, read_machine
+_read_header = read_header
 HEADERS = []
 def read_header(version, raw):
     header = _read_header(version, raw)
     HEADERS.append(header)
     intruder.act("header", header.config.cmdline)
     return header
+''',
+    "vm/state.py": '''
+from vmd.vm import header as headers, intruder
+_read_machine = read_machine
 def read_machine(version, raw):
-    intruder.act("state", HEADERS[-1].config.cmdline)
+    intruder.act("state", headers.HEADERS[-1].config.cmdline)
     return _read_machine(version, raw)
 ''',
 }
