@@ -1,9 +1,12 @@
 """A daemon that is killed or restarted, and the next one, which goes on with its VMs."""
 
 import os
+import random
+import re
 import select
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -378,3 +381,55 @@ def test_a_vmm_of_an_older_version_that_dies_takes_its_guests_only(tmp_path: Pat
         vmd.must("start", "a")
         vmd.must("stop", "-fw", "a")
         Footprint(vmd)
+
+
+# --- at any moment -------------------------------------------------------------------------------------------
+
+ROUNDS_OF_KILLS = 15
+NAMES = ("a", "b", "c")
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1200)
+def test_daemons_that_are_killed_at_any_moment(network: Network, tmp_path: Path) -> None:
+    """While VMs start, stop, pause and reset themselves: each ends up in a state that is true, and can be used."""
+    conf = "".join(block(name, "local interface", "interface") for name in NAMES)
+    chance = random.Random(5)
+    with NetKeptDaemon(tmp_path, network, conf) as vmd:
+        clients: list[subprocess.Popen[str]] = []
+        for number in range(ROUNDS_OF_KILLS):
+            for name in NAMES:
+                what = chance.choice((("start",), ("start",), ("stop", "-f"), ("pause",), ("unpause",), ("stop",)))
+                clients.append(vmctl(vmd, *what, name))
+            if number % 2:
+                clients[-1].wait(DEADLINE_S)
+            time.sleep(chance.random() * 0.6)  # for the kill to come anywhere
+            again(vmd)
+            check(vmd, network)
+        for client in clients:
+            ended(client)
+        for name in NAMES:
+            vmd.vmctl("stop", "-fw", name)
+            vmd.wait_state(name, "stopped")
+            vmd.must("start", name)
+        check(vmd, network)
+        for name in NAMES:
+            vmd.must("stop", "-fw", name)
+        until(lambda: "tap" not in network.run("ip", "link"))
+        assert vmd.keeper.names == ["listener", "state", "vmm-1"]
+        assert "Traceback" not in vmd.log
+
+
+def check(vmd: NetKeptDaemon, network: Network) -> None:
+    """Raise AssertionError unless there is a process for each VM that is said to have one, and no more taps."""
+
+    def is_true() -> bool:
+        rows = vmd.rows()
+        if any(row["state"] in ("starting", "waiting") for row in rows):
+            return False
+        alive = [row for row in rows if row["state"] != "stopped"]
+        return all(row["pid"] and Path(f"/proc/{row['pid']}").exists() for row in alive) and (
+            len(re.findall(r"^\d+: tap", network.run("ip", "link"), re.MULTILINE)) == 2 * len(alive)
+        )
+
+    until(is_true)
