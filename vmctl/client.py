@@ -59,6 +59,9 @@ class Client:
         """Connect.  Raises CommandError; Refused, if this client is turned away."""
         self.path = path
         self.verbose = verbose
+        self._begin()
+
+    def _begin(self) -> None:
         self.daemon: Hello | None = None
         self._form = Form.NAMED
         self._sock = self._connect()
@@ -86,6 +89,11 @@ class Client:
             raise CommandError(sentence, error.errno) from None
         self._note(f"connected to {self.path}")
         return sock
+
+    def connect_again(self) -> None:
+        """Connect to the daemon that takes the place of one that has hung up.  Raises CommandError if none does."""
+        self._sock.close()
+        self._begin()
 
     def close(self) -> None:
         """Hang up; whatever the daemon kept for us, such as a console, it takes back."""

@@ -1,8 +1,9 @@
 """What `stop` and `wait` have in common: one line per VM that says how its end came about (*cat. 3.5*)."""
 
 import errno
+import time
 
-from vmctl.client import Client
+from vmctl.client import Client, HungUp
 from vmctl.errors import CommandError, NoSuchVm, Refused
 from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import Session
@@ -16,6 +17,7 @@ REFUSALS = {
     errno.ENOENT: "vm not found",
     errno.EINTR: "interrupted call",
 }
+SOON_S, SOON_MAX = 1.0, 3  # so often a daemon may hang up so soon after it was asked
 REQUESTED, TERMINATED, FAILED = "requested", "terminated", "failed"
 
 
@@ -61,7 +63,7 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
     if doing:
         announce(doing, ref)
     try:
-        answer = client.ask(request, StopAccepted, VmTerminated)
+        answer = ask_until_answered(client, request)
     except Refused as error:
         return Result(vmid=ref.vmid, name=ref.sure_name, result=FAILED, text=error.text, code=error.number)
     except KeyboardInterrupt:
@@ -74,6 +76,45 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
         return Result(vmid=answer.vmid, name=answer.name, result=TERMINATED, text=answer.text, how=answer.how)
     assert isinstance(answer, StopAccepted)
     return Result(vmid=answer.vmid, name=answer.name, result=REQUESTED, text="")
+
+
+def ask_until_answered(client: Client, request: StopRequest | WaitRequest) -> Record:
+    """Return the answer, StopAccepted or VmTerminated; of the next daemon, if one takes the place of this one.
+
+    Raises HungUp if none does, Refused, PeerError.
+    """
+    again, in_a_row = False, 0
+    while True:
+        asked_s = time.monotonic()
+        try:
+            return client.ask(request, StopAccepted, VmTerminated)
+        except HungUp as lost:
+            in_a_row = in_a_row + 1 if time.monotonic() - asked_s < SOON_S else 0
+            if in_a_row > SOON_MAX:
+                raise  # it is this request that it hangs up on
+            try:
+                client.connect_again()
+            except CommandError:
+                raise lost from None
+            again = True
+        except Refused as error:
+            if not again:
+                raise
+            if error.number == errno.EALREADY and isinstance(request, StopRequest) and request.wait:
+                request = WaitRequest(vmid=request.vmid, name=request.name)  # the one before has told it to stop
+                continue
+            ended = how_it_ended(client, request)
+            if ended is None:
+                raise
+            return ended
+
+
+def how_it_ended(client: Client, request: StopRequest | WaitRequest) -> VmTerminated | None:
+    """Return how a VM has ended while nobody could say so; None if it has not, or nobody knows."""
+    for vm in client.list_vms():
+        if (vm.vmid == request.vmid or vm.name == request.name) and vm.ended is not None and not vm.pid:
+            return VmTerminated(vmid=vm.vmid, name=vm.name, text=vm.ended.text, how=vm.ended.how)
+    return None
 
 
 def conclude(session: Session, result: Result, *, forced: bool = False) -> None:

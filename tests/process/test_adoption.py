@@ -433,3 +433,29 @@ def check(vmd: NetKeptDaemon, network: Network) -> None:
         )
 
     until(is_true)
+
+
+@pytest.mark.deep
+def test_whoever_waits_for_a_vm_waits_on(tmp_path: Path) -> None:
+    """With the next daemon, and hears of an end that came while there was none."""
+    with KeptDaemon(tmp_path, LINGERS + demo("a")) as vmd:
+        for name in ("mci", "a"):
+            vmd.must("start", name)
+        with vmd.console("mci") as console, vmd.console("a") as monitor:
+            console.expect("rtc", DEADLINE_S)
+            monitor.expect(PROMPT, DEADLINE_S)
+            clients = [vmctl(vmd, *words) for words in (("wait", "mci"), ("stop", "-w", "mci"), ("wait", "a"))]
+            console.expect("acknowledged", DEADLINE_S)
+            vmd.must("status")
+            pid = vmd.status("a")["pid"]
+            vmd.kill()
+            monitor.type("off\r")
+            wait_gone([pid])
+            vmd.start()
+        assert ended(clients[2])[0] == 0
+        again(vmd)
+        vmd.must("stop", "-fw", "mci")
+        for client in clients[:2]:
+            status, said = ended(client)
+            assert status == 0, said
+            assert "terminated vm 1" in said

@@ -3,7 +3,7 @@
 import errno
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,6 +13,7 @@ from vmd.ipc.messages import (
     VMD_VM_STOP_INVALID,
     End,
     Failed,
+    LifeEnd,
     ListRequest,
     StopAccepted,
     StopRequest,
@@ -118,6 +119,26 @@ def test_daemon_that_dies_while_we_wait(vmctl: Vmctl, daemon: FakeDaemon) -> Non
     daemon.script = lambda _request: None
 
     assert vmctl("wait", "web") == (3, "", "waiting for vm web: \nvmctl: pipe closed\n")
+
+
+def test_wait_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The request is made again; what that one has seen end is told as an end."""
+    gone = vm_info("web", vmid=3, running=False).replace(ended=LifeEnd(at_s=1, how="powered-off", text="by itself"))
+    script: Iterator[Answers] = iter((None, (Failed(code=errno.EINVAL, text="is not running"),), (gone, End())))
+    daemon.script = lambda _request: next(script)
+
+    assert vmctl("wait", "web") == (0, "", "waiting for vm web: terminated vm 3\n")
+    assert daemon.requests == [WaitRequest(name="web"), WaitRequest(name="web"), ListRequest()]
+
+
+def test_stop_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The VM may have been told to stop already: then its end is waited for."""
+    script: Iterator[Answers] = iter((None, (Failed(code=errno.EALREADY, text="is already stopping"),), (TERMINATED,)))
+    daemon.script = lambda _request: next(script)
+
+    assert vmctl("stop", "-w", "web") == (0, "", "stopping vm web: terminated vm 3\n")
+    stop = StopRequest(name="web", wait=True)
+    assert daemon.requests == [stop, stop, WaitRequest(name="web")]
 
 
 def test_verbose_says_how_the_vm_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None:
