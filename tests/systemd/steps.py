@@ -150,6 +150,18 @@ def read_until(fd: int, done: Callable[[bytes], bool]) -> str:
     return answer.decode(errors="replace")
 
 
+def connect(address: str, port: int) -> socket.socket:
+    """Connect to a server that is about to listen."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return socket.create_connection((address, port), DEADLINE_S)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
 def echo(connection: socket.socket, count: int) -> bool:
     """Send bytes to the guest, which sends them back; return whether they are the same."""
     sent = bytes(number % 251 for number in range(count))
@@ -244,7 +256,7 @@ def linux() -> dict[str, Any]:
     greeting = wait_at(tty, b"# ")
     type_at(tty, "nc -ll -p 7 -e cat &", b"# ")
     address = greeting.partition("dhcp: eth0 ")[2].partition("/")[0]
-    connection = socket.create_connection((address, 7), DEADLINE_S)
+    connection = connect(address, 7)
     return {"greeting": greeting, "same": echo(connection, BYTES)}
 
 
