@@ -10,9 +10,10 @@ import pytest
 from tests.process.test_images_powercut import Recorder
 from tests.support.images import KIB, MIB, opened, opened_qcow2, problems, qemu, read, small_file_system, write
 from vmd.errors import ImageError
+from vmd.images import rewrite
 from vmd.images.header import CONTENT
 from vmd.images.identify import probe
-from vmd.images.qcow2 import Qcow2Image
+from vmd.images.qcow2 import OFFSET_MASK, Qcow2Image
 from vmd.images.rewrite import Rewrite
 from vmd.images.snapshots import ENTRY, Snapshot, find, read_snapshots, state_offset
 from vmd.ipc.probemsg import GOING_BACK
@@ -409,3 +410,37 @@ def test_mark_of_several_disks_goes_with_the_change(tmp_path: Path) -> None:
         assert not marked()
     image.close()
     assert problems(path) == {}
+
+
+def test_image_whose_refcounts_are_too_many_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sentence, before memory runs out."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "refcount_bits=1", path, SIZE)
+    image = opened_qcow2(path)
+    monkeypatch.setattr(rewrite, "MAX_COUNTS_BYTES", 64 * KIB * 8 - 1)
+
+    with pytest.raises(ImageError, match="524288 bytes of refcounts are more than"):
+        Rewrite(image)
+    image.close()
+
+
+def test_table_that_leads_behind_all_refcounts_is_corrupt(tmp_path: Path) -> None:
+    """Nothing is changed then."""
+    path = tmp_path / "image"
+    qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
+    image = opened_qcow2(path)
+    create(image, "one")
+    write(image, 0, b"x" * MIB)
+    image.settle()
+    table = image.l1[0] & OFFSET_MASK
+    image.close()
+    with path.open("r+b") as file:
+        file.seek(table)
+        file.write((1 << 50).to_bytes(8, "big"))
+    before = path.read_bytes()
+    image = opened_qcow2(path)
+
+    with pytest.raises(ImageError, match="image is corrupt: a cluster in use has no refcount"):
+        delete(image, "one")
+    image.close()
+    assert path.read_bytes()[: len(before)] == before

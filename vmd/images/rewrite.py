@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 LARGEST_WRITE = 8 << 20
+NO_REFCOUNT = "a cluster in use has no refcount"
+MAX_COUNTS_BYTES = 512 << 20  # of refcounts in memory: 16 TiB of clusters of 64 KiB; three times as much for a moment
 
 
 class Full(Exception):
@@ -96,7 +98,7 @@ class Counts:
         except ValueError:
             raise Full from None
         except IndexError:
-            raise Damage("a cluster in use has no refcount") from None
+            raise Damage(NO_REFCOUNT) from None
 
     def drop(self, clusters: "Iterable[int]", freed: list[int]) -> None:
         """Count clusters once less; those that nobody has any more are added to `freed`.  Raises Damage."""
@@ -111,7 +113,7 @@ class Counts:
                     if not number:
                         freed.append(cluster)
         except IndexError:
-            raise Damage("a cluster in use has no refcount") from None
+            raise Damage(NO_REFCOUNT) from None
 
     def block(self, first: int, count: int) -> bytearray:
         """Return a refcount block as it stands in a file.  Raises Full."""
@@ -167,6 +169,10 @@ class Rewrite:
         """Read all refcount blocks."""
         table = self.image.refcounts.table
         used = max((number for number, entry in enumerate(table) if entry & TABLE_OFFSET_MASK), default=-1) + 1
+        size = used * self.cluster_size << max(0, 3 - self.header.refcount_order)
+        if size > MAX_COUNTS_BYTES:
+            what = f"its {size} bytes of refcounts are more than the {MAX_COUNTS_BYTES} that can be changed"
+            raise ImageError(self.image.path, f"has no snapshots: {what}")
         raw = bytearray()
         for entry in table[:used]:
             offset = entry & TABLE_OFFSET_MASK
@@ -368,7 +374,10 @@ class Rewrite:
                 self._drop_l1(self._l1_of(one))
                 self._drop_run(one.l1_offset, one.l1_entries * 8)
                 self.snapshots.remove(one)
-                self._mark_copied()
+                try:
+                    self._mark_copied()
+                except IndexError:
+                    raise Damage(NO_REFCOUNT) from None
                 self._write_tables()
             except Damage as damage:
                 raise self._corrupt(damage) from None
