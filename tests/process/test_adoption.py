@@ -196,14 +196,14 @@ def test_a_vm_that_is_sent_meanwhile_stays(vmd: KeptDaemon) -> None:
 
 @pytest.mark.deep
 def test_without_its_vmm_nothing_goes_on(vmd: KeptDaemon) -> None:
-    """VMs whose vmm has died are stopped, and the next daemon starts another vmm."""
+    """VMs whose vmm has died are stopped, and the next daemon begins as the first one did."""
     vmd.must("start", "a")
     vmm = vmd.processes()["vmd: vmm"]
     vmd.kill()
     os.kill(vmm, signal.SIGKILL)
     vmd.keeper.wait_names("listener", "state")
     vmd.start()
-    assert vmd.wait_state("a", "stopped")["text"] == "ended while there was no daemon"
+    assert vmd.wait_state("a", "stopped")["text"] == ""
     vmd.must("start", "a")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.guests import guest
 from tests.support.keeper import Keeper, KeptDaemon
 from vmd.parent.startup import EX_CONFIG, EX_FAILED
 from vmd.parent.store import Store
@@ -51,7 +52,25 @@ def test_service_manager_hears_that_it_is_alive(vmd: KeptDaemon, monkeypatch: py
     assert "in run" in vmd.log  # where it was
 
 
-@pytest.mark.parametrize(("stored", "status"), [((), EX_CONFIG), (("other",), EX_FAILED)])
+@pytest.mark.deep
+def test_nothing_is_left_of_the_guests(tmp_path: Path) -> None:
+    """The next daemon starts those of vm.conf, as the first one did."""
+    with KeptDaemon(tmp_path, f'vm "demo" {{\nmemory 32M\nboot "{guest("demo")}"\n}}\n') as vmd:
+        before = vmd.wait_state("demo", "running")
+        vmm = vmd.processes()["vmd: vmm"]
+        os.kill(vmd.pid, signal.SIGSTOP)
+        os.kill(vmm, signal.SIGKILL)
+        vmd.kill()
+        vmd.keeper.wait_names("listener", "state")
+
+        vmd.start()
+
+        assert vmd.wait_state("demo", "running")["pid"] != before["pid"]
+        vmd.keeper.wait_names("listener", "state", "vmm-1")
+        assert "those of vm.conf start again" in vmd.log
+
+
+@pytest.mark.parametrize(("stored", "status"), [((), EX_CONFIG), (("state",), EX_CONFIG), (("vmm-1",), EX_FAILED)])
 def test_mistake_in_the_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: tuple[str, ...], status: int
 ) -> None:

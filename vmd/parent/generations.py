@@ -10,6 +10,7 @@ To the others this is the channel to vmm (`Peers`): messages find the vmm of the
 from vmd.closing import close_all
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.messages import EndTaken, KvmFd, Quit, ReceiveVm, Retire, StartVm, VmSlot
+from vmd.parent.store import VMM
 from vmd.parent.truth import GenerationKnown
 
 TYPE_CHECKING = False
@@ -47,7 +48,7 @@ class Generation:
     @property
     def name(self) -> str:
         """Return the name under which its channel is stored."""
-        return f"vmm-{self.number}"
+        return f"{VMM}{self.number}"
 
     def known(self) -> GenerationKnown:
         """Return what another parent has to know of it."""

@@ -129,7 +129,7 @@ from vmd.parent.report import brief_errors, log_errors
 from vmd.parent.snapshots import Snapshots
 from vmd.parent.statemem import StateMemory
 from vmd.parent.status import Status
-from vmd.parent.store import Store
+from vmd.parent.store import VMM, Store
 from vmd.parent.transfers import Transfers
 from vmd.parent.truth import Truth, Writer, vm_of, vms_of
 from vmd.parent.upgrade import Upgrade
@@ -359,7 +359,7 @@ class Parent(Process):
 
     def adopt_vmm(self, known: "GenerationKnown") -> Generation | None:
         """Return a vmm of an earlier daemon; None if it has ended."""
-        name = f"vmm-{known.number}"
+        name = f"{VMM}{known.number}"
         try:
             ours = socket.socket(fileno=self.store.duplicate(name))
         except KeyError:

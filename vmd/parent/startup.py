@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from vmd.config import check
@@ -23,7 +23,7 @@ from vmd.parent.oom import OomScores
 from vmd.parent.options import Options, Shown, UsageError, parse
 from vmd.parent.program import Program
 from vmd.parent.statemem import StateMemory
-from vmd.parent.store import Store, inherited
+from vmd.parent.store import VMM, Store, inherited
 from vmd.parent.truth import Truth, config_of, read, vms_of
 from vmd.privsep import landlock
 from vmd.privsep.cell import Cell, Network
@@ -73,11 +73,16 @@ def exit_status(error: VmdError, options: Options, stored: Mapping[str, int]) ->
     A unit that is not started again loses what is stored, and with it its guests: what this daemon cannot adopt, the
     next one can perhaps.
     """
-    if stored:
+    if has_guests(stored):
         return EX_FAILED
     if isinstance(error, service.NoKvm):
         return EX_UNAVAILABLE
     return EX_CONFIG if isinstance(error, ConfigErrors) and not options.check_only else EX_FAILED
+
+
+def has_guests(stored: Iterable[str]) -> bool:
+    """Return whether there is a vmm among what is stored under these names."""
+    return any(name.startswith(VMM) for name in stored)
 
 
 def check_adopt(options: Options, store: Store) -> None:
@@ -195,9 +200,12 @@ def need_root() -> None:
 def former(store: Store) -> tuple[Truth | None, Config | None]:
     """Return what the daemon before us knew, and its configuration; nothing if there was none.
 
-    Where that cannot be used, everything is forgotten that is stored: its guests are asked to shut down then.
+    Where that cannot be used, everything is forgotten that is stored: its guests are asked to shut down then.  Where no
+    vmm is left there are no guests, and this daemon begins as the first one did.
     """
-    if "state" in store.names:
+    if "state" in store.names and not has_guests(store.names):
+        log.error("every vmm of the vmd before this one has ended, and its VMs with it: those of vm.conf start again")
+    elif "state" in store.names:
         try:
             return read_state(store)
         except (VmdError, OSError) as error:

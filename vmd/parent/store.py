@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 STORE_MAX = 512  # FileDescriptorStoreMax= of the unit: what is beyond it systemd drops, and does not say so
+VMM = "vmm-"  # what the names of channels to a vmm begin with
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 OWN_VARIABLE = "VMD_STORED"  # name=descriptor, with spaces between them: what we ourselves have started a program with
