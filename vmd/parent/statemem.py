@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 
+from vmd.closing import close
 from vmd.memfile import memory_file
 
 TYPE_CHECKING = False
@@ -88,7 +89,7 @@ class StateMemory:
 
     def close(self) -> None:
         """Let it go."""
-        os.close(self.fd)
+        close(self.fd)
 
 
 def header(sequence: int, offset: int, content: bytes) -> bytes:
