@@ -187,7 +187,7 @@ def test_a_guest_at_work_is_sent_often(traveller: Traveller, tmp_path: Path) -> 
         if turn == 3:
             vmd.must("pause", here)
         began = time.monotonic()
-        said, _ = move(vmd, here, there, send=("-l",) if turn else ())
+        said, _ = move(vmd, here, there, send=("-l", "-r", "5") if turn else ())
         print(f"turn {turn}: {time.monotonic() - began:.1f} s: {said.strip()}")
         traveller.moved(there)
         traveller.works()
