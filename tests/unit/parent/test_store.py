@@ -13,6 +13,7 @@ import pytest
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.keeper import Keeper
 from vmd.parent import service
+from vmd.parent.startup import EX_CONFIG, EX_UNAVAILABLE
 from vmd.parent.store import STORE_MAX, Store, inherited
 
 # Says what it was started with, and what its children would be; stores something, and ends.
@@ -183,3 +184,11 @@ def test_service_manager_that_takes_nothing(
 
     assert filled > 0
     assert "the service manager does not store state" in capfd.readouterr().err
+
+
+def test_unit_stores_as_much_as_the_daemon_counts_on() -> None:
+    """And is not started again after those exit statuses alone that a daemon with guests never has."""
+    unit = Path(ROOT, "etc/vmd.service").read_text().splitlines()
+
+    assert f"FileDescriptorStoreMax={STORE_MAX}" in unit
+    assert f"RestartPreventExitStatus={EX_UNAVAILABLE} {EX_CONFIG}" in unit
