@@ -235,6 +235,27 @@ def test_guest_outlives_the_daemon(unit: Unit, end: Callable[[Unit], None], text
 
 
 @pytest.mark.deep
+def test_upgrade_in_place(unit: Unit) -> None:
+    """To systemd it is the same process all along, its lines go to the journal, and what is stored stays so."""
+    unit.start()
+    before, main = unit.wait_running("demo"), unit.main
+    shown = ("MainPID", "NRestarts", "NFileDescriptorStore", "ActiveState", "InvocationID")
+    had = unit.box.properties("vmd.service")
+
+    unit.box.must("vmctl", "upgrade")
+    unit.box.must("vmctl", "upgrade")
+
+    now = unit.box.properties("vmd.service")
+    assert {name: now[name] for name in shown} == {name: had[name] for name in shown}
+    assert same(unit.status("demo")) == same(before)
+    said = [entry["MESSAGE"] for entry in unit.said()]
+    assert said.count("vmd: startup") == 3
+    restart(unit)
+    assert unit.main != main
+    assert same(unit.status("demo")) == same(before)
+
+
+@pytest.mark.deep
 def test_daemon_that_is_stuck_is_replaced(unit: Unit) -> None:
     """Its guest runs on.  The time is short here."""
     drop_in = unit.box.path("/run/systemd/system/vmd.service.d/short.conf")
