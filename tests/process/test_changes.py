@@ -16,6 +16,7 @@ from tests.process.test_daemon import PROMPT, demo
 from tests.support.clients import connect_as, receive
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.images import MIB, problems, qemu, same
+from tests.support.keeper import KeptDaemon
 from tests.support.transfers import Stream, from_file, to_file
 from tests.support.users import public_folder
 from vmd.ipc.imsg import Form, encode
@@ -276,3 +277,41 @@ def test_whose_files_are_changed(place: Place) -> None:
         console.type("reset\r")
         place.vmd.wait_log("hers: terminated vm 2: cannot reboot: cdrom")
     place.vmd.must("reload")
+
+
+def discs_of(pid: int) -> set[str]:
+    """Return the ISO images that the processes below a VM's have open."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    links = [os.readlink(f"/proc/{child}/fd/{fd}") for child in children for fd in os.listdir(f"/proc/{child}/fd")]
+    return {Path(link).name for link in links if link.endswith(".iso")}
+
+
+@pytest.mark.deep
+def test_changes_outlive_the_daemon(tmp_path: Path) -> None:
+    """The next one finds the disc that the drive has, has a guest that resets itself find it, and can change it."""
+    disk, disc, other = tmp_path / "disk.raw", tmp_path / "disc.iso", tmp_path / "other.iso"
+    for path in (disk, disc, other):
+        path.write_bytes(bytes(MIB))
+    with KeptDaemon(tmp_path, demo("demo", f'disk "{disk}" format raw', f'cdrom "{disc}"')) as vmd:
+        vmd.must("start", "demo")
+        with vmd.console("demo") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            vmd.must("cdrom", "demo", other)
+            vmd.must("resize", "demo", "0", "2M")
+            vmd.kill()
+            vmd.start()
+            assert vmd.status("demo")["cdrom"] == str(other)
+            console.answer("reset", PROMPT)
+            assert discs_of(vmd.wait_state("demo", "running")["pid"]) == {"other.iso"}
+            vmd.kill()
+            vmd.start()
+            vmd.must("cdrom", "-e", "demo")
+            vmd.must("resize", "demo", "0", "3M")
+            vmd.kill()
+            vmd.start()
+            console.answer("reset", PROMPT)
+            assert discs_of(vmd.wait_state("demo", "running")["pid"]) == set()
+            vmd.must("cdrom", "demo", disc)
+        vmd.must("stop", "-fw", "demo")
+
+    assert disk.stat().st_size == 3 * MIB
