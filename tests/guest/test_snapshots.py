@@ -17,7 +17,8 @@ from tests.support import churn, schema
 from tests.support.blkdisk import Disk
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
-from tests.support.images import problems, qemu, small_file_system
+from tests.support.images import opened_qcow2, problems, qemu, small_file_system
+from vmd.images.rewrite import Rewrite
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
@@ -120,11 +121,19 @@ def test_going_back_is_refused_and_the_vm_goes_on(tmp_path: Path) -> None:
     with busy(tmp_path) as vmd:
         vmd.must("stop", "-fw", "a")
         vmd.must("snapshot", "a", "cold")
+        image = opened_qcow2(tmp_path / "disk")
+        change = Rewrite(image)
+        change.add_state([memoryview(b"QEVM" * 100)], 400)
+        change.create("theirs")
+        change.commit()
+        image.close()
+        qemu("qemu-img", "snapshot", "-c", "theirs", tmp_path / "second")
         vmd.must("start", "a")
         with vmd.console("a") as console:
             churn.begin(console)
         for tag, sentence in (
             ("cold", "vm a: snapshot cold has the disks only: stop the VM to go back to it"),
+            ("theirs", "vm a: snapshot theirs has the machine as another program has written it: stop the VM"),
             ("gone", f"vm a: disk {tmp_path}/disk: has no snapshot gone"),
         ):
             assert sentence in vmd.vmctl("snapshot", "-r", "a", tag).stderr

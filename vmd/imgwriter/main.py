@@ -38,6 +38,7 @@ from vmd.ipc.messages import (
     brief,
 )
 from vmd.ipc.process import Process, handles
+from vmd.ipc.streams import MAGIC
 from vmd.log import log
 from vmd.privsep.confine import IMGWRITER, confine, limit_memory
 from vmd.privsep.title import set_title
@@ -196,9 +197,17 @@ class ImgWriter(Process):
             raise ImageError(self.images[0].path, f"has no snapshot {tag}")
         elif action is SnapshotAction.GO_BACK and not all(has):
             raise ImageError(self.images[has.index(False)].path, f"has no snapshot {tag}, unlike another disk")
-        if self.state is not None and not self.saved(tag).state_bytes:
-            what = "has the disks only: stop the VM to go back to it"
-            raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
+        if self.state is not None:
+            saved = self.saved(tag)
+            if not saved.state_bytes:
+                what = "has the disks only: stop the VM to go back to it"
+                raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
+            image, start = self.at(saved)
+            begin = bytearray(min(saved.state_bytes, len(MAGIC)))
+            image.preadv(start, [memoryview(begin)])
+            if begin != MAGIC:
+                what = "has the machine as another program has written it: stop the VM to go back to the disks"
+                raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
         for image in self.images:
             if image.header.autoclear & GOING_BACK and action is not SnapshotAction.GO_BACK:
                 what = "was going back to a snapshot with other disks when that was cut off: do that again with -r"
@@ -227,6 +236,15 @@ class ImgWriter(Process):
         found = find(next(self.snapshots()), tag)
         assert found is not None
         return found
+
+    def at(self, one: Snapshot) -> tuple[Qcow2Image, int]:
+        """Return the first disk as it was at a snapshot, and where the state of the machine begins in that.
+
+        Raises ImageError, OSError.
+        """
+        first = self.images[0]
+        image = Qcow2Image(os.dup(first.fd), first.path, writable=False, backing=first.backing, snapshot=one)
+        return image, state_offset(one, first.header)
 
     def take_state(self, stream: int, change: Rewrite) -> None:
         """Write what comes through a pipe to a disk.  Raises ImageError, OSError."""
@@ -285,11 +303,9 @@ class ImgWriter(Process):
 
     def give_state(self, fd: int) -> None:
         """Write the state of the machine to a pipe, whose other end is asked for.  Raises ImageError, OSError."""
-        one, first = self.saved(self.tag), self.images[0]
-        image = Qcow2Image(
-            os.dup(first.fd), first.path, writable=False, backing=first.backing, snapshot=one
-        )
-        at, end = state_offset(one, first.header), state_offset(one, first.header) + one.state_bytes
+        one = self.saved(self.tag)
+        image, at = self.at(one)
+        end = at + one.state_bytes
         reader, writer = os.pipe2(os.O_CLOEXEC)
         with socket.socket(fileno=fd) as sock:
             sock.settimeout(FILES_S)

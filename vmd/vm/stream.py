@@ -33,6 +33,7 @@ from collections import deque
 from struct import Struct
 
 from vmd.errors import VmdError, sentence
+from vmd.ipc.streams import MAGIC
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
 
@@ -40,7 +41,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-MAGIC = b"vmdstate"
 VERSION = 4
 STILL = 3  # the version of a machine that stands still
 OLDEST = 2  # that is read

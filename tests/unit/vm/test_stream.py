@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmd.errors import HostError
+from vmd.ipc.streams import MAGIC
 from vmd.vm import stream
 from vmd.vm.stream import (
     COUNT,
@@ -25,7 +26,6 @@ from vmd.vm.stream import (
     GPA,
     HASHERS,
     HEADER_MAX,
-    MAGIC,
     MEMORY,
     OLDEST,
     PIECE_BYTES,
