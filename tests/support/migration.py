@@ -24,16 +24,20 @@ BEFORE_COMMIT = ("stream", "before asked", "after asked", "before complete")
 AROUND_COMMIT = ("after complete", "before commit", "after commit", "later", "before running", "after running")
 NOWHERE = "nowhere"
 PLACES = (*BEFORE_COMMIT, *AROUND_COMMIT, *[NOWHERE] * 3)
-SHELL, TARGET, SOURCE, GUEST, OPERATOR = "shell", "target", "source", "guest", "operator"
-# The connection; one of the two vmctl; the VM's process at the target; or nobody, but somebody types ^C.
-VICTIMS = (SHELL, TARGET, SOURCE, GUEST, OPERATOR)
+SHELL, TARGET, SOURCE, GUEST, OPERATOR, HERE, THERE = (
+    "shell", "target", "source", "guest", "operator", "daemon here", "daemon there"
+)  # fmt: skip
+# The connection; one of the two vmctl; the VM's process at the target; nobody, but somebody types ^C; or a daemon, of
+# which the next one goes on with its VMs.
+VICTIMS = (SHELL, TARGET, SOURCE, GUEST, OPERATOR, HERE, THERE)
 
 
 class Plan:
     """The file that tells the shell what to do, and the command that runs it."""
 
-    def __init__(self, path: Path, into: "Daemon", **cut: object) -> None:
+    def __init__(self, path: Path, into: "Daemon", *, out_of: "Daemon | None" = None, **cut: object) -> None:
         """`cut`: `place`, `victim`, `bytes` of the stream, `later_ms` after the commit."""
+        cut["source"] = out_of.pid if out_of is not None else 0
         self.path = path
         plan = {"socket": str(into.socket), "code": str(into.code), "parent": into.pid, **cut}
         path.write_text(json.dumps(plan))
@@ -88,6 +92,8 @@ class Shell:
             os.kill(os.getppid(), signal.SIGKILL)
         elif victim == OPERATOR:
             os.kill(os.getppid(), signal.SIGINT)
+        elif victim in (HERE, THERE):
+            os.kill(self.plan["source" if victim == HERE else "parent"], signal.SIGKILL)
         else:
             for pid, title in descendants(self.plan["parent"]).items():
                 if title == f"vmd: vm/{self.name}":
@@ -124,14 +130,26 @@ class Shell:
                     self.cut("before commit")
                     timeout = self.plan.get("later_ms", 0)
                 with contextlib.suppress(OSError):
-                    self._there(there, data)
+                    self._there(there, back, data)
                 if COMMIT in data:
                     self.cut("after commit")
 
-    def _there(self, fd: int, data: bytes) -> None:
+    def _there(self, fd: int, back: int, data: bytes) -> None:
+        """Pass on a piece of the stream; whoever is to read it may have ended, and have left it open to others."""
+        os.set_blocking(fd, False)
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        poll.register(back, select.POLLIN)
         view = memoryview(data)
         while view:
-            view = view[os.write(fd, view) :]
+            ready = [each for each, _ in poll.poll()]
+            if back in ready:
+                said = os.read(back, PIECE)
+                if not said:
+                    os._exit(self.child.wait())
+                self._back(said)
+            else:
+                view = view[os.write(fd, view) :]
         self.passed_bytes += len(data)
         if self.passed_bytes >= self.plan.get("bytes", 0):
             self.cut("stream")
