@@ -78,7 +78,8 @@ if TYPE_CHECKING:
         def give_up(self, vm: Vm, code: int, text: str) -> None:
             """End a VM that cannot be received."""
 
-RETRY_S = 5.0  # between two attempts to take back the disks of a VM in doubt
+# Between two attempts to take back the disks of a VM in doubt; twice as long each time.
+RETRY_S, RETRY_MAX_S = 5.0, 60.0
 GONE = "whoever migrated it has left"
 
 
@@ -230,7 +231,15 @@ class Migrations:
         text = f"vm {vm.name} is in doubt, and stands still: {why}; {then}"
         self._answer(vm, Failed(code=VMD_IN_DOUBT, text=brief(text)))
         if sending.locks_travel:
-            sending.retry = self.core.loop.call_later(RETRY_S, lambda: self._take_back(vm, sending))
+            self._try_later(vm, sending)
+
+    def _try_later(self, vm: Vm, sending: Sending) -> None:
+        """Try again, after some time, to have the disks of a VM in doubt."""
+        if sending.retry is not None:
+            sending.retry.cancel()
+        delay_s = min(RETRY_S * 2 ** min(sending.tries, 10), RETRY_MAX_S)
+        sending.tries += 1
+        sending.retry = self.core.loop.call_later(delay_s, lambda: self._take_back(vm, sending))
 
     def _take_back(self, vm: Vm, sending: Sending) -> None:
         """Try to have the disks of a VM in doubt."""
@@ -257,17 +266,16 @@ class Migrations:
             self._is_back(vm, sending)
             return
         sending.at = At.COMMITTED
-        if vm.state is State.IN_DOUBT:
-            log.info(f"vm {vm.name}: stays in doubt: {why}")
-        else:
+        if vm.state is not State.IN_DOUBT:
             self._doubt(vm, sending, f"{sending.abandoned}; {why}")
+        elif why != sending.refused:  # else it has been said
+            log.warn(f"vm {vm.name}: stays in doubt: {why}")
+        sending.refused = why
         self.clients.fail_all(For.PAUSE, vm.vmid, errno.EBUSY, f"vm {vm.name} stays in doubt: {why}")
         if message.outcome is TakenBack.CHANGED:
             vm.doubt(f"it has run elsewhere: {why}")
         elif sending.locks_travel and vm.state is State.IN_DOUBT:
-            if sending.retry is not None:
-                sending.retry.cancel()
-            sending.retry = self.core.loop.call_later(RETRY_S, lambda: self._take_back(vm, sending))
+            self._try_later(vm, sending)
 
     def _is_back(self, vm: Vm, sending: Sending) -> None:
         doubted = vm.state is State.IN_DOUBT

@@ -75,6 +75,8 @@ class Sending:
         self.sent_bytes = self.rounds = 0
         self.stopped_ns = 0  # since when it stands still for this, by CLOCK_MONOTONIC
         self.retry: Timer | None = None  # of taking the disks back
+        self.tries = 0  # of that
+        self.refused = ""  # why the last one failed
 
 
 class Receiving:

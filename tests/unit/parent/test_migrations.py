@@ -211,14 +211,16 @@ def doubtful(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
     return vm
 
 
-def test_doubt_ends_with_the_disks(parent: Any) -> None:  # noqa: ANN401
-    """They are asked for again and again; when it has them as they were it goes on."""
+def test_doubt_ends_with_the_disks(parent: Any, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: ANN401
+    """They are asked for less and less often, and the log says it once; when it has them as they were it goes on."""
     vm = doubtful(parent, locks_travel=True)
     for _ in range(3):
         parent.later.pop()()
         assert parent.vmm.sent.pop() == EndSend(vmid=vm.vmid, sent=False)
         undone(parent, vm, TakenBack.IN_USE, "disk0 is in use by somebody else")
         assert vm.state is State.IN_DOUBT
+    assert parent.delays_s == [5, 10, 20, 40]
+    assert capfd.readouterr().err.count("stays in doubt: disk0 is in use by somebody else") == 1
     parent.later.pop()()
 
     undone(parent, vm)

@@ -159,6 +159,7 @@ class Parent:
 
     def __init__(self) -> None:
         self.later: list[Callable[[], None]] = []
+        self.delays_s: list[float] = []
         self.core = Core(cast("Any", self), Config())
         self.vms, self.clients = self.core.vms, self.core.clients
         self.vmm, control = Peer(), Peer()
@@ -170,8 +171,9 @@ class Parent:
         self.life = Life(self.core, Consoles(self.core), openings, cast("Any", self.network), UNUSED)
         self.transfers = Transfers(self.core, self.life, openings, cast("Any", self.network))
 
-    def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Be the loop."""
+        self.delays_s.append(delay_s)
         self.later.append(callback)
 
 
