@@ -92,7 +92,7 @@ class NetWorker(Worker):
 
 def conf() -> str:
     """Return 20 VMs: each works on its disk or its interface, and each has a local interface besides."""
-    blocks = ['switch "lan" { interface br0 }']
+    blocks = ["staggered start parallel 5 delay 1", 'switch "lan" { interface br0 }']
     for number in range(DISKS):
         lines = ("memory 32M", 'boot "/srv/blk.elf" cmdline "churn"', f'disk "/srv/disk{number}" format raw')
         blocks.append("\n".join((f'vm "disk{number}" {{', *lines, "local interface", "}")))
