@@ -12,7 +12,7 @@ from tests.support.blkdisk import SECTOR, SECTORS
 from tests.support.clocks import Clocks
 from tests.support.daemon import DEADLINE_S
 from tests.support.golden import Session
-from tests.support.hostnet import NetDaemon
+from tests.support.hostnet import NetDaemon, switched_off
 from tests.support.netpeer import Peer
 from tests.support.network import Interface
 from tests.support.transfers import Stream, from_file, to_file
@@ -86,9 +86,8 @@ def test_a_network_interface_goes_on(version: int, name: str) -> None:
         tap = Interface(vmd.network, vmd.interfaces("golden")[0]["tap"])
         with Peer(tap):
             for _ in range(2):
-                tap.set("down")
-                console.expect("link down", DEADLINE_S)
-                tap.set("up")
+                with switched_off(vmd, tap):
+                    console.expect("link down", DEADLINE_S)
                 console.expect("link up, and works", DEADLINE_S)
             console.expect("ready", DEADLINE_S)
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, Terminal
 from tests.support.guests import guest
-from tests.support.hostnet import NetDaemon
+from tests.support.hostnet import NetDaemon, switched_off
 from tests.support.netpeer import Peer
 from tests.support.network import Interface, Network
 
@@ -150,9 +150,8 @@ def test_the_link_goes_and_comes_back(tmp_path: Path, how: str) -> None:
     with running(tmp_path, conf()) as net:
         net.console.answer(f"link {how}", "link up, and works", DEADLINE_S)
         for _ in range(2):
-            net.tap.set("down")
-            net.console.expect("link down", DEADLINE_S)
-            net.tap.set("up")
+            with switched_off(net.vmd, net.tap):
+                net.console.expect("link down", DEADLINE_S)
             net.console.expect("link up, and works", DEADLINE_S)
         net.console.expect("ready", DEADLINE_S)
         net.switch_off()

@@ -11,6 +11,7 @@ from tests.process.test_daemon import demo, wait_gone
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.descriptors import open_files
 from tests.support.guests import guest
+from vmd.parent.lifelock import LifeLock
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -39,9 +40,10 @@ def test_guests_of_a_killed_daemon_are_asked_to_shut_down(tmp_path: Path) -> Non
         vmd.start()
         assert [row["state"] for row in vmd.rows()] == ["stopped", "stopped"]
         assert "still shutting down" not in vmd.log
-        locks = set(Path("/run/vmd").glob("guests-*"))
+        lock = Path(LifeLock(str(vmd.socket)).path)
+        assert lock.exists()
         vmd.stop()
-    assert len(locks - set(Path("/run/vmd").glob("guests-*"))) == 1  # another daemon may have one
+        assert not lock.exists()
 
 
 @pytest.mark.deep

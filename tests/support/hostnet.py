@@ -1,15 +1,18 @@
 """What a test sees of a host's network, and a daemon that lives in one of its own."""
 
+import contextlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.support.daemon import Daemon
-from tests.support.network import Network
+from tests.support.network import Interface, Network
 from vmd.parent.identity import FILE, Identities
 from vmd.priv.sysctl import state_path
 
@@ -55,6 +58,19 @@ class NetDaemon(Daemon):
         (row,) = json.loads(self.must("status", "-v", "--json", name))["vms"]
         found: list[dict[str, Any]] = row["interfaces"]
         return found
+
+
+@contextlib.contextmanager
+def switched_off(vmd: Daemon, tap: Interface) -> Iterator[None]:
+    """Have a tap be down inside, for as long as it takes; priv, which would put that right, waits."""
+    priv = vmd.processes()["vmd: priv"]
+    os.kill(priv, signal.SIGSTOP)
+    try:
+        tap.set("down")
+        yield
+    finally:
+        tap.set("up")
+        os.kill(priv, signal.SIGCONT)
 
 
 def with_name_servers(directory: Path, servers: Sequence[str]) -> list[str]:
