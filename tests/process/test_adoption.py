@@ -218,6 +218,7 @@ def test_a_broken_vm_conf_ends_nobody(vmd: KeptDaemon) -> None:
     again(vmd)
     assert vmd.status("a") == row
     assert "syntax error" not in vmd.log
+    vmd.wait_log("the configuration is that of the vmd before this one")
 
     vmd.restart()
     vmd.wait_log("configuration unchanged")
@@ -259,6 +260,30 @@ def test_a_state_that_is_damaged(vmd: KeptDaemon) -> None:
     vmd.must("start", "a")
     again(vmd)
     assert vmd.status("a")["state"] == "running"
+
+
+@pytest.mark.deep
+def test_a_daemon_that_cannot_go_on_leaves_guests_to_the_next(tmp_path: Path) -> None:
+    """A program that is broken ends, again and again; guests run on, and a better one adopts them."""
+    code = copy(tmp_path)
+    with KeptDaemon(tmp_path, demo("a")) as vmd:
+        vmd.must("start", "a")
+        row = vmd.status("a")
+        (code / "vmd/priv/main.py").write_text("raise SystemExit(1)\n")
+        with vmd.console("a") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            vmd.kill()
+            vmd.code = code
+            for _ in range(2):
+                with pytest.raises(AssertionError, match="did not start"):
+                    vmd.start()
+            vmd.code = ROOT
+            vmd.start()
+            assert console.answer("echo still here", "still here\r\n" + PROMPT)
+        assert vmd.status("a") == row
+        again(vmd)
+        assert vmd.status("a") == row
+        vmd.must("stop", "-fw", "a")
 
 
 # --- again and again -----------------------------------------------------------------------------------------
@@ -330,11 +355,17 @@ def test_frames_and_sectors_are_not_lost(network: Network, tmp_path: Path) -> No
 # --- generations ---------------------------------------------------------------------------------------------
 
 
-def other_version(directory: Path) -> Path:
-    """Return a program that is the same, and calls itself another version."""
+def copy(directory: Path) -> Path:
+    """Return a copy of the program."""
     code = directory / "code"
     for package in ("vmd", "vmctl"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return code
+
+
+def other_version(directory: Path) -> Path:
+    """Return a program that is the same, and calls itself another version."""
+    code = copy(directory)
     (code / "vmd/version.py").write_text(f'"""The version."""\n\nVERSION = "{OTHER_VERSION}"\n')
     return code
 

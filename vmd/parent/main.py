@@ -449,11 +449,17 @@ class Parent(Process):
         self.on_ready()
         self.adoption.when_serving()
         self.life.start_batch()
-        if self.truth is not None and self.truth.planned:
-            self.configuration.on_hangup()  # restarted on purpose; after a crash nobody may have finished to edit it
+        if self.truth is None:
+            return
+        if self.truth.planned:  # after a crash somebody may not have finished to edit it
+            self.configuration.on_hangup()
+        else:
+            log.info("the configuration is that of the vmd before this one; vmctl reload reads vm.conf")
 
     def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
         """Control or priv has died or cannot be trusted: the daemon cannot go on without control (*cat. 9.2*).
+
+        Nor without a priv that has never been there.  VMs that were adopted run on.
 
         Guests need priv only when they start, and end.  Unlike vmd: it is started again.
         """
@@ -470,8 +476,16 @@ class Parent(Process):
         if not self.core.ending:
             log.crit(str(error) if error else f"lost child: {channel.label}")
             self.exit_status = 1
-        if not self.core.ending:
-            self.life.stop_all()
+            if self.core.adopts:
+                self.abandon()
+            else:
+                self.life.stop_all()
+
+    def abandon(self) -> None:
+        """End, and leave to the next daemon what we have adopted: it was not we who started it."""
+        log.crit(f"this vmd cannot go on; {sum(vm.alive for vm in self.core.vms)} VMs run on")
+        self.handed_over = True
+        self.loop.stop()
 
     def on_vmm_lost(self, channel: Channel, error: PeerError | None) -> None:
         """A vmm has died or cannot be trusted, and every VM that it had dies with it.

@@ -182,7 +182,7 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
         if parent.handed_over:
             parent.save_now()
             end.pop_all()  # all of that is the next daemon's
-            return 0
+            return parent.exit_status
         parent.finish()
         children.reap(CHILD_EXIT_TIMEOUT_S)
         parent.clean_up()
@@ -244,6 +244,7 @@ def control_socket(options: Options, config: Config, store: Store) -> socket.soc
         except OSError as error:
             log.error(f"the control socket of the vmd before this one cannot be used: {sentence(error)}")
             service.remove_socket(options.socket_path)
+    store.remove("listener")
     return service.listen(options.socket_path, config.settings.socket_owner)
 
 
