@@ -10,7 +10,7 @@ from tests.support.daemon import Daemon
 from tests.support.linux import LinuxGuest
 from tests.support.shell import Shell
 
-pytestmark = [pytest.mark.l1, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.l1, pytest.mark.deep, pytest.mark.timeout(400)]
 
 BOOT_S = 150
 MIB = 1024
@@ -52,7 +52,6 @@ def test_two_processors_and_the_power_button(linux: LinuxGuest, tmp_path: Path) 
         assert vmd.status("big")["text"] == "powered off by the guest"
 
 
-@pytest.mark.deep
 def test_one_processor_reboots_and_powers_off(linux: LinuxGuest, tmp_path: Path) -> None:
     """`vcpus 1`, 128 MiB: the guest reboots itself on the same console; then powers itself off."""
     with Daemon(tmp_path, conf(linux, "small", "info,shell", memory="128M")) as vmd:

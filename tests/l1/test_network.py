@@ -265,6 +265,7 @@ def test_ipv6_configures_itself(lab: Lab) -> None:
         assert WORLD6 in guest.run(f"nslookup -type=aaaa {NAME}")
 
 
+@pytest.mark.deep
 def test_switches_and_their_sizes(lab: Lab) -> None:
     """Guests reach each other and the bridge's own address, in one piece, up to the largest frame."""
     for interface, mtu in MTUS.items():
