@@ -45,6 +45,28 @@ def show_progress(transfer: "Transfer", loop: "Loop", vmm: "Channel") -> None:
         loop.call_later(PROGRESS_S, lambda: show_progress(transfer, loop, vmm))
 
 
+def begun(
+    make: "Callable[[int], Sender]", stream: int, pause: "Pause", vmm: "Channel", failed: "Callable[[str], None]"
+) -> Sender | None:
+    """Have what `make` makes write the machine to `stream`, which is closed in the end, and tell how far it is.
+
+    None: that could not begin, and `failed` was told why, or the VM is at its end.
+    """
+    try:
+        sender = make(stream)
+        sender.start()
+    except PeerError as error:
+        close(stream)
+        pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
+    except (VmdError, OSError) as error:
+        close(stream)
+        failed(sentence(error))
+    else:
+        show_progress(sender, pause.loop, vmm)
+        return sender
+    return None
+
+
 class Departure:
     """A VM that is sent: it stands still, at once or in the end, and a thread writes what it is.
 
@@ -113,36 +135,26 @@ class Departure:
 
     def _send(self, text: str) -> None:
         """The machine stands still, or is sent while it runs, or a text says why not."""
-        pause, stream = self._pause, self._stream
-        try:
+
+        def make(stream: int) -> Sender:
             if text or self._cancelled:
                 raise VmdError(text or "sending was interrupted")
-            sender = self._sender = self._begun(stream)
-        except PeerError as error:
-            close(stream)
-            pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
-        except (VmdError, OSError) as error:
-            close(stream)
-            self._finish(sentence(error))
-        else:
-            show_progress(sender, pause.loop, self._vmm)
+            return self._made(stream)
 
-    def _begun(self, stream: int) -> Sender:
+        self._sender = begun(make, self._stream, self._pause, self._vmm, self._finish)
+
+    def _made(self, stream: int) -> Sender:
         pause, live = self._pause, self._live
         on_header = self._tell_header if self.two_way else None
-        sender: Sender
         if pause.clocks is None:
             assert live is not None
-            sender = LiveSender(
+            return LiveSender(
                 pause, stream, pause.loop, self._finish, one_shot=self._one_shot, on_header=on_header, goal=live
             )
-        else:
-            sender = Sender(
-                pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot,
-                on_header=on_header,
-            )  # fmt: skip
-        sender.start()
-        return sender
+        return Sender(
+            pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot,
+            on_header=on_header,
+        )  # fmt: skip
 
     def _tell_header(self) -> None:
         self._vmm.send(HeaderSent(vmid=self._vmid))

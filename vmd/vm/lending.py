@@ -13,11 +13,11 @@ import socket
 import threading
 
 from vmd.closing import close, close_all
-from vmd.errors import PeerError, VmdError, sentence
+from vmd.errors import VmdError, sentence
 from vmd.ipc import courier
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
-from vmd.vm.departure import show_progress
+from vmd.vm.departure import begun
 from vmd.vm.sender import Sender, settle
 from vmd.vm.stream import Cancelled
 
@@ -110,21 +110,14 @@ class Lending:
             self._finish(text)
             return
         self._stream = None
-        try:
+
+        def make(stream: int) -> Sender:
             assert pause.clocks is not None
-            sender = Sender(pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot)
-            sender.start()
-        except PeerError as error:
-            close(stream)
-            pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
-        except (VmdError, OSError) as error:
-            close(stream)
-            self._finish(sentence(error))
-        else:
-            self._sender = sender
-            if self._cancelled.is_set():
-                sender.cancel()
-            show_progress(sender, pause.loop, self._vmm)
+            return Sender(pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot)
+
+        self._sender = begun(make, stream, pause, self._vmm, self._finish)
+        if self._sender is not None and self._cancelled.is_set():
+            self._sender.cancel()
 
     def _finish(self, text: str) -> None:
         if self._stream is not None:

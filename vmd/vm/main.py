@@ -316,13 +316,22 @@ class VmProcess(Process):
         if self.departure is not None:
             self.departure.go_on()
 
+    def written(self, channel: Channel, asked: str) -> Departure | None:
+        """Return the departure that has come to its last step.  Raises PeerError if it has not.
+
+        None: the VM has ended, and how it did is the answer.
+        """
+        if self.life.is_in(State.ENDED):
+            return None
+        if self.departure is None or not self.departure.written:
+            raise PeerError(channel.label, f"unexpected {asked}")
+        return self.departure
+
     def on_let_disks_go(self, _message: LetDisksGo, _envelope: Envelope, channel: Channel) -> None:
         """Let the receiver have the disks."""
-        departure = self.departure
-        if self.life.is_in(State.ENDED):
-            return  # how the VM ends is the answer
-        if departure is None or not departure.written:
-            raise PeerError(channel.label, "unexpected LetDisksGo")
+        departure = self.written(channel, "LetDisksGo")
+        if departure is None:
+            return
         try:
             text = departure.let_disks_go()
         except PeerError as error:
@@ -332,11 +341,9 @@ class VmProcess(Process):
 
     def on_end_send(self, message: EndSend, _envelope: Envelope, channel: Channel) -> None:
         """Be gone, for the machine runs elsewhere; or be as before."""
-        departure = self.departure
-        if self.life.is_in(State.ENDED):
-            return  # how the VM ends is the answer
-        if departure is None or not departure.written:
-            raise PeerError(channel.label, "unexpected EndSend")
+        departure = self.written(channel, "EndSend")
+        if departure is None:
+            return
         if message.sent:
             self.end(Outcome.POWER_OFF, "sent")
             return
