@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from tests.support.blkdisk import Disk
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.images import opened_qcow2, problems, qemu, small_file_system
+from tests.support.imgwriters import caught, imgwriter
 from vmd.images.rewrite import Rewrite
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
@@ -199,23 +199,6 @@ def test_snapshot_that_finds_no_room(tmp_path: Path) -> None:
             works(vmd)
 
 
-def imgwriter(vmd: Daemon) -> int:
-    """Return the pid of the imgwriter, or 0."""
-    return next((pid for title, pid in vmd.family().items() if "imgwriter" in title), 0)
-
-
-@contextmanager
-def under_way(vmd: Daemon, *words: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """Run `vmctl snapshot` until its imgwriter is seen; give both.  The pid is 0 if it was too fast."""
-    with subprocess.Popen(
-        [*vmd.client, "-s", vmd.socket, "snapshot", *words], stderr=subprocess.PIPE, text=True, cwd=vmd.code
-    ) as client:
-        deadline = time.monotonic() + DEADLINE_S
-        while not (pid := imgwriter(vmd)) and client.poll() is None:
-            assert time.monotonic() < deadline
-        yield client, pid
-
-
 def begun(vmd: Daemon) -> None:
     """Start the VM, and wait until its guest is at work."""
     vmd.must("start", "a")
@@ -233,7 +216,7 @@ def settled(vmd: Daemon) -> str:
 
 def cut_off(vmd: Daemon, choice: random.Random, *words: str) -> bool:
     """Run `vmctl snapshot`, and perhaps kill it or its imgwriter at any moment; return whether it has succeeded."""
-    with under_way(vmd, *words) as (client, pid):
+    with caught(vmd, *words) as (client, pid):
         how = choice.randrange(3)
         time.sleep(choice.random())
         if how == 1:
@@ -295,7 +278,7 @@ def test_vm_that_is_killed_while_it_is_saved(tmp_path: Path) -> None:
     """`stop -f` ends it and the snapshot; the disks are whole, and it starts again."""
     with busy(tmp_path) as vmd:
         for _ in range(20):
-            with under_way(vmd, "a", "x") as (client, pid):
+            with caught(vmd, "a", "x") as (client, pid):
                 if pid:
                     os.kill(pid, signal.SIGSTOP)
                     assert "by force" in vmd.vmctl("stop", "a").stderr

@@ -16,6 +16,7 @@ from tests.support import schema
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.descriptors import open_files
 from tests.support.images import MIB, opened_qcow2, problems, qemu
+from tests.support.imgwriters import caught
 from vmd.images.rewrite import Rewrite
 
 pytestmark = pytest.mark.root
@@ -268,23 +269,6 @@ def test_clone_of_a_disk_with_a_backing_file(vmd: Daemon) -> None:
         copy = vmd.directory / f"new-disk{number}"
         assert raw_of(copy) == b"\1" * MIB + b"\x09" * (3 * MIB)
         assert "backing" not in qemu("qemu-img", "info", copy)
-
-
-def imgwriter(vmd: Daemon) -> int:
-    """Return the pid of the imgwriter, or 0."""
-    return next((pid for title, pid in vmd.family().items() if "imgwriter" in title), 0)
-
-
-@contextlib.contextmanager
-def caught(vmd: Daemon, *words: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """Run `vmctl snapshot` until its imgwriter is seen; give both.  The pid is 0 if it was too fast."""
-    with subprocess.Popen(
-        [*vmd.client, "-s", vmd.socket, "snapshot", *words], stderr=subprocess.PIPE, text=True, cwd=vmd.code
-    ) as client:
-        deadline = time.monotonic() + DEADLINE_S
-        while not (pid := imgwriter(vmd)) and client.poll() is None:
-            assert time.monotonic() < deadline
-        yield client, pid
 
 
 @pytest.mark.deep
