@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CHECK = "--check-adopt"
 REHEARSAL_S = 120.0  # for the program to start, and to have looked at everything
 SAID_MAX = 16_384  # bytes of what it says
+PIPE_BYTES = 1 << 16  # that a pipe holds: one read has all that a program has said before its end
 
 
 class Rehearsal:
@@ -65,7 +66,7 @@ class Rehearsal:
     def _read(self) -> bool:
         """Take what it has said; return whether it may say more."""
         try:
-            piece = os.read(self._output.fileno(), SAID_MAX)
+            piece = os.read(self._output.fileno(), PIPE_BYTES)
         except BlockingIOError:
             return True
         self._said = (self._said + piece)[-SAID_MAX:]
