@@ -18,6 +18,7 @@ from vmd.ipc.messages import (
     BY_CLASS,
     PROTOCOL,
     Failed,
+    FiguresRequest,
     GenerationInfo,
     GenerationsRequest,
     Hello,
@@ -28,6 +29,7 @@ from vmd.ipc.messages import (
     SwitchesRequest,
     SwitchInfo,
     TroubleInfo,
+    VmFigures,
     VmInfo,
 )
 from vmd.version import VERSION
@@ -195,6 +197,10 @@ class Client:
     def list_vms(self) -> list[VmInfo]:
         """Return every VM the daemon knows.  Raises Refused, PeerError."""
         return [row for row in self._rows(ListRequest()) if isinstance(row, VmInfo)]
+
+    def figures(self, vmid: int = 0, name: str = "") -> list[VmFigures]:
+        """Return what a VM has done and what it uses; without one what every VM has.  Raises Refused, PeerError."""
+        return [row for row in self._rows(FiguresRequest(vmid=vmid, name=name)) if isinstance(row, VmFigures)]
 
     def list_switches(self) -> list[SwitchInfo]:
         """Return every switch of the configuration.  Raises Refused, PeerError."""

@@ -50,6 +50,7 @@ from vmd.ipc.messages import (
     DisksLetGo,
     DropsReported,
     Failed,
+    FiguresRequest,
     FilesOpened,
     GenerationsRequest,
     HeaderSent,
@@ -117,6 +118,7 @@ from vmd.parent.configuration import Configuration
 from vmd.parent.connections import Connections
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
+from vmd.parent.figures import Figures
 from vmd.parent.generations import Generation, Generations
 from vmd.parent.identity import StateFile
 from vmd.parent.life import Life
@@ -232,8 +234,9 @@ class Parent(Process):
         self.adoption.on_process = lambda _generation, child: self.children.adopt(child)
         self.adoption.on_settled = self.on_settled
         self.upgrade = Upgrade(core, self.generations, self.store, self.execute)
+        figures = Figures(core, self.network)
         rooms = (
-            self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
+            figures, self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
             self.changes, self.configuration,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
@@ -788,6 +791,7 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(ListRequest, Status, Status.serve_list),
     **serves(SwitchesRequest, Status, Status.serve_switches),
     **serves(NicsRequest, Status, Status.serve_nics),
+    **serves(FiguresRequest, Figures, Figures.serve),
     **serves(LoadRequest, Configuration, Configuration.serve_load),
     **serves(ReloadRequest, Configuration, Configuration.serve_reload),
     **serves(ResetRequest, Configuration, Configuration.serve_reset),

@@ -68,6 +68,7 @@ class VmKnown(Part):
     state: str
     since_s: float = 0.0
     started_s: float = 0.0
+    starts: int = 0
     guest_resets: int = 0
     last_end: LifeEnd | None = None
     uid: int = 0
@@ -113,8 +114,8 @@ class Truth(Part):
 
 
 SAME = (
-    "from_config", "since_s", "started_s", "guest_resets", "last_end", "uid", "shown_before", "notes", "text", "code",
-    "next_config", "resetting", "successor", "disks", "running_config", "console_user", "once_because",
+    "from_config", "since_s", "started_s", "starts", "guest_resets", "last_end", "uid", "shown_before", "notes", "text",
+    "code", "next_config", "resetting", "successor", "disks", "running_config", "console_user", "once_because",
     "going_back",
 )  # fmt: skip - of a Vm, as they are
 

@@ -126,6 +126,7 @@ class Vm:
         self._state = State.STOPPED
         self.since_s = time.time()  # when it came into this state
         self.started_s = 0.0  # when this life began
+        self.starts = 0  # lives that have begun
         self.guest_resets = 0  # in this life
         self.last_end: LifeEnd | None = None
         self.memory: int | None = None  # the guest's, for its size
@@ -255,6 +256,7 @@ class Vm:
         self._enter(state)
         if not again:
             self.started_s, self.guest_resets = time.time(), 0
+            self.starts += 1
         self.text, self.code = "", errno.EIO
 
     def begin_run(self, pid: int) -> None:

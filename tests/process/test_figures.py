@@ -1,0 +1,110 @@
+"""What VMs have done and use, by a daemon that counts, compared with what the host and the guest know."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.process.test_daemon import PROMPT
+from tests.support.daemon import DEADLINE_S
+from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
+from vmctl.client import Client
+from vmd.ipc.messages import VmFigures
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+CONF = """
+vm "demo" {{
+    disable
+    memory 128M
+    vcpus 2
+    boot "{kernel}"
+    disk "{directory}/disk.raw" format raw
+    interface {{ switch "lan" }}
+}}
+switch "lan" {{ interface br9 }}
+"""
+WITHOUT_PTRACE = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")
+TICK_NS = 10_000_000
+
+
+@pytest.fixture(scope="module")
+def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
+    """Give a daemon that may not look into other processes."""
+    tmp_path = tmp_path_factory.mktemp("figures")
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    with Network() as network:
+        daemon = NetDaemon(tmp_path, network, CONF.format(kernel=guest("demo"), directory=tmp_path))
+        daemon.prefix = [*WITHOUT_PTRACE]
+        with daemon:
+            yield daemon
+
+
+def figures(vmd: NetDaemon) -> VmFigures:
+    """Return what the daemon says of the VM."""
+    client = Client(str(vmd.socket))
+    try:
+        (row,) = client.figures(name="demo")
+    finally:
+        client.close()
+    return row
+
+
+def vcpus_ns(pid: int) -> list[int]:
+    """Return what the kernel says that the vCPUs have had."""
+    tasks = {(task / "comm").read_text().strip(): task for task in Path(f"/proc/{pid}/task").iterdir()}
+    return [int((tasks[f"vcpu{index}"] / "schedstat").read_text().split()[0]) for index in range(2)]
+
+
+def ticks_ns(pid: int) -> int:
+    """Return the processor time of a process and of those that it has started, as far as they run."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    words = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in (pid, *children)]
+    return sum(int(each[11]) + int(each[12]) for each in words) * TICK_NS
+
+
+def test_processor_and_memory(vmd: NetDaemon) -> None:
+    """Between what the kernel says before and after; a guest that is paused has none."""
+    assert (figures(vmd).pid, figures(vmd).starts) == (0, 0)
+    vmd.must("start", "demo")
+    with vmd.console("demo") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        before = figures(vmd)
+        console.answer("spin 1", PROMPT)
+        pid = vmd.status("demo")["pid"]
+        least, least_ns = vcpus_ns(pid), ticks_ns(pid)
+        row = figures(vmd)
+        most, most_ns = vcpus_ns(pid), ticks_ns(pid)
+        assert row.pid == pid
+        for had, low, vcpu, high in zip(before.vcpus, least, row.vcpus, most, strict=True):
+            assert had.cpu_ns <= low <= vcpu.cpu_ns <= high
+        assert before.vcpus[0].cpu_ns < row.vcpus[0].cpu_ns  # the other one waits to be woken
+        assert least_ns <= row.cpu_ns <= most_ns
+
+        guest_memory = [Path(f"/proc/{pid}/fd") / name for name in os.listdir(f"/proc/{pid}/fd")]
+        (memory,) = {path.stat().st_blocks * 512 for path in guest_memory if "guest-memory" in os.readlink(path)}
+        assert row.guest_bytes == memory
+        anonymous = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        assert anonymous is not None
+        assert row.process_bytes > int(anonymous[1]) << 10
+        assert row.memory_bytes == 128 << 20
+
+        vmd.must("pause", "demo")
+        still = figures(vmd)
+        assert (still.state, [vcpu.cpu_ns for vcpu in still.vcpus]) == ("paused", vcpus_ns(pid))
+        vmd.must("unpause", "demo")
+
+        console.answer("reset", PROMPT)
+        again = figures(vmd)
+        assert (again.starts, again.restarts, again.started_s) == (1, 1, row.started_s)
+        assert again.pid != pid
+        assert [vcpu.cpu_ns > 0 for vcpu in again.vcpus] == [True, True]
+    vmd.must("stop", "-fw", "demo")
+    ended = figures(vmd)
+    assert (ended.pid, ended.starts, ended.started_s) == (0, 1, 0)
+    assert ended.ended is not None
+    assert ended.ended.how == "killed"

@@ -1,0 +1,159 @@
+"""What clients are told VMs have done: as much as fits a message, and files only of those that they may control."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from vmd.config.model import MAX_DISKS, MAX_NICS, MAX_VCPUS, NAME_MAX, Config, DiskConfig, NicConfig, Owner, VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, encode
+from vmd.ipc.messages import Caller, End, FiguresRequest, LifeEnd, Proc, VmFigures
+from vmd.parent.core import Core
+from vmd.parent.figures import Figures, group_of
+from vmd.record import Record, RecordType
+
+MOST = (1 << 64) - 1
+ROOT, OTHER = Caller(uid=0, gid=0, pid=1), Caller(uid=77777, gid=77777, pid=1)
+TO_COME = 2000  # bytes for fields that later versions add
+
+
+class Control:
+    """Where answers leave to."""
+
+    def __init__(self) -> None:
+        self.sent: list[Record] = []
+
+    def send(self, message: Record, *, peerid: int = 0, fds: Mapping[str, object]) -> None:
+        """Note an answer."""
+        assert (peerid, dict(fds)) == (1, {})
+        self.sent.append(message)
+
+
+class Network:
+    """One without interfaces."""
+
+    taps: dict[int, object] = {}
+
+
+class Parent:
+    """As much of the parent as the room needs, with VMs a and b that do not run."""
+
+    def __init__(self) -> None:
+        self.core = Core(cast("Any", None), Config())
+        self.control = Control()
+        self.core.peers.channels = cast("Any", {Proc.CONTROL: self.control})
+        for name in ("a", "b"):
+            disk = DiskConfig(path=f"/{name}")
+            config = VmConfig(name=name, disks=(disk,), nics=(NicConfig(switch="lan"),), cdrom="/c", vcpus=2)
+            self.core.vms.add(config.replace(owner=Owner(uid=4, gid=5)), from_config=True)
+        self.room = Figures(self.core, cast("Any", Network()))
+
+    def ask(self, request: FiguresRequest, caller: Caller = ROOT) -> list[VmFigures]:
+        """Return the rows of an answer."""
+        self.room.serve(request, caller, Envelope(request, 1, 0, {}))
+        *rows, end = self.control.sent
+        self.control.sent.clear()
+        assert end == End()
+        return cast("list[VmFigures]", rows)
+
+
+def test_all_or_one() -> None:
+    """By name or id; one that is not there is an error."""
+    parent = Parent()
+    rows = parent.ask(FiguresRequest())
+    assert [row.name for row in rows] == ["a", "b"]
+    assert parent.ask(FiguresRequest(name="b")) == [rows[1]]
+    assert parent.ask(FiguresRequest(vmid=rows[0].vmid)) == [rows[0]]
+    with pytest.raises(OperatorError, match="vm c not found"):
+        parent.ask(FiguresRequest(name="c"))
+
+
+def test_a_vm_that_does_not_run() -> None:
+    """What it is to have is there, and nothing has been counted."""
+    (row,) = Parent().ask(FiguresRequest(name="a"))
+    assert row.vcpus == (VcpuFigures(index=0), VcpuFigures(index=1))
+    assert row.disks == (DiskFigures(index=0, path="/a"),)
+    assert (row.cdrom, row.entropy) == (CdromFigures(index=0), EntropyFigures(index=0))
+    assert [(nic.switch, nic.tap, nic.counted) for nic in row.nics] == [("lan", "", False)]
+    assert (row.pid, row.started_s, row.starts, row.ended, row.group) == (0, 0, 0, None, None)
+
+
+def test_files_are_for_those_who_may_control_the_vm() -> None:
+    """The rest is everybody's."""
+    parent = Parent()
+    (whole,), (part,) = (parent.ask(FiguresRequest(name="a"), caller) for caller in (ROOT, OTHER))
+    assert part == whole.replace(disks=(whole.disks[0].replace(path=""),))
+
+
+def test_starts_are_counted() -> None:
+    """Not those after a reset by the guest."""
+    parent = Parent()
+    vm = parent.core.vms.get(0, "a")
+    for again in (False, True, True):
+        vm.begin_start(0, again=again)
+        vm.guest_resets += again
+        vm.ended("", "killed")
+    (row,) = parent.ask(FiguresRequest(name="a"))
+    assert (row.starts, row.restarts) == (1, 2)
+    assert row.ended is not None
+    assert row.ended.how == "killed"
+
+
+def filled(cls: RecordType, **fields: Any) -> Any:  # noqa: ANN401 - of that class
+    """Return a record whose numbers are as large as they can be."""
+    return cls(**{name: MOST for name, kind in cls.fields.items() if kind in (int, int | None)} | fields)
+
+
+def test_the_longest_fits_a_message() -> None:
+    """Of a VM that has as much as a VM can have."""
+    path, name, mac = "/" + "\N{SNOWMAN}" * 341, "n" * NAME_MAX, bytes(6)
+    row = filled(
+        VmFigures,
+        name=name,
+        state="receiving",
+        ended=LifeEnd(at_s=MOST, how="powered off", text="x" * 1500),
+        vcpus=(filled(VcpuFigures),) * MAX_VCPUS,
+        disks=(filled(DiskFigures, counted=True, path=path),) * MAX_DISKS,
+        cdrom=filled(CdromFigures),
+        entropy=filled(EntropyFigures),
+        nics=(filled(NicFigures, counted=True, tap="t" * 15, switch=name, lladdr=mac),) * MAX_NICS,
+        group=filled(GroupFigures),
+    )
+    packet, _ = encode(row, form=Form.NAMED)
+    assert len(packet) <= MAX_MESSAGE - TO_COME
+
+
+def test_what_a_device_counts_has_a_field() -> None:
+    """Under the same name."""
+    assert set(COUNTER_NAMES) <= set(NicFigures.fields)
+
+
+def test_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its controllers say; None for what is not there, and for a group that is not its own."""
+    files = {
+        "cpu.stat": "usage_usec 12\nuser_usec 5\nnr_throttled 3\nthrottled_usec 4\nodd\n",
+        "memory.current": "4096\n",
+        "memory.peak": "max\n",
+        "memory.events": "low 0\noom_kill 2\n",
+    }
+    group = tmp_path / "vm-7"
+    group.mkdir()
+    for name, text in files.items():
+        (group / name).write_text(text)
+    where = {"/proc/5/cgroup": "0::/vm-7\n", "/proc/6/cgroup": "0::/vmm\n", "/proc/7/cgroup": ""}
+    monkeypatch.setattr("vmd.parent.figures.read", lambda path: where.get(path) or read(path))
+    mounts = f"1 2 0:3 / {tmp_path} rw - cgroup2 cgroup rw\n"
+    assert group_of(mounts, 5) == GroupFigures(
+        cpu_ns=12000, throttled=3, throttled_ns=4000, memory_bytes=4096, oom_kills=2
+    )
+    assert [group_of(mounts, pid) for pid in (6, 7)] == [None, None]
+    assert group_of("", 5) is None
+
+
+def read(path: str) -> str:
+    """Return what a file says, if it is there."""
+    return Path(path).read_text() if Path(path).exists() else ""
