@@ -74,6 +74,7 @@ void acpi_init(void)
     power.event = (uint16_t)fadt->pm1a_event;
     power.control = (uint16_t)fadt->pm1a_control;
     power.timer = (uint16_t)fadt->pm_timer;
+    power.timer_half = fadt->flags & FADT_TIMER_32 ? UINT32_MAX / 2 : PM_TIMER_MASK / 2;
     power.sci = (uint8_t)fadt->sci;
 }
 

@@ -245,6 +245,8 @@ struct acpi_fadt {
     uint32_t smi_command;
     uint8_t acpi_enable, acpi_disable, s4bios, pstate;
     uint32_t pm1a_event, pm1b_event, pm1a_control, pm1b_control, pm2_control, pm_timer;
+    uint8_t reserved1[32];
+    uint32_t flags;
 } __attribute__((packed));
 
 enum {
@@ -253,10 +255,12 @@ enum {
     PM_SLEEP = 0x2000,
     PM_TIMER_HZ = 3579545,
     PM_TIMER_MASK = 0xFFFFFF,
+    FADT_TIMER_32 = 0x100,
 };
 
 struct power {
     uint16_t event, control, timer; /* ports */
+    uint32_t timer_half; /* what the timer counts to, halved */
     uint8_t sci;
 };
 

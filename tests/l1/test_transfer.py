@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from tests.support import servers
 from tests.support.hostnet import NetDaemon, load_modules, ours
 from tests.support.linux import LinuxGuest
+from tests.support.migration import Plan
 from tests.support.network import Network
 from tests.support.shell import Shell
 from tests.support.transfers import from_file, move, to_file
@@ -126,6 +128,19 @@ class Traveller:
         assert raw[CONSTANT * MIB :] == raw[: WRITTEN * MIB]
 
 
+def conf(vms: str = "") -> str:
+    """Return the configuration of a daemon."""
+    return f'switch "lan" {{\n    interface lan\n}}\n{vms}'
+
+
+def add_lan(network: Network, *addresses: str) -> None:
+    """Make the administrator's bridge: the other end of the guest's connection stays when the daemon ends."""
+    network.run("ip", "link", "add", "lan", "type", "bridge")
+    for address in addresses:
+        network.run("ip", "address", "add", address, "dev", "lan")
+    network.run("ip", "link", "set", "lan", "up")
+
+
 @pytest.fixture
 def traveller(linux: LinuxGuest, tmp_path: Path) -> Iterator[Traveller]:
     """It is at work, as VM `a`."""
@@ -133,10 +148,7 @@ def traveller(linux: LinuxGuest, tmp_path: Path) -> Iterator[Traveller]:
     disk, stream = tmp_path / "disk", Stream()
     disk.write_bytes(b"".join(servers.noise(CONSTANT)) + bytes(WRITTEN * MIB))
     append = "console=ttyS0 quiet panic=-1 nowatchdog vmdtest=shell"
-    conf = f"""
-switch "lan" {{
-    interface lan
-}}
+    vm = f"""
 vm "a" {{
     disable
     vcpus 2
@@ -146,12 +158,13 @@ vm "a" {{
     interface switch "lan"
 }}
 """
+    (tmp_path / "here").mkdir()
     with Network() as host:
-        # The administrator's: the other end of the guest's connection stays when the daemon ends.
-        host.run("ip", "link", "add", "lan", "type", "bridge")
-        host.run("ip", "address", "add", f"{HOST}/24", "dev", "lan")
-        host.run("ip", "link", "set", "lan", "up")
-        with servers.files(host, HOST, {"stream": stream.pieces}), NetDaemon(tmp_path, host, conf) as vmd:
+        add_lan(host, f"{HOST}/24")
+        with (
+            servers.files(host, HOST, {"stream": stream.pieces}),
+            NetDaemon(tmp_path / "here", host, conf(vm)) as vmd,
+        ):
             vmd.must("start", "a")
             with contextlib.ExitStack() as consoles:
                 shell = Shell(consoles.enter_context(vmd.attached("a")), BOOT_S)
@@ -161,6 +174,21 @@ vm "a" {{
                 yield made
             stream.last.set()
         assert ours(host) == []
+
+
+@pytest.fixture
+def elsewhere(traveller: Traveller, tmp_path: Path) -> Iterator[NetDaemon]:
+    """Another daemon, on a host of its own, whose switch is in the same network."""
+    (tmp_path / "there").mkdir()
+    with Network() as other:
+        add_lan(other)
+        run, its_namespace = traveller.vmd.network.run, f"/proc/{os.getpid()}/fd/{other.fd}"
+        run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", its_namespace)
+        for network in (traveller.vmd.network, other):
+            network.run("ip", "link", "set", "wire", "master", "lan", "up")
+        with NetDaemon(tmp_path / "there", other, conf()) as vmd:
+            yield vmd
+        assert ours(other) == []
 
 
 @pytest.mark.deep
@@ -199,4 +227,21 @@ def test_a_guest_at_work_is_sent_often(traveller: Traveller, tmp_path: Path) -> 
     assert from_file(vmd, "c", tmp_path / "file")[0] == 0
     traveller.moved("c")
     traveller.works()
+    traveller.finish()
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(900)
+def test_a_guest_at_work_migrates(traveller: Traveller, elsewhere: NetDaemon, tmp_path: Path) -> None:
+    """To another host and back, while it writes to its memory; its connection and its sums go on."""
+    here, there = traveller.vmd, elsewhere
+    for turn in range(4):
+        plan = Plan(tmp_path / "plan", there, out_of=here)
+        said = here.must("migrate", "-v", "-r", "5", "-e", plan.command, "a", "other")
+        print(f"turn {turn}: {said.strip().splitlines()[-1]}")
+        assert here.status("a")["text"] == "sent"
+        here, there = there, here
+        traveller.vmd = here
+        traveller.moved("a")
+        traveller.works()
     traveller.finish()
