@@ -76,11 +76,12 @@ class Client:
     def garbage(self) -> None:
         """Send what is no message, or none of a client's."""
         chance = self.random
+        stop = StopRequest(vmid=1 << 20, name="nobody", force=True)  # no change of one byte makes a VM of this user's
         with connect(self.path) as client:
             client.settimeout(WAIT_S)
             while True:
                 code = chance.choice((*BY_CODE, chance.randrange(1 << 32)))
-                request = chance.choice((ListRequest(), StopRequest(name="a1", force=True), StartRequest(name="x")))
+                request = chance.choice((ListRequest(), stop, StartRequest(name="x")))
                 packet = bytearray(encode(request, form=chance.choice((Form.FIRST, Form.NAMED)))[0])
                 packet[chance.randrange(len(packet))] = chance.randrange(256)
                 raw = chance.randbytes(chance.randrange(MAX_MESSAGE - HEADER.size))
