@@ -12,7 +12,8 @@ from tests.unit.vm.boot import samples
 from vmd.images.create import write_empty
 from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, SIGNATURES, VHD_FIXED
 from vmd.ipc import imsg, probemsg
-from vmd.ipc.messages import ListRequest, Ok, PauseVm, StopRequest
+from vmd.ipc.messages.clients import ListRequest, Ok, StopRequest
+from vmd.ipc.messages.vm import PauseVm
 from vmd.vm.stream import COUNT, END, GPA, OLDEST, VERSION, Pipe, StreamWriter
 
 TYPE_CHECKING = False

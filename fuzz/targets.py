@@ -8,6 +8,7 @@ import os
 import select
 import struct
 
+import tests.support.messages  # noqa: F401 - any of them may be decoded
 from vmd.config import check
 from vmd.devices.vioblk.request import Limits, parse
 from vmd.devices.vionet import dhcp, ra

@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.support.messages import MESSAGES
+from vmd.ipc.routes import Proc
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_path("purelib")
 
@@ -62,6 +65,7 @@ VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
     "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
+OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
 # Each costs every VM milliseconds of start-up or megabytes of memory.
 TOO_HEAVY = {"argparse", "asyncio", "ast", "dataclasses", "inspect", "logging", "re", "subprocess", "typing"}
 # ... and these cost each of its devices a millisecond or some hundred KiB that a smaller module does without.
@@ -99,9 +103,7 @@ def within(name: str, package: str) -> bool:
 def modules_in(folder: str) -> tuple[str, ...]:
     """Return the names of all modules below a folder, without the empty package files."""
     paths = sorted(Path(ROOT, folder).rglob("*.py"))
-    return tuple(
-        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__init__.py"
-    )
+    return tuple(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__init__.py")
 
 
 def processes() -> list[Process]:
@@ -165,6 +167,20 @@ def test_process_holds_only_what_is_shared_with_it(process: Process) -> None:
     not_for_it = [package for package, holders in SHARED.items() if process.kind not in holders]
 
     assert held.below(*not_for_it) - HARMLESS.get(process.kind, set()) == set()
+
+
+@of_each_process
+def test_a_process_knows_the_messages_of_its_own_borders(process: Process) -> None:
+    """All that it sends, passes on or is sent; and it imports no border at which it has nothing to say."""
+    proc = Proc.__members__.get({"vmctl": "client"}.get(process.title, process.title).upper())
+    held = loaded_by(process.modules)
+
+    speaks = {each.cls for each in MESSAGES if any(proc in path for path in each.paths)}
+    knows = {each.cls for each in MESSAGES if each.cls.__module__ in held.modules}
+    borders = {cls.__module__ for cls in knows} - {cls.__module__ for cls in speaks}
+
+    assert speaks - knows == set()
+    assert borders - OF_SEVERAL_BORDERS == set()
 
 
 @of_each_vm

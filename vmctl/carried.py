@@ -6,16 +6,9 @@ from vmctl import carry
 from vmctl.errors import CommandError, Refused
 from vmctl.output import clean
 from vmctl.session import Session
-from vmd.errors import PeerError, sentence
-from vmd.ipc.messages import (
-    VMD_IN_DOUBT,
-    MigrateInRequest,
-    MigrationAt,
-    MigrationStep,
-    Step,
-    TransferProgress,
-    VmReceived,
-)
+from vmd.errors import VMD_IN_DOUBT, PeerError, sentence
+from vmd.ipc.messages.clients import MigrateInRequest, MigrationAt, MigrationStep, Step, VmReceived
+from vmd.ipc.messages.shared import TransferProgress
 from vmd.stdio import STDIN, STDOUT
 
 TYPE_CHECKING = False

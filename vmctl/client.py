@@ -14,8 +14,7 @@ from vmd.config.model import SOCKET_PATH_MAX
 from vmd.errors import PeerError, sentence
 from vmd.ipc import first
 from vmd.ipc.imsg import MAX_MESSAGE, Form, UnknownMessage, decode, encode
-from vmd.ipc.messages import (
-    BY_CLASS,
+from vmd.ipc.messages.clients import (
     PROTOCOL,
     Failed,
     FiguresRequest,
@@ -25,13 +24,13 @@ from vmd.ipc.messages import (
     ListRequest,
     NicInfo,
     NicsRequest,
-    Proc,
     SwitchesRequest,
     SwitchInfo,
     TroubleInfo,
     VmFigures,
     VmInfo,
 )
+from vmd.ipc.routes import BY_CLASS, Proc
 from vmd.version import VERSION
 
 TYPE_CHECKING = False

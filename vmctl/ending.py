@@ -8,8 +8,8 @@ from vmctl.errors import CommandError, NoSuchVm, Refused
 from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef
-from vmd.errors import VmdError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, StopAccepted, StopRequest, VmTerminated, WaitRequest
+from vmd.errors import VMD_VM_STOP_INVALID, VmdError
+from vmd.ipc.messages.clients import StopAccepted, StopRequest, VmTerminated, WaitRequest
 from vmd.record import Record
 
 REFUSALS = {

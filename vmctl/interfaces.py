@@ -5,7 +5,7 @@ import time
 
 from vmctl.output import clean
 from vmd.ipc.devmsg import COUNTER_NAMES
-from vmd.ipc.messages import NicInfo
+from vmd.ipc.messages.clients import NicInfo
 
 # Why frames were dropped, in words, and nothing of what did not happen.
 RECEIVE_DROPS = (

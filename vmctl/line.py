@@ -12,8 +12,8 @@ from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
 from vmctl.output import clean
 from vmctl.terminal import RawTerminal
-from vmd.errors import sentence
-from vmd.ipc.messages import VMD_CONSOLE_TAKEN, ConsoleAttached, ConsoleBreak, Failed
+from vmd.errors import VMD_CONSOLE_TAKEN, sentence
+from vmd.ipc.messages.clients import ConsoleAttached, ConsoleBreak, Failed
 
 READ_MAX = 16384
 # What waits for a guest that does not read; beyond it we do not read the operator either.  Large, since an

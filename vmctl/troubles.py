@@ -3,7 +3,7 @@
 import time
 
 from vmctl.output import clean
-from vmd.ipc.messages import TroubleInfo
+from vmd.ipc.messages.clients import TroubleInfo
 
 
 def describe(vm_name: str, trouble: TroubleInfo) -> str:

@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vmd.ipc.messages import VmInfo
+    from vmd.ipc.messages.clients import VmInfo
 
 ID_MAX = 0xFFFFFFFF
 

@@ -9,7 +9,7 @@ from vmctl.escapes import HELP, Action, Escapes
 from vmctl.line import READ_MAX, Ending
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef
-from vmd.ipc.messages import ConsoleOutput, ConsoleWatch, ConsoleWatched, Failed
+from vmd.ipc.messages.clients import ConsoleOutput, ConsoleWatch, ConsoleWatched, Failed
 
 INTERRUPT = b"\x03"  # ^C has nothing else to end here: nothing that is typed reaches the guest
 

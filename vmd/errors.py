@@ -19,13 +19,23 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.fileid import FileId
 
+# What `number` may be beyond an errno (*cat. 1.10*)
+VMD_BIOS_MISSING = 1001
+VMD_DISK_MISSING = 1002
+VMD_VM_STOP_INVALID = 1004
+VMD_CDROM_MISSING = 1005
+VMD_CDROM_INVALID = 1006
+VMD_PARENT_INVALID = 1007
+VMD_CONSOLE_TAKEN = 1008
+VMD_IN_DOUBT = 1009  # a VM that was to go on here may have done so
+
 NO_CALL = ": this kernel, or the container or unit that vmd runs in, does not let it make the system call"
 
 
 class VmdError(Exception):
     """Base of everything that has a sentence for its user.
 
-    `number` is for programs: an errno, or a VMD_* code of `vmd.ipc.messages`; 0 is none.
+    `number` is for programs: an errno, or a VMD_* code; 0 is none.
     """
 
     number: int = errno.EINVAL

@@ -23,12 +23,10 @@ from tests.support.hostnet import NetDaemon, ours
 from tests.support.network import Network
 from tests.support.transfers import Footprint
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     ANSWERS,
-    BY_CLASS,
     ConsoleRequest,
     ListRequest,
-    Live,
     NicsRequest,
     PauseRequest,
     ReceiveRequest,
@@ -38,6 +36,8 @@ from vmd.ipc.messages import (
     StopRequest,
     WaitRequest,
 )
+from vmd.ipc.messages.shared import Live
+from vmd.ipc.routes import BY_CLASS
 from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(600)]

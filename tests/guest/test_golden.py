@@ -17,15 +17,9 @@ from tests.support.netpeer import Peer
 from tests.support.network import Interface
 from tests.support.transfers import Stream, from_file, to_file
 from vmd.ipc.imsg import HEADER
-from vmd.ipc.messages import (
-    BY_CODE,
-    PROTOCOL,
-    ConsoleOutput,
-    Failed,
-    SendRequest,
-    StartRequest,
-    TransferProgress,
-)
+from vmd.ipc.messages.clients import PROTOCOL, ConsoleOutput, Failed, SendRequest, StartRequest
+from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.routes import BY_CODE
 from vmd.record import RecordType
 from vmd.vm.header import read_header
 from vmd.vm.state import read_machine

@@ -20,7 +20,7 @@ from tests.support.keeper import KeptDaemon
 from tests.support.transfers import Stream, from_file, to_file
 from tests.support.users import public_folder
 from vmd.ipc.imsg import Form, encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     PROTOCOL,
     DiscInserted,
     DiscRequest,

@@ -26,7 +26,7 @@ from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, VmConfig, VmFlag
 from vmd.ipc.channel import SO_PASSRIGHTS
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     Caller,
     End,
     Failed,
@@ -80,14 +80,15 @@ def _counted(self, message, **more):
         _peak = max(_peak, len(self._queue))
 Channel.send = _counted
 import os
-from vmd.ipc.messages import StartRequest, StopRequest
+from vmd.ipc.messages.clients import StartRequest, StopRequest
 for _request in (StartRequest, StopRequest):
     Control.HANDLERS[(Proc.CLIENT, _request)] = _intruder
 """
 TAKEN_OVER_PRIV = """
 import os, socket
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import ConfigureNetwork, ListRequest
+from vmd.ipc.messages.clients import ListRequest
+from vmd.ipc.messages.priv import ConfigureNetwork
 _on_configure = Priv.HANDLERS[(Proc.PARENT, ConfigureNetwork)]
 _times = []
 def _intruder(priv, message, envelope, channel):

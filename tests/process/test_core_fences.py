@@ -17,7 +17,7 @@ from tests.support.guests import guest
 from tests.support.program import changed_program
 from vmd.ipc.fence import OUR_FAULT, STRIKES
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleOutput,
     ConsoleRequest,
@@ -139,7 +139,7 @@ BUGS = {
     "control/main.py": """
 def _bug(*_):
     raise ZeroDivisionError("a bug of control")
-from vmd.ipc.messages import SwitchesRequest
+from vmd.ipc.messages.clients import SwitchesRequest
 Control.HANDLERS[(Proc.CLIENT, SwitchesRequest)] = _bug
 """,
     "parent/consoles.py": """

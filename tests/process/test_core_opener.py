@@ -22,7 +22,7 @@ from tests.support.guests import guest
 from tests.support.images import MIB
 from tests.support.users import public_folder
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import Failed, StartRequest
+from vmd.ipc.messages.clients import Failed, StartRequest
 from vmd.parent.opening import STUCK_MAX
 from vmd.privsep.confine import OPENER
 

@@ -20,7 +20,7 @@ from tests.support.fusefile import HELD, READ, FuseFile
 from tests.support.guests import guest
 from tests.support.program import changed_program
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import Failed, StartRequest, StopRequest, VmTerminated
+from vmd.ipc.messages.clients import Failed, StartRequest, StopRequest, VmTerminated
 from vmd.privsep.confine import RUNNING_FILES
 from vmd.privsep.ids import TASKS_MAX
 
@@ -30,7 +30,8 @@ INTRUDER = '''
 """What somebody who has taken over a VM process does."""
 import array, os, select, socket
 from vmd.ipc.imsg import MAX_MESSAGE, Form, encode
-from vmd.ipc.messages import AskResolvers, DevicesReported, Trouble, TransferProgress, VmEnding
+from vmd.ipc.messages.shared import Trouble, TransferProgress
+from vmd.ipc.messages.vm import AskResolvers, DevicesReported, VmEnding
 KEPT = []
 def say(text):
     os.write(2, f"intruder: {text}\\n".encode())
@@ -74,7 +75,8 @@ def long_answer(process):
         text += "x" * (MAX_MESSAGE - len(packet(text)))
         assert len(packet(text)) == MAX_MESSAGE
         channel._sock.send(packet(text))
-    from vmd.ipc.messages import AskDevices, Proc
+    from vmd.ipc.messages.vm import AskDevices
+    from vmd.ipc.routes import Proc
     type(process).HANDLERS[(Proc.VMM, AskDevices)] = lambda _self, *arguments: answer(*arguments)
 def leave_child(process):
     """Fork a process that keeps the channel and talks when we are gone, for as long as somebody listens."""

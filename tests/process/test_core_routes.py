@@ -14,35 +14,43 @@ from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.program import changed_program
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
-from vmd.ipc.messages import PROTOCOL, Failed, Hello
+from vmd.ipc.messages.clients import PROTOCOL, Failed, Hello
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 PROMPT = "vmd-demo> "
-FORGOTTEN = 0xF3
-MESSAGES = """
+FORGOTTEN = 0xFFF3
+MESSAGES = {
+    "children": """
 
-@message(0xF0, (Proc.PARENT, Proc.CONTROL), (Proc.PARENT, Proc.VMM), (Proc.PARENT, Proc.PRIV))
+@message(0xFFF0, (Proc.PARENT, Proc.CONTROL), (Proc.PARENT, Proc.VMM), (Proc.PARENT, Proc.PRIV))
 class ForNobody(Record):
     pass
+""",
+    "vm": """
 
-@message(0xF1, TO_VM)
+@message(0xFFF1, TO_VM)
 class ForNoVm(Record):
     vmid: int
 
-@message(0xF2, FROM_VM)
+@message(0xFFF2, FROM_VM)
 class OfAVm(Record):
     vmid: int
+""",
+    "clients": """
 
-@request(0xF3, Who.EVERYBODY, "Ok")
+@request(0xFFF3, Who.EVERYBODY, "Ok")
 class AskedInVain(Request):
     pass
 
-"""
+REQUESTS = relays(Proc.CONTROL, Proc.CLIENT)
+""",
+}
 # Before each answer to `vmctl log`.
 PARENT = """
 
-from vmd.ipc.messages import ForNobody, ForNoVm
+from vmd.ipc.messages.children import ForNobody
+from vmd.ipc.messages.vm import ForNoVm
 
 def _forgetful(start):
     def wrapped(self, *arguments):
@@ -63,7 +71,7 @@ Parent.start = _forgetful(Parent.start)
 # Before each answer to `vmctl status -v`.
 VM = """
 
-from vmd.ipc.messages import OfAVm
+from vmd.ipc.messages.vm import OfAVm
 
 def _say(self, message, envelope, channel):
     channel.send(OfAVm(vmid=self.vmid))
@@ -75,12 +83,8 @@ VmProcess.HANDLERS.update(handles(Proc.VMM, AskDevices, _say))
 
 def forgetful(code: Path) -> Path:
     """Return a copy of the program with messages that nobody serves."""
-    changed_program(code, {"vmd/parent/main.py": PARENT, "vmd/vm/main.py": VM})
-    messages = code / "vmd" / "ipc" / "messages.py"
-    head, resolved, tail = messages.read_text().partition("\n_resolve()\n")
-    assert resolved
-    messages.write_text(head + MESSAGES + resolved + tail)
-    return code
+    borders = {f"vmd/ipc/messages/{border}.py": text for border, text in MESSAGES.items()}
+    return changed_program(code, {**borders, "vmd/parent/main.py": PARENT, "vmd/vm/main.py": VM})
 
 
 def block(name: str) -> str:

@@ -11,7 +11,7 @@ from tests.support.bystander import NAME, PROMPT, Bystander, vm_block
 from tests.support.clients import connect, receive
 from tests.support.daemon import DEADLINE_S, Daemon
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import ConsoleRequest, Failed, PauseRequest, StartRequest, StopRequest
+from vmd.ipc.messages.clients import ConsoleRequest, Failed, PauseRequest, StartRequest, StopRequest
 from vmd.parent.askvmm import SILENT
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.deep, pytest.mark.timeout(300)]

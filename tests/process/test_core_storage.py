@@ -28,7 +28,7 @@ from vmd.images.create import create
 from vmd.images.locks import DENIES, USES, WRITE
 from vmd.images.locks import flock as lock_struct
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import Failed, ListRequest, ReceiveRequest, StartRequest
+from vmd.ipc.messages.clients import Failed, ListRequest, ReceiveRequest, StartRequest
 from vmd.parent.opening import STUCK_MAX
 from vmd.record import Record
 

@@ -20,7 +20,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from vmd.config.model import VmConfig
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     Caller,
     ConsoleRequest,
     Failed,

@@ -20,7 +20,7 @@ from tests.support.guests import guest
 from tests.support.transfers import ended, to_file, vmctl
 from tests.support.users import public_folder
 from vmd.ipc.imsg import encode
-from vmd.ipc.messages import End, Failed, ListRequest, ReloadRequest, VmInfo
+from vmd.ipc.messages.clients import End, Failed, ListRequest, ReloadRequest, VmInfo
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 

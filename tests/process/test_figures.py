@@ -13,7 +13,7 @@ from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
 from vmctl.client import Client
-from vmd.ipc.messages import VmFigures
+from vmd.ipc.messages.clients import VmFigures
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 

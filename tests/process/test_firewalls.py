@@ -17,7 +17,8 @@ from tests.support.network import Network
 from tests.support.privdriver import DEADLINE_S, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.errors import HostError
-from vmd.ipc.messages import AskDrops, DropsReported, Trouble
+from vmd.ipc.messages.priv import AskDrops, DropsReported
+from vmd.ipc.messages.shared import Trouble
 from vmd.parent.forpriv import open_tables
 from vmd.priv.legacy import (
     DROP,

@@ -17,12 +17,12 @@ import pytest
 from tests.support.clients import receive
 from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
+from tests.support.messages import MESSAGES
 from tests.support.network import Network
 from tests.support.users import Users, UsersDaemon
 from vmd.control.clients import MAX_UNANSWERED
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, encode
-from vmd.ipc.messages import (
-    BY_CODE,
+from vmd.ipc.messages.clients import (
     PROTOCOL,
     Caller,
     ConsoleAttached,
@@ -36,13 +36,13 @@ from vmd.ipc.messages import (
     ListRequest,
     NicsRequest,
     PauseRequest,
-    Proc,
     StartRequest,
     StopRequest,
     VmInfo,
     VmTerminated,
     WaitRequest,
 )
+from vmd.ipc.routes import Proc
 from vmd.parent.connections import MAX_CLIENTS_PER_USER
 from vmd.record import Record
 from vmd.version import VERSION
@@ -271,7 +271,7 @@ def test_descriptors_of_a_refused_start_are_closed(vmd: UsersDaemon) -> None:
 
 def test_messages_that_are_none_of_a_client_s(vmd: UsersDaemon) -> None:
     """What only our own processes say to each other ends the connection, root's too."""
-    reserved = [code for code, info in BY_CODE.items() if (Proc.CLIENT, Proc.CONTROL) not in info.routes]
+    reserved = [each.code for each in MESSAGES if (Proc.CLIENT, Proc.CONTROL) not in each.routes]
     assert len(reserved) > 20
     for code in reserved:
         for user in (EVE, "root"):

@@ -26,7 +26,8 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
-from vmd.ipc.messages import VMD_PARENT_INVALID, Failed, StartRequest, VmStarted
+from vmd.errors import VMD_PARENT_INVALID
+from vmd.ipc.messages.clients import Failed, StartRequest, VmStarted
 from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]

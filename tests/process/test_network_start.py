@@ -16,7 +16,7 @@ from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
 from vmctl.client import Client
 from vmctl.errors import CommandError
-from vmd.ipc.messages import StartRequest, VmStarted
+from vmd.ipc.messages.clients import StartRequest, VmStarted
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 

@@ -17,7 +17,7 @@ from tests.support.hostnet import addresses, links, ours, rules, setting
 from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Grouped, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
-from vmd.ipc.messages import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
+from vmd.ipc.messages.priv import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
 from vmd.priv.rules import NFT_PATHS
 from vmd.privsep import linux
 

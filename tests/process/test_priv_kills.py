@@ -13,7 +13,7 @@ from tests.support.killing import die_after
 from tests.support.network import Network
 from tests.support.packets import LLADDR
 from tests.support.privdriver import RUN_DIRECTORY
-from vmd.ipc.messages import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
+from vmd.ipc.messages.priv import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
 from vmd.parent.forpriv import open_tuns
 from vmd.priv import host
 

@@ -26,9 +26,8 @@ from tests.support.fusefile import HELD, OPEN, READ, FuseFile
 from tests.support.hostile import KINDS, hostile
 from tests.support.hostnet import ALIAS, NetDaemon, links
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     ANSWERS,
-    BY_CLASS,
     End,
     Failed,
     ListRequest,
@@ -42,6 +41,7 @@ from vmd.ipc.messages import (
     VmStarted,
     VmTerminated,
 )
+from vmd.ipc.routes import BY_CLASS
 from vmd.record import Record
 
 OWNERS = {40001: ("a1", "a2", "a3"), 40002: ("b1", "b2", "b3"), 40003: ("c1", "c2")}

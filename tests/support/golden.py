@@ -35,7 +35,7 @@ from tests.support.hostnet import NetDaemon
 from tests.support.netpeer import Peer
 from tests.support.network import Interface, Network
 from tests.support.transfers import ended, to_file, vmctl
-from vmd.ipc.messages import PROTOCOL
+from vmd.ipc.messages.clients import PROTOCOL
 from vmd.kvmapi.system import System
 
 GOLDEN = Path(__file__).parents[1] / "golden"

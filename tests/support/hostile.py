@@ -23,10 +23,10 @@ from pathlib import Path
 from tests.support.clients import connect
 from tests.support.daemon import ROOT
 from tests.support.fusefile import FLUSH, HELD, FuseFile
+from tests.support.messages import CODES
 from tests.support.network import Network
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, encode
-from vmd.ipc.messages import (
-    BY_CODE,
+from vmd.ipc.messages.clients import (
     ConsoleRequest,
     ListRequest,
     NicsRequest,
@@ -80,7 +80,7 @@ class Client:
         with connect(self.path) as client:
             client.settimeout(WAIT_S)
             while True:
-                code = chance.choice((*BY_CODE, chance.randrange(1 << 32)))
+                code = chance.choice((*CODES, chance.randrange(1 << 32)))
                 request = chance.choice((ListRequest(), stop, StartRequest(name="x")))
                 packet = bytearray(encode(request, form=chance.choice((Form.FIRST, Form.NAMED)))[0])
                 packet[chance.randrange(len(packet))] = chance.randrange(256)

@@ -11,7 +11,8 @@ from typing import Self, TypeVar
 from tests.support.network import Network
 from tests.support.packets import LLADDR
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, decode, encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.children import Quit, Ready
+from vmd.ipc.messages.priv import (
     ConfigureNetwork,
     MakeNics,
     NetworkConfigured,
@@ -20,8 +21,6 @@ from vmd.ipc.messages import (
     NicsFailed,
     NicsMade,
     NicsRemoved,
-    Quit,
-    Ready,
     RemoveNics,
     SwitchRequest,
 )

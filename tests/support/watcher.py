@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
-from vmd.ipc.messages import End, Failed, ListRequest
+from vmd.ipc.messages.clients import End, Failed, ListRequest
 
 PROMPT = b"vmd-demo> "
 TICK_S = 0.01

@@ -8,7 +8,7 @@ from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.errors import sentence
-from vmd.ipc.messages import DiscInserted, DiscRequest
+from vmd.ipc.messages.clients import DiscInserted, DiscRequest
 
 
 def run(session: Session, given: Given) -> int:

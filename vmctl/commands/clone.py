@@ -28,7 +28,7 @@ from vmd.images.snapshots import find, read_snapshots
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.images.snapshots import Snapshot
-    from vmd.ipc.messages import DiskFile, NicInfo, VmInfo
+    from vmd.ipc.messages.clients import DiskFile, NicInfo, VmInfo
 
 
 def run(session: Session, given: Given) -> int:

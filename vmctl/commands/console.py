@@ -17,7 +17,8 @@ from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
 from vmctl.watch import Watch
-from vmd.ipc.messages import VMD_CONSOLE_TAKEN, ConsoleAttached, ConsoleOutput, ConsoleRequest
+from vmd.errors import VMD_CONSOLE_TAKEN
+from vmd.ipc.messages.clients import ConsoleAttached, ConsoleOutput, ConsoleRequest
 from vmd.stdio import STDIN
 
 SPEED = 115200

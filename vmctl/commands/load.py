@@ -7,7 +7,7 @@ from vmctl.errors import CommandError
 from vmctl.options import Given
 from vmctl.session import Session
 from vmd.errors import sentence
-from vmd.ipc.messages import LoadRequest
+from vmd.ipc.messages.clients import LoadRequest
 
 
 def run(session: Session, given: Given) -> int:

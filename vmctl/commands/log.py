@@ -3,7 +3,7 @@
 from vmctl.commands.reload import show_notes
 from vmctl.options import Given
 from vmctl.session import Session
-from vmd.ipc.messages import LogRequest, Ok
+from vmd.ipc.messages.clients import LogRequest, Ok
 
 LEVELS = {"brief": 0, "verbose": 2}
 

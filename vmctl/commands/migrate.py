@@ -16,15 +16,8 @@ from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
 from vmd.errors import PeerError, sentence
-from vmd.ipc.messages import (
-    MigrateRequest,
-    MigrationAt,
-    MigrationStep,
-    Step,
-    TransferProgress,
-    VmReceived,
-    VmSent,
-)
+from vmd.ipc.messages.clients import MigrateRequest, MigrationAt, MigrationStep, Step, VmReceived, VmSent
+from vmd.ipc.messages.shared import TransferProgress
 from vmd.scaled import fmt_scaled
 
 TYPE_CHECKING = False
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from vmctl.carry import Words
-    from vmd.ipc.messages import Live
+    from vmd.ipc.messages.shared import Live
 
     A = TypeVar("A", MigrationAt, VmSent, VmReceived)
 

@@ -5,7 +5,7 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages import PauseRequest, VmPaused
+from vmd.ipc.messages.clients import PauseRequest, VmPaused
 
 
 def run(session: Session, given: Given) -> int:

@@ -8,7 +8,7 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages import ReceiveRequest, VmReceived
+from vmd.ipc.messages.clients import ReceiveRequest, VmReceived
 from vmd.stdio import STDIN
 
 

@@ -4,7 +4,7 @@ from vmctl.errors import CommandError, Refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
-from vmd.ipc.messages import LoadRequest, Ok, ReloadRequest
+from vmd.ipc.messages.clients import LoadRequest, Ok, ReloadRequest
 
 
 def show_notes(session: Session, done: Ok) -> None:

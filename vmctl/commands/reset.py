@@ -3,7 +3,7 @@
 from vmctl.commands.reload import show_notes
 from vmctl.options import Given
 from vmctl.session import Session
-from vmd.ipc.messages import Ok, ResetRequest
+from vmd.ipc.messages.clients import Ok, ResetRequest
 
 WHAT = {
     "all": ResetRequest(vms=True, switches=True),

@@ -5,7 +5,7 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages import Resized, ResizeRequest
+from vmd.ipc.messages.clients import Resized, ResizeRequest
 from vmd.scaled import fmt_scaled, scan_scaled
 
 

@@ -10,7 +10,8 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages import Live, SendRequest, TransferProgress, VmReceived, VmSent
+from vmd.ipc.messages.clients import SendRequest, VmReceived, VmSent
+from vmd.ipc.messages.shared import Live, TransferProgress
 from vmd.scaled import fmt_scaled
 from vmd.stdio import STDOUT
 
@@ -18,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TypeVar
 
-    from vmd.ipc.messages import ReceiveRequest
+    from vmd.ipc.messages.clients import ReceiveRequest
 
     A = TypeVar("A", VmSent, VmReceived)
 

@@ -9,7 +9,8 @@ from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.images.names import check_name
-from vmd.ipc.messages import SnapshotAction, SnapshotInfo, SnapshotRequest, SnapshotsDone, TransferProgress
+from vmd.ipc.messages.clients import SnapshotRequest, SnapshotsDone
+from vmd.ipc.messages.shared import SnapshotAction, SnapshotInfo, TransferProgress
 from vmd.scaled import fmt_scaled
 
 TAG_NOW = "%Y-%m-%d_%H:%M:%S"

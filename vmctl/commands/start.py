@@ -27,17 +27,17 @@ from vmd.config.model import (
     VmConfig,
     VmFlag,
 )
-from vmd.errors import VmdError, sentence
-from vmd.ipc.foreign import typed_format
-from vmd.ipc.messages import (
+from vmd.errors import (
     VMD_BIOS_MISSING,
     VMD_CDROM_INVALID,
     VMD_CDROM_MISSING,
     VMD_DISK_MISSING,
     VMD_PARENT_INVALID,
-    StartRequest,
-    VmStarted,
+    VmdError,
+    sentence,
 )
+from vmd.ipc.foreign import typed_format
+from vmd.ipc.messages.clients import StartRequest, VmStarted
 from vmd.scaled import fmt_scaled, scan_scaled
 
 TYPE_CHECKING = False

@@ -7,7 +7,8 @@ from vmctl.ending import FAILED, REQUESTED, TERMINATED, Result, announce, ask_en
 from vmctl.options import Given
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, StopRequest, VmInfo, WaitRequest
+from vmd.errors import VMD_VM_STOP_INVALID
+from vmd.ipc.messages.clients import StopRequest, VmInfo, WaitRequest
 
 STOPPED, STOPPING = "stopped", "stopping"  # states of VmInfo
 

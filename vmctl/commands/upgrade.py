@@ -6,7 +6,7 @@ from vmctl.errors import CommandError, Refused
 from vmctl.options import Given
 from vmctl.output import warn
 from vmctl.session import Session
-from vmd.ipc.messages import Ok, UpgradeRequest
+from vmd.ipc.messages.clients import Ok, UpgradeRequest
 
 
 def run(session: Session, given: Given) -> int:

@@ -4,7 +4,7 @@ from vmctl.errors import Refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines
 from vmctl.session import Session
-from vmd.ipc.messages import GenerationInfo
+from vmd.ipc.messages.clients import GenerationInfo
 from vmd.version import VERSION
 
 OLDER = "older than 0.2.0"  # said no Hello

@@ -4,7 +4,7 @@ from vmctl.ending import ask_end, conclude, finish
 from vmctl.options import Given
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages import WaitRequest
+from vmd.ipc.messages.clients import WaitRequest
 
 
 def run(session: Session, given: Given) -> int:

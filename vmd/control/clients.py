@@ -2,7 +2,8 @@
 
 from vmd.closing import close_all
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import BY_CLASS, End, Failed
+from vmd.ipc.messages.clients import End, Failed
+from vmd.ipc.routes import BY_CLASS
 from vmd.record import Record
 
 MAX_UNANSWERED = 16  # requests of one client that wait for an answer; no more are read

@@ -20,28 +20,11 @@ from vmd.ipc import courier, first
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope, Form, UnknownMessage
-from vmd.ipc.messages import (
-    ANSWERS,
-    BY_CLASS,
-    PROTOCOL,
-    REQUESTS,
-    ClientGone,
-    Failed,
-    Hello,
-    NewClient,
-    PassFiles,
-    Ping,
-    Pong,
-    Proc,
-    Quit,
-    Ready,
-    Request,
-    ServeUser,
-    SetVerbosity,
-    StartRequest,
-    Who,
-)
+from vmd.ipc.messages.children import Ping, Pong, Quit, Ready, SetVerbosity
+from vmd.ipc.messages.clients import ANSWERS, PROTOCOL, REQUESTS, Failed, Hello, Request, StartRequest
+from vmd.ipc.messages.control import ClientGone, NewClient, PassFiles, ServeUser
 from vmd.ipc.process import Process, handles, handles_each
+from vmd.ipc.routes import BY_CLASS, Proc, Who
 from vmd.log import RateLimit, log
 from vmd.privsep.confine import CONTROL, confine
 from vmd.privsep.title import set_title

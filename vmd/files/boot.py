@@ -9,9 +9,8 @@ import os
 import stat
 
 from vmd.closing import close
-from vmd.errors import OperatorError, sentence
+from vmd.errors import VMD_BIOS_MISSING, OperatorError, sentence
 from vmd.files.images import open_image
-from vmd.ipc.messages import VMD_BIOS_MISSING
 from vmd.memfile import CONSTANT, seal
 
 TYPE_CHECKING = False

@@ -10,13 +10,12 @@ import stat
 
 from vmd.closing import close
 from vmd.config.model import MAX_CHAIN, DiskConfig
-from vmd.errors import HostError, InUse, OperatorError
+from vmd.errors import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, HostError, InUse, OperatorError
 from vmd.fileid import file_id
 from vmd.files.denied import DENIALS, explained, file_system_of, on_fuse
 from vmd.images.locks import lock
 from vmd.ipc import foreign
 from vmd.ipc.foreign import DISC_CONTENT, given_as, left_dirty, named_format, odd_length, quoted
-from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import (
     CORRUPT,
     DIRTY,

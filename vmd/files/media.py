@@ -10,7 +10,8 @@ from vmd.errors import InUse, OperatorError
 from vmd.fileid import file_id
 from vmd.files.images import OpenDisk, Use, discard_granularity, open_cdrom, open_disk
 from vmd.images.locks import USES, WRITE
-from vmd.ipc.messages import DiskImages, ImageLink, OpenedFile
+from vmd.ipc.messages.opener import OpenedFile
+from vmd.ipc.messages.shared import DiskImages, ImageLink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

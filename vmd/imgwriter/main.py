@@ -25,19 +25,17 @@ from vmd.images.snapshots import Snapshot, find, read_snapshots, state_offset
 from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
+from vmd.ipc.messages.imgwriter import (
     ChangeSnapshots,
     FinishSnapshots,
-    Proc,
-    SnapshotAction,
-    SnapshotInfo,
     SnapshotsChanged,
     SnapshotsFailed,
     SnapshotsReady,
     SnapshotWord,
-    brief,
 )
+from vmd.ipc.messages.shared import SnapshotAction, SnapshotInfo, brief
 from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import Proc
 from vmd.ipc.streams import MAGIC
 from vmd.log import log
 from vmd.privsep.confine import IMGWRITER, confine, limit_memory
@@ -47,7 +45,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmd.ipc.messages import DiskImages
+    from vmd.ipc.messages.shared import DiskImages
     from vmd.ipc.process import Handlers
 
 LAST_WORDS_S = 5.0

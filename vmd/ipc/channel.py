@@ -11,7 +11,7 @@ from vmd.closing import close_all
 from vmd.errors import PeerError
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import HANG_UP, READ, WRITE
-from vmd.ipc.messages import BY_CLASS, BY_NAME, TRUSTED, Proc
+from vmd.ipc.routes import BY_CLASS, NAMED, TRUSTED, Proc
 from vmd.log import log
 
 TYPE_CHECKING = False
@@ -83,7 +83,7 @@ class Channel:
         self.batch = batch
         self.closed = False
         self.trusted = TRUSTED.get(me) is peer
-        self.form = Form.NAMED if frozenset((me, peer)) in BY_NAME else Form.INSIDE
+        self.form = Form.NAMED if frozenset((me, peer)) in NAMED else Form.INSIDE
         self.on_unknown: Callable[[UnknownMessage], None] | None = None
         self.on_sent: Callable[[], None] | None = None
         self._sock = sock

@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmd.ipc.messages import Proc
+    from vmd.ipc.routes import Proc
 
     Source = tuple[Proc, int]  # (Proc.CLIENT, its number) or (Proc.VM, its vmid)
 

@@ -21,7 +21,7 @@ import msgpack
 
 from vmd.errors import PeerError
 from vmd.ipc import first
-from vmd.ipc.messages import BY_CLASS, BY_CODE, MessageInfo
+from vmd.ipc.routes import BY_CLASS, BY_CODE, MessageInfo
 from vmd.record import Record, RecordType
 
 TYPE_CHECKING = False

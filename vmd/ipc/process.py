@@ -7,7 +7,7 @@ from vmd.errors import PeerError
 from vmd.ipc.channel import BATCH, Channel
 from vmd.ipc.fence import Fence
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Proc
+from vmd.ipc.routes import Proc
 from vmd.log import RateLimit, log
 
 TYPE_CHECKING = False

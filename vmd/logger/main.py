@@ -14,8 +14,10 @@ import time
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import JOURNAL_FD
-from vmd.ipc.messages import LogSource, Ping, Pong, Proc, Quit
+from vmd.ipc.messages.children import Ping, Pong, Quit
+from vmd.ipc.messages.log import LogSource
 from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import Proc
 from vmd.log import WARNING, RateLimit, log
 from vmd.logger.sink import Sink
 from vmd.logger.source import Line, Source

@@ -26,8 +26,10 @@ from vmd.files.resizer import resize
 from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc, brief, fitting
+from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
+from vmd.ipc.messages.shared import brief, fitting
 from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import Proc
 from vmd.privsep.confine import OPENER, confine
 from vmd.privsep.title import set_title
 

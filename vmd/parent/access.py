@@ -7,7 +7,8 @@ import pwd
 
 from vmd.config.model import Owner
 from vmd.errors import OperatorError
-from vmd.ipc.messages import BY_CLASS, Caller, Request, Who
+from vmd.ipc.messages.clients import Caller, Request
+from vmd.ipc.routes import BY_CLASS, Who
 
 NOGROUP = 65534
 

@@ -23,18 +23,9 @@ from vmd.backlog import Backlog
 from vmd.closing import close, close_all
 from vmd.errors import HostError, PeerError, VmdError, sentence
 from vmd.ipc.logpair import logpair
-from vmd.ipc.messages import (
-    AskVms,
-    CancelTransfer,
-    ConsoleSnapshot,
-    Outcome,
-    Proc,
-    TakeDisksBack,
-    VmExited,
-    VmHeld,
-    VmsHeld,
-    VmSlotOver,
-)
+from vmd.ipc.messages.vm import CancelTransfer, ConsoleSnapshot, Outcome, TakeDisksBack
+from vmd.ipc.messages.vmm import AskVms, VmExited, VmHeld, VmsHeld, VmSlotOver
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.generations import Generation
 from vmd.parent.resources import Pty

@@ -8,7 +8,9 @@ import socket
 
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.imsg import MAX_MESSAGE, encode
-from vmd.ipc.messages import ConfigureNetwork, Proc, Quit
+from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.priv import ConfigureNetwork
+from vmd.ipc.routes import Proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ not answer.
 """
 
 from vmd.ipc.channel import NO_FDS
-from vmd.ipc.messages import Ping
+from vmd.ipc.messages.children import Ping
 from vmd.log import log
 
 TYPE_CHECKING = False

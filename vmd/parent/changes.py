@@ -15,20 +15,11 @@ import os
 from vmd.config import rules
 from vmd.errors import OperatorError, VmdError, number, sentence
 from vmd.ipc.foreign import SECTOR
-from vmd.ipc.messages import (
-    Caller,
-    ChangeDisc,
-    DiscChanged,
-    DiscInserted,
-    DiscRequest,
-    DiskResized,
-    OpenFiles,
-    Proc,
-    Resized,
-    ResizeDisk,
-    ResizeRequest,
-    brief,
-)
+from vmd.ipc.messages.clients import Caller, DiscInserted, DiscRequest, Resized, ResizeRequest
+from vmd.ipc.messages.opener import OpenFiles
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import ChangeDisc, DiscChanged, DiskResized, ResizeDisk
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.access import rights_of
 from vmd.parent.clients import For

@@ -9,7 +9,8 @@ from vmd.config.model import IDS
 from vmd.errors import HostError, VmdError
 from vmd.files.prober import IMGPROBE_ENTRY, start_probe
 from vmd.ipc.channel import refuse_files, socketpair
-from vmd.ipc.messages import Caller, Proc
+from vmd.ipc.messages.clients import Caller
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import groups, usage
 from vmd.privsep import linux

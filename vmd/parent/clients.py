@@ -7,7 +7,10 @@ leaves, and when a question has been answered.
 from enum import Enum
 
 from vmd.ipc import courier
-from vmd.ipc.messages import NO_CLIENT, Failed, PassFiles, Proc, brief
+from vmd.ipc.messages.clients import Failed
+from vmd.ipc.messages.control import NO_CLIENT, PassFiles
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.routes import Proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from vmd.config.check import ConfigErrors
 from vmd.config.model import Config, VmConfig
 from vmd.errors import VmdError
-from vmd.ipc.messages import Caller, LoadRequest, LogRequest, Ok, ReloadRequest, ResetRequest, SetVerbosity
+from vmd.ipc.messages.children import SetVerbosity
+from vmd.ipc.messages.clients import Caller, LoadRequest, LogRequest, Ok, ReloadRequest, ResetRequest
 from vmd.log import log
 from vmd.parent import instances, reload, service
 from vmd.parent.clients import For

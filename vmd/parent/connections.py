@@ -29,7 +29,10 @@ from vmd.closing import close, close_all
 from vmd.errors import HostError, PeerError, VmdError, sentence
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.imsg import Form, encode
-from vmd.ipc.messages import BY_CLASS, NO_CLIENT, Caller, Failed, NewClient, Ping, Proc, Quit, ServeUser
+from vmd.ipc.messages.children import Ping, Quit
+from vmd.ipc.messages.clients import Caller, Failed
+from vmd.ipc.messages.control import NO_CLIENT, NewClient, ServeUser
+from vmd.ipc.routes import BY_CLASS, Proc
 from vmd.log import RateLimit, log
 from vmd.privsep import linux
 

@@ -9,22 +9,19 @@ the VM's next start.
 import errno
 import time
 
-from vmd.errors import OperatorError
-from vmd.ipc.messages import (
-    NO_CLIENT,
-    VMD_CONSOLE_TAKEN,
+from vmd.errors import VMD_CONSOLE_TAKEN, OperatorError
+from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleBreak,
     ConsoleOutput,
     ConsoleRequest,
-    ConsoleSnapshot,
-    ConsoleSnapshotEnd,
     ConsoleWatch,
     ConsoleWatched,
     Ok,
-    Proc,
-    SendBreak,
 )
+from vmd.ipc.messages.control import NO_CLIENT
+from vmd.ipc.messages.vm import ConsoleSnapshot, ConsoleSnapshotEnd, SendBreak
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.access import may_control, owner_text
 from vmd.parent.clients import For
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
     from vmd.backlog import Output
     from vmd.ipc.imsg import Envelope
     from vmd.ipc.loop import Timer
-    from vmd.ipc.messages import Caller
+    from vmd.ipc.messages.clients import Caller
     from vmd.parent.core import Core
     from vmd.parent.vmtable import Vm
 

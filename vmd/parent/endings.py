@@ -1,7 +1,7 @@
 """How the life of a VM ended: in one word, for programs, and in a sentence, for people."""
 
 from vmd.config.model import BootDevice
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages.vm import Outcome
 
 POWERED_OFF = "powered off"  # by its guest, unasked
 STOPPED = "stopped"  # by its guest, as asked

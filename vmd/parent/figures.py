@@ -8,7 +8,8 @@ import contextlib
 import os
 
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
-from vmd.ipc.messages import Caller, End, FiguresRequest, VmFigures, brief
+from vmd.ipc.messages.clients import Caller, End, FiguresRequest, VmFigures
+from vmd.ipc.messages.shared import brief
 from vmd.parent.access import may_control
 from vmd.parent.groups import GROUP, located
 from vmd.parent.report import PATH_BYTES_MAX, REASON_BYTES_MAX

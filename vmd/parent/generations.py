@@ -9,7 +9,9 @@ To the others this is the channel to vmm (`Peers`): messages find the vmm of the
 
 from vmd.closing import close_all
 from vmd.ipc.channel import NO_FDS
-from vmd.ipc.messages import EndTaken, KvmFd, Quit, ReceiveVm, Retire, StartVm, VmSlot
+from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.vm import ReceiveVm, StartVm
+from vmd.ipc.messages.vmm import EndTaken, KvmFd, Retire, VmSlot
 from vmd.parent.store import VMM
 from vmd.parent.truth import GenerationKnown
 

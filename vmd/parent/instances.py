@@ -3,8 +3,8 @@
 import errno
 
 from vmd.config.model import AllowInstance, NicConfig, Owner, Rights, VmConfig, VmFlag
-from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_PARENT_INVALID, Caller
+from vmd.errors import VMD_PARENT_INVALID, OperatorError
+from vmd.ipc.messages.clients import Caller
 from vmd.nearest import meant
 from vmd.parent.access import may_control, rights_of
 

@@ -9,36 +9,26 @@ import time
 
 from vmd.closing import close_all
 from vmd.config.model import Owner
-from vmd.errors import HostError, OperatorError, VmdError, number
+from vmd.errors import VMD_IN_DOUBT, VMD_PARENT_INVALID, HostError, OperatorError, VmdError, number
 from vmd.ipc.fence import OUR_FAULT
-from vmd.ipc.messages import (
-    VMD_IN_DOUBT,
-    VMD_PARENT_INVALID,
+from vmd.ipc.messages.clients import (
     Caller,
     Failed,
-    NicsFailed,
-    NicsMade,
     Ok,
-    Outcome,
-    Proc,
-    ReceivedHeader,
-    ReceivedMachine,
     StartRequest,
-    StartVm,
     StopAccepted,
-    StopMode,
     StopRequest,
-    StopVm,
-    VmExited,
-    VmFailed,
     VmPaused,
     VmReceived,
-    VmRunning,
     VmStarted,
     VmTerminated,
     WaitRequest,
-    brief,
 )
+from vmd.ipc.messages.priv import NicsFailed, NicsMade
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import Outcome, ReceivedHeader, ReceivedMachine, StartVm, StopMode, StopVm, VmFailed, VmRunning
+from vmd.ipc.messages.vmm import VmExited
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import endings, instances, reload, service
 from vmd.parent.access import may_control, not_allowed, require_root

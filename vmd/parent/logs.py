@@ -15,7 +15,10 @@ from vmd.errors import HostError, PeerError, VmdError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import JOURNAL_FD, logpair
-from vmd.ipc.messages import LogSource, Ping, Pong, Proc, Quit, VmLog
+from vmd.ipc.messages.children import Ping, Pong, Quit
+from vmd.ipc.messages.log import LogSource
+from vmd.ipc.messages.vmm import VmLog
+from vmd.ipc.routes import Proc
 from vmd.log import JOURNAL, LEAF, log
 from vmd.parent import service
 from vmd.privsep.spawn import Child, signal_name, spawn

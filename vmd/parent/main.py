@@ -32,80 +32,65 @@ from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
-from vmd.ipc.messages import (
+from vmd.ipc.messages.children import Pong, Quit, Ready
+from vmd.ipc.messages.clients import (
     REQUESTS,
-    AskResolvers,
     Caller,
-    ClientGone,
     ConsoleBreak,
     ConsoleRequest,
-    ConsoleSnapshotEnd,
     ConsoleWatch,
-    DevicesReported,
-    DiscChanged,
     DiscRequest,
-    DiskResized,
-    DisksBack,
-    DisksLent,
-    DisksLetGo,
-    DropsReported,
     Failed,
     FiguresRequest,
-    FilesOpened,
     GenerationsRequest,
-    HeaderSent,
-    KvmFd,
     ListRequest,
     LoadRequest,
     LogRequest,
     MigrateInRequest,
     MigrateRequest,
     MigrationStep,
-    NetworkConfigured,
-    NicsFailed,
-    NicsMade,
-    NicsRemoved,
     NicsRequest,
-    NotOpened,
-    OpenerAt,
-    PauseDone,
     PauseRequest,
-    Pong,
-    Proc,
-    Quit,
-    Ready,
-    ReceivedHeader,
-    ReceivedMachine,
     ReceiveRequest,
     ReloadRequest,
     Request,
     ResetRequest,
     ResizeRequest,
-    SendDone,
     SendRequest,
-    SendUndone,
-    SnapshotInfo,
     SnapshotRequest,
-    SnapshotsChanged,
-    SnapshotsFailed,
-    SnapshotsReady,
-    SnapshotWord,
     StartRequest,
     StopRequest,
     SwitchesRequest,
-    TransferProgress,
     UpgradeRequest,
-    VmExited,
-    VmFailed,
-    VmHeld,
-    VmLog,
     VmRequest,
-    VmRunning,
-    VmsHeld,
-    VmSlotOver,
     WaitRequest,
 )
+from vmd.ipc.messages.control import ClientGone
+from vmd.ipc.messages.imgwriter import SnapshotsChanged, SnapshotsFailed, SnapshotsReady, SnapshotWord
+from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenerAt
+from vmd.ipc.messages.priv import DropsReported, NetworkConfigured, NicsFailed, NicsMade, NicsRemoved
+from vmd.ipc.messages.shared import SnapshotInfo, TransferProgress
+from vmd.ipc.messages.vm import (
+    AskResolvers,
+    ConsoleSnapshotEnd,
+    DevicesReported,
+    DiscChanged,
+    DiskResized,
+    DisksBack,
+    DisksLent,
+    DisksLetGo,
+    HeaderSent,
+    PauseDone,
+    ReceivedHeader,
+    ReceivedMachine,
+    SendDone,
+    SendUndone,
+    VmFailed,
+    VmRunning,
+)
+from vmd.ipc.messages.vmm import KvmFd, VmExited, VmHeld, VmLog, VmsHeld, VmSlotOver
 from vmd.ipc.process import Process, handles, handles_each
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.access import require_allowed
 from vmd.parent.adoption import Adoption

@@ -24,29 +24,30 @@ it; or by the word of its operator.  A VM whose disks somebody has, or has writt
 import errno
 import time
 
-from vmd.errors import OperatorError
-from vmd.ipc.messages import (
-    VMD_IN_DOUBT,
-    CancelTransfer,
-    DisksLetGo,
-    EndSend,
+from vmd.errors import VMD_IN_DOUBT, OperatorError
+from vmd.ipc.messages.clients import (
     Failed,
-    HeaderSent,
-    LetDisksGo,
     MigrateInRequest,
     MigrateRequest,
     MigrationAt,
     MigrationStep,
-    Proc,
+    Step,
+    VmPaused,
+    VmSent,
+)
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import (
+    CancelTransfer,
+    DisksLetGo,
+    EndSend,
+    HeaderSent,
+    LetDisksGo,
     ReceiveMemory,
     SendOn,
     SendUndone,
-    Step,
     TakenBack,
-    VmPaused,
-    VmSent,
-    brief,
 )
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.clients import For
 from vmd.parent.vmtable import SEE, At, Receiving, Sending, State, Vm
@@ -57,7 +58,9 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from vmd.ipc.imsg import Envelope
-    from vmd.ipc.messages import Caller, Live, SendDone
+    from vmd.ipc.messages.clients import Caller
+    from vmd.ipc.messages.shared import Live
+    from vmd.ipc.messages.vm import SendDone
     from vmd.parent.core import Core
     from vmd.parent.opening import Opened
 

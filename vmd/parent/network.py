@@ -13,27 +13,22 @@ from vmd.closing import close, close_all
 from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
+from vmd.ipc.messages.priv import (
     AdoptNics,
-    AskResolvers,
     ConfigureNetwork,
     MakeNics,
     NetworkConfigured,
-    NicLink,
     NicMade,
     NicRequest,
     NicsFailed,
     NicsMade,
     NicsRemoved,
-    Proc,
     RemoveNics,
-    Resolvers,
-    ResumeReceived,
-    StartVm,
     SwitchRequest,
-    Trouble,
-    brief,
 )
+from vmd.ipc.messages.shared import Trouble, brief
+from vmd.ipc.messages.vm import AskResolvers, NicLink, Resolvers, ResumeReceived, StartVm
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import nameservers
 from vmd.parent.addresses import Plan

@@ -17,7 +17,9 @@ from vmd.config.model import Owner
 from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
 from vmd.ipc.fence import OUR_FAULT
-from vmd.ipc.messages import Caller, FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc
+from vmd.ipc.messages.clients import Caller
+from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.access import NOGROUP, groups_of
 from vmd.parent.holders import Holders, in_words
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from vmd.ipc.channel import Channel
     from vmd.ipc.holdermsg import Holder
     from vmd.ipc.loop import Timer
-    from vmd.ipc.messages import DiskImages
+    from vmd.ipc.messages.shared import DiskImages
     from vmd.parent.children import Children
     from vmd.parent.connections import Attach
     from vmd.parent.core import Core

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Protocol
 
-    from vmd.ipc.messages import Proc
+    from vmd.ipc.routes import Proc
     from vmd.record import Record
 
     class Peer(Protocol):

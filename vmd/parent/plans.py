@@ -8,7 +8,8 @@ import time
 from vmd.closing import close
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import OperatorError
-from vmd.ipc.messages import AdoptNics, NicLink
+from vmd.ipc.messages.priv import AdoptNics
+from vmd.ipc.messages.vm import NicLink
 from vmd.log import log
 from vmd.parent.addresses import Plan, random_ula, room
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping

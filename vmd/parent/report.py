@@ -1,7 +1,8 @@
 """What clients are told of VMs (*cat. 3.3*) and of configurations, as far as it fits a message."""
 
 from vmd.config.check import ConfigErrors
-from vmd.ipc.messages import Caller, DiskFile, NicInfo, VmFiles, VmInfo, brief, fitting
+from vmd.ipc.messages.clients import Caller, DiskFile, NicInfo, VmFiles, VmInfo
+from vmd.ipc.messages.shared import brief, fitting
 from vmd.log import log
 from vmd.parent.access import may_control, owner_text
 from vmd.parent.usage import used_bytes

@@ -6,7 +6,7 @@ import os
 from vmd.config import rules
 from vmd.config.model import BootDevice, Owner, Rights, VmConfig, VmFlag
 from vmd.errors import OperatorError
-from vmd.ipc.messages import StartRequest
+from vmd.ipc.messages.clients import StartRequest
 
 
 def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) -> VmConfig:

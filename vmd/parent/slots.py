@@ -4,7 +4,8 @@ vmm is given one for the process that it keeps in reserve, and one with each VM 
 """
 
 from vmd.errors import HostError
-from vmd.ipc.messages import Proc, VmSlot
+from vmd.ipc.messages.vmm import VmSlot
+from vmd.ipc.routes import Proc
 from vmd.log import log
 
 TYPE_CHECKING = False

@@ -29,25 +29,17 @@ from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, se
 from vmd.images.names import check_name
 from vmd.ipc import courier
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
-    Caller,
-    CancelTransfer,
+from vmd.ipc.messages.clients import Caller, SnapshotRequest, SnapshotsDone
+from vmd.ipc.messages.imgwriter import (
     ChangeSnapshots,
-    DisksBack,
-    DisksLent,
     FinishSnapshots,
-    LendDisks,
-    Proc,
-    SnapshotAction,
-    SnapshotInfo,
-    SnapshotRequest,
     SnapshotsChanged,
-    SnapshotsDone,
     SnapshotsFailed,
     SnapshotsReady,
-    TakeDisksBack,
-    brief,
 )
+from vmd.ipc.messages.shared import SnapshotAction, SnapshotInfo, brief
+from vmd.ipc.messages.vm import CancelTransfer, DisksBack, DisksLent, LendDisks, TakeDisksBack
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.clients import For
 from vmd.parent.vmtable import State
@@ -59,7 +51,7 @@ if TYPE_CHECKING:
 
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Timer
-    from vmd.ipc.messages import DiskImages
+    from vmd.ipc.messages.shared import DiskImages
     from vmd.parent.children import Children
     from vmd.parent.connections import Attach
     from vmd.parent.core import Core

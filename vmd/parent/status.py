@@ -1,24 +1,20 @@
 """What there is: the list of VMs, that of switches, and the interfaces of a VM with what its devices say."""
 
 from vmd.ipc.devmsg import COUNTER_NAMES
-from vmd.ipc.messages import (
-    AskDevices,
-    AskDrops,
+from vmd.ipc.messages.clients import (
     Caller,
-    DevicesReported,
-    DropsReported,
     End,
     ListRequest,
-    NicCounters,
     NicInfo,
     NicsRequest,
-    Proc,
     SwitchesRequest,
     SwitchInfo,
-    Trouble,
     TroubleInfo,
-    brief,
 )
+from vmd.ipc.messages.priv import AskDrops, DropsReported
+from vmd.ipc.messages.shared import Trouble, brief
+from vmd.ipc.messages.vm import AskDevices, DevicesReported, NicCounters
+from vmd.ipc.routes import Proc
 from vmd.parent.clients import For
 from vmd.parent.forpriv import open_tables
 from vmd.parent.report import describe

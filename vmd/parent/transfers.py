@@ -16,29 +16,22 @@ from vmd.closing import close
 from vmd.config.model import Owner, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError, number, sentence
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
-    Caller,
+from vmd.ipc.messages.clients import Caller, PauseRequest, ReceiveRequest, SendRequest, VmPaused, VmSent
+from vmd.ipc.messages.shared import Live, TransferProgress, brief
+from vmd.ipc.messages.vm import (
     CancelTransfer,
-    Live,
     PauseDone,
-    PauseRequest,
     PauseVm,
-    Proc,
     ReceivedHeader,
     ReceivedMachine,
     ReceiveMemory,
-    ReceiveRequest,
     ReceiveVm,
     ResumeReceived,
     SendDone,
-    SendRequest,
     SendVm,
     StopMode,
-    TransferProgress,
-    VmPaused,
-    VmSent,
-    brief,
 )
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import endings
 from vmd.parent.clients import For

@@ -2,13 +2,16 @@
 
 It is in a memory file (`statemem`), which the service manager keeps, and is written whenever something has changed,
 before the next message is looked at.  What vmm knows better is not in here, or does not count: which VMs run and which
-are paused, and all descriptors (`vmd.ipc.messages.VmHeld`).
+are paused, and all descriptors (`vmd.ipc.messages.vmm.VmHeld`).
 """
 
 from vmd.config.model import Config, NicConfig, VmConfig
 from vmd.errors import VmdError
 from vmd.ipc.imsg import pack, unpack
-from vmd.ipc.messages import AdoptNics, DiskImages, LifeEnd, NicLink
+from vmd.ipc.messages.clients import LifeEnd
+from vmd.ipc.messages.priv import AdoptNics
+from vmd.ipc.messages.shared import DiskImages
+from vmd.ipc.messages.vm import NicLink
 from vmd.log import log
 from vmd.parent.addresses import Plan
 from vmd.parent.plans import Taps

@@ -10,7 +10,7 @@ import subprocess
 
 from vmd.closing import close
 from vmd.errors import HostError, OperatorError
-from vmd.ipc.messages import Caller, End, GenerationInfo, GenerationsRequest, Ok, UpgradeRequest
+from vmd.ipc.messages.clients import Caller, End, GenerationInfo, GenerationsRequest, Ok, UpgradeRequest
 from vmd.log import log
 from vmd.parent import store
 from vmd.parent.clients import For

@@ -8,8 +8,8 @@ from enum import Enum
 from vmd.backlog import Backlog, Output
 from vmd.closing import close_all
 from vmd.config.model import NicConfig, Prefix, VmConfig
-from vmd.errors import HostError, InUse, OperatorError, PeerError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller, LifeEnd, VmSent
+from vmd.errors import VMD_VM_STOP_INVALID, HostError, InUse, OperatorError, PeerError
+from vmd.ipc.messages.clients import Caller, LifeEnd, VmSent
 from vmd.memfile import is_constant, memory_file
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmd.ipc.loop import Timer
-    from vmd.ipc.messages import DiskImages
+    from vmd.ipc.messages.shared import DiskImages
 
     Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> `FileId.key`
 

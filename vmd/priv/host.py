@@ -18,7 +18,7 @@ from vmd.closing import close
 from vmd.config.model import DEFAULT_ROUTES, MAX_NICS, MAX_RDOMAIN
 from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
-from vmd.ipc.messages import AddressGiven, TapBefore
+from vmd.ipc.messages.priv import AddressGiven, TapBefore
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
 from vmd.priv.damage import Damage, Damages
@@ -30,7 +30,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from vmd.ipc.messages import AdoptNics, ConfigureNetwork, MakeNics, NicMade, NicRequest, SwitchRequest
+    from vmd.ipc.messages.priv import AdoptNics, ConfigureNetwork, MakeNics, NicMade, NicRequest, SwitchRequest
 
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")

@@ -18,7 +18,8 @@ from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
+from vmd.ipc.messages.children import Quit, Ready, SetVerbosity
+from vmd.ipc.messages.priv import (
     AdoptNics,
     AskDrops,
     ConfigureNetwork,
@@ -29,16 +30,12 @@ from vmd.ipc.messages import (
     NicsFailed,
     NicsMade,
     NicsRemoved,
-    Proc,
-    Quit,
-    Ready,
     RemoveNics,
-    SetVerbosity,
     SwitchRequest,
-    Trouble,
-    brief,
 )
+from vmd.ipc.messages.shared import Trouble, brief
 from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.priv import legacy
 from vmd.priv.changes import Changes

@@ -10,7 +10,7 @@ from enum import Enum
 from vmd.closing import close
 from vmd.errors import GuestError, HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
-from vmd.ipc.messages import ReceivedHeader, ReceivedMachine
+from vmd.ipc.messages.vm import ReceivedHeader, ReceivedMachine
 from vmd.kvmapi.system import System
 from vmd.log import log
 from vmd.privsep.spawn import spawn

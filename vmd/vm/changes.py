@@ -6,14 +6,15 @@ The device's own process makes the change, and tells the guest; it may stand sti
 import errno
 
 from vmd.closing import close
-from vmd.ipc.messages import DiscChanged, DiskResized, brief
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import DiscChanged, DiskResized
 from vmd.vm.fetch import fetch_one
 from vmd.vm.kinds import CDROM, DISK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.channel import Channel
-    from vmd.ipc.messages import ChangeDisc, ResizeDisk
+    from vmd.ipc.messages.vm import ChangeDisc, ResizeDisk
     from vmd.vm.devproc import DeviceProcess
     from vmd.vm.kinds import Kind
     from vmd.vm.machine import Machine

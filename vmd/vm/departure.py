@@ -3,7 +3,8 @@
 from vmd.closing import close
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc import devmsg
-from vmd.ipc.messages import HeaderSent, TakenBack, TransferProgress
+from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.messages.vm import HeaderSent, TakenBack
 from vmd.vm.fetch import fetch_stream
 from vmd.vm.live import LiveSender
 from vmd.vm.sender import Sender
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
-    from vmd.ipc.messages import SendVm
+    from vmd.ipc.messages.vm import SendVm
     from vmd.vm.devproc import DeviceProcess
     from vmd.vm.pause import Pause
     from vmd.vm.stream import Pipe

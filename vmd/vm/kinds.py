@@ -1,7 +1,7 @@
 """The kinds of virtio devices: a row of `KINDS` is all that the VM process knows of one.
 
 To add a kind, add a row here, its package `vmd/devices/<process>` with a `main`, and that process's system calls in
-`vmd/privsep/confine.py`.  If it has a host resource, `ipc/messages.py` says how StartVm brings it.
+`vmd/privsep/confine.py`.  If it has a host resource, `ipc/messages/vm.py` says how StartVm brings it.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmd.config.model import VmConfig
-    from vmd.ipc.messages import DiskImages, ImageLink, NicLink
+    from vmd.ipc.messages.shared import DiskImages, ImageLink
+    from vmd.ipc.messages.vm import NicLink
 
 SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.ipc.channel import Channel
-    from vmd.ipc.messages import LendDisks
+    from vmd.ipc.messages.vm import LendDisks
     from vmd.vm.pause import Pause
 
 ASKED_S = 60.0  # for who is to have the disks to ask for them

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.ipc.loop import Loop
-    from vmd.ipc.messages import Live
+    from vmd.ipc.messages.shared import Live
     from vmd.vm.pause import Pause
 
 

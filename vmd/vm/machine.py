@@ -8,7 +8,8 @@ import time
 
 from vmd.guestmem import RegionSpec
 from vmd.ipc.loop import Timer
-from vmd.ipc.messages import Outcome, Trouble
+from vmd.ipc.messages.shared import Trouble
+from vmd.ipc.messages.vm import Outcome
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
 from vmd.log import log

@@ -18,7 +18,9 @@ from vmd.backlog import BacklogWriter
 from vmd.errors import PeerError, VmdError, number, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
+from vmd.ipc.messages.children import Quit, SetVerbosity
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import (
     AskDevices,
     AskResolvers,
     CancelTransfer,
@@ -36,8 +38,6 @@ from vmd.ipc.messages import (
     Outcome,
     PauseDone,
     PauseVm,
-    Proc,
-    Quit,
     ReceiveMemory,
     ReceiveVm,
     ResizeDisk,
@@ -48,7 +48,6 @@ from vmd.ipc.messages import (
     SendOn,
     SendUndone,
     SendVm,
-    SetVerbosity,
     StartVm,
     StopMode,
     StopVm,
@@ -57,9 +56,9 @@ from vmd.ipc.messages import (
     VmEnding,
     VmFailed,
     VmRunning,
-    brief,
 )
 from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import Proc
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import log

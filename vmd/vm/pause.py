@@ -17,7 +17,7 @@ import time
 
 from vmd.errors import HostError, PeerError, sentence
 from vmd.ipc import devmsg
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages.vm import Outcome
 from vmd.vm.clocks import Clocks
 from vmd.vm.clockwatch import JUMP_S
 from vmd.vm.vmmci import SYNCRTC

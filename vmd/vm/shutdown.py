@@ -1,6 +1,6 @@
 """Asking a guest to end itself, by vmmci or by the power button, and ending one that does not (*cat. 4.4*)."""
 
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages.vm import Outcome
 from vmd.vm import vmmci
 
 TYPE_CHECKING = False

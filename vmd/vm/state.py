@@ -10,7 +10,7 @@ import struct
 from vmd.config import rules
 from vmd.guestmem import PAGE
 from vmd.ipc.imsg import Form, encode, unpack
-from vmd.ipc.messages import ReceivedHeader
+from vmd.ipc.messages.vm import ReceivedHeader
 from vmd.kvmapi import abi
 from vmd.record import Part, Record
 from vmd.vm import stream, stream_v2

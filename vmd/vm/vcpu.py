@@ -9,7 +9,7 @@ import threading
 import time
 
 from vmd.errors import GuestError
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages.vm import Outcome
 from vmd.kvmapi import abi
 from vmd.kvmapi.exits import (
     FailEntry,

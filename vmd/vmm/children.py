@@ -10,8 +10,8 @@ from collections import Counter
 from vmd.closing import close, close_all
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
-from vmd.ipc.messages import (
-    BY_CLASS,
+from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.messages.vm import (
     AskResolvers,
     ConsoleSnapshot,
     DevicesReported,
@@ -32,11 +32,11 @@ from vmd.ipc.messages import (
     StopVm,
     TakeDisksBack,
     TakenBack,
-    TransferProgress,
     VmFailed,
-    VmHeld,
     VmRunning,
 )
+from vmd.ipc.messages.vmm import VmHeld
+from vmd.ipc.routes import BY_CLASS
 from vmd.log import RateLimit, log
 from vmd.privsep.spawn import signal_name
 

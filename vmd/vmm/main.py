@@ -24,36 +24,22 @@ from vmd.ipc.channel import Channel, refuse_files, socketpair
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import logpair
-from vmd.ipc.messages import (
-    AskVms,
-    EndTaken,
-    KvmFd,
+from vmd.ipc.messages.children import Ping, Pong, Quit, Ready, SetVerbosity
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import (
     Outcome,
-    Ping,
-    Pong,
-    Proc,
-    Quit,
-    Ready,
     ReceiveVm,
     ResumeReceived,
-    Retire,
-    SetVerbosity,
     StartVm,
     StopMode,
     StopVm,
     VmEnding,
-    VmExited,
     VmFailed,
-    VmHeld,
-    VmLog,
     VmRunning,
-    VmsHeld,
-    VmSlot,
-    VmSlotOver,
-    brief,
-    relays,
 )
+from vmd.ipc.messages.vmm import AskVms, EndTaken, KvmFd, Retire, VmExited, VmHeld, VmLog, VmsHeld, VmSlot, VmSlotOver
 from vmd.ipc.process import Process, handles, handles_each
+from vmd.ipc.routes import Proc, relays
 from vmd.log import log
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn

@@ -8,7 +8,8 @@ from vmd.control.main import Control
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Envelope, Form, decode, encode
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Failed, Ok, Proc, TroubleInfo
+from vmd.ipc.messages.clients import Failed, Ok, TroubleInfo
+from vmd.ipc.routes import Proc
 from vmd.record import Record
 
 NOTE_BYTES = MAX_MESSAGE - HEADER.size - 6  # with it an Ok fills a packet

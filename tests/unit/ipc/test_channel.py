@@ -14,21 +14,11 @@ from vmd.errors import PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import HEADER, MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import (
-    BY_CLASS,
-    TRUSTED,
-    ConsoleBreak,
-    Failed,
-    ListRequest,
-    LoadRequest,
-    NewClient,
-    Ok,
-    PauseDone,
-    PauseVm,
-    Proc,
-    Quit,
-    SetVerbosity,
-)
+from vmd.ipc.messages.children import Quit, SetVerbosity
+from vmd.ipc.messages.clients import ConsoleBreak, Failed, ListRequest, LoadRequest, Ok
+from vmd.ipc.messages.control import NewClient
+from vmd.ipc.messages.vm import PauseDone, PauseVm
+from vmd.ipc.routes import BY_CLASS, TRUSTED, Proc
 from vmd.record import Record
 
 DEADLINE_S = 20.0

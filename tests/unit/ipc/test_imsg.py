@@ -8,24 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.messages import CODES, MESSAGES
 from vmd.config.model import AllowInstance, BootDevice, DiskConfig, NicConfig, Owner, VmConfig, VmFlag
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
-from vmd.ipc.messages import (
-    ANSWERS,
-    BY_CODE,
-    REQUESTS,
-    Caller,
-    Failed,
-    Ok,
-    Proc,
-    StartRequest,
-    StartVm,
-    StopVm,
-    VmStarted,
-    VmTerminated,
-)
+from vmd.ipc.messages.clients import ANSWERS, REQUESTS, Caller, Failed, Ok, StartRequest, VmStarted, VmTerminated
+from vmd.ipc.messages.vm import StartVm, StopVm
+from vmd.ipc.routes import Proc
 from vmd.record import Record
 
 CONFIG = VmConfig(
@@ -133,8 +123,8 @@ def test_protocol_1_had_every_first_field_that_has_no_default() -> None:
 
 def test_every_message_has_a_route_and_a_docstring() -> None:
     """The table is complete: who sends each message to whom, and what it means."""
-    assert len(BY_CODE) > 30
-    for info in BY_CODE.values():
+    assert len(MESSAGES) > 30
+    for info in MESSAGES:
         assert info.routes, info.cls
         assert info.cls.__doc__, info.cls
         assert all(isinstance(proc, Proc) for route in info.routes for proc in route)
@@ -211,7 +201,7 @@ def test_bit_flips_raise_nothing_else() -> None:
             assert isinstance(decode(bytes(broken), [], "client").message, Record)
 
 
-@given(st.binary(max_size=200), st.sampled_from(sorted(BY_CODE)))
+@given(st.binary(max_size=200), st.sampled_from(CODES))
 def test_random_bodies_raise_nothing_else(data: bytes, code: int) -> None:
     """Only PeerError may come out of a body of random bytes."""
     packet = HEADER.pack(code, HEADER.size + len(data), 0, 0, 0) + data

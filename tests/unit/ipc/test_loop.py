@@ -11,7 +11,7 @@ import pytest
 
 from vmd.ipc.fence import STRIKES, Fence
 from vmd.ipc.loop import REST_S, Loop
-from vmd.ipc.messages import Proc
+from vmd.ipc.routes import Proc
 
 if TYPE_CHECKING:
     from vmd.ipc.fence import Source

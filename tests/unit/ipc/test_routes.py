@@ -10,20 +10,10 @@ from vmd.errors import OperatorError
 from vmd.imgwriter.main import ImgWriter
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
-    ANSWERS,
-    BY_CLASS,
-    REQUESTS,
-    TRUSTED,
-    Caller,
-    PauseDone,
-    Proc,
-    VmRunning,
-    Who,
-    accepted,
-    relays,
-)
+from vmd.ipc.messages.clients import ANSWERS, REQUESTS, Caller
+from vmd.ipc.messages.vm import PauseDone, VmRunning
 from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import BY_CLASS, TRUSTED, Proc, Who, accepted, relays
 from vmd.logger.main import Logger
 from vmd.opener.main import Opener
 from vmd.parent.access import require_allowed

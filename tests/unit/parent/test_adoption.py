@@ -9,24 +9,10 @@ import pytest
 from vmd.config.model import VmConfig
 from vmd.errors import PeerError
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
-    AskVms,
-    CancelTransfer,
-    EndSend,
-    EndTaken,
-    Outcome,
-    PauseDone,
-    Proc,
-    Quit,
-    Retire,
-    StartVm,
-    StopVm,
-    TakeDisksBack,
-    VmExited,
-    VmHeld,
-    VmsHeld,
-    VmSlotOver,
-)
+from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.vm import CancelTransfer, EndSend, Outcome, PauseDone, StartVm, StopVm, TakeDisksBack
+from vmd.ipc.messages.vmm import AskVms, EndTaken, Retire, VmExited, VmHeld, VmsHeld, VmSlotOver
+from vmd.ipc.routes import Proc
 from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adoption
 from vmd.parent.core import Core
 from vmd.parent.generations import Generation, Generations

@@ -7,7 +7,8 @@ import pytest
 
 from vmd.ipc.channel import Channel
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import KvmFd, Ping
+from vmd.ipc.messages.children import Ping
+from vmd.ipc.messages.vmm import KvmFd
 from vmd.parent.askvmm import LOOKS_MAX, SILENT, LineToVmm
 from vmd.record import Record
 

@@ -5,7 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.ipc.messages import NO_CLIENT, Failed, Ok, Proc
+from vmd.ipc.messages.clients import Failed, Ok
+from vmd.ipc.messages.control import NO_CLIENT
+from vmd.ipc.routes import Proc
 from vmd.parent.clients import IN_ORDER, Clients, For
 from vmd.parent.peers import Peers
 from vmd.record import Record

@@ -8,7 +8,8 @@ import pytest
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Caller, Failed, Quit, VmInfo
+from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.clients import Caller, Failed, VmInfo
 from vmd.parent import connections as rooms
 from vmd.parent.connections import (
     DOORMAN,

@@ -14,12 +14,11 @@ from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB
 from tests.support.users import acting_as, public_folder
 from vmd.config.model import DiskConfig, Owner
-from vmd.errors import ImageError, OperatorError
+from vmd.errors import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, ImageError, OperatorError
 from vmd.files.images import OpenDisk, open_cdrom, open_disk
 from vmd.images.create import create
 from vmd.images.identify import probe
 from vmd.images.locks import lock
-from vmd.ipc.messages import VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING
 from vmd.ipc.probemsg import Probe
 
 NOBODY = pwd.getpwnam("nobody")

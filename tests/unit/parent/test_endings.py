@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages.vm import Outcome
 from vmd.parent.endings import FAILED, KILLED, POWERED_OFF, REBOOTED, SENT, STOPPED, how_it_ended
 
 

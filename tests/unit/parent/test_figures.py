@@ -11,7 +11,8 @@ from vmd.errors import OperatorError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, encode
-from vmd.ipc.messages import Caller, End, FiguresRequest, LifeEnd, Proc, VmFigures
+from vmd.ipc.messages.clients import Caller, End, FiguresRequest, LifeEnd, VmFigures
+from vmd.ipc.routes import Proc
 from vmd.parent.core import Core
 from vmd.parent.figures import Figures, group_of
 from vmd.record import Record, RecordType

@@ -7,7 +7,7 @@ import pytest
 from vmd.config.check import load
 from vmd.config.model import AllowInstance, DiskConfig, NicConfig, Owner, Rights, VirtioMode, VmConfig, VmFlag
 from vmd.errors import OperatorError
-from vmd.ipc.messages import Caller
+from vmd.ipc.messages.clients import Caller
 from vmd.parent.instances import derive, require_free
 from vmd.parent.vmtable import VmTable
 

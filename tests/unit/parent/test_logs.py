@@ -8,7 +8,7 @@ import pytest
 
 from vmd.config.model import Config, VmConfig
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import VmLog
+from vmd.ipc.messages.vmm import VmLog
 from vmd.parent.core import Core
 from vmd.parent.logs import SHUT_S, Logs
 from vmd.parent.vmtable import Vm

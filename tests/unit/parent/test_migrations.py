@@ -7,25 +7,30 @@ import pytest
 
 from tests.unit.parent.test_transfers import CLIENT, OTHER, ROOT, Parent, envelope, exited, goes_on, leave, running
 from vmd.config.model import DiskConfig, NicConfig, Owner, VmConfig
-from vmd.errors import InUse, OperatorError
+from vmd.errors import VMD_IN_DOUBT, InUse, OperatorError
 from vmd.fileid import FileId
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
-    VMD_IN_DOUBT,
-    CancelTransfer,
-    DisksLetGo,
-    EndSend,
+from vmd.ipc.messages.clients import (
     Failed,
-    HeaderSent,
-    LetDisksGo,
-    Live,
     MigrateInRequest,
     MigrateRequest,
     MigrationAt,
     MigrationStep,
-    OpenedFile,
-    PassFiles,
     PauseRequest,
+    Step,
+    VmPaused,
+    VmReceived,
+    VmSent,
+)
+from vmd.ipc.messages.control import PassFiles
+from vmd.ipc.messages.opener import OpenedFile
+from vmd.ipc.messages.shared import Live
+from vmd.ipc.messages.vm import (
+    CancelTransfer,
+    DisksLetGo,
+    EndSend,
+    HeaderSent,
+    LetDisksGo,
     ReceivedHeader,
     ReceivedMachine,
     ReceiveMemory,
@@ -35,14 +40,10 @@ from vmd.ipc.messages import (
     SendOn,
     SendUndone,
     SendVm,
-    Step,
     StopMode,
     StopVm,
     TakenBack,
     VmFailed,
-    VmPaused,
-    VmReceived,
-    VmSent,
 )
 from vmd.parent.opening import Opened
 from vmd.parent.vmtable import State, Vm

@@ -13,29 +13,21 @@ from vmd.config.model import BootDevice, Config, Globals, NicConfig, Owner, Pref
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import Caller, NicInfo, NicsRequest, TroubleInfo
+from vmd.ipc.messages.priv import (
     AdoptNics,
-    AskDevices,
     AskDrops,
-    AskResolvers,
-    Caller,
     ConfigureNetwork,
-    DevicesReported,
     DropsReported,
     MakeNics,
-    NicCounters,
-    NicInfo,
     NicMade,
     NicsFailed,
     NicsMade,
-    NicsRequest,
-    Proc,
     RemoveNics,
-    Resolvers,
-    StartVm,
-    Trouble,
-    TroubleInfo,
 )
+from vmd.ipc.messages.shared import Trouble
+from vmd.ipc.messages.vm import AskDevices, AskResolvers, DevicesReported, NicCounters, Resolvers, StartVm
+from vmd.ipc.routes import Proc
 from vmd.parent.core import Core
 from vmd.parent.forpriv import open_tuns
 from vmd.parent.hostroutes import HostRoute

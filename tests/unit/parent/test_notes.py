@@ -3,7 +3,7 @@
 import pytest
 
 from vmd.ipc.imsg import Form, encode
-from vmd.ipc.messages import Ok, VmStarted
+from vmd.ipc.messages.clients import Ok, VmStarted
 from vmd.parent.report import NOTES_MAX, brief_notes
 
 

@@ -13,7 +13,8 @@ from tests.support.descriptors import open_descriptors
 from vmd.config.model import Config, DiskConfig, Owner, Rights, VmConfig
 from vmd.errors import HostError, PeerError, VmdError
 from vmd.fileid import FileId
-from vmd.ipc.messages import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles, Proc
+from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
+from vmd.ipc.routes import Proc
 from vmd.parent.core import Core
 from vmd.parent.opening import (
     AGAIN_S,

@@ -4,7 +4,8 @@ import os
 
 from vmd.config.model import CMDLINE_MAX, IFNAME_MAX, MAX_DISKS, MAX_NICS, NAME_MAX, DiskConfig, Owner, VmConfig
 from vmd.ipc.imsg import MAX_MESSAGE, Form, encode
-from vmd.ipc.messages import Caller, NicInfo, brief
+from vmd.ipc.messages.clients import Caller, NicInfo
+from vmd.ipc.messages.shared import brief
 from vmd.parent.report import describe
 from vmd.parent.vmtable import State, Vm
 

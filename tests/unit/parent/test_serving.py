@@ -12,20 +12,10 @@ import pytest
 
 from vmd.config.model import CMDLINE_MAX, Config, SwitchConfig, VmConfig
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
-    BY_CLASS,
-    REQUESTS,
-    Caller,
-    ConfigureNetwork,
-    Failed,
-    NetworkConfigured,
-    Proc,
-    Ready,
-    Request,
-    StartRequest,
-    Step,
-    Who,
-)
+from vmd.ipc.messages.children import Ready
+from vmd.ipc.messages.clients import REQUESTS, Caller, Failed, Request, StartRequest, Step
+from vmd.ipc.messages.priv import ConfigureNetwork, NetworkConfigured
+from vmd.ipc.routes import BY_CLASS, Proc, Who
 from vmd.parent import main
 from vmd.parent.main import Parent
 from vmd.parent.options import Options

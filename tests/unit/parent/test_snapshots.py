@@ -7,7 +7,9 @@ import pytest
 
 from vmd.errors import PeerError
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import SnapshotAction, SnapshotRequest, SnapshotsChanged, SnapshotWord
+from vmd.ipc.messages.clients import SnapshotRequest
+from vmd.ipc.messages.imgwriter import SnapshotsChanged, SnapshotWord
+from vmd.ipc.messages.shared import SnapshotAction
 from vmd.parent.snapshots import Job, Snapshots
 
 

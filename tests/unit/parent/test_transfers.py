@@ -10,32 +10,33 @@ import pytest
 from vmd.config.model import BootDevice, Config, DiskConfig, Owner, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     Caller,
-    CancelTransfer,
     Failed,
-    Live,
-    PassFiles,
     PauseRequest,
-    Proc,
+    ReceiveRequest,
+    SendRequest,
+    VmPaused,
+    VmReceived,
+    VmSent,
+)
+from vmd.ipc.messages.control import PassFiles
+from vmd.ipc.messages.shared import Live, TransferProgress
+from vmd.ipc.messages.vm import (
+    CancelTransfer,
     ReceivedHeader,
     ReceivedMachine,
     ReceiveMemory,
-    ReceiveRequest,
     ReceiveVm,
     ResumeReceived,
     SendDone,
-    SendRequest,
     SendVm,
     StopMode,
     StopVm,
-    TransferProgress,
-    VmPaused,
-    VmReceived,
     VmRunning,
-    VmSent,
-    VmSlot,
 )
+from vmd.ipc.messages.vmm import VmSlot
+from vmd.ipc.routes import Proc
 from vmd.parent import vmtable
 from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles

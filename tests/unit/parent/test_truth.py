@@ -11,7 +11,10 @@ from vmd.config.model import Config, DiskConfig, NicConfig, Owner, SwitchConfig,
 from vmd.errors import VmdError
 from vmd.ipc.imsg import pack, unpack
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import AdoptNics, DiskImages, ImageLink, LifeEnd, NicLink
+from vmd.ipc.messages.clients import LifeEnd
+from vmd.ipc.messages.priv import AdoptNics
+from vmd.ipc.messages.shared import DiskImages, ImageLink
+from vmd.ipc.messages.vm import NicLink
 from vmd.parent.addresses import Plan
 from vmd.parent.core import Core
 from vmd.parent.plans import Taps

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import OperatorError
-from vmd.ipc.messages import VMD_VM_STOP_INVALID, Caller
+from vmd.errors import VMD_VM_STOP_INVALID, OperatorError
+from vmd.ipc.messages.clients import Caller
 from vmd.parent import vmtable
 from vmd.parent.access import in_group, may_control, owner_text
 from vmd.parent.limits import RESTART_WINDOW_S, RestartLimit

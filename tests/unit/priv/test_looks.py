@@ -8,7 +8,7 @@ import pytest
 
 from vmd.errors import OperatorError
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages import AskDrops, DropsReported
+from vmd.ipc.messages.priv import AskDrops, DropsReported
 from vmd.priv.host import Network
 from vmd.priv.main import SWEEP_S, Priv
 from vmd.priv.rules import Member

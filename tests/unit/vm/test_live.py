@@ -16,7 +16,7 @@ from vmd.errors import HostError, PeerError
 from vmd.guestmem import PAGE, GuestMemory
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Live
+from vmd.ipc.messages.shared import Live
 from vmd.vm import dirty, live, state
 from vmd.vm.kinds import DISK, ENTROPY
 from vmd.vm.live import LiveSender

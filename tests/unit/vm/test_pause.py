@@ -10,7 +10,7 @@ import pytest
 from vmd.errors import HostError, PeerError
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages import Outcome
+from vmd.ipc.messages.vm import Outcome
 from vmd.kvmapi.exits import INTERRUPTED, RETRY, Exit
 from vmd.vm import pause as pauses
 from vmd.vm.clocks import Clocks

@@ -5,7 +5,8 @@ import pytest
 from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig
 from vmd.config.rules import valid_serial
 from vmd.ipc import devmsg
-from vmd.ipc.messages import DiskImages, ImageLink, NicLink
+from vmd.ipc.messages.shared import DiskImages, ImageLink
+from vmd.ipc.messages.vm import NicLink
 from vmd.vm.kinds import DISK, Given, kinds
 from vmd.vm.slots import Slot, boot_paths, plan, with_serials
 

@@ -13,7 +13,7 @@ from tests.support.virtiopci import CONFIG, Machine
 from vmd.config.model import DiskConfig, NicConfig, VmConfig
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack, unpack
-from vmd.ipc.messages import DiskImages
+from vmd.ipc.messages.shared import DiskImages
 from vmd.record import Part, Record
 from vmd.virtio import spec
 from vmd.vm import state

@@ -13,7 +13,7 @@ from pathlib import Path
 from vmd.closing import close_all
 from vmd.ipc.channel import FD_SPACE
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, decode, encode
-from vmd.ipc.messages import PROTOCOL, Hello, VmInfo
+from vmd.ipc.messages.clients import PROTOCOL, Hello, VmInfo
 from vmd.record import Record
 
 DEADLINE_S = 20.0

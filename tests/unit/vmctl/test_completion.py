@@ -12,7 +12,7 @@ from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.table import COMMANDS
-from vmd.ipc.messages import End, ListRequest, SwitchesRequest, SwitchInfo
+from vmd.ipc.messages.clients import End, ListRequest, SwitchesRequest, SwitchInfo
 from vmd.record import Record
 
 NAMES = [command.name for command in COMMANDS]

@@ -18,8 +18,8 @@ import pytest
 from tests.support.console import Console
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, spawn
-from vmd.ipc.messages import (
-    VMD_CONSOLE_TAKEN,
+from vmd.errors import VMD_CONSOLE_TAKEN
+from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleBreak,
     ConsoleOutput,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, vm_info
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleOutput,
     ConsoleRequest,

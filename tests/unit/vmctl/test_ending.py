@@ -9,8 +9,8 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import Answers, FakeDaemon, spawn, vm_info
-from vmd.ipc.messages import (
-    VMD_VM_STOP_INVALID,
+from vmd.errors import VMD_VM_STOP_INVALID
+from vmd.ipc.messages.clients import (
     End,
     Failed,
     LifeEnd,

@@ -15,7 +15,7 @@ from vmctl.__main__ import main
 from vmctl.client import Client
 from vmctl.errors import CommandError
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
-from vmd.ipc.messages import PROTOCOL, End, Failed, Hello, ListRequest, Ok, Request, StopAccepted, StopRequest
+from vmd.ipc.messages.clients import PROTOCOL, End, Failed, Hello, ListRequest, Ok, Request, StopAccepted, StopRequest
 from vmd.record import Record
 from vmd.version import VERSION
 

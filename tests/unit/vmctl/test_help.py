@@ -13,7 +13,8 @@ from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
 from vmctl.table import COMMANDS, COMMON, GLOBAL, Command
 from vmctl.usage import synopsis
-from vmd.ipc.messages import VMD_PARENT_INVALID, End, Failed, GenerationInfo, ListRequest, StartRequest
+from vmd.errors import VMD_PARENT_INVALID
+from vmd.ipc.messages.clients import End, Failed, GenerationInfo, ListRequest, StartRequest
 from vmd.record import Record
 from vmd.version import VERSION
 

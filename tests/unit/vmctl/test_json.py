@@ -11,7 +11,7 @@ from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmctl.options import parse
 from vmctl.output import SCHEMA_VERSION
 from vmctl.table import COMMANDS, Command
-from vmd.ipc.messages import End, Failed, ListRequest
+from vmd.ipc.messages.clients import End, Failed, ListRequest
 
 every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 

@@ -15,21 +15,20 @@ from vmctl import carry
 from vmctl.carry import ASKED, COMMIT, FAILED, SOURCE, TARGET, Ear, say
 from vmctl.commands.migrate import destination, shell_words
 from vmctl.errors import ArgumentError, CommandError
-from vmd.ipc.messages import (
-    VMD_IN_DOUBT,
+from vmd.errors import VMD_IN_DOUBT
+from vmd.ipc.messages.clients import (
     End,
     Failed,
     ListRequest,
-    Live,
     MigrateInRequest,
     MigrateRequest,
     MigrationAt,
     MigrationStep,
     Step,
-    TransferProgress,
     VmReceived,
     VmSent,
 )
+from vmd.ipc.messages.shared import Live, TransferProgress
 from vmd.record import Record
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon
-from vmd.ipc.messages import Failed, PauseRequest, VmPaused
+from vmd.ipc.messages.clients import Failed, PauseRequest, VmPaused
 
 WORDS = pytest.mark.parametrize(("word", "paused"), [("pause", True), ("unpause", False)])
 

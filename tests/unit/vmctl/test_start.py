@@ -14,19 +14,8 @@ from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
 from vmd.config import rules
 from vmd.config.model import BootDevice, DiskConfig, NicConfig, VmConfig, VmFlag
-from vmd.ipc.messages import (
-    VMD_BIOS_MISSING,
-    VMD_CDROM_INVALID,
-    VMD_CDROM_MISSING,
-    VMD_DISK_MISSING,
-    VMD_PARENT_INVALID,
-    End,
-    Failed,
-    ListRequest,
-    StartRequest,
-    VmInfo,
-    VmStarted,
-)
+from vmd.errors import VMD_BIOS_MISSING, VMD_CDROM_INVALID, VMD_CDROM_MISSING, VMD_DISK_MISSING, VMD_PARENT_INVALID
+from vmd.ipc.messages.clients import End, Failed, ListRequest, StartRequest, VmInfo, VmStarted
 from vmd.record import Record
 
 STARTED = VmStarted(vmid=3, name="web", pid=40211, tty="/dev/pts/7")

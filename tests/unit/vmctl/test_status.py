@@ -9,7 +9,7 @@ from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmd.devices.vionet.dhcp import REASONS, RELEASED
 from vmd.ipc.devmsg import COUNTER_NAMES
-from vmd.ipc.messages import (
+from vmd.ipc.messages.clients import (
     DiskFile,
     End,
     Failed,

@@ -16,7 +16,8 @@ from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
 from vmctl.bar import Bar
 from vmctl.client import Client
-from vmd.ipc.messages import Failed, Live, ReceiveRequest, SendRequest, TransferProgress, VmReceived, VmSent
+from vmd.ipc.messages.clients import Failed, ReceiveRequest, SendRequest, VmReceived, VmSent
+from vmd.ipc.messages.shared import Live, TransferProgress
 
 MIB = 1 << 20
 SENT = VmSent(vmid=3, name="web", sent_bytes=150 * MIB)

@@ -8,7 +8,7 @@ import pytest
 from tests.support import schema
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import Answers, FakeDaemon
-from vmd.ipc.messages import End, Failed, GenerationInfo, GenerationsRequest, Ok, UpgradeRequest
+from vmd.ipc.messages.clients import End, Failed, GenerationInfo, GenerationsRequest, Ok, UpgradeRequest
 from vmd.record import Record
 from vmd.version import VERSION
 

@@ -6,21 +6,19 @@ from typing import Any, cast
 import pytest
 
 from vmd.errors import PeerError
-from vmd.ipc.messages import (
-    BY_CLASS,
+from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.messages.vm import (
     AskResolvers,
-    Proc,
     ReceivedHeader,
     ReceivedMachine,
     ReceiveMemory,
     SendDone,
     SendVm,
-    TransferProgress,
     VmEnding,
     VmFailed,
     VmRunning,
-    relays,
 )
+from vmd.ipc.routes import BY_CLASS, Proc, relays
 from vmd.record import Record
 from vmd.vmm.children import BUDGETS, UNASKED, VmChild
 

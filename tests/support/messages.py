@@ -1,0 +1,13 @@
+"""All messages, of all borders: no process but the parent knows as many."""
+
+import importlib
+from pathlib import Path
+
+import vmd.ipc.messages
+from vmd.ipc.routes import BY_CODE
+
+for _module in sorted(Path(vmd.ipc.messages.__path__[0]).glob("[!_]*.py")):
+    importlib.import_module(f"vmd.ipc.messages.{_module.stem}")
+
+MESSAGES = tuple(BY_CODE.values())
+CODES = sorted(BY_CODE)

@@ -1,0 +1,37 @@
+"""Between the parent and all, or most, of the processes that it starts."""
+
+from vmd.ipc.routes import Proc, message
+from vmd.record import Record
+
+EVERYWHERE = tuple((Proc.PARENT, child) for child in (Proc.CONTROL, Proc.VMM, Proc.PRIV))
+
+
+@message(0x50, *EVERYWHERE, (Proc.VMM, Proc.VM))
+class SetVerbosity(Record):
+    """Log more or less from now on."""
+
+    verbosity: int
+
+
+@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), (Proc.PARENT, Proc.LOG))
+class Quit(Record):
+    """End cleanly.  A process that loses its parent ends as well, without being told."""
+
+
+@message(0x53, (Proc.CONTROL, Proc.PARENT), (Proc.VMM, Proc.PARENT), (Proc.PRIV, Proc.PARENT))
+class Ready(Record):
+    """This process is confined and handles messages; `warnings` name missing kernel features."""
+
+    warnings: tuple[str, ...] = ()
+
+
+@message(
+    0xB2, (Proc.PARENT, Proc.CONTROL), (Proc.PARENT, Proc.VMM), (Proc.PARENT, Proc.LOG), answered_by=("Pong",)
+)
+class Ping(Record):
+    """Are you there?"""
+
+
+@message(0xB3, (Proc.CONTROL, Proc.PARENT), (Proc.VMM, Proc.PARENT), (Proc.LOG, Proc.PARENT))
+class Pong(Record):
+    """Yes."""
