@@ -1,6 +1,7 @@
 """vmctl receive -w: the other end of `vmctl migrate`."""
 
 import contextlib
+import select
 
 from vmctl import carry
 from vmctl.errors import CommandError, Refused
@@ -26,7 +27,7 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
     Returns the exit status; all that goes wrong is told.
     """
     client = session.client
-    committed = False
+    told = False  # the daemon may have been told to have the guest run
     try:
         client.send(MigrateInRequest(name=name, force=force), {"stream": [STDIN]})
         judged = client.answer(MigrationAt)
@@ -36,11 +37,13 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
         words = carry.Ear(STDIN, carry.SOURCE).hear(carry.COMMIT)
         if words is None:
             raise CommandError("the sender has left")
-        committed = True
+        if is_hung_up(client.fileno()):  # the word would reach nobody: it does not run here
+            raise CommandError("vmd has ended")
+        told = True
         received = take_step(client, judged, Step.COMMIT, VmReceived, paused=words.get("paused") is True)
     except (CommandError, PeerError) as error:
         text = error.text if isinstance(error, Refused) else str(error)
-        in_doubt = committed and (not isinstance(error, Refused) or error.number == VMD_IN_DOUBT)
+        in_doubt = told and (not isinstance(error, Refused) or error.number == VMD_IN_DOUBT)
         with contextlib.suppress(OSError):
             carry.say(STDOUT, carry.TARGET, carry.FAILED, text=text, in_doubt=in_doubt)
         return CommandError.exit_status
@@ -49,6 +52,13 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
     with contextlib.suppress(OSError):  # whatever the sender makes of it, it runs here
         carry.say(STDOUT, carry.TARGET, carry.RUNNING, id=received.vmid, tty=clean(received.tty))
     return 0
+
+
+def is_hung_up(fd: int) -> bool:
+    """Return whether nobody reads what is written there."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def take_step(client: "Client", judged: MigrationAt, step: Step, expected: "type[A]", *, paused: bool = False) -> "A":

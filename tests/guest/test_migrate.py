@@ -272,7 +272,8 @@ def rounds(two: Two, count: int, seed: int) -> Counters:
         plan = (place, victim, said.strip())
         doubted = state(source) == "in doubt"
         found.in_doubt += doubted
-        found.doubted_early += doubted and place in migration.BEFORE_COMMIT
+        early = place in migration.BEFORE_COMMIT and (place, victim) != migration.ONLY_SEEN_LATER
+        found.doubted_early += doubted and early
         winner = settle(two, source, target, found, plan)
         became = "moved" if winner is target else "stayed" if winner is source else "lost"
         print(f"{number}: {place}, {victim}: {'doubt, ' if doubted else ''}{became}: {said.strip()}")

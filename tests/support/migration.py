@@ -30,6 +30,8 @@ SHELL, TARGET, SOURCE, GUEST, OPERATOR, HERE, THERE = (
 # The connection; one of the two vmctl; the VM's process at the target; nobody, but somebody types ^C; or a daemon, of
 # which the next one goes on with its VMs.
 VICTIMS = (SHELL, TARGET, SOURCE, GUEST, OPERATOR, HERE, THERE)
+# The target's daemon is killed, but its vmctl has said that it has everything: the source goes on to the commit.
+ONLY_SEEN_LATER = ("before complete", THERE)
 
 
 class Plan:

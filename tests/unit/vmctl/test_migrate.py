@@ -168,6 +168,22 @@ def test_the_target_says_whether_it_may_run_there(
     assert (lines[-1]["at"], lines[-1]["in_doubt"]) == ("failed", in_doubt)
 
 
+def test_a_daemon_that_ends_before_the_commit_runs_nothing(daemon: FakeDaemon) -> None:
+    """Its client has not told it yet, and knows that."""
+    script(daemon)
+    command = [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "receive", "-w", "web"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert [json.loads(process.stdout.readline())["at"] for _ in range(2)] == ["asked", "complete"]
+        daemon.hang_up()
+        process.stdin.write(COMMIT_LINE)
+        process.stdin.flush()
+        last = json.loads(process.stdout.readline())
+    assert (process.returncode, last["at"], last["in_doubt"]) == (1, "failed", False)
+    assert last["text"] == "vmd has ended"
+
+
 def migrate(daemon: FakeDaemon, tmp_path: Path, *lines: str) -> tuple[int, str]:
     """Run `vmctl migrate web host` with a shell that says these lines, and hears one where `...` is."""
     said = tmp_path / "said"
