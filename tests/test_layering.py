@@ -63,7 +63,7 @@ SHARED = {
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
-    "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
+    "vmd.exposition", "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
 # Each costs every VM milliseconds of start-up or megabytes of memory.

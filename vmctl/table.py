@@ -138,6 +138,14 @@ COMMANDS = (
         operand=Operand(name="brief | verbose", words=("brief", "verbose"), abbreviated=True),
     ),
     Command(
+        name="metrics",
+        module="metrics",
+        upstream=False,
+        help="print what VMs have done and what they use, for Prometheus",
+        options=(Option(name="-o", help="in the format of OpenMetrics"),),
+        operand=Operand(name="id", kind=VM, optional=True),
+    ),
+    Command(
         name="migrate",
         module="migrate",
         upstream=False,

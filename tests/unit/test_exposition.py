@@ -1,0 +1,166 @@
+"""What Prometheus and OpenMetrics read: every figure, under a name that their own programs accept."""
+
+import itertools
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import parser as prometheus
+from prometheus_client.openmetrics import parser as openmetrics
+
+from vmd.exposition import FAMILIES, NS, expose
+from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.messages.clients import LifeEnd, VmFigures
+
+# Not a number of their own: they are labels, or say whether there are numbers.
+LABELS = {"index", "vmid", "uid", "pid"}
+# A number that is an address: nothing to draw a curve of.
+LEFT_OUT = {"lease_requested"}
+
+
+class Numbers:
+    """Fills every number of a record with one that nothing else has."""
+
+    def __init__(self) -> None:
+        self.given: dict[float, str] = {}
+        self._next = itertools.count(1_000_001)
+
+    def fill(self, cls: "type[Any]", **known: object) -> Any:  # noqa: ANN401 - any record
+        """Return a record of a class with its numbers filled in."""
+        values = dict(known)
+        for field, kind in cls.fields.items():
+            if field not in values and kind in (int, int | None) and field not in LABELS:
+                number = next(self._next)
+                values[field] = number * NS if field.endswith("_ns") else number
+                if field not in LEFT_OUT:
+                    self.given[float(number)] = f"{cls.__name__}.{field}"
+        return cls(**values)
+
+
+def a_vm(numbers: Numbers, name: str = "web") -> VmFigures:
+    """Return a VM with one of everything that is counted."""
+    vm: VmFigures = numbers.fill(
+        VmFigures,
+        vmid=3,
+        name=name,
+        uid=1000,
+        state="running",
+        pid=77,
+        ended=numbers.fill(LifeEnd, how="stopped", text=""),
+        vcpus=(numbers.fill(VcpuFigures, index=0), numbers.fill(VcpuFigures, index=1)),
+        disks=(numbers.fill(DiskFigures, index=0, counted=True), numbers.fill(DiskFigures, index=1, counted=True)),
+        cdrom=numbers.fill(CdromFigures, index=0, counted=True),
+        entropy=numbers.fill(EntropyFigures, index=0, counted=True),
+        nics=(numbers.fill(NicFigures, index=0, counted=True, tap="vmd3.0", switch="lan", lladdr=b"\2\0\0\0\0\1"),),
+        group=numbers.fill(GroupFigures),
+    )
+    return vm
+
+
+def samples(text: str, parser: Any = prometheus) -> "list[tuple[str, dict[str, str], float]]":  # noqa: ANN401
+    """Return what a program of Prometheus' own finds in a text: name, labels, value."""
+    return [(each.name, each.labels, each.value) for each in found_by(parser, text)]
+
+
+def found_by(parser: Any, text: str) -> Iterator[Any]:  # noqa: ANN401
+    """Give each sample."""
+    for family in parser.text_string_to_metric_families(text):
+        yield from family.samples
+
+
+def test_every_figure_has_a_line() -> None:
+    """One that is added to `vmd.ipc.figures` needs a row in `vmd.exposition`."""
+    numbers = Numbers()
+    text = expose([a_vm(numbers)])
+
+    shown = {value for _name, _labels, value in samples(text)}
+
+    assert sorted(what for number, what in numbers.given.items() if number not in shown) == []
+
+
+def test_every_family_is_used() -> None:
+    """And explained in one sentence."""
+    text = expose([a_vm(Numbers())])
+
+    families = {family.name: family for family in prometheus.text_string_to_metric_families(text)}
+
+    assert set(families) == set(FAMILIES)
+    for name, (kind, what) in FAMILIES.items():
+        assert (families[name].type, families[name].documentation) == (kind, what)
+        assert what.endswith("."), name
+
+
+@pytest.mark.parametrize("openmetrics_too", [False, True])
+def test_both_formats_have_the_same_values(openmetrics_too: bool) -> None:
+    """OpenMetrics' own parser is strict: of units, of counters, of the end."""
+    vms = [a_vm(Numbers()), a_vm(Numbers(), "db").replace(group=None, cdrom=None)]
+
+    text = expose(vms, openmetrics=openmetrics_too)
+
+    assert samples(text, openmetrics if openmetrics_too else prometheus) == samples(expose(vms))
+
+
+@pytest.mark.parametrize("vms", [[], ["web"], ["web", "db"]])
+def test_promtool_has_nothing_to_say(vms: list[str]) -> None:
+    """Neither of the syntax nor of the names."""
+    text = expose([a_vm(Numbers(), name) for name in vms])
+
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=100, check=False
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_line_is_there_twice() -> None:
+    """It would cost the whole reading."""
+    text = expose([a_vm(Numbers()), a_vm(Numbers(), "db")])
+
+    keys = [(name, tuple(sorted(labels.items()))) for name, labels, _ in samples(text)]
+
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "a\\nb", "ü", "}", "# EOF", "a,b=\"c\""])
+def test_any_text_comes_back(name: str) -> None:
+    """Whatever a VM, or a switch, is called."""
+    vm = a_vm(Numbers(), name)
+    vm = vm.replace(nics=(vm.nics[0].replace(switch=name),), state=name)
+    for text, parser in ((expose([vm]), prometheus), (expose([vm], openmetrics=True), openmetrics)):
+        found = {sample: labels for sample, labels, _ in samples(text, parser)}
+        assert found["vmd_vm_info"] == {"vm": name, "id": "3", "uid": "1000"}
+        assert found["vmd_vm_state"]["state"] == found["vmd_interface_info"]["switch"] == name
+
+
+def of_kind(text: str, *prefixes: str) -> list[str]:
+    """Return the names that begin with one of some words."""
+    return [name for name, _, _ in samples(text) if name.startswith(prefixes)]
+
+
+def test_what_nobody_counts_has_no_line() -> None:
+    """A device without figures, what the host does not tell, and a VM that does not run."""
+    vm = a_vm(Numbers())
+    assert of_kind(expose([vm]), "vmd_disk", "vmd_vm_group_oom", "vmd_interface_packets") != []
+    none = GroupFigures(**dict.fromkeys(GroupFigures.fields))
+    vm = vm.replace(
+        disks=(vm.disks[0].replace(counted=False),),
+        cdrom=CdromFigures(index=0),
+        entropy=EntropyFigures(index=0),
+        nics=(vm.nics[0].replace(counted=False),),
+        group=none,
+    )
+    text = expose([vm])
+    assert of_kind(text, "vmd_disk", "vmd_cdrom", "vmd_entropy", "vmd_vm_group") == []
+    assert of_kind(text, "vmd_interface") == ["vmd_interface_info"]
+    stopped = expose([a_vm(Numbers()).replace(pid=0, state="stopped", ended=None, started_s=0)])
+    assert set(of_kind(stopped, "vmd_vm", "vmd_disk", "vmd_interface")) == {
+        "vmd_vm_info", "vmd_vm_state", "vmd_vm_running", "vmd_vm_state_since_timestamp_seconds",
+        "vmd_vm_starts_total", "vmd_vm_guest_resets_total", "vmd_vm_memory_size_bytes",
+    }  # fmt: skip
+
+
+def test_nanoseconds_are_seconds_to_the_last_digit() -> None:
+    """A float would lose the last ones of a year."""
+    vm = a_vm(Numbers()).replace(cpu_ns=31_536_000_000_000_001)
+    assert 'vmd_vm_cpu_seconds_total{vm="web"} 31536000.000000001\n' in expose([vm])

@@ -1,0 +1,27 @@
+"""vmctl metrics: what VMs have done and what they use, as Prometheus reads it."""
+
+from vmctl.errors import Refused, refused
+from vmctl.options import Given
+from vmctl.output import put, put_json
+from vmctl.session import Session
+from vmctl.vmref import VmRef, parse_vmref
+
+
+def run(session: Session, given: Given) -> int:
+    """Print the figures of one VM, or of all."""
+    ref = parse_vmref(given.operand) if given.operand else VmRef()
+    try:
+        vms = session.client.figures(vmid=ref.vmid, name=ref.name)
+    except Refused as error:
+        raise refused("metrics", error) from None
+    if session.json:
+        from vmctl.figures import as_json
+
+        put_json({"vms": [as_json(vm) for vm in vms]})
+        return 0
+    from vmd.exposition import expose
+
+    daemon = session.client.daemon
+    release = daemon.program if daemon is not None else ""
+    put(expose(vms, release, openmetrics=given.has("-o")).encode("utf-8", "replace"))
+    return 0

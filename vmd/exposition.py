@@ -1,0 +1,248 @@
+"""Figures of VMs as text for Prometheus, and in the format of OpenMetrics 1.0.
+
+Both have the same names and values.  They differ in how a counter is declared, and in a last line.  What a figure is
+called is said in the tables below: a new field of `vmd.ipc.figures` needs a row here.
+
+Numbers that this host cannot tell have no line, and neither have devices whose process does not count.
+"""
+
+from vmd.version import VERSION
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vmd.ipc.messages.clients import VmFigures
+    from vmd.record import Record
+
+    Row = tuple[str, str, str]  # field of the record, family, further labels
+
+TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+NS = 1_000_000_000
+COUNTER, GAUGE = "counter", "gauge"
+
+# name (without the _total of counters): kind, and what it is.  One that ends in _seconds is made of nanoseconds, if its
+# field ends in _ns.
+FAMILIES = {
+    "vmd_build_info": (GAUGE, "The release of vmd; always 1."),
+    "vmd_vm_info": (GAUGE, "A VM that the daemon knows: its number, and the uid of its owner; always 1."),
+    "vmd_vm_state": (GAUGE, "The state that a VM is in has 1; the others have no line."),
+    "vmd_vm_running": (GAUGE, "1 for a VM that has a process, whatever its state, else 0."),
+    "vmd_vm_state_since_timestamp_seconds": (GAUGE, "When the VM came into its state."),
+    "vmd_vm_start_timestamp_seconds": (GAUGE, "When the VM was started; a reset of its guest does not count."),
+    "vmd_vm_last_end_timestamp_seconds": (GAUGE, "When the VM ended last, and how."),
+    "vmd_vm_starts": (COUNTER, "How often the VM was started since the daemon has known it."),
+    "vmd_vm_guest_resets": (COUNTER, "How often the guest has reset itself since the VM was started."),
+    "vmd_vm_memory_size_bytes": (GAUGE, "Memory of the guest."),
+    "vmd_vm_memory_guest_bytes": (GAUGE, "What the guest has touched of its memory."),
+    "vmd_vm_memory_processes_bytes": (GAUGE, "What the VM's processes use besides, and share with nobody."),
+    "vmd_vm_cpu_seconds": (COUNTER, "Processor time of all processes of the VM."),
+    "vmd_vm_vcpu_seconds": (COUNTER, "Processor time of the thread that is a virtual processor."),
+    "vmd_vm_group_cpu_seconds": (COUNTER, "Processor time of the VM's control group."),
+    "vmd_vm_group_throttled_periods": (COUNTER, "Periods in which the control group had used up its processor time."),
+    "vmd_vm_group_throttled_seconds": (COUNTER, "How long the control group has waited for processor time."),
+    "vmd_vm_group_memory_bytes": (GAUGE, "Memory of the VM's control group, with the page cache that it has filled."),
+    "vmd_vm_group_memory_peak_bytes": (GAUGE, "The most that vmd_vm_group_memory_bytes has ever been."),
+    "vmd_vm_group_oom_kills": (COUNTER, "Processes of the control group that were killed for want of memory."),
+    "vmd_vm_group_tasks": (GAUGE, "Processes and threads of the VM's control group."),
+    "vmd_disk_requests": (COUNTER, "Requests of the guest that were carried out."),
+    "vmd_disk_bytes": (COUNTER, "Bytes of these requests."),
+    "vmd_disk_time_seconds": (COUNTER, "How long the requests took; those that are served together count it each."),
+    "vmd_disk_errors": (COUNTER, "Requests that have failed."),
+    "vmd_disk_refused_requests": (COUNTER, "Requests of a type that is not served."),
+    "vmd_disk_busy_seconds": (COUNTER, "How long at least one request was being served."),
+    "vmd_disk_requests_in_flight": (GAUGE, "Requests that are being served."),
+    "vmd_disk_size_bytes": (GAUGE, "The size of the disk, as the guest sees it."),
+    "vmd_cdrom_commands": (COUNTER, "Commands of the guest to its CD-ROM drive."),
+    "vmd_cdrom_read_requests": (COUNTER, "Those of them that read."),
+    "vmd_cdrom_read_bytes": (COUNTER, "Bytes that were read from the disc."),
+    "vmd_cdrom_errors": (COUNTER, "Commands that were answered with an error."),
+    "vmd_cdrom_busy_seconds": (COUNTER, "How long commands were being served."),
+    "vmd_cdrom_size_bytes": (GAUGE, "The size of the disc; 0 without one."),
+    "vmd_entropy_requests": (COUNTER, "Requests of the guest to its entropy device."),
+    "vmd_entropy_bytes": (COUNTER, "Random bytes that the guest was given."),
+    "vmd_entropy_delayed": (COUNTER, "How often the guest had to wait because it had asked for too much."),
+    "vmd_interface_info": (GAUGE, "An interface of a running VM: its tap, switch and Ethernet address; always 1."),
+    "vmd_interface_packets": (COUNTER, "Packets that the guest was given, and those that it has sent."),
+    "vmd_interface_bytes": (COUNTER, "Bytes of these packets, with their Ethernet headers."),
+    "vmd_interface_dropped_packets": (COUNTER, "Packets that were dropped, and why."),
+    "vmd_interface_answered_packets": (COUNTER, "Packets of the guest that its interface has answered itself."),
+    "vmd_interface_dhcp_answers": (COUNTER, "DHCP and BOOTP answers to the guest."),
+    "vmd_interface_dhcp_ignored": (COUNTER, "DHCP and BOOTP requests of the guest that were not answered, and why."),
+    "vmd_interface_router_advertisements": (COUNTER, "Router advertisements that the guest was sent."),
+    "vmd_interface_lease_timestamp_seconds": (GAUGE, "When the guest was given the lease of its address."),
+}  # fmt: skip
+
+VM: "tuple[Row, ...]" = (
+    ("since_s", "vmd_vm_state_since_timestamp_seconds", ""),
+    ("started_s", "vmd_vm_start_timestamp_seconds", ""),
+    ("starts", "vmd_vm_starts", ""),
+    ("restarts", "vmd_vm_guest_resets", ""),
+    ("memory_bytes", "vmd_vm_memory_size_bytes", ""),
+)
+VM_RUNNING: "tuple[Row, ...]" = (
+    ("guest_bytes", "vmd_vm_memory_guest_bytes", ""),
+    ("process_bytes", "vmd_vm_memory_processes_bytes", ""),
+    ("cpu_ns", "vmd_vm_cpu_seconds", ""),
+)
+VCPU: "tuple[Row, ...]" = (("cpu_ns", "vmd_vm_vcpu_seconds", ""),)
+GROUP: "tuple[Row, ...]" = (
+    ("cpu_ns", "vmd_vm_group_cpu_seconds", ""),
+    ("throttled", "vmd_vm_group_throttled_periods", ""),
+    ("throttled_ns", "vmd_vm_group_throttled_seconds", ""),
+    ("memory_bytes", "vmd_vm_group_memory_bytes", ""),
+    ("memory_peak_bytes", "vmd_vm_group_memory_peak_bytes", ""),
+    ("oom_kills", "vmd_vm_group_oom_kills", ""),
+    ("tasks", "vmd_vm_group_tasks", ""),
+)
+
+
+def by(label: str, family: str, **values: str) -> "tuple[Row, ...]":
+    """Return rows of one family whose lines differ in a label: field=its value."""
+    return tuple((field, family, f'{label}="{value}"') for field, value in values.items())
+
+
+DISK: "tuple[Row, ...]" = (
+    *by(
+        "operation", "vmd_disk_requests",
+        read_requests="read", write_requests="write", flush_requests="flush",
+        discard_requests="discard", zero_requests="zero",
+    ),
+    *by(
+        "operation", "vmd_disk_bytes",
+        read_bytes="read", write_bytes="write", discard_bytes="discard", zero_bytes="zero",
+    ),
+    *by(
+        "operation", "vmd_disk_time_seconds",
+        read_ns="read", write_ns="write", flush_ns="flush", discard_ns="discard", zero_ns="zero",
+    ),
+    ("errors", "vmd_disk_errors", ""),
+    ("refused", "vmd_disk_refused_requests", ""),
+    ("busy_ns", "vmd_disk_busy_seconds", ""),
+    ("in_flight", "vmd_disk_requests_in_flight", ""),
+    ("size_bytes", "vmd_disk_size_bytes", ""),
+)  # fmt: skip
+CDROM: "tuple[Row, ...]" = (
+    ("commands", "vmd_cdrom_commands", ""),
+    ("read_requests", "vmd_cdrom_read_requests", ""),
+    ("read_bytes", "vmd_cdrom_read_bytes", ""),
+    ("errors", "vmd_cdrom_errors", ""),
+    ("busy_ns", "vmd_cdrom_busy_seconds", ""),
+    ("size_bytes", "vmd_cdrom_size_bytes", ""),
+)
+ENTROPY: "tuple[Row, ...]" = (
+    ("requests", "vmd_entropy_requests", ""),
+    ("bytes", "vmd_entropy_bytes", ""),
+    ("delayed", "vmd_entropy_delayed", ""),
+)
+NIC: "tuple[Row, ...]" = (
+    *by("direction", "vmd_interface_packets", rx_packets="receive", tx_packets="transmit"),
+    *by("direction", "vmd_interface_bytes", rx_bytes="receive", tx_bytes="transmit"),
+    *by(
+        'direction="receive",reason', "vmd_interface_dropped_packets",
+        rx_no_room="no room", rx_filtered="filtered", rx_malformed="malformed", rx_injected_lost="answer not taken",
+    ),
+    *by(
+        'direction="transmit",reason', "vmd_interface_dropped_packets",
+        tx_short="too short", tx_long="too long", tx_spoofed="spoofed", tx_refused="refused", tx_link_down="link down",
+        tx_busy="host busy",
+    ),
+    ("tx_answered", "vmd_interface_answered_packets", ""),
+    *by(
+        "type", "vmd_interface_dhcp_answers",
+        dhcp_offers="offer", dhcp_acks="ack", dhcp_naks="nak", dhcp_bootp="bootp",
+    ),
+    *by(
+        "reason", "vmd_interface_dhcp_ignored",
+        dhcp_other_server="other server", dhcp_other_address="other address", dhcp_other_client="other client",
+        dhcp_declines="decline", dhcp_releases="release", dhcp_no_address="no address",
+        dhcp_unknown_type="unknown type", dhcp_malformed="malformed", dhcp_relayed="relayed",
+        dhcp_wants_file="boot file", dhcp_too_long="too long",
+    ),
+    ("ra_sent", "vmd_interface_router_advertisements", ""),
+    ("lease_s", "vmd_interface_lease_timestamp_seconds", ""),
+)  # fmt: skip
+
+
+def escaped(text: str) -> str:
+    """Return the value of a label as it stands between quotes."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+class Exposition:
+    """The lines of each family, which have to stand together."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
+        self._names = {name: f"{name}_total" if kind == COUNTER else name for name, (kind, _) in FAMILIES.items()}
+
+    def put(self, family: str, labels: str, value: "int | str") -> None:
+        """Add a line."""
+        self._lines[family].append(f"{self._names[family]}{{{labels}}} {value}\n")
+
+    def put_all(self, rows: "tuple[Row, ...]", record: "Record", labels: str) -> None:
+        """Add the lines of a record; there is none for what is not known."""
+        for field, family, more in rows:
+            value = getattr(record, field)
+            if value is None or (not value and family.endswith("_timestamp_seconds")):
+                continue  # not known, or it has never happened
+            if field.endswith("_ns"):
+                value = f"{value // NS}.{value % NS:09d}"
+            self.put(family, f"{labels},{more}" if more else labels, value)
+
+    def put_vm(self, vm: "VmFigures") -> None:
+        """Add all lines of a VM."""
+        labels = f'vm="{escaped(vm.name)}"'
+        self.put("vmd_vm_info", f'{labels},id="{vm.vmid}",uid="{vm.uid}"', 1)
+        self.put("vmd_vm_state", f'{labels},state="{escaped(vm.state)}"', 1)
+        self.put("vmd_vm_running", labels, int(vm.pid != 0))
+        self.put_all(VM, vm, labels)
+        if vm.ended is not None:
+            how = f'how="{escaped(vm.ended.how)}"'
+            self.put("vmd_vm_last_end_timestamp_seconds", f"{labels},{how}", vm.ended.at_s)
+        if not vm.pid:
+            return
+        self.put_all(VM_RUNNING, vm, labels)
+        for vcpu in vm.vcpus:
+            self.put_all(VCPU, vcpu, f'{labels},vcpu="{vcpu.index}"')
+        if vm.group is not None:
+            self.put_all(GROUP, vm.group, labels)
+        for disk in vm.disks:
+            if disk.counted:
+                self.put_all(DISK, disk, f'{labels},disk="{disk.index}"')
+        if vm.cdrom is not None and vm.cdrom.counted:
+            self.put_all(CDROM, vm.cdrom, labels)
+        if vm.entropy is not None and vm.entropy.counted:
+            self.put_all(ENTROPY, vm.entropy, labels)
+        for nic in vm.nics:
+            where = f'{labels},interface="{nic.index}"'
+            more = f'tap="{escaped(nic.tap)}",switch="{escaped(nic.switch)}",lladdr="{nic.lladdr.hex(":")}"'
+            self.put("vmd_interface_info", f"{where},{more}", 1)
+            if nic.counted:
+                self.put_all(NIC, nic, where)
+
+    def text(self, *, openmetrics: bool) -> str:
+        """Return all of it; families without lines are left out."""
+        parts = []
+        for name, (kind, what) in FAMILIES.items():
+            if not self._lines[name]:
+                continue
+            shown = name if openmetrics else self._names[name]
+            parts += [f"# HELP {shown} {what}\n", f"# TYPE {shown} {kind}\n"]
+            unit = name.rpartition("_")[2]
+            if openmetrics and unit in ("bytes", "seconds"):
+                parts.append(f"# UNIT {shown} {unit}\n")
+            parts += self._lines[name]
+        if openmetrics:
+            parts.append("# EOF\n")
+        return "".join(parts)
+
+
+def expose(vms: "Iterable[VmFigures]", release: str = VERSION, *, openmetrics: bool = False) -> str:
+    """Return what is to be read of these VMs, whose daemon is of this release."""
+    exposition = Exposition()
+    exposition.put("vmd_build_info", f'version="{escaped(release)}"', 1)
+    for vm in vms:
+        exposition.put_vm(vm)
+    return exposition.text(openmetrics=openmetrics)
