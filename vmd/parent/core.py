@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vmd.config.model import Config
     from vmd.ipc.loop import Loop
+    from vmd.ipc.routes import Proc
     from vmd.parent.identity import Identities
 
 
@@ -36,6 +37,7 @@ class Core:
         self.peers = Peers()
         self.clients = Clients(self.peers)
         self.slots = Slots(loop, self.peers)
+        self.ready: set[Proc] = set()  # these processes are confined, of vmms the newest
         self.serving = False  # clients are served, and VMs started
         self.ending = False  # the daemon is
         self.adopts = False  # it goes on with VMs of an earlier one

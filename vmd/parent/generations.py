@@ -66,9 +66,8 @@ class Generation:
 class Generations:
     """All of them, by number."""
 
-    def __init__(self, on_over: "Callable[[Generation], None]") -> None:
-        """`on_over` is told of one that was sent away, with its last VM."""
-        self.on_over = on_over
+    def __init__(self) -> None:
+        self.on_over: Callable[[Generation], None] = lambda generation: None  # it was sent away, with its last VM
         self.on_change: Callable[[], None] = lambda: None
         self.all: dict[int, Generation] = {}
         self.newest: Generation | None = None  # new VMs are given to it

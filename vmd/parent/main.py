@@ -20,7 +20,6 @@ This module puts the rooms together and brings each message to its room.  A `vmc
 """
 
 import errno
-import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
@@ -31,7 +30,6 @@ from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, se
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.loop import Timer
 from vmd.ipc.messages.children import Pong, Quit, Ready
 from vmd.ipc.messages.clients import (
     REQUESTS,
@@ -88,14 +86,13 @@ from vmd.ipc.messages.vm import (
     VmFailed,
     VmRunning,
 )
-from vmd.ipc.messages.vmm import KvmFd, VmExited, VmHeld, VmLog, VmsHeld, VmSlotOver
+from vmd.ipc.messages.vmm import VmExited, VmHeld, VmLog, VmsHeld, VmSlotOver
 from vmd.ipc.process import Process, handles, handles_each
 from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.access import require_allowed
 from vmd.parent.adoption import Adoption
 from vmd.parent.askpriv import ANSWER_S, remove_all
-from vmd.parent.askvmm import SILENT, LineToVmm
 from vmd.parent.changes import Changes
 from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
@@ -104,8 +101,9 @@ from vmd.parent.connections import Connections
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.figures import Figures
-from vmd.parent.generations import Generation, Generations
+from vmd.parent.generations import Generations
 from vmd.parent.identity import StateFile
+from vmd.parent.lasting import Lasting
 from vmd.parent.life import Life
 from vmd.parent.logs import Logs
 from vmd.parent.migrations import Migrations
@@ -114,14 +112,13 @@ from vmd.parent.opening import Openings
 from vmd.parent.options import Options
 from vmd.parent.report import brief_errors, log_errors
 from vmd.parent.snapshots import Snapshots
-from vmd.parent.statemem import StateMemory
 from vmd.parent.status import Status
-from vmd.parent.store import VMM, Store
+from vmd.parent.store import Store
 from vmd.parent.transfers import Transfers
-from vmd.parent.truth import Truth, Writer, vm_of, vms_of
+from vmd.parent.truth import Truth
 from vmd.parent.upgrade import Upgrade
+from vmd.parent.vmms import Vmms
 from vmd.record import Record, RecordType
-from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,7 +128,6 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
     from vmd.parent.clients import Wait
     from vmd.parent.configuration import Load
-    from vmd.parent.truth import GenerationKnown, VmKnown
 
     R = TypeVar("R")
     M = TypeVar("M", bound=Record)
@@ -148,9 +144,17 @@ def on(
     return handle
 
 
-WAIT_FOR_VMM = (  # all that has no deadline
-    For.START, For.END, For.PAUSE, For.TRANSFER, For.IMAGES, For.CHANGE, For.SNAPSHOT, For.RESET,
-)  # fmt: skip
+def heard(
+    room: "type[R]", handler: "Callable[[R, M, Channel], None]"
+) -> "Callable[[Parent, M, Envelope, Channel], None]":
+    """Return the handler of a message that is for a room of the parent, which has to know by which channel it came."""
+
+    def handle(parent: "Parent", message: "M", _envelope: Envelope, channel: Channel) -> None:
+        handler(parent.rooms[room], message, channel)
+
+    return handle
+
+
 BURY_S = 1.0  # for one that was killed to end
 
 Served = tuple[type, Callable[..., None]]  # a room of the parent, and its method; `serves` has looked at their types
@@ -181,24 +185,17 @@ class Parent(Process):
         """
         super().__init__(Proc.PARENT)
         self.core = core = Core(self.loop, config, verbosity=truth.verbosity if truth else options.verbosity)
-        self.state = state
-        self.store = store or Store()
         self.truth = truth
-        self.writer: Writer | None = None
-        self.saving: Timer | None = None
-        self.writing: Timer | None = None
-        if state is not None:
-            state.load(core.vms.identities)
-        core.vms.identities.on_change = self.save_soon
+        self.lasting = Lasting(core, store or Store(), state)
         known = []
         if truth is not None:
             core.adopts = True
-            known = self.take_identities(truth)
+            known = self.lasting.take(truth)
         self.consoles = Consoles(core)
         self.network = Network(core, self.consoles.repeat_snapshots)
         self.status = status = Status(core, self.network)
         self.network.priv.on_silent = self.on_priv_silent
-        self.generations = Generations(self.on_generation_over)
+        self.generations = Generations()
         core.peers.channels[Proc.VMM] = self.generations
         self.delays = {Proc.PRIV: Delay()}
         self.openings = Openings(core, self.attach)
@@ -218,66 +215,21 @@ class Parent(Process):
         self.adoption.known = {each.vmid: each for each in known}
         self.adoption.on_process = lambda _generation, child: self.children.adopt(child)
         self.adoption.on_settled = self.on_settled
-        self.upgrade = Upgrade(core, self.generations, self.store, self.execute)
+        self.vmms = Vmms(
+            core, self.generations, self.lasting.store, self.adoption, self.life, self.network, self.logs, self.attach
+        )
+        self.vmms.on_failure, self.vmms.on_silent = self.fail, self.stop_waiting
+        self.upgrade = Upgrade(core, self.generations, self.lasting, self.life)
         figures = Figures(core, self.network)
         rooms = (
             figures, self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
-            self.changes, self.configuration,
+            self.changes, self.configuration, self.openings, self.vmms,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
-        self.ready: set[Proc] = set()
         self.warned: set[str] = set()
         self.listener: socket.socket | None = None  # until clients can be served
         self.on_ready: Callable[[], None] = lambda: None
         self.handed_over = False
-        self.kvm_fd = -1
-
-    def take_identities(self, truth: Truth) -> "list[VmKnown]":
-        """Take over the VMs of the parent before us, and whose they are; return what was known of them."""
-        core = self.core
-        if truth.identities:
-            try:
-                core.vms.identities.decode(truth.identities)
-            except (VmdError, ValueError) as error:
-                log.error(f"ids and addresses of the vmd before this one cannot be used: {error}")
-        found = []
-        for known in vms_of(truth):
-            if core.vms.find(0, known.config.name) is None:
-                core.vms.take(vm_of(known))
-                found.append(known)
-        return found
-
-    def write_soon(self) -> None:
-        """Have what we know written before the next message is looked at; many changes are written once."""
-        if self.writing is None and self.writer is not None:
-            self.writing = self.loop.call_later(0, self.write)
-
-    def write(self) -> None:
-        """Write what another parent is to know."""
-        if self.writing is not None:
-            self.writing.cancel()
-            self.writing = None
-        if self.writer is not None:
-            generations = [generation.known() for generation in self.generations]
-            self.writer.write(self.network.taps, self.network.left, generations, self.generations.numbers())
-
-    def save_soon(self) -> None:
-        """Have identities written before the next message is looked at; many changes are written once."""
-        self.write_soon()
-        if self.saving is None:
-            self.saving = self.loop.call_later(0, self.save)
-
-    def save_now(self) -> None:
-        """Write what waits for it."""
-        if self.saving is not None:
-            self.save()
-        self.write()
-
-    def save(self) -> None:
-        """Write identities."""
-        self.saving = None
-        if self.state is not None:
-            self.state.save(self.core.vms.identities)
 
     # --- start-up and end --------------------------------------------------------------------------------
 
@@ -290,93 +242,20 @@ class Parent(Process):
         self.core.slots.ids = children.ids
         self.children = children
         self.loop.call_later(BURY_S, children.bury)
-        self.kvm_fd = kvm_fd
-        self.keep_state()
+        self.lasting.keep(self.generations, self.network)
         self.start_process(Proc.PRIV)
-        self.start_vmms()
+        self.vmms.start(children, kvm_fd, self.truth)
         self.connections.start(children, self.logs.open)
         self.openings.start(children, self.logs.open)
         self.snapshots.start(children, self.logs.open)
         self.listener = listener
-        if "listener" not in self.store.names:
-            self.store.put("listener", listener.fileno(), poll=False)
+        self.lasting.keep_listener(listener)
         for signum in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(signum, self.life.stop_all)
         self.loop.on_signal(signal.SIGHUP, self.configuration.on_hangup)
         self.loop.on_signal(signal.SIGUSR2, self.hand_over)
         for signum in (signal.SIGPIPE, signal.SIGUSR1):
             self.loop.on_signal(signum, lambda: None)
-
-    def keep_state(self) -> None:
-        """Have what we know outlive us, from now on.  Raises HostError."""
-        try:
-            if "state" in self.store.names:
-                memory = StateMemory(self.store.duplicate("state"))
-            else:
-                memory = StateMemory.create()
-                self.store.put("state", memory.fd, poll=False)
-        except OSError as error:
-            raise HostError("have a memory file for the state", error) from error
-        self.writer = Writer(memory, self.core)
-        self.core.on_change = self.generations.on_change = self.write_soon
-        self.core.write = self.write
-        self.write_soon()
-
-    def start_vmms(self) -> None:
-        """Adopt every vmm there is; start one unless one of these is of our version.  Raises HostError or VmdError."""
-        adopted = [self.adopt_vmm(known) for known in self.truth.generations] if self.truth is not None else []
-        there = [generation for generation in adopted if generation is not None]
-        for generation in there:
-            self.generations.add(generation)
-        newest = self.generations.newest
-        other = newest is None or newest.version != VERSION
-        if newest is not None and other and self.store.room < 1:
-            log.warn(f"no room to store another vmm: VMs start with that of vmd {newest.version}")
-            other = False
-        if newest is None or other:
-            self.start_vmm()
-        else:
-            self.ready.add(Proc.VMM)
-            self.core.slots.use(newest.groups, newest=True)
-        for generation in there:
-            if generation is not newest or other:
-                self.core.slots.use(generation.groups, newest=False)
-        if self.truth is not None:
-            self.network.left += self.truth.left
-            self.adoption.expect(list(self.adoption.known.values()), there)
-
-    def adopt_vmm(self, known: "GenerationKnown") -> Generation | None:
-        """Return a vmm of an earlier daemon; None if it has ended."""
-        name = f"{VMM}{known.number}"
-        try:
-            ours = socket.socket(fileno=self.store.duplicate(name))
-        except KeyError:
-            log.error(f"{name} has ended, and its VMs with it")
-            return None
-        except OSError as error:
-            log.error(f"{name} cannot be adopted: {sentence(error)}")
-            return None
-        groups = self.children.adopt_groups(known.groups, limited=known.limited)
-        return Generation(known.number, known.version, self.line_to_vmm(ours), None, groups)
-
-    def start_vmm(self) -> None:
-        """Start a vmm, to which new VMs are given.  Raises HostError or VmdError."""
-        child, ours = self.children.start(Proc.VMM, self.logs.open)
-        number = max(self.generations.all, default=0) + 1
-        groups = self.children.make_groups(child.pid)
-        generation = Generation(number, VERSION, self.line_to_vmm(ours), child, groups)
-        generation.told = True  # it has no VMs
-        self.generations.add(generation)
-        self.core.slots.use(groups, newest=True)
-        self.store.put(generation.name, ours.fileno())
-        self.core.slots.give()
-        if self.kvm_fd >= 0:
-            self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [os.dup(self.kvm_fd)]})
-
-    def line_to_vmm(self, ours: socket.socket) -> LineToVmm:
-        """Serve a vmm."""
-        channel = self.attach(ours, Proc.VMM, "vmm", on_lost=self.on_vmm_lost)
-        return LineToVmm(self.loop, channel, lambda: self.on_vmm_silent(channel))
 
     def start_process(self, proc: Proc) -> None:
         """Start priv.  Raises HostError or VmdError."""
@@ -405,15 +284,15 @@ class Parent(Process):
         if channel.peer is Proc.CONTROL:
             if not self.connections.on_ready(channel) or self.core.serving:
                 return
-        elif channel.peer in self.ready:
+        elif channel.peer in self.core.ready:
             raise PeerError(channel.label, "is ready twice")
-        self.ready.add(channel.peer)
+        self.core.ready.add(channel.peer)
         if self.all_ready() and (channel.peer is Proc.PRIV or not self.core.serving):
             self.network.begin()
 
     def all_ready(self) -> bool:
         """Return whether every process is confined, and has told what an earlier daemon has left to us."""
-        return len(self.ready) == len(self.core.peers.channels) and not self.adoption.waiting
+        return len(self.core.ready) == len(self.core.peers.channels) and not self.adoption.waiting
 
     def on_settled(self) -> None:
         """It is known which VMs an earlier daemon has left to us."""
@@ -452,7 +331,7 @@ class Parent(Process):
         Guests need priv only when they start, and end.  Unlike vmd: it is started again.
         """
         self.core.peers.channels.pop(channel.peer, None)
-        self.ready.discard(channel.peer)
+        self.core.ready.discard(channel.peer)
         self.children.kill(channel.peer)  # it may live, and not be trusted
         if channel.peer is Proc.PRIV:
             self.network.on_priv_lost(for_good=not self.core.serving)
@@ -463,58 +342,21 @@ class Parent(Process):
                 return
         if not self.core.ending:
             log.crit(str(error) if error else f"lost child: {channel.label}")
-            self.exit_status = 1
+            self.fail()
             if self.core.adopts:
                 self.abandon()
             else:
                 self.life.stop_all()
+
+    def fail(self) -> None:
+        """Have the daemon end with the status of a failure, whenever it ends."""
+        self.exit_status = 1
 
     def abandon(self) -> None:
         """End, and leave to the next daemon what we have adopted: it was not we who started it."""
         log.crit(f"this vmd cannot go on; {sum(vm.alive for vm in self.core.vms)} VMs run on")
         self.handed_over = True
         self.loop.stop()
-
-    def on_vmm_lost(self, channel: Channel, error: PeerError | None) -> None:
-        """A vmm has died or cannot be trusted, and every VM that it had dies with it.
-
-        With the last one the daemon ends.  If there are others, their VMs run on, and new ones get another vmm.
-        """
-        generation = self.generations.find(channel)
-        if generation is None:
-            return  # it was sent away
-        if generation.child is not None:
-            generation.child.kill()  # it may live, and not be trusted
-        self.store.remove(generation.name)
-        newest = generation is self.generations.newest
-        lost = self.generations.remove(generation)
-        if self.core.ending and not self.generations.all:
-            self.loop.stop()
-            return
-        log.crit(str(error) if error else f"lost child: {channel.label}")
-        self.exit_status = 1
-        if not self.generations.all:
-            self.loop.stop()  # with it went every VM
-            return
-        self.adoption.lost(generation)
-        for vmid in lost:
-            vm = self.core.vms.find(vmid, "")
-            if vm is not None and vm.alive:
-                self.network.release(vmid)
-                self.life.is_gone(vm, "ended with its vmm")
-        if newest and not self.core.ending:
-            try:
-                self.ready.discard(Proc.VMM)
-                self.start_vmm()
-            except (VmdError, OSError) as failed:
-                log.crit(f"no VM can be started any more: {sentence(failed)}")
-
-    def on_generation_over(self, generation: Generation) -> None:
-        """A vmm has no VM any more and will be given none: it was told to end."""
-        log.info(f"{generation.name}, of version {generation.version}, has no VM any more, and ends")
-        self.store.remove(generation.name)
-        self.generations.remove(generation)
-        generation.channel.finish()
 
     def on_priv_silent(self) -> None:
         """It owes an answer, and does not give it: go on with another."""
@@ -523,54 +365,17 @@ class Parent(Process):
             channel.close()
             self.on_child_lost(channel, PeerError("priv", f"does not answer for {ANSWER_S:.0f} s"))
 
-    def on_vmm_silent(self, channel: Channel) -> None:
-        """It does not answer: whoever waits for it is told.  If the daemon is to end, it ends without vmm."""
-        generation = self.generations.find(channel)
-        if generation is None:
-            return
-        if self.core.ending:
-            self.exit_status = 1
-            for each in self.generations:
-                if each.child is not None:
-                    each.child.kill()
-            self.loop.stop()
-        else:
-            vms = None if len(self.generations.all) == 1 else self.generations.vms(generation)
-            self.stop_waiting(self.core.clients.fail_waiting(WAIT_FOR_VMM, errno.ETIMEDOUT, SILENT, vms))
-
     def hand_over(self) -> None:
         """End, and leave everything as it is: another daemon is started in our place."""
         log.info(f"handing over to the next daemon; {sum(vm.alive for vm in self.core.vms)} VMs run on")
         self.handed_over = True
-        if self.writer is not None:
-            self.writer.planned = True
+        self.lasting.plan(planned=True)
         self.loop.stop()
-
-    def execute(self) -> None:
-        """Have the program that is installed now take our place.  Raises OSError; then we go on."""
-        assert self.upgrade.program is not None
-        assert self.writer is not None
-        scores = self.life.scores
-        self.writer.planned = True
-        self.save_now()
-        try:
-            os.chdir(self.upgrade.program.directory)
-            if scores is not None:
-                scores.give_back()
-            self.store.execute(self.upgrade.program.command())
-        finally:  # it has failed
-            self.writer.planned = False
-            self.write()
-            os.chdir("/")
-            if scores is not None:
-                scores.lower()
 
     def finish(self) -> None:
         """Tell the children to end; whoever does not listen dies with us, but for vmm."""
         self.core.ending = True
-        self.writer = None
-        for name in self.store.names:
-            self.store.remove(name)
+        self.lasting.forget()
         if self.listener is not None:
             self.listener.close()
         self.connections.close()
@@ -581,9 +386,7 @@ class Parent(Process):
             channel.flush_blocking(1.0)
         self.consoles.close()
         self.network.close()
-        if self.state is not None:
-            self.save_now()
-            self.state.close()
+        self.lasting.close()
 
     def clean_up(self) -> None:
         """After the end of all children: where priv could not remove what it had made, have another one do so."""
@@ -603,12 +406,6 @@ class Parent(Process):
         """Serve a message, unless it was for the parent whose place we take."""
         if channel.peer is not Proc.VMM or not self.adoption.is_stale(envelope.message, channel):
             super().dispatch(channel, envelope)
-
-    def on_slot_over(self, message: VmSlotOver, _envelope: Envelope, channel: Channel) -> None:
-        """A VM process has ended, and there is nothing left of it."""
-        generation = self.generations.find(channel)
-        if generation is not None:
-            self.core.slots.over(generation.groups, message.group)
 
     def on_held(self, message: VmHeld, envelope: Envelope, channel: Channel) -> None:
         """A vmm tells of a VM that an earlier daemon has started."""
@@ -648,28 +445,6 @@ class Parent(Process):
     def on_control_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
         """A control answers."""
         self.connections.on_pong(channel)
-
-    def on_vmm_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
-        """vmm answers."""
-        generation = self.generations.find(channel)
-        if generation is not None:
-            generation.line.on_pong()
-
-    def on_opener_at(self, message: OpenerAt, _envelope: Envelope, channel: Channel) -> None:
-        """An opener goes on."""
-        self.openings.on_at(message, channel)
-
-    def on_files_opened(self, message: FilesOpened, _envelope: Envelope, channel: Channel) -> None:
-        """An opener has everything."""
-        self.openings.on_opened(message, channel)
-
-    def on_not_opened(self, message: NotOpened, _envelope: Envelope, channel: Channel) -> None:
-        """An opener has failed."""
-        self.openings.on_not_opened(message, channel)
-
-    def on_imgwriter(self, message: Record, _envelope: Envelope, channel: Channel) -> None:
-        """An imgwriter says how far it is."""
-        self.snapshots.on_message(message, channel)
 
     def forget_client(self, client: int) -> None:
         """Let nothing wait any more for a client that is gone; its console is free."""
@@ -722,7 +497,7 @@ class Parent(Process):
         **handles(Proc.PRIV, Ready, on_process_ready),
         **handles(Proc.VMM, VmRunning, on(Life, Life.on_running)),
         **handles(Proc.VMM, VmFailed, on(Life, Life.on_failed)),
-        **handles(Proc.VMM, VmSlotOver, on_slot_over),
+        **handles(Proc.VMM, VmSlotOver, heard(Vmms, Vmms.on_slot_over)),
         **handles(Proc.VMM, VmHeld, on_held),
         **handles(Proc.VMM, VmsHeld, on_all_held),
         **handles(Proc.VMM, VmExited, on(Life, Life.on_exited)),
@@ -748,14 +523,17 @@ class Parent(Process):
         **handles(Proc.PRIV, NicsMade, on(Network, Network.on_made)),
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
         **handles(Proc.PRIV, NicsRemoved, on(Network, Network.on_removed)),
-        **handles(Proc.OPENER, OpenerAt, on_opener_at),
-        **handles(Proc.OPENER, FilesOpened, on_files_opened),
-        **handles(Proc.OPENER, NotOpened, on_not_opened),
-        **handles_each(Proc.IMGWRITER, (SnapshotWord, SnapshotInfo, SnapshotsReady), on_imgwriter),
-        **handles_each(Proc.IMGWRITER, (SnapshotsChanged, SnapshotsFailed), on_imgwriter),
+        **handles(Proc.OPENER, OpenerAt, heard(Openings, Openings.on_at)),
+        **handles(Proc.OPENER, FilesOpened, heard(Openings, Openings.on_opened)),
+        **handles(Proc.OPENER, NotOpened, heard(Openings, Openings.on_not_opened)),
+        **handles_each(
+            Proc.IMGWRITER,
+            (SnapshotWord, SnapshotInfo, SnapshotsReady, SnapshotsChanged, SnapshotsFailed),
+            heard(Snapshots, Snapshots.on_message),
+        ),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
         **handles(Proc.CONTROL, Pong, on_control_pong),
-        **handles(Proc.VMM, Pong, on_vmm_pong),
+        **handles(Proc.VMM, Pong, heard(Vmms, Vmms.on_pong)),
         **handles_each(Proc.CONTROL, REQUESTS, on_request),
     }
 

@@ -180,7 +180,7 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
         parent.start(children, listener, kvm_fd)
         parent.loop.run()
         if parent.handed_over:
-            parent.save_now()
+            parent.lasting.save_now()
             end.pop_all()  # all of that is the next daemon's
             return parent.exit_status
         parent.finish()

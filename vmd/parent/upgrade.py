@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.parent.core import Core
     from vmd.parent.generations import Generations
+    from vmd.parent.lasting import Lasting
+    from vmd.parent.life import Life
     from vmd.parent.program import Program
-    from vmd.parent.store import Store
 
 CHECK = "--check-adopt"
 REHEARSAL_S = 120.0  # for the program to start, and to have looked at everything
@@ -101,15 +102,12 @@ def in_words(said: str, status: int) -> str:
 class Upgrade:
     """The room of upgrades."""
 
-    def __init__(
-        self, core: "Core", generations: "Generations", stored: "Store", execute: "Callable[[], None]"
-    ) -> None:
-        """`execute` has the new program take our place; where that fails it raises OSError."""
+    def __init__(self, core: "Core", generations: "Generations", lasting: "Lasting", life: "Life") -> None:
         self.core = core
         self.generations = generations
         self.program: Program | None = None  # set when the daemon starts; without it there is no upgrade
-        self._store = stored
-        self._execute = execute
+        self._lasting = lasting
+        self._life = life
         self._rehearsal: Rehearsal | None = None
 
     def serve(self, message: UpgradeRequest, _caller: Caller, envelope: "Envelope") -> None:
@@ -118,7 +116,7 @@ class Upgrade:
             raise OperatorError(errno.EBUSY, "an upgrade is under way")
         assert self.program is not None
         done = self._on_rehearsed if message.rehearse_only else self._take_place
-        state_fd = self._store.duplicate("state")
+        state_fd = self._lasting.store.duplicate("state")
         try:
             self._rehearsal = Rehearsal(self.core.loop, self.program, state_fd, done)
         finally:
@@ -150,6 +148,24 @@ class Upgrade:
             except OSError as error:
                 trouble = f"it cannot be started: {error.strerror}"
         self._fail(trouble)
+
+    def _execute(self) -> None:
+        """Have the program that is installed now take our place.  Raises OSError; then we go on."""
+        assert self.program is not None
+        lasting, scores = self._lasting, self._life.scores
+        lasting.plan(planned=True)
+        lasting.save_now()
+        try:
+            os.chdir(self.program.directory)
+            if scores is not None:
+                scores.give_back()
+            lasting.store.execute(self.program.command())
+        finally:  # it has failed
+            lasting.plan(planned=False)
+            lasting.write()
+            os.chdir("/")
+            if scores is not None:
+                scores.lower()
 
     def _fail(self, trouble: str) -> None:
         text = f"the version that is installed now cannot take over:\n{trouble}"

@@ -100,7 +100,8 @@ def core() -> Core:
 def adoption(core: Core, room: Room, *numbers: int, version: str = VERSION) -> tuple[Adoption, list[Line]]:
     """Return the room, with vmms of these numbers, and their channels."""
     over: list[Generation] = []
-    generations = Generations(over.append)
+    generations = Generations()
+    generations.on_over = over.append
     core.peers.channels[Proc.VMM] = cast("Any", generations)
     lines = [Line() for _ in numbers]
     for number, line in zip(numbers, lines, strict=True):

@@ -1,0 +1,124 @@
+"""What outlives this parent: identities in a file of this host, and in the store all that another parent needs.
+
+That one is started in our place after a crash, a restart or an upgrade.  The descriptors it finds are those of
+`vmd.parent.store`; what it has to know beside them is in a memory file (`vmd.parent.truth`), written anew after each
+change, before the next message is looked at.
+"""
+
+from vmd.errors import HostError, VmdError
+from vmd.log import log
+from vmd.parent.statemem import StateMemory
+from vmd.parent.truth import Writer, vm_of, vms_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from vmd.ipc.loop import Timer
+    from vmd.parent.core import Core
+    from vmd.parent.generations import Generations
+    from vmd.parent.identity import StateFile
+    from vmd.parent.network import Network
+    from vmd.parent.store import Store
+    from vmd.parent.truth import Truth, VmKnown
+
+
+class Lasting:
+    """The room of what outlives us."""
+
+    def __init__(self, core: "Core", store: "Store", file: "StateFile | None") -> None:
+        """`file`, if there is one, is where identities are kept; ours from here on."""
+        self.core = core
+        self.store = store
+        self._file = file
+        self._writer: Writer | None = None  # between `keep` and `forget`
+        self._saving: Timer | None = None
+        self._writing: Timer | None = None
+        if file is not None:
+            file.load(core.vms.identities)
+        core.vms.identities.on_change = self.save_soon
+
+    def take(self, truth: "Truth") -> "list[VmKnown]":
+        """Take over the VMs of the parent before us, and whose they are; return what was known of them."""
+        core = self.core
+        if truth.identities:
+            try:
+                core.vms.identities.decode(truth.identities)
+            except (VmdError, ValueError) as error:
+                log.error(f"ids and addresses of the vmd before this one cannot be used: {error}")
+        found = []
+        for known in vms_of(truth):
+            if core.vms.find(0, known.config.name) is None:
+                core.vms.take(vm_of(known))
+                found.append(known)
+        return found
+
+    def keep(self, generations: "Generations", network: "Network") -> None:
+        """Have what we know outlive us, from now on.  Raises HostError."""
+        try:
+            if "state" in self.store.names:
+                memory = StateMemory(self.store.duplicate("state"))
+            else:
+                memory = StateMemory.create()
+                self.store.put("state", memory.fd, poll=False)
+        except OSError as error:
+            raise HostError("have a memory file for the state", error) from error
+        self.generations = generations
+        self.network = network
+        self._writer = Writer(memory, self.core)
+        self.core.on_change = generations.on_change = self.write_soon
+        self.core.write = self.write
+        self.write_soon()
+
+    def keep_listener(self, listener: "socket.socket") -> None:
+        """Have the control socket outlive us."""
+        if "listener" not in self.store.names:
+            self.store.put("listener", listener.fileno(), poll=False)
+
+    def plan(self, *, planned: bool) -> None:
+        """Have another parent know whether it was meant to take our place; so it is written with all that changes."""
+        if self._writer is not None:
+            self._writer.planned = planned
+
+    def write_soon(self) -> None:
+        """Have what we know written before the next message is looked at; many changes are written once."""
+        if self._writing is None and self._writer is not None:
+            self._writing = self.core.loop.call_later(0, self.write)
+
+    def write(self) -> None:
+        """Write what another parent is to know."""
+        if self._writing is not None:
+            self._writing.cancel()
+            self._writing = None
+        if self._writer is not None:
+            generations = [generation.known() for generation in self.generations]
+            self._writer.write(self.network.taps, self.network.left, generations, self.generations.numbers())
+
+    def save_soon(self) -> None:
+        """Have identities written before the next message is looked at; many changes are written once."""
+        self.write_soon()
+        if self._saving is None:
+            self._saving = self.core.loop.call_later(0, self._save)
+
+    def save_now(self) -> None:
+        """Write what waits for it."""
+        if self._saving is not None:
+            self._save()
+        self.write()
+
+    def _save(self) -> None:
+        self._saving = None
+        if self._file is not None:
+            self._file.save(self.core.vms.identities)
+
+    def forget(self) -> None:
+        """This daemon ends, and its guests with it: nobody is to take its place."""
+        self._writer = None
+        for name in self.store.names:
+            self.store.remove(name)
+
+    def close(self) -> None:
+        """Write identities for the last time."""
+        if self._file is not None:
+            self.save_now()
+            self._file.close()
