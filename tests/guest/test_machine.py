@@ -44,6 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         loop=loop,
         end=lambda _outcome, text: pytest.fail(text),
         ask_resolvers=lambda: None,
+        lock_lost=pytest.fail,
     )
     config = VmConfig(name="bare", memory_bytes=64 << 20)
     memory = GuestMemory.create(memory_regions(config.memory_bytes, 0))

@@ -49,6 +49,7 @@ class Disk(BothHalves):
             on_needs_reset=function.on_needs_reset,
             on_config=function.on_config,
             on_ask_resolvers=lambda: None,
+            on_lock_lost=pytest.fail,
         )
         self.loop.add(function.config_resample, function.on_config_resample)
 

@@ -155,6 +155,7 @@ SETTLE_AHEAD = 30
 LET_GO = 12
 TAKE_BACK = 13
 TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED = 0, 1, 2, 3
+#   One that was lost (LOCK_LOST) is taken again by TAKE_BACK, too.
 # LEND: to a disk: give away its open files.  Answered LEND with a status and, with status 0, the descriptors of its
 #   images, the disk itself first.  One that stands still touches them no more until RELOAD.
 # RELOAD: to a disk that stands still: somebody else has written to it.  Answered RELOAD with a status: 1 if it cannot
@@ -206,6 +207,10 @@ ASK_RESOLVERS = 25
 RESOLVERS = 26
 RESOLVERS_BODY = Struct("<I12s48s")
 SAME_RESOLVERS = 27
+# CHECK_LOCK: VM -> disk: TYPE; do you still have the lock of your image?  LOCK_LOST: disk -> VM: type, and a sentence
+#   in UTF-8; no, or nobody knows.  The machine stands still until TAKE_BACK.  Repeated at each CHECK_LOCK until then.
+CHECK_LOCK = 44
+LOCK_LOST = 45
 # RESIZE: VM -> disk: type, bytes that it is to have.  DISC: VM -> drive: type, flags (DISC_*), name in UTF-8; with the
 #   disc's descriptor, or without one for no disc.  One of them at a time; each is answered by CHANGED: an errno, or 0
 #   when it is done, and a sentence in UTF-8.  A disk that has become larger sends CONFIG_CHANGED first.

@@ -84,6 +84,7 @@ from vmd.ipc.messages.vm import (
     SendDone,
     SendUndone,
     VmFailed,
+    VmHalted,
     VmRunning,
 )
 from vmd.ipc.messages.vmm import VmExited, VmHeld, VmLog, VmsHeld, VmSlotOver
@@ -502,6 +503,7 @@ class Parent(Process):
         **handles(Proc.VMM, VmsHeld, on_all_held),
         **handles(Proc.VMM, VmExited, on(Life, Life.on_exited)),
         **handles(Proc.VMM, PauseDone, on(Transfers, Transfers.on_pause_done)),
+        **handles(Proc.VMM, VmHalted, on(Transfers, Transfers.on_vm_halted)),
         **handles(Proc.VMM, SendDone, on(Transfers, Transfers.on_send_done)),
         **handles(Proc.VMM, HeaderSent, on(Migrations, Migrations.on_header_sent)),
         **handles(Proc.VMM, DisksLetGo, on(Migrations, Migrations.on_disks_let_go)),

@@ -30,6 +30,7 @@ from vmd.ipc.messages.vm import (
     SendDone,
     SendVm,
     StopMode,
+    VmHalted,
 )
 from vmd.ipc.routes import Proc
 from vmd.log import log
@@ -103,6 +104,12 @@ class Transfers:
             return
         log.info(f"{vm.name}: {'paused' if message.paused else 'unpaused'} vm {vm.vmid} successfully")
         self.clients.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused))
+
+    def on_vm_halted(self, message: VmHalted, _envelope: Envelope) -> None:
+        """A VM stands still of its own accord."""
+        vm = self.vms.living(message.vmid)
+        vm.halted(brief(message.text))
+        log.error(f"vm {vm.name}: paused: {vm.text}; `vmctl unpause {vm.name}` has it go on once that is mended")
 
     # --- sending ---------------------------------------------------------------------------------------
 

@@ -285,8 +285,16 @@ class Vm:
         state = State.PAUSED if paused else State.RUNNING
         if self._state in (State.RUNNING, State.PAUSED):
             self._enter(state)
+            if not paused:
+                self.text = ""
         elif self.sending is not None:
             self.sending.state = state
+
+    def halted(self, why: str) -> None:
+        """RUNNING -> PAUSED, though nobody has asked for it."""
+        self.pause_changed(paused=True)
+        if self._state is State.PAUSED:
+            self.text = why
 
     def begin_send(self, *, keep: bool, carried: bool = False, state: State = State.SENDING) -> None:
         """RUNNING or PAUSED -> SENDING, or SAVING."""

@@ -98,6 +98,8 @@ class DeviceProcess:
         self._on_needs_reset: Callable[[str, int], None] = lambda text, _life: log.warn(text)
         self._on_config: Callable[[bytes], object] = len
         self._on_ask_resolvers: Callable[[], None] = lambda: None
+        self._on_lock_lost: Callable[[str], None] = log.error
+        self.lock_lost = ""  # why a disk is not known to be ours any more
         self._on_changed: Callable[[int, str], None] | None = None  # while RESIZE or DISC is not answered
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
@@ -158,10 +160,11 @@ class DeviceProcess:
         on_needs_reset: "Callable[[str, int], None]",
         on_config: "Callable[[bytes], object]",
         on_ask_resolvers: "Callable[[], None]",
+        on_lock_lost: "Callable[[str], None]",
     ) -> None:
         """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on."""
         self._on_failed, self._on_needs_reset, self._on_config = on_failed, on_needs_reset, on_config
-        self._on_ask_resolvers = on_ask_resolvers
+        self._on_ask_resolvers, self._on_lock_lost = on_ask_resolvers, on_lock_lost
         loop.add(self._async.fileno(), lambda _events: self._on_async(loop))
 
     # --- questions -------------------------------------------------------------------------------------------
@@ -210,8 +213,11 @@ class DeviceProcess:
         return self._disk_status(devmsg.LET_GO) == 0
 
     def take_back(self) -> int:
-        """Of a disk that was let go: take its lock again, and return what became of that, devmsg.TAKEN_*."""
-        return self._disk_status(devmsg.TAKE_BACK)
+        """Of a disk that was let go, or lost: take its lock again, and return what became of that, devmsg.TAKEN_*."""
+        status = self._disk_status(devmsg.TAKE_BACK)
+        if status == devmsg.TAKEN:
+            self.lock_lost = ""
+        return status
 
     def sign(self) -> None:
         """Of a disk whose guest has come from another place and is about to run: have it say so, if it can."""
@@ -290,6 +296,10 @@ class DeviceProcess:
     def set_verbosity(self, verbosity: int) -> None:
         """Log more or less."""
         self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
+
+    def check_lock(self) -> None:
+        """Have a disk find out whether its image is still locked for it; `on_lock_lost` is called if it is not."""
+        self._tell(devmsg.TYPE.pack(devmsg.CHECK_LOCK))
 
     def announce(self) -> None:
         """Have a network interface say that its guest goes on at another place, with the addresses it had there."""
@@ -390,6 +400,9 @@ class DeviceProcess:
                 then(*self._error(packet))
             case devmsg.TROUBLES:
                 self._take_troubles(packet[devmsg.TYPE.size :])
+            case devmsg.LOCK_LOST if self.kind.settles:
+                self.lock_lost = packet[devmsg.TYPE.size :][: devmsg.TROUBLE_MAX].decode(errors="replace")
+                self._on_lock_lost(f"{self.label}: {self.lock_lost}")
             case devmsg.ASK_RESOLVERS if self.kind is INTERFACE:
                 self._on_ask_resolvers()
             case devmsg.ERROR:

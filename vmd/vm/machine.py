@@ -67,6 +67,7 @@ class Outside(Record):
     loop: "Loop"
     end: "Callable[[Outcome, str], None]"  # told from any thread when the guest's life is over
     ask_resolvers: "Callable[[], None]"  # a guest wants to know its name servers
+    lock_lost: "Callable[[str], None]"  # somebody else may have one of its disks
 
 
 class Host:
@@ -274,6 +275,7 @@ class Machine:
                 on_needs_reset=function.on_needs_reset,
                 on_config=function.on_config,
                 on_ask_resolvers=self.outside.ask_resolvers,
+                on_lock_lost=self.outside.lock_lost,
             )
             self.outside.loop.add(function.config_resample, function.on_config_resample)
             self.virtio.append(function)

@@ -55,6 +55,7 @@ from vmd.ipc.messages.vm import (
     TakenBack,
     VmEnding,
     VmFailed,
+    VmHalted,
     VmRunning,
 )
 from vmd.ipc.process import Process, handles
@@ -76,6 +77,7 @@ from vmd.vm.fetch import fetch_files, fetch_stream
 from vmd.vm.kinds import Given
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
+from vmd.vm.lockwatch import LockWatch
 from vmd.vm.machine import Outside
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
@@ -132,6 +134,7 @@ class VmProcess(Process):
         self.vmid = 0
         self.life = Life()
         self.pause: Pause | None = None  # of the machine, once there is one
+        self.locks: LockWatch | None = None
         self.arrival: Arrival | None = None
         self.departure: Departure | None = None
         self.lending: Lending | None = None
@@ -183,6 +186,7 @@ class VmProcess(Process):
             loop=self.loop,
             end=self.end_from_thread,
             ask_resolvers=self.ask_resolvers,
+            lock_lost=self.on_lock_lost,
         )
         try:
             pause = build(source, config, slots, outside)
@@ -190,6 +194,7 @@ class VmProcess(Process):
             self.pause = pause
             # The guest's clock then needs a look at the real-time clock.
             ClockWatch(self.loop, lambda: pause.machine.vmmci.ask(vmmci.SYNCRTC))
+            self.locks = LockWatch(self.loop, self.devices)
             pause.machine.start(parked=pause.paused)
         except (VmdError, OSError) as error:
             self.fail(error)
@@ -236,8 +241,11 @@ class VmProcess(Process):
             pause.pause(lambda _text: self.on_stop_vm(message, envelope, channel))
         else:
             self.life.become(State.STOPPING)
-            self.go_on()  # only a guest that runs can shut down
-            ask_to_shut_down(pause.machine, self.loop, self.end)
+            why = self.go_on()  # only a guest that runs can shut down
+            if why:
+                self.end(Outcome.ENDED, f"stopped by force: {why}")
+            else:
+                ask_to_shut_down(pause.machine, self.loop, self.end)
 
     def on_pause_vm(self, message: PauseVm, _envelope: Envelope, channel: Channel) -> None:
         """Stand still, or go on; stopping takes until the slowest device has finished what is in flight.
@@ -259,14 +267,36 @@ class VmProcess(Process):
             answer(self.go_on())
 
     def go_on(self) -> str:
-        """Let a paused machine go on; one that cannot is at its end.  Returns why not, or nothing."""
+        """Let a paused machine go on; one that cannot is at its end.  Returns why not, or nothing.
+
+        One whose disks somebody else may have stays paused.
+        """
         assert self.pause is not None
         try:
+            why = self.locks.take_back() if self.locks is not None and self.pause.paused else ""
+            if why:
+                return why
             self.pause.unpause()
         except (VmdError, OSError) as error:
             self.end(Outcome.FAILED, sentence(error))
             return sentence(error)
         return ""
+
+    def on_lock_lost(self, why: str) -> None:
+        """A disk may be somebody else's: the guest must not write to it.  Called again as long as that is so."""
+        pause = self.pause
+        if pause is None or pause.paused or pause.under_way:
+            return
+        if self.life.is_in(State.STOPPING):
+            self.end(Outcome.ENDED, f"stopped by force: {why}")
+        elif self.departure is not None:
+            self.departure.cancel()
+        elif self.life.is_in(State.LIVE):
+            pause.pause(lambda text: log.error(text) if text else self.report_halt(why))
+
+    def report_halt(self, why: str) -> None:
+        """Say that the machine stands still though nobody has asked for it."""
+        self.vmm.send(VmHalted(vmid=self.vmid, text=brief(why)))
 
     # --- sending and receiving ---------------------------------------------------------------------------------
 
@@ -306,8 +336,8 @@ class VmProcess(Process):
         self.departure = None
         departure.let_be()
         self.life.become(State.LIVE)
-        if not departure.stays_paused:
-            self.go_on()
+        if not departure.stays_paused and (why := self.go_on()) and not self.life.is_in(State.ENDED):
+            self.report_halt(why)
         departure.then()
 
     def on_send_on(self, _message: SendOn, _envelope: Envelope, _channel: Channel) -> None:

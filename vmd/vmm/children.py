@@ -33,6 +33,7 @@ from vmd.ipc.messages.vm import (
     TakeDisksBack,
     TakenBack,
     VmFailed,
+    VmHalted,
     VmRunning,
 )
 from vmd.ipc.messages.vmm import VmHeld
@@ -145,6 +146,8 @@ class VmChild:
             held = held.replace(lending=False, lent=False, returning=False)
         elif isinstance(message, VmRunning):
             held = held.replace(running=True, paused=message.paused, arriving=False)
+        elif isinstance(message, VmHalted):
+            held = held.replace(paused=True)
         elif isinstance(message, PauseDone):
             held = held.replace(paused=message.paused)
         elif isinstance(message, SendDone):

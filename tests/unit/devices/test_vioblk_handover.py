@@ -1,15 +1,19 @@
 """The lock of a disk whose guest may go on elsewhere, on real files with real locks."""
 
+import contextlib
+import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
+from vmd.devices.vioblk import handover
 from vmd.devices.vioblk.handover import HandOver
 from vmd.errors import InUse
 from vmd.images.chain import Link, open_chain
 from vmd.images.create import new_file, write_empty
-from vmd.images.locks import lock
+from vmd.images.locks import flock, lock, unlock
 from vmd.ipc import devmsg
 
 TYPE_CHECKING = False
@@ -53,6 +57,96 @@ def path(tmp_path: Path, kind: str) -> Path:
     with new_file(str(path)) as fd:
         write_empty(fd, str(path), kind, BYTES)
     return path
+
+
+def lose(image: "Image") -> None:
+    """Take the lock away, as storage does that was cut off."""
+    unlock(image.fd)
+
+
+def test_a_lock_that_is_there_is_found(path: Path, kind: str) -> None:
+    """However often one looks; nobody else can have it meanwhile."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    for _ in range(3):
+        assert hand_over.check() == ""
+        assert not is_free(path)
+    image.close()
+
+
+def test_a_lock_that_somebody_else_has_is_lost(path: Path, kind: str) -> None:
+    """Nothing is handed over then; it is taken back when they have let go, and not before."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    lose(image)
+    other = opened(path, kind)
+    assert "somebody else has locked" in hand_over.check()
+    assert hand_over.let_go() == 1
+    assert hand_over.take_back() == devmsg.TAKEN_IN_USE
+    os.close(other.fd)
+    assert is_free(path), "a lost lock is not taken again unless somebody wants that"
+    assert "somebody else has locked" in hand_over.check()
+    assert hand_over.take_back() == devmsg.TAKEN
+    assert hand_over.check() == ""
+    assert not is_free(path)
+    image.close()
+
+
+def test_a_lock_that_nobody_else_has_is_taken_again(path: Path, kind: str) -> None:
+    """A server that has started anew knows nothing of it: all marks are there again, those for QEMU too."""
+    image = opened(path, kind)
+    lose(image)
+    assert HandOver(image).check() == ""
+    for writable in (True, False):
+        fd = os.open(path, os.O_RDWR)
+        with pytest.raises(InUse):
+            lock(fd, str(path), writable=writable)
+        os.close(fd)
+    image.close()
+
+
+def test_a_storage_that_does_not_say_counts_as_lost(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error is in the sentence; what can be locked again is taken back."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    with monkeypatch.context() as patch:
+        patch.setattr(handover, "refresh", refused)
+        assert hand_over.check() == f"its lock may be lost: {os.strerror(errno.ENOTCONN)}"
+    assert hand_over.take_back() == devmsg.TAKEN
+    assert hand_over.check() == ""
+    image.close()
+
+
+def refused(_fd: int) -> None:
+    """Fail as a file system does whose servers are gone."""
+    raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+
+def test_no_reader_keeps_a_writer_from_its_lock(path: Path, kind: str) -> None:
+    """Whoever may only read the file has no lock that counts as a loss."""
+    image = opened(path, kind)
+    reader = os.open(path, os.O_RDONLY)
+    for byte in range(300):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.fcntl(reader, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+    assert HandOver(image).check() == ""
+    os.close(reader)
+    image.close()
+
+
+def test_what_is_let_go_or_only_read_is_not_looked_after(path: Path, kind: str) -> None:
+    """Nothing is locked by looking."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    hand_over.let_go()
+    assert hand_over.check() == ""
+    assert is_free(path)
+    image.close()
+    image = opened(path, kind, writable=False)
+    lose(image)
+    assert HandOver(image).check() == ""
+    assert is_free(path)
+    image.close()
 
 
 def test_let_go_and_taken_back(path: Path, kind: str) -> None:

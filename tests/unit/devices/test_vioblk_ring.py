@@ -191,6 +191,10 @@ class Services:
     def report(self, *troubles: str) -> None:
         """Nobody asks."""
 
+    def lock_lost(self, why: str) -> None:
+        """Nobody locks anything here."""
+        raise AssertionError(why)
+
     def tell_config(self) -> None:
         """Nobody asks."""
 

@@ -123,12 +123,14 @@ class Ears:
         self.resets: list[tuple[str, int]] = []
         self.configs: list[bytes] = []
         self.asked: list[bool] = []
+        self.lost: list[str] = []
         process.serve(
             self.loop,
             on_failed=self.fail,
             on_needs_reset=lambda text, life: self.resets.append((text, life)),
             on_config=self.configs.append,
             on_ask_resolvers=lambda: self.asked.append(True),
+            on_lock_lost=self.lost.append,
         )
 
     def fail(self, text: str) -> None:

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
         def changed(self, error: OSError | None = None) -> None:
             """Tell the VM that the size has changed, or why it has not."""
 
+        def lock_lost(self, why: str) -> None:
+            """Tell the VM to stand still: somebody else may have the image."""
+
 
 QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
@@ -157,6 +160,9 @@ class Vioblk:
         self.settled = (0, False)  # `pauses` when the last one began, and whether it succeeded
         self.workers_until_s = 0.0
         self.grown: list[OSError | None] = []  # how it went, appended to by a worker
+        self.checked: list[str] = []  # why the lock is lost, or "", appended to by a worker
+        self.checking = False  # storage that does not answer is not asked again
+        self.lock_trouble = ""
         self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
@@ -267,6 +273,41 @@ class Vioblk:
             self._report()
         self.services.changed(failure)
 
+    # --- the lock ----------------------------------------------------------------------------------------------
+
+    def check_lock(self) -> None:
+        """Find out whether we still have it, on a worker: storage of a network may take its time."""
+        if self.image.writable and not self.checking:
+            self.checking = True
+            self.workers.submit(self._check_lock)
+
+    def _check_lock(self) -> None:
+        """Ask for the lock; on a worker's thread."""
+        why = ""
+        try:
+            why = self.hand_over.check()
+        except BaseException as error:  # raised again where it ends the process
+            self.trouble = error
+        self.checked.append(why)
+
+    def _note_lock(self, why: str) -> None:
+        """Have the VM stand still if the lock is lost; say so once."""
+        self.checking = False
+        if why and self.hand_over.lost:  # else it was taken back meanwhile
+            if why != self.lock_trouble:
+                self.lock_trouble = why
+                log.error(self._named(why))
+                self._report()
+            self.services.lock_lost(why)
+
+    def take_back(self) -> int:
+        """Take the lock again, one that was let go or lost; returns one of devmsg.TAKEN_*."""
+        taken = self.hand_over.take_back()
+        if taken == devmsg.TAKEN and self.lock_trouble:
+            self.lock_trouble = ""
+            self._report()
+        return taken
+
     # --- life --------------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "list[Queue | None]") -> None:
@@ -307,6 +348,9 @@ class Vioblk:
 
     def close(self) -> None:
         """Flush and let go.  What fits is kept: closing the image tries once more after a flush that failed."""
+        if self.hand_over.lost:
+            log.error(self._named("is left as it is: its lock is lost"))
+            return
         said = ""
         for step in (self.image.flush, self.image.close):
             try:
@@ -342,7 +386,7 @@ class Vioblk:
 
     def _report(self) -> None:
         """Say what is wrong now."""
-        self.services.report(*(text for text in (self.flush_trouble, self.image.remark) if text))
+        self.services.report(*(text for text in (self.lock_trouble, self.flush_trouble, self.image.remark) if text))
 
     # --- the ring ------------------------------------------------------------------------------------------------
 
@@ -618,6 +662,8 @@ class Vioblk:
             raise self.trouble
         while self.grown:
             self._note_size(self.grown.pop(0))
+        while self.checked:
+            self._note_lock(self.checked.pop(0))
         # Workers append while we look; what comes after the exchange is found in the new list's turn.
         count = len(self.finished)
         batch, self.finished[:count] = self.finished[:count], []

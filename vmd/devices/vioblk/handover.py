@@ -1,16 +1,20 @@
-"""A disk whose guest may go on elsewhere: its lock is let go, and perhaps taken back.
+"""The lock of a disk: whether we still have it; let go, and perhaps taken back, when the guest may go on elsewhere.
 
 Whoever opens the image next gets everything that was acknowledged, and from then on nothing is written here any more:
 neither by the end of this process.  The lock is taken back only if the image is as it was left.  Where the guest goes
 on the image is written to before it runs, so that this tells whether it has.
+
+Storage of a network can lose the lock while the VM runs.  From then on nothing is finished here: somebody else may have
+the image.
 """
 
+import _thread
 import errno
 import os
 import stat
 
 from vmd.errors import OperatorError, VmdError
-from vmd.images.locks import lock, unlock
+from vmd.images.locks import lock, refresh, unlock
 from vmd.ipc import devmsg
 from vmd.log import log
 
@@ -23,35 +27,60 @@ NO_MARK = (0, 0)  # a device has none
 
 
 class HandOver:
-    """The lock of one disk, which stands still."""
+    """The lock of one disk, which stands still; but `check` is for one that does not."""
 
     def __init__(self, image: "Image") -> None:
         self.image = image
         self.left: tuple[int, int] | None = None  # length and time of change of the image, since it was let go
+        self.lost = ""  # why the lock is not known to be ours any more
+        self._changing = _thread.allocate_lock()  # so that nothing is locked again just after it was let go
+
+    def check(self) -> str:
+        """Return why the lock is not known to be ours any more, or "".  May wait for storage; on any thread."""
+        with self._changing:
+            if self.image.writable and self.left is None and not self.lost:
+                try:
+                    refresh(self.image.fd)
+                except OSError as error:
+                    self.lost = (
+                        "its lock is lost: somebody else has locked the image, and may have changed it"
+                        if error.errno in (errno.EAGAIN, errno.EACCES)
+                        else f"its lock may be lost: {error.strerror or error}"
+                    )
+            return self.lost
 
     def let_go(self) -> int:
         """Finish the image and let go of its lock; returns 0, or 1: it cannot be finished, and is as before."""
         image = self.image
         if not image.writable or self.left is not None:
             return 0
+        if self.lost:
+            log.error(f"{image.path}: cannot be handed over: {self.lost}")
+            return 1
         try:
             image.flush()
             image.finish()
-            self.left = mark(image.fd)
+            left = mark(image.fd)
         except OSError as error:
             log.error(f"{image.path}: cannot be handed over: {error.strerror or error}")
             return 1
-        unlock(image.fd)
+        with self._changing:
+            self.left = left
+            unlock(image.fd)
         return 0
 
     def take_back(self) -> int:
-        """Take the lock again; returns one of devmsg.TAKEN_*."""
+        """Take the lock again, one that was let go or lost; returns one of devmsg.TAKEN_*."""
+        with self._changing:
+            return self._take_back()
+
+    def _take_back(self) -> int:
         image = self.image
-        if self.left is None:
+        if self.left is None and not self.lost:
             return devmsg.TAKEN
         try:
             lock(image.fd, image.path, writable=True)
-            if mark(image.fd) != self.left:
+            if self.left is not None and mark(image.fd) != self.left:
                 unlock(image.fd)
                 return devmsg.TAKEN_CHANGED
         except OperatorError as error:
@@ -59,7 +88,7 @@ class HandOver:
         except (OSError, VmdError) as error:
             unlock(image.fd)
             return self._failed(error)
-        self.left = None
+        self.left, self.lost = None, ""
         return devmsg.TAKEN
 
     def sign(self) -> int:

@@ -46,7 +46,7 @@ class VioblkProcess(Process):
     def on_take_back(self, packet: bytes) -> bytes:
         """Take the lock again: the guest goes on here after all."""
         exact(devmsg.TYPE, packet)
-        return devmsg.STATUS.pack(devmsg.TAKE_BACK, self.device.hand_over.take_back())
+        return devmsg.STATUS.pack(devmsg.TAKE_BACK, self.device.take_back())
 
     def on_lend(self, packet: bytes) -> bytes:
         """Give the disk away, for somebody else to write to it while the machine stands still, or to look at it."""
@@ -79,7 +79,16 @@ class VioblkProcess(Process):
         """Make the disk larger; CHANGED says how that went."""
         self.device.resize(exact(devmsg.RESIZE_BODY, packet)[1])
 
-    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize}
+    def on_check_lock(self, packet: bytes) -> None:
+        """Find out whether the disk is still ours; LOCK_LOST says if it is not."""
+        exact(devmsg.TYPE, packet)
+        self.device.check_lock()
+
+    def lock_lost(self, why: str) -> None:
+        """Have the machine stand still."""
+        self.tell(devmsg.TYPE.pack(devmsg.LOCK_LOST) + why.encode()[: devmsg.TROUBLE_MAX])
+
+    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize, devmsg.CHECK_LOCK: on_check_lock}
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,

@@ -141,6 +141,14 @@ class PauseDone(Record):
     text: str = ""
 
 
+@message(0xFA, FROM_VM)
+class VmHalted(Record):
+    """The machine stands still though nobody has asked for it; `text` says why."""
+
+    vmid: int
+    text: str = ""
+
+
 @message(0x6D, TO_VM, fds=("courier",), answered_by=("TransferProgress", "SendDone"))
 class SendVm(Record):
     """Stand still and write yourself to the `stream` that comes over `courier`.  VmExited follows, unless `keep`.

@@ -1,0 +1,92 @@
+"""A VM whose disk somebody else may have stands still, though nobody has asked for that."""
+
+import ctypes
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import churn
+from tests.support.blkdisk import Disk
+from tests.support.daemon import DEADLINE_S, Attached, Daemon
+from tests.support.descriptors import open_files
+from tests.support.guests import guest
+from vmd.images.locks import lock, unlock
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.deep, pytest.mark.timeout(600)]
+
+SYS_PIDFD_GETFD = 438
+LOST = "its lock is lost: somebody else has locked the image, and may have changed it"
+
+
+@contextmanager
+def stolen(vmd: Daemon, path: Path) -> Iterator[None]:
+    """Lock a disk of a running VM for ourselves: its storage has forgotten that the VM has it."""
+    process = next(pid for name, pid in vmd.family().items() if name.endswith("/vioblk0"))
+    number = next(fd for fd, name in open_files(process).items() if name == str(path))
+    pidfd = os.pidfd_open(process)
+    theirs = ctypes.CDLL(None, use_errno=True).syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
+    assert theirs >= 0, os.strerror(ctypes.get_errno())
+    unlock(theirs)
+    os.close(theirs)
+    os.close(pidfd)
+    ours = os.open(path, os.O_RDWR)
+    try:
+        lock(ours, str(path), writable=True)
+        yield
+    finally:
+        os.close(ours)
+
+
+def troubles(vmd: Daemon) -> list[str]:
+    """Return what is wrong with the VM."""
+    (row,) = json.loads(vmd.must("status", "-v", "--json", "busy"))["vms"]
+    return [trouble["text"] for trouble in row["troubles"]]
+
+
+@contextmanager
+def busy(tmp_path: Path) -> Iterator[tuple[Daemon, Attached, Path]]:
+    """Run the guest that keeps its disk busy."""
+    disk = Disk(tmp_path / "disk")
+    options = ("disable", "memory 64M", f'boot "{guest("blk")}" cmdline "churn"', f'disk "{disk.path}" format raw')
+    with Daemon(tmp_path, 'vm "busy" {\n' + "\n".join(options) + "\n}\n") as vmd:
+        vmd.must("start", "busy")
+        with vmd.console("busy") as console:
+            churn.begin(console)
+            yield vmd, console, Path(disk.path)
+
+
+def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
+    """It is paused with a sentence, and not before the lock can be had does anything let it go on."""
+    with busy(tmp_path) as (vmd, console, path):
+        with stolen(vmd, path):
+            vmd.wait_log(f"vm busy: paused: disk0: {LOST}")
+            assert vmd.wait_state("busy", "paused")["text"] == f"disk0: {LOST}"
+            assert LOST in troubles(vmd)
+            before = path.read_bytes()
+            refused = vmd.vmctl("unpause", "busy")
+            assert refused.returncode == 1
+            assert "disk0: its lock is lost; it is in use by somebody else" in refused.stderr
+            assert vmd.status("busy")["state"] == "paused"
+            assert path.read_bytes() == before, "the guest goes on writing"
+        vmd.must("unpause", "busy")
+        assert not troubles(vmd)
+        assert not vmd.status("busy")["text"]
+        churn.ask_until_rounds(console, 10)
+        churn.finish(console)
+        console.drain(DEADLINE_S)
+        assert vmd.wait_state("busy", "stopped")["text"] == "powered off by the guest"
+
+
+def test_a_guest_without_its_lock_is_stopped_at_once(tmp_path: Path) -> None:
+    """It is not asked to shut down, for it would write; neither does its disk's process write at its end."""
+    with busy(tmp_path) as (vmd, _console, path), stolen(vmd, path):
+        vmd.wait_state("busy", "paused")
+        before = path.read_bytes(), path.stat().st_mtime_ns
+        vmd.must("stop", "-w", "busy")
+        assert "stopped by force: disk0: its lock is lost" in vmd.status("busy")["text"]
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+        vmd.wait_log("is left as it is: its lock is lost")
