@@ -13,11 +13,14 @@ USERS   = $(PREFIX)/lib/sysusers.d
 BASH    = $(PREFIX)/share/bash-completion/completions
 ZSH     = $(PREFIX)/share/zsh/site-functions
 FISH    = $(PREFIX)/share/fish/vendor_completions.d
+# Pacemaker looks for agents below /usr only.
+OCF     = $(PREFIX)/lib/ocf/resource.d/vmd
 DEB     = build/deb
 PLACES  = '$(DESTDIR)' 'library=$(LIBRARY)' 'sbin=$(SBIN)' 'bin=$(BIN)' 'man=$(MAN)' 'doc=$(EXAMPLE)' \
-    'units=$(UNITS)' 'sysusers=$(USERS)' 'bash=$(BASH)' 'zsh=$(ZSH)' 'fish=$(FISH)'
+    'units=$(UNITS)' 'sysusers=$(USERS)' 'bash=$(BASH)' 'zsh=$(ZSH)' 'fish=$(FISH)' \
+    'ocf=$(OCF)'
 # What a package is made from.
-SOURCES = debian etc man docs completions tools vmd vmctl Makefile README.md CHANGELOG.md LICENSE vm.conf.example
+SOURCES = debian etc man docs completions fleet tools vmd vmctl Makefile README.md CHANGELOG.md LICENSE vm.conf.example
 
 PYTHON  = .venv/bin/python
 SECONDS = 30

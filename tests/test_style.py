@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = [name for name in ("vmd", "vmctl", "tests", "bench", "fuzz", "tools") if any(Path(ROOT, name).rglob("*.py"))]
+PLACES = ("vmd", "vmctl", "tests", "bench", "fleet", "fuzz", "tools")
+CODE = [name for name in PLACES if any(Path(ROOT, name).rglob("*.py"))]
 TEXT = (*CODE, "man", "etc", "guests", "Makefile", "pyproject.toml", "README.md", "vm.conf.example")
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
 # Written apart, so that this file does not find itself.

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("vmd", "vmctl")  # each is also the name of its package
-PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers", "bash", "zsh", "fish")
-OWN = ("library", "doc")  # nothing but our files is in these
+PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers", "bash", "zsh", "fish", "ocf")
+OWN = ("library", "doc", "ocf")  # nothing but our files is in these
 COMPLETIONS = (  # place, the name that the shell looks for, and our file
     ("bash", "vmctl", ROOT / "completions/vmctl.bash"),
     ("zsh", "_vmctl", ROOT / "completions/_vmctl"),
@@ -75,6 +75,10 @@ def plan(places: dict[str, str]) -> list[File]:
         text = Path(ROOT, "etc/vmd.service").read_text()
         return text.replace("@SBINDIR@", places["sbin"]).replace("@BINDIR@", places["bin"]).encode()
 
+    def agent() -> bytes:
+        text = Path(ROOT, "fleet/ocf_vm.py").read_text().replace("#!/usr/bin/python3", f"#!{sys.executable}", 1)
+        return text.replace('VMCTL = "vmctl"', f'VMCTL = "{places["bin"]}/vmctl"', 1).encode()
+
     return [
         File(archive, lambda: program_archive(archive)),
         File(f"{places['bin']}/vmctl", lambda: script("vmctl"), 0o755),
@@ -82,7 +86,9 @@ def plan(places: dict[str, str]) -> list[File]:
         *(File(f"{places['man']}/man{page.suffix[1:]}/{page.name}", page.read_bytes) for page in manual_pages()),
         File(f"{places['doc']}/vm.conf.example", Path(ROOT, "vm.conf.example").read_bytes),
         File(f"{places['doc']}/vmctl.schema.json", Path(ROOT, "docs/vmctl.schema.json").read_bytes),
+        File(f"{places['doc']}/fleet.md", Path(ROOT, "docs/fleet.md").read_bytes),
         File(f"{places['units']}/vmd.service", unit),
+        File(f"{places['ocf']}/vm", agent, 0o755),
         *(File(f"{places[shell]}/{name}", source.read_bytes) for shell, name, source in COMPLETIONS),
         File(f"{places['sysusers']}/vmd.conf", Path(ROOT, "etc/vmd.sysusers").read_bytes),
     ]

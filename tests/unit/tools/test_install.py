@@ -12,6 +12,7 @@ import pytest
 
 from tools.install import (
     ARCHIVE,
+    OWN,
     PLACES,
     PROGRAMS,
     ROOT,
@@ -178,7 +179,8 @@ def test_the_tree_of_the_first_release_is_replaced(tmp_path: Path) -> None:
 
 def places(**others: str) -> list[str]:
     """Return the words of a good command line, with some places changed."""
-    usual = {place: f"/x/{place}" for place in PLACES} | {"library": "/x/lib/vmd", "doc": "/x/doc/vmd"}
+    usual = {place: f"/x/{place}/vmd" if place in OWN else f"/x/{place}" for place in PLACES}
+    usual["library"] = "/x/lib/vmd"
     return [f"{place}={path}" for place, path in (usual | others).items()]
 
 
@@ -244,7 +246,7 @@ def test_everything_that_is_installed_goes_into_a_package_build() -> None:
     (sources,) = [line.split()[2:] for line in makefile.splitlines() if line.startswith("SOURCES = ")]
 
     assert all(Path(ROOT, name).exists() for name in sources)
-    assert {"debian", "tools", "etc", "man", "completions", "docs", *PROGRAMS} <= set(sources)
+    assert {"debian", "tools", "etc", "man", "completions", "docs", "fleet", *PROGRAMS} <= set(sources)
 
 
 def test_pip_would_find_every_module() -> None:
