@@ -19,7 +19,7 @@ import mmap
 import os
 
 from vmd.errors import GuestError, HostError
-from vmd.memfile import FIXED, memory_file, seal
+from vmd.memfile import FIXED, sealed_file
 from vmd.record import Record
 
 TYPE_CHECKING = False
@@ -339,23 +339,6 @@ def memory_bytes(file_bytes: int) -> int:
     """Return how many bytes of a file are memory, and not marks."""
     pages = file_bytes // PAGE
     return (pages - -(-pages // (PAGE + 1))) * PAGE
-
-
-def sealed_file(name: str, size: int, fd: int | None = None) -> int:
-    """Return a memory file, all zero, the caller's to close: a new one, or what an empty one has become.
-
-    Raises OSError, and closes the empty one then.
-
-    A process that gets the descriptor can no longer shrink it under the others' feet, which would end them by SIGBUS.
-    """
-    fd = memory_file(name) if fd is None else fd
-    try:
-        os.ftruncate(fd, size)
-        seal(fd, FIXED)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _check_disjoint(regions: "Sequence[RegionSpec]") -> None:

@@ -17,6 +17,31 @@ def seal(fd: int, seals: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
+def sealed_file(name: str, size: int, fd: int | None = None) -> int:
+    """Return a memory file, all zero, the caller's to close: a new one, or what an empty one has become.
+
+    Raises OSError, and closes the empty one then.
+
+    A process that gets the descriptor can no longer shrink it under the others' feet, which would end them by SIGBUS.
+    """
+    fd = memory_file(name) if fd is None else fd
+    try:
+        os.ftruncate(fd, size)
+        seal(fd, FIXED)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def is_constant(fd: int) -> bool:
     """Return whether nobody can change a memory file any more.  Raises OSError."""
     return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & CONSTANT == CONSTANT
+
+
+def is_fixed(fd: int) -> bool:
+    """Return whether this is a memory file whose size nobody can change any more."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & FIXED == FIXED
+    except OSError:
+        return False  # not a memory file

@@ -29,10 +29,12 @@ from tests.support.virtiopci import (
     Process,
     act,
 )
+from vmd.ipc import devmsg
 from vmd.kvmapi import abi
 from vmd.kvmapi.exits import Exit, PioIn, PioOut
 from vmd.kvmapi.system import System
 from vmd.kvmapi.vcpu import KICK_SIGNAL, install_kick_handler
+from vmd.memfile import sealed_file
 from vmd.vm import virtio
 from vmd.vm.devproc import DeviceProcess
 from vmd.vm.kinds import ENTROPY
@@ -108,7 +110,9 @@ class Rng:
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
         self.process = DeviceProcess(ENTROPY)
-        self.process.begin("vm/test", Slot(kind=ENTROPY, index=0, number=1), guest.memory)
+        figures = sealed_file("figures", devmsg.FIGURES_BYTES)
+        self.process.begin("vm/test", Slot(kind=ENTROPY, index=0, number=1), guest.memory, figures, 0)
+        os.close(figures)
         self.process.wait_ready()
         self.machine = Machine(guest.vm, self.process)
         self.ring = Ring(guest.memory, SIZE, RINGS)

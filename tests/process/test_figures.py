@@ -2,17 +2,20 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.process.test_daemon import PROMPT
+from tests.support import schema
 from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
 from vmctl.client import Client
+from vmd.ipc.figures import CdromFigures
 from vmd.ipc.messages.clients import VmFigures
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -26,10 +29,18 @@ vm "demo" {{
     disk "{directory}/disk.raw" format raw
     interface {{ switch "lan" }}
 }}
+vm "blk" {{
+    disable
+    memory 64M
+    boot "{blk}" cmdline "bench"
+    disk "{directory}/busy.raw" format raw
+    cdrom "{directory}/disc.iso"
+}}
 switch "lan" {{ interface br9 }}
 """
 WITHOUT_PTRACE = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace")
 TICK_NS = 10_000_000
+DISK_BYTES = 16 << 20
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +48,21 @@ def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
     """Give a daemon that may not look into other processes."""
     tmp_path = tmp_path_factory.mktemp("figures")
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    (tmp_path / "busy.raw").write_bytes(bytes(DISK_BYTES))
+    (tmp_path / "disc.iso").write_bytes(bytes(4096))
     with Network() as network:
-        daemon = NetDaemon(tmp_path, network, CONF.format(kernel=guest("demo"), directory=tmp_path))
+        conf = CONF.format(kernel=guest("demo"), blk=guest("blk"), directory=tmp_path)
+        daemon = NetDaemon(tmp_path, network, conf)
         daemon.prefix = [*WITHOUT_PTRACE]
         with daemon:
             yield daemon
 
 
-def figures(vmd: NetDaemon) -> VmFigures:
-    """Return what the daemon says of the VM."""
+def figures(vmd: NetDaemon, name: str = "demo") -> VmFigures:
+    """Return what the daemon says of a VM."""
     client = Client(str(vmd.socket))
     try:
-        (row,) = client.figures(name="demo")
+        (row,) = client.figures(name=name)
     finally:
         client.close()
     return row
@@ -108,3 +122,41 @@ def test_processor_and_memory(vmd: NetDaemon) -> None:
     assert (ended.pid, ended.starts, ended.started_s) == (0, 1, 0)
     assert ended.ended is not None
     assert ended.ended.how == "killed"
+
+
+def test_a_disk_counts_what_its_guest_does(vmd: NetDaemon) -> None:
+    """Requests and bytes, to the last one, as soon as the guest has its answers; and `status -v` shows them."""
+    began_ns = time.monotonic_ns()
+    vmd.must("start", "blk")
+    with vmd.console("blk") as console:
+        console.expect("ready", DEADLINE_S)
+        idle = figures(vmd, "blk")
+        (disk,) = idle.disks
+        assert (disk.counted, disk.size_bytes, disk.in_flight) == (True, DISK_BYTES, 0)
+        assert disk.path == str(vmd.directory / "busy.raw")
+        assert idle.cdrom == CdromFigures(index=0, counted=True, size_bytes=4096)
+        assert idle.entropy is not None
+        assert idle.entropy.counted
+        for command, requests, length in (("randread", 60, 4096), ("write", 40, 65536), ("read", 12, 1 << 20)):
+            before = figures(vmd, "blk").disks[0]
+            console.type(f"{command} bytes={length} depth=4 count={requests} piece={min(length, 65536)} asleep\r")
+            console.expect(f"done {requests} requests", DEADLINE_S)
+            after = figures(vmd, "blk").disks[0]
+            changed = {
+                name: value - getattr(before, name) for name, value in after.as_dict().items()
+                if name.endswith(("_requests", "_bytes", "errors", "refused", "in_flight")) and name != "size_bytes"
+            }  # fmt: skip
+            did = "write" if command == "write" else "read"
+            assert {name: value for name, value in changed.items() if value} == {
+                f"{did}_requests": requests, f"{did}_bytes": requests * length,
+            }  # fmt: skip
+            assert 0 < after.busy_ns - before.busy_ns < time.monotonic_ns() - began_ns
+            assert getattr(after, f"{did}_ns") > getattr(before, f"{did}_ns")
+            console.expect("ready", DEADLINE_S)
+    said = vmd.must("status", "-v", "blk")
+    assert f"blk disk 0: 16.0M\n    read 72 requests, {60 * 4096 + (12 << 20)} bytes, " in said
+    (row,) = schema.check(vmd.must("status", "-v", "--json", "blk"), "status")["vms"]
+    counted = row["figures"]["disks"][0]
+    assert (counted["write_requests"], counted["write_bytes"]) == (40, 40 << 16)
+    vmd.must("stop", "-fw", "blk")
+    assert not figures(vmd, "blk").disks[0].counted

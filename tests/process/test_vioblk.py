@@ -3,6 +3,7 @@
 import os
 import select
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +130,46 @@ def test_what_is_written_is_read(disk: Disk, features: int) -> None:
     assert disk.path.read_bytes()[40 * 512 :][:8192] == data
     assert disk.request(IN, 40, [Desc(BUFFER + 8192, 8192, WRITE)]) == (OK, 8193)
     assert disk.memory.read(BUFFER + 8192, 8192) == data
+
+
+@pytest.mark.parametrize("features", [FEATURES, MODERN | 1 << 13 | 1 << 14], ids=["write-back", "write-through"])
+def test_what_a_disk_counts(make: Factory, features: int) -> None:
+    """Each request by its type, with its bytes and its time, before the guest hears of it; what fails by itself."""
+    disk = make()
+    assert disk.device.figures()["size_bytes"] == DISK
+    disk.renew(features)
+    disk.memory.write(BUFFER, content(8192))
+    begun_ns = time.monotonic_ns()
+    expected = dict.fromkeys(devmsg.FIGURES["vioblk"], 0) | {"size_bytes": DISK}
+    times = {name for name in expected if name.endswith("_ns")}
+
+    def after(request: tuple[int, list[Desc]], status: int, **more: int) -> None:
+        kind, data = request
+        assert disk.request(kind, 8, data)[0] == status
+        for name, value in more.items():
+            expected[name] += value
+        found = disk.device.figures()
+        assert {name: value for name, value in found.items() if name not in times} == {
+            name: value for name, value in expected.items() if name not in times
+        }
+        for name in times - {"busy_ns"}:
+            assert bool(found[name]) == bool(expected[name.replace("_ns", "_requests")])
+        assert 0 < found["busy_ns"] < time.monotonic_ns() - begun_ns
+
+    for _ in range(2):
+        after((IN, [Desc(BUFFER, 512, WRITE)]), OK, read_requests=1, read_bytes=512)
+    after((IN, [Desc(2 * MIB, 4 * MIB, WRITE)]), OK, read_requests=1, read_bytes=4 * MIB)
+    after((OUT, [Desc(BUFFER, 8192)]), OK, write_requests=1, write_bytes=8192)
+    after((OUT, [Desc(2 * MIB, 4 * MIB)]), OK, write_requests=1, write_bytes=4 * MIB)
+    after((FLUSH, []), OK, flush_requests=1)
+    disk.memory.write(BUFFER, struct.pack("<QIIQII", 64, 16, 0, 128, 8, 0))
+    after((DISCARD, [Desc(BUFFER, 32)]), OK, discard_requests=1, discard_bytes=24 * 512)
+    after((WRITE_ZEROES, [Desc(BUFFER, 32)]), OK, zero_requests=1, zero_bytes=24 * 512)
+    after((GET_ID, [Desc(BUFFER, 20, WRITE)]), OK)
+    after((IN, [Desc(BUFFER, 511, WRITE)]), IOERR, errors=1)
+    after((99, []), UNSUPP, refused=1)
+    disk.device.command(devmsg.RESET)
+    assert disk.device.figures()["errors"] == 1
 
 
 @pytest.mark.parametrize("megabytes", [1, 4])

@@ -1324,7 +1324,7 @@ def test_driver_that_polls_gets_no_interrupts(nic: Nic) -> None:
     assert nic.host.receive_all(4) == [any_frame(60, number) for number in range(4)]
     before = nic.driver.counters()["rx_packets"]
     nic.host.send(any_frame(60))
-    nic.device.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
+    nic.device.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))
     nic.driver.counter("rx_packets", before + 1)
     nic.device.command(devmsg.PAUSE)
 
@@ -1539,7 +1539,7 @@ def test_shutdown_ends_the_process_under_traffic(make: Make) -> None:
         pytest.param(devmsg.TYPE.pack(999), id="unknown"),
         pytest.param(devmsg.TYPE.pack(devmsg.ACTIVATE), id="short-activate"),
         pytest.param(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, 0, 3) + row() * 3, id="41-third-queue"),
-        pytest.param(devmsg.TYPE.pack(devmsg.COUNTERS) + b"x", id="long-counters"),
+        pytest.param(devmsg.TYPE.pack(devmsg.ADDRESSES) + b"x", id="long-addresses"),
         pytest.param(devmsg.TYPE.pack(devmsg.HOSTMAC), id="short-hostmac"),
         pytest.param(devmsg.TYPE.pack(devmsg.LINK), id="short-link"),
         pytest.param(os.urandom(4096), id="random"),

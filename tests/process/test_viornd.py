@@ -1,5 +1,6 @@
 """The real, confined entropy process against a driver that does not care (hostile-input 11-14, 16, 18, 44)."""
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -65,6 +66,24 @@ def test_a_vm_that_ends_while_it_starts() -> None:
 
         assert device.status() == 1
         assert device.read_log() == ""
+
+
+def test_what_is_counted(rng: Rng) -> None:
+    """Requests and bytes."""
+    before = rng.device.figures()
+    rng.ring.add([Desc(DATA, 100, WRITE), Desc(DATA + 200, 33, WRITE)])
+    rng.ring.add([Desc(DATA + 4096, 100, WRITE)])
+    rng.device.collect(rng.ring, 2)
+    after = rng.device.figures()
+    assert {name: value - before[name] for name, value in after.items()} == {"requests": 2, "bytes": 233, "delayed": 0}
+
+
+def test_a_slot_that_there_is_not() -> None:
+    """The process ends; what other devices have is not touched."""
+    with Device("viornd") as device:
+        device.send_start(device.start_packet(slot=devmsg.FIGURES_SLOTS))
+        assert b"slot 16 of 16 for figures" in device.sync.recv(devmsg.PACKET_MAX)
+        assert not any(os.pread(device.figures_fd, devmsg.FIGURES_BYTES, 0))
 
 
 def test_chain_is_filled_and_nothing_beside_it(rng: Rng) -> None:

@@ -189,6 +189,20 @@ def test_both_notations_of_lun_0_are_ours(cdrom: Cdrom) -> None:
     assert [got.response for got in answers] == [0, 0]
 
 
+def test_what_a_drive_counts(cdrom: Cdrom) -> None:
+    """Commands, what was read, and what has failed."""
+    before = cdrom.device.figures()
+    assert before["size_bytes"] == SPARSE_BLOCKS * BLOCK
+    cdrom.ask(bytes(6))
+    cdrom.ask(read10(17, 33), 33 * BLOCK)
+    cdrom.ask(b"\xff", 100)
+    after = cdrom.device.figures()
+    assert after.pop("busy_ns") > before.pop("busy_ns")
+    assert {name: value - before[name] for name, value in after.items()} == {
+        "commands": 3, "read_requests": 1, "read_bytes": 33 * BLOCK, "errors": 1, "size_bytes": 0,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("lba", "count"), [(0, 1), (17, 33), (BLOCKS - 1, 1), (100, 1024)])
 def test_read(cdrom: Cdrom, lba: int, count: int) -> None:
     """The disc's bytes, no residue."""

@@ -16,6 +16,8 @@ from typing import NamedTuple, Self
 
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
+from vmd.memfile import sealed_file
+from vmd.parent.figures import slots
 from vmd.privsep.spawn import Child, spawn
 from vmd.virtio import spec
 
@@ -37,6 +39,7 @@ LAYOUT = (
 )
 RING_BASE = 0x10000
 DATA = MIB  # where tests put their buffers
+FIGURES_SLOT = 5  # any
 
 
 class Desc(NamedTuple):
@@ -160,6 +163,7 @@ class Device:
         self.page = os.memfd_create("interrupts", os.MFD_CLOEXEC)
         os.ftruncate(self.page, mmap.PAGESIZE)
         self.counters = memoryview(mmap.mmap(self.page, mmap.PAGESIZE)).cast("I")
+        self.figures_fd = sealed_file("figures", devmsg.FIGURES_BYTES)
         self.sync, their_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.informs, their_informs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.log, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -199,13 +203,14 @@ class Device:
             self.child.reap(DEADLINE_S)
         self.sync.close()
         self.informs.close()
-        for fd in (*self.kicks, *self.calls, *self.resources, self.resample, self.page, self.log):
+        for fd in (*self.kicks, *self.calls, *self.resources, self.resample, self.page, self.figures_fd, self.log):
             os.close(fd)
         self.memory.close()
 
     def start_packet(
         self, *, kind: int = devmsg.START, queues: int | None = None, regions: int | None = None,
         rows: bytes | None = None, form: int = 0, resources: int | None = None, notes: Sequence[int] = (),
+        slot: int = FIGURES_SLOT,
     ) -> bytes:  # fmt: skip
         """Return START, with lies on request."""
         if rows is None:
@@ -219,6 +224,7 @@ class Device:
             len(self.resources) if resources is None else resources,
             self.flags,
             len(self.memory.regions) if regions is None else regions,
+            slot,
         )  # fmt: skip
         words = ["vm/test", *(f"backing file {n} of disk 0" if n else "disk 0" for n in range(len(self.resources)))]
         rows += b"".join(devmsg.RESOURCE.pack(note) for note in notes or self.notes) + self.net
@@ -227,8 +233,8 @@ class Device:
         return head + rows + "\0".join(words).encode()
 
     def send_start(self, packet: bytes) -> None:
-        """Send START, or something else, with memory and resources."""
-        socket.send_fds(self.sync, [packet], [self.memory.fd, *self.resources])
+        """Send START, or something else, with memory, figures and resources."""
+        socket.send_fds(self.sync, [packet], [self.memory.fd, self.figures_fd, *self.resources])
 
     def start(self) -> Self:
         """Say START and wait until the process is ready."""
@@ -240,6 +246,12 @@ class Device:
             assert (kind, length) == (devmsg.READY, len(self.config))
         self.ready_ms = (time.monotonic() - self.spawned_s) * 1000
         return self
+
+    def figures(self) -> dict[str, int]:
+        """Return what the process has counted."""
+        found = slots(self.figures_fd)
+        assert set(found) == {(self.kind, 0)}  # it has left the other slots alone
+        return found[self.kind, 0]
 
     def ask(self, packet: bytes) -> bytes:
         """Ask on the sync channel."""

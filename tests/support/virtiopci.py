@@ -16,6 +16,7 @@ from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
+from vmd.memfile import sealed_file
 from vmd.virtio import spec
 from vmd.vm import layout, virtio
 from vmd.vm.bus import Bus
@@ -402,7 +403,9 @@ class BothHalves:
         self.memory = memory
         self.process = DeviceProcess(kind)
         slot = Slot(kind=kind, index=0, number=SLOT, fds=fds, notes=(0,) * len(fds), names=names, serial=serial)
-        self.process.begin("vm/test", slot, memory)
+        figures = sealed_file("figures", devmsg.FIGURES_BYTES)
+        self.process.begin("vm/test", slot, memory, figures, 0)
+        os.close(figures)
         self.process.wait_ready()
         self.machine = Machine(Kvm(), self.process)
         self.renew()

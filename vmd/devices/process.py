@@ -15,6 +15,7 @@ import sys
 import time
 from _queue import Empty, SimpleQueue
 
+from vmd.devices.figures import take_slot
 from vmd.errors import GuestError, HostError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
@@ -109,7 +110,8 @@ class Host:
 
     def __init__(self, packet: bytes, fds: list[int]) -> None:
         """Raises PeerError for a packet that is no START."""
-        kind, verbosity, form, self.index, queues, resources, self.flags, regions = unpack(devmsg.START_HEAD, packet)
+        head = unpack(devmsg.START_HEAD, packet)
+        kind, verbosity, form, self.index, queues, resources, self.flags, regions, self.figures_slot = head
         if kind != devmsg.START or form >= len(FORMS):
             raise PeerError(VM, "not a START message", packet)
         if queues > devmsg.QUEUES_MAX or resources > devmsg.RESOURCES_MAX or regions > devmsg.REGIONS_MAX:
@@ -144,9 +146,10 @@ class Host:
             self.host_name = self.names.pop()
         if len(self.names) != resources:
             raise PeerError(VM, f"START names {len(self.names)} of {resources} resources", packet)
-        if len(fds) != 1 + resources:
-            raise PeerError(VM, f"START with {len(fds)} descriptors for memory and {resources} resources", packet)
-        self.memory_fd, *self.resources = fds
+        if len(fds) != 2 + resources:
+            what = f"memory, figures and {resources} resources"
+            raise PeerError(VM, f"START with {len(fds)} descriptors for {what}", packet)
+        self.memory_fd, self.figures_fd, *self.resources = fds
         first = devmsg.FD_FIRST_QUEUE
         self.kicks = list(range(first, first + queues))
         self.calls = list(range(first + queues, first + 2 * queues))
@@ -155,20 +158,26 @@ class Host:
 class Process:
     """A device process: its channels, its queues, and the loop.
 
-    Devices use `host`, `memory`, `interrupt`, `watch`, `call_after`, `serve` and `report`; all from the main thread,
-    but `interrupt`, which belongs to whichever thread owns the queue.
+    Devices use `host`, `memory`, `figures`, `interrupt`, `watch`, `call_after`, `serve` and `report`; all from the main
+    thread, but `interrupt`, which belongs to whichever thread owns the queue, and each of the figures, which is one
+    thread's.
     """
 
-    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
-        """Raises PeerError, HostError or OSError if what the VM said about descriptors and memory is not so."""
+    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host, kind: str) -> None:
+        """`kind` is one of devmsg.FIGURES.
+
+        Raises PeerError, HostError or OSError if what the VM said about descriptors and memory is not so.
+        """
         self.sync = sync
         self.informs = informs
         self.host = host
         self.device: Device
         try:
             self.memory = GuestMemory.attach(host.memory_fd, host.regions)
+            self.figures = take_slot(host.figures_fd, host.figures_slot, kind, host.index)
         except ValueError as error:
             raise PeerError(VM, str(error)) from None
+        os.close(host.figures_fd)
         limit_memory(self.memory.mapped_bytes + len(self.memory.marks) + MEMORY_BESIDES_BYTES)
         words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")
         self.raised = words[: devmsg.QUEUES_MAX]
@@ -473,8 +482,8 @@ class ThreadedProcess(Process):
 
     device: "ThreadedDevice"  # type: ignore[assignment] # nothing here calls on_notify: no kick is watched
 
-    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host) -> None:
-        super().__init__(sync, informs, host)
+    def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host, kind: str) -> None:
+        super().__init__(sync, informs, host, kind)
         self.posts: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.posted = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.watch(self.posted, self.on_posted)
@@ -516,7 +525,9 @@ class ThreadedProcess(Process):
         super().needs_reset(text)
 
 
-def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Process] = Process) -> int:
+def main(
+    kind: str, confinement: Confinement, make: "Callable[[Any], Any]", process_class: type[Process] = Process
+) -> int:
     """Run a device process.  `make(process)` opens the resource and returns the device; it may start threads.
 
     A failure of the start is answered with its errno and sentence.
@@ -531,7 +542,7 @@ def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Proc
         host = Host(packet, fds)
         set_title(host.title)
         log.setup(host.title, host.form, host.verbosity)
-        process = kind(sync, informs, host)
+        process = process_class(sync, informs, host, kind)
         process.device = make(process)
     except (VmdError, OSError) as error:
         return refuse(sync, error)
@@ -552,7 +563,7 @@ def main(confinement: Confinement, make: "Callable[[Any], Any]", kind: type[Proc
 
 def receive_start(sync: _socket.socket) -> tuple[bytes, list[int]]:
     """Return the first packet and the descriptors that came with it."""
-    return receive_files(sync, 1 + devmsg.RESOURCES_MAX)
+    return receive_files(sync, 2 + devmsg.RESOURCES_MAX)
 
 
 def receive_files(sock: _socket.socket, most: int) -> tuple[bytes, list[int]]:

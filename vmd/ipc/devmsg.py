@@ -16,8 +16,8 @@ Descriptors a device process finds at start-up (`FD_*`):
     7 .. 7+Q-1      kick of queue 0 .. Q-1: the guest's notification (KVM_IOEVENTFD)
     7+Q .. 7+2Q-1   call of queue 0 .. Q-1: write 1 to interrupt the guest (KVM_IRQFD)
 
-With START come guest memory (memfd), then the host resources of the device: image chain (top first), ISO, tap.  So
-a process can be started, and wait, before there is a VM for it.
+With START come guest memory (memfd), the file of figures (see there), then the host resources of the device: image
+chain (top first), ISO, tap.  So a process can be started, and wait, before there is a VM for it.
 
 The interrupt page holds u32 counters: `raised` of queue q at 4*q, stored only by the thread that owns the
 queue; `seen` of queue q at 4*(QUEUES_MAX + q), stored only by the VM process when the guest reads ISR.
@@ -41,15 +41,66 @@ ANSWER_TIMEOUT_S = 10.0
 
 TYPE = Struct("<I")  # first word of every packet
 
+# --- figures ---------------------------------------------------------------------------------------------
+
+# What a device counts it leaves in a memory file that all devices of a VM share, and that the parent reads.  The file
+# has FIGURES_SLOTS slots of FIGURES_SLOT_BYTES.  START says which slot is whose, and only its device writes to it, once
+# for each round of its ring, before the guest hears of that.  A slot is u64: the number of the device's kind in
+# FIGURES_KINDS, from 1 on (0: nobody has the slot); the index of the device; the number of figures; and those, in the
+# order of FIGURES.  A figure that is added comes last, as does a kind, and none goes.  (Message 9 asked for counters.)
+FIGURES_SLOTS = 16
+FIGURES_SLOT_BYTES = 512
+FIGURES_BYTES = FIGURES_SLOTS * FIGURES_SLOT_BYTES
+FIGURES_HEAD = 3  # words before the first figure
+COUNTER_NAMES = (
+    "rx_packets", "rx_bytes",  # to the guest; bytes of frames, without virtio headers
+    "rx_no_room",              # frame larger than a buffer, or than all of them
+    "rx_filtered",             # `locked`: for another link-layer address
+    "rx_malformed",            # shorter than an Ethernet header
+    "rx_injected_lost",        # answer of ours to a guest that takes none
+    "tx_packets", "tx_bytes",  # from the guest, handed to the tap
+    "tx_short", "tx_long",     # frame shorter than an Ethernet header; longer than MTU or segmentation allow
+    "tx_spoofed",              # `locked`: from another link-layer address
+    "tx_refused",              # the kernel would not have it: mostly wrong offsets of offloads
+    "tx_link_down",            # no link
+    "tx_busy",                 # the tap took nothing for a second
+    "tx_answered",             # taken by DHCP or router advertisement
+    "dhcp_offers", "dhcp_acks", "dhcp_naks", "dhcp_bootp", "ra_sent",
+    "lease_s", "lease_requested",
+    # requests of DHCP and BOOTP that were not answered, and went on to the tap:
+    "dhcp_other_server",       # for another server
+    "dhcp_other_address",      # about an address that is not the guest's
+    "dhcp_other_client",       # from another Ethernet address
+    "dhcp_declines",           # DECLINE: the guest has found somebody else with its address
+    "dhcp_releases",           # RELEASE
+    "dhcp_no_address",         # INFORM that says no address
+    "dhcp_unknown_type",       # of a type that no client sends
+    "dhcp_malformed",          # wrong sums, lengths or options
+    "dhcp_relayed",            # came through a relay
+    "dhcp_wants_file",         # BOOTP for a certain boot file
+    "dhcp_too_long",           # the answer would be longer than the client takes
+)  # fmt: skip
+FIGURES = {
+    "viornd": ("requests", "bytes", "delayed"),
+    "vionet": COUNTER_NAMES,
+    "vioblk": (
+        "read_requests", "read_bytes", "read_ns", "write_requests", "write_bytes", "write_ns",
+        "flush_requests", "flush_ns", "discard_requests", "discard_bytes", "discard_ns",
+        "zero_requests", "zero_bytes", "zero_ns", "errors", "refused", "busy_ns", "in_flight", "size_bytes",
+    ),
+    "vioscsi": ("commands", "read_requests", "read_bytes", "errors", "busy_ns", "size_bytes"),
+}  # fmt: skip
+FIGURES_KINDS = tuple(FIGURES)
+
 # --- sync: question and answer ---------------------------------------------------------------------------
 
 # START: the first packet.  Answered READY on both channels, or ERROR.
 #   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
-#   number of resource descriptors, flags (below), number of memory regions; then REGION each; then RESOURCE for
-#   each resource; then NET or SERIAL, if flags say so; then, UTF-8, the title of the process, a name for each
-#   resource, and with NET the guest's host name, with a NUL before each name.
+#   number of resource descriptors, flags (below), number of memory regions, slot of its figures; then REGION each;
+#   then RESOURCE for each resource; then NET or SERIAL, if flags say so; then, UTF-8, the title of the process, a name
+#   for each resource, and with NET the guest's host name, with a NUL before each name.
 START = 1
-START_HEAD = Struct("<IIIIIIII")
+START_HEAD = Struct("<IIIIIIIII")
 REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)
 REGION_READ_ONLY = 1
 START_READ_ONLY = 1  # disk: the guest may not write
@@ -100,40 +151,6 @@ EXPORT = 8
 EXPORT_HEAD = Struct("<II")  # type, number of queues
 RESTORE = 43
 OWN_MAX = 64  # of those bytes
-
-# COUNTERS: what a network interface has done since its process was started.  Answered COUNTERS with each number of
-#   COUNTER_NAMES.  The guest's lease is said to have been given at `lease_s` (seconds since 1970, 0: not yet) to one
-#   that asked for the address `lease_requested` (as a number, network byte order, 0: for none).
-COUNTERS = 9
-COUNTER_NAMES = (
-    "rx_packets", "rx_bytes",  # to the guest; bytes of frames, without virtio headers
-    "rx_no_room",              # frame larger than a buffer, or than all of them
-    "rx_filtered",             # `locked`: for another link-layer address
-    "rx_malformed",            # shorter than an Ethernet header
-    "rx_injected_lost",        # answer of ours to a guest that takes none
-    "tx_packets", "tx_bytes",  # from the guest, handed to the tap
-    "tx_short", "tx_long",     # frame shorter than an Ethernet header; longer than MTU or segmentation allow
-    "tx_spoofed",              # `locked`: from another link-layer address
-    "tx_refused",              # the kernel would not have it: mostly wrong offsets of offloads
-    "tx_link_down",            # no link
-    "tx_busy",                 # the tap took nothing for a second
-    "tx_answered",             # taken by DHCP or router advertisement
-    "dhcp_offers", "dhcp_acks", "dhcp_naks", "dhcp_bootp", "ra_sent",
-    "lease_s", "lease_requested",
-    # requests of DHCP and BOOTP that were not answered, and went on to the tap:
-    "dhcp_other_server",       # for another server
-    "dhcp_other_address",      # about an address that is not the guest's
-    "dhcp_other_client",       # from another Ethernet address
-    "dhcp_declines",           # DECLINE: the guest has found somebody else with its address
-    "dhcp_releases",           # RELEASE
-    "dhcp_no_address",         # INFORM that says no address
-    "dhcp_unknown_type",       # of a type that no client sends
-    "dhcp_malformed",          # wrong sums, lengths or options
-    "dhcp_relayed",            # came through a relay
-    "dhcp_wants_file",         # BOOTP for a certain boot file
-    "dhcp_too_long",           # the answer would be longer than the client takes
-)  # fmt: skip
-COUNTERS_BODY = Struct(f"<I4x{len(COUNTER_NAMES)}Q")
 
 # SETTLE: to a disk: is everything that was acknowledged on stable storage?  The first SETTLE after a PAUSE, or after
 #   SETTLE_AHEAD, begins to bring it there.  Answered SETTLE with a status; after SETTLED_NOT_YET the VM asks again.

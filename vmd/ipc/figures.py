@@ -59,7 +59,7 @@ class CdromFigures(DeviceFigures):
     commands: int = 0
     read_requests: int = 0
     read_bytes: int = 0
-    errors: int = 0  # commands that were answered with CHECK CONDITION
+    errors: int = 0  # commands that failed, such as any without a disc
     busy_ns: int = 0
     size_bytes: int = 0  # of the disc; 0: there is none
 

@@ -237,6 +237,7 @@ class Adoption:
         else:
             close_all(taps)
         vm.take_memory(envelope.take_fd("memory"))
+        vm.take_figures(envelope.take_fd("figures"))
         for name, copy in (("boot", "kernel"), ("initrd", "initrd")):
             fd = envelope.take_fd(name)
             if fd is not None and copy in known.kept:

@@ -6,7 +6,9 @@ is read here, and the rest the kernel says.  200 VMs take some ten milliseconds.
 
 import contextlib
 import os
+from struct import Struct
 
+from vmd.ipc.devmsg import FIGURES, FIGURES_BYTES, FIGURES_KINDS, FIGURES_SLOT_BYTES, FIGURES_SLOTS
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
 from vmd.ipc.messages.clients import Caller, End, FiguresRequest, VmFigures
 from vmd.ipc.messages.shared import brief
@@ -17,12 +19,16 @@ from vmd.parent.usage import children, cpu_ns, guest_bytes, private_bytes, threa
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from vmd.ipc.imsg import Envelope
     from vmd.parent.core import Core
     from vmd.parent.network import Network
     from vmd.parent.vmtable import Vm
 
 USEC_NS = 1000
+SLOT = Struct(f"<{FIGURES_SLOT_BYTES // 8}Q")
 
 
 class Figures:
@@ -51,6 +57,12 @@ class Figures:
         config, end = vm.running_config or vm.config, vm.last_end
         known = may_control(caller, vm.uid, vm.config.owner.gid)
         processes = (vm.pid, *children(vm.pid)) if vm.pid else ()
+        counted = slots(vm.figures) if vm.figures is not None else {}
+
+        def of(kind: str, index: int = 0) -> "dict[str, Any]":
+            found = counted.get((kind, index))
+            return {"index": index} if found is None else {"index": index, "counted": True, **found}
+
         return VmFigures(
             vmid=vm.vmid,
             name=vm.name,
@@ -68,12 +80,12 @@ class Figures:
             cpu_ns=sum(map(cpu_ns, processes)),
             vcpus=self._vcpus_of(vm.pid, config.vcpus),
             disks=tuple(
-                DiskFigures(index=index, path=brief(disk.path, PATH_BYTES_MAX) if known else "")
+                DiskFigures(path=brief(disk.path, PATH_BYTES_MAX) if known else "", **of("vioblk", index))
                 for index, disk in enumerate(config.disks)
             ),
-            cdrom=CdromFigures(index=0) if config.cdrom or config.drive else None,
-            entropy=EntropyFigures(index=0),
-            nics=self._nics_of(vm),
+            cdrom=CdromFigures(**of("vioscsi")) if config.cdrom or config.drive else None,
+            entropy=EntropyFigures(**of("viornd")),
+            nics=self._nics_of(vm, lambda index: of("vionet", index)),
             group=group_of(mounts, vm.pid) if vm.pid else None,
         )
 
@@ -91,19 +103,34 @@ class Figures:
             for index in range(count)
         )
 
-    def _nics_of(self, vm: "Vm") -> tuple[NicFigures, ...]:
+    def _nics_of(self, vm: "Vm", of: "Callable[[int], dict[str, Any]]") -> tuple[NicFigures, ...]:
         taps = self.network.taps.get(vm.vmid)
         links = taps.links if taps is not None else ()
         nics = taps.nics if taps is not None else (vm.running_config or vm.config).nics
         return tuple(
             NicFigures(
-                index=index,
                 tap=links[index].name if index < len(links) else "",
                 switch=nic.switch,
                 lladdr=nic.lladdr,
+                **of(index),
             )
             for index, nic in enumerate(nics)
         )
+
+
+def slots(fd: int) -> dict[tuple[str, int], dict[str, int]]:
+    """Return what devices have counted, by kind and index, in a file of figures.
+
+    All of a VM's processes can write anything to it at any time: these are numbers that they claim, and no more.
+    """
+    found: dict[tuple[str, int], dict[str, int]] = {}
+    raw = os.pread(fd, FIGURES_BYTES, 0).ljust(FIGURES_BYTES, b"\0")
+    for slot in range(FIGURES_SLOTS):
+        kind, index, count, *figures = SLOT.unpack_from(raw, slot * FIGURES_SLOT_BYTES)
+        if 1 <= kind <= len(FIGURES_KINDS):
+            name = FIGURES_KINDS[kind - 1]
+            found.setdefault((name, index), dict(zip(FIGURES[name], figures[:count], strict=False)))
+    return found
 
 
 def group_of(mounts: str, pid: int) -> GroupFigures | None:

@@ -279,6 +279,7 @@ class Life:
         process = envelope.take_fds("process")
         pid = host_pid(process[0]) if process else 0
         close_all(process)
+        vm.take_figures(envelope.take_fd("figures"))
         if self.scores is not None:
             self.scores.give_usual(pid)
         tty, paused = vm.pty.path, message.paused

@@ -16,6 +16,7 @@ from vmd.ipc.messages.shared import Trouble, brief
 from vmd.ipc.messages.vm import AskDevices, DevicesReported, NicCounters
 from vmd.ipc.routes import Proc
 from vmd.parent.clients import For
+from vmd.parent.figures import slots
 from vmd.parent.forpriv import open_tables
 from vmd.parent.report import describe
 from vmd.parent.vmtable import Vm
@@ -133,8 +134,10 @@ class Status:
         vm = self.core.vms.find(vmid, "")
         if vm is None:
             return
+        figures = slots(vm.figures) if vm.figures is not None else {}
         for info in self.infos(vm):
             values = counted[info.index].values if info.index < len(counted) else ()
+            values = tuple(figures.get(("vionet", info.index), {}).values()) or values
             plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
             self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
         for trouble in (*self.network.troubles(vmid), *troubles):

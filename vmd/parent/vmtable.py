@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from enum import Enum
 
 from vmd.backlog import Backlog, Output
-from vmd.closing import close_all
+from vmd.closing import close, close_all
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import VMD_VM_STOP_INVALID, HostError, InUse, OperatorError, PeerError
 from vmd.ipc.messages.clients import Caller, LifeEnd, VmSent
-from vmd.memfile import is_constant, memory_file
+from vmd.memfile import is_constant, is_fixed, memory_file
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed
 from vmd.parent.addresses import random_lladdr
@@ -130,6 +130,7 @@ class Vm:
         self.guest_resets = 0  # in this life
         self.last_end: LifeEnd | None = None
         self.memory: int | None = None  # the guest's, for its size
+        self.figures: int | None = None  # what its devices count (`vmd.parent.figures`)
         self.uid = config.owner.uid  # running: who started it
         self.pid = 0
         self.pty: Pty | None = None
@@ -270,6 +271,7 @@ class Vm:
         assert self.alive
         self._enter(State.STOPPED)
         self.pid = 0
+        self.take_figures(None)
         self.changing = None
 
     def require_pausable(self) -> None:
@@ -380,6 +382,7 @@ class Vm:
         self.text = text
         self.last_end = LifeEnd(at_s=int(self.since_s), how=how, text=text)
         self.take_memory(None)
+        self.take_figures(None)
         self.ended_s = time.monotonic()
         self.uid = self.config.owner.uid
         self.once_because = ""
@@ -416,6 +419,18 @@ class Vm:
         if self.memory is not None:
             let_go(self.memory)
         self.memory = fd
+
+    def take_figures(self, fd: int | None) -> None:
+        """Take what its devices count instead of what there was; the descriptor is ours.
+
+        It has been in vmm, which could have another file instead; of such a one nothing is read.
+        """
+        if self.figures is not None:
+            close(self.figures)
+        self.figures = fd
+        if fd is not None and not is_fixed(fd):
+            close(fd)
+            self.figures = None
 
     def open_console(self) -> bool:
         """Have a pty and a backlog; return whether they are new.  Raises HostError."""

@@ -10,11 +10,12 @@ import threading
 import time
 
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
-from vmd.guestmem import PAGE, sealed_file
+from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.ipc.rights import receive
 from vmd.log import FORMS, log
+from vmd.memfile import sealed_file
 from vmd.privsep.spawn import signal_name, spawn
 from vmd.vm.kinds import INTERFACE, KINDS
 
@@ -113,16 +114,16 @@ class DeviceProcess:
             their_sync.close()
             their_async.close()
 
-    def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory") -> None:
+    def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory", figures_fd: int, figures_slot: int) -> None:
         """Tell the process what it is; what it is given stays the caller's.
 
         Raises PeerError if it is gone, HostError if descriptors cannot be passed.
         """
         self.name, self.label = slot.name, slot.label
         self.title = f"{vm_title}/{slot.name}"
-        fds = array.array("i", (memory.fd, *slot.fds))
+        fds = array.array("i", (memory.fd, figures_fd, *slot.fds))
         try:
-            packet = start_packet(self.title, slot, memory)
+            packet = start_packet(self.title, slot, memory, figures_slot)
             self._sync.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         except ConnectionError:
             raise PeerError(self.title, f"{self._how_it_ended()} before it was needed") from None
@@ -247,13 +248,6 @@ class DeviceProcess:
     def reload(self) -> bool:
         """Of a disk that somebody else has written to: look at it anew; False if it cannot be used any more."""
         return self._status(self.ask(devmsg.TYPE.pack(devmsg.RELOAD)))
-
-    def counters(self) -> tuple[int, ...]:
-        """Return what a network interface has counted, in the order of devmsg.COUNTER_NAMES."""
-        answer = self.ask(devmsg.TYPE.pack(devmsg.COUNTERS))
-        if len(answer) != devmsg.COUNTERS_BODY.size:
-            raise PeerError(self.title, "COUNTERS of a wrong length", answer)
-        return devmsg.COUNTERS_BODY.unpack(answer)[1:]
 
     def ask(self, packet: bytes, fds: "list[int] | None" = None) -> bytes:
         """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question.
@@ -446,7 +440,7 @@ class DeviceProcess:
         return number, packet[devmsg.ERROR_HEAD.size :].decode(errors="replace")[:500]
 
 
-def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
+def start_packet(title: str, slot: "Slot", memory: "GuestMemory", figures_slot: int) -> bytes:
     """Return START, which tells a device process what it is."""
     head = devmsg.START_HEAD.pack(
         devmsg.START,
@@ -457,6 +451,7 @@ def start_packet(title: str, slot: "Slot", memory: "GuestMemory") -> bytes:
         len(slot.fds),
         slot.flags | (devmsg.START_SERIAL if slot.serial else 0),
         len(memory.regions),
+        figures_slot,
     )
     regions = [
         devmsg.REGION.pack(r.gpa, r.size, r.offset, devmsg.REGION_READ_ONLY if r.read_only else 0)
@@ -474,6 +469,7 @@ class DeviceProcesses:
     def __init__(self) -> None:
         self.reserve: list[DeviceProcess] = []
         self.running: list[DeviceProcess] = []
+        self.figures_fd: int | None = None  # where they leave what they count
 
     def fill_reserve(self) -> None:
         """Start what every VM has, before there is one; the kernel has these processes wait with ours."""
@@ -491,9 +487,15 @@ class DeviceProcesses:
             self.running.append(spare or DeviceProcess(kind))
 
     def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
-        """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError."""
-        for process, slot in zip(self.running, slots, strict=True):
-            process.begin(vm_title, slot, memory)
+        """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError, HostError or OSError."""
+        fd, self.figures_fd = self.figures_fd, None
+        if fd is None:  # nobody reads them
+            fd = sealed_file("figures", devmsg.FIGURES_BYTES)
+        try:
+            for place, (process, slot) in enumerate(zip(self.running, slots, strict=True)):
+                process.begin(vm_title, slot, memory, fd, place)
+        finally:
+            os.close(fd)
 
     def set_verbosity(self, verbosity: int) -> None:
         """Let all log more or less."""

@@ -223,10 +223,6 @@ class Machine:
         left = [thread.join() for thread in self.vcpus]
         return all(left)
 
-    def nic_counters(self) -> list[tuple[int, ...]]:
-        """Return what each network interface has done, in the order of `devmsg.COUNTER_NAMES`.  Raises PeerError."""
-        return [device.counters() for device in self._interfaces()]
-
     def sign_disks(self) -> None:
         """Have the place that the guest has come from know that it has run here.  Raises PeerError.
 

@@ -34,7 +34,6 @@ from vmd.ipc.messages.vm import (
     EndSend,
     LendDisks,
     LetDisksGo,
-    NicCounters,
     Outcome,
     PauseDone,
     PauseVm,
@@ -148,6 +147,7 @@ class VmProcess(Process):
             raise PeerError(channel.label, "unexpected StartVm")
         self.be_called(message.vmid, message.config.name, message.verbosity)
         self.open_console(envelope)
+        self.devices.figures_fd = envelope.take_fd("figures")
         try:
             fetch_files(envelope)
             boot, initrd, memory = (envelope.take_fd(name) for name in ("boot", "initrd", "memory"))
@@ -434,6 +434,7 @@ class VmProcess(Process):
         assert courier is not None
         assert memory is not None
         self.open_console(envelope)
+        self.devices.figures_fd = envelope.take_fd("figures")
         fetch_stream(self.loop, courier, lambda stream: self.arrive(stream, memory))
 
     def arrive(self, stream: int | None, memory: int) -> None:
@@ -504,15 +505,9 @@ class VmProcess(Process):
             self.pause.machine.uart.send_break()
 
     def on_ask_devices(self, _message: AskDevices, _envelope: Envelope, channel: Channel) -> None:
-        """Say what the network interfaces have done, and what is wrong with any device."""
-        try:
-            counters = self.pause.machine.nic_counters() if self.pause is not None else []
-            troubles = self.pause.machine.troubles() if self.pause is not None else []
-        except PeerError as error:
-            self.end(Outcome.FAILED, str(error))
-            return
-        nics = tuple(NicCounters(values=values) for values in counters)
-        channel.send(DevicesReported(vmid=self.vmid, nics=nics, troubles=tuple(troubles)))
+        """Say what is wrong with any device."""
+        troubles = self.pause.machine.troubles() if self.pause is not None else []
+        channel.send(DevicesReported(vmid=self.vmid, troubles=tuple(troubles)))
 
     def ask_resolvers(self) -> None:
         """Ask which name servers there are, for a guest; the devices go on in any case."""

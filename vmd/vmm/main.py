@@ -21,6 +21,7 @@ from vmd.closing import close, close_all
 from vmd.config.model import MAX_NICS
 from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, refuse_files, socketpair
+from vmd.ipc.devmsg import FIGURES_BYTES
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import logpair
@@ -41,6 +42,7 @@ from vmd.ipc.messages.vmm import AskVms, EndTaken, KvmFd, Retire, VmExited, VmHe
 from vmd.ipc.process import Process, handles, handles_each
 from vmd.ipc.routes import Proc, relays
 from vmd.log import log
+from vmd.memfile import sealed_file
 from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
@@ -242,6 +244,11 @@ class Vmm(Process):
         if isinstance(message, StartVm | ResumeReceived):
             self.loop.call_later(START_S, lambda: self.require_report(child))
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
+        if isinstance(message, StartVm | ReceiveVm):
+            try:
+                fds["figures"] = [sealed_file("figures", FIGURES_BYTES)]
+            except OSError as error:
+                log.warn(f"{child.channel.label}: what its devices do is not counted: {error.strerror}")
         child.keep(fds)
         child.channel.send(
             message,
@@ -263,7 +270,9 @@ class Vmm(Process):
         if isinstance(message, VmRunning):
             self.loop.call_later(RESERVE_DELAY_S, self.fill_reserve)
             close_all(envelope.take_fds("process"))
+            close_all(envelope.take_fds("figures"))
             envelope.fds["process"] = [os.dup(child.pidfd)]
+            envelope.fds["figures"] = [os.dup(fd) for fd in child.kept.get("figures", ())]
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         try:
             self.parent.send(message, peerid=child.vmid, fds=fds, refused=lambda: self.parent.send(message))
@@ -314,7 +323,7 @@ class Vmm(Process):
     def exited(self, child: VmChild, outcome: Outcome, text: str) -> None:
         """Tell the parent that a VM has ended.  It may be gone itself: then the next one is told."""
         del self.running[child.vmid]
-        child.drop("memory")
+        child.drop("memory", "figures")
         child.held = child.held.replace(outcome=outcome, text=text)
         self.over[child.vmid] = child
         self.parent.send(VmExited(vmid=child.vmid, pid=child.pid, outcome=outcome, text=text))

@@ -27,6 +27,7 @@ from tests.support.fakedriver import (
     Desc,
     Ring,
 )
+from vmd.devices.figures import unseen
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
@@ -179,6 +180,9 @@ class Held(Now):
 class Services:
     """A process without a guest behind it."""
 
+    def __init__(self) -> None:
+        self.figures = unseen("vioblk")
+
     def interrupt(self, queue: int) -> None:
         """Nobody hears it."""
 
@@ -206,6 +210,7 @@ class ServedAgain(Services):
     """A process that serves the device's queue when it is asked to."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.device: Vioblk | None = None
 
     def serve(self, number: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.support.packets import DISCOVER, GUEST4, HOST4, LLADDR, OFFER, Answer, dhcp
+from vmd.devices.figures import unseen
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.ipc import devmsg
@@ -17,6 +18,7 @@ class Services:
 
     def __init__(self) -> None:
         self.posts: list[Callable[[], None]] = []
+        self.figures = unseen("vionet")
 
     def post(self, job: Callable[[], None]) -> None:
         """Keep it."""

@@ -27,6 +27,7 @@ from tests.support.fakedriver import (
 )
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
+from vmd.devices.figures import unseen
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import RUN, STOCK, Receiver
@@ -63,6 +64,7 @@ class Services:
 
     def __init__(self) -> None:
         self.interrupts = 0
+        self.figures = unseen("vionet")
 
     def interrupt(self, queue: int) -> None:
         """Count."""
@@ -288,6 +290,8 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends) -> None:
 
 class NoServices:
     """What a frame that is not answered does not need."""
+
+    figures = unseen("vionet")
 
     def post(self, _job: object) -> None:
         """Refuse it."""

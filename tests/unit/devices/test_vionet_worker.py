@@ -8,6 +8,7 @@ from queue import SimpleQueue
 import pytest
 
 from tests.support.fakedriver import DEADLINE_S, LAYOUT, Ring
+from vmd.devices.figures import unseen
 from vmd.devices.vionet import worker as workers
 from vmd.devices.vionet.worker import Worker
 from vmd.errors import GuestError, HostError
@@ -21,6 +22,7 @@ class Services:
     def __init__(self) -> None:
         self.posts: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.broken: SimpleQueue[str] = SimpleQueue()
+        self.figures = unseen("vionet")
 
     def interrupt(self, queue: int) -> None:
         """Nobody listens."""

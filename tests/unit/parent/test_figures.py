@@ -1,21 +1,27 @@
 """What clients are told VMs have done: as much as fits a message, and files only of those that they may control."""
 
-from collections.abc import Mapping
+import os
+import random
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from vmd.config.model import MAX_DISKS, MAX_NICS, MAX_VCPUS, NAME_MAX, Config, DiskConfig, NicConfig, Owner, VmConfig
+from vmd.devices.figures import take_slot
 from vmd.errors import OperatorError
-from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc import devmsg
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, encode
 from vmd.ipc.messages.clients import Caller, End, FiguresRequest, LifeEnd, VmFigures
 from vmd.ipc.routes import Proc
+from vmd.memfile import memory_file, sealed_file
 from vmd.parent.core import Core
-from vmd.parent.figures import Figures, group_of
+from vmd.parent.figures import Figures, group_of, slots
 from vmd.record import Record, RecordType
+from vmd.vm.kinds import KINDS
 
 MOST = (1 << 64) - 1
 ROOT, OTHER = Caller(uid=0, gid=0, pid=1), Caller(uid=77777, gid=77777, pid=1)
@@ -128,9 +134,72 @@ def test_the_longest_fits_a_message() -> None:
     assert len(packet) <= MAX_MESSAGE - TO_COME
 
 
+RECORDS = {"vionet": NicFigures, "vioblk": DiskFigures, "vioscsi": CdromFigures, "viornd": EntropyFigures}
+
+
 def test_what_a_device_counts_has_a_field() -> None:
-    """Under the same name."""
-    assert set(COUNTER_NAMES) <= set(NicFigures.fields)
+    """Under the same name; and all of it fits its slot."""
+    assert set(RECORDS) == set(devmsg.FIGURES) == {kind.process for kind in KINDS}
+    for kind, names in devmsg.FIGURES.items():
+        own = set(RECORDS[kind].fields) - {"index", "counted", "path", "tap", "switch", "lladdr"}
+        assert own == set(names), kind
+        assert devmsg.FIGURES_HEAD + len(names) <= devmsg.FIGURES_SLOT_BYTES // 8
+    assert MAX_DISKS + MAX_NICS + 2 <= devmsg.FIGURES_SLOTS
+
+
+@pytest.fixture
+def page() -> Iterator[int]:
+    """Give a file of figures."""
+    fd = sealed_file("figures", devmsg.FIGURES_BYTES)
+    yield fd
+    os.close(fd)
+
+
+def test_what_devices_leave_is_found(page: int) -> None:
+    """Each by its kind and index, wherever its slot is; one that counts less than others is of an earlier version."""
+    disk, nic = take_slot(page, 3, "vioblk", 1), take_slot(page, 15, "vionet", 0)
+    disk[2], nic[0], nic[-1] = 5, 7, MOST
+    found = slots(page)
+    assert set(found) == {("vioblk", 1), ("vionet", 0)}
+    assert {name: value for name, value in found["vioblk", 1].items() if value} == {"read_ns": 5}
+    assert {name: value for name, value in found["vionet", 0].items() if value} == {
+        "rx_packets": 7, "dhcp_too_long": MOST,
+    }  # fmt: skip
+    os.pwrite(page, (2).to_bytes(8, "little"), 15 * devmsg.FIGURES_SLOT_BYTES + 16)
+    assert slots(page)["vionet", 0] == {"rx_packets": 7, "rx_bytes": 0}
+
+
+def test_whatever_a_vm_writes(page: int) -> None:
+    """No figure is one that does not fit the answer, and a slot that says nonsense is nobody's."""
+    parent = Parent()
+    vm = parent.core.vms.get(0, "a")
+    vm.begin_start(0)
+    vm.begin_run(os.getpid())
+    vm.take_figures(os.dup(page))
+    noise = random.Random(1)
+    for _ in range(200):
+        raw = bytearray(noise.randbytes(devmsg.FIGURES_BYTES))
+        for slot in range(devmsg.FIGURES_SLOTS):
+            at = slot * devmsg.FIGURES_SLOT_BYTES
+            index, count = noise.choice((0, 1, MOST)), noise.getrandbits(64)
+            raw[at : at + 24] = struct.pack("<QQQ", noise.randrange(7), index, count)
+        os.pwrite(page, raw, 0)
+        (row,) = parent.ask(FiguresRequest(name="a"))
+        assert [disk.index for disk in row.disks] == [0]
+        assert len(encode(row, form=Form.NAMED)[0]) < MAX_MESSAGE
+    vm.ended("")
+    assert vm.figures is None
+
+
+def test_a_file_that_is_not_of_that_kind(tmp_path: Path) -> None:
+    """Nothing is read from one that could be anything, or become shorter."""
+    vm = Parent().core.vms.get(0, "a")
+    (tmp_path / "file").write_bytes(bytes(devmsg.FIGURES_BYTES))
+    for fd in (os.open(tmp_path / "file", os.O_RDWR), memory_file("figures")):
+        vm.take_figures(fd)
+        assert vm.figures is None
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ from vmd.parent.vmtable import Receiving, Sending, State, Vm
 GOLDEN = Path(__file__).parents[2] / "golden" / "state-1.xz"
 CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))
 NOT_KEPT = {  # what vmm knows, what belongs to clients of this parent, and what is not worth keeping
-    "pid", "pty", "backlog", "memory", "kept", "restarts", "ended_s", "sent", "sending", "receiving", "disk_work",
-    "revive", "on_change", "changes", "_state", "vmid", "key", "config", "files",
+    "pid", "pty", "backlog", "memory", "figures", "kept", "restarts", "ended_s", "sent", "sending", "receiving",
+    "disk_work", "revive", "on_change", "changes", "_state", "vmid", "key", "config", "files",
 }  # fmt: skip
 
 

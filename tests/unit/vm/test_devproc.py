@@ -97,7 +97,7 @@ def process(impostor: Impostor) -> Iterator[DeviceProcess]:
     made = DeviceProcess(DISK)
     with GuestMemory.create([RegionSpec(gpa=0, size=4096, name="ram")]) as memory:
         slot = Slot(kind=DISK, index=0, number=1, fds=(memory.fd,), notes=(devmsg.RESOURCE_QCOW2,), names=("/a",))
-        made.begin("vm/test", slot, memory)
+        made.begin("vm/test", slot, memory, memory.fd, 3)
     yield made
     made._sync.close()
     made._async.close()
@@ -157,15 +157,15 @@ def ears(running: DeviceProcess) -> Iterator[Ears]:
 
 
 def test_start_says_what_the_device_is(impostor: Impostor, process: DeviceProcess) -> None:
-    """One packet, with memory and resources attached in their order."""
+    """One packet, with memory, figures and resources attached in their order."""
     packet, fds, _, _ = socket.recv_fds(impostor.sync, devmsg.PACKET_MAX, 8)
     head = devmsg.START_HEAD.unpack_from(packet)
     at = devmsg.START_HEAD.size + devmsg.REGION.size
 
-    assert head == (devmsg.START, log.verbosity, 0, 0, 1, 1, 0, 1)
+    assert head == (devmsg.START, log.verbosity, 0, 0, 1, 1, 0, 1, 3)
     assert devmsg.RESOURCE.unpack_from(packet, at) == (devmsg.RESOURCE_QCOW2,)
     assert packet[at + devmsg.RESOURCE.size :] == b"vm/test/vioblk0\0/a"
-    assert len(fds) == 2
+    assert len(fds) == 3
     assert process.name == "vioblk0"
     for fd in fds:
         os.close(fd)
@@ -177,7 +177,7 @@ def test_a_process_that_cannot_be_told_what_it_is_ends_at_once(impostor: Imposto
     with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
         slot = Slot(kind=DISK, index=0, number=1, fds=(1 << 20,), notes=(0,), names=("/a",))
         with pytest.raises(HostError, match=r"^pass vm/test/vioblk0 its descriptors: Bad file descriptor$"):
-            made.begin("vm/test", slot, memory)
+            made.begin("vm/test", slot, memory, memory.fd, 0)
     made.shut_down()
 
     assert impostor.sync.recv(1) == b""
@@ -190,7 +190,7 @@ def test_start_has_room_for_a_serial_number() -> None:
     """With zeroes behind it; without one nothing is in its place."""
     with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
         plain, given = (
-            start_packet("t", Slot(kind=DISK, index=0, number=2, flags=1, serial=serial), memory)
+            start_packet("t", Slot(kind=DISK, index=0, number=2, flags=1, serial=serial), memory, 0)
             for serial in (b"", b"abc")
         )
 

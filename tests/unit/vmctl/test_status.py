@@ -13,6 +13,7 @@ from vmd.ipc.messages.clients import (
     DiskFile,
     End,
     Failed,
+    FiguresRequest,
     LifeEnd,
     ListRequest,
     NicInfo,
@@ -240,7 +241,9 @@ LLADDR = bytes.fromhex("fee1bbd10001")
 
 def with_nics(daemon: FakeDaemon, *nics: NicInfo | TroubleInfo) -> None:
     """Have the daemon know one VM with these interfaces."""
-    daemon.script = lambda request: (DB1, End()) if isinstance(request, ListRequest) else (*nics, End())
+    daemon.script = lambda request: {
+        ListRequest: (DB1, End()), NicsRequest: (*nics, End()), FiguresRequest: (End(),),
+    }[type(request)]  # fmt: skip
 
 
 def counters(**figures: int) -> tuple[int, ...]:

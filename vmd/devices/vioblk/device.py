@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     class Services(Protocol):
         """What of `process.Process` is used here."""
 
+        figures: memoryview
+
         def interrupt(self, queue: int) -> None:
             """Tell the guest."""
 
@@ -85,7 +87,22 @@ CAPACITY, SEG_MAX_AT, BLK_SIZE, WRITEBACK, DISCARD_AT = 0, 12, 20, 32, 36
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 WORKS, FAILS, LOST = range(3)  # states of flushing
-OK, IOERR = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR
+OK, IOERR, UNSUPP = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR, spec.VIRTIO_BLK_S_UNSUPP
+
+# Places of figures (devmsg.FIGURES); of each type of request those of their number, their bytes if they have some, and
+# their time.
+FIGURES = {name: place for place, name in enumerate(devmsg.FIGURES["vioblk"])}
+READS, READ_BYTES, READ_NS = FIGURES["read_requests"], FIGURES["read_bytes"], FIGURES["read_ns"]
+WRITES, WRITE_BYTES, WRITE_NS = FIGURES["write_requests"], FIGURES["write_bytes"], FIGURES["write_ns"]
+ERRORS, REFUSED, BUSY_NS = FIGURES["errors"], FIGURES["refused"], FIGURES["busy_ns"]
+IN_FLIGHT, SIZE = FIGURES["in_flight"], FIGURES["size_bytes"]
+COUNTED = {
+    spec.VIRTIO_BLK_T_IN: (READS, READ_BYTES, READ_NS),
+    spec.VIRTIO_BLK_T_OUT: (WRITES, WRITE_BYTES, WRITE_NS),
+    spec.VIRTIO_BLK_T_FLUSH: (FIGURES["flush_requests"], None, FIGURES["flush_ns"]),
+    spec.VIRTIO_BLK_T_DISCARD: (FIGURES["discard_requests"], FIGURES["discard_bytes"], FIGURES["discard_ns"]),
+    spec.VIRTIO_BLK_T_WRITE_ZEROES: (FIGURES["zero_requests"], FIGURES["zero_bytes"], FIGURES["zero_ns"]),
+}
 
 
 class Workers:
@@ -167,6 +184,12 @@ class Vioblk:
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
         self.flush_trouble = ""
+        self.figures = services.figures
+        self.figures[SIZE] = self.size
+        self.now_ns = 0  # when the round began that is served
+        self.busy_ns = 0  # until when the time with requests has been counted
+        # Of this round, what the main thread has done itself:
+        self.reads = self.read_bytes = self.writes = self.write_bytes = 0
         services.watch(workers.done, self.on_done)
         if image.remark:
             self._report()
@@ -224,6 +247,8 @@ class Vioblk:
 
     def _flush_for_ourselves(self) -> None:
         self.settling = self.pauses
+        if not self.in_flight:
+            self.busy_ns = time.monotonic_ns()
         self._hand_over(Request(OURS, spec.VIRTIO_BLK_T_FLUSH, 0))
 
     def settle(self) -> int:
@@ -269,6 +294,7 @@ class Vioblk:
         if failure is None:
             self.size = self.limits.size = self.image.size // spec.SECTOR * spec.SECTOR
             self.space[CAPACITY : CAPACITY + 8] = (self.size // spec.SECTOR).to_bytes(8, "little")
+            self.figures[SIZE] = self.size
             self.services.tell_config()
             self._report()
         self.services.changed(failure)
@@ -395,9 +421,13 @@ class Vioblk:
         queue = self.queue
         if queue is None:
             return False
+        self.now_ns = time.monotonic_ns()
+        if not self.in_flight:
+            self.busy_ns = self.now_ns
         try:
             for _ in range(ROUNDS):
                 more = self._drain(queue)
+                self._count_round()
                 self._announce()
                 if self.stalled:
                     return False  # `on_done` comes back
@@ -406,8 +436,47 @@ class Vioblk:
         finally:  # of a ring that breaks half-way, too
             if self.unflushed:
                 self._flush_batch()
+            self._count_round()
             self._announce()
         return True
+
+    def _count_round(self) -> None:
+        """Count what the main thread has done since it was last counted; the guest hears of all of that now."""
+        figures, now_ns = self.figures, time.monotonic_ns()
+        took_ns = now_ns - self.now_ns
+        if self.reads:
+            figures[READS] += self.reads
+            figures[READ_BYTES] += self.read_bytes
+            figures[READ_NS] += self.reads * took_ns
+            self.reads = self.read_bytes = 0
+        if self.writes:
+            figures[WRITES] += self.writes
+            figures[WRITE_BYTES] += self.write_bytes
+            figures[WRITE_NS] += self.writes * took_ns
+            self.writes = self.write_bytes = 0
+        self._count_time(now_ns)
+        self.now_ns = now_ns
+
+    def _count_time(self, now_ns: int) -> None:
+        """Count the time with requests until now, when there were some just before."""
+        self.figures[BUSY_NS] += now_ns - self.busy_ns
+        self.figures[IN_FLIGHT] = self.in_flight
+        self.busy_ns = now_ns
+
+    def _count(self, request: Request, status: int, now_ns: int) -> None:
+        """Count a request that is given back."""
+        figures = self.figures
+        if status == IOERR:
+            figures[ERRORS] += not self.cancelled
+        elif status == UNSUPP:
+            figures[REFUSED] += 1
+        elif request.kind in COUNTED:
+            requests, length, took_ns = COUNTED[request.kind]
+            figures[requests] += 1
+            figures[took_ns] += now_ns - request.begun_ns
+            if length is not None:
+                ranges = request.ranges
+                figures[length] += sum([each[1] for each in ranges]) if ranges else request.length
 
     def _drain(self, queue: "Queue") -> bool:
         """Take requests and serve them or hand them over; return whether some are left.
@@ -427,99 +496,110 @@ class Vioblk:
         waiting = queue.available()
         left = min(waiting, ROUND)
         more = waiting > left
-        while left:
-            if self.in_flight_bytes >= IN_FLIGHT_MAX_BYTES:
-                self.stalled = True
-                return True
-            if self.in_flight + len(self.unflushed) > table_size:  # one of them may be our own
-                raise GuestError(f"more than {table_size} requests in a queue of {table_size}")
-            left -= 1
-            head = word(raw, ring + 2 * (queue.next_avail & mask))[0]
-            base, size = table, table_size
-            views: list[memoryview] = []
-            total = 0
-            status = -1
-            while head < size:  # once; `break` is for what is not of the usual form
-                gpa, length, flags, following = descriptor(raw, base + 16 * head)
-                if flags == INDIRECT and indirect and length & 15 == 0 and 48 <= length <= 16 * IOV_MAX:
-                    for start, end, offset, _ in ranges:
-                        if start <= gpa and gpa + length <= end:
-                            base, size = offset + gpa - start, length >> 4
-                            break
-                    else:
-                        break
-                    gpa, length, flags, following = descriptor(raw, base)
-                if flags != NEXT or length != 16:
-                    break
-                for start, end, offset, writable in ranges:  # noqa: B007 - the data is likely to be there too
-                    if start <= gpa and gpa + 16 <= end:
-                        kind, _, sector = header(raw, offset + gpa - start)
-                        break
-                else:
-                    break
-                if kind == 0:
-                    data = NEXT | WRITE
-                elif kind == 1 and writable_disk:
-                    data = NEXT
-                else:
-                    break
-                steps = size - 1
-                if following == 1 and size > LONG and base != table and (writable or kind):
-                    # A page cache is scattered over memory, its descriptors are not: by far the most are taken here.
-                    place = 1
-                    for gpa, length, flags, following in rows(raw[base + 16 : base + 16 * size]):
-                        if flags != data or following != place + 1 or gpa < start or gpa + length > end:
-                            break
-                        at = offset + gpa - start
-                        views.append(raw[at : at + length])
-                        total += length
-                        place += 1
-                    following, steps = place, size - place
-                while following < size and steps:
-                    steps -= 1
-                    gpa, length, flags, following = descriptor(raw, base + 16 * following)
-                    if gpa < start or gpa + length > end:  # not in the same region as the one before
-                        for start, end, offset, writable in ranges:  # noqa: B007 - used behind the loop
+        reads = read_bytes = 0
+        try:
+            while left:
+                if self.in_flight_bytes >= IN_FLIGHT_MAX_BYTES:
+                    self.stalled = True
+                    return True
+                if self.in_flight + len(self.unflushed) > table_size:  # one of them may be our own
+                    raise GuestError(f"more than {table_size} requests in a queue of {table_size}")
+                left -= 1
+                head = word(raw, ring + 2 * (queue.next_avail & mask))[0]
+                base, size = table, table_size
+                views: list[memoryview] = []
+                total = 0
+                status = -1
+                while head < size:  # once; `break` is for what is not of the usual form
+                    gpa, length, flags, following = descriptor(raw, base + 16 * head)
+                    if flags == INDIRECT and indirect and length & 15 == 0 and 48 <= length <= 16 * IOV_MAX:
+                        for start, end, offset, _ in ranges:
                             if start <= gpa and gpa + length <= end:
+                                base, size = offset + gpa - start, length >> 4
                                 break
                         else:
                             break
-                    at = offset + gpa - start
-                    if flags == data and (writable or kind):
-                        views.append(raw[at : at + length])
-                        total += length
-                    else:
-                        if flags == WRITE and length == 1 and writable:
-                            status = at
+                        gpa, length, flags, following = descriptor(raw, base)
+                    if flags != NEXT or length != 16:
                         break
-                break
-            disk_offset = sector * 512 if status >= 0 else 0
-            if status < 0 or not total or total & 511 or total > REQUEST_MAX_BYTES or disk_offset + total > disk_size:
-                self._serve_any(queue, head)
-                continue
-            queue.next_avail = queue.next_avail + 1 & 0xFFFF
-            budget_bytes -= total
-            if total > INLINE_MAX:
-                self._hand_over_transfer(head, kind, status, disk_offset, views, total)
-            elif kind == 0:
-                if self._read_now(disk_offset, views, total):
-                    raw[status] = 0
-                    put(head, total + 1)
-                else:
+                    for start, end, offset, writable in ranges:  # noqa: B007 - the data is likely to be there too
+                        if start <= gpa and gpa + 16 <= end:
+                            kind, _, sector = header(raw, offset + gpa - start)
+                            break
+                    else:
+                        break
+                    if kind == 0:
+                        data = NEXT | WRITE
+                    elif kind == 1 and writable_disk:
+                        data = NEXT
+                    else:
+                        break
+                    steps = size - 1
+                    if following == 1 and size > LONG and base != table and (writable or kind):
+                        # A page cache is scattered over memory, its descriptors are not: most are taken here.
+                        place = 1
+                        for gpa, length, flags, following in rows(raw[base + 16 : base + 16 * size]):
+                            if flags != data or following != place + 1 or gpa < start or gpa + length > end:
+                                break
+                            at = offset + gpa - start
+                            views.append(raw[at : at + length])
+                            total += length
+                            place += 1
+                        following, steps = place, size - place
+                    while following < size and steps:
+                        steps -= 1
+                        gpa, length, flags, following = descriptor(raw, base + 16 * following)
+                        if gpa < start or gpa + length > end:  # not in the same region as the one before
+                            for start, end, offset, writable in ranges:  # noqa: B007 - used behind the loop
+                                if start <= gpa and gpa + length <= end:
+                                    break
+                            else:
+                                break
+                        at = offset + gpa - start
+                        if flags == data and (writable or kind):
+                            views.append(raw[at : at + length])
+                            total += length
+                        else:
+                            if flags == WRITE and length == 1 and writable:
+                                status = at
+                            break
+                    break
+                disk_offset = sector * 512 if status >= 0 else 0
+                behind = disk_offset + total
+                if status < 0 or not total or total & 511 or total > REQUEST_MAX_BYTES or behind > disk_size:
+                    self._serve_any(queue, head)
+                    continue
+                queue.next_avail = queue.next_avail + 1 & 0xFFFF
+                budget_bytes -= total
+                if total > INLINE_MAX:
                     self._hand_over_transfer(head, kind, status, disk_offset, views, total)
-            elif not self._write_now(head, status, disk_offset, views, total):
-                self._hand_over_transfer(head, kind, status, disk_offset, views, total)
-            if budget_bytes < 0:
-                return True
-        return more
+                elif kind == 0:
+                    if self._read_now(disk_offset, views, total):
+                        raw[status] = 0
+                        put(head, total + 1)
+                        reads += 1
+                        read_bytes += total
+                    else:
+                        self._hand_over_transfer(head, kind, status, disk_offset, views, total)
+                elif not self._write_now(head, status, disk_offset, views, total):
+                    self._hand_over_transfer(head, kind, status, disk_offset, views, total)
+                if budget_bytes < 0:
+                    return True
+            return more
+        finally:
+            self.reads += reads
+            self.read_bytes += read_bytes
 
     def _serve_any(self, queue: "Queue", head: int) -> None:
         """Serve a request of any form, the obvious way.  Raises GuestError."""
         chain = queue.walk(head)
         request = parse(chain, queue.memory, self.limits)
         queue.next_avail = queue.next_avail + 1 & 0xFFFF
+        request.begun_ns = self.now_ns
         if request.refused or request.kind == spec.VIRTIO_BLK_T_GET_ID:
-            self._give_back(request, *carry_out(request, self.image, self.serial))
+            status, written = carry_out(request, self.image, self.serial)
+            self._count(request, status, self.now_ns)
+            self._give_back(request, status, written)
         else:
             self._hand_over(request)
 
@@ -560,13 +640,15 @@ class Vioblk:
         self._note_time(begun_s)
         if self.write_through:
             request = Request(head, spec.VIRTIO_BLK_T_OUT, status)
-            request.length = length
+            request.length, request.begun_ns = length, self.now_ns
             self.unflushed.append((request, OK, 1))
         else:
             queue = self.queue
             assert queue is not None
             queue.memory.memory[status] = OK
             queue.put(head, 1)
+            self.writes += 1
+            self.write_bytes += length
         return True
 
     def _note_time(self, begun_s: float) -> None:
@@ -600,6 +682,7 @@ class Vioblk:
     ) -> None:
         request = Request(head, kind, status)
         request.offset, request.views, request.length = offset, views, length
+        request.begun_ns = self.now_ns
         self._hand_over(request)
 
     def _hand_over(self, request: Request) -> None:
@@ -667,6 +750,9 @@ class Vioblk:
         # Workers append while we look; what comes after the exchange is found in the new list's turn.
         count = len(self.finished)
         batch, self.finished[:count] = self.finished[:count], []
+        if not batch:
+            return
+        now_ns = time.monotonic_ns()
         for request, status, written, failure, flushed in batch:
             self.in_flight -= 1
             self.in_flight_bytes -= request.length
@@ -676,4 +762,7 @@ class Vioblk:
                 self._note_flush(None)
             elif failure is not None:
                 self.complain(f"request {request.kind}", failure)
+            if request.head != OURS:
+                self._count(request, status, now_ns)
             self._give_back(request, status, written)
+        self._count_time(now_ns)

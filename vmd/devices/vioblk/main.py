@@ -102,7 +102,7 @@ class VioblkProcess(Process):
 
 def main() -> int:
     """Run the process."""
-    return process.main(VIOBLK, make, VioblkProcess)
+    return process.main("vioblk", VIOBLK, make, VioblkProcess)
 
 
 def make(services: VioblkProcess) -> Vioblk:

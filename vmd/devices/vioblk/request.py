@@ -40,9 +40,10 @@ class Request:
     `refused` is the status it gets without being carried out, or VIRTIO_BLK_S_OK.
     """
 
-    __slots__ = ("head", "kind", "length", "offset", "ranges", "refused", "status", "views")
+    __slots__ = ("begun_ns", "head", "kind", "length", "offset", "ranges", "refused", "status", "views")
 
     def __init__(self, head: int, kind: int, status: int) -> None:
+        self.begun_ns = 0  # when it was taken
         self.head = head
         self.kind = kind
         self.status = status

@@ -251,27 +251,3 @@ class Vionet:
     def _set_links(self) -> None:
         for worker in self.workers:
             worker.link_up = self.link_up
-
-    # --- figures -------------------------------------------------------------------------------------------------
-
-    def counters(self) -> dict[str, int]:
-        """Return what has happened, under the names of `devmsg.COUNTER_NAMES`."""
-        rx, tx = self.receiver, self.transmitter
-        figures = {
-            "rx_packets": rx.packets,
-            "rx_bytes": rx.bytes,
-            "rx_no_room": rx.no_room,
-            "rx_filtered": rx.filtered,
-            "rx_malformed": rx.malformed,
-            "rx_injected_lost": rx.injected_lost,
-            "tx_packets": tx.packets,
-            "tx_bytes": tx.bytes,
-            "tx_short": tx.short,
-            "tx_long": tx.long,
-            "tx_spoofed": tx.spoofed,
-            "tx_refused": tx.refused,
-            "tx_link_down": tx.no_link,
-            "tx_busy": tx.dropped_busy,
-            "tx_answered": tx.answered,
-        }
-        return figures | (self.local.counters() if self.local is not None else {})

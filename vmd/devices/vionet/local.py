@@ -3,6 +3,7 @@
 The name servers of a host change.  So the VM is asked for them when a guest asks us, and the answer waits for that.
 """
 
+import _thread
 import os
 import time
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     class Services(Protocol):
         """What of the process is used here."""
 
+        figures: memoryview
+
         def post(self, job: Callable[[], None]) -> None:
             """Have something done on the main thread."""
 
@@ -33,6 +36,7 @@ UDP_PORTS = slice(HEADER_BYTES + 20, HEADER_BYTES + 24)
 CLIENT_TO_SERVER = b"\0\x44\0\x43"
 IPV6_NEXT = HEADER_BYTES + 6
 ICMPV6_TYPE = HEADER_BYTES + 40
+PLACES = {name: place for place, name in enumerate(devmsg.COUNTER_NAMES)}
 WAITING_MAX = 8  # answers; a guest asks again
 
 
@@ -65,6 +69,7 @@ class LocalNetwork:
         self.unanswered = dict.fromkeys(dhcp.REASONS, 0)
         self.lease_s = self.lease_requested = 0
         self.solicited = self.unsolicited = 0
+        self.showing = _thread.allocate_lock()
 
     @property
     def routes(self) -> bool:
@@ -100,6 +105,7 @@ class LocalNetwork:
             self.unanswered[unanswered.reason] += 1
             if unanswered.reason in (dhcp.RELEASED, dhcp.DECLINED):
                 self.lease_s = self.lease_requested = 0
+            self.show()
             return False
         if reply is None:
             return False
@@ -124,10 +130,12 @@ class LocalNetwork:
         if reply.lease:
             self.lease_s = int(time.time())
             self.lease_requested = int.from_bytes(reply.requested, "big")
+        self.show()
         self.inject(reply.frame)
 
     def _advertise_solicited(self) -> None:
         self.solicited += 1
+        self.show()
         self.inject(ra.advertisement(self.interface))
 
     # --- on the main thread --------------------------------------------------------------------------------------
@@ -151,8 +159,10 @@ class LocalNetwork:
                 job()
             except dhcp.Unanswered as unanswered:  # with one more name server it is too long
                 self.unanswered[unanswered.reason] += 1
+                self.show()
         if changed and self.routes:
             self.unsolicited += 1
+            self.show()
             self.inject(ra.advertisement(interface))
 
     def begin(self) -> None:
@@ -173,12 +183,20 @@ class LocalNetwork:
     def _advertise(self) -> None:
         if self.routes:
             self.unsolicited += 1
+            self.show()
             self.inject(ra.advertisement(self.interface))
         if self.initial > 1:
             self.initial -= 1
             self._plan(ra.INITIAL_INTERVAL_S)
         else:
             self._plan(ra.INTERVAL_S * (0.75 + os.urandom(1)[0] / 512))  # not all guests of a host at once
+
+    def show(self) -> None:
+        """Store what has happened where others see it; on either thread."""
+        figures = self.services.figures
+        with self.showing:
+            for name, value in self.counters().items():
+                figures[PLACES[name]] = value
 
     def counters(self) -> dict[str, int]:
         """Return what has happened, under the names of `devmsg.COUNTER_NAMES`."""

@@ -55,12 +55,6 @@ class NetProcess(ThreadedProcess):
         exact(devmsg.TYPE, packet)
         self.device.set_resolvers(self.device.interface.dns4, self.device.interface.dns6)
 
-    def on_counters(self, packet: bytes) -> bytes:
-        """Say what has happened."""
-        exact(devmsg.TYPE, packet)
-        figures = self.device.counters()
-        return devmsg.COUNTERS_BODY.pack(devmsg.COUNTERS, *(figures.get(name, 0) for name in devmsg.COUNTER_NAMES))
-
     INFORMS = ThreadedProcess.INFORMS | {
         devmsg.HOSTMAC: on_host_lladdr,
         devmsg.LINK: on_link,
@@ -68,12 +62,12 @@ class NetProcess(ThreadedProcess):
         devmsg.RESOLVERS: on_resolvers,
         devmsg.SAME_RESOLVERS: on_same_resolvers,
     }
-    QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.COUNTERS: on_counters, devmsg.ADDRESSES: on_addresses}
+    QUESTIONS = ThreadedProcess.QUESTIONS | {devmsg.ADDRESSES: on_addresses}
 
 
 def main() -> int:
     """Run the process."""
-    return process.main(VIONET, make, NetProcess)
+    return process.main("vionet", VIONET, make, NetProcess)
 
 
 def make(services: NetProcess) -> Vionet:

@@ -19,6 +19,7 @@ from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
 from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
+from vmd.ipc import devmsg
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
 
@@ -47,6 +48,9 @@ INJECTED_MAX = 16  # answers of ours that wait; each answers a packet of the gue
 LARGE_READS = 32
 
 HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
+
+FIRST = devmsg.COUNTER_NAMES.index("rx_packets")  # of the figures of this thread
+INJECTED_LOST = devmsg.COUNTER_NAMES.index("rx_injected_lost")  # any thread's
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 LENGTH_AND_FLAGS = 0xFFFF_FFFF_FFFF  # in a descriptor's second half
@@ -185,6 +189,7 @@ class Receiver(Worker):
         """Have the guest receive a frame of ours; it is lost if too many wait."""
         if self.injected.qsize() >= INJECTED_MAX:
             self.injected_lost += 1
+            self.figures[INJECTED_LOST] = self.injected_lost
             return
         self.injected.put(frame)
         os.eventfd_write(self.injection, 1)
@@ -212,6 +217,7 @@ class Receiver(Worker):
         try:
             fed = self._fill(queue)
         finally:  # of a ring that breaks half-way, too
+            self.show()
             self.give(queue)
         if fed:
             queue.suppress()
@@ -221,6 +227,15 @@ class Receiver(Worker):
         if self.listening:
             self._listen(False)
         return queue.rearm(len(self.chains) - self.at)
+
+    def show(self) -> None:
+        """Store what has been counted, in the order of devmsg.FIGURES."""
+        figures = self.figures
+        figures[FIRST] = self.packets
+        figures[FIRST + 1] = self.bytes
+        figures[FIRST + 2] = self.no_room
+        figures[FIRST + 3] = self.filtered
+        figures[FIRST + 4] = self.malformed
 
     def _fill(self, queue: "Queue") -> bool:
         """Move frames, up to a budget; False if it took more buffers than there are."""

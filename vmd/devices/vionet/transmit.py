@@ -13,6 +13,7 @@ from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
 from vmd.devices.vionet.worker import POLLIN, Worker
 from vmd.errors import GuestError
+from vmd.ipc import devmsg
 from vmd.log import RateLimit
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC
@@ -48,6 +49,8 @@ FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6
 GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
 GSO_TYPE = 1  # offset in the header
 BUSY_TIMEOUT_MS = 1000  # a tap that takes nothing for so long loses the frame
+
+FIRST = devmsg.COUNTER_NAMES.index("tx_packets")  # of the figures of this thread
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 
@@ -92,10 +95,24 @@ class Transmitter(Worker):
         try:
             more = self._drain(queue)
         finally:  # of a ring that breaks half-way, too
+            self.show()
             self.give(queue)
         if self.busy:
             return False
         return more or queue.rearm()
+
+    def show(self) -> None:
+        """Store what has been counted, in the order of devmsg.FIGURES."""
+        figures = self.figures
+        figures[FIRST] = self.packets
+        figures[FIRST + 1] = self.bytes
+        figures[FIRST + 2] = self.short
+        figures[FIRST + 3] = self.long
+        figures[FIRST + 4] = self.spoofed
+        figures[FIRST + 5] = self.refused
+        figures[FIRST + 6] = self.no_link
+        figures[FIRST + 7] = self.dropped_busy
+        figures[FIRST + 8] = self.answered
 
     def _drain(self, queue: "Queue") -> bool:
         """Take frames and send them; return whether some are left.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     class Services(Protocol):
         """What of `process.ThreadedProcess` is used here."""
 
+        figures: memoryview
+
         def interrupt(self, queue: int) -> None:
             """Tell the guest."""
 
@@ -44,6 +46,7 @@ class Worker:
 
     def __init__(self, services: "Services", number: int, kick: int) -> None:
         self.services = services
+        self.figures = services.figures
         self.number = number
         self.kick = kick
         self.queue: Queue | None = None
@@ -88,6 +91,10 @@ class Worker:
 
     def serve(self, queue: "Queue") -> bool:
         """Serve the queue, up to a budget; return whether to look again at once.  Raises GuestError."""
+        raise NotImplementedError
+
+    def show(self) -> None:
+        """Store what has been counted where others see it; called after each `serve`, before the guest hears of it."""
         raise NotImplementedError
 
     def begin(self) -> None:

@@ -7,6 +7,7 @@ import os
 import time
 
 from vmd.errors import GuestError
+from vmd.ipc import devmsg
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     class Services(Protocol):
         """What of `process.Process` is used here."""
+
+        figures: memoryview
 
         def interrupt(self, queue: int) -> None:
             """Tell the guest."""
@@ -33,6 +36,7 @@ BUDGET = 16  # requests of one wake-up
 BYTES_PER_S = 4 << 20  # a guest that does nothing but ask must not keep a processor busy
 BURST_BYTES = 1 << 20
 REQUEST_COST = 256  # a request of one byte is not free either
+REQUESTS, BYTES, DELAYED = range(len(devmsg.FIGURES["viornd"]))
 
 
 class Viornd:
@@ -43,6 +47,7 @@ class Viornd:
 
     def __init__(self, services: "Services") -> None:
         self.services = services
+        self.figures = services.figures
         self.queue: Queue | None = None
         self.allowance = float(BURST_BYTES)
         self.filled_s = time.monotonic()
@@ -64,6 +69,7 @@ class Viornd:
             for _ in range(BUDGET):
                 if self.allowance <= 0:
                     self.services.call_after(-self.allowance / BYTES_PER_S + 0.01, lambda: self.services.serve(0))
+                    self.figures[DELAYED] += 1
                     more = False
                     break
                 chain = queue.take()
@@ -72,6 +78,8 @@ class Viornd:
                     break
                 written = self.fill(queue, chain)
                 queue.put(chain.head, written)
+                self.figures[REQUESTS] += 1
+                self.figures[BYTES] += written
                 self.allowance -= written + REQUEST_COST
         finally:
             queue.publish()

@@ -12,4 +12,4 @@ from vmd.privsep.confine import LEAF
 
 def main() -> int:
     """Run the process."""
-    return process.main(LEAF, Viornd)
+    return process.main("viornd", LEAF, Viornd)

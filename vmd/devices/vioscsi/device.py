@@ -6,10 +6,12 @@ what was written and the residue are right.
 
 import errno
 import os
+import time
 from struct import Struct
 
 from vmd.devices.vioscsi.scsi import BAD_OPCODE, READ_ERROR, Drive, Reply, check_condition, sense_data
 from vmd.errors import GuestError
+from vmd.ipc import devmsg
 from vmd.log import RateLimit
 
 TYPE_CHECKING = False
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
     class Services(Protocol):
         """What of `process.Process` is used here."""
+
+        figures: memoryview
 
         def interrupt(self, queue: int) -> None:
             """Tell the guest."""
@@ -59,6 +63,7 @@ BUDGET = 8 << 20
 DESCRIPTOR_COST = 2048
 IOV_MAX = 1024
 PIECE = 1 << 20  # bytes of one preadv
+COMMANDS, READS, READ_BYTES, ERRORS, BUSY_NS, SIZE = range(len(devmsg.FIGURES["vioscsi"]))
 
 
 class Vioscsi:
@@ -72,6 +77,8 @@ class Vioscsi:
         # Not fstat: a disc may also be a block device.
         self.size = 0 if fd is None else os.lseek(fd, 0, os.SEEK_END)
         self.drive = Drive(None if fd is None else self.size)
+        self.figures = services.figures
+        self.figures[SIZE] = self.size
         self.queues: list[Queue | None] = []
         self.sense_size, self.cdb_size = SENSE_SIZE, CDB_SIZE
         self.complaints = RateLimit()
@@ -122,6 +129,7 @@ class Vioscsi:
             raise
         self.close()
         self.fd, self.size = fd, size or 0
+        self.figures[SIZE] = self.size
         self.drive.change(size)
 
     def close(self) -> None:
@@ -156,7 +164,7 @@ class Vioscsi:
 
     def drain(self, number: int, queue: "Queue", serve: "Callable[[Queue, Chain], int]") -> bool:
         """Serve what waits in a queue; return whether there is more to do.  Raises GuestError."""
-        spent = 0
+        spent, begun_ns = 0, time.monotonic_ns()
         try:
             while spent < BUDGET:
                 chain = queue.take()
@@ -167,6 +175,7 @@ class Vioscsi:
                 spent += written + DESCRIPTOR_COST * (len(chain.readable) + len(chain.writable))
             return True
         finally:
+            self.figures[BUSY_NS] += time.monotonic_ns() - begun_ns
             queue.publish()
             if queue.wants_interrupt():
                 self.services.interrupt(number)
@@ -197,6 +206,12 @@ class Vioscsi:
             else:
                 response = S_OK
                 reply, moved = self.transfer(queue, chain, response_bytes, reply)
+        self.figures[COMMANDS] += 1
+        if reply.status or response != S_OK:
+            self.figures[ERRORS] += 1
+        elif reply.length:
+            self.figures[READS] += 1
+            self.figures[READ_BYTES] += moved
         sense = reply.sense[: self.sense_size]
         residual = min(out_bytes + in_bytes - moved, 0xFFFFFFFF)
         answer = RESPONSE.pack(len(sense), residual, 0, reply.status, response) + sense

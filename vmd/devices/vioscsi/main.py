@@ -56,7 +56,7 @@ class VioscsiProcess(Process):
 
 def main() -> int:
     """Run the process."""
-    return process.main(VIOSCSI, make, VioscsiProcess)
+    return process.main("vioscsi", VIOSCSI, make, VioscsiProcess)
 
 
 def make(services: "Process") -> Vioscsi:

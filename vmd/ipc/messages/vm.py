@@ -29,7 +29,7 @@ class NicLink(Record):
 @message(
     0x60,
     TO_VM,
-    fds=("couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*"),
+    fds=("couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*", "figures?"),
     answered_by=("VmRunning", "VmFailed"),
 )
 class StartVm(Record):
@@ -40,7 +40,7 @@ class StartVm(Record):
     `boot` and `initrd` come with this instead where the parent has copies of what a client has opened.
     `memory` is an empty memory file: the guest's.
     `tty` and `tty_slave` are the two sides of the console; `shown` is what it has shown (vmd.backlog); `taps` are one
-    for each of `nics`.
+    for each of `nics`.  `figures`, added by vmm, is where devices leave what they count (vmd.ipc.devmsg).
     """
 
     vmid: int
@@ -51,11 +51,12 @@ class StartVm(Record):
     nics: tuple[NicLink, ...] = ()
 
 
-@message(0x61, FROM_VM, fds=("process?",))
+@message(0x61, FROM_VM, fds=("process?", "figures?"))
 class VmRunning(Record):
     """The guest executes.
 
     fds: `process` is a pidfd of the VM process, added by vmm: pids of vmm's namespace mean nothing to the parent.
+    `figures`, as well, is as of StartVm.
     """
 
     vmid: int
@@ -235,7 +236,7 @@ class SendUndone(Record):
 @message(
     0x6F,
     TO_VM,
-    fds=("courier", "memory", "tty", "tty_slave", "shown"),
+    fds=("courier", "memory", "tty", "tty_slave", "shown", "figures?"),
     answered_by=("TransferProgress", "ReceivedHeader", "VmFailed"),
 )
 class ReceiveVm(Record):
@@ -329,24 +330,24 @@ class CancelTransfer(Record):
 
 
 class NicCounters(Record):
-    """What one network interface has done, under the names of devmsg.COUNTER_NAMES."""
+    """What one network interface has done, under the names of devmsg.COUNTER_NAMES; of VMs without `figures`."""
 
     values: tuple[int, ...]
 
 
 @message(0x75, TO_VM, answered_by=("DevicesReported",))
 class AskDevices(Record):
-    """Say what the network interfaces have done, and what is wrong with any device."""
+    """Say what is wrong with any device."""
 
     vmid: int
 
 
 @message(0x76, FROM_VM)
 class DevicesReported(Record):
-    """One entry for each interface, in their order, fewer if some cannot tell; and what is wrong now."""
+    """What is wrong now; of a VM without `figures` also one entry for each interface, in their order."""
 
     vmid: int
-    nics: tuple[NicCounters, ...]
+    nics: tuple[NicCounters, ...] = ()
     troubles: tuple[Trouble, ...] = ()
 
 

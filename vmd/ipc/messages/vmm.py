@@ -49,14 +49,14 @@ class AskVms(Record):
 @message(
     0xC3,
     (Proc.VMM, Proc.PARENT),
-    fds=("process?", "tty?", "tty_slave?", "shown?", "memory?", "log?", "boot?", "initrd?", "taps*"),
+    fds=("process?", "tty?", "tty_slave?", "shown?", "memory?", "log?", "boot?", "initrd?", "taps*", "figures?"),
     partial=True,
 )
 class VmHeld(Record):
     """One VM, as vmm knows it: it has a process, or has ended and the parent has not taken notice of that.
 
     fds: `process` is a pidfd of its process; `log` is what its lines come out of; the others are what it was given with
-    StartVm or ReceiveVm, and since.
+    StartVm or ReceiveVm, and since.  One that an earlier version has started has no `figures`.
     """
 
     vmid: int
