@@ -33,15 +33,15 @@ def vmctl(vmd: Daemon, *arguments: str, stdin: int | None = None, stdout: int | 
     )
 
 
-def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+def ended(process: "subprocess.Popen[str]", timeout_s: float = DEADLINE_S) -> tuple[int, str]:
     """Wait for the end; returns exit status and what it said."""
-    _, errors = process.communicate(timeout=DEADLINE_S)
+    _, errors = process.communicate(timeout=timeout_s)
     return process.returncode, errors
 
 
 def move(
     vmd: Daemon, name: str, to: str, *, send: tuple[str, ...] = (), receive: tuple[str, ...] = (),
-    into: Daemon | None = None,
+    into: Daemon | None = None, timeout_s: float = DEADLINE_S,
 ) -> tuple[str, str]:  # fmt: skip
     """Do `vmctl send NAME | vmctl receive TO`, both successful; returns what they said."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -49,7 +49,7 @@ def move(
     os.close(writing)
     receiver = vmctl(into or vmd, "receive", *receive, to, stdin=reading)
     os.close(reading)
-    received, sent = ended(receiver), ended(sender)
+    received, sent = ended(receiver, timeout_s), ended(sender, timeout_s)
     assert (received[0], sent[0]) == (0, 0), f"{sent[1]}{received[1]}\n--- log of vmd\n{vmd.log}"
     return sent[1], received[1]
 
