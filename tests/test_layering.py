@@ -63,11 +63,11 @@ SHARED = {
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
-    "vmd.exposition", "vmd.log", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
+    "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
 # Each costs every VM milliseconds of start-up or megabytes of memory.
-TOO_HEAVY = {"argparse", "asyncio", "ast", "dataclasses", "inspect", "logging", "re", "subprocess", "typing"}
+TOO_HEAVY = {"argparse", "asyncio", "ast", "ctypes", "dataclasses", "inspect", "logging", "re", "subprocess", "typing"}
 # ... and these cost each of its devices a millisecond or some hundred KiB that a smaller module does without.
 TOO_HEAVY_FOR_DEVICES = {"collections", "enum", "functools", "signal", "socket", "threading"}
 
@@ -207,10 +207,10 @@ def test_streamprobe_holds_little_of_a_vm() -> None:
 
 
 def test_kvmapi_stands_alone() -> None:
-    """It could be lifted out: the standard library and itself."""
+    """It could be lifted out: the standard library and itself, with its share of ctypes."""
     held = loaded_by(modules_in("vmd/kvmapi"))
 
-    assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd"}
+    assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd", "vmd.native"}
     assert held.third_party == frozenset()
 
 

@@ -12,12 +12,12 @@ The last pages of the file are no memory of the guest's.  They hold a mark for e
 `mark`, and only then publishes it.  What the guest's processors change is in KVM's log (`vm/dirty.py` reads both).
 """
 
-import ctypes
 import errno
 import fcntl
 import mmap
 import os
 
+from vmd import native
 from vmd.errors import GuestError, HostError
 from vmd.memfile import FIXED, sealed_file
 from vmd.record import Record
@@ -327,7 +327,7 @@ class GuestMemory:
     # ---- inside
 
     def _base(self) -> int:
-        return ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        return native.addressof(native.c_char.from_buffer(self._mapping))
 
 
 def marks_bytes(size: int) -> int:

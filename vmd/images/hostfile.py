@@ -5,11 +5,11 @@ extends it.  A device ends where it ends, and what nobody has written to it hold
 """
 
 import _thread
-import ctypes
 import errno
 import os
 import stat
 
+from vmd import native
 from vmd.ipc.foreign import SECTOR
 
 TYPE_CHECKING = False
@@ -26,9 +26,9 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fallocate.restype = ctypes.c_int
+_fallocate = native.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (native.c_int, native.c_int, native.c_int64, native.c_int64)
+_fallocate.restype = native.c_int
 
 
 def padding(length: int) -> int:
@@ -44,7 +44,7 @@ def is_device(fd: int) -> bool:
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2).  Raises OSError."""
     while _fallocate(fd, mode, offset, length):
-        error = ctypes.get_errno()
+        error = native.get_errno()
         if error != errno.EINTR:
             raise OSError(error, os.strerror(error))
 

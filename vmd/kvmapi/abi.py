@@ -4,19 +4,21 @@ Everything carries its C name.  Request numbers are computed from the structures
 sizes and offsets with the kernel's header.  `api.rst N` is a section of the kernel's KVM API document.
 """
 
-import ctypes
 import errno
 import fcntl
 import os
 
+from vmd import native
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ctypes import _CData as CData
     from typing import TypeVar
 
-    S = TypeVar("S", bound=ctypes.Structure)
+    S = TypeVar("S", bound=native.Structure)
 
-u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
-s16, s32, s64 = ctypes.c_int16, ctypes.c_int32, ctypes.c_int64
+u8, u16, u32, u64 = native.c_uint8, native.c_uint16, native.c_uint32, native.c_uint64
+s16, s32, s64 = native.c_int16, native.c_int32, native.c_int64
 
 KVM_API_VERSION = 12
 KVM_PIO_PAGE_OFFSET = 1  # pages of the vCPU mapping: after kvm_run, the data of port I/O
@@ -26,7 +28,7 @@ KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # ... and the ring of coalesced writes, one 
 # ------------------------------------------------------------------ vCPU registers
 
 
-class kvm_regs(ctypes.Structure):
+class kvm_regs(native.Structure):
     """General purpose registers (api.rst 4.11)."""
 
     _fields_ = [(name, u64) for name in (
@@ -34,7 +36,7 @@ class kvm_regs(ctypes.Structure):
         "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags")]  # fmt: skip
 
 
-class kvm_segment(ctypes.Structure):
+class kvm_segment(native.Structure):
     """A segment register with its hidden part; `limit` counts bytes whatever `g` says."""
 
     _fields_ = [("base", u64), ("limit", u32), ("selector", u16), ("type", u8), ("present", u8), ("dpl", u8),
@@ -42,13 +44,13 @@ class kvm_segment(ctypes.Structure):
                 ("padding", u8)]  # fmt: skip
 
 
-class kvm_dtable(ctypes.Structure):
+class kvm_dtable(native.Structure):
     """GDTR or IDTR."""
 
     _fields_ = [("base", u64), ("limit", u16), ("padding", u16 * 3)]
 
 
-class kvm_sregs(ctypes.Structure):
+class kvm_sregs(native.Structure):
     """Segment, table and control registers (api.rst 4.13)."""
 
     _fields_ = [
@@ -58,7 +60,7 @@ class kvm_sregs(ctypes.Structure):
         ("interrupt_bitmap", u64 * 4)]  # fmt: skip
 
 
-class kvm_fpu(ctypes.Structure):
+class kvm_fpu(native.Structure):
     """x87 and SSE state (api.rst 4.22)."""
 
     _fields_ = [("fpr", u8 * 16 * 8), ("fcw", u16), ("fsw", u16), ("ftwx", u8), ("pad1", u8),
@@ -66,104 +68,104 @@ class kvm_fpu(ctypes.Structure):
                 ("mxcsr", u32), ("pad2", u32)]  # fmt: skip
 
 
-class kvm_xsave(ctypes.Structure):
+class kvm_xsave(native.Structure):
     """The XSAVE area in its fixed size (api.rst 4.42); see Vcpu.get_xsave for the longer one."""
 
     _fields_ = [("region", u32 * 1024)]
 
 
-class kvm_xcr(ctypes.Structure):
+class kvm_xcr(native.Structure):
     """One extended control register."""
 
     _fields_ = [("xcr", u32), ("reserved", u32), ("value", u64)]
 
 
-class kvm_xcrs(ctypes.Structure):
+class kvm_xcrs(native.Structure):
     """All extended control registers; there is but XCR0 (api.rst 4.44)."""
 
     _fields_ = [("nr_xcrs", u32), ("flags", u32), ("xcrs", kvm_xcr * 16), ("padding", u64 * 16)]
 
 
-class kvm_msr_entry(ctypes.Structure):
+class kvm_msr_entry(native.Structure):
     """One model-specific register."""
 
     _fields_ = [("index", u32), ("reserved", u32), ("data", u64)]
 
 
-class kvm_msrs(ctypes.Structure):
+class kvm_msrs(native.Structure):
     """Header of an array of kvm_msr_entry (api.rst 4.18)."""
 
     _fields_ = [("nmsrs", u32), ("pad", u32)]
 
 
-class kvm_msr_list(ctypes.Structure):
+class kvm_msr_list(native.Structure):
     """Header of an array of u32 indices (api.rst 4.3)."""
 
     _fields_ = [("nmsrs", u32)]
 
 
-class kvm_msr_index(ctypes.Structure):
+class kvm_msr_index(native.Structure):
     """One element of the array behind kvm_msr_list; a bare u32 in C."""
 
     _fields_ = [("index", u32)]
 
 
-class kvm_cpuid_entry2(ctypes.Structure):
+class kvm_cpuid_entry2(native.Structure):
     """One CPUID leaf, or one sub-leaf with KVM_CPUID_FLAG_SIGNIFCANT_INDEX."""
 
     _fields_ = [("function", u32), ("index", u32), ("flags", u32), ("eax", u32), ("ebx", u32), ("ecx", u32),
                 ("edx", u32), ("padding", u32 * 3)]  # fmt: skip
 
 
-class kvm_cpuid2(ctypes.Structure):
+class kvm_cpuid2(native.Structure):
     """Header of an array of kvm_cpuid_entry2 (api.rst 4.46)."""
 
     _fields_ = [("nent", u32), ("padding", u32)]
 
 
-class kvm_lapic_state(ctypes.Structure):
+class kvm_lapic_state(native.Structure):
     """The local APIC's register page, its used quarter (api.rst 4.57)."""
 
     _fields_ = [("regs", u8 * 0x400)]
 
 
-class kvm_mp_state(ctypes.Structure):
+class kvm_mp_state(native.Structure):
     """Whether a vCPU runs, halts or waits to be started (api.rst 4.38)."""
 
     _fields_ = [("mp_state", u32)]
 
 
-class kvm_vcpu_events_exception(ctypes.Structure):
+class kvm_vcpu_events_exception(native.Structure):
     """kvm_vcpu_events.exception."""
 
     _fields_ = [("injected", u8), ("nr", u8), ("has_error_code", u8), ("pending", u8), ("error_code", u32)]
 
 
-class kvm_vcpu_events_interrupt(ctypes.Structure):
+class kvm_vcpu_events_interrupt(native.Structure):
     """kvm_vcpu_events.interrupt."""
 
     _fields_ = [("injected", u8), ("nr", u8), ("soft", u8), ("shadow", u8)]
 
 
-class kvm_vcpu_events_nmi(ctypes.Structure):
+class kvm_vcpu_events_nmi(native.Structure):
     """kvm_vcpu_events.nmi."""
 
     _fields_ = [("injected", u8), ("pending", u8), ("masked", u8), ("pad", u8)]
 
 
-class kvm_vcpu_events_smi(ctypes.Structure):
+class kvm_vcpu_events_smi(native.Structure):
     """kvm_vcpu_events.smi."""
 
     _fields_ = [("smm", u8), ("pending", u8), ("smm_inside_nmi", u8), ("latched_init", u8)]
 
 
-class kvm_vcpu_events_triple_fault(ctypes.Structure):
+class kvm_vcpu_events_triple_fault(native.Structure):
     """kvm_vcpu_events.triple_fault."""
 
     _fields_ = [("pending", u8)]
 
 
-class kvm_vcpu_events(ctypes.Structure):
+class kvm_vcpu_events(native.Structure):
     """Exceptions, interrupts and NMIs under way (api.rst 4.31)."""
 
     _fields_ = [("exception", kvm_vcpu_events_exception), ("interrupt", kvm_vcpu_events_interrupt),
@@ -172,13 +174,13 @@ class kvm_vcpu_events(ctypes.Structure):
                 ("reserved", u8 * 26), ("exception_has_payload", u8), ("exception_payload", u64)]  # fmt: skip
 
 
-class kvm_debugregs(ctypes.Structure):
+class kvm_debugregs(native.Structure):
     """Debug registers (api.rst 4.33)."""
 
     _fields_ = [("db", u64 * 4), ("dr6", u64), ("dr7", u64), ("flags", u64), ("reserved", u64 * 9)]
 
 
-class kvm_translation(ctypes.Structure):
+class kvm_translation(native.Structure):
     """A linear address and what the vCPU's page tables make of it (api.rst 4.15)."""
 
     _fields_ = [("linear_address", u64), ("physical_address", u64), ("valid", u8), ("writeable", u8),
@@ -188,20 +190,20 @@ class kvm_translation(ctypes.Structure):
 # ------------------------------------------------------------------ the machine
 
 
-class kvm_userspace_memory_region(ctypes.Structure):
+class kvm_userspace_memory_region(native.Structure):
     """A memory slot (api.rst 4.35)."""
 
     _fields_ = [("slot", u32), ("flags", u32), ("guest_phys_addr", u64), ("memory_size", u64),
                 ("userspace_addr", u64)]  # fmt: skip
 
 
-class kvm_dirty_log(ctypes.Structure):
+class kvm_dirty_log(native.Structure):
     """Where to put a slot's dirty bitmap (api.rst 4.8); C has a union of a pointer and a u64."""
 
     _fields_ = [("slot", u32), ("padding1", u32), ("dirty_bitmap", u64)]
 
 
-class kvm_pic_state(ctypes.Structure):
+class kvm_pic_state(native.Structure):
     """One 8259A."""
 
     _fields_ = [(name, u8) for name in (
@@ -210,88 +212,88 @@ class kvm_pic_state(ctypes.Structure):
         "init4", "elcr", "elcr_mask")]  # fmt: skip
 
 
-class kvm_ioapic_state(ctypes.Structure):
+class kvm_ioapic_state(native.Structure):
     """The I/O APIC; a redirection entry is a plain u64 here."""
 
     _fields_ = [("base_address", u64), ("ioregsel", u32), ("id", u32), ("irr", u32), ("pad", u32),
                 ("redirtbl", u64 * 24)]  # fmt: skip
 
 
-class kvm_irqchip_chip(ctypes.Union):
+class kvm_irqchip_chip(native.Union):
     """kvm_irqchip.chip."""
 
     _fields_ = [("dummy", u8 * 512), ("pic", kvm_pic_state), ("ioapic", kvm_ioapic_state)]
 
 
-class kvm_irqchip(ctypes.Structure):
+class kvm_irqchip(native.Structure):
     """One interrupt controller, chosen by chip_id (api.rst 4.26)."""
 
     _fields_ = [("chip_id", u32), ("pad", u32), ("chip", kvm_irqchip_chip)]
 
 
-class kvm_irq_level(ctypes.Structure):
+class kvm_irq_level(native.Structure):
     """A line and its level (api.rst 4.25)."""
 
     _fields_ = [("irq", u32), ("level", u32)]
 
 
-class kvm_irq_routing_irqchip(ctypes.Structure):
+class kvm_irq_routing_irqchip(native.Structure):
     """A pin of a chip."""
 
     _fields_ = [("irqchip", u32), ("pin", u32)]
 
 
-class kvm_irq_routing_msi(ctypes.Structure):
+class kvm_irq_routing_msi(native.Structure):
     """A message; devid is of no use on x86."""
 
     _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("devid", u32)]
 
 
-class kvm_irq_routing_u(ctypes.Union):
+class kvm_irq_routing_u(native.Union):
     """kvm_irq_routing_entry.u."""
 
     _fields_ = [("irqchip", kvm_irq_routing_irqchip), ("msi", kvm_irq_routing_msi), ("pad", u32 * 8)]
 
 
-class kvm_irq_routing_entry(ctypes.Structure):
+class kvm_irq_routing_entry(native.Structure):
     """Where a GSI leads; a GSI may have one entry per chip, or one MSI entry (api.rst 4.52)."""
 
     _fields_ = [("gsi", u32), ("type", u32), ("flags", u32), ("pad", u32), ("u", kvm_irq_routing_u)]
 
 
-class kvm_irq_routing(ctypes.Structure):
+class kvm_irq_routing(native.Structure):
     """Header of an array of kvm_irq_routing_entry."""
 
     _fields_ = [("nr", u32), ("flags", u32)]
 
 
-class kvm_msi(ctypes.Structure):
+class kvm_msi(native.Structure):
     """A message to deliver now (api.rst 4.70)."""
 
     _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("flags", u32), ("devid", u32),
                 ("pad", u8 * 12)]  # fmt: skip
 
 
-class kvm_irqfd(ctypes.Structure):
+class kvm_irqfd(native.Structure):
     """An eventfd that raises a GSI (api.rst 4.75)."""
 
     _fields_ = [("fd", u32), ("gsi", u32), ("flags", u32), ("resamplefd", u32), ("pad", u8 * 16)]
 
 
-class kvm_ioeventfd(ctypes.Structure):
+class kvm_ioeventfd(native.Structure):
     """A guest write that becomes an event (api.rst 4.59)."""
 
     _fields_ = [("datamatch", u64), ("addr", u64), ("len", u32), ("fd", s32), ("flags", u32),
                 ("pad", u8 * 36)]  # fmt: skip
 
 
-class kvm_pit_config(ctypes.Structure):
+class kvm_pit_config(native.Structure):
     """Which PIT to make (api.rst 4.71)."""
 
     _fields_ = [("flags", u32), ("pad", u32 * 15)]
 
 
-class kvm_pit_channel_state(ctypes.Structure):
+class kvm_pit_channel_state(native.Structure):
     """One counter of the 8254."""
 
     _fields_ = [("count", u32), ("latched_count", u16), ("count_latched", u8), ("status_latched", u8),
@@ -299,57 +301,57 @@ class kvm_pit_channel_state(ctypes.Structure):
                 ("rw_mode", u8), ("mode", u8), ("bcd", u8), ("gate", u8), ("count_load_time", s64)]  # fmt: skip
 
 
-class kvm_pit_state2(ctypes.Structure):
+class kvm_pit_state2(native.Structure):
     """The 8254 (api.rst 4.72)."""
 
     _fields_ = [("channels", kvm_pit_channel_state * 3), ("flags", u32), ("reserved", u32 * 9)]
 
 
-class kvm_device_attr(ctypes.Structure):
+class kvm_device_attr(native.Structure):
     """An attribute of a device, or of a vCPU; `addr` is where its value is (api.rst 4.80)."""
 
     _fields_ = [("flags", u32), ("group", u32), ("attr", u64), ("addr", u64)]
 
 
-class kvm_clock_data(ctypes.Structure):
+class kvm_clock_data(native.Structure):
     """What kvmclock shows the guest, in ns (api.rst 4.29)."""
 
     _fields_ = [("clock", u64), ("flags", u32), ("pad0", u32), ("realtime", u64), ("host_tsc", u64),
                 ("pad", u32 * 4)]  # fmt: skip
 
 
-class kvm_coalesced_mmio_zone(ctypes.Structure):
+class kvm_coalesced_mmio_zone(native.Structure):
     """A range whose writes are collected instead of exiting (api.rst 4.116)."""
 
     _fields_ = [("addr", u64), ("size", u32), ("pio", u32)]
 
 
-class kvm_coalesced_mmio(ctypes.Structure):
+class kvm_coalesced_mmio(native.Structure):
     """One collected write."""
 
     _fields_ = [("phys_addr", u64), ("len", u32), ("pio", u32), ("data", u8 * 8)]
 
 
-class kvm_coalesced_mmio_ring(ctypes.Structure):
+class kvm_coalesced_mmio_ring(native.Structure):
     """Header of the ring of kvm_coalesced_mmio, which fills the rest of its page."""
 
     _fields_ = [("first", u32), ("last", u32)]
 
 
-class kvm_enable_cap(ctypes.Structure):
+class kvm_enable_cap(native.Structure):
     """A capability that has to be switched on (api.rst 4.37)."""
 
     _fields_ = [("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64)]
 
 
-class kvm_stats_header(ctypes.Structure):
+class kvm_stats_header(native.Structure):
     """First bytes of a statistics file (api.rst 4.133)."""
 
     _fields_ = [("flags", u32), ("name_size", u32), ("num_desc", u32), ("id_offset", u32),
                 ("desc_offset", u32), ("data_offset", u32)]  # fmt: skip
 
 
-class kvm_stats_desc(ctypes.Structure):
+class kvm_stats_desc(native.Structure):
     """One statistic; name_size bytes of name follow."""
 
     _fields_ = [("flags", u32), ("exponent", s16), ("size", u16), ("offset", u32), ("bucket_size", u32)]
@@ -358,49 +360,49 @@ class kvm_stats_desc(ctypes.Structure):
 # ------------------------------------------------------------------ kvm_run
 
 
-class kvm_run_io(ctypes.Structure):
+class kvm_run_io(native.Structure):
     """kvm_run.io."""
 
     _fields_ = [("direction", u8), ("size", u8), ("port", u16), ("count", u32), ("data_offset", u64)]
 
 
-class kvm_run_mmio(ctypes.Structure):
+class kvm_run_mmio(native.Structure):
     """kvm_run.mmio."""
 
     _fields_ = [("phys_addr", u64), ("data", u8 * 8), ("len", u32), ("is_write", u8)]
 
 
-class kvm_run_hw(ctypes.Structure):
+class kvm_run_hw(native.Structure):
     """kvm_run.hw."""
 
     _fields_ = [("hardware_exit_reason", u64)]
 
 
-class kvm_run_fail_entry(ctypes.Structure):
+class kvm_run_fail_entry(native.Structure):
     """kvm_run.fail_entry."""
 
     _fields_ = [("hardware_entry_failure_reason", u64), ("cpu", u32)]
 
 
-class kvm_run_internal(ctypes.Structure):
+class kvm_run_internal(native.Structure):
     """kvm_run.internal."""
 
     _fields_ = [("suberror", u32), ("ndata", u32), ("data", u64 * 16)]
 
 
-class kvm_run_system_event(ctypes.Structure):
+class kvm_run_system_event(native.Structure):
     """kvm_run.system_event."""
 
     _fields_ = [("type", u32), ("ndata", u32), ("data", u64 * 16)]
 
 
-class kvm_run_eoi(ctypes.Structure):
+class kvm_run_eoi(native.Structure):
     """kvm_run.eoi."""
 
     _fields_ = [("vector", u8)]
 
 
-class kvm_run_exit(ctypes.Union):
+class kvm_run_exit(native.Union):
     """The nameless union of kvm_run, as far as we read it."""
 
     _fields_ = [("hw", kvm_run_hw), ("fail_entry", kvm_run_fail_entry), ("io", kvm_run_io),
@@ -409,7 +411,7 @@ class kvm_run_exit(ctypes.Union):
                 ("padding", u8 * 256)]  # fmt: skip
 
 
-class kvm_run(ctypes.Structure):
+class kvm_run(native.Structure):
     """The page a vCPU shares with us, up to its exit union (api.rst 5); C goes on with sync regs."""
 
     _anonymous_ = ("exit",)
@@ -434,16 +436,16 @@ def _io(nr: int) -> Request:
     return _ioc(0, nr, 0)
 
 
-def _iow(nr: int, struct: "type[ctypes._CData]") -> Request:
-    return _ioc(1, nr, ctypes.sizeof(struct))
+def _iow(nr: int, struct: "type[CData]") -> Request:
+    return _ioc(1, nr, native.sizeof(struct))
 
 
-def _ior(nr: int, struct: "type[ctypes._CData]") -> Request:
-    return _ioc(2, nr, ctypes.sizeof(struct))
+def _ior(nr: int, struct: "type[CData]") -> Request:
+    return _ioc(2, nr, native.sizeof(struct))
 
 
-def _iowr(nr: int, struct: "type[ctypes._CData]") -> Request:
-    return _ioc(3, nr, ctypes.sizeof(struct))
+def _iowr(nr: int, struct: "type[CData]") -> Request:
+    return _ioc(3, nr, native.sizeof(struct))
 
 
 # on /dev/kvm
@@ -645,7 +647,7 @@ def refused(request: Request, error: int) -> OSError:
     return OSError(error, f"{REQUESTS[request]}: {os.strerror(error)}")
 
 
-def ioctl(fd: int, request: Request, arg: "int | bytearray | ctypes._CData" = 0) -> int:
+def ioctl(fd: int, request: Request, arg: "int | bytearray | CData" = 0) -> int:
     """Do one request and return its result; a mutable argument takes what the kernel writes.
 
     A signal that arrives meanwhile is no failure, so EINTR is retried; KVM_RUN therefore never comes here.
@@ -662,8 +664,8 @@ def ioctl(fd: int, request: Request, arg: "int | bytearray | ctypes._CData" = 0)
             raise refused(request, error.errno or errno.EIO) from None
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong]
+_libc = native.CDLL(None, use_errno=True)
+_libc.ioctl.argtypes = [native.c_int, native.c_ulong, native.c_ulong]
 
 
 def ioctl_ulong(fd: int, request: Request, arg: int) -> int:
@@ -672,7 +674,7 @@ def ioctl_ulong(fd: int, request: Request, arg: int) -> int:
         result: int = _libc.ioctl(fd, request, arg)
         if result >= 0:
             return result
-        if (error := ctypes.get_errno()) != errno.EINTR:
+        if (error := native.get_errno()) != errno.EINTR:
             raise refused(request, error)
 
 
@@ -690,18 +692,18 @@ def write_struct(fd: int, request: Request, struct: "type[S]", state: "S | bytes
         ValueError: the bytes are not of the structure's size.
     """
     if isinstance(state, bytes):
-        if len(state) != ctypes.sizeof(struct):
-            raise ValueError(f"{struct.__name__} of {len(state)} bytes, not {ctypes.sizeof(struct)}")
+        if len(state) != native.sizeof(struct):
+            raise ValueError(f"{struct.__name__} of {len(state)} bytes, not {native.sizeof(struct)}")
         state = struct.from_buffer_copy(state)
     ioctl(fd, request, state)
 
 
-def read_list(fd: int, request: Request, header: type[ctypes.Structure], entry: "type[S]") -> "list[S]":
+def read_list(fd: int, request: Request, header: type[native.Structure], entry: "type[S]") -> "list[S]":
     """Do a request that fills an array behind a header starting with its count, and return the array.
 
     The kernel says E2BIG, and nothing more reliable, while the array is too short.
     """
-    start, step = ctypes.sizeof(header), ctypes.sizeof(entry)
+    start, step = native.sizeof(header), native.sizeof(entry)
     capacity = 128
     while True:
         buffer = bytearray(start + capacity * step)
@@ -717,9 +719,9 @@ def read_list(fd: int, request: Request, header: type[ctypes.Structure], entry: 
         return [entry.from_buffer_copy(buffer, start + index * step) for index in range(count)]
 
 
-def counted(header: type[ctypes.Structure], entries: "list[S]") -> bytearray:
+def counted(header: type[native.Structure], entries: "list[S]") -> bytearray:
     """Lay out a header starting with its count, and the array behind it."""
-    head = len(entries).to_bytes(4, "little").ljust(ctypes.sizeof(header), b"\0")
+    head = len(entries).to_bytes(4, "little").ljust(native.sizeof(header), b"\0")
     return bytearray(head + b"".join(map(bytes, entries)))
 
 
@@ -727,14 +729,14 @@ def read_stats(owner_fd: int) -> dict[str, tuple[int, ...]]:
     """Return the statistics of a VM or vCPU by name (api.rst 4.133)."""
     fd = ioctl(owner_fd, KVM_GET_STATS_FD)
     try:
-        size = ctypes.sizeof(kvm_stats_header)
+        size = native.sizeof(kvm_stats_header)
         header = kvm_stats_header.from_buffer_copy(os.pread(fd, size, 0))
-        step = ctypes.sizeof(kvm_stats_desc) + header.name_size
+        step = native.sizeof(kvm_stats_desc) + header.name_size
         descriptors = os.pread(fd, header.num_desc * step, header.desc_offset)
         stats = {}
         for start in range(0, len(descriptors), step):
             desc = kvm_stats_desc.from_buffer_copy(descriptors, start)
-            name = descriptors[start + ctypes.sizeof(desc) : start + step].split(b"\0")[0].decode()
+            name = descriptors[start + native.sizeof(desc) : start + step].split(b"\0")[0].decode()
             values = os.pread(fd, desc.size * 8, header.data_offset + desc.offset)
             stats[name] = tuple((u64 * desc.size).from_buffer_copy(values))
         return stats

@@ -17,7 +17,6 @@ set, and every run returns Interrupted, until `clear_kick`.  So the stopper firs
 thread first clears the kick, then looks why.
 """
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -25,6 +24,7 @@ import os
 import signal
 import threading
 
+from vmd import native
 from vmd.kvmapi import abi
 from vmd.kvmapi.abi import ioctl, read_struct, write_struct
 from vmd.kvmapi.exits import (
@@ -388,9 +388,9 @@ class Vcpu:
         ioctl(self._fd, abi.KVM_SET_DEVICE_ATTR, self._tsc_offset_attr(abi.u64(offset)))
 
     @staticmethod
-    def _tsc_offset_attr(value: ctypes.c_uint64) -> abi.kvm_device_attr:
+    def _tsc_offset_attr(value: native.c_uint64) -> abi.kvm_device_attr:
         return abi.kvm_device_attr(
-            group=abi.KVM_VCPU_TSC_CTRL, attr=abi.KVM_VCPU_TSC_OFFSET, addr=ctypes.addressof(value)
+            group=abi.KVM_VCPU_TSC_CTRL, attr=abi.KVM_VCPU_TSC_OFFSET, addr=native.addressof(value)
         )
 
     def kvmclock_ctrl(self) -> None:

@@ -1,8 +1,8 @@
 """One virtual machine: memory slots, interrupt controllers, event descriptors, clock, dirty logs."""
 
-import ctypes
 import os
 
+from vmd import native
 from vmd.kvmapi import abi
 from vmd.kvmapi.abi import ioctl, read_struct, write_struct
 from vmd.kvmapi.vcpu import Vcpu
@@ -78,7 +78,7 @@ class Vm:
         """Return and clear the bitmap of pages written in a slot of `size` bytes, page 0 in bit 0."""
         pages = -(-size // 4096)
         bitmap = (abi.u64 * (-(-pages // 64)))()
-        log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+        log = abi.kvm_dirty_log(slot=slot, dirty_bitmap=native.addressof(bitmap))
         ioctl(self.fd, abi.KVM_GET_DIRTY_LOG, log)
         return bytes(bitmap)
 

@@ -4,12 +4,12 @@ It complements the cell and the system call filter: it is what still holds if on
 which has neither, it is the view of the file system.  Unlike a filter it binds only the thread that asks for it.
 """
 
-import ctypes
 import errno
 import os
 import stat
 import struct
 
+from vmd import native
 from vmd.errors import HostError
 from vmd.privsep import linux
 
@@ -127,7 +127,7 @@ def allow(ruleset_fd: int, path: str, rights: int) -> None:
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             rights &= ON_FILES
         beneath = struct.pack("=Qi", rights, fd)
-        rule = ctypes.create_string_buffer(beneath, len(beneath))
+        rule = native.buffer(beneath)
         linux.syscall(f"allow {path} in landlock", linux.SYS_LANDLOCK_ADD_RULE, ruleset_fd, RULE_PATH_BENEATH, rule, 0)
     finally:
         os.close(fd)

@@ -6,11 +6,11 @@ can be done without have a fallback here.
 The constants keep their C names.  Standard library only: every process imports this.
 """
 
-import ctypes
 import errno
 import os
 import struct
 
+from vmd import native
 from vmd.errors import HostError
 
 TYPE_CHECKING = False
@@ -91,63 +91,63 @@ SYS_LANDLOCK_CREATE_RULESET = 444
 SYS_LANDLOCK_ADD_RULE = 445
 SYS_LANDLOCK_RESTRICT_SELF = 446
 
-libc = ctypes.CDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
-libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+libc = native.CDLL(None, use_errno=True)
+libc.syscall.restype = native.c_long
+libc.mount.argtypes = [native.c_char_p, native.c_char_p, native.c_char_p, native.c_ulong, native.c_char_p]
 
 
-class cap_user_header(ctypes.Structure):
+class cap_user_header(native.Structure):
     """Whose capabilities (struct __user_cap_header_struct)."""
 
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+    _fields_ = [("version", native.c_uint32), ("pid", native.c_int)]
 
 
-class cap_user_data(ctypes.Structure):
+class cap_user_data(native.Structure):
     """Half of each set (struct __user_cap_data_struct); two of them make 64 bits."""
 
-    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+    _fields_ = [("effective", native.c_uint32), ("permitted", native.c_uint32), ("inheritable", native.c_uint32)]
 
 
-class open_how(ctypes.Structure):
+class open_how(native.Structure):
     """How openat2(2) opens a file (<linux/openat2.h>)."""
 
-    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+    _fields_ = [("flags", native.c_uint64), ("mode", native.c_uint64), ("resolve", native.c_uint64)]
 
 
-class statfs_buf(ctypes.Structure):
+class statfs_buf(native.Structure):
     """The start of struct statfs, and room for all of it."""
 
-    _fields_ = [("f_type", ctypes.c_long), ("rest", ctypes.c_char * 248)]
+    _fields_ = [("f_type", native.c_long), ("rest", native.c_char * 248)]
 
 
 def syscall(tried: str, number: int, *arguments: object) -> int:
-    """Make a system call by number; integers are passed as unsigned longs, the rest as ctypes sees fit."""
-    wide = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
-    result: int = libc.syscall(ctypes.c_long(number), *wide)
+    """Make a system call by number; integers are passed as unsigned longs, the rest as what they are."""
+    wide = [native.c_ulong(value) if isinstance(value, int) else value for value in arguments]
+    result: int = libc.syscall(native.c_long(number), *wide)
     if result < 0:
-        raise HostError(tried, ctypes.get_errno())
+        raise HostError(tried, native.get_errno())
     return result
 
 
 def prctl(tried: str, option: int, *arguments: int) -> int:
     """Call prctl(2); what is not given is zero, as the kernel insists for several options."""
-    wide = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
+    wide = [native.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
     result: int = libc.prctl(option, *wide)
     if result < 0:
-        raise HostError(tried, ctypes.get_errno())
+        raise HostError(tried, native.get_errno())
     return result
 
 
 def unshare(flags: int) -> None:
     """Leave the namespaces named by CLONE_NEW* flags for new, empty ones."""
     if libc.unshare(flags):
-        raise HostError("make namespaces", ctypes.get_errno())
+        raise HostError("make namespaces", native.get_errno())
 
 
 def setns(fd: int, kind: int) -> None:
     """Enter the namespace behind `fd`."""
     if libc.setns(fd, kind):
-        raise HostError("enter a namespace", ctypes.get_errno())
+        raise HostError("enter a namespace", native.get_errno())
 
 
 def new_pids() -> int:
@@ -176,13 +176,13 @@ def mount(source: str | None, target: str, fstype: str | None, flags: int, optio
     """Call mount(2)."""
     encoded = [None if text is None else text.encode() for text in (source, target, fstype, options)]
     if libc.mount(encoded[0], encoded[1], encoded[2], flags, encoded[3]):
-        raise HostError(f"mount {source or fstype or 'flags'} on {target}", ctypes.get_errno())
+        raise HostError(f"mount {source or fstype or 'flags'} on {target}", native.get_errno())
 
 
 def umount_lazily(target: str) -> None:
     """Detach a mount and everything beneath it."""
     if libc.umount2(target.encode(), MNT_DETACH):
-        raise HostError(f"detach {target}", ctypes.get_errno())
+        raise HostError(f"detach {target}", native.get_errno())
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
@@ -221,7 +221,7 @@ def timerfd_create(clock: int, flags: int) -> int:
 
 def timerfd_cancel_on_set(fd: int) -> None:
     """Have a timer of CLOCK_REALTIME end, with ECANCELED when it is read, as soon as the clock is set."""
-    never = (ctypes.c_int64 * 4)(0, 0, FAR_FUTURE_S, 0)  # interval, then the moment
+    never = (native.c_int64 * 4)(0, 0, FAR_FUTURE_S, 0)  # interval, then the moment
     syscall("timerfd_settime", SYS_TIMERFD_SETTIME, fd, TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, never, None)
 
 
@@ -234,7 +234,7 @@ def permitted_capabilities() -> int:
     """Return our permitted set as a bit mask."""
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
     data = (cap_user_data * 2)()
-    syscall("capget", SYS_CAPGET, ctypes.byref(header), data)
+    syscall("capget", SYS_CAPGET, native.byref(header), data)
     return int(data[0].permitted) | int(data[1].permitted) << 32
 
 
@@ -242,7 +242,7 @@ def limit_bounding_set(keep: int) -> None:
     """Give up, for ever, whatever capability outside the mask an exec could bring; needs CAP_SETPCAP."""
     for capability in range(CAP_LAST + 1):
         # The kernel knows fewer than 64 capabilities and answers EINVAL for the rest.
-        known = libc.prctl(PR_CAPBSET_READ, *map(ctypes.c_ulong, (capability, 0, 0, 0))) == 1
+        known = libc.prctl(PR_CAPBSET_READ, *map(native.c_ulong, (capability, 0, 0, 0))) == 1
         if known and not keep & 1 << capability:
             prctl(f"drop capability {capability}", PR_CAPBSET_DROP, capability)
 
@@ -254,7 +254,7 @@ def set_capabilities(mask: int, inheritable: int = 0) -> None:
     for half in range(2):
         data[half].effective = data[half].permitted = mask >> 32 * half & 0xFFFFFFFF
         data[half].inheritable = inheritable >> 32 * half & 0xFFFFFFFF
-    syscall("capset", SYS_CAPSET, ctypes.byref(header), data)
+    syscall("capset", SYS_CAPSET, native.byref(header), data)
 
 
 def become_user(uid: int, gid: int, capabilities: int) -> None:
@@ -277,7 +277,7 @@ def openat2(path: bytes, flags: int, resolve: int) -> int:
     """Open a file whose path is resolved as RESOLVE_* flags say; returns a descriptor.  Raises HostError."""
     how = open_how(flags, 0, resolve)
     tried = f"open {path.decode('utf-8', 'backslashreplace')}"
-    return syscall(tried, SYS_OPENAT2, AT_FDCWD, path, ctypes.byref(how), ctypes.sizeof(how))
+    return syscall(tried, SYS_OPENAT2, AT_FDCWD, path, native.byref(how), native.sizeof(how))
 
 
 def open_place(path: bytes) -> int:
@@ -310,20 +310,20 @@ def open_place(path: bytes) -> int:
 def file_system_type(fd: int) -> int:
     """Return the magic number of the file system that a file is on (statfs(2)).  Raises HostError."""
     buffer = statfs_buf()
-    if libc.fstatfs(fd, ctypes.byref(buffer)):
-        raise HostError("ask for the type of a file system", ctypes.get_errno())
+    if libc.fstatfs(fd, native.byref(buffer)):
+        raise HostError("ask for the type of a file system", native.get_errno())
     return int(buffer.f_type)
 
 
 def getsockopt(fd: int, level: int, option: int, request: bytes) -> bytes:
     """Ask a socket for an option whose buffer says what is asked; returns the buffer.  Raises HostError."""
-    buffer = ctypes.create_string_buffer(request, len(request))
-    size = ctypes.c_uint32(len(request))
-    if libc.getsockopt(fd, level, option, buffer, ctypes.byref(size)):
-        raise HostError(f"get socket option {option}", ctypes.get_errno())
+    buffer = native.buffer(request)
+    size = native.c_uint32(len(request))
+    if libc.getsockopt(fd, level, option, buffer, native.byref(size)):
+        raise HostError(f"get socket option {option}", native.get_errno())
     return buffer.raw[: size.value]
 
 
 def load_library(name: str) -> None:
     """Load a shared library for good.  Raises OSError."""
-    ctypes.CDLL(name)
+    native.CDLL(name)

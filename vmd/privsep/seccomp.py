@@ -6,11 +6,11 @@ process, as pledge(2) does, except for the calls in `SOFT`, which fail with an e
 the host has a forgiving filter: every refused call fails with an errno, and only a short list of calls ends it.
 """
 
-import ctypes
 import errno
 import os
 import struct
 
+from vmd import native
 from vmd.errors import HostError
 from vmd.privsep import linux
 
@@ -257,8 +257,8 @@ def install(program: bytes, *, logged: bool = False) -> None:
         raise HostError(f"install a system call filter for {os.uname().machine}", errno.ENOSYS)
     count = len(program) // 8
     assert count <= BPF_MAXINSNS
-    instructions = ctypes.create_string_buffer(program, len(program))
-    fprog = struct.pack("=H6xQ", count, ctypes.addressof(instructions))
+    instructions = native.buffer(program)
+    fprog = struct.pack("=H6xQ", count, native.addressof(instructions))
     stuck = linux.syscall(
         "install the system call filter",
         linux.SYS_SECCOMP,

@@ -17,9 +17,9 @@ not say either whether a one-shot timer of the local APIC that is over has inter
 A KVM without hardware (kvm_pvm) lets guests read the host's TSC as it is, which does not stop.
 """
 
-import ctypes
 import time
 
+from vmd import native
 from vmd.kvmapi import abi
 
 TYPE_CHECKING = False
@@ -332,7 +332,7 @@ def _in_step(vcpus: "list[tuple[VcpuClocks, int]]", khz: int) -> list[VcpuClocks
 
 def _held(pit: bytes) -> abi.kvm_pit_state2:
     """Return a PIT that does not interrupt.  Raises ValueError: that is none."""
-    size = ctypes.sizeof(abi.kvm_pit_state2)
+    size = native.sizeof(abi.kvm_pit_state2)
     if len(pit) != size:
         raise ValueError(f"kvm_pit_state2 of {len(pit)} bytes, not {size}")
     held = abi.kvm_pit_state2.from_buffer_copy(pit)

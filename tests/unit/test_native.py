@@ -1,0 +1,41 @@
+"""What system calls are made with is what ctypes has under the same names."""
+
+import ctypes
+import errno
+import os
+
+import pytest
+
+from vmd import native
+
+TYPES = [name for name in native.__all__ if name.startswith("c_")]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_are_those_of_c(name: str) -> None:
+    """Their size and their sign."""
+    ours, theirs = getattr(native, name), getattr(ctypes, name)
+    assert native.sizeof(ours) == ctypes.sizeof(theirs)
+    if isinstance(theirs().value, int):
+        assert ours(-1).value == theirs(-1).value
+
+
+def test_a_call_that_fails_leaves_its_errno() -> None:
+    """And returns a number, even where nothing was said of its arguments."""
+    libc = native.CDLL(None, use_errno=True)
+    assert libc.close(native.c_int(-1)) == -1
+    assert native.get_errno() == errno.EBADF
+    assert libc.getpid() == os.getpid()
+    with pytest.raises(AttributeError):
+        _ = libc.no_such_function
+
+
+def test_memory_is_seen_and_changed_in_place() -> None:
+    """A buffer has a copy of what it is made of, zeroes included; what is at its address is the buffer."""
+    content = b"a\0b\0"
+    made = native.buffer(content)
+    there = native.memory_at(native.addressof(made), len(content))
+    assert (made.raw, there.raw) == (content, content)
+    there.raw = b"xy"
+    assert made.raw == b"xyb\0"
+    assert content == b"a\0b\0"
