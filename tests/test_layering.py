@@ -199,6 +199,13 @@ def test_device_processes_import_less(process: Process) -> None:
     assert TOO_HEAVY_FOR_DEVICES & set(held.modules) == set()
 
 
+def test_a_raw_disk_holds_no_other_format() -> None:
+    """Its process cannot be made to parse what it has not, and there are more raw disks than others."""
+    held = loaded_by(("vmd.devices.vioblk.raw",))
+
+    assert held.below("vmd.images.qcow2", "vmd.images.header", "vmd.images.refcounts", "vmd.images.chain") == set()
+
+
 def test_streamprobe_holds_little_of_a_vm() -> None:
     """A stream may be anybody's, and whoever receives a VM waits until its beginning was read."""
     held = loaded_by(("vmd.vm.streamprobe",))

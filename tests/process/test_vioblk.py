@@ -879,6 +879,19 @@ def test_image_that_is_not_said_to_be_qcow2_has_no_backing_file_31(chain: tuple[
             assert device.status() == 1
 
 
+@pytest.mark.parametrize("notes", [(devmsg.RESOURCE_QCOW2,), (0, 0)])
+def test_a_process_for_raw_disks_takes_no_other(notes: tuple[int, ...]) -> None:
+    """It has nothing that could read them."""
+    fd = os.memfd_create("disk", os.MFD_CLOEXEC)
+    os.ftruncate(fd, MIB)
+    with Device("vioblk", [fd] * len(notes), notes=[0]) as device:
+        os.close(fd)
+        device.send_start(device.start_packet(notes=notes, resources=len(notes)))
+
+        assert device.error(device.sync)[1].endswith("an image that is not raw")
+        assert device.status() == 1
+
+
 def test_process_is_confined(disk: Disk) -> None:
     """Filtered, without capabilities, and with no descriptor beside those it was given and its own loop's."""
     pid = disk.device.child.pid

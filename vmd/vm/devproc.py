@@ -17,11 +17,11 @@ from vmd.ipc.rights import receive
 from vmd.log import FORMS, log
 from vmd.memfile import sealed_file
 from vmd.privsep.spawn import signal_name, spawn
-from vmd.vm.kinds import INTERFACE, KINDS
+from vmd.vm.kinds import INTERFACE, KINDS, MAIN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from vmd.guestmem import GuestMemory
     from vmd.ipc.loop import Loop
@@ -77,7 +77,8 @@ class DeviceProcess:
         HostError: it cannot be started.
     """
 
-    def __init__(self, kind: "Kind") -> None:
+    def __init__(self, kind: "Kind", module: str = MAIN) -> None:
+        """`module` of its package is what it begins with."""
         self.kind = kind
         self.begun = False
         self.title = self.name = self.label = kind.process
@@ -108,7 +109,7 @@ class DeviceProcess:
         fds[devmsg.FD_RESAMPLE] = self.resample
         fds |= dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE))
         try:
-            entry = f"vmd.devices.{kind.process}.main:main"
+            entry = f"vmd.devices.{kind.process}.{module}:main"
             self.child = spawn(self.title, channel=their_sync, fds=fds, entry=entry)
         finally:
             their_sync.close()
@@ -478,13 +479,13 @@ class DeviceProcesses:
         except (HostError, OSError) as error:
             log.debug(sentence(error))  # the VM tries again, and fails if it has to
 
-    def spawn(self, kinds: "Sequence[Kind]") -> None:
-        """Have a process for each device, which is told later what it is.  Raises HostError."""
-        for kind in kinds:
+    def spawn(self, devices: "Iterable[tuple[Kind, str]]") -> None:
+        """Have a process for each device, by kind and module, which is told later what it is.  Raises HostError."""
+        for kind, module in devices:
             spare = next((each for each in self.reserve if each.kind is kind and not each.has_ended()), None)
             if spare is not None:
                 self.reserve.remove(spare)
-            self.running.append(spare or DeviceProcess(kind))
+            self.running.append(spare or DeviceProcess(kind, module))
 
     def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
         """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError, HostError or OSError."""

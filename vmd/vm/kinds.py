@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.shared import DiskImages, ImageLink
     from vmd.ipc.messages.vm import NicLink
 
+MAIN = "main"  # the module of a device's package that its process begins with
+RAW = "raw"  # ... that of a disk with one image, which is raw
 SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
 
 
@@ -81,6 +83,7 @@ def disks(given: Given) -> "Iterator[dict[str, Any]]":
             "names": tuple(image.path for image in disk.images),
             "flags": devmsg.START_READ_ONLY if disk.read_only else 0,
             "serial": disk_serial(given.config, index),
+            "module": RAW if [image.format for image in disk.images] == ["raw"] else MAIN,
         }
         del fds[:count]
 

@@ -73,7 +73,7 @@ from vmd.vm.console import Console
 from vmd.vm.departure import Departure
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.fetch import fetch_files, fetch_stream
-from vmd.vm.kinds import Given
+from vmd.vm.kinds import MAIN, Given
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
 from vmd.vm.lockwatch import LockWatch
@@ -156,7 +156,7 @@ class VmProcess(Process):
             assert memory is not None
             images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd", memory)
             slots = slots_of(message, envelope)
-            self.narrow([slot.kind for slot in slots])
+            self.narrow([(slot.kind, slot.module) for slot in slots])
         except (VmdError, OSError) as error:
             self.fail(error)
             return
@@ -168,12 +168,12 @@ class VmProcess(Process):
         log.setup(f"vm/{name}", log.form, verbosity)
         set_title(log.title)
 
-    def narrow(self, kinds: "list[Kind]") -> None:
+    def narrow(self, devices: "list[tuple[Kind, str]]") -> None:
         """Start the processes of the devices, and give up exec, fork and signals.  Raises HostError or OSError.
 
         Only then is anything read that comes from outside: a boot image, or the header of a stream.
         """
-        self.devices.spawn(kinds)
+        self.devices.spawn(devices)
         # What this kernel lacks was said by vmm, at the start of the daemon.
         confine(VM_BUILDING.replace(ioctls=IOCTLS + BUILDING_IOCTLS))
 
@@ -445,7 +445,15 @@ class VmProcess(Process):
             self.fail(VmdError("the stream did not come"))
             return
         try:
-            self.arrival = Arrival(self.vmid, stream, memory, self.loop, self.vmm, narrow=self.narrow, fail=self.fail)
+            self.arrival = Arrival(
+                self.vmid,
+                stream,
+                memory,
+                self.loop,
+                self.vmm,
+                narrow=lambda kinds: self.narrow([(kind, MAIN) for kind in kinds]),
+                fail=self.fail,
+            )
         except (VmdError, OSError) as error:
             self.fail(error)
 

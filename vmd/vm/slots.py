@@ -8,7 +8,7 @@ The order is upstream's, so that a guest that was installed there finds its devi
 from vmd.config.model import BootDevice
 from vmd.record import Record
 from vmd.vm.boot import fwcfg
-from vmd.vm.kinds import CDROM, DISK, KINDS, Given, Kind
+from vmd.vm.kinds import CDROM, DISK, KINDS, MAIN, Given, Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Slot(Record):
     notes: tuple[int, ...] = ()  # devmsg.RESOURCE_* of each
     names: tuple[str, ...] = ()  # what to call each in sentences
     flags: int = 0  # devmsg.START_*
+    module: str = MAIN  # of its package: what its process begins with
     net: bytes = b""  # devmsg.NET, of a network interface; the last of its names is then the guest's host name
     # What a guest that was sent keeps, wherever it goes: `vm/state.py`'s DeviceHead says more.
     layout: int = LAYOUT

@@ -3,7 +3,7 @@
 import pytest
 
 from vmd.devices.process import Process
-from vmd.devices.vioblk.main import VioblkProcess
+from vmd.devices.vioblk.disk import VioblkProcess
 from vmd.devices.vionet.main import NetProcess
 
 

@@ -29,7 +29,7 @@ def test_kinds_are_told_apart() -> None:
 def test_a_device_process_may_do_nothing_that_vmm_may_not(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Filters are inherited and only narrow: vmm's would kill the process for a call that only its own row names."""
     confinements: list[Confinement] = []
-    monkeypatch.setattr(process, "main", lambda confinement, *_: confinements.append(confinement))
+    monkeypatch.setattr(process, "main", lambda _kind, confinement, *_: confinements.append(confinement))
 
     importlib.import_module(f"vmd.devices.{kind.process}.main").main()
 

@@ -40,6 +40,7 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     assert by_name["vioblk0"].fds == (10, 11)
     assert by_name["vioblk0"].notes == (devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED)
     assert (by_name["vioblk1"].fds, by_name["vioblk1"].flags) == ((12,), devmsg.START_READ_ONLY)
+    assert (by_name["vioblk0"].module, by_name["vioblk1"].module) == ("main", "raw")
     assert by_name["vioblk1"].notes == (128 << devmsg.RESOURCE_DISCARD_SHIFT,)  # in sectors
     assert (by_name["vioscsi0"].fds, by_name["vioscsi0"].names) == ((13,), ("/disc.iso",))
 

@@ -1,0 +1,123 @@
+"""vioblk: a disk, one queue of 256; started by `main` for images of all formats, and by `raw` for a raw one.
+
+Runs as  its VM's id, in its VM's cell, with file calls on descriptors only
+Peers    its VM process
+Holds    guest memory, one queue's eventfds, and the disk's image chain, the disk itself first
+"""
+
+from vmd.devices import process
+from vmd.devices.process import Process, exact
+from vmd.devices.vioblk.device import WORKERS_MAX, Vioblk, Workers
+from vmd.errors import ImageError, PeerError, sentence
+from vmd.ipc import devmsg
+from vmd.log import log
+from vmd.privsep.confine import VIOBLK
+from vmd.privsep.title import EVENT, name_thread
+from vmd.virtio import spec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.devices.process import Host
+    from vmd.images.image import Image
+
+
+class VioblkProcess(Process):
+    """A process that is asked whether its disk is on stable storage."""
+
+    device: Vioblk
+
+    def on_settle(self, packet: bytes) -> bytes:
+        """Bring the disk to stable storage, for somebody else to open it."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.SETTLE, self.device.settle())
+
+    def on_settle_ahead(self, packet: bytes) -> bytes:
+        """Have what was written until now brought there, too."""
+        exact(devmsg.TYPE, packet)
+        self.device.settle_ahead()
+        return devmsg.STATUS.pack(devmsg.SETTLE_AHEAD, 0)
+
+    def on_let_go(self, packet: bytes) -> bytes:
+        """Let go of the disk's lock, for its guest to go on elsewhere."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.LET_GO, self.device.hand_over.let_go())
+
+    def on_take_back(self, packet: bytes) -> bytes:
+        """Take the lock again: the guest goes on here after all."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.TAKE_BACK, self.device.take_back())
+
+    def on_lend(self, packet: bytes) -> bytes:
+        """Give the disk away, for somebody else to write to it while the machine stands still, or to look at it."""
+        exact(devmsg.TYPE, packet)
+        try:
+            if self.paused:
+                self.device.image.settle()
+        except OSError as error:
+            log.error(sentence(error))
+            return devmsg.STATUS.pack(devmsg.LEND, 1)
+        self.passing = self.host.resources
+        return devmsg.STATUS.pack(devmsg.LEND, 0)
+
+    def on_reload(self, packet: bytes) -> bytes:
+        """Somebody else has written to the disk."""
+        exact(devmsg.TYPE, packet)
+        try:
+            self.device.image.reload()
+        except (ImageError, OSError) as error:
+            log.error(sentence(error))
+            return devmsg.STATUS.pack(devmsg.RELOAD, 1)
+        return devmsg.STATUS.pack(devmsg.RELOAD, 0)
+
+    def on_sign(self, packet: bytes) -> bytes:
+        """The guest has come from another place, and is about to run."""
+        exact(devmsg.TYPE, packet)
+        return devmsg.STATUS.pack(devmsg.SIGN, self.device.hand_over.sign())
+
+    def on_resize(self, packet: bytes) -> None:
+        """Make the disk larger; CHANGED says how that went."""
+        self.device.resize(exact(devmsg.RESIZE_BODY, packet)[1])
+
+    def on_check_lock(self, packet: bytes) -> None:
+        """Find out whether the disk is still ours; LOCK_LOST says if it is not."""
+        exact(devmsg.TYPE, packet)
+        self.device.check_lock()
+
+    def lock_lost(self, why: str) -> None:
+        """Have the machine stand still."""
+        self.tell(devmsg.TYPE.pack(devmsg.LOCK_LOST) + why.encode()[: devmsg.TROUBLE_MAX])
+
+    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize, devmsg.CHECK_LOCK: on_check_lock}
+    QUESTIONS = Process.QUESTIONS | {
+        devmsg.SETTLE: on_settle,
+        devmsg.SETTLE_AHEAD: on_settle_ahead,
+        devmsg.LET_GO: on_let_go,
+        devmsg.TAKE_BACK: on_take_back,
+        devmsg.SIGN: on_sign,
+        devmsg.LEND: on_lend,
+        devmsg.RELOAD: on_reload,
+    }
+
+
+def run(open_disk: "Callable[[Host], Image]") -> int:
+    """Run the process.  `open_disk` raises ImageError or PeerError."""
+    return process.main("vioblk", VIOBLK, lambda services: make(services, open_disk), VioblkProcess)
+
+
+def make(services: VioblkProcess, open_disk: "Callable[[Host], Image]") -> Vioblk:
+    """Open the disk and start the threads.  Raises ImageError or PeerError."""
+    host = services.host
+    name_thread(EVENT)
+    if not host.resources:
+        raise PeerError(process.VM, "a disk without an image")
+    image = open_disk(host)
+    if image.size < spec.SECTOR:
+        raise ImageError(image.path, f"{image.size} bytes are less than a sector of {spec.SECTOR}")
+    return Vioblk(image, services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
+
+
+def granularity(note: int) -> int:
+    """Return what the kernel says of a block device, in bytes; 0 if that is not known."""
+    return (note >> devmsg.RESOURCE_DISCARD_SHIFT) * spec.SECTOR
