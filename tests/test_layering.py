@@ -43,6 +43,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "log": {"msgpack"},
     "opener": {"msgpack"},
     "imgwriter": {"msgpack"},
+    "agentx": {"msgpack"},
     "vmm": {"msgpack"},
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
@@ -57,7 +58,7 @@ SHARED = {
     "vmd.kvmapi": {"vm"},
     "vmd.guestmem": {"vm", "device"},
     "vmd.virtio": {"vm", "device"},
-    "vmd.ipc.imsg": {"parent", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm", "vmctl"},
+    "vmd.ipc.imsg": {"agentx", "parent", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm", "vmctl"},
 }
 # ... and the parts of it that harm nobody, for they read nothing.
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
@@ -110,7 +111,7 @@ def processes() -> list[Process]:
     """Return every process whose code is there."""
     found = [
         Process(name, name, modules_in(f"vmd/{name}"))
-        for name in ("parent", "control", "opener", "imgwriter", "lockholder", "priv", "vmm", "vm")
+        for name in ("agentx", "parent", "control", "opener", "imgwriter", "lockholder", "priv", "vmm", "vm")
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))
     found += [

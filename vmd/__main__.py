@@ -7,12 +7,14 @@ from vmd import stdio
 from vmd.errors import HostError
 from vmd.log import log
 
+PROCESSES = ("agentx", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm")
+
 
 def main() -> int:
     """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`."""
     stdio.fill()
     arguments = sys.argv[1:]
-    if len(arguments) == 3 and arguments[0] in ("control", "imgwriter", "log", "opener", "priv", "vmm", "vm"):
+    if len(arguments) == 3 and arguments[0] in PROCESSES:
         name, form, verbosity = arguments
         log.setup(name, form, int(verbosity))
         return run_process(name)
@@ -26,6 +28,8 @@ def run_process(name: str) -> int:
     """Import and run one process: what it does not import, it cannot be made to run."""
     gc.disable()  # nothing that is imported is garbage
     match name:
+        case "agentx":
+            from vmd.agentx.main import main as process_main
         case "control":
             from vmd.control.main import main as process_main
         case "imgwriter":

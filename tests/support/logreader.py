@@ -91,4 +91,3 @@ def borrowed(pid: int, fd: int) -> socket.socket:
         return socket.socket(fileno=copy)
     finally:
         os.close(pidfd)
-

@@ -21,10 +21,13 @@ DEADLINE_S = 60.0
 
 HLT = b"\xf4"
 # Both 8259s' command words for vectors 20h and up, all lines but IRQ 5 masked, interrupts on.
-PIC_SETUP = b"".join(
-    bytes((0xB0, value, 0xE6, port))  # mov al, value; out port, al
-    for port, value in ((0x20, 0x11), (0x21, 0x20), (0x21, 0x04), (0x21, 0x01), (0x21, 0xDF))
-) + b"\xfb"  # sti
+PIC_SETUP = (
+    b"".join(
+        bytes((0xB0, value, 0xE6, port))  # mov al, value; out port, al
+        for port, value in ((0x20, 0x11), (0x21, 0x20), (0x21, 0x04), (0x21, 0x01), (0x21, 0xDF))
+    )
+    + b"\xfb"
+)  # sti
 HALT_FOR_EVER = b"\xf4\xeb\xfd"
 # Says 55h on port 500h, ends the interrupt at the 8259, returns.
 PIC_HANDLER = b"\x50\x52\xba\x00\x05\xb0\x55\xee\xb0\x20\xe6\x20\x5a\x58\xcf"

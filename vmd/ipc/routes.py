@@ -31,6 +31,7 @@ class Proc(IntEnum):
 
     PARENT = 0
     CONTROL = 1
+    AGENTX = 2
     VMM = 3
     PRIV = 4
     VM = 5
@@ -53,7 +54,7 @@ NAMED = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
     Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT, Proc.OPENER: Proc.PARENT,
-    Proc.IMGWRITER: Proc.PARENT,
+    Proc.IMGWRITER: Proc.PARENT, Proc.AGENTX: Proc.PARENT,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
 
-SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER)  # to us
+SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER, Proc.AGENTX)  # to us
 CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
 PRIV_ENDS_S = 20.0  # from being told to end
@@ -68,7 +68,7 @@ class Children:
         self.ids = cell.ids
         self._places: dict[Proc, Place] = {
             Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm, Proc.OPENER: HostFiles(),
-            Proc.IMGWRITER: cell,
+            Proc.IMGWRITER: cell, Proc.AGENTX: cell,
         }  # fmt: skip
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet

@@ -31,6 +31,7 @@ class Configuration:
         self.life = life
         self.network = network
         self.load_config = load
+        self.on_effect: Callable[[], None] = lambda: None  # other settings count from now on
         self.socket_path = socket_path
         if not core.adopts:
             self.register(core.config)
@@ -129,6 +130,7 @@ class Configuration:
         """Let the global settings of a configuration count, and start what waits."""
         self.core.config = config
         service.own_socket(self.socket_path, config.settings.socket_owner)
+        self.on_effect()
         self.life.start_batch_in_time()
 
     def reset_vms(self) -> None:

@@ -29,6 +29,7 @@ class Core:
     ) -> None:
         self.loop = loop
         self.on_change: Callable[[], None] = lambda: None  # another parent is to know it
+        self.watchers: list[Callable[[], None]] = []  # who else looks when something has changed
         self.write: Callable[[], None] = lambda: None  # ... before what follows can happen
         self._config = config
         self.verbosity = verbosity
@@ -55,6 +56,8 @@ class Core:
     def changed(self) -> None:
         """Something has changed that another parent is to know."""
         self.on_change()
+        for watcher in self.watchers:
+            watcher()
 
     def now_s(self) -> float:
         """Return the time, in seconds since 1970."""

@@ -30,6 +30,7 @@ from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, se
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages.agentx import AgentxLost, AgentxUp, AskAgentxVms
 from vmd.ipc.messages.children import Pong, Quit, Ready
 from vmd.ipc.messages.clients import (
     REQUESTS,
@@ -93,6 +94,7 @@ from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.access import require_allowed
 from vmd.parent.adoption import Adoption
+from vmd.parent.agentx import Agentx
 from vmd.parent.askpriv import ANSWER_S, remove_all
 from vmd.parent.changes import Changes
 from vmd.parent.children import Children, Delay
@@ -222,9 +224,11 @@ class Parent(Process):
         self.vmms.on_failure, self.vmms.on_silent = self.fail, self.stop_waiting
         self.upgrade = Upgrade(core, self.generations, self.lasting, self.life)
         figures = Figures(core, self.network)
+        self.agentx = Agentx(core, figures, self.attach)
+        self.configuration.on_effect = self.agentx.configure
         rooms = (
-            figures, self.logs, self.consoles, self.network, status, self.life, self.transfers, self.snapshots,
-            self.changes, self.configuration, self.openings, self.vmms,
+            self.agentx, figures, self.logs, self.consoles, self.network, status, self.life, self.transfers,
+            self.snapshots, self.changes, self.configuration, self.openings, self.vmms,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
         self.warned: set[str] = set()
@@ -249,6 +253,7 @@ class Parent(Process):
         self.connections.start(children, self.logs.open)
         self.openings.start(children, self.logs.open)
         self.snapshots.start(children, self.logs.open)
+        self.agentx.start(children, self.logs.open)
         self.listener = listener
         self.lasting.keep_listener(listener)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -382,6 +387,7 @@ class Parent(Process):
         self.connections.close()
         self.openings.close()
         self.snapshots.close()
+        self.agentx.close()
         for channel in self.core.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -533,6 +539,9 @@ class Parent(Process):
             (SnapshotWord, SnapshotInfo, SnapshotsReady, SnapshotsChanged, SnapshotsFailed),
             heard(Snapshots, Snapshots.on_message),
         ),
+        **handles(Proc.AGENTX, AgentxUp, on(Agentx, Agentx.on_up)),
+        **handles(Proc.AGENTX, AgentxLost, on(Agentx, Agentx.on_gone)),
+        **handles(Proc.AGENTX, AskAgentxVms, on(Agentx, Agentx.on_ask)),
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
         **handles(Proc.CONTROL, Pong, on_control_pong),
         **handles(Proc.VMM, Pong, heard(Vmms, Vmms.on_pong)),

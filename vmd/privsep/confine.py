@@ -1,7 +1,7 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
     parent                       root's capabilities of `PARENT_CAPABILITIES`
-    control, log, imgprobe, imgwriter, devices
+    control, log, agentx, imgprobe, imgwriter, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
@@ -138,6 +138,7 @@ LOCKHOLDER = IMGPROBE.replace(
 )
 VIONET = Confinement(syscalls=BASE | CHANNEL | LIMITS | NET, ioctls=TUN_IOCTLS, writes_files=False)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
+AGENTX = Confinement(syscalls=BASE | CHANNEL, open_files=64, writes_files=False)
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
 OPENER = Confinement(

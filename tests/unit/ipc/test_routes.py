@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from vmd.agentx.main import Agentx
 from vmd.control.main import Control
 from vmd.errors import OperatorError
 from vmd.imgwriter.main import ImgWriter
@@ -31,6 +32,7 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.LOG: Logger,
     Proc.OPENER: Opener,
     Proc.IMGWRITER: ImgWriter,
+    Proc.AGENTX: Agentx,
 }
 
 

@@ -13,7 +13,7 @@ class SetVerbosity(Record):
     verbosity: int
 
 
-@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), (Proc.PARENT, Proc.LOG))
+@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), (Proc.PARENT, Proc.LOG), (Proc.PARENT, Proc.AGENTX))
 class Quit(Record):
     """End cleanly.  A process that loses its parent ends as well, without being told."""
 

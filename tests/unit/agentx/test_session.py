@@ -1,0 +1,304 @@
+"""A session with an SNMP agent: opened, asked, set, told and ended, whatever the agent does."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.agentmaster import SESSION, Master, asked, bulk
+from tests.unit.agentx.test_mib import view, vm
+from vmd.agentx import mib, pdu
+from vmd.agentx import session as session_module
+from vmd.agentx.notifications import KEPT_MAX, Notifications
+from vmd.agentx.pdu import Oid, SearchRange
+from vmd.agentx.session import Session
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages.agentx import AgentxChanged
+
+CONTEXT = "vms"
+STATE = (*mib.OPER_STATE, 1)
+DEADLINE_S = 60.0
+
+
+def changed(state: str, vmid: int = 1, *, deleted: bool = False) -> AgentxChanged:
+    """Return what the parent says of a VM."""
+    return AgentxChanged(vmid=vmid, name="a", state=state, persistent=True, deleted=deleted)
+
+
+class Rig:
+    """A subagent that runs on a thread, and the agent's end of its connection."""
+
+    def __init__(self, context: str = "") -> None:
+        self.loop = Loop()
+        self.lost: list[str] = []
+        self.up = threading.Event()
+        self.gone = threading.Event()
+        self.asks = 0
+        self.switches: dict[Oid, bool] = {mib.PER_VM: True, mib.BULK: False}
+        self.notifications = Notifications(self.loop, self.switches)
+        ours, theirs = socket.socketpair()
+        self.master = Master(ours)
+        self.session = Session(
+            self.loop, theirs, context, ask=self._ask, switches=self.switches, on_up=self._on_up,
+            on_lost=self._on_lost, on_set=lambda: None,
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self.loop.run)
+        self.thread.start()
+
+    def _ask(self, done: Callable[[mib.View], None]) -> None:
+        self.asks += 1
+        self.loop.call_later(0, lambda: done(view(vm(1), vm(2))))
+
+    def _on_up(self) -> None:
+        self.notifications.begin(self.session)
+        self.up.set()
+
+    def _on_lost(self, why: str) -> None:
+        self.lost.append(why)
+        self.notifications.end()
+        self.gone.set()
+
+    def do(self, call: Callable[[], None]) -> None:
+        """Have the subagent's thread do something."""
+        self.loop.call_from_thread(call)
+
+    def change(self, state: str, *, vmid: int = 1, deleted: bool = False) -> None:
+        """Have the subagent told of a VM."""
+        self.do(lambda: self.notifications.add(changed(state, vmid, deleted=deleted)))
+
+    def notified(self) -> pdu.Packet:
+        """Return the next notification, which is answered."""
+        header, payload = self.master.receive()
+        assert header.kind == pdu.NOTIFY
+        packet = pdu.parse(header.replace(kind=pdu.TEST_SET), payload)  # whose form it has
+        self.master.answer(header)
+        return packet
+
+    def why(self) -> str:
+        """Return why the connection was given up."""
+        assert self.gone.wait(DEADLINE_S)
+        (why,) = self.lost
+        return why
+
+    def close(self) -> None:
+        """End both."""
+        self.loop.call_from_thread(self.loop.stop)
+        self.thread.join(DEADLINE_S)
+        self.session.close()
+        self.master.sock.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """Give a subagent that has just begun."""
+    made = Rig()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def served(rig: Rig) -> Rig:
+    """Give one that the agent has taken in."""
+    rig.master.take_in()
+    assert rig.up.wait(DEADLINE_S)
+    return rig
+
+
+def test_it_is_taken_in_and_asked(served: Rig) -> None:
+    """Get, GetNext and GetBulk."""
+    assert served.master.ask(pdu.GET, *asked(STATE, (*mib.OPER_STATE, 9))) == (
+        0,
+        (
+            pdu.VarBind(name=STATE, kind=pdu.INTEGER, value=4),
+            pdu.VarBind(name=(*mib.OPER_STATE, 9), kind=pdu.NO_SUCH_INSTANCE),
+        ),
+    )
+    _, (bind,) = served.master.ask(pdu.GET_NEXT, SearchRange(start=STATE))
+    assert bind.name == (*mib.OPER_STATE, 2)
+    _, binds = served.master.ask(pdu.GET_BULK, *asked(mib.NAME), head=bulk(0, 2))
+    assert [each.value for each in binds] == [b"vm1", b"vm2"]
+
+
+def test_what_is_asked_meanwhile_is_answered_with_it(served: Rig) -> None:
+    """In order, and the parent is asked once."""
+    for number in (1, 2, 3):
+        served.master.send(pdu.GET, pdu.oid(STATE) + pdu.oid(()), number=number)
+    assert [served.master.answered().header.packet for _ in range(3)] == [1, 2, 3]
+    assert served.asks <= 3
+
+
+def test_another_context_than_ours() -> None:
+    """RFC 2741, 7.2: refused; and ours is said where it is registered."""
+    rig = Rig(CONTEXT)
+    try:
+        opening, _ = rig.master.receive()
+        rig.master.answer(opening)
+        registering, payload = rig.master.receive()
+        assert registering.flags & pdu.NON_DEFAULT_CONTEXT
+        assert payload == pdu.string(b"vms") + pdu.register(mib.VM_MIB)
+        rig.master.answer(registering)
+        for context, error in ((b"vms", 0), (b"", pdu.UNSUPPORTED_CONTEXT), (b"x", pdu.UNSUPPORTED_CONTEXT)):
+            assert rig.master.ask(pdu.GET, *asked(STATE), context=context)[0] == error
+        rig.change("running")
+        notify, _ = rig.master.receive()
+        assert notify.flags & pdu.NON_DEFAULT_CONTEXT
+    finally:
+        rig.close()
+
+
+def test_setting(served: Rig) -> None:
+    """Tested, done, undone: RFC 2741, 7.2.4."""
+    both = pdu.bind(pdu.INTEGER, mib.PER_VM, mib.FALSE) + pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE)
+    before, after = dict(served.switches), {mib.PER_VM: False, mib.BULK: True}
+    master = served.master
+
+    assert master.request(pdu.TEST_SET, both)[0] == 0
+    assert served.switches == before
+    assert master.request(pdu.COMMIT_SET, same=True)[0] == 0
+    assert served.switches == after
+    assert master.request(pdu.UNDO_SET, same=True)[0] == 0
+    assert served.switches == before
+    assert master.request(pdu.COMMIT_SET, same=True)[0] == 0
+    master.send(pdu.CLEANUP_SET)
+    assert master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED  # it is forgotten
+    assert served.switches == after
+
+
+@pytest.mark.parametrize(
+    ("bind", "error"),
+    [
+        (pdu.bind(pdu.INTEGER, mib.PER_VM, 3), pdu.WRONG_VALUE),
+        (pdu.bind(pdu.OCTET_STRING, mib.PER_VM, b"1"), pdu.WRONG_TYPE),
+        (pdu.bind(pdu.INTEGER, STATE, 1), pdu.NOT_WRITABLE),
+    ],
+)
+def test_what_cannot_be_set(served: Rig, bind: bytes, error: int) -> None:
+    """Nothing of it is done."""
+    good = pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE)
+    assert served.master.request(pdu.TEST_SET, good + bind)[0] == error
+    assert served.master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED
+    assert not served.switches[mib.BULK]
+
+
+def test_transactions_that_are_never_cleaned_up(served: Rig) -> None:
+    """The oldest are forgotten."""
+    for _ in range(session_module.SETS_MAX + 5):
+        served.master.request(pdu.TEST_SET, pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE))
+    assert len(served.session.sets) == session_module.SETS_MAX
+
+
+def test_notifications(served: Rig) -> None:
+    """RFC 7666: which one, and of which VM; of states without one there is none."""
+    served.change("starting")
+    served.change("running")
+    served.change("stopped", deleted=True)
+
+    running, deleted = served.notified(), served.notified()
+
+    assert [(each.name, each.value) for each in running.binds] == [
+        ((1, 3, 6, 1, 6, 3, 1, 1, 4, 1, 0), (*mib.VM_MIB, 0, 1)),
+        ((*mib.NAME, 1), b"a"), ((*mib.UUID, 1), b""), (STATE, mib.RUNNING),
+    ]  # fmt: skip
+    assert [each.value for each in deleted.binds] == [(*mib.VM_MIB, 0, 10), b"a", b"", mib.SHUTDOWN, 2]
+
+
+def test_notifications_of_many(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a moment are one, with a bit for each VM."""
+    monkeypatch.setattr("vmd.agentx.notifications.BULK_S", 0.0)
+    served.switches.update({mib.PER_VM: False, mib.BULK: True})
+
+    def happen() -> None:
+        for vmid in (1, 9, 2):
+            served.notifications.add(changed("paused", vmid))
+
+    served.do(happen)
+    assert [each.value for each in served.notified().binds] == [(*mib.VM_MIB, 0, 14), b"\xc0\x80"]
+
+
+def test_notifications_wait_for_an_agent(rig: Rig) -> None:
+    """The latest of them."""
+    for vmid in range(KEPT_MAX + 5):
+        rig.change("running", vmid=vmid)
+    rig.do(rig.up.set)  # after them
+    assert rig.up.wait(DEADLINE_S)
+    rig.master.take_in()
+    found = [rig.notified().binds[1].name[-1] for _ in range(KEPT_MAX)]
+    assert found == list(range(5, KEPT_MAX + 5))
+
+
+@pytest.mark.parametrize(
+    ("raw", "why"),
+    [
+        (b"\2" * 20, "speaks version 2 of AgentX, and not 1"),
+        (pdu.packet(pdu.GET, b"\1\0\0\0"), f"sends a packet of type {pdu.GET} that ends too early"),
+        (pdu.packet(pdu.CLOSE, b"\5\0\0\0"), "closes the session: shutdown"),
+    ],
+)
+def test_an_agent_that_cannot_be_served(served: Rig, raw: bytes, why: str) -> None:
+    """It is left, with a sentence."""
+    served.master.sock.sendall(raw)
+    assert served.why() == why
+
+
+def test_an_agent_that_goes(served: Rig) -> None:
+    """What is waiting for figures then is dropped."""
+    served.master.send(pdu.GET, pdu.oid(STATE) + pdu.oid(()))
+    served.master.sock.shutdown(socket.SHUT_RDWR)
+    assert served.why().startswith("is gone")
+
+
+@pytest.mark.parametrize("step", [pdu.OPEN, pdu.REGISTER])
+def test_an_agent_that_refuses(rig: Rig, step: int) -> None:
+    """Either step."""
+    opening, _ = rig.master.receive()
+    if step == pdu.OPEN:
+        rig.master.answer(opening, 256)
+        assert rig.why() == "refuses a session: open failed"
+    else:
+        rig.master.answer(opening)
+        registering, _ = rig.master.receive()
+        rig.master.answer(registering, 263)
+        assert rig.why() == "refuses to register VM-MIB: somebody else has registered that"
+
+
+def test_an_agent_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up."""
+    monkeypatch.setattr(session_module, "ANSWER_S", 0.0)
+    rig = Rig()
+    try:
+        assert rig.why() == "does not answer for 0 s"
+    finally:
+        rig.close()
+
+
+def test_an_agent_that_does_not_read(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is bounded."""
+    monkeypatch.setattr(session_module, "UNREAD_MAX", 1 << 16)
+    payload = bulk(0, 60000) + pdu.oid(mib.VM_MIB) + pdu.oid(())
+    served.master.sock.settimeout(DEADLINE_S)
+    while not served.gone.is_set():
+        try:
+            served.master.send(pdu.GET_BULK, payload)
+        except OSError:
+            break
+    assert served.why().startswith("does not read what it has asked for")
+
+
+def test_requests_of_another_session(served: Rig) -> None:
+    """And what a master does not send: an error, and the session goes on."""
+    for session, kind, error in ((SESSION + 1, pdu.GET, pdu.NOT_OPEN), (SESSION, pdu.PING, pdu.PARSE_ERROR)):
+        served.master.sock.sendall(pdu.packet(kind, session=session))
+        header, payload = served.master.receive()
+        assert (header.session, pdu.parse(header, payload).error) == (session, error)
+    assert served.master.ask(pdu.GET, *asked(STATE))[0] == 0
+
+
+def test_leave_is_taken(served: Rig) -> None:
+    """Once, and it is not told as a loss."""
+    served.do(served.session.close)
+    header, payload = served.master.receive()
+    assert (header.kind, payload[0]) == (pdu.CLOSE, pdu.SHUTDOWN)
+    assert served.master.sock.recv(1) == b""
+    assert served.lost == []

@@ -1,0 +1,309 @@
+"""What agentx is told: when, how often, and of which states; and how the agent is looked for."""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.unit.parent.test_figures import MOST, filled
+from vmd.config.model import (
+    MAX_DISKS,
+    MAX_NICS,
+    MAX_VCPUS,
+    NAME_MAX,
+    AgentxConfig,
+    Config,
+    DiskConfig,
+    Globals,
+    NicConfig,
+    SwitchConfig,
+    VmConfig,
+)
+from vmd.ipc.figures import CdromFigures, DiskFigures, NicFigures, VcpuFigures
+from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
+from vmd.ipc.messages.agentx import (
+    AgentxChanged,
+    AgentxLink,
+    AgentxLost,
+    AgentxMaster,
+    AgentxUp,
+    AgentxVm,
+    AgentxVms,
+    AskAgentxVms,
+)
+from vmd.ipc.messages.children import Quit
+from vmd.parent.agentx import ANSWER_EVERY_S, FIRST_S, LONGEST_S, Agentx
+from vmd.parent.core import Core
+from vmd.parent.endings import FAILED, KILLED
+from vmd.parent.figures import Figures
+from vmd.parent.vmtable import Receiving, Vm
+from vmd.record import Record
+
+
+class Timer:
+    """A call that is to come."""
+
+    def __init__(self, delay_s: float, call: Callable[[], None]) -> None:
+        self.delay_s, self.call = delay_s, call
+
+    def cancel(self) -> None:
+        """Never make it."""
+        self.call = lambda: None
+
+
+class Loop:
+    """Timers that run when a test says so."""
+
+    def __init__(self) -> None:
+        self.timers: list[Timer] = []
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
+        """Keep a timer."""
+        self.timers.append(Timer(delay_s, call))
+        return self.timers[-1]
+
+    def run(self) -> list[float]:
+        """Make all calls that are due, and return their delays."""
+        timers, self.timers = self.timers, []
+        for timer in timers:
+            timer.call()
+        return [timer.delay_s for timer in timers]
+
+
+class Process:
+    """The channel to agentx, which is started and killed."""
+
+    def __init__(self) -> None:
+        self.sent: list[Record] = []
+        self.killed = 0
+
+    def start(self, _proc: object, _open_log: object) -> tuple[None, None]:
+        """Start it."""
+        return None, None
+
+    def kill(self, _proc: object) -> None:
+        """Count."""
+        self.killed += 1
+
+    def send(self, message: Record, *, fds: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Note a message."""
+        self.sent.append(message)
+        for each in (fds or {}).get("master", ()):
+            socket.socket(fileno=each).close()
+
+    def flush_blocking(self, _timeout_s: float) -> None:
+        """Nothing waits."""
+
+    def finish(self) -> None:
+        """It is over."""
+
+    def took(self) -> list[Record]:
+        """Return what was sent since the last time."""
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class Network:
+    """One without interfaces."""
+
+    taps: dict[int, object] = {}
+
+
+class Rig:
+    """The room, with VM a, which is configured, and b, which is not; its agent's socket would be at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.loop = Loop()
+        self.core = Core(cast("Any", self.loop), self.config(AgentxConfig(path=str(path))))
+        self.process = Process()
+        self.a, self.b = (self.add(name) for name in ("a", "b"))
+        self.room = Agentx(
+            self.core, Figures(self.core, cast("Any", Network())), lambda *_, **__: cast("Any", self.process)
+        )
+        self.room.start(cast("Any", self.process), cast("Any", None))
+        self.loop.run()
+
+    def config(self, agentx: AgentxConfig | None) -> Config:
+        """Return a configuration."""
+        return Config(settings=Globals(agentx=agentx), switches=(SwitchConfig(name="lan", interface="lo"),))
+
+    def add(self, name: str) -> Vm:
+        """Add a VM."""
+        disk = DiskConfig(path=f"/{name}", format="raw")
+        config = VmConfig(name=name, disks=(disk,), nics=(NicConfig(switch="lan"),), cdrom="/c", enabled=name == "a")
+        return self.core.vms.add(config, from_config=name == "a")
+
+    def told(self) -> list[tuple[str, str, bool]]:
+        """Return of which states the process was told since the last time."""
+        self.loop.run()
+        changes = [each for each in self.process.took() if isinstance(each, AgentxChanged)]
+        return [(each.name, each.state, each.deleted) for each in changes]
+
+    def ask(self) -> None:
+        """Have the process ask."""
+        message = AskAgentxVms()
+        self.room.on_ask(message, Envelope(message, 0, 0, {}))
+
+
+@pytest.fixture
+def rig(tmp_path: Path, said: list[str]) -> Rig:
+    """Give a room."""
+    assert said == []
+    return Rig(tmp_path / "master")
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give the warnings."""
+    lines: list[str] = []
+    monkeypatch.setattr("vmd.parent.agentx.log.warn", lines.append)
+    monkeypatch.setattr("vmd.parent.agentx.log.error", lines.append)
+    return lines
+
+
+def test_states_are_told_as_they_change(rig: Rig) -> None:
+    """Each once; what is over before anybody looks is not, as in a reset of a guest."""
+    assert rig.told() == []
+    rig.a.begin_start(0)
+    assert rig.told() == [("a", "starting", False)]
+    rig.a.begin_run(4711)
+    rig.a.notes = ("odd",)
+    assert rig.told() == [("a", "running", False)]
+    rig.a.begin_reboot()
+    rig.a.begin_start(0, again=True)
+    rig.a.begin_run(4712)
+    assert rig.told() == []
+    rig.a.begin_send(keep=False, carried=True)
+    assert rig.told() == [("a", "migrating", False)]
+    rig.a.stay()
+    rig.a.pause_changed(paused=True)
+    assert rig.told() == [("a", "paused", False)]
+
+
+@pytest.mark.parametrize(("how", "state"), [(FAILED, "crashed"), (KILLED, "stopped")])
+def test_how_it_ended(rig: Rig, how: str, state: str) -> None:
+    """One that could not go on is told from one that was stopped; until its next life."""
+    rig.a.begin_start(0)
+    rig.told()
+    rig.a.ended("", how)
+    assert rig.told() == [("a", state, False)]
+    rig.a.begin_receive(Receiving(paused=False))
+    assert rig.told() == [("a", "receiving", False)]
+
+
+def test_a_vm_that_is_forgotten(rig: Rig) -> None:
+    """First how it ended, and then that it is gone; one of its name is another one."""
+    rig.b.begin_start(0)
+    rig.b.begin_run(1)
+    rig.told()
+    rig.b.ended("", KILLED)
+    rig.core.vms.remove(rig.b)
+    rig.add("b")
+    assert rig.told() == [("b", "stopped", False), ("b", "stopped", True)]
+
+
+def test_what_is_asked_without_end(rig: Rig) -> None:
+    """Is answered once in a while."""
+    rig.process.took()
+    rig.ask()
+    rig.loop.run()
+    assert [type(each) for each in rig.process.took()] == [AgentxVm, AgentxVm, AgentxVms]
+    timers = len(rig.loop.timers)
+    for _ in range(1000):
+        rig.ask()
+    assert len(rig.loop.timers) == timers + 1
+    *_, timer = rig.loop.timers
+    assert 0 < timer.delay_s <= ANSWER_EVERY_S
+    rig.loop.run()
+    assert [type(each) for each in rig.process.took()] == [AgentxVm, AgentxVm, AgentxVms]
+
+
+def test_what_is_told_of_a_vm(rig: Rig) -> None:
+    """What vm.conf says, and the numbers of interfaces."""
+    rig.process.took()
+    rig.ask()
+    rig.loop.run()
+    a, b, _ = cast("list[AgentxVm]", rig.process.took())
+    assert (a.name, a.state, a.enabled, a.persistent, a.formats, a.disc) == ("a", "stopped", True, True, ("raw",), "/c")
+    assert (b.enabled, b.persistent) == (False, False)
+    assert [disk.path for disk in a.disks] == ["/a"]
+    assert a.links == (AgentxLink(tap=0, parent=socket.if_nametoindex("lo")),)
+
+
+def test_an_agent_that_is_not_there(rig: Rig, said: list[str]) -> None:
+    """It is looked for ever less often, and the log says so once; then again if it leaves."""
+    waits = [rig.loop.run()[-1] for _ in range(8)]
+    assert waits == [min(FIRST_S * 2**tries, LONGEST_S) for tries in range(1, 9)]
+    assert len(said) == 1
+    assert said[0].startswith(f"agentx: no SNMP agent at {rig.path}: No such file or directory")
+    rig.process.took()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(rig.path))
+        listener.listen()
+        rig.loop.run()
+        (master,) = rig.process.took()
+        assert isinstance(master, AgentxMaster)
+        up = AgentxUp(number=master.number)
+        rig.room.on_up(up, Envelope(up, 0, 0, {}))
+        for number in (master.number - 1, master.number):  # the first one is late, and of another connection
+            lost = AgentxLost(number=number)
+            rig.room.on_gone(lost, Envelope(lost, 0, 0, {}))
+    assert rig.loop.run() == [FIRST_S]
+    assert len(said) == 2
+
+
+def test_a_path_that_is_none(rig: Rig, said: list[str]) -> None:
+    """Whatever connect(2) says to it."""
+    rig.path.write_text("no socket")
+    rig.core.config = rig.config(AgentxConfig(path=str(rig.path), context="vms"))
+    rig.room.configure()
+    assert said[-1].startswith(f"agentx: no SNMP agent at {rig.path}: Connection refused")
+
+
+def test_no_agent_any_more(rig: Rig, said: list[str]) -> None:
+    """The process ends, and nothing is told or tried; a process that is lost then is not started again."""
+    rig.core.config = rig.config(None)
+    rig.room.configure()
+    assert rig.process.took()[-1] == Quit()
+    rig.a.begin_start(0)
+    rig.loop.run()
+    assert rig.process.took() == []
+    assert len(said) == 1
+
+
+def test_a_process_that_is_lost(rig: Rig, said: list[str]) -> None:
+    """Another one is started, and given the agent."""
+    rig.loop.timers.clear()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(rig.path))
+        listener.listen()
+        rig.room._on_lost(cast("Any", rig.process), None)
+        rig.loop.run()
+    assert said[-1] == "lost child: agentx: it is started again"
+    assert rig.process.killed == 1
+    assert [type(each) for each in rig.process.took()] == [AgentxMaster]
+
+
+def test_the_longest_fits_a_message() -> None:
+    """Of a VM that has as much as a VM can have."""
+    path, name = "/" + "\N{SNOWMAN}" * 341, "n" * NAME_MAX
+    row = filled(
+        AgentxVm,
+        name=name,
+        state="migrating",
+        enabled=True,
+        persistent=True,
+        vcpus=(filled(VcpuFigures),) * MAX_VCPUS,
+        disks=(filled(DiskFigures, counted=True, path=path),) * MAX_DISKS,
+        cdrom=filled(CdromFigures),
+        nics=(filled(NicFigures, counted=True, tap="t" * 15, switch=name, lladdr=bytes(6)),) * MAX_NICS,
+        formats=("qcow2",) * MAX_DISKS,
+        disc=path,
+        links=(filled(AgentxLink),) * MAX_NICS,
+    )
+    assert row.cpu_ns == MOST
+    assert len(encode(row)[0]) <= MAX_MESSAGE - 2000

@@ -1,0 +1,282 @@
+"""VMs as an SNMP agent is told of them: what the process `agentx` is given, and asks for.
+
+The parent opens the agent's socket, which vm.conf names, and passes on what is connected; the process speaks on it.
+An agent that is not there, or leaves, is tried again and again, ever less often.  The log says when one is there, and
+once that none is.
+"""
+
+import os
+import socket
+import time
+
+from vmd.errors import PeerError, VmdError, sentence
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages.agentx import (
+    AgentxChanged,
+    AgentxLink,
+    AgentxLost,
+    AgentxMaster,
+    AgentxUp,
+    AgentxVm,
+    AgentxVms,
+    AskAgentxVms,
+)
+from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.clients import Caller
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.routes import Proc
+from vmd.log import log
+from vmd.parent.children import Delay
+from vmd.parent.endings import FAILED
+from vmd.parent.report import PATH_BYTES_MAX
+from vmd.parent.vmtable import State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.config.model import AgentxConfig
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.loop import Timer
+    from vmd.ipc.messages.clients import VmFigures
+    from vmd.parent.children import Children
+    from vmd.parent.core import Core
+    from vmd.parent.figures import Figures
+    from vmd.parent.vmtable import Vm
+
+FIRST_S, LONGEST_S = 0.5, 10.0  # between two tries to reach the agent
+ANSWER_EVERY_S = 0.5  # to the process, whatever it asks
+QUEUE_MAX = 8192  # messages: as many VMs as there can be, and what happens to them meanwhile
+CRASHED, MIGRATING = "crashed", "migrating"  # what is a state there, and none here
+
+
+class Agentx:
+    """The room of the SNMP agent.  `attach` is the parent's, for the channel."""
+
+    def __init__(self, core: "Core", figures: "Figures", attach: "Callable[..., Channel]") -> None:
+        self.core = core
+        self.figures = figures
+        self._attach = attach
+        self._config: AgentxConfig | None = None  # in force
+        self._children: Children | None = None
+        self._open_log: Callable[[str], socket.socket]
+        self._channel: Channel | None = None
+        self._delay = Delay()  # of another process
+        self._wait_s = FIRST_S  # before the next try to reach the agent
+        self._try: Timer | None = None
+        self._number = 0  # of connections
+        self._told_missing = False
+        self._answered_s = 0.0
+        self._answer: Timer | None = None
+        self._look: Timer | None = None
+        self._known: dict[int, tuple[Vm, str]] = {}  # by id: VMs, and the states of which the process was told
+        self._began_ns = self._changed_ns = time.monotonic_ns()
+
+    def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
+        """Begin, if vm.conf says so; `open_log` makes what a process writes its lines to."""
+        self._children, self._open_log = children, open_log
+        self.core.watchers.append(self._look_soon)
+        self._look_now()
+        self.configure()
+
+    def close(self) -> None:
+        """The daemon ends."""
+        self._config = None
+        self._end_process()
+
+    def configure(self) -> None:
+        """Do as the configuration in force says."""
+        config = self.core.config.settings.agentx
+        if config == self._config or self._children is None:
+            return
+        self._config, self._told_missing = config, False
+        if config is None:
+            self._end_process()
+        elif self._channel is None:
+            self._start_process()
+        else:
+            self._connect_anew()
+
+    # --- the process -----------------------------------------------------------------------------------------
+
+    def _start_process(self) -> None:
+        """Start the process, unless it has gone out of use meanwhile; later again where that fails."""
+        assert self._children is not None
+        if self._config is None or self._channel is not None:
+            return
+        try:
+            _, ours = self._children.start(Proc.AGENTX, self._open_log)
+        except (VmdError, OSError) as error:
+            log.error(f"agentx cannot be started: {sentence(error)}")
+            self._start_later()
+            return
+        self._channel = self._attach(ours, Proc.AGENTX, "agentx", on_lost=self._on_lost, queue_limit=QUEUE_MAX)
+        self._connect_anew()
+
+    def _start_later(self) -> None:
+        self.core.loop.call_later(self._delay.next_s(), self._start_process)
+
+    def _end_process(self) -> None:
+        """Have the process take leave of the agent, and end."""
+        self._stop_trying()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.send(Quit())
+            channel.flush_blocking(0.1)
+            channel.finish()
+
+    def _on_lost(self, _channel: "Channel", error: PeerError | None) -> None:
+        """The process has ended, or cannot be trusted: another one is started."""
+        assert self._children is not None
+        self._children.kill(Proc.AGENTX)
+        self._channel = None
+        self._stop_trying()
+        if self._config is not None:
+            log.error(f"{error or 'lost child: agentx'}: it is started again")
+            self._start_later()
+
+    # --- the agent -------------------------------------------------------------------------------------------
+
+    def _stop_trying(self) -> None:
+        if self._try is not None:
+            self._try.cancel()
+            self._try = None
+
+    def _connect_anew(self) -> None:
+        self._wait_s = FIRST_S
+        self._connect()
+
+    def _connect(self) -> None:
+        """Open the agent's socket, and have the process go on; try again later if that cannot be."""
+        self._stop_trying()
+        config = self._config
+        if config is None or self._channel is None:
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(config.path)
+        except (OSError, ValueError) as error:
+            sock.close()
+            if not self._told_missing:
+                self._told_missing = True
+                log.warn(f"agentx: no SNMP agent at {config.path}: {sentence(error)}; it is tried again and again")
+            self._connect_later()
+            return
+        self._number += 1
+        message = AgentxMaster(number=self._number, path=brief(config.path, PATH_BYTES_MAX), context=config.context)
+        self._channel.send(message, fds={"master": [sock.detach()]})
+
+    def _connect_later(self) -> None:
+        self._stop_trying()
+        self._try = self.core.loop.call_later(self._wait_s, self._connect)
+        self._wait_s = min(2 * self._wait_s, LONGEST_S)
+
+    def on_up(self, message: AgentxUp, _envelope: Envelope) -> None:
+        """The agent has taken us in."""
+        if message.number == self._number:
+            self._told_missing = False
+            self._wait_s = FIRST_S
+
+    def on_gone(self, message: AgentxLost, _envelope: Envelope) -> None:
+        """The agent has left, or has not taken us in, of which the process has told the log."""
+        if message.number == self._number:
+            self._connect_later()
+
+    # --- what there is ---------------------------------------------------------------------------------------
+
+    def on_ask(self, _message: AskAgentxVms, _envelope: Envelope) -> None:
+        """Say what there is; not more often than anybody needs to know it."""
+        if self._answer is None:
+            left_s = self._answered_s + ANSWER_EVERY_S - time.monotonic()
+            self._answer = self.core.loop.call_later(max(0.0, left_s), self._tell)
+
+    def _tell(self) -> None:
+        self._answer = None
+        self._answered_s = time.monotonic()
+        if self._channel is None:
+            return
+        switches = {switch.name: switch.interface for switch in self.core.config.switches}
+        vms = [vm for vm in self.core.vms if vm.vmid in self._known]
+        root = Caller(uid=0, gid=0, pid=os.getpid())
+        for vm, figures in zip(vms, self.figures.of(vms, root), strict=True):
+            self._channel.send(described(vm, figures, switches))
+        self._channel.send(AgentxVms(began_ns=self._began_ns, changed_ns=self._changed_ns))
+
+    # --- what happens ----------------------------------------------------------------------------------------
+
+    def _look_soon(self) -> None:
+        """Something of some VM has changed: look when all has that changes with it."""
+        if self._look is None:
+            self._look = self.core.loop.call_later(0, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        vms = {vm.vmid: vm for vm in self.core.vms}
+        for vmid, (vm, state) in list(self._known.items()):
+            if vms.get(vmid) is not vm:
+                self._know(vm, state)  # as it ended
+                self._say(vm, deleted=True)
+                del self._known[vmid]
+                self._changed_ns = time.monotonic_ns()
+        for vmid, vm in vms.items():
+            if vmid in self._known:
+                self._know(vm, self._known[vmid][1])
+            else:
+                self._known[vmid] = vm, state_of(vm)
+                self._changed_ns = time.monotonic_ns()
+
+    def _know(self, vm: "Vm", before: str) -> None:
+        """Tell of a state that is another one than before."""
+        state = state_of(vm)
+        if state != before:
+            self._known[vm.vmid] = vm, state
+            self._say(vm)
+
+    def _say(self, vm: "Vm", *, deleted: bool = False) -> None:
+        if self._channel is not None:
+            self._channel.send(
+                AgentxChanged(
+                    vmid=vm.vmid, name=vm.name, state=state_of(vm), persistent=vm.from_config, deleted=deleted
+                )
+            )
+
+
+def state_of(vm: "Vm") -> str:
+    """Return the state of a VM as the process is told it."""
+    if vm.state is State.STOPPED and vm.last_end is not None and vm.last_end.how == FAILED:
+        return CRASHED
+    way = vm.sending if vm.state is State.SENDING else vm.receiving if vm.state is State.RECEIVING else None
+    return MIGRATING if way is not None and way.carried else vm.state.value
+
+
+def described(vm: "Vm", figures: "VmFigures", switches: dict[str, str]) -> AgentxVm:
+    """Return all that is told of a VM; `switches` are the names of interfaces by those of switches."""
+    config = vm.running_config or vm.config
+    return AgentxVm(
+        vmid=vm.vmid,
+        name=vm.name,
+        state=state_of(vm),
+        enabled=vm.config.enabled,
+        persistent=vm.from_config,
+        started_s=figures.started_s,
+        memory_bytes=figures.memory_bytes,
+        guest_bytes=figures.guest_bytes,
+        cpu_ns=figures.cpu_ns,
+        vcpus=figures.vcpus,
+        disks=figures.disks,
+        cdrom=figures.cdrom,
+        nics=figures.nics,
+        formats=tuple(disk.format for disk in config.disks),
+        disc=brief(config.cdrom, PATH_BYTES_MAX),
+        links=tuple(
+            AgentxLink(tap=index_of(nic.tap), parent=index_of(switches.get(nic.switch, ""))) for nic in figures.nics
+        ),
+    )
+
+
+def index_of(interface: str) -> int:
+    """Return the number of an interface of the host; 0: there is none of that name."""
+    try:
+        return socket.if_nametoindex(interface) if interface else 0
+    except OSError:
+        return 0
