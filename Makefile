@@ -15,10 +15,11 @@ ZSH     = $(PREFIX)/share/zsh/site-functions
 FISH    = $(PREFIX)/share/fish/vendor_completions.d
 # Pacemaker looks for agents below /usr only.
 OCF     = $(PREFIX)/lib/ocf/resource.d/vmd
+ANSIBLE = $(PREFIX)/share/ansible/collections/ansible_collections/vmd/vmd
 DEB     = build/deb
 PLACES  = '$(DESTDIR)' 'library=$(LIBRARY)' 'sbin=$(SBIN)' 'bin=$(BIN)' 'man=$(MAN)' 'doc=$(EXAMPLE)' \
     'units=$(UNITS)' 'sysusers=$(USERS)' 'bash=$(BASH)' 'zsh=$(ZSH)' 'fish=$(FISH)' \
-    'ocf=$(OCF)'
+    'ocf=$(OCF)' 'ansible=$(ANSIBLE)'
 # What a package is made from.
 SOURCES = debian etc man docs completions fleet tools vmd vmctl Makefile README.md CHANGELOG.md LICENSE vm.conf.example
 

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("vmd", "vmctl")  # each is also the name of its package
-PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers", "bash", "zsh", "fish", "ocf")
-OWN = ("library", "doc", "ocf")  # nothing but our files is in these
+PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers", "bash", "zsh", "fish", "ocf", "ansible")
+OWN = ("library", "doc", "ocf", "ansible")  # nothing but our files is in these
 COMPLETIONS = (  # place, the name that the shell looks for, and our file
     ("bash", "vmctl", ROOT / "completions/vmctl.bash"),
     ("zsh", "_vmctl", ROOT / "completions/_vmctl"),
@@ -89,6 +89,7 @@ def plan(places: dict[str, str]) -> list[File]:
         File(f"{places['doc']}/fleet.md", Path(ROOT, "docs/fleet.md").read_bytes),
         File(f"{places['units']}/vmd.service", unit),
         File(f"{places['ocf']}/vm", agent, 0o755),
+        *(File(f"{places['ansible']}/{name}", source.read_bytes) for name, source in collection()),
         *(File(f"{places[shell]}/{name}", source.read_bytes) for shell, name, source in COMPLETIONS),
         File(f"{places['sysusers']}/vmd.conf", Path(ROOT, "etc/vmd.sysusers").read_bytes),
     ]
@@ -97,6 +98,16 @@ def plan(places: dict[str, str]) -> list[File]:
 def manual_pages() -> list[Path]:
     """Return the manual pages of the checkout."""
     return sorted(Path(ROOT, "man").glob("*.[1-9]"))
+
+
+def collection() -> list[tuple[str, Path]]:
+    """Return the files of the Ansible collection, by their names in it."""
+    top = Path(ROOT, "fleet/ansible")
+    return [
+        (str(path.relative_to(top)), path)
+        for path in sorted(top.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc"
+    ]
 
 
 def program_archive(path: str) -> bytes:
