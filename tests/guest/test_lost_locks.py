@@ -1,8 +1,6 @@
 """A VM whose disk somebody else may have stands still, though nobody has asked for that."""
 
-import ctypes
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,33 +10,17 @@ import pytest
 from tests.support import churn
 from tests.support.blkdisk import Disk
 from tests.support.daemon import DEADLINE_S, Attached, Daemon
-from tests.support.descriptors import open_files
 from tests.support.guests import guest
-from vmd.images.locks import lock, unlock
+from tests.support.lostlock import stolen
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.deep, pytest.mark.timeout(600)]
 
-SYS_PIDFD_GETFD = 438
 LOST = "its lock is lost: somebody else has locked the image, and may have changed it"
 
 
-@contextmanager
-def stolen(vmd: Daemon, path: Path) -> Iterator[None]:
-    """Lock a disk of a running VM for ourselves: its storage has forgotten that the VM has it."""
-    process = next(pid for name, pid in vmd.family().items() if name.endswith("/vioblk0"))
-    number = next(fd for fd, name in open_files(process).items() if name == str(path))
-    pidfd = os.pidfd_open(process)
-    theirs = ctypes.CDLL(None, use_errno=True).syscall(SYS_PIDFD_GETFD, pidfd, number, 0)
-    assert theirs >= 0, os.strerror(ctypes.get_errno())
-    unlock(theirs)
-    os.close(theirs)
-    os.close(pidfd)
-    ours = os.open(path, os.O_RDWR)
-    try:
-        lock(ours, str(path), writable=True)
-        yield
-    finally:
-        os.close(ours)
+def vioblk(vmd: Daemon) -> int:
+    """Return the process of the disk."""
+    return next(pid for name, pid in vmd.family().items() if name.endswith("/vioblk0"))
 
 
 def troubles(vmd: Daemon) -> list[str]:
@@ -62,7 +44,7 @@ def busy(tmp_path: Path) -> Iterator[tuple[Daemon, Attached, Path]]:
 def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
     """It is paused with a sentence, and not before the lock can be had does anything let it go on."""
     with busy(tmp_path) as (vmd, console, path):
-        with stolen(vmd, path):
+        with stolen(vioblk(vmd), path):
             vmd.wait_log(f"vm busy: paused: disk0: {LOST}")
             assert vmd.wait_state("busy", "paused")["text"] == f"disk0: {LOST}"
             assert LOST in troubles(vmd)
@@ -83,7 +65,7 @@ def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
 
 def test_a_guest_without_its_lock_is_stopped_at_once(tmp_path: Path) -> None:
     """It is not asked to shut down, for it would write; neither does its disk's process write at its end."""
-    with busy(tmp_path) as (vmd, _console, path), stolen(vmd, path):
+    with busy(tmp_path) as (vmd, _console, path), stolen(vioblk(vmd), path):
         vmd.wait_state("busy", "paused")
         before = path.read_bytes(), path.stat().st_mtime_ns
         vmd.must("stop", "-w", "busy")
