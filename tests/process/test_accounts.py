@@ -118,7 +118,8 @@ def test_a_received_vm(vmd: Daemon, tmp_path: Path) -> None:
     to_file(vmd, "full", tmp_path / "stream")
     assert described(vmd, name="full")["ended"]["how"] == "sent"
     assert from_file(vmd, "full", tmp_path / "stream")[0] == 0
-    row = described(vmd, name="full")
+    row = described(vmd, "-v", name="full")
+    assert row["figures"]["entropy"]["counted"] is True
     tty = os.stat(row["tty"])
     assert (row["owner"], row["uid"], tty.st_uid) == ("nobody", NOBODY, NOBODY)
     memory = guest_memory(row["pid"])

@@ -1,5 +1,6 @@
 """A daemon that is killed or restarted, and the next one, which goes on with its VMs."""
 
+import json
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,13 @@ def again(vmd: KeptDaemon) -> None:
     vmd.start()
 
 
+def figures(vmd: KeptDaemon, name: str) -> dict[str, Any]:
+    """Return what a VM that stands still has done."""
+    (row,) = json.loads(vmd.must("status", "-v", "--json", name))["vms"]
+    found: dict[str, Any] = row["figures"]
+    return {key: found[key] for key in ("starts", "vcpus", "entropy", "guest_bytes")}
+
+
 def until(what: Callable[[], bool]) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + DEADLINE_S
@@ -66,6 +75,8 @@ def test_guests_go_on_when_the_daemon_is_killed(vmd: KeptDaemon) -> None:
         vmd.must("start", name)
     vmd.must("pause", "b")
     before = {row["name"]: row for row in vmd.rows()}
+    counted = figures(vmd, "b")
+    assert counted["entropy"]["counted"]
     with vmd.console("a") as console:
         console.expect(PROMPT, DEADLINE_S)
         again(vmd)
@@ -75,6 +86,7 @@ def test_guests_go_on_when_the_daemon_is_killed(vmd: KeptDaemon) -> None:
     for name in "ab":
         assert after[name] == before[name]
     assert after["b"]["state"] == "paused"
+    assert figures(vmd, "b") == counted
     vmd.must("unpause", "b")
     with vmd.attached("b") as console:
         console.expect(PROMPT, DEADLINE_S)

@@ -17,6 +17,7 @@ from tests.support.network import Network
 from vmctl.client import Client
 from vmd.ipc.figures import CdromFigures
 from vmd.ipc.messages.clients import VmFigures
+from vmd.parent.groups import directory_of
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -81,6 +82,13 @@ def ticks_ns(pid: int) -> int:
     return sum(int(each[11]) + int(each[12]) for each in words) * TICK_NS
 
 
+def used_us(group: Path) -> int:
+    """Return what the processes of a control group have had."""
+    found = re.search(r"usage_usec (\d+)", (group / "cpu.stat").read_text())
+    assert found is not None
+    return int(found[1])
+
+
 def test_processor_and_memory(vmd: NetDaemon) -> None:
     """Between what the kernel says before and after; a guest that is paused has none."""
     assert (figures(vmd).pid, figures(vmd).starts) == (0, 0)
@@ -91,7 +99,14 @@ def test_processor_and_memory(vmd: NetDaemon) -> None:
         console.answer("spin 1", PROMPT)
         pid = vmd.status("demo")["pid"]
         least, least_ns = vcpus_ns(pid), ticks_ns(pid)
+        group = Path(directory_of(pid))
+        assert group.name.startswith("vm-")
+        least_us = used_us(group)
         row = figures(vmd)
+        most_us = used_us(group)
+        assert row.group is not None
+        assert row.group.cpu_ns is not None
+        assert least_us * 1000 <= row.group.cpu_ns <= most_us * 1000
         most, most_ns = vcpus_ns(pid), ticks_ns(pid)
         assert row.pid == pid
         for had, low, vcpu, high in zip(before.vcpus, least, row.vcpus, most, strict=True):

@@ -1,7 +1,7 @@
 """What VMs have done and what they use, as `vmctl metrics` and all its like are told.
 
 Nothing is asked of a VM or its devices, and none of their processes is woken: what they count they leave in memory that
-is read here, and the rest the kernel says.  200 VMs take some ten milliseconds.
+is read here, and the rest the kernel says.  A VM takes less than half a millisecond.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
 
 USEC_NS = 1000
+BATCH = 16  # VMs
 SLOT = Struct(f"<{FIGURES_SLOT_BYTES // 8}Q")
 
 
@@ -43,9 +44,18 @@ class Figures:
         """Answer with one VM, or all; whoever may see the list may see them."""
         one = bool(message.vmid or message.name)
         vms = [self.core.vms.get(message.vmid, message.name)] if one else list(self.core.vms)
-        for figures in self.of(vms, caller):
-            self.core.clients.answer(envelope.peerid, figures)
-        self.core.clients.answer(envelope.peerid, End())
+        self._answer(vms, caller, envelope.peerid)
+
+    def _answer(self, vms: "list[Vm]", caller: Caller, client: int) -> None:
+        """Answer with some VMs at a time, so that others are served meanwhile."""
+        there = [vm for vm in vms[:BATCH] if self.core.vms.find(vm.vmid, "") is vm]
+        for figures in self.of(there, caller):
+            self.core.clients.answer(client, figures)
+        left = vms[BATCH:]
+        if left:
+            self.core.loop.call_later(0, lambda: self._answer(left, caller, client))
+        else:
+            self.core.clients.answer(client, End())
 
     def of(self, vms: "list[Vm]", caller: Caller) -> list[VmFigures]:
         """Return the figures of these VMs, as far as the caller may know them."""

@@ -3,7 +3,7 @@
 import os
 import random
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from vmd.ipc.messages.clients import Caller, End, FiguresRequest, LifeEnd, VmFig
 from vmd.ipc.routes import Proc
 from vmd.memfile import memory_file, sealed_file
 from vmd.parent.core import Core
-from vmd.parent.figures import Figures, group_of, slots
+from vmd.parent.figures import BATCH, Figures, group_of, slots
 from vmd.record import Record, RecordType
 from vmd.vm.kinds import KINDS
 
@@ -50,7 +50,8 @@ class Parent:
     """As much of the parent as the room needs, with VMs a and b that do not run."""
 
     def __init__(self) -> None:
-        self.core = Core(cast("Any", None), Config())
+        self.later: list[Callable[[], None]] = []
+        self.core = Core(cast("Any", self), Config())
         self.control = Control()
         self.core.peers.channels = cast("Any", {Proc.CONTROL: self.control})
         for name in ("a", "b"):
@@ -59,9 +60,15 @@ class Parent:
             self.core.vms.add(config.replace(owner=Owner(uid=4, gid=5)), from_config=True)
         self.room = Figures(self.core, cast("Any", Network()))
 
+    def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
+        """Note what is to be done; we are the loop, too."""
+        self.later.append(callback)
+
     def ask(self, request: FiguresRequest, caller: Caller = ROOT) -> list[VmFigures]:
         """Return the rows of an answer."""
         self.room.serve(request, caller, Envelope(request, 1, 0, {}))
+        while self.later:
+            self.later.pop(0)()
         *rows, end = self.control.sent
         self.control.sent.clear()
         assert end == End()
@@ -87,6 +94,24 @@ def test_a_vm_that_does_not_run() -> None:
     assert (row.cdrom, row.entropy) == (CdromFigures(index=0), EntropyFigures(index=0))
     assert [(nic.switch, nic.tap, nic.counted) for nic in row.nics] == [("lan", "", False)]
     assert (row.pid, row.started_s, row.starts, row.ended, row.group) == (0, 0, 0, None, None)
+
+
+def test_others_are_served_between_many_vms() -> None:
+    """A client that asks for all keeps nobody waiting; a VM that is gone by then is left out, and so is another one."""
+    parent = Parent()
+    for number in range(3 * BATCH - 2):
+        parent.core.vms.add(VmConfig(name=f"n{number}"), from_config=False)
+    request = FiguresRequest()
+    parent.room.serve(request, ROOT, Envelope(request, 1, 0, {}))
+    assert len(parent.control.sent) == BATCH
+    parent.core.vms.remove(parent.core.vms.get(0, "n20"))
+    parent.core.vms.add(VmConfig(name="n20"), from_config=False)
+    turns = 0
+    while parent.later:
+        parent.later.pop(0)()
+        turns += 1
+    *rows, end = parent.control.sent
+    assert (turns, len(rows), end) == (2, 3 * BATCH - 1, End())
 
 
 def test_files_are_for_those_who_may_control_the_vm() -> None:

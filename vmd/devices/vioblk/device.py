@@ -186,6 +186,7 @@ class Vioblk:
         self.flush_trouble = ""
         self.figures = services.figures
         self.figures[SIZE] = self.size
+        self.counts = [0] * len(FIGURES)  # the same figures, which are cheaper to add to here
         self.now_ns = 0  # when the round began that is served
         self.busy_ns = 0  # until when the time with requests has been counted
         # Of this round, what the main thread has done itself:
@@ -436,47 +437,46 @@ class Vioblk:
         finally:  # of a ring that breaks half-way, too
             if self.unflushed:
                 self._flush_batch()
-            self._count_round()
+            if self.reads or self.writes:
+                self._count_round()
             self._announce()
         return True
 
     def _count_round(self) -> None:
         """Count what the main thread has done since it was last counted; the guest hears of all of that now."""
-        figures, now_ns = self.figures, time.monotonic_ns()
-        took_ns = now_ns - self.now_ns
+        figures, counts, now_ns = self.figures, self.counts, time.monotonic_ns()
         if self.reads:
-            figures[READS] += self.reads
-            figures[READ_BYTES] += self.read_bytes
-            figures[READ_NS] += self.reads * took_ns
-            self.reads = self.read_bytes = 0
+            figures[READS] = counts[READS] = counts[READS] + self.reads
+            figures[READ_BYTES] = counts[READ_BYTES] = counts[READ_BYTES] + self.read_bytes
+            figures[READ_NS] = counts[READ_NS] = counts[READ_NS] + self.reads * (now_ns - self.now_ns)
+            self.reads = 0
         if self.writes:
-            figures[WRITES] += self.writes
-            figures[WRITE_BYTES] += self.write_bytes
-            figures[WRITE_NS] += self.writes * took_ns
-            self.writes = self.write_bytes = 0
-        self._count_time(now_ns)
-        self.now_ns = now_ns
-
-    def _count_time(self, now_ns: int) -> None:
-        """Count the time with requests until now, when there were some just before."""
-        self.figures[BUSY_NS] += now_ns - self.busy_ns
-        self.figures[IN_FLIGHT] = self.in_flight
-        self.busy_ns = now_ns
+            figures[WRITES] = counts[WRITES] = counts[WRITES] + self.writes
+            figures[WRITE_BYTES] = counts[WRITE_BYTES] = counts[WRITE_BYTES] + self.write_bytes
+            figures[WRITE_NS] = counts[WRITE_NS] = counts[WRITE_NS] + self.writes * (now_ns - self.now_ns)
+            self.writes = 0
+        figures[BUSY_NS] = counts[BUSY_NS] = counts[BUSY_NS] + now_ns - self.busy_ns
+        figures[IN_FLIGHT] = self.in_flight
+        self.now_ns = self.busy_ns = now_ns
 
     def _count(self, request: Request, status: int, now_ns: int) -> None:
         """Count a request that is given back."""
-        figures = self.figures
         if status == IOERR:
-            figures[ERRORS] += not self.cancelled
+            self._add(ERRORS, not self.cancelled)
         elif status == UNSUPP:
-            figures[REFUSED] += 1
+            self._add(REFUSED, 1)
         elif request.kind in COUNTED:
             requests, length, took_ns = COUNTED[request.kind]
-            figures[requests] += 1
-            figures[took_ns] += now_ns - request.begun_ns
+            self._add(requests, 1)
+            self._add(took_ns, now_ns - request.begun_ns)
             if length is not None:
                 ranges = request.ranges
-                figures[length] += sum([each[1] for each in ranges]) if ranges else request.length
+                self._add(length, sum([each[1] for each in ranges]) if ranges else request.length)
+
+    def _add(self, figure: int, value: int) -> None:
+        """Add to a figure."""
+        self.counts[figure] += value
+        self.figures[figure] = self.counts[figure]
 
     def _drain(self, queue: "Queue") -> bool:
         """Take requests and serve them or hand them over; return whether some are left.
@@ -496,7 +496,8 @@ class Vioblk:
         waiting = queue.available()
         left = min(waiting, ROUND)
         more = waiting > left
-        reads = read_bytes = 0
+        reads = read_bytes = writes = write_bytes = 0
+        done_at_once = not self.write_through
         try:
             while left:
                 if self.in_flight_bytes >= IN_FLIGHT_MAX_BYTES:
@@ -581,14 +582,17 @@ class Vioblk:
                         read_bytes += total
                     else:
                         self._hand_over_transfer(head, kind, status, disk_offset, views, total)
-                elif not self._write_now(head, status, disk_offset, views, total):
+                elif self._write_now(head, status, disk_offset, views, total):
+                    if done_at_once:
+                        writes += 1
+                        write_bytes += total
+                else:
                     self._hand_over_transfer(head, kind, status, disk_offset, views, total)
                 if budget_bytes < 0:
                     return True
             return more
         finally:
-            self.reads += reads
-            self.read_bytes += read_bytes
+            self.reads, self.read_bytes, self.writes, self.write_bytes = reads, read_bytes, writes, write_bytes
 
     def _serve_any(self, queue: "Queue", head: int) -> None:
         """Serve a request of any form, the obvious way.  Raises GuestError."""
@@ -647,8 +651,6 @@ class Vioblk:
             assert queue is not None
             queue.memory.memory[status] = OK
             queue.put(head, 1)
-            self.writes += 1
-            self.write_bytes += length
         return True
 
     def _note_time(self, begun_s: float) -> None:
@@ -765,4 +767,6 @@ class Vioblk:
             if request.head != OURS:
                 self._count(request, status, now_ns)
             self._give_back(request, status, written)
-        self._count_time(now_ns)
+        self._add(BUSY_NS, now_ns - self.busy_ns)
+        self.figures[IN_FLIGHT] = self.in_flight
+        self.busy_ns = now_ns

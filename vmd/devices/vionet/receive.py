@@ -49,7 +49,7 @@ LARGE_READS = 32
 
 HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
 
-FIRST = devmsg.COUNTER_NAMES.index("rx_packets")  # of the figures of this thread
+PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("rx_packets", "rx_bytes"))
 INJECTED_LOST = devmsg.COUNTER_NAMES.index("rx_injected_lost")  # any thread's
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
@@ -160,6 +160,7 @@ class Receiver(Worker):
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.bells.add(self.injection)
+        self.others: tuple[int, ...] = ()  # figures that were shown last
         self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
 
     # --- the main thread's ---------------------------------------------------------------------------------------
@@ -230,12 +231,13 @@ class Receiver(Worker):
 
     def show(self) -> None:
         """Store what has been counted, in the order of devmsg.FIGURES."""
-        figures = self.figures
-        figures[FIRST] = self.packets
-        figures[FIRST + 1] = self.bytes
-        figures[FIRST + 2] = self.no_room
-        figures[FIRST + 3] = self.filtered
-        figures[FIRST + 4] = self.malformed
+        self.figures[PACKETS] = self.packets
+        self.figures[BYTES] = self.bytes
+        others = (self.no_room, self.filtered, self.malformed)
+        if others != self.others:  # seldom
+            self.others = others
+            for place, value in enumerate(others, BYTES + 1):
+                self.figures[place] = value
 
     def _fill(self, queue: "Queue") -> bool:
         """Move frames, up to a budget; False if it took more buffers than there are."""

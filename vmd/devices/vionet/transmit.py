@@ -50,7 +50,7 @@ GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
 GSO_TYPE = 1  # offset in the header
 BUSY_TIMEOUT_MS = 1000  # a tap that takes nothing for so long loses the frame
 
-FIRST = devmsg.COUNTER_NAMES.index("tx_packets")  # of the figures of this thread
+PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("tx_packets", "tx_bytes"))
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 
@@ -70,6 +70,7 @@ class Transmitter(Worker):
         self.busy = False  # the tap takes nothing at the moment
         self.complaints = RateLimit()
         self.packets = self.bytes = 0
+        self.others: tuple[int, ...] = ()  # figures that were shown last
         self.short = self.long = self.spoofed = self.refused = self.no_link = self.dropped_busy = self.answered = 0
 
     def begin(self) -> None:
@@ -103,16 +104,15 @@ class Transmitter(Worker):
 
     def show(self) -> None:
         """Store what has been counted, in the order of devmsg.FIGURES."""
-        figures = self.figures
-        figures[FIRST] = self.packets
-        figures[FIRST + 1] = self.bytes
-        figures[FIRST + 2] = self.short
-        figures[FIRST + 3] = self.long
-        figures[FIRST + 4] = self.spoofed
-        figures[FIRST + 5] = self.refused
-        figures[FIRST + 6] = self.no_link
-        figures[FIRST + 7] = self.dropped_busy
-        figures[FIRST + 8] = self.answered
+        self.figures[PACKETS] = self.packets
+        self.figures[BYTES] = self.bytes
+        others = (
+            self.short, self.long, self.spoofed, self.refused, self.no_link, self.dropped_busy, self.answered,
+        )  # fmt: skip
+        if others != self.others:  # seldom
+            self.others = others
+            for place, value in enumerate(others, BYTES + 1):
+                self.figures[place] = value
 
     def _drain(self, queue: "Queue") -> bool:
         """Take frames and send them; return whether some are left.
