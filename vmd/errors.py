@@ -13,7 +13,7 @@ VmdError            anything that is answered with a sentence instead of a trace
 """
 
 import errno
-import os
+import posix as os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

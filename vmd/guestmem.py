@@ -15,7 +15,7 @@ The last pages of the file are no memory of the guest's.  They hold a mark for e
 import errno
 import fcntl
 import mmap
-import os
+import posix as os
 
 from vmd import native
 from vmd.errors import GuestError, HostError

@@ -15,7 +15,7 @@ Standard library only, and little of it: device processes import this.
 """
 
 import _socket
-import os
+import posix as os
 import time
 
 STDERR, JOURNAL, SYSLOG, LEAF = "stderr", "journal", "syslog", "leaf"

@@ -1,7 +1,7 @@
 """Memory files: what several processes share, or keep, and what no storage is behind (memfd_create(2))."""
 
 import fcntl
-import os
+import posix as os
 
 FIXED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # what may no longer change: its size
 CONSTANT = FIXED | fcntl.F_SEAL_WRITE  # ... and all it holds

@@ -4,7 +4,7 @@ Python says so by a RuntimeError for a thread, and by an OSError for a process.
 """
 
 import errno
-import os
+import posix as os
 
 from vmd.errors import HostError
 

@@ -6,6 +6,7 @@ after it any sectors.  QEMU has to find no corruption in it, and the content has
 """
 
 import os
+import posix
 import random
 import subprocess
 from pathlib import Path
@@ -35,9 +36,9 @@ class Recorder:
         self.before = path.read_bytes()
         self.done: list[tuple[int, bytes]] = []
         self.real = os.pwritev, os.fdatasync, os.ftruncate
-        monkeypatch.setattr(os, "pwritev", self.pwritev)
-        monkeypatch.setattr(os, "fdatasync", self.fdatasync)
-        monkeypatch.setattr(os, "ftruncate", self.ftruncate)
+        monkeypatch.setattr(posix, "pwritev", self.pwritev)
+        monkeypatch.setattr(posix, "fdatasync", self.fdatasync)
+        monkeypatch.setattr(posix, "ftruncate", self.ftruncate)
         monkeypatch.setattr(qcow2, "fallocate", self.fallocate)
 
     def pwritev(self, fd: int, views: list[memoryview], offset: int) -> int:

@@ -1,7 +1,7 @@
 """A host that has no room for another thread or process: one sentence, wherever one is started."""
 
 import errno
-import os
+import posix
 import re
 
 import pytest
@@ -43,6 +43,6 @@ def test_no_room_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_fork() -> int:
         raise BlockingIOError(errno.EAGAIN, "no")
 
-    monkeypatch.setattr(os, "fork", no_fork)
+    monkeypatch.setattr(posix, "fork", no_fork)
     with pytest.raises(HostError, match=r"^build the cell: Resource temporarily unavailable$"):
         fork("build the cell")

@@ -9,7 +9,7 @@ import _socket
 import errno
 import gc
 import mmap
-import os
+import posix as os
 import select
 import sys
 import time

@@ -1,6 +1,6 @@
 """An image with its backing images, from descriptors that somebody else has opened."""
 
-import os
+import posix as os
 
 from vmd.errors import ImageError
 from vmd.images.qcow2 import Qcow2Image

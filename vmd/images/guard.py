@@ -6,7 +6,8 @@ Only for a disk whose format was guessed to be raw: nobody but its first bytes s
 
 import _thread
 import errno
-import os
+import posix as os
+from io import SEEK_END
 
 from vmd.images.hostfile import Cursor, read_bytes, write_views
 from vmd.images.signatures import HEAD_BYTES, QCOW_MAGIC, TAIL_BYTES, recognise
@@ -27,7 +28,7 @@ class Guard:
         """`fd` stays the image's; `path` tells by its end how the file is called.  Raises OSError."""
         self.fd = fd
         self.path = path
-        self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+        self.file_bytes = os.lseek(fd, 0, SEEK_END)
         self.tail_at = max(0, self.file_bytes - TAIL_BYTES)
         self.lock = _thread.allocate_lock()
 

@@ -5,8 +5,10 @@ and inside the file, every size is bounded, so that what follows pointers alloca
 nothing that is zero.
 """
 
-import os
+import posix as os
 import struct
+import sys
+from io import SEEK_END
 
 from vmd.errors import ImageError
 from vmd.images.hostfile import read_bytes
@@ -85,7 +87,7 @@ def parse_header(fd: int, path: str) -> Header:
         ImageError: it is no qcow2 image, a damaged one, or needs what we do not have.
     """
     try:
-        file_bytes = os.lseek(fd, 0, os.SEEK_END)
+        file_bytes = os.lseek(fd, 0, SEEK_END)
         raw = read_bytes(fd, 1 << MAX_CLUSTER_BITS if file_bytes > 1 << MAX_CLUSTER_BITS else file_bytes, 0)
     except OSError as error:
         raise ImageError(path, f"cannot be read: {error.strerror}") from error
@@ -244,7 +246,7 @@ class _Parser:
         if not offset or not length:
             return ""
         raw = self.raw[offset : offset + length]
-        name = os.fsdecode(raw)
+        name = raw.decode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
         if b"\0" in raw:
             raise self.refuse("name of the backing file contains a NUL byte")
         # To QEMU the part before such a colon is a protocol: a server to talk to, or options in JSON.

@@ -6,8 +6,9 @@ extends it.  A device ends where it ends, and what nobody has written to it hold
 
 import _thread
 import errno
-import os
+import posix as os
 import stat
+from io import SEEK_END
 
 from vmd import native
 from vmd.ipc.foreign import SECTOR
@@ -212,7 +213,7 @@ def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
         return True, min(os.lseek(fd, offset, os.SEEK_HOLE), end) - offset
     except OSError as error:
         # ENXIO: nothing but a hole up to the end of the file.
-        file_end = os.lseek(fd, 0, os.SEEK_END)
+        file_end = os.lseek(fd, 0, SEEK_END)
         if error.errno != errno.ENXIO or offset >= file_end:
             return True, end - offset
         return False, min(end, file_end) - offset

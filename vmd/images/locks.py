@@ -12,8 +12,9 @@ Storage that was cut off from its host can lose locks: the server, or the other 
 
 import errno
 import fcntl
-import os
+import posix as os
 import struct
+from io import SEEK_SET
 
 from vmd.errors import InUse, OperatorError
 from vmd.fileid import file_id
@@ -40,10 +41,10 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
     contradicting = [DENIES + n for n in uses] + [USES + n for n in denies]
     try:
         for byte in marks:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_RDLCK, SEEK_SET, byte, 1, 0))
         taken = [byte for byte in contradicting if _held_by_others(fd, byte)]
         if writable and not taken:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_WRLCK, os.SEEK_SET, ALONE, 1, 0))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_WRLCK, SEEK_SET, ALONE, 1, 0))
     except OSError as error:
         unlock(fd)
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -60,15 +61,15 @@ def refresh(fd: int) -> None:
 
     Raises OSError: EAGAIN or EACCES if somebody else has the file, else why the storage does not say.
     """
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_WRLCK, os.SEEK_SET, ALONE, 1, 0))
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_WRLCK, SEEK_SET, ALONE, 1, 0))
     uses, denies = WRITER
     for byte in (*(USES + n for n in uses), *(DENIES + n for n in denies)):
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_RDLCK, SEEK_SET, byte, 1, 0))
 
 
 def _held_by_others(fd: int, byte: int) -> bool:
     """Return whether another open file has a mark on a byte; ours do not count."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, flock.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, flock.pack(fcntl.F_WRLCK, SEEK_SET, byte, 1, 0))
     return bool(flock.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
@@ -76,6 +77,6 @@ def unlock(fd: int) -> None:
     """Take our marks off; they also go when the open file does."""
     for first, count in ((USES, RESIZE + 1), (DENIES, RESIZE + 1), (ALONE, 1)):
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_UNLCK, os.SEEK_SET, first, count, 0))
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_UNLCK, SEEK_SET, first, count, 0))
         except OSError:
             return  # never locked, where the file system knows no locks

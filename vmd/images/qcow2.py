@@ -26,9 +26,10 @@ under way to its old place must not hit the new owner.
 
 import _thread
 import errno
-import os
+import posix as os
 import struct
 import zlib
+from io import SEEK_END
 
 from vmd.errors import ImageError
 from vmd.images.header import (
@@ -219,7 +220,7 @@ class Qcow2Image:
         header = self.header
         if header.incompatible & CORRUPT:
             raise ImageError(self.path, "is marked as corrupt; repair it with qemu-img check -r all")
-        file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+        file_bytes = os.lseek(self.fd, 0, SEEK_END)
         table = native(self._read_table(header.refcount_offset, header.refcount_clusters * self.cluster_size))
         refcounts = Refcounts(self.fd, header, table, file_bytes, self.stable, self.prepared, device=self.device)
         refcounts.protect(0, self.cluster_size)
@@ -559,7 +560,7 @@ class Qcow2Image:
 
     def _look_behind_end(self, cluster: int) -> None:
         """Raise OSError, or Damage, unless a cluster is in a file that has grown since its end was looked at."""
-        file_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+        file_bytes = os.lseek(self.fd, 0, SEEK_END)
         self.refcounts.extend(-(-file_bytes >> self.cluster_bits))
         if cluster < self.refcounts.end:
             return
@@ -569,7 +570,7 @@ class Qcow2Image:
 
     def _ends_before_data(self) -> OSError:
         """Return the error for a file that was cut short."""
-        end = os.lseek(self.fd, 0, os.SEEK_END)
+        end = os.lseek(self.fd, 0, SEEK_END)
         return self._damaged(f"file ends at {end}, before a cluster that is in use")
 
     def _map_in_place(self, position: int, length: int) -> list[tuple[int, int]] | None:

@@ -5,8 +5,9 @@ sector makes the file longer, if it can become longer.
 """
 
 import errno
-import os
+import posix as os
 import stat
+from io import SEEK_END
 
 from vmd.errors import ImageError
 from vmd.images.guard import Guard
@@ -55,7 +56,7 @@ class RawImage:
         self.fd = fd
         self.path = path
         self.writable = writable
-        self.file_bytes = os.lseek(fd, 0, os.SEEK_END)
+        self.file_bytes = os.lseek(fd, 0, SEEK_END)
         self.size = self.file_bytes + padding(self.file_bytes)
         self.guard = Guard(fd, path) if guessed and writable else None
         self.stable = StableStorage(fd, path)
@@ -155,7 +156,7 @@ class RawImage:
     def grow(self, size: int) -> None:
         """See Image.  What others have made larger, such as a logical volume, is only looked at again."""
         self.check_write(0, 0)
-        found = os.lseek(self.fd, 0, os.SEEK_END)
+        found = os.lseek(self.fd, 0, SEEK_END)
         if found < self.file_bytes:
             raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.file_bytes} bytes")
         if is_device(self.fd):
@@ -165,7 +166,7 @@ class RawImage:
             require_larger(self.path, found, size)
             os.ftruncate(self.fd, size)
         self.stable.sync()
-        self.file_bytes, self.size = os.lseek(self.fd, 0, os.SEEK_END), size
+        self.file_bytes, self.size = os.lseek(self.fd, 0, SEEK_END), size
         self.remark = odd_length(self.file_bytes)
 
     def close(self) -> None:

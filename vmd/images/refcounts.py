@@ -10,8 +10,9 @@ changed in memory has been written to its place before, so that to write the cha
 """
 
 import errno
-import os
+import posix as os
 import struct
+from io import SEEK_END
 
 from vmd.images.header import AT_REFCOUNT_TABLE, MAX_TABLE_BYTES, Header
 from vmd.images.hostfile import read_bytes, write_bytes
@@ -146,7 +147,7 @@ class Refcounts:
     def require(self, end: int) -> None:
         """Raise OSError unless there can be clusters up to `end`; a device may have grown since it was opened."""
         if end > self.limit:
-            device_bytes = os.lseek(self.fd, 0, os.SEEK_END)
+            device_bytes = os.lseek(self.fd, 0, SEEK_END)
             self.limit = device_bytes >> self.cluster_bits
             if end > self.limit:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it ends after {device_bytes} bytes")

@@ -4,8 +4,9 @@ A snapshot is an L1 table of its own.  It leads to the clusters of the disk as t
 disk, to those of the machine's state if there is one.  QEMU's docs/interop/qcow2.txt is the specification.
 """
 
-import os
+import posix as os
 import struct
+from io import SEEK_END
 
 from vmd.errors import ImageError
 from vmd.images.header import MAX_SIZE, MAX_SNAPSHOTS, MAX_TABLE_BYTES, Header
@@ -49,7 +50,7 @@ def read_snapshots(fd: int, header: Header, path: str) -> "list[Snapshot]":
         OSError: it cannot be read.
     """
     found: list[Snapshot] = []
-    file_bytes = os.lseek(fd, 0, os.SEEK_END)
+    file_bytes = os.lseek(fd, 0, SEEK_END)
     at = header.snapshots_offset
     for number in range(header.snapshots):
         head = read_bytes(fd, ENTRY.size, at)

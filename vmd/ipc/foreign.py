@@ -3,7 +3,6 @@
 `images/signatures.py` tells them from bytes; nothing here reads any.  Standard library only, and little of it.
 """
 
-import os
 
 from vmd.record import Record
 
@@ -187,7 +186,7 @@ def named_format(path: str) -> str:
 
     Other names say nothing for sure.
     """
-    return "qcow2" if os.path.splitext(path)[1].lower() == ".qcow2" else ""
+    return "qcow2" if path.rpartition("/")[2].lstrip(".").lower().endswith(".qcow2") else ""
 
 
 def typed_format(typed: str, path: str) -> str:

@@ -18,7 +18,7 @@ what a device needs, and must not import it.
 
 import _thread
 import codecs
-import os
+import posix as os
 import resource
 import sys
 import time

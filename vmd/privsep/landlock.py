@@ -5,7 +5,7 @@ which has neither, it is the view of the file system.  Unlike a filter it binds 
 """
 
 import errno
-import os
+import posix as os
 import stat
 import struct
 

@@ -7,7 +7,7 @@ The constants keep their C names.  Standard library only: every process imports 
 """
 
 import errno
-import os
+import posix as os
 import struct
 
 from vmd import native
@@ -280,6 +280,11 @@ def openat2(path: bytes, flags: int, resolve: int) -> int:
     return syscall(tried, SYS_OPENAT2, AT_FDCWD, path, native.byref(how), native.sizeof(how))
 
 
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Return whether two files are the same one."""
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
 def open_place(path: bytes) -> int:
     """Return a descriptor (O_PATH) of a file that is reached by names alone, never by somebody's open descriptor.
 
@@ -296,7 +301,7 @@ def open_place(path: bytes) -> int:
         # Its proper name has no links in it.  If that leads to the same file, the user could have given it instead.
         proper = os.open(os.readlink(f"{DESCRIPTORS}/{place}"), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            if os.path.sameopenfile(place, proper):
+            if same_file(os.fstat(place), os.fstat(proper)):
                 return os.dup(place)
         finally:
             os.close(proper)

@@ -7,7 +7,7 @@ the host has a forgiving filter: every refused call fails with an errno, and onl
 """
 
 import errno
-import os
+import posix as os
 import struct
 
 from vmd import native

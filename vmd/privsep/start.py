@@ -1,6 +1,6 @@
 """The first code that a started process runs, before it knows which process it is."""
 
-import os
+import posix as os
 import sys
 
 from vmd.privsep import linux

@@ -1,6 +1,5 @@
 """The name under which ps(1) and top(1) show a process."""
 
-import os
 import sys
 
 from vmd import native
@@ -8,6 +7,7 @@ from vmd.privsep import linux
 
 EVENT = "event"  # the thread that waits for events, where a process has others beside it
 COMM_MAX = 15  # bytes the kernel keeps of PR_SET_NAME
+ENCODING = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
 STACK_STRINGS_MAX = 1 << 20  # arguments and environment are far smaller
 
 
@@ -39,7 +39,7 @@ def argument_area() -> tuple[int, int] | None:
     first = array and native.c_void_p.from_address(array).value
     if not array or not first:
         return None
-    expected = b"".join(os.fsencode(argument) + b"\0" for argument in sys.orig_argv)
+    expected = b"".join(argument.encode(*ENCODING) + b"\0" for argument in sys.orig_argv)
     start = first - len(expected)
     # The pointers stand below the strings.  If setenv() has moved either to the heap this does not hold, and only
     # if it holds is all that lies between known to be readable.

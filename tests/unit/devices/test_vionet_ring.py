@@ -1,6 +1,7 @@
 """The hot loops of vionet do what the slow walk does, on any ring; and a tap that takes nothing is waited for."""
 
 import os
+import posix
 import random
 import select
 import socket
@@ -321,7 +322,7 @@ def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.Monk
                 memory.load(place + 12 + 14, bytes(40))
             return write(fd, views)
 
-        monkeypatch.setattr(os, "writev", change_and_write)
+        monkeypatch.setattr(posix, "writev", change_and_write)
         for place, content in ((DATA, frame), (DATA + 4096, request)):
             memory.load(place, bytes(12) + content)
             ring.add([Desc(place, 12 + len(content))])

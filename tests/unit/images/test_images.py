@@ -2,6 +2,7 @@
 
 import errno
 import os
+import posix
 import random
 import threading
 import zlib
@@ -147,7 +148,7 @@ def test_lost_data_is_reported_ever_after(tmp_path: Path, image_format: str, mon
         raise OSError(errno.EIO, "failed")
 
     with monkeypatch.context() as broken:
-        broken.setattr(os, "fdatasync", fail)
+        broken.setattr(posix, "fdatasync", fail)
         with pytest.raises(OSError, match="failed"):
             image.flush()
     with pytest.raises(OSError, match="data was lost"):
@@ -172,7 +173,7 @@ def test_no_flush_succeeds_beside_one_that_fails(raw: Path, monkeypatch: pytest.
         except OSError as error:
             told.append(type(error))
 
-    monkeypatch.setattr(os, "fdatasync", fail_once)
+    monkeypatch.setattr(posix, "fdatasync", fail_once)
     first, second = threading.Thread(target=flush), threading.Thread(target=flush)
     first.start()
     assert started.wait(60)
@@ -284,7 +285,7 @@ def test_memory_that_changes_under_the_check_gains_nothing_31(raw: Path, monkeyp
         memory[:4] = b"QFI\xfb"
         return real(fd, views, offset)
 
-    monkeypatch.setattr(os, "pwritev", change_first)
+    monkeypatch.setattr(posix, "pwritev", change_first)
     image.pwritev(0, [memoryview(memory)])
 
     assert raw.read_bytes()[:4] == bytes(4)
@@ -490,7 +491,7 @@ def test_failing_write_leaves_a_consistent_image_33(
 
     writes = FailingWrites(failing, error)
     with monkeypatch.context() as broken:
-        broken.setattr(os, "pwritev", writes)
+        broken.setattr(posix, "pwritev", writes)
         for request in requests:
             try:
                 request()
@@ -523,7 +524,7 @@ def test_failing_write_while_the_refcount_table_grows_33(
         write(image, offset, bytes(flat[offset : offset + step]))
         offset += step
     with monkeypatch.context() as broken:
-        broken.setattr(os, "pwritev", FailingWrites(failing, errno.ENOSPC))
+        broken.setattr(posix, "pwritev", FailingWrites(failing, errno.ENOSPC))
         failed = []
         while image.refcounts.table_offset == table:
             try:
@@ -561,7 +562,7 @@ def test_flush_goes_round_a_table_that_cannot_be_written_33(tmp_path: Path, monk
         return real(fd, views, offset)
 
     with monkeypatch.context() as broken:
-        broken.setattr(os, "pwritev", refuse)
+        broken.setattr(posix, "pwritev", refuse)
         with pytest.raises(hostfile.FlushFailed, match="No space left"):
             image.flush()
         found = opened_qcow2(disk, writable=False)
@@ -593,7 +594,7 @@ def test_refcounts_that_cannot_be_written_do_not_fail_what_needs_none_33(
         return real(fd, views, offset)
 
     with monkeypatch.context() as broken:
-        broken.setattr(os, "pwritev", refuse)
+        broken.setattr(posix, "pwritev", refuse)
         if where == "in":
             write(image, 512, b"b" * 512)
         else:
@@ -621,7 +622,7 @@ def test_table_that_was_half_written_is_not_seen_by_the_guest_33(
         file.write(bytes(1))  # the first table may not be written in place, as with a snapshot
     image = opened_qcow2(disk)
     with monkeypatch.context() as broken:
-        broken.setattr(os, "pwritev", FailingWrites(1, errno.ENOSPC))
+        broken.setattr(posix, "pwritev", FailingWrites(1, errno.ENOSPC))
         with pytest.raises(OSError, match="No space left"):
             write(image, CLUSTER, b"c" * 512)
     write(image, second + CLUSTER + 4 * KIB, b"d" * 512)

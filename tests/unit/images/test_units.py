@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import posix
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_unit_is_written_as_it_is_once(tmp_path: Path, monkeypatch: pytest.Monke
     prepared.prepare(8 * KIB + 10, 5 * KIB)
     os.fsync(fd)
     assert path.stat().st_blocks * 512 == 8 * KIB
-    monkeypatch.setattr(os, "pwritev", None)
+    monkeypatch.setattr(posix, "pwritev", None)
     prepared.prepare(9 * KIB, 2 * KIB)
     os.close(fd)
 
@@ -70,7 +71,7 @@ def test_clusters_are_freed_though_the_rest_of_their_refcounts_has_no_room(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(fd, views, offset)
 
-    monkeypatch.setattr(os, "pwritev", no_room)
+    monkeypatch.setattr(posix, "pwritev", no_room)
     image.discard(0, cluster)
     image.flush()
     write(image, 4 * cluster, b"c" * 512)
@@ -102,7 +103,7 @@ def test_flush_writes_no_unit_that_has_not_changed(tmp_path: Path, monkeypatch: 
         written.append((offset - table, sum(map(len, views))))
         return real(fd, views, offset)
 
-    monkeypatch.setattr(os, "pwritev", note)
+    monkeypatch.setattr(posix, "pwritev", note)
     image.flush()
     image.close()
 

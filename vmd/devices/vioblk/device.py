@@ -7,7 +7,7 @@ goes to workers: flushes, discards, large writes, and whatever the last look at 
 
 import _thread
 import errno
-import os
+import posix as os
 import select
 import time
 from _queue import SimpleQueue

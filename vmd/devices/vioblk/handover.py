@@ -10,7 +10,7 @@ the image.
 
 import _thread
 import errno
-import os
+import posix as os
 import stat
 
 from vmd.errors import OperatorError, VmdError

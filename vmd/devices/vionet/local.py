@@ -4,7 +4,7 @@ The name servers of a host change.  So the VM is asked for them when a guest ask
 """
 
 import _thread
-import os
+import posix as os
 import time
 
 from vmd.devices.vionet import dhcp, ra

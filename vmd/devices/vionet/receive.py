@@ -10,7 +10,7 @@ arrives there is a frame larger than the buffers; it is either taken on to furth
 whole.  No guest ever sees half a frame.
 """
 
-import os
+import posix as os
 import time
 from _bisect import bisect_left
 from _queue import Empty, SimpleQueue

@@ -2,7 +2,7 @@
 
 import errno
 import fcntl
-import os
+import posix as os
 import select
 from struct import Struct
 

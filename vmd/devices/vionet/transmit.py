@@ -5,7 +5,7 @@ kernel reads that once, checks it, and refuses what does not fit the frame.  Onl
 `local` has its frames looked at here; of others those that may tell an address of the guest.
 """
 
-import os
+import posix as os
 import select
 
 from vmd.devices.vionet.addresses import LENGTHS, LOOK_BYTES

@@ -7,7 +7,7 @@ there until `go` the thread touches no ring, and polls nothing that could wake i
 
 import _thread
 import errno
-import os
+import posix as os
 import select
 
 from vmd.devices.process import QUIESCE_TIMEOUT_S

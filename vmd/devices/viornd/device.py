@@ -3,7 +3,7 @@
 Unlike vmd (*cat. 6.3*) it takes the request it has not seen yet, honours chains and flags, and no length is fatal.
 """
 
-import os
+import posix as os
 import time
 
 from vmd.errors import GuestError

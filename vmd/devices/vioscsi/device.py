@@ -5,8 +5,9 @@ what was written and the residue are right.
 """
 
 import errno
-import os
+import posix as os
 import time
+from io import SEEK_END
 from struct import Struct
 
 from vmd.devices.vioscsi.scsi import BAD_OPCODE, READ_ERROR, Drive, Reply, check_condition, sense_data
@@ -75,7 +76,7 @@ class Vioscsi:
         self.services = services
         self.fd = fd
         # Not fstat: a disc may also be a block device.
-        self.size = 0 if fd is None else os.lseek(fd, 0, os.SEEK_END)
+        self.size = 0 if fd is None else os.lseek(fd, 0, SEEK_END)
         self.drive = Drive(None if fd is None else self.size)
         self.figures = services.figures
         self.figures[SIZE] = self.size
@@ -122,7 +123,7 @@ class Vioscsi:
             if self.drive.locked and not force:
                 self.drive.ask_to_eject()
                 raise OSError(errno.EBUSY, "the guest has locked the drive, as it does while it uses a disc")
-            size = None if fd is None else os.lseek(fd, 0, os.SEEK_END)
+            size = None if fd is None else os.lseek(fd, 0, SEEK_END)
         except OSError:
             if fd is not None:
                 os.close(fd)

@@ -6,7 +6,7 @@ Holds    guest memory, three queues' eventfds, and the disc, read-only, if there
 """
 
 import errno
-import os
+import posix as os
 
 from vmd.devices import process
 from vmd.devices.process import Process, receive_files, unpack
