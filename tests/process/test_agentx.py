@@ -29,8 +29,11 @@ vm "demo" {{
     interface {{ switch "lan", lladdr 02:00:00:00:00:07 }}
 }}
 vm "other" {{
-    boot "{kernel}"
     disable
+    memory 64M
+    boot "{blk}" cmdline "bench"
+    disk "{directory}/busy.raw" format raw
+    cdrom "{directory}/disc.iso"
 }}
 switch "lan" {{ interface br9 }}
 """
@@ -53,14 +56,15 @@ class Rig:
 
 def configured(directory: Path, agentx: str) -> str:
     """Return a configuration."""
-    return CONF.format(agentx=agentx, kernel=guest("demo"), directory=directory)
+    return CONF.format(agentx=agentx, kernel=guest("demo"), blk=guest("blk"), directory=directory)
 
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """Give both."""
     tmp_path = tmp_path_factory.mktemp("agentx")
-    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    for name, size in (("disk.raw", 1 << 20), ("busy.raw", 16 << 20), ("disc.iso", 1 << 20)):
+        (tmp_path / name).write_bytes(bytes(size))
     with Network() as network, agent(tmp_path / "snmp", network) as snmp:
         conf = configured(tmp_path, f'agentx path "{snmp.socket}"')
         with NetDaemon(tmp_path, network, conf) as vmd:
@@ -143,6 +147,43 @@ def test_a_vm_that_crashes_and_one_that_is_forgotten(rig: Rig) -> None:
 
 
 @pytest.mark.deep
+def test_what_a_disk_has_done(rig: Rig) -> None:
+    """As its guest says, to the last request."""
+    vmd, snmp = rig.vmd, rig.snmp
+    vmd.must("start", "other")
+    with vmd.console("other") as console:
+        for command, requests, length in (("write", 40, 65536), ("read", 12, 1 << 20)):
+            console.expect("ready", DEADLINE_S)
+            console.type(f"{command} bytes={length} depth=4 count={requests} piece={min(length, 65536)} asleep\r")
+            console.expect(f"done {requests} requests", DEADLINE_S)
+    vmd.must("pause", "other")  # after which figures are not those of a second ago
+    storage = snmp.walk(root=".1.3.6.1.2.1.236.1.7.1")
+    counted = [storage[f".{column}.2.1"] for column in range(11, 17)]
+    assert counted == [
+        "INTEGER: 16", "INTEGER: -1", "Counter64: 12", "Counter64: 40", f"Counter64: {12 << 20}",
+        f"Counter64: {40 << 16}",
+    ]  # fmt: skip
+    assert [storage[f".{column}.2.1"] != "Counter64: 0" for column in (17, 18)] == [True, True]
+    drive = [storage[f".{column}.2.101"] for column in (6, 7, 8, 11)]
+    assert drive == [f'STRING: "{vmd.directory}/disc.iso"', "INTEGER: 3", "INTEGER: 4", "INTEGER: 1"]
+    vmd.must("stop", "-fw", "other")
+
+
+@pytest.mark.deep
+def test_a_daemon_that_takes_over(rig: Rig) -> None:
+    """Nothing has happened to a VM by that; what happens then is told."""
+    vmd, snmp = rig.vmd, rig.snmp
+    vmd.must("start", "other")
+    since, process = len(snmp.heard()), vmd.processes()["vmd: agentx"]
+    vmd.must("upgrade")
+    wait_for(lambda: vmd.family().get("vmd: agentx", process) != process, vmd.log_path)
+    snmp.wait_served()
+    assert snmp.walk(root=f".1.3.6.1.2.1.236{OPER_STATE}")[".2"] == "INTEGER: 4"
+    vmd.must("stop", "-fw", "other")
+    snmp.wait_heard(SHUTTING_DOWN, SHUTDOWN, since=since)
+
+
+@pytest.mark.deep
 def test_an_agent_that_is_started_again(rig: Rig) -> None:
     """However it has ended."""
     vmd, snmp = rig.vmd, rig.snmp
@@ -172,13 +213,14 @@ def test_a_process_that_is_killed_is_started_again(rig: Rig) -> None:
 def test_another_configuration(rig: Rig) -> None:
     """None, with a context, and the first one again; a reload that changes nothing of it changes nothing."""
     vmd, snmp = rig.vmd, rig.snmp
-    process = vmd.processes()["vmd: agentx"]
+    process, heard = vmd.processes()["vmd: agentx"], snmp.heard()
     vmd.must("reload")
     rig.configure(f'agentx context "{CONTEXT}" path "{snmp.socket}"')
     snmp.wait_served(CONTEXT)
     assert not snmp.serves()
     assert snmp.walk(community=CONTEXT)[f"{NAME}.1"] == 'STRING: "demo"'
     assert vmd.processes()["vmd: agentx"] == process
+    assert snmp.heard() == heard
 
     rig.configure("")
     snmp.wait_served(CONTEXT, served=False)

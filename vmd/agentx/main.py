@@ -57,6 +57,7 @@ class Agentx(Process):
         self.told_s = 0.0
         self.view: mib.View | None = None  # of what was told
         self.asks = False
+        self.said = ""  # why the last agent was lost that had not taken us in
         self.waiting: deque[Callable[[mib.View], None]] = deque()
 
     # --- the agent -------------------------------------------------------------------------------------------
@@ -70,11 +71,14 @@ class Agentx(Process):
         def up() -> None:
             where = f" as context {message.context}" if message.context else ""
             log.info(f"the SNMP agent at {message.path} serves VM-MIB{where}")
+            self.said = ""
             self.parent.send(AgentxUp(number=message.number))
             self.notifications.begin(session)
 
         def lost(why: str) -> None:
-            log.warn(f"the SNMP agent at {message.path} {why}")
+            if why != self.said:  # or one that refuses us would be in the log with each try
+                log.warn(f"the SNMP agent at {message.path} {why}")
+            self.said = why
             self.session = None
             self.notifications.end()
             self.parent.send(AgentxLost(number=message.number))

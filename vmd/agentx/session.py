@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
 
 ANSWER_S = 30.0  # for the agent to open a session
-TIMEOUT_S = 5  # that it is asked to give us for an answer
+TIMEOUT_S = 20  # that it is asked to give us for an answer
 PIECE_BYTES = 1 << 16
 UNREAD_MAX = 4 << 20  # bytes that wait for an agent that does not read
 REQUESTS_MAX = 256  # that wait for figures
+ANSWERS_MAX = 2000  # that the agent may owe us
 BULK_MAX = 2000  # variables in an answer to GetBulk
 SETS_MAX = 64  # at a time
 DESCRIPTION = b"vmd"
@@ -109,12 +110,19 @@ class Session:
             self._close()
             self.on_lost(why)
 
+    def lose_soon(self, why: str) -> None:
+        """Give the connection up, but not while our caller is still at work."""
+        self.loop.call_later(0, lambda: self.lose(why))
+
     # --- packets ---------------------------------------------------------------------------------------------
 
     def _tell(
         self, kind: int, payload: bytes, done: "Callable[[Packet], None]", *, context: bytes | None = None
     ) -> None:
         """Send a packet of our own; `done` is called with the answer."""
+        if len(self.answers) >= ANSWERS_MAX:
+            self.lose_soon(f"owes {len(self.answers)} answers")
+            return
         self.packets += 1
         self.answers[self.packets] = done
         context = self.context if context is None else context
@@ -126,8 +134,7 @@ class Session:
         if not waits:
             self._write()
         if len(self.unsent) > UNREAD_MAX:
-            # Not while our caller is still at work.
-            self.loop.call_later(0, lambda: self.lose(f"does not read what it has asked for: {len(self.unsent)} bytes"))
+            self.lose_soon(f"does not read what it has asked for: {len(self.unsent)} bytes")
 
     def _write(self) -> None:
         try:

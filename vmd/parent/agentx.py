@@ -213,11 +213,16 @@ class Agentx:
         self._look = None
         vms = {vm.vmid: vm for vm in self.core.vms}
         for vmid, (vm, state) in list(self._known.items()):
-            if vms.get(vmid) is not vm:
-                self._know(vm, state)  # as it ended
-                self._say(vm, deleted=True)
-                del self._known[vmid]
-                self._changed_ns = time.monotonic_ns()
+            now = vms.get(vmid)
+            if now is vm:
+                continue
+            self._know(vm, state)  # as it ended
+            if now is not None and now.name == vm.name:  # vm.conf was read anew
+                self._known[vmid] = now, state_of(now)
+                continue
+            self._say(vm, deleted=True)
+            del self._known[vmid]
+            self._changed_ns = time.monotonic_ns()
         for vmid, vm in vms.items():
             if vmid in self._known:
                 self._know(vm, self._known[vmid][1])

@@ -286,6 +286,14 @@ def test_an_agent_that_does_not_read(served: Rig, monkeypatch: pytest.MonkeyPatc
     assert served.why().startswith("does not read what it has asked for")
 
 
+def test_an_agent_that_owes_answers(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To notifications: not without end."""
+    monkeypatch.setattr(session_module, "ANSWERS_MAX", 3)
+    for _ in range(4):
+        served.change("running")
+    assert served.why() == "owes 3 answers"
+
+
 def test_requests_of_another_session(served: Rig) -> None:
     """And what a master does not send: an error, and the session goes on."""
     for session, kind, error in ((SESSION + 1, pdu.GET, pdu.NOT_OPEN), (SESSION, pdu.PING, pdu.PARSE_ERROR)):

@@ -195,14 +195,25 @@ def test_how_it_ended(rig: Rig, how: str, state: str) -> None:
 
 
 def test_a_vm_that_is_forgotten(rig: Rig) -> None:
-    """First how it ended, and then that it is gone; one of its name is another one."""
+    """First how it ended, and then that it is gone."""
     rig.b.begin_start(0)
     rig.b.begin_run(1)
     rig.told()
     rig.b.ended("", KILLED)
     rig.core.vms.remove(rig.b)
-    rig.add("b")
     assert rig.told() == [("b", "stopped", False), ("b", "stopped", True)]
+
+
+def test_a_vm_that_is_described_anew(rig: Rig) -> None:
+    """As by a reload: nothing has happened to it, though it is not known any more how it ended."""
+    rig.a.begin_start(0)
+    rig.a.ended("", FAILED)
+    assert rig.told() == [("a", "crashed", False)]
+    rig.core.vms.remove(rig.a)
+    again = rig.add("a")
+    assert rig.told() == []
+    again.begin_start(0)
+    assert rig.told() == [("a", "starting", False)]
 
 
 def test_what_is_asked_without_end(rig: Rig) -> None:
