@@ -41,6 +41,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "control": {"msgpack"},
     "priv": {"msgpack", "pyroute2"},
     "log": {"msgpack"},
+    "consolelog": {"msgpack"},
     "opener": {"msgpack"},
     "imgwriter": {"msgpack"},
     "agentx": {"msgpack"},
@@ -58,7 +59,7 @@ SHARED = {
     "vmd.kvmapi": {"vm"},
     "vmd.guestmem": {"vm", "device"},
     "vmd.virtio": {"vm", "device"},
-    "vmd.ipc.imsg": {"agentx", "parent", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm", "vmctl"},
+    "vmd.ipc.imsg": {*THIRD_PARTY},
 }
 # ... and the parts of it that harm nobody, for they read nothing.
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
@@ -112,7 +113,10 @@ def processes() -> list[Process]:
     """Return every process whose code is there."""
     found = [
         Process(name, name, modules_in(f"vmd/{name}"))
-        for name in ("agentx", "parent", "control", "opener", "imgwriter", "lockholder", "priv", "vmm", "vm")
+        for name in (
+            "agentx", "parent", "control", "opener", "imgwriter", "lockholder", "logfile", "consolelog", "priv", "vmm",
+            "vm",
+        )
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))
     found += [

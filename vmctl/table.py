@@ -104,6 +104,8 @@ COMMANDS = (
         options=(
             Option(name="-f", help="take it over from whoever uses it"),
             Option(name="-r", instead_of="-f", help="watch what the guest prints, without typing"),
+            Option(name="-l", instead_of="-f", help="show its console log, also of a VM that does not run"),
+            Option(name="-F", help="with -l: go on with what is printed, until ^C"),
         ),
         operand=ID,
     ),

@@ -7,7 +7,7 @@ from vmd import stdio
 from vmd.errors import HostError
 from vmd.log import log
 
-PROCESSES = ("agentx", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm")
+PROCESSES = ("agentx", "consolelog", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm")
 
 
 def main() -> int:
@@ -30,6 +30,8 @@ def run_process(name: str) -> int:
     match name:
         case "agentx":
             from vmd.agentx.main import main as process_main
+        case "consolelog":
+            from vmd.consolelog.main import main as process_main
         case "control":
             from vmd.control.main import main as process_main
         case "imgwriter":

@@ -3,7 +3,7 @@
 So nothing of it is lost with a VM process, however that ends: what no viewer has read yet, the parent hands on, and
 the next VM process (the guest has reset itself) goes on where the last one stopped.
 
-The file is sealed at its size.  It begins with a page of three 64-bit counters of bytes, which only ever grow; byte n
+The file is sealed at its size.  It begins with a page of 64-bit counters of bytes, which only ever grow; byte n
 of the output stands at n % BACKLOG_BYTES behind that page.  Its reader believes nothing: a VM process may write
 anything at any time.
 """
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 BACKLOG_BYTES = 64 * 1024
 FILE_BYTES = mmap.PAGESIZE + BACKLOG_BYTES
-COUNTERS = struct.Struct("<QQQ")  # in the order of the numbers below
-SHOWN, PASSED, BEGUN = range(3)
+COUNTERS = struct.Struct("<QQQ")  # in the order of the numbers below, but for the last
+SHOWN, PASSED, BEGUN, LOGGED = range(4)
 # SHOWN   what is complete
 # PASSED  what has gone to the pty, or was given up: a viewer did not read it in time
 # BEGUN   SHOWN, and what is being written
+# LOGGED  what is in the console log, or can never be; written by the process "consolelog", so that the next one of
+#         these goes on there
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -132,3 +134,29 @@ class Backlog:
     def close(self) -> None:
         """Let it go."""
         os.close(self.fd)
+
+
+class LoggedBacklog(Backlog):
+    """The side of who writes the output to a file.  `logged` is how far that has come.
+
+    A VM process can change `logged` when this object is made: then its own log lacks something, or has it twice.
+    """
+
+    def __init__(self, fd: int, start: int) -> None:
+        """Own a file that a `Backlog` has made; `fd` is closed where this fails.  Raises OSError, ValueError."""
+        super().__init__(fd, start)
+        try:
+            self._counters = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("Q")
+        except BaseException:
+            os.close(fd)
+            raise
+        self.logged = min(max(self._counters[LOGGED], start), self._counters[SHOWN])
+
+    def shown(self) -> int:
+        """Return how much the guest has printed, without a system call."""
+        return self._counters[SHOWN]
+
+    def log(self, count: int) -> None:
+        """So much more is in the log."""
+        self.logged += count
+        self._counters[LOGGED] = self.logged % (1 << 64)

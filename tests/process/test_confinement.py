@@ -33,7 +33,7 @@ DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
 LEAVES = (
     "LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGRESIZE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG",
-    "AGENTX",
+    "AGENTX", "CONSOLELOG",
 )  # fmt: skip
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
@@ -267,6 +267,49 @@ def test_an_opener_opens_files_and_nothing_else() -> None:
     assert re.match(r"open_passwd done \d+$", run.answers[0])
     refused = [f"{name} errno {errno.EACCES}" for name in ("create_outside", "list_root")] if landlock.abi() else []
     assert run.answers[1:] == refused or not refused
+
+
+@pytest.mark.parametrize("attempt", [attempt for attempt in OPENER_KILLS if attempt != "become_traceable"])
+def test_a_logfile_does_nothing_but_open_files(attempt: str) -> None:
+    """Even where it is root."""
+    run = try_inside(HostFiles(), "LOGFILE", attempt, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+
+    assert (run.answers, run.status) == ([], KILLED)
+
+
+@pytest.mark.skipif(not landlock.abi(), reason="no landlock")
+def test_a_logfile_has_one_directory(tmp_path: Path) -> None:
+    """It makes, renames and removes files there; outside it can do nothing of that, nor read anywhere."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "old").write_bytes(b"old")
+    tried = run_script(
+        f"""
+from vmd.logfile.main import stay_in
+directory = os.open({str(inside)!r}, os.O_PATH | os.O_DIRECTORY)
+stay_in(directory)
+def attempt(name, call, *arguments, **more):
+    try:
+        call(*arguments, **more)
+        print(name, "done")
+    except OSError as error:
+        print(name, error.errno)
+there = {{"src_dir_fd": directory, "dst_dir_fd": directory}}
+attempt("make", os.open, "new", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=directory)
+attempt("rename", os.rename, "new", "newer", **there)
+attempt("remove", os.unlink, "newer", dir_fd=directory)
+attempt("read", os.open, "old", os.O_RDONLY, dir_fd=directory)
+attempt("make", os.open, "../out/new", os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=directory)
+attempt("write", os.open, "../out/old", os.O_WRONLY, dir_fd=directory)
+attempt("rename", os.rename, "old", "../out/new", **there)
+attempt("remove", os.unlink, "../out/old", dir_fd=directory)
+"""
+    )
+
+    here = ["make done", "rename done", "remove done", f"read {errno.EACCES}"]
+    away = [f"make {errno.EACCES}", f"write {errno.EACCES}", f"rename {errno.EACCES}", f"remove {errno.EACCES}"]
+    assert tried.splitlines() == here + away
 
 
 @pytest.mark.parametrize("kind", [*NARROWED, "VMM"])

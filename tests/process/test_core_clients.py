@@ -24,7 +24,6 @@ from tests.support.guests import guest
 from tests.support.program import changed_program
 from tests.support.users import public_folder
 from vmd.config.model import DiskConfig, VmConfig, VmFlag
-from vmd.ipc.channel import SO_PASSRIGHTS
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages.clients import (
     Caller,
@@ -37,6 +36,7 @@ from vmd.ipc.messages.clients import (
     VmInfo,
     WaitRequest,
 )
+from vmd.ipc.rights import SO_PASSRIGHTS
 from vmd.parent.connections import MAX_CLIENTS_PER_USER, MAX_REFUSED, STUCK_MAX
 from vmd.record import Record
 

@@ -1,4 +1,4 @@
-"""vmctl console: use a VM's serial line until the operator leaves or the VM ends.
+"""vmctl console: use a VM's serial line until the operator leaves or the VM ends, or read its console log.
 
 Unlike vmd's, which runs cu(1), we relay ourselves: what the console showed before can be seen, a BREAK
 reaches the guest although a Linux pty carries none, and two operators do not read half of the output each.
@@ -8,7 +8,8 @@ import errno
 import os
 
 from vmctl.client import Client
-from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, refused
+from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, UsageError, refused
+from vmctl.keptlog import KeptLog
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
@@ -18,7 +19,13 @@ from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
 from vmctl.watch import Watch
 from vmd.errors import VMD_CONSOLE_TAKEN
-from vmd.ipc.messages.clients import ConsoleAttached, ConsoleOutput, ConsoleRequest
+from vmd.ipc.messages.clients import (
+    ConsoleAttached,
+    ConsoleLogAt,
+    ConsoleLogRequest,
+    ConsoleOutput,
+    ConsoleRequest,
+)
 from vmd.stdio import STDIN
 
 SPEED = 115200
@@ -27,6 +34,12 @@ SPEED = 115200
 def run(session: Session, given: Given) -> int:
     """Attach to the console of a VM, or watch it; or only tell a program where it is."""
     ref = parse_vmref(given.operand)
+    if given.has("-l"):
+        if given.has("-r"):
+            raise UsageError("conflicting -r and -l arguments")
+        return show_log(session, ref, follow=given.has("-F"))
+    if given.has("-F"):
+        raise UsageError("-F needs -l")
     if session.json:
         if given.has("-f") or given.has("-r"):
             raise ArgumentError("--json only tells where the console is, and cannot be used with -f or -r")
@@ -44,6 +57,34 @@ def tell(session: Session, ref: VmRef) -> int:
     if not vm.tty:
         raise CommandError(f"console not found: vm {vm.name} is not running", errno.ESRCH)
     put_json({"id": vm.vmid, "name": clean(vm.name), "tty": clean(vm.tty)})
+    return 0
+
+
+def show_log(session: Session, ref: VmRef, *, follow: bool) -> int:
+    """Show the console log of a VM, which need not run; or only tell a program where it is.  Raises CommandError."""
+    try:
+        log = session.client.ask(ConsoleLogRequest(vmid=ref.vmid, name=ref.name), ConsoleLogAt)
+    except Refused as error:
+        if error.number == errno.ENOENT:
+            raise refused("console log not found", error) from None
+        raise
+    assert isinstance(log, ConsoleLogAt)
+    if session.json:
+        if follow:
+            raise ArgumentError("--json only tells where the console log is, and cannot be used with -F")
+        put_json({"id": log.vmid, "name": clean(log.name), "log": clean(log.path), "keep": log.keep})
+        return 0
+    screen = Screen()
+    kept = KeptLog(log.path, log.keep, screen.replay)
+    try:
+        kept.show_all(wait=follow)
+        if follow:
+            kept.follow()
+    except KeyboardInterrupt:
+        return 0  # there is no other end to that
+    finally:
+        kept.close()
+        screen.put_back()
     return 0
 
 

@@ -114,6 +114,7 @@ def as_json(vm: VmInfo) -> dict[str, object]:
         "initrd": clean(files.initrd) or None if files else None,
         "disks": [{"path": clean(disk.path), "format": disk.format or None} for disk in files.disks] if files else None,
         "cdrom": clean(files.cdrom) or None if files else None,
+        "console_log": clean(files.console_log) or None if files else None,
         "interfaces": [interfaces.as_json(nic) for nic in vm.nics],
         "ended": {"at": end.at_s, "how": clean(end.how), "text": clean(end.text)} if end else None,
     }

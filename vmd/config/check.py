@@ -114,11 +114,14 @@ def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] =
     usable = {switch.name: switch for switch in (*switches.values(), *known_switches) if switch.enabled}
     taps: dict[str, str] = {}
     lladdrs: dict[str, str] = {}
+    logs: dict[str, str] = {}
     for vm in config.vms:
         check_boot(vm, warn)
         check_name(vm, warn)
         check_allow(vm, warn)
         check_limit(vm, config.settings, warn)
+        if vm.console_log is not None:
+            check_unique(vm, f"console log {vm.console_log.path_of(vm.name)}", logs, warn)
         for index, nic in enumerate(vm.nics):
             check_connection(vm, index, usable, switches, warn)
             if nic.tap not in ("", "tap"):

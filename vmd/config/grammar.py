@@ -13,6 +13,7 @@ from ply import yacc
 from vmd.config import lexer, rules, values
 from vmd.config.lexer import Lexer, Token
 from vmd.config.model import (
+    DEFAULT_LOG_BYTES,
     MIB,
     MIN_MEMORY_BYTES,
     ROOT,
@@ -22,6 +23,7 @@ from vmd.config.model import (
     AllowInstance,
     BootDevice,
     Config,
+    ConsoleLog,
     DiskConfig,
     Globals,
     NicConfig,
@@ -494,6 +496,29 @@ class Grammar:
         self.draft.given |= VmFlag.CDROM
         if self.once("cdrom"):
             self.draft.fields["cdrom"] = self.value(values.cdrom_path, self.lexer.beside(p[2]), "")
+
+    def p_vm_console_log(self, p: Production) -> None:
+        """vm_option : CONSOLE LOG string log_options"""
+        options = dict(reversed(p[4]))
+        if len(options) != len(p[4]):
+            self.error("an option of the console log is given twice")
+        path = self.value(rules.console_log_path, self.lexer.beside(p[3]), "")
+        if self.once("console_log", "console log"):
+            self.draft.fields["console_log"] = ConsoleLog(path=path, **options)
+
+    def p_log_options(self, p: Production) -> None:
+        """log_options :
+                       | log_options log_option"""
+        p[0] = [*p[1], p[2]] if len(p) > 1 else []
+
+    def p_log_size(self, p: Production) -> None:
+        """log_option : SIZE NUMBER
+                      | SIZE string"""
+        p[0] = "size_bytes", self.value(values.console_log_size, p[2], DEFAULT_LOG_BYTES)
+
+    def p_log_keep(self, p: Production) -> None:
+        """log_option : KEEP NUMBER"""
+        p[0] = "keep", self.value(rules.console_logs_kept, p[2], 0)
 
     def p_vm_interfaces(self, p: Production) -> None:
         """vm_option : INTERFACES NUMBER"""

@@ -31,12 +31,14 @@ RESERVED = frozenset({
 
 # Our own keywords are words like any other wherever vmd(8) takes a word, so that no upstream file breaks.
 # In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
-BLOCK_WORDS = frozenset({"vcpus", "virtio", "initrd", "cmdline", "serial"})
+BLOCK_WORDS = frozenset({"vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep"})
 # ... except that these end the strings of a statement that begins so ...
-ENDING_WORDS = {"boot": frozenset({"initrd", "cmdline"}), "disk": frozenset({"serial"})}
+ENDING_WORDS = {
+    "boot": frozenset({"initrd", "cmdline"}), "disk": frozenset({"serial"}), "log": frozenset({"size", "keep"}),
+}  # fmt: skip
 STRING_FOLLOWS = frozenset({
-    "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "MEMORY",
-    "OWNER", "SERIAL", "STRING", "SWITCH", "VIRTIO",
+    "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "LOG", "MEMORY",
+    "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
 })  # fmt: skip
 # ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids and what is limited.
 LOCAL_WORDS = frozenset({"dns", "nat"})
@@ -44,7 +46,7 @@ LINE_WORDS = frozenset({"ids", "limit"})
 LIMITED_WORDS = frozenset({"vcpus", "vms"})  # besides `memory`
 
 TOKENS = (
-    *(word.upper() for word in sorted(RESERVED - {"add", "id", "size"})),  # those three mean nothing yet
+    *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # those two mean nothing yet
     *(word.upper() for word in sorted(BLOCK_WORDS)),
     "DNS", "IDS", "LIMIT", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip

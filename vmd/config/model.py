@@ -32,6 +32,10 @@ SOCKET_PATH_MAX = 107  # bytes; sun_path of unix(7) less its NUL
 PATH_MAX = 1023  # *cat. 2.5*: "disk path too long"
 CMDLINE_MAX = 2047  # Linux, x86 COMMAND_LINE_SIZE less its NUL
 
+MIN_LOG_BYTES = 64 << 10  # of a console log: as much as is printed while the next one is opened
+DEFAULT_LOG_BYTES = 10 * MIB
+MAX_LOG_BYTES = 1 << 40
+MAX_LOGS_KEPT = 99
 MAX_RDOMAIN = 255
 MAX_NAME_SERVERS = 3  # of each family
 MAX_INET6_PREFIX = 60  # leaves subnet ids for the four interfaces of three VMs; a /64 has none
@@ -107,6 +111,21 @@ class NicConfig(Record):
     up: bool = True
 
 
+class ConsoleLog(Record):
+    """`console log PATH [size N] [keep M]`: a file that has what the guest prints.
+
+    With `size_bytes` in it, it becomes PATH.1, and so on up to PATH.`keep`.
+    """
+
+    path: str
+    size_bytes: int = DEFAULT_LOG_BYTES
+    keep: int = 3
+
+    def path_of(self, name: str) -> str:
+        """Return the path of the log of a VM: instances have that of their template, with their own name in it."""
+        return self.path.replace("%n", name)
+
+
 class Rights(Record):
     """With whose rights the files of a VM are opened, each with those of whoever named it; None: root's.
 
@@ -161,6 +180,7 @@ class VmConfig(Record):
     rights: Rights = Rights()
     fault: str = ""  # why it cannot be started as it is written, such as an owner that this host does not know
     drive: bool = False  # it has a CD-ROM drive, even with no disc in it
+    console_log: ConsoleLog | None = None  # ours; only vm.conf gives one
 
 
 class SwitchConfig(Record):

@@ -16,10 +16,13 @@ from vmd.config.model import (
     IFNAME_MAX,
     MAX_DISKS,
     MAX_INET6_PREFIX,
+    MAX_LOG_BYTES,
+    MAX_LOGS_KEPT,
     MAX_MEMORY_BYTES,
     MAX_NICS,
     MAX_RDOMAIN,
     MAX_VCPUS,
+    MIN_LOG_BYTES,
     MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
@@ -43,6 +46,7 @@ VMID_MAX = (1 << 31) - 1
 LOCAL_PREFIX_BITS = 16  # at most, and by default: VM id and NIC live in the other half of the address
 LLADDR_BYTES = 6
 HOST_TABLES = (253, 254, 255)  # routing tables default, main and local: no VRF can have them
+LOG_NAME_MAX = 255 - NAME_MAX - 3  # bytes of a file name, with a VM's name and `.99` in it
 SHOWN_MAX = 80  # characters of a value in a sentence
 
 DIGITS = frozenset("0123456789")
@@ -175,6 +179,31 @@ def path(what: str, name: str) -> str:
     if too_long(name, PATH_MAX):
         raise ValueError(f"{what} too long")
     return name
+
+
+def console_log_path(name: str) -> str:
+    """Return the path of a console log; `%n` in it stands for the name of the VM."""
+    file = name.rpartition("/")[2]
+    if not name.startswith("/") or file in ("", ".", ".."):
+        raise ValueError(f"console log {shown(name)}: is no absolute path of a file")
+    if too_long(name, PATH_MAX) or too_long(file, LOG_NAME_MAX):
+        raise ValueError("console log path too long")
+    return name
+
+
+def console_log_bytes(size: int) -> int:
+    """Return the size from which on a console log is put aside."""
+    if not MIN_LOG_BYTES <= size <= MAX_LOG_BYTES:
+        least, most = fmt_scaled(MIN_LOG_BYTES), fmt_scaled(MAX_LOG_BYTES)
+        raise ValueError(f"console log size {fmt_scaled(size)}: must be from {least} to {most}")
+    return size
+
+
+def console_logs_kept(number: int) -> int:
+    """Return how many console logs are kept that are put aside."""
+    if not 0 <= number <= MAX_LOGS_KEPT:
+        raise ValueError(f"console log keep {number}: must be from 0 to {MAX_LOGS_KEPT}")
+    return number
 
 
 def cmdline(text: str) -> str:

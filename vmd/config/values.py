@@ -71,6 +71,15 @@ def memory_limit(size: int | str) -> int:
     return size_bytes
 
 
+def console_log_size(size: int | str) -> int:
+    """Return the size of a console log in bytes."""
+    try:
+        size_bytes = scan_scaled(size) if isinstance(size, str) else size
+    except ValueError as error:
+        raise ValueError(f"failed to parse size: {shown(str(size))}") from error
+    return rules.console_log_bytes(size_bytes)
+
+
 def memory(size: int | str) -> int:
     """Return a memory size in bytes, not yet rounded."""
     return rules.memory_bytes(memory_limit(size))

@@ -26,24 +26,12 @@ OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off whatever is wrong wit
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before the others get their turn
 DRAIN_BATCHES = 32  # more does not wait for us when a peer has exited, but for what its child sends
-SO_PASSRIGHTS = 83  # <asm-generic/socket.h>
 FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
     """Return the two ends of a channel."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-
-
-def refuse_files(sock: socket.socket) -> None:
-    """Have the kernel refuse descriptors that come from the other end: who sends one gets EPERM.
-
-    Linux knows that since 6.16.  With an older one they are closed here when they have come.
-    """
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
-    except OSError:
-        return
 
 
 class Channel:

@@ -15,8 +15,7 @@ import time
 
 from vmd.closing import close_all
 from vmd.errors import HostError
-from vmd.ipc.channel import refuse_files
-from vmd.ipc.rights import receive
+from vmd.ipc.rights import receive, refuse_files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 ASK = b"files"
 HEAD = "files"  # with which a packet begins, for there may be none in it
-NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel")
+NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel", "log")
 FILES_MAX = 32  # four disks of four images, and what a VM boots from
 PACKET_MAX = 1024
 PATIENCE_S = 30.0  # for files that are open already

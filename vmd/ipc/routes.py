@@ -39,6 +39,7 @@ class Proc(IntEnum):
     LOG = 7
     OPENER = 8
     IMGWRITER = 9
+    CONSOLELOG = 13
 
 
 ASK = (Proc.CLIENT, Proc.CONTROL, Proc.PARENT)
@@ -54,7 +55,7 @@ NAMED = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
     Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT, Proc.OPENER: Proc.PARENT,
-    Proc.IMGWRITER: Proc.PARENT, Proc.AGENTX: Proc.PARENT,
+    Proc.IMGWRITER: Proc.PARENT, Proc.AGENTX: Proc.PARENT, Proc.CONSOLELOG: Proc.PARENT,
 }  # fmt: skip
 
 

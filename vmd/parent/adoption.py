@@ -110,6 +110,7 @@ class Adoption:
         self.logs = logs
         self.known: dict[int, VmKnown] = {}  # by vmid, of VMs that nobody has told of yet
         self.on_process: Callable[[Generation, Child], None] = lambda generation, child: None
+        self.on_taken: Callable[[Vm], None] = lambda vm: None  # a VM goes on
         self.on_settled: Callable[[], None] = lambda: None  # nothing is waited for any more
         self.waiting: set[Generation] = set()  # that have not told of all their VMs
         self.later: list[Callable[[], None]] = []  # when clients are served, and VMs start
@@ -219,6 +220,7 @@ class Adoption:
             log.error(f"vm {vm.name} is not wholly adopted, and runs on: {sentence(error)}")
         self.adopted += 1
         self.core.changed()
+        self.on_taken(vm)
         if generation.awaited is not None:
             generation.awaited.discard(vm.vmid)
             self.all_told(generation)

@@ -8,8 +8,9 @@ from vmd.closing import close_all
 from vmd.config.model import IDS
 from vmd.errors import HostError, VmdError
 from vmd.files.prober import IMGPROBE_ENTRY, start_probe
-from vmd.ipc.channel import refuse_files, socketpair
+from vmd.ipc.channel import socketpair
 from vmd.ipc.messages.clients import Caller
+from vmd.ipc.rights import refuse_files
 from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import groups, usage
@@ -21,13 +22,15 @@ from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vmd.parent.lifelock import LifeLock
     from vmd.privsep.spawn import Place
 
 
-SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER, Proc.AGENTX)  # to us
+SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER, Proc.AGENTX, Proc.CONSOLELOG)  # to us
+OUTLIVE_US = (Proc.VMM, Proc.CONSOLELOG)
+LOGFILE_ENTRY = "vmd.logfile.main:main"
 CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
 PRIV_ENDS_S = 20.0  # from being told to end
@@ -68,7 +71,7 @@ class Children:
         self.ids = cell.ids
         self._places: dict[Proc, Place] = {
             Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm, Proc.OPENER: HostFiles(),
-            Proc.IMGWRITER: cell, Proc.AGENTX: cell,
+            Proc.IMGWRITER: cell, Proc.AGENTX: cell, Proc.CONSOLELOG: cell,
         }  # fmt: skip
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
@@ -101,7 +104,7 @@ class Children:
                     fds=fds,
                     log_fd=writer.fileno(),
                     place=self._places[proc],
-                    outlives=proc is Proc.VMM,
+                    outlives=proc in OUTLIVE_US,
                 )
         except BaseException:
             ours.close()
@@ -148,6 +151,17 @@ class Children:
             child, ours = start_probe(self.cell, writer.fileno(), entry=entry, title=title)
         self._children.append(child)
         return child, ours
+
+    def start_log_file(
+        self, open_log: "Callable[[str], socket.socket]", name: str, arguments: "Sequence[str]", fds: "dict[int, int]"
+    ) -> Child:
+        """Start a logfile for the VM of that name; the descriptors stay the caller's.  Raises HostError or VmdError."""
+        self.bury()
+        title, place = f"logfile/{name}", self._places[Proc.OPENER]
+        with open_log(title) as writer:
+            child = spawn(title, arguments, fds=fds, log_fd=writer.fileno(), place=place, entry=LOGFILE_ENTRY)
+        self._children.append(child)
+        return child
 
     def bury(self) -> None:
         """Reap those that have ended."""

@@ -129,6 +129,8 @@ class Configuration:
     def take_effect(self, config: Config) -> None:
         """Let the global settings of a configuration count, and start what waits."""
         self.core.config = config
+        for vm in self.core.vms:
+            self.life.consoles.on_change(vm)
         service.own_socket(self.socket_path, config.settings.socket_owner)
         self.on_effect()
         self.life.start_batch_in_time()

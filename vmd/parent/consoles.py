@@ -99,6 +99,7 @@ class Consoles:
         self._taken: dict[int, Pty] = {}  # vmid -> the pty that its console had before
         self._watch_timer: Timer | None = None
         self._on_left: Callable[[], None] = lambda: None
+        self.on_change: Callable[[Vm], None] = lambda _vm: None  # there is another console, or none any more
 
     @property
     def ending(self) -> bool:
@@ -228,6 +229,7 @@ class Consoles:
         console = vm.take_console()
         if console is None:
             return
+        self.on_change(vm)
         pty, output = console
         self.leaving.add(Leaving(self, vm.vmid, pty, output.since(output.passed), holder))
         if ran or output.data:

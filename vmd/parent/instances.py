@@ -61,6 +61,7 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
         sev=wanted.sev or template.sev,
         sev_es=wanted.sev_es or template.sev_es,
         fault=wanted.fault or template.fault,
+        console_log=wanted.console_log or template.console_log,
         rights=Rights(
             boot=rights if VmFlag.KERNEL in given else template.rights.boot,
             disks=rights,

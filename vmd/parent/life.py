@@ -282,6 +282,7 @@ class Life:
         vm.take_figures(envelope.take_fd("figures"))
         if self.scores is not None:
             self.scores.give_usual(pid)
+        self.consoles.on_change(vm)
         tty, paused = vm.pty.path, message.paused
         if vm.receiving is None:
             vm.begin_run(pid)

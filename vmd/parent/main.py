@@ -36,6 +36,7 @@ from vmd.ipc.messages.clients import (
     REQUESTS,
     Caller,
     ConsoleBreak,
+    ConsoleLogRequest,
     ConsoleRequest,
     ConsoleWatch,
     DiscRequest,
@@ -64,6 +65,7 @@ from vmd.ipc.messages.clients import (
     VmRequest,
     WaitRequest,
 )
+from vmd.ipc.messages.consolelog import ConsoleKept
 from vmd.ipc.messages.control import ClientGone
 from vmd.ipc.messages.imgwriter import SnapshotsChanged, SnapshotsFailed, SnapshotsReady, SnapshotWord
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenerAt
@@ -101,6 +103,7 @@ from vmd.parent.children import Children, Delay
 from vmd.parent.clients import For
 from vmd.parent.configuration import Configuration
 from vmd.parent.connections import Connections
+from vmd.parent.consolelogs import ConsoleLogs
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.figures import Figures
@@ -195,8 +198,10 @@ class Parent(Process):
             core.adopts = True
             known = self.lasting.take(truth)
         self.consoles = Consoles(core)
+        self.console_logs = ConsoleLogs(core, self.attach)
+        self.consoles.on_change = self.console_logs.look
         self.network = Network(core, self.consoles.repeat_snapshots)
-        self.status = status = Status(core, self.network)
+        self.status = status = Status(core, self.network, self.console_logs)
         self.network.priv.on_silent = self.on_priv_silent
         self.generations = Generations()
         core.peers.channels[Proc.VMM] = self.generations
@@ -218,6 +223,7 @@ class Parent(Process):
         self.adoption.known = {each.vmid: each for each in known}
         self.adoption.on_process = lambda _generation, child: self.children.adopt(child)
         self.adoption.on_settled = self.on_settled
+        self.adoption.on_taken = self.console_logs.look
         self.vmms = Vmms(
             core, self.generations, self.lasting.store, self.adoption, self.life, self.network, self.logs, self.attach
         )
@@ -228,7 +234,7 @@ class Parent(Process):
         self.configuration.on_effect = self.agentx.configure
         rooms = (
             self.agentx, figures, self.logs, self.consoles, self.network, status, self.life, self.transfers,
-            self.snapshots, self.changes, self.configuration, self.openings, self.vmms,
+            self.snapshots, self.changes, self.configuration, self.openings, self.vmms, self.console_logs,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
         self.warned: set[str] = set()
@@ -254,6 +260,7 @@ class Parent(Process):
         self.openings.start(children, self.logs.open)
         self.snapshots.start(children, self.logs.open)
         self.agentx.start(children, self.logs.open)
+        self.console_logs.start(children, self.logs.open)
         self.listener = listener
         self.lasting.keep_listener(listener)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -388,6 +395,7 @@ class Parent(Process):
         self.openings.close()
         self.snapshots.close()
         self.agentx.close()
+        self.console_logs.close()
         for channel in self.core.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -525,6 +533,8 @@ class Parent(Process):
         **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
         **handles(Proc.VMM, VmLog, on(Logs, Logs.on_vm_log)),
         **handles(Proc.LOG, Pong, on(Logs, Logs.on_pong)),
+        **handles(Proc.CONSOLELOG, Pong, on(ConsoleLogs, ConsoleLogs.on_pong)),
+        **handles(Proc.CONSOLELOG, ConsoleKept, on(ConsoleLogs, ConsoleLogs.on_kept)),
         **handles(Proc.VMM, ConsoleSnapshotEnd, on(Consoles, Consoles.on_snapshot_end)),
         **handles(Proc.PRIV, NetworkConfigured, on_network_configured),
         **handles(Proc.PRIV, DropsReported, on(Status, Status.on_drops)),
@@ -575,4 +585,5 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(ConsoleRequest, Consoles, Consoles.serve),
     **serves(ConsoleWatch, Consoles, Consoles.serve_watch),
     **serves(ConsoleBreak, Consoles, Consoles.serve_break),
+    **serves(ConsoleLogRequest, ConsoleLogs, ConsoleLogs.serve),
 }

@@ -1,7 +1,7 @@
 """What a configuration that is read anew means for the VMs there are (*cat. 2.8*).
 
-A VM that runs is not touched.  If the file says something else of it now, that waits for its next start; if the file
-no longer names it, it is forgotten when it stops.
+A VM that runs is not touched.  If the file says something else of it now, that waits for its next start, but for what
+is not the guest's (`AT_ONCE`); if the file no longer names it, it is forgotten when it stops.
 """
 
 from vmd.config.model import VmConfig
@@ -10,6 +10,9 @@ from vmd.parent.vmtable import Vm, VmTable
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+AT_ONCE = ("console_log",)  # fields that count for a VM that runs, too
 
 
 def register(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
@@ -59,6 +62,7 @@ def keep(vm: Vm, config: VmConfig | None) -> list[str]:
         vm.from_config, vm.next_config = False, None
         return [f"vm {vm.name} is no longer configured; it is forgotten when it stops"]
     vm.from_config = True
+    vm.config = vm.config.replace(**{field: getattr(config, field) for field in AT_ONCE})
     changed = differences(vm.config, config)
     vm.next_config = config if changed else None
     if not changed:

@@ -44,7 +44,7 @@ def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
         started_s=int(vm.started_s) if vm.alive else 0,
         restarts=vm.guest_resets,
         autostart=vm.from_config and vm.config.enabled,
-        files=files_of(config) if may_control(caller, vm.uid, gid) else None,
+        files=files_of(config).replace(console_log=log_of(vm.config)) if may_control(caller, vm.uid, gid) else None,
         nics=nics,
         ended=end.replace(text=brief(end.text, REASON_BYTES_MAX)) if end is not None else None,
     )
@@ -62,6 +62,11 @@ def files_of(config: "VmConfig") -> VmFiles:
         disks=tuple(DiskFile(path=shown(disk.path), format=disk.format) for disk in config.disks),
         cdrom=shown(config.cdrom),
     )
+
+
+def log_of(config: "VmConfig") -> str:
+    """Return where a VM's console log is: by what is configured here, wherever the VM comes from."""
+    return brief(config.console_log.path_of(config.name), PATH_BYTES_MAX) if config.console_log is not None else ""
 
 
 def brief_notes(notes: list[str]) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
         plan_prefix6=None,
         rights=Rights(),
         fault="",
+        console_log=None,
     )
 
 

@@ -24,6 +24,7 @@ from vmd.parent.vmtable import Vm
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.imsg import Envelope
+    from vmd.parent.consolelogs import ConsoleLogs
     from vmd.parent.core import Core
     from vmd.parent.network import Network
 
@@ -45,9 +46,10 @@ class Counting:
 class Status:
     """The room of those who look."""
 
-    def __init__(self, core: "Core", network: "Network") -> None:
+    def __init__(self, core: "Core", network: "Network", console_logs: "ConsoleLogs") -> None:
         self.core = core
         self.network = network
+        self.console_logs = console_logs
         self.counting: dict[int, Counting] = {}  # by vmid, of VMs that have been asked
 
     def serve_list(self, _message: ListRequest, caller: Caller, envelope: "Envelope") -> None:
@@ -140,7 +142,7 @@ class Status:
             values = tuple(figures.get(("vionet", info.index), {}).values()) or values
             plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
             self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
-        for trouble in (*self.network.troubles(vmid), *troubles):
+        for trouble in (*self.network.troubles(vmid), *self.console_logs.troubles(vmid), *troubles):
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
             self.core.clients.answer(client, text)
         self.core.clients.answer(client, End())

@@ -1,13 +1,14 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
     parent                       root's capabilities of `PARENT_CAPABILITIES`
-    control, log, agentx, imgprobe, imgwriter, devices
+    control, log, agentx, consolelog, imgprobe, imgwriter, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
                                  what its guest begins with; then `VM`
     opener                       to open files of the host, once it is who has named them
+    logfile                      to make, rename and remove files in one directory, as the owner of a VM
     lockholder                   what /proc says of all processes, for reading, and one capability for that
     priv                         two capabilities, and what `nft` needs: files, programs, network sockets
 
@@ -139,6 +140,12 @@ LOCKHOLDER = IMGPROBE.replace(
 VIONET = Confinement(syscalls=BASE | CHANNEL | LIMITS | NET, ioctls=TUN_IOCTLS, writes_files=False)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 AGENTX = Confinement(syscalls=BASE | CHANNEL, open_files=64, writes_files=False)
+CONSOLELOG = Confinement(syscalls=BASE | CHANNEL | {"pread64"}, open_files=CORE_FILES)  # a backlog and a file for each
+LOGFILE = Confinement(  # and what it may do with the names in one directory
+    syscalls=BASE | CHANNEL | {"openat", "newfstatat+path", "renameat", "unlinkat", "flock"},
+    capabilities=1 << linux.CAP_DAC_OVERRIDE,
+    open_files=64,
+)
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
 OPENER = Confinement(

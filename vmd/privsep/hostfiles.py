@@ -1,4 +1,4 @@
-"""Where openers run: the host, as root with few capabilities, until they become whoever has named the files."""
+"""Where files are opened: the host, as root with few capabilities, until a process becomes whoever has named them."""
 
 import os
 

@@ -42,6 +42,7 @@ NUMBERS = {
     "eventfd2": 290, "epoll_create1": 291, "dup3": 292, "pipe2": 293, "preadv": 295, "pwritev": 296,
     "prlimit64": 302, "getrandom": 318, "seccomp": 317, "memfd_create": 319, "preadv2": 327, "pwritev2": 328,
     "statx": 332, "rseq": 334, "pidfd_send_signal": 424, "pidfd_open": 434, "clone3": 435, "close_range": 436,
+    "renameat": 264, "unlinkat": 263,
     "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441, "landlock_create_ruleset": 444, "landlock_add_rule": 445,
     "landlock_restrict_self": 446,
     # Of programs of the host.

@@ -20,7 +20,7 @@ import socket
 from vmd.closing import close, close_all
 from vmd.config.model import MAX_NICS
 from vmd.errors import HostError, PeerError
-from vmd.ipc.channel import Channel, refuse_files, socketpair
+from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.devmsg import FIGURES_BYTES
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
@@ -40,6 +40,7 @@ from vmd.ipc.messages.vm import (
 )
 from vmd.ipc.messages.vmm import AskVms, EndTaken, KvmFd, Retire, VmExited, VmHeld, VmLog, VmsHeld, VmSlot, VmSlotOver
 from vmd.ipc.process import Process, handles, handles_each
+from vmd.ipc.rights import refuse_files
 from vmd.ipc.routes import Proc, relays
 from vmd.log import log
 from vmd.memfile import sealed_file

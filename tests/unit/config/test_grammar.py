@@ -23,6 +23,7 @@ from vmd.config.model import (
     AllowInstance,
     BootDevice,
     Config,
+    ConsoleLog,
     DiskConfig,
     Globals,
     NicConfig,
@@ -379,6 +380,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         boot device net
         owner root:daemon
         seves
+        console log "%n.log" size 1M keep 9
         interfaces 3
         allow instance {{ boot, memory, interface
             disk, cdrom instance, vcpus, owner :daemon }}
@@ -420,6 +422,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         "sev_es": True,
         "fault": "",
         "drive": False,
+        "console_log": ConsoleLog(path=f"{conf.directory}/%n.log", size_bytes=1 << 20, keep=9),
         "origin": f"{conf.path}:1",
         "plan_id": 0,
         "plan_prefix4": None,
@@ -514,6 +517,16 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("boot IMAGE initrd IMAGE initrd IMAGE", "initrd specified more than once"),
         ("boot IMAGE cmdline a cmdline b", "cmdline specified more than once"),
         (f"boot IMAGE\ncmdline '{'c' * 2048}'", "cmdline too long: 2048 bytes (limit is 2047)"),
+        ("console log /v/", "console log /v/: is no absolute path of a file"),
+        ("console log /v/..", "console log /v/..: is no absolute path of a file"),
+        (f"console log /{'l' * 190}", "console log path too long"),
+        (f"console log {'/l' * 520}", "console log path too long"),
+        ("console log /l size 63K", "console log size 63.0K: must be from 64.0K to 1.0T"),
+        ("console log /l size 2T", "console log size 2.0T: must be from 64.0K to 1.0T"),
+        ("console log /l size x", "failed to parse size: x"),
+        ("console log /l keep 100", "console log keep 100: must be from 0 to 99"),
+        ("console log /l keep 1 keep 2", "an option of the console log is given twice"),
+        ("console log /l\nconsole log /m", "console log specified more than once"),
         ("boot device floppy", 'syntax error at "floppy"'),
         ("interface em0", f"invalid interface: em0: {rules.TAP_FORM}"),
         ("interface tap0x", f"invalid interface: tap0x: {rules.TAP_FORM}"),
@@ -787,6 +800,33 @@ def test_serial_numbers_are_different_within_a_vm(conf: Loader) -> None:
 
     assert conf.errors(f"vm a {{\n{line}\n{line}\n}}\n") == ["3: serial a is another disk's of this vm"]
     assert len(conf.load(f"vm a {{ {line} }}\nvm b {{ {line} }}\n").vms) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "size_bytes", "keep"),
+    [
+        ("", 10 << 20, 3),
+        ("size 64K", 64 << 10, 3),
+        ("keep 0", 10 << 20, 0),
+        ("size 65536 keep 99", 64 << 10, 99),
+        ("keep 2 size 1G", 1 << 30, 2),
+    ],
+)
+def test_console_log(conf: Loader, options: str, size_bytes: int, keep: int) -> None:
+    """Its options in any order, and its path beside the file; the words are names elsewhere."""
+    assert conf.vm(f"console log keep.log {options}").console_log == ConsoleLog(
+        path=f"{conf.directory}/keep.log", size_bytes=size_bytes, keep=keep
+    )
+    assert [vm.name for vm in conf.load("keep = log\nvm $keep { console log /a/keep }\n").vms] == ["log"]
+
+
+def test_console_log_of_two_vms(conf: Loader) -> None:
+    """One file for both is warned of; with the names of the VMs in it, it is not one."""
+    conf.load('vm a { console log "/v/a" }\nvm b { console log "/v/%n" }\n')
+    assert conf.warnings == []
+    conf.load('vm a { console log "/v/b" }\nvm b { console log "/v/%n" }\n')
+
+    assert conf.warnings[-1].endswith('vm "b": console log /v/b is used by vm "a" already')
 
 
 @pytest.mark.parametrize("mode", VirtioMode)

@@ -9,7 +9,7 @@ import pytest
 
 from vmd.errors import HostError
 from vmd.ipc import courier
-from vmd.ipc.channel import SO_PASSRIGHTS
+from vmd.ipc.rights import SO_PASSRIGHTS
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from vmd.agentx.main import Agentx
+from vmd.consolelog.main import ConsoleLogger
 from vmd.control.main import Control
 from vmd.errors import OperatorError
 from vmd.imgwriter.main import ImgWriter
@@ -33,6 +34,7 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.OPENER: Opener,
     Proc.IMGWRITER: ImgWriter,
     Proc.AGENTX: Agentx,
+    Proc.CONSOLELOG: ConsoleLogger,
 }
 
 
@@ -97,7 +99,7 @@ def test_who_may_ask_what() -> None:
         Who.EVERYBODY: {"ListRequest", "SwitchesRequest", "NicsRequest", "FiguresRequest", "GenerationsRequest"},
         Who.OWNER: {
             "StartRequest", "StopRequest", "WaitRequest", "PauseRequest", "ConsoleRequest", "ConsoleBreak",
-            "ConsoleWatch", "SnapshotRequest", "ResizeRequest", "DiscRequest",
+            "ConsoleWatch", "ConsoleLogRequest", "SnapshotRequest", "ResizeRequest", "DiscRequest",
         },
         Who.ROOT: {
             "LoadRequest", "ReloadRequest", "ResetRequest", "LogRequest", "SendRequest", "ReceiveRequest",

@@ -28,6 +28,7 @@ from vmd.ipc.messages.priv import (
 from vmd.ipc.messages.shared import Trouble
 from vmd.ipc.messages.vm import AskDevices, AskResolvers, DevicesReported, NicCounters, Resolvers, StartVm
 from vmd.ipc.routes import Proc
+from vmd.parent.consolelogs import ConsoleLogs
 from vmd.parent.core import Core
 from vmd.parent.forpriv import open_tuns
 from vmd.parent.hostroutes import HostRoute
@@ -100,7 +101,7 @@ class FakeParent:
         self.answers = control.answers
         self.network = Network(self.core, lambda vm: None)
         self.network.priv.up = True
-        self.status = Status(self.core, self.network)
+        self.status = Status(self.core, self.network, ConsoleLogs(self.core, cast("Any", None)))
 
 
 @pytest.fixture

@@ -133,9 +133,9 @@ def test_a_command_of_several_operands() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence", "usage"),
     [
-        (["console"], "missing argument: id", "console [-f | -r] id"),
-        (["console", "a", "b"], "unexpected argument: b", "console [-f | -r] id"),
-        (["console", ""], "empty argument: id", "console [-f | -r] id"),
+        (["console"], "missing argument: id", "console [-F] [-f | -r | -l] id"),
+        (["console", "a", "b"], "unexpected argument: b", "console [-F] [-f | -r | -l] id"),
+        (["console", ""], "empty argument: id", "console [-F] [-f | -r | -l] id"),
         (["load"], "missing argument: filename", "load filename"),
         (["log"], "missing argument: brief | verbose", "log brief | verbose"),
         (["log", "loud"], "unknown argument: loud: brief or verbose", "log brief | verbose"),

@@ -28,7 +28,7 @@ DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tt
 DB1 = DB1.replace(
     since_s=1790000000,
     started_s=1780000000,
-    files=VmFiles(disks=(DiskFile(path="/vm/a\n", format=""),), cdrom="/vm/cd.iso"),
+    files=VmFiles(disks=(DiskFile(path="/vm/a\n", format=""),), cdrom="/vm/cd.iso", console_log="/vm/log"),
 )
 TMPL = vm_info(
     "tmpl",
@@ -182,6 +182,7 @@ def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
                 "initrd": None,
                 "disks": [{"path": "/vm/a\\x0a", "format": None}],
                 "cdrom": "/vm/cd.iso",
+                "console_log": "/vm/log",
                 "interfaces": [],
                 "ended": None,
             },
@@ -206,6 +207,7 @@ def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
                 "initrd": None,
                 "disks": None,
                 "cdrom": None,
+                "console_log": None,
                 "interfaces": [],
                 "ended": {"at": 1790000001, "how": "powered off", "text": "powered off by the guest"},
             },

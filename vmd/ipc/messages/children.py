@@ -4,6 +4,8 @@ from vmd.ipc.routes import Proc, message
 from vmd.record import Record
 
 EVERYWHERE = tuple((Proc.PARENT, child) for child in (Proc.CONTROL, Proc.VMM, Proc.PRIV))
+LEAVES = (Proc.LOG, Proc.AGENTX, Proc.CONSOLELOG)
+PINGED = (Proc.CONTROL, Proc.VMM, Proc.LOG, Proc.CONSOLELOG)
 
 
 @message(0x50, *EVERYWHERE, (Proc.VMM, Proc.VM))
@@ -13,7 +15,7 @@ class SetVerbosity(Record):
     verbosity: int
 
 
-@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), (Proc.PARENT, Proc.LOG), (Proc.PARENT, Proc.AGENTX))
+@message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), *((Proc.PARENT, leaf) for leaf in LEAVES))
 class Quit(Record):
     """End cleanly.  A process that loses its parent ends as well, without being told."""
 
@@ -25,13 +27,11 @@ class Ready(Record):
     warnings: tuple[str, ...] = ()
 
 
-@message(
-    0xB2, (Proc.PARENT, Proc.CONTROL), (Proc.PARENT, Proc.VMM), (Proc.PARENT, Proc.LOG), answered_by=("Pong",)
-)
+@message(0xB2, *((Proc.PARENT, child) for child in PINGED), answered_by=("Pong",))
 class Ping(Record):
     """Are you there?"""
 
 
-@message(0xB3, (Proc.CONTROL, Proc.PARENT), (Proc.VMM, Proc.PARENT), (Proc.LOG, Proc.PARENT))
+@message(0xB3, *((child, Proc.PARENT) for child in PINGED))
 class Pong(Record):
     """Yes."""

@@ -187,6 +187,11 @@ class ConsoleWatch(VmRequest):
     since: int | None = None
 
 
+@request(0x23, Who.OWNER, "ConsoleLogAt")
+class ConsoleLogRequest(VmRequest):
+    """Say where the console log of a VM is; the client reads it with its own rights."""
+
+
 @request(0xA8, Who.OWNER, "TransferProgress", "SnapshotInfo", "SnapshotsDone")
 class SnapshotRequest(VmRequest):
     """Do something with the snapshots of a VM's disks; `tag` is the name of one, "" to list them."""
@@ -408,6 +413,7 @@ class VmFiles(Record):
     initrd: str = ""
     disks: tuple[DiskFile, ...] = ()
     cdrom: str = ""
+    console_log: str = ""
 
 
 class LifeEnd(Record):
@@ -485,6 +491,16 @@ class GenerationInfo(Record):
     number: int
     version: str
     vms: int = 0  # how many have a process there
+
+
+@message(0x43, ANSWER)
+class ConsoleLogAt(Record):
+    """The console log of a VM is `path`; what was before that is in `path`.1 and so on, up to `path`.`keep`."""
+
+    vmid: int
+    name: str
+    path: str
+    keep: int = 0
 
 
 @message(0x41, ANSWER, partial=True)

@@ -1,0 +1,160 @@
+"""`vmctl console -l`: the files of a console log, read while vmd puts full ones aside."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.console import Console
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import DEADLINE_S, FakeDaemon, spawn
+from vmctl.errors import CommandError
+from vmctl.keptlog import KeptLog
+from vmd.ipc.messages.clients import ConsoleLogAt, ConsoleLogRequest, Failed
+
+
+class Reader(KeptLog):
+    """Collects what is shown, and follows one round at a time."""
+
+    def __init__(self, path: Path, keep: int = 3) -> None:
+        self.path = path
+        self.shown = bytearray()
+        super().__init__(str(path), keep, self.shown.extend)
+
+    def look(self) -> bytes:
+        """Follow for one round; return what was shown since the last time."""
+        self.shown.clear()
+        self.follow_once()
+        return bytes(self.shown)
+
+    def put_aside(self, *, empty: bool = True) -> None:
+        """Do what vmd does to a full log."""
+        for number in range(len(self.paths) - 1, 0, -1):
+            if os.path.exists(self.paths[number - 1]):
+                os.rename(self.paths[number - 1], self.paths[number])
+        self.path.write_bytes(b"" if empty else b"new\n")
+
+    def add(self, data: bytes, number: int = 0) -> None:
+        """Write to a file of the log."""
+        with open(self.paths[number], "ab") as file:
+            file.write(data)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Reader:
+    """Give the reader of a log of three files."""
+    for name, data in (("a.log.2", b"1"), ("a.log.1", b"2"), ("a.log", b"3")):
+        (tmp_path / name).write_bytes(data)
+    return Reader(tmp_path / "a.log")
+
+
+def test_all_files_are_shown_the_oldest_first(reader: Reader) -> None:
+    """Those that are missing, or not kept any more, are passed over."""
+    reader.show_all()
+
+    assert bytes(reader.shown) == b"123"
+
+
+def test_following_goes_over_files_that_are_put_aside(reader: Reader) -> None:
+    """Also when its writer adds to the old file before it goes on with the new one, and when several have passed."""
+    reader.show_all()
+    reader.add(b"4")
+    assert reader.look() == b"4"
+    reader.put_aside()
+    reader.add(b"5", 1)
+    assert reader.look() == b"5"
+    reader.add(b"6", 1)
+    reader.add(b"7")
+    assert reader.look() == b"67"
+    reader.add(b"8")
+    reader.put_aside(empty=False)
+    reader.add(b"9")
+    reader.put_aside()
+    assert reader.look() == b"8new\n9"
+    assert reader.look() == b""
+    reader.add(b"0")
+    assert reader.look() == b"0"
+
+
+def test_following_a_log_that_is_cut_or_removed(reader: Reader) -> None:
+    """It goes on from the beginning."""
+    reader.show_all()
+    reader.path.write_bytes(b"")
+    assert reader.look() == b""
+    reader.add(b"after")
+    assert reader.look() == b"after"
+    reader.path.unlink()
+    assert reader.look() == b""
+    reader.add(b"anew")
+    assert reader.look() == b"anew"
+
+
+def test_following_a_log_that_is_not_there_yet(tmp_path: Path) -> None:
+    """Its VM was never started."""
+    reader = Reader(tmp_path / "a.log")
+    reader.show_all(wait=True)
+    assert reader.look() == b""
+    reader.add(b"first")
+    assert reader.look() == b"first"
+
+
+def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
+    """The sentence names the file."""
+    with pytest.raises(CommandError, match=r"console log /.*/a\.log: No such file or directory"):
+        Reader(tmp_path / "a.log").show_all()
+    (tmp_path / "a.log").mkdir()
+    with pytest.raises(CommandError, match=r"console log /.*/a\.log: Is a directory"):
+        Reader(tmp_path / "a.log").show_all()
+
+
+def test_show(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """The daemon says where it is; into a pipe it goes as it is."""
+    (tmp_path / "log").write_bytes(b"one\x1b[2Jtwo\n")
+    daemon.answers(ConsoleLogAt(vmid=3, name="web", path=str(tmp_path / "log"), keep=2))
+
+    assert vmctl("console", "-l", "web") == (0, "one\x1b[2Jtwo\n", "")
+    assert daemon.requests == [ConsoleLogRequest(name="web")]
+    assert '"keep": 2' in vmctl("console", "-l", "--json", "web")[1]
+
+
+def test_a_vm_without_a_log(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The daemon says why."""
+    daemon.answers(Failed(code=61, text="vm web has no console log: see `console log` in vm.conf(5)"))
+
+    assert vmctl("console", "-l", "web") == (
+        1, "", "vmctl: command failed: vm web has no console log: see `console log` in vm.conf(5)\n",
+    )  # fmt: skip
+
+
+def test_follow_until_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
+    """By ^C, which is no failure."""
+    path = tmp_path / "log"
+    path.write_bytes(b"one ")
+    daemon.answers(ConsoleLogAt(vmid=3, name="web", path=str(path)))
+    process: subprocess.Popen[str] = spawn(daemon, "console", "-lF", "web")
+    assert process.stdout is not None
+    screen = Console(process.stdout.fileno())
+    screen.expect("one ", DEADLINE_S)
+    with path.open("ab") as file:
+        file.write(b"two ")
+    screen.expect("two ", DEADLINE_S)
+    process.send_signal(signal.SIGINT)
+
+    assert (process.wait(DEADLINE_S), process.communicate()[1]) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("-F", "-F needs -l"),
+        ("-rl", "conflicting -r and -l arguments"),
+        ("-fl", "conflicting -f and -l arguments"),
+    ],
+)
+def test_options_that_do_not_go_together(vmctl: Vmctl, options: str, sentence: str) -> None:
+    """Named, with the usage."""
+    status, _, errors = vmctl("console", options, "web")
+
+    assert (status, errors.splitlines()[0]) == (2, f"vmctl: {sentence}")

@@ -1,0 +1,415 @@
+"""The console logs of VMs: who has one, and that it is written (`vmd/consolelog`) to a file of the VM's owner.
+
+One process "consolelog" writes all of them.  It gets the backlog of each VM, and a file.  A process "logfile" opens the
+file with the owner's rights: when the log begins, when the file is full, and when it was removed.  The file goes over
+a courier; nothing here waits for its storage.
+
+A log that cannot be written costs no VM its start.  It is said once, in the log and in `vmctl status -v`, and tried
+again.
+"""
+
+import errno
+import os
+import pwd
+import time
+
+from vmd.closing import close, close_all
+from vmd.errors import OperatorError, VmdError, sentence
+from vmd.ipc import courier
+from vmd.ipc.logfile import FD_ANSWER, FD_COURIER, LogFile, pack
+from vmd.ipc.messages.children import Ping, Pong, Quit
+from vmd.ipc.messages.clients import ConsoleLogAt, ConsoleLogRequest
+from vmd.ipc.messages.consolelog import ConsoleFile, ConsoleKept, DropConsole, KeepConsole
+from vmd.ipc.messages.shared import Trouble
+from vmd.ipc.routes import Proc
+from vmd.log import log
+from vmd.parent.access import NOGROUP, groups_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+
+    from vmd.backlog import Backlog
+    from vmd.config.model import ConsoleLog, Owner
+    from vmd.errors import PeerError
+    from vmd.ipc.channel import Channel
+    from vmd.ipc.imsg import Envelope
+    from vmd.ipc.loop import Timer
+    from vmd.ipc.messages.clients import Caller
+    from vmd.parent.children import Children
+    from vmd.parent.connections import Attach
+    from vmd.parent.core import Core
+    from vmd.parent.vmtable import Vm
+    from vmd.privsep.spawn import Child
+
+ANSWER_S = 30.0  # for a file to be opened
+AGAIN_S = 10.0  # until that is tried again; one that does not end is waited for
+AT_A_TIME = 4  # files that are opened
+PING_S, PINGS_MAX = 5.0, 3
+RESTART_S = 2.0  # between two starts of the process
+ANSWER_MAX = 1 << 12
+SILENT = "its storage does not answer"
+DEVICE = "console log"  # as `status -v` calls it
+
+
+class Kept:
+    """The console log of one life of a VM."""
+
+    def __init__(self, number: int, vm: "Vm", backlog: "Backlog", wanted: "ConsoleLog") -> None:
+        self.number = number
+        self.vmid = vm.vmid
+        self.name = vm.name
+        self.owner = vm.config.owner
+        self.start = backlog.start
+        self.backlog = backlog  # the VM's
+        self.shown = os.dup(backlog.fd)  # ... and what is left of it when the VM has ended
+        self.wanted = wanted
+        self.opening = False  # until the process has the file
+        self.files = 0  # that it has had
+        self.opener: Child | None = None
+        self.stuck: Child | None = None  # an opener that was killed and may not have ended
+        self.reader = -1  # for what the opener answers
+        self.deadline: Timer | None = None
+        self.again: Timer | None = None
+        self.unopened = ""  # why there is no file, or no other one
+        self.unwritten = ""  # why the process cannot write
+        self.since_s = 0.0
+        self.lost = self.lost_before = 0  # by this process, and by those before it
+        self.over = False  # its VM has ended
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return self.wanted.path_of(self.name)
+
+    @property
+    def text(self) -> str:
+        """What is wrong with it."""
+        return self.unopened or self.unwritten
+
+
+class ConsoleLogs:
+    """The room of console logs."""
+
+    def __init__(self, core: "Core", attach: "Attach") -> None:
+        self.core = core
+        self.loop = core.loop
+        self.attach = attach
+        self.kept: dict[int, Kept] = {}  # by number; those of lives that are over, until they are written
+        self.number = 0
+        self.channel: Channel | None = None
+        self.child: Child | None = None
+        self.pings = 0  # not answered
+        self.waiting: list[Kept] = []  # for a file to be opened
+        self.restarts = False  # in a moment
+        self.children: Children | None = None
+        self.open_log: Callable[[str], socket.socket]
+
+    def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
+        """Know how processes are started; `open_log` makes what one writes its lines to."""
+        self.children, self.open_log = children, open_log
+
+    def close(self) -> None:
+        """The daemon ends: what there is is written, for a moment."""
+        self.children = None
+        if self.channel is not None:
+            self.channel.send(Quit())
+            self.channel.flush_blocking(1.0)
+
+    # --- requests ----------------------------------------------------------------------------------------
+
+    def serve(self, message: ConsoleLogRequest, caller: "Caller", envelope: "Envelope") -> None:
+        """Say where the console log of a VM is; who has asked reads it with their own rights."""
+        vm = self.core.vms.get(message.vmid, message.name)
+        vm.require_control(caller, "read the console log of")
+        wanted = vm.config.console_log
+        if wanted is None:
+            raise OperatorError(errno.ENODATA, f"vm {vm.name} has no console log: see `console log` in vm.conf(5)")
+        path = wanted.path_of(vm.name)
+        self.core.clients.answer(
+            envelope.peerid, ConsoleLogAt(vmid=vm.vmid, name=vm.name, path=path, keep=wanted.keep)
+        )
+
+    def troubles(self, vmid: int) -> "Iterator[Trouble]":
+        """Give what is wrong with the log of a VM."""
+        for kept in self.kept.values():
+            if kept.vmid == vmid and kept.text and not kept.over:
+                lost = f"; {kept.lost_before + kept.lost} bytes are lost" if kept.lost_before + kept.lost else ""
+                yield Trouble(device=DEVICE, text=f"{kept.path}: {kept.text}{lost}", since_s=int(kept.since_s))
+
+    # --- which there are ---------------------------------------------------------------------------------
+
+    def look(self, vm: "Vm") -> None:
+        """Begin, change or end the log of a VM, as it is now and as its configuration says."""
+        present = next((kept for kept in self.kept.values() if kept.vmid == vm.vmid and not kept.over), None)
+        wanted = vm.config.console_log if vm.alive else None
+        if present is not None and (wanted is None or present.backlog is not vm.backlog):
+            self._end(present)
+            present = None
+        if wanted is None or vm.backlog is None or self.children is None:
+            return
+        if present is None:
+            self._begin(vm, vm.backlog, wanted)
+        elif present.wanted != wanted:
+            moved = present.wanted.path_of(vm.name) != wanted.path_of(vm.name)
+            present.wanted = wanted
+            if moved:
+                self._open(present)
+            else:
+                self._send(ConsoleFile(number=present.number, size_bytes=wanted.size_bytes))
+
+    def _begin(self, vm: "Vm", backlog: "Backlog", wanted: "ConsoleLog") -> None:
+        self.number += 1
+        try:
+            kept = self.kept[self.number] = Kept(self.number, vm, backlog, wanted)
+        except OSError as error:
+            log.error(f"vm {vm.name}: console log: {sentence(error)}")
+            return
+        if self.channel is None:
+            self._start()
+        else:
+            self._hand_over(kept)
+
+    def _end(self, kept: Kept) -> None:
+        """The life is over: what there is is written, if it can be."""
+        kept.over = True
+        if kept not in self.waiting:  # else when that is over
+            self._send(DropConsole(number=kept.number))
+        if self.channel is None:
+            self._forget(kept)
+
+    def _forget(self, kept: Kept) -> None:
+        if self.kept.pop(kept.number, None) is None:
+            return
+        close(kept.shown)
+        self._end_opening(kept)
+        if kept.again is not None:
+            kept.again.cancel()
+        if kept in self.waiting:
+            self.waiting.remove(kept)
+        lost = kept.lost_before + kept.lost
+        if lost:
+            log.warn(f"vm {kept.name}: console log {kept.path}: {lost} bytes of what it printed are lost")
+
+    # --- the process -------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Start the process, and give it every log there is; where that fails, try again."""
+        self.restarts = False
+        if self.children is None or not self.kept or self.channel is not None:
+            return
+        try:
+            self.child, ours = self.children.start(Proc.CONSOLELOG, self.open_log)
+        except (VmdError, OSError) as error:
+            log.error(f"console logs are not written: {sentence(error)}")
+            self._start_soon()
+            return
+        self.channel = self.attach(ours, Proc.CONSOLELOG, "consolelog", on_lost=self._on_lost)
+        self.pings = 0
+        self.loop.call_later(PING_S, lambda channel=self.channel: self._ping(channel))  # type: ignore[misc]
+        for kept in list(self.kept.values()):
+            self._hand_over(kept)
+
+    def _start_soon(self) -> None:
+        if not self.restarts:
+            self.restarts = True
+            self.loop.call_later(RESTART_S, self._start)
+
+    def _hand_over(self, kept: Kept) -> None:
+        """Have a log written, and a file opened for it."""
+        try:
+            copy = os.dup(kept.shown)
+        except OSError as error:
+            log.error(f"vm {kept.name}: console log: {sentence(error)}")
+            return
+        self._send(KeepConsole(number=kept.number, name=kept.name, start=kept.start), {"shown": [copy]})
+        self._open(kept)
+
+    def _send(
+        self, message: "KeepConsole | ConsoleFile | DropConsole", fds: "dict[str, list[int]] | None" = None
+    ) -> None:
+        if self.channel is not None:
+            self.channel.send(message, fds=fds or {})
+        elif fds:
+            close_all(fd for each in fds.values() for fd in each)
+
+    def _on_lost(self, channel: "Channel", error: "PeerError | None") -> None:
+        """The process has ended, which it should only when we do; the next one goes on where it was."""
+        if channel is not self.channel:
+            return
+        log.error(f"{error or 'process consolelog has ended'}; starting another one")
+        self._lose()
+
+    def _lose(self) -> None:
+        assert self.channel is not None
+        self.channel.close()
+        self.channel = None
+        if self.child is not None:
+            self.child.kill()
+        for kept in self.kept.values():
+            self._end_opening(kept)
+            kept.opening, kept.files = False, 0
+            kept.lost_before, kept.lost, kept.unwritten = kept.lost_before + kept.lost, 0, ""
+        self.waiting.clear()
+        self._start_soon()
+
+    def _ping(self, channel: "Channel") -> None:
+        """See whether the process works.  One that was stopped, or is stuck, is replaced."""
+        if channel is not self.channel:
+            return
+        self.loop.call_later(PING_S, lambda: self._ping(channel))
+        if self.pings >= PINGS_MAX:
+            log.error(f"process consolelog has not answered for {PINGS_MAX * PING_S:.0f} s; starting another one")
+            self._lose()
+            return
+        self.pings += 1
+        channel.send(Ping())
+
+    def on_pong(self, _message: Pong, _envelope: "Envelope") -> None:
+        """It works."""
+        self.pings = 0
+
+    def on_kept(self, message: ConsoleKept, _envelope: "Envelope") -> None:
+        """A log is written, or not; or it needs another file, or is over."""
+        kept = self.kept.get(message.number)
+        if kept is None:
+            return
+        kept.lost = message.lost
+        self._fare(kept, kept.unopened, message.text)
+        if message.files != kept.files:
+            kept.files, kept.opening = message.files, False
+        if message.ended:
+            self._forget(kept)
+        elif message.wants_file and not kept.opening:
+            self._open(kept)
+
+    def _fare(self, kept: Kept, unopened: str, unwritten: str) -> None:
+        """Say once that a log cannot be written, and why; and that it can again."""
+        before = kept.text
+        kept.unopened, kept.unwritten = unopened, unwritten
+        if kept.text == before:
+            return
+        what = f"vm {kept.name}: console log {kept.path}"
+        if kept.text:
+            kept.since_s = time.time()
+            log.warn(f"{what}: {kept.text}: what it prints is not kept")
+        else:
+            lost = kept.lost_before + kept.lost
+            log.info(f"{what} is written again" + (f"; {lost} bytes are lost" if lost else ""))
+
+    # --- files -------------------------------------------------------------------------------------------
+
+    def _open(self, kept: Kept) -> None:
+        """Have a file opened, as soon as it is its turn."""
+        self._end_opening(kept)
+        kept.opening = True
+        if kept not in self.waiting:
+            self.waiting.append(kept)
+        self._open_next()
+
+    def _open_next(self) -> None:
+        at_work = sum(1 for kept in self.kept.values() if kept.reader >= 0)
+        while self.waiting and at_work < AT_A_TIME:
+            at_work += 1
+            kept = self.waiting.pop(0)
+            try:
+                self._begin_opening(kept)
+            except (VmdError, OSError, ValueError) as error:
+                self._not_opened(kept, sentence(error))
+            if kept.over:
+                self._send(DropConsole(number=kept.number))
+
+    def _begin_opening(self, kept: Kept) -> None:
+        """Start a logfile.  Raises VmdError, OSError."""
+        assert self.children is not None
+        stuck, kept.stuck = kept.stuck, None
+        if stuck is not None and stuck.pidfd >= 0 and stuck.reap() is None:
+            kept.stuck = stuck
+            raise OperatorError(errno.ETIMEDOUT, SILENT)
+        asks, gives = courier.pair()
+        with asks, gives:
+            reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                arguments = pack(file_of(kept.path, kept.wanted, kept.owner))
+                fds = {FD_ANSWER: writer, FD_COURIER: gives.fileno()}
+                kept.opener = self.children.start_log_file(self.open_log, kept.name, arguments, fds)
+            except BaseException:
+                close(reader)
+                raise
+            finally:
+                close(writer)
+            message = ConsoleFile(number=kept.number, size_bytes=kept.wanted.size_bytes)
+            self._send(message, {"courier": [asks.detach()]})
+        kept.reader = reader
+        self.loop.add(reader, lambda _events: self._on_answer(kept))
+        kept.deadline = self.loop.call_later(ANSWER_S, lambda: self._give_up(kept))
+
+    def _on_answer(self, kept: Kept) -> None:
+        """A logfile has opened the file, or says why not."""
+        try:
+            answer = os.read(kept.reader, ANSWER_MAX).decode("utf-8", "replace")
+        except BlockingIOError:
+            return
+        self._end_opening(kept, kills=False)
+        if not answer:
+            self._not_opened(kept, "the process that should open it has ended")
+        elif answer.strip():
+            self._not_opened(kept, answer.strip())
+        else:
+            self._fare(kept, "", kept.unwritten)
+        self._open_next()
+
+    def _give_up(self, kept: Kept) -> None:
+        """A logfile does not answer."""
+        self._end_opening(kept)
+        kept.stuck = kept.opener
+        self._not_opened(kept, SILENT)
+        self._open_next()
+
+    def _end_opening(self, kept: Kept, *, kills: bool = True) -> None:
+        if kept.reader < 0:
+            return
+        self.loop.remove(kept.reader)
+        close(kept.reader)
+        kept.reader = -1
+        if kept.deadline is not None:
+            kept.deadline.cancel()
+        if kills and kept.opener is not None:
+            kept.opener.kill()
+
+    def _not_opened(self, kept: Kept, why: str) -> None:
+        """Say why there is no file, and try again later; of a life that is over the rest is lost."""
+        self._fare(kept, why, kept.unwritten)
+
+        def again() -> None:
+            if self.kept.get(kept.number) is kept and kept.reader < 0 and self.channel is not None:
+                self._open(kept)
+
+        if not kept.over:
+            kept.again = self.loop.call_later(AGAIN_S, again)
+
+
+def file_of(path: str, wanted: "ConsoleLog", owner: "Owner") -> LogFile:
+    """Return the file of a log, as the owner of the VM opens it; a group that vm.conf names may read it."""
+    gid = owner.gid if owner.gid is not None else primary_group(owner.uid)
+    groups = tuple(groups_of(owner.uid, gid)) if owner.uid else ()
+    return LogFile(
+        path=path,
+        size_bytes=wanted.size_bytes,
+        keep=wanted.keep,
+        uid=owner.uid,
+        gid=gid,
+        groups=groups,
+        shared=owner.gid is not None,
+    )
+
+
+def primary_group(uid: int) -> int:
+    """Return the group of a user; of one that this host does not know, nobody's."""
+    if not uid:
+        return 0
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except KeyError:
+        return NOGROUP
