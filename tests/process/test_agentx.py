@@ -150,13 +150,15 @@ def test_a_vm_that_crashes_and_one_that_is_forgotten(rig: Rig) -> None:
 def test_what_a_disk_has_done(rig: Rig) -> None:
     """As its guest says, to the last request."""
     vmd, snmp = rig.vmd, rig.snmp
+    since = len(snmp.heard())
     vmd.must("start", "other")
     with vmd.console("other") as console:
         for command, requests, length in (("write", 40, 65536), ("read", 12, 1 << 20)):
             console.expect("ready", DEADLINE_S)
             console.type(f"{command} bytes={length} depth=4 count={requests} piece={min(length, 65536)} asleep\r")
             console.expect(f"done {requests} requests", DEADLINE_S)
-    vmd.must("pause", "other")  # after which figures are not those of a second ago
+    vmd.must("pause", "other")
+    snmp.wait_heard(RUNNING, PAUSED, since=since)  # after which figures are not those of a second ago
     storage = snmp.walk(root=".1.3.6.1.2.1.236.1.7.1")
     counted = [storage[f".{column}.2.1"] for column in range(11, 17)]
     assert counted == [
@@ -215,11 +217,11 @@ def test_another_configuration(rig: Rig) -> None:
     vmd, snmp = rig.vmd, rig.snmp
     process, heard = vmd.processes()["vmd: agentx"], snmp.heard()
     vmd.must("reload")
+    assert vmd.processes()["vmd: agentx"] == process
     rig.configure(f'agentx context "{CONTEXT}" path "{snmp.socket}"')
     snmp.wait_served(CONTEXT)
     assert not snmp.serves()
     assert snmp.walk(community=CONTEXT)[f"{NAME}.1"] == 'STRING: "demo"'
-    assert vmd.processes()["vmd: agentx"] == process
     assert snmp.heard() == heard
 
     rig.configure("")

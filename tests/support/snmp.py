@@ -89,7 +89,7 @@ class Agent:
     def ask(self, tool: str, community: str, *arguments: str) -> str:
         """Return what a tool prints, with numbers for names; what it complains of, too."""
         with self.network.inside():
-            command = [tool, "-v2c", "-c", community, "-On", "-Oe", "-OU", "-r", "2", "-t", "30", AGENT, *arguments]
+            command = [tool, "-v2c", "-c", community, "-On", "-Oe", "-OU", "-r", "12", "-t", "5", AGENT, *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment)
         return done.stdout + done.stderr
 

@@ -90,17 +90,13 @@ class Agentx:
         if config == self._config or self._children is None:
             return
         self._config, self._told_missing = config, False
-        if config is None:
-            self._end_process()
-        elif self._channel is None:
-            self._start_process()
-        else:
-            self._connect_anew()
+        self._end_process()  # it would stay with the agent that it has, while there is none where to look now
+        self._start_process()
 
     # --- the process -----------------------------------------------------------------------------------------
 
     def _start_process(self) -> None:
-        """Start the process, unless it has gone out of use meanwhile; later again where that fails."""
+        """Start the process, if it is of use; later again where that fails."""
         assert self._children is not None
         if self._config is None or self._channel is not None:
             return
@@ -111,7 +107,8 @@ class Agentx:
             self._start_later()
             return
         self._channel = self._attach(ours, Proc.AGENTX, "agentx", on_lost=self._on_lost, queue_limit=QUEUE_MAX)
-        self._connect_anew()
+        self._wait_s = FIRST_S
+        self._connect()
 
     def _start_later(self) -> None:
         self.core.loop.call_later(self._delay.next_s(), self._start_process)
@@ -141,10 +138,6 @@ class Agentx:
         if self._try is not None:
             self._try.cancel()
             self._try = None
-
-    def _connect_anew(self) -> None:
-        self._wait_s = FIRST_S
-        self._connect()
 
     def _connect(self) -> None:
         """Open the agent's socket, and have the process go on; try again later if that cannot be."""

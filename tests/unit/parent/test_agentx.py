@@ -271,7 +271,9 @@ def test_a_path_that_is_none(rig: Rig, said: list[str]) -> None:
     """Whatever connect(2) says to it."""
     rig.path.write_text("no socket")
     rig.core.config = rig.config(AgentxConfig(path=str(rig.path), context="vms"))
+    rig.process.took()
     rig.room.configure()
+    assert rig.process.took() == [Quit()]  # or it would stay with another agent
     assert said[-1].startswith(f"agentx: no SNMP agent at {rig.path}: Connection refused")
 
 
