@@ -28,6 +28,7 @@ from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.children import Delay
 from vmd.parent.endings import FAILED
+from vmd.parent.figures import BATCH
 from vmd.parent.report import PATH_BYTES_MAX
 from vmd.parent.vmtable import State
 
@@ -115,19 +116,26 @@ class Agentx:
 
     def _end_process(self) -> None:
         """Have the process take leave of the agent, and end."""
-        self._stop_trying()
-        channel, self._channel = self._channel, None
+        channel = self._channel
+        self._forget_process()
         if channel is not None:
             channel.send(Quit())
             channel.flush_blocking(0.1)
             channel.finish()
 
+    def _forget_process(self) -> None:
+        """Tell it nothing more, and find it no agent."""
+        self._channel = None
+        self._stop_trying()
+        if self._answer is not None:
+            self._answer.cancel()
+            self._answer = None
+
     def _on_lost(self, _channel: "Channel", error: PeerError | None) -> None:
         """The process has ended, or cannot be trusted: another one is started."""
         assert self._children is not None
         self._children.kill(Proc.AGENTX)
-        self._channel = None
-        self._stop_trying()
+        self._forget_process()
         if self._config is not None:
             log.error(f"{error or 'lost child: agentx'}: it is started again")
             self._start_later()
@@ -184,15 +192,22 @@ class Agentx:
             self._answer = self.core.loop.call_later(max(0.0, left_s), self._tell)
 
     def _tell(self) -> None:
-        self._answer = None
         self._answered_s = time.monotonic()
-        if self._channel is None:
-            return
+        self._tell_of([vm for vm in self.core.vms if vm.vmid in self._known])
+
+    def _tell_of(self, vms: "list[Vm]") -> None:
+        """Tell of some VMs at a time, so that others are served meanwhile."""
+        assert self._channel is not None
         switches = {switch.name: switch.interface for switch in self.core.config.switches}
-        vms = [vm for vm in self.core.vms if vm.vmid in self._known]
+        there = [vm for vm in vms[:BATCH] if self.core.vms.find(vm.vmid, "") is vm]
         root = Caller(uid=0, gid=0, pid=os.getpid())
-        for vm, figures in zip(vms, self.figures.of(vms, root), strict=True):
+        for vm, figures in zip(there, self.figures.of(there, root), strict=True):
             self._channel.send(described(vm, figures, switches))
+        left = vms[BATCH:]
+        if left:
+            self._answer = self.core.loop.call_later(0, lambda: self._tell_of(left))
+            return
+        self._answer = None
         self._channel.send(AgentxVms(began_ns=self._began_ns, changed_ns=self._changed_ns))
 
     # --- what happens ----------------------------------------------------------------------------------------

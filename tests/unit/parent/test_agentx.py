@@ -232,6 +232,31 @@ def test_what_is_asked_without_end(rig: Rig) -> None:
     assert [type(each) for each in rig.process.took()] == [AgentxVm, AgentxVm, AgentxVms]
 
 
+def test_others_are_served_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few VMs are told of at a time; one that is forgotten meanwhile is not, and with its process all of it ends."""
+    monkeypatch.setattr("vmd.parent.agentx.BATCH", 1)
+    rig.process.took()
+    rig.ask()
+    rig.loop.run()
+    rig.ask()  # it is being answered
+    assert [type(each) for each in rig.process.took()] == [AgentxVm]
+    rig.core.vms.remove(rig.b)
+    rig.loop.run()
+    assert [type(each) for each in rig.process.took()] == [AgentxVms, AgentxChanged]
+
+    rig.add("b")
+    rig.loop.run()
+    rig.ask()
+    rig.loop.run()
+    rig.process.took()
+    rig.room._on_lost(cast("Any", rig.process), None)
+    rig.loop.run()
+    assert rig.process.took() == []
+    rig.ask()  # another one does
+    rig.loop.run()
+    assert [type(each) for each in rig.process.took()] == [AgentxVm]
+
+
 def test_what_is_told_of_a_vm(rig: Rig) -> None:
     """What vm.conf says, and the numbers of interfaces."""
     rig.process.took()
