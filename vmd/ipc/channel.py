@@ -3,12 +3,12 @@
 import array
 import errno
 import os
-import socket
 import types
 from collections import deque
 
 from vmd.closing import close_all
 from vmd.errors import PeerError
+from vmd.ipc import sockets as socket
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import HANG_UP, READ, WRITE
 from vmd.ipc.routes import BY_CLASS, NAMED, TRUSTED, Proc

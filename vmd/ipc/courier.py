@@ -10,11 +10,11 @@ The files travel in one packet, which names each: `files boot disks disks cdrom`
 
 import array
 import select
-import socket
 import time
 
 from vmd.closing import close_all
 from vmd.errors import HostError
+from vmd.ipc import sockets as socket
 from vmd.ipc.rights import receive, refuse_files
 
 TYPE_CHECKING = False

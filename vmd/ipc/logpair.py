@@ -1,7 +1,8 @@
 """What leads to the process "log": a pair of sockets for each VM, and for each process of the daemon."""
 
 import os
-import socket
+
+from vmd.ipc import sockets as socket
 
 JOURNAL_FD = 4  # where the process "log" has a socket that is connected to the journal, if there is one
 

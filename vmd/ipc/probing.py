@@ -7,10 +7,10 @@ one line of `ipc/probemsg.py`.
 import array
 import contextlib
 import select
-import socket
 import time
 
 from vmd.closing import close_all
+from vmd.ipc import sockets as socket
 from vmd.ipc.probemsg import ANSWER_MAX
 from vmd.ipc.rights import receive
 

@@ -1,9 +1,9 @@
 """What all internal processes share: a channel to their parent at fd 3, a loop, and dispatch by table."""
 
 import signal
-import socket
 
 from vmd.errors import PeerError
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import BATCH, Channel
 from vmd.ipc.fence import Fence
 from vmd.ipc.loop import Loop

@@ -4,7 +4,8 @@ Not by `socket.recv_fds`: it forgets its flags (Python 3.11 to 3.13), and so wha
 """
 
 import array
-import socket
+
+from vmd.ipc import sockets as socket
 
 SO_PASSRIGHTS = 83  # <asm-generic/socket.h>
 

@@ -5,13 +5,13 @@ import errno
 import mmap
 import os
 import select
-import socket
 import threading
 import time
 
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import socketpair
 from vmd.ipc.rights import receive
 from vmd.log import FORMS, log

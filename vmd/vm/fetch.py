@@ -1,10 +1,10 @@
 """What comes to a VM process over a courier: the files that it begins with, and a stream."""
 
-import socket
 
 from vmd.closing import close_all
 from vmd.errors import PeerError
 from vmd.ipc import courier
+from vmd.ipc import sockets as socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ Whoever has them may also be told, through a pipe, what the machine is: for a sn
 It goes on when the disks come back, which the parent says: their processes then look at them anew.
 """
 
-import socket
 import threading
 
 from vmd.closing import close, close_all
 from vmd.errors import VmdError, sentence
 from vmd.ipc import courier
+from vmd.ipc import sockets as socket
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
 from vmd.vm.departure import begun

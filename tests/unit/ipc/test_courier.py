@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmd.errors import HostError
-from vmd.ipc import courier
+from vmd.ipc import courier, sockets
 from vmd.ipc.rights import SO_PASSRIGHTS
 
 
@@ -26,7 +26,7 @@ def test_a_host_without_another_descriptor(monkeypatch: pytest.MonkeyPatch) -> N
     def socketpair(*_: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(socket, "socketpair", socketpair)
+    monkeypatch.setattr(sockets, "socketpair", socketpair)
     with pytest.raises(HostError, match="make a courier: Too many open files"):
         courier.pair()
 
