@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 INTRUDER = '''
 """What somebody who has taken over a parser of vm b does: `WHERE:WHAT[:PID]` in a guest's command line."""
 import os, signal, sys
+from vmd import native
 from vmd.log import log
 def fork(_pid):
     if os.fork() == 0:
@@ -40,8 +41,7 @@ def make_vm(_pid):
     import fcntl
     fcntl.ioctl(4, 0xAE01, 0)
 def signal_thread(pid):
-    import ctypes
-    ctypes.CDLL(None).syscall(234, pid, pid, 9)
+    native.CDLL(None).syscall(234, pid, pid, 9)
 def act(where, cmdline):
     if log.title == "vm/b":
         wanted, what, pid, *_ = (*cmdline.split(":"), "0", "0", "0")
