@@ -28,6 +28,7 @@ LINKS = Path("/sys/class/net")
 DEADLINE_S = 300.0  # the machine is some thirty times as slow as what it runs on
 BOOT_COUNT = Path("/var/lib/boots")
 PROMPT = b"vmd-demo> "
+WHERE = b"\x1b[6n"  # with which a shell asks its terminal where the cursor is, behind its prompt
 BYTES = 20_000  # sent through a guest, and back
 SECOND = 'vm "second" {\n    memory 32M\n    boot "/srv/demo.elf"\n}\n'
 MISTAKE = "vm lots {\n"
@@ -124,7 +125,8 @@ def type_at(tty: str, command: str, wanted: bytes) -> str:
     fd = os.open(tty, os.O_RDWR | os.O_NOCTTY)
     try:
         os.write(fd, command.encode() + b"\r")
-        return read_until(fd, lambda answer: answer.partition(command.encode())[2].endswith(wanted))
+        end = (wanted, wanted + WHERE)
+        return read_until(fd, lambda answer: answer.partition(command.encode())[2].endswith(end))
     finally:
         os.close(fd)
 
