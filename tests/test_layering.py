@@ -45,6 +45,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "opener": {"msgpack"},
     "imgwriter": {"msgpack"},
     "agentx": {"msgpack"},
+    "metrics": {"msgpack"},
     "vmm": {"msgpack"},
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
@@ -117,8 +118,8 @@ def processes() -> list[Process]:
     found = [
         Process(name, name, modules_in(f"vmd/{name}"))
         for name in (
-            "agentx", "parent", "control", "opener", "imgwriter", "lockholder", "logfile", "consolelog", "priv", "vmm",
-            "vm",
+            "agentx", "parent", "control", "opener", "imgwriter", "lockholder", "logfile", "consolelog", "metrics",
+            "priv", "vmm", "vm",
         )
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))

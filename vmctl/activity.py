@@ -2,7 +2,7 @@
 
 from vmctl.output import clean
 from vmd.ipc.figures import CdromFigures, DeviceFigures, DiskFigures, EntropyFigures, GroupFigures
-from vmd.ipc.messages.clients import VmFigures
+from vmd.ipc.messages.figures import VmFigures
 from vmd.scaled import fmt_scaled
 
 UNCOUNTED = "not counted: an earlier vmd has started it"

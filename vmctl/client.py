@@ -27,9 +27,9 @@ from vmd.ipc.messages.clients import (
     SwitchesRequest,
     SwitchInfo,
     TroubleInfo,
-    VmFigures,
     VmInfo,
 )
+from vmd.ipc.messages.figures import VmFigures
 from vmd.ipc.routes import BY_CLASS, Proc
 from vmd.version import VERSION
 

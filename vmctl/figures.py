@@ -5,7 +5,7 @@ from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.ipc.messages.clients import VmFigures
+    from vmd.ipc.messages.figures import VmFigures
 
 # Of a VM, under another name in documents.
 KEYS = {"vmid": "id", "since_s": "since", "started_s": "started", "nics": "interfaces"}

@@ -256,6 +256,14 @@ COMMANDS = (
         operand=ID,
     ),
     Command(
+        name="top",
+        module="top",
+        upstream=False,
+        help="show what VMs are doing now, every two seconds or as often as said; q leaves",
+        options=(Option(name="-n", value="count", help="end after so many tables"),),
+        operand=Operand(name="interval", optional=True),
+    ),
+    Command(
         name="unpause",
         module="unpause",
         help="let a paused VM go on",

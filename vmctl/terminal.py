@@ -24,8 +24,9 @@ class RawTerminal:
     SIGTSTP restores it for as long as we are stopped.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, command: str = "console") -> None:
         self.fd = fd
+        self.command = command
         self.is_tty = os.isatty(fd)
         self.screen = Screen(fd if self.is_tty else None)
         self._saved = termios.tcgetattr(fd) if self.is_tty else []
@@ -85,7 +86,7 @@ class RawTerminal:
     def _on_end(self, signum: int, _frame: "FrameType | None") -> None:
         if not self._ended:
             self._ended = True
-            raise CommandError(f"console: ended by {signal.Signals(signum).name}")
+            raise CommandError(f"{self.command}: ended by {signal.Signals(signum).name}")
 
     def _on_stop(self, _signum: int, _frame: "FrameType | None") -> None:
         self.suspend()

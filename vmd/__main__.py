@@ -7,7 +7,7 @@ from vmd import stdio
 from vmd.errors import HostError
 from vmd.log import log
 
-PROCESSES = ("agentx", "consolelog", "control", "imgwriter", "log", "opener", "priv", "vmm", "vm")
+PROCESSES = ("agentx", "consolelog", "control", "imgwriter", "log", "metrics", "opener", "priv", "vmm", "vm")
 
 
 def main() -> int:
@@ -38,6 +38,8 @@ def run_process(name: str) -> int:
             from vmd.imgwriter.main import main as process_main
         case "log":
             from vmd.logger.main import main as process_main
+        case "metrics":
+            from vmd.metrics.main import main as process_main
         case "opener":
             from vmd.opener.main import main as process_main
         case "priv":

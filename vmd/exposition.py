@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vmd.ipc.messages.clients import VmFigures
+    from vmd.ipc.messages.figures import VmFigures
     from vmd.record import Record
 
     Row = tuple[str, str, str]  # field of the record, family, further labels

@@ -16,7 +16,7 @@ from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
 from vmctl.client import Client
 from vmd.ipc.figures import CdromFigures
-from vmd.ipc.messages.clients import VmFigures
+from vmd.ipc.messages.figures import VmFigures
 from vmd.parent.groups import directory_of
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]

@@ -7,7 +7,7 @@ from tests.support.daemon import ROOT
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs/vmctl.schema.json").read_text())
 TYPES = {
-    "string": str, "integer": int, "boolean": bool, "object": dict, "array": list, "null": type(None),
+    "string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list, "null": type(None),
 }  # fmt: skip
 KNOWN = {
     "$ref", "additionalProperties", "anyOf", "const", "description", "enum", "items", "properties", "required", "type",

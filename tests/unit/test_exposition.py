@@ -11,7 +11,7 @@ from prometheus_client.openmetrics import parser as openmetrics
 
 from vmd.exposition import FAMILIES, NS, expose
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
-from vmd.ipc.messages.clients import LifeEnd, VmFigures
+from vmd.ipc.messages.figures import LifeEnd, VmFigures
 
 # Not a number of their own: they are labels, or say whether there are numbers.
 LABELS = {"index", "vmid", "uid", "pid"}

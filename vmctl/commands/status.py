@@ -7,7 +7,8 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages.clients import NicInfo, TroubleInfo, VmFigures, VmInfo
+from vmd.ipc.messages.clients import NicInfo, TroubleInfo, VmInfo
+from vmd.ipc.messages.figures import VmFigures
 from vmd.scaled import fmt_scaled
 
 OWNER_MAX = 15  # a longer one is cut, and moves the rest of its row: the column is 12 wide

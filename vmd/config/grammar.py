@@ -186,6 +186,7 @@ class Grammar:
                      | agentx
                      | ids
                      | limit
+                     | metrics
                      | staggered
                      | switch
                      | vm"""
@@ -234,7 +235,8 @@ class Grammar:
     def p_macro_name(self, p: Production) -> None:
         """macro_name : STRING
                       | IDS
-                      | LIMIT"""
+                      | LIMIT
+                      | METRICS"""
         p[0] = p[1]
 
     def p_local_prefix(self, p: Production) -> None:
@@ -294,6 +296,12 @@ class Grammar:
             self.error("agentx path too large")
         else:
             p[0][p[2]] = p[3]
+
+    def p_metrics(self, p: Production) -> None:
+        """metrics : METRICS LISTEN string"""
+        place = self.value(values.listen, p[3], None)
+        if place is not None and place not in self.settings.metrics:
+            self.settings = self.settings.replace(metrics=(*self.settings.metrics, place))
 
     def p_staggered(self, p: Production) -> None:
         """staggered : STAGGERED START PARALLEL NUMBER DELAY NUMBER"""

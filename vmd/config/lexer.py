@@ -40,15 +40,17 @@ STRING_FOLLOWS = frozenset({
     "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "LOG", "MEMORY",
     "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
 })  # fmt: skip
-# ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids and what is limited.
+# ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids, what is limited, and
+# `metrics listen`.
 LOCAL_WORDS = frozenset({"dns", "nat"})
-LINE_WORDS = frozenset({"ids", "limit"})
+LINE_WORDS = frozenset({"ids", "limit", "metrics"})
 LIMITED_WORDS = frozenset({"vcpus", "vms"})  # besides `memory`
+METRICS_WORDS = frozenset({"listen"})
 
 TOKENS = (
     *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # those two mean nothing yet
     *(word.upper() for word in sorted(BLOCK_WORDS)),
-    "DNS", "IDS", "LIMIT", "NAT", "NL", "NUMBER", "STRING", "VMS",
+    "DNS", "IDS", "LIMIT", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
 LITERALS = "{},="
 
@@ -414,6 +416,7 @@ class Lexer:
                 (text in LOCAL_WORDS and self.previous == "LOCAL")
                 or (text in LINE_WORDS and self.previous == "NL")
                 or (text in LIMITED_WORDS and self.previous == "LIMIT")
+                or (text in METRICS_WORDS and self.previous == "METRICS")
             ):
                 kind = text.upper()
         elif text in BLOCK_WORDS and (

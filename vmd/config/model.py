@@ -203,6 +203,18 @@ class AgentxConfig(Record):
     path: str = "/var/agentx/master"
 
 
+class Listen(Record):
+    """Where HTTP is served: at an address of the host, or at a socket in the file system."""
+
+    address: str = ""  # "": at `path`
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}" if host else self.path
+
+
 class Globals(Record):
     """Statements outside any block (*cat. 2.3*)."""
 
@@ -215,6 +227,7 @@ class Globals(Record):
     local_dns: tuple[bytes, ...] = ()  # ours: name servers for guests of `local` interfaces; none: the host's
     socket_owner: Owner = Owner(uid=0, gid=0)
     agentx: AgentxConfig | None = None
+    metrics: tuple[Listen, ...] = ()  # ours: `metrics listen`
     start_parallel: int | None = None  # None: number of online CPUs
     start_delay_s: int = 30
     # ours: of all VMs that run at a time

@@ -21,6 +21,8 @@ from vmd.config.model import (
     NAME_MAX,
     PATH_MAX,
     ROOT,
+    SOCKET_PATH_MAX,
+    Listen,
     Owner,
     Prefix,
     VirtioMode,
@@ -33,6 +35,9 @@ from vmd.scaled import scan_scaled
 WHEEL = "wheel"  # the group with number 0 on OpenBSD, and in its files; many a Linux has no group of that name
 LOCAL_PREFIX6_BITS = 48  # by default: a /64 each for 65536 interfaces
 
+PORT_MAX = 65535
+
+PORT = re.compile(r"[0-9]{1,5}")
 LLADDR = re.compile(r"[0-9A-Fa-f]{1,2}(?::[0-9A-Fa-f]{1,2}){5}")
 PREFIX4 = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3}){0,3})(?:/([0-9]{1,3}))?")
 PREFIX6 = re.compile(r"([0-9A-Fa-f:.]+)(?:/([0-9]{1,3}))?")
@@ -51,6 +56,24 @@ def lladdr(text: str) -> bytes:
         raise ValueError(f"invalid address: {shown(text)}")
     address = bytes(int(byte, 16) for byte in text.split(":"))
     return rules.lladdr(address) if any(address) else b""
+
+
+def listen(text: str) -> Listen:
+    """Return where to listen: `address:port`, with an IPv6 address in brackets, or the path of a socket."""
+    if text.startswith("/"):
+        if rules.too_long(text, SOCKET_PATH_MAX):
+            raise ValueError(f"metrics listen {shown(text)}: path too long")
+        return Listen(path=text)
+    host, _, port = text.rpartition(":")
+    six = host.startswith("[") and host.endswith("]")
+    try:
+        kind = ipaddress.IPv6Address if six else ipaddress.IPv4Address
+        address = str(kind(host[1:-1] if six else host))
+    except ValueError:
+        raise ValueError(f"metrics listen {shown(text)}: neither address:port nor a path") from None
+    if "%" in address or not PORT.fullmatch(port) or not 1 <= int(port) <= PORT_MAX:
+        raise ValueError(f"metrics listen {shown(text)}: no address and port from 1 to {PORT_MAX}")
+    return Listen(address=address, port=int(port))
 
 
 def first_id(number: int) -> int:

@@ -39,6 +39,7 @@ class Proc(IntEnum):
     LOG = 7
     OPENER = 8
     IMGWRITER = 9
+    METRICS = 11
     CONSOLELOG = 13
 
 
@@ -56,6 +57,7 @@ TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
     Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT, Proc.OPENER: Proc.PARENT,
     Proc.IMGWRITER: Proc.PARENT, Proc.AGENTX: Proc.PARENT, Proc.CONSOLELOG: Proc.PARENT,
+    Proc.METRICS: Proc.PARENT,
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vmd.config.model import AgentxConfig
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Timer
-    from vmd.ipc.messages.clients import VmFigures
+    from vmd.ipc.messages.figures import VmFigures
     from vmd.parent.children import Children
     from vmd.parent.core import Core
     from vmd.parent.figures import Figures

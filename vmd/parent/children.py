@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
 
-SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER, Proc.AGENTX, Proc.CONSOLELOG)  # to us
+SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER, Proc.AGENTX, Proc.CONSOLELOG, Proc.METRICS)  # to us
 OUTLIVE_US = (Proc.VMM, Proc.CONSOLELOG)
 LOGFILE_ENTRY = "vmd.logfile.main:main"
 CALM_S = 60.0  # what has run for so long may end again
@@ -71,7 +71,7 @@ class Children:
         self.ids = cell.ids
         self._places: dict[Proc, Place] = {
             Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm, Proc.OPENER: HostFiles(),
-            Proc.IMGWRITER: cell, Proc.AGENTX: cell, Proc.CONSOLELOG: cell,
+            Proc.IMGWRITER: cell, Proc.AGENTX: cell, Proc.CONSOLELOG: cell, Proc.METRICS: cell,
         }  # fmt: skip
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet

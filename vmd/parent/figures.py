@@ -10,7 +10,8 @@ from struct import Struct
 
 from vmd.ipc.devmsg import FIGURES, FIGURES_BYTES, FIGURES_KINDS, FIGURES_SLOT_BYTES, FIGURES_SLOTS
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
-from vmd.ipc.messages.clients import Caller, End, FiguresRequest, VmFigures
+from vmd.ipc.messages.clients import Caller, End, FiguresRequest
+from vmd.ipc.messages.figures import VmFigures
 from vmd.ipc.messages.shared import brief
 from vmd.parent.access import may_control
 from vmd.parent.groups import GROUP, located

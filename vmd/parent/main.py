@@ -68,6 +68,7 @@ from vmd.ipc.messages.clients import (
 from vmd.ipc.messages.consolelog import ConsoleKept
 from vmd.ipc.messages.control import ClientGone
 from vmd.ipc.messages.imgwriter import SnapshotsChanged, SnapshotsFailed, SnapshotsReady, SnapshotWord
+from vmd.ipc.messages.metrics import AskFigures
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenerAt
 from vmd.ipc.messages.priv import DropsReported, NetworkConfigured, NicsFailed, NicsMade, NicsRemoved
 from vmd.ipc.messages.shared import SnapshotInfo, TransferProgress
@@ -112,6 +113,7 @@ from vmd.parent.identity import StateFile
 from vmd.parent.lasting import Lasting
 from vmd.parent.life import Life
 from vmd.parent.logs import Logs
+from vmd.parent.metrics import Metrics
 from vmd.parent.migrations import Migrations
 from vmd.parent.network import Network
 from vmd.parent.opening import Openings
@@ -231,10 +233,12 @@ class Parent(Process):
         self.upgrade = Upgrade(core, self.generations, self.lasting, self.life)
         figures = Figures(core, self.network)
         self.agentx = Agentx(core, figures, self.attach)
-        self.configuration.on_effect = self.agentx.configure
+        self.metrics = Metrics(core, figures, self.attach)
+        self.configuration.on_effect = self.on_effect
         rooms = (
             self.agentx, figures, self.logs, self.consoles, self.network, status, self.life, self.transfers,
             self.snapshots, self.changes, self.configuration, self.openings, self.vmms, self.console_logs,
+            self.metrics,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
         self.warned: set[str] = set()
@@ -261,6 +265,7 @@ class Parent(Process):
         self.snapshots.start(children, self.logs.open)
         self.agentx.start(children, self.logs.open)
         self.console_logs.start(children, self.logs.open)
+        self.metrics.start(children, self.logs.open)
         self.listener = listener
         self.lasting.keep_listener(listener)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -327,6 +332,7 @@ class Parent(Process):
         self.connections.listen(listener)
         log.info("startup")
         self.on_ready()
+        self.metrics.configure(self.core.config.settings)
         self.adoption.when_serving()
         self.life.start_batch()
         if self.truth is None:
@@ -396,6 +402,7 @@ class Parent(Process):
         self.snapshots.close()
         self.agentx.close()
         self.console_logs.close()
+        self.metrics.close()
         for channel in self.core.peers.channels.values():
             channel.send(Quit())
             channel.flush_blocking(1.0)
@@ -460,6 +467,11 @@ class Parent(Process):
     def on_control_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
         """A control answers."""
         self.connections.on_pong(channel)
+
+    def on_effect(self) -> None:
+        """Other settings count from now on."""
+        self.agentx.configure()
+        self.metrics.configure(self.core.config.settings)
 
     def forget_client(self, client: int) -> None:
         """Let nothing wait any more for a client that is gone; its console is free."""
@@ -555,6 +567,7 @@ class Parent(Process):
         **handles(Proc.CONTROL, ClientGone, on_client_gone),
         **handles(Proc.CONTROL, Pong, on_control_pong),
         **handles(Proc.VMM, Pong, heard(Vmms, Vmms.on_pong)),
+        **handles(Proc.METRICS, AskFigures, heard(Metrics, Metrics.on_asked)),
         **handles_each(Proc.CONTROL, REQUESTS, on_request),
     }
 

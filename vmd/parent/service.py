@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 USER = "_vmd"
 SOCKET_MODE = 0o660
+CONTROL_SOCKET = "control socket"
 SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
 RUN_DIRECTORY = "/run/vmd"
 SYSLOG_SOCKET = "/dev/log"
@@ -94,12 +95,12 @@ def make_run_directory() -> None:
         raise HostError(f"make {RUN_DIRECTORY}", error) from error
 
 
-def is_free(path: str) -> bool:
+def is_free(path: str, what: str = CONTROL_SOCKET, kind: int = socket.SOCK_SEQPACKET) -> bool:
     """Return whether there is no socket; False for one that nobody serves.
 
-    Raises OperatorError if another daemon serves it, or HostError.
+    Raises OperatorError if somebody serves it, which is another daemon if it is a control socket, or HostError.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         try:
             probe.connect(path)
         except FileNotFoundError:
@@ -107,54 +108,57 @@ def is_free(path: str) -> bool:
         except ConnectionRefusedError:
             return False
         except OSError as error:
-            raise HostError(f"control socket {path}", error) from error
-    raise OperatorError(errno.EADDRINUSE, f"another vmd is already serving {path}; stop it or use -s")
+            raise HostError(f"{what} {path}", error) from error
+    advice = "; stop it or use -s" if what == CONTROL_SOCKET else ""
+    raise OperatorError(errno.EADDRINUSE, f"another vmd is already serving {path}{advice}")
 
 
-def listen(path: str, owner: Owner) -> socket.socket:
-    """Bind the control socket; a stale one is replaced, a living daemon's is not.
+def listen(
+    path: str, owner: Owner, *, what: str = CONTROL_SOCKET, kind: int = socket.SOCK_SEQPACKET
+) -> socket.socket:
+    """Bind a socket; a stale one is replaced, one that is served is not.
 
     Raises OperatorError or HostError naming the path.
     """
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_MAX:
         raise OperatorError(
-            errno.ENAMETOOLONG, f"control socket {path}: has {length} bytes, and at most {SOCKET_PATH_MAX} are possible"
+            errno.ENAMETOOLONG, f"{what} {path}: has {length} bytes, and at most {SOCKET_PATH_MAX} are possible"
         )
-    if not is_free(path):
-        _unlink_socket(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if not is_free(path, what, kind):
+        _unlink_socket(path, what)
+    listener = socket.socket(socket.AF_UNIX, kind)
     old_mask = os.umask(0o777 & ~SOCKET_MODE)
     try:
         listener.bind(path)
-        own_socket(path, owner)
+        own_socket(path, owner, what)
         listener.listen(SOCKET_BACKLOG)
     except OSError as error:
         listener.close()
-        raise HostError(f"control socket {path}", error) from error
+        raise HostError(f"{what} {path}", error) from error
     finally:
         os.umask(old_mask)
     return listener
 
 
-def own_socket(path: str, owner: Owner) -> None:
-    """Give the control socket to its configured owner."""
+def own_socket(path: str, owner: Owner, what: str = CONTROL_SOCKET) -> None:
+    """Give a socket to the configured owner of the control socket."""
     try:
         os.chown(path, owner.uid, owner.gid if owner.gid is not None else 0)
         os.chmod(path, SOCKET_MODE)
     except OSError as error:
-        log.error(f"control socket {path}: {sentence(error)}")
+        log.error(f"{what} {path}: {sentence(error)}")
 
 
 def remove_socket(path: str) -> None:
-    """Take the control socket away at the end."""
+    """Take a socket away."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
-def _unlink_socket(path: str) -> None:
+def _unlink_socket(path: str, what: str) -> None:
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OperatorError(errno.EEXIST, f"control socket {path}: exists and is not a socket")
+        raise OperatorError(errno.EEXIST, f"{what} {path}: exists and is not a socket")
     os.unlink(path)
 
 

@@ -8,7 +8,7 @@ are paused, and all descriptors (`vmd.ipc.messages.vmm.VmHeld`).
 from vmd.config.model import Config, NicConfig, VmConfig
 from vmd.errors import VmdError
 from vmd.ipc.imsg import pack, unpack
-from vmd.ipc.messages.clients import LifeEnd
+from vmd.ipc.messages.figures import LifeEnd
 from vmd.ipc.messages.priv import AdoptNics
 from vmd.ipc.messages.shared import DiskImages
 from vmd.ipc.messages.vm import NicLink

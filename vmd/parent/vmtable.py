@@ -9,7 +9,8 @@ from vmd.backlog import Backlog, Output
 from vmd.closing import close, close_all
 from vmd.config.model import NicConfig, Prefix, VmConfig
 from vmd.errors import VMD_VM_STOP_INVALID, HostError, InUse, OperatorError, PeerError
-from vmd.ipc.messages.clients import Caller, LifeEnd, VmSent
+from vmd.ipc.messages.clients import Caller, VmSent
+from vmd.ipc.messages.figures import LifeEnd
 from vmd.memfile import is_constant, is_fixed, memory_file
 from vmd.parent import endings
 from vmd.parent.access import may_control, not_allowed

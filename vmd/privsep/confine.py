@@ -1,7 +1,7 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
     parent                       root's capabilities of `PARENT_CAPABILITIES`
-    control, log, agentx, consolelog, imgprobe, imgwriter, devices
+    control, log, agentx, consolelog, metrics, imgprobe, imgwriter, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
@@ -146,6 +146,7 @@ LOGFILE = Confinement(  # and what it may do with the names in one directory
     capabilities=1 << linux.CAP_DAC_OVERRIDE,
     open_files=64,
 )
+METRICS = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, writes_files=False)  # it accepts its clients itself
 CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
 OPENER = Confinement(

@@ -26,6 +26,7 @@ from vmd.config.model import (
     ConsoleLog,
     DiskConfig,
     Globals,
+    Listen,
     NicConfig,
     Owner,
     Prefix,
@@ -221,6 +222,27 @@ def test_agentx(conf: Loader, text: str, expected: AgentxConfig) -> None:
 def test_agentx_errors(conf: Loader, text: str, error: str) -> None:
     """A socket's path has 107 bytes."""
     assert conf.errors(f"agentx {text}\n") == [f"1: {error}"]
+
+
+def test_metrics(conf: Loader) -> None:
+    """Ours; each line adds a place, once, also one of a further file."""
+    text = 'metrics listen 127.0.0.1:9177\nmetrics listen "[::1]:9177"\nmetrics listen /run/m\nmetrics listen /run/m\n'
+    places = conf.load(text).settings.metrics
+
+    assert places == (Listen(address="127.0.0.1", port=9177), Listen(address="::1", port=9177), Listen(path="/run/m"))
+    assert [str(place) for place in places] == ["127.0.0.1:9177", "[::1]:9177", "/run/m"]
+    assert conf.load("").settings.metrics == ()
+
+
+@pytest.mark.parametrize("place", [
+    "9177", "127.0.0.1", "localhost:9177", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:x", "::1:9177",
+    "[127.0.0.1]:1", "[::1]", "[fe80::1%eth0]:1", "1.2.3:1", "127.0.0.1:+1", "run/m", f"/{'p' * 107}",
+])  # fmt: skip
+def test_metrics_errors(conf: Loader, place: str) -> None:
+    """No name is resolved: a daemon would wait for that."""
+    (error,) = conf.errors(f'metrics listen "{place}"\n')
+
+    assert error.startswith(f"1: metrics listen {place[:20]}")
 
 
 def test_limits(conf: Loader) -> None:
@@ -741,7 +763,7 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
 
 OUR_WORDS = [
     "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "ids", "limit", "vms", "legacy", "modern",
-    "transitional",
+    "transitional", "metrics", "listen",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from vmd.ipc.messages.vm import PauseDone, VmRunning
 from vmd.ipc.process import Process, handles
 from vmd.ipc.routes import BY_CLASS, TRUSTED, Proc, Who, accepted, relays
 from vmd.logger.main import Logger
+from vmd.metrics.main import Metrics
 from vmd.opener.main import Opener
 from vmd.parent.access import require_allowed
 from vmd.parent.main import SERVES, Parent
@@ -35,6 +36,7 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.IMGWRITER: ImgWriter,
     Proc.AGENTX: Agentx,
     Proc.CONSOLELOG: ConsoleLogger,
+    Proc.METRICS: Metrics,
 }
 
 

@@ -15,7 +15,8 @@ from vmd.errors import OperatorError
 from vmd.ipc import devmsg
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, encode
-from vmd.ipc.messages.clients import Caller, End, FiguresRequest, LifeEnd, VmFigures
+from vmd.ipc.messages.clients import Caller, End, FiguresRequest
+from vmd.ipc.messages.figures import LifeEnd, VmFigures
 from vmd.ipc.routes import Proc
 from vmd.memfile import memory_file, sealed_file
 from vmd.parent.core import Core

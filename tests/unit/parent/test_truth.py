@@ -11,7 +11,7 @@ from vmd.config.model import Config, DiskConfig, NicConfig, Owner, SwitchConfig,
 from vmd.errors import VmdError
 from vmd.ipc.imsg import pack, unpack
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages.clients import LifeEnd
+from vmd.ipc.messages.figures import LifeEnd
 from vmd.ipc.messages.priv import AdoptNics
 from vmd.ipc.messages.shared import DiskImages, ImageLink
 from vmd.ipc.messages.vm import NicLink

@@ -2,7 +2,7 @@
 
 from vmctl.activity import describe
 from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, VcpuFigures
-from vmd.ipc.messages.clients import VmFigures
+from vmd.ipc.messages.figures import VmFigures
 
 STOPPED = VmFigures(
     vmid=1, name="a", uid=0, state="stopped", starts=1, disks=(DiskFigures(index=0),), vcpus=(VcpuFigures(index=0),)

@@ -13,13 +13,13 @@ from vmd.errors import VMD_VM_STOP_INVALID
 from vmd.ipc.messages.clients import (
     End,
     Failed,
-    LifeEnd,
     ListRequest,
     StopAccepted,
     StopRequest,
     VmTerminated,
     WaitRequest,
 )
+from vmd.ipc.messages.figures import LifeEnd
 from vmd.record import Record
 
 ACCEPTED = StopAccepted(vmid=3, name="web")

@@ -14,7 +14,6 @@ from vmd.ipc.messages.clients import (
     End,
     Failed,
     FiguresRequest,
-    LifeEnd,
     ListRequest,
     NicInfo,
     NicsRequest,
@@ -22,6 +21,7 @@ from vmd.ipc.messages.clients import (
     VmFiles,
     VmInfo,
 )
+from vmd.ipc.messages.figures import LifeEnd
 
 HEADER = "   ID   PID VCPUS  MAXMEM  CURMEM     TTY        OWNER    STATE NAME\n"
 DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tty="/dev/ttyp3", owner="anna:ops")

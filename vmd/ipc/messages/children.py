@@ -4,7 +4,7 @@ from vmd.ipc.routes import Proc, message
 from vmd.record import Record
 
 EVERYWHERE = tuple((Proc.PARENT, child) for child in (Proc.CONTROL, Proc.VMM, Proc.PRIV))
-LEAVES = (Proc.LOG, Proc.AGENTX, Proc.CONSOLELOG)
+LEAVES = (Proc.LOG, Proc.AGENTX, Proc.CONSOLELOG, Proc.METRICS)
 PINGED = (Proc.CONTROL, Proc.VMM, Proc.LOG, Proc.CONSOLELOG)
 
 

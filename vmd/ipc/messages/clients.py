@@ -8,7 +8,7 @@ connection, and answers come back under it.
 from enum import IntEnum
 
 from vmd.config.model import BootDevice, VmConfig
-from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.messages.figures import LifeEnd
 from vmd.ipc.messages.shared import Live, SnapshotAction
 from vmd.ipc.routes import ANSWER, Proc, Who, message, relays, request
 from vmd.record import Record
@@ -416,14 +416,6 @@ class VmFiles(Record):
     console_log: str = ""
 
 
-class LifeEnd(Record):
-    """How a VM ended last; `how` is one of the words of `vmd.parent.endings`."""
-
-    at_s: int  # seconds since 1970
-    how: str
-    text: str = ""
-
-
 @message(0x35, ANSWER, partial=True)
 class VmInfo(Record):
     """One row of `vmctl status` (*cat. 3.3*).  Times are seconds since 1970."""
@@ -456,32 +448,6 @@ class TroubleInfo(Record):
     device: str  # such as disk0
     text: str
     since_s: int  # seconds since 1970
-
-
-@message(0xF1, ANSWER, partial=True)
-class VmFigures(Record):
-    """What a VM has done, and what it uses.  Times of day are seconds since 1970; see `vmd.ipc.figures`."""
-
-    vmid: int
-    name: str
-    uid: int
-    state: str
-    since_s: int = 0  # when it came into this state
-    started_s: int = 0  # when this life began; 0: it does not run
-    starts: int = 0  # how often it was started since the daemon knows it; resets of its guest are not among them
-    restarts: int = 0  # how often its guest has reset itself in this life
-    ended: LifeEnd | None = None  # its last life; None: not as long as the daemon knows it
-    pid: int = 0  # 0: it does not run, and all that follows is what it is to have
-    memory_bytes: int = 0  # of the guest
-    guest_bytes: int = 0  # ... that it has touched
-    process_bytes: int = 0  # memory of its processes beside that, which they share with nobody
-    cpu_ns: int = 0  # of its processes, in steps of 10 ms
-    vcpus: tuple[VcpuFigures, ...] = ()
-    disks: tuple[DiskFigures, ...] = ()
-    cdrom: CdromFigures | None = None
-    entropy: EntropyFigures | None = None
-    nics: tuple[NicFigures, ...] = ()
-    group: GroupFigures | None = None  # None: it has no control group of its own
 
 
 @message(0x4E, ANSWER, partial=True)

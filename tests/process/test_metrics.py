@@ -1,0 +1,183 @@
+"""`metrics listen`: figures by HTTP, from a process that nobody depends on and that clients cannot block."""
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import DEADLINE_S
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
+from tests.unit.test_exposition import samples
+from vmd.exposition import OPENMETRICS_TYPE, TEXT_TYPE
+from vmd.metrics.main import CLIENTS_MAX
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+VMS = 'vm "a" {\n disable\n memory 32M\n}\n'
+PORT, OTHER_PORT, SIX = 9177, 9178, "::1"
+
+
+@pytest.fixture(scope="module")
+def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
+    """Give a daemon that serves figures at two addresses and a path; what it takes, it gives back."""
+    tmp_path = tmp_path_factory.mktemp("metrics")
+    with Network() as network:
+        daemon = NetDaemon(tmp_path, network)
+        daemon.conf.write_text(conf(f"127.0.0.1:{PORT}", f"[{SIX}]:{PORT}", str(path_of(daemon))))
+        with daemon:
+            daemon.wait_log(f"metrics are served at {path_of(daemon)}")
+            yield daemon
+        assert not path_of(daemon).exists()
+
+
+def conf(*places: str) -> str:
+    """Return a configuration that serves there."""
+    return "".join(f'metrics listen "{place}"\n' for place in places) + VMS
+
+
+def path_of(vmd: NetDaemon) -> Path:
+    """Return where the socket in the file system is."""
+    return vmd.directory / "metrics.sock"
+
+
+def connect(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT)) -> socket.socket:
+    """Return a connection to one of the places."""
+    with vmd.network.inside():
+        if isinstance(place, Path):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.settimeout(DEADLINE_S)
+            sock.connect(str(place))
+            return sock
+        return socket.create_connection(place, DEADLINE_S)
+
+
+class Answer:
+    """What a server has answered."""
+
+    def __init__(self, raw: http.client.HTTPResponse) -> None:
+        self.status = raw.status
+        self.kind = raw.headers["Content-Type"]
+        self.text = raw.read().decode()
+
+
+def get(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT), accept: str = "*/*") -> Answer:
+    """Read the figures."""
+    connection = http.client.HTTPConnection("vmd")
+    with connect(vmd, place) as connection.sock:
+        connection.request("GET", "/metrics", headers={"Accept": accept})
+        return Answer(connection.getresponse())
+
+
+def patiently(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT)) -> Answer:
+    """Read the figures as soon as somebody serves them there."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while True:
+        try:
+            return get(vmd, place)
+        except OSError:
+            assert time.monotonic() < deadline_s, vmd.log
+            time.sleep(0.05)
+
+
+def server(vmd: NetDaemon) -> int:
+    """Return the pid of the process that serves, as soon as it is there."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not (pid := vmd.processes().get("vmd: metrics", 0)):
+        assert time.monotonic() < deadline_s, vmd.log
+    return pid
+
+
+def test_the_same_figures_everywhere(vmd: NetDaemon) -> None:
+    """At each place, in the format that is asked for, and those of vmctl."""
+    text = get(vmd)
+    assert (text.status, text.kind) == (200, TEXT_TYPE)
+    shown = samples(text.text)
+    assert [labels["vm"] for name, labels, _ in shown if name == "vmd_vm_info"] == ["a"]
+    assert samples(vmd.must("metrics")) == shown
+    other = get(vmd, (SIX, PORT), "application/openmetrics-text;version=1.0.0")
+    assert (other.kind, other.text.endswith("# EOF\n")) == (OPENMETRICS_TYPE, True)
+    assert samples(get(vmd, path_of(vmd)).text) == shown
+
+
+def test_the_path_is_for_those_who_may_use_the_control_socket(vmd: NetDaemon) -> None:
+    """Others could not ask vmctl either."""
+    ours, control = path_of(vmd).stat(), vmd.socket.stat()
+    assert (ours.st_mode, ours.st_uid, ours.st_gid) == (
+        control.st_mode & ~0o170000 | 0o140000, control.st_uid, control.st_gid
+    )  # fmt: skip
+
+
+def test_clients_that_say_nothing_keep_nobody_out(vmd: NetDaemon) -> None:
+    """The one that has waited longest makes room for the next."""
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(vmd)) for _ in range(2 * CLIENTS_MAX)]
+        silent[-1].sendall(b"GET /metr")
+        assert get(vmd).status == 200
+        assert silent[0].recv(1) == b""
+        silent[-1].sendall(b"ics HTTP/1.0\r\n\r\n")
+        assert silent[-1].recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_client_that_takes_nothing_keeps_nobody_out(vmd: NetDaemon) -> None:
+    """Nor one that says too much, or hangs up in the middle."""
+    with connect(vmd) as rude, connect(vmd) as gone, connect(vmd) as endless:
+        rude.sendall(b"GET /metrics HTTP/1.0\r\n\r\n" * 20)
+        gone.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        gone.close()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                endless.sendall(b"x" * 1000)
+        assert get(vmd).status == 200
+
+
+def test_the_process_is_started_again(vmd: NetDaemon) -> None:
+    """When it dies nothing else does, and who connects meanwhile waits."""
+    pid = server(vmd)
+    os.kill(pid, signal.SIGKILL)
+    vmd.wait_log("lost child: metrics: it is started again")
+    assert get(vmd).status == 200
+    assert server(vmd) != pid
+
+
+def test_it_holds_sockets_and_nothing_else(vmd: NetDaemon) -> None:
+    """And runs as nobody else does."""
+    pid = server(vmd)
+    held = {os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")}
+    assert held == {"/dev/null", "socket", "anon_inode"}
+    others = {os.stat(f"/proc/{other}").st_uid for name, other in vmd.processes().items() if name != "vmd: metrics"}
+    assert os.stat(f"/proc/{pid}").st_uid not in others
+
+
+def test_reload_moves_it(vmd: NetDaemon) -> None:
+    """Where another program has the address, the log says so, and tries again; without any there is no process."""
+    before = vmd.conf.read_text()
+    path = path_of(vmd)
+    with vmd.network.inside():
+        taken = socket.create_server(("127.0.0.1", OTHER_PORT))
+    vmd.conf.write_text(conf(f"127.0.0.1:{OTHER_PORT}", str(path)))
+    vmd.must("reload")
+    vmd.wait_log(f"metrics listen 127.0.0.1:{OTHER_PORT}: Address already in use: trying again")
+    with pytest.raises(ConnectionRefusedError):
+        connect(vmd)
+    assert get(vmd, path).status == 200
+    taken.close()
+    vmd.wait_log(f"metrics are served at 127.0.0.1:{OTHER_PORT}")
+    assert patiently(vmd, ("127.0.0.1", OTHER_PORT)).status == 200
+
+    vmd.conf.write_text(VMS)
+    vmd.must("reload")
+    deadline_s = time.monotonic() + DEADLINE_S
+    while "vmd: metrics" in vmd.processes():
+        assert time.monotonic() < deadline_s
+    assert not path.exists()
+
+    vmd.conf.write_text(before)
+    vmd.must("reload")
+    assert patiently(vmd).status == 200

@@ -1,0 +1,237 @@
+"""vmctl top: what VMs do is the difference of two readings, and a terminal is given back as it was."""
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import schema
+from tests.unit.test_exposition import Numbers, a_vm
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
+from vmctl import rates
+from vmctl.rates import NS, Reading, Row
+from vmd.ipc.messages.clients import End
+from vmd.ipc.messages.figures import VmFigures
+from vmd.record import Record
+
+WEB = a_vm(Numbers()).replace(started_s=1_000_000, guest_bytes=300 << 20, process_bytes=20 << 20)
+
+
+def later(vm: VmFigures, cpu_ns: int = 0, disk: int = 0, net: int = 0) -> VmFigures:
+    """Return a VM that has used so much time, and moved so many bytes each way."""
+    first, *others = vm.disks
+    first = first.replace(read_bytes=first.read_bytes + disk, write_requests=first.write_requests + 6)
+    nics = tuple(nic.replace(tx_bytes=nic.tx_bytes + net) for nic in vm.nics)
+    return vm.replace(cpu_ns=vm.cpu_ns + cpu_ns, disks=(first, *others), nics=nics)
+
+
+def compared(before: VmFigures | None, now: VmFigures, elapsed_ns: int = 2 * NS) -> Row:
+    """Return the row of a VM, so long after another reading."""
+    past = Reading(at_ns=5, vms=(before,)) if before is not None else None
+    (row,) = rates.rows(past, Reading(at_ns=5 + elapsed_ns, vms=(now,)), 1_000_100)
+    return row
+
+
+def test_a_row_is_a_difference() -> None:
+    """By the time between the readings; one disk counts with the others."""
+    row = compared(WEB, later(WEB, cpu_ns=3 * NS, disk=1 << 20, net=500))
+
+    assert (row.cpu_percent, row.read_bytes, row.write_bytes, row.requests) == (150.0, 1 << 19, 0, 3.0)
+    assert (row.receive_bytes, row.send_bytes) == (0, 250)
+    assert (row.memory_bytes, row.up_s, row.vcpus) == (320 << 20, 100, 2)
+
+
+@pytest.mark.parametrize("before", [
+    None, WEB.replace(pid=0), WEB.replace(pid=WEB.pid + 1), WEB.replace(vmid=WEB.vmid + 1), later(WEB, 1, 1, 1),
+])  # fmt: skip
+def test_nothing_is_said_without_two_readings_of_one_life(before: VmFigures | None) -> None:
+    """Another process, or a counter that goes back, is another life."""
+    row = compared(before, WEB)
+
+    assert (row.cpu_percent, row.read_bytes, row.send_bytes) == (None, None, None)
+    assert rates.line(row).split()[:2] == ["3", "-"]
+
+
+def test_nothing_is_said_of_what_nobody_counts() -> None:
+    """A process of an earlier version has no figures; a VM without a disk reads nothing."""
+    uncounted = WEB.replace(disks=tuple(disk.replace(counted=False) for disk in WEB.disks))
+    assert compared(uncounted, uncounted).read_bytes is None
+    assert compared(WEB, WEB.replace(disks=())).read_bytes is None
+    none = WEB.replace(disks=())
+    assert compared(none, none).read_bytes == 0
+
+
+@pytest.mark.parametrize("order", rates.ORDERS)
+def test_rows_are_ordered(order: str) -> None:
+    """The most first, or by number or name; and the other way round."""
+    small = compared(WEB, WEB)
+    large = compared(WEB, later(WEB, NS, 1, 1)).replace(vmid=2, name="a", memory_bytes=1 << 40)
+
+    assert rates.ordered([small, large], order) == [large, small]
+    assert rates.ordered([large, small], order, reverse=True) == [small, large]
+
+
+def test_those_that_do_not_run_have_no_row() -> None:
+    """Nor do numbers that no VM can have end anything."""
+    assert rates.rows(None, Reading(at_ns=0, vms=(WEB.replace(pid=0),)), 0) == []
+    wild = later(WEB).replace(cpu_ns=(1 << 64) - 1, guest_bytes=(1 << 64) - 1)
+    assert rates.line(compared(WEB, wild, 1)).endswith(" web")
+    paused = compared(WEB, WEB.replace(state="paused"))
+    assert rates.line(paused).endswith(" web (paused)")
+    assert len(rates.line(paused.replace(name="", state="running"))) <= 80 - 16
+
+
+class Growing:
+    """A daemon's script: its VM moves one MiB between any two readings."""
+
+    def __init__(self) -> None:
+        self.vm = WEB.replace(started_s=int(time.time()))
+
+    def __call__(self, _request: Record) -> tuple[Record, ...]:
+        """Answer a reading."""
+        self.vm = later(self.vm, NS // 10, 1 << 20)
+        return self.vm, a_vm(Numbers(), "db").replace(vmid=4, pid=0), End()
+
+
+def test_tables_where_there_is_no_terminal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Each is of an interval: there is none before the first."""
+    daemon.script = Growing()
+
+    status, output, errors = vmctl("top", "-n", "2", "0.1")
+
+    summary, header, web, gap, *second = output.splitlines()
+    assert (status, errors, gap, len(second)) == (0, "", "", 4)
+    assert summary.startswith("1 of 2 VMs run; CPU ")
+    assert (header.split(), web.split()[-1]) == (rates.HEADER.split(), "web")
+    assert "-" not in web.split()
+    assert len(daemon.requests) == 3
+
+
+def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Of one interval, however long that was."""
+    daemon.script = Growing()
+
+    document = schema.check(vmctl("top", "--json", "0.1")[1], "top")
+
+    (vm,) = document["vms"]
+    assert document["interval_s"] >= 0.1
+    assert abs(vm["disk_read_bytes_per_s"] * document["interval_s"] - (1 << 20)) < (1 << 20) / 50
+    assert vm["receive_bytes_per_s"] == 0
+
+
+@pytest.mark.parametrize("words", [["x"], ["0"], ["nan"], ["1e9"], ["-n", "0"], ["-n", "x"], ["1", "2"]])
+def test_words_that_mean_nothing(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> None:
+    """Nothing is asked."""
+    status, output, errors = vmctl("top", *words)
+
+    assert (status, output, daemon.requests) == (2, "", [])
+    assert words[-1] in errors
+
+
+class OnTerminal:
+    """`vmctl top` on a terminal of its own."""
+
+    def __init__(self, daemon: FakeDaemon, *words: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 6, 80, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "top", *words],
+            cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        )  # fmt: skip
+        self.slave = slave
+        self.shown = b""
+
+    def expect(self, wanted: bytes) -> None:
+        """Wait until it has shown something since the last time."""
+        deadline_s = time.monotonic() + 5 * DEADLINE_S
+        while wanted not in self.shown:
+            left_s = deadline_s - time.monotonic()
+            assert left_s > 0, self.shown
+            if select.select([self.master], [], [], left_s)[0]:
+                self.shown += os.read(self.master, 4096)
+        self.shown = self.shown.partition(wanted)[2]
+
+    def type(self, keys: bytes) -> None:
+        """Press keys."""
+        os.write(self.master, keys)
+
+    def end(self) -> int:
+        """Wait for the end, and see that the terminal is as it was; return the exit status."""
+        status = self.process.wait(5 * DEADLINE_S)
+        assert termios.tcgetattr(self.slave) == self.before
+        return status
+
+
+@pytest.fixture
+def screen(daemon: FakeDaemon) -> Iterator[OnTerminal]:
+    """Give one that reads anew when it is told to only."""
+    daemon.script = Growing()
+    made = OnTerminal(daemon, "3600")
+    yield made
+    made.process.kill()
+    made.process.wait()
+    os.close(made.master)
+    os.close(made.slave)
+
+
+def test_keys(screen: OnTerminal) -> None:
+    """They sort, read and leave; the screen is the one before in the end."""
+    screen.expect(b"\x1b[?1049h")
+    screen.expect(b"by cpu")
+    screen.expect(b"CPU%")
+    screen.type(b"dr")
+    screen.expect(b"by disk, reversed")
+    screen.type(b" ")
+    screen.expect(b"1 of 2 VMs run; CPU ")
+    screen.expect(b"READ/s")
+    screen.type(b"q")
+    screen.expect(b"\x1b[?1049l")
+    assert screen.end() == 0
+
+
+@pytest.mark.parametrize("ending", ["\x03", signal.SIGTERM])
+def test_the_terminal_is_given_back(screen: OnTerminal, ending: "str | signal.Signals") -> None:
+    """Whatever ends it."""
+    screen.expect(b"web")
+    if isinstance(ending, str):
+        screen.type(ending.encode())
+    else:
+        screen.process.send_signal(ending)
+    screen.expect(b"\x1b[?1049l")
+    assert screen.end() == (0 if isinstance(ending, str) else 1)
+
+
+def test_a_daemon_that_is_away_for_a_moment(screen: OnTerminal, daemon: FakeDaemon) -> None:
+    """As while it is upgraded: what was read last stays on the screen."""
+    screen.expect(b"web")
+    daemon.hang_up()
+    screen.type(b" ")
+    screen.expect(b"pipe closed")
+    screen.expect(b"web")
+    screen.type(b" ")
+    screen.expect(b"VMs run")
+    screen.type(b"q")
+    assert screen.end() == 0
+
+
+def test_a_screen_that_is_too_small(daemon: FakeDaemon) -> None:
+    """It says how many there are besides."""
+    vms = [WEB.replace(vmid=number, name=f"vm{number}") for number in range(1, 30)]
+    daemon.script = lambda _request: (*vms, End())
+    screen = OnTerminal(daemon, "-n", "1", "0.1")
+    screen.expect(b"and 27 more")
+    assert screen.end() == 0
+    os.close(screen.master)
+    os.close(screen.slave)
+    assert len(daemon.requests) == 2

@@ -1,0 +1,253 @@
+"""metrics: what VMs have done and what they use, served by HTTP.
+
+Runs as  an id of its own, in the cell, without files
+Peers    parent (sockets and figures in, questions out); whoever can connect, whom nobody trusts
+Holds    the sockets that the parent listens at, and the connections of its clients
+"""
+
+import socket
+import time
+from functools import partial
+
+from vmd.closing import close_all
+from vmd.exposition import expose
+from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.loop import READ, WRITE
+from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.figures import VmFigures
+from vmd.ipc.messages.metrics import AllFigures, AskFigures, MetricsAt
+from vmd.ipc.process import Process, handles
+from vmd.ipc.routes import Proc
+from vmd.metrics.http import REQUEST_BYTES_MAX, Asked, BadRequest, page, parse, refusal
+from vmd.privsep.confine import METRICS, confine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.loop import Timer
+    from vmd.ipc.process import Handlers
+
+CLIENTS_MAX = 32
+BATCH = 16  # connections that are accepted before others get their turn
+REQUEST_S = 10.0  # for a client to say what it wants
+FIGURES_S = 10.0  # for the parent to answer
+TAKE_S = 30.0  # for a client to take the answer
+HANG_UP_S = 2.0  # for a client to hang up when it has it
+FRESH_S = 1.0  # so long one answer of the parent is good for all
+
+
+class Client:
+    """One connection, from its request to its end."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.data = bytearray()  # of the request, until it is complete
+        self.asked: Asked | None = None  # it waits for figures
+        self.answer: list[memoryview] | None = None  # what is left to send
+        self.timer: Timer | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has not said yet what it wants, or has what it wanted."""
+        return self.asked is None and not self.answer
+
+
+class Metrics(Process):
+    """Serves clients; asks the parent for figures, once for all who wait, and no more often than once a second."""
+
+    def __init__(self) -> None:
+        super().__init__(Proc.METRICS)
+        self.listeners: list[socket.socket] = []
+        self.accepts = False
+        self.clients: dict[Client, None] = {}  # the oldest first
+        self.asking = False  # the parent has not answered yet
+        self.rows: list[VmFigures] = []  # what it has answered so far
+        self.texts: dict[bool, bytes] = {}  # of the last answer, by whether it is OpenMetrics
+        self.vms: list[VmFigures] = []
+        self.at_s = -FRESH_S  # when that came
+        self.parent = self.attach_parent(Proc.PARENT)
+
+    # --- the parent --------------------------------------------------------------------------------------
+
+    def on_at(self, _message: MetricsAt, envelope: Envelope, _channel: Channel) -> None:
+        """Listen at these sockets, and no longer at others."""
+        fds = envelope.take_fds("sockets")
+        self.accept(accepts=False)
+        for listener in self.listeners:
+            listener.close()
+        self.listeners = []
+        try:
+            while fds:
+                self.listeners.append(socket.socket(fileno=fds[0]))
+                fds.pop(0)
+        finally:
+            close_all(fds)
+        for listener in self.listeners:
+            listener.setblocking(False)
+        self.accept(accepts=True)
+
+    def ask(self) -> None:
+        """Have figures that are new enough, now or soon."""
+        if time.monotonic() < self.at_s + FRESH_S:
+            self.serve()
+        elif not self.asking:
+            self.asking = True
+            self.rows = []
+            self.parent.send(AskFigures())
+
+    def on_figures(self, message: VmFigures, _envelope: Envelope, _channel: Channel) -> None:
+        """One VM."""
+        self.rows.append(message)
+
+    def on_end(self, _message: AllFigures, _envelope: Envelope, _channel: Channel) -> None:
+        """That was all."""
+        self.asking = False
+        self.vms, self.rows = self.rows, []
+        self.texts.clear()
+        self.at_s = time.monotonic()
+        self.serve()
+
+    def text(self, *, openmetrics: bool) -> bytes:
+        """Return the last figures, in a format in which they may have been asked for before."""
+        if openmetrics not in self.texts:
+            self.texts[openmetrics] = expose(self.vms, openmetrics=openmetrics).encode("utf-8", "replace")
+        return self.texts[openmetrics]
+
+    def serve(self) -> None:
+        """Answer all who wait."""
+        for client in [client for client in self.clients if client.asked is not None]:
+            asked = client.asked
+            assert asked is not None
+            self.answer(client, page(asked, self.text(openmetrics=asked.openmetrics)))
+
+    def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
+        """The daemon ends, or nobody is to be served any more."""
+        self.loop.stop()
+
+    HANDLERS: "Handlers" = {
+        **handles(Proc.PARENT, MetricsAt, on_at),
+        **handles(Proc.PARENT, VmFigures, on_figures),
+        **handles(Proc.PARENT, AllFigures, on_end),
+        **handles(Proc.PARENT, Quit, on_quit),
+    }
+
+    # --- clients -----------------------------------------------------------------------------------------
+
+    def accept(self, *, accepts: bool) -> None:
+        """Accept connections from now on, or none."""
+        if accepts == self.accepts:
+            return
+        self.accepts = accepts
+        for listener in self.listeners:
+            if accepts:
+                self.loop.add(listener.fileno(), partial(self.on_connect, listener))
+            else:
+                self.loop.remove(listener.fileno())
+
+    def on_connect(self, listener: socket.socket, _events: int) -> None:
+        """Take new clients; when there are too many, in place of those that have waited longest and say nothing."""
+        for _ in range(BATCH):
+            if len(self.clients) == CLIENTS_MAX:
+                idle = next((client for client in self.clients if client.idle), None)
+                if idle is None:
+                    self.accept(accepts=False)  # until one of those that are served has gone
+                    return
+                self.end(idle)
+            try:
+                sock, _ = listener.accept()
+            except OSError:  # none, or it has hung up already
+                return
+            sock.setblocking(False)
+            client = Client(sock)
+            self.clients[client] = None
+            self.give_time(client, REQUEST_S)
+            self.loop.add(sock.fileno(), partial(self.on_ready, client))
+
+    def give_time(self, client: Client, time_s: float) -> None:
+        """End a client that is not further in some time."""
+        if client.timer is not None:
+            client.timer.cancel()
+        client.timer = self.loop.call_later(time_s, lambda: self.on_late(client))
+
+    def on_late(self, client: Client) -> None:
+        """Nothing has come of it."""
+        if client.asked is not None:
+            self.answer(client, refusal(503))
+        else:
+            self.end(client)
+
+    def on_ready(self, client: Client, events: int) -> None:
+        """Read its request, or send its answer."""
+        if client.answer and events & WRITE:
+            self.send(client)
+        elif client.asked is not None or events & ~(READ | WRITE):
+            self.end(client)  # it has hung up
+        else:
+            self.receive(client)
+
+    def receive(self, client: Client) -> None:
+        """Read what a client says; one that has its answer is to hang up."""
+        try:
+            data = client.sock.recv(REQUEST_BYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.end(client)
+        elif client.answer is None:
+            client.data += data
+            try:
+                client.asked = parse(bytes(client.data))
+            except BadRequest as error:
+                self.answer(client, refusal(error.status))
+                return
+            if client.asked is not None:
+                self.loop.modify(client.sock.fileno(), 0)
+                self.give_time(client, FIGURES_S)
+                self.ask()
+
+    def answer(self, client: Client, pieces: list[bytes]) -> None:
+        """Send a client its answer."""
+        client.asked = None
+        client.answer = [memoryview(piece) for piece in pieces]
+        self.loop.modify(client.sock.fileno(), WRITE)
+        self.give_time(client, TAKE_S)
+        self.send(client)
+
+    def send(self, client: Client) -> None:
+        """Send as much as the client takes; after the last byte it has a moment to hang up, or it would lose some."""
+        assert client.answer is not None
+        try:
+            while client.answer:
+                client.answer[0] = client.answer[0][client.sock.send(client.answer[0]) :]
+                if not client.answer[0]:
+                    del client.answer[0]
+            client.sock.shutdown(socket.SHUT_WR)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.end(client)
+            return
+        self.loop.modify(client.sock.fileno(), READ)
+        self.give_time(client, HANG_UP_S)
+
+    def end(self, client: Client) -> None:
+        """Forget a client."""
+        if client not in self.clients:
+            return
+        del self.clients[client]
+        if client.timer is not None:
+            client.timer.cancel()
+        self.loop.remove(client.sock.fileno())
+        client.sock.close()
+        self.accept(accepts=True)
+
+
+def main() -> int:
+    """Run process metrics."""
+    process = Metrics()
+    process.ignore_terminal_signals()
+    confine(METRICS)  # what this kernel lacks is said by others
+    process.loop.run()
+    return process.exit_status
