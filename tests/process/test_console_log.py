@@ -14,6 +14,7 @@ import pytest
 from tests.support.console import Console
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
+from tests.support.keeper import KeptDaemon
 from tests.support.users import public_folder
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -136,3 +137,23 @@ def test_the_owner_s_rights_count(tmp_path: Path, logs: Path) -> None:
         assert not re.search(trouble, vmd.must("status", "-v", "demo"))
         vmd.must("stop", "-fw", "demo")
     assert vmd.log.count("Permission denied: what it prints is not kept") == 1
+
+
+@pytest.mark.deep
+def test_a_log_goes_on_with_the_next_daemon(tmp_path: Path, logs: Path) -> None:
+    """What is printed while there is none, and while the next one begins, waits for it; nothing is there twice."""
+    path = logs / "demo.log"
+    with KeptDaemon(tmp_path, block("demo", path)) as vmd:
+        vmd.must("start", "demo")
+        with vmd.console("demo") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            until(lambda: path.exists() and PROMPT.encode() in path.read_bytes(), vmd)
+            vmd.kill()
+            console.answer("echo meanwhile", PROMPT)
+            vmd.start()
+            console.answer("echo after", PROMPT)
+        until(lambda: path.read_bytes().count(PROMPT.encode()) == 3, vmd)
+
+        printed = vmd.vmctl("console", "demo").stdout.encode()
+        assert path.read_bytes().replace(b"\r\n", b"\n") == printed.replace(b"\r\n", b"\n")
+        vmd.must("stop", "-fw", "demo")

@@ -184,9 +184,10 @@ class Keeper:
                 written = os.write(self._file, data[:room])
                 self.backlog.log(written)
                 self._size += written
-                self._state.text = ""
                 if self._size >= self._limit:
                     self._state.wants_file = True
+            if self._file >= 0:
+                self._state.text = ""  # all is written
         except OSError as error:
             self._fail(error)
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 ANSWER_S = 30.0  # for a file to be opened
 AGAIN_S = 10.0  # until that is tried again; one that does not end is waited for
 AT_A_TIME = 4  # files that are opened
+SAY_AGAIN_S = 60.0  # the same of one log
 PING_S, PINGS_MAX = 5.0, 3
 RESTART_S = 2.0  # between two starts of the process
 ANSWER_MAX = 1 << 12
@@ -75,6 +76,8 @@ class Kept:
         self.unopened = ""  # why there is no file, or no other one
         self.unwritten = ""  # why the process cannot write
         self.since_s = 0.0
+        self.said, self.said_s = "", 0.0  # the last of that in the log
+        self.says_end = False  # when it is put right
         self.lost = self.lost_before = 0  # by this process, and by those before it
         self.over = False  # its VM has ended
 
@@ -191,6 +194,7 @@ class ConsoleLogs:
         lost = kept.lost_before + kept.lost
         if lost:
             log.warn(f"vm {kept.name}: console log {kept.path}: {lost} bytes of what it printed are lost")
+        self._open_next()
 
     # --- the process -------------------------------------------------------------------------------------
 
@@ -285,16 +289,19 @@ class ConsoleLogs:
             self._open(kept)
 
     def _fare(self, kept: Kept, unopened: str, unwritten: str) -> None:
-        """Say once that a log cannot be written, and why; and that it can again."""
+        """Say once that a log cannot be written, and why; and that it can again.  Not without end, if that changes."""
         before = kept.text
         kept.unopened, kept.unwritten = unopened, unwritten
         if kept.text == before:
             return
-        what = f"vm {kept.name}: console log {kept.path}"
+        what, now_s = f"vm {kept.name}: console log {kept.path}", time.monotonic()
         if kept.text:
             kept.since_s = time.time()
-            log.warn(f"{what}: {kept.text}: what it prints is not kept")
-        else:
+            if kept.text != kept.said or now_s >= kept.said_s + SAY_AGAIN_S:
+                kept.said, kept.said_s, kept.says_end = kept.text, now_s, True
+                log.warn(f"{what}: {kept.text}: what it prints is not kept")
+        elif kept.says_end:
+            kept.says_end = False
             lost = kept.lost_before + kept.lost
             log.info(f"{what} is written again" + (f"; {lost} bytes are lost" if lost else ""))
 
@@ -310,7 +317,7 @@ class ConsoleLogs:
 
     def _open_next(self) -> None:
         at_work = sum(1 for kept in self.kept.values() if kept.reader >= 0)
-        while self.waiting and at_work < AT_A_TIME:
+        while self.children is not None and self.waiting and at_work < AT_A_TIME:
             at_work += 1
             kept = self.waiting.pop(0)
             try:

@@ -5,10 +5,21 @@ from pathlib import Path
 import pytest
 
 from vmd.config.check import load
-from vmd.config.model import AllowInstance, DiskConfig, NicConfig, Owner, Rights, VirtioMode, VmConfig, VmFlag
+from vmd.config.model import (
+    AllowInstance,
+    ConsoleLog,
+    DiskConfig,
+    NicConfig,
+    Owner,
+    Rights,
+    VirtioMode,
+    VmConfig,
+    VmFlag,
+)
 from vmd.errors import OperatorError
-from vmd.ipc.messages.clients import Caller
+from vmd.ipc.messages.clients import Caller, StartRequest
 from vmd.parent.instances import derive, require_free
+from vmd.parent.requests import described
 from vmd.parent.vmtable import VmTable
 
 MIB = 1 << 20
@@ -42,6 +53,20 @@ def test_what_is_not_given_is_inherited_but_for_disks() -> None:
     assert (made.parent, made.virtio) == ("tmpl", VirtioMode.MODERN)
     assert made.owner.uid == USER.uid
     assert made.allow is None
+
+
+def test_a_console_log_is_inherited_under_the_name_of_the_instance() -> None:
+    """And is given by vm.conf alone, whatever a client says."""
+    template = TEMPLATE.replace(console_log=ConsoleLog(path="/v/%n.log", keep=1))
+    asked = VmConfig(name="i", console_log=ConsoleLog(path="/etc/passwd"))
+    wanted = described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False)
+
+    made = derive(template, wanted, USER)
+
+    assert made.console_log == template.console_log
+    assert made.console_log is not None
+    assert made.console_log.path_of(made.name) == "/v/i.log"
+    assert derive(template, asked, None).console_log == asked.console_log
 
 
 def test_what_is_given_wins() -> None:
