@@ -187,9 +187,9 @@ class Vioblk:
         self.figures = services.figures
         self.figures[SIZE] = self.size
         self.counts = [0] * len(FIGURES)  # the same figures, which are cheaper to add to here
-        self.now_ns = 0  # when the round began that is served
+        self.now_ns = 0  # when the rounds began that are not counted yet
         self.busy_ns = 0  # until when the time with requests has been counted
-        # Of this round, what the main thread has done itself:
+        # What the main thread has done itself, and not counted yet:
         self.reads = self.read_bytes = self.writes = self.write_bytes = 0
         services.watch(workers.done, self.on_done)
         if image.remark:
@@ -425,10 +425,13 @@ class Vioblk:
         self.now_ns = time.monotonic_ns()
         if not self.in_flight:
             self.busy_ns = self.now_ns
+        counted = 0
         try:
-            for _ in range(ROUNDS):
+            for number in range(1, ROUNDS + 1):
                 more = self._drain(queue)
-                self._count_round()
+                if not more or self.stalled or number == ROUNDS:  # seldom, but before the guest hears of the last round
+                    self._count_rounds(number - counted)
+                    counted = number
                 self._announce()
                 if self.stalled:
                     return False  # `on_done` comes back
@@ -438,23 +441,24 @@ class Vioblk:
             if self.unflushed:
                 self._flush_batch()
             if self.reads or self.writes:
-                self._count_round()
+                self._count_rounds(1)
             self._announce()
         return True
 
-    def _count_round(self) -> None:
-        """Count what the main thread has done since it was last counted; the guest hears of all of that now."""
+    def _count_rounds(self, rounds: int) -> None:
+        """Count what the main thread has done in so many rounds; each request has taken as long as one of them."""
         figures, counts, now_ns = self.figures, self.counts, time.monotonic_ns()
+        took_ns = (now_ns - self.now_ns) // rounds
         if self.reads:
             figures[READS] = counts[READS] = counts[READS] + self.reads
             figures[READ_BYTES] = counts[READ_BYTES] = counts[READ_BYTES] + self.read_bytes
-            figures[READ_NS] = counts[READ_NS] = counts[READ_NS] + self.reads * (now_ns - self.now_ns)
-            self.reads = 0
+            figures[READ_NS] = counts[READ_NS] = counts[READ_NS] + self.reads * took_ns
+            self.reads = self.read_bytes = 0
         if self.writes:
             figures[WRITES] = counts[WRITES] = counts[WRITES] + self.writes
             figures[WRITE_BYTES] = counts[WRITE_BYTES] = counts[WRITE_BYTES] + self.write_bytes
-            figures[WRITE_NS] = counts[WRITE_NS] = counts[WRITE_NS] + self.writes * (now_ns - self.now_ns)
-            self.writes = 0
+            figures[WRITE_NS] = counts[WRITE_NS] = counts[WRITE_NS] + self.writes * took_ns
+            self.writes = self.write_bytes = 0
         figures[BUSY_NS] = counts[BUSY_NS] = counts[BUSY_NS] + now_ns - self.busy_ns
         figures[IN_FLIGHT] = self.in_flight
         self.now_ns = self.busy_ns = now_ns
@@ -592,7 +596,11 @@ class Vioblk:
                     return True
             return more
         finally:
-            self.reads, self.read_bytes, self.writes, self.write_bytes = reads, read_bytes, writes, write_bytes
+            self.reads += reads
+            self.read_bytes += read_bytes
+            if writes:
+                self.writes += writes
+                self.write_bytes += write_bytes
 
     def _serve_any(self, queue: "Queue", head: int) -> None:
         """Serve a request of any form, the obvious way.  Raises GuestError."""
