@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,8 @@ def test_what_there_is_and_what_happens(rig: Rig) -> None:
     """Walked, compared with the host, and heard; the agent was not there when the daemon began."""
     vmd, snmp = rig.vmd, rig.snmp
     assert vmd.log.count("no SNMP agent at") == 1
+    limits = Path(f"/proc/{vmd.processes()['vmd: agentx']}/limits").read_text()
+    assert re.search(rf"Max address space +{512 << 20} +{512 << 20} ", limits)
     vmd.must("start", "demo")
     with vmd.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)

@@ -30,7 +30,7 @@ from vmd.ipc.messages.children import Quit
 from vmd.ipc.process import Process, handles
 from vmd.ipc.routes import Proc
 from vmd.log import log
-from vmd.privsep.confine import AGENTX, confine
+from vmd.privsep.confine import AGENTX, confine, limit_memory
 from vmd.privsep.title import set_title
 
 TYPE_CHECKING = False
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vmd.errors import PeerError
     from vmd.ipc.process import Handlers
 
+MEMORY_BYTES = 512 << 20  # whatever the agent asks
 FRESH_S = 1.0  # for which what the parent has said is good
 
 
@@ -169,6 +170,7 @@ def main() -> int:
     process = Agentx()
     process.ignore_terminal_signals()
     set_title("agentx")
+    limit_memory(MEMORY_BYTES)
     confine(AGENTX)  # what this kernel lacks is said by others
     process.loop.run()
     return process.exit_status

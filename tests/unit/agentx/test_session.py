@@ -129,6 +129,19 @@ def test_what_is_asked_meanwhile_is_answered_with_it(served: Rig) -> None:
     assert served.asks <= 3
 
 
+def test_questions_without_end(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many wait for figures, and others are answered by an error."""
+    monkeypatch.setattr(session_module, "REQUESTS_MAX", 2)
+    wait: list[Callable[[mib.View], None]] = []
+    monkeypatch.setattr(served.session, "ask", wait.append)
+    for number in (1, 2, 3):
+        served.master.send(pdu.GET, pdu.oid(STATE) + pdu.oid(()), number=number)
+    refused = served.master.answered()
+    assert (refused.header.packet, refused.error) == (3, pdu.GEN_ERR)
+    served.do(lambda: wait[0](view(vm(1))))
+    assert [served.master.answered().header.packet for _ in range(2)] == [1, 2]
+
+
 def test_another_context_than_ours() -> None:
     """RFC 2741, 7.2: refused; and ours is said where it is registered."""
     rig = Rig(CONTEXT)
