@@ -65,8 +65,8 @@ SHARED = {
 # ... and the parts of it that harm nobody, for they read nothing.
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
-    "vmctl", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid", "vmd.record",
-    "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
+    "vmctl", "vmd.client", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid",
+    "vmd.record", "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
 # Each costs every VM milliseconds of start-up or megabytes of memory.
@@ -241,6 +241,16 @@ def test_vmctl_holds_what_it_talks_and_nothing_of_the_daemon() -> None:
     assert held.below("vmd") - held.below(*VMCTL_MAY_HOLD) - packages == set()
 
 
+def test_the_client_library_needs_nothing_of_vmctl_or_the_daemon() -> None:
+    """Other programs import it alone."""
+    held = loaded_by(("vmd.client",))
+
+    talks = {"vmd.client", "vmd.config.model", "vmd.errors", "vmd.record", "vmd.version"}
+    assert held.below("vmd", "vmctl") - held.below("vmd.ipc") - {"vmd", "vmd.config"} == talks
+    assert held.third_party == {"msgpack"}
+    assert TOO_HEAVY & set(held.modules) == set()
+
+
 def sources() -> list[Path]:
     """Return every module of the two programs."""
     return sorted([*Path(ROOT, "vmd").rglob("*.py"), *Path(ROOT, "vmctl").rglob("*.py")])
@@ -272,7 +282,8 @@ def test_third_party_package_has_one_home(package: str, home: str) -> None:
 def test_processes_import_nothing_later() -> None:
     """Once confined, a process can open no module."""
     # The first chooses a process; the second's imports are what it does before the door is shut.
-    exempt = {ROOT / "vmd/__main__.py", ROOT / "vmd/privsep/confine.py"}
+    # The last is in no process of the daemon.
+    exempt = {ROOT / "vmd/__main__.py", ROOT / "vmd/privsep/confine.py", ROOT / "vmd/client.py"}
     late = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sources()

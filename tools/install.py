@@ -87,6 +87,7 @@ def plan(places: dict[str, str]) -> list[File]:
         File(f"{places['doc']}/vm.conf.example", Path(ROOT, "vm.conf.example").read_bytes),
         File(f"{places['doc']}/vmctl.schema.json", Path(ROOT, "docs/vmctl.schema.json").read_bytes),
         File(f"{places['doc']}/fleet.md", Path(ROOT, "docs/fleet.md").read_bytes),
+        File(f"{places['doc']}/client.md", Path(ROOT, "docs/client.md").read_bytes),
         File(f"{places['units']}/vmd.service", unit),
         File(f"{places['ocf']}/vm", agent, 0o755),
         *(File(f"{places['ansible']}/{name}", source.read_bytes) for name, source in collection()),

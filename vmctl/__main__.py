@@ -6,13 +6,14 @@ import gc
 import importlib
 import sys
 
-from vmctl.errors import CommandError, NoSuchVm, UsageError
+from vmctl.errors import CommandError, NoSuchVm, UsageError, exit_status, sentence_of
 from vmctl.options import Given, find_command, parse, split
 from vmctl.output import clean, notice, put_json, warn
-from vmctl.session import DEFAULT_SOCKET, Session
+from vmctl.session import Session
 from vmctl.table import GLOBAL, Command
 from vmctl.usage import HINT, usage, usage_of
 from vmd import stdio
+from vmd.client import DEFAULT_SOCKET, ClientError
 from vmd.errors import VmdError
 from vmd.stdio import STDERR, STDOUT
 
@@ -21,12 +22,13 @@ COMPLETE = "--complete"  # what the completions of shells ask with
 
 def fail(session: Session, error: VmdError) -> int:
     """Say what went wrong; return the exit status."""
-    if str(error) and not session.quiet:
-        for line in str(error).split("\n"):  # a configuration has a line for each mistake
+    text = sentence_of(error)
+    if text and not session.quiet:
+        for line in text.split("\n"):  # a configuration has a line for each mistake
             warn(line)
     if session.json:
-        put_error(str(error), (error.number or None) if isinstance(error, CommandError) else None, session.json_fd)
-    return error.exit_status if isinstance(error, CommandError) else 1
+        put_error(text, (error.number or None) if isinstance(error, ClientError) else None, session.json_fd)
+    return exit_status(error)
 
 
 def put_error(text: str, code: int | None, fd: int = STDOUT) -> None:

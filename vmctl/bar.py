@@ -7,6 +7,10 @@ from vmctl.output import notice
 from vmd.scaled import fmt_scaled
 from vmd.stdio import STDERR
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.messages.shared import TransferProgress
+
 BAR_WIDTH = 40
 MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
 DEFAULT_COLUMNS = 80  # of a terminal that does not know its size
@@ -32,6 +36,18 @@ class Bar:
         self.width = max(0, min(BAR_WIDTH, room - len(name), room - MIN_NAME))
         self.name = name[: max(0, room - self.width)]
         self.drawn_s = 0.0
+        self.whole = 0  # bytes, as the daemon has said last
+
+    def follow(self, progress: "TransferProgress") -> None:
+        """Draw what the daemon says, once it can say anything."""
+        self.whole = progress.total_bytes
+        if self.whole:
+            self.show(progress.done_bytes, self.whole, progress.round)
+
+    def complete(self) -> None:
+        """Draw that all is done."""
+        if self.whole:
+            self.show(self.whole, self.whole)
 
     def show(self, done: int, whole: int, number: int = 0) -> None:
         """Draw, but not more often than somebody can read; `whole` may be an estimate, and too small.

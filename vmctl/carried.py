@@ -4,19 +4,19 @@ import contextlib
 import select
 
 from vmctl import carry
-from vmctl.errors import CommandError, Refused
+from vmctl.errors import CommandError
 from vmctl.output import clean
 from vmctl.session import Session
+from vmd.client import ClientError, Refused
 from vmd.errors import VMD_IN_DOUBT, PeerError, sentence
-from vmd.ipc.messages.clients import MigrateInRequest, MigrationAt, MigrationStep, Step, VmReceived
-from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.messages.clients import MigrationAt, MigrationStep, Step, VmReceived
 from vmd.stdio import STDIN, STDOUT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import TypeVar
 
-    from vmctl.client import Client
+    from vmd.client import Client
 
     A = TypeVar("A", MigrationAt, VmReceived)
 
@@ -29,8 +29,7 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
     client = session.client
     told = False  # the daemon may have been told to have the guest run
     try:
-        client.send(MigrateInRequest(name=name, force=force), {"stream": [STDIN]})
-        judged = client.answer(MigrationAt)
+        judged = client.migrate_in(name, STDIN, force=force)
         carry.say(STDOUT, carry.TARGET, carry.ASKED, locks_travel=judged.locks_travel)
         take_step(client, judged, Step.GO_ON, MigrationAt)
         carry.say(STDOUT, carry.TARGET, carry.COMPLETE)
@@ -41,8 +40,8 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
             raise CommandError("vmd has ended")
         told = True
         received = take_step(client, judged, Step.COMMIT, VmReceived, paused=words.get("paused") is True)
-    except (CommandError, PeerError) as error:
-        text = error.text if isinstance(error, Refused) else str(error)
+    except (ClientError, PeerError) as error:
+        text = str(error)
         in_doubt = told and (not isinstance(error, Refused) or error.number == VMD_IN_DOUBT)
         with contextlib.suppress(OSError):
             carry.say(STDOUT, carry.TARGET, carry.FAILED, text=text, in_doubt=in_doubt)
@@ -62,9 +61,5 @@ def is_hung_up(fd: int) -> bool:
 
 
 def take_step(client: "Client", judged: MigrationAt, step: Step, expected: "type[A]", *, paused: bool = False) -> "A":
-    """Take a step.  Raises Refused, CommandError, PeerError."""
-    client.send(MigrationStep(vmid=judged.vmid, name=judged.name, step=step, paused=paused))
-    while True:
-        answer = client.answer(TransferProgress, expected)
-        if isinstance(answer, expected):
-            return answer
+    """Take a step.  Raises ClientError, PeerError."""
+    return client.carry_out(MigrationStep(vmid=judged.vmid, name=judged.name, step=step, paused=paused), expected)

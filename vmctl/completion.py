@@ -12,8 +12,9 @@ import signal
 from vmctl.errors import UsageError
 from vmctl.options import find_command
 from vmctl.output import clean, put
-from vmctl.session import DEFAULT_SOCKET, Session
+from vmctl.session import Session
 from vmctl.table import COMMAND, COMMANDS, COMMON, FILE, GLOBAL, SWITCH, VM, Command, Operand, Option
+from vmd.client import DEFAULT_SOCKET
 from vmd.errors import VmdError
 
 DEADLINE_S = 2  # a daemon that is not so fast must not hold up somebody who types

@@ -3,11 +3,11 @@
 import errno
 import time
 
-from vmctl.client import Client, HungUp
-from vmctl.errors import CommandError, NoSuchVm, Refused
+from vmctl.errors import CommandError, NoSuchVm
 from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef
+from vmd.client import Client, ClientError, HungUp, Refused
 from vmd.errors import VMD_VM_STOP_INVALID, VmdError
 from vmd.ipc.messages.clients import StopAccepted, StopRequest, VmTerminated, WaitRequest
 from vmd.record import Record
@@ -57,7 +57,7 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
     """Send the request and tell its outcome; with `doing`, begin the line of the VM before.
 
     Raises:
-        CommandError: the daemon is gone; the line has been ended.
+        ClientError: the daemon is gone; the line has been ended.
         PeerError: the same, of one that cannot be understood.
     """
     if doing:
@@ -94,7 +94,7 @@ def ask_until_answered(client: Client, request: StopRequest | WaitRequest) -> Re
                 raise  # it is this request that it hangs up on
             try:
                 client.connect_again()
-            except CommandError:
+            except ClientError:
                 raise lost from None
             again = True
         except Refused as error:

@@ -1,29 +1,28 @@
 """How a command of vmctl can fail: one sentence and an exit status.
 
-CommandError    1  the command cannot be done, or the daemon refused it
-  UsageError    2  the command line cannot be understood; the usage of the command follows
-  ArgumentError 2  a word of the command line has a value that it cannot have
-  NoDaemon      3  there is no daemon, or it has ended
-  NoSuchVm      4  no VM has this name or number
+ClientError       1  the daemon cannot be asked, or refused it (`vmd.client`)
+  NoDaemon        3  there is no daemon, or it has ended
+  CommandError    1  the command cannot be done
+    UsageError    2  the command line cannot be understood; the usage of the command follows
+    ArgumentError 2  a word of the command line has a value that it cannot have
+    NoSuchVm      4  no VM has this name or number
 """
 
 import errno
 
-from vmd.errors import VmdError
+from vmd.client import ClientError, NoDaemon, Refused
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.errors import VmdError
+
+NO_DAEMON = 3
 
 
-class CommandError(VmdError):
+class CommandError(ClientError):
     """The command cannot be done; `number` is 0 where nobody gave one."""
 
     exit_status = 1
-
-    def __init__(self, what: str, number: int | None = None) -> None:
-        super().__init__(what, number)
-        self.what = what
-        self.number = number or 0
-
-    def __str__(self) -> str:
-        return self.what
 
 
 class UsageError(CommandError):
@@ -38,12 +37,6 @@ class ArgumentError(CommandError):
     exit_status = 2
 
 
-class NoDaemon(CommandError):
-    """Nobody serves the socket, or serves it any longer."""
-
-    exit_status = 3
-
-
 class NoSuchVm(CommandError):
     """The daemon knows no such VM."""
 
@@ -53,12 +46,16 @@ class NoSuchVm(CommandError):
         super().__init__(what, errno.ENOENT)
 
 
-class Refused(CommandError):
-    """The daemon answered Failed; commands put their own words before its sentence."""
+def exit_status(error: "VmdError") -> int:
+    """Return the exit status of a command that fails so."""
+    if isinstance(error, NoDaemon):
+        return NO_DAEMON
+    return error.exit_status if isinstance(error, CommandError) else CommandError.exit_status
 
-    def __init__(self, number: int, text: str) -> None:
-        super().__init__(f"command failed: {text}", number)
-        self.text = text
+
+def sentence_of(error: "VmdError") -> str:
+    """Return what is said of a failure: a refusal for which a command has no words of its own says whose it is."""
+    return f"command failed: {error}" if isinstance(error, Refused) else str(error)
 
 
 def refused(words: str, error: Refused) -> CommandError:

@@ -7,11 +7,11 @@ import termios
 import tty
 from enum import Enum
 
-from vmctl.client import LOOK_UP_MS, Client, failed_text
 from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
 from vmctl.output import clean
 from vmctl.terminal import RawTerminal
+from vmd.client import LOOK_UP_MS, Client, ClientError, failed_text
 from vmd.errors import VMD_CONSOLE_TAKEN, sentence
 from vmd.ipc.messages.clients import ConsoleAttached, ConsoleBreak, Failed
 
@@ -94,7 +94,7 @@ class Relay:
         """Take a message that came unasked; return what it ends."""
         try:
             message = self.client.receive()
-        except CommandError:
+        except ClientError:
             return Ending.DAEMON_LOST
         if isinstance(message, Failed):
             self.last_words = failed_text(message)

@@ -1,10 +1,9 @@
 """What one run of vmctl was asked, besides the command."""
 
-from vmctl.client import Client
+from vmctl.output import warn
+from vmd.client import DEFAULT_SOCKET, Client
 from vmd.errors import VmdError
 from vmd.stdio import STDERR, STDOUT
-
-DEFAULT_SOCKET = "/run/vmd.sock"
 
 
 class Session:
@@ -19,9 +18,9 @@ class Session:
 
     @property
     def client(self) -> Client:
-        """The connection.  Raises CommandError."""
+        """The connection.  Raises ClientError."""
         if self._client is None:
-            self._client = Client(self.socket_path, verbose=self.verbose)
+            self._client = Client(self.socket_path, note=warn if self.verbose else None)
         return self._client
 
     def reconnect(self) -> None:

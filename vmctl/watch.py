@@ -3,12 +3,12 @@
 import os
 import select
 
-from vmctl.client import LOOK_UP_MS, Client, failed_text
-from vmctl.errors import CommandError, Refused, refused
+from vmctl.errors import CommandError, refused
 from vmctl.escapes import HELP, Action, Escapes
 from vmctl.line import READ_MAX, Ending
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef
+from vmd.client import LOOK_UP_MS, Client, ClientError, Refused, failed_text
 from vmd.ipc.messages.clients import ConsoleOutput, ConsoleWatch, ConsoleWatched, Failed
 
 INTERRUPT = b"\x03"  # ^C has nothing else to end here: nothing that is typed reaches the guest
@@ -67,7 +67,7 @@ class Watch:
         """Take a message; False if the daemon is gone.  Raises CommandError."""
         try:
             message = self.client.receive()
-        except CommandError:
+        except ClientError:
             return False
         if isinstance(message, ConsoleOutput):
             terminal.screen.show(message.data)

@@ -18,7 +18,7 @@ from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.images import problems, qemu
 from tests.support.keeper import KeptDaemon
 from tests.support.migration import GUEST, HERE, PLACES, THERE, VICTIMS, Plan
-from vmctl.client import Client
+from vmd.client import Client
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 

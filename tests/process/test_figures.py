@@ -14,7 +14,7 @@ from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
-from vmctl.client import Client
+from vmd.client import Client
 from vmd.ipc.figures import CdromFigures
 from vmd.ipc.messages.figures import VmFigures
 from vmd.parent.groups import directory_of
@@ -63,7 +63,7 @@ def figures(vmd: NetDaemon, name: str = "demo") -> VmFigures:
     """Return what the daemon says of a VM."""
     client = Client(str(vmd.socket))
     try:
-        (row,) = client.figures(name=name)
+        (row,) = client.figures(name)
     finally:
         client.close()
     return row

@@ -18,7 +18,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
 from tests.support.network import Host, Interface, Network
-from vmctl.client import Client
+from vmd.client import Client
 from vmd.ipc.messages.clients import SwitchInfo
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]

@@ -14,8 +14,7 @@ from tests.process.test_network import SWITCH, block
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
-from vmctl.client import Client
-from vmctl.errors import CommandError
+from vmd.client import Client, ClientError
 from vmd.ipc.messages.clients import StartRequest, VmStarted
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -26,7 +25,7 @@ def start_early(vmd: NetDaemon, name: str, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             client = Client(str(vmd.socket))
-        except CommandError:
+        except ClientError:
             continue
         client.send(StartRequest(name=name))
         client.answer(VmStarted)

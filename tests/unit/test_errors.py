@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from vmctl.errors import NoSuchVm, Refused
+from vmctl.errors import NoSuchVm
+from vmd.client import Refused
 from vmd.errors import ConfigError, GuestError, HostError, ImageError, InUse, OperatorError, PeerError, VmdError, number
 
 

@@ -2,21 +2,21 @@
 
 import os
 
-from vmctl.errors import CommandError, Refused, refused
+from vmctl.errors import CommandError, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
+from vmd.client import Refused
 from vmd.errors import sentence
-from vmd.ipc.messages.clients import DiscInserted, DiscRequest
 
 
 def run(session: Session, given: Given) -> int:
     """Change the disc, and say what the drive has.  Raises CommandError."""
     ref = parse_vmref(given.operand)
-    request = DiscRequest(vmid=ref.vmid, name=ref.name, path=disc_path(given), force=given.has("-f"))
+    path = disc_path(given)
     try:
-        answer = session.client.ask(request, DiscInserted)
+        answer = session.client.insert_disc(ref, path, force=given.has("-f"))
     except Refused as error:
         raise refused("cdrom vm command failed", error) from None
     for note in answer.notes:

@@ -7,8 +7,7 @@ reaches the guest although a Linux pty carries none, and two operators do not re
 import errno
 import os
 
-from vmctl.client import Client
-from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, UsageError, refused
+from vmctl.errors import ArgumentError, CommandError, NoSuchVm, UsageError, refused
 from vmctl.keptlog import KeptLog
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
@@ -18,11 +17,10 @@ from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
 from vmctl.watch import Watch
+from vmd.client import Client, NoDaemon, Refused
 from vmd.errors import VMD_CONSOLE_TAKEN
 from vmd.ipc.messages.clients import (
     ConsoleAttached,
-    ConsoleLogAt,
-    ConsoleLogRequest,
     ConsoleOutput,
     ConsoleRequest,
 )
@@ -63,12 +61,11 @@ def tell(session: Session, ref: VmRef) -> int:
 def show_log(session: Session, ref: VmRef, *, follow: bool) -> int:
     """Show the console log of a VM, which need not run; or only tell a program where it is.  Raises CommandError."""
     try:
-        log = session.client.ask(ConsoleLogRequest(vmid=ref.vmid, name=ref.name), ConsoleLogAt)
+        log = session.client.find_console_log(ref)
     except Refused as error:
         if error.number == errno.ENOENT:
             raise refused("console log not found", error) from None
         raise
-    assert isinstance(log, ConsoleLogAt)
     if session.json:
         if follow:
             raise ArgumentError("--json only tells where the console log is, and cannot be used with -F")

@@ -7,7 +7,6 @@ from vmctl.errors import CommandError
 from vmctl.options import Given
 from vmctl.session import Session
 from vmd.errors import sentence
-from vmd.ipc.messages.clients import LoadRequest
 
 
 def run(session: Session, given: Given) -> int:
@@ -16,5 +15,5 @@ def run(session: Session, given: Given) -> int:
         path = os.path.abspath(given.operand)
     except OSError as error:  # our directory has been removed
         raise CommandError(f"{given.operand}: {sentence(error)}", error.errno) from None
-    read_configuration(session, LoadRequest(path=path))
+    read_configuration(session, path)
     return 0

@@ -3,12 +3,11 @@
 from vmctl.commands.reload import show_notes
 from vmctl.options import Given
 from vmctl.session import Session
-from vmd.ipc.messages.clients import LogRequest, Ok
 
 LEVELS = {"brief": 0, "verbose": 2}
 
 
 def run(session: Session, given: Given) -> int:
     """Send the verbosity."""
-    show_notes(session, session.client.ask(LogRequest(verbosity=LEVELS[given.operand]), Ok))
+    show_notes(session, session.client.set_verbosity(LEVELS[given.operand]))
     return 0

@@ -1,17 +1,18 @@
 """vmctl metrics: what VMs have done and what they use, as Prometheus reads it."""
 
-from vmctl.errors import Refused, refused
+from vmctl.errors import refused
 from vmctl.options import Given
 from vmctl.output import put, put_json
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd.client import Refused
 
 
 def run(session: Session, given: Given) -> int:
     """Print the figures of one VM, or of all."""
     ref = parse_vmref(given.operand) if given.operand else VmRef()
     try:
-        vms = session.client.figures(vmid=ref.vmid, name=ref.name)
+        vms = session.client.figures(ref)
     except Refused as error:
         raise refused("metrics", error) from None
     if session.json:

@@ -10,14 +10,14 @@ import time
 from vmctl.bar import Bar
 from vmctl.carry import ASKED, COMMIT, COMPLETE, FAILED, RUNNING, SOURCE, TARGET, Ear, say
 from vmctl.commands.send import live_goal
-from vmctl.errors import ArgumentError, CommandError, NoDaemon, NoSuchVm, Refused, refused
+from vmctl.errors import ArgumentError, CommandError, NoSuchVm, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd.client import NoDaemon, Refused
 from vmd.errors import PeerError, sentence
-from vmd.ipc.messages.clients import MigrateRequest, MigrationAt, MigrationStep, Step, VmReceived, VmSent
-from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.messages.clients import MigrationAt, MigrationStep, Step, VmReceived, VmSent
 from vmd.scaled import fmt_scaled
 
 TYPE_CHECKING = False
@@ -155,11 +155,8 @@ class Source:
 
     def run(self) -> "tuple[VmSent, Words]":
         """Take all steps; returns what each side said in the end.  Raises CommandError."""
-        client = self.session.client
         try:
-            request = MigrateRequest(vmid=self.ref.vmid, name=self.ref.name, live=self.goal)
-            client.send(request, {"stream": [self.to_target]})
-            self._answer(MigrationAt)
+            self.session.client.migrate(self.ref, self.to_target, live=self.goal)
         except Refused as error:
             raise self._refused(error) from None
         words = self._hear(ASKED)
@@ -178,22 +175,24 @@ class Source:
             running = self._hear(RUNNING, committed=True)
             return self._end(), running
 
-    def _answer(self, expected: "type[A]") -> "A":
-        """Return the answer of the daemon here, and show how far it is.  Raises Refused, PeerError."""
-        while True:
-            answer = self.session.client.answer(TransferProgress, expected)
-            if isinstance(answer, expected):
-                return answer
-            assert isinstance(answer, TransferProgress)
-            if answer.total_bytes:
-                self.bar.show(answer.done_bytes, answer.total_bytes, answer.round)
+    def _ask(
+        self, step: Step, expected: "type[A]", *, locks_travel: bool = False, in_doubt: bool = False, text: str = ""
+    ) -> "A":
+        """Take a step here, and show how far it is.  Raises ClientError, PeerError."""
+        request = MigrationStep(
+            vmid=self.ref.vmid,
+            name=self.ref.name,
+            step=step,
+            locks_travel=locks_travel,
+            in_doubt=in_doubt,
+            text=text,
+        )
+        return self.session.client.carry_out(request, expected, self.bar.follow)
 
     def _step(self, step: Step, expected: "type[A]", *, locks_travel: bool = False) -> "A":
         """Take a step here.  Raises CommandError; why the other side has failed says more than that this one has."""
-        message = MigrationStep(vmid=self.ref.vmid, name=self.ref.name, step=step, locks_travel=locks_travel)
         try:
-            self.session.client.send(message)
-            return self._answer(expected)
+            return self._ask(step, expected, locks_travel=locks_travel)
         except Refused as error:
             raise self._refused(error) from None
 
@@ -241,12 +240,8 @@ class Source:
 
     def _give_up(self, why: str, *, in_doubt: bool = False) -> None:
         """Have the VM go on here, or be in doubt.  Raises CommandError."""
-        client = self.session.client
-        client.send(
-            MigrationStep(vmid=self.ref.vmid, name=self.ref.name, step=Step.BACK, in_doubt=in_doubt, text=why)
-        )
         try:
-            self._answer(MigrationAt)
+            self._ask(Step.BACK, MigrationAt, in_doubt=in_doubt, text=why)
         except Refused as error:
             raise CommandError(f"migrate vm command failed: {error.text}", error.number) from None
         raise PeerError("vmd", "does not say what has become of the VM")
@@ -254,8 +249,7 @@ class Source:
     def _end(self) -> VmSent:
         """End it here: it runs there.  Raises CommandError."""
         try:
-            self.session.client.send(MigrationStep(vmid=self.ref.vmid, name=self.ref.name, step=Step.DONE))
-            return self._answer(VmSent)
+            return self._ask(Step.DONE, VmSent)
         except (Refused, NoDaemon) as error:
             text = f"vm {self.ref} runs at {self.host}, but what there is of it here could not be ended: {error}"
             raise CommandError(text, errno.EIO) from None

@@ -1,11 +1,11 @@
 """vmctl pause: have a VM stand still until `unpause`."""
 
-from vmctl.errors import Refused, refused
+from vmctl.errors import refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages.clients import PauseRequest, VmPaused
+from vmd.client import Refused
 
 
 def run(session: Session, given: Given) -> int:
@@ -18,8 +18,7 @@ def change(session: Session, given: Given, *, paused: bool, force: bool = False)
     ref = parse_vmref(given.operand)
     word = "pause" if paused else "unpause"
     try:
-        request = PauseRequest(vmid=ref.vmid, name=ref.name, paused=paused, force=force)
-        answer = session.client.ask(request, VmPaused)
+        answer = session.client.pause(ref) if paused else session.client.unpause(ref, force=force)
     except Refused as error:
         raise refused(f"{word} vm command failed", error) from None
     warn(f"{word}d vm {answer.vmid} successfully")

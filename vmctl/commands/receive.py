@@ -3,11 +3,12 @@
 import os
 
 from vmctl.commands.send import access_mode, transfer
-from vmctl.errors import ArgumentError, CommandError, Refused
+from vmctl.errors import ArgumentError, CommandError
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
+from vmd.client import Refused
 from vmd.ipc.messages.clients import ReceiveRequest, VmReceived
 from vmd.stdio import STDIN
 

@@ -1,10 +1,11 @@
 """vmctl reload: have the daemon read its main configuration file again."""
 
-from vmctl.errors import CommandError, Refused
+from vmctl.errors import CommandError
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
-from vmd.ipc.messages.clients import LoadRequest, Ok, ReloadRequest
+from vmd.client import Refused
+from vmd.ipc.messages.clients import Ok
 
 
 def show_notes(session: Session, done: Ok) -> None:
@@ -15,10 +16,10 @@ def show_notes(session: Session, done: Ok) -> None:
         put_json({"notes": [clean(note) for note in done.notes]})
 
 
-def read_configuration(session: Session, request: ReloadRequest | LoadRequest) -> None:
-    """Have the daemon read a file, and say what it has to say about that.  Raises Refused, or CommandError."""
+def read_configuration(session: Session, path: str = "") -> None:
+    """Have the daemon read a file, or its main one, and say what it has to say about that.  Raises ClientError."""
     try:
-        done = session.client.ask(request, Ok)
+        done = session.client.load(path) if path else session.client.reload()
     except Refused as error:
         if "\n" not in error.text:
             raise
@@ -28,5 +29,5 @@ def read_configuration(session: Session, request: ReloadRequest | LoadRequest) -
 
 def run(session: Session, given: Given) -> int:
     """Ask, and show what the daemon has to say about it."""
-    read_configuration(session, ReloadRequest())
+    read_configuration(session)
     return 0

@@ -1,11 +1,11 @@
 """vmctl resize: make a disk of a VM larger."""
 
-from vmctl.errors import ArgumentError, Refused, refused
+from vmctl.errors import ArgumentError, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
-from vmd.ipc.messages.clients import Resized, ResizeRequest
+from vmd.client import Refused
 from vmd.scaled import fmt_scaled, scan_scaled
 
 
@@ -13,9 +13,9 @@ def run(session: Session, given: Given) -> int:
     """Ask for it, and say how large the disk is.  Raises CommandError."""
     word, disk, text = given.operands
     ref = parse_vmref(word)
-    request = ResizeRequest(vmid=ref.vmid, name=ref.name, disk=disk, size_bytes=disk_size(text))
+    size_bytes = disk_size(text)
     try:
-        answer = session.client.ask(request, Resized)
+        answer = session.client.resize(ref, disk, size_bytes)
     except Refused as error:
         raise refused("resize vm command failed", error) from None
     told = "" if answer.running else "; it does not run"

@@ -4,14 +4,15 @@ import fcntl
 import os
 
 from vmctl.bar import Bar
-from vmctl.errors import CommandError, Refused, UsageError, refused
+from vmctl.errors import CommandError, UsageError, refused
 from vmctl.numbers import count
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
+from vmd.client import Refused
 from vmd.ipc.messages.clients import SendRequest, VmReceived, VmSent
-from vmd.ipc.messages.shared import Live, TransferProgress
+from vmd.ipc.messages.shared import Live
 from vmd.scaled import fmt_scaled
 from vmd.stdio import STDOUT
 
@@ -78,21 +79,11 @@ def transfer(
     session: Session, request: "SendRequest | ReceiveRequest", expected: "type[A]", fd: int, name: str
 ) -> "A":
     """Have the daemon use our descriptor, and show how far it is.  Raises Refused, PeerError."""
-    client = session.client
-    client.send(request, {"stream": [fd]})
     rounds = isinstance(request, SendRequest) and request.live is not None
     bar = Bar(name, rate=True, rounds=rounds, shown=not session.quiet)
-    total = 0
     try:
-        while True:
-            answer = client.answer(TransferProgress, expected)
-            if isinstance(answer, expected):
-                if total:
-                    bar.show(total, total)
-                return answer
-            assert isinstance(answer, TransferProgress)
-            total = answer.total_bytes
-            if total:
-                bar.show(answer.done_bytes, total, answer.round)
+        answer = session.client.carry_out(request, expected, bar.follow, {"stream": [fd]})
+        bar.complete()
+        return answer
     finally:
         bar.end()

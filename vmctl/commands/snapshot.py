@@ -3,11 +3,12 @@
 import time
 
 from vmctl.bar import Bar
-from vmctl.errors import ArgumentError, Refused, UsageError, refused
+from vmctl.errors import ArgumentError, UsageError, refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
+from vmd.client import Refused
 from vmd.images.names import check_name
 from vmd.ipc.messages.clients import SnapshotRequest, SnapshotsDone
 from vmd.ipc.messages.shared import SnapshotAction, SnapshotInfo, TransferProgress
@@ -41,18 +42,18 @@ def run(session: Session, given: Given) -> int:
         raise UsageError("missing argument: tag")
     found: list[SnapshotInfo] = []
     try:
+        request = SnapshotRequest(vmid=ref.vmid, name=ref.name, action=action, tag=tag)
         client = session.client
-        client.send(SnapshotRequest(vmid=ref.vmid, name=ref.name, action=action, tag=tag))
         bar = Bar(str(ref), rate=True, shown=not session.quiet)
+
+        def on_part(part: SnapshotInfo | TransferProgress) -> None:
+            if isinstance(part, SnapshotInfo):
+                found.append(part)
+            else:
+                bar.follow(part)
+
         try:
-            while True:
-                answer = client.answer(TransferProgress, SnapshotInfo, SnapshotsDone)
-                if isinstance(answer, SnapshotsDone):
-                    break
-                if isinstance(answer, SnapshotInfo):
-                    found.append(answer)
-                elif isinstance(answer, TransferProgress) and answer.total_bytes:
-                    bar.show(answer.done_bytes, answer.total_bytes)
+            answer = client.carry_out(request, SnapshotsDone, on_part)
         finally:
             bar.end()
     except Refused as error:

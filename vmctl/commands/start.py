@@ -9,12 +9,13 @@ import importlib
 import os
 import stat
 
-from vmctl.errors import ArgumentError, CommandError, NoSuchVm, Refused
+from vmctl.errors import ArgumentError, CommandError, NoSuchVm
 from vmctl.numbers import count
 from vmctl.options import Given, meant
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd.client import Refused
 from vmd.config import rules
 from vmd.config.model import (
     DEFAULT_MEMORY_BYTES,

@@ -2,11 +2,12 @@
 
 import errno
 
-from vmctl.errors import CommandError, NoSuchVm, Refused
+from vmctl.errors import NoSuchVm
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
+from vmd.client import ClientError, Refused
 from vmd.ipc.messages.clients import NicInfo, TroubleInfo, VmInfo
 from vmd.ipc.messages.figures import VmFigures
 from vmd.scaled import fmt_scaled
@@ -66,7 +67,7 @@ def figures_of(session: Session, vms: list[VmInfo]) -> dict[int, VmFigures]:
     """Return what VMs have done, by id; asked last, because a daemon of an earlier version hangs up."""
     try:
         rows = session.client.figures(vms[0].vmid) if len(vms) == 1 else session.client.figures() if vms else []
-    except CommandError as error:
+    except ClientError as error:
         if error.number in (errno.ENOENT, errno.ENOSYS):
             return {}
         raise

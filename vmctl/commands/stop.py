@@ -2,11 +2,11 @@
 
 import errno
 
-from vmctl.client import Client
 from vmctl.ending import FAILED, REQUESTED, TERMINATED, Result, announce, ask_end, conclude, finish
 from vmctl.options import Given
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd.client import Client
 from vmd.errors import VMD_VM_STOP_INVALID
 from vmd.ipc.messages.clients import StopRequest, VmInfo, WaitRequest
 

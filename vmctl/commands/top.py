@@ -6,14 +6,14 @@ import sys
 import time
 
 from vmctl import rates
-from vmctl.client import LOOK_UP_MS
-from vmctl.errors import ArgumentError, NoDaemon
+from vmctl.errors import ArgumentError
 from vmctl.numbers import count
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines
 from vmctl.rates import Reading
 from vmctl.session import Session
 from vmctl.terminal import RawTerminal
+from vmd.client import LOOK_UP_MS, NoDaemon
 from vmd.stdio import STDIN, STDOUT
 
 INTERVAL_S, INTERVALS_S = 2.0, (0.1, 3600.0)

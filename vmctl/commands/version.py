@@ -1,9 +1,9 @@
 """vmctl version: which versions of vmctl and of the daemon meet here, and which others still serve VMs."""
 
-from vmctl.errors import Refused
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines
 from vmctl.session import Session
+from vmd.client import Refused
 from vmd.ipc.messages.clients import GenerationInfo
 from vmd.version import VERSION
 

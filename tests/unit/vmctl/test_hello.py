@@ -12,8 +12,7 @@ from tests.support import golden
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmctl.__main__ import main
-from vmctl.client import Client
-from vmctl.errors import CommandError
+from vmd.client import Client, ClientError
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
 from vmd.ipc.messages.clients import PROTOCOL, End, Failed, Hello, ListRequest, Ok, Request, StopAccepted, StopRequest
 from vmd.record import Record
@@ -129,7 +128,7 @@ def test_what_an_older_daemon_cannot_know_is_not_sent(older: FakeDaemon, request
     """It would be refused without a word, or done in another way than was asked."""
     client = Client(str(older.path))
 
-    with pytest.raises(CommandError, match=f"this vmd is older than vmctl, and knows no {unknown}$"):
+    with pytest.raises(ClientError, match=f"this vmd is older than vmctl, and knows no {unknown}$"):
         client.send(request_)
     client.close()
     assert older.requests == []

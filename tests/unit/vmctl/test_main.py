@@ -15,11 +15,11 @@ import pytest
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, FakeDaemon, spawn, vm_info
 from vmctl.__main__ import main
-from vmctl.client import socket_owner
 from vmctl.errors import UsageError
 from vmctl.options import find_command, parse
 from vmctl.table import COMMANDS, FILE, VM, Command, Operand, Option
 from vmctl.usage import synopsis
+from vmd.client import socket_owner
 from vmd.ipc.imsg import HEADER
 from vmd.ipc.messages.clients import (
     End,
@@ -484,7 +484,7 @@ def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
     assert loaded & HEAVY == {"datetime"}  # msgpack's, for its time stamps
     assert {name for name in loaded if name.startswith("vmctl.commands.")} == {"vmctl.commands.status"}
     assert {name for name in loaded if name.startswith("vmd.")} == {
-        "vmd.config", "vmd.config.model", "vmd.errors", "vmd.ipc", "vmd.ipc.figures", "vmd.ipc.first",
+        "vmd.client", "vmd.config", "vmd.config.model", "vmd.errors", "vmd.ipc", "vmd.ipc.figures", "vmd.ipc.first",
         "vmd.ipc.imsg", "vmd.ipc.messages", "vmd.ipc.messages.clients", "vmd.ipc.messages.shared", "vmd.ipc.routes",
         "vmd.record", "vmd.scaled", "vmd.stdio", "vmd.version",
     }  # fmt: skip

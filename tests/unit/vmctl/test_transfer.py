@@ -15,7 +15,7 @@ import pytest
 from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
 from vmctl.bar import Bar
-from vmctl.client import Client
+from vmd.client import Client
 from vmd.ipc.messages.clients import Failed, ReceiveRequest, SendRequest, VmReceived, VmSent
 from vmd.ipc.messages.shared import Live, TransferProgress
 

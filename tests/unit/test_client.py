@@ -1,0 +1,224 @@
+"""The client library: each request is a method, each failure an exception with a number."""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import vmd.client
+from tests.support.daemon import ROOT
+from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmd.client import Client, ClientError, HungUp, Live, NoDaemon, Refused, Step, TimedOut, VmConfig
+from vmd.errors import PeerError
+from vmd.ipc.messages.clients import (
+    REQUESTS,
+    ConsoleAttached,
+    ConsoleOutput,
+    ConsoleRequest,
+    End,
+    Failed,
+    ListRequest,
+    Ok,
+    PauseRequest,
+    SendRequest,
+    SnapshotRequest,
+    SnapshotsDone,
+    StartRequest,
+    StopRequest,
+    VmPaused,
+    VmSent,
+    VmStarted,
+    VmTerminated,
+)
+from vmd.ipc.messages.shared import SnapshotInfo, TransferProgress
+from vmd.ipc.routes import BY_CLASS
+from vmd.record import Record
+
+CALLS: dict[str, Callable[[Client, int], object]] = {
+    "list_vms": lambda vmd, _: vmd.list_vms(),
+    "figures": lambda vmd, _: vmd.figures(),
+    "list_switches": lambda vmd, _: vmd.list_switches(),
+    "list_generations": lambda vmd, _: vmd.list_generations(),
+    "list_devices": lambda vmd, _: vmd.list_devices(1),
+    "start": lambda vmd, fd: vmd.start("web", kernel=fd, initrd=fd, cmdline="quiet"),
+    "stop": lambda vmd, _: vmd.stop("web"),
+    "stop_and_wait": lambda vmd, _: vmd.stop_and_wait("web", force=True),
+    "wait": lambda vmd, _: vmd.wait("web"),
+    "pause": lambda vmd, _: vmd.pause("web"),
+    "unpause": lambda vmd, _: vmd.unpause("web", force=True),
+    "reload": lambda vmd, _: vmd.reload(),
+    "load": lambda vmd, _: vmd.load("/etc/vmd/more.conf"),
+    "reset": lambda vmd, _: vmd.reset(vms=True, switches=False),
+    "set_verbosity": lambda vmd, _: vmd.set_verbosity(2),
+    "rehearse_upgrade": lambda vmd, _: vmd.rehearse_upgrade(),
+    "upgrade": lambda vmd, _: vmd.upgrade(),
+    "attach_console": lambda vmd, _: vmd.attach_console("web"),
+    "send_break": lambda vmd, _: vmd.send_break("web"),
+    "watch_console": lambda vmd, _: vmd.watch_console("web"),
+    "find_console_log": lambda vmd, _: vmd.find_console_log("web"),
+    "resize": lambda vmd, _: vmd.resize("web", "disk0", 1 << 30),
+    "insert_disc": lambda vmd, _: vmd.insert_disc("web", ""),
+    "list_snapshots": lambda vmd, _: vmd.list_snapshots("web"),
+    "make_snapshot": lambda vmd, _: vmd.make_snapshot("web", "monday"),
+    "delete_snapshot": lambda vmd, _: vmd.delete_snapshot("web", "monday"),
+    "go_back": lambda vmd, _: vmd.go_back("web", "monday"),
+    "send_vm": lambda vmd, fd: vmd.send_vm("web", fd, live=Live()),
+    "receive_vm": lambda vmd, fd: vmd.receive_vm("web", fd),
+    "migrate": lambda vmd, fd: vmd.migrate("web", fd),
+    "migrate_in": lambda vmd, fd: vmd.migrate_in("web", fd),
+    "migration_step": lambda vmd, _: vmd.migration_step("web", Step.GO_ON),
+}
+# What is no request.
+OF_THE_CONNECTION = {"answer", "ask", "carry_out", "close", "connect_again", "fileno", "receive", "send"}
+
+
+@pytest.fixture
+def client(daemon: FakeDaemon) -> Iterator[Client]:
+    """Give a connection."""
+    with Client(str(daemon.path)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
+    """Give a daemon that answers nothing until told what."""
+    fake = FakeDaemon(tmp_path / "vmd.sock")
+    yield fake
+    fake.close()
+
+
+def test_every_method_is_called_here() -> None:
+    """And so in the next test."""
+    methods = {name for name, value in vars(Client).items() if not name.startswith("_") and callable(value)}
+
+    assert set(CALLS) == methods - OF_THE_CONNECTION
+
+
+def test_every_request_is_a_method(client: Client, daemon: FakeDaemon) -> None:
+    """A request that is added to the control socket needs a method, and each method raises what the daemon refuses."""
+    daemon.answers(Failed(code=errno.EBUSY, text="vm web is busy"))
+    with open(os.devnull, "rb") as stream:
+        for name, call in CALLS.items():
+            with pytest.raises(Refused, match=r"^vm web is busy$") as refused:
+                call(client, stream.fileno())
+            assert refused.value.number == errno.EBUSY, name
+
+    assert {type(request) for request in daemon.requests} == set(REQUESTS)
+
+
+def test_all_that_is_promised_is_there_and_described() -> None:
+    """docs/client.md names every method; what a method returns can be imported from here."""
+    text = (ROOT / "docs/client.md").read_text()
+    for name in (*CALLS, *vmd.client.__all__):
+        assert re.search(rf"\b{name}\b", text), name
+    for name in vmd.client.__all__:
+        assert hasattr(vmd.client, name)
+    answers = {answer for request in REQUESTS for answer in BY_CLASS[request].answers}
+    shown = {getattr(vmd.client, name) for name in vmd.client.__all__}
+    assert answers - shown == {ConsoleOutput, End, Failed}
+
+
+@pytest.mark.parametrize(
+    ("vm", "vmid", "name"), [(7, 7, ""), ("web", 0, "web"), ("7", 0, "7"), (vm_info("web", vmid=7), 7, "web")]
+)
+def test_a_vm_is_an_id_a_name_or_a_row(client: Client, daemon: FakeDaemon, vm: object, vmid: int, name: str) -> None:
+    """A name of digits is a name here: nobody has typed it."""
+    daemon.answers(VmPaused(vmid=7, name="web", paused=True))
+
+    assert client.pause(vm).paused  # type: ignore[arg-type]
+    assert daemon.requests == [PauseRequest(vmid=vmid, name=name, paused=True)]
+
+
+def test_what_is_asked_for_arrives(client: Client, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """With its options and its files."""
+    daemon.answers(VmStarted(vmid=1, name="web", pid=2, tty="/dev/pts/1"))
+    config = VmConfig(name="web", kernel="/bsd")
+    (tmp_path / "bsd").write_bytes(b"kernel")
+    with open(tmp_path / "bsd", "rb") as kernel:
+        started = client.start("web", config=config, template="base", kernel=kernel.fileno())
+
+    assert started.tty == "/dev/pts/1"
+    assert daemon.requests == [StartRequest(name="web", config=config, template="base")]
+    assert daemon.files == [{"kernel": b"kernel", "initrd": b""}] or daemon.files == [{"kernel": b"kernel"}]
+
+
+def test_pieces_are_put_together_and_progress_is_told(client: Client, daemon: FakeDaemon) -> None:
+    """What comes before the last answer."""
+    attached = ConsoleAttached(vmid=1, name="web", tty="/dev/pts/1")
+    sent = VmSent(vmid=1, name="web", sent_bytes=9)
+    half, whole = TransferProgress(done_bytes=4, total_bytes=8), TransferProgress(done_bytes=8, total_bytes=8)
+    monday = SnapshotInfo(tag="monday", date_s=1, clock_ns=2, state_bytes=0, disks=1, of_disks=1)
+    answers: dict[type[Record], tuple[Record, ...]] = {
+        ConsoleRequest: (ConsoleOutput(data=b"log"), ConsoleOutput(data=b"in: "), attached),
+        SendRequest: (half, whole, sent),
+        SnapshotRequest: (monday, SnapshotsDone(vmid=1, name="web")),
+    }
+    daemon.script = lambda request: answers[type(request)]
+    daemon.reads_files = False
+    told: list[TransferProgress] = []
+
+    assert client.attach_console("web") == (b"login: ", attached)
+    with open(os.devnull, "wb") as stream:
+        assert client.send_vm("web", stream.fileno(), progress=told.append) == sent
+    assert told == [half, whole]
+    assert client.list_snapshots("web") == [monday]
+
+
+def test_an_end_is_waited_for(client: Client, daemon: FakeDaemon) -> None:
+    """It says how it came about."""
+    ended = VmTerminated(vmid=1, name="web", text="stopped as asked", how="stopped")
+    daemon.answers(ended)
+
+    assert client.stop_and_wait("web") == ended
+    assert daemon.requests == [StopRequest(name="web", wait=True)]
+
+
+def test_nobody_serves_the_socket(tmp_path: Path) -> None:
+    """The number is that of connect(2)."""
+    with pytest.raises(NoDaemon, match="is vmd running") as failed:
+        Client(str(tmp_path / "vmd.sock"))
+
+    assert failed.value.number == errno.ENOENT
+
+
+def test_the_daemon_leaves(client: Client, daemon: FakeDaemon) -> None:
+    """Which is no refusal; a connection to the next one can be had."""
+    daemon.script = lambda request: None if isinstance(request, PauseRequest) else (End(),)
+
+    with pytest.raises(HungUp):
+        client.pause("web")
+    client.connect_again()
+    assert client.list_vms() == []
+
+
+def test_the_daemon_is_too_slow(client: Client, daemon: FakeDaemon) -> None:
+    """The connection is closed, for what comes later would answer something else."""
+    client.timeout_s = 0.0
+
+    with pytest.raises(TimedOut, match=r"^vmd has not answered within 0 s") as failed:
+        client.reload()
+
+    assert failed.value.number == errno.ETIMEDOUT
+    assert client.fileno() == -1
+    daemon.wait_left()
+
+
+def test_a_daemon_that_does_not_know_a_request(client: Client, daemon: FakeDaemon) -> None:
+    """It says so itself, and the library passes that on."""
+    daemon.answers(Failed(code=errno.ENOSYS, text="vmd 0.1 knows no request 0x13; a later one may"))
+
+    with pytest.raises(ClientError) as failed:
+        client.list_vms()
+
+    assert failed.value.number == errno.ENOSYS
+
+
+def test_what_comes_is_checked(client: Client, daemon: FakeDaemon) -> None:
+    """A daemon that answers something else is not believed."""
+    daemon.script = lambda request: (Ok(),) if isinstance(request, ListRequest) else (vm_info(),)
+
+    with pytest.raises(PeerError, match="sent Ok where VmInfo or End or Failed was due"):
+        client.list_vms()
