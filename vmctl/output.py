@@ -63,6 +63,13 @@ def put_lines(lines: "list[str]") -> None:
     put("".join(f"{clean(line)}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
 
+def put_json_line(document: "Mapping[str, object]") -> None:
+    """Write one of many JSON documents, on a line of its own.  Raises CommandError."""
+    import json  # as below
+
+    put((json.dumps({"schema": SCHEMA_VERSION, **document}) + "\n").encode())
+
+
 def put_json(document: "Mapping[str, object]", fd: int = STDOUT) -> None:
     """Write the one JSON document of a command.  Raises CommandError."""
     import json  # reads `re`, half of our start-up time; few runs need it

@@ -121,6 +121,17 @@ COMMANDS = (
         operand=Operand(name="disk", kind=FILE),
     ),
     Command(
+        name="events",
+        module="events",
+        upstream=False,
+        help="show what happens, to all VMs or to one, until it is interrupted",
+        options=(
+            Option(name="-a", help="show first what has happened, as far as the daemon remembers it"),
+            Option(name="-l", instead_of="-a", help="show only that, and end"),
+        ),
+        operand=Operand(name="id", kind=VM, optional=True),
+    ),
+    Command(
         name="help",
         module="help",
         upstream=False,

@@ -48,6 +48,9 @@ from vmd.ipc.messages.clients import (
     ConsoleWatched,
     DiscInserted,
     DiscRequest,
+    Event,
+    EventsRequest,
+    EventsSeen,
     Failed,
     FiguresRequest,
     GenerationInfo,
@@ -95,7 +98,7 @@ from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Any, Protocol, Self, TypeVar
 
@@ -119,7 +122,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_SOCKET", "BootDevice", "Client", "ClientError", "ConsoleAttached", "ConsoleLogAt", "ConsoleWatched",
-    "DiscInserted", "GenerationInfo", "Hello", "HungUp", "Live", "MigrationAt", "NicInfo", "NoDaemon", "Ok",
+    "DiscInserted", "Event", "GenerationInfo", "Hello", "HungUp", "Live", "MigrationAt", "NicInfo", "NoDaemon", "Ok",
     "PeerError", "Refused", "Resized", "SnapshotInfo", "SnapshotsDone", "Step", "StopAccepted", "SwitchInfo",
     "TimedOut", "TransferProgress", "TroubleInfo", "VmConfig", "VmFigures", "VmInfo", "VmPaused", "VmReceived",
     "VmSent", "VmStarted", "VmTerminated",
@@ -384,6 +387,32 @@ class Client:
         """Return the network interfaces of a VM, and what is wrong with its devices."""
         rows = self._rows(NicsRequest(**names(vm)))
         return [row for row in rows if isinstance(row, NicInfo)], [row for row in rows if isinstance(row, TroubleInfo)]
+
+    def past_events(self, vm: "AnyVm | None" = None) -> list[Event]:
+        """Return what has happened to all VMs, or to one, as far as the daemon remembers it."""
+        found: list[Event] = []
+        seen = EventsSeen(vmid=0, number=0, newest=1)
+        while seen.number < seen.newest:
+            request = EventsRequest(**({} if vm is None else names(vm)), since=seen.number, wait=False)
+            seen = self.carry_out(request, EventsSeen, found.append)
+        return found
+
+    def events(self, vm: "AnyVm | None" = None, *, past: bool = False) -> "Iterator[Event]":
+        """Return all that happens from now on, to all VMs and the daemon or to one VM, without an end.
+
+        With `past`, what the daemon remembers comes first.  `timeout_s` is for how long nothing may happen.  Nothing
+        else can be asked of this connection before HungUp, with which the next daemon's events begin anew.
+        Events that were not read in time are forgotten; one that is called `lost` has their number.
+        """
+        request = EventsRequest(**({} if vm is None else names(vm)), wait=False)
+        seen = self.carry_out(request, EventsSeen)
+        return self._events(seen.vmid, 0 if past else seen.number)
+
+    def _events(self, vmid: int, since: int) -> "Iterator[Event]":
+        while True:
+            rows: list[Event] = []
+            since = self.carry_out(EventsRequest(vmid=vmid, since=since), EventsSeen, rows.append).number
+            yield from rows
 
     # --- lives -------------------------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         end=lambda _outcome, text: pytest.fail(text),
         ask_resolvers=lambda: None,
         lock_lost=pytest.fail,
+        report=lambda _what, _device, _text: None,
     )
     config = VmConfig(name="bare", memory_bytes=64 << 20)
     memory = GuestMemory.create(memory_regions(config.memory_bytes, 0))

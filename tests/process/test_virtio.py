@@ -50,6 +50,7 @@ class Disk(BothHalves):
             on_config=function.on_config,
             on_ask_resolvers=lambda: None,
             on_lock_lost=pytest.fail,
+            on_event=lambda _what, _text: None,
         )
         self.loop.add(function.config_resample, function.on_config_resample)
 

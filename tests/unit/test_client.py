@@ -19,6 +19,9 @@ from vmd.ipc.messages.clients import (
     ConsoleOutput,
     ConsoleRequest,
     End,
+    Event,
+    EventsRequest,
+    EventsSeen,
     Failed,
     ListRequest,
     Ok,
@@ -40,6 +43,8 @@ from vmd.record import Record
 CALLS: dict[str, Callable[[Client, int], object]] = {
     "list_vms": lambda vmd, _: vmd.list_vms(),
     "figures": lambda vmd, _: vmd.figures(),
+    "events": lambda vmd, _: vmd.events(),
+    "past_events": lambda vmd, _: vmd.past_events("web"),
     "list_switches": lambda vmd, _: vmd.list_switches(),
     "list_generations": lambda vmd, _: vmd.list_generations(),
     "list_devices": lambda vmd, _: vmd.list_devices(1),
@@ -118,7 +123,7 @@ def test_all_that_is_promised_is_there_and_described() -> None:
         assert hasattr(vmd.client, name)
     answers = {answer for request in REQUESTS for answer in BY_CLASS[request].answers}
     shown = {getattr(vmd.client, name) for name in vmd.client.__all__}
-    assert answers - shown == {ConsoleOutput, End, Failed}
+    assert answers - shown == {ConsoleOutput, End, EventsSeen, Failed}
 
 
 @pytest.mark.parametrize(
@@ -165,6 +170,39 @@ def test_pieces_are_put_together_and_progress_is_told(client: Client, daemon: Fa
         assert client.send_vm("web", stream.fileno(), progress=told.append) == sent
     assert told == [half, whole]
     assert client.list_snapshots("web") == [monday]
+
+
+def test_events_are_asked_for_again_and_again(client: Client, daemon: FakeDaemon) -> None:
+    """From the moment at which they were asked for; the number of the last one that was seen tells the daemon where."""
+    first, second = (Event(number=number, at_ms=1, what="start", vmid=7, name="web") for number in (5, 6))
+    answers = {
+        (None, True): (EventsSeen(vmid=7, number=4, newest=4),),
+        (None, False): (EventsSeen(vmid=7, number=4, newest=4),),
+        (4, True): (first, EventsSeen(vmid=7, number=5, newest=6)),
+        (5, True): (second, EventsSeen(vmid=7, number=9, newest=9)),
+        (9, True): (Failed(code=errno.EIO, text="enough"),),
+    }
+    daemon.script = lambda request: answers[request.since, request.wait]  # type: ignore[attr-defined]
+    events = client.events("web")
+    assert daemon.requested() == EventsRequest(name="web", wait=False)
+
+    assert [next(events), next(events)] == [first, second]
+    with pytest.raises(Refused, match=r"^enough$"):
+        next(events)
+    assert daemon.requests[1:] == [EventsRequest(vmid=7, since=since) for since in (4, 5, 9)]
+
+
+def test_what_is_remembered_is_fetched_until_all_is_there(client: Client, daemon: FakeDaemon) -> None:
+    """In as many answers as it takes."""
+    first, second = (Event(number=number, at_ms=1, what="start") for number in (1, 2))
+    answers = {
+        0: (first, EventsSeen(vmid=0, number=1, newest=2)),
+        1: (second, EventsSeen(vmid=0, number=2, newest=2)),
+    }
+    daemon.script = lambda request: answers[request.since]  # type: ignore[attr-defined]
+
+    assert client.past_events() == [first, second]
+    assert daemon.requests == [EventsRequest(since=since, wait=False) for since in (0, 1)]
 
 
 def test_an_end_is_waited_for(client: Client, daemon: FakeDaemon) -> None:

@@ -217,6 +217,9 @@ ANNOUNCED_MAX = 16
 TROUBLES = 23
 TROUBLES_MAX = 3
 TROUBLE_MAX = 200
+# LEASE: network device -> VM: TYPE; the guest has been given its address, for the first time since it began to use the
+#   interface.
+LEASE = 31
 # ASK_RESOLVERS: network device -> VM: TYPE; a guest wants to know name servers.  Answered soon, whatever happens, by
 #   RESOLVERS with DNS_MAX name servers of either family (those not needed are zero), or SAME_RESOLVERS (TYPE) if
 #   nobody knows more than before.

@@ -113,6 +113,7 @@ class Changes:
             opened.close()
         vm.changing = None
         log.info(f"{vm.name}: {change.what} has {change.size_bytes} bytes now")
+        self.core.events.add("resize", vm, device=change.what, value=str(change.size_bytes))
         resized = Resized(
             vmid=vm.vmid,
             name=vm.name,
@@ -182,6 +183,7 @@ class Changes:
         for note in change.notes:
             log.warn(f"vm {vm.name}: {note}")
         log.info(f"{vm.name}: its drive has {f'disc {change.path}' if change.path else 'no disc'} now")
+        self.core.events.add("cdrom", vm, text="has another disc" if change.path else "has no disc", device="cdrom0")
         inserted = DiscInserted(
             vmid=vm.vmid, name=vm.name, path=change.path, running=vm.alive, notes=change.notes
         )

@@ -34,6 +34,7 @@ class For(Enum):
     SNAPSHOT = "what its console has shown"  # answered in the order of the requests
     OUTPUT = "more than that"
     CONSOLE = "nothing: the client has its console"
+    EVENTS = "anything to happen"
     RESET = "the end of all VMs that are to be forgotten"
     UPGRADE = "whether another version of the daemon could go on"
 
@@ -48,7 +49,7 @@ class Wait:
         self.client = client  # NO_CLIENT after it has left, where its place is kept
         self.what = what
         self.vmid = vmid
-        self.since = since  # OUTPUT: how much it has seen
+        self.since = since  # OUTPUT: how much it has seen; EVENTS: the last one that it has
 
 
 class Clients:

@@ -107,6 +107,7 @@ class Configuration:
         vms, problems = self.resolved(config)
         notes = reload.replace_all(self.core.vms, vms)
         self.take_effect(config)
+        self.core.events.add("reload")
         for note in notes:
             log.info(note)
         return warnings + problems + notes

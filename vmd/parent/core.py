@@ -7,6 +7,7 @@ are each given this and those of the others that they call; `main` makes them al
 import time
 
 from vmd.parent.clients import Clients
+from vmd.parent.events import Events
 from vmd.parent.peers import Peers
 from vmd.parent.slots import Slots
 from vmd.parent.vmtable import VmTable
@@ -37,6 +38,7 @@ class Core:
         self.vms.on_change = self.changed
         self.peers = Peers()
         self.clients = Clients(self.peers)
+        self.events = Events(loop, self.clients, self.vms, self.now_s)
         self.slots = Slots(loop, self.peers)
         self.ready: set[Proc] = set()  # these processes are confined, of vmms the newest
         self.serving = False  # clients are served, and VMs started

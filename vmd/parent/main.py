@@ -40,6 +40,7 @@ from vmd.ipc.messages.clients import (
     ConsoleRequest,
     ConsoleWatch,
     DiscRequest,
+    EventsRequest,
     Failed,
     FiguresRequest,
     GenerationsRequest,
@@ -75,6 +76,7 @@ from vmd.ipc.messages.shared import SnapshotInfo, TransferProgress
 from vmd.ipc.messages.vm import (
     AskResolvers,
     ConsoleSnapshotEnd,
+    DeviceEvent,
     DevicesReported,
     DiscChanged,
     DiskResized,
@@ -107,6 +109,7 @@ from vmd.parent.connections import Connections
 from vmd.parent.consolelogs import ConsoleLogs
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
+from vmd.parent.events import Events
 from vmd.parent.figures import Figures
 from vmd.parent.generations import Generations
 from vmd.parent.identity import StateFile
@@ -127,6 +130,7 @@ from vmd.parent.truth import Truth
 from vmd.parent.upgrade import Upgrade
 from vmd.parent.vmms import Vmms
 from vmd.record import Record, RecordType
+from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -203,6 +207,7 @@ class Parent(Process):
         self.console_logs = ConsoleLogs(core, self.attach)
         self.consoles.on_change = self.console_logs.look
         self.network = Network(core, self.consoles.repeat_snapshots)
+        core.events.address = self.network.guest_address
         self.status = status = Status(core, self.network, self.console_logs)
         self.network.priv.on_silent = self.on_priv_silent
         self.generations = Generations()
@@ -236,9 +241,9 @@ class Parent(Process):
         self.metrics = Metrics(core, figures, self.attach)
         self.configuration.on_effect = self.on_effect
         rooms = (
-            self.agentx, figures, self.logs, self.consoles, self.network, status, self.life, self.transfers,
-            self.snapshots, self.changes, self.configuration, self.openings, self.vmms, self.console_logs,
-            self.metrics,
+            core.events, self.agentx, figures, self.logs, self.consoles, self.network, status, self.life,
+            self.transfers, self.snapshots, self.changes, self.configuration, self.openings, self.vmms,
+            self.console_logs, self.metrics,
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
         self.warned: set[str] = set()
@@ -331,6 +336,9 @@ class Parent(Process):
         self.core.serving = True
         self.connections.listen(listener)
         log.info("startup")
+        others = self.adoption.adopted
+        text = f"goes on with {others} VM{'' if others == 1 else 's'} of an earlier vmd" if self.truth else "startup"
+        self.core.events.add("daemon", text=text, value=VERSION)
         self.on_ready()
         self.metrics.configure(self.core.config.settings)
         self.adoption.when_serving()
@@ -541,6 +549,7 @@ class Parent(Process):
         **handles(Proc.VMM, DisksBack, on(Snapshots, Snapshots.on_back)),
         **handles(Proc.VMM, DiskResized, on(Changes, Changes.on_disk_resized)),
         **handles(Proc.VMM, DiscChanged, on(Changes, Changes.on_disc_changed)),
+        **handles(Proc.VMM, DeviceEvent, on(Events, Events.on_device)),
         **handles(Proc.VMM, DevicesReported, on(Status, Status.on_reported)),
         **handles(Proc.VMM, AskResolvers, on(Network, Network.on_ask_resolvers)),
         **handles(Proc.VMM, VmLog, on(Logs, Logs.on_vm_log)),
@@ -588,6 +597,7 @@ SERVES: Mapping[RecordType, Served] = {
     **serves(ListRequest, Status, Status.serve_list),
     **serves(SwitchesRequest, Status, Status.serve_switches),
     **serves(NicsRequest, Status, Status.serve_nics),
+    **serves(EventsRequest, Events, Events.serve),
     **serves(FiguresRequest, Figures, Figures.serve),
     **serves(LoadRequest, Configuration, Configuration.serve_load),
     **serves(ReloadRequest, Configuration, Configuration.serve_reload),

@@ -6,6 +6,7 @@ outlive a reboot of the guest, with their names.
 """
 
 import errno
+import socket
 import time
 from collections.abc import Callable, Iterable
 
@@ -355,6 +356,13 @@ class Network:
         found = [(index, what, taps.since_s) for index, what in taps.lacking.items()]
         found += [(index, what, self.unresolved_s) for index, what in unresolved.items()]
         return [Trouble(device=f"interface{index}", text=what, since_s=since_s) for index, what, since_s in found]
+
+    def guest_address(self, vmid: int, device: str) -> str:
+        """Return the IPv4 address that the guest of a `local` interface is given, "" if there is none."""
+        taps = self.taps.get(vmid)
+        links = taps.links if taps is not None else ()
+        found = [link.guest4 for index, link in enumerate(links) if device == f"interface{index}"]
+        return socket.inet_ntoa(found[0]) if found and found[0] else ""
 
     # --- ending ------------------------------------------------------------------------------------------
 

@@ -447,6 +447,7 @@ class Snapshots:
         if job.failure is None:
             if job.action in DONE:
                 log.info(f"{vm.name}: {DONE[job.action]} {job.tag}")
+                self.core.events.add("snapshot", vm, text=DONE[job.action], value=job.tag)
             self.clients.answer_all(For.IMAGES, vm.vmid, SnapshotsDone(vmid=vm.vmid, name=vm.name, tag=job.tag))
             return
         text = brief(sentence(job.failure))

@@ -109,14 +109,16 @@ class Vm:
     """One VM; owned by the table.
 
     Whatever of it changes is counted, and `on_change` called: another parent is to know it.
+    `on_event` is called with each change of its state: what has happened, why, and how it ended if it has.
     """
 
     changes = 0
     on_change: "Callable[[], None]" = staticmethod(lambda: None)
+    on_event: "Callable[[Vm, str, str, str], None]" = staticmethod(lambda _vm, _what, _text, _how: None)
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-        if name not in ("changes", "on_change"):
+        if name not in ("changes", "on_change", "on_event"):
             self.changed()
 
     def __init__(self, vmid: int, config: VmConfig, *, from_config: bool) -> None:
@@ -169,9 +171,12 @@ class Vm:
         """Where it is in its life."""
         return self._state
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: State, what: str, text: str = "") -> None:
+        """Come into another state, with the word for that (`vmd.parent.events`); "": somebody else will tell."""
         if state is not self._state:
             self._state, self.since_s = state, time.time()
+            if what:
+                self.on_event(self, what, text, "")
 
     def changed(self) -> None:
         """Something has changed that another object has for this VM."""
@@ -234,28 +239,28 @@ class Vm:
     def enqueue(self) -> None:
         """STOPPED -> WAITING."""
         self.require_startable()
-        self._enter(State.WAITING)
+        self._enter(State.WAITING, "waiting")
 
     def leave_queue(self, why: str = "") -> None:
         """WAITING -> STOPPED: it will not be started, or its start has failed already."""
         if self._state is State.WAITING:
-            self._enter(State.STOPPED)
+            self._enter(State.STOPPED, "failed" if why else "stop", why or "was waiting for its start")
         self.text = why
 
     def begin_start(self, uid: int, *, again: bool = False) -> None:
         """STOPPED or WAITING -> STARTING for a user, `again` after a reset by its guest."""
-        self._begin(State.STARTING, again=again)
+        self._begin(State.STARTING, "reboot" if again else "start", again=again)
         self.uid = uid
 
     def begin_receive(self, receiving: Receiving, *, again: bool = False) -> None:
         """STOPPED or WAITING -> RECEIVING, `again` in the life that it has."""
-        self._begin(State.RECEIVING, again=again)
+        self._begin(State.RECEIVING, "receive", again=again)
         self.receiving = receiving
 
-    def _begin(self, state: State, *, again: bool = False) -> None:
+    def _begin(self, state: State, what: str, *, again: bool = False) -> None:
         self.require_startable()
         self.going_back = False
-        self._enter(state)
+        self._enter(state, what)
         if not again:
             self.started_s, self.guest_resets = time.time(), 0
             self.starts += 1
@@ -265,12 +270,12 @@ class Vm:
         """STARTING -> RUNNING; a VM that was told to stop meanwhile stays STOPPING."""
         self.pid = pid
         if self._state is State.STARTING:
-            self._enter(State.RUNNING)
+            self._enter(State.RUNNING, "ready")
 
     def begin_reboot(self) -> None:
         """Any state with a process -> STOPPED: its guest has reset itself, and it is started again at once."""
         assert self.alive
-        self._enter(State.STOPPED)
+        self._enter(State.STOPPED, "")
         self.pid = 0
         self.take_figures(None)
         self.changing = None
@@ -287,7 +292,7 @@ class Vm:
         """RUNNING <-> PAUSED; a VM that is being stopped stays so, and one that is being sent until that is over."""
         state = State.PAUSED if paused else State.RUNNING
         if self._state in (State.RUNNING, State.PAUSED):
-            self._enter(state)
+            self._enter(state, "pause" if paused else "unpause")
             if not paused:
                 self.text = ""
         elif self.sending is not None:
@@ -306,12 +311,12 @@ class Vm:
             raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
         self.require_unchanging()
         self.sending = Sending(keep=keep, state=self._state, carried=carried)
-        self._enter(state)
+        self._enter(state, "saving" if state is State.SAVING else "migrate" if carried else "send")
 
     def stay(self) -> None:
         """SENDING, SAVING or IN_DOUBT -> as before: it was not sent, or only a copy of it was."""
         if self.sending is not None and self._state in (State.SENDING, State.SAVING, State.IN_DOUBT):
-            self._enter(self.sending.state)
+            self._enter(self.sending.state, "resume")
             self.text = ""
         self._end_sending()
 
@@ -323,7 +328,7 @@ class Vm:
     def doubt(self, why: str) -> None:
         """SENDING -> IN_DOUBT: nobody knows whether it runs elsewhere."""
         if self._state is State.SENDING:
-            self._enter(State.IN_DOUBT)
+            self._enter(State.IN_DOUBT, "in doubt", why)
         if self._state is State.IN_DOUBT:
             self.text = why
 
@@ -331,13 +336,13 @@ class Vm:
         """SENDING -> STOPPING: it goes on elsewhere.  A VM that is being stopped meanwhile has been sent, too."""
         self.sent = sent
         self._end_sending()
-        self._enter(State.STOPPING)
+        self._enter(State.STOPPING, "sent")
 
     def wait_for_disks(self, why: str) -> bool:
         """RECEIVING -> PAUSED: it has all but what it needs of this host.  False if it is not received any more."""
         if self.receiving is None or self._state is State.STOPPING:
             return False
-        self._enter(State.PAUSED)
+        self._enter(State.PAUSED, "pause", why)
         self.text = why
         return True
 
@@ -345,14 +350,14 @@ class Vm:
         """PAUSED, without its disks -> RECEIVING, and then RUNNING."""
         self.require_pausable()
         receiving.paused = False
-        self._enter(State.RECEIVING)
+        self._enter(State.RECEIVING, "receive")
 
     def end_receive(self, pid: int, *, paused: bool) -> None:
         """RECEIVING -> RUNNING or PAUSED, unless it is already to stop."""
         self.receiving = None
         self.pid, self.text = pid, ""
         if self._state is State.RECEIVING:
-            self._enter(State.PAUSED if paused else State.RUNNING)
+            self._enter(State.PAUSED if paused else State.RUNNING, "received")
 
     def drop_transfer(self) -> VmSent | None:
         """Its process has ended, and with that its being sent or received; return what is to be told if it was sent."""
@@ -372,13 +377,14 @@ class Vm:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is {doing}; interrupt that, or stop it by force")
         if self._state is State.IN_DOUBT and not force:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is in doubt: {self.text}; stop it by force, or see {SEE}")
-        self._enter(State.STOPPING)
+        self._enter(State.STOPPING, "stopping")
 
     def ended(self, text: str, how: str = endings.FAILED) -> None:
         """Any state -> STOPPED: there is no process, or none any more."""
         if self.next_config is not None:
             self.config, self.next_config = self.next_config, None
-        self._enter(State.STOPPED)
+        what = "stop" if how != endings.FAILED else "crash" if self.pid else "failed"
+        self._enter(State.STOPPED, "")
         self.pid = 0
         self.text = text
         self.last_end = LifeEnd(at_s=int(self.since_s), how=how, text=text)
@@ -389,6 +395,7 @@ class Vm:
         self.once_because = ""
         self.running_config = None
         self.changing = None
+        self.on_event(self, what, text, how)
 
     def nics(self) -> "Iterator[NicConfig]":
         """Return every interface that it has, or is to have."""
@@ -503,6 +510,7 @@ class VmTable:
     def __init__(self, identities: Identities | None = None) -> None:
         self.identities = identities or Identities()
         self.on_change: Callable[[], None] = lambda: None
+        self.on_event: Callable[[Vm, str, str, str], None] = lambda _vm, _what, _text, _how: None
         self._by_name: dict[str, Vm] = {}
 
     def __iter__(self) -> Iterator[Vm]:
@@ -529,6 +537,7 @@ class VmTable:
         """Have a VM that somebody else has described."""
         self._by_name[vm.name] = vm
         vm.on_change = self.changed
+        vm.on_event = self.on_event
         self.changed()
 
     def changed(self) -> None:

@@ -102,6 +102,7 @@ class DeviceProcess:
         self._on_ask_resolvers: Callable[[], None] = lambda: None
         self._on_lock_lost: Callable[[str], None] = log.error
         self.lock_lost = ""  # why a disk is not known to be ours any more
+        self._on_event: Callable[[str, str], None] = lambda _what, _text: None
         self._on_changed: Callable[[int, str], None] | None = None  # while RESIZE or DISC is not answered
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
@@ -163,10 +164,15 @@ class DeviceProcess:
         on_config: "Callable[[bytes], object]",
         on_ask_resolvers: "Callable[[], None]",
         on_lock_lost: "Callable[[str], None]",
+        on_event: "Callable[[str, str], None]",
     ) -> None:
-        """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on."""
+        """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on.
+
+        `on_event` is called with a word and a sentence (`DeviceEvent`).
+        """
         self._on_failed, self._on_needs_reset, self._on_config = on_failed, on_needs_reset, on_config
         self._on_ask_resolvers, self._on_lock_lost = on_ask_resolvers, on_lock_lost
+        self._on_event = on_event
         loop.add(self._async.fileno(), lambda _events: self._on_async(loop))
 
     # --- questions -------------------------------------------------------------------------------------------
@@ -387,7 +393,9 @@ class DeviceProcess:
                 if len(packet) < devmsg.NEEDS_RESET_HEAD.size:
                     raise PeerError(self.title, "NEEDS_RESET is too short", packet)
                 life = devmsg.NEEDS_RESET_HEAD.unpack_from(packet)[1]
-                self._on_needs_reset(packet[devmsg.NEEDS_RESET_HEAD.size :].decode(errors="replace")[:200], life)
+                text = packet[devmsg.NEEDS_RESET_HEAD.size :].decode(errors="replace")[:200]
+                self._on_needs_reset(text, life)
+                self._on_event("fault", text)
             case devmsg.CONFIG_CHANGED:
                 self._on_config(self._ready(packet)[1])
             case devmsg.CHANGED if self._on_changed is not None:
@@ -398,8 +406,11 @@ class DeviceProcess:
             case devmsg.LOCK_LOST if self.kind.settles:
                 self.lock_lost = packet[devmsg.TYPE.size :][: devmsg.TROUBLE_MAX].decode(errors="replace")
                 self._on_lock_lost(f"{self.label}: {self.lock_lost}")
+                self._on_event("trouble", self.lock_lost)
             case devmsg.ASK_RESOLVERS if self.kind is INTERFACE:
                 self._on_ask_resolvers()
+            case devmsg.LEASE if self.kind is INTERFACE:
+                self._on_event("lease", "")
             case devmsg.ERROR:
                 raise PeerError(self.title, self._error(packet)[1])
             case kind:
@@ -409,7 +420,11 @@ class DeviceProcess:
         """Note what is wrong with the device now; what was wrong before keeps its time."""
         now_s = int(time.time())
         texts = [part[: devmsg.TROUBLE_MAX].decode(errors="ignore") for part in raw.split(b"\0")[: devmsg.TROUBLES_MAX]]
-        self.troubles = {text: self.troubles.get(text, now_s) for text in texts if text}
+        before, self.troubles = self.troubles, {text: self.troubles.get(text, now_s) for text in texts if text}
+        for text in self.troubles.keys() - before.keys():
+            self._on_event("trouble", text)
+        if before and not self.troubles:
+            self._on_event("mended", "")
 
     # --- decoding, believing nothing -----------------------------------------------------------------------------
 

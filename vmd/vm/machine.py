@@ -68,6 +68,7 @@ class Outside(Record):
     end: "Callable[[Outcome, str], None]"  # told from any thread when the guest's life is over
     ask_resolvers: "Callable[[], None]"  # a guest wants to know its name servers
     lock_lost: "Callable[[str], None]"  # somebody else may have one of its disks
+    report: "Callable[[str, str, str], None]"  # something has happened to a device (`DeviceEvent`)
 
 
 class Host:
@@ -272,6 +273,9 @@ class Machine:
                 on_config=function.on_config,
                 on_ask_resolvers=self.outside.ask_resolvers,
                 on_lock_lost=self.outside.lock_lost,
+                on_event=lambda what, text, label=device.label: self.outside.report(  # type: ignore[misc]
+                    what, label, text
+                ),
             )
             self.outside.loop.add(function.config_resample, function.on_config_resample)
             self.virtio.append(function)

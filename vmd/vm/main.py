@@ -27,6 +27,7 @@ from vmd.ipc.messages.vm import (
     ChangeDisc,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
+    DeviceEvent,
     DevicesReported,
     DisksBack,
     DisksLent,
@@ -61,7 +62,7 @@ from vmd.ipc.process import Process, handles
 from vmd.ipc.routes import Proc
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
-from vmd.log import log
+from vmd.log import RateLimit, log
 from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
@@ -138,6 +139,7 @@ class VmProcess(Process):
         self.departure: Departure | None = None
         self.lending: Lending | None = None
         self.asking: Timer | None = None  # for name servers
+        self.events = RateLimit(burst=8, interval_s=1.0)
         self.devices = DeviceProcesses()
         self.console: Console | None = None
 
@@ -187,6 +189,7 @@ class VmProcess(Process):
             end=self.end_from_thread,
             ask_resolvers=self.ask_resolvers,
             lock_lost=self.on_lock_lost,
+            report=self.report_event,
         )
         try:
             pause = build(source, config, slots, outside)
@@ -522,6 +525,11 @@ class VmProcess(Process):
         if self.asking is None:
             self.asking = self.loop.call_later(RESOLVERS_TIMEOUT_S, lambda: self.tell_resolvers(None))
             self.vmm.send(AskResolvers(vmid=self.vmid))
+
+    def report_event(self, what: str, device: str, text: str) -> None:
+        """Tell what has happened to a device; a guest may make it happen again and again."""
+        if self.events.allow():
+            self.vmm.send(DeviceEvent(vmid=self.vmid, what=what, device=device, text=text))
 
     def on_resolvers(self, message: Resolvers, _envelope: Envelope, _channel: Channel) -> None:
         """These are the name servers."""

@@ -14,6 +14,7 @@ from vmd.ipc.messages.shared import TransferProgress
 from vmd.ipc.messages.vm import (
     AskResolvers,
     ConsoleSnapshot,
+    DeviceEvent,
     DevicesReported,
     DisksBack,
     DisksLent,
@@ -50,7 +51,9 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 # What a VM process says on its own, or again and again: how much at once, and then in a second.  More is not passed on.
-BUDGETS: "dict[type[Any], tuple[int, float]]" = {AskResolvers: (16, 4.0), TransferProgress: (1, 10.0)}
+BUDGETS: "dict[type[Any], tuple[int, float]]" = {
+    AskResolvers: (16, 4.0), DeviceEvent: (16, 1.0), TransferProgress: (1, 10.0),
+}  # fmt: skip
 # What another parent is given, if there has to be one: copies stay here as long as the VM is known.
 KEPT = ("tty", "tty_slave", "shown", "memory", "log", "boot", "initrd", "taps", "figures")
 OF_A_CLIENT = (BY_CLASS[ConsoleSnapshot].answers, (DevicesReported,))  # answers that only one who has left waits for

@@ -98,7 +98,9 @@ def test_who_may_ask_what() -> None:
     """As vmctl(8) says; a new request has its place here, too."""
     found = {who: {cls.__name__ for cls in REQUESTS if BY_CLASS[cls].who is who} for who in Who}
     assert found == {
-        Who.EVERYBODY: {"ListRequest", "SwitchesRequest", "NicsRequest", "FiguresRequest", "GenerationsRequest"},
+        Who.EVERYBODY: {
+            "ListRequest", "SwitchesRequest", "NicsRequest", "FiguresRequest", "EventsRequest", "GenerationsRequest",
+        },
         Who.OWNER: {
             "StartRequest", "StopRequest", "WaitRequest", "PauseRequest", "ConsoleRequest", "ConsoleBreak",
             "ConsoleWatch", "ConsoleLogRequest", "SnapshotRequest", "ResizeRequest", "DiscRequest",

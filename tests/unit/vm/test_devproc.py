@@ -124,6 +124,7 @@ class Ears:
         self.configs: list[bytes] = []
         self.asked: list[bool] = []
         self.lost: list[str] = []
+        self.events: list[tuple[str, str]] = []
         process.serve(
             self.loop,
             on_failed=self.fail,
@@ -131,6 +132,7 @@ class Ears:
             on_config=self.configs.append,
             on_ask_resolvers=lambda: self.asked.append(True),
             on_lock_lost=self.lost.append,
+            on_event=lambda what, text: self.events.append((what, text)),
         )
 
     def fail(self, text: str) -> None:
@@ -344,6 +346,16 @@ def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
     ears.listen()
 
     assert (ears.resets, ears.configs, ears.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
+    assert ears.events == [("fault", "descriptor 9")]
+
+
+def test_a_network_interface_tells_of_a_lease(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+    """Others have none to give."""
+    running.kind = INTERFACE
+    impostor.informs.send(devmsg.TYPE.pack(devmsg.LEASE))
+    ears.listen()
+
+    assert (ears.events, ears.failures) == ([("lease", "")], [])
 
 
 def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
@@ -413,6 +425,7 @@ def test_what_is_wrong_with_a_device_is_kept_while_it_is(
     impostor.informs.send(troubles())
     ears.listen()
     assert running.troubles == {}
+    assert ears.events == [("trouble", "old"), ("trouble", "flush fails"), ("mended", "")]
 
 
 @pytest.mark.parametrize(
@@ -436,6 +449,7 @@ BAD_NEWS = {
     "unknown": devmsg.TYPE.pack(0xFFFFFFFF),
     "question": devmsg.TYPE.pack(devmsg.RESET),
     "ready-again": READY,
+    "tells-of-a-lease": devmsg.TYPE.pack(devmsg.LEASE),
     "asks-for-name-servers": devmsg.TYPE.pack(devmsg.ASK_RESOLVERS),
     "short-needs-reset": devmsg.TYPE.pack(devmsg.NEEDS_RESET),
     "short-configuration": devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + bytes(59),

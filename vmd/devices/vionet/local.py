@@ -64,7 +64,7 @@ class LocalNetwork:
         self.waiting: list[Callable[[], None]] = []  # answers that wait for name servers
         self.asked = False
         self.initial = 0
-        self.life = 0
+        self.life = self.leased = 0  # the latter: in which the VM was last told of a lease
         self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, dhcp.BOOTP_TYPE: 0}
         self.unanswered = dict.fromkeys(dhcp.REASONS, 0)
         self.lease_s = self.lease_requested = 0
@@ -130,6 +130,9 @@ class LocalNetwork:
         if reply.lease:
             self.lease_s = int(time.time())
             self.lease_requested = int.from_bytes(reply.requested, "big")
+            if self.leased != self.life:
+                self.leased = self.life
+                self.tell(devmsg.TYPE.pack(devmsg.LEASE))
         self.show()
         self.inject(reply.frame)
 

@@ -171,6 +171,19 @@ class FiguresRequest(VmRequest):
     """Say what every VM has done and what it uses; or one, by id or name."""
 
 
+@request(0x7A, Who.EVERYBODY, "Event", "EventsSeen")
+class EventsRequest(VmRequest):
+    """Tell what happens to all VMs and the daemon, or to one VM.
+
+    `since` is the number of the last event that the client has seen; those after it are the answer, or the first that
+    come.  With 0 these are all that are remembered.  With None the answer is only which one was the last.  With
+    `wait` False there is an answer at once, whether anything has happened or not.
+    """
+
+    since: int | None = None
+    wait: bool = True
+
+
 @request(0x20, Who.EVERYBODY, "SwitchInfo", "End")
 class SwitchesRequest(Request):
     """Describe every switch of the configuration."""
@@ -448,6 +461,32 @@ class TroubleInfo(Record):
     device: str  # such as disk0
     text: str
     since_s: int  # seconds since 1970
+
+
+@message(0x7B, ANSWER, partial=True)
+class Event(Record):
+    """Something that has happened."""
+
+    number: int  # among all events of this daemon, from 1 on
+    at_ms: int  # milliseconds since 1970
+    what: str  # one of the words of `vmd.parent.events`
+    vmid: int = 0  # 0: it is the daemon's
+    name: str = ""
+    state: str = ""  # of the VM, from then on
+    text: str = ""  # why, for people
+    how: str = ""  # of an end: as in LifeEnd
+    device: str = ""  # such as disk0
+    value: str = ""  # an address that was leased, the tag of a snapshot, the bytes that a disk has now
+    lost: int = 0  # events that were not read in time
+
+
+@message(0x7C, ANSWER)
+class EventsSeen(Record):
+    """Those were all up to this number; the `newest` may be a later one.  `vmid`: as it was asked for."""
+
+    vmid: int
+    number: int
+    newest: int
 
 
 @message(0x4E, ANSWER, partial=True)

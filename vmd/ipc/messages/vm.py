@@ -63,6 +63,16 @@ class VmRunning(Record):
     paused: bool = False  # received, and to wait
 
 
+@message(0x7D, FROM_VM)
+class DeviceEvent(Record):
+    """Something has happened to a device; `what` is one of OF_DEVICES of `vmd.parent.events`."""
+
+    vmid: int
+    what: str
+    device: str  # such as disk0
+    text: str = ""
+
+
 @message(0x62, FROM_VM)
 class VmFailed(Record):
     """The VM could not be built."""

@@ -1,0 +1,292 @@
+"""Who hears of what, and what becomes of those that read slowly."""
+
+import errno
+import json
+import re
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from tests.support.daemon import ROOT
+from vmd.config.model import VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages.clients import Caller, Event, EventsRequest, EventsSeen
+from vmd.ipc.messages.vm import DeviceEvent
+from vmd.ipc.routes import Proc
+from vmd.parent import endings
+from vmd.parent.clients import Clients
+from vmd.parent.events import AT_ONCE, PAST_MAX, WORDS, Events
+from vmd.parent.peers import Peers
+from vmd.parent.vmtable import Receiving, Vm, VmTable
+from vmd.record import Record
+
+CALLER = Caller(uid=1000, gid=1000, pid=1)
+UNUSED = cast("Any", None)
+SENT = cast("Any", object())
+
+
+class Parent:
+    """As much of one as events need."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, Record]] = []
+        self.later: list[Callable[[], None]] = []
+        self.vms = VmTable()
+        peers = Peers()
+        peers.channels[Proc.CONTROL] = cast("Any", self)
+        self.clients = Clients(peers)
+        self.events = Events(cast("Any", self), self.clients, self.vms, lambda: 12.5)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> object:
+        """Stand in for the loop."""
+        assert delay_s == 0
+        self.later.append(callback)
+        return self
+
+    def send(self, message: Record, *, peerid: int, fds: object) -> None:
+        """Stand in for the channel to control."""
+        self.told.append((peerid, message))
+
+    def go_on(self) -> None:
+        """Have the loop go round."""
+        later, self.later = self.later, []
+        for call in later:
+            call()
+
+    def ask(self, client: int, since: int | None = 0, **more: Any) -> None:  # noqa: ANN401 - fields
+        """Have a client ask."""
+        envelope = Envelope(message=UNUSED, peerid=client, pid=0, fds={})
+        self.events.serve(EventsRequest(since=since, **more), CALLER, envelope)
+
+    def hears(self, client: int) -> list[Any]:
+        """Return what a client has been told since the last look."""
+        heard = [message for peerid, message in self.told if peerid == client]
+        self.told = [each for each in self.told if each[0] != client]
+        return heard
+
+    def vm(self, name: str) -> Vm:
+        """Return a new VM."""
+        return self.vms.add(VmConfig(name=name), from_config=True)
+
+
+@pytest.fixture
+def parent() -> Parent:
+    """Give one without events."""
+    return Parent()
+
+
+def numbers(heard: list[Any]) -> list[int]:
+    """Return the numbers of events."""
+    return [message.number for message in heard if isinstance(message, Event)]
+
+
+def whats(heard: list[Any]) -> list[str]:
+    """Return what was heard of, in words."""
+    return [message.what for message in heard if isinstance(message, Event)]
+
+
+def test_who_waits_hears_of_all_that_happens_at_once(parent: Parent) -> None:
+    """In one answer; and of what follows when that was asked for."""
+    parent.ask(1, None)
+    assert parent.hears(1) == [EventsSeen(vmid=0, number=0, newest=0)]
+    parent.ask(1)
+    parent.events.add("daemon", text="startup", value="1.0")
+    parent.events.add("reload")
+    assert parent.hears(1) == []
+
+    parent.go_on()
+
+    assert parent.hears(1) == [
+        Event(number=1, at_ms=12500, what="daemon", text="startup", value="1.0"),
+        Event(number=2, at_ms=12500, what="reload"),
+        EventsSeen(vmid=0, number=2, newest=2),
+    ]
+    parent.events.add("reload")
+    parent.go_on()
+    assert parent.hears(1) == []
+    parent.ask(1, 2)
+    assert numbers(parent.hears(1)) == [3]
+
+
+def test_one_vm(parent: Parent) -> None:
+    """Of others, and of the daemon, nothing is heard; and none of their events is missed as such."""
+    web, mail = parent.vm("web"), parent.vm("mail")
+    parent.ask(1, name="web")
+    for _ in range(PAST_MAX + 5):
+        parent.events.add("reload")
+        mail.enqueue()
+        mail.leave_queue()
+        parent.go_on()
+    web.enqueue()
+    parent.go_on()
+
+    heard = parent.hears(1)
+
+    assert whats(heard) == ["waiting"]
+    assert (heard[0].name, heard[0].vmid, heard[0].state) == ("web", web.vmid, "waiting")
+    assert heard[1] == EventsSeen(vmid=web.vmid, number=heard[0].number, newest=heard[0].number)
+
+
+def test_a_vm_that_is_gone_has_left_its_events(parent: Parent) -> None:
+    """Its end above all; one that nobody ever knew is refused."""
+    vm = parent.vm("scratch")
+    vm.begin_start(0)
+    vm.ended("stopped as asked", endings.STOPPED)
+    parent.vms.remove(vm)
+
+    parent.ask(1, name="scratch")
+    parent.ask(2, vmid=vm.vmid, wait=False)
+
+    assert whats(parent.hears(1)) == whats(parent.hears(2)) == ["start", "stop"]
+    with pytest.raises(OperatorError, match="vm nobody not found") as refused:
+        parent.ask(3, name="nobody")
+    assert refused.value.number == errno.ENOENT
+
+
+def test_who_reads_slowly_is_told_how_much_it_has_lost(parent: Parent) -> None:
+    """And waits for nobody; it then reads on with the oldest one that there is, piece by piece."""
+    for _ in range(PAST_MAX + 7):
+        parent.events.add("reload")
+
+    parent.ask(1, 2)
+
+    lost, *rest = parent.hears(1)
+    assert (lost.what, lost.number, lost.lost) == ("lost", 7, 5)
+    assert "5 events" in lost.text
+    assert numbers(rest) == list(range(8, 8 + AT_ONCE))
+    assert rest[-1] == EventsSeen(vmid=0, number=7 + AT_ONCE, newest=PAST_MAX + 7)
+    seen, total = rest[-1], AT_ONCE
+    while seen.number < seen.newest:
+        parent.ask(1, seen.number)
+        *rows, seen = parent.hears(1)
+        assert "lost" not in whats(rows)
+        total += len(rows)
+    assert total == PAST_MAX
+
+
+@pytest.mark.parametrize("since", [9, -1, 1 << 70])
+def test_who_has_listened_to_another_daemon_begins_anew(parent: Parent, since: int) -> None:
+    """Its numbers are not ours."""
+    parent.events.add("daemon")
+
+    parent.ask(1, since)
+
+    assert numbers(parent.hears(1)) == [1]
+
+
+def test_who_does_not_want_to_wait_is_answered(parent: Parent) -> None:
+    """With nothing."""
+    parent.ask(1, 0, wait=False)
+
+    assert parent.hears(1) == [EventsSeen(vmid=0, number=0, newest=0)]
+
+
+def test_who_has_left_hears_nothing(parent: Parent) -> None:
+    """Nor do we think of it any more."""
+    parent.ask(1)
+    parent.clients.gone(1)
+    parent.events.add("reload")
+    parent.go_on()
+
+    assert parent.told == []
+
+
+def test_a_life_is_heard_from_beginning_to_end(parent: Parent) -> None:
+    """Each transition that changes the state has its word, and none is told twice."""
+    vm = parent.vm("web")
+    vm.enqueue()
+    vm.begin_start(0)
+    vm.begin_run(9)
+    vm.pause_changed(paused=True)
+    vm.pause_changed(paused=True)
+    vm.pause_changed(paused=False)
+    vm.begin_send(keep=True)
+    vm.stay()
+    vm.begin_reboot()
+    vm.begin_start(0, again=True)
+    vm.begin_run(9)
+    vm.begin_send(keep=False, carried=True)
+    vm.doubt("nobody knows")
+    vm.stay()
+    vm.begin_send(keep=False)
+    vm.leave(SENT)
+    vm.ended("", endings.SENT)
+    parent.ask(1)
+
+    heard = parent.hears(1)
+
+    assert whats(heard) == [
+        "waiting", "start", "ready", "pause", "unpause", "send", "resume", "reboot", "ready", "migrate", "in doubt",
+        "resume", "send", "sent", "stop",
+    ]  # fmt: skip
+    by_what = {event.what: event for event in heard[:-1]}
+    assert by_what["in doubt"].text == "nobody knows"
+    assert (by_what["pause"].state, by_what["stop"].state, by_what["stop"].how) == ("paused", "stopped", "sent")
+
+
+def test_an_arrival(parent: Parent) -> None:
+    """It may stand still at first."""
+    vm = parent.vm("web")
+    receiving = Receiving(paused=False)
+    vm.begin_receive(receiving)
+    vm.wait_for_disks("disk0 is in use")
+    vm.try_again(receiving)
+    vm.end_receive(9, paused=False)
+    vm.begin_stop(force=True)
+    parent.ask(1)
+
+    assert whats(parent.hears(1)) == ["receive", "pause", "receive", "received", "stopping"]
+
+
+@pytest.mark.parametrize(("runs", "how", "what"), [
+    (True, endings.POWERED_OFF, "stop"), (True, endings.KILLED, "stop"), (True, endings.FAILED, "crash"),
+    (False, endings.FAILED, "failed"), (False, endings.KILLED, "stop"),
+])  # fmt: skip
+def test_an_end(parent: Parent, runs: bool, how: str, what: str) -> None:
+    """That nobody wanted is a crash, if the guest was there."""
+    vm = parent.vm("web")
+    vm.begin_start(0)
+    if runs:
+        vm.begin_run(9)
+    vm.ended("why", how)
+    parent.ask(1)
+
+    end = parent.hears(1)[-2]
+
+    assert (end.what, end.how, end.text) == (what, how, "why")
+
+
+def test_what_a_vm_tells_of_its_devices(parent: Parent) -> None:
+    """Only that, only as long as it lives, and no longer than there is room; the address is ours, not its."""
+    vm = parent.vm("web")
+    parent.events.address = lambda vmid, device: f"{vmid} {device}"
+    tells = [("trouble", "disk0", "no space"), ("lease", "interface1", ""), ("stop", "disk0", ""), ("?", "", "")]
+    for what, device, text in tells:
+        parent.events.on_device(DeviceEvent(vmid=vm.vmid, what=what, device=device, text=text), UNUSED)
+    vm.begin_start(0)
+    for what, device, text in [*tells, ("mended", "x" * 9999, "y" * 9999)]:
+        parent.events.on_device(DeviceEvent(vmid=vm.vmid, what=what, device=device, text=text), UNUSED)
+    parent.events.on_device(DeviceEvent(vmid=99, what="trouble", device="disk0"), UNUSED)
+    parent.ask(1)
+
+    _, trouble, lease, mended = parent.hears(1)[:-1]
+
+    assert (trouble.what, trouble.device, trouble.text, trouble.value) == ("trouble", "disk0", "no space", "")
+    assert (lease.what, lease.device, lease.value) == ("lease", "interface1", f"{vm.vmid} interface1")
+    assert mended.what == "mended"
+    assert len(mended.device) + len(mended.text) < 1000
+
+
+def test_every_word_is_described() -> None:
+    """In the schema, and in vmctl(8)."""
+    schema = json.loads((ROOT / "docs/vmctl.schema.json").read_text())["$defs"]["events"]["properties"]["event"]
+    page = (ROOT / "man/vmctl.8").read_text()
+    page = page[page.index("The events are\n") : page.index(".It Cm help ")]
+    words = [line.removeprefix(".It Cm ").split(" , ") for line in page.splitlines() if line.startswith(".It Cm ")]
+
+    assert sorted(schema["enum"]) == sorted(WORDS)
+    assert sorted(word for line in words for word in line) == sorted(WORDS)
+    for word in WORDS:
+        assert re.search(rf"\b{word}\b", schema["description"]), word

@@ -1,0 +1,153 @@
+"""What happens, for clients that want to hear of it (`vmctl events`).
+
+Where a VM is in its life is heard from its own transitions (`vmtable`); rooms add what else there is by `add`.  The
+last PAST_MAX events are remembered, by number.  A client says which one it has seen last.  It is answered with those
+that came after that, or as soon as there are some.  So nothing waits for a client that reads slowly: what it has not
+read in time is forgotten, and it is told how much that was.
+"""
+
+import errno
+import itertools
+from collections import deque
+
+from vmd.errors import OperatorError
+from vmd.ipc.messages.clients import Caller, Event, EventsRequest, EventsSeen
+from vmd.ipc.messages.shared import brief
+from vmd.ipc.messages.vm import DeviceEvent
+from vmd.parent.clients import For
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.ipc.imsg import Envelope
+    from vmd.ipc.loop import Loop, Timer
+    from vmd.parent.clients import Clients
+    from vmd.parent.vmtable import Vm, VmTable
+
+PAST_MAX = 1000
+AT_ONCE = 64  # events in one answer
+TEXT_BYTES_MAX = 500
+DEVICE_MAX = 32
+
+# Every word that an event is called by; vmctl(8) and docs/vmctl.schema.json say what each means.
+OF_THE_DAEMON = ("daemon", "reload")
+OF_A_LIFE = (
+    "waiting", "start", "ready", "reboot", "pause", "unpause", "send", "migrate", "sent", "receive", "received",
+    "saving", "resume", "in doubt", "stopping", "stop", "crash", "failed",
+)  # fmt: skip
+OF_DISKS = ("snapshot", "resize", "cdrom")
+OF_DEVICES = ("lease", "trouble", "mended", "fault")  # that the process of a VM tells of
+LOST = "lost"
+WORDS = (*OF_THE_DAEMON, *OF_A_LIFE, *OF_DISKS, *OF_DEVICES, LOST)
+
+
+class Events:
+    """The room of those who listen."""
+
+    def __init__(self, loop: "Loop", clients: "Clients", vms: "VmTable", now_s: "Callable[[], float]") -> None:
+        self._loop = loop
+        self._clients = clients
+        self._vms = vms
+        self._now_s = now_s
+        self._past: deque[Event] = deque(maxlen=PAST_MAX)
+        self._newest = 0
+        self._timer: Timer | None = None
+        self.address: Callable[[int, str], str] = lambda _vmid, _device: ""  # of a guest at an interface
+        vms.on_event = self.on_vm
+
+    # --- what happens ------------------------------------------------------------------------------------
+
+    def add(
+        self, what: str, vm: "Vm | None" = None, *, text: str = "", how: str = "", device: str = "", value: str = ""
+    ) -> None:
+        """Remember an event, and tell those who listen before the next message is looked at."""
+        assert what in WORDS, what
+        self._newest += 1
+        event = Event(
+            number=self._newest,
+            at_ms=int(self._now_s() * 1000),
+            what=what,
+            vmid=vm.vmid if vm is not None else 0,
+            name=vm.name if vm is not None else "",
+            state=vm.state.value if vm is not None else "",
+            text=brief(text, TEXT_BYTES_MAX),
+            how=how,
+            device=device,
+            value=brief(value, TEXT_BYTES_MAX),
+        )
+        self._past.append(event)
+        if self._timer is None:
+            self._timer = self._loop.call_later(0, self._tell_all)
+
+    def on_vm(self, vm: "Vm", what: str, text: str, how: str) -> None:
+        """A VM has come into another state."""
+        self.add(what, vm, text=text, how=how)
+
+    def on_device(self, message: DeviceEvent, _envelope: "Envelope") -> None:
+        """The process of a VM tells of one of its devices.  It may say anything, but of nothing else."""
+        vm = self._vms.find(message.vmid, "")
+        if vm is None or not vm.alive or message.what not in OF_DEVICES:
+            return
+        device = message.device[:DEVICE_MAX]
+        value = self.address(vm.vmid, device) if message.what == "lease" else ""
+        self.add(message.what, vm, text=message.text, device=device, value=value)
+
+    # --- who listens -------------------------------------------------------------------------------------
+
+    def serve(self, message: EventsRequest, _caller: Caller, envelope: "Envelope") -> None:
+        """Answer with what a client has not seen; whoever may see the list of VMs may see that."""
+        client, vmid = envelope.peerid, self._vmid(message)
+        if message.since is None:
+            self._seen(client, vmid, self._newest)
+            return
+        # Whoever has seen more than there was has heard that from the daemon before us.
+        since = message.since if 0 <= message.since <= self._newest else 0
+        if self._tell(client, vmid, since):
+            return
+        if message.wait:
+            self._clients.wait(client, For.EVENTS, vmid, since=self._newest)
+        else:
+            self._seen(client, vmid, self._newest)
+
+    def _vmid(self, message: EventsRequest) -> int:
+        """Return of which VM a client wants to hear, 0 for all.  Raises OperatorError if nobody ever knew it."""
+        if not (message.vmid or message.name):
+            return 0
+        vm = self._vms.find(message.vmid, message.name)
+        if vm is not None:
+            return vm.vmid
+        for event in reversed(self._past):  # one that is gone has left its events
+            if event.vmid and (event.vmid == message.vmid or event.name == message.name):
+                return event.vmid
+        if message.vmid and message.since is not None:
+            return message.vmid  # it was there
+        raise OperatorError(errno.ENOENT, f"vm {message.vmid or message.name} not found")
+
+    def _tell_all(self) -> None:
+        self._timer = None
+        for wait in self._clients.waiting_anywhere(For.EVENTS):
+            if self._tell(wait.client, wait.vmid, wait.since):
+                self._clients.done(wait)
+            else:
+                wait.since = self._newest
+
+    def _tell(self, client: int, vmid: int, since: int) -> bool:
+        """Answer a client with what came after the event that it has seen last; False if that is nothing."""
+        before = self._newest - len(self._past)  # the number of the newest one that is forgotten
+        lost = max(0, before - since)
+        later = itertools.islice(self._past, max(0, since - before), None)
+        rows = list(itertools.islice((event for event in later if vmid in (0, event.vmid)), AT_ONCE))
+        if not rows and not lost:
+            return False
+        if lost:
+            text = f"{lost} events were not read in time, and are forgotten"
+            at_ms = int(self._now_s() * 1000)
+            self._clients.answer(client, Event(number=before, at_ms=at_ms, what=LOST, text=text, lost=lost))
+        for event in rows:
+            self._clients.answer(client, event)
+        self._seen(client, vmid, rows[-1].number if len(rows) == AT_ONCE else self._newest)
+        return True
+
+    def _seen(self, client: int, vmid: int, number: int) -> None:
+        self._clients.answer(client, EventsSeen(vmid=vmid, number=number, newest=self._newest))
