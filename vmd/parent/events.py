@@ -77,7 +77,7 @@ class Events:
             value=brief(value, TEXT_BYTES_MAX),
         )
         self._past.append(event)
-        if self._timer is None:
+        if self._timer is None and self._clients.waiting_anywhere(For.EVENTS):
             self._timer = self._loop.call_later(0, self._tell_all)
 
     def on_vm(self, vm: "Vm", what: str, text: str, how: str) -> None:
