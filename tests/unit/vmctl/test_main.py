@@ -485,6 +485,6 @@ def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
     assert {name for name in loaded if name.startswith("vmctl.commands.")} == {"vmctl.commands.status"}
     assert {name for name in loaded if name.startswith("vmd.")} == {
         "vmd.client", "vmd.config", "vmd.config.model", "vmd.errors", "vmd.ipc", "vmd.ipc.figures", "vmd.ipc.first",
-        "vmd.ipc.imsg", "vmd.ipc.messages", "vmd.ipc.messages.clients", "vmd.ipc.messages.shared", "vmd.ipc.routes",
-        "vmd.record", "vmd.scaled", "vmd.stdio", "vmd.version",
+        "vmd.ipc.imsg", "vmd.ipc.messages", "vmd.ipc.messages.clients", "vmd.ipc.messages.figures",
+        "vmd.ipc.messages.shared", "vmd.ipc.routes", "vmd.record", "vmd.scaled", "vmd.stdio", "vmd.version",
     }  # fmt: skip
