@@ -156,6 +156,18 @@ class LoggedBacklog(Backlog):
         """Return how much the guest has printed, without a system call."""
         return self._counters[SHOWN]
 
+    def fresh(self) -> tuple[int, bytes]:
+        """Return how many bytes behind `logged` are gone, and what comes next, as far as it lies in one piece."""
+        shown = self._counters[SHOWN]
+        first = max(self.logged, shown - BACKLOG_BYTES)
+        if first >= shown:
+            return 0, b""
+        at = first % BACKLOG_BYTES
+        data = os.pread(self.fd, min(shown - first, BACKLOG_BYTES - at), mmap.PAGESIZE + at)
+        # While we were reading, the oldest bytes may have been written over.
+        valid = min(max(first, self._counters[BEGUN] - BACKLOG_BYTES), first + len(data))
+        return valid - self.logged, data[valid - first :]
+
     def log(self, count: int) -> None:
         """So much more is in the log."""
         self.logged += count

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RETRY_S = 5.0  # after a write that has failed
 SAY_S = 5.0  # between two reports of losses only
+TRIES = 4  # to read what is not written over meanwhile, until the next look
 STUCK_S = 30.0  # in one write
 SILENT = "its storage does not answer"
 # The file may grow so much larger than it should while the next one is opened.
@@ -85,17 +86,19 @@ class Keeper:
 
     # --- the main thread -----------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Have written what is there; say so if the thread does not come back from that."""
+    def look(self) -> bool:
+        """Have written what is there, and return whether there is something; say so if that does not end."""
         now_s, busy_s, state = time.monotonic(), self._busy_s, self._state
         stuck = bool(busy_s) and now_s > busy_s + STUCK_S
         if stuck != self._stuck:
             self._stuck = stuck
             self._report(state.copy(text=SILENT if stuck else state.text))
         if busy_s:
-            return
-        if self.backlog.shown() != self.backlog.logged and self._file >= 0 and now_s >= self._retry_s:
+            return not stuck
+        prints = self.backlog.shown() != self.backlog.logged and self._file >= 0 and now_s >= self._retry_s
+        if prints:
             self._wake()
+        return prints
 
     def take_file(self, sock: socket.socket | None, size_bytes: int) -> None:
         """Write to the file that comes over a courier from now on; without one to the same, up to another size."""
@@ -193,14 +196,15 @@ class Keeper:
 
     def _take(self) -> bytes:
         """Return what is to be written next; what the backlog has no more is counted."""
-        output = self.backlog.read()
-        data = output.since(self.backlog.logged)
-        missing = output.end - len(data) - self.backlog.logged
-        if missing > 0:
-            self._gap += missing
-            self._state.lost += missing
-            self.backlog.log(missing)
-        return data
+        for _ in range(TRIES):
+            missing, data = self.backlog.fresh()
+            if missing:
+                self._gap += missing
+                self._state.lost += missing
+                self.backlog.log(missing)
+            if data or not missing:
+                return data
+        return b""
 
     def _count_rest(self) -> None:
         """Count what will be written no more."""
