@@ -227,9 +227,8 @@ ASK_RESOLVERS = 25
 RESOLVERS = 26
 RESOLVERS_BODY = Struct("<I12s48s")
 SAME_RESOLVERS = 27
-# CHECK_LOCK: VM -> disk: TYPE; do you still have the lock of your image?  LOCK_LOST: disk -> VM: type, and a sentence
-#   in UTF-8; no, or nobody knows.  The machine stands still until TAKE_BACK.  Repeated at each CHECK_LOCK until then.
-CHECK_LOCK = 44
+# LOCK_LOST: disk -> VM: type, and a sentence in UTF-8; somebody else may have the image.  The machine is to stand still
+#   until TAKE_BACK.  Repeated every some seconds until then.
 LOCK_LOST = 45
 # RESIZE: VM -> disk: type, bytes that it is to have.  DISC: VM -> drive: type, flags (DISC_*), name in UTF-8; with the
 #   disc's descriptor, or without one for no disc.  One of them at a time; each is answered by CHANGED: an errno, or 0

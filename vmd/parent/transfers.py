@@ -108,8 +108,8 @@ class Transfers:
     def on_vm_halted(self, message: VmHalted, _envelope: Envelope) -> None:
         """A VM stands still of its own accord."""
         vm = self.vms.living(message.vmid)
-        vm.halted(brief(message.text))
-        log.error(f"vm {vm.name}: paused: {vm.text}; `vmctl unpause {vm.name}` has it go on once that is mended")
+        if vm.halted(brief(message.text)):
+            log.error(f"vm {vm.name}: paused: {vm.text}; `vmctl unpause {vm.name}` has it go on once that is mended")
 
     # --- sending ---------------------------------------------------------------------------------------
 

@@ -298,11 +298,13 @@ class Vm:
         elif self.sending is not None:
             self.sending.state = state
 
-    def halted(self, why: str) -> None:
-        """RUNNING -> PAUSED, though nobody has asked for it."""
+    def halted(self, why: str) -> bool:
+        """RUNNING -> PAUSED, though nobody has asked for it; return whether it was so."""
+        ran = self._state is State.RUNNING
         self.pause_changed(paused=True)
-        if self._state is State.PAUSED:
+        if ran:
             self.text = why
+        return ran
 
     def begin_send(self, *, keep: bool, carried: bool = False, state: State = State.SENDING) -> None:
         """RUNNING or PAUSED -> SENDING, or SAVING."""

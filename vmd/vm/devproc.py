@@ -298,10 +298,6 @@ class DeviceProcess:
         """Log more or less."""
         self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
 
-    def check_lock(self) -> None:
-        """Have a disk find out whether its image is still locked for it; `on_lock_lost` is called if it is not."""
-        self._tell(devmsg.TYPE.pack(devmsg.CHECK_LOCK))
-
     def announce(self) -> None:
         """Have a network interface say that its guest goes on at another place, with the addresses it had there."""
         self._tell(devmsg.TYPE.pack(devmsg.ANNOUNCE) + self.arrived_with)

@@ -66,7 +66,7 @@ from vmd.log import RateLimit, log
 from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
-from vmd.vm import changes, vmmci
+from vmd.vm import changes, lockwatch, vmmci
 from vmd.vm.arrival import Arrival
 from vmd.vm.build import FromImages, build
 from vmd.vm.clockwatch import ClockWatch
@@ -77,7 +77,6 @@ from vmd.vm.fetch import fetch_files, fetch_stream
 from vmd.vm.kinds import MAIN, Given
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
-from vmd.vm.lockwatch import LockWatch
 from vmd.vm.machine import Outside
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
@@ -134,7 +133,6 @@ class VmProcess(Process):
         self.vmid = 0
         self.life = Life()
         self.pause: Pause | None = None  # of the machine, once there is one
-        self.locks: LockWatch | None = None
         self.arrival: Arrival | None = None
         self.departure: Departure | None = None
         self.lending: Lending | None = None
@@ -197,7 +195,6 @@ class VmProcess(Process):
             self.pause = pause
             # The guest's clock then needs a look at the real-time clock.
             ClockWatch(self.loop, lambda: pause.machine.vmmci.ask(vmmci.SYNCRTC))
-            self.locks = LockWatch(self.loop, self.devices)
             pause.machine.start(parked=pause.paused)
         except (VmdError, OSError) as error:
             self.fail(error)
@@ -276,7 +273,7 @@ class VmProcess(Process):
         """
         assert self.pause is not None
         try:
-            why = self.locks.take_back() if self.locks is not None and self.pause.paused else ""
+            why = lockwatch.take_back(self.devices) if self.pause.paused else ""
             if why:
                 return why
             self.pause.unpause()

@@ -358,6 +358,29 @@ def test_a_network_interface_tells_of_a_lease(impostor: Impostor, running: Devic
     assert (ears.events, ears.failures) == ([("lease", "")], [])
 
 
+def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+    """Said in a sentence of a bounded length, and remembered until the lock could be taken again."""
+    for _ in range(2):
+        impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST) + b"gone\xff" + b"x" * 500)
+    ears.listen()
+    assert ears.failures == []
+    assert len(ears.lost) == 2
+    assert ears.lost[0].startswith("disk0: gone")
+    assert len(ears.lost[0]) < devmsg.TROUBLE_MAX + 10
+    for status, lost in ((devmsg.TAKEN_IN_USE, True), (devmsg.TAKEN, False)):
+        impostor.sync.send(devmsg.STATUS.pack(devmsg.TAKE_BACK, status))
+        assert running.take_back() == status
+        assert bool(running.lock_lost) == lost
+
+
+def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+    """It is not believed."""
+    running.kind = INTERFACE
+    impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST))
+    ears.listen()
+    assert len(ears.failures) == 1
+
+
 def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
     """Its VM is told, and tells it what there is, with zeroes for what there is not; or that nothing is new."""
     running.kind = INTERFACE

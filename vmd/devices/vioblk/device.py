@@ -61,7 +61,7 @@ if TYPE_CHECKING:
             """Tell the VM that the size has changed, or why it has not."""
 
         def lock_lost(self, why: str) -> None:
-            """Tell the VM to stand still: somebody else may have the image."""
+            """Tell the VM to stand still: somebody else may have the image.  On any thread."""
 
 
 QUEUE_SIZE = 256
@@ -74,6 +74,7 @@ INLINE_MAX = 1 << 20  # bytes of a transfer that the main thread does itself
 IOV_MAX = 1024
 LONG = 8  # descriptors of an indirect table that is worth an iterator
 OURS = -1  # the head of a request that no guest made
+CHECK_LOCK_S = 10.0  # between two looks at the lock
 WORKERS_MAX = 16  # threads; as many requests can wait for storage at a time
 IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
 
@@ -177,9 +178,8 @@ class Vioblk:
         self.settled = (0, False)  # `pauses` when the last one began, and whether it succeeded
         self.workers_until_s = 0.0
         self.grown: list[OSError | None] = []  # how it went, appended to by a worker
-        self.checked: list[str] = []  # why the lock is lost, or "", appended to by a worker
-        self.checking = False  # storage that does not answer is not asked again
-        self.lock_trouble = ""
+        self.lock_trouble = ""  # why the lock is lost, as the thread that looks has found
+        self.lock_said = ""  # and as it was reported
         self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
@@ -302,37 +302,45 @@ class Vioblk:
 
     # --- the lock ----------------------------------------------------------------------------------------------
 
-    def check_lock(self) -> None:
-        """Find out whether we still have it, on a worker: storage of a network may take its time."""
-        if self.image.writable and not self.checking:
-            self.checking = True
-            self.workers.submit(self._check_lock)
+    def watch_lock(self) -> None:
+        """Find out from now on whether we still have it.  Raises HostError.
 
-    def _check_lock(self) -> None:
-        """Ask for the lock; on a worker's thread."""
-        why = ""
+        That is a thread's work: all others, the main one too, may wait for requests that hang in the storage.
+        """
+        if self.image.writable:
+            start_thread("lock", lambda: _thread.start_new_thread(self._watch_lock, ()))
+
+    def _watch_lock(self) -> None:
+        """Look every now and then, and tell the VM each time that it is lost; on that thread."""
+        name_thread("lock")
+        wait = select.poll().poll
         try:
-            why = self.hand_over.check()
+            while True:
+                wait(round(CHECK_LOCK_S * 1000))
+                why = self.hand_over.check()
+                if why and why != self.lock_trouble:
+                    log.error(self._named(why))
+                if why:
+                    self.services.lock_lost(why)
+                if why != self.lock_trouble:
+                    self.lock_trouble = why
+                    os.eventfd_write(self.workers.done, 1)
         except BaseException as error:  # raised again where it ends the process
             self.trouble = error
-        self.checked.append(why)
+            os.eventfd_write(self.workers.done, 1)
 
-    def _note_lock(self, why: str) -> None:
-        """Have the VM stand still if the lock is lost; say so once."""
-        self.checking = False
-        if why and self.hand_over.lost:  # else it was taken back meanwhile
-            if why != self.lock_trouble:
-                self.lock_trouble = why
-                log.error(self._named(why))
-                self._report()
-            self.services.lock_lost(why)
+    def _note_lock(self) -> None:
+        """Report that the lock is lost, or ours again, if that is new."""
+        if self.lock_trouble != self.lock_said:
+            self.lock_said = self.lock_trouble
+            self._report()
 
     def take_back(self) -> int:
         """Take the lock again, one that was let go or lost; returns one of devmsg.TAKEN_*."""
         taken = self.hand_over.take_back()
-        if taken == devmsg.TAKEN and self.lock_trouble:
+        if taken == devmsg.TAKEN:
             self.lock_trouble = ""
-            self._report()
+            self._note_lock()
         return taken
 
     # --- life --------------------------------------------------------------------------------------------------
@@ -413,7 +421,7 @@ class Vioblk:
 
     def _report(self) -> None:
         """Say what is wrong now."""
-        self.services.report(*(text for text in (self.lock_trouble, self.flush_trouble, self.image.remark) if text))
+        self.services.report(*(text for text in (self.lock_said, self.flush_trouble, self.image.remark) if text))
 
     # --- the ring ------------------------------------------------------------------------------------------------
 
@@ -755,8 +763,7 @@ class Vioblk:
             raise self.trouble
         while self.grown:
             self._note_size(self.grown.pop(0))
-        while self.checked:
-            self._note_lock(self.checked.pop(0))
+        self._note_lock()
         # Workers append while we look; what comes after the exchange is found in the new list's turn.
         count = len(self.finished)
         batch, self.finished[:count] = self.finished[:count], []

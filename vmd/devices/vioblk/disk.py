@@ -80,16 +80,11 @@ class VioblkProcess(Process):
         """Make the disk larger; CHANGED says how that went."""
         self.device.resize(exact(devmsg.RESIZE_BODY, packet)[1])
 
-    def on_check_lock(self, packet: bytes) -> None:
-        """Find out whether the disk is still ours; LOCK_LOST says if it is not."""
-        exact(devmsg.TYPE, packet)
-        self.device.check_lock()
-
     def lock_lost(self, why: str) -> None:
-        """Have the machine stand still."""
+        """Have the machine stand still; on any thread."""
         self.tell(devmsg.TYPE.pack(devmsg.LOCK_LOST) + why.encode()[: devmsg.TROUBLE_MAX])
 
-    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize, devmsg.CHECK_LOCK: on_check_lock}
+    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize}
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,
@@ -115,7 +110,9 @@ def make(services: VioblkProcess, open_disk: "Callable[[Host], Image]") -> Viobl
     image = open_disk(host)
     if image.size < spec.SECTOR:
         raise ImageError(image.path, f"{image.size} bytes are less than a sector of {spec.SECTOR}")
-    return Vioblk(image, services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
+    disk = Vioblk(image, services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
+    disk.watch_lock()
+    return disk
 
 
 def granularity(note: int) -> int:
