@@ -78,14 +78,6 @@ def other(cluster: Cluster, *nodes: Node) -> Node:
     return next(node for node in cluster.alive if node not in nodes)
 
 
-def make_whole(cluster: Cluster) -> None:
-    """Have all nodes on and in the cluster."""
-    for node in cluster.nodes:
-        if not node.init:
-            node.switch_on()
-    cluster.wait_online(len(cluster.nodes))
-
-
 @pytest.mark.deep
 def test_a_vm_whose_process_is_killed_is_started_again(cluster: Cluster) -> None:
     """The next monitor finds it."""
@@ -204,13 +196,14 @@ def test_a_playbook_brings_all_nodes_to_one_state(cluster: Cluster, tmp_path: Pa
         print(done.stdout[-4000:], done.stderr)
         return done.returncode, set(re.findall(r"changed=(\d+)", done.stdout))
 
-    assert play("--check") == (2, {"1"}), "it would write the file, and then there is no such VM yet"
+    one = ("--limit", cluster.nodes[0].name)
+    assert play("--check", *one) == (2, {"1"}), "it would write the file, and then there is no such VM yet"
     assert [node.state("tool")["state"] for node in cluster.nodes] == [""] * 3
     assert play() == (0, {"2"})
     assert play() == (0, {"0"})
     pids = [node.state("tool")["pid"] for node in cluster.nodes]
     wanted.write_text(whole + "vm oops\n")
-    assert play() == (2, {"0"})
+    assert play(*one) == (2, {"0"})
     assert [(node.own / "vm.conf").read_text() for node in cluster.nodes] == [whole] * 3
     tmp_path.joinpath("vmd.yml").write_text(
         f"plugin: vmd.vmd.vmd\nhosts: [{', '.join(node.name for node in cluster.nodes)}]\nshell: {ssh}\n"
@@ -252,7 +245,7 @@ def test_a_node_that_dies_is_fenced_and_its_vms_start_elsewhere(cluster: Cluster
     print(f"failover: {time.monotonic() - begun_s:.1f} s")
     assert node.name in cluster.fenced[fenced:]
     check_disk(now)
-    make_whole(cluster)
+    cluster.make_whole()
 
 
 @pytest.mark.deep
@@ -263,7 +256,7 @@ def test_a_node_that_is_cut_off_loses_its_vms(cluster: Cluster) -> None:
     now = cluster.wait_running("db", but=node)
     assert not node.init, "it was not fenced"
     check_disk(now)
-    make_whole(cluster)
+    cluster.make_whole()
 
 
 @pytest.mark.deep
@@ -278,7 +271,7 @@ def test_two_nodes_that_are_cut_off_stop_their_vms(cluster: Cluster) -> None:
         cluster.heal(node)
     for vm in cluster.vms:
         cluster.wait_running(vm)
-    make_whole(cluster)
+    cluster.make_whole()
 
 
 def kill_nodes(cluster: Cluster, rounds: int, seed: int) -> None:
@@ -299,9 +292,9 @@ def kill_nodes(cluster: Cluster, rounds: int, seed: int) -> None:
             cluster.wait_running(vm, but=victim)
         print(f"round {number}: {victim.name}, {time.monotonic() - begun_s:.1f} s")
         check_disk(cluster.wait_running("db"))
-        make_whole(cluster)
+        cluster.make_whole()
         for vm in cluster.vms:
-            cluster.alive[0].must("crm_resource", "--clear", "-r", vm)
+            cluster.nodes[0].run("crm_resource", "--clear", "-r", vm)
 
 
 def end(cluster: Cluster) -> None:

@@ -91,9 +91,14 @@ class Node:
         self.init = 0
         self.process: subprocess.Popen[str] | None = None
         self.lives = 0
+        self.switch = threading.Lock()  # its power switch is the test's and the fencer's
 
     def switch_on(self) -> None:
         """Start it; what it had in its own memory is gone."""
+        with self.switch:
+            self._start()
+
+    def _start(self) -> None:
         self.directory.mkdir(exist_ok=True)
         self.lives += 1
         own = self.directory / f"life{self.lives}"
@@ -101,6 +106,7 @@ class Node:
         self.cluster.furnish(own)
         prefix = ["unshare", "--pid", "--mount", "--ipc", "--uts", "--net", "--fork", "--kill-child"]
         command = [*prefix, str(ROOT / "tests/cluster/node-init"), self.name, str(own), sys.executable, str(ROOT)]
+        command.append(self.cluster.kind)
         with own.joinpath("init.log").open("w") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
@@ -121,20 +127,24 @@ class Node:
 
     def switch_off(self) -> None:
         """End it as a power cut does."""
-        if self.process is not None:
+        with self.switch:
+            if self.process is None:
+                return
+            init, self.init = self.init, 0
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.init, signal.SIGKILL)
+                os.kill(init, signal.SIGKILL)
             self.process.wait()
             assert self.process.stdin is not None
             assert self.process.stdout is not None
             self.process.stdin.close()
             self.process.stdout.close()
-            self.process, self.init = None, 0
+            self.process = None
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
         """Run a program there."""
+        command = tuple(self.entered(*command)) if self.init else ("false",)  # it may be fenced at any moment
         return subprocess.run(
-            self.entered(*command),
+            command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -150,7 +160,6 @@ class Node:
 
     def entered(self, *command: str | Path) -> list[str | Path]:
         """Return the command that runs a program there."""
-        assert self.init, f"{self.name} is off"
         return ["nsenter", "-t", str(self.init), "-m", "-i", "-u", "-n", "-p", *command]
 
     def must(self, *command: str | Path) -> str:
@@ -196,6 +205,8 @@ class Node:
 class Cluster:
     """All of it; a context manager."""
 
+    kind = "pacemaker"
+
     def __init__(self, directory: Path, conf: str, vms: tuple[str, ...]) -> None:
         self.directory = directory
         self.conf = conf
@@ -205,7 +216,12 @@ class Cluster:
         self.fenced: list[str] = []
         self.shell = f"env PYTHONPATH={ROOT} {sys.executable} -m tests.cluster.node shell"
         self.nodes = [Node(self, number) for number in range(len(NAMES))]
-        self.wire = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+        self.wire = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "echo ready; exec sleep infinity"], stdout=subprocess.PIPE, text=True
+        )
+        assert self.wire.stdout is not None
+        with self.wire.stdout as said:
+            assert said.readline() == "ready\n"  # before that we would change this host's own network
         self.ended = threading.Event()
         self.fencer = threading.Thread(target=self._fence, daemon=True)
 
@@ -303,7 +319,7 @@ class Cluster:
                 asked.unlink()
 
     def _configure(self) -> None:
-        self.wait_online(len(NAMES))
+        self.make_whole()
         first = self.nodes[0]
         first.must("cibadmin", "-C", "-o", "resources", "-X", fence())
         for name, value in (("stonith-enabled", "true"), ("no-quorum-policy", "stop"), ("stonith-action", "off")):
@@ -329,10 +345,16 @@ class Cluster:
             return 0
         return sum(each.get("online") == "true" and each.get("pending") == "false" for each in tree.iter("node"))
 
-    def wait_online(self, count: int) -> None:
-        """Wait until so many nodes are in the cluster."""
-        for node in self.alive:
-            until(lambda node=node: self.online(node) == count, f"{node.name} sees {count} nodes")  # type: ignore[misc]
+    def make_whole(self) -> None:
+        """Have all nodes on, and in the cluster.  One that comes back too soon is fenced all the same."""
+
+        def is_whole() -> bool:
+            for node in self.nodes:
+                if not node.init:
+                    node.switch_on()
+            return all(self.online(node) == len(self.nodes) for node in self.nodes)
+
+        until(is_whole, "all nodes are in the cluster")
 
     def running(self, vm: str) -> list[Node]:
         """Return the nodes whose vmd says that the VM is there."""
@@ -355,3 +377,37 @@ class Cluster:
         to.must("crm_resource", "--move", "-r", vm, "-N", to.name)
         to.must("crm_resource", "--wait", "-r", vm, "--timeout=240")
         to.must("crm_resource", "--clear", "-r", vm)
+
+
+class GlusterHosts(Cluster):
+    """The same hosts without a cluster, but with storage of their own: a volume of GlusterFS, at /mnt of each."""
+
+    kind = "gluster"
+    place = "/mnt"
+
+    def __init__(self, directory: Path, conf: str, *, replicas: tuple[str, ...], options: dict[str, str]) -> None:
+        """`replicas`: how many bricks, and of which kind, as `gluster volume create` has it."""
+        super().__init__(directory, conf, ())
+        self.replicas = replicas
+        self.options = options
+
+    def _gluster(self, *words: str) -> None:
+        self.nodes[0].must("gluster", "--mode=script", *words)
+
+    def _configure(self) -> None:
+        for node in self.nodes:
+            node.directory.joinpath("brick").mkdir()
+        until(
+            lambda: not any(node.run("gluster", "pool", "list").returncode for node in self.nodes), "glusterd runs"
+        )
+        first = self.nodes[0]
+        for node in self.nodes[1:]:
+            self._gluster("peer", "probe", node.name)
+        until(lambda: first.must("gluster", "pool", "list").count("Connected") == len(NAMES), "all know one another")
+        bricks = [f"{node.name}:{node.directory}/brick" for node in self.nodes]
+        self._gluster("volume", "create", "vms", *self.replicas, *bricks[: int(self.replicas[1])], "force")
+        for name, value in self.options.items():
+            self._gluster("volume", "set", "vms", name, value)
+        self._gluster("volume", "start", "vms")
+        for node in self.nodes:
+            node.must("mount", "-t", "glusterfs", "localhost:/vms", self.place)
