@@ -71,8 +71,8 @@ VMCTL_MAY_HOLD = (
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
 # Each costs every VM milliseconds of start-up or megabytes of memory.
 TOO_HEAVY = {
-    "argparse", "asyncio", "ast", "ctypes", "dataclasses", "inspect", "logging", "re", "selectors", "socket",
-    "subprocess", "typing",
+    "argparse", "asyncio", "ast", "contextlib", "ctypes", "dataclasses", "inspect", "logging", "re", "selectors",
+    "socket", "subprocess", "typing",
 }  # fmt: skip
 # ... and these cost each of its devices a millisecond or some hundred KiB that a smaller module does without.
 # What `posix` has is enough of `os` for them, and takes 0.24 MiB less.

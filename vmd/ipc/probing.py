@@ -5,7 +5,6 @@ one line of `ipc/probemsg.py`.
 """
 
 import array
-import contextlib
 import select
 import time
 
@@ -25,16 +24,18 @@ FILES_MAX = 4  # a chain of images
 
 def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
     """Be a probe: answer until nobody asks any more; the files are closed after each answer."""
-    with socket.socket(fileno=CHANNEL_FD) as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        while True:
-            question, files, _ = receive(sock, QUESTION_MAX, FILES_MAX)
-            if not question:
-                break
-            try:
-                sock.send(answer(question.decode("utf-8", "surrogateescape").split("\0")[:-1], files))
-            finally:
-                close_all(files)
-    return 0
+    with socket.socket(fileno=CHANNEL_FD) as sock:
+        try:
+            while True:
+                question, files, _ = receive(sock, QUESTION_MAX, FILES_MAX)
+                if not question:
+                    return 0
+                try:
+                    sock.send(answer(question.decode("utf-8", "surrogateescape").split("\0")[:-1], files))
+                finally:
+                    close_all(files)
+        except (BrokenPipeError, ConnectionResetError):
+            return 0
 
 
 def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]", timeout_s: float) -> bytes | None:

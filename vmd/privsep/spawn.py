@@ -4,7 +4,6 @@ A process starts either where its parent is (`place` None: vmm and VM processes,
 or in a `Place` that root prepares: `cell.Cell`, or `cell.Network` for priv.
 """
 
-import contextlib
 import fcntl
 import os
 import select
@@ -277,10 +276,13 @@ def become(
 
 def be_expendable() -> None:
     """Be as likely to be killed as any program when memory runs out, where our parent is less so."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
-        if int(file.read()) < LEAF_SCORE:
-            file.seek(0)
-            file.write(str(LEAF_SCORE))
+    try:
+        with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
+            if int(file.read()) < LEAF_SCORE:
+                file.seek(0)
+                file.write(str(LEAF_SCORE))
+    except OSError:
+        return
 
 
 def gaps(used: list[int]) -> list[tuple[int, int]]:

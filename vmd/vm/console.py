@@ -6,7 +6,6 @@ Input is taken from the pty only as fast as the guest reads its UART, so that a 
 viewer's pty.
 """
 
-import contextlib
 import os
 import select
 import termios
@@ -76,9 +75,7 @@ class Console:
     def snapshot(self) -> int:
         """Drop what waits in the pty and for it; return how much of the output that leaves for other ways."""
         with self._lock:
-            # Whoever may open the pty may give it a line discipline that does not know this.
-            with contextlib.suppress(termios.error):
-                termios.tcflush(self._slave, termios.TCIFLUSH)
+            drop_input(self._slave)
             return self._backlog.pass_all()
 
     def move(self, master: int, slave: int) -> None:
@@ -127,3 +124,11 @@ class Console:
             if self._backlog.waiting:
                 events |= select.EPOLLOUT
             self._loop.modify(self._master, events)
+
+
+def drop_input(tty: int) -> None:
+    """Drop what waits in a terminal.  Whoever may open it may give it a line discipline that does not know this."""
+    try:
+        termios.tcflush(tty, termios.TCIFLUSH)
+    except termios.error:
+        return

@@ -13,7 +13,7 @@ from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 from vmd.vm import state
 from vmd.vm.dirty import DirtyLog, either, runs
-from vmd.vm.sender import Sender, receivable
+from vmd.vm.sender import Receivable, Sender
 from vmd.vm.stream import PIECE_BYTES, RUNS_MAX, StreamWriter
 
 TYPE_CHECKING = False
@@ -41,7 +41,7 @@ class LiveSender(Sender):
     ) -> None:
         """Raises VmdError or OSError, and then leaves the descriptor open; PeerError if a device is gone."""
         super().__init__(pause.machine, None, fd, loop, done, one_shot=one_shot, on_header=on_header)
-        with receivable():
+        with Receivable():
             state.check_sent_header(self._header, pause.machine)
         self.still_s = 0.0  # how long it has stood still when all was written
         self._pause = pause

@@ -1,6 +1,5 @@
 """Writing what a machine is, on a thread of its own, while the event thread goes on serving."""
 
-import contextlib
 import select
 import threading
 
@@ -14,7 +13,7 @@ from vmd.vm.stream import LOOK_S, STILL, Cancelled, Pipe, StreamError, StreamWri
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from vmd.ipc.loop import Loop
     from vmd.vm.clocks import Clocks
@@ -51,7 +50,7 @@ class Sender:
         self._machine = machine
         self._memory = machine.memory
         self._state = b""
-        with receivable():
+        with Receivable():
             self._header = pack(state.header(machine, one_shot=one_shot))
         if clocks is not None:
             self.freeze(clocks)
@@ -68,7 +67,7 @@ class Sender:
 
     def freeze(self, clocks: "Clocks") -> None:
         """Read the state of the machine, which stands still.  Raises as the constructor does."""
-        with receivable():
+        with Receivable():
             self._state = pack(state.save(self._machine, clocks))
             state.check_sent(self._header, self._state, self._machine)
 
@@ -158,10 +157,13 @@ def settle(disks: "Sequence[DeviceProcess]", cancelled: threading.Event) -> None
             )
 
 
-@contextlib.contextmanager
-def receivable() -> "Iterator[None]":
-    """Raise VmdError where what is sent could be no record, or none that a receiver takes."""
-    try:
-        yield
-    except (ValueError, OverflowError) as error:  # the latter is of a number that no record takes
-        raise VmdError(f"nobody could receive it: {error}") from error
+class Receivable:
+    """A context in which it is a VmdError if what is sent could be no record, or none that a receiver takes."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Look at what was raised."""
+        if isinstance(error, ValueError | OverflowError):  # the latter is of a number that no record takes
+            raise VmdError(f"nobody could receive it: {error}") from error

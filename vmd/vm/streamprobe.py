@@ -9,7 +9,6 @@ devices of each kind there are, which is all that the VM process has to know bef
 the header, for then.
 """
 
-import contextlib
 import os
 import select
 from struct import Struct
@@ -82,9 +81,11 @@ def unpack(answer: bytes) -> Beginning | str:
 
 def say(answer: bytes, fd: int) -> None:
     """Write an answer; the VM process that was to read it may have ended."""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         while answer:
             answer = answer[os.write(fd, answer) :]
+    except BrokenPipeError:
+        return
 
 
 def main() -> "NoReturn":

@@ -1,6 +1,5 @@
 """ELF kernels: their headers, notes and loadable segments (System V ABI, chapters 4 and 5)."""
 
-import contextlib
 from struct import Struct
 
 from vmd.errors import ImageError
@@ -226,8 +225,11 @@ def notes(elf: Elf) -> Notes:
     with both paddings.  The wrong one yields notes of no meaning, whose names nobody looks for.
     """
     places = [(part.offset, part.filesz) for part in elf.segments if part.type == PT_NOTE]
-    with contextlib.suppress(ImageError):  # a file without a usable section table has its segments
-        places += [(part.offset, part.size) for part in sections(elf) if part.type == SHT_NOTE]
+    try:
+        parts = sections(elf)
+    except ImageError:  # a file without a usable section table has its segments
+        parts = []
+    places += [(part.offset, part.size) for part in parts if part.type == SHT_NOTE]
     found: list[Note] = []
     complaints: list[str] = []
     budget = NOTES_MAX_BYTES
