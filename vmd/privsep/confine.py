@@ -20,11 +20,9 @@ what a device needs, and must not import it.
 import _thread
 import codecs
 import posix as os
-import resource
 import sys
 import time
 
-from vmd.errors import HostError
 from vmd.privsep import landlock, linux, seccomp
 from vmd.record import Record
 
@@ -312,34 +310,25 @@ def limit_resources(open_files: int, *, writes_files: bool) -> None:
 
     Raises HostError.
     """
-    try:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if not writes_files:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    except OSError as error:
-        raise HostError("limit resources", error) from error
+    linux.set_limit("limit resources", linux.RLIMIT_CORE, 0)
+    if not writes_files:
+        linux.set_limit("limit resources", linux.RLIMIT_FSIZE, 0)
     limit_open_files(open_files)
 
 
 def limit_memory(most_bytes: int) -> None:
     """Have no more memory mapped from now on, of whatever kind, nor than the host allows.  Raises HostError."""
-    lower_limit(resource.RLIMIT_AS, most_bytes, "memory")
+    lower_limit(linux.RLIMIT_AS, most_bytes, "memory")
 
 
 def limit_open_files(most: int) -> None:
     """Have no more descriptors from now on, nor than the host allows.  Raises HostError."""
-    lower_limit(resource.RLIMIT_NOFILE, most, "open files")
+    lower_limit(linux.RLIMIT_NOFILE, most, "open files")
 
 
 def lower_limit(number: int, most: int, what: str) -> None:
     """Set a limit of setrlimit(2) for good, but to no more than the host allows.  Raises HostError."""
-    _, hard = resource.getrlimit(number)
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    try:
-        resource.setrlimit(number, (most, most))
-    except OSError as error:
-        raise HostError(f"limit {what}", error) from error
+    linux.set_limit(f"limit {what}", number, min(most, linux.hard_limit(number)))
 
 
 def give_up_capabilities(keep: int) -> None:

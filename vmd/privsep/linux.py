@@ -58,6 +58,9 @@ TFD_NONBLOCK, TFD_CLOEXEC = 0o4000, 0o2000000
 TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
 FAR_FUTURE_S = 1 << 33
 
+# The module `resource` is a library more in every process.
+RLIMIT_FSIZE, RLIMIT_CORE, RLIMIT_NOFILE, RLIMIT_AS = 1, 4, 7, 9
+
 CLOSE_RANGE_CLOEXEC = 4
 FD_MAX = 0x7FFFFFFF
 DESCRIPTORS = "/proc/self/fd"
@@ -212,6 +215,20 @@ def open_descriptors(first: int, last: int) -> "Iterable[int]":
         return [fd for fd in map(int, os.listdir(DESCRIPTORS)) if first <= fd <= last]
     except OSError:
         return range(first, min(last + 1, os.sysconf("SC_OPEN_MAX")))
+
+
+def hard_limit(number: int) -> int:
+    """Return what a limit of this process can be raised to (getrlimit(2)); 2**64 - 1 is none.  Raises HostError."""
+    limits = (native.c_uint64 * 2)()
+    if libc.getrlimit(number, limits):
+        raise HostError("read a limit of resources", native.get_errno())
+    return limits[1]
+
+
+def set_limit(tried: str, number: int, most: int) -> None:
+    """Set a limit of this process, and what it can be raised to (setrlimit(2)).  Raises HostError."""
+    if libc.setrlimit(number, (native.c_uint64 * 2)(most, most)):
+        raise HostError(tried, native.get_errno())
 
 
 def timerfd_create(clock: int, flags: int) -> int:

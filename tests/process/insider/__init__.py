@@ -201,9 +201,7 @@ def limit_others() -> object:
 
 
 def more_descriptors() -> None:
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 20, 1 << 20))
+    linux.set_limit("raise the limit of descriptors", linux.RLIMIT_NOFILE, 1 << 20)
 
 
 def memfd() -> None:
