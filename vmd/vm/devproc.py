@@ -8,6 +8,7 @@ import select
 import threading
 import time
 
+from vmd.closing import close
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
@@ -507,7 +508,7 @@ class DeviceProcesses:
             for place, (process, slot) in enumerate(zip(self.running, slots, strict=True)):
                 process.begin(vm_title, slot, memory, fd, place)
         finally:
-            os.close(fd)
+            close(fd)
 
     def set_verbosity(self, verbosity: int) -> None:
         """Let all log more or less."""
