@@ -397,13 +397,15 @@ class GlusterHosts(Cluster):
     def _configure(self) -> None:
         for node in self.nodes:
             node.directory.joinpath("brick").mkdir()
-        until(
-            lambda: not any(node.run("gluster", "pool", "list").returncode for node in self.nodes), "glusterd runs"
-        )
-        first = self.nodes[0]
+        until(lambda: not any(node.run("gluster", "pool", "list").returncode for node in self.nodes), "glusterd runs")
         for node in self.nodes[1:]:
             self._gluster("peer", "probe", node.name)
-        until(lambda: first.must("gluster", "pool", "list").count("Connected") == len(NAMES), "all know one another")
+        until(
+            lambda: all(
+                node.run("gluster", "pool", "list").stdout.count("Connected") == len(NAMES) for node in self.nodes
+            ),
+            "all know one another",
+        )
         bricks = [f"{node.name}:{node.directory}/brick" for node in self.nodes]
         self._gluster("volume", "create", "vms", *self.replicas, *bricks[: int(self.replicas[1])], "force")
         for name, value in self.options.items():
