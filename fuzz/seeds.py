@@ -101,6 +101,8 @@ def seeds(target: str) -> list[bytes]:
             return boot_images()
         case "dhcp":
             return [dhcp(DISCOVER)]
+        case "http":
+            return [b"GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: application/openmetrics-text;q=0.5,*/*\r\n\r\n"]
         case "ring":
             table = struct.pack("<QIHH", 0x4000, 16, 1, 1) + struct.pack("<QIHH", 0x5000, 512, 3, 2)
             return [table + struct.pack("<QIHH", 0x6000, 1, 2, 0) + bytes(80 + 16) + bytes(64)]

@@ -20,6 +20,7 @@ from vmd.images.chain import Link, open_chain
 from vmd.images.header import parse_header
 from vmd.images.identify import probe
 from vmd.ipc import imsg, probemsg
+from vmd.metrics import http
 from vmd.virtio.queue import Queue
 from vmd.vm import state
 from vmd.vm.boot import loader
@@ -237,6 +238,14 @@ def stream(data: bytes) -> None:
         said(error)
 
 
+def http_request(data: bytes) -> None:
+    """Read what a client of `metrics listen` says."""
+    try:
+        http.parse(data)
+    except http.BadRequest as error:
+        http.refusal(error.status)
+
+
 TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "config": config,
     "message": message,
@@ -245,6 +254,7 @@ TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "qcow2": qcow2,
     "boot-image": boot_image,
     "dhcp": dhcp_packet,
+    "http": http_request,
     "solicitation": solicitation,
     "ring": ring,
     "scsi": command_block,

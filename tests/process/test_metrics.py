@@ -146,6 +146,23 @@ def test_the_process_is_started_again(vmd: NetDaemon) -> None:
     assert server(vmd) != pid
 
 
+@pytest.mark.deep
+def test_a_daemon_that_does_not_answer(vmd: NetDaemon) -> None:
+    """Who waits is told so after ten seconds, or hangs up; afterwards all is as before."""
+    server(vmd)
+    os.kill(vmd.pid, signal.SIGSTOP)
+    try:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while get(vmd).status == 200:  # the last answer is good for a second
+            assert time.monotonic() < deadline_s
+        with connect(vmd) as gone:
+            gone.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert get(vmd).status == 503
+    finally:
+        os.kill(vmd.pid, signal.SIGCONT)
+    assert get(vmd).status == 200
+
+
 def test_it_holds_sockets_and_nothing_else(vmd: NetDaemon) -> None:
     """And runs as nobody else does."""
     pid = server(vmd)

@@ -14,7 +14,7 @@ from vmd.config.model import Config
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "vm.conf.example"
 MANUAL = ROOT / "man" / "vm.conf.5"
-OURS = lexer.BLOCK_WORDS | lexer.LOCAL_WORDS | lexer.LINE_WORDS | lexer.LIMITED_WORDS
+OURS = lexer.BLOCK_WORDS | lexer.LOCAL_WORDS | lexer.LINE_WORDS | lexer.LIMITED_WORDS | lexer.METRICS_WORDS
 
 
 def statements(text: str) -> str:
