@@ -164,8 +164,8 @@ def body(code: int, fields: object, nfds: int = 0) -> bytes:
         (body(0x31, [[], 1, None]), [], "NoneType is not str"),
         (body(0x31, [[1], 1, "text"]), [], "bad descriptor counts"),
         (body(0x63, [[], 1, 9]), [], "9 is not a valid StopMode"),
-        (body(0x60, [[-1, 0, 0, 0, 0, 0, 0, 0]]), [], "bad descriptor counts"),
-        (body(0x60, [[0, 0, 0, 2, 0, 0, 0, 0]], 2), [3, 4], "with 2 descriptors 'memory'"),
+        (body(0x60, [[-1, 0, 0, 0, 0, 0, 0, 0, 0]]), [], "bad descriptor counts"),
+        (body(0x60, [[0, 0, 0, 2, 0, 0, 0, 0, 0]], 2), [3, 4], "with 2 descriptors 'memory'"),
         (body(0x10, [[0, 0], None, 0, "a", None, "", {}, None]), [], "dict is not a number"),
     ],
 )
