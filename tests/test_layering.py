@@ -50,7 +50,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
 }
-HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/imsg.py", "pyroute2": "vmd/priv/"}
+HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd/priv/"}
 # Who may hold what several processes share and not all may; "device" is every device process.
 SHARED = {
     "vmd.config.lexer": {"parent"},

@@ -1,6 +1,5 @@
 """vmctl(8): asks a running vmd to do things, and shows what it answers."""
 
-import contextlib
 import errno
 import gc
 import importlib
@@ -70,9 +69,10 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
 
 def interrupted(session: Session, command: Command) -> int:
     """Say that ^C has ended a command; return the exit status."""
-    with contextlib.suppress(CommandError):
+    try:
         return fail(session, CommandError(f"{command.name}: interrupted", errno.EINTR))
-    return CommandError.exit_status
+    except CommandError as error:
+        return error.exit_status
 
 
 def explain(word: str = "") -> int:
@@ -97,8 +97,10 @@ def show_version() -> int:
 def no_command(words: list[str], error: UsageError) -> int:
     """Return the exit status of a command line that names no command; programs get a document, too."""
     if "--json" in words:
-        with contextlib.suppress(CommandError):
+        try:
             put_error(str(error), None)
+        except CommandError:
+            return error.exit_status
     return error.exit_status
 
 

@@ -17,10 +17,9 @@ import struct
 import types
 from enum import Enum
 
-import msgpack
-
 from vmd.errors import PeerError
 from vmd.ipc import first
+from vmd.ipc.packing import packb, unpackb
 from vmd.ipc.routes import BY_CLASS, BY_CODE, MessageInfo
 from vmd.record import Record, RecordType
 
@@ -105,7 +104,7 @@ def encode(
         values = [dict(zip(names, counts, strict=True)), _by_name(message)]
     else:
         values = [counts, *_plain(message, first.fields if form is Form.FIRST else _all_fields)]
-    body: bytes = msgpack.packb(values, unicode_errors="surrogateescape")
+    body: bytes = packb(values, unicode_errors="surrogateescape")
     length = HEADER.size + len(body)
     if length > MAX_MESSAGE:
         raise ValueError(f"{type(message).__name__} of {length} bytes exceeds {MAX_MESSAGE}")
@@ -130,7 +129,7 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
         raise PeerError(peer, f"{name} announces {flags} descriptors, {len(fds)} came", packet)
     try:
         # Depth and counts are bounded by the packet; only extension types need refusing, and maps where none may be.
-        body = msgpack.unpackb(packet[HEADER.size :], unicode_errors="surrogateescape", use_list=True)
+        body = unpackb(packet[HEADER.size :], unicode_errors="surrogateescape", use_list=True)
     except (ValueError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors
         raise PeerError(peer, f"{name}: body is not msgpack: {error}", packet) from error
     if not isinstance(body, list) or not body or not isinstance(body[0], list | dict):
@@ -149,7 +148,7 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
 
 def pack(record: Record) -> bytes:
     """Return a record as bytes that outlive this process: its fields by name."""
-    packed: bytes = msgpack.packb(_by_name(record), unicode_errors="surrogateescape")
+    packed: bytes = packb(_by_name(record), unicode_errors="surrogateescape")
     return packed
 
 
@@ -163,7 +162,7 @@ def unpack(cls: "type[R]", raw: bytes, reshape: "Callable[[Any], Any]" = lambda 
     """
     name = cls.__name__
     try:
-        values = msgpack.unpackb(raw, unicode_errors="surrogateescape", use_list=True, max_ext_len=0)
+        values = unpackb(raw, unicode_errors="surrogateescape", use_list=True, max_ext_len=0)
     except (ValueError, TypeError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors, and wordless
         raise ValueError(f"{name}: not msgpack: {type(error).__name__} {error}") from error
     try:
