@@ -30,7 +30,7 @@ BACKLOG = 64
 BATCH = 16  # VMs of which the process is told at a time
 NOBODY = Caller(uid=(1 << 32) - 2, gid=(1 << 32) - 2, pid=0)  # sees what everybody may see
 REST_S = 0.5  # between two answers: a process that was taken over cannot keep us busy
-AGAIN_S = (0.25, 0.5, 1.0, 2.0, 15.0)  # until a socket is opened again; then always after the last of them
+AGAIN_S = (0.1, 0.2, 0.4, 1.0, 15.0)  # until a socket is opened again; then always after the last of them
 QUIET = 3  # tries at an address that is in use: a daemon whose place we take may still have it
 
 
