@@ -587,14 +587,14 @@ class Client:
         What follows is `migration_step`, from this connection.
         """
         request = MigrateRequest(**names(vm), live=live or Live())
-        return self.ask(request, MigrationAt, fds={"stream": [stream]})
+        return self.carry_out(request, MigrationAt, fds={"stream": [stream]})
 
     def migrate_in(self, name: str, stream: int, *, force: bool = False) -> MigrationAt:
         """Begin to read a VM from an open file that goes on here; returns when its header has been judged.
 
         `force`: that the disks here are the sender's is taken on trust.
         """
-        return self.ask(MigrateInRequest(name=name, force=force), MigrationAt, fds={"stream": [stream]})
+        return self.carry_out(MigrateInRequest(name=name, force=force), MigrationAt, fds={"stream": [stream]})
 
     def migration_step(
         self,

@@ -213,7 +213,7 @@ class SnapshotRequest(VmRequest):
     tag: str = ""
 
 
-@request(0xE0, Who.ROOT, "MigrationAt", fds=("stream?",))
+@request(0xE0, Who.ROOT, "TransferProgress", "MigrationAt", fds=("stream?",))
 class MigrateRequest(VmRequest):
     """Write a VM to `stream` that goes on elsewhere only when this client says so.
 
@@ -225,7 +225,7 @@ class MigrateRequest(VmRequest):
     live: Live = Live()
 
 
-@request(0xE1, Who.ROOT, "MigrationAt", fds=("stream?",))
+@request(0xE1, Who.ROOT, "TransferProgress", "MigrationAt", fds=("stream?",))
 class MigrateInRequest(Request):
     """Read a VM from `stream` that goes on under a name when this client says so, and not before.
 
