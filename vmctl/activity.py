@@ -1,7 +1,15 @@
 """What `vmctl status -v` says that a VM has done and uses, besides its network interfaces."""
 
 from vmctl.output import clean
-from vmd.ipc.figures import CdromFigures, DeviceFigures, DiskFigures, EntropyFigures, GroupFigures
+from vmd.ipc.figures import (
+    CdromFigures,
+    DeviceFigures,
+    DiskFigures,
+    EntropyFigures,
+    GroupFigures,
+    LimitFigures,
+    NicFigures,
+)
 from vmd.ipc.messages.figures import VmFigures
 from vmd.scaled import fmt_scaled
 
@@ -20,12 +28,19 @@ def describe(vm: VmFigures) -> list[str]:
     lines.append(f"{name} memory: {memory}, and {fmt_scaled(vm.process_bytes)} of its processes")
     if vm.group is not None:
         lines.append(f"{name} control group: {group_words(vm.group)}")
+    limits = limit_words(vm.limit)
+    if limits:
+        lines.append(f"{name} limits: {limits}")
     for disk in vm.disks:
         lines += device_lines(f"{name} disk {disk.index}", disk, disk_lines(disk))
     if vm.cdrom is not None:
         lines += device_lines(f"{name} cdrom", vm.cdrom, [cdrom_words(vm.cdrom)])
     if vm.entropy is not None:
         lines += device_lines(f"{name} entropy", vm.entropy, [entropy_words(vm.entropy)])
+    for nic in vm.nics:
+        words = nic_limit_words(nic)
+        if words:
+            lines.append(f"{name} interface {nic.index} limit: {words}")
     return lines
 
 
@@ -49,6 +64,13 @@ def disk_lines(disk: DiskFigures) -> list[str]:
         if requests:
             moved = "" if length is None else f"{length} bytes, "
             lines.append(f"{word} {times(requests, 'request')}, {moved}{milliseconds(took_ns / requests)} each")
+    limits = [times(disk.iops_limit, "request")] if disk.iops_limit else []
+    limits += [fmt_scaled(disk.rate_limit)] if disk.rate_limit else []
+    waited = throttled_words(disk.throttled, disk.throttled_ns)
+    if limits:
+        lines.append(f"limited to {' and '.join(limits)} each second{f', {waited}' if waited else ''}")
+    elif waited:
+        lines.append(waited)
     failed = [f"{count} {word}" for count, word in ((disk.errors, "failed"), (disk.refused, "refused")) if count]
     lines.append(", ".join((f"busy {seconds(disk.busy_ns)}", f"{disk.in_flight} in flight", *failed)))
     return lines
@@ -67,13 +89,33 @@ def entropy_words(entropy: EntropyFigures) -> str:
     return f"{words}, delayed {times(entropy.delayed, 'time')}" if entropy.delayed else words
 
 
+def nic_limit_words(nic: NicFigures) -> str:
+    """Return the limit of an interface, and what it has done; nothing where there is and was none."""
+    words = [f"{fmt_scaled(nic.rate_limit)} each second"] if nic.rate_limit else []
+    ways = (("received", nic.rx_throttled, nic.rx_throttled_ns), ("sent", nic.tx_throttled, nic.tx_throttled_ns))
+    words += [f"{way} {throttled_words(count, waited_ns)}" for way, count, waited_ns in ways if count]
+    return ", ".join(words)
+
+
+def limit_words(limit: LimitFigures) -> str:
+    """Return what a control group is limited to."""
+    words = [f"memory {fmt_scaled(limit.memory_bytes)}"] if limit.memory_bytes else []
+    words += [f"processor {limit.cpu_percent}%"] if limit.cpu_percent else []
+    return ", ".join([*words, f"weight {limit.weight}"] if limit.weight else words)
+
+
+def throttled_words(count: int, waited_ns: int) -> str:
+    """Return how often something had to wait for a limit; nothing if it never had to."""
+    return f"throttled {times(count, 'time')}, for {seconds(waited_ns)}" if count else ""
+
+
 def group_words(group: GroupFigures) -> str:
     """Return what is known of a control group."""
     words = []
     if group.cpu_ns is not None:
         words.append(f"processor {seconds(group.cpu_ns)}")
     if group.throttled:
-        words.append(f"throttled {times(group.throttled, 'time')}, for {seconds(group.throttled_ns or 0)}")
+        words.append(throttled_words(group.throttled, group.throttled_ns or 0))
     if group.memory_bytes is not None:
         words.append(f"memory {fmt_scaled(group.memory_bytes)}")
     if group.oom_kills:

@@ -46,6 +46,9 @@ FAMILIES = {
     "vmd_vm_group_memory_peak_bytes": (GAUGE, "The most that vmd_vm_group_memory_bytes has ever been."),
     "vmd_vm_group_oom_kills": (COUNTER, "Processes of the control group that were killed for want of memory."),
     "vmd_vm_group_tasks": (GAUGE, "Processes and threads of the VM's control group."),
+    "vmd_vm_limit_memory_bytes": (GAUGE, "What the VM's control group may have of memory; 0: there is no limit."),
+    "vmd_vm_limit_cpu_percent": (GAUGE, "What it may have of a processor, in percent; 0: there is no limit."),
+    "vmd_vm_limit_weight": (GAUGE, "Its weight where processors are short; 0: that of all others."),
     "vmd_disk_requests": (COUNTER, "Requests of the guest that were carried out."),
     "vmd_disk_bytes": (COUNTER, "Bytes of these requests."),
     "vmd_disk_time_seconds": (COUNTER, "How long the requests took; those that are served together count it each."),
@@ -54,6 +57,10 @@ FAMILIES = {
     "vmd_disk_busy_seconds": (COUNTER, "How long at least one request was being served."),
     "vmd_disk_requests_in_flight": (GAUGE, "Requests that are being served."),
     "vmd_disk_size_bytes": (GAUGE, "The size of the disk, as the guest sees it."),
+    "vmd_disk_throttled": (COUNTER, "How often requests had to wait for a limit."),
+    "vmd_disk_throttled_seconds": (COUNTER, "How long some request was waiting for a limit."),
+    "vmd_disk_limit_requests_per_second": (GAUGE, "How many requests may be served; 0: there is no limit."),
+    "vmd_disk_limit_bytes_per_second": (GAUGE, "How many bytes may be read and written; 0: there is no limit."),
     "vmd_cdrom_commands": (COUNTER, "Commands of the guest to its CD-ROM drive."),
     "vmd_cdrom_read_requests": (COUNTER, "Those of them that read."),
     "vmd_cdrom_read_bytes": (COUNTER, "Bytes that were read from the disc."),
@@ -71,6 +78,9 @@ FAMILIES = {
     "vmd_interface_dhcp_answers": (COUNTER, "DHCP and BOOTP answers to the guest."),
     "vmd_interface_dhcp_ignored": (COUNTER, "DHCP and BOOTP requests of the guest that were not answered, and why."),
     "vmd_interface_router_advertisements": (COUNTER, "Router advertisements that the guest was sent."),
+    "vmd_interface_throttled": (COUNTER, "How often packets had to wait for a limit."),
+    "vmd_interface_throttled_seconds": (COUNTER, "How long packets were waiting for a limit."),
+    "vmd_interface_limit_bytes_per_second": (GAUGE, "How many bytes may pass in each direction; 0: there is no limit."),
     "vmd_interface_lease_timestamp_seconds": (GAUGE, "When the guest was given the lease of its address."),
 }  # fmt: skip
 
@@ -80,6 +90,11 @@ VM: "tuple[Row, ...]" = (
     ("starts", "vmd_vm_starts", ""),
     ("restarts", "vmd_vm_guest_resets", ""),
     ("memory_bytes", "vmd_vm_memory_size_bytes", ""),
+)
+LIMIT: "tuple[Row, ...]" = (
+    ("memory_bytes", "vmd_vm_limit_memory_bytes", ""),
+    ("cpu_percent", "vmd_vm_limit_cpu_percent", ""),
+    ("weight", "vmd_vm_limit_weight", ""),
 )
 VM_RUNNING: "tuple[Row, ...]" = (
     ("guest_bytes", "vmd_vm_memory_guest_bytes", ""),
@@ -122,6 +137,10 @@ DISK: "tuple[Row, ...]" = (
     ("busy_ns", "vmd_disk_busy_seconds", ""),
     ("in_flight", "vmd_disk_requests_in_flight", ""),
     ("size_bytes", "vmd_disk_size_bytes", ""),
+    ("throttled", "vmd_disk_throttled", ""),
+    ("throttled_ns", "vmd_disk_throttled_seconds", ""),
+    ("iops_limit", "vmd_disk_limit_requests_per_second", ""),
+    ("rate_limit", "vmd_disk_limit_bytes_per_second", ""),
 )  # fmt: skip
 CDROM: "tuple[Row, ...]" = (
     ("commands", "vmd_cdrom_commands", ""),
@@ -160,6 +179,12 @@ NIC: "tuple[Row, ...]" = (
         dhcp_unknown_type="unknown type", dhcp_malformed="malformed", dhcp_relayed="relayed",
         dhcp_wants_file="boot file", dhcp_too_long="too long",
     ),
+    *by("direction", "vmd_interface_throttled", rx_throttled="receive", tx_throttled="transmit"),
+    *by(
+        "direction", "vmd_interface_throttled_seconds",
+        rx_throttled_ns="receive", tx_throttled_ns="transmit",
+    ),
+    ("rate_limit", "vmd_interface_limit_bytes_per_second", ""),
     ("ra_sent", "vmd_interface_router_advertisements", ""),
     ("lease_s", "vmd_interface_lease_timestamp_seconds", ""),
 )  # fmt: skip
@@ -203,6 +228,7 @@ class Exposition:
             self.put("vmd_vm_last_end_timestamp_seconds", f"{labels},{how}", vm.ended.at_s)
         if not vm.pid:
             return
+        self.put_all(LIMIT, vm.limit, labels)
         self.put_all(VM_RUNNING, vm, labels)
         for vcpu in vm.vcpus:
             self.put_all(VCPU, vcpu, f'{labels},vcpu="{vcpu.index}"')

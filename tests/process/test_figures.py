@@ -175,3 +175,38 @@ def test_a_disk_counts_what_its_guest_does(vmd: NetDaemon) -> None:
     assert (counted["write_requests"], counted["write_bytes"]) == (40, 40 << 16)
     vmd.must("stop", "-fw", "blk")
     assert not figures(vmd, "blk").disks[0].counted
+
+
+def test_a_disk_waits_for_its_limits_and_counts_that(vmd: NetDaemon) -> None:
+    """They are those of vm.conf, also when that is read anew while the guest is at work."""
+    conf = vmd.conf.read_text()
+    line = f'"{vmd.directory}/busy.raw" format raw'
+    vmd.conf.write_text(conf.replace(line, f"{line} limit iops 40 rate 64M") + "\n")
+    vmd.must("reload")
+    vmd.must("start", "blk")
+    with vmd.console("blk") as console:
+        for rate in (64, 32):
+            console.expect("ready", DEADLINE_S)
+            before = figures(vmd, "blk").disks[0]
+            console.type("randread bytes=4096 depth=4 count=60 piece=4096 asleep\r")
+            console.expect("done 60 requests", DEADLINE_S)
+            disk = figures(vmd, "blk").disks[0]
+            assert (disk.iops_limit, disk.rate_limit) == (40, rate << 20)
+            assert disk.read_requests - before.read_requests == 60
+            assert disk.throttled > before.throttled
+            assert disk.throttled_ns > before.throttled_ns
+            vmd.conf.write_text(conf.replace(line, f"{line} limit iops 40 rate 32M"))
+            vmd.must("reload")
+        said = vmd.must("status", "-v", "blk")
+        assert re.search(r"limited to 40 requests and 32.0M each second, throttled \d+ times, for \d+\.\d\d s\n", said)
+        vmd.conf.write_text(conf)
+        vmd.must("reload")
+        before = figures(vmd, "blk").disks[0]
+        console.expect("ready", DEADLINE_S)
+        console.type("randread bytes=4096 depth=4 count=60 piece=4096 asleep\r")
+        console.expect("done 60 requests", DEADLINE_S)
+        disk = figures(vmd, "blk").disks[0]
+        assert (disk.iops_limit, disk.rate_limit) == (0, 0)
+        assert disk.read_requests - before.read_requests == 60
+        assert (disk.throttled, disk.throttled_ns) == (before.throttled, before.throttled_ns)
+    vmd.must("stop", "-fw", "blk")

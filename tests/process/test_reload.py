@@ -162,6 +162,33 @@ def test_what_changed_waits_for_the_next_start(vmd: Daemon) -> None:
     assert (row["memory_bytes"], row["vcpus"]) == (48 * MIB, 2)
 
 
+def limited(iops: int, rate: str, limits: str) -> str:
+    """Return the configuration of a VM with limits on all that can be limited."""
+    disk = f'disk "{guest("demo")}" format raw limit iops {iops}'
+    return block("a", disk, f"interface {{ limit rate {rate} }}", f"limit {{ {limits} }}", memory="32M")
+
+
+def test_limits_change_at_once(vmd: Daemon) -> None:
+    """Of a VM that runs; its other changes wait, and what is said twice is said only if it is so twice."""
+    vmd.must("stop", "-fw", "a")
+    before = limited(100, "1M", "memory 1G")
+    reload(vmd, before + block("b"))
+    vmd.must("start", "a")
+    pid = vmd.status("a")["pid"]
+    news = "vm a: its new limits count from now on"
+
+    assert news in reload(vmd, limited(200, "1M", "memory 1G") + block("b"))
+    assert news in reload(vmd, limited(200, "2M", "memory 1G") + block("b"))
+    assert news in reload(vmd, limited(200, "2M", "memory 2G") + block("b"))
+    assert reload(vmd, limited(200, "2M", "memory 2G") + block("b")) == ""
+
+    said = reload(vmd, limited(200, "3M", "memory 2G").replace("memory 32M", "memory 48M") + block("b"))
+    assert news in said
+    assert "vm a: memory changed; that waits for its next start" in said
+    assert vmd.status("a")["pid"] == pid
+    assert vmd.status("a")["memory_bytes"] == 32 * MIB
+
+
 def test_a_change_that_is_taken_back(vmd: Daemon) -> None:
     """There is nothing left to wait for."""
     conf = vmd.conf.read_text()

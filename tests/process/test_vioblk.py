@@ -919,3 +919,33 @@ def inheritable() -> list[int]:
         except OSError:
             continue  # the listing's own
     return found
+
+
+# --- limits ----------------------------------------------------------------------------------------------------
+
+
+def test_requests_above_the_limit_wait_in_the_ring(make: Factory) -> None:
+    """In that of a paused disk too, and until there is no limit any more.  A limit of a wrong length ends the process.
+
+    The first ones are what is kept for whoever has not used it.
+    """
+    disk = make()
+    device, ring = disk.device, disk.ring
+    device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 1, 0))
+    device.command(devmsg.SETTLE_AHEAD)
+    heads = []
+    for number in range(60):
+        heads.append(ring.add([disk.header(IN, 0), Desc(BUFFER + 512 * number, 512, WRITE), Desc(STATUS, 1, WRITE)]))
+    found = len(device.collect(ring, 1))
+    assert ring.device_idx < 60
+    device.command(devmsg.PAUSE)
+    served = ring.device_idx
+    assert served < 60
+    device.command(devmsg.RESUME)
+
+    device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 0, 0))
+    found += len(device.collect(ring, 60 - found))
+    assert found == 60
+
+    device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 0, 0)[:-1])
+    assert device.child.reap(60.0) == 1

@@ -365,6 +365,32 @@ def test_counters_count(make: Make) -> None:
     }  # fmt: skip
 
 
+def test_frames_above_the_limit_wait(make: Make) -> None:
+    """Each way by itself; none is lost, a pause does not wait for them, and without a limit all go at once."""
+    nic = make()
+    driver, device = nic.driver, nic.device
+    driver.post(200)
+    device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 0, 64 * KIB))
+    for _ in range(30):
+        nic.sends(any_frame(1500))
+    counted = driver.counters()
+    assert counted["tx_throttled"]
+    assert counted["tx_throttled_ns"]
+    assert not counted["rx_throttled"]
+
+    for _ in range(30):
+        nic.host.send(any_frame(1500))
+    driver.counter("rx_throttled", 1)
+    device.command(devmsg.PAUSE)
+    device.command(devmsg.RESUME)
+    device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 0, 0))
+    assert [len(received.frame) for received in driver.receive_all(30)] == [1500] * 30
+    counted = driver.counters()
+    for _ in range(10):
+        nic.sends(any_frame(1500))
+    assert driver.counters()["tx_throttled"] == counted["tx_throttled"]
+
+
 # --- hostile: the set-up ---------------------------------------------------------------------------------------------
 
 

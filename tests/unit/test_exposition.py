@@ -10,7 +10,15 @@ from prometheus_client import parser as prometheus
 from prometheus_client.openmetrics import parser as openmetrics
 
 from vmd.exposition import FAMILIES, NS, expose
-from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.figures import (
+    CdromFigures,
+    DiskFigures,
+    EntropyFigures,
+    GroupFigures,
+    LimitFigures,
+    NicFigures,
+    VcpuFigures,
+)
 from vmd.ipc.messages.figures import LifeEnd, VmFigures
 
 # Not a number of their own: they are labels, or say whether there are numbers.
@@ -54,6 +62,7 @@ def a_vm(numbers: Numbers, name: str = "web") -> VmFigures:
         entropy=numbers.fill(EntropyFigures, index=0, counted=True),
         nics=(numbers.fill(NicFigures, index=0, counted=True, tap="vmd3.0", switch="lan", lladdr=b"\2\0\0\0\0\1"),),
         group=numbers.fill(GroupFigures),
+        limit=numbers.fill(LimitFigures),
     )
     return vm
 

@@ -32,6 +32,7 @@ from vmd.config.model import (
     VirtioMode,
     VmConfig,
     VmFlag,
+    VmLimits,
 )
 from vmd.config.rules import shown
 from vmd.ipc.foreign import typed_format
@@ -454,8 +455,11 @@ class Grammar:
             self.error(f"serial {shown(serial)} is another disk's of this vm")
         if self.value(rules.disk_count, len(self.draft.disks) + 1, 0):
             path = self.value(values.disk_path, self.lexer.beside(p[2]), "")
-            options["format"] = options.get("format") or typed_format(p[2], path)
-            self.draft.disks.append(DiskConfig(path=path, **options))
+            form, limit = options.get("format") or typed_format(p[2], path), options.get("limit", {})
+            iops, rate = limit.get("iops", 0), limit.get("rate", 0)
+            self.draft.disks.append(
+                DiskConfig(path=path, format=form, serial=serial, iops_limit=iops, rate_limit=rate)
+            )
 
     def p_disk_options(self, p: Production) -> None:
         """disk_options :
@@ -469,6 +473,89 @@ class Grammar:
     def p_disk_serial(self, p: Production) -> None:
         """disk_option : SERIAL string"""
         p[0] = "serial", self.value(rules.disk_serial, p[2], "")
+
+    def p_disk_limit(self, p: Production) -> None:
+        """disk_option : LIMIT disk_limits"""
+        p[0] = "limit", self.together(p[2])
+
+    def p_disk_limits(self, p: Production) -> None:
+        """disk_limits : disk_limit
+                       | disk_limits disk_limit"""
+        p[0] = [p[1]] if len(p) == 2 else [*p[1], p[2]]
+
+    def p_disk_iops(self, p: Production) -> None:
+        """disk_limit : IOPS NUMBER"""
+        p[0] = "iops", self.value(rules.iops, p[2], 0)
+
+    def p_disk_rate(self, p: Production) -> None:
+        """disk_limit : rate"""
+        p[0] = "rate", p[1]
+
+    def p_rate(self, p: Production) -> None:
+        """rate : RATE NUMBER
+                | RATE string"""
+        p[0] = self.value(values.rate, p[2], 0)
+
+    def together(self, limits: list[tuple[str, int]]) -> dict[str, int]:
+        """Return limits by name, each given once."""
+        found = dict(reversed(limits))
+        if len(found) != len(limits):
+            self.error("a limit is given twice")
+        return found
+
+    # limits of a VM as a whole
+
+    def p_vm_limit(self, p: Production) -> None:
+        """vm_option : LIMIT '{' limit_body '}'"""
+        if self.once("limit"):
+            limits = self.together(p[3])
+            self.draft.fields["limit"] = VmLimits(
+                memory_bytes=limits.get("memory", 0), cpu_percent=limits.get("cpu", 0), weight=limits.get("weight", 0)
+            )
+
+    def p_limit_body(self, p: Production) -> None:
+        """limit_body : limit_row
+                      | newlines limit_row
+                      | limit_lines
+                      | limit_lines limit_row"""
+        p[0] = [each for part in p[1:] if part is not None for each in part]
+
+    def p_limit_lines(self, p: Production) -> None:
+        """limit_lines : limit_row NL
+                       | newlines limit_row NL
+                       | limit_lines NL
+                       | limit_lines limit_row NL"""
+        p[0] = [each for part in p[1:] if isinstance(part, list) for each in part]
+
+    def p_limit_lines_error(self, p: Production) -> None:
+        """limit_lines : newlines error NL
+                       | limit_lines error NL"""
+        p[0] = p[1] or []
+        p.parser.errok()
+
+    def p_limit_row(self, p: Production) -> None:
+        """limit_row : limit_item
+                     | limit_row limit_item"""
+        p[0] = [p[1]] if len(p) == 2 else [*p[1], p[2]]
+
+    def p_limit_item(self, p: Production) -> None:
+        """limit_item : limit_option
+                      | limit_option ','"""
+        p[0] = p[1]
+
+    def p_limit_option(self, p: Production) -> None:
+        """limit_option : MEMORY NUMBER
+                        | MEMORY string"""
+        p[0] = "memory", self.value(values.memory_limit, p[2], 0)
+
+    def p_limit_cpu(self, p: Production) -> None:
+        """limit_option : CPU NUMBER
+                        | CPU string"""
+        p[0] = "cpu", self.value(values.cpu_percent, str(p[2]), 0)
+
+    def p_limit_weight(self, p: Production) -> None:
+        """limit_option : WEIGHT NUMBER"""
+        p[0] = "weight", self.value(rules.weight, p[2], 0)
 
     def p_vm_boot(self, p: Production) -> None:
         """vm_option : BOOT string boot_options"""
@@ -638,6 +725,10 @@ class Grammar:
     def p_nic_updown(self, p: Production) -> None:
         """nic_option : updown"""
         self.nic["up"] = p[1]
+
+    def p_nic_limit(self, p: Production) -> None:
+        """nic_option : LIMIT rate"""
+        self.nic["rate_limit"] = p[2]
 
     # who may make instances of a VM
 

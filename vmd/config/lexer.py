@@ -31,11 +31,20 @@ RESERVED = frozenset({
 
 # Our own keywords are words like any other wherever vmd(8) takes a word, so that no upstream file breaks.
 # In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
-BLOCK_WORDS = frozenset({"vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep"})
-# ... except that these end the strings of a statement that begins so ...
+BLOCK_WORDS = frozenset({
+    "vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep", "limit", "cpu", "weight", "iops",
+    "rate",
+})  # fmt: skip
+# ... except that these end the strings of a statement, or a part of one, that begins so ...
 ENDING_WORDS = {
-    "boot": frozenset({"initrd", "cmdline"}), "disk": frozenset({"serial"}), "log": frozenset({"size", "keep"}),
-}  # fmt: skip
+    "boot": frozenset({"initrd", "cmdline"}),
+    "disk": frozenset({"serial", "limit"}),
+    "log": frozenset({"size", "keep"}),
+    "limit": frozenset({"iops", "rate", "serial", "limit"}),  # of a disk
+    "memory": frozenset({"cpu", "weight"}),  # in a block of limits
+    "cpu": frozenset({"weight"}),
+    **dict.fromkeys(("interface", "switch", "group", "lladdr"), frozenset({"limit"})),
+}
 STRING_FOLLOWS = frozenset({
     "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "LOG", "MEMORY",
     "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
@@ -50,7 +59,7 @@ METRICS_WORDS = frozenset({"listen"})
 TOKENS = (
     *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # those two mean nothing yet
     *(word.upper() for word in sorted(BLOCK_WORDS)),
-    "DNS", "IDS", "LIMIT", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
+    "DNS", "IDS", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
 LITERALS = "{},="
 
@@ -426,6 +435,6 @@ class Lexer:
             kind = text.upper()
         if kind == "STRING":
             return self.string(text)
-        if text not in self.ending and text != "format":  # which goes on with a disk
+        if text in ENDING_WORDS or (text not in self.ending and text != "format"):  # which goes on with a disk
             self.ending = ENDING_WORDS.get(text, frozenset())
         return Token(kind, text, text, self.line)

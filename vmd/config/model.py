@@ -86,9 +86,19 @@ class Owner(Record):
 WHEEL = Owner(uid=ROOT, gid=ROOT)  # who may make instances where nobody is named
 SERIAL_MAX = 20  # bytes; what virtio-blk has room for
 
+# Of the limits of a VM.  A single request of a disk has up to 4 MiB and a frame up to 64 KiB: what is slower would
+# stand still for minutes after one.
+RATES = range(64 << 10, (1 << 40) + 1)  # bytes a second
+IOPS = range(1, 10_000_001)  # requests a second
+CPU_PERCENTS = range(1, 100_001)
+WEIGHTS = range(1, 10_001)  # cpu.weight of cgroups(7)
+DEFAULT_WEIGHT = 100
+# What the processes of a VM need beside the memory of the guest; a limit below both together ends the VM.
+BESIDES_BYTES = 128 * MIB
+
 
 class DiskConfig(Record):
-    """`disk PATH [format F] [serial S]`.
+    """`disk PATH [format F] [serial S] [limit [iops N] [rate N]]`.
 
     An empty format is told from the first bytes of the file, and an empty serial number made from the VM's name.
     """
@@ -96,6 +106,8 @@ class DiskConfig(Record):
     path: str
     format: str = ""
     serial: str = ""
+    iops_limit: int = 0  # requests a second; 0: no limit
+    rate_limit: int = 0  # bytes a second, read and written together; 0: no limit
 
 
 class NicConfig(Record):
@@ -109,6 +121,15 @@ class NicConfig(Record):
     local: bool = False
     rdomain: int | None = None
     up: bool = True
+    rate_limit: int = 0  # bytes a second in each direction; 0: no limit
+
+
+class VmLimits(Record):
+    """`limit { memory N, cpu N%, weight N }`: what a VM has of the host, with all its processes; 0: no limit."""
+
+    memory_bytes: int = 0
+    cpu_percent: int = 0  # of one processor
+    weight: int = 0  # its share of processors that are short; others have DEFAULT_WEIGHT
 
 
 class ConsoleLog(Record):
@@ -181,6 +202,19 @@ class VmConfig(Record):
     fault: str = ""  # why it cannot be started as it is written, such as an owner that this host does not know
     drive: bool = False  # it has a CD-ROM drive, even with no disc in it
     console_log: ConsoleLog | None = None  # ours; only vm.conf gives one
+    limit: VmLimits = VmLimits()
+
+
+def with_limits(config: VmConfig, wanted: VmConfig) -> VmConfig:
+    """Return a VM as it is, with the limits that another configuration has for it and for the same devices."""
+    disks = list(config.disks)
+    for index, (ours, theirs) in enumerate(zip(config.disks, wanted.disks, strict=False)):
+        if ours.path == theirs.path:
+            disks[index] = ours.replace(iops_limit=theirs.iops_limit, rate_limit=theirs.rate_limit)
+    nics = list(config.nics)
+    for index, (nic, other) in enumerate(zip(config.nics, wanted.nics, strict=False)):
+        nics[index] = nic.replace(rate_limit=other.rate_limit)
+    return config.replace(limit=wanted.limit, disks=tuple(disks), nics=tuple(nics))
 
 
 class SwitchConfig(Record):

@@ -11,9 +11,12 @@ import errno
 import os
 
 from vmd.config.model import (
+    BESIDES_BYTES,
     CMDLINE_MAX,
+    CPU_PERCENTS,
     GROUP_MAX,
     IFNAME_MAX,
+    IOPS,
     MAX_DISKS,
     MAX_INET6_PREFIX,
     MAX_LOG_BYTES,
@@ -26,7 +29,9 @@ from vmd.config.model import (
     MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
+    RATES,
     SERIAL_MAX,
+    WEIGHTS,
     BootDevice,
     Prefix,
     VmConfig,
@@ -171,6 +176,48 @@ def user_number(number: int) -> int:
     return number
 
 
+# --- limits -------------------------------------------------------------------------------------------------
+
+
+def within(what: str, number: int, numbers: range) -> int:
+    """Return a number that is one of these."""
+    if number not in numbers:
+        raise ValueError(f"invalid {what}: {number}: must be from {numbers[0]} to {numbers[-1]}")
+    return number
+
+
+def iops(number: int) -> int:
+    """Return a number of requests a second."""
+    return within("iops", number, IOPS)
+
+
+def rate(number: int) -> int:
+    """Return a number of bytes a second."""
+    return within("rate", number, RATES)
+
+
+def cpu_percent(number: int) -> int:
+    """Return a share of one processor, or several."""
+    return within("cpu", number, CPU_PERCENTS)
+
+
+def weight(number: int) -> int:
+    """Return a weight against other VMs."""
+    return within("weight", number, WEIGHTS)
+
+
+def limits(config: VmConfig) -> None:
+    """Check all limits of a VM; 0 is none."""
+    given = [(iops, disk.iops_limit) for disk in config.disks]
+    given += [(rate, disk.rate_limit) for disk in config.disks] + [(rate, nic.rate_limit) for nic in config.nics]
+    given += [(cpu_percent, config.limit.cpu_percent), (weight, config.limit.weight)]
+    for rule, number in given:
+        if number:
+            rule(number)
+    if config.limit.memory_bytes < 0:
+        raise ValueError(f"invalid limit of memory: {config.limit.memory_bytes}")
+
+
 # --- what it boots and stores --------------------------------------------------------------------------------
 
 
@@ -313,6 +360,7 @@ def check_vm(config: VmConfig) -> None:
     cmdline(config.cmdline)
     disks(config.disks)
     nics(config.nics)
+    limits(config)
     plan(config)
     for user in (config.owner, config.rights.boot, config.rights.disks, config.rights.cdrom):
         if user is not None:
@@ -331,6 +379,11 @@ def obstacles(config: VmConfig, *, bootable: bool = False) -> "Iterator[tuple[in
         yield errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd"
     if not (bootable or config.kernel or config.disks or config.cdrom):
         yield errno.EINVAL, "no kernel, disk or cdrom to boot from"
+    least_bytes = config.memory_bytes + BESIDES_BYTES
+    if 0 < config.limit.memory_bytes < least_bytes:
+        what = f"a limit of {fmt_scaled(config.limit.memory_bytes)} of memory would end it"
+        besides = f"it has {fmt_scaled(config.memory_bytes)}, and vmd needs {fmt_scaled(BESIDES_BYTES)} for it"
+        yield errno.EINVAL, f"{what}: {besides} (limit memory)"
     paths = [disk.path for disk in config.disks]
     for again in sorted({name for name in paths if paths.count(name) > 1}):
         yield errno.EBUSY, f"disk {again} is given twice"

@@ -20,6 +20,7 @@ from vmd.config.model import (
     MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
+    RATES,
     ROOT,
     SOCKET_PATH_MAX,
     Listen,
@@ -30,8 +31,9 @@ from vmd.config.model import (
 from vmd.config.rules import shown
 from vmd.errors import sentence
 from vmd.nearest import meant
-from vmd.scaled import scan_scaled
+from vmd.scaled import fmt_scaled, scan_scaled
 
+RATE_FORM = f"bytes a second, from {fmt_scaled(RATES[0])} to {fmt_scaled(RATES[-1])}"
 WHEEL = "wheel"  # the group with number 0 on OpenBSD, and in its files; many a Linux has no group of that name
 LOCAL_PREFIX6_BITS = 48  # by default: a /64 each for 65536 interfaces
 
@@ -106,6 +108,22 @@ def console_log_size(size: int | str) -> int:
 def memory(size: int | str) -> int:
     """Return a memory size in bytes, not yet rounded."""
     return rules.memory_bytes(memory_limit(size))
+
+
+def rate(size: int | str) -> int:
+    """Return a number of bytes a second."""
+    try:
+        return rules.rate(scan_scaled(size) if isinstance(size, str) else size)
+    except ValueError as error:
+        raise ValueError(f"invalid rate: {shown(str(size))}: {RATE_FORM}") from error
+
+
+def cpu_percent(text: str) -> int:
+    """Return how many percent of one processor are meant."""
+    number = text.removesuffix("%")
+    if not text.endswith("%") or not re.fullmatch("[0-9]{1,9}", number):
+        raise ValueError(f"invalid cpu: {shown(text)}: a share of one processor is a number and a %, such as 150%")
+    return rules.cpu_percent(int(number))
 
 
 def virtio_mode(text: str) -> VirtioMode:

@@ -79,7 +79,10 @@ COUNTER_NAMES = (
     "dhcp_relayed",            # came through a relay
     "dhcp_wants_file",         # BOOTP for a certain boot file
     "dhcp_too_long",           # the answer would be longer than the client takes
+    "rx_throttled", "rx_throttled_ns",  # how often, and for how long, frames had to wait for a limit
+    "tx_throttled", "tx_throttled_ns",
 )  # fmt: skip
+COUNTERS_LEAST = COUNTER_NAMES.index("rx_throttled")  # so many, at least, does a process of any version have
 FIGURES = {
     "viornd": ("requests", "bytes", "delayed"),
     "vionet": COUNTER_NAMES,
@@ -87,6 +90,7 @@ FIGURES = {
         "read_requests", "read_bytes", "read_ns", "write_requests", "write_bytes", "write_ns",
         "flush_requests", "flush_ns", "discard_requests", "discard_bytes", "discard_ns",
         "zero_requests", "zero_bytes", "zero_ns", "errors", "refused", "busy_ns", "in_flight", "size_bytes",
+        "throttled", "throttled_ns",
     ),
     "vioscsi": ("commands", "read_requests", "read_bytes", "errors", "busy_ns", "size_bytes"),
 }  # fmt: skip
@@ -240,3 +244,8 @@ CHANGED_HEAD = Struct("<II")
 DISC = 42
 DISC_HEAD = Struct("<II")
 DISC_FORCE = 1  # though the guest has locked the drive
+# LIMIT: VM -> disk or network device: type, requests a second, bytes a second, 0 for no limit; of an interface the
+#   former is 0, and the latter counts for each direction.  Sent after START where there is a limit, and later when it
+#   changes.
+LIMIT = 52
+LIMIT_BODY = Struct("<I4xQQ")

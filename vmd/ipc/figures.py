@@ -51,6 +51,10 @@ class DiskFigures(DeviceFigures):
     busy_ns: int = 0  # while at least one was being served
     in_flight: int = 0  # now
     size_bytes: int = 0  # that the guest sees
+    throttled: int = 0  # how often requests had to wait for a limit
+    throttled_ns: int = 0  # ... and for how long some did
+    iops_limit: int = 0  # requests a second; 0: there is no limit
+    rate_limit: int = 0  # bytes a second; 0: there is no limit
 
 
 class CdromFigures(DeviceFigures):
@@ -111,6 +115,19 @@ class NicFigures(DeviceFigures):
     dhcp_relayed: int = 0
     dhcp_wants_file: int = 0
     dhcp_too_long: int = 0
+    rx_throttled: int = 0
+    rx_throttled_ns: int = 0
+    tx_throttled: int = 0
+    tx_throttled_ns: int = 0
+    rate_limit: int = 0  # bytes a second in each direction; 0: there is no limit
+
+
+class LimitFigures(Record):
+    """What the control group of a VM is limited to; 0: there is no limit."""
+
+    memory_bytes: int = 0
+    cpu_percent: int = 0  # of one processor
+    weight: int = 0
 
 
 class GroupFigures(Record):

@@ -105,7 +105,7 @@ class Configuration:
         config, warnings = self.load(None, None)
         warnings += self.network.configure(config)
         vms, problems = self.resolved(config)
-        notes = reload.replace_all(self.core.vms, vms)
+        notes = reload.replace_all(self.core.vms, vms, self.life.bounds.change)
         self.take_effect(config)
         self.core.events.add("reload")
         for note in notes:

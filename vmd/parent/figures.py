@@ -9,7 +9,15 @@ import os
 from struct import Struct
 
 from vmd.ipc.devmsg import FIGURES, FIGURES_BYTES, FIGURES_KINDS, FIGURES_SLOT_BYTES, FIGURES_SLOTS
-from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.figures import (
+    CdromFigures,
+    DiskFigures,
+    EntropyFigures,
+    GroupFigures,
+    LimitFigures,
+    NicFigures,
+    VcpuFigures,
+)
 from vmd.ipc.messages.clients import Caller, End, FiguresRequest
 from vmd.ipc.messages.figures import VmFigures
 from vmd.ipc.messages.shared import brief
@@ -91,13 +99,19 @@ class Figures:
             cpu_ns=sum(map(cpu_ns, processes)),
             vcpus=self._vcpus_of(vm.pid, config.vcpus),
             disks=tuple(
-                DiskFigures(path=brief(disk.path, PATH_BYTES_MAX) if known else "", **of("vioblk", index))
+                DiskFigures(
+                    path=brief(disk.path, PATH_BYTES_MAX) if known else "",
+                    iops_limit=disk.iops_limit,
+                    rate_limit=disk.rate_limit,
+                    **of("vioblk", index),
+                )
                 for index, disk in enumerate(config.disks)
             ),
             cdrom=CdromFigures(**of("vioscsi")) if config.cdrom or config.drive else None,
             entropy=EntropyFigures(**of("viornd")),
             nics=self._nics_of(vm, lambda index: of("vionet", index)),
             group=group_of(mounts, vm.pid) if vm.pid else None,
+            limit=LimitFigures(**config.limit.as_dict()),
         )
 
     def _vcpus_of(self, pid: int, count: int) -> tuple[VcpuFigures, ...]:
@@ -117,12 +131,15 @@ class Figures:
     def _nics_of(self, vm: "Vm", of: "Callable[[int], dict[str, Any]]") -> tuple[NicFigures, ...]:
         taps = self.network.taps.get(vm.vmid)
         links = taps.links if taps is not None else ()
-        nics = taps.nics if taps is not None else (vm.running_config or vm.config).nics
+        config = vm.running_config or vm.config
+        nics = taps.nics if taps is not None else config.nics
+        rates = {index: nic.rate_limit for index, nic in enumerate(config.nics)}
         return tuple(
             NicFigures(
                 tap=links[index].name if index < len(links) else "",
                 switch=nic.switch,
                 lladdr=nic.lladdr,
+                rate_limit=rates.get(index, 0),
                 **of(index),
             )
             for index, nic in enumerate(nics)

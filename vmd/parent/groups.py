@@ -17,6 +17,7 @@ import os
 import select
 import subprocess
 
+from vmd.config.model import DEFAULT_WEIGHT, VmLimits
 from vmd.errors import HostError, VmdError
 from vmd.privsep.ids import TASKS_MAX
 from vmd.privsep.spawn import ENVIRONMENT
@@ -27,12 +28,17 @@ if TYPE_CHECKING:
 
 SYSTEMD = "/run/systemd/system"  # there where systemd runs the host (sd_booted(3))
 PREFIX = "vmd-guests-"
+SCOPE_END = ".scope"
 CORE = "core"
 GROUP = "vm-"
 SCOPE_S = 30.0  # for systemd to make a scope
 SCOPES_MAX = 64  # of other daemons, which run or are about to be gone
 TAKEN = "already"  # what systemd says of a unit that is there
 CONTROLLER = "pids"
+# What memory was used before its controller is there is never counted, so this one is there from the start.  That for
+# processors comes with the first limit: from then on VMs share them by VM, and no longer by thread.
+MEMORY, CPU = "memory", "cpu"
+CPU_PERIOD_US = 100_000
 
 
 def directory_of(pid: int) -> str:
@@ -79,16 +85,61 @@ def move(pid: int, group: str) -> None:
     write(f"{group}/cgroup.procs", str(pid))
 
 
-def give_controller(group: str) -> bool:
-    """Let groups in a group have a limit for tasks; False where the host has no such controller.  Raises HostError."""
+def give_controller(group: str, controller: str = CONTROLLER) -> bool:
+    """Let groups in a group be limited by a controller; False where the host has no such one.  Raises HostError."""
     try:
         with open(f"{group}/cgroup.controllers", encoding="ascii") as file:
             known = file.read().split()
     except OSError as error:
         raise HostError(f"read {error.filename}", error) from error
-    if CONTROLLER in known:
-        write(f"{group}/cgroup.subtree_control", f"+{CONTROLLER}")
-    return CONTROLLER in known
+    if controller in known:
+        write(f"{group}/cgroup.subtree_control", f"+{controller}")
+    return controller in known
+
+
+def give_memory(group: str) -> None:
+    """Have memory counted for groups in a group, where the host can."""
+    with contextlib.suppress(HostError):  # whoever wants it to be limited is told
+        give_controller(group, MEMORY)
+
+
+def wanted(limits: VmLimits) -> list[str]:
+    """Return what is limited, in words of vm.conf."""
+    return [words for words, _, _, _, given in rows(limits) if given]
+
+
+def rows(limits: VmLimits) -> list[tuple[str, str, str, str, bool]]:
+    """Return what is written for limits: words of vm.conf, controller, file, text, and whether there is a limit."""
+    share, weight, memory = limits.cpu_percent, limits.weight, limits.memory_bytes
+    quota = str(share * CPU_PERIOD_US // 100) if share else "max"
+    return [
+        ("cpu", CPU, "cpu.max", f"{quota} {CPU_PERIOD_US}", bool(share)),
+        ("weight", CPU, "cpu.weight", str(weight or DEFAULT_WEIGHT), bool(weight)),
+        ("memory", MEMORY, "memory.max", str(memory or "max"), bool(memory)),
+        # Without some of its processes a VM is of no use.
+        ("memory", MEMORY, "memory.oom.group", str(int(bool(memory))), False),
+    ]
+
+
+def limit(group: str, limits: VmLimits) -> dict[str, list[str]]:
+    """Limit a VM's group; return what cannot be, in words of vm.conf, by the controller that is missing.
+
+    Raises HostError.
+    """
+    missing: dict[str, list[str]] = {}
+    for words, controller, file, text, given in rows(limits):
+        path = f"{group}/{file}"
+        if given and not os.path.exists(path):
+            top = os.path.dirname(group)
+            if not top.endswith(SCOPE_END):  # in a scope of its own systemd has seen to that
+                with contextlib.suppress(HostError):
+                    give_controller(os.path.dirname(top), controller)
+            give_controller(top, controller)
+        if os.path.exists(path):
+            write(path, text)
+        elif given:
+            missing.setdefault(controller, []).append(words)
+    return missing
 
 
 class Groups:
@@ -162,7 +213,7 @@ class Scope:
         """Return the groups below a new unit, with vmm in one of them.  Raises VmdError."""
         own = directory_of(os.getpid())
         for number in range(SCOPES_MAX):
-            groups = self._make(f"{PREFIX}{number}.scope", own, vmm)
+            groups = self._make(f"{PREFIX}{number}{SCOPE_END}", own, vmm)
             if groups is not None:
                 return groups
         raise VmdError(f"make a control group: there are {SCOPES_MAX} units {PREFIX}N.scope")
@@ -204,6 +255,7 @@ class Scope:
                 top = directory_of(holder.pid)
                 for pid in (vmm, holder.pid):
                     move(pid, f"{top}/vmm")
+                give_memory(top)
                 return Groups(top, limited=give_controller(top))
             finally:
                 holder.kill()
@@ -227,6 +279,7 @@ class Below:
         move(os.getpid(), f"{self.own}/{CORE}")
         try:
             give_controller(self.own)
+            give_memory(self.own)
         except HostError:  # others are in there, too
             with contextlib.suppress(HostError, OSError):
                 move(os.getpid(), self.own)
@@ -253,6 +306,7 @@ class Below:
                 raise HostError(f"make {top}", error) from error
         self.tops.append(top)
         move(vmm, f"{top}/vmm")
+        give_memory(top)
         return Groups(top, limited=give_controller(top))
 
     def adopt(self, top: str) -> None:

@@ -1,8 +1,9 @@
 """Instances: VMs made from a template, by the rules that its owner has set (*cat. 2.6*)."""
 
 import errno
+from itertools import zip_longest
 
-from vmd.config.model import AllowInstance, NicConfig, Owner, Rights, VmConfig, VmFlag
+from vmd.config.model import AllowInstance, NicConfig, Owner, Rights, VmConfig, VmFlag, VmLimits
 from vmd.errors import VMD_PARENT_INVALID, OperatorError
 from vmd.ipc.messages.clients import Caller
 from vmd.nearest import meant
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from vmd.parent.vmtable import Vm
+    from vmd.record import Record
 
 # What may be set, in the words of the refusals; each needs its flag in `allow instance`.
 ASPECTS = (
@@ -45,6 +47,7 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
     inherited = {} if VmFlag.CPU in given else {"vcpus": template.vcpus}
     if VmFlag.MEMORY not in given:
         inherited["memory_bytes"] = template.memory_bytes
+    bounded = limited(template, wanted, own=caller is None or caller.uid == 0)
     boot: dict[str, object] = {}
     if VmFlag.KERNEL not in given:
         boot = {name: getattr(template, name) for name in ("kernel", "initrd", "cmdline")}
@@ -53,7 +56,8 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
         **boot,
         parent=template.name,
         boot_device=wanted.boot_device or template.boot_device,
-        nics=(*wanted.nics, *map(fresh, template.nics[len(wanted.nics) :])),
+        disks=bounded.disks,
+        nics=(*bounded.nics, *map(fresh, template.nics[len(wanted.nics) :])),
         cdrom=wanted.cdrom if VmFlag.CDROM in given else template.cdrom,
         owner=owner_of(template, wanted, caller),
         allow=allowance(template, wanted),
@@ -62,11 +66,33 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
         sev_es=wanted.sev_es or template.sev_es,
         fault=wanted.fault or template.fault,
         console_log=wanted.console_log or template.console_log,
+        limit=bounded.limit,
         rights=Rights(
             boot=rights if VmFlag.KERNEL in given else template.rights.boot,
             disks=rights,
             cdrom=rights if VmFlag.CDROM in given else template.rights.cdrom,
         ),
+    )
+
+
+def limited(template: VmConfig, wanted: VmConfig, *, own: bool) -> VmConfig:
+    """Return an instance with its limits: those of the template and, device by device, of the template's devices.
+
+    With `own` those that were given for the instance itself come first.
+    """
+
+    def first(ours: "Record", theirs: "Record | None", *names: str) -> dict[str, int]:
+        return {
+            name: (own and getattr(ours, name)) or (getattr(theirs, name) if theirs is not None else 0)
+            for name in names
+        }
+
+    disks = zip_longest(wanted.disks, template.disks[: len(wanted.disks)])
+    nics = zip_longest(wanted.nics, template.nics[: len(wanted.nics)])
+    return wanted.replace(
+        limit=VmLimits(**first(wanted.limit, template.limit, *VmLimits.fields)),
+        disks=tuple(disk.replace(**first(disk, other, "iops_limit", "rate_limit")) for disk, other in disks),
+        nics=tuple(nic.replace(**first(nic, other, "rate_limit")) for nic, other in nics),
     )
 
 

@@ -32,6 +32,7 @@ from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import endings, instances, reload, service
 from vmd.parent.access import may_control, not_allowed, require_root
+from vmd.parent.bounds import Bounds
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files, require_room
 from vmd.parent.opening import Given, replaced
@@ -79,6 +80,7 @@ class Life:
         self.on_received: Callable[[Vm], None] = lambda _vm: None  # ... and when a VM that was received goes on
         self.on_settled: Callable[[int], None] = lambda vmid: None  # a VM's process is gone, and no other one comes
         self.scores: OomScores | None = None
+        self.bounds = Bounds(core.peers)
 
     # --- starting ----------------------------------------------------------------------------------------
 
@@ -286,11 +288,13 @@ class Life:
         tty, paused = vm.pty.path, message.paused
         if vm.receiving is None:
             vm.begin_run(pid)
+            vm.notes = brief_notes([*vm.notes, *self.bounds.begin(vm)])
             log.info(f"started {vm.name} (vm {vm.vmid}) successfully, tty {tty}")
             started = VmStarted(vmid=vm.vmid, name=vm.name, pid=pid, tty=tty, notes=vm.notes)
             self.clients.answer_all(For.START, vm.vmid, started)
             return
         vm.end_receive(pid, paused=paused)
+        self.bounds.begin(vm)
         if vm.running_config is not None:
             self.vms.adopt(vm, vm.running_config, self.core.config.settings.local_prefix)
         log.info(f"received {vm.name} (vm {vm.vmid}) successfully, tty {tty}")

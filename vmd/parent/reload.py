@@ -1,15 +1,15 @@
 """What a configuration that is read anew means for the VMs there are (*cat. 2.8*).
 
 A VM that runs is not touched.  If the file says something else of it now, that waits for its next start, but for what
-is not the guest's (`AT_ONCE`); if the file no longer names it, it is forgotten when it stops.
+is not the guest's (`AT_ONCE`) and its limits; if the file no longer names it, it is forgotten when it stops.
 """
 
-from vmd.config.model import VmConfig
+from vmd.config.model import VmConfig, with_limits
 from vmd.parent.vmtable import Vm, VmTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 AT_ONCE = ("console_log",)  # fields that count for a VM that runs, too
@@ -36,8 +36,13 @@ def add(table: VmTable, config: VmConfig) -> None:
         vm.enqueue()
 
 
-def replace_all(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
-    """Let the table hold what the configuration says now.  Returns what is worth telling the operator."""
+def replace_all(
+    table: VmTable, vms: "Sequence[VmConfig]", limit: "Callable[[Vm, VmConfig], list[str]]"
+) -> list[str]:
+    """Let the table hold what the configuration says now.  Returns what is worth telling the operator.
+
+    `limit` lets a VM that runs have the limits of a configuration, and returns what is worth telling of that.
+    """
     notes: list[str] = []
     wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two with one name the first counts
     for vm in list(table):
@@ -47,6 +52,7 @@ def replace_all(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
         elif vm.alive:
             wanted.pop(vm.name, None)
             if vm.from_config or config is not None:
+                notes += limit(vm, config) if config is not None else []
                 notes += keep(vm, config)
         elif vm.from_config or config is not None:
             table.remove(vm)
@@ -71,7 +77,11 @@ def keep(vm: Vm, config: VmConfig | None) -> list[str]:
 
 
 def differences(old: VmConfig, new: VmConfig) -> list[str]:
-    """Return the names of what is not the same; an address that was found for an interface is none."""
+    """Return the names of what is not the same and waits for the next start.
+
+    Limits do not wait, and an address that was found for an interface is none.
+    """
+    old = with_limits(old, new)
     unnamed = tuple(
         theirs.replace(lladdr=b"") if not ours.lladdr else theirs
         for theirs, ours in zip(old.nics, new.nics, strict=False)

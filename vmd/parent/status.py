@@ -1,6 +1,6 @@
 """What there is: the list of VMs, that of switches, and the interfaces of a VM with what its devices say."""
 
-from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.devmsg import COUNTER_NAMES, COUNTERS_LEAST
 from vmd.ipc.messages.clients import (
     Caller,
     End,
@@ -140,7 +140,8 @@ class Status:
         for info in self.infos(vm):
             values = counted[info.index].values if info.index < len(counted) else ()
             values = tuple(figures.get(("vionet", info.index), {}).values()) or values
-            plausible = len(values) == len(COUNTER_NAMES) and all(0 <= value < 1 << 64 for value in values)
+            known = COUNTERS_LEAST <= len(values) <= len(COUNTER_NAMES)
+            plausible = known and all(0 <= value < 1 << 64 for value in values)
             self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
         for trouble in (*self.network.troubles(vmid), *self.console_logs.troubles(vmid), *troubles):
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)

@@ -1,18 +1,20 @@
-"""What is changed of a machine that its guest has: the size of a disk, the disc in its drive.
+"""What is changed of a machine that its guest has: the size of a disk, the disc in its drive, what it may do.
 
-The device's own process makes the change, and tells the guest; it may stand still meanwhile.
+The device's own process makes the change, and tells the guest what that sees; it may stand still meanwhile.
 """
 
 import errno
 
 from vmd.closing import close
+from vmd.config.model import with_limits
 from vmd.ipc.messages.shared import brief
 from vmd.ipc.messages.vm import DiscChanged, DiskResized
 from vmd.vm.fetch import fetch_one
-from vmd.vm.kinds import CDROM, DISK
+from vmd.vm.kinds import CDROM, DISK, INTERFACE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vmd.config.model import VmConfig
     from vmd.ipc.channel import Channel
     from vmd.ipc.messages.vm import ChangeDisc, ResizeDisk
     from vmd.vm.devproc import DeviceProcess
@@ -56,6 +58,24 @@ def change_disc(machine: "Machine", message: "ChangeDisc", courier: int | None, 
         change(None)
     else:
         fetch_one(machine.outside.loop, courier, "cdrom", change)
+
+
+def limit(machine: "Machine", wanted: "VmConfig") -> None:
+    """Let a machine have the limits of another configuration of it."""
+    machine.config = with_limits(machine.config, wanted)
+    limit_devices(machine)
+
+
+def limit_devices(machine: "Machine") -> None:
+    """Tell the devices of a machine what they may do."""
+    for index, disk in enumerate(machine.config.disks):
+        device = find(machine, DISK, index)
+        if device is not None:
+            device.limit(disk.iops_limit, disk.rate_limit)
+    for index, nic in enumerate(machine.config.nics):
+        device = find(machine, INTERFACE, index)
+        if device is not None:
+            device.limit(0, nic.rate_limit)
 
 
 def find(machine: "Machine", kind: "Kind", index: int) -> "DeviceProcess | None":

@@ -92,6 +92,7 @@ class DeviceProcess:
         self.features = 0
         self.arrived_with = b""  # addresses that the guest of an interface had at another place
         self.activations = 0
+        self.limits = 0, 0  # that it was told: requests and bytes a second; 0: none
         self.config = b""
         self.status: int | None = None  # with which the process ended
         self._late = 0  # answers that have not come yet, and nobody waits for
@@ -298,6 +299,12 @@ class DeviceProcess:
     def set_verbosity(self, verbosity: int) -> None:
         """Log more or less."""
         self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
+
+    def limit(self, requests: int, rate: int) -> None:
+        """Let a disk or network interface do no more each second: requests, and bytes; 0: as much as comes."""
+        if (requests, rate) != self.limits:
+            self.limits = requests, rate
+            self._tell(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, requests, rate))
 
     def announce(self) -> None:
         """Have a network interface say that its guest goes on at another place, with the addresses it had there."""

@@ -35,6 +35,7 @@ from vmd.ipc.messages.vm import (
     EndSend,
     LendDisks,
     LetDisksGo,
+    LimitVm,
     Outcome,
     PauseDone,
     PauseVm,
@@ -133,6 +134,7 @@ class VmProcess(Process):
         self.vmid = 0
         self.life = Life()
         self.pause: Pause | None = None  # of the machine, once there is one
+        self.limits: VmConfig | None = None  # which has them, if others than those of the start count
         self.arrival: Arrival | None = None
         self.departure: Departure | None = None
         self.lending: Lending | None = None
@@ -191,6 +193,7 @@ class VmProcess(Process):
         )
         try:
             pause = build(source, config, slots, outside)
+            changes.limit(pause.machine, self.limits or config)
             narrow_requests(IOCTLS)
             self.pause = pause
             # The guest's clock then needs a look at the real-time clock.
@@ -488,6 +491,12 @@ class VmProcess(Process):
         if self.pause is not None and not self.life.is_in(State.ENDED):
             changes.change_disc(self.pause.machine, message, envelope.take_fd("courier"), channel)
 
+    def on_limit_vm(self, message: LimitVm, _envelope: Envelope, _channel: Channel) -> None:
+        """Let the devices do more, or less; of a machine that is not there yet, as soon as it is."""
+        self.limits = message.config
+        if self.pause is not None and not self.life.is_in(State.ENDED):
+            changes.limit(self.pause.machine, message.config)
+
     # --- the console, and the rest -----------------------------------------------------------------------------
 
     def open_console(self, envelope: Envelope) -> None:
@@ -582,6 +591,7 @@ class VmProcess(Process):
         **handles(Proc.VMM, ResumeReceived, on_resume_received),
         **handles(Proc.VMM, ResizeDisk, on_resize_disk),
         **handles(Proc.VMM, ChangeDisc, on_change_disc),
+        **handles(Proc.VMM, LimitVm, on_limit_vm),
         **handles(Proc.VMM, ConsoleSnapshot, on_console_snapshot),
         **handles(Proc.VMM, SendBreak, on_send_break),
         **handles(Proc.VMM, AskDevices, on_ask_devices),

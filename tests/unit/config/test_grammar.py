@@ -18,6 +18,7 @@ from vmd.config.grammar import Grammar
 from vmd.config.lexer import RESERVED, Lexer
 from vmd.config.model import (
     IDS,
+    MIB,
     WHEEL,
     AgentxConfig,
     AllowInstance,
@@ -34,6 +35,7 @@ from vmd.config.model import (
     SwitchConfig,
     VirtioMode,
     VmFlag,
+    VmLimits,
 )
 from vmd.errors import ConfigError
 from vmd.log import log
@@ -267,7 +269,7 @@ def test_limits(conf: Loader) -> None:
         ("limit vms many", 'syntax error at "many"'),
         ("limit disks 1", 'syntax error at "disks"'),
         ("limit", "syntax error at end of line"),
-        ("vm a {\nlimit vms 1\n}", 'syntax error at "limit"'),
+        ("vm a {\nlimit vms 1\n}", 'syntax error at "vms"'),
     ],
 )
 def test_limit_errors(conf: Loader, text: str, error: str) -> None:
@@ -396,6 +398,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         vcpus 4
         virtio modern
         disk {conf.image} format QCOW2
+        limit {{ cpu 200% }}
         disk "{conf.image}"
         cdrom install.iso
         boot "{kernel}" initrd "{initrd}" cmdline "console=ttyS0 root=/dev/vda"
@@ -442,6 +445,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         "virtio": VirtioMode.MODERN,
         "sev": True,
         "sev_es": True,
+        "limit": VmLimits(cpu_percent=200),
         "fault": "",
         "drive": False,
         "console_log": ConsoleLog(path=f"{conf.directory}/%n.log", size_bytes=1 << 20, keep=9),
@@ -564,6 +568,20 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         (f"interface switch {NAME64}", "switch name too long"),
         ("owner nobody-here", "failed to get user: nobody-here"),
         ("allow instance network", 'syntax error at "network"'),
+        ("limit { cpu 50 }", "invalid cpu: 50: a share of one processor is a number and a %, such as 150%"),
+        ("limit { cpu half }", "invalid cpu: half: a share of one processor is a number and a %, such as 150%"),
+        ("limit { weight 5, weight 5 }", "a limit is given twice"),
+        ("limit { weight 5 }\nlimit { cpu 5% }", "limit specified more than once"),
+        ("limit { memory lots }", "failed to parse size: lots"),
+        ("limit { iops 5 }", 'syntax error at "iops"'),
+        ("limit { memroy 5G }", 'syntax error at "memroy": did you mean "memory"?'),
+        ("disk IMAGE limit", "syntax error at end of line"),
+        ("disk IMAGE limit iops 5 iops 5", "a limit is given twice"),
+        ("disk IMAGE limit rate 20X", "invalid rate: 20X: bytes a second, from 64.0K to 1.0T"),
+        ("disk IMAGE limit rate 1K", "invalid rate: 1K: bytes a second, from 64.0K to 1.0T"),
+        ("disk IMAGE limit rate 1M limit iops 5", "an option of the disk is given twice"),
+        ("interface { limit rate -1 }", "invalid rate: -1: bytes a second, from 64.0K to 1.0T"),
+        ("interface { limit iops 5 }", 'syntax error at "iops"'),
         ("kernel IMAGE", 'syntax error at "kernel"'),
     ],
 )
@@ -763,7 +781,7 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
 
 OUR_WORDS = [
     "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "ids", "limit", "vms", "legacy", "modern",
-    "transitional", "metrics", "listen",
+    "transitional", "metrics", "listen", "cpu", "weight", "iops", "rate",
 ]  # fmt: skip
 
 
@@ -849,6 +867,55 @@ def test_console_log_of_two_vms(conf: Loader) -> None:
     conf.load('vm a { console log "/v/b" }\nvm b { console log "/v/%n" }\n')
 
     assert conf.warnings[-1].endswith('vm "b": console log /v/b is used by vm "a" already')
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("{ memory 3G, cpu 150%, weight 200 }", VmLimits(memory_bytes=3 << 30, cpu_percent=150, weight=200)),
+        ("{ memory 3G cpu 150% weight 200 }", VmLimits(memory_bytes=3 << 30, cpu_percent=150, weight=200)),
+        ("{\n\nweight 1\n\ncpu 5%,\n memory 1073741824\n}", VmLimits(memory_bytes=1 << 30, cpu_percent=5, weight=1)),
+        ("{ cpu 7% }", VmLimits(cpu_percent=7)),
+    ],
+)
+def test_limits_of_a_vm(conf: Loader, text: str, limits: VmLimits) -> None:
+    """In any order, on one line or several; other memory than the guest's."""
+    vm = conf.vm(f"memory 512M\nlimit {text}")
+
+    assert (vm.limit, vm.memory_bytes) == (limits, 512 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("options", "iops", "rate"),
+    [
+        ("limit iops 500 rate 20M", 500, 20 * MIB),
+        ("limit rate 20000000 iops 1 format raw", 1, 20_000_000),
+        ("serial s-1 limit iops 9", 9, 0),
+        ("limit rate 1.5M serial 7", 0, 3 * MIB // 2),
+        ("serial limit limit iops 9", 9, 0),
+    ],
+)
+def test_limits_of_a_disk(conf: Loader, options: str, iops: int, rate: int) -> None:
+    """Beside its other options."""
+    (disk,) = conf.vm(f"disk {conf.image} {options}").disks
+
+    assert (disk.iops_limit, disk.rate_limit) == (iops, rate)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "interface tap limit rate 1M", "interface { limit rate 1M }", "local interface {\nlimit rate 1M\n}",
+        "interface { switch lan limit rate 1M }", "interface group x, limit rate 1M",
+        "interface { locked lladdr, limit rate 1M }", "interface lladdr 2:0:0:0:0:1 limit rate 1048576",
+        "interface { rdomain 2 limit rate 1024K up }",
+    ],
+)  # fmt: skip
+def test_limit_of_an_interface(conf: Loader, text: str) -> None:
+    """Beside its other options."""
+    (nic,) = conf.load(f"switch lan {{ interface br0 }}\nvm a {{\n{text}\n}}\n").vms[0].nics
+
+    assert nic.rate_limit == MIB
 
 
 @pytest.mark.parametrize("mode", VirtioMode)

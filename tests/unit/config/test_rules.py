@@ -12,7 +12,7 @@ from tests.unit.config.conftest import Loader
 from vmctl.commands.start import Wanted
 from vmctl.errors import CommandError
 from vmd.config import rules
-from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, Rights, VmConfig
+from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, Rights, VmConfig, VmLimits
 from vmd.errors import OperatorError
 from vmd.parent.requests import checked_request, require_startable
 
@@ -30,6 +30,18 @@ BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
     "format": ("disk /x format vdi", {"disks": (DISK.replace(format="vdi"),)}, None, "unrecognized disk format vdi"),
     "disk path": (f"disk /{'d' * 1023}", {"disks": (DISK.replace(path="/" + "d" * 1023),)}, None, "disk path too long"),
     "cdrom path": (f"cdrom /{'c' * 1023}", {"cdrom": "/" + "c" * 1023}, None, "cdrom name too long"),
+    "iops": (
+        "disk /x limit iops -1", {"disks": (DISK.replace(iops_limit=-1),)}, None,
+        "invalid iops: -1: must be from 1 to 10000000",
+    ),
+    "weight": (
+        "limit { weight 10001 }", {"limit": VmLimits(weight=10001)}, None,
+        "invalid weight: 10001: must be from 1 to 10000",
+    ),
+    "cpu": (
+        "limit { cpu 100001% }", {"limit": VmLimits(cpu_percent=100001)}, None,
+        "invalid cpu: 100001: must be from 1 to 100000",
+    ),
     "serial": (
         f"disk /x serial {'s' * 21}", {"disks": (DISK.replace(serial="s" * 21),)}, None,
         f"a serial number is 1 to 20 printable ASCII characters, not '{'s' * 21}'",
@@ -102,6 +114,9 @@ def test_name(conf: Loader, name: str) -> None:
         {"rights": Rights(disks=Owner(uid=0xFFFFFFFF))},
         {"cmdline": "a\0b"},
         {"kernel": "/" * 1024},
+        {"disks": (DISK.replace(rate_limit=100),)},
+        {"nics": (NicConfig(rate_limit=-1),)},
+        {"limit": VmLimits(memory_bytes=-1)},
         {"initrd": "/" * 1024},
         {"disks": (DISK.replace(serial="s"), DISK.replace(path="/y", serial="s"))},
     ],
@@ -132,6 +147,14 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
             {"kernel": "/k", "sev": True}, False,
             [(errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd")],
         ),
+        (
+            {"kernel": "/k", "limit": VmLimits(memory_bytes=(640 << 20) - 1)}, False,
+            [(
+                errno.EINVAL,
+                "a limit of 640M of memory would end it: it has 512M, and vmd needs 128M for it (limit memory)",
+            )],
+        ),
+        ({"kernel": "/k", "limit": VmLimits(memory_bytes=640 << 20)}, False, []),
         ({"kernel": "/k", "fault": "failed to get user: u"}, True, [(errno.EINVAL, "failed to get user: u")]),
     ],
 )  # fmt: skip

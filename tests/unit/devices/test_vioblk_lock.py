@@ -48,6 +48,9 @@ class Services:
     def serve(self, number: int) -> None:
         """No queue."""
 
+    def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
+        """Nothing has to wait."""
+
     def report(self, *troubles: str) -> None:
         """Keep it."""
         self.troubles = troubles

@@ -192,6 +192,9 @@ class Services:
     def serve(self, number: int) -> None:
         """Nothing stays behind."""
 
+    def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
+        """Nothing has to wait."""
+
     def report(self, *troubles: str) -> None:
         """Nobody asks."""
 

@@ -33,7 +33,8 @@ from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import RUN, STOCK, Receiver
 from vmd.devices.vionet.tap import Tap
-from vmd.devices.vionet.transmit import FRAME_MAX, GSO_FRAME_MAX, Transmitter
+from vmd.devices.vionet.transmit import FRAME_MAX, Transmitter
+from vmd.devices.vionet.worker import GSO_FRAME_MAX
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory
 from vmd.virtio.queue import Queue

@@ -9,11 +9,29 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import MAX_DISKS, MAX_NICS, MAX_VCPUS, NAME_MAX, Config, DiskConfig, NicConfig, Owner, VmConfig
+from vmd.config.model import (
+    MAX_DISKS,
+    MAX_NICS,
+    MAX_VCPUS,
+    NAME_MAX,
+    Config,
+    DiskConfig,
+    NicConfig,
+    Owner,
+    VmConfig,
+)
 from vmd.devices.figures import take_slot
 from vmd.errors import OperatorError
 from vmd.ipc import devmsg
-from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.figures import (
+    CdromFigures,
+    DiskFigures,
+    EntropyFigures,
+    GroupFigures,
+    LimitFigures,
+    NicFigures,
+    VcpuFigures,
+)
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, encode
 from vmd.ipc.messages.clients import Caller, End, FiguresRequest
 from vmd.ipc.messages.figures import LifeEnd, VmFigures
@@ -155,6 +173,7 @@ def test_the_longest_fits_a_message() -> None:
         entropy=filled(EntropyFigures),
         nics=(filled(NicFigures, counted=True, tap="t" * 15, switch=name, lladdr=mac),) * MAX_NICS,
         group=filled(GroupFigures),
+        limit=filled(LimitFigures),
     )
     packet, _ = encode(row, form=Form.NAMED)
     assert len(packet) <= MAX_MESSAGE - TO_COME
@@ -167,7 +186,8 @@ def test_what_a_device_counts_has_a_field() -> None:
     """Under the same name; and all of it fits its slot."""
     assert set(RECORDS) == set(devmsg.FIGURES) == {kind.process for kind in KINDS}
     for kind, names in devmsg.FIGURES.items():
-        own = set(RECORDS[kind].fields) - {"index", "counted", "path", "tap", "switch", "lladdr"}
+        others = {"index", "counted", "path", "tap", "switch", "lladdr", "iops_limit", "rate_limit"}
+        own = set(RECORDS[kind].fields) - others
         assert own == set(names), kind
         assert devmsg.FIGURES_HEAD + len(names) <= devmsg.FIGURES_SLOT_BYTES // 8
     assert MAX_DISKS + MAX_NICS + 2 <= devmsg.FIGURES_SLOTS
@@ -189,7 +209,7 @@ def test_what_devices_leave_is_found(page: int) -> None:
     assert set(found) == {("vioblk", 1), ("vionet", 0)}
     assert {name: value for name, value in found["vioblk", 1].items() if value} == {"read_ns": 5}
     assert {name: value for name, value in found["vionet", 0].items() if value} == {
-        "rx_packets": 7, "dhcp_too_long": MOST,
+        "rx_packets": 7, "tx_throttled_ns": MOST,
     }  # fmt: skip
     os.pwrite(page, (2).to_bytes(8, "little"), 15 * devmsg.FIGURES_SLOT_BYTES + 16)
     assert slots(page)["vionet", 0] == {"rx_packets": 7, "rx_bytes": 0}

@@ -15,6 +15,7 @@ from vmd.config.model import (
     VirtioMode,
     VmConfig,
     VmFlag,
+    VmLimits,
 )
 from vmd.errors import OperatorError
 from vmd.ipc.messages.clients import Caller, StartRequest
@@ -67,6 +68,39 @@ def test_a_console_log_is_inherited_under_the_name_of_the_instance() -> None:
     assert made.console_log is not None
     assert made.console_log.path_of(made.name) == "/v/i.log"
     assert derive(template, asked, None).console_log == asked.console_log
+
+
+LIMITED = TEMPLATE.replace(
+    limit=VmLimits(memory_bytes=1 << 30, cpu_percent=50),
+    disks=(DiskConfig(path="/tmpl.img", iops_limit=100, rate_limit=1 << 20),),
+    nics=(NicConfig(rate_limit=1 << 20), NicConfig(local=True, rate_limit=2 << 20)),
+)
+WANTED = VmConfig(
+    name="i",
+    given=EVERYTHING,
+    limit=VmLimits(cpu_percent=400, weight=7),
+    disks=(DiskConfig(path="/a", iops_limit=5000), DiskConfig(path="/b", iops_limit=6)),
+    nics=(NicConfig(rate_limit=9 << 20),),
+)
+
+
+def test_a_user_gives_an_instance_no_limits_but_the_template_s() -> None:
+    """Device by device; those that the template does not have are not limited."""
+    made = derive(LIMITED, WANTED, USER)
+
+    assert made.limit == LIMITED.limit
+    assert [(disk.iops_limit, disk.rate_limit) for disk in made.disks] == [(100, 1 << 20), (0, 0)]
+    assert [nic.rate_limit for nic in made.nics] == [1 << 20, 2 << 20]
+
+
+@pytest.mark.parametrize("caller", [None, Caller(uid=0, gid=0, pid=1)], ids=["vm.conf", "root"])
+def test_vm_conf_and_root_give_an_instance_limits_of_its_own(caller: Caller | None) -> None:
+    """One by one; the others are the template's."""
+    made = derive(LIMITED, WANTED, caller)
+
+    assert made.limit == VmLimits(memory_bytes=1 << 30, cpu_percent=400, weight=7)
+    assert [(disk.iops_limit, disk.rate_limit) for disk in made.disks] == [(5000, 1 << 20), (6, 0)]
+    assert [nic.rate_limit for nic in made.nics] == [9 << 20, 2 << 20]
 
 
 def test_what_is_given_wins() -> None:

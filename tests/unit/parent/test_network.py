@@ -649,7 +649,7 @@ def test_counters_come_from_the_vm(parent: FakeParent) -> None:
     assert questions(parent) == 2
 
 
-@pytest.mark.parametrize("values", [(), VALUES[1:], (*VALUES, 1), (-1, *VALUES[1:]), (1 << 64, *VALUES[1:])])
+@pytest.mark.parametrize("values", [(), VALUES[5:], (*VALUES, 1), (-1, *VALUES[1:]), (1 << 64, *VALUES[1:])])
 def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> None:
     """A VM process may say what it likes."""
     vm = running(parent)

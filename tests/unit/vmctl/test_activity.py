@@ -1,7 +1,15 @@
 """What `vmctl status -v` says that VMs have done, byte for byte."""
 
 from vmctl.activity import describe
-from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, VcpuFigures
+from vmd.ipc.figures import (
+    CdromFigures,
+    DiskFigures,
+    EntropyFigures,
+    GroupFigures,
+    LimitFigures,
+    NicFigures,
+    VcpuFigures,
+)
 from vmd.ipc.messages.figures import VmFigures
 
 STOPPED = VmFigures(
@@ -18,6 +26,30 @@ RUNNING = STOPPED.replace(
     entropy=EntropyFigures(index=0, counted=True, requests=2, bytes=64, delayed=1),
     group=GroupFigures(cpu_ns=5_000_000_000, throttled=2, throttled_ns=10_000_000, memory_bytes=1 << 20, oom_kills=1),
 )  # fmt: skip
+
+
+LIMITED = STOPPED.replace(
+    disks=(DiskFigures(index=0, counted=True, iops_limit=500, rate_limit=20 << 20, throttled=1, throttled_ns=10**9),),
+    nics=(
+        NicFigures(index=0), NicFigures(index=1, rate_limit=10 << 20, tx_throttled=2, tx_throttled_ns=5 * 10**8),
+        NicFigures(index=2, rx_throttled=1, rx_throttled_ns=10**7),
+    ),
+    limit=LimitFigures(memory_bytes=3 << 30, cpu_percent=150, weight=200),
+    pid=7,
+)  # fmt: skip
+
+
+def test_limits_and_what_they_have_kept_waiting() -> None:
+    """Of a limit that there was, too."""
+    assert describe(LIMITED)[3:] == [
+        "a limits: memory 3.0G, processor 150%, weight 200",
+        "a disk 0: 0B",
+        "    limited to 500 requests and 20.0M each second, throttled 1 time, for 1.00 s",
+        "    busy 0.00 s, 0 in flight",
+        "a interface 1 limit: 10.0M each second, sent throttled 2 times, for 0.50 s",
+        "a interface 2 limit: received throttled 1 time, for 0.01 s",
+    ]
+    assert describe(STOPPED.replace(limit=LimitFigures(weight=7)))[1:] == []
 
 
 def test_one_that_does_not_run() -> None:

@@ -12,6 +12,7 @@ import select
 import time
 from _queue import SimpleQueue
 
+from vmd.devices.bucket import Bucket, Throttled
 from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.devices.vioblk import request as requests
 from vmd.devices.vioblk.handover import HandOver
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
 
         def serve(self, number: int) -> None:
             """Serve a queue as if notified."""
+
+        def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
+            """Set the timer."""
 
         def report(self, *troubles: str) -> None:
             """Tell the VM what is wrong now."""
@@ -172,6 +176,11 @@ class Vioblk:
         self.in_flight_bytes = 0
         self.cancelled = False
         self.stalled = False  # requests were left in the ring because enough are in flight
+        self.round = ROUND
+        self.round_bytes = 0  # of the last one
+        self.requests_limit: Bucket | None = None
+        self.bytes_limit: Bucket | None = None
+        self.throttled = Throttled(services.figures, FIGURES["throttled"])
         self.unflushed: list[tuple[Request, int, int]] = []  # written through, but for the flush
         self.pauses = 0  # how often we have come to stand still, or what was written until now was to last
         self.settling: int | None = None  # while a flush of our own is in flight: `pauses` when it began
@@ -343,6 +352,42 @@ class Vioblk:
             self._note_lock()
         return taken
 
+    # --- limits ------------------------------------------------------------------------------------------------
+
+    def limit(self, requests: int, rate: int) -> None:
+        """Serve no more requests a second, nor bytes, than these; 0: as many as come."""
+        self.requests_limit = Bucket(requests) if requests else None
+        self.bytes_limit = Bucket(rate) if rate else None
+        if not requests:
+            self.round = ROUND
+        waited = self.throttled.now
+        self.throttled.end()
+        if waited:
+            self.services.serve(0)
+
+    def _must_wait(self, queue: "Queue") -> bool:
+        """Return whether what waits in the ring has to wait for a limit; then the timer has it served."""
+        wait_s = 0.0
+        if self.requests_limit is not None:
+            wait_s = self.requests_limit.wait_s()
+            self.round = max(1, min(ROUND, int(self.requests_limit.level)))
+        if self.bytes_limit is not None:
+            wait_s = max(wait_s, self.bytes_limit.wait_s())
+        if not wait_s or not queue.available():
+            self.throttled.end()
+            return False
+        self.throttled.begin()
+        queue.suppress()
+        self.services.call_after(wait_s, lambda: self.services.serve(0))
+        return True
+
+    def _pay(self, requests: int) -> None:
+        """Note what a round has served."""
+        if self.requests_limit is not None:
+            self.requests_limit.take(requests)
+        if self.bytes_limit is not None:
+            self.bytes_limit.take(self.round_bytes)
+
     # --- life --------------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "list[Queue | None]") -> None:
@@ -374,6 +419,7 @@ class Vioblk:
                 os.eventfd_read(self.workers.done)
                 self._collect()
         self._announce()
+        self.throttled.end()
         self.stalled = False  # nothing is in flight whose end would have us look at the ring again
         self.pauses += 1
         if forget:
@@ -433,11 +479,18 @@ class Vioblk:
         self.now_ns = time.monotonic_ns()
         if not self.in_flight:
             self.busy_ns = self.now_ns
+        limited = self.requests_limit is not None or self.bytes_limit is not None
         counted = 0
         try:
             for number in range(1, ROUNDS + 1):
+                if limited and self._must_wait(queue):
+                    return False
+                before = queue.next_avail
                 more = self._drain(queue)
-                if not more or self.stalled or number == ROUNDS:  # seldom, but before the guest hears of the last round
+                if limited:
+                    self._pay(queue.next_avail - before & 0xFFFF)
+                # Seldom, but before the guest hears of the last round.
+                if not more or self.stalled or number == ROUNDS or limited:
                     self._count_rounds(number - counted)
                     counted = number
                 self._announce()
@@ -506,7 +559,7 @@ class Vioblk:
         put = queue.put
         budget_bytes = ROUND_BYTES
         waiting = queue.available()
-        left = min(waiting, ROUND)
+        left = min(waiting, self.round)
         more = waiting > left
         reads = read_bytes = writes = write_bytes = 0
         done_at_once = not self.write_through
@@ -580,7 +633,7 @@ class Vioblk:
                 disk_offset = sector * 512 if status >= 0 else 0
                 behind = disk_offset + total
                 if status < 0 or not total or total & 511 or total > REQUEST_MAX_BYTES or behind > disk_size:
-                    self._serve_any(queue, head)
+                    budget_bytes -= self._serve_any(queue, head)
                     continue
                 queue.next_avail = queue.next_avail + 1 & 0xFFFF
                 budget_bytes -= total
@@ -609,9 +662,10 @@ class Vioblk:
             if writes:
                 self.writes += writes
                 self.write_bytes += write_bytes
+            self.round_bytes = ROUND_BYTES - budget_bytes
 
-    def _serve_any(self, queue: "Queue", head: int) -> None:
-        """Serve a request of any form, the obvious way.  Raises GuestError."""
+    def _serve_any(self, queue: "Queue", head: int) -> int:
+        """Serve a request of any form, the obvious way, and return its bytes.  Raises GuestError."""
         chain = queue.walk(head)
         request = parse(chain, queue.memory, self.limits)
         queue.next_avail = queue.next_avail + 1 & 0xFFFF
@@ -622,6 +676,7 @@ class Vioblk:
             self._give_back(request, status, written)
         else:
             self._hand_over(request)
+        return request.length
 
     # --- on the main thread --------------------------------------------------------------------------------------
 

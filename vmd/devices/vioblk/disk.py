@@ -84,7 +84,12 @@ class VioblkProcess(Process):
         """Have the machine stand still; on any thread."""
         self.tell(devmsg.TYPE.pack(devmsg.LOCK_LOST) + why.encode()[: devmsg.TROUBLE_MAX])
 
-    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize}
+    def on_limit(self, packet: bytes) -> None:
+        """Serve so much a second."""
+        _, requests, rate = exact(devmsg.LIMIT_BODY, packet)
+        self.device.limit(requests, rate)
+
+    INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize, devmsg.LIMIT: on_limit}
     QUESTIONS = Process.QUESTIONS | {
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,

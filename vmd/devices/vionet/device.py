@@ -251,3 +251,8 @@ class Vionet:
     def _set_links(self) -> None:
         for worker in self.workers:
             worker.link_up = self.link_up
+
+    def limit(self, rate: int) -> None:
+        """Let no more bytes a second pass than these, in each direction; 0: as many as come."""
+        for worker in self.workers:
+            worker.limit(rate)

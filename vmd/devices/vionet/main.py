@@ -30,6 +30,11 @@ class NetProcess(ThreadedProcess):
         """The operator takes the link down, or up."""
         self.device.set_link(bool(exact(devmsg.LINK_BODY, packet)[1]))
 
+    def on_limit(self, packet: bytes) -> None:
+        """Let so much pass each second."""
+        _, _, rate = exact(devmsg.LIMIT_BODY, packet)
+        self.device.limit(rate)
+
     def on_announce(self, packet: bytes) -> None:
         """The guest goes on at another place."""
         raw = packet[devmsg.TYPE.size :]
@@ -58,6 +63,7 @@ class NetProcess(ThreadedProcess):
     INFORMS = ThreadedProcess.INFORMS | {
         devmsg.HOSTMAC: on_host_lladdr,
         devmsg.LINK: on_link,
+        devmsg.LIMIT: on_limit,
         devmsg.ANNOUNCE: on_announce,
         devmsg.RESOLVERS: on_resolvers,
         devmsg.SAME_RESOLVERS: on_same_resolvers,

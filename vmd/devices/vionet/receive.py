@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     Buffers = tuple[int, list[memoryview], int]
 
 NUMBER = 0  # of the queue
-BUDGET = 64  # frames of one wake-up
 GIVE_BYTES = 64 << 10  # so much is given at a time: the guest looks at it, and offers new buffers, meanwhile
 STOCK = 64  # chains looked at ahead of their use
 RUN = 256  # ... where that is cheap
@@ -161,7 +160,7 @@ class Receiver(Worker):
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.bells.add(self.injection)
         self.others: tuple[int, ...] = ()  # figures that were shown last
-        self.packets = self.bytes = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
+        self.packets = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
 
     # --- the main thread's ---------------------------------------------------------------------------------------
 
@@ -429,7 +428,7 @@ class Receiver(Worker):
 
     def _receive(self, queue: "Queue") -> bool:
         """Read frames into what was offered, whatever its form."""
-        for _ in range(BUDGET):
+        for _ in range(self.budget):
             if self.placed:
                 self.placed = False
                 self.chains, self.at = [], 0
@@ -454,7 +453,7 @@ class Receiver(Worker):
         packets = total = 0
         limit = GIVE_BYTES
         try:
-            for _ in range(BUDGET):
+            for _ in range(self.budget):
                 if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
                     run.use(at, piece, place)
                     queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
@@ -604,7 +603,7 @@ class Receiver(Worker):
         """Read frames into our own memory, and give the guest those that are for it."""
         spill, header, accepted = self.spill, self.header, self.accepted
         least = header + HEADER_BYTES
-        for _ in range(BUDGET):
+        for _ in range(self.budget):
             if not self._stock(queue, STOCK):
                 return False
             try:

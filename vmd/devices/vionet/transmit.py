@@ -11,7 +11,7 @@ import select
 from vmd.devices.vionet.addresses import LENGTHS, LOOK_BYTES
 from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Worker
+from vmd.devices.vionet.worker import GSO_FRAME_MAX, POLLIN, Worker
 from vmd.errors import GuestError
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
@@ -42,11 +42,9 @@ if TYPE_CHECKING:
 
 
 NUMBER = 1  # of the queue
-BUDGET = 64  # frames of one wake-up
 GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
-GSO_FRAME_MAX = 65550  # to be segmented: an IP packet of 64 KiB
 GSO_TYPE = 1  # offset in the header
 BUSY_TIMEOUT_MS = 1000  # a tap that takes nothing for so long loses the frame
 
@@ -69,8 +67,8 @@ class Transmitter(Worker):
         self.addresses: Addresses | None = None  # what learns the guest's
         self.busy = False  # the tap takes nothing at the moment
         self.complaints = RateLimit()
-        self.packets = self.bytes = 0
         self.others: tuple[int, ...] = ()  # figures that were shown last
+        self.packets = 0
         self.short = self.long = self.spoofed = self.refused = self.no_link = self.dropped_busy = self.answered = 0
 
     def begin(self) -> None:
@@ -132,7 +130,7 @@ class Transmitter(Worker):
         look = bool(self.allowed) or self.answers is not None
         telling = () if self.addresses is None else tuple(header + length for length in LENGTHS)
         waiting = queue.available()
-        left = min(waiting, BUDGET)
+        left = min(waiting, self.budget)
         more = waiting > left
         packets = total = 0
         limit = GIVE_BYTES

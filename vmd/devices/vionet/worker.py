@@ -10,8 +10,10 @@ import errno
 import posix as os
 import select
 
+from vmd.devices.bucket import Bucket, Throttled
 from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.errors import GuestError, HostError
+from vmd.ipc import devmsg
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 
 POLLIN = select.POLLIN
+BUDGET = 64  # frames of one wake-up
+GSO_FRAME_MAX = 65550  # bytes of a frame that is to be segmented: an IP packet of 64 KiB
+TURN_S = 0.05  # of a limited queue: what one wake-up may take of it, if all frames are as large
 THREADS = ("rx", "tx")  # by number of the queue
 
 
@@ -56,6 +61,11 @@ class Worker:
         self.more = False  # look again before waiting
         self.timeout_ms: int | None = None
         self.timed_out = False
+        self.bytes = 0  # of frames that have passed
+        self.budget = BUDGET
+        self.bucket: Bucket | None = None  # where there is a limit
+        self.throttled = Throttled(services.figures, devmsg.COUNTER_NAMES.index(f"{THREADS[number]}_throttled"))
+        self.throttled_ms = 0  # it waits for so long before it looks again
         self.serving = _thread.allocate_lock()
         self.control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.standing = select.poll()
@@ -78,6 +88,12 @@ class Worker:
     def look(self) -> None:
         """Have the thread, if it does not stand, look at what has changed."""
         os.eventfd_write(self.control, 1)
+
+    def limit(self, rate: int) -> None:
+        """Let no more bytes a second pass than these; 0: as many as come."""
+        self.bucket = Bucket(rate) if rate else None
+        self.budget = min(BUDGET, max(1, int(rate * TURN_S / GSO_FRAME_MAX))) if rate else BUDGET
+        self.look()
 
     def stop(self) -> None:
         """Have the thread stand; it touches no ring when this returns.  Raises HostError if it does not get there."""
@@ -121,6 +137,8 @@ class Worker:
             self.services.post(fail)
 
     def _stand(self) -> None:
+        self.throttled_ms = 0
+        self.throttled.end()
         while not self.wanted:
             self.standing.poll()
             drain(self.control)
@@ -129,8 +147,12 @@ class Worker:
         """Serve until told to stand, or the ring is broken."""
         bells, serving = self.bells, self.serving
         while self.wanted:
-            ready = self.poll.poll(0 if self.more else self.timeout_ms)
-            self.timed_out = not ready and not self.more
+            if self.throttled_ms:  # what comes meanwhile is found behind that
+                ready = self.standing.poll(self.throttled_ms)
+                self.timed_out = False
+            else:
+                ready = self.poll.poll(0 if self.more else self.timeout_ms)
+                self.timed_out = not ready and not self.more
             for fd, _ in ready:
                 if fd in bells:
                     drain(fd)  # before the ring is looked at: what comes later is news
@@ -148,11 +170,27 @@ class Worker:
         queue = self.queue
         if queue is None:
             return
+        bucket = self.bucket
+        if (bucket is not None or self.throttled_ms) and self._must_wait(bucket):
+            return
+        before = self.bytes
         try:
             self.more = self.serve(queue)
         except GuestError as error:
             self.wanted = False
             self.services.broke(str(error))
+        if bucket is not None:
+            bucket.take(self.bytes - before)
+
+    def _must_wait(self, bucket: Bucket | None) -> bool:
+        """Return whether the queue has to wait for its limit."""
+        wait_s = bucket.wait_s() if bucket is not None else 0.0
+        self.throttled_ms = int(wait_s * 1000) + 1 if wait_s else 0
+        if wait_s:
+            self.throttled.begin()
+        else:
+            self.throttled.end()
+        return bool(wait_s)
 
 
 def drain(fd: int) -> None:

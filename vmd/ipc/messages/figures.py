@@ -1,6 +1,14 @@
 """What VMs have done and use, between the parent and all who are told of it."""
 
-from vmd.ipc.figures import CdromFigures, DiskFigures, EntropyFigures, GroupFigures, NicFigures, VcpuFigures
+from vmd.ipc.figures import (
+    CdromFigures,
+    DiskFigures,
+    EntropyFigures,
+    GroupFigures,
+    LimitFigures,
+    NicFigures,
+    VcpuFigures,
+)
 from vmd.ipc.routes import ANSWER, Proc, message
 from vmd.record import Record
 
@@ -37,3 +45,4 @@ class VmFigures(Record):
     entropy: EntropyFigures | None = None
     nics: tuple[NicFigures, ...] = ()
     group: GroupFigures | None = None  # None: it has no control group of its own
+    limit: LimitFigures = LimitFigures()

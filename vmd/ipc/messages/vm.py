@@ -411,3 +411,11 @@ class DiscChanged(Record):
     vmid: int
     code: int = 0
     text: str = ""
+
+
+@message(0xD8, TO_VM)
+class LimitVm(Record):
+    """Have the devices of a VM keep the limits of `config`, of which nothing else counts."""
+
+    vmid: int
+    config: VmConfig

@@ -1,0 +1,433 @@
+"""What disks and interfaces let pass each second, by a clock of the test's own: as much as they may, and no more."""
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, NEXT, WRITE, Desc, Ring
+from tests.support.packets import any_frame
+from vmd.devices import bucket
+from vmd.devices.bucket import KEPT_S, Bucket
+from vmd.devices.figures import unseen
+from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
+from vmd.devices.vionet.receive import Receiver
+from vmd.devices.vionet.tap import Tap
+from vmd.devices.vionet.transmit import Transmitter
+from vmd.guestmem import GuestMemory
+from vmd.images.raw import RawImage
+from vmd.ipc import devmsg
+from vmd.virtio import spec
+from vmd.virtio.queue import Queue
+
+SIZE = 64
+HEADERS, STATUSES = DATA - 0x8000, DATA - 0x4000
+DISK_BYTES = 1 << 20
+SECONDS = 2
+
+
+class Clock:
+    """Stands still but for `wait`."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        """Return seconds."""
+        return self.now_s
+
+    def monotonic_ns(self) -> int:
+        """Return nanoseconds."""
+        return int(self.now_s * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Give the clock of all buckets."""
+    made = Clock()
+    monkeypatch.setattr(bucket, "time", made)
+    return made
+
+
+def release(queue: Queue) -> None:
+    """Let go of guest memory."""
+    for view in (queue.used_ring, queue._used_idx, queue._avail_event):
+        view.release()
+
+
+# --- disks -----------------------------------------------------------------------------------------------------
+
+
+class Services:
+    """A process whose timer is the test's."""
+
+    def __init__(self) -> None:
+        self.figures = unseen("vioblk")
+        self.timer: tuple[float, Callable[[], None]] | None = None
+        self.device: Vioblk | None = None
+
+    def interrupt(self, queue: int) -> None:
+        """Nobody hears it."""
+
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        """Nothing is waited for."""
+
+    def serve(self, number: int) -> None:
+        """Do it at once."""
+        assert self.device is not None
+        while self.device.on_notify(number):
+            pass
+        self.device.on_done()
+
+    def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
+        """Keep it."""
+        assert delay_s > 0
+        self.timer = delay_s, handler
+
+    def report(self, *troubles: str) -> None:
+        """Nobody asks."""
+
+    def tell_config(self) -> None:
+        """Nobody asks."""
+
+    def lock_lost(self, why: str) -> None:
+        """It is not."""
+        raise AssertionError(why)
+
+    def changed(self, error: OSError | None = None) -> None:
+        """Nobody asks."""
+
+
+class Now(Workers):
+    """Workers that are done when they are asked."""
+
+    def __init__(self) -> None:
+        self.done = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Do it."""
+        job()
+        os.eventfd_write(self.done, 1)
+
+
+class Disk:
+    """A limited disk, and a driver that always has as much in its ring as fits."""
+
+    def __init__(self, clock: Clock, bytes_each: int, *, kind: int = spec.VIRTIO_BLK_T_IN) -> None:
+        self.clock = clock
+        fd = os.memfd_create("disk")
+        os.truncate(fd, DISK_BYTES)
+        self.services = Services()
+        self.device = self.services.device = Vioblk(RawImage(fd, "disk", writable=True), self.services, Now())
+        self.memory = GuestMemory.create(LAYOUT)
+        self.ring = Ring(self.memory, SIZE)
+        self.queue = Queue(self.memory, EVENT_IDX, SIZE, self.ring.desc, self.ring.avail, self.ring.used)
+        self.device.activate(EVENT_IDX | 1 << spec.VIRTIO_BLK_F_FLUSH, [self.queue])
+        self.memory.load(HEADERS, struct.pack("<IIQ", kind, 0, 0))
+        data = NEXT if kind == spec.VIRTIO_BLK_T_OUT else NEXT | WRITE
+        self.heads = SIZE // 3
+        for head in range(self.heads):
+            parts = [Desc(HEADERS, 16, NEXT), Desc(DATA, bytes_each, data), Desc(STATUSES + head, 1, WRITE)]
+            self.ring.describe(3 * head, [part._replace(next=3 * head + i + 1) for i, part in enumerate(parts)])
+            self.ring.offer(3 * head)
+
+    def served(self) -> int:
+        """Return how many requests were served since the last look; all are offered again."""
+        heads = [head for head, _ in self.ring.reap()]
+        for head in heads:
+            self.ring.offer(head)
+        return len(heads)
+
+    def run(self, seconds: float) -> int:
+        """Have time go by; return how many requests were served."""
+        until_s = self.clock.now_s + seconds
+        total = 0
+        self.services.serve(0)
+        while True:
+            total += (found := self.served())
+            if found:
+                self.services.serve(0)
+                continue
+            assert self.services.timer is not None
+            delay_s, handler = self.services.timer
+            if self.clock.now_s + delay_s > until_s:
+                self.clock.now_s = until_s
+                return total
+            self.clock.now_s += delay_s
+            handler()
+
+    def throttled(self) -> tuple[int, int]:
+        """Return how often, and for how long, requests had to wait."""
+        figures = dict(zip(devmsg.FIGURES["vioblk"], self.services.figures, strict=True))
+        return figures["throttled"], figures["throttled_ns"]
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.device.quiesce(forget=True)
+        self.device.close()
+        os.close(self.device.workers.done)
+        release(self.queue)
+        del self.queue, self.device, self.services.device
+        self.memory.close()
+
+
+@pytest.fixture
+def disk(clock: Clock) -> Iterator[Disk]:
+    """Give a disk whose guest reads 4 KiB at a time."""
+    made = Disk(clock, 4096)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("iops", [1, 3, 7, 50, 999])
+def test_requests_of_a_disk(disk: Disk, iops: int) -> None:
+    """So many a second, whatever the number."""
+    disk.device.limit(iops, 0)
+    served = disk.run(SECONDS)
+    assert 0 <= served - iops * SECONDS + max(1, iops // 50) <= 2 * max(1, iops * KEPT_S) + ROUND
+    times, waited_ns = disk.throttled()
+    assert times
+    assert 0 < waited_ns <= SECONDS * 1e9
+
+
+@pytest.mark.parametrize(
+    ("rate", "each"), [(64 << 10, 512), (64 << 10, 256 << 10), (1_000_000, 4096), (100 << 20, 256 << 10)]
+)
+def test_bytes_of_a_disk(clock: Clock, rate: int, each: int) -> None:
+    """Small requests or large ones, larger than what may pass in a second too: the rate is that of all."""
+    made = Disk(clock, each)
+    made.device.limit(0, rate)
+    passed = made.run(SECONDS) * each
+    most_at_once = ROUND * each + rate * KEPT_S
+    assert -most_at_once <= passed - rate * SECONDS <= 2 * most_at_once
+    made.close()
+
+
+def test_both_limits_of_a_disk(disk: Disk) -> None:
+    """The one that is reached first counts."""
+    disk.device.limit(1000, 64 << 10)
+    assert abs(disk.run(SECONDS) * 4096 - SECONDS * (64 << 10)) <= 2 * (ROUND * 4096 + (64 << 10))
+    disk.device.limit(5, 1 << 30)
+    assert abs(disk.run(SECONDS) - SECONDS * 5) <= ROUND
+
+
+def test_writes_count_as_reads_do(clock: Clock) -> None:
+    """Together."""
+    made = Disk(clock, 4096, kind=spec.VIRTIO_BLK_T_OUT)
+    made.device.limit(100, 0)
+    assert abs(made.run(SECONDS) - SECONDS * 100) <= ROUND + 10
+    made.close()
+
+
+def test_a_limit_that_is_lifted_while_requests_wait(disk: Disk) -> None:
+    """They are served at once, and the disk has not been throttled since."""
+    disk.device.limit(1, 0)
+    disk.run(3)
+    assert disk.device.throttled.now
+    disk.device.limit(0, 0)
+    before = disk.throttled()
+    assert disk.served() == disk.heads
+    disk.clock.now_s += 5
+    disk.services.serve(0)
+    assert disk.throttled() == before
+
+
+def test_what_waits_keeps_no_machine_from_standing_still(disk: Disk) -> None:
+    """Requests stay in the ring, and are served after the pause."""
+    disk.device.limit(1, 0)
+    disk.run(1)
+    disk.device.quiesce(forget=False)
+    assert disk.device.in_flight == 0
+    served = disk.run(10)
+    assert abs(served - 10) <= 2
+
+
+def test_an_idle_guest_is_not_throttled(clock: Clock) -> None:
+    """Only who has something waiting has waited."""
+    made = Disk(clock, 4096)
+    made.device.limit(made.heads, 0)
+    clock.now_s += 1
+    made.services.serve(0)
+    while made.ring.reap():
+        clock.now_s += 1
+        made.services.serve(0)
+    before = made.throttled()
+    for _ in range(10):
+        clock.now_s += 0.001
+        made.services.serve(0)
+    assert made.throttled() == before
+    assert not made.device.throttled.now
+    made.close()
+
+
+# --- interfaces ------------------------------------------------------------------------------------------------
+
+
+class PacketTap(Tap):
+    """What a tap is to the threads, without an interface behind it."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.name = "tap0"
+        self.offloads = 0
+        os.set_blocking(fd, False)
+
+
+class NoThreads:
+    """A process that hears of nothing."""
+
+    def __init__(self) -> None:
+        self.figures = unseen("vionet")
+
+    def interrupt(self, queue: int) -> None:
+        """Nobody listens."""
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Nobody does it."""
+
+    def broke(self, text: str) -> None:
+        """It is not."""
+        raise AssertionError(text)
+
+
+FRAME = any_frame(1000)
+
+
+class Wire:
+    """One queue of a limited interface, without its thread, and what is at its other end."""
+
+    def __init__(self, clock: Clock, rate: int) -> None:
+        self.clock = clock
+        self.host, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.host.setblocking(False)
+        self.tap = PacketTap(ours.detach())
+        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
+        self.memory = GuestMemory.create(LAYOUT)
+        self.ring = Ring(self.memory, SIZE)
+        self.queue = Queue(self.memory, EVENT_IDX, SIZE, self.ring.desc, self.ring.avail, self.ring.used)
+        self.worker = self.made()
+        self.worker.link_up = self.worker.wanted = True
+        self.worker.queue = self.queue
+        self.worker.limit(rate)
+
+    def made(self) -> Transmitter | Receiver:
+        """Return the queue's half of the device."""
+        raise NotImplementedError
+
+    def refill(self) -> None:
+        """Have more that is to pass."""
+        raise NotImplementedError
+
+    def run(self, seconds: float) -> int:
+        """Have time go by as the thread would; return how many bytes have passed."""
+        until_s, before = self.clock.now_s + seconds, self.worker.bytes
+        while True:
+            self.refill()
+            self.worker._turn()
+            if self.worker.throttled_ms:
+                if self.clock.now_s + self.worker.throttled_ms / 1000 > until_s:
+                    self.clock.now_s = until_s
+                    return self.worker.bytes - before
+                self.clock.now_s += self.worker.throttled_ms / 1000
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.host.close()
+        for fd in (self.tap.fd, self.kick, self.worker.control):
+            os.close(fd)
+        if isinstance(self.worker, Receiver):
+            os.close(self.worker.injection)
+        release(self.queue)
+        del self.queue, self.worker
+        self.memory.close()
+
+
+class Out(Wire):
+    """A guest that sends as much as it can."""
+
+    def made(self) -> Transmitter:
+        """Return the transmit queue's half."""
+        worker = Transmitter(NoThreads(), self.kick, self.tap, fail)
+        worker.header = 12
+        self.memory.load(DATA, bytes(12) + FRAME)
+        self.ring.describe(0, [Desc(DATA, 12 + len(FRAME))])
+        return worker
+
+    def refill(self) -> None:
+        """Offer frames, and take those away that have arrived."""
+        self.ring.reap()
+        while (self.ring.avail_idx - self.queue.next_avail & 0xFFFF) < 8:
+            self.ring.offer(0)
+        try:
+            while self.host.recv(2000):
+                pass
+        except BlockingIOError:
+            return
+
+
+class In(Wire):
+    """A network that sends more than is taken."""
+
+    def made(self) -> Receiver:
+        """Return the receive queue's half."""
+        worker = Receiver(NoThreads(), self.kick, self.tap, fail)
+        worker.configure(12, mergeable=True, sums=True)
+        for head in range(SIZE):
+            self.ring.describe(head, [Desc(DATA + 2048 * head, 2048, WRITE)])
+            self.ring.offer(head)
+        return worker
+
+    def refill(self) -> None:
+        """Send frames, and offer what the guest has seen again."""
+        for head, _ in self.ring.reap():
+            self.ring.offer(head)
+        try:
+            for _ in range(8):
+                self.host.send(bytes(12) + FRAME)
+        except BlockingIOError:
+            return
+
+
+def fail(error: OSError) -> None:
+    """Fail."""
+    raise error
+
+
+@pytest.mark.parametrize("direction", [In, Out])
+@pytest.mark.parametrize("rate", [64 << 10, 1_000_000])
+def test_bytes_of_an_interface(clock: Clock, direction: type[Wire], rate: int) -> None:
+    """As many in each direction; so few frames are taken in one turn that the rest come evenly."""
+    wire = direction(clock, rate)
+    passed = wire.run(SECONDS)
+    most_at_once = wire.worker.budget * len(FRAME) + rate * KEPT_S
+    assert -most_at_once - len(FRAME) <= passed - rate * SECONDS <= 2 * most_at_once
+    assert wire.worker.budget * 65536 <= max(65536, rate // 10)
+    figures = dict(zip(devmsg.COUNTER_NAMES, wire.worker.figures, strict=True))
+    ours, other = ("rx", "tx") if direction is In else ("tx", "rx")
+    assert figures[f"{ours}_throttled"]
+    assert 0 < figures[f"{ours}_throttled_ns"] <= SECONDS * 1e9
+    assert not figures[f"{other}_throttled"]
+
+    wire.worker.limit(0)
+    wire.refill()
+    wire.worker._turn()
+    assert not wire.worker.throttled_ms
+    assert not wire.worker.throttled.now
+    wire.close()
+
+
+def test_a_bucket_lets_pass_what_its_rate_is(clock: Clock) -> None:
+    """Of what was not used a tenth of a second is kept; what was too much is made up for."""
+    one = Bucket(1000)
+    clock.now_s += 3600
+    assert one.wait_s() == 0.0
+    assert one.level == 1000 * KEPT_S
+    one.take(1100)
+    wait_s = one.wait_s()
+    assert 1.0 < wait_s < 1.1
+    clock.now_s += wait_s
+    assert one.wait_s() == 0.0
+    one.take(10)
+    assert one.wait_s() > 0.0
