@@ -142,7 +142,12 @@ def test_guests_outlive_a_daemon_that_is_killed(cluster: Cluster) -> None:
     node = cluster.wait_running("mon")
     pid, before_s, fenced = node.state("mon")["pid"], uptime_s(node), list(cluster.fenced)
     parent = node.must("pgrep", "-o", "-f", "^[^ ]*python[^ ]* -m vmd -d").strip()
+    manager = node.must("pgrep", "-o", "-f", "tests.cluster.node vmd").strip()
+    node.must("kill", "-STOP", manager)
     node.must("kill", "-9", parent)
+    alone = node.agent("mon", "monitor", CRM_meta_timeout="6000")
+    node.must("kill", "-CONT", manager)
+    assert alone.returncode == 1, "who has no daemon to ask must not say that the VM does not run"
     assert node.agent("mon", "monitor").returncode == 0
     assert node.state("mon")["pid"] == pid
     assert uptime_s(node) >= before_s

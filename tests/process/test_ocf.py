@@ -11,6 +11,7 @@ import pytest
 from fleet.ocf_vm import CONFIGURED, GENERIC, INSTALLED, NOT_RUNNING, SUCCESS, UNIMPLEMENTED
 from tests.support.bystander import vm_block
 from tests.support.daemon import ROOT, Daemon
+from vmd.parent.lifelock import LifeLock
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
@@ -84,6 +85,15 @@ def test_life_of_a_resource(tmp_path: Path) -> None:
     assert web("monitor", OCF_RESKEY_CRM_meta_interval="0") == (NOT_RUNNING, ""), "no daemon, and no guests of one"
     assert web("stop") == (SUCCESS, "")
     assert web("start") == (INSTALLED, "vmd does not run here")
+    life = LifeLock(str(vmd.socket))
+    guests = life.share()  # as those do that outlive their daemon
+    for action in ("monitor", "stop"):
+        assert web(action, OCF_RESKEY_CRM_meta_timeout="2500") == (
+            GENERIC, "guests run, but there is no vmd that knows them"
+        )  # fmt: skip
+    os.close(guests)
+    assert web("stop") == (SUCCESS, "")
+    life.remove()
 
 
 @pytest.mark.deep
