@@ -168,6 +168,9 @@ def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) 
     with (tmp_path / "stream").open("rb") as source:
         assert ask("receive", "-p", "demo", stdin=source)["paused"] is True
     assert ask("stop", "-fw", "demo")["vms"][0]["how"] == "killed"
+    assert [row["name"] for row in ask("metrics")["vms"]] == ["demo", "full"]
+    assert {row["name"] for row in ask("top", "0.1")["vms"]} <= {"demo", "full"}
+    asked.add("events")  # which prints one document after the other (`test_events.py`)
     ask("log", "verbose")
     ask("log", "brief")
     assert ask("load", tmp_path / "more.conf")["notes"] == []
