@@ -290,6 +290,6 @@ def test_status_tells_of_disks(vmd: Daemon, tmp_path: Path) -> None:
     assert names == {f"vmd: vm/full/{device}" for device in ("viornd0", "vioblk0", "vioscsi0")}
     assert json.loads(vmd.must("status", "--json", "full"))["vms"][0]["state"] == "running"
     assert threads_of(vmd, "vm/full") == {"event", "vcpu0"}
-    assert threads_of(vmd, "vm/full/vioblk0") == {"event", "io"}
+    assert threads_of(vmd, "vm/full/vioblk0") == {"event", "io", "lock"}
     assert threads_of(vmd, "vm/full/viornd0") == {"vm/full/viornd0"[-15:]}
     vmd.must("stop", "-fw", "full")
