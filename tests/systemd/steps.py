@@ -31,6 +31,7 @@ PROMPT = b"vmd-demo> "
 WHERE = b"\x1b[6n"  # with which a shell asks its terminal where the cursor is, behind its prompt
 BYTES = 20_000  # sent through a guest, and back
 SECOND = 'vm "second" {\n    memory 32M\n    boot "/srv/demo.elf"\n}\n'
+LIMITED = SECOND.replace("}", "    limit { memory 256M, cpu 5%, weight 50 }\n}")
 MISTAKE = "vm lots {\n"
 
 
@@ -236,11 +237,29 @@ def reload() -> dict[str, Any]:
     return {"refused": refused, "complaint": complaint, "before": before, "after": processes(), "answer": answer}
 
 
+def group_of(title: str) -> Path:
+    """Return the control group of a process of ours."""
+    pid = next(pid for pid, found in processes().items() if found == title)
+    return Path("/sys/fs/cgroup" + Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition("0::")[2])
+
+
+def limits() -> dict[str, Any]:
+    """Limit a VM while it runs, and have it be without limits again."""
+    right, group, tty = CONF.read_text(), group_of("vmd: vm/second"), rows()["second"]["tty"]
+    found: list[dict[str, str]] = []
+    for block in (LIMITED, SECOND):
+        CONF.write_text(right + block)
+        text = must("vmctl", "reload")
+        answer = type_at(tty, "mem", PROMPT)
+        files = ("cpu.max", "cpu.weight", "memory.max", "memory.oom.group", "cpu.stat")
+        found.append({"said": text, "answer": answer, **{name: (group / name).read_text().strip() for name in files}})
+    CONF.write_text(right)
+    return {"found": found}
+
+
 def out_of_memory() -> dict[str, Any]:
     """Have the kernel end a VM for its memory."""
-    before = processes()
-    pid = next(pid for pid, title in before.items() if title == "vmd: vm/second")
-    group = Path("/sys/fs/cgroup" + Path(f"/proc/{pid}/cgroup").read_text().strip().rpartition("0::")[2])
+    before, group = processes(), group_of("vmd: vm/second")
     (group.parent / "cgroup.subtree_control").write_text("+memory")
     (group / "memory.oom.group").write_text("1")
     (group / "memory.max").write_text("8M")
@@ -345,7 +364,7 @@ def mistake() -> dict[str, Any]:
 
 BOOTS: tuple[tuple[Callable[[], dict[str, Any]], ...], ...] = (
     (
-        enable, control_group, who_is_who, journal_fields, reload, linux, broken, upgrade, out_of_memory, kill,
+        enable, control_group, who_is_who, journal_fields, reload, limits, linux, broken, upgrade, out_of_memory, kill,
     ),
     (previous, again, stop, mistake),
 )

@@ -117,6 +117,20 @@ def test_reload(seen: dict[str, Any]) -> None:
     assert "MiB of ram" in seen["answer"]
 
 
+def test_limits(seen: dict[str, Any]) -> None:
+    """Of a VM that runs: the kernel keeps them, as long as vm.conf has them."""
+    limited, free = seen["found"]
+    assert (limited["cpu.max"], limited["cpu.weight"]) == ("5000 100000", "50")
+    assert (limited["memory.max"], limited["memory.oom.group"]) == (str(256 << 20), "1")
+    assert (free["cpu.max"], free["cpu.weight"]) == ("max 100000", "100")
+    assert (free["memory.max"], free["memory.oom.group"]) == ("max", "0")
+    waited = dict(line.split() for line in limited["cpu.stat"].splitlines())
+    assert int(waited["nr_throttled"]) > 0
+    for each in (limited, free):
+        assert "vm second: its new limits count from now on" in each["said"]
+        assert "MiB of ram" in each["answer"]
+
+
 def test_linux(seen: dict[str, Any]) -> None:
     """A stock Linux serves TCP on its local interface."""
     assert "dhcp: eth0 " in seen["greeting"]
