@@ -67,6 +67,7 @@ def test_raw_disk(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str,
     disk.check_tested()
 
 
+@pytest.mark.deep
 def test_qcow2_disk_on_a_backing_file(tmp_path: Path) -> None:
     """The same through a qcow2 image that lies on a raw one, which is not written."""
     base, overlay = Disk(tmp_path / "base"), tmp_path / "overlay"
@@ -148,7 +149,7 @@ def exits_of_reads(directory: Path, count: int, mode: str = "transitional", opti
         return int(found[1])
 
 
-@pytest.mark.parametrize("mode", ["transitional", "memory"])
+@pytest.mark.parametrize("mode", [pytest.param("transitional", marks=pytest.mark.deep), "memory"])
 def test_requests_of_mapped_registers_do_not_enter_the_vm_process(tmp_path: Path, mode: str) -> None:
     """The same where a guest notifies in memory, at one address for all queues or at one for each."""
     few, many = (exits_of_reads(tmp_path / str(count), count, mode, " mapped") for count in (1000, 9000))

@@ -22,6 +22,7 @@ def block(name: str, boot: str, *lines: str) -> str:
     return f'vm "{name}" {{\n{options}\n}}\n'
 
 
+@pytest.mark.deep
 def test_seabios_says_that_there_is_nothing_to_boot(tmp_path: Path) -> None:
     """An unmodified SeaBIOS finds its machine, speaks on the serial line, and ends its search with a sentence."""
     with Daemon(tmp_path, block("bios", f'"{FIRMWARE}"', "memory 128M", "vcpus 2")) as vmd:

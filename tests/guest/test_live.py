@@ -62,6 +62,7 @@ def test_moving_while_it_runs_under_load(tmp_path: Path, cmdline: str, lines: tu
             console.drain(DEADLINE_S)
 
 
+@pytest.mark.deep
 def test_a_guest_that_stores_faster_than_it_is_sent(tmp_path: Path) -> None:
     """It stands still after as many rounds as it may, and finds all its memory."""
     with storing(tmp_path, 16, 0) as vmd:

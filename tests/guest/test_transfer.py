@@ -250,6 +250,7 @@ def test_reset_of_a_received_guest_that_was_booted_once(demo: Daemon) -> None:
     assert all(row["name"] != "c" for row in demo.rows())
 
 
+@pytest.mark.deep
 def test_firmware_can_be_sent(tmp_path: Path) -> None:
     """In real mode, with its read-only memory and its disks on the way."""
     firmware = "/usr/share/seabios/bios-256k.bin"

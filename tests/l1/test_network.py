@@ -230,6 +230,7 @@ def test_local_interfaces(lab: Lab) -> None:
         assert guest.counters(0)["dhcp_acks"] == 1
 
 
+@pytest.mark.deep
 def test_a_lease_is_renewed(lab: Lab) -> None:
     """A client that has its address asks the host itself, not everybody; more than once if the answer is late."""
     guest = lab.new
@@ -246,6 +247,7 @@ def test_a_lease_is_renewed(lab: Lab) -> None:
     assert guest.counters(0)["dhcp_acks"] > before
 
 
+@pytest.mark.deep
 def test_ipv6_configures_itself(lab: Lab) -> None:
     """SLAAC from our advertisement, the host's addresses, and the world behind NAT."""
     for guest in lab.guests:
@@ -347,6 +349,7 @@ def test_frames_are_finished_by_the_host_or_not(lab: Lab) -> None:
         guest.set_addresses()
 
 
+@pytest.mark.deep
 def test_the_two_ways_to_a_device(lab: Lab) -> None:
     """Each guest had the registers and the interrupts that it was meant to have."""
     for guest, version, kind in ((lab.old, "0", "IO-APIC"), (lab.new, "1", "PCI-MSI")):

@@ -172,7 +172,11 @@ def test_a_vm_that_cannot_have_its_interfaces_says_why(
 
 
 @pytest.mark.parametrize(
-    ("switch", "state"), [("", "not found"), ('switch "gone" {\n disable\n interface br0\n}\n', "is disabled")]
+    ("switch", "state"),
+    [
+        ("", "not found"),
+        pytest.param('switch "gone" {\n disable\n interface br0\n}\n', "is disabled", marks=pytest.mark.deep),
+    ],
 )
 def test_a_switch_that_is_not_there(network: Network, tmp_path: Path, switch: str, state: str) -> None:
     """The VM starts without it, as upstream; who starts it is told, and so is whoever looks later."""
@@ -445,6 +449,7 @@ def test_a_guest_that_stays_paused_is_announced_when_it_goes_on(network: Network
         on_switch.socket.close()
 
 
+@pytest.mark.deep
 def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tmp_path: Path) -> None:
     """The sentence says by whom; the sender's VM goes on."""
     here, there = tmp_path / "here", tmp_path / "there"

@@ -135,7 +135,7 @@ def held(holder: socket.socket) -> Iterator[None]:
             os.close(fd)
 
 
-@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.deep)])
 def test_killed_after_changes(network: Network, step: int) -> None:
     """Interfaces, addresses, routes, rules and settings are as they were, whatever the moment."""
     changes = kill_after_changes(network, life, step)

@@ -19,7 +19,7 @@ LOADS = [
     ("intx-pic legacy", ("virtio legacy",)),
     ("polled flags", ("virtio modern",)),
 ]
-FAST = ("smp", "intx-pic legacy")  # the others are between these two
+FAST = ("smp",)
 WAYS = pytest.mark.parametrize(("cmdline", "lines"), [
     pytest.param(cmdline, lines, id=cmdline, marks=() if cmdline in FAST else pytest.mark.deep)
     for cmdline, lines in LOADS
