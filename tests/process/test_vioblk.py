@@ -693,14 +693,14 @@ def test_memory_and_log_stay_bounded(disk: Disk) -> None:
         disk.device.kick()
         disk.device.needs_reset()
         disk.renew()
-    before = disk.device.pss_kib()
+    before = disk.device.own_kib()
     for _ in range(300):
         disk.ring.offer(SIZE)
         disk.device.kick()
         disk.device.needs_reset()
         disk.renew()
 
-    assert disk.device.pss_kib() < before + 512
+    assert disk.device.own_kib() < before + 512
     assert disk.device.read_log().count("\n") <= 5
 
 
@@ -931,8 +931,7 @@ def test_requests_above_the_limit_wait_in_the_ring(make: Factory) -> None:
     """
     disk = make()
     device, ring = disk.device, disk.ring
-    device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 1, 0))
-    device.command(devmsg.SETTLE_AHEAD)
+    device.inform(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 1, 0))
     heads = []
     for number in range(60):
         heads.append(ring.add([disk.header(IN, 0), Desc(BUFFER + 512 * number, 512, WRITE), Desc(STATUS, 1, WRITE)]))

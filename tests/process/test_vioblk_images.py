@@ -361,13 +361,13 @@ def test_compressed_cluster_that_lies_52(tmp_path: Path, packed: bytes, at: int,
         overwrite(path, 5 * CLUSTER, packed[: CLUSTER - 512])
 
     with BlockDriver([path]) as driver:
-        before_kib = driver.device.pss_kib()
+        before_kib = driver.device.own_kib()
         for _ in range(30):
             assert driver.wait_for(driver.read(0, 4 * KIB)).status == status
         beside = driver.wait_for(driver.read(CLUSTER // SECTOR, 4 * KIB))
         assert driver.result(beside) == b"a" * 4 * KIB
         assert driver.wait_for(driver.write(2 * MIB // SECTOR, b"b" * 4 * KIB)).status == OK
-        assert driver.device.pss_kib() - before_kib < 8 * KIB
+        assert driver.device.own_kib() - before_kib < 8 * KIB
         assert len(driver.device.read_log().splitlines()) <= 5 + 1  # a burst, not a line for each
         driver.shut_down()
 

@@ -535,11 +535,11 @@ def test_memory_does_not_grow_with_requests(cdrom: Cdrom) -> None:
             cdrom.ask(bytes((number & 0xFF,)), 512)
 
     ask_a_lot()
-    before = cdrom.device.pss_kib()
+    before = cdrom.device.own_kib()
 
     ask_a_lot()
 
-    assert cdrom.device.pss_kib() < before + 256
+    assert cdrom.device.own_kib() < before + 256
 
 
 # --- another disc ------------------------------------------------------------------------------------------------

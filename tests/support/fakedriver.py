@@ -261,6 +261,12 @@ class Device:
         self.sync.send(packet)
         return self.sync.recv(devmsg.PACKET_MAX)
 
+    def inform(self, packet: bytes) -> None:
+        """Tell it something, and wait until it has taken that: with a second question, as `NetDriver.settle` says."""
+        self.informs.send(packet)
+        for _ in range(2):
+            self.command(devmsg.RESUME)
+
     def command(self, kind: int) -> None:
         """RESET, PAUSE or RESUME."""
         assert self.ask(devmsg.TYPE.pack(kind)) == devmsg.STATUS.pack(kind, 0)
@@ -381,6 +387,11 @@ class Device:
             return os.read(self.log, 1 << 20).decode()
         except BlockingIOError:
             return ""
+
+    def own_kib(self) -> int:
+        """Return the memory that is the process's alone, whoever else runs: for whether it grows."""
+        with open(f"/proc/{self.child.pid}/smaps_rollup") as rollup:
+            return next(int(line.split()[1]) for line in rollup if line.startswith("Anonymous:"))
 
     def pss_kib(self) -> int:
         """Return the process's share of memory, guest memory left out."""
