@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -29,6 +31,13 @@ def vmd(tmp_path: Path) -> Iterator[Daemon]:
     """Give a daemon with one VM that runs, `a`, and one that does not, `b`."""
     with Daemon(tmp_path, block("a") + block("b")) as daemon:
         daemon.must("start", "a")
+        yield daemon
+
+
+@pytest.fixture
+def connected(tmp_path: Path) -> Iterator[Daemon]:
+    """Give a daemon on a host of its own, for VMs with interfaces."""
+    with Network() as network, NetDaemon(tmp_path, network) as daemon:
         yield daemon
 
 
@@ -168,11 +177,10 @@ def limited(iops: int, rate: str, limits: str) -> str:
     return block("a", disk, f"interface {{ limit rate {rate} }}", f"limit {{ {limits} }}", memory="32M")
 
 
-def test_limits_change_at_once(vmd: Daemon) -> None:
+def test_limits_change_at_once(connected: Daemon) -> None:
     """Of a VM that runs; its other changes wait, and what is said twice is said only if it is so twice."""
-    vmd.must("stop", "-fw", "a")
-    before = limited(100, "1M", "memory 1G")
-    reload(vmd, before + block("b"))
+    vmd = connected
+    reload(vmd, limited(100, "1M", "memory 1G") + block("b"))
     vmd.must("start", "a")
     pid = vmd.status("a")["pid"]
     news = "vm a: its new limits count from now on"

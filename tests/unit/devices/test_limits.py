@@ -104,7 +104,7 @@ class Now(Workers):
     """Workers that are done when they are asked."""
 
     def __init__(self) -> None:
-        self.done = os.eventfd(0, os.EFD_NONBLOCK)
+        self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Do it."""
@@ -303,7 +303,7 @@ class Wire:
         self.host, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.host.setblocking(False)
         self.tap = PacketTap(ours.detach())
-        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
+        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.memory = GuestMemory.create(LAYOUT)
         self.ring = Ring(self.memory, SIZE)
         self.queue = Queue(self.memory, EVENT_IDX, SIZE, self.ring.desc, self.ring.avail, self.ring.used)

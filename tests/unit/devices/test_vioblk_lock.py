@@ -24,7 +24,7 @@ class Hanging(Workers):
     """Workers of which none ever comes back."""
 
     def __init__(self) -> None:
-        self.done = os.eventfd(0, os.EFD_NONBLOCK)
+        self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Keep it for ever."""

@@ -152,7 +152,7 @@ class Now(Workers):
     """Workers that are done when they are asked."""
 
     def __init__(self) -> None:
-        self.done = os.eventfd(0, os.EFD_NONBLOCK)
+        self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Do it."""

@@ -94,7 +94,7 @@ class Ends:
             end.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE
             end.setblocking(False)
         self.tap = PacketTap(ours.detach())
-        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
+        self.kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __enter__(self) -> "Ends":
         return self

@@ -89,7 +89,7 @@ def services() -> Services:
 @pytest.fixture
 def kick() -> Iterator[int]:
     """Give a notification."""
-    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     yield fd
     os.close(fd)
 
@@ -138,7 +138,7 @@ def test_what_rang_is_silent_while_the_queue_is_served(
     worker: Recorder, queues: list[Queue], kick: int
 ) -> None:
     """It wakes the thread once, and what comes later does so again."""
-    another = os.eventfd(0, os.EFD_NONBLOCK)
+    another = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     worker.bells.add(another)
     worker.poll.register(another, select.POLLIN)
     worker.queue = queues[0]
