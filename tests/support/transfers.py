@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from tests.support.daemon import DEADLINE_S, Daemon
@@ -174,12 +174,17 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def is_settled(processes: Collection[str]) -> bool:
+    """Return whether the next VM's processes are in reserve, and priv runs no program of others just now."""
+    return {"vmd: vm", "vmd: viornd"} <= set(processes) and all(title.startswith("vmd: ") for title in processes)
+
+
 class Footprint:
     """What a daemon has: its processes by title, and the descriptors of those that stay."""
 
     def __init__(self, vmd: Daemon) -> None:
         deadline = time.monotonic() + DEADLINE_S
-        while not {"vmd: vm", "vmd: viornd"} <= set(processes := vmd.processes()):  # the next VM's, in reserve
+        while not is_settled(processes := vmd.processes()):
             assert time.monotonic() < deadline, processes
         vmd.must("status")  # whatever was asked before has been done
         self.titles = sorted(processes)
