@@ -17,7 +17,7 @@ from tests.support.linux import LinuxGuest
 from tests.support.network import Network
 from tests.support.shell import Shell, interrupts, version_1
 
-pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(900)]
 
 BOOT_S = 200
 MIB = 1 << 20
