@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from tests.support.descriptors import open_files
+from tests.support.descriptors import inheritable, open_files
 from tests.support.diskprocess import (
     BUFFER,
     DISCARD,
@@ -907,18 +907,6 @@ def test_process_is_confined(disk: Disk) -> None:
     assert int(status["CapEff"], 16) == 0
     # Python's mmap objects keep descriptors of what they map.
     assert {link for link in own if "memfd:" not in link} == {"anon_inode:[eventfd]", "anon_inode:[eventpoll]"}
-
-
-def inheritable() -> list[int]:
-    """Return the descriptors of this process that survive an exec."""
-    found = []
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            if int(entry) > 2 and os.get_inheritable(int(entry)):
-                found.append(int(entry))
-        except OSError:
-            continue  # the listing's own
-    return found
 
 
 # --- limits ----------------------------------------------------------------------------------------------------

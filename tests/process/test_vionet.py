@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.descriptors import open_files
+from tests.support.descriptors import inheritable, open_files
 from tests.support.fakedriver import (
     DATA,
     DEADLINE_S,
@@ -1649,15 +1649,3 @@ def test_process_is_confined(make: Make) -> None:
     assert int(status["CapEff"], 16) == 0
     assert status["Threads"] == "3"
     assert set(own) == {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "/dev/net/tun"}
-
-
-def inheritable() -> list[int]:
-    """Return the descriptors of this process that survive an exec."""
-    found = []
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            if int(entry) > 2 and os.get_inheritable(int(entry)):
-                found.append(int(entry))
-        except OSError:
-            continue  # the listing's own
-    return found

@@ -19,3 +19,15 @@ def open_files(pid: int) -> dict[int, str]:
         with contextlib.suppress(FileNotFoundError):
             found[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
     return found
+
+
+def inheritable() -> list[int]:
+    """Return the descriptors of this process that survive an exec."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            if int(entry) > 2 and os.get_inheritable(int(entry)):
+                found.append(int(entry))
+        except OSError:
+            continue  # the listing's own
+    return found

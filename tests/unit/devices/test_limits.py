@@ -9,12 +9,12 @@ import pytest
 
 from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, NEXT, WRITE, Desc, Ring
 from tests.support.packets import any_frame
+from tests.support.packettap import PacketTap
 from vmd.devices import bucket
 from vmd.devices.bucket import KEPT_S, Bucket
 from vmd.devices.figures import unseen
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vionet.receive import Receiver
-from vmd.devices.vionet.tap import Tap
 from vmd.devices.vionet.transmit import Transmitter
 from vmd.guestmem import GuestMemory
 from vmd.images.raw import RawImage
@@ -263,16 +263,6 @@ def test_an_idle_guest_is_not_throttled(clock: Clock) -> None:
 
 
 # --- interfaces ------------------------------------------------------------------------------------------------
-
-
-class PacketTap(Tap):
-    """What a tap is to the threads, without an interface behind it."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.name = "tap0"
-        self.offloads = 0
-        os.set_blocking(fd, False)
 
 
 class NoThreads:

@@ -28,11 +28,11 @@ from tests.support.fakedriver import (
 )
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
+from tests.support.packettap import PacketTap
 from vmd.devices.figures import unseen
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import RUN, STOCK, Receiver
-from vmd.devices.vionet.tap import Tap
 from vmd.devices.vionet.transmit import FRAME_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX
 from vmd.errors import GuestError
@@ -49,16 +49,6 @@ TABLES = DATA - 0x4000
 GAPS = (0, 0, 64)  # behind descriptors of some lengths: others are adjacent to the next
 LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
 PLACES = 1 << 20  # bytes from DATA on that chains lie in
-
-
-class PacketTap(Tap):
-    """What a tap is to the threads, without an interface behind it."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.name = "tap0"
-        self.offloads = 0
-        os.set_blocking(fd, False)
 
 
 class Services:
