@@ -1,6 +1,7 @@
 """Reads a configuration: parses a file, then applies the rules that span its objects."""
 
 import contextlib
+import functools
 import grp
 import ipaddress
 import pwd
@@ -59,6 +60,12 @@ def parse_macro_definition(text: str) -> tuple[str, str]:
     return name, value
 
 
+@functools.cache
+def grammar() -> Grammar:
+    """Return the parser of this process; to make its tables takes longer than to read a file with them."""
+    return Grammar()
+
+
 def load(
     path: str,
     *,
@@ -91,7 +98,7 @@ def load(
         raise ConfigErrors([VmdError(f"{path}: {sentence(error)}")]) from error
     except VmdError as error:
         raise ConfigErrors([VmdError(f"{path}: {error}")]) from error
-    config = Grammar().parse(lexer, warn, settings, starting=starting)
+    config = grammar().parse(lexer, warn, settings, starting=starting)
     for name in lexer.unused:
         warn(f"warning: macro '{name}' not used")
     if lexer.errors:

@@ -1098,6 +1098,27 @@ def test_valid_text_is_valid(conf: Loader) -> None:
     assert len(conf.load(VALID).vms) == 2
 
 
+def test_the_tables_are_made_once(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that reads its configuration anew does not pay for them again."""
+    conf.load(VALID)
+    monkeypatch.setattr(yacc, "yacc", lambda **_options: pytest.fail("the tables are made again"))
+
+    assert len(conf.load(VALID).vms) == 2
+
+
+def test_a_file_with_errors_leaves_nothing_to_the_next(conf: Loader, grammar: Grammar) -> None:
+    """Wherever it breaks off: the parser is the same for both, with its stacks, its drafts and its settings."""
+    valid = conf.load(VALID)
+    for length in range(0, len(VALID), 7):
+        load_or_refuse(conf, grammar, VALID[:length] + b"{\n")
+        conf.path.write_bytes(VALID)
+        lexer = Lexer({})
+        lexer.open(str(conf.path))
+
+        assert grammar.parse(lexer, conf.warnings.append, Globals()) == valid
+        assert lexer.errors == []
+
+
 def test_truncated(conf: Loader, grammar: Grammar) -> None:
     """Every prefix of a valid file loads or is refused."""
     for length in range(len(VALID)):
