@@ -58,6 +58,10 @@ SHARED = {
     "vmd.images": {"device", "imgprobe", "imgwriter", "vmctl"},
     "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`
     "vmd.kvmapi": {"vm"},
+    # What reads and makes the texts of a seed; its parts and the rules of single words are for all who pass them on.
+    "vmd.seed.documents": {"seeder"},
+    "vmd.seed.iso": {"seeder"},
+    "vmd.seed.keys": {"seeder"},
     "vmd.guestmem": {"vm", "device"},
     "vmd.virtio": {"vm", "device"},
     "vmd.ipc.imsg": {*THIRD_PARTY},

@@ -1,0 +1,32 @@
+"""Parts of seeds, for tests."""
+
+import base64
+import struct
+
+from vmd.seed.parts import Interface, SeedFile, SeedParts
+
+LLADDR = bytes.fromhex("fee1bad00001")
+HASH = "$6$saltsalt$yX1Y8JvE5Qq6tG0jO6o0fQ1Y4c1mT0sFv3f8o2oG3Zr4q1yA5X6i8m7a9V0bXhQk1dC2eR3tYu4iOp5aSd6fG"
+
+
+def public_key(kind: str = "ssh-ed25519", comment: str = "me@host", *, blob: bytes = bytes(32)) -> str:
+    """Return a key as ssh-keygen(1) writes it, which nobody has the other half of."""
+    data = b"".join(struct.pack(">I", len(part)) + part for part in (kind.encode(), blob))
+    return " ".join(filter(None, (kind, base64.b64encode(data).decode(), comment)))
+
+
+def seed_file(text: str | bytes, name: str = "/home/me/file") -> SeedFile:
+    """Return a file that somebody has named."""
+    return SeedFile(name=name, data=text if isinstance(text, bytes) else text.encode())
+
+
+def usual(**changes: object) -> SeedParts:
+    """Return the parts of a seed as most people have it."""
+    parts = SeedParts(
+        vm="web",
+        hostname="web",
+        user="alice",
+        keys=(seed_file(public_key() + "\n", "/home/me/.ssh/id_ed25519.pub"),),
+        interfaces=(Interface(lladdr=LLADDR),),
+    )
+    return parts.replace(**changes)

@@ -1,0 +1,248 @@
+"""The texts of a seed, as a reader of YAML has them that others have written."""
+
+import json
+import random
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.support.seeds import HASH, LLADDR, public_key, seed_file, usual
+from vmd.ipc.imsg import pack, unpack
+from vmd.seed.documents import notes, quoted, seed_files, seed_image, yaml
+from vmd.seed.parts import FILE_MAX, Interface, SeedError, SeedFile, SeedParts
+
+LOAD = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout)"
+NASTY = (
+    "", "no", "yes", "on", "~", "null", "1e3", "0x10", "0o17", "12:30:45", "2001-01-01", "1_000", "=", "<<",
+    "- a", "? b", ": c", "a: b", "#d", "a #e", "&f", "*g", "!h", "|", ">", "%i", "@j", "`k", "'", '"', "\\", "\\n",
+    '"\\"', "{", "}", "[", "]", ",", " l ", "\t", "a\nb", "\r\n", "\0", "\x1b[0m", "\x7f", "\x85", "\xa0", "\u2028",
+    "\ufeff", "\uffff", "\U0001f600", "---", "...", "--- a", "{{ ds }}", "${x}", "a" * 5000,
+)  # fmt: skip
+
+
+def load(text: str | bytes) -> object:
+    """Return what PyYAML, which cloud-init has, reads in a document."""
+    data = text.encode() if isinstance(text, str) else text
+    done = subprocess.run(["/usr/bin/python3", "-c", LOAD], input=data, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def texts(parts: SeedParts) -> dict[str, object]:
+    """Return what the files of a seed say."""
+    return {name: load(data) for name, data in seed_files(parts).items()}
+
+
+def refusal(**changes: object) -> str:
+    """Return why a seed cannot be made."""
+    with pytest.raises(SeedError) as refused:
+        seed_image(usual(**changes))
+    return str(refused.value)
+
+
+def test_every_text_is_read_as_it_was_meant() -> None:
+    """Whatever YAML could take it for, as a value and in a list."""
+    many: dict[str, Any] = {f"k{index}": text for index, text in enumerate(NASTY)}
+
+    assert load(yaml(many | {"all": NASTY})) == many | {"all": list(NASTY)}
+
+
+def test_so_is_every_character() -> None:
+    """Each of the first, and some of the others, beside each other by chance."""
+    chance = random.Random(1)
+    codes = [*range(0x800), *chance.sample(range(0x800, 0xD800), 1000), *chance.sample(range(0xE000, 0x110000), 1000)]
+    chance.shuffle(codes)
+    many = ["".join(map(chr, codes[at : at + 16])) for at in range(0, len(codes), 16)]
+
+    assert load(yaml({"texts": many})) == {"texts": many}
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    """They have come through somebody's command line."""
+    with pytest.raises(SeedError, match="not UTF-8"):
+        quoted("a\udcffb")
+
+
+def test_shapes_of_values() -> None:
+    """Lists of maps, empty maps, numbers and flags."""
+    value: dict[str, Any] = {
+        "version": 2,
+        "a": {"b": {"c": True}},
+        "d": [{"e": "f", "g": ["h", "i"]}, {"e": "j", "g": ["k"]}],
+        "l": False,
+    }
+
+    assert load(yaml(value)) == value
+    assert load(yaml({})) == {}
+
+
+def test_usual_seed() -> None:
+    """A host name, a user with a key, and DHCP."""
+    key = public_key()
+    made = texts(usual())
+    assert made == {
+        "meta-data": {
+            "instance-id": "1fa1b7c8-c3c9-5058-af1b-3801cd98b041", "local-hostname": "web", "public-keys": [key],
+        },
+        "user-data": {
+            "hostname": "web", "manage_etc_hosts": "localhost", "user": {"name": "alice"}, "ssh_authorized_keys": [key],
+        },
+        "network-config": {
+            "version": 2,
+            "ethernets": {
+                "eth0": {"match": {"macaddress": "fe:e1:ba:d0:00:01"}, "set-name": "eth0", "dhcp4": True},
+            },
+        },
+    }  # fmt: skip
+    assert seed_files(usual())["user-data"].startswith(b"#cloud-config\n")
+
+
+def test_who_the_guest_is() -> None:
+    """The instance-id comes from the name, or is given; a clone has another name."""
+    named = {vm: texts(SeedParts(vm=vm))["meta-data"] for vm in ("web", "db")}
+
+    assert named["web"] == {"instance-id": "1fa1b7c8-c3c9-5058-af1b-3801cd98b041"}
+    assert named["db"] != named["web"]
+    assert texts(SeedParts(vm="web", instance_id="i-7"))["meta-data"] == {"instance-id": "i-7"}
+
+
+def test_password_and_domain() -> None:
+    """A user may have a password instead of a key; root is let in."""
+    made = texts(usual(hostname="web.example.org", user="root", password_hash=HASH, keys=()))
+
+    assert made["meta-data"] == {
+        "instance-id": "1fa1b7c8-c3c9-5058-af1b-3801cd98b041",
+        "local-hostname": "web.example.org",
+    }
+    assert made["user-data"] == {
+        "hostname": "web",
+        "fqdn": "web.example.org",
+        "manage_etc_hosts": "localhost",
+        "user": {"name": "root", "hashed_passwd": HASH, "lock_passwd": False},
+        "disable_root": False,
+    }
+
+
+def test_somebody_s_own_user_data() -> None:
+    """It is not touched; what else was said is in the other files."""
+    script = b"#!/bin/sh\r\nexit\xff\n"
+    made = seed_files(usual(user_data=seed_file(script)))
+
+    assert made["user-data"] == script
+    assert load(made["vendor-data"]) == {"manage_etc_hosts": "localhost", "user": {"name": "alice"}}
+    assert "vendor-data" not in seed_files(usual(user_data=seed_file(script), user="", hostname=""))
+
+
+def test_somebody_s_own_vendor_data_and_network() -> None:
+    """They are not touched, either; a seed can leave the network alone."""
+    own = usual(vendor_data=seed_file("#cloud-config\na: b\n"), network_config=seed_file("version: 1\n"))
+    made = seed_files(own)
+
+    assert made["vendor-data"] == b"#cloud-config\na: b\n"
+    assert made["network-config"] == b"version: 1\n"
+    assert "network-config" not in seed_files(usual(network=False))
+    assert "network-config" not in seed_files(usual(interfaces=()))
+
+
+def test_fixed_addresses() -> None:
+    """With a gateway of each family, name servers and domains to look in."""
+    interface = Interface(
+        lladdr=LLADDR,
+        addresses=("192.0.2.5/24", "2001:DB8::5/64"),
+        gateways=("192.0.2.1", "fe80::1"),
+        name_servers=("192.0.2.53",),
+        search=("example.org",),
+    )
+    made = texts(usual(interfaces=(Interface(lladdr=bytes(6)), interface)))["network-config"]
+
+    assert isinstance(made, dict)
+    assert made["ethernets"]["eth1"] == {
+        "match": {"macaddress": "fe:e1:ba:d0:00:01"},
+        "set-name": "eth1",
+        "addresses": ["192.0.2.5/24", "2001:db8::5/64"],
+        "routes": [{"to": "0.0.0.0/0", "via": "192.0.2.1"}, {"to": "::/0", "via": "fe80::1"}],
+        "nameservers": {"addresses": ["192.0.2.53"], "search": ["example.org"]},
+    }
+
+
+def interface(**values: object) -> tuple[Interface, ...]:
+    """Return one interface."""
+    return (Interface(lladdr=LLADDR).replace(**values),)
+
+
+LARGE = SeedFile(name="/f", data=b"#!" + b"\n" * FILE_MAX)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hostname": "a_b"}, "hostname a_b: no name of a host"),
+        ({"user": "A"}, "user A: no name of a user"),
+        ({"user": "", "password_hash": HASH}, "password-hash: whose it is has to be said with user"),
+        ({"password_hash": "x"}, "password-hash: not as crypt(5) has it"),
+        ({"instance_id": "a b"}, "instance-id a b: "),
+        ({"keys": (seed_file("x", "/k"),)}, "ssh-key /k:1: "),
+        ({"keys": (seed_file(public_key()),) * 65}, "ssh-key: 65 files"),
+        ({"keys": (LARGE,)}, "ssh-key /f: larger than 1024 KiB"),
+        ({"user_data": LARGE}, "user-data /f: larger than 1024 KiB"),
+        ({"vendor_data": LARGE}, "vendor-data /f: larger than 1024 KiB"),
+        ({"network_config": LARGE}, "network-config /f: larger than 1024 KiB"),
+        ({"interfaces": interface() * 17}, "17 interfaces"),
+        ({"interfaces": interface(lladdr=b"abc")}, "interface eth0: an address of 3 bytes"),
+        ({"interfaces": interface(addresses=("x",))}, "interface eth0: no address: x"),
+        ({"interfaces": interface(gateways=("192.0.2.0/24",))}, "interface eth0: no address: 192.0.2.0/24"),
+        ({"interfaces": interface(gateways=("192.0.2.1", "192.0.2.2"))}, "interface eth0: two gateways of one family"),
+        ({"interfaces": interface(name_servers=("::1",) * 17)}, "interface eth0: 17 addresses of a kind"),
+        ({"interfaces": interface(search=("a b",))}, "hostname a b: "),
+        (
+            {"user_data": seed_file("#!"), "vendor_data": seed_file(b"\x1f\x8bx", "/v")},
+            "vendor-data /v: goes with user or hostname and user-data only uncompressed",
+        ),
+    ],
+)
+def test_what_cannot_be_made(changes: dict[str, object], why: str) -> None:
+    """The sentence names the key and the file."""
+    assert refusal(**changes).startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"#cloud-config\n", ""),
+        (b"\n #Cloud-Config\r\n", ""),
+        (b"#!/bin/sh\n", ""),
+        (b"## template: jinja\n#cloud-config\n", ""),
+        (b"#include\nhttps://example.org\n", ""),
+        (b"\x1f\x8b\x08", ""),
+        (b"Content-Type: multipart/mixed; boundary=x\nMIME-Version: 1.0\n", ""),
+        (b"", "empty"),
+        (b"\n \n", "empty"),
+        (b"# cloud-config\n", "its first line has to be #cloud-config and nothing else"),
+        (b"cloud-config:\n", "its first line has to be #cloud-config and nothing else"),
+        (b"\xef\xbb\xbf#cloud-config\n", "begins with a byte order mark"),
+        (b"Content-Type: multipart/mixed\n", "a MIME message without the line MIME-Version: 1.0"),
+        (b"geheim: x\n", "its first line is none that cloud-init knows"),
+    ],
+)
+def test_how_user_data_begins(text: bytes, why: str) -> None:
+    """Nothing of it is in what is said."""
+    said = notes(usual(user_data=seed_file(text, "/u")))
+
+    assert [note[: len("user-data /u: ") + len(why)] for note in said] == ([f"user-data /u: {why}"] if why else [])
+    assert "geheim" not in "".join(said)
+
+
+def test_nobody_can_log_in() -> None:
+    """It is what a seed is there for."""
+    assert notes(SeedParts(vm="web", hostname="web")) == [
+        "neither ssh-key, password-hash nor user-data: nobody may be able to log in"
+    ]
+    assert notes(usual()) == []
+
+
+def test_parts_travel_by_name() -> None:
+    """The process that makes the disk reads what another one has packed."""
+    parts = usual(user_data=seed_file(b"\xff\0"), password_hash=HASH)
+
+    assert unpack(SeedParts, pack(parts)) == parts

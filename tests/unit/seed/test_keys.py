@@ -1,0 +1,65 @@
+"""Public keys that somebody has named."""
+
+import random
+
+import pytest
+
+from tests.support.seeds import public_key, seed_file
+from vmd.seed.keys import keys_of
+from vmd.seed.parts import FILE_MAX, SeedError
+
+SECRET = "b3BlbnNzaC1rZXktdjEAAAAA"
+PRIVATE = f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n-----END OPENSSH PRIVATE KEY-----\n"
+
+
+def refusal(text: str | bytes) -> str:
+    """Return why a file has no keys to log in with."""
+    with pytest.raises(SeedError) as refused:
+        keys_of(seed_file(text, "/k"))
+    return str(refused.value)
+
+
+def test_keys_of_a_file() -> None:
+    """As in authorized_keys: with comments, options and keys of any type."""
+    first, second = public_key(), public_key("ssh-rsa", "a \u00e4 b", blob=bytes(400))
+    third = 'command="echo \\"ssh-rsa AAAA\\"",no-pty ' + public_key("sk-ssh-ed25519@openssh.com", "")
+    text = f"# mine\n\n{first}\r\n  {second} \n{third}"
+
+    assert keys_of(seed_file(text)) == [first, second, third]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "ssh-key /k: no key in it"),
+        ("# nothing\n\n", "ssh-key /k: no key in it"),
+        (PRIVATE, "ssh-key /k:1: a private key: name the file with the public one, which ends in .pub"),
+        (f"PuTTY-User-Key-File-3: ssh-ed25519\n{SECRET}", "ssh-key /k:1: a private key: "),
+        ("---- BEGIN SSH2 PUBLIC KEY ----\n", "ssh-key /k:1: not in the form of OpenSSH"),
+        (public_key("ssh-ed25519-cert-v01@openssh.com"), "ssh-key /k:1: a certificate: "),
+        (f"{public_key()}\n{SECRET}\n", "ssh-key /k:2: no public key in the form of authorized_keys"),
+        (public_key().replace("ssh-ed25519 ", "ssh-rsa "), "ssh-key /k:1: no public key"),
+        (public_key()[:20], "ssh-key /k:1: no public key"),
+        ("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5", "ssh-key /k:1: no public key"),
+        (public_key(comment="a\0b"), "ssh-key /k:1: has characters that cannot be printed"),
+        (public_key().encode() + b"\xff", "ssh-key /k:1: not UTF-8"),
+        (public_key(comment="x" * 20000), "ssh-key /k:1: longer than 16384 bytes"),
+    ],
+)
+def test_what_is_no_key(text: str | bytes, why: str) -> None:
+    """File and line are named, and nothing of what it says is."""
+    said = refusal(text)
+
+    assert said.startswith(why)
+    assert SECRET not in said
+
+
+def test_anything_else_is_refused() -> None:
+    """Prefixes and random bytes."""
+    whole, chance = public_key().encode(), random.Random(1)
+    end = len(public_key(comment=""))
+    for size in range(1, end):
+        assert "/k:1: no public key" in refusal(whole[:size])
+    for _ in range(200):
+        assert refusal(chance.randbytes(chance.randrange(1, 100))).startswith("ssh-key /k")
+    refusal(b'"' * FILE_MAX)

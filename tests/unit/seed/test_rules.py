@@ -1,0 +1,106 @@
+"""Words of a seed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.seeds import HASH
+from vmd.seed import rules
+
+
+@pytest.mark.parametrize(
+    "name", ["web", "WEB-2", "a", "1a", "3com.example", "web.example.org", "x" * 63, ".".join(["x" * 61] * 4)]
+)
+def test_hostname(name: str) -> None:
+    """With a domain or without."""
+    assert rules.hostname(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "a.",
+        ".a",
+        "a..b",
+        "-a",
+        "a-",
+        "a_b",
+        "a b",
+        "a\n",
+        "\u00e4",
+        "x" * 64,
+        ".".join(["x" * 63] * 4),
+        "1",
+        "192.0.2.1",
+    ],
+)
+def test_what_is_no_hostname(name: str) -> None:
+    """Nor may it be taken for an address: cloud-init would make another name from that."""
+    with pytest.raises(ValueError, match=r"^hostname "):
+        rules.hostname(name)
+
+
+@pytest.mark.parametrize(
+    ("vm", "name"),
+    [
+        ("web", "web"), ("Web_1", "Web-1"), ("web.example.org", "web.example.org"), ("a.1", "a-1"), ("7", ""),
+        ("a__b_", "a--b"), ("a_.b", "a.b"), ("a..b", "a--b"), ("10.0", "10-0"),
+    ],
+)  # fmt: skip
+def test_hostname_of_a_vm(vm: str, name: str) -> None:
+    """As near to its own name as a host name can be."""
+    assert rules.hostname_of(vm) == name
+
+
+@given(st.text("aZ09._-", min_size=1, max_size=63))
+def test_hostname_of_any_vm(vm: str) -> None:
+    """It keeps the rule, or there is none."""
+    name = rules.hostname_of(vm)
+
+    assert not name or rules.hostname(name) == name
+
+
+@pytest.mark.parametrize("name", ["alice", "_apt", "a-b.c_d9", "root", "x" * 32])
+def test_user(name: str) -> None:
+    """As useradd(8) takes them."""
+    assert rules.user(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "Alice", "-a", "9a", "a b", "a:b", "a\n", "../a", "x" * 33, "\u00e9"])
+def test_what_is_no_user(name: str) -> None:
+    """The sentence names it."""
+    with pytest.raises(ValueError, match=r"^user "):
+        rules.user(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HASH, "$y$j9T$F5Jx5fExrKuPp53xLKQ..1$X3DX6M94c7o.9agCG9G317fhZg9SqC.5i5rd.RhAtQ7", "$5$rounds=5000$a$bcdefgh",
+        "$2b$10$abcdefghijklmnopqrstuv", "$1$a$b",
+    ],
+)  # fmt: skip
+def test_password_hash(text: str) -> None:
+    """Of any method."""
+    assert rules.password_hash(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["geheim", "", "$", "$$$", "$6$", "$6$a:b", "$6$a b", "x$6$a$b", "$6$a$b\n", "$6$" + "x" * 600]
+)
+def test_a_password_is_not_shown(text: str) -> None:
+    """Somebody has given the password itself, and the log is no place for it."""
+    with pytest.raises(ValueError, match=r"^password-hash: ") as refused:
+        rules.password_hash(text)
+
+    assert not text.strip("$6\n") or text not in str(refused.value)
+
+
+def test_instance_id() -> None:
+    """A word."""
+    assert rules.instance_id("i-0.1_a") == "i-0.1_a"
+    for text in ("", "a b", "a\n", "x" * 129, '"'):
+        with pytest.raises(ValueError, match=r"^instance-id "):
+            rules.instance_id(text)

@@ -1,0 +1,308 @@
+"""The texts of a seed (cloud-init's NoCloud): meta-data, user-data, vendor-data and network-config.
+
+Of what people have written nothing is parsed but the first line.  What is made here is YAML in which each text is
+in quotes, so that `no`, `1e3` or `: #` stay what they are.
+"""
+
+import base64
+import hashlib
+import ipaddress
+import uuid
+
+from vmd.config.rules import shown
+from vmd.seed import rules
+from vmd.seed.iso import image
+from vmd.seed.keys import keys_of
+from vmd.seed.parts import (
+    ADDRESSES_MAX,
+    FILE_MAX,
+    IMAGE_MAX,
+    INTERFACES_MAX,
+    KEY_FILES_MAX,
+    LABEL,
+    Interface,
+    SeedError,
+    SeedFile,
+    SeedParts,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeAlias
+
+    Yaml: TypeAlias = "str | bool | int | Sequence[Yaml] | dict[str, Yaml]"
+
+INSTANCES = uuid.UUID("5d1c3b0e-31a2-5c0c-9a43-7c9fd0d4f6a1")  # the name space of instance-ids made from names
+LLADDR_BYTES = 6
+GZIP = b"\x1f\x8b"
+# How texts begin that cloud-init takes (`INCLUSION_TYPES_MAP`), in lower case; blanks may stand before them.
+HEADS = (
+    b"#cloud-config", b"#!", b"#include", b"#part-handler", b"#cloud-boothook", b"## template: jinja",
+)  # fmt: skip
+MIME, MIME_WITHIN = b"mime-version:", 4096  # ... or where this is so near to the beginning
+
+META_DATA, USER_DATA, VENDOR_DATA, NETWORK_CONFIG = "meta-data", "user-data", "vendor-data", "network-config"
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------
+
+
+def quoted(text: str) -> str:
+    """Return a text as YAML has it in double quotes (YAML 1.1, 5.6), in ASCII.  Raises SeedError."""
+    return '"' + "".join(map(escaped, text)) + '"'
+
+
+def escaped(char: str) -> str:
+    """Return one character within double quotes.  Raises SeedError."""
+    code = ord(char)
+    if 0xD800 <= code < 0xE000:  # a byte that was no UTF-8
+        raise SeedError("a text of the seed is not UTF-8")
+    if char in '"\\':
+        return "\\" + char
+    if 0x20 <= code < 0x7F:
+        return char
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def yaml(value: "dict[str, Yaml]") -> str:
+    """Return a document of YAML; keys are plain words.  Raises SeedError."""
+    return "".join(f"{line}\n" for line in lines(value)) or "{}\n"
+
+
+def lines(value: "Yaml") -> "Iterator[str]":
+    """Give the lines of a value, from the left margin.  Raises SeedError."""
+    if isinstance(value, bool):
+        yield "true" if value else "false"
+    elif isinstance(value, int):
+        yield str(value)
+    elif isinstance(value, str):
+        yield quoted(value)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            first, *rest = lines(each)
+            if isinstance(each, str | int):
+                yield f"{key}: {first}"
+            else:
+                yield f"{key}:"
+                yield from (f"  {line}" for line in (first, *rest))
+    else:
+        for each in value:
+            first, *rest = lines(each)
+            yield f"- {first}"
+            yield from (f"  {line}" for line in rest)
+
+
+# --- the parts -------------------------------------------------------------------------------------------------
+
+
+def instance_id(parts: SeedParts) -> str:
+    """Return the instance-id: that of a name is the same at each start, and on every host.  Raises SeedError."""
+    return ruled(rules.instance_id, parts.instance_id) or str(uuid.uuid5(INSTANCES, parts.vm))
+
+
+def ruled(rule: "Callable[[str], str]", text: str) -> str:
+    """Return a word that has to follow a rule if there is one.  Raises SeedError."""
+    try:
+        return rule(text) if text else ""
+    except ValueError as error:
+        raise SeedError(str(error)) from None
+
+
+def public_keys(parts: SeedParts) -> list[str]:
+    """Return all keys, each once.  Raises SeedError."""
+    if len(parts.keys) > KEY_FILES_MAX:
+        raise SeedError(f"ssh-key: {len(parts.keys)} files, and {KEY_FILES_MAX} are the most")
+    return list(dict.fromkeys(key for file in parts.keys for key in keys_of(bounded("ssh-key", file))))
+
+
+def bounded(key: str, file: SeedFile) -> SeedFile:
+    """Return a file that is not too large.  Raises SeedError."""
+    if len(file.data) > FILE_MAX:
+        raise SeedError(f"{key} {file.name}: larger than {FILE_MAX >> 10} KiB")
+    return file
+
+
+def meta_data(parts: SeedParts) -> bytes:
+    """Return what says who the guest is, and whose keys it takes.  Raises SeedError."""
+    values: dict[str, Yaml] = {"instance-id": instance_id(parts)}
+    if parts.hostname:
+        values["local-hostname"] = ruled(rules.hostname, parts.hostname)
+    if keys := public_keys(parts):
+        # cloud-init adds these to the keys of user-data, whatever that is.
+        values["public-keys"] = keys
+    return yaml(values).encode()
+
+
+def defaults(parts: SeedParts) -> "dict[str, Yaml]":
+    """Return what is said of the guest in the form of cloud-config, beside meta-data.  Raises SeedError."""
+    values: dict[str, Yaml] = {}
+    if parts.hostname:
+        # The name of a host that does not find its own name: sudo says so each time.
+        values["manage_etc_hosts"] = "localhost"
+    if parts.user:
+        # The groups, the shell and the rule of sudo stay those that the image has for its own user.
+        user: dict[str, Yaml] = {"name": ruled(rules.user, parts.user)}
+        if parts.password_hash:
+            user |= {"hashed_passwd": ruled(rules.password_hash, parts.password_hash), "lock_passwd": False}
+        values["user"] = user
+        if parts.user == "root":
+            values["disable_root"] = False
+    elif parts.password_hash:
+        raise SeedError("password-hash: whose it is has to be said with user")
+    return values
+
+
+def user_data(parts: SeedParts) -> bytes:
+    """Return somebody's own file as it is, or else one that is made.  Raises SeedError."""
+    if parts.user_data is not None:
+        return bounded(USER_DATA, parts.user_data).data
+    values = defaults(parts)
+    if parts.hostname:
+        name, dot, _ = ruled(rules.hostname, parts.hostname).partition(".")
+        values = {"hostname": name, **({"fqdn": parts.hostname} if dot else {}), **values}
+    if keys := public_keys(parts):
+        # Again, for readers that are not cloud-init, and do not look into meta-data for them.
+        values["ssh_authorized_keys"] = keys
+    return cloud_config(values)
+
+
+def cloud_config(values: "dict[str, Yaml]") -> bytes:
+    """Return a document for cloud-init.  Raises SeedError."""
+    return b"#cloud-config\n" + yaml(values).encode()
+
+
+def vendor_data(parts: SeedParts) -> bytes | None:
+    """Return what user-data goes before: somebody's own file, and what is not in a user-data of somebody's own.
+
+    Raises SeedError.
+    """
+    own = bounded(VENDOR_DATA, parts.vendor_data) if parts.vendor_data is not None else None
+    values = defaults(parts) if parts.user_data is not None else {}
+    if own is None:
+        return cloud_config(values) if values else None
+    return together(cloud_config(values), own) if values else own.data
+
+
+def together(made: bytes, own: SeedFile) -> bytes:
+    """Return a MIME message with two parts, of which the second replaces what both say.  Raises SeedError."""
+    if own.data.startswith(GZIP):
+        raise SeedError(f"{VENDOR_DATA} {own.name}: goes with user or hostname and user-data only uncompressed")
+    boundary = b"=_" + hashlib.sha256(own.data).hexdigest().encode()
+    nested = MIME in own.data[:MIME_WITHIN].lower()
+    parts = (attachment(made), own.data if nested else attachment(own.data))
+    head = b'MIME-Version: 1.0\nContent-Type: multipart/mixed; boundary="' + boundary + b'"\n'
+    return head + b"".join(b"\n--" + boundary + b"\n" + part for part in parts) + b"\n--" + boundary + b"--\n"
+
+
+def attachment(data: bytes) -> bytes:
+    """Return a part of a message; what it is cloud-init tells by its first line."""
+    head = b'Content-Type: text/plain; charset="utf-8"\nContent-Transfer-Encoding: base64\n\n'
+    return head + base64.encodebytes(data)
+
+
+def network_config(parts: SeedParts) -> bytes | None:
+    """Return somebody's own file, or one for the interfaces; None if there is nothing to say.  Raises SeedError."""
+    if parts.network_config is not None:
+        return bounded(NETWORK_CONFIG, parts.network_config).data
+    if not parts.network or not parts.interfaces:
+        return None
+    if len(parts.interfaces) > INTERFACES_MAX:
+        raise SeedError(f"{len(parts.interfaces)} interfaces, and {INTERFACES_MAX} are the most")
+    # Versions of cloud-init that write /etc/network/interfaces want to be told the name.
+    named: dict[str, Yaml] = {
+        f"eth{index}": ethernet(f"eth{index}", each) for index, each in enumerate(parts.interfaces)
+    }
+    return yaml({"version": 2, "ethernets": named}).encode()
+
+
+def ethernet(name: str, interface: Interface) -> "dict[str, Yaml]":
+    """Return an interface in the words of network-config, version 2.  Raises SeedError."""
+    if len(interface.lladdr) != LLADDR_BYTES:
+        raise SeedError(f"interface {name}: an address of {len(interface.lladdr)} bytes")
+    values: dict[str, Yaml] = {"match": {"macaddress": interface.lladdr.hex(":")}, "set-name": name}
+    if not interface.addresses:
+        values["dhcp4"] = True
+    else:
+        values["addresses"] = [parsed(name, ipaddress.ip_interface, each) for each in few(name, interface.addresses)]
+    if interface.gateways:
+        gateways = [parsed(name, ipaddress.ip_address, each) for each in few(name, interface.gateways)]
+        if len({":" in each for each in gateways}) < len(gateways):
+            raise SeedError(f"interface {name}: two gateways of one family")
+        values["routes"] = [{"to": "::/0" if ":" in each else "0.0.0.0/0", "via": each} for each in gateways]
+    servers: dict[str, Yaml] = {}
+    if interface.name_servers:
+        found = [parsed(name, ipaddress.ip_address, each) for each in few(name, interface.name_servers)]
+        servers["addresses"] = found
+    if interface.search:
+        servers["search"] = [ruled(rules.hostname, each) for each in few(name, interface.search)]
+    if servers:
+        values["nameservers"] = servers
+    return values
+
+
+def parsed(name: str, form: "Callable[[str], object]", text: str) -> str:
+    """Return an address as everybody writes it.  Raises SeedError."""
+    try:
+        return str(form(text))
+    except ValueError:
+        raise SeedError(f"interface {name}: no address: {shown(text)}") from None
+
+
+def few(name: str, items: "tuple[str, ...]") -> "tuple[str, ...]":
+    """Return no more than an interface may have.  Raises SeedError."""
+    if len(items) > ADDRESSES_MAX:
+        raise SeedError(f"interface {name}: {len(items)} addresses of a kind, and {ADDRESSES_MAX} are the most")
+    return items
+
+
+# --- all of it -------------------------------------------------------------------------------------------------
+
+
+def seed_files(parts: SeedParts) -> dict[str, bytes]:
+    """Return the files of a seed by name.  Raises SeedError."""
+    files = {
+        META_DATA: meta_data(parts),
+        USER_DATA: user_data(parts),  # cloud-init takes no seed without it
+        VENDOR_DATA: vendor_data(parts),
+        NETWORK_CONFIG: network_config(parts),
+    }
+    return {name: data for name, data in files.items() if data is not None}
+
+
+def seed_image(parts: SeedParts) -> bytes:
+    """Return a seed as a disk of whole sectors, the same for the same parts.  Raises SeedError."""
+    made = image(LABEL, seed_files(parts))
+    if len(made) > IMAGE_MAX:
+        raise SeedError(f"the seed is larger than {IMAGE_MAX >> 20} MiB")
+    return made
+
+
+def notes(parts: SeedParts) -> list[str]:
+    """Return what whoever starts the VM should know, though a seed can be made.  No text of a file is in it."""
+    said = [
+        f"{key} {file.name}: {why}"
+        for key, file in ((USER_DATA, parts.user_data), (VENDOR_DATA, parts.vendor_data))
+        if file is not None and (why := strange(file.data))
+    ]
+    if not (parts.keys or parts.password_hash or parts.user_data or parts.vendor_data):
+        said.append("neither ssh-key, password-hash nor user-data: nobody may be able to log in")
+    return said
+
+
+def strange(data: bytes) -> str:
+    """Return what is strange about a user-data or vendor-data, or ""."""
+    begin = data[:MIME_WITHIN].lower()
+    text = begin.lstrip()
+    if not text:
+        return "empty"
+    if begin.startswith(GZIP) or MIME in begin or text.startswith(HEADS):
+        return ""
+    if text.startswith(b"\xef\xbb\xbf"):
+        return "begins with a byte order mark, and cloud-init does not know the first line then"
+    if text.startswith(b"content-type:"):
+        return "a MIME message without the line MIME-Version: 1.0, by which cloud-init knows one"
+    words = text.split(b"\n", 1)[0].translate(None, b" _-#\r:\t")
+    if words == b"cloudconfig":
+        return "its first line has to be #cloud-config and nothing else, or cloud-init ignores it"
+    return "its first line is none that cloud-init knows, such as #cloud-config or #!"

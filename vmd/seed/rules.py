@@ -1,0 +1,77 @@
+"""What single words of a seed may be: a rule returns its value, or raises ValueError with a sentence.
+
+The parent and vmctl load this for vm.conf and `vmctl start -C`, so it imports little, and reads no file of a user.
+"""
+
+from vmd.config.rules import DIGITS, LETTERS, shown
+
+LABEL_MAX = 63  # RFC 1035, 2.3.4
+HOSTNAME_MAX = 253
+USER_MAX = 32  # utmp(5) and useradd(8)
+HASH_MAX = 512  # longer than any of crypt(5)
+INSTANCE_ID_MAX = 128
+
+LABEL_CHARS = LETTERS | DIGITS | {"-"}
+SMALL = frozenset("abcdefghijklmnopqrstuvwxyz")
+USER_FIRST = SMALL | {"_"}
+USER_OTHER = SMALL | DIGITS | set("_-.")
+METHOD_CHARS = SMALL | DIGITS | {"-"}
+HASH_CHARS = LETTERS | DIGITS | set("./$=,+-")
+INSTANCE_ID_CHARS = LETTERS | DIGITS | set("-_.")
+
+
+def hostname(name: str) -> str:
+    """Rule of `hostname`: a name of a host, with or without its domain."""
+    labels = name.split(".")
+    if not all(map(is_label, labels)) or len(name) > HOSTNAME_MAX:
+        form = "labels of letters, digits and hyphens, with dots between them"
+        raise ValueError(f"hostname {shown(name)}: no name of a host, which has {form}")
+    if DIGITS.issuperset(labels[-1]):
+        raise ValueError(f"hostname {shown(name)}: its last label is a number, as if it were an address")
+    return name
+
+
+def is_label(text: str) -> bool:
+    """Return whether a text is one label of a host's name."""
+    return 0 < len(text) <= LABEL_MAX and LABEL_CHARS.issuperset(text) and text[0] != "-" != text[-1]
+
+
+def hostname_of(vm: str) -> str:
+    """Return the host name of a VM that nobody has given one: its name, with hyphens for what no host name has.
+
+    "" if nothing is left of it.
+    """
+    for marks in ("_", "_."):
+        name = "".join("-" if char in marks else char for char in vm)
+        try:
+            return hostname(".".join(label.strip("-") for label in name.split(".")))
+        except ValueError:
+            pass
+    return ""
+
+
+def user(name: str) -> str:
+    """Rule of `user`."""
+    if not 0 < len(name) <= USER_MAX or name[0] not in USER_FIRST or not USER_OTHER.issuperset(name):
+        form = "lower-case letters, digits, dots, hyphens and underscores, and begins with a letter or underscore"
+        raise ValueError(f"user {shown(name)}: no name of a user, which has up to {USER_MAX} {form}")
+    return name
+
+
+def password_hash(text: str) -> str:
+    """Rule of `password-hash`; the sentence does not show it, for it may be a password."""
+    parts = text.split("$", 2)
+    begin, method, rest = parts if len(parts) == 3 else ("?", "", "")
+    if begin or not method or not METHOD_CHARS.issuperset(method) or not rest or not HASH_CHARS.issuperset(rest):
+        raise ValueError("password-hash: not as crypt(5) has it, such as $6$...; `openssl passwd -6` makes one")
+    if len(text) > HASH_MAX:
+        raise ValueError(f"password-hash: longer than {HASH_MAX} characters")
+    return text
+
+
+def instance_id(text: str) -> str:
+    """Rule of `instance-id`."""
+    if not 0 < len(text) <= INSTANCE_ID_MAX or not INSTANCE_ID_CHARS.issuperset(text):
+        form = "letters, digits, dots, hyphens and underscores"
+        raise ValueError(f"instance-id {shown(text)}: not 1 to {INSTANCE_ID_MAX} {form}")
+    return text
