@@ -71,6 +71,8 @@ class Place:
         """Return what the word that is being typed is, if it is neither an option nor the command."""
         if self.pending is not None:
             return self.pending
+        if self.command and self.command.behind and self.only_operands:
+            return None  # what comes now is not for us
         operands = self.command.operands if self.command else ()
         left = [operand for operand in operands if not self._excluded(operand.name)][self.operands :]
         return left[0] if left else None

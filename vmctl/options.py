@@ -18,6 +18,7 @@ class Given:
     def __init__(self, options: list[tuple[str, str]]) -> None:
         self.options = options
         self.operands: list[str] = []
+        self.behind: list[str] = []  # words behind `--`, of a command that hands them on
 
     @property
     def operand(self) -> str:
@@ -62,8 +63,10 @@ def parse(command: Command, words: list[str]) -> Given:
         UsageError: an option is unknown, lacks its value or does not go with another; a word is missing, too many, or
             none of those that there are.
     """
-    given, operands = split(words, (*command.options, *COMMON))
+    behind: list[str] = []
+    given, operands = split(words, (*command.options, *COMMON), behind=behind if command.behind else None)
     found = Given(given)
+    found.behind = behind
     if found.wants_help:
         return found
     for option in command.options:
@@ -72,7 +75,8 @@ def parse(command: Command, words: list[str]) -> Given:
     replaced = {option.instead_of for option in command.options if found.has(option.name)}
     wanted = [operand for operand in command.operands if operand.name not in replaced]
     if len(operands) > len(wanted):
-        raise UsageError(f"unexpected argument: {operands[len(wanted)]}")
+        hint = f": {command.behind} belongs behind --" if command.behind else ""
+        raise UsageError(f"unexpected argument: {operands[len(wanted)]}{hint}")
     for operand, word in zip(wanted, operands, strict=False):
         if not word:
             raise UsageError(f"empty argument: {operand.name}")
@@ -84,9 +88,11 @@ def parse(command: Command, words: list[str]) -> Given:
 
 
 def split(
-    words: list[str], options: tuple[Option, ...], *, permute: bool = True
+    words: list[str], options: tuple[Option, ...], *, permute: bool = True, behind: list[str] | None = None
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return ([(option, value)], operands).  Without `permute` the first operand ends the options.
+
+    What is behind `--` are operands, or, if there is a list for them, words that are no operands.
 
     Raises UsageError: an option is unknown or lacks its value.
     """
@@ -97,7 +103,10 @@ def split(
     while rest:
         word = rest.pop(0)
         if word == "--":
-            return given, operands + rest
+            if behind is None:
+                return given, operands + rest
+            behind += rest
+            return given, operands
         if word.startswith("--"):
             if word not in known:
                 misplaced = not permute and any(word == option.name for option in COMMON)

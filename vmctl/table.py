@@ -42,6 +42,7 @@ class Command(Record):
     more: tuple[Operand, ...] = ()  # operands behind it
     upstream: bool = True  # vmd's vmctl has it: what abbreviates it there does so here
     writes_data: bool = False  # to standard output, where its document then has no place
+    behind: str = ""  # what the words behind `--` are, which are for somebody else; "": further operands
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -232,6 +233,22 @@ COMMANDS = (
         ),
         operand=ID,
         more=(Operand(name="tag", optional=True),),
+    ),
+    Command(
+        name="ssh",
+        module="ssh",
+        upstream=False,
+        help="log in to the guest of a VM that has a local interface, or run a command there",
+        options=(
+            Option(name="-n", help="its host key may be a new one: forget the old one"),
+            Option(name="-i", value="identity", kind=FILE, help="use this private key"),
+            Option(name="-l", value="user", help="log in as this user, not as the one that its seed names"),
+            Option(name="-o", value="option", help="an option of ssh_config(5), such as ForwardAgent=yes"),
+            Option(name="-p", value="port", help="its server is at this port (22)"),
+            Option(name="-w", value="seconds", help="wait for it so long (180)"),
+        ),
+        operand=ID,
+        behind="command ...",
     ),
     Command(
         name="start",

@@ -11,7 +11,8 @@ def synopsis(command: Command, together: str = " ") -> str:
 
     `together` is the space within what brackets hold.
     """
-    parts = [command.name, *option_words(command), *operand_words(command)]
+    behind = [f"[-- {command.behind}]"] if command.behind else []
+    parts = [command.name, *option_words(command), *operand_words(command), *behind]
     return " ".join(part.replace(" ", together) for part in parts)
 
 

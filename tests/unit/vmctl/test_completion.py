@@ -55,6 +55,8 @@ def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str)
         (["stop", ""], ["web", "mail"]),
         (["stop", "w"], ["web"]),
         (["stop", "--", ""], ["web", "mail"]),
+        (["ssh", "-n", ""], ["web", "mail"]),
+        (["ssh", "--", ""], []),
         (["start", "-c", "-m", "1G", "m"], ["mail"]),
         (["start", "-t", ""], ["web", "mail"]),
         (["start", "-n", ""], ["lan", "dmz"]),

@@ -57,7 +57,7 @@ def test_no_command_is_answered_with_usage(capfd: pytest.CaptureFixture[str]) ->
         ("stauts", "unknown argument: stauts: did you mean status?\n"),
         ("Start", "unknown argument: Start: did you mean start?\n"),
         ("st", "ambiguous argument: st: start, status or stop\n"),
-        ("s", "ambiguous argument: s: send, show, snapshot, start, status or stop\n"),
+        ("s", "ambiguous argument: s: send, show, snapshot, ssh, start, status or stop\n"),
         ("re", "ambiguous argument: re: receive, reload, reset or resize\n"),
         ("l", "ambiguous argument: l: load or log\n"),
         ("sta", "ambiguous argument: sta: start or status\n"),

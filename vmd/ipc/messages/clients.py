@@ -452,6 +452,7 @@ class VmInfo(Record):
     files: VmFiles | None = None  # None: for others than those who may control the VM
     nics: tuple[NicInfo, ...] = ()  # without counters
     ended: LifeEnd | None = None  # None: not as long as this daemon knows it
+    login: str = ""  # the user that its seed makes; "": none, or for others than those who may control the VM
 
 
 @message(0x40, ANSWER, partial=True)

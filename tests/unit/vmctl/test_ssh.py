@@ -1,0 +1,313 @@
+"""vmctl ssh: where a guest is, how long it is waited for, whose key it has, and what ssh is told.
+
+ssh is the real one, with -G: it says how it would log in.
+"""
+
+import contextlib
+import errno
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support import schema
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import DEADLINE_S, ROOT, Answers, FakeDaemon, vm_info
+from vmctl.commands import ssh
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.ipc.messages.clients import End, ListRequest, NicInfo, VmInfo
+from vmd.record import Record
+
+GUEST = "127.7.0.3"  # of the loopback interface, as all of 127/8
+GREETING = b"SSH-2.0-OpenSSH_9.2p1\r\n"
+OLD, NEW = "AAAAC3NzaC1lZDI1NTE5AAAAIOld", "AAAAC3NzaC1lZDI1NTE5AAAAINew"
+
+
+def nic(**fields: object) -> NicInfo:
+    """Return a `local` interface of a VM that runs."""
+    base = {"index": 0, "tap": "tap0", "switch": "", "lladdr": bytes(6), "up": True, "locked": False, "local": True}
+    return NicInfo(**{**base, "guest4": socket.inet_aton(GUEST), **fields})  # type: ignore[arg-type]
+
+
+LEASED = nic(counters=tuple(int(name == "lease_s") for name in COUNTER_NAMES))
+
+
+def script(daemon: FakeDaemon, *lists: VmInfo, devices: NicInfo = LEASED) -> None:
+    """Answer each question for the list with the next of these, and with the last one from then on."""
+    left = list(lists)
+
+    def answer(request: Record) -> Answers:
+        if isinstance(request, ListRequest):
+            return (left.pop(0) if len(left) > 1 else left[0], End())
+        return (devices, End())
+
+    daemon.script = answer
+
+
+class Server(NamedTuple):
+    """What says something to whoever connects."""
+
+    port: int
+    listener: socket.socket
+
+
+@contextlib.contextmanager
+def serving(said: bytes) -> Iterator[Server]:
+    """Say this at a port of the guest, and hang up."""
+    with socket.create_server((GUEST, 0)) as listener:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.sendall(said)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield Server(listener.getsockname()[1], listener)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(DEADLINE_S)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a home, and stand-ins: ssh says what it would do, and ssh-keyscan what it is told to."""
+    place = tmp_path / "home of 100%"
+    (place / ".ssh").mkdir(parents=True)
+    entry = pwd.getpwuid(os.getuid())
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: pwd.struct_passwd((*entry[:5], str(place), entry[6])))
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    real = shutil.which("ssh")
+    assert real is not None
+    stand_in(programs / "ssh", f'exec {real} -F none -G "$@"')
+    stand_in(programs / "ssh-keyscan", f'echo "$*" >{tmp_path}/asked; cat {tmp_path}/shown')
+    (tmp_path / "shown").touch()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return place
+
+
+def stand_in(path: Path, line: str) -> None:
+    """Make a program."""
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def become(words: list[str]) -> None:
+    """Run a program, in our own process's place no longer."""
+    sys.stdout.write(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    sys.stdout.flush()
+
+
+@pytest.fixture(autouse=True)
+def _stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "become", become)
+    monkeypatch.setattr(ssh, "QUIET_S", -1.0)
+    monkeypatch.setattr(ssh, "AGAIN_S", 0.01)
+
+
+def settings(output: str) -> dict[str, str]:
+    """Return what ssh would do."""
+    return dict(line.split(" ", 1) for line in output.splitlines())
+
+
+def test_what_ssh_is_told(vmctl: Vmctl, daemon: FakeDaemon, home: Path) -> None:
+    """The guest's address, the seed's user, and keys under the name of the VM; what was typed comes first."""
+    script(daemon, vm_info(nics=(nic(local=False, guest4=b""), nic(index=1)), login="ann"))
+    with serving(b"hello\r\n" + GREETING) as guest:
+        status, output, errors = vmctl("ssh", "-p", str(guest.port), "web", "--", "ls", "-l", "--", "")
+        typed = ["-o", "StrictHostKeyChecking=yes", "-i", str(home), "-l", "bob", "-oUserKnownHostsFile=/dev/null"]
+        _, other, _ = vmctl("ssh", *typed, "-p", str(guest.port), "web")
+
+    assert (status, errors) == (0, "")
+    said = settings(output)
+    assert (said["hostname"], said["port"], said["user"]) == (GUEST, str(guest.port), "ann")
+    assert (said["hostkeyalias"], said["stricthostkeychecking"]) == ("web.vmd", "accept-new")
+    assert said["userknownhostsfile"] == f"{home}/.ssh/known_hosts.vmd"
+    assert (said["globalknownhostsfile"], said["checkhostip"], said["hashknownhosts"]) == ("none", "no", "no")
+    said = settings(other)
+    assert (said["user"], said["identityfile"], said["stricthostkeychecking"]) == ("bob", str(home), "true")
+    assert said["userknownhostsfile"] == "/dev/null"
+
+
+def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -> None:
+    """In a process of its own, which becomes ssh: words like options, an empty one; no signal is ignored."""
+    script(daemon, vm_info(nics=(nic(),)))
+    stand_in(tmp_path / "ssh", 'for word; do printf "[%s]" "$word"; done; grep SigIgn /proc/$$/status; exit 7')
+    with serving(GREETING) as guest:
+        done = subprocess.run(
+            [sys.executable, "-m", "vmctl", "-s", daemon.path, "ssh", "web", "-p", str(guest.port),
+             "--", "-l", "", "--json", "--", "a b"],
+            cwd=ROOT, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+        )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (7, "")
+    words, ignored = done.stdout.split("SigIgn:")
+    assert words.endswith(f"[-p][{guest.port}][--][{GUEST}][-l][][--json][--][a b]")
+    assert int(ignored, 16) & (1 << 12) == 0  # SIGPIPE
+
+
+def test_without_ssh(vmctl: Vmctl, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what to install."""
+    script(daemon, vm_info(nics=(nic(),)))
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", str(home))
+    with serving(GREETING) as guest:
+        status, _, errors = vmctl("ssh", "-p", str(guest.port), "web")
+
+    assert (status, errors) == (1, "vmctl: ssh: No such file or directory (package openssh-client)\n")
+
+
+@pytest.mark.parametrize(("vm", "status", "sentence"), [
+    (vm_info("db"), 4, "ssh: vm web not found"),
+    (vm_info(running=False), 1, "ssh: vm web is not running"),
+    (vm_info(state="stopping"), 1, "ssh: vm web is stopping"),
+    (vm_info(state="in doubt"), 1, "ssh: vm web is in doubt"),
+    (vm_info(state="paused", nics=(nic(),)), 1, "ssh: vm web is paused: vmctl unpause lets it go on"),
+    (vm_info(nics=(nic(local=False, switch="lan"),)), 1,
+     "ssh: vm web has no local interface, so vmd does not know its address; its console is there: vmctl console web"),
+])  # fmt: skip
+def test_what_no_waiting_helps(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, status: int, sentence: str) -> None:
+    """It is said at once, with --json, too."""
+    script(daemon, vm)
+
+    assert vmctl("ssh", "web") == (status, "", f"vmctl: {sentence}\n")
+    code, output, _ = vmctl("ssh", "--json", "web")
+    assert (code, schema.check(output, "error")["error"]) == (status, sentence)
+
+
+@pytest.mark.usefixtures("home")
+def test_each_reason_to_wait_is_said_once(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """From its start until its server answers; then ssh begins."""
+    with serving(GREETING) as guest:
+        script(
+            daemon, vm_info(state="waiting"), vm_info(state="starting"), vm_info(state="starting"),
+            vm_info(nics=(nic(tap="", guest4=b""),)), vm_info(nics=(nic(),)),
+        )  # fmt: skip
+        status, output, errors = vmctl("ssh", "-p", str(guest.port), "web")
+
+    assert (status, settings(output)["hostname"]) == (0, GUEST)
+    assert errors == "".join(
+        f"vmctl: waiting: vm web {state}\n" for state in ("is waiting", "is starting", "has no interface yet")
+    )
+
+
+def test_a_vm_that_ends_is_not_waited_for(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The first start of it may end in a panic."""
+    script(daemon, vm_info(state="starting"), vm_info(running=False))
+
+    assert vmctl("ssh", "web") == (1, "", "vmctl: waiting: vm web is starting\nvmctl: ssh: vm web is not running\n")
+
+
+def test_a_closed_port(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The guest is there, and no server in it."""
+    script(daemon, vm_info(nics=(nic(),)))
+    with serving(b"") as guest:
+        pass
+    why = f"port {guest.port} of {GUEST} is closed: no ssh server runs in the guest"
+
+    status, _, errors = vmctl("ssh", "-w", "0", "-p", str(guest.port), "web")
+
+    assert (status, errors) == (1, f"vmctl: ssh: {why}; waited 0 s\n")
+
+
+@pytest.mark.parametrize(("devices", "said"), [
+    (LEASED, "port 22 of 192.0.2.9 cannot be reached: Network is unreachable"),
+    (nic(), "the guest of vm web has not asked for its address, 192.0.2.9"),
+])  # fmt: skip
+def test_a_guest_that_is_not_heard(
+    vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, devices: NicInfo, said: str
+) -> None:
+    """Whether it has asked for its address is known."""
+    away = socket.inet_aton("192.0.2.9")
+    script(daemon, vm_info(nics=(nic(guest4=away),)), devices=devices.replace(guest4=away))
+
+    def unreachable(_where: tuple[str, int], _timeout_s: float) -> socket.socket:
+        raise OSError(errno.ENETUNREACH, "")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+
+    assert vmctl("ssh", "-w", "0", "web") == (1, "", f"vmctl: ssh: {said}; waited 0 s\n")
+
+
+@pytest.mark.parametrize(("greeting", "said"), [
+    (b"", "closes the connection at once; waited 0 s"),
+    (b"SSH-2.0-half", "closes the connection at once; waited 0 s"),
+    (b"HTTP/1.1 400\r\n" * 1000, "is served by something else than ssh"),
+])  # fmt: skip
+def test_no_greeting_of_an_ssh_server(vmctl: Vmctl, daemon: FakeDaemon, greeting: bytes, said: str) -> None:
+    """A server that is not up yet, and one of another kind."""
+    script(daemon, vm_info(nics=(nic(),)))
+    with serving(greeting) as guest:
+        status, _, errors = vmctl("ssh", "-w", "0", "-p", str(guest.port), "web")
+
+    assert (status, errors) == (1, f"vmctl: ssh: port {guest.port} of {GUEST} {said}\n")
+
+
+def test_a_vm_that_was_made_anew(vmctl: Vmctl, daemon: FakeDaemon, home: Path, tmp_path: Path) -> None:
+    """Another host key is a sentence; -n forgets the old one, and no other VM's."""
+    script(daemon, vm_info(nics=(nic(),)))
+    known, shown = home / ".ssh/known_hosts.vmd", tmp_path / "shown"
+    others = "# mine\nweb2.vmd ssh-ed25519 AAAA\nweb ssh-ed25519 AAAA\n"
+    known.write_text(f"{others}web.vmd ssh-ed25519 {OLD}\n")
+    with serving(GREETING) as guest:
+        words = ["ssh", "-p", str(guest.port), "web"]
+        shown.write_text(f"[{GUEST}]:{guest.port} ssh-ed25519 {OLD}\n")
+        assert vmctl(*words)[0] == 0
+        asked = Path(tmp_path, "asked").read_text()
+        assert asked == f"-T 10 -t ssh-ed25519 -p {guest.port} -- {GUEST}\n"
+        shown.write_text(f"[{GUEST}]:{guest.port} ssh-ed25519 {NEW}\n")
+        status, output, errors = vmctl(*words)
+        assert (status, output) == (1, "")
+        assert errors == (
+            "vmctl: ssh: vm web has another host key than when you logged in last: if it was made anew, "
+            "vmctl ssh -n web forgets the old one\n"
+        )
+        assert OLD in known.read_text()
+        assert vmctl(*words, "-n")[0] == 0
+        assert known.read_text() == others
+        assert known.stat().st_mode & 0o777 == 0o600
+        known.write_text(f"web.vmd ssh-ed25519 {OLD}\n")
+        shown.write_text("")  # the server shows none of this kind: ssh will say what it thinks of that
+        assert vmctl(*words)[0] == 0
+
+
+def test_where_it_is(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """For programs that log in by themselves; nothing is waited for."""
+    script(daemon, vm_info(nics=(nic(),), login="ann"), vm_info(state="starting"))
+
+    status, output, _ = vmctl("ssh", "--json", "web")
+    assert status == 0
+    assert schema.check(output, "ssh") == {
+        "schema": 1, "id": 1, "name": "web", "address": GUEST, "port": 22, "user": "ann", "host_key_alias": "web.vmd"
+    }  # fmt: skip
+    status, output, _ = vmctl("ssh", "--json", "web")
+    assert (status, schema.check(output, "error")["error"]) == (1, "vm web is starting")
+
+
+@pytest.mark.parametrize("words", [
+    ["-p", "0"], ["-p", "65536"], ["-p", "ssh"], ["-w", "-1"], ["-w", "1e3"], ["-w", "86401"], ["-p", "9" * 5000],
+])  # fmt: skip
+def test_invalid_numbers(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> None:
+    """Before anything is asked."""
+    status, _, errors = vmctl("ssh", *words, "web")
+
+    assert (status, errors[:15], daemon.requests) == (2, "vmctl: invalid ", [])
+
+
+def test_a_command_belongs_behind_the_dashes(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Or its options would be taken for ours."""
+    status, _, errors = vmctl("ssh", "web", "uptime")
+
+    assert (status, errors.splitlines()[0]) == (2, "vmctl: unexpected argument: uptime: command ... belongs behind --")
+    assert daemon.requests == []

@@ -1,0 +1,285 @@
+"""vmctl ssh: log in to a guest.  We find out where it is and wait until it answers; then ssh(1) takes our place.
+
+A guest's host keys are kept under the name of its VM, and apart from those of real hosts: addresses of VMs are given to
+one VM after another, and a VM that moves to another host has another address and the same keys.
+"""
+
+import errno
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import time
+
+from vmctl.errors import ArgumentError, CommandError, NoSuchVm
+from vmctl.interfaces import text4
+from vmctl.options import Given
+from vmctl.output import clean, put_json, warn
+from vmctl.session import Session
+from vmctl.vmref import VmRef, parse_vmref
+from vmd.errors import sentence
+from vmd.ipc.devmsg import COUNTER_NAMES
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.ipc.messages.clients import NicInfo
+
+PORT = 22
+PORTS = range(1, 1 << 16)
+WAIT_S = 180  # a first start makes host keys, grows a file system, perhaps fetches packages
+WAITS_S = range(86401)
+QUIET_S = 2.0  # a wait that is no longer is not worth a word
+AGAIN_S = 0.5
+ANSWER_S = 10.0  # for a guest that has taken a connection
+COMING = ("waiting", "starting", "receiving")  # states in which a VM is not there yet
+THERE = ("running", "sending", "saving")
+KNOWN_HOSTS = "known_hosts.vmd"  # in ~/.ssh
+GREETING = b"SSH-"  # RFC 4253, 4.2; lines may come before it
+GREETING_MAX = 8192
+
+
+class Place(Record):
+    """Where a guest is reached."""
+
+    vmid: int
+    name: str
+    address: str
+    port: int
+    user: str = ""  # "": as ssh decides
+
+    @property
+    def alias(self) -> str:
+        """The name that its host keys are kept under."""
+        return f"{self.name}.vmd"
+
+
+class Later(Exception):
+    """It is not reached yet; the text is a sentence that says why."""
+
+
+def run(session: Session, given: Given) -> int:
+    """Wait for the guest and become ssh; or only tell a program where it is."""
+    ref = parse_vmref(given.operand)
+    port = number(given, "-p", "port", PORTS, PORT)
+    wait_s = number(given, "-w", "number of seconds", WAITS_S, WAIT_S)
+    if session.json:
+        try:
+            place = find(session, ref, port, given.value("-l"))
+        except Later as reason:
+            raise CommandError(str(reason), errno.EAGAIN) from None
+        tell(place)
+        return 0
+    place = await_place(session, ref, port, given.value("-l"), wait_s)
+    session.close()
+    known_hosts = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh", KNOWN_HOSTS)
+    check_host_key(place, known_hosts, forget=given.has("-n"))
+    become(ssh_words(place, known_hosts, given))
+    return 0
+
+
+def number(given: Given, option: str, what: str, allowed: range, default: int) -> int:
+    """Return the value of an option.  Raises ArgumentError."""
+    text = given.value(option)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) in allowed):
+        raise ArgumentError(f"invalid {what}: {text}")
+    return int(text)
+
+
+def tell(place: Place) -> None:
+    """Print where the guest is, whether it answers or not.  Raises CommandError."""
+    put_json({
+        "id": place.vmid,
+        "name": clean(place.name),
+        "address": place.address,
+        "port": place.port,
+        "user": clean(place.user) or None,
+        "host_key_alias": clean(place.alias),
+    })  # fmt: skip
+
+
+# --- where it is ----------------------------------------------------------------------------------------------------
+
+
+def find(session: Session, ref: VmRef, port: int, user: str | None) -> Place:
+    """Return where a guest is to be reached.
+
+    Raises Later, and CommandError for what does not change by waiting.
+    """
+    vm = ref.find(session.client.list_vms())
+    if vm is None:
+        raise NoSuchVm(f"ssh: vm {ref} not found")
+    if vm.state in COMING:
+        raise Later(f"vm {vm.name} is {vm.state}")
+    if vm.state not in THERE:
+        state = "not running" if vm.state == "stopped" else vm.state
+        hint = ": vmctl unpause lets it go on" if vm.state == "paused" else ""
+        raise CommandError(f"ssh: vm {vm.name} is {state}{hint}", errno.ESRCH)
+    local = [nic for nic in vm.nics if nic.local]
+    if not local:
+        text = f"ssh: vm {vm.name} has no local interface, so vmd does not know its address; its console is there"
+        raise CommandError(f"{text}: vmctl console {vm.name}", errno.EADDRNOTAVAIL)
+    nic = next((nic for nic in local if nic.guest4), None)
+    if nic is None:
+        raise Later(f"vm {vm.name} has no interface yet")
+    return Place(vmid=vm.vmid, name=vm.name, address=text4(nic.guest4), port=port, user=user or vm.login)
+
+
+def await_place(session: Session, ref: VmRef, port: int, user: str | None, wait_s: int) -> Place:
+    """Return where a guest is reached, once it answers.  Raises CommandError; at the deadline with the reason."""
+    begin_s = time.monotonic()
+    said = ""
+    while True:
+        try:
+            place = find(session, ref, port, user)
+            greeted(session, place, max(1.0, begin_s + wait_s - time.monotonic()))
+        except Later as reason:
+            waited_s = time.monotonic() - begin_s
+            if waited_s >= wait_s:
+                raise CommandError(f"ssh: {reason}; waited {wait_s} s", errno.ETIMEDOUT) from None
+            if waited_s > QUIET_S and said != str(reason):
+                said = str(reason)
+                warn(f"waiting: {said}")
+        else:
+            return place
+        time.sleep(AGAIN_S)
+
+
+def greeted(session: Session, place: Place, within_s: float) -> None:
+    """Have an ssh server say its greeting.  Raises Later, and CommandError if it is another kind of server."""
+    where = f"port {place.port} of {place.address}"
+    try:
+        with socket.create_connection((place.address, place.port), min(ANSWER_S, within_s)) as connection:
+            greeting = b""
+            while b"\n" not in greeting[greeting.find(GREETING) :] or GREETING not in greeting:
+                data = connection.recv(256)
+                if not data:
+                    raise Later(f"{where} closes the connection at once")
+                greeting += data
+                if len(greeting) > GREETING_MAX:
+                    raise CommandError(f"ssh: {where} is served by something else than ssh", errno.EPROTO)
+    except ConnectionRefusedError:
+        raise Later(f"{where} is closed: no ssh server runs in the guest") from None
+    except OSError as error:
+        if not has_lease(session, place):
+            raise Later(f"the guest of vm {place.name} has not asked for its address, {place.address}") from None
+        said = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {sentence(error)}"
+        raise Later(f"{where} {said}") from None
+
+
+def has_lease(session: Session, place: Place) -> bool:
+    """Return whether the guest has got this address from us."""
+    nics, _ = session.client.list_devices(place.vmid)
+    return any(leased(nic) for nic in nics if text4(nic.guest4) == place.address)
+
+
+def leased(nic: "NicInfo") -> bool:
+    """Return whether an interface has a lease, as far as its process has said so."""
+    return bool(dict(zip(COUNTER_NAMES, nic.counters, strict=False)).get("lease_s"))
+
+
+# --- who it is ------------------------------------------------------------------------------------------------------
+
+
+def check_host_key(place: Place, path: str, *, forget: bool) -> None:
+    """Say it in a sentence if the guest has another host key than before.  Raises CommandError.
+
+    ssh looks for itself afterwards, and refuses such a guest with a page of warnings.
+    """
+    known = known_keys(place, path)
+    if not known:
+        return
+    if forget:
+        forget_keys(place, path)
+        return
+    kind = next(iter(known))
+    shown = shown_key(place, kind)
+    if shown and shown not in known[kind]:
+        raise CommandError(
+            f"ssh: vm {place.name} has another host key than when you logged in last: if it was made anew, "
+            f"vmctl ssh -n {place.name} forgets the old one",
+            errno.EKEYREJECTED,
+        )
+
+
+def known_keys(place: Place, path: str) -> dict[str, list[str]]:
+    """Return the host keys that are known of a VM, by their kind.  Raises CommandError."""
+    known: dict[str, list[str]] = {}
+    for line in lines_of(path):
+        words = line.split()
+        if len(words) > 2 and words[0] == place.alias:
+            known.setdefault(words[1], []).append(words[2])
+    return known
+
+
+def lines_of(path: str) -> list[str]:
+    """Return the lines of a file, none if it is not there.  Raises CommandError."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.readlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CommandError(f"ssh: {path}: {sentence(error)}", error.errno) from None
+
+
+def forget_keys(place: Place, path: str) -> None:
+    """Take a VM out of the file of host keys, which another login may be reading.  Raises CommandError."""
+    kept = [line for line in lines_of(path) if line.split()[:1] != [place.alias]]
+    fresh = f"{path}.{os.getpid()}"
+    try:
+        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", errors="surrogateescape") as file:
+            file.writelines(kept)
+        os.rename(fresh, path)
+    except OSError as error:
+        raise CommandError(f"ssh: {path}: {sentence(error)}", error.errno) from None
+
+
+def shown_key(place: Place, kind: str) -> str:
+    """Return the guest's host key of a kind; "" if it shows none."""
+    command = ["ssh-keyscan", "-T", str(int(ANSWER_S)), "-t", kind, "-p", str(place.port), "--", place.address]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError:
+        return ""
+    words = done.stdout.decode(errors="replace").split()
+    return words[2] if len(words) > 2 and words[1] == kind else ""
+
+
+# --- ssh ------------------------------------------------------------------------------------------------------------
+
+
+def ssh_words(place: Place, known_hosts: str, given: Given) -> list[str]:
+    """Return the command that logs in.  Of two values of an option ssh takes the first: those that were typed."""
+    typed = [word for option, value in given.options if option in ("-i", "-o") for word in (option, value)]
+    ours = {
+        "HostKeyAlias": place.alias,
+        "UserKnownHostsFile": quoted(known_hosts),
+        "GlobalKnownHostsFile": "none",
+        "HashKnownHosts": "no",
+        "CheckHostIP": "no",
+        # Nobody else is at the other end of a tap: the first key that is shown is the guest's.
+        "StrictHostKeyChecking": "accept-new",
+        "LogLevel": "ERROR",
+    }
+    words = ["ssh", *typed, *(word for name, value in ours.items() for word in ("-o", f"{name}={value}"))]
+    words += ["-p", str(place.port), *(["-l", place.user] if place.user else []), "--", place.address]
+    return words + given.behind
+
+
+def quoted(path: str) -> str:
+    """Return a path as ssh_config(5) takes it, where blanks part several and % begins a token."""
+    return f'"{path.replace("%", "%%")}"'
+
+
+def become(words: list[str]) -> None:
+    """Run a program in our place.  Raises CommandError."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored stays so
+    try:
+        os.execvp(words[0], words)  # noqa: S606 - no shell
+    except OSError as error:
+        hint = " (package openssh-client)" if error.errno == errno.ENOENT else ""
+        raise CommandError(f"{words[0]}: {sentence(error)}{hint}", error.errno) from None
