@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def test_a_registry_that_is_not_reached_is_noticed(checkout: Path, parts: tuple[
     assert (first.returncode, second.returncode) == (1, 1)
     assert "registry is unreachable" in first.stderr
     assert "registry is unreachable" in second.stderr
+
+
+@pytest.mark.deep  # an earlier setup made it otherwise
+def test_a_start_of_the_interpreter_loads_nothing_for_this_checkout() -> None:
+    """A daemon and its clients start often, and half of the time went there."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert not {"pathlib", "re", "importlib.util"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("part", ["packages run", "packages test"])
