@@ -56,6 +56,7 @@ SHARED = {
     "vmd.config.lexer": {"parent"},
     "vmd.config.grammar": {"parent"},
     "vmd.images": {"device", "imgprobe", "imgwriter", "vmctl"},
+    "vmd.diskfs": set(),
     "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`
     "vmd.kvmapi": {"vm"},
     # What reads and makes the texts of a seed; its parts and the rules of single words are for all who pass them on.
@@ -233,6 +234,15 @@ def test_kvmapi_stands_alone() -> None:
 
     assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd", "vmd.native"}
     assert held.third_party == frozenset()
+
+
+def test_readers_of_file_systems_stand_alone() -> None:
+    """They read what guests have written: whoever takes them over finds nothing else there."""
+    held = loaded_by(modules_in("vmd/diskfs"))
+
+    assert held.below("vmd") - held.below("vmd.diskfs") == {"vmd", "vmd.errors", "vmd.record"}
+    assert held.third_party == frozenset()
+    assert TOO_HEAVY & set(held.modules) == set()
 
 
 def test_vmctl_holds_what_it_talks_and_nothing_of_the_daemon() -> None:

@@ -1,0 +1,246 @@
+"""A file is found in the partition that has it, and an error says where it was looked for."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.filesystems import (
+    MIB,
+    SECTOR,
+    Content,
+    Link,
+    Part,
+    ext_image,
+    ffs_image,
+    gpt_disk,
+    label,
+    mbr_disk,
+    openbsd_disk,
+    opened,
+    opened_file,
+    plant,
+    put,
+)  # fmt: skip
+from vmd.diskfs import source
+from vmd.diskfs.disk import Disk
+from vmd.diskfs.source import READ_MAX, DiskFsError, NoSuchFile
+
+FAT = (bytes(54) + b"FAT16   ").ljust(64 * SECTOR, b"\0")
+SWAP = (bytes(4086) + b"SWAPSPACE2").ljust(8192, b"\0")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A file system of each family, and one without kernels."""
+    folder = tmp_path_factory.mktemp("images")
+    plant(folder / "linux", {"boot/vmlinuz-6": Content(9000, ((0, 9000),)), "vmlinuz": Link("boot/vmlinuz-6")})
+    plant(folder / "openbsd", {"bsd": Content(9000, ((0, 9000),), 1), "etc/boot.conf": Content(30, ((0, 30),))})
+    plant(folder / "data", {"data": Content(5)})
+    return {
+        "ext4": ext_image(folder / "image", folder / "linux", "-t", "ext4", size=2 * MIB).read_bytes(),
+        "ext2": ext_image(folder / "image", folder / "data", "-t", "ext2", size=MIB).read_bytes(),
+        "FFS2": ffs_image(folder / "image", folder / "openbsd").read_bytes(),
+    }
+
+
+def refusal(disk: Disk, path: str, partition: str = "") -> str:
+    """Return why a file is not found."""
+    with pytest.raises(DiskFsError) as refused:
+        disk.find(path, partition)
+    return str(refused.value)
+
+
+def test_the_first_partition_with_the_file_has_it(images: dict[str, bytes]) -> None:
+    """Others may be of any kind, or damaged."""
+    parts = [Part(64, FAT), Part(256, images["ext2"]), Part(4096, images["ext4"]), Part(16384, images["ext4"])]
+    for made in (mbr_disk, gpt_disk):
+        disk = opened(made(*parts))
+        found = disk.find("/vmlinuz")
+        assert (found.partition, found.filesystem.name, found.size) == ("partition p3", "ext4", 9000)
+        assert disk.find("/vmlinuz", "p4").partition == "partition p4"
+
+
+def test_openbsd_s_disk(images: dict[str, bytes]) -> None:
+    """With and without an MBR."""
+    for mbr in (True, False):
+        disk = opened(openbsd_disk(images["FFS2"], mbr=mbr))
+        assert disk.find("/bsd").partition == "partition a"
+        assert len(disk.find("/etc/boot.conf", "a").content(100)) == 30
+
+
+def test_a_disk_without_a_table(images: dict[str, bytes]) -> None:
+    """Its file system is all of it."""
+    assert opened(images["ext4"]).find("/vmlinuz").partition == "the whole disk"
+    assert opened(images["FFS2"]).find("/bsd").partition == "the whole disk"
+    assert refusal(opened(images["FFS2"]), "/bsd", "a") == "there is no partition a: it has no partition table"
+
+
+def test_all_that_were_tried_are_named(images: dict[str, bytes]) -> None:
+    """With what each of them is."""
+    disk = opened(mbr_disk(Part(64, FAT), Part(256, images["ext2"]), Part(4096, SWAP), Part(5000, bytes(9000))))
+
+    assert refusal(disk, "/bsd") == (
+        "no partition has /bsd: partition p1 (FAT): is not read here;"
+        " partition p2 (ext2): /bsd: there is no /bsd; partition p3 (swap): is not read here;"
+        " partition p4: there is no file system that is known"
+    )
+    assert refusal(disk, "/bsd", "p2") == "partition p2 (ext2): /bsd: there is no /bsd"
+    assert refusal(disk, "/bsd", "p7") == "there is no partition p7: its MBR has p1, p2, p3, p4"
+    assert disk.describe() == (
+        "MBR; partition p1: FAT; partition p2: ext2; partition p3: swap;"
+        " partition p4: there is no file system that is known"
+    )
+
+
+def test_many_that_were_tried_are_not_all_named() -> None:
+    """A sentence has an end."""
+    disk = opened(gpt_disk(*[Part(64 + 64 * number, bytes(SECTOR * 64)) for number in range(30)]))
+
+    assert refusal(disk, "/bsd").endswith("partition p8: there is no file system that is known; and 22 more")
+    assert disk.describe().endswith("and 22 more")
+
+
+def test_a_partition_that_holds_others_is_none_of_them(images: dict[str, bytes]) -> None:
+    """The file system of `a` begins where OpenBSD's partition does."""
+    assert refusal(opened(openbsd_disk(images["FFS2"])), "/bsd", "p4") == (
+        "partition p4: holds the partitions of a disklabel: a, b"
+    )
+
+
+def test_a_file_that_is_not_there_is_no_damage(images: dict[str, bytes]) -> None:
+    """A reader of `/etc/boot.conf` has to know."""
+    whole = opened(images["ext4"])
+    with pytest.raises(NoSuchFile):
+        whole.find("/etc/boot.conf")
+    two = opened(gpt_disk(Part(64, images["ext2"]), Part(4096, images["ext4"])))
+    with pytest.raises(NoSuchFile):
+        two.find("/etc/boot.conf")
+    with pytest.raises(DiskFsError) as refused:
+        opened(gpt_disk(Part(64, FAT), Part(4096, images["ext4"]))).find("/etc/boot.conf")
+    assert not isinstance(refused.value, NoSuchFile)
+
+
+def test_a_disk_with_nothing() -> None:
+    """It is empty, or too short for anything."""
+    for size in (0, 1, 512, 4096, MIB):
+        disk = opened(bytes(size))
+        assert refusal(disk, "/bsd") == "the whole disk: there is no file system that is known"
+        assert disk.describe() == "no partition table; the whole disk: there is no file system that is known"
+
+
+def test_links(tmp_path: Path) -> None:
+    """They lead inside the file system, go back no further than to its root, and come to an end."""
+    plant(
+        tmp_path / "tree",
+        {
+            "a/b/file": Content(3, ((0, 3),)),
+            "up": Link("../../../../a/./b//file"),
+            "a/absolute": Link("/a/b"),
+            "a/b/up": Link("../absolute/../b/file"),
+            "loop": Link("loop"),
+            "one": Link("two"),
+            "two": Link("a/../one"),
+            "dangling": Link("boot/vmlinuz\n-6"),
+            "long": Link("/".join(["a/.."] * 800) + "/a/b/file"),
+            "grows": Link("/".join(["grows"] * 500)),
+        },
+    )
+    ext = opened_file(ext_image(tmp_path / "ext", tmp_path / "tree", "-t", "ext4", "-b", "4096"))
+    for disk in (ext, opened_file(ffs_image(tmp_path / "ffs", tmp_path / "tree"))):
+        for path in ("/up", "up", "/a/absolute/file", "/a/b/up", "../../up", "/a/absolute/../b/file", "/long"):
+            assert disk.find(path).size == 3
+        assert "/loop: more than 40 symbolic links on the way, the last at /loop" in refusal(disk, "/loop")
+        assert "/one/x: more than 40 symbolic links on the way, the last at /one" in refusal(disk, "/one/x")
+        assert refusal(disk, "/dangling").endswith("/dangling: there is no /boot, where a link leads")
+        assert "/grows: symbolic links make the path longer than 4096 bytes" in refusal(disk, "/grows")
+        assert refusal(disk, "/a/b").endswith("/a/b: is a directory")
+        assert refusal(disk, "/a/b/file/c").endswith("/a/b/file is a file, where a directory is needed")
+        assert refusal(disk, "/" + "x" * 300).endswith("x...")
+        assert "a path of 5000 bytes, where 4096 are the most" in refusal(disk, "/" * 5000)
+
+
+def test_names_of_a_guest_are_shown_on_one_line(tmp_path: Path) -> None:
+    """Whatever is in them."""
+    plant(tmp_path / "tree", {"kernel": Link("\x1b[2J\n" + "x" * 150)})
+
+    said = refusal(opened_file(ffs_image(tmp_path / "image", tmp_path / "tree")), "/kernel")
+
+    assert said.isprintable()
+    assert r"there is no /\x1b[2J\nxxx" in said
+    assert len(said) < 250
+
+
+def test_a_small_file_has_a_bound(images: dict[str, bytes]) -> None:
+    """That of who reads it."""
+    with pytest.raises(DiskFsError, match=r"\(ext4\): /vmlinuz: has 9000 bytes, where 100 are the most$"):
+        opened(images["ext4"]).find("/vmlinuz").content(100)
+
+
+def test_what_cannot_be_read_is_said(images: dict[str, bytes]) -> None:
+    """With the kernel's reason, and with the place."""
+    raw = images["ext4"]
+
+    def failing(offset: int, length: int) -> bytes:
+        if offset >= 65536:
+            raise OSError(5, "Input/output error")
+        return raw[offset : offset + length]
+
+    said = refusal(Disk(failing, len(raw)), "/vmlinuz")
+
+    assert re.fullmatch(r"the whole disk \(ext4\): /vmlinuz: cannot be read at \d+: Input/output error", said)
+
+
+def test_a_disk_that_is_shorter_than_it_says(images: dict[str, bytes]) -> None:
+    """A file may be cut while it is read."""
+    raw = images["ext4"][:65536]
+
+    assert "ends at" in refusal(Disk(lambda offset, length: raw[offset : offset + length], 2 * MIB), "/vmlinuz")
+
+
+def test_the_work_for_a_disk_has_a_bound(images: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However its structures are made."""
+    monkeypatch.setattr(source, "WORK_MAX", 40)
+
+    assert refusal(opened(images["ext4"]), "/vmlinuz").endswith("too much would have to be read to find it")
+
+
+def test_what_is_kept_of_a_disk_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block that was used last is kept longest."""
+    monkeypatch.setattr(source, "CACHED", 2)
+    asked: list[int] = []
+
+    def read(offset: int, length: int) -> bytes:
+        asked.append(offset)
+        return bytes(length)
+
+    store = source.Store(read, 5 * 4096 + 512)
+    whole = source.Source(store, 0, store.size)
+    for offset in (0, 4096, 100, 8192, 50, 4096, 5 * 4096):
+        whole.read(offset, 8)
+
+    assert asked == [0, 4096, 8192, 4096, 5 * 4096]
+    assert len(store.cache) == 2
+
+
+def test_nothing_outside_is_read() -> None:
+    """Neither of a partition nor of the disk, and no structure of any size."""
+    store = source.Store(lambda _offset, length: bytes(length), 1 << 40)
+    part = source.Source(store, 0, 1 << 40).part(4096, 1 << 30)
+
+    for offset, length in ((-1, 4), (0, (1 << 30) + 1), ((1 << 30) - 3, 4), (0, READ_MAX + 1)):
+        with pytest.raises(DiskFsError):
+            part.read(offset, length)
+    with pytest.raises(DiskFsError):
+        part.content((1 << 30) - 3, 4)
+    with pytest.raises(DiskFsError):
+        part.part(1, 1 << 30)
+    assert part.read((1 << 30) - 4, 4) == bytes(4)
+
+
+def test_a_partition_that_two_tables_tell_of_is_tried_once(images: dict[str, bytes]) -> None:
+    """OpenBSD's label also has those of the MBR."""
+    raw = openbsd_disk(images["FFS2"])
+    put(raw, 65, label(("a", 7, 64, 4096), ("i", 17, 64, 4096)))
+
+    assert refusal(opened(raw), "/nothing").count("partition") == 1

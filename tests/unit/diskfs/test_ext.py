@@ -1,0 +1,280 @@
+"""Files of ext2, ext3 and ext4 are what mke2fs, e2fsck and the kernel have made of them."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.filesystems import (
+    MIB,
+    Content,
+    Link,
+    Tree,
+    check_content,
+    check_tree,
+    ext_image,
+    links_of,
+    opened,
+    opened_file,
+    plant,
+    run,
+    trees,
+)  # fmt: skip
+from vmd.diskfs.source import DiskFsError, NoSuchFile
+
+VARIANTS = {
+    "ext2 of 1 KiB blocks": ("-t", "ext2", "-b", "1024"),
+    "ext2 of revision 0": ("-t", "ext2", "-r", "0", "-b", "1024"),
+    "ext3": ("-t", "ext3", "-b", "2048"),
+    "ext4": ("-t", "ext4"),
+    "ext4 of 1 KiB blocks": ("-t", "ext4", "-b", "1024"),
+    "ext4 of 64 KiB blocks": ("-t", "ext4", "-b", "65536", "-O", "^has_journal"),
+    "inline data": ("-t", "ext4", "-O", "inline_data", "-I", "256"),
+    "inline data in large inodes": ("-t", "ext4", "-O", "inline_data", "-I", "1024"),
+    "meta_bg": ("-t", "ext4", "-b", "1024", "-g", "1024", "-O", "meta_bg,^resize_inode"),
+    "meta_bg, old descriptors":
+        ("-t", "ext4", "-b", "1024", "-g", "256", "-O", "meta_bg,^resize_inode,^64bit,^has_journal"),
+    "no flex_bg, 32 bits": ("-t", "ext4", "-b", "1024", "-g", "2048", "-O", "^flex_bg,^64bit,^metadata_csum"),
+    "bigalloc": ("-t", "ext4", "-O", "bigalloc", "-C", "16384"),
+    "sparse_super2": ("-t", "ext4", "-b", "1024", "-g", "1024", "-O", "sparse_super2,meta_bg,^resize_inode"),
+    "small inodes": ("-t", "ext4", "-I", "128"),
+    "features that change nothing":
+        ("-t", "ext4", "-O", "large_dir,encrypt,metadata_csum_seed,ea_inode,mmp,project,quota"),
+    "casefold": ("-t", "ext4", "-O", "casefold"),
+}  # fmt: skip
+
+
+def checked(tmp_path: Path, tree: Tree, *options: str, size: int = 16 * MIB) -> None:
+    """Make a file system of a tree, and compare."""
+    if any("inline_data" in option for option in options):  # there mke2fs gives files that end in a hole another size
+        tree = {path: what for path, what in tree.items() if not isinstance(what, Content) or not ends_in_a_hole(what)}
+    folder = tmp_path / f"tree{len(list(tmp_path.iterdir()))}"
+    plant(folder, tree)
+    disk = opened_file(ext_image(tmp_path / "image", folder, *options, size=size))
+    check_tree(disk, tree)
+    for path, what in links_of(tree).items():
+        check_content(disk, path, what)
+
+
+def ends_in_a_hole(what: Content) -> bool:
+    """Return whether nothing is written up to the end of a file."""
+    return what.size > max((offset + length for offset, length in what.stretches), default=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_are_read(tmp_path: Path, variant: str) -> None:
+    """Small and large, empty and sparse up to the third level of indirect blocks, by name and by links of all kinds."""
+    deep = "/".join(f"d{number}" for number in range(40))
+    tree: Tree = {
+        f"boot/0small{'x' * 200}": Content(50, ((0, 50),)),
+        "l0": Link(f"boot/0small{'x' * 200}"),
+        "1inline": Content(150, ((0, 150),), 1),
+        "l1": Link("/1inline"),
+        f"{deep}/2large": Content(700_001, ((0, 700_001),), 2),
+        f"{deep}/l2": Link("../" * 40 + deep + "/2large"),
+        "3sparse": Content(80 * MIB + 5, ((0, 10), (300_000, 5000), (5 * MIB, 70_000), (75 * MIB, 9)), 3),
+        "boot/l3": Link("../3sparse"),
+        "4empty": Content(0),
+        "5hole": Content(90_000),
+    }
+
+    checked(tmp_path, tree, *VARIANTS[variant])
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
+def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
+    """Whatever is in it, with whatever features."""
+    checked(tmp_path_factory.mktemp("any"), tree, *VARIANTS[variant])
+
+
+@pytest.mark.deep
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
+def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
+    """The same, more often."""
+    checked(tmp_path_factory.mktemp("any"), tree, *VARIANTS[variant])
+
+
+@pytest.mark.parametrize("variant", ["ext4 of 1 KiB blocks", "inline data"])
+def test_hashed_directory_is_read(tmp_path: Path, variant: str) -> None:
+    """Its index is in the same blocks as its names."""
+    tree = {f"many/file{number:05}": Content(1, ((0, 1),), number) for number in range(800)}
+    plant(tmp_path / "tree", tree)
+    image = ext_image(tmp_path / "image", tmp_path / "tree", *VARIANTS[variant])
+    subprocess.run(["/usr/sbin/e2fsck", "-fyD", image], capture_output=True, check=False)  # 1: it has changed it
+    assert "Hash Version: 1" in run("debugfs", "-R", "htree_dump /many", image)
+
+    disk = opened_file(image)
+
+    for number in range(0, 800, 37):
+        check_content(disk, f"many/file{number:05}", tree[f"many/file{number:05}"])
+    with pytest.raises(NoSuchFile, match=r"there is no /many/file99999$"):
+        disk.find("/many/file99999")
+
+
+def test_names_that_are_gone_are_not_found(tmp_path: Path) -> None:
+    """Their bytes are still in the directory."""
+    plant(tmp_path / "tree", {"boot/old": Content(5, ((0, 5),)), "boot/kept": Content(5, ((0, 5),))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree")
+    run("debugfs", "-w", "-R", "rm /boot/old", image)
+
+    disk = opened_file(image)
+
+    assert b"old" in image.read_bytes()
+    check_content(disk, "boot/kept", Content(5, ((0, 5),)))
+    with pytest.raises(NoSuchFile):
+        disk.find("/boot/old")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "options", [("-t", "ext4"), ("-t", "ext3", "-b", "1024"), ("-t", "ext4", "-O", "^metadata_csum")]
+)
+def test_what_is_only_in_the_journal_is_read(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A guest that was killed has left a kernel that no block at its place tells of."""
+    plant(tmp_path / "tree", {"vmlinuz": Content(3000, ((0, 3000),), 1), "gone": Content(5, ((0, 5),))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", *options, size=32 * MIB)
+    mount, killed = tmp_path / "mount", tmp_path / "killed"
+    mount.mkdir()
+    run("mount", "-o", "loop,data=journal", image, mount)
+    try:
+        new = Content(200_000, ((0, 200_000),), 2)
+        plant(mount, {"boot/new": new, "link": Link("boot/new")})
+        (mount / "gone").unlink()
+        (mount / "vmlinuz").write_bytes(b"\xc0\x3b\x39\x98 is how blocks of a journal begin")
+        for name in ("boot/new", "vmlinuz", "."):
+            fd = os.open(mount / name, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        killed.write_bytes(image.read_bytes())
+    finally:
+        run("umount", mount)
+    assert "needs_recovery" in run("dumpe2fs", "-h", killed)
+
+    disk = opened_file(killed)
+
+    check_content(disk, "boot/new", new)
+    check_content(disk, "link", new)
+    assert disk.find("/vmlinuz").content(100) == b"\xc0\x3b\x39\x98 is how blocks of a journal begin"
+    with pytest.raises(NoSuchFile):
+        disk.find("/gone")
+
+
+def journalled(image: Path, script: str, path: str = "/a") -> bytes:
+    """Have debugfs write to a journal; return what is found in a file that is 10 bytes long."""
+    run("debugfs", "-w", "-f", "-", image, stdin=script)
+    return opened_file(image).find(path).content(100)
+
+
+@pytest.fixture
+def with_journal(tmp_path: Path) -> tuple[Path, str]:
+    """A file system with a file of 10 bytes, and the number of its block."""
+    plant(tmp_path / "tree", {"a": Content(10, ((0, 10),))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
+    (tmp_path / "one").write_bytes(b"first once".ljust(1024, b"1"))
+    (tmp_path / "two").write_bytes(b"then again".ljust(1024, b"2"))
+    return image, run("debugfs", "-R", "blocks /a", image).strip()
+
+
+def test_the_last_of_several_transactions_counts(tmp_path: Path, with_journal: tuple[Path, str]) -> None:
+    """And one that was revoked afterwards does not."""
+    image, block = with_journal
+    before = opened_file(image).find("/a").content(100)
+    one, two = f"jw -b {block} {tmp_path}/one\n", f"jw -b {block} {tmp_path}/two\n"
+
+    assert journalled(image, f"jo\n{one}jc\n") == b"first once"
+    assert journalled(image, f"jo\n{two}jc\n") == b"then again"
+    assert journalled(image, f"jo\njw -r {block}\njc\n") == before
+    assert journalled(image, f"jo\n{one}jc\n") == b"first once"
+
+
+def test_a_transaction_without_its_end_does_not_count(tmp_path: Path, with_journal: tuple[Path, str]) -> None:
+    """The guest was killed while it wrote that."""
+    image, block = with_journal
+    before = opened_file(image).find("/a").content(100)
+
+    assert journalled(image, f"jo\njw -b {block} -c {tmp_path}/one\njc\n") == before
+
+
+def superblock(image: Path, at: int, value: bytes) -> bytes:
+    """Return a file system with bytes of its superblock changed."""
+    raw = bytearray(image.read_bytes())
+    raw[1024 + at : 1024 + at + len(value)] = value
+    return bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (96, b"\x42\x00\x00\x80", "has features that are not known: 0x80000000"),
+        (96, b"\x43\x00\x00\x00", "its superblock says compression, which is not read"),
+        (24, b"\x07\x00\x00\x00", "its superblock has blocks of 2^17 bytes"),
+        (88, b"\x7f\x00", "its superblock has inodes of 127 bytes"),
+        (254, b"\x21\x00", "its superblock has group descriptors of 33 bytes"),
+        (32, b"\x00\x00\x00\x00", "its superblock has groups of 0 blocks and 2048 inodes"),
+        (20, b"\x02\x00\x00\x00", "its superblock has 8192 blocks, the first one 2"),
+        (0, b"\x01\x00\x00\x00", "has 1 inodes, and a name for 2"),
+    ],
+)
+def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: bytes, said: str) -> None:
+    """With what is wrong with it."""
+    plant(tmp_path / "tree", {"a": Content(10)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
+
+    with pytest.raises(DiskFsError) as refused:
+        opened(superblock(image, at, value)).find("/a")
+
+    assert str(refused.value).endswith(said)
+    assert str(refused.value).startswith("the whole disk (ext")
+
+
+def test_what_is_encrypted_is_named(tmp_path: Path) -> None:
+    """A directory as well as a file."""
+    plant(tmp_path / "tree", {"secret/a": Content(10), "b": Content(10)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "encrypt")
+    for name in ("secret", "b"):
+        run("debugfs", "-w", "-R", f"set_inode_field /{name} flags 0x80800", image)
+    disk = opened_file(image)
+
+    with pytest.raises(DiskFsError, match=r"^the whole disk \(ext4\): /secret/a: a directory on the way to it is encr"):
+        disk.find("/secret/a")
+    with pytest.raises(DiskFsError, match=r"^the whole disk \(ext4\): /b: is encrypted"):
+        disk.find("/b")
+
+
+def test_a_journal_elsewhere_is_said(tmp_path: Path) -> None:
+    """There is nothing to replay from."""
+    plant(tmp_path / "tree", {"a": Content(10)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "^has_journal")
+    run("debugfs", "-w", "-R", "feature needs_recovery", image)
+
+    with pytest.raises(DiskFsError, match="was not unmounted, and its journal is missing: mount it once"):
+        opened_file(image).find("/a")
+
+
+def test_fast_commits_are_said(tmp_path: Path) -> None:
+    """They are not blocks that can be read in the place of others."""
+    plant(tmp_path / "tree", {"a": Content(10)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "fast_commit", size=32 * MIB)
+    run("debugfs", "-w", "-R", "feature needs_recovery", image)
+    raw = bytearray(image.read_bytes())
+    at = raw.index(b"\xc0\x3b\x39\x98\0\0\0\4")
+    raw[at + 43] |= 0x20
+
+    with pytest.raises(DiskFsError, match="its journal was not replayed, and has fast commits: mount it once"):
+        opened(raw).find("/a")
+
+
+def test_an_extent_that_was_not_written_is_zeroes(tmp_path: Path) -> None:
+    """Whatever is on the disk there."""
+    plant(tmp_path / "tree", {"a": Content(9000, ((0, 9000),))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
+    raw = bytearray(image.read_bytes())
+    nine = raw.index(b"\x0a\xf3\1\0\4\0\0\0\0\0\0\0" b"\0\0\0\0\x09\0") + 16  # an extent of nine blocks
+    raw[nine : nine + 2] = b"\x09\x80"
+
+    assert opened(raw).find("/a").content(9000) == bytes(9000)

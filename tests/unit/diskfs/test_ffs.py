@@ -1,0 +1,237 @@
+"""Files of FFS are what makefs has made of them, and what OpenBSD's layout says of those that makefs cannot make."""
+
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.filesystems import (
+    MIB,
+    Content,
+    Link,
+    Tree,
+    check_content,
+    check_tree,
+    ffs_image,
+    links_of,
+    opened,
+    opened_file,
+    plant,
+    run,
+    trees,
+)  # fmt: skip
+from vmd.diskfs import ffs
+from vmd.diskfs.ffs import LAYOUTS, Ffs
+from vmd.diskfs.source import DiskFsError, NoSuchFile
+
+# OpenBSD's installer makes FFS2 with blocks of 16 KiB, and of 32 or 64 KiB where a partition is large.
+VARIANTS = [
+    f"version={version},bsize={block},fsize={fragment}"
+    for version in (1, 2)
+    for block, fragment in ((4096, 512), (8192, 1024), (16384, 2048), (32768, 32768), (65536, 8192), (65536, 65536))
+]
+
+
+def checked(tmp_path: Path, tree: Tree, options: str) -> None:
+    """Make a file system of a tree, and compare."""
+    folder = tmp_path / f"tree{len(list(tmp_path.iterdir()))}"
+    plant(folder, tree)
+    disk = opened_file(ffs_image(tmp_path / "image", folder, options))
+    check_tree(disk, tree)
+    for path, what in links_of(tree).items():
+        check_content(disk, path, what)
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_files_are_read(tmp_path: Path, options: str) -> None:
+    """Of fragments, of blocks, of blocks and fragments, with indirect blocks, by name and by links of all kinds."""
+    deep = "/".join(f"d{number}" for number in range(40))
+    tree: Tree = {
+        f"boot/0small{'x' * 200}": Content(50, ((0, 50),)),
+        "l0": Link(f"boot/0small{'x' * 200}"),
+        "1short": Content(5000, ((0, 5000),), 1),
+        "l1": Link("/" * 58 + "1short"),
+        f"{deep}/2large": Content(900_001, ((0, 900_001),), 2),
+        f"{deep}/l2": Link("../" * 40 + deep + "/2large"),
+        "3sparse": Content(6 * MIB + 5, ((0, 10), (300_000, 5000), (5 * MIB, 70_000)), 3),
+        "boot/l3": Link("../" * 30 + "3sparse"),
+        "4empty": Content(0),
+        **{f"many/f{number}{'n' * 60}": Content(number, ((0, number),), number) for number in range(300)},
+    }
+
+    checked(tmp_path, tree, options)
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
+def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
+    """Whatever is in it, with whatever sizes."""
+    checked(tmp_path_factory.mktemp("any"), tree, options)
+
+
+@pytest.mark.deep
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
+def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
+    """The same, more often."""
+    checked(tmp_path_factory.mktemp("any"), tree, options)
+
+
+class Patched:
+    """A file system in memory with a large file `space` whose blocks a test may use for other things."""
+
+    def __init__(self, folder: Path, options: str) -> None:
+        plant(folder, {"space": Content(2 * MIB, ((0, 2 * MIB),)), "a": Content(10, ((0, 10),))})
+        self.raw = bytearray(ffs_image(folder.with_name("image"), folder, options).read_bytes())
+        self.fs: Ffs = opened(self.raw)._filesystem(opened(self.raw)._candidates()[0])  # type: ignore[assignment]
+        self.layout = LAYOUTS[self.fs.name]
+        space = self.fs.node(self.fs.entry(self.fs.root(), b"space"))
+        self.free = [at for _, at, length in self.fs._runs(space) if length == self.fs.block_bytes]
+        self.inode_at = self.raw.index(self.fs.node(self.fs.entry(self.fs.root(), b"a")).raw)
+        self.pointers = self.fs.block_bytes // self.layout.number_bytes
+
+    def set_size(self, size: int) -> None:
+        """Have the file `a` be as long as that."""
+        struct.pack_into("<Q", self.raw, self.inode_at + self.layout.size_at, size)
+
+    def set_block(self, number: int, at: int) -> None:
+        """Set a number of the map in its inode to what is at byte `at`; 0 is a hole."""
+        place = self.inode_at + self.layout.map_at + number * self.layout.number_bytes
+        struct.pack_into(f"<{self.layout.number}", self.raw, place, at // self.fs.fragment_bytes)
+
+    def block(self, data: bytes = b"") -> int:
+        """Use a block that is free; return where it is."""
+        at = self.free.pop()
+        self.raw[at : at + self.fs.block_bytes] = data.ljust(self.fs.block_bytes, b"\0")
+        return at
+
+    def indirect(self, **entries: int) -> int:
+        """Return where a block is that leads to others: `_NUMBER=at`."""
+        at = self.block()
+        for number, place in entries.items():
+            where = at + int(number[1:]) * self.layout.number_bytes
+            struct.pack_into(f"<{self.layout.number}", self.raw, where, place // self.fs.fragment_bytes)
+        return at
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_holes_and_all_levels_of_indirect_blocks_are_read(tmp_path: Path, version: int) -> None:
+    """A file of more than a gigabyte, of which five blocks are there."""
+    disk = Patched(tmp_path / "tree", f"version={version},bsize=4096,fsize=512")
+    each = disk.pointers
+    once, twice = 12 + each, 12 + each + each * each
+    last = (twice + each * each + 3 * each + 1) * 4096
+    disk.set_size(last + 100)
+    disk.set_block(0, 0)
+    disk.set_block(3, disk.block(b"direct"))
+    disk.set_block(12, disk.indirect(_7=disk.block(b"single")))
+    disk.set_block(13, disk.indirect(_2=disk.indirect(_9=disk.block(b"double"))))
+    triple = disk.indirect(_3=disk.indirect(_1=disk.block(b"triple")))
+    disk.set_block(14, disk.indirect(_0=disk.indirect(_5=disk.indirect(_6=disk.block(b"sixth"))), _1=triple))
+
+    file = opened(disk.raw).find("/a")
+
+    found = [(at // 4096, piece.rstrip(b"\0"), len(piece)) for at, piece in file.pieces()]
+    assert file.size == last + 100
+    assert found == [
+        (3, b"direct", 4096),
+        (12 + 7, b"single", 4096),
+        (once + 2 * each + 9, b"double", 4096),
+        (twice + 5 * each + 6, b"sixth", 4096),
+        (last // 4096, b"triple", 100),
+    ]
+
+
+def test_a_directory_with_a_hole_is_read_past_it(tmp_path: Path) -> None:
+    """Nothing is in the hole."""
+    disk = Patched(tmp_path / "tree", "version=2")
+    names = disk.fs._runs(disk.fs.root())
+    at = next(at for _, at, _ in names)
+    root = disk.raw.index(disk.fs.root().raw)
+    content = bytes(disk.raw[at : at + 512])
+    moved = disk.block(content)
+    struct.pack_into("<Q", disk.raw, root + disk.layout.size_at, disk.fs.block_bytes + 512)
+    struct.pack_into("<QQ", disk.raw, root + disk.layout.map_at, 0, moved // disk.fs.fragment_bytes)
+
+    assert opened(disk.raw).find("/a").size == 10
+
+
+def test_the_superblock_is_looked_for_where_openbsd_does(tmp_path: Path) -> None:
+    """Its place is in it, so that a copy of it, which may be old, is not taken for it; makefs has it at 8 KiB."""
+    disk = Patched(tmp_path / "tree", "version=2")
+    superblock = disk.raw[8192 : 8192 + 1376]
+    disk.raw[8192 : 8192 + 1376] = bytes(1376)
+    for at in (65536, 0, 262144):
+        moved = disk.raw[:]
+        moved[at : at + 1376] = superblock
+        assert not ffs.recognise(opened(moved).source)
+        struct.pack_into("<Q", moved, at + 1000, at)
+        assert opened(moved).find("/a").size == 10
+
+
+def test_ffs1_with_its_copy_where_ffs2_would_be(tmp_path: Path) -> None:
+    """Blocks of 64 KiB put the first copy there, and what is in it may be old."""
+    disk = Patched(tmp_path / "tree", "version=1,bsize=65536,fsize=8192")
+    assert disk.raw[65536 + 1372 : 65536 + 1376] == (0x011954).to_bytes(4, "little")
+    struct.pack_into("<I", disk.raw, 65536 + 8, 9999)
+
+    assert opened(disk.raw).find("/a").size == 10
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (48, 3000, "its superblock has blocks of 3000 bytes"),
+        (48, 1 << 20, "its superblock has blocks of 1048576 bytes"),
+        (52, 256, "its superblock has fragments of 256 bytes"),
+        (44, 0, "its superblock has 0 groups"),
+        (184, 0, "groups of 0 inodes"),
+        (1324, 0xFFFFFFFF, "is of before 4.4BSD, which is not read here"),
+        (36, 20, "/a: points to fragment"),
+    ],
+)
+def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: int, said: str) -> None:
+    """With what is wrong with it."""
+    plant(tmp_path / "tree", {"a": Content(10)})
+    raw = bytearray(ffs_image(tmp_path / "image", tmp_path / "tree", "version=1,bsize=16384,fsize=2048").read_bytes())
+    struct.pack_into("<I", raw, 8192 + at, value)
+
+    with pytest.raises(DiskFsError) as refused:
+        opened(raw).find("/a")
+
+    assert said in str(refused.value)
+    assert str(refused.value).startswith("the whole disk (FFS1): ")
+
+
+def test_the_other_byte_order_is_said(tmp_path: Path) -> None:
+    """It is of a machine that this one is not."""
+    plant(tmp_path / "tree", {"a": Content(10)})
+    for version in (1, 2):
+        image = tmp_path / f"image{version}"
+        run("makefs", "-t", "ffs", "-B", "be", "-o", f"version={version}", "-M", "2m", image, tmp_path / "tree")
+        with pytest.raises(DiskFsError, match=rf"^the whole disk \(big-endian FFS{version}\): is not read here$"):
+            opened_file(image).find("/a")
+
+
+def test_a_damaged_directory_is_said(tmp_path: Path) -> None:
+    """A length that leads nowhere ends the search with a sentence."""
+    disk = Patched(tmp_path / "tree", "version=2")
+    at = disk.raw.index(b"\1a\0\0") - 7
+    disk.raw[at + 4 : at + 6] = b"\0\0"
+
+    with pytest.raises(DiskFsError, match=r"\(FFS2\): /a: a directory on the way to it is damaged$"):
+        opened(disk.raw).find("/a")
+
+
+def test_an_inode_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """A name may stand for any number."""
+    disk = Patched(tmp_path / "tree", "version=2")
+    at = disk.raw.index(b"\1a\0\0") - 7
+    disk.raw[at : at + 4] = b"\xff\xff\xff\xff"
+
+    with pytest.raises(DiskFsError, match=r"inodes, and a name for 4294967295$"):
+        opened(disk.raw).find("/a")
+    with pytest.raises(NoSuchFile):
+        opened(disk.raw).find("/b")

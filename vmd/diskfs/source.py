@@ -1,0 +1,143 @@
+"""Bytes of a disk from which file systems are read: bounds, a small cache, and a bound on the work for one disk.
+
+A guest wrote all of it.  Every reader in this package goes through `Source`, so that no structure can make us read
+outside of the disk or of its partition, keep more than the cache, or look for longer than WORK_MAX allows.
+"""
+
+from vmd.errors import VmdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Read = Callable[[int, int], bytes]
+
+SECTOR = 512
+CACHED_BYTES = 4096  # what is cached together
+CACHED = 256  # how many of these
+READ_MAX = 1 << 20  # of structures, at once
+# One for each read, one for each sector that it covers, one for each name of a directory that is looked at: some
+# seconds.  A journal of 1 GiB, full of the smallest transactions, takes 1.6 million.
+WORK_MAX = 1 << 21
+SHOWN_MAX = 100
+
+
+def shown(name: bytes) -> str:
+    """Return a name from a disk for a sentence: on one line, printable, and not too long."""
+    text = name[: SHOWN_MAX + 1].decode(errors="backslashreplace")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "..."
+
+
+class DiskFsError(VmdError):
+    """A file cannot be read from a disk: `partition p2 (ext4): /vmlinuz: what`, as much of it as is known."""
+
+    def __init__(self, what: str, *, partition: str = "", filesystem: str = "", path: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.partition = partition  # "partition p2", "the whole disk"
+        self.filesystem = filesystem
+        self.path = path
+
+    def at(self, *, partition: str = "", filesystem: str = "", path: str = "") -> "DiskFsError":
+        """Return the same with what was not known where it was raised."""
+        return type(self)(
+            self.what,
+            partition=self.partition or partition,
+            filesystem=self.filesystem or filesystem,
+            path=self.path or path,
+        )
+
+    def __str__(self) -> str:
+        place = self.partition
+        if self.filesystem:
+            place = f"{place} ({self.filesystem})" if place else self.filesystem
+        return ": ".join(part for part in (place, self.path, self.what) if part)
+
+
+class NoSuchFile(DiskFsError):
+    """There is no such file; nothing was wrong with what was read."""
+
+
+class Store:
+    """A whole disk, with the cache and the work left."""
+
+    def __init__(self, read: "Read", size: int) -> None:
+        """`read(offset, length)` returns exactly `length` bytes, and raises OSError."""
+        self.read = read
+        self.size = size
+        self.work = WORK_MAX
+        self.cache: dict[int, bytes] = {}  # the one used last is the last
+
+    def spend(self, work: int) -> None:
+        """Count work.  Raises DiskFsError when too much was done for this disk."""
+        self.work -= work
+        if self.work < 0:
+            raise DiskFsError("too much would have to be read to find it")
+
+    def plain(self, offset: int, length: int) -> bytes:
+        """Read past the cache.  Raises DiskFsError."""
+        try:
+            data = self.read(offset, length)
+        except OSError as error:
+            raise DiskFsError(f"cannot be read at {offset}: {error.strerror or error}") from error
+        if len(data) != length:
+            raise DiskFsError(f"ends at {offset + len(data)}, before the {self.size} bytes it has")
+        return data
+
+    def cached(self, offset: int, length: int) -> bytes:
+        """Read through the cache.  Raises DiskFsError."""
+        first = offset // CACHED_BYTES
+        last = (offset + length - 1) // CACHED_BYTES
+        joined = b"".join([self._block(number) for number in range(first, last + 1)])
+        begin = offset - first * CACHED_BYTES
+        return joined[begin : begin + length]
+
+    def _block(self, number: int) -> bytes:
+        block = self.cache.pop(number, None)
+        if block is None:
+            at = number * CACHED_BYTES
+            block = self.plain(at, min(CACHED_BYTES, self.size - at))
+            if len(self.cache) >= CACHED:
+                del self.cache[next(iter(self.cache))]
+        self.cache[number] = block
+        return block
+
+
+class Source:
+    """A disk, or a part of one: `size` bytes from byte `start` of the disk."""
+
+    def __init__(self, store: Store, start: int, size: int) -> None:
+        self.store = store
+        self.start = start
+        self.size = size
+
+    def part(self, start: int, size: int) -> "Source":
+        """Return a part of it.  Raises DiskFsError if that is not inside."""
+        self.inside(start, size)
+        return Source(self.store, self.start + start, size)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return bytes of a structure; at most READ_MAX.  Raises DiskFsError."""
+        if length > READ_MAX:
+            raise DiskFsError(f"a structure of {length} bytes, where {READ_MAX} are the most")
+        self.inside(offset, length)
+        self.store.spend(1 + (length + SECTOR - 1) // SECTOR)
+        return self.store.cached(self.start + offset, length) if length else b""
+
+    def content(self, offset: int, length: int) -> bytes:
+        """Return bytes of a file, neither cached nor counted: the size of the file is their bound.
+
+        Raises DiskFsError.
+        """
+        self.inside(offset, length)
+        return self.store.plain(self.start + offset, length) if length else b""
+
+    def spend(self, work: int) -> None:
+        """Count work besides reading.  Raises DiskFsError."""
+        self.store.spend(work)
+
+    def inside(self, offset: int, length: int) -> None:
+        """Raise DiskFsError if a range is not inside."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise DiskFsError(f"{length} bytes at {offset} are behind its end at {self.size}")
