@@ -50,7 +50,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
 }
-HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd/priv/"}
+HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd/priv/netlink.py"}
 # Who may hold what several processes share and not all may; "device" is every device process.
 SHARED = {
     "vmd.config.lexer": {"parent"},
@@ -212,6 +212,14 @@ def test_device_processes_import_less(process: Process) -> None:
     held = loaded_by(("vmd.privsep.start", *process.modules))
 
     assert TOO_HEAVY_FOR_DEVICES & set(held.modules) == set()
+
+
+def test_priv_holds_a_part_of_pyroute2() -> None:
+    """The whole has a database of interfaces and more, which would double the time until a daemon is there."""
+    held = loaded_by(("vmd.priv.main",))
+
+    assert "pyroute2.iproute.linux" in held.modules
+    assert held.below("pyroute2.ndb", "pyroute2.ipdb", "pyroute2.conntrack", "pyroute2.nftables") == set()
 
 
 def test_a_raw_disk_holds_no_other_format() -> None:

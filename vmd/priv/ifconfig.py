@@ -1,6 +1,6 @@
 """Network interfaces, by netlink: everything that `ip link`, `ip address` and `ip route` would be needed for.
 
-The only user of pyroute2, whose packets are dictionaries; beyond this module there are `Link` records.
+The only user of pyroute2 (by `netlink`), whose packets are dictionaries; beyond this module there are `Link` records.
 """
 
 import contextlib
@@ -8,11 +8,8 @@ import errno
 import ipaddress
 import socket
 
-from pyroute2 import IPRoute
-from pyroute2.netlink import NLM_F_DUMP_INTR
-from pyroute2.netlink.exceptions import NetlinkDecodeError, NetlinkError
-
 from vmd.errors import HostError
+from vmd.priv.netlink import NLM_F_DUMP_INTR, IPRoute, NetlinkDecodeError, NetlinkError
 from vmd.record import Record
 
 TYPE_CHECKING = False
