@@ -117,6 +117,7 @@ COMMANDS = (
         options=(
             Option(name="-b", value="base", kind=FILE, help="store only what differs from this qcow2 image"),
             Option(name="-i", value="disk", kind=FILE, instead_of="-b", help="copy this image"),
+            Option(name="-c", value="sum", help="with -i: only if its file has this sha256:sum or sha512:sum"),
             Option(name="-s", value="size", help="the size, such as 20G; with -b or -i it need not be given"),
         ),
         operand=Operand(name="disk", kind=FILE),

@@ -120,12 +120,12 @@ class PeerError(VmdError):
 
 
 class HostError(VmdError):
-    """A system call failed: what was tried, and the kernel's reason."""
+    """A system call failed: what was tried, and the kernel's reason, or ours if the failure was found by us."""
 
     def __init__(self, tried: str, error: OSError | int) -> None:
         self.tried = tried
         self.number = error if isinstance(error, int) else (error.errno or 0)
-        self.reason = os.strerror(self.number) if self.number else str(error)
+        self.reason = os.strerror(error) if isinstance(error, int) else sentence(error)
         super().__init__(tried, self.number)
 
     def __str__(self) -> str:

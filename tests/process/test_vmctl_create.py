@@ -88,7 +88,7 @@ class Terminal:
         raise AssertionError("it shows nothing")
 
 
-@pytest.mark.parametrize(("columns", "bar"), [(100, 40), (80, 40), (48, 22), (30, 4), (20, 0)])
+@pytest.mark.parametrize(("columns", "bar"), [(120, 40), (100, 40), (80, 36), (55, 11), (40, 0)])
 def test_progress_on_a_terminal(folder: Path, columns: int, bar: int) -> None:
     """A bar that fits in its line, redrawn in place, and at last the result on a line of its own."""
     terminal = Terminal(folder, ["-i", "source.raw", "copy.qcow2"], columns)
@@ -99,8 +99,10 @@ def test_progress_on_a_terminal(folder: Path, columns: int, bar: int) -> None:
     drawn = progress.split("\r")
     assert drawn[0] == ""
     assert all(len(line) < columns for line in drawn)
-    assert drawn[-1].endswith(f" 100% |{'*' * bar}|   8.0M")
-    assert "copy.qcow2".startswith(drawn[-1].partition(" 100%")[0])
+    name, _, rest = drawn[-1].partition(" 100% ")
+    assert rest.startswith(f"|{'*' * bar}|   8.0M")
+    assert rest.partition("8.0M")[2].partition("/s ")[1], "neither rate nor remaining time"
+    assert "copy.qcow2".startswith(name)
     assert result == "vmctl: qcow2 imagefile created"
 
 
@@ -164,10 +166,12 @@ def small(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.root
 @pytest.mark.parametrize("name", ["copy.raw", "copy.qcow2"])
 def test_full_disk_leaves_nothing(folder: Path, small: Path, name: str) -> None:
-    """The sentence says where there is no room."""
+    """The sentence says where there is no room, and how much would have been needed."""
     status, text = create(folder, "-i", "source.raw", f"small/{name}")
 
-    assert (status, text) == (1, f"vmctl: failed to write to destination small/{name}: No space left on device\n")
+    needs = "needs up to 8.0M where 2.0M were free"
+    words = f"failed to write to destination small/{name}, which {needs}: No space left on device"
+    assert (status, text) == (1, f"vmctl: {words}\n")
     assert os.listdir(small) == []
 
 

@@ -17,9 +17,17 @@ from vmd.errors import ImageError, VmdError
 from vmd.images.chain import MAX_CHAIN
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
-from vmd.ipc.foreign import FOREIGN, given_as, named
+from vmd.images.gpt import gpt_end
+from vmd.images.header import ZSTD_UNREAD
+from vmd.images.qcow2 import UNPACK
+from vmd.ipc.foreign import FOREIGN, given_as, named, quoted
 from vmd.ipc.probemsg import FORMATS, NOT_QCOW2
 from vmd.scaled import fmt_scaled, scan_scaled
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmctl.checksum import Checksum
+    from vmd.images.image import Image
 
 
 class Target:
@@ -140,16 +148,57 @@ def base_path(target: Target, base: str) -> str:
     return found
 
 
-def create_copy(target: Target, word: str, size: int | None) -> int:
-    """Make a disk with the content of another image; return its size.  Raises VmdError."""
+def open_source(target: Target, word: str, checksum: "Checksum | None") -> "Image":
+    """Return the image to be copied; its file is what the checksum is of.  Raises CommandError."""
+    from vmctl import zstd  # nothing else needs it
+
     source_format, path = split_format(word)
+    unpack_zstd = zstd.find()
+    unpack = UNPACK if unpack_zstd is None else {**UNPACK, "zstd": unpack_zstd}
     try:
-        chain = OpenedChain(path, source_format)
+        chain = OpenedChain(path, source_format, unpack=unpack)
         source = chain.image()
     except VmdError as error:
-        raise CommandError(f"failed to open source image file: {error}") from None
+        why = str(error)
+        if isinstance(error, ImageError) and error.what == ZSTD_UNREAD:
+            convert_it = f"qemu-img convert -f qcow2 -O qcow2 {quoted(error.path)} {quoted(target.path)}"
+            why = f"{error.path}: uses zstd compression: install {zstd.PACKAGES}, or convert it: {convert_it}"
+        raise CommandError(f"failed to open source image file: {why}") from None
     for note in chain.notes:
         target.note(note, "warning: ")
+    if checksum is not None:
+        checksum.begin(source.fd)
+        if chain.probes[0].backing:
+            target.note(f"the checksum is of {source.path} only, and not of what it is based on", "warning: ")
+    return source
+
+
+def say_partitions(target: Target, source: "Image", whole: int) -> None:
+    """Say what becomes of a partition table whose copy is not at the end of the disk.  Raises CommandError.
+
+    It is copied as it is: what a guest finds is what was shipped, and every guest that makes its partitions larger
+    moves the copy itself.
+    """
+    try:
+        end = gpt_end(source)
+    except OSError as error:
+        raise CommandError(f"failed to read from source: {error.strerror}") from None
+    if end > source.size:
+        target.note(
+            f"{source.path} may have been cut short: its partition table is one of a disk of {fmt_scaled(end)}"
+            f" ({end} bytes), and it has {source.size} bytes",
+            "warning: ",
+        )
+    elif 0 < end < whole:
+        target.note(
+            f"the partition table is still one of a disk of {fmt_scaled(end)}: the guest moves its end when it makes a"
+            " partition larger (cloud-init and growpart do)"
+        )
+
+
+def create_copy(target: Target, word: str, size: int | None, checksum: "Checksum | None") -> int:
+    """Make a disk with the content of another image; return its size.  Raises VmdError."""
+    source = open_source(target, word, checksum)
     try:
         rounded_up = -(-source.size // MIB) * MIB
         wanted = max(rounded_up, MIB) if size is None else size
@@ -161,14 +210,28 @@ def create_copy(target: Target, word: str, size: int | None) -> int:
         whole = max(wanted - wanted % MIB, rounded_up)
         if whole != wanted:
             target.note(f"disk size rounded to {fmt_scaled(whole)}")
-        bar = Bar(os.path.basename(target.path))
+        say_partitions(target, source, whole)
+        bar = Bar(os.path.basename(target.path), rate=True)
         try:
-            convert(source, target.path, target.format, whole, bar.show)
+            if checksum is None:
+                convert(source, target.path, target.format, whole, bar.show)
+            else:
+                convert_verified(source, target, whole, bar, checksum)
         finally:
             bar.end()
     finally:
         source.close()
     return whole
+
+
+def convert_verified(source: "Image", target: Target, whole: int, bar: Bar, checksum: "Checksum") -> None:
+    """Copy an image, and let go of the copy if the image's file has another checksum.  Raises VmdError."""
+
+    def follow(done: int, data: int) -> None:
+        checksum.follow(done, data)
+        bar.show(done, data)
+
+    convert(source, target.path, target.format, whole, follow, lambda: checksum.verify(source.path))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -185,13 +248,20 @@ def run(session: Session, given: Given) -> int:
             raise ArgumentError(f"option {option} specified multiple times")
         values[option] = value
     size = disk_size(values["-s"]) if "-s" in values else None
+    checksum = None
+    if "-c" in values:
+        from vmctl.checksum import Checksum  # OpenSSL takes its time
+
+        if "-i" not in values:
+            raise UsageError("-c needs -i")
+        checksum = Checksum(values["-c"])
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
             signal.signal(number, interrupt)
     if "-b" in values:
         made = create_overlay(target, values["-b"], size)
     elif "-i" in values:
-        made = create_copy(target, values["-i"], size)
+        made = create_copy(target, values["-i"], size, checksum)
     elif size is None:
         raise UsageError(f"could not create {target.path}: missing size argument")
     else:

@@ -3,15 +3,16 @@
 import posix as os
 
 from vmd.errors import ImageError
-from vmd.images.qcow2 import Qcow2Image
+from vmd.images.qcow2 import UNPACK, Qcow2Image
 from vmd.images.raw import RawImage
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vmd.images.image import Image
+    from vmd.images.qcow2 import Unpack
 
 MAX_CHAIN = 4  # *cat. 8.2*
 # Guests write to disks.  What such a disk says about itself must not make us open another file.
@@ -31,7 +32,9 @@ class Link(Record):
     discard_granularity: int = 0
 
 
-def open_chain(links: "Sequence[Link]", *, writable: bool) -> "Image":
+def open_chain(
+    links: "Sequence[Link]", *, writable: bool, unpack: "Mapping[str, Unpack]" = UNPACK
+) -> "Image":
     """Return the image that a chain makes, the disk itself first; only that one is ever written.
 
     Owns the descriptors from here on, and closes them if it fails.
@@ -46,7 +49,7 @@ def open_chain(links: "Sequence[Link]", *, writable: bool) -> "Image":
             raise ImageError(links[0].path if links else "disk", f"backing chain is longer than {MAX_CHAIN} images")
         while pending:
             link = pending[-1]
-            image = _open(link, writable=writable and len(pending) == 1, backing=image)
+            image = _open(link, writable=writable and len(pending) == 1, backing=image, unpack=unpack)
             pending.pop()
         assert image is not None
         return image
@@ -58,15 +61,15 @@ def open_chain(links: "Sequence[Link]", *, writable: bool) -> "Image":
         raise
 
 
-def _open(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
+def _open(link: Link, *, writable: bool, backing: "Image | None", unpack: "Mapping[str, Unpack]") -> "Image":
     """Open one image on top of another.  Raises ImageError, which names the image whatever has failed."""
     try:
-        return _open_as(link, writable=writable, backing=backing)
+        return _open_as(link, writable=writable, backing=backing, unpack=unpack)
     except OSError as error:
         raise ImageError(link.path, f"cannot be used: {error.strerror}") from error
 
 
-def _open_as(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
+def _open_as(link: Link, *, writable: bool, backing: "Image | None", unpack: "Mapping[str, Unpack]") -> "Image":
     """Open one image as what it is said to be.  Raises ImageError, OSError."""
     granularity = link.discard_granularity
     if link.format == "raw":
@@ -79,5 +82,7 @@ def _open_as(link: Link, *, writable: bool, backing: "Image | None") -> "Image":
         raise ImageError(link.path, f"unknown image format {link.format}")
     if link.guessed and backing is not None:
         raise ImageError(link.path, f"has a backing file, but {GUESSED}")
-    return Qcow2Image(link.fd, link.path, writable=writable, backing=backing, discard_granularity=granularity)
+    return Qcow2Image(
+        link.fd, link.path, writable=writable, backing=backing, discard_granularity=granularity, unpack=unpack
+    )
 

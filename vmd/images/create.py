@@ -24,6 +24,7 @@ from vmd.images.header import (
 from vmd.images.hostfile import write_bytes
 from vmd.images.qcow2 import Qcow2Image
 from vmd.images.raw import RawImage
+from vmd.scaled import fmt_scaled
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ RENAME_NOREPLACE = 1
 UNNAMED = os.O_TMPFILE
 # What file systems answer that have no files without a name; old ones take the flag for O_DIRECTORY alone.
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+WRITING = "failed to write to destination"
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 MAX_SIZE = MAX_TABLE_BYTES // 8 * CLUSTER * (CLUSTER // 8)
@@ -249,28 +252,70 @@ def create(path: str, image_format: str, size: int, backing: str = "", backing_f
 
 
 def convert(
-    source: "Image", path: str, image_format: str, size: int, progress: "Callable[[int, int], None] | None" = None
+    source: "Image",
+    path: str,
+    image_format: str,
+    size: int,
+    progress: "Callable[[int, int], None] | None" = None,
+    verify: "Callable[[], None] | None" = None,
 ) -> None:
     """Create an image of `size` bytes, not fewer than the source's, with the source's content.
 
-    `progress` is called with the bytes done and the bytes there are.
+    `progress` is called with the bytes done and the bytes there are, holes left out.  `verify` is called when
+    everything has been read: if it raises, nothing is created.  OSError of both is of the source.
 
     Raises:
         HostError: the file exists, or cannot be created, read or written.
         ImageError: it would be too large.
     """
     assert size >= source.size
-    with new_file(path, "failed to create destination image file", "failed to write to destination") as fd:
-        write_empty(fd, path, image_format, size)
-        own = os.dup(fd)
+    with new_file(path, "failed to create destination image file", WRITING) as fd:
+        whole, room = _data_bytes(source), _free_bytes(fd)
         try:
-            target = _open_target(own, path, image_format)
-            _copy(source, target, progress)
-            target.flush()
-        except BaseException:
-            os.close(own)  # what is half an image needs no good end
-            raise
-        target.close()
+            write_empty(fd, path, image_format, size)
+            own = os.dup(fd)
+            try:
+                target = _open_target(own, path, image_format)
+                _copy(source, target, whole, progress)
+                if verify is not None:
+                    with reading():
+                        verify()
+                target.flush()
+            except BaseException:
+                os.close(own)  # what is half an image needs no good end
+                raise
+            target.close()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            needs = f"{WRITING} {path}, which needs up to {fmt_scaled(whole)}"
+            raise HostError(f"{needs} where {fmt_scaled(room)} were free", error) from None
+
+
+def _free_bytes(fd: int) -> int:
+    """Return how much can be written to the file system of a file.  Raises OSError."""
+    found = os.fstatvfs(fd)
+    return found.f_bavail * found.f_frsize
+
+
+def _data_bytes(source: "Image") -> int:
+    """Return how much of an image is no hole.  Raises HostError."""
+    position = found = 0
+    with reading():
+        while position < source.size:
+            has_data, length = source.span(position)
+            found += length if has_data else 0
+            position += length
+    return found
+
+
+@contextlib.contextmanager
+def reading() -> "Iterator[None]":
+    """Have a failure say that it is one of the source.  Raises HostError."""
+    try:
+        yield
+    except OSError as error:
+        raise HostError("failed to read from source", error) from None
 
 
 def _open_target(fd: int, path: str, image_format: str) -> "Image":
@@ -280,23 +325,23 @@ def _open_target(fd: int, path: str, image_format: str) -> "Image":
     return Qcow2Image(fd, path, writable=True)
 
 
-def _copy(source: "Image", target: "Image", progress: "Callable[[int, int], None] | None") -> None:
-    """Copy what is not zero.  Raises HostError for the source, OSError for the target."""
+def _copy(source: "Image", target: "Image", whole: int, progress: "Callable[[int, int], None] | None") -> None:
+    """Copy what is not zero of `whole` bytes of data.  Raises HostError for the source, OSError for the target."""
     buffer = memoryview(bytearray(COPY_BYTES))
-    position = 0
+    position = done = 0
     while position < source.size:
-        try:
+        with reading():
             has_data, length = source.span(position)
             if has_data:
                 length = min(length, COPY_BYTES - position % COPY_BYTES)
                 source.preadv(position, [buffer[:length]])
-        except OSError as error:
-            raise HostError("failed to read from source", error) from None
         if has_data:
             _write_data(target, position, buffer[:length])
+            done += length
+            if progress is not None:
+                with reading():
+                    progress(done, whole)
         position += length
-        if progress is not None:
-            progress(position, source.size)
 
 
 def _write_data(target: "Image", position: int, data: memoryview) -> None:

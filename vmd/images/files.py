@@ -11,24 +11,33 @@ from vmd.errors import ImageError
 from vmd.images.chain import MAX_CHAIN, Link, open_chain
 from vmd.images.identify import probe
 from vmd.images.locks import lock
+from vmd.images.qcow2 import UNPACK
 from vmd.ipc.foreign import given_as, named_format
 from vmd.ipc.probemsg import NOT_QCOW2, Probe, how_to_record, recording, refusal, warnings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmd.images.image import Image
+    from vmd.images.qcow2 import Unpack
 
 
 class OpenedChain:
     """The files of a chain, opened for reading, locked against writers, and told apart; top first."""
 
-    def __init__(self, path: str, format_hint: str = "", *, raw_will_do: bool = True) -> None:
+    def __init__(
+        self, path: str, format_hint: str = "", *, raw_will_do: bool = True, unpack: "Mapping[str, Unpack]" = UNPACK
+    ) -> None:
         """Open `path` and all below it; `raw_will_do`: what looks like another format may be given as raw.
+
+        `unpack` are the compressions of qcow2 that can be undone.
 
         Raises:
             ImageError: a file is missing, unreadable, unfit, or there are too many.
             OperatorError: somebody is writing to one of them.
         """
+        self.unpack = unpack
         self.links: list[Link] = []
         self.probes: list[Probe] = []
         self.notes: list[str] = []  # sentences that the user should read
@@ -66,7 +75,7 @@ class OpenedChain:
     def _probe(self, fd: int, path: str, format_hint: str, given: str, raw: str) -> Probe:
         """Return what an image is; `given` is the format that the user gave.  Raises ImageError."""
         try:
-            found = probe(fd, path, format_hint)
+            found = probe(fd, path, format_hint, self.unpack)
             wrong = refusal(found, format_hint, path, raw)
         except ImageError as error:
             if error.what != NOT_QCOW2:
@@ -97,7 +106,7 @@ class OpenedChain:
     def image(self) -> "Image":
         """Return the chain as one image, for reading; it owns the files.  Raises ImageError."""
         links, self.links = self.links, []
-        return open_chain(links, writable=False)
+        return open_chain(links, writable=False, unpack=self.unpack)
 
     def close(self) -> None:
         """Close the files, unless an image owns them."""

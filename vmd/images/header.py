@@ -14,6 +14,10 @@ from vmd.errors import ImageError
 from vmd.images.hostfile import read_bytes
 from vmd.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 MAGIC = b"QFI\xfb"
 HEADER_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V3 = struct.Struct(">QQQII")  # follows at once
@@ -34,7 +38,10 @@ END, BACKING_FORMAT, FEATURE_NAMES = 0, 0xE2792ACA, 0x6803F857
 
 DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
 FEATURES = {2: "an external data file", 4: "extended L2 entries"}  # those that have a name but not our support
-COMPRESSIONS = {1: "zstd"}
+COMPRESSIONS = {0: "zlib", 1: "zstd"}
+COMMON = ("zlib",)  # what every reader has
+# What is said of an image that a VM cannot use.  It does not name the image: whoever says it may not know its name.
+ZSTD_UNREAD = "uses zstd compression, which no VM reads; vmctl create -i makes an image of it that VMs do"
 ENCRYPTIONS = {1: "AES", 2: "LUKS"}
 
 # One that is ours: several disks go back to a snapshot, and some may have done so already.  QEMU takes it off when it
@@ -66,6 +73,7 @@ class Header(Record):
     snapshots_offset: int
     incompatible: int
     autoclear: int
+    compression: str  # of compressed clusters: a name of COMPRESSIONS
     backing: str
     backing_format: str
 
@@ -80,8 +88,10 @@ class Header(Record):
         return bool(self.incompatible & DIRTY)
 
 
-def parse_header(fd: int, path: str) -> Header:
+def parse_header(fd: int, path: str, compressions: "Collection[str]" = COMMON) -> Header:
     """Read and check the header of the open image `fd`; `path` is for sentences only.
+
+    `compressions` are those that the caller can undo.
 
     Raises:
         ImageError: it is no qcow2 image, a damaged one, or needs what we do not have.
@@ -91,14 +101,15 @@ def parse_header(fd: int, path: str) -> Header:
         raw = read_bytes(fd, 1 << MAX_CLUSTER_BITS if file_bytes > 1 << MAX_CLUSTER_BITS else file_bytes, 0)
     except OSError as error:
         raise ImageError(path, f"cannot be read: {error.strerror}") from error
-    return _Parser(path, raw, file_bytes).parse()
+    return _Parser(path, raw, file_bytes, compressions).parse()
 
 
 class _Parser:
     """One pass over the bytes of a header."""
 
-    def __init__(self, path: str, raw: bytes, file_bytes: int) -> None:
+    def __init__(self, path: str, raw: bytes, file_bytes: int, compressions: "Collection[str]") -> None:
         self.path = path
+        self.compressions = compressions
         self.raw = raw
         self.file_bytes = file_bytes
 
@@ -137,7 +148,8 @@ class _Parser:
             raise self.refuse(f"is encrypted ({ENCRYPTIONS.get(encryption, encryption)}), which is not supported")
         end = self._header_end(header_bytes, backing_offset, backing_length)
         extensions = self._extensions(header_bytes, end)
-        self._check_features(incompatible, header_bytes, extensions.get(FEATURE_NAMES, b""))
+        compression = self._compression(incompatible, header_bytes)
+        self._check_features(incompatible, extensions.get(FEATURE_NAMES, b""))
         self._check_tables(size, l1_entries, l1_offset, refcount_offset, refcount_clusters)
         self._check_snapshots(snapshots, snapshots_offset)
         return Header(
@@ -153,6 +165,7 @@ class _Parser:
             snapshots_offset=snapshots_offset,
             incompatible=incompatible,
             autoclear=autoclear,
+            compression=compression,
             backing=self._backing(backing_offset, backing_length),
             backing_format=self._backing_format(extensions) if backing_offset else "",
         )
@@ -181,15 +194,23 @@ class _Parser:
             at += (length + 7) & ~7
         return found
 
-    def _check_features(self, incompatible: int, header_bytes: int, names: bytes) -> None:
-        """Refuse what an image needs and we do not have, by the name it has there or here."""
-        compression = self.raw[V3_BYTES] if header_bytes > V3_BYTES else 0
-        if incompatible & COMPRESSION_TYPE and not compression:
+    def _compression(self, incompatible: int, header_bytes: int) -> str:
+        """Return the name of the compression, which the caller can undo."""
+        kind = self.raw[V3_BYTES] if header_bytes > V3_BYTES else 0
+        if incompatible & COMPRESSION_TYPE and not kind:
             raise self.refuse("says that it is not compressed with zlib, but not with what")
-        if compression:
-            name = COMPRESSIONS.get(compression, f"type {compression}")
-            raise self.refuse(f"uses {name} compression, which is not supported (only zlib is)")
-        unknown = incompatible & ~(DIRTY | CORRUPT)
+        if kind and not incompatible & COMPRESSION_TYPE:
+            raise self.refuse(f"says that it is compressed in way {kind}, but not that its reader has to know that")
+        name = COMPRESSIONS.get(kind, f"type {kind}")
+        if name in self.compressions:
+            return name
+        raise self.refuse(
+            ZSTD_UNREAD if name == "zstd" else f"uses {name} compression, which is not supported (only zlib is)"
+        )
+
+    def _check_features(self, incompatible: int, names: bytes) -> None:
+        """Refuse what an image needs and we do not have, by the name it has there or here."""
+        unknown = incompatible & ~(DIRTY | CORRUPT | COMPRESSION_TYPE)
         if not unknown:
             return
         bit = (unknown & -unknown).bit_length() - 1

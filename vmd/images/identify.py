@@ -4,21 +4,27 @@ import os
 import stat
 
 from vmd.errors import ImageError
+from vmd.images.header import COMMON, MAGIC, parse_header
 from vmd.images.header import CORRUPT as CORRUPT_BIT
 from vmd.images.header import DIRTY as DIRTY_BIT
 from vmd.images.header import GOING_BACK as GOING_BACK_BIT
-from vmd.images.header import MAGIC, parse_header
 from vmd.images.hostfile import read_bytes
 from vmd.images.signatures import DISC_AT, DISC_DESCRIPTOR, HEAD_BYTES, TAIL_BYTES, recognise, recognise_disc
 from vmd.ipc.foreign import FOREIGN
 from vmd.ipc.probemsg import CORRUPT, DIRTY, DISC, FORMATS, GOING_BACK, NOT_QCOW2, Probe
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
-def probe(fd: int, path: str, format_hint: str = "") -> Probe:
+
+def probe(fd: int, path: str, format_hint: str = "", compressions: "Collection[str]" = COMMON) -> Probe:
     """Tell format, size and backing file of an open image; without a hint, by its bytes.
 
     What to do with a backing file that a guessed image names is the caller's business; not to open it.  So is whether
     a raw image that looks like something else is used; `foreign.refused` has the rule.
+
+    `compressions` of qcow2 are those that the caller can undo.
 
     Raises:
         ImageError: it is damaged, or needs what we do not have.
@@ -48,7 +54,7 @@ def probe(fd: int, path: str, format_hint: str = "") -> Probe:
         if format_hint:
             raise ImageError(path, NOT_QCOW2)
         return Probe(format="raw", size=size, guessed=True)
-    header = parse_header(fd, path)
+    header = parse_header(fd, path, compressions)
     marks = ((DIRTY_BIT, DIRTY), (CORRUPT_BIT, CORRUPT))
     return Probe(
         format="qcow2",

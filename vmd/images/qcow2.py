@@ -73,13 +73,16 @@ from vmd.ipc.foreign import left_dirty, odd_length
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import TypeVar
 
     from vmd.images.image import Image
     from vmd.images.snapshots import Snapshot
 
     K = TypeVar("K")
+    # Returns what some bytes become, at most as many as are asked for; what is behind them may be anything.  Raises
+    # ValueError.
+    Unpack = Callable[[bytes, int], bytes]
 
 COPIED = 1 << 63  # nobody else refers to this cluster
 COMPRESSED = 1 << 62
@@ -96,10 +99,22 @@ INFLATED_BYTES = 1 << 20
 MAX_RETIRED = 4096  # runs that wait for a flush before there is one of our own
 MAX_WAITING = 1 << 16  # runs that wait for requests to end
 SPAN_BYTES = 64 << 20
+SPAN_FIRST_BYTES = 1 << 20  # data is often in short runs, and whoever has read one asks again
 WALK_MAX_BYTES = 256 << 20  # of L2 tables that are read to find the end of use: two terabytes of 64 KiB clusters
 REPAIR = "repair it first with qemu-img check -r all"
 
 DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; a hole shows the backing file
+
+
+def inflate(packed: bytes, most: int) -> bytes:
+    """Undo zlib.  Raises ValueError; see Unpack."""
+    try:
+        return zlib.decompressobj(DEFLATE_BITS).decompress(packed, most)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+
+
+UNPACK: "Mapping[str, Unpack]" = {"zlib": inflate}  # by names of `header.COMPRESSIONS`
 
 
 def at_snapshot(header: Header, one: "Snapshot") -> Header:
@@ -137,6 +152,7 @@ class Qcow2Image:
         backing: "Image | None" = None,
         discard_granularity: int = 0,
         snapshot: "Snapshot | None" = None,
+        unpack: "Mapping[str, Unpack]" = UNPACK,
     ) -> None:
         """Take the descriptor, which `close` closes; `discard_granularity` is of a device.
 
@@ -149,7 +165,8 @@ class Qcow2Image:
         self.path = path
         self.writable = writable
         self.backing = backing
-        header = parse_header(fd, path)
+        header = parse_header(fd, path, unpack)
+        self.unpack = unpack
         if snapshot is not None:
             assert not writable
             header = at_snapshot(header, snapshot)
@@ -461,10 +478,8 @@ class Qcow2Image:
             return plain
         offset, length = self.packed_place(entry)
         try:
-            plain = zlib.decompressobj(DEFLATE_BITS).decompress(
-                read_bytes(self.fd, length, offset), self.cluster_size
-            )
-        except zlib.error as error:
+            plain = self.unpack[self.header.compression](read_bytes(self.fd, length, offset), self.cluster_size)
+        except ValueError as error:
             raise self._damaged(f"compressed cluster at {offset} cannot be read: {error}") from None
         if len(plain) != self.cluster_size:
             raise self._damaged(f"compressed cluster at {offset} has only {len(plain)} bytes")
@@ -483,13 +498,23 @@ class Qcow2Image:
 
     def span(self, offset: int) -> tuple[bool, int]:
         """See Image."""
-        kind, place, length = self._map(offset, min(SPAN_BYTES, self.size - offset))[0]
+        rest = self.size - offset
+        runs = self._map(offset, min(SPAN_FIRST_BYTES, rest))
+        if len(runs) == 1 and runs[0][0] != PACKED:
+            runs = self._map(offset, min(SPAN_BYTES, rest))
+        kind, place, length = runs[0]
         if kind == HOLE and self.backing is not None and place < self.backing.size:
             has_data, below = self.backing.span(place)
             return has_data, min(below, length)
         if kind == DATA:
             return data_span(self.fd, place, place + length)
-        return kind in (DATA, PACKED), length
+        if kind == PACKED:
+            for kind, _, more in runs[1:]:
+                if kind != PACKED:
+                    break
+                length += more
+            return True, length
+        return False, length
 
     # -- writing
 
@@ -903,7 +928,7 @@ class Qcow2Image:
     def reload(self) -> None:
         """See Image; nothing of it is in memory only."""
         before, self.failed = self.failed, "what was written by somebody else cannot be read; open the image again"
-        header = parse_header(self.fd, self.path)
+        header = parse_header(self.fd, self.path, self.unpack)
         l1 = native(self._read_table(header.l1_offset, header.l1_entries * 8))
         with self.loading:
             self.header, self.l1 = header, l1

@@ -108,7 +108,7 @@ def test_failure_to_make_it_last_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         def fail(fd: int, calls: list[int] = calls, failing: int = failing) -> None:
             calls.append(fd)
             if len(calls) == failing:
-                raise OSError(errno.EIO, "lost")
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             real(fd)
 
         monkeypatch.setattr(os, "fsync", fail)

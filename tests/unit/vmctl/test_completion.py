@@ -71,7 +71,7 @@ def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str)
         (["stop", "-fw", "-"], ["-a", "--json", "-h", "--help"]),
         (["stop", "-a", "--"], ["--json", "--help"]),
         (["stop", "web", "-"], ["-f", "-w", "--json", "-h", "--help"]),
-        (["create", "-b", "x", "-"], ["-b", "-s", "--json", "-h", "--help"]),
+        (["create", "-b", "x", "-"], ["-b", "-c", "-s", "--json", "-h", "--help"]),
         (["stat", "--j"], ["--json"]),
         (["stop", "--", "-"], []),
     ],

@@ -151,7 +151,7 @@ def test_a_command_of_several_operands() -> None:
         (["stop", "a", "b"], "unexpected argument: b", "stop [-fw] [id | -a]"),
         (["wait"], "missing argument: id", "wait id"),
         (["help", "a", "b"], "unexpected argument: b", "help [command]"),
-        (["create"], "missing argument: disk", "create [-b base | -i disk] [-s size] disk"),
+        (["create"], "missing argument: disk", "create [-b base | -i disk] [-c sum] [-s size] disk"),
     ],
 )
 def test_wrong_arguments_are_answered_with_the_usage_of_the_command(

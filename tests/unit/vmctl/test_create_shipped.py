@@ -1,0 +1,262 @@
+"""vmctl create of images as they are shipped: compressed, with a checksum, and with a disk's end inside them."""
+
+import hashlib
+import importlib
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.images import KIB, MIB, opened, qemu, same
+from tests.support.loopdevice import LoopDevice
+from tests.unit.vmctl.conftest import Vmctl
+from vmctl import zstd
+from vmctl.bar import Bar
+from vmd.images.create import convert, create
+from vmd.images.gpt import gpt_end
+
+SIZE = 8 * MIB
+CUT = 5 * MIB
+PACKERS = ("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", "zstandard")
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with a partitioned disk, raw and compressed in both ways; much of it is a hole."""
+    folder = tmp_path_factory.mktemp("shipped")
+    disk = folder / "disk.raw"
+    content = b"".join(b"%d bottles " % number for number in range(80_000))
+    with disk.open("wb") as file:
+        file.truncate(SIZE)
+        file.seek(2 * MIB)
+        file.write(content + os.urandom(300 * KIB))
+    subprocess.run(["sfdisk", "-q", disk], input="label: gpt\nstart=2048, size=12288\n", text=True, check=True)
+    for kind in ("zlib", "zstd"):
+        qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o", f"compression_type={kind}", disk, folder / kind)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the folder that the command is run in."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+def checksum(kind: str, path: Path) -> str:
+    """Return what a publisher writes beside an image."""
+    return f"{kind}:{hashlib.new(kind, path.read_bytes()).hexdigest()}"
+
+
+@pytest.mark.parametrize("kind", ["zlib", "zstd"])
+def test_compressed_image_becomes_a_larger_disk(shipped: Path, folder: Path, vmctl: Vmctl, kind: str) -> None:
+    """In one command, verified, and it says what the guest finds."""
+    status, _, said = vmctl("create", "-i", str(shipped / kind), "-c", checksum("sha512", shipped / kind), "-s", "64M",
+                            "web.qcow2")  # fmt: skip
+
+    assert status == 0, said
+    assert said == (
+        "vmctl: the partition table is still one of a disk of 8.0M: the guest moves its end when it makes a"
+        " partition larger (cloud-init and growpart do)\n"
+        "vmctl: qcow2 imagefile created\n"
+    )
+    same(folder / "web.qcow2", (shipped / "disk.raw").read_bytes().ljust(64 * MIB, b"\0"), folder)
+
+
+@pytest.mark.parametrize("module", PACKERS)
+def test_each_module_undoes_zstd(module: str) -> None:
+    """Also a cluster of several frames, and one with something behind it; never more than was asked for."""
+    packer = pytest.importorskip(module)
+    compress: Callable[[bytes], bytes] = packer.compress
+    unpack = (zstd.by_zstandard if module == "zstandard" else zstd.by_python)(importlib.import_module(module))
+    plain = os.urandom(40 * KIB) + bytes(24 * KIB)
+
+    assert unpack(compress(plain), len(plain)) == plain
+    assert unpack(compress(plain[:1000]) + compress(b"") + compress(plain[1000:]), len(plain)) == plain
+    assert unpack(compress(plain) + b"what was there before", len(plain)) == plain
+    assert unpack(compress(bytes(64 * MIB)), 64 * KIB) == bytes(64 * KIB)
+    assert len(unpack(compress(plain)[:20000], len(plain))) < len(plain)
+    with pytest.raises(ValueError, match=r"."):
+        unpack(b"no frame at all, but this text", len(plain))
+
+
+def test_zstd_that_nothing_undoes(shipped: Path, folder: Path, vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence says what does."""
+    monkeypatch.setattr(zstd, "find", lambda: None)
+
+    status, _, said = vmctl("create", "-i", str(shipped / "zstd"), "a.qcow2")
+
+    assert (status, said) == (1, (
+        f"vmctl: failed to open source image file: {shipped}/zstd: uses zstd compression: install python3-zstandard, or"
+        f" backports.zstd by pip, or convert it: qemu-img convert -f qcow2 -O qcow2 {shipped}/zstd a.qcow2\n"
+    ))  # fmt: skip
+    assert os.listdir(folder) == []
+
+
+def test_zstd_is_no_base(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
+    """A VM would have to read it."""
+    status, _, said = vmctl("create", "-b", f"qcow2:{shipped}/zstd", str(folder / "a.qcow2"))
+
+    assert status == 1
+    assert "uses zstd compression, which no VM reads; vmctl create -i makes an image of it that VMs do" in said
+
+
+@pytest.mark.parametrize("word", ["zlib", "raw:disk.raw"])
+@pytest.mark.parametrize("kind", ["sha256", "sha512"])
+def test_wrong_checksum_leaves_nothing(
+    shipped: Path, folder: Path, vmctl: Vmctl, word: str, kind: str
+) -> None:
+    """It is of the file as it is, holes and all, and known before the copy has a name."""
+    prefix, _, name = word.rpartition(":")
+    source = f"{prefix}:{shipped}/{name}" if prefix else str(shipped / name)
+    right = checksum(kind, shipped / name)
+    wrong = right[:-1] + ("0" if right[-1] != "0" else "1")
+
+    status, _, said = vmctl("create", "-i", source, "-c", wrong, "copy.qcow2")
+
+    values = [value.partition(":")[2] for value in (right, wrong)]
+    assert (status, said) == (1, (
+        f"vmctl: {shipped}/{name} is damaged, or not what was meant: its {kind} is {values[0]}, and not {values[1]}\n"
+    ))  # fmt: skip
+    assert os.listdir(folder) == []
+    assert vmctl("create", "-i", source, "-c", f"{kind}:{values[0].upper()}", "copy.qcow2")[0] == 0
+
+
+def test_file_that_changes_meanwhile_has_no_checksum(
+    folder: Path, vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was copied may be another file than the one that was verified."""
+    source = folder / "disk"
+    source.write_bytes(os.urandom(2 * MIB))
+    right = checksum("sha256", source)
+
+    def change(bar: Bar, done: int, whole: int) -> None:
+        os.utime(source, (1, 1))
+
+    monkeypatch.setattr(Bar, "show", change)
+    status, _, said = vmctl("create", "-i", "disk", "-c", right, "copy")
+
+    assert (status, said) == (1, "vmctl: disk was changed while it was read\n")
+    assert os.listdir(folder) == ["disk"]
+
+
+def test_checksum_of_an_image_with_a_base(folder: Path, vmctl: Vmctl) -> None:
+    """It is of one file, which is said."""
+    create("base.qcow2", "qcow2", 2 * MIB)
+    create("top.qcow2", "qcow2", 2 * MIB, "base.qcow2", "qcow2")
+
+    status, _, said = vmctl("create", "-i", "top.qcow2", "-c", checksum("sha256", folder / "top.qcow2"), "a.raw")
+
+    assert status == 0
+    assert "warning: the checksum is of top.qcow2 only, and not of what it is based on" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("md5:00", "md5:00 begins with neither sha256: nor sha512:\n"),
+        ("", " begins with neither sha256: nor sha512:\n"),
+        ("a" * 64, f"{'a' * 64} begins with neither sha256: nor sha512:; say sha256: before it if it is one\n"),
+        ("sha256:" + "a" * 63, f"one of sha256 has 64 digits, and {'a' * 63} has 63\n"),
+        ("sha512:" + "a" * 64, f"one of sha512 has 128 digits, and {'a' * 64} has 64\n"),
+        ("sha256:" + "g" * 64, f"{'g' * 64} is no hexadecimal number\n"),
+    ],
+)
+def test_what_is_no_checksum(folder: Path, vmctl: Vmctl, word: str, words: str) -> None:
+    """Said before anything is read."""
+    status, _, said = vmctl("create", "-i", "gone", "-c", word, "a")
+
+    assert (status, said) == (2, f"vmctl: invalid checksum: {words}")
+    assert "-c needs -i" in vmctl("create", "-s", "1M", "-c", "sha256:" + "a" * 64, "a")[2]
+
+
+@pytest.mark.parametrize("size", [(), ("-s", "1G")])
+def test_image_that_was_cut_short_is_said(shipped: Path, folder: Path, vmctl: Vmctl, size: tuple[str, ...]) -> None:
+    """Its partition table knows how long the disk was; a qcow2 image of which some is missing is refused."""
+    (folder / "disk").write_bytes((shipped / "disk.raw").read_bytes()[:CUT])
+    status, _, said = vmctl("create", "-i", "disk", *size, "a")
+    assert status == 0
+    assert said.startswith(
+        f"vmctl: warning: disk may have been cut short: its partition table is one of a disk of 8.0M ({SIZE} bytes),"
+        f" and it has {CUT} bytes\n"
+    )
+
+    packed = (shipped / "zlib").read_bytes()
+    (folder / "packed").write_bytes(packed[: len(packed) - 128 * KIB])
+    status, _, said = vmctl("create", "-i", "qcow2:packed", *size, "b")
+    assert status == 1
+    lost = f"packed: file ends at {len(packed) - 128 * KIB}, before a cluster that is in use"
+    assert said.endswith(f"vmctl: failed to read from source: {lost}\n")
+    assert sorted(os.listdir(folder)) == ["a", "disk", "packed"]
+
+
+def test_what_is_no_partition_table_is_not_spoken_of(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
+    """Each of these bytes is part of what the table's checksum is of."""
+    head = (shipped / "disk.raw").read_bytes()[: 2 * MIB]
+    for at in (512, 512 + 16, 512 + 24, 512 + 32, 512 + 91):
+        changed = bytearray(head)
+        changed[at] ^= 1
+        (folder / "disk").write_bytes(changed)
+        with_table = opened(folder / "disk", formats=("raw",))
+        assert gpt_end(with_table) == 0, at
+        with_table.close()
+    for size in (0, 512, 1024):
+        (folder / "disk").write_bytes(bytes(size))
+        assert vmctl("create", "-i", "disk", f"copy{size}") == (0, "", "vmctl: raw imagefile created\n")
+
+
+@pytest.mark.parametrize("name", ["disk.raw", "zlib"])
+def test_progress_is_of_what_is_no_hole(shipped: Path, folder: Path, name: str) -> None:
+    """Else neither rate nor remaining time would mean anything."""
+    source = opened(shipped / name, formats=("raw",) if name == "disk.raw" else ("qcow2",))
+    seen: list[tuple[int, int]] = []
+
+    convert(source, str(folder / "copy"), "raw", SIZE, lambda done, whole: seen.append((done, whole)))
+    source.close()
+
+    wholes = {whole for _, whole in seen}
+    assert len(wholes) == 1
+    assert seen[-1] == (wholes.pop(),) * 2
+    assert MIB < seen[-1][0] < 3 * MIB
+    assert all(before[0] < after[0] for before, after in itertools.pairwise(seen))
+    assert (folder / "copy").read_bytes() == (shipped / "disk.raw").read_bytes()
+
+
+def test_data_of_compressed_images_is_in_long_runs(shipped: Path) -> None:
+    """Else each cluster is looked up a thousand times."""
+    packed = opened(shipped / "zlib")
+    spans = []
+    position = 0
+    while position < packed.size:
+        spans.append(packed.span(position))
+        position += spans[-1][1]
+    packed.close()
+
+    assert position == SIZE
+    assert max(length for has_data, length in spans if has_data) > MIB // 2
+
+
+@pytest.mark.root
+@pytest.mark.deep
+def test_guest_that_grows_its_partition_moves_the_end(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
+    """The kernel finds the partition all the same, and growpart does what is said of it."""
+    assert vmctl("create", "-i", str(shipped / "zlib"), "-s", "64M", "disk.raw")[0] == 0
+    with LoopDevice(folder / "disk.raw", 0) as loop:
+        subprocess.run(["partx", "-a", loop.path], check=True)
+        try:
+            before = int(Path(f"/sys/class/block/{loop.path.name}p1/size").read_text())
+            subprocess.run(["growpart", loop.path, "1"], check=True)
+            after = int(Path(f"/sys/class/block/{loop.path.name}p1/size").read_text())
+        finally:
+            subprocess.run(["partx", "-d", loop.path], check=True)
+
+    grown = opened(folder / "disk.raw", formats=("raw",))
+    assert gpt_end(grown) == 64 * MIB
+    grown.close()
+    assert before == 12288
+    assert after > 100_000
