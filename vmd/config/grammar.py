@@ -41,6 +41,11 @@ from vmd.nearest import nearest
 
 KEYWORDS = frozenset(lexer.TOKENS) - {"NL", "NUMBER", "STRING"}
 AGENTX_CONTEXT_MAX = 32
+# What is said of the token behind `limit`, where limits of a VM are mistaken for others.
+LIMIT_BRACES = {
+    "{": ": limits of a disk or an interface stand without braces of their own",
+    **dict.fromkeys(("MEMORY", "CPU", "WEIGHT"), ": limits of a vm stand in braces, limit { ... }"),
+}
 COUNT_MAX = (1 << 31) - 1
 
 T = TypeVar("T")
@@ -151,6 +156,8 @@ class Grammar:
         """Return the end of a sentence that asks for the keyword that was probably meant, if one is close."""
         state = self.parser.statestack[-1]
         last = self.parser.symstack[-1]
+        if last.type == "LIMIT" and token.type in LIMIT_BRACES:
+            return LIMIT_BRACES[token.type]
         if last.type == "macro_name":  # a word that begins a line, and no `=` follows: it may be meant for a keyword
             found = nearest(last.value, self.keywords(self.parser.statestack[-2]))
             if found:
@@ -669,7 +676,7 @@ class Grammar:
         """nic_name : INTERFACE optional_string
                     | LOCAL INTERFACE optional_string"""
         self.draft.given |= VmFlag.NETWORK
-        tap = self.value(rules.tap_name, p[len(p) - 1], "")
+        tap = self.value(values.tap, p[len(p) - 1], "")
         self.nic = {"tap": tap, "local": p[1] == "local"}
 
     def p_optional_string(self, p: Production) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 
 from vmd.config import rules
+from vmd.config.lexer import ENDING_WORDS
 from vmd.config.model import (
     FIRST_IDS,
     MAX_INET6_PREFIX,
@@ -108,6 +109,18 @@ def console_log_size(size: int | str) -> int:
 def memory(size: int | str) -> int:
     """Return a memory size in bytes, not yet rounded."""
     return rules.memory_bytes(memory_limit(size))
+
+
+def tap(name: str) -> str:
+    """Return the name of a VM's own interface."""
+    try:
+        return rules.tap_name(name)
+    except ValueError:
+        # Words of ours are words like any other where vmd(8) takes a name, and several of them are one.
+        ours = next((word for word in sorted(ENDING_WORDS["interface"]) if name.startswith(word)), "")
+        if ours:
+            raise ValueError(f"{ours} of an interface stands in braces: interface {{ {ours} ... }}") from None
+        raise
 
 
 def rate(size: int | str) -> int:

@@ -15,7 +15,7 @@ from tests.unit.config.conftest import Loader
 from vmd.config import rules
 from vmd.config.check import check
 from vmd.config.grammar import Grammar
-from vmd.config.lexer import RESERVED, Lexer
+from vmd.config.lexer import ENDING_WORDS, RESERVED, Lexer
 from vmd.config.model import (
     IDS,
     MIB,
@@ -42,6 +42,8 @@ from vmd.log import log
 
 NAME63 = "a" * 63
 NAME64 = "a" * 64
+UNBRACED = ": limits of a disk or an interface stand without braces of their own"
+BRACED = ": limits of a vm stand in braces, limit { ... }"
 
 
 # Statements outside blocks
@@ -582,6 +584,16 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("disk IMAGE limit rate 1M limit iops 5", "an option of the disk is given twice"),
         ("interface { limit rate -1 }", "invalid rate: -1: bytes a second, from 64.0K to 1.0T"),
         ("interface { limit iops 5 }", 'syntax error at "iops"'),
+        ("interface { limit { rate 5M } }", f'syntax error at "{{"{UNBRACED}'),
+        ("disk IMAGE limit { iops 5 }", f'syntax error at "{{"{UNBRACED}'),
+        ("limit memory 5M", f'syntax error at "memory"{BRACED}'),
+        ("limit cpu 5%", f'syntax error at "cpu"{BRACED}'),
+        ("limit weight 5", f'syntax error at "weight"{BRACED}'),
+        *(
+            (f"{local}interface {word} x", f"{word} of an interface stands in braces: interface {{ {word} ... }}")
+            for local in ("", "local ")
+            for word in sorted(ENDING_WORDS["interface"])
+        ),
         ("kernel IMAGE", 'syntax error at "kernel"'),
     ],
 )
