@@ -24,8 +24,9 @@ pytestmark = pytest.mark.root
 CONF = """
 vm "web" {{
     disable
-    disk "{0}/root.qcow2"
-    disk "{0}/data" format qcow2
+    disk "{0}/root.qcow2" limit iops 300 rate 10000K
+    disk "{0}/data" format qcow2 limit rate 1.5G
+    limit {{ memory 3G, cpu 150%, weight 200 }}
 }}
 vm "bare" {{
     disable
@@ -219,10 +220,24 @@ def test_clone_of_a_vm_and_of_a_snapshot(vmd: Daemon) -> None:
     more.write_text("".join(blocks).replace("{\n", "{\n    disable\n"))
     vmd.must("load", more)
     assert {"same", "before"} <= {row["name"] for row in vmd.rows()}
+    limits = [limits_of(vmd, name) for name in ("web", "same", "before")]
+    assert limits == limits[:1] * 3
+    assert limits[0] == ([300, 0], [10_000 << 10, 1536 << 20], (3 << 30, 150, 200))
     assert [tag for tag, _ in listed(vmd)] == ["one"]
     document = schema.check(vmd.vmctl("clone", "bare", "plain", "--json").stdout, "clone")
     assert document["disks"] == [{"path": f"{vmd.directory}/plain-disk0", "format": "raw"}]
     assert (vmd.directory / "plain-disk0").read_bytes() == (vmd.directory / "plain.raw").read_bytes()
+
+
+def limits_of(vmd: Daemon, name: str) -> tuple[list[int], list[int], tuple[int, ...]]:
+    """Return the limits of a VM: requests and bytes of each disk, and those of all of it."""
+    (vm,) = json.loads(vmd.must("metrics", name, "--json"))["vms"]
+    disks, whole = vm["disks"], vm["limit"]
+    return (
+        [disk["iops_limit"] for disk in disks],
+        [disk["rate_limit"] for disk in disks],
+        (whole["memory_bytes"], whole["cpu_percent"], whole["weight"]),
+    )
 
 
 CLONING_MISTAKES = (

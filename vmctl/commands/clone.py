@@ -29,6 +29,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.images.snapshots import Snapshot
     from vmd.ipc.messages.clients import DiskFile, NicInfo, VmInfo
+    from vmd.ipc.messages.figures import VmFigures
+
+UNITS = ((40, "T"), (30, "G"), (20, "M"), (10, "K"))
 
 
 def run(session: Session, given: Given) -> int:
@@ -53,6 +56,7 @@ def run(session: Session, given: Given) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
             signal.signal(number, interrupt)
+    limits = Limits(session.client.figures(old))
     made: list[tuple[str, str]] = []  # path, format
     try:
         for index, disk in enumerate(old.files.disks):
@@ -65,7 +69,7 @@ def run(session: Session, given: Given) -> int:
                 os.unlink(path)
         raise
     warn(f"cloned vm {word} as {new}: add this to vm.conf, and run vmctl reload")
-    lines = block(old, new, made)
+    lines = block(old, new, made, limits)
     if session.json:
         put_json({
             "name": clean(new),
@@ -161,7 +165,44 @@ def snapshot_of(image: Qcow2Image, tag: str) -> "Snapshot":
     return one
 
 
-def block(old: "VmInfo", new: str, disks: list[tuple[str, str]]) -> list[str]:
+class Limits:
+    """The limits of a VM, as vm.conf takes them: of each disk and interface, and of the VM as a whole."""
+
+    def __init__(self, figures: "list[VmFigures]") -> None:
+        """`figures` are those of the VM, or none if it is gone meanwhile."""
+        self.disks, self.nics, self.vm = dict[int, str](), dict[int, str](), ""
+        for vm in figures:
+            for disk in vm.disks:
+                iops = f"iops {disk.iops_limit}", disk.iops_limit
+                self.disks[disk.index] = limit(iops, (rate(disk.rate_limit), disk.rate_limit))
+            self.nics = {nic.index: limit((rate(nic.rate_limit), nic.rate_limit)) for nic in vm.nics}
+            whole = (
+                (f"memory {size(vm.limit.memory_bytes)}", vm.limit.memory_bytes),
+                (f"cpu {vm.limit.cpu_percent}%", vm.limit.cpu_percent),
+                (f"weight {vm.limit.weight}", vm.limit.weight),
+            )
+            given = ", ".join(words for words, value in whole if value)
+            self.vm = f"limit {{ {given} }}" if given else ""
+
+
+def limit(*given: tuple[str, int]) -> str:
+    """Return the limits of a device, or nothing; a value of 0 is none."""
+    words = " ".join(words for words, value in given if value)
+    return f"limit {words}" if words else ""
+
+
+def rate(value: int) -> str:
+    """Return a limit of bytes a second."""
+    return f"rate {size(value)}"
+
+
+def size(value: int) -> str:
+    """Return a number of bytes in the largest unit that has it whole."""
+    shift, unit = next((pair for pair in UNITS if value % (1 << pair[0]) == 0), (0, ""))
+    return f"{value >> shift}{unit}"
+
+
+def block(old: "VmInfo", new: str, disks: list[tuple[str, str]], limits: Limits) -> list[str]:
     """Return the new VM as a block of vm.conf; it has addresses of its own."""
     assert old.files is not None
     lines = [f'vm "{new}" {{', f"    memory {old.memory_bytes >> 20}M"]
@@ -172,19 +213,24 @@ def block(old: "VmInfo", new: str, disks: list[tuple[str, str]]) -> list[str]:
         lines.append(f"    # its command line, if it has one, is in the block of {old.name}")
     if old.files.initrd:
         lines.append(f"    initrd {quoted(old.files.initrd)}")
-    lines += [f"    disk {quoted(path)} format {image_format}" for path, image_format in disks]
+    for index, (path, image_format) in enumerate(disks):
+        lines.append(f"    disk {quoted(path)} format {image_format} {limits.disks.get(index, '')}".rstrip())
     if old.files.cdrom:
         lines.append(f"    cdrom {quoted(old.files.cdrom)}")
-    lines += [f"    {interface(nic)}" for nic in old.nics]
+    lines += [f"    {interface(nic, limits.nics.get(index, ''))}" for index, nic in enumerate(old.nics)]
+    if limits.vm:
+        lines.append(f"    {limits.vm}")
     return [*lines, "}"]
 
 
-def interface(nic: "NicInfo") -> str:
+def interface(nic: "NicInfo", limited: str) -> str:
     """Return an interface like another one."""
     words = f"{'local ' if nic.local else ''}interface"
     options = [f'switch "{nic.switch}"'] if nic.switch else []
     if nic.locked:
         options.append("locked lladdr")
+    if limited:
+        options.append(limited)
     return f"{words} {{ {' '.join(options)} }}" if options else words
 
 

@@ -1,0 +1,38 @@
+"""The block that vmctl clone prints."""
+
+import pytest
+
+from vmctl.commands.clone import Limits, block
+from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
+from vmd.ipc.messages.clients import NicInfo, VmFiles, VmInfo
+from vmd.ipc.messages.figures import VmFigures
+
+
+@pytest.mark.parametrize(
+    ("figures", "lines"),
+    [
+        ([], ['disk "/a" format raw', "interface", "local interface"]),
+        (
+            [VmFigures(
+                vmid=1, name="old", uid=0, state="stopped", disks=(DiskFigures(index=0, rate_limit=65537),),
+                nics=(NicFigures(index=0, rate_limit=5 << 20), NicFigures(index=1)), limit=LimitFigures(cpu_percent=50),
+            )],
+            ['disk "/a" format raw limit rate 65537', "interface { limit rate 5M }", "local interface",
+             "limit { cpu 50% }"],
+        ),
+    ],
+)  # fmt: skip
+def test_limits_are_those_of_the_old_vm(figures: list[VmFigures], lines: list[str]) -> None:
+    """Each where it belongs, in whole units."""
+    nics = [
+        NicInfo(index=index, tap="", switch="", lladdr=b"", up=True, locked=False, local=local)
+        for index, local in enumerate((False, True))
+    ]
+    old = VmInfo(
+        vmid=1, name="old", pid=0, memory_bytes=512 << 20, resident_bytes=0, vcpus=1, tty="", owner="", uid=0,
+        gid=0, state="stopped", files=VmFiles(), nics=tuple(nics),
+    )  # fmt: skip
+
+    assert block(old, "new", [("/a", "raw")], Limits(figures)) == [
+        'vm "new" {', "    memory 512M", *(f"    {line}" for line in lines), "}"
+    ]  # fmt: skip
