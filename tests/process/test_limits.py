@@ -1,6 +1,8 @@
 """Limits on what VMs may have of the host together, asked of a daemon; and what hundreds of them cost it."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, load_modules
 from tests.support.network import Network
+from tests.support.program import changed_program
 from vmd.config.model import DEFAULT_LIMIT_VMS
+from vmd.parent.groups import HOST, LIMIT
 from vmd.parent.limits import FILES_BESIDES, FILES_PER_VM, host_memory_bytes
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
@@ -72,6 +76,37 @@ def test_limits_change_with_the_configuration(tmp_path: Path) -> None:
         extra.write_text("limit vms 3\n")
         vmd.must("load", extra)
         vmd.must("start", "smp")
+
+
+# What a kernel says of a group when it has killed something there; the one here may have no controller for memory.
+KILLED = """
+
+def memory_lack(group):
+    return {lack!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("lack", "words"), [(LIMIT, "memory limit of 160M reached: "), (HOST, "host out of memory: ")], ids=[LIMIT, HOST]
+)
+def test_a_vm_that_was_killed_for_its_memory_says_so(tmp_path: Path, lack: str, words: str) -> None:
+    """In the log, in `vmctl status` and in the event; the next end says nothing of it."""
+    code = changed_program(tmp_path / "code", {"vmd/parent/groups.py": KILLED.format(lack=lack)})
+    with Daemon(tmp_path, block("a", "limit { memory 160M }"), code=code) as vmd:
+        vmd.must("start", "a")
+        os.kill(vmd.status("a")["pid"], signal.SIGKILL)
+        vmd.wait_state("a", "stopped")
+        row = vmd.status("a")
+        events = [json.loads(line) for line in vmd.must("events", "-l", "--json", "a").splitlines()]
+        vmd.must("start", "a")
+        vmd.must("stop", "-fw", "a")
+        again = vmd.status("a")
+        text = vmd.log
+    expected = words + "vm process was killed by SIGKILL"
+    assert row["ended"]["text"] == expected
+    assert (events[-1]["event"], events[-1]["text"]) == ("crash", expected)
+    assert f"a: terminated vm 1: {expected}" in text
+    assert lack not in again["ended"]["text"]
 
 
 def test_a_batch_goes_as_far_as_the_limit(tmp_path: Path) -> None:

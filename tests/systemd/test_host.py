@@ -180,7 +180,9 @@ def test_out_of_memory(seen: dict[str, Any]) -> None:
     """The VM that has too much of it ends, and no other; nobody stops the guests' unit for that."""
     assert ours(seen["before"], "second")
     assert ours(seen["after"], "second") == {}
-    assert any("second: terminated" in line and "killed by SIGKILL" in line for line in seen["said"])
+    ends = [line for line in seen["said"] if "second: terminated" in line]
+    assert all("memory limit reached: " in line and "killed by SIGKILL" in line for line in ends)
+    assert len(ends) == 1
     assert ours(seen["before"], "full")
     assert ours(seen["after"], "full") == ours(seen["before"], "full")
     assert set(seen["scope"]) == {"ActiveState=active", "Result=success", "MemoryAccounting=no"}

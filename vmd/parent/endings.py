@@ -2,6 +2,8 @@
 
 from vmd.config.model import BootDevice
 from vmd.ipc.messages.vm import Outcome
+from vmd.parent.groups import HOST
+from vmd.scaled import fmt_scaled
 
 POWERED_OFF = "powered off"  # by its guest, unasked
 STOPPED = "stopped"  # by its guest, as asked
@@ -11,6 +13,14 @@ SENT = "sent"
 FAILED = "failed"  # it could not be started, or could not go on
 
 AS_ASKED = "stopped as asked"
+
+
+def for_lack_of_memory(lack: str, limit_bytes: int, text: str) -> str:
+    """Return why a VM has ended of which the kernel has killed a process; `lack` is one of `groups.memory_lack`."""
+    if lack == HOST:
+        return f"host out of memory: {text}"
+    size = f" of {fmt_scaled(limit_bytes)}" if limit_bytes else ""
+    return f"memory limit{size} reached: {text}"
 
 
 def how_it_ended(outcome: Outcome, *, asked: bool, sent: bool) -> str:

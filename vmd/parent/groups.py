@@ -39,6 +39,7 @@ CONTROLLER = "pids"
 # processors comes with the first limit: from then on VMs share them by VM, and no longer by thread.
 MEMORY, CPU = "memory", "cpu"
 CPU_PERIOD_US = 100_000
+LIMIT, HOST = "memory limit", "host"  # whose end some process of a VM has come to
 
 
 def directory_of(pid: int) -> str:
@@ -142,6 +143,16 @@ def limit(group: str, limits: VmLimits) -> dict[str, list[str]]:
     return missing
 
 
+def memory_lack(group: str) -> str:
+    """Return for lack of which memory the kernel has killed a process of a group: LIMIT, HOST, or "" if it has not."""
+    counted: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError), open(f"{group}/memory.events", encoding="ascii") as file:
+        counted = dict(line.split() for line in file)
+    if counted.get("oom_kill", "0") == "0":
+        return ""
+    return HOST if counted.get("oom", "0") == "0" else LIMIT
+
+
 class Groups:
     """The groups of one daemon's VMs."""
 
@@ -170,11 +181,13 @@ class Groups:
         except OSError as error:
             raise HostError(f"make {path}", error) from error
 
-    def end(self, number: int) -> None:
-        """Kill what is left in a group of ours, and have it removed."""
+    def end(self, number: int) -> str:
+        """Kill what is left in a group of ours, and have it removed; return which memory it has lacked."""
+        lack = memory_lack(self._path(number))
         with contextlib.suppress(HostError):  # before Linux 5.14 there is no such file
             write(f"{self._path(number)}/cgroup.kill", "1")
         self._over.add(number)
+        return lack
 
     def remove(self) -> bool:
         """Remove the groups that are over; return whether some are left, with processes that have not ended yet."""

@@ -376,6 +376,7 @@ class Life:
     def go_on_after(self, message: VmExited) -> None:
         """A VM process is gone, now or in the time of an earlier parent.  Raises PeerError."""
         vm = self.vms.living(message.vmid)
+        lack, vm.memory_lack = vm.memory_lack, ""
         if vm.revive is not None:
             revive, vm.revive = vm.revive, None
             revive()
@@ -385,6 +386,9 @@ class Life:
         how = endings.how_it_ended(message.outcome, asked=asked, sent=vm.sent is not None)
         if vm.receiving is not None and vm.receiving.failure:
             how = endings.FAILED
+        elif lack and message.outcome in (Outcome.FAILED, Outcome.KILLED):
+            limit = (vm.running_config or vm.config).limit
+            text = endings.for_lack_of_memory(lack, limit.memory_bytes, text)
         elif how == endings.STOPPED and message.outcome is Outcome.REBOOT:
             text = endings.AS_ASKED
         elif how == endings.REBOOTED and vm.receiving is None:

@@ -48,11 +48,13 @@ class Slots:
                 log.warn(f"{error}: the next VM has no control group of its own")
         self.peers.send(Proc.VMM, VmSlot(uid=uid, group=group), fds=fds)
 
-    def over(self, groups: "Groups | None", number: int) -> None:
-        """A VM process has ended: so does all that it may have left."""
-        if groups is not None and number:
-            groups.end(number)
-            self.remove()
+    def over(self, groups: "Groups | None", number: int) -> str:
+        """A VM process has ended: so does all that it may have left.  Returns which memory it has lacked."""
+        if groups is None or not number:
+            return ""
+        lack = groups.end(number)
+        self.remove()
+        return lack
 
     def remove(self) -> None:
         """Remove groups that are empty, and come back for the others."""

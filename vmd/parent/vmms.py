@@ -142,8 +142,12 @@ class Vmms:
     def on_slot_over(self, message: "VmSlotOver", channel: "Channel") -> None:
         """A VM process has ended, and there is nothing left of it."""
         generation = self.generations.find(channel)
-        if generation is not None:
-            self.core.slots.over(generation.groups, message.group)
+        if generation is None:
+            return
+        lack = self.core.slots.over(generation.groups, message.group)
+        vm = self.core.vms.find(message.vmid, "")
+        if lack and vm is not None:
+            vm.memory_lack = lack  # its end is told next
 
     def on_lost(self, channel: "Channel", error: "PeerError | None") -> None:
         """A vmm has died or cannot be trusted, and every VM that it had dies with it.

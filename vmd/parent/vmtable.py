@@ -143,6 +143,7 @@ class Vm:
         self.notes: tuple[str, ...] = ()  # what its operator should know of how it started
         self.text = ""  # why it stopped
         self.code = errno.EIO  # ... as an errno
+        self.memory_lack = ""  # which memory its process has lacked that has just ended (`groups.memory_lack`)
         self.ended_s = -LOCKS_LINGER_S
         self.next_config: VmConfig | None = None  # takes effect when this life is over
         self.resetting = False  # `vmctl reset` has killed it: as good as forgotten

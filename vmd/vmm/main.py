@@ -103,11 +103,11 @@ class Vmm(Process):
         while len(self.slots) > SLOTS_MAX:
             self.slot_over(self.slots.pop(0))
 
-    def slot_over(self, slot: Slot) -> None:
-        """Give a slot back that has no process, and will have none."""
+    def slot_over(self, slot: Slot, vmid: int = 0) -> None:
+        """Give a slot back that has no process, and will have none; `vmid` is the VM of that which it had."""
         slot.close()
         if slot.group:
-            self.parent.send(VmSlotOver(group=slot.group))
+            self.parent.send(VmSlotOver(group=slot.group, vmid=vmid))
 
     def fill_reserve(self) -> None:
         """Have one VM process ready for the next start."""
@@ -317,8 +317,9 @@ class Vmm(Process):
             log.warn(f"reserve: {text or 'exited'}")
             self.pass_log(child)
             return
-        self.slot_over(child.slot)
-        if self.running.get(child.vmid) is child:
+        known = self.running.get(child.vmid) is child
+        self.slot_over(child.slot, child.vmid if known else 0)
+        if known:
             self.exited(child, outcome, child.last_words or text)
 
     def exited(self, child: VmChild, outcome: Outcome, text: str) -> None:

@@ -82,6 +82,29 @@ def test_a_group_has_the_limits_of_its_vm(tmp_path: Path) -> None:
     assert tree.controllers() == ["", ""]
 
 
+@pytest.mark.parametrize(
+    ("text", "lack"),
+    [
+        (None, ""),
+        ("", ""),
+        ("no pair\n", ""),
+        ("low 0\nhigh 0\nmax 12\noom 3\noom_kill 0\n", ""),  # others have given way
+        ("low 0\nhigh 0\nmax 12\noom 1\noom_kill 3\noom_group_kill 1\n", groups.LIMIT),
+        ("low 0\nhigh 0\nmax 0\noom 0\noom_kill 1\n", groups.HOST),
+        ("oom_kill 1\n", groups.HOST),
+    ],
+)
+def test_whose_memory_was_at_its_end(tmp_path: Path, text: str | None, lack: str) -> None:
+    """As the group has it when its last process is gone, just before it is removed."""
+    made = groups.Groups(str(tmp_path), limited=False)
+    group = tmp_path / "vm-1"
+    group.mkdir()
+    if text is not None:
+        (group / "memory.events").write_text(text)
+
+    assert made.end(1) == lack
+
+
 @pytest.mark.parametrize(("name", "above"), [("vmd-guests-0", "+cpu"), ("vmd-guests-0.scope", "")])
 def test_the_controller_for_processors_comes_with_the_first_limit(tmp_path: Path, name: str, above: str) -> None:
     """In a scope systemd has it switched on above."""

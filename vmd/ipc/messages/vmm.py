@@ -36,6 +36,7 @@ class VmSlotOver(Record):
     """The process is reaped, or there will be none."""
 
     group: int
+    vmid: int = 0  # of the VM that has ended with it, which is told next; 0: none
 
 
 @message(0xC2, (Proc.PARENT, Proc.VMM), fds=("log",), answered_by=("VmHeld", "VmsHeld"))
