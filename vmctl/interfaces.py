@@ -7,6 +7,11 @@ from vmctl.output import clean
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.messages.clients import NicInfo
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.config.model import Forward
+
+PAIR = 31  # the length of a network of guest and host alone
 # Why frames were dropped, in words, and nothing of what did not happen.
 RECEIVE_DROPS = (
     ("rx_no_room", "larger than the guest's buffers"),
@@ -53,13 +58,14 @@ def describe(vm_name: str, nic: NicInfo) -> list[str]:
     addresses = address_words(nic)
     if addresses:
         lines.append(f"    {addresses}")
+    lines += [f"    forward {forward_words(forward)}" for forward in nic.forwards]
     if not nic.tap:
         return lines
     figures = dict(zip(COUNTER_NAMES, nic.counters, strict=False))
     if not figures:
         return [*lines, "    no counters: its process has not answered"]
     if nic.local:
-        lines.append(f"    {lease_words(figures)}")
+        lines.append(f"    {lease_words(nic, figures)}")
         unanswered = counted_words(figures, UNANSWERED)
         if unanswered:
             lines.append(f"    DHCP requests not answered: {unanswered}")
@@ -72,21 +78,34 @@ def address_words(nic: NicInfo) -> str:
     """Return the addresses of a `local` interface."""
     parts = []
     if nic.host4:
-        parts.append(f"host {text4(nic.host4)}, guest {text4(nic.guest4)}")
+        length = f"/{nic.length4}" if nic.length4 != PAIR else ""
+        parts.append(f"host {text4(nic.host4)}, guest {text4(nic.guest4)}{length}")
     if nic.prefix6:
         parts.append(f"prefix {text6(nic.prefix6)}/64")
     return ", ".join(parts)
 
 
-def lease_words(figures: dict[str, int]) -> str:
+def forward_words(forward: "Forward") -> str:
+    """Return a forward as vm.conf has it."""
+    return f"{forward} from {source_text(forward)}" if forward.source is not None else str(forward)
+
+
+def source_text(forward: "Forward") -> str:
+    """Return whom a forward is for; "" for everybody."""
+    source = forward.source
+    return f"{text4(source.address)}/{source.length}" if source is not None else ""
+
+
+def lease_words(nic: NicInfo, figures: dict[str, int]) -> str:
     """Return whether the guest has got its address from us."""
     if not figures["lease_s"]:
         return "lease released" if figures.get("dhcp_releases") else "no lease given"
     try:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(figures["lease_s"]))
+        when = time.strftime(" %Y-%m-%d %H:%M:%S", time.localtime(figures["lease_s"]))
     except (OverflowError, ValueError, OSError):
-        return "lease given"  # the number comes from the VM
-    return f"lease given {when}"
+        when = ""  # the number comes from the VM
+    whom = f" to {clean(nic.lease_name)}" if nic.lease_name else ""
+    return f"lease {text4(nic.guest4)} given{when}{whom}"
 
 
 def traffic_words(figures: dict[str, int], direction: str, drops: tuple[tuple[str, str], ...]) -> str:
@@ -115,8 +134,28 @@ def as_json(nic: NicInfo) -> dict[str, object]:
         "guest4": text4(nic.guest4) or None,
         "host4": text4(nic.host4) or None,
         "prefix6": f"{text6(nic.prefix6)}/64" if nic.prefix6 else None,
+        "prefix4_length": nic.length4 if nic.local else None,
+        "forwards": [
+            {
+                "protocol": forward.protocol,
+                "port": forward.port,
+                "count": forward.count,
+                "to": forward.to,
+                "from": source_text(forward) or None,
+            }
+            for forward in nic.forwards
+        ],
+        "lease": lease(nic),
         "counters": dict(zip(COUNTER_NAMES, nic.counters, strict=False)) or None,
     }
+
+
+def lease(nic: NicInfo) -> dict[str, object] | None:
+    """Return what is known of the lease of an interface's guest; None if it has none."""
+    since_s = dict(zip(COUNTER_NAMES, nic.counters, strict=False)).get("lease_s")
+    if not nic.local or not since_s:
+        return None
+    return {"address": text4(nic.guest4), "hostname": clean(nic.lease_name) or None, "since": since_s}
 
 
 def text4(address: bytes) -> str:

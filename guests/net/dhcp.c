@@ -1,17 +1,23 @@
 /* One question to the host's DHCP server (RFC 2131):
  *
- *     dhcp [legacy]    send DISCOVER; the answer is "offer A servers B ...", with the address and the name servers */
+ *     dhcp [legacy]          send DISCOVER; the answer is "offer A servers B ...", with the address and the name servers
+ *     dhcp [legacy] lease    send REQUEST, as a host called guest-of-net; the answer is "ack A servers B ..."
+ *
+ * and in either case, on a line of its own, "called NAME DOMAIN", as far as one is told. */
 
 #include "net.h"
 
 enum {
     IP_AT = ETHERNET, UDP_AT = IP_AT + 20, BODY_AT = UDP_AT + 8, OPTIONS_AT = BODY_AT + 240,
-    QUESTION = OPTIONS_AT + 4, IP_SUM = IP_AT + 10, OFFERED_AT = BODY_AT + 16,
+    IP_SUM = IP_AT + 10, OFFERED_AT = BODY_AT + 16,
     PORT_SERVER = 67, PORT_CLIENT = 68, IP_UDP = 17, TRANSACTION = 0x4711,
-    OPTION_SERVERS = 6, OPTION_END = 255,
+    OPTION_SERVERS = 6, OPTION_HOST = 12, OPTION_DOMAIN = 15, OPTION_TYPE = 53, OPTION_END = 255, ACK = 5,
 };
 
-static const uint8_t options[] = {53, 1, 1, OPTION_END}; /* DISCOVER */
+static const uint8_t discover[] = {OPTION_TYPE, 1, 1, OPTION_END};
+static const uint8_t request[] = {
+    OPTION_TYPE, 1, 3, OPTION_HOST, 12, 'g', 'u', 'e', 's', 't', '-', 'o', 'f', '-', 'n', 'e', 't', OPTION_END,
+};
 
 static uint16_t sum_of(const uint8_t *packet)
 {
@@ -24,33 +30,34 @@ static uint16_t sum_of(const uint8_t *packet)
     return (uint16_t)~sum;
 }
 
-static void build_question(struct slot *slot)
+static void build_question(struct slot *slot, const uint8_t *options, uint32_t length)
 {
+    const uint32_t question = OPTIONS_AT + length;
     static const uint8_t cookie[] = {0x63, 0x82, 0x53, 0x63};
     uint8_t *frame = slot->base;
 
-    memset(frame, 0, QUESTION);
+    memset(frame, 0, question);
     memset(frame, 0xFF, LLADDR);
     memcpy(frame + LLADDR, nic.lladdr, LLADDR);
     put16(frame + 12, TYPE_IPV4);
     frame[IP_AT] = 0x45;
-    put16(frame + IP_AT + 2, QUESTION - IP_AT);
+    put16(frame + IP_AT + 2, question - IP_AT);
     frame[IP_AT + 8] = 64;
     frame[IP_AT + 9] = IP_UDP;
     memset(frame + IP_AT + 16, 0xFF, 4);
     put16(frame + IP_SUM, sum_of(frame + IP_AT));
     put16(frame + UDP_AT, PORT_CLIENT);
     put16(frame + UDP_AT + 2, PORT_SERVER);
-    put16(frame + UDP_AT + 4, QUESTION - UDP_AT);
+    put16(frame + UDP_AT + 4, question - UDP_AT);
     frame[BODY_AT] = 1; /* a request, of Ethernet, whose addresses have six bytes */
     frame[BODY_AT + 1] = 1;
     frame[BODY_AT + 2] = LLADDR;
     put16(frame + BODY_AT + 6, TRANSACTION);
     memcpy(frame + BODY_AT + 28, nic.lladdr, LLADDR);
     memcpy(frame + BODY_AT + 236, cookie, sizeof(cookie));
-    memcpy(frame + OPTIONS_AT, options, sizeof(options));
+    memcpy(frame + OPTIONS_AT, options, length);
     slot->frame = slot->base;
-    slot->length = QUESTION;
+    slot->length = question;
     slot->piece = 0;
     slot->header = (struct net_header){0};
 }
@@ -66,15 +73,39 @@ static void print_address(const uint8_t *at)
     print(" %u.%u.%u.%u", at[0], at[1], at[2], at[3]);
 }
 
+/* Return where the data of an option is, behind its length; NULL if it is not there. */
+static const uint8_t *find_option(const uint8_t *frame, uint32_t length, uint8_t code)
+{
+    for (uint32_t at = OPTIONS_AT; at + 2 <= length && frame[at] != OPTION_END; at += 2u + frame[at + 1])
+        if (frame[at] == code && at + 2 + frame[at + 1] <= length)
+            return frame + at + 1;
+    return NULL;
+}
+
+static void print_text(const uint8_t *option)
+{
+    print(" ");
+    for (uint32_t i = 1; i <= option[0]; i++)
+        print("%c", option[i]);
+}
+
 static void print_answer(const uint8_t *frame, uint32_t length)
 {
-    print("offer");
+    const uint8_t *type = find_option(frame, length, OPTION_TYPE);
+    const uint8_t *servers = find_option(frame, length, OPTION_SERVERS);
+    const uint8_t *host = find_option(frame, length, OPTION_HOST);
+    const uint8_t *domain = find_option(frame, length, OPTION_DOMAIN);
+
+    print(type && type[1] == ACK ? "ack" : "offer");
     print_address(frame + OFFERED_AT);
     print(" servers");
-    for (uint32_t at = OPTIONS_AT; at + 2 <= length && frame[at] != OPTION_END; at += 2u + frame[at + 1])
-        if (frame[at] == OPTION_SERVERS)
-            for (uint32_t i = 0; i + 4 <= frame[at + 1] && at + 2 + i + 4 <= length; i += 4)
-                print_address(frame + at + 2 + i);
+    for (uint32_t i = 1; servers && i + 3 <= servers[0]; i += 4)
+        print_address(servers + i);
+    print("\ncalled");
+    if (host)
+        print_text(host);
+    if (domain)
+        print_text(domain);
     print("\n");
 }
 
@@ -87,7 +118,10 @@ void ask_dhcp(const char *line)
 
     if (!start_nic(&way) || !(slot = take_slot(false)))
         return;
-    build_question(slot);
+    if (has_word(line, "lease"))
+        build_question(slot, request, sizeof(request));
+    else
+        build_question(slot, discover, sizeof(discover));
     send_slot(slot);
     kick_tx();
     while (!answered && wait_for_frame())

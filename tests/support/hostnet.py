@@ -16,7 +16,9 @@ from tests.support.network import Interface, Network
 from vmd.parent.identity import FILE, Identities
 from vmd.priv.sysctl import state_path
 
-MODULES = ("vrf", "tun", "bridge", "veth", "overlay", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet")
+MODULES = (
+    "vrf", "tun", "bridge", "veth", "overlay", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet", "nft_nat",
+)  # fmt: skip
 ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
 
 

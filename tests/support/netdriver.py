@@ -56,11 +56,11 @@ class Received(NamedTuple):
 def net_start(
     *, lladdr: bytes = LLADDR, host_lladdr: bytes = bytes(6), flags: int = 0, mtu: int = 0,
     guest4: bytes = bytes(4), host4: bytes = bytes(4), host_ll: bytes = bytes(16), prefix6: bytes = bytes(16),
-    dns4: Sequence[bytes] = (), dns6: Sequence[bytes] = (),
+    dns4: Sequence[bytes] = (), dns6: Sequence[bytes] = (), length4: int = 31,
 ) -> bytes:  # fmt: skip
     """Return devmsg.NET."""
     servers = b"".join(dns4), b"".join(dns6)
-    return devmsg.NET.pack(lladdr, host_lladdr, flags, mtu, guest4, host4, host_ll, prefix6, *servers)
+    return devmsg.NET.pack(lladdr, host_lladdr, flags, mtu, guest4, host4, host_ll, prefix6, *servers, length4)
 
 
 class NetDriver:

@@ -7,9 +7,10 @@ import ipaddress
 import pwd
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+from vmd.config import rules
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
-from vmd.config.model import IDS, ROOT, WHEEL, Config, Globals, SwitchConfig, VmConfig
+from vmd.config.model import IDS, ROOT, WHEEL, Config, Globals, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import VmdError, sentence
 from vmd.nearest import meant
 from vmd.scaled import fmt_scaled
@@ -135,6 +136,9 @@ def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] =
                 check_unique(vm, f"interface {nic.tap}", taps, warn)
             if nic.lladdr:
                 check_unique(vm, f"lladdr {nic.lladdr.hex(':')}", lladdrs, warn)
+            if nic.forwards and not config.settings.local_nat:
+                warn(f'{vm.origin}: vm "{vm.name}": interface {index}: forward: not without NAT (local nat disable)')
+    check_locals(config.vms, warn)
     return config.replace(switches=tuple(switches.values()))
 
 
@@ -255,6 +259,24 @@ def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:
         warn(f'{vm.origin}: vm "{vm.name}": memory {sizes[0]} is more than limit memory {sizes[1]}')
     if vm.vcpus > settings.limit_vcpus:
         warn(f'{vm.origin}: vm "{vm.name}": vcpus {vm.vcpus} are more than limit vcpus {settings.limit_vcpus}')
+
+
+def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
+    """Warn of VMs that want a port of the host, or a fixed address, that another one wants too."""
+    seen: list[tuple[VmConfig, NicConfig]] = []
+    for vm in vms:
+        for nic in vm.nics:
+            for other, theirs in ((other, each) for other, each in seen if other is not vm):
+                for forward, taken in ((ours, each) for ours in nic.forwards for each in theirs.forwards):
+                    if forward.overlaps(taken):
+                        what = f'forward {forward}: vm "{other.name}" has {taken}'
+                        warn(f'{vm.origin}: vm "{vm.name}": {what}: only one of them can run')
+                ours, fixed = nic.address, theirs.address
+                if ours is not None and fixed is not None and rules.same_network(ours, fixed):
+                    what = f'address {rules.shown_prefix(ours)}: vm "{other.name}" has {rules.shown_prefix(fixed)}'
+                    warn(f'{vm.origin}: vm "{vm.name}": {what}: only one of them can run')
+            if nic.forwards or nic.address is not None:
+                seen.append((vm, nic))
 
 
 def check_unique(vm: VmConfig, what: str, users: dict[str, str], warn: Warn) -> None:

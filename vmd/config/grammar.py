@@ -669,8 +669,11 @@ class Grammar:
         """vm_option : nic_name
                      | nic_name nic_row
                      | nic_name '{' nic_body '}'"""
+        nic = NicConfig(**self.nic)
+        self.value(rules.local_options, nic, nic)
+        self.value(rules.apart, (*self.draft.nics, nic), tuple(self.draft.nics))
         if self.value(rules.nic_count, len(self.draft.nics) + 1, 0):
-            self.draft.nics.append(NicConfig(**self.nic))
+            self.draft.nics.append(nic)
 
     def p_nic_name(self, p: Production) -> None:
         """nic_name : INTERFACE optional_string
@@ -736,6 +739,37 @@ class Grammar:
     def p_nic_limit(self, p: Production) -> None:
         """nic_option : LIMIT rate"""
         self.nic["rate_limit"] = p[2]
+
+    def p_nic_address(self, p: Production) -> None:
+        """nic_option : ADDRESS string"""
+        if self.first_of_nic("address"):
+            self.nic["address"] = self.value(values.nic_address, p[2], None)
+
+    def p_nic_forward(self, p: Production) -> None:
+        """nic_option : FORWARD forward_words"""
+        forward = self.value(values.forward, p[2], None)
+        if forward is not None:
+            self.nic["forwards"] = (*self.nic.get("forwards", ()), forward)
+
+    def p_forward_words(self, p: Production) -> None:
+        """forward_words : forward_word
+                         | forward_words forward_word"""
+        p[0] = [p[1]] if len(p) == 2 else [*p[1], p[2]]
+
+    def p_forward_word(self, p: Production) -> None:
+        """forward_word : NUMBER
+                        | STRING"""
+        p[0] = str(p[1])
+
+    def p_nic_dns(self, p: Production) -> None:
+        """nic_option : DNS strings"""
+        if self.first_of_nic("dns"):
+            self.nic["dns"] = self.value(values.name_servers, p[2], NicConfig().dns)
+
+    def p_nic_host_name(self, p: Production) -> None:
+        """nic_option : HOSTNAME string"""
+        if self.first_of_nic("host_name", "hostname"):
+            self.nic["host_name"] = self.value(rules.host_name, p[2], "")
 
     # who may make instances of a VM
 
@@ -813,7 +847,14 @@ class Grammar:
             return False
         return True
 
-    def value(self, read: Callable[[Any], T], text: int | str | list[str], default: T) -> T:
+    def first_of_nic(self, field: str, what: str = "") -> bool:
+        """Return whether a field of the interface has not been given yet; report it if it has."""
+        if field in self.nic:
+            self.error(f"{what or field} specified more than once")
+            return False
+        return True
+
+    def value(self, read: Callable[[Any], T], text: object, default: T) -> T:
         """Return a value of `values.py`; a bad one is reported and replaced, so that parsing goes on."""
         try:
             return read(text)

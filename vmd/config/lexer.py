@@ -33,21 +33,22 @@ RESERVED = frozenset({
 # In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
 BLOCK_WORDS = frozenset({
     "vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep", "limit", "cpu", "weight", "iops",
-    "rate",
+    "rate", "address", "dns", "forward", "hostname",
 })  # fmt: skip
+NIC_WORDS = frozenset({"address", "dns", "forward", "hostname", "limit"})
 # ... except that these end the strings of a statement, or a part of one, that begins so ...
 ENDING_WORDS = {
     "boot": frozenset({"initrd", "cmdline"}),
     "disk": frozenset({"serial", "limit"}),
     "log": frozenset({"size", "keep"}),
-    "limit": frozenset({"iops", "rate", "serial", "limit"}),  # of a disk
+    "limit": frozenset({"iops", "rate", "serial"}) | NIC_WORDS,  # of a disk, or an interface
     "memory": frozenset({"cpu", "weight"}),  # in a block of limits
     "cpu": frozenset({"weight"}),
-    **dict.fromkeys(("interface", "switch", "group", "lladdr"), frozenset({"limit"})),
+    **dict.fromkeys(("interface", "switch", "group", "lladdr", *NIC_WORDS - {"limit"}), NIC_WORDS),
 }
 STRING_FOLLOWS = frozenset({
-    "BOOT", "CDROM", "CMDLINE", "DISK", "FORMAT", "GROUP", "INITRD", "INTERFACE", "LLADDR", "LOG", "MEMORY",
-    "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
+    "ADDRESS", "BOOT", "CDROM", "CMDLINE", "DISK", "DNS", "FORMAT", "FORWARD", "GROUP", "HOSTNAME", "INITRD",
+    "INTERFACE", "LLADDR", "LOG", "MEMORY", "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
 })  # fmt: skip
 # ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids, what is limited, and
 # `metrics listen`.
@@ -59,7 +60,7 @@ METRICS_WORDS = frozenset({"listen"})
 TOKENS = (
     *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # those two mean nothing yet
     *(word.upper() for word in sorted(BLOCK_WORDS)),
-    "DNS", "IDS", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
+    "IDS", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
 LITERALS = "{},="
 

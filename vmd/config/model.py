@@ -38,6 +38,10 @@ MAX_LOG_BYTES = 1 << 40
 MAX_LOGS_KEPT = 99
 MAX_RDOMAIN = 255
 MAX_NAME_SERVERS = 3  # of each family
+FIXED_LENGTHS = range(16, 32)  # of the network that an interface with a fixed address is alone in
+MAX_FORWARDS = 16  # of an interface
+MAX_FORWARDED = 1024  # ports of one forward
+PORT_MAX = 65535
 MAX_INET6_PREFIX = 60  # leaves subnet ids for the four interfaces of three VMs; a /64 has none
 
 # Up to this length a route is a default route, perhaps in halves, as VPNs make it: every address is inside it.
@@ -110,6 +114,43 @@ class DiskConfig(Record):
     rate_limit: int = 0  # bytes a second, read and written together; 0: no limit
 
 
+class Prefix(Record):
+    """An address range: packed address and prefix length."""
+
+    address: bytes
+    length: int
+
+
+class Forward(Record):
+    """`forward [tcp|udp] port N[:M] to port K [from A/P]`: ports of the host that a guest serves."""
+
+    port: int  # the first one, of the host
+    to: int  # ... and of the guest
+    count: int = 1
+    udp: bool = False
+    source: Prefix | None = None  # whom it is for; None: everybody
+
+    @property
+    def protocol(self) -> str:
+        """Its name."""
+        return "udp" if self.udp else "tcp"
+
+    @property
+    def ports(self) -> range:
+        """The ports of the host."""
+        return range(self.port, self.port + self.count)
+
+    def overlaps(self, other: "Forward") -> bool:
+        """Return whether both want the same port."""
+        ours, theirs = self.ports, other.ports
+        return self.udp == other.udp and ours.start < theirs.stop and theirs.start < ours.stop
+
+    def __str__(self) -> str:
+        """Return it as in vm.conf, but for whom it is."""
+        last = f":{self.ports[-1]}" if self.count > 1 else ""
+        return f"{self.protocol} port {self.port}{last} to port {self.to}"
+
+
 class NicConfig(Record):
     """`[local] interface ...`; a zero-length lladdr gets a random address when the VM is registered."""
 
@@ -122,6 +163,11 @@ class NicConfig(Record):
     rdomain: int | None = None
     up: bool = True
     rate_limit: int = 0  # bytes a second in each direction; 0: no limit
+    # Ours, and of `local` ones only:
+    address: Prefix | None = None  # the guest's; None: one out of `local prefix`
+    forwards: tuple[Forward, ...] = ()
+    dns: tuple[bytes, ...] = ()  # name servers that its guest is told; none: those of all
+    host_name: str = ""  # that its guest is told; "": the VM's name
 
 
 class VmLimits(Record):
@@ -163,13 +209,6 @@ class AllowInstance(Record):
 
     flags: VmFlag = VmFlag(0)
     owner: Owner | None = None
-
-
-class Prefix(Record):
-    """An address range: packed address and prefix length."""
-
-    address: bytes
-    length: int
 
 
 class VmConfig(Record):
@@ -215,6 +254,15 @@ def with_limits(config: VmConfig, wanted: VmConfig) -> VmConfig:
     for index, (nic, other) in enumerate(zip(config.nics, wanted.nics, strict=False)):
         nics[index] = nic.replace(rate_limit=other.rate_limit)
     return config.replace(limit=wanted.limit, disks=tuple(disks), nics=tuple(nics))
+
+
+def with_forwards(config: VmConfig, wanted: VmConfig) -> VmConfig:
+    """Return a VM as it is, with the forwards that another configuration has for the same interfaces."""
+    nics = list(config.nics)
+    for index, (nic, other) in enumerate(zip(config.nics, wanted.nics, strict=False)):
+        if nic.local and other.local:
+            nics[index] = nic.replace(forwards=other.forwards)
+    return config.replace(nics=tuple(nics))
 
 
 class SwitchConfig(Record):

@@ -14,14 +14,18 @@ from vmd.config.model import (
     BESIDES_BYTES,
     CMDLINE_MAX,
     CPU_PERCENTS,
+    FIXED_LENGTHS,
     GROUP_MAX,
     IFNAME_MAX,
     IOPS,
     MAX_DISKS,
+    MAX_FORWARDED,
+    MAX_FORWARDS,
     MAX_INET6_PREFIX,
     MAX_LOG_BYTES,
     MAX_LOGS_KEPT,
     MAX_MEMORY_BYTES,
+    MAX_NAME_SERVERS,
     MAX_NICS,
     MAX_RDOMAIN,
     MAX_VCPUS,
@@ -29,6 +33,7 @@ from vmd.config.model import (
     MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
+    PORT_MAX,
     RATES,
     SERIAL_MAX,
     WEIGHTS,
@@ -43,13 +48,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from vmd.config.model import DiskConfig, NicConfig
+    from vmd.config.model import DiskConfig, Forward, NicConfig
 
 DISK_FORMATS = ("raw", "qcow2")
 UID_MAX = (1 << 32) - 2  # the next one means "no change" to chown(2)
 VMID_MAX = (1 << 31) - 1
 LOCAL_PREFIX_BITS = 16  # at most, and by default: VM id and NIC live in the other half of the address
 LLADDR_BYTES = 6
+HOST_NAME_MAX, LABEL_MAX = 255, 63
 HOST_TABLES = (253, 254, 255)  # routing tables default, main and local: no VRF can have them
 LOG_NAME_MAX = 255 - NAME_MAX - 3  # bytes of a file name, with a VM's name and `.99` in it
 SHOWN_MAX = 80  # characters of a value in a sentence
@@ -57,6 +63,7 @@ SHOWN_MAX = 80  # characters of a value in a sentence
 DIGITS = frozenset("0123456789")
 LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
 NAME_FIRST = LETTERS | DIGITS
+LABEL = NAME_FIRST | {"-"}
 NAME_OTHER = NAME_FIRST | set(".-_")
 TAP_FORM = "a tap is called tap, tap0, tap1 and so on"
 NAME_FORM = "it has letters, digits, dots, hyphens and underscores, and begins with a letter or digit"
@@ -321,6 +328,110 @@ def nics(given: "Sequence[NicConfig]") -> None:
             lladdr(nic.lladdr)
         if nic.rdomain is not None:
             rdomain(nic.rdomain)
+        local_options(nic)
+    apart(given)
+
+
+def apart(given: "Sequence[NicConfig]") -> "tuple[NicConfig, ...]":
+    """Return the interfaces of a VM, none of which has a port or an address of another one."""
+    for index, nic in enumerate(given):
+        for number, other in enumerate(given[:index]):
+            for ours, theirs in ((ours, theirs) for ours in nic.forwards for theirs in other.forwards):
+                if ours.overlaps(theirs):
+                    raise ValueError(f"forward {ours}: interface {number} of this vm has {theirs}")
+            if nic.address is not None and other.address is not None and same_network(nic.address, other.address):
+                raise ValueError(f"address {shown_prefix(nic.address)}: interface {number} of this vm has its network")
+    return tuple(given)
+
+
+def same_network(one: Prefix, other: Prefix) -> bool:
+    """Return whether two networks have addresses in common; those of IPv4 and IPv6 have none."""
+    if len(one.address) != len(other.address):
+        return False
+    bits = len(one.address) * 8 - min(one.length, other.length)
+    return not (int.from_bytes(one.address, "big") ^ int.from_bytes(other.address, "big")) >> bits
+
+
+def shown_prefix(prefix: Prefix) -> str:
+    """Return an IPv4 address with the length of its network."""
+    return f"{'.'.join(map(str, prefix.address))}/{prefix.length}"
+
+
+def fixed_address(prefix: Prefix) -> Prefix:
+    """Return the fixed address of a guest: with the host's it is alone in its network."""
+    text = shown_prefix(prefix)
+    if len(prefix.address) != 4 or prefix.length not in FIXED_LENGTHS:
+        first, last = FIXED_LENGTHS[0], FIXED_LENGTHS[-1]
+        raise ValueError(f"invalid address: {text}: the length is from {first} to {last}")
+    first_byte = prefix.address[0]
+    if first_byte in (0, 127) or first_byte >= 224 or prefix.address[:2] == b"\xa9\xfe":
+        raise ValueError(f"invalid address: {text}: no guest can have it")
+    number, ends = int.from_bytes(prefix.address, "big"), (1 << (32 - prefix.length)) - 1
+    if prefix.length < FIXED_LENGTHS[-1] and number & ends in (0, ends):
+        raise ValueError(f"invalid address: {text}: it is the first or the last of its network")
+    return prefix
+
+
+def forward(given: "Forward") -> "Forward":
+    """Return a forward."""
+    last = given.count - 1
+    ports = (given.port, given.to, given.port + last, given.to + last)
+    if not 1 <= given.count <= MAX_FORWARDED:
+        raise ValueError(f"invalid forward: {given}: it has 1 to {MAX_FORWARDED} ports")
+    if not all(1 <= port <= PORT_MAX for port in ports):
+        raise ValueError(f"invalid forward: {given}: a port is a number from 1 to {PORT_MAX}")
+    if given.source is not None and not is_prefix(given.source, 4, 32):
+        raise ValueError(f"invalid forward: {given}: from addresses that are no network")
+    return given
+
+
+def forwards(given: "Sequence[Forward]") -> None:
+    """Check all forwards of an interface."""
+    if len(given) > MAX_FORWARDS:
+        raise ValueError(f"too many forwards of an interface: {len(given)} (limit is {MAX_FORWARDS})")
+    for index, each in enumerate(given):
+        forward(each)
+        for other in given[:index]:
+            if each.overlaps(other):
+                raise ValueError(f"forward {each}: {other} is there already")
+
+
+def local_options(nic: "NicConfig") -> "NicConfig":
+    """Return an interface with what only a `local` one can have."""
+    options = (("address", nic.address), ("forward", nic.forwards), ("dns", nic.dns), ("hostname", nic.host_name))
+    for word, value in options:
+        if value and not nic.local:
+            raise ValueError(f"{word}: only a local interface has one")
+    if nic.address is not None:
+        fixed_address(nic.address)
+    forwards(nic.forwards)
+    if nic.forwards and nic.rdomain:
+        raise ValueError(f"forward: an interface in rdomain {nic.rdomain} cannot have one")
+    if nic.host_name:
+        host_name(nic.host_name)
+    for size in (4, 16):
+        if sum(len(address) == size for address in nic.dns) > MAX_NAME_SERVERS:
+            raise ValueError(f"more than {MAX_NAME_SERVERS} name servers of a family")
+    if any(len(address) not in (4, 16) for address in nic.dns):
+        raise ValueError("invalid name server")
+    return nic
+
+
+def is_host_name(name: str) -> bool:
+    """Return whether a host can have a name, with its domain or without (RFC 1123, 2.1)."""
+    return len(name) <= HOST_NAME_MAX and all(
+        0 < len(label) <= LABEL_MAX and LABEL.issuperset(label) and label[0] != "-" != label[-1]
+        for label in name.split(".")
+    )
+
+
+def host_name(text: str) -> str:
+    """Return the name that a guest is to have."""
+    if not is_host_name(text):
+        raise ValueError(
+            f"invalid hostname: {shown(text)}: it has letters, digits and hyphens, with dots between its parts"
+        )
+    return text
 
 
 def is_prefix(prefix: Prefix, size: int, most: int) -> bool:

@@ -16,14 +16,17 @@ from vmd.config import rules
 from vmd.config.lexer import ENDING_WORDS
 from vmd.config.model import (
     FIRST_IDS,
+    FIXED_LENGTHS,
     MAX_INET6_PREFIX,
     MAX_NAME_SERVERS,
     MIN_MEMORY_BYTES,
     NAME_MAX,
     PATH_MAX,
+    PORT_MAX,
     RATES,
     ROOT,
     SOCKET_PATH_MAX,
+    Forward,
     Listen,
     Owner,
     Prefix,
@@ -38,10 +41,10 @@ RATE_FORM = f"bytes a second, from {fmt_scaled(RATES[0])} to {fmt_scaled(RATES[-
 WHEEL = "wheel"  # the group with number 0 on OpenBSD, and in its files; many a Linux has no group of that name
 LOCAL_PREFIX6_BITS = 48  # by default: a /64 each for 65536 interfaces
 
-PORT_MAX = 65535
-
 PORT = re.compile(r"[0-9]{1,5}")
 LLADDR = re.compile(r"[0-9A-Fa-f]{1,2}(?::[0-9A-Fa-f]{1,2}){5}")
+PORTS = re.compile(r"([0-9]{1,5})(?::([0-9]{1,5}))?")
+FORWARD_FORM = "it is `forward [tcp|udp] port N[:M] to port K [from address/length]`"
 PREFIX4 = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3}){0,3})(?:/([0-9]{1,3}))?")
 PREFIX6 = re.compile(r"([0-9A-Fa-f:.]+)(?:/([0-9]{1,3}))?")
 
@@ -244,6 +247,49 @@ def name_servers(texts: list[str]) -> tuple[bytes, ...]:
         if sum(len(address) == size for address in found) > MAX_NAME_SERVERS:
             raise ValueError(f"more than {MAX_NAME_SERVERS} {family} name servers")
     return tuple(found)
+
+
+def nic_address(text: str) -> Prefix:
+    """Return the fixed address of a guest, with the length of the network that it and the host are alone in."""
+    address, _, length = text.partition("/")
+    try:
+        packed = ipaddress.IPv4Address(address).packed
+        found = Prefix(address=packed, length=int(length) if PORT.fullmatch(length) else FIXED_LENGTHS[-1])
+    except ValueError as error:
+        raise ValueError(f"invalid address: {shown(text)}: an IPv4 address is needed") from error
+    if "/" in text and str(found.length) != length:
+        raise ValueError(f"invalid address: {shown(text)}: the length of a network is a number")
+    return rules.fixed_address(found)
+
+
+def forward(words: list[str]) -> Forward:
+    """Return which ports of the host are forwarded, and where to."""
+    text = " ".join(words)
+    rest = list(words)
+    protocol = rest.pop(0) if rest[0] in ("tcp", "udp") else "tcp"
+    source: Prefix | None = None
+    if len(rest) == 7 and rest[5] == "from":
+        source = source4(rest[6])
+        del rest[5:]
+    if len(rest) != 5 or (rest[0], rest[2], rest[3]) != ("port", "to", "port"):
+        raise ValueError(f"invalid forward: {shown(text)}: {FORWARD_FORM}")
+    ports, to = PORTS.fullmatch(rest[1]), PORTS.fullmatch(rest[4])
+    if ports is None or to is None:
+        raise ValueError(f"invalid forward: {shown(text)}: a port is a number from 1 to {PORT_MAX}")
+    first, last = int(ports[1]), int(ports[2] or ports[1])
+    found = Forward(port=first, to=int(to[1]), count=last - first + 1, udp=protocol == "udp", source=source)
+    if to[2] and int(to[2]) - found.to != last - first:
+        raise ValueError(f"invalid forward: {shown(text)}: there are {found.count} ports to forward, and not as many")
+    return rules.forward(found)
+
+
+def source4(text: str) -> Prefix:
+    """Return the IPv4 addresses that somebody may come from."""
+    try:
+        network = ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise ValueError(f"invalid forward: from {shown(text)}: {error}") from error
+    return Prefix(address=network.network_address.packed, length=network.prefixlen)
 
 
 def prefix4(text: str) -> Prefix:

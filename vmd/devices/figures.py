@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def take_slot(fd: int, slot: int, kind: str, index: int) -> "Figures":
-    """Return the figures of a device, all 0, in a file of figures; `fd` stays the caller's.
+    """Return the slot of a device, but for its head: its figures, all 0, and what is behind them.
+
+    `fd`, a file of figures, stays the caller's.
 
     Raises PeerError for a slot that there is not, OSError or ValueError for what is no such file.
     """
@@ -22,7 +24,7 @@ def take_slot(fd: int, slot: int, kind: str, index: int) -> "Figures":
     count = len(devmsg.FIGURES[kind])
     words[1], words[2] = index, count
     words[0] = 1 + devmsg.FIGURES_KINDS.index(kind)  # last: from now on somebody has it
-    return words[devmsg.FIGURES_HEAD : devmsg.FIGURES_HEAD + count]
+    return words[devmsg.FIGURES_HEAD :]
 
 
 def unseen(kind: str) -> "Figures":

@@ -174,9 +174,10 @@ class Process:
         self.device: Device
         try:
             self.memory = GuestMemory.attach(host.memory_fd, host.regions)
-            self.figures = take_slot(host.figures_fd, host.figures_slot, kind, host.index)
+            self.slot = take_slot(host.figures_fd, host.figures_slot, kind, host.index)
         except ValueError as error:
             raise PeerError(VM, str(error)) from None
+        self.figures = self.slot[: len(devmsg.FIGURES[kind])]
         os.close(host.figures_fd)
         limit_memory(self.memory.mapped_bytes + len(self.memory.marks) + MEMORY_BESIDES_BYTES)
         words = memoryview(mmap.mmap(devmsg.FD_INTERRUPTS, mmap.PAGESIZE)).cast("I")

@@ -52,6 +52,9 @@ FIGURES_SLOTS = 16
 FIGURES_SLOT_BYTES = 512
 FIGURES_BYTES = FIGURES_SLOTS * FIGURES_SLOT_BYTES
 FIGURES_HEAD = 3  # words before the first figure
+# The last bytes of the slot of a network interface are the host name with which the guest has asked for its address,
+# in ASCII, zeroes behind it; none: it has no lease, or gave no name.
+HOST_NAME_BYTES = 64
 COUNTER_NAMES = (
     "rx_packets", "rx_bytes",  # to the guest; bytes of frames, without virtio headers
     "rx_no_room",              # frame larger than a buffer, or than all of them
@@ -119,8 +122,9 @@ RESOURCE_DISCARD_MAX = (1 << 24) - 1
 # NET: of a network interface, addresses as they are on the wire, all zero for none:
 #   the guest's link-layer address, the tap's; flags (NET_*), MTU (0: the guest is told none); of a `local` one the
 #   addresses of guest and host, the host's link-local one (none: made from its link-layer address), the /64 prefix
-#   that is announced to the guest, and DNS_MAX name servers of either family, behind one another (none: the host).
-NET = Struct("<6s6sHH4s4s16s16s12s48s")
+#   that is announced to the guest, DNS_MAX name servers of either family, behind one another (none: the host), and
+#   the length of the network of guest and host (0: 31).
+NET = Struct("<6s6sHH4s4s16s16s12s48sI")
 NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer address and sees what is for it
 NET_LOCAL = 2  # `local interface`: the guest is given its addresses
 NET_ASKS = 8  # the VM is asked for name servers before the guest is answered (ASK_RESOLVERS)

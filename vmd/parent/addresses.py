@@ -11,6 +11,7 @@ from vmd.record import Record
 LLADDR_START = bytes.fromhex("fee1bb")
 LLADDR_NIC = 0xD0  # | number of the interface, from 1
 PLAN_NICS = 127  # addresses of one VM: 256, two for each interface, and the first two are left out
+PAIR = 31  # the length of a network of two
 SUBNET_BITS = 64  # of an IPv6 address, the rest is the interface's
 ULA = 0xFD
 
@@ -21,13 +22,32 @@ class Plan(Record):
     number: int  # of the VM, among those that have such interfaces
     prefix4: Prefix
     prefix6: Prefix | None = None
+    fixed: tuple[Prefix | None, ...] = ()  # addresses of guests that the operator has chosen, by interface
+
+    def chosen4(self, nic: int) -> Prefix | None:
+        """Return the address of a guest that the operator has chosen for interface `nic`, if any."""
+        return self.fixed[nic] if nic < len(self.fixed) else None
+
+    def length4(self, nic: int) -> int:
+        """Return the length of the network of interface `nic`."""
+        chosen = self.chosen4(nic)
+        return PAIR if chosen is None else chosen.length
 
     def host4(self, nic: int) -> bytes:
         """Return the host's address on interface `nic`, from 0; the guest's is the next one.
 
+        With an address that was chosen for the guest it is the first one of that network that is free.
+
         Raises:
             OperatorError: the prefix has no room for this VM.
         """
+        chosen = self.chosen4(nic)
+        if chosen is not None:
+            guest = int.from_bytes(chosen.address, "big")
+            if chosen.length == PAIR:
+                return (guest ^ 1).to_bytes(4, "big")
+            first = (guest >> 32 - chosen.length << 32 - chosen.length) + 1
+            return (first + (first == guest)).to_bytes(4, "big")
         start = int.from_bytes(self.prefix4.address, "big")
         host = start + (self.number << 8) + (nic + 1) * 2
         if nic >= PLAN_NICS or self.number <= 0 or host - start >= 1 << (32 - self.prefix4.length):
@@ -36,6 +56,9 @@ class Plan(Record):
 
     def guest4(self, nic: int) -> bytes:
         """Return the guest's address on interface `nic`.  Raises OperatorError."""
+        chosen = self.chosen4(nic)
+        if chosen is not None:
+            return chosen.address
         return (int.from_bytes(self.host4(nic), "big") + 1).to_bytes(4, "big")
 
     def network6(self, nic: int) -> bytes:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.life import Life
     from vmd.parent.network import Network
+    from vmd.parent.vmtable import Vm
 
     # (path, what is known, whom to warn) -> the file as a configuration; None is the main file, read for itself
     Load = Callable[[str | None, Config | None, Callable[[str], None]], Config]
@@ -105,12 +106,16 @@ class Configuration:
         config, warnings = self.load(None, None)
         warnings += self.network.configure(config)
         vms, problems = self.resolved(config)
-        notes = reload.replace_all(self.core.vms, vms, self.life.bounds.change)
+        notes = reload.replace_all(self.core.vms, vms, self.change_at_once)
         self.take_effect(config)
         self.core.events.add("reload")
         for note in notes:
             log.info(note)
         return warnings + problems + notes
+
+    def change_at_once(self, vm: "Vm", wanted: VmConfig) -> list[str]:
+        """Let a VM that runs have what does not wait for its next start.  Returns what is worth telling of that."""
+        return self.life.bounds.change(vm, wanted) + self.network.change_forwards(vm, wanted)
 
     def load(self, path: str | None, known: Config | None) -> tuple[Config, list[str]]:
         """Return what a file says, and what is odd about it, which is logged, too.  Raises ConfigErrors."""

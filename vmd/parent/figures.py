@@ -8,7 +8,15 @@ import contextlib
 import os
 from struct import Struct
 
-from vmd.ipc.devmsg import FIGURES, FIGURES_BYTES, FIGURES_KINDS, FIGURES_SLOT_BYTES, FIGURES_SLOTS
+from vmd.config.rules import is_host_name
+from vmd.ipc.devmsg import (
+    FIGURES,
+    FIGURES_BYTES,
+    FIGURES_KINDS,
+    FIGURES_SLOT_BYTES,
+    FIGURES_SLOTS,
+    HOST_NAME_BYTES,
+)
 from vmd.ipc.figures import (
     CdromFigures,
     DiskFigures,
@@ -158,6 +166,22 @@ def slots(fd: int) -> dict[tuple[str, int], dict[str, int]]:
         if 1 <= kind <= len(FIGURES_KINDS):
             name = FIGURES_KINDS[kind - 1]
             found.setdefault((name, index), dict(zip(FIGURES[name], figures[:count], strict=False)))
+    return found
+
+
+def host_names(fd: int) -> dict[int, str]:
+    """Return the host names with which guests have asked for their addresses, by index of the interface.
+
+    What is no such name was written by nobody of ours, or is just being written.
+    """
+    found = {}
+    raw = os.pread(fd, FIGURES_BYTES, 0).ljust(FIGURES_BYTES, b"\0")
+    for start in range(0, FIGURES_BYTES, FIGURES_SLOT_BYTES):
+        kind, index, *_ = SLOT.unpack_from(raw, start)
+        end = start + FIGURES_SLOT_BYTES
+        name = raw[end - HOST_NAME_BYTES : end].rstrip(b"\0").decode("ascii", "replace")
+        if 1 <= kind <= len(FIGURES_KINDS) and FIGURES_KINDS[kind - 1] == "vionet" and is_host_name(name):
+            found[index] = name
     return found
 
 

@@ -179,8 +179,8 @@ def both_have(ours: "Iterable[NicConfig]", theirs: "Iterable[NicConfig]") -> lis
 
 
 def fresh(nic: NicConfig) -> NicConfig:
-    """Return an interface like this one, with a tap and an address still to be found."""
-    return nic.replace(tap="", lladdr=b"")
+    """Return an interface like this one, with a tap and addresses still to be found, and no ports of the host."""
+    return nic.replace(tap="", lladdr=b"", address=None, forwards=(), host_name="")
 
 
 def owner_of(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> Owner:

@@ -71,7 +71,14 @@ from vmd.ipc.messages.control import ClientGone
 from vmd.ipc.messages.imgwriter import SnapshotsChanged, SnapshotsFailed, SnapshotsReady, SnapshotWord
 from vmd.ipc.messages.metrics import AskFigures
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenerAt
-from vmd.ipc.messages.priv import DropsReported, NetworkConfigured, NicsFailed, NicsMade, NicsRemoved
+from vmd.ipc.messages.priv import (
+    DropsReported,
+    ForwardsSet,
+    NetworkConfigured,
+    NicsFailed,
+    NicsMade,
+    NicsRemoved,
+)
 from vmd.ipc.messages.shared import SnapshotInfo, TransferProgress
 from vmd.ipc.messages.vm import (
     AskResolvers,
@@ -562,6 +569,7 @@ class Parent(Process):
         **handles(Proc.PRIV, NicsMade, on(Network, Network.on_made)),
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),
         **handles(Proc.PRIV, NicsRemoved, on(Network, Network.on_removed)),
+        **handles(Proc.PRIV, ForwardsSet, on(Network, Network.on_forwards_set)),
         **handles(Proc.OPENER, OpenerAt, heard(Openings, Openings.on_at)),
         **handles(Proc.OPENER, FilesOpened, heard(Openings, Openings.on_opened)),
         **handles(Proc.OPENER, NotOpened, heard(Openings, Openings.on_not_opened)),

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterable
 
 from vmd.closing import close, close_all
-from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig
+from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig, with_forwards
 from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.priv import (
     AdoptNics,
     ConfigureNetwork,
+    ForwardsSet,
     MakeNics,
     NetworkConfigured,
     NicMade,
@@ -25,10 +26,11 @@ from vmd.ipc.messages.priv import (
     NicsMade,
     NicsRemoved,
     RemoveNics,
+    SetForwards,
     SwitchRequest,
 )
 from vmd.ipc.messages.shared import Trouble, brief
-from vmd.ipc.messages.vm import AskResolvers, NicLink, Resolvers, ResumeReceived, StartVm
+from vmd.ipc.messages.vm import AskResolvers, LimitVm, NicLink, Resolvers, ResumeReceived, StartVm
 from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import nameservers
@@ -324,6 +326,40 @@ class Network:
             vm.receiving.resumed = True
         self.on_sent(vm)
 
+    # --- ports of the host -------------------------------------------------------------------------------
+
+    def change_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:
+        """Let a VM that runs have the forwards of a configuration, or leave all of them as they are.
+
+        Returns sentences about what has changed, and about what has not.
+        """
+        before = vm.running_config or vm.config
+        now, taps = with_forwards(before, wanted), self.taps.get(vm.vmid)
+        if now == before or taps is None:
+            return []
+        try:
+            self.plans.check_forwards(vm, now)
+        except OperatorError as error:
+            return [f"{error}: its forwards stay as they are"]
+        vm.config = with_forwards(vm.config, wanted)
+        vm.running_config = vm.running_config and now
+        forwards = tuple(nic.forwards for nic in now.nics)
+        requests = zip(taps.known.nics, forwards, strict=True)
+        taps.nics = now.nics
+        taps.known = taps.known.replace(nics=tuple(nic.replace(forwards=each) for nic, each in requests))
+        self.core.changed()
+        if self.priv.up:
+            self.priv.ask(SetForwards(vmid=vm.vmid, forwards=forwards))
+        self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
+        return [f"vm {vm.name}: its new forwards count from now on"]
+
+    def on_forwards_set(self, message: ForwardsSet, _envelope: Envelope) -> None:
+        """priv has logged what could not be done."""
+        self.priv.answered()
+        vm = self.core.vms.find(message.vmid, "")
+        if message.text and vm is not None:
+            log.error(f"vm {vm.name}: its forwards were not changed: {message.text}")
+
     # --- name servers ------------------------------------------------------------------------------------
 
     def name_servers(self) -> nameservers.Servers:
@@ -339,7 +375,7 @@ class Network:
         """Return why guests will not get answers from name servers, by number of the interface."""
         found = self.name_servers()
         problems = {
-            index: nameservers.problem(found, link.host4, link.prefix6)
+            index: nameservers.problem(found if link.asks else (link.dns4, link.dns6), link.host4, link.prefix6)
             for index, link in enumerate(taps.links)
             if link.local and link.host4
         }
@@ -441,6 +477,9 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
         host4=plan.host4(index) if nic.local else b"",
         prefix6=plan.network6(index) if nic.local else b"",
         lladdr=nic.lladdr,
+        length4=plan.length4(index),
+        guest4=plan.guest4(index) if nic.local else b"",
+        forwards=nic.forwards,
     )
 
 
@@ -474,7 +513,6 @@ def describe(
     name_servers: nameservers.Servers,
 ) -> tuple[NicLink, ...]:
     """Return what a VM is told of its interfaces."""
-    dns4, dns6 = name_servers
     links = []
     for index, (nic, tap, switch) in enumerate(zip(config.nics, made, switches, strict=True)):
         link = NicLink(
@@ -488,9 +526,12 @@ def describe(
         )
         if nic.local:
             prefix6 = plan.network6(index)
+            dns4, dns6 = nameservers.servers(nic.dns) if nic.dns else name_servers
             link = link.replace(
                 guest4=plan.guest4(index),
                 host4=plan.host4(index),
+                length4=plan.length4(index),
+                asks=not nic.dns,
                 host_ll=tap.link_local,
                 prefix6=prefix6,
                 dns4=dns4,

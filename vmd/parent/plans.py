@@ -7,10 +7,12 @@ import time
 
 from vmd.closing import close
 from vmd.config.model import NicConfig, Prefix, VmConfig
+from vmd.config.rules import same_network
 from vmd.errors import OperatorError
 from vmd.ipc.messages.priv import AdoptNics
 from vmd.ipc.messages.vm import NicLink
 from vmd.log import log
+from vmd.parent import hostports
 from vmd.parent.addresses import Plan, random_ula, room
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping
 from vmd.parent.vmtable import Vm
@@ -95,9 +97,14 @@ class Plans:
         Raises:
             OperatorError: no number is free.
         """
+        fixed = tuple(nic.address for nic in config.nics)
+        fixed = fixed if any(fixed) else ()
         if config.plan_id and config.plan_prefix4 is not None:
-            return Plan(number=config.plan_id, prefix4=config.plan_prefix4, prefix6=config.plan_prefix6)
-        plan = Plan(number=0, prefix4=self.core.config.settings.local_prefix, prefix6=self.prefix6())
+            prefixes = config.plan_prefix4, config.plan_prefix6
+            return Plan(number=config.plan_id, prefix4=prefixes[0], prefix6=prefixes[1], fixed=fixed)
+        plan = Plan(
+            number=0, prefix4=self.core.config.settings.local_prefix, prefix6=self.prefix6(), fixed=fixed
+        )
         if any(nic.local for nic in config.nics):
             plan = plan.replace(number=self.number(vm, config, plan))
         return plan
@@ -120,9 +127,21 @@ class Plans:
                 why = f"are in {route.network}, which this host reaches by {route.interface}"
                 raise OperatorError(errno.EADDRINUSE, f"vm {config.name}: all addresses of `{what}` {why}")
 
+        reserved = [
+            network_of(nic.address.address, nic.address.length)
+            for other in self.core.vms
+            for nic in other.nics()
+            if other is not vm and nic.address is not None
+        ]
+
+        # Addresses that the operator has chosen do not follow from the number.
+        ours = config.replace(nics=tuple(nic.replace(local=nic.local and nic.address is None) for nic in config.nics))
+
         def free(number: int) -> bool:
             candidate = plan.replace(number=number)
-            return not self.user_of(vm, config, candidate) and not self.route_to(config, candidate, routes)
+            if any(network.overlaps(each) for network in networks4(ours, candidate) for each in reserved):
+                return False
+            return not self.user_of(vm, ours, candidate) and not self.route_to(ours, candidate, routes)
 
         chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present())
         if not chosen:
@@ -140,6 +159,7 @@ class Plans:
         plan = self.plan_of(vm, config)
         if not self.holds(vm, plan):
             self.check_addresses(vm, config, plan)
+        self.check_forwards(vm, config)
         used = {link.name: vmid for vmid, taps in self.taps.items() if vmid != vm.vmid for link in taps.links}
         for nic in config.nics:
             if nic.tap not in AUTOMATIC and nic.tap in used:
@@ -178,7 +198,7 @@ class Plans:
         for index, nic in enumerate(config.nics):
             if not nic.local or nic.rdomain:
                 continue
-            networks = [network_of(plan.host4(index), 31)]
+            networks = [network_of(plan.host4(index), plan.length4(index))]
             if plan.prefix6 is not None:
                 networks.append(network_of(plan.network6(index), 64))
             for network in networks:
@@ -192,15 +212,43 @@ class Plans:
         Raises OperatorError if the addresses do not exist.
         """
         indices = [index for index, nic in enumerate(config.nics) if nic.local]
-        wanted = {plan.host4(index) for index in indices} | {plan.network6(index) for index in indices} - {b""}
+        wanted4 = [(plan.host4(index), plan.length4(index)) for index in indices]
+        wanted6 = {plan.network6(index) for index in indices} - {b""}
         for vmid, taps in self.taps.items():
             for link in taps.links if vmid != vm.vmid else ():
-                for address in (link.host4, link.prefix6):
-                    if address in wanted:
-                        return vmid, str(ipaddress.ip_address(address))
+                theirs = Prefix(address=link.host4, length=link.length4)
+                for address, length in wanted4:
+                    if link.host4 and same_network(Prefix(address=address, length=length), theirs):
+                        return vmid, str(ipaddress.ip_address(link.host4))
+                if link.prefix6 in wanted6:
+                    return vmid, str(ipaddress.ip_address(link.prefix6))
         return None
+
+    def check_forwards(self, vm: Vm, config: VmConfig) -> None:
+        """Raise OperatorError if a port that a VM is to be reached by is another VM's, or a program's of this host."""
+        forwards = [(index, forward) for index, nic in enumerate(config.nics) for forward in nic.forwards]
+        if not forwards:
+            return
+        if not self.core.config.settings.local_nat:
+            what = f"forward {forwards[0][1]}: not without NAT (local nat disable)"
+            raise OperatorError(errno.EINVAL, f"vm {config.name}: interface {forwards[0][0]}: {what}")
+        others = [(vmid, each) for vmid, taps in self.taps.items() for nic in taps.nics for each in nic.forwards]
+        for index, forward in forwards:
+            what = f"vm {config.name}: interface {index}: forward {forward}"
+            for vmid, other in others:
+                if vmid != vm.vmid and forward.overlaps(other):
+                    raise OperatorError(errno.EADDRINUSE, f"{what}: vm {self.name_of(vmid)} has {other}")
+            if why := hostports.in_the_way(forward):
+                raise OperatorError(errno.EADDRINUSE, f"{what}: {why}")
 
     def name_of(self, vmid: int) -> str:
         """Return the name of a VM, for sentences."""
         vm = self.core.vms.find(vmid, "")
         return vm.name if vm else str(vmid)
+
+
+def networks4(config: VmConfig, plan: Plan) -> "list[IpNetwork]":
+    """Return the IPv4 networks of a VM's local interfaces."""
+    return [
+        network_of(plan.host4(index), plan.length4(index)) for index, nic in enumerate(config.nics) if nic.local
+    ]

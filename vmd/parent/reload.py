@@ -1,7 +1,8 @@
 """What a configuration that is read anew means for the VMs there are (*cat. 2.8*).
 
 A VM that runs is not touched.  If the file says something else of it now, that waits for its next start, but for what
-is not the guest's (`AT_ONCE`) and its limits; if the file no longer names it, it is forgotten when it stops.
+is not the guest's (`AT_ONCE`), its limits and its forwards.  If the file no longer names it, it is forgotten when it
+stops.
 """
 
 from vmd.config.model import VmConfig, with_limits
@@ -37,11 +38,11 @@ def add(table: VmTable, config: VmConfig) -> None:
 
 
 def replace_all(
-    table: VmTable, vms: "Sequence[VmConfig]", limit: "Callable[[Vm, VmConfig], list[str]]"
+    table: VmTable, vms: "Sequence[VmConfig]", at_once: "Callable[[Vm, VmConfig], list[str]]"
 ) -> list[str]:
     """Let the table hold what the configuration says now.  Returns what is worth telling the operator.
 
-    `limit` lets a VM that runs have the limits of a configuration, and returns what is worth telling of that.
+    `at_once` lets a VM that runs have what of a configuration does not wait, and returns what is worth telling of that.
     """
     notes: list[str] = []
     wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two with one name the first counts
@@ -52,7 +53,7 @@ def replace_all(
         elif vm.alive:
             wanted.pop(vm.name, None)
             if vm.from_config or config is not None:
-                notes += limit(vm, config) if config is not None else []
+                notes += at_once(vm, config) if config is not None else []
                 notes += keep(vm, config)
         elif vm.from_config or config is not None:
             table.remove(vm)

@@ -4,9 +4,13 @@ import errno
 import os
 
 from vmd.config import rules
-from vmd.config.model import BootDevice, Owner, Rights, VmConfig, VmFlag
+from vmd.config.model import ROOT, BootDevice, NicConfig, Owner, Rights, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages.clients import StartRequest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.parent.vmtable import Vm
 
 
 def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) -> VmConfig:
@@ -43,7 +47,27 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
         rights=Rights(),
         fault="",
         console_log=None,
+        nics=tuple(map(without_leave, wanted.nics)),
     )
+
+
+def without_leave(nic: NicConfig) -> NicConfig:
+    """Return an interface without what only vm.conf gives: ports of the host, and addresses of its network."""
+    return nic.replace(address=None, forwards=(), dns=(), host_name="")
+
+
+def require_leave(vm: "Vm", config: VmConfig) -> None:
+    """Raise OperatorError unless whoever a VM belongs to may have what of a stream only vm.conf gives.
+
+    Root may, and whoever has a VM of that name in vm.conf which has the same.
+    """
+    known = [(nic.address, nic.forwards) for nic in vm.config.nics] if vm.from_config else []
+    for index, nic in enumerate(config.nics):
+        if (nic.address, nic.forwards) in ((None, ()), *known) or vm.uid == ROOT:
+            continue
+        what = "a fixed address" if nic.address is not None else f"forward {nic.forwards[0]}"
+        why = f"interface {index}: {what}: only vm.conf, or root, gives it"
+        raise OperatorError(errno.EPERM, f"vm {config.name}: {why}")
 
 
 def check_paths(config: VmConfig) -> None:

@@ -16,7 +16,7 @@ from vmd.ipc.messages.shared import Trouble, brief
 from vmd.ipc.messages.vm import AskDevices, DevicesReported, NicCounters
 from vmd.ipc.routes import Proc
 from vmd.parent.clients import For
-from vmd.parent.figures import slots
+from vmd.parent.figures import host_names, slots
 from vmd.parent.forpriv import open_tables
 from vmd.parent.report import describe
 from vmd.parent.vmtable import Vm
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 COUNT_TIMEOUT_S = 5.0
+SHOWN = ("locked", "mtu", "guest4", "host4", "length4", "prefix6")  # of NicLink
 TROUBLES_MAX = 32  # of the devices of a VM, as far as they are shown
 
 
@@ -137,12 +138,15 @@ class Status:
         if vm is None:
             return
         figures = slots(vm.figures) if vm.figures is not None else {}
+        names = host_names(vm.figures) if vm.figures is not None else {}
         for info in self.infos(vm):
             values = counted[info.index].values if info.index < len(counted) else ()
             values = tuple(figures.get(("vionet", info.index), {}).values()) or values
             known = COUNTERS_LEAST <= len(values) <= len(COUNTER_NAMES)
             plausible = known and all(0 <= value < 1 << 64 for value in values)
-            self.core.clients.answer(client, info.replace(counters=values) if info.tap and plausible else info)
+            if info.tap and plausible:
+                info = info.replace(counters=values, lease_name=names.get(info.index, ""))
+            self.core.clients.answer(client, info)
         for trouble in (*self.network.troubles(vmid), *self.console_logs.troubles(vmid), *troubles):
             text = TroubleInfo(device=brief(trouble.device), text=brief(trouble.text), since_s=trouble.since_s)
             self.core.clients.answer(client, text)
@@ -154,11 +158,12 @@ class Status:
         infos = []
         for index, nic in enumerate(taps.nics if taps else (vm.running_config or vm.config).nics):
             info = NicInfo(
-                index=index, tap="", switch=nic.switch, lladdr=nic.lladdr, up=nic.up, locked=nic.locked, local=nic.local
-            )
+                index=index, tap="", switch=nic.switch, lladdr=nic.lladdr, up=nic.up, locked=nic.locked,
+                local=nic.local, forwards=nic.forwards,
+            )  # fmt: skip
             if taps is not None:
                 link = taps.links[index]
-                shown = {name: getattr(link, name) for name in ("locked", "mtu", "guest4", "host4", "prefix6")}
+                shown = {name: getattr(link, name) for name in SHOWN}
                 info = info.replace(tap=link.name, **shown)
             infos.append(info)
         return tuple(infos)

@@ -38,7 +38,7 @@ from vmd.parent import endings
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files
 from vmd.parent.migrations import Migrations
-from vmd.parent.requests import check_paths, checked_request
+from vmd.parent.requests import check_paths, checked_request, require_leave
 from vmd.parent.vmtable import Receiving, State, Vm
 
 TYPE_CHECKING = False
@@ -261,6 +261,8 @@ class Transfers:
                 config = receiving.config
             check_paths(config)  # what it boots from is opened only when its guest resets itself
             config = checked_request(config, bootable=True)
+            if receiving.config is None:
+                require_leave(vm, config)
             self.life.require_room(vm, config)
             self.network.require_switches(config)
             self.network.plans.check(vm, config)

@@ -15,7 +15,8 @@ import re
 import time
 
 from vmd.closing import close
-from vmd.config.model import DEFAULT_ROUTES, MAX_NICS, MAX_RDOMAIN
+from vmd.config import rules as rules_of_vms
+from vmd.config.model import DEFAULT_ROUTES, FIXED_LENGTHS, MAX_NICS, MAX_RDOMAIN
 from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages.priv import AddressGiven, TapBefore
@@ -30,7 +31,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from vmd.ipc.messages.priv import AdoptNics, ConfigureNetwork, MakeNics, NicMade, NicRequest, SwitchRequest
+    from vmd.config.model import Forward
+    from vmd.ipc.messages.priv import (
+        AdoptNics,
+        ConfigureNetwork,
+        MakeNics,
+        NicMade,
+        NicRequest,
+        SetForwards,
+        SwitchRequest,
+    )
 
 ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
@@ -39,7 +49,7 @@ VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
 MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
 LLADDR_BYTES = 6
 HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives
-INET6_BYTES = 16
+INET4_BYTES, INET6_BYTES = 4, 16
 HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
 LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
@@ -58,6 +68,8 @@ class Nic:
         self.fd = fd  # until the parent has it
         self.groups = request.groups
         self.networks = networks_of(request)
+        self.guest4 = request.guest4
+        self.forwards = request.forwards
         self.rdomain = request.rdomain
         self.up = request.up
         self.link_local = b""
@@ -359,6 +371,19 @@ class Network:
             adopted(message.vmid, request, made) for request, made in zip(message.nics, message.made, strict=True)
         ]
 
+    def forward_ports(self, message: "SetForwards") -> None:
+        """Have these ports, and no others, be forwarded to the interfaces of a VM."""
+        nics = self.nics.get(message.vmid)
+        if nics is None:
+            return
+        if len(nics) != len(message.forwards):
+            raise refuse(f"to forward ports to {len(message.forwards)} interfaces of {len(nics)}")
+        for nic, forwards in zip(nics, message.forwards, strict=True):
+            check_forwards(nic.guest4, forwards)
+        for nic, forwards in zip(nics, message.forwards, strict=True):
+            nic.forwards = forwards
+        self.write_rules()
+
     def tidy(self) -> None:
         """Let nothing remain of interfaces that are gone, but what others need; failures are logged."""
         for attempt in (self.write_rules, self.remove_idle):
@@ -434,7 +459,7 @@ class Network:
         self.require_free(link, networks_of(request))
         if request.host4:
             self.kept.change(f"ipv4/conf/{link.name}/rp_filter", "1")
-            self.lend_address(nic, request.host4, 31)
+            self.lend_address(nic, request.host4, request.length4)
         if request.prefix6:
             if not sysctl.entries("ipv6/conf"):
                 raise OperatorError(errno.EAFNOSUPPORT, f"interface {link.name}: local inet6: this kernel has no IPv6")
@@ -491,7 +516,7 @@ class Network:
         self.require_free(link, networks_of(request))
         self.require_no_route(link, request)
         if request.host4:
-            self.links.add_address(link, request.host4, 31)
+            self.links.add_address(link, request.host4, request.length4)
         if request.prefix6:
             nic.link_local = link_local(link.lladdr)
             self.links.add_address(link, nic.link_local, 64)
@@ -517,7 +542,9 @@ class Network:
         vrf = self.links.find(f"vrf{request.rdomain}") if request.rdomain else None
         for network, length in networks_of(request):
             first = int.from_bytes(network, "big") & ~((1 << (8 * len(network) - length)) - 1)
-            for number in (first, first + 1):  # of IPv6, the network itself and the host
+            # Of IPv6, the network itself and the host.
+            guest = int.from_bytes(request.guest4 or network, "big") if len(network) == INET4_BYTES else first
+            for number in {first, first + 1, guest}:
                 route = self.links.route_to(number.to_bytes(len(network), "big"), vrf.index if vrf else 0)
                 if route is None or route.index == link.index or route.length <= DEFAULT_ROUTES[len(network)]:
                     continue
@@ -603,7 +630,13 @@ class Network:
     def members(self) -> list[Member]:
         """Return what the rules are about."""
         return [
-            Member(name=nic.link.name, groups=nic.groups, networks=nic.networks if self.nat else ())
+            Member(
+                name=nic.link.name,
+                groups=nic.groups,
+                networks=nic.networks if self.nat else (),
+                guest4=nic.guest4,
+                forwards=nic.forwards if self.nat else (),
+            )
             for nic in self.all_nics()
         ]
 
@@ -897,15 +930,28 @@ def check_request(message: "MakeNics | AdoptNics") -> None:
             raise refuse(f"rdomain {nic.rdomain}")
         if len(nic.host4) not in (0, 4) or len(nic.prefix6) not in (0, 16) or any(nic.prefix6[8:]):
             raise refuse("that is no address")
-        if len(nic.lladdr) != LLADDR_BYTES:
+        if len(nic.lladdr) != LLADDR_BYTES or nic.length4 not in FIXED_LENGTHS:
             raise refuse("that is no address")
+        if nic.guest4 and not (nic.host4 and inside(nic.guest4, nic.host4, nic.length4)):
+            raise refuse("that is no address of a guest")
+        check_forwards(nic.guest4, nic.forwards)
+
+
+def check_forwards(guest4: bytes, forwards: "Sequence[Forward]") -> None:
+    """Raise OperatorError unless a configuration can lead to these forwards to a guest with that address."""
+    if forwards and not guest4:
+        raise refuse("to forward ports to an interface that has no address")
+    try:
+        rules_of_vms.forwards(forwards)
+    except ValueError as error:
+        raise refuse(str(error)) from None
 
 
 def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
     """Return the networks of a `local` interface."""
     found = []
     if request.host4:
-        found.append((request.host4, 31))
+        found.append((request.host4, request.length4))
     if request.prefix6:
         found.append((request.prefix6, 64))
     return tuple(found)

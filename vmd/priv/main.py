@@ -24,6 +24,7 @@ from vmd.ipc.messages.priv import (
     AskDrops,
     ConfigureNetwork,
     DropsReported,
+    ForwardsSet,
     MakeNics,
     NetworkConfigured,
     NicMade,
@@ -31,6 +32,7 @@ from vmd.ipc.messages.priv import (
     NicsMade,
     NicsRemoved,
     RemoveNics,
+    SetForwards,
     SwitchRequest,
 )
 from vmd.ipc.messages.shared import Trouble, brief
@@ -179,6 +181,15 @@ class Priv(Process):
             log.error(str(error))
         channel.send(NicsRemoved(vmid=message.vmid))
 
+    def on_set_forwards(self, message: SetForwards, _envelope: Envelope, channel: Channel) -> None:
+        """Forward other ports to a VM."""
+        said = ""
+        try:
+            self.network.forward_ports(message)
+        except (OperatorError, HostError) as error:
+            log.error(said := str(error))
+        channel.send(ForwardsSet(vmid=message.vmid, text=brief(said)))
+
     def on_ask_drops(self, message: AskDrops, envelope: Envelope, channel: Channel) -> None:
         """Say what is dropped now of a VM's packets."""
         self.take_tables(envelope)
@@ -209,6 +220,8 @@ class Priv(Process):
             channel.send(NetworkConfigured(problems=(OUR_FAULT,)))
         elif isinstance(message, MakeNics):
             channel.send(NicsFailed(vmid=message.vmid, ticket=message.ticket, code=errno.EIO, text=OUR_FAULT))
+        elif isinstance(message, SetForwards):
+            channel.send(ForwardsSet(vmid=message.vmid, text=OUR_FAULT))
         elif isinstance(message, AskDrops):
             channel.send(DropsReported(vmid=message.vmid))
 
@@ -226,6 +239,7 @@ class Priv(Process):
         **handles(Proc.PARENT, AdoptNics, on_adopt_nics),
         **handles(Proc.PARENT, MakeNics, on_make_nics),
         **handles(Proc.PARENT, RemoveNics, on_remove_nics),
+        **handles(Proc.PARENT, SetForwards, on_set_forwards),
         **handles(Proc.PARENT, AskDrops, on_ask_drops),
         **handles(Proc.PARENT, SetVerbosity, on_set_verbosity),
         **handles(Proc.PARENT, Quit, on_quit),

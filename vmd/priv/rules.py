@@ -11,6 +11,9 @@
     chain input, received
                          count packets for the host itself
     chain postrouting    masquerades
+    chain prerouting, output
+                         have packets for the host itself, from others and from itself, looked at by
+    chain forwards       which translates those for ports that are forwarded to guests
 
 Chains that somebody else put into the table stay as long as it does; it goes with the last need for it, or with
 the daemon.
@@ -30,12 +33,15 @@ from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from vmd.config.model import Forward
 
 NFT_PATHS = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft", "/usr/local/sbin/nft")
 NFT_TIMEOUT_S = 10.0
 # As nft writes statements, and those of iptables that it does not know; not `ct status dnat` or `nd-redirect`.
 TRANSLATES = re.compile(r"(?<![-\w])(masquerade|redirect|[sd]nat\b[^,}\n]* to)\b", re.IGNORECASE)
+DSTNAT = -100  # a priority that has no name for packets of the host itself
 BEFORE, BEHIND = -500, 1000  # priorities: before any firewall's, and behind it
 TABLE = "inet vmd"
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
@@ -47,6 +53,8 @@ class Member(Record):
     name: str
     groups: tuple[str, ...] = ()
     networks: tuple[tuple[bytes, int], ...] = ()  # of those that have NAT
+    guest4: bytes = b""
+    forwards: "tuple[Forward, ...]" = ()  # to `guest4`
 
 
 def needed(members: "Iterable[Member]", bridges: "Iterable[str]" = ()) -> bool:
@@ -90,11 +98,22 @@ def ruleset(
         ("input", "filter", "input", BEFORE),
         ("received", "filter", "input", BEHIND),
         ("postrouting", "nat", "postrouting", "srcnat"),
+        ("prerouting", "nat", "prerouting", "dstnat"),
+        ("output", "nat", "output", DSTNAT),
     ):
         lines += [
             f"add chain {TABLE} {chain} {{ type {kind} hook {hook} priority {priority}; policy accept; }}",
             f"flush chain {TABLE} {chain}",
         ]
+    forwards = [line for member in nat for line in forwarding(member)]
+    lines += [f"add chain {TABLE} forwards", f"flush chain {TABLE} forwards", *forwards]
+    if forwards:
+        # Not what is for 127.0.0.1: the kernel would have to take packets for that from guests (route_localnet).  With
+        # it they would reach what listens there for the host alone, whenever a firewall has just flushed our table.
+        to_us = "meta nfproto ipv4 ip daddr != 127.0.0.0/8 fib daddr type local jump forwards"
+        lines += [f"add rule {TABLE} {chain} {to_us}" for chain in ("prerouting", "output")]
+        # A guest that asks the host for a port of its own would not know its own address in the answer.
+        lines.append(f"add rule {TABLE} postrouting ct status dnat oifname . ip saddr @source4 masquerade")
     if nat:
         lines += [
             # A guest may only send from what it was given.  IPv6 has no rp_filter, and hosts that set the one of
@@ -118,6 +137,24 @@ def ruleset(
         if pairs:
             lines.append(f"add rule {TABLE} {forward} iifname . oifname @{drops.SWITCH}{ending}")
     return "\n".join(lines) + "\n"
+
+
+def forwarding(member: Member) -> "Iterator[str]":
+    """Yield the rules that translate what is for the ports of an interface's guest."""
+    guest = str(ipaddress.ip_address(member.guest4)) if member.guest4 else ""
+    for forward in member.forwards:
+        source = f"ip saddr {text(forward.source.address, forward.source.length)} " if forward.source else ""
+        port = f"{forward.protocol} dport"
+        ports = forward.ports
+        where = f"{ports[0]}-{ports[-1]}" if forward.count > 1 else str(forward.port)
+        if forward.to == forward.port:
+            to = guest
+        elif forward.count == 1:
+            to = f"{guest}:{forward.to}"
+        else:
+            pairs = ", ".join(f"{each} : {forward.to + index}" for index, each in enumerate(ports))
+            to = f"{guest} : {port} map {{ {pairs} }}"
+        yield f"add rule {TABLE} forwards {source}{port} {where} dnat ip to {to}"
 
 
 def shape(ruleset: str) -> dict[str, int]:

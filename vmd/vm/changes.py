@@ -6,7 +6,7 @@ The device's own process makes the change, and tells the guest what that sees; i
 import errno
 
 from vmd.closing import close
-from vmd.config.model import with_limits
+from vmd.config.model import with_forwards, with_limits
 from vmd.ipc.messages.shared import brief
 from vmd.ipc.messages.vm import DiscChanged, DiskResized
 from vmd.vm.fetch import fetch_one
@@ -61,8 +61,8 @@ def change_disc(machine: "Machine", message: "ChangeDisc", courier: int | None, 
 
 
 def limit(machine: "Machine", wanted: "VmConfig") -> None:
-    """Let a machine have the limits of another configuration of it."""
-    machine.config = with_limits(machine.config, wanted)
+    """Let a machine have the limits of another configuration of it; its forwards are not ours, but go along with it."""
+    machine.config = with_forwards(with_limits(machine.config, wanted), wanted)
     limit_devices(machine)
 
 

@@ -62,11 +62,11 @@ def entropy(_given: Given) -> "Iterator[dict[str, Any]]":
 
 def interfaces(given: Given) -> "Iterator[dict[str, Any]]":
     """Each has a tap."""
-    for nic, fd in zip(given.nics, given.tap_fds, strict=True):
+    for index, (nic, fd) in enumerate(zip(given.nics, given.tap_fds, strict=True)):
         yield {
             "fds": (fd,),
             "notes": (0,),
-            "names": (nic.name, given.config.name if nic.pxe else ""),
+            "names": (nic.name, host_name(given.config, index) if nic.local or nic.pxe else ""),
             "flags": devmsg.START_NET,
             "net": net_fields(nic),
         }
@@ -99,7 +99,7 @@ def cdrom(given: Given) -> "Iterator[dict[str, Any]]":
 def net_fields(nic: "NicLink") -> bytes:
     """Return what the process of a network interface is told of it."""
     flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_PXE * nic.pxe
-    flags |= (devmsg.NET_LOCAL | devmsg.NET_ASKS) * nic.local
+    flags |= devmsg.NET_LOCAL * nic.local | devmsg.NET_ASKS * (nic.local and nic.asks)
     return devmsg.NET.pack(
         nic.lladdr,
         nic.host_mac,
@@ -111,7 +111,13 @@ def net_fields(nic: "NicLink") -> bytes:
         nic.prefix6,
         b"".join(nic.dns4[: devmsg.DNS_MAX]),
         b"".join(nic.dns6[: devmsg.DNS_MAX]),
+        nic.length4,
     )
+
+
+def host_name(config: "VmConfig", index: int) -> str:
+    """Return the host name that the guest is told by interface `index`."""
+    return config.nics[index].host_name or config.name
 
 
 def note(image: "ImageLink") -> int:

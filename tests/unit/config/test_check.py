@@ -120,6 +120,29 @@ def test_a_vm_beyond_the_limits(conf: Loader) -> None:
     ]
 
 
+def test_what_two_vms_cannot_have_at_a_time(conf: Loader) -> None:
+    """A port of the host, of the same protocol, and an address; it is no error, for they may never run together."""
+    conf.load(
+        "vm a { local interface { forward port 80:89 to port 80, address 10.0.0.2/24 } }\n"
+        "vm b { local interface { forward port 85 to port 1 } }\n"
+        "vm c { local interface { forward udp port 85 to port 1, address 10.0.0.77 } }\n"
+        "vm d { local interface { forward port 90 to port 1, address 10.0.1.2 } }\n"
+    )
+
+    assert conf.warnings == [
+        f'{conf.path}:2: vm "b": forward tcp port 85 to port 1: vm "a" has tcp port 80:89 to port 80: '
+        "only one of them can run",
+        f'{conf.path}:3: vm "c": address 10.0.0.77/31: vm "a" has 10.0.0.2/24: only one of them can run',
+    ]
+
+
+def test_forwards_without_nat(conf: Loader) -> None:
+    """Wherever in the file that is."""
+    conf.load("vm a { local interface { forward port 1 to port 1 } }\nlocal nat disable\n")
+
+    assert conf.warnings == [f'{conf.path}:1: vm "a": interface 0: forward: not without NAT (local nat disable)']
+
+
 def test_second_vm_of_a_name_is_skipped(conf: Loader) -> None:
     """The warning says where it is."""
     config = conf.load("vm a { memory 1G }\nvm a { memory 2G }\n")

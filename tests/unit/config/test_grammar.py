@@ -26,6 +26,7 @@ from vmd.config.model import (
     Config,
     ConsoleLog,
     DiskConfig,
+    Forward,
     Globals,
     Listen,
     NicConfig,
@@ -595,6 +596,84 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
             for word in sorted(ENDING_WORDS["interface"])
         ),
         ("kernel IMAGE", 'syntax error at "kernel"'),
+        ("interface { address 10.0.0.1 }", "address: only a local interface has one"),
+        ("interface { forward port 1 to port 1 }", "forward: only a local interface has one"),
+        ("interface { dns 9.9.9.9 }", "dns: only a local interface has one"),
+        ("interface { hostname a }", "hostname: only a local interface has one"),
+        ("local interface { address 10.0.0.1, address 10.0.0.1 }", "address specified more than once"),
+        ("local interface { dns 9.9.9.9, dns 9.9.9.9 }", "dns specified more than once"),
+        ("local interface { hostname a, hostname a }", "hostname specified more than once"),
+        ("local interface { address fd00::1 }", "invalid address: fd00::1: an IPv4 address is needed"),
+        ("local interface { address 10.0.0 }", "invalid address: 10.0.0: an IPv4 address is needed"),
+        ("local interface { address 10.0.0.1/ }", "invalid address: 10.0.0.1/: the length of a network is a number"),
+        ("local interface { address 10.0.0.1/x }", "invalid address: 10.0.0.1/x: the length of a network is a number"),
+        ("local interface { address 10.0.0.1/15 }", "invalid address: 10.0.0.1/15: the length is from 16 to 31"),
+        ("local interface { address 10.0.0.1/32 }", "invalid address: 10.0.0.1/32: the length is from 16 to 31"),
+        ("local interface { address 127.0.0.1 }", "invalid address: 127.0.0.1/31: no guest can have it"),
+        ("local interface { address 169.254.0.1 }", "invalid address: 169.254.0.1/31: no guest can have it"),
+        ("local interface { address 224.0.0.1 }", "invalid address: 224.0.0.1/31: no guest can have it"),
+        ("local interface { address 0.0.0.1 }", "invalid address: 0.0.0.1/31: no guest can have it"),
+        (
+            "local interface { address 10.0.0.255/24 }",
+            "invalid address: 10.0.0.255/24: it is the first or the last of its network",
+        ),
+        (
+            "local interface { hostname a_b }",
+            "invalid hostname: a_b: it has letters, digits and hyphens, with dots between its parts",
+        ),
+        ("local interface { dns 127.0.0.1 }", "invalid name server: 127.0.0.1: guests cannot reach it"),
+        ("local interface { forward }", 'syntax error at "}"'),
+        *(
+            (
+                f"local interface {{ forward {words} }}",
+                f"invalid forward: {words}: it is `forward [tcp|udp] port N[:M] to port K [from address/length]`",
+            )
+            for words in ("8022", "tcp 8022 to port 22", "sctp port 1 to port 1", "port 1 to 1", "port 1 to port 1 by")
+        ),
+        *(
+            (f"local interface {{ forward {words} }}", f"invalid forward: {words}: a port is a number from 1 to 65535")
+            for words in ("port ssh to port 22", "port 1 to port 1-2", "port 123456 to port 1")
+        ),
+        (
+            "local interface { forward port 0 to port 1 }",
+            "invalid forward: tcp port 0 to port 1: a port is a number from 1 to 65535",
+        ),
+        (
+            "local interface { forward port 10:11 to port 65535 }",
+            "invalid forward: tcp port 10:11 to port 65535: a port is a number from 1 to 65535",
+        ),
+        (
+            "local interface { forward port 11:10 to port 1 }",
+            "invalid forward: tcp port 11 to port 1: it has 1 to 1024 ports",
+        ),
+        (
+            "local interface { forward port 10:12 to port 1:2 }",
+            "invalid forward: port 10:12 to port 1:2: there are 3 ports to forward, and not as many",
+        ),
+        (
+            "local interface { forward port 1 to port 1 from 192.0.2.1/24 }",
+            "invalid forward: from 192.0.2.1/24: 192.0.2.1/24 has host bits set",
+        ),
+        (
+            "local interface { forward port 1:9 to port 1, forward tcp port 9 to port 2 }",
+            "forward tcp port 9 to port 2: tcp port 1:9 to port 1 is there already",
+        ),
+        (
+            "local interface { rdomain 3, forward port 1 to port 1 }",
+            "forward: an interface in rdomain 3 cannot have one",
+        ),
+        (
+            "local interface { forward port 1 to port 1 }\nlocal interface { forward port 1 to port 2 }",
+            "forward tcp port 1 to port 2: interface 0 of this vm has tcp port 1 to port 1",
+        ),
+        (
+            "local interface { address 10.0.0.2 }\nlocal interface { address 10.0.0.9/24 }",
+            "address 10.0.0.9/24: interface 0 of this vm has its network",
+        ),
+        (
+            "local interface {" + ",".join(f"forward port {port} to port 1" for port in range(1, 18)) + "}",
+            "too many forwards of an interface: 17 (limit is 16)",
+        ),
     ],
 )
 def test_option_errors(conf: Loader, options: str, error: str) -> None:
@@ -789,11 +868,49 @@ def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
     assert conf.errors(f"vm a {block}\n")[0] == error
 
 
+WORLD = Prefix(address=bytes((192, 0, 2, 0)), length=24)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ("{ address 10.0.0.2 }", {"address": Prefix(address=bytes((10, 0, 0, 2)), length=31)}),
+        ("{ address 10.0.0.2/24 }", {"address": Prefix(address=bytes((10, 0, 0, 2)), length=24)}),
+        ("{ forward port 8022 to port 22 }", {"forwards": (Forward(port=8022, to=22),)}),
+        ("{\nforward tcp port 8022 to port 22\n}", {"forwards": (Forward(port=8022, to=22),)}),
+        ("{ forward udp port 53 to port 53 }", {"forwards": (Forward(port=53, to=53, udp=True),)}),
+        ("{ forward port 8000:8009 to port 80 }", {"forwards": (Forward(port=8000, to=80, count=10),)}),
+        ("{ forward port 8000:8009 to port 80:89 }", {"forwards": (Forward(port=8000, to=80, count=10),)}),
+        ("{ forward port 1 to port 2 from 192.0.2.0/24 }", {"forwards": (Forward(port=1, to=2, source=WORLD),)}),
+        (
+            "{ forward port 1 to port 1 forward udp port 1 to port 1, hostname www\n}",
+            {"forwards": (Forward(port=1, to=1), Forward(port=1, to=1, udp=True)), "host_name": "www"},
+        ),
+        (
+            '{ hostname "www.example.org" dns 9.9.9.9 1.1.1.1 limit rate 1M address 10.0.0.2 }',
+            {
+                "host_name": "www.example.org",
+                "dns": (bytes((9, 9, 9, 9)), bytes((1, 1, 1, 1))),
+                "rate_limit": MIB,
+                "address": Prefix(address=bytes((10, 0, 0, 2)), length=31),
+            },
+        ),
+        ("{ group forward hostname dns }", {"group": "forward", "host_name": "dns"}),
+        ("tap7 hostname www forward port 1 to port 1", {"tap": "tap7", "host_name": "www", "forwards": (
+            Forward(port=1, to=1),)}),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_options_of_a_local_interface(conf: Loader, options: str, fields: dict[str, Any]) -> None:
+    """In any order, on one line or several, with commas or without."""
+    assert conf.vm(f"local interface {options}").nics == (NicConfig(local=True, **fields),)
+
+
 # what is ours must not get in the way
 
 OUR_WORDS = [
     "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "ids", "limit", "vms", "legacy", "modern",
-    "transitional", "metrics", "listen", "cpu", "weight", "iops", "rate",
+    "transitional", "metrics", "listen", "cpu", "weight", "iops", "rate", "address", "forward", "hostname",
 ]  # fmt: skip
 
 

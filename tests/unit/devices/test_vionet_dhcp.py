@@ -1,6 +1,7 @@
 """The DHCP and BOOTP server of a local interface: who is answered what (*cat. 7.3*, hostile input 42)."""
 
 import random
+import socket
 
 import pytest
 
@@ -28,6 +29,7 @@ from tests.support.packets import (
     request,
     udp,
 )
+from vmd.config import rules
 from vmd.devices.vionet import dhcp as server
 from vmd.devices.vionet.ethernet import checksum, sum_is_right
 from vmd.devices.vionet.interface import Interface
@@ -259,17 +261,52 @@ def test_name_servers_mtu_and_boot_file() -> None:
     answer = answered(dhcp(DISCOVER), nic)
 
     assert answer.options[6] == b"".join(dns)
-    assert answer.options[12] == b"db1.example"
+    assert (answer.options[12], answer.options[15]) == (b"db1", b"example")
     assert answer.options[26] == (9000).to_bytes(2, "big")
     assert answer.file == b"auto_install".ljust(128, b"\0")
-    assert list(answer.options) == [53, 51, 54, 1, 3, 6, 12, 26]
+    assert list(answer.options) == [53, 51, 54, 1, 3, 6, 12, 15, 26]
 
 
-def test_usual_mtu_and_host_name_are_not_said_unasked() -> None:
-    """A name is for guests that boot from the network."""
+def test_what_is_usual_is_not_said() -> None:
+    """The size of frames, and a domain where there is none; a name is for every guest."""
     answer = answered(dhcp(DISCOVER), NIC.replace(mtu=1500, host_name="db1"))
 
-    assert not {12, 26} & set(answer.options)
+    assert answer.options[12] == b"db1"
+    assert not {15, 26} & set(answer.options)
+
+
+@pytest.mark.parametrize(
+    ("length4", "mask"), [(31, "255.255.255.254"), (30, "255.255.255.252"), (24, "255.255.255.0"), (16, "255.255.0.0")]
+)
+def test_the_mask_is_that_of_the_network(length4: int, mask: str) -> None:
+    """Of guest and host alone, or larger."""
+    answer = answered(dhcp(DISCOVER), NIC.replace(length4=length4))
+
+    assert socket.inet_ntoa(answer.options[1]) == mask
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({12: b"web"}, b"web"),
+        ({12: b"web.example.org."}, b"web.example.org"),
+        ({12: b"web\0"}, b"web"),
+        ({81: b"\0\0\0web.example.org"}, b"web.example.org"),
+        ({81: b"\4\0\0\3web\7example\0"}, b"web.example"),
+        ({81: b"\4\0\0\3web"}, b"web"),
+        ({81: b"\4\0\0\77we"}, b""),
+        ({81: b"\0\0"}, b""),
+        ({12: b"db1", 81: b"\0\0\0web"}, b"db1"),
+        ({12: b"x" * 63 + b".y"}, b""),  # longer than there is room for
+        ({12: b"x" * 62 + b".y"}, b"x" * 62 + b".y"),
+        ({12: b"a\nb"}, b""),
+        ({12: b"\xe4"}, b""),
+        ({}, b""),
+    ],
+)
+def test_the_name_that_a_client_says_it_has(options: dict[int, bytes], name: bytes) -> None:
+    """By either option (RFC 2132, 3.14; RFC 4702); what no host can be called is none."""
+    assert server.name_in(options) == name
 
 
 @pytest.mark.parametrize(
@@ -282,7 +319,7 @@ def test_usual_mtu_and_host_name_are_not_said_unasked() -> None:
 )  # fmt: skip
 def test_host_name(name: str, valid: bool) -> None:
     """What is none is not sent (hostile input 42: 255 bytes, control characters)."""
-    assert server.is_host_name(name) is valid
+    assert server.is_host_name(name) is rules.is_host_name(name) is valid
 
     answer = answered(dhcp(DISCOVER), NIC.replace(pxe=True, host_name=name))
 

@@ -37,6 +37,7 @@ from vmd.devices.vionet.transmit import FRAME_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory
+from vmd.ipc import devmsg
 from vmd.virtio.queue import Queue
 
 # (gpa or the next free place, length, flags, next or the following) each; in a table of its own
@@ -284,6 +285,7 @@ class NoServices:
     """What a frame that is not answered does not need."""
 
     figures = unseen("vionet")
+    slot = memoryview(bytearray(devmsg.FIGURES_SLOT_BYTES)).cast("Q")
 
     def post(self, _job: object) -> None:
         """Refuse it."""

@@ -122,3 +122,24 @@ def test_they_stay_with_the_name_for_the_life_of_the_daemon() -> None:
     assert len({nic.lladdr for vm in (again, other) for nic in vm.config.nics}) == 5
     assert all(len(nic.lladdr) == 6 for nic in somebody.config.nics)
     assert table.named(config) == first.config
+
+
+@pytest.mark.parametrize(
+    ("guest", "host"),
+    [
+        ("10.0.0.2/31", "10.0.0.3"), ("10.0.0.3/31", "10.0.0.2"), ("10.0.0.77/24", "10.0.0.1"),
+        ("10.0.0.1/24", "10.0.0.2"), ("10.0.0.5/30", "10.0.0.6"), ("10.0.0.6/30", "10.0.0.5"),
+        ("10.1.255.254/16", "10.1.0.1"),
+    ],
+)  # fmt: skip
+def test_an_address_that_the_operator_has_chosen(guest: str, host: str) -> None:
+    """Of one interface; the other ones have theirs from the number."""
+    interface = ipaddress.ip_interface(guest)
+    chosen = Prefix(address=interface.packed, length=interface.network.prefixlen)
+    plan = Plan(number=3, prefix4=DEFAULT, fixed=(None, chosen))
+
+    assert (v4(plan.guest4(1)), v4(plan.host4(1)), plan.length4(1)) == (guest.partition("/")[0], host, chosen.length)
+    for index in (0, 2):
+        plain = Plan(number=3, prefix4=DEFAULT)
+        assert (plan.guest4(index), plan.host4(index)) == (plain.guest4(index), plain.host4(index))
+        assert plan.length4(index) == 31

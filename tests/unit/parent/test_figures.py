@@ -21,6 +21,7 @@ from vmd.config.model import (
     VmConfig,
 )
 from vmd.devices.figures import take_slot
+from vmd.devices.vionet.local import NAME_AT
 from vmd.errors import OperatorError
 from vmd.ipc import devmsg
 from vmd.ipc.figures import (
@@ -38,7 +39,7 @@ from vmd.ipc.messages.figures import LifeEnd, VmFigures
 from vmd.ipc.routes import Proc
 from vmd.memfile import memory_file, sealed_file
 from vmd.parent.core import Core
-from vmd.parent.figures import BATCH, Figures, group_of, slots
+from vmd.parent.figures import BATCH, Figures, group_of, host_names, slots
 from vmd.record import Record, RecordType
 from vmd.vm.kinds import KINDS
 
@@ -204,7 +205,7 @@ def page() -> Iterator[int]:
 def test_what_devices_leave_is_found(page: int) -> None:
     """Each by its kind and index, wherever its slot is; one that counts less than others is of an earlier version."""
     disk, nic = take_slot(page, 3, "vioblk", 1), take_slot(page, 15, "vionet", 0)
-    disk[2], nic[0], nic[-1] = 5, 7, MOST
+    disk[2], nic[0], nic[devmsg.COUNTER_NAMES.index("tx_throttled_ns")] = 5, 7, MOST
     found = slots(page)
     assert set(found) == {("vioblk", 1), ("vionet", 0)}
     assert {name: value for name, value in found["vioblk", 1].items() if value} == {"read_ns": 5}
@@ -213,6 +214,28 @@ def test_what_devices_leave_is_found(page: int) -> None:
     }  # fmt: skip
     os.pwrite(page, (2).to_bytes(8, "little"), 15 * devmsg.FIGURES_SLOT_BYTES + 16)
     assert slots(page)["vionet", 0] == {"rx_packets": 7, "rx_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("raw", "names"),
+    [
+        (b"web.example.org", {3: "web.example.org"}),
+        (b"x" * 62 + b".y", {3: "x" * 62 + ".y"}),
+        (b"", {}),
+        (b"a\0b", {}),
+        (b"\x1b[2J", {}),
+        (b"\xff" * 64, {}),
+    ],
+)
+def test_the_host_names_of_leases(page: int, raw: bytes, names: dict[int, str]) -> None:
+    """Behind the figures of interfaces; what is no such name is none, and a disk has none."""
+    for slot, kind in ((2, "vioblk"), (15, "vionet")):
+        words = take_slot(page, slot, kind, 3)
+        for place, at in enumerate(range(0, devmsg.HOST_NAME_BYTES, 8), NAME_AT):
+            words[place] = int.from_bytes(raw[at : at + 8], "little")
+
+    assert host_names(page) == names
+    assert not any(slots(page)["vionet", 3].values())
 
 
 def test_whatever_a_vm_writes(page: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import BootDevice, Config, Globals, NicConfig, Owner, Prefix, SwitchConfig, VmConfig
+from vmd.config.model import BootDevice, Config, Forward, Globals, NicConfig, Owner, Prefix, SwitchConfig, VmConfig
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
@@ -24,16 +24,17 @@ from vmd.ipc.messages.priv import (
     NicsFailed,
     NicsMade,
     RemoveNics,
+    SetForwards,
 )
 from vmd.ipc.messages.shared import Trouble
-from vmd.ipc.messages.vm import AskDevices, AskResolvers, DevicesReported, NicCounters, Resolvers, StartVm
+from vmd.ipc.messages.vm import AskDevices, AskResolvers, DevicesReported, LimitVm, NicCounters, Resolvers, StartVm
 from vmd.ipc.routes import Proc
 from vmd.parent.consolelogs import ConsoleLogs
 from vmd.parent.core import Core
 from vmd.parent.forpriv import open_tuns
 from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import Network, alias
-from vmd.parent.requests import checked_request
+from vmd.parent.requests import checked_request, require_leave
 from vmd.parent.status import TROUBLES_MAX, Status
 from vmd.parent.vmtable import Vm
 from vmd.record import Record
@@ -470,6 +471,137 @@ def test_a_switch_that_a_received_vm_needs(parent: FakeParent) -> None:
         parent.network.require_switches(VmConfig(name="a", nics=(NicConfig(switch="nope"),)))
 
 
+SSH = Forward(port=8022, to=22)
+
+
+def web(name: str = "web", **fields: object) -> VmConfig:
+    """Return a VM with a local interface of which this is said."""
+    return VmConfig(name=name, nics=(NicConfig(local=True, **fields),))  # type: ignore[arg-type]
+
+
+def test_what_a_local_interface_may_be_told(parent: FakeParent) -> None:
+    """Priv hears of address and forwards, the VM of address and name servers."""
+    address = Prefix(address=bytes((10, 9, 0, 77)), length=24)
+    launch(parent, web(address=address, forwards=(SSH,), dns=(bytes((9, 9, 9, 9)), bytes(15) + b"\7")))
+    (message,) = parent.peers[Proc.PRIV].sent
+    assert isinstance(message, MakeNics)
+    (nic,) = message.nics
+    assert (nic.host4, nic.guest4, nic.length4) == (bytes((10, 9, 0, 1)), address.address, 24)
+    assert nic.forwards == (SSH,)
+    made(parent)
+
+    (link,) = started(parent).nics
+    assert (link.host4, link.guest4, link.length4) == (nic.host4, nic.guest4, 24)
+    assert (link.dns4, link.dns6, link.asks) == ((bytes((9, 9, 9, 9)),), (), False)
+    assert parent.network.name_server_problems(parent.network.taps[1]) == {}
+
+
+def test_an_address_of_a_network_that_a_vm_has(parent: FakeParent) -> None:
+    """Whichever of them the operator has chosen; the message names both."""
+    launch(parent, web("one"))
+    made(parent)
+    inside = Prefix(address=bytes((100, 64, 1, 77)), length=24)
+    with pytest.raises(OperatorError, match=r"vm two: .* addresses that vm one has here, such as 100\.64\.1\.2"):
+        launch(parent, web("two", address=inside))
+
+
+def test_addresses_that_are_chosen_keep_away_from_those_of_the_operator(parent: FakeParent) -> None:
+    """Of VMs that do not run, too."""
+    inside = Prefix(address=bytes((100, 64, 0, 77)), length=10 + 8)
+    parent.core.vms.add(web("fixed", address=inside), from_config=True)
+    vm = parent.core.vms.add(web("other"), from_config=True)
+    prefix4 = Globals(local_prefix=Prefix(address=bytes((100, 64, 0, 0)), length=16))
+    parent.core.config = parent.core.config.replace(settings=prefix4)
+
+    for _ in range(20):
+        parent.core.vms.identities.of(vm.key).number = 0
+        number = parent.network.plans.plan_of(vm, vm.config).number
+        assert number >= 64  # a /18 has the first 64
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (Forward(port=8000, to=80, count=99), "interface 0: forward tcp port 8000:8098 to port 80: vm one has tcp"),
+        (Forward(port=8022, to=22, udp=True), ""),
+        (Forward(port=8023, to=22), ""),
+    ],
+)
+def test_a_port_that_another_vm_has(parent: FakeParent, wanted: Forward, words: str) -> None:
+    """While that runs."""
+    first, _ = launch(parent, web("one", forwards=(SSH,)))
+    made(parent)
+    if words:
+        with pytest.raises(OperatorError, match=words):
+            launch(parent, web("two", forwards=(wanted,)))
+        parent.network.release(first.vmid)
+    launch(parent, web("two", forwards=(wanted,)))
+
+
+def test_no_forwards_without_nat(parent: FakeParent) -> None:
+    """Rules are the operator's then."""
+    parent.core.config = parent.core.config.replace(settings=Globals(local_nat=False))
+    with pytest.raises(OperatorError, match=r"vm web: interface 0: forward .* not without NAT \(local nat disable\)"):
+        launch(parent, web(forwards=(SSH,)))
+
+
+def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
+    """Priv and the VM are told, and so is a priv that is started again; a port that is taken changes nothing."""
+    vm, _ = launch(parent, web(forwards=(SSH,)))
+    made(parent)
+    launch(parent, web("two", forwards=(Forward(port=99, to=99),)))
+    made(parent)
+    new = Forward(port=7022, to=22)
+
+    assert parent.network.change_forwards(vm, web(forwards=(SSH,))) == []
+    assert parent.network.change_forwards(vm, web(forwards=(SSH, new))) == [
+        "vm web: its new forwards count from now on"
+    ]
+    assert parent.peers[Proc.PRIV].sent[-1] == SetForwards(vmid=vm.vmid, forwards=((SSH, new),))
+    limit = parent.peers[Proc.VMM].sent[-1]
+    assert isinstance(limit, LimitVm)
+    assert [nic.forwards for nic in limit.config.nics] == [nic.forwards for nic in vm.config.nics] == [(SSH, new)]
+    (note,) = parent.network.change_forwards(vm, web(forwards=(Forward(port=99, to=1),)))
+    assert note.endswith("vm two has tcp port 99 to port 99: its forwards stay as they are")
+    assert vm.config.nics[0].forwards == (SSH, new)
+
+    parent.network.on_priv_lost(for_good=False)
+    parent.network.begin()
+    adopted = next(each for each in parent.peers[Proc.PRIV].sent if isinstance(each, AdoptNics))
+    assert adopted.nics[0].forwards == (SSH, new)
+    asked = len(parent.peers[Proc.PRIV].sent)
+    launch(parent, vm.config)  # its guest resets itself, and goes on with its interfaces
+    assert len(parent.peers[Proc.PRIV].sent) == asked
+
+
+def test_forwards_of_a_vm_that_waits_for_its_interfaces(parent: FakeParent) -> None:
+    """They wait for its next start, as all else that changes meanwhile."""
+    vm, _ = launch(parent, web())
+    assert parent.network.change_forwards(vm, web(forwards=(SSH,))) == []
+    assert vm.config.nics[0].forwards == ()
+
+
+@pytest.mark.parametrize(
+    ("uid", "known", "refused"),
+    [(0, False, False), (1000, True, False), (1000, False, True)],
+)
+def test_what_only_vm_conf_gives_a_vm_from_elsewhere(
+    parent: FakeParent, uid: int, known: bool, refused: bool
+) -> None:
+    """Ports of this host are root's, who may give them to a VM of a user."""
+    there = web(forwards=(SSH,))
+    vm = parent.core.vms.add(there if known else VmConfig(name="web"), from_config=known)
+    vm.uid = uid
+    if refused:
+        with pytest.raises(OperatorError, match="interface 0: forward tcp port 8022 to port 22: only vm"):
+            require_leave(vm, there)
+        with pytest.raises(OperatorError, match="interface 0: a fixed address: only"):
+            require_leave(vm, web(address=Prefix(address=bytes((10, 0, 0, 2)), length=31)))
+    else:
+        require_leave(vm, there)
+    require_leave(vm, web())
+
+
 def received(plan_id: int, **fields: object) -> VmConfig:
     """Return a VM that comes from elsewhere."""
     return VmConfig(
@@ -579,6 +711,15 @@ def test_no_addresses_are_left(parent: FakeParent) -> None:
         {"nics": (NicConfig(group="a b"),)},
         {"nics": (NicConfig(switch="s" * 64),)},
         {"nics": (NicConfig(rdomain=256),)},
+        {"nics": (NicConfig(forwards=(SSH,)),)},
+        {"nics": (NicConfig(local=True, forwards=(SSH, SSH)),)},
+        {"nics": (NicConfig(local=True, forwards=(Forward(port=1, to=70000),)),)},
+        {"nics": (NicConfig(local=True, forwards=(SSH,)), NicConfig(local=True, forwards=(SSH,)))},
+        {"nics": (NicConfig(local=True, address=Prefix(address=bytes(4), length=31)),)},
+        {"nics": (NicConfig(local=True, address=Prefix(address=b"\1\0\0\1", length=0)),)},
+        {"nics": (NicConfig(local=True, dns=(b"",)),)},
+        {"nics": (NicConfig(local=True, dns=tuple(bytes((9, 9, 9, n)) for n in range(4))),)},
+        {"nics": (NicConfig(local=True, host_name="a\nb"),)},
     ],
     ids=repr,
 )

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from vmd.config.model import Forward, Prefix
 from vmd.config.rules import HOST_TABLES
 from vmd.errors import OperatorError
 from vmd.priv.host import inside, is_bridge, is_tap, is_vrf, link_local
@@ -34,6 +35,31 @@ def test_the_shape_of_a_text() -> None:
         "chain forward": 5, "chain forwarded": 3, "chain input": 1, "chain received": 1, "chain postrouting": 2,
     }  # fmt: skip
     assert set(shape(ruleset([]))) == set(found) - {"set vmd_lab", "set vmd_old"}
+
+
+def test_forwards() -> None:
+    """A rule each, in a chain that packets for the host itself come by; without NAT there is none."""
+    world = Prefix(address=bytes((192, 0, 2, 0)), length=24)
+    forwards = (
+        Forward(port=8022, to=22),
+        Forward(port=80, to=80, source=world),
+        Forward(port=5000, to=5000, count=10, udp=True),
+        Forward(port=7000, to=80, count=2),
+    )
+    web = Member(name="tap0", networks=(NET4,), guest4=bytes((100, 64, 3, 5)), forwards=forwards)
+    rules = ruleset([web, Member(name="tap1", networks=(NET4,))]).splitlines()
+
+    assert [rule.removeprefix("add rule inet vmd forwards ") for rule in rules if "forwards tcp" in rule] == [
+        "tcp dport 8022 dnat ip to 100.64.3.5:22",
+        "tcp dport 7000-7001 dnat ip to 100.64.3.5 : tcp dport map { 7000 : 80, 7001 : 81 }",
+    ]
+    assert "add rule inet vmd forwards ip saddr 192.0.2.0/24 tcp dport 80 dnat ip to 100.64.3.5" in rules
+    assert "add rule inet vmd forwards udp dport 5000-5009 dnat ip to 100.64.3.5" in rules
+    for chain in ("prerouting", "output"):
+        (rule,) = [rule for rule in rules if rule.startswith(f"add rule inet vmd {chain} ")]
+        assert rule.endswith(" ip daddr != 127.0.0.0/8 fib daddr type local jump forwards")
+    assert shape("\n".join(rules))["chain forwards"] == len(forwards)
+    assert "jump" not in ruleset([web.replace(forwards=())])
 
 
 def test_the_whole_text() -> None:
@@ -102,6 +128,12 @@ def test_the_whole_text() -> None:
         "flush chain inet vmd received\n"
         "add chain inet vmd postrouting { type nat hook postrouting priority srcnat; policy accept; }\n"
         "flush chain inet vmd postrouting\n"
+        "add chain inet vmd prerouting { type nat hook prerouting priority dstnat; policy accept; }\n"
+        "flush chain inet vmd prerouting\n"
+        "add chain inet vmd output { type nat hook output priority -100; policy accept; }\n"
+        "flush chain inet vmd output\n"
+        "add chain inet vmd forwards\n"
+        "flush chain inet vmd forwards\n"
         "add rule inet vmd forward iifname @local meta nfproto ipv4 iifname . ip saddr != @source4 drop\n"
         "add rule inet vmd forward iifname @local meta nfproto ipv6 iifname . ip6 saddr != @source6 drop\n"
         "add rule inet vmd postrouting ip saddr @nat4 oifname != @local masquerade\n"

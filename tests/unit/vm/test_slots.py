@@ -45,6 +45,22 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     assert (by_name["vioscsi0"].fds, by_name["vioscsi0"].names) == ((13,), ("/disc.iso",))
 
 
+@pytest.mark.parametrize(
+    ("given", "local", "pxe", "told"),
+    [("", True, False, "a"), ("www", True, False, "www"), ("", False, True, "a"), ("", False, False, "")],
+)
+def test_the_host_name_that_a_guest_is_told(given: str, local: bool, pxe: bool, told: str) -> None:
+    """Its interface's, else the VM's; a guest that gets no addresses of us is told none."""
+    nic = NicConfig(local=local, host_name=given)
+    link = NicLink(
+        name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=local, mtu=0, pxe=pxe
+    )
+    parts = Given(config=VmConfig(name="a", nics=(nic,)), nics=(link,), tap_fds=(14,))
+
+    (slot,) = [slot for slot in plan(parts) if slot.net]
+    assert slot.names == ("tap0", told)
+
+
 def serials(name: str = "a", uid: int = 0, given: str = "") -> list[bytes]:
     """Return the serial numbers of two disks of a VM; the first one's may be given."""
     disks = (DiskConfig(path="/a", serial=given), DiskConfig(path="/c"))

@@ -7,6 +7,7 @@ import pytest
 
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmd.config.model import Forward, Prefix
 from vmd.devices.vionet.dhcp import REASONS, RELEASED
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.messages.clients import (
@@ -241,6 +242,11 @@ def test_list_refused(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 LLADDR = bytes.fromhex("fee1bbd10001")
 
 
+FROM_WORLD = Forward(
+    port=5000, to=6000, count=10, udp=True, source=Prefix(address=bytes((192, 0, 2, 0)), length=24)
+)
+
+
 def with_nics(daemon: FakeDaemon, *nics: NicInfo | TroubleInfo) -> None:
     """Have the daemon know one VM with these interfaces."""
     daemon.script = lambda request: {
@@ -283,6 +289,13 @@ def nic(**fields: object) -> NicInfo:
              "    host 100.64.1.2, guest 100.64.1.3, prefix fd00::/64", "    no lease given",
              "    received 0 packets, 0 bytes", "    sent 0 packets, 0 bytes"],
         ),
+        (
+            nic(tap="", mtu=0, local=True, host4=bytes((10, 9, 0, 1)), guest4=bytes((10, 9, 0, 2)), length4=24,
+                forwards=(Forward(port=80, to=8080), FROM_WORLD)),
+            ["db1 interface 0: no tap, local, lladdr fe:e1:bb:d1:00:01", "    host 10.9.0.1, guest 10.9.0.2/24",
+             "    forward tcp port 80 to port 8080",
+             "    forward udp port 5000:5009 to port 6000 from 192.0.2.0/24"],
+        ),
         (nic(tap="", mtu=0, up=False), ["db1 interface 0: no tap, lladdr fe:e1:bb:d1:00:01, down"]),
         (
             nic(),
@@ -303,10 +316,14 @@ def test_interfaces_in_words(vmctl: Vmctl, daemon: FakeDaemon, each: NicInfo, li
 
 def test_a_lease(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """With its time; a number that is no time is none."""
-    with_nics(daemon, nic(local=True, counters=counters(lease_s=86400)))
-    assert "    lease given 1970-01-0" in vmctl("show", "-v")[1]
-    with_nics(daemon, nic(local=True, counters=counters(lease_s=(1 << 64) - 1)))
-    assert "    lease given\n" in vmctl("show", "-v")[1]
+    leased = nic(local=True, guest4=bytes((100, 64, 1, 3)), counters=counters(lease_s=86400))
+    with_nics(daemon, leased)
+    assert "    lease 100.64.1.3 given 1970-01-0" in vmctl("show", "-v")[1]
+    with_nics(daemon, leased.replace(counters=counters(lease_s=(1 << 64) - 1), lease_name="web"))
+    assert "    lease 100.64.1.3 given to web\n" in vmctl("show", "-v")[1]
+    with_nics(daemon, leased.replace(lease_name="web"))
+    (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
+    assert row["interfaces"][0]["lease"] == {"address": "100.64.1.3", "hostname": "web", "since": 86400}
     with_nics(daemon, nic(local=True, counters=counters(dhcp_releases=1)))
     assert "    lease released\n" in vmctl("show", "-v")[1]
 
@@ -333,6 +350,19 @@ def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     (shown,) = row["interfaces"]
     assert (shown["tap"], shown["lladdr"], shown["host4"]) == ("tap0", "fe:e1:bb:d1:00:01", "100.64.1.2")
     assert (shown["prefix6"], shown["switch"], shown["counters"]["rx_packets"]) == (None, None, 3)
+    assert (shown["forwards"], shown["lease"], shown["prefix4_length"]) == ([], None, 31)
+
+
+def test_forwards_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """What of the host leads where, and for whom."""
+    with_nics(daemon, nic(local=True, forwards=(Forward(port=8022, to=22), FROM_WORLD)))
+
+    (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
+
+    assert row["interfaces"][0]["forwards"] == [
+        {"protocol": "tcp", "port": 8022, "count": 1, "to": 22, "from": None},
+        {"protocol": "udp", "port": 5000, "count": 10, "to": 6000, "from": "192.0.2.0/24"},
+    ]
 
 
 def test_what_is_wrong_with_a_device(vmctl: Vmctl, daemon: FakeDaemon) -> None:

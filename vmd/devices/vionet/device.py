@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     class Services(worker.Services, Protocol):
         """What of `process.ThreadedProcess` is used here."""
 
+        slot: memoryview
+
         def watch(self, fd: int, handler: Callable[[], None], events: int) -> None:
             """Call back on an event."""
 
@@ -193,7 +195,8 @@ class Vionet:
 
     def set_resolvers(self, dns4: tuple[bytes, ...], dns6: tuple[bytes, ...]) -> None:
         """Take the name servers that the guest is to be told, and answer what has waited for them."""
-        self.interface = self.interface.replace(dns4=dns4, dns6=dns6)
+        if self.interface.asks:
+            self.interface = self.interface.replace(dns4=dns4, dns6=dns6)
         if self.local is not None:
             self.local.go_on(self.interface)
 

@@ -24,6 +24,7 @@ from vmd.devices.vionet.ethernet import (
     sum_is_right,
 )
 from vmd.devices.vionet.interface import MTU_USUAL, given
+from vmd.ipc.devmsg import HOST_NAME_BYTES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,13 +44,13 @@ MORE_FRAGMENTS_OR_OFFSET = 0x3FFF
 LOW_DELAY, TTL = 0x10, 16
 EVERYWHERE = b"\xff" * 4
 
-PAD, MASK, ROUTER, DNS, HOST_NAME, INTERFACE_MTU = 0, 1, 3, 6, 12, 26
+PAD, MASK, ROUTER, DNS, HOST_NAME, DOMAIN_NAME, INTERFACE_MTU = 0, 1, 3, 6, 12, 15, 26
 REQUESTED_ADDRESS, LEASE_TIME, OVERLOAD, MESSAGE_TYPE, SERVER_ID = 50, 51, 52, 53, 54
-MESSAGE, MAX_MESSAGE, CLIENT_ID, END = 56, 57, 61, 255
+MESSAGE, MAX_MESSAGE, CLIENT_ID, CLIENT_FQDN, END = 56, 57, 61, 81, 255
+FQDN_HEAD, FQDN_ENCODED = 3, 4  # bytes before the name of CLIENT_FQDN; flag: it is encoded as in DNS (RFC 4702, 2)
 OVERLOAD_FILE, OVERLOAD_SNAME = 1, 2  # bits of OVERLOAD: that field has options, too
 DISCOVER, OFFER, REQUEST, DECLINE, ACK, NAK, RELEASE, INFORM = range(1, 9)
 BOOTP_TYPE = 0  # stands for the message type that BOOTP does not have
-NETMASK = bytes((255, 255, 255, 254))
 FOR_EVER = b"\xff" * 4
 BOOT_FILE = b"auto_install"
 HOST_NAME_MAX, LABEL_MAX = 255, 63
@@ -86,7 +87,7 @@ class Unanswered(Exception):
 class Request:
     """What counts of a checked request."""
 
-    __slots__ = ("ciaddr", "client_id", "flags", "kind", "limit", "requested", "server", "source", "xid")
+    __slots__ = ("ciaddr", "client_id", "flags", "host_name", "kind", "limit", "requested", "server", "source", "xid")
 
     def __init__(self, xid: int, flags: int, ciaddr: bytes, source: bytes, options: dict[int, bytes]) -> None:
         """`source` is the sender's IP address.  Raises Unanswered: an option has an impossible length."""
@@ -103,6 +104,7 @@ class Request:
         self.requested = given(options.get(REQUESTED_ADDRESS, b""))
         self.server = options.get(SERVER_ID, b"")
         self.client_id = options.get(CLIENT_ID, b"")
+        self.host_name = name_in(options)
         self.limit = max(DATAGRAM_MIN, int.from_bytes(options.get(MAX_MESSAGE, b""), "big"))
 
     @property
@@ -238,6 +240,22 @@ def collect_options(field: bytes, options: dict[int, bytes]) -> None:
         at += length
 
 
+def name_in(options: "dict[int, bytes]") -> bytes:
+    """Return the host name that a client says it has; nothing for none, and for what no host can be called."""
+    fqdn = options.get(CLIENT_FQDN, b"")
+    name = options.get(HOST_NAME, b"")
+    if not name and len(fqdn) > FQDN_HEAD:
+        name = fqdn[FQDN_HEAD:]
+        if fqdn[0] & FQDN_ENCODED:
+            labels = []
+            while name and 0 < name[0] < len(name):
+                labels.append(name[1 : 1 + name[0]])
+                name = name[1 + name[0] :]
+            name = b".".join(labels)
+    name = name.rstrip(b"\0").removesuffix(b".")
+    return name if len(name) <= HOST_NAME_BYTES and is_host_name(name.decode("latin-1")) else b""
+
+
 # --- the answer ----------------------------------------------------------------------------------------------------
 
 
@@ -321,10 +339,12 @@ def build_options(request: Request, kind: int, interface: "Interface") -> bytes:
     if kind == NAK:
         options += option(MESSAGE, NAK_TEXT)
     else:
-        options += option(MASK, NETMASK) + option(ROUTER, interface.host4)
+        options += option(MASK, interface.netmask) + option(ROUTER, interface.host4)
         options += option(DNS, b"".join(interface.dns4) or interface.host4)
-        if interface.pxe and is_host_name(interface.host_name):
-            options += option(HOST_NAME, interface.host_name.encode())
+        if is_host_name(interface.host_name):
+            host, _, domain = interface.host_name.partition(".")
+            options += option(HOST_NAME, host.encode())
+            options += option(DOMAIN_NAME, domain.encode()) if domain else b""
         if interface.mtu not in (0, MTU_USUAL):
             options += option(INTERFACE_MTU, interface.mtu.to_bytes(2, "big"))
     if request.client_id:
@@ -339,7 +359,7 @@ def option(code: int, data: bytes) -> bytes:
 
 
 def is_host_name(name: str) -> bool:
-    """Return whether a name is one for hosts (RFC 1123, 2.1)."""
+    """Return whether a name is one for hosts, as `vmd.config.rules` has it (RFC 1123, 2.1)."""
     return 0 < len(name) <= HOST_NAME_MAX and all(
         0 < len(label) <= LABEL_MAX
         and label.isascii()

@@ -29,6 +29,7 @@ class Interface(Record):
     dns4: tuple[bytes, ...] = ()
     dns6: tuple[bytes, ...] = ()
     host_name: str = ""
+    length4: int = 31  # of the network of `guest4` and `host4`
 
     def check(self) -> None:
         """Refuse what no interface can be."""
@@ -38,11 +39,13 @@ class Interface(Record):
             raise ValueError(f"mtu {self.mtu} is not between {MTU_MIN} and {MTU_MAX}")
         if self.local and not (self.guest4 and self.host4):
             raise ValueError("a local interface without addresses")
+        if not 0 < self.length4 < 32:
+            raise ValueError(f"a network with a prefix of {self.length4} bits")
 
     @classmethod
     def from_start(cls, fields: "tuple[Any, ...]", host_name: str) -> "Interface":
         """Take the fields of `devmsg.NET`.  Raises ValueError."""
-        lladdr, host_lladdr, flags, mtu, guest4, host4, host_link_local, prefix6, dns4, dns6 = fields
+        lladdr, host_lladdr, flags, mtu, guest4, host4, host_link_local, prefix6, dns4, dns6, length4 = fields
         return cls(
             lladdr=lladdr,
             host_lladdr=given(host_lladdr),
@@ -58,7 +61,13 @@ class Interface(Record):
             dns4=servers(dns4, 4),
             dns6=servers(dns6, 16),
             host_name=host_name,
+            length4=length4 or 31,
         )
+
+    @property
+    def netmask(self) -> bytes:
+        """The mask of the network of guest and host."""
+        return (0xFFFFFFFF << 32 - self.length4 & 0xFFFFFFFF).to_bytes(4, "big")
 
     @property
     def router(self) -> bytes:

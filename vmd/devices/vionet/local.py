@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         """What of the process is used here."""
 
         figures: memoryview
+        slot: memoryview
 
         def post(self, job: Callable[[], None]) -> None:
             """Have something done on the main thread."""
@@ -36,6 +37,8 @@ UDP_PORTS = slice(HEADER_BYTES + 20, HEADER_BYTES + 24)
 CLIENT_TO_SERVER = b"\0\x44\0\x43"
 IPV6_NEXT = HEADER_BYTES + 6
 ICMPV6_TYPE = HEADER_BYTES + 40
+NAME_WORDS = devmsg.HOST_NAME_BYTES // 8
+NAME_AT = devmsg.FIGURES_SLOT_BYTES // 8 - devmsg.FIGURES_HEAD - NAME_WORDS
 PLACES = {name: place for place, name in enumerate(devmsg.COUNTER_NAMES)}
 WAITING_MAX = 8  # answers; a guest asks again
 
@@ -68,6 +71,7 @@ class LocalNetwork:
         self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, dhcp.BOOTP_TYPE: 0}
         self.unanswered = dict.fromkeys(dhcp.REASONS, 0)
         self.lease_s = self.lease_requested = 0
+        self.lease_name = b""
         self.solicited = self.unsolicited = 0
         self.showing = _thread.allocate_lock()
 
@@ -105,6 +109,7 @@ class LocalNetwork:
             self.unanswered[unanswered.reason] += 1
             if unanswered.reason in (dhcp.RELEASED, dhcp.DECLINED):
                 self.lease_s = self.lease_requested = 0
+                self.lease_name = b""
             self.show()
             return False
         if reply is None:
@@ -130,6 +135,7 @@ class LocalNetwork:
         if reply.lease:
             self.lease_s = int(time.time())
             self.lease_requested = int.from_bytes(reply.requested, "big")
+            self.lease_name = request.host_name
             if self.leased != self.life:
                 self.leased = self.life
                 self.tell(devmsg.TYPE.pack(devmsg.LEASE))
@@ -200,6 +206,9 @@ class LocalNetwork:
         with self.showing:
             for name, value in self.counters().items():
                 figures[PLACES[name]] = value
+            slot, lease_name = self.services.slot, self.lease_name
+            for place in range(NAME_WORDS):
+                slot[NAME_AT + place] = int.from_bytes(lease_name[8 * place : 8 * place + 8], "little")
 
     def counters(self) -> dict[str, int]:
         """Return what has happened, under the names of `devmsg.COUNTER_NAMES`."""

@@ -7,7 +7,7 @@ connection, and answers come back under it.
 
 from enum import IntEnum
 
-from vmd.config.model import BootDevice, VmConfig
+from vmd.config.model import BootDevice, Forward, VmConfig
 from vmd.ipc.messages.figures import LifeEnd
 from vmd.ipc.messages.shared import Live, SnapshotAction
 from vmd.ipc.routes import ANSWER, Proc, Who, message, relays, request
@@ -410,6 +410,9 @@ class NicInfo(Record):
     host4: bytes = b""
     prefix6: bytes = b""
     counters: tuple[int, ...] = ()  # devmsg.COUNTER_NAMES; none: its process has not answered
+    length4: int = 31  # of the network that `guest4` and `host4` are in
+    forwards: tuple[Forward, ...] = ()
+    lease_name: str = ""  # the host name with which the guest has asked for its address
 
 
 class DiskFile(Record):

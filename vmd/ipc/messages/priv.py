@@ -1,5 +1,6 @@
 """Between the parent and priv."""
 
+from vmd.config.model import Forward
 from vmd.ipc.messages.shared import Trouble
 from vmd.ipc.routes import Proc, message
 from vmd.record import Record
@@ -24,9 +25,12 @@ class NicRequest(Record):
     groups: tuple[str, ...] = ()  # the first is the one that Linux knows; the rest are sets of nftables
     rdomain: int | None = None
     up: bool = True
-    host4: bytes = b""  # an address in a /31
+    host4: bytes = b""  # the host's address
     prefix6: bytes = b""  # a /64; the host is its ::1
     lladdr: bytes = b""  # the guest's
+    length4: int = 31  # of the network of `host4`
+    guest4: bytes = b""  # the guest's address; "": that beside `host4`
+    forwards: tuple[Forward, ...] = ()  # to `guest4`
 
 
 class AddressGiven(Record):
@@ -128,6 +132,22 @@ class NicsRemoved(Record):
     """They are gone; the log says what could not be removed."""
 
     vmid: int
+
+
+@message(0x8C, (Proc.PARENT, Proc.PRIV), answered_by=("ForwardsSet",))
+class SetForwards(Record):
+    """Forward these ports, and no others, to the interfaces of a VM that runs; nothing if it has none."""
+
+    vmid: int
+    forwards: tuple[tuple[Forward, ...], ...]  # of each of its interfaces
+
+
+@message(0x8D, (Proc.PRIV, Proc.PARENT))
+class ForwardsSet(Record):
+    """They are forwarded, or the sentence says why not."""
+
+    vmid: int
+    text: str = ""
 
 
 @message(0x88, (Proc.PARENT, Proc.PRIV), fds=("tables4?", "tables6?"), answered_by=("DropsReported",))

@@ -23,7 +23,9 @@ class NicLink(Record):
     prefix6: bytes = b""  # the /64 that is announced, as an address
     dns4: tuple[bytes, ...] = ()  # none: the host itself
     dns6: tuple[bytes, ...] = ()
-    pxe: bool = False  # `boot device net`: DHCP tells the VM's name, and a boot file
+    pxe: bool = False  # `boot device net`: DHCP tells a boot file
+    length4: int = 31  # of the network of `guest4` and `host4`
+    asks: bool = True  # it has no name servers of its own: those of all are asked for whenever its guest asks
 
 
 @message(

@@ -1,0 +1,171 @@
+"""Ports of the host that guests serve: real packets from outside, from the host itself, and from other guests."""
+
+import errno
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.support.hostnet import rules
+from tests.support.network import Network
+from tests.support.packets import LLADDR
+from tests.support.privdriver import Priv, nic
+from tests.support.throughhost import World
+from tests.support.wire import KernelGuest, ask
+from vmd.config.model import Forward, Prefix
+from vmd.ipc.messages.priv import ForwardsSet, NicsFailed, SetForwards
+
+pytestmark = pytest.mark.root
+
+OTHER_LLADDR = LLADDR[:5] + bytes((LLADDR[5] ^ 1,))
+HOST, OUTSIDE = "192.0.2.1", "192.0.2.2"  # of the host at its uplink, and of the world behind that
+GUEST4 = bytes((100, 64, 1, 3))
+WEB: dict[str, Any] = {"host4": bytes((100, 64, 1, 2)), "guest4": GUEST4}
+WORLD = Prefix(address=bytes((192, 0, 2, 0)), length=24)
+NOBODY = Prefix(address=bytes((198, 51, 100, 0)), length=24)
+SSH = Forward(port=8022, to=22)
+RANGE = Forward(port=8000, to=8000, count=3)
+MOVED = Forward(port=9000, to=19000, count=3)
+DNS = Forward(port=5353, to=53, udp=True)
+FROM_WORLD = Forward(port=8080, to=80, source=WORLD)
+FROM_NOBODY = Forward(port=8081, to=80, source=NOBODY)
+FORWARDS = (SSH, RANGE, MOVED, DNS, FROM_WORLD, FROM_NOBODY)
+
+
+class Place(NamedTuple):
+    """A host between a world and two guests, of which the first has ports of the host."""
+
+    host: Network
+    world: Network
+    priv: Priv
+    web: KernelGuest
+    other: KernelGuest
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    """Give it, with servers in the first guest."""
+    fixed: dict[str, Any] = {"host4": bytes((10, 9, 0, 1)), "guest4": bytes((10, 9, 0, 77)), "length4": 24}
+    with (
+        Network() as network,
+        Priv(network) as priv,
+        World(network) as world,
+        priv.make(nic(**WEB, forwards=FORWARDS)) as made,
+        priv.make(nic(alias="vm2-if0-b", lladdr=OTHER_LLADDR, **fixed), vmid=2) as second,
+        KernelGuest(made.fds[0], LLADDR, "100.64.1.3/31", "100.64.1.2") as web,
+        KernelGuest(second.fds[0], OTHER_LLADDR, "10.9.0.77/24", "10.9.0.1") as other,
+        web.listen(22), web.listen(80), web.listen(8001), web.listen(19002), web.listen(53, socket.SOCK_DGRAM),
+    ):  # fmt: skip
+        world.network.run("ip", "route", "add", "default", "via", HOST)
+        yield Place(network, world.network, priv, web, other)
+
+
+@pytest.mark.parametrize("port", [8022, 8001, 9002, 8080])
+def test_from_outside(place: Place, port: int) -> None:
+    """The guest sees who asks; a range keeps its order, moved or not."""
+    assert ask(place.world, HOST, port) == OUTSIDE
+
+
+def test_from_outside_by_udp(place: Place) -> None:
+    """As well, and TCP of that number is nobody's."""
+    assert ask(place.world, HOST, 5353, socket.SOCK_DGRAM) == OUTSIDE
+    with pytest.raises(ConnectionRefusedError):
+        ask(place.world, HOST, 5353)
+
+
+@pytest.mark.parametrize("port", [22, 8003, 9003, 8081])
+def test_what_is_not_forwarded(place: Place, port: int) -> None:
+    """Other ports, and those for others, are the host's."""
+    with pytest.raises(ConnectionRefusedError):
+        ask(place.world, HOST, port)
+
+
+@pytest.mark.parametrize("address", [HOST, "100.64.1.2", "10.9.0.1"])
+def test_from_the_host_itself(place: Place, address: str) -> None:
+    """By any of its addresses."""
+    assert ask(place.host, address, 8022) == address
+
+
+def test_not_by_the_loopback_interface(place: Place) -> None:
+    """What listens at 127.0.0.1 is for the host alone, in both directions."""
+    with pytest.raises(ConnectionRefusedError):
+        ask(place.host, "127.0.0.1", 8022)
+    assert place.host.run("cat", "/proc/sys/net/ipv4/conf/tap0/route_localnet").strip() == "0"
+
+
+@pytest.mark.parametrize("address", [HOST, "10.9.0.1"])
+def test_from_another_guest(place: Place, address: str) -> None:
+    """It asks the host, and is seen as it is."""
+    assert ask(place.other.network, address, 8022) == "10.9.0.77"
+
+
+def test_from_the_guest_itself(place: Place) -> None:
+    """It is answered by way of the host."""
+    assert ask(place.web.network, HOST, 8022) == "100.64.1.2"
+
+
+def test_addresses_that_are_not_the_hosts_are_left_alone(place: Place) -> None:
+    """A guest that asks the world for such a port reaches the world."""
+    with place.world.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.bind((OUTSIDE, 8022))
+        server.listen()
+        with place.other.network.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
+            client.settimeout(60)
+            client.connect((OUTSIDE, 8022))
+            connection, who = server.accept()
+            connection.close()
+        assert who[0] == HOST
+
+
+def test_others_while_it_runs(place: Place) -> None:
+    """Ports come and go; what is no forward changes nothing."""
+    new = Forward(port=7022, to=22)
+    place.priv.send(SetForwards(vmid=1, forwards=((SSH, new),)))
+    assert place.priv.receive(ForwardsSet) == ForwardsSet(vmid=1)
+    assert ask(place.world, HOST, 7022) == ask(place.world, HOST, 8022) == OUTSIDE
+    with pytest.raises(ConnectionRefusedError):
+        ask(place.world, HOST, 8001)
+
+    beyond, none = Forward(port=1, to=65530, count=9), Forward(port=0, to=1)
+    for wrong in (((SSH,), (SSH,)), ((SSH, SSH),), ((none,),), ((beyond,),)):
+        place.priv.send(SetForwards(vmid=1, forwards=wrong))
+        assert place.priv.receive(ForwardsSet).text
+    assert ask(place.world, HOST, 7022) == OUTSIDE
+
+    place.priv.send(SetForwards(vmid=1, forwards=(FORWARDS,)))
+    assert place.priv.receive(ForwardsSet) == ForwardsSet(vmid=1)
+    place.priv.send(SetForwards(vmid=9, forwards=(FORWARDS,)))  # which has ended meanwhile
+    assert place.priv.receive(ForwardsSet) == ForwardsSet(vmid=9)
+    assert ask(place.world, HOST, 8001) == OUTSIDE
+
+
+def test_no_rules_without_nat(network: Network) -> None:
+    """The operator has rules of their own then."""
+    with Priv(network) as priv:
+        priv.configure(nat=False)
+        with priv.make(nic(**WEB, forwards=FORWARDS)):
+            assert "table inet vmd" not in network.run("nft", "list", "tables")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"forwards": (SSH,)},
+        {**WEB, "guest4": bytes((100, 64, 1, 4))},
+        {**WEB, "length4": 8},
+        {**WEB, "length4": 32},
+        {**WEB, "forwards": (SSH, SSH)},
+        {**WEB, "forwards": (Forward(port=22, to=70000),)},
+        {**WEB, "forwards": (Forward(port=22, to=22, source=Prefix(address=b"; flush ruleset", length=0)),)},
+        {**WEB, "forwards": tuple(Forward(port=port, to=port) for port in range(1, 18))},
+    ],
+    ids=range(8),
+)
+def test_what_no_configuration_leads_to_is_refused(network: Network, wrong: dict[str, Any]) -> None:
+    """Whoever has taken over the parent gets no further by it."""
+    with Priv(network) as priv:
+        failed = priv.ask(nic(**wrong))
+        assert isinstance(failed, NicsFailed)
+        assert failed.code == errno.EPERM
+        assert "dnat" not in (rules(network) if "inet vmd" in network.run("nft", "list", "tables") else "")
