@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.support import golden, saved
 from tests.support.packets import DISCOVER, dhcp
+from tests.support.seeds import seed_file, usual
 from tests.unit.vm.boot import samples
 from vmd.images.create import write_empty
 from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, SIGNATURES, VHD_FIXED
@@ -110,4 +111,7 @@ def seeds(target: str) -> list[bytes]:
             return [bytes((code,)) + bytes(15) for code in (0x12, 0x25, 0x28, 0x43, 0x1A, 0x5A, 0x46, 0x4A)]
         case "stream":
             return [*(recorded_stream(version) for version in range(OLDEST, VERSION)), made(small_stream)]
+        case "seed":
+            own = seed_file("#cloud-config\n")
+            return [*map(imsg.pack, (usual(), usual(user_data=own, vendor_data=own, network_config=own)))]
     return []

@@ -3,6 +3,7 @@
 Unit tests hold these parsers against prefixes, bit flips and random bytes; here coverage leads the way.
 """
 
+import contextlib
 import hashlib
 import os
 import select
@@ -21,6 +22,8 @@ from vmd.images.header import parse_header
 from vmd.images.identify import probe
 from vmd.ipc import imsg, probemsg
 from vmd.metrics import http
+from vmd.seed.documents import notes, seed_image
+from vmd.seed.parts import SeedError, SeedParts
 from vmd.virtio.queue import Queue
 from vmd.vm import state
 from vmd.vm.boot import loader
@@ -246,6 +249,14 @@ def http_request(data: bytes) -> None:
         http.refusal(error.status)
 
 
+def seed(data: bytes) -> None:
+    """Make a disk from the packed parts of a seed, and say what is strange about them."""
+    with contextlib.suppress(ValueError, SeedError):
+        parts = imsg.unpack(SeedParts, data)
+        seed_image(parts)
+        notes(parts)
+
+
 TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "config": config,
     "message": message,
@@ -259,4 +270,5 @@ TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "ring": ring,
     "scsi": command_block,
     "stream": stream,
+    "seed": seed,
 }

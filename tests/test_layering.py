@@ -44,6 +44,7 @@ THIRD_PARTY = {  # whoever is not named here has none
     "consolelog": {"msgpack"},
     "opener": {"msgpack"},
     "imgwriter": {"msgpack"},
+    "seeder": {"msgpack"},
     "agentx": {"msgpack"},
     "metrics": {"msgpack"},
     "vmm": {"msgpack"},
@@ -133,6 +134,7 @@ def processes() -> list[Process]:
         for main in sorted(Path(ROOT, "vmd/devices").glob("*/main.py"))
     ]
     found.append(Process("imgprobe", "imgprobe", tuple(m for m in modules_in("vmd/images") if m.endswith(".probe"))))
+    found.append(Process("seeder", "seeder", ("vmd.seed.seeder",)))
     found.append(Process("vmctl", "vmctl", modules_in("vmctl")))
     return [process for process in found if process.modules]
 

@@ -1,10 +1,11 @@
-"""Processes in the place of imgprobe that do not do what it does."""
+"""Processes in the place of imgprobe, and of seeder, that do not do what these do."""
 
 import os
 import signal
 
 from vmd.ipc.probemsg import ANSWER_MAX, Probe, pack_image
 from vmd.ipc.probing import serve
+from vmd.ipc.seedmsg import pack_made
 
 GOOD = pack_image(Probe(format="raw", size=1))
 
@@ -60,5 +61,15 @@ def write_image() -> int:
         except OSError:
             size = 0
         return pack_image(Probe(format="raw", size=size))
+
+    return serve(answer)
+
+
+def leave_open() -> int:
+    """Make a seed that can still be changed."""
+
+    def answer(_arguments: list[str], files: list[int]) -> bytes:
+        os.write(files[1], b"seed")
+        return pack_made([])
 
     return serve(answer)

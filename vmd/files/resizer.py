@@ -1,11 +1,10 @@
 """Has imgresize make a disk larger, whose images are open and locked."""
 
 import errno
-import time
 
 from vmd.errors import OperatorError
 from vmd.ipc.probemsg import unpack
-from vmd.ipc.probing import send_question, wait_for_answer
+from vmd.ipc.probing import send_question, wait_patiently
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
 
     from vmd.files.images import OpenDisk
 
-LOOK_S = 5.0  # between two signs of life
 LONGEST_S = 240.0  # storage may be slow
 
 
@@ -24,15 +22,13 @@ def resize(sock: "socket.socket", disk: "OpenDisk", size: int, go_on: "Callable[
     arguments = [str(size)]
     for link in disk.links:
         arguments += [link.path, link.format, "1" if link.guessed else "0"]
-    deadline_s = time.monotonic() + LONGEST_S
-    line: bytes | None = b""
+    line = b""
     try:
         send_question(sock, arguments, [link.fd for link in disk.links])
-        while (line := wait_for_answer(sock, LOOK_S)) is None:
-            if time.monotonic() > deadline_s:
-                raise OperatorError(errno.ETIMEDOUT, f"{name}: its storage does not answer")
-            go_on()
+        line = wait_patiently(sock, LONGEST_S, go_on)
         answer = unpack(line)
+    except TimeoutError:
+        raise OperatorError(errno.ETIMEDOUT, f"{name}: its storage does not answer") from None
     except OSError as error:
         raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be resized: {error.strerror}") from None
     except ValueError as error:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CHANNEL_FD = 3
 QUESTION_MAX = 65536  # bytes: a kernel's command line, in hexadecimal
 FILES_MAX = 4  # a chain of images
+LOOK_S = 5.0  # between two signs of life
 
 
 def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
@@ -65,3 +66,16 @@ def wait_for_answer(sock: socket.socket, timeout_s: float) -> bytes | None:
         return sock.recv(ANSWER_MAX + 1, socket.MSG_DONTWAIT)
     except (BrokenPipeError, ConnectionResetError):
         return b""
+
+
+def wait_patiently(sock: socket.socket, longest_s: float, go_on: "Callable[[], None]") -> bytes:
+    """Return the line that a probe answers, b"" if it has ended; `go_on` is called while that takes time.
+
+    Raises TimeoutError, OSError.
+    """
+    deadline_s = time.monotonic() + longest_s
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        if (line := wait_for_answer(sock, min(LOOK_S, left_s))) is not None:
+            return line
+        go_on()
+    raise TimeoutError

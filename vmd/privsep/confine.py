@@ -1,7 +1,7 @@
 """What each process may still do, and the one call that makes it so, once and for ever.
 
     parent                       root's capabilities of `PARENT_CAPABILITIES`
-    control, log, agentx, consolelog, metrics, imgprobe, imgwriter, devices
+    control, log, agentx, consolelog, metrics, imgprobe, imgwriter, seeder, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
                                  filters are inherited over exec and only ever narrow (DESIGN 9)
@@ -128,6 +128,7 @@ BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
 IMGRESIZE = IMGPROBE.replace(syscalls=BASE | CHANNEL | BLOCK)
+SEEDER = IMGPROBE.replace(syscalls=BASE | CHANNEL | LIMITS | {"pread64"})  # two memory files, which it writes and seals
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 LOCKHOLDER = IMGPROBE.replace(
     syscalls=BASE | CHANNEL | {"openat+reading", "getdents64"},

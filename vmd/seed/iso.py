@@ -8,6 +8,7 @@ ECMA-119 (ISO 9660), second edition; Joliet specification, 1995; SUSP and RRIP 1
 brackets are sections of ECMA-119.  The same files give the same bytes: all dates are the same.
 """
 
+import encodings.utf_16_be  # noqa: F401 - of Joliet's names, and loaded before this process is confined
 import struct
 
 TYPE_CHECKING = False

@@ -1,0 +1,43 @@
+"""What seeder answers: one line, in a form that its reader need not parse.
+
+    answer                `made` [NUL note]... LF
+                          `error` NUL sentence LF
+
+It is asked with two memory files, the packed parts of a seed and an empty one, which becomes the disk (`vmd/seed`).
+Standard library only.
+"""
+
+from vmd.ipc.probemsg import ANSWER_MAX, END, ERROR, pack_error
+
+MADE = b"made"
+NOTES_MAX = 8
+NOTE_MAX = 1500  # bytes
+
+__all__ = ["pack_error", "pack_made", "unpack"]
+
+
+def pack_made(notes: list[str]) -> bytes:
+    """Return the line for a disk that was made; `notes` are sentences for whoever starts the VM."""
+    room, fields = ANSWER_MAX - len(MADE + END), [MADE]
+    for note in notes[:NOTES_MAX]:
+        raw = note.replace("\0", "?").encode("utf-8", "backslashreplace")[:NOTE_MAX]
+        if len(raw) < room:
+            fields.append(raw)
+            room -= len(raw) + 1
+    return b"\0".join(fields) + END
+
+
+def unpack(line: bytes) -> list[str] | str:
+    """Return what the line says: notes, or the sentence why no disk can be made.
+
+    Raises ValueError for a line that no seeder writes.
+    """
+    if not line.endswith(END) or len(line) > ANSWER_MAX:
+        raise ValueError(f"line of {len(line)} bytes is not complete")
+    kind, *fields = line.removesuffix(END).split(b"\0")
+    texts = [field.decode("utf-8", "backslashreplace") for field in fields]
+    if kind == ERROR and len(texts) == 1:
+        return texts[0]
+    if kind != MADE or len(texts) > NOTES_MAX:
+        raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
+    return texts
