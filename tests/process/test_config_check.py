@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -295,6 +296,26 @@ def check_switches(network: Network, tmp_path: Path) -> None:
 
     assert (status, lines) == (0, [
         f'vmd: warning: {conf}:2: switch "b": interface wire is not a bridge: switches need one', "configuration OK",
+    ])  # fmt: skip
+
+
+def test_what_a_host_has_itself_of_a_local_interface(network: Network, tmp_path: Path) -> None:
+    """Ports of its programs, and networks that it reaches."""
+    network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
+    network.run("ip", "address", "add", "10.9.0.1/24", "dev", "wire")
+    network.run("ip", "link", "set", "wire", "up")
+    conf = tmp_path / "vm.conf"
+    options = "forward port 8022 to port 22, forward udp port 8022 to port 22"
+    conf.write_text(f"vm a {{\n{DEMO}\nlocal interface {{ {options}, address 10.9.0.77 }}\n}}\n")
+    with network.socket(socket.AF_INET, socket.SOCK_STREAM) as program, network.inside():
+        program.bind(("0.0.0.0", 8022))
+        program.listen()
+        status, lines = check(conf)
+
+    start = f'vmd: warning: {conf}:1: vm "a": interface 0:'
+    assert (status, lines) == (0, [
+        f"{start} forward tcp port 8022 to port 22: a program of this host has tcp port 8022: `ss -ltnp` shows it",
+        f"{start} address 10.9.0.77/31: this host reaches 10.9.0.0/24 by wire", "configuration OK",
     ])  # fmt: skip
 
 

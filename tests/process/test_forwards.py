@@ -20,8 +20,8 @@ pytestmark = pytest.mark.root
 
 OTHER_LLADDR = LLADDR[:5] + bytes((LLADDR[5] ^ 1,))
 HOST, OUTSIDE = "192.0.2.1", "192.0.2.2"  # of the host at its uplink, and of the world behind that
-GUEST4 = bytes((100, 64, 1, 3))
-WEB: dict[str, Any] = {"host4": bytes((100, 64, 1, 2)), "guest4": GUEST4}
+HOST4, GUEST4 = bytes((100, 64, 1, 2)), bytes((100, 64, 1, 3))
+WEB: dict[str, Any] = {"host4": HOST4, "guest4": GUEST4}
 WORLD = Prefix(address=bytes((192, 0, 2, 0)), length=24)
 NOBODY = Prefix(address=bytes((198, 51, 100, 0)), length=24)
 SSH = Forward(port=8022, to=22)
@@ -132,6 +132,12 @@ def test_others_while_it_runs(place: Place) -> None:
         place.priv.send(SetForwards(vmid=1, forwards=wrong))
         assert place.priv.receive(ForwardsSet).text
     assert ask(place.world, HOST, 7022) == OUTSIDE
+
+    place.priv.send(SetForwards(vmid=2, forwards=((new,),)))
+    assert place.priv.receive(ForwardsSet).text == "forward tcp port 7022 to port 22: vm 1 has tcp port 7022 to port 22"
+    failed = place.priv.ask(nic(alias="vm3-if0-c", host4=HOST4, guest4=GUEST4, forwards=(SSH,)), vmid=3)
+    assert isinstance(failed, NicsFailed)
+    assert failed.text == "forward tcp port 8022 to port 22: vm 1 has tcp port 8022 to port 22"
 
     place.priv.send(SetForwards(vmid=1, forwards=(FORWARDS,)))
     assert place.priv.receive(ForwardsSet) == ForwardsSet(vmid=1)

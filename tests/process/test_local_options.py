@@ -93,13 +93,16 @@ def test_a_local_interface_and_what_it_is_told(network: Network, tmp_path: Path)
                                  f"{shown(vmd, 'other')['guest4']}:tcp dport map {mapped()}"])  # fmt: skip
 
         vmd.conf.write_text(conf)
-        assert "vm other has tcp port 8000:8099 to port 80: its forwards stay as they are" in vmd.must("reload")
-        assert shown(vmd, "net")["forwards"][0]["port"] == 7022
+        assert "vm other has tcp port 8000:8099 to port 80: it gets no other forwards" in vmd.must("reload")
+        assert shown(vmd, "net")["forwards"] == []
+        vmd.conf.write_text(conf.replace("port 8022 to", "port 7022 to"))
+        vmd.must("reload")
+        assert shown(vmd, "net")["forwards"] == [{**SSH, "port": 7022}]
         with network.socket(socket.AF_INET, socket.SOCK_STREAM) as program:
             program.bind(("0.0.0.0", 8050))
             program.listen()
             vmd.must("stop", "-fw", "other")
-            wait_forwarded(network, after)
+            wait_forwarded(network, ["tcp dport 7022 dnat ip to 10.9.0.77:22"])
             refused = vmd.vmctl("start", "other")
         said = "forward tcp port 8000:8099 to port 80: a program of this host has tcp port 8050: `ss -ltnp` shows it"
         assert said in refused.stderr

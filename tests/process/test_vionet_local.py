@@ -56,6 +56,7 @@ from vmd.devices.vionet.dhcp import REASONS
 from vmd.devices.vionet.local import WAITING_MAX
 from vmd.devices.vionet.receive import INJECTED_MAX
 from vmd.ipc import devmsg
+from vmd.parent.figures import host_names
 from vmd.virtio import spec
 
 pytestmark = pytest.mark.root
@@ -103,7 +104,7 @@ def network() -> Iterator[Network]:
 def shared(network: Network) -> Iterator[Nic]:
     """Give a process with a local interface."""
     tap = host_tap(network, "tap0")
-    nic = Nic(tap, NetDriver(tap, local_net()))
+    nic = Nic(tap, NetDriver(tap, local_net(), host_name="web.example.org"))
     yield nic
     nic.close()
 
@@ -475,7 +476,7 @@ def test_dhcp_client_configures_itself(guest: KernelGuest, tmp_path: Path) -> No
     script.write_text("#!/bin/sh\n[ $1 = bound ] && env\nexit 0\n")
     script.chmod(0o755)
     udhcpc = ("busybox", "udhcpc", "-i", "eth0", "-n", "-q", "-f", "-t", "5", "-s", str(script))
-    output = guest.run(*udhcpc)
+    output = guest.run(*udhcpc, "-x", "hostname:guest-1")
     told = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
 
     assert told["ip"] == inet(GUEST4)
@@ -483,6 +484,8 @@ def test_dhcp_client_configures_itself(guest: KernelGuest, tmp_path: Path) -> No
     assert told["router"] == told["serverid"] == inet(HOST4)
     assert told["dns"] == " ".join(map(inet, DNS4))
     assert told["lease"] == str(0xFFFFFFFF)
+    assert (told["hostname"], told["domain"]) == ("web", "example.org")
+    assert host_names(guest.nic.device.figures_fd) == {0: "guest-1"}
 
     guest.run("ip", "address", "add", f"{inet(GUEST4)}/31", "dev", "eth0")
     guest.run("busybox", "ping", "-c", "2", "-W", "10", told["router"])

@@ -106,7 +106,13 @@ class Configuration:
         config, warnings = self.load(None, None)
         warnings += self.network.configure(config)
         vms, problems = self.resolved(config)
-        notes = reload.replace_all(self.core.vms, vms, self.change_at_once)
+        wanted = {vm.name: vm for vm in reversed(vms)}
+        notes: list[str] = []
+        for vm in self.core.vms:
+            if vm.name in wanted:
+                notes += self.network.drop_forwards(vm, wanted[vm.name])
+        notes += reload.replace_all(self.core.vms, vms, self.change_at_once)
+        notes = list(dict.fromkeys(notes))  # a VM may lose forwards, and get others
         self.take_effect(config)
         self.core.events.add("reload")
         for note in notes:

@@ -19,7 +19,7 @@ from vmd.errors import HostError, OperatorError, VmdError
 from vmd.files.boot import open_boot_files
 from vmd.files.images import Use, open_cdrom, open_disk
 from vmd.files.prober import ImageProber
-from vmd.parent import instances, service
+from vmd.parent import hostports, hostroutes, instances, service
 from vmd.parent.limits import require_room
 from vmd.privsep.cell import Cell
 
@@ -100,6 +100,7 @@ class Examination:
         for _, what in rules.obstacles(vm):
             yield what
         yield from self.of_rdomains(vm)
+        yield from self.of_local_options(vm)
         yield from self.of_boot_files(vm)
         if self.probers is not None:
             images = self.probers[0]
@@ -117,6 +118,20 @@ class Examination:
             number = switch.rdomain if switch is not None else nic.rdomain
             if number and not has_vrfs():
                 yield f"interface {index}: rdomain {number}: this kernel has no VRFs: load the module vrf"
+
+    def of_local_options(self, vm: "VmConfig") -> "Iterator[str]":
+        """Give what a start would say of ports of the host, and of addresses that the operator has chosen."""
+        for index, nic in enumerate(vm.nics):
+            for forward in nic.forwards:
+                if why := hostports.in_the_way(forward):
+                    yield f"interface {index}: forward {forward}: {why}"
+            if nic.address is not None and not nic.rdomain:
+                network = hostroutes.network_of(nic.address.address, nic.address.length)
+                for route in hostroutes.overlapping(network, hostroutes.host_routes()):
+                    if not hostroutes.TAP.fullmatch(route.interface):  # that of a VM, perhaps of this one
+                        what = f"address {rules.shown_prefix(nic.address)}"
+                        yield f"interface {index}: {what}: this host reaches {route.network} by {route.interface}"
+                        break
 
     def of_boot_files(self, vm: "VmConfig") -> list[str]:
         """Return what a start would say of a boot image and its initrd or, without them, of the firmware."""

@@ -340,7 +340,7 @@ class Network:
         try:
             self.plans.check_forwards(vm, now)
         except OperatorError as error:
-            return [f"{error}: its forwards stay as they are"]
+            return [f"{error}: it gets no other forwards"]
         vm.config = with_forwards(vm.config, wanted)
         vm.running_config = vm.running_config and now
         forwards = tuple(nic.forwards for nic in now.nics)
@@ -352,6 +352,18 @@ class Network:
             self.priv.ask(SetForwards(vmid=vm.vmid, forwards=forwards))
         self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
         return [f"vm {vm.name}: its new forwards count from now on"]
+
+    def drop_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:
+        """Take from a VM that runs what forwards it no longer has in a configuration: another VM may have them there.
+
+        Returns what `change_forwards` does.
+        """
+        before = vm.running_config or vm.config
+        nics = [
+            nic.replace(forwards=tuple(each for each in nic.forwards if each in other.forwards))
+            for nic, other in zip(before.nics, wanted.nics, strict=False)
+        ]
+        return self.change_forwards(vm, before.replace(nics=tuple(nics)))
 
     def on_forwards_set(self, message: ForwardsSet, _envelope: Envelope) -> None:
         """priv has logged what could not be done."""

@@ -21,6 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from vmd.config.model import Forward
     from vmd.parent.core import Core
     from vmd.parent.hostroutes import HostRoute, IpNetwork
 
@@ -159,7 +160,9 @@ class Plans:
         plan = self.plan_of(vm, config)
         if not self.holds(vm, plan):
             self.check_addresses(vm, config, plan)
-        self.check_forwards(vm, config)
+        held = self.taps.get(vm.vmid)
+        if held is None or forwards_of(held.nics) != forwards_of(config.nics):
+            self.check_forwards(vm, config)
         used = {link.name: vmid for vmid, taps in self.taps.items() if vmid != vm.vmid for link in taps.links}
         for nic in config.nics:
             if nic.tap not in AUTOMATIC and nic.tap in used:
@@ -252,3 +255,8 @@ def networks4(config: VmConfig, plan: Plan) -> "list[IpNetwork]":
     return [
         network_of(plan.host4(index), plan.length4(index)) for index, nic in enumerate(config.nics) if nic.local
     ]
+
+
+def forwards_of(nics: "Sequence[NicConfig]") -> "list[tuple[Forward, ...]]":
+    """Return the forwards of each interface."""
+    return [nic.forwards for nic in nics]

@@ -348,6 +348,7 @@ class Network:
         self.require_ownership()
         if message.vmid in self.nics:
             raise OperatorError(errno.EEXIST, f"vm {message.vmid} has interfaces already")
+        self.require_free_ports(message.vmid, [each for nic in message.nics for each in nic.forwards])
         made: list[Nic] = []
         try:
             for request in message.nics:
@@ -380,9 +381,18 @@ class Network:
             raise refuse(f"to forward ports to {len(message.forwards)} interfaces of {len(nics)}")
         for nic, forwards in zip(nics, message.forwards, strict=True):
             check_forwards(nic.guest4, forwards)
+        self.require_free_ports(message.vmid, [each for forwards in message.forwards for each in forwards])
         for nic, forwards in zip(nics, message.forwards, strict=True):
             nic.forwards = forwards
         self.write_rules()
+
+    def require_free_ports(self, vmid: int, forwards: "Sequence[Forward]") -> None:
+        """Raise OperatorError if another VM has a port that is to be forwarded to this one."""
+        for nic in self.all_nics() if forwards else ():
+            for theirs in nic.forwards if nic.vmid != vmid else ():
+                for ours in forwards:
+                    if ours.overlaps(theirs):
+                        raise OperatorError(errno.EADDRINUSE, f"forward {ours}: vm {nic.vmid} has {theirs}")
 
     def tidy(self) -> None:
         """Let nothing remain of interfaces that are gone, but what others need; failures are logged."""

@@ -9,8 +9,10 @@ from vmd.config.model import (
     AllowInstance,
     ConsoleLog,
     DiskConfig,
+    Forward,
     NicConfig,
     Owner,
+    Prefix,
     Rights,
     VirtioMode,
     VmConfig,
@@ -233,3 +235,27 @@ def test_the_configuration_may_name_another_owner() -> None:
     assert derive(template, VmConfig(name="i"), None).owner == Owner(uid=7, gid=8)
     assert derive(template, VmConfig(name="i", owner=Owner(uid=9)), None).owner == Owner(uid=9)
     assert derive(template, VmConfig(name="i"), USER).owner == Owner(uid=USER.uid, gid=8)
+
+
+def test_what_only_one_can_have_of_a_local_interface_is_not_inherited() -> None:
+    """An address, ports of the host and a host name; name servers are."""
+    told = NicConfig(
+        local=True, address=Prefix(address=bytes((10, 9, 0, 2)), length=31), forwards=(Forward(port=8022, to=22),),
+        host_name="www", dns=(bytes((9, 9, 9, 9)),),
+    )  # fmt: skip
+    template = TEMPLATE.replace(nics=(told,))
+
+    (nic,) = derive(template, VmConfig(name="i"), None).nics
+    assert nic == NicConfig(local=True, dns=told.dns)
+
+
+def test_what_only_vm_conf_gives_a_local_interface() -> None:
+    """A client's description has none of it, whoever the client is."""
+    told = NicConfig(
+        local=True, address=Prefix(address=bytes((10, 9, 0, 2)), length=31), forwards=(Forward(port=8022, to=22),),
+        host_name="www", dns=(bytes((9, 9, 9, 9)),), rate_limit=1 << 20,
+    )  # fmt: skip
+    request = StartRequest(name="i", config=VmConfig(name="i", nics=(told,)))
+
+    (nic,) = described(request, given_boot=False, given_initrd=False).nics
+    assert nic == NicConfig(local=True, rate_limit=1 << 20)

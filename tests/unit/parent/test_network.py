@@ -562,7 +562,7 @@ def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     assert isinstance(limit, LimitVm)
     assert [nic.forwards for nic in limit.config.nics] == [nic.forwards for nic in vm.config.nics] == [(SSH, new)]
     (note,) = parent.network.change_forwards(vm, web(forwards=(Forward(port=99, to=1),)))
-    assert note.endswith("vm two has tcp port 99 to port 99: its forwards stay as they are")
+    assert note.endswith("vm two has tcp port 99 to port 99: it gets no other forwards")
     assert vm.config.nics[0].forwards == (SSH, new)
 
     parent.network.on_priv_lost(for_good=False)
@@ -572,6 +572,37 @@ def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     asked = len(parent.peers[Proc.PRIV].sent)
     launch(parent, vm.config)  # its guest resets itself, and goes on with its interfaces
     assert len(parent.peers[Proc.PRIV].sent) == asked
+
+
+def test_a_port_that_goes_from_one_vm_to_another(parent: FakeParent) -> None:
+    """First all are taken what they are to have no longer; what stays is not interrupted."""
+    stays = Forward(port=99, to=99)
+    first, _ = launch(parent, web("first", forwards=(stays,)))
+    made(parent)
+    second, _ = launch(parent, web("second", forwards=(SSH,)))
+    made(parent)
+    after = {first: web("first", forwards=(SSH, stays)), second: web("second")}
+
+    notes = [note for vm, wanted in after.items() for note in parent.network.drop_forwards(vm, wanted)]
+    assert [vm.config.nics[0].forwards for vm in after] == [(stays,), ()]
+    notes += [note for vm, wanted in after.items() for note in parent.network.change_forwards(vm, wanted)]
+    assert [vm.config.nics[0].forwards for vm in after] == [(SSH, stays), ()]
+    assert notes == [f"vm {name}: its new forwards count from now on" for name in ("second", "first")]
+
+
+def test_a_guest_that_resets_itself_keeps_its_ports(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that has begun to listen at one meanwhile does not end it; a new start is refused."""
+    vm, _ = launch(parent, web(forwards=(SSH,)))
+    made(parent)
+    monkeypatch.setattr("vmd.parent.hostports.in_the_way", lambda _forward: "a program has it")
+    launch(parent, vm.config)
+    assert len(parent.peers[Proc.PRIV].sent) == 1
+
+    parent.network.release(vm.vmid)
+    with pytest.raises(OperatorError, match="vm web: interface 0: forward tcp port 8022 to port 22: a program has it"):
+        launch(parent, vm.config)
 
 
 def test_forwards_of_a_vm_that_waits_for_its_interfaces(parent: FakeParent) -> None:
