@@ -141,7 +141,7 @@ def test_what_ssh_is_told(vmctl: Vmctl, daemon: FakeDaemon, home: Path) -> None:
 
 def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -> None:
     """In a process of its own, which becomes ssh: words like options, an empty one; no signal is ignored."""
-    script(daemon, vm_info(nics=(nic(),)))
+    script(daemon, vm_info(nics=(nic(),), login="-oProxyCommand=x"))
     stand_in(tmp_path / "ssh", 'for word; do printf "[%s]" "$word"; done; grep SigIgn /proc/$$/status; exit 7')
     with serving(GREETING) as guest:
         done = subprocess.run(
@@ -153,7 +153,7 @@ def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -
 
     assert (done.returncode, done.stderr) == (7, "")
     words, ignored = done.stdout.split("SigIgn:")
-    assert words.endswith(f"[-p][{guest.port}][--][{GUEST}][-l][][--json][--][a b]")
+    assert words.endswith(f"[-p][{guest.port}][-l][-oProxyCommand=x][--][{GUEST}][-l][][--json][--][a b]")
     assert int(ignored, 16) & (1 << 12) == 0  # SIGPIPE
 
 
