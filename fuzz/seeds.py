@@ -6,7 +6,7 @@ import select
 import struct
 from pathlib import Path
 
-from tests.support import golden, saved
+from tests.support import filesystems, golden, saved
 from tests.support.packets import DISCOVER, dhcp
 from tests.support.seeds import seed_file, usual
 from tests.unit.vm.boot import samples
@@ -109,6 +109,8 @@ def seeds(target: str) -> list[bytes]:
             return [table + struct.pack("<QIHH", 0x6000, 1, 2, 0) + bytes(80 + 16) + bytes(64)]
         case "scsi":
             return [bytes((code,)) + bytes(15) for code in (0x12, 0x25, 0x28, 0x43, 0x1A, 0x5A, 0x46, 0x4A)]
+        case "disk":
+            return list(filesystems.small_disks().values())
         case "stream":
             return [*(recorded_stream(version) for version in range(OLDEST, VERSION)), made(small_stream)]
         case "seed":

@@ -4,10 +4,13 @@ Unit tests hold these parsers against prefixes, bit flips and random bytes; here
 """
 
 import contextlib
+import functools
 import hashlib
+import operator
 import os
 import select
 import struct
+import zlib
 
 import tests.support.messages  # noqa: F401 - any of them may be decoded
 from vmd.config import check
@@ -15,6 +18,8 @@ from vmd.devices.vioblk.request import Limits, parse
 from vmd.devices.vionet import dhcp, ra
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vioscsi.scsi import Drive
+from vmd.diskfs.disk import Disk
+from vmd.diskfs.source import WORK_MAX, DiskFsError
 from vmd.errors import GuestError, ImageError, PeerError
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.images.chain import Link, open_chain
@@ -241,6 +246,63 @@ def stream(data: bytes) -> None:
         said(error)
 
 
+def with_checksums(data: bytes) -> bytes:
+    """Return a disk whose partition tables have the checksums that belong to them."""
+    raw = bytearray(data)
+    for at in (512, 1024, 4 * 512 + 512):  # of a disklabel, in the places that the seeds have it
+        count = int.from_bytes(raw[at + 138 : at + 140], "little")
+        end = at + 148 + 16 * count
+        if raw[at : at + 4] == b"\x57\x45\x56\x82" and end <= len(raw):
+            raw[at + 136 : at + 138] = bytes(2)
+            words = struct.unpack_from(f"<{(end - at) // 2}H", raw, at)
+            raw[at + 136 : at + 138] = functools.reduce(operator.xor, words).to_bytes(2, "little")
+    if raw[512:520] == b"EFI PART" and len(raw) >= 1024:
+        length, first, count, size = (*struct.unpack_from("<I", raw, 524), *struct.unpack_from("<QII", raw, 584))
+        if (first * 512 + count * size) <= len(raw):
+            struct.pack_into("<I", raw, 600, zlib.crc32(raw[first * 512 : first * 512 + count * size]))
+        if length <= 512:
+            struct.pack_into("<I", raw, 528, 0)
+            struct.pack_into("<I", raw, 528, zlib.crc32(raw[512 : 512 + length]))
+    return bytes(raw)
+
+
+FOUND_ON_DISKS = ("/kernel", "/boot/kernel", "/" + "l" * 100)
+READ_OF_FILES = 1 << 20
+
+
+def find_files(data: bytes) -> "list[bytes | DiskFsError]":
+    """Return the first bytes of each file of FOUND_ON_DISKS, or why it cannot be read."""
+    found: list[bytes | DiskFsError] = []
+    try:
+        disk = Disk(lambda offset, length: data[offset : offset + length], len(data))
+    except DiskFsError as error:
+        return [error]
+    assert disk.describe().isprintable()
+    for path in FOUND_ON_DISKS:
+        try:
+            file = disk.find(path)
+            first, end, total = b"", 0, 0
+            for offset, piece in file.pieces():
+                assert end <= offset
+                end, first, total = offset + len(piece), first or piece[:64], total + len(piece)
+                if total > READ_OF_FILES:
+                    break
+            assert end <= file.size
+            found.append(first)
+        except DiskFsError as error:
+            found.append(error)
+    assert all(str(each).isprintable() for each in found if isinstance(each, DiskFsError))
+    assert disk.source.store.work > -(WORK_MAX // 2)
+    return found
+
+
+def disk(data: bytes) -> None:
+    """Look for files on a disk."""
+    for found in find_files(with_checksums(data)):
+        if isinstance(found, DiskFsError):
+            said(found)
+
+
 def http_request(data: bytes) -> None:
     """Read what a client of `metrics listen` says."""
     try:
@@ -269,6 +331,7 @@ TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "solicitation": solicitation,
     "ring": ring,
     "scsi": command_block,
+    "disk": disk,
     "stream": stream,
     "seed": seed,
 }

@@ -1,8 +1,10 @@
 """Disks with file systems in them, made by mke2fs and makefs from folders, and partition tables made by hand."""
 
+import functools
 import random
 import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -254,3 +256,73 @@ def openbsd_disk(content: bytes, *, mbr: bool = True, first: int = 64) -> bytear
     at = first + 1 if mbr else 1
     put(disk, at, label(("a", 7, first, own), ("b", 1, swap, total - swap), ("c", 0, 0, total)))
     return disk
+
+
+def journal(block: str, content: bytes, block_bytes: int = 1024) -> bytes:
+    """Return a journal that writes a block twice, the first time escaped, and revokes it in between."""
+    head = struct.Struct(">III")
+    superblock = head.pack(0xC03B3998, 4, 0) + struct.pack(">IIIIIIIII", block_bytes, 12, 1, 7, 1, 0, 0, 1, 0)
+    tag = struct.pack(">IHH16x", int(block), 0, 8)
+    escaped = struct.pack(">IHH16x", int(block), 0, 9)
+    blocks = [
+        superblock,
+        head.pack(0xC03B3998, 1, 7) + escaped,
+        b"kern" + content[4:],  # whose beginning is taken from it
+        head.pack(0xC03B3998, 2, 7),
+        head.pack(0xC03B3998, 5, 8) + struct.pack(">II", 20, int(block)),
+        head.pack(0xC03B3998, 2, 8),
+        head.pack(0xC03B3998, 1, 9) + tag,
+        content,
+        head.pack(0xC03B3998, 2, 9),
+    ]
+    # mke2fs makes holes of zeroes.
+    return b"".join(each.ljust(block_bytes, b"\0") for each in blocks).ljust(12 * block_bytes, b"\xff")
+
+
+@functools.cache
+def small_disks() -> dict[str, bytes]:
+    """Return disks of 64 KiB at most, in each of which `/kernel` is a link to a file that begins with `kernel`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _small_disks(Path(folder))
+
+
+def _small_disks(folder: Path) -> dict[str, bytes]:
+    tree = folder / "tree"
+    (tree / "boot").mkdir(parents=True)
+    (tree / "boot/kernel").write_bytes(b"kernel".ljust(5000, b"k"))
+    (tree / "kernel").symlink_to("boot/kernel")
+    (tree / f"{'l' * 100}").symlink_to(f"/boot/{'./' * 60}kernel")
+    image = folder / "image"
+    found = {}
+    for name, options in {
+        "ext2": ("-t", "ext2"),
+        "ext4": ("-t", "ext4", "-O", "^resize_inode,^has_journal"),
+        "inline": ("-t", "ext4", "-O", "^resize_inode,^has_journal,inline_data", "-I", "256"),
+        "meta_bg": ("-t", "ext4", "-O", "^resize_inode,^has_journal,meta_bg", "-g", "256"),
+    }.items():
+        image.write_bytes(bytes(64 << 10))
+        run("mke2fs", "-q", "-F", "-b", "1024", *options, "-N", "16", "-d", tree, image)
+        found[name] = image.read_bytes()
+    for version in (1, 2):
+        image.unlink()
+        sizes = f"version={version},bsize=4096,fsize=512,minfree=0"
+        run("makefs", "-t", "ffs", "-o", sizes, "-s", "60k", image, tree)
+        found[f"FFS{version}"] = image.read_bytes()
+    # Twice, for the journal has to say where the file is.
+    (tree / "journal").write_bytes(bytes(12 << 10))
+    for _ in range(2):
+        image.write_bytes(bytes(64 << 10))
+        run("mke2fs", "-q", "-F", "-b", "1024", "-t", "ext2", "-N", "16", "-d", tree, image)
+        blocks = run("debugfs", "-R", "blocks /boot/kernel", image).split()
+        (tree / "journal").write_bytes(journal(blocks[0], b"kernel of the journal"))
+    inode = run("debugfs", "-R", "ls -l /", image)
+    number = next(line.split()[0] for line in inode.splitlines() if line.endswith(" journal"))
+    run("debugfs", "-w", "-R", f"set_super_value journal_inum {number}", image)
+    run("debugfs", "-w", "-R", "feature has_journal needs_recovery", image)
+    found["ext3"] = image.read_bytes()
+    small = found["ext2"].rstrip(b"\0")
+    found["MBR"] = bytes(mbr_disk(*[Part(first, b"\1" * SECTOR) for first in (2, 4, 6, 9, 11)], Part(16, small)))
+    found["GPT"] = bytes(gpt_disk(Part(10, bytes(SECTOR)), Part(11, small)))
+    found["disklabel"] = bytes(openbsd_disk(small, first=4))
+    found["bare disklabel"] = bytes(openbsd_disk(small, mbr=False, first=3))
+    return found

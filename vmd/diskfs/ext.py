@@ -6,7 +6,7 @@ Directories are read from their first to their last block: the index of a hashed
 
 import struct
 
-from vmd.diskfs.journal import Journal
+from vmd.diskfs.journal import RUNS_MAX, Journal, restored
 from vmd.diskfs.source import DiskFsError, Source
 from vmd.diskfs.walk import DIRECTORY, FILE, Node, kind_of, pieces_of
 
@@ -84,7 +84,7 @@ class Ext:
         """Raises DiskFsError if it is damaged or needs what is not read here."""
         self.source = source
         self.name = name
-        self.replayed: dict[int, bytes | int] = {}
+        self.replayed: dict[int, tuple[int, bool]] = {}  # by block: the one of the journal, and whether it is escaped
         raw = source.read(SUPERBLOCK_AT, SUPERBLOCK_BYTES)
         counts: tuple[int, ...] = COUNTS.unpack_from(raw)
         self.inodes, blocks, _, _, _, self.first_data_block, log_block, _, self.blocks_per_group, _, _ = counts
@@ -138,20 +138,19 @@ class Ext:
         node = self.node(inode)
         runs: list[Run] = []
         for run in self._runs(node):
-            if len(runs) >= Journal.RUNS_MAX:
+            if len(runs) >= RUNS_MAX:
                 raise DiskFsError("its journal is in too many pieces")
             runs.append(run)
-        self.replayed = Journal(self.block, runs, self.block_bytes).changed()
+        self.replayed = Journal(self.block, self.source.spend, runs, self.block_bytes).changed()
 
     # blocks
 
     def block(self, number: int) -> bytes:
         """Return a block of metadata.  Raises DiskFsError."""
         self._inside(number)
-        place = self.replayed.get(number, number) if self.replayed else number
-        if isinstance(place, bytes):
-            return place
-        return self.source.read(place * self.block_bytes, self.block_bytes)
+        place, escaped = self.replayed.get(number, (number, False))
+        raw = self.source.read(place * self.block_bytes, self.block_bytes)
+        return restored(raw) if escaped else raw
 
     def _inside(self, first: int, count: int = 1) -> None:
         if first < self.first_data_block or first + count > self.blocks:
@@ -285,13 +284,13 @@ class Ext:
             number = 0
             while number < count:
                 offset, other, many = (first + number) * size, self.replayed.get(place + number), 1
-                if isinstance(other, bytes):
-                    yield offset, other[: file.size - offset]
-                else:
-                    while other is None and number + many < count and place + number + many not in self.replayed:
+                if other is None:
+                    while number + many < count and place + number + many not in self.replayed:
                         many += 1
-                    begin = (place + number if other is None else other) * size
-                    yield from pieces_of(self.source, iter(((offset, begin, many * size),)), file.size)
+                    other = place + number, False
+                begin, escaped = other
+                for at, piece in pieces_of(self.source, iter(((offset, begin * size, many * size),)), file.size):
+                    yield at, restored(piece) if escaped else piece
                 number += many
 
     def _inline(self, node: Node) -> bytes:

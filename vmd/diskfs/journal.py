@@ -22,22 +22,27 @@ REVOKE_HEADER_BYTES = 16
 TAIL_BYTES = 4  # a checksum
 UUID_BYTES = 16
 ESCAPED, SAME_UUID, LAST = 1, 2, 8
-ENTRIES_MAX = 1 << 18  # blocks that a journal changes or revokes; mke2fs makes none longer
+ENTRIES_MAX = 1 << 17  # blocks that a journal changes, or revokes; half as many as the longest of mke2fs has
+RUNS_MAX = 1 << 14
 
 
 class Journal:
     """A journal whose transactions are to be read, in blocks `runs` of the file system."""
 
-    RUNS_MAX = 1 << 14
-
     def __init__(
-        self, read: "Callable[[int], bytes]", runs: "Sequence[tuple[int, int, int]]", block_bytes: int
+        self,
+        read: "Callable[[int], bytes]",
+        spend: "Callable[[int], None]",
+        runs: "Sequence[tuple[int, int, int]]",
+        block_bytes: int,
     ) -> None:
-        """`read` returns a block of the file system; a run is (block of the journal, of the file system, count).
+        """`read` returns a block of the file system, `spend` counts work.
 
-        Raises DiskFsError if it is damaged or cannot be read.
+        A run is: block of the journal, block of the file system, blocks.  Raises DiskFsError if it is damaged or cannot
+        be read.
         """
         self.read = read
+        self.spend = spend
         self.runs = runs
         self.run = runs[0] if runs else (0, 0, 0)
         raw = self.block(0)
@@ -61,8 +66,11 @@ class Journal:
         self.tail = TAIL_BYTES if features & (CSUM_V2 | CSUM_V3) else 0
         self.tag_bytes = 16 if self.v3 else 8 + 2 * bool(features & CSUM_V2) + 4 * self.has_64bit
 
-    def changed(self) -> "dict[int, bytes | int]":
-        """Return the blocks whose content is another: the block that has it, or the content.  Raises DiskFsError."""
+    def changed(self) -> "dict[int, tuple[int, bool]]":
+        """Return the blocks whose content is in the journal: the block there, and whether it is escaped.
+
+        Raises DiskFsError.
+        """
         newest: dict[int, tuple[int, int, int]] = {}  # (transaction, block of the journal, flags)
         revoked: dict[int, int] = {}  # the last transaction that did
         pending: list[tuple[int, int, int]] = []
@@ -92,7 +100,7 @@ class Journal:
             at = self._after(at, steps)
             left -= steps
         return {
-            block: self._content(place, flags)
+            block: (self._place(place), bool(flags & ESCAPED))
             for block, (when, place, flags) in newest.items()
             if not (block in revoked and _reached(revoked[block], when))
         }
@@ -100,12 +108,6 @@ class Journal:
     def block(self, number: int) -> bytes:
         """Return a block of the journal.  Raises DiskFsError."""
         return self.read(self._place(number))
-
-    def _content(self, number: int, flags: int) -> "bytes | int":
-        if not flags & ESCAPED:
-            return self._place(number)
-        # It begins as blocks of the journal itself do, so that was taken off.
-        return MAGIC.to_bytes(4, "big") + self.block(number)[4:]
 
     def _after(self, number: int, steps: int) -> int:
         number += steps
@@ -140,15 +142,22 @@ class Journal:
             at += self.tag_bytes + (0 if flags & SAME_UUID else UUID_BYTES)
             if flags & LAST:
                 break
+        self.spend(len(found))
         return found
 
     def _revoked(self, raw: bytes) -> list[int]:
         """Return the blocks whose earlier content must not be written any more."""
         end = min(int.from_bytes(raw[12:16], "big"), len(raw) - self.tail)
         number = self.number
+        self.spend(end // number.size)
         return [
             number.unpack_from(raw, at)[0] for at in range(REVOKE_HEADER_BYTES, end - number.size + 1, number.size)
         ]
+
+
+def restored(raw: bytes) -> bytes:
+    """Return the content of an escaped block: it begins as blocks of a journal do, so that was taken off."""
+    return MAGIC.to_bytes(4, "big")[: len(raw)] + raw[4:]
 
 
 def _reached(revoked: int, when: int) -> bool:

@@ -38,6 +38,7 @@ PATH_MAX = 4096
 NAME_MAX = 255
 DEPTH_MAX = 256  # directories inside one another
 LINKS_MAX = 40
+FILE_MAX = 1 << 30
 
 FILE, DIRECTORY, LINK, OTHER = "a file", "a directory", "a symbolic link", "neither a file nor a directory"
 KINDS = {0x8: FILE, 0x4: DIRECTORY, 0xA: LINK}  # by the upper four bits of a mode
@@ -58,7 +59,7 @@ def kind_of(mode: int) -> str:
 
 
 class File:
-    """A file that was found; `size` in bytes, as its inode says: whoever reads it sets a bound to that."""
+    """A file that was found; `size` in bytes, as its inode says, which is at most FILE_MAX."""
 
     def __init__(self, filesystem: "FileSystem", node: Node, path: str) -> None:
         self.filesystem = filesystem
@@ -103,6 +104,8 @@ def find(filesystem: "FileSystem", path: str) -> File:
         node = _walk(filesystem, path.encode(errors="surrogateescape"))
         if node.kind != FILE:
             raise DiskFsError(f"is {node.kind}")
+        if node.size > FILE_MAX:
+            raise DiskFsError(f"has {node.size} bytes, where {FILE_MAX} are the most")
     except DiskFsError as error:
         raise error.at(filesystem=filesystem.name, path=path) from error
     return File(filesystem, node, path)

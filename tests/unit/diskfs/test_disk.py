@@ -177,6 +177,14 @@ def test_a_small_file_has_a_bound(images: dict[str, bytes]) -> None:
         opened(images["ext4"]).find("/vmlinuz").content(100)
 
 
+def test_a_file_has_a_bound(tmp_path: Path) -> None:
+    """A hole costs nothing on the disk, and much where it is written to."""
+    plant(tmp_path / "tree", {"kernel": Content((1 << 30) + 1)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4")
+
+    assert refusal(opened_file(image), "/kernel").endswith("has 1073741825 bytes, where 1073741824 are the most")
+
+
 def test_what_cannot_be_read_is_said(images: dict[str, bytes]) -> None:
     """With the kernel's reason, and with the place."""
     raw = images["ext4"]

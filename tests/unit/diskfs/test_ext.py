@@ -92,7 +92,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 
 
 @pytest.mark.deep
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
     """The same, more often."""

@@ -22,7 +22,7 @@ from tests.support.filesystems import (
     run,
     trees,
 )  # fmt: skip
-from vmd.diskfs import ffs
+from vmd.diskfs import ffs, walk
 from vmd.diskfs.ffs import LAYOUTS, Ffs
 from vmd.diskfs.source import DiskFsError, NoSuchFile
 
@@ -72,7 +72,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 
 
 @pytest.mark.deep
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
     """The same, more often."""
@@ -117,8 +117,11 @@ class Patched:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_holes_and_all_levels_of_indirect_blocks_are_read(tmp_path: Path, version: int) -> None:
+def test_holes_and_all_levels_of_indirect_blocks_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
     """A file of more than a gigabyte, of which five blocks are there."""
+    monkeypatch.setattr(walk, "FILE_MAX", 1 << 40)
     disk = Patched(tmp_path / "tree", f"version={version},bsize=4096,fsize=512")
     each = disk.pointers
     once, twice = 12 + each, 12 + each + each * each
