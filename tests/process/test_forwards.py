@@ -14,7 +14,7 @@ from tests.support.privdriver import Priv, nic
 from tests.support.throughhost import World
 from tests.support.wire import KernelGuest, ask
 from vmd.config.model import Forward, Prefix
-from vmd.ipc.messages.priv import ForwardsSet, NicsFailed, SetForwards
+from vmd.ipc.messages.priv import AdoptNics, ForwardsSet, NicsFailed, SetForwards
 
 pytestmark = pytest.mark.root
 
@@ -168,10 +168,21 @@ def test_no_rules_without_nat(network: Network) -> None:
     ],
     ids=range(8),
 )
-def test_what_no_configuration_leads_to_is_refused(network: Network, wrong: dict[str, Any]) -> None:
+def test_what_no_configuration_leads_to_is_refused(place: Place, wrong: dict[str, Any]) -> None:
     """Whoever has taken over the parent gets no further by it."""
-    with Priv(network) as priv:
-        failed = priv.ask(nic(**wrong))
-        assert isinstance(failed, NicsFailed)
-        assert failed.code == errno.EPERM
-        assert "dnat" not in (rules(network) if "inet vmd" in network.run("nft", "list", "tables") else "")
+    before = rules(place.host)
+    failed = place.priv.ask(nic(alias="vm3-if0-c", **wrong), vmid=3)
+    assert isinstance(failed, NicsFailed)
+    assert failed.code == errno.EPERM
+    assert rules(place.host) == before
+
+
+def test_an_interface_that_an_earlier_version_has_made(network: Network) -> None:
+    """It does not say which address the guest has, which is the other one of two."""
+    with Priv(network) as first:
+        request = nic(host4=HOST4)
+        with first.make(request) as made, Network() as other, Priv(other) as second:
+            second.send(AdoptNics(vmid=1, nics=(request,), made=made.nics))
+            second.send(SetForwards(vmid=1, forwards=((SSH,),)))
+            assert second.receive(ForwardsSet).text == ""
+            assert "tcp dport 8022 dnat ip to 100.64.1.3:22" in rules(other)

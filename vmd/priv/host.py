@@ -68,7 +68,7 @@ class Nic:
         self.fd = fd  # until the parent has it
         self.groups = request.groups
         self.networks = networks_of(request)
-        self.guest4 = request.guest4
+        self.guest4 = guest_of(request)
         self.forwards = request.forwards
         self.rdomain = request.rdomain
         self.up = request.up
@@ -944,7 +944,7 @@ def check_request(message: "MakeNics | AdoptNics") -> None:
             raise refuse("that is no address")
         if nic.guest4 and not (nic.host4 and inside(nic.guest4, nic.host4, nic.length4)):
             raise refuse("that is no address of a guest")
-        check_forwards(nic.guest4, nic.forwards)
+        check_forwards(guest_of(nic), nic.forwards)
 
 
 def check_forwards(guest4: bytes, forwards: "Sequence[Forward]") -> None:
@@ -955,6 +955,13 @@ def check_forwards(guest4: bytes, forwards: "Sequence[Forward]") -> None:
         rules_of_vms.forwards(forwards)
     except ValueError as error:
         raise refuse(str(error)) from None
+
+
+def guest_of(request: "NicRequest") -> bytes:
+    """Return the guest's IPv4 address; a daemon of an earlier version does not say it, but has networks of two only."""
+    if request.guest4 or not request.host4:
+        return request.guest4
+    return (int.from_bytes(request.host4, "big") ^ 1).to_bytes(INET4_BYTES, "big")
 
 
 def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
