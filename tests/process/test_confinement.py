@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -76,6 +77,34 @@ class Run:
         assert self.lines, self.log
         assert self.lines[0].endswith(" confined"), self.log
         return self.lines[1:]
+
+
+class Fate(NamedTuple):
+    """What a confined process answered, and how it ended."""
+
+    answers: list[str]
+    status: int
+
+
+KILLED_AT_ONCE = Fate([], KILLED)
+
+
+def try_each(
+    place: Cell | HostFiles, kind: str, attempts: Sequence[str], paths: tuple[str, ...] | None = None
+) -> dict[str, Fate]:
+    """Run a process with that confinement for each attempt, which may be several with + between them."""
+    run = try_inside(place, "each", kind, *attempts, paths=paths)
+    assert run.status == 0, run.log
+    fates: dict[str, Fate] = {}
+    answers: list[str] = []
+    for line in run.lines:
+        name, _, status = line.partition(" ended ")
+        if status:
+            assert answers[:1] == [f"{kind} confined"], run.log
+            fates[name], answers = Fate(answers[1:], int(status)), []
+        else:
+            answers.append(line)
+    return fates
 
 
 def try_inside(place: Cell | HostFiles | None, kind: str, *attempts: str, paths: tuple[str, ...] | None = None) -> Run:
@@ -202,27 +231,27 @@ VMM_KILLS = (
 )  # fmt: skip
 
 
-NOT_RAISED = ([f"more_descriptors errno {errno.EPERM}"], 0)  # by the kernel; the process goes on
+NOT_RAISED = Fate([f"more_descriptors errno {errno.EPERM}"], 0)  # by the kernel; the process goes on
 
 
-@pytest.mark.parametrize("attempt", KILLS)
 @pytest.mark.parametrize("kind", [*LEAVES[1:], "VM", "LOCKHOLDER"])
-def test_forbidden_call_kills(cell: Cell, kind: str, attempt: str) -> None:
+def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS.  A device may lower its limits, but not raise them."""
-    run = try_inside(cell, kind, attempt)
+    fates = dict.fromkeys(KILLS, KILLED_AT_ONCE)
+    if kind in ("VIOBLK", "VIONET", "IMGWRITER"):
+        fates["more_descriptors"] = NOT_RAISED
 
-    lowers = kind in ("VIOBLK", "VIONET", "IMGWRITER") and attempt == "more_descriptors"
-    assert (run.answers, run.status) == (NOT_RAISED if lowers else ([], KILLED))
+    assert try_each(cell, kind, KILLS) == fates
 
 
-@pytest.mark.parametrize("attempt", [attempt for attempt in KILLS if attempt != "more_descriptors"])
-def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell, attempt: str) -> None:
+def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell) -> None:
     """It may narrow its requests to KVM later, once: that is all it may do more."""
-    before = ("narrow_requests",) if attempt == "another_filter" else ()
+    attempts = [attempt for attempt in KILLS if attempt not in ("more_descriptors", "another_filter")]
+    once = "narrow_requests+another_filter"
 
-    run = try_inside(cell, "VM_BUILDING", *before, attempt)
+    fates = try_each(cell, "VM_BUILDING", [*attempts, once])
 
-    assert (run.answers, run.status) == ([f"{name} done None" for name in before], KILLED)
+    assert fates == {**dict.fromkeys(attempts, KILLED_AT_ONCE), once: Fate(["narrow_requests done None"], KILLED)}
 
 
 def test_a_vm_that_is_built_may_have_fewer_descriptors_later_but_not_more(cell: Cell) -> None:
@@ -237,12 +266,9 @@ def test_a_vm_signals_nobody(cell: Cell) -> None:
     assert try_inside(cell, "VM_BUILDING", "kill_victim").status == KILLED
 
 
-@pytest.mark.parametrize("attempt", VMM_KILLS)
-def test_forbidden_call_kills_vmm(cell: Cell, attempt: str) -> None:
+def test_forbidden_call_kills_vmm(cell: Cell) -> None:
     """vmm may start processes; that is all it may do more."""
-    run = try_inside(cell, "VMM", attempt)
-
-    assert (run.answers, run.status) == ([], KILLED)
+    assert try_each(cell, "VMM", VMM_KILLS) == dict.fromkeys(VMM_KILLS, KILLED_AT_ONCE)
 
 
 OPENER_KILLS = (
@@ -251,12 +277,11 @@ OPENER_KILLS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("attempt", OPENER_KILLS)
-def test_an_opener_does_nothing_but_open_files(attempt: str) -> None:
+def test_an_opener_does_nothing_but_open_files() -> None:
     """Even where it is root."""
-    run = try_inside(HostFiles(), "OPENER", attempt, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+    fates = try_each(HostFiles(), "OPENER", OPENER_KILLS, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
 
-    assert (run.answers, run.status) == ([], KILLED)
+    assert fates == dict.fromkeys(OPENER_KILLS, KILLED_AT_ONCE)
 
 
 def test_an_opener_opens_files_and_nothing_else() -> None:
@@ -270,12 +295,13 @@ def test_an_opener_opens_files_and_nothing_else() -> None:
     assert run.answers[1:] == refused or not refused
 
 
-@pytest.mark.parametrize("attempt", [attempt for attempt in OPENER_KILLS if attempt != "become_traceable"])
-def test_a_logfile_does_nothing_but_open_files(attempt: str) -> None:
+def test_a_logfile_does_nothing_but_open_files() -> None:
     """Even where it is root."""
-    run = try_inside(HostFiles(), "LOGFILE", attempt, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+    attempts = [attempt for attempt in OPENER_KILLS if attempt != "become_traceable"]
 
-    assert (run.answers, run.status) == ([], KILLED)
+    fates = try_each(HostFiles(), "LOGFILE", attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+
+    assert fates == dict.fromkeys(attempts, KILLED_AT_ONCE)
 
 
 @pytest.mark.skipif(not landlock.abi(), reason="no landlock")

@@ -1,7 +1,8 @@
 """What test_confinement runs inside a process: it confines itself and tries things.
 
 `main` is started exactly as vmd's own processes are.  It is told on the command line which confinement to enter
-(`-` for none) and which functions of `ATTEMPTS` to call, and answers on fd 3, a line for each.
+(`-` for none) and which functions of `ATTEMPTS` to call, and answers on fd 3, a line for each.  To be told so of
+calls that kill, it is told `each` first: then it makes a process for each, which confines itself and tries it.
 """
 # ruff: noqa: D103 - the names of the attempts say what is tried
 
@@ -474,14 +475,30 @@ ATTEMPTS: "dict[str, Callable[[], object]]" = {name: value for name, value in gl
 
 
 def main() -> int:
-    """Confine, try, answer."""
-    kind, *attempts = sys.argv[1:]
-    trap = kind.endswith("!")
+    """Confine, try, answer; with `each` before the confinement, do so in a process for each attempt."""
     channel = socket.socket(fileno=3)
-    into_32_bit = machine_code()
+    ATTEMPTS["int80"] = machine_code()
+    kind, *attempts = sys.argv[1:]
+    if kind != "each":
+        return confined(channel, kind, *attempts)
+    kind, *attempts = attempts
+    for attempt in attempts:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(confined(channel, kind, *attempt.split("+")))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        channel.sendall(f"{attempt} ended {os.waitstatus_to_exitcode(status)}\n".encode())
+    return 0
+
+
+def confined(channel: socket.socket, kind: str, *attempts: str) -> int:
+    """Confine this process, and let it try."""
     if kind != "-":
-        confine.confine(getattr(confine, kind.rstrip("!")), trap=trap)
-    ATTEMPTS["int80"] = into_32_bit
+        confine.confine(getattr(confine, kind.rstrip("!")), trap=kind.endswith("!"))
     channel.sendall(f"{kind} confined\n".encode())
     for name in attempts:
         try:
