@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import marshal
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -73,6 +74,37 @@ def test_byte_code_of_an_archive_is_used(tmp_path: Path, monkeypatch: pytest.Mon
 
     (pyc,) = [content for name, content in files.items() if name.startswith("/vmd/compiled/__pycache__/main.")]
     assert run(pyc)["WHO"] == "byte code"
+
+
+@pytest.mark.parametrize(
+    ("magic", "later_s", "longer", "who"),
+    [
+        (importlib.util.MAGIC_NUMBER, 0, 0, "byte code"),
+        (importlib.util.MAGIC_NUMBER, 1, 0, "source"),
+        (importlib.util.MAGIC_NUMBER, 0, 1, "source"),
+        (b"\0\0\r\n", 0, 0, "source"),
+    ],
+    ids=["of this source", "of an older one", "of a shorter one", "of another Python"],
+)
+def test_byte_code_of_a_directory_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, magic: bytes, later_s: int, longer: int, who: str
+) -> None:
+    """If it is of that source, by the rules of the interpreter (PEP 552)."""
+    package = f"cached{later_s}{longer}{magic[0]}"
+    source = tmp_path / package / "main.py"
+    source.parent.mkdir()
+    source.write_text("WHO = 'source'\n")
+    stamp = struct.pack("<III", 0, int(source.stat().st_mtime) + later_s, source.stat().st_size + longer)
+    cached = Path(importlib.util.cache_from_source(str(source)))
+    cached.parent.mkdir()
+    cached.write_bytes(magic + stamp + marshal.dumps(compile("WHO = 'byte code'\n", "x", "exec")))
+    (tmp_path / package / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+
+    files = dict(package_files(package))
+
+    (pyc,) = [content for name, content in files.items() if "__pycache__/main." in name]
+    assert run(pyc)["WHO"] == who
 
 
 def test_an_archive_that_was_replaced_under_us_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
