@@ -49,6 +49,9 @@ run:
 	@$(if $(SOFTWARE_KVM),$(MAKE) -s -C guests OUT=$(CURDIR)/build/guests)
 	@$(PYTHON) -m tools.run
 
+# Both processes of the tests and the emulated machine load the same modules, which takes a minute if each compiles them.
+test test-deep: export PYTHONDONTWRITEBYTECODE =
+
 test: need-root
 	@tools/setup packages test venv user
 	@$(PYTHON) -m pytest --two
