@@ -54,7 +54,7 @@ def footprint(vmd: NetDaemon) -> Footprint:
 
 
 @pytest.mark.parametrize(
-    "duration_s", [20, pytest.param(480, marks=[pytest.mark.deep, pytest.mark.timeout(1800)])]
+    "duration_s", [10, pytest.param(480, marks=[pytest.mark.deep, pytest.mark.timeout(1800)])]
 )
 def test_nobody_else_loses_a_guest(duration_s: float, request: pytest.FixtureRequest, record_property: Say) -> None:
     """The number of lost guests is printed: 0."""
