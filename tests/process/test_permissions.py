@@ -75,21 +75,34 @@ def daemon(place: Path, host: Users) -> Iterator[UsersDaemon]:
         yield daemon
 
 
-@pytest.fixture
-def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
-    """Give the daemon, and let it be as before afterwards."""
-    yield daemon
-    daemon.must("stop", "-afw")
-    daemon.must("reload")
-    assert [row["name"] for row in daemon.rows()] == ["demo", "template"]
+def as_before(vmd: UsersDaemon) -> None:
+    """Stop all VMs and forget those that vm.conf does not describe."""
+    vmd.must("stop", "-afw")
+    vmd.must("reload")
+    assert [row["name"] for row in vmd.rows()] == ["demo", "template"]
 
 
 @pytest.fixture
-def running(vmd: UsersDaemon, host: Users) -> Iterator[UsersDaemon]:
-    """Give the daemon with `demo` running, started by STARTER, who has left the group since."""
-    vmd.must_as(STARTER, "start", "demo")
+def vmd(daemon: UsersDaemon) -> UsersDaemon:
+    """Give the daemon with nothing but the two VMs, stopped."""
+    if [(row["name"], row["state"]) for row in daemon.rows()] != [("demo", "stopped"), ("template", "stopped")]:
+        as_before(daemon)
+    return daemon
+
+
+@pytest.fixture
+def running(daemon: UsersDaemon, host: Users) -> Iterator[UsersDaemon]:
+    """Give the daemon with `demo` running, started by STARTER, who has left the group since.
+
+    Most cells are refusals, which leave it so for the next one.
+    """
+    if [(row["name"], row["state"], row["owner"]) for row in daemon.rows()][:1] != [
+        ("demo", "running", f"{STARTER}:{TEAM}")
+    ]:
+        as_before(daemon)
+        daemon.must_as(STARTER, "start", "demo")
     host.run("gpasswd", "--delete", STARTER, TEAM)
-    yield vmd
+    yield daemon
     host.run("gpasswd", "--add", STARTER, TEAM)
 
 

@@ -62,44 +62,43 @@ def test_ids_change_with_the_next_start_only(vmd: Daemon) -> None:
 # --- files that cannot be used ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        'vm "c" {\n memory lots\n}\n',
-        'vm "c" {\n memory 32M\n',
-        "socket owner nobody-of-that-name\n",
-        'vm "c" {\n disk ""\n}\n',
-        'include "/nowhere/at/all"\n',
-        "local prefix 10.0.0.1/8\n",
-        'switch "s" {\n up\n}\n',
-        "x = $x\n",
-    ],
-    ids=["value", "end", "owner", "disk", "include", "prefix", "switch", "macro"],
-)
-def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon, broken: str) -> None:
+BROKEN = {
+    "value": 'vm "c" {\n memory lots\n}\n',
+    "end": 'vm "c" {\n memory 32M\n',
+    "owner": "socket owner nobody-of-that-name\n",
+    "disk": 'vm "c" {\n disk ""\n}\n',
+    "include": 'include "/nowhere/at/all"\n',
+    "prefix": "local prefix 10.0.0.1/8\n",
+    "switch": 'switch "s" {\n up\n}\n',
+    "macro": "x = $x\n",
+}
+
+
+def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon) -> None:
     """Case 59: not by reload, not by SIGHUP, not by load, however much of it was right; file and line are said."""
     before = vmd.rows()
     socket_before = vmd.socket.stat()
     good = "staggered start parallel 1 delay 1\nsocket owner nobody:nogroup\n"
     good += block("a", memory="48M") + block("new", enabled=True)
-
-    vmd.conf.write_text(good + broken)
-    refused = vmd.vmctl("reload")
-    loaded = vmd.vmctl("load", vmd.conf)
     assert vmd.process is not None
-    vmd.process.send_signal(signal.SIGHUP)
-    vmd.wait_log("vmd: 1 error, configuration unchanged\n", times=3)
 
-    for done in (refused, loaded):
-        assert done.returncode == 1
-        error, summary = done.stderr.splitlines()
-        assert error.startswith(f"vmctl: {vmd.conf}:")
-        assert error.removeprefix("vmctl: ") in vmd.log
-        assert summary == "vmctl: 1 error, configuration unchanged"
-    after = vmd.rows()
-    assert [{**row, "resident_bytes": 0} for row in after] == [{**row, "resident_bytes": 0} for row in before]
-    socket_after = vmd.socket.stat()
-    assert (socket_after.st_uid, socket_after.st_gid) == (socket_before.st_uid, socket_before.st_gid)
+    for count, (what, broken) in enumerate(BROKEN.items(), 1):
+        vmd.conf.write_text(good + broken)
+        refused = vmd.vmctl("reload")
+        loaded = vmd.vmctl("load", vmd.conf)
+        vmd.process.send_signal(signal.SIGHUP)
+        vmd.wait_log("vmd: 1 error, configuration unchanged\n", times=3 * count)
+
+        for done in (refused, loaded):
+            assert done.returncode == 1, what
+            error, summary = done.stderr.splitlines()
+            assert error.startswith(f"vmctl: {vmd.conf}:"), what
+            assert error.removeprefix("vmctl: ") in vmd.log
+            assert summary == "vmctl: 1 error, configuration unchanged", what
+        after = vmd.rows()
+        assert [{**row, "resident_bytes": 0} for row in after] == [{**row, "resident_bytes": 0} for row in before], what
+        socket_after = vmd.socket.stat()
+        assert (socket_after.st_uid, socket_after.st_gid) == (socket_before.st_uid, socket_before.st_gid), what
 
 
 def test_a_file_that_is_gone_changes_nothing(vmd: Daemon) -> None:
