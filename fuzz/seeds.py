@@ -4,14 +4,28 @@ import gzip
 import os
 import select
 import struct
+import zlib
 from pathlib import Path
 
 from tests.support import filesystems, golden, saved
-from tests.support.packets import DISCOVER, dhcp
+from tests.support.packets import (
+    DISCOVER,
+    GUEST4,
+    HOST4,
+    INFORM,
+    LLADDR,
+    REQUEST,
+    bootp,
+    dhcp,
+    option,
+    request,
+    solicitation,
+)
 from tests.support.seeds import seed_file, usual
 from tests.unit.vm.boot import samples
-from vmd.images.create import write_empty
+from vmd.images.header import BACKING_FORMAT, EXTENSION, HEADER_V2, HEADER_V3, MAGIC, V3_BYTES
 from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, SIGNATURES, VHD_FIXED
+from vmd.images.snapshots import Snapshot, pack_snapshots
 from vmd.ipc import imsg, probemsg
 from vmd.ipc.messages.clients import ListRequest, Ok, StopRequest
 from vmd.ipc.messages.vm import PauseVm
@@ -43,6 +57,44 @@ def small_stream(fd: int) -> None:
     writer.end()
     writer.hasher.close()
     writer.pipe.close()
+
+
+def small_qcow2(version: int, *, backing: bytes = b"", snapshot: bool = False) -> bytes:
+    """Return an image of 32 KiB in clusters of 512 bytes: one of data, one compressed, in version 3 one of zeroes.
+
+    Each table has a cluster of its own, in this order: header, refcount table and block, L1, L2, data, compressed data,
+    L1 of the snapshot, table of snapshots.
+    """
+    bits, clusters = 9, 9
+    at = [number << bits for number in range(clusters)]
+    _, refcount_table, refcounts, l1, l2, data, packed, old_l1, table = at
+    shared = 2 if snapshot else 1  # of what both L1 tables lead to
+    copied = 0 if snapshot else 1 << 63
+    squeeze = zlib.compressobj(wbits=-12)
+    squeezed = squeeze.compress(b"compressed" * 51 + b"!!") + squeeze.flush()
+    extensions = EXTENSION.pack(BACKING_FORMAT, 3) + b"raw".ljust(8, b"\0") if backing else b""
+    extensions += EXTENSION.pack(0, 0)
+    name_at = V3_BYTES + len(extensions) if backing else 0
+    header = HEADER_V2.pack(
+        MAGIC, version, name_at, len(backing), bits, 1 << 15, 0, 1, l1, refcount_table, 1, snapshot, table
+    )
+    if version == 3:
+        header += HEADER_V3.pack(0, 0, 0, 4, V3_BYTES) + extensions + backing
+    old = Snapshot(id="1", name="old", l1_offset=old_l1, l1_entries=1, size=1 << 15)
+    zeroes = 1 if version == 3 else 0
+    counts = [1, 1, 1, 1, shared, shared, shared, 1, 1]
+    parts = {
+        0: header,
+        refcount_table: struct.pack(">Q", refcounts),
+        refcounts: struct.pack(f">{clusters}H", *counts),
+        l1: struct.pack(">Q", copied | l2),
+        l2: struct.pack(">QQQ", copied | data, 1 << 62 | packed, zeroes),
+        data: b"data" * 128,
+        packed: squeezed,
+        old_l1: struct.pack(">Q", l2),
+        table: pack_snapshots([old]),
+    }
+    return b"".join(parts[start].ljust(1 << bits, b"\0") for start in at)
 
 
 def boot_images() -> list[bytes]:
@@ -94,21 +146,35 @@ def seeds(target: str) -> list[bytes]:
             texts = [b"# comment\n\nversion=1\n", b'<?xml?><Envelope xmlns="http://x/ovf/envelope/1">']
             disc = bytes(0x8000) + b"\1CD001" + bytes(2041)
             ova = b"vm.ovf".ljust(257, b"\0") + b"ustar"
-            base = made(lambda fd: write_empty(fd, "seed", "qcow2", 1 << 20, "base", "raw"))
-            return [*starts, *ends, *texts, disc, ova, base]
+            return [*starts, *ends, *texts, disc, ova, small_qcow2(3, backing=b"base")]
         case "qcow2":
-            return [made(lambda fd: write_empty(fd, "seed", "qcow2", 1 << 20))]
+            return [small_qcow2(2), small_qcow2(3), small_qcow2(3, backing=b"base"), small_qcow2(3, snapshot=True)]
         case "boot-image":
             return boot_images()
         case "dhcp":
-            return [dhcp(DISCOVER)]
+            client = option(57, b"\x05\xdc") + option(61, b"\1" + LLADDR) + option(55, b"\1\3\6\x0c\x1a")
+            overloaded = bootp(option(52, b"\1") + b"\xff", file=option(53, bytes((DISCOVER,))) + b"\xff")
+            return [
+                dhcp(DISCOVER),
+                dhcp(REQUEST, requested=GUEST4, more=option(54, HOST4)),
+                dhcp(REQUEST, more=client, ciaddr=GUEST4, flags=0x8000),
+                dhcp(INFORM, ciaddr=GUEST4, more=option(12, b"guest") * 2),
+                request(overloaded),
+                request(bootp(b"", cookie=bytes(4))),
+            ]
+        case "solicitation":
+            unknown = b"\x0e\1abcdef\1\1" + LLADDR
+            return [solicitation(), solicitation(bytes(16), options=b""), solicitation(options=unknown)]
         case "http":
             return [b"GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: application/openmetrics-text;q=0.5,*/*\r\n\r\n"]
         case "ring":
             table = struct.pack("<QIHH", 0x4000, 16, 1, 1) + struct.pack("<QIHH", 0x5000, 512, 3, 2)
             return [table + struct.pack("<QIHH", 0x6000, 1, 2, 0) + bytes(80 + 16) + bytes(64)]
         case "scsi":
-            return [bytes((code,)) + bytes(15) for code in (0x12, 0x25, 0x28, 0x43, 0x1A, 0x5A, 0x46, 0x4A)]
+            plain = [bytes((code,)) for code in (0x12, 0x25, 0x28, 0x43, 0x46)]
+            sense = [bytes((0x1A, 0, 0x2A, 0, 255)), bytes((0x5A, 0, 0x2A, 0, 0, 0, 0, 0, 255))]
+            event = bytes((0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8))
+            return [block.ljust(16, b"\0") for block in (*plain, *sense, event)]
         case "disk":
             return list(filesystems.small_disks().values())
         case "stream":

@@ -13,11 +13,13 @@ import struct
 import zlib
 
 import tests.support.messages  # noqa: F401 - any of them may be decoded
+from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR
 from vmd.config import check
 from vmd.devices.vioblk.request import Limits, parse
 from vmd.devices.vionet import dhcp, ra
+from vmd.devices.vionet.ethernet import HEADER_BYTES, IPV4, TYPE, checksum
 from vmd.devices.vionet.interface import Interface
-from vmd.devices.vioscsi.scsi import Drive
+from vmd.devices.vioscsi.scsi import GOOD, Drive
 from vmd.diskfs.disk import Disk
 from vmd.diskfs.source import WORK_MAX, DiskFsError
 from vmd.errors import GuestError, ImageError, PeerError
@@ -25,6 +27,7 @@ from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.images.chain import Link, open_chain
 from vmd.images.header import parse_header
 from vmd.images.identify import probe
+from vmd.images.snapshots import read_snapshots
 from vmd.ipc import imsg, probemsg
 from vmd.metrics import http
 from vmd.seed.documents import notes, seed_image
@@ -43,17 +46,15 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 RING_SIZE = 8
 DESC, AVAIL, USED, DATA = 0x1000, 0x2000, 0x3000, 0x4000
+IP_SUM = HEADER_BYTES + 10  # where the checksum of an IPv4 header is in a frame
 NIC = Interface(
-    lladdr=bytes.fromhex("fee1bbd10001"),
-    host_lladdr=bytes.fromhex("fe0000000001"),
-    local=True,
-    guest4=bytes((100, 64, 1, 3)),
-    host4=bytes((100, 64, 1, 2)),
-)
+    lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4,
+    prefix6=bytes.fromhex("fd00112233440305") + bytes(8),
+)  # fmt: skip
 
 
 def said(error: Exception) -> None:
-    """Check that a refusal has a sentence."""
+    """Note that an input was refused; check that the refusal has a sentence."""
     if not str(error):
         raise RuntimeError(f"{type(error).__name__} without a sentence")
 
@@ -96,27 +97,37 @@ def probe_answer(data: bytes) -> None:
 def identify(data: bytes) -> None:
     """Tell what an image is, as a disk and as a disc."""
     fd = file_of(data)
+    refusals: list[Exception] = []
+    hints = ("", "qcow2", probemsg.DISC)
     try:
-        for hint in ("", "qcow2", probemsg.DISC):
+        for hint in hints:
             try:
                 found = probe(fd, "image", hint)
             except ImageError as error:
-                said(error)
+                refusals.append(error)
                 continue
             assert probemsg.unpack(probemsg.pack_image(found)) == found
             probemsg.refusal(found, hint, "image", "raw:image")
     finally:
         os.close(fd)
+    assert all(map(str, refusals))
+    if len(refusals) == len(hints):
+        said(refusals[0])
 
 
 def qcow2(data: bytes) -> None:
-    """Open an image, read and write it."""
+    """Open an image, on top of a raw one if it names any; read its snapshots, read and write it."""
     fd = file_of(data)
     try:
-        parse_header(fd, "image")
-        image = open_chain([Link(fd=os.dup(fd), path="image", format="qcow2")], writable=True)
-    except ImageError:
+        header = parse_header(fd, "image")
+        read_snapshots(fd, header, "image")
+        links = [Link(fd=os.dup(fd), path="image", format="qcow2")]
+        if header.backing:
+            links.append(Link(fd=file_of(bytes(range(256)) * 8), path="base", format="raw"))
+        image = open_chain(links, writable=True)
+    except (ImageError, OSError) as error:
         os.close(fd)
+        said(error)
         return
     buffer = memoryview(bytearray(4096))
     try:
@@ -154,18 +165,32 @@ def boot_image(data: bytes) -> None:
         said(error)
 
 
+def with_ip_sum(frame: bytes) -> bytes:
+    """Return a frame with the checksum that belongs to its IPv4 header, if it has one."""
+    if len(frame) < HEADER_BYTES + 20 or frame[TYPE] != IPV4:
+        return frame
+    end = HEADER_BYTES + (frame[HEADER_BYTES] & 15) * 4
+    before, after = frame[:IP_SUM], frame[IP_SUM + 2 :]
+    return before + checksum((before + b"\0\0" + after)[HEADER_BYTES:end]).to_bytes(2, "big") + after
+
+
 def dhcp_packet(data: bytes) -> None:
-    """Answer what a guest sends."""
+    """Answer what a guest sends, with the checksum of UDP left to the device as guests may do."""
     try:
-        reply = dhcp.answer(data, NIC)
-    except dhcp.Unanswered:
+        reply = dhcp.answer(with_ip_sum(data), NIC, sum_missing=True)
+    except dhcp.Unanswered as reason:
+        said(reason)
         return
-    assert reply is None or len(reply.frame) <= 1514
+    if reply is None:
+        said(ValueError("nothing for a DHCP server"))
+        return
+    assert len(reply.frame) <= 1514
 
 
 def solicitation(data: bytes) -> None:
-    """Recognise a router solicitation."""
-    ra.is_solicitation(data, NIC)
+    """Recognise a router solicitation, with its checksum left to the device."""
+    if not ra.is_solicitation(data, NIC, sum_missing=True):
+        said(ValueError("no router solicitation"))
 
 
 def ring(data: bytes) -> None:
@@ -178,12 +203,16 @@ def ring(data: bytes) -> None:
         memory.load(AVAIL + 4, data[16 * RING_SIZE : 16 * RING_SIZE + 2 * RING_SIZE])
         memory.load(DATA, data[18 * RING_SIZE : 18 * RING_SIZE + 4096])
         queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
+        served = 0
         try:
             while (chain := queue.take()) is not None:
                 parse(chain, memory, Limits(MIB, writable=True, discard=True, write_zeroes=True))
                 queue.put(chain.head, 0)
+                served += 1
         except GuestError as error:
             said(error)
+        if not served:
+            said(ValueError("no request"))
         queue.publish()
         queue.used_ring.release()
         queue._used_idx.release()
@@ -196,6 +225,8 @@ def command_block(data: bytes) -> None:
     """Carry out a SCSI command."""
     reply = Drive(700 * MIB).execute(data[:255])
     assert len(reply.data) <= 1 << 16
+    if reply.status != GOOD:
+        said(ValueError(f"sense {reply.sense.hex()}"))
 
 
 def mended(data: bytes) -> bytes:
@@ -309,6 +340,7 @@ def http_request(data: bytes) -> None:
         http.parse(data)
     except http.BadRequest as error:
         http.refusal(error.status)
+        said(error)
 
 
 def seed(data: bytes) -> None:

@@ -1,0 +1,44 @@
+"""Every target of the fuzzer starts from inputs that its parser accepts, so that mutation begins behind the checks."""
+
+import random
+from typing import NoReturn
+
+import pytest
+
+from fuzz import targets
+from fuzz.__main__ import INPUT_MAX
+from fuzz.seeds import seeds
+from fuzz.targets import TARGETS
+
+SEEDS = [pytest.param(name, seed, id=f"{name}-{at}") for name in TARGETS for at, seed in enumerate(seeds(name))]
+
+
+def refused(error: Exception) -> NoReturn:
+    """Take the place of what notes a refusal."""
+    raise AssertionError(f"refused: {error}")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_a_seed(target: str) -> None:
+    """Without one a mutation would have to find magic numbers and addresses by chance."""
+    assert seeds(target)
+
+
+@pytest.mark.parametrize(("target", "seed"), SEEDS)
+def test_seeds_are_accepted(monkeypatch: pytest.MonkeyPatch, target: str, seed: bytes) -> None:
+    """A seed that is refused at once would leave everything behind the refusal untried; so would one that is cut."""
+    monkeypatch.setattr(targets, "said", refused)
+
+    TARGETS[target](seed)
+
+    assert len(seed) <= INPUT_MAX
+
+
+@pytest.mark.parametrize(("target", "changed"), [("dhcp", range(50, 54)), ("solicitation", range(64, 68))])
+def test_a_change_gets_past_the_checksums(monkeypatch: pytest.MonkeyPatch, target: str, changed: range) -> None:
+    """Where any value will do: in the seconds and flags of a DHCP request, and in an address of the link."""
+    monkeypatch.setattr(targets, "said", refused)
+    generator = random.Random(1)
+    for seed in seeds(target)[:1]:
+        for at in changed:
+            TARGETS[target](seed[:at] + bytes((generator.randrange(256),)) + seed[at + 1 :])
