@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+WORDS = {"nics": "interfaces"}  # of fields that vm.conf calls otherwise
 AT_ONCE = ("console_log",)  # fields that count for a VM that runs, too
 
 
@@ -91,7 +92,7 @@ def differences(old: VmConfig, new: VmConfig) -> list[str]:
         old = old.replace(nics=unnamed)
     ignored = ("origin", "given", "drive", "rights")  # these two follow from the disc, or are told with it
     return [
-        field.removesuffix("_bytes")
+        WORDS.get(field, field.removesuffix("_bytes"))
         for field in VmConfig.fields
         if field not in ignored and getattr(old, field) != getattr(new, field)
     ]

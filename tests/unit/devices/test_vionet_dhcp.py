@@ -275,6 +275,17 @@ def test_what_is_usual_is_not_said() -> None:
     assert not {15, 26} & set(answer.options)
 
 
+def test_a_name_is_left_out_where_there_is_no_room_for_it() -> None:
+    """A guest with a long identifier gets its address all the same; one that takes longer answers gets both."""
+    nic = NIC.replace(host_name=f"{'x' * 60}.{'y' * 60}")
+    identifier = option(61, b"i" * 200)
+
+    for more, name in ((b"", None), (option(57, (1000).to_bytes(2, "big")), b"x" * 60)):
+        answer = answered(dhcp(DISCOVER, more=identifier + more), nic)
+        assert (answer.options.get(12), answer.options.get(15) is None) == (name, name is None)
+        assert (answer.kind, answer.options[61]) == (OFFER, b"i" * 200)
+
+
 @pytest.mark.parametrize(
     ("length4", "mask"), [(31, "255.255.255.254"), (30, "255.255.255.252"), (24, "255.255.255.0"), (16, "255.255.0.0")]
 )

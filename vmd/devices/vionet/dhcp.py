@@ -315,9 +315,13 @@ def build(request: Request, kind: int, interface: "Interface") -> bytes:
         b"",
         BOOT_FILE if gives and interface.pxe else b"",
     )
-    body = (body + COOKIE + build_options(request, kind, interface)).ljust(BOOTP_MIN, b"\0")
-    if IP.size + UDP.size + len(body) > min(request.limit, FRAME_MAX - HEADER_BYTES):
+    room = min(request.limit, FRAME_MAX - HEADER_BYTES) - IP.size - UDP.size - len(body) - len(COOKIE)
+    options = build_options(request, kind, interface)
+    if len(options) > room:  # an address is worth more than a name
+        options = build_options(request, kind, interface.replace(host_name=""))
+    if len(options) > room:
         raise Unanswered(TOO_LONG)
+    body = (body + COOKIE + options).ljust(BOOTP_MIN, b"\0")
     udp = UDP.pack(SERVER_PORT, CLIENT_PORT, UDP.size + len(body), 0)
     pseudo = interface.host4 + destination + bytes((0, IP_UDP)) + (UDP.size + len(body)).to_bytes(2, "big")
     udp_sum = checksum(pseudo + udp + body) or 0xFFFF
