@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 from tests.support.hostnet import rules
 from tests.support.network import Network
 from tests.support.packets import LLADDR
-from tests.support.privdriver import Priv, nic
+from tests.support.privdriver import DEADLINE_S, Priv, nic
 from tests.support.throughhost import World
 from tests.support.wire import KernelGuest, ask
 from vmd.config.model import Forward, Prefix
@@ -111,7 +112,7 @@ def test_addresses_that_are_not_the_hosts_are_left_alone(place: Place) -> None:
         server.bind((OUTSIDE, 8022))
         server.listen()
         with place.other.network.socket(socket.AF_INET, socket.SOCK_STREAM) as client:
-            client.settimeout(60)
+            client.settimeout(DEADLINE_S)
             client.connect((OUTSIDE, 8022))
             connection, who = server.accept()
             connection.close()
@@ -144,6 +145,19 @@ def test_others_while_it_runs(place: Place) -> None:
     place.priv.send(SetForwards(vmid=9, forwards=(FORWARDS,)))  # which has ended meanwhile
     assert place.priv.receive(ForwardsSet) == ForwardsSet(vmid=9)
     assert ask(place.world, HOST, 8001) == OUTSIDE
+
+
+@pytest.mark.parametrize("command", ["flush ruleset", "flush chain inet vmd forwards", "flush chain inet vmd output"])
+def test_what_a_firewall_flushes_is_written_again(place: Place, command: str) -> None:
+    """Without a word of anybody; until then the ports are the host's."""
+    before = rules(place.host).count("dnat ip to")
+    place.host.run("nft", command)
+    deadline_s = time.monotonic() + DEADLINE_S
+    while "table inet vmd" not in place.host.run("nft", "list", "tables") or (
+        rules(place.host).count("dnat ip to"), rules(place.host).count("jump forwards")
+    ) != (before, 2):  # fmt: skip
+        assert time.monotonic() < deadline_s, place.priv.log
+    assert ask(place.world, HOST, 8022) == OUTSIDE
 
 
 def test_no_rules_without_nat(network: Network) -> None:
