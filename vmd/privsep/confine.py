@@ -128,7 +128,7 @@ BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
 IMGRESIZE = IMGPROBE.replace(syscalls=BASE | CHANNEL | BLOCK)
-SEEDER = IMGPROBE.replace(syscalls=BASE | CHANNEL | LIMITS | {"pread64"})  # two memory files, which it writes and seals
+SEEDER = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"pread64"})  # two memory files, which it writes and seals
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
 LOCKHOLDER = IMGPROBE.replace(
     syscalls=BASE | CHANNEL | {"openat+reading", "getdents64"},

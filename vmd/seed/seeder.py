@@ -45,6 +45,6 @@ def write(fd: int, data: bytes) -> None:
 
 def main() -> int:
     """Answer until nobody asks."""
+    limit_memory(MEMORY_BYTES)  # as long as it may
     confine(SEEDER)  # what the kernel lacks, others have said
-    limit_memory(MEMORY_BYTES)
     return serve(lambda _arguments, files: answer(files))
