@@ -1,0 +1,117 @@
+"""cloud-init itself, of Debian's package; installed, it would change this host at its next boot, so it is unpacked."""
+
+import contextlib
+import hashlib
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.support.debian import ENVIRONMENT, LIMIT_S, made_once, run
+from tools.debian_kernel import cache_dir
+
+INSIDE = Path(__file__).with_name("cloudinit_inside.py")
+PYTHON = "/usr/bin/python3"  # whose modules these are
+PACKAGES = (
+    "cloud-init",
+    "python3-attr",
+    "python3-configobj",
+    "python3-json-pointer",
+    "python3-jsonpatch",
+    "python3-jsonschema",
+    "python3-netifaces",
+    "python3-pyrsistent",
+    "python3-serial",
+)  # fmt: skip - and, of ansible-core, jinja2, oauthlib, requests and yaml
+MODULES = "usr/lib/python3/dist-packages"
+# What touches disks and services of a guest is left out; the user of the image is called debian.
+CONFIG = """\
+datasource_list: [NoCloud, None]
+disable_root: true
+ssh_genkeytypes: [ed25519]
+users: [default]
+cloud_init_modules: [set_hostname, update_hostname, update_etc_hosts, users-groups, ssh]
+cloud_config_modules: []
+cloud_final_modules: []
+def_log_file: /var/log/cloud-init.log
+system_info:
+  distro: debian
+  network: {renderers: [networkd]}
+  default_user:
+    name: debian
+    lock_passwd: true
+    groups: [adm, sudo]
+    sudo: ["ALL=(ALL) NOPASSWD:ALL"]
+    shell: /bin/bash
+  paths: {cloud_dir: /var/lib/cloud/, templates_dir: /etc/cloud/templates/}
+"""
+
+
+@cache
+def unpacked() -> Path:
+    """Return where cloud-init is.  Raises DebianError."""
+    tree = cache_dir() / f"cloud-init-{hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:12]}"
+    with made_once(tree) as fresh:
+        if fresh:
+            with tempfile.TemporaryDirectory(dir=fresh.parent) as scratch:
+                run("apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *PACKAGES, cwd=Path(scratch))
+                for archive in Path(scratch).glob("*.deb"):
+                    run("dpkg", "-x", archive, fresh)
+    return tree
+
+
+@contextlib.contextmanager
+def loops(discs: Iterable[Path]) -> Iterator[list[str]]:
+    """Give a loop device for each disc."""
+    with contextlib.ExitStack() as stack:
+        found = []
+        for disc in discs:
+            done = subprocess.run(["losetup", "-r", "-f", "--show", disc], check=True, capture_output=True, text=True)
+            found.append(done.stdout.strip())
+            stack.callback(subprocess.run, ["losetup", "-d", found[-1]], check=True)
+        yield found
+
+
+def ask(wanted: dict[str, Any]) -> dict[str, Any]:
+    """Have cloud-init do something, in namespaces of its own."""
+    tree = unpacked()
+    apart = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--net", "--uts", "--ipc"]
+    done = subprocess.run(
+        ["timeout", "--kill-after=5", str(LIMIT_S), *apart, PYTHON, "-I", str(INSIDE)],
+        input=json.dumps({**wanted, "tree": str(tree), "path": str(tree / MODULES), "config": CONFIG}),
+        env=ENVIRONMENT, capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def booted(
+    guests: Sequence[Sequence[tuple[Path, dict[str, Any]]]],
+    work: Path,
+    *,
+    documents: Sequence[bytes] = (),
+    networks: Sequence[tuple[dict[str, str], bytes]] = (),
+) -> dict[str, Any]:
+    """Boot guests one after the other, each as often as it has a disc and a wish.
+
+    `boots` of what is returned is what is there each time.  A wish has `interfaces`, which are names and Ethernet
+    addresses, `show`, which are files, `commands` for sh, whose output is returned, and `remove`, which are files that
+    are to be gone before the boot.  `schema` is what is wrong with each document, and `rendered` what becomes of
+    network-configs on a host with such interfaces: files, by kind.
+    """
+    discs = sorted({disc for guest in guests for disc, _ in guest})
+    usual: dict[str, Any] = {"interfaces": {}, "show": [], "commands": []}
+    with loops(discs) as found:
+        at = dict(zip(discs, found, strict=True))
+        return ask(
+            {
+                "boots": [[{**usual, **wish, "loop": at[disc]} for disc, wish in guest] for guest in guests],
+                "work": str(work),
+                "documents": [document.decode() for document in documents],
+                "networks": [(interfaces, document.decode()) for interfaces, document in networks],
+            }
+        )
