@@ -56,8 +56,8 @@ HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd
 SHARED = {
     "vmd.config.lexer": {"parent"},
     "vmd.config.grammar": {"parent"},
-    "vmd.images": {"device", "imgprobe", "imgwriter", "vmctl"},
-    "vmd.diskfs": set(),
+    "vmd.diskfs": {"imgboot"},  # it reads what guests have written, by the page
+    "vmd.images": {"device", "imgboot", "imgprobe", "imgwriter", "vmctl"},
     "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`
     "vmd.kvmapi": {"vm"},
     # What reads and makes the texts of a seed; its parts and the rules of single words are for all who pass them on.
@@ -124,8 +124,8 @@ def processes() -> list[Process]:
     found = [
         Process(name, name, modules_in(f"vmd/{name}"))
         for name in (
-            "agentx", "parent", "control", "opener", "imgwriter", "lockholder", "logfile", "consolelog", "metrics",
-            "priv", "vmm", "vm",
+            "agentx", "parent", "control", "opener", "imgboot", "imgwriter", "lockholder", "logfile", "consolelog",
+            "metrics", "priv", "vmm", "vm",
         )
     ]
     found.append(Process("log", "log", modules_in("vmd/logger")))

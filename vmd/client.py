@@ -424,8 +424,8 @@ class Client:
         template: str = "",
         boot_device: BootDevice = BootDevice.AUTO,
         cmdline: str | None = None,
-        kernel: int | None = None,
-        initrd: int | None = None,
+        kernel: int | str | None = None,
+        initrd: int | str | None = None,
         meanwhile: "Callable[[], object] | None" = None,
     ) -> VmStarted:
         """Start a VM; returns when its guest executes.
@@ -433,11 +433,19 @@ class Client:
         One that is known is started as it is configured, but for `boot_device`, `cmdline` and the open files `kernel`
         and `initrd`, which count for one boot.  A new one is as `config` says, or as the VM `template` is where that
         says nothing; its paths are absolute, and `config.kernel` and `config.initrd` are the names of the open files.
+        What is on a disk of the VM itself is named in words, such as `disk0:/vmlinuz`: for one boot by `kernel` and
+        `initrd`, of a new VM in its `config`.
         """
         request = StartRequest(
-            **names(vm), config=config, template=template, boot_device=boot_device, cmdline=cmdline
+            **names(vm),
+            config=config,
+            template=template,
+            boot_device=boot_device,
+            cmdline=cmdline,
+            kernel=kernel if isinstance(kernel, str) else "",
+            initrd=initrd if isinstance(initrd, str) else "",
         )
-        files = {name: [fd] for name, fd in (("kernel", kernel), ("initrd", initrd)) if fd is not None}
+        files = {name: [fd] for name, fd in (("kernel", kernel), ("initrd", initrd)) if isinstance(fd, int)}
         return self.ask(request, VmStarted, fds=files, meanwhile=meanwhile)
 
     def stop(self, vm: "AnyVm", *, force: bool = False) -> StopAccepted | VmTerminated:

@@ -34,6 +34,21 @@ def sealed_file(name: str, size: int, fd: int | None = None) -> int:
     return fd
 
 
+def bounded_file(name: str, size: int) -> int:
+    """Return a memory file, all zero, the caller's to close, that can become smaller but not larger.
+
+    Raises OSError.
+    """
+    fd = memory_file(name)
+    try:
+        os.ftruncate(fd, size)
+        seal(fd, fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def is_constant(fd: int) -> bool:
     """Return whether nobody can change a memory file any more.  Raises OSError."""
     return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & CONSTANT == CONSTANT

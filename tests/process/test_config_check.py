@@ -14,6 +14,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.images import MIB, qemu
 from tests.support.network import Network
+from tests.support.systemdisk import ext4_disk
 from tests.support.users import as_uid, public_folder
 from vmctl.commands.start import Wanted
 from vmd.config.check import load
@@ -229,6 +230,29 @@ def test_a_boot_image_and_its_initrd(tmp_path: Path) -> None:
         ),
         "configuration OK",
     ])  # fmt: skip
+
+
+def test_a_boot_image_on_a_disk(tmp_path: Path) -> None:
+    """Is looked for as by a start, and looked at as any other; a disk that is not there is named once."""
+    files = {"demo": guest("demo").read_bytes(), "text": b"text", "empty": b""}
+    disk = ext4_disk(tmp_path / "disk.img", files)
+    conf = tmp_path / "vm.conf"
+    boots = ("disk0:/demo", "disk0:/nope", "disk0:/text", "disk0:/demo initrd disk0:/empty", "disk1:/demo")
+    block = "vm v%d { disable; disk disk.img format raw; boot %s; }\n".replace(";", "\n")
+    gone = block.replace("disk.img", "gone.img") % (5, "disk0:/demo")
+    conf.write_text("".join(block % row for row in enumerate(boots)) + gone)
+
+    status, lines = check(conf)
+
+    assert (status, lines.pop()) == (0, "configuration OK")
+    said = [line.removeprefix(f"vmd: warning: {conf}:") for line in lines]
+    assert said == [
+        f'5: vm "v1": disk0:/nope: disk {disk}: the whole disk (ext4): /nope: there is no /nope',
+        f'9: vm "v2": disk0:/text: {WRONG_KIND}',
+        '13: vm "v3": disk0:/demo: initrd is empty',
+        '17: vm "v4": boot disk1:/demo: there is no disk1: it has disk0 only',
+        f'21: vm "v5": disk {tmp_path}/gone.img: No such file or directory',
+    ]
 
 
 @pytest.mark.deep

@@ -33,8 +33,8 @@ ENTRY = "insider:main"
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
 LEAVES = (
-    "LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGRESIZE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL", "LOG",
-    "AGENTX", "CONSOLELOG", "METRICS", "SEEDER",
+    "LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGBOOT", "IMGRESIZE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL",
+    "LOG", "AGENTX", "CONSOLELOG", "METRICS", "SEEDER",
 )  # fmt: skip
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
@@ -238,7 +238,7 @@ NOT_RAISED = Fate([f"more_descriptors errno {errno.EPERM}"], 0)  # by the kernel
 def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS.  A device may lower its limits, but not raise them."""
     fates = dict.fromkeys(KILLS, KILLED_AT_ONCE)
-    if kind in ("VIOBLK", "VIONET", "IMGWRITER"):
+    if kind in ("VIOBLK", "VIONET", "IMGWRITER", "IMGBOOT"):
         fates["more_descriptors"] = NOT_RAISED
 
     assert try_each(cell, kind, KILLS) == fates

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     T = TypeVar("T")
+    U = TypeVar("U")
 
 BOOT_DEVICES = {"cdrom": BootDevice.CDROM, "disk": BootDevice.DISK, "net": BootDevice.NET}
 
@@ -84,7 +85,7 @@ class Wanted:
                 self.set_boot_device(value)
             case "-b":
                 once(self.kernel, "boot image")
-                self.kernel = real_path(value, "boot image path")
+                self.kernel = boot_path(value, "boot image path")
                 self.given |= VmFlag.KERNEL
             case "-c":
                 self.console = True
@@ -92,7 +93,8 @@ class Wanted:
                 self.add_disk(value)
             case "-I":
                 once(self.initrd, "initrd")
-                self.initrd = real_path(value, "initrd path")
+                ruled(rules.disk_initrd, value)
+                self.initrd = boot_path(value, "initrd path")
             case "-i":
                 if self.nic_count is not None:
                     raise ArgumentError("interfaces specified multiple times")
@@ -190,8 +192,8 @@ class Wanted:
                 raise ArgumentError(f"option {option} needs a kernel to boot (-b)")
 
 
-def ruled(rule: "Callable[[T], T]", value: "T") -> "T":
-    """Return a value that a VM may have.  Raises ArgumentError with the rule's sentence."""
+def ruled(rule: "Callable[[T], U]", value: "T") -> "U":
+    """Return what a rule makes of a value.  Raises ArgumentError with the rule's sentence."""
     try:
         return rule(value)
     except ValueError as error:
@@ -217,6 +219,16 @@ def real_path(path: str, what: str) -> str:
     if len(os.fsencode(real)) > PATH_MAX:
         raise CommandError(f"invalid {what}: {real}: {os.strerror(errno.ENAMETOOLONG)}", errno.ENAMETOOLONG)
     return real
+
+
+def boot_path(path: str, what: str) -> str:
+    """Return an existing path without links, or which file on a disk of the VM itself is meant."""
+    return path if on_disk(path) else real_path(path, what)
+
+
+def on_disk(path: str) -> bool:
+    """Return whether a kernel or initrd is on a disk of the VM itself.  Raises ArgumentError."""
+    return ruled(rules.disk_file, path) is not None
 
 
 def memory_size(text: str) -> int:
@@ -260,7 +272,15 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
             )
         known = exists
     if known:
-        return StartRequest(vmid=ref.vmid, name=ref.name, boot_device=wanted.boot_device, cmdline=wanted.cmdline)
+        kernel, initrd = (path if on_disk(path) else "" for path in (wanted.kernel, wanted.initrd))
+        return StartRequest(
+            vmid=ref.vmid,
+            name=ref.name,
+            boot_device=wanted.boot_device,
+            cmdline=wanted.cmdline,
+            kernel=kernel,
+            initrd=initrd,
+        )
     if ref.vmid:
         raise NoSuchVm(f"start vm command failed: vm {ref} not found: a new one needs a name")
     ruled(rules.vm_name, ref.name)
@@ -302,7 +322,7 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
     fds: dict[str, list[int]] = {}
     try:
         for name, path in (("kernel", wanted.kernel), ("initrd", wanted.initrd)):
-            if path:
+            if path and not on_disk(path):
                 fds[name] = [open_boot_file(path, name)]
         request = request_for(session, wanted, ref)
         try:

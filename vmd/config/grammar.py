@@ -568,7 +568,7 @@ class Grammar:
         """vm_option : BOOT string boot_options"""
         self.draft.given |= VmFlag.KERNEL
         if self.once("kernel"):
-            self.draft.fields["kernel"] = self.value(values.kernel_path, self.lexer.beside(p[2]), "")
+            self.draft.fields["kernel"] = self.value(values.kernel_path, self.boot_path(p[2]), "")
 
     def p_vm_boot_device(self, p: Production) -> None:
         """vm_option : BOOT DEVICE CDROM
@@ -586,12 +586,19 @@ class Grammar:
     def p_boot_initrd(self, p: Production) -> None:
         """boot_option : INITRD string"""
         if self.once("initrd"):
-            self.draft.fields["initrd"] = self.value(values.initrd_path, self.lexer.beside(p[2]), "")
+            self.draft.fields["initrd"] = self.value(values.initrd_path, self.boot_path(p[2]), "")
 
     def p_boot_cmdline(self, p: Production) -> None:
         """boot_option : CMDLINE string"""
         if self.once("cmdline"):
             self.draft.fields["cmdline"] = self.value(rules.cmdline, p[2], "")
+
+    def boot_path(self, name: str) -> str:
+        """Return the path of what a VM boots, or its name if it is on a disk of the VM itself."""
+        try:
+            return self.lexer.beside(name) if rules.disk_file(name) is None else name
+        except ValueError:  # which whoever takes the value says again
+            return name
 
     def p_vm_cdrom(self, p: Production) -> None:
         """vm_option : CDROM string"""

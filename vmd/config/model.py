@@ -151,6 +151,21 @@ class Forward(Record):
         return f"{self.protocol} port {self.port}{last} to port {self.to}"
 
 
+class DiskFile(Record):
+    """A file in a file system on a disk of the VM itself, as `boot "disk0p2:/vmlinuz"` names it.
+
+    `partition`: `p2` is what Linux calls vda2, `a` one of an OpenBSD disklabel; "": the first that has the file.
+    `path`: "" is what /etc/boot.conf of an OpenBSD system names.
+    """
+
+    disk: int
+    partition: str = ""
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"disk{self.disk}{self.partition}:{self.path}"
+
+
 class NicConfig(Record):
     """`[local] interface ...`; a zero-length lladdr gets a random address when the VM is registered."""
 
@@ -220,7 +235,7 @@ class VmConfig(Record):
     given: VmFlag = VmFlag(0)
     memory_bytes: int = DEFAULT_MEMORY_BYTES
     vcpus: int = 1
-    kernel: str = ""  # "" boots the firmware
+    kernel: str = ""  # "" boots the firmware; a DiskFile in words is on a disk of its own, as is its initrd then
     initrd: str = ""
     cmdline: str = ""
     boot_device: BootDevice = BootDevice.AUTO

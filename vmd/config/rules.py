@@ -38,6 +38,7 @@ from vmd.config.model import (
     SERIAL_MAX,
     WEIGHTS,
     BootDevice,
+    DiskFile,
     Prefix,
     VmConfig,
 )
@@ -71,6 +72,7 @@ GROUP_CHARS = NAME_FIRST | set("_.-")
 # What Linux takes for the name of an interface, but for patterns such as br%d.
 BRIDGE_CHARS = frozenset(map(chr, range(0x21, 0x7F))) - set("%/:")
 NO_BRIDGES = (".", "..", "lo", "all", "default")  # Linux takes the last two for all interfaces, and new ones
+DISK_DIGITS = 3  # of a disk, or a partition
 SERIAL_CHARS = frozenset(map(chr, range(0x20, 0x7F)))
 
 
@@ -233,6 +235,58 @@ def path(what: str, name: str) -> str:
     if too_long(name, PATH_MAX):
         raise ValueError(f"{what} too long")
     return name
+
+
+def disk_file(text: str) -> DiskFile | None:
+    """Return which file on a disk of the VM itself is meant, such as `disk0:/bsd` or `disk0p2:/vmlinuz`; None if none.
+
+    A file of the host that is called so can be named as `./disk0:`.  Raises ValueError.
+    """
+    name, colon, within = text.partition(":")
+    place = name.removeprefix("disk")
+    rest = place.lstrip("0123456789")
+    number = place.removesuffix(rest)
+    if not colon or place == name or not number or not (LETTERS | DIGITS).issuperset(rest):
+        return None
+    numbered = rest[1:].lstrip("0") if rest[:1] == "p" else ""
+    right = len(rest) < 2 or (DIGITS.issuperset(rest[1:]) and 0 < len(numbered) <= DISK_DIGITS)
+    if not right or len(number) > DISK_DIGITS:
+        form = "disk0 is the first disk, disk0p2 its second partition, disk0a one of its OpenBSD disklabel"
+        raise ValueError(f"{shown(name)}: no disk or partition: {form}")
+    if within and (not within.startswith("/") or "\0" in within):
+        raise ValueError(f"{shown(text)}: the path of a file on a disk begins with /")
+    if too_long(within, PATH_MAX):
+        raise ValueError(f"{name}: path too long")
+    return DiskFile(disk=int(number), partition=rest if not numbered else f"p{numbered}", path=within)
+
+
+def disk_initrd(text: str) -> DiskFile | None:
+    """Return what `disk_file` does, of an initrd: no system names one for us.  Raises ValueError."""
+    found = disk_file(text)
+    if found is not None and not found.path:
+        raise ValueError(f"{shown(text)}: an initrd needs the path of a file")
+    return found
+
+
+def files_on_disks(config: VmConfig) -> tuple[DiskFile | None, DiskFile | None]:
+    """Return which kernel and initrd on its own disks a VM boots.  Raises ValueError."""
+    return disk_file(config.kernel), disk_initrd(config.initrd)
+
+
+def boots_from_disks(config: VmConfig) -> "Iterator[str]":
+    """Give what is wrong with a kernel or initrd that is on a disk of the VM itself.  Raises ValueError."""
+    kernel, initrd = files_on_disks(config)
+    if config.kernel and config.initrd and (kernel is None) != (initrd is None):
+        yield (
+            f"boot {shown(config.kernel)} initrd {shown(config.initrd)}: both are on disks of the vm, or both are files"
+            " of the host"
+        )
+    for name, found in ((config.kernel, kernel), (config.initrd, initrd)):
+        if found is not None and found.disk >= len(config.disks):
+            last = len(config.disks) - 1
+            few = "it has disk0 only" if last == 0 else "it has none"
+            have = f"its disks are disk0 to disk{last}" if last > 0 else few
+            yield f"boot {shown(name)}: there is no disk{found.disk}: {have}"
 
 
 def console_log_path(name: str) -> str:
@@ -467,6 +521,7 @@ def check_vm(config: VmConfig) -> None:
     vcpus(config.vcpus)
     path("boot image path", config.kernel)
     path("initrd path", config.initrd)
+    files_on_disks(config)
     path("cdrom name", config.cdrom)
     cmdline(config.cmdline)
     disks(config.disks)
@@ -490,6 +545,8 @@ def obstacles(config: VmConfig, *, bootable: bool = False) -> "Iterator[tuple[in
         yield errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd"
     if not (bootable or config.kernel or config.disks or config.cdrom):
         yield errno.EINVAL, "no kernel, disk or cdrom to boot from"
+    for what in boots_from_disks(config):
+        yield errno.EINVAL, what
     least_bytes = config.memory_bytes + BESIDES_BYTES
     if 0 < config.limit.memory_bytes < least_bytes:
         what = f"a limit of {fmt_scaled(config.limit.memory_bytes)} of memory would end it"

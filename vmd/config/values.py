@@ -179,7 +179,12 @@ def initrd_path(path: str) -> str:
 
 
 def boot_path(what: str, path: str) -> str:
-    """Return the real path of a part of a direct boot; like a disk, it need not be there yet."""
+    """Return the real path of a part of a direct boot; like a disk, it need not be there yet.
+
+    What is on a disk of the VM itself stays as it is.
+    """
+    if (rules.disk_file(path) if what == "kernel" else rules.disk_initrd(path)) is not None:
+        return path
     try:
         return resolve(path)
     except OSError as error:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CHANNEL_FD = 3
 QUESTION_MAX = 65536  # bytes: a kernel's command line, in hexadecimal
-FILES_MAX = 4  # a chain of images
+FILES_MAX = 5  # a chain of images, and what something is copied to
 LOOK_S = 5.0  # between two signs of life
 
 

@@ -19,6 +19,7 @@ from vmd.closing import close
 from vmd.errors import HostError, InUse, OperatorError, number, sentence
 from vmd.fileid import file_id
 from vmd.files.boot import BootFiles, copy_to_memory, open_boot_files, require_readable, require_regular
+from vmd.files.diskboot import FromDisks
 from vmd.files.images import open_image
 from vmd.files.media import Media, shortened
 from vmd.files.prober import ProbeSocket
@@ -123,17 +124,18 @@ class Opener(Process):
             self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
             boot = open_boot_files(message.kernel, message.initrd)
         media = self.open_media(message, envelope)
+        found = self.read_from_disks(message, envelope, media)
         opened = FilesOpened(
             in_use=media.in_use,
             unused=media.unused(),
             disks=media.describe(),
             files=media.files(),
-            notes=tuple(fitting(media.notes, NOTES_MAX, NOTES_BYTES_MAX)),
-            boot_name=boot.boot_name,
+            notes=tuple(fitting([*media.notes, *found.notes], NOTES_MAX, NOTES_BYTES_MAX)),
+            boot_name=boot.boot_name or found.kernel_name,
         )
         files = {
-            "boot": [*given.get("kernel", ()), *([boot.take_boot()] if message.boots else [])],
-            "initrd": [*given.get("initrd", ()), *boot.take_initrd()],
+            "boot": [*given.get("kernel", ()), *([boot.take_boot()] if message.boots else []), *found.kernel],
+            "initrd": [*given.get("initrd", ()), *boot.take_initrd(), *found.initrd],
             "disks": media.take_disks(),
             "cdrom": media.take_cdrom(),
         }
@@ -153,6 +155,20 @@ class Opener(Process):
             at=self.at,
             others_have=message.others_have,
         )
+
+    def read_from_disks(self, message: OpenFiles, envelope: Envelope, media: Media) -> FromDisks:
+        """Have the kernel and initrd copied that are on disks of the VM itself.  Raises OperatorError."""
+        found = FromDisks()
+        reader = envelope.take_fd("reader")
+        if reader is None:
+            return found
+        with socket.socket(fileno=reader) as sock:
+            for name, file in (("kernel", message.kernel_at), ("initrd", message.initrd_at)):
+                memory = envelope.take_fd(f"{name}_memory")
+                if file is not None and memory is not None:
+                    self.at(f"{file} on disk {media.disks[file.disk].links[0].path}")
+                    found.read(sock, name, file, media.disks[file.disk], memory, self.go_on)
+        return found
 
     def take_given(self, message: OpenFiles, envelope: Envelope) -> dict[str, list[int]]:
         """Return what a client has opened, by name, but for what was copied.  Raises OperatorError."""

@@ -16,11 +16,14 @@ import time
 from vmd.closing import close
 from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
-from vmd.files.boot import open_boot_files
+from vmd.files.boot import BootFiles, open_boot_files
+from vmd.files.diskboot import FromDisks
 from vmd.files.images import Use, open_cdrom, open_disk
-from vmd.files.prober import ImageProber
+from vmd.files.prober import END_TIMEOUT_S, ImageProber, start_probe
+from vmd.memfile import bounded_file
 from vmd.parent import hostports, hostroutes, instances, service
 from vmd.parent.limits import require_room
+from vmd.parent.opening import BOOT_FILE_MAX, IMGBOOT_ENTRY
 from vmd.privsep.cell import Cell
 
 TYPE_CHECKING = False
@@ -28,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vmd.config.model import Config, DiskConfig, VmConfig
-    from vmd.files.boot import BootFiles
     from vmd.files.prober import Prober
 
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
@@ -135,6 +137,12 @@ class Examination:
 
     def of_boot_files(self, vm: "VmConfig") -> list[str]:
         """Return what a start would say of a boot image and its initrd or, without them, of the firmware."""
+        wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes
+        if any(rules.files_on_disks(vm)):
+            if self.probers is None or any(rules.boots_from_disks(vm)):  # which was said already
+                return []
+            disks = tuple(disk.path for disk in vm.disks)
+            return self.once(lambda *_: self.of_kernel_on_disk(vm), *wanted, disks)
         try:
             files = open_boot_files(vm.kernel, vm.initrd)
         except OperatorError as error:
@@ -142,9 +150,45 @@ class Examination:
         with contextlib.closing(files):
             if not vm.kernel or self.probers is None:
                 return []
-            wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes
             prober = self.probers[1]
             return self.once(lambda *_: of_kernel(vm, files, prober), *wanted)
+
+    def of_kernel_on_disk(self, vm: "VmConfig") -> list[str]:
+        """Return what a start would say of a kernel on a disk of the VM itself, and of its initrd."""
+        assert self.probers is not None
+        try:
+            files = self.from_disks(vm)
+        except OperatorError as error:
+            # What is wrong with the disk itself is said of the disk.
+            return [str(error)] if str(error).startswith((vm.kernel, vm.initrd or vm.kernel)) else []
+        with contextlib.closing(files):
+            return of_kernel(vm, files, self.probers[1])
+
+    def from_disks(self, vm: "VmConfig") -> BootFiles:
+        """Return what a VM boots from its own disks.  Raises OperatorError."""
+        assert self.probers is not None
+        images, files, found = self.probers[0], BootFiles(), FromDisks()
+        try:
+            child, sock = start_probe(self.probers[1].place, entry=IMGBOOT_ENTRY, title="imgboot")
+        except VmdError as error:
+            raise OperatorError(errno.EIO, f"{vm.kernel}: cannot be examined: {error}") from None
+        try:
+            for name, file in zip(("kernel", "initrd"), rules.files_on_disks(vm), strict=True):
+                if file is None:
+                    continue
+                with contextlib.closing(open_disk(vm.disks[file.disk], images, Use(locked=False))) as disk:
+                    memory = bounded_file(name, min(vm.memory_bytes, BOOT_FILE_MAX))
+                    found.read(sock, name, file, disk, memory, lambda: None)
+        except BaseException:
+            found.close()
+            raise
+        finally:
+            sock.close()
+            child.kill()
+            child.reap(END_TIMEOUT_S)
+        files.boot, files.boot_name = found.kernel[0], found.kernel_name
+        files.initrd = found.initrd[0] if found.initrd else None
+        return files
 
     def once(self, look: "Callable[..., list[str]]", *what: object) -> list[str]:
         """Return what there is to say of an image, which is looked at the first time, if there is time."""

@@ -13,6 +13,7 @@ import os
 import time
 
 from vmd.closing import close_all
+from vmd.config import rules
 from vmd.config.model import Owner
 from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
@@ -21,6 +22,7 @@ from vmd.ipc.messages.clients import Caller
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
 from vmd.ipc.routes import Proc
 from vmd.log import log
+from vmd.memfile import bounded_file
 from vmd.parent.access import NOGROUP, groups_of
 from vmd.parent.holders import Holders, in_words
 from vmd.privsep.cell import LockholderCell
@@ -51,6 +53,8 @@ AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was
 RESERVE_DELAY_S = 0.03  # from the end of one: the VM that is being started needs the processor first
 AT_A_TIME = 8  # openings of users
 RESIZER_ENTRY = "vmd.images.resize:main"
+IMGBOOT_ENTRY = "vmd.imgboot.main:main"
+BOOT_FILE_MAX = 1 << 30  # bytes of a kernel or initrd on a disk, and no more than its guest has memory
 STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
 
 
@@ -132,6 +136,7 @@ class Opening:
         self.names_holder = names_holder  # if somebody else has a lock, the error says who
         self.openers: list[Opener] = []  # that have not answered
         self.given = given
+        self.boot_max = BOOT_FILE_MAX
         self.opened = Opened()
         self.began_s = 0.0
 
@@ -228,7 +233,9 @@ class Openings:
         jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s)
         if others_have or mends:
             jobs = [job.replace(others_have=others_have, mends=mends) for job in jobs]
-        self._add(Opening(vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder, key=vm))
+        opening = Opening(vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder, key=vm)
+        opening.boot_max = min(config.memory_bytes, BOOT_FILE_MAX)
+        self._add(opening)
 
     def open_for(
         self,
@@ -293,6 +300,13 @@ class Openings:
                 child, resizer = self.children.start_probe(self.open_log, entry=RESIZER_ENTRY, title="imgresize")
                 opener.helpers.append(child)
                 fds["resizer"] = [resizer.detach()]
+            if job.kernel_at is not None or job.initrd_at is not None:
+                child, reader = self.children.start_probe(self.open_log, entry=IMGBOOT_ENTRY, title="imgboot")
+                opener.helpers.append(child)
+                fds["reader"] = [reader.detach()]
+                for name, file in (("kernel", job.kernel_at), ("initrd", job.initrd_at)):
+                    if file is not None:
+                        fds[f"{name}_memory"] = [bounded_file(name, opening.boot_max)]
             if job.given:
                 assert opening.given is not None
                 fds["client"] = [self.core.clients.courier(opening.given.client)]
@@ -482,12 +496,15 @@ def jobs_of(config: "VmConfig", *, boots: bool, given: Given | None, patience_s:
         )
 
     rights = config.rights
-    if boots:
+    kernel, initrd = rules.files_on_disks(config)
+    gives = given is not None and "initrd" in given.names
+    if boots and kernel is None:
         user = rights.boot if config.kernel else None
-        gives = given is not None and "initrd" in given.names
         jobs[user] = job(user).replace(boots=True, initrd="" if gives else config.initrd)
     if config.disks:
         jobs[rights.disks] = job(rights.disks).replace(disks=config.disks)
+    if boots and kernel is not None:
+        jobs[rights.disks] = jobs[rights.disks].replace(kernel_at=kernel, initrd_at=None if gives else initrd)
     if config.cdrom:
         jobs[rights.cdrom] = job(rights.cdrom).replace(cdrom=config.cdrom)
     if given is not None:

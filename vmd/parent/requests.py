@@ -24,12 +24,19 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
     wanted = message.config or VmConfig(name=name)
     if message.cmdline is not None:
         raise OperatorError(errno.EINVAL, f"vm {name}: two command lines")
-    if not given_boot == (VmFlag.KERNEL in wanted.given) == bool(wanted.kernel):
+    if message.kernel or message.initrd:
+        raise OperatorError(errno.EINVAL, f"vm {name}: two boot images")
+    try:
+        kernel, initrd = rules.files_on_disks(wanted)
+    except ValueError as error:
+        raise OperatorError(errno.EINVAL, f"vm {name}: {error}") from None
+    boots = given_boot or kernel is not None
+    if not boots == (VmFlag.KERNEL in wanted.given) == bool(wanted.kernel) or (given_boot and kernel is not None):
         raise OperatorError(errno.EINVAL, f"vm {name}: a boot image that nobody opened, or asked for")
-    if not given_boot and (wanted.cmdline or wanted.initrd or given_initrd):
+    if not boots and (wanted.cmdline or wanted.initrd or given_initrd):
         what = "a command line" if wanted.cmdline else "an initrd"
         raise OperatorError(errno.EINVAL, f"vm {name}: {what} needs a boot image of its own (-b)")
-    if given_initrd != bool(wanted.initrd):
+    if given_initrd != (bool(wanted.initrd) and initrd is None):
         raise OperatorError(errno.EINVAL, f"vm {name}: an initrd that nobody opened, or asked for")
     check_paths(wanted)
     given = wanted.given & ~VmFlag.INSTANCE
@@ -76,7 +83,11 @@ def check_paths(config: VmConfig) -> None:
     A relative one would be looked for where the daemon is, which is not where the client is.
     """
     paths = [("disk", disk.path) for disk in config.disks]
-    paths += [("cdrom", config.cdrom), ("boot image", config.kernel), ("initrd", config.initrd)]
+    paths += [("cdrom", config.cdrom)]
+    if rules.disk_file(config.kernel) is None:
+        paths += [("boot image", config.kernel)]
+    if rules.disk_initrd(config.initrd) is None:
+        paths += [("initrd", config.initrd)]
     for what, path in paths:
         raw = os.fsencode(path)
         if (what == "disk" or raw) and (not raw.startswith(b"/") or b"\0" in raw):
@@ -109,14 +120,26 @@ def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
 
 def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
     """Return the configuration of one start: a known VM's, with what the client wants otherwise this time."""
-    if message.cmdline is not None:
-        try:
+    try:
+        if message.cmdline is not None:
             config = config.replace(cmdline=rules.cmdline(message.cmdline))
-        except ValueError as error:
-            raise OperatorError(errno.EINVAL, f"vm {config.name}: {error}") from None
+        if message.kernel or message.initrd:
+            config = on_its_disks(config, message)
+    except ValueError as error:
+        raise OperatorError(errno.EINVAL, f"vm {config.name}: {error}") from None
     if message.boot_device is not BootDevice.AUTO:
         config = config.replace(boot_device=message.boot_device)
     return config
+
+
+def on_its_disks(config: VmConfig, message: StartRequest) -> VmConfig:
+    """Return a VM that boots, this time, what a client has named on its disks.  Raises ValueError."""
+    kernel, initrd = rules.files_on_disks(config.replace(kernel=message.kernel, initrd=message.initrd))
+    if bool(message.kernel) != (kernel is not None) or bool(message.initrd) != (initrd is not None):
+        raise ValueError("a boot image that nobody opened")
+    if "kernel" in message.files or (initrd is not None and "initrd" in message.files):
+        raise ValueError("two boot images")
+    return config.replace(kernel=message.kernel or config.kernel, initrd=message.initrd)
 
 
 def require_startable(config: VmConfig, *, bootable: bool) -> None:

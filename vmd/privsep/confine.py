@@ -127,6 +127,9 @@ IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_fi
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
     syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
 )
+IMGBOOT = IMGPROBE.replace(  # copies a kernel out of a disk
+    syscalls=BASE | CHANNEL | LIMITS | {"pread64", "preadv2", "pwrite64", "ftruncate"}
+)
 IMGRESIZE = IMGPROBE.replace(syscalls=BASE | CHANNEL | BLOCK)
 SEEDER = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"pread64"})  # two memory files, which it writes and seals
 STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})

@@ -542,6 +542,13 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         (f"boot /{'b' * 1023}", f"kernel path not found: File name too long: /{'b' * 76}..."),
         (f"boot /{'b' * 256}", f"kernel path not found: File name too long: /{'b' * 76}..."),
         ("boot IMAGE\nboot IMAGE", "kernel specified more than once"),
+        ("boot disk0:bsd", "disk0:bsd: the path of a file on a disk begins with /"),
+        (
+            "boot 'disk0xy:/bsd'",
+            "disk0xy: no disk or partition: disk0 is the first disk, disk0p2 its second partition, disk0a one of its"
+            " OpenBSD disklabel",
+        ),
+        ("boot disk0: initrd disk0:", "disk0:: an initrd needs the path of a file"),
         (f"boot IMAGE initrd /{'i' * 256}", f"initrd path not found: File name too long: /{'i' * 76}..."),
         ("boot IMAGE initrd IMAGE initrd IMAGE", "initrd specified more than once"),
         ("boot IMAGE cmdline a cmdline b", "cmdline specified more than once"),
@@ -756,10 +763,16 @@ def test_paths_may_be_no_utf8(conf: Loader) -> None:
         ("boot IMAGE cmdline a initrd IMAGE", ("IMAGE", "IMAGE", "a")),
         ("cmdline a\ninitrd IMAGE\nboot IMAGE", ("IMAGE", "IMAGE", "a")),
         ("boot IMAGE cmdline cmdline", ("IMAGE", "", "cmdline")),
+        ("boot disk0:", ("disk0:", "", "")),
+        ("boot 'disk0a:/bsd'", ("disk0a:/bsd", "", "")),
+        (
+            "boot 'disk0p2:/vmlinuz' initrd 'disk0p2:/initrd.img' cmdline quiet",
+            ("disk0p2:/vmlinuz", "disk0p2:/initrd.img", "quiet"),
+        ),
     ],
 )
 def test_boot(conf: Loader, options: str, boot: tuple[str, str, str]) -> None:
-    """Kernel, initial RAM disk and command line, on one line or several."""
+    """Kernel, initial RAM disk and command line, on one line or several; of the host, or on a disk of the VM."""
     vm = conf.vm(options.replace("IMAGE", str(conf.image)))
 
     assert (vm.kernel, vm.initrd, vm.cmdline) == tuple(part.replace("IMAGE", str(conf.image)) for part in boot)

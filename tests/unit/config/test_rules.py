@@ -12,7 +12,7 @@ from tests.unit.config.conftest import Loader
 from vmctl.commands.start import Wanted
 from vmctl.errors import CommandError
 from vmd.config import rules
-from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, Rights, VmConfig, VmLimits
+from vmd.config.model import BootDevice, DiskConfig, DiskFile, NicConfig, Owner, Rights, VmConfig, VmLimits
 from vmd.errors import OperatorError
 from vmd.parent.requests import checked_request, require_startable
 
@@ -155,6 +155,19 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
             )],
         ),
         ({"kernel": "/k", "limit": VmLimits(memory_bytes=640 << 20)}, False, []),
+        ({"kernel": "disk0:/k", "disks": (DISK,)}, False, []),
+        (
+            {"kernel": "disk1:/k", "disks": (DISK,)}, False,
+            [(errno.EINVAL, "boot disk1:/k: there is no disk1: it has disk0 only")],
+        ),
+        ({"kernel": "disk0:/k"}, False, [(errno.EINVAL, "boot disk0:/k: there is no disk0: it has none")]),
+        (
+            {"kernel": "disk0:/k", "initrd": "/i", "disks": (DISK,)}, False,
+            [(
+                errno.EINVAL,
+                "boot disk0:/k initrd /i: both are on disks of the vm, or both are files of the host",
+            )],
+        ),
         ({"kernel": "/k", "fault": "failed to get user: u"}, True, [(errno.EINVAL, "failed to get user: u")]),
     ],
 )  # fmt: skip
@@ -193,3 +206,32 @@ def test_limits_are_compared_in_one_place() -> None:
             found[name] = names & LIMITS
 
     assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("disk0:/bsd", DiskFile(disk=0, path="/bsd")),
+        ("disk3:", DiskFile(disk=3)),
+        ("disk0p2:/boot/vmlinuz", DiskFile(disk=0, partition="p2", path="/boot/vmlinuz")),
+        ("disk1a:/bsd", DiskFile(disk=1, partition="a", path="/bsd")),
+        ("disk0p:/bsd", DiskFile(disk=0, partition="p", path="/bsd")),
+        ("disk0:/a:b", DiskFile(disk=0, path="/a:b")),
+        *((name, None) for name in ("", "/disk0:/bsd", "./disk0:/bsd", "disk:/bsd", "disk0", "disks:/", "disk0.img:/")),
+    ],
+)
+def test_a_file_on_a_disk(text: str, found: DiskFile | None) -> None:
+    """Is told from files of the host, and written as it was read."""
+    assert rules.disk_file(text) == found
+    assert found is None or str(found) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["disk0p0:/", "disk0p1000:/", "disk0ab:/", "disk1000:/", "disk0ab2:/", "disk0p2a:/",
+     "disk0:bsd", "disk0:/a\0", "disk0:/" + "x" * 1023],
+)  # fmt: skip
+def test_what_is_no_file_on_a_disk(text: str) -> None:
+    """Is not taken for a file of the host either."""
+    with pytest.raises(ValueError, match=r"^disk"):
+        rules.disk_file(text)

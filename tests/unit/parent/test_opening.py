@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from vmd.config.model import Config, DiskConfig, Owner, Rights, VmConfig
+from vmd.config.model import Config, DiskConfig, DiskFile, Owner, Rights, VmConfig
 from vmd.errors import HostError, PeerError, VmdError
 from vmd.fileid import FileId
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
@@ -19,6 +19,7 @@ from vmd.parent.core import Core
 from vmd.parent.opening import (
     AGAIN_S,
     AT_A_TIME,
+    IMGBOOT_ENTRY,
     STUCK_MAX,
     STUCK_MAX_OF_ROOT,
     Given,
@@ -78,6 +79,15 @@ class Child:
         self.killed = True
 
 
+def can_grow(fd: int) -> bool:
+    """Try to make a file larger."""
+    try:
+        os.ftruncate(fd, os.fstat(fd).st_size + 1)
+    except PermissionError:
+        return False
+    return True
+
+
 class Channel:
     """The channel to an opener; notes what it is sent, and closes what goes along."""
 
@@ -88,12 +98,15 @@ class Channel:
         self.jobs: list[OpenFiles] = []
         self.fds: dict[str, int] = {}
         self.closed = False
+        self.memory = (0, True)
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]]) -> None:
         """Note a job."""
         assert isinstance(message, OpenFiles)
         self.jobs.append(message)
         self.fds = {name: len(each) for name, each in fds.items()}
+        for name in {"kernel_memory"} & fds.keys():
+            self.memory = os.fstat(fds[name][0]).st_size, can_grow(fds[name][0])
         for each in fds.values():
             for fd in each:
                 os.close(fd)
@@ -118,6 +131,7 @@ class Children:
         self.cell = Cell(12345, 12345, -1, -1)
         self.openers: list[Child] = []
         self.stuck = False
+        self.entries: list[str] = []
 
     def start(self, proc: Proc, _open_log: object) -> tuple[Child, None]:
         """Return a new process."""
@@ -125,8 +139,11 @@ class Children:
         self.openers.append(Child())
         return self.openers[-1], None
 
-    def start_probe(self, _open_log: object) -> tuple[Child, socket.socket]:
-        """Return a new probe."""
+    def start_probe(
+        self, _open_log: object, *, entry: str = "", title: str = ""
+    ) -> tuple[Child, socket.socket]:
+        """Return a new probe, or its like."""
+        self.entries.append(entry)
         ours, theirs = socket.socketpair()
         theirs.close()
         return Child(), ours
@@ -244,6 +261,34 @@ def test_an_initrd_of_a_client_is_the_only_one() -> None:
         jobs = jobs_of(config, boots=True, given=given, patience_s=0)
         assert [(job.boots, job.kernel, job.initrd) for job in jobs if job.boots] == [(True, "/vmlinuz", "")]
         assert (len(jobs), [job.given for job in jobs if job.given]) == (count, [("initrd",)])
+
+
+def test_what_is_on_a_disk_is_opened_with_the_disk() -> None:
+    """With the rights of whoever has named the disk, whoever has named the kernel."""
+    rights = Rights(disks=Owner(uid=ANNA, gid=ANNA))
+    config = VmConfig(
+        name="a", kernel="disk0:/k", initrd="disk0p2:/i", disks=(DiskConfig(path="/a"),), cdrom="/c", rights=rights
+    )
+
+    disk, disc = jobs_of(config, boots=True, given=None, patience_s=0)
+
+    assert (disk.uid, disk.boots, len(disk.disks)) == (ANNA, False, 1)
+    assert (disk.kernel_at, disk.initrd_at) == (
+        DiskFile(disk=0, path="/k"), DiskFile(disk=0, partition="p2", path="/i")
+    )  # fmt: skip
+    assert (disc.uid, disc.boots, disc.cdrom, disc.kernel_at) == (0, False, "/c", None)
+    for job in jobs_of(config, boots=False, given=None, patience_s=0):  # it is received, or a client gives another one
+        assert (job.kernel_at, job.initrd_at) == (None, None)
+
+
+def test_what_is_on_a_disk_is_read_by_a_process_of_its_own(room: Room) -> None:
+    """It is given memory that can grow no larger than that of the guest."""
+    room.begin("a", kernel="disk0:/k", memory_bytes=16 << 20)
+
+    channel = room.channel("a")
+    assert channel.fds == {"courier": 1, "probe": 1, "reader": 1, "kernel_memory": 1}
+    assert channel.memory == (16 << 20, False)
+    assert room.children.entries.count(IMGBOOT_ENTRY) == 1
 
 
 def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,39 @@ def test_initrd_and_command_line_for_once(vmctl: Vmctl, known: FakeDaemon, files
     assert known.files == [{"initrd": b"initrd!"}]
 
 
+def test_what_is_on_a_disk_for_once(vmctl: Vmctl, known: FakeDaemon) -> None:
+    """Is named and not opened: only the daemon looks into the disk."""
+    status = vmctl("start", "-b", "disk0:/vmlinuz", "-I", "disk0p2:/initrd.img", "-k", "single", "web")
+
+    assert status == (0, "", SUCCESS)
+    request = StartRequest(name="web", kernel="disk0:/vmlinuz", initrd="disk0p2:/initrd.img", cmdline="single")
+    assert known.requests == [ListRequest(), request]
+    assert known.files[-1] == {}
+
+
+def test_new_vm_from_what_is_on_its_disk(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """It is a boot image that was given."""
+    assert vmctl("start", "-b", "disk0:", "-d", files.disk, "scratch") == (0, "", SUCCESS)
+
+    config = new_config(known)
+    assert (config.kernel, config.given, known.files[-1]) == ("disk0:", VmFlag.KERNEL | VmFlag.DISK, {})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("-b", "disk0:bsd", "disk0:bsd: the path of a file on a disk begins with /"),
+        ("-I", "disk0:", "disk0:: an initrd needs the path of a file"),
+    ],
+)
+def test_what_is_no_file_on_a_disk(vmctl: Vmctl, known: FakeDaemon, option: str, value: str, what: str) -> None:
+    """Is a wrong command line."""
+    status, _, errors = vmctl("start", option, value, "web")
+
+    assert (status, errors.splitlines()[0]) == (2, f"vmctl: {what}")
+    assert known.requests == []
+
+
 def test_known_vm_is_not_described_anew(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
     """Silence would look as if the memory had been changed."""
     assert vmctl("start", "-b", files.kernel, "-m", "1G", "web") == (

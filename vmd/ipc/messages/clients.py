@@ -56,6 +56,7 @@ class StartRequest(VmRequest):
     fds: `kernel` and `initrd` were opened by the client, so that a user may boot what only he can read.
     For a known VM they are a one-shot boot, as is `boot_device`.  Control keeps them until `PassFiles`, and says in
     `files` which there are; what a client says there counts for nothing.
+    `kernel` and `initrd`, too, are for one boot of a known VM: DiskFiles in words, which are on its own disks.
     """
 
     config: VmConfig | None = None
@@ -63,6 +64,8 @@ class StartRequest(VmRequest):
     boot_device: BootDevice = BootDevice.AUTO
     cmdline: str | None = None
     files: tuple[str, ...] = ()
+    kernel: str = ""
+    initrd: str = ""
 
 
 @request(0x11, Who.OWNER, "StopAccepted", "VmTerminated")

@@ -1,6 +1,6 @@
 """Between the parent and an opener."""
 
-from vmd.config.model import DiskConfig
+from vmd.config.model import DiskConfig, DiskFile
 from vmd.fileid import FileId
 from vmd.ipc.messages.shared import DiskImages
 from vmd.ipc.routes import Proc, message
@@ -17,7 +17,10 @@ class OpenedFile(Record):
 @message(
     0xA0,
     (Proc.PARENT, Proc.OPENER),
-    fds=("courier", "probe?", "client?", "kernel_copy?", "initrd_copy?", "resizer?"),
+    fds=(
+        "courier", "probe?", "client?", "kernel_copy?", "initrd_copy?", "resizer?", "reader?", "kernel_memory?",
+        "initrd_memory?",
+    ),
     answered_by=("OpenerAt", "FilesOpened", "NotOpened"),
 )
 class OpenFiles(Record):
@@ -27,6 +30,8 @@ class OpenFiles(Record):
     `client` is a courier from the client's control, for what it has `given`.  That is copied to `kernel_copy` and
     `initrd_copy`, memory files, where there are such, instead of leaving by the courier.
     `resizer` leads to an imgresize, for the one disk that is to have `resize_bytes`.
+    `reader` leads to an imgboot, which copies `kernel_at` and `initrd_at` to memory files as large as those may be:
+    `kernel_memory` and `initrd_memory`.
     """
 
     name: str  # of the VM
@@ -38,6 +43,8 @@ class OpenFiles(Record):
     boots: bool = False  # `kernel`, or else the firmware of this host, and `initrd`
     kernel: str = ""  # these are also what to call what is given
     initrd: str = ""
+    kernel_at: DiskFile | None = None  # on one of `disks`
+    initrd_at: DiskFile | None = None
     given: tuple[str, ...] = ()  # kernel, initrd
     check_given: bool = False  # whether the user may read it, by its mode
     copy_max: int = 0  # bytes; the opener makes no file larger

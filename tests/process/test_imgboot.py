@@ -1,0 +1,161 @@
+"""imgboot as it is started: in the cell, as somebody else, for the moment in which it copies a kernel out of a disk."""
+
+import os
+import pwd
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.process.test_imgprobe import blocked
+from tests.support.filesystems import MIB
+from tests.support.images import qemu
+from tests.support.systemdisk import Files, ext4_disk, ffs_disk
+from vmd.config.model import DiskConfig, DiskFile
+from vmd.errors import OperatorError
+from vmd.files.diskboot import FromDisks
+from vmd.files.images import open_disk
+from vmd.files.prober import ImageProber, start_probe
+from vmd.memfile import bounded_file, is_constant
+from vmd.parent.opening import IMGBOOT_ENTRY
+from vmd.privsep.cell import Cell
+from vmd.privsep.spawn import Child
+
+pytestmark = pytest.mark.root
+
+USER = pwd.getpwnam("nobody")  # any user does
+DEADLINE_S = 60.0
+KERNEL = bytes(range(256)) * 4096 + bytes(2 * MIB) + b"end"  # with a hole
+FILES: Files = {
+    "boot/vmlinuz-6.1": KERNEL, "vmlinuz": "boot/vmlinuz-6.1", "initrd.img": b"initrd!", "etc/hostname": b"web\n"
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cell() -> Iterator[Cell]:
+    """Give a cell."""
+    built = Cell.build(USER.pw_uid, USER.pw_gid)
+    yield built
+    built.close()
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a raw disk with its file system on the second partition."""
+    return ext4_disk(tmp_path_factory.mktemp("disks") / "disk.img", FILES, divided=True)
+
+
+@pytest.fixture
+def imgboot(cell: Cell) -> "Iterator[Reader]":
+    """Give the process."""
+    child, sock = start_probe(cell, entry=IMGBOOT_ENTRY, title="imgboot")
+    with sock:
+        yield Reader(cell, child, sock)
+    assert child.reap(DEADLINE_S) == 0
+
+
+class Reader:
+    """A process that reads from disks, and what an opener does with it."""
+
+    def __init__(self, cell: Cell, child: Child, sock: socket.socket) -> None:
+        self.cell = cell
+        self.child = child
+        self.sock = sock
+        self.notes: list[str] = []
+
+    def read(self, config: DiskConfig, file: DiskFile, most: int = 8 * MIB) -> tuple[str, bytes]:
+        """Return where a file was found, and what is in it."""
+        found = FromDisks()
+        disk = open_disk(config, ImageProber(self.cell))
+        with closing(disk), closing(found):
+            found.read(self.sock, "kernel", file, disk, bounded_file("kernel", most), lambda: None)
+            (fd,) = found.kernel
+            self.notes = found.notes
+            assert is_constant(fd)
+            return found.kernel_name, os.pread(fd, 2 * len(KERNEL), 0)
+
+    def refusal(self, config: DiskConfig, file: DiskFile, most: int = 8 * MIB) -> str:
+        """Return why a file cannot be had."""
+        with pytest.raises(OperatorError) as refused:
+            self.read(config, file, most)
+        return str(refused.value).replace(config.path, "IMAGE")
+
+
+def test_a_kernel_is_copied(imgboot: Reader, disk: Path, tmp_path: Path) -> None:
+    """From a raw disk, and from one with images below it; through a link; of a partition, or the first that has it."""
+    raw = DiskConfig(path=str(disk), format="raw")
+    top = tmp_path / "top.qcow2"
+    qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", disk, tmp_path / "middle.qcow2")
+    qemu("qemu-img", "create", "-qf", "qcow2", "-F", "qcow2", "-b", "middle.qcow2", top)
+
+    assert imgboot.read(raw, DiskFile(disk=0, path="/vmlinuz")) == ("disk0p2:/vmlinuz", KERNEL)
+    initrd = DiskFile(disk=0, partition="p2", path="/initrd.img")
+    assert imgboot.read(raw, initrd) == ("disk0p2:/initrd.img", b"initrd!")
+    layered = DiskConfig(path=str(top), format="qcow2")
+    assert imgboot.read(layered, DiskFile(disk=1, path="/boot/vmlinuz-6.1")) == ("disk1p2:/boot/vmlinuz-6.1", KERNEL)
+
+
+@pytest.mark.parametrize(
+    ("conf", "found", "content"),
+    [
+        (None, "disk0a:/bsd", b"bsd"),
+        (b"set image /bsd.mp\n", "disk0a:/bsd.mp", b"mp"),
+        (b"boot hd0a:/bsd.mp -s", "disk0a:/bsd.mp", b"mp"),
+    ],
+)
+def test_what_an_openbsd_system_boots(
+    imgboot: Reader, tmp_path: Path, conf: bytes | None, found: str, content: bytes
+) -> None:
+    """What its boot.conf says, or /bsd; options are not passed on, which is said."""
+    files = {"bsd": b"bsd", "bsd.mp": b"mp", **({"etc/boot.conf": conf} if conf is not None else {})}
+    config = DiskConfig(path=str(ffs_disk(tmp_path / "bsd.img", files)), format="raw")
+
+    assert imgboot.read(config, DiskFile(disk=0)) == (found, content)
+    options = "/etc/boot.conf says boot -s: the options are not passed on"
+    assert imgboot.notes == ([f"disk0:: disk {config.path}: {options}"] if conf and b"-s" in conf else [])
+
+
+def test_what_an_openbsd_system_cannot_boot(imgboot: Reader, tmp_path: Path) -> None:
+    """Says what its boot.conf named."""
+    for conf, why in (
+        (b"set image /gone", "partition a (FFS2): /gone: there is no /gone"),
+        (b"boot hd0b:/bsd", "partition b: there is no file system that is known"),
+        (b"boot hd1a:/bsd", "/etc/boot.conf: device 'hd1a' is no partition of the disk itself, such as hd0a"),
+    ):
+        disk = ffs_disk(tmp_path / "bsd.img", {"bsd": b"bsd", "etc/boot.conf": conf})
+        said = imgboot.refusal(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0))
+        assert said == f"disk0:: disk IMAGE: {why}"
+
+
+def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None:
+    """Each is one sentence, which names the disk, the partition, the file system and the file."""
+    raw = DiskConfig(path=str(disk), format="raw")
+    empty = tmp_path / "empty.img"
+    empty.write_bytes(bytes(MIB))
+
+    said = imgboot.refusal(raw, DiskFile(disk=0, path="/nope"))
+    assert said.startswith("disk0:/nope: disk IMAGE: no partition has /nope: partition p1: ")
+    assert "partition p2 (ext4): /nope: there is no /nope" in said
+    assert imgboot.refusal(raw, DiskFile(disk=0, partition="p3", path="/vmlinuz")) == (
+        "disk0p3:/vmlinuz: disk IMAGE: there is no partition p3: its MBR has p1, p2"
+    )
+    assert imgboot.refusal(raw, DiskFile(disk=0, path="/boot")).endswith("partition p2 (ext4): /boot: is a directory")
+    assert imgboot.refusal(raw, DiskFile(disk=0, path="/vmlinuz"), MIB) == (
+        f"disk0:/vmlinuz: disk IMAGE: disk0p2:/vmlinuz: has {len(KERNEL)} bytes, and {MIB} are the most for this vm"
+    )
+    assert "the whole disk: there is no file system" in imgboot.refusal(
+        DiskConfig(path=str(empty), format="raw"), DiskFile(disk=0)
+    )
+    assert imgboot.read(raw, DiskFile(disk=0, path="/etc/hostname"))[1] == b"web\n"  # it goes on
+
+
+def test_imgboot_holds_one_disk_and_nothing_else(imgboot: Reader, disk: Path) -> None:
+    """Its images while it works, and by the time it has answered not even those; it can write to none of them."""
+    imgboot.read(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0, path="/initrd.img"))
+
+    status = blocked(imgboot.child)
+    held = sorted(map(int, os.listdir(f"/proc/{imgboot.child.pid}/fd")))
+    assert (status["CapEff"], status["CapBnd"], status["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
+    assert (held, Path(f"/proc/{imgboot.child.pid}/comm").read_text()) == ([0, 1, 2, 3], "imgboot\n")

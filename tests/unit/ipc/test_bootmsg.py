@@ -1,0 +1,54 @@
+"""What imgboot is asked and answers: what is packed is unpacked, and nothing else is."""
+
+import random
+
+import pytest
+
+from vmd.config.model import DiskFile
+from vmd.ipc.bootmsg import BootFile, Link, asked, pack_error, pack_file, question, unpack_file
+from vmd.ipc.probemsg import ANSWER_MAX
+
+GOOD = pack_file(BootFile(size=1 << 20, name="disk0p2:/vmlinuz", note="is odd"))
+
+
+def test_question_comes_back() -> None:
+    """With all images of the disk."""
+    file = DiskFile(disk=1, partition="a", path="/bsd")
+    links = [Link(path="/a\udcff", format="qcow2", guessed=False), Link(path="/b", format="raw", guessed=True)]
+
+    assert asked(question(file, links)) == (file, links)
+
+
+def test_answers_come_back() -> None:
+    """Both kinds; names may be any characters."""
+    found = BootFile(size=2**63 - 1, name="disk0:/\u00e4\udcff\n")
+    assert unpack_file(pack_file(found)) == found.replace(name="disk0:/\u00e4\\udcff\n")
+    assert unpack_file(pack_error("is bad")) == "is bad"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"\n", b"file\n", b"file\x001\0a\n", b"file\0-1\0a\0\n", b"file\x001\0a\0\0\n", b"image\x001\0a\0\n",
+        b"file\0" + b"9" * 20 + b"\0a\0\n", b"file\x001\0" + b"a" * 1201 + b"\0\n",
+        b"file\x001\0a\0" + b"b" * 4001 + b"\n",
+        b"error\0a\0b\n", b"error\0" + b"x" * ANSWER_MAX + b"\n", GOOD[:-1],
+    ],
+)  # fmt: skip
+def test_line_of_nobody_we_know_is_refused(line: bytes) -> None:
+    """Every field is checked."""
+    with pytest.raises(ValueError, match=r"\w"):
+        unpack_file(line)
+
+
+def test_any_line() -> None:
+    """Of somebody who has taken imgboot over: a ValueError, or what fits a message."""
+    source = random.Random(15)
+    for _ in range(2000):
+        line = bytearray(GOOD)
+        for _ in range(source.randrange(1, 4)):
+            line[source.randrange(len(line))] = source.choice(b"\0\n09az\xff")
+        try:
+            unpack_file(bytes(line))
+        except ValueError:
+            continue

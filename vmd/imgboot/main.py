@@ -1,0 +1,83 @@
+"""imgboot: reads a kernel or initrd out of the file systems of a disk, for an opener that must not.
+
+Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one start
+Peers    an opener, which asks it (`ipc/bootmsg.py`); the parent starts it, and kills it with the opener
+Holds    its socket; the images of one disk at a time, for reading; the memory file that it fills, which cannot grow
+
+Its guest has written all of the disk, and its last opener may have been anybody: `vmd/diskfs` has the bounds.
+"""
+
+import posix as os
+
+from vmd.diskfs.disk import Disk
+from vmd.diskfs.source import DiskFsError
+from vmd.errors import ImageError
+from vmd.images.chain import Link, open_chain
+from vmd.imgboot.search import Found, describe, search
+from vmd.ipc.bootmsg import BootFile, asked, pack_error, pack_file
+from vmd.ipc.probing import serve
+from vmd.privsep.confine import IMGBOOT, confine, limit_memory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.diskfs.source import Read
+    from vmd.images.image import Image
+
+MEMORY_BYTES = 1 << 30  # a kernel is copied in pieces; the rest is what qcow2 keeps of its tables
+
+
+def answer(words: list[str], files: list[int]) -> bytes:
+    """Return the line about a file; it has been copied to the memory file, and the images are closed."""
+    wanted, links = asked(words)
+    images, memory = files[: len(links)], files[len(links) :]
+    del files[: len(links)]
+    top = f"{links[0].path}: "
+    try:
+        chain = [
+            Link(fd=fd, path=link.path, format=link.format, guessed=link.guessed)
+            for fd, link in zip(images, links, strict=True)
+        ]
+        image = open_chain(chain, writable=False)
+        try:
+            disk = Disk(reader(image), image.size)
+            if not memory:
+                return pack_error(describe(disk, wanted.disk))
+            return pack_file(copy(search(disk, wanted), memory[0]))
+        finally:
+            image.close()
+    except (DiskFsError, ImageError) as error:
+        return pack_error(str(error).removeprefix(top))
+    except OSError as error:
+        return pack_error(os.strerror(error.errno) if error.errno else str(error))
+
+
+def reader(image: "Image") -> "Read":
+    """Return what reads bytes of an image: exactly so many, or OSError."""
+
+    def read(offset: int, length: int) -> bytes:
+        data = bytearray(length)
+        image.preadv(offset, [memoryview(data)])
+        return bytes(data)
+
+    return read
+
+
+def copy(found: Found, memory: int) -> BootFile:
+    """Copy a file; what is not written stays zero.  Raises DiskFsError, OSError."""
+    most = os.fstat(memory).st_size
+    if found.file.size > most:
+        raise DiskFsError(f"{found.name}: has {found.file.size} bytes, and {most} are the most for this vm")
+    for offset, piece in found.file.pieces():
+        rest = memoryview(piece)
+        while rest:
+            done = os.pwrite(memory, rest, offset)
+            offset, rest = offset + done, rest[done:]
+    os.ftruncate(memory, found.file.size)
+    return BootFile(size=found.file.size, name=found.name, note=found.note)
+
+
+def main() -> int:
+    """Answer until nobody asks."""
+    confine(IMGBOOT)  # what the kernel lacks, others have said
+    limit_memory(MEMORY_BYTES)
+    return serve(answer)

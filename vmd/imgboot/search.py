@@ -1,0 +1,78 @@
+"""Finds what a VM boots on its disk: a file by its path, or what an OpenBSD system itself would boot."""
+
+from vmd.diskfs.source import DiskFsError
+from vmd.imgboot import bootconf
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.config.model import DiskFile
+    from vmd.diskfs.disk import Disk
+    from vmd.diskfs.walk import File
+
+BOOT_CONF = "/etc/boot.conf"
+# Where systems keep a name for the kernel they would boot, and for its initrd.
+KERNELS = (("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img"), ("/bsd", ""))
+
+
+class Found(Record):
+    """A file, where it is, as DiskFile in words, and a sentence that the operator should read."""
+
+    file: "File"
+    name: str
+    note: str = ""
+
+
+def search(disk: "Disk", wanted: "DiskFile") -> Found:
+    """Return what is wanted.  Raises DiskFsError."""
+    if not wanted.path:
+        return kernel_of_openbsd(disk, wanted)
+    file = disk.find(wanted.path, wanted.partition)
+    return Found(file=file, name=place_of(file, wanted))
+
+
+def kernel_of_openbsd(disk: "Disk", wanted: "DiskFile") -> Found:
+    """Return what /etc/boot.conf names, or /bsd.  Raises DiskFsError."""
+    text, partition = b"", wanted.partition
+    try:
+        file = disk.find(BOOT_CONF, wanted.partition)
+    except DiskFsError:  # then it is /bsd, or its error is the answer
+        pass
+    else:
+        text, partition = file.content(bootconf.BYTES_MAX), name_of(file)
+    try:
+        said = bootconf.parse(text)
+    except ValueError as error:
+        raise DiskFsError(f"{BOOT_CONF}: {error}") from None
+    if not wanted.partition and said.partition in [each.name for each in disk.table.partitions]:
+        partition = said.partition
+    kernel = disk.find(said.image, partition)
+    note = f"{BOOT_CONF} says boot -{said.options}: the options are not passed on" if said.options else ""
+    return Found(file=kernel, name=place_of(kernel, wanted), note=note)
+
+
+def name_of(file: "File") -> str:
+    """Return the name of the partition that a file is on; "" is the whole disk."""
+    return file.partition.removeprefix("partition ") if file.partition.startswith("partition ") else ""
+
+
+def place_of(file: "File", wanted: "DiskFile") -> str:
+    """Return where a file is, as DiskFile in words."""
+    return str(wanted.replace(partition=name_of(file), path=file.path))
+
+
+def describe(disk: "Disk", number: int) -> str:
+    """Return what there is on a disk that has no boot sector, and what may be booted from it."""
+    found = disk.describe()
+    for kernel, initrd in KERNELS:
+        try:
+            file = disk.find(kernel)
+            name = f"disk{number}{name_of(file)}:"
+            advice = f'boot "{name}{kernel}"'
+            if initrd:
+                disk.find(initrd, name_of(file))
+                advice += f' initrd "{name}{initrd}"'
+        except DiskFsError:
+            continue
+        return f"{found}; {advice} may help"
+    return found

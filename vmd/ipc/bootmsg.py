@@ -1,0 +1,92 @@
+"""What imgboot is asked and answers: a packet of words, as in `ipc/probing.py`, and one line.
+
+    question              disk number, partition, path; then of each image of the disk its path, format, and "1" if only
+                          its first bytes say that
+    files                 the images, for reading, and a memory file that the file is copied to; without one imgboot
+                          says what there is on the disk instead
+    answer                `file` NUL size NUL name NUL note LF
+                          `error` NUL sentence LF
+
+The sentence does not name the disk: its reader does.  Standard library only.
+"""
+
+from vmd.config.model import DiskFile
+from vmd.ipc.probemsg import ANSWER_MAX, END, SENTENCE_MAX, SIZE_DIGITS, pack_error
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["BootFile", "Link", "asked", "pack_error", "pack_file", "question", "unpack_file"]
+
+FILE, ERROR = b"file", b"error"
+OF_FILE, OF_IMAGE = 3, 3  # words
+NAME_MAX = 1200  # bytes; a partition, and the longest path
+
+
+class BootFile(Record):
+    """A file that was copied: its size in bytes, and where it was found, as DiskFile in words."""
+
+    size: int
+    name: str
+    note: str = ""  # a sentence that the operator should read
+
+
+class Link(Record):
+    """One image of the disk."""
+
+    path: str
+    format: str
+    guessed: bool
+
+
+def question(file: DiskFile, links: "Sequence[Link]") -> list[str]:
+    """Return the words of a question."""
+    words = [str(file.disk), file.partition, file.path]
+    for link in links:
+        words += [link.path, link.format, "1" if link.guessed else "0"]
+    return words
+
+
+def asked(words: "Sequence[str]") -> tuple[DiskFile, list[Link]]:
+    """Return what a question is about.  Raises ValueError."""
+    number, partition, path = words[:OF_FILE]
+    rows = words[OF_FILE:]
+    links = [
+        Link(path=name, format=image_format, guessed=guessed == "1")
+        for name, image_format, guessed in zip(rows[::OF_IMAGE], rows[1::OF_IMAGE], rows[2::OF_IMAGE], strict=True)
+    ]
+    return DiskFile(disk=int(number), partition=partition, path=path), links
+
+
+def pack_file(found: BootFile) -> bytes:
+    """Return the line for a file that was copied."""
+    words = (FILE, b"%d" % found.size, _plain(found.name)[:NAME_MAX], _plain(found.note)[:SENTENCE_MAX])
+    return b"\0".join(words) + END
+
+
+def _plain(text: str) -> bytes:
+    return text.replace("\0", "?").encode("utf-8", "backslashreplace")
+
+
+def unpack_file(line: bytes) -> BootFile | str:
+    """Return what the line says: a file, or the sentence why there is none.
+
+    Raises ValueError for a line that no imgboot writes.
+    """
+    if not line.endswith(END) or len(line) > ANSWER_MAX:
+        raise ValueError(f"line of {len(line)} bytes is not complete")
+    kind, *fields = line.removesuffix(END).split(b"\0")
+    if kind == ERROR and len(fields) == 1:
+        return fields[0].decode("utf-8", "backslashreplace")
+    if kind != FILE or len(fields) != 3:
+        raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
+    size, name, note = fields
+    if not size.isdigit() or len(size) > SIZE_DIGITS:
+        raise ValueError(f"size {size[:32]!r}")
+    if len(name) > NAME_MAX or len(note) > SENTENCE_MAX:
+        raise ValueError(f"name of {len(name)} bytes, note of {len(note)}")
+    return BootFile(
+        size=int(size), name=name.decode("utf-8", "backslashreplace"), note=note.decode("utf-8", "backslashreplace")
+    )
