@@ -37,7 +37,7 @@ help:
 	@echo 'make test        all tests but the long ones (as root)'
 	@echo 'make test-deep   all tests'
 	@echo 'make soak        endurance without limit: SEQUENCES=10000 of each kind, from SEED on'
-	@echo 'make bench       compare with QEMU; prints one table'
+	@echo 'make bench       compare with QEMU; prints one table (ROWS=net: a part of it)'
 	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
 	@echo 'make uninstall   removes what make install has installed'
@@ -70,7 +70,7 @@ fuzz: need-root
 
 bench: need-root
 	@tools/setup packages test venv user
-	@$(PYTHON) -m bench
+	@$(PYTHON) -m bench $(ROWS)
 
 need-root:
 	@test "$$(id -u)" = 0 || { echo 'make: this needs root (namespaces, /dev/kvm, network interfaces):' \

@@ -1,7 +1,7 @@
 """`make bench`: this vmd against QEMU, the same guest program on both sides, in one run; prints one table.
 
-Figures are ratios of medians of alternated runs, because hosts differ and are noisy.  A goal that is missed is
-marked, not hidden; only a measurement that could not be made fails.
+`make bench ROWS="net disk"` makes a part of it.  Figures are ratios of runs in turn, because hosts differ and are noisy
+(`table.py`).  A goal that is missed is marked, not hidden; only a measurement that could not be made fails.
 """
 
 import sys
@@ -12,18 +12,21 @@ from bench import devices, disk, memory, migrate, net, network, serial, start, t
 from bench.table import Row, show
 from tests.support.guests import guest
 
-MEASUREMENTS = (
-    start.measure, serial.measure, devices.measure, network.measure, net.measure, disk.measure, transfer.measure,
-    migrate.measure, memory.measure,
-)  # fmt: skip
+MEASUREMENTS = {
+    module.__name__.rpartition(".")[2]: module.measure
+    for module in (start, serial, devices, network, net, disk, transfer, migrate, memory)
+}
 
 
-def main() -> int:
-    """Run every measurement and show the table."""
+def main(names: list[str]) -> int:
+    """Run these measurements, or every one, and show the table."""
+    if unknown := [name for name in names if name not in MEASUREMENTS]:
+        print(f"bench: no rows {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}", file=sys.stderr)
+        return 2
     rows: list[Row] = []
-    for measure in MEASUREMENTS:
+    for name in names or MEASUREMENTS:
         with tempfile.TemporaryDirectory(prefix="vmd-bench-") as directory:
-            more = measure(Path(directory), guest)
+            more = MEASUREMENTS[name](Path(directory), guest)
             show(more)
             rows += more
     print()
@@ -32,4 +35,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

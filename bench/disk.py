@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from bench.qemu import PC, qemu
 from bench.side import Side, tsc_hertz
-from bench.table import Row
+from bench.table import Row, turns
 from tests.support.console import Console
 from tests.support.daemon import Daemon
 
@@ -29,7 +29,7 @@ SHARED_MEMORY = Path("/dev/shm")
 PAGE, MIB = 1 << 12, 1 << 20
 DISK_MIB = 256
 FORMATS = ("raw", "qcow2")
-ROUNDS = 7
+ROUNDS = 11
 RESULT = re.compile(r"done (\d+) requests in (\d+) cycles")
 
 
@@ -99,14 +99,13 @@ def compare(load: Load, image_format: str, vmd: DiskSide, qemu: DiskSide, hertz:
     costs: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
     large = load.bytes > PAGE
     scale = load.bytes / MIB if large else 1e-3
-    for counted in (False, *[True] * ROUNDS):
-        for side in (vmd, qemu):
-            cycles, seconds = side.run(load.line + " asleep")
-            cycles_polled, _ = side.run(load.line)
-            if counted:
-                rates[side].append(hertz / cycles * scale)
-                polled[side].append(hertz / cycles_polled * scale)
-                costs[side].append(seconds * 1e6)
+    for counted, side in turns((vmd, qemu), ROUNDS):
+        cycles, seconds = side.run(load.line + " asleep")
+        cycles_polled, _ = side.run(load.line)
+        if counted:
+            rates[side].append(hertz / cycles * scale)
+            polled[side].append(hertz / cycles_polled * scale)
+            costs[side].append(seconds * 1e6)
     what = f"{image_format}: {load.what}"
     unit = "MiB/s" if large else "1000/s"
     return [

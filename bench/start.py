@@ -1,37 +1,87 @@
-"""From the command to the first byte of the guest: `vmctl start -c` against `qemu-system-x86_64 -M microvm`."""
+"""Starts: from the command to the first byte of the guest, `vmctl start -c` against `qemu-system-x86_64 -M microvm`.
 
+With the processors free and with one busy loop for each of them; of a VM with nothing, and of one with a disk and an
+interface.  And how long many VMs take together, from the start of a daemon that is told to run them.
+"""
+
+import contextlib
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.program import VMCTL
 from bench.qemu import qemu
-from bench.table import Row
+from bench.table import Row, turns
 from tests.support.daemon import Daemon
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
 
 ROUNDS = 15
 FIRST_BYTE = b"!"
+QUIET, BUSY = 0.7, 0.9  # goals
+IMAGE_BYTES = 16 << 20
+MANY, MANY_S = 200, 12.0
+POLL_S = 0.05
+DEADLINE_S = 300.0
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Alternate both sides; the daemon runs before, as it does on a host."""
+    """Compare single starts, and then time many."""
     kernel = guest("hello")
-    ours, theirs = [], []
-    conf = f'vm "hello" {{\n disable\n memory 64M\n boot "{kernel}"\n}}\n'
-    with Daemon(directory, conf) as vmd:
-        for _ in range(ROUNDS):
-            ours.append(start_under_vmd(vmd))
-            theirs.append(start_under_qemu(kernel))
-    return [Row("start, command to first guest byte", "ms", ours, theirs, goal=1.0)]
+    images = [directory / name for name in ("ours", "theirs")]
+    for image in images:
+        with image.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+    conf = "".join(
+        f'vm "{name}" {{\n disable\n memory 64M\n boot "{kernel}"\n{more}}}\n'
+        for name, more in (("plain", ""), ("usual", f' disk "{images[0]}"\n interface\n'))
+    )
+    devices = (
+        "-drive", f"id=disk,file={images[1]},format=raw,if=none", "-device", "virtio-blk-device,drive=disk",
+        "-netdev", "tap,id=net,ifname=qemu0,script=no,downscript=no,vhost=off",
+        "-device", "virtio-net-device,netdev=net",
+    )  # fmt: skip
+    rows = []
+    with Network() as network, NetDaemon(directory, network, conf) as vmd:
+        for name, what, others in (("plain", "", ()), ("usual", ", disk and interface", devices)):
+            for goal, load, busy in ((QUIET, "", contextlib.nullcontext), (BUSY, ", busy host", busy_host)):
+                with busy():
+                    times = compare(vmd, name, kernel, network, others)
+                rows.append(Row(f"start to first byte{what}{load}", "ms", *times, goal=goal))
+    return [*rows, many(directory, guest("tick"))]
 
 
-def start_under_vmd(vmd: Daemon) -> float:
+def compare(
+    vmd: Daemon, name: str, kernel: Path, network: Network, devices: tuple[str, ...]
+) -> tuple[list[float], list[float]]:
+    """Return the milliseconds of both sides; the daemon runs before, as it does on a host."""
+    ours: list[float] = []
+    theirs: list[float] = []
+    for counted, times in turns((ours, theirs), ROUNDS):
+        took_ms = start_under_vmd(vmd, name) if times is ours else start_under_qemu(kernel, network, devices)
+        if counted:
+            times.append(took_ms)
+    return ours, theirs
+
+
+@contextlib.contextmanager
+def busy_host() -> Iterator[None]:
+    """Have as many busy loops as there are processors."""
+    with contextlib.ExitStack() as stack:
+        for _ in os.sched_getaffinity(0):
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+            stack.callback(process.kill)
+        yield
+
+
+def start_under_vmd(vmd: Daemon, name: str) -> float:
     """Return the milliseconds until `vmctl start -c` shows the byte."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [*VMCTL, "-s", vmd.socket, "start", "-c", "hello"],
+        [*VMCTL, "-s", vmd.socket, "start", "-c", name],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdin is not None
@@ -42,17 +92,18 @@ def start_under_vmd(vmd: Daemon) -> float:
     process.stdin.close()
     process.stdout.close()
     process.wait()
-    vmd.must("stop", "-fw", "hello")
+    vmd.must("stop", "-fw", name)
     return took_ms
 
 
-def start_under_qemu(kernel: Path) -> float:
+def start_under_qemu(kernel: Path, network: Network, devices: tuple[str, ...]) -> float:
     """Return the milliseconds until QEMU's output has the byte."""
-    began = time.perf_counter()
-    with qemu(kernel) as process:
-        assert process.stdout is not None
-        wait_for_byte(process.stdout.fileno())
-        return (time.perf_counter() - began) * 1e3
+    with network.inside():
+        began = time.perf_counter()
+        with qemu(kernel, devices=devices) as process:
+            assert process.stdout is not None
+            wait_for_byte(process.stdout.fileno())
+            return (time.perf_counter() - began) * 1e3
 
 
 def wait_for_byte(fd: int) -> None:
@@ -61,3 +112,24 @@ def wait_for_byte(fd: int) -> None:
         if FIRST_BYTE in data:
             return
     raise RuntimeError("the console ended before the guest said anything")
+
+
+def many(directory: Path, kernel: Path) -> Row:
+    """Return how long it takes from the start of a daemon until all its VMs run, each with a disk and an interface."""
+    place = directory / "many"
+    place.mkdir()
+    conf = f"staggered start parallel {MANY} delay 1\n"
+    for number in range(MANY):
+        image = place / f"image{number}"
+        with image.open("wb") as file:
+            file.truncate(IMAGE_BYTES)
+        conf += f'vm "n{number}" {{\n memory 16M\n boot "{kernel}" cmdline "idle"\n disk "{image}"\n interface\n}}\n'
+    began = time.monotonic()
+    with Network() as network, NetDaemon(place, network, conf) as vmd:
+        while sum(row["state"] == "running" for row in vmd.rows()) < MANY:
+            if time.monotonic() - began > DEADLINE_S:
+                raise RuntimeError(f"of {MANY} VMs some do not run")
+            time.sleep(POLL_S)
+        took_s = time.monotonic() - began
+        vmd.must("stop", "-afw", timeout_s=DEADLINE_S)
+    return Row(f"{MANY} VMs, from the start of the daemon", "s", [took_s], limit=MANY_S)
