@@ -296,7 +296,7 @@ COMMANDS = (
         name="unpause",
         module="unpause",
         help="let a paused VM go on",
-        options=(Option(name="-f", help="one that is in doubt, too: it does not run elsewhere"),),
+        options=(Option(name="-f", help="one that is in doubt, or whose disks others have written to, too"),),
         operand=ID,
     ),
     Command(

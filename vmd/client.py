@@ -467,7 +467,10 @@ class Client:
         return self.ask(PauseRequest(**names(vm), paused=True), VmPaused)
 
     def unpause(self, vm: "AnyVm", *, force: bool = False) -> VmPaused:
-        """Let a paused VM go on; with `force` one that is in doubt, too: it does not run elsewhere."""
+        """Let a paused VM go on.
+
+        With `force` also one that is in doubt, which does not run elsewhere, and one whose disks others have changed.
+        """
         return self.ask(PauseRequest(**names(vm), paused=False, force=force), VmPaused)
 
     # --- the daemon --------------------------------------------------------------------------------------

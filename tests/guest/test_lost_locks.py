@@ -1,6 +1,9 @@
 """A VM whose disk somebody else may have stands still, though nobody has asked for that."""
 
 import json
+import os
+import select
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +44,21 @@ def busy(tmp_path: Path) -> Iterator[tuple[Daemon, Attached, Path]]:
             yield vmd, console, Path(disk.path)
 
 
+def looks(process: int) -> int:
+    """Return how often a disk has looked at its lock."""
+    (task,) = (task for task in Path(f"/proc/{process}/task").iterdir() if (task / "comm").read_text() == "lock\n")
+    (line,) = (line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary_ctxt"))
+    return int(line.split()[1])
+
+
+def wait_for_looks(process: int) -> None:
+    """Wait until a disk has seen how its image was left: a paused VM's lock is lost, and it has looked since."""
+    deadline_s, before = time.monotonic() + DEADLINE_S, looks(process)
+    while looks(process) < before + 4:
+        assert time.monotonic() < deadline_s
+        select.select([], [], [], 0.1)
+
+
 def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
     """It is paused with a sentence, and not before the lock can be had does anything let it go on."""
     with busy(tmp_path) as (vmd, console, path):
@@ -48,19 +66,44 @@ def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
             vmd.wait_log(f"vm busy: paused: disk0: {LOST}")
             assert vmd.wait_state("busy", "paused")["text"] == f"disk0: {LOST}"
             assert LOST in troubles(vmd)
+            wait_for_looks(vioblk(vmd))
             before = path.read_bytes()
             refused = vmd.vmctl("unpause", "busy")
             assert refused.returncode == 1
             assert "disk0: its lock is lost; it is in use by somebody else" in refused.stderr
             assert vmd.status("busy")["state"] == "paused"
             assert path.read_bytes() == before, "the guest goes on writing"
-        vmd.must("unpause", "busy")
+        said = vmd.must("unpause", "busy")
+        assert "disk0: its lock was lost, and is back: nobody has written to its image since this VM stands" in said
         assert not troubles(vmd)
         assert not vmd.status("busy")["text"]
         churn.ask_until_rounds(console, 10)
         churn.finish(console)
         console.drain(DEADLINE_S)
         assert vmd.wait_state("busy", "stopped")["text"] == "powered off by the guest"
+
+
+def test_a_guest_does_not_go_on_over_what_somebody_else_has_written(tmp_path: Path) -> None:
+    """It stays as it is, however often it is told to go on, but for force."""
+    with busy(tmp_path) as (vmd, console, path):
+        disk = vioblk(vmd)
+        with stolen(disk, path):
+            vmd.wait_state("busy", "paused")
+            wait_for_looks(disk)
+            os.utime(path)  # as of a write
+        for _ in range(2):
+            refused = vmd.vmctl("unpause", "busy")
+            assert refused.returncode == 1
+            assert "disk0: its lock was lost: somebody else has written to its image" in refused.stderr
+            assert vmd.status("busy")["state"] == "paused"
+        assert "somebody else has written to its image" in vmd.must("unpause", "-f", "busy")
+        assert vmd.must("pause", "busy").count("\n") == vmd.must("unpause", "busy").count("\n") == 1
+        churn.ask_until_rounds(console, 10)
+        churn.finish(console)
+        console.drain(DEADLINE_S)
+        assert vmd.wait_state("busy", "stopped")["text"] == "powered off by the guest"
+        heard = [json.loads(line) for line in vmd.must("events", "-l", "--json", "busy").splitlines()]
+        assert [event["event"] for event in heard if event["device"]] == ["trouble", "mended"]
 
 
 def test_a_guest_without_its_lock_is_stopped_at_once(tmp_path: Path) -> None:

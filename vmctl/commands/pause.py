@@ -21,7 +21,10 @@ def change(session: Session, given: Given, *, paused: bool, force: bool = False)
         answer = session.client.pause(ref) if paused else session.client.unpause(ref, force=force)
     except Refused as error:
         raise refused(f"{word} vm command failed", error) from None
+    for note in answer.notes:
+        warn(note)
     warn(f"{word}d vm {answer.vmid} successfully")
     if session.json:
-        put_json({"id": answer.vmid, "name": clean(answer.name), "paused": answer.paused})
+        notes = [clean(note) for note in answer.notes]
+        put_json({"id": answer.vmid, "name": clean(answer.name), "paused": answer.paused, "notes": notes})
     return 0

@@ -179,8 +179,10 @@ SETTLE_AHEAD = 30
 #   image, or has written to it since it was let go, or it cannot be asked.
 LET_GO = 12
 TAKE_BACK = 13
-TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED = 0, 1, 2, 3
-#   One that was lost (LOCK_LOST) is taken again by TAKE_BACK, too.
+#   One that was lost (LOCK_LOST) is taken again by TAKE_BACK, too.  It is taken with TAKEN_WRITTEN if somebody has
+#   written to the image meanwhile, and with TAKEN_UNSURE if that is not known.
+TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED, TAKEN_WRITTEN, TAKEN_UNSURE = range(6)
+HAVE = (TAKEN, TAKEN_WRITTEN, TAKEN_UNSURE)
 # LEND: to a disk: give away its open files.  Answered LEND with a status and, with status 0, the descriptors of its
 #   images, the disk itself first.  One that stands still touches them no more until RELOAD.
 # RELOAD: to a disk that stands still: somebody else has written to it.  Answered RELOAD with a status: 1 if it cannot

@@ -38,6 +38,7 @@ from vmd.parent import endings
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files
 from vmd.parent.migrations import Migrations
+from vmd.parent.report import brief_notes
 from vmd.parent.requests import check_paths, checked_request, require_leave
 from vmd.parent.vmtable import Receiving, State, Vm
 
@@ -91,7 +92,7 @@ class Transfers:
             vm.try_again(vm.receiving)
             self.resume(vm, vm.receiving)
         else:
-            self.core.peers.send(Proc.VMM, PauseVm(vmid=vm.vmid, paused=message.paused))
+            self.core.peers.send(Proc.VMM, PauseVm(vmid=vm.vmid, paused=message.paused, force=message.force))
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope) -> None:
         """A VM stands still, or goes on, or could not do what was asked."""
@@ -103,7 +104,10 @@ class Transfers:
             self.clients.fail(client, errno.EIO, f"vm {vm.name}: {message.text}")
             return
         log.info(f"{vm.name}: {'paused' if message.paused else 'unpaused'} vm {vm.vmid} successfully")
-        self.clients.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused))
+        notes = brief_notes(list(message.notes))
+        for note in notes:
+            log.warn(f"vm {vm.name}: {note}")
+        self.clients.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused, notes=notes))
 
     def on_vm_halted(self, message: VmHalted, _envelope: Envelope) -> None:
         """A VM stands still of its own accord."""

@@ -189,7 +189,7 @@ class Departure:
         """Take the locks of all disks, or none; returns what became of that, and a sentence.  Raises PeerError."""
         for disk in self._disks():
             status = disk.take_back()
-            if status != devmsg.TAKEN:
+            if status not in devmsg.HAVE:
                 outcome, text = NOT_TAKEN.get(status, NOT_TAKEN[devmsg.TAKEN_FAILED])
                 self.let_disks_go()
                 return outcome, f"{disk.label} {text}"

@@ -225,7 +225,7 @@ class DeviceProcess:
     def take_back(self) -> int:
         """Of a disk that was let go, or lost: take its lock again, and return what became of that, devmsg.TAKEN_*."""
         status = self._disk_status(devmsg.TAKE_BACK)
-        if status == devmsg.TAKEN:
+        if status in devmsg.HAVE:
             self.lock_lost = ""
         return status
 
@@ -408,9 +408,11 @@ class DeviceProcess:
             case devmsg.TROUBLES:
                 self._take_troubles(packet[devmsg.TYPE.size :])
             case devmsg.LOCK_LOST if self.kind.settles:
+                before = self.lock_lost
                 self.lock_lost = packet[devmsg.TYPE.size :][: devmsg.TROUBLE_MAX].decode(errors="replace")
                 self._on_lock_lost(f"{self.label}: {self.lock_lost}")
-                self._on_event("trouble", self.lock_lost)
+                if self.lock_lost not in (before, *self.troubles):  # it is said again and again
+                    self._on_event("trouble", self.lock_lost)
             case devmsg.ASK_RESOLVERS if self.kind is INTERFACE:
                 self._on_ask_resolvers()
             case devmsg.LEASE if self.kind is INTERFACE:
@@ -425,7 +427,7 @@ class DeviceProcess:
         now_s = int(time.time())
         texts = [part[: devmsg.TROUBLE_MAX].decode(errors="ignore") for part in raw.split(b"\0")[: devmsg.TROUBLES_MAX]]
         before, self.troubles = self.troubles, {text: self.troubles.get(text, now_s) for text in texts if text}
-        for text in self.troubles.keys() - before.keys():
+        for text in self.troubles.keys() - {*before, self.lock_lost}:
             self._on_event("trouble", text)
         if before and not self.troubles:
             self._on_event("mended", "")

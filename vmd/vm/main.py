@@ -67,7 +67,7 @@ from vmd.log import RateLimit, log
 from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
-from vmd.vm import changes, lockwatch, vmmci
+from vmd.vm import changes, vmmci
 from vmd.vm.arrival import Arrival
 from vmd.vm.build import FromImages, build
 from vmd.vm.clockwatch import ClockWatch
@@ -78,6 +78,7 @@ from vmd.vm.fetch import fetch_files, fetch_stream
 from vmd.vm.kinds import MAIN, Given
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
+from vmd.vm.lockwatch import Locks
 from vmd.vm.machine import Outside
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
@@ -141,6 +142,7 @@ class VmProcess(Process):
         self.asking: Timer | None = None  # for name servers
         self.events = RateLimit(burst=8, interval_s=1.0)
         self.devices = DeviceProcesses()
+        self.locks = Locks(self.devices)
         self.console: Console | None = None
 
     def on_start_vm(self, message: StartVm, envelope: Envelope, channel: Channel) -> None:
@@ -260,23 +262,25 @@ class VmProcess(Process):
             return  # how the VM ends is the answer
 
         def answer(text: str) -> None:
-            channel.send(PauseDone(vmid=self.vmid, paused=pause.paused, text=brief(text)))
+            notes = self.locks.notes() if not pause.paused else ()
+            channel.send(PauseDone(vmid=self.vmid, paused=pause.paused, text=brief(text), notes=notes))
 
         if message.paused:
             pause.pause(answer)
         elif pause.under_way:
-            pause.pause(lambda text: answer(self.go_on() or text))
+            pause.pause(lambda text: answer(self.go_on(force=message.force) or text))
         else:
-            answer(self.go_on())
+            answer(self.go_on(force=message.force))
 
-    def go_on(self) -> str:
+    def go_on(self, *, force: bool = False) -> str:
         """Let a paused machine go on; one that cannot is at its end.  Returns why not, or nothing.
 
-        One whose disks somebody else may have stays paused.
+        One whose disks somebody else may have stays paused, and so does, without `force`, one whose disks somebody else
+        has written to.
         """
         assert self.pause is not None
         try:
-            why = lockwatch.take_back(self.devices) if self.pause.paused else ""
+            why = self.locks.take_back(force=force) if self.pause.paused else ""
             if why:
                 return why
             self.pause.unpause()

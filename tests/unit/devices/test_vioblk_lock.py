@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -124,6 +125,7 @@ def test_requests_that_hang_do_not_keep_it_from_looking(disk: Vioblk, services: 
         assert [trouble[:16] for trouble in services.troubles] == ["its lock is lost"]
         assert disk.take_back() == devmsg.TAKEN_IN_USE
     assert disk.take_back() == devmsg.TAKEN
+    assert disk.hand_over.settled
     assert not list(services.troubles)
     assert disk.hand_over.check() == ""
 
@@ -147,3 +149,56 @@ def test_what_is_lost_is_not_finished(disk: Vioblk) -> None:
         before = os.fstat(disk.image.fd).st_mtime_ns
         disk.close()
         assert os.fstat(disk.image.fd).st_mtime_ns == before
+
+
+def wait_until_settled(disk: Vioblk) -> None:
+    """Wait until it has found out how its image was left."""
+    deadline_s = time.monotonic() + DEADLINE_MS / 1000
+    while not disk.hand_over.settled:
+        assert time.monotonic() < deadline_s
+        select.select([], [], [], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "found"),
+    [
+        (False, False, devmsg.TAKEN),
+        (True, False, devmsg.TAKEN),
+        (False, True, devmsg.TAKEN_WRITTEN),
+        (True, True, devmsg.TAKEN_WRITTEN),
+    ],
+)
+def test_whether_somebody_has_written_to_it_meanwhile(
+    disk: Vioblk, monkeypatch: pytest.MonkeyPatch, ours: bool, theirs: bool, found: int
+) -> None:
+    """Since the VM stands still; what it wrote itself before that, with the lock lost already, does not count."""
+    monkeypatch.setattr(device, "LOST_LOCK_S", 0.01)
+    with stolen(disk):
+        if ours:
+            touch(disk, 1)
+        disk.hand_over.standing = True
+        wait_until_settled(disk)
+        if theirs:
+            touch(disk, 2)
+        disk.hand_over.check()
+    assert disk.take_back() == found
+    with stolen(disk):
+        wait_until_settled(disk)
+    assert disk.take_back() == devmsg.TAKEN  # once more, and the first time is forgotten
+
+
+def test_what_happened_before_it_stood_still_is_not_known(disk: Vioblk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When its storage does not tell, either."""
+    with stolen(disk):
+        touch(disk, 1)
+    assert disk.take_back() == devmsg.TAKEN_UNSURE
+    monkeypatch.setattr(handover, "mark", lambda _fd: handover.NO_MARK)
+    with stolen(disk):
+        disk.hand_over.standing = True
+    assert disk.take_back() == devmsg.TAKEN_UNSURE
+
+
+def touch(disk: Vioblk, byte: int) -> None:
+    """Write to the image, at a time of its own."""
+    os.pwrite(disk.image.fd, bytes([byte]), 0)
+    os.utime(disk.image.fd, ns=(byte, byte))

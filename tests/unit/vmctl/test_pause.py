@@ -21,6 +21,16 @@ def test_request_and_upstreams_words(vmctl: Vmctl, daemon: FakeDaemon, word: str
     assert daemon.requests == [PauseRequest(name="web", paused=paused)]
 
 
+def test_what_should_be_known_of_it(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Before it is said that it was done."""
+    daemon.answers(VmPaused(vmid=3, name="web", paused=False, notes=("disk0: its lock was lost", "disk1: too")))
+
+    assert vmctl("unpause", "-f", "web")[2] == (
+        "vmctl: disk0: its lock was lost\nvmctl: disk1: too\nvmctl: unpaused vm 3 successfully\n"
+    )
+    assert daemon.requests == [PauseRequest(name="web", paused=False, force=True)]
+
+
 @WORDS
 def test_by_number(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
     """An id is one."""
@@ -53,7 +63,7 @@ def test_json(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None
     daemon.answers(VmPaused(vmid=3, name="web\n", paused=paused))
     status, output, _ = vmctl(word, "--json", "web")
     assert status == 0
-    assert json.loads(output) == {"schema": 1, "id": 3, "name": "web\\x0a", "paused": paused}
+    assert json.loads(output) == {"schema": 1, "id": 3, "name": "web\\x0a", "paused": paused, "notes": []}
 
     daemon.answers(Failed(code=errno.ENOENT, text="vm web not found"))
     status, output, _ = vmctl(word, "--json", "web")

@@ -79,6 +79,7 @@ IOV_MAX = 1024
 LONG = 8  # descriptors of an indirect table that is worth an iterator
 OURS = -1  # the head of a request that no guest made
 CHECK_LOCK_S = 10.0  # between two looks at the lock
+LOST_LOCK_S = 1.0  # ... at an image whose lock was lost, until it is known how it was left
 WORKERS_MAX = 16  # threads; as many requests can wait for storage at a time
 IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
 
@@ -325,7 +326,7 @@ class Vioblk:
         wait = select.poll().poll
         try:
             while True:
-                wait(round(CHECK_LOCK_S * 1000))
+                wait(round((CHECK_LOCK_S if self.hand_over.settled else LOST_LOCK_S) * 1000))
                 why = self.hand_over.check()
                 if why and why != self.lock_trouble:
                     log.error(self._named(why))
@@ -347,7 +348,7 @@ class Vioblk:
     def take_back(self) -> int:
         """Take the lock again, one that was let go or lost; returns one of devmsg.TAKEN_*."""
         taken = self.hand_over.take_back()
-        if taken == devmsg.TAKEN:
+        if taken in devmsg.HAVE:
             self.lock_trouble = ""
             self._note_lock()
         return taken

@@ -5,7 +5,8 @@ neither by the end of this process.  The lock is taken back only if the image is
 on the image is written to before it runs, so that this tells whether it has.
 
 Storage of a network can lose the lock while the VM runs.  From then on nothing is finished here: somebody else may have
-the image.
+the image.  When the lock is taken again, the image's mark tells whether somebody has written to it: it is compared with
+that of the last time when the lock was ours, and with that of the time since when the VM stands still.
 """
 
 import _thread
@@ -33,6 +34,9 @@ class HandOver:
         self.image = image
         self.left: tuple[int, int] | None = None  # length and time of change of the image, since it was let go
         self.lost = ""  # why the lock is not known to be ours any more
+        self.standing = False  # no request of the guest is under way, and none will be
+        self._ours = look(image.fd)  # the mark when the lock was last known to be ours
+        self._stood: tuple[int, int] | None = None  # the first one since the lock was lost and the VM stands still
         self._changing = _thread.allocate_lock()  # so that nothing is locked again just after it was let go
 
     def check(self) -> str:
@@ -41,13 +45,21 @@ class HandOver:
             if self.image.writable and self.left is None and not self.lost:
                 try:
                     refresh(self.image.fd)
+                    self._ours = look(self.image.fd)
                 except OSError as error:
                     self.lost = (
                         "its lock is lost: somebody else has locked the image, and may have changed it"
                         if error.errno in (errno.EAGAIN, errno.EACCES)
                         else f"its lock may be lost: {error.strerror or error}"
                     )
+            elif self.lost and self.standing and self._stood is None:
+                self._stood = look(self.image.fd)  # None: it is looked at again
             return self.lost
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing to find out soon."""
+        return not self.lost or self._stood is not None
 
     def let_go(self) -> int:
         """Finish the image and let go of its lock; returns 0, or 1: it cannot be finished, and is as before."""
@@ -83,13 +95,21 @@ class HandOver:
             if self.left is not None and mark(image.fd) != self.left:
                 unlock(image.fd)
                 return devmsg.TAKEN_CHANGED
+            status = self._compare() if self.lost else devmsg.TAKEN
         except OperatorError as error:
             return devmsg.TAKEN_IN_USE if error.number == errno.EBUSY else self._failed(error)
         except (OSError, VmdError) as error:
             unlock(image.fd)
             return self._failed(error)
-        self.left, self.lost = None, ""
-        return devmsg.TAKEN
+        self.left, self.lost, self._stood = None, "", None
+        return status
+
+    def _compare(self) -> int:
+        """Return whether somebody has written to the image since the lock was lost.  Raises OSError."""
+        now = mark(self.image.fd)
+        if now != NO_MARK and now in (self._ours, self._stood):
+            return devmsg.TAKEN
+        return devmsg.TAKEN_UNSURE if now == NO_MARK or self._stood is None else devmsg.TAKEN_WRITTEN
 
     def sign(self) -> int:
         """Have whoever has let go of it know that its guest has run here; returns 0, or 1: it cannot be written."""
@@ -106,6 +126,14 @@ class HandOver:
     def _failed(self, error: Exception) -> int:
         log.error(f"{self.image.path}: cannot be taken back: {error}")
         return devmsg.TAKEN_FAILED
+
+
+def look(fd: int) -> tuple[int, int] | None:
+    """Return the mark of a file, or None if the storage does not answer."""
+    try:
+        return mark(fd)
+    except OSError:
+        return None
 
 
 def mark(fd: int) -> tuple[int, int]:

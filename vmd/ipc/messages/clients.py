@@ -367,11 +367,12 @@ class ConsoleAttached(Record):
 
 @message(0x39, ANSWER)
 class VmPaused(Record):
-    """The VM stands still, or goes on."""
+    """The VM stands still, or goes on; `notes` are worth reading."""
 
     vmid: int
     name: str
     paused: bool
+    notes: tuple[str, ...] = ()
 
 
 @message(0x3B, ANSWER)

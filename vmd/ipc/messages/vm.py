@@ -139,19 +139,24 @@ class SendBreak(Record):
 
 @message(0x6B, TO_VM, answered_by=("PauseDone",))
 class PauseVm(Record):
-    """Stand still, or go on."""
+    """Stand still, or go on; by `force` also where somebody else has written to its disks."""
 
     vmid: int
     paused: bool
+    force: bool = False
 
 
 @message(0x6C, FROM_VM)
 class PauseDone(Record):
-    """The machine stands still, or goes on; a `text` says why it does not do what was asked."""
+    """The machine stands still, or goes on; a `text` says why it does not do what was asked.
+
+    `notes`: what whoever has asked should know.
+    """
 
     vmid: int
     paused: bool
     text: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @message(0xFA, FROM_VM)
