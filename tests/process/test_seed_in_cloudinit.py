@@ -1,6 +1,7 @@
 """A seed as the cloud-init of Debian has it: each disc on a loop device, in namespaces of its own."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from vmd.seed.parts import Interface, SeedParts
 pytestmark = pytest.mark.root
 
 OTHER = bytes.fromhex("fee1bad00002")
+LLADDRS = re.compile(r"fe(?::[0-9a-f]{2}){5}")
+# As each kind says it: `gateway A`, `gateway6: A`, `Gateway=A`, `IPV6_DEFAULTGW=A`, `gateway=A`.
+GATEWAYS = re.compile(r"(?:GATEWAY|DEFAULTGW|[Gg]ateway)[46]?(?:=|: | )([0-9a-f.:]+)")
 SCRIPT = "#!/bin/sh\necho hello\n"
 KEY = public_key()
 KEYS = "/home/alice/.ssh/authorized_keys"
@@ -26,6 +30,8 @@ WISH = {
     "commands": ["cat /etc/systemd/network/*cloud-init*; getent shadow alice debian | cut -d: -f1,2; id -nG alice"],
 }
 WEB = usual(hostname="web.example.org", password_hash=HASH)
+ROOT = usual(user="root")
+ROOT_S_KEYS = "/root/.ssh/authorized_keys"
 CLONE = usual(vm="db", hostname="db")
 OWN = usual(
     user_data=seed_file(SCRIPT),
@@ -61,7 +67,7 @@ TWO = usual(
 MADE = [
     WEB,
     CLONE,
-    usual(user="root"),
+    ROOT,
     usual(user="", keys=()),
     usual(hostname=""),
     usual(keys=tuple(seed_file(public_key(comment=text)) for text in ("no", ": #", '"\\', "\u00e4\U0001f600", ""))),
@@ -77,6 +83,7 @@ class Found(NamedTuple):
     clone: dict[str, Any]
     own: dict[str, Any]
     nested: dict[str, Any]
+    root: dict[str, Any]
     schema: list[str]
     rendered: dict[str, dict[str, str]]
 
@@ -103,13 +110,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
             [(web, WISH), (web, {**WISH, "remove": [KEYS]}), (disc("clone", CLONE), WISH)],
             [(disc("own", OWN), WISH)],
             [(disc("nested", NESTED), {**WISH, "commands": []})],
+            [(disc("root", ROOT), {**WISH, "show": [ROOT_S_KEYS], "commands": []})],
         ],
         folder / "work",
         documents=[*documents, b"#cloud-config\nuser: {a: b}\n"],
         networks=[({"eth0": LLADDR.hex(":"), "eth1": OTHER.hex(":")}, network)],
     )
-    ((first, second, clone), (own,), (nested,)) = answer["boots"]
-    return Found(first, second, clone, own, nested, answer["schema"], answer["rendered"][0])
+    ((first, second, clone), (own,), (nested,), (root,)) = answer["boots"]
+    return Found(first, second, clone, own, nested, root, answer["schema"], answer["rendered"][0])
 
 
 def test_first_boot(found: Found) -> None:
@@ -152,6 +160,14 @@ def test_somebody_s_own_texts(found: Found) -> None:
     assert "gecos: Alice" in files[VENDOR]
 
 
+def test_root_logs_in(found: Found) -> None:
+    """An image may keep root out; who names root as the user does not want that."""
+    root = found.root
+
+    assert (root["statuses"], root["complaints"]) == ([0, 0], [])
+    assert root["files"] == {ROOT_S_KEYS: f"{KEY}\n"}
+
+
 def test_a_message_of_several_parts(found: Found) -> None:
     """It is a part of another one then."""
     nested = found.nested
@@ -174,8 +190,9 @@ def test_network_of_every_kind_of_guest(found: Found) -> None:
     assert set(rendered) == {"eni", "netplan", "networkd", "sysconfig", "network-manager"}
     for kind, files in rendered.items():
         everything = json.dumps(files)
-        words = ["192.0.2.5", "2001:db8::5", "192.0.2.1", "2001:db8::1", "eth0", "eth1"]
+        words = ["192.0.2.5", "2001:db8::5", "192.0.2.53", "example.org", "eth0", "eth1"]
         assert [word for word in words if word not in everything] == [], kind
         # eni has names of interfaces; the addresses are in a file of udev.
-        assert LLADDR.hex(":") in everything.lower(), kind
-        assert "192.0.2.53" in everything, kind
+        assert {LLADDR.hex(":"), OTHER.hex(":")} <= set(LLADDRS.findall(everything.lower())), kind
+        assert set(GATEWAYS.findall(everything)) == {"192.0.2.1", "2001:db8::1"}, kind
+        assert "::/64" not in everything.replace("2001:db8::5/64", ""), kind

@@ -81,7 +81,7 @@ def ask(wanted: dict[str, Any]) -> dict[str, Any]:
     apart = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--net", "--uts", "--ipc"]
     done = subprocess.run(
         ["timeout", "--kill-after=5", str(LIMIT_S), *apart, PYTHON, "-I", str(INSIDE)],
-        input=json.dumps({**wanted, "tree": str(tree), "path": str(tree / MODULES), "config": CONFIG}),
+        input=json.dumps({**wanted, "tree": str(tree), "modules": MODULES, "config": CONFIG}),
         env=ENVIRONMENT, capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,8 @@
 """Boots cloud-init, as the guest of a seed has it: run by `cloudinit.py`, by Debian's Python.
 
-It is pid 1 of namespaces of its own, with copies of /etc, /var and /usr/sbin that are thrown away, and an empty /home,
-/run and /dev.  What it is to do comes as JSON on its standard input; what was found leaves as JSON on standard output.
+It is pid 1 of namespaces of its own, with copies of /etc, /var and /usr/sbin that are thrown away, an empty /home,
+/root, /run and /dev, and nothing else that could be written to.  What it is to do comes as JSON on its standard input;
+what was found leaves as JSON on standard output.
 """
 
 import importlib
@@ -22,6 +23,7 @@ exec xorriso -osirrox on -indev "stdio:$1" -extract / "$2" >&2
 """
 NODES = ("null", "zero", "full", "random", "urandom", "tty")
 KINDS = {"eni": "debian", "netplan": "ubuntu", "networkd": "arch", "sysconfig": "rhel", "network-manager": "fedora"}
+MOUNTS = "/proc/self/mountinfo"
 CLOUD = Path("/etc/cloud")
 INSTANCE = Path("/var/lib/cloud/instance")
 LOG = Path("/var/log/cloud-init.log")
@@ -33,10 +35,13 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def prepare(work: str, loops: list[str]) -> None:
-    """Have everything that cloud-init changes to ourselves."""
+def prepare(work: str, tree: str, loops: list[str]) -> None:
+    """Have everything that cloud-init changes to ourselves, and all else for reading; its tree is `work`/tree then."""
+    of_host = [line.split()[4].encode().decode("unicode_escape") for line in Path(MOUNTS).read_text().splitlines()]
     run("mount", "--make-rprivate", "/")
     run("mount", "-t", "tmpfs", "work", work)
+    Path(work, "tree").mkdir()
+    run("mount", "--bind", tree, f"{work}/tree")
     dev, discs = Path(work, "dev"), Path(work, "discs")
     for folder, paths in (dev, [f"/dev/{name}" for name in NODES]), (discs, loops):
         folder.mkdir()
@@ -49,8 +54,12 @@ def prepare(work: str, loops: list[str]) -> None:
         upper.mkdir()
         scratch.mkdir()
         run("mount", "-t", "overlay", "-o", f"lowerdir={place},upperdir={upper},workdir={scratch}", "overlay", place)
-    for place in ("/home", "/run"):
+    for place in of_host:
+        # Those that are hidden by others by now cannot be reached anyway.
+        subprocess.run(["mount", "-o", "remount,bind,ro", place], check=False, capture_output=True)
+    for place in ("/home", "/root", "/run"):
         run("mount", "-t", "tmpfs", "-o", "mode=755", "empty", place)
+    assert not any(os.access(place, os.W_OK) for place in ("/", "/usr", "/usr/local", "/opt", "/srv", "/boot", tree))
     run("mount", "-t", "sysfs", "sysfs", "/sys")
     run("mount", "--rbind", str(dev), "/dev")
     if "iso9660" not in Path("/proc/filesystems").read_text():
@@ -59,10 +68,10 @@ def prepare(work: str, loops: list[str]) -> None:
         helper.chmod(0o755)
 
 
-def configure(tree: str, config: str) -> None:
+def configure(work: str, config: str) -> None:
     """Have what the package of cloud-init has in /etc, with other settings, and nothing of an earlier boot."""
     shutil.rmtree(CLOUD, ignore_errors=True)
-    shutil.copytree(Path(tree, "etc/cloud"), CLOUD)
+    shutil.copytree(Path(work, "tree/etc/cloud"), CLOUD)
     Path(CLOUD, "cloud.cfg").write_text(config)
     shutil.rmtree("/var/lib/cloud", ignore_errors=True)
     LOG.unlink(missing_ok=True)
@@ -166,14 +175,15 @@ def render(work: str, addresses: dict[str, str], document: str) -> dict[str, dic
 def main() -> None:
     """Do what was asked for."""
     wanted = json.load(sys.stdin)
-    sys.path[:0] = [wanted["path"]]
+    work = wanted["work"]
+    prepare(work, wanted["tree"], sorted({each["loop"] for guest in wanted["boots"] for each in guest}))
+    sys.path[:0] = [str(Path(work, "tree", wanted["modules"]))]
     importlib.import_module("cloudinit.cmd.main")
-    prepare(wanted["work"], sorted({each["loop"] for guest in wanted["boots"] for each in guest}))
     boots = []
     for guest in wanted["boots"]:
-        configure(wanted["tree"], wanted["config"])
-        boots.append([boot(wanted["work"], each) for each in guest])
-    rendered = [render(wanted["work"], *network) for network in wanted["networks"]]
+        configure(work, wanted["config"])
+        boots.append([boot(work, each) for each in guest])
+    rendered = [render(work, *network) for network in wanted["networks"]]
     json.dump({"boots": boots, "schema": schema(wanted["documents"]), "rendered": rendered}, sys.stdout)
 
 

@@ -225,11 +225,12 @@ def ethernet(name: str, interface: Interface) -> "dict[str, Yaml]":
         values["dhcp4"] = True
     else:
         values["addresses"] = [parsed(name, ipaddress.ip_interface, each) for each in few(name, interface.addresses)]
-    if interface.gateways:
-        gateways = [parsed(name, ipaddress.ip_address, each) for each in few(name, interface.gateways)]
-        if len({":" in each for each in gateways}) < len(gateways):
+    for gateway in (parsed(name, ipaddress.ip_address, each) for each in few(name, interface.gateways)):
+        # Not as a route to ::/0: cloud-init 22.4 makes one to ::/64 of that for all but netplan.
+        key = "gateway6" if ":" in gateway else "gateway4"
+        if key in values:
             raise SeedError(f"interface {name}: two gateways of one family")
-        values["routes"] = [{"to": "::/0" if ":" in each else "0.0.0.0/0", "via": each} for each in gateways]
+        values[key] = gateway
     servers: dict[str, Yaml] = {}
     if interface.name_servers:
         found = [parsed(name, ipaddress.ip_address, each) for each in few(name, interface.name_servers)]

@@ -3,6 +3,7 @@
 import json
 import random
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,7 +162,8 @@ def test_fixed_addresses() -> None:
         "match": {"macaddress": "fe:e1:ba:d0:00:01"},
         "set-name": "eth1",
         "addresses": ["192.0.2.5/24", "2001:db8::5/64"],
-        "routes": [{"to": "0.0.0.0/0", "via": "192.0.2.1"}, {"to": "::/0", "via": "fe80::1"}],
+        "gateway4": "192.0.2.1",
+        "gateway6": "fe80::1",
         "nameservers": {"addresses": ["192.0.2.53"], "search": ["example.org"]},
     }
 
@@ -246,3 +248,21 @@ def test_parts_travel_by_name() -> None:
     parts = usual(user_data=seed_file(b"\xff\0"), password_hash=HASH)
 
     assert unpack(SeedParts, pack(parts)) == parts
+
+
+def test_parts_of_an_earlier_version_are_read() -> None:
+    """A vmctl of that version has packed them."""
+    packed = Path(__file__).parents[2].joinpath("golden/seed-parts-1").read_bytes()
+
+    assert unpack(SeedParts, packed) == usual(
+        instance_id="i-1",
+        hostname="web.example.org",
+        password_hash=HASH,
+        user_data=seed_file(b"#cloud-config\n\xff", "/u"),
+        vendor_data=seed_file("#!", "/v"),
+        network_config=seed_file("version: 2\n", "/n"),
+        network=False,
+        interfaces=interface(
+            addresses=("192.0.2.5/24",), gateways=("192.0.2.1",), name_servers=("::1",), search=("a",)
+        ),
+    )
