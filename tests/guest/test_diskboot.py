@@ -1,5 +1,6 @@
 """Kernels that are on disks of the VM itself: `boot "disk0:/vmlinuz"`, `vmctl start -b disk0:/vmlinuz`."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
     """It is read anew at each start and at each reboot of the guest; what cannot be had is a sentence."""
     demo, bsd = guest("demo").read_bytes(), guest("openbsd-amd64").read_bytes()
     disk = ext4_disk(tmp_path / "web.img", {"boot/demo": demo, "vmlinuz": "/boot/demo"})
-    other = ffs_disk(tmp_path / "bsd.img", {"obsd": bsd, "etc/boot.conf": b"set image /obsd\n"})
+    other = ffs_disk(tmp_path / "bsd.img", {"obsd": bsd, "etc/boot.conf": b"set image /obsd\nboot -s\n"})
     top = tmp_path / "top.qcow2"
     conf = f"""
         vm "web" {{
@@ -50,7 +51,7 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
             console.type("reset\r")
             console.expect("memmap", DEADLINE_S)  # by the kernel that was installed meanwhile
         vmd.wait_state("web", "stopped")
-        assert "memmap" in vmd.run_to_end("bsd")
+        assert re.search(r"howto=2\b.*memmap", vmd.run_to_end("bsd"), re.DOTALL)
         replace(disk, "/boot/demo", demo)
 
         qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", disk, top)
@@ -59,3 +60,48 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
             assert "small monitor" not in console.expect(PROMPT, DEADLINE_S)
             console.answer("reset", PROMPT)
         vmd.must("stop", "-fw", "adhoc")
+
+
+def test_a_disk_without_a_boot_sector(tmp_path: Path) -> None:
+    """Says what is on it, instead of starting firmware that finds nothing; a disc in the drive is another way."""
+    disk = ext4_disk(tmp_path / "web.img", {"boot/vmlinuz": b"k", "boot/initrd.img": b"i"}, divided=True)
+    qemu("qemu-img", "create", "-qf", "qcow2", tmp_path / "new.qcow2", "1G")
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(1 << 20))
+    disc = tmp_path / "disc.iso"
+    disc.write_bytes(bytes(4096))
+    conf = f"""
+        vm "web" {{
+            disable
+            disk "{disk}" format raw
+        }}
+        vm "new" {{
+            disable
+            disk "{tmp_path}/new.qcow2"
+            disk "{other}" format raw
+        }}
+        vm "install" {{
+            disable
+            memory 64M
+            disk "{tmp_path}/new.qcow2"
+            cdrom "{disc}"
+        }}
+    """
+    with Daemon(tmp_path, conf) as vmd:
+        refused = vmd.vmctl("start", "web")
+        assert refused.returncode == 1
+        assert (
+            f"nothing to boot from: no boot sector on disk {disk}: MBR; partition p1: there is no file system that is"
+            ' known; partition p2: ext4; boot "disk0p2:/boot/vmlinuz" initrd "disk0p2:/boot/initrd.img" may help'
+        ) in refused.stderr
+        refused = vmd.vmctl("start", "new")
+        empty = "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system"
+        assert (
+            f"no boot sector on disk {tmp_path}/new.qcow2: {empty}; disk {other}: {empty}" in refused.stderr
+        )
+        vmd.must("start", "install")
+        vmd.must("stop", "-fw", "install")
+        with other.open("r+b") as file:
+            file.write(b"\xeb\xfe".ljust(510, b"\0") + b"\x55\xaa")
+        vmd.must("start", "new")
+        vmd.must("stop", "-fw", "new")

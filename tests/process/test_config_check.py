@@ -211,6 +211,7 @@ SAID: list[tuple[str, list[str]]] = [
     ("boot text", ["{here}/text: " + WRONG_KIND]),
     ("boot program", ["{here}/program: is a user program, not a kernel: " + NO_NOTE]),
     ("boot program.gz", ["{here}/program.gz: is a user program, not a kernel: " + NO_NOTE]),
+    ("disk good.raw", ["nothing to boot from: no boot sector on disk {here}/good.raw"]),
     ("boot kernel.gz cmdline quiet", []),
     (DEMO, []),
 ]

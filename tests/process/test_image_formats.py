@@ -38,7 +38,7 @@ contents = pytest.mark.parametrize(
 class InProcess:
     """imgprobe without a process."""
 
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+    def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Look at the image."""
         try:
             return probe(fd, name, format_hint)

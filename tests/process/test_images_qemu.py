@@ -481,7 +481,7 @@ def test_running_image_can_still_be_looked_at(tmp_path: Path) -> None:
 class Recorded:
     """What the images say, by a prober without a process."""
 
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+    def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Look."""
         return probe(fd, name, format_hint)
 

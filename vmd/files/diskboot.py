@@ -7,8 +7,9 @@ import errno
 import os
 
 from vmd.closing import close_all
+from vmd.config.model import DiskFile
 from vmd.errors import OperatorError
-from vmd.ipc.bootmsg import Link, question, unpack_file
+from vmd.ipc.bootmsg import BootFile, Link, question, unpack_file
 from vmd.ipc.probing import send_question, wait_patiently
 from vmd.memfile import CONSTANT, seal
 
@@ -17,10 +18,16 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from vmd.config.model import DiskFile
     from vmd.files.images import OpenDisk
 
 LONGEST_S = 240.0  # storage may be slow
+
+
+class NothingToStart(OperatorError):
+    """On no disk of a VM a BIOS finds something to start; says what is known of each."""
+
+    def __init__(self, disks: list[str]) -> None:
+        super().__init__(errno.ENOEXEC, f"nothing to boot from: no boot sector on {'; '.join(disks)}")
 
 
 class FromDisks:
@@ -29,8 +36,8 @@ class FromDisks:
     def __init__(self) -> None:
         self.kernel: list[int] = []
         self.initrd: list[int] = []
-        self.notes: list[str] = []  # sentences that the operator should read
         self.kernel_name = ""  # as DiskFile in words, with the partition where it was found
+        self.options = ""  # of boot(8), without the hyphen
 
     def read(
         self,
@@ -45,36 +52,56 @@ class FromDisks:
         (self.kernel if name == "kernel" else self.initrd).append(memory)
         top = disk.links[0].path
         what = f"{file}: disk {top}"
-        copies: list[int] = []
-        line = b""
+        found = ask(sock, file, disk, what, [memory], go_on)
         try:
-            for link in disk.links:
-                # For reading only, and without our lock and claim.
-                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                copies.append(os.open(f"/proc/self/fd/{link.fd}", flags))
-            asked = question(file, [Link(path=one.path, format=one.format, guessed=one.guessed) for one in disk.links])
-            send_question(sock, asked, [*copies, memory])
-            line = wait_patiently(sock, LONGEST_S, go_on)
-            found = unpack_file(line)
             seal(memory, CONSTANT)
-        except TimeoutError:
-            raise OperatorError(errno.ETIMEDOUT, f"{what}: its storage does not answer") from None
         except OSError as error:
-            raise OperatorError(error.errno or errno.EIO, f"{what}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            why = f"imgboot answered nonsense: {error}" if line else "imgboot has ended"
-            raise OperatorError(errno.EIO, f"{what}: cannot be read: {why}") from None
-        finally:
-            close_all(copies)
+            raise OperatorError(error.errno or errno.EIO, f"{what}: cannot be kept: {error.strerror}") from None
         if not isinstance(found, str) and found.size != os.fstat(memory).st_size:
             found = f"imgboot answered nonsense: {found.size} bytes of {os.fstat(memory).st_size}"
         if isinstance(found, str):
             raise OperatorError(errno.EINVAL, f"{what}: {found}")
         if name == "kernel":
-            self.kernel_name = found.name
-        if found.note:
-            self.notes.append(f"{what}: {found.note}")
+            self.kernel_name, self.options = found.name, found.options
 
     def close(self) -> None:
         """Let go of what was read."""
         close_all((*self.kernel, *self.initrd))
+
+
+def look(sock: "socket.socket", index: int, disk: "OpenDisk", go_on: "Callable[[], None]") -> str:
+    """Return what there is on a disk that no BIOS starts from, and what may be done.  Raises OperatorError."""
+    name = f"disk {disk.links[0].path}"
+    found = ask(sock, DiskFile(disk=index), disk, name, [], go_on)
+    return f"{name}: {found if isinstance(found, str) else found.name}"
+
+
+def ask(
+    sock: "socket.socket",
+    file: DiskFile,
+    disk: "OpenDisk",
+    what: str,
+    memory: list[int],
+    go_on: "Callable[[], None]",
+) -> BootFile | str:
+    """Return what imgboot answers.  Raises OperatorError, whose sentence begins with `what`."""
+    copies: list[int] = []
+    line = b""
+    try:
+        for link in disk.links:
+            # For reading only, and without our lock and claim.
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            copies.append(os.open(f"/proc/self/fd/{link.fd}", flags))
+        links = [Link(path=one.path, format=one.format, guessed=one.guessed) for one in disk.links]
+        send_question(sock, question(file, links), [*copies, *memory])
+        line = wait_patiently(sock, LONGEST_S, go_on)
+        return unpack_file(line)
+    except TimeoutError:
+        raise OperatorError(errno.ETIMEDOUT, f"{what}: its storage does not answer") from None
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{what}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        why = f"imgboot answered nonsense: {error}" if line else "imgboot has ended"
+        raise OperatorError(errno.EIO, f"{what}: cannot be read: {why}") from None
+    finally:
+        close_all(copies)

@@ -17,10 +17,12 @@ from vmd.images.locks import lock
 from vmd.ipc import foreign
 from vmd.ipc.foreign import DISC_CONTENT, given_as, left_dirty, named_format, odd_length, quoted
 from vmd.ipc.probemsg import (
+    BELOW,
     CORRUPT,
     DIRTY,
     DISC,
     GOING_BACK,
+    NO_CODE,
     NOT_QCOW2,
     Probe,
     how_to_record,
@@ -66,6 +68,7 @@ class OpenDisk:
     def __init__(self) -> None:
         self.links: list[OpenImage] = []
         self.notes: list[str] = []  # sentences that its operator should read
+        self.boots: bool | None = None  # whether a BIOS may find something to start; None: nobody has looked
 
     def take_fds(self) -> list[int]:
         """Return the descriptors, which are the caller's from now on."""
@@ -84,6 +87,7 @@ class Use(Record):
 
     in_conf: bool = True  # whether advice is for who writes a vm.conf, else for who types a command
     mends: bool = False  # to complete what was cut off in the middle
+    boots: bool = False  # to see whether a BIOS finds something to start
     locked: bool = True  # as for a VM; else for reading only, for who just wants to know
 
 
@@ -131,7 +135,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
             seen.add(found)
             if use.locked:
                 lock(fd, name, writable=first)
-            probe = _examine(fd, path, name, format_hint, prober)
+            probe = _examine(fd, path, name, format_hint, prober, boots=use.boots and disk.boots is None)
             wrong = refusal(probe, format_hint, path, raw) or (first and unfit(probe, path, use)) or ""
             if wrong:
                 raise OperatorError(errno.EINVAL, f"{name}: {wrong}")
@@ -146,6 +150,8 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
         # With a hint its answer cannot make the image something else: imgprobe has seen bytes from anybody.
         link = OpenImage(fd=fd, path=path, format=format_hint or probe.format, guessed=not format_hint)
         disk.links.append(link)
+        if use.boots and disk.boots is None and not (BELOW in probe.notes and probe.backing):
+            disk.boots = not {NO_CODE, BELOW} & set(probe.notes)
         notes = warnings(probe, path, raw) + (warnings_of_disk(probe, path) if first else [])
         disk.notes += [f"{name}: {note}" for note in notes]
         if link.format == "raw" or not probe.backing:
@@ -165,10 +171,10 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
         raw = f"`{recording(above, recorded, 'raw')}`"
 
 
-def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober") -> Probe:
+def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober", *, boots: bool = False) -> Probe:
     """Return what imgprobe says; if it may not even ask the file for its size, say why.  Raises OperatorError."""
     try:
-        return prober.probe(fd, name, hint)
+        return prober.probe(fd, name, hint, boots=boots)
     except OperatorError as error:
         number = next((number for number in DENIALS if error.what.endswith(os.strerror(number))), 0)
         if not number:
@@ -177,15 +183,15 @@ def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober") -> Probe:
         raise OperatorError(error.number, words) from None
 
 
-def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober") -> Probe:
-    """Return what an image is.  What is raw by somebody's word is not looked at, so never taken for anything else.
+def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober", *, boots: bool = False) -> Probe:
+    """Return what an image is.  What is raw by somebody's word is never taken for anything else.
 
-    Raises OperatorError.
+    It is not even looked at, but for `boots`.  Raises OperatorError.
     """
     stated = format_hint == "raw"
     # FUSE asks at each call who makes it.  imgprobe reads nothing of what is raw, but is the user who will serve it.
-    unasked = stated and not on_fuse(fd)
-    probe = Probe(format="raw", size=0) if unasked else _ask(fd, path, name, format_hint, prober)
+    unasked = stated and not boots and not on_fuse(fd)
+    probe = Probe(format="raw", size=0) if unasked else _ask(fd, path, name, format_hint, prober, boots=boots)
     if probe.format != "raw":
         return probe
     try:

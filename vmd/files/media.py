@@ -46,8 +46,11 @@ class Media:
         at: "Callable[[str], None]" = lambda _what: None,
         others_have: bool = False,
         mends: bool = False,
+        boots: bool = False,
     ) -> "Media":
         """Open and lock everything; all or nothing.  `at` is told what is next.
+
+        With `boots` it is seen whether a BIOS finds something to start on the disks.
 
         With `others_have` disks are passed over that somebody else writes to: they are `in_use`.
 
@@ -58,7 +61,7 @@ class Media:
             OperatorError: a file cannot be had, or is in use.
         """
         deadline_s = time.monotonic() + patience_s
-        use = Use(in_conf=in_conf, mends=mends)
+        use = Use(in_conf=in_conf, mends=mends, boots=boots)
         while True:
             media = cls()
             try:

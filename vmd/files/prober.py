@@ -9,7 +9,7 @@ import socket
 
 from vmd.closing import close_all
 from vmd.errors import HostError, OperatorError, VmdError
-from vmd.ipc.probemsg import Probe, unpack
+from vmd.ipc.probemsg import BOOTS, Probe, unpack
 from vmd.ipc.probing import ask
 from vmd.privsep.spawn import Child, spawn
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     class Prober(Protocol):
         """Finds out what an image says about itself."""
 
-        def probe(self, fd: int, name: str, format_hint: str) -> Probe:
-            """Return it; the format is told from the bytes if no hint is given.  Raises OperatorError."""
+        def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
+            """Return it; the format is told from the bytes if no hint is given.  Raises OperatorError.
+
+            With `boots` there are notes about its first sector, too.
+            """
 
 
 PROBE_TIMEOUT_S = 8.0  # an image on storage that does not answer must not hold up its start for ever
@@ -40,9 +43,9 @@ class ProbeSocket:
         self.title = title
         self.timeout_s = timeout_s
 
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+    def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Return what the image behind `fd` says; see Prober."""
-        return self.ask([fd], name, [format_hint])
+        return self.ask([fd], name, [format_hint, *([BOOTS] if boots else [])])
 
     def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
         """Return what the probe says of these files.  Raises OperatorError with its sentence behind the name."""
@@ -106,9 +109,9 @@ class ImageProber:
         self.title = title
         self.ending: list[Child] = []  # killed, but not gone: they wait for storage
 
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+    def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Return what the image behind `fd` says; see Prober."""
-        return self.ask([fd], name, [format_hint])
+        return self.ask([fd], name, [format_hint, *([BOOTS] if boots else [])])
 
     def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
         """Return what a probe says of these files.  Raises OperatorError with its sentence behind the name."""

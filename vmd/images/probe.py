@@ -6,21 +6,29 @@ Holds    its socket, and one image at a time, for reading
 """
 
 from vmd.errors import ImageError
+from vmd.images.bootsector import first_sector
 from vmd.images.identify import probe
-from vmd.ipc.probemsg import pack_error, pack_image
+from vmd.ipc.probemsg import BOOTS, pack_error, pack_image
 from vmd.ipc.probing import serve
 from vmd.privsep.confine import IMGPROBE, confine
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def answer(fd: int, format_hint: str) -> bytes:
+
+def answer(fd: int, format_hint: str, more: "Sequence[str]" = ()) -> bytes:
     """Return the line about an open image."""
     try:
-        return pack_image(probe(fd, "image", format_hint))
+        found = probe(fd, "image", format_hint)
+        if BOOTS in more:
+            found = found.replace(notes=(*found.notes, *first_sector(fd, found.format)))
+        return pack_image(found)
     except ImageError as error:
         return pack_error(error.what)
 
 
 def main() -> int:
-    """Answer until nobody asks; the one argument is the format that the image has to have, or nothing."""
+    """Answer until nobody asks; the first argument is the format that the image has to have, or nothing."""
     confine(IMGPROBE)  # what the kernel lacks, others have said
-    return serve(lambda arguments, files: answer(files[0], arguments[0]))
+    return serve(lambda arguments, files: answer(files[0], arguments[0], arguments[1:]))

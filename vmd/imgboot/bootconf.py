@@ -5,12 +5,12 @@
 All else is for a boot loader and passed over.  The last of several lines counts.
 """
 
+from vmd.ipc.bootmsg import OPTIONS
 from vmd.record import Record
 
 DEFAULT_DEVICE, DEFAULT_IMAGE = "hd0a", "/bsd"
 BYTES_MAX = 64 << 10  # of the file: more is no boot.conf
 WORD_MAX = 1023  # bytes
-OPTIONS = frozenset("acds")
 PARTITIONS = frozenset("abcdefghijklmnopqrstuvwxyz")
 DISKS = ("hd", "sd", "wd")  # a disk; what else there is cannot be booted from here, such as softraid's sr0
 

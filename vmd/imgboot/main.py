@@ -73,7 +73,7 @@ def copy(found: Found, memory: int) -> BootFile:
             done = os.pwrite(memory, rest, offset)
             offset, rest = offset + done, rest[done:]
     os.ftruncate(memory, found.file.size)
-    return BootFile(size=found.file.size, name=found.name, note=found.note)
+    return BootFile(size=found.file.size, name=found.name, options=found.options)
 
 
 def main() -> int:

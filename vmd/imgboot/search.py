@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from vmd.diskfs.walk import File
 
 BOOT_CONF = "/etc/boot.conf"
+EMPTY_BYTES = 128 << 10
 # Where systems keep a name for the kernel they would boot, and for its initrd.
 KERNELS = (("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img"), ("/bsd", ""))
 
 
 class Found(Record):
-    """A file, where it is, as DiskFile in words, and a sentence that the operator should read."""
+    """A file, where it is, as DiskFile in words, and with which options of boot(8) it is booted."""
 
     file: "File"
     name: str
-    note: str = ""
+    options: str = ""
 
 
 def search(disk: "Disk", wanted: "DiskFile") -> Found:
@@ -47,8 +48,7 @@ def kernel_of_openbsd(disk: "Disk", wanted: "DiskFile") -> Found:
     if not wanted.partition and said.partition in [each.name for each in disk.table.partitions]:
         partition = said.partition
     kernel = disk.find(said.image, partition)
-    note = f"{BOOT_CONF} says boot -{said.options}: the options are not passed on" if said.options else ""
-    return Found(file=kernel, name=place_of(kernel, wanted), note=note)
+    return Found(file=kernel, name=place_of(kernel, wanted), options=said.options)
 
 
 def name_of(file: "File") -> str:
@@ -63,6 +63,8 @@ def place_of(file: "File", wanted: "DiskFile") -> str:
 
 def describe(disk: "Disk", number: int) -> str:
     """Return what there is on a disk that has no boot sector, and what may be booted from it."""
+    if is_empty(disk):
+        return "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system"
     found = disk.describe()
     for kernel, initrd in KERNELS:
         try:
@@ -76,3 +78,8 @@ def describe(disk: "Disk", number: int) -> str:
             continue
         return f"{found}; {advice} may help"
     return found
+
+
+def is_empty(disk: "Disk") -> bool:
+    """Return whether nothing has been written where partition tables and file systems begin.  Raises DiskFsError."""
+    return not any(disk.source.read(0, min(EMPTY_BYTES, disk.source.size)))

@@ -4,24 +4,25 @@
                           its first bytes say that
     files                 the images, for reading, and a memory file that the file is copied to; without one imgboot
                           says what there is on the disk instead
-    answer                `file` NUL size NUL name NUL note LF
+    answer                `file` NUL size NUL name NUL options LF
                           `error` NUL sentence LF
 
 The sentence does not name the disk: its reader does.  Standard library only.
 """
 
 from vmd.config.model import DiskFile
-from vmd.ipc.probemsg import ANSWER_MAX, END, SENTENCE_MAX, SIZE_DIGITS, pack_error
+from vmd.ipc.probemsg import ANSWER_MAX, END, SIZE_DIGITS, pack_error
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["BootFile", "Link", "asked", "pack_error", "pack_file", "question", "unpack_file"]
+__all__ = ["OPTIONS", "BootFile", "Link", "asked", "pack_error", "pack_file", "question", "unpack_file"]
 
 FILE, ERROR = b"file", b"error"
 OF_FILE, OF_IMAGE = 3, 3  # words
+OPTIONS = frozenset("acds")
 NAME_MAX = 1200  # bytes; a partition, and the longest path
 
 
@@ -30,7 +31,7 @@ class BootFile(Record):
 
     size: int
     name: str
-    note: str = ""  # a sentence that the operator should read
+    options: str = ""  # of boot(8), without the hyphen, where /etc/boot.conf gives some: letters of OPTIONS
 
 
 class Link(Record):
@@ -62,7 +63,7 @@ def asked(words: "Sequence[str]") -> tuple[DiskFile, list[Link]]:
 
 def pack_file(found: BootFile) -> bytes:
     """Return the line for a file that was copied."""
-    words = (FILE, b"%d" % found.size, _plain(found.name)[:NAME_MAX], _plain(found.note)[:SENTENCE_MAX])
+    words = (FILE, b"%d" % found.size, _plain(found.name)[:NAME_MAX], found.options.encode())
     return b"\0".join(words) + END
 
 
@@ -82,11 +83,11 @@ def unpack_file(line: bytes) -> BootFile | str:
         return fields[0].decode("utf-8", "backslashreplace")
     if kind != FILE or len(fields) != 3:
         raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
-    size, name, note = fields
+    size, name, options = fields
     if not size.isdigit() or len(size) > SIZE_DIGITS:
         raise ValueError(f"size {size[:32]!r}")
-    if len(name) > NAME_MAX or len(note) > SENTENCE_MAX:
-        raise ValueError(f"name of {len(name)} bytes, note of {len(note)}")
-    return BootFile(
-        size=int(size), name=name.decode("utf-8", "backslashreplace"), note=note.decode("utf-8", "backslashreplace")
-    )
+    if len(name) > NAME_MAX:
+        raise ValueError(f"name of {len(name)} bytes")
+    if len(options) > len(OPTIONS) or not OPTIONS.issuperset(options.decode("ascii", "replace")):
+        raise ValueError(f"options {options[:16]!r}")
+    return BootFile(size=int(size), name=name.decode("utf-8", "backslashreplace"), options=options.decode())

@@ -1,6 +1,7 @@
 """What imgprobe is asked and answers: a word, and one line in a form that its reader need not parse.
 
     FORMAT                raw or qcow2; "": told from the image's bytes; `disc`: a CD-ROM's
+    BOOTS                 if it is to be seen whether a BIOS finds something to start
     answer                `image` NUL format NUL size NUL guessed NUL backing NUL backing format NUL looks NUL notes LF
                           `error` NUL sentence LF
 
@@ -22,7 +23,10 @@ FORMATS = ("raw", "qcow2")
 DISC = "disc"
 NOT_QCOW2 = "not a qcow2 image"
 DIRTY, CORRUPT, GOING_BACK = "dirty", "corrupt", "going-back"
-NOTES = (DIRTY, CORRUPT, GOING_BACK)
+# Of the first sector of the disk, if that was asked for: that no BIOS starts it, and that the image below has it.
+NO_CODE, BELOW = "no-code", "below"
+NOTES = (DIRTY, CORRUPT, GOING_BACK, NO_CODE, BELOW)
+BOOTS = "boots"  # asks for those
 
 IMAGE, ERROR, END = b"image", b"error", b"\n"
 FLAGS = {b"0": False, b"1": True}

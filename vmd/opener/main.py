@@ -19,7 +19,7 @@ from vmd.closing import close
 from vmd.errors import HostError, InUse, OperatorError, number, sentence
 from vmd.fileid import file_id
 from vmd.files.boot import BootFiles, copy_to_memory, open_boot_files, require_readable, require_regular
-from vmd.files.diskboot import FromDisks
+from vmd.files.diskboot import FromDisks, NothingToStart, look
 from vmd.files.images import open_image
 from vmd.files.media import Media, shortened
 from vmd.files.prober import ProbeSocket
@@ -49,7 +49,7 @@ NOTES_MAX, NOTES_BYTES_MAX = 30, 5000  # with the names of seventeen files they 
 class NoProbe:
     """What is asked where nothing is to be asked."""
 
-    def probe(self, _fd: int, name: str, _format_hint: str) -> "Probe":
+    def probe(self, _fd: int, name: str, _format_hint: str, *, boots: bool = False) -> "Probe":
         """Refuse."""
         raise OperatorError(errno.EIO, f"{name}: cannot be examined: nobody was asked to")
 
@@ -77,6 +77,8 @@ class Opener(Process):
         except InUse as error:
             in_use = NotOpened(code=error.number, text=brief(str(error)), file=error.file, what=brief(error.name))
             self.parent.send(in_use.replace(by=error.by, doing=error.doing, marks=error.marks))
+        except NothingToStart as error:
+            self.parent.send(NotOpened(code=error.number, text=brief(str(error)), no_code=True))
         except (OperatorError, HostError, OSError, ValueError) as error:  # a path with a NUL is a ValueError
             self.parent.send(NotOpened(code=number(error), text=brief(sentence(error))))
         else:
@@ -124,14 +126,17 @@ class Opener(Process):
             self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
             boot = open_boot_files(message.kernel, message.initrd)
         media = self.open_media(message, envelope)
+        if message.needs_code and not any(disk.boots for disk in media.disks):
+            raise NothingToStart(self.what_there_is(message, envelope, media))
         found = self.read_from_disks(message, envelope, media)
         opened = FilesOpened(
             in_use=media.in_use,
             unused=media.unused(),
             disks=media.describe(),
             files=media.files(),
-            notes=tuple(fitting([*media.notes, *found.notes], NOTES_MAX, NOTES_BYTES_MAX)),
+            notes=tuple(fitting(media.notes, NOTES_MAX, NOTES_BYTES_MAX)),
             boot_name=boot.boot_name or found.kernel_name,
+            boot_options=found.options,
         )
         files = {
             "boot": [*given.get("kernel", ()), *([boot.take_boot()] if message.boots else []), *found.kernel],
@@ -154,7 +159,20 @@ class Opener(Process):
             patience_s=message.patience_s,
             at=self.at,
             others_have=message.others_have,
+            boots=message.needs_code,
         )
+
+    def what_there_is(self, message: OpenFiles, envelope: Envelope, media: Media) -> list[str]:
+        """Return what there is on disks that no BIOS starts from, as far as it was asked for."""
+        reader = envelope.take_fd("reader")
+        if reader is None or not message.looks:
+            return [f"disk {disk.links[0].path}" for disk in media.disks]
+        found = []
+        with socket.socket(fileno=reader) as sock:
+            for index, disk in enumerate(media.disks):
+                self.at(f"disk {disk.links[0].path}")
+                found.append(look(sock, index, disk, self.go_on))
+        return found
 
     def read_from_disks(self, message: OpenFiles, envelope: Envelope, media: Media) -> FromDisks:
         """Have the kernel and initrd copied that are on disks of the VM itself.  Raises OperatorError."""

@@ -17,13 +17,13 @@ from vmd.closing import close
 from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.files.boot import BootFiles, open_boot_files
-from vmd.files.diskboot import FromDisks
+from vmd.files.diskboot import FromDisks, NothingToStart
 from vmd.files.images import Use, open_cdrom, open_disk
 from vmd.files.prober import END_TIMEOUT_S, ImageProber, start_probe
 from vmd.memfile import bounded_file
 from vmd.parent import hostports, hostroutes, instances, service
 from vmd.parent.limits import require_room
-from vmd.parent.opening import BOOT_FILE_MAX, IMGBOOT_ENTRY
+from vmd.parent.opening import BOOT_FILE_MAX, IMGBOOT_ENTRY, firmware_needs_disk
 from vmd.privsep.cell import Cell
 
 TYPE_CHECKING = False
@@ -85,6 +85,7 @@ class Examination:
         self.probers = probers
         self.deadline_s = deadline_s
         self.said: dict[object, list[str]] = {}
+        self.codeless: set[str] = set()  # paths of disks on which a BIOS finds nothing to start
         self.left = 0  # images for which there was no time
         self.starting: list[VmConfig] = []  # those that are started with the daemon, so far
         self.users: dict[str, str] = {}  # by path of a disk: who of those has it
@@ -106,8 +107,11 @@ class Examination:
         yield from self.of_boot_files(vm)
         if self.probers is not None:
             images = self.probers[0]
+            needs_code = firmware_needs_disk(vm)
             for disk in vm.disks:
-                yield from self.once(of_disk, disk, images)
+                yield from self.once(self.of_disk, disk, images, needs_code)
+            if needs_code and all(disk.path in self.codeless for disk in vm.disks):
+                yield str(NothingToStart([f"disk {disk.path}" for disk in vm.disks]))
             if vm.cdrom:
                 yield from self.once(of_disc, vm.cdrom, images)
         if vm.enabled:
@@ -152,6 +156,17 @@ class Examination:
                 return []
             prober = self.probers[1]
             return self.once(lambda *_: of_kernel(vm, files, prober), *wanted)
+
+    def of_disk(self, config: "DiskConfig", prober: "Prober", boots: bool) -> list[str]:
+        """Return what a start would say of a disk; with `boots` one that a BIOS cannot start is remembered."""
+        try:
+            disk = open_disk(config, prober, Use(locked=False, boots=boots))
+        except OperatorError as error:
+            return [str(error)]
+        disk.close()
+        if disk.boots is False:
+            self.codeless.add(config.path)
+        return disk.notes
 
     def of_kernel_on_disk(self, vm: "VmConfig") -> list[str]:
         """Return what a start would say of a kernel on a disk of the VM itself, and of its initrd."""
@@ -252,16 +267,6 @@ def of_kernel(vm: "VmConfig", files: "BootFiles", prober: "ImageProber") -> list
     except OperatorError as error:
         return [str(error)]
     return []
-
-
-def of_disk(config: "DiskConfig", prober: "Prober") -> list[str]:
-    """Return what a start would say of a disk."""
-    try:
-        disk = open_disk(config, prober, Use(locked=False))
-    except OperatorError as error:
-        return [str(error)]
-    disk.close()
-    return disk.notes
 
 
 def of_disc(path: str, prober: "Prober") -> list[str]:

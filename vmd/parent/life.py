@@ -195,6 +195,7 @@ class Life:
                 vmid=vm.vmid,
                 config=config,
                 boot_name=opened.boot_name or config.kernel or "boot image",
+                boot_options=opened.boot_options,
                 verbosity=self.core.verbosity,
                 disks=opened.disks,
             )

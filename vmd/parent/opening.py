@@ -14,7 +14,7 @@ import time
 
 from vmd.closing import close_all
 from vmd.config import rules
-from vmd.config.model import Owner
+from vmd.config.model import BootDevice, Owner
 from vmd.errors import HostError, InUse, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
 from vmd.ipc.fence import OUR_FAULT
@@ -51,6 +51,7 @@ HAND_OVER_S = 300.0  # for a VM to fetch its files: it waits for its interfaces,
 SOON_S = 0.1  # for one that was killed to be gone
 AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was killed is buried
 RESERVE_DELAY_S = 0.03  # from the end of one: the VM that is being started needs the processor first
+LET_GO_S = 5.0  # for the locks of an opener that has ended
 AT_A_TIME = 8  # openings of users
 RESIZER_ENTRY = "vmd.images.resize:main"
 IMGBOOT_ENTRY = "vmd.imgboot.main:main"
@@ -77,6 +78,7 @@ class Opened:
         self.files: Files = {}
         self.notes: tuple[str, ...] = ()
         self.boot_name = ""
+        self.boot_options = ""  # of boot(8)
         self.in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has
         self.unused: tuple[str, ...] = ()  # disks that nobody else has, where locks can tell
         self.couriers: list[int] = []  # ends for the VM process
@@ -137,6 +139,7 @@ class Opening:
         self.openers: list[Opener] = []  # that have not answered
         self.given = given
         self.boot_max = BOOT_FILE_MAX
+        self.looks = False  # at disks that no BIOS starts from
         self.opened = Opened()
         self.began_s = 0.0
 
@@ -301,12 +304,12 @@ class Openings:
                 opener.helpers.append(child)
                 fds["resizer"] = [resizer.detach()]
             if job.kernel_at is not None or job.initrd_at is not None:
-                child, reader = self.children.start_probe(self.open_log, entry=IMGBOOT_ENTRY, title="imgboot")
-                opener.helpers.append(child)
-                fds["reader"] = [reader.detach()]
+                fds["reader"] = [self._start_reader(opener)]
                 for name, file in (("kernel", job.kernel_at), ("initrd", job.initrd_at)):
                     if file is not None:
                         fds[f"{name}_memory"] = [bounded_file(name, opening.boot_max)]
+            if job.looks:
+                fds["reader"] = [self._start_reader(opener)]
             if job.given:
                 assert opening.given is not None
                 fds["client"] = [self.core.clients.courier(opening.given.client)]
@@ -321,6 +324,12 @@ class Openings:
         self._watch(opener, ANSWER_S + job.patience_s)
         opener.channel.label = f"opener/{job.name}"
         opener.channel.send(job, fds=fds)
+
+    def _start_reader(self, opener: Opener) -> int:
+        """Have an imgboot for an opener; return what leads to it.  Raises HostError."""
+        child, reader = self.children.start_probe(self.open_log, entry=IMGBOOT_ENTRY, title="imgboot")
+        opener.helpers.append(child)
+        return reader.detach()
 
     def _watch(self, opener: Opener, seconds: float) -> None:
         """Give up an opener that is not heard of for so long."""
@@ -408,6 +417,7 @@ class Openings:
         opened.in_use += message.in_use
         opened.unused += message.unused
         opened.boot_name = opened.boot_name or message.boot_name
+        opened.boot_options = opened.boot_options or message.boot_options
         self._go_on(opening)
 
     def _go_on(self, opening: Opening) -> None:
@@ -429,6 +439,9 @@ class Openings:
         """
         opening = self._of(channel).opening
         assert opening is not None
+        if message.no_code and not opening.looks:
+            self._look(opening)
+            return
         error = OperatorError(message.code, message.text)
         if message.file is not None:
             by, doing, marks = message.by, message.doing, message.marks
@@ -438,6 +451,20 @@ class Openings:
                 return
             error = in_use
         self._fail(opening, error)
+
+    def _look(self, opening: Opening) -> None:
+        """Have the opening fail with what there is on its disks, from which no BIOS starts.
+
+        Only now an imgboot is started: no start of a VM waits for one that is not needed.
+        """
+        opening.looks = True
+        for opener in opening.openers:
+            self._end(opener)
+        opening.openers.clear()
+        opening.opened.close()
+        jobs = [job for job in opening.jobs if job.needs_code]
+        opening.jobs = [job.replace(looks=True, cdrom="", given=(), patience_s=LET_GO_S) for job in jobs]
+        self._begin_one(opening)
 
     def _find_holder(self, opening: Opening, in_use: InUse) -> None:
         """Have the opening fail with the name of who has the file, if there is somebody to name."""
@@ -505,12 +532,21 @@ def jobs_of(config: "VmConfig", *, boots: bool, given: Given | None, patience_s:
         jobs[rights.disks] = job(rights.disks).replace(disks=config.disks)
     if boots and kernel is not None:
         jobs[rights.disks] = jobs[rights.disks].replace(kernel_at=kernel, initrd_at=None if gives else initrd)
+    if boots and firmware_needs_disk(config):
+        jobs[rights.disks] = jobs[rights.disks].replace(needs_code=True)
     if config.cdrom:
         jobs[rights.cdrom] = job(rights.cdrom).replace(cdrom=config.cdrom)
     if given is not None:
         user = given.user if given.user.uid else None
         jobs[user] = job(user).replace(given=given.names, check_given=given.check_mode, copy_max=given.copy_max)
     return list(jobs.values())
+
+
+def firmware_needs_disk(config: "VmConfig") -> bool:
+    """Return whether a VM is started by firmware, and that finds nothing to start but on a disk."""
+    disc = bool(config.cdrom) or config.drive
+    only_disks = config.boot_device is BootDevice.DISK or (not disc and config.boot_device is not BootDevice.CDROM)
+    return not config.kernel and bool(config.disks) and only_disks
 
 
 def identity(user: Owner | None) -> "dict[str, Any]":

@@ -61,14 +61,15 @@ class FromImages:
     """Open boot images, and the names to call them in messages."""
 
     def __init__(
-        self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str, memory_fd: int
+        self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str, memory_fd: int, options: str = ""
     ) -> None:
-        """`memory_fd` is the empty file that becomes the guest's memory."""
+        """`memory_fd` is the empty file that becomes the guest's memory, `options` are those of boot(8)."""
         self.boot_fd = boot_fd
         self.boot_name = boot_name
         self.initrd_fd = initrd_fd
         self.initrd_name = initrd_name
         self.memory_fd = memory_fd
+        self.options = options
         self.start: Start | None = None
 
     def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
@@ -96,6 +97,7 @@ class FromImages:
             cmdline=os.fsencode(config.cmdline),
             rsdp_gpa=rsdp_gpa,
             bootmac=config.nics[0].lladdr if from_network else b"",
+            options=self.options,
         )
         log.debug(self.start.text)
         close(self.boot_fd)

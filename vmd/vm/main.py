@@ -158,7 +158,8 @@ class VmProcess(Process):
             if boot is None:
                 raise PeerError("vmm", "nothing came to boot from")
             assert memory is not None
-            images = FromImages(boot, message.boot_name, initrd, message.config.initrd or "initrd", memory)
+            name, options = message.config.initrd or "initrd", message.boot_options
+            images = FromImages(boot, message.boot_name, initrd, name, memory, options)
             slots = slots_of(message, envelope)
             self.narrow([(slot.kind, slot.module) for slot in slots])
         except (VmdError, OSError) as error:

@@ -8,7 +8,7 @@ from vmd.config.model import DiskFile
 from vmd.ipc.bootmsg import BootFile, Link, asked, pack_error, pack_file, question, unpack_file
 from vmd.ipc.probemsg import ANSWER_MAX
 
-GOOD = pack_file(BootFile(size=1 << 20, name="disk0p2:/vmlinuz", note="is odd"))
+GOOD = pack_file(BootFile(size=1 << 20, name="disk0p2:/vmlinuz", options="sd"))
 
 
 def test_question_comes_back() -> None:
@@ -31,7 +31,7 @@ def test_answers_come_back() -> None:
     [
         b"", b"\n", b"file\n", b"file\x001\0a\n", b"file\0-1\0a\0\n", b"file\x001\0a\0\0\n", b"image\x001\0a\0\n",
         b"file\0" + b"9" * 20 + b"\0a\0\n", b"file\x001\0" + b"a" * 1201 + b"\0\n",
-        b"file\x001\0a\0" + b"b" * 4001 + b"\n",
+        b"file\x001\0a\0x\n", b"file\x001\0a\0sssss\n", b"file\x001\0a\0\xff\n",
         b"error\0a\0b\n", b"error\0" + b"x" * ANSWER_MAX + b"\n", GOOD[:-1],
     ],
 )  # fmt: skip

@@ -32,7 +32,7 @@ class InProcess:
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
 
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+    def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Look at the image, and keep what was asked."""
         self.asked.append((name, format_hint))
         try:
@@ -47,7 +47,7 @@ class Says:
     def __init__(self, answer: Probe) -> None:
         self.answer = answer
 
-    def probe(self, fd: int, name: str, format_hint: str) -> Probe:
+    def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Say it."""
         return self.answer
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from vmd.config.model import Config, DiskConfig, DiskFile, Owner, Rights, VmConfig
+from vmd.config.model import BootDevice, Config, DiskConfig, DiskFile, Owner, Rights, VmConfig
 from vmd.errors import HostError, PeerError, VmdError
 from vmd.fileid import FileId
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
@@ -289,6 +289,43 @@ def test_what_is_on_a_disk_is_read_by_a_process_of_its_own(room: Room) -> None:
     assert channel.fds == {"courier": 1, "probe": 1, "reader": 1, "kernel_memory": 1}
     assert channel.memory == (16 << 20, False)
     assert room.children.entries.count(IMGBOOT_ENTRY) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ({}, True),
+        ({"boot_device": BootDevice.NET}, True),
+        ({"cdrom": "/c"}, False),
+        ({"drive": True}, False),
+        ({"cdrom": "/c", "boot_device": BootDevice.CDROM}, False),
+        ({"cdrom": "/c", "boot_device": BootDevice.DISK}, True),
+        ({"kernel": "/k"}, False),
+        ({"kernel": "disk0:/k"}, False),
+    ],
+)
+def test_where_the_firmware_needs_a_disk(fields: dict[str, Any], needed: bool) -> None:
+    """There it is seen whether it finds something to start; else nobody looks."""
+    config = VmConfig(name="a", disks=(DiskConfig(path="/a"),)).replace(**fields)
+
+    assert any(job.needs_code for job in jobs_of(config, boots=True, given=None, patience_s=0)) == needed
+    assert not any(job.needs_code for job in jobs_of(config, boots=False, given=None, patience_s=0))
+
+
+def test_a_disk_that_no_firmware_starts(room: Room) -> None:
+    """Is looked at once more, by a process that knows file systems, and its sentence is the answer."""
+    room.begin("a")
+    (job,) = room.channel("a").jobs
+    assert (job.needs_code, job.looks, IMGBOOT_ENTRY in room.children.entries) == (True, False, False)
+
+    room.answer("a", NotOpened(code=errno.ENOEXEC, text="no boot sector", no_code=True))
+    assert room.failed == {}
+    (job,) = room.channel("a").jobs
+    assert (job.looks, room.channel("a").fds) == (True, {"courier": 1, "probe": 1, "reader": 1})
+
+    room.answer("a", NotOpened(code=errno.ENOEXEC, text="no boot sector on disk /a: MBR", no_code=True))
+    assert str(room.failed["a"]) == "no boot sector on disk /a: MBR"
+    assert room.at_work == []
 
 
 def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ class OpenFiles(Record):
     initrd: str = ""
     kernel_at: DiskFile | None = None  # on one of `disks`
     initrd_at: DiskFile | None = None
+    needs_code: bool = False  # a BIOS has to find something to start on `disks`
+    looks: bool = False  # ... and does not: the `reader` says what there is
     given: tuple[str, ...] = ()  # kernel, initrd
     check_given: bool = False  # whether the user may read it, by its mode
     copy_max: int = 0  # bytes; the opener makes no file larger
@@ -71,6 +73,7 @@ class FilesOpened(Record):
     files: tuple[OpenedFile, ...] = ()
     notes: tuple[str, ...] = ()  # sentences that the operator should read
     boot_name: str = ""  # of the kernel or firmware, for messages
+    boot_options: str = ""  # of boot(8), where /etc/boot.conf on a disk gives some
     in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has; they are not open
     unused: tuple[str, ...] = ()  # disks that nobody has, though storage could tell
 
@@ -89,3 +92,4 @@ class NotOpened(Record):
     by: str = ""
     doing: str = ""
     marks: tuple[int, ...] = ()
+    no_code: bool = False  # there was nothing to start, as `needs_code` has it

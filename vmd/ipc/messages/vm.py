@@ -51,6 +51,7 @@ class StartVm(Record):
     verbosity: int
     disks: tuple[DiskImages, ...] = ()
     nics: tuple[NicLink, ...] = ()
+    boot_options: str = ""  # of boot(8), for an OpenBSD kernel
 
 
 @message(0x61, FROM_VM, fds=("process?", "figures?"))

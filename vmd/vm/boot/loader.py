@@ -38,11 +38,13 @@ def load(
     cmdline: bytes = b"",
     rsdp_gpa: int = 0,
     bootmac: bytes = b"",
+    options: str = "",
 ) -> "Start":
     """Put kernel or firmware, and what it is told, into guest memory, and return how vCPU 0 starts.
 
     Descriptors stay the caller's; their file positions are not used.  `rsdp_gpa` 0 says that there are no
     ACPI tables; `bootmac` is the address of the first NIC when the boot device is the network, else empty.
+    `options` are those of boot(8), without the hyphen.
 
     Raises:
         ImageError: a file is not bootable, damaged or too large for this guest; memory is half written then.
@@ -50,7 +52,14 @@ def load(
     """
     image = Image(kernel_fd, name)
     initrd = Image(initrd_fd, initrd_name) if initrd_fd is not None else None
-    boot = Boot(memory_bytes=memory_bytes, cmdline=cmdline, initrd=initrd, rsdp_gpa=rsdp_gpa, bootmac=bootmac)
+    boot = Boot(
+        memory_bytes=memory_bytes,
+        cmdline=cmdline,
+        initrd=initrd,
+        rsdp_gpa=rsdp_gpa,
+        bootmac=bootmac,
+        options=options,
+    )
     kind = kind_of(image)
     if kind is not Kind.GZIP:
         return _load_plain(memory, image, kind, boot)

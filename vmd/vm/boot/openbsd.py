@@ -75,6 +75,7 @@ BIOS_CONSDEV = Struct("<iiQiIii")
 COM0 = 8 << 8 | 0  # makedev(8, 0)
 CONSOLE_BAUD = 115200
 
+HOWTO = {"a": 0x001, "s": 0x002, "d": 0x040, "c": 0x400}  # sys/sys/reboot.h: ask for the root, single, ddb, config
 BOOTARG_APIVER = 0x0E  # vector of arguments, environment, memory map in bytes
 BOOTDEV_SD0A = 0xA0000000 | 4  # B_DEVMAGIC, major number of sd(4)
 STACK = Struct("<8I")
@@ -124,7 +125,7 @@ def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
     arguments = _bootargs(boot)
     memory.write(BOOTARGS_PAGE, arguments)
     stack = STACK.pack(
-        0,  # howto: no boot flags
+        sum(HOWTO.get(letter, 0) for letter in set(boot.options)),
         BOOTDEV_SD0A,
         BOOTARG_APIVER,
         end,

@@ -155,6 +155,7 @@ class Boot(Record):
     cmdline: bytes = b""
     initrd: "Image | None" = None
     rsdp_gpa: int = 0  # 0: there are no ACPI tables
+    options: str = ""  # of boot(8), without the hyphen
     bootmac: bytes = b""  # address of the first NIC when the boot device is the network
 
 
