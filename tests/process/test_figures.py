@@ -1,5 +1,6 @@
 """What VMs have done and use, by a daemon that counts, compared with what the host and the guest know."""
 
+import json
 import os
 import re
 import time
@@ -175,6 +176,32 @@ def test_a_disk_counts_what_its_guest_does(vmd: NetDaemon) -> None:
     assert (counted["write_requests"], counted["write_bytes"]) == (40, 40 << 16)
     vmd.must("stop", "-fw", "blk")
     assert not figures(vmd, "blk").disks[0].counted
+
+
+@pytest.mark.deep
+def test_a_disk_that_waits_for_its_limits_is_one_event(vmd: NetDaemon) -> None:
+    """However often it waits; and none for what it does without a limit."""
+    conf = vmd.conf.read_text()
+    line = f'"{vmd.directory}/busy.raw" format raw'
+    vmd.conf.write_text(conf.replace(line, f"{line} limit iops 40") + "\n")
+    vmd.must("reload")
+    vmd.must("start", "blk")
+    deadline_s, after = time.monotonic() + 2 * DEADLINE_S, 0
+    with vmd.console("blk") as console:
+        while after < 2:
+            console.expect("ready", DEADLINE_S)
+            console.type("randread bytes=4096 depth=4 count=400 piece=4096 asleep\r")
+            console.expect("done 400 requests", DEADLINE_S)
+            heard = [json.loads(line) for line in vmd.must("events", "-l", "--json", "blk").splitlines()]
+            found = [event for event in heard if event["event"] == "throttled"]
+            after += bool(found)
+            assert time.monotonic() < deadline_s
+    (event,) = found
+    assert event["device"] == "disk0"
+    assert re.fullmatch(r"limit iops 40: has waited for \d+\.\d s of the last \d+", event["text"])
+    vmd.must("stop", "-fw", "blk")
+    vmd.conf.write_text(conf)
+    vmd.must("reload")
 
 
 def test_a_disk_waits_for_its_limits_and_counts_that(vmd: NetDaemon) -> None:

@@ -14,6 +14,8 @@ from vmd.parent import groups
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmd.config.model import VmConfig
     from vmd.parent.peers import Peers
     from vmd.parent.vmtable import Vm
@@ -26,11 +28,13 @@ class Bounds:
 
     def __init__(self, peers: "Peers") -> None:
         self.peers = peers
+        self.on_limits: Callable[[], None] = lambda: None  # called when a VM that runs may have limits
         self._said: set[str] = set()  # sentences that are in the log already
 
     def begin(self, vm: "Vm") -> list[str]:
         """A VM begins to run: limit its control group.  Its devices know theirs.  Returns what is not limited."""
         limits = (vm.running_config or vm.config).limit
+        self.on_limits()
         return self._limit(vm, limits) if vm.pid and limits != VmLimits() else []
 
     def change(self, vm: "Vm", wanted: "VmConfig") -> list[str]:
@@ -46,6 +50,7 @@ class Bounds:
         if now == before:
             return []
         self.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
+        self.on_limits()
         notes = self._limit(vm, now.limit) if now.limit != before.limit and vm.pid else []
         return [f"vm {vm.name}: its new limits count from now on", *(f"vm {vm.name}: {note}" for note in notes)]
 

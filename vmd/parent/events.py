@@ -38,8 +38,9 @@ OF_A_LIFE = (
 )  # fmt: skip
 OF_DISKS = ("snapshot", "resize", "cdrom")
 OF_DEVICES = ("lease", "trouble", "mended", "fault")  # that the process of a VM tells of
+OF_LIMITS = ("throttled",)
 LOST = "lost"
-WORDS = (*OF_THE_DAEMON, *OF_A_LIFE, *OF_DISKS, *OF_DEVICES, LOST)
+WORDS = (*OF_THE_DAEMON, *OF_A_LIFE, *OF_DISKS, *OF_DEVICES, *OF_LIMITS, LOST)
 
 
 class Events:

@@ -132,6 +132,7 @@ from vmd.parent.report import brief_errors, log_errors
 from vmd.parent.snapshots import Snapshots
 from vmd.parent.status import Status
 from vmd.parent.store import Store
+from vmd.parent.throttles import Throttles
 from vmd.parent.transfers import Transfers
 from vmd.parent.truth import Truth
 from vmd.parent.upgrade import Upgrade
@@ -244,6 +245,8 @@ class Parent(Process):
         self.vmms.on_failure, self.vmms.on_silent = self.fail, self.stop_waiting
         self.upgrade = Upgrade(core, self.generations, self.lasting, self.life)
         figures = Figures(core, self.network)
+        self.throttles = Throttles(core)
+        self.life.bounds.on_limits = self.throttles.begin
         self.agentx = Agentx(core, figures, self.attach)
         self.metrics = Metrics(core, figures, self.attach)
         self.configuration.on_effect = self.on_effect
@@ -349,6 +352,7 @@ class Parent(Process):
         self.on_ready()
         self.metrics.configure(self.core.config.settings)
         self.adoption.when_serving()
+        self.throttles.begin()
         self.life.start_batch()
         if self.truth is None:
             return

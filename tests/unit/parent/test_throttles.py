@@ -1,0 +1,125 @@
+"""What waits for its limits is told once, until it has not waited for a while."""
+
+import itertools
+import os
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.parent.test_figures import Parent
+from vmd.config.model import DiskConfig, NicConfig, VmLimits
+from vmd.ipc import devmsg
+from vmd.ipc.figures import GroupFigures
+from vmd.memfile import sealed_file
+from vmd.parent import throttles
+from vmd.parent.throttles import LEAST_NS, QUIET_LOOKS, Throttles
+
+KINDS = {"vioblk": ("disk", "throttled_ns"), "vionet": ("interface", "tx_throttled_ns")}
+
+
+class Clock:
+    """The clock; ten seconds pass between two looks."""
+
+    def __init__(self) -> None:
+        self.times = itertools.count(1000.0, 10.0)
+
+    def monotonic(self) -> float:
+        """Return the time of the next look."""
+        return next(self.times)
+
+
+class Watched(Parent):
+    """A parent with VM a, which runs and has limits, and what its devices have counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.cpu_ns = 0
+        monkeypatch.setattr(throttles, "time", Clock())
+        monkeypatch.setattr(throttles, "group_of", lambda _mounts, _pid: GroupFigures(throttled_ns=self.cpu_ns))
+        self.page = sealed_file("figures", devmsg.FIGURES_BYTES)
+        self.vm = self.core.vms.get(0, "a")
+        self.vm.config = self.vm.config.replace(
+            disks=(DiskConfig(path="/a"), DiskConfig(path="/b", iops_limit=40, rate_limit=32 << 20)),
+            nics=(NicConfig(rate_limit=5 << 20), NicConfig()),
+            limit=VmLimits(cpu_percent=150),
+        )
+        self.vm.begin_start(0)
+        self.vm.begin_run(os.getpid())
+        self.vm.figures = self.page
+        self.room_of_limits = Throttles(self.core)
+
+    def wait(self, slot: int, kind: str, index: int, waited_ns: int) -> None:
+        """Have a device say for how long it has waited in its life."""
+        names = devmsg.FIGURES[kind]
+        values = [waited_ns if name == KINDS[kind][1] else 0 for name in names]
+        number = devmsg.FIGURES_KINDS.index(kind) + 1
+        raw = struct.pack(f"<{3 + len(values)}Q", number, index, len(values), *values)
+        os.pwrite(self.page, raw, slot * devmsg.FIGURES_SLOT_BYTES)
+
+    def look(self) -> list[tuple[str, str]]:
+        """Look once more; return the events that come of it."""
+        before = list(self.core.events._past)
+        self.later.pop(0)()
+        return [(event.device, event.text) for event in list(self.core.events._past)[len(before) :]]
+
+
+@pytest.fixture
+def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """Give one that has looked once."""
+    made = Watched(monkeypatch)
+    made.room_of_limits.begin()
+    yield made
+    os.close(made.page)
+
+
+def test_what_waits_is_told_once(parent: Watched) -> None:
+    """Each by its name and limit; what has none, and what has hardly waited, is not spoken of."""
+    parent.wait(0, "vioblk", 1, 3_200_000_000)
+    parent.wait(1, "vioblk", 0, 3_200_000_000)
+    parent.wait(2, "vionet", 0, LEAST_NS - 1)
+    parent.wait(3, "vionet", 1, 9_000_000_000)
+    assert parent.look() == [("disk1", "limit iops 40 rate 32.0M: has waited for 3.2 s of the last 10")]
+
+    parent.cpu_ns = 500_000_000
+    parent.wait(0, "vioblk", 1, 9_000_000_000)
+    parent.wait(2, "vionet", 0, 2 * LEAST_NS)
+    assert parent.look() == [
+        ("", "limit cpu 150%: has waited for 0.5 s of the last 10"),
+        ("interface0", "limit rate 5.0M: has waited for 0.1 s of the last 10"),
+    ]
+    parent.cpu_ns *= 2
+    parent.wait(0, "vioblk", 1, 10_000_000_000)
+    assert parent.look() == []
+
+
+def test_it_is_told_again_after_a_while_without(parent: Watched) -> None:
+    """Not after one look without; another life of the guest begins to count anew."""
+    waited_ns = 0
+    heard = []
+    for waits in (True, *[False] * (QUIET_LOOKS - 1), True, *[False] * QUIET_LOOKS, True):
+        waited_ns += LEAST_NS * waits
+        parent.wait(0, "vioblk", 1, waited_ns)
+        heard.append(len(parent.look()))
+    assert heard == [1] + [0] * QUIET_LOOKS + [0] * QUIET_LOOKS + [1]
+
+    parent.wait(0, "vioblk", 1, 0)
+    assert parent.look() == []
+    parent.wait(0, "vioblk", 1, LEAST_NS)
+    assert len(parent.look()) == 1
+
+
+def test_nobody_looks_where_there_are_no_limits(parent: Watched) -> None:
+    """Nor when the last VM that has some is gone; one more begins it, and only once."""
+    parent.room_of_limits.begin()
+    assert len(parent.later) == 1
+    config = parent.vm.config
+    parent.vm.config = config.replace(disks=(), nics=(), limit=VmLimits(memory_bytes=1 << 30, weight=5))
+    assert parent.look() == []
+    assert not parent.later
+    parent.room_of_limits.begin()
+    assert not parent.later
+    parent.vm.config = config
+    parent.room_of_limits.begin()
+    parent.room_of_limits.begin()
+    assert len(parent.later) == 1
