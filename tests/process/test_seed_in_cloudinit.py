@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.support.cloudinit import booted
-from tests.support.seeds import HASH, LLADDR, public_key, seed_file, usual
+from tests.support.seeds import HASH, LLADDR, NASTY, public_key, seed_file, usual
 from vmd.seed.documents import instance_id, network_config, seed_files, seed_image
 from vmd.seed.parts import Interface, SeedParts
 
@@ -70,7 +70,7 @@ MADE = [
     ROOT,
     usual(user="", keys=()),
     usual(hostname=""),
-    usual(keys=tuple(seed_file(public_key(comment=text)) for text in ("no", ": #", '"\\', "\u00e4\U0001f600", ""))),
+    usual(keys=tuple(seed_file(public_key(comment=text)) for text in NASTY if text.isprintable())),
     SeedParts(vm="x"),
 ]  # fmt: skip
 

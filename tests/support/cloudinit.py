@@ -31,6 +31,7 @@ MODULES = "usr/lib/python3/dist-packages"
 CONFIG = """\
 datasource_list: [NoCloud, None]
 disable_root: true
+ssh_deletekeys: false
 ssh_genkeytypes: [ed25519]
 users: [default]
 cloud_init_modules: [set_hostname, update_hostname, update_etc_hosts, users-groups, ssh]

@@ -26,6 +26,7 @@ KINDS = {"eni": "debian", "netplan": "ubuntu", "networkd": "arch", "sysconfig": 
 MOUNTS = "/proc/self/mountinfo"
 CLOUD = Path("/etc/cloud")
 INSTANCE = Path("/var/lib/cloud/instance")
+HOST_KEY = Path("/etc/ssh/ssh_host_ed25519_key")
 LOG = Path("/var/log/cloud-init.log")
 
 
@@ -75,6 +76,8 @@ def configure(work: str, config: str) -> None:
     Path(CLOUD, "cloud.cfg").write_text(config)
     shutil.rmtree("/var/lib/cloud", ignore_errors=True)
     LOG.unlink(missing_ok=True)
+    HOST_KEY.parent.mkdir(exist_ok=True)
+    HOST_KEY.touch()  # so that none is made
 
 
 def interfaces(addresses: dict[str, str]) -> None:

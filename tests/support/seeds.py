@@ -8,6 +8,14 @@ from vmd.seed.parts import Interface, SeedFile, SeedParts
 LLADDR = bytes.fromhex("fee1bad00001")
 HASH = "$6$saltsalt$yX1Y8JvE5Qq6tG0jO6o0fQ1Y4c1mT0sFv3f8o2oG3Zr4q1yA5X6i8m7a9V0bXhQk1dC2eR3tYu4iOp5aSd6fG"
 
+# What YAML, a shell or a terminal could take for something else.
+NASTY = (
+    "", "no", "yes", "on", "~", "null", "1e3", "0x10", "0o17", "12:30:45", "2001-01-01", "1_000", "=", "<<",
+    "- a", "? b", ": c", "a: b", "#d", "a #e", "&f", "*g", "!h", "|", ">", "%i", "@j", "`k", "'", '"', "\\", "\\n",
+    '"\\"', "{", "}", "[", "]", ",", " l ", "\t", "a\nb", "\r\n", "\0", "\x1b[0m", "\x7f", "\x85", "\xa0", "\u2028",
+    "\ufeff", "\uffff", "\U0001f600", "---", "...", "--- a", "{{ ds }}", "${x}", "a" * 5000,
+)  # fmt: skip
+
 
 def public_key(kind: str = "ssh-ed25519", comment: str = "me@host", *, blob: bytes = bytes(32)) -> str:
     """Return a key as ssh-keygen(1) writes it, which nobody has the other half of."""

@@ -8,18 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.support.seeds import HASH, LLADDR, public_key, seed_file, usual
+from tests.support.seeds import HASH, LLADDR, NASTY, public_key, seed_file, usual
 from vmd.ipc.imsg import pack, unpack
 from vmd.seed.documents import notes, quoted, seed_files, seed_image, yaml
 from vmd.seed.parts import FILE_MAX, Interface, SeedError, SeedFile, SeedParts
 
 LOAD = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout)"
-NASTY = (
-    "", "no", "yes", "on", "~", "null", "1e3", "0x10", "0o17", "12:30:45", "2001-01-01", "1_000", "=", "<<",
-    "- a", "? b", ": c", "a: b", "#d", "a #e", "&f", "*g", "!h", "|", ">", "%i", "@j", "`k", "'", '"', "\\", "\\n",
-    '"\\"', "{", "}", "[", "]", ",", " l ", "\t", "a\nb", "\r\n", "\0", "\x1b[0m", "\x7f", "\x85", "\xa0", "\u2028",
-    "\ufeff", "\uffff", "\U0001f600", "---", "...", "--- a", "{{ ds }}", "${x}", "a" * 5000,
-)  # fmt: skip
 
 
 def load(text: str | bytes) -> object:
