@@ -229,10 +229,8 @@ class Ext:
         if self._flags(directory) & INLINE:
             content = self._inline(directory)
             return self._entry_in(content[4:MAP_BYTES], name) or self._entry_in(content[MAP_BYTES:], name)
-        for first, place, count in self._runs(directory):
+        for _, place, count in self._runs(directory):
             for number in range(count):
-                if (first + number) * self.block_bytes >= directory.size:
-                    return 0
                 if found := self._entry_in(self.block(place + number), name):
                     return found
         return 0

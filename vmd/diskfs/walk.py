@@ -165,12 +165,10 @@ def pieces_of(
 ) -> "Iterator[tuple[int, bytes]]":
     """Yield a file's bytes from its runs: (offset in the file, offset on the source, length), in bytes, ascending.
 
-    Runs that are side by side are read together.  Raises DiskFsError, also for runs that are not in order.
+    Runs that are side by side are read together.  Raises DiskFsError.
     """
     at = start = length = 0
     for offset, begin, more in runs:
-        if offset < at + length:
-            raise DiskFsError(f"its blocks are not in order at {offset}")
         if offset == at + length and begin == start + length:
             length += more
         else:

@@ -157,7 +157,17 @@ def test_links(tmp_path: Path) -> None:
         assert refusal(disk, "/a/b").endswith("/a/b: is a directory")
         assert refusal(disk, "/a/b/file/c").endswith("/a/b/file is a file, where a directory is needed")
         assert refusal(disk, "/" + "x" * 300).endswith("x...")
+        assert refusal(disk, "/up/..").endswith("/up/..: is a directory")
         assert "a path of 5000 bytes, where 4096 are the most" in refusal(disk, "/" * 5000)
+
+
+def test_directories_have_a_bound(tmp_path: Path) -> None:
+    """Of those that are inside one another, 256 are walked through."""
+    plant(tmp_path / "tree", {"d/" * 255 + "file": Content(3), "e" + "/d" * 256 + "/file": Content(3)})
+    disk = opened_file(ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4"))
+
+    assert disk.find("/d" * 255 + "/file").size == 3
+    assert "more than 256 directories inside one another" in refusal(disk, "/e" + "/d" * 256 + "/file")
 
 
 def test_names_of_a_guest_are_shown_on_one_line(tmp_path: Path) -> None:

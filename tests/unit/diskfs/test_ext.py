@@ -1,6 +1,7 @@
 """Files of ext2, ext3 and ext4 are what mke2fs, e2fsck and the kernel have made of them."""
 
 import os
+import struct
 import subprocess
 from pathlib import Path
 
@@ -116,6 +117,38 @@ def test_hashed_directory_is_read(tmp_path: Path, variant: str) -> None:
         disk.find("/many/file99999")
 
 
+FAR = {
+    "meta_bg": ("-O", "meta_bg,^resize_inode,^has_journal"),
+    "meta_bg from its second block on": ("-O", "^has_journal"),
+    "meta_bg, old descriptors": ("-O", "meta_bg,^resize_inode,^has_journal,^64bit"),
+    "meta_bg, superblocks everywhere": ("-O", "meta_bg,^resize_inode,^has_journal,^sparse_super"),
+    "meta_bg, descriptors as large as blocks": ("-O", "meta_bg,^resize_inode,^has_journal", "-E", "desc_size=1024"),
+    "meta_bg, two more superblocks": ("-O", "meta_bg,^resize_inode,^has_journal,sparse_super2"),
+    "meta_bg, clusters": ("-O", "meta_bg,^resize_inode,^has_journal,bigalloc", "-C", "2048"),
+    "descriptors side by side": ("-O", "^has_journal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", FAR)
+def test_inodes_of_all_groups_are_found(tmp_path: Path, variant: str) -> None:
+    """Where the blocks with their descriptors are depends on which groups have a copy of the superblock."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for number in range(900):
+        (folder / f"{number}").write_bytes(b"%d" % number)
+    options = ("-t", "ext4", "-b", "1024", "-g", "256", "-N", "1024", *FAR[variant])
+    image = ext_image(tmp_path / "image", folder, *options, size=16 * MIB)
+    if "second" in variant:
+        run("debugfs", "-w", "-R", "feature meta_bg", image)
+        run("debugfs", "-w", "-R", "set_super_value first_meta_bg 100", image)
+
+    disk = opened_file(image)
+
+    files = {number: disk.find(f"/{number}") for number in range(0, 900, 17)}
+    assert len({file.node.number // 16 for file in files.values()}) > 40  # groups
+    assert {number: file.content(9) for number, file in files.items()} == {number: b"%d" % number for number in files}
+
+
 def test_names_that_are_gone_are_not_found(tmp_path: Path) -> None:
     """Their bytes are still in the directory."""
     plant(tmp_path / "tree", {"boot/old": Content(5, ((0, 5),)), "boot/kept": Content(5, ((0, 5),))})
@@ -173,7 +206,7 @@ def journalled(image: Path, script: str, path: str = "/a") -> bytes:
 @pytest.fixture
 def with_journal(tmp_path: Path) -> tuple[Path, str]:
     """A file system with a file of 10 bytes, and the number of its block."""
-    plant(tmp_path / "tree", {"a": Content(10, ((0, 10),))})
+    plant(tmp_path / "tree", {"a": Content(10, ((0, 10),)), "b": Content(9000, ((0, 9000),))})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
     (tmp_path / "one").write_bytes(b"first once".ljust(1024, b"1"))
     (tmp_path / "two").write_bytes(b"then again".ljust(1024, b"2"))
@@ -190,6 +223,24 @@ def test_the_last_of_several_transactions_counts(tmp_path: Path, with_journal: t
     assert journalled(image, f"jo\n{two}jc\n") == b"then again"
     assert journalled(image, f"jo\njw -r {block}\njc\n") == before
     assert journalled(image, f"jo\n{one}jc\n") == b"first once"
+
+
+def test_the_blocks_of_a_file_that_are_not_in_the_journal_are_its_own(
+    tmp_path: Path, with_journal: tuple[Path, str]
+) -> None:
+    """One in the middle of an extent is, and one that is escaped at the end of the file."""
+    image, _ = with_journal
+    before = opened_file(image).find("/b").content(9000)
+    blocks = run("debugfs", "-R", "blocks /b", image).split()
+    (tmp_path / "escaped").write_bytes(b"\xc0\x3b\x39\x98 of a journal".ljust(1024, b"3"))
+    script = f"jo\njw -b {blocks[4]} {tmp_path}/one\njw -b {blocks[8]} {tmp_path}/escaped\njc\n"
+    run("debugfs", "-w", "-f", "-", image, stdin=script)
+
+    after = opened_file(image).find("/b").content(9000)
+
+    assert after[4096:5120] == b"first once".ljust(1024, b"1")
+    assert after[8192:] == b"\xc0\x3b\x39\x98 of a journal".ljust(808, b"3")
+    assert after[:4096] + after[5120:8192] == before[:4096] + before[5120:8192]
 
 
 def test_a_transaction_without_its_end_does_not_count(tmp_path: Path, with_journal: tuple[Path, str]) -> None:
@@ -278,3 +329,117 @@ def test_an_extent_that_was_not_written_is_zeroes(tmp_path: Path) -> None:
     raw[nine : nine + 2] = b"\x09\x80"
 
     assert opened(raw).find("/a").content(9000) == bytes(9000)
+
+
+def inode_of(path: str, raw: bytes | bytearray) -> int:
+    """Return where an inode begins."""
+    node = opened(raw).find(path).node
+    assert raw.count(node.raw) == 1
+    return raw.index(node.raw)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (4, b"\xff\xff", "has 65535 bytes, and 150 of them in its inode"),
+        (128 + 32, bytes(4), "has 150 bytes, and 60 of them in its inode"),
+        (128 + 32 + 4 + 1, b"\x06", "has 150 bytes, and 60 of them in its inode"),
+        (128 + 32 + 4 + 2, b"\xf0\xff", "its inode is damaged: system.data is not inside"),
+        (128 + 32 + 4 + 4, b"\x01", "its inode is damaged: system.data is not inside"),
+    ],
+)
+def test_inline_data_that_is_not_there_is_said(tmp_path: Path, at: int, value: bytes, said: str) -> None:
+    """Less of it than the file is long, in an attribute that is not there, or elsewhere."""
+    plant(tmp_path / "tree", {"a": Content(150, ((0, 150),))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "inline_data", "-I", "512")
+    raw = bytearray(image.read_bytes())
+    begin = inode_of("/a", raw)
+    assert opened(raw).find("/a").content(150) == Content(150, ((0, 150),)).pieces()[0][1]
+    raw[begin + at : begin + at + len(value)] = value
+
+    with pytest.raises(DiskFsError) as refused:
+        opened(raw).find("/a").content(1 << 20)
+
+    assert refused.value.what == said
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (0, b"\0", "its tree of extents is damaged"),
+        (2, b"\5", "its tree of extents is damaged: 5 entries in 60 bytes"),
+        (6, b"\6", "its tree of extents is damaged"),
+        (6, b"\1", "points to block "),
+        (24, b"\0", "its extents are not in order at block 0"),
+        (28, b"\xff\x7f", "points to block "),
+        (18, b"\1", "points to block "),
+        (20, b"\xff\xff\xff\xff", "points to block "),
+    ],
+)
+def test_a_damaged_tree_of_extents_is_said(tmp_path: Path, at: int, value: bytes, said: str) -> None:
+    """Its head, its order, and where it leads."""
+    plant(tmp_path / "tree", {"a": Content(40 * MIB, ((0, 3000), (30 * MIB, 3000)))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
+    raw = bytearray(image.read_bytes())
+    begin = inode_of("/a", raw) + 40
+    raw[begin + at : begin + at + len(value)] = value
+    if at == 24:
+        raw[begin + 24 : begin + 28] = bytes(4)
+
+    with pytest.raises(DiskFsError) as refused:
+        list(opened(raw).find("/a").pieces())
+
+    assert refused.value.what.startswith(said)
+
+
+def test_names_that_are_gone_from_a_block_of_64_kib(tmp_path: Path) -> None:
+    """Its length does not fit in the field that has it."""
+    plant(tmp_path / "tree", {"a": Content(3)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "65536", "-O", "^metadata_csum")
+    raw = bytearray(image.read_bytes())
+    at = raw.index(b"\x02\0\0\0\x0c\0\1\2.\0\0\0")
+    for length in (65535, 0):
+        raw[at : at + 12] = struct.pack("<IHBB4x", 0, length, 0, 0)
+        with pytest.raises(NoSuchFile):
+            opened(raw).find("/a")
+
+
+@pytest.mark.root
+def test_what_the_kernel_has_written_is_read(tmp_path: Path) -> None:
+    """With its own hashed directories, trees of extents, ranges that were allocated or given back, and links."""
+    plant(tmp_path / "tree", {"first": Content(3)})
+    options = ("-t", "ext4", "-b", "1024", "-O", "inline_data", "-I", "256")
+    image = ext_image(tmp_path / "image", tmp_path / "tree", *options, size=32 * MIB)
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    run("mount", "-o", "loop", image, mount)
+    try:
+        tree: Tree = {
+            "scattered": Content(4 * MIB, tuple((at * 4096, 1024) for at in range(1000)), 1),
+            "long": Content(700_000, ((0, 700_000),), 2),
+            **{f"links/l{length}": Link("/" * (length - 4) + "long") for length in (5, 59, 60, 61, 160, 1023)},
+            **{f"many/{number}{'n' * 50}": Content(9, ((0, 9),), number) for number in range(1500)},
+        }
+        plant(mount, tree)
+        (mount / "punched").write_bytes(b"x" * 100_000)
+        run("fallocate", "-p", "-o", "20480", "-l", "40960", mount / "punched")
+        run("fallocate", "-l", "500000", mount / "allocated")
+        for number in range(0, 1500, 2):
+            (mount / f"many/{number}{'n' * 50}").unlink()
+        # It may be mounted still where a process has a copy of our mounts; then its end is in the journal.
+        run("sync", "-f", mount)
+    finally:
+        run("umount", mount)
+
+    disk = opened_file(image)
+
+    gone = {f"many/{number}{'n' * 50}" for number in range(0, 1500, 2)}
+    check_tree(disk, {path: what for path, what in tree.items() if path not in gone})
+    for path in sorted(gone)[::50]:
+        with pytest.raises(NoSuchFile):
+            disk.find("/" + path)
+    for path in tree:
+        if path.startswith("links/"):
+            check_content(disk, path, Content(700_000, ((0, 700_000),), 2))
+    assert disk.find("/punched").content(100_000) == b"x" * 20480 + bytes(40960) + b"x" * (100_000 - 61440)
+    assert disk.find("/allocated").content(500_000) == bytes(500_000)
