@@ -9,7 +9,7 @@ Everything that comes out is DiskFsError with a sentence, and the work for one d
 
 from vmd.diskfs import ext, ffs, foreign, walk
 from vmd.diskfs.partitions import Partition, has_boot_code, read_table
-from vmd.diskfs.source import DiskFsError, NoSuchFile, Source, Store
+from vmd.diskfs.source import DiskFsError, NoSuchFile, Source, Store, printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Disk:
         said = "; ".join(map(str, refusals[:NAMED_MAX]))
         more = f"; and {len(refusals) - NAMED_MAX} more" if len(refusals) > NAMED_MAX else ""
         missing = all(isinstance(refusal, NoSuchFile) for refusal in refusals)
-        raise (NoSuchFile if missing else DiskFsError)(f"no partition has {path}: {said}{more}")
+        raise (NoSuchFile if missing else DiskFsError)(f"no partition has {printable(path)}: {said}{more}")
 
     def describe(self) -> str:
         """Return what is on the disk, for people: its partition table and its file systems.  Raises nothing."""
@@ -78,7 +78,7 @@ class Disk:
                 return partition
         names = ", ".join(partition.name for partition in self.table.partitions[:NAMED_MAX])
         has = f"its {self.table.kind} has {names or 'none'}" if self.table.kind else "it has no partition table"
-        raise DiskFsError(self.table.problem or f"there is no partition {name}: {has}")
+        raise DiskFsError(self.table.problem or f"there is no partition {printable(name)}: {has}")
 
     def _candidates(self) -> list[Partition]:
         """Return where files may be, none twice, though an MBR and a disklabel may both tell of it."""

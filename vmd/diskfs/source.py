@@ -22,10 +22,14 @@ WORK_MAX = 1 << 21
 SHOWN_MAX = 100
 
 
+def printable(text: str) -> str:
+    """Return a text for a sentence: on one line, whatever is in it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(name: bytes) -> str:
-    """Return a name from a disk for a sentence: on one line, printable, and not too long."""
-    text = name[: SHOWN_MAX + 1].decode(errors="backslashreplace")
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Return a name from a disk for a sentence: on one line, and not too long."""
+    text = printable(name[: SHOWN_MAX + 1].decode(errors="backslashreplace"))
     return text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "..."
 
 
@@ -52,7 +56,7 @@ class DiskFsError(VmdError):
         place = self.partition
         if self.filesystem:
             place = f"{place} ({self.filesystem})" if place else self.filesystem
-        return ": ".join(part for part in (place, self.path, self.what) if part)
+        return ": ".join(part for part in (place, printable(self.path), self.what) if part)
 
 
 class NoSuchFile(DiskFsError):

@@ -101,7 +101,10 @@ def find(filesystem: "FileSystem", path: str) -> File:
         DiskFsError: it is no file, or something on the way to it cannot be read.
     """
     try:
-        node = _walk(filesystem, path.encode(errors="surrogateescape"))
+        try:
+            node = _walk(filesystem, path.encode(errors="surrogateescape"))
+        except UnicodeEncodeError:
+            raise NoSuchFile("no name of a file is like that") from None
         if node.kind != FILE:
             raise DiskFsError(f"is {node.kind}")
         if node.size > FILE_MAX:

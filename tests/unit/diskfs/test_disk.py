@@ -181,6 +181,18 @@ def test_names_of_a_guest_are_shown_on_one_line(tmp_path: Path) -> None:
     assert len(said) < 250
 
 
+def test_paths_may_be_of_any_bytes(tmp_path: Path, images: dict[str, bytes]) -> None:
+    """As the command line has them; a sentence has them on one line."""
+    plant(tmp_path / "tree", {"k\udcff\n": Content(3)})
+    disk = opened_file(ffs_image(tmp_path / "image", tmp_path / "tree"))
+    assert disk.find("/k\udcff\n").size == 3
+    two = opened(gpt_disk(Part(64, images["ext2"]), Part(4096, images["ext4"])))
+    for each in (disk, two):
+        for path in ("/\udcfe\n", "/\ud800", "/\0", "/\x1b", "/k\udcff\n/a"):
+            assert refusal(each, path).isprintable()
+        assert refusal(each, "/a", "\n").isprintable()
+
+
 def test_a_small_file_has_a_bound(images: dict[str, bytes]) -> None:
     """That of who reads it."""
     with pytest.raises(DiskFsError, match=r"\(ext4\): /vmlinuz: has 9000 bytes, where 100 are the most$"):

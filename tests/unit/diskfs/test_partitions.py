@@ -1,7 +1,9 @@
 """Partition tables are read as Linux and OpenBSD read them, and what makes no sense is named."""
 
+import json
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,9 @@ from tests.support.filesystems import (
     mbr_disk,
     openbsd_disk,
     opened,
+    opened_file,
     put,
+    run,
 )  # fmt: skip
 from vmd.diskfs.partitions import Partition, Table
 from vmd.diskfs.source import DiskFsError
@@ -209,3 +213,27 @@ def test_boot_code() -> None:
     assert opened(raw).has_boot_code
     raw[510] = 0
     assert not opened(raw).has_boot_code
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "label: dos\nsize=2MiB\nsize=1MiB, type=82\nsize=3MiB, bootable\n",
+        "label: dos\nsize=1MiB\ntype=5\nsize=1MiB\nsize=2MiB\nsize=1MiB\n",
+        "label: dos\n3: size=1MiB\n1: size=4MiB, type=f\n5: size=512KiB\n6: size=512KiB\n",
+        "label: gpt\nsize=2MiB\n4: size=1MiB, type=U\n128: size=1MiB\n",
+        "label: gpt\ntable-length: 56\nsize=2MiB\nsize=1MiB\n",
+    ],
+)
+def test_sfdisk_agrees(tmp_path: Path, script: str) -> None:
+    """What it has written is what it reads, and what we read."""
+    image = tmp_path / "image"
+    image.write_bytes(bytes(16 << 20))
+    run("sfdisk", "-q", image, stdin=script)
+    told = json.loads(run("sfdisk", "-J", image))["partitiontable"]["partitions"]
+
+    found = [(p.name, p.start // SECTOR, p.size // SECTOR) for p in opened_file(image).table.partitions]
+
+    expected = [(f"p{each['node'].removeprefix(str(image))}", each["start"], each["size"]) for each in told]
+    assert found == expected
+    assert len(found) >= 2
