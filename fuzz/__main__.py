@@ -2,7 +2,8 @@
 
     python -m fuzz [seconds [target ...]]
 
-Each target runs in a process of its own.  An input that fails stays in build/fuzz/TARGET; it belongs into a unit test.
+Each target runs in a process of its own; afterwards the lines of its parsers that it has reached are counted.  An input
+that fails stays in build/fuzz/TARGET; it belongs into a unit test.
 """
 
 import os
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_S = 30
 INPUT_MAX = 1 << 16
 MEMORY_MIB = 1024
+LINES_S = 30  # at most, to run what a target has kept once more
 
 
 def main(arguments: list[str]) -> int:
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> int:
             print(done.stdout[-2000:] + done.stderr[-4000:])
         else:
             print("      " + ", ".join(line for line in done.stderr.splitlines() if line.startswith("stat::number")))
+            subprocess.run([sys.executable, "-m", "fuzz", "--lines", name], cwd=ROOT, check=False)
     print(f"fuzz: {len(failed)} of the targets failed{': ' + ', '.join(failed) if failed else ''}")
     return len(failed)
 
@@ -60,7 +63,22 @@ def one(name: str, options: list[str]) -> None:
     atheris.Fuzz()
 
 
+def show_lines(name: str) -> None:
+    """Print how many lines of its parsers the inputs that a target has kept reach."""
+    from fuzz.reach import Share, reached
+    from fuzz.targets import PARSERS, TARGETS
+    from vmd.log import log
+
+    log.fd = os.open(os.devnull, os.O_WRONLY)
+    corpus = sorted((ROOT / "build" / "fuzz" / name / "corpus").iterdir(), key=lambda path: path.stat().st_size)
+    lines = reached(TARGETS[name], (path.read_bytes() for path in corpus), LINES_S)
+    print("      " + ", ".join(str(Share(module, lines)) for module in PARSERS.get(name, ())))
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
         one(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--lines"]:
+        show_lines(sys.argv[2])
+        sys.exit()
     sys.exit(main(sys.argv[1:]))

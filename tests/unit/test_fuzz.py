@@ -1,14 +1,16 @@
 """Every target of the fuzzer starts from inputs that its parser accepts, so that mutation begins behind the checks."""
 
 import random
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from fuzz import targets
 from fuzz.__main__ import INPUT_MAX
+from fuzz.reach import Share, inside_functions, reached
 from fuzz.seeds import seeds
-from fuzz.targets import TARGETS
+from fuzz.targets import PARSERS, TARGETS
 
 SEEDS = [pytest.param(name, seed, id=f"{name}-{at}") for name in TARGETS for at, seed in enumerate(seeds(name))]
 
@@ -42,3 +44,20 @@ def test_a_change_gets_past_the_checksums(monkeypatch: pytest.MonkeyPatch, targe
     for seed in seeds(target)[:1]:
         for at in changed:
             TARGETS[target](seed[:at] + bytes((generator.randrange(256),)) + seed[at + 1 :])
+
+
+@pytest.mark.parametrize("target", PARSERS)
+def test_seeds_reach_the_parsers(target: str) -> None:
+    """A quarter of the lines of each at least: what is behind a check that no seed passes is not fuzzed."""
+    lines = reached(TARGETS[target], seeds(target), 60)
+
+    short = [str(share) for share in (Share(name, lines) for name in PARSERS[target]) if share.lines * 4 < share.all]
+    assert short == []
+
+
+def test_lines_are_those_inside_functions(tmp_path: Path) -> None:
+    """Not those of the module and its classes, which run when it is loaded, nor the first line of a function."""
+    module = tmp_path / "it.py"
+    module.write_text("x = 1\nclass A:\n    y = 2\n    def f(self):\n        return 3\ndef g():\n    return [\n4]\n")
+
+    assert inside_functions(str(module)) == {5, 7, 8}
