@@ -127,11 +127,13 @@ def daemon(place: Place) -> Iterator[UsersDaemon]:
 def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
     """Give the daemon, and let it be as before afterwards."""
     conf = daemon.conf.read_text()
+    before = [(name, "stopped") for name in TEMPLATES]
     yield daemon
-    daemon.must("stop", "-afw")
-    daemon.conf.write_text(conf)
-    daemon.must("reload")
-    assert [row["name"] for row in daemon.rows()] == TEMPLATES
+    if daemon.conf.read_text() != conf or [(row["name"], row["state"]) for row in daemon.rows()] != before:
+        daemon.must("stop", "-afw")
+        daemon.conf.write_text(conf)
+        daemon.must("reload")
+        assert [(row["name"], row["state"]) for row in daemon.rows()] == before
 
 
 def devices(vmd: UsersDaemon, name: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -147,8 +148,8 @@ class UsersDaemon(NetDaemon):
 
     def connect_as(self, user: str) -> socket.socket:
         """Return a connection to the daemon that the kernel says is this user's, for messages no vmctl would send."""
-        uid, gid = (int(self.users.run("id", option, user)) for option in ("-u", "-g"))
-        groups = [int(number) for number in self.users.run("id", "-G", user).split()]
+        said = self.users.run("id", user)  # uid=1001(ulf) gid=1001(ulf) groups=1001(ulf),1002(club)
+        uid, gid, *groups = (int(number) for number in re.findall(r"(\d+)\(", said))
         return connect_as(self.socket, uid, gid, groups)
 
     def ask_as(self, user: str, request: Record, fds: Mapping[str, Sequence[int]] = NO_FDS) -> Record:
