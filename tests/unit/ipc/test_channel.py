@@ -145,7 +145,7 @@ def test_processes_that_may_be_of_other_versions_speak_by_name(loop: Loop, recor
 
     channel.send(PauseVm(vmid=7, paused=True))
     sent = theirs.recv(MAX_MESSAGE)
-    assert msgpack.unpackb(sent[HEADER.size :]) == [{}, {"vmid": 7, "paused": True}]
+    assert msgpack.unpackb(sent[HEADER.size :]) == [{}, {"vmid": 7, "paused": True, "force": False}]
     for fields in (earlier, later):
         body = msgpack.packb([{}, fields])
         theirs.send(HEADER.pack(BY_CLASS[PauseDone].code, HEADER.size + len(body), 0, 0, 0) + body)
