@@ -26,7 +26,7 @@ from tests.unit.vm.boot import samples
 from vmd.images.header import BACKING_FORMAT, EXTENSION, HEADER_V2, HEADER_V3, MAGIC, V3_BYTES
 from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, SIGNATURES, VHD_FIXED
 from vmd.images.snapshots import Snapshot, pack_snapshots
-from vmd.ipc import imsg, probemsg
+from vmd.ipc import bootmsg, imsg, probemsg
 from vmd.ipc.messages.clients import ListRequest, Ok, StopRequest
 from vmd.ipc.messages.vm import PauseVm
 from vmd.vm.stream import COUNT, END, GPA, OLDEST, VERSION, Pipe, StreamWriter
@@ -139,6 +139,12 @@ def seeds(target: str) -> list[bytes]:
                 probemsg.Probe(format="qcow2", size=1 << 30, backing="b", backing_format="raw", notes=probemsg.NOTES),
             )
             return [*map(probemsg.pack_image, probes), probemsg.pack_error("is bad")]
+        case "boot-answer":
+            found = bootmsg.BootFile(size=1 << 20, name="disk0:/vmlinuz")
+            files = found, found.replace(options="as")
+            return [*map(bootmsg.pack_file, files), bootmsg.pack_error("is bad")]
+        case "boot-conf":
+            return [b"set tty com0\nset device hd0a\nset image /bsd.mp\n", b"boot hd0d:/bsd -s\n", b"boot -c\n"]
         case "identify":
             starts = [bytes(at) + found for _, at, found in (*SIGNATURES, *DISC_SIGNATURES)]
             footer = FOOTER.pack(b"conectix", 2, 1 << 16, 1 << 20, 1 << 20, VHD_FIXED).ljust(512, b"\0")

@@ -28,7 +28,8 @@ from vmd.images.chain import Link, open_chain
 from vmd.images.header import parse_header
 from vmd.images.identify import probe
 from vmd.images.snapshots import read_snapshots
-from vmd.ipc import imsg, probemsg
+from vmd.imgboot import bootconf
+from vmd.ipc import bootmsg, imsg, probemsg
 from vmd.metrics import http
 from vmd.seed.documents import notes, seed_image
 from vmd.seed.parts import SeedError, SeedParts
@@ -90,6 +91,22 @@ def probe_answer(data: bytes) -> None:
     """Decode what imgprobe says."""
     try:
         probemsg.unpack(data)
+    except ValueError as error:
+        said(error)
+
+
+def boot_answer(data: bytes) -> None:
+    """Decode what imgboot says."""
+    try:
+        bootmsg.unpack_file(data)
+    except ValueError as error:
+        said(error)
+
+
+def boot_conf(data: bytes) -> None:
+    """Read an /etc/boot.conf from somebody's disk."""
+    try:
+        bootconf.parse(data)
     except ValueError as error:
         said(error)
 
@@ -358,6 +375,8 @@ TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "config": config,
     "message": message,
     "probe-answer": probe_answer,
+    "boot-answer": boot_answer,
+    "boot-conf": boot_conf,
     "identify": identify,
     "qcow2": qcow2,
     "boot-image": boot_image,

@@ -15,7 +15,7 @@ from tests.support.images import qemu
 from tests.support.systemdisk import Files, ext4_disk, ffs_disk
 from vmd.config.model import DiskConfig, DiskFile
 from vmd.errors import OperatorError
-from vmd.files.diskboot import FromDisks
+from vmd.files.diskboot import FromDisks, look
 from vmd.files.images import open_disk
 from vmd.files.prober import ImageProber, start_probe
 from vmd.memfile import bounded_file, is_constant
@@ -76,6 +76,11 @@ class Reader:
             assert is_constant(fd)
             return found.kernel_name, os.pread(fd, 2 * len(KERNEL), 0)
 
+    def look(self, path: Path) -> str:
+        """Return what there is on a disk, the second one of its VM."""
+        with closing(open_disk(DiskConfig(path=str(path), format="raw"), ImageProber(self.cell))) as disk:
+            return look(self.sock, 1, disk, lambda: None).removeprefix(f"disk {path}: ")
+
     def refusal(self, config: DiskConfig, file: DiskFile, most: int = 8 * MIB) -> str:
         """Return why a file cannot be had."""
         with pytest.raises(OperatorError) as refused:
@@ -124,7 +129,7 @@ def test_what_an_openbsd_system_cannot_boot(imgboot: Reader, tmp_path: Path) -> 
     ):
         disk = ffs_disk(tmp_path / "bsd.img", {"bsd": b"bsd", "etc/boot.conf": conf})
         said = imgboot.refusal(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0))
-        assert said == f"disk0:: disk IMAGE: {why}"
+        assert said == f"disk0: disk IMAGE: {why}"
 
 
 def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None:
@@ -140,9 +145,9 @@ def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None
         "disk0p3:/vmlinuz: disk IMAGE: there is no partition p3: its MBR has p1, p2"
     )
     assert imgboot.refusal(raw, DiskFile(disk=0, path="/boot")).endswith("partition p2 (ext4): /boot: is a directory")
-    assert imgboot.refusal(raw, DiskFile(disk=0, path="/vmlinuz"), MIB) == (
-        f"disk0:/vmlinuz: disk IMAGE: disk0p2:/vmlinuz: has {len(KERNEL)} bytes, and {MIB} are the most for this vm"
-    )
+    few = f"has {len(KERNEL)} bytes, and {MIB} are the most for this vm"
+    said = imgboot.refusal(raw, DiskFile(disk=0, path="/vmlinuz"), MIB)
+    assert said == f"disk0:/vmlinuz: disk IMAGE: partition p2: /vmlinuz: {few}"
     assert "the whole disk: there is no file system" in imgboot.refusal(
         DiskConfig(path=str(empty), format="raw"), DiskFile(disk=0)
     )
@@ -157,3 +162,26 @@ def test_imgboot_holds_one_disk_and_nothing_else(imgboot: Reader, disk: Path) ->
     held = sorted(map(int, os.listdir(f"/proc/{imgboot.child.pid}/fd")))
     assert (status["CapEff"], status["CapBnd"], status["NoNewPrivs"]) == ("0" * 16, "0" * 16, "1")
     assert (held, Path(f"/proc/{imgboot.child.pid}/comm").read_text()) == ([0, 1, 2, 3], "imgboot\n")
+
+
+def test_what_is_on_a_disk(imgboot: Reader, tmp_path: Path) -> None:
+    """Is described, with the kernel and the initrd that could be booted, if there are such."""
+    (tmp_path / "empty.img").write_bytes(bytes(MIB))
+    disks = {
+        "both": ext4_disk(tmp_path / "both.img", FILES, divided=True),
+        "alone": ext4_disk(tmp_path / "alone.img", {"boot/vmlinuz": b"k"}),
+        "none": ext4_disk(tmp_path / "none.img", {"etc/motd": b"hello"}),
+        "bsd": ffs_disk(tmp_path / "bsd.img", {"bsd": b"k"}),
+        "empty": tmp_path / "empty.img",
+    }
+    nothing = "there is no file system that is known"
+    assert {name: imgboot.look(disk) for name, disk in disks.items()} == {
+        "both": (
+            f'MBR; partition p1: {nothing}; partition p2: ext4; boot "disk1p2:/vmlinuz" initrd "disk1p2:/initrd.img"'
+            " may help"
+        ),
+        "alone": 'no partition table; the whole disk: ext4; boot "disk1:/boot/vmlinuz" may help',
+        "none": "no partition table; the whole disk: ext4",
+        "bsd": f'MBR and OpenBSD disklabel; partition a: FFS2; partition b: {nothing}; boot "disk1a:/bsd" may help',
+        "empty": "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system",
+    }

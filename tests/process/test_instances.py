@@ -14,6 +14,7 @@ from tests.support.daemon import DEADLINE_S
 from tests.support.guests import guest
 from tests.support.hostnet import load_modules
 from tests.support.network import Network
+from tests.support.systemdisk import ext4_disk
 from tests.support.users import Users, UsersDaemon
 from vmd.config.model import (
     AllowInstance,
@@ -401,6 +402,28 @@ def test_a_kernel_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None
     with vmd.console("i") as console:
         console.expect(PROMPT, DEADLINE_S)
         console.answer("reset", PROMPT)
+
+
+def test_a_kernel_on_a_disk_that_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None:
+    """It is read with the rights with which the disk is opened, and needs leave to set the boot image."""
+    made = ext4_disk(place.root / "system.img", {"demo": guest("demo").read_bytes()})
+    disk = place.file("system.img", content=made.read_bytes())
+    words = "-b", "disk0:/demo", "-d"
+    vmd.must_as(INES, "start", "-t", "open", *words, f"raw:{disk}", "i")
+    with vmd.console("i") as console:
+        console.expect(PROMPT, DEADLINE_S)
+        console.answer("reset", PROMPT)
+    vmd.must("stop", "-fw", "i")
+    for path, template, why in (
+        (place.root / "secret", "open", "has no permission"),
+        (disk, "closed", "no permission to set "),
+    ):
+        link = place.home / "link.img"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+        disks = (DiskConfig(path=str(link), format="raw"),)
+        request = start(template, kernel="disk0:/demo", given=VmFlag.KERNEL, disks=disks)
+        assert why in refusal(vmd.ask_as(INES, request)).text
 
 
 def test_backing_files_are_the_user_s_as_well(vmd: UsersDaemon, place: Place) -> None:

@@ -51,7 +51,7 @@ class FromDisks:
         """Have a file copied to `memory`, which is ours; `go_on` is called now and then.  Raises OperatorError."""
         (self.kernel if name == "kernel" else self.initrd).append(memory)
         top = disk.links[0].path
-        what = f"{file}: disk {top}"
+        what = f"{str(file).removesuffix(':')}: disk {top}"
         found = ask(sock, file, disk, what, [memory], go_on)
         try:
             seal(memory, CONSTANT)

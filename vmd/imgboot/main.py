@@ -66,7 +66,8 @@ def copy(found: Found, memory: int) -> BootFile:
     """Copy a file; what is not written stays zero.  Raises DiskFsError, OSError."""
     most = os.fstat(memory).st_size
     if found.file.size > most:
-        raise DiskFsError(f"{found.name}: has {found.file.size} bytes, and {most} are the most for this vm")
+        what = f"has {found.file.size} bytes, and {most} are the most for this vm"
+        raise DiskFsError(what, partition=found.file.partition, path=found.file.path)
     for offset, piece in found.file.pieces():
         rest = memoryview(piece)
         while rest:

@@ -67,17 +67,21 @@ def describe(disk: "Disk", number: int) -> str:
         return "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system"
     found = disk.describe()
     for kernel, initrd in KERNELS:
-        try:
-            file = disk.find(kernel)
-            name = f"disk{number}{name_of(file)}:"
-            advice = f'boot "{name}{kernel}"'
-            if initrd:
-                disk.find(initrd, name_of(file))
-                advice += f' initrd "{name}{initrd}"'
-        except DiskFsError:
+        if (partition := partition_with(disk, kernel, "")) is None:
             continue
+        advice = f'boot "disk{number}{partition}:{kernel}"'
+        if initrd and partition_with(disk, initrd, partition) == partition:
+            advice += f' initrd "disk{number}{partition}:{initrd}"'
         return f"{found}; {advice} may help"
     return found
+
+
+def partition_with(disk: "Disk", path: str, partition: str) -> str | None:
+    """Return the name of the partition that has a file; None if none has, or not the one that is named."""
+    try:
+        return name_of(disk.find(path, partition))
+    except DiskFsError:
+        return None
 
 
 def is_empty(disk: "Disk") -> bool:
