@@ -72,6 +72,7 @@ SHARED = {
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.client", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid",
+    "vmd.memfile", "vmd.seed",
     "vmd.record", "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}

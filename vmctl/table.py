@@ -260,6 +260,7 @@ COMMANDS = (
             Option(name="-L", help="add a local interface: an address by DHCP, and NAT"),
             Option(name="-B", value="device", words=("cdrom", "disk", "net"), help="boot from cdrom, disk or net"),
             Option(name="-b", value="path", kind=FILE, help="boot this kernel, or BIOS image, or disk0:/path"),
+            Option(name="-C", value="key=value", help="have a seed for cloud-init that says this; see vmctl(8)"),
             Option(name="-d", value="disk", kind=FILE, help="add a disk; raw: or qcow2: before it says its format"),
             Option(name="-I", value="initrd", kind=FILE, help="hand the kernel this initial RAM disk"),
             Option(name="-i", value="count", help="have this many network interfaces"),

@@ -426,6 +426,7 @@ class Client:
         cmdline: str | None = None,
         kernel: int | str | None = None,
         initrd: int | str | None = None,
+        seed: int | None = None,
         meanwhile: "Callable[[], object] | None" = None,
     ) -> VmStarted:
         """Start a VM; returns when its guest executes.
@@ -435,6 +436,7 @@ class Client:
         says nothing; its paths are absolute, and `config.kernel` and `config.initrd` are the names of the open files.
         What is on a disk of the VM itself is named in words, such as `disk0:/vmlinuz`: for one boot by `kernel` and
         `initrd`, of a new VM in its `config`.
+        With `config.seed`, `seed` is an open file with what that is made from (`vmd.seed.parts.SeedParts`, packed).
         """
         request = StartRequest(
             **names(vm),
@@ -445,7 +447,8 @@ class Client:
             kernel=kernel if isinstance(kernel, str) else "",
             initrd=initrd if isinstance(initrd, str) else "",
         )
-        files = {name: [fd] for name, fd in (("kernel", kernel), ("initrd", initrd)) if isinstance(fd, int)}
+        boots = (("kernel", kernel), ("initrd", initrd), ("seed", seed))
+        files = {name: [fd] for name, fd in boots if isinstance(fd, int)}
         return self.ask(request, VmStarted, fds=files, meanwhile=meanwhile)
 
     def stop(self, vm: "AnyVm", *, force: bool = False) -> StopAccepted | VmTerminated:

@@ -49,6 +49,14 @@ def bounded_file(name: str, size: int) -> int:
     return fd
 
 
+def fill_file(fd: int, data: bytes) -> None:
+    """Have an empty memory file hold this and nothing else from now on.  Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], done)
+    seal(fd, CONSTANT)
+
+
 def is_constant(fd: int) -> bool:
     """Return whether nobody can change a memory file any more.  Raises OSError."""
     return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & CONSTANT == CONSTANT

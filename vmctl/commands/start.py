@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeVar
 
+    from vmctl.seed import Seed
+
     T = TypeVar("T")
     U = TypeVar("U")
 
@@ -77,6 +79,7 @@ class Wanted:
         self.vcpus = 1
         self.cdrom = ""
         self.template = ""
+        self.seed: Seed | None = None
 
     def take(self, option: str, value: str) -> None:
         """Take one option.  Raises ArgumentError, CommandError."""
@@ -87,6 +90,8 @@ class Wanted:
                 once(self.kernel, "boot image")
                 self.kernel = boot_path(value, "boot image path")
                 self.given |= VmFlag.KERNEL
+            case "-C":
+                self.add_to_seed(value)
             case "-c":
                 self.console = True
             case "-d":
@@ -141,6 +146,15 @@ class Wanted:
             raise ArgumentError("kernel command line specified multiple times")
         self.cmdline = ruled(rules.cmdline, text)
 
+    def add_to_seed(self, value: str) -> None:
+        """-C."""
+        if self.seed is None:
+            from vmctl.seed import Seed  # no other start needs it
+
+            self.seed = Seed()
+        self.seed.take(value)
+        self.given |= VmFlag.SEED
+
     def add_disk(self, value: str) -> None:
         """-d; without a format the daemon tells it from the file."""
         ruled(rules.disk_count, len(self.disks) + 1)
@@ -178,6 +192,7 @@ class Wanted:
             disks=tuple(self.disks),
             nics=tuple(nics),
             cdrom=self.cdrom,
+            seed=self.seed.config() if self.seed is not None else None,
         )
 
     def require_bootable(self) -> None:
@@ -263,7 +278,7 @@ def open_boot_file(path: str, what: str) -> int:
 def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
     """Decide whether a known VM is meant or a new one, and build the request.  Raises CommandError."""
     known = wanted.only_boot
-    if not wanted.template and VmFlag.KERNEL in wanted.given:
+    if not wanted.template and wanted.given & (VmFlag.KERNEL | VmFlag.SEED):
         exists = ref.find(session.client.list_vms()) is not None
         if exists and not wanted.only_boot:
             raise CommandError(
@@ -325,6 +340,8 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
             if path and not on_disk(path):
                 fds[name] = [open_boot_file(path, name)]
         request = request_for(session, wanted, ref)
+        if wanted.seed is not None:
+            fds["seed"] = [wanted.seed.file(request.name)]
         try:
             return session.client.ask(request, VmStarted, fds=fds, meanwhile=load_console if wanted.console else None)
         except Refused as error:

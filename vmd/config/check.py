@@ -4,6 +4,7 @@ import contextlib
 import functools
 import grp
 import ipaddress
+import os
 import pwd
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
@@ -14,6 +15,7 @@ from vmd.config.model import IDS, ROOT, WHEEL, Config, Globals, NicConfig, Switc
 from vmd.errors import VmdError, sentence
 from vmd.nearest import meant
 from vmd.scaled import fmt_scaled
+from vmd.seed.parts import HASHED
 
 MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 
@@ -128,6 +130,7 @@ def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] =
         check_name(vm, warn)
         check_allow(vm, warn)
         check_limit(vm, config.settings, warn)
+        check_secret(vm, warn)
         if vm.console_log is not None:
             check_unique(vm, f"console log {vm.console_log.path_of(vm.name)}", logs, warn)
         for index, nic in enumerate(vm.nics):
@@ -277,6 +280,16 @@ def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
                     warn(f'{vm.origin}: vm "{vm.name}": {what}: only one of them can run')
             if nic.forwards or nic.address is not None:
                 seen.append((vm, nic))
+
+
+def check_secret(vm: VmConfig, warn: Warn) -> None:
+    """Warn of a password's hash that others than root may read."""
+    path = vm.origin.rpartition(":")[0]
+    if vm.seed is not None and vm.seed.password.startswith(HASHED) and path:
+        with contextlib.suppress(OSError):  # it is gone by now
+            if os.stat(path).st_mode & 0o004:
+                what = f"every user may read the password-hash: have {path} readable by root only, or name a file"
+                warn(f'{vm.origin}: vm "{vm.name}": {what}')
 
 
 def check_unique(vm: VmConfig, what: str, users: dict[str, str], warn: Warn) -> None:

@@ -28,6 +28,7 @@ from vmd.config.model import (
     Globals,
     NicConfig,
     Owner,
+    SeedConfig,
     SwitchConfig,
     VirtioMode,
     VmConfig,
@@ -38,6 +39,8 @@ from vmd.config.rules import shown
 from vmd.ipc.foreign import typed_format
 from vmd.log import log
 from vmd.nearest import nearest
+from vmd.seed import rules as seed_rules
+from vmd.seed.parts import HASHED
 
 KEYWORDS = frozenset(lexer.TOKENS) - {"NL", "NUMBER", "STRING"}
 AGENTX_CONTEXT_MAX = 32
@@ -69,6 +72,7 @@ FLAGS = {
     "instance": VmFlag.INSTANCE,
     "interface": VmFlag.NETWORK,
     "memory": VmFlag.MEMORY,
+    "seed": VmFlag.SEED,
     "vcpus": VmFlag.CPU,
 }
 
@@ -170,7 +174,7 @@ class Grammar:
 
     def keywords(self, state: int) -> list[str]:
         """Return the keywords that the parser takes in a state."""
-        return [kind.lower() for kind in self.parser.action[state] if kind in KEYWORDS]
+        return [lexer.keyword_of(kind) for kind in self.parser.action[state] if kind in KEYWORDS]
 
     # Lines
 
@@ -564,6 +568,86 @@ class Grammar:
         """limit_option : WEIGHT NUMBER"""
         p[0] = "weight", self.value(rules.weight, p[2], 0)
 
+    # what its cloud-init is told
+
+    def p_vm_seed(self, p: Production) -> None:
+        """vm_option : SEED
+                     | SEED '{' seed_body '}'"""
+        self.draft.given |= VmFlag.SEED
+        if self.once("seed"):
+            items = p[3] if len(p) > 2 else []
+            options = dict(item for item in reversed(items) if item[0] != "ssh_keys")
+            keys = tuple(value for name, value in items if name == "ssh_keys")
+            if len(options) + len(keys) != len(items):
+                self.error("an option of the seed is given twice")
+            if options.get("network_config", "") is None:
+                options |= {"network_config": "", "network": False}
+            seed = SeedConfig(**options, ssh_keys=keys)
+            self.value(seed_rules.check, seed, None)
+            self.draft.fields["seed"] = seed
+
+    def p_seed_body(self, p: Production) -> None:
+        """seed_body : seed_row
+                     | newlines seed_row
+                     | seed_lines
+                     | seed_lines seed_row"""
+        p[0] = [each for part in p[1:] if part is not None for each in part]
+
+    def p_seed_lines(self, p: Production) -> None:
+        """seed_lines : seed_row NL
+                      | newlines seed_row NL
+                      | seed_lines NL
+                      | seed_lines seed_row NL"""
+        p[0] = [each for part in p[1:] if isinstance(part, list) for each in part]
+
+    def p_seed_lines_error(self, p: Production) -> None:
+        """seed_lines : newlines error NL
+                      | seed_lines error NL"""
+        p[0] = p[1] or []
+        p.parser.errok()
+
+    def p_seed_row(self, p: Production) -> None:
+        """seed_row : seed_item
+                    | seed_row seed_item"""
+        p[0] = [p[1]] if len(p) == 2 else [*p[1], p[2]]
+
+    def p_seed_item(self, p: Production) -> None:
+        """seed_item : seed_option
+                     | seed_option ','"""
+        p[0] = p[1]
+
+    def p_seed_name(self, p: Production) -> None:
+        """seed_option : HOSTNAME string
+                       | USER string
+                       | INSTANCE_ID string"""
+        rule = {
+            "hostname": seed_rules.hostname, "user": seed_rules.user, "instance-id": seed_rules.instance_id
+        }[p[1]]  # fmt: skip
+        p[0] = p[1].replace("-", "_"), self.value(rule, p[2], "")
+
+    def p_seed_password(self, p: Production) -> None:
+        """seed_option : PASSWORD_HASH string"""
+        if p[2].startswith(HASHED):
+            p[0] = "password", self.value(seed_rules.password_hash, p[2], "")
+        else:
+            p[0] = "password", self.seed_path(p[1], p[2])
+
+    def p_seed_file(self, p: Production) -> None:
+        """seed_option : SSH_KEY string
+                       | USER_DATA string
+                       | VENDOR_DATA string"""
+        name = "ssh_keys" if p[1] == "ssh-key" else p[1].replace("-", "_")
+        p[0] = name, self.seed_path(p[1], p[2])
+
+    def p_seed_network(self, p: Production) -> None:
+        """seed_option : NETWORK_CONFIG string"""
+        # A file of that name can be given as ./no.
+        p[0] = "network_config", None if p[2] == "no" else self.seed_path(p[1], p[2])
+
+    def seed_path(self, what: str, name: str) -> str:
+        """Return the path of a file of a seed."""
+        return self.value(lambda path: values.boot_path(what, path), self.lexer.beside(name), "")
+
     def p_vm_boot(self, p: Production) -> None:
         """vm_option : BOOT string boot_options"""
         self.draft.given |= VmFlag.KERNEL
@@ -821,6 +905,7 @@ class Grammar:
                 | INSTANCE
                 | INTERFACE
                 | MEMORY
+                | SEED
                 | VCPUS"""
         self.allow |= FLAGS[p[1]]
 

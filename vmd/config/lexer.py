@@ -22,6 +22,17 @@ TOKEN_MAX = 8095  # characters
 ERRORS_MAX = 100  # what follows is mostly noise, and no file may fill memory or log with it
 INT64 = range(-(1 << 63), 1 << 63)
 
+
+def kind_of(word: str) -> str:
+    """Return the kind of token that a keyword is."""
+    return word.upper().replace("-", "_")
+
+
+def keyword_of(kind: str) -> str:
+    """Return the keyword that is of a kind."""
+    return kind.lower().replace("_", "-")
+
+
 RESERVED = frozenset({
     "add", "agentx", "allow", "boot", "cdrom", "context", "delay", "device", "disable", "disk", "down",
     "enable", "format", "group", "id", "include", "inet6", "instance", "interface", "interfaces",
@@ -29,12 +40,16 @@ RESERVED = frozenset({
     "sev", "seves", "size", "socket", "staggered", "start", "switch", "up", "vm",
 })  # fmt: skip
 
+SEED_WORDS = frozenset({
+    "hostname", "user", "ssh-key", "password-hash", "user-data", "vendor-data", "network-config", "instance-id",
+})  # fmt: skip
+
 # Our own keywords are words like any other wherever vmd(8) takes a word, so that no upstream file breaks.
 # In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
 BLOCK_WORDS = frozenset({
     "vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep", "limit", "cpu", "weight", "iops",
-    "rate", "address", "dns", "forward", "hostname",
-})  # fmt: skip
+    "rate", "address", "dns", "forward", "hostname", "seed",
+}) | SEED_WORDS  # fmt: skip
 NIC_WORDS = frozenset({"address", "dns", "forward", "hostname", "limit"})
 # ... except that these end the strings of a statement, or a part of one, that begins so ...
 ENDING_WORDS = {
@@ -45,10 +60,13 @@ ENDING_WORDS = {
     "memory": frozenset({"cpu", "weight"}),  # in a block of limits
     "cpu": frozenset({"weight"}),
     **dict.fromkeys(("interface", "switch", "group", "lladdr", *NIC_WORDS - {"limit"}), NIC_WORDS),
+    **dict.fromkeys(SEED_WORDS, SEED_WORDS),
+    "hostname": NIC_WORDS | SEED_WORDS,
 }
 STRING_FOLLOWS = frozenset({
     "ADDRESS", "BOOT", "CDROM", "CMDLINE", "DISK", "DNS", "FORMAT", "FORWARD", "GROUP", "HOSTNAME", "INITRD",
     "INTERFACE", "LLADDR", "LOG", "MEMORY", "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
+    *map(kind_of, SEED_WORDS),
 })  # fmt: skip
 # ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids, what is limited, and
 # `metrics listen`.
@@ -59,7 +77,7 @@ METRICS_WORDS = frozenset({"listen"})
 
 TOKENS = (
     *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # those two mean nothing yet
-    *(word.upper() for word in sorted(BLOCK_WORDS)),
+    *(kind_of(word) for word in sorted(BLOCK_WORDS)),
     "IDS", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
 LITERALS = "{},="
@@ -433,7 +451,7 @@ class Lexer:
             self.previous not in STRING_FOLLOWS
             or (text in self.ending and self.previous == "STRING")
         ):
-            kind = text.upper()
+            kind = kind_of(text)
         if kind == "STRING":
             return self.string(text)
         if text in ENDING_WORDS or (text not in self.ending and text != "format"):  # which goes on with a disk

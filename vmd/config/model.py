@@ -78,6 +78,7 @@ class VmFlag(IntFlag):
     DISK = 0x10
     CDROM = 0x20
     INSTANCE = 0x40
+    SEED = 0x80  # ours
 
 
 class Owner(Record):
@@ -208,6 +209,30 @@ class ConsoleLog(Record):
         return self.path.replace("%n", name)
 
 
+class SeedConfig(Record):
+    """`seed { ... }`: what the cloud-init of a guest is told.  Paths are of files that are read when the VM starts.
+
+    What a client has given with `vmctl start -C` travels in a file of its own: here it has no paths and no secrets.
+    """
+
+    hostname: str = ""  # "": the name of the VM
+    user: str = ""  # "": whom the image calls its default user
+    ssh_keys: tuple[str, ...] = ()  # paths of files with public keys
+    password: str = ""  # a hash as of crypt(5), or the path of a file with one; "": no password
+    user_data: str = ""  # a path; "": made from the above
+    vendor_data: str = ""  # a path
+    network_config: str = ""  # a path; "": made from the interfaces
+    network: bool = True  # False: cloud-init is told nothing of the network
+    instance_id: str = ""  # "": made from the name of the VM
+
+    def public(self) -> "SeedConfig":
+        """Return what others than the parent and the opener may know of it."""
+        return SeedConfig(hostname=self.hostname, user=self.user)
+
+    def __repr__(self) -> str:
+        return f"SeedConfig(hostname={self.hostname!r}, user={self.user!r}, ...)"
+
+
 class Rights(Record):
     """With whose rights the files of a VM are opened, each with those of whoever named it; None: root's.
 
@@ -217,6 +242,7 @@ class Rights(Record):
     boot: Owner | None = None
     disks: Owner | None = None
     cdrom: Owner | None = None
+    seed: Owner | None = None
 
 
 class AllowInstance(Record):
@@ -257,6 +283,12 @@ class VmConfig(Record):
     drive: bool = False  # it has a CD-ROM drive, even with no disc in it
     console_log: ConsoleLog | None = None  # ours; only vm.conf gives one
     limit: VmLimits = VmLimits()
+    seed: SeedConfig | None = None
+
+
+def without_secrets(config: VmConfig) -> VmConfig:
+    """Return a VM as its own process, and a stream, may know it: without the secrets of its seed."""
+    return config if config.seed is None else config.replace(seed=config.seed.public())
 
 
 def with_limits(config: VmConfig, wanted: VmConfig) -> VmConfig:

@@ -528,7 +528,7 @@ def check_vm(config: VmConfig) -> None:
     nics(config.nics)
     limits(config)
     plan(config)
-    for user in (config.owner, config.rights.boot, config.rights.disks, config.rights.cdrom):
+    for user in (config.owner, config.rights.boot, config.rights.disks, config.rights.cdrom, config.rights.seed):
         if user is not None:
             user_number(user.uid)
             user_number(user.gid or 0)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ASK = b"files"
 HEAD = "files"  # with which a packet begins, for there may be none in it
-NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel", "log")
+NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel", "log", "seed")
 FILES_MAX = 32  # four disks of four images, and what a VM boots from
 PACKET_MAX = 1024
 PATIENCE_S = 30.0  # for files that are open already

@@ -3,9 +3,11 @@
 Its programs refuse a record with more fields, and know no other message.  A client without Hello is one of them.
 """
 
+from vmd.record import Record
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.record import Record, RecordType
+    from vmd.record import RecordType
 
 # How many fields each record had; they are the first ones still.
 FIELDS = {
@@ -20,6 +22,9 @@ FIELDS = {
     "Rights": 3,
 }  # fmt: skip
 
+# How many kinds of descriptors came with a message, where there are more by now; they are the first ones still.
+FDS = {"StartRequest": 2}
+
 
 def knows(cls: "RecordType") -> bool:
     """Return whether protocol 1 had such a message."""
@@ -32,7 +37,9 @@ def unknown_in(message: "Record") -> str:
     if not knows(cls):
         return cls.__name__
     later = (field for field in cls.fields if field not in fields(cls))
-    return next((field for field in later if getattr(message, field) != cls.defaults[field]), "")
+    unknown = next((field for field in later if getattr(message, field) != cls.defaults[field]), "")
+    inner = (getattr(message, field) for field in fields(cls))
+    return unknown or next(filter(None, (unknown_in(each) for each in inner if isinstance(each, Record))), "")
 
 
 def fields(cls: "RecordType") -> list[str]:

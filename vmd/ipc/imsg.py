@@ -103,6 +103,8 @@ def encode(
         names = (name.rstrip("?*") for name in info.fds)
         values = [dict(zip(names, counts, strict=True)), _by_name(message)]
     else:
+        if form is Form.FIRST:
+            counts = counts[: first.FDS.get(type(message).__name__)]
         values = [counts, *_plain(message, first.fields if form is Form.FIRST else _all_fields)]
     body: bytes = packb(values, unicode_errors="surrogateescape")
     length = HEADER.size + len(body)
@@ -139,7 +141,8 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
             named = _name_fds(info, [body[0].get(each.rstrip("?*"), 0) for each in info.fds], fds)
             message = _named_record(info.cls, body[1] if len(body) == 2 else None, name)
         else:
-            named = _name_fds(info, body[0], fds)
+            counts = [*body[0], *[0] * (len(info.fds) - len(body[0]))]  # those that the sender did not know
+            named = _name_fds(info, counts, fds)
             message = _record(info.cls, body[1:], name)
     except (ValueError, TypeError, RecursionError) as error:
         raise PeerError(peer, str(error), packet) from error

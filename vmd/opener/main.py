@@ -24,6 +24,8 @@ from vmd.files.images import open_image
 from vmd.files.media import Media, shortened
 from vmd.files.prober import ProbeSocket
 from vmd.files.resizer import resize
+from vmd.files.seeder import make_seed
+from vmd.files.seeding import given_parts, parts_of
 from vmd.ipc import courier
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
@@ -33,6 +35,7 @@ from vmd.ipc.process import Process, handles
 from vmd.ipc.routes import Proc
 from vmd.privsep.confine import OPENER, confine
 from vmd.privsep.title import set_title
+from vmd.seed.parts import Interface
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -125,6 +128,7 @@ class Opener(Process):
         if message.boots:
             self.at(f"kernel {message.kernel}" if message.kernel else "firmware")
             boot = open_boot_files(message.kernel, message.initrd)
+        notes = self.seed(message, envelope, given.pop("seed", []))
         media = self.open_media(message, envelope)
         if message.needs_code and not any(disk.boots for disk in media.disks):
             raise NothingToStart(self.what_there_is(message, envelope, media))
@@ -134,7 +138,7 @@ class Opener(Process):
             unused=media.unused(),
             disks=media.describe(),
             files=media.files(),
-            notes=tuple(fitting(media.notes, NOTES_MAX, NOTES_BYTES_MAX)),
+            notes=tuple(fitting([*notes, *media.notes], NOTES_MAX, NOTES_BYTES_MAX)),
             boot_name=boot.boot_name or found.kernel_name,
             boot_options=found.options,
         )
@@ -145,6 +149,20 @@ class Opener(Process):
             "cdrom": media.take_cdrom(),
         }
         return files, opened
+
+    def seed(self, message: OpenFiles, envelope: Envelope, given: list[int]) -> list[str]:
+        """Have the seed be made, if there is to be one; return what is odd about it.  Raises OperatorError."""
+        seeder, packed, made = (envelope.take_fd(name) for name in ("seeder", "seed_parts", "seed_made"))
+        if message.seed is None or seeder is None or packed is None or made is None:
+            return []
+        with socket.socket(fileno=seeder) as sock:
+            if given:
+                parts = given_parts(given[0], message.name, message.seed)
+            else:
+                parts = parts_of(message.name, message.seed, self.at)
+            interfaces = tuple(Interface(lladdr=lladdr) for lladdr in message.lladdrs)
+            self.at("what its seed is made from")
+            return make_seed(sock, parts.replace(interfaces=interfaces), packed, made, self.go_on)
 
     def open_media(self, message: OpenFiles, envelope: Envelope) -> Media:
         """Open and lock disks and disc.  Raises OperatorError."""
@@ -202,7 +220,7 @@ class Opener(Process):
         if sorted(name for name, fds in files.items() for _ in fds) != sorted(message.given):
             raise OperatorError(errno.EPIPE, f"vm {message.name}: what the client has opened did not come")
         for name, (file,) in list(files.items()):
-            path = (message.kernel or "boot image") if name == "kernel" else (message.initrd or "initrd")
+            path = {"kernel": message.kernel or "boot image", "initrd": message.initrd or "initrd"}.get(name, name)
             self.at(path)
             require_regular(file, path)
             if message.check_given:

@@ -240,7 +240,7 @@ class Adoption:
             close_all(taps)
         vm.take_memory(envelope.take_fd("memory"))
         vm.take_figures(envelope.take_fd("figures"))
-        for name, copy in (("boot", "kernel"), ("initrd", "initrd")):
+        for name, copy in (("boot", "kernel"), ("initrd", "initrd"), ("seed", "seed")):
             fd = envelope.take_fd(name)
             if fd is not None and copy in known.kept:
                 vm.kept[copy] = fd

@@ -16,7 +16,7 @@ import time
 from vmd.closing import close
 from vmd.config import rules
 from vmd.errors import HostError, OperatorError, VmdError
-from vmd.files.boot import BootFiles, open_boot_files
+from vmd.files.boot import BootFiles, open_boot_files, open_regular
 from vmd.files.diskboot import FromDisks, NothingToStart
 from vmd.files.images import Use, open_cdrom, open_disk
 from vmd.files.prober import END_TIMEOUT_S, ImageProber, start_probe
@@ -25,12 +25,13 @@ from vmd.parent import hostports, hostroutes, instances, service
 from vmd.parent.limits import require_room
 from vmd.parent.opening import BOOT_FILE_MAX, IMGBOOT_ENTRY, firmware_needs_disk
 from vmd.privsep.cell import Cell
+from vmd.seed.parts import HASHED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmd.config.model import Config, DiskConfig, VmConfig
+    from vmd.config.model import Config, DiskConfig, SeedConfig, VmConfig
     from vmd.files.prober import Prober
 
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
@@ -105,6 +106,8 @@ class Examination:
         yield from self.of_rdomains(vm)
         yield from self.of_local_options(vm)
         yield from self.of_boot_files(vm)
+        if vm.seed is not None:
+            yield from of_seed(vm.seed)
         if self.probers is not None:
             images = self.probers[0]
             needs_code = firmware_needs_disk(vm)
@@ -267,6 +270,23 @@ def of_kernel(vm: "VmConfig", files: "BootFiles", prober: "ImageProber") -> list
     except OperatorError as error:
         return [str(error)]
     return []
+
+
+def of_seed(seed: "SeedConfig") -> list[str]:
+    """Return what a start would say of the files of a seed."""
+    files = [("ssh-key", path) for path in seed.ssh_keys]
+    files += [("user-data", seed.user_data), ("vendor-data", seed.vendor_data)]
+    files += [("network-config", seed.network_config)]
+    if not seed.password.startswith(HASHED):
+        files.append(("password-hash", seed.password))
+    problems = []
+    for what, path in files:
+        try:
+            if path:
+                close(open_regular(path, what))
+        except OperatorError as error:
+            problems.append(str(error))
+    return problems
 
 
 def of_disc(path: str, prober: "Prober") -> list[str]:

@@ -7,7 +7,10 @@ A guest that resets itself goes on with the newest.
 To the others this is the channel to vmm (`Peers`): messages find the vmm of the VM that they are about.
 """
 
+import errno
+
 from vmd.closing import close_all
+from vmd.errors import OperatorError
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.messages.children import Quit
 from vmd.ipc.messages.vm import ReceiveVm, StartVm
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from vmd.parent.groups import Groups
     from vmd.privsep.spawn import Child
     from vmd.record import Record
+
+
+WITHOUT_SEEDS = "0.1."  # versions whose vmm knows of none
 
 
 class Generation:
@@ -135,6 +141,14 @@ class Generations:
             for each in fds.values():
                 close_all(each)
             return
+        if newest.version.startswith(WITHOUT_SEEDS) and fds.get("seed"):
+            if isinstance(message, StartVm):
+                for each in fds.values():
+                    close_all(each)
+                what = f"its seed needs a later vmm than that of vmd {newest.version}, which has to be stopped first"
+                raise OperatorError(errno.ENOTSUP, what)
+            fds = dict(fds)
+            close_all(fds.pop("seed"))
         before = self.of.get(message.vmid)
         newest.line.send(message, fds=fds)
         self.of[message.vmid] = newest

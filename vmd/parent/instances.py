@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from vmd.config.model import SeedConfig
     from vmd.parent.vmtable import Vm
     from vmd.record import Record
 
@@ -24,6 +25,7 @@ ASPECTS = (
     (VmFlag.NETWORK, "interfaces"),
     (VmFlag.KERNEL, "boot image"),
     (VmFlag.CDROM, "cdrom"),
+    (VmFlag.SEED, "seed"),
 )
 NOBODY = AllowInstance()
 
@@ -67,12 +69,19 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
         fault=wanted.fault or template.fault,
         console_log=wanted.console_log or template.console_log,
         limit=bounded.limit,
+        seed=wanted.seed if VmFlag.SEED in given else of_its_own(template.seed),
         rights=Rights(
             boot=rights if VmFlag.KERNEL in given else template.rights.boot,
             disks=rights,
             cdrom=rights if VmFlag.CDROM in given else template.rights.cdrom,
+            seed=rights if VmFlag.SEED in given else template.rights.seed,
         ),
     )
+
+
+def of_its_own(seed: "SeedConfig | None") -> "SeedConfig | None":
+    """Return the seed that an instance inherits: it is called otherwise, and another one."""
+    return seed and seed.replace(hostname="", instance_id="")
 
 
 def limited(template: VmConfig, wanted: VmConfig, *, own: bool) -> VmConfig:

@@ -97,18 +97,22 @@ class Life:
             if not may_control(caller, vm.config.owner.uid, vm.config.owner.gid):
                 raise not_allowed(caller, f"start vm {vm.name}", vm.config.owner.uid, vm.config.owner.gid)
             vm.require_startable()
+            if "seed" in names:
+                what = "has the seed that vm.conf gives it: only a new VM or instance takes another one (-C)"
+                raise OperatorError(errno.EEXIST, f"vm {vm.name} {what}")
         try:
             config = one_shot_config(vm.config, message)
             given = None
             if names:
+                boots = tuple(name for name in names if name != "seed")
                 if described:
-                    vm.keep_files(names)
+                    vm.keep_files(boots)
                 given = Given(
                     client=envelope.peerid,
                     user=Owner(uid=caller.uid, gid=caller.gid),
                     names=names,
                     check_mode=not described,
-                    copies=tuple(vm.kept.values()),
+                    copies=dict(vm.kept),
                     copy_max=max(config.memory_bytes, COPY_MAX if caller.uid else COPY_MAX_OF_ROOT) if described else 0,
                 )
             self.start(vm, uid=caller.uid, config=config, given=given)
@@ -122,7 +126,9 @@ class Life:
     def _described(self, message: StartRequest, caller: Caller) -> Vm:
         """Register the VM that a client describes.  Raises OperatorError."""
         boot = "kernel" in message.files
-        wanted = described(message, given_boot=boot, given_initrd="initrd" in message.files)
+        wanted = described(
+            message, given_boot=boot, given_initrd="initrd" in message.files, given_seed="seed" in message.files
+        )
         if message.template:
             wanted = self._instance(message.template, wanted, caller)
         else:
@@ -162,6 +168,9 @@ class Life:
         require_startable(config, bootable=kernel or again)
         self.require_room(vm, config, again=again)
         self.openings.require_answers(uid)
+        fresh_seed = config.seed is not None and not (again and "seed" in vm.kept)
+        if fresh_seed:
+            vm.new_seed()
         fresh_console = vm.open_console()
         try:
             assert vm.pty is not None
@@ -181,6 +190,7 @@ class Life:
             boots=not kernel,
             given=given,
             patience_s=vm.patience_s(),
+            seed_fd=vm.kept.get("seed", -1) if fresh_seed else -1,
         )
 
     def _opened(self, vm: Vm, config: "VmConfig", opened: "Opened", *, again: bool) -> None:

@@ -11,6 +11,7 @@ without waiting for them.  One opener and one imgprobe are in reserve, so that n
 import errno
 import os
 import time
+import types
 
 from vmd.closing import close_all
 from vmd.config import rules
@@ -22,16 +23,18 @@ from vmd.ipc.messages.clients import Caller
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles
 from vmd.ipc.routes import Proc
 from vmd.log import log
-from vmd.memfile import bounded_file
+from vmd.memfile import bounded_file, memory_file
 from vmd.parent.access import NOGROUP, groups_of
 from vmd.parent.holders import Holders, in_words
 from vmd.privsep.cell import LockholderCell
 from vmd.record import Record
+from vmd.seed.parts import PARTS_MAX
+from vmd.seed.rules import hostname_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from vmd.config.model import VmConfig
@@ -54,6 +57,7 @@ RESERVE_DELAY_S = 0.03  # from the end of one: the VM that is being started need
 LET_GO_S = 5.0  # for the locks of an opener that has ended
 AT_A_TIME = 8  # openings of users
 RESIZER_ENTRY = "vmd.images.resize:main"
+SEEDER_ENTRY = "vmd.seed.seeder:main"
 IMGBOOT_ENTRY = "vmd.imgboot.main:main"
 BOOT_FILE_MAX = 1 << 30  # bytes of a kernel or initrd on a disk, and no more than its guest has memory
 STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
@@ -64,9 +68,9 @@ class Given(Record):
 
     client: int  # who keeps them, until they are asked for
     user: Owner  # whose rights they are taken with
-    names: tuple[str, ...]  # kernel, initrd
+    names: tuple[str, ...]  # kernel, initrd, seed: what a seed is made from
     check_mode: bool  # whether the user may read them, by their modes
-    copies: tuple[int, ...] = ()  # empty memory files that they are copied to, in the order of `names`; not ours
+    copies: "Mapping[str, int]" = types.MappingProxyType({})  # empty memory files that they are copied to; not ours
     copy_max: int = 0  # bytes
 
 
@@ -128,8 +132,10 @@ class Opening:
         *,
         names_holder: bool,
         key: object,
+        seed_fd: int = -1,
     ) -> None:
         self.vm = vm
+        self.seed_fd = seed_fd  # an empty memory file, for a seed to be made; the VM's
         self.key = key  # for what it is: the VM itself, or a change of it
         self.user = user  # who has asked for it
         self.jobs = jobs
@@ -226,17 +232,21 @@ class Openings:
         names_holder: bool = True,
         others_have: bool = False,
         mends: bool = False,
+        seed_fd: int = -1,
     ) -> None:
         """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
 
         A client may have opened some of that: `given`.  `patience_s` is for locks of somebody who is about to let go.
         With `others_have` disks that are in use are looked at and not opened.  With `mends` disks will do that no VM
         could be started with, because a change of their snapshots was cut off.
+        With `seed_fd`, an empty memory file of the VM's, its seed is made.
         """
-        jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s)
+        jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s, seeds=seed_fd >= 0)
         if others_have or mends:
             jobs = [job.replace(others_have=others_have, mends=mends) for job in jobs]
-        opening = Opening(vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder, key=vm)
+        opening = Opening(
+            vm, user, jobs, given, on_opened, on_failed, names_holder=names_holder, key=vm, seed_fd=seed_fd
+        )
         opening.boot_max = min(config.memory_bytes, BOOT_FILE_MAX)
         self._add(opening)
 
@@ -313,8 +323,13 @@ class Openings:
             if job.given:
                 assert opening.given is not None
                 fds["client"] = [self.core.clients.courier(opening.given.client)]
-                for name, fd in zip(opening.given.names, opening.given.copies, strict=False):
+                for name, fd in opening.given.copies.items():
                     fds[f"{name}_copy"] = [os.dup(fd)]
+            if job.seed is not None:
+                child, seeder = self.children.start_probe(self.open_log, entry=SEEDER_ENTRY, title="seeder")
+                opener.helpers.append(child)
+                fds["seeder"], fds["seed_parts"] = [seeder.detach()], [memory_file("seed-parts")]
+                fds["seed_made"] = [os.dup(opening.seed_fd)]
             ours, theirs = courier.pair()
             opening.opened.couriers.append(ours.detach())
             fds["courier"] = [theirs.detach()]
@@ -507,7 +522,9 @@ class Openings:
         return opener.opening.vm.vmid if opener is not None and opener.opening is not None else 0
 
 
-def jobs_of(config: "VmConfig", *, boots: bool, given: Given | None, patience_s: float) -> list[OpenFiles]:
+def jobs_of(
+    config: "VmConfig", *, boots: bool, given: Given | None, patience_s: float, seeds: bool = False
+) -> list[OpenFiles]:
     """Return what is to be opened, with the rights of each user who has named some of it."""
     jobs: dict[Owner | None, OpenFiles] = {}
 
@@ -539,6 +556,16 @@ def jobs_of(config: "VmConfig", *, boots: bool, given: Given | None, patience_s:
     if given is not None:
         user = given.user if given.user.uid else None
         jobs[user] = job(user).replace(given=given.names, check_given=given.check_mode, copy_max=given.copy_max)
+    if seeds:
+        assert config.seed is not None
+        if given is None or "seed" not in given.names:
+            user = rights.seed
+        wanted = job(user)
+        jobs[user] = wanted.replace(
+            seed=config.seed.replace(hostname=config.seed.hostname or hostname_of(config.name)),
+            lladdrs=tuple(nic.lladdr for nic in config.nics),
+            copy_max=max(wanted.copy_max, PARTS_MAX),
+        )
     return list(jobs.values())
 
 

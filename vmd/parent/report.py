@@ -46,6 +46,7 @@ def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
         autostart=vm.from_config and vm.config.enabled,
         files=files_of(config).replace(console_log=log_of(vm.config)) if may_control(caller, vm.uid, gid) else None,
         nics=nics,
+        login=config.seed.user if config.seed is not None and may_control(caller, vm.uid, gid) else "",
         ended=end.replace(text=brief(end.text, REASON_BYTES_MAX)) if end is not None else None,
     )
 

@@ -7,13 +7,14 @@ from vmd.config import rules
 from vmd.config.model import ROOT, BootDevice, NicConfig, Owner, Rights, VmConfig, VmFlag
 from vmd.errors import OperatorError
 from vmd.ipc.messages.clients import StartRequest
+from vmd.seed import rules as seed_rules
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
 
 
-def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) -> VmConfig:
+def described(message: StartRequest, *, given_boot: bool, given_initrd: bool, given_seed: bool) -> VmConfig:
     """Return what a client says of a new VM, and only what it has to say: of what is there, not of what it claims.
 
     `given` is what it really gives, whose files they are is not asked, and the paths of boot files are those of
@@ -38,9 +39,16 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
         raise OperatorError(errno.EINVAL, f"vm {name}: {what} needs a boot image of its own (-b)")
     if given_initrd != (bool(wanted.initrd) and initrd is None):
         raise OperatorError(errno.EINVAL, f"vm {name}: an initrd that nobody opened, or asked for")
+    if given_seed != (wanted.seed is not None):
+        raise OperatorError(errno.EINVAL, f"vm {name}: a seed that nobody gave, or asked for")
     check_paths(wanted)
-    given = wanted.given & ~VmFlag.INSTANCE
-    for there, flag in ((wanted.disks, VmFlag.DISK), (wanted.nics, VmFlag.NETWORK), (wanted.cdrom, VmFlag.CDROM)):
+    given = wanted.given & ~(VmFlag.INSTANCE | VmFlag.SEED)
+    for there, flag in (
+        (wanted.disks, VmFlag.DISK),
+        (wanted.nics, VmFlag.NETWORK),
+        (wanted.cdrom, VmFlag.CDROM),
+        (wanted.seed, VmFlag.SEED),
+    ):
         given |= flag if there else VmFlag(0)
     return wanted.replace(
         name=name,
@@ -55,6 +63,7 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool) ->
         fault="",
         console_log=None,
         nics=tuple(map(without_leave, wanted.nics)),
+        seed=wanted.seed and wanted.seed.public(),
     )
 
 
@@ -112,6 +121,8 @@ def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
     check_name(config.name)
     try:
         rules.check_vm(config)
+        if config.seed is not None:
+            seed_rules.check(config.seed)
     except ValueError as error:
         raise OperatorError(errno.EINVAL, f"vm {config.name}: {error}") from None
     require_startable(config, bootable=bootable)

@@ -215,7 +215,8 @@ class Transfers:
             vm.open_console()
             assert vm.pty is not None
             vm.pty.give_to(vm.uid, vm.config.owner.gid)
-            fds = vm.process_fds()
+            vm.new_seed()
+            fds = vm.process_fds(arrives=True)
         except VmdError as error:
             close(stream)
             vm.drop_pty()
@@ -244,7 +245,8 @@ class Transfers:
             self.core.slots.give()
             vm.begin_receive(Receiving(paused=paused, config=config), again=True)
             vm.uid = uid
-            fds = vm.process_fds()
+            vm.new_seed()
+            fds = vm.process_fds(arrives=True)
         except BaseException:
             close(stream)
             raise
@@ -273,6 +275,8 @@ class Transfers:
         except FAILURES as error:
             self.give_up(vm, number(error), sentence(error))
             return
+        if config.seed is None:
+            vm.drop_seed()
         once = endings.ONLY_THAT_START if message.one_shot else ""
         vm.once_because = endings.ONCE.get(config.boot_device, once)
 
@@ -397,6 +401,7 @@ def require_same(ours: VmConfig, theirs: VmConfig) -> None:
         ("bytes of memory", ours.memory_bytes, theirs.memory_bytes),
         ("disks", len(ours.disks), len(theirs.disks)),
         ("network interfaces", len(ours.nics), len(theirs.nics)),
+        ("seeds", int(ours.seed is not None), int(theirs.seed is not None)),
         ("CD drives", int(bool(ours.cdrom or ours.drive)), int(bool(theirs.cdrom or theirs.drive))),
     ):
         if now != then:

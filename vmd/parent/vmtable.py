@@ -420,6 +420,22 @@ class Vm:
         except OSError as error:
             raise HostError("keep the boot image of a client", error) from error
 
+    def new_seed(self) -> None:
+        """Have an empty memory file for the seed of this life, instead of that of the one before.  Raises HostError."""
+        self.drop_seed()
+        try:
+            self.kept["seed"] = memory_file("seed")
+        except OSError as error:
+            raise HostError("keep a seed", error) from error
+        self.changed()
+
+    def drop_seed(self) -> None:
+        """Close the seed, if there is one."""
+        fd = self.kept.pop("seed", None)
+        if fd is not None:
+            close(fd)
+            self.changed()
+
     def drop_files(self) -> None:
         """Close the kept files."""
         close_all(self.kept.values())
@@ -456,21 +472,23 @@ class Vm:
         self.pty = pty
         return True
 
-    def process_fds(self) -> dict[str, list[int]]:
+    def process_fds(self, *, arrives: bool = False) -> dict[str, list[int]]:
         """Return what a new VM process is given of this, as the caller's.  Raises HostError.
 
-        That is its console, an empty file for the guest's memory, and copies of what it boots from, if there are some.
+        That is its console, an empty file for the guest's memory, its seed, and copies of what it boots from, if there
+        are some.  The seed of a VM that `arrives` comes with it: the file is empty.
         """
         assert self.pty is not None
         assert self.backlog is not None
         try:
-            if not all(map(is_constant, self.kept.values())):
-                raise HostError("keep the boot image of a client", errno.EBADF)
+            for name, fd in self.kept.items():
+                if not is_constant(fd) and not (arrives and name == "seed"):
+                    raise HostError(f"keep the {name} of vm {self.name}", errno.EBADF)
             self.take_memory(memory_file("guest-memory"))
         except OSError as error:
             raise HostError("make a file for the guest's memory", error) from error
         assert self.memory is not None
-        names = {"kernel": "boot", "initrd": "initrd"}
+        names = {"kernel": "boot", "initrd": "initrd", "seed": "seed"}
         ours = {
             "tty": self.pty.master,
             "tty_slave": self.pty.slave,

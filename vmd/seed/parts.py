@@ -15,6 +15,7 @@ IMAGE_MAX = 8 << 20
 KEY_FILES_MAX = 64
 INTERFACES_MAX = 16
 ADDRESSES_MAX = 16  # of each kind, of an interface
+HASHED = "$"  # with which the hash of a password begins; anything else is the path of a file that has one
 
 
 class SeedError(VmdError):

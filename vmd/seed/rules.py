@@ -3,7 +3,12 @@
 The parent and vmctl load this for vm.conf and `vmctl start -C`, so it imports little, and reads no file of a user.
 """
 
-from vmd.config.rules import DIGITS, LETTERS, shown
+from vmd.config.rules import DIGITS, LETTERS, path, shown
+from vmd.seed.parts import HASHED, KEY_FILES_MAX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.config.model import SeedConfig
 
 LABEL_MAX = 63  # RFC 1035, 2.3.4
 HOSTNAME_MAX = 253
@@ -75,3 +80,26 @@ def instance_id(text: str) -> str:
         form = "letters, digits, dots, hyphens and underscores"
         raise ValueError(f"instance-id {shown(text)}: not 1 to {INSTANCE_ID_MAX} {form}")
     return text
+
+
+def key_files(number: int) -> int:
+    """Return a number of files with keys."""
+    if number > KEY_FILES_MAX:
+        raise ValueError(f"too many ssh-keys: {number} (limit is {KEY_FILES_MAX})")
+    return number
+
+
+def check(seed: "SeedConfig") -> None:
+    """Raise ValueError unless the seed of a VM follows all rules."""
+    key_files(len(seed.ssh_keys))
+    for rule, text in ((hostname, seed.hostname), (user, seed.user), (instance_id, seed.instance_id)):
+        if text:
+            rule(text)
+    if seed.password.startswith(HASHED):
+        password_hash(seed.password)
+    elif seed.password:
+        path("path of a file of the seed", seed.password)
+    if seed.password and not seed.user:
+        raise ValueError("password-hash: whose it is has to be said with user")
+    for name in (*seed.ssh_keys, seed.user_data, seed.vendor_data, seed.network_config):
+        path("path of a file of the seed", name)

@@ -11,6 +11,7 @@ from vmd.guestmem import GuestMemory
 from vmd.log import log
 from vmd.vm import acpi, layout
 from vmd.vm.boot import loader
+from vmd.vm.kinds import SEED
 from vmd.vm.machine import Host, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.vcpu import apply_start, set_boot_msrs
@@ -51,10 +52,20 @@ def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside
     machine.plug_devices()
     machine.create_vcpus()
     pause = source.finish(machine)
+    machine.seed = seed_of(slots)
     for slot in slots:
         for fd in slot.fds:
             close(fd)
     return pause
+
+
+def seed_of(slots: "Sequence[Slot]") -> bytes:
+    """Return what the seed of a machine holds, for it to be sent; b"" if it has none.  Raises OSError."""
+    for slot in slots:
+        if slot.kind is SEED:
+            fd = slot.fds[0]
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+    return b""
 
 
 class FromImages:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAIN = "main"  # the module of a device's package that its process begins with
 RAW = "raw"  # ... that of a disk with one image, which is raw
+SEED_NUMBER = 4  # of the process of a seed, behind those of disks
 SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
 
 
@@ -33,6 +34,7 @@ class Given(Record):
     cdrom_fd: int | None = None
     nics: "tuple[NicLink, ...]" = ()
     tap_fds: tuple[int, ...] = ()
+    seed_fd: int | None = None
 
 
 class Kind(Record):
@@ -50,6 +52,7 @@ class Kind(Record):
     spare: bool = False  # every VM has one: its process starts before there is a VM
     config_may_differ: bool = False  # between hosts: drivers expect that to change
     settles: bool = False  # is brought to stable storage before its VM goes on elsewhere
+    slot: int | None = None  # where it is always, so that no other device moves; a VM has one such at most
 
 
 # --- what each is given --------------------------------------------------------------------------------------------
@@ -96,6 +99,20 @@ def cdrom(given: Given) -> "Iterator[dict[str, Any]]":
         yield {}
 
 
+def seed(given: Given) -> "Iterator[dict[str, Any]]":
+    """It is a disk that nobody writes to; its number is one that no other disk has."""
+    if given.seed_fd is not None:
+        yield {
+            "fds": (given.seed_fd,),
+            "notes": (0,),
+            "names": ("seed",),
+            "flags": devmsg.START_READ_ONLY,
+            "serial": b"seed",
+            "module": RAW,
+            "index": SEED_NUMBER,
+        }
+
+
 def net_fields(nic: "NicLink") -> bytes:
     """Return what the process of a network interface is told of it."""
     flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_PXE * nic.pxe
@@ -117,7 +134,8 @@ def net_fields(nic: "NicLink") -> bytes:
 
 def host_name(config: "VmConfig", index: int) -> str:
     """Return the host name that the guest is told by interface `index`."""
-    return config.nics[index].host_name or config.name
+    of_seed = config.seed.hostname if config.seed is not None else ""
+    return config.nics[index].host_name or of_seed or config.name
 
 
 def note(image: "ImageLink") -> int:
@@ -190,7 +208,20 @@ CDROM = Kind(
     resources=cdrom,
 )
 
-KINDS = (ENTROPY, INTERFACE, DISK, CDROM)  # in the order of their slots, which is upstream's (*cat. 5.4*)
+SEED = Kind(  # of cloud-init (`vmd.seed`); not one of the disks: it is neither resized, limited nor snapshot
+    name="seed",
+    process="vioblk",
+    word="seed",
+    queues=(256,),
+    device_type=2,
+    legacy_id=0x1001,
+    class_code=0x010000,
+    count=lambda config: int(config.seed is not None),
+    resources=seed,
+    slot=31,
+)
+
+KINDS = (ENTROPY, INTERFACE, DISK, CDROM, SEED)  # in the order of their slots, which is upstream's (*cat. 5.4*)
 
 
 def kinds(config: "VmConfig") -> list[Kind]:

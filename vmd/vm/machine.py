@@ -116,6 +116,7 @@ class Machine:
         self.outside = outside
         self.end = outside.end
         self.listening = True
+        self.seed = b""  # what is on that disk, if it has one
 
         self.kvm = host.kvm
         self.cpuid = cpuid or host.cpuid

@@ -15,6 +15,7 @@ import gc
 import sys
 
 from vmd.backlog import BacklogWriter
+from vmd.closing import close
 from vmd.errors import PeerError, VmdError, number, sentence
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
@@ -64,6 +65,7 @@ from vmd.ipc.routes import Proc
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import RateLimit, log
+from vmd.memfile import fill_file
 from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from vmd.vm.kinds import Kind
     from vmd.vm.pause import Pause
     from vmd.vm.slots import Slot
+    from vmd.vm.state import MachineState
 
 
 IOCTLS = (  # of a VM that runs
@@ -144,6 +147,7 @@ class VmProcess(Process):
         self.devices = DeviceProcesses()
         self.locks = Locks(self.devices)
         self.console: Console | None = None
+        self.seed: int | None = None  # of a VM that arrives: an empty file for it
 
     def on_start_vm(self, message: StartVm, envelope: Envelope, channel: Channel) -> None:
         """Be a new VM."""
@@ -441,6 +445,7 @@ class VmProcess(Process):
         courier, memory = envelope.take_fd("courier"), envelope.take_fd("memory")
         assert courier is not None
         assert memory is not None
+        self.seed = envelope.take_fd("seed")
         self.open_console(envelope)
         self.devices.figures_fd = envelope.take_fd("figures")
         fetch_stream(self.loop, courier, lambda stream: self.arrive(stream, memory))
@@ -478,11 +483,23 @@ class VmProcess(Process):
         source, self.arrival = self.arrival.source(), None
         try:
             fetch_files(envelope)
+            envelope.fds["seed"] = self.take_seed(source.saved)
             slots = slots_of(message, envelope)
         except (PeerError, OSError) as error:
             self.fail(error)
             return
         self.begin(source, message.config, slots, paused=message.paused)
+
+    def take_seed(self, saved: "MachineState") -> list[int]:
+        """Return the seed that came with a stream, if one did, in the parent's file for it.  Raises OSError."""
+        fd, self.seed = self.seed, None
+        if fd is None:
+            return []
+        if not saved.seed:
+            close(fd)
+            return []
+        fill_file(fd, saved.seed)
+        return [fd]
 
     # --- devices that change -----------------------------------------------------------------------------------
 
@@ -612,8 +629,11 @@ def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slo
     Raises PeerError, with which the VM fails: dropped, the message would have no answer.
     """
     disks, cdrom, taps = envelope.take_fds("disks"), envelope.take_fd("cdrom"), envelope.take_fds("taps")
+    seed = envelope.take_fd("seed")
     if len(taps) != len(message.nics) or len(disks) != sum(len(disk.images) for disk in message.disks):
         raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps that nobody describes")
+    if (seed is None) != (message.config.seed is None):
+        raise PeerError("vmm", "a seed that nobody describes, or none")
     given = Given(
         config=message.config,
         disks=message.disks,
@@ -621,6 +641,7 @@ def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slo
         cdrom_fd=cdrom,
         nics=message.nics,
         tap_fds=tuple(taps),
+        seed_fd=seed,
     )
     return plan(given)
 

@@ -1,6 +1,6 @@
 """Which virtio devices a VM has, and in which PCI slot each sits (*cat. 5.4*).
 
-    0 host bridge   1 entropy   then network interfaces, disks, the CD-ROM drive, vmmci
+    0 host bridge   1 entropy   then network interfaces, disks, the CD-ROM drive, vmmci   31 seed
 
 The order is upstream's, so that a guest that was installed there finds its devices where they were.
 """
@@ -8,7 +8,7 @@ The order is upstream's, so that a guest that was installed there finds its devi
 from vmd.config.model import BootDevice
 from vmd.record import Record
 from vmd.vm.boot import fwcfg
-from vmd.vm.kinds import CDROM, DISK, KINDS, MAIN, Given, Kind
+from vmd.vm.kinds import CDROM, DISK, KINDS, MAIN, SEED, Given, Kind
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ class Slot(Record):
     @property
     def label(self) -> str:
         """What the device is called where users see it, such as disk0."""
-        return f"{self.kind.word}{self.index}"
+        return f"{self.kind.word}{self.index}" if self.kind.slot is None else self.kind.word
 
 
 def plan(given: Given) -> list[Slot]:
     """Return the devices of a VM."""
     devices = [(kind, index, own) for kind in KINDS for index, own in enumerate(kind.resources(given))]
     return [
-        Slot(kind=kind, index=index, number=number, **own)
+        Slot(kind=kind, number=number if kind.slot is None else kind.slot, **{"index": index} | own)
         for number, (kind, index, own) in enumerate(devices, SLOT_HOST_BRIDGE + 1)
     ]
 
@@ -67,21 +67,23 @@ def with_serials(config: "VmConfig", slots: "Sequence[Slot]") -> "VmConfig":
 
 
 def vmmci_slot(slots: "Sequence[Slot]") -> int:
-    """Return the slot of the VM control device: behind all others."""
-    return max((slot.number for slot in slots), default=SLOT_HOST_BRIDGE) + 1
+    """Return the slot of the VM control device: behind all others but those that have a fixed one."""
+    return max((slot.number for slot in slots if slot.kind.slot is None), default=SLOT_HOST_BRIDGE) + 1
 
 
 def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the lines for SeaBIOS's `bootorder`: of what it starts from, and of the other drives.
 
     By default disks, then the disc; else only what was asked for.  (Of several disks it starts from the first.)
+    Nothing starts from a seed.
     """
     disks = tuple(fwcfg.boot_path(slot.number) for slot in slots if slot.kind is DISK)
     discs = tuple(fwcfg.scsi_boot_path(slot.number) for slot in slots if slot.kind is CDROM)
+    seeds = tuple(fwcfg.boot_path(slot.number) for slot in slots if slot.kind is SEED)
     match device:
         case BootDevice.DISK:
-            return disks, discs
+            return disks, (*discs, *seeds)
         case BootDevice.CDROM:
-            return discs, disks
+            return discs, (*disks, *seeds)
         case _:  # `net` is for kernels that are booted directly; firmware has nothing to boot by it
-            return (*disks, *discs), ()
+            return (*disks, *discs), seeds

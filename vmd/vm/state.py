@@ -8,6 +8,7 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 import struct
 
 from vmd.config import rules
+from vmd.config.model import without_secrets
 from vmd.guestmem import PAGE
 from vmd.ipc.imsg import Form, encode, unpack
 from vmd.ipc.messages.vm import ReceivedHeader
@@ -46,6 +47,7 @@ TSC_TOLERANCE_PPM = 250  # KVM's own; beyond it a guest's clock would be wrong
 # How long a MachineState can be: a vCPU's MSRs and APIC, and what else there is, several times over.
 VCPU_BYTES_MAX = 32 << 10
 OTHER_BYTES_MAX = 256 << 10
+SEED_BYTES_MAX = 8 << 20  # IMAGE_MAX of `vmd.seed.parts`
 
 
 class Register(Record):
@@ -99,6 +101,7 @@ class MachineState(Part):
     functions: tuple[PciFunctionState, ...]
     virtio: tuple[VirtioState, ...]
     vmmci: ChipState
+    seed: bytes = b""  # of a machine with one: all that is on that disk
 
 
 def read_machine(version: int, raw: bytes) -> MachineState:
@@ -108,7 +111,8 @@ def read_machine(version: int, raw: bytes) -> MachineState:
 
 def bytes_max(header: Header) -> int:
     """Return how long the record of such a machine's state may be; a list in there takes much more than it says."""
-    return header.config.vcpus * (VCPU_BYTES_MAX + header.xsave_bytes) + OTHER_BYTES_MAX
+    seed_max = SEED_BYTES_MAX if header.config.seed is not None else 0
+    return header.config.vcpus * (VCPU_BYTES_MAX + header.xsave_bytes) + OTHER_BYTES_MAX + seed_max
 
 
 # --- saving --------------------------------------------------------------------------------------------------
@@ -117,7 +121,7 @@ def bytes_max(header: Header) -> int:
 def header(machine: "Machine", *, one_shot: bool) -> Header:
     """Return the header of a machine."""
     return Header(
-        config=with_serials(machine.config, machine.slots),
+        config=without_secrets(with_serials(machine.config, machine.slots)),
         one_shot=one_shot,
         firmware_bytes=machine.firmware_bytes,
         touched_bytes=machine.memory.resident_bytes(),
@@ -155,6 +159,7 @@ def save(machine: "Machine", clocks: Clocks) -> MachineState:
         functions=tuple(PciFunctionState(**function) for function in pci["functions"]),
         virtio=tuple(function.save() for function in machine.virtio),
         vmmci=_save_chip("vmmci", machine.vmmci.save()),
+        seed=machine.seed,
     )
 
 

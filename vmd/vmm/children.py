@@ -55,7 +55,7 @@ BUDGETS: "dict[type[Any], tuple[int, float]]" = {
     AskResolvers: (16, 4.0), DeviceEvent: (16, 1.0), TransferProgress: (1, 10.0),
 }  # fmt: skip
 # What another parent is given, if there has to be one: copies stay here as long as the VM is known.
-KEPT = ("tty", "tty_slave", "shown", "memory", "log", "boot", "initrd", "taps", "figures")
+KEPT = ("tty", "tty_slave", "shown", "memory", "log", "boot", "initrd", "taps", "figures", "seed")
 OF_A_CLIENT = (BY_CLASS[ConsoleSnapshot].answers, (DevicesReported,))  # answers that only one who has left waits for
 UNASKED = 64, 16.0  # ... of all this and last words together; a process that says more is cut off
 

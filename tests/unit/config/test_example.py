@@ -43,7 +43,7 @@ def test_example_is_a_configuration(example: Config) -> None:
 def test_example_shows_every_reserved_word() -> None:
     """In a statement; one whose file must be there, and those without a meaning, in a comment."""
     text = EXAMPLE.read_text()
-    used = set(re.findall(r"[a-z0-9]+", statements(text)))
+    used = set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", statements(text)))
 
     assert lexer.RESERVED - used == {"add", "id", "include"}
     assert re.search(r'^# include "', text, re.MULTILINE)
@@ -53,7 +53,7 @@ def test_example_shows_every_reserved_word() -> None:
 def test_example_names_ours_apart() -> None:
     """All of our keywords below the heading, none above."""
     upstream, ours = EXAMPLE.read_text().split("# ---- Ours: ")
-    words = re.compile(r"[a-z0-9]+")
+    words = re.compile(r"[a-z0-9]+(?:-[a-z]+)*")
 
     assert set(words.findall(statements(upstream))).isdisjoint(OURS)
     assert set(words.findall(statements(ours))) >= OURS
@@ -62,7 +62,7 @@ def test_example_names_ours_apart() -> None:
 def test_manual_explains_every_word() -> None:
     """Ours marked as such."""
     text = MANUAL.read_text()
-    keywords = set(re.findall(r"[a-z0-9]+", " ".join(re.findall(r"\bIc ([^\n]*)", text))))
+    keywords = set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", " ".join(re.findall(r"\bIc ([^\n]*)", text))))
 
     assert keywords >= lexer.RESERVED - {"add", "id"} | OURS
     assert all(re.search(rf"\b{word}\b", text) for word in lexer.RESERVED)

@@ -33,6 +33,7 @@ from vmd.config.model import (
     Owner,
     Prefix,
     Rights,
+    SeedConfig,
     SwitchConfig,
     VirtioMode,
     VmFlag,
@@ -402,6 +403,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         virtio modern
         disk {conf.image} format QCOW2
         limit {{ cpu 200% }}
+        seed {{ user alice }}
         disk "{conf.image}"
         cdrom install.iso
         boot "{kernel}" initrd "{initrd}" cmdline "console=ttyS0 root=/dev/vda"
@@ -426,7 +428,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         "name": "a",
         "parent": "",
         "enabled": False,
-        "given": VmFlag.CPU | VmFlag.KERNEL | VmFlag.MEMORY | VmFlag.NETWORK | VmFlag.DISK | VmFlag.CDROM,
+        "given": VmFlag(0xBF),
         "memory_bytes": 3 << 29,
         "vcpus": 4,
         "kernel": str(kernel),
@@ -449,6 +451,7 @@ def test_vm_with_everything(conf: Loader) -> None:
         "sev": True,
         "sev_es": True,
         "limit": VmLimits(cpu_percent=200),
+        "seed": SeedConfig(user="alice"),
         "fault": "",
         "drive": False,
         "console_log": ConsoleLog(path=f"{conf.directory}/%n.log", size_bytes=1 << 20, keep=9),

@@ -2,15 +2,16 @@
 
 import errno
 import os
+import re
 from typing import Any, cast
 
 import pytest
 
 from vmd.config.model import VmConfig
-from vmd.errors import PeerError
+from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Quit
-from vmd.ipc.messages.vm import CancelTransfer, EndSend, Outcome, PauseDone, StartVm, StopVm, TakeDisksBack
+from vmd.ipc.messages.vm import CancelTransfer, EndSend, Outcome, PauseDone, ReceiveVm, StartVm, StopVm, TakeDisksBack
 from vmd.ipc.messages.vmm import AskVms, EndTaken, Retire, VmExited, VmHeld, VmsHeld, VmSlotOver
 from vmd.ipc.routes import Proc
 from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adoption
@@ -405,3 +406,22 @@ def test_a_message_about_no_vm_reaches_nobody(core: Core, room: Room) -> None:
     assert line.sent == []
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
+
+
+def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None:
+    """It would take the message for nonsense: a VM that has a seed is refused, and one that may bring one goes on."""
+    made, (line,) = adoption(core, room, 1, version="0.1.0")
+    newest = made.generations
+
+    def seed() -> dict[str, list[int]]:
+        return {"seed": [os.memfd_create("seed")]}
+
+    with pytest.raises(OperatorError, match=re.escape("needs a later vmm than that of vmd 0.1.0")):
+        newest.send(StartVm(vmid=1, config=VmConfig(name="a"), boot_name="", verbosity=0), fds=seed())
+    assert line.sent == []
+    for message in (
+        StartVm(vmid=1, config=VmConfig(name="a"), boot_name="", verbosity=0),
+        ReceiveVm(vmid=2, name="b", verbosity=0),
+    ):
+        newest.send(message, fds=seed() if isinstance(message, ReceiveVm) else {})
+    assert [type(message) for message in line.sent] == [StartVm, ReceiveVm]

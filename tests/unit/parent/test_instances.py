@@ -14,6 +14,7 @@ from vmd.config.model import (
     Owner,
     Prefix,
     Rights,
+    SeedConfig,
     VirtioMode,
     VmConfig,
     VmFlag,
@@ -62,7 +63,7 @@ def test_a_console_log_is_inherited_under_the_name_of_the_instance() -> None:
     """And is given by vm.conf alone, whatever a client says."""
     template = TEMPLATE.replace(console_log=ConsoleLog(path="/v/%n.log", keep=1))
     asked = VmConfig(name="i", console_log=ConsoleLog(path="/etc/passwd"))
-    wanted = described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False)
+    wanted = described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=False)
 
     made = derive(template, wanted, USER)
 
@@ -257,5 +258,24 @@ def test_what_only_vm_conf_gives_a_local_interface() -> None:
     )  # fmt: skip
     request = StartRequest(name="i", config=VmConfig(name="i", nics=(told,)))
 
-    (nic,) = described(request, given_boot=False, given_initrd=False).nics
+    (nic,) = described(request, given_boot=False, given_initrd=False, given_seed=False).nics
     assert nic == NicConfig(local=True, rate_limit=1 << 20)
+
+
+def test_an_instance_has_the_seed_of_its_template_under_its_own_name() -> None:
+    """Read with the rights of whoever has named its files; one of its own takes the place of all of it."""
+    seed = SeedConfig(hostname="t", user="alice", user_data="/root/data", instance_id="x")
+    template = TEMPLATE.replace(seed=seed, rights=Rights(seed=Owner(uid=7)))
+    plain = derive(template, VmConfig(name="i"), USER)
+    given = VmConfig(name="i", seed=SeedConfig(user="bob"), given=VmFlag.SEED)
+    own = derive(template.replace(allow=AllowInstance(flags=VmFlag.SEED, owner=Owner(uid=USER.uid))), given, USER)
+
+    assert (plain.seed, plain.rights.seed) == (SeedConfig(user="alice", user_data="/root/data"), Owner(uid=7))
+    assert own.seed == given.seed
+    assert own.rights.seed is not None
+    assert own.rights.seed.uid == USER.uid
+    asked = VmConfig(name="i", seed=SeedConfig(user="a", user_data="/etc/shadow", password="/etc/shadow"))
+    taken = described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=True)
+    assert taken.seed == SeedConfig(user="a")
+    with pytest.raises(OperatorError, match="a seed that nobody gave"):
+        described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=False)

@@ -2,13 +2,13 @@
 
 import pytest
 
-from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, VmConfig
+from vmd.config.model import BootDevice, DiskConfig, NicConfig, Owner, SeedConfig, VmConfig
 from vmd.config.rules import valid_serial
 from vmd.ipc import devmsg
 from vmd.ipc.messages.shared import DiskImages, ImageLink
 from vmd.ipc.messages.vm import NicLink
-from vmd.vm.kinds import DISK, Given, kinds
-from vmd.vm.slots import Slot, boot_paths, plan, with_serials
+from vmd.vm.kinds import DISK, SEED, Given, kinds
+from vmd.vm.slots import Slot, boot_paths, plan, vmmci_slot, with_serials
 
 DISK1, DISK2, DISC = "/pci@i0cf8/*@3", "/pci@i0cf8/*@4", "/pci@i0cf8/*@5/*@0/*@0,0"
 
@@ -116,3 +116,18 @@ def test_the_boot_device_is_all_that_is_tried_and_the_rest_is_there(
 ) -> None:
     """Every drive is in one of the two lists: firmware hides those without a line."""
     assert boot_paths(slots(), device) == (to_boot, others)
+
+
+def test_a_seed_moves_no_device() -> None:
+    """It is a disk with a slot and a number of its own, read-only, from which nothing is booted."""
+    parts = Given(config=CONFIG, seed_fd=7)
+    (entropy, seed) = plan(parts)
+
+    assert (seed.kind, seed.number, seed.name, seed.label) == (SEED, 31, "vioblk4", "seed")
+    assert (seed.fds, seed.flags, seed.module) == ((7,), devmsg.START_READ_ONLY, "raw")
+    assert vmmci_slot((entropy, seed)) == vmmci_slot((entropy,)) == 2
+    assert vmmci_slot([*slots(), seed]) == vmmci_slot(slots())
+    assert kinds(CONFIG.replace(seed=SeedConfig())) == [*kinds(CONFIG), SEED]
+    to_boot, others = boot_paths([*slots(), seed], BootDevice.AUTO)
+    assert "/pci@i0cf8/*@1f" in others
+    assert to_boot == boot_paths(slots(), BootDevice.AUTO)[0]

@@ -47,7 +47,7 @@ def test_nothing_is_read_beyond_the_header() -> None:
 
     beginning = unpack(probe(Pipe(fd, select.POLLIN)))
 
-    assert beginning == Beginning(version=VERSION, counts=(1, 2, 1, 0), header=raw)
+    assert beginning == Beginning(version=VERSION, counts=(1, 2, 1, 0, 0), header=raw)
     assert isinstance(beginning, Beginning)
     assert beginning.kinds == [ENTROPY, INTERFACE, INTERFACE, DISK]
     assert beginning.read_bytes == os.lseek(fd, 0, os.SEEK_CUR)
@@ -93,9 +93,9 @@ def test_damage_is_found() -> None:
 BAD = {
     "nothing": b"",
     "another-kind": b"\3" + bytes(HEAD.size),
-    "too-little": HEAD.pack(HEADER, 3, 1, 0, 0, 0)[:-1],
-    "too-much": HEAD.pack(HEADER, 3, 1, 0, 0, 0) + bytes(ANSWER_MAX),
-    "more-devices-than-slots": HEAD.pack(HEADER, 3, 1, 20, 10, 0),
+    "too-little": HEAD.pack(HEADER, 3, 1, 0, 0, 0, 0)[:-1],
+    "too-much": HEAD.pack(HEADER, 3, 1, 0, 0, 0, 0) + bytes(ANSWER_MAX),
+    "more-devices-than-slots": HEAD.pack(HEADER, 3, 1, 20, 10, 0, 0),
 }
 
 

@@ -49,12 +49,13 @@ class VmRequest(Request):
     name: str = ""
 
 
-@request(0x10, Who.OWNER, "VmStarted", fds=("kernel?", "initrd?"))
+@request(0x10, Who.OWNER, "VmStarted", fds=("kernel?", "initrd?", "seed?"))
 class StartRequest(VmRequest):
     """Start a VM: a known one (`config` None), or the one described.
 
     fds: `kernel` and `initrd` were opened by the client, so that a user may boot what only he can read.
-    For a known VM they are a one-shot boot, as is `boot_device`.  Control keeps them until `PassFiles`, and says in
+    For a known VM they are a one-shot boot, as is `boot_device`.  `seed` has what the seed of a new one is made from
+    (`vmd.seed`).  Control keeps them until `PassFiles`, and says in
     `files` which there are; what a client says there counts for nothing.
     `kernel` and `initrd`, too, are for one boot of a known VM: DiskFiles in words, which are on its own disks.
     """

@@ -1,6 +1,6 @@
 """Between the parent and an opener."""
 
-from vmd.config.model import DiskConfig, DiskFile
+from vmd.config.model import DiskConfig, DiskFile, SeedConfig
 from vmd.fileid import FileId
 from vmd.ipc.messages.shared import DiskImages
 from vmd.ipc.routes import Proc, message
@@ -19,7 +19,7 @@ class OpenedFile(Record):
     (Proc.PARENT, Proc.OPENER),
     fds=(
         "courier", "probe?", "client?", "kernel_copy?", "initrd_copy?", "resizer?", "reader?", "kernel_memory?",
-        "initrd_memory?",
+        "initrd_memory?", "seeder?", "seed_parts?", "seed_made?",
     ),
     answered_by=("OpenerAt", "FilesOpened", "NotOpened"),
 )
@@ -32,6 +32,8 @@ class OpenFiles(Record):
     `resizer` leads to an imgresize, for the one disk that is to have `resize_bytes`.
     `reader` leads to an imgboot, which copies `kernel_at` and `initrd_at` to memory files as large as those may be:
     `kernel_memory` and `initrd_memory`.
+    `seeder` leads to a seeder, for `seed`; `seed_parts` and `seed_made` are empty memory files, for what that is given
+    and what it makes.
     """
 
     name: str  # of the VM
@@ -47,7 +49,7 @@ class OpenFiles(Record):
     initrd_at: DiskFile | None = None
     needs_code: bool = False  # a BIOS has to find something to start on `disks`
     looks: bool = False  # ... and does not: the `reader` says what there is
-    given: tuple[str, ...] = ()  # kernel, initrd
+    given: tuple[str, ...] = ()  # kernel, initrd, seed: what a client's seed is made from
     check_given: bool = False  # whether the user may read it, by its mode
     copy_max: int = 0  # bytes; the opener makes no file larger
     in_conf: bool = True  # whether advice is for who writes a vm.conf
@@ -56,6 +58,8 @@ class OpenFiles(Record):
     others_have: bool = False  # disks are in use, and are to be looked at all the same: they say so in `in_use`
     only_writable: bool = False  # each disk's own image, and nothing but whether this user may write to it
     resize_bytes: int = 0
+    seed: SeedConfig | None = None  # it is to be made
+    lladdrs: tuple[bytes, ...] = ()  # of the interfaces, for that
 
 
 @message(0xA1, (Proc.OPENER, Proc.PARENT), partial=True)

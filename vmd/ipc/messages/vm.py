@@ -31,7 +31,7 @@ class NicLink(Record):
 @message(
     0x60,
     TO_VM,
-    fds=("couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*", "figures?"),
+    fds=("couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*", "figures?", "seed?"),
     answered_by=("VmRunning", "VmFailed"),
 )
 class StartVm(Record):
@@ -43,6 +43,7 @@ class StartVm(Record):
     `memory` is an empty memory file: the guest's.
     `tty` and `tty_slave` are the two sides of the console; `shown` is what it has shown (vmd.backlog); `taps` are one
     for each of `nics`.  `figures`, added by vmm, is where devices leave what they count (vmd.ipc.devmsg).
+    `seed` is a constant memory file: what the guest's cloud-init reads, if there is a `config.seed`.
     """
 
     vmid: int
@@ -254,11 +255,13 @@ class SendUndone(Record):
 @message(
     0x6F,
     TO_VM,
-    fds=("courier", "memory", "tty", "tty_slave", "shown", "figures?"),
+    fds=("courier", "memory", "tty", "tty_slave", "shown", "figures?", "seed?"),
     answered_by=("TransferProgress", "ReceivedHeader", "VmFailed"),
 )
 class ReceiveVm(Record):
     """Become the VM that the `stream` has that comes over `courier`; other descriptors as for StartVm.
+
+    `seed` is empty: the VM process fills it with the seed that comes with the stream, if one does.
 
     In four steps, for what the stream says has to be judged and its disks opened: ReceivedHeader, ReceiveMemory,
     ReceivedMachine, ResumeReceived; then VmRunning.  VmFailed at any time.

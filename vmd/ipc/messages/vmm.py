@@ -50,9 +50,11 @@ class AskVms(Record):
 @message(
     0xC3,
     (Proc.VMM, Proc.PARENT),
-    fds=("process?", "tty?", "tty_slave?", "shown?", "memory?", "log?", "boot?", "initrd?", "taps*", "figures?"),
+    fds=(
+        "process?", "tty?", "tty_slave?", "shown?", "memory?", "log?", "boot?", "initrd?", "taps*", "figures?", "seed?",
+    ),
     partial=True,
-)
+)  # fmt: skip
 class VmHeld(Record):
     """One VM, as vmm knows it: it has a process, or has ended and the parent has not taken notice of that.
 
