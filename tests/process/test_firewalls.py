@@ -17,7 +17,7 @@ from tests.support.network import Network
 from tests.support.privdriver import DEADLINE_S, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.errors import HostError
-from vmd.ipc.messages.priv import AskDrops, DropsReported
+from vmd.ipc.messages.priv import AskDrops, DropsReported, NetworkTrouble
 from vmd.ipc.messages.shared import Trouble
 from vmd.parent.forpriv import open_tables
 from vmd.priv.legacy import (
@@ -124,6 +124,7 @@ def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv:
             "another firewall of this host has dropped 3 of 4 packets from the guest to others (tap0). "
         )
         assert words in trouble.text
+        assert priv.hear() == NetworkTrouble(vmid=1, device="interface0", text=trouble.text)
         assert dropped(priv) == (trouble,)
         assert priv.log.count(trouble.text) == 1
 
@@ -132,6 +133,8 @@ def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv:
         say(guest, WORLD4, 5002)
         assert server.recvfrom(100)[1] == ("192.0.2.1", 5002)
         assert dropped(priv) == ()
+        assert priv.hear() == NetworkTrouble(vmid=1, device="interface0")
+        assert priv.troubles == []
 
 
 @pytest.mark.deep
@@ -200,14 +203,17 @@ def test_docker_that_comes_later(network: Network, priv: Priv) -> None:
 
 @pytest.mark.deep
 def test_a_table_that_was_flushed_is_written_again(network: Network, priv: Priv) -> None:
-    """As by whoever restarts nftables.service; it is said."""
-    with priv.make(nic(host4=HOST4)):
+    """As by whoever restarts nftables.service; it is said, and told once for all VMs."""
+    with priv.make(nic(host4=HOST4)), priv.make(nic(host4=bytes((100, 64, 2, 2))), vmid=2):
         before = rules(network)
         network.run("nft", "flush", "ruleset")
         (trouble,) = dropped(priv)
         assert trouble.text == "the nftables table inet vmd was removed by another program: it was written again"
         assert rules(network) == before
         assert trouble.text in priv.log
+        assert priv.hear() == NetworkTrouble(text=trouble.text)
+        assert dropped(priv, 2) == (trouble,)
+        assert priv.troubles == []
 
 
 @pytest.mark.deep

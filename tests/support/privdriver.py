@@ -16,6 +16,7 @@ from vmd.ipc.messages.priv import (
     ConfigureNetwork,
     MakeNics,
     NetworkConfigured,
+    NetworkTrouble,
     NicMade,
     NicRequest,
     NicsFailed,
@@ -102,6 +103,7 @@ class Priv:
         self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(DEADLINE_S)
+        self.troubles: list[NetworkTrouble] = []  # that were told unasked
         with network.inside():
             self.child = spawn(
                 "priv",
@@ -153,7 +155,22 @@ class Priv:
             os.close(fd)
 
     def receive_any(self) -> Envelope:
-        """Return the next message."""
+        """Return the next message but those about troubles, which come unasked."""
+        while True:
+            envelope = self._next()
+            if not isinstance(envelope.message, NetworkTrouble):
+                return envelope
+            self.troubles.append(envelope.message)
+
+    def hear(self) -> NetworkTrouble:
+        """Return the next trouble that was told unasked; nothing else is awaited."""
+        if not self.troubles:
+            message = self._next().message
+            assert isinstance(message, NetworkTrouble), message
+            return message
+        return self.troubles.pop(0)
+
+    def _next(self) -> Envelope:
         packet, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, 64)
         assert packet, f"priv has ended:\n{self.log}"
         return decode(packet, list(fds), "priv")

@@ -30,6 +30,7 @@ from vmd.ipc.messages.priv import (
     ForwardsSet,
     MakeNics,
     NetworkConfigured,
+    NetworkTrouble,
     NicMade,
     NicRequest,
     NicsFailed,
@@ -293,6 +294,8 @@ class Network:
         known = AdoptNics(vmid=vm.vmid, nics=launch.requests, made=message.nics)
         taps = self.taps[vm.vmid] = Taps(config.nics, plan, launch.lacking, links, fds, known)
         self.core.changed()
+        for index, what in launch.lacking.items():
+            self.core.events.add("trouble", vm, text=what, device=f"interface{index}")
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
         for text in dict.fromkeys(self.name_server_problems(taps).values()):
             log.warn(f"vm {vm.name}: {text}")
@@ -391,6 +394,9 @@ class Network:
 
     def on_ask_resolvers(self, message: AskResolvers, _envelope: Envelope) -> None:
         """A guest of this VM asks for its addresses, and is told the name servers along with them."""
+        taps = self.taps.get(message.vmid)
+        if taps is not None:
+            self.name_server_problems(taps)  # there may be some now, or none any more
         dns4, dns6 = self.name_servers()
         self.core.peers.send(Proc.VMM, Resolvers(vmid=message.vmid, dns4=dns4, dns6=dns6))
 
@@ -404,7 +410,20 @@ class Network:
         }
         problems = {index: text for index, text in problems.items() if text}
         self.unresolved_s = (self.unresolved_s or int(time.time())) if problems else 0
+        before, taps.unresolved = taps.unresolved, problems
+        vm = self.core.vms.find(taps.known.vmid, "")
+        for index in sorted(problems.keys() ^ before.keys()):
+            text = problems.get(index, "")
+            self.core.events.add("trouble" if text else "mended", vm, text=text, device=f"interface{index}")
         return problems
+
+    def on_trouble(self, message: NetworkTrouble, _envelope: Envelope) -> None:
+        """Something is wrong with interfaces, or nothing any more, as priv has found."""
+        vm = self.core.vms.find(message.vmid, "")
+        if message.vmid and (vm is None or not vm.alive):
+            return
+        what = "trouble" if message.text else "mended"
+        self.core.events.add(what, vm, text=message.text, device=message.device[:IFNAME_MAX])
 
     def troubles(self, vmid: int) -> list[Trouble]:
         """Return what is wrong with the interfaces of a VM, as far as we know."""

@@ -44,6 +44,7 @@ class Taps:
         self.nics = nics
         self.plan = plan
         self.lacking = lacking  # what is wrong with an interface, by its number
+        self.unresolved: dict[int, str] = {}  # why its guest has no name servers, by number of the interface
         self.since_s = int(time.time())
         self.links = links
         self.fds = fds

@@ -87,11 +87,11 @@ class Watch:
                 self.seen.setdefault((place, name), Seen()).take(packets, last.get(name, packets), now_s)
 
     def losses(self, *names: str) -> list[Loss]:
-        """Return what is lost now of these interfaces and bridges."""
+        """Return what is lost now of these interfaces and bridges, or of all."""
         return [
             Loss(place=place, name=name, lost=seen.lost, arrived=seen.arrived, since_s=seen.since_s)
             for (place, name), seen in self.seen.items()
-            if name in names and seen.now
+            if seen.now and (not names or name in names)
         ]
 
     def to_log(self, now_s: float) -> list[Loss]:

@@ -129,6 +129,19 @@ class Attached(Nic):
         )  # fmt: skip
 
 
+class Wrong:
+    """Something that is wrong, and with which interfaces: the VM and the number of each."""
+
+    def __init__(self, thing: "drops.Loss | Damage") -> None:
+        self.thing = thing
+        self.whose: list[tuple[int, int]] = []
+
+    def where(self) -> tuple[int, str]:
+        """Return the VM and its interface, or 0 and "" if several VMs have it."""
+        (vmid, index), *others = self.whose
+        return (0, "") if any(other != vmid for other, _ in others) else (vmid, f"interface{index}")
+
+
 class Network:
     """The host's network, as far as it is ours.  Methods raise OperatorError or HostError."""
 
@@ -750,6 +763,25 @@ class Network:
             for index, nic in enumerate(self.nics.get(vmid, ()))
             for loss in self.watch.losses(nic.link.name, nic.bridge)
         ]
+
+    def wrong(self) -> "dict[str, Wrong]":
+        """Return all that is wrong now with the interfaces of VMs, each once, by what it is.
+
+        What is dropped on its way to the host itself is none of it, see `drops.Watch.to_log`.
+        """
+        found: dict[str, Wrong] = {}
+        lost = [loss for loss in self.watch.losses() if loss.place != drops.HOST]
+        if not lost and not self.damage.found:
+            return found  # as nearly always, with however many interfaces
+        for vmid, nics in self.nics.items():
+            for index, nic in enumerate(nics):
+                names = nic.link.name, nic.bridge
+                things: dict[str, drops.Loss | Damage]
+                things = {f"{loss.place} {loss.name}": loss for loss in lost if loss.name in names}
+                things |= {damage.text: damage for damage in self.damage.of(nic)}
+                for key, thing in things.items():
+                    found.setdefault(key, Wrong(thing)).whose.append((vmid, index))
+        return found
 
     def sentence(self, loss: drops.Loss) -> str:
         """Return what there is to say of packets that were dropped: how many, by whom, and what to do."""

@@ -27,6 +27,7 @@ from vmd.ipc.messages.priv import (
     ForwardsSet,
     MakeNics,
     NetworkConfigured,
+    NetworkTrouble,
     NicMade,
     NicsFailed,
     NicsMade,
@@ -41,6 +42,7 @@ from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.priv import legacy
 from vmd.priv.changes import Changes
+from vmd.priv.damage import Damage
 from vmd.priv.host import Network
 from vmd.privsep.confine import PRIV, confine
 
@@ -67,6 +69,7 @@ class Priv(Process):
         self.began = False
         self.cleans_up = False  # at its end
         self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
+        self.wrong: dict[str, tuple[int, str]] = {}  # what the parent was told of, and with what that is wrong
         self.told: set[int] = set()  # vmids that had their answer since the last look
         self.looked_s = -SWEEP_S
         self.loop.call_later(LOOK_S, self.look)
@@ -94,6 +97,7 @@ class Priv(Process):
         """Put right what others have damaged."""
         self.repairing = None
         self.network.damage.repair()
+        self.tell()
 
     def look(self) -> None:
         """Look at what other firewalls drop, again and again."""
@@ -102,6 +106,19 @@ class Priv(Process):
             self.network.look()
         except (OperatorError, HostError) as error:
             log.warn(str(error))
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell the parent what is newly wrong with interfaces, and of which nothing is wrong any more."""
+        wrong = self.network.wrong()
+        before, self.wrong = self.wrong, {key: self.wrong.get(key) or found.where() for key, found in wrong.items()}
+        for key in wrong.keys() - before.keys():
+            thing, (vmid, device) = wrong[key].thing, self.wrong[key]
+            text = thing.text if isinstance(thing, Damage) else self.network.sentence(thing)
+            self.parent.send(NetworkTrouble(vmid=vmid, device=device, text=text[:DROP_MAX]))
+        for vmid, device in set(before.values()) - set(self.wrong.values()):
+            if not vmid or vmid in self.network.nics:
+                self.parent.send(NetworkTrouble(vmid=vmid, device=device))
 
     def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
         """Make the bridges of switches, once all of them are known."""
@@ -194,9 +211,10 @@ class Priv(Process):
         """Say what is dropped now of a VM's packets."""
         self.take_tables(envelope)
         troubles: tuple[Trouble, ...] = ()
+        now_s = time.monotonic()
+        again = message.vmid in self.told or now_s - self.looked_s > SWEEP_S
         try:
-            now_s = time.monotonic()
-            if message.vmid in self.told or now_s - self.looked_s > SWEEP_S:
+            if again:
                 self.looked_s = now_s
                 self.told.clear()
                 self.network.look()
@@ -212,6 +230,8 @@ class Priv(Process):
         except (OperatorError, HostError) as error:
             log.warn(str(error))
         channel.send(DropsReported(vmid=message.vmid, troubles=troubles))
+        if again:
+            self.tell()
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
         """Answer for a handler that has failed."""

@@ -20,6 +20,7 @@ from vmd.ipc.messages.priv import (
     ConfigureNetwork,
     DropsReported,
     MakeNics,
+    NetworkTrouble,
     NicMade,
     NicsFailed,
     NicsMade,
@@ -270,6 +271,34 @@ def test_a_host_without_name_servers_for_guests_is_warned_of(
     parent.core.config = parent.core.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
     serve(parent, vm, 2)
     assert wrong(parent, 2) == []
+    assert heard(parent) == [
+        ("trouble", "a", "interface1", vm.notes[0]), ("trouble", "a", "interface2", vm.notes[1]),
+        ("mended", "a", "interface1", ""), ("mended", "a", "interface2", ""),
+    ]  # fmt: skip
+    parent.core.config = parent.core.config.replace(settings=Globals())
+    for _ in range(2):
+        parent.network.on_ask_resolvers(AskResolvers(vmid=vm.vmid), UNUSED)
+    assert [what for what, *_ in heard(parent)[4:]] == ["trouble"] * 2
+
+
+def heard(parent: FakeParent) -> list[tuple[str, str, str, str]]:
+    """Return the events of troubles: word, VM, device and text."""
+    past = parent.core.events._past
+    return [(event.what, event.name, event.device, event.text) for event in past if event.what in ("trouble", "mended")]
+
+
+def test_what_priv_finds_wrong_is_an_event(parent: FakeParent) -> None:
+    """Of a VM that runs, or of none; whatever it says of others is nothing."""
+    vm = running(parent)
+    for message in (
+        NetworkTrouble(vmid=vm.vmid, device="interface0", text="dropped"), NetworkTrouble(text="flushed"),
+        NetworkTrouble(vmid=99, device="interface0", text="dropped"), NetworkTrouble(vmid=vm.vmid, device="interface0"),
+    ):  # fmt: skip
+        parent.network.on_trouble(message, UNUSED)
+    assert heard(parent) == [
+        ("trouble", vm.name, "interface0", "dropped"), ("trouble", "", "", "flushed"),
+        ("mended", vm.name, "interface0", ""),
+    ]  # fmt: skip
 
 
 def test_taps_that_are_there_are_for_who_may_have_them(parent: FakeParent) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from vmd.errors import OperatorError
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages.priv import AskDrops, DropsReported
-from vmd.priv.host import Network
+from vmd.ipc.messages.priv import AskDrops, DropsReported, NetworkTrouble
+from vmd.priv.damage import Damage
+from vmd.priv.host import Network, Wrong
 from vmd.priv.main import SWEEP_S, Priv
 from vmd.priv.rules import Member
 
@@ -65,6 +66,48 @@ def test_an_nft_that_takes_nothing_is_not_blamed_for_its_counters() -> None:
         assert network.said == set()
 
 
+class Told(Priv):
+    """A priv of which only what it tells of troubles is there."""
+
+    def __init__(self) -> None:
+        self.wrong: dict[str, tuple[int, str]] = {}
+        self.sent: list[NetworkTrouble] = []
+        self.found: dict[str, Wrong] = {}
+        here: Any = self
+        here.parent = type("", (), {"send": lambda _self, message: self.sent.append(message)})()
+        network = {"wrong": lambda _self: self.found, "nics": {1: (), 2: ()}}
+        here.network = type("", (), network)()
+
+    def find(self, **found: tuple[tuple[int, int], ...]) -> list[NetworkTrouble]:
+        """Find these things wrong, each with the VMs and interfaces that it concerns; return what is told."""
+        self.found = {}
+        for text, whose in found.items():
+            self.found[text] = Wrong(Damage(text=text, since_s=0, names=frozenset()))
+            self.found[text].whose += whose
+        self.sent.clear()
+        self.tell()
+        return sorted(self.sent, key=lambda message: (message.vmid, message.device, message.text))
+
+
+def test_what_is_wrong_is_told_once() -> None:
+    """With its VM, or without one if several have it; that all is well again is told of each interface."""
+    priv = Told()
+    of_all, of_one, more = ((1, 0), (2, 0)), ((1, 1),), ((1, 0), (1, 1))
+    assert priv.find(flushed=of_all, deleted=of_one) == [
+        NetworkTrouble(text="flushed"), NetworkTrouble(vmid=1, device="interface1", text="deleted")
+    ]  # fmt: skip
+    assert priv.find(flushed=of_all, deleted=of_one) == []
+    assert priv.find(deleted=of_one, dropped=of_one, off=more) == [
+        NetworkTrouble(), NetworkTrouble(vmid=1, device="interface0", text="off"),
+        NetworkTrouble(vmid=1, device="interface1", text="dropped"),
+    ]  # fmt: skip
+    assert priv.find(dropped=of_one) == [NetworkTrouble(vmid=1, device="interface0")]
+    assert priv.find(gone=((3, 0),)) == [
+        NetworkTrouble(vmid=1, device="interface1"), NetworkTrouble(vmid=3, device="interface0", text="gone")
+    ]  # fmt: skip
+    assert priv.find() == []  # with the VM
+
+
 def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """`vmctl status -v` asks about one after the other; who asks again wants to know anew."""
     now_s = 1000.0
@@ -72,9 +115,10 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     looks: list[float] = []
     answers: list[DropsReported] = []
     priv: Any = Priv.__new__(Priv)
-    priv.told, priv.looked_s = set(), -SWEEP_S
+    priv.told, priv.looked_s, priv.wrong = set(), -SWEEP_S, {}
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
-    nothing: dict[str, Any] = {"losses": lambda _self, _vmid: [], "damages": lambda _self, _vmid: []}
+    nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
+    nothing["wrong"] = lambda _self: {}
     priv.network = type("", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), **nothing})()
     channel: Any = type("", (), {"send": lambda _self, message: answers.append(message)})()
 

@@ -166,3 +166,15 @@ class DropsReported(Record):
 
     vmid: int
     troubles: tuple[Trouble, ...] = ()
+
+
+@message(0x8E, (Proc.PRIV, Proc.PARENT))
+class NetworkTrouble(Record):
+    """Something is newly wrong with an interface of a VM or, without a `vmid`, with what several VMs use.
+
+    Without a `text`, nothing is any more.
+    """
+
+    vmid: int = 0
+    device: str = ""  # as VMs have it, such as interface0, or as the host has it
+    text: str = ""
