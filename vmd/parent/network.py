@@ -364,7 +364,7 @@ class Network:
         self.core.changed()
         if self.priv.up:
             self.priv.ask(SetForwards(vmid=vm.vmid, forwards=forwards))
-        self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
+        self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=without_secrets(now)))
         return [f"vm {vm.name}: its new forwards count from now on"]
 
     def drop_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:

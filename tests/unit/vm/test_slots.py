@@ -46,16 +46,25 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "local", "pxe", "told"),
-    [("", True, False, "a"), ("www", True, False, "www"), ("", False, True, "a"), ("", False, False, "")],
+    ("given", "seed", "local", "pxe", "told"),
+    [
+        ("", None, True, False, "a"),
+        ("www", SeedConfig(hostname="db1"), True, False, "www"),
+        ("", SeedConfig(hostname="db1"), True, False, "db1"),
+        ("", SeedConfig(), True, False, "a"),
+        ("", None, False, True, "a"),
+        ("", SeedConfig(hostname="db1"), False, False, ""),
+    ],
 )
-def test_the_host_name_that_a_guest_is_told(given: str, local: bool, pxe: bool, told: str) -> None:
-    """Its interface's, else the VM's; a guest that gets no addresses of us is told none."""
+def test_the_host_name_that_a_guest_is_told(
+    given: str, seed: SeedConfig | None, local: bool, pxe: bool, told: str
+) -> None:
+    """Its interface's, else its seed's, else the VM's; a guest that gets no addresses of us is told none."""
     nic = NicConfig(local=local, host_name=given)
     link = NicLink(
         name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=local, mtu=0, pxe=pxe
     )
-    parts = Given(config=VmConfig(name="a", nics=(nic,)), nics=(link,), tap_fds=(14,))
+    parts = Given(config=VmConfig(name="a", nics=(nic,), seed=seed), nics=(link,), tap_fds=(14,))
 
     (slot,) = [slot for slot in plan(parts) if slot.net]
     assert slot.names == ("tap0", told)
