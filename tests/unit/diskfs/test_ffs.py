@@ -161,6 +161,22 @@ def test_a_directory_with_a_hole_is_read_past_it(tmp_path: Path) -> None:
     assert opened(disk.raw).find("/a").size == 10
 
 
+def test_groups_of_ffs1_may_begin_further_and_further_in(tmp_path: Path) -> None:
+    """As they did on disks whose cylinders were all as long: by an offset for each, which begins anew after some."""
+    disk = Patched(tmp_path / "tree", "version=1,bsize=4096,fsize=512")
+    per_group = 40
+    struct.pack_into("<II", disk.raw, 8192 + 24, 16, 0xFFFFFFFC)
+    struct.pack_into("<I", disk.raw, 8192 + 44, 100)
+    struct.pack_into("<II", disk.raw, 8192 + 184, disk.fs.inodes_per_group, per_group)
+    found = disk.fs.root().raw
+    for group in (3, 5):
+        begin = (group * per_group + 16 * (group % 4) + disk.fs.inode_block) * 512
+        disk.raw[begin + 2 * 128 : begin + 3 * 128] = found
+
+        fs = Ffs(opened(disk.raw).source, "FFS1")
+        assert fs.node(group * disk.fs.inodes_per_group + 2).raw == found
+
+
 def test_the_superblock_is_looked_for_where_openbsd_does(tmp_path: Path) -> None:
     """Its place is in it, so that a copy of it, which may be old, is not taken for it; makefs has it at 8 KiB."""
     disk = Patched(tmp_path / "tree", "version=2")
