@@ -403,7 +403,7 @@ PARSERS = {
     "solicitation": ("devices/vionet/ra",),
     "ring": ("virtio/queue", "devices/vioblk/request"),
     "scsi": ("devices/vioscsi/scsi",),
-    "disk": ("diskfs/partitions", "diskfs/ext", "diskfs/ffs", "diskfs/walk"),
+    "disk": ("diskfs/partitions", "diskfs/ext", "diskfs/journal", "diskfs/ffs", "diskfs/walk"),
     "stream": ("vm/stream",),
     "seed": ("seed/documents", "seed/iso"),
 }
