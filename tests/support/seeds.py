@@ -8,6 +8,13 @@ from vmd.seed.parts import Interface, SeedFile, SeedParts
 LLADDR = bytes.fromhex("fee1bad00001")
 HASH = "$6$saltsalt$yX1Y8JvE5Qq6tG0jO6o0fQ1Y4c1mT0sFv3f8o2oG3Zr4q1yA5X6i8m7a9V0bXhQk1dC2eR3tYu4iOp5aSd6fG"
 
+# Of a disc: files of all kinds of sizes.
+FILES = {
+    "meta-data": b"instance-id: x\n",
+    "user-data": bytes(range(256)) * 17,
+    "vendor-data": b"",
+    "network-config": b"n" * 2048,
+}
 # What YAML, a shell or a terminal could take for something else.
 NASTY = (
     "", "no", "yes", "on", "~", "null", "1e3", "0x10", "0o17", "12:30:45", "2001-01-01", "1_000", "=", "<<",

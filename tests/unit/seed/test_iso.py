@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.seeds import FILES
 from vmd.seed.iso import SECTOR, image
-
-FILES = {
-    "meta-data": b"instance-id: x\n",
-    "user-data": bytes(range(256)) * 17,
-    "vendor-data": b"",
-    "network-config": b"n" * SECTOR,
-}
 
 
 def run(*command: str | Path) -> str:
