@@ -87,7 +87,11 @@ def memory_lack(group):
 
 
 @pytest.mark.parametrize(
-    ("lack", "words"), [(LIMIT, "memory limit of 160M reached: "), (HOST, "host out of memory: ")], ids=[LIMIT, HOST]
+    ("lack", "words"),
+    [
+        pytest.param(LIMIT, "memory limit of 160M reached: ", id="limit"),
+        pytest.param(HOST, "host out of memory: ", id="host", marks=pytest.mark.deep),
+    ],
 )
 def test_a_vm_that_was_killed_for_its_memory_says_so(tmp_path: Path, lack: str, words: str) -> None:
     """In the log, in `vmctl status` and in the event; the next end says nothing of it."""

@@ -1,6 +1,7 @@
 """A host that has no room for another thread or process: one sentence, wherever one is started."""
 
 import errno
+import os
 import posix
 import re
 
@@ -41,7 +42,7 @@ def test_no_room_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel says so."""
 
     def no_fork() -> int:
-        raise BlockingIOError(errno.EAGAIN, "no")
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(posix, "fork", no_fork)
     with pytest.raises(HostError, match=r"^build the cell: Resource temporarily unavailable$"):

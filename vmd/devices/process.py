@@ -411,15 +411,20 @@ class Process:
         exact(devmsg.TYPE, packet)
         self.paused = True
         self.quiesce(forget=False)
+        self.stands_still(now=True)
         return devmsg.STATUS.pack(devmsg.PAUSE, 0)
 
     def on_resume(self, packet: bytes) -> bytes:
         """Go on."""
         exact(devmsg.TYPE, packet)
+        self.stands_still(now=False)
         self.paused = False
         self.running = bool(self.queues) and not self.broken
         self.look_at_all()
         return devmsg.STATUS.pack(devmsg.RESUME, 0)
+
+    def stands_still(self, *, now: bool) -> None:
+        """For those kinds that want to know: the machine is paused, and nothing is under way; or it goes on."""
 
     def on_config_write(self, packet: bytes) -> bytes:
         """The driver writes configuration space."""

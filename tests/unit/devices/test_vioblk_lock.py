@@ -99,10 +99,11 @@ def disk(tmp_path: Path, services: Services, monkeypatch: pytest.MonkeyPatch) ->
 @contextlib.contextmanager
 def stolen(disk: Vioblk) -> Iterator[None]:
     """Have somebody else lock the image, and wait until the disk has found out."""
-    unlock(disk.image.fd)
     other = os.open(disk.image.path, os.O_RDWR)
     try:
-        lock(other, disk.image.path, writable=True)
+        with disk.hand_over._changing:  # as it looks all the time, it would have locked it again
+            unlock(disk.image.fd)
+            lock(other, disk.image.path, writable=True)
         hear(disk)
         yield
     finally:

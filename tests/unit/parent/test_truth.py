@@ -39,6 +39,7 @@ CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))
 NOT_KEPT = {  # what vmm knows, what belongs to clients of this parent, and what is not worth keeping
     "pid", "pty", "backlog", "memory", "figures", "kept", "restarts", "ended_s", "sent", "sending", "receiving",
     "disk_work", "revive", "on_change", "on_event", "changes", "_state", "vmid", "key", "config", "files",
+    "memory_lack",
 }  # fmt: skip
 
 

@@ -44,16 +44,9 @@ class VioblkProcess(Process):
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.LET_GO, self.device.hand_over.let_go())
 
-    def on_pause(self, packet: bytes) -> bytes:
-        """Stand still: from then on only others write to the image."""
-        answer = super().on_pause(packet)
-        self.device.hand_over.standing = True
-        return answer
-
-    def on_resume(self, packet: bytes) -> bytes:
-        """Go on."""
-        self.device.hand_over.standing = False
-        return super().on_resume(packet)
+    def stands_still(self, *, now: bool) -> None:
+        """From then on only others write to the image."""
+        self.device.hand_over.standing = now
 
     def on_take_back(self, packet: bytes) -> bytes:
         """Take the lock again: the guest goes on here after all."""
@@ -102,8 +95,6 @@ class VioblkProcess(Process):
 
     INFORMS = Process.INFORMS | {devmsg.RESIZE: on_resize, devmsg.LIMIT: on_limit}
     QUESTIONS = Process.QUESTIONS | {
-        devmsg.PAUSE: on_pause,
-        devmsg.RESUME: on_resume,
         devmsg.SETTLE: on_settle,
         devmsg.SETTLE_AHEAD: on_settle_ahead,
         devmsg.LET_GO: on_let_go,
