@@ -33,7 +33,7 @@ SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 .PHONY: help run test test-deep soak bench fuzz install uninstall deb clean need-root
 
 help:
-	@echo 'make run         start the daemon with one VM and attach to its console'
+	@echo 'make run         start the daemon with one VM, and end at a shell in it'
 	@echo 'make test        all tests but the long ones (as root)'
 	@echo 'make test-deep   all tests'
 	@echo 'make soak        endurance without limit: SEQUENCES=10000 of each kind, from SEED on'

@@ -1,8 +1,9 @@
-"""Starts the daemon of this checkout with one virtual machine and attaches to its console (`make run`).
+"""Starts the daemon of this checkout with one virtual machine and ends at a shell in it (`make run`).
 
-Where KVM is the hardware's, the guest is the newest kernel in /boot, or Debian's cloud kernel, with a
-busybox of ours.  A software KVM boots no stock kernel; there the guest is our demonstration program.
-Everything is stopped and removed when the console is left (`~.`) or the guest powers off.
+Where KVM is the hardware's, the guest is a Debian made from packages, which cloud-init sets up as its seed says, and
+the shell is ssh's.  Where no such image can be made, it is a kernel with a busybox of ours, at its console.  A software
+KVM boots no stock kernel; there the guest is our demonstration program.
+Everything is stopped and removed when the shell or console (`~.`) is left, or the guest powers off.
 """
 
 import contextlib
@@ -14,10 +15,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from tools import initramfs
+from tools import debian_image, initramfs
+from tools.debian_image import ImageError
 from tools.debian_kernel import KernelError, cache_dir, fetch, installed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +31,9 @@ SOFTWARE_KVM = Path("/sys/module/kvm_pvm")
 VMD = ROOT / ".venv/bin/vmd"
 VMCTL = ROOT / ".venv/bin/vmctl"
 NAME = "demo"
+USER = "debian"
+DISK_SIZE = "10G"
+Vmctl = list[str]
 START_S = 30
 STOP_S = 130  # a guest is given 120 s to power off
 
@@ -36,19 +42,72 @@ class RunError(Exception):
     """The daemon did not get to where we could use it."""
 
 
-def virtual_machine() -> str:
-    """Return the `vm` block of the configuration; raises KernelError or RunError."""
+class Guest(NamedTuple):
+    """A virtual machine: the lines of its `vm` block, and what takes us to a shell in it, with an exit status."""
+
+    lines: tuple[str, ...]
+    enter: Callable[[Vmctl], int]
+
+    @property
+    def conf(self) -> str:
+        """The configuration."""
+        return f'vm "{NAME}" {{\n' + "".join(f"\t{line}\n" for line in ("disable", *self.lines)) + "}\n"
+
+
+def chosen() -> Guest:
+    """Return what this host can run; raises KernelError or RunError."""
     if SOFTWARE_KVM.exists():
         if not DEMO.exists():
             raise RunError(f"{DEMO} is missing: build it with: make -C guests OUT={DEMO.parent}")
-        body = f'memory 64M\n\tboot "{DEMO}"'
-    else:
-        kernel = installed() or fetch("cloud-amd64", cache_dir())
-        body = (
-            f'memory 256M\n\tvcpus 2\n\tboot "{kernel.image}" '
-            f'initrd "{initramfs.guest(kernel)}" cmdline "console=ttyS0 quiet vmdtest=info,shell"'
-        )
-    return f'vm "{NAME}" {{\n\tdisable\n\t{body}\n}}\n'
+        return Guest(("memory 64M", f'boot "{DEMO}"'), console)
+    try:
+        return debian()
+    except ImageError as error:
+        print(f"run: {error}\nrun: so the guest is a small one", file=sys.stderr, flush=True)
+        return small()
+
+
+def small() -> Guest:
+    """Return a stock kernel with a busybox of ours; raises KernelError."""
+    kernel = installed() or fetch("cloud-amd64", cache_dir())
+    cmdline = "console=ttyS0 quiet vmdtest=info,shell"
+    boot = f'boot "{kernel.image}" initrd "{initramfs.guest(kernel)}" cmdline "{cmdline}"'
+    return Guest(("memory 256M", "vcpus 2", boot), console)
+
+
+def debian() -> Guest:
+    """Return a Debian with a disk of its own, to which a key made for this run is the only one; raises ImageError."""
+    image = debian_image.cached()
+    disk, key = FOLDER / "disk.qcow2", FOLDER / "key"
+    for path in (disk, key, FOLDER / "key.pub"):
+        path.unlink(missing_ok=True)
+    shown([str(VMCTL), "create", "-i", str(image), "-s", DISK_SIZE, str(disk)])
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "make run", "-f", key], check=True)
+    boot = f'{debian_image.BOOT} cmdline "{debian_image.CMDLINE} quiet"'
+    seed = f'seed {{ user {USER}, ssh-key "{key}.pub" }}'
+    return Guest(("memory 512M", "vcpus 2", boot, f'disk "{disk}"', "local interface", seed), ssh)
+
+
+def shown(command: list[str], *, check: bool = True) -> int:
+    """Run a program after saying so; return its exit status.  Raises CalledProcessError."""
+    print(f"run: {' '.join(command)}", flush=True)
+    return subprocess.run(command, check=check).returncode
+
+
+def console(vmctl: Vmctl) -> int:
+    """Be at the console of the guest."""
+    print("run: the console of the guest; leave it with ~. at the beginning of a line", flush=True)
+    return subprocess.run([*vmctl, "console", NAME], check=False).returncode
+
+
+def ssh(vmctl: Vmctl) -> int:
+    """Be at a shell of the guest, or at its console if there is none."""
+    known = f"UserKnownHostsFile={FOLDER}/known_hosts"
+    command = [*vmctl, "ssh", "-i", str(FOLDER / "key"), "-o", "IdentitiesOnly=yes", "-o", known, NAME]
+    print(f"run: the guest sets itself up; to watch it: {' '.join([*vmctl, 'console', NAME])}", flush=True)
+    if shown([*command, "--", "true"], check=False):
+        return console(vmctl)
+    return shown(command, check=False)
 
 
 @contextlib.contextmanager
@@ -113,11 +172,11 @@ def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     conf = FOLDER / "vm.conf"
     try:
-        conf.write_text(virtual_machine())
+        guest = chosen()
+        conf.write_text(guest.conf)
         with daemon(conf) as vmctl:
-            subprocess.run([*vmctl, "start", NAME], check=True)
-            print("run: the console of the guest; leave it with ~. at the beginning of a line", flush=True)
-            status = subprocess.run([*vmctl, "console", NAME], check=False).returncode
+            shown([*vmctl, "start", NAME])
+            status = guest.enter(vmctl)
             print("run: stopping the guest and the daemon", flush=True)
     except (RunError, KernelError, OSError, subprocess.CalledProcessError) as error:
         print(f"run: {error}", file=sys.stderr)

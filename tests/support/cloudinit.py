@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.support.debian import ENVIRONMENT, LIMIT_S, made_once, run
+from tests.support.debian import ENVIRONMENT, LIMIT_S, run
+from tools.debian_image import made_once
 from tools.debian_kernel import cache_dir
 
 INSIDE = Path(__file__).with_name("cloudinit_inside.py")

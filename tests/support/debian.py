@@ -1,22 +1,17 @@
 """The Debian package of this checkout, and a small Debian system to install it in."""
 
-import contextlib
-import fcntl
 import hashlib
 import shutil
 import subprocess
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from tools.debian_image import MIRROR, SUITE, made_once
 from tools.debian_kernel import cache_dir
 
 CHECKOUT = Path(__file__).parents[2]
 NEWER, BROKEN = "99.0", "98.0"
-SUITE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
 INSTALLED = ("iproute2", "procps", "systemd", "systemd-sysv")
 DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-ply", "python3-pyroute2", "seabios")
 OF_A_MACHINE = ("kmod", "udev")
@@ -43,22 +38,6 @@ def run(*command: str | Path, cwd: Path = CHECKOUT) -> str:
     if done.returncode:
         raise DebianError(f"{' '.join(map(str, command))}: status {done.returncode}\n{done.stdout}")
     return done.stdout
-
-
-@contextlib.contextmanager
-def made_once(path: Path) -> Iterator[Path | None]:
-    """Give a new directory that becomes `path` at the end, or None where that is there; one process at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            yield None
-            return
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="new-", ignore_cleanup_errors=True) as folder:
-            fresh = Path(folder, "made")
-            fresh.mkdir()
-            yield fresh
-            fresh.rename(path)
 
 
 @cache

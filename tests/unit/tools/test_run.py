@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import run
+from tools import debian_image, run
+from tools.debian_image import ImageError
+from vmd.config.check import load
 
 SERVES = """
 import os, signal, socket, sys
@@ -79,4 +81,68 @@ def test_software_kvm_without_its_guest_says_how_to_build_it(tmp_path: Path, mon
     monkeypatch.setattr(run, "DEMO", tmp_path / "demo.elf")
 
     with pytest.raises(run.RunError, match="make -C guests"):
-        run.virtual_machine()
+        run.chosen()
+
+
+def test_without_an_image_the_guest_is_a_small_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No network, say; why is shown."""
+
+    def fails() -> Path:
+        raise ImageError("debootstrap: status 1\nE: no such host")
+
+    monkeypatch.setattr(run, "SOFTWARE_KVM", tmp_path / "none")
+    monkeypatch.setattr(debian_image, "cached", fails)
+    monkeypatch.setattr(run, "small", lambda: run.Guest(("memory 1G",), run.console))
+
+    assert run.chosen().conf == 'vm "demo" {\n\tdisable\n\tmemory 1G\n}\n'
+    assert "E: no such host\nrun: so the guest is a small one\n" in capfd.readouterr().err
+
+
+@pytest.fixture
+def vmctl(folder: Path) -> list[str]:
+    """A vmctl that says what it is told, and succeeds as long as a file says so."""
+    path = folder / "vmctl"
+    path.write_text(f'#!/bin/sh\necho "$*"\nexit $(cat {folder}/status)\n')
+    path.chmod(0o755)
+    return [str(path)]
+
+
+def test_a_guest_is_waited_for_and_entered(
+    folder: Path, vmctl: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By ssh; one that nobody can log in to, at its console."""
+    monkeypatch.setattr(run, "FOLDER", folder)
+    login = f"ssh -i {folder}/key -o IdentitiesOnly=yes -o UserKnownHostsFile={folder}/known_hosts demo"
+    for status, entered in (("0", login), ("1", "console demo")):
+        (folder / "status").write_text(status)
+        assert run.ssh(vmctl) == int(status)
+        said = [line for line in capfd.readouterr().out.splitlines() if not line.startswith("run: ")]
+        assert said == [f"{login} -- true", entered]
+
+
+def test_the_debian_guest_is_what_the_configuration_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its disk is a grown copy, and its seed names the user and the key that the login is with."""
+    (folder / "root").mkdir()
+    debian_image.make_disk(folder / "image.raw", folder / "root", 8)
+    monkeypatch.setattr(debian_image, "cached", lambda: folder / "image.raw")
+    monkeypatch.setattr(run, "FOLDER", folder)
+    monkeypatch.setattr(run, "SOFTWARE_KVM", folder / "none")
+
+    guest = run.chosen()
+    guest = run.chosen()  # as when a run before this one was killed
+
+    (folder / "vm.conf").write_text(guest.conf)
+    warnings: list[str] = []
+    (vm,) = load(str(folder / "vm.conf"), warn=warnings.append).vms
+    assert (warnings, vm.name, vm.enabled) == ([], run.NAME, False)
+    assert [nic.local for nic in vm.nics] == [True]
+    assert vm.seed is not None
+    assert (vm.seed.user, vm.seed.ssh_keys) == (run.USER, (f"{folder}/key.pub",))
+    assert (vm.kernel, vm.initrd) == ("disk0:/vmlinuz", "disk0:/initrd.img")
+    assert int.from_bytes(Path(vm.disks[0].path).read_bytes()[24:32]) == 10 << 30  # the size in qcow2's header
+    assert (folder / "key").stat().st_mode & 0o777 == 0o600
+    assert capfd.readouterr().out.count("create -i") == 2

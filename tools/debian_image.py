@@ -1,0 +1,168 @@
+"""A small Debian as clouds ship it, made from its packages: an image with cloud-init, an ssh server, no password.
+
+    python -m tools.debian_image        makes it, unless it is in the cache; prints where it is
+
+It is for guests of ours, so it has a kernel for virtual machines and virtio's modules.  Made as root, by debootstrap
+from the network, and kept in the cache: nothing of this host goes into it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.debian_kernel import cache_dir
+
+SUITE = "bookworm"
+MIRROR = "http://deb.debian.org/debian"
+BASE = ("systemd-sysv", "udev")  # debootstrap follows no virtual packages, so the others are apt's
+PACKAGES = (
+    "cloud-init", "cloud-guest-utils", "fdisk", "e2fsprogs", "openssh-server", "sudo", "iproute2", "dbus",
+    "systemd-resolved", "initramfs-tools", "linux-image-cloud-amd64",
+)  # fmt: skip
+# Read when the kernel is installed.  With all modules that there are, the initramfs would be five times as large.
+INITRAMFS = {
+    "etc/initramfs-tools/conf.d/vmd": "MODULES=list\nCOMPRESS=gzip\n",
+    "usr/share/initramfs-tools/modules.d/vmd": "virtio_pci\nvirtio_blk\next4\n",
+}
+# Looks for no other kind of seed, and does nothing for which nothing is installed: no locales, and no GRUB.
+CLOUD = "datasource_list: [NoCloud, None]\nlocale: false\ngrub_dpkg: {enabled: false}\n"
+FILES = {
+    "etc/fstab": "LABEL=root / ext4 errors=remount-ro 0 1\n",
+    "etc/hostname": "debian\n",
+    "etc/machine-id": "",  # each guest makes its own
+    "etc/cloud/cloud.cfg.d/90_vmd.cfg": CLOUD,
+    "etc/network/interfaces": "",
+}
+LINKS = {"etc/resolv.conf": "../run/systemd/resolve/stub-resolv.conf"}
+# Of no use in a guest of minutes: half of what is installed.
+USELESS = (
+    "etc/ssh/ssh_host_*", "var/lib/dbus/machine-id", "debootstrap", "usr/share/doc/*", "usr/share/man/*",
+    "usr/share/info/*", "usr/share/locale/*", "usr/share/i18n/*", "var/cache/apt/*.bin", "var/cache/apt/archives/*.deb",
+    "var/lib/apt/lists/*_*", "var/log/*.log", "var/log/apt/*",
+)  # fmt: skip
+DISK_MIB = 1024
+FIRST_MIB = 1  # of the root partition, as all partitioning programs have it
+LAST_MIB = 1  # room for the second header of the partition table
+TABLE = "label: gpt\nstart=2048, type=4f68bce3-e8cd-4db1-96e7-fbcaf984b709, name=root\n"
+MIB = 1 << 20
+LIMIT_S = 3600  # a watchdog: what comes from the network may take minutes
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
+# What vm.conf says for a guest with it: both files are links to those of the newest kernel.
+BOOT = 'boot "disk0:/vmlinuz" initrd "disk0:/initrd.img"'
+CMDLINE = "root=LABEL=root ro console=ttyS0"
+
+
+class ImageError(Exception):
+    """There is no image; the text says what was tried."""
+
+
+def cached() -> Path:
+    """Return the image, a raw, sparse disk with one partition; it is made when needed.  Raises ImageError."""
+    recipe = repr((SUITE, BASE, PACKAGES, INITRAMFS, FILES, LINKS, USELESS, DISK_MIB, TABLE))
+    home = cache_dir() / f"debian-image-{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with made_once(home) as fresh:
+        if fresh is not None:
+            if os.geteuid() != 0:
+                raise ImageError("a Debian image is made as root")
+            print("making a Debian image from packages, which takes some minutes, once", file=sys.stderr, flush=True)
+            make(fresh)
+    return home / "disk.raw"
+
+
+@contextlib.contextmanager
+def made_once(path: Path) -> Iterator[Path | None]:
+    """Give a new directory that becomes `path` at the end, or None where that is there; one process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="new-", ignore_cleanup_errors=True) as folder:
+            fresh = Path(folder, "made")
+            fresh.mkdir()
+            yield fresh
+            fresh.rename(path)
+
+
+def make(folder: Path) -> None:
+    """Make the image in a folder.  Raises ImageError."""
+    root = folder / "root"
+    run("debootstrap", "--variant=minbase", f"--include={','.join(BASE)}", SUITE, root, MIRROR)
+    write(root, INITRAMFS)
+    inside(root, "apt-get", "-q", "-y", "--no-install-recommends", "install", *PACKAGES)
+    inside(root, "systemctl", "enable", "systemd-networkd", "systemd-resolved")
+    for pattern in USELESS:
+        for path in root.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    write(root, FILES)
+    for name, target in LINKS.items():
+        Path(root, name).unlink(missing_ok=True)
+        Path(root, name).symlink_to(target)
+    make_disk(folder / "disk.raw", root, DISK_MIB)
+    shutil.rmtree(root)
+
+
+def make_disk(disk: Path, root: Path, size_mib: int) -> None:
+    """Make a sparse disk whose one partition has this root, and can be grown.  Raises ImageError."""
+    disk.touch()
+    os.truncate(disk, size_mib * MIB)
+    run("sfdisk", "--quiet", disk, given=TABLE)
+    blocks = (size_mib - FIRST_MIB - LAST_MIB) * 1024
+    run("mke2fs", "-q", "-t", "ext4", "-L", "root", "-E", f"offset={FIRST_MIB * MIB}", "-d", root, disk, f"{blocks}k")
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    """Write text files below a root, in place of links."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+
+
+def inside(root: Path, *command: str) -> None:
+    """Run a program in a root, with a /proc that goes when it ends.  Raises ImageError."""
+    script = 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
+    run("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, root, *command)
+
+
+def run(*command: str | Path, given: str = "") -> None:
+    """Run a program to its end.  Raises ImageError."""
+    try:
+        done = subprocess.run(
+            ["timeout", "--kill-after=5", str(LIMIT_S), *command], env=ENVIRONMENT,
+            input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise ImageError(f"{command[0]}: {error.strerror}") from error
+    if done.returncode:
+        said = "\n".join(done.stdout.splitlines()[-20:])
+        raise ImageError(f"{' '.join(map(str, command))}: status {done.returncode}\n{said}")
+
+
+def main(arguments: list[str]) -> int:
+    """Make the image, and say where it is."""
+    if arguments:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        print(cached())
+    except (ImageError, OSError) as error:
+        print(f"debian_image: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
