@@ -638,8 +638,15 @@ class Network:
         return [name for name, count in self.shape.items() if there.get(name, -1) < count] if there else []
 
     def take_rules_as_they_are(self) -> None:
-        """Miss nothing that is missing now: a version of nft may show sets otherwise than they were written."""
-        for name in self.lost_rules() or ():
+        """Miss nothing that is missing now: a version of nft may show sets otherwise than they were written.
+
+        What another program has deleted since we wrote is there when we have written once more.
+        """
+        lost = set(self.lost_rules() or ())
+        if lost:
+            self.write_rules()
+            lost &= set(self.lost_rules() or ())
+        for name in lost:
             del self.shape[name]
 
     def damages(self, vmid: int) -> list[tuple[int, Damage]]:

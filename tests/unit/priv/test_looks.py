@@ -66,6 +66,26 @@ def test_an_nft_that_takes_nothing_is_not_blamed_for_its_counters() -> None:
         assert network.said == set()
 
 
+@pytest.mark.parametrize(("times", "watched"), [(0, True), (1, True), (9, False)])
+def test_what_is_deleted_while_rules_are_written_is_not_forgotten(times: int, watched: bool) -> None:
+    """It would be watched no more; what an nft never shows as it was written is not."""
+    network: Any = network_with(OldNft())
+    network.has_table = True
+    member = Member(name="tap0", networks=(NET4,))
+    lacking = [{"set source4"}] * times
+
+    def shape() -> dict[str, int]:
+        missing = lacking.pop() if lacking else set()
+        return {name: count for name, count in network.shape.items() if name not in missing}
+
+    network.nft.shape = shape
+    network.write_rules = lambda: network.apply([member], ())
+    network.write_rules()
+    network.take_rules_as_they_are()
+
+    assert ("set source4" in network.shape) is watched
+
+
 class Told(Priv):
     """A priv of which only what it tells of troubles is there."""
 
