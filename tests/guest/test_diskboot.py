@@ -62,6 +62,7 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
         vmd.must("stop", "-fw", "adhoc")
 
 
+@pytest.mark.deep
 def test_a_disk_without_a_boot_sector(tmp_path: Path) -> None:
     """Says what is on it, instead of starting firmware that finds nothing; a disc in the drive is another way."""
     disk = ext4_disk(tmp_path / "web.img", {"boot/vmlinuz": b"k", "boot/initrd.img": b"i"}, divided=True)

@@ -4,7 +4,7 @@ import os
 import pwd
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -185,3 +185,36 @@ def test_what_is_on_a_disk(imgboot: Reader, tmp_path: Path) -> None:
         "bsd": f'MBR and OpenBSD disklabel; partition a: FFS2; partition b: {nothing}; boot "disk1a:/bsd" may help',
         "empty": "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system",
     }
+
+
+@contextmanager
+def bad(function: str, cell: Cell) -> Iterator[Reader]:
+    """Give what is read by another process in the place of imgboot."""
+    child, sock = start_probe(None, entry=f"tests.support.imgprobes:{function}", title="imgboot")
+    with sock:
+        yield Reader(cell, child, sock)
+    child.kill()
+    child.reap(DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("nonsense", "cannot be read: imgboot answered nonsense: "),
+        ("die", "cannot be read: imgboot has ended"),
+        ("claim", f"imgboot answered nonsense: {1 << 40} bytes of {MIB}"),
+        ("keep", "cannot be kept: Device or resource busy"),
+    ],
+)
+def test_imgboot_that_was_taken_over(cell: Cell, disk: Path, function: str, words: str) -> None:
+    """Whatever it says, the VM gets nothing that somebody can still change, or that is not there."""
+    with bad(function, cell) as reader:
+        said = reader.refusal(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0, path="/vmlinuz"), MIB)
+        assert said.startswith(f"disk0:/vmlinuz: disk IMAGE: {words}")
+
+
+def test_imgboot_writes_no_disk_and_nothing_larger(cell: Cell, disk: Path) -> None:
+    """Ours is open for writing; what it gets is not.  And memory is as large as a kernel may be, and no larger."""
+    with bad("overstep", cell) as reader:
+        reader.read(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0, path="/vmlinuz"), MIB)
+        assert reader.options == ""

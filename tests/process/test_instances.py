@@ -404,6 +404,7 @@ def test_a_kernel_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None
         console.answer("reset", PROMPT)
 
 
+@pytest.mark.deep
 def test_a_kernel_on_a_disk_that_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None:
     """It is read with the rights with which the disk is opened, and needs leave to set the boot image."""
     made = ext4_disk(place.root / "system.img", {"demo": guest("demo").read_bytes()})

@@ -1,8 +1,10 @@
 """Processes in the place of imgprobe, and of seeder, that do not do what these do."""
 
+import mmap
 import os
 import signal
 
+from vmd.ipc.bootmsg import BootFile, pack_file
 from vmd.ipc.probemsg import ANSWER_MAX, Probe, pack_image
 from vmd.ipc.probing import serve
 from vmd.ipc.seedmsg import pack_made
@@ -71,5 +73,39 @@ def leave_open() -> int:
     def answer(_arguments: list[str], files: list[int]) -> bytes:
         os.write(files[1], b"seed")
         return pack_made([])
+
+    return serve(answer)
+
+
+def claim() -> int:
+    """Be an imgboot that says it has copied what it has not."""
+    return serve(lambda _arguments, _files: pack_file(BootFile(size=1 << 40, name="disk0:/vmlinuz")))
+
+
+def keep() -> int:
+    """Be an imgboot that keeps a way to change what it has copied."""
+    kept = []
+
+    def answer(_arguments: list[str], files: list[int]) -> bytes:
+        size = os.fstat(files[-1]).st_size
+        kept.append(mmap.mmap(files[-1], size))
+        return pack_file(BootFile(size=size, name="disk0:/vmlinuz"))
+
+    return serve(answer)
+
+
+def overstep() -> int:
+    """Be an imgboot that would write to the disk, and have a larger file; its options say what was possible."""
+
+    def answer(_arguments: list[str], files: list[int]) -> bytes:
+        image, memory = files
+        size, possible = os.fstat(memory).st_size, ""
+        for letter, fd, offset in (("a", image, 0), ("s", memory, size)):
+            try:
+                os.pwrite(fd, b"x", offset)
+            except OSError:
+                continue
+            possible += letter
+        return pack_file(BootFile(size=size, name="disk0:/vmlinuz", options=possible))
 
     return serve(answer)
