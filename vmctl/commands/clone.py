@@ -218,6 +218,8 @@ def block(old: "VmInfo", new: str, disks: list[tuple[str, str]], limits: Limits)
     if old.files.cdrom:
         lines.append(f"    cdrom {quoted(old.files.cdrom)}")
     lines += [f"    {interface(nic, limits.nics.get(index, ''))}" for index, nic in enumerate(old.nics)]
+    if old.files.seed:
+        lines.append(f"    # a seed as in the block of {old.name} belongs here, with which the guest is another one")
     if limits.vm:
         lines.append(f"    {limits.vm}")
     return [*lines, "}"]

@@ -62,6 +62,7 @@ def files_of(config: "VmConfig") -> VmFiles:
         initrd=shown(config.initrd),
         disks=tuple(DiskFile(path=shown(disk.path), format=disk.format) for disk in config.disks),
         cdrom=shown(config.cdrom),
+        seed=config.seed is not None,
     )
 
 

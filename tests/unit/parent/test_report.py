@@ -2,7 +2,17 @@
 
 import os
 
-from vmd.config.model import CMDLINE_MAX, IFNAME_MAX, MAX_DISKS, MAX_NICS, NAME_MAX, DiskConfig, Owner, VmConfig
+from vmd.config.model import (
+    CMDLINE_MAX,
+    IFNAME_MAX,
+    MAX_DISKS,
+    MAX_NICS,
+    NAME_MAX,
+    DiskConfig,
+    Owner,
+    SeedConfig,
+    VmConfig,
+)
 from vmd.ipc.imsg import MAX_MESSAGE, Form, encode
 from vmd.ipc.messages.clients import Caller, NicInfo
 from vmd.ipc.messages.shared import brief
@@ -59,3 +69,15 @@ def test_files_are_for_those_who_may_control_the_vm() -> None:
 
     assert describe(vm, (), OTHER).files is None
     assert describe(vm, (), OTHER.replace(uid=88888)).files == describe(vm, (), ROOT).files is not None
+
+
+def test_of_a_seed_its_user_is_told_to_those_who_may_control_the_vm() -> None:
+    """That is whom they log in as; and that there is one."""
+    vm = vm_with_everything()
+    vm.config = vm.config.replace(seed=SeedConfig(user="ann", password="$6$x$hash"))
+
+    info = describe(vm, (), ROOT)
+    assert (info.login, info.files is not None and info.files.seed) == ("ann", True)
+    assert "hash" not in repr(info)
+    assert describe(vm, (), OTHER).login == ""
+    assert describe(vm_with_everything(), (), ROOT).login == ""

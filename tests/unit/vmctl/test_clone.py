@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.unit.vmctl.fake import vm_info
 from vmctl.commands.clone import Limits, block
 from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
 from vmd.ipc.messages.clients import NicInfo, VmFiles, VmInfo
@@ -36,3 +37,10 @@ def test_limits_are_those_of_the_old_vm(figures: list[VmFigures], lines: list[st
     assert block(old, "new", [("/a", "raw")], Limits(figures)) == [
         'vm "new" {', "    memory 512M", *(f"    {line}" for line in lines), "}"
     ]  # fmt: skip
+
+
+def test_a_seed_is_not_forgotten() -> None:
+    """What is in it is not known here; without one, the guest would take itself for the old one."""
+    old = vm_info("old", files=VmFiles(seed=True))
+
+    assert "    # a seed as in the block of old belongs here" in "\n".join(block(old, "new", [], Limits([])))

@@ -435,6 +435,7 @@ class VmFiles(Record):
     disks: tuple[DiskFile, ...] = ()
     cdrom: str = ""
     console_log: str = ""
+    seed: bool = False  # whether it has one
 
 
 @message(0x35, ANSWER, partial=True)
