@@ -23,6 +23,7 @@ _vmctl() {
         printf -v word %q "${line%%$'\t'*}"
         COMPREPLY+=("$word")
     done
+    [[ ${COMPREPLY[*]} != *=* ]] || compopt -o nospace  # a value follows
 }
 
 complete -F _vmctl vmctl

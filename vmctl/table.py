@@ -65,6 +65,10 @@ GLOBAL = (
     *HELP,
 )
 
+SEED_WORDS = (
+    "hostname=", "instance-id=", "network-config=", "password-hash=", "ssh-key", "ssh-key=", "user-data=", "user=",
+    "vendor-data=",
+)  # fmt: skip
 ID = Operand(name="id", kind=VM)
 STATUS = Command(
     name="status",
@@ -260,7 +264,10 @@ COMMANDS = (
             Option(name="-L", help="add a local interface: an address by DHCP, and NAT"),
             Option(name="-B", value="device", words=("cdrom", "disk", "net"), help="boot from cdrom, disk or net"),
             Option(name="-b", value="path", kind=FILE, help="boot this kernel, or BIOS image, or disk0:/path"),
-            Option(name="-C", value="key=value", help="have a seed for cloud-init that says this; see vmctl(8)"),
+            Option(
+                name="-C", value="key=value", words=SEED_WORDS,
+                help="have a seed for cloud-init that says this; see vmctl(8)",
+            ),
             Option(name="-d", value="disk", kind=FILE, help="add a disk; raw: or qcow2: before it says its format"),
             Option(name="-I", value="initrd", kind=FILE, help="hand the kernel this initial RAM disk"),
             Option(name="-i", value="count", help="have this many network interfaces"),

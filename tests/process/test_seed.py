@@ -8,6 +8,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,9 +219,6 @@ def test_vmctl_gives_a_new_vm_a_seed(web: Place) -> None:
 
 def eve(place: Place, *words: "str | Path") -> "tuple[int, str]":
     """Run vmctl as a user; return its status and what it said."""
-    import subprocess
-    import sys
-
     done = subprocess.run(
         as_uid(EVE, sys.executable, "-m", "vmctl", "-s", place.vmd.socket, *words),
         cwd=place.vmd.code, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
@@ -283,6 +282,26 @@ def test_a_driver_reads_it(web: Place) -> None:
         console.type("read bytes=4096 depth=1 count=8\r")
         assert "done 8 requests" in console.expect("cycles", DEADLINE_S)
     web.vmd.must("stop", "-fw", "blk")
+    web.vmd.conf.write_text(web.conf)
+    web.vmd.must("reload")
+
+
+def test_other_reasons_come_first(web: Place) -> None:
+    """A start that fails for its disks says so; `vmd -n` names files of the seed that are missing."""
+    (web.folder / "empty").write_bytes(bytes(1 << 20))
+    lines = "disable", "disk empty format raw", "seed { ssh-key nowhere.pub, user a password-hash nothing }"
+    block = 'vm "blank" {\n' + "\n".join(lines) + "\n}\n"
+    web.vmd.conf.write_text(web.conf + block.replace("nowhere", "key").replace("nothing", "hash"))
+    (web.folder / "hash").write_text(f"{HASH}\n")
+    web.vmd.must("reload")
+    assert web.fails("start", "blank").startswith(f"nothing to boot from: no boot sector on disk {web.folder}/empty")
+    web.vmd.conf.write_text(web.conf + block)
+    check = subprocess.run(
+        [sys.executable, "-m", "vmd", "-n", "-f", web.vmd.conf],
+        cwd=web.vmd.code, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    for what in ("ssh-key {}/nowhere.pub", "password-hash {}/nothing"):
+        assert f'vm "blank": {what.format(web.folder)}: {os.strerror(errno.ENOENT)}' in check.stderr
     web.vmd.conf.write_text(web.conf)
     web.vmd.must("reload")
 

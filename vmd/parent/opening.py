@@ -478,7 +478,7 @@ class Openings:
         opening.openers.clear()
         opening.opened.close()
         jobs = [job for job in opening.jobs if job.needs_code]
-        opening.jobs = [job.replace(looks=True, cdrom="", given=(), patience_s=LET_GO_S) for job in jobs]
+        opening.jobs = [job.replace(looks=True, cdrom="", given=(), seed=None, patience_s=LET_GO_S) for job in jobs]
         self._begin_one(opening)
 
     def _find_holder(self, opening: Opening, in_use: InUse) -> None:

@@ -209,7 +209,7 @@ CDROM = Kind(
 )
 
 SEED = Kind(  # of cloud-init (`vmd.seed`); not one of the disks: it is neither resized, limited nor snapshot
-    name="seed",
+    name="cidata",
     process="vioblk",
     word="seed",
     queues=(256,),
