@@ -36,7 +36,7 @@ ANSWER_S = 10.0  # for a guest that has taken a connection
 COMING = ("waiting", "starting", "receiving")  # states in which a VM is not there yet
 THERE = ("running", "sending", "saving")
 KNOWN_HOSTS = "known_hosts.vmd"  # in ~/.ssh
-GREETING = b"SSH-"  # RFC 4253, 4.2; lines may come before it
+GREETING = b"\nSSH-"  # RFC 4253, 4.2; lines may come before it
 GREETING_MAX = 8192
 
 
@@ -151,23 +151,25 @@ def await_place(session: Session, ref: VmRef, port: int, user: str | None, wait_
 def greeted(session: Session, place: Place, within_s: float) -> None:
     """Have an ssh server say its greeting.  Raises Later, and CommandError if it is another kind of server."""
     where = f"port {place.port} of {place.address}"
+    due_s = time.monotonic() + min(ANSWER_S, within_s)
     try:
-        with socket.create_connection((place.address, place.port), min(ANSWER_S, within_s)) as connection:
-            greeting = b""
-            while b"\n" not in greeting[greeting.find(GREETING) :] or GREETING not in greeting:
+        with socket.create_connection((place.address, place.port), due_s - time.monotonic()) as connection:
+            said = b"\n"
+            while b"\n" not in said.partition(GREETING)[2]:
+                connection.settimeout(max(0.001, due_s - time.monotonic()))
                 data = connection.recv(256)
                 if not data:
                     raise Later(f"{where} closes the connection at once")
-                greeting += data
-                if len(greeting) > GREETING_MAX:
+                said += data
+                if len(said) > GREETING_MAX:
                     raise CommandError(f"ssh: {where} is served by something else than ssh", errno.EPROTO)
     except ConnectionRefusedError:
         raise Later(f"{where} is closed: no ssh server runs in the guest") from None
     except OSError as error:
         if not has_lease(session, place):
             raise Later(f"the guest of vm {place.name} has not asked for its address, {place.address}") from None
-        said = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {sentence(error)}"
-        raise Later(f"{where} {said}") from None
+        how = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {sentence(error)}"
+        raise Later(f"{where} {how}") from None
 
 
 def has_lease(session: Session, place: Place) -> bool:

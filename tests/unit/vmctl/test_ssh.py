@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,8 +60,9 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(said: bytes) -> Iterator[Server]:
-    """Say this at a port of the guest, and hang up."""
+def serving(said: bytes | Callable[[socket.socket], object]) -> Iterator[Server]:
+    """Say this at a port of the guest, and hang up; or let something speak."""
+    speak = said if callable(said) else lambda connection: connection.sendall(said)
     with socket.create_server((GUEST, 0)) as listener:
 
         def serve() -> None:
@@ -69,7 +70,7 @@ def serving(said: bytes) -> Iterator[Server]:
                 while True:
                     connection, _ = listener.accept()
                     with connection:
-                        connection.sendall(said)
+                        speak(connection)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -243,6 +244,7 @@ def test_a_guest_that_is_not_heard(
 @pytest.mark.parametrize(("greeting", "said"), [
     (b"", "closes the connection at once; waited 0 s"),
     (b"SSH-2.0-half", "closes the connection at once; waited 0 s"),
+    (b"no SSH-2.0-x\n", "closes the connection at once; waited 0 s"),
     (b"HTTP/1.1 400\r\n" * 1000, "is served by something else than ssh"),
 ])  # fmt: skip
 def test_no_greeting_of_an_ssh_server(vmctl: Vmctl, daemon: FakeDaemon, greeting: bytes, said: str) -> None:
@@ -252,6 +254,23 @@ def test_no_greeting_of_an_ssh_server(vmctl: Vmctl, daemon: FakeDaemon, greeting
         status, _, errors = vmctl("ssh", "-w", "0", "-p", str(guest.port), "web")
 
     assert (status, errors) == (1, f"vmctl: ssh: port {guest.port} of {GUEST} {said}\n")
+
+
+def test_a_server_that_takes_its_time(vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may say a letter now and then, and is waited for no longer than one that says none."""
+    monkeypatch.setattr(ssh, "ANSWER_S", 0.2)
+    script(daemon, vm_info(nics=(nic(),)))
+    ended = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        while not ended.wait(0.05):
+            connection.sendall(b"x")
+
+    with serving(trickle) as guest:
+        status, _, errors = vmctl("ssh", "-w", "0", "-p", str(guest.port), "web")
+        ended.set()
+
+    assert (status, errors) == (1, f"vmctl: ssh: port {guest.port} of {GUEST} does not answer; waited 0 s\n")
 
 
 def test_a_vm_that_was_made_anew(vmctl: Vmctl, daemon: FakeDaemon, home: Path, tmp_path: Path) -> None:
