@@ -3,6 +3,7 @@
 import array
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -504,6 +505,11 @@ def test_requests_as_long_as_a_packet_are_answered(vmd: Daemon) -> None:
         assert isinstance(answer, Failed), packet[:100]
         assert len(answer.text) < 8000
         assert vmd.status("demo")["state"] == "stopped"
+
+
+def test_tests_are_told_what_vmctl_says(vmd: Daemon) -> None:
+    """They ask it without its start."""
+    assert vmd.rows() == json.loads(vmd.must("status", "--json"))["vms"]
 
 
 def ask_as_nobody(path: Path, request: Request) -> list[Record]:
