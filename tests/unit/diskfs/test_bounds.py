@@ -10,6 +10,7 @@ import pytest
 from tests.support.filesystems import MIB, Content, ext_image, journal, opened, plant, run, small_disks
 from vmd.diskfs import journal as journals
 from vmd.diskfs import source
+from vmd.diskfs.ext import Ext
 from vmd.diskfs.source import DiskFsError
 
 TOO_MUCH = "too much would have to be read to find it"
@@ -111,6 +112,23 @@ def test_a_search_comes_to_an_end(
     monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
 
     assert look(made(tmp_path, block_bytes)) == TOO_MUCH
+
+
+def test_names_that_are_looked_at_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block has many of them, and is read at once."""
+    monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
+    looked_at = 0
+    entry_in = Ext._entry_in
+
+    def counted(self: Ext, block: bytes, name: bytes) -> int:
+        nonlocal looked_at
+        looked_at += block.count(b"none")
+        return entry_in(self, block, name)
+
+    monkeypatch.setattr(Ext, "_entry_in", counted)
+
+    assert look(many_names(tmp_path, 65536)) == TOO_MUCH
+    assert 1000 < looked_at < 1 << 16
 
 
 @pytest.mark.deep

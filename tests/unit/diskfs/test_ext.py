@@ -93,6 +93,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(1800)
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
@@ -344,6 +345,7 @@ def inode_of(path: str, raw: bytes | bytearray) -> int:
         (4, b"\xff\xff", "has 65535 bytes, and 150 of them in its inode"),
         (128 + 32, bytes(4), "has 150 bytes, and 60 of them in its inode"),
         (128 + 32 + 4 + 1, b"\x06", "has 150 bytes, and 60 of them in its inode"),
+        (128 + 32 + 4, b"\xff\x01", "has 150 bytes, and 60 of them in its inode"),  # with others up to its very end
         (128 + 32 + 4 + 2, b"\xf0\xff", "its inode is damaged: system.data is not inside"),
         (128 + 32 + 4 + 4, b"\x01", "its inode is damaged: system.data is not inside"),
     ],
@@ -355,6 +357,7 @@ def test_inline_data_that_is_not_there_is_said(tmp_path: Path, at: int, value: b
     raw = bytearray(image.read_bytes())
     begin = inode_of("/a", raw)
     assert opened(raw).find("/a").content(150) == Content(150, ((0, 150),)).pieces()[0][1]
+    raw[begin + 436 : begin + 512] = b"\1" * 76
     raw[begin + at : begin + at + len(value)] = value
 
     with pytest.raises(DiskFsError) as refused:

@@ -22,7 +22,7 @@ from tests.support.filesystems import (
     run,
     trees,
 )  # fmt: skip
-from vmd.diskfs import ffs, walk
+from vmd.diskfs import ffs, source, walk
 from vmd.diskfs.ffs import LAYOUTS, Ffs
 from vmd.diskfs.source import DiskFsError, NoSuchFile
 
@@ -72,6 +72,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(1800)
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
@@ -232,6 +233,37 @@ def test_the_other_byte_order_is_said(tmp_path: Path) -> None:
         run("makefs", "-t", "ffs", "-B", "be", "-o", f"version={version}", "-M", "2m", image, tmp_path / "tree")
         with pytest.raises(DiskFsError, match=rf"^the whole disk \(big-endian FFS{version}\): is not read here$"):
             opened_file(image).find("/a")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_directory_without_an_end_comes_to_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    """Each of its blocks has what is looked for in as many places as there are, none of which is a name."""
+    monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
+    disk = Patched(tmp_path / "tree", f"version={version},bsize=8192,fsize=1024")
+    names = disk.block(struct.pack("<IHBB4s", 0, 12, 0, 1, b"none") * 42 + struct.pack("<IHBB", 0, 8, 0, 0))
+    block = bytes(disk.raw[names : names + 512]) * 16
+    disk.raw[names : names + 8192] = block
+    numbers = disk.indirect(**{f"_{number}": names for number in range(disk.pointers)})
+    twice = disk.indirect(**{f"_{number}": numbers for number in range(disk.pointers)})
+    root = disk.raw.index(disk.fs.root().raw)
+    struct.pack_into("<Q", disk.raw, root + disk.layout.size_at, 1 << 40)
+    fragments = [at // 1024 for at in (*[names] * 12, numbers, twice, 0)]
+    struct.pack_into(f"<15{disk.layout.number}", disk.raw, root + disk.layout.map_at, *fragments)
+    looked_at = 0
+    entry_in = Ffs._entry_in
+
+    def counted(self: Ffs, block: bytes, name: bytes) -> int:
+        nonlocal looked_at
+        looked_at += block.count(b"none")
+        return entry_in(self, block, name)
+
+    monkeypatch.setattr(Ffs, "_entry_in", counted)
+
+    with pytest.raises(DiskFsError, match="too much would have to be read to find it"):
+        opened(disk.raw).find("/none")
+    assert 1000 < looked_at < 1 << 16
 
 
 def test_a_damaged_directory_is_said(tmp_path: Path) -> None:
