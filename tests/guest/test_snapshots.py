@@ -18,6 +18,7 @@ from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.images import opened_qcow2, problems, qemu, small_file_system
 from tests.support.imgwriters import caught, imgwriter
+from tests.support.waiting import pause
 from vmd.images.rewrite import Rewrite
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
@@ -298,6 +299,7 @@ def test_vm_that_is_killed_while_it_is_saved(tmp_path: Path) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while imgwriter(vmd):
             assert time.monotonic() < deadline
+            pause()
         assert listed(vmd) == {}
         assert set(problems(tmp_path / "disk")) <= {"leaks"}  # of what its guest had not flushed
         vmd.must("start", "a")

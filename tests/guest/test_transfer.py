@@ -35,6 +35,7 @@ from tests.support.transfers import (
     to_file,
     vmctl,
 )
+from tests.support.waiting import pause
 from vmd.config import rules
 from vmd.config.model import DiskConfig
 from vmd.record import Record
@@ -868,6 +869,7 @@ def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, tmp_path: Path, 
     deadline = time.monotonic() + DEADLINE_S
     while not re.search("sys_poll|poll_schedule", waiting.read_text()):  # for one answer; the event loop is another
         assert time.monotonic() < deadline
+        pause()
     os.kill(processes["vmd: vm/a/vioblk0"], signal.SIGKILL)
 
     status, errors = ended(client)
@@ -900,6 +902,7 @@ def test_a_sender_whose_reader_dies_goes_on(busy: Daemon) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while (pid := busy.processes().get("vmd: vm/c", 0)) == 0:
         assert time.monotonic() < deadline
+        pause()
     os.kill(pid, signal.SIGSTOP)
     sender = vmctl(busy, "send", "a", stdout=writing)
     os.close(writing)

@@ -23,6 +23,7 @@ from tests.support.fusefile import FLUSH, HELD, FuseFile
 from tests.support.guests import guest
 from tests.support.program import changed_program
 from tests.support.users import public_folder
+from tests.support.waiting import pause
 from vmd.config.model import DiskConfig, VmConfig, VmFlag
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages.clients import (
@@ -231,6 +232,7 @@ def test_root_s_control_is_started_again(tmp_path: Path) -> None:
             deadline_s = time.monotonic() + DEADLINE_S
             while title not in (found := vmd.processes()):
                 assert time.monotonic() < deadline_s
+                pause()
             with connect(vmd) as client:
                 client.send(encode(WaitRequest(name=NAME))[0])
                 assert serves(client)
@@ -240,6 +242,7 @@ def test_root_s_control_is_started_again(tmp_path: Path) -> None:
                 vmd.must("status")
                 while vmd.processes().get(title, found[title]) == found[title]:
                     assert time.monotonic() < deadline_s
+                    pause()
         bystander.core = bystander.core_now()
 
 
@@ -395,6 +398,7 @@ def wait_asleep(pid: int) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "S":
         assert time.monotonic() < deadline_s
+        pause()
 
 
 # --- as many as there are --------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 The storage is a real FUSE file system that does not answer.
 """
 
-import os
 import re
 import select
 import subprocess
@@ -21,6 +20,7 @@ from tests.support.fusefile import HELD, OPEN, READ, FuseFile
 from tests.support.guests import guest
 from tests.support.images import MIB
 from tests.support.users import public_folder
+from tests.support.waiting import pause
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages.clients import Failed, StartRequest
 from vmd.parent.opening import STUCK_MAX
@@ -73,7 +73,7 @@ def wait_for(what: Callable[[], object], vmd: Daemon) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while not what():
         assert time.monotonic() < deadline_s, vmd.log
-        os.sched_yield()
+        pause()
 
 
 def begin(vmd: Daemon, *command: str) -> "subprocess.Popen[str]":

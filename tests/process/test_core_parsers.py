@@ -19,6 +19,7 @@ from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.program import changed_program
 from tests.support.transfers import ended, from_file, to_file, vmctl
+from tests.support.waiting import pause
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -176,6 +177,7 @@ def test_a_streamprobe_that_does_not_answer(tmp_path: Path) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         while "vmd: vm/b/streamprobe" not in (found := vmd.processes()):
             assert time.monotonic() < deadline_s
+            pause()
         probe = os.pidfd_open(found["vmd: vm/b/streamprobe"])
         with pytest.raises(subprocess.TimeoutExpired):
             receiver.wait(10.0)

@@ -19,6 +19,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
+from tests.support.waiting import pause
 from vmd.config.model import VmConfig
 from vmd.ipc.imsg import MAX_MESSAGE, decode, encode
 from vmd.ipc.messages.clients import (
@@ -70,7 +71,7 @@ def wait_gone(pids: list[int]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while alive := [pid for pid in pids if not gone(pid)]:
         assert time.monotonic() < deadline, f"still running: {alive}"
-        os.sched_yield()
+        pause()
 
 
 def status_lines(pid: int) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.transfers import ended, to_file, vmctl
 from tests.support.users import public_folder
+from tests.support.waiting import pause
 from vmd.ipc.imsg import encode
 from vmd.ipc.messages.clients import End, Failed, ListRequest, ReloadRequest, VmInfo
 
@@ -219,6 +220,7 @@ class Tasks:
         deadline_s = time.monotonic() + DEADLINE_S
         while (self.path / "cgroup.procs").read_text():
             assert time.monotonic() < deadline_s
+            pause()
         self.path.rmdir()
 
 

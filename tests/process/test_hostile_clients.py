@@ -20,6 +20,7 @@ from tests.support.guests import guest
 from tests.support.messages import MESSAGES
 from tests.support.network import Network
 from tests.support.users import Users, UsersDaemon
+from tests.support.waiting import pause
 from vmd.control.clients import MAX_UNANSWERED
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, encode
 from vmd.ipc.messages.clients import (
@@ -82,6 +83,7 @@ def daemon() -> Iterator[UsersDaemon]:
                 deadline = time.monotonic() + DEADLINE_S
                 while "vmd: control/reserve" not in daemon.processes():
                     assert time.monotonic() < deadline, daemon.log
+                    pause()
                 yield daemon
 
 
@@ -103,6 +105,7 @@ def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
     while open_descriptors(daemon) != before:
         assert time.monotonic() < deadline, (open_descriptors(daemon), before)
         daemon.must("status")  # the console of a VM that has ended may be kept for a moment
+        pause()
 
 
 def open_descriptors(vmd: UsersDaemon) -> tuple[int, int]:
@@ -416,6 +419,7 @@ def test_viewers_take_a_console_from_each_other(vmd: UsersDaemon) -> None:
     while len(os.listdir(f"/proc/{vmd.pid}/fd")) > before:
         assert time.monotonic() < deadline
         vmd.must("status")
+        pause()
 
 
 def watched(client: socket.socket, since: int | None) -> ConsoleWatched:

@@ -14,6 +14,7 @@ import pytest
 from tests.support.daemon import DEADLINE_S
 from tests.support.hostnet import NetDaemon
 from tests.support.network import Network
+from tests.support.waiting import pause
 from tests.unit.test_exposition import samples
 from vmd.exposition import OPENMETRICS_TYPE, TEXT_TYPE
 from vmd.metrics.main import CLIENTS_MAX
@@ -91,6 +92,7 @@ def server(vmd: NetDaemon) -> int:
     deadline_s = time.monotonic() + DEADLINE_S
     while not (pid := vmd.processes().get("vmd: metrics", 0)):
         assert time.monotonic() < deadline_s, vmd.log
+        pause()
     return pid
 
 
@@ -155,6 +157,7 @@ def test_a_daemon_that_does_not_answer(vmd: NetDaemon) -> None:
         deadline_s = time.monotonic() + DEADLINE_S
         while get(vmd).status == 200:  # the last answer is good for a second
             assert time.monotonic() < deadline_s
+            pause()
         with connect(vmd) as gone:
             gone.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         assert get(vmd).status == 503
@@ -193,6 +196,7 @@ def test_reload_moves_it(vmd: NetDaemon) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while "vmd: metrics" in vmd.processes():
         assert time.monotonic() < deadline_s
+        pause()
     assert not path.exists()
 
     vmd.conf.write_text(before)

@@ -18,6 +18,7 @@ from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon, addresses, links, ours, rules, setting
 from tests.support.network import Host, Interface, Network
+from tests.support.waiting import pause
 from vmd.client import Client
 from vmd.ipc.messages.clients import SwitchInfo
 
@@ -39,6 +40,7 @@ def wait_for_links(vmd: NetDaemon, wanted: set[str]) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while set(links(vmd.network)) != wanted:
         assert time.monotonic() < deadline_s, f"{sorted(links(vmd.network))}, not {sorted(wanted)}"
+        pause()
 
 
 def test_switches_are_named(network: Network, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.process.test_network import SWITCH, block
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.hostnet import NetDaemon, addresses, links, rules, setting
 from tests.support.network import Network
+from tests.support.waiting import pause
 from vmd.client import Client, ClientError
 from vmd.ipc.messages.clients import StartRequest, VmStarted
 
@@ -98,3 +99,4 @@ def wait_for(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline_s, "priv has not done it"
+        pause()

@@ -15,6 +15,7 @@ import pytest
 
 from tests.process.test_daemon import PROMPT, demo, gone, wait_gone
 from tests.support.daemon import DEADLINE_S, ROOT, Daemon
+from tests.support.waiting import pause
 from vmd.parent.program import Program
 from vmd.version import VERSION
 
@@ -59,6 +60,7 @@ def wait_reaped(daemon: Daemon) -> None:
     while "Z" in subprocess.run(command, capture_output=True, text=True, check=False).stdout:
         assert time.monotonic() < deadline, "children that have ended are not reaped"
         daemon.must("status")  # whoever serves that is started, and others are buried
+        pause()
 
 
 def test_guest_runs_on_under_another_version(vmd: Daemon, code: Path) -> None:
@@ -174,7 +176,7 @@ def test_daemon_in_the_background(tmp_path: Path, code: Path) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not gone(pid):
             assert time.monotonic() < deadline, "the daemon does not end"
-            os.sched_yield()
+            pause()
     assert not daemon.socket.exists()
 
 

@@ -52,6 +52,7 @@ from tests.support.packets import (
     solicitation,
     udp,
 )
+from tests.support.waiting import pause
 from vmd.devices.vionet.dhcp import REASONS
 from vmd.devices.vionet.local import WAITING_MAX
 from vmd.devices.vionet.receive import INJECTED_MAX
@@ -458,6 +459,7 @@ class KernelGuest:
         deadline_s = time.monotonic() + DEADLINE_S
         while text not in (output := self.run(*command)):
             assert time.monotonic() < deadline_s, output
+            pause()
         return output
 
 

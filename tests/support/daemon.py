@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.support.console import Console
+from tests.support.waiting import PAUSE_S, pause
 from vmctl.commands.status import as_json
 from vmd.client import Client, ClientError
 from vmd.privsep.spawn import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[2]
 START_DEADLINE_S = 300.0  # in an emulated machine beside other work
-PAUSE_S = 0.02  # between two questions which VMs there are
 DEADLINE_S = 100.0  # a watchdog; nothing is expected to take so long, but on a busy host
 
 
@@ -115,7 +115,7 @@ class Daemon:
             found = self.family()
             if not any(title.startswith(INTERPRETER) for title in found) or time.monotonic() > deadline:
                 return found
-            time.sleep(0.01)
+            pause()
 
     def family(self) -> dict[str, int]:
         """Return what the processes that it started, and theirs, are called just now, and their pids."""
@@ -197,7 +197,7 @@ class Daemon:
         deadline = time.monotonic() + timeout_s
         while self.log.count(text) < times:
             assert time.monotonic() < deadline, f"no {text!r} in the log:\n{self.log}"
-            select.select([], [], [], 0.02)
+            pause()
 
     def run_to_end(self, name: str) -> str:
         """Start a VM with its console attached; returns all it said until it ended by itself."""

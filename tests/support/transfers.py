@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from tests.support.daemon import DEADLINE_S, Daemon
+from tests.support.waiting import pause
 from vmd.ipc.imsg import pack, unpack
 from vmd.record import Record
 from vmd.vm.header import Header
@@ -186,6 +187,7 @@ class Footprint:
         deadline = time.monotonic() + DEADLINE_S
         while not is_settled(processes := vmd.processes()):
             assert time.monotonic() < deadline, processes
+            pause()
         vmd.must("status")  # whatever was asked before has been done
         self.titles = sorted(processes)
         lasting = ("vmd: priv", "vmd: control", "vmd: vmm")
@@ -199,6 +201,7 @@ class Footprint:
         deadline = time.monotonic() + DEADLINE_S
         while not (now := Footprint(vmd)).is_within(self):
             assert time.monotonic() < deadline, f"{now}, before: {self}"
+            pause()
 
     def is_within(self, other: "Footprint") -> bool:
         """Return whether these are the same processes, with no more descriptors."""

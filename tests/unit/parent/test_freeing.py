@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import pause
 from vmd.closing import close_all
 from vmd.errors import HostError
 from vmd.parent import freeing
@@ -71,6 +72,7 @@ def test_we_are_not_the_last(memory: int, closing: list[set[int]]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while holders(inode):
         assert time.monotonic() < deadline
+        pause()
     assert children() == before
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(memory)
