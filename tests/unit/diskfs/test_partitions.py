@@ -69,6 +69,9 @@ def test_a_chain_of_boot_records_without_an_end_ends() -> None:
     assert named(raw, "p6").problem == ""
     put(raw, 40, boot_record((0x83, 1, 4), (0x05, 1 << 30, 9)))
     assert named(raw, "p7").problem == "its boot record at sector 1073741856 is damaged"
+    for at in (len(raw) // SECTOR, len(raw) // SECTOR + 1):
+        put(raw, 40, boot_record((0x83, 1, 4), (0x05, at - 32, 9)))
+        assert named(raw, "p7").problem == f"its boot record at sector {at} is damaged"
     # Each of them is another one, and the bound is one of numbers.
     endless = disk_of(size=4096 * SECTOR)
     put(endless, 0, boot_record((0x05, 64, 4000)))
