@@ -5,7 +5,7 @@ A limit of `vmd.config.model` that becomes another one while its VM runs counts 
 
 import os
 
-from vmd.config.model import VmLimits, with_limits, without_secrets
+from vmd.config.model import VmLimits, with_limits
 from vmd.errors import HostError
 from vmd.ipc.messages.vm import LimitVm
 from vmd.ipc.routes import Proc
@@ -49,7 +49,7 @@ class Bounds:
         now = vm.running_config or vm.config
         if now == before:
             return []
-        self.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=without_secrets(now)))
+        self.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
         self.on_limits()
         notes = self._limit(vm, now.limit) if now.limit != before.limit and vm.pid else []
         return [f"vm {vm.name}: its new limits count from now on", *(f"vm {vm.name}: {note}" for note in notes)]

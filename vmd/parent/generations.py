@@ -10,6 +10,7 @@ To the others this is the channel to vmm (`Peers`): messages find the vmm of the
 import errno
 
 from vmd.closing import close_all
+from vmd.config.model import without_secrets
 from vmd.errors import OperatorError
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.messages.children import Quit
@@ -22,6 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from vmd.config.model import VmConfig
     from vmd.ipc.channel import Channel
     from vmd.parent.askvmm import LineToVmm
     from vmd.parent.groups import Groups
@@ -117,8 +119,14 @@ class Generations:
     def send(
         self, message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
     ) -> None:
-        """Send a message to the vmm that it is for; its descriptors are not the caller's any more."""
+        """Send a message to the vmm that it is for; its descriptors are not the caller's any more.
+
+        What it says of a VM goes there without the secrets of its seed.
+        """
         vmid = getattr(message, "vmid", 0)
+        config: VmConfig | None = getattr(message, "config", None)
+        if config is not None and config.seed is not None:
+            message = message.replace(config=without_secrets(config))
         if isinstance(message, StartVm | ReceiveVm):
             self._give(message, fds)
             return

@@ -11,17 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from vmd.closing import close, close_all
-from vmd.config.model import (
-    IFNAME_MAX,
-    ROOT,
-    BootDevice,
-    Config,
-    NicConfig,
-    SwitchConfig,
-    VmConfig,
-    with_forwards,
-    without_secrets,
-)
+from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig, with_forwards
 from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.priv import (
@@ -327,7 +317,6 @@ class Network:
                 )
             message = message.replace(nics=taps.links, config=config)
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
-        message = message.replace(config=without_secrets(message.config))
         if isinstance(message, StartVm):
             self.core.slots.give()
         self.core.write()  # a vmm that has it, and a parent that does not know of it, would be at odds
@@ -364,7 +353,7 @@ class Network:
         self.core.changed()
         if self.priv.up:
             self.priv.ask(SetForwards(vmid=vm.vmid, forwards=forwards))
-        self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=without_secrets(now)))
+        self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
         return [f"vm {vm.name}: its new forwards count from now on"]
 
     def drop_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.messages import CODES, MESSAGES
-from vmd.config.model import AllowInstance, BootDevice, DiskConfig, NicConfig, Owner, VmConfig, VmFlag
+from vmd.config.model import AllowInstance, BootDevice, DiskConfig, NicConfig, Owner, SeedConfig, VmConfig, VmFlag
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
@@ -111,6 +111,18 @@ def test_programs_of_protocol_1_get_what_they_know() -> None:
 
     assert msgpack.unpackb(encode(started, form=Form.FIRST)[0][HEADER.size :]) == [[], 1, "a", 2, "/dev/pts/0"]
     assert then == now
+
+
+def test_programs_of_protocol_1_know_fewer_descriptors() -> None:
+    """They neither get nor give those that are later: a start has two, as then."""
+    seeded = START.replace(config=CONFIG.replace(seed=SeedConfig()))
+    packet, _ = encode(StartRequest(name="a"), form=Form.FIRST)
+
+    assert first.unknown_in(seeded) == "seed"
+    assert first.unknown_in(START) == ""
+    assert msgpack.unpackb(packet[HEADER.size :])[0] == [0, 0]
+    envelope = decode(packet, [], "client")
+    assert (envelope.message, envelope.fds["seed"]) == (StartRequest(name="a"), [])
 
 
 def test_protocol_1_had_every_first_field_that_has_no_default() -> None:

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import VmConfig
+from vmd.config.model import SeedConfig, VmConfig
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Quit
 from vmd.ipc.messages.vm import CancelTransfer, EndSend, Outcome, PauseDone, ReceiveVm, StartVm, StopVm, TakeDisksBack
 from vmd.ipc.messages.vmm import AskVms, EndTaken, Retire, VmExited, VmHeld, VmsHeld, VmSlotOver
-from vmd.ipc.routes import Proc
+from vmd.ipc.routes import BY_CLASS, Proc
 from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adoption
 from vmd.parent.core import Core
 from vmd.parent.generations import Generation, Generations
@@ -425,3 +425,20 @@ def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None
     ):
         newest.send(message, fds=seed() if isinstance(message, ReceiveVm) else {})
     assert [type(message) for message in line.sent] == [StartVm, ReceiveVm]
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [cls for cls, info in BY_CLASS.items() if (Proc.PARENT, Proc.VMM) in info.routes and "config" in cls.fields],
+    ids=lambda cls: cls.__name__,
+)
+def test_no_vmm_is_told_the_secrets_of_a_seed(core: Core, room: Room, cls: type[Any]) -> None:
+    """Whatever message has the configuration of a VM in it."""
+    made, (line,) = adoption(core, room, 1)
+    made.generations.of[1] = made.generations.all[1]
+    seed = SeedConfig(user="alice", hostname="web", password="$6$x", user_data="/root/data")
+    plain = {int: 1, str: "", bool: False}
+    needed = {name: plain.get(kind) for name, kind in cls.fields.items() if name not in cls.defaults}
+    made.generations.send(cls(**{**needed, "config": VmConfig(name="a", seed=seed)}))
+
+    assert line.sent[-1].config == VmConfig(name="a", seed=SeedConfig(user="alice", hostname="web"))
