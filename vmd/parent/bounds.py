@@ -49,6 +49,7 @@ class Bounds:
         now = vm.running_config or vm.config
         if now == before:
             return []
+        # Secrets are taken out of the configuration on its way (`Generations.send`).
         self.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
         self.on_limits()
         notes = self._limit(vm, now.limit) if now.limit != before.limit and vm.pid else []

@@ -9,7 +9,18 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import BootDevice, Config, Forward, Globals, NicConfig, Owner, Prefix, SwitchConfig, VmConfig
+from vmd.config.model import (
+    BootDevice,
+    Config,
+    Forward,
+    Globals,
+    NicConfig,
+    Owner,
+    Prefix,
+    SeedConfig,
+    SwitchConfig,
+    VmConfig,
+)
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
@@ -576,7 +587,8 @@ def test_no_forwards_without_nat(parent: FakeParent) -> None:
 
 def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     """Priv and the VM are told, and so is a priv that is started again; a port that is taken changes nothing."""
-    vm, _ = launch(parent, web(forwards=(SSH,)))
+    seed = SeedConfig(hostname="www")
+    vm, _ = launch(parent, web(forwards=(SSH,)).replace(seed=seed))
     made(parent)
     launch(parent, web("two", forwards=(Forward(port=99, to=99),)))
     made(parent)
@@ -590,6 +602,7 @@ def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     limit = parent.peers[Proc.VMM].sent[-1]
     assert isinstance(limit, LimitVm)
     assert [nic.forwards for nic in limit.config.nics] == [nic.forwards for nic in vm.config.nics] == [(SSH, new)]
+    assert vm.config.seed == seed
     (note,) = parent.network.change_forwards(vm, web(forwards=(Forward(port=99, to=1),)))
     assert note.endswith("vm two has tcp port 99 to port 99: it gets no other forwards")
     assert vm.config.nics[0].forwards == (SSH, new)
