@@ -164,5 +164,7 @@ class Damages:
         else:
             return
         network.write_rules()
+        if not network.has_table:
+            return  # it was there for a firewall that is gone as well
         network.take_rules_as_they_are()
         self._note(text, {nic.link.name for nic in network.all_nics()})
