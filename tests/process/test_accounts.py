@@ -191,6 +191,7 @@ def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) 
     assert "broken.conf:1: " in ask("load", tmp_path / "broken.conf", status=1)["error"]
     with (tmp_path / "stream").open("wb") as stream:
         assert "not found" in ask("send", "nobody", status=4, stdout=stream)["error"]
+    assert "not found" in ask("ssh", "nobody", status=4)["error"]  # one that is there: `test_ssh.py`
     assert {each.name for each in COMMANDS} <= asked
 
 
