@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import two
 from tests.l1.sessions import InsideL1, OutsideL1
@@ -37,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Decide where the tests marked `l1` run: here if KVM is the hardware's, else in the emulated machine."""
+    # No time is asserted, and the fast tier is the same each time: what random examples find the deep one finds.
+    deep = bool(config.getoption("--deep"))
+    settings.register_profile("vmd", deadline=None, derandomize=not deep, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("vmd")
     config.stash[REAL] = frozenset()
     config.stash[NOT_RUN] = {}
     # A run in the background may have been told to ignore them, which the programs under test would inherit.

@@ -251,7 +251,7 @@ def test_read_into_adjacent_regions(cdrom: Cdrom) -> None:
     assert cdrom.memory.read(EXTRA, BLOCK) == DISC[4 * BLOCK : 5 * BLOCK]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_layout(cdrom: Cdrom, data: st.DataObject) -> None:
     """Requests, responses and buffers cut at random places, empty descriptors among them, give the same answer."""
@@ -272,7 +272,7 @@ def test_any_layout(cdrom: Cdrom, data: st.DataObject) -> None:
     assert cdrom.memory.read(RESPONSE_AT + RESPONSE_BYTES, count * BLOCK) == DISC[lba * BLOCK :][: count * BLOCK]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cdb=st.binary(max_size=32), room=st.sampled_from([0, 1, 36, 4096, 512 * KIB]))
 def test_any_command(cdrom: Cdrom, cdb: bytes, room: int) -> None:
     """The accounts agree: what was written, what was not, and why."""

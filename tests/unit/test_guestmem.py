@@ -176,7 +176,7 @@ def test_a_write_that_runs_into_memory_from_read_only_memory_is_refused_whole(me
 
 
 @given(gpa=st.integers(-8, 2 * MIB + 8) | st.integers(0, 1 << 64), size=st.integers(-8, 3 * MIB))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_slices_agree_with_a_byte_by_byte_model(gpa: int, size: int) -> None:
     """What slices grants is what every single byte's membership in a region grants."""
     with GuestMemory.create(LAYOUT) as memory:

@@ -1292,14 +1292,14 @@ WORDS = (
 )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(st.lists(st.sampled_from(WORDS), max_size=40))
 def test_random_words(conf: Loader, grammar: Grammar, words: list[str]) -> None:
     """Neither does any sequence of tokens confuse the way back to the next line."""
     load_or_refuse(conf, grammar, " ".join(words).encode())
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(st.lists(st.sampled_from(VALID.decode().splitlines(keepends=True)), max_size=20))
 def test_shuffled_lines(conf: Loader, grammar: Grammar, lines: list[str]) -> None:
     """Nor lines in the wrong places."""

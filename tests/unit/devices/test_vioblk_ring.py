@@ -375,7 +375,7 @@ def hot(queue: Queue, disk: Disk, features: int) -> str:
 
 
 @pytest.mark.parametrize("make", DISKS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(REQUESTS, min_size=1, max_size=8), st.booleans(), FEATURES)
 @example([((STATUS_IN_ROM, 0, 0), False, 0)], True, 0)
 @example([((LONG_INTO_ROM, 0, 0), True, 0)], True, INDIRECT_DESC)

@@ -208,7 +208,7 @@ def send_obviously(queue: Queue, header: int) -> tuple[str, list[bytes]]:
     return "", sent
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(chains(0, [WRITE, INDIRECT, INDIRECT | NEXT, 8, 8 | NEXT]), st.sampled_from([10, 12]))
 def test_transmit_loop_does_what_the_walk_does(rings: Chains, header: int) -> None:
     """The same frames, used elements and sentence."""
@@ -398,7 +398,7 @@ def receive_obviously(
 FRAME_LENGTHS = st.lists(st.sampled_from([14, 60, 60, 1514, 2036, 2037, 3000, 9000, 65562]), min_size=1, max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     chains(WRITE, [0, NEXT, INDIRECT, INDIRECT | NEXT, WRITE | INDIRECT, WRITE | 8]),
     FRAME_LENGTHS,

@@ -85,7 +85,7 @@ def test_files_are_read(tmp_path: Path, variant: str) -> None:
     checked(tmp_path, tree, *VARIANTS[variant])
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, suppress_health_check=list(HealthCheck))
 @given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
 def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
     """Whatever is in it, with whatever features."""
@@ -94,7 +94,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, suppress_health_check=list(HealthCheck))
 @given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
     """The same, more often."""

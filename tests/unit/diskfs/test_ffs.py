@@ -64,7 +64,7 @@ def test_files_are_read(tmp_path: Path, options: str) -> None:
     checked(tmp_path, tree, options)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
 @given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
 def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
     """Whatever is in it, with whatever sizes."""
@@ -73,7 +73,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, suppress_health_check=list(HealthCheck))
 @given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
     """The same, more often."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vmd.errors import HostError
@@ -306,7 +306,6 @@ def test_foreign_data_is_told_apart(foreign: bytes) -> None:
         read(foreign)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_sections(raw: bytes) -> None:
     """Behind a good header comes nothing but noise."""

@@ -123,7 +123,7 @@ def test_firmware_of_random_bytes_is_taken_as_it_is() -> None:
     assert load(memory, random.Random(1).randbytes(65520) + seabios()[-16:]).mode is Mode.REAL_RESET
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(sorted(KERNELS)),
     length=st.integers(0, 0x1000),

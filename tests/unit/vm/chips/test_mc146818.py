@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vmd.vm.chips.mc146818 import (
@@ -452,7 +452,6 @@ ACCESS = st.tuples(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(ACCESS, max_size=60))
 def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int]]) -> None:
     """Random accesses: bytes come out, the line is true, and timers stay few."""
