@@ -145,6 +145,8 @@ def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None
         "disk0p3:/vmlinuz: disk IMAGE: there is no partition p3: its MBR has p1, p2"
     )
     assert imgboot.refusal(raw, DiskFile(disk=0, path="/boot")).endswith("partition p2 (ext4): /boot: is a directory")
+    said = imgboot.refusal(raw, DiskFile(disk=0, partition="p2", path="/no\x1b[31m\u2028pe"))
+    assert said.endswith("partition p2 (ext4): /no\\x1b[31m\\u2028pe: there is no /no\\x1b[31m\\u2028pe")
     few = f"has {len(KERNEL)} bytes, and {MIB} are the most for this vm"
     said = imgboot.refusal(raw, DiskFile(disk=0, path="/vmlinuz"), MIB)
     assert said == f"disk0:/vmlinuz: disk IMAGE: partition p2: /vmlinuz: {few}"

@@ -24,7 +24,7 @@ SHOWN_MAX = 100
 
 def printable(text: str) -> str:
     """Return a text for a sentence: on one line, whatever is in it."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # no codec is loaded once we are confined
 
 
 def shown(name: bytes) -> str:
