@@ -24,6 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vmd.ipc.loop import Loop
     from vmd.parent.lifelock import LifeLock
     from vmd.privsep.spawn import Place
 
@@ -35,6 +36,7 @@ CALM_S = 60.0  # what has run for so long may end again
 FIRST_S, LONGEST_S = 0.25, 15.0
 PRIV_ENDS_S = 20.0  # from being told to end
 LOCK_FD = 4  # where vmm has the lock that says that it lives
+LATE_S, LATEST_S = 1.0, 60.0  # between looks at what is to end, and has not
 
 
 class Delay:
@@ -75,6 +77,13 @@ class Children:
         }  # fmt: skip
         self._present: dict[Proc, Child] = {}
         self._children: list[Child] = []  # with those that were killed and may not have ended yet
+        self._loop: Loop | None = None
+        self._late_s = 0.0  # until the next look; 0: there is none
+
+    def begin(self, loop: "Loop") -> None:
+        """Reap what an earlier program in this process has left; from now on also what is killed and ends late."""
+        self._loop = loop
+        self.bury()
 
     def start(
         self, proc: Proc, open_log: "Callable[[str], socket.socket]", title: str = ""
@@ -164,9 +173,26 @@ class Children:
         return child
 
     def bury(self) -> None:
-        """Reap those that have ended."""
+        """Reap those that have ended, and others that are to end as soon as they have."""
         self._left = [pid for pid in self._left if is_left(pid)]
         self._children = [child for child in self._children if child.reap() is None]
+        if self._loop is not None and not self._late_s and self._is_late():
+            self._look_again(self._loop, LATE_S)
+
+    def _is_late(self) -> bool:
+        return bool(self._left) or any(child.killed for child in self._children)
+
+    def _look_again(self, loop: "Loop", delay_s: float) -> None:
+        """Storage, or a busy host, may keep a process for long: each look is later than the one before."""
+
+        def look() -> None:
+            self.bury()
+            self._late_s = 0.0
+            if self._is_late():
+                self._look_again(loop, min(2 * delay_s, LATEST_S))
+
+        self._late_s = delay_s
+        loop.call_later(delay_s, look)
 
     def kill(self, proc: Proc) -> None:
         """Kill a child, if it lives."""

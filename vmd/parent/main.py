@@ -272,7 +272,7 @@ class Parent(Process):
         self.logs.start(children.cell)
         self.core.slots.ids = children.ids
         self.children = children
-        self.loop.call_later(BURY_S, children.bury)
+        children.begin(self.loop)
         self.lasting.keep(self.generations, self.network)
         self.start_process(Proc.PRIV)
         self.vmms.start(children, kvm_fd, self.truth)

@@ -68,6 +68,7 @@ class Child:
         self.title = title
         self.pid = pid
         self.status: int | None = None  # as `reap` has returned it
+        self.killed = False
         try:
             self.pidfd = os.pidfd_open(pid)  # readable once the process has ended
         except OSError as error:
@@ -82,6 +83,7 @@ class Child:
     def kill(self, signum: int = signal.SIGKILL) -> None:
         """Send a signal; harmless when the process is gone."""
         if self.pidfd >= 0:
+            self.killed = self.killed or signum == signal.SIGKILL
             try:
                 signal.pidfd_send_signal(self.pidfd, signum)
             except ProcessLookupError:
