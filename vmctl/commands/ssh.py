@@ -71,12 +71,20 @@ def run(session: Session, given: Given) -> int:
             raise CommandError(str(reason), errno.EAGAIN) from None
         tell(place)
         return 0
+    known_hosts = os.path.join(home(), ".ssh", KNOWN_HOSTS)
     place = await_place(session, ref, port, given.value("-l"), wait_s)
     session.close()
-    known_hosts = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".ssh", KNOWN_HOSTS)
     check_host_key(place, known_hosts, forget=given.has("-n"))
     become(ssh_words(place, known_hosts, given))
     return 0
+
+
+def home() -> str:
+    """Return the home directory as ssh(1) finds it, which is not by $HOME.  Raises CommandError."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        raise CommandError(f"ssh: no user has uid {os.getuid()}, and ssh works for users only", errno.ENOENT) from None
 
 
 def number(given: Given, option: str, what: str, allowed: range, default: int) -> int:

@@ -169,6 +169,15 @@ def test_without_ssh(vmctl: Vmctl, daemon: FakeDaemon, home: Path, monkeypatch: 
     assert (status, errors) == (1, "vmctl: ssh: No such file or directory (package openssh-client)\n")
 
 
+def test_nobody_in_particular(vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A uid that no user has is told so, before the guest is waited for."""
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
+
+    assert vmctl("ssh", "web") == (
+        1, "", "vmctl: ssh: no user has uid 4000000000, and ssh works for users only\n"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("vm", "status", "sentence"), [
     (vm_info("db"), 4, "ssh: vm web not found"),
     (vm_info(running=False), 1, "ssh: vm web is not running"),
