@@ -91,7 +91,8 @@ def ruled(rule: "Callable[[T], T]", value: "T") -> "T":
 def read(key: str, path: str) -> SeedFile:
     """Return a file; a pipe will do.  Raises CommandError."""
     try:
-        with open(path, "rb") as file:
+        # Of ssh-key=~/.ssh/a.pub most shells leave the ~ to us.
+        with open(posixpath.expanduser(path), "rb") as file:
             data = file.read(FILE_MAX + 1)
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read {key} {path!r}: {sentence(error)}", getattr(error, "errno", None)) from None

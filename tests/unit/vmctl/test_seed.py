@@ -71,6 +71,9 @@ def test_the_keys_of_whoever_runs_it(
     assert [key.data for key in parts_of(known).keys] == [b"a.pub", b"b.pub"]
     assert parts_of(known).network is False
 
+    assert vmctl("start", "-t", "web", "-C", "ssh-key=~/.ssh/a.pub", "new")[0] == 0
+    assert [key.data for key in parts_of(known).keys] == [b"a.pub"]
+
 
 @pytest.mark.parametrize(
     ("words", "status", "error"),
