@@ -41,7 +41,7 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
         assert refused.returncode == 1
         assert f"disk0:/bsd: disk {disk}: the whole disk (ext4): /bsd: there is no /bsd" in refused.stderr
         refused = vmd.vmctl("start", "-b", "disk1:/vmlinuz", "web")
-        assert "vm web: boot disk1:/vmlinuz: there is no disk1: it has disk0 only" in refused.stderr
+        assert "vm web: boot disk1:/vmlinuz: there is no disk1: the vm has disk0 only" in refused.stderr
 
         vmd.must("start", "web")
         assert vmd.status("web")["boot_image"] == "disk0:/vmlinuz"

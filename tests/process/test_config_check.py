@@ -251,7 +251,7 @@ def test_a_boot_image_on_a_disk(tmp_path: Path) -> None:
         f'5: vm "v1": disk0:/nope: disk {disk}: the whole disk (ext4): /nope: there is no /nope',
         f'9: vm "v2": disk0:/text: {WRONG_KIND}',
         '13: vm "v3": disk0:/demo: initrd is empty',
-        '17: vm "v4": boot disk1:/demo: there is no disk1: it has disk0 only',
+        '17: vm "v4": boot disk1:/demo: there is no disk1: the vm has disk0 only',
         f'21: vm "v5": disk {tmp_path}/gone.img: No such file or directory',
     ]
 

@@ -284,8 +284,8 @@ def boots_from_disks(config: VmConfig) -> "Iterator[str]":
     for name, found in ((config.kernel, kernel), (config.initrd, initrd)):
         if found is not None and found.disk >= len(config.disks):
             last = len(config.disks) - 1
-            few = "it has disk0 only" if last == 0 else "it has none"
-            have = f"its disks are disk0 to disk{last}" if last > 0 else few
+            few = "the vm has disk0 only" if last == 0 else "the vm has no disk"
+            have = f"the disks of the vm are disk0 to disk{last}" if last > 0 else few
             yield f"boot {shown(name)}: there is no disk{found.disk}: {have}"
 
 

@@ -158,9 +158,9 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
         ({"kernel": "disk0:/k", "disks": (DISK,)}, False, []),
         (
             {"kernel": "disk1:/k", "disks": (DISK,)}, False,
-            [(errno.EINVAL, "boot disk1:/k: there is no disk1: it has disk0 only")],
+            [(errno.EINVAL, "boot disk1:/k: there is no disk1: the vm has disk0 only")],
         ),
-        ({"kernel": "disk0:/k"}, False, [(errno.EINVAL, "boot disk0:/k: there is no disk0: it has none")]),
+        ({"kernel": "disk0:/k"}, False, [(errno.EINVAL, "boot disk0:/k: there is no disk0: the vm has no disk")]),
         (
             {"kernel": "disk0:/k", "initrd": "/i", "disks": (DISK,)}, False,
             [(
