@@ -162,6 +162,10 @@ class Grammar:
         last = self.parser.symstack[-1]
         if last.type == "LIMIT" and token.type in LIMIT_BRACES:
             return LIMIT_BRACES[token.type]
+        if last.type == "strings" and last.value[0] == "forward":  # taken for the name of a tap, up to the number
+            return ": forward of an interface stands in braces: interface { forward ... }"
+        if last.type == "SEED" and token.type != ",":
+            return ": options of a seed stand in braces, seed { ... }"
         if last.type == "macro_name":  # a word that begins a line, and no `=` follows: it may be meant for a keyword
             found = nearest(last.value, self.keywords(self.parser.statestack[-2]))
             if found:
@@ -578,8 +582,9 @@ class Grammar:
             items = p[3] if len(p) > 2 else []
             options = dict(item for item in reversed(items) if item[0] != "ssh_keys")
             keys = tuple(value for name, value in items if name == "ssh_keys")
-            if len(options) + len(keys) != len(items):
-                self.error("an option of the seed is given twice")
+            for name in [name for name in options if sum(item[0] == name for item in items) > 1]:
+                word = "password-hash" if name == "password" else name.replace("_", "-")
+                self.error(f"{word} of the seed is given twice")
             if options.get("network_config", "") is None:
                 options |= {"network_config": "", "network": False}
             seed = SeedConfig(**options, ssh_keys=keys)

@@ -282,6 +282,8 @@ def forward(words: list[str]) -> Forward:
     if ports is None or to is None:
         raise ValueError(f"invalid forward: {shown(text)}: a port is a number from 1 to {PORT_MAX}")
     first, last = int(ports[1]), int(ports[2] or ports[1])
+    if last < first:
+        raise ValueError(f"invalid forward: {shown(text)}: port {last} is less than port {first}")
     found = Forward(port=first, to=int(to[1]), count=last - first + 1, udp=protocol == "udp", source=source)
     if to[2] and int(to[2]) - found.to != last - first:
         raise ValueError(f"invalid forward: {shown(text)}: there are {found.count} ports to forward, and not as many")

@@ -654,7 +654,18 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ),
         (
             "local interface { forward port 11:10 to port 1 }",
-            "invalid forward: tcp port 11 to port 1: it has 1 to 1024 ports",
+            "invalid forward: port 11:10 to port 1: port 10 is less than port 11",
+        ),
+        (
+            "local interface { forward port 1:1025 to port 1 }",
+            "invalid forward: tcp port 1:1025 to port 1: it has 1 to 1024 ports",
+        ),
+        *(
+            (
+                f"local interface forward {protocol}port 80 to port 80",
+                'syntax error at "80": forward of an interface stands in braces: interface { forward ... }',
+            )
+            for protocol in ("", "tcp ")
         ),
         (
             "local interface { forward port 10:12 to port 1:2 }",
