@@ -48,6 +48,7 @@ class Place(Record):
     address: str
     port: int
     user: str = ""  # "": as ssh decides
+    host: str = ""  # our own address at its interface: from another one we would reach somebody else
 
     @property
     def alias(self) -> str:
@@ -133,7 +134,10 @@ def find(session: Session, ref: VmRef, port: int, user: str | None) -> Place:
     nic = next((nic for nic in local if nic.guest4), None)
     if nic is None:
         raise Later(f"vm {vm.name} has no interface yet")
-    return Place(vmid=vm.vmid, name=vm.name, address=text4(nic.guest4), port=port, user=user or vm.login)
+    return Place(
+        vmid=vm.vmid, name=vm.name, address=text4(nic.guest4), port=port, user=user or vm.login,
+        host=text4(nic.host4),
+    )  # fmt: skip
 
 
 def await_place(session: Session, ref: VmRef, port: int, user: str | None, wait_s: int) -> Place:
@@ -160,8 +164,9 @@ def greeted(session: Session, place: Place, within_s: float) -> None:
     """Have an ssh server say its greeting.  Raises Later, and CommandError if it is another kind of server."""
     where = f"port {place.port} of {place.address}"
     due_s = time.monotonic() + min(ANSWER_S, within_s)
+    ours = (place.host, 0) if place.host else None
     try:
-        with socket.create_connection((place.address, place.port), due_s - time.monotonic()) as connection:
+        with socket.create_connection((place.address, place.port), due_s - time.monotonic(), ours) as connection:
             said = b"\n"
             while b"\n" not in said.partition(GREETING)[2]:
                 connection.settimeout(max(0.001, due_s - time.monotonic()))
@@ -174,6 +179,10 @@ def greeted(session: Session, place: Place, within_s: float) -> None:
     except ConnectionRefusedError:
         raise Later(f"{where} is closed: no ssh server runs in the guest") from None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL and place.host:
+            what = f"ssh: vm {place.name} is not reached from here, where {place.host} is no address of this host"
+            hint = "of an interface in an rdomain only `ip vrf exec` leads to it"
+            raise CommandError(f"{what}: {hint}", error.errno) from None
         if not has_lease(session, place):
             raise Later(f"the guest of vm {place.name} has not asked for its address, {place.address}") from None
         how = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {sentence(error)}"
@@ -271,6 +280,7 @@ def ssh_words(place: Place, known_hosts: str, given: Given) -> list[str]:
         "GlobalKnownHostsFile": "none",
         "HashKnownHosts": "no",
         "CheckHostIP": "no",
+        **({"BindAddress": place.host} if place.host else {}),
         # Nobody else is at the other end of a tap: the first key that is shown is the guest's.
         "StrictHostKeyChecking": "accept-new",
         "LogLevel": "ERROR",

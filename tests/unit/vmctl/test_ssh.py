@@ -140,6 +140,19 @@ def test_what_ssh_is_told(vmctl: Vmctl, daemon: FakeDaemon, home: Path) -> None:
     assert said["userknownhostsfile"] == "/dev/null"
 
 
+@pytest.mark.usefixtures("home")
+def test_nobody_else_is_taken_for_the_guest(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Who has its address elsewhere, as in an rdomain: only by the interface of the VM, from our address there."""
+    script(daemon, vm_info(nics=(nic(host4=socket.inet_aton("127.0.0.9")),)))
+    with serving(GREETING) as guest:
+        _, output, _ = vmctl("ssh", "-p", str(guest.port), "web")
+        script(daemon, vm_info(nics=(nic(host4=socket.inet_aton("192.0.2.77")),)))
+        status, _, errors = vmctl("ssh", "-p", str(guest.port), "web")
+    assert settings(output)["bindaddress"] == "127.0.0.9"
+    why = "where 192.0.2.77 is no address of this host: of an interface in an rdomain only `ip vrf exec` leads to it"
+    assert (status, errors) == (1, f"vmctl: ssh: vm web is not reached from here, {why}\n")
+
+
 def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -> None:
     """In a process of its own, which becomes ssh: words like options, an empty one; no signal is ignored."""
     script(daemon, vm_info(nics=(nic(),), login="-oProxyCommand=x"))
@@ -242,7 +255,7 @@ def test_a_guest_that_is_not_heard(
     away = socket.inet_aton("192.0.2.9")
     script(daemon, vm_info(nics=(nic(guest4=away),)), devices=devices.replace(guest4=away))
 
-    def unreachable(_where: tuple[str, int], _timeout_s: float) -> socket.socket:
+    def unreachable(_where: tuple[str, int], _timeout_s: float, _ours: object) -> socket.socket:
         raise OSError(errno.ENETUNREACH, "")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
