@@ -62,6 +62,7 @@ class Adopted(Child):
         self.pid = host_pid(pidfd)
         self.status = None
         self.pidfd = pidfd
+        self.killed = False
 
     def reap(self, timeout_s: float = 0) -> int | None:
         """Return 0 when it has ended; None if it still runs at the timeout."""
