@@ -95,7 +95,7 @@ def test_a_local_interface_and_what_it_is_told(network: Network, tmp_path: Path)
 
         vmd.conf.write_text(conf)
         said = vmd.must("reload")
-        assert "vm other has tcp port 8000:8099 to port 80: it gets no other forwards" in said
+        assert "vm other has tcp port 8000:8099 to port 80: its new forwards are not made; vmctl reload tries" in said
         assert "vm net: interfaces changed; that waits for its next start" in said
         assert shown(vmd, "net")["forwards"] == []
         vmd.conf.write_text(conf.replace("port 8022 to", "port 7022 to"))

@@ -112,7 +112,6 @@ class Configuration:
             if vm.name in wanted:
                 notes += self.network.drop_forwards(vm, wanted[vm.name])
         notes += reload.replace_all(self.core.vms, vms, self.change_at_once)
-        notes = list(dict.fromkeys(notes))  # a VM may lose forwards, and get others
         self.take_effect(config)
         self.core.events.add("reload")
         for note in notes:

@@ -331,7 +331,9 @@ class Network:
 
     # --- ports of the host -------------------------------------------------------------------------------
 
-    def change_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:
+    def change_forwards(
+        self, vm: Vm, wanted: VmConfig, done: str = "its new forwards count from now on"
+    ) -> list[str]:
         """Let a VM that runs have the forwards of a configuration, or leave all of them as they are.
 
         Ports of the host are for the VM of whom the configuration names: another one's waits for its next start.
@@ -346,7 +348,7 @@ class Network:
         try:
             self.plans.check_forwards(vm, now)
         except OperatorError as error:
-            return [f"{error}: it gets no other forwards"]
+            return [f"{error}: its new forwards are not made; vmctl reload tries again"]
         vm.config = with_forwards(vm.config, wanted)
         vm.running_config = vm.running_config and now
         forwards = tuple(nic.forwards for nic in now.nics)
@@ -357,19 +359,20 @@ class Network:
         if self.priv.up:
             self.priv.ask(SetForwards(vmid=vm.vmid, forwards=forwards))
         self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
-        return [f"vm {vm.name}: its new forwards count from now on"]
+        return [f"vm {vm.name}: {done}"]
 
     def drop_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:
         """Take from a VM that runs what forwards it no longer has in a configuration: another VM may have them there.
 
-        Returns what `change_forwards` does.
+        Returns sentences about what has changed.
         """
         before = vm.running_config or vm.config
         nics = [
             nic.replace(forwards=tuple(each for each in nic.forwards if each in other.forwards))
             for nic, other in zip(before.nics, wanted.nics, strict=False)
         ]
-        return self.change_forwards(vm, before.replace(nics=tuple(nics)))
+        ended = "forwards that vm.conf no longer has have ended"
+        return self.change_forwards(vm, before.replace(nics=tuple(nics)), ended)
 
     def on_forwards_set(self, message: ForwardsSet, _envelope: Envelope) -> None:
         """priv has logged what could not be done."""

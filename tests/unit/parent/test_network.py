@@ -604,7 +604,7 @@ def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     assert [nic.forwards for nic in limit.config.nics] == [nic.forwards for nic in vm.config.nics] == [(SSH, new)]
     assert vm.config.seed == seed
     (note,) = parent.network.change_forwards(vm, web(forwards=(Forward(port=99, to=1),)))
-    assert note.endswith("vm two has tcp port 99 to port 99: it gets no other forwards")
+    assert note.endswith("vm two has tcp port 99 to port 99: its new forwards are not made; vmctl reload tries again")
     assert vm.config.nics[0].forwards == (SSH, new)
 
     parent.network.on_priv_lost(for_good=False)
@@ -642,7 +642,9 @@ def test_a_port_that_goes_from_one_vm_to_another(parent: FakeParent) -> None:
     assert [vm.config.nics[0].forwards for vm in after] == [(stays,), ()]
     notes += [note for vm, wanted in after.items() for note in parent.network.change_forwards(vm, wanted)]
     assert [vm.config.nics[0].forwards for vm in after] == [(SSH, stays), ()]
-    assert notes == [f"vm {name}: its new forwards count from now on" for name in ("second", "first")]
+    assert notes == [
+        "vm second: forwards that vm.conf no longer has have ended", "vm first: its new forwards count from now on"
+    ]  # fmt: skip
 
 
 def test_a_guest_that_resets_itself_keeps_its_ports(
