@@ -16,7 +16,7 @@ _vmctl() {
     if [[ ${lines[0]-} == files ]]; then
         word=${COMP_WORDS[COMP_CWORD]}
         compopt -o filenames
-        mapfile -t COMPREPLY < <(compgen -f -- "${word#:}")
+        mapfile -t COMPREPLY < <(compgen -f -- "${word#[:=]}")
         return
     fi
     for line in "${lines[@]:1}"; do

@@ -7,8 +7,9 @@ function __vmctl_complete
     set -e words[1]
     set -l lines ($vmctl --complete $words "$typed" 2>/dev/null)
     if test "$lines[1]" = files
-        set -l prefix (string match -r '^(?:raw|qcow2):' -- "$typed")
-        for path in (__fish_complete_path (string replace -r '^(?:raw|qcow2):' '' -- "$typed"))
+        set -l before '^(?:(?:raw|qcow2):|(?:network-config|password-hash|ssh-key|user-data|vendor-data)=)'
+        set -l prefix (string match -r $before -- "$typed")
+        for path in (__fish_complete_path (string replace -r $before '' -- "$typed"))
             echo -- "$prefix$path"
         end
         return

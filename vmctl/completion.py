@@ -13,7 +13,20 @@ from vmctl.errors import UsageError
 from vmctl.options import find_command
 from vmctl.output import clean, put
 from vmctl.session import Session
-from vmctl.table import COMMAND, COMMANDS, COMMON, FILE, GLOBAL, SWITCH, VM, Command, Operand, Option
+from vmctl.table import (
+    COMMAND,
+    COMMANDS,
+    COMMON,
+    FILE,
+    GLOBAL,
+    SEED_FILES,
+    SEED_WORDS,
+    SWITCH,
+    VM,
+    Command,
+    Operand,
+    Option,
+)
 from vmd.client import DEFAULT_SOCKET
 from vmd.errors import VmdError
 
@@ -117,6 +130,8 @@ def candidates(place: Place, typed: str) -> tuple[Candidates, bool]:
     wanted = place.next()
     if wanted is None:
         return [], False
+    if wanted.words == SEED_WORDS and typed.startswith(SEED_FILES):
+        return [], True
     if wanted.words:
         return [(word, "") for word in wanted.words], False
     if wanted.kind == COMMAND:

@@ -69,6 +69,7 @@ SEED_WORDS = (
     "hostname=", "instance-id=", "network-config=", "password-hash=", "ssh-key", "ssh-key=", "user-data=", "user=",
     "vendor-data=",
 )  # fmt: skip
+SEED_FILES = ("network-config=", "password-hash=", "ssh-key=", "user-data=", "vendor-data=")  # a file comes behind
 ID = Operand(name="id", kind=VM)
 STATUS = Command(
     name="status",

@@ -11,6 +11,7 @@ import pytest
 from tests.support.console import Console
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
+from vmctl.seed import FILES, PASSWORD_HASH, SSH_KEY
 from vmctl.table import COMMANDS
 from vmd.ipc.messages.clients import End, ListRequest, SwitchesRequest, SwitchInfo
 from vmd.record import Record
@@ -87,6 +88,7 @@ def test_words(busy: FakeDaemon, capfd: pytest.CaptureFixture[str], words: list[
     [
         ["-s", ""], ["load", ""], ["create", ""], ["create", "-i", "/"], ["create", "-i", "a", "-s", "1G", ""],
         ["start", "-b", ""], ["start", "-cLd", "raw:/"], ["start", "-r", ""],
+        *(["start", "-C", f"{key}=/"] for key in (*FILES, SSH_KEY, PASSWORD_HASH)),
     ],
 )  # fmt: skip
 def test_files(busy: FakeDaemon, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
@@ -149,6 +151,7 @@ def test_shell(busy: FakeDaemon, tmp_path: Path, shell: str) -> None:
         "unp\tma\t": "<unpause><mail>",
         "start -B cd\t -n d\tweb": "<start><-B><cdrom><-n><dmz><web>",
         "start -C hostn\tx web": "<start><-C><hostname=x><web>",
+        "start -C user-d\tdisc\tweb": "<start><-C><user-data=disc.iso><web>",
         "start -r disc\tweb": "<start><-r><disc.iso><web>",
         "start -d raw:disc\tweb": "<start><-d><raw:disc.iso><web>",
         "load some\t": "<load><some disk.img>",
