@@ -34,7 +34,7 @@ class Checksum:
         """Take the file; its owner keeps it open."""
         self.fd = fd
         self.size = os.lseek(fd, 0, os.SEEK_END)
-        self.before_ns = os.fstat(fd).st_mtime_ns
+        self.before_ns = os.fstat(fd).st_ctime_ns  # nobody can set that one back
 
     def follow(self, done: int, whole: int) -> None:
         """Read as much of the file as has been done of something else.  Raises OSError."""
@@ -49,7 +49,7 @@ class Checksum:
     def verify(self, path: str) -> None:
         """Read the rest, and compare; `path` is for the sentence.  Raises CommandError, OSError."""
         self.follow(1, 1)
-        if os.fstat(self.fd).st_mtime_ns != self.before_ns or os.lseek(self.fd, 0, os.SEEK_END) != self.size:
+        if os.fstat(self.fd).st_ctime_ns != self.before_ns or os.lseek(self.fd, 0, os.SEEK_END) != self.size:
             raise CommandError(f"{path} was changed while it was read")
         found = self.digest.hexdigest()
         if found != self.wanted:

@@ -14,6 +14,7 @@ HEADER = struct.Struct("<8sIIIIQQ")  # signature, revision, length, CRC-32, zero
 SIGNATURE = b"EFI PART"
 SECTORS = (512, 4096)
 AT_CRC = 16
+END_MAX = (1 << 63) - 1  # bytes; no disk is larger
 
 
 def gpt_end(image: "Image") -> int:
@@ -27,6 +28,6 @@ def gpt_end(image: "Image") -> int:
         if signature != SIGNATURE or own != 1 or not HEADER.size <= length <= sector:
             continue
         raw[AT_CRC : AT_CRC + 4] = bytes(4)
-        if zlib.crc32(raw[:length]) == crc:
-            return int((copy + 1) * sector)
+        if zlib.crc32(raw[:length]) == crc and (end := int((copy + 1) * sector)) <= END_MAX:
+            return end
     return 0

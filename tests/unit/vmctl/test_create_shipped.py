@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,9 +135,10 @@ def test_file_that_changes_meanwhile_has_no_checksum(
     source = folder / "disk"
     source.write_bytes(os.urandom(2 * MIB))
     right = checksum("sha256", source)
+    times = source.stat()
 
     def change(bar: Bar, done: int, whole: int) -> None:
-        os.utime(source, (1, 1))
+        os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))  # as whoever wants it to be unseen
 
     monkeypatch.setattr(Bar, "show", change)
     status, _, said = vmctl("create", "-i", "disk", "-c", right, "copy")
@@ -205,6 +207,12 @@ def test_what_is_no_partition_table_is_not_spoken_of(shipped: Path, folder: Path
         with_table = opened(folder / "disk", formats=("raw",))
         assert gpt_end(with_table) == 0, at
         with_table.close()
+    table = bytearray((shipped / "disk.raw").read_bytes()[: 2 * MIB])
+    table[512 + 32 : 512 + 40] = b"\xff" * 8  # where its copy is
+    table[512 + 16 : 512 + 20] = bytes(4)
+    table[512 + 16 : 512 + 20] = zlib.crc32(table[512 : 512 + 92]).to_bytes(4, "little")
+    (folder / "disk").write_bytes(table)
+    assert vmctl("create", "-i", "disk", "absurd") == (0, "", "vmctl: raw imagefile created\n")
     for size in (0, 512, 1024):
         (folder / "disk").write_bytes(bytes(size))
         assert vmctl("create", "-i", "disk", f"copy{size}") == (0, "", "vmctl: raw imagefile created\n")
