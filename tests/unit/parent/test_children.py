@@ -9,6 +9,7 @@ import pytest
 
 from vmd.parent import children as module
 from vmd.parent import usage
+from vmd.parent.adoption import Adopted
 from vmd.parent.children import LATE_S, LATEST_S, Children
 from vmd.privsep.cell import Cell
 from vmd.privsep.spawn import Child
@@ -113,3 +114,20 @@ def test_what_is_killed_may_end_late(make: Make, process: Process) -> None:
     loop.run()
 
     assert (process.is_reaped(), child.pidfd, loop.timers) == (True, -1, [])
+
+
+def test_what_was_taken_over_is_looked_at_like_a_child_of_ours(make: Make, process: Process) -> None:
+    """An earlier daemon has started it; killed, it may end late, too."""
+    children, loop = make([])
+    children.begin(cast("Any", loop))
+    child = Adopted("slow", os.pidfd_open(process.pid))
+    children.adopt(child)
+    children.bury()
+    assert not loop.timers
+
+    child.killed = True
+    children.bury()
+    process.end()
+    loop.run()
+    assert process.is_reaped()
+    assert not loop.timers
