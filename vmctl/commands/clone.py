@@ -218,6 +218,8 @@ def block(old: "VmInfo", new: str, disks: list[tuple[str, str]], limits: Limits)
     if old.files.cdrom:
         lines.append(f"    cdrom {quoted(old.files.cdrom)}")
     lines += [f"    {interface(nic, limits.nics.get(index, ''))}" for index, nic in enumerate(old.nics)]
+    if any(nic.forwards for nic in old.nics):
+        lines.append(f"    # forwards of {old.name} are in its block; the new VM needs other ports of the host")
     if old.files.seed:
         lines.append(f"    # a seed as in the block of {old.name} belongs here, with which the guest is another one")
     if limits.vm:

@@ -4,6 +4,7 @@ import pytest
 
 from tests.unit.vmctl.fake import vm_info
 from vmctl.commands.clone import Limits, block
+from vmd.config.model import Forward
 from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
 from vmd.ipc.messages.clients import NicInfo, VmFiles, VmInfo
 from vmd.ipc.messages.figures import VmFigures
@@ -37,6 +38,15 @@ def test_limits_are_those_of_the_old_vm(figures: list[VmFigures], lines: list[st
     assert block(old, "new", [("/a", "raw")], Limits(figures)) == [
         'vm "new" {', "    memory 512M", *(f"    {line}" for line in lines), "}"
     ]  # fmt: skip
+
+
+def test_forwards_are_not_forgotten() -> None:
+    """Two VMs cannot have the same ports of the host, so whoever clones one chooses others."""
+    local = NicInfo(index=0, tap="", switch="", lladdr=bytes(6), up=True, locked=False, local=True)
+    remark = "    # forwards of old are in its block; the new VM needs other ports of the host"
+    for forwards, said in (((Forward(port=8022, to=22),), True), ((), False)):
+        old = vm_info("old", files=VmFiles(), nics=(local.replace(forwards=forwards),))
+        assert (remark in block(old, "new", [], Limits([]))) is said
 
 
 def test_a_seed_is_not_forgotten() -> None:
