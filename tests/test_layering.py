@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.messages import MESSAGES
 from vmd.ipc.routes import Proc
+from vmd.privsep.confine import CODECS
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_path("purelib")
@@ -318,6 +319,20 @@ def test_processes_import_nothing_later() -> None:
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
+
+    assert late == []
+
+
+def test_no_codec_is_looked_for_too_late() -> None:
+    """A process that is confined can open no module of another codec: who needs one has imported it."""
+    late = []
+    for path in (ROOT / "vmd").rglob("*.py"):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="encode" | "decode"), args=[ast.Constant(value=str(codec)), *_]):
+                    if codec not in CODECS and f"import encodings.{codec.replace('-', '_')}" not in text:
+                        late.append(f"{path.relative_to(ROOT)}:{node.lineno} {codec}")
 
     assert late == []
 

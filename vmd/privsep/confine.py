@@ -26,6 +26,8 @@ import time
 from vmd.privsep import landlock, linux, seccomp
 from vmd.record import Record
 
+CODECS = ("ascii", "latin-1", "utf-8")  # that every process has; others are files, and too late once it is confined
+
 # What any running interpreter does, whatever the program.
 BASE = frozenset({
     "read", "write", "close", "lseek", "fstat", "newfstatat",  # os.read and friends; file objects on descriptors
@@ -294,7 +296,7 @@ def narrow_requests(ioctls: tuple[int, ...]) -> None:
 
 def prime() -> None:
     """Do what would otherwise be imported or opened late, when nothing can be opened any more."""
-    for codec in ("ascii", "latin-1", "utf-8"):
+    for codec in CODECS:
         codecs.lookup(codec)
     time.localtime()
     if sys.version_info >= (3, 13):
