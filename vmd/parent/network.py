@@ -336,12 +336,9 @@ class Network:
     ) -> list[str]:
         """Let a VM that runs have the forwards of a configuration, or leave all of them as they are.
 
-        Ports of the host are for the VM of whom the configuration names: another one's waits for its next start.
         Returns sentences about what has changed, and about what has not.
         """
         before = vm.running_config or vm.config
-        if before.owner != wanted.owner:  # somebody else was there first with its name
-            return []
         now, taps = with_forwards(before, wanted), self.taps.get(vm.vmid)
         if now == before or taps is None:
             return []

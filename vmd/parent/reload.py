@@ -54,7 +54,7 @@ def replace_all(
         elif vm.alive:
             wanted.pop(vm.name, None)
             if vm.from_config or config is not None:
-                notes += at_once(vm, config) if config is not None else []
+                notes += at_once(vm, config) if config is not None and is_its_own(vm, config) else []
                 notes += keep(vm, config)
         elif vm.from_config or config is not None:
             table.remove(vm)
@@ -70,12 +70,18 @@ def keep(vm: Vm, config: VmConfig | None) -> list[str]:
         vm.from_config, vm.next_config = False, None
         return [f"vm {vm.name} is no longer configured; it is forgotten when it stops"]
     vm.from_config = True
-    vm.config = vm.config.replace(**{field: getattr(config, field) for field in AT_ONCE})
+    if is_its_own(vm, config):
+        vm.config = vm.config.replace(**{field: getattr(config, field) for field in AT_ONCE})
     changed = differences(vm.config, config)
     vm.next_config = config if changed else None
     if not changed:
         return []
     return [f"vm {vm.name}: {', '.join(changed)} changed; that waits for its next start"]
+
+
+def is_its_own(vm: Vm, config: VmConfig) -> bool:
+    """Return whether a VM that runs is that of whom the configuration names: a user may have taken the name before."""
+    return vm.config.owner == config.owner
 
 
 def differences(old: VmConfig, new: VmConfig) -> list[str]:

@@ -616,19 +616,6 @@ def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     assert len(parent.peers[Proc.PRIV].sent) == asked
 
 
-def test_forwards_are_not_for_whoever_was_there_first(parent: FakeParent) -> None:
-    """A user's VM that runs under a name which vm.conf gives to another one gets no ports of the host by that."""
-    vm, _ = launch(parent, web().replace(owner=Owner(uid=1000)))
-    made(parent)
-    asked = len(parent.peers[Proc.PRIV].sent)
-    assert parent.network.change_forwards(vm, web(forwards=(SSH,))) == []
-    assert vm.config.nics[0].forwards == ()
-    assert len(parent.peers[Proc.PRIV].sent) == asked
-
-    theirs = web(forwards=(SSH,)).replace(owner=Owner(uid=1000))
-    assert parent.network.change_forwards(vm, theirs) == ["vm web: its new forwards count from now on"]
-
-
 def test_a_port_that_goes_from_one_vm_to_another(parent: FakeParent) -> None:
     """First all are taken what they are to have no longer; what stays is not interrupted."""
     stays = Forward(port=99, to=99)
