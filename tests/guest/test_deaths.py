@@ -34,7 +34,11 @@ def wait_gone(pids: list[int]) -> None:
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[Daemon]:
     """A daemon with a VM whose guest acknowledges that it is to stop, and does not."""
-    conf = f'vm "a" {{\n disable\n memory 32M\n boot "{guest("vmmci")}" cmdline "linger"\n}}\n'
+    disk = tmp_path / "disk"
+    disk.touch()
+    os.truncate(disk, 1 << 20)
+    boot = f'boot "{guest("vmmci")}" cmdline "linger"'
+    conf = f'vm "a" {{\n disable\n memory 32M\n {boot}\n disk "{disk}"\n}}\n'
     with Daemon(tmp_path, conf) as made:
         yield made
 
@@ -47,6 +51,11 @@ def starting(vmd: Daemon, held: str) -> Iterator[tuple[Client, int]]:
     os.kill(pid, signal.SIGSTOP)
     client = vmctl(vmd, "start", "a")
     vmd.wait_state("a", "starting")
+    if held != "vm":  # which has taken it out of its reserve before it starts the process of the disk
+        deadline = time.monotonic() + DEADLINE_S
+        while not any("vioblk" in title for title in vmd.processes()):
+            assert time.monotonic() < deadline
+            select.select([], [], [], 0.02)
     try:
         yield client, pid
     finally:

@@ -175,9 +175,12 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+RESERVE = {"vmd: vm", "vmd: viornd", "vmd: opener", "vmd: imgprobe", "vmd: control/reserve"}
+
+
 def is_settled(processes: Collection[str]) -> bool:
-    """Return whether the next VM's processes are in reserve, and priv runs no program of others just now."""
-    return {"vmd: vm", "vmd: viornd"} <= set(processes) and all(title.startswith("vmd: ") for title in processes)
+    """Return whether what the next VM and the next user need is in reserve, and priv runs no program of others."""
+    return set(processes) >= RESERVE and all(title.startswith("vmd: ") for title in processes)
 
 
 class Footprint:
