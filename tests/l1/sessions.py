@@ -23,6 +23,8 @@ from tests.l1.machine import HEARTBEAT, L1Error, Machine
 from tests.support.bootable import bootable
 from tests.support.kernels import memtest86, packed_linux, vmlinux
 from tests.support.reports import line_of, report_of
+from tools import debian_image
+from tools.debian_image import ImageError
 from tools.debian_kernel import KernelError
 
 REPORTS = "reports"  # names inside the shared folder
@@ -31,7 +33,7 @@ BROKEN = "broken_by_the_emulator"  # in a report: the failure is not the test's
 HEARTBEAT_S = 5.0
 RESTARTS = 2
 LIMIT_S = 1200  # watchdogs, for busy hosts
-DEEP_LIMIT_S = 3600
+DEEP_LIMIT_S = 5400  # a third of it for three boots of a Debian that sets itself up
 
 
 class InsideL1:
@@ -102,12 +104,14 @@ class OutsideL1:
         try:
             # Made and fetched here: there is no network inside, and all is slower.
             bootable()
+            if any(nodeid.startswith("tests/l1/test_login.py") for nodeid in tests):
+                debian_image.cached()
             if deep:
                 memtest86("x64")
                 packed_linux()
                 vmlinux()
             self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)
-        except (L1Error, KernelError, OSError, subprocess.CalledProcessError) as error:
+        except (L1Error, KernelError, ImageError, OSError, subprocess.CalledProcessError) as error:
             self.failure = f"the emulated machine was not started: {error}"
 
     def _ended(self, timeout_s: float) -> bool:
