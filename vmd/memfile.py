@@ -51,9 +51,10 @@ def bounded_file(name: str, size: int) -> int:
 
 def fill_file(fd: int, data: bytes) -> None:
     """Have an empty memory file hold this and nothing else from now on.  Raises OSError."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], done)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+    os.lseek(fd, 0, 0)  # for whoever reads on
     seal(fd, CONSTANT)
 
 

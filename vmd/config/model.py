@@ -36,6 +36,7 @@ MIN_LOG_BYTES = 64 << 10  # of a console log: as much as is printed while the ne
 DEFAULT_LOG_BYTES = 10 * MIB
 MAX_LOG_BYTES = 1 << 40
 MAX_LOGS_KEPT = 99
+MAX_SEED_BYTES = 8 * MIB  # of the disk that it is
 MAX_RDOMAIN = 255
 MAX_NAME_SERVERS = 3  # of each family
 FIXED_LENGTHS = range(16, 32)  # of the network that an interface with a fixed address is alone in

@@ -9,8 +9,8 @@ import os
 from vmd.closing import close_all
 from vmd.config.model import DiskFile
 from vmd.errors import OperatorError
+from vmd.files.asking import ask_patiently
 from vmd.ipc.bootmsg import BootFile, Link, question, unpack_file
-from vmd.ipc.probing import send_question, wait_patiently
 from vmd.memfile import CONSTANT, seal
 
 TYPE_CHECKING = False
@@ -86,22 +86,18 @@ def ask(
 ) -> BootFile | str:
     """Return what imgboot answers.  Raises OperatorError, whose sentence begins with `what`."""
     copies: list[int] = []
-    line = b""
+    failed = f"{what}: cannot be read"
     try:
         for link in disk.links:
             # For reading only, and without our lock and claim.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             copies.append(os.open(f"/proc/self/fd/{link.fd}", flags))
         links = [Link(path=one.path, format=one.format, guessed=one.guessed) for one in disk.links]
-        send_question(sock, question(file, links), [*copies, *memory])
-        line = wait_patiently(sock, LONGEST_S, go_on)
-        return unpack_file(line)
-    except TimeoutError:
-        raise OperatorError(errno.ETIMEDOUT, f"{what}: its storage does not answer") from None
+        return ask_patiently(
+            sock, question(file, links), [*copies, *memory], unpack_file, go_on, longest_s=LONGEST_S, leaf="imgboot",
+            failed=failed, late=f"{what}: its storage does not answer",
+        )  # fmt: skip
     except OSError as error:
-        raise OperatorError(error.errno or errno.EIO, f"{what}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        why = f"imgboot answered nonsense: {error}" if line else "imgboot has ended"
-        raise OperatorError(errno.EIO, f"{what}: cannot be read: {why}") from None
+        raise OperatorError(error.errno or errno.EIO, f"{failed}: {error.strerror}") from None
     finally:
         close_all(copies)

@@ -3,8 +3,8 @@
 import errno
 
 from vmd.errors import OperatorError
+from vmd.files.asking import ask_patiently
 from vmd.ipc.probemsg import unpack
-from vmd.ipc.probing import send_question, wait_patiently
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,17 +22,9 @@ def resize(sock: "socket.socket", disk: "OpenDisk", size: int, go_on: "Callable[
     arguments = [str(size)]
     for link in disk.links:
         arguments += [link.path, link.format, "1" if link.guessed else "0"]
-    line = b""
-    try:
-        send_question(sock, arguments, [link.fd for link in disk.links])
-        line = wait_patiently(sock, LONGEST_S, go_on)
-        answer = unpack(line)
-    except TimeoutError:
-        raise OperatorError(errno.ETIMEDOUT, f"{name}: its storage does not answer") from None
-    except OSError as error:
-        raise OperatorError(error.errno or errno.EIO, f"{name}: cannot be resized: {error.strerror}") from None
-    except ValueError as error:
-        why = f"imgresize answered nonsense: {error}" if line else "imgresize has ended"
-        raise OperatorError(errno.EIO, f"{name}: cannot be resized: {why}") from None
+    answer = ask_patiently(
+        sock, arguments, [link.fd for link in disk.links], unpack, go_on, longest_s=LONGEST_S, leaf="imgresize",
+        failed=f"{name}: cannot be resized", late=f"{name}: its storage does not answer",
+    )  # fmt: skip
     if isinstance(answer, str):
         raise OperatorError(errno.EINVAL, f"{name}: {answer}")

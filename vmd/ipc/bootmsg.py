@@ -11,7 +11,7 @@ The sentence does not name the disk: its reader does.  Standard library only.
 """
 
 from vmd.config.model import DiskFile
-from vmd.ipc.probemsg import ANSWER_MAX, END, SIZE_DIGITS, pack_error
+from vmd.ipc.probemsg import END, SIZE_DIGITS, as_field, fields_of, pack_error
 from vmd.record import Record
 
 TYPE_CHECKING = False
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "BootFile", "Link", "asked", "pack_error", "pack_file", "question", "unpack_file"]
 
-FILE, ERROR = b"file", b"error"
+FILE = b"file"
 OF_FILE, OF_IMAGE = 3, 3  # words
 OPTIONS = frozenset("acds")
 NAME_MAX = 1200  # bytes; a partition, and the longest path
@@ -63,12 +63,8 @@ def asked(words: "Sequence[str]") -> tuple[DiskFile, list[Link]]:
 
 def pack_file(found: BootFile) -> bytes:
     """Return the line for a file that was copied."""
-    words = (FILE, b"%d" % found.size, _plain(found.name)[:NAME_MAX], found.options.encode())
+    words = (FILE, b"%d" % found.size, as_field(found.name)[:NAME_MAX], found.options.encode())
     return b"\0".join(words) + END
-
-
-def _plain(text: str) -> bytes:
-    return text.replace("\0", "?").encode("utf-8", "backslashreplace")
 
 
 def unpack_file(line: bytes) -> BootFile | str:
@@ -76,11 +72,10 @@ def unpack_file(line: bytes) -> BootFile | str:
 
     Raises ValueError for a line that no imgboot writes.
     """
-    if not line.endswith(END) or len(line) > ANSWER_MAX:
-        raise ValueError(f"line of {len(line)} bytes is not complete")
-    kind, *fields = line.removesuffix(END).split(b"\0")
-    if kind == ERROR and len(fields) == 1:
-        return fields[0].decode("utf-8", "backslashreplace")
+    answer = fields_of(line)
+    if isinstance(answer, str):
+        return answer
+    kind, *fields = answer
     if kind != FILE or len(fields) != 3:
         raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
     size, name, options = fields

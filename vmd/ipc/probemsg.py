@@ -87,8 +87,25 @@ def pack_image(probe: Probe) -> bytes:
 
 def pack_error(sentence: str) -> bytes:
     """Return the line for an image that cannot be used."""
-    raw = sentence.replace("\0", "?").encode("utf-8", "backslashreplace")
-    return b"\0".join((ERROR, raw[:SENTENCE_MAX])) + END
+    return b"\0".join((ERROR, as_field(sentence)[:SENTENCE_MAX])) + END
+
+
+def as_field(text: str) -> bytes:
+    """Return a text as a field of a line."""
+    return text.replace("\0", "?").encode("utf-8", "backslashreplace")
+
+
+def fields_of(line: bytes) -> list[bytes] | str:
+    """Return the kind and the fields of a line, or the sentence of one that says an error.
+
+    Raises ValueError for a line that is not whole.
+    """
+    if not line.endswith(END) or len(line) > ANSWER_MAX:
+        raise ValueError(f"line of {len(line)} bytes is not complete")
+    kind, *fields = line.removesuffix(END).split(b"\0")
+    if kind == ERROR and len(fields) == 1:
+        return fields[0].decode("utf-8", "backslashreplace")
+    return [kind, *fields]
 
 
 def unpack(line: bytes) -> Probe | str:
@@ -96,11 +113,10 @@ def unpack(line: bytes) -> Probe | str:
 
     Raises ValueError for a line that no imgprobe writes.
     """
-    if not line.endswith(END) or len(line) > ANSWER_MAX:
-        raise ValueError(f"line of {len(line)} bytes is not complete")
-    kind, *fields = line.removesuffix(END).split(b"\0")
-    if kind == ERROR and len(fields) == 1:
-        return fields[0].decode("utf-8", "backslashreplace")
+    answer = fields_of(line)
+    if isinstance(answer, str):
+        return answer
+    kind, *fields = answer
     if kind != IMAGE or len(fields) != 7:
         raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
     image_format, size, guessed, backing, backing_format, looks, notes = fields

@@ -7,7 +7,7 @@ It is asked with two memory files, the packed parts of a seed and an empty one, 
 Standard library only.
 """
 
-from vmd.ipc.probemsg import ANSWER_MAX, END, ERROR, pack_error
+from vmd.ipc.probemsg import ANSWER_MAX, END, as_field, fields_of, pack_error
 
 MADE = b"made"
 NOTES_MAX = 8
@@ -20,7 +20,7 @@ def pack_made(notes: list[str]) -> bytes:
     """Return the line for a disk that was made; `notes` are sentences for whoever starts the VM."""
     room, fields = ANSWER_MAX - len(MADE + END), [MADE]
     for note in notes[:NOTES_MAX]:
-        raw = note.replace("\0", "?").encode("utf-8", "backslashreplace")[:NOTE_MAX]
+        raw = as_field(note)[:NOTE_MAX]
         if len(raw) < room:
             fields.append(raw)
             room -= len(raw) + 1
@@ -32,12 +32,10 @@ def unpack(line: bytes) -> list[str] | str:
 
     Raises ValueError for a line that no seeder writes.
     """
-    if not line.endswith(END) or len(line) > ANSWER_MAX:
-        raise ValueError(f"line of {len(line)} bytes is not complete")
-    kind, *fields = line.removesuffix(END).split(b"\0")
-    texts = [field.decode("utf-8", "backslashreplace") for field in fields]
-    if kind == ERROR and len(texts) == 1:
-        return texts[0]
-    if kind != MADE or len(texts) > NOTES_MAX:
+    answer = fields_of(line)
+    if isinstance(answer, str):
+        return answer
+    kind, *fields = answer
+    if kind != MADE or len(fields) > NOTES_MAX:
         raise ValueError(f"{len(fields)} fields of kind {kind[:16]!r}")
-    return texts
+    return [field.decode("utf-8", "backslashreplace") for field in fields]

@@ -9,6 +9,7 @@ import hashlib
 import ipaddress
 import uuid
 
+from vmd.config.model import MAX_SEED_BYTES
 from vmd.config.rules import shown
 from vmd.seed import rules
 from vmd.seed.iso import image
@@ -16,7 +17,6 @@ from vmd.seed.keys import keys_of
 from vmd.seed.parts import (
     ADDRESSES_MAX,
     FILE_MAX,
-    IMAGE_MAX,
     INTERFACES_MAX,
     KEY_FILES_MAX,
     LABEL,
@@ -274,8 +274,8 @@ def seed_files(parts: SeedParts) -> dict[str, bytes]:
 def seed_image(parts: SeedParts) -> bytes:
     """Return a seed as a disk of whole sectors, the same for the same parts.  Raises SeedError."""
     made = image(LABEL, seed_files(parts))
-    if len(made) > IMAGE_MAX:
-        raise SeedError(f"the seed is larger than {IMAGE_MAX >> 20} MiB")
+    if len(made) > MAX_SEED_BYTES:
+        raise SeedError(f"the seed is larger than {MAX_SEED_BYTES >> 20} MiB")
     return made
 
 

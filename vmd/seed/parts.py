@@ -11,7 +11,6 @@ LABEL = "cidata"
 # Bytes.  A cloud gives 16 KiB to 64 KiB of user data; all of a seed is in memory several times while it is made.
 FILE_MAX = 1 << 20
 PARTS_MAX = 4 << 20  # packed
-IMAGE_MAX = 8 << 20
 KEY_FILES_MAX = 64
 INTERFACES_MAX = 16
 ADDRESSES_MAX = 16  # of each kind, of an interface

@@ -8,7 +8,7 @@ checked here, by the chips and by KVM, and ends in ValueError: what is wrong wit
 import struct
 
 from vmd.config import rules
-from vmd.config.model import without_secrets
+from vmd.config.model import MAX_SEED_BYTES, without_secrets
 from vmd.guestmem import PAGE
 from vmd.ipc.imsg import Form, encode, unpack
 from vmd.ipc.messages.vm import ReceivedHeader
@@ -47,7 +47,6 @@ TSC_TOLERANCE_PPM = 250  # KVM's own; beyond it a guest's clock would be wrong
 # How long a MachineState can be: a vCPU's MSRs and APIC, and what else there is, several times over.
 VCPU_BYTES_MAX = 32 << 10
 OTHER_BYTES_MAX = 256 << 10
-SEED_BYTES_MAX = 8 << 20  # IMAGE_MAX of `vmd.seed.parts`
 
 
 class Register(Record):
@@ -111,7 +110,7 @@ def read_machine(version: int, raw: bytes) -> MachineState:
 
 def bytes_max(header: Header) -> int:
     """Return how long the record of such a machine's state may be; a list in there takes much more than it says."""
-    seed_max = SEED_BYTES_MAX if header.config.seed is not None else 0
+    seed_max = MAX_SEED_BYTES if header.config.seed is not None else 0
     return header.config.vcpus * (VCPU_BYTES_MAX + header.xsave_bytes) + OTHER_BYTES_MAX + seed_max
 
 

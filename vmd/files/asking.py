@@ -1,0 +1,45 @@
+"""Has a leaf do something with files that are open here, and makes a sentence of whatever comes of it."""
+
+import errno
+
+from vmd.errors import OperatorError
+from vmd.ipc.probing import send_question, wait_patiently
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+    from typing import TypeVar
+
+    T = TypeVar("T")
+
+
+def ask_patiently(
+    sock: "socket.socket",
+    arguments: "Sequence[str]",
+    files: "Sequence[int]",
+    unpack: "Callable[[bytes], T]",
+    go_on: "Callable[[], None]",
+    *,
+    longest_s: float,
+    leaf: str,
+    failed: str,
+    late: str,
+) -> "T":
+    """Return what a leaf answers; `go_on` is called now and then.
+
+    `unpack` reads the line, and raises OSError, or ValueError for one that no such leaf writes.  `failed` is the
+    beginning of a sentence, as in "disk d: cannot be read", and `late` all of one.  Raises OperatorError.
+    """
+    line = b""
+    try:
+        send_question(sock, arguments, files)
+        line = wait_patiently(sock, longest_s, go_on)
+        return unpack(line)
+    except TimeoutError:
+        raise OperatorError(errno.ETIMEDOUT, late) from None
+    except OSError as error:
+        raise OperatorError(error.errno or errno.EIO, f"{failed}: {error.strerror}") from None
+    except ValueError as error:
+        why = f"{leaf} answered nonsense: {error}" if line else f"{leaf} has ended"
+        raise OperatorError(errno.EIO, f"{failed}: {why}") from None
