@@ -249,7 +249,7 @@ class Connections:
         """A control has ended, or is not to be trusted any more: its user's connections are gone."""
         control = self._all.pop(channel)
         control.child.kill()
-        self.loop.call_later(AGAIN_S, self.children.bury)
+        self.children.bury()
         if control is self.reserve:
             self.reserve = None
             self.loop.call_later(AGAIN_S, self._fill_reserve)

@@ -176,8 +176,6 @@ def heard(
     return handle
 
 
-BURY_S = 1.0  # for one that was killed to end
-
 Served = tuple[type, Callable[..., None]]  # a room of the parent, and its method; `serves` has looked at their types
 
 
@@ -303,7 +301,6 @@ class Parent(Process):
         def start() -> None:
             try:
                 self.start_process(proc)
-                self.loop.call_later(BURY_S, self.children.bury)
             except (VmdError, OSError) as error:
                 log.error(f"{proc.name.lower()} cannot be started again: {sentence(error)}")
                 self.start_again(proc)
