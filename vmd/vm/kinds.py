@@ -208,16 +208,13 @@ CDROM = Kind(
     resources=cdrom,
 )
 
-SEED = Kind(  # of cloud-init (`vmd.seed`); not one of the disks: it is neither resized, limited nor snapshot
+# Of cloud-init (`vmd.seed`): a disk, and not one of the disks: it is neither resized, limited nor snapshot.
+SEED = DISK.replace(
     name="cidata",
-    process="vioblk",
     word="seed",
-    queues=(256,),
-    device_type=2,
-    legacy_id=0x1001,
-    class_code=0x010000,
     count=lambda config: int(config.seed is not None),
     resources=seed,
+    settles=False,
     slot=31,
 )
 
