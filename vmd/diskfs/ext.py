@@ -40,7 +40,6 @@ KNOWN = (
 UNREAD = {0x1: "compression", 0x8: "that it is the journal of another file system", 0x1000: "data in directories"}
 HAS_JOURNAL = 0x4  # compatible
 
-ROOT = 2
 INODE_BYTES = 128  # the least, and all of revision 0
 MAP_AT, MAP_BYTES = 40, 60
 SIZE_HI_AT = 108
@@ -157,13 +156,6 @@ class Ext:
             raise DiskFsError(f"points to block {first + count - 1}, of {self.blocks}")
 
     # inodes
-
-    def root(self) -> Node:
-        """Return the root directory.  Raises DiskFsError."""
-        node = self.node(ROOT)
-        if node.kind != DIRECTORY:
-            raise DiskFsError(f"its root is {node.kind}")
-        return node
 
     def node(self, number: int) -> Node:
         """Return what an inode says.  Raises DiskFsError."""

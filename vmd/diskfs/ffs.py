@@ -6,7 +6,7 @@ Soft updates leave the disk such that nothing has to be replayed, so one that wa
 import struct
 
 from vmd.diskfs.source import DiskFsError, Source
-from vmd.diskfs.walk import DIRECTORY, Node, kind_of, pieces_of
+from vmd.diskfs.walk import Node, kind_of, pieces_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ BLOCK_MIN, BLOCK_MAX = 4096, 65536
 FRAGMENT_MIN = 512
 FRAGMENTS_MAX = 8  # of a block
 
-ROOT = 2
 DIRECT, LEVELS = 12, 3
 POINTERS_SPENT = 32  # bytes of numbers of blocks that are looked at for one unit of work
 
@@ -108,13 +107,6 @@ class Ffs:
             )
 
     # inodes
-
-    def root(self) -> Node:
-        """Return the root directory.  Raises DiskFsError."""
-        node = self.node(ROOT)
-        if node.kind != DIRECTORY:
-            raise DiskFsError(f"its root is {node.kind}")
-        return node
 
     def node(self, number: int) -> Node:
         """Return what an inode says.  Raises DiskFsError."""

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
         name: str  # "ext4", "FFS2"
 
-        def root(self) -> "Node":
-            """Return the root directory."""
-
         def node(self, number: int) -> "Node":
             """Return what an inode says."""
 
@@ -38,6 +35,7 @@ PATH_MAX = 4096
 NAME_MAX = 255
 DEPTH_MAX = 256  # directories inside one another
 LINKS_MAX = 40
+ROOT = 2  # the inode of the root directory, of ext and of FFS alike
 FILE_MAX = 1 << 30
 
 FILE, DIRECTORY, LINK, OTHER = "a file", "a directory", "a symbolic link", "neither a file nor a directory"
@@ -114,12 +112,20 @@ def find(filesystem: "FileSystem", path: str) -> File:
     return File(filesystem, node, path)
 
 
+def root_of(filesystem: "FileSystem") -> Node:
+    """Return the root directory.  Raises DiskFsError."""
+    node = filesystem.node(ROOT)
+    if node.kind != DIRECTORY:
+        raise DiskFsError(f"its root is {node.kind}")
+    return node
+
+
 def _walk(filesystem: "FileSystem", path: bytes) -> Node:
     """Return the inode of a path, links followed.  Raises DiskFsError."""
     if len(path) > PATH_MAX:
         raise DiskFsError(f"a path of {len(path)} bytes, where {PATH_MAX} are the most")
     names = path.split(b"/")[::-1]  # those still to go, the next one last
-    way = [filesystem.root()]  # directories from the root down to where we are
+    way = [root_of(filesystem)]  # directories from the root down to where we are
     done: list[bytes] = []  # their names, without the root's
     links = 0
     while names:

@@ -88,9 +88,9 @@ class Patched:
         self.raw = bytearray(ffs_image(folder.with_name("image"), folder, options).read_bytes())
         self.fs: Ffs = opened(self.raw)._filesystem(opened(self.raw)._candidates()[0])  # type: ignore[assignment]
         self.layout = LAYOUTS[self.fs.name]
-        space = self.fs.node(self.fs.entry(self.fs.root(), b"space"))
+        space = self.fs.node(self.fs.entry(walk.root_of(self.fs), b"space"))
         self.free = [at for _, at, length in self.fs._runs(space) if length == self.fs.block_bytes]
-        self.inode_at = self.raw.index(self.fs.node(self.fs.entry(self.fs.root(), b"a")).raw)
+        self.inode_at = self.raw.index(self.fs.node(self.fs.entry(walk.root_of(self.fs), b"a")).raw)
         self.pointers = self.fs.block_bytes // self.layout.number_bytes
 
     def set_size(self, size: int) -> None:
@@ -151,9 +151,9 @@ def test_holes_and_all_levels_of_indirect_blocks_are_read(
 def test_a_directory_with_a_hole_is_read_past_it(tmp_path: Path) -> None:
     """Nothing is in the hole."""
     disk = Patched(tmp_path / "tree", "version=2")
-    names = disk.fs._runs(disk.fs.root())
+    names = disk.fs._runs(walk.root_of(disk.fs))
     at = next(at for _, at, _ in names)
-    root = disk.raw.index(disk.fs.root().raw)
+    root = disk.raw.index(walk.root_of(disk.fs).raw)
     content = bytes(disk.raw[at : at + 512])
     moved = disk.block(content)
     struct.pack_into("<Q", disk.raw, root + disk.layout.size_at, disk.fs.block_bytes + 512)
@@ -169,7 +169,7 @@ def test_groups_of_ffs1_may_begin_further_and_further_in(tmp_path: Path) -> None
     struct.pack_into("<II", disk.raw, 8192 + 24, 16, 0xFFFFFFFC)
     struct.pack_into("<I", disk.raw, 8192 + 44, 100)
     struct.pack_into("<II", disk.raw, 8192 + 184, disk.fs.inodes_per_group, per_group)
-    found = disk.fs.root().raw
+    found = walk.root_of(disk.fs).raw
     for group in (3, 5):
         begin = (group * per_group + 16 * (group % 4) + disk.fs.inode_block) * 512
         disk.raw[begin + 2 * 128 : begin + 3 * 128] = found
@@ -247,7 +247,7 @@ def test_a_directory_without_an_end_comes_to_an_end(
     disk.raw[names : names + 8192] = block
     numbers = disk.indirect(**{f"_{number}": names for number in range(disk.pointers)})
     twice = disk.indirect(**{f"_{number}": numbers for number in range(disk.pointers)})
-    root = disk.raw.index(disk.fs.root().raw)
+    root = disk.raw.index(walk.root_of(disk.fs).raw)
     struct.pack_into("<Q", disk.raw, root + disk.layout.size_at, 1 << 40)
     fragments = [at // 1024 for at in (*[names] * 12, numbers, twice, 0)]
     struct.pack_into(f"<15{disk.layout.number}", disk.raw, root + disk.layout.map_at, *fragments)
