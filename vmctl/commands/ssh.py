@@ -13,18 +13,13 @@ import subprocess
 import time
 
 from vmctl.errors import ArgumentError, CommandError, NoSuchVm
-from vmctl.interfaces import text4
+from vmctl.interfaces import lease, text4
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
 from vmd.errors import sentence
-from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.record import Record
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from vmd.ipc.messages.clients import NicInfo
 
 PORT = 22
 PORTS = range(1, 1 << 16)
@@ -192,12 +187,7 @@ def greeted(session: Session, place: Place, within_s: float) -> None:
 def has_lease(session: Session, place: Place) -> bool:
     """Return whether the guest has got this address from us."""
     nics, _ = session.client.list_devices(place.vmid)
-    return any(leased(nic) for nic in nics if text4(nic.guest4) == place.address)
-
-
-def leased(nic: "NicInfo") -> bool:
-    """Return whether an interface has a lease, as far as its process has said so."""
-    return bool(dict(zip(COUNTER_NAMES, nic.counters, strict=False)).get("lease_s"))
+    return any(lease(nic) is not None for nic in nics if text4(nic.guest4) == place.address)
 
 
 # --- who it is ------------------------------------------------------------------------------------------------------
