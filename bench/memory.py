@@ -28,10 +28,7 @@ OF_VMS = "vmd: vm/"
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     """Run as many VMs under each, one after the other."""
     kernel = guest("tick")
-    images = [directory / f"image{number}" for number in range(VMS)]
-    for image in images:
-        with image.open("wb") as file:
-            file.truncate(DISK_BYTES)
+    images = make_images(directory)
     with Network() as network:
         ours, core = under_vmd(directory, network, kernel, images)
         theirs = under_qemu(network, kernel, images)
@@ -42,13 +39,27 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     ]
 
 
-def under_vmd(directory: Path, network: Network, kernel: Path, images: list[Path]) -> tuple[list[float], float]:
-    """Return what each VM takes, and what all other processes take together."""
-    conf = "".join(
-        f'vm "n{number}" {{\n disable\n memory {MEMORY_MIB}M\n boot "{kernel}" cmdline "idle"\n'
+def make_images(directory: Path) -> list[Path]:
+    """Make an empty disk for each VM."""
+    images = [directory / f"image{number}" for number in range(VMS)]
+    for image in images:
+        with image.open("wb") as file:
+            file.truncate(DISK_BYTES)
+    return images
+
+
+def configuration(kernel: Path, images: list[Path], more: str = "") -> str:
+    """Return a vm.conf with a VM for each image; `more` are options of each."""
+    return "".join(
+        f'vm "n{number}" {{\n{more} memory {MEMORY_MIB}M\n boot "{kernel}" cmdline "idle"\n'
         f' disk "{image}"\n interface\n}}\n'
         for number, image in enumerate(images)
     )
+
+
+def under_vmd(directory: Path, network: Network, kernel: Path, images: list[Path]) -> tuple[list[float], float]:
+    """Return what each VM takes, and what all other processes take together."""
+    conf = configuration(kernel, images, " disable\n")
     each: defaultdict[str, float] = defaultdict(float)
     with NetDaemon(directory, network, conf) as vmd:
         for number in range(VMS):

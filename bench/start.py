@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.memory import VMS, configuration, make_images
 from bench.program import VMCTL
 from bench.qemu import qemu
 from bench.table import Row, turns
@@ -23,7 +24,7 @@ ROUNDS = 15
 FIRST_BYTE = b"!"
 QUIET, BUSY = 0.7, 0.9  # goals
 IMAGE_BYTES = 16 << 20
-MANY, MANY_S = 200, 12.0
+MANY_S = 12.0
 POLL_S = 0.05
 DEADLINE_S = 300.0
 
@@ -118,18 +119,13 @@ def many(directory: Path, kernel: Path) -> Row:
     """Return how long it takes from the start of a daemon until all its VMs run, each with a disk and an interface."""
     place = directory / "many"
     place.mkdir()
-    conf = f"staggered start parallel {MANY} delay 1\n"
-    for number in range(MANY):
-        image = place / f"image{number}"
-        with image.open("wb") as file:
-            file.truncate(IMAGE_BYTES)
-        conf += f'vm "n{number}" {{\n memory 16M\n boot "{kernel}" cmdline "idle"\n disk "{image}"\n interface\n}}\n'
+    conf = f"staggered start parallel {VMS} delay 1\n" + configuration(kernel, make_images(place))
     began = time.monotonic()
     with Network() as network, NetDaemon(place, network, conf) as vmd:
-        while sum(row["state"] == "running" for row in vmd.rows()) < MANY:
+        while sum(row["state"] == "running" for row in vmd.rows()) < VMS:
             if time.monotonic() - began > DEADLINE_S:
-                raise RuntimeError(f"of {MANY} VMs some do not run")
+                raise RuntimeError(f"of {VMS} VMs some do not run")
             time.sleep(POLL_S)
         took_s = time.monotonic() - began
         vmd.must("stop", "-afw", timeout_s=DEADLINE_S)
-    return Row(f"{MANY} VMs, from the start of the daemon", "s", [took_s], limit=MANY_S)
+    return Row(f"{VMS} VMs, from the start of the daemon", "s", [took_s], limit=MANY_S)

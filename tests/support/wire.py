@@ -14,21 +14,12 @@ from tests.support.network import Network, TapInterface
 FRAME_MAX = 1 << 17
 
 
-class KernelGuest:
-    """The stack at the other end of a tap; a context manager, in which a thread carries the frames."""
+class Runner:
+    """A context manager with a thread, which ends when `ending` can be read."""
 
-    def __init__(self, fd: int, lladdr: bytes, address: str, router: str) -> None:
-        """`fd` is the device's end of the host's tap, and `address` has the length of its network."""
-        self.network = Network()
-        self.card = TapInterface(self.network, "eth0")
-        self.card.set("down")
-        self.card.set("address", lladdr.hex(":"))
-        self.card.set("up")
-        self.network.run("ip", "address", "add", address, "dev", "eth0")
-        self.network.run("ip", "route", "add", "default", "via", router)
-        self.fds = (fd, self.card.fd)
+    def __init__(self, name: str) -> None:
         self.ending = os.eventfd(0, os.EFD_CLOEXEC)
-        self.thread = threading.Thread(target=self._carry, name="wire")
+        self.thread = threading.Thread(target=self.run, name=name)
 
     def __enter__(self) -> Self:
         self.thread.start()
@@ -40,10 +31,39 @@ class KernelGuest:
         os.eventfd_write(self.ending, 1)
         self.thread.join()
         os.close(self.ending)
-        self.card.close()
-        self.network.__exit__(kind, error, trace)
+        self.close()
 
-    def _carry(self) -> None:
+    def run(self) -> None:
+        """Be the thread."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of what the thread had."""
+        raise NotImplementedError
+
+
+class KernelGuest(Runner):
+    """The stack at the other end of a tap; the thread carries the frames."""
+
+    def __init__(self, fd: int, lladdr: bytes, address: str, router: str) -> None:
+        """`fd` is the device's end of the host's tap, and `address` has the length of its network."""
+        self.network = Network()
+        self.card = TapInterface(self.network, "eth0")
+        self.card.set("down")
+        self.card.set("address", lladdr.hex(":"))
+        self.card.set("up")
+        self.network.run("ip", "address", "add", address, "dev", "eth0")
+        self.network.run("ip", "route", "add", "default", "via", router)
+        self.fds = (fd, self.card.fd)
+        super().__init__("wire")
+
+    def close(self) -> None:
+        """Unplug the card, and have the network go."""
+        self.card.close()
+        self.network.__exit__(None, None, None)
+
+    def run(self) -> None:
+        """Carry frames both ways."""
         other = dict(zip(self.fds, reversed(self.fds), strict=True))
         poll = select.poll()
         for fd in (*self.fds, self.ending):
@@ -61,8 +81,8 @@ class KernelGuest:
         return Server(self.network, port, kind)
 
 
-class Server:
-    """Tells everybody which address they come from; a context manager with a thread of its own."""
+class Server(Runner):
+    """Tells everybody which address they come from."""
 
     def __init__(self, network: Network, port: int, kind: socket.SocketKind) -> None:
         self.socket = network.socket(socket.AF_INET, kind)
@@ -70,22 +90,14 @@ class Server:
         self.kind = kind
         if kind == socket.SOCK_STREAM:
             self.socket.listen()
-        self.ending = os.eventfd(0, os.EFD_CLOEXEC)
-        self.thread = threading.Thread(target=self._serve, name=f"port {port}")
+        super().__init__(f"port {port}")
 
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.eventfd_write(self.ending, 1)
-        self.thread.join()
-        os.close(self.ending)
+    def close(self) -> None:
+        """Give the port back."""
         self.socket.close()
 
-    def _serve(self) -> None:
+    def run(self) -> None:
+        """Answer."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         poll.register(self.ending, select.POLLIN)
