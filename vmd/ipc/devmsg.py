@@ -17,7 +17,8 @@ Descriptors a device process finds at start-up (`FD_*`):
     7+Q .. 7+2Q-1   call of queue 0 .. Q-1: write 1 to interrupt the guest (KVM_IRQFD)
 
 With START come guest memory (memfd), the file of figures (see there), then the host resources of the device: image
-chain (top first), ISO, tap.  So a process can be started, and wait, before there is a VM for it.
+chain (top first), ISO, tap (and with NET_VHOST two more, see there).  So a process can be started, and wait, before
+there is a VM for it.
 
 The interrupt page holds u32 counters: `raised` of queue q at 4*q, stored only by the thread that owns the
 queue; `seen` of queue q at 4*(QUEUES_MAX + q), stored only by the VM process when the guest reads ISR.
@@ -129,6 +130,12 @@ NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer addre
 NET_LOCAL = 2  # `local interface`: the guest is given its addresses
 NET_ASKS = 8  # the VM is asked for name servers before the guest is answered (ASK_RESOLVERS)
 NET_PXE = 4  # it boots from this interface: DHCP names it, and a boot file
+# The kernel may move the frames.  Behind the tap come two more resources: /dev/vhost-net, open for both; and a packet
+# socket, bound to the tap, not blocking, with PACKET_VNET_HDR.  A locked filter leaves of what the socket hears only
+# what the guest sends and the process has to know: ARP, neighbour advertisements, and of a `local` interface DHCP and
+# router solicitations.  What the process sends there goes to the guest.  Filters on the tap keep the rules of such an
+# interface (NET_LOCKED).
+NET_VHOST = 16
 DNS_MAX = 3
 
 SERIAL = Struct("<20s")  # of a disk: its serial number, zeroes behind it

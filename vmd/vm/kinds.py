@@ -34,6 +34,7 @@ class Given(Record):
     cdrom_fd: int | None = None
     nics: "tuple[NicLink, ...]" = ()
     tap_fds: tuple[int, ...] = ()
+    vhost_fds: tuple[int, ...] = ()  # two for each of `nics` with `vhost`
     seed_fd: int | None = None
 
 
@@ -64,12 +65,14 @@ def entropy(_given: Given) -> "Iterator[dict[str, Any]]":
 
 
 def interfaces(given: Given) -> "Iterator[dict[str, Any]]":
-    """Each has a tap."""
+    """Each has a tap, and may have what the kernel needs to move its frames."""
+    vhost_fds = iter(given.vhost_fds)
     for index, (nic, fd) in enumerate(zip(given.nics, given.tap_fds, strict=True)):
+        fds = (fd, next(vhost_fds), next(vhost_fds)) if nic.vhost else (fd,)
         yield {
-            "fds": (fd,),
-            "notes": (0,),
-            "names": (nic.name, host_name(given.config, index) if nic.local or nic.pxe else ""),
+            "fds": fds,
+            "notes": (0,) * len(fds),
+            "names": (*(nic.name for _ in fds), host_name(given.config, index) if nic.local or nic.pxe else ""),
             "flags": devmsg.START_NET,
             "net": net_fields(nic),
         }
@@ -116,7 +119,7 @@ def seed(given: Given) -> "Iterator[dict[str, Any]]":
 def net_fields(nic: "NicLink") -> bytes:
     """Return what the process of a network interface is told of it."""
     flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_PXE * nic.pxe
-    flags |= devmsg.NET_LOCAL * nic.local | devmsg.NET_ASKS * (nic.local and nic.asks)
+    flags |= devmsg.NET_VHOST * nic.vhost | devmsg.NET_LOCAL * nic.local | devmsg.NET_ASKS * (nic.local and nic.asks)
     return devmsg.NET.pack(
         nic.lladdr,
         nic.host_mac,

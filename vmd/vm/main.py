@@ -629,9 +629,11 @@ def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slo
     Raises PeerError, with which the VM fails: dropped, the message would have no answer.
     """
     disks, cdrom, taps = envelope.take_fds("disks"), envelope.take_fd("cdrom"), envelope.take_fds("taps")
-    seed = envelope.take_fd("seed")
+    seed, vhosts = envelope.take_fd("seed"), envelope.take_fds("vhosts")
     if len(taps) != len(message.nics) or len(disks) != sum(len(disk.images) for disk in message.disks):
         raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps that nobody describes")
+    if len(vhosts) != 2 * sum(nic.vhost for nic in message.nics):
+        raise PeerError("vmm", f"{len(vhosts)} descriptors for the kernel to move frames, which nobody describes")
     if (seed is None) != (message.config.seed is None):
         raise PeerError("vmm", "a seed that nobody describes, or none")
     given = Given(
@@ -641,6 +643,7 @@ def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slo
         cdrom_fd=cdrom,
         nics=message.nics,
         tap_fds=tuple(taps),
+        vhost_fds=tuple(vhosts),
         seed_fd=seed,
     )
     return plan(given)

@@ -45,6 +45,24 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
     assert (by_name["vioscsi0"].fds, by_name["vioscsi0"].names) == ((13,), ("/disc.iso",))
 
 
+def test_an_interface_whose_frames_the_kernel_may_move_has_three_files() -> None:
+    """Behind its tap come /dev/vhost-net and a packet socket, two for each such interface and none for others."""
+    lladdr = b"\xfe" + bytes(5)
+    links = tuple(
+        NicLink(name=name, lladdr=lladdr, host_mac=bytes(6), locked=False, local=False, mtu=1500, vhost=vhost)
+        for name, vhost in (("tap0", True), ("tap1", False), ("tap2", True))
+    )
+    config = VmConfig(name="a", nics=(NicConfig(),) * 3)
+    parts = Given(config=config, nics=links, tap_fds=(20, 21, 22), vhost_fds=(30, 31, 32, 33))
+
+    found = [slot for slot in plan(parts) if slot.net]
+
+    assert [slot.fds for slot in found] == [(20, 30, 31), (21,), (22, 32, 33)]
+    assert [slot.names for slot in found] == [("tap0", "tap0", "tap0", ""), ("tap1", ""), ("tap2", "tap2", "tap2", "")]
+    flags = [devmsg.NET.unpack(slot.net)[2] for slot in found]
+    assert [bool(each & devmsg.NET_VHOST) for each in flags] == [True, False, True]
+
+
 @pytest.mark.parametrize(
     ("given", "seed", "local", "pxe", "told"),
     [

@@ -26,14 +26,18 @@ class NicLink(Record):
     pxe: bool = False  # `boot device net`: DHCP tells a boot file
     length4: int = 31  # of the network of `guest4` and `host4`
     asks: bool = True  # it has no name servers of its own: those of all are asked for whenever its guest asks
+    vhost: bool = False  # the kernel may move its frames: there are two `vhosts` for it
 
 
 @message(
     0x60,
     TO_VM,
-    fds=("couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*", "figures?", "seed?"),
+    fds=(
+        "couriers*", "boot?", "initrd?", "memory", "tty", "tty_slave", "shown", "taps*", "figures?", "seed?",
+        "vhosts*",
+    ),
     answered_by=("VmRunning", "VmFailed"),
-)
+)  # fmt: skip
 class StartVm(Record):
     """Start the VM; VmExited follows in either case.
 
@@ -44,6 +48,7 @@ class StartVm(Record):
     `tty` and `tty_slave` are the two sides of the console; `shown` is what it has shown (vmd.backlog); `taps` are one
     for each of `nics`.  `figures`, added by vmm, is where devices leave what they count (vmd.ipc.devmsg).
     `seed` is a constant memory file: what the guest's cloud-init reads, if there is a `config.seed`.
+    `vhosts` are two for each of `nics` that has `vhost`: /dev/vhost-net, and a packet socket (vmd.ipc.devmsg).
     """
 
     vmid: int
@@ -295,7 +300,7 @@ class ReceivedMachine(Record):
     vmid: int
 
 
-@message(0x73, TO_VM, fds=("couriers*", "taps*"), answered_by=("VmRunning", "VmFailed"))
+@message(0x73, TO_VM, fds=("couriers*", "taps*", "vhosts*"), answered_by=("VmRunning", "VmFailed"))
 class ResumeReceived(Record):
     """Go on, or with `paused` stand still; descriptors as for StartVm."""
 
