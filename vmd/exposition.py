@@ -80,6 +80,7 @@ FAMILIES = {
     "vmd_interface_router_advertisements": (COUNTER, "Router advertisements that the guest was sent."),
     "vmd_interface_throttled": (COUNTER, "How often packets had to wait for a limit."),
     "vmd_interface_throttled_seconds": (COUNTER, "How long packets were waiting for a limit."),
+    "vmd_interface_vhost": (GAUGE, "Whether the kernel moves the frames (vhost-net), and not a process."),
     "vmd_interface_limit_bytes_per_second": (GAUGE, "How many bytes may pass in each direction; 0: there is no limit."),
     "vmd_interface_lease_timestamp_seconds": (GAUGE, "When the guest was given the lease of its address."),
 }  # fmt: skip
@@ -185,6 +186,7 @@ NIC: "tuple[Row, ...]" = (
         rx_throttled_ns="receive", tx_throttled_ns="transmit",
     ),
     ("rate_limit", "vmd_interface_limit_bytes_per_second", ""),
+    ("vhost", "vmd_interface_vhost", ""),
     ("ra_sent", "vmd_interface_router_advertisements", ""),
     ("lease_s", "vmd_interface_lease_timestamp_seconds", ""),
 )  # fmt: skip

@@ -185,6 +185,8 @@ class NicConfig(Record):
     forwards: tuple[Forward, ...] = ()
     dns: tuple[bytes, ...] = ()  # name servers that its guest is told; none: those of all
     host_name: str = ""  # that its guest is told; "": the VM's name
+    # Ours, and of all:
+    vhost: bool = False  # the kernel moves its frames, where it can (vhost-net)
 
 
 class VmLimits(Record):

@@ -85,6 +85,7 @@ COUNTER_NAMES = (
     "dhcp_too_long",           # the answer would be longer than the client takes
     "rx_throttled", "rx_throttled_ns",  # how often, and for how long, frames had to wait for a limit
     "tx_throttled", "tx_throttled_ns",
+    "vhost",                   # 1 while the kernel moves the frames: the device counts none of them then
 )  # fmt: skip
 COUNTERS_LEAST = COUNTER_NAMES.index("rx_throttled")  # so many, at least, does a process of any version have
 FIGURES = {

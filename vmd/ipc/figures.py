@@ -119,6 +119,7 @@ class NicFigures(DeviceFigures):
     rx_throttled_ns: int = 0
     tx_throttled: int = 0
     tx_throttled_ns: int = 0
+    vhost: int = 0
     rate_limit: int = 0  # bytes a second in each direction; 0: there is no limit
 
 
