@@ -7,6 +7,7 @@ from vmd.devices.vionet import tap as taps
 from vmd.devices.vionet.addresses import Addresses
 from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
+from vmd.devices.vionet.packets import Packets
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
 from vmd.errors import HostError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
         slot: memoryview
 
-        def watch(self, fd: int, handler: Callable[[], None], events: int) -> None:
+        def watch(self, fd: int, handler: Callable[[], None], events: int = ...) -> None:
             """Call back on an event."""
 
         def unwatch(self, fd: int) -> None:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
             """Set the timer."""
 
 
+VHOST = devmsg.COUNTER_NAMES.index("vhost")
 CONFIG = Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
 ALWAYS = (
     1 << spec.VIRTIO_NET_F_MAC
@@ -63,9 +65,17 @@ class Vionet:
     """A network interface."""
 
     def __init__(
-        self, interface: "Interface", tap: taps.Tap, kicks: "list[int]", services: "Services"
+        self,
+        interface: "Interface",
+        tap: taps.Tap,
+        kicks: "list[int]",
+        services: "Services",
+        packet_fd: int | None = None,
     ) -> None:
-        """Take the tap, whose owner we are from here on, and start the threads."""
+        """Take the tap, whose owner we are from here on, and start the threads.
+
+        `packet_fd` is a packet socket on the tap, for when the kernel moves the frames.
+        """
         self.interface = interface
         self.tap = tap
         self.services = services
@@ -83,8 +93,11 @@ class Vionet:
         if not interface.local:
             self.transmitter.addresses = self.addresses
         if interface.local:
-            self.local = LocalNetwork(interface, self.receiver.inject, services, services.tell)
+            self.local = LocalNetwork(interface, self._inject, services, services.tell)
             self.transmitter.answers = self.local
+        self.packets: Packets | None = None
+        if packet_fd is not None:
+            self.packets = Packets(packet_fd, services, self.local, self.addresses, self.transmitter.count_answered)
         self._set_links()
         if not self.tap_up:
             self._watch_tap()
@@ -168,6 +181,24 @@ class Vionet:
         if self.local is not None:
             self.local.interface = self.interface
 
+    # --- who moves the frames ------------------------------------------------------------------------------------
+
+    def moved_by_kernel(self, kernel: bool) -> None:
+        """The kernel moves the frames from now on, or no longer; both threads stand."""
+        assert self.packets is not None
+        if kernel:
+            self.packets.begin()
+        else:
+            self.packets.end()
+        self.services.figures[VHOST] = int(kernel)
+
+    def _inject(self, frame: bytes) -> None:
+        """Have the guest receive a frame of ours."""
+        if self.packets is None or not self.packets.serving:
+            self.receiver.inject(frame)
+        elif not self.packets.send(frame):
+            self.receiver.lose_injected()
+
     # --- at another place ----------------------------------------------------------------------------------------
 
     def announce(self, addresses: tuple[bytes, ...]) -> None:
@@ -178,7 +209,7 @@ class Vionet:
         if self.local is not None:
             interface = self.interface
             if interface.host_lladdr:  # which an earlier version may have given it otherwise
-                self.receiver.inject(announce.router_address(interface.host_lladdr, interface.host4))
+                self._inject(announce.router_address(interface.host_lladdr, interface.host4))
             return
         self.addresses.known = addresses
         self._announce(0)

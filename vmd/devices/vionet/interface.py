@@ -30,6 +30,7 @@ class Interface(Record):
     dns6: tuple[bytes, ...] = ()
     host_name: str = ""
     length4: int = 31  # of the network of `guest4` and `host4`
+    vhost: bool = False  # the kernel may move its frames
 
     def check(self) -> None:
         """Refuse what no interface can be."""
@@ -62,6 +63,7 @@ class Interface(Record):
             dns6=servers(dns6, 16),
             host_name=host_name,
             length4=length4 or 31,
+            vhost=bool(flags & devmsg.NET_VHOST),
         )
 
     @property

@@ -79,12 +79,15 @@ def main() -> int:
 def make(services: NetProcess) -> Vionet:
     """Take the tap and start the threads.  Raises HostError or PeerError."""
     host = services.host
-    if host.net is None or len(host.resources) != 1 or len(host.kicks) != 2:
-        raise PeerError(process.VM, "a network interface without its addresses, one tap and two queues")
+    if host.net is None or not host.resources or len(host.kicks) != 2:
+        raise PeerError(process.VM, "a network interface without its addresses, a tap and two queues")
     try:
         interface = Interface.from_start(host.net, host.host_name)
     except ValueError as error:
         raise PeerError(process.VM, str(error)) from None
-    tap = Tap(host.resources[0], host.names[0])
+    tap_fd, *kernel = host.resources
+    if len(kernel) != (2 if interface.vhost else 0):
+        raise PeerError(process.VM, f"a network interface with {len(kernel)} descriptors besides its tap")
+    tap = Tap(tap_fd, host.names[0])
     name_thread(EVENT)
-    return Vionet(interface, tap, host.kicks, services)
+    return Vionet(interface, tap, host.kicks, services, kernel[1] if kernel else None)

@@ -188,11 +188,15 @@ class Receiver(Worker):
     def inject(self, frame: bytes) -> None:
         """Have the guest receive a frame of ours; it is lost if too many wait."""
         if self.injected.qsize() >= INJECTED_MAX:
-            self.injected_lost += 1
-            self.figures[INJECTED_LOST] = self.injected_lost
+            self.lose_injected()
             return
         self.injected.put(frame)
         os.eventfd_write(self.injection, 1)
+
+    def lose_injected(self) -> None:
+        """Count a frame of ours that the guest does not get."""
+        self.injected_lost += 1
+        self.figures[INJECTED_LOST] = self.injected_lost
 
     # --- its own -------------------------------------------------------------------------------------------------
 

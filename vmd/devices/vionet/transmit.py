@@ -100,6 +100,11 @@ class Transmitter(Worker):
             return False
         return more or queue.rearm()
 
+    def count_answered(self) -> None:
+        """Count a frame that was answered elsewhere, while this thread stands."""
+        self.answered += 1
+        self.show()
+
     def show(self) -> None:
         """Store what has been counted, in the order of devmsg.FIGURES."""
         self.figures[PACKETS] = self.packets
