@@ -158,7 +158,7 @@ def test_requests_of_mapped_registers_do_not_enter_the_vm_process(tmp_path: Path
 
 
 def test_requests_do_not_enter_the_vm_process(tmp_path: Path) -> None:
-    """Notifications and MSI-X interrupts are between the guest, KVM and the device process (DESIGN 5).
+    """Notifications and MSI-X interrupts are between the guest, KVM and the device process (arch. 5).
 
     The guest does the same but for the number of reads, and so would exit more often if reads took exits.
     """

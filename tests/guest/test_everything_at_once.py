@@ -1,4 +1,4 @@
-"""Several clients at a time who want everything of the same VMs, with processes that die meanwhile (DESIGN 8).
+"""Several clients at a time who want everything of the same VMs, with processes that die meanwhile (arch. 8).
 
 What happens is drawn from a fixed seed, though not in which order it meets.  Whatever that is: every request is
 answered, once; nothing hangs, and nothing is left.

@@ -1,4 +1,4 @@
-"""What an earlier version wrote is read by this one (DESIGN 13): streams and talk recorded in `tests/golden`."""
+"""What an earlier version wrote is read by this one: streams and talk, kept in `tests/golden` (docs/formats.md 1)."""
 
 import contextlib
 import socket

@@ -180,7 +180,7 @@ def exits_of_frames(directory: Path, count: int) -> int:
 
 
 def test_frames_do_not_enter_the_vm_process(tmp_path: Path) -> None:
-    """Notifications and MSI-X interrupts are between the guest, KVM and the device process (DESIGN 5).
+    """Notifications and MSI-X interrupts are between the guest, KVM and the device process (arch. 5).
 
     The guest does the same but for the number of frames, and so would exit more often if frames took exits.
     """

@@ -1,4 +1,4 @@
-"""vmctl pause and unpause under load: nothing is lost, and time stands still (*cat. 4.5*, DESIGN 8)."""
+"""vmctl pause and unpause under load: nothing is lost, and time stands still (*cat. 4.5*, arch. 8)."""
 
 import os
 import signal

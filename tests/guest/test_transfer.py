@@ -1,6 +1,6 @@
 """vmctl send and receive through the whole daemon: under load, refused, interrupted, and with streams that lie.
 
-*cat. 4.7*, DESIGN 8, hostile-input 26 and 55.
+*cat. 4.7*, docs/formats.md 4, hostile-input 26 and 55.
 """
 
 import errno

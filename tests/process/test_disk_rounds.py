@@ -1,4 +1,4 @@
-"""Nothing acknowledged is lost: random requests to the real disk process, against a model (DESIGN 5).
+"""Nothing acknowledged is lost: random requests to the real disk process, against a model (arch. 5).
 
 `tests/support/diskrounds.py` says what a sequence is, and how one that fails is done again.
 """

@@ -1,4 +1,4 @@
-"""Every device's process marks what it changes in guest memory, while it is told to (DESIGN 15)."""
+"""Every device's process marks what it changes in guest memory, while it is told to (arch. 15)."""
 
 import struct
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The disk process on storage that fails, is full, is slow or dead (hostile-input 33-35; DESIGN 5).
+"""The disk process on storage that fails, is full, is slow or dead (hostile-input 33-35; arch. 5).
 
 The image is a file of a file system that the test serves, so the process sees exactly the errors and delays it is
 meant to see, and the test sees every call that reaches the storage.
@@ -384,7 +384,7 @@ def vm() -> Iterator[tuple[BothHalves, FuseFile]]:
 def test_dead_storage_ends_the_vm_with_a_sentence(
     vm: tuple[BothHalves, FuseFile], kind: int, opcode: int, sentence: str
 ) -> None:
-    """A reset that cannot be done: the vCPU comes back, and somebody is told why the VM has to end (DESIGN 5)."""
+    """A reset that cannot be done: the vCPU comes back, and somebody is told why the VM has to end (arch. 5)."""
     half, storage = vm
     storage.rule(opcode, HELD)
     half.start(1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_BLK_F_FLUSH)

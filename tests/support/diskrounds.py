@@ -1,4 +1,4 @@
-"""Sequences of random requests to a disk, on every kind of image and storage, judged by a model: DESIGN 5.
+"""Sequences of random requests to a disk, on every kind of image and storage, judged by a model: arch. 5.
 
 A number, the seed, makes a sequence: its cell (which image, on what storage, with which end), and its steps.  A step
 depends on the seed and its own number only, so any of them can be left out:

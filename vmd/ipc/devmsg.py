@@ -1,7 +1,7 @@
 """Every message between a VM process and its device processes: fixed layouts, no msgpack, no records.
 
 Device processes import the standard library only and start in milliseconds, so this is plain `struct`.  Each
-device has two SOCK_SEQPACKET channels, one packet a message (DESIGN 3):
+device has two SOCK_SEQPACKET channels, one packet a message (arch. 3):
 
     sync   the VM asks, the device answers the same type; one question at a time, 10 s to answer
     async  either side informs; nobody waits

@@ -220,7 +220,7 @@ def _by_name(value: "Any") -> "Any":
 
 def _record(cls: RecordType, values: "Any", where: str) -> Record:
     """Return a record from its fields in order of declaration."""
-    # A record may have grown since the sender was built: new fields are appended and have defaults (DESIGN 13).
+    # A record may have grown since the sender was built: new fields are appended and have defaults (docs/formats.md 1).
     if not isinstance(values, list) or not cls.least <= len(values) <= len(cls.fields):
         raise ValueError(f"{where}: wrong number of fields")
     checked = {

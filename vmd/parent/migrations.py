@@ -1,4 +1,4 @@
-"""VMs that go from one host to another while whoever carries them knows of both ends (`vmctl migrate`, DESIGN 15).
+"""VMs that go from one host to another while whoever carries them knows of both ends (`vmctl migrate`, arch. 15).
 
 Two daemons never speak with each other.  A client of each takes the steps, and passes on what the other one says:
 

@@ -1,4 +1,4 @@
-"""The parent's half of networking: what priv is asked for, and what becomes of its answers (DESIGN 6).
+"""The parent's half of networking: what priv is asked for, and what becomes of its answers (arch. 6).
 
 A start takes two steps where a VM has interfaces.  Everything else that it needs is opened first; a `Launch` holds it
 while priv makes the taps, and is sent off with them, or given up.  The taps of a VM that runs are held here too: they

@@ -4,7 +4,7 @@
     control, log, agentx, consolelog, metrics, imgprobe, imgwriter, seeder, devices
                                  nothing but the descriptors they hold
     vmm                          that, and to start processes inside its cell: the union of all below it, for
-                                 filters are inherited over exec and only ever narrow (DESIGN 9)
+                                 filters are inherited over exec and only ever narrow (arch. 9)
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
                                  what its guest begins with; then `VM`
     opener                       to open files of the host, once it is who has named them

@@ -1,4 +1,4 @@
-"""What CPUID tells a guest: KVM's table, with each vCPU's place in the topology (DESIGN 4).
+"""What CPUID tells a guest: KVM's table, with each vCPU's place in the topology (arch. 4).
 
 Topology: one package, one thread per core, APIC id = vCPU number.  The hypervisor leaves and their signature
 `KVMKVMKVM` come with KVM's table, so that guests find kvmclock.

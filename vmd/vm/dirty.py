@@ -1,4 +1,4 @@
-"""Which pages of a machine that runs were changed since they were last looked at (DESIGN 15).
+"""Which pages of a machine that runs were changed since they were last looked at (arch. 15).
 
 What its processors store is in KVM's log; what its devices and this process store is in the marks of `guestmem`.
 

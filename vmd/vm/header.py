@@ -1,4 +1,4 @@
-"""What has to be known of a sent machine before the first byte of its memory (DESIGN 8).
+"""What has to be known of a sent machine before the first byte of its memory (docs/formats.md 4).
 
 It is all that streamprobe knows of machines, so that there is little to load for it, and little to get wrong.
 """

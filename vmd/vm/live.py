@@ -1,4 +1,4 @@
-"""Sending a machine while it runs (DESIGN 15).
+"""Sending a machine while it runs (arch. 15).
 
 Its memory is written in rounds: all there is, then what has changed meanwhile, and so on, until what is left can be
 written within the time that the guest may stand still, or enough rounds were made.  Then it stands still, and the rest

@@ -1,6 +1,6 @@
 """Stopping a machine between two instructions of every vCPU, and letting it go on as if nothing had been.
 
-The order matters (DESIGN 8):
+The order matters (arch. 8):
 
     1. every vCPU leaves the guest, with the I/O of its last exit done, and parks
     2. the chips' timers are held back, and so is the input of the console

@@ -1,4 +1,4 @@
-"""What a machine that stands still is, piece by piece, and how another one becomes the same (DESIGN 8).
+"""What a machine that stands still is, piece by piece, and how another one becomes the same (docs/formats.md 4).
 
 Saving reads a paused `Machine`.  Restoring fills one that was just built from the same configuration, has not run,
 and is then paused as the other was.  Records are checked field by field when they are read; what their values mean is

@@ -1,4 +1,4 @@
-"""The form of a sent VM: sections, each with its length in front and its digest behind (DESIGN 8).
+"""The form of a sent VM: sections, each with its length in front and its digest behind (docs/formats.md 4).
 
     preamble    magic, format version, length of the header (u32); the header; their SHA-256
     section*    kind, zero (u32), length (u64), body; their SHA-256

@@ -1,6 +1,6 @@
 """A virtio device on the PCI bus: registers here, rings in its device process, KVM between guest and process.
 
-Notifications and interrupts of a running queue pass this process by (DESIGN 5): the guest's write to the notify
+Notifications and interrupts of a running queue pass this process by (arch. 5): the guest's write to the notify
 port signals the queue's kick eventfd in the kernel, and the process's write to its call eventfd interrupts the
 guest there.  This module only keeps those two registrations in step with what the guest programs.
 

@@ -129,7 +129,7 @@ def test_local_inet6_prefix(conf: Loader, text: str, length: int) -> None:
     ],
 )
 def test_local_inet6_prefix_errors(conf: Loader, text: str, error: str) -> None:
-    """A prefix must have room for a /64 per interface (DESIGN 6)."""
+    """A prefix must have room for a /64 per interface (arch. 6)."""
     assert conf.errors(f"local inet6 prefix {text}\n") == [f"1: invalid local inet6 prefix: {error}"]
 
 

@@ -1,4 +1,4 @@
-"""Words, numbers, quoting, continued lines, macros and include files."""
+"""Words, numbers, quoting, continued lines, macros and include files (hostile 59)."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the parent says of logs that end (DESIGN 12)."""
+"""What the parent says of logs that end (docs/security.md)."""
 
 import socket
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The bus: who answers which access, and that nothing a guest does there is an error."""
+"""The bus: who answers which access, and that nothing a guest does there is an error (hostile 51)."""
 
 import pytest
 from hypothesis import given

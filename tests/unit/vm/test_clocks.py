@@ -1,4 +1,4 @@
-"""All clocks are taken from one moment and put back to it, however long the host takes for each (DESIGN 8)."""
+"""All clocks are taken from one moment and put back to it, however long the host takes for each (arch. 8)."""
 
 import random
 import time

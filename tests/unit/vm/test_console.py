@@ -1,4 +1,4 @@
-"""The console between UART and pty: nothing blocks, nothing grows, nothing that a viewer reads is lost."""
+"""The console between UART and pty: nothing blocks, nothing grows, nothing that a viewer reads is lost (hostile 45)."""
 
 import os
 import threading

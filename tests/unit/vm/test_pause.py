@@ -1,4 +1,4 @@
-"""Standing still and going on: in which order what happens, and what may come in between (DESIGN 8)."""
+"""Standing still and going on: in which order what happens, and what may come in between (arch. 8)."""
 
 import threading
 import time

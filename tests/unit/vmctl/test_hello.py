@@ -1,4 +1,4 @@
-"""How a connection begins (DESIGN 13): Hello both ways, and daemons that were started before there was one."""
+"""How a connection begins (docs/formats.md 1): Hello both ways, and daemons that were started before there was one."""
 
 import errno
 import socket

@@ -1,4 +1,4 @@
-"""Loads what a VM boots from, whatever it is; its kind is told from its own bytes (DESIGN 4, "Boot").
+"""Loads what a VM boots from, whatever it is; its kind is told from its own bytes (arch. 4).
 
 Runs when the VM process has started its devices and can start nothing else.
 """

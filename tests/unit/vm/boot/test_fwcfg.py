@@ -1,4 +1,4 @@
-"""fw_cfg, read as SeaBIOS reads it and as a hostile guest would."""
+"""fw_cfg, read as SeaBIOS reads it and as a hostile guest would (hostile 49)."""
 
 import struct
 import tracemalloc
