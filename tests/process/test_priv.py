@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import ipaddress
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Grouped, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
 from vmd.ipc.messages.priv import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
+from vmd.priv.lists import Lists
 from vmd.priv.rules import NFT_PATHS
 from vmd.privsep import linux
 
@@ -299,6 +301,46 @@ def test_rules_that_were_flushed_come_back_with_a_reload(network: Network, priv:
         assert rules(network) == before
     priv.remove()
     assert "inet vmd" not in network.run("nft", "list", "tables")
+
+
+def test_interfaces_and_addresses_are_those_that_ip_shows(network: Network) -> None:
+    """Of a bridge, a tap and cables; more than the kernel says at once."""
+    for number in range(0, 80, 2):
+        network.run("ip", "link", "add", f"d{number}", "type", "veth", "peer", "name", f"d{number + 1}")
+    network.run("ip", "link", "add", "br0", "mtu", "1400", "type", "bridge")
+    network.run("ip", "link", "set", "d7", "master", "br0", "up", "alias", "the ä one", "group", "12")
+    network.run("ip", "address", "add", "10.1.2.3/24", "dev", "d7")
+    network.run("ip", "address", "add", "10.1.2.4", "peer", "10.9.9.9/32", "dev", "d7")
+    network.run("ip", "address", "add", "fd00::7/64", "dev", "d7")
+    with TapInterface(network, "tap0"), network.inside():
+        lists = Lists()
+        found, one, none = lists.links(), lists.link("d7"), lists.link("nothing")
+        given, others = lists.addresses(), lists.addresses({one.index if one else 0})
+        lists.close()
+
+        shown = links(network)
+        assert {link.name for link in found} == shown.keys()
+        assert none is None
+        assert one in found
+        by_index = {link.index: link.name for link in found}
+        for link in found:
+            row = shown[link.name]
+            assert link.index == row["ifindex"]
+            assert link.lladdr.hex(":") == row["address"]
+            assert link.mtu == row["mtu"]
+            assert link.up == ("UP" in row["flags"])
+            assert by_index.get(link.master) == row.get("master")
+            assert link.alias == row.get("ifalias", "")
+            assert str(link.group) == row["group"].replace("default", "0")
+            assert link.kind == row.get("linkinfo", {}).get("info_kind", "")
+        addressed = {
+            (row["ifindex"], ipaddress.ip_address(each["local"]).packed)
+            for row in shown.values()
+            for each in row["addr_info"]
+        }
+        assert set(given) == addressed
+        assert one is not None
+        assert set(others) == {pair for pair in addressed if pair[0] != one.index}
 
 
 # --- switches ------------------------------------------------------------------------------------------------

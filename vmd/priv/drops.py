@@ -75,9 +75,13 @@ class Watch:
 
     def restart(self, names: "set[str]") -> None:
         """Take note that the counters of the kernel begin again, and are of these interfaces and bridges."""
-        self.seen = {key: seen for key, seen in self.seen.items() if key[1] in names}
+        self.keep(names)
         for seen in self.seen.values():
             seen.restart()
+
+    def keep(self, names: "set[str]") -> None:
+        """Take note that only these interfaces and bridges are counted; the counters go on."""
+        self.seen = {key: seen for key, seen in self.seen.items() if key[1] in names}
 
     def take(self, counted: "Mapping[str, Mapping[str, int]]", now_s: float) -> None:
         """Take what the sets of our table have counted: set -> interface -> packets."""

@@ -24,7 +24,8 @@ from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
 from vmd.priv.damage import Damage, Damages
 from vmd.priv.firewalls import Chain, Guests, advice
-from vmd.priv.ifconfig import UNFINISHED, Link, Links
+from vmd.priv.ifconfig import UNFINISHED, Links
+from vmd.priv.lists import Link
 from vmd.priv.rules import Member, Nft
 
 TYPE_CHECKING = False
@@ -158,6 +159,7 @@ class Network:
         self.watch = drops.Watch()
         self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
+        self.judged: set[str] = set()  # ... of these, the bridges
         self.loaded = legacy.Loaded()
         self.shape: dict[str, int] = {}  # of our table, as we have written it
         self.damage = Damages(self)
@@ -221,11 +223,7 @@ class Network:
         for vmid in list(self.nics):
             self.drop(self.nics.pop(vmid))
         self.switches = {}
-        for attempt in (self.remove_idle, self.remove_rules):
-            try:
-                attempt()
-            except (OperatorError, HostError) as error:
-                log.error(str(error))
+        self.attempt(self.remove_idle, self.remove_rules)
         self.put_back()
         self.kept.close()
 
@@ -367,7 +365,7 @@ class Network:
             for request in message.nics:
                 made.append(self.make_nic(message.vmid, request, message.reserved, tuns))
             self.nics[message.vmid] = made
-            self.write_rules()
+            self.change_rules(new=made)
             self.forward()
         except (OperatorError, HostError):
             self.nics.pop(message.vmid, None)
@@ -409,7 +407,11 @@ class Network:
 
     def tidy(self) -> None:
         """Let nothing remain of interfaces that are gone, but what others need; failures are logged."""
-        for attempt in (self.write_rules, self.remove_idle):
+        self.attempt(self.write_rules, self.remove_idle)
+
+    def attempt(self, *attempts: "Callable[[], None]") -> None:
+        """Try all of these; failures are logged."""
+        for attempt in attempts:
             try:
                 attempt()
             except (OperatorError, HostError) as error:
@@ -525,7 +527,7 @@ class Network:
         link = nic.link
         self.join_group(link, request.groups)
         ipv6 = bool(request.prefix6)
-        if ipv6 and not sysctl.entries("ipv6/conf"):
+        if ipv6 and sysctl.read("ipv6/conf/all/forwarding") is None:
             raise OperatorError(errno.EAFNOSUPPORT, f"interface {link.name}: local inet6: this kernel has no IPv6")
         for setting, value in nic.settings():
             if sysctl.read(setting) is not None:
@@ -591,7 +593,10 @@ class Network:
         self.drop(nics)
         names = {nic.link.name for nic in nics}
         self.damage.forget(names)
-        self.tidy()
+        attempts = [lambda: self.change_rules(gone=nics)]
+        if any(nic.rdomain or (nic.bridge and nic.bridge not in self.switches) for nic in nics):
+            attempts.append(self.remove_idle)
+        self.attempt(*attempts)
 
     def drop(self, nics: "Sequence[Nic]") -> None:
         """Delete our taps, give back those of others.
@@ -659,16 +664,57 @@ class Network:
 
     def members(self) -> list[Member]:
         """Return what the rules are about."""
-        return [
-            Member(
-                name=nic.link.name,
-                groups=nic.groups,
-                networks=nic.networks if self.nat else (),
-                guest4=nic.guest4,
-                forwards=nic.forwards if self.nat else (),
-            )
-            for nic in self.all_nics()
-        ]
+        return [self.member(nic) for nic in self.all_nics()]
+
+    def member(self, nic: Nic) -> Member:
+        """Return what the rules have to know of an interface."""
+        return Member(
+            name=nic.link.name,
+            groups=nic.groups,
+            networks=nic.networks if self.nat else (),
+            guest4=nic.guest4,
+            forwards=nic.forwards if self.nat else (),
+        )
+
+    def change_rules(self, *, gone: "Sequence[Nic]" = (), new: "Sequence[Nic]" = ()) -> None:
+        """Make our table fit after some interfaces have gone or come: as a whole only where more than sets changes.
+
+        Hundreds of other interfaces are in these sets, and their counters go on.
+        """
+        bridges = self.judged_bridges()
+        found = [[pair for nic in nics for pair in self.elements(nic)] for nics in (gone, new)]
+        if bridges == self.judged and not any(found):
+            return
+        if bridges != self.judged or not self.only_sets_change(gone, new):
+            self.write_rules()
+            return
+        try:
+            self.nft.apply(rules.difference(*found))
+        except OperatorError:  # something in the table is not as we have left it
+            self.write_rules()
+            return
+        for change, pairs in zip((-1, 1), found, strict=True):
+            for name, _ in pairs:
+                if f"set {name}" in self.shape:
+                    self.shape[f"set {name}"] += change
+        self.watched -= {nic.link.name for nic in gone}
+        self.watched |= {nic.link.name for nic in new if nic.networks and self.nat}
+        self.watch.keep(self.watched)
+
+    def elements(self, nic: Nic) -> list[tuple[str, str]]:
+        """Return what an interface has in the sets of our table."""
+        return list(rules.elements(self.member(nic), counted=self.counts))
+
+    def only_sets_change(self, gone: "Sequence[Nic]", new: "Sequence[Nic]") -> bool:
+        """Return whether the chains of our table, and which sets there are, do not depend on these interfaces."""
+        if not self.has_table:
+            return False
+        for nic in (*gone, *new):
+            if (self.nat and nic.forwards) or not self.groups_seen.issuperset(nic.groups):
+                return False
+        others = [nic for nic in self.all_nics() if nic not in new]
+        networks = any(nic.networks for nic in (*gone, *new))
+        return any(nic.networks for nic in others) if networks and self.nat else any(nic.groups for nic in others)
 
     def write_rules(self) -> None:
         """Make our table fit the interfaces there are; without need for one, remove it.
@@ -677,7 +723,7 @@ class Network:
         """
         self.count()  # for the counters begin again
         members = self.members()
-        bridges = self.judged_bridges()
+        self.judged = bridges = self.judged_bridges()
         self.watched = bridges | {member.name for member in members if member.networks}
         self.watch.restart(self.watched)
         if not rules.needed(members, bridges):
@@ -758,7 +804,7 @@ class Network:
             return
         self.damage.repair()  # the kernel does not report each change of a setting
         self.count()
-        if self.judged_bridges() != {nic.bridge for nic in self.all_nics() if nic.bridge in self.watched}:
+        if self.judged_bridges() != self.judged:
             self.tidy()  # a firewall has come, or gone
         for loss in self.watch.to_log(time.monotonic()):
             log.warn(self.sentence(loss))

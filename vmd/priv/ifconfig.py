@@ -1,6 +1,7 @@
 """Network interfaces, by netlink: everything that `ip link`, `ip address` and `ip route` would be needed for.
 
 The only user of pyroute2 (by `netlink`), whose packets are dictionaries; beyond this module there are `Link` records.
+What there is is read by `lists`; pyroute2 changes it, and knows routes and rules.
 """
 
 import contextlib
@@ -9,15 +10,15 @@ import ipaddress
 import socket
 
 from vmd.errors import HostError
+from vmd.priv.lists import DUMPS_MAX, Link, Lists
 from vmd.priv.netlink import NLM_F_DUMP_INTR, IPRoute, NetlinkDecodeError, NetlinkError
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from typing import Any
 
-IFF_UP = 1
 RTM_F_CLONED, RTM_F_FIB_MATCH = 0x0200, 0x2000
 IFA_F_NODAD = 0x02  # the link is a cable to one guest: nothing to detect, and nothing to wait for
 RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
@@ -25,23 +26,7 @@ RTPROT_OURS = 0x76  # marks routes that we made, for whoever cleans up after us
 # Group of a bridge or VRF that has no alias yet: of the two only the group can be given along with the birth.
 UNFINISHED = int.from_bytes(b"vmd", "big")
 NO_GROUP = 0
-DUMPS_MAX = 10  # attempts to list something while others change it
 LAST_RESORT = 4278198272  # metric of a VRF's own end of the line (Documentation/networking/vrf.rst)
-
-
-class Link(Record):
-    """One network interface of the host, as it was when we looked."""
-
-    index: int
-    name: str
-    kind: str  # "bridge", "tun", "vrf", ...; "" for hardware and the loopback interface
-    alias: str
-    master: int  # index of the bridge or VRF that it belongs to, or 0
-    mtu: int
-    lladdr: bytes
-    up: bool
-    table: int = 0  # of a VRF
-    group: int = 0
 
 
 class Route(Record):
@@ -58,23 +43,17 @@ class Links:
     def __init__(self) -> None:
         try:
             self.netlink = IPRoute()
+            self.lists = Lists()
         except OSError as error:
             raise HostError("open a netlink socket", error) from error
 
     def all(self) -> list[Link]:
         """Return every interface.  Raises HostError."""
-        return [parse(message) for message in listed("list interfaces", self.netlink.get_links)]
+        return self.lists.links()
 
     def find(self, name: str) -> Link | None:
         """Return the interface of this name, or None.  Raises HostError."""
-        try:
-            with trying(f"look up interface {name}"):
-                found = list(self.netlink.link("get", ifname=name))
-        except HostError as error:
-            if error.number == errno.ENODEV:
-                return None
-            raise
-        return parse(found[0]) if found else None
+        return self.lists.link(name)
 
     def get(self, name: str) -> Link:
         """Return the interface of this name.  Raises HostError(ENODEV) if there is none."""
@@ -180,13 +159,9 @@ class Links:
             if error.number != errno.EADDRNOTAVAIL:
                 raise
 
-    def addresses(self) -> list[tuple[int, bytes]]:
-        """Return (index of the interface, packed address) of every address of the host."""
-        found = listed("list addresses", self.netlink.get_addr)
-        pairs = (
-            (message["index"], message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")) for message in found
-        )
-        return [(index, ipaddress.ip_address(text).packed) for index, text in pairs if text]
+    def addresses(self, besides: "Collection[int]" = ()) -> list[tuple[int, bytes]]:
+        """Return (index of the interface, packed address) of every address of the host, but for some interfaces'."""
+        return self.lists.addresses(besides)
 
     def route_to(self, address: bytes, inside: int = 0) -> Route | None:
         """Return the route by which the host would reach an address, with the routing rules of all tables.
@@ -256,30 +231,9 @@ class Links:
                     )  # fmt: skip
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self.netlink.close()
-
-
-def parse(message: "Any") -> Link:  # noqa: ANN401 - pyroute2 has no types
-    """Return a link message of pyroute2's as what we need of it."""
-    info = message.get_attr("IFLA_LINKINFO")
-    kind = (info.get_attr("IFLA_INFO_KIND") if info else "") or ""
-    table = 0
-    if kind == "vrf":
-        data = info.get_attr("IFLA_INFO_DATA")
-        table = (data.get_attr("IFLA_VRF_TABLE") if data else 0) or 0
-    return Link(
-        index=message["index"],
-        name=message.get_attr("IFLA_IFNAME") or "",
-        kind=kind,
-        alias=message.get_attr("IFLA_IFALIAS") or "",
-        master=message.get_attr("IFLA_MASTER") or 0,
-        mtu=message.get_attr("IFLA_MTU") or 0,
-        lladdr=bytes.fromhex((message.get_attr("IFLA_ADDRESS") or "").replace(":", "")),
-        up=bool(message["flags"] & IFF_UP),
-        table=table,
-        group=message.get_attr("IFLA_GROUP") or 0,
-    )
+        self.lists.close()
 
 
 def listed(what: str, dump: "Callable[..., Iterable[Any]]", **wanted: object) -> "list[Any]":

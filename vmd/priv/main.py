@@ -57,6 +57,7 @@ DROPS_MAX, DROP_MAX = 8, 1500  # sentences in one message, and characters of one
 REPAIR_S = 0.5  # from a change to a look at what may be damaged
 LOOK_S = 30.0  # between two looks at what other firewalls drop
 SWEEP_S = 0.25  # one look is enough for all VMs that are asked about within so long
+REST = 10  # times as long as a look has taken: with hundreds of interfaces it must not be all that is done here
 
 
 class Priv(Process):
@@ -72,6 +73,7 @@ class Priv(Process):
         self.wrong: dict[str, tuple[int, str]] = {}  # what the parent was told of, and with what that is wrong
         self.told: set[int] = set()  # vmids that had their answer since the last look
         self.looked_s = -SWEEP_S
+        self.look_took_s = self.repair_took_s = 0.0
         self.loop.call_later(LOOK_S, self.look)
         self.changes: Changes | None = None
         self.repairing: Timer | None = None
@@ -91,12 +93,14 @@ class Priv(Process):
         assert self.changes is not None
         self.changes.forget()
         if self.repairing is None:
-            self.repairing = self.loop.call_later(REPAIR_S, self.repair)
+            self.repairing = self.loop.call_later(max(REPAIR_S, REST * self.repair_took_s), self.repair)
 
     def repair(self) -> None:
         """Put right what others have damaged."""
         self.repairing = None
+        began_s = time.monotonic()
         self.network.damage.repair()
+        self.repair_took_s = time.monotonic() - began_s
         self.tell()
 
     def look(self) -> None:
@@ -212,12 +216,14 @@ class Priv(Process):
         self.take_tables(envelope)
         troubles: tuple[Trouble, ...] = ()
         now_s = time.monotonic()
-        again = message.vmid in self.told or now_s - self.looked_s > SWEEP_S
+        since_s = now_s - self.looked_s
+        again = since_s >= REST * self.look_took_s and (message.vmid in self.told or since_s > SWEEP_S)
         try:
             if again:
-                self.looked_s = now_s
                 self.told.clear()
                 self.network.look()
+                self.looked_s = time.monotonic()
+                self.look_took_s = self.looked_s - now_s
             self.told.add(message.vmid)
             troubles = tuple(
                 Trouble(device=f"interface{index}", text=self.network.sentence(loss)[:DROP_MAX], since_s=loss.since_s)

@@ -47,6 +47,16 @@ TABLE = "inet vmd"
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
+SETS = (  # with what they hold; those of groups and of counters besides
+    ("local", "ifname"),
+    ("nat4", "ipv4_addr; flags interval"),
+    ("nat6", "ipv6_addr; flags interval"),
+    ("source4", "ifname . ipv4_addr; flags interval"),
+    ("source6", "ifname . ipv6_addr; flags interval"),
+)
+ENDINGS, PLACES = (drops.FIRST, drops.LAST), (drops.FROM, drops.TO, drops.HOST)  # of the sets with counters
+
+
 class Member(Record):
     """What the rules have to know of one interface; networks are (packed address, prefix length)."""
 
@@ -71,26 +81,20 @@ def ruleset(
     Sets of `kept_groups` stay, empty: a rule of the administrator's may name them.  Packets between the ports of
     `bridges` are counted.  Without `counted` nothing is: sets have counters since Linux 5.7 and nftables 0.9.5.
     """
-    groups: dict[str, list[str]] = {group: [] for group in kept_groups}
+    found: dict[str, list[str]] = {f"vmd_{group}": [] for group in kept_groups}
     for member in members:
-        for group in member.groups:
-            groups.setdefault(group, []).append(f'"{member.name}"')
+        for name, element in elements(member, counted=counted):
+            found.setdefault(name, []).append(element)
     nat = [member for member in members if member.networks]
-    networks = [network for member in nat for network in member.networks]
-    sources = [(f'"{member.name}" . {text(*network)}', v6(network)) for member in nat for network in member.networks]
     lines = [f"add table {TABLE}"]
-    for group, names in sorted(groups.items()):
-        lines += of_set(f"vmd_{group}", "ifname", names)
-    lines += of_set("local", "ifname", [f'"{member.name}"' for member in nat])
-    lines += of_set("nat4", "ipv4_addr; flags interval", [text(*network) for network in networks if not v6(network)])
-    lines += of_set("nat6", "ipv6_addr; flags interval", [text(*network) for network in networks if v6(network)])
-    lines += of_set("source4", "ifname . ipv4_addr; flags interval", [source for source, is6 in sources if not is6])
-    lines += of_set("source6", "ifname . ipv6_addr; flags interval", [source for source, is6 in sources if is6])
-    interfaces = [f'"{member.name}"' for member in nat]
+    for name in sorted(name for name in found if name.startswith("vmd_")):
+        lines += of_set(name, "ifname", found[name])
+    for name, kind in SETS:
+        lines += of_set(name, kind, found.get(name, []))
     pairs = [f'"{bridge}" . "{bridge}"' for bridge in sorted(bridges)]
-    for ending in (drops.FIRST, drops.LAST) if counted else ():  # in the order in which they are to be read
-        for place in (drops.FROM, drops.TO, drops.HOST):
-            lines += of_set(place + ending, "ifname; counter", interfaces)
+    for ending in ENDINGS if counted else ():  # in the order in which they are to be read
+        for place in PLACES:
+            lines += of_set(place + ending, "ifname; counter", found.get(place + ending, []))
         lines += of_set(drops.SWITCH + ending, "ifname . ifname; counter", pairs)
     for chain, kind, hook, priority in (
         ("forward", "filter", "forward", BEFORE),
@@ -137,6 +141,32 @@ def ruleset(
         if pairs:
             lines.append(f"add rule {TABLE} {forward} iifname . oifname @{drops.SWITCH}{ending}")
     return "\n".join(lines) + "\n"
+
+
+def elements(member: Member, *, counted: bool) -> "Iterator[tuple[str, str]]":
+    """Yield what an interface has in sets: the name of each, and the element."""
+    name = f'"{member.name}"'
+    for group in member.groups:
+        yield f"vmd_{group}", name
+    for network in member.networks:
+        version = 6 if v6(network) else 4
+        yield f"nat{version}", text(*network)
+        yield f"source{version}", f"{name} . {text(*network)}"
+    if member.networks:
+        yield "local", name
+        for ending in ENDINGS if counted else ():
+            yield from ((place + ending, name) for place in PLACES)
+
+
+def difference(gone: "Iterable[tuple[str, str]]", new: "Iterable[tuple[str, str]]") -> str:
+    """Return what nft is told so that these elements of sets are gone, and those there, in one transaction."""
+    lines = []
+    for verb, pairs in (("delete", gone), ("add", new)):
+        found: dict[str, list[str]] = {}
+        for name, element in pairs:
+            found.setdefault(name, []).append(element)
+        lines += [f"{verb} element {TABLE} {name} {{ {', '.join(each)} }}\n" for name, each in found.items()]
+    return "".join(lines)
 
 
 def forwarding(member: Member) -> "Iterator[str]":

@@ -9,7 +9,8 @@ from pyroute2.netlink import NLM_F_DUMP_INTR
 from pyroute2.netlink.exceptions import NetlinkDecodeError, NetlinkDumpInterrupted, NetlinkError
 
 from vmd.errors import HostError
-from vmd.priv.ifconfig import DUMPS_MAX, absent_is_fine, listed, trying
+from vmd.priv.ifconfig import absent_is_fine, listed, trying
+from vmd.priv.lists import DUMPS_MAX
 
 Answer = list[int] | Exception
 

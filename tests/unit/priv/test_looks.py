@@ -135,7 +135,7 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     looks: list[float] = []
     answers: list[DropsReported] = []
     priv: Any = Priv.__new__(Priv)
-    priv.told, priv.looked_s, priv.wrong = set(), -SWEEP_S, {}
+    priv.told, priv.looked_s, priv.look_took_s, priv.wrong = set(), -SWEEP_S, 0.0, {}
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
     nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
     nothing["wrong"] = lambda _self: {}

@@ -1,0 +1,169 @@
+"""What a VM that comes or goes costs priv does not depend on how many others there are; no netlink, and no nft."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from vmd.ipc.messages.priv import AskDrops, NicMade, NicRequest
+from vmd.priv import rules, sysctl
+from vmd.priv.drops import Watch
+from vmd.priv.host import Network, Nic, adopted
+from vmd.priv.lists import Link
+from vmd.priv.main import REST, Priv
+
+NFT_VERBS = ("add", "delete", "flush")
+
+
+class Links:
+    """Interfaces that can be looked up by name; lists of all are counted."""
+
+    def __init__(self) -> None:
+        self.lists = 0
+        self.deleted: list[str] = []
+        self.there: dict[str, Link] = {}
+
+    def all(self) -> list[Link]:
+        """List all."""
+        self.lists += 1
+        return list(self.there.values())
+
+    def find(self, name: str) -> Link | None:
+        """Look one up."""
+        return self.there.get(name)
+
+    def delete(self, link: Link) -> None:
+        """Delete one."""
+        self.deleted.append(link.name)
+
+
+class Nft:
+    """Sets of a table, as nft is told; how much it is told, and how often it is asked, is counted."""
+
+    path = "/usr/sbin/nft"
+
+    def __init__(self) -> None:
+        self.told_bytes = self.asked = 0
+        self.sets: dict[str, set[str]] = {}
+
+    def apply(self, text: str) -> None:
+        """Do what a text says of sets."""
+        self.told_bytes += len(text)
+        for line in text.splitlines():
+            verb, what, _family, _table, *rest = line.split(" ", 5)
+            assert verb in NFT_VERBS
+            if what == "set" and verb == "add":
+                self.sets.setdefault(rest[0], set())
+            elif what == "set":
+                self.sets[rest[0]].clear()
+            elif what == "element":
+                found = set(rest[1].strip("{} ").split(", "))
+                assert found.isdisjoint(self.sets[rest[0]]) if verb == "add" else found <= self.sets[rest[0]]
+                self.sets[rest[0]] ^= found
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """List the whole table."""
+        self.asked += 1
+        return {}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no settings of the kernel's: no frames of bridges go through a firewall."""
+    monkeypatch.setattr(sysctl, "read", lambda _name: None)
+
+
+def nic(vmid: int, *, local: bool = True, groups: tuple[str, ...] = ()) -> Nic:
+    """Return an interface of a VM."""
+    host4 = bytes((100, 64, *(2 * vmid).to_bytes(2, "big"))) if local else b""
+    request = NicRequest(
+        name="", alias=f"vm{vmid}-if0-n", bridge="" if local else "br0", groups=groups, rdomain=None, up=True,
+        host4=host4, prefix6=b"", lladdr=bytes(6), length4=31,
+    )  # fmt: skip
+    return adopted(vmid, request, NicMade(name=f"tap{vmid}", lladdr=bytes(6), link_local=b"", mtu=1500, index=vmid))
+
+
+def network_of(nics: Sequence[Nic]) -> Network:
+    """Return a network that has made these, without a host."""
+    network: Any = Network.__new__(Network)
+    network.nft, network.links, network.watch = Nft(), Links(), Watch()
+    network.nat, network.counts, network.has_table = True, True, False
+    network.groups_seen, network.watched, network.judged, network.said = set(), set(), set(), set()
+    network.switches, network.shape = {"br0": None}, {}
+    network.damage = type("", (), {"forget": lambda _self, _names: None})()
+    network.nics = {each.vmid: [each] for each in nics}
+    network.links.there = {each.link.name: each.link for each in nics}
+    network.write_rules()
+    made: Network = network
+    return made
+
+
+def costs(count: int, *, local: bool) -> tuple[int, int, int]:
+    """Return what one VM more, and its end, cost among so many: bytes for nft, its answers, lists of interfaces."""
+    network: Any = network_of([nic(1000 + number, local=local) for number in range(count)])
+    before = network.nft.told_bytes, network.nft.asked, network.links.lists
+    one = nic(7000, local=local)
+    network.nics[one.vmid], network.links.there[one.link.name] = [one], one.link
+    network.change_rules(new=[one])
+    network.remove_nics(one.vmid)
+    assert network.links.deleted == [one.link.name]
+    after = network.nft.told_bytes, network.nft.asked, network.links.lists
+    told, asked, lists = (now - then for now, then in zip(after, before, strict=True))
+    return told, asked, lists
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_one_more_costs_the_same_among_many(local: bool) -> None:
+    """Nothing is listed, no counter is read, and nft is told of that one only."""
+    few, many = costs(10, local=local), costs(1000, local=local)
+    assert few == many
+    assert few[1:] == (0, 0)
+
+
+def test_sets_are_what_they_would_be_if_written_as_a_whole() -> None:
+    """Whatever comes and goes, in any order: the last one that needs the chains, and the first of a group, too."""
+    chance = random.Random(1)
+    network: Any = network_of([])
+    for vmid in range(1, 300):
+        if network.nics and chance.random() < 0.5:
+            network.remove_nics(chance.choice(list(network.nics)))
+        else:
+            groups = chance.choice(((), ("lab",), ("lab", "dmz"), (f"g{vmid % 3}",)))
+            one = nic(vmid, local=chance.random() < 0.5, groups=groups)
+            network.nics[vmid], network.links.there[one.link.name] = [one], one.link
+            network.change_rules(new=[one])
+        if not rules.needed(network.members()):
+            continue
+        whole = Nft()
+        text = rules.ruleset(network.members(), network.groups_seen)
+        whole.apply(text)
+        assert network.nft.sets == whole.sets
+        assert network.shape == rules.shape(text)
+        assert network.watched == {each.link.name for each in network.all_nics() if each.networks}
+
+
+def test_asking_about_each_vm_does_not_look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look at hundreds of interfaces takes longer than all the questions about one VM after the other."""
+    now_s, looks = 1000.0, 0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+
+    def look(_self: object) -> None:
+        nonlocal now_s, looks
+        now_s, looks = now_s + 0.5, looks + 1
+
+    priv: Any = Priv.__new__(Priv)
+    priv.told, priv.looked_s, priv.look_took_s, priv.wrong = set(), -1.0, 0.0, {}
+    nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
+    loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
+    priv.network = type("", (), {"look": look, "loaded": loaded, "wrong": lambda _self: {}, **nothing})()
+    channel: Any = type("", (), {"send": lambda _self, _message: None})()
+    envelope: Any = type("", (), {"take_fd": lambda _self, _name: None})()
+    for vmid in range(1, 501):
+        now_s += 0.005
+        priv.on_ask_drops(AskDrops(vmid=vmid), envelope, channel)
+    assert looks == 1
+    for _ in range(1000):  # the same VM, again and again
+        now_s += 0.005
+        priv.on_ask_drops(AskDrops(vmid=1), envelope, channel)
+    assert 1 < looks <= 2 + 1500 * 0.005 / (REST * 0.5)

@@ -1,0 +1,196 @@
+"""What the kernel says of interfaces and addresses (rtnetlink(7)), taken apart by ourselves.
+
+A host has an interface for each VM, and these lists are read again and again.  pyroute2 takes 0.3 ms for an interface,
+this takes 0.02 ms.
+"""
+
+import errno
+import socket
+import struct
+
+from vmd.errors import HostError
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+NETLINK_ROUTE = 0
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x10, 0x300
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
+HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence number, port
+LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
+ATTRIBUTE = struct.Struct("=HH")  # rtattr: length, type
+NUMBER = struct.Struct("=I")
+NESTED = 0x7FFF  # the bits of an attribute's type that say what it is
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
+IFLA_IFALIAS, IFLA_GROUP, IFLA_EXT_MASK = 20, 27, 29
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VRF_TABLE = 1, 2, 1
+RTEXT_FILTER_SKIP_STATS = 8
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFF_UP = 1
+PIECE = 1 << 16  # bytes that are read at once: the kernel fills what it is given, up to 32 KiB
+ANSWER_S = 10.0
+DUMPS_MAX = 10  # attempts to list something while others change it
+
+
+class Link(Record):
+    """One network interface of the host, as it was when we looked."""
+
+    index: int
+    name: str
+    kind: str  # "bridge", "tun", "vrf", ...; "" for hardware and the loopback interface
+    alias: str
+    master: int  # index of the bridge or VRF that it belongs to, or 0
+    mtu: int
+    lladdr: bytes
+    up: bool
+    table: int = 0  # of a VRF
+    group: int = 0
+
+
+class Interrupted(Exception):
+    """Somebody has changed what was being listed."""
+
+
+class Lists:
+    """A socket that is asked, and answers at once.  Every method raises HostError saying what was tried."""
+
+    def __init__(self) -> None:
+        """Raises OSError."""
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
+        self._sock.settimeout(ANSWER_S)
+        self._sequence = 0
+
+    def links(self) -> list[Link]:
+        """Return every interface."""
+        request = LINK.pack(0, 0, 0, 0, 0) + attribute(IFLA_EXT_MASK, NUMBER.pack(RTEXT_FILTER_SKIP_STATS))
+        return [link_of(body) for body in self._list("list interfaces", RTM_GETLINK, RTM_NEWLINK, request)]
+
+    def link(self, name: str) -> Link | None:
+        """Return the interface of this name, or None."""
+        request = LINK.pack(0, 0, 0, 0, 0) + attribute(IFLA_EXT_MASK, NUMBER.pack(RTEXT_FILTER_SKIP_STATS))
+        request += attribute(IFLA_IFNAME, name.encode() + b"\0")
+        try:
+            found = list(self._ask(RTM_GETLINK, RTM_NEWLINK, request, 0))
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise HostError(f"look up interface {name}", error) from error
+        return link_of(found[0]) if found else None
+
+    def addresses(self, besides: "Collection[int]" = ()) -> list[tuple[int, bytes]]:
+        """Return (index of the interface, packed address) of every address, but for those of some interfaces."""
+        found = []
+        for body in self._list("list addresses", RTM_GETADDR, RTM_NEWADDR, ADDRESS.pack(0, 0, 0, 0, 0)):
+            *_, index = ADDRESS.unpack_from(body)
+            if index not in besides:
+                given = attributes(body, ADDRESS.size)
+                address = given.get(IFA_LOCAL) or given.get(IFA_ADDRESS)
+                if address:
+                    found.append((index, address))
+        return found
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+    def _list(self, what: str, kind: int, answer: int, request: bytes) -> list[bytes]:
+        """Return the messages of a list, complete: the kernel says when others have changed something meanwhile."""
+        for _ in range(DUMPS_MAX):
+            try:
+                return list(self._ask(kind, answer, request, NLM_F_DUMP))
+            except Interrupted:
+                continue
+            except OSError as error:
+                raise HostError(what, error) from error
+        raise HostError(f"{what} while others change them", errno.EAGAIN)
+
+    def _ask(self, kind: int, answer: int, request: bytes, flags: int) -> "Iterator[bytes]":
+        """Ask, and yield the bodies of all messages of the answer.  Raises OSError, Interrupted."""
+        self._sequence += 1
+        header = HEADER.pack(HEADER.size + len(request), kind, NLM_F_REQUEST | flags, self._sequence, 0)
+        self._sock.send(header + request)
+        interrupted = False
+        while True:
+            for message, its_flags, body in messages(self._sock.recv(PIECE), self._sequence):
+                interrupted |= bool(its_flags & NLM_F_DUMP_INTR)
+                if message == NLMSG_ERROR:
+                    code = -int.from_bytes(body[:4], "little", signed=True)
+                    raise OSError(code, "netlink")
+                if message == NLMSG_DONE:
+                    if interrupted:
+                        raise Interrupted
+                    return
+                if message == answer:
+                    yield body
+                    if not flags:
+                        return
+
+
+def messages(raw: bytes, sequence: int) -> "Iterator[tuple[int, int, bytes]]":
+    """Yield type, flags and body of the messages of a piece that belong to a question."""
+    start = 0
+    while start + HEADER.size <= len(raw):
+        length, kind, flags, whose, _ = HEADER.unpack_from(raw, start)
+        if length < HEADER.size:
+            return
+        if whose == sequence:
+            yield kind, flags, raw[start + HEADER.size : start + length]
+        start += aligned(length)
+
+
+def attributes(raw: bytes, start: int) -> dict[int, bytes]:
+    """Return the attributes that begin there, by what they are."""
+    found = {}
+    while start + ATTRIBUTE.size <= len(raw):
+        length, kind = ATTRIBUTE.unpack_from(raw, start)
+        if length < ATTRIBUTE.size:
+            break
+        found[kind & NESTED] = raw[start + ATTRIBUTE.size : start + length]
+        start += aligned(length)
+    return found
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """Return an attribute as it is sent."""
+    length = ATTRIBUTE.size + len(value)
+    return (ATTRIBUTE.pack(length, kind) + value).ljust(aligned(length), b"\0")
+
+
+def aligned(length: int) -> int:
+    """Return how many bytes a message or an attribute takes."""
+    return length + 3 & ~3
+
+
+def link_of(body: bytes) -> Link:
+    """Return an interface as what we need of it."""
+    _, _, index, flags, _ = LINK.unpack_from(body)
+    given = attributes(body, LINK.size)
+    info = attributes(given.get(IFLA_LINKINFO, b""), 0)
+    kind = text(info.get(IFLA_INFO_KIND))
+    table = number(attributes(info.get(IFLA_INFO_DATA, b""), 0).get(IFLA_VRF_TABLE)) if kind == "vrf" else 0
+    return Link(
+        index=index,
+        name=text(given.get(IFLA_IFNAME)),
+        kind=kind,
+        alias=text(given.get(IFLA_IFALIAS)),
+        master=number(given.get(IFLA_MASTER)),
+        mtu=number(given.get(IFLA_MTU)),
+        lladdr=given.get(IFLA_ADDRESS, b""),
+        up=bool(flags & IFF_UP),
+        table=table,
+        group=number(given.get(IFLA_GROUP)),
+    )
+
+
+def text(raw: bytes | None) -> str:
+    """Return a string of the kernel's; others give interfaces their names and descriptions."""
+    return (raw or b"").split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def number(raw: bytes | None) -> int:
+    """Return a number of 32 bits; 0 if there is none."""
+    return NUMBER.unpack_from(raw)[0] if raw is not None and len(raw) >= NUMBER.size else 0
