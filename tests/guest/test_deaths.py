@@ -16,7 +16,9 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
+from tests.support.logreader import borrowed
 from tests.support.transfers import Footprint, ended, vmctl
+from vmd.privsep.start import CHANNEL_FD
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
@@ -51,7 +53,10 @@ def starting(vmd: Daemon, held: str) -> Iterator[tuple[Client, int]]:
     os.kill(pid, signal.SIGSTOP)
     client = vmctl(vmd, "start", "a")
     vmd.wait_state("a", "starting")
-    if held != "vm":  # which has taken it out of its reserve before it starts the process of the disk
+    if held == "vm":  # it is this VM's as soon as it has been sent something
+        with borrowed(pid, CHANNEL_FD) as channel:
+            assert select.select([channel], [], [], DEADLINE_S)[0]
+    else:  # the VM's process has taken it out of its reserve before it starts the process of the disk
         deadline = time.monotonic() + DEADLINE_S
         while not any("vioblk" in title for title in vmd.processes()):
             assert time.monotonic() < deadline
