@@ -191,6 +191,8 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
     with NetDaemon(tmp_path, network, conf) as vmd:
         vmd.must("start", "b")
         with Bystander(vmd, "a") as bystander:
+            # The kernel notices a carrier some time later, and gives the interface its second address then.
+            wait_for(lambda: len(addresses(links(network)["tap7"])) == 2)
             made = world(network)
             priv = vmd.processes()["vmd: priv"]
             os.kill(priv, signal.SIGSTOP)
