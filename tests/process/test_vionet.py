@@ -128,11 +128,11 @@ def make(network: Network) -> Iterator[Make]:
 
 
 def test_threads_are_told_apart(nic: Nic) -> None:
-    """By ps -L and top -H: who waits for events, who receives, who sends."""
+    """By ps -L and top -H: who waits for events, who moves frames."""
     tasks = Path(f"/proc/{nic.device.child.pid}/task")
     assert asleep(nic.device)  # so each has come far enough to have its name
 
-    assert {(task / "comm").read_text() for task in tasks.iterdir()} == {"event\n", "rx\n", "tx\n"}
+    assert {(task / "comm").read_text() for task in tasks.iterdir()} == {"event\n", "frames\n"}
 
 
 # --- good frames ---------------------------------------------------------------------------------------------------
@@ -1170,7 +1170,7 @@ def test_pause_under_traffic(nic: Nic) -> None:
 
 @pytest.mark.deep
 def test_receiving_goes_on_while_sending_is_saturated(nic: Nic) -> None:
-    """Two queues, two threads: a full transmit ring at all times keeps no frame from the guest."""
+    """A full transmit ring at all times keeps no frame from the guest."""
     nic.driver.post(32)
     frame = any_frame(1514)
     parts = nic.driver.lay_out(frame, cuts=())
@@ -1647,5 +1647,5 @@ def test_process_is_confined(make: Make) -> None:
     assert status["Seccomp"] == "2"
     assert status["NoNewPrivs"] == "1"
     assert int(status["CapEff"], 16) == 0
-    assert status["Threads"] == "3"
+    assert status["Threads"] == "2"
     assert set(own) == {"anon_inode:[eventfd]", "anon_inode:[eventpoll]", "/dev/net/tun"}

@@ -16,6 +16,7 @@ from vmd.devices.figures import unseen
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
+from vmd.devices.vionet.worker import NEVER
 from vmd.guestmem import GuestMemory
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
@@ -298,7 +299,7 @@ class Wire:
         self.ring = Ring(self.memory, SIZE)
         self.queue = Queue(self.memory, EVENT_IDX, SIZE, self.ring.desc, self.ring.avail, self.ring.used)
         self.worker = self.made()
-        self.worker.link_up = self.worker.wanted = True
+        self.worker.link_up = True
         self.worker.queue = self.queue
         self.worker.limit(rate)
 
@@ -315,17 +316,17 @@ class Wire:
         until_s, before = self.clock.now_s + seconds, self.worker.bytes
         while True:
             self.refill()
-            self.worker._turn()
-            if self.worker.throttled_ms:
-                if self.clock.now_s + self.worker.throttled_ms / 1000 > until_s:
+            self.worker.turn()
+            if self.worker.throttled.now:
+                if self.worker.until_s > until_s:
                     self.clock.now_s = until_s
                     return self.worker.bytes - before
-                self.clock.now_s += self.worker.throttled_ms / 1000
+                self.clock.now_s = self.worker.until_s
 
     def close(self) -> None:
         """Let go of everything."""
         self.host.close()
-        for fd in (self.tap.fd, self.kick, self.worker.control):
+        for fd in (self.tap.fd, self.kick):
             os.close(fd)
         if isinstance(self.worker, Receiver):
             os.close(self.worker.injection)
@@ -402,8 +403,8 @@ def test_bytes_of_an_interface(clock: Clock, direction: type[Wire], rate: int) -
 
     wire.worker.limit(0)
     wire.refill()
-    wire.worker._turn()
-    assert not wire.worker.throttled_ms
+    wire.worker.turn()
+    assert wire.worker.until_s == NEVER
     assert not wire.worker.throttled.now
     wire.close()
 

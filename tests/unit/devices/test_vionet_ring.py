@@ -6,6 +6,7 @@ import random
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -34,7 +35,7 @@ from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import RUN, STOCK, Receiver
 from vmd.devices.vionet.transmit import FRAME_MAX, Transmitter
-from vmd.devices.vionet.worker import GSO_FRAME_MAX
+from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
@@ -119,7 +120,6 @@ class Ends:
 
 def close(worker: Transmitter | Receiver) -> None:
     """Give its descriptors back."""
-    os.close(worker.control)
     if isinstance(worker, Receiver):
         os.close(worker.injection)
 
@@ -245,11 +245,11 @@ def ends() -> Iterator[Ends]:
 
 def is_waiting(worker: Transmitter) -> bool:
     """Return whether a worker waits for its tap, and not for ever."""
-    assert worker.busy == (worker.timeout_ms is not None)
-    return worker.busy
+    assert bool(worker.tap_events) == (worker.until_s < NEVER)
+    return bool(worker.tap_events)
 
 
-def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends) -> None:
+def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hostile input 43: frames stay in the ring, and one is lost for each time that the wait was in vain."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -258,23 +258,28 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends) -> None:
         given = 0
         ring.describe(0, [Desc(DATA, 60_000)])
         memory.load(DATA, b"\0\1".ljust(12, b"\0"))
+        worker.queue = queue
         while not is_waiting(worker):  # until it is full
             ring.offer(0)
             given += 1
-            worker.serve(queue)
+            worker.turn()
         taken = len(ends.frames())
         assert ring.device_idx == taken == given - 1
 
-        assert not worker.serve(queue)  # there is room now
+        worker.turn()
+        assert not worker.more  # there was room
         assert ring.device_idx == given
         assert not is_waiting(worker)
 
         while not is_waiting(worker):
             ring.offer(0)
-            worker.serve(queue)
+            worker.turn()
         before = ring.device_idx
-        worker.timed_out = True
-        worker.serve(queue)
+        worker.turn()
+        assert is_waiting(worker)  # the time is not over
+        clock = worker.until_s
+        monkeypatch.setattr(time, "monotonic", lambda: clock)
+        worker.turn()
         assert (worker.dropped_busy, ring.device_idx) == (1, before + 1)
         close(worker)
         release(queue)

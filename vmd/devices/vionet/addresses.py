@@ -24,7 +24,7 @@ LENGTHS = (ARP_BYTES, PADDED_BYTES, ADVERTISEMENT_BYTES, ADVERTISEMENT_BYTES + O
 
 
 class Addresses:
-    """The addresses of one interface.  The thread of its transmit queue learns; the main thread reads."""
+    """The addresses of one interface.  The thread that moves frames learns; the main thread reads."""
 
     def __init__(self, lladdr: bytes) -> None:
         self.lladdr = lladdr

@@ -1,4 +1,4 @@
-"""A virtio network device (virtio 1.2, 5.1; *cat. 6.5*): configuration, features, and the life of its two threads."""
+"""A virtio network device (virtio 1.2, 5.1; *cat. 6.5*): configuration, features, and the life of its two queues."""
 
 from struct import Struct
 
@@ -7,6 +7,7 @@ from vmd.devices.vionet import tap as taps
 from vmd.devices.vionet.addresses import Addresses
 from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
+from vmd.devices.vionet.mover import Mover
 from vmd.devices.vionet.packets import Packets
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
@@ -72,7 +73,7 @@ class Vionet:
         services: "Services",
         packet_fd: int | None = None,
     ) -> None:
-        """Take the tap, whose owner we are from here on, and start the threads.
+        """Take the tap, whose owner we are from here on, and start the thread that moves frames.
 
         `packet_fd` is a packet socket on the tap, for when the kernel moves the frames.
         """
@@ -86,6 +87,7 @@ class Vionet:
         self.receiver = Receiver(services, kicks[0], tap, self._on_tap_failed)
         self.transmitter = Transmitter(services, kicks[1], tap, self._on_tap_failed)
         self.workers = (self.receiver, self.transmitter)
+        self.mover = Mover(services, tap.fd, self.workers)
         if interface.locked:
             self.receiver.accepted = self.transmitter.allowed = interface.lladdr
         self.local: LocalNetwork | None = None
@@ -101,8 +103,7 @@ class Vionet:
         self._set_links()
         if not self.tap_up:
             self._watch_tap()
-        for worker in self.workers:
-            worker.start()
+        self.mover.start()
 
     # --- what a driver sees --------------------------------------------------------------------------------------
 
@@ -157,9 +158,8 @@ class Vionet:
             self.local.begin()
 
     def quiesce(self, *, forget: bool) -> None:
-        """Have both threads stand; a frame that is on its way gets there first.  Raises HostError."""
-        for worker in self.workers:
-            worker.stop()
+        """Have both queues stand; a frame that is on its way gets there first.  Raises HostError."""
+        self.mover.stop()
         if forget:
             if self.local is not None:
                 self.local.end()
@@ -168,9 +168,8 @@ class Vionet:
             self.receiver.forget()
 
     def resume(self) -> None:
-        """Have both threads go on."""
-        for worker in self.workers:
-            worker.go()
+        """Have both queues go on."""
+        self.mover.go()
 
     def close(self) -> None:
         """There is nothing that could be lost."""
@@ -184,7 +183,7 @@ class Vionet:
     # --- who moves the frames ------------------------------------------------------------------------------------
 
     def moved_by_kernel(self, kernel: bool) -> None:
-        """The kernel moves the frames from now on, or no longer; both threads stand."""
+        """The kernel moves the frames from now on, or no longer; both queues stand."""
         assert self.packets is not None
         if kernel:
             self.packets.begin()
@@ -240,7 +239,7 @@ class Vionet:
             self._change_links()
 
     def _on_tap_failed(self, error: OSError) -> None:
-        """Take an error that both threads may find; on one of theirs."""
+        """Take an error that either queue may find; on the thread that moves frames."""
         self.services.post(lambda: self._tap_failed(error))
 
     def _tap_failed(self, error: OSError) -> None:
@@ -277,9 +276,9 @@ class Vionet:
             self._change_links()
 
     def _change_links(self) -> None:
-        """Tell the threads and the guest."""
+        """Tell both queues and the guest."""
         self._set_links()
-        self.receiver.look()
+        self.mover.look()
         self.services.tell(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, self.features, len(self.config)) + self.config)
 
     def _set_links(self) -> None:
@@ -290,3 +289,4 @@ class Vionet:
         """Let no more bytes a second pass than these, in each direction; 0: as many as come."""
         for worker in self.workers:
             worker.limit(rate)
+        self.mover.look()

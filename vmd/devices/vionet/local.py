@@ -46,7 +46,7 @@ WAITING_MAX = 8  # answers; a guest asks again
 class LocalNetwork:
     """The other end of the guest's link.
 
-    `concerns` and `answer` are the transmit thread's, everything else the main thread's.
+    `concerns` and `answer` belong to the thread that moves frames, everything else the main thread's.
     """
 
     look_bytes = ICMPV6_TYPE + 1
@@ -80,7 +80,7 @@ class LocalNetwork:
         """Whether the guest is to be told of a router."""
         return bool(self.interface.prefix6 and self.interface.host_lladdr)
 
-    # --- on the transmit thread ----------------------------------------------------------------------------------
+    # --- on the thread that moves frames ---------------------------------------------------------------------------
 
     def concerns(self, start: bytes) -> bool:
         """Return whether a frame that starts like this deserves a closer look."""

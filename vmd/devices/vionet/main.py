@@ -3,7 +3,7 @@
 Runs as  its VM's id, in its VM's cell, with two requests on its tap and no other use of networks
 Peers    its VM process
 Holds    guest memory, two queues' eventfds, and the tap
-Threads  main (the channels), one for each queue
+Threads  main (the channels), one that moves frames
 """
 
 from vmd.devices import process
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def make(services: NetProcess) -> Vionet:
-    """Take the tap and start the threads.  Raises HostError or PeerError."""
+    """Take the tap and start the thread that moves frames.  Raises HostError or PeerError."""
     host = services.host
     if host.net is None or not host.resources or len(host.kicks) != 2:
         raise PeerError(process.VM, "a network interface without its addresses, a tap and two queues")

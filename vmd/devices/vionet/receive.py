@@ -1,4 +1,4 @@
-"""From the tap, and from our own answers, to the guest: the thread of the receive queue (virtio 1.2, 5.1.6.3-4).
+"""From the tap, and from our own answers, to the guest: the receive queue (virtio 1.2, 5.1.6.3-4).
 
 Chains are looked at some time before they are used; as long as none of their bytes is a frame's, they still count as
 available, so that to stop, or to look at them in the other of two ways, is to forget them.  What drivers offer whose
@@ -11,13 +11,14 @@ whole.  No guest ever sees half a frame.
 """
 
 import posix as os
+import select
 import time
 from _bisect import bisect_left
 from _queue import Empty, SimpleQueue
 
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import POLLIN, Worker
+from vmd.devices.vionet.worker import NEVER, Worker
 from vmd.errors import GuestError
 from vmd.ipc import devmsg
 from vmd.virtio import spec
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     Buffers = tuple[int, list[memoryview], int]
 
 NUMBER = 0  # of the queue
+BUDGET = 64  # frames of one turn
 GIVE_BYTES = 64 << 10  # so much is given at a time: the guest looks at it, and offers new buffers, meanwhile
 STOCK = 64  # chains looked at ahead of their use
 RUN = 256  # ... where that is cheap
@@ -138,14 +140,13 @@ class Run:
 
 
 class Receiver(Worker):
-    """The receive queue's thread."""
+    """The receive queue's half."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
-        """`failed` is called on this thread when the tap is gone or down."""
-        super().__init__(services, NUMBER, kick)
+        """`failed` is called, on the thread that serves, when the tap is gone or down."""
+        super().__init__(services, NUMBER, kick, BUDGET)
         self.tap = tap
         self.failed = failed
-        self.listening = False
         self.configure(spec.NET_HDR_BYTES_LEGACY, mergeable=False, sums=False)
         self.accepted = b""  # of a locked interface: the one address whose frames it gets; empty: all
         self.spill = memoryview(bytearray(FRAME_MAX))
@@ -158,7 +159,7 @@ class Receiver(Worker):
         self.held_until_s = 0.0
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.bells.add(self.injection)
+        self.bells.append(self.injection)
         self.others: tuple[int, ...] = ()  # figures that were shown last
         self.packets = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
 
@@ -175,7 +176,6 @@ class Receiver(Worker):
     def forget(self) -> None:
         """Throw away what waits for the guest."""
         self.held = bytearray()
-        self.timeout_ms = None
         self.large = 0
         try:
             while True:
@@ -202,19 +202,9 @@ class Receiver(Worker):
 
     def begin(self) -> None:
         """Forget the chains that were looked at: they are in the ring."""
-        self._listen(False)
+        super().begin()
         self.run.forget()
         self.chains, self.at = [], 0
-
-    def _listen(self, listen: bool) -> None:
-        """Wait for frames, or not: without buffers they stay in the tap, whose queue drops what is too much."""
-        if listen and self.link_up:
-            self.poll.register(self.tap.fd, POLLIN)
-            self.poll.register(self.injection, POLLIN)
-        elif self.listening:
-            self.poll.unregister(self.tap.fd)
-            self.poll.unregister(self.injection)
-        self.listening = listen and self.link_up
 
     def serve(self, queue: "Queue") -> bool:
         """Give frames to the guest as long as there are some, and buffers for them."""
@@ -225,11 +215,9 @@ class Receiver(Worker):
             self.give(queue)
         if fed:
             queue.suppress()
-            if self.listening != self.link_up:
-                self._listen(self.link_up)
+            self.tap_events = select.EPOLLIN if self.link_up else 0
             return False
-        if self.listening:
-            self._listen(False)
+        self.tap_events = 0  # without buffers frames stay in the tap, whose queue drops what is too much
         return queue.rearm(len(self.chains) - self.at)
 
     def show(self) -> None:
@@ -248,7 +236,6 @@ class Receiver(Worker):
             if time.monotonic() >= self.held_until_s:
                 self.no_room += 1
                 self.held = bytearray()
-                self.timeout_ms = None
             elif not self._place(queue, self.held):
                 return False
         while not self.injected.empty():
@@ -344,7 +331,7 @@ class Receiver(Worker):
         if data is not self.held:
             self.held = data
             self.held_until_s = time.monotonic() + HOLD_S
-        self.timeout_ms = int(HOLD_S * 1000) + 1
+        self.until_s = self.held_until_s
         return False
 
     def _place(self, queue: "Queue", data: bytearray) -> bool:
@@ -352,7 +339,7 @@ class Receiver(Worker):
         if not self._fits(queue, data):
             return self._hold(data)
         self.held = bytearray()
-        self.timeout_ms = None
+        self.until_s = NEVER
         self.placed = True
         return True
 

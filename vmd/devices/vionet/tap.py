@@ -22,7 +22,7 @@ STALE_FRAMES_MAX = 4096  # more than any queue length an administrator sets
 class Tap:
     """An open tap that prefixes frames with a virtio-net header; ours from here on.
 
-    Two threads use `fd`, one to read and one to write; everything else is the main thread's.
+    The thread that moves frames reads and writes `fd`; everything else is the main thread's.
     """
 
     def __init__(self, fd: int, name: str) -> None:

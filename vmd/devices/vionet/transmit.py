@@ -1,4 +1,4 @@
-"""From the guest to the tap: the thread of the transmit queue (virtio 1.2, 5.1.6.1-2).
+"""From the guest to the tap: the transmit queue (virtio 1.2, 5.1.6.1-2).
 
 A frame goes from the guest's memory straight into the kernel, with the guest's own virtio header before it: the
 kernel reads that once, checks it, and refuses what does not fit the frame.  Only an interface that is `locked` or
@@ -7,11 +7,12 @@ kernel reads that once, checks it, and refuses what does not fit the frame.  Onl
 
 import posix as os
 import select
+import time
 
 from vmd.devices.vionet.addresses import LENGTHS, LOOK_BYTES
 from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
-from vmd.devices.vionet.worker import GSO_FRAME_MAX, POLLIN, Worker
+from vmd.devices.vionet.worker import GSO_FRAME_MAX, Worker
 from vmd.errors import GuestError
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
@@ -42,11 +43,12 @@ if TYPE_CHECKING:
 
 
 NUMBER = 1  # of the queue
+BUDGET = 256  # frames of one turn: all that a ring holds; what arrives meanwhile waits in the tap
 GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_TYPE = 1  # offset in the header
-BUSY_TIMEOUT_MS = 1000  # a tap that takes nothing for so long loses the frame
+BUSY_S = 1.0  # a tap that takes nothing for so long loses the frame
 
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("tx_packets", "tx_bytes"))
 
@@ -54,18 +56,18 @@ NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VI
 
 
 class Transmitter(Worker):
-    """The transmit queue's thread."""
+    """The transmit queue's half."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
-        """`failed` is called on this thread when the tap is gone or down."""
-        super().__init__(services, NUMBER, kick)
+        """`failed` is called, on the thread that serves, when the tap is gone or down."""
+        super().__init__(services, NUMBER, kick, BUDGET)
         self.tap = tap
         self.failed = failed
         self.header = spec.NET_HDR_BYTES_LEGACY
         self.allowed = b""  # of a locked interface: the one address it sends from; empty: any
         self.answers: Answers | None = None
         self.addresses: Addresses | None = None  # what learns the guest's
-        self.busy = False  # the tap takes nothing at the moment
+        self.busy_until_s = 0.0  # the tap takes nothing at the moment, and is waited for; 0: it takes what comes
         self.complaints = RateLimit()
         self.others: tuple[int, ...] = ()  # figures that were shown last
         self.packets = 0
@@ -73,31 +75,21 @@ class Transmitter(Worker):
 
     def begin(self) -> None:
         """Wait for notifications, not for the tap."""
-        self._set_busy(False)
-
-    def _set_busy(self, busy: bool) -> None:
-        """Wait for the tap instead of the guest, or the other way round."""
-        if busy != self.busy:
-            self.busy = busy
-            if busy:
-                self.poll.unregister(self.kick)
-                self.poll.register(self.tap.fd, select.POLLOUT)
-            else:
-                self.poll.unregister(self.tap.fd)
-                self.poll.register(self.kick, POLLIN)
-            self.timeout_ms = BUSY_TIMEOUT_MS if busy else None
+        super().begin()
+        self.busy_until_s = 0.0
 
     def serve(self, queue: "Queue") -> bool:
         """Send what waits, up to a budget."""
         queue.suppress()
-        self._set_busy(False)
+        self.tap_events = 0
         try:
             more = self._drain(queue)
         finally:  # of a ring that breaks half-way, too
             self.show()
             self.give(queue)
-        if self.busy:
+        if self.tap_events:
             return False
+        self.busy_until_s = 0.0
         return more or queue.rearm()
 
     def count_answered(self) -> None:
@@ -220,7 +212,7 @@ class Transmitter(Worker):
                             else:
                                 writev(tap, chosen)
                         except OSError as error:
-                            if not self._not_sent(error):
+                            if not self._not_sent(error, packets):
                                 return False
                         else:
                             packets += 1
@@ -251,13 +243,17 @@ class Transmitter(Worker):
             views = [memoryview(b"".join(views))]  # one write takes no more pieces than that
         return views, length
 
-    def _not_sent(self, error: OSError) -> bool:
-        """Take an error of a write; return whether the frame is lost, or stays where it is."""
+    def _not_sent(self, error: OSError, sent: int) -> bool:
+        """Take an error of a write, after `sent` without; return whether the frame is lost, or stays where it is."""
         if isinstance(error, BlockingIOError):
-            if not self.timed_out:
-                self._set_busy(True)
+            now_s = time.monotonic()
+            if sent or not self.busy_until_s:
+                self.busy_until_s = now_s + BUSY_S
+            if now_s < self.busy_until_s:
+                self.tap_events = select.EPOLLOUT
+                self.until_s = self.busy_until_s
                 return False
-            self.timed_out = False
+            self.busy_until_s = 0.0
             self.dropped_busy += 1
         elif error.errno in GONE or error.errno in DOWN:
             self.link_up = False
