@@ -24,7 +24,7 @@ from vmd.errors import HostError
 from vmd.privsep import landlock, linux
 from vmd.privsep.cell import Cell, LockholderCell, import_path
 from vmd.privsep.hostfiles import HostFiles
-from vmd.privsep.spawn import INTERPRETER, Child, spawn
+from vmd.privsep.spawn import DEBUG, INTERPRETER, Child, spawn
 
 pytestmark = pytest.mark.root
 
@@ -441,12 +441,23 @@ def test_vmm_signals_nobody_outside(cell: Cell) -> None:
     assert run.answers == [f"kill_victim errno {errno.EPERM}"]
 
 
-def test_trap_shows_where_it_came_from(cell: Cell) -> None:
-    """In the developers' mode the offending call's traceback is logged before the process dies of it."""
-    run = try_inside(cell, "VIOBLK!", "connect_inet")
+@pytest.mark.parametrize(
+    ("kind", "attempt", "call"),
+    [("VIOBLK", "connect_inet", "socket(0x2, "), ("VM", "execute", "execve("), ("LEAF", "foreign_ioctl", "ioctl(")],
+)
+def test_a_refused_call_is_named_for_developers(
+    cell: Cell, monkeypatch: pytest.MonkeyPatch, kind: str, attempt: str, call: str
+) -> None:
+    """By name, arguments and place, before the process dies of it; only those are told who are asked to."""
+    quiet = try_inside(cell, kind, attempt)
+    monkeypatch.setenv(DEBUG, "1")
+    run = try_inside(cell, kind, attempt)
 
+    assert (quiet.status, quiet.log) == (KILLED, "")
     assert run.status == KILLED
-    assert "in connect_inet" in run.log
+    (said,) = run.log.splitlines()
+    assert f"system call {call}" in said
+    assert f"insider.{attempt}:" in said
 
 
 def test_confinement_wants_a_single_thread(cell: Cell) -> None:

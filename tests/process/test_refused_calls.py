@@ -14,6 +14,7 @@ from tests.support.images import MIB
 from tests.support.refusing import refusing
 from vmd.errors import HostError, number
 from vmd.privsep import linux
+from vmd.privsep.spawn import DEBUG
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
@@ -145,3 +146,17 @@ def test_descriptors_are_closed_on_exec(monkeypatch: pytest.MonkeyPatch, listed:
 
     assert middle == [True, False, True]
     assert after == [False, False, False]
+
+
+def test_a_vm_under_the_developers_switch(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process begins and works as it does without, and none makes a call that is refused."""
+    monkeypatch.setenv(DEBUG, "1")
+    with Daemon(tmp_path, conf(disk)) as vmd:
+        vmd.must("start", "demo")
+        vmd.must("stop", "-w", "demo")
+        said = vmd.status("demo")["text"]
+        log = vmd.log
+
+    assert said == "powered off by the guest"
+    assert f"{DEBUG}: refused system calls are named" in log
+    assert "is refused by the filter" not in log

@@ -28,6 +28,7 @@ from vmd.parent.truth import Truth, config_of, read, vms_of
 from vmd.privsep import landlock
 from vmd.privsep.cell import Cell, Network
 from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
+from vmd.privsep.spawn import DEBUG
 from vmd.stdio import say, show
 
 CHILD_EXIT_TIMEOUT_S = 5.0
@@ -147,6 +148,7 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
     that one: what vm.conf says by now may be wrong, and guests run.
     """
     need_root()
+    debug_filters(options)
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
     uid, gid = service.lookup_user()
     store = Store(stored)
@@ -189,6 +191,16 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
         children.reap(CHILD_EXIT_TIMEOUT_S)
         log.info("terminating")
     return parent.exit_status
+
+
+def debug_filters(options: Options) -> None:
+    """Have system calls that are refused named before they kill, if somebody asks for that and looks at the log."""
+    if DEBUG in os.environ:
+        if options.debug:
+            log.warn(f"{DEBUG}: refused system calls are named; the confinement is weaker, so use no guests of others")
+            return
+        log.warn(f"{DEBUG} in the environment means nothing without -d")
+        del os.environ[DEBUG]
 
 
 def need_root() -> None:

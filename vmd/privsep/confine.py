@@ -26,6 +26,8 @@ import time
 from vmd.privsep import landlock, linux, seccomp
 from vmd.record import Record
 
+DEBUG = b"VMD_DEBUG_SECCOMP"  # in the environment: name a system call that is refused, before it kills
+DEBUGGING = frozenset({"statfs"})  # of libffi, when a process below vmm prepares to do that
 CODECS = ("ascii", "latin-1", "utf-8")  # that every process has; others are files, and too late once it is confined
 
 # What any running interpreter does, whatever the program.
@@ -257,10 +259,8 @@ PRIV = Confinement(
 )
 
 
-def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
+def confine(confinement: Confinement) -> list[str]:
     """Give up everything else; returns a sentence for each kernel feature that is missing.
-
-    With `trap`, for developers, a refused system call shows where it came from before it kills.
 
     Raises:
         HostError: a restriction that must hold could not be put in place; the process has to end.
@@ -269,17 +269,19 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
     if _thread._count():
         raise RuntimeError("confine must be called before the first thread is started")
     prime()
+    syscalls = confinement.syscalls
+    refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
+    if refused == seccomp.RET_KILL_PROCESS and is_debugged():
+        refused = seccomp.RET_TRAP
+        syscalls |= DEBUGGING
+        show_refused_calls()
     limit_resources(confinement.open_files, writes_files=confinement.writes_files)
     give_up_capabilities(confinement.capabilities)
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
     warnings = [] if confinement.sees_others else landlock.restrict(confinement.files, confinement.scopes)
-    refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
-    if trap:
-        show_refused_calls()
-        refused = seccomp.RET_TRAP
     program = seccomp.assemble(
-        confinement.syscalls,
+        syscalls,
         ioctls=confinement.ioctls,
         pid=os.getpid(),
         refused=refused,
@@ -291,7 +293,8 @@ def confine(confinement: Confinement, *, trap: bool = False) -> list[str]:
 
 def narrow_requests(ioctls: tuple[int, ...]) -> None:
     """Of all requests that are left to this process, keep these, make no memory files, and let nothing change that."""
-    seccomp.install(seccomp.assemble_requests(ioctls))
+    refused = seccomp.RET_TRAP if is_debugged() else seccomp.RET_KILL_PROCESS
+    seccomp.install(seccomp.assemble_requests(ioctls, refused))
 
 
 def prime() -> None:
@@ -346,9 +349,13 @@ def give_up_capabilities(keep: int) -> None:
         linux.set_capabilities(permitted & keep, inheritable=permitted & keep)  # what is ambient goes on to programs
 
 
-def show_refused_calls() -> None:
-    """Print the traceback of every thread when a system call is refused, then die of it."""
-    import faulthandler
-    import signal
+def is_debugged() -> bool:
+    """Return whether refused system calls are to be shown (`vmd.privsep.refused`): our starter decides that."""
+    return DEBUG in os.environ
 
-    faulthandler.register(signal.SIGSYS, all_threads=True, chain=True)
+
+def show_refused_calls() -> None:
+    """Have a refused system call named in the log before this process dies of it."""
+    from vmd.privsep import refused  # not before: it brings ctypes along
+
+    refused.show()

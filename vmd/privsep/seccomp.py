@@ -228,19 +228,19 @@ def assemble(
     return b"".join(program)
 
 
-def assemble_requests(ioctls: "Iterable[int]") -> bytes:
-    """Return a program for a process that has a filter already.
+def assemble_requests(ioctls: "Iterable[int]", refused: int = RET_KILL_PROCESS) -> bytes:
+    """Return a program for a process that has a filter already; `refused` is what becomes of other calls.
 
     It leaves ioctl these requests, and allows no new filter.  Nor may there be new memory files: what is written to
     them counts against no limit of the process.
     """
     (conditions,) = allowed_calls(("ioctl",), ioctls, 0).values()
-    body = b"".join(test(condition) for condition in conditions) + instruction(RET, RET_KILL_PROCESS)
+    body = b"".join(test(condition) for condition in conditions) + instruction(RET, refused)
     program = [
         instruction(LD_ABS, OFFSET_NR),
         instruction(JEQ, NUMBERS["seccomp"], 1, 0),
         instruction(JEQ, NUMBERS["memfd_create"], 0, 1),
-        instruction(RET, RET_KILL_PROCESS),
+        instruction(RET, refused),
         instruction(JEQ, NUMBERS["ioctl"], 1, 0),
         instruction(RET, RET_ALLOW),
         body,

@@ -55,6 +55,7 @@ ENVIRONMENT = {
     "LC_ALL": "C",  # with it Python talks UTF-8 and looks for no locale
     "MALLOC_ARENA_MAX": "1",  # megabytes per thread otherwise, in each of hundreds of processes
 }
+DEBUG = "VMD_DEBUG_SECCOMP"  # goes on to all that we start (`confine.is_debugged`)
 FD_TARGETS = 64  # descriptors are first moved above this, so that placing one never overwrites another
 FAILED = 127
 LEAF_SCORE = 0  # at least, of a process that is not vital; see `parent/oom.py`
@@ -161,6 +162,11 @@ def spawn(
     return Child(title, pid)
 
 
+def environment() -> dict[str, str]:
+    """Return the environment of a process of ours."""
+    return {**ENVIRONMENT, DEBUG: "1"} if DEBUG in os.environ else ENVIRONMENT
+
+
 def out_of_the_way(source: int | None) -> int:
     """Return a copy of a descriptor, or of the null device, with a number that is no target."""
     if source is not None:
@@ -183,7 +189,7 @@ def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
         return os.posix_spawn(
             INTERPRETER,
             argv,
-            ENVIRONMENT,
+            environment(),
             file_actions=actions,
             setsid=True,
             setsigmask=[],
@@ -265,7 +271,7 @@ def become(
             if os.getppid() != parent:
                 os._exit(FAILED)
         linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
-        os.execve(argv[0], argv, ENVIRONMENT)  # noqa: S606 - no shell
+        os.execve(argv[0], argv, environment())  # noqa: S606 - no shell
     except HostError as error:
         words = f"{error.number} {error.tried}"
     except OSError as error:

@@ -498,7 +498,7 @@ def main() -> int:
 def confined(channel: socket.socket, kind: str, *attempts: str) -> int:
     """Confine this process, and let it try."""
     if kind != "-":
-        confine.confine(getattr(confine, kind.rstrip("!")), trap=kind.endswith("!"))
+        confine.confine(getattr(confine, kind))
     channel.sendall(f"{kind} confined\n".encode())
     for name in attempts:
         try:

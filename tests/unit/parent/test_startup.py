@@ -11,6 +11,9 @@ import pytest
 from vmd.config.model import Owner
 from vmd.errors import HostError, OperatorError, sentence
 from vmd.parent import service
+from vmd.parent.options import Options
+from vmd.parent.startup import debug_filters
+from vmd.privsep import spawn
 from vmd.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -81,3 +84,14 @@ def test_errors_without_a_number() -> None:
     assert str(HostError("bind", OSError("AF_UNIX path too long"))) == "bind: AF_UNIX path too long"
     assert sentence(OSError("timed out")) == "timed out"
     assert sentence(OSError(errno.ENOENT, "")) == "No such file or directory"
+
+
+def test_developers_switch_wants_a_log_that_somebody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without -d it is taken out of the environment, so that no process has the weaker filter."""
+    monkeypatch.setenv(spawn.DEBUG, "1")
+    debug_filters(Options(debug=True))
+    passed_on = spawn.environment()
+    debug_filters(Options())
+
+    assert passed_on == spawn.ENVIRONMENT | {spawn.DEBUG: "1"}
+    assert spawn.environment() == spawn.ENVIRONMENT

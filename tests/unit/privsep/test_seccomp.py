@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from vmd.privsep import confine, seccomp
+from vmd.privsep import confine, refused, seccomp
 from vmd.privsep.seccomp import NUMBERS, RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS, assemble
 
 EVERY_CONFINEMENT = {
@@ -51,6 +51,18 @@ def test_numbers_are_the_kernels() -> None:
     theirs = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
 
     assert theirs == {name: str(number) for name, number in NUMBERS.items()}
+
+
+def test_refused_calls_have_the_kernel_s_names() -> None:
+    """As far as the headers here know them; what a filter names has the same number in both tables."""
+    source = "#include <sys/syscall.h>\n" + "".join(f"{name} = SYS_{name}\n" for name in refused.NAMES.values())
+    output = subprocess.run(["gcc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
+    lines = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
+    theirs = {int(number): name for name, number in lines.items() if number.isdigit()}
+
+    assert len(theirs) > 350
+    assert theirs.items() <= refused.NAMES.items()
+    assert {number: name for name, number in NUMBERS.items()}.items() <= refused.NAMES.items()
 
 
 @pytest.mark.parametrize(
