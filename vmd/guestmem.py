@@ -263,7 +263,7 @@ class GuestMemory:
         Raises:
             GuestError: as `offset`.
         """
-        return self._base() + self.offset(gpa, size)
+        return self.base + self.offset(gpa, size)
 
     # ---- what has changed
 
@@ -286,7 +286,7 @@ class GuestMemory:
 
     def kvm_slots(self) -> "Iterator[tuple[int, int, int, int, int]]":
         """Yield (slot, gpa, size, hva, flags) of every region, as KVM_SET_USER_MEMORY_REGION takes them."""
-        base = self._base()
+        base = self.base
         for slot, region in enumerate(self.regions):
             flags = KVM_MEM_READONLY if region.read_only else 0
             yield slot, region.gpa, region.size, base + region.offset, flags
@@ -324,9 +324,9 @@ class GuestMemory:
             yield region.gpa + start - region.offset, start, stop - start
             start = stop
 
-    # ---- inside
-
-    def _base(self) -> int:
+    @property
+    def base(self) -> int:
+        """The address in this process of the first byte of `memory`."""
         return native.addressof(native.c_char.from_buffer(self._mapping))
 
 

@@ -33,7 +33,8 @@ ENTRY = "insider:main"
 DEADLINE_S = 60.0
 KILLED = -signal.SIGSYS
 LEAVES = (
-    "LEAF", "VIOBLK", "VIONET", "IMGPROBE", "IMGBOOT", "IMGRESIZE", "IMGWRITER", "BOOTPROBE", "STREAMPROBE", "CONTROL",
+    "LEAF", "VIOBLK", "VIONET", "VIONET_KERNEL", "IMGPROBE", "IMGBOOT", "IMGRESIZE", "IMGWRITER", "BOOTPROBE",
+    "STREAMPROBE", "CONTROL",
     "LOG", "AGENTX", "CONSOLELOG", "METRICS", "SEEDER",
 )  # fmt: skip
 NARROWED = (*LEAVES, "VM")
@@ -238,7 +239,7 @@ NOT_RAISED = Fate([f"more_descriptors errno {errno.EPERM}"], 0)  # by the kernel
 def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
     """A process that tries it is ended on the spot, by SIGSYS.  A device may lower its limits, but not raise them."""
     fates = dict.fromkeys(KILLS, KILLED_AT_ONCE)
-    if kind in ("VIOBLK", "VIONET", "IMGWRITER", "IMGBOOT"):
+    if kind in ("VIOBLK", "VIONET", "VIONET_KERNEL", "IMGWRITER", "IMGBOOT"):
         fates["more_descriptors"] = NOT_RAISED
 
     assert try_each(cell, kind, KILLS) == fates
@@ -398,6 +399,7 @@ def test_ordinary_work_goes_on(cell: Cell, kind: str) -> None:
     [
         ("VIOBLK", ("file_data",)),
         ("VIONET", ("gather",)),
+        ("VIONET_KERNEL", ("gather",)),
         ("VM", ("memfd", "gather", "signal_thread")),
         ("VMM", ("memfd", "gather", "file_data", "signal_thread", "spawn_child")),
     ],
@@ -410,7 +412,7 @@ def test_own_work_goes_on(cell: Cell, kind: str, attempts: tuple[str, ...]) -> N
     assert run.status == 0
 
 
-@pytest.mark.parametrize("kind", ["LEAF", "VIONET", "VIOSCSI"])
+@pytest.mark.parametrize("kind", ["LEAF", "VIONET", "VIONET_KERNEL", "VIOSCSI"])
 def test_a_device_without_a_disk_writes_no_file(cell: Cell, kind: str) -> None:
     """Not even through a descriptor that may be written to."""
     run = try_inside(cell, kind, "write_data")

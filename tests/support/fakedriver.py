@@ -20,7 +20,7 @@ from vmd.memfile import sealed_file
 from vmd.parent.figures import slots
 from vmd.privsep.spawn import Child, spawn
 from vmd.virtio import spec
-from vmd.vm.kinds import MAIN, RAW
+from vmd.vm.kinds import KERNEL, MAIN, RAW
 
 KIB, MIB = 1 << 10, 1 << 20
 DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
@@ -181,9 +181,11 @@ class Device:
             devmsg.FD_RESAMPLE: self.resample,
             **dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE)),
         }
-        # As a VM does it: a disk with one image, which is raw, has a process for such disks.
+        # As a VM does it: a disk with one image, which is raw, has a process for such disks, and so has such a network
+        # interface.
         is_raw = kind == "vioblk" and len(self.notes) == 1 and not self.notes[0] & devmsg.RESOURCE_QCOW2
-        entry = f"vmd.devices.{kind}.{RAW if is_raw else MAIN}:main"
+        vhost = bool(net) and devmsg.NET.unpack(net)[2] & devmsg.NET_VHOST
+        entry = f"vmd.devices.{kind}.{RAW if is_raw else KERNEL if vhost else MAIN}:main"
         self.spawned_s = time.monotonic()
         self.child: Child = spawn(f"vm/test/{kind}0", channel=their_sync, fds=fds, entry=entry, log_fd=log_end)
         self.fds = fds

@@ -66,8 +66,11 @@ def net_start(
 class NetDriver:
     """A network process with both rings."""
 
-    def __init__(self, tap: TapInterface, net: bytes = b"", *, host_name: str = "", features: int = ALL) -> None:
-        self.device = Device("vionet", [tap.fd], queues=2, net=net or net_start(), host_name=host_name).start()
+    def __init__(
+        self, tap: TapInterface, net: bytes = b"", *, host_name: str = "", features: int = ALL, more: Sequence[int] = ()
+    ) -> None:
+        """`more` are descriptors behind the tap."""
+        self.device = Device("vionet", [tap.fd, *more], queues=2, net=net or net_start(), host_name=host_name).start()
         self.memory = self.device.memory
         self.renew(features)
 

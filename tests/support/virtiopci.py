@@ -130,6 +130,8 @@ class Process:
         self.written: list[tuple[int, bytes]] = []
         self.answer = CONFIG
         self.during_reset: Callable[[], object] = dict
+        self.direct = False
+        self.on_direct: Callable[[bool], object] = bool  # when it changes
 
     def activate(self, features: int, queues: list[tuple[int, ...]]) -> bool:
         """Note a life that begins."""
@@ -149,6 +151,13 @@ class Process:
         self.running = False
         self.resets += 1
         return True
+
+    def tell_direct(self, direct: bool) -> None:
+        """Note it."""
+        if direct != self.direct:
+            self.direct = direct
+            self._answer()
+            self.on_direct(direct)
 
     def write_config(self, offset: int, data: bytes) -> bytes:
         """Note what the driver writes."""

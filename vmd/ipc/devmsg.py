@@ -201,6 +201,11 @@ LEND, RELOAD = 50, 51
 #   and make that last, so that the other place knows if it takes the image back.  Answered SIGN with a status.
 SIGN = 15
 
+# DIRECT: to a network device with NET_VHOST: type, 1 if an interrupt of any of its queues needs nothing but its call
+#   eventfd (MSI-X), 0 if the interrupt page has to tell of it, as before the first DIRECT.  Answered with status 0.
+DIRECT = 53
+DIRECT_BODY = Struct("<II")
+
 # ADDRESSES: which addresses has the guest told its neighbours?  Answered ADDRESSES with ANNOUNCED each, as of ANNOUNCE.
 ADDRESSES = 14
 

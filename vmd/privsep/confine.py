@@ -86,6 +86,13 @@ LIMITS = frozenset({"prlimit64"})  # of its own, and only to lower them: memory,
 NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
+# /dev/vhost-net: an owner, features, memory, rings and their eventfds, a tap to move frames from and to.  Neither a log
+# of what is written nor an IOTLB.  `devices/vionet/vhost.py` has their names.
+VHOST_IOCTLS = (
+    0xAF01, 0x8008AF00, 0x4008AF00, 0x4008AF03, 0x4008AF10, 0x4028AF11, 0x4008AF12, 0xC008AF12, 0x4008AF20, 0x4008AF21,
+    0x4008AF22, 0x4008AF30,
+)  # fmt: skip
+
 TTY_IOCTLS = (0x540B,)  # TCFLSH: a console's backlog replaces what waits in it
 
 # The machine: guest memory, KVM's descriptors, vCPU threads; and a running VM's way out and in (vmctl send).
@@ -144,6 +151,7 @@ LOCKHOLDER = IMGPROBE.replace(
     sees_others=True,
 )
 VIONET = Confinement(syscalls=BASE | CHANNEL | LIMITS | NET, ioctls=TUN_IOCTLS, writes_files=False)
+VIONET_KERNEL = VIONET.replace(ioctls=TUN_IOCTLS + VHOST_IOCTLS)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 AGENTX = Confinement(syscalls=BASE | CHANNEL, open_files=64, writes_files=False)
 CONSOLELOG = Confinement(syscalls=BASE | CHANNEL | {"pread64"}, open_files=CORE_FILES)  # a backlog and a file for each
@@ -192,7 +200,7 @@ VMM = Confinement(
     | NET
     | {"ioctl+kvm"}
     | {"setgroups", "setresgid", "setresuid", "capset"},  # each VM process becomes another user
-    ioctls=TUN_IOCTLS + TTY_IOCTLS,
+    ioctls=TUN_IOCTLS + VHOST_IOCTLS + TTY_IOCTLS,
     files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
     capabilities=1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL,  # over ids of VMs; see `VmmCell`
     open_files=CORE_FILES,  # a pidfd and a channel for each VM, and its files while they pass through

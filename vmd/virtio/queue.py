@@ -84,6 +84,19 @@ class Queue:
         self.published = self.next_used  # what the guest can see
         self.signalled_used = self.next_used  # what the guest had been told of when it was last interrupted
 
+    # --- while the kernel serves it ------------------------------------------------------------------------
+
+    @property
+    def visible(self) -> int:
+        """The used index as it stands in the ring, where a driver could have changed it."""
+        index: int = self._used_idx[0]
+        return index
+
+    def go_on_at(self, next_avail: int) -> None:
+        """Go on where another has stopped, who has given back and told the guest of all that the ring says."""
+        self.next_avail = next_avail
+        self.next_used = self.published = self.signalled_used = self.visible
+
     # --- taking ------------------------------------------------------------------------------------------
 
     def available(self) -> int:

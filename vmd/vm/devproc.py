@@ -18,7 +18,7 @@ from vmd.ipc.rights import receive
 from vmd.log import FORMS, log
 from vmd.memfile import sealed_file
 from vmd.privsep.spawn import signal_name, spawn
-from vmd.vm.kinds import INTERFACE, KINDS, MAIN
+from vmd.vm.kinds import INTERFACE, KERNEL, KINDS, MAIN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ class DeviceProcess:
         self.features = 0
         self.arrived_with = b""  # addresses that the guest of an interface had at another place
         self.activations = 0
+        self.may_be_direct = False  # it is an interface whose frames the kernel may move
+        self.direct = False  # what `tell_direct` has said
         self.limits = 0, 0  # that it was told: requests and bytes a second; 0: none
         self.config = b""
         self.status: int | None = None  # with which the process ended
@@ -134,6 +136,7 @@ class DeviceProcess:
         except OSError as error:
             raise HostError(f"pass {self.title} its descriptors", error) from error
         self.begun = True
+        self.may_be_direct = slot.module == KERNEL
 
     def wait_ready(self) -> None:
         """Wait for READY on both channels.  Raises OperatorError or PeerError with the device's own sentence."""
@@ -192,6 +195,12 @@ class DeviceProcess:
     def command(self, kind: int) -> bool:
         """RESET, PAUSE, RESUME, MARK, UNMARK or SETTLE_AHEAD; returns when it is done."""
         return self._status(self.ask(devmsg.TYPE.pack(kind)))
+
+    def tell_direct(self, direct: bool) -> None:
+        """Tell an interface, if it matters to it, whether its interrupts need nothing but their eventfds."""
+        if self.may_be_direct and direct != self.direct:
+            self.direct = direct
+            self._status(self.ask(devmsg.DIRECT_BODY.pack(devmsg.DIRECT, direct)))
 
     def write_config(self, offset: int, data: bytes) -> bytes:
         """Pass on a write to configuration space; returns the space as it is then."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAIN = "main"  # the module of a device's package that its process begins with
 RAW = "raw"  # ... that of a disk with one image, which is raw
+KERNEL = "kernel"  # ... that of an interface whose frames the kernel may move
 SEED_NUMBER = 4  # of the process of a seed, behind those of disks
 SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
 
@@ -53,6 +54,7 @@ class Kind(Record):
     spare: bool = False  # every VM has one: its process starts before there is a VM
     config_may_differ: bool = False  # between hosts: drivers expect that to change
     settles: bool = False  # is brought to stable storage before its VM goes on elsewhere
+    widest: str = MAIN  # the module for a device of which nothing else is known yet
     slot: int | None = None  # where it is always, so that no other device moves; a VM has one such at most
 
 
@@ -74,6 +76,7 @@ def interfaces(given: Given) -> "Iterator[dict[str, Any]]":
             "notes": (0,) * len(fds),
             "names": (*(nic.name for _ in fds), host_name(given.config, index) if nic.local or nic.pxe else ""),
             "flags": devmsg.START_NET,
+            "module": KERNEL if nic.vhost else MAIN,
             "net": net_fields(nic),
         }
 
@@ -186,6 +189,7 @@ INTERFACE = Kind(
     count=lambda config: len(config.nics),
     resources=interfaces,
     config_may_differ=True,  # whether there is a link, for one
+    widest=KERNEL,
 )
 DISK = Kind(
     name="blk",

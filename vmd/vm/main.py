@@ -77,7 +77,7 @@ from vmd.vm.console import Console
 from vmd.vm.departure import Departure
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.fetch import fetch_files, fetch_stream
-from vmd.vm.kinds import MAIN, Given
+from vmd.vm.kinds import Given
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
 from vmd.vm.lockwatch import Locks
@@ -464,7 +464,7 @@ class VmProcess(Process):
                 memory,
                 self.loop,
                 self.vmm,
-                narrow=lambda kinds: self.narrow([(kind, MAIN) for kind in kinds]),
+                narrow=lambda kinds: self.narrow([(kind, kind.widest) for kind in kinds]),
                 fail=self.fail,
             )
         except (VmdError, OSError) as error:

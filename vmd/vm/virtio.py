@@ -255,6 +255,7 @@ class VirtioFunction(PciFunction):
     def _place_interrupts(self) -> None:
         """Assign every call eventfd to where the guest wants it now; one that is masked counts up meanwhile."""
         assert self.msix is not None
+        self._tell_direct()  # before: what the kernel has raised until now goes where its interrupts went
         wanted: dict[int, tuple[int, bool]] = {}
         if self.detached:
             pass
@@ -277,6 +278,14 @@ class VirtioFunction(PciFunction):
                 resample = self.config_resample if fd == self.config_call else self.process.resample
                 self.kvm.assign_irqfd(fd, gsi, resample if level else None)
                 self.irqfds[fd] = (gsi, level)
+
+    def _tell_direct(self) -> None:
+        """Tell the process whether each queue has a vector, masked or not: else of each interrupt ISR has to know."""
+        vectors = [queue.vector for queue in self.transport.queues]
+        try:
+            self.process.tell_direct(self.transport.msix_enabled and spec.VIRTIO_MSI_NO_VECTOR not in vectors)
+        except PeerError as error:
+            self.fail(str(error))
 
     def detach_interrupts(self) -> None:
         """Let nothing reach the interrupt controllers; when this returns, nothing is on its way to them."""

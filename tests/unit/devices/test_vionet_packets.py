@@ -58,11 +58,15 @@ class Guest:
         if interface.local:
             local = LocalNetwork(interface, self.inject, self.process, self.told.append)
         self.addresses = Addresses(interface.lladdr)
-        self.packets = Packets(ours.detach(), self.process, local, self.addresses, self.count)
+        self.packets = Packets(ours.detach(), self.process, local, self.addresses, self.count, self.fail)
 
     def inject(self, frame: bytes) -> None:
         """Have the guest receive a frame."""
         assert self.packets.send(frame)
+
+    def fail(self) -> None:
+        """The tap is up."""
+        raise AssertionError
 
     def count(self) -> None:
         """Count a frame that was for us."""

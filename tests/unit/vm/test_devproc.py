@@ -303,6 +303,24 @@ def test_no_answer_57(running: DeviceProcess, question: Callable[[DeviceProcess]
         question(running)
 
 
+def test_only_an_interface_that_the_kernel_may_serve_is_told_of_its_interrupts(
+    impostor: Impostor, running: DeviceProcess
+) -> None:
+    """And only what is new to it."""
+    impostor.sync.recv(devmsg.PACKET_MAX)  # START
+    running.tell_direct(True)
+    running.may_be_direct = True
+    for direct in (False, True, True, False):
+        impostor.sync.send(devmsg.STATUS.pack(devmsg.DIRECT, 0))
+        running.tell_direct(direct)
+
+    impostor.sync.setblocking(False)
+    told = [devmsg.DIRECT_BODY.unpack(impostor.sync.recv(devmsg.PACKET_MAX)) for _ in range(2)]
+    assert told == [(devmsg.DIRECT, 1), (devmsg.DIRECT, 0)]
+    with pytest.raises(BlockingIOError):
+        impostor.sync.recv(devmsg.PACKET_MAX)
+
+
 def test_an_answer_that_comes_late_is_not_taken_for_another(impostor: Impostor, running: DeviceProcess) -> None:
     """Storage did not answer for a while: who has given up asking does not keep others from asking."""
     for question in (devmsg.MARK, devmsg.UNMARK):

@@ -29,13 +29,17 @@ def test_kinds_are_told_apart() -> None:
             assert len({getattr(kind, field) for kind in kinds}) == len(kinds), field
 
 
+@pytest.mark.parametrize("module", ["main", "widest"])
 @of_each_kind
-def test_a_device_process_may_do_nothing_that_vmm_may_not(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_process_may_do_nothing_that_vmm_may_not(
+    kind: Kind, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Filters are inherited and only narrow: vmm's would kill the process for a call that only its own row names."""
     confinements: list[Confinement] = []
     monkeypatch.setattr(process, "main", lambda _kind, confinement, *_: confinements.append(confinement))
 
-    importlib.import_module(f"vmd.devices.{kind.process}.main").main()
+    name = kind.widest if module == "widest" else module
+    importlib.import_module(f"vmd.devices.{kind.process}.{name}").main()
 
     (mine,) = confinements
     assert mine.syscalls is not None

@@ -59,6 +59,7 @@ def test_an_interface_whose_frames_the_kernel_may_move_has_three_files() -> None
 
     assert [slot.fds for slot in found] == [(20, 30, 31), (21,), (22, 32, 33)]
     assert [slot.names for slot in found] == [("tap0", "tap0", "tap0", ""), ("tap1", ""), ("tap2", "tap2", "tap2", "")]
+    assert [slot.module for slot in found] == ["kernel", "main", "kernel"]
     flags = [devmsg.NET.unpack(slot.net)[2] for slot in found]
     assert [bool(each & devmsg.NET_VHOST) for each in flags] == [True, False, True]
 

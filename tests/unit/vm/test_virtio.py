@@ -878,6 +878,51 @@ def test_masked_function_holds_interrupts_back_9(machine: Machine) -> None:
     assert machine.kvm.injected == [machine.function.first_gsi, IRQ]
 
 
+def test_a_process_is_told_whether_eventfds_are_enough(machine: Machine) -> None:
+    """They are while MSI-X is on and each queue has a vector, masked or not; it hears of the end before they move."""
+    changes: list[tuple[bool, list[int]]] = []
+    queues = machine.process.calls
+
+    def note(direct: bool) -> None:
+        changes.append((direct, [fd for fd in queues if machine.kvm.irqfds.get(fd) == (machine.function.first_gsi, 0)]))
+
+    machine.process.on_direct = note
+    machine.set_vector(0, 0x41)
+    machine.enable_msix()
+    machine.start()
+    for queue in (0, 1):
+        assert not machine.process.direct
+        machine.write(QUEUE_SELECT, 2, queue)
+        machine.write(QUEUE_MSIX, 2, 0)
+    assert machine.process.direct
+    machine.enable_msix(0xC000)  # masked
+    machine.function.detach_interrupts()
+    assert machine.process.direct
+    machine.function.attach_interrupts()
+    machine.enable_msix(0x8000)
+    assert [direct for direct, _ in changes] == [True]
+
+    machine.write(QUEUE_MSIX, 2, NO_VECTOR)
+    machine.write(QUEUE_MSIX, 2, 0)
+    machine.enable_msix(0)
+    machine.enable_msix()
+    machine.write(STATUS, 1, 0)
+    assert [direct for direct, _ in changes] == [True, False, True, False, True, False]
+    assert machine.failures == []
+
+
+def test_a_process_that_does_not_answer_to_that_ends_the_vm(machine: Machine) -> None:
+    """It may still serve rings in a way that no longer works."""
+    machine.set_vector(0, 0x41)
+    machine.process.failing = True
+    for queue in (0, 1):
+        machine.write(QUEUE_SELECT, 2, queue)
+        machine.write(QUEUE_MSIX, 2, 0)
+    machine.enable_msix()
+
+    assert machine.failures == ["vm/test/vioblk0: no answer in 10 s"]
+
+
 # --- hostile-input 10 -------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ from vmd.devices.vionet.addresses import Addresses
 from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.mover import Mover
-from vmd.devices.vionet.packets import Packets
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
 from vmd.errors import HostError
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
             """Set the timer."""
 
 
-VHOST = devmsg.COUNTER_NAMES.index("vhost")
 CONFIG = Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
 ALWAYS = (
     1 << spec.VIRTIO_NET_F_MAC
@@ -66,17 +64,9 @@ class Vionet:
     """A network interface."""
 
     def __init__(
-        self,
-        interface: "Interface",
-        tap: taps.Tap,
-        kicks: "list[int]",
-        services: "Services",
-        packet_fd: int | None = None,
+        self, interface: "Interface", tap: taps.Tap, kicks: "list[int]", services: "Services"
     ) -> None:
-        """Take the tap, whose owner we are from here on, and start the thread that moves frames.
-
-        `packet_fd` is a packet socket on the tap, for when the kernel moves the frames.
-        """
+        """Take the tap, whose owner we are from here on, and start the thread that moves frames."""
         self.interface = interface
         self.tap = tap
         self.services = services
@@ -97,9 +87,6 @@ class Vionet:
         if interface.local:
             self.local = LocalNetwork(interface, self._inject, services, services.tell)
             self.transmitter.answers = self.local
-        self.packets: Packets | None = None
-        if packet_fd is not None:
-            self.packets = Packets(packet_fd, services, self.local, self.addresses, self.transmitter.count_answered)
         self._set_links()
         if not self.tap_up:
             self._watch_tap()
@@ -180,23 +167,9 @@ class Vionet:
         if self.local is not None:
             self.local.interface = self.interface
 
-    # --- who moves the frames ------------------------------------------------------------------------------------
-
-    def moved_by_kernel(self, kernel: bool) -> None:
-        """The kernel moves the frames from now on, or no longer; both queues stand."""
-        assert self.packets is not None
-        if kernel:
-            self.packets.begin()
-        else:
-            self.packets.end()
-        self.services.figures[VHOST] = int(kernel)
-
     def _inject(self, frame: bytes) -> None:
-        """Have the guest receive a frame of ours."""
-        if self.packets is None or not self.packets.serving:
-            self.receiver.inject(frame)
-        elif not self.packets.send(frame):
-            self.receiver.lose_injected()
+        """Have the guest receive a frame of ours; on any thread."""
+        self.receiver.inject(frame)
 
     # --- at another place ----------------------------------------------------------------------------------------
 

@@ -79,15 +79,19 @@ def main() -> int:
 def make(services: NetProcess) -> Vionet:
     """Take the tap and start the thread that moves frames.  Raises HostError or PeerError."""
     host = services.host
-    if host.net is None or not host.resources or len(host.kicks) != 2:
-        raise PeerError(process.VM, "a network interface without its addresses, a tap and two queues")
+    interface = interface_of(host)
+    if len(host.resources) != 1:
+        raise PeerError(process.VM, f"{len(host.resources)} resources instead of one tap")
+    tap = Tap(host.resources[0], host.names[0])
+    name_thread(EVENT)
+    return Vionet(interface, tap, host.kicks, services)
+
+
+def interface_of(host: process.Host) -> Interface:
+    """Return what START says of the interface.  Raises PeerError."""
+    if host.net is None or len(host.kicks) != 2:
+        raise PeerError(process.VM, "a network interface without its addresses and two queues")
     try:
-        interface = Interface.from_start(host.net, host.host_name)
+        return Interface.from_start(host.net, host.host_name)
     except ValueError as error:
         raise PeerError(process.VM, str(error)) from None
-    tap_fd, *kernel = host.resources
-    if len(kernel) != (2 if interface.vhost else 0):
-        raise PeerError(process.VM, f"a network interface with {len(kernel)} descriptors besides its tap")
-    tap = Tap(tap_fd, host.names[0])
-    name_thread(EVENT)
-    return Vionet(interface, tap, host.kicks, services, kernel[1] if kernel else None)

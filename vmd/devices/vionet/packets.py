@@ -8,6 +8,7 @@ tells an address of the guest.  What is sent there goes to the guest.  All of th
 import posix as os
 
 from vmd.devices.vionet.addresses import LOOK_BYTES
+from vmd.devices.vionet.ethernet import SOURCE
 from vmd.virtio import spec
 
 TYPE_CHECKING = False
@@ -45,13 +46,21 @@ class Packets:
         local: "LocalNetwork | None",
         addresses: "Addresses",
         answered: "Callable[[], None]",
+        failed: "Callable[[], None]",
+        *,
+        locked: bool = False,
     ) -> None:
-        """`answered` is called for each frame that was for us."""
+        """`answered` is called for each frame that was for us, `failed` when the tap may be down or gone.
+
+        A guest that is `locked` is heard with its own link-layer address only: what filters drop they drop behind us.
+        """
         self.fd = fd
         self.services = services
         self.local = local
         self.addresses = addresses
         self.answered = answered
+        self.failed = failed
+        self.locked = locked
         self.serving = False
         os.set_blocking(fd, False)
 
@@ -90,6 +99,8 @@ class Packets:
             if packet is None:
                 return
             frame = packet[HEADER:]
+            if self.locked and frame[SOURCE] != self.addresses.lladdr:
+                continue
             if self.local is None:
                 self.addresses.learn(frame[:LOOK_BYTES])
             elif (
@@ -106,4 +117,5 @@ class Packets:
         except BlockingIOError:
             return None
         except OSError:  # such as that the tap was switched off, which is said once
+            self.failed()
             return b""

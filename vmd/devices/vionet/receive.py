@@ -183,6 +183,28 @@ class Receiver(Worker):
         except Empty:
             return
 
+    def finish(self) -> None:
+        """Have nothing of the ring under way, because another is about to serve it.  Raises GuestError.
+
+        A frame that waits for buffers gets what there is, or is dropped, as it would be soon.
+        """
+        queue = self.queue
+        if self.held and queue is not None:
+            self.run.forget()
+            self.chains, self.at = [], 0
+            if not self._place(queue, self.held):
+                self.no_room += 1
+                self.held = bytearray()
+            self.show()
+            self.give(queue)
+
+    def take_injected(self) -> list[bytes]:
+        """Return the frames of ours that wait, which another sends now."""
+        found = []
+        while not self.injected.empty():
+            found.append(self.injected.get_nowait())
+        return found
+
     # --- any thread's --------------------------------------------------------------------------------------------
 
     def inject(self, frame: bytes) -> None:

@@ -1,0 +1,557 @@
+"""Rings go from the process's threads to the kernel and back: nothing is lost or there twice, and it is clear when."""
+
+import errno
+import fcntl
+import os
+import random
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.fakedriver import DATA, DEADLINE_S, LAYOUT, MODERN, ROM, WRITE, Desc, Ring
+from tests.support.fakevhost import RX, TX, FakeVhost
+from tests.support.packets import DISCOVER, GUEST4, HOST4, HOST_LLADDR, LLADDR, OFFER, Answer, any_frame, dhcp
+from tests.support.packettap import PacketTap
+from vmd.devices.figures import unseen
+from vmd.devices.vionet import vhost
+from vmd.devices.vionet.announce import address
+from vmd.devices.vionet.interface import Interface
+from vmd.devices.vionet.kernel import NEEDED, KernelVionet
+from vmd.devices.vionet.tap import Tap
+from vmd.errors import HostError
+from vmd.guestmem import GuestMemory
+from vmd.ipc import devmsg
+from vmd.privsep.confine import VHOST_IOCTLS
+from vmd.virtio import spec
+from vmd.virtio.queue import Queue
+
+SIZE = 256
+FEATURES = MODERN | NEEDED
+RX_BASE, TX_BASE, STRIDE = DATA, 8 * DATA, 2048
+START = 65_400  # indices go round
+HEADER = bytes(spec.NET_HDR_BYTES)
+PLAIN = Interface(lladdr=LLADDR)
+LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
+
+
+class FakeTap(PacketTap):
+    """A tap whose other end is a socket."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.offloads = 1
+        self.up = True
+
+    def configure(self, header: int, offloads: int) -> None:
+        """Take them."""
+        self.header = header
+
+    def forget_frames(self) -> None:
+        """Tests have sent none."""
+
+    def is_up(self) -> bool:
+        """Return what the test wants."""
+        return self.up
+
+
+class FakeHost:
+    """The eventfds."""
+
+    def __init__(self) -> None:
+        self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+
+
+class Services:
+    """A process whose main thread is the test's."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        self.host = FakeHost()
+        self.figures = unseen("vionet")
+        self.slot = memoryview(bytearray(devmsg.FIGURES_SLOT_BYTES - 8 * devmsg.FIGURES_HEAD)).cast("Q")
+        self.handlers: dict[int, Callable[[], None]] = {}
+        self.raised = [0, 0]
+        self.told: list[bytes] = []
+
+    def watch(self, fd: int, handler: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        """Keep whom it concerns."""
+        assert fd not in self.handlers
+        self.handlers[fd] = handler
+
+    def unwatch(self, fd: int) -> None:
+        """Forget it."""
+        del self.handlers[fd]
+
+    def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
+        """It does not come to that."""
+
+    def tell(self, packet: bytes) -> None:
+        """Keep it."""
+        self.told.append(packet)
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Nothing fails here on a thread."""
+        raise AssertionError(job)
+
+    def broke(self, text: str) -> None:
+        """No ring is broken here."""
+        raise AssertionError(text)
+
+    def interrupt(self, queue: int) -> None:
+        """Count, and tell the driver."""
+        self.raised[queue] += 1
+        os.eventfd_write(self.host.calls[queue], 1)
+
+
+class Rig:
+    """An interface, its driver, the network and the kernel."""
+
+    def __init__(self, memory: GuestMemory, kernel: FakeVhost, interface: Interface = PLAIN) -> None:
+        self.memory = memory
+        self.kernel = kernel
+        self.network, ours = pair()
+        self.guest_side, ear = pair()  # what the packet socket hears comes in here, what goes to the guest comes out
+        self.tap = FakeTap(ours.detach())
+        self.services = Services(memory)
+        self.device = KernelVionet(interface, self.tap, self.services, kernel.fd, ear.detach())  # type: ignore[arg-type]
+        self.begin()
+
+    def begin(self, features: int = FEATURES) -> None:
+        """Be a new driver, whose rings nobody serves yet."""
+        rows = []
+        self.rings = []
+        for base in (0x10000, 0x20000):
+            ring = Ring(self.memory, SIZE, base)
+            ring.avail_idx = ring.used_idx = START
+            for place in (ring.avail + 2, ring.used + 2):
+                self.memory.load(place, struct.pack("<H", START))
+            self.rings.append(ring)
+            rows.append(Queue(self.memory, features, SIZE, ring.desc, ring.avail, ring.used, START, START))
+        self.queues = rows
+        self.device.activate(features, list(rows))
+
+    def post(self, count: int) -> None:
+        """Offer buffers."""
+        for number in range(count):
+            self.rings[RX].add([Desc(RX_BASE + number * STRIDE, STRIDE, WRITE)])
+        os.eventfd_write(self.services.host.kicks[RX], 1)
+
+    def send(self, number: int) -> None:
+        """Offer a frame to send."""
+        place = TX_BASE + number % SIZE * STRIDE
+        raw = HEADER + any_frame(60 + number, number)
+        self.memory.load(place, raw)
+        self.rings[TX].add([Desc(place, len(raw))])
+        os.eventfd_write(self.services.host.kicks[TX], 1)
+
+    def came(self, number: int) -> None:
+        """Have the network bring a frame."""
+        self.network.send(HEADER + any_frame(60 + number, number, destination=LLADDR))
+
+    def wait(self, queue: int, count: int) -> list[bytes]:
+        """Wait until so many buffers are back; return what is in them."""
+        ring, found = self.rings[queue], []
+        deadline_s = time.monotonic() + DEADLINE_S
+        while True:
+            if self.kernel.serves():
+                self.kernel.move()
+            for head, length in ring.reap():
+                gpa = struct.unpack("<Q", self.memory.read(ring.desc + 16 * head, 8))[0]
+                found.append(self.memory.read(gpa, length)[len(HEADER) :])
+            if len(found) >= count:
+                return found
+            assert select.select([self.services.host.calls[queue]], [], [], deadline_s - time.monotonic())[0]
+            os.eventfd_read(self.services.host.calls[queue])
+
+    def arrived(self) -> list[bytes]:
+        """Return what has come to the network."""
+        found = []
+        while select.select([self.network], [], [], 0)[0]:
+            found.append(self.network.recv(1 << 16)[len(HEADER) :])
+        return found
+
+    def close(self) -> None:
+        """Have nobody touch memory any more."""
+        self.kernel.refuses = ""
+        self.device.quiesce(forget=True)
+        self.device.queues, self.device.receiver.chains = [], []
+        for end in (self.network, self.guest_side):
+            end.close()
+        for fd in (self.tap.fd, self.device.packets.fd, self.device.vhost.failed):
+            os.close(fd)
+        for queue in self.queues:
+            for view in (queue.used_ring, queue._used_idx, queue._avail_event):
+                view.release()
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return both ends of something that carries frames."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE
+        end.setblocking(False)
+    return ends
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVhost]:
+    """Give a kernel, and guest memory."""
+    with GuestMemory.create(LAYOUT) as memory:
+        made = FakeVhost(memory)
+        monkeypatch.setattr(fcntl, "ioctl", made.ioctl)
+        yield made
+        os.close(made.fd)
+
+
+@pytest.fixture
+def rig(kernel: FakeVhost) -> Iterator[Rig]:
+    """Give an interface that the kernel has."""
+    made = Rig(kernel.memory, kernel)
+    made.device.set_direct(True)
+    made.device.resume()
+    assert kernel.serves()
+    yield made
+    made.close()
+
+
+def of_limits(device: KernelVionet, on: bool) -> None:
+    """Limit it, or no more; so low or high that nothing has to wait for it."""
+    device.limit(1 << 40 if on else 0)
+
+
+def of_marks(device: KernelVionet, on: bool) -> None:
+    """Mark what is changed, or no more."""
+    device.services.memory.marking = on
+    device.reconsider()
+
+
+def of_pauses(device: KernelVionet, on: bool) -> None:
+    """Pause it, and let it go on."""
+    if on:
+        device.quiesce(forget=False)
+    else:
+        device.resume()
+
+
+CAUSES: dict[str, Callable[[KernelVionet, bool], None]] = {
+    "INTx": lambda device, on: device.set_direct(not on),
+    "a limit": of_limits,
+    "marks": of_marks,
+    "a pause": of_pauses,
+}
+
+
+@pytest.mark.parametrize("cause", [*CAUSES, "no link"])
+def test_what_the_kernel_cannot_do_the_process_does(rig: Rig, cause: str) -> None:
+    """Each by itself takes the rings from it, and gives them back; `vhost` is said as long as it has them."""
+    causes = CAUSES | {"no link": lambda device, on: device.set_link(not on)}
+    vhost_figure = devmsg.COUNTER_NAMES.index("vhost")
+    assert rig.services.figures[vhost_figure] == 1
+
+    causes[cause](rig.device, True)
+    assert not rig.kernel.serves()
+    assert rig.services.figures[vhost_figure] == 0
+    assert all(ring.kick == vhost.NONE for ring in rig.kernel.rings)
+    if cause == "INTx":  # what has been raised without the interrupt page is raised once more with it
+        assert all(rig.services.raised)
+    if cause not in ("no link", "a pause"):
+        rig.send(1)
+        rig.wait(TX, 1)
+
+    causes[cause](rig.device, False)
+    assert rig.kernel.serves()
+    assert rig.services.figures[vhost_figure] == 1
+
+
+def test_two_causes_are_two(rig: Rig) -> None:
+    """That one of them is over gives the kernel nothing."""
+    for one in CAUSES:
+        for other in CAUSES:
+            if one != other:
+                CAUSES[one](rig.device, True)
+                CAUSES[other](rig.device, True)
+                CAUSES[one](rig.device, False)
+                assert not rig.kernel.serves(), (one, other)
+                CAUSES[other](rig.device, False)
+                assert rig.kernel.serves(), (one, other)
+
+
+@pytest.mark.parametrize("missing", [spec.VIRTIO_NET_F_MRG_RXBUF, spec.VIRTIO_NET_F_GUEST_CSUM])
+def test_a_driver_whose_headers_need_a_look_is_not_the_kernels(rig: Rig, missing: int) -> None:
+    """It would show what such a driver has not agreed to."""
+    rig.device.quiesce(forget=True)
+    rig.begin(FEATURES & ~(1 << missing))
+    rig.device.resume()
+
+    assert not rig.kernel.serves()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_frame_is_lost_or_twice_there_while_rings_change_hands(rig: Rig, seed: int) -> None:
+    """Frames go both ways, in order, whoever has the rings, and indices go round."""
+    random_ = random.Random(seed)
+    rig.post(SIZE)
+    on: set[str] = set()
+    handed = 0
+    for number in range(SIZE):
+        rig.send(number)
+        rig.came(number)
+        if random_.random() < 0.5:
+            cause = random_.choice(list(CAUSES))
+            before = rig.kernel.serves()
+            CAUSES[cause](rig.device, cause not in on)
+            on ^= {cause}
+            handed += before != rig.kernel.serves()
+        elif rig.kernel.serves() and random_.random() < 0.5:
+            rig.kernel.move()
+    for cause in on:
+        CAUSES[cause](rig.device, False)
+    received = rig.wait(RX, SIZE)
+    rig.wait(TX, SIZE)
+
+    assert handed > 10
+    assert received == [any_frame(60 + number, number, destination=LLADDR) for number in range(SIZE)]
+    assert rig.arrived() == [any_frame(60 + number, number) for number in range(SIZE)]
+    rig.device.quiesce(forget=False)
+    assert [(queue.next_avail, queue.next_used) for queue in rig.queues] == [(START + SIZE & 0xFFFF,) * 2] * 2
+
+
+REQUESTS = sorted(name for name in vars(vhost) if name.startswith("VHOST_") and name != "VHOST_GET_VRING_BASE")
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_kernel_that_refuses(kernel: FakeVhost, request_: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever it refuses, the process serves; it is said once, and the kernel is not asked again."""
+    rig = Rig(kernel.memory, kernel)
+    kernel.refuses = request_
+    rig.device.set_direct(True)
+    rig.device.resume()
+    rig.send(1)
+    rig.wait(TX, 1)
+    kernel.refuses = ""
+    asked = len(kernel.asked)
+    rig.device.quiesce(forget=False)
+    rig.device.resume()
+
+    assert rig.arrived() == [any_frame(61, 1)]
+    assert all((ring.tap, ring.kick) == (vhost.NONE, vhost.NONE) for ring in kernel.rings)
+    assert kernel.asked[asked:] == []
+    said = capfd.readouterr().err
+    reason = os.strerror(errno.ENOTTY)
+    assert said.count("vhost") == 1
+    assert f"tap0: /dev/vhost-net: {reason}; the process moves the frames" in said
+    rig.close()
+
+
+def test_a_kernel_that_lacks_what_a_driver_uses(kernel: FakeVhost, capfd: pytest.CaptureFixture[str]) -> None:
+    """A feature of rings cannot be taken from a driver that has it."""
+    kernel.offered &= ~(1 << spec.VIRTIO_F_VERSION_1)
+    rig = Rig(kernel.memory, kernel)
+    rig.device.set_direct(True)
+    rig.device.resume()
+
+    assert not kernel.serves()
+    assert "it does not know features 0x100000000" in capfd.readouterr().err
+    rig.close()
+
+
+def test_rings_that_the_kernel_keeps_are_the_end(rig: Rig) -> None:
+    """Nobody else may touch them then."""
+    rig.kernel.refuses = "VHOST_NET_SET_BACKEND off"
+
+    with pytest.raises(HostError, match="take rings back from /dev/vhost-net"):
+        rig.device.quiesce(forget=False)
+
+
+def test_what_the_kernel_does_not_take_is_for_the_process_until_the_next_driver(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has a sentence for what is wrong, or can do it."""
+    rig.send(1)
+    rig.kernel.complain(TX)
+    rig.services.handlers[rig.device.vhost.failed]()
+    rig.wait(TX, 1)
+    rig.device.quiesce(forget=False)
+    rig.device.resume()
+    assert not rig.kernel.serves()
+    assert "the kernel does not take what is in a ring" in capfd.readouterr().err
+
+    rig.device.quiesce(forget=True)
+    rig.begin()
+    rig.device.resume()
+    assert rig.kernel.serves()
+
+
+def test_a_used_index_that_a_driver_has_changed_is_not_handed_over(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """The kernel would take it for true; the process has its own."""
+    rig.device.quiesce(forget=False)
+    rig.memory.load(rig.rings[TX].used + 2, struct.pack("<H", 7))
+    rig.device.resume()
+
+    assert not rig.kernel.serves()
+    assert f"used index of queue 1 is 7, and was left at {START}" in capfd.readouterr().err
+
+
+def test_memory_that_devices_must_not_write_is_no_memory_of_the_kernels(rig: Rig) -> None:
+    """It knows of no such thing as read-only memory."""
+    wanted = [(each.gpa, each.size, rig.memory.base + each.offset, 0) for each in rig.memory.regions if each.gpa != ROM]
+    assert rig.kernel.regions == wanted
+
+
+# --- what no frame of the kernel's passes --------------------------------------------------------------------------
+
+
+def heard(rig: Rig, frame: bytes, flags: int = 0) -> None:
+    """Have the packet socket hear a frame of the guest."""
+    rig.guest_side.send(bytes((flags,)) + bytes(9) + frame)
+    handler = rig.services.handlers.get(rig.device.packets.fd)
+    if handler is not None:
+        handler()
+
+
+def told(rig: Rig) -> list[bytes]:
+    """Return what has gone to the guest through the packet socket."""
+    found = []
+    while select.select([rig.guest_side], [], [], 0)[0]:
+        raw = rig.guest_side.recv(1 << 16)
+        assert raw[:10] == bytes(10)
+        found.append(raw[10:])
+    return found
+
+
+@pytest.fixture
+def local(kernel: FakeVhost, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """Give a `local` interface that the kernel has."""
+    made = Rig(kernel.memory, kernel, LOCAL.replace(**getattr(request, "param", {})))
+    made.device.set_direct(True)
+    made.device.resume()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_dhcp_is_answered_through_the_packet_socket(local: Rig, missing: bool) -> None:
+    """Also a request whose checksum was left to the device."""
+    request = bytearray(dhcp(DISCOVER))
+    if missing:
+        request[14 + 20 + 6 : 14 + 20 + 8] = b"\x12\x34"
+    heard(local, bytes(request), missing * spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)
+
+    assert [Answer(frame).kind for frame in told(local)] == [OFFER]
+    assert local.services.figures[devmsg.COUNTER_NAMES.index("tx_answered")] == 1
+    assert local.services.figures[devmsg.COUNTER_NAMES.index("dhcp_offers")] == 1
+
+
+@pytest.mark.parametrize("local", [{"locked": True}], indirect=True)
+def test_a_locked_guest_is_heard_with_its_own_address_only(local: Rig) -> None:
+    """The filters on the tap come behind the packet socket."""
+    request = bytearray(dhcp(DISCOVER))
+    request[6:12] = b"\x02spoof"
+    heard(local, bytes(request))
+    assert told(local) == []
+
+    heard(local, dhcp(DISCOVER))
+    assert [Answer(frame).kind for frame in told(local)] == [OFFER]
+
+
+def test_what_the_threads_see_is_not_heard_a_second_time(local: Rig) -> None:
+    """As long as they serve; nor is it when the kernel has the rings again."""
+    local.device.set_direct(False)
+    heard(local, dhcp(DISCOVER))
+    local.guest_side.send(bytes(10) + dhcp(DISCOVER))
+    local.device.set_direct(True)
+    local.services.handlers[local.device.packets.fd]()
+
+    assert told(local) == []
+
+
+def test_answers_that_wait_for_a_buffer_go_along(local: Rig) -> None:
+    """The threads give them to nobody any more."""
+    local.device.set_direct(False)
+    local.device._inject(b"\xff" * 60)
+    local.device.set_direct(True)
+
+    assert told(local) == [b"\xff" * 60]
+
+
+def test_a_frame_that_waits_for_buffers_is_placed_or_counted(rig: Rig) -> None:
+    """The kernel knows nothing of it."""
+    large = HEADER + any_frame(3 * STRIDE, 5)
+    rig.device.quiesce(forget=False)
+    for enough in (True, False):
+        rig.device.receiver.held = bytearray(large)
+        rig.post(4 if enough else 1)
+        rig.device.resume()
+        assert rig.kernel.serves()
+        rig.device.quiesce(forget=False)
+        assert rig.device.receiver.held == b""
+        if enough:
+            assert b"".join(rig.wait(RX, 4))[:1] == large[12:13]
+    assert rig.services.figures[devmsg.COUNTER_NAMES.index("rx_no_room")] == 1
+
+
+def test_addresses_of_a_guest_are_learnt_by_ear(rig: Rig) -> None:
+    """For the announcement after it has moved."""
+    entry = devmsg.ANNOUNCED.pack(devmsg.ANNOUNCED_4, GUEST4)
+    heard(rig, address(LLADDR, entry))
+
+    assert rig.device.addresses.known == (entry,)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_tap_that_goes_down_or_away(rig: Rig, gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packet socket has an error then; the guest is told that there is no link, and again when it is back."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENETDOWN, "down")
+
+    def ended(_: Tap) -> bool:
+        raise HostError("tap0", errno.ENODEV)
+
+    rig.tap.up = False
+    with monkeypatch.context() as patch:
+        patch.setattr("vmd.devices.vionet.packets.os", FailingReads(fail))
+        if gone:
+            patch.setattr(FakeTap, "is_up", ended)
+        rig.services.handlers[rig.device.packets.fd]()
+    assert not rig.kernel.serves()
+    assert not rig.device.link_up
+
+    rig.tap.up = True
+    if not gone:
+        rig.services.handlers[rig.tap.fd]()
+    assert rig.kernel.serves() == (not gone)
+    assert len(rig.services.told) == 1 + (not gone)
+
+
+class FailingReads:
+    """`posix` for which every read fails."""
+
+    def __init__(self, fail: Callable[..., None]) -> None:
+        self.read = fail
+
+
+# --- the same facts in two places ----------------------------------------------------------------------------------
+
+
+def test_the_filter_allows_what_is_asked_and_no_more() -> None:
+    """The process may be made to ask for nothing else, such as a log in memory of its choice."""
+    assert sorted(VHOST_IOCTLS) == sorted(number for name, number in vars(vhost).items() if name.startswith("VHOST_"))
+
+
+@pytest.mark.skipif(not Path("/usr/include/linux/vhost.h").exists(), reason="<linux/vhost.h> is needed to compare with")
+def test_numbers_are_the_kernels(tmp_path: Path) -> None:
+    """Requests and sizes of their arguments."""
+    sizes = {"vhost_vring_state": vhost.STATE, "vhost_vring_file": vhost.FILE, "vhost_vring_addr": vhost.ADDR,
+             "vhost_memory": vhost.MEMORY, "vhost_memory_region": vhost.REGION}  # fmt: skip
+    checks = [f"_Static_assert({name} == {number}u, \"\");" for name, number in vars(vhost).items() if "VHOST_" in name]
+    checks += [f"_Static_assert(sizeof(struct {name}) == {each.size}, \"\");" for name, each in sizes.items()]
+    source = tmp_path / "vhost.c"
+    source.write_text("#include <sys/ioctl.h>\n#include <linux/vhost.h>\n" + "\n".join(checks))
+    assert os.spawnlp(os.P_WAIT, "gcc", "gcc", "-fsyntax-only", str(source)) == 0
