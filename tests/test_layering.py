@@ -73,7 +73,7 @@ SHARED = {
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.client", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid",
-    "vmd.memfile", "vmd.seed",
+    "vmd.enums", "vmd.memfile", "vmd.seed", "vmd.signals",
     "vmd.record", "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
@@ -85,6 +85,12 @@ TOO_HEAVY = {
 # ... and these cost each of its devices a millisecond or some hundred KiB that a smaller module does without.
 # What `posix` has is enough of `os` for them, and takes 0.24 MiB less.
 TOO_HEAVY_FOR_DEVICES = {"collections", "enum", "functools", "os", "signal", "socket", "threading"}
+
+# What makes enumerations takes 4 ms of every start; `vmd.enums`, `vmd.signals` and `vmd.ipc.sockets` do without.
+# The exceptions start once with the daemon, or load it with what they need (`re`).
+SLOW_TO_START = {"enum", "signal", "socket"}
+MAY_BE_SLOW = {"parent", "priv", "metrics", "agentx", "seeder"}
+QUICK_COMMANDS = ("start", "stop", "console", "status", "wait", "pause", "unpause")
 
 
 class Process(NamedTuple):
@@ -218,6 +224,24 @@ def test_device_processes_import_less(process: Process) -> None:
     assert TOO_HEAVY_FOR_DEVICES & set(held.modules) == set()
 
 
+@pytest.mark.parametrize(
+    "process", [p for p in PROCESSES if p.kind not in {*MAY_BE_SLOW, "vmctl"}], ids=lambda process: process.title
+)
+def test_what_starts_again_and_again_makes_no_enumerations(process: Process) -> None:
+    """Somebody waits for each of these starts."""
+    held = loaded_by(process.modules)
+
+    assert SLOW_TO_START & set(held.modules) == set()
+
+
+@pytest.mark.parametrize("command", QUICK_COMMANDS)
+def test_commands_of_every_day_make_no_enumerations(command: str) -> None:
+    """Most of the time of a command is the time until it can ask."""
+    held = loaded_by(("vmctl.__main__", f"vmctl.commands.{command}"))
+
+    assert SLOW_TO_START & set(held.modules) == set()
+
+
 def test_priv_holds_a_part_of_pyroute2() -> None:
     """The whole has a database of interfaces and more, which would double the time until a daemon is there."""
     held = loaded_by(("vmd.priv.main",))
@@ -244,7 +268,7 @@ def test_kvmapi_stands_alone() -> None:
     """It could be lifted out: the standard library and itself, with its share of ctypes."""
     held = loaded_by(modules_in("vmd/kvmapi"))
 
-    assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd", "vmd.native"}
+    assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd", "vmd.native", "vmd.signals"}
     assert held.third_party == frozenset()
 
 
@@ -271,7 +295,7 @@ def test_the_client_library_needs_nothing_of_vmctl_or_the_daemon() -> None:
     """Other programs import it alone."""
     held = loaded_by(("vmd.client",))
 
-    talks = {"vmd.client", "vmd.config.model", "vmd.errors", "vmd.record", "vmd.version"}
+    talks = {"vmd.client", "vmd.config.model", "vmd.enums", "vmd.errors", "vmd.record", "vmd.version"}
     assert held.below("vmd", "vmctl") - held.below("vmd.ipc") - {"vmd", "vmd.config"} == talks
     assert held.third_party == {"msgpack"}
     assert TOO_HEAVY & set(held.modules) == set()

@@ -7,7 +7,6 @@ one is still being typed, and answers with lines:
     WORD<tab>WHAT       one for each candidate; WHAT may be empty
 """
 
-import signal
 
 from vmctl.errors import UsageError
 from vmctl.options import find_command
@@ -27,6 +26,7 @@ from vmctl.table import (
     Operand,
     Option,
 )
+from vmd import signals as signal
 from vmd.client import DEFAULT_SOCKET
 from vmd.errors import VmdError
 

@@ -1,6 +1,6 @@
 """The escapes of a console: a `~` typed at the start of a line speaks to us, not to the guest (cu(1))."""
 
-from enum import Enum
+from vmd.enums import Enum
 
 
 class Action(Enum):

@@ -5,13 +5,13 @@ import os
 import select
 import termios
 import tty
-from enum import Enum
 
 from vmctl.errors import CommandError
 from vmctl.escapes import HELP, Action, Escapes
 from vmctl.output import clean
 from vmctl.terminal import RawTerminal
 from vmd.client import LOOK_UP_MS, Client, ClientError, failed_text
+from vmd.enums import Enum
 from vmd.errors import VMD_CONSOLE_TAKEN, sentence
 from vmd.ipc.messages.clients import ConsoleAttached, ConsoleBreak, Failed
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-import signal
 import termios
 import tty
 
 from vmctl.errors import CommandError
 from vmctl.output import notice
 from vmctl.screen import Screen
+from vmd import signals as signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class RawTerminal:
         self.is_tty = os.isatty(fd)
         self.screen = Screen(fd if self.is_tty else None)
         self._saved = termios.tcgetattr(fd) if self.is_tty else []
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[int, object] = {}
         self._ended = False
 
     def __enter__(self) -> "RawTerminal":
@@ -86,7 +86,7 @@ class RawTerminal:
     def _on_end(self, signum: int, _frame: "FrameType | None") -> None:
         if not self._ended:
             self._ended = True
-            raise CommandError(f"{self.command}: ended by {signal.Signals(signum).name}")
+            raise CommandError(f"{self.command}: ended by {signal.name_of(signum)}")
 
     def _on_stop(self, _signum: int, _frame: "FrameType | None") -> None:
         self.suspend()

@@ -1,6 +1,6 @@
 """What a guest prints, told apart: text, control characters and escape sequences (ECMA-48, as xterm reads them)."""
 
-from enum import Enum
+from vmd.enums import Enum
 
 CAN, SUB, ESC, BEL, DEL = 0x18, 0x1A, 0x1B, 0x07, 0x7F
 C1_LEAD = 0xC2  # in UTF-8 the characters U+0080 to U+009F, which are controls, are this byte and their own

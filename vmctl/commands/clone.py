@@ -6,7 +6,6 @@ Done here and not by the daemon, with the rights of whoever runs it.
 import contextlib
 import errno
 import os
-import signal
 
 from vmctl.bar import Bar
 from vmctl.commands.create import interrupt
@@ -15,6 +14,7 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
+from vmd import signals as signal
 from vmd.config import rules
 from vmd.errors import HostError, ImageError, VmdError
 from vmd.images.chain import Link, open_chain

@@ -4,7 +4,6 @@ Done here and not by the daemon, with the rights of whoever runs it.
 """
 
 import os
-import signal
 from types import FrameType
 
 from vmctl.bar import Bar
@@ -12,6 +11,7 @@ from vmctl.errors import ArgumentError, CommandError, UsageError
 from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
+from vmd import signals as signal
 from vmd.config.model import MIB
 from vmd.errors import ImageError, VmdError
 from vmd.images.chain import MAX_CHAIN

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import shlex
-import signal
 import subprocess
 import time
 
@@ -15,6 +14,7 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd import signals as signal
 from vmd.client import NoDaemon, Refused
 from vmd.errors import PeerError, sentence
 from vmd.ipc.messages.clients import MigrationAt, MigrationStep, Step, VmReceived, VmSent

@@ -7,7 +7,6 @@ one VM after another, and a VM that moves to another host has another address an
 import errno
 import os
 import pwd
-import signal
 import socket
 import subprocess
 import time
@@ -18,6 +17,7 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
+from vmd import signals as signal
 from vmd.errors import sentence
 from vmd.record import Record
 

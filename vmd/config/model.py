@@ -4,8 +4,8 @@ Sizes are bytes, times are seconds, MAC addresses are 6 bytes.  Limits are those
 host does not need others.  What a VM may be is in `rules.py`, and what spans objects in `check.py`.
 """
 
-from enum import IntEnum, IntFlag
 
+from vmd.enums import IntEnum, IntFlag
 from vmd.record import Record
 
 MIB = 1 << 20

@@ -6,13 +6,13 @@ backlog, which has 64 KiB; what is lost beyond that is counted, and said where i
 
 import errno
 import os
-import socket
 import threading
 import time
 
 from vmd.closing import close
 from vmd.errors import sentence
 from vmd.ipc import courier
+from vmd.ipc import sockets as socket
 from vmd.tasks import start_thread
 
 TYPE_CHECKING = False

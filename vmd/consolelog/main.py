@@ -9,12 +9,12 @@ It outlives the daemon for a moment, to write what there is.
 """
 
 import os
-import socket
 import time
 
 from vmd.backlog import LoggedBacklog
 from vmd.consolelog.keeper import Keeper, State
 from vmd.errors import HostError, sentence
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Ping, Pong, Quit

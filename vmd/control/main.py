@@ -11,12 +11,12 @@ Holds    one socket per client, which the parent has accepted; the files that ca
 
 import contextlib
 import errno
-import socket
 
 from vmd.closing import close_all
 from vmd.control.clients import MAX_QUEUE, Client
 from vmd.errors import PeerError
 from vmd.ipc import courier, first
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope, Form, UnknownMessage

@@ -5,10 +5,10 @@ A probe reads what anybody may have written, and has nothing to lose: it runs in
 
 import errno
 import os
-import socket
 
 from vmd.closing import close_all
 from vmd.errors import HostError, OperatorError, VmdError
+from vmd.ipc import sockets as socket
 from vmd.ipc.probemsg import BOOTS, Probe, unpack
 from vmd.ipc.probing import ask
 from vmd.privsep.spawn import Child, spawn

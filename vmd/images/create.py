@@ -7,9 +7,9 @@ import contextlib
 import ctypes
 import errno
 import os
-import signal
 import struct
 
+from vmd import signals as signal
 from vmd.errors import HostError, ImageError
 from vmd.images.header import (
     BACKING_FORMAT,

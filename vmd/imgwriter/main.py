@@ -12,7 +12,6 @@ state of the machine, gets a new snapshot last and loses an old one first: what 
 import contextlib
 import errno
 import os
-import socket
 import time
 
 from vmd.errors import ImageError, OperatorError, VmdError, number, sentence
@@ -23,6 +22,7 @@ from vmd.images.qcow2 import Qcow2Image
 from vmd.images.rewrite import Rewrite
 from vmd.images.snapshots import Snapshot, find, read_snapshots, state_offset
 from vmd.ipc import courier
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.imgwriter import (

@@ -15,8 +15,8 @@ What outlives this process, or leaves this host, has no header and carries its f
 
 import struct
 import types
-from enum import Enum
 
+from vmd.enums import Enum
 from vmd.errors import PeerError
 from vmd.ipc import first
 from vmd.ipc.packing import packb, unpackb

@@ -3,9 +3,9 @@
 import heapq
 import os
 import select
-import signal
 import time
 
+from vmd import signals as signal
 from vmd.closing import close
 
 TYPE_CHECKING = False

@@ -1,7 +1,7 @@
 """What all internal processes share: a channel to their parent at fd 3, a loop, and dispatch by table."""
 
-import signal
 
+from vmd import signals as signal
 from vmd.errors import PeerError
 from vmd.ipc import sockets as socket
 from vmd.ipc.channel import BATCH, Channel

@@ -13,7 +13,8 @@ there, `"kernel?"` may be, `"disks*"` is any number.
 """
 
 import itertools
-from enum import Enum, IntEnum
+
+from vmd.enums import Enum, IntEnum
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

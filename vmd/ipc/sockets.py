@@ -1,4 +1,4 @@
-"""Sockets without what `socket` makes of their constants: 0.2 MiB and some milliseconds in each VM, and in vmm.
+"""Sockets without what `socket` makes of their constants: 0.2 MiB and some milliseconds in each process.
 
 For type checkers this is `socket`.  A socket of ours and one of that are used alike.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         MSG_DONTWAIT,
         MSG_NOSIGNAL,
         MSG_TRUNC,
+        SCM_CREDENTIALS,
         SCM_RIGHTS,
         SO_PASSCRED,
         SOCK_SEQPACKET,
@@ -33,6 +34,7 @@ else:
         MSG_DONTWAIT,
         MSG_NOSIGNAL,
         MSG_TRUNC,
+        SCM_CREDENTIALS,
         SCM_RIGHTS,
         SO_PASSCRED,
         SOCK_SEQPACKET,
@@ -61,5 +63,5 @@ else:
 
 __all__ = [
     "AF_UNIX", "CMSG_LEN", "CMSG_SPACE", "MSG_CMSG_CLOEXEC", "MSG_CTRUNC", "MSG_DONTWAIT", "MSG_NOSIGNAL", "MSG_TRUNC",
-    "SCM_RIGHTS", "SOCK_SEQPACKET", "SOL_SOCKET", "SO_PASSCRED", "socket", "socketpair",
+    "SCM_CREDENTIALS", "SCM_RIGHTS", "SOCK_SEQPACKET", "SOL_SOCKET", "SO_PASSCRED", "socket", "socketpair",
 ]  # fmt: skip

@@ -21,10 +21,10 @@ import errno
 import fcntl
 import mmap
 import os
-import signal
 import threading
 
 from vmd import native
+from vmd import signals as signal
 from vmd.kvmapi import abi
 from vmd.kvmapi.abi import ioctl, read_struct, write_struct
 from vmd.kvmapi.exits import (

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import stat
 import sys
 import time
@@ -20,6 +19,7 @@ import time
 from vmd.config.model import MAX_LOGS_KEPT
 from vmd.errors import OperatorError, VmdError, sentence
 from vmd.ipc import courier
+from vmd.ipc import sockets as socket
 from vmd.ipc.logfile import FD_ANSWER, FD_COURIER, LogFile, unpack
 from vmd.privsep import landlock
 from vmd.privsep.confine import LOGFILE, confine

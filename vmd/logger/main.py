@@ -8,9 +8,9 @@ It outlives the daemon for a moment: the last words of the others are written, t
 """
 
 import os
-import socket
 import time
 
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import JOURNAL_FD

@@ -6,10 +6,10 @@ lose lines, which they count.
 """
 
 import os
-import socket
 import threading
 from collections import deque
 
+from vmd.ipc import sockets as socket
 from vmd.log import JOURNAL, LOG_DAEMON, WARNING, shaped
 from vmd.logger.source import Line
 from vmd.tasks import start_thread

@@ -5,8 +5,8 @@ Anybody may have written it.  The source says which VM a line is of, whatever th
 """
 
 import os
-import socket
 
+from vmd.ipc import sockets as socket
 from vmd.log import ERR, LINE_MAX, RateLimit, visible
 from vmd.privsep.linux import UCRED
 

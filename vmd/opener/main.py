@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import resource
-import socket
 import time
 
 from vmd.closing import close
@@ -27,6 +26,7 @@ from vmd.files.resizer import resize
 from vmd.files.seeder import make_seed
 from vmd.files.seeding import given_parts, parts_of
 from vmd.ipc import courier
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenedFile, OpenerAt, OpenFiles

@@ -4,8 +4,8 @@ Every client that waits for something is in one table, so that nobody is forgott
 leaves, and when a question has been answered.
 """
 
-from enum import Enum
 
+from vmd.enums import Enum
 from vmd.ipc import courier
 from vmd.ipc.messages.clients import Failed
 from vmd.ipc.messages.control import NO_CLIENT, PassFiles

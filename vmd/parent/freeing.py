@@ -5,8 +5,8 @@ parent where a VM's processes were killed, so it leaves that to a process that d
 """
 
 import os
-import signal
 
+from vmd import signals as signal
 from vmd.closing import close_all
 from vmd.errors import HostError
 from vmd.tasks import fork

@@ -21,7 +21,8 @@ from vmd.ipc.messages.vmm import VmLog
 from vmd.ipc.routes import Proc
 from vmd.log import JOURNAL, LEAF, log
 from vmd.parent import service
-from vmd.privsep.spawn import Child, signal_name, spawn
+from vmd.privsep.spawn import Child, spawn
+from vmd.signals import name_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Logs:
         status = child.reap()
         if child is self._child:
             killed = status is not None and status < 0
-            how = f"was killed by {signal_name(-(status or 0))}" if killed else f"ended with status {status}"
+            how = f"was killed by {name_of(-(status or 0))}" if killed else f"ended with status {status}"
             self._lose(f"process log {how}")
 
     def _lose(self, why: str) -> None:

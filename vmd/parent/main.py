@@ -20,10 +20,10 @@ This module puts the rooms together and brings each message to its room.  A `vmc
 """
 
 import errno
-import signal
 import socket
 from collections.abc import Callable, Mapping
 
+from vmd import signals as signal
 from vmd.config.check import ConfigErrors
 from vmd.config.model import NAME_MAX, Config
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, number, sentence

@@ -3,11 +3,11 @@
 import errno
 import time
 from collections.abc import Iterator
-from enum import Enum
 
 from vmd.backlog import Backlog, Output
 from vmd.closing import close, close_all
 from vmd.config.model import NicConfig, Prefix, VmConfig
+from vmd.enums import Enum
 from vmd.errors import VMD_VM_STOP_INVALID, HostError, InUse, OperatorError, PeerError
 from vmd.ipc.messages.clients import Caller, VmSent
 from vmd.ipc.messages.figures import LifeEnd

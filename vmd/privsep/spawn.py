@@ -7,9 +7,9 @@ or in a `Place` that root prepares: `cell.Cell`, or `cell.Network` for priv.
 import fcntl
 import os
 import select
-import signal
 import sys
 
+from vmd import signals as signal
 from vmd.closing import close
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
@@ -101,14 +101,6 @@ class Child:
         self.pidfd = -1
         self.status = os.waitstatus_to_exitcode(status)
         return self.status
-
-
-def signal_name(signum: int) -> str:
-    """Return what people call a signal."""
-    try:
-        return signal.Signals(signum).name
-    except ValueError:
-        return f"signal {signum}"
 
 
 def spawn(

@@ -5,9 +5,9 @@ import os
 import select
 import threading
 import time
-from enum import Enum
 
 from vmd.closing import close
+from vmd.enums import Enum
 from vmd.errors import GuestError, HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
 from vmd.ipc.messages.vm import ReceivedHeader, ReceivedMachine

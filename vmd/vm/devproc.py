@@ -17,7 +17,8 @@ from vmd.ipc.channel import socketpair
 from vmd.ipc.rights import receive
 from vmd.log import FORMS, log
 from vmd.memfile import sealed_file
-from vmd.privsep.spawn import signal_name, spawn
+from vmd.privsep.spawn import spawn
+from vmd.signals import name_of
 from vmd.vm.kinds import INTERFACE, KERNEL, KINDS, MAIN
 
 TYPE_CHECKING = False
@@ -369,7 +370,7 @@ class DeviceProcess:
         if status is None:
             return "has closed its channel"
         if status < 0:
-            return f"was killed by {signal_name(-status)}"
+            return f"was killed by {name_of(-status)}"
         return f"ended with status {status}"
 
     def _reap(self, timeout_s: float) -> int | None:

@@ -1,6 +1,6 @@
 """What a VM process is doing: one state, which only `Life.become` changes."""
 
-from enum import Enum
+from vmd.enums import Enum
 
 
 class State(Enum):

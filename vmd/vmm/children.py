@@ -2,13 +2,13 @@
 
 import os
 import select
-import signal
-import socket
 import time
 from collections import Counter
 
+from vmd import signals as signal
 from vmd.closing import close, close_all
 from vmd.errors import PeerError
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel
 from vmd.ipc.messages.shared import TransferProgress
 from vmd.ipc.messages.vm import (
@@ -40,7 +40,7 @@ from vmd.ipc.messages.vm import (
 from vmd.ipc.messages.vmm import VmHeld
 from vmd.ipc.routes import BY_CLASS
 from vmd.log import RateLimit, log
-from vmd.privsep.spawn import signal_name
+from vmd.signals import name_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def wait_any() -> "os.waitid_result | None":
 def judge(code: int, status: int) -> tuple[Outcome, str]:
     """Return what the end of a VM process means, from waitid's si_code and si_status."""
     if code != os.CLD_EXITED:
-        return Outcome.KILLED, f"vm process was killed by {signal_name(status)}"
+        return Outcome.KILLED, f"vm process was killed by {name_of(status)}"
     if status in (Outcome.POWER_OFF, Outcome.REBOOT, Outcome.ENDED):
         return Outcome(status), ""
     return Outcome.FAILED, f"vm process exited with status {status}"

@@ -15,11 +15,11 @@ A started interpreter with our modules imported takes 50 ms to have, so one VM p
 import errno
 import os
 import resource
-import socket
 
 from vmd.closing import close, close_all
 from vmd.config.model import MAX_NICS
 from vmd.errors import HostError, PeerError
+from vmd.ipc import sockets as socket
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.devmsg import FIGURES_BYTES
 from vmd.ipc.fence import OUR_FAULT

@@ -484,7 +484,8 @@ def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
     assert loaded & HEAVY == {"datetime"}  # half of it: the other would bring `math` along
     assert {name for name in loaded if name.startswith("vmctl.commands.")} == {"vmctl.commands.status"}
     assert {name for name in loaded if name.startswith("vmd.")} == {
-        "vmd.client", "vmd.config", "vmd.config.model", "vmd.errors", "vmd.ipc", "vmd.ipc.figures", "vmd.ipc.first",
+        "vmd.client", "vmd.config", "vmd.config.model", "vmd.enums", "vmd.errors", "vmd.ipc", "vmd.ipc.figures",
+        "vmd.ipc.first",
         "vmd.ipc.imsg", "vmd.ipc.messages", "vmd.ipc.messages.clients", "vmd.ipc.messages.figures",
         "vmd.ipc.messages.shared", "vmd.ipc.packing", "vmd.ipc.routes", "vmd.record", "vmd.scaled",
         "vmd.stdio", "vmd.version",

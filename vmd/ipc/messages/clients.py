@@ -5,9 +5,9 @@ it: the parent has accepted the connection and knows whose it is.  The header's 
 connection, and answers come back under it.
 """
 
-from enum import IntEnum
 
 from vmd.config.model import BootDevice, Forward, VmConfig
+from vmd.enums import IntEnum
 from vmd.ipc.messages.figures import LifeEnd
 from vmd.ipc.messages.shared import Live, SnapshotAction
 from vmd.ipc.routes import ANSWER, Proc, Who, message, relays, request

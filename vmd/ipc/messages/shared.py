@@ -1,7 +1,7 @@
 """What more than one border has: records in messages, messages on two ways, and how long a sentence may be."""
 
-from enum import IntEnum
 
+from vmd.enums import IntEnum
 from vmd.ipc.routes import ANSWER, FROM_VM, Proc, message
 from vmd.record import Record
 

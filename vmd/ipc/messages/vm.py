@@ -1,8 +1,8 @@
 """Between the parent and the process of a VM; vmm passes it on, and has a word of its own at most."""
 
-from enum import IntEnum
 
 from vmd.config.model import VmConfig
+from vmd.enums import IntEnum
 from vmd.ipc.messages.shared import DiskImages, Live, Trouble
 from vmd.ipc.routes import FROM_VM, TO_VM, Proc, message
 from vmd.record import Record

@@ -1,7 +1,7 @@
 """What a boot image is, told from its own bytes."""
 
-from enum import IntEnum
 
+from vmd.enums import IntEnum
 from vmd.vm.boot import unbootable
 from vmd.vm.boot.image import GZIP_MAGIC, KIB, MIB, Image
 

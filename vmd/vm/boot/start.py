@@ -3,9 +3,9 @@
 All of it is plain data; `vmd.vm.vcpu` applies a `Start` through KVM_SET_SREGS and KVM_SET_REGS.
 """
 
-from enum import IntEnum
 from struct import Struct
 
+from vmd.enums import IntEnum
 from vmd.record import Record
 
 TYPE_CHECKING = False
